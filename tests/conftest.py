@@ -1,0 +1,45 @@
+"""Tests run inside of namespaces of their own, so that real rules and real hosts harm nobody.
+
+`pytest` started anywhere moves itself there first: as root, or as a plain user with user namespaces.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Mapping
+
+import pytest
+import uvloop
+
+from tests.fakes import FakeClock
+from userspace_proxy import lab
+
+_INSIDE = "USERSPACE_PROXY_TESTS_IN_NAMESPACES"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get(_INSIDE):
+        return
+    capture = config.pluginmanager.getplugin("capturemanager")
+    if capture is not None:
+        capture.suspend_global_capture(in_=True)
+    command = lab.command_in_namespaces([sys.executable, "-m", "pytest", *sys.argv[1:]])
+    os.execvpe(command[0], command, {**os.environ, _INSIDE: "1"})  # noqa: S606 - a list, no shell
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    lab.prepare()
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Every async test runs on both event loops."""
+    return {"uvloop": uvloop.new_event_loop, "asyncio": asyncio.new_event_loop}
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()

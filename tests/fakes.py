@@ -1,0 +1,15 @@
+"""Hand-written stand-ins, for what a test must control."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class FakeClock:
+    """A clock that goes only when told."""
+
+    now_s: float = 1_000.0
+
+    def __call__(self) -> float:
+        return self.now_s

@@ -1,0 +1,203 @@
+"""The picker's promises: exact turns, pins that slide, and passing over what fails."""
+
+from __future__ import annotations
+
+from tests.fakes import FakeClock
+from userspace_proxy.dataplane.picker import EJECT_S, Picker
+from userspace_proxy.model.endpoint import Endpoint
+
+A, B, C, D = (Endpoint(f"10.0.0.{n}", 80) for n in range(1, 5))
+
+
+def picker_over(*endpoints: Endpoint, clock: FakeClock, affinity_timeout_s: int | None = None) -> Picker:
+    picker = Picker(clock, affinity_timeout_s)
+    picker.set_endpoints(endpoints)
+    return picker
+
+
+def picks(picker: Picker, count: int, client_ip: str = "c") -> list[Endpoint | None]:
+    return [choice.endpoint if (choice := picker.pick(client_ip)) else None for _ in range(count)]
+
+
+def test_without_endpoints_there_is_nothing_to_pick(clock: FakeClock) -> None:
+    assert picks(picker_over(clock=clock), 2) == [None, None]
+
+
+def test_endpoints_take_turns_in_order(clock: FakeClock) -> None:
+    assert picks(picker_over(A, B, C, clock=clock), 7) == [A, B, C, A, B, C, A]
+
+
+def test_an_endpoint_that_joins_is_last_in_its_first_round_and_moves_nobodys_turn(clock: FakeClock) -> None:
+    picker = picker_over(A, B, clock=clock)
+    picks(picker, 1)
+
+    picker.set_endpoints([A, B, C])
+
+    assert picks(picker, 6) == [B, C, A, B, C, A]
+
+
+def test_an_endpoint_that_leaves_moves_nobodys_turn(clock: FakeClock) -> None:
+    picker = picker_over(A, B, C, D, clock=clock)
+    picks(picker, 2)
+
+    picker.set_endpoints([A, C, D])
+
+    assert picks(picker, 4) == [C, D, A, C]
+
+
+def test_equal_endpoints_in_another_order_change_nothing(clock: FakeClock) -> None:
+    picker = picker_over(A, B, C, clock=clock)
+    picks(picker, 1)
+
+    picker.set_endpoints([C, B, A])
+
+    assert picks(picker, 3) == [B, C, A]
+
+
+def test_a_client_stays_where_it_was_put_and_others_take_turns(clock: FakeClock) -> None:
+    picker = picker_over(A, B, C, clock=clock, affinity_timeout_s=10)
+
+    assert picks(picker, 3, "c1") == [A, A, A]
+    assert picks(picker, 2, "c2") == [B, B]
+    assert picks(picker, 1, "c1") == [A]
+    assert picks(picker, 1, "c3") == [C]
+
+
+def test_a_pin_slides_with_each_connection_and_ends_without(clock: FakeClock) -> None:
+    picker = picker_over(A, B, clock=clock, affinity_timeout_s=10_800)
+    picks(picker, 1)
+    for _ in range(3):
+        clock.now_s += 10_799
+        assert picks(picker, 1) == [A]
+
+    clock.now_s += 10_800
+
+    assert picks(picker, 1) == [B]
+
+
+def test_an_endpoint_that_joins_moves_no_pinned_client(clock: FakeClock) -> None:
+    picker = picker_over(A, clock=clock, affinity_timeout_s=10)
+    picks(picker, 1)
+
+    picker.set_endpoints([A, B, C])
+
+    assert picks(picker, 5) == [A] * 5
+
+
+def test_a_pinned_client_whose_endpoint_left_is_pinned_to_another(clock: FakeClock) -> None:
+    picker = picker_over(A, B, C, clock=clock, affinity_timeout_s=10)
+    picks(picker, 1)
+    picker.set_endpoints([B, C])
+    (moved,) = picks(picker, 1)
+
+    picker.set_endpoints([A, B, C])
+
+    assert moved in (B, C)
+    assert picks(picker, 3) == [moved] * 3
+
+
+def test_a_pinned_client_whose_endpoint_failed_is_pinned_to_another(clock: FakeClock) -> None:
+    picker = picker_over(A, B, C, clock=clock, affinity_timeout_s=10)
+    picks(picker, 1)
+    picker.report_failure(A)
+
+    second = picker.pick("c", tried={A.address: True})
+
+    assert second is not None
+    assert second.endpoint == B
+    assert picks(picker, 3) == [B] * 3
+
+
+def test_switching_affinity_off_lets_clients_take_turns(clock: FakeClock) -> None:
+    picker = picker_over(A, B, clock=clock, affinity_timeout_s=10)
+    picks(picker, 2)
+
+    picker.set_affinity(None)
+
+    assert set(picks(picker, 2)) == {A, B}
+
+
+def test_an_endpoint_that_refused_is_passed_over_until_its_time_is_up(clock: FakeClock) -> None:
+    picker = picker_over(A, B, clock=clock)
+    picker.report_failure(A)
+
+    assert picks(picker, 3) == [B, B, B]
+
+    clock.now_s += EJECT_S
+    assert A in picks(picker, 2)
+
+
+def test_of_many_connections_one_has_the_trial(clock: FakeClock) -> None:
+    picker = picker_over(A, B, clock=clock)
+    picker.report_failure(A)
+    clock.now_s += EJECT_S
+
+    assert picks(picker, 6).count(A) == 1
+
+    picker.report_success(A)
+    assert picks(picker, 4).count(A) == 2
+
+
+def test_the_time_doubles_with_each_failed_trial_up_to_a_minute(clock: FakeClock) -> None:
+    picker = picker_over(A, B, clock=clock)
+    waits = []
+    for _ in range(8):
+        picker.report_failure(A)
+        failed_at = clock.now_s
+        while A not in picks(picker, 2):
+            clock.now_s += 0.5
+        waits.append(clock.now_s - failed_at)
+
+    assert waits == [1, 2, 4, 8, 16, 32, 60, 60]
+
+
+def test_failures_of_connections_that_were_under_way_together_count_once(clock: FakeClock) -> None:
+    picker = picker_over(A, B, clock=clock)
+    for _ in range(50):
+        picker.report_failure(A)
+
+    clock.now_s += EJECT_S
+
+    assert A in picks(picker, 2)
+
+
+def test_the_last_endpoint_is_never_ejected(clock: FakeClock) -> None:
+    picker = picker_over(A, B, clock=clock)
+    picker.report_failure(A)
+    picker.report_failure(B)
+
+    assert B in picks(picker, 2)
+
+
+def test_a_connection_that_failed_everywhere_else_may_try_an_ejected_endpoint(clock: FakeClock) -> None:
+    picker = picker_over(A, B, clock=clock)
+    picker.report_failure(A)
+
+    choice = picker.pick("c", tried={B.address: True})
+
+    assert choice is not None
+    assert (choice.endpoint, choice.why) == (A, "last resort")
+
+
+def test_a_connection_is_never_sent_twice_to_where_it_failed(clock: FakeClock) -> None:
+    picker = picker_over(A, B, clock=clock)
+
+    assert picker.pick("c", tried={A.address: True, B.address: True}) is None
+
+
+def test_an_endpoint_that_comes_back_to_the_cluster_starts_afresh(clock: FakeClock) -> None:
+    picker = picker_over(A, B, clock=clock)
+    picker.report_failure(A)
+    picker.set_endpoints([B])
+
+    picker.set_endpoints([A, B])
+
+    assert set(picks(picker, 2)) == {A, B}
+
+
+def test_it_says_why(clock: FakeClock) -> None:
+    picker = picker_over(A, B, C, clock=clock, affinity_timeout_s=10)
+    first, again = picker.pick("c"), picker.pick("c")
+    other = picker.pick("c", tried={A.address: True})
+
+    assert [choice.why for choice in (first, again, other) if choice] == ["round robin", "affinity", "failover"]

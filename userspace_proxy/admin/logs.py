@@ -1,0 +1,108 @@
+"""How log lines and access-log lines look: text for people, JSON for machines."""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import queue
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from userspace_proxy.interfaces import AccessRecord
+from userspace_proxy.model.endpoint import join_address
+
+# Lines that wait for a slow disk; more are dropped and counted, because a client must not wait for a log.
+_WAITING_MAX = 10_000
+
+
+class JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": _utc(record.created),
+            "level": record.levelname.lower(),
+            "logger": record.name.removeprefix("userspace_proxy."),
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(line).decode()
+
+
+class TextFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        said = f"{clock}.{int(record.msecs):03d} {record.levelname:7} {record.getMessage()}"
+        return f"{said}\n{self.formatException(record.exc_info)}" if record.exc_info else said
+
+
+def configure_logging(log_format: str, *, verbose: bool = False) -> None:
+    """Send the program's log to stderr; DEBUG (a line for each connection) only when *verbose*."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("userspace_proxy").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+class AccessLog:
+    """Writes a line for each connection and flow that ended, from a thread of its own."""
+
+    def __init__(self, target: str, log_format: str) -> None:
+        handler: logging.Handler
+        if target == "-":
+            handler = logging.StreamHandler(sys.stdout)
+        else:
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+            handler = logging.handlers.WatchedFileHandler(target)  # logrotate may move it away
+        self.dropped = 0
+        self._render: Callable[[AccessRecord], str] = _as_json if log_format == "json" else _as_text
+        self._queue: queue.Queue[logging.LogRecord] = queue.Queue(_WAITING_MAX)
+        self._listener = logging.handlers.QueueListener(self._queue, handler)
+        self._listener.start()
+
+    def write(self, record: AccessRecord) -> None:
+        line = logging.LogRecord("access", logging.INFO, "", 0, self._render(record), None, None)
+        try:
+            self._queue.put_nowait(line)
+        except queue.Full:
+            self.dropped += 1
+
+    def close(self) -> None:
+        self._listener.stop()
+
+
+def _as_text(record: AccessRecord) -> str:
+    endpoint = record.endpoint or "-"
+    return (
+        f"{_utc(time.time())} {record.service_port} {record.protocol} {join_address(*record.client)}"
+        f" -> {record.portal or '-'} -> {endpoint} ({record.why or '-'})"
+        f" up={record.bytes_to_backend} down={record.bytes_to_client}"
+        f" {record.duration_s * 1000:.1f}ms {record.how}"
+    )
+
+
+def _as_json(record: AccessRecord) -> str:
+    line = {
+        "time": _utc(time.time()),
+        "service": str(record.service_port.service),
+        "port": record.service_port.port_name,
+        "protocol": str(record.protocol),
+        "client": join_address(*record.client),
+        "portal": str(record.portal) if record.portal else None,
+        "endpoint": str(record.endpoint) if record.endpoint else None,
+        "why": record.why,
+        "bytesToBackend": record.bytes_to_backend,
+        "bytesToClient": record.bytes_to_client,
+        "durationMs": round(record.duration_s * 1000, 3),
+        "end": record.how,
+    }
+    return msgspec.json.encode(line).decode()
+
+
+def _utc(at: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(at)) + f".{int(at % 1 * 1000):03d}Z"

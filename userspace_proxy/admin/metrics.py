@@ -1,0 +1,117 @@
+"""Prometheus metrics: the data plane adds ints, a scrape collects them here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from userspace_proxy import __version__
+from userspace_proxy.interfaces import Counters, PlaneStats
+
+
+class ControlStats(NamedTuple):
+    """What the control side tells of itself."""
+
+    service_ports: int
+    rule_loads: int
+    rule_repairs: int
+    last_sync_at: float
+    problems: int
+    unopened: int
+    access_lines_dropped: int
+
+
+# Metric -> what it says, its Counters field, and whether it only goes up.
+_FAMILIES = (
+    ("connections", "TCP connections accepted for a service port", "accepted", True),
+    ("open_connections", "TCP connections open now", "open", False),
+    ("failed_connections", "TCP connections reset because no endpoint could be reached", "failed", True),
+    ("refused_connections", "TCP connections that came to a proxy port by another way than a portal", "refused", True),
+    ("to_backends_bytes", "bytes of ended connections and flows, client to backend", "bytes_to_backends", True),
+    ("to_clients_bytes", "bytes of ended connections and flows, backend to client", "bytes_to_clients", True),
+    ("dial_failures", "attempts to reach an endpoint that failed", "dial_failures", True),
+    ("retries", "attempts after the first one of a connection or flow", "retries", True),
+    ("ejections", "times an endpoint was passed over for a while", "ejections", True),
+    ("udp_flows", "UDP flows begun", "flows_total", True),
+    ("udp_open_flows", "UDP flows now", "flows", False),
+    ("udp_evicted_flows", "UDP flows that made way for others", "flows_evicted", True),
+    ("udp_dropped_datagrams", "datagrams that could not be passed on", "datagrams_dropped", True),
+)
+_LABELS = ("namespace", "service", "port", "protocol")
+
+
+class _Scrape(Collector):
+    def __init__(self, plane: PlaneStats, control: ControlStats) -> None:
+        self._plane = plane
+        self._control = control
+
+    def collect(self) -> Iterator[Metric]:
+        services = [
+            ((n.service.namespace, n.service.name, n.port_name, str(n.protocol)), counters)
+            for n, counters in self._plane.services.items()
+        ]
+        for name, text, field, rises in _FAMILIES:
+            yield _family(f"userspace_proxy_{name}", text, _values(services, name, field), rises=rises)
+        yield from self._single()
+
+    def _single(self) -> Iterator[Metric]:
+        plane, control = self._plane, self._control
+        for name, text, value, rises in (
+            ("connections_open_all", "TCP connections open now, all service ports", plane.connections_open, False),
+            ("accept_pauses", "times accepting was paused for want of descriptors", plane.accept_paused, True),
+            ("local_shortages", "times this host ran out of ports, descriptors or memory", plane.local_shortages, True),
+            ("service_ports", "service ports that are served", control.service_ports, False),
+            ("rule_loads", "rule loads that succeeded", control.rule_loads, True),
+            (
+                "rule_repairs",
+                "times rules were loaded again because somebody else changed them",
+                control.rule_repairs,
+                True,
+            ),
+            ("last_sync_timestamp_seconds", "when the last sync succeeded", control.last_sync_at, False),
+            ("object_problems", "objects and files that cannot be used as they are", control.problems, False),
+            ("unopened_service_ports", "service ports without a listener", control.unopened, False),
+            (
+                "access_log_lines_dropped",
+                "access-log lines dropped because the disk was slow",
+                control.access_lines_dropped,
+                True,
+            ),
+        ):
+            family = (CounterMetricFamily if rises else GaugeMetricFamily)(f"userspace_proxy_{name}", text)
+            family.add_metric([], value)
+            yield family
+        info = GaugeMetricFamily("userspace_proxy_build_info", "the version that runs", labels=["version"])
+        info.add_metric([__version__], 1)
+        yield info
+
+
+def _values(
+    services: Iterable[tuple[tuple[str, str, str, str], Counters]], name: str, field: str
+) -> Iterator[tuple[tuple[str, str, str, str], int]]:
+    """Yield labels and value; what only TCP or only UDP can have is not shown for the other."""
+    for labels, counters in services:
+        if ("connections" in name and labels[3] == "UDP") or (name.startswith("udp_") and labels[3] == "TCP"):
+            continue
+        yield labels, getattr(counters, field)
+
+
+def _family(
+    name: str, text: str, values: Iterable[tuple[tuple[str, str, str, str], int]], *, rises: bool
+) -> CounterMetricFamily | GaugeMetricFamily:
+    make: Callable[..., CounterMetricFamily | GaugeMetricFamily] = CounterMetricFamily if rises else GaugeMetricFamily
+    family = make(name, text, labels=_LABELS)
+    for labels, value in values:
+        family.add_metric(labels, value)
+    return family
+
+
+def render(plane: PlaneStats, control: ControlStats) -> bytes:
+    """Return the text of one scrape."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Scrape(plane, control))
+    return generate_latest(registry)

@@ -1,0 +1,117 @@
+"""/healthz and /livez for load balancers and kubelets, /metrics for Prometheus.
+
+Two addresses, as kube-proxy has them: health on every address, all else on loopback.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from userspace_proxy.errors import StartError
+
+_HEADERS = {"X-Content-Type-Options": "nosniff"}
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Whether we do our work; ``reason`` says why not. ``problems`` are worth a look and no reason to be replaced."""
+
+    healthy: bool
+    reason: str = ""
+    last_updated: float | None = None
+    problems: list[str] = field(default_factory=list)
+
+
+class AdminServer:
+    """Serves both addresses until closed."""
+
+    def __init__(self, health: Callable[[], Health], metrics: Callable[[], Awaitable[bytes]], mode: str) -> None:
+        self._health = health
+        self._metrics = metrics
+        self._mode = mode
+        self._runners: list[web.AppRunner] = []
+
+    async def start(self, healthz_address: str, metrics_address: str) -> None:
+        """Bind both addresses; "" for none.
+
+        Raises:
+            StartError: one is taken or cannot be bound.
+        """
+        await self._serve(
+            "--healthz-bind-address", healthz_address, {"/healthz": self._healthz, "/livez": self._healthz}
+        )
+        await self._serve(
+            "--metrics-bind-address",
+            metrics_address,
+            {"/metrics": self._get_metrics, "/healthz": self._healthz, "/proxyMode": self._get_mode},
+        )
+
+    async def _serve(self, flag: str, address: str, routes: dict[str, Any]) -> None:
+        if not address:
+            return
+        host, port = split_address(address, flag)
+        app = web.Application()
+        for path, handler in routes.items():
+            app.router.add_get(path, handler)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
+        await runner.setup()
+        self._runners.append(runner)
+        try:
+            await web.TCPSite(runner, host, port).start()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            hint = "another program has it" if "in use" in str(error).lower() else "this host does not have it"
+            raise StartError(
+                f"{flag} {address} cannot be bound: {hint} ({reason}); choose another, or '' for none"
+            ) from None
+
+    async def close(self) -> None:
+        for runner in self._runners:
+            await runner.cleanup()
+
+    async def _healthz(self, _request: web.Request) -> web.Response:
+        health = self._health()
+        now = time.time()
+        body: dict[str, object] = {
+            "lastUpdated": _rfc3339(now if health.healthy else health.last_updated),
+            "currentTime": _rfc3339(now),
+            "healthy": health.healthy,
+        }
+        if health.reason:
+            body["reason"] = health.reason
+        if health.problems:
+            body["problems"] = health.problems
+        text = msgspec.json.encode(body).decode()
+        return web.Response(
+            text=text, status=200 if health.healthy else 503, content_type="application/json", headers=_HEADERS
+        )
+
+    async def _get_metrics(self, _request: web.Request) -> web.Response:
+        return web.Response(
+            body=await self._metrics(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+        )
+
+    async def _get_mode(self, _request: web.Request) -> web.Response:
+        return web.Response(text=self._mode, headers=_HEADERS)
+
+
+def split_address(address: str, flag: str) -> tuple[str, int]:
+    """Return host and port of ``127.0.0.1:10249``, ``[::1]:10249`` or ``:10249``.
+
+    Raises:
+        StartError: it is none of these.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or int(port) > 65_535:
+        raise StartError(f"{flag} {address!r} is no address; write one such as 127.0.0.1:10249")
+    return host.strip("[]") or "0.0.0.0", int(port)  # noqa: S104 - ":10256" means every address, as in Go
+
+
+def _rfc3339(at: float | None) -> str | None:
+    return None if at is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))

@@ -1,0 +1,25 @@
+"""What the API says: typed structs of the kinds we read, shared by every source."""
+
+from userspace_proxy.api.convert import KINDS, KubernetesObject, convert
+from userspace_proxy.api.objects import (
+    Endpoints,
+    EndpointSlice,
+    Node,
+    ObjectMeta,
+    Pod,
+    Service,
+    ServicePort,
+)
+
+__all__ = [
+    "KINDS",
+    "EndpointSlice",
+    "Endpoints",
+    "KubernetesObject",
+    "Node",
+    "ObjectMeta",
+    "Pod",
+    "Service",
+    "ServicePort",
+    "convert",
+]

@@ -1,0 +1,161 @@
+"""The fields that a proxy reads of each kind; all others are skipped.
+
+Go sends ``null`` for an empty list, so every field may be None. Nothing is checked here but types:
+what makes sense is decided in control/decode.py.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+# The API writes initialisms in capitals (clusterIP, podIPs), which no camel-case rule produces.
+_INITIALISMS = {"ip": "IP", "ips": "IPs"}
+
+
+def _api_name(field: str) -> str:
+    first, *rest = field.split("_")
+    return first + "".join(_INITIALISMS.get(word) or word.capitalize() for word in rest)
+
+
+class ObjectMeta(Struct, rename=_api_name, frozen=True):
+    name: str = ""
+    namespace: str | None = None
+    labels: dict[str, str] | None = None
+    annotations: dict[str, str] | None = None
+    deletion_timestamp: str | None = None
+
+
+# ---- Service
+
+
+class ServicePort(Struct, rename=_api_name, frozen=True):
+    port: int
+    name: str | None = None
+    protocol: str | None = None
+    target_port: int | str | None = None
+    node_port: int | None = None
+
+
+class ClientIPConfig(Struct, rename=_api_name, frozen=True):
+    timeout_seconds: int | None = None
+
+
+class SessionAffinityConfig(Struct, rename=_api_name, frozen=True):
+    client_ip: ClientIPConfig | None = None
+
+
+class ServiceSpec(Struct, rename=_api_name, frozen=True):
+    type: str | None = None
+    selector: dict[str, str] | None = None
+    cluster_ip: str | None = None
+    cluster_ips: list[str] | None = None
+    external_ips: list[str] | None = None
+    ports: list[ServicePort] | None = None
+    session_affinity: str | None = None
+    session_affinity_config: SessionAffinityConfig | None = None
+    publish_not_ready_addresses: bool | None = None
+    ip_family_policy: str | None = None
+    ip_families: list[str] | None = None
+
+
+class Service(Struct, rename=_api_name, frozen=True):
+    metadata: ObjectMeta
+    spec: ServiceSpec | None = None
+
+
+# ---- EndpointSlice
+
+
+class EndpointConditions(Struct, rename=_api_name, frozen=True):
+    ready: bool | None = None
+    serving: bool | None = None
+    terminating: bool | None = None
+
+
+class SliceEndpoint(Struct, rename=_api_name, frozen=True):
+    addresses: list[str] | None = None
+    conditions: EndpointConditions | None = None
+    node_name: str | None = None
+
+
+class EndpointPort(Struct, rename=_api_name, frozen=True):
+    """A port of an EndpointSlice or of an Endpoints subset."""
+
+    port: int | None = None
+    name: str | None = None
+    protocol: str | None = None
+
+
+class EndpointSlice(Struct, rename=_api_name, frozen=True):
+    metadata: ObjectMeta
+    address_type: str = "IPv4"
+    endpoints: list[SliceEndpoint] | None = None
+    ports: list[EndpointPort] | None = None
+
+
+# ---- Endpoints, the older form
+
+
+class EndpointAddress(Struct, rename=_api_name, frozen=True):
+    ip: str
+    node_name: str | None = None
+
+
+class EndpointSubset(Struct, rename=_api_name, frozen=True):
+    addresses: list[EndpointAddress] | None = None
+    not_ready_addresses: list[EndpointAddress] | None = None
+    ports: list[EndpointPort] | None = None
+
+
+class Endpoints(Struct, rename=_api_name, frozen=True):
+    metadata: ObjectMeta
+    subsets: list[EndpointSubset] | None = None
+
+
+# ---- Pod
+
+
+class ContainerPort(Struct, rename=_api_name, frozen=True):
+    container_port: int
+    name: str | None = None
+    protocol: str | None = None
+
+
+class Container(Struct, rename=_api_name, frozen=True):
+    ports: list[ContainerPort] | None = None
+    restart_policy: str | None = None
+
+
+class PodSpec(Struct, rename=_api_name, frozen=True):
+    containers: list[Container] | None = None
+    init_containers: list[Container] | None = None
+    node_name: str | None = None
+
+
+class PodIP(Struct, rename=_api_name, frozen=True):
+    ip: str | None = None
+
+
+class PodCondition(Struct, rename=_api_name, frozen=True):
+    type: str
+    status: str
+
+
+class PodStatus(Struct, rename=_api_name, frozen=True):
+    phase: str | None = None
+    pod_ip: str | None = None
+    pod_ips: list[PodIP] | None = None
+    conditions: list[PodCondition] | None = None
+
+
+class Pod(Struct, rename=_api_name, frozen=True):
+    metadata: ObjectMeta
+    spec: PodSpec | None = None
+    status: PodStatus | None = None
+
+
+# ---- Node
+
+
+class Node(Struct, rename=_api_name, frozen=True):
+    metadata: ObjectMeta

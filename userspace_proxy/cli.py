@@ -1,0 +1,273 @@
+"""argv -> Settings: one function a command, and the exit codes.
+
+0 done, 1 the input or the world is wrong (said in one line on stderr), 2 usage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from userspace_proxy import __version__
+from userspace_proxy.errors import StartError, SyncError
+from userspace_proxy.settings import Network, Settings
+
+_DEFAULTS = Settings()
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _fail(message: object) -> NoReturn:
+    click.echo(f"userspace-proxy: {message}", err=True)
+    sys.exit(1)
+
+
+# ---- values
+
+
+class _Cidrs(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5
+    name = "CIDR[,CIDR]"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Network, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            networks = tuple(ipaddress.ip_network(part.strip()) for part in str(value).split(","))
+        except ValueError as error:
+            self.fail(f"{error}; write a range such as 10.96.0.0/16", param, ctx)
+        if len({network.version for network in networks}) != len(networks):
+            self.fail("one range for each IP family at most", param, ctx)
+        return networks
+
+
+class _PortRange(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5
+    name = "A-B"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        first, _, last = str(value).partition("-")
+        if not (first.isdigit() and last.isdigit() and 1 <= int(first) < int(last) <= 65_535):
+            self.fail(f"{value!r} is no port range; write one such as 10000-29999", param, ctx)
+        return int(first), int(last)
+
+
+class _Seconds(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5
+    """Seconds: 5, 0.25, or as kube-proxy writes them: 250ms, 30s, 1m30s, 24h."""
+
+    name = "DURATION"
+    _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, (int, float)):
+            return float(value)
+        text, total_s, number = str(value).strip(), 0.0, ""
+        try:
+            return _not_negative(float(text))
+        except ValueError:
+            pass
+        while text:
+            digits = len(text) - len(text.lstrip("0123456789."))
+            number, rest = text[:digits], text[digits:]
+            unit = next((u for u in self._UNITS if rest.startswith(u)), None)
+            if not number or unit is None:
+                self.fail(f"{value!r} is no duration; write seconds, or such as 250ms, 30s, 1m30s", param, ctx)
+            total_s += float(number) * self._UNITS[unit]
+            text = rest[len(unit) :]
+        return total_s
+
+
+def _not_negative(seconds: float) -> float:
+    if not 0 <= seconds < float("inf"):
+        raise ValueError
+    return seconds
+
+
+def _options(*options: Callable[[_Function], _Function]) -> Callable[[_Function], _Function]:
+    def decorate(function: _Function) -> _Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+_PATHS = click.argument("paths", nargs=-1, metavar="PATH...", required=True)
+_CLUSTER_IPS = click.option(
+    "--service-cluster-ip-range",
+    "service_cluster_ip_ranges",
+    type=_Cidrs(),
+    default=_DEFAULTS.service_cluster_ip_ranges,
+    show_default="10.96.0.0/16",
+    help="Where Services that state no clusterIP get one from; one range a family.",
+)
+_RULES = click.option(
+    "--rules",
+    type=click.Choice(["auto", "nftables", "iptables"]),
+    default=_DEFAULTS.rules,
+    show_default=True,
+    help="The rule language.",
+)
+_PROXY_PORTS = click.option(
+    "--proxy-port-range",
+    type=_PortRange(),
+    default=_DEFAULTS.proxy_port_range,
+    show_default="10000-29999",
+    help="Local ports that rules redirect to.",
+)
+
+_RUN_OPTIONS = _options(
+    _RULES,
+    click.option(
+        "--capture",
+        type=click.Choice(["auto", "redirect", "address"]),
+        default=_DEFAULTS.capture,
+        show_default=True,
+        help="REDIRECT, or DNAT to a private address on lo (where interfaces have none of their own).",
+    ),
+    _CLUSTER_IPS,
+    _PROXY_PORTS,
+    click.option(
+        "--state-dir",
+        type=click.Path(path_type=Path),
+        show_default="/var/lib/userspace-proxy, if writable",
+        help="Remembers allocated cluster IPs and proxy ports.",
+    ),
+    click.option(
+        "--healthz-bind-address",
+        metavar="ADDRESS",
+        default=_DEFAULTS.healthz_bind_address,
+        show_default=True,
+        help="/healthz and /livez; '' for none.",
+    ),
+    click.option(
+        "--metrics-bind-address",
+        metavar="ADDRESS",
+        default=_DEFAULTS.metrics_bind_address,
+        show_default=True,
+        help="/metrics and /proxyMode; '' for none.",
+    ),
+    click.option(
+        "--min-sync-period",
+        "min_sync_period_s",
+        type=_Seconds(),
+        default=_DEFAULTS.min_sync_period_s,
+        show_default=True,
+        help="At least so long between two rule loads.",
+    ),
+    click.option(
+        "--sync-period",
+        "sync_period_s",
+        type=_Seconds(),
+        default=_DEFAULTS.sync_period_s,
+        show_default=True,
+        help="At most so long until a failed sync is tried again.",
+    ),
+    click.option(
+        "--drain-timeout",
+        "drain_timeout_s",
+        type=_Seconds(),
+        default=_DEFAULTS.drain_timeout_s,
+        show_default=True,
+        help="What open connections get when the proxy stops.",
+    ),
+    click.option(
+        "--idle-timeout",
+        "idle_timeout_s",
+        type=_Seconds(),
+        default=_DEFAULTS.idle_timeout_s,
+        show_default="24h",
+        help="Ends connections on which nothing moves; 0 for never.",
+    ),
+    click.option(
+        "--half-closed-timeout",
+        "half_closed_timeout_s",
+        type=_Seconds(),
+        default=_DEFAULTS.half_closed_timeout_s,
+        show_default="1h",
+        help="The same once one direction has ended; 0 for never.",
+    ),
+    click.option(
+        "--dead-peer-timeout",
+        "dead_peer_timeout_s",
+        type=_Seconds(),
+        default=_DEFAULTS.dead_peer_timeout_s,
+        show_default=True,
+        help="Ends connections whose peer is gone without a word.",
+    ),
+    click.option(
+        "--udp-timeout",
+        "udp_timeout_s",
+        type=_Seconds(),
+        show_default="as conntrack has it",
+        help="Ends idle UDP flows.",
+    ),
+    click.option(
+        "--udp-flows-per-service",
+        type=click.IntRange(min=1),
+        default=_DEFAULTS.udp_flows_per_service,
+        show_default=True,
+        help="More make the one idle for longest go.",
+    ),
+    click.option("--loop", type=click.Choice(["uvloop", "asyncio"]), default=_DEFAULTS.loop, show_default=True),
+    click.option("--log-format", type=click.Choice(["text", "json"]), default=_DEFAULTS.log_format, show_default=True),
+    click.option("--access-log", metavar="FILE", default="", help="A line for each connection; '-' is stdout."),
+    click.option("-v", "--verbose", is_flag=True, help="Log single connections too."),
+)
+
+
+# ---- commands
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, "--version", prog_name="userspace-proxy", message="%(prog)s %(version)s")
+def commands() -> None:
+    """A userspace-mode Kubernetes service proxy.
+
+    No client sees a dead backend, and the proxy can say why it chose what it chose.
+    """
+
+
+@commands.command()
+@_PATHS
+@_RUN_OPTIONS
+def run(**options: Any) -> None:
+    """Serve the Services in PATH... (manifest files, folders of them, - for stdin) on this node."""
+    from userspace_proxy import app
+    from userspace_proxy.admin.logs import configure_logging
+
+    settings = Settings(**options)
+    configure_logging(settings.log_format, verbose=settings.verbose)
+    try:
+        app.run(settings)
+    except* (StartError, SyncError) as errors:
+        _fail(_first(errors))
+
+
+@commands.command()
+def cleanup() -> None:
+    """Remove every rule, route and address of ours, whatever crashed. Nothing else is touched."""
+    from userspace_proxy import app
+
+    try:
+        asyncio.run(app.cleanup())
+    except (StartError, SyncError) as error:
+        _fail(error)
+    click.echo("nothing of userspace-proxy is left in this network namespace")
+
+
+def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; never returns where a command fails."""
+    commands.main(args=arguments, prog_name="userspace-proxy")

@@ -1,0 +1,1 @@
+"""Wishes -> state -> sync: everything that is decided off the packet path."""

@@ -1,0 +1,90 @@
+"""The loop: events -> tracker -> pacer -> sink. The last good state stays in force whatever fails."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from userspace_proxy.control.pacer import Pacer
+from userspace_proxy.control.tracker import Tracker
+from userspace_proxy.errors import SyncError
+from userspace_proxy.interfaces import EventType, Source, StateSink
+
+log = logging.getLogger(__name__)
+
+
+class Controller:
+    """Owns the way from a source to a sink.
+
+    ``synced_at``: wall-clock second of the last sync that succeeded, None before the first.
+    ``error``: why the last sync failed, "" if it did not; ``failing_since`` since when.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tracker: Tracker,
+        sink: StateSink,
+        pacer: Pacer,
+        after_sync: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._source = source
+        self._tracker = tracker
+        self._sink = sink
+        self._pacer = pacer
+        self._after_sync = after_sync
+        self._changed = asyncio.Event()
+        self.ready = asyncio.Event()
+        self.synced_at: float | None = None
+        self.failing_since: float | None = None
+        self.error = ""
+        self.syncs = 0
+
+    async def run(self) -> None:
+        """Run until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._follow(), name="follow")
+            group.create_task(self._sync_for_ever(), name="sync")
+
+    async def _follow(self) -> None:
+        synced = False
+        async for events in self._source.events():
+            self._tracker.apply(events)
+            synced = synced or any(event.type is EventType.SYNCED for event in events)
+            if synced:  # never before: a half-read state would take away what the other half serves
+                self._changed.set()
+
+    async def _sync_for_ever(self) -> None:
+        while True:
+            await self._changed.wait()
+            await asyncio.sleep(self._pacer.delay_s())
+            self._changed.clear()
+            await self._sync()
+
+    async def _sync(self) -> None:
+        started_at = time.monotonic()
+        try:
+            state = self._tracker.state()
+            await self._sink.sync(state)
+        except SyncError as error:
+            self._pacer.note_end(succeeded=False)
+            self._changed.set()  # try again
+            self.failing_since = self.failing_since or time.time()
+            if self.error != str(error):
+                log.error("the rules could not be loaded, what was in force stays: %s", error)  # noqa: TRY400
+            self.error = str(error)
+            return
+        self._pacer.note_end(succeeded=True)
+        if self.error:
+            log.info("the rules could be loaded again")
+        self.error, self.failing_since = "", None
+        self.synced_at = time.time()
+        self.syncs += 1
+        self._after_sync()
+        took_ms = (time.monotonic() - started_at) * 1000
+        log.debug("sync of %d service ports took %.1f ms", len(state.service_ports), took_ms)
+        if not self.ready.is_set():
+            self.ready.set()
+            log.info("ready: %d service ports are served", len(state.service_ports))

@@ -1,0 +1,331 @@
+"""API structs -> model values. Pure; what makes no sense is refused with the field and the mend.
+
+A ConfigError that is *raised* refuses the whole object; one that is *returned* is about one port, and the
+object's other ports go on.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+from userspace_proxy import api
+from userspace_proxy.errors import ConfigError
+from userspace_proxy.model.endpoint import Endpoint, without_duplicates
+from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
+from userspace_proxy.model.service import ServicePort
+
+SERVICE_NAME_LABEL = "kubernetes.io/service-name"
+AFFINITY_TIMEOUT_S = 10_800
+AFFINITY_TIMEOUT_MAX_S = 86_400
+
+# A service's endpoints by what an EndpointSlice port is matched with: its name and protocol (behaviours S6).
+PortKey = tuple[str, str]
+EndpointsByPort = Mapping[PortKey, list[Endpoint]]
+
+_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+_TYPES = ("ClusterIP", "NodePort", "LoadBalancer", "ExternalName")
+_PROTOCOLS = ("TCP", "UDP", "SCTP")
+
+
+# ---- Service
+
+
+def is_proxied(service: api.Service) -> bool:
+    """Return whether a proxy has anything to do with *service* (behaviours S1)."""
+    spec = service.spec
+    return spec is not None and spec.type != "ExternalName" and spec.cluster_ip != "None"
+
+
+def check_service(service: api.Service) -> None:
+    """Raise ConfigError for the first thing that makes *service* unusable as a whole."""
+    name, spec = service.metadata.name, service.spec
+    if not _LABEL.fullmatch(name):
+        raise ConfigError(f"{name!r} is not a valid name", field="metadata.name", mend=_as_label(name))
+    if spec is None:
+        raise ConfigError("the Service has no spec", mend="add spec.ports")
+    if spec.type is not None and spec.type not in _TYPES:
+        raise ConfigError(
+            f"{spec.type!r} is no Service type", field="spec.type", mend=f"write one of {', '.join(_TYPES)}"
+        )
+    if not is_proxied(service):
+        return
+    if not spec.ports:
+        raise ConfigError(
+            "the Service has no ports", field="spec", mend="add spec.ports, a list with at least one port"
+        )
+    _check_ports(spec.ports)
+    _check_affinity(spec)
+    for field, ip in _cluster_ip_fields(spec):
+        canonical_ip(ip, field)
+    for index, ip in enumerate(spec.external_ips or ()):
+        canonical_ip(ip, f"spec.externalIPs[{index}]")
+
+
+def _check_ports(ports: list[api.ServicePort]) -> None:
+    names: dict[str, int] = {}
+    numbers: dict[tuple[int, str], int] = {}
+    for index, port in enumerate(ports):
+        field = f"spec.ports[{index}]"
+        _check_number(port.port, f"{field}.port")
+        if isinstance(port.target_port, int):
+            _check_number(port.target_port, f"{field}.targetPort")
+        if port.node_port:
+            _check_number(port.node_port, f"{field}.nodePort")
+        protocol = port.protocol or "TCP"
+        if protocol not in _PROTOCOLS:
+            raise ConfigError(f"{protocol!r} is no protocol", field=f"{field}.protocol", mend="write TCP or UDP")
+        if len(ports) > 1 and not port.name:
+            raise ConfigError(
+                "a Service with several ports must name each", field=field, mend="add a name, such as 'name: http'"
+            )
+        if port.name:
+            if not _LABEL.fullmatch(port.name):
+                raise ConfigError(
+                    f"{port.name!r} is not a valid name", field=f"{field}.name", mend=_as_label(port.name)
+                )
+            if (first := names.setdefault(port.name, index)) != index:
+                raise ConfigError(
+                    f"the name {port.name!r} is already that of ports[{first}]",
+                    field=f"{field}.name",
+                    mend="give each port a name of its own",
+                )
+        if (first := numbers.setdefault((port.port, protocol), index)) != index:
+            raise ConfigError(
+                f"{protocol} port {port.port} is already ports[{first}]",
+                field=f"{field}.port",
+                mend="remove one of them",
+            )
+
+
+def _check_number(port: int, field: str) -> None:
+    if not 1 <= port <= 65_535:
+        raise ConfigError(f"{port} is not a port", field=field, mend="write a number from 1 to 65535")
+
+
+def _check_affinity(spec: api.objects.ServiceSpec) -> None:
+    if spec.session_affinity not in (None, "", "None", "ClientIP"):
+        raise ConfigError(
+            f"{spec.session_affinity!r} is no session affinity",
+            field="spec.sessionAffinity",
+            mend="write ClientIP or None",
+        )
+    timeout_s = _affinity_timeout_s(spec)
+    if timeout_s is not None and not 1 <= timeout_s <= AFFINITY_TIMEOUT_MAX_S:
+        raise ConfigError(
+            f"{timeout_s} s is out of range",
+            field="spec.sessionAffinityConfig.clientIP.timeoutSeconds",
+            mend=f"write a number from 1 to {AFFINITY_TIMEOUT_MAX_S}",
+        )
+
+
+def _affinity_timeout_s(spec: api.objects.ServiceSpec) -> int | None:
+    if spec.session_affinity != "ClientIP":
+        return None
+    config = spec.session_affinity_config
+    given = config.client_ip.timeout_seconds if config and config.client_ip else None
+    return AFFINITY_TIMEOUT_S if given is None else given
+
+
+def _cluster_ip_fields(spec: api.objects.ServiceSpec) -> list[tuple[str, str]]:
+    if spec.cluster_ips:
+        return [(f"spec.clusterIPs[{index}]", ip) for index, ip in enumerate(spec.cluster_ips)]
+    return [("spec.clusterIP", spec.cluster_ip)] if spec.cluster_ip else []
+
+
+def given_cluster_ips(service: api.Service) -> list[tuple[str, str]]:
+    """Return (field, canonical IP) for each cluster IP that *service* states."""
+    assert service.spec is not None
+    return [(field, canonical_ip(ip, field)) for field, ip in _cluster_ip_fields(service.spec)]
+
+
+def canonical_ip(ip: str, field: str = "") -> str:
+    """Return *ip* in canonical form; zeros in front are read as decimal, as older manifests write them.
+
+    Raises:
+        ConfigError: it is no IP address.
+    """
+    text = ip.strip()
+    if "." in text and ":" not in text:
+        text = ".".join(part.lstrip("0") or "0" for part in text.split("."))
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        if ip.strip().lower() == "none":
+            raise ConfigError(
+                f"{ip!r} is no IP address", field=field, mend="a headless Service has 'None', with a capital N"
+            ) from None
+        raise ConfigError(
+            f"{ip!r} is no IP address", field=field, mend="write one such as 10.96.0.10, or leave it out"
+        ) from None
+
+
+def service_ports(
+    name: NamespacedName, service: api.Service, cluster_ips: tuple[str, ...]
+) -> tuple[dict[int, ServicePort], list[ConfigError]]:
+    """Return the ports of a checked *service* by their index in ``spec.ports``, and what is wrong with the others."""
+    spec = service.spec
+    assert spec is not None
+    found: dict[int, ServicePort] = {}
+    problems = []
+    external = tuple(canonical_ip(ip) for ip in spec.external_ips or ())
+    for index, port in enumerate(spec.ports or ()):
+        protocol = port.protocol or "TCP"
+        if protocol not in L4Protocol.__members__:
+            problems.append(
+                ConfigError(
+                    f"{protocol!r} cannot be proxied, only TCP and UDP can",
+                    field=f"spec.ports[{index}].protocol",
+                    mend="the Service's other ports are served",
+                )
+            )
+            continue
+        found[index] = ServicePort(
+            name=ServicePortName(name, port.name or "", L4Protocol(protocol)),
+            port=port.port,
+            cluster_ips=cluster_ips,
+            node_port=port.node_port or 0,
+            external_ips=external,
+            affinity_timeout_s=_affinity_timeout_s(spec),
+        )
+    return found, problems
+
+
+def _as_label(name: str) -> str:
+    suggestion = re.sub(r"[^a-z0-9-]+", "-", name.lower()).strip("-")[:63].strip("-")
+    hint = f", such as {suggestion!r}" if suggestion else ""
+    return f"use small letters, digits and '-', 63 at most, first and last no '-'{hint}"
+
+
+# ---- endpoints, as EndpointSlice, Endpoints and Pod state them
+
+
+def service_of(piece: api.EndpointSlice, namespace: str) -> NamespacedName | None:
+    """Return the Service that an EndpointSlice belongs to; None where it says none (behaviours S4)."""
+    name = (piece.metadata.labels or {}).get(SERVICE_NAME_LABEL)
+    return NamespacedName(namespace, name) if name else None
+
+
+def from_slices(slices: Iterable[api.EndpointSlice]) -> EndpointsByPort:
+    """Return the endpoints of one Service's *slices*; what is incomplete is passed over (behaviours S4, S6)."""
+    found: dict[PortKey, list[Endpoint]] = defaultdict(list)
+    for piece in slices:
+        if piece.address_type not in ("IPv4", "IPv6"):
+            continue
+        for port in piece.ports or ():
+            if not port.port:
+                continue
+            endpoints = found[port.name or "", port.protocol or "TCP"]
+            for item in piece.endpoints or ():
+                ip = _ip_or_none(item.addresses[0]) if item.addresses else None
+                if ip is None:
+                    continue
+                conditions = item.conditions
+                endpoints.append(
+                    Endpoint(
+                        ip=ip,
+                        port=port.port,
+                        ready=conditions is None or conditions.ready is not False,
+                        serving=conditions is None or conditions.serving is not False,
+                        terminating=conditions is not None and conditions.terminating is True,
+                        node_name=item.node_name,
+                    )
+                )
+    return found
+
+
+def from_endpoints(given: api.Endpoints) -> EndpointsByPort:
+    """Return the endpoints of an Endpoints object, the older form of EndpointSlices."""
+    found: dict[PortKey, list[Endpoint]] = defaultdict(list)
+    for subset in given.subsets or ():
+        for port in subset.ports or ():
+            endpoints = found[port.name or "", port.protocol or "TCP"]
+            for addresses, ready in ((subset.addresses, True), (subset.not_ready_addresses, False)):
+                for address in addresses or ():
+                    ip = _ip_or_none(address.ip)
+                    if port.port and ip is not None:
+                        endpoints.append(Endpoint(ip, port.port, ready, ready, node_name=address.node_name))
+    return found
+
+
+def from_pods(service: api.Service, pods: Iterable[api.Pod]) -> EndpointsByPort:
+    """Return the endpoints that the endpoints controller would make of the *pods* that *service* selects."""
+    spec = service.spec
+    assert spec is not None
+    found: dict[PortKey, list[Endpoint]] = defaultdict(list)
+    for pod in pods:
+        ips = pod_ips(pod)
+        if not ips or (pod.status and pod.status.phase in ("Succeeded", "Failed")):
+            continue
+        answers = is_ready(pod)
+        terminating = pod.metadata.deletion_timestamp is not None
+        ready = (answers and not terminating) or bool(spec.publish_not_ready_addresses)
+        for port in spec.ports or ():
+            number = target_port(port, pod)
+            if number is None:
+                continue
+            endpoints = found[port.name or "", port.protocol or "TCP"]
+            node = pod.spec.node_name if pod.spec else None
+            endpoints.extend(Endpoint(ip, number, ready, answers or ready, terminating, node) for ip in ips)
+    return found
+
+
+def pod_ips(pod: api.Pod) -> list[str]:
+    """Return the addresses of *pod*, one a family; none while it has no status."""
+    status = pod.status
+    if status is None:
+        return []
+    given = [item.ip for item in status.pod_ips or () if item.ip] or ([status.pod_ip] if status.pod_ip else [])
+    return [ip for ip in map(_ip_or_none, given) if ip is not None]
+
+
+def is_ready(pod: api.Pod) -> bool:
+    """Return whether *pod* has the condition Ready; one that states no conditions at all is taken to be.
+
+    A kubelet always states conditions; a manifest written by hand that gives a podIP means "it is there".
+    """
+    conditions = pod.status.conditions if pod.status else None
+    if conditions is None:
+        return True
+    return any(c.type == "Ready" and c.status == "True" for c in conditions)
+
+
+def target_port(port: api.ServicePort, pod: api.Pod) -> int | None:
+    """Return the number of *port*'s target in *pod*; None when it names a port that the pod does not have."""
+    wanted = port.target_port
+    if wanted is None or wanted in (0, ""):
+        return port.port
+    if isinstance(wanted, int):
+        return wanted
+    if wanted.isdigit():
+        return int(wanted)
+    spec = pod.spec
+    if spec is None:
+        return None
+    # Of the init containers only sidecars (restartPolicy: Always) are there when traffic comes.
+    sidecars = [c for c in spec.init_containers or () if c.restart_policy == "Always"]
+    for container in [*(spec.containers or ()), *sidecars]:
+        ports: list[api.objects.ContainerPort] = container.ports or []
+        for offered in ports:
+            if offered.name == wanted and (offered.protocol or "TCP") == (port.protocol or "TCP"):
+                return offered.container_port
+    return None
+
+
+def endpoints_of(service_port: ServicePort, sources: Iterable[EndpointsByPort]) -> tuple[Endpoint, ...]:
+    """Return the endpoints of *service_port* out of *sources*: same port name and protocol, each address once.
+
+    Only families that the Service itself has: a dual-stack pod is one endpoint of a single-stack Service.
+    """
+    families = {":" in ip for ip in service_port.cluster_ips}
+    key = (service_port.name.port_name, str(service_port.name.protocol))
+    return without_duplicates([e for found in sources for e in found.get(key, ()) if (":" in e.ip) in families])
+
+
+def _ip_or_none(ip: str) -> str | None:
+    try:
+        return canonical_ip(ip)
+    except ConfigError:
+        return None

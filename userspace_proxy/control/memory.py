@@ -1,0 +1,60 @@
+"""What the next process should know of this one: allocated cluster IPs and proxy ports, in one small file."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+log = logging.getLogger(__name__)
+
+_NAME = "allocations.json"
+
+
+class Memory(msgspec.Struct, rename="camel", frozen=True):
+    """The file's content. ``cluster_ips``: "namespace/name/IPv4" -> IP; ``proxy_ports``: service port key -> port."""
+
+    version: int = 1
+    cluster_ips: Mapping[str, str] = {}
+    proxy_ports: Mapping[str, int] = {}
+
+
+class StateDir:
+    """A folder that outlives the process. Losing it, or finding nonsense in it, costs stable numbers and no traffic."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / _NAME
+        folder.mkdir(parents=True, exist_ok=True, mode=0o755)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "permission denied", str(folder))
+
+    def load(self) -> Memory:
+        try:
+            memory = msgspec.json.decode(self._file.read_bytes(), type=Memory)
+            for ip in memory.cluster_ips.values():
+                ipaddress.ip_address(ip)
+        except FileNotFoundError:
+            return Memory()
+        except (OSError, msgspec.DecodeError, ValueError) as error:
+            log.warning("%s cannot be used, addresses may move: %s", self._file, error)
+            return Memory()
+        return memory
+
+    def save(self, memory: Memory) -> None:
+        """Replace the file, whole or not at all; a failure is reported and costs only the memory."""
+        temporary = self._file.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as out:
+                out.write(msgspec.json.format(msgspec.json.encode(memory, order="sorted")))
+                out.flush()
+                os.fsync(out.fileno())
+            temporary.replace(self._file)
+        except OSError as error:
+            log.warning("%s cannot be written, addresses may move at the next start: %s", self._file, error)
+            with contextlib.suppress(OSError):
+                temporary.unlink()

@@ -1,0 +1,35 @@
+"""How often to sync: changes are gathered for a moment, and a failed sync is tried again, later and later. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+GATHER_S = 0.005
+_RETRY_S = 0.25
+
+
+class Pacer:
+    """Says how long to wait before the next sync."""
+
+    def __init__(self, now: Callable[[], float], min_period_s: float, max_retry_s: float) -> None:
+        self._now = now
+        self._min_period_s = min_period_s
+        self._max_retry_s = max_retry_s
+        self._ended_at = float("-inf")
+        self._failures = 0
+
+    @property
+    def failing(self) -> bool:
+        return self._failures > 0
+
+    def note_end(self, *, succeeded: bool) -> None:
+        """A sync has ended."""
+        self._ended_at = self._now()
+        self._failures = 0 if succeeded else self._failures + 1
+
+    def delay_s(self) -> float:
+        """Return how long the next sync has to wait: for other changes, for the minimum period, or for a retry."""
+        pause_s = self._min_period_s
+        if self._failures:
+            pause_s = max(pause_s, min(_RETRY_S * 2 ** (self._failures - 1), self._max_retry_s))
+        return max(GATHER_S, self._ended_at + pause_s - self._now())

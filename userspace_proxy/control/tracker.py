@@ -1,0 +1,240 @@
+"""The latest of every object -> ProxyState. Pure.
+
+An event marks the Services it concerns; `state` works those out anew and shares everything else with the
+state before, so that the cost is that of the change.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
+from userspace_proxy import api
+from userspace_proxy.control import decode
+from userspace_proxy.control.cluster_ips import ClusterIPs
+from userspace_proxy.errors import ConfigError
+from userspace_proxy.interfaces import EventType, ObjectEvent, Origin
+from userspace_proxy.model.endpoint import Endpoint
+from userspace_proxy.model.names import NamespacedName, ServicePortName
+from userspace_proxy.model.service import ServicePort
+from userspace_proxy.model.state import ProxyState
+
+# A namespace with one label and its value: what Services are found by when a Pod changes, and the other way round.
+LabelKey = tuple[str, str, str]
+
+log = logging.getLogger(__name__)
+
+
+class Tracker:
+    """Takes events, gives states.
+
+    One bad object never stops the others: it is reported, and its last good version stays.
+    """
+
+    def __init__(self, cluster_ips: ClusterIPs) -> None:
+        self._cluster_ips = cluster_ips
+        self._services: dict[NamespacedName, api.Service] = {}
+        self._origins: dict[NamespacedName, Origin] = {}
+        self._slices: dict[NamespacedName, dict[NamespacedName, api.EndpointSlice]] = defaultdict(dict)
+        self._service_of_slice: dict[NamespacedName, NamespacedName] = {}
+        self._endpoints: dict[NamespacedName, api.Endpoints] = {}
+        self._pods: dict[NamespacedName, api.Pod] = {}
+        self._pods_by_label: dict[LabelKey, dict[NamespacedName, api.Pod]] = defaultdict(dict)
+        self._selecting: dict[LabelKey, set[NamespacedName]] = defaultdict(set)
+        self._changed: set[NamespacedName] = set()
+        self._ports_of: dict[NamespacedName, tuple[ServicePortName, ...]] = {}
+        self._service_ports: dict[ServicePortName, ServicePort] = {}
+        self._endpoints_of: dict[ServicePortName, tuple[Endpoint, ...]] = {}
+        self._state = ProxyState()
+        self._problems: dict[NamespacedName, str] = {}
+
+    @property
+    def problems(self) -> Mapping[NamespacedName, str]:
+        """The Services that could not be taken as they are written: name -> where and why."""
+        return self._problems
+
+    def apply(self, events: Iterable[ObjectEvent]) -> None:
+        """Note what *events* say."""
+        for event in events:
+            if event.type is EventType.SYNCED:
+                continue
+            assert event.name is not None
+            given = event.object if event.type is EventType.SET else None
+            match event.kind:
+                case "Service":
+                    self._set_service(event.name, given, event.origin)
+                case "EndpointSlice":
+                    self._set_slice(event.name, given)
+                case "Endpoints":
+                    self._set_endpoints(event.name, given)
+                case "Pod":
+                    self._set_pod(event.name, given)
+
+    # ---- one kind each; None is a deletion
+
+    def _set_service(self, name: NamespacedName, given: object, origin: Origin | None) -> None:
+        if isinstance(given, api.Service):
+            try:
+                decode.check_service(given)
+            except ConfigError as error:
+                self._refuse(name, error, origin)
+                return
+        self._select(name, add=False)
+        if isinstance(given, api.Service):
+            self._services[name] = given
+            if origin is not None:
+                self._origins[name] = origin
+            self._select(name, add=True)
+        else:
+            self._services.pop(name, None)
+            self._origins.pop(name, None)
+            self._problems.pop(name, None)
+        self._changed.add(name)
+
+    def _refuse(self, name: NamespacedName, error: ConfigError, origin: Origin | None) -> None:
+        where = origin.where(error.field) if origin else str(name)
+        said = f"{where}: Service {name}: {error}"
+        if self._problems.get(name) != said:
+            kept = "; its last good version goes on serving" if name in self._services else ""
+            log.error("%s%s", said, kept)
+        self._problems[name] = said
+
+    def _select(self, name: NamespacedName, *, add: bool) -> None:
+        service = self._services.get(name)
+        selector = service.spec.selector if service and service.spec else None
+        if not selector:
+            return
+        key = _label_key(name.namespace, selector)
+        if add:
+            self._selecting[key].add(name)
+        else:
+            self._selecting[key].discard(name)
+            if not self._selecting[key]:
+                del self._selecting[key]
+
+    def _set_slice(self, name: NamespacedName, given: object) -> None:
+        before = self._service_of_slice.pop(name, None)
+        if before is not None:
+            self._slices[before].pop(name, None)
+            if not self._slices[before]:
+                del self._slices[before]
+            self._changed.add(before)
+        if isinstance(given, api.EndpointSlice):
+            service = decode.service_of(given, name.namespace)
+            if service is not None:
+                self._slices[service][name] = given
+                self._service_of_slice[name] = service
+                self._changed.add(service)
+
+    def _set_endpoints(self, name: NamespacedName, given: object) -> None:
+        if isinstance(given, api.Endpoints):
+            self._endpoints[name] = given
+        else:
+            self._endpoints.pop(name, None)
+        self._changed.add(name)
+
+    def _set_pod(self, name: NamespacedName, given: object) -> None:
+        before = self._pods.pop(name, None)
+        for key in _label_keys(name.namespace, before):
+            self._pods_by_label[key].pop(name, None)
+            if not self._pods_by_label[key]:
+                del self._pods_by_label[key]
+            self._changed |= self._selecting.get(key, set())
+        if isinstance(given, api.Pod):
+            self._pods[name] = given
+            for key in _label_keys(name.namespace, given):
+                self._pods_by_label[key][name] = given
+                self._changed |= self._selecting.get(key, set())
+
+    # ---- state
+
+    def state(self) -> ProxyState:
+        """Return what the cluster wants now; the same object as before where nothing has changed."""
+        if not self._changed:
+            return self._state
+        changed, self._changed = self._changed, set()
+        changed |= self._problems.keys()  # what stood in their way may be gone
+        gone = [name for name in changed if name not in self._services]
+        for name in gone:  # first, so that their addresses are free
+            self._cluster_ips.release(name)
+            self._replace(name, {}, {})
+        present = [(name, self._services[name]) for name in changed if name in self._services]
+        for name, service in sorted(present, key=lambda item: (self._cluster_ips.first(*item), item[0])):
+            self._work_out(name, service)
+        self._state = ProxyState(
+            MappingProxyType(dict(self._service_ports)), MappingProxyType(dict(self._endpoints_of))
+        )
+        return self._state
+
+    def _work_out(self, name: NamespacedName, service: api.Service) -> None:
+        if not decode.is_proxied(service):
+            self._cluster_ips.release(name)
+            self._replace(name, {}, {})
+            return
+        try:
+            cluster_ips = self._cluster_ips.assign(name, service)
+        except ConfigError as error:
+            self._refuse(name, error, self._origins.get(name))
+            return
+        ports, problems = decode.service_ports(name, service, cluster_ips)
+        if problems:
+            self._refuse(name, problems[0], self._origins.get(name))
+        else:
+            self._problems.pop(name, None)
+        sources = self._endpoint_sources(name, service)
+        service_ports = {port.name: port for port in ports.values()}
+        self._replace(name, service_ports, {n: decode.endpoints_of(p, sources) for n, p in service_ports.items()})
+
+    def _endpoint_sources(self, name: NamespacedName, service: api.Service) -> list[decode.EndpointsByPort]:
+        """Return where the endpoints of *service* are stated: in the Pods it selects, else in slices and Endpoints.
+
+        A Service with a selector whose Pods are not here, but whose slices are, comes from a dump of a
+        cluster: there the slices are what its controller made of the Pods.
+        """
+        pods = self.selected_pods(name, service)
+        if pods:
+            return [decode.from_pods(service, pods)]
+        sources = [decode.from_slices(self._slices[name].values())] if self._slices.get(name) else []
+        if name in self._endpoints:
+            sources.append(decode.from_endpoints(self._endpoints[name]))
+        return sources
+
+    def selected_pods(self, name: NamespacedName, service: api.Service) -> list[api.Pod]:
+        """Return the Pods whose labels match the selector of *service*; none where it has no selector."""
+        selector = service.spec.selector if service.spec else None
+        if not selector:
+            return []
+        candidates = self._pods_by_label.get(_label_key(name.namespace, selector), {})
+        return [pod for pod in candidates.values() if selector.items() <= (pod.metadata.labels or {}).items()]
+
+    def _replace(
+        self,
+        name: NamespacedName,
+        service_ports: Mapping[ServicePortName, ServicePort],
+        endpoints: Mapping[ServicePortName, tuple[Endpoint, ...]],
+    ) -> None:
+        """Put in what is different and take out what is gone; what is equal stays the same object."""
+        for port_name in self._ports_of.pop(name, ()):
+            if port_name not in service_ports:
+                del self._service_ports[port_name]
+                del self._endpoints_of[port_name]
+        if service_ports:
+            self._ports_of[name] = tuple(service_ports)
+        for port_name, service_port in service_ports.items():
+            if self._service_ports.get(port_name) != service_port:
+                self._service_ports[port_name] = service_port
+            if self._endpoints_of.get(port_name) != endpoints[port_name]:
+                self._endpoints_of[port_name] = endpoints[port_name]
+
+
+def _label_key(namespace: str, selector: Mapping[str, str]) -> LabelKey:
+    """Return one label that every match must have: the first in order of names."""
+    label = min(selector)
+    return namespace, label, selector[label]
+
+
+def _label_keys(namespace: str, pod: api.Pod | None) -> list[LabelKey]:
+    labels = pod.metadata.labels if pod else None
+    return [(namespace, label, value) for label, value in (labels or {}).items()]

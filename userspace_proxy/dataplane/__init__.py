@@ -1,0 +1,1 @@
+"""Sockets: accept, pick, dial, splice. Owns every descriptor that clients and backends touch."""

@@ -1,0 +1,197 @@
+"""The set of open connections: how many may be, which have been silent too long, and the drain.
+
+Idle, half-closed and dead-peer time-outs need no timer for each connection. A sweep walks over a part
+of the set every second, so that each connection is looked at several times within the shortest limit;
+silence is seen in the byte counters, which did not move since the last look.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from userspace_proxy.dataplane.peers import is_unanswered
+from userspace_proxy.dataplane.poller import Poller
+from userspace_proxy.interfaces import Splice
+
+# Kept free for the event loop, rules, admin and file watching.
+RESERVED_DESCRIPTORS = 128
+_SWEEPS_A_LIMIT = 6
+_RESUME_S = 0.1
+_COMPLAIN_EVERY_S = 10.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """When the data plane gives something up; seconds, 0 for never."""
+
+    idle_timeout_s: float = 86_400.0
+    half_closed_timeout_s: float = 3_600.0
+    dead_peer_timeout_s: float = 30.0
+    udp_flows_per_service: int = 4_096
+    udp_timeout_s: float = 30.0
+    udp_stream_timeout_s: float = 120.0
+
+
+class Connection(Protocol):
+    @property
+    def splice(self) -> Splice | None: ...
+
+    def cut(self, reason: str) -> None: ...
+
+
+@dataclass(slots=True)
+class _Silence:
+    """What the last looks at one connection saw."""
+
+    moved_bytes: int = -1
+    since: float = 0.0
+    unanswered_since: float | None = None
+
+
+class Connections:
+    """Every open TCP connection of the data plane."""
+
+    def __init__(
+        self,
+        poller: Poller,
+        loop: asyncio.AbstractEventLoop,
+        limits: Limits,
+        now: Callable[[], float],
+        descriptors_used: Callable[[], int],
+    ) -> None:
+        self._poller = poller
+        self._loop = loop
+        self._limits = limits
+        self._now = now
+        self._descriptors_used = descriptors_used
+        self._open: dict[Connection, _Silence] = {}
+        self._round: list[Connection] = []
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVED_DESCRIPTORS
+        self._complained_at = float("-inf")
+        self.udp_flows = 0
+        self.times_paused = 0
+        self.shortages = 0
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def add(self, connection: Connection) -> None:
+        self._open[connection] = _Silence(since=self._now())
+        self._empty.clear()
+
+    def remove(self, connection: Connection) -> None:
+        self._open.pop(connection, None)
+        if not self._open:
+            self._empty.set()
+
+    # ---- room
+
+    def has_room(self) -> bool:
+        """Return whether two more descriptors fit; if not, accepting is paused until they do."""
+        if self._descriptors_used() + 2 * len(self._open) + 2 <= self._most:
+            return True
+        self.note_shortage(OSError(errno.EMFILE, "all descriptors are in use"))
+        return False
+
+    def note_shortage(self, error: OSError) -> None:
+        """This host ran out of something. Descriptors: leave new clients in the kernel's queue for a moment."""
+        self.shortages += 1
+        if self._now() - self._complained_at > _COMPLAIN_EVERY_S:
+            self._complained_at = self._now()
+            log.warning(
+                "%s, with %d connections open; raise the limit (ulimit -n, LimitNOFILE=) or lower the load",
+                error.strerror,
+                len(self._open),
+            )
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM) and self._poller.accepting:
+            self.times_paused += 1
+            self._poller.pause_accepting()
+            self._loop.call_later(_RESUME_S, self._poller.resume_accepting)
+
+    # ---- sweep
+
+    @property
+    def sweep_period_s(self) -> float:
+        """How often `sweep` wants to be called: each connection is looked at six times within the shortest limit."""
+        limits = [self._limits.idle_timeout_s, self._limits.half_closed_timeout_s, self._limits.dead_peer_timeout_s]
+        return min([1.0, *(limit / _SWEEPS_A_LIMIT for limit in limits if limit)])
+
+    def sweep(self) -> None:
+        """Look at the next part of the connections, and cut those that have been silent for too long."""
+        if not self._round:
+            self._round = list(self._open)
+        shortest = self._limits.dead_peer_timeout_s or 30.0
+        parts = max(1, round(shortest / _SWEEPS_A_LIMIT / self.sweep_period_s))
+        size = -(-len(self._open) // parts)
+        part, self._round = self._round[:size], self._round[size:]
+        now = self._now()
+        for connection in part:
+            silence = self._open.get(connection)
+            if silence is None or connection.splice is None:
+                continue
+            reason = self._too_long(connection.splice, silence, now)
+            if reason:
+                connection.cut(reason)
+
+    def _too_long(self, splice: Splice, silence: _Silence, now: float) -> str:
+        limits = self._limits
+        moved = splice.bytes_to_backend + splice.bytes_to_client
+        if moved != silence.moved_bytes:
+            silence.moved_bytes = moved
+            silence.since = now
+        silent_s = now - silence.since
+        if limits.idle_timeout_s and silent_s >= limits.idle_timeout_s:
+            return "idle"
+        if splice.half_closed and limits.half_closed_timeout_s and silent_s >= limits.half_closed_timeout_s:
+            return "half-closed for too long"
+        return self._dead_peer(splice, silence, now)
+
+    def _dead_peer(self, splice: Splice, silence: _Silence, now: float) -> str:
+        limit_s = self._limits.dead_peer_timeout_s
+        if not limit_s:
+            return ""
+        since = silence.unanswered_since
+        waiting_s = 0.0 if since is None else now - since
+        for side, sock in zip(("client", "backend"), splice.sockets, strict=True):
+            if is_unanswered(sock, waiting_s):
+                if since is None:
+                    silence.unanswered_since = now
+                    return ""
+                # One look's distance less than the limit, so that the limit is kept and not exceeded.
+                return f"{side} is dead" if waiting_s >= limit_s * (1 - 2 / _SWEEPS_A_LIMIT) else ""
+        silence.unanswered_since = None
+        return ""
+
+    # ---- drain
+
+    async def drain(self, timeout_s: float) -> None:
+        """Wait until all connections have ended, *timeout_s* at most; cut those that are left."""
+        if self._open:
+            log.info("draining %d connections for up to %.3g s", len(self._open), timeout_s)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._empty.wait()
+        self.cut_all()
+
+    def cut_all(self) -> None:
+        for connection in list(self._open):
+            connection.cut("cut: the proxy stops")
+
+
+def raise_descriptor_limit() -> int:
+    """Raise the soft limit of descriptors to the hard one; return it."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]

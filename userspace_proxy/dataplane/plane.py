@@ -1,0 +1,142 @@
+"""The data plane in this process: listeners by service port, and what they share."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from userspace_proxy.dataplane.connections import Connections, Limits, raise_descriptor_limit
+from userspace_proxy.dataplane.poller import Poller
+from userspace_proxy.dataplane.sockets import reserve_refusing_port
+from userspace_proxy.dataplane.splice.copy import CopySplicer
+from userspace_proxy.dataplane.tcp import TcpListener
+from userspace_proxy.dataplane.udp import UdpListener
+from userspace_proxy.interfaces import AccessRecord, Backends, ListenerSpec, PlaneStats, Splicer
+from userspace_proxy.model.names import L4Protocol, ServicePortName
+
+_OPENED_A_STEP = 128
+
+AccessLog = Callable[[AccessRecord], None]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PlaneContext:
+    """What every listener of a plane shares."""
+
+    poller: Poller
+    loop: asyncio.AbstractEventLoop
+    splicer: Splicer
+    connections: Connections
+    limits: Limits
+    now: Callable[[], float]
+    access_log: AccessLog | None
+
+
+class LocalPlane:
+    """A DataPlane whose sockets live in this process. Make it inside the running event loop."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        access_log: AccessLog | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        raise_descriptor_limit()
+        loop = asyncio.get_running_loop()
+        self._poller = Poller(loop)
+        self._listeners: dict[ServicePortName, TcpListener | UdpListener] = {}
+        self._udp: dict[ServicePortName, UdpListener] = {}
+        self._reserved: tuple[socket.socket, ...] = ()
+        self._context = PlaneContext(
+            poller=self._poller,
+            loop=loop,
+            splicer=CopySplicer(self._poller, loop),
+            connections=Connections(self._poller, loop, limits, now, self._descriptors_used),
+            limits=limits,
+            now=now,
+            access_log=access_log,
+        )
+        self._sweeper = asyncio.create_task(self._sweep(), name="sweep")
+
+    def _descriptors_used(self) -> int:
+        return len(self._listeners) + self._context.connections.udp_flows
+
+    async def open(self, specs: Sequence[ListenerSpec]) -> Mapping[ServicePortName, str]:
+        refused: dict[ServicePortName, str] = {}
+        for count, spec in enumerate(specs, 1):
+            known = self._listeners.get(spec.name)
+            if known is not None:
+                known.configure(spec)
+                continue
+            try:
+                self._open(spec)
+            except OSError as error:
+                refused[spec.name] = f"port {spec.proxy_port}: {error.strerror}"
+            if not count % _OPENED_A_STEP:
+                await asyncio.sleep(0)  # connections go on while thousands of listeners are opened
+        return refused
+
+    def _open(self, spec: ListenerSpec) -> None:
+        if spec.name.protocol is L4Protocol.UDP:
+            self._udp[spec.name] = self._listeners[spec.name] = UdpListener(spec, self._context)
+        else:
+            self._listeners[spec.name] = TcpListener(spec, self._context)
+
+    async def reserve(self, port: int) -> str:
+        """Hold *port* so that the kernel refuses whoever dials it; return why not ("" when held)."""
+        try:
+            self._reserved = reserve_refusing_port(port)
+        except OSError as error:
+            return f"port {port}: {error.strerror}"
+        return ""
+
+    async def update(self, backends: Mapping[ServicePortName, Backends]) -> None:
+        for name, given in backends.items():
+            listener = self._listeners.get(name)
+            if listener is not None:
+                listener.update(given)
+
+    async def retire(self, names: Sequence[ServicePortName]) -> None:
+        for name in names:
+            self._udp.pop(name, None)
+            listener = self._listeners.pop(name, None)
+            if listener is not None:
+                listener.close()
+
+    async def stats(self) -> PlaneStats:
+        connections = self._context.connections
+        return PlaneStats(
+            services={name: listener.counters for name, listener in self._listeners.items()},
+            connections_open=len(connections),
+            accept_paused=connections.times_paused,
+            local_shortages=connections.shortages,
+        )
+
+    def cut(self) -> None:
+        self._context.connections.cut_all()
+
+    async def close(self, drain_timeout_s: float) -> None:
+        await self.retire(list(self._listeners))
+        await self._context.connections.drain(drain_timeout_s)
+        self._sweeper.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._sweeper
+        for sock in self._reserved:
+            sock.close()
+        self._poller.stop()
+
+    async def _sweep(self) -> None:
+        period_s = self._context.connections.sweep_period_s
+        while True:
+            await asyncio.sleep(period_s)
+            self._context.connections.sweep()
+            now = self._context.now()
+            for listener in self._udp.values():
+                listener.expire(now)

@@ -1,0 +1,151 @@
+"""A private edge-triggered epoll inside the asyncio loop.
+
+asyncio's own readers cost a Handle, a dictionary and two epoll_ctl calls for every change of interest.
+Here a socket is registered once, for everything, edge-triggered; its handler is called with the event
+mask and must go on until the kernel says EAGAIN (or ask for `again`). The epoll descriptor itself is
+one reader of the event loop, so asyncio code lives beside it.
+
+Listeners have an epoll of their own (level-triggered), so that accepting can be paused in one call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import select
+import socket
+from collections.abc import Callable
+
+Handler = Callable[[int], None]
+
+READ = select.EPOLLIN
+WRITE = select.EPOLLOUT
+# The peer will send no more (or there is no more connection): read on until the kernel confirms it.
+HANGUP = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
+FAILED = select.EPOLLERR | select.EPOLLHUP
+
+_CONNECTION_MASK = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
+_EVENTS_A_TURN = 256
+
+log = logging.getLogger(__name__)
+
+
+class Poller:
+    """Calls handlers as sockets become ready. Not thread-safe: it belongs to the loop's thread."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._handlers: dict[int, Handler] = {}
+        self._acceptors: dict[int, Callable[[], None]] = {}
+        self._again: list[Callable[[], None]] = []
+        self._closing: list[socket.socket] = []
+        self._connections = select.epoll()
+        self._listeners = select.epoll()
+        self._accepting = True
+        loop.add_reader(self._connections.fileno(), self._turn)
+        loop.add_reader(self._listeners.fileno(), self._accept_turn)
+
+    # ---- connections
+
+    def watch(self, sock: socket.socket, handler: Handler) -> None:
+        """Call *handler* with the events of *sock*; the first call comes as soon as anything is possible.
+
+        Also gives a watched socket another handler, which is then told everything anew.
+        """
+        fd = sock.fileno()
+        if fd in self._handlers:
+            self._connections.modify(fd, _CONNECTION_MASK)
+        else:
+            self._connections.register(fd, _CONNECTION_MASK)
+        self._handlers[fd] = handler
+
+    def close(self, sock: socket.socket) -> None:
+        """Stop watching *sock* and close it at the end of this turn.
+
+        Not at once: the kernel would give its number to the next socket, and events of the old one that
+        are still in this turn's list would reach the new one's handler.
+        """
+        fd = sock.fileno()
+        if fd < 0:
+            return
+        if self._handlers.pop(fd, None) is not None:
+            self._connections.unregister(fd)
+        if not self._closing:
+            self._loop.call_soon(self._close_all)
+        self._closing.append(sock)
+
+    def again(self, step: Callable[[], None]) -> None:
+        """Call *step* in the next turn: for a socket that may have more, after others had their chance."""
+        if not self._again:
+            self._loop.call_soon(self._take_again)
+        self._again.append(step)
+
+    def _turn(self) -> None:
+        handlers = self._handlers
+        for fd, events in self._connections.poll(0, _EVENTS_A_TURN):
+            handler = handlers.get(fd)
+            if handler is not None:
+                try:
+                    handler(events)
+                except Exception:
+                    log.exception("a bug: one connection is lost by it")
+                    handlers.pop(fd, None)
+
+    def _take_again(self) -> None:
+        steps, self._again = self._again, []
+        for step in steps:
+            try:
+                step()
+            except Exception:
+                log.exception("a bug: one connection is lost by it")
+
+    def _close_all(self) -> None:
+        closing, self._closing = self._closing, []
+        for sock in closing:
+            sock.close()
+
+    # ---- listeners
+
+    def accept_from(self, sock: socket.socket, acceptor: Callable[[], None]) -> None:
+        """Call *acceptor* whenever *sock* (a listener, or an unconnected UDP socket) has something."""
+        self._acceptors[sock.fileno()] = acceptor
+        self._listeners.register(sock.fileno(), select.EPOLLIN)
+
+    def leave(self, sock: socket.socket) -> None:
+        """Accept no more from *sock*; the caller closes it."""
+        if self._acceptors.pop(sock.fileno(), None) is not None:
+            self._listeners.unregister(sock.fileno())
+
+    def pause_accepting(self) -> None:
+        """Leave new connections in the kernel's queues until `resume_accepting`."""
+        if self._accepting:
+            self._accepting = False
+            self._loop.remove_reader(self._listeners.fileno())
+
+    def resume_accepting(self) -> None:
+        if not self._accepting:
+            self._accepting = True
+            self._loop.add_reader(self._listeners.fileno(), self._accept_turn)
+
+    @property
+    def accepting(self) -> bool:
+        return self._accepting
+
+    def _accept_turn(self) -> None:
+        for fd, _ in self._listeners.poll(0, _EVENTS_A_TURN):
+            acceptor = self._acceptors.get(fd)
+            if acceptor is None or not self._accepting:
+                continue
+            try:
+                acceptor()
+            except Exception:
+                log.exception("a bug: accepting failed")
+
+    def stop(self) -> None:
+        """Close what waits to be closed, and both epolls."""
+        self._loop.remove_reader(self._connections.fileno())
+        if self._accepting:
+            self._loop.remove_reader(self._listeners.fileno())
+        self._close_all()
+        self._connections.close()
+        self._listeners.close()

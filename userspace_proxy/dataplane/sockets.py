@@ -1,0 +1,120 @@
+"""Making sockets: listeners for both families, backend sockets, and the options that both sides share."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import socket
+import struct
+
+from userspace_proxy.model.endpoint import Address
+
+_BACKLOG = 4096
+_SO_ORIGINAL_DST = 80  # linux/netfilter_ipv4.h, and the same number at level IPPROTO_IPV6
+_TCP_RTO_MAX_MS = 44  # Linux 6.15; older kernels refuse it, and find some dead peers later
+_MAPPED = "::ffff:"
+
+KEEPALIVE_PROBES = 3
+
+
+def has_ipv6() -> bool:
+    """Return whether this host can make IPv6 sockets; where not, listeners serve IPv4 alone."""
+    try:
+        socket.socket(socket.AF_INET6, socket.SOCK_STREAM).close()
+    except OSError:
+        return False
+    return True
+
+
+def bind_wildcard(kind: socket.SocketKind, port: int) -> socket.socket:
+    """Return a non-blocking socket bound to *port* on every address of both families.
+
+    Raises:
+        OSError: the port is taken, or there is no descriptor left.
+    """
+    family = socket.AF_INET6 if has_ipv6() else socket.AF_INET
+    sock = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        if kind == socket.SOCK_STREAM:
+            # A dead proxy's connections in TIME_WAIT must not keep the next one from its port. (For UDP the
+            # same option would let two processes share the port, and one of them go hungry.)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("::" if family == socket.AF_INET6 else "0.0.0.0", port))  # noqa: S104 - REDIRECT chooses the address
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def open_tcp_listener(port: int, dead_peer_timeout_s: float) -> socket.socket:
+    """Return a listening socket; what is set on it, accepted sockets inherit."""
+    sock = bind_wildcard(socket.SOCK_STREAM, port)
+    try:
+        tune_tcp(sock, dead_peer_timeout_s)
+        sock.listen(_BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def reserve_refusing_port(port: int) -> tuple[socket.socket, socket.socket]:
+    """Hold *port* so that whoever dials it is refused by the kernel itself.
+
+    TCP: bound, never listening, so a SYN is answered by a reset. UDP: bound and connected to a peer that
+    never sends, so that nobody else's datagram finds a socket and the kernel answers port unreachable.
+    """
+    tcp = bind_wildcard(socket.SOCK_STREAM, port)
+    try:
+        udp = bind_wildcard(socket.SOCK_DGRAM, port)
+        udp.connect(("::1" if udp.family == socket.AF_INET6 else "127.0.0.1", 9))
+    except BaseException:
+        tcp.close()
+        raise
+    return tcp, udp
+
+
+def tune_tcp(sock: socket.socket, dead_peer_timeout_s: float) -> None:
+    """No Nagle, and keepalive so that an idle peer that is gone is noticed within *dead_peer_timeout_s*.
+
+    Not TCP_USER_TIMEOUT: it also kills a living peer that has merely stopped reading.
+    """
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    probe_s = max(1, int(dead_peer_timeout_s / (2 * KEEPALIVE_PROBES)))
+    idle_s = max(1, int(dead_peer_timeout_s) - KEEPALIVE_PROBES * probe_s)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle_s)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, probe_s)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.IPPROTO_TCP, _TCP_RTO_MAX_MS, max(1000, probe_s * 1000))
+
+
+def backend_socket(kind: socket.SocketKind, address: Address) -> socket.socket:
+    """Return a non-blocking socket of the family of *address*, not connected yet."""
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    return socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+
+
+def plain_ip(ip: str) -> str:
+    """Return ``10.0.0.1`` for the ``::ffff:10.0.0.1`` that an IPv6 socket calls an IPv4 client."""
+    return ip[len(_MAPPED) :] if ip.startswith(_MAPPED) and "." in ip else ip
+
+
+def original_destination(sock: socket.socket) -> Address | None:
+    """Return the address the client dialled before any NAT on this host; None where conntrack knows none.
+
+    A connection without NAT has its own local address as its original destination.
+    """
+    try:
+        if sock.family == socket.AF_INET or sock.getsockname()[0].startswith(_MAPPED):
+            raw = sock.getsockopt(socket.SOL_IP, _SO_ORIGINAL_DST, 16)
+            port, packed = struct.unpack_from("!2xH4s", raw)
+        else:
+            raw = sock.getsockopt(socket.IPPROTO_IPV6, _SO_ORIGINAL_DST, 28)
+            port, packed = struct.unpack_from("!2xH4x16s", raw)
+    except OSError:
+        return None
+    return str(ipaddress.ip_address(packed)), port

@@ -1,0 +1,195 @@
+"""One TCP listener: accept, pick, dial, splice.
+
+The client is not read until a backend is connected, so a failed dial can be repeated elsewhere without
+losing a byte, and a slow backend pushes back on the client through the kernel.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import struct
+from typing import TYPE_CHECKING
+
+from userspace_proxy.dataplane.dial import Connected, Dial, DialContext
+from userspace_proxy.dataplane.picker import Picker
+from userspace_proxy.dataplane.sockets import open_tcp_listener, original_destination, plain_ip
+from userspace_proxy.interfaces import AccessRecord, Backends, Counters, ListenerSpec, Splice
+from userspace_proxy.model.endpoint import Address, Endpoint
+from userspace_proxy.model.names import ServicePortName
+from userspace_proxy.model.service import Portal, portals
+
+if TYPE_CHECKING:
+    from userspace_proxy.dataplane.plane import PlaneContext
+
+ACCEPTS_A_TURN = 32
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+
+log = logging.getLogger(__name__)
+
+
+class TcpListener:
+    """The proxy port of one TCP service port."""
+
+    def __init__(self, spec: ListenerSpec, context: PlaneContext) -> None:
+        self.counters = Counters()
+        self.picker = Picker(context.now)
+        self._context = context
+        self._dialing = DialContext(
+            context.poller,
+            context.loop,
+            self.picker,
+            self.counters,
+            context.limits.dead_peer_timeout_s,
+            context.connections.note_shortage,
+        )
+        self.configure(spec)
+        self._sock = open_tcp_listener(spec.proxy_port, context.limits.dead_peer_timeout_s)
+        context.poller.accept_from(self._sock, self._accept)
+
+    @property
+    def name(self) -> ServicePortName:
+        return self._spec.name
+
+    @property
+    def dialing(self) -> DialContext:
+        return self._dialing
+
+    def configure(self, spec: ListenerSpec) -> None:
+        """Take new portals and another affinity; the proxy port stays."""
+        self._spec = spec
+        self._portals: dict[Address | int, Portal] = {
+            (portal.ip, portal.port) if portal.ip else portal.port: portal for portal in portals(spec.service_port)
+        }
+        self.picker.set_affinity(spec.service_port.affinity_timeout_s)
+
+    def update(self, backends: Backends) -> None:
+        self.picker.set_endpoints(backends.usable)
+
+    def close(self) -> None:
+        """Stop listening; connections of this listener live on."""
+        self._context.poller.leave(self._sock)
+        self._sock.close()
+
+    def _accept(self) -> None:
+        connections = self._context.connections
+        for _ in range(ACCEPTS_A_TURN):
+            if not connections.has_room():
+                return
+            try:
+                client, address = self._sock.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in (errno.ECONNABORTED, errno.EPROTO):
+                    continue
+                connections.note_shortage(error)
+                return
+            client.setblocking(False)
+            TcpConnection(self, client, (plain_ip(address[0]), address[1]), self._context).begin()
+
+    def portal_of(self, client: socket.socket) -> Portal | None:
+        """Return the portal that *client* dialled, or None when it came to the proxy port by another way."""
+        dialled = original_destination(client)
+        if dialled is None:
+            return None
+        return self._portals.get(dialled) or self._portals.get(dialled[1])
+
+
+class TcpConnection:
+    """One client, from accept to end."""
+
+    __slots__ = (
+        "_client",
+        "_context",
+        "_dial",
+        "_endpoint",
+        "_listener",
+        "_portal",
+        "_splice",
+        "_started_at",
+        "_why",
+        "client",
+    )
+
+    def __init__(self, listener: TcpListener, sock: socket.socket, client: Address, context: PlaneContext) -> None:
+        self.client = client
+        self._client = sock
+        self._listener = listener
+        self._context = context
+        self._started_at = context.now()
+        self._portal: Portal | None = None
+        self._dial: Dial | None = None
+        self._splice: Splice | None = None
+        self._endpoint: Endpoint | None = None
+        self._why = ""
+
+    def begin(self) -> None:
+        listener = self._listener
+        self._portal = listener.portal_of(self._client)
+        if self._portal is None:
+            # Somebody found the proxy port itself: the guard rule refuses that, unless a foreign DNAT led here.
+            listener.counters.refused += 1
+            self._refuse()
+            return
+        listener.counters.accepted += 1
+        listener.counters.open += 1
+        self._context.connections.add(self)
+        self._dial = Dial(self.client[0], listener.dialing, self._on_connected, self._on_failed)
+        self._dial.start()
+
+    def _on_connected(self, backend: Connected) -> None:
+        self._dial = None
+        self._endpoint, self._why = backend.endpoint, backend.why
+        self._splice = self._context.splicer.start(self._client, backend.sock, self._on_end)
+
+    def _on_failed(self, reason: str) -> None:
+        self._listener.counters.failed += 1
+        self._refuse()
+        self._on_end(reason)
+
+    def _refuse(self) -> None:
+        self._client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        self._client.close()
+
+    def _on_end(self, how: str) -> None:
+        counters = self._listener.counters
+        counters.open -= 1
+        splice = self._splice
+        to_backend = splice.bytes_to_backend if splice else 0
+        to_client = splice.bytes_to_client if splice else 0
+        counters.bytes_to_backends += to_backend
+        counters.bytes_to_clients += to_client
+        self._context.connections.remove(self)
+        if self._context.access_log is not None:
+            self._context.access_log(
+                AccessRecord(
+                    service_port=self._listener.name,
+                    client=self.client,
+                    portal=self._portal,
+                    endpoint=self._endpoint,
+                    why=self._why,
+                    bytes_to_backend=to_backend,
+                    bytes_to_client=to_client,
+                    duration_s=self._context.now() - self._started_at,
+                    how=how,
+                )
+            )
+
+    # ---- looked at by the sweep, ended by the drain
+
+    @property
+    def splice(self) -> Splice | None:
+        """None while the backend is being dialled."""
+        return self._splice
+
+    def cut(self, reason: str) -> None:
+        """End now, with resets."""
+        if self._splice is not None:
+            self._splice.cut(reason)
+        elif self._dial is not None:
+            self._dial.cut()
+            self._dial = None
+            self._refuse()
+            self._on_end(reason)

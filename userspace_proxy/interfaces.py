@@ -1,0 +1,273 @@
+"""The seams. A mode, a rule language, an engine or a source is one class with these few methods."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple, Protocol
+
+from userspace_proxy.api import KubernetesObject
+from userspace_proxy.model.endpoint import Address, Endpoint
+from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
+from userspace_proxy.model.service import Portal, ServicePort
+from userspace_proxy.model.state import ProxyState
+
+# ---- where wishes come from
+
+
+class EventType(Enum):
+    """SET: here is the latest of this object. DELETE: it is gone. SYNCED: all that was there at the start was told."""
+
+    SET = "set"
+    DELETE = "delete"
+    SYNCED = "synced"
+
+
+class Origin(Protocol):
+    """Where an object was written, for error messages."""
+
+    def where(self, field: str = "") -> str:
+        """Return the place of *field* (a path such as ``spec.ports[0].port``): ``file:line`` for files."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectEvent:
+    """One object's latest state; ``kind``, ``name`` and ``origin`` are None for SYNCED only."""
+
+    type: EventType
+    kind: str = ""
+    name: NamespacedName | None = None
+    object: KubernetesObject | None = None
+    origin: Origin | None = None
+
+
+class Source(Protocol):
+    """Tells what the cluster wants: every object once, then SYNCED once, then each change, for ever.
+
+    A batch belongs together and is applied at once. A source never raises for what it reads: it
+    reports, keeps the last good version, and goes on.
+    """
+
+    def events(self) -> AsyncIterator[Sequence[ObjectEvent]]: ...
+
+    @property
+    def problems(self) -> Mapping[str, str]:
+        """What cannot be read now: place -> what is wrong. Empty when all is well."""
+        ...
+
+
+# ---- what makes a state true
+
+
+class StateSink(Protocol):
+    """Takes each new state."""
+
+    async def sync(self, state: ProxyState) -> None:
+        """Make *state* true, comparing it with what is held, so that a failed sync can be repeated.
+
+        Raises:
+            SyncError: refused; what was in force before still is.
+        """
+        ...
+
+
+class Proxier(StateSink, Protocol):
+    """A mode: userspace, and later the kernel modes."""
+
+    async def close(self, drain_timeout_s: float) -> None:
+        """Take the rules away, then stop serving; open connections get *drain_timeout_s* to end."""
+        ...
+
+
+# ---- rules in the kernel
+
+
+class Capture(Enum):
+    """How packets to a portal come to us: REDIRECT to the incoming interface's address, or DNAT to one on ``lo``."""
+
+    REDIRECT = "redirect"
+    ADDRESS = "address"
+
+
+@dataclass(frozen=True, slots=True)
+class Redirects:
+    """The rules of userspace mode: for each portal the local port its packets go to.
+
+    ``refuse_port`` is a port at which nobody listens: portals without endpoints go there, and the
+    kernel answers for itself - a reset for TCP, port unreachable for UDP.
+    """
+
+    ports: Mapping[Portal, int] = field(default_factory=dict)
+    names: Mapping[Portal, ServicePortName] = field(default_factory=dict)
+    refuse_port: int = 0
+    capture: Capture = Capture.REDIRECT
+
+
+class Kernel(Protocol):
+    """Holds our rules in one rule language."""
+
+    language: str
+
+    async def load(self, redirects: Redirects) -> None:
+        """Make *redirects* the rules in force, all or nothing, at the cost of what changed.
+
+        Raises:
+            SyncError: the kernel refused; the rules before are still in force.
+        """
+        ...
+
+    async def reload(self) -> None:
+        """Load the held rules again, whole; for when somebody else changed or removed them."""
+        ...
+
+    async def remove(self) -> None:
+        """Take away every rule of ours, whoever of us loaded it. Nothing there is no error."""
+        ...
+
+    async def is_intact(self) -> bool:
+        """Return whether the rules in the kernel still are what was loaded."""
+        ...
+
+    async def watch(self, on_change: Callable[[], None]) -> None:
+        """Call *on_change* when somebody else may have changed our rules, until `unwatch`."""
+        ...
+
+    def unwatch(self) -> None: ...
+
+
+# ---- sockets
+
+
+class Backends(NamedTuple):
+    """The endpoints of one service port: those that may take new traffic, and those whose UDP flows may stay."""
+
+    usable: tuple[Endpoint, ...]
+    serving: tuple[Endpoint, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ListenerSpec:
+    """A service port, and the local port at which the data plane accepts its traffic."""
+
+    service_port: ServicePort
+    proxy_port: int
+
+    @property
+    def name(self) -> ServicePortName:
+        return self.service_port.name
+
+
+@dataclass(slots=True)
+class Counters:
+    """What one service port has done so far; plain ints that the hot path adds to and the scrape reads."""
+
+    accepted: int = 0
+    open: int = 0
+    bytes_to_backends: int = 0
+    bytes_to_clients: int = 0
+    dial_failures: int = 0
+    retries: int = 0
+    ejections: int = 0
+    failed: int = 0
+    refused: int = 0
+    flows: int = 0
+    flows_total: int = 0
+    flows_evicted: int = 0
+    datagrams_dropped: int = 0
+
+
+@dataclass(slots=True)
+class PlaneStats:
+    """The data plane's counters at one moment."""
+
+    services: Mapping[ServicePortName, Counters]
+    connections_open: int = 0
+    accept_paused: int = 0
+    local_shortages: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AccessRecord:
+    """One connection or flow that has ended. ``why``: the reason for this endpoint; ``how``: how it ended."""
+
+    service_port: ServicePortName
+    client: Address
+    portal: Portal | None
+    endpoint: Endpoint | None
+    why: str
+    bytes_to_backend: int
+    bytes_to_client: int
+    duration_s: float
+    how: str
+
+    @property
+    def protocol(self) -> L4Protocol:
+        return self.service_port.protocol
+
+
+class DataPlane(Protocol):
+    """Owns every socket. The same calls, whether it lives in this process or in a worker."""
+
+    async def open(self, specs: Sequence[ListenerSpec]) -> Mapping[ServicePortName, str]:
+        """Open a listener for each spec, or give the open one its new portals and affinity.
+
+        Returns why not, for each that could not be opened: the reason as text.
+        """
+        ...
+
+    async def reserve(self, port: int) -> str:
+        """Hold *port* so that the kernel refuses whoever dials it; return why that cannot be ("" when held)."""
+        ...
+
+    async def update(self, backends: Mapping[ServicePortName, Backends]) -> None:
+        """Give service ports their endpoints, from the next connection and datagram on."""
+        ...
+
+    async def retire(self, names: Sequence[ServicePortName]) -> None:
+        """Close these listeners; their open connections live on until they end or are drained."""
+        ...
+
+    async def stats(self) -> PlaneStats: ...
+
+    def cut(self) -> None:
+        """End every open connection now, with resets."""
+        ...
+
+    async def close(self, drain_timeout_s: float) -> None:
+        """Close every listener, give open connections *drain_timeout_s* to end, cut the rest."""
+        ...
+
+
+class Splice(Protocol):
+    """One connection in an engine's hands."""
+
+    @property
+    def bytes_to_backend(self) -> int: ...
+
+    @property
+    def bytes_to_client(self) -> int: ...
+
+    @property
+    def half_closed(self) -> bool:
+        """One direction has ended, the other goes on."""
+        ...
+
+    @property
+    def sockets(self) -> tuple[socket.socket, socket.socket]:
+        """The client's and the backend's socket, for looking at only."""
+        ...
+
+    def cut(self, reason: str) -> None:
+        """End it now, with a reset to both sides; ``on_end`` is called before this returns."""
+        ...
+
+
+class Splicer(Protocol):
+    """An engine: moves bytes between two connected non-blocking sockets until both directions have ended."""
+
+    def start(self, client: socket.socket, backend: socket.socket, on_end: Callable[[str], None]) -> Splice:
+        """Take over both sockets; close them and call *on_end* with how it ended, exactly once."""
+        ...

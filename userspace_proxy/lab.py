@@ -1,0 +1,205 @@
+"""Hosts of our own on this machine: network namespaces with veth pairs between them.
+
+Used by `demo` and by the tests. Everything happens inside of namespaces that belong to one process tree
+(`command_in_namespaces`): when its first process ends, however it ends, the kernel takes all of it away.
+No privileges are needed where unprivileged user namespaces are allowed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from userspace_proxy.errors import StartError
+
+_CLONE_NEWNET = 0x40000000
+_NETNS_FOLDER = Path("/run/netns")
+_TOOL_TIMEOUT_S = 30
+
+
+def command_in_namespaces(command: Sequence[str], *, as_root: bool | None = None) -> list[str]:
+    """Return *command* with what runs it in network, mount and process namespaces of its own.
+
+    Raises:
+        StartError: this machine forbids it to this user, or lacks `unshare`.
+    """
+    root = os.geteuid() == 0 if as_root is None else as_root
+    unshare = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if not root:
+        unshare[1:1] = ["--user", "--map-root-user"]
+    if shutil.which("unshare") is None:
+        raise StartError("unshare is not installed; install the package util-linux")
+    tried = subprocess.run([*unshare, "true"], capture_output=True, text=True, timeout=_TOOL_TIMEOUT_S, check=False)
+    if tried.returncode:
+        raise StartError(
+            f"namespaces are forbidden here ({tried.stderr.strip()}); allow unprivileged user namespaces "
+            "(sysctl kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0, "
+            "user.max_user_namespaces), or run it as root"
+        )
+    return [*unshare, *command]
+
+
+def prepare() -> None:
+    """Make this process's own /run, where `ip netns` keeps names and iptables its lock. Call once, inside."""
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/run"], check=True, timeout=_TOOL_TIMEOUT_S)
+    _NETNS_FOLDER.mkdir()
+    ip("link", "set", "lo", "up")
+
+
+def ip(*arguments: str) -> str:
+    """Run ``ip`` in the namespace this thread is in; raises CalledProcessError with its words."""
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, timeout=_TOOL_TIMEOUT_S, check=False)
+    if done.returncode:
+        raise subprocess.CalledProcessError(done.returncode, done.args, done.stdout, done.stderr)
+    return done.stdout
+
+
+@dataclass(eq=False)
+class Host:
+    """One network namespace."""
+
+    name: str
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def ip(self, *arguments: str) -> str:
+        """Run ``ip`` on this host."""
+        return ip("-n", self.name, *arguments)
+
+    def command(self, *command: str) -> list[str]:
+        """Return *command* as it is run on this host."""
+        return ["ip", "netns", "exec", self.name, *command]
+
+    def run(
+        self, *command: str, timeout_s: float = _TOOL_TIMEOUT_S, check: bool = True, stdin: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run *command* on this host to its end."""
+        return subprocess.run(
+            self.command(*command), capture_output=True, text=True, timeout=timeout_s, check=check, input=stdin
+        )
+
+    def start(
+        self, *command: str, log: Path | None = None, env: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
+        """Start *command* on this host; it is killed with the lab at the latest."""
+        with contextlib.ExitStack() as stack:
+            out = stack.enter_context(log.open("ab")) if log else subprocess.DEVNULL
+            process = subprocess.Popen(
+                self.command(*command), stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=dict(env) if env else None
+            )
+        self.processes.append(process)
+        return process
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """Sockets that this thread makes in the block belong to this host, for as long as they live."""
+        with open("/proc/thread-self/ns/net") as here, open(_NETNS_FOLDER / self.name) as there:  # noqa: PTH123 - descriptors
+            _setns(there.fileno())
+            try:
+                yield
+            finally:
+                _setns(here.fileno())
+
+    def stop_all(self) -> None:
+        """End what was started here."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait(timeout=_TOOL_TIMEOUT_S)
+        self.processes.clear()
+
+
+def _setns(fd: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(fd, _CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "setns failed")
+
+
+class Lab:
+    """Hosts and the links between them; a context manager that takes all of it away."""
+
+    def __init__(self) -> None:
+        self.hosts: dict[str, Host] = {}
+        self._links = 0
+
+    def __enter__(self) -> Lab:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for host in self.hosts.values():
+            host.stop_all()
+        for name in self.hosts:
+            ip("netns", "del", name)
+        self.hosts.clear()
+
+    def add(self, name: str) -> Host:
+        """Make a host with nothing but ``lo``."""
+        ip("netns", "add", name)
+        host = self.hosts[name] = Host(name)
+        host.ip("link", "set", "lo", "up")
+        # Duplicate address detection would keep IPv6 addresses unusable for two seconds.
+        for knob in ("all", "default"):
+            host.run("sysctl", "-qw", f"net.ipv6.conf.{knob}.accept_dad=0")
+        return host
+
+    def link(self, left: Host, left_device: str, right: Host, right_device: str) -> None:
+        """Lay a cable: a veth pair, both ends up, without addresses."""
+        left.ip("link", "add", left_device, "type", "veth", "peer", "name", right_device, "netns", right.name)
+        left.ip("link", "set", left_device, "up")
+        right.ip("link", "set", right_device, "up")
+
+
+@dataclass(frozen=True)
+class ServiceLab:
+    """The lab that most lessons need: a client beside a node, and pods on a bridge of the node.
+
+    client 192.168.50.2, fd00:50::2  -  node 192.168.50.1, fd00:50::1; pods 10.244.0.2 ... and fd00:244::2 ...
+    """
+
+    lab: Lab
+    client: Host
+    node: Host
+    pods: tuple[Host, ...]
+
+    @staticmethod
+    def pod_ip(index: int) -> str:
+        return f"10.244.0.{index + 2}"
+
+    @staticmethod
+    def pod_ip6(index: int) -> str:
+        return f"fd00:244::{index + 2}"
+
+
+NODE_IP, NODE_IP6 = "192.168.50.1", "fd00:50::1"
+CLIENT_IP, CLIENT_IP6 = "192.168.50.2", "fd00:50::2"
+
+
+def build_service_lab(lab: Lab, pods: int) -> ServiceLab:
+    """Build a `ServiceLab` with so many *pods* in *lab*."""
+    client, node = lab.add("client"), lab.add("node")
+    lab.link(client, "eth0", node, "eth0")
+    for host, address4, address6 in ((client, CLIENT_IP, CLIENT_IP6), (node, NODE_IP, NODE_IP6)):
+        host.ip("address", "add", f"{address4}/24", "dev", "eth0")
+        host.ip("address", "add", f"{address6}/64", "dev", "eth0", "nodad")
+    client.ip("route", "add", "default", "via", NODE_IP)
+    client.ip("-6", "route", "add", "default", "via", NODE_IP6)
+    node.ip("link", "add", "cni0", "type", "bridge")
+    node.ip("link", "set", "cni0", "up")
+    node.ip("address", "add", "10.244.0.1/24", "dev", "cni0")
+    node.ip("address", "add", "fd00:244::1/64", "dev", "cni0", "nodad")
+    hosts = []
+    for index in range(pods):
+        pod = lab.add(f"pod{index + 1}")
+        lab.link(pod, "eth0", node, f"pod{index + 1}")
+        node.ip("link", "set", f"pod{index + 1}", "master", "cni0")
+        pod.ip("address", "add", f"{ServiceLab.pod_ip(index)}/24", "dev", "eth0")
+        pod.ip("address", "add", f"{ServiceLab.pod_ip6(index)}/64", "dev", "eth0", "nodad")
+        pod.ip("route", "add", "default", "via", "10.244.0.1")
+        pod.ip("-6", "route", "add", "default", "via", "fd00:244::1")
+        hosts.append(pod)
+    return ServiceLab(lab, client, node, tuple(hosts))

@@ -1,0 +1,1 @@
+"""What the cluster wants: immutable values, pure functions, the standard library only."""

@@ -1,0 +1,50 @@
+"""Endpoints: where a service port's traffic may go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Address = tuple[str, int]
+"""An IP address as canonical text, and a port: what a socket connects to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One address behind a service port, with what the API says of it.
+
+    ``ip`` is canonical text (sockets take text, and 100,000 endpoints are cheap that way).
+    ``ready``: takes new traffic. ``serving``: answers, whatever ``ready`` says. ``terminating``: on its way out.
+    """
+
+    ip: str
+    port: int
+    ready: bool = True
+    serving: bool = True
+    terminating: bool = False
+    node_name: str | None = None
+
+    @property
+    def address(self) -> Address:
+        """Where to connect; two endpoints with one address are one backend."""
+        return self.ip, self.port
+
+    def __str__(self) -> str:
+        return join_address(self.ip, self.port)
+
+
+def join_address(ip: str, port: int) -> str:
+    """Return ``ip:port``, with brackets around an IPv6 address."""
+    return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
+
+
+def without_duplicates(endpoints: list[Endpoint]) -> tuple[Endpoint, ...]:
+    """Return *endpoints* with each address once, in the order given.
+
+    Of two with one address the one that is not terminating wins: a pod's IP was used again (behaviours S9).
+    """
+    by_address: dict[Address, Endpoint] = {}
+    for endpoint in endpoints:
+        known = by_address.get(endpoint.address)
+        if known is None or (known.terminating and not endpoint.terminating):
+            by_address[endpoint.address] = endpoint
+    return tuple(by_address.values())

@@ -1,0 +1,1 @@
+"""Modes: each makes a ProxyState true in its own way."""

@@ -1,0 +1,185 @@
+"""Our rules in the kernel: one class a rule language. Loads are all or nothing.
+
+A Kernel compares with *what it holds*, so a load that was refused can simply be asked for again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+
+from userspace_proxy.errors import SyncError
+from userspace_proxy.interfaces import Redirects
+from userspace_proxy.rules import iptables, nft
+from userspace_proxy.rules.notices import RuleNotices
+from userspace_proxy.rules.tool import is_installed, run_tool
+
+# How often iptables-legacy is looked at, which sends no notices.
+_POLL_S = 0.7
+
+log = logging.getLogger(__name__)
+
+
+class NftKernel:
+    """Rules through ``nft -f``: one transaction for both families."""
+
+    language = "nftables"
+
+    def __init__(self) -> None:
+        self._held: Redirects | None = None
+        self._notices: RuleNotices | None = None
+        self._touched = False
+
+    async def load(self, redirects: Redirects) -> None:
+        held, self._held = self._held, None  # unknown until the kernel has said yes
+        with _quiet(self._notices):
+            if held is None or self._touched:
+                await run_tool("nft", "-f", "-", stdin=nft.table(redirects))
+            elif script := nft.change(held, redirects):
+                try:
+                    await run_tool("nft", "-f", "-", stdin=script)
+                except SyncError as error:
+                    log.warning("the change was refused (%s); loading the whole table", error)
+                    await run_tool("nft", "-f", "-", stdin=nft.table(redirects))
+        self._held = redirects
+        self._touched = False
+
+    async def reload(self) -> None:
+        if (held := self._held) is not None:
+            self._touched = True
+            try:
+                await self.load(held)
+            except SyncError:
+                self._held = held
+                raise
+
+    async def remove(self) -> None:
+        self._held = None
+        if is_installed("nft"):
+            with _quiet(self._notices):
+                await run_tool("nft", "-f", "-", stdin=nft.removal())
+
+    async def is_intact(self) -> bool:
+        if self._touched:
+            return False
+        try:
+            listed = await run_tool("nft", "list", "chain", *nft.TABLE.split(), "services")
+        except SyncError:
+            return False
+        return "@service_ips4" in listed
+
+    async def watch(self, on_change: Callable[[], None]) -> None:
+        def on_notice() -> None:
+            self._touched = True
+            on_change()
+
+        self._notices = RuleNotices({nft.TABLE.split()[1]}, on_notice)
+
+    def unwatch(self) -> None:
+        if self._notices is not None:
+            self._notices.close()
+            self._notices = None
+
+
+class IptablesKernel:
+    """Rules through ``iptables-restore``: one transaction for each table of each family."""
+
+    language = "iptables"
+
+    def __init__(self) -> None:
+        self._held: Redirects | None = None
+        self._loaded: dict[int, tuple[str, ...]] = {}
+        self._notices: RuleNotices | None = None
+        self._poll: asyncio.Task[None] | None = None
+
+    async def load(self, redirects: Redirects) -> None:
+        if redirects == self._held:
+            return
+        self._held = None
+        with _quiet(self._notices):
+            for family, prefix in _families():
+                saved = await run_tool(f"{prefix}-save")
+                script = iptables.restore(redirects, family, saved)
+                await run_tool(f"{prefix}-restore", "--noflush", "-w", "5", stdin=script)
+                self._loaded[family] = iptables.ours(await run_tool(f"{prefix}-save"))
+        self._held = redirects
+
+    async def reload(self) -> None:
+        if (held := self._held) is not None:
+            self._held = None
+            try:
+                await self.load(held)
+            except SyncError:
+                self._held = held
+                raise
+
+    async def remove(self) -> None:
+        self._held = None
+        self._loaded = {}
+        with _quiet(self._notices):
+            for _, prefix in _families():
+                if not is_installed(f"{prefix}-save"):
+                    continue
+                script = iptables.removal(await run_tool(f"{prefix}-save"))
+                if script:
+                    await run_tool(f"{prefix}-restore", "--noflush", "-w", "5", stdin=script)
+
+    async def is_intact(self) -> bool:
+        for family, prefix in _families():
+            if iptables.ours(await run_tool(f"{prefix}-save")) != self._loaded.get(family):
+                return False
+        return True
+
+    async def watch(self, on_change: Callable[[], None]) -> None:
+        if await _is_legacy():
+            self._poll = asyncio.create_task(_call_every(_POLL_S, on_change), name="rules-poll")
+        else:
+            self._notices = RuleNotices({"nat", "filter"}, on_change)
+
+    def unwatch(self) -> None:
+        if self._notices is not None:
+            self._notices.close()
+            self._notices = None
+        if self._poll is not None:
+            self._poll.cancel()
+            self._poll = None
+
+
+KERNELS: dict[str, type[NftKernel | IptablesKernel]] = {"nftables": NftKernel, "iptables": IptablesKernel}
+_TOOLS = {"nftables": "nft", "iptables": "iptables-restore"}
+
+
+def choose_language(asked: str) -> str:
+    """Return the rule language to use: *asked*, or for "auto" nftables where it is installed, else iptables.
+
+    Raises:
+        SyncError: its tool is not installed; says which package has it.
+    """
+    if asked in _TOOLS:
+        if not is_installed(_TOOLS[asked]):
+            raise SyncError(f"--rules {asked} needs {_TOOLS[asked]}; install the package {asked}")
+        return asked
+    for language, tool in _TOOLS.items():
+        if is_installed(tool):
+            return language
+    raise SyncError("neither nft nor iptables-restore is installed; install the package nftables")
+
+
+def _quiet(notices: RuleNotices | None) -> contextlib.AbstractContextManager[None]:
+    return notices.paused() if notices is not None else contextlib.nullcontext()
+
+
+def _families() -> list[tuple[int, str]]:
+    return [(4, "iptables"), (6, "ip6tables")] if is_installed("ip6tables-save") else [(4, "iptables")]
+
+
+async def _is_legacy() -> bool:
+    return "nf_tables" not in await run_tool("iptables", "--version")
+
+
+async def _call_every(period_s: float, call: Callable[[], None]) -> None:
+    while True:
+        await asyncio.sleep(period_s)
+        call()

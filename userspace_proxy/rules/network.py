@@ -1,0 +1,167 @@
+"""What this node's network must offer beside rules: routes that cover cluster IPs, and a private address.
+
+Everything added here carries our own route protocol number or one of our own addresses, so that it can be
+taken away without knowing what a crashed process had added.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from userspace_proxy.errors import SyncError
+from userspace_proxy.rules.nft import LOCAL_ADDRESS4, LOCAL_ADDRESS6
+from userspace_proxy.rules.tool import is_installed, run_tool
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+# Unassigned in rt_protos; `ip route show proto 107` lists what is ours.
+ROUTE_PROTOCOL = "107"
+
+log = logging.getLogger(__name__)
+
+
+# ---- routes for clients on this node
+
+
+def missing_routes(wanted: Iterable[Network], routes: Iterable[str]) -> list[Network]:
+    """Return the *wanted* networks that no destination in *routes* covers, widest first, none twice.
+
+    Without a route connect() fails before any rule sees the packet.
+    """
+    covered = [ipaddress.ip_network(route, strict=False) for route in routes]
+    missing: list[Network] = []
+    for network in sorted(set(wanted), key=lambda n: (n.version, n.prefixlen, n)):
+        known = [*covered, *missing]
+        if not any(n.version == network.version and network.subnet_of(n) for n in known):  # type: ignore[arg-type]
+            missing.append(network)
+    return missing
+
+
+async def add_routes(networks: Iterable[Network]) -> list[Network]:
+    """Add a route by way of ``lo`` for each of *networks* that has none; return what was added."""
+    added = []
+    wanted = list(networks)
+    for version in (4, 6):
+        family = [n for n in wanted if n.version == version]
+        if not family:
+            continue
+        listed = json.loads(await run_tool("ip", "-json", f"-{version}", "route", "show") or "[]")
+        everything = "0.0.0.0/0" if version == 4 else "::/0"
+        routes = [everything if r["dst"] == "default" else r["dst"] for r in listed if r.get("type") != "unreachable"]
+        missing = missing_routes(family, routes)
+        if missing:
+            batch = "".join(f"route replace {n} dev lo proto {ROUTE_PROTOCOL}\n" for n in missing)
+            await run_tool("ip", f"-{version}", "-batch", "-", stdin=batch)
+            added += missing
+    return added
+
+
+async def remove_routes() -> None:
+    """Take away every route of ours."""
+    for version in ("-4", "-6"):
+        try:
+            await run_tool("ip", version, "route", "flush", "proto", ROUTE_PROTOCOL)
+        except SyncError as error:
+            log.debug("no routes were removed: %s", error)
+
+
+# ---- the private address, where REDIRECT cannot work
+
+
+async def add_local_addresses() -> None:
+    """Put our private addresses on ``lo``; a family that this host lacks is skipped."""
+    for address in (f"{LOCAL_ADDRESS4}/32", f"{LOCAL_ADDRESS6}/128"):
+        try:
+            await run_tool("ip", "address", "replace", address, "dev", "lo")
+        except SyncError as error:
+            log.warning("%s could not be put on lo: %s", address, error)
+
+
+async def remove_local_addresses() -> None:
+    held = await run_tool("ip", "-json", "address", "show", "dev", "lo")
+    for address in (f"{LOCAL_ADDRESS4}/32", f"{LOCAL_ADDRESS6}/128"):
+        if f'"{address.partition("/")[0]}"' in held:
+            await run_tool("ip", "address", "del", address, "dev", "lo")
+
+
+def unnumbered_interfaces(links: Sequence[dict[str, Any]], routes: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the interfaces that carry IPv4 traffic without an IPv4 address of their own (as Calico's do).
+
+    REDIRECT sends a packet to the first address of the interface it came in by, and drops it where there
+    is none. *links* and *routes* are what ``ip -json address`` and ``ip -json -4 route`` print. A port of a
+    bridge is no such interface: its packets come in by the bridge.
+    """
+    routed = {route.get("dev") for route in routes}
+    return [
+        link["ifname"]
+        for link in links
+        if link["ifname"] in routed
+        and "LOOPBACK" not in link.get("flags", ())
+        and "master" not in link
+        and not any(a.get("family") == "inet" for a in link.get("addr_info", ()))
+    ]
+
+
+async def find_unnumbered_interfaces() -> list[str]:
+    links = json.loads(await run_tool("ip", "-json", "address", "show") or "[]")
+    routes = json.loads(await run_tool("ip", "-json", "-4", "route", "show", "table", "all") or "[]")
+    return unnumbered_interfaces(links, routes)
+
+
+# ---- a firewall in the way
+
+
+def blocking_chains(ruleset: dict[str, Any]) -> list[str]:
+    """Return the input chains that drop by policy and accept nothing for its NAT status, as ``family table chain``.
+
+    Redirected traffic arrives at INPUT like any packet for this node. *ruleset* is what
+    ``nft --json list ruleset`` prints; the rules of iptables-nft are in it too.
+    """
+    items = ruleset.get("nftables", [])
+    suspects = {
+        (chain["family"], chain["table"], chain["name"])
+        for chain in (item["chain"] for item in items if "chain" in item)
+        if chain.get("hook") == "input" and chain.get("policy") == "drop"
+    }
+    for rule in (item["rule"] for item in items if "rule" in item):
+        text = json.dumps(rule.get("expr", []))
+        if "dnat" in text.lower() and "accept" in text:
+            suspects.discard((rule["family"], rule["table"], rule["chain"]))
+    return [" ".join(chain) for chain in sorted(suspects)]
+
+
+async def find_blocking_firewall() -> list[str]:
+    """Return what on this node would drop redirected traffic, each with the command that mends it."""
+    found = []
+    if is_installed("nft"):
+        listed = json.loads(await run_tool("nft", "--json", "--terse", "list", "ruleset") or "{}")
+        found = [
+            f"nftables chain '{chain}' has policy drop; `nft insert rule {chain} ct status dnat accept` lets it pass"
+            for chain in blocking_chains(listed)
+        ]
+    if not found and is_installed("iptables"):
+        rules = await run_tool("iptables", "-S", "INPUT")
+        if "-P INPUT DROP" in rules and "DNAT" not in rules:
+            found = [
+                "iptables INPUT has policy DROP; `iptables -I INPUT -m conntrack --ctstate DNAT -j ACCEPT` lets it pass"
+            ]
+    return found
+
+
+# ---- what conntrack is set to
+
+
+def conntrack_udp_timeouts() -> tuple[float, float]:
+    """Return conntrack's UDP time-outs in seconds: unanswered, answered. The kernel's defaults where unreadable."""
+    folder = Path("/proc/sys/net/netfilter")
+    try:
+        unanswered = float((folder / "nf_conntrack_udp_timeout").read_text())
+        answered = float((folder / "nf_conntrack_udp_timeout_stream").read_text())
+    except (OSError, ValueError):
+        return 30.0, 120.0
+    return unanswered, answered

@@ -1,0 +1,154 @@
+"""Redirects as nftables text. Pure.
+
+One table of ours holds everything: a map from portal to proxy port for each family, looked up in one
+step however many services there are, hooked before other NAT (priority -105 runs before -100).
+A change of some portals is a change of some map elements; nothing else is touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+from userspace_proxy.interfaces import Capture, Redirects
+from userspace_proxy.model.names import ServicePortName
+from userspace_proxy.model.service import Portal
+
+TABLE = "inet userspace_proxy"
+# The private addresses on ``lo`` for Capture.ADDRESS.
+LOCAL_ADDRESS4 = "169.254.77.7"
+LOCAL_ADDRESS6 = "fd00:77::7"
+
+_COMMENT_BYTES = 128
+
+
+def table(redirects: Redirects) -> str:
+    """Return the script that replaces our table, whole, whether or not there is one."""
+    return f"""\
+table {TABLE}
+delete table {TABLE}
+table {TABLE} {{
+	map service_ips4 {{
+		comment "cluster and external IPs -> the proxy port of their service port"
+		type ipv4_addr . inet_proto . inet_service : inet_service{_elements(redirects, 4)}
+	}}
+	map service_ips6 {{
+		type ipv6_addr . inet_proto . inet_service : inet_service{_elements(redirects, 6)}
+	}}
+	map node_ports {{
+		comment "ports on every address of this node"
+		type inet_proto . inet_service : inet_service{_elements(redirects, None)}
+	}}
+	set proxy_ports {{
+		comment "reached through the maps only, never directly"
+		type inet_proto . inet_service{_guarded(redirects)}
+	}}
+	chain prerouting {{
+		type nat hook prerouting priority -105; policy accept;
+		jump services
+	}}
+	chain output {{
+		type nat hook output priority -105; policy accept;
+		jump services
+	}}
+	chain services {{
+{_rules(redirects.capture)}
+	}}
+	chain guard {{
+		type filter hook input priority -5; policy accept;
+		meta l4proto . th dport @proxy_ports ct status & dnat != dnat goto refuse
+	}}
+	chain refuse {{
+		meta l4proto tcp reject with tcp reset
+		reject with icmpx type port-unreachable
+	}}
+}}
+"""
+
+
+def change(old: Redirects, new: Redirects) -> str:
+    """Return the script that makes *new* of *old*, at the cost of what differs; "" where nothing does."""
+    lines = []
+    if old.capture is not new.capture:
+        lines += [f"flush chain {TABLE} services", f"table {TABLE} {{ chain services {{", _rules(new.capture), "}}"]
+    gone = [p for p, port in old.ports.items() if new.ports.get(p) != port]
+    came = [p for p, port in new.ports.items() if old.ports.get(p) != port]
+    lines += [f"delete element {TABLE} {_map(p)} {{ {_key(p)} }}" for p in gone]
+    lines += [f"add element {TABLE} {_map(p)} {{ {_element(p, new)} }}" for p in came]
+    old_guarded, new_guarded = _guarded_ports(old), _guarded_ports(new)
+    lines += [f"delete element {TABLE} proxy_ports {{ {e} }}" for e in old_guarded if e not in new_guarded]
+    lines += [f"add element {TABLE} proxy_ports {{ {e} }}" for e in new_guarded if e not in old_guarded]
+    return "\n".join([*lines, ""]) if lines else ""
+
+
+def removal() -> str:
+    """Return the script that removes our table; it succeeds where there is none."""
+    return f"table {TABLE}\ndelete table {TABLE}\n"
+
+
+def _rules(capture: Capture) -> str:
+    to4 = to6 = "redirect to :"
+    if capture is Capture.ADDRESS:
+        to4, to6 = f"dnat ip to {LOCAL_ADDRESS4} :", f"dnat ip6 to {LOCAL_ADDRESS6} :"
+    match = "meta l4proto { tcp, udp }"
+    port = "meta l4proto . th dport map"
+    lines = [
+        f"meta nfproto ipv4 {match} {to4}ip daddr . {port} @service_ips4",
+        f"meta nfproto ipv6 {match} {to6}ip6 daddr . {port} @service_ips6",
+        f"meta nfproto ipv4 fib daddr type local {match} {to4}{port} @node_ports",
+        f"meta nfproto ipv6 fib daddr type local {match} {to6}{port} @node_ports",
+    ]
+    return "\n".join(f"\t\t{line}" for line in lines)
+
+
+def _family(portal: Portal) -> int | None:
+    if portal.ip is None:
+        return None
+    return 6 if ":" in portal.ip else 4
+
+
+def _map(portal: Portal) -> str:
+    return "node_ports" if portal.ip is None else f"service_ips{_family(portal)}"
+
+
+def _key(portal: Portal) -> str:
+    port = f"{portal.protocol.lower()} . {portal.port}"
+    return f"{portal.ip} . {port}" if portal.ip else port
+
+
+def _element(portal: Portal, redirects: Redirects) -> str:
+    name = redirects.names.get(portal)
+    said = f' comment "{comment(name)}"' if name else ""
+    return f"{_key(portal)}{said} : {redirects.ports[portal]}"
+
+
+def _elements(redirects: Redirects, family: int | None) -> str:
+    return _listed(_element(portal, redirects) for portal in redirects.ports if _family(portal) == family)
+
+
+def _guarded_ports(redirects: Redirects) -> dict[str, None]:
+    ports = ((portal.protocol, port) for portal, port in redirects.ports.items())
+    return dict.fromkeys(f"{protocol.lower()} . {port}" for protocol, port in ports)
+
+
+def _guarded(redirects: Redirects) -> str:
+    return _listed(_guarded_ports(redirects))
+
+
+def _listed(elements: Iterable[str]) -> str:
+    text = ",\n\t\t\t".join(elements)
+    return f"\n\t\telements = {{\n\t\t\t{text} }}" if text else ""
+
+
+def comment(name: ServicePortName) -> str:
+    """Return ``namespace/name:port`` in the 128 bytes that nft allows; the namespace gives way, with a hash.
+
+    The longest legal names need 143 bytes, and one comment too long fails the whole transaction.
+    """
+    text = str(name)
+    if len(text) <= _COMMENT_BYTES - 1:
+        return text
+    namespace = name.service.namespace
+    digest = hashlib.blake2b(namespace.encode(), digest_size=4).hexdigest()
+    room = _COMMENT_BYTES - 1 - (len(text) - len(namespace)) - len(digest) - 1
+    return f"{namespace[:room]}~{digest}{text[len(namespace) :]}"

@@ -1,0 +1,68 @@
+"""Running the system's own tools (nft, iptables-restore, ip, conntrack), never through a shell."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+
+from userspace_proxy.errors import SyncError
+
+_PACKAGE = {
+    "nft": "nftables",
+    "iptables": "iptables",
+    "iptables-restore": "iptables",
+    "iptables-save": "iptables",
+    "ip6tables": "iptables",
+    "ip6tables-restore": "iptables",
+    "ip6tables-save": "iptables",
+    "ip": "iproute2",
+    "conntrack": "conntrack",
+}
+_TIMEOUT_S = 60.0
+
+
+def is_installed(tool: str) -> bool:
+    """Return whether *tool* is found, also where PATH lacks the administrator's folders."""
+    return _find(tool) is not None
+
+
+def _find(tool: str) -> str | None:
+    return shutil.which(tool) or shutil.which(tool, path="/usr/sbin:/sbin:/usr/local/sbin")
+
+
+async def run_tool(tool: str, *arguments: str, stdin: str = "") -> str:
+    """Run *tool* and return what it printed.
+
+    Raises:
+        SyncError: it is not installed (says in which package it is), failed (its first words), or hung.
+    """
+    path = _find(tool)
+    if path is None:
+        raise SyncError(f"{tool} is not installed; install the package {_PACKAGE.get(tool, tool)}")
+    process = await asyncio.create_subprocess_exec(
+        path,
+        *arguments,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(_TIMEOUT_S):
+            out, err = await process.communicate(stdin.encode())
+    except TimeoutError:
+        process.kill()
+        raise SyncError(f"{tool} has not answered for {_TIMEOUT_S:.0f} s") from None
+    if process.returncode:
+        raise SyncError(f"{tool} exited {process.returncode}: {_reason(err.decode(errors='replace'))}")
+    return out.decode(errors="replace")
+
+
+def _reason(stderr: str) -> str:
+    """Return the line of *stderr* that says why, with a hint where the usual cause is known."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    said = next(
+        (line for line in lines if "rror" in line or "denied" in line), lines[0] if lines else "no reason given"
+    )
+    if "not permitted" in stderr or "ermission denied" in stderr:
+        said += "; run as root or with CAP_NET_ADMIN"
+    return said

@@ -1,0 +1,56 @@
+"""Every knob: its default, its unit and the reason for both. Read by cli and app only.
+
+Flags have kube-proxy's names wherever the meaning is the same.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+DEFAULT_STATE_DIR = Path("/var/lib/userspace-proxy")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What `run` is told."""
+
+    paths: tuple[str, ...] = ()
+
+    # Rules. "auto": nftables where it is installed; REDIRECT unless an interface has no address of its own.
+    rules: str = "auto"
+    capture: str = "auto"
+
+    # kubeadm's default range, which the tutorials use.
+    service_cluster_ip_ranges: tuple[Network, ...] = (ipaddress.IPv4Network("10.96.0.0/16"),)
+    # Below the ephemeral ports (32768-60999), which connections to backends need, and the NodePorts (30000-32767).
+    proxy_port_range: tuple[int, int] = (10_000, 29_999)
+    # Remembers cluster IPs and proxy ports. None: the default folder if it can be written, else nothing is remembered.
+    state_dir: Path | None = None
+
+    # kube-proxy's addresses: health for load balancers on every address, metrics on loopback. "" for none.
+    healthz_bind_address: str = "0.0.0.0:10256"
+    metrics_bind_address: str = "127.0.0.1:10249"
+
+    # Rule loads are at least so far apart; endpoint changes load none and wait 5 ms at most.
+    min_sync_period_s: float = 0.05
+    # A failed sync is tried again at least so often.
+    sync_period_s: float = 30.0
+    # Kubernetes gives a stopping pod 30 s; ours asks for little of it.
+    drain_timeout_s: float = 5.0
+
+    # kube-proxy's conntrack values: 24 h established, 1 h half-closed. 0 for never.
+    idle_timeout_s: float = 86_400.0
+    half_closed_timeout_s: float = 3_600.0
+    dead_peer_timeout_s: float = 30.0
+    # None: what conntrack has, because a flow that conntrack forgot cannot be answered.
+    udp_timeout_s: float | None = None
+    udp_flows_per_service: int = 4_096
+
+    loop: str = "uvloop"
+    log_format: str = "text"
+    verbose: bool = False
+    access_log: str = ""
