@@ -177,6 +177,8 @@ class Counters:
     flows_total: int = 0
     flows_evicted: int = 0
     datagrams_dropped: int = 0
+    endpoints: int = 0
+    ejected: int = 0
 
 
 @dataclass(slots=True)

@@ -145,6 +145,8 @@ class Lab:
         # Duplicate address detection would keep IPv6 addresses unusable for two seconds.
         for knob in ("all", "default"):
             host.run("sysctl", "-qw", f"net.ipv6.conf.{knob}.accept_dad=0")
+        # The kernel answers a burst of refused datagrams with a few ICMP messages a second, which looks like silence.
+        host.run("sysctl", "-qw", "net.ipv4.icmp_ratelimit=0", "net.ipv6.icmp.ratelimit=0")
         return host
 
     def link(self, left: Host, left_device: str, right: Host, right_device: str) -> None:

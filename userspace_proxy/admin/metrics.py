@@ -27,6 +27,8 @@ class ControlStats(NamedTuple):
 
 # Metric -> what it says, its Counters field, and whether it only goes up.
 _FAMILIES = (
+    ("endpoints", "endpoints that may take new traffic, as the cluster says", "endpoints", False),
+    ("ejected_endpoints", "of these, the ones passed over now because they failed", "ejected", False),
     ("connections", "TCP connections accepted for a service port", "accepted", True),
     ("open_connections", "TCP connections open now", "open", False),
     ("failed_connections", "TCP connections reset because no endpoint could be reached", "failed", True),

@@ -1,6 +1,6 @@
 """What the API says: typed structs of the kinds we read, shared by every source."""
 
-from userspace_proxy.api.convert import KINDS, KubernetesObject, convert
+from userspace_proxy.api.convert import KINDS, KubernetesObject, below, convert, steps
 from userspace_proxy.api.objects import (
     Endpoints,
     EndpointSlice,
@@ -21,5 +21,7 @@ __all__ = [
     "Pod",
     "Service",
     "ServicePort",
+    "below",
     "convert",
+    "steps",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import msgspec
 
@@ -19,15 +20,16 @@ KINDS: dict[str, type[Service | EndpointSlice | Endpoints | Pod | Node]] = {
     "Node": Node,
 }
 
-_PLACE = re.compile(r" - at `(?:key in )?\$\.?(?P<path>[^`]*)`$")
-_READABLE = {
-    "`str`": "text",
-    "`int`": "a number",
-    "`bool`": "true or false",
-    "`array`": "a list",
-    "`object`": "a mapping",
-    "`null`": "nothing",
-    "`float`": "a number with a fraction",
+_PLACE = re.compile(r" - at `(?:key` in `)?\$\.?(?P<path>[^`]*)`$")
+_STEP = re.compile(r"\[(?P<index>\d+)\]|\[\"(?P<quoted>[^\"]*)\"\]|(?P<key>[^.\[\]]+)")
+_WORDS = {
+    "str": "text",
+    "int": "a number",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "a mapping",
+    "null": "nothing",
+    "float": "a number with a fraction",
 }
 
 
@@ -40,18 +42,76 @@ def convert(kind: str, plain: object) -> KubernetesObject:
     try:
         return msgspec.convert(plain, KINDS[kind])
     except msgspec.ValidationError as error:
-        raise _readable(str(error)) from None
+        raise _readable(str(error), plain) from None
 
 
-def _readable(message: str) -> ConfigError:
+# ---- fields as paths
+
+
+def below(field: str, key: object) -> str:
+    """Return the path of *key* below *field*, quoted where the key itself holds dots: ``labels["a.b/c"]``."""
+    text = str(key)
+    if re.search(r"[.\[\]]", text) or not text:
+        return f'{field}["{text}"]'
+    return f"{field}.{text}" if field else text
+
+
+def steps(field: str) -> list[str | int]:
+    """Return the keys and indexes of which the path *field* consists."""
+    return [
+        int(step["index"]) if step["index"] else step["key"] if step["quoted"] is None else step["quoted"]
+        for step in _STEP.finditer(field)
+    ]
+
+
+# ---- errors
+
+
+def _readable(message: str, plain: object) -> ConfigError:
     place = _PLACE.search(message)
     field = place["path"] if place else ""
     reason = message[: place.start()] if place else message
-    for name, words in _READABLE.items():
-        reason = reason.replace(name, words)
-    reason = reason.replace("Expected ", "must be ").replace(", got ", ", not ").replace(" | nothing", "")
-    reason = reason.replace("Object missing required field", "lacks the field").replace(" | ", " or ")
-    mend = ""
-    if "must be text" in reason and ("labels" in field or "selector" in field or "annotations" in field):
-        mend = "put the value in quotes"
-    return ConfigError(reason, field=field, mend=mend)
+    if missing := re.fullmatch(r"Object missing required field `(.*)`", reason):
+        return ConfigError(f"lacks the field {missing[1]}", field=field, mend=f"add {missing[1]}")
+    # A null is never what somebody means to write, so it is not offered.
+    reason = re.sub(r"`([^`]*)`", lambda types: _in_words(types[1]), reason).replace("Expected ", "must be ")
+    expected, _, got = reason.partition(", got ")
+    if field.endswith("[...]"):
+        return _wrong_label(field.removesuffix("[...]"), plain)
+    if "key` in" in message:
+        key = next((key for key in _mapping_at(plain, field) if not isinstance(key, str)), "")
+        field, got = below(field, key), f"{got} as a key"
+    mend = "put it in quotes" if expected == "must be text" and got not in ("a list", "a mapping", "nothing") else ""
+    if expected == "must be a list" and got == "a mapping":
+        mend = "begin each item with '- '"
+    elif expected == "must be a number" and got == "text":
+        mend = "write it in digits, without quotes"
+    return ConfigError(f"{expected}, not {got}" if got else expected, field=field, mend=mend)
+
+
+def _in_words(types: str) -> str:
+    names = types.split(" | ")
+    wanted = [_WORDS.get(name, name) for name in names if name != "null" or names == ["null"]]
+    return " or ".join(wanted)
+
+
+def _wrong_label(field: str, plain: object) -> ConfigError:
+    """Return what is wrong in a mapping of texts to texts; the message says no key, so it is looked up."""
+    key, value = next(((k, v) for k, v in _mapping_at(plain, field).items() if not isinstance(v, str)), ("", None))
+    parent = field.rpartition(".")[2]
+    if isinstance(value, dict | list):
+        mend = f"if {key!r} belongs beside {parent!r}, indent it as {parent!r} is"
+        if key in ("matchLabels", "matchExpressions"):
+            mend = f"write the labels right under {parent!r}; {key} is for Deployments and their like"
+        got = "list" if isinstance(value, list) else "mapping"
+        return ConfigError(f"{key!r} under {parent!r} must be text, not a {got}", field=below(field, key), mend=mend)
+    # The value is not shown: YAML has made 1.1 of 1.10 and true of yes.
+    got = "nothing" if value is None else "true or false" if isinstance(value, bool) else "a number"
+    mend = "put the value in quotes" if value is not None else 'write "" where no value is meant'
+    return ConfigError(f"the value of {key!r} must be text, not {got}", field=below(field, key), mend=mend)
+
+
+def _mapping_at(plain: object, field: str) -> dict[Any, Any]:
+    for step in steps(field):
+        plain = plain[step] if isinstance(plain, dict | list) else None  # type: ignore[index]  # msgspec walked it
+    return plain if isinstance(plain, dict) else {}

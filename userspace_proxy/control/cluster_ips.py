@@ -79,42 +79,89 @@ class ClusterIPs:
                 raise ConfigError(
                     f"{ip} is already the cluster IP of {holder}", field=field, mend="choose another one, or none"
                 )
-        if given:
-            ips = tuple(ip for _, ip in given)
-            if ips != self._held.get(name):
-                self.release(name)
-                for index, ip in enumerate(ips):
-                    self._hold(name, ip)
-                    for known in self._ranges:
-                        known.take(f"{name}/given{index}", ip)
-                self._held[name] = ips
-            return ips
-        return self._allocate(name, service)
+        if not given:
+            return self._allocate(name, service)
+        ips = tuple(ip for _, ip in given)
+        if ips != self._held.get(name):
+            self.release(name)
+            self._take_given(name, ips)
+        return ips
+
+    def make_way(self, services: Mapping[NamespacedName, api.Service]) -> None:
+        """Let those of *services* that state other addresses than they have move, where nobody stays on the new ones.
+
+        All at once, so that addresses can be passed on, or swapped, within one change.
+        """
+        moves = {}
+        for name, service in services.items():
+            if held := self._held.get(name):
+                ips = tuple(ip for _, ip in given_cluster_ips(service))
+                if ips != held and (ips or not self._is_allocated(name)):
+                    moves[name] = ips
+        while blocked := self._blocked(moves):
+            for name in blocked:  # it stays where it is, and so may block others
+                del moves[name]
+        for name in moves:
+            self.release(name)
+        for name, ips in moves.items():
+            self._take_given(name, ips)
+
+    def _blocked(self, moves: Mapping[NamespacedName, tuple[str, ...]]) -> list[NamespacedName]:
+        """Return those of *moves* that want what somebody stays on, or what one before them wants."""
+        claims: dict[str, NamespacedName] = {}
+        blocked = []
+        for name, ips in sorted(moves.items()):
+            free = all(ip not in self._holders or self._holders[ip] in moves for ip in ips)
+            if not free or any(claims.setdefault(ip, name) != name for ip in ips):
+                blocked.append(name)
+        return blocked
+
+    def _is_allocated(self, name: NamespacedName) -> bool:
+        return any(_key(name, known) in self._allocated for known in self._ranges)
+
+    def held(self, name: NamespacedName) -> tuple[str, ...]:
+        """Return the cluster IPs that *name* has now."""
+        return self._held.get(name, ())
+
+    def _take_given(self, name: NamespacedName, ips: tuple[str, ...]) -> None:
+        for index, ip in enumerate(ips):
+            self._hold(name, ip)
+            for known in self._ranges:
+                known.take(f"{name}/given{index}", ip)
+        self._held[name] = ips
 
     def _allocate(self, name: NamespacedName, service: api.Service) -> tuple[str, ...]:
-        held = self._held.get(name)
-        ranges = self._wanted_ranges(service)
-        if held and len(held) == len(ranges) and all(self._allocated.get(_key(name, r)) in held for r in ranges):
-            return held
-        self.release(name)
-        ips = []
-        for known in ranges:
-            ip = known.allocate(_key(name, known))
+        ips: dict[_Range, str] = {}
+        for known in self._wanted_ranges(service):
+            ip = known.allocate(_key(name, known))  # what it has, if it has one
             if ip is None:
+                for taken in ips:
+                    if _key(name, taken) not in self._allocated:
+                        taken.allocator.release(_key(name, taken))
                 raise ConfigError(
                     f"{known.network} is used up", field="spec.clusterIP", mend="widen --service-cluster-ip-range"
                 )
-            ips.append(ip)
-            self._allocated[_key(name, known)] = ip
-            self._hold(name, ip)
-        self._held[name] = tuple(ips)
+            ips[known] = ip
+        if tuple(ips.values()) != self._held.get(name):
+            self.release(name)
+            for known, ip in ips.items():
+                known.take(_key(name, known), ip)
+                self._allocated[_key(name, known)] = ip
+                self._hold(name, ip)
+            self._held[name] = tuple(ips.values())
         return self._held[name]
 
     def _wanted_ranges(self, service: api.Service) -> list[_Range]:
         assert service.spec is not None
         families = service.spec.ip_families or []
-        policy = service.spec.ip_family_policy or "SingleStack"
+        policy = service.spec.ip_family_policy or ("RequireDualStack" if len(families) > 1 else "SingleStack")
         by_family = {f"IPv{known.network.version}": known for known in self._ranges}
+        if families and families[0] not in by_family:
+            raise ConfigError(
+                f"no cluster IP range is {families[0]}",
+                field="spec.ipFamilies[0]",
+                mend="add one to --service-cluster-ip-range, or choose another family",
+            )
         wanted = [by_family[f] for f in families if f in by_family] or self._ranges[:1]
         if policy in ("PreferDualStack", "RequireDualStack"):
             wanted += [known for known in self._ranges if known not in wanted]

@@ -18,6 +18,9 @@ from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortN
 from userspace_proxy.model.service import ServicePort
 
 SERVICE_NAME_LABEL = "kubernetes.io/service-name"
+# Whoever sets these says that another proxy, or none, is to serve it (behaviours S2, S3).
+_OTHER_PROXY_LABEL = "service.kubernetes.io/service-proxy-name"
+_HEADLESS_LABEL = "service.kubernetes.io/headless"
 AFFINITY_TIMEOUT_S = 10_800
 AFFINITY_TIMEOUT_MAX_S = 86_400
 
@@ -36,7 +39,9 @@ _PROTOCOLS = ("TCP", "UDP", "SCTP")
 def is_proxied(service: api.Service) -> bool:
     """Return whether a proxy has anything to do with *service* (behaviours S1)."""
     spec = service.spec
-    return spec is not None and spec.type != "ExternalName" and spec.cluster_ip != "None"
+    if spec is None or spec.type == "ExternalName" or _OTHER_PROXY_LABEL in (service.metadata.labels or {}):
+        return False
+    return "None" not in (spec.cluster_ip, *(spec.cluster_ips or ())[:1])
 
 
 def check_service(service: api.Service) -> None:
@@ -44,6 +49,9 @@ def check_service(service: api.Service) -> None:
     name, spec = service.metadata.name, service.spec
     if not _LABEL.fullmatch(name):
         raise ConfigError(f"{name!r} is not a valid name", field="metadata.name", mend=_as_label(name))
+    namespace = service.metadata.namespace
+    if namespace and not _LABEL.fullmatch(namespace):
+        raise ConfigError(f"{namespace!r} is not a valid name", field="metadata.namespace", mend=_as_label(namespace))
     if spec is None:
         raise ConfigError("the Service has no spec", mend="add spec.ports")
     if spec.type is not None and spec.type not in _TYPES:
@@ -58,20 +66,38 @@ def check_service(service: api.Service) -> None:
         )
     _check_ports(spec.ports)
     _check_affinity(spec)
-    for field, ip in _cluster_ip_fields(spec):
-        canonical_ip(ip, field)
+    _check_cluster_ips(spec)
     for index, ip in enumerate(spec.external_ips or ()):
         canonical_ip(ip, f"spec.externalIPs[{index}]")
+
+
+def _check_cluster_ips(spec: api.objects.ServiceSpec) -> None:
+    families: set[bool] = set()
+    fields = _cluster_ip_fields(spec)
+    for field, given in fields:
+        ip = canonical_ip(given, field)
+        if (":" in ip) in families:
+            raise ConfigError(f"{ip} is a second one of its family", field=field, mend="keep one a family")
+        families.add(":" in ip)
+    if spec.cluster_ips and spec.cluster_ip and canonical_ip(spec.cluster_ip, "spec.clusterIP") != canonical_ip(
+        spec.cluster_ips[0]
+    ):
+        raise ConfigError(
+            f"{spec.cluster_ip} is not the first of spec.clusterIPs",
+            field="spec.clusterIP",
+            mend="write the same address in both, or leave one field out",
+        )
 
 
 def _check_ports(ports: list[api.ServicePort]) -> None:
     names: dict[str, int] = {}
     numbers: dict[tuple[int, str], int] = {}
+    node_ports: dict[tuple[int, str], int] = {}
     for index, port in enumerate(ports):
         field = f"spec.ports[{index}]"
         _check_number(port.port, f"{field}.port")
-        if isinstance(port.target_port, int):
-            _check_number(port.target_port, f"{field}.targetPort")
+        if (target := _as_number(port.target_port)) is not None and port.target_port != 0:  # 0: the same as port
+            _check_number(target, f"{field}.targetPort")
         if port.node_port:
             _check_number(port.node_port, f"{field}.nodePort")
         protocol = port.protocol or "TCP"
@@ -98,10 +124,27 @@ def _check_ports(ports: list[api.ServicePort]) -> None:
                 field=f"{field}.port",
                 mend="remove one of them",
             )
+        if port.node_port and (first := node_ports.setdefault((port.node_port, protocol), index)) != index:
+            raise ConfigError(
+                f"{protocol} node port {port.node_port} is already that of ports[{first}]",
+                field=f"{field}.nodePort",
+                mend="give each port a node port of its own",
+            )
+
+
+def _as_number(target: int | str | None) -> int | None:
+    """Return a targetPort that is a number, in quotes or not; None for a name, and where there is none."""
+    if isinstance(target, str):
+        return int(target) if target.isascii() and target.isdigit() else None
+    return target
+
+
+def _is_port(port: int | None) -> bool:
+    return port is not None and 1 <= port <= 65_535
 
 
 def _check_number(port: int, field: str) -> None:
-    if not 1 <= port <= 65_535:
+    if not _is_port(port):
         raise ConfigError(f"{port} is not a port", field=field, mend="write a number from 1 to 65535")
 
 
@@ -144,13 +187,17 @@ def given_cluster_ips(service: api.Service) -> list[tuple[str, str]]:
 def canonical_ip(ip: str, field: str = "") -> str:
     """Return *ip* in canonical form; zeros in front are read as decimal, as older manifests write them.
 
+    A zone (``fe80::1%eth0``) is refused: it means something on one host only, and no rule could match it.
+
     Raises:
         ConfigError: it is no IP address.
     """
     text = ip.strip()
     if "." in text and ":" not in text:
-        text = ".".join(part.lstrip("0") or "0" for part in text.split("."))
+        text = ".".join(part.lstrip("0") or part[:1] for part in text.split("."))
     try:
+        if "%" in text:
+            raise ValueError(text)
         return str(ipaddress.ip_address(text))
     except ValueError:
         if ip.strip().lower() == "none":
@@ -171,6 +218,7 @@ def service_ports(
     found: dict[int, ServicePort] = {}
     problems = []
     external = tuple(canonical_ip(ip) for ip in spec.external_ips or ())
+    has_node_ports = spec.type in ("NodePort", "LoadBalancer")  # another type frees them at once (behaviours S8)
     for index, port in enumerate(spec.ports or ()):
         protocol = port.protocol or "TCP"
         if protocol not in L4Protocol.__members__:
@@ -186,7 +234,7 @@ def service_ports(
             name=ServicePortName(name, port.name or "", L4Protocol(protocol)),
             port=port.port,
             cluster_ips=cluster_ips,
-            node_port=port.node_port or 0,
+            node_port=(port.node_port or 0) if has_node_ports else 0,
             external_ips=external,
             affinity_timeout_s=_affinity_timeout_s(spec),
         )
@@ -203,9 +251,10 @@ def _as_label(name: str) -> str:
 
 
 def service_of(piece: api.EndpointSlice, namespace: str) -> NamespacedName | None:
-    """Return the Service that an EndpointSlice belongs to; None where it says none (behaviours S4)."""
-    name = (piece.metadata.labels or {}).get(SERVICE_NAME_LABEL)
-    return NamespacedName(namespace, name) if name else None
+    """Return the Service that an EndpointSlice belongs to; None where it says none, or is not for proxies (S3, S4)."""
+    labels = piece.metadata.labels or {}
+    name = labels.get(SERVICE_NAME_LABEL)
+    return NamespacedName(namespace, name) if name and _HEADLESS_LABEL not in labels else None
 
 
 def from_slices(slices: Iterable[api.EndpointSlice]) -> EndpointsByPort:
@@ -215,7 +264,7 @@ def from_slices(slices: Iterable[api.EndpointSlice]) -> EndpointsByPort:
         if piece.address_type not in ("IPv4", "IPv6"):
             continue
         for port in piece.ports or ():
-            if not port.port:
+            if port.port is None or not _is_port(port.port):
                 continue
             endpoints = found[port.name or "", port.protocol or "TCP"]
             for item in piece.endpoints or ():
@@ -245,7 +294,7 @@ def from_endpoints(given: api.Endpoints) -> EndpointsByPort:
             for addresses, ready in ((subset.addresses, True), (subset.not_ready_addresses, False)):
                 for address in addresses or ():
                     ip = _ip_or_none(address.ip)
-                    if port.port and ip is not None:
+                    if port.port is not None and _is_port(port.port) and ip is not None:
                         endpoints.append(Endpoint(ip, port.port, ready, ready, node_name=address.node_name))
     return found
 
@@ -297,10 +346,8 @@ def target_port(port: api.ServicePort, pod: api.Pod) -> int | None:
     wanted = port.target_port
     if wanted is None or wanted in (0, ""):
         return port.port
-    if isinstance(wanted, int):
-        return wanted
-    if wanted.isdigit():
-        return int(wanted)
+    if (number := _as_number(wanted)) is not None:
+        return number
     spec = pod.spec
     if spec is None:
         return None
@@ -309,7 +356,8 @@ def target_port(port: api.ServicePort, pod: api.Pod) -> int | None:
     for container in [*(spec.containers or ()), *sidecars]:
         ports: list[api.objects.ContainerPort] = container.ports or []
         for offered in ports:
-            if offered.name == wanted and (offered.protocol or "TCP") == (port.protocol or "TCP"):
+            same = offered.name == wanted and (offered.protocol or "TCP") == (port.protocol or "TCP")
+            if same and _is_port(offered.container_port):
                 return offered.container_port
     return None
 

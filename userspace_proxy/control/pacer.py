@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 GATHER_S = 0.005
 _RETRY_S = 0.25
+# Enough for any longest pause; without an end, a night of failures would be more than a float can hold.
+_DOUBLINGS_MAX = 32
 
 
 class Pacer:
@@ -18,10 +20,6 @@ class Pacer:
         self._ended_at = float("-inf")
         self._failures = 0
 
-    @property
-    def failing(self) -> bool:
-        return self._failures > 0
-
     def note_end(self, *, succeeded: bool) -> None:
         """A sync has ended."""
         self._ended_at = self._now()
@@ -31,5 +29,6 @@ class Pacer:
         """Return how long the next sync has to wait: for other changes, for the minimum period, or for a retry."""
         pause_s = self._min_period_s
         if self._failures:
-            pause_s = max(pause_s, min(_RETRY_S * 2 ** (self._failures - 1), self._max_retry_s))
+            doublings = min(self._failures - 1, _DOUBLINGS_MAX)
+            pause_s = max(pause_s, min(_RETRY_S * 2**doublings, self._max_retry_s))
         return max(GATHER_S, self._ended_at + pause_s - self._now())

@@ -35,7 +35,8 @@ class Tracker:
 
     def __init__(self, cluster_ips: ClusterIPs) -> None:
         self._cluster_ips = cluster_ips
-        self._services: dict[NamespacedName, api.Service] = {}
+        self._services: dict[NamespacedName, api.Service] = {}  # the latest that makes sense by itself
+        self._served: dict[NamespacedName, api.Service] = {}  # the latest that makes sense among the others
         self._origins: dict[NamespacedName, Origin] = {}
         self._slices: dict[NamespacedName, dict[NamespacedName, api.EndpointSlice]] = defaultdict(dict)
         self._service_of_slice: dict[NamespacedName, NamespacedName] = {}
@@ -43,17 +44,19 @@ class Tracker:
         self._pods: dict[NamespacedName, api.Pod] = {}
         self._pods_by_label: dict[LabelKey, dict[NamespacedName, api.Pod]] = defaultdict(dict)
         self._selecting: dict[LabelKey, set[NamespacedName]] = defaultdict(set)
+        self._label_keys_of: dict[NamespacedName, tuple[LabelKey, ...]] = {}
         self._changed: set[NamespacedName] = set()
         self._ports_of: dict[NamespacedName, tuple[ServicePortName, ...]] = {}
         self._service_ports: dict[ServicePortName, ServicePort] = {}
         self._endpoints_of: dict[ServicePortName, tuple[Endpoint, ...]] = {}
         self._state = ProxyState()
-        self._problems: dict[NamespacedName, str] = {}
+        self._faults: dict[NamespacedName, str] = {}  # until the Service is written anew
+        self._conflicts: dict[NamespacedName, str] = {}  # until other Services allow it
 
     @property
     def problems(self) -> Mapping[NamespacedName, str]:
         """The Services that could not be taken as they are written: name -> where and why."""
-        return self._problems
+        return {**self._conflicts, **self._faults}
 
     def apply(self, events: Iterable[ObjectEvent]) -> None:
         """Note what *events* say."""
@@ -79,40 +82,40 @@ class Tracker:
             try:
                 decode.check_service(given)
             except ConfigError as error:
-                self._refuse(name, error, origin)
+                self._report(self._faults, name, error, origin)
                 return
-        self._select(name, add=False)
-        if isinstance(given, api.Service):
             self._services[name] = given
             if origin is not None:
                 self._origins[name] = origin
-            self._select(name, add=True)
         else:
             self._services.pop(name, None)
             self._origins.pop(name, None)
-            self._problems.pop(name, None)
+        self._faults.pop(name, None)
+        self._find_by_labels(name)
         self._changed.add(name)
 
-    def _refuse(self, name: NamespacedName, error: ConfigError, origin: Origin | None) -> None:
+    def _report(
+        self, problems: dict[NamespacedName, str], name: NamespacedName, error: ConfigError, origin: Origin | None
+    ) -> None:
         where = origin.where(error.field) if origin else str(name)
         said = f"{where}: Service {name}: {error}"
-        if self._problems.get(name) != said:
-            kept = "; its last good version goes on serving" if name in self._services else ""
-            log.error("%s%s", said, kept)
-        self._problems[name] = said
+        if problems.get(name) != said:
+            log.error("%s", said)
+        problems[name] = said
 
-    def _select(self, name: NamespacedName, *, add: bool) -> None:
-        service = self._services.get(name)
-        selector = service.spec.selector if service and service.spec else None
-        if not selector:
-            return
-        key = _label_key(name.namespace, selector)
-        if add:
-            self._selecting[key].add(name)
-        else:
+    def _find_by_labels(self, name: NamespacedName) -> None:
+        """See to it that *name* is found by the selectors of its latest version and of the one that is served."""
+        versions = (self._services.get(name), self._served.get(name))
+        selectors = [v.spec.selector for v in versions if v is not None and v.spec is not None and v.spec.selector]
+        keys = tuple(dict.fromkeys(_label_key(name.namespace, selector) for selector in selectors))
+        for key in self._label_keys_of.pop(name, ()):
             self._selecting[key].discard(name)
             if not self._selecting[key]:
                 del self._selecting[key]
+        for key in keys:
+            self._selecting[key].add(name)
+        if keys:
+            self._label_keys_of[name] = keys
 
     def _set_slice(self, name: NamespacedName, given: object) -> None:
         before = self._service_of_slice.pop(name, None)
@@ -155,37 +158,53 @@ class Tracker:
         if not self._changed:
             return self._state
         changed, self._changed = self._changed, set()
-        changed |= self._problems.keys()  # what stood in their way may be gone
-        gone = [name for name in changed if name not in self._services]
-        for name in gone:  # first, so that their addresses are free
-            self._cluster_ips.release(name)
-            self._replace(name, {}, {})
-        present = [(name, self._services[name]) for name in changed if name in self._services]
-        for name, service in sorted(present, key=lambda item: (self._cluster_ips.first(*item), item[0])):
+        changed |= self._conflicts.keys()  # what stood in their way may be gone
+        present: dict[NamespacedName, api.Service] = {}
+        for name in changed:  # who leaves goes first, so that addresses are free
+            service = self._services.get(name)
+            if service is None or not decode.is_proxied(service):
+                self._withdraw(name)
+            else:
+                present[name] = service
+        self._cluster_ips.make_way(present)
+        for name, service in sorted(present.items(), key=lambda item: (self._cluster_ips.first(*item), item[0])):
             self._work_out(name, service)
         self._state = ProxyState(
             MappingProxyType(dict(self._service_ports)), MappingProxyType(dict(self._endpoints_of))
         )
         return self._state
 
+    def _withdraw(self, name: NamespacedName) -> None:
+        self._cluster_ips.release(name)
+        self._conflicts.pop(name, None)
+        if self._served.pop(name, None) is not None:
+            self._find_by_labels(name)
+        self._replace(name, {}, {})
+
     def _work_out(self, name: NamespacedName, service: api.Service) -> None:
-        if not decode.is_proxied(service):
-            self._cluster_ips.release(name)
-            self._replace(name, {}, {})
-            return
         try:
             cluster_ips = self._cluster_ips.assign(name, service)
         except ConfigError as error:
-            self._refuse(name, error, self._origins.get(name))
+            self._report(self._conflicts, name, error, self._origins.get(name))
+            if name in self._served:  # the last good version goes on, and follows its endpoints
+                self._serve(name, self._served[name], self._cluster_ips.held(name))
             return
-        ports, problems = decode.service_ports(name, service, cluster_ips)
+        problems = self._serve(name, service, cluster_ips)
         if problems:
-            self._refuse(name, problems[0], self._origins.get(name))
+            self._report(self._conflicts, name, problems[0], self._origins.get(name))
         else:
-            self._problems.pop(name, None)
+            self._conflicts.pop(name, None)
+        if self._served.get(name) is not service:
+            self._served[name] = service
+            self._find_by_labels(name)
+
+    def _serve(self, name: NamespacedName, service: api.Service, cluster_ips: tuple[str, ...]) -> list[ConfigError]:
+        """Work out the ports of *service* and their endpoints; return what is wrong with the ports left out."""
+        ports, problems = decode.service_ports(name, service, cluster_ips)
         sources = self._endpoint_sources(name, service)
         service_ports = {port.name: port for port in ports.values()}
         self._replace(name, service_ports, {n: decode.endpoints_of(p, sources) for n, p in service_ports.items()})
+        return problems
 
     def _endpoint_sources(self, name: NamespacedName, service: api.Service) -> list[decode.EndpointsByPort]:
         """Return where the endpoints of *service* are stated: in the Pods it selects, else in slices and Endpoints.

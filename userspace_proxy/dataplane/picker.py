@@ -81,7 +81,7 @@ class Picker:
                 if index < self._next:
                     turn += 1
         self._endpoints = kept + list(wanted.values())
-        self._next = turn
+        self._next = turn if turn < len(self._endpoints) else 0
         for address in self._ejected.keys() - {e.address for e in self._endpoints}:
             del self._ejected[address]
 
@@ -121,9 +121,7 @@ class Picker:
             if not count:
                 return None
             index = self._next
-            if index >= count:
-                index = 0
-            self._next = index + 1
+            self._next = index + 1 if index + 1 < count else 0
             return Pick(endpoints[index], "round robin")
         now = self._now()
         doubtful = None
@@ -133,13 +131,13 @@ class Picker:
             if address in tried:
                 continue
             if self._is_open(address, now):
-                self._next = index + 1
+                self._next = (index + 1) % count
                 return Pick(endpoints[index], self._why(address, tried))
             if doubtful is None:
                 doubtful = index
         if doubtful is None:
             return None
-        self._next = doubtful + 1
+        self._next = (doubtful + 1) % count
         return Pick(endpoints[doubtful], "last resort")
 
     def _is_open(self, address: Address, now: float) -> bool:

@@ -112,6 +112,9 @@ class LocalPlane:
 
     async def stats(self) -> PlaneStats:
         connections = self._context.connections
+        for listener in self._listeners.values():
+            listener.counters.endpoints = len(listener.picker.endpoints)
+            listener.counters.ejected = len(listener.picker.ejected)
         return PlaneStats(
             services={name: listener.counters for name, listener in self._listeners.items()},
             connections_open=len(connections),

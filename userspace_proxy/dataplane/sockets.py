@@ -69,7 +69,8 @@ def reserve_refusing_port(port: int) -> tuple[socket.socket, socket.socket]:
     tcp = bind_wildcard(socket.SOCK_STREAM, port)
     try:
         udp = bind_wildcard(socket.SOCK_DGRAM, port)
-        udp.connect(("::1" if udp.family == socket.AF_INET6 else "127.0.0.1", 9))
+        # Not ::1: where IPv6 is switched off by sysctl (Docker's containers) :: can be bound and ::1 not reached.
+        udp.connect((f"{_MAPPED}127.0.0.1" if udp.family == socket.AF_INET6 else "127.0.0.1", 9))
     except BaseException:
         tcp.close()
         raise

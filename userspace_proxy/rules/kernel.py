@@ -99,12 +99,19 @@ class IptablesKernel:
             return
         self._held = None
         with _quiet(self._notices):
-            for family, prefix in _families():
-                saved = await run_tool(f"{prefix}-save")
-                script = iptables.restore(redirects, family, saved)
-                await run_tool(f"{prefix}-restore", "--noflush", "-w", "5", stdin=script)
-                self._loaded[family] = iptables.ours(await run_tool(f"{prefix}-save"))
+            done = await asyncio.gather(
+                *(self._load_family(redirects, family, prefix) for family, prefix in _families()),
+                return_exceptions=True,
+            )
+        for error in filter(None, done):
+            raise error
         self._held = redirects
+
+    async def _load_family(self, redirects: Redirects, family: int, prefix: str) -> None:
+        saved = await run_tool(f"{prefix}-save")
+        script = iptables.restore(redirects, family, saved)
+        await run_tool(f"{prefix}-restore", "--noflush", "-w", "5", stdin=script)
+        self._loaded[family] = iptables.ours(await run_tool(f"{prefix}-save"))
 
     async def reload(self) -> None:
         if (held := self._held) is not None:

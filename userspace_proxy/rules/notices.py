@@ -76,7 +76,8 @@ class RuleNotices(_Notices):
         try:
             yield
         finally:
-            self._sock.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, _GROUP_NFTABLES)
+            if self._sock.fileno() >= 0:  # closed meanwhile, when the proxy stops
+                self._sock.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, _GROUP_NFTABLES)
 
     def concerns_us(self, datagram: bytes) -> bool:
         return any(table in self._tables for table in tables_in(datagram))

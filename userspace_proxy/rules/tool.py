@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import shutil
+import subprocess
 
 from userspace_proxy.errors import SyncError
 
@@ -39,22 +41,22 @@ async def run_tool(tool: str, *arguments: str, stdin: str = "") -> str:
     path = _find(tool)
     if path is None:
         raise SyncError(f"{tool} is not installed; install the package {_PACKAGE.get(tool, tool)}")
-    process = await asyncio.create_subprocess_exec(
-        path,
-        *arguments,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
+    # In a thread: uvloop's own subprocesses raise when a tool ends before it has read its input.
+    command = functools.partial(
+        subprocess.run, [path, *arguments], input=stdin.encode(), capture_output=True, timeout=_TIMEOUT_S, check=False
     )
+    running = asyncio.get_running_loop().run_in_executor(None, command)
     try:
-        async with asyncio.timeout(_TIMEOUT_S):
-            out, err = await process.communicate(stdin.encode())
-    except TimeoutError:
-        process.kill()
+        done = await asyncio.shield(running)
+    except asyncio.CancelledError:
+        # A load that is under way cannot be taken back: whoever cancels must not act before it has ended.
+        await asyncio.wait({running})
+        raise
+    except subprocess.TimeoutExpired:
         raise SyncError(f"{tool} has not answered for {_TIMEOUT_S:.0f} s") from None
-    if process.returncode:
-        raise SyncError(f"{tool} exited {process.returncode}: {_reason(err.decode(errors='replace'))}")
-    return out.decode(errors="replace")
+    if done.returncode:
+        raise SyncError(f"{tool} exited {done.returncode}: {_reason(done.stderr.decode(errors='replace'))}")
+    return done.stdout.decode(errors="replace")
 
 
 def _reason(stderr: str) -> str:

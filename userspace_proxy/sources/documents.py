@@ -7,9 +7,11 @@ Line numbers inside of a document are worked out only when something there is wr
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -18,10 +20,25 @@ from userspace_proxy import api
 from userspace_proxy.errors import ConfigError
 from userspace_proxy.model.names import NamespacedName
 
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # libyaml's, where it is built in
+    """Reads what Kubernetes reads: a date is text there, and an impossible one (2024-13-45) is no error."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 _SEPARATOR = re.compile(r"^---(?=\s|$)", re.MULTILINE)
-_STEP = re.compile(r"\[(\d+)\]|([^.\[\]]+)")
+# What a page that shows code puts around and into it; a placeholder such as <name> is none of these.
+_TAG = re.compile(r"</?(html|head|body|div|span|p|br|pre|code|a|table|t[rdh]|li|ul)(\s[^>]*)?/?>", re.IGNORECASE)
+_KEY = re.compile(r"\s*(?:- +)*([\w./-]+):(\s|$)")
 _CLUSTER_WIDE = {"Node"}
+# Wrong values that are set aside in one object so that the next one shows.
+_TYPE_ERRORS_MAX = 50
+# So many duplicates between two files are shown one by one; more are a copy of the file.
+_DUPLICATES_MAX = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,23 +49,6 @@ class Document:
     line: int
     text: str
 
-    def where(self, field: str = "") -> str:
-        """Return ``file:line`` of *field* (a path such as ``spec.ports[0].port``), or of its nearest parent."""
-        return f"{self.path}:{self.line_of(field)}"
-
-    def line_of(self, field: str) -> int:
-        try:
-            node = yaml.compose(self.text, Loader=_LOADER)
-        except yaml.YAMLError as error:
-            return self.line + _line_in(error)
-        line = _first_line(node)
-        for index, key in _STEP.findall(field):
-            found = _child(node, int(index) if index else key)
-            if found is None:
-                break
-            line, node = found
-        return self.line + line
-
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -58,26 +58,40 @@ class Place:
     prefix: str = ""
 
     def where(self, field: str = "") -> str:
-        return self.document.where(self.prefix + field)
+        """Return ``file:line`` of *field* (a path such as ``spec.ports[0].port``), or of its nearest parent."""
+        return f"{self.document.path}:{Lines().line_of(self, field)}"
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """One object as written; ``object`` is None for a kind that a proxy does not read."""
+    """One object as written; ``object`` is None for a kind that a proxy does not read.
+
+    Read for checks, it has its plain form as well, and ``errors`` are the values of a wrong type: what is
+    left without those is the ``object`` (None where that is too little).
+    """
 
     kind: str
     name: NamespacedName
     object: api.KubernetesObject | None
     plain: dict[str, Any] | None
     place: Place
+    errors: tuple[ConfigError, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}" if self.name.namespace else f"{self.kind} {self.name.name}"
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something that cannot be used, and where."""
+    """Something that cannot be used, and where; ``line`` is None where a whole file is meant."""
 
-    where: str
+    path: str
+    line: int | None
     error: ConfigError
+
+    @property
+    def where(self) -> str:
+        return self.path if self.line is None else f"{self.path}:{self.line}"
 
     def __str__(self) -> str:
         return f"{self.where}: {self.error}"
@@ -99,42 +113,50 @@ def _has_content(row: str) -> bool:
     return bool(row) and row != "..." and not row.startswith(("#", "%"))
 
 
-def parse(document: Document, *, keep_plain: bool = False) -> tuple[list[Manifest], list[Problem]]:
+def parse(document: Document, *, for_check: bool = False) -> tuple[list[Manifest], list[Problem]]:
     """Return the objects of *document*, Lists unpacked, and what is wrong with the others.
 
-    With *keep_plain* the objects keep their plain form, for checks that want fields a proxy does not read.
+    *for_check* wants all that can be said: see Manifest; and keys that stand twice in a mapping, of which
+    YAML takes the last.
     """
     try:
-        plain = yaml.load(document.text, Loader=_LOADER)  # noqa: S506 - the safe loader, in C
-    except yaml.YAMLError as error:
-        return [], [Problem(f"{document.path}:{document.line + _line_in(error)}", _readable(document, error))]
-    if plain is None:
-        return [], []
-    manifests: list[Manifest] = []
-    problems: list[Problem] = []
-    for place, item in _items(document, plain):
+        loader = _Loader(document.text)
         try:
-            manifests.append(_manifest(place, item, keep_plain=keep_plain))
+            root = loader.get_single_node()
+            twice = list(_keys_that_stand_twice(root)) if for_check else []
+            plain = loader.construct_document(root) if root is not None else None
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        line = _line_in(document, error)
+        return [], [Problem(document.path, document.line + line, _readable(document, error, line))]
+    except (ValueError, RecursionError) as error:
+        return [], [Problem(document.path, document.line, ConfigError(f"cannot be read as YAML: {error}"))]
+    manifests: list[Manifest] = []
+    problems = [Problem(document.path, document.line + line, error) for line, error in twice]
+    for place, item in _items(document, plain) if plain is not None else ():
+        try:
+            manifests.append(_manifest(place, item, for_check=for_check))
         except ConfigError as error:
-            problems.append(Problem(place.where(error.field), error))
+            problems.append(Problem(document.path, Lines().line_of(place, error.field), error))
     return manifests, problems
 
 
 def _items(document: Document, plain: object, prefix: str = "") -> Iterator[tuple[Place, object]]:
-    if isinstance(plain, dict) and isinstance(plain.get("kind"), str) and plain["kind"].endswith("List"):
-        for index, item in enumerate(plain.get("items") or ()):
-            if isinstance(item, dict) and "kind" not in item and plain["kind"] != "List":
-                item = {"kind": plain["kind"].removesuffix("List"), **item}
+    kind = plain.get("kind") if isinstance(plain, dict) else None
+    items = plain.get("items") if isinstance(plain, dict) else None
+    if isinstance(kind, str) and kind.endswith("List") and (items is None or isinstance(items, list)):
+        for index, item in enumerate(items or ()):
+            if isinstance(item, dict) and "kind" not in item and kind != "List":
+                item = {"kind": kind.removesuffix("List"), **item}
             yield from _items(document, item, f"{prefix}items[{index}].")
     else:
         yield Place(document, prefix), plain
 
 
-def _manifest(place: Place, plain: object, *, keep_plain: bool) -> Manifest:
+def _manifest(place: Place, plain: object, *, for_check: bool) -> Manifest:
     if not isinstance(plain, dict):
-        if place.document.text.lstrip("- \n\t").startswith("<"):
-            raise ConfigError("this is HTML, not a manifest", mend="fetch the raw file, not the page that shows it")
-        raise ConfigError(
+        raise _html(place.document) or ConfigError(
             "this is no Kubernetes object", mend="it must be a mapping with apiVersion, kind and metadata"
         )
     kind = plain.get("kind")
@@ -142,45 +164,165 @@ def _manifest(place: Place, plain: object, *, keep_plain: bool) -> Manifest:
         raise ConfigError("the object has no kind", mend="add 'kind: Service' or whatever it is")
     metadata = plain.get("metadata")
     name = metadata.get("name") if isinstance(metadata, dict) else None
-    if not isinstance(name, str) or not name:
+    if not isinstance(metadata, dict) or not isinstance(name, str) or not name:
         said = f"{name!r} is no text" if name is not None else "the object has no name"
         field = "metadata.name" if name is not None else "metadata"
         raise ConfigError(said, field=field, mend="add metadata.name, in quotes if it looks like a number")
-    assert isinstance(metadata, dict)
     namespace = "" if kind in _CLUSTER_WIDE else metadata.get("namespace") or "default"
-    known = api.convert(kind, plain) if kind in api.KINDS else None
-    return Manifest(kind, NamespacedName(str(namespace), name), known, plain if keep_plain else None, place)
+    full_name = NamespacedName(str(namespace), name)
+    if kind not in api.KINDS or _is_foreign(plain.get("apiVersion")):
+        return Manifest(kind, full_name, None, plain if for_check else None, place)
+    if for_check:
+        known, errors = _convert_what_can_be(kind, plain)
+        return Manifest(kind, full_name, known, plain, place, tuple(errors))
+    return Manifest(kind, full_name, api.convert(kind, plain), None, place)
+
+
+def _is_foreign(version: object) -> bool:
+    """Return whether *version* is that of somebody's own resources, such as a Knative Service."""
+    group = version.partition("/")[0] if isinstance(version, str) and "/" in version else ""
+    return "." in group and not group.endswith(".k8s.io")
+
+
+def _convert_what_can_be(kind: str, plain: dict[str, Any]) -> tuple[api.KubernetesObject | None, list[ConfigError]]:
+    """Return *plain* as the struct of *kind* without the values of a wrong type, and these."""
+    errors: list[ConfigError] = []
+    while len(errors) < _TYPE_ERRORS_MAX:
+        try:
+            return api.convert(kind, plain), errors
+        except ConfigError as error:
+            if any(error.field == earlier.field.rpartition(".")[0] for earlier in errors):
+                return None, errors  # it lacks what was set aside
+            plain = plain if errors else copy.deepcopy(plain)
+            errors.append(error)
+            if not _set_aside(plain, error.field):
+                break
+    return None, errors
+
+
+def _set_aside(plain: Any, field: str) -> bool:
+    *parents, last = api.steps(field) or [""]
+    for step in parents:
+        plain = plain[step]
+    # A key that YAML has made a number is not found by its text; such an object is left as it is.
+    return isinstance(plain, dict) and plain.pop(last, plain) is not plain
+
+
+def duplicates(manifests: Iterable[Manifest]) -> list[Problem]:
+    """Return the objects, of kinds a proxy reads, that stand again after *manifests* has had them."""
+    first_of: dict[tuple[str, NamespacedName], Manifest] = {}
+    pairs: dict[tuple[str, str], list[tuple[Manifest, Manifest]]] = {}
+    for manifest in manifests:
+        first = first_of.setdefault((manifest.kind, manifest.name), manifest)
+        if first is not manifest:
+            files = first.place.document.path, manifest.place.document.path
+            pairs.setdefault(files, []).append((first, manifest))
+    lines = Lines()
+    problems = []
+    for (first_path, path), found in pairs.items():
+        for first, second in found[:_DUPLICATES_MAX]:
+            where = f"{first_path}:{lines.line_of(first.place, 'metadata.name')}"
+            error = ConfigError(f"{second} is already at {where}", field="metadata.name", mend="remove one of them")
+            problems.append(Problem(path, lines.line_of(second.place, "metadata.name"), error))
+        if (more := len(found) - _DUPLICATES_MAX) > 0:
+            problems.append(
+                Problem(path, None, ConfigError(f"{more} more objects are already in {first_path}", mend="remove one"))
+            )
+    return problems
 
 
 # ---- errors of YAML itself
 
 
-def _line_in(error: yaml.YAMLError) -> int:
+def _line_in(document: Document, error: yaml.YAMLError) -> int:
+    if isinstance(error, yaml.reader.ReaderError):
+        return document.text.count("\n", 0, error.position)
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-    return mark.line if mark else 0
+    last = max(len(document.text.splitlines()) - 1, 0)
+    return min(mark.line, last) if mark else 0
 
 
-def _readable(document: Document, error: yaml.YAMLError) -> ConfigError:
-    if document.text.lstrip("- \n\t").startswith("<"):
-        return ConfigError("this is HTML, not a manifest", mend="fetch the raw file, not the page that shows it")
-    said = str(getattr(error, "problem", None) or error).splitlines()[0]
+def _readable(document: Document, error: yaml.YAMLError, line: int) -> ConfigError:
+    said = str(getattr(error, "problem", None) or getattr(error, "reason", None) or error).splitlines()[0]
     rows = document.text.splitlines()
-    line = _line_in(error)
-    row = rows[line].strip() if line < len(rows) else ""
-    if "\t" in (rows[line] if line < len(rows) else "")[:40] and "\\t" in said:
-        return ConfigError("a tab is used for indentation", mend="indent with spaces")
-    seen = f" near {row[:60]!r}" if row else ""
-    return ConfigError(
-        f"the YAML is broken{seen}: {said}",
-        mend="look at the indentation here and in the line above: keys of one mapping start in one column",
-    )
+    row = rows[line] if line < len(rows) else ""
+    if html := _html(document, row):
+        return html
+    key = _KEY.match(row)
+    field = key[1] if key else ""
+    if "\t" in row[: len(row) - len(row.lstrip())]:
+        return ConfigError("a tab is used for indentation", field=field, mend="indent with spaces")
+    if "\u00a0" in row:
+        said = "there is a non-breaking space in the line, as web pages have them"
+        return ConfigError(said, field=field, mend="type its indentation and spaces anew")
+    if "{{" in row:
+        return ConfigError(
+            "this is a template, not a manifest", field=field, mend="render it first, with 'helm template' for a chart"
+        )
+    seen = f" near {row.strip()[:60]!r}" if row.strip() else ""
+    mend = "look at the indentation here and in the line above: keys of one mapping start in one column"
+    return ConfigError(f"the YAML is broken{seen}: {said}", field=field, mend=mend)
+
+
+def _html(document: Document, row: str = "") -> ConfigError | None:
+    start = document.text.lstrip("- \n\t")
+    if (start.startswith("<") and not start.startswith("<<")) or _TAG.search(row):
+        return ConfigError("this is HTML, not a manifest", mend="fetch the raw file, not the page that shows it")
+    return None
+
+
+def _keys_that_stand_twice(root: Any) -> Iterator[tuple[int, ConfigError]]:
+    """Yield the line of each key that its mapping already has, and what to say."""
+    seen: set[int] = set()  # an alias stands for a node that was looked at
+    waiting = [(root, "")]
+    while waiting:
+        node, field = waiting.pop()
+        if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += [(item, f"{field}[{index}]") for index, item in enumerate(node.value)]
+            continue
+        firsts: dict[str, Any] = {}
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            here = api.below(field, key.value)
+            first = firsts.setdefault(key.value, key)
+            if first is not key:
+                above = key.start_mark.line - first.start_mark.line
+                said = f"{key.value!r} stands twice, {above} lines apart, and only this one counts"
+                mend = "join the two" if isinstance(value, yaml.CollectionNode) else "remove one of them"
+                yield key.start_mark.line, ConfigError(said, field=here, mend=mend)
+            waiting.append((value, here))
 
 
 # ---- lines of fields
 
 
-def _first_line(node: Any) -> int:
-    return node.start_mark.line if node is not None else 0
+class Lines:
+    """Finds the lines of fields; keeps the last few documents, which are read anew for it, as trees."""
+
+    def __init__(self) -> None:
+        self._tree = lru_cache(maxsize=2)(_tree)
+
+    def line_of(self, place: Place, field: str) -> int:
+        document = place.document
+        try:
+            node = self._tree(document)
+        except yaml.YAMLError as error:
+            return document.line + _line_in(document, error)
+        line = node.start_mark.line if node is not None else 0
+        for step in api.steps(place.prefix + field):
+            found = _child(node, step)
+            if found is None:
+                break
+            line, node = found
+        return document.line + line
+
+
+def _tree(document: Document) -> Any:
+    return yaml.compose(document.text, Loader=_Loader)
 
 
 def _child(node: Any, step: int | str) -> tuple[int, Any] | None:

@@ -18,7 +18,7 @@ from userspace_proxy import api
 from userspace_proxy.errors import ConfigError, StartError
 from userspace_proxy.interfaces import EventType, ObjectEvent
 from userspace_proxy.model.names import NamespacedName
-from userspace_proxy.sources.documents import Document, Manifest, Problem, parse, split
+from userspace_proxy.sources.documents import Document, Manifest, Problem, duplicates, parse, split
 
 STDIN = "-"
 _ENDINGS = (".yaml", ".yml", ".json")
@@ -260,19 +260,31 @@ def _duplicate(first: Manifest, second: Manifest) -> Problem:
 
 
 def read_once(paths: Sequence[str]) -> tuple[list[Manifest], list[Problem]]:
-    """Read *paths* once, with all that `check` wants to know."""
+    """Read *paths* once, with all that `check` wants to know.
+
+    Raises:
+        StartError: a path names nothing that could be read.
+    """
     manifests: list[Manifest] = []
     problems: list[Problem] = []
+    for name in _all_files(paths):
+        try:
+            text = sys.stdin.read() if name == STDIN else Path(name).read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            problems.append(_unreadable(name, error))
+            continue
+        for document in split("stdin" if name == STDIN else name, text):
+            found, wrong = parse(document, for_check=True)
+            manifests += found
+            problems += wrong
+    return manifests, problems
+
+
+def _all_files(paths: Sequence[str]) -> Iterable[str]:
+    """Return the files that *paths* stand for, each once."""
     for path in paths:
         check_path(path)
-        for name in expand(path):
-            try:
-                text = sys.stdin.read() if name == STDIN else Path(name).read_text(encoding="utf-8-sig")
-            except (OSError, UnicodeDecodeError) as error:
-                problems.append(_unreadable(name, error))
-                continue
-            for document in split("stdin" if name == STDIN else name, text):
-                found, wrong = parse(document, keep_plain=True)
-                manifests += found
-                problems += wrong
-    return manifests, problems
+    try:
+        return dict.fromkeys(name for path in paths for name in expand(path))
+    except OSError as error:
+        raise StartError(f"{error.filename}: {(error.strerror or str(error)).lower()}") from None

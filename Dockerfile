@@ -1,0 +1,23 @@
+# The proxy and the tools it speaks to the kernel with. It needs CAP_NET_ADMIN in its network namespace, nothing more:
+#   docker run --cap-drop ALL --cap-add NET_ADMIN --read-only -v ./manifests:/manifests:ro IMAGE
+FROM debian:bookworm-slim AS build
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends python3-venv \
+ && rm -rf /var/lib/apt/lists/*
+COPY pyproject.toml requirements-dev.txt README.md LICENSE /source/
+COPY userspace_proxy /source/userspace_proxy
+# The locked versions are the ones that the tests ran with.
+RUN python3 -m venv /opt/userspace-proxy \
+ && /opt/userspace-proxy/bin/pip install --no-cache-dir --constraint /source/requirements-dev.txt /source
+
+FROM debian:bookworm-slim
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends conntrack iproute2 nftables python3 \
+ && rm -rf /var/lib/apt/lists/*
+COPY --from=build /opt/userspace-proxy /opt/userspace-proxy
+ENV PATH=/opt/userspace-proxy/bin:$PATH PYTHONUNBUFFERED=1
+# 200 once the first sync is in force; urlopen raises for anything else.
+HEALTHCHECK --interval=2s --timeout=3s --start-period=10s \
+  CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:10256/healthz', timeout=2)"]
+ENTRYPOINT ["userspace-proxy"]
+CMD ["run", "/manifests"]

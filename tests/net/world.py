@@ -1,0 +1,296 @@
+"""What the tests with packets share: the lab with real servers in its pods, a proxy, and clients."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from userspace_proxy.lab import Host, ServiceLab
+
+BACKEND = Path(__file__).with_name("backend.py")
+REPOSITORY = Path(__file__).parents[2]
+HTTP_PORT, UDP_PORT = 8080, 5353
+
+NGINX = """\
+daemon off; master_process off; pid {folder}/nginx.pid; error_log stderr error; {user}
+events {{ worker_connections 512; }}
+http {{
+  access_log off;
+  client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
+  uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
+  server {{ listen [::]:8080 ipv6only=off reuseport; location / {{ return 200 "{name}\\n"; }} }}
+}}
+"""
+
+
+def wait_until(condition: Callable[[], object], what: str, timeout_s: float = 5.0) -> None:
+    """Wait for *condition*; fail with *what* was waited for."""
+    give_up_at = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < give_up_at, f"waited {timeout_s} s in vain until {what}"
+        time.sleep(0.01)
+
+
+# ---- servers
+
+
+def start_nginx(pod: Host, folder: Path) -> subprocess.Popen[bytes]:
+    """Start nginx in *pod*; it answers with the pod's name."""
+    own = folder / pod.name
+    own.mkdir(exist_ok=True)
+    (own / "nginx.conf").write_text(NGINX.format(folder=own, name=pod.name, user="user root;"))
+    process = pod.start("nginx", "-p", str(own), "-c", str(own / "nginx.conf"), log=own / "log")
+    wait_until(lambda: answers(pod, "127.0.0.1", HTTP_PORT), f"nginx in {pod.name} answers")
+    return process
+
+
+def start_udp_server(pod: Host) -> subprocess.Popen[bytes]:
+    process = pod.start(sys.executable, str(BACKEND), pod.name, str(UDP_PORT))
+    wait_until(lambda: ask_udp(pod, "127.0.0.1", UDP_PORT, timeout_s=0.1), f"the UDP server in {pod.name} answers")
+    return process
+
+
+# ---- clients
+
+
+def ask(host: Host, ip: str, port: int = 80, timeout_s: float = 5.0) -> str:
+    """GET / on a connection of its own; return who answered. Raises OSError."""
+    with connect(host, ip, port, timeout_s) as sock:
+        sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        received = b""
+        while part := sock.recv(4096):
+            received += part
+    if not received:
+        raise ConnectionError("the connection was closed without an answer")
+    return received.rpartition(b"\r\n\r\n")[2].decode().strip()
+
+
+def connect(host: Host, ip: str, port: int, timeout_s: float = 5.0) -> socket.socket:
+    """Return a TCP connection from *host*."""
+    with host.inside():
+        sock = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_STREAM)
+    sock.settimeout(timeout_s)
+    try:
+        sock.connect((ip, port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def answers(host: Host, ip: str, port: int) -> str:
+    """Who answers, "" for nobody."""
+    with contextlib.suppress(OSError):
+        return ask(host, ip, port, timeout_s=1.0)
+    return ""
+
+
+def udp_socket(host: Host, ip: str, port: int, timeout_s: float = 2.0) -> socket.socket:
+    """Return a UDP socket on *host* that hears nobody but *ip* and *port*."""
+    with host.inside():
+        sock = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_DGRAM)
+    sock.settimeout(timeout_s)
+    try:
+        sock.connect((ip, port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def ask_udp(host: Host, ip: str, port: int = 53, timeout_s: float = 2.0) -> str:
+    """Send one datagram from a socket of its own; return who answered, "" for nobody in time or refused."""
+    with contextlib.suppress(OSError), udp_socket(host, ip, port, timeout_s) as sock:
+        sock.send(b"who")
+        return sock.recv(65_536).decode()
+    return ""
+
+
+def is_refused(host: Host, ip: str, port: int, timeout_s: float = 2.0) -> bool:
+    """Whether a TCP connection is refused, which is neither accepted nor left without an answer."""
+    try:
+        connect(host, ip, port, timeout_s).close()
+    except ConnectionRefusedError:
+        return True
+    except (TimeoutError, ConnectionResetError):
+        return False
+    return False
+
+
+def is_refused_udp(host: Host, ip: str, port: int, timeout_s: float = 2.0) -> bool:
+    """The same for UDP: an ICMP message, or EPERM for a sender on the node itself."""
+    try:
+        with udp_socket(host, ip, port, timeout_s) as sock:
+            sock.send(b"who")
+            sock.recv(65_536)
+    except (ConnectionRefusedError, PermissionError):
+        return True
+    except TimeoutError:
+        return False
+    return False
+
+
+# ---- the proxy
+
+
+class Proxy:
+    """`userspace-proxy run` on the lab's node, over a folder of manifests."""
+
+    def __init__(self, world: ServiceLab, folder: Path, rules: str = "nftables", loop: str = "uvloop") -> None:
+        self.world = world
+        self.node = world.node
+        self.folder = folder
+        self.rules = rules
+        self.loop = loop
+        self.manifests = folder / "manifests"
+        self.manifests.mkdir(parents=True, exist_ok=True)
+        self.log_file = folder / "log"
+        self.access_file = folder / "access.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "userspace_proxy", *arguments]
+
+    def run_arguments(self) -> list[str]:
+        return [
+            *("run", str(self.manifests), "--rules", self.rules, "--loop", self.loop, "--verbose"),
+            *("--state-dir", str(self.folder / "state"), "--access-log", str(self.access_file)),
+        ]
+
+    def start(self, *arguments: str, wait: bool = True) -> None:
+        self.log_file.write_text("")
+        self.process = self.node.start(*self.command(*self.run_arguments(), *arguments), log=self.log_file)
+        if wait:
+            self.wait_ready()
+
+    def wait_ready(self) -> None:
+        def is_ready() -> bool:
+            assert self.process is not None
+            assert self.process.poll() is None, f"the proxy ended: {self.log()}"
+            return "ready:" in self.log()
+
+        wait_until(is_ready, "the proxy is ready", 10.0)
+
+    def log(self) -> str:
+        return self.log_file.read_text()
+
+    def access_lines(self) -> list[str]:
+        return self.access_file.read_text().splitlines() if self.access_file.exists() else []
+
+    def apply(self, name: str, manifest: str) -> None:
+        """Put *manifest* in place as an editor does: a whole new file."""
+        temporary = self.manifests / f".{name}.new"
+        temporary.write_text(manifest)
+        temporary.replace(self.manifests / f"{name}.yaml")
+
+    def delete(self, name: str) -> None:
+        (self.manifests / f"{name}.yaml").unlink(missing_ok=True)
+
+    def stop(self, signum: int = signal.SIGTERM, timeout_s: float = 10.0) -> int:
+        """End it; return its exit code."""
+        assert self.process is not None
+        if self.process.poll() is None:
+            self.process.send_signal(signum)
+        return self.process.wait(timeout_s)
+
+    def get(self, path: str, port: int) -> tuple[int, str]:
+        with connect(self.node, "127.0.0.1", port) as sock:
+            sock.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+            received = b""
+            while part := sock.recv(1 << 16):
+                received += part
+        head, _, body = received.decode().partition("\r\n\r\n")
+        return int(head.split()[1]), body
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Return the sum of a metric's samples that have *labels*."""
+        _, text = self.get("/metrics", 10249)
+        total = 0.0
+        for line in text.splitlines():
+            found = re.fullmatch(rf"{name}(?:{{(.*)}})? (\S+)", line)
+            if found and all(f'{key}="{value}"' in (found[1] or "") for key, value in labels.items()):
+                total += float(found[2])
+        return total
+
+    def rules_text(self) -> str:
+        """Every rule of the node, in the words of the language in use."""
+        if self.rules == "nftables":
+            return self.node.run("nft", "list", "ruleset").stdout
+        return self.node.run("iptables-save").stdout + self.node.run("ip6tables-save").stdout
+
+    def proxy_port(self, name: str) -> int:
+        """Return where the rule of the service port *name* leads."""
+        for line in self.rules_text().splitlines():
+            found = re.search(rf'"{re.escape(name)}".*?(\d+)\D*$', line)
+            if found:
+                return int(found[1])
+        raise AssertionError(f"no rule is commented {name}")
+
+
+# ---- manifests
+
+
+def service(
+    name: str,
+    cluster_ip: str,
+    ports: str = "[{name: http, port: 80}, {name: dns, port: 53, protocol: UDP}]",
+    extra: str = "",
+) -> str:
+    return f"""\
+apiVersion: v1
+kind: Service
+metadata: {{name: {name}}}
+spec:
+  clusterIP: {json.dumps(cluster_ip)}
+  ports: {ports}
+{extra}
+"""
+
+
+def endpoints(name: str, *addresses: str, http_port: int = HTTP_PORT, conditions: str = "{}") -> str:
+    family = "IPv6" if addresses and ":" in addresses[0] else "IPv4"
+    listed = ", ".join(f'{{addresses: ["{a}"], conditions: {conditions}}}' for a in addresses)
+    return f"""\
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {{name: {name}-{family.lower()}, labels: {{kubernetes.io/service-name: {name}}}}}
+addressType: {family}
+ports: [{{name: http, port: {http_port}}}, {{name: dns, port: {UDP_PORT}, protocol: UDP}}]
+endpoints: [{listed}]
+"""
+
+
+def documents(*parts: str) -> str:
+    return "---\n".join(parts)
+
+
+@contextlib.contextmanager
+def background_requests(request: Callable[[], object]) -> Iterator[list[BaseException | object]]:
+    """Repeat *request* in a thread while the block runs; yields what came of each, errors included."""
+    import threading  # noqa: PLC0415
+
+    outcomes: list[BaseException | object] = []
+    done = threading.Event()
+
+    def repeat() -> None:
+        while not done.is_set():
+            try:
+                outcomes.append(request())
+            except OSError as error:
+                outcomes.append(error)
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield outcomes
+    finally:
+        done.set()
+        thread.join(10)
