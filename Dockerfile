@@ -15,9 +15,9 @@ RUN apt-get update \
  && apt-get install --yes --no-install-recommends conntrack iproute2 nftables python3 \
  && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/userspace-proxy /opt/userspace-proxy
-ENV PATH=/opt/userspace-proxy/bin:$PATH PYTHONUNBUFFERED=1
+ENV PATH=/opt/userspace-proxy/bin:$PATH
 # 200 once the first sync is in force; urlopen raises for anything else.
-HEALTHCHECK --interval=2s --timeout=3s --start-period=10s \
+HEALTHCHECK --interval=10s --timeout=3s --start-period=10s \
   CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:10256/healthz', timeout=2)"]
 ENTRYPOINT ["userspace-proxy"]
 CMD ["run", "/manifests"]

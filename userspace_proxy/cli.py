@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -247,6 +248,42 @@ def run(**options: Any) -> None:
         app.run(settings)
     except* (StartError, SyncError) as errors:
         _fail(_first(errors))
+
+
+@commands.command()
+@_PATHS
+@click.option("--json", "as_json", is_flag=True, help="A list of {file, line, field, problem, mend, object}.")
+def check(paths: tuple[str, ...], *, as_json: bool) -> None:
+    """Say what is wrong with the manifests in PATH..., where, and how to mend it; exit 1 if anything is."""
+    from dataclasses import asdict
+
+    from userspace_proxy.control.lint import lint
+    from userspace_proxy.sources.files import read_once
+
+    try:
+        manifests, problems = read_once(paths)
+    except StartError as error:
+        _fail(error)
+    findings = lint(manifests, problems)
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    elif sys.stdout.isatty():
+        from rich.console import Console
+        from rich.text import Text
+
+        console = Console(highlight=False)
+        for finding in findings:
+            said = f"{finding.object}: {finding.problem}" if finding.object else finding.problem
+            console.print(Text(f"{finding.where}  ", "bold").append(finding.field, "cyan"))
+            console.print(Text(f"  {said}", "red"))
+            console.print(Text(f"  {finding.mend}\n" if finding.mend else "", "dim"))
+    else:
+        for finding in findings:
+            click.echo(finding)
+    if findings:
+        sys.exit(1)
+    if not as_json:
+        click.echo(f"{len(manifests)} object{'' if len(manifests) == 1 else 's'}, nothing wrong")
 
 
 @commands.command()

@@ -25,14 +25,8 @@ from userspace_proxy.lab import NODE_IP, NODE_IP6, ServiceLab
 POD1, POD2, POD3 = (ServiceLab.pod_ip(index) for index in range(3))
 
 
-def serve(proxy: Proxy, name: str, cluster_ip: str, *pods: str, extra: str = "") -> None:
-    """Bring a Service with an http and a dns port, and wait until it is served."""
-    proxy.apply(name, documents(service(name, cluster_ip, extra=extra), endpoints(name, *pods)))
-    wait_until(lambda: f'"default/{name}:http"' in proxy.rules_text(), f"{name} has rules")
-
-
 def test_thirty_requests_over_three_backends_are_ten_each(proxy: Proxy, world: ServiceLab) -> None:
-    serve(proxy, "web", "10.96.1.1", POD1, POD2, POD3)
+    proxy.serve("web", "10.96.1.1", POD1, POD2, POD3)
 
     seen = [ask(world.client, "10.96.1.1") for _ in range(30)]
 
@@ -41,14 +35,14 @@ def test_thirty_requests_over_three_backends_are_ten_each(proxy: Proxy, world: S
 
 
 def test_the_node_itself_is_served(proxy: Proxy, world: ServiceLab) -> None:
-    serve(proxy, "for-node", "10.96.1.2", POD1, POD2)
+    proxy.serve("for-node", "10.96.1.2", POD1, POD2)
 
     assert {ask(world.node, "10.96.1.2") for _ in range(2)} == {"pod1", "pod2"}
     assert {ask_udp(world.node, "10.96.1.2") for _ in range(2)} == {"pod1", "pod2"}
 
 
 def test_a_pod_is_served_even_by_itself(proxy: Proxy, world: ServiceLab) -> None:
-    serve(proxy, "hairpin", "10.96.1.3", POD1)
+    proxy.serve("hairpin", "10.96.1.3", POD1)
 
     assert ask(world.pods[0], "10.96.1.3") == "pod1"
     assert ask_udp(world.pods[0], "10.96.1.3") == "pod1"
@@ -56,7 +50,7 @@ def test_a_pod_is_served_even_by_itself(proxy: Proxy, world: ServiceLab) -> None
 
 def test_ipv6_is_served_from_outside_and_from_the_node(proxy: Proxy, world: ServiceLab) -> None:
     pods = [ServiceLab.pod_ip6(0), ServiceLab.pod_ip6(1)]
-    serve(proxy, "six", "fd00:96::1", *pods)
+    proxy.serve("six", "fd00:96::1", *pods)
 
     for host in (world.client, world.node):
         assert {ask(host, "fd00:96::1") for _ in range(2)} == {"pod1", "pod2"}
@@ -64,14 +58,14 @@ def test_ipv6_is_served_from_outside_and_from_the_node(proxy: Proxy, world: Serv
 
 
 def test_udp_replies_come_from_the_address_that_was_asked(proxy: Proxy, world: ServiceLab) -> None:
-    serve(proxy, "resolver", "10.96.1.4", POD1, POD2, POD3)
+    proxy.serve("resolver", "10.96.1.4", POD1, POD2, POD3)
 
     # Each socket is connected, so that the kernel drops a reply from any other address.
     assert Counter(ask_udp(world.client, "10.96.1.4") for _ in range(9)) == {"pod1": 3, "pod2": 3, "pod3": 3}
 
 
 def test_the_datagrams_of_one_flow_stay_with_one_backend(proxy: Proxy, world: ServiceLab) -> None:
-    serve(proxy, "flow", "10.96.1.5", POD1, POD2, POD3)
+    proxy.serve("flow", "10.96.1.5", POD1, POD2, POD3)
 
     with udp_socket(world.client, "10.96.1.5", 53) as sock:
         seen = set()
@@ -83,7 +77,7 @@ def test_the_datagrams_of_one_flow_stay_with_one_backend(proxy: Proxy, world: Se
 
 
 def test_the_largest_datagram_goes_through(proxy: Proxy, world: ServiceLab) -> None:
-    serve(proxy, "large", "10.96.1.6", POD1)
+    proxy.serve("large", "10.96.1.6", POD1)
 
     with udp_socket(world.client, "10.96.1.6", 53) as sock:
         sock.send(bytes(65_507))
@@ -91,8 +85,8 @@ def test_the_largest_datagram_goes_through(proxy: Proxy, world: ServiceLab) -> N
 
 
 def test_two_services_interleaved_keep_exact_rotations_while_an_endpoint_joins(proxy: Proxy, world: ServiceLab) -> None:
-    serve(proxy, "left", "10.96.1.7", POD1, POD2)
-    serve(proxy, "right", "10.96.1.8", POD2, POD3)
+    proxy.serve("left", "10.96.1.7", POD1, POD2)
+    proxy.serve("right", "10.96.1.8", POD2, POD3)
     seen: dict[str, list[str]] = {"tcp left": [], "udp left": [], "tcp right": [], "udp right": []}
 
     def ask_all(rounds: int) -> None:
@@ -113,7 +107,7 @@ def test_two_services_interleaved_keep_exact_rotations_while_an_endpoint_joins(p
 
 
 def test_a_service_without_endpoints_is_refused_at_once(proxy: Proxy, world: ServiceLab) -> None:
-    serve(proxy, "nobody", "10.96.1.9")
+    proxy.serve("nobody", "10.96.1.9")
 
     for host in (world.client, world.node):
         started_at = time.monotonic()
@@ -123,20 +117,20 @@ def test_a_service_without_endpoints_is_refused_at_once(proxy: Proxy, world: Ser
 
 
 def test_the_first_endpoint_opens_and_the_last_one_closes(proxy: Proxy, world: ServiceLab) -> None:
-    serve(proxy, "scaled", "10.96.1.10")
+    proxy.serve("scaled", "10.96.1.10")
     assert is_refused(world.client, "10.96.1.10", 80)
 
-    serve(proxy, "scaled", "10.96.1.10", POD2)
+    proxy.serve("scaled", "10.96.1.10", POD2)
     wait_until(lambda: answers(world.client, "10.96.1.10", 80) == "pod2", "the first endpoint is served")
 
-    serve(proxy, "scaled", "10.96.1.10")
+    proxy.serve("scaled", "10.96.1.10")
     wait_until(lambda: is_refused(world.client, "10.96.1.10", 80), "it is refused again")
 
 
 def test_a_udp_client_that_never_stops_asking_is_served_when_endpoints_come_and_go(
     proxy: Proxy, world: ServiceLab
 ) -> None:
-    serve(proxy, "restless", "10.96.1.11", POD1)
+    proxy.serve("restless", "10.96.1.11", POD1)
 
     with udp_socket(world.client, "10.96.1.11", 53, timeout_s=0.05) as sock:
 
@@ -150,14 +144,14 @@ def test_a_udp_client_that_never_stops_asking_is_served_when_endpoints_come_and_
                 return "refused"
 
         wait_until(lambda: answer() == "pod1", "pod1 answers")
-        serve(proxy, "restless", "10.96.1.11")
+        proxy.serve("restless", "10.96.1.11")
         wait_until(lambda: answer() == "refused", "the same socket is refused")
-        serve(proxy, "restless", "10.96.1.11", POD3)
+        proxy.serve("restless", "10.96.1.11", POD3)
         wait_until(lambda: answer() == "pod3", "the same socket reaches the new endpoint")
 
 
 def test_a_deleted_service_is_gone_and_its_rules_too(proxy: Proxy, world: ServiceLab) -> None:
-    serve(proxy, "doomed", "10.96.1.12", POD1)
+    proxy.serve("doomed", "10.96.1.12", POD1)
     port = proxy.proxy_port("default/doomed:http")
 
     proxy.delete("doomed")
@@ -167,7 +161,7 @@ def test_a_deleted_service_is_gone_and_its_rules_too(proxy: Proxy, world: Servic
 
 
 def test_a_proxy_port_is_refused_to_whoever_dials_it_directly(proxy: Proxy, world: ServiceLab) -> None:
-    serve(proxy, "guarded", "10.96.1.13", POD1)
+    proxy.serve("guarded", "10.96.1.13", POD1)
     tcp, udp = proxy.proxy_port("default/guarded:http"), proxy.proxy_port("default/guarded:dns")
 
     assert is_refused(world.client, NODE_IP, tcp)
@@ -180,13 +174,13 @@ def test_a_proxy_port_is_refused_to_whoever_dials_it_directly(proxy: Proxy, worl
 def test_rules_name_the_service_port_they_are_for(proxy: Proxy) -> None:
     name = "a-service-with-the-longest-name-that-kubernetes-allows-there-be"
     assert len(name) == 63
-    serve(proxy, name, "10.96.1.14", POD1)
+    proxy.serve(name, "10.96.1.14", POD1)
 
     assert proxy.proxy_port(f"default/{name}:http") >= 10_000
 
 
 def test_rules_that_somebody_else_removed_come_back(proxy: Proxy, world: ServiceLab) -> None:
-    serve(proxy, "flushed", "10.96.1.15", POD1)
+    proxy.serve("flushed", "10.96.1.15", POD1)
     repairs = proxy.metric("userspace_proxy_rule_repairs_total")
 
     if proxy.rules == "nftables":
@@ -199,7 +193,7 @@ def test_rules_that_somebody_else_removed_come_back(proxy: Proxy, world: Service
 
 
 def test_one_element_that_somebody_else_removed_comes_back(proxy: Proxy, world: ServiceLab) -> None:
-    serve(proxy, "picked-out", "10.96.1.16", POD1)
+    proxy.serve("picked-out", "10.96.1.16", POD1)
 
     if proxy.rules == "nftables":
         element = "{ 10.96.1.16 . tcp . 80 }"
@@ -226,7 +220,7 @@ def test_node_ports_and_external_ips_are_captured_where_a_manifest_states_them(p
 def test_client_ip_affinity_keeps_a_client_at_one_backend(proxy: Proxy, world: ServiceLab, timeout_s: int) -> None:
     name, address = f"sticky-{timeout_s}", f"10.96.2.{timeout_s % 200}"
     config = f"  sessionAffinity: ClientIP\n  sessionAffinityConfig: {{clientIP: {{timeoutSeconds: {timeout_s}}}}}"
-    serve(proxy, name, address, POD1, POD2, POD3, extra=config)
+    proxy.serve(name, address, POD1, POD2, POD3, extra=config)
 
     client = {ask(world.client, address) for _ in range(6)}
     pod = {ask(world.pods[0], address) for _ in range(6)}
@@ -236,7 +230,7 @@ def test_client_ip_affinity_keeps_a_client_at_one_backend(proxy: Proxy, world: S
 
 
 def test_a_broken_manifest_is_named_and_everything_goes_on(proxy: Proxy, world: ServiceLab) -> None:
-    serve(proxy, "steady", "10.96.1.18", POD1)
+    proxy.serve("steady", "10.96.1.18", POD1)
     good = documents(service("frail", "10.96.1.19"), endpoints("frail", POD2))
     proxy.apply("frail", good)
     wait_until(lambda: answers(world.client, "10.96.1.19", 80) == "pod2", "frail is served")
@@ -271,7 +265,7 @@ def test_a_configmap_that_is_swapped_by_its_symlink_is_seen(proxy: Proxy, world:
 
 
 def test_the_access_log_says_who_came_where_it_went_and_why(proxy: Proxy, world: ServiceLab) -> None:
-    serve(proxy, "logged", "10.96.1.21", POD1)
+    proxy.serve("logged", "10.96.1.21", POD1)
 
     ask(world.client, "10.96.1.21")
 

@@ -191,6 +191,16 @@ class Proxy:
         temporary.write_text(manifest)
         temporary.replace(self.manifests / f"{name}.yaml")
 
+    def serve(self, name: str, cluster_ip: str, *pods: str, extra: str = "", http_port: int = HTTP_PORT) -> None:
+        """Bring a Service with an http and a dns port, or another version of it, and wait until it is in force."""
+        self.apply(name, documents(service(name, cluster_ip, extra=extra), endpoints(name, *pods, http_port=http_port)))
+
+        def is_in_force() -> bool:
+            known = [self.metric("userspace_proxy_endpoints", service=name, port=port) for port in ("http", "dns")]
+            return known == [len(pods)] * 2 and f'"default/{name}:http"' in self.rules_text()
+
+        wait_until(is_in_force, f"{name} is served")
+
     def delete(self, name: str) -> None:
         (self.manifests / f"{name}.yaml").unlink(missing_ok=True)
 
@@ -275,7 +285,7 @@ def documents(*parts: str) -> str:
 @contextlib.contextmanager
 def background_requests(request: Callable[[], object]) -> Iterator[list[BaseException | object]]:
     """Repeat *request* in a thread while the block runs; yields what came of each, errors included."""
-    import threading  # noqa: PLC0415
+    import threading
 
     outcomes: list[BaseException | object] = []
     done = threading.Event()

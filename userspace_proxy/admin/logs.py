@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import logging.handlers
 import queue
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -29,7 +30,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(line).decode()
+        return _json(line)
 
 
 class TextFormatter(logging.Formatter):
@@ -62,7 +63,8 @@ class AccessLog:
         self.dropped = 0
         self._render: Callable[[AccessRecord], str] = _as_json if log_format == "json" else _as_text
         self._queue: queue.Queue[logging.LogRecord] = queue.Queue(_WAITING_MAX)
-        self._listener = logging.handlers.QueueListener(self._queue, handler)
+        self._handler = handler
+        self._listener = _PatientListener(self._queue, handler)
         self._listener.start()
 
     def write(self, record: AccessRecord) -> None:
@@ -73,7 +75,20 @@ class AccessLog:
             self.dropped += 1
 
     def close(self) -> None:
+        """Write what waits, and close the file."""
         self._listener.stop()
+        self._handler.close()
+
+
+class _PatientListener(logging.handlers.QueueListener):
+    def enqueue_sentinel(self) -> None:
+        while True:  # the one of the standard library raises where the queue is full
+            try:
+                super().enqueue_sentinel()
+            except queue.Full:
+                time.sleep(0.01)
+            else:
+                return
 
 
 def _as_text(record: AccessRecord) -> str:
@@ -101,7 +116,14 @@ def _as_json(record: AccessRecord) -> str:
         "durationMs": round(record.duration_s * 1000, 3),
         "end": record.how,
     }
-    return msgspec.json.encode(line).decode()
+    return _json(line)
+
+
+def _json(line: Mapping[str, object]) -> str:
+    try:
+        return msgspec.json.encode(line).decode()
+    except UnicodeEncodeError:  # a file name that is not UTF-8
+        return json.dumps(line)
 
 
 def _utc(at: float) -> str:

@@ -5,6 +5,7 @@ Two addresses, as kube-proxy has them: health on every address, all else on loop
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from aiohttp import web
 
 from userspace_proxy.errors import StartError
 
+_HINTS = {errno.EADDRINUSE: "another program has it", errno.EACCES: "a port below 1024 is for root"}
 _HEADERS = {"X-Content-Type-Options": "nosniff"}
 
 
@@ -66,7 +68,7 @@ class AdminServer:
             await web.TCPSite(runner, host, port).start()
         except OSError as error:
             reason = error.strerror or str(error)
-            hint = "another program has it" if "in use" in str(error).lower() else "this host does not have it"
+            hint = _HINTS.get(error.errno or 0, "this host does not have it")
             raise StartError(
                 f"{flag} {address} cannot be bound: {hint} ({reason}); choose another, or '' for none"
             ) from None
@@ -108,7 +110,7 @@ def split_address(address: str, flag: str) -> tuple[str, int]:
         StartError: it is none of these.
     """
     host, colon, port = address.rpartition(":")
-    if not colon or not port.isdigit() or int(port) > 65_535:
+    if not colon or not (port.isascii() and port.isdigit()) or int(port) > 65_535:
         raise StartError(f"{flag} {address!r} is no address; write one such as 127.0.0.1:10249")
     return host.strip("[]") or "0.0.0.0", int(port)  # noqa: S104 - ":10256" means every address, as in Go
 

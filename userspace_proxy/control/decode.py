@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from userspace_proxy import api
 from userspace_proxy.errors import ConfigError
@@ -29,6 +29,7 @@ PortKey = tuple[str, str]
 EndpointsByPort = Mapping[PortKey, list[Endpoint]]
 
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+_NUMBER = re.compile(r"[0-9]{1,9}")
 _TYPES = ("ClusterIP", "NodePort", "LoadBalancer", "ExternalName")
 _PROTOCOLS = ("TCP", "UDP", "SCTP")
 
@@ -46,86 +47,95 @@ def is_proxied(service: api.Service) -> bool:
 
 def check_service(service: api.Service) -> None:
     """Raise ConfigError for the first thing that makes *service* unusable as a whole."""
+    if error := next(service_errors(service), None):
+        raise error
+
+
+def service_errors(service: api.Service) -> Iterator[ConfigError]:
+    """Yield everything that makes *service* unusable as a whole."""
     name, spec = service.metadata.name, service.spec
     if not _LABEL.fullmatch(name):
-        raise ConfigError(f"{name!r} is not a valid name", field="metadata.name", mend=_as_label(name))
+        yield ConfigError(f"{name!r} is not a valid name", field="metadata.name", mend=_as_label(name))
     namespace = service.metadata.namespace
     if namespace and not _LABEL.fullmatch(namespace):
-        raise ConfigError(f"{namespace!r} is not a valid name", field="metadata.namespace", mend=_as_label(namespace))
+        yield ConfigError(f"{namespace!r} is not a valid name", field="metadata.namespace", mend=_as_label(namespace))
     if spec is None:
-        raise ConfigError("the Service has no spec", mend="add spec.ports")
+        yield ConfigError("the Service has no spec", mend="add spec.ports")
+        return
     if spec.type is not None and spec.type not in _TYPES:
-        raise ConfigError(
+        yield ConfigError(
             f"{spec.type!r} is no Service type", field="spec.type", mend=f"write one of {', '.join(_TYPES)}"
         )
     if not is_proxied(service):
         return
     if not spec.ports:
-        raise ConfigError(
+        yield ConfigError(
             "the Service has no ports", field="spec", mend="add spec.ports, a list with at least one port"
         )
-    _check_ports(spec.ports)
-    _check_affinity(spec)
-    _check_cluster_ips(spec)
+    yield from _ports_errors(spec.ports or [])
+    yield from _affinity_errors(spec)
+    yield from _cluster_ips_errors(spec)
     for index, ip in enumerate(spec.external_ips or ()):
-        canonical_ip(ip, f"spec.externalIPs[{index}]")
+        yield from ip_errors(ip, f"spec.externalIPs[{index}]")
 
 
-def _check_cluster_ips(spec: api.objects.ServiceSpec) -> None:
-    families: set[bool] = set()
+def _cluster_ips_errors(spec: api.objects.ServiceSpec) -> Iterator[ConfigError]:
     fields = _cluster_ip_fields(spec)
+    both = [("spec.clusterIP", spec.cluster_ip)] if spec.cluster_ip and spec.cluster_ips else []
+    if errors := [error for field, given in [*both, *fields] for error in ip_errors(given, field)]:
+        yield from errors
+        return
+    families: set[bool] = set()
     for field, given in fields:
-        ip = canonical_ip(given, field)
+        ip = canonical_ip(given)
         if (":" in ip) in families:
-            raise ConfigError(f"{ip} is a second one of its family", field=field, mend="keep one a family")
+            yield ConfigError(f"{ip} is a second one of its family", field=field, mend="keep one a family")
         families.add(":" in ip)
-    if spec.cluster_ips and spec.cluster_ip and canonical_ip(spec.cluster_ip, "spec.clusterIP") != canonical_ip(
-        spec.cluster_ips[0]
-    ):
-        raise ConfigError(
+    if spec.cluster_ips and spec.cluster_ip and canonical_ip(spec.cluster_ip) != canonical_ip(spec.cluster_ips[0]):
+        yield ConfigError(
             f"{spec.cluster_ip} is not the first of spec.clusterIPs",
             field="spec.clusterIP",
             mend="write the same address in both, or leave one field out",
         )
 
 
-def _check_ports(ports: list[api.ServicePort]) -> None:
+def _ports_errors(ports: list[api.ServicePort]) -> Iterator[ConfigError]:
     names: dict[str, int] = {}
     numbers: dict[tuple[int, str], int] = {}
     node_ports: dict[tuple[int, str], int] = {}
     for index, port in enumerate(ports):
         field = f"spec.ports[{index}]"
-        _check_number(port.port, f"{field}.port")
+        yield from number_errors(port.port, f"{field}.port")
         if (target := _as_number(port.target_port)) is not None and port.target_port != 0:  # 0: the same as port
-            _check_number(target, f"{field}.targetPort")
+            yield from number_errors(target, f"{field}.targetPort")
         if port.node_port:
-            _check_number(port.node_port, f"{field}.nodePort")
+            yield from number_errors(port.node_port, f"{field}.nodePort")
         protocol = port.protocol or "TCP"
         if protocol not in _PROTOCOLS:
-            raise ConfigError(f"{protocol!r} is no protocol", field=f"{field}.protocol", mend="write TCP or UDP")
+            yield ConfigError(f"{protocol!r} is no protocol", field=f"{field}.protocol", mend="write TCP or UDP")
         if len(ports) > 1 and not port.name:
-            raise ConfigError(
+            yield ConfigError(
                 "a Service with several ports must name each", field=field, mend="add a name, such as 'name: http'"
             )
         if port.name:
             if not _LABEL.fullmatch(port.name):
-                raise ConfigError(
+                yield ConfigError(
                     f"{port.name!r} is not a valid name", field=f"{field}.name", mend=_as_label(port.name)
                 )
             if (first := names.setdefault(port.name, index)) != index:
-                raise ConfigError(
+                yield ConfigError(
                     f"the name {port.name!r} is already that of ports[{first}]",
                     field=f"{field}.name",
                     mend="give each port a name of its own",
                 )
         if (first := numbers.setdefault((port.port, protocol), index)) != index:
-            raise ConfigError(
+            yield ConfigError(
                 f"{protocol} port {port.port} is already ports[{first}]",
                 field=f"{field}.port",
                 mend="remove one of them",
             )
         if port.node_port and (first := node_ports.setdefault((port.node_port, protocol), index)) != index:
-            raise ConfigError(
+            yield ConfigError(
                 f"{protocol} node port {port.node_port} is already that of ports[{first}]",
                 field=f"{field}.nodePort",
                 mend="give each port a node port of its own",
@@ -135,7 +145,7 @@ def _check_ports(ports: list[api.ServicePort]) -> None:
 def _as_number(target: int | str | None) -> int | None:
     """Return a targetPort that is a number, in quotes or not; None for a name, and where there is none."""
     if isinstance(target, str):
-        return int(target) if target.isascii() and target.isdigit() else None
+        return int(target) if _NUMBER.fullmatch(target) else None
     return target
 
 
@@ -143,21 +153,22 @@ def _is_port(port: int | None) -> bool:
     return port is not None and 1 <= port <= 65_535
 
 
-def _check_number(port: int, field: str) -> None:
+def number_errors(port: int, field: str) -> Iterator[ConfigError]:
+    """Yield why *port* is no port number, if it is none."""
     if not _is_port(port):
-        raise ConfigError(f"{port} is not a port", field=field, mend="write a number from 1 to 65535")
+        yield ConfigError(f"{port} is not a port", field=field, mend="write a number from 1 to 65535")
 
 
-def _check_affinity(spec: api.objects.ServiceSpec) -> None:
+def _affinity_errors(spec: api.objects.ServiceSpec) -> Iterator[ConfigError]:
     if spec.session_affinity not in (None, "", "None", "ClientIP"):
-        raise ConfigError(
+        yield ConfigError(
             f"{spec.session_affinity!r} is no session affinity",
             field="spec.sessionAffinity",
             mend="write ClientIP or None",
         )
     timeout_s = _affinity_timeout_s(spec)
     if timeout_s is not None and not 1 <= timeout_s <= AFFINITY_TIMEOUT_MAX_S:
-        raise ConfigError(
+        yield ConfigError(
             f"{timeout_s} s is out of range",
             field="spec.sessionAffinityConfig.clientIP.timeoutSeconds",
             mend=f"write a number from 1 to {AFFINITY_TIMEOUT_MAX_S}",
@@ -195,9 +206,9 @@ def canonical_ip(ip: str, field: str = "") -> str:
     text = ip.strip()
     if "." in text and ":" not in text:
         text = ".".join(part.lstrip("0") or part[:1] for part in text.split("."))
+    if "%" in text:
+        raise ConfigError(f"{ip!r} has a zone", field=field, mend="write the address alone")
     try:
-        if "%" in text:
-            raise ValueError(text)
         return str(ipaddress.ip_address(text))
     except ValueError:
         if ip.strip().lower() == "none":
@@ -207,6 +218,14 @@ def canonical_ip(ip: str, field: str = "") -> str:
         raise ConfigError(
             f"{ip!r} is no IP address", field=field, mend="write one such as 10.96.0.10, or leave it out"
         ) from None
+
+
+def ip_errors(ip: str, field: str) -> Iterator[ConfigError]:
+    """Yield why *ip* is no IP address, if it is none."""
+    try:
+        canonical_ip(ip, field)
+    except ConfigError as error:
+        yield error
 
 
 def service_ports(
@@ -348,18 +367,21 @@ def target_port(port: api.ServicePort, pod: api.Pod) -> int | None:
         return port.port
     if (number := _as_number(wanted)) is not None:
         return number
+    for offered in offered_ports(pod):
+        same = offered.name == wanted and (offered.protocol or "TCP") == (port.protocol or "TCP")
+        if same and _is_port(offered.container_port):
+            return offered.container_port
+    return None
+
+
+def offered_ports(pod: api.Pod) -> list[api.objects.ContainerPort]:
+    """Return the ports that the containers of *pod* name."""
     spec = pod.spec
     if spec is None:
-        return None
+        return []
     # Of the init containers only sidecars (restartPolicy: Always) are there when traffic comes.
     sidecars = [c for c in spec.init_containers or () if c.restart_policy == "Always"]
-    for container in [*(spec.containers or ()), *sidecars]:
-        ports: list[api.objects.ContainerPort] = container.ports or []
-        for offered in ports:
-            same = offered.name == wanted and (offered.protocol or "TCP") == (port.protocol or "TCP")
-            if same and _is_port(offered.container_port):
-                return offered.container_port
-    return None
+    return [port for container in [*(spec.containers or ()), *sidecars] for port in container.ports or ()]
 
 
 def endpoints_of(service_port: ServicePort, sources: Iterable[EndpointsByPort]) -> tuple[Endpoint, ...]:

@@ -51,7 +51,7 @@ class Tracker:
         self._endpoints_of: dict[ServicePortName, tuple[Endpoint, ...]] = {}
         self._state = ProxyState()
         self._faults: dict[NamespacedName, str] = {}  # until the Service is written anew
-        self._conflicts: dict[NamespacedName, str] = {}  # until other Services allow it
+        self._conflicts: dict[NamespacedName, str] = {}  # looked at again with every change
 
     @property
     def problems(self) -> Mapping[NamespacedName, str]:
@@ -82,7 +82,7 @@ class Tracker:
             try:
                 decode.check_service(given)
             except ConfigError as error:
-                self._report(self._faults, name, error, origin)
+                self._report(self._faults, name, error, origin, kept=name in self._services)
                 return
             self._services[name] = given
             if origin is not None:
@@ -95,12 +95,18 @@ class Tracker:
         self._changed.add(name)
 
     def _report(
-        self, problems: dict[NamespacedName, str], name: NamespacedName, error: ConfigError, origin: Origin | None
+        self,
+        problems: dict[NamespacedName, str],
+        name: NamespacedName,
+        error: ConfigError,
+        origin: Origin | None,
+        *,
+        kept: bool,
     ) -> None:
         where = origin.where(error.field) if origin else str(name)
         said = f"{where}: Service {name}: {error}"
         if problems.get(name) != said:
-            log.error("%s", said)
+            log.error("%s%s", said, "; its last good version goes on serving" if kept else "")
         problems[name] = said
 
     def _find_by_labels(self, name: NamespacedName) -> None:
@@ -185,13 +191,14 @@ class Tracker:
         try:
             cluster_ips = self._cluster_ips.assign(name, service)
         except ConfigError as error:
-            self._report(self._conflicts, name, error, self._origins.get(name))
-            if name in self._served:  # the last good version goes on, and follows its endpoints
-                self._serve(name, self._served[name], self._cluster_ips.held(name))
+            good = self._served.get(name)
+            self._report(self._conflicts, name, error, self._origins.get(name), kept=good is not None)
+            if good is not None:  # it goes on, and follows its endpoints
+                self._serve(name, good, self._cluster_ips.held(name))
             return
         problems = self._serve(name, service, cluster_ips)
         if problems:
-            self._report(self._conflicts, name, problems[0], self._origins.get(name))
+            self._report(self._conflicts, name, problems[0], self._origins.get(name), kept=False)
         else:
             self._conflicts.pop(name, None)
         if self._served.get(name) is not service:

@@ -162,6 +162,7 @@ class UserspaceProxier:
 
     async def _reserve_refuse_port(self) -> None:
         refused: set[int] = set()
+        why = "all are taken"
         while len(refused) < _PORT_TRIES:
             port = self._ports.next_refusing(refused)
             if port is None:
@@ -171,7 +172,7 @@ class UserspaceProxier:
                 self._refuse_port = port
                 return
             refused.add(port)
-        raise SyncError("no port is free in --proxy-port-range; choose another range")
+        raise SyncError(f"no port of --proxy-port-range can be held ({why}); choose another range")
 
     async def _update(self, endpoints: Mapping[ServicePortName, tuple[Endpoint, ...]]) -> bool:
         """Give changed endpoints to the data plane; return whether a service port got its first or lost its last."""
@@ -285,10 +286,23 @@ class UserspaceProxier:
 
     async def close(self, drain_timeout_s: float) -> None:
         async with self._lock:
+            await self._lead_nobody_here()
+            await self._plane.close(drain_timeout_s)
             try:
                 await self._kernel.remove()
-                if self._loaded is not None:
-                    await forget_udp_flows(changed_udp_portals(self._loaded.ports, {}))
             except SyncError as error:
                 log.error("rules were left behind (`userspace-proxy cleanup` removes them): %s", error)  # noqa: TRY400
-            await self._plane.close(drain_timeout_s)
+
+    async def _lead_nobody_here(self) -> None:
+        """Take the redirects away, but not yet the chains they stand in.
+
+        With its last NAT chain the kernel stops translating *open* connections too, and they are to be drained.
+        """
+        if self._loaded is None:
+            return
+        try:
+            await self._kernel.load(Redirects(capture=self._loaded.capture))
+        except SyncError as error:
+            log.error("redirects could not be taken away: %s", error)  # noqa: TRY400
+            return
+        await forget_udp_flows(changed_udp_portals(self._loaded.ports, {}))

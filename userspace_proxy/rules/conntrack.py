@@ -53,8 +53,11 @@ async def forget_udp_flows(changed: Mapping[Portal, int]) -> None:
         for family in _families(changed):
             listing = await run_tool("conntrack", "-L", "-p", "udp", "-f", family)
             for ip, port in stale_portals(listing, changed):
-                await run_tool("conntrack", "-D", "-p", "udp", "-f", family, "-d", ip, "--dport", str(port))
-                log.debug("forgot the UDP flows to %s port %d", ip, port)
+                try:
+                    await run_tool("conntrack", "-D", "-p", "udp", "-f", family, "-d", ip, "--dport", str(port))
+                    log.debug("forgot the UDP flows to %s port %d", ip, port)
+                except SyncError as error:  # it also fails where the flows have just ended by themselves
+                    log.debug("no UDP flow to %s port %d was forgotten: %s", ip, port, error)
     except SyncError as error:
         log.warning("stale UDP flows were not forgotten, their clients wait for conntrack's time-out: %s", error)
 

@@ -58,9 +58,11 @@ def removal(saved: str) -> str:
 
 
 def is_ours(line: str) -> bool:
-    """Return whether *line* of iptables-save is a chain, rule or jump of ours."""
+    """Return whether *line* of iptables-save is a chain, rule or jump of ours; a comment that names us is not."""
     words = line.split()
-    return bool(words) and (words[0] in (f":{CHAIN}", f":{GUARD}") or CHAIN in words or GUARD in words)
+    if words[:1] in ([f":{CHAIN}"], [f":{GUARD}"]):
+        return True
+    return words[:1] == ["-A"] and (words[1] in (CHAIN, GUARD) or words[-1] in (CHAIN, GUARD))
 
 
 def ours(saved: str) -> tuple[str, ...]:

@@ -21,6 +21,8 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 # Unassigned in rt_protos; `ip route show proto 107` lists what is ours.
 ROUTE_PROTOCOL = "107"
+# Destinations with a route that leads nowhere: a connect() to one fails before any rule sees it.
+_DEAD_ROUTES = ("unreachable", "blackhole", "prohibit", "throw")
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +54,8 @@ async def add_routes(networks: Iterable[Network]) -> list[Network]:
             continue
         listed = json.loads(await run_tool("ip", "-json", f"-{version}", "route", "show") or "[]")
         everything = "0.0.0.0/0" if version == 4 else "::/0"
-        routes = [everything if r["dst"] == "default" else r["dst"] for r in listed if r.get("type") != "unreachable"]
+        leading = [r["dst"] for r in listed if r.get("type") not in _DEAD_ROUTES]
+        routes = [everything if destination == "default" else destination for destination in leading]
         missing = missing_routes(family, routes)
         if missing:
             batch = "".join(f"route replace {n} dev lo proto {ROUTE_PROTOCOL}\n" for n in missing)

@@ -19,7 +19,8 @@ TABLE = "inet userspace_proxy"
 LOCAL_ADDRESS4 = "169.254.77.7"
 LOCAL_ADDRESS6 = "fd00:77::7"
 
-_COMMENT_BYTES = 128
+_COMMENT_BYTES_MAX = 127  # and a zero behind it
+_PORT_NAME_SHOWN = 24  # more than the 15 that a container's port name may have
 
 
 def table(redirects: Redirects) -> str:
@@ -71,8 +72,9 @@ def change(old: Redirects, new: Redirects) -> str:
     lines = []
     if old.capture is not new.capture:
         lines += [f"flush chain {TABLE} services", f"table {TABLE} {{ chain services {{", _rules(new.capture), "}}"]
-    gone = [p for p, port in old.ports.items() if new.ports.get(p) != port]
-    came = [p for p, port in new.ports.items() if old.ports.get(p) != port]
+    # An element that differs in its comment alone is replaced too: the comment says whose it is.
+    gone = [p for p in old.ports if not _same(p, old, new)]
+    came = [p for p in new.ports if not _same(p, old, new)]
     lines += [f"delete element {TABLE} {_map(p)} {{ {_key(p)} }}" for p in gone]
     lines += [f"add element {TABLE} {_map(p)} {{ {_element(p, new)} }}" for p in came]
     old_guarded, new_guarded = _guarded_ports(old), _guarded_ports(new)
@@ -126,6 +128,10 @@ def _elements(redirects: Redirects, family: int | None) -> str:
     return _listed(_element(portal, redirects) for portal in redirects.ports if _family(portal) == family)
 
 
+def _same(portal: Portal, old: Redirects, new: Redirects) -> bool:
+    return old.ports.get(portal) == new.ports.get(portal) and old.names.get(portal) == new.names.get(portal)
+
+
 def _guarded_ports(redirects: Redirects) -> dict[str, None]:
     ports = ((portal.protocol, port) for portal, port in redirects.ports.items())
     return dict.fromkeys(f"{protocol.lower()} . {port}" for protocol, port in ports)
@@ -141,14 +147,15 @@ def _listed(elements: Iterable[str]) -> str:
 
 
 def comment(name: ServicePortName) -> str:
-    """Return ``namespace/name:port`` in the 128 bytes that nft allows; the namespace gives way, with a hash.
+    """Return ``namespace/name:port`` in the 128 bytes that nft allows; what is too long gives way to a hash.
 
-    The longest legal names need 143 bytes, and one comment too long fails the whole transaction.
+    The longest legal names need 191 bytes, and one comment too long fails the whole transaction. The Service's
+    own name is always there, whole, and so is a port name of the usual length: people search for them.
     """
     text = str(name)
-    if len(text) <= _COMMENT_BYTES - 1:
+    if len(text) <= _COMMENT_BYTES_MAX:
         return text
-    namespace = name.service.namespace
-    digest = hashlib.blake2b(namespace.encode(), digest_size=4).hexdigest()
-    room = _COMMENT_BYTES - 1 - (len(text) - len(namespace)) - len(digest) - 1
-    return f"{namespace[:room]}~{digest}{text[len(namespace) :]}"
+    digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    port = f":{name.port_name[:_PORT_NAME_SHOWN]}" if name.port_name else ""
+    ending = f"~{digest}/{name.service.name}{port}"
+    return name.service.namespace[: _COMMENT_BYTES_MAX - len(ending)] + ending

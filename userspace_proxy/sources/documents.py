@@ -83,11 +83,15 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something that cannot be used, and where; ``line`` is None where a whole file is meant."""
+    """Something that cannot be used, and where; ``line`` is None where a whole file is meant.
+
+    ``object`` is its kind and name, where these are known.
+    """
 
     path: str
     line: int | None
     error: ConfigError
+    object: str = ""
 
     @property
     def where(self) -> str:
@@ -133,12 +137,14 @@ def parse(document: Document, *, for_check: bool = False) -> tuple[list[Manifest
     except (ValueError, RecursionError) as error:
         return [], [Problem(document.path, document.line, ConfigError(f"cannot be read as YAML: {error}"))]
     manifests: list[Manifest] = []
-    problems = [Problem(document.path, document.line + line, error) for line, error in twice]
+    problems = []
     for place, item in _items(document, plain) if plain is not None else ():
         try:
             manifests.append(_manifest(place, item, for_check=for_check))
         except ConfigError as error:
             problems.append(Problem(document.path, Lines().line_of(place, error.field), error))
+    owner = str(manifests[0]) if len(manifests) == 1 else ""
+    problems += [Problem(document.path, document.line + line, error, owner) for line, error in twice]
     return manifests, problems
 
 
@@ -223,7 +229,7 @@ def duplicates(manifests: Iterable[Manifest]) -> list[Problem]:
         for first, second in found[:_DUPLICATES_MAX]:
             where = f"{first_path}:{lines.line_of(first.place, 'metadata.name')}"
             error = ConfigError(f"{second} is already at {where}", field="metadata.name", mend="remove one of them")
-            problems.append(Problem(path, lines.line_of(second.place, "metadata.name"), error))
+            problems.append(Problem(path, lines.line_of(second.place, "metadata.name"), error, str(second)))
         if (more := len(found) - _DUPLICATES_MAX) > 0:
             problems.append(
                 Problem(path, None, ConfigError(f"{more} more objects are already in {first_path}", mend="remove one"))

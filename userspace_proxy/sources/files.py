@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ STDIN = "-"
 _ENDINGS = (".yaml", ".yml", ".json")
 # An editor writes, renames and touches in one go; more than that is waited for only in `run`'s own pace.
 _SETTLE_MS = 25
+_LOOK_AGAIN_MS = 1_000
 _BATCH = 2_000
 
 ObjectKey = tuple[str, NamespacedName]
@@ -45,10 +46,11 @@ class FileSource:
     """Reads *paths* (manifest files, folders of them, ``-`` for stdin) and watches them."""
 
     def __init__(self, paths: Sequence[str]) -> None:
-        self._paths = list(dict.fromkeys(paths))
+        self._paths = list(dict.fromkeys(path if path == STDIN else str(Path(path)) for path in paths))
         self._files: dict[str, _File] = {}
         self._told: dict[ObjectKey, Manifest] = {}
         self._problems: dict[str, str] = {}
+        self._faults: list[str] = []
         self._skipped_kinds: set[str] = set()
         for path in self._paths:
             check_path(path)
@@ -58,36 +60,52 @@ class FileSource:
         return self._problems
 
     async def events(self) -> AsyncIterator[Sequence[ObjectEvent]]:
-        watching = self._watch()
+        changed = asyncio.Event()
+        watch = asyncio.create_task(self._watch(changed), name="watch files")
         try:
+            await asyncio.sleep(0)  # the watch stands before the first look, so that nothing falls between
             first = self._read()
             for start in range(0, len(first), _BATCH):
                 yield first[start : start + _BATCH]
                 await asyncio.sleep(0)
             yield [ObjectEvent(EventType.SYNCED)]
-            async for _ in watching:
+            while True:
+                await changed.wait()
+                changed.clear()
                 if events := self._read():
                     yield events
         finally:
-            await watching.aclose()
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
 
-    async def _watch(self) -> AsyncGenerator[None]:
-        """Yield whenever something in the folders of our paths has changed."""
+    async def _watch(self, changed: asyncio.Event) -> None:
+        """Set *changed* whenever something in the folders of our paths has changed, and once a second.
+
+        The second look finds what no watch tells: the target of a link that lies elsewhere, a folder that was
+        made anew, a file on a network share.
+        """
         from watchfiles import awatch
 
         folders = {str(folder) for path in self._paths for folder in _watched_folders(path)}
         if not folders:
-            await asyncio.Event().wait()
-        # Folders, not files: an editor puts a new file in place of the old one, and kubelet swaps a symlink.
-        async for _ in awatch(
-            *folders,
-            step=_SETTLE_MS,
-            debounce=_SETTLE_MS * 4,
-            recursive=False,
-            rust_timeout=1_000,
-            ignore_permission_denied=True,
-        ):
-            yield
+            return
+        try:
+            # Folders, not files: an editor puts a new file in place of the old one, and kubelet swaps a symlink.
+            async for _ in awatch(
+                *folders,
+                step=_SETTLE_MS,
+                debounce=_SETTLE_MS * 4,
+                recursive=False,
+                rust_timeout=_LOOK_AGAIN_MS,
+                yield_on_timeout=True,
+                ignore_permission_denied=True,
+            ):
+                changed.set()
+        except (OSError, RuntimeError) as error:  # too many watches on this machine, say
+            log.warning("files cannot be watched (%s), they are looked at once a second", error)
+        while True:
+            await asyncio.sleep(_LOOK_AGAIN_MS / 1000)
+            changed.set()
 
     # ---- reading
 
@@ -95,35 +113,43 @@ class FileSource:
         """Read what has changed; return the events that follow from it."""
         faults: list[Problem] = []
         present: dict[str, None] = {}
+        changed = False
         for path in self._paths:
             try:
                 present.update(dict.fromkeys(expand(path)))
             except OSError as error:
                 faults.append(_unreadable(path, error))
-                present.update(dict.fromkeys(known for known in self._files if known.startswith(path)))
+                present.update(dict.fromkeys(known for known in self._files if Path(known).is_relative_to(path)))
         for path in present:
             try:
-                self._read_file(path)
+                changed |= self._read_file(path)
             except (OSError, UnicodeDecodeError) as error:
                 faults.append(_unreadable(path, error))
         for path in self._files.keys() - present.keys():
             del self._files[path]
+            changed = True
+        said = [str(fault) for fault in faults]
+        if not changed and said == self._faults:
+            return []
+        self._faults = said
         return self._tell(faults)
 
-    def _read_file(self, path: str) -> None:
+    def _read_file(self, path: str) -> bool:
+        """Read *path* if it looks different from before; return whether it does."""
         known = self._files.get(path)
         if path == STDIN:
             if known is None:
                 self._files[path] = _File()
                 self._take(path, "stdin", sys.stdin.read())
-            return
+            return known is None
         stat = Path(path).stat()
         seen = (stat.st_mtime_ns, stat.st_size, stat.st_ino, stat.st_dev)
         if known is not None and known.seen == seen:
-            return
+            return False
         text = Path(path).read_text(encoding="utf-8-sig")
         self._files.setdefault(path, _File()).seen = seen
         self._take(path, path, text)
+        return True
 
     def _take(self, path: str, shown_as: str, text: str) -> None:
         """Parse the documents of *text* that were not there before."""
@@ -145,6 +171,7 @@ class FileSource:
 
     def _tell(self, faults: list[Problem]) -> list[ObjectEvent]:
         wanted: dict[ObjectKey, Manifest] = {}
+        readable: list[Manifest] = []
         problems = list(faults)
         for file in self._files.values():
             problems += file.problems
@@ -152,10 +179,10 @@ class FileSource:
                 if manifest.object is None:
                     self._skip(manifest)
                     continue
-                key = (manifest.kind, manifest.name)
-                first = wanted.setdefault(key, manifest)
-                if first is not manifest and first.place != manifest.place:
-                    problems.append(_duplicate(first, manifest))
+                readable.append(manifest)
+                wanted.setdefault((manifest.kind, manifest.name), manifest)
+        if len(wanted) < len(readable):
+            problems += duplicates(readable)
         self._report(problems)
         events = [
             ObjectEvent(EventType.SET, manifest.kind, manifest.name, manifest.object, manifest.place)
@@ -223,7 +250,7 @@ def expand(path: str) -> Iterator[str]:
         return
     if not Path(path).is_dir():
         Path(path).stat()
-        yield path
+        yield str(Path(path))
         return
     for entry in sorted(Path(path).iterdir()):
         if entry.suffix in _ENDINGS and not entry.name.startswith(".") and entry.is_file():
@@ -247,16 +274,7 @@ def _moved(manifests: list[Manifest], document: Document) -> list[Manifest]:
 
 def _unreadable(path: str, error: OSError | UnicodeDecodeError) -> Problem:
     reason = (error.strerror or str(error)) if isinstance(error, OSError) else "it is not UTF-8 text"
-    return Problem(path, ConfigError(f"cannot be read: {reason.lower()}"))
-
-
-def _duplicate(first: Manifest, second: Manifest) -> Problem:
-    return Problem(
-        second.place.where("metadata.name"),
-        ConfigError(
-            f"{second.kind} {second.name} is already at {first.place.where('metadata.name')}", mend="remove one of them"
-        ),
-    )
+    return Problem(path, None, ConfigError(f"cannot be read: {reason.lower()}"))
 
 
 def read_once(paths: Sequence[str]) -> tuple[list[Manifest], list[Problem]]:

@@ -1,0 +1,93 @@
+"""What both splicer suites share: the engines, and one connection in an engine's hands."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+from tests.ends import End, tcp_pair, until
+from userspace_proxy.dataplane.poller import Poller
+from userspace_proxy.dataplane.splice.copy import CopySplicer
+from userspace_proxy.interfaces import Splice, Splicer
+
+MakeSplicer = Callable[[Poller, asyncio.AbstractEventLoop], Splicer]
+
+# Another engine is another line here.
+ENGINES: dict[str, MakeSplicer] = {"copy": CopySplicer}
+
+
+class Spliced:
+    """A client's end and a backend's end, with an engine between them."""
+
+    def __init__(self, splicer: Splicer, buffer_bytes: int | None) -> None:
+        client, self.client_socket = tcp_pair(buffer_bytes)
+        self.backend_socket, backend = tcp_pair(buffer_bytes)
+        self.client, self.backend = End(client), End(backend)
+        self.endings: list[str] = []
+        self._splicer = splicer
+        self._splice: Splice | None = None
+
+    def start(self) -> None:
+        self._splice = self._splicer.start(self.client_socket, self.backend_socket, self.endings.append)
+
+    @property
+    def splice(self) -> Splice:
+        assert self._splice is not None
+        return self._splice
+
+    @property
+    def counters(self) -> tuple[int, int]:
+        """Bytes to the backend, bytes to the client."""
+        return self.splice.bytes_to_backend, self.splice.bytes_to_client
+
+    async def ended(self) -> str:
+        """Wait for the end of the connection; return how it ended."""
+        await until(lambda: bool(self.endings), "the connection ends")
+        await until(
+            lambda: self.client_socket.fileno() == self.backend_socket.fileno() == -1, "both descriptors are closed"
+        )
+        (how,) = self.endings
+        return how
+
+    def ends(self, side: str) -> tuple[End, End]:
+        """Return the end of *side*, and the other one."""
+        return (self.client, self.backend) if side == "client" else (self.backend, self.client)
+
+    def close(self) -> None:
+        for sock in (self.client_socket, self.backend_socket, self.client.sock, self.backend.sock):
+            sock.close()
+
+
+class Workshop:
+    """A poller with an engine on it; makes connections and takes them away."""
+
+    def __init__(self, make: MakeSplicer) -> None:
+        loop = asyncio.get_running_loop()
+        self.poller = Poller(loop)
+        self.splicer = make(self.poller, loop)
+        self._made: list[Spliced] = []
+
+    def splice(self, *, buffer_bytes: int | None = None, start: bool = True) -> Spliced:
+        made = Spliced(self.splicer, buffer_bytes)
+        self._made.append(made)
+        if start:
+            made.start()
+        return made
+
+    def close(self) -> None:
+        for made in self._made:
+            if not made.endings:
+                made.splice.cut("the test is over")
+        self.poller.stop()
+        for made in self._made:
+            made.close()
+
+
+@contextlib.asynccontextmanager
+async def workshop(make: MakeSplicer) -> AsyncIterator[Workshop]:
+    shop = Workshop(make)
+    try:
+        yield shop
+    finally:
+        shop.close()

@@ -1,0 +1,377 @@
+"""What every splice engine promises, on real TCP connections."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+
+from tests.contract.splicing import ENGINES, Spliced, Workshop, workshop
+from tests.ends import open_descriptors, settled, until
+
+SIDES = ("client", "backend")
+# More than one read takes, less than the kernel's buffers on both ways.
+SOME = random.Random(1).randbytes(300_000)
+MUCH = random.Random(2).randbytes(8_000_000)
+
+
+@pytest.fixture(params=ENGINES)
+async def shop(request: pytest.FixtureRequest) -> AsyncIterator[Workshop]:
+    async with workshop(ENGINES[request.param]) as made:
+        yield made
+
+
+# ---- bytes
+
+
+async def test_bytes_arrive_unchanged_both_ways_at_once(shop: Workshop) -> None:
+    spliced = shop.splice()
+    up, down = MUCH[:4_000_000], MUCH[4_000_000:]
+
+    _, _, at_backend, at_client = await asyncio.gather(
+        spliced.client.send(up),
+        spliced.backend.send(down),
+        spliced.backend.receive(len(up)),
+        spliced.client.receive(len(down)),
+    )
+
+    assert (at_backend, at_client) == (up, down)
+    assert spliced.counters == (len(up), len(down))
+
+
+@pytest.mark.parametrize("side", SIDES)
+async def test_either_side_may_speak_first(shop: Workshop, side: str) -> None:
+    first, second = shop.splice().ends(side)
+
+    await first.send(b"220 ready\r\n")
+    assert await second.receive(11) == b"220 ready\r\n"
+
+    await second.send(b"EHLO\r\n")
+    assert await first.receive(6) == b"EHLO\r\n"
+
+
+@pytest.mark.parametrize("side", SIDES)
+async def test_what_was_sent_before_the_engine_took_over_arrives(shop: Workshop, side: str) -> None:
+    spliced = shop.splice(start=False)
+    sender, receiver = spliced.ends(side)
+    await sender.send(SOME)
+    sender.half_close()
+
+    spliced.start()
+
+    assert await receiver.receive_all() == (SOME, "eof")
+
+
+async def test_many_small_messages_keep_their_order(shop: Workshop) -> None:
+    spliced = shop.splice()
+    for number in range(500):
+        message = b"%d;" % number
+        await spliced.client.send(message)
+        assert await spliced.backend.receive(len(message)) == message
+        await spliced.backend.send(message)
+        assert await spliced.client.receive(len(message)) == message
+
+
+@pytest.mark.parametrize("side", SIDES)
+async def test_an_urgent_byte_arrives_in_its_place_and_nothing_stalls_behind_it(shop: Workshop, side: str) -> None:
+    sender, receiver = shop.splice().ends(side)
+    await sender.send(b"interrupt")
+    sender.sock.send(b"!", socket.MSG_OOB)
+    await sender.send(b"and go on")
+
+    assert await asyncio.wait_for(receiver.receive(19), 2) == b"interrupt!and go on"
+
+
+# ---- slow and stalled readers
+
+
+@pytest.mark.parametrize("side", SIDES)
+async def test_a_slow_reader_gets_everything(shop: Workshop, side: str) -> None:
+    sender, receiver = shop.splice(buffer_bytes=4096).ends(side)
+    data = MUCH[:600_000]
+    sending = asyncio.ensure_future(sender.send(data))
+    received = bytearray()
+    while len(received) < len(data):
+        received += await receiver.receive(min(7_001, len(data) - len(received)))
+    await sending
+
+    assert bytes(received) == data
+
+
+@pytest.mark.parametrize("side", SIDES)
+async def test_a_stalled_reader_pushes_back_on_the_writer_and_not_on_the_other_way(shop: Workshop, side: str) -> None:
+    spliced = shop.splice(buffer_bytes=16_384)
+    sender, receiver = spliced.ends(side)
+    taken = 0
+
+    def push() -> int:
+        nonlocal taken
+        taken += sender.send_now(MUCH[taken:])
+        return taken
+
+    await settled(push)
+    assert taken < 1_500_000, "what a stalled reader does not take must stay with the writer"
+
+    await receiver.send(b"the other way is free")
+    assert await sender.receive(21) == b"the other way is free"
+    assert await receiver.receive(taken) == MUCH[:taken]
+
+
+# ---- half-close
+
+
+@pytest.mark.parametrize("side", SIDES)
+async def test_a_half_close_passes_and_the_other_way_goes_on(shop: Workshop, side: str) -> None:
+    spliced = shop.splice()
+    first, second = spliced.ends(side)
+    await first.send(b"question")
+    first.half_close()
+    assert await second.receive_all() == (b"question", "eof")
+    assert spliced.splice.half_closed
+
+    await second.send(SOME)
+    assert await first.receive(len(SOME)) == SOME
+    assert not spliced.endings
+
+    second.half_close()
+    assert await first.receive_all() == (b"", "eof")
+    assert await spliced.ended() == "closed"
+    expected = (8, len(SOME))
+    assert spliced.counters == (expected if side == "client" else expected[::-1])
+
+
+@pytest.mark.parametrize("side", SIDES)
+async def test_a_half_close_behind_stalled_bytes_comes_after_them(shop: Workshop, side: str) -> None:
+    spliced = shop.splice(buffer_bytes=4096)
+    sender, receiver = spliced.ends(side)
+    taken = 0
+
+    def push() -> int:
+        nonlocal taken
+        taken += sender.send_now(MUCH[taken : taken + 50_000])
+        return taken
+
+    await settled(push)
+    sender.half_close()
+
+    assert await receiver.receive_all() == (MUCH[:taken], "eof")
+    await receiver.send(b"answer")
+    receiver.half_close()
+    assert await sender.receive_all() == (b"answer", "eof")
+    assert await spliced.ended() == "closed"
+
+
+async def test_a_connection_without_any_byte_ends_as_closed(shop: Workshop) -> None:
+    spliced = shop.splice()
+    spliced.client.half_close()
+    spliced.backend.half_close()
+
+    assert await spliced.ended() == "closed"
+    assert spliced.counters == (0, 0)
+    assert await spliced.client.receive_all() == (b"", "eof")
+
+
+@pytest.mark.parametrize("side", SIDES)
+async def test_a_side_that_closes_is_an_end_of_file_for_the_other(shop: Workshop, side: str) -> None:
+    spliced = shop.splice()
+    first, second = spliced.ends(side)
+    await first.send(SOME)
+    first.close()
+
+    assert await second.receive_all() == (SOME, "eof")
+    second.close()
+    assert await spliced.ended() == "closed"
+
+
+# ---- resets
+
+
+@pytest.mark.parametrize("side", SIDES)
+async def test_a_reset_passes_as_a_reset(shop: Workshop, side: str) -> None:
+    spliced = shop.splice()
+    first, second = spliced.ends(side)
+    first.reset()
+
+    assert await second.receive_all() == (b"", "reset")
+    assert await spliced.ended() == f"reset by {side}"
+
+
+@pytest.mark.parametrize("side", SIDES)
+async def test_bytes_before_a_reset_are_delivered_before_it(shop: Workshop, side: str) -> None:
+    spliced = shop.splice()
+    first, second = spliced.ends(side)
+    await first.send(SOME)
+    await until(lambda: not first.unacknowledged_bytes, "all is on its way")
+    first.reset()
+
+    assert await second.receive_all() == (SOME, "reset")
+    assert await spliced.ended() == f"reset by {side}"
+
+
+@pytest.mark.parametrize("side", SIDES)
+async def test_a_reader_that_is_slow_gets_the_bytes_before_a_reset_too(shop: Workshop, side: str) -> None:
+    spliced = shop.splice(buffer_bytes=16_384)
+    first, second = spliced.ends(side)
+    taken = 0
+
+    def push() -> int:
+        nonlocal taken
+        taken += first.send_now(MUCH[taken : taken + 10_000])
+        return taken
+
+    await settled(push)
+    unacknowledged = first.unacknowledged_bytes
+    first.reset()
+    # Longer than any patience of an engine should be short: the reader is alive, it only reads slowly.
+    received = bytearray()
+    for _ in range(12):
+        await asyncio.sleep(0.2)
+        received += await second.receive(500)
+    rest, how = await second.receive_all()
+    received += rest
+
+    assert how == "reset"
+    assert len(received) >= taken - unacknowledged
+    assert MUCH.startswith(received)
+
+
+@pytest.mark.parametrize("side", SIDES)
+async def test_a_reset_after_a_half_close_passes_as_a_reset(shop: Workshop, side: str) -> None:
+    spliced = shop.splice()
+    first, second = spliced.ends(side)
+    await first.send(b"question")
+    first.half_close()
+    assert await second.receive(9) == b"question"
+    first.reset()
+
+    with pytest.raises((ConnectionResetError, BrokenPipeError)):
+        for _ in range(1000):
+            await second.send(b"answer")
+            await asyncio.sleep(0.002)
+    assert await spliced.ended() == f"reset by {side}"
+
+
+@pytest.mark.parametrize("side", SIDES)
+async def test_a_reset_of_a_stalled_reader_reaches_the_writer(shop: Workshop, side: str) -> None:
+    spliced = shop.splice(buffer_bytes=4096)
+    reader, writer = spliced.ends(side)
+    await settled(lambda: writer.send_now(MUCH[:50_000]))
+    reader.reset()
+
+    assert await writer.receive_all() == (b"", "reset")
+    assert await spliced.ended() == f"reset by {side}"
+
+
+@pytest.mark.parametrize("side", SIDES)
+async def test_what_a_side_said_before_it_reset_arrives_though_sending_to_it_failed(shop: Workshop, side: str) -> None:
+    spliced = shop.splice(start=False)
+    first, second = spliced.ends(side)
+    await first.send(b"503 go away")
+    await second.send(b"a request that nobody will read")
+    first.reset()
+
+    spliced.start()
+
+    assert await second.receive_all() == (b"503 go away", "reset")
+    assert await spliced.ended() == f"reset by {side}"
+
+
+async def test_a_reader_that_resets_while_a_reset_waits_for_it_ends_the_wait(shop: Workshop) -> None:
+    spliced = shop.splice(buffer_bytes=4096)
+    await settled(lambda: spliced.client.send_now(MUCH[:50_000]))
+    spliced.client.reset()
+    await asyncio.sleep(0)
+    spliced.backend.reset()
+
+    assert (await asyncio.wait_for(spliced.ended(), 1.5)).startswith("reset by")
+
+
+async def test_a_stalled_reader_of_a_reset_connection_counts_as_half_closed(shop: Workshop) -> None:
+    """So that the half-closed time-out ends it, should it never read on."""
+    spliced = shop.splice(buffer_bytes=4096)
+    await settled(lambda: spliced.client.send_now(MUCH[:2_000]))
+    spliced.client.half_close()
+    await until(lambda: spliced.splice.half_closed, "the engine has seen the half-close")
+
+
+# ---- endings
+
+
+async def test_a_cut_resets_both_sides_and_has_ended_when_it_returns(shop: Workshop) -> None:
+    spliced = shop.splice()
+    await spliced.client.send(b"hello")
+    assert await spliced.backend.receive(5) == b"hello"
+
+    spliced.splice.cut("idle")
+
+    assert spliced.endings == ["idle"]
+    assert await spliced.client.receive_all() == (b"", "reset")
+    assert await spliced.backend.receive_all() == (b"", "reset")
+
+
+async def test_a_second_cut_does_nothing(shop: Workshop) -> None:
+    spliced = shop.splice()
+    spliced.splice.cut("first")
+    spliced.splice.cut("second")
+
+    assert await spliced.ended() == "first"
+
+
+async def test_the_end_is_never_told_before_start_has_returned(shop: Workshop) -> None:
+    spliced = shop.splice(start=False)
+    spliced.client.reset()
+    spliced.backend.reset()
+
+    spliced.start()
+
+    assert spliced.endings == []
+    assert (await spliced.ended()).startswith("reset by")
+
+
+async def test_no_descriptor_is_left_however_connections_end(shop: Workshop) -> None:
+    before = open_descriptors()
+
+    async def live_and_end(how: str) -> None:
+        spliced = Spliced(shop.splicer, None)
+        spliced.start()
+        await spliced.client.send(b"x")
+        await spliced.backend.receive(1)
+        if how == "cut":
+            spliced.splice.cut("cut")
+        for end in (spliced.client, spliced.backend):
+            if how == "reset":
+                end.reset()
+            else:
+                end.close()
+        await spliced.ended()
+
+    for _ in range(30):
+        await asyncio.gather(*(live_and_end(how) for how in ("closed", "cut", "reset")))
+
+    assert open_descriptors() == before
+
+
+class FaultySocket(socket.socket):
+    """A socket that an engine cannot cope with."""
+
+    def recv_into(self, *_: object) -> int:
+        raise MemoryError
+
+
+async def test_an_engine_that_fails_at_one_connection_ends_that_one(
+    shop: Workshop, caplog: pytest.LogCaptureFixture
+) -> None:
+    good, bad = shop.splice(), shop.splice(start=False)
+    bad.client_socket = FaultySocket(fileno=bad.client_socket.detach())
+    bad.start()
+
+    await bad.client.send(b"x")
+
+    assert await bad.backend.receive_all() == (b"", "reset")
+    assert await bad.ended() == "a bug"
+    assert "a bug" in caplog.text
+    await good.client.send(b"x")
+    assert await good.backend.receive(1) == b"x"

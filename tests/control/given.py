@@ -1,0 +1,130 @@
+"""Objects as a user writes them, in few words."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from userspace_proxy import api
+from userspace_proxy.control.cluster_ips import ClusterIPs
+from userspace_proxy.control.tracker import Tracker
+from userspace_proxy.interfaces import EventType, ObjectEvent
+from userspace_proxy.model.endpoint import Endpoint
+from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
+from userspace_proxy.model.state import ProxyState
+
+SYNCED = ObjectEvent(EventType.SYNCED)
+HTTP = [{"port": 80}]
+
+
+def named(name: str) -> NamespacedName:
+    return NamespacedName("default", name)
+
+
+def port_named(service: str, port: str = "", protocol: L4Protocol = L4Protocol.TCP) -> ServicePortName:
+    return ServicePortName(named(service), port, protocol)
+
+
+def service(
+    name: str = "web", *, labels: Mapping[str, str] | None = None, namespace: str | None = None, **spec: Any
+) -> api.Service:
+    """Return a Service with one port 80, unless *spec* says otherwise."""
+    plain = {"metadata": {"name": name, "namespace": namespace, "labels": labels}, "spec": {"ports": HTTP, **spec}}
+    made = api.convert("Service", plain)
+    assert isinstance(made, api.Service)
+    return made
+
+
+def pod(
+    name: str = "pod",
+    ip: str | None = "10.244.0.1",
+    *,
+    labels: Mapping[str, str] | None = None,
+    ports: Iterable[Mapping[str, Any]] = (),
+    ready: bool | None = True,
+    ending: bool = False,
+    **status: Any,
+) -> api.Pod:
+    """Return a Pod of labels app=web; *ready* None states no conditions at all."""
+    conditions = None if ready is None else [{"type": "Ready", "status": str(ready)}]
+    plain = {
+        "metadata": {
+            "name": name,
+            "labels": {"app": "web"} if labels is None else labels,
+            "deletionTimestamp": "2026-01-01T00:00:00Z" if ending else None,
+        },
+        "spec": {"nodeName": "node1", "containers": [{"ports": list(ports)}]},
+        "status": {"podIP": ip, "conditions": conditions, **status},
+    }
+    made = api.convert("Pod", plain)
+    assert isinstance(made, api.Pod)
+    return made
+
+
+def endpoint_slice(
+    *endpoints: str | Mapping[str, Any],
+    of: str | None = "web",
+    name: str = "web-1",
+    ports: Iterable[Mapping[str, Any]] = ({"port": 8080},),
+    labels: Mapping[str, str] | None = None,
+    address_type: str = "IPv4",
+) -> api.EndpointSlice:
+    """Return a slice; an endpoint may be its address alone."""
+    known = {} if of is None else {"kubernetes.io/service-name": of}
+    plain = {
+        "metadata": {"name": name, "labels": {**known, **(labels or {})}},
+        "addressType": address_type,
+        "ports": list(ports),
+        "endpoints": [{"addresses": [e]} if isinstance(e, str) else e for e in endpoints],
+    }
+    made = api.convert("EndpointSlice", plain)
+    assert isinstance(made, api.EndpointSlice)
+    return made
+
+
+def endpoints(*subsets: Mapping[str, Any], name: str = "web") -> api.Endpoints:
+    made = api.convert("Endpoints", {"metadata": {"name": name}, "subsets": list(subsets)})
+    assert isinstance(made, api.Endpoints)
+    return made
+
+
+def put(thing: api.KubernetesObject) -> ObjectEvent:
+    """Return the event that says what *thing* is now."""
+    name = NamespacedName(thing.metadata.namespace or "default", thing.metadata.name)
+    return ObjectEvent(EventType.SET, type(thing).__name__, name, thing)
+
+
+def gone(kind: str, name: str) -> ObjectEvent:
+    return ObjectEvent(EventType.DELETE, kind, named(name))
+
+
+class World:
+    """A tracker, and shorthands to tell it things and look at what it makes of them."""
+
+    def __init__(self, *ranges: str, remembered: Mapping[str, str] | None = None) -> None:
+        networks = [ipaddress.ip_network(text) for text in ranges or ("10.96.0.0/16",)]
+        self.cluster_ips = ClusterIPs(networks, remembered or {})
+        self.tracker = Tracker(self.cluster_ips)
+        self.state = ProxyState()
+
+    def tell(self, *things: api.KubernetesObject | ObjectEvent) -> ProxyState:
+        """Apply *things* as one batch and return the state after it."""
+        self.tracker.apply([thing if isinstance(thing, ObjectEvent) else put(thing) for thing in things])
+        self.state = self.tracker.state()
+        return self.state
+
+    @property
+    def problems(self) -> list[str]:
+        return list(self.tracker.problems.values())
+
+    def ips(self, name: str, port: str = "") -> tuple[str, ...]:
+        """Return the cluster IPs of a Service; none where it is not served."""
+        found = self.state.service_ports.get(port_named(name, port))
+        return found.cluster_ips if found else ()
+
+    def endpoints(self, name: str = "web", port: str = "") -> tuple[Endpoint, ...]:
+        return self.state.endpoints[port_named(name, port)]
+
+    def addresses(self, name: str = "web", port: str = "") -> list[str]:
+        return [str(endpoint) for endpoint in self.endpoints(name, port)]

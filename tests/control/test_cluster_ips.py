@@ -1,0 +1,312 @@
+"""Who has which cluster IP: stated ones, allocated ones, and that nobody shares or loses one."""
+
+from __future__ import annotations
+
+import ipaddress
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from tests.control.given import named, service
+from userspace_proxy.control.cluster_ips import ClusterIPs
+from userspace_proxy.errors import ConfigError
+
+
+def cluster_ips(*ranges: str, remembered: Mapping[str, str] | None = None) -> ClusterIPs:
+    return ClusterIPs([ipaddress.ip_network(text) for text in ranges or ("10.96.0.0/16",)], remembered or {})
+
+
+def assign(known: ClusterIPs, name: str, **spec: Any) -> tuple[str, ...]:
+    return known.assign(named(name), service(name, **spec))
+
+
+# ---- allocation
+
+
+def test_a_service_that_states_none_gets_one_of_the_range_and_keeps_it() -> None:
+    known = cluster_ips("10.96.0.0/16")
+
+    first = assign(known, "web")
+
+    assert ipaddress.ip_address(first[0]) in ipaddress.ip_network("10.96.0.0/16")
+    assert assign(known, "web") == first
+
+
+def test_without_memory_a_service_has_the_same_address_after_a_restart() -> None:
+    before, after = cluster_ips(), cluster_ips()
+    held = {name: assign(before, name) for name in ("a", "b", "c")}
+
+    assert {name: assign(after, name) for name in ("c", "b", "a")} == held
+
+
+def test_with_memory_it_is_the_same_even_in_a_range_where_all_is_taken() -> None:
+    before = cluster_ips("10.0.0.0/28")
+    names = [f"s{n}" for n in range(14)]
+    held = {name: assign(before, name) for name in names}
+
+    after = cluster_ips("10.0.0.0/28", remembered=before.memory())
+
+    assert {name: assign(after, name) for name in reversed(names)} == held
+
+
+def test_the_network_and_broadcast_addresses_are_nobodys() -> None:
+    known = cluster_ips("10.0.0.0/28")
+
+    held = {assign(known, f"s{n}")[0] for n in range(14)}
+
+    assert held == {f"10.0.0.{n}" for n in range(1, 15)}
+
+
+@pytest.mark.parametrize(
+    ("network", "room"), [("10.0.0.7/32", 1), ("10.0.0.6/31", 1), ("10.0.0.4/30", 2), ("fd00::/127", 1)]
+)
+def test_the_smallest_ranges_work_as_far_as_they_go(network: str, room: int) -> None:
+    known = cluster_ips(network)
+    held = [assign(known, f"s{n}")[0] for n in range(room)]
+
+    assert len(set(held)) == room
+    assert all(ipaddress.ip_address(ip) in ipaddress.ip_network(network) for ip in held)
+    with pytest.raises(ConfigError, match="used up"):
+        assign(known, "one-too-many")
+
+
+def test_the_first_addresses_of_a_range_are_left_to_those_who_choose_theirs() -> None:
+    known = cluster_ips("10.96.0.0/24")
+
+    held = [ipaddress.ip_address(assign(known, f"s{n}")[0]) for n in range(200)]
+
+    assert min(held) >= ipaddress.ip_address("10.96.0.16")
+
+
+def test_a_huge_ipv6_range_costs_nothing() -> None:
+    assert ipaddress.ip_address(assign(cluster_ips("fd00::/64"), "web")[0]) in ipaddress.ip_network("fd00::/64")
+
+
+def test_a_range_that_is_used_up_says_so_and_who_had_an_address_keeps_it() -> None:
+    known = cluster_ips("10.0.0.4/30", "fd00::/127")
+    had = assign(known, "had")
+    assign(known, "takes-the-only-ipv6", ipFamilies=["IPv6"])
+
+    with pytest.raises(ConfigError, match="fd00::/127 is used up") as caught:
+        assign(known, "had", ipFamilyPolicy="RequireDualStack")
+
+    assert "--service-cluster-ip-range" in caught.value.mend
+    assert known.held(named("had")) == had
+    assert assign(known, "other") != had
+
+
+def test_a_refused_allocation_leaves_nothing_taken() -> None:
+    known = cluster_ips("10.0.0.6/31", "fd00::/127")
+    assign(known, "takes-the-only-ipv6", ipFamilies=["IPv6"])
+    with pytest.raises(ConfigError):
+        assign(known, "refused", ipFamilyPolicy="RequireDualStack")
+
+    assert assign(known, "other") == ("10.0.0.7",)
+
+
+def test_a_deleted_services_address_is_free_but_waits_for_it_to_come_back() -> None:
+    known = cluster_ips()
+    had = assign(known, "web")
+
+    known.release(named("web"))
+
+    assert known.memory() == {}
+    assert assign(known, "web") == had
+
+
+# ---- families
+
+
+@pytest.mark.parametrize(
+    ("spec", "families"),
+    [
+        ({}, [4]),
+        ({"ipFamilies": ["IPv6"]}, [6]),
+        ({"ipFamilyPolicy": "PreferDualStack"}, [4, 6]),
+        ({"ipFamilyPolicy": "RequireDualStack", "ipFamilies": ["IPv6"]}, [6, 4]),
+        ({"ipFamilies": ["IPv6", "IPv4"]}, [6, 4]),
+        ({"ipFamilyPolicy": "SingleStack", "ipFamilies": ["IPv6"]}, [6]),
+    ],
+)
+def test_a_service_gets_an_address_of_each_family_it_wants(spec: dict[str, Any], families: list[int]) -> None:
+    held = assign(cluster_ips("10.96.0.0/16", "fd00::/112"), "web", **spec)
+
+    assert [ipaddress.ip_address(ip).version for ip in held] == families
+
+
+def test_preferring_two_families_is_content_with_the_one_there_is() -> None:
+    assert len(assign(cluster_ips("10.96.0.0/16"), "web", ipFamilyPolicy="PreferDualStack")) == 1
+
+
+def test_a_family_that_no_range_has_is_refused_not_replaced() -> None:
+    with pytest.raises(ConfigError, match="no cluster IP range is IPv6") as caught:
+        assign(cluster_ips("10.96.0.0/16"), "web", ipFamilies=["IPv6"])
+
+    assert caught.value.field == "spec.ipFamilies[0]"
+
+
+def test_a_second_family_is_added_and_the_first_address_stays() -> None:
+    known = cluster_ips("10.96.0.0/16", "fd00::/112")
+    single = assign(known, "web")
+
+    dual = assign(known, "web", ipFamilyPolicy="PreferDualStack")
+
+    assert dual[:1] == single
+    assert assign(known, "web") == single
+
+
+# ---- stated addresses
+
+
+def test_a_stated_address_is_taken_as_it_is_in_canonical_form() -> None:
+    assert assign(cluster_ips(), "web", clusterIPs=["010.096.000.010", "FD00::1"]) == ("10.96.0.10", "fd00::1")
+
+
+def test_a_stated_address_may_lie_outside_of_every_range() -> None:
+    assert assign(cluster_ips(), "web", clusterIP="172.30.0.1") == ("172.30.0.1",)
+
+
+def test_an_address_that_somebody_has_is_refused_with_the_name_of_who() -> None:
+    known = cluster_ips()
+    assign(known, "first", clusterIP="10.96.0.5")
+
+    with pytest.raises(ConfigError, match="already the cluster IP of default/first") as caught:
+        assign(known, "second", clusterIP="10.96.000.5")
+
+    assert caught.value.field == "spec.clusterIP"
+
+
+def test_an_address_that_was_allocated_cannot_be_stated_by_another() -> None:
+    known = cluster_ips()
+    (ip,) = assign(known, "allocated")
+
+    with pytest.raises(ConfigError, match="default/allocated"):
+        assign(known, "states", clusterIP=ip)
+
+
+def test_a_stated_address_is_never_allocated_to_another() -> None:
+    known = cluster_ips("10.0.0.4/30")
+    assign(known, "states", clusterIP="10.0.0.5")
+
+    assert assign(known, "wants-one") == ("10.0.0.6",)
+    with pytest.raises(ConfigError, match="used up"):
+        assign(known, "wants-one-too")
+
+
+def test_who_is_refused_another_address_keeps_the_one_before() -> None:
+    known = cluster_ips()
+    assign(known, "first", clusterIP="10.96.0.5")
+    assign(known, "second", clusterIP="10.96.0.6")
+    with pytest.raises(ConfigError):
+        assign(known, "second", clusterIP="10.96.0.5")
+
+    with pytest.raises(ConfigError, match="default/second"):
+        assign(known, "third", clusterIP="10.96.0.6")
+
+
+def test_stating_the_address_one_was_given_changes_nothing() -> None:
+    known = cluster_ips()
+    (ip,) = assign(known, "web")
+    changes = known.changes
+
+    assert assign(known, "web", clusterIP=ip) == (ip,)
+    assert known.changes == changes
+
+
+def test_an_address_that_is_left_can_be_had_by_others() -> None:
+    known = cluster_ips()
+    assign(known, "web", clusterIP="10.96.0.5")
+    assign(known, "web", clusterIP="10.96.0.6")
+
+    assert assign(known, "other", clusterIP="10.96.0.5") == ("10.96.0.5",)
+
+
+def test_only_what_was_allocated_is_remembered() -> None:
+    known = cluster_ips()
+    assign(known, "stated", clusterIP="10.96.0.5")
+    (ip,) = assign(known, "allocated")
+
+    assert known.memory() == {"default/allocated/IPv4": ip}
+
+
+# ---- order
+
+
+def test_who_had_an_address_comes_first_then_who_states_one_then_the_others() -> None:
+    known = cluster_ips(remembered={"default/had/IPv4": "10.96.9.9"})
+    wishes = {"wants": service(), "states": service(clusterIP="10.96.0.5"), "had": service()}
+
+    order = sorted(wishes, key=lambda name: known.first(named(name), wishes[name]))
+
+    assert order == ["had", "states", "wants"]
+
+
+@pytest.mark.parametrize("ip", ["10.97.0.1", "fd00::1", "10.96.0.1", "10.96.255.255"])
+def test_a_remembered_address_that_cannot_be_given_any_more_is_replaced(ip: str) -> None:
+    """The range was changed, or the file edited."""
+    known = cluster_ips(remembered={"default/web/IPv4": ip})
+
+    assert assign(known, "web") == assign(cluster_ips(), "web")
+
+
+# ---- moving
+
+
+def move(known: ClusterIPs, **stated: str) -> dict[str, tuple[str, ...]]:
+    """Let each service state a new address, all in one change; return what each has then."""
+    wishes = {named(name): service(name, clusterIP=ip) for name, ip in stated.items()}
+    known.make_way(wishes)
+    for name, wish in wishes.items():
+        try:
+            known.assign(name, wish)
+        except ConfigError:
+            continue
+    return {name: known.held(named(name)) for name in stated}
+
+
+def test_two_services_can_swap_their_addresses() -> None:
+    known = cluster_ips()
+    move(known, a="10.96.0.1", b="10.96.0.2")
+
+    assert move(known, a="10.96.0.2", b="10.96.0.1") == {"a": ("10.96.0.2",), "b": ("10.96.0.1",)}
+
+
+def test_addresses_can_be_passed_on_in_a_row() -> None:
+    known = cluster_ips()
+    move(known, a="10.96.0.1", b="10.96.0.2", c="10.96.0.3")
+
+    moved = move(known, a="10.96.0.2", b="10.96.0.3", c="10.96.0.4")
+
+    assert moved == {"a": ("10.96.0.2",), "b": ("10.96.0.3",), "c": ("10.96.0.4",)}
+
+
+def test_where_one_of_a_row_cannot_move_nobody_behind_it_does() -> None:
+    known = cluster_ips()
+    move(known, stays="10.96.0.9", a="10.96.0.1", b="10.96.0.2")
+
+    assert move(known, a="10.96.0.2", b="10.96.0.9") == {"a": ("10.96.0.1",), "b": ("10.96.0.2",)}
+
+
+def test_of_two_that_want_one_free_address_one_gets_it_and_the_other_stays() -> None:
+    known = cluster_ips()
+    move(known, a="10.96.0.1", b="10.96.0.2")
+
+    assert move(known, a="10.96.0.3", b="10.96.0.3") == {"a": ("10.96.0.3",), "b": ("10.96.0.2",)}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whoever_moves_no_address_has_two_holders_and_nobody_loses_all(seed: int) -> None:
+    chance = random.Random(seed)
+    known = cluster_ips("10.0.0.0/28")
+    names = [f"s{n}" for n in range(8)]
+    move(known, **{name: f"10.0.0.{n + 1}" for n, name in enumerate(names)})
+    for _ in range(30):
+        moving = chance.sample(names, chance.randrange(1, 8))
+        held = move(known, **{name: f"10.0.0.{chance.randrange(1, 12)}" for name in moving})
+        everybody = [known.held(named(name)) for name in names]
+
+        assert all(held.values())
+        assert len(set(everybody)) == len(names)
+        assert known._holders == {ip: named(name) for name in names for ip in known.held(named(name))}

@@ -1,0 +1,509 @@
+"""What a manifest means for a proxy, and what is said of one that means nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.control.given import endpoint_slice, endpoints, named, pod, service
+from userspace_proxy import api
+from userspace_proxy.control import decode
+from userspace_proxy.errors import ConfigError
+from userspace_proxy.model.endpoint import Endpoint
+from userspace_proxy.model.names import L4Protocol
+from userspace_proxy.model.service import ServicePort
+
+TCP_PORT = ("", "TCP")
+
+
+def refusal(given: api.Service) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        decode.check_service(given)
+    return caught.value
+
+
+def ports_of(given: api.Service) -> list[ServicePort]:
+    decode.check_service(given)
+    found, _ = decode.service_ports(named("web"), given, ("10.96.0.1",))
+    return list(found.values())
+
+
+# ---- which Services count (S1, S2)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"clusterIP": "None"},
+        {"clusterIPs": ["None"]},
+        {"clusterIP": "None", "clusterIPs": ["None"]},
+        {"type": "ExternalName", "externalName": "example.org"},
+        {"type": "ExternalName", "clusterIP": "10.96.0.1"},
+        {"clusterIP": "None", "ports": None},
+        {"type": "ExternalName", "ports": []},
+    ],
+)
+def test_headless_services_and_external_names_are_fine_and_none_of_our_business(spec: dict[str, Any]) -> None:
+    given = service(**spec)
+
+    decode.check_service(given)
+    assert not decode.is_proxied(given)
+
+
+@pytest.mark.parametrize("value", ["", "other-proxy"])
+def test_a_service_for_another_proxy_is_left_to_it(value: str) -> None:
+    assert not decode.is_proxied(service(labels={"service.kubernetes.io/service-proxy-name": value}))
+
+
+@pytest.mark.parametrize("cluster_ip", [None, "", "10.96.0.1", "fd00::1"])
+def test_a_service_with_or_without_a_cluster_ip_is_served(cluster_ip: str | None) -> None:
+    given = service(clusterIP=cluster_ip)
+
+    decode.check_service(given)
+    assert decode.is_proxied(given)
+
+
+# ---- what is refused, and with which words
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "words"),
+    [
+        (service("Web"), "metadata.name", "such as 'web'"),
+        (service("a" * 64), "metadata.name", "63 at most"),
+        (service("-web"), "metadata.name", "such as 'web'"),
+        (service("web\n"), "metadata.name", "not a valid name"),
+        (service("wéb"), "metadata.name", "not a valid name"),
+        (service(namespace='a" } flush'), "metadata.namespace", "not a valid name"),
+        (service(type="Clusterip"), "spec.type", "ClusterIP"),
+        (service(ports=[]), "spec", "no ports"),
+        (service(ports=None), "spec", "no ports"),
+        (service(ports=[{"port": 0}]), "spec.ports[0].port", "1 to 65535"),
+        (service(ports=[{"port": 65_536}]), "spec.ports[0].port", "65536 is not a port"),
+        (service(ports=[{"port": 80, "targetPort": 70_000}]), "spec.ports[0].targetPort", "70000"),
+        (service(ports=[{"port": 80, "targetPort": "70000"}]), "spec.ports[0].targetPort", "70000"),
+        (service(ports=[{"port": 80, "targetPort": "0"}]), "spec.ports[0].targetPort", "0 is not a port"),
+        (service(ports=[{"port": 80, "targetPort": -1}]), "spec.ports[0].targetPort", "-1"),
+        (service(ports=[{"port": 80, "nodePort": 99_999}]), "spec.ports[0].nodePort", "99999"),
+        (service(ports=[{"port": 80, "protocol": "tcp"}]), "spec.ports[0].protocol", "write TCP or UDP"),
+        (service(ports=[{"port": 80}, {"port": 81, "name": "b"}]), "spec.ports[0]", "must name each"),
+        (service(ports=[{"port": 80, "name": "HTTP"}]), "spec.ports[0].name", "such as 'http'"),
+        (
+            service(ports=[{"port": 80, "name": "a"}, {"port": 81, "name": "a"}]),
+            "spec.ports[1].name",
+            "already that of ports[0]",
+        ),
+        (
+            service(ports=[{"port": 80, "name": "a"}, {"port": 80, "name": "b"}]),
+            "spec.ports[1].port",
+            "TCP port 80 is already ports[0]",
+        ),
+        (
+            service(
+                ports=[{"port": 80, "name": "a", "nodePort": 30_000}, {"port": 81, "name": "b", "nodePort": 30_000}]
+            ),
+            "spec.ports[1].nodePort",
+            "already that of ports[0]",
+        ),
+        (service(sessionAffinity="clientip"), "spec.sessionAffinity", "ClientIP or None"),
+        (
+            service(sessionAffinity="ClientIP", sessionAffinityConfig={"clientIP": {"timeoutSeconds": 0}}),
+            "spec.sessionAffinityConfig.clientIP.timeoutSeconds",
+            "1 to 86400",
+        ),
+        (
+            service(sessionAffinity="ClientIP", sessionAffinityConfig={"clientIP": {"timeoutSeconds": 86_401}}),
+            "spec.sessionAffinityConfig.clientIP.timeoutSeconds",
+            "86401 s",
+        ),
+        (service(clusterIP="none"), "spec.clusterIP", "a capital N"),
+        (service(clusterIP="10.96.0.256"), "spec.clusterIP", "no IP address"),
+        (service(clusterIP="10.96.0.1/32"), "spec.clusterIP", "no IP address"),
+        (service(clusterIPs=["10.96.0.1", "x"]), "spec.clusterIPs[1]", "'x'"),
+        (service(clusterIPs=["10.96.0.1", "10.96.0.1"]), "spec.clusterIPs[1]", "second one of its family"),
+        (service(clusterIPs=["fd00::1", "fd00::2"]), "spec.clusterIPs[1]", "second one of its family"),
+        (service(clusterIP="10.96.0.1", clusterIPs=["10.96.0.2"]), "spec.clusterIP", "not the first"),
+        (service(externalIPs=["1.2.3.4", "nowhere"]), "spec.externalIPs[1]", "'nowhere'"),
+        (service(externalIPs=["fe80::1%eth0"]), "spec.externalIPs[0]", "zone"),
+        (service(clusterIP="fe80::1%x } ; flush ruleset"), "spec.clusterIP", "zone"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_its_field_and_a_mend(given: api.Service, field: str, words: str) -> None:
+    error = refusal(given)
+
+    assert error.field == field
+    assert words in str(error)
+    assert error.mend
+
+
+def test_a_service_without_a_spec_is_refused() -> None:
+    assert "no spec" in str(refusal(api.Service(api.ObjectMeta(name="web"))))
+
+
+@pytest.mark.parametrize("name", ["a", "0", "a-b", "a" * 63, "9lives"])
+def test_every_legal_name_is_taken(name: str) -> None:
+    decode.check_service(service(name, ports=[{"port": 80, "name": name}]))
+
+
+def test_one_number_and_one_node_port_may_serve_tcp_and_udp() -> None:
+    found = ports_of(
+        service(
+            type="NodePort",
+            ports=[
+                {"port": 53, "name": "tcp", "nodePort": 30_053},
+                {"port": 53, "name": "udp", "protocol": "UDP", "nodePort": 30_053},
+            ],
+        )
+    )
+
+    assert [(p.name.protocol, p.port, p.node_port) for p in found] == [("TCP", 53, 30_053), ("UDP", 53, 30_053)]
+
+
+# ---- addresses
+
+
+@pytest.mark.parametrize(
+    ("written", "canonical"),
+    [
+        ("10.96.0.10", "10.96.0.10"),
+        (" 10.96.0.10 ", "10.96.0.10"),
+        ("010.096.000.001", "10.96.0.1"),
+        ("0.0.0.0", "0.0.0.0"),
+        ("FD00:0:0::0001", "fd00::1"),
+        ("fd00::1", "fd00::1"),
+    ],
+)
+def test_an_address_has_one_form_however_it_is_written(written: str, canonical: str) -> None:
+    assert decode.canonical_ip(written) == canonical
+
+
+@pytest.mark.parametrize("written", ["", "10..0.1", "10.96.0.", ".10.96.0", "10.96.0", "::g", "1.2.3.4.5", "None"])
+def test_what_is_no_address_is_not_made_into_one(written: str) -> None:
+    with pytest.raises(ConfigError, match="no IP address"):
+        decode.canonical_ip(written)
+
+
+# ---- ports of a Service
+
+
+def test_a_service_port_says_all_that_the_manifest_says() -> None:
+    found = ports_of(
+        service(
+            type="LoadBalancer",
+            ports=[{"port": 80, "name": "http", "nodePort": 30_080}],
+            externalIPs=["001.2.3.4"],
+            sessionAffinity="ClientIP",
+            sessionAffinityConfig={"clientIP": {"timeoutSeconds": 60}},
+        )
+    )
+
+    assert found == [
+        ServicePort(
+            name=decode.ServicePortName(named("web"), "http", L4Protocol.TCP),
+            port=80,
+            cluster_ips=("10.96.0.1",),
+            node_port=30_080,
+            external_ips=("1.2.3.4",),
+            affinity_timeout_s=60,
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("spec", "timeout_s"),
+    [
+        ({}, None),
+        ({"sessionAffinity": "None"}, None),
+        ({"sessionAffinity": "None", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 5}}}, None),
+        ({"sessionAffinity": "ClientIP"}, 10_800),
+        ({"sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": None}}, 10_800),
+        ({"sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 86_400}}}, 86_400),
+    ],
+)
+def test_affinity_lasts_three_hours_unless_said_otherwise(spec: dict[str, Any], timeout_s: int | None) -> None:
+    assert [port.affinity_timeout_s for port in ports_of(service(**spec))] == [timeout_s]
+
+
+@pytest.mark.parametrize(("kind", "node_port"), [(None, 0), ("ClusterIP", 0), ("NodePort", 30_080)])
+def test_a_node_port_counts_only_for_types_that_have_one(kind: str | None, node_port: int) -> None:
+    """S8: a type changed back to ClusterIP frees the port, though the manifest may still name it."""
+    found = ports_of(service(type=kind, ports=[{"port": 80, "nodePort": 30_080}]))
+
+    assert [port.node_port for port in found] == [node_port]
+
+
+def test_an_sctp_port_is_named_and_the_other_ports_are_served() -> None:
+    given = service(ports=[{"port": 1, "name": "s", "protocol": "SCTP"}, {"port": 2, "name": "t"}])
+    decode.check_service(given)
+
+    found, problems = decode.service_ports(named("web"), given, ("10.96.0.1",))
+
+    assert {index: port.port for index, port in found.items()} == {1: 2}
+    assert [problem.field for problem in problems] == ["spec.ports[0].protocol"]
+
+
+# ---- EndpointSlices (S3, S4, S6, C1)
+
+
+def test_a_slice_belongs_to_the_service_its_label_names_in_its_namespace() -> None:
+    assert decode.service_of(endpoint_slice(of="web"), "default") == named("web")
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [endpoint_slice(of=None), endpoint_slice(of=""), endpoint_slice(labels={"service.kubernetes.io/headless": ""})],
+)
+def test_a_slice_without_that_label_or_marked_headless_belongs_to_none(piece: api.EndpointSlice) -> None:
+    assert decode.service_of(piece, "default") is None
+
+
+@pytest.mark.parametrize(
+    ("conditions", "ready", "serving", "terminating"),
+    [
+        (None, True, True, False),
+        ({}, True, True, False),
+        ({"ready": None, "serving": None, "terminating": None}, True, True, False),
+        ({"ready": False}, False, True, False),
+        ({"ready": False, "serving": True, "terminating": True}, False, True, True),
+        ({"ready": False, "serving": False, "terminating": True}, False, False, True),
+    ],
+)
+def test_what_a_slice_leaves_out_is_assumed_to_be_well(
+    conditions: dict[str, bool] | None, ready: bool, serving: bool, terminating: bool
+) -> None:
+    piece = endpoint_slice({"addresses": ["10.0.0.1"], "conditions": conditions, "nodeName": "n"})
+
+    assert decode.from_slices([piece])[TCP_PORT] == [Endpoint("10.0.0.1", 8080, ready, serving, terminating, "n")]
+
+
+def test_ports_are_matched_by_name_and_protocol() -> None:
+    ports = [{"name": "dns", "port": 53, "protocol": "UDP"}, {"name": "dns", "port": 54}, {"port": 80}]
+
+    found = decode.from_slices([endpoint_slice("10.0.0.1", ports=ports)])
+
+    assert {key: [e.port for e in known] for key, known in found.items()} == {
+        ("dns", "UDP"): [53],
+        ("dns", "TCP"): [54],
+        ("", "TCP"): [80],
+    }
+
+
+def test_the_first_address_of_an_endpoint_counts() -> None:
+    piece = endpoint_slice({"addresses": ["010.0.0.1", "10.0.0.2"]})
+
+    assert [e.ip for e in decode.from_slices([piece])[TCP_PORT]] == ["10.0.0.1"]
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        endpoint_slice("10.0.0.1", address_type="FQDN"),
+        endpoint_slice("10.0.0.1", ports=[{"port": None}]),
+        endpoint_slice("10.0.0.1", ports=[{"port": 0}]),
+        endpoint_slice("10.0.0.1", ports=[{"port": 70_000}]),
+        endpoint_slice("10.0.0.1", ports=[{"port": -1}]),
+        endpoint_slice({"addresses": []}),
+        endpoint_slice({"addresses": None}),
+        endpoint_slice("nonsense"),
+        endpoint_slice("fe80::1%eth0"),
+        api.EndpointSlice(api.ObjectMeta(name="x")),
+    ],
+)
+def test_what_is_incomplete_in_a_slice_is_passed_over(piece: api.EndpointSlice) -> None:
+    assert not any(decode.from_slices([piece]).values())
+
+
+def test_what_is_incomplete_harms_nothing_beside_it() -> None:
+    piece = endpoint_slice("nonsense", {"addresses": None}, "10.0.0.2", ports=[{"port": 0}, {"port": 8080}])
+
+    assert [str(e) for e in decode.from_slices([piece])[TCP_PORT]] == ["10.0.0.2:8080"]
+
+
+# ---- Endpoints, the older form
+
+
+def test_endpoints_say_who_is_ready_by_the_list_they_are_in() -> None:
+    given = endpoints(
+        {
+            "addresses": [{"ip": "10.0.0.1", "nodeName": "n"}],
+            "notReadyAddresses": [{"ip": "10.0.0.2"}],
+            "ports": [{"port": 80}],
+        }
+    )
+
+    assert decode.from_endpoints(given)[TCP_PORT] == [
+        Endpoint("10.0.0.1", 80, node_name="n"),
+        Endpoint("10.0.0.2", 80, ready=False, serving=False),
+    ]
+
+
+def test_subsets_with_other_ports_are_added_up() -> None:
+    given = endpoints(
+        {"addresses": [{"ip": "10.0.0.1"}], "ports": [{"port": 80}]},
+        {"addresses": [{"ip": "10.0.0.2"}], "ports": [{"port": 81}]},
+    )
+
+    assert [str(e) for e in decode.from_endpoints(given)[TCP_PORT]] == ["10.0.0.1:80", "10.0.0.2:81"]
+
+
+@pytest.mark.parametrize("port", [None, 0, -5, 65_536])
+def test_endpoints_without_a_usable_port_are_passed_over(port: int | None) -> None:
+    given = endpoints(
+        {"addresses": [{"ip": "10.0.0.1"}], "ports": [{"port": port}]}, {"addresses": None, "ports": None}
+    )
+
+    assert not any(decode.from_endpoints(given).values())
+
+
+# ---- Pods
+
+
+def made_of(*pods: api.Pod, **spec: Any) -> list[Endpoint]:
+    return decode.from_pods(service(**spec), pods).get(TCP_PORT, [])
+
+
+@pytest.mark.parametrize(
+    ("given", "ready", "serving", "terminating"),
+    [
+        (pod(ready=True), True, True, False),
+        (pod(ready=None), True, True, False),
+        (pod(ready=False), False, False, False),
+        (pod(ready=True, ending=True), False, True, True),
+        (pod(ready=False, ending=True), False, False, True),
+        (pod(conditions=[]), False, False, False),
+        (pod(conditions=[{"type": "PodScheduled", "status": "True"}]), False, False, False),
+        (pod(conditions=[{"type": "Ready", "status": "Unknown"}]), False, False, False),
+    ],
+)
+def test_a_pod_is_ready_when_it_says_so_and_is_not_ending(
+    given: api.Pod, ready: bool, serving: bool, terminating: bool
+) -> None:
+    assert made_of(given) == [Endpoint("10.244.0.1", 80, ready, serving, terminating, "node1")]
+
+
+@pytest.mark.parametrize("given", [pod(ready=False), pod(ready=True, ending=True), pod(ready=False, ending=True)])
+def test_a_service_that_publishes_them_takes_unready_and_ending_pods_too(given: api.Pod) -> None:
+    assert [e.ready for e in made_of(given, publishNotReadyAddresses=True)] == [True]
+
+
+@pytest.mark.parametrize("phase", ["Succeeded", "Failed"])
+def test_a_pod_that_has_ended_is_no_endpoint_whatever_is_published(phase: str) -> None:
+    assert made_of(pod(phase=phase), publishNotReadyAddresses=True) == []
+
+
+@pytest.mark.parametrize("given", [pod(ip=None), pod(ip=""), pod(ip="junk"), api.Pod(api.ObjectMeta(name="p"))])
+def test_a_pod_without_an_address_is_no_endpoint(given: api.Pod) -> None:
+    assert made_of(given) == []
+
+
+def test_a_dual_stack_pod_is_an_endpoint_of_each_family() -> None:
+    given = pod(podIPs=[{"ip": "10.244.0.1"}, {"ip": "FD00::1"}, {"ip": None}])
+
+    assert [e.ip for e in made_of(given)] == ["10.244.0.1", "fd00::1"]
+
+
+@pytest.mark.parametrize(
+    ("port", "number"),
+    [
+        ({"port": 80}, 80),
+        ({"port": 80, "targetPort": 8080}, 8080),
+        ({"port": 80, "targetPort": "8080"}, 8080),
+        ({"port": 80, "targetPort": 0}, 80),
+        ({"port": 80, "targetPort": ""}, 80),
+    ],
+)
+def test_a_target_port_is_a_number_or_the_port_itself(port: dict[str, Any], number: int) -> None:
+    assert [e.port for e in made_of(pod(), ports=[port])] == [number]
+
+
+def test_a_named_target_port_is_looked_up_in_each_pod() -> None:
+    old = pod("old", "10.0.0.1", ports=[{"name": "http", "containerPort": 8080}])
+    new = pod("new", "10.0.0.2", ports=[{"name": "admin", "containerPort": 1}, {"name": "http", "containerPort": 9090}])
+    lacking = pod("lacking", "10.0.0.3", ports=[{"name": "web", "containerPort": 80}])
+
+    found = made_of(old, new, lacking, ports=[{"port": 80, "targetPort": "http"}])
+
+    assert [str(e) for e in found] == ["10.0.0.1:8080", "10.0.0.2:9090"]
+
+
+def test_a_named_target_port_means_the_one_with_the_same_protocol() -> None:
+    given = pod(ports=[{"name": "dns", "containerPort": 53, "protocol": "UDP"}, {"name": "dns", "containerPort": 5353}])
+    web = service(ports=[{"port": 53, "targetPort": "dns", "protocol": "UDP", "name": "dns"}])
+
+    assert [e.port for e in decode.from_pods(web, [given])["dns", "UDP"]] == [53]
+    assert [e.port for e in made_of(given, ports=[{"port": 53, "targetPort": "dns"}])] == [5353]
+
+
+def test_a_named_port_may_be_that_of_a_sidecar_but_not_of_a_finished_init_container() -> None:
+    def with_init(policy: str | None) -> api.Pod:
+        container = {"ports": [{"name": "http", "containerPort": 8080}], "restartPolicy": policy}
+        plain = {
+            "metadata": {"name": "p"},
+            "spec": {"containers": None, "initContainers": [container]},
+            "status": {"podIP": "10.0.0.1"},
+        }
+        made = api.convert("Pod", plain)
+        assert isinstance(made, api.Pod)
+        return made
+
+    ports = [{"port": 80, "targetPort": "http"}]
+    assert [e.port for e in made_of(with_init("Always"), ports=ports)] == [8080]
+    assert made_of(with_init(None), ports=ports) == []
+
+
+@pytest.mark.parametrize("name", ["²", "9" * 5_000, "http"])
+def test_a_target_port_that_no_pod_has_gives_no_endpoint_and_no_trouble(name: str) -> None:
+    web = service(ports=[{"port": 80, "targetPort": name}])
+    decode.check_service(web)
+
+    assert not any(decode.from_pods(web, [pod()]).values())
+
+
+@pytest.mark.parametrize("number", [0, 70_000])
+def test_a_container_port_that_is_no_port_gives_no_endpoint(number: int) -> None:
+    given = pod(ports=[{"name": "http", "containerPort": number}])
+
+    assert made_of(given, ports=[{"port": 80, "targetPort": "http"}]) == []
+
+
+# ---- putting it together (S9)
+
+
+def port_with(*cluster_ips: str) -> ServicePort:
+    return decode.service_ports(named("web"), service(), cluster_ips)[0][0]
+
+
+def test_one_address_in_several_slices_is_one_endpoint() -> None:
+    pieces = [endpoint_slice("10.0.0.1", "10.0.0.2"), endpoint_slice("10.0.0.2", "10.0.0.3", name="web-2")]
+
+    found = decode.endpoints_of(port_with("10.96.0.1"), [decode.from_slices(pieces)])
+
+    assert [e.ip for e in found] == ["10.0.0.1", "10.0.0.2", "10.0.0.3"]
+
+
+def test_slices_and_endpoints_of_one_service_are_added_up() -> None:
+    older = endpoints({"addresses": [{"ip": "10.0.0.1"}, {"ip": "10.0.0.9"}], "ports": [{"port": 8080}]})
+
+    found = decode.endpoints_of(
+        port_with("10.96.0.1"), [decode.from_slices([endpoint_slice("10.0.0.1")]), decode.from_endpoints(older)]
+    )
+
+    assert [e.ip for e in found] == ["10.0.0.1", "10.0.0.9"]
+
+
+@pytest.mark.parametrize(
+    ("cluster_ips", "used"),
+    [
+        (("10.96.0.1",), ["10.0.0.1"]),
+        (("fd00::1",), ["fd00::a"]),
+        (("10.96.0.1", "fd00::1"), ["10.0.0.1", "fd00::a"]),
+    ],
+)
+def test_only_the_families_of_the_service_are_used(cluster_ips: tuple[str, ...], used: list[str]) -> None:
+    """S5."""
+    pieces = [endpoint_slice("10.0.0.1"), endpoint_slice("fd00::a", name="web-6", address_type="IPv6")]
+
+    found = decode.endpoints_of(port_with(*cluster_ips), [decode.from_slices(pieces)])
+
+    assert [e.ip for e in found] == used

@@ -1,0 +1,84 @@
+"""What the next process knows of this one, and that nothing found in its file can do harm."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from userspace_proxy.control.memory import Memory, StateDir
+
+KNOWN = Memory(cluster_ips={"default/web/IPv4": "10.96.3.4"}, proxy_ports={"default/web:/TCP": 12_345})
+
+
+def test_what_was_saved_is_loaded_by_the_next_process(tmp_path: Path) -> None:
+    StateDir(tmp_path / "state").save(KNOWN)
+
+    assert StateDir(tmp_path / "state").load() == KNOWN
+
+
+def test_a_new_folder_remembers_nothing_and_complains_of_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert StateDir(tmp_path / "a" / "b").load() == Memory()
+    assert not caplog.records
+
+
+def test_saving_replaces_what_was_there_and_leaves_nothing_else(tmp_path: Path) -> None:
+    state_dir = StateDir(tmp_path)
+    state_dir.save(KNOWN)
+
+    state_dir.save(Memory())
+
+    assert state_dir.load() == Memory()
+    assert [path.name for path in tmp_path.iterdir()] == ["allocations.json"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b'{"clusterIps": null}',
+        b'{"clusterIps": {"default/web/IPv4": "somewhere"}}',
+        b'{"clusterIps": {"default/web/IPv4": 7}}',
+        b'{"proxyPorts": {"default/web:/TCP": "12345"}}',
+        b'{"proxyPorts": {"default/web:/TCP": 1.5}}',
+    ],
+)
+def test_nonsense_in_the_file_is_named_and_costs_only_the_memory(
+    tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "allocations.json").write_bytes(content)
+
+    assert StateDir(tmp_path).load() == Memory()
+    assert "allocations.json cannot be used" in caplog.text
+
+
+def test_a_file_of_a_later_release_with_more_in_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "allocations.json").write_text('{"version": 1, "more": [1], "proxyPorts": {"default/web:/TCP": 1}}')
+
+    assert StateDir(tmp_path).load().proxy_ports == {"default/web:/TCP": 1}
+
+
+def test_a_failure_to_save_is_reported_and_leaves_the_old_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state_dir = StateDir(tmp_path / "state")
+    (tmp_path / "state").rmdir()
+
+    with caplog.at_level(logging.WARNING):
+        state_dir.save(KNOWN)
+
+    assert "cannot be written" in caplog.text
+
+
+def test_a_folder_that_is_a_file_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("")
+
+    with pytest.raises(OSError, match="File exists"):
+        StateDir(tmp_path / "state")

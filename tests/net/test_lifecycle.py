@@ -1,0 +1,407 @@
+"""Starting, stopping, dying and starting again; and what a user is told when it cannot be."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.net.world import (
+    Proxy,
+    answers,
+    ask,
+    background_requests,
+    connect,
+    documents,
+    endpoints,
+    is_refused,
+    service,
+    udp_socket,
+    wait_until,
+)
+from userspace_proxy.lab import Host, ServiceLab
+
+POD1, POD2 = ServiceLab.pod_ip(0), ServiceLab.pod_ip(1)
+# Says "hello" and holds the connection until the client closes it.
+HOLDER = """
+import socket
+with socket.create_server(("", 9000)) as server:
+    while True:
+        sock, _ = server.accept()
+        with sock:
+            sock.sendall(b"hello")
+            sock.recv(1)
+"""
+
+
+def serve_web(proxy: Proxy, cluster_ip: str = "10.96.4.1") -> None:
+    proxy.apply("web", documents(service("web", cluster_ip), endpoints("web", POD1, POD2)))
+
+
+def traces(node: Host) -> str:
+    """Everything of ours that a node can show."""
+    shown = [
+        node.run("nft", "list", "ruleset").stdout,
+        node.run("iptables-save").stdout + node.run("ip6tables-save").stdout,
+        node.ip("route", "show", "proto", "107") + node.ip("-6", "route", "show", "proto", "107"),
+    ]
+    text = "".join(shown)
+    return "\n".join(line for line in text.splitlines() if "userspace" in line.lower() or "proto 107" in line)
+
+
+def test_sigterm_takes_rules_away_drains_and_exits_0(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    holder = world.pods[0].start(sys.executable, "-c", HOLDER)
+    fresh_proxy.apply(
+        "hold",
+        documents(service("hold", "10.96.4.2", "[{name: http, port: 80}]"), endpoints("hold", POD1, http_port=9000)),
+    )
+    fresh_proxy.start()
+    with connect(world.client, "10.96.4.2", 80) as sock:
+        assert sock.recv(5) == b"hello"
+        process = fresh_proxy.process
+        assert process is not None
+
+        process.send_signal(signal.SIGTERM)
+        wait_until(lambda: "draining 1 connections" in fresh_proxy.log(), "it drains")
+
+        assert "10.96.4.2" not in fresh_proxy.rules_text(), "rules go first, so that nobody new comes"
+        assert process.poll() is None, "the open connection is waited for"
+        sock.close()
+        assert process.wait(3) == 0
+    assert not traces(world.node)
+    holder.kill()
+
+
+def test_a_second_signal_cuts_what_is_left(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    holder = world.pods[0].start(sys.executable, "-c", HOLDER)
+    fresh_proxy.apply(
+        "hold",
+        documents(service("hold", "10.96.4.3", "[{name: http, port: 80}]"), endpoints("hold", POD1, http_port=9000)),
+    )
+    fresh_proxy.start("--drain-timeout", "60s")
+    with connect(world.client, "10.96.4.3", 80) as sock:
+        assert sock.recv(5) == b"hello"
+        assert fresh_proxy.process is not None
+        fresh_proxy.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: "draining" in fresh_proxy.log(), "it drains")
+
+        assert fresh_proxy.stop(signal.SIGTERM, timeout_s=3) == 0
+
+        with pytest.raises(ConnectionResetError):
+            sock.recv(5)
+    holder.kill()
+
+
+def test_a_second_instance_is_refused_and_harms_nothing(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    serve_web(fresh_proxy)
+    fresh_proxy.start()
+
+    second = world.node.run(*fresh_proxy.command(*fresh_proxy.run_arguments()), check=False)
+
+    assert second.returncode == 1
+    assert second.stderr.count("\n") == 1
+    assert "another userspace-proxy runs in this network namespace (process " in second.stderr
+    assert answers(world.client, "10.96.4.1", 80)
+
+
+def test_after_kill_9_a_restart_keeps_proxy_ports_and_addresses(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    fresh_proxy.apply("web", documents(service("web", "10.96.4.1"), endpoints("web", POD1), service("free", "")))
+    fresh_proxy.start()
+    before = fresh_proxy.rules_text()
+    wait_until((fresh_proxy.folder / "state" / "allocations.json").exists, "the state is saved")
+    fresh_proxy.stop(signal.SIGKILL)
+    assert traces(world.node), "the rules are still there: nobody could take them away"
+
+    fresh_proxy.start()
+
+    assert fresh_proxy.rules_text() == before
+    assert answers(world.client, "10.96.4.1", 80) == "pod1"
+    fresh_proxy.stop()
+    assert not traces(world.node)
+
+
+def test_addresses_stay_without_a_state_folder_too(fresh_proxy: Proxy) -> None:
+    fresh_proxy.apply("free", documents(*(service(f"free-{index}", "") for index in range(20))))
+    fresh_proxy.start()
+    before = fresh_proxy.rules_text()
+    state = fresh_proxy.folder / "state" / "allocations.json"
+    wait_until(state.exists, "the state is saved")
+    fresh_proxy.stop(signal.SIGKILL)
+    state.unlink()
+
+    fresh_proxy.start()
+
+    assert fresh_proxy.rules_text() == before
+
+
+def test_errors_end_when_the_restarted_process_is_ready(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    serve_web(fresh_proxy)
+    fresh_proxy.start()
+
+    with background_requests(lambda: ask(world.client, "10.96.4.1", timeout_s=2)) as outcomes:
+        wait_until(lambda: len(outcomes) > 20, "requests flow")
+        fresh_proxy.stop(signal.SIGKILL)
+        fresh_proxy.start()
+        ready_at = len(outcomes)
+        wait_until(lambda: len(outcomes) > ready_at + 50, "requests flow again")
+
+    # The request that was under way when the proxy became ready may be one that met nobody.
+    assert not [outcome for outcome in outcomes[ready_at + 1 :] if isinstance(outcome, BaseException)]
+
+
+@pytest.mark.parametrize("rules", ["nftables", "iptables"])
+def test_cleanup_removes_all_that_is_ours_and_nothing_else(fresh_proxy: Proxy, world: ServiceLab, rules: str) -> None:
+    foreign = "table inet theirs { chain c { type filter hook input priority 5; tcp dport 7 accept; }; }"
+    world.node.run("nft", foreign)
+    world.node.run("iptables", "-t", "nat", "-A", "PREROUTING", "-p", "tcp", "--dport", "7", "-j", "ACCEPT")
+    world.node.ip("route", "add", "10.200.0.0/16", "dev", "lo")
+    try:
+        fresh_proxy.rules = rules
+        serve_web(fresh_proxy)
+        fresh_proxy.start("--capture", "address")
+        fresh_proxy.stop(signal.SIGKILL)
+        assert traces(world.node)
+        assert "169.254.77.7" in world.node.ip("address", "show", "dev", "lo")
+
+        done = world.node.run(*fresh_proxy.command("cleanup"))
+
+        assert "nothing of userspace-proxy is left" in done.stdout
+        assert not traces(world.node)
+        assert "169.254.77.7" not in world.node.ip("address", "show", "dev", "lo")
+        assert "tcp dport 7 accept" in world.node.run("nft", "list", "table", "inet", "theirs").stdout
+        assert "--dport 7 " in world.node.run("iptables-save", "-t", "nat").stdout
+        assert "10.200.0.0/16" in world.node.ip("route", "show")
+        assert world.node.run(*fresh_proxy.command("cleanup")).returncode == 0, "nothing to remove is no error"
+    finally:
+        world.node.run("nft", "delete table inet theirs")
+        world.node.run("iptables", "-t", "nat", "-D", "PREROUTING", "-p", "tcp", "--dport", "7", "-j", "ACCEPT")
+        world.node.ip("route", "del", "10.200.0.0/16", "dev", "lo")
+
+
+def test_cleanup_leaves_a_running_proxy_alone(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    serve_web(fresh_proxy)
+    fresh_proxy.start()
+
+    done = world.node.run(*fresh_proxy.command("cleanup"), check=False)
+
+    assert done.returncode == 1
+    assert "is running" in done.stderr
+    assert answers(world.client, "10.96.4.1", 80)
+
+
+def test_switching_the_rule_language_by_restart_leaves_no_trace_of_the_other(
+    fresh_proxy: Proxy, world: ServiceLab
+) -> None:
+    serve_web(fresh_proxy)
+    fresh_proxy.rules = "iptables"
+    fresh_proxy.start()
+    fresh_proxy.stop(signal.SIGKILL)
+
+    fresh_proxy.rules = "nftables"
+    fresh_proxy.start()
+
+    wait_until(lambda: "USERSPACE-PROXY" not in world.node.run("iptables-save").stdout, "the other's rules are gone")
+    assert answers(world.client, "10.96.4.1", 80)
+
+
+def test_health_says_503_with_the_reason_until_the_first_sync_is_in_force(
+    fresh_proxy: Proxy, world: ServiceLab, tmp_path: Path
+) -> None:
+    """The rule tool is one that fails at first, as a kernel without the needed modules does."""
+    tool = tmp_path / "bin" / "nft"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho 'Error: Could not process rule: Operation not supported' >&2\nexit 1\n")
+    tool.chmod(0o755)
+    serve_web(fresh_proxy)
+    environment = ["env", f"PATH={tool.parent}:/usr/sbin:/usr/bin:/sbin:/bin"]
+    fresh_proxy.process = world.node.start(
+        *environment, *fresh_proxy.command(*fresh_proxy.run_arguments()), log=fresh_proxy.log_file
+    )
+    wait_until(lambda: "could not be loaded" in fresh_proxy.log(), "the refusal is logged")
+
+    status, body = fresh_proxy.get("/healthz", 10256)
+    assert (status, json.loads(body)["healthy"]) == (503, False)
+    assert "Operation not supported" in json.loads(body)["reason"]
+
+    tool.unlink()
+    fresh_proxy.wait_ready()
+    status, body = fresh_proxy.get("/healthz", 10256)
+    assert (status, json.loads(body)["healthy"]) == (200, True)
+    assert fresh_proxy.get("/livez", 10256)[0] == 200
+    assert fresh_proxy.get("/proxyMode", 10249) == (200, "userspace")
+
+
+def test_rules_that_cannot_be_loaded_leave_the_old_ones_serving(
+    fresh_proxy: Proxy, world: ServiceLab, tmp_path: Path
+) -> None:
+    tool = tmp_path / "bin" / "nft"
+    tool.parent.mkdir()
+    serve_web(fresh_proxy)
+    environment = ["env", f"PATH={tool.parent}:/usr/sbin:/usr/bin:/sbin:/bin"]
+    fresh_proxy.process = world.node.start(
+        *environment, *fresh_proxy.command(*fresh_proxy.run_arguments()), log=fresh_proxy.log_file
+    )
+    fresh_proxy.wait_ready()
+    tool.write_text("#!/bin/sh\necho 'Error: no' >&2\nexit 1\n")
+    tool.chmod(0o755)
+
+    fresh_proxy.apply("more", documents(service("more", "10.96.4.9"), endpoints("more", POD1)))
+    wait_until(lambda: "could not be loaded" in fresh_proxy.log(), "the refusal is logged")
+
+    assert answers(world.client, "10.96.4.1", 80), "what was in force still is"
+    assert fresh_proxy.get("/healthz", 10256)[0] == 503
+    tool.unlink()
+    wait_until(lambda: answers(world.client, "10.96.4.9", 80), "the new Service is served once rules can be loaded")
+    assert fresh_proxy.get("/healthz", 10256)[0] == 200
+
+
+def test_udp_flows_of_a_dead_proxy_reach_the_new_one(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    serve_web(fresh_proxy)
+    fresh_proxy.start()
+    with udp_socket(world.client, "10.96.4.1", 53, timeout_s=0.1) as sock:
+
+        def answer() -> str:
+            try:
+                sock.send(b"who")
+                return sock.recv(100).decode()
+            except OSError:
+                return ""
+
+        wait_until(lambda: answer() in ("pod1", "pod2"), "it is served")
+        fresh_proxy.stop(signal.SIGKILL)
+        fresh_proxy.start()
+        wait_until(lambda: answer() in ("pod1", "pod2"), "the same socket is served by the new process")
+
+
+def test_logs_and_access_log_are_json_where_asked(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    serve_web(fresh_proxy)
+    fresh_proxy.start("--log-format", "json")
+    ask(world.client, "10.96.4.1")
+    fresh_proxy.stop()
+
+    lines = [json.loads(line) for line in fresh_proxy.log().splitlines()]
+    (access,) = [json.loads(line) for line in fresh_proxy.access_lines()]
+
+    assert {"time", "level", "message"} <= lines[0].keys()
+    assert access["service"] == "default/web"
+    assert access["portal"] == "10.96.4.1:80"
+    assert access["endpoint"] == f"{POD1}:8080"
+    assert (access["why"], access["end"]) == ("round robin", "closed")
+    assert access["bytesToBackend"] == 18
+
+
+# ---- what a user is told
+
+
+def told(node: Host, proxy: Proxy, *arguments: str, prefix: tuple[str, ...] = ()) -> str:
+    """Return the one line that comes back from a command that cannot work."""
+    done = node.run(*prefix, *proxy.command(*arguments), check=False, timeout_s=20)
+    assert done.returncode == 1, done
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def test_a_wrong_path_is_named(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    assert "no-such.yaml: no such file or folder" in told(world.node, fresh_proxy, "run", "no-such.yaml")
+
+
+def test_missing_privileges_are_named_with_the_way_out(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    drop = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs")
+    line = told(world.node, fresh_proxy, *fresh_proxy.run_arguments(), prefix=drop)
+
+    assert "needs CAP_NET_ADMIN" in line
+    assert "sudo" in line
+
+
+def test_a_taken_port_is_named_with_its_flag(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    serve_web(fresh_proxy)
+    with world.node.inside():
+        taken = socket.create_server(("0.0.0.0", 10256))
+    with taken:
+        line = told(world.node, fresh_proxy, *fresh_proxy.run_arguments()[:-2])
+
+    assert "--healthz-bind-address 0.0.0.0:10256" in line
+    assert "another program has it" in line
+    assert not traces(world.node)
+
+
+def test_a_missing_package_is_named(fresh_proxy: Proxy, world: ServiceLab, tmp_path: Path) -> None:
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    hide = 'mount -t tmpfs tmpfs /usr/sbin && mount -t tmpfs tmpfs /sbin; exec "$@"'
+    command = fresh_proxy.command(*fresh_proxy.run_arguments())
+    done = subprocess.run(
+        world.node.command("unshare", "--mount", "sh", "-c", hide, "sh", *command),
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+
+    assert done.returncode == 1
+    assert "install the package nftables" in done.stderr
+
+
+def test_a_manifest_that_is_broken_at_the_start_is_named_and_the_rest_is_served(
+    fresh_proxy: Proxy, world: ServiceLab
+) -> None:
+    fresh_proxy.apply("broken", "kind: Service\n  metadata: {}\n")
+    serve_web(fresh_proxy)
+
+    fresh_proxy.start()
+
+    assert answers(world.client, "10.96.4.1", 80)
+    assert "broken.yaml:2: " in fresh_proxy.log()
+    status, body = fresh_proxy.get("/healthz", 10256)
+    assert status == 200
+    assert "broken.yaml:2" in json.loads(body)["problems"][0]
+
+
+def test_a_proxy_port_that_another_program_has_is_not_used(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    serve_web(fresh_proxy)
+    fresh_proxy.start()
+    port = fresh_proxy.proxy_port("default/web:http")
+    fresh_proxy.stop()
+    with world.node.inside():
+        taken = socket.create_server(("0.0.0.0", port))
+
+    with taken:
+        fresh_proxy.start()
+
+        assert fresh_proxy.proxy_port("default/web:http") != port
+        assert answers(world.client, "10.96.4.1", 80)
+
+
+def test_stdin_is_read_as_a_manifest(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    manifest = documents(service("piped", "10.96.4.5"), endpoints("piped", POD1))
+    process = subprocess.Popen(
+        world.node.command(*fresh_proxy.command("run", "-", "--state-dir", str(fresh_proxy.folder / "state"))),
+        stdin=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert process.stdin is not None
+    process.stdin.write(manifest.encode())
+    process.stdin.close()
+
+    wait_until(lambda: answers(world.client, "10.96.4.5", 80) == "pod1", "it is served")
+
+    process.terminate()
+    assert process.wait(5) == 0
+
+
+def test_routes_for_clients_on_the_node_are_there_and_go(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    fresh_proxy.apply("far", documents(service("far", "172.30.5.5"), endpoints("far", POD1)))
+    fresh_proxy.start()
+
+    assert answers(world.node, "172.30.5.5", 80) == "pod1"
+    assert is_refused(world.node, "172.30.5.5", 81) is False
+
+    fresh_proxy.stop()
+    assert not world.node.ip("route", "show", "proto", "107")

@@ -1,0 +1,165 @@
+"""Which fields there are: names a field that does not exist, or that stands in the wrong place. Pure.
+
+A proxy skips what it does not know, as the API's own readers do; `check` says that it was skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from userspace_proxy import api
+from userspace_proxy.errors import ConfigError
+
+# A field's own fields; None where any may follow. What a list holds is described as if it stood there itself.
+_Tree = Mapping[str, "_Tree | None"]
+
+_CLOSE = 0.7
+_SERVICE_TYPES = ("ClusterIP", "NodePort", "LoadBalancer", "ExternalName")
+
+
+def _leaves(names: str) -> dict[str, _Tree | None]:
+    return dict.fromkeys(names.split())
+
+
+_TOP = {
+    **_leaves("apiVersion kind"),
+    "metadata": _leaves(
+        "name generateName namespace labels annotations uid resourceVersion generation creationTimestamp "
+        "deletionTimestamp deletionGracePeriodSeconds finalizers ownerReferences managedFields selfLink"
+    ),
+}
+_ENDPOINT_PORT = _leaves("name protocol port appProtocol")
+_ENDPOINT_ADDRESS = _leaves("ip hostname nodeName targetRef")
+
+_FIELDS: Mapping[str, _Tree] = {
+    "Service": {
+        **_TOP,
+        "spec": {
+            **_leaves(
+                "type selector clusterIP clusterIPs externalIPs externalName loadBalancerIP loadBalancerSourceRanges "
+                "loadBalancerClass allocateLoadBalancerNodePorts externalTrafficPolicy internalTrafficPolicy "
+                "trafficDistribution healthCheckNodePort publishNotReadyAddresses sessionAffinity ipFamilies "
+                "ipFamilyPolicy"
+            ),
+            "ports": _leaves("name protocol port targetPort nodePort appProtocol"),
+            "sessionAffinityConfig": {"clientIP": _leaves("timeoutSeconds")},
+        },
+        "status": None,
+    },
+    "EndpointSlice": {
+        **_TOP,
+        "addressType": None,
+        "endpoints": {
+            **_leaves("addresses hostname nodeName zone hints targetRef deprecatedTopology"),
+            "conditions": _leaves("ready serving terminating"),
+        },
+        "ports": _ENDPOINT_PORT,
+    },
+    "Endpoints": {
+        **_TOP,
+        "subsets": {"addresses": _ENDPOINT_ADDRESS, "notReadyAddresses": _ENDPOINT_ADDRESS, "ports": _ENDPOINT_PORT},
+    },
+    # Of these a proxy reads little, and the rest of them changes with every release.
+    "Pod": {**_TOP, **_leaves("spec status")},
+    "Node": {**_TOP, **_leaves("spec status")},
+}
+
+
+def field_errors(kind: str, plain: Mapping[str, Any]) -> Iterator[ConfigError]:
+    """Yield every field of *plain*, an object of *kind*, that does not exist where it stands."""
+    tree = _FIELDS[kind]
+    yield from _unknown(kind, tree, tree, plain, "")
+    if kind == "Service":
+        yield from _fields_under_selector(tree, plain)
+
+
+def _unknown(kind: str, whole: _Tree, tree: _Tree, given: object, field: str) -> Iterator[ConfigError]:
+    if isinstance(given, list):
+        for index, item in enumerate(given):
+            yield from _unknown(kind, whole, tree, item, f"{field}[{index}]")
+    elif isinstance(given, dict):
+        for key, value in given.items():
+            here = api.below(field, key)
+            if key not in tree:
+                yield _unknown_field(kind, whole, tree, str(key), here)
+            elif (subtree := tree[key]) is not None:
+                yield from _unknown(kind, whole, subtree, value, here)
+
+
+def _unknown_field(kind: str, whole: _Tree, tree: _Tree, key: str, here: str) -> ConfigError:
+    if "\u00a0" in key:
+        said = "there is a non-breaking space before the field, as web pages have them"
+        return ConfigError(said, field=here, mend="type its indentation and spaces anew")
+    if homes := list(_homes(whole, key)):
+        return _misplaced(key, here, homes)
+    if match := _closest(key, tree):
+        return ConfigError(f"a {kind} has no field {key!r} here", field=here, mend=f"did you mean {match!r}?")
+    if match := _closest(key, _all_names(whole)):
+        homes = list(_homes(whole, match))
+        said = f"a {kind} has no field {key!r}"
+        return ConfigError(said, field=here, mend=f"did you mean {match!r}? It belongs {_under(homes)}")
+    mend = f"remove it, or write one of {', '.join(list(tree)[:20])}"
+    return ConfigError(f"a {kind} has no field {key!r} here", field=here, mend=mend)
+
+
+def _misplaced(key: str, here: str, homes: list[str]) -> ConfigError:
+    parent, _, _ = here.rpartition(".")
+    stands = f"under {parent!r}" if parent else "at the top level"
+    return ConfigError(
+        f"{key!r} stands {stands}, but belongs {_under(homes)}",
+        field=here,
+        mend=f"move it there: {_columns(homes[0])}",
+    )
+
+
+def _under(homes: list[str]) -> str:
+    return " or ".join(
+        "at the top level"
+        if not home
+        else f"into an item of {home[:-2]!r}"
+        if home.endswith("[]")
+        else f"under {home!r}"
+        for home in homes
+    )
+
+
+def _columns(home: str) -> str:
+    if not home:
+        return "it begins in the first column"
+    return f"it begins two columns to the right of {home.removesuffix('[]').rpartition('.')[2]!r}"
+
+
+def _fields_under_selector(whole: _Tree, plain: Mapping[str, Any]) -> Iterator[ConfigError]:
+    """Yield the fields that were indented into the selector, where every text passes for a label."""
+    spec = plain.get("spec")
+    selector = spec.get("selector") if isinstance(spec, dict) else None
+    for key, value in selector.items() if isinstance(selector, dict) else ():
+        # A label may well be called name or type: only what cannot be meant as one is named.
+        is_field = any(name.isupper() for name in str(key)) and key in set(_all_names(whole))
+        if isinstance(value, str) and (is_field or (key == "type" and value in _SERVICE_TYPES)):
+            yield _misplaced(key, api.below("spec.selector", key), list(_homes(whole, key)))
+
+
+def _closest(key: str, names: Iterable[str]) -> str | None:
+    by_small = {name.lower(): name for name in names}
+    match = get_close_matches(key.lower(), by_small, n=1, cutoff=_CLOSE)
+    return by_small[match[0]] if match else None
+
+
+def _homes(tree: _Tree, key: str, field: str = "") -> Iterator[str]:
+    """Yield the fields below which *key* exists; with ``[]`` where these are lists."""
+    if key in tree:
+        yield field
+    for name, subtree in tree.items():
+        if subtree is not None:
+            is_list = name in ("ports", "endpoints", "subsets", "addresses", "notReadyAddresses")
+            yield from _homes(subtree, key, (f"{field}.{name}" if field else name) + ("[]" if is_list else ""))
+
+
+def _all_names(tree: _Tree) -> Iterator[str]:
+    for name, subtree in tree.items():
+        yield name
+        if subtree is not None:
+            yield from _all_names(subtree)

@@ -1,0 +1,394 @@
+"""What is wrong with manifests, of each by itself and of one with another, for `check`. Pure.
+
+The rules that `run` refuses objects by are decode's; here are those that it cannot refuse by, because what
+is missing may come later. What follows from a mistake that was named already is not named again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+from userspace_proxy import api
+from userspace_proxy.control import decode
+from userspace_proxy.control.cluster_ips import ClusterIPs
+from userspace_proxy.control.fields import field_errors
+from userspace_proxy.control.tracker import Tracker
+from userspace_proxy.errors import ConfigError
+from userspace_proxy.interfaces import EventType, ObjectEvent
+from userspace_proxy.model.names import NamespacedName
+from userspace_proxy.sources.documents import Lines, Manifest, Problem, duplicates
+
+NODE_PORTS = range(30_000, 32_768)
+
+_WORKLOADS = ("Deployment", "ReplicaSet", "StatefulSet", "DaemonSet", "ReplicationController", "Job")
+_VERSIONS = {"EndpointSlice": ("discovery.k8s.io/v1", "discovery.k8s.io/v1beta1")}
+_SUBDOMAIN = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+# RFC 6335: what a named port may be called.
+_PORT_NAME = re.compile(r"(?=.{1,15}$)(?=.*[a-z])[a-z0-9]+(-[a-z0-9]+)*")
+_CLOSE_KIND = 0.85
+_CANDIDATES_MAX = 500
+
+_Object = TypeVar("_Object", api.Service, api.EndpointSlice, api.Endpoints, api.Pod)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong. ``line`` is None where the whole file is meant, ``object`` "" where none is known."""
+
+    file: str
+    line: int | None
+    field: str
+    problem: str
+    mend: str
+    object: str
+
+    @property
+    def where(self) -> str:
+        return self.file if self.line is None else f"{self.file}:{self.line}"
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, (self.where, self.field, "; ".join(filter(None, (self.problem, self.mend))))))
+
+
+def lint(manifests: Sequence[Manifest], problems: Iterable[Problem] = ()) -> list[Finding]:
+    """Return what is wrong with *manifests*, read for a check, and the *problems* of reading them, in file order."""
+    found = [_of_problem(problem) for problem in [*problems, *duplicates(m for m in manifests if m.object)]]
+    lines = Lines()
+    for manifest, error in _Input(manifests).errors():
+        line = lines.line_of(manifest.place, error.field)
+        found.append(Finding(manifest.place.document.path, line, error.field, error.reason, error.mend, str(manifest)))
+    files = {path: number for number, path in enumerate(dict.fromkeys(finding.file for finding in found))}
+    return sorted(dict.fromkeys(found), key=lambda finding: (files[finding.file], finding.line or 0))
+
+
+def _of_problem(problem: Problem) -> Finding:
+    error = problem.error
+    return Finding(problem.path, problem.line, error.field, error.reason, error.mend, problem.object)
+
+
+class _Input:
+    """All manifests, by what their rules ask for."""
+
+    def __init__(self, manifests: Sequence[Manifest]) -> None:
+        self._manifests = manifests
+        # Those with a fault count too: what belongs to them has its Service.
+        self._service_names: dict[str, set[str]] = defaultdict(set)
+        for manifest in manifests:
+            if manifest.kind == "Service":
+                self._service_names[manifest.name.namespace].add(manifest.name.name)
+        self._services = {m.name: service for m, service in _objects(manifests, api.Service)}
+        self._with_endpoints = {
+            *(m.name for m, _ in _objects(manifests, api.Endpoints)),
+            *(decode.service_of(piece, m.name.namespace) for m, piece in _objects(manifests, api.EndpointSlice)),
+        }
+        pods = {m.name: pod for m, pod in _objects(manifests, api.Pod)}
+        templates = {_template_name(m): pod for m in manifests if m.kind in _WORKLOADS if (pod := _template(m))}
+        self._pods, self._templates = _tracking(pods), _tracking(templates)
+        self._labels: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+        for name, pod in [*pods.items(), *templates.items()]:
+            for key, value in (pod.metadata.labels or {}).items():
+                self._labels[name.namespace][key].add(value)
+        self._cluster_ips = ClusterIPs([], {})
+        self._node_ports: dict[tuple[int, str], Manifest] = {}
+
+    def errors(self) -> Iterator[tuple[Manifest, ConfigError]]:
+        """Yield what is wrong, with the manifest it is wrong in."""
+        for manifest in self._manifests:
+            for error in self._errors_of(manifest):
+                yield manifest, error
+
+    def _errors_of(self, manifest: Manifest) -> Iterator[ConfigError]:
+        if manifest.kind not in api.KINDS or (manifest.object is None and not manifest.errors):
+            yield from _kind_errors(manifest)
+            return
+        shape = [*_header_errors(manifest), *manifest.errors, *field_errors(manifest.kind, manifest.plain or {})]
+        yield from shape
+        match manifest.object:
+            case api.Service() as service:
+                yield from self._service_errors(manifest, service, shape)
+            case api.EndpointSlice() as piece:
+                yield from self._slice_errors(manifest, piece)
+            case api.Endpoints() as endpoints:
+                yield from self._endpoints_errors(manifest, endpoints)
+            case api.Pod() as pod:
+                for field, ip in _pod_ip_fields(pod):
+                    yield from decode.ip_errors(ip, field)
+
+    # ---- a Service, and what stands behind it
+
+    def _service_errors(
+        self, manifest: Manifest, service: api.Service, shape: Sequence[ConfigError]
+    ) -> Iterator[ConfigError]:
+        # Without a port where one is misplaced or misspelt: that was said.
+        own = [error for error in decode.service_errors(service) if not (shape and error.field in ("", "spec"))]
+        yield from own
+        if service.spec is None or not decode.is_proxied(service):
+            return
+        named = {error.field for error in own}
+        yield from (error for error in self._conflicts(manifest.name, service) if error.field not in named)
+        yield from self._node_port_errors(manifest, service)
+        yield from self._behind(manifest.name, service, is_whole=not shape and not own)
+
+    def _conflicts(self, name: NamespacedName, service: api.Service) -> list[ConfigError]:
+        """Return what `run` finds when it comes to serve *service*."""
+        try:
+            unserved = decode.service_ports(name, service, ())[1]
+            if decode.given_cluster_ips(service):
+                self._cluster_ips.assign(name, service)
+        except ConfigError as error:
+            return [error]
+        return unserved
+
+    def _node_port_errors(self, manifest: Manifest, service: api.Service) -> Iterator[ConfigError]:
+        spec = service.spec
+        assert spec is not None
+        for index, port in enumerate(spec.ports or ()):
+            if not port.node_port:
+                continue
+            field = f"spec.ports[{index}].nodePort"
+            if spec.type in (None, "ClusterIP"):
+                yield ConfigError("a ClusterIP Service has no node ports", field=field, mend="write 'type: NodePort'")
+            if port.node_port not in NODE_PORTS:
+                yield ConfigError(
+                    f"{port.node_port} is out of range",
+                    field=field,
+                    mend=f"write a number from {NODE_PORTS.start} to {NODE_PORTS.stop - 1}, or leave it out",
+                )
+            first = self._node_ports.setdefault((port.node_port, port.protocol or "TCP"), manifest)
+            if first.name != manifest.name:
+                yield ConfigError(
+                    f"{port.node_port} is already a node port of {first}", field=field, mend="choose another one"
+                )
+
+    def _behind(self, name: NamespacedName, service: api.Service, *, is_whole: bool) -> Iterator[ConfigError]:
+        """Yield why *service* has no endpoints, or not for each of its ports."""
+        assert service.spec is not None
+        selector = service.spec.selector
+        if not selector:
+            if name not in self._with_endpoints and is_whole:
+                mend = f"add a selector, or an EndpointSlice or Endpoints for {name.name!r}"
+                yield ConfigError("it has no selector, and nothing here gives it endpoints", field="spec", mend=mend)
+            return
+        pods = self._pods.selected_pods(name, service)
+        templates = self._templates.selected_pods(name, service)
+        if not pods and name not in self._with_endpoints:
+            yield self._no_pods(name, service, selector, templates)
+        elif pods and not any(decode.pod_ips(pod) for pod in pods):
+            which = f"Pod {pods[0].metadata.name}" if len(pods) == 1 else f"any of the {len(pods)} Pods it selects"
+            mend = "add status.podIP to the Pod, as 'kubectl get pod -o yaml' shows it"
+            yield ConfigError(f"no address is known of {which}", field="spec.selector", mend=mend)
+        for index, port in enumerate(service.spec.ports or ()):
+            yield from _target_port_errors(port, index, pods or templates)
+
+    def _no_pods(
+        self, name: NamespacedName, service: api.Service, selector: Mapping[str, str], templates: Sequence[api.Pod]
+    ) -> ConfigError:
+        said = f"the selector {', '.join(f'{key}={value}' for key, value in selector.items())} matches no Pod here"
+        field = "spec.selector"
+        if templates:
+            maker = templates[0].metadata.name
+            said = f"{said}; the template of {maker} has these labels, but a proxy makes no Pods of it"
+            mend = f"add the Pods with their status.podIP, or an EndpointSlice or Endpoints for {name.name!r}"
+            return ConfigError(said, field=field, mend=mend)
+        for namespace in self._labels:
+            there = NamespacedName(namespace, name.name)
+            if pods := [*self._pods.selected_pods(there, service), *self._templates.selected_pods(there, service)]:
+                said = f"{said}; {pods[0].metadata.name} in namespace {namespace!r} has these labels"
+                return ConfigError(said, field=field, mend="put both into one namespace")
+        labels = self._labels[name.namespace]
+        for key, value in selector.items():
+            if key in labels and value not in labels[key]:
+                best = _closest(value, labels[key]) or min(labels[key])
+                return ConfigError(said, field=api.below(field, key), mend=f"did you mean '{key}: {best}'?")
+            if key not in labels and (match := _closest(key, labels)):
+                return ConfigError(said, field=api.below(field, key), mend=f"did you mean '{match}: {value}'?")
+        return ConfigError(said, field=field, mend="add Pods with these labels, or mend the selector")
+
+    # ---- EndpointSlices and Endpoints
+
+    def _slice_errors(self, manifest: Manifest, piece: api.EndpointSlice) -> Iterator[ConfigError]:
+        if piece.address_type not in ("IPv4", "IPv6"):
+            mend = "write IPv4 or IPv6; a proxy reads no others"
+            yield ConfigError(f"{piece.address_type!r} cannot be proxied", field="addressType", mend=mend)
+        for index, endpoint in enumerate(piece.endpoints or ()):
+            for at, ip in enumerate(endpoint.addresses or ()):
+                yield from decode.ip_errors(ip, f"endpoints[{index}].addresses[{at}]")
+        service = decode.service_of(piece, manifest.name.namespace)
+        if service is None:
+            candidates = self._service_names.get(manifest.name.namespace, set())
+            label = f"{decode.SERVICE_NAME_LABEL}: {min(candidates) if len(candidates) == 1 else 'NAME'}"
+            said = f"the label {decode.SERVICE_NAME_LABEL} is missing, so it belongs to no Service"
+            yield ConfigError(said, field="metadata.labels", mend=f"add '{label}'")
+        else:
+            yield from self._name_errors(service, api.below("metadata.labels", decode.SERVICE_NAME_LABEL))
+            yield from self._port_errors(service, piece.ports, "ports")
+
+    def _endpoints_errors(self, manifest: Manifest, endpoints: api.Endpoints) -> Iterator[ConfigError]:
+        yield from self._name_errors(manifest.name, "metadata.name")
+        for index, subset in enumerate(endpoints.subsets or ()):
+            field = f"subsets[{index}]"
+            for part, addresses in (
+                ("addresses", subset.addresses),
+                ("notReadyAddresses", subset.not_ready_addresses),
+            ):
+                for at, address in enumerate(addresses or ()):
+                    yield from decode.ip_errors(address.ip, f"{field}.{part}[{at}].ip")
+            yield from self._port_errors(manifest.name, subset.ports, f"{field}.ports")
+
+    def _name_errors(self, service: NamespacedName, field: str) -> Iterator[ConfigError]:
+        """Yield why the name of a Service, which *field* states, is none of ours."""
+        names = self._service_names.get(service.namespace, set())
+        if service.name in names:
+            return
+        said = f"there is no Service {service} here"
+        elsewhere = sorted(space for space, known in self._service_names.items() if service.name in known)
+        if elsewhere:
+            mend = f"write 'namespace: {elsewhere[0]}', where the Service {service.name} is"
+        elif match := _closest(service.name, names):
+            mend = f"did you mean {match!r}?"
+        else:
+            mend = "write the name of its Service, or add the Service"
+        yield ConfigError(said, field=field, mend=mend)
+
+    def _port_errors(
+        self, name: NamespacedName, ports: Sequence[api.objects.EndpointPort] | None, field: str
+    ) -> Iterator[ConfigError]:
+        """Yield what is wrong with *ports*, of endpoints of the Service *name*: they match its ports by name."""
+        service = self._services.get(name)
+        spec = service.spec if service and decode.is_proxied(service) else None
+        wanted = {(port.name or "", port.protocol or "TCP") for port in (spec.ports if spec else None) or ()}
+        for index, port in enumerate(ports or ()):
+            here = f"{field}[{index}]"
+            if port.port is not None:
+                yield from decode.number_errors(port.port, f"{here}.port")
+            key = (port.name or "", port.protocol or "TCP")
+            if not wanted or key in wanted:
+                continue
+            protocols = sorted(protocol for port_name, protocol in wanted if port_name == key[0])
+            if protocols:
+                said, mend = f"the Service's port is {protocols[0]}, not {key[1]}", f"write {protocols[0]}"
+                yield ConfigError(said, field=f"{here}.protocol", mend=mend)
+                continue
+            shown = f"named {key[0]!r}" if key[0] else "without a name"
+            names = sorted({port_name for port_name, _ in wanted} - {""})
+            mend = (
+                f"name it as the Service does: {', '.join(names)}"
+                if names
+                else "leave the name out, as the Service does"
+            )
+            yield ConfigError(f"Service {name} has no port {shown}", field=f"{here}.name", mend=mend)
+
+
+# ---- rules of single objects
+
+
+def _kind_errors(manifest: Manifest) -> Iterator[ConfigError]:
+    """Yield that a kind is misspelt, which a proxy would skip as one that is not its own."""
+    by_small = {kind.lower(): kind for kind in api.KINDS}
+    match = _closest(manifest.kind.lower(), by_small, cutoff=_CLOSE_KIND)
+    if match and manifest.kind not in api.KINDS:
+        said = f"{manifest.kind!r} is no kind that a proxy reads"
+        yield ConfigError(said, field="kind", mend=f"did you mean {by_small[match]}?")
+
+
+def _header_errors(manifest: Manifest) -> Iterator[ConfigError]:
+    plain = manifest.plain or {}
+    versions = _VERSIONS.get(manifest.kind, ("v1",))
+    version = plain.get("apiVersion")
+    if version not in versions:
+        said = f"{version!r} has no {manifest.kind}" if version is not None else "the apiVersion is missing"
+        yield ConfigError(said, field="apiVersion", mend=f"write 'apiVersion: {versions[0]}'")
+    if manifest.kind != "Service":  # of those decode knows the rules
+        for field, name in (("metadata.name", manifest.name.name), ("metadata.namespace", manifest.name.namespace)):
+            if name and not _SUBDOMAIN.fullmatch(name):
+                mend = f"use small letters, digits, '-' and '.', such as {_as_name(name)!r}"
+                yield ConfigError(f"{name!r} is not a valid name", field=field, mend=mend)
+
+
+def _as_name(name: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.") or "web"
+
+
+def _target_port_errors(port: api.ServicePort, index: int, pods: Sequence[api.Pod]) -> Iterator[ConfigError]:
+    """Yield why the target of *port* is not to be found in any of *pods*."""
+    wanted, field = port.target_port, f"spec.ports[{index}].targetPort"
+    if not isinstance(wanted, str) or not wanted:
+        return
+    if wanted.isdigit():
+        said = f"{wanted!r} in quotes is a name, which needs a letter"
+        yield ConfigError(said, field=field, mend=f"write it without quotes: {wanted}")
+        return
+    if not _PORT_NAME.fullmatch(wanted):
+        mend = "use small letters, digits and '-', 15 at most, as the Pod's port has them"
+        yield ConfigError(f"{wanted!r} is not a valid port name", field=field, mend=mend)
+        return
+    if not pods or any(decode.target_port(port, pod) is not None for pod in pods):
+        return
+    offered = [offer for pod in pods for offer in decode.offered_ports(pod)]
+    same_name = [offer.protocol or "TCP" for offer in offered if offer.name == wanted]
+    names = sorted({offer.name for offer in offered if offer.name})
+    if same_name:
+        said = f"port {wanted!r} of the Pods it selects is {same_name[0]}, not {port.protocol or 'TCP'}"
+        yield ConfigError(said, field=field, mend="write one protocol in both places")
+        return
+    if match := _closest(wanted, names):
+        mend = f"did you mean {match!r}?"
+    elif names:
+        mend = f"their ports are called {', '.join(names)}"
+    else:
+        mend = "their ports have no names: write the number, or name the container's port"
+    yield ConfigError(f"no Pod it selects has a port named {wanted!r}", field=field, mend=mend)
+
+
+# ---- picking things out
+
+
+def _objects(manifests: Sequence[Manifest], kind: type[_Object]) -> Iterator[tuple[Manifest, _Object]]:
+    for manifest in manifests:
+        if isinstance(manifest.object, kind):
+            yield manifest, manifest.object
+
+
+def _template(manifest: Manifest) -> api.Pod | None:
+    """Return a Pod as the workload *manifest* would make it, named after that; None if it has no readable template."""
+    plain: Any = manifest.plain
+    for step in ("spec", "template"):
+        plain = plain.get(step) if isinstance(plain, dict) else None
+    if not isinstance(plain, dict):
+        return None
+    try:
+        pod = api.convert("Pod", {**plain, "metadata": {**(plain.get("metadata") or {}), "name": str(manifest)}})
+    except (ConfigError, TypeError):  # a cluster would refuse it; its own fault is no matter of a proxy
+        return None
+    return pod if isinstance(pod, api.Pod) else None
+
+
+def _template_name(manifest: Manifest) -> NamespacedName:
+    return NamespacedName(manifest.name.namespace, str(manifest))
+
+
+def _tracking(pods: Mapping[NamespacedName, api.Pod]) -> Tracker:
+    tracker = Tracker(ClusterIPs([], {}))
+    tracker.apply(ObjectEvent(EventType.SET, "Pod", name, pod) for name, pod in pods.items())
+    return tracker
+
+
+def _closest(word: str, names: Collection[str], cutoff: float = 0.6) -> str:
+    """Return which of *names* may be meant by *word*; "" if none is like it, or there are too many to look at."""
+    matches = get_close_matches(word, names, n=1, cutoff=cutoff) if len(names) <= _CANDIDATES_MAX else []
+    return matches[0] if matches else ""
+
+
+def _pod_ip_fields(pod: api.Pod) -> list[tuple[str, str]]:
+    status = pod.status
+    if status is None:
+        return []
+    single = [("status.podIP", status.pod_ip)] if status.pod_ip else []
+    return single + [
+        (f"status.podIPs[{index}].ip", item.ip) for index, item in enumerate(status.pod_ips or ()) if item.ip
+    ]
