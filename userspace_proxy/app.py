@@ -11,8 +11,9 @@ import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from userspace_proxy.admin import metrics as exposition
 from userspace_proxy.admin.logs import AccessLog
-from userspace_proxy.admin.metrics import ControlStats, render
+from userspace_proxy.admin.metrics import ControlStats
 from userspace_proxy.admin.server import AdminServer, Health
 from userspace_proxy.control.cluster_ips import ClusterIPs
 from userspace_proxy.control.controller import Controller
@@ -23,16 +24,16 @@ from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.plane import LocalPlane
 from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.instance import lock_instance, running_as, running_instance
-from userspace_proxy.interfaces import Capture, StateSink
+from userspace_proxy.interfaces import Capture, EventType, ObjectEvent, StateSink
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.service import ServicePort
 from userspace_proxy.model.state import ProxyState
-from userspace_proxy.proxiers.userspace import ProxyPorts, UserspaceProxier
-from userspace_proxy.rules import network
+from userspace_proxy.proxiers.userspace import ProxyPorts, UserspaceProxier, planned_redirects
+from userspace_proxy.rules import iptables, network, nft
 from userspace_proxy.rules.kernel import KERNELS, choose_language
 from userspace_proxy.rules.notices import NetworkNotices
 from userspace_proxy.settings import DEFAULT_STATE_DIR, Network, Settings
-from userspace_proxy.sources.files import FileSource
+from userspace_proxy.sources.files import FileSource, read_once
 
 _CAP_NET_ADMIN = 12
 _SETTLE_S = 0.2
@@ -112,7 +113,7 @@ class App:
                     unopened=len(proxier.unopened),
                     access_lines_dropped=access_log.dropped if access_log else 0,
                 )
-                return render(await plane.stats(), stats)
+                return exposition.render(await plane.stats(), stats)
 
             admin = AdminServer(health, metrics, "userspace")
             stack.push_async_callback(admin.close)
@@ -277,6 +278,36 @@ async def _leave_network() -> None:
     with contextlib.suppress(SyncError):
         await network.remove_routes()
         await network.remove_local_addresses()
+
+
+def render(settings: Settings) -> str:
+    """Return the rules that `run` would load for *settings*, in the language asked for; installs nothing.
+
+    Raises:
+        StartError: a path cannot be read.
+    """
+    state_dir = None
+    if settings.state_dir is not None:
+        state_dir = _open_state_dir(settings.state_dir)
+    memory = state_dir.load() if state_dir else Memory()
+    tracker = Tracker(ClusterIPs(settings.service_cluster_ip_ranges, memory.cluster_ips))
+    manifests, problems = read_once(settings.paths)
+    for problem in problems:
+        log.error("%s", problem)
+    tracker.apply(
+        ObjectEvent(EventType.SET, manifest.kind, manifest.name, manifest.object, manifest.place)
+        for manifest in manifests
+        if manifest.object is not None
+    )
+    capture = Capture.ADDRESS if settings.capture == "address" else Capture.REDIRECT
+    ports = ProxyPorts(*settings.proxy_port_range, memory.proxy_ports)
+    redirects = planned_redirects(tracker.state(), ports, capture)
+    if settings.rules != "iptables":
+        return nft.table(redirects)
+    return "".join(
+        f"# {tool} --noflush\n{iptables.restore(redirects, family, '')}"
+        for family, tool in ((4, "iptables-restore"), (6, "ip6tables-restore"))
+    )
 
 
 async def cleanup() -> None:

@@ -122,23 +122,26 @@ _PROXY_PORTS = click.option(
     help="Local ports that rules redirect to.",
 )
 
+_CAPTURE = click.option(
+    "--capture",
+    type=click.Choice(["auto", "redirect", "address"]),
+    default=_DEFAULTS.capture,
+    show_default=True,
+    help="REDIRECT, or DNAT to a private address on lo (where interfaces have none of their own).",
+)
+_STATE_DIR = click.option(
+    "--state-dir",
+    type=click.Path(path_type=Path),
+    show_default="/var/lib/userspace-proxy, if writable",
+    help="Remembers allocated cluster IPs and proxy ports.",
+)
+
 _RUN_OPTIONS = _options(
     _RULES,
-    click.option(
-        "--capture",
-        type=click.Choice(["auto", "redirect", "address"]),
-        default=_DEFAULTS.capture,
-        show_default=True,
-        help="REDIRECT, or DNAT to a private address on lo (where interfaces have none of their own).",
-    ),
+    _CAPTURE,
     _CLUSTER_IPS,
     _PROXY_PORTS,
-    click.option(
-        "--state-dir",
-        type=click.Path(path_type=Path),
-        show_default="/var/lib/userspace-proxy, if writable",
-        help="Remembers allocated cluster IPs and proxy ports.",
-    ),
+    _STATE_DIR,
     click.option(
         "--healthz-bind-address",
         metavar="ADDRESS",
@@ -269,14 +272,15 @@ def check(paths: tuple[str, ...], *, as_json: bool) -> None:
         click.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
     elif sys.stdout.isatty():
         from rich.console import Console
+        from rich.padding import Padding
         from rich.text import Text
 
         console = Console(highlight=False)
         for finding in findings:
             said = f"{finding.object}: {finding.problem}" if finding.object else finding.problem
-            console.print(Text(f"{finding.where}  ", "bold").append(finding.field, "cyan"))
-            console.print(Text(f"  {said}", "red"))
-            console.print(Text(f"  {finding.mend}\n" if finding.mend else "", "dim"))
+            console.print(Text(f"{finding.where}  ", "bold").append(finding.field, "cyan"), soft_wrap=True)
+            console.print(Padding.indent(Text(said, "red"), 2))
+            console.print(Padding.indent(Text(finding.mend, "dim"), 2))
     else:
         for finding in findings:
             click.echo(finding)
@@ -284,6 +288,45 @@ def check(paths: tuple[str, ...], *, as_json: bool) -> None:
         sys.exit(1)
     if not as_json:
         click.echo(f"{len(manifests)} object{'' if len(manifests) == 1 else 's'}, nothing wrong")
+
+
+@commands.command()
+@_PATHS
+@click.option(
+    "--proxy-mode",
+    type=click.Choice(["userspace"]),
+    default="userspace",
+    show_default=True,
+    help="Whose rules to print.",
+)
+@_RULES
+@_CAPTURE
+@_CLUSTER_IPS
+@_PROXY_PORTS
+@_STATE_DIR
+def render(paths: tuple[str, ...], proxy_mode: str, **options: Any) -> None:
+    """Print the rules that `run` would load for PATH..., and install nothing."""
+    from userspace_proxy import app
+    from userspace_proxy.admin.logs import configure_logging
+
+    configure_logging("text")
+    try:
+        click.echo(app.render(Settings(paths=paths, **options)), nl=False)
+    except StartError as error:
+        _fail(error)
+
+
+@commands.command()
+@click.option("--json", "as_json", is_flag=True, help="Print what was seen as JSON, nothing else.")
+def demo(*, as_json: bool) -> None:
+    """Show what the proxy does, in private namespaces: no root, no cluster, nothing left behind."""
+    from userspace_proxy import demo as show
+
+    try:
+        show.enter(["--json"] if as_json else [])
+        show.run(as_json=as_json)
+    except StartError as error:
+        _fail(error)
 
 
 @commands.command()

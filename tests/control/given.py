@@ -99,12 +99,24 @@ def gone(kind: str, name: str) -> ObjectEvent:
     return ObjectEvent(EventType.DELETE, kind, named(name))
 
 
+class WatchedClusterIPs(ClusterIPs):
+    """Notes which Services were worked out."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.worked_out: list[str] = []
+
+    def assign(self, name: NamespacedName, service: api.Service) -> tuple[str, ...]:
+        self.worked_out.append(name.name)
+        return super().assign(name, service)
+
+
 class World:
     """A tracker, and shorthands to tell it things and look at what it makes of them."""
 
     def __init__(self, *ranges: str, remembered: Mapping[str, str] | None = None) -> None:
         networks = [ipaddress.ip_network(text) for text in ranges or ("10.96.0.0/16",)]
-        self.cluster_ips = ClusterIPs(networks, remembered or {})
+        self.cluster_ips = WatchedClusterIPs(networks, remembered or {})
         self.tracker = Tracker(self.cluster_ips)
         self.state = ProxyState()
 
@@ -113,6 +125,12 @@ class World:
         self.tracker.apply([thing if isinstance(thing, ObjectEvent) else put(thing) for thing in things])
         self.state = self.tracker.state()
         return self.state
+
+    def worked_out_for(self, *things: api.KubernetesObject | ObjectEvent) -> set[str]:
+        """Apply *things* and return the Services that were worked out anew."""
+        self.cluster_ips.worked_out.clear()
+        self.tell(*things)
+        return set(self.cluster_ips.worked_out)
 
     @property
     def problems(self) -> list[str]:

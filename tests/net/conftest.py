@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.net.world import Proxy, start_nginx, start_udp_server
-from userspace_proxy.lab import Lab, ServiceLab, build_service_lab
+from tests.net.world import Proxy, start_udp_server
+from userspace_proxy.lab import Lab, ServiceLab, build_service_lab, start_nginx
 
 # Both rule languages and both event loops, each once.
 VARIANTS = [("nftables", "uvloop"), ("iptables", "asyncio")]

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.net.world import Proxy, answers, ask, ask_udp, documents, endpoints, is_refused, service, wait_until
-from userspace_proxy.lab import Host, Lab, ServiceLab
+from tests.net.world import Proxy, answers, ask_udp, documents, endpoints, is_refused, service, wait_until
+from userspace_proxy.lab import Host, Lab, ServiceLab, ask
 
 POD1 = ServiceLab.pod_ip(0)
 UNNUMBERED_IP = "10.245.0.2"

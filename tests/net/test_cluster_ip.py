@@ -10,7 +10,6 @@ import pytest
 from tests.net.world import (
     Proxy,
     answers,
-    ask,
     ask_udp,
     documents,
     endpoints,
@@ -20,7 +19,7 @@ from tests.net.world import (
     udp_socket,
     wait_until,
 )
-from userspace_proxy.lab import NODE_IP, NODE_IP6, ServiceLab
+from userspace_proxy.lab import NODE_IP, NODE_IP6, ServiceLab, ask
 
 POD1, POD2, POD3 = (ServiceLab.pod_ip(index) for index in range(3))
 

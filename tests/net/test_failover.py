@@ -8,19 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.net.world import (
-    Proxy,
-    ask,
-    ask_udp,
-    background_requests,
-    connect,
-    documents,
-    endpoints,
-    service,
-    udp_socket,
-    wait_until,
-)
-from userspace_proxy.lab import ServiceLab
+from tests.net.world import Proxy, ask_udp, background_requests, documents, endpoints, service, udp_socket, wait_until
+from userspace_proxy.lab import ServiceLab, ask, connect
 
 POD1, POD2, POD3 = (ServiceLab.pod_ip(index) for index in range(3))
 # Nobody has this address: a neighbour that the node asks for in vain, so that a dial vanishes.

@@ -14,9 +14,7 @@ import pytest
 from tests.net.world import (
     Proxy,
     answers,
-    ask,
     background_requests,
-    connect,
     documents,
     endpoints,
     is_refused,
@@ -24,7 +22,7 @@ from tests.net.world import (
     udp_socket,
     wait_until,
 )
-from userspace_proxy.lab import Host, ServiceLab
+from userspace_proxy.lab import Host, ServiceLab, ask, connect
 
 POD1, POD2 = ServiceLab.pod_ip(0), ServiceLab.pod_ip(1)
 # Says "hello" and holds the connection until the client closes it.

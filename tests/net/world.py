@@ -13,22 +13,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from userspace_proxy.lab import Host, ServiceLab
+from userspace_proxy.lab import HTTP_PORT, Host, ServiceLab, ask, connect
 
 BACKEND = Path(__file__).with_name("backend.py")
-REPOSITORY = Path(__file__).parents[2]
-HTTP_PORT, UDP_PORT = 8080, 5353
-
-NGINX = """\
-daemon off; master_process off; pid {folder}/nginx.pid; error_log stderr error; {user}
-events {{ worker_connections 512; }}
-http {{
-  access_log off;
-  client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
-  uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
-  server {{ listen [::]:8080 ipv6only=off reuseport; location / {{ return 200 "{name}\\n"; }} }}
-}}
-"""
+UDP_PORT = 5353
 
 
 def wait_until(condition: Callable[[], object], what: str, timeout_s: float = 5.0) -> None:
@@ -42,16 +30,6 @@ def wait_until(condition: Callable[[], object], what: str, timeout_s: float = 5.
 # ---- servers
 
 
-def start_nginx(pod: Host, folder: Path) -> subprocess.Popen[bytes]:
-    """Start nginx in *pod*; it answers with the pod's name."""
-    own = folder / pod.name
-    own.mkdir(exist_ok=True)
-    (own / "nginx.conf").write_text(NGINX.format(folder=own, name=pod.name, user="user root;"))
-    process = pod.start("nginx", "-p", str(own), "-c", str(own / "nginx.conf"), log=own / "log")
-    wait_until(lambda: answers(pod, "127.0.0.1", HTTP_PORT), f"nginx in {pod.name} answers")
-    return process
-
-
 def start_udp_server(pod: Host) -> subprocess.Popen[bytes]:
     process = pod.start(sys.executable, str(BACKEND), pod.name, str(UDP_PORT))
     wait_until(lambda: ask_udp(pod, "127.0.0.1", UDP_PORT, timeout_s=0.1), f"the UDP server in {pod.name} answers")
@@ -59,31 +37,6 @@ def start_udp_server(pod: Host) -> subprocess.Popen[bytes]:
 
 
 # ---- clients
-
-
-def ask(host: Host, ip: str, port: int = 80, timeout_s: float = 5.0) -> str:
-    """GET / on a connection of its own; return who answered. Raises OSError."""
-    with connect(host, ip, port, timeout_s) as sock:
-        sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
-        received = b""
-        while part := sock.recv(4096):
-            received += part
-    if not received:
-        raise ConnectionError("the connection was closed without an answer")
-    return received.rpartition(b"\r\n\r\n")[2].decode().strip()
-
-
-def connect(host: Host, ip: str, port: int, timeout_s: float = 5.0) -> socket.socket:
-    """Return a TCP connection from *host*."""
-    with host.inside():
-        sock = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_STREAM)
-    sock.settimeout(timeout_s)
-    try:
-        sock.connect((ip, port))
-    except BaseException:
-        sock.close()
-        raise
-    return sock
 
 
 def answers(host: Host, ip: str, port: int) -> str:

@@ -1,10 +1,11 @@
-"""Which fields there are: names a field that does not exist, or that stands in the wrong place. Pure.
+"""Which kinds and fields there are: names what does not exist, or stands in the wrong place. Pure.
 
 A proxy skips what it does not know, as the API's own readers do; `check` says that it was skipped.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -16,6 +17,9 @@ from userspace_proxy.errors import ConfigError
 _Tree = Mapping[str, "_Tree | None"]
 
 _CLOSE = 0.7
+_CLOSE_KIND = 0.85
+_VERSIONS = {"EndpointSlice": ("discovery.k8s.io/v1", "discovery.k8s.io/v1beta1")}
+_SUBDOMAIN = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 _SERVICE_TYPES = ("ClusterIP", "NodePort", "LoadBalancer", "ExternalName")
 
 
@@ -67,12 +71,36 @@ _FIELDS: Mapping[str, _Tree] = {
 }
 
 
+def kind_errors(kind: str) -> Iterator[ConfigError]:
+    """Yield that *kind* is misspelt, which a proxy would skip as one that is not its own."""
+    match = _closest(kind, api.KINDS, cutoff=_CLOSE_KIND)
+    if match and kind not in api.KINDS:
+        yield ConfigError(f"{kind!r} is no kind that a proxy reads", field="kind", mend=f"did you mean {match}?")
+
+
 def field_errors(kind: str, plain: Mapping[str, Any]) -> Iterator[ConfigError]:
-    """Yield every field of *plain*, an object of *kind*, that does not exist where it stands."""
+    """Yield what is wrong in the head of *plain*, an object of *kind*, and each field that stands where none exists."""
+    yield from _head_errors(kind, plain)
     tree = _FIELDS[kind]
     yield from _unknown(kind, tree, tree, plain, "")
     if kind == "Service":
         yield from _fields_under_selector(tree, plain)
+
+
+def _head_errors(kind: str, plain: Mapping[str, Any]) -> Iterator[ConfigError]:
+    versions = _VERSIONS.get(kind, ("v1",))
+    version = plain.get("apiVersion")
+    if version not in versions:
+        said = f"{version!r} has no {kind}" if version is not None else "the apiVersion is missing"
+        yield ConfigError(said, field="apiVersion", mend=f"write 'apiVersion: {versions[0]}'")
+    if kind == "Service":  # of those decode knows the rules
+        return
+    for key in ("name", "namespace"):
+        name = plain["metadata"].get(key)
+        if isinstance(name, str) and not _SUBDOMAIN.fullmatch(name):
+            suggestion = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.") or "web"
+            mend = f"use small letters, digits, '-' and '.', such as {suggestion!r}"
+            yield ConfigError(f"{name!r} is not a valid name", field=f"metadata.{key}", mend=mend)
 
 
 def _unknown(kind: str, whole: _Tree, tree: _Tree, given: object, field: str) -> Iterator[ConfigError]:
@@ -142,9 +170,9 @@ def _fields_under_selector(whole: _Tree, plain: Mapping[str, Any]) -> Iterator[C
             yield _misplaced(key, api.below("spec.selector", key), list(_homes(whole, key)))
 
 
-def _closest(key: str, names: Iterable[str]) -> str | None:
+def _closest(key: str, names: Iterable[str], cutoff: float = _CLOSE) -> str | None:
     by_small = {name.lower(): name for name in names}
-    match = get_close_matches(key.lower(), by_small, n=1, cutoff=_CLOSE)
+    match = get_close_matches(key.lower(), by_small, n=1, cutoff=cutoff)
     return by_small[match[0]] if match else None
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from userspace_proxy import api
 from userspace_proxy.control import decode
 from userspace_proxy.control.cluster_ips import ClusterIPs
-from userspace_proxy.control.fields import field_errors
+from userspace_proxy.control.fields import field_errors, kind_errors
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.errors import ConfigError
 from userspace_proxy.interfaces import EventType, ObjectEvent
@@ -26,11 +26,8 @@ from userspace_proxy.sources.documents import Lines, Manifest, Problem, duplicat
 NODE_PORTS = range(30_000, 32_768)
 
 _WORKLOADS = ("Deployment", "ReplicaSet", "StatefulSet", "DaemonSet", "ReplicationController", "Job")
-_VERSIONS = {"EndpointSlice": ("discovery.k8s.io/v1", "discovery.k8s.io/v1beta1")}
-_SUBDOMAIN = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 # RFC 6335: what a named port may be called.
 _PORT_NAME = re.compile(r"(?=.{1,15}$)(?=.*[a-z])[a-z0-9]+(-[a-z0-9]+)*")
-_CLOSE_KIND = 0.85
 _CANDIDATES_MAX = 500
 
 _Object = TypeVar("_Object", api.Service, api.EndpointSlice, api.Endpoints, api.Pod)
@@ -104,9 +101,9 @@ class _Input:
 
     def _errors_of(self, manifest: Manifest) -> Iterator[ConfigError]:
         if manifest.kind not in api.KINDS or (manifest.object is None and not manifest.errors):
-            yield from _kind_errors(manifest)
+            yield from kind_errors(manifest.kind)
             return
-        shape = [*_header_errors(manifest), *manifest.errors, *field_errors(manifest.kind, manifest.plain or {})]
+        shape = [*manifest.errors, *field_errors(manifest.kind, manifest.plain or {})]
         yield from shape
         match manifest.object:
             case api.Service() as service:
@@ -124,7 +121,7 @@ class _Input:
     def _service_errors(
         self, manifest: Manifest, service: api.Service, shape: Sequence[ConfigError]
     ) -> Iterator[ConfigError]:
-        # Without a port where one is misplaced or misspelt: that was said.
+        # That there are no ports, or no spec, is not said again where one is misplaced or misspelt.
         own = [error for error in decode.service_errors(service) if not (shape and error.field in ("", "spec"))]
         yield from own
         if service.spec is None or not decode.is_proxied(service):
@@ -132,17 +129,21 @@ class _Input:
         named = {error.field for error in own}
         yield from (error for error in self._conflicts(manifest.name, service) if error.field not in named)
         yield from self._node_port_errors(manifest, service)
-        yield from self._behind(manifest.name, service, is_whole=not shape and not own)
+        # Nor what follows from a selector that is wrong in itself.
+        if not any(error.field.startswith("spec.selector") for error in shape):
+            yield from self._behind(manifest.name, service, is_whole=not shape and not own)
 
-    def _conflicts(self, name: NamespacedName, service: api.Service) -> list[ConfigError]:
-        """Return what `run` finds when it comes to serve *service*."""
+    def _conflicts(self, name: NamespacedName, service: api.Service) -> Iterator[ConfigError]:
+        """Yield what `run` finds when it comes to serve *service*."""
         try:
-            unserved = decode.service_ports(name, service, ())[1]
+            yield from decode.service_ports(name, service, ())[1]
+        except ConfigError as error:
+            yield error
+        try:
             if decode.given_cluster_ips(service):
                 self._cluster_ips.assign(name, service)
         except ConfigError as error:
-            return [error]
-        return unserved
+            yield error
 
     def _node_port_errors(self, manifest: Manifest, service: api.Service) -> Iterator[ConfigError]:
         spec = service.spec
@@ -193,7 +194,7 @@ class _Input:
         if templates:
             maker = templates[0].metadata.name
             said = f"{said}; the template of {maker} has these labels, but a proxy makes no Pods of it"
-            mend = f"add the Pods with their status.podIP, or an EndpointSlice or Endpoints for {name.name!r}"
+            mend = f"add the Pods, as 'kubectl get pods -o yaml' shows them, or Endpoints named {name.name!r}"
             return ConfigError(said, field=field, mend=mend)
         for namespace in self._labels:
             there = NamespacedName(namespace, name.name)
@@ -285,33 +286,6 @@ class _Input:
 
 
 # ---- rules of single objects
-
-
-def _kind_errors(manifest: Manifest) -> Iterator[ConfigError]:
-    """Yield that a kind is misspelt, which a proxy would skip as one that is not its own."""
-    by_small = {kind.lower(): kind for kind in api.KINDS}
-    match = _closest(manifest.kind.lower(), by_small, cutoff=_CLOSE_KIND)
-    if match and manifest.kind not in api.KINDS:
-        said = f"{manifest.kind!r} is no kind that a proxy reads"
-        yield ConfigError(said, field="kind", mend=f"did you mean {by_small[match]}?")
-
-
-def _header_errors(manifest: Manifest) -> Iterator[ConfigError]:
-    plain = manifest.plain or {}
-    versions = _VERSIONS.get(manifest.kind, ("v1",))
-    version = plain.get("apiVersion")
-    if version not in versions:
-        said = f"{version!r} has no {manifest.kind}" if version is not None else "the apiVersion is missing"
-        yield ConfigError(said, field="apiVersion", mend=f"write 'apiVersion: {versions[0]}'")
-    if manifest.kind != "Service":  # of those decode knows the rules
-        for field, name in (("metadata.name", manifest.name.name), ("metadata.namespace", manifest.name.namespace)):
-            if name and not _SUBDOMAIN.fullmatch(name):
-                mend = f"use small letters, digits, '-' and '.', such as {_as_name(name)!r}"
-                yield ConfigError(f"{name!r} is not a valid name", field=field, mend=mend)
-
-
-def _as_name(name: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.") or "web"
 
 
 def _target_port_errors(port: api.ServicePort, index: int, pods: Sequence[api.Pod]) -> Iterator[ConfigError]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import Backends, Capture, DataPlane, Kernel, ListenerSpec, Redirects
@@ -76,6 +76,38 @@ class ProxyPorts:
         self._allocators[name.protocol].release(name.key)
 
 
+def redirects_to(
+    opened: Mapping[ServicePortName, int],
+    state: ProxyState,
+    backed: Container[ServicePortName],
+    refuse_port: int,
+    capture: Capture,
+) -> tuple[Redirects, dict[Portal, ServicePortName]]:
+    """Return the rules that lead the portals of *opened* (name -> proxy port) there. Pure.
+
+    Those not in *backed* have no endpoint and are led to *refuse_port*. Of two with one portal the first has
+    it; the second part says who else claimed one.
+    """
+    ports: dict[Portal, int] = {}
+    names: dict[Portal, ServicePortName] = {}
+    claimed: dict[Portal, ServicePortName] = {}
+    for name, proxy_port in opened.items():
+        for portal in portals(state.service_ports[name]):
+            if names.setdefault(portal, name) is name:
+                ports[portal] = proxy_port if name in backed else refuse_port
+            else:
+                claimed[portal] = name
+    return Redirects(ports, names, refuse_port, capture), claimed
+
+
+def planned_redirects(state: ProxyState, ports: ProxyPorts, capture: Capture) -> Redirects:
+    """Return the rules for *state* as if every port were free; nothing is opened or loaded."""
+    refuse_port = ports.next_refusing(set()) or 0
+    opened = {name: port for name in state.service_ports if (port := ports.next_for(name, set()))}
+    backed = {name for name, known in state.endpoints.items() if usable_endpoints(known)}
+    return redirects_to(opened, state, backed, refuse_port, capture)[0]
+
+
 class UserspaceProxier:
     """Holds what is open and what is loaded, and brings both to each new state."""
 
@@ -91,6 +123,7 @@ class UserspaceProxier:
         self._backed: set[ServicePortName] = set()
         self._loaded: Redirects | None = None
         self._outdated = True  # until a load has succeeded, however often it is refused
+        self._claimed: dict[Portal, ServicePortName] = {}
         self._refuse_port = 0
         self.unopened: dict[ServicePortName, str] = {}
         self.loads = 0
@@ -204,19 +237,13 @@ class UserspaceProxier:
             await forget_udp_flows(changed)
 
     def _redirects(self, state: ProxyState) -> Redirects:
-        ports: dict[Portal, int] = {}
-        names: dict[Portal, ServicePortName] = {}
-        for name in state.service_ports:
-            spec = self._opened.get(name)
-            if spec is None:
-                continue
-            for portal in portals(spec.service_port):
-                holder = names.setdefault(portal, name)
-                if holder is name:
-                    ports[portal] = spec.proxy_port if name in self._backed else self._refuse_port
-                elif self._loaded is None or self._loaded.names.get(portal) is not holder:
-                    log.warning("%s is claimed by %s and by %s; the first has it", portal, holder, name)
-        return Redirects(ports, names, self._refuse_port, self._capture)
+        opened = {name: self._opened[name].proxy_port for name in state.service_ports if name in self._opened}
+        redirects, claimed = redirects_to(opened, state, self._backed, self._refuse_port, self._capture)
+        for portal, name in claimed.items():
+            if self._claimed.get(portal) != name:
+                log.warning("%s is claimed by %s and by %s; the first has it", portal, redirects.names[portal], name)
+        self._claimed = claimed
+        return redirects
 
     async def _retire(self, gone: list[ServicePortName]) -> None:
         if not gone:

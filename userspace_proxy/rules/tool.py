@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import shutil
 import subprocess
 
@@ -42,10 +41,7 @@ async def run_tool(tool: str, *arguments: str, stdin: str = "") -> str:
     if path is None:
         raise SyncError(f"{tool} is not installed; install the package {_PACKAGE.get(tool, tool)}")
     # In a thread: uvloop's own subprocesses raise when a tool ends before it has read its input.
-    command = functools.partial(
-        subprocess.run, [path, *arguments], input=stdin.encode(), capture_output=True, timeout=_TIMEOUT_S, check=False
-    )
-    running = asyncio.get_running_loop().run_in_executor(None, command)
+    running = asyncio.get_running_loop().run_in_executor(None, _run, [path, *arguments], stdin.encode())
     try:
         done = await asyncio.shield(running)
     except asyncio.CancelledError:
@@ -57,6 +53,10 @@ async def run_tool(tool: str, *arguments: str, stdin: str = "") -> str:
     if done.returncode:
         raise SyncError(f"{tool} exited {done.returncode}: {_reason(done.stderr.decode(errors='replace'))}")
     return done.stdout.decode(errors="replace")
+
+
+def _run(command: list[str], stdin: bytes) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(command, input=stdin, capture_output=True, timeout=_TIMEOUT_S, check=False)
 
 
 def _reason(stderr: str) -> str:

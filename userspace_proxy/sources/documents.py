@@ -207,11 +207,20 @@ def _convert_what_can_be(kind: str, plain: dict[str, Any]) -> tuple[api.Kubernet
 
 
 def _set_aside(plain: Any, field: str) -> bool:
+    """Take the value of *field* out of *plain*, or mend it where it is clear what is meant; return whether it was."""
     *parents, last = api.steps(field) or [""]
     for step in parents:
         plain = plain[step]
-    # A key that YAML has made a number is not found by its text; such an object is left as it is.
-    return isinstance(plain, dict) and plain.pop(last, plain) is not plain
+    if not isinstance(plain, dict):
+        return False
+    # A key that YAML has made a number or a truth value is found by its text, too.
+    key = next((key for key in plain if str(key) == last), None)
+    if key is None:
+        return False
+    value = plain.pop(key)
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        plain[key] = int(value)
+    return True
 
 
 def duplicates(manifests: Iterable[Manifest]) -> list[Problem]:

@@ -1,0 +1,87 @@
+"""One scrape: every counter of every service port, in names that stay."""
+
+from __future__ import annotations
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from userspace_proxy import __version__
+from userspace_proxy.admin.metrics import ControlStats, render
+from userspace_proxy.interfaces import Counters, PlaneStats
+from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
+
+TCP = ServicePortName(NamespacedName("shop", "web"), "http", L4Protocol.TCP)
+UDP = ServicePortName(NamespacedName("shop", "dns"), "", L4Protocol.UDP)
+
+
+def control(**given: int | float) -> ControlStats:
+    return ControlStats(**{**dict.fromkeys(ControlStats._fields, 0), **given})  # type: ignore[arg-type]
+
+
+def samples(plane: PlaneStats, stats: ControlStats) -> dict[tuple[str, ...], float]:
+    """Return (name, label values...) -> value of all that a Prometheus would read."""
+    text = render(plane, stats).decode()
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_the_counters_of_a_service_port_bear_its_name() -> None:
+    counters = Counters(accepted=5, open=2, dial_failures=3, retries=4, ejections=1, failed=6, bytes_to_backends=7)
+
+    seen = samples(PlaneStats({TCP: counters}), control())
+
+    labels = ("shop", "web", "http", "TCP")
+    assert seen["userspace_proxy_connections_total", *labels] == 5
+    assert seen["userspace_proxy_open_connections", *labels] == 2
+    assert seen["userspace_proxy_dial_failures_total", *labels] == 3
+    assert seen["userspace_proxy_retries_total", *labels] == 4
+    assert seen["userspace_proxy_ejections_total", *labels] == 1
+    assert seen["userspace_proxy_failed_connections_total", *labels] == 6
+    assert seen["userspace_proxy_to_backends_bytes_total", *labels] == 7
+
+
+def test_what_only_tcp_or_only_udp_can_have_is_not_shown_for_the_other() -> None:
+    seen = samples(PlaneStats({TCP: Counters(), UDP: Counters(flows=3, flows_total=9)}), control())
+
+    of_tcp = {key[0] for key in seen if key[1:2] == ("shop",) and key[2] == "web"}
+    of_udp = {key[0] for key in seen if key[1:2] == ("shop",) and key[2] == "dns"}
+    assert not any("udp" in name for name in of_tcp)
+    assert not any("connections" in name for name in of_udp)
+    assert seen["userspace_proxy_udp_open_flows", "shop", "dns", "", "UDP"] == 3
+    assert seen["userspace_proxy_udp_flows_total", "shop", "dns", "", "UDP"] == 9
+
+
+def test_every_counter_there_is_is_shown() -> None:
+    """A counter that is added to and never shown helps nobody."""
+    names = Counters.__dataclass_fields__
+    counters = Counters(**{name: 1_000 + n for n, name in enumerate(names)})
+
+    shown = set(samples(PlaneStats({TCP: counters, UDP: counters}), control()).values())
+
+    assert {1_000 + n for n in range(len(names))} <= shown
+
+
+def test_the_control_side_tells_of_itself() -> None:
+    given = control(**{field: 100 + n for n, field in enumerate(ControlStats._fields)})
+
+    shown = samples(PlaneStats({}, connections_open=7, accept_paused=8, local_shortages=9), given)
+
+    assert {100 + n for n in range(len(ControlStats._fields))} <= set(shown.values())
+    assert shown["userspace_proxy_connections_open_all",] == 7
+    assert shown["userspace_proxy_accept_pauses_total",] == 8
+    assert shown["userspace_proxy_local_shortages_total",] == 9
+    assert shown["userspace_proxy_build_info", __version__] == 1
+
+
+def test_a_proxy_without_services_can_be_scraped() -> None:
+    assert samples(PlaneStats({}), control())["userspace_proxy_service_ports",] == 0
+
+
+def test_names_of_metrics_are_told_once_and_with_help() -> None:
+    text = render(PlaneStats({TCP: Counters(), UDP: Counters()}), control()).decode()
+
+    helped = [line.split()[2] for line in text.splitlines() if line.startswith("# HELP")]
+    assert len(helped) == len(set(helped))
+    assert all(name.startswith("userspace_proxy_") for name in helped)

@@ -1,0 +1,221 @@
+"""What operators and their machines get to see, over real HTTP on loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import pytest
+
+from userspace_proxy.admin.server import AdminServer, Health, split_address
+from userspace_proxy.errors import StartError
+
+
+@dataclass
+class Answer:
+    status: int
+    text: str
+    headers: dict[str, str]
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.text)
+
+
+class Rig:
+    def __init__(self) -> None:
+        self.health = Health(healthy=True)
+        self.server = AdminServer(lambda: self.health, self._metrics, "userspace")
+        self.healthz, self.metrics = (f"127.0.0.1:{port}" for port in free_ports(2))
+
+    async def _metrics(self) -> bytes:
+        return b"some_metric 1\n"
+
+    async def get(self, address: str, path: str, method: str = "GET") -> Answer:
+        async with aiohttp.ClientSession() as session, session.request(method, f"http://{address}{path}") as response:
+            return Answer(response.status, await response.text(), dict(response.headers))
+
+
+def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+    """Return ports that were free a moment ago; in a namespace of our own nobody else takes them."""
+    with contextlib.ExitStack() as stack:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socks = [stack.enter_context(socket.socket(family)) for _ in range(count)]
+        for sock in socks:
+            sock.bind((host, 0))
+        return [sock.getsockname()[1] for sock in socks]
+
+
+@contextlib.asynccontextmanager
+async def running() -> AsyncIterator[Rig]:
+    rig = Rig()
+    try:
+        await rig.server.start(rig.healthz, rig.metrics)
+        yield rig
+    finally:
+        await rig.server.close()
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/livez"])
+async def test_a_healthy_proxy_says_so(path: str) -> None:
+    async with running() as rig:
+        answer = await rig.get(rig.healthz, path)
+
+    assert answer.status == 200
+    assert answer.headers["Content-Type"].startswith("application/json")
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert answer.json["healthy"] is True
+    assert answer.json["lastUpdated"] == answer.json["currentTime"]
+    assert "reason" not in answer.json
+
+
+async def test_a_sick_proxy_says_why_and_since_when() -> None:
+    async with running() as rig:
+        rig.health = Health(False, "nft exited 1", last_updated=1_700_000_000.0)
+        answer = await rig.get(rig.healthz, "/healthz")
+
+    assert answer.status == 503
+    assert answer.json["healthy"] is False
+    assert answer.json["reason"] == "nft exited 1"
+    assert answer.json["lastUpdated"] == "2023-11-14T22:13:20Z"
+
+
+async def test_before_the_first_sync_there_is_no_last_one() -> None:
+    async with running() as rig:
+        rig.health = Health(False, "the first sync is not done")
+        answer = await rig.get(rig.healthz, "/healthz")
+
+    assert (answer.status, answer.json["lastUpdated"]) == (503, None)
+
+
+async def test_health_is_asked_for_each_time() -> None:
+    async with running() as rig:
+        statuses = []
+        for healthy in (True, False, True):
+            rig.health = Health(healthy)
+            statuses.append((await rig.get(rig.healthz, "/healthz")).status)
+
+    assert statuses == [200, 503, 200]
+
+
+async def test_problems_are_shown_and_are_no_reason_to_be_replaced() -> None:
+    async with running() as rig:
+        rig.health = Health(healthy=True, problems=["web.yaml:3: 'é' is no port"])
+        answer = await rig.get(rig.healthz, "/healthz")
+
+    assert (answer.status, answer.json["problems"]) == (200, ["web.yaml:3: 'é' is no port"])
+
+
+async def test_metrics_are_text_as_prometheus_wants_it() -> None:
+    async with running() as rig:
+        answer = await rig.get(rig.metrics, "/metrics")
+
+    assert answer.text == "some_metric 1\n"
+    assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+
+
+async def test_the_mode_and_health_are_beside_the_metrics() -> None:
+    async with running() as rig:
+        assert (await rig.get(rig.metrics, "/proxyMode")).text == "userspace"
+        assert (await rig.get(rig.metrics, "/healthz")).status == 200
+
+
+async def test_the_open_address_tells_health_alone() -> None:
+    async with running() as rig:
+        statuses = [(await rig.get(rig.healthz, path)).status for path in ("/metrics", "/proxyMode", "/")]
+        posted = await rig.get(rig.healthz, "/healthz", method="POST")
+        asked = await rig.get(rig.healthz, "/healthz", method="HEAD")
+
+    assert statuses == [404, 404, 404]
+    assert (posted.status, asked.status) == (405, 200)
+
+
+async def test_no_address_opens_no_port() -> None:
+    rig = Rig()
+    await rig.server.start("", "")
+    await rig.server.close()
+
+    with pytest.raises(aiohttp.ClientConnectorError):
+        await rig.get(rig.healthz, "/healthz")
+
+
+async def test_after_closing_the_ports_are_free_again() -> None:
+    async with running() as rig:
+        await rig.get(rig.healthz, "/healthz")
+
+    with pytest.raises(aiohttp.ClientConnectorError):
+        await rig.get(rig.healthz, "/healthz")
+    await rig.server.start(rig.healthz, rig.metrics)
+    await rig.server.close()
+
+
+async def test_an_ipv6_address_is_written_in_brackets() -> None:
+    rig = Rig()
+    address = f"[::1]:{free_ports(1, '::1')[0]}"
+    await rig.server.start(address, "")
+    try:
+        assert (await rig.get(address, "/healthz")).status == 200
+    finally:
+        await rig.server.close()
+
+
+async def test_a_taken_port_is_answered_in_one_line_that_says_what_to_do() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        rig = Rig()
+        with pytest.raises(StartError, match="another program has it") as caught:
+            await rig.server.start(rig.healthz, address)
+        await rig.server.close()
+
+    assert str(caught.value).startswith(f"--metrics-bind-address {address} cannot be bound")
+    assert "\n" not in str(caught.value)
+    assert "choose another" in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["192.0.2.1:10256", "no-such-host.invalid:10256"])
+async def test_an_address_that_is_not_this_hosts_is_named(address: str) -> None:
+    rig = Rig()
+    with pytest.raises(StartError, match="this host does not have it"):
+        await rig.server.start(address, "")
+    await rig.server.close()
+
+
+async def test_a_slow_client_does_not_hold_up_the_end() -> None:
+    rig = Rig()
+    await rig.server.start(rig.healthz, "")
+    with socket.create_connection(("127.0.0.1", int(rig.healthz.rpartition(":")[2]))) as idle:
+        idle.sendall(b"GET /healthz HTTP/1.1\r\n")
+        started = time.monotonic()
+        await rig.server.close()
+
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize(
+    ("address", "split"),
+    [
+        ("127.0.0.1:10249", ("127.0.0.1", 10_249)),
+        ("[::1]:10249", ("::1", 10_249)),
+        ("[::]:0", ("::", 0)),
+        (":10256", ("0.0.0.0", 10_256)),
+        ("localhost:1", ("localhost", 1)),
+    ],
+)
+def test_addresses_are_read_as_go_programs_read_them(address: str, split: tuple[str, int]) -> None:
+    assert split_address(address, "--flag") == split
+
+
+@pytest.mark.parametrize(
+    "address", ["10249", "127.0.0.1", "127.0.0.1:", "127.0.0.1:http", ":65536", ":-1", ":²", "[::1]"]
+)
+def test_what_is_no_address_is_refused_with_an_example(address: str) -> None:
+    with pytest.raises(StartError, match=r"--flag .* is no address; write one such as 127\.0\.0\.1:10249"):
+        split_address(address, "--flag")

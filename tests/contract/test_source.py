@@ -1,0 +1,372 @@
+"""What every Source keeps to, shown on manifests in files: real files, changed as people and kubelet change them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import json
+import shutil
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from userspace_proxy import api
+from userspace_proxy.errors import StartError
+from userspace_proxy.interfaces import EventType, ObjectEvent
+from userspace_proxy.sources.files import FileSource
+
+PATIENCE_S = 10
+
+
+def service(name: str, port: int = 80, namespace: str = "default") -> str:
+    return (
+        "---\napiVersion: v1\nkind: Service\n"
+        f"metadata:\n  name: {name}\n  namespace: {namespace}\n"
+        f"spec:\n  ports:\n  - port: {port}\n"
+    )
+
+
+BROKEN = "---\nkind: Service\nmetadata:\n  name: broken\n spec: {}\n"
+
+
+class Told:
+    """Follows a source and keeps what it told."""
+
+    def __init__(self, source: FileSource) -> None:
+        self.source = source
+        self.events: list[ObjectEvent] = []
+        self.ports: dict[str, int] = {}
+        self._told = asyncio.Event()
+
+    async def follow(self) -> None:
+        async with contextlib.aclosing(self.source.events()) as batches:
+            async for batch in batches:
+                for event in batch:
+                    self._take(event)
+                self._told.set()
+
+    def _take(self, event: ObjectEvent) -> None:
+        self.events.append(event)
+        if event.type is EventType.DELETE and event.name:
+            del self.ports[event.name.name]
+        elif isinstance(event.object, api.Service) and event.name and event.object.spec and event.object.spec.ports:
+            self.ports[event.name.name] = event.object.spec.ports[0].port
+
+    @property
+    def synced(self) -> int:
+        return [event.type for event in self.events].count(EventType.SYNCED)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            while not condition():
+                await self._told.wait()
+                self._told.clear()
+
+    def since(self, mark: int) -> list[tuple[EventType, str]]:
+        return [(event.type, event.name.name if event.name else "") for event in self.events[mark:]]
+
+
+@contextlib.asynccontextmanager
+async def following(*paths: Path | str) -> AsyncIterator[Told]:
+    told = Told(FileSource([str(path) for path in paths]))
+    task = asyncio.create_task(told.follow())
+    try:
+        await told.until(lambda: told.synced > 0 or task.done())
+        yield told
+    finally:
+        task.cancel()
+        (ended,) = await asyncio.gather(task, return_exceptions=True)
+    assert isinstance(ended, asyncio.CancelledError), ended
+
+
+def put_in_place(path: Path, text: str) -> None:
+    """Write as careful editors do: a new file, renamed over the old one."""
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+# ---- the start
+
+
+async def test_every_object_is_told_once_and_then_that_all_were(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(service("a") + service("b"))
+    (tmp_path / "b.yml").write_text(service("c"))
+    (tmp_path / "c.json").write_text(
+        json.dumps({"kind": "Service", "metadata": {"name": "d"}, "spec": {"ports": [{"port": 1}]}})
+    )
+
+    async with following(tmp_path) as told:
+        assert told.since(0) == [*((EventType.SET, name) for name in "abcd"), (EventType.SYNCED, "")]
+
+
+async def test_synced_is_told_once_whatever_changes_later(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(service("a"))
+
+    async with following(file) as told:
+        file.write_text(service("a", 81))
+        await told.until(lambda: told.ports["a"] == 81)
+
+        assert told.synced == 1
+
+
+async def test_an_empty_folder_is_synced_too_and_its_first_file_is_seen(tmp_path: Path) -> None:
+    async with following(tmp_path) as told:
+        assert told.ports == {}
+
+        (tmp_path / "a.yaml").write_text(service("a"))
+        await told.until(lambda: told.ports == {"a": 80})
+
+
+async def test_more_objects_than_a_batch_holds_all_come_before_synced(tmp_path: Path) -> None:
+    file = tmp_path / "many.yaml"
+    file.write_text("".join(service(f"s{index}") for index in range(2_100)))
+
+    async with following(file) as told:
+        assert len(told.ports) == 2_100
+        assert told.since(-1) == [(EventType.SYNCED, "")]
+
+
+@pytest.mark.parametrize("kind", ["List", "ServiceList"])
+async def test_the_items_of_a_list_are_objects_of_their_own(tmp_path: Path, kind: str) -> None:
+    item = {"metadata": {"name": "a"}, "spec": {"ports": [{"port": 80}]}}
+    if kind == "List":
+        item["kind"] = "Service"  # type: ignore[assignment]
+    (tmp_path / "a.json").write_text(json.dumps({"kind": kind, "items": [item]}))
+
+    async with following(tmp_path) as told:
+        assert told.ports == {"a": 80}
+
+
+async def test_stdin_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(service("a")))
+
+    async with following("-") as told:
+        assert told.ports == {"a": 80}
+        assert told.events[0].origin is not None
+        assert told.events[0].origin.where("spec.ports") == "stdin:8"
+
+
+async def test_kinds_that_a_proxy_does_not_read_are_named_once_and_skipped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    deployment = "---\nkind: Deployment\nmetadata: {name: x}\n"
+    (tmp_path / "a.yaml").write_text(deployment + service("a") + deployment)
+
+    async with following(tmp_path) as told:
+        assert told.ports == {"a": 80}
+        assert caplog.text.count("kind Deployment is skipped") == 1
+        assert not told.source.problems
+
+
+def test_a_path_that_names_nothing_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(StartError, match="no such file or folder"):
+        FileSource([str(tmp_path / "nothing.yaml")])
+
+
+# ---- changes
+
+
+async def test_an_unchanged_object_is_not_told_again(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(service("a") + service("b"))
+
+    async with following(file) as told:
+        mark = len(told.events)
+        file.write_text(service("a") + service("b", 81))
+        await told.until(lambda: told.ports["b"] == 81)
+
+        assert told.since(mark) == [(EventType.SET, "b")]
+
+
+async def test_an_object_that_only_moved_is_not_told_again_and_is_found_at_its_new_line(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(service("a") + service("b"))
+
+    async with following(file) as told:
+        mark = len(told.events)
+        file.write_text("# a\n# few\n# words\n" + service("new") + service("b") + service("a"))
+        await told.until(lambda: "new" in told.ports)
+
+        assert told.since(mark) == [(EventType.SET, "new")]
+
+
+async def test_a_file_that_an_editor_puts_in_place_of_the_old_one_is_seen(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(service("a"))
+
+    async with following(file) as told:
+        for port in (81, 82):
+            put_in_place(file, service("a", port))
+            await told.until(lambda port=port: told.ports["a"] == port)  # type: ignore[misc]
+
+
+def mounted(folder: Path, version: int, text: str) -> None:
+    """Write a ConfigMap volume as kubelet does: a folder for each version, and a link that is swapped."""
+    data = folder / f"..{version}"
+    data.mkdir()
+    (data / "svc.yaml").write_text(text)
+    (folder / "..new").symlink_to(data.name)
+    before = (folder / "..data").resolve() if (folder / "..data").exists() else None
+    (folder / "..new").replace(folder / "..data")
+    if before:
+        shutil.rmtree(before)
+    else:
+        (folder / "svc.yaml").symlink_to("..data/svc.yaml")
+
+
+@pytest.mark.parametrize("given", [".", "svc.yaml"])
+async def test_a_config_map_that_is_swapped_is_seen(tmp_path: Path, given: str) -> None:
+    mounted(tmp_path, 1, service("a", 1))
+
+    async with following(tmp_path / given) as told:
+        for version in (2, 3):
+            mounted(tmp_path, version, service("a", version))
+            await told.until(lambda version=version: told.ports["a"] == version)  # type: ignore[misc]
+
+        assert (EventType.DELETE, "a") not in told.since(0)
+
+
+async def test_a_change_behind_a_link_that_leads_elsewhere_is_seen(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "real.yaml").write_text(service("a"))
+    (folder / "a.yaml").symlink_to(elsewhere / "real.yaml")
+
+    async with following(folder) as told:
+        (elsewhere / "real.yaml").write_text(service("a", 81))
+        await told.until(lambda: told.ports["a"] == 81)
+
+
+async def test_an_object_that_is_taken_out_of_a_file_is_deleted(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(service("a") + service("b"))
+
+    async with following(file) as told:
+        file.write_text(service("b"))
+        await told.until(lambda: told.ports == {"b": 80})
+
+
+async def test_a_file_that_is_deleted_from_a_folder_takes_its_objects_along(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(service("a"))
+    (tmp_path / "b.yaml").write_text(service("b"))
+
+    async with following(tmp_path) as told:
+        (tmp_path / "a.yaml").unlink()
+        await told.until(lambda: told.ports == {"b": 80})
+        assert not told.source.problems
+
+
+async def test_an_object_that_moves_from_one_file_to_another_is_never_deleted(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(service("a"))
+
+    async with following(tmp_path) as told:
+        (tmp_path / "a.yaml").rename(tmp_path / "b.yaml")
+        (tmp_path / "c.yaml").write_text(service("c"))
+        await told.until(lambda: "c" in told.ports)
+
+        assert told.ports == {"a": 80, "c": 80}
+        assert (EventType.DELETE, "a") not in told.since(0)
+
+
+# ---- breaks: the last good version goes on
+
+
+async def test_a_broken_document_keeps_what_it_held_and_stops_no_other(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(service("a") + service("b"))
+
+    async with following(file) as told:
+        file.write_text(service("a").replace("spec:", " spec:") + service("b", 81))
+        await told.until(lambda: told.ports["b"] == 81)
+
+        assert told.ports == {"a": 80, "b": 81}
+        ((where, said),) = told.source.problems.items()
+        assert where == f"{file}:7"
+        assert "indentation" in said
+
+        file.write_text(service("a", 82) + service("b", 81))
+        await told.until(lambda: told.ports["a"] == 82)
+        assert not told.source.problems
+
+
+async def test_a_document_that_is_broken_from_the_start_is_reported_and_stops_no_other(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(BROKEN + service("a"))
+    (tmp_path / "b.yaml").write_text(service("b"))
+
+    async with following(tmp_path) as told:
+        assert told.ports == {"a": 80, "b": 80}
+        assert list(told.source.problems) == [f"{tmp_path}/a.yaml:5"]
+
+
+async def test_a_file_that_cannot_be_read_keeps_its_objects_and_stops_no_other(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(service("a"))
+    (tmp_path / "b.yaml").write_text(service("b"))
+
+    async with following(tmp_path) as told:
+        (tmp_path / "a.yaml").write_bytes(b"\xff\xfe broken")
+        put_in_place(tmp_path / "b.yaml", service("b", 81))
+        await told.until(lambda: told.ports["b"] == 81)
+        assert told.ports == {"a": 80, "b": 81}
+
+        (tmp_path / "a.yaml").write_text(service("a", 82))
+        await told.until(lambda: told.ports["a"] == 82)
+        assert not told.source.problems
+
+
+async def test_a_file_that_the_system_refuses_to_read_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").symlink_to("/proc/self/mem")  # exists, and fails when it is read
+    (tmp_path / "b.yaml").write_text(service("b"))
+
+    async with following(tmp_path) as told:
+        assert told.ports == {"b": 80}
+        assert "cannot be read" in told.source.problems[f"{tmp_path}/a.yaml"]
+
+
+async def test_a_folder_that_is_away_for_a_while_keeps_its_objects(tmp_path: Path) -> None:
+    folder, other = tmp_path / "folder", tmp_path / "other.yaml"
+    folder.mkdir()
+    (folder / "a.yaml").write_text(service("a"))
+    other.write_text(service("b"))
+
+    async with following(folder, other) as told:
+        folder.rename(tmp_path / "away")
+        other.write_text(service("b", 81))
+        await told.until(lambda: told.ports["b"] == 81)
+        assert told.ports["a"] == 80
+
+        (tmp_path / "away" / "a.yaml").write_text(service("a", 82))
+        (tmp_path / "away").rename(folder)
+        await told.until(lambda: told.ports["a"] == 82)
+
+
+async def test_of_an_object_that_stands_twice_the_first_counts_and_the_second_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(service("a", 1))
+    (tmp_path / "b.yaml").write_text(service("a", 2))
+
+    async with following(tmp_path) as told:
+        assert told.ports == {"a": 1}
+        assert f"already at {tmp_path}/a.yaml:5" in told.source.problems[f"{tmp_path}/b.yaml:5"]
+
+        (tmp_path / "a.yaml").unlink()
+        await told.until(lambda: told.ports == {"a": 2})
+        assert (EventType.DELETE, "a") not in told.since(0)
+        assert not told.source.problems
+
+
+def several_ways(folder: Path) -> Sequence[str]:
+    return [str(folder), f"{folder}/", f"{folder}/a.yaml", f"{folder}/./a.yaml"]
+
+
+async def test_a_file_that_is_named_in_several_ways_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(service("a"))
+
+    async with following(*several_ways(tmp_path)) as told:
+        assert told.since(0) == [(EventType.SET, "a"), (EventType.SYNCED, "")]
+        assert not told.source.problems

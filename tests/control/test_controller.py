@@ -1,0 +1,276 @@
+"""The loop from a source to a sink: when it syncs, with what, and what a failure changes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+
+import pytest
+
+from tests.control.given import SYNCED, endpoint_slice, gone, port_named, put, service
+from userspace_proxy import api
+from userspace_proxy.control.cluster_ips import ClusterIPs
+from userspace_proxy.control.controller import Controller
+from userspace_proxy.control.pacer import Pacer
+from userspace_proxy.control.tracker import Tracker
+from userspace_proxy.errors import SyncError
+from userspace_proxy.interfaces import ObjectEvent
+from userspace_proxy.model.state import ProxyState
+
+_BOUND_S = 5.0
+
+
+class FakeSource:
+    """Tells what the test tells it."""
+
+    def __init__(self) -> None:
+        self._batches: asyncio.Queue[Sequence[ObjectEvent]] = asyncio.Queue()
+        self.problems: Mapping[str, str] = {}
+
+    def tell(self, *things: api.KubernetesObject | ObjectEvent) -> None:
+        self._batches.put_nowait([thing if isinstance(thing, ObjectEvent) else put(thing) for thing in things])
+
+    async def events(self) -> AsyncIterator[Sequence[ObjectEvent]]:
+        while True:
+            yield await self._batches.get()
+            self._batches.task_done()
+
+    async def taken(self) -> None:
+        """Wait until all that was told is with the controller."""
+        await asyncio.wait_for(self._batches.join(), _BOUND_S)
+
+
+class FakeSink:
+    """Notes each state; refuses as long as ``refusal`` says why; syncs take until ``gate`` is open."""
+
+    def __init__(self) -> None:
+        self.states: list[ProxyState] = []
+        self.refusal = ""
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.busy = False
+        self._called = asyncio.Condition()
+
+    async def sync(self, state: ProxyState) -> None:
+        assert not self.busy, "two syncs at once"
+        self.busy = True
+        async with self._called:
+            self.states.append(state)
+            self._called.notify_all()
+        await self.gate.wait()
+        self.busy = False
+        if self.refusal:
+            raise SyncError(self.refusal)
+
+    async def called(self, times: int) -> None:
+        """Wait until sync was called so many times in all."""
+        async with self._called:
+            await asyncio.wait_for(self._called.wait_for(lambda: len(self.states) >= times), _BOUND_S)
+
+
+class Rig:
+    def __init__(self, after_sync: Callable[[], None] = lambda: None) -> None:
+        self.source, self.sink = FakeSource(), FakeSink()
+        self.tracker = Tracker(ClusterIPs([ipaddress.ip_network("10.96.0.0/16")], {}))
+        pacer = Pacer(asyncio.get_running_loop().time, min_period_s=0, max_retry_s=0.01)
+        self.controller = Controller(self.source, self.tracker, self.sink, pacer, after_sync)
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        async with asyncio.timeout(_BOUND_S):
+            while not condition():
+                await asyncio.sleep(0.001)
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[Rig]:
+        task = asyncio.create_task(self.controller.run())
+        try:
+            yield self
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+
+async def test_nothing_is_synced_before_all_that_was_there_is_told() -> None:
+    async with Rig().running() as rig:
+        rig.source.tell(service())
+        rig.source.tell(endpoint_slice("10.0.0.1"))
+        await rig.source.taken()
+        await asyncio.sleep(0.02)  # four times as long as a change is gathered for
+        assert not rig.sink.states
+        assert not rig.controller.ready.is_set()
+
+        rig.source.tell(SYNCED)
+        await rig.sink.called(1)
+
+        assert [str(e) for e in rig.sink.states[0].endpoints[port_named("web")]] == ["10.0.0.1:8080"]
+
+
+async def test_an_empty_cluster_is_synced_too() -> None:
+    async with Rig().running() as rig:
+        rig.source.tell(SYNCED)
+
+        await asyncio.wait_for(rig.controller.ready.wait(), _BOUND_S)
+
+        assert rig.sink.states == [ProxyState()]
+
+
+async def test_ready_is_said_after_the_first_sync_that_succeeded() -> None:
+    async with Rig().running() as rig:
+        rig.sink.gate.clear()
+        rig.source.tell(service(), SYNCED)
+        await rig.sink.called(1)
+        assert not rig.controller.ready.is_set()
+        assert rig.controller.synced_at is None
+
+        rig.sink.gate.set()
+        await asyncio.wait_for(rig.controller.ready.wait(), _BOUND_S)
+
+        assert rig.controller.synced_at is not None
+
+
+async def test_each_change_reaches_the_sink() -> None:
+    async with Rig().running() as rig:
+        rig.source.tell(service("a"), SYNCED)
+        await rig.sink.called(1)
+
+        rig.source.tell(service("b"))
+        await rig.sink.called(2)
+        rig.source.tell(gone("Service", "a"))
+        await rig.sink.called(3)
+
+        assert [sorted(name.service.name for name in state.service_ports) for state in rig.sink.states] == [
+            ["a"],
+            ["a", "b"],
+            ["b"],
+        ]
+
+
+async def test_changes_that_come_together_are_synced_together() -> None:
+    async with Rig().running() as rig:
+        rig.source.tell(SYNCED)
+        await rig.until(rig.controller.ready.is_set)
+
+        for n in range(20):
+            rig.source.tell(service(f"s{n}"))
+        await rig.until(lambda: len(rig.sink.states[-1].service_ports) == 20)
+
+        assert len(rig.sink.states) <= 3
+
+
+async def test_what_changes_during_a_sync_is_synced_after_it() -> None:
+    async with Rig().running() as rig:
+        rig.sink.gate.clear()
+        rig.source.tell(service("a"), SYNCED)
+        await rig.sink.called(1)
+
+        rig.source.tell(service("b"))
+        await rig.source.taken()
+        rig.sink.gate.set()
+        await rig.sink.called(2)
+
+        assert port_named("b") in rig.sink.states[1].service_ports
+        assert port_named("b") not in rig.sink.states[0].service_ports
+
+
+async def test_a_failed_sync_is_repeated_with_the_same_state_until_it_succeeds() -> None:
+    async with Rig().running() as rig:
+        rig.sink.refusal = "no privilege"
+        rig.source.tell(service(), SYNCED)
+
+        await rig.sink.called(3)
+        rig.sink.refusal = ""
+        await asyncio.wait_for(rig.controller.ready.wait(), _BOUND_S)
+
+        assert all(state is rig.sink.states[0] for state in rig.sink.states)
+
+
+async def test_what_failed_is_shown_while_it_fails_and_since_when(caplog: pytest.LogCaptureFixture) -> None:
+    async with Rig().running() as rig:
+        rig.sink.refusal = "no privilege"
+        rig.source.tell(service(), SYNCED)
+        await rig.sink.called(3)
+        assert rig.controller.error == "no privilege"
+        since = rig.controller.failing_since
+        assert since is not None
+        await rig.sink.called(5)
+        assert rig.controller.failing_since == since
+        said = [record for record in caplog.records if record.levelno == logging.ERROR]
+        assert len(said) == 1
+        assert "what was in force stays: no privilege" in said[0].getMessage()
+
+        rig.sink.refusal = ""
+        await rig.until(rig.controller.ready.is_set)
+
+        assert rig.controller.error == ""
+        assert rig.controller.failing_since is None
+
+
+async def test_a_change_while_syncs_fail_is_in_the_next_try() -> None:
+    async with Rig().running() as rig:
+        rig.source.tell(service("a"), SYNCED)
+        await rig.until(rig.controller.ready.is_set)
+        rig.sink.refusal = "no privilege"
+        rig.source.tell(service("b"))
+        await rig.sink.called(3)
+
+        rig.source.tell(service("c"))
+        await rig.until(lambda: port_named("c") in rig.sink.states[-1].service_ports)
+
+        assert rig.controller.error == "no privilege"
+        assert rig.controller.ready.is_set()
+
+
+async def test_a_bad_object_never_stops_the_others() -> None:
+    async with Rig().running() as rig:
+        rig.source.tell(service("broken", ports=[]), service("headless", clusterIP="None"), service("fine"), SYNCED)
+        await rig.until(rig.controller.ready.is_set)
+
+        rig.source.tell(service("fine-too"))
+        await rig.sink.called(2)
+
+        assert [name.service.name for name in rig.sink.states[-1].service_ports] == ["fine", "fine-too"]
+        assert len(rig.tracker.problems) == 1
+
+
+async def test_nothing_is_synced_again_while_nothing_changes() -> None:
+    async with Rig().running() as rig:
+        rig.source.tell(service(), SYNCED)
+        await rig.until(rig.controller.ready.is_set)
+
+        await asyncio.sleep(0.03)
+
+        assert rig.controller.syncs == len(rig.sink.states) == 1
+
+
+async def test_who_wants_to_know_of_each_success_is_called_for_no_failure() -> None:
+    calls: list[int] = []
+    rig = Rig(after_sync=lambda: calls.append(len(rig.sink.states)))
+    async with rig.running():
+        rig.sink.refusal = "no"
+        rig.source.tell(SYNCED)
+        await rig.sink.called(2)
+        assert calls == []
+
+        rig.sink.refusal = ""
+        await rig.until(lambda: calls)
+
+        assert calls == [len(rig.sink.states)]
+
+
+async def test_a_failure_that_nobody_foresaw_ends_the_loop_and_keeps_its_traceback() -> None:
+    rig = Rig()
+
+    async def broken(_state: ProxyState) -> None:
+        raise ZeroDivisionError
+
+    rig.sink.sync = broken  # type: ignore[method-assign]
+    rig.source.tell(SYNCED)
+
+    with pytest.raises(ExceptionGroup) as caught:
+        await asyncio.wait_for(rig.controller.run(), _BOUND_S)
+
+    assert caught.group_contains(ZeroDivisionError)

@@ -1,0 +1,58 @@
+"""`demo` shows what it says, as root and as a plain user, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+DEMO = [sys.executable, "-m", "userspace_proxy", "demo"]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*DEMO, *arguments], capture_output=True, text=True, timeout=50, check=False)
+
+
+def test_the_demo_serves_fails_over_refuses_and_leaves_nothing() -> None:
+    left_before = {*Path("/run/netns").iterdir()}, set(Path("/tmp").glob("userspace-proxy-demo-*"))
+
+    done = run("--json")
+
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert seen["round_robin"] == ["pod1", "pod2", "pod3"] * 3
+    assert seen["affinity"] == {"client": ["pod1"] * 4, "pod1": ["pod2"] * 4}
+    assert seen["failover"]["failed"] == 0
+    assert set(seen["failover"]["answers"]) == {"pod1", "pod2", "pod3"}
+    assert seen["no_endpoints"] == "connection refused"
+    assert seen["stop"] == {"exit_code": 0, "rules_left": False}
+    assert ({*Path("/run/netns").iterdir()}, set(Path("/tmp").glob("userspace-proxy-demo-*"))) == left_before
+
+
+def test_in_a_pipe_it_is_plain_text() -> None:
+    done = run()
+
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout
+    assert "Round robin" in done.stdout
+    assert "failed" in done.stdout
+
+
+def test_where_namespaces_are_forbidden_it_says_so_and_how_to_go_on() -> None:
+    forbid = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"]
+    limited = Path("/proc/sys/user/max_user_namespaces")
+    before = limited.read_text()
+    limited.write_text("0")
+    try:
+        done = subprocess.run(
+            [*forbid, *DEMO], capture_output=True, text=True, timeout=20, check=False, env={**os.environ}
+        )
+    finally:
+        limited.write_text(before)
+
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "namespaces are forbidden here" in done.stderr
+    assert "sysctl" in done.stderr

@@ -1,0 +1,261 @@
+"""YAML texts taken apart: which objects they hold, where, and what is said of those that hold none."""
+
+from __future__ import annotations
+
+import pytest
+
+from userspace_proxy import api
+from userspace_proxy.model.names import NamespacedName
+from userspace_proxy.sources.documents import Document, Manifest, Place, Problem, duplicates, parse, split
+
+SERVICE = "kind: Service\nmetadata:\n  name: web\nspec:\n  ports:\n  - port: 80\n"
+
+
+def only_problem(text: str) -> Problem:
+    manifests, problems = parse(Document("f", 1, text))
+    assert not manifests
+    (problem,) = problems
+    return problem
+
+
+def only_manifest(text: str) -> Manifest:
+    (manifest,), problems = parse(Document("f", 1, text))
+    assert not problems
+    return manifest
+
+
+# ---- documents
+
+
+def test_documents_begin_at_their_separator_and_know_their_line() -> None:
+    found = list(split("f", "a: 1\n---\nb: 2\n--- # c\nc: 3\n"))
+
+    assert [(document.line, document.text) for document in found] == [
+        (1, "a: 1\n"),
+        (2, "---\nb: 2\n"),
+        (4, "--- # c\nc: 3\n"),
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "---\n", "# words\n---\n---\n# more\n", "%YAML 1.1\n---\n", "---\n...\n"])
+def test_what_holds_no_content_is_no_document(text: str) -> None:
+    assert list(split("f", text)) == []
+
+
+def test_a_separator_inside_of_a_line_or_a_longer_one_separates_nothing() -> None:
+    (document,) = split("f", "a: --- b\nc: |\n  ---\n  d\ne: ----\n")
+
+    assert document.text.count("---") == 3
+
+
+# ---- lines
+
+
+@pytest.mark.parametrize(
+    ("field", "line"),
+    [
+        ("", 11),
+        ("metadata.name", 13),
+        ("spec.ports[0].port", 16),
+        ("spec.ports[0].nodePort", 16),
+        ("spec.ports[7]", 15),
+        ("spec.clusterIP", 14),
+        ("nothing", 11),
+    ],
+)
+def test_a_field_is_found_at_its_line_or_at_that_of_its_nearest_parent(field: str, line: int) -> None:
+    assert Place(Document("f", 11, SERVICE)).where(field) == f"f:{line}"
+
+
+def test_a_label_with_dots_in_its_name_is_found() -> None:
+    text = "metadata:\n  labels:\n    a: b\n    kubernetes.io/service-name: web\n"
+
+    field = api.below("metadata.labels", "kubernetes.io/service-name")
+
+    assert Place(Document("f", 1, text)).where(field) == "f:4"
+
+
+def test_an_item_of_a_list_has_lines_of_its_own() -> None:
+    text = "kind: List\nitems:\n- kind: Service\n  metadata: {name: a}\n- kind: Service\n  metadata:\n    name: b\n"
+    manifests, _ = parse(Document("f", 1, text))
+
+    assert [manifest.place.where("metadata.name") for manifest in manifests] == ["f:4", "f:7"]
+
+
+# ---- objects
+
+
+def test_an_object_without_a_namespace_is_in_the_default_one_and_a_node_in_none() -> None:
+    assert only_manifest(SERVICE).name == NamespacedName("default", "web")
+    assert only_manifest("kind: Node\nmetadata: {name: n, namespace: x}\n").name == NamespacedName("", "n")
+
+
+def test_lists_in_lists_and_typed_lists_are_unpacked() -> None:
+    text = """
+kind: List
+items:
+- kind: ServiceList
+  items:
+  - metadata: {name: a}
+- kind: List
+- kind: Pod
+  metadata: {name: b}
+"""
+    manifests, problems = parse(Document("f", 1, text))
+
+    assert not problems
+    assert [(manifest.kind, manifest.name.name) for manifest in manifests] == [("Service", "a"), ("Pod", "b")]
+
+
+def test_one_bad_item_of_a_list_harms_no_other() -> None:
+    text = "kind: List\nitems:\n- kind: Service\n- 7\n- kind: Service\n  metadata: {name: c}\n"
+    manifests, problems = parse(Document("f", 1, text))
+
+    assert [manifest.name.name for manifest in manifests] == ["c"]
+    assert [problem.where for problem in problems] == ["f:3", "f:4"]
+
+
+def test_a_kind_that_ends_in_list_but_has_no_items_is_an_object() -> None:
+    assert only_manifest("kind: IPAllowList\nmetadata: {name: x}\nitems: {a: b}\n").object is None
+
+
+def test_a_service_of_somebody_elses_api_is_not_ours() -> None:
+    assert only_manifest("apiVersion: serving.knative.dev/v1\n" + SERVICE).object is None
+    assert only_manifest("apiVersion: v1\n" + SERVICE).object is not None
+
+
+@pytest.mark.parametrize("date", ["2024-01-31", "2024-01-31T10:00:00Z", "2024-13-45"])
+def test_a_date_is_text_as_it_is_for_kubernetes(date: str) -> None:
+    manifest = only_manifest(f"kind: Service\nmetadata: {{name: web, labels: {{built: {date}}}}}\n")
+
+    assert manifest.object is not None
+    assert manifest.object.metadata.labels == {"built": date}
+
+
+def test_an_alias_stands_for_what_it_names() -> None:
+    manifest = only_manifest("kind: Service\nmetadata: {name: web, labels: &l {a: b}}\nspec: {selector: *l}\n")
+
+    assert isinstance(manifest.object, api.Service)
+    assert manifest.object.spec is not None
+    assert manifest.object.spec.selector == {"a": "b"}
+
+
+# ---- what is said of texts that hold none
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        ("<!DOCTYPE html>\n<html lang=en>\n<p>a: b</p>\n", 3, "this is HTML"),
+        ("<html>\n", 1, "this is HTML"),
+        ("--- \n<html><p>a</p></html>\n", 1, "this is HTML"),
+        (SERVICE + "<div class='code'>x: y: z</div>\n", 7, "this is HTML"),
+        ("kind: Service\nmetadata:\n\tname: web\n", 3, "a tab is used"),
+        ("kind: Service\nmetadata:\n  name: {{ .Release.Name }}\n", 3, "this is a template"),
+        ("kind: Service\nspec:\n  a: b\n c: d\n", 4, "the YAML is broken near 'c: d'"),
+        ("kind: Service\nspec: [a\n", 2, "the YAML is broken"),
+        ("a: 'b\nc: d\n", 2, "the YAML is broken"),
+        ("kind: Service\nx: *nothing\n", 2, "undefined alias"),
+        ("kind: Service\nx: \x01\n", 2, "the YAML is broken"),
+        ("just words\n", 1, "this is no Kubernetes object"),
+        ("- kind: Service\n", 1, "this is no Kubernetes object"),
+        ("metadata: {name: web}\n", 1, "the object has no kind"),
+        ("kind: Service\nspec: {}\n", 1, "the object has no name"),
+        ("kind: Service\nmetadata:\n  name: 8080\n", 3, "8080 is no text"),
+        ("kind: Service\nmetadata: web\n", 2, "the object has no name"),
+        ("kind: Service\nmetadata: {name: web}\nspec:\n  ports:\n    port: 80\n", 4, "must be a list, not a mapping"),
+    ],
+)
+def test_a_text_that_is_no_manifest_is_told_apart_with_its_line(text: str, line: int, said: str) -> None:
+    problem = only_problem(text)
+
+    assert said in str(problem)
+    assert problem.where == f"f:{line}"
+    assert problem.error.mend
+
+
+@pytest.mark.parametrize("text", ["[" * 20_000 + "]" * 20_000, "{a: " * 20_000 + "}" * 20_000])
+def test_a_text_that_is_nested_without_end_harms_nobody(text: str) -> None:
+    assert "YAML" in str(only_problem(text))
+
+
+def test_the_key_of_a_label_that_is_no_text_is_named() -> None:
+    problem = only_problem("kind: Pod\nmetadata:\n  name: web\n  labels:\n    a: b\n    example.org/on: yes\n")
+
+    assert problem.where == "f:6"
+    assert problem.error.field == 'metadata.labels["example.org/on"]'
+    assert problem.error.mend == "put the value in quotes"
+
+
+def test_a_key_that_is_no_text_is_named() -> None:
+    problem = only_problem("kind: Pod\nmetadata:\n  name: web\n  labels:\n    80: http\n")
+
+    assert problem.where == "f:5"
+
+
+# ---- for checks
+
+
+def test_for_a_check_the_values_of_a_wrong_type_are_all_named_and_the_rest_is_kept() -> None:
+    text = """kind: Service
+metadata: {name: web, labels: {a: 1, b: 2, 80: x}}
+spec:
+  selector: {app: yes}
+  ports:
+  - port: "80"
+    targetPort: 1.5
+"""
+    (manifest,), problems = parse(Document("f", 1, text), for_check=True)
+
+    assert not problems
+    assert {error.field for error in manifest.errors} == {
+        "metadata.labels.a",
+        "metadata.labels.b",
+        "metadata.labels.80",
+        "spec.selector.app",
+        "spec.ports[0].port",
+        "spec.ports[0].targetPort",
+    }
+    assert isinstance(manifest.object, api.Service)
+    assert manifest.object.spec is not None
+    assert manifest.object.spec.ports == [api.ServicePort(80)]
+    assert manifest.plain is not None
+    assert manifest.plain["metadata"]["labels"]["a"] == 1
+
+
+def test_for_a_check_an_object_that_lacks_too_much_is_named_all_the_same() -> None:
+    text = "kind: Service\nmetadata: {name: web}\nspec: {ports: [{port: http}]}\n"
+    (manifest,), _ = parse(Document("f", 1, text), for_check=True)
+
+    assert manifest.object is None
+    assert [str(error) for error in manifest.errors] == [
+        "spec.ports[0].port: must be a number, not text; write it in digits, without quotes"
+    ]
+
+
+def test_for_a_check_a_key_that_stands_twice_is_named_at_its_second_line() -> None:
+    text = SERVICE + "    port: 81\nmetadata:\n  name: other\n"
+    _, problems = parse(Document("f", 1, text), for_check=True)
+
+    assert sorted((problem.where, problem.error.field) for problem in problems) == [
+        ("f:7", "spec.ports[0].port"),
+        ("f:8", "metadata"),
+    ]
+
+
+def test_merge_keys_and_aliases_are_no_keys_that_stand_twice() -> None:
+    text = "kind: X\nmetadata: &m {name: a, b: c}\nx:\n  <<: *m\n  b: d\ny: &y [*y, *m]\n"
+    _, problems = parse(Document("f", 1, text), for_check=True)
+
+    assert not problems
+
+
+def test_a_copy_of_a_file_is_reported_in_few_words() -> None:
+    text = "".join(f"---\nkind: Service\nmetadata: {{name: s{index}}}\n" for index in range(100))
+    manifests = [m for path in ("a", "b") for document in split(path, text) for m in parse(document)[0]]
+
+    found = duplicates(manifests)
+
+    assert len(found) == 11
+    assert str(found[0]) == "b:3: metadata.name: Service default/s0 is already at a:3; remove one of them"
+    assert "90 more objects are already in a" in str(found[-1])

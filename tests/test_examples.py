@@ -1,0 +1,100 @@
+"""Every lesson is what `run` takes as it is, and what its README promises stands in its manifests."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from userspace_proxy.control.cluster_ips import ClusterIPs
+from userspace_proxy.control.lint import lint
+from userspace_proxy.control.tracker import Tracker
+from userspace_proxy.interfaces import EventType
+from userspace_proxy.lab import ServiceLab
+from userspace_proxy.model.service import portals
+from userspace_proxy.model.state import ProxyState
+from userspace_proxy.sources.files import FileSource, read_once
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+CLUSTER_IP_RANGE = ipaddress.ip_network("10.96.0.0/16")
+
+ONE, TWO, THREE = (ServiceLab.pod_ip(index) for index in range(3))
+WHAT_IS_SERVED = {
+    "cluster-ip": {"10.96.0.11:80/TCP": [f"{ONE}:8080", f"{TWO}:8080", f"{THREE}:8080"]},
+    "multi-port": {
+        "10.96.0.12:80/TCP": [f"{ONE}:8080", f"{TWO}:8080"],
+        "10.96.0.12:9090/TCP": [f"{ONE}:9090", f"{TWO}:9090"],
+        "10.96.0.12:80/UDP": [f"{ONE}:9000", f"{TWO}:9000"],
+    },
+    "named-ports": {"10.96.0.13:80/TCP": [f"{ONE}:8080", f"{TWO}:8081"]},
+    "no-selector": {
+        "10.96.0.14:80/TCP": [f"{ONE}:8080", f"{TWO}:8080"],
+        "10.96.0.15:80/TCP": [f"{TWO}:8080", f"{THREE}:8080"],
+    },
+    "affinity": {"10.96.0.16:80/TCP": [f"{ONE}:8080", f"{TWO}:8080", f"{THREE}:8080"]},
+    "failover": {"10.96.0.17:80/TCP": [f"{ONE}:8080", f"{TWO}:8080", f"{THREE}:8080"]},
+    "compose": {"10.96.0.20:80/TCP": ["10.245.0.2:8080", "10.245.0.3:8080", "10.245.0.4:8080"]},
+}
+
+
+async def load(folders: Sequence[Path]) -> tuple[ProxyState, list[str]]:
+    """Return what `run` would serve of *folders*, and what it would complain of."""
+    source = FileSource([str(folder) for folder in folders])
+    tracker = Tracker(ClusterIPs((CLUSTER_IP_RANGE,), {}))
+    async for events in source.events():
+        tracker.apply(events)
+        if any(event.type is EventType.SYNCED for event in events):
+            break
+    state = tracker.state()
+    return state, [*source.problems.values(), *tracker.problems.values()]
+
+
+def served(state: ProxyState) -> dict[str, list[str]]:
+    """Return who may answer at each portal of *state*, as ``ip:port/PROTOCOL`` -> ``ip:port``."""
+    return {
+        f"{portal}/{portal.protocol}": [str(endpoint) for endpoint in state.endpoints[name] if endpoint.ready]
+        for name, service_port in state.service_ports.items()
+        for portal in portals(service_port)
+    }
+
+
+def test_every_folder_is_a_lesson_that_is_tested_here() -> None:
+    assert {folder.name for folder in EXAMPLES.iterdir() if folder.is_dir()} == set(WHAT_IS_SERVED)
+
+
+@pytest.mark.parametrize("lesson", WHAT_IS_SERVED)
+async def test_a_lesson_is_served_as_its_readme_says(lesson: str) -> None:
+    state, problems = await load([EXAMPLES / lesson])
+
+    assert problems == []
+    assert served(state) == WHAT_IS_SERVED[lesson]
+
+
+@pytest.mark.parametrize("lesson", WHAT_IS_SERVED)
+def test_check_finds_nothing_wrong_in_a_lesson(lesson: str) -> None:
+    assert lint(*read_once([str(EXAMPLES / lesson)])) == []
+
+
+@pytest.mark.parametrize("lesson", WHAT_IS_SERVED)
+def test_a_lesson_has_a_readme_that_names_its_cluster_ips(lesson: str) -> None:
+    readme = (EXAMPLES / lesson / "README.md").read_text()
+
+    for portal in WHAT_IS_SERVED[lesson]:
+        assert portal.partition(":")[0] in readme
+    assert f"run examples/{lesson}" in readme or lesson == "compose"
+    assert f"({lesson}/)" in (EXAMPLES / "README.md").read_text()
+
+
+async def test_all_lessons_can_be_served_together() -> None:
+    state, problems = await load([EXAMPLES / lesson for lesson in WHAT_IS_SERVED])
+
+    assert problems == []
+    assert served(state) == {portal: who for lesson in WHAT_IS_SERVED.values() for portal, who in lesson.items()}
+
+
+async def test_the_affinity_lesson_lasts_as_long_as_its_readme_says() -> None:
+    state, _ = await load([EXAMPLES / "affinity"])
+
+    assert [service_port.affinity_timeout_s for service_port in state.service_ports.values()] == [10]

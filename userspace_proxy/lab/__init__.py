@@ -1,0 +1,35 @@
+"""Hosts, servers and clients of our own on this machine, for the demo and the tests."""
+
+from userspace_proxy.lab.clients import ask, connect
+from userspace_proxy.lab.hosts import (
+    CLIENT_IP,
+    CLIENT_IP6,
+    NODE_IP,
+    NODE_IP6,
+    Host,
+    Lab,
+    ServiceLab,
+    build_service_lab,
+    command_in_namespaces,
+    ip,
+    prepare,
+)
+from userspace_proxy.lab.servers import HTTP_PORT, start_nginx
+
+__all__ = [
+    "CLIENT_IP",
+    "CLIENT_IP6",
+    "HTTP_PORT",
+    "NODE_IP",
+    "NODE_IP6",
+    "Host",
+    "Lab",
+    "ServiceLab",
+    "ask",
+    "build_service_lab",
+    "command_in_namespaces",
+    "connect",
+    "ip",
+    "prepare",
+    "start_nginx",
+]

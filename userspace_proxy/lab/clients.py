@@ -1,0 +1,32 @@
+"""Clients on lab hosts: sockets of this process that live in another network namespace."""
+
+from __future__ import annotations
+
+import socket
+
+from userspace_proxy.lab.hosts import Host
+
+
+def connect(host: Host, ip: str, port: int, timeout_s: float = 5.0) -> socket.socket:
+    """Return a TCP connection from *host*. Raises OSError."""
+    with host.inside():
+        sock = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_STREAM)
+    sock.settimeout(timeout_s)
+    try:
+        sock.connect((ip, port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def ask(host: Host, ip: str, port: int = 80, timeout_s: float = 5.0) -> str:
+    """GET / on a connection of its own; return the body: who answered. Raises OSError."""
+    with connect(host, ip, port, timeout_s) as sock:
+        sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        received = b""
+        while part := sock.recv(4096):
+            received += part
+    if not received:
+        raise ConnectionError("the connection was closed without an answer")
+    return received.rpartition(b"\r\n\r\n")[2].decode().strip()
