@@ -10,7 +10,7 @@ failed=0
 while true; do
   names=''
   for _ in $(seq 30); do
-    if name=$(timeout 5 wget -q -O - "http://$CLUSTER_IP/"); then
+    if name=$(curl --silent --show-error --fail --max-time 5 "http://$CLUSTER_IP/"); then
       names="$names $name"
     else
       failed=$((failed + 1))

@@ -10,6 +10,7 @@ from userspace_proxy.interfaces import Counters, PlaneStats
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
 
 TCP = ServicePortName(NamespacedName("shop", "web"), "http", L4Protocol.TCP)
+ORDER = ("namespace", "service", "port", "protocol", "version")
 UDP = ServicePortName(NamespacedName("shop", "dns"), "", L4Protocol.UDP)
 
 
@@ -18,10 +19,10 @@ def control(**given: int | float) -> ControlStats:
 
 
 def samples(plane: PlaneStats, stats: ControlStats) -> dict[tuple[str, ...], float]:
-    """Return (name, label values...) -> value of all that a Prometheus would read."""
+    """Return (name, then its labels in their order) -> value, as a Prometheus reads it."""
     text = render(plane, stats).decode()
     return {
-        (sample.name, *sample.labels.values()): sample.value
+        (sample.name, *(sample.labels[label] for label in ORDER if label in sample.labels)): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
