@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 
 _ABORTIVE_CLOSE = struct.pack("ii", 1, 0)
+# Every wait has an end of its own: a test that hangs in uvloop is not stopped by a signal.
+PATIENCE_S = 20.0
 
 
 class End:
@@ -24,16 +26,18 @@ class End:
         self._loop = asyncio.get_running_loop()
 
     async def send(self, data: bytes) -> None:
-        await self._loop.sock_sendall(self.sock, data)
+        async with asyncio.timeout(PATIENCE_S):
+            await self._loop.sock_sendall(self.sock, data)
 
     async def receive(self, count: int) -> bytes:
         """Return exactly *count* bytes, or what came before the end."""
         received = bytearray()
-        while len(received) < count:
-            piece = await self._loop.sock_recv(self.sock, min(count - len(received), 1 << 18))
-            if not piece:
-                break
-            received += piece
+        async with asyncio.timeout(PATIENCE_S):
+            while len(received) < count:
+                piece = await self._loop.sock_recv(self.sock, min(count - len(received), 1 << 18))
+                if not piece:
+                    break
+                received += piece
         return bytes(received)
 
     async def receive_all(self) -> tuple[bytes, str]:
@@ -41,7 +45,8 @@ class End:
         received = bytearray()
         while True:
             try:
-                piece = await self._loop.sock_recv(self.sock, 1 << 18)
+                async with asyncio.timeout(PATIENCE_S):
+                    piece = await self._loop.sock_recv(self.sock, 1 << 18)
             except ConnectionResetError:
                 return bytes(received), "reset"
             if not piece:

@@ -133,9 +133,9 @@ async def test_more_objects_than_a_batch_holds_all_come_before_synced(tmp_path: 
 
 @pytest.mark.parametrize("kind", ["List", "ServiceList"])
 async def test_the_items_of_a_list_are_objects_of_their_own(tmp_path: Path, kind: str) -> None:
-    item = {"metadata": {"name": "a"}, "spec": {"ports": [{"port": 80}]}}
+    item: dict[str, object] = {"metadata": {"name": "a"}, "spec": {"ports": [{"port": 80}]}}
     if kind == "List":
-        item["kind"] = "Service"  # type: ignore[assignment]
+        item["kind"] = "Service"
     (tmp_path / "a.json").write_text(json.dumps({"kind": kind, "items": [item]}))
 
     async with following(tmp_path) as told:

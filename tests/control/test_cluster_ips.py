@@ -75,9 +75,9 @@ def test_the_smallest_ranges_work_as_far_as_they_go(network: str, room: int) -> 
 def test_the_first_addresses_of_a_range_are_left_to_those_who_choose_theirs() -> None:
     known = cluster_ips("10.96.0.0/24")
 
-    held = [ipaddress.ip_address(assign(known, f"s{n}")[0]) for n in range(200)]
+    held = [ipaddress.IPv4Address(assign(known, f"s{n}")[0]) for n in range(200)]
 
-    assert min(held) >= ipaddress.ip_address("10.96.0.16")
+    assert min(held) >= ipaddress.IPv4Address("10.96.0.16")
 
 
 def test_a_huge_ipv6_range_costs_nothing() -> None:

@@ -262,12 +262,10 @@ async def test_who_wants_to_know_of_each_success_is_called_for_no_failure() -> N
 
 
 async def test_a_failure_that_nobody_foresaw_ends_the_loop_and_keeps_its_traceback() -> None:
-    rig = Rig()
-
-    async def broken(_state: ProxyState) -> None:
+    def broken() -> None:
         raise ZeroDivisionError
 
-    rig.sink.sync = broken  # type: ignore[method-assign]
+    rig = Rig(after_sync=broken)
     rig.source.tell(SYNCED)
 
     with pytest.raises(ExceptionGroup) as caught:

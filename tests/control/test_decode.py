@@ -11,7 +11,7 @@ from userspace_proxy import api
 from userspace_proxy.control import decode
 from userspace_proxy.errors import ConfigError
 from userspace_proxy.model.endpoint import Endpoint
-from userspace_proxy.model.names import L4Protocol
+from userspace_proxy.model.names import L4Protocol, ServicePortName
 from userspace_proxy.model.service import ServicePort
 
 TCP_PORT = ("", "TCP")
@@ -200,7 +200,7 @@ def test_a_service_port_says_all_that_the_manifest_says() -> None:
 
     assert found == [
         ServicePort(
-            name=decode.ServicePortName(named("web"), "http", L4Protocol.TCP),
+            name=ServicePortName(named("web"), "http", L4Protocol.TCP),
             port=80,
             cluster_ips=("10.96.0.1",),
             node_port=30_080,
@@ -278,7 +278,11 @@ def test_what_a_slice_leaves_out_is_assumed_to_be_well(
 
 
 def test_ports_are_matched_by_name_and_protocol() -> None:
-    ports = [{"name": "dns", "port": 53, "protocol": "UDP"}, {"name": "dns", "port": 54}, {"port": 80}]
+    ports: list[dict[str, Any]] = [
+        {"name": "dns", "port": 53, "protocol": "UDP"},
+        {"name": "dns", "port": 54},
+        {"port": 80},
+    ]
 
     found = decode.from_slices([endpoint_slice("10.0.0.1", ports=ports)])
 

@@ -24,7 +24,7 @@ from userspace_proxy import api
 from userspace_proxy.interfaces import EventType, ObjectEvent
 from userspace_proxy.model.names import L4Protocol
 
-SELECTING = {"selector": {"app": "web"}}
+SELECTING: dict[str, Any] = {"selector": {"app": "web"}}
 
 
 # ---- from objects to a state

@@ -20,7 +20,7 @@ from userspace_proxy.control.fields import field_errors, kind_errors
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.errors import ConfigError
 from userspace_proxy.interfaces import EventType, ObjectEvent
-from userspace_proxy.model.names import NamespacedName
+from userspace_proxy.model.names import L4Protocol, NamespacedName
 from userspace_proxy.sources.documents import Lines, Manifest, Problem, duplicates
 
 NODE_PORTS = range(30_000, 32_768)
@@ -103,7 +103,10 @@ class _Input:
         if manifest.kind not in api.KINDS or (manifest.object is None and not manifest.errors):
             yield from kind_errors(manifest.kind)
             return
-        shape = [*manifest.errors, *field_errors(manifest.kind, manifest.plain or {})]
+        shape = list(field_errors(manifest.kind, manifest.plain or {}))
+        # What is missing stands there, misspelt.
+        misspelt_in = {error.field.rpartition(".")[0] for error in shape}
+        shape += [e for e in manifest.errors if not (e.reason.startswith("lacks") and e.field in misspelt_in)]
         yield from shape
         match manifest.object:
             case api.Service() as service:
@@ -179,12 +182,13 @@ class _Input:
         templates = self._templates.selected_pods(name, service)
         if not pods and name not in self._with_endpoints:
             yield self._no_pods(name, service, selector, templates)
-        elif pods and not any(decode.pod_ips(pod) for pod in pods):
+        elif pods and not any(_pod_ip_fields(pod) for pod in pods):
             which = f"Pod {pods[0].metadata.name}" if len(pods) == 1 else f"any of the {len(pods)} Pods it selects"
             mend = "add status.podIP to the Pod, as 'kubectl get pod -o yaml' shows it"
             yield ConfigError(f"no address is known of {which}", field="spec.selector", mend=mend)
         for index, port in enumerate(service.spec.ports or ()):
-            yield from _target_port_errors(port, index, pods or templates)
+            if (port.protocol or "TCP") in L4Protocol.__members__:
+                yield from _target_port_errors(port, index, pods or templates)
 
     def _no_pods(
         self, name: NamespacedName, service: api.Service, selector: Mapping[str, str], templates: Sequence[api.Pod]

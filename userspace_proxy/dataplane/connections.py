@@ -13,16 +13,18 @@ import errno
 import logging
 import resource
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from userspace_proxy.dataplane.peers import is_unanswered
+from userspace_proxy.dataplane.peers import Answer, last_answer
 from userspace_proxy.dataplane.poller import Poller
 from userspace_proxy.interfaces import Splice
 
 # Kept free for the event loop, rules, admin and file watching.
 RESERVED_DESCRIPTORS = 128
 _SWEEPS_A_LIMIT = 6
+# A look at so many connections takes about a millisecond; then traffic has its turn.
+_LOOKS_A_TURN = 500
 _RESUME_S = 0.1
 _COMPLAIN_EVERY_S = 10.0
 
@@ -50,11 +52,13 @@ class Connection(Protocol):
 
 @dataclass(slots=True)
 class _Silence:
-    """What the last looks at one connection saw."""
+    """What the last looks at one connection saw, of both sides where it is a list: client, backend."""
 
+    since: float
     moved_bytes: int = -1
-    since: float = 0.0
-    unanswered_since: float | None = None
+    # Both peers had acknowledged all at this many bytes (and half-closes): there is nothing to wait for until more moves.
+    answered_at: tuple[int, bool] | None = None
+    unanswered_since: list[float | None] = field(default_factory=lambda: [None, None])
 
 
 class Connections:
@@ -73,11 +77,13 @@ class Connections:
         self._limits = limits
         self._now = now
         self._descriptors_used = descriptors_used
-        self._open: dict[Connection, _Silence] = {}
+        self._open: dict[Connection, _Silence | None] = {}  # None: not looked at yet
         self._round: list[Connection] = []
+        self._part = 1
         self._empty = asyncio.Event()
         self._empty.set()
-        self._most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVED_DESCRIPTORS
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most = limit - min(RESERVED_DESCRIPTORS, limit // 4)
         self._complained_at = float("-inf")
         self.udp_flows = 0
         self.times_paused = 0
@@ -87,7 +93,7 @@ class Connections:
         return len(self._open)
 
     def add(self, connection: Connection) -> None:
-        self._open[connection] = _Silence(since=self._now())
+        self._open[connection] = None
         self._empty.clear()
 
     def remove(self, connection: Connection) -> None:
@@ -99,10 +105,14 @@ class Connections:
 
     def has_room(self) -> bool:
         """Return whether two more descriptors fit; if not, accepting is paused until they do."""
-        if self._descriptors_used() + 2 * len(self._open) + 2 <= self._most:
+        if self.fits(2):
             return True
         self.note_shortage(OSError(errno.EMFILE, "all descriptors are in use"))
         return False
+
+    def fits(self, descriptors: int) -> bool:
+        """Return whether so many more descriptors leave enough for everything else."""
+        return self._descriptors_used() + 2 * len(self._open) + descriptors <= self._most
 
     def note_shortage(self, error: OSError) -> None:
         """This host ran out of something. Descriptors: leave new clients in the kernel's queue for a moment."""
@@ -124,25 +134,38 @@ class Connections:
     @property
     def sweep_period_s(self) -> float:
         """How often `sweep` wants to be called: each connection is looked at six times within the shortest limit."""
-        limits = [self._limits.idle_timeout_s, self._limits.half_closed_timeout_s, self._limits.dead_peer_timeout_s]
-        return min([1.0, *(limit / _SWEEPS_A_LIMIT for limit in limits if limit)])
+        return min(1.0, self._shortest_limit_s / _SWEEPS_A_LIMIT)
 
-    def sweep(self) -> None:
+    @property
+    def _shortest_limit_s(self) -> float:
+        limits = self._limits
+        given = (limits.idle_timeout_s, limits.half_closed_timeout_s, limits.dead_peer_timeout_s)
+        return min((limit for limit in given if limit), default=60.0)
+
+    async def sweep(self) -> None:
         """Look at the next part of the connections, and cut those that have been silent for too long."""
         if not self._round:
             self._round = list(self._open)
-        shortest = self._limits.dead_peer_timeout_s or 30.0
-        parts = max(1, round(shortest / _SWEEPS_A_LIMIT / self.sweep_period_s))
-        size = -(-len(self._open) // parts)
-        part, self._round = self._round[:size], self._round[size:]
-        now = self._now()
-        for connection in part:
-            silence = self._open.get(connection)
-            if silence is None or connection.splice is None:
-                continue
-            reason = self._too_long(connection.splice, silence, now)
-            if reason:
-                connection.cut(reason)
+            parts = max(1, round(self._shortest_limit_s / _SWEEPS_A_LIMIT / self.sweep_period_s))
+            self._part = -(-len(self._round) // parts)
+        part, self._round = self._round[: self._part], self._round[self._part :]
+        for start in range(0, len(part), _LOOKS_A_TURN):
+            if start:
+                await asyncio.sleep(0)
+            now = self._now()
+            for connection in part[start : start + _LOOKS_A_TURN]:
+                self._look_at(connection, now)
+
+    def _look_at(self, connection: Connection, now: float) -> None:
+        splice = connection.splice
+        if connection not in self._open or splice is None:
+            return
+        silence = self._open[connection]
+        if silence is None:
+            silence = self._open[connection] = _Silence(now)
+        reason = self._too_long(splice, silence, now)
+        if reason:
+            connection.cut(reason)
 
     def _too_long(self, splice: Splice, silence: _Silence, now: float) -> str:
         limits = self._limits
@@ -155,22 +178,27 @@ class Connections:
             return "idle"
         if splice.half_closed and limits.half_closed_timeout_s and silent_s >= limits.half_closed_timeout_s:
             return "half-closed for too long"
+        if not limits.dead_peer_timeout_s or silence.answered_at == (moved, splice.half_closed):
+            return ""
         return self._dead_peer(splice, silence, now)
 
     def _dead_peer(self, splice: Splice, silence: _Silence, now: float) -> str:
-        limit_s = self._limits.dead_peer_timeout_s
-        if not limit_s:
-            return ""
-        since = silence.unanswered_since
-        waiting_s = 0.0 if since is None else now - since
-        for side, sock in zip(("client", "backend"), splice.sockets, strict=True):
-            if is_unanswered(sock, waiting_s):
-                if since is None:
-                    silence.unanswered_since = now
-                    return ""
-                # One look's distance less than the limit, so that the limit is kept and not exceeded.
-                return f"{side} is dead" if waiting_s >= limit_s * (1 - 2 / _SWEEPS_A_LIMIT) else ""
-        silence.unanswered_since = None
+        # Two looks' distance less than the limit, so that the limit is kept and not exceeded.
+        limit_s = self._limits.dead_peer_timeout_s * (1 - 2 / _SWEEPS_A_LIMIT)
+        owes_nothing = True
+        for side, sock in enumerate(splice.sockets):
+            since = silence.unanswered_since[side]
+            waiting_s = 0.0 if since is None else now - since
+            answer = last_answer(sock, waiting_s)
+            owes_nothing = owes_nothing and answer is Answer.NOTHING_ASKED
+            if answer is not Answer.NONE:
+                silence.unanswered_since[side] = None
+            elif since is None:
+                silence.unanswered_since[side] = now
+            elif waiting_s >= limit_s:
+                return f"{('client', 'backend')[side]} is dead"
+        if owes_nothing:
+            silence.answered_at = (silence.moved_bytes, splice.half_closed)
         return ""
 
     # ---- drain

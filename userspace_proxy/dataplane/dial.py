@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from userspace_proxy.dataplane.picker import Picker
 from userspace_proxy.dataplane.poller import FAILED, WRITE, Poller
-from userspace_proxy.dataplane.sockets import backend_socket, tune_tcp
+from userspace_proxy.dataplane.sockets import backend_socket, is_self_connected, tune_tcp
 from userspace_proxy.interfaces import Counters
 from userspace_proxy.model.endpoint import Address, Endpoint
 
@@ -35,6 +35,7 @@ LOCAL_SHORTAGES = {
     errno.ENFILE,
     errno.ENOBUFS,
     errno.ENOMEM,
+    errno.ENOSPC,  # more sockets in epolls than fs.epoll.max_user_watches
     errno.EAGAIN,
 }
 
@@ -122,11 +123,15 @@ class Dial:
             self._wait_for_descriptors(error)
             return True
         self._attempts += 1
-        tune_tcp(sock, context.dead_peer_timeout_s)
-        code = sock.connect_ex(address)
+        try:
+            tune_tcp(sock, context.dead_peer_timeout_s)
+            code = sock.connect_ex(address)
+            if code in (0, errno.EINPROGRESS):
+                context.poller.watch(sock, self._on_socket)
+        except OSError as error:
+            code = error.errno or errno.EIO
         if code in (0, errno.EINPROGRESS):
             self._sock = sock
-            context.poller.watch(sock, self._on_socket)
             self._timer = context.loop.call_later(DIAL_TIMEOUTS_S[self._waited], self._on_timeout)
             return True
         sock.close()
@@ -138,16 +143,21 @@ class Dial:
         if sock is None:
             return
         if events & FAILED:
-            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            self._let_go()
-            self._note_failure(code, again=False)
-            self.start()
+            self._fail(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
         elif events & WRITE:
+            if is_self_connected(sock, self._endpoint.address):
+                self._fail(errno.ECONNREFUSED)
+                return
             self._stop_timer()
             self._sock = None
             if self._context.picker.report_success(self._endpoint):
                 log.info("endpoint %s takes connections again", self._endpoint)
             self._on_connected(Connected(sock, self._endpoint, self._why))
+
+    def _fail(self, code: int) -> None:
+        self._let_go()
+        self._note_failure(code, again=False)
+        self.start()
 
     def _on_timeout(self) -> None:
         self._let_go()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import socket
 import time
@@ -92,7 +91,7 @@ class LocalPlane:
     async def reserve(self, port: int) -> str:
         """Hold *port* so that the kernel refuses whoever dials it; return why not ("" when held)."""
         try:
-            self._reserved = reserve_refusing_port(port)
+            self._reserved += reserve_refusing_port(port)
         except OSError as error:
             return f"port {port}: {error.strerror}"
         return ""
@@ -126,20 +125,25 @@ class LocalPlane:
         self._context.connections.cut_all()
 
     async def close(self, drain_timeout_s: float) -> None:
-        await self.retire(list(self._listeners))
-        await self._context.connections.drain(drain_timeout_s)
-        self._sweeper.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._sweeper
-        for sock in self._reserved:
-            sock.close()
-        self._poller.stop()
+        try:
+            await self.retire(list(self._listeners))
+            await self._context.connections.drain(drain_timeout_s)
+        finally:
+            self._context.connections.cut_all()
+            self._sweeper.cancel()
+            for sock in self._reserved:
+                sock.close()
+            self._poller.stop()
+        await asyncio.wait([self._sweeper])
 
     async def _sweep(self) -> None:
         period_s = self._context.connections.sweep_period_s
         while True:
             await asyncio.sleep(period_s)
-            self._context.connections.sweep()
-            now = self._context.now()
-            for listener in self._udp.values():
-                listener.expire(now)
+            try:
+                await self._context.connections.sweep()
+                now = self._context.now()
+                for listener in list(self._udp.values()):
+                    listener.expire(now)
+            except Exception:
+                log.exception("a bug: this look for silent connections found nothing")

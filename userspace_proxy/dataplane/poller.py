@@ -23,8 +23,10 @@ WRITE = select.EPOLLOUT
 # The peer will send no more (or there is no more connection): read on until the kernel confirms it.
 HANGUP = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 FAILED = select.EPOLLERR | select.EPOLLHUP
+# TCP urgent data: a read stops in front of it, though there is more.
+URGENT = select.EPOLLPRI
 
-_CONNECTION_MASK = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
+_CONNECTION_MASK = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLPRI | select.EPOLLET
 _EVENTS_A_TURN = 256
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ class Poller:
         self._connections = select.epoll()
         self._listeners = select.epoll()
         self._accepting = True
+        self._stopped = False
         loop.add_reader(self._connections.fileno(), self._turn)
         loop.add_reader(self._listeners.fileno(), self._accept_turn)
 
@@ -88,8 +91,7 @@ class Poller:
                 try:
                     handler(events)
                 except Exception:
-                    log.exception("a bug: one connection is lost by it")
-                    handlers.pop(fd, None)
+                    log.exception("a bug: an event was not handled")
 
     def _take_again(self) -> None:
         steps, self._again = self._again, []
@@ -97,7 +99,7 @@ class Poller:
             try:
                 step()
             except Exception:
-                log.exception("a bug: one connection is lost by it")
+                log.exception("a bug: a step was not taken")
 
     def _close_all(self) -> None:
         closing, self._closing = self._closing, []
@@ -123,7 +125,7 @@ class Poller:
             self._loop.remove_reader(self._listeners.fileno())
 
     def resume_accepting(self) -> None:
-        if not self._accepting:
+        if not self._accepting and not self._stopped:
             self._accepting = True
             self._loop.add_reader(self._listeners.fileno(), self._accept_turn)
 
@@ -142,7 +144,9 @@ class Poller:
                 log.exception("a bug: accepting failed")
 
     def stop(self) -> None:
-        """Close what waits to be closed, and both epolls."""
+        """Close what waits to be closed, and both epolls. Steps and resumptions that were asked for come to nothing."""
+        self._stopped = True
+        self._again.clear()
         self._loop.remove_reader(self._connections.fileno())
         if self._accepting:
             self._loop.remove_reader(self._listeners.fileno())

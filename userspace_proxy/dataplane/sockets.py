@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
+import errno
+import functools
 import socket
 import struct
+from pathlib import Path
 
 from userspace_proxy.model.endpoint import Address
 
@@ -13,15 +15,20 @@ _BACKLOG = 4096
 _SO_ORIGINAL_DST = 80  # linux/netfilter_ipv4.h, and the same number at level IPPROTO_IPV6
 _TCP_RTO_MAX_MS = 44  # Linux 6.15; older kernels refuse it, and find some dead peers later
 _MAPPED = "::ffff:"
+_SOCKADDR_IN = struct.Struct("!2xH4s")
+_SOCKADDR_IN6 = struct.Struct("!2xH4x16s")
 
 KEEPALIVE_PROBES = 3
 
 
+@functools.cache
 def has_ipv6() -> bool:
     """Return whether this host can make IPv6 sockets; where not, listeners serve IPv4 alone."""
     try:
         socket.socket(socket.AF_INET6, socket.SOCK_STREAM).close()
-    except OSError:
+    except OSError as error:
+        if error.errno != errno.EAFNOSUPPORT:
+            raise
         return False
     return True
 
@@ -66,14 +73,12 @@ def reserve_refusing_port(port: int) -> tuple[socket.socket, socket.socket]:
     TCP: bound, never listening, so a SYN is answered by a reset. UDP: bound and connected to a peer that
     never sends, so that nobody else's datagram finds a socket and the kernel answers port unreachable.
     """
-    tcp = bind_wildcard(socket.SOCK_STREAM, port)
-    try:
-        udp = bind_wildcard(socket.SOCK_DGRAM, port)
+    with contextlib.ExitStack() as on_error:
+        tcp = on_error.enter_context(bind_wildcard(socket.SOCK_STREAM, port))
+        udp = on_error.enter_context(bind_wildcard(socket.SOCK_DGRAM, port))
         # Not ::1: where IPv6 is switched off by sysctl (Docker's containers) :: can be bound and ::1 not reached.
         udp.connect((f"{_MAPPED}127.0.0.1" if udp.family == socket.AF_INET6 else "127.0.0.1", 9))
-    except BaseException:
-        tcp.close()
-        raise
+        on_error.pop_all()
     return tcp, udp
 
 
@@ -84,6 +89,8 @@ def tune_tcp(sock: socket.socket, dead_peer_timeout_s: float) -> None:
     """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if not dead_peer_timeout_s:
+        return
     probe_s = max(1, int(dead_peer_timeout_s / (2 * KEEPALIVE_PROBES)))
     idle_s = max(1, int(dead_peer_timeout_s) - KEEPALIVE_PROBES * probe_s)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle_s)
@@ -99,23 +106,40 @@ def backend_socket(kind: socket.SocketKind, address: Address) -> socket.socket:
     return socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
 
 
+def is_self_connected(sock: socket.socket, address: Address) -> bool:
+    """Return whether *sock*, connected to *address*, is its own peer.
+
+    It happens where nobody listens at a local address and the kernel happens to choose the dialled port as
+    the source port: both ends are then the same socket, and what is sent comes back.
+    """
+    return address[1] >= _lowest_ephemeral_port() and sock.getsockname()[:2] == address
+
+
+@functools.cache
+def _lowest_ephemeral_port() -> int:
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 1
+
+
 def plain_ip(ip: str) -> str:
     """Return ``10.0.0.1`` for the ``::ffff:10.0.0.1`` that an IPv6 socket calls an IPv4 client."""
     return ip[len(_MAPPED) :] if ip.startswith(_MAPPED) and "." in ip else ip
 
 
-def original_destination(sock: socket.socket) -> Address | None:
-    """Return the address the client dialled before any NAT on this host; None where conntrack knows none.
+def original_destination(sock: socket.socket, client_ip: str) -> Address | None:
+    """Return the address that *client_ip* dialled before any NAT on this host; None where conntrack knows none.
 
     A connection without NAT has its own local address as its original destination.
     """
     try:
-        if sock.family == socket.AF_INET or sock.getsockname()[0].startswith(_MAPPED):
-            raw = sock.getsockopt(socket.SOL_IP, _SO_ORIGINAL_DST, 16)
-            port, packed = struct.unpack_from("!2xH4s", raw)
-        else:
+        if ":" in client_ip:
             raw = sock.getsockopt(socket.IPPROTO_IPV6, _SO_ORIGINAL_DST, 28)
-            port, packed = struct.unpack_from("!2xH4x16s", raw)
+            port, packed = _SOCKADDR_IN6.unpack_from(raw)
+            return socket.inet_ntop(socket.AF_INET6, packed), port
+        raw = sock.getsockopt(socket.SOL_IP, _SO_ORIGINAL_DST, 16)
+        port, packed = _SOCKADDR_IN.unpack_from(raw)
+        return socket.inet_ntoa(packed), port
     except OSError:
         return None
-    return str(ipaddress.ip_address(packed)), port

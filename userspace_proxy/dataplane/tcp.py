@@ -6,13 +6,12 @@ losing a byte, and a slow backend pushes back on the client through the kernel.
 
 from __future__ import annotations
 
-import errno
 import logging
 import socket
 import struct
 from typing import TYPE_CHECKING
 
-from userspace_proxy.dataplane.dial import Connected, Dial, DialContext
+from userspace_proxy.dataplane.dial import LOCAL_SHORTAGES, Connected, Dial, DialContext
 from userspace_proxy.dataplane.picker import Picker
 from userspace_proxy.dataplane.sockets import open_tcp_listener, original_destination, plain_ip
 from userspace_proxy.interfaces import AccessRecord, Backends, Counters, ListenerSpec, Splice
@@ -46,7 +45,11 @@ class TcpListener:
         )
         self.configure(spec)
         self._sock = open_tcp_listener(spec.proxy_port, context.limits.dead_peer_timeout_s)
-        context.poller.accept_from(self._sock, self._accept)
+        try:
+            context.poller.accept_from(self._sock, self._accept)
+        except OSError:
+            self._sock.close()
+            raise
 
     @property
     def name(self) -> ServicePortName:
@@ -68,8 +71,9 @@ class TcpListener:
         self.picker.set_endpoints(backends.usable)
 
     def close(self) -> None:
-        """Stop listening; connections of this listener live on."""
+        """Stop listening; connections of this listener live on, also those that were made but not yet accepted."""
         self._context.poller.leave(self._sock)
+        self._accept()
         self._sock.close()
 
     def _accept(self) -> None:
@@ -82,16 +86,16 @@ class TcpListener:
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno in (errno.ECONNABORTED, errno.EPROTO):
-                    continue
-                connections.note_shortage(error)
-                return
+                if error.errno in LOCAL_SHORTAGES:
+                    connections.note_shortage(error)
+                    return
+                continue  # of that one client: it has gone already, or a firewall was against it
             client.setblocking(False)
             TcpConnection(self, client, (plain_ip(address[0]), address[1]), self._context).begin()
 
-    def portal_of(self, client: socket.socket) -> Portal | None:
+    def portal_of(self, client: socket.socket, client_ip: str) -> Portal | None:
         """Return the portal that *client* dialled, or None when it came to the proxy port by another way."""
-        dialled = original_destination(client)
+        dialled = original_destination(client, client_ip)
         if dialled is None:
             return None
         return self._portals.get(dialled) or self._portals.get(dialled[1])
@@ -127,7 +131,7 @@ class TcpConnection:
 
     def begin(self) -> None:
         listener = self._listener
-        self._portal = listener.portal_of(self._client)
+        self._portal = listener.portal_of(self._client, self.client[0])
         if self._portal is None:
             # Somebody found the proxy port itself: the guard rule refuses that, unless a foreign DNAT led here.
             listener.counters.refused += 1
@@ -142,9 +146,15 @@ class TcpConnection:
     def _on_connected(self, backend: Connected) -> None:
         self._dial = None
         self._endpoint, self._why = backend.endpoint, backend.why
-        self._splice = self._context.splicer.start(self._client, backend.sock, self._on_end)
+        try:
+            self._splice = self._context.splicer.start(self._client, backend.sock, self._on_end)
+        except OSError as error:
+            self._context.poller.close(backend.sock)
+            self._context.connections.note_shortage(error)
+            self._on_failed("out of memory for events")
 
     def _on_failed(self, reason: str) -> None:
+        self._dial = None
         self._listener.counters.failed += 1
         self._refuse()
         self._on_end(reason)

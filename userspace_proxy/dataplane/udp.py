@@ -15,8 +15,9 @@ import struct
 from typing import TYPE_CHECKING
 
 from userspace_proxy.dataplane.picker import Picker
-from userspace_proxy.dataplane.poller import READ, Poller
-from userspace_proxy.dataplane.sockets import backend_socket, bind_wildcard, plain_ip
+from userspace_proxy.dataplane.dial import LOCAL_SHORTAGES
+from userspace_proxy.dataplane.poller import FAILED, READ, Poller
+from userspace_proxy.dataplane.sockets import backend_socket, bind_wildcard, is_self_connected, plain_ip
 from userspace_proxy.interfaces import AccessRecord, Backends, Counters, ListenerSpec
 from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.names import ServicePortName
@@ -46,8 +47,10 @@ class UdpFlow:
     """One client's conversation with one endpoint."""
 
     __slots__ = (
+        "answered",
         "bytes_to_backend",
         "bytes_to_client",
+        "ended",
         "endpoint",
         "key",
         "last_at",
@@ -68,17 +71,23 @@ class UdpFlow:
         self.started_at = self.last_at = now
         self.bytes_to_backend = 0
         self.bytes_to_client = 0
+        self.answered = False
+        self.ended = False
 
     def on_socket(self, events: int) -> None:
         """The backend answered, or an ICMP message says that it cannot."""
+        if not events & (READ | FAILED):
+            return
         for _ in range(DATAGRAMS_A_TURN):
-            if self.sock.fileno() < 0:
+            if self.ended:
                 return
             try:
                 count = self.sock.recv_into(_buffer)
             except BlockingIOError:
                 return
             except OSError as error:
+                if error.errno == errno.EMSGSIZE:
+                    continue  # the way has become narrower than an earlier datagram; the kernel knows now
                 self.listener.lose(self, error)
                 return
             self.listener.reply(self, count)
@@ -94,8 +103,17 @@ class UdpListener:
         self._context = context
         self._spec = spec
         self._flows: dict[ClientKey, UdpFlow] = {}
+        self._closed = False
         self._serving: frozenset[Address] = frozenset()
         self._sock = bind_wildcard(socket.SOCK_DGRAM, spec.proxy_port)
+        try:
+            self._tune()
+            context.poller.watch(self._sock, self._on_front)
+        except OSError:
+            self._sock.close()
+            raise
+
+    def _tune(self) -> None:
         try:
             self._sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _SOCKET_BUFFER_BYTES)
         except OSError:
@@ -104,7 +122,6 @@ class UdpListener:
             self._sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
         else:
             self._sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
-        context.poller.watch(self._sock, self._on_front)
 
     @property
     def name(self) -> ServicePortName:
@@ -126,6 +143,7 @@ class UdpListener:
             self._end(flow, "endpoint gone")
 
     def close(self) -> None:
+        self._closed = True
         for flow in list(self._flows.values()):
             self._end(flow, "service gone")
         self._context.poller.close(self._sock)
@@ -137,7 +155,7 @@ class UdpListener:
             return
         recvmsg_into, buffers = self._sock.recvmsg_into, [_buffer]
         for _ in range(DATAGRAMS_A_TURN):
-            if self._sock.fileno() < 0:
+            if self._closed:
                 return
             try:
                 count, ancillary, _, client = recvmsg_into(buffers, _CONTROL_BYTES)
@@ -162,6 +180,11 @@ class UdpListener:
             except BlockingIOError:
                 self.counters.datagrams_dropped += 1
             except OSError as error:
+                if error.errno == errno.EMSGSIZE:
+                    # Too long for this way, which is not the endpoint's fault; shorter ones go on.
+                    self.counters.datagrams_dropped += 1
+                    self._flows[key] = flow
+                    return
                 # What was refused is an earlier datagram of this flow; this one was not sent and can go elsewhere.
                 self._flows[key] = flow
                 self.lose(flow, error)
@@ -176,7 +199,7 @@ class UdpListener:
 
     def _begin(self, key: ClientKey) -> UdpFlow | None:
         """Open a flow to the picked endpoint, or to the next one where there is no way to it."""
-        if len(self._flows) >= self._context.limits.udp_flows_per_service:
+        if len(self._flows) >= self._context.limits.udp_flows_per_service or not self._context.connections.fits(1):
             self._evict()
         client_ip = plain_ip(str(key[0][0]))
         tried: dict[Address, bool] = {}
@@ -186,15 +209,17 @@ class UdpListener:
             sock = self._socket_to(address)
             if sock is None:
                 return None
+            flow = UdpFlow(key, self, sock, pick.endpoint, pick.why, self._context.now())
             try:
                 sock.connect(address)
+                if is_self_connected(sock, address):
+                    raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))  # noqa: TRY301
+                self._context.poller.watch(sock, flow.on_socket)
             except OSError as error:
                 sock.close()
                 self._hold_against(pick.endpoint, error)
                 self.counters.retries += 1
                 continue
-            flow = UdpFlow(key, self, sock, pick.endpoint, pick.why, self._context.now())
-            self._context.poller.watch(sock, flow.on_socket)
             self.counters.flows_total += 1
             self.counters.flows += 1
             self._context.connections.udp_flows += 1
@@ -221,9 +246,12 @@ class UdpListener:
     def reply(self, flow: UdpFlow, count: int) -> None:
         """Send the datagram in the shared buffer to the client of *flow*, from the address it asked."""
         client, asked = flow.key
-        if not flow.bytes_to_client and self.picker.report_success(flow.endpoint):
-            log.info("endpoint %s answers again", flow.endpoint)
+        if not flow.answered:
+            flow.answered = True
+            if self.picker.report_success(flow.endpoint):
+                log.info("endpoint %s answers again", flow.endpoint)
         flow.last_at = self._context.now()
+        self._flows[flow.key] = self._flows.pop(flow.key)  # most recently used: at the end
         flow.bytes_to_client += count
         try:
             self._sock.sendmsg([_view[:count]], self._from_address(asked), 0, client)
@@ -248,7 +276,9 @@ class UdpListener:
 
     def _hold_against(self, endpoint: Endpoint, error: OSError) -> None:
         self.counters.dial_failures += 1
-        if error.errno in (errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM, errno.EPERM, errno.EMSGSIZE):
+        if error.errno == errno.EPERM:
+            log.debug("%s: a firewall of this host forbids datagrams to %s", self.name, endpoint)
+        elif error.errno in LOCAL_SHORTAGES:
             self._context.connections.note_shortage(error)
         elif self.picker.report_failure(endpoint):
             self.counters.ejections += 1
@@ -263,7 +293,7 @@ class UdpListener:
             idle_s = now - flow.last_at
             if idle_s < shortest:
                 break  # in order of use: all that follow are younger
-            if idle_s >= (limits.udp_stream_timeout_s if flow.bytes_to_client else limits.udp_timeout_s):
+            if idle_s >= (limits.udp_stream_timeout_s if flow.answered else limits.udp_timeout_s):
                 expired.append(flow)
         for flow in expired:
             self._end(flow, "idle")
@@ -271,6 +301,7 @@ class UdpListener:
     def _end(self, flow: UdpFlow, how: str) -> None:
         if self._flows.pop(flow.key, None) is None:
             return
+        flow.ended = True
         self._context.poller.close(flow.sock)
         self.counters.flows -= 1
         self._context.connections.udp_flows -= 1

@@ -70,6 +70,12 @@ def ours(saved: str) -> tuple[str, ...]:
     return tuple(line for line in saved.splitlines() if line.startswith("-A") and is_ours(line))
 
 
+def rules_in(script: str) -> int:
+    """Return how many lines `ours` has to find once *script* (made by `restore`) is loaded."""
+    jumps = sum(len(chains) for chains in _JUMPS.values())
+    return jumps + sum(line.startswith((f"-A {CHAIN} ", f"-A {GUARD} ")) for line in script.splitlines())
+
+
 def _section(saved: str, table: str) -> Iterator[str]:
     inside = False
     for line in saved.splitlines():
@@ -96,14 +102,17 @@ def _redirects(redirects: Redirects, family: int) -> Iterator[str]:
         if portal.ip is not None and (":" in portal.ip) != (family == 6):
             continue
         protocol = portal.protocol.lower()
-        where = f"-d {portal.ip}/{32 if family == 4 else 128}" if portal.ip else "-m addrtype --dst-type LOCAL"
+        # In the order in which iptables-save prints it.
+        where = f"-d {portal.ip}/{32 if family == 4 else 128} -p {protocol}"
+        if portal.ip is None:
+            where = f"-p {protocol} -m addrtype --dst-type LOCAL"
         name = redirects.names.get(portal)
         said = f' -m comment --comment "{name}"' if name else ""
         verdict = f"-j REDIRECT --to-ports {port}"
         if redirects.capture is Capture.ADDRESS:
             address = LOCAL_ADDRESS4 if family == 4 else f"[{LOCAL_ADDRESS6}]"
             verdict = f"-j DNAT --to-destination {address}:{port}"
-        yield f"-A {CHAIN} {where} -p {protocol} -m {protocol} --dport {portal.port}{said} {verdict}"
+        yield f"-A {CHAIN} {where} -m {protocol} --dport {portal.port}{said} {verdict}"
 
 
 def _guards(redirects: Redirects, family: int) -> Iterator[str]:

@@ -30,6 +30,7 @@ class NftKernel:
     def __init__(self) -> None:
         self._held: Redirects | None = None
         self._notices: RuleNotices | None = None
+        self._on_change: Callable[[], None] | None = None
         self._touched = False
 
     async def load(self, redirects: Redirects) -> None:
@@ -45,6 +46,8 @@ class NftKernel:
                     await run_tool("nft", "-f", "-", stdin=nft.table(redirects))
         self._held = redirects
         self._touched = False
+        if self._on_change is not None:
+            self._on_change()  # have a look soon: nothing was heard while we loaded
 
     async def reload(self) -> None:
         if (held := self._held) is not None:
@@ -75,9 +78,11 @@ class NftKernel:
             self._touched = True
             on_change()
 
+        self._on_change = on_change
         self._notices = RuleNotices({nft.TABLE.split()[1]}, on_notice)
 
     def unwatch(self) -> None:
+        self._on_change = None
         if self._notices is not None:
             self._notices.close()
             self._notices = None
@@ -110,8 +115,12 @@ class IptablesKernel:
     async def _load_family(self, redirects: Redirects, family: int, prefix: str) -> None:
         saved = await run_tool(f"{prefix}-save")
         script = iptables.restore(redirects, family, saved)
-        await run_tool(f"{prefix}-restore", "--noflush", "-w", "5", stdin=script)
-        self._loaded[family] = iptables.ours(await run_tool(f"{prefix}-save"))
+        with _quiet(self._notices):
+            await run_tool(f"{prefix}-restore", "--noflush", "-w", "5", stdin=script)
+        loaded = iptables.ours(await run_tool(f"{prefix}-save"))
+        if len(loaded) != iptables.rules_in(script):
+            raise SyncError(f"{prefix}: somebody else changed rules while ours were loaded")
+        self._loaded[family] = loaded
 
     async def reload(self) -> None:
         if (held := self._held) is not None:

@@ -119,23 +119,48 @@ async def find_unnumbered_interfaces() -> list[str]:
 # ---- a firewall in the way
 
 
+# What iptables on nf_tables makes: only its own tool can read all of its rules, and refuses chains with foreign ones.
+_OF_IPTABLES = (("ip", "filter", "INPUT"), ("ip6", "filter", "INPUT"))
+
+
 def blocking_chains(ruleset: dict[str, Any]) -> list[str]:
-    """Return the input chains that drop by policy and accept nothing for its NAT status, as ``family table chain``.
+    """Return the nftables input chains that drop what no rule accepts, and accept nothing for its NAT status.
 
     Redirected traffic arrives at INPUT like any packet for this node. *ruleset* is what
-    ``nft --json list ruleset`` prints; the rules of iptables-nft are in it too.
+    ``nft --json list ruleset`` prints; a chain is returned as ``family table chain``.
     """
     items = ruleset.get("nftables", [])
-    suspects = {
-        (chain["family"], chain["table"], chain["name"])
-        for chain in (item["chain"] for item in items if "chain" in item)
-        if chain.get("hook") == "input" and chain.get("policy") == "drop"
-    }
+    chains = [item["chain"] for item in items if "chain" in item]
+    inputs = {(c["family"], c["table"], c["name"]): c.get("policy") for c in chains if c.get("hook") == "input"}
+    rules: dict[tuple[str, str, str], list[list[dict[str, Any]]]] = {chain: [] for chain in inputs}
     for rule in (item["rule"] for item in items if "rule" in item):
-        text = json.dumps(rule.get("expr", []))
-        if "dnat" in text.lower() and "accept" in text:
-            suspects.discard((rule["family"], rule["table"], rule["chain"]))
-    return [" ".join(chain) for chain in sorted(suspects)]
+        rules.setdefault((rule["family"], rule["table"], rule["chain"]), []).append(rule.get("expr", []))
+    return [
+        " ".join(chain)
+        for chain, policy in sorted(inputs.items())
+        if chain not in _OF_IPTABLES
+        and (policy == "drop" or any(map(_drops_everything, rules[chain])))
+        and not any(map(_accepts_translated, rules[chain]))
+    ]
+
+
+def _drops_everything(expressions: list[dict[str, Any]]) -> bool:
+    kinds = {kind for expression in expressions for kind in expression}
+    return bool(kinds & {"drop", "reject"}) and kinds <= {"drop", "reject", "counter", "log"}
+
+
+def _accepts_translated(expressions: list[dict[str, Any]]) -> bool:
+    return any("accept" in e for e in expressions) and "dnat" in json.dumps(expressions).lower()
+
+
+def blocks_input(rules: str) -> bool:
+    """Return whether iptables drops at INPUT what no rule accepts, and accepts nothing for its NAT status.
+
+    *rules* is what ``iptables -S`` prints.
+    """
+    lines = rules.splitlines()
+    drops = any(line.startswith(("-P INPUT DROP", "-A INPUT -j DROP", "-A INPUT -j REJECT")) for line in lines)
+    return drops and not any("DNAT" in line and line.endswith("-j ACCEPT") for line in lines)
 
 
 async def find_blocking_firewall() -> list[str]:
@@ -143,16 +168,22 @@ async def find_blocking_firewall() -> list[str]:
     found = []
     if is_installed("nft"):
         listed = json.loads(await run_tool("nft", "--json", "--terse", "list", "ruleset") or "{}")
-        found = [
-            f"nftables chain '{chain}' has policy drop; `nft insert rule {chain} ct status dnat accept` lets it pass"
+        found += [
+            f"nftables chain '{chain}' drops what it does not know; `nft insert rule {chain} ct status dnat accept` "
+            "lets it pass"
             for chain in blocking_chains(listed)
         ]
-    if not found and is_installed("iptables"):
-        rules = await run_tool("iptables", "-S", "INPUT")
-        if "-P INPUT DROP" in rules and "DNAT" not in rules:
-            found = [
-                "iptables INPUT has policy DROP; `iptables -I INPUT -m conntrack --ctstate DNAT -j ACCEPT` lets it pass"
-            ]
+    for tool in ("iptables", "ip6tables"):
+        try:
+            blocked = is_installed(tool) and blocks_input(await run_tool(tool, "-S"))
+        except SyncError as error:
+            log.debug("the rules of %s cannot be looked at: %s", tool, error)
+            continue
+        if blocked:
+            found.append(
+                f"{tool} INPUT drops what it does not know; `{tool} -I INPUT -m conntrack --ctstate DNAT -j ACCEPT` "
+                "lets it pass"
+            )
     return found
 
 

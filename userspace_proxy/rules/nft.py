@@ -71,7 +71,8 @@ def change(old: Redirects, new: Redirects) -> str:
     """Return the script that makes *new* of *old*, at the cost of what differs; "" where nothing does."""
     lines = []
     if old.capture is not new.capture:
-        lines += [f"flush chain {TABLE} services", f"table {TABLE} {{ chain services {{", _rules(new.capture), "}}"]
+        chain = [f"table {TABLE} {{", "\tchain services {", _rules(new.capture), "\t}", "}"]
+        lines += [f"flush chain {TABLE} services", *chain]
     # An element that differs in its comment alone is replaced too: the comment says whose it is.
     gone = [p for p in old.ports if not _same(p, old, new)]
     came = [p for p in new.ports if not _same(p, old, new)]

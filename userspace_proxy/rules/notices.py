@@ -95,7 +95,7 @@ def tables_in(datagram: bytes) -> Iterator[bytes]:
     at = 0
     while at + 20 <= len(datagram):
         length, kind = struct.unpack_from("=IH", datagram, at)
-        if length < 20:
+        if length < 20 or at + length > len(datagram):  # cut off
             return
         if kind >> 8 == _SUBSYSTEM_NFTABLES and kind & 0xFF != _NEWGEN:
             size, attribute = struct.unpack_from("=HH", datagram, at + 20) if length >= 24 else (0, 0)

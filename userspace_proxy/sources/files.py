@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -59,7 +59,7 @@ class FileSource:
     def problems(self) -> Mapping[str, str]:
         return self._problems
 
-    async def events(self) -> AsyncIterator[Sequence[ObjectEvent]]:
+    async def events(self) -> AsyncGenerator[Sequence[ObjectEvent]]:
         changed = asyncio.Event()
         watch = asyncio.create_task(self._watch(changed), name="watch files")
         try:
@@ -273,8 +273,8 @@ def _moved(manifests: list[Manifest], document: Document) -> list[Manifest]:
 
 
 def _unreadable(path: str, error: OSError | UnicodeDecodeError) -> Problem:
-    reason = (error.strerror or str(error)) if isinstance(error, OSError) else "it is not UTF-8 text"
-    return Problem(path, None, ConfigError(f"cannot be read: {reason.lower()}"))
+    reason = (error.strerror or str(error)).lower() if isinstance(error, OSError) else "it is not UTF-8 text"
+    return Problem(path, None, ConfigError(f"cannot be read: {reason}"))
 
 
 def read_once(paths: Sequence[str]) -> tuple[list[Manifest], list[Problem]]:

@@ -13,30 +13,41 @@ import array
 import asyncio
 import errno
 import fcntl
+import functools
+import logging
 import socket
 import struct
 import termios
 from collections.abc import Callable
 
-from userspace_proxy.dataplane.poller import FAILED, HANGUP, READ, WRITE, Poller
+from userspace_proxy.dataplane.poller import FAILED, HANGUP, READ, URGENT, WRITE, Poller
 
 BUFFER_BYTES = 64 * 1024
 # After so many full reads another connection gets its turn.
 READS_A_TURN = 8
-# How long a reset waits for bytes before it to leave our send buffer; a peer that reads at all takes less.
-_RESET_WAIT_S = 2.0
+# How often a reset looks whether the bytes before it have left our send buffer (nothing tells): at first, and at last.
 _RESET_POLL_S = 0.01
+_RESET_POLL_MAX_S = 1.0
 
 _ABORTIVE_CLOSE = struct.pack("ii", 1, 0)
+_TCP_CLOSE = 7  # linux/net/tcp_states.h
+_BUG = "a bug: one connection is cut by it"
+_DEAD = {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH}
+
+log = logging.getLogger(__name__)
 
 _buffer = bytearray(BUFFER_BYTES)
 _view = memoryview(_buffer)
 
 
 class _Half:
-    """One direction. ``pending``: bytes read but not yet sent. ``hangup``: its source said it will end."""
+    """One direction.
 
-    __slots__ = ("done", "hangup", "moved_bytes", "opposite", "pending", "sink", "source")
+    ``pending``: bytes read but not yet sent. ``to_the_end``: a short read does not mean that there is no more.
+    ``queued``: it goes on in the next turn.
+    """
+
+    __slots__ = ("done", "moved_bytes", "opposite", "pending", "queued", "sink", "source", "to_the_end")
 
     opposite: _Half
 
@@ -44,7 +55,8 @@ class _Half:
         self.source = source
         self.sink = sink
         self.pending: memoryview | None = None
-        self.hangup = False
+        self.to_the_end = False
+        self.queued = False
         self.done = False
         self.moved_bytes = 0
 
@@ -98,7 +110,7 @@ class CopySplice:
 
     @property
     def half_closed(self) -> bool:
-        return self._up.done is not self._down.done
+        return self._up.done or self._down.done
 
     @property
     def sockets(self) -> tuple[socket.socket, socket.socket]:
@@ -114,19 +126,26 @@ class CopySplice:
         self._on_socket(events, self._down, self._up)
 
     def _on_socket(self, events: int, reading: _Half, writing: _Half) -> None:
-        if events & WRITE and writing.pending is not None:
-            self._flush(writing)
-        if events & HANGUP:
-            reading.hangup = True
-        if events & (READ | HANGUP):
-            if not reading.done:
-                self._pump(reading)
-            elif events & FAILED and not writing.done:
-                self._look_for_reset(reading)
+        try:
+            if events & WRITE and writing.pending is not None:
+                self._flush(writing)
+            if events & (HANGUP | URGENT):
+                reading.to_the_end = True
+                if events & URGENT and not reading.done:
+                    # In its place among the other bytes; the kernel would drop it otherwise.
+                    reading.source.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+            if events & (READ | HANGUP):
+                if not reading.done:
+                    self._pump(reading)
+                elif events & FAILED and not writing.done:
+                    self._look_for_reset(reading)
+        except Exception:
+            log.exception(_BUG)
+            self._close("a bug", abortive=True)
 
     def _pump(self, half: _Half) -> None:
         """Move what is there, until the source is dry, the sink is full, or others must have their turn."""
-        if half.pending is not None or half.done:
+        if half.pending is not None or half.done or half.queued:
             return
         recv_into, send = half.source.recv_into, half.sink.send
         for _ in range(READS_A_TURN):
@@ -151,9 +170,18 @@ class CopySplice:
             if sent != count:
                 half.pending = memoryview(bytes(_view[sent:count]))
                 return
-            if count != BUFFER_BYTES and not half.hangup:
+            if count != BUFFER_BYTES and not half.to_the_end:
                 return  # a short read: the kernel has no more, and tells when it has
-        self._poller.again(lambda: self._pump(half))
+        half.queued = True
+        self._poller.again(lambda: self._pump_again(half))
+
+    def _pump_again(self, half: _Half) -> None:
+        half.queued = False
+        try:
+            self._pump(half)
+        except Exception:
+            log.exception(_BUG)
+            self._close("a bug", abortive=True)
 
     def _flush(self, half: _Half) -> None:
         """Send what is pending; when all is gone, read on."""
@@ -184,7 +212,8 @@ class CopySplice:
         try:
             half.sink.shutdown(socket.SHUT_WR)
         except OSError as error:
-            self._broken = self._whose(half.sink, error)
+            self._sink_failed(half, error)
+            return
         if half.opposite.done:
             self._close("closed")
 
@@ -203,7 +232,7 @@ class CopySplice:
         if opposite.done:
             self._reset(self._broken, half.source)
         else:
-            opposite.hangup = True
+            opposite.to_the_end = True
             self._pump(opposite)
 
     def _look_for_reset(self, half: _Half) -> None:
@@ -214,31 +243,23 @@ class CopySplice:
 
     def _whose(self, sock: socket.socket, error: OSError) -> str:
         side = "client" if sock is self._up.source else "backend"
-        if error.errno == errno.ETIMEDOUT:
-            return f"{side} is dead"
-        return f"reset by {side}"
+        return f"{side} is dead" if error.errno in _DEAD else f"reset by {side}"
 
     def cut(self, reason: str) -> None:
         self._close(reason, abortive=True)
 
-    def _reset(self, how: str, towards: socket.socket) -> None:
-        """End with a reset, once the bytes before it have left our send buffer towards *towards*."""
+    def _reset(self, how: str, towards: socket.socket, wait_s: float = _RESET_POLL_S) -> None:
+        """End with a reset, once the bytes before it have left our send buffer towards *towards*.
+
+        A reader may take its time for them: who never reads is a matter of time-outs, as it is without a reset.
+        """
         if self._ended:
             return
-        if not _unsent_bytes(towards):
+        if _unsent_bytes(towards):
+            again = functools.partial(self._reset, how, towards, min(2 * wait_s, _RESET_POLL_MAX_S))
+            self._loop.call_later(wait_s, again)
+        else:
             self._close(how, abortive=True)
-            return
-        give_up_at = self._loop.time() + _RESET_WAIT_S
-
-        def look() -> None:
-            if self._ended:
-                return
-            if _unsent_bytes(towards) and self._loop.time() < give_up_at:
-                self._loop.call_later(_RESET_POLL_S, look)
-            else:
-                self._close(how, abortive=True)
-
-        self._loop.call_later(_RESET_POLL_S, look)
 
     def _close(self, how: str, *, abortive: bool = False) -> None:
         if self._ended:
@@ -257,6 +278,8 @@ def _unsent_bytes(sock: socket.socket) -> int:
     """Bytes handed to the kernel that the peer has not acknowledged; 0 when the connection is gone."""
     count = array.array("i", [0])
     try:
+        if sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE:
+            return 0
         fcntl.ioctl(sock, termios.TIOCOUTQ, count)
     except OSError:
         return 0

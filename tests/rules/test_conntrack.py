@@ -1,0 +1,172 @@
+"""Which UDP flows are forgotten when a portal leads elsewhere, and that no other is touched."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator, Mapping
+
+import pytest
+
+from userspace_proxy.model.names import L4Protocol
+from userspace_proxy.model.service import Portal
+from userspace_proxy.rules.conntrack import changed_udp_portals, forget_udp_flows, stale_portals
+
+DNS = Portal("10.96.0.10", 53, L4Protocol.UDP)
+DNS6 = Portal("fd00:96::10", 53, L4Protocol.UDP)
+NODE_PORT = Portal(None, 30_053, L4Protocol.UDP)
+WEB = Portal("10.96.0.1", 80, L4Protocol.TCP)
+
+
+def flow(asked: str, port: int, answered_from: int, *, client: str = "192.168.50.2", sport: int = 4_000) -> str:
+    """Return a flow as ``conntrack -L`` prints it: *answered_from* is the port that its replies come from."""
+    return (
+        f"udp      17 29 src={client} dst={asked} sport={sport} dport={port} "
+        f"[UNREPLIED] src=192.168.50.1 dst={client} sport={answered_from} dport={sport} mark=0 use=1"
+    )
+
+
+# ---- what changed
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "changed"),
+    [
+        ({}, {}, {}),
+        ({DNS: 1}, {DNS: 1}, {}),
+        ({}, {DNS: 1}, {DNS: 1}),
+        ({DNS: 1}, {DNS: 2}, {DNS: 2}),
+        ({DNS: 1}, {}, {DNS: 0}),
+        ({WEB: 1}, {WEB: 2}, {}),
+        ({WEB: 1}, {}, {}),
+        ({DNS: 1, NODE_PORT: 2}, {DNS: 1, NODE_PORT: 3, DNS6: 1}, {NODE_PORT: 3, DNS6: 1}),
+    ],
+)
+def test_only_udp_portals_that_lead_elsewhere_have_flows_to_forget(
+    old: Mapping[Portal, int], new: Mapping[Portal, int], changed: Mapping[Portal, int]
+) -> None:
+    assert changed_udp_portals(old, new) == changed
+
+
+# ---- which flows are stale
+
+
+@pytest.mark.parametrize(
+    ("changed", "line", "stale"),
+    [
+        ({DNS: 10_002}, flow("10.96.0.10", 53, 10_001), {("10.96.0.10", 53)}),
+        ({DNS: 10_002}, flow("10.96.0.10", 53, 10_002), set()),
+        ({DNS: 10_002}, flow("10.96.0.10", 53, 53), {("10.96.0.10", 53)}),
+        ({DNS: 0}, flow("10.96.0.10", 53, 10_001), {("10.96.0.10", 53)}),
+        ({DNS: 10_002}, flow("10.96.0.10", 54, 10_001), set()),
+        ({DNS: 10_002}, flow("10.96.0.11", 53, 10_001), set()),
+        ({DNS6: 10_002}, flow("fd00:96::10", 53, 10_001), {("fd00:96::10", 53)}),
+        ({NODE_PORT: 10_002}, flow("192.168.50.1", 30_053, 10_001), {("192.168.50.1", 30_053)}),
+        ({NODE_PORT: 10_002}, flow("192.168.50.1", 30_053, 10_002), set()),
+        ({NODE_PORT: 10_002, DNS: 10_003}, flow("10.96.0.10", 53, 10_003), set()),
+    ],
+)
+def test_a_flow_is_stale_when_its_replies_come_from_another_port_than_wanted(
+    changed: Mapping[Portal, int], line: str, stale: set[tuple[str, int]]
+) -> None:
+    assert stale_portals(line, changed) == stale
+
+
+def test_flows_whose_client_has_the_portals_port_are_not_meant() -> None:
+    assert stale_portals(flow("8.8.8.8", 123, 123, sport=53), {DNS: 10_002}) == set()
+
+
+def test_each_address_is_named_once_however_many_flows_it_has() -> None:
+    listing = "\n".join(flow("10.96.0.10", 53, 10_001, sport=4_000 + n) for n in range(50))
+
+    assert stale_portals(listing, {DNS: 10_002}) == {("10.96.0.10", 53)}
+
+
+@pytest.mark.parametrize(
+    "listing", ["", "\n\n", "conntrack v1.4.7 (conntrack-tools): 0 flow entries have been shown.", "dst=x"]
+)
+def test_what_is_no_flow_is_passed_over(listing: str) -> None:
+    assert stale_portals(listing, {DNS: 10_002}) == set()
+
+
+# ---- the kernel's own table
+
+
+def conntrack(*arguments: str) -> str:
+    done = subprocess.run(["conntrack", *arguments], capture_output=True, text=True, timeout=10, check=False)
+    return done.stdout
+
+
+def insert(asked: str, port: int, answered_from: int, sport: int) -> None:
+    client, node = ("fd00:50::2", "fd00:50::1") if ":" in asked else ("192.168.50.2", "192.168.50.1")
+    there = ["-s", client, "-d", asked, "--sport", str(sport), "--dport", str(port)]
+    back = ["-r", node, "-q", client, "--reply-port-src", str(answered_from), "--reply-port-dst", str(sport)]
+    subprocess.run(
+        ["conntrack", "-I", "-p", "udp", "-t", "100", *there, *back], capture_output=True, timeout=10, check=True
+    )
+
+
+@pytest.fixture
+def flows() -> Iterator[None]:
+    """Flows to DNS by way of port 10001, and some of others, in this private namespace."""
+    conntrack("-F")
+    for sport in (4_001, 4_002):
+        insert("10.96.0.10", 53, 10_001, sport)
+        insert("fd00:96::10", 53, 10_001, sport)
+    insert("192.168.50.1", 30_053, 10_001, 4_003)
+    insert("8.8.8.8", 53, 53, 4_004)
+    yield
+    conntrack("-F")
+
+
+def asked_for() -> set[tuple[str, str]]:
+    """Return (address, port) of all flows that conntrack knows."""
+    known = set()
+    for family in ("ipv4", "ipv6"):
+        for line in conntrack("-L", "-p", "udp", "-f", family).splitlines():
+            words = [word.partition("=") for word in line.split()]
+            first = {key: value for key, _, value in reversed(words) if key in ("dst", "dport")}
+            known.add((first["dst"], first["dport"]))
+    return known
+
+
+OTHERS = {("192.168.50.1", "30053"), ("8.8.8.8", "53")}
+
+
+@pytest.mark.usefixtures("flows")
+async def test_flows_to_a_changed_portal_are_forgotten_and_no_others() -> None:
+    await forget_udp_flows({DNS: 10_002})
+
+    assert asked_for() == {*OTHERS, ("fd00:96::10", "53")}
+
+
+@pytest.mark.usefixtures("flows")
+async def test_both_families_are_looked_at() -> None:
+    await forget_udp_flows({DNS: 10_002, DNS6: 0, NODE_PORT: 10_002})
+
+    assert asked_for() == {("8.8.8.8", "53")}
+
+
+@pytest.mark.usefixtures("flows")
+async def test_flows_that_go_the_right_way_stay() -> None:
+    before = asked_for()
+
+    await forget_udp_flows({DNS: 10_001, DNS6: 10_001, NODE_PORT: 10_001})
+
+    assert asked_for() == before
+
+
+async def test_where_there_are_no_flows_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    await forget_udp_flows({DNS: 10_002, DNS6: 10_002, NODE_PORT: 0})
+
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+async def test_a_host_without_the_tool_is_told_what_it_costs(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("userspace_proxy.rules.tool._find", lambda _tool: None)
+
+    await forget_udp_flows({DNS: 10_002})
+
+    assert "stale UDP flows were not forgotten" in caplog.text
+    assert "install the package conntrack" in caplog.text

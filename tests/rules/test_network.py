@@ -1,0 +1,229 @@
+"""Routes for clients on the node, the private address, interfaces without one, and firewalls in the way."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from typing import Any
+
+import pytest
+
+from userspace_proxy.lab import Host, ip
+from userspace_proxy.rules import network
+from userspace_proxy.rules.network import Network, blocking_chains, missing_routes, unnumbered_interfaces
+
+
+def networks(*texts: str) -> list[Network]:
+    return [ipaddress.ip_network(text) for text in texts]
+
+
+# ---- routes
+
+
+@pytest.mark.parametrize(
+    ("wanted", "routes", "missing"),
+    [
+        (["10.96.0.0/16"], [], ["10.96.0.0/16"]),
+        (["10.96.0.0/16"], ["0.0.0.0/0"], []),
+        (["10.96.0.0/16"], ["10.0.0.0/8"], []),
+        (["10.96.0.0/16"], ["10.96.0.0/16"], []),
+        (["10.96.0.0/16"], ["10.96.0.0/17", "10.96.128.0/18"], ["10.96.0.0/16"]),
+        (["10.96.0.0/16"], ["::/0", "192.168.50.1"], ["10.96.0.0/16"]),
+        (["fd00:96::/112"], ["0.0.0.0/0", "fd00::/16"], []),
+        (["fd00:96::/112"], ["fe80::/64"], ["fd00:96::/112"]),
+        (["172.30.0.1/32", "10.96.0.5/32", "10.96.0.0/16"], [], ["10.96.0.0/16", "172.30.0.1/32"]),
+        (["10.96.0.0/16", "10.96.0.0/16"], [], ["10.96.0.0/16"]),
+        ([], ["0.0.0.0/0"], []),
+    ],
+)
+def test_only_what_no_route_covers_is_missing_and_the_widest_is_enough(
+    wanted: list[str], routes: list[str], missing: list[str]
+) -> None:
+    assert missing_routes(networks(*wanted), routes) == networks(*missing)
+
+
+def destinations(version: str) -> set[str]:
+    return {
+        route["dst"]
+        for route in json.loads(ip("-json", version, "route", "show", "proto", network.ROUTE_PROTOCOL) or "[]")
+    }
+
+
+async def test_routes_are_added_once_and_only_ours_are_removed() -> None:
+    ip("route", "add", "10.97.0.0/16", "dev", "lo")
+    try:
+        first = await network.add_routes(networks("10.96.0.0/16", "10.97.3.0/24", "fd00:96::/112"))
+        again = await network.add_routes(networks("10.96.0.0/16", "10.97.3.0/24", "fd00:96::/112"))
+        assert (first, again) == (networks("10.96.0.0/16", "fd00:96::/112"), [])
+        assert (destinations("-4"), destinations("-6")) == ({"10.96.0.0/16"}, {"fd00:96::/112"})
+
+        await network.remove_routes()
+        await network.remove_routes()
+
+        assert (destinations("-4"), destinations("-6")) == (set(), set())
+        assert "10.97.0.0/16" in ip("route", "show")
+    finally:
+        ip("route", "del", "10.97.0.0/16", "dev", "lo")
+
+
+@pytest.mark.parametrize("kind", ["blackhole", "unreachable", "prohibit"])
+async def test_a_route_that_leads_nowhere_covers_nothing(kind: str) -> None:
+    ip("route", "add", kind, "10.0.0.0/8")
+    try:
+        assert await network.add_routes(networks("10.96.0.0/16")) == networks("10.96.0.0/16")
+    finally:
+        await network.remove_routes()
+        ip("route", "del", kind, "10.0.0.0/8")
+
+
+# ---- the private address
+
+
+async def test_the_private_addresses_come_and_go_and_both_may_be_repeated() -> None:
+    for _ in range(2):
+        await network.add_local_addresses()
+    held = ip("address", "show", "dev", "lo")
+    assert (held.count("169.254.77.7/32"), held.count("fd00:77::7/128")) == (1, 1)
+
+    for _ in range(2):
+        await network.remove_local_addresses()
+
+    held = ip("address", "show", "dev", "lo")
+    assert "169.254.77.7" not in held
+    assert "fd00:77::7" not in held
+    assert "127.0.0.1" in held
+
+
+# ---- interfaces without an address
+
+
+def link(name: str, *, inet: bool = False, flags: tuple[str, ...] = (), master: str | None = None) -> dict[str, Any]:
+    addresses = [{"family": "inet6"}, *([{"family": "inet"}] if inet else [])]
+    return {"ifname": name, "flags": list(flags), "addr_info": addresses, **({"master": master} if master else {})}
+
+
+@pytest.mark.parametrize(
+    ("given", "routes", "unnumbered"),
+    [
+        (link("cali0"), [{"dev": "cali0", "dst": "10.244.0.2"}], ["cali0"]),
+        (link("eth0", inet=True), [{"dev": "eth0"}], []),
+        (link("cali0"), [{"dev": "eth0"}], []),
+        (link("lo", flags=("LOOPBACK", "UP")), [{"dev": "lo"}], []),
+        (link("veth0", master="cni0"), [{"dev": "veth0"}], []),
+        ({"ifname": "tun0"}, [{"dev": "tun0"}], ["tun0"]),
+        (link("eth0"), [{"type": "blackhole", "dst": "10.0.0.0/8"}], []),
+    ],
+)
+def test_an_interface_with_routes_and_no_address_is_unnumbered(
+    given: dict[str, Any], routes: list[dict[str, Any]], unnumbered: list[str]
+) -> None:
+    assert unnumbered_interfaces([given], routes) == unnumbered
+
+
+async def test_this_namespace_has_no_such_interface() -> None:
+    assert await network.find_unnumbered_interfaces() == []
+
+
+# ---- firewalls
+
+
+def blocking(host: Host, script: str) -> list[str]:
+    """Load *script*, as a firewall would, and return the chains that block."""
+    host.run("nft", "-f", "-", stdin=script)
+    try:
+        return blocking_chains(json.loads(host.run("nft", "--json", "--terse", "list", "ruleset").stdout))
+    finally:
+        host.run("nft", "delete", "table", "inet", "fw")
+
+
+def firewall(rules: str, policy: str = "drop", hook: str = "input") -> str:
+    return f"table inet fw {{ chain c {{ type filter hook {hook} priority 0; policy {policy}; {rules} }}; }}"
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        firewall(""),
+        firewall("iif lo accept; ct state established accept; tcp dport 22 accept;"),
+        firewall("tcp dport 22 accept; drop;", policy="accept"),
+        firewall("tcp dport 22 accept; counter reject with icmpx admin-prohibited;", policy="accept"),
+        firewall("ct status dnat counter;"),
+    ],
+)
+def test_a_chain_that_drops_what_it_does_not_know_blocks(host: Host, script: str) -> None:
+    assert blocking(host, script) == ["inet fw c"]
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        firewall("", policy="accept"),
+        firewall("", hook="forward"),
+        firewall("ct status dnat accept;"),
+        firewall("iif lo accept; ct status dnat counter accept; tcp dport 22 accept;"),
+        firewall("ct state { established, related } accept; ct status dnat accept; reject;", policy="accept"),
+        firewall("tcp dport 23 drop; ip saddr 192.0.2.0/24 reject;", policy="accept"),
+    ],
+)
+def test_a_chain_that_accepts_by_default_or_for_its_nat_status_does_not(host: Host, script: str) -> None:
+    assert blocking(host, script) == []
+
+
+def test_a_host_without_rules_blocks_nothing() -> None:
+    assert blocking_chains({}) == []
+    assert blocking_chains({"nftables": [{"metainfo": {}}]}) == []
+
+
+@pytest.mark.parametrize(
+    ("rules", "blocks"),
+    [
+        ("-P INPUT ACCEPT\n-P FORWARD DROP\n", False),
+        ("-P INPUT DROP\n-A INPUT -i lo -j ACCEPT\n", True),
+        ("-P INPUT DROP\n-A INPUT -m conntrack --ctstate DNAT -j ACCEPT\n", False),
+        (
+            "-P INPUT DROP\n-A INPUT -j theirs\n-A theirs -m conntrack --ctstate RELATED,ESTABLISHED,DNAT -j ACCEPT\n",
+            False,
+        ),
+        ("-P INPUT DROP\n-A USERSPACE-PROXY-GUARD -m conntrack --ctstate DNAT -j RETURN\n", True),
+        ("-P INPUT ACCEPT\n-A INPUT -j REJECT --reject-with icmp-host-prohibited\n", True),
+        ("-P INPUT ACCEPT\n-A INPUT -p tcp -m tcp --dport 23 -j DROP\n", False),
+        ("", False),
+    ],
+)
+def test_an_iptables_firewall_is_read_in_its_own_words(rules: str, blocks: bool) -> None:
+    assert network.blocks_input(rules) is blocks
+
+
+@pytest.mark.parametrize("tool", ["iptables", "ip6tables"])
+async def test_an_iptables_firewall_is_named_with_a_mend_that_leaves_it_usable(host: Host, tool: str) -> None:
+    """iptables refuses a chain of its own that holds rules written by nft; so the mend must be its own."""
+    with host.inside():
+        host.run(tool, "-P", "INPUT", "DROP")
+        (found,) = await network.find_blocking_firewall()
+        mend = found.split("`")[1]
+        assert mend.startswith(f"{tool} -I INPUT")
+        host.run(*mend.split())
+
+        assert await network.find_blocking_firewall() == []
+        assert "--ctstate DNAT" in host.run(tool, "-S", "INPUT").stdout
+        host.run(tool, "-F", "INPUT")
+        host.run(tool, "-P", "INPUT", "ACCEPT")
+
+
+async def test_an_nftables_firewall_is_named_with_a_mend_that_works(host: Host) -> None:
+    with host.inside():
+        host.run("nft", "-f", "-", stdin=firewall("iif lo accept;"))
+        (found,) = await network.find_blocking_firewall()
+        host.run(*found.split("`")[1].split())
+
+        assert await network.find_blocking_firewall() == []
+        host.run("nft", "delete", "table", "inet", "fw")
+
+
+# ---- conntrack
+
+
+def test_the_time_outs_of_conntrack_are_read_in_seconds() -> None:
+    unanswered_s, answered_s = network.conntrack_udp_timeouts()
+
+    assert 0 < unanswered_s <= answered_s

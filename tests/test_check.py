@@ -1,0 +1,673 @@
+"""`userspace-proxy check`: what is wrong, where, and how to mend it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from userspace_proxy.cli import commands
+
+TUTORIAL = """\
+apiVersion: v1
+kind: Service
+metadata:
+  name: my-nginx
+  labels:
+    run: my-nginx
+spec:
+  ports:
+  - port: 80
+    protocol: TCP
+  selector:
+    run: my-nginx
+---
+apiVersion: apps/v1
+kind: Deployment
+metadata:
+  name: my-nginx
+spec:
+  selector:
+    matchLabels:
+      run: my-nginx
+  replicas: 2
+  template:
+    metadata:
+      labels:
+        run: my-nginx
+    spec:
+      containers:
+      - name: my-nginx
+        image: nginx
+        ports:
+        - containerPort: 80
+          name: web
+"""
+
+POD = """\
+---
+apiVersion: v1
+kind: Pod
+metadata:
+  name: web-1
+  labels:
+    app: web
+spec:
+  containers:
+  - name: web
+    ports:
+    - name: http
+      containerPort: 8080
+    - name: dns
+      containerPort: 53
+      protocol: UDP
+status:
+  podIP: 10.244.0.5
+"""
+
+GOOD = (
+    """\
+apiVersion: v1
+kind: Service
+metadata:
+  name: web
+spec:
+  type: NodePort
+  clusterIP: 10.96.0.10
+  selector:
+    app: web
+  ports:
+  - name: http
+    port: 80
+    targetPort: http
+    nodePort: 30080
+  - name: dns
+    port: 53
+    targetPort: dns
+    protocol: UDP
+"""
+    + POD
+    + """\
+---
+apiVersion: v1
+kind: Service
+metadata: {name: db}
+spec:
+  ports: [{port: 5432}]
+---
+apiVersion: v1
+kind: Endpoints
+metadata: {name: db}
+subsets:
+- addresses: [{ip: 10.0.0.1}]
+  ports: [{port: 5432}]
+---
+apiVersion: v1
+kind: Service
+metadata: {name: cache}
+spec:
+  ports: [{port: 6379, name: redis}]
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: cache-1, labels: {kubernetes.io/service-name: cache}}
+addressType: IPv4
+endpoints: [{addresses: [10.0.0.2], conditions: {ready: true}}]
+ports: [{port: 6379, name: redis}]
+---
+apiVersion: v1
+kind: Service
+metadata: {name: headless}
+spec: {clusterIP: None, selector: {app: nothing}}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: elsewhere}
+spec: {type: ExternalName, externalName: example.org}
+---
+apiVersion: networking.k8s.io/v1
+kind: Ingress
+metadata: {name: Web}
+"""
+)
+
+
+def check(*arguments: str | Path, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(commands, ["check", *map(str, arguments)], input=stdin)
+
+
+def findings(text: str) -> list[dict[str, Any]]:
+    result = check("--json", "-", stdin=text)
+    found: list[dict[str, Any]] = json.loads(result.stdout)
+    assert result.exit_code == (1 if found else 0)
+    return found
+
+
+def said(found: list[dict[str, Any]]) -> list[tuple[int, str]]:
+    return [(finding["line"], finding["field"]) for finding in found]
+
+
+# ---- nothing wrong
+
+
+def test_good_manifests_are_counted_and_that_is_all(tmp_path: Path) -> None:
+    (tmp_path / "good.yaml").write_text(GOOD)
+
+    result = check(tmp_path)
+
+    assert result.output == "9 objects, nothing wrong\n"
+    assert result.exit_code == 0
+
+
+def test_kinds_that_a_proxy_does_not_read_are_fine() -> None:
+    result = check("-", stdin=TUTORIAL.partition("---\n")[2])
+
+    assert result.output == "1 object, nothing wrong\n"
+
+
+def test_a_file_that_is_named_twice_is_read_once(tmp_path: Path) -> None:
+    file = tmp_path / "good.yaml"
+    file.write_text(GOOD)
+
+    assert check(tmp_path, file, f"{tmp_path}/./good.yaml").output == "9 objects, nothing wrong\n"
+
+
+# ---- the tutorial of everybody
+
+
+def test_a_tutorials_service_and_deployment_lack_only_the_pods() -> None:
+    (finding,) = findings(TUTORIAL)
+
+    assert (finding["file"], finding["line"], finding["field"]) == ("stdin", 11, "spec.selector")
+    assert finding["object"] == "Service default/my-nginx"
+    assert "Deployment default/my-nginx" in finding["problem"]
+    assert "makes no Pods" in finding["problem"]
+    assert "kubectl get pods -o yaml" in finding["mend"]
+
+
+def test_a_target_port_is_looked_up_in_the_template_where_there_are_no_pods() -> None:
+    found = findings(TUTORIAL.replace("protocol: TCP", "targetPort: wbe"))
+
+    assert said(found) == [(10, "spec.ports[0].targetPort"), (11, "spec.selector")]
+    assert found[0]["mend"] == "did you mean 'web'?"
+
+
+# ---- one mistake, one finding
+
+
+def broken(old: str, new: str) -> str:
+    assert GOOD.count(old) >= 1, old
+    return GOOD.replace(old, new, 1)
+
+
+def broken_last(old: str, new: str) -> str:
+    before, found, after = GOOD.rpartition(old)
+    assert found
+    return before + new + after
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "field", "problem", "mend"),
+    [
+        pytest.param(
+            broken("  ports:\n  - name: http\n", "   ports:\n  - name: http\n"),
+            *(10, "ports", "the YAML is broken", "indentation"),
+            id="ports indented too far",
+        ),
+        pytest.param(
+            broken("  ports:\n  - name: http\n", " ports:\n  - name: http\n"),
+            *(10, "ports", "the YAML is broken", "indentation"),
+            id="ports indented too little",
+        ),
+        pytest.param(
+            broken("name: web\nspec:", "Name: web\n  name: web\nspec:"),
+            *(4, "metadata.Name", "no field 'Name'", "did you mean 'name'?"),
+            id="an upper-case field",
+        ),
+        pytest.param(
+            broken("clusterIP: 10.96.0.10", "clusterIp: 10.96.0.10"),
+            *(7, "spec.clusterIp", "no field 'clusterIp'", "did you mean 'clusterIP'?"),
+            id="clusterIp",
+        ),
+        pytest.param(
+            broken("  selector:\n", "  selectors:\n"),
+            *(8, "spec.selectors", "no field 'selectors'", "did you mean 'selector'?"),
+            id="selectors",
+        ),
+        pytest.param(
+            broken("spec:\n  type", "spce:\n  type"),
+            *(5, "spce", "no field 'spce'", "did you mean 'spec'?"),
+            id="spce",
+        ),
+        pytest.param(
+            broken("  selector:\n    app: web\n", "  selector:\n    app: web\n    sessionAffinity: ClientIP\n"),
+            *(10, "spec.selector.sessionAffinity", "belongs under 'spec'", "move it there"),
+            id="sessionAffinity under selector",
+        ),
+        pytest.param(
+            broken("    app: web\n", "    matchLabels: {app: web}\n"),
+            *(9, "spec.selector.matchLabels", "must be text, not a mapping", "right under 'selector'"),
+            id="matchLabels",
+        ),
+        pytest.param(
+            broken("    port: 80\n", "    \u00a0port: 80\n"),
+            12,
+            "spec.ports[0].\u00a0port",
+            "non-breaking space",
+            "anew",
+            id="pasted spaces",
+        ),
+        pytest.param(
+            broken("  - name: http\n", "  -\n"), 12, "spec.ports[0]", "must name each", "add a name", id="unnamed"
+        ),
+        pytest.param(
+            broken("  - name: dns\n", "  - name: http\n"),
+            *(15, "spec.ports[1].name", "already that of ports[0]", "a name of its own"),
+            id="duplicate port name",
+        ),
+        pytest.param(
+            broken("  - name: http\n", "  - name: HTTP\n"),
+            *(11, "spec.ports[0].name", "'HTTP' is not a valid name", "such as 'http'"),
+            id="upper-case port name",
+        ),
+        pytest.param(
+            broken("  name: web\n", "  name: My_Web\n"),
+            *(4, "metadata.name", "'My_Web' is not a valid name", "such as 'my-web'"),
+            id="upper-case name",
+        ),
+        pytest.param(
+            broken("  name: web-1\n", "  name: Web-1\n"),
+            *(23, "metadata.name", "'Web-1' is not a valid name", "such as 'web-1'"),
+            id="upper-case Pod name",
+        ),
+        pytest.param(
+            broken("clusterIP: 10.96.0.10", "clusterIP: none"),
+            *(7, "spec.clusterIP", "'none' is no IP address", "'None', with a capital N"),
+            id="clusterIP: none",
+        ),
+        pytest.param(
+            broken("port: 80\n", "port: 80000\n"),
+            *(12, "spec.ports[0].port", "80000 is not a port", "1 to 65535"),
+            id="port out of range",
+        ),
+        pytest.param(
+            broken("port: 80\n", 'port: "80"\n'),
+            *(12, "spec.ports[0].port", "must be a number, not text", "without quotes"),
+            id="port in quotes",
+        ),
+        pytest.param(
+            broken("targetPort: http", "targetPort: 0x11170"),
+            *(13, "spec.ports[0].targetPort", "70000 is not a port", "1 to 65535"),
+            id="target port out of range",
+        ),
+        pytest.param(
+            broken("nodePort: 30080", "nodePort: 8080"),
+            *(14, "spec.ports[0].nodePort", "8080 is out of range", "30000 to 32767"),
+            id="node port out of range",
+        ),
+        pytest.param(
+            broken("  type: NodePort\n", "  type: ClusterIP\n"),
+            *(14, "spec.ports[0].nodePort", "has no node ports", "type: NodePort"),
+            id="node port of a ClusterIP",
+        ),
+        pytest.param(
+            broken("  type: NodePort\n", "  type: Nodeport\n"),
+            *(6, "spec.type", "'Nodeport' is no Service type", "NodePort"),
+            id="type",
+        ),
+        pytest.param(
+            broken("protocol: UDP\n", "protocol: SCTP\n"),
+            *(18, "spec.ports[1].protocol", "'SCTP' cannot be proxied", ""),
+            id="SCTP",
+        ),
+        pytest.param(
+            broken("    app: web\n", "    app: wbe\n"),
+            *(9, "spec.selector.app", "app=wbe matches no Pod", "did you mean 'app: web'?"),
+            id="a label's value",
+        ),
+        pytest.param(
+            broken("    app: web\n", "    ap: web\n"),
+            *(9, "spec.selector.ap", "ap=web matches no Pod", "did you mean 'app: web'?"),
+            id="a label",
+        ),
+        pytest.param(
+            broken("    app: web\n", "    tier: front\n"),
+            *(8, "spec.selector", "tier=front matches no Pod", "add Pods"),
+            id="nothing alike",
+        ),
+        pytest.param(
+            broken("    app: web\n", "    app: 1\n"),
+            *(9, "spec.selector.app", "must be text", "in quotes"),
+            id="a selector that is no text",
+        ),
+        pytest.param(
+            broken("  name: web-1\n", "  name: web-1\n  namespace: prod\n"),
+            *(8, "spec.selector", "web-1 in namespace 'prod'", "one namespace"),
+            id="Pods elsewhere",
+        ),
+        pytest.param(
+            broken("status:\n  podIP: 10.244.0.5\n", ""),
+            *(8, "spec.selector", "no address is known of Pod web-1", "status.podIP"),
+            id="Pods without an address",
+        ),
+        pytest.param(
+            broken("podIP: 10.244.0.5", "podIP: 10.244.0"),
+            *(36, "status.podIP", "'10.244.0' is no IP address", ""),
+            id="a Pod's address",
+        ),
+        pytest.param(
+            broken("targetPort: http", "targetPort: htpp"),
+            *(13, "spec.ports[0].targetPort", "no Pod it selects has a port named 'htpp'", "did you mean 'http'?"),
+            id="target port",
+        ),
+        pytest.param(
+            broken("targetPort: http", "targetPort: dns"),
+            *(13, "spec.ports[0].targetPort", "is UDP, not TCP", "one protocol"),
+            id="target port of another protocol",
+        ),
+        pytest.param(
+            broken("targetPort: http", "targetPort: '8080'"),
+            *(13, "spec.ports[0].targetPort", "'8080' in quotes", "8080"),
+            id="target port in quotes",
+        ),
+        pytest.param(
+            broken("targetPort: http", "targetPort: Http"),
+            *(13, "spec.ports[0].targetPort", "'Http' is not a valid port name", "small letters"),
+            id="upper-case target port",
+        ),
+        pytest.param(
+            GOOD + "---\napiVersion: v1\nkind: Endpoints\nmetadata: {name: cache, namespace: x}\nsubsets: []\n",
+            *(80, "metadata.name", "no Service x/cache", "write 'namespace: default'"),
+            id="Endpoints in another namespace",
+        ),
+        pytest.param(
+            GOOD + "---\napiVersion: v1\nkind: Endpoints\nmetadata: {name: cachee}\nsubsets: []\n",
+            *(80, "metadata.name", "no Service default/cachee", "did you mean 'cache'?"),
+            id="Endpoints of no Service",
+        ),
+        pytest.param(
+            GOOD
+            + "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: x}\naddressType: IPv4\n",
+            *(80, "metadata.labels", "kubernetes.io/service-name is missing", "kubernetes.io/service-name: NAME"),
+            id="a slice without the label",
+        ),
+        pytest.param(
+            GOOD
+            + "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  name: x\n"
+            + "  labels:\n    kubernetes.io/service-name: cach\naddressType: IPv4\n",
+            *(83, 'metadata.labels["kubernetes.io/service-name"]', "no Service default/cach", "did you mean 'cache'?"),
+            id="a slice of no Service",
+        ),
+        pytest.param(
+            broken_last("name: redis}", "name: reddis}"),
+            *(62, "ports[0].name", "Service default/cache has no port named 'reddis'", "redis"),
+            id="a slice's port name",
+        ),
+        pytest.param(
+            broken_last("{port: 5432}", "{port: 5432, name: pg}"),
+            *(49, "subsets[0].ports[0].name", "has no port named 'pg'", "leave the name out"),
+            id="an Endpoints' port name",
+        ),
+        pytest.param(
+            broken_last("name: redis}", "name: redis, protocol: UDP}"),
+            *(62, "ports[0].protocol", "the Service's port is TCP, not UDP", "write TCP"),
+            id="a slice's protocol",
+        ),
+        pytest.param(
+            broken("addresses: [10.0.0.2]", "addresses: [10.0.0.256]"),
+            *(61, "endpoints[0].addresses[0]", "'10.0.0.256' is no IP address", ""),
+            id="a slice's address",
+        ),
+        pytest.param(
+            broken("ip: 10.0.0.1}", "ip: ten}"),
+            *(48, "subsets[0].addresses[0].ip", "'ten' is no IP address", ""),
+            id="an Endpoints' address",
+        ),
+        pytest.param(
+            GOOD + "---\napiVersion: v1\nkind: Service\nmetadata: {name: alone}\nspec: {ports: [{port: 80}]}\n",
+            *(81, "spec", "nothing here gives it endpoints", "add a selector"),
+            id="a Service without anything behind it",
+        ),
+        pytest.param(
+            GOOD + POD, 81, "metadata.name", "Pod default/web-1 is already at stdin:23", "remove one", id="a duplicate"
+        ),
+        pytest.param(
+            broken("  ports: [{port: 5432}]\n", "  clusterIP: 10.96.0.010\n  ports: [{port: 5432}]\n"),
+            *(42, "spec.clusterIP", "10.96.0.10 is already the cluster IP of default/web", "choose another"),
+            id="a duplicate clusterIP",
+        ),
+        pytest.param(
+            broken("  ports: [{port: 5432}]\n", "  type: NodePort\n  ports: [{port: 5432, nodePort: 30080}]\n"),
+            *(43, "spec.ports[0].nodePort", "already a node port of Service default/web", "choose another"),
+            id="a duplicate node port",
+        ),
+        pytest.param(
+            broken("    port: 80\n", "    port: 80\n    port: 81\n"),
+            *(13, "spec.ports[0].port", "'port' stands twice", "remove one"),
+            id="a key that stands twice",
+        ),
+        pytest.param(
+            broken("  name: web-1\n", "  name: web-1\n  annotations: {on: 1}\n"),
+            *(24, "metadata.annotations.True", "as a key", "in quotes"),
+            id="an annotation that is no text",
+        ),
+        pytest.param(
+            broken("    app: web\nspec", "    app: web\n    version: 1.10\nspec"),
+            *(26, "metadata.labels.version", "must be text, not a number", "in quotes"),
+            id="a label that is no text",
+        ),
+        pytest.param(
+            broken("kind: Service", "kind: service").partition("---\n")[0] + POD,
+            *(2, "kind", "'service' is no kind", "did you mean Service?"),
+            id="a kind in small letters",
+        ),
+        pytest.param(
+            broken("apiVersion: v1\n", "apiVersion: apps/v1\n"),
+            *(1, "apiVersion", "'apps/v1' has no Service", "apiVersion: v1"),
+            id="an apiVersion",
+        ),
+        pytest.param(
+            broken("apiVersion: v1\n", ""), 1, "apiVersion", "is missing", "apiVersion: v1", id="no apiVersion"
+        ),
+        pytest.param("<!DOCTYPE html>\n<html>\n", 1, "", "this is HTML", "fetch the raw file", id="HTML"),
+    ],
+)
+def test_a_mistake_is_named_once_with_its_line_and_its_mend(
+    text: str, line: int, field: str, problem: str, mend: str
+) -> None:
+    found = findings(text)
+
+    assert said(found) == [(line, field)], found
+    assert problem in found[0]["problem"]
+    assert mend in found[0]["mend"]
+
+
+# ---- ports in the wrong place
+
+
+def test_ports_at_the_top_level_belong_under_spec() -> None:
+    (finding,) = findings(
+        "apiVersion: v1\nkind: Service\nmetadata:\n  name: web\nspec:\nports:\n- port: 80\n  targetPort: 8080\n"
+    )
+
+    assert (finding["line"], finding["field"]) == (6, "ports")
+    assert finding["problem"] == "'ports' stands at the top level, but belongs under 'spec'"
+    assert finding["mend"] == "move it there: it begins two columns to the right of 'spec'"
+
+
+def test_ports_under_metadata_belong_under_spec() -> None:
+    (finding,) = findings(
+        "apiVersion: v1\nkind: Service\nmetadata:\n  name: web\n  ports:\n  - port: 80\nspec:\n  selector: {app: web}\n"
+        + POD
+    )
+
+    assert (finding["line"], finding["field"]) == (5, "metadata.ports")
+    assert "belongs under 'spec'" in finding["problem"]
+
+
+def test_ports_under_the_selector_belong_beside_it() -> None:
+    (finding,) = findings(
+        "apiVersion: v1\nkind: Service\nmetadata:\n  name: web\nspec:\n"
+        "  selector:\n    app: web\n    ports:\n    - port: 80\n" + POD
+    )
+
+    assert (finding["line"], finding["field"]) == (8, "spec.selector.ports")
+    assert "indent it as 'selector' is" in finding["mend"]
+
+
+def test_a_port_right_under_spec_belongs_into_an_item_of_ports() -> None:
+    (finding,) = findings(
+        "apiVersion: v1\nkind: Service\nmetadata:\n  name: web\nspec:\n  targetPort: 80\n  selector: {app: web}\n" + POD
+    )
+
+    assert (finding["line"], finding["field"]) == (6, "spec.targetPort")
+    assert "into an item of 'spec.ports'" in finding["problem"]
+
+
+def test_ports_that_are_no_list_want_a_dash() -> None:
+    (finding,) = findings(
+        "apiVersion: v1\nkind: Service\nmetadata:\n  name: web\nspec:\n  selector: {app: web}\n  ports:\n    port: 80\n"
+        + POD
+    )
+
+    assert (finding["line"], finding["field"]) == (7, "spec.ports")
+    assert finding["mend"] == "begin each item with '- '"
+
+
+# ---- many mistakes
+
+
+def test_all_mistakes_of_one_object_are_named_at_once() -> None:
+    found = findings(
+        """\
+apiVersion: v1
+kind: Service
+metadata:
+  name: Web
+spec:
+  clusterIP: none
+  type: NodePort
+  selectors:
+    app: web
+  ports:
+  - port: 80
+    name: HTTP
+    nodePort: 8080
+  - port: 70000
+    protocol: SCTP
+  - port: "83"
+    name: b
+  - port: 84
+    name: b
+"""
+    )
+
+    assert said(found) == [
+        (4, "metadata.name"),
+        (6, "spec.clusterIP"),
+        (8, "spec.selectors"),
+        (12, "spec.ports[0].name"),
+        (13, "spec.ports[0].nodePort"),
+        (14, "spec.ports[1].port"),
+        (14, "spec.ports[1]"),
+        (15, "spec.ports[1].protocol"),
+        (16, "spec.ports[2].port"),
+        (19, "spec.ports[3].name"),
+    ]
+
+
+def test_a_broken_document_hides_no_mistake_of_another() -> None:
+    found = findings("a: b\n c: d\n---\n" + broken("clusterIP: 10.96.0.10", "clusterIP: none"))
+
+    assert said(found) == [(2, "c"), (10, "spec.clusterIP")]
+
+
+def test_an_item_of_a_list_is_named_at_its_line() -> None:
+    text = """\
+apiVersion: v1
+kind: List
+items:
+- apiVersion: v1
+  kind: Endpoints
+  metadata: {name: a}
+- apiVersion: v1
+  kind: Endpoints
+  metadata: {name: b}
+"""
+    assert said(findings(text)) == [(6, "metadata.name"), (9, "metadata.name")]
+
+
+# ---- how it is said
+
+
+def test_in_a_pipe_each_finding_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "b.yaml").write_text(broken("clusterIP: 10.96.0.10", "clusterIP: none"))
+    (tmp_path / "a.yaml").write_text("<html>\n")
+
+    result = check(tmp_path)
+
+    assert result.exit_code == 1
+    assert result.stdout.splitlines() == [
+        f"{tmp_path}/a.yaml:1: this is HTML, not a manifest; fetch the raw file, not the page that shows it",
+        f"{tmp_path}/b.yaml:7: spec.clusterIP: 'none' is no IP address; "
+        "a headless Service has 'None', with a capital N",
+    ]
+
+
+def test_json_is_a_list_also_where_nothing_is_wrong() -> None:
+    result = check("--json", "-", stdin=GOOD)
+
+    assert json.loads(result.stdout) == []
+    assert result.exit_code == 0
+
+
+def test_in_a_terminal_the_place_is_bold_and_the_mend_dim(tmp_path: Path) -> None:
+    file = tmp_path / "tutorial.yaml"
+    file.write_text(TUTORIAL)
+    ours, theirs = pty.openpty()
+    environment = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "CI")}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "userspace_proxy", "check", str(file)],
+            stdout=theirs,
+            stderr=subprocess.PIPE,
+            env={**environment, "TERM": "xterm", "COLUMNS": "100"},
+            timeout=20,
+            check=False,
+        )
+        shown = os.read(ours, 65_536).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+    assert done.returncode == 1
+    assert f"\x1b[1m{file}:11" in shown
+    assert "\x1b[31mService default/my-nginx: the selector run=my-nginx matches no Pod here" in shown
+    assert "\x1b[2madd the Pods" in shown
+
+
+def test_a_path_that_does_not_exist_is_answered_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "good.yaml").write_text(GOOD)
+
+    result = check(tmp_path, tmp_path / "nothing.yaml")
+
+    assert result.exit_code == 1
+    assert result.output == f"userspace-proxy: {tmp_path}/nothing.yaml: no such file or folder\n"
+
+
+def test_a_file_that_is_no_text_is_a_finding_and_hides_no_other(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "b.yaml").write_text(broken("clusterIP: 10.96.0.10", "clusterIP: none"))
+
+    first, second = json.loads(check("--json", tmp_path).stdout)
+
+    assert (first["file"], first["line"]) == (f"{tmp_path}/a.yaml", None)
+    assert "it is not UTF-8 text" in first["problem"]
+    assert second["field"] == "spec.clusterIP"
