@@ -1,4 +1,4 @@
-"""The far ends of connections, as clients and backends have them: real TCP over loopback, read and written by a test."""
+"""The far ends of connections, as clients and backends have them: real sockets, read and written by a test."""
 
 from __future__ import annotations
 

@@ -259,3 +259,23 @@ def test_a_copy_of_a_file_is_reported_in_few_words() -> None:
     assert len(found) == 11
     assert str(found[0]) == "b:3: metadata.name: Service default/s0 is already at a:3; remove one of them"
     assert "90 more objects are already in a" in str(found[-1])
+
+
+def test_brackets_nested_without_end_are_an_error_and_no_crash() -> None:
+    _, problems = parse(Document("f", 1, "kind: " + "[" * 50_000))
+    (object_with_brackets,), none = parse(Document("f", 1, 'kind: X\nmetadata: {name: a}\nnote: "' + "[" * 200 + '"\n'))
+
+    assert "nested more than 100 deep" in str(problems[0])
+    assert not none
+    assert object_with_brackets.name.name == "a"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1", 1), ("0x1f", 31), ("1.5", 1.5), ("true", True), ("~", None), ("1e3", "1e3"), ("2024-01-01", "2024-01-01")],
+)
+def test_scalars_are_what_yaml_says_they_are(text: str, value: object) -> None:
+    (manifest,), _ = parse(Document("f", 1, f"kind: X\nmetadata: {{name: a}}\nv: {text}\n"), for_check=True)
+
+    assert manifest.plain is not None
+    assert manifest.plain["v"] == value

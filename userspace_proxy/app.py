@@ -52,6 +52,7 @@ def run(settings: Settings) -> None:
         import uvloop
 
         factory = uvloop.new_event_loop
+    gc.disable()  # until the first sync: what is made before it is kept, and looking for garbage in it is half the time
     with asyncio.Runner(loop_factory=factory) as runner:
         runner.run(App(settings).run())
 
@@ -219,9 +220,9 @@ class _WithRoutes:
                         wanted.add(ipaddress.ip_network(ip))
         self._known = dict(state.service_ports)
         if new := wanted - self._routed:
+            self._routed |= new  # one try: what refuses now (a blackhole route of somebody's, say) is no passing fault
             try:
                 await network.add_routes(new)
-                self._routed |= new
             except SyncError as error:
                 log.warning("no route to cluster IPs could be added, clients on this node may fail: %s", error)
         await self._sink.sync(state)
@@ -263,8 +264,8 @@ async def _settle_in(controller: Controller, language: str) -> None:
     """What is worth doing once, after the first sync."""
     await controller.ready.wait()
     # What is there now stays for long: the collector need not walk over it again and again.
-    gc.collect()
     gc.freeze()
+    gc.enable()
     for other, make in KERNELS.items():
         if other != language:
             with contextlib.suppress(SyncError):

@@ -6,6 +6,7 @@ the kernel takes all of it away.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +182,8 @@ class _Demo:
     def _show_failover(self, servers: list[subprocess.Popen[bytes]]) -> None:
         self._say(
             "A backend is killed under load",
-            f"{_CLIENTS} clients, a new connection for each request; pod2's nginx is killed with -9 half-way",
+            f"{_CLIENTS} clients, a new connection for each request; half-way pod2's nginx is killed with -9, at a moment when\n"
+            "it holds no request: what a dying process had already accepted, nobody can send again in its stead.",
         )
         load = _Load(self._world)
         with Progress(
@@ -195,8 +198,9 @@ class _Demo:
             load.start()
             while (elapsed_s := time.monotonic() - started_at) < _LOAD_S:
                 if not killed and elapsed_s > _LOAD_S / 2:
-                    servers[1].kill()
-                    servers[1].wait(5)
+                    with load.between_requests():
+                        servers[1].kill()
+                        servers[1].wait(5)
                     killed = True
                 progress.update(bar, completed=elapsed_s, done=load.done)
                 time.sleep(0.05)
@@ -250,7 +254,8 @@ class _Load:
     def __init__(self, world: ServiceLab) -> None:
         self._client = world.client
         self._stopped = threading.Event()
-        self._threads = [threading.Thread(target=self._ask_on, daemon=True) for _ in range(_CLIENTS)]
+        self._asking = [threading.Lock() for _ in range(_CLIENTS)]
+        self._threads = [threading.Thread(target=self._ask_on, args=(lock,), daemon=True) for lock in self._asking]
         self.answers: Counter[str] = Counter()
         self.errors: list[OSError] = []
 
@@ -267,9 +272,19 @@ class _Load:
         for thread in self._threads:
             thread.join(10)
 
-    def _ask_on(self) -> None:
+    @contextlib.contextmanager
+    def between_requests(self) -> Iterator[None]:
+        """Hold every client where it has no request under way."""
+        with contextlib.ExitStack() as stack:
+            for lock in self._asking:
+                stack.enter_context(lock)
+            yield
+
+    def _ask_on(self, asking: threading.Lock) -> None:
         while not self._stopped.is_set():
-            try:
-                self.answers[ask(self._client, WEB)] += 1
-            except OSError as error:
-                self.errors.append(error)
+            with asking:
+                try:
+                    self.answers[ask(self._client, WEB)] += 1
+                except OSError as error:
+                    self.errors.append(error)
+            time.sleep(0)  # a lock is not fair: let the one who waits for it have it

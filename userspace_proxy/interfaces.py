@@ -271,5 +271,9 @@ class Splicer(Protocol):
     """An engine: moves bytes between two connected non-blocking sockets until both directions have ended."""
 
     def start(self, client: socket.socket, backend: socket.socket, on_end: Callable[[str], None]) -> Splice:
-        """Take over both sockets; close them and call *on_end* with how it ended, exactly once."""
+        """Take over both sockets; close them and call *on_end* with how it ended, exactly once, after this returned.
+
+        Raises:
+            OSError: this host has no room for it; *on_end* is not called, and the sockets are still the caller's.
+        """
         ...

@@ -20,9 +20,9 @@ ENGINES: dict[str, MakeSplicer] = {"copy": CopySplicer}
 class Spliced:
     """A client's end and a backend's end, with an engine between them."""
 
-    def __init__(self, splicer: Splicer, buffer_bytes: int | None) -> None:
-        client, self.client_socket = tcp_pair(buffer_bytes)
-        self.backend_socket, backend = tcp_pair(buffer_bytes)
+    def __init__(self, splicer: Splicer, client_buffer_bytes: int | None, backend_buffer_bytes: int | None) -> None:
+        client, self.client_socket = tcp_pair(client_buffer_bytes)
+        self.backend_socket, backend = tcp_pair(backend_buffer_bytes)
         self.client, self.backend = End(client), End(backend)
         self.endings: list[str] = []
         self._splicer = splicer
@@ -68,8 +68,10 @@ class Workshop:
         self.splicer = make(self.poller, loop)
         self._made: list[Spliced] = []
 
-    def splice(self, *, buffer_bytes: int | None = None, start: bool = True) -> Spliced:
-        made = Spliced(self.splicer, buffer_bytes)
+    def splice(
+        self, *, buffer_bytes: int | None = None, client_buffer_bytes: int | None = None, start: bool = True
+    ) -> Spliced:
+        made = Spliced(self.splicer, client_buffer_bytes or buffer_bytes, buffer_bytes)
         self._made.append(made)
         if start:
             made.start()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import os
 import contextlib
 import io
 import json
@@ -370,3 +372,48 @@ async def test_a_file_that_is_named_in_several_ways_is_read_once(tmp_path: Path)
     async with following(*several_ways(tmp_path)) as told:
         assert told.since(0) == [(EventType.SET, "a"), (EventType.SYNCED, "")]
         assert not told.source.problems
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_after_any_edits_what_was_told_is_what_a_fresh_reader_finds(tmp_path: Path, seed: int) -> None:
+    """Only what differs is parsed again: places before and behind a change must come out as if all had been."""
+    chance = random.Random(seed)
+    file = tmp_path / "a.yaml"
+    documents = [(number, 80) for number in range(8)]
+    told: dict[str, object] = {}
+    file.write_text("---\n".join(_numbered(*document) for document in documents))
+    source = FileSource([str(tmp_path)])
+    for turn in range(10):
+        for event in source._read():
+            assert event.name is not None
+            if event.type is EventType.SET:
+                told[event.name.name] = event.object
+            else:
+                del told[event.name.name]
+        match chance.randrange(4):
+            case 0:
+                documents.insert(chance.randrange(len(documents) + 1), (chance.randrange(12), turn + 1))
+            case 1 if documents:
+                documents.pop(chance.randrange(len(documents)))
+            case 2 if documents:
+                documents[chance.randrange(len(documents))] = (chance.randrange(12), turn + 1)
+            case _:
+                chance.shuffle(documents)
+        comment = "# a comment\n" * chance.randrange(2)
+        file.write_text(comment + "---\n".join(_numbered(*document) for document in documents) or "# nothing\n")
+        os.utime(file, ns=(turn, turn))
+    source._read()
+
+    fresh = FileSource([str(tmp_path)])
+    fresh._read()
+
+    assert [part.document for part in source._files[str(file)].parts] == [
+        part.document for part in fresh._files[str(file)].parts
+    ]
+    assert {key: (manifest.object, manifest.place) for key, manifest in source._told.items()} == {
+        key: (manifest.object, manifest.place) for key, manifest in fresh._told.items()
+    }
+
+
+def _numbered(number: int, port: int) -> str:
+    return f"apiVersion: v1\nkind: Service\nmetadata: {{name: s{number}}}\nspec: {{ports: [{{port: {port}}}]}}\n"

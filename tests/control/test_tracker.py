@@ -40,7 +40,7 @@ def test_a_service_and_its_pods_become_a_service_port_with_endpoints() -> None:
 
 
 def test_objects_may_come_in_any_order() -> None:
-    things = [
+    things: list[api.KubernetesObject] = [
         service(**SELECTING),
         pod("a", "10.244.0.1"),
         pod("b", "10.244.0.2"),

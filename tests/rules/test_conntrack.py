@@ -159,14 +159,3 @@ async def test_where_there_are_no_flows_nothing_is_said(caplog: pytest.LogCaptur
     await forget_udp_flows({DNS: 10_002, DNS6: 10_002, NODE_PORT: 0})
 
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
-
-
-async def test_a_host_without_the_tool_is_told_what_it_costs(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("userspace_proxy.rules.tool._find", lambda _tool: None)
-
-    await forget_udp_flows({DNS: 10_002})
-
-    assert "stale UDP flows were not forgotten" in caplog.text
-    assert "install the package conntrack" in caplog.text

@@ -56,7 +56,7 @@ class _Silence:
 
     since: float
     moved_bytes: int = -1
-    # Both peers had acknowledged all at this many bytes (and half-closes): there is nothing to wait for until more moves.
+    # Both peers had acknowledged everything at this state of bytes and half-close: nothing to ask until it changes.
     answered_at: tuple[int, bool] | None = None
     unanswered_since: list[float | None] = field(default_factory=lambda: [None, None])
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from userspace_proxy.dataplane.picker import Picker
 from userspace_proxy.dataplane.poller import FAILED, WRITE, Poller
-from userspace_proxy.dataplane.sockets import backend_socket, is_self_connected, tune_tcp
+from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, backend_socket, is_self_connected, tune_tcp
 from userspace_proxy.interfaces import Counters
 from userspace_proxy.model.endpoint import Address, Endpoint
 
@@ -26,18 +26,6 @@ DIAL_TIMEOUTS_S = (0.25, 0.5, 1.0, 2.0)
 # A client that was accepted when no descriptor was left for its backend waits this often, this long.
 STARVED_MAX = 100
 STARVED_RETRY_S = 0.1
-
-# Not the endpoint's fault: this host has no port, descriptor or memory left for the connection.
-LOCAL_SHORTAGES = {
-    errno.EADDRNOTAVAIL,
-    errno.EADDRINUSE,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENOBUFS,
-    errno.ENOMEM,
-    errno.ENOSPC,  # more sockets in epolls than fs.epoll.max_user_watches
-    errno.EAGAIN,
-}
 
 log = logging.getLogger(__name__)
 

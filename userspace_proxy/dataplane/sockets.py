@@ -20,6 +20,18 @@ _SOCKADDR_IN6 = struct.Struct("!2xH4x16s")
 
 KEEPALIVE_PROBES = 3
 
+# Not the endpoint's fault: this host has no port, descriptor or memory left for the connection.
+LOCAL_SHORTAGES = {
+    errno.EADDRNOTAVAIL,
+    errno.EADDRINUSE,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOBUFS,
+    errno.ENOMEM,
+    errno.ENOSPC,  # more sockets in epolls than fs.epoll.max_user_watches
+    errno.EAGAIN,
+}
+
 
 @functools.cache
 def has_ipv6() -> bool:
@@ -88,9 +100,9 @@ def tune_tcp(sock: socket.socket, dead_peer_timeout_s: float) -> None:
     Not TCP_USER_TIMEOUT: it also kills a living peer that has merely stopped reading.
     """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if not dead_peer_timeout_s:
         return
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     probe_s = max(1, int(dead_peer_timeout_s / (2 * KEEPALIVE_PROBES)))
     idle_s = max(1, int(dead_peer_timeout_s) - KEEPALIVE_PROBES * probe_s)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle_s)

@@ -11,9 +11,9 @@ import socket
 import struct
 from typing import TYPE_CHECKING
 
-from userspace_proxy.dataplane.dial import LOCAL_SHORTAGES, Connected, Dial, DialContext
+from userspace_proxy.dataplane.dial import Connected, Dial, DialContext
 from userspace_proxy.dataplane.picker import Picker
-from userspace_proxy.dataplane.sockets import open_tcp_listener, original_destination, plain_ip
+from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, open_tcp_listener, original_destination, plain_ip
 from userspace_proxy.interfaces import AccessRecord, Backends, Counters, ListenerSpec, Splice
 from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.names import ServicePortName

@@ -15,9 +15,14 @@ import struct
 from typing import TYPE_CHECKING
 
 from userspace_proxy.dataplane.picker import Picker
-from userspace_proxy.dataplane.dial import LOCAL_SHORTAGES
 from userspace_proxy.dataplane.poller import FAILED, READ, Poller
-from userspace_proxy.dataplane.sockets import backend_socket, bind_wildcard, is_self_connected, plain_ip
+from userspace_proxy.dataplane.sockets import (
+    LOCAL_SHORTAGES,
+    backend_socket,
+    bind_wildcard,
+    is_self_connected,
+    plain_ip,
+)
 from userspace_proxy.interfaces import AccessRecord, Backends, Counters, ListenerSpec
 from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.names import ServicePortName
@@ -213,7 +218,7 @@ class UdpListener:
             try:
                 sock.connect(address)
                 if is_self_connected(sock, address):
-                    raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))  # noqa: TRY301
+                    raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
                 self._context.poller.watch(sock, flow.on_socket)
             except OSError as error:
                 sock.close()

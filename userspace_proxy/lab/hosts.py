@@ -23,26 +23,27 @@ _NETNS_FOLDER = Path("/run/netns")
 _TOOL_TIMEOUT_S = 30
 
 
-def command_in_namespaces(command: Sequence[str], *, as_root: bool | None = None) -> list[str]:
+def command_in_namespaces(command: Sequence[str]) -> list[str]:
     """Return *command* with what runs it in network, mount and process namespaces of its own.
 
     Raises:
         StartError: this machine forbids it to this user, or lacks `unshare`.
     """
-    root = os.geteuid() == 0 if as_root is None else as_root
-    unshare = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-    if not root:
-        unshare[1:1] = ["--user", "--map-root-user"]
     if shutil.which("unshare") is None:
         raise StartError("unshare is not installed; install the package util-linux")
-    tried = subprocess.run([*unshare, "true"], capture_output=True, text=True, timeout=_TOOL_TIMEOUT_S, check=False)
-    if tried.returncode:
-        raise StartError(
-            f"namespaces are forbidden here ({tried.stderr.strip()}); allow unprivileged user namespaces "
-            "(sysctl kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0, "
-            "user.max_user_namespaces), or run it as root"
-        )
-    return [*unshare, *command]
+    namespaces = ["--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    ways = [["unshare", "--user", "--map-root-user", *namespaces]]
+    if os.geteuid() == 0:
+        ways.insert(0, ["unshare", *namespaces])
+    for way in ways:
+        tried = subprocess.run([*way, "true"], capture_output=True, text=True, timeout=_TOOL_TIMEOUT_S, check=False)
+        if not tried.returncode:
+            return [*way, *command]
+    raise StartError(
+        f"namespaces are forbidden here ({tried.stderr.strip()}); run it as root, or allow them to users: "
+        "sysctl kernel.unprivileged_userns_clone=1 user.max_user_namespaces=10000 (on Ubuntu also "
+        "kernel.apparmor_restrict_unprivileged_userns=0); in a container: --privileged"
+    )
 
 
 def prepare() -> None:

@@ -58,8 +58,8 @@ async def add_routes(networks: Iterable[Network]) -> list[Network]:
         routes = [everything if destination == "default" else destination for destination in leading]
         missing = missing_routes(family, routes)
         if missing:
-            batch = "".join(f"route replace {n} dev lo proto {ROUTE_PROTOCOL}\n" for n in missing)
-            await run_tool("ip", f"-{version}", "-batch", "-", stdin=batch)
+            batch = "".join(f"route add {n} dev lo proto {ROUTE_PROTOCOL}\n" for n in missing)
+            await run_tool("ip", f"-{version}", "-force", "-batch", "-", stdin=batch)
             added += missing
     return added
 

@@ -33,13 +33,47 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
+class _Part:
+    """One document and what it holds."""
+
+    document: Document
+    manifests: list[Manifest]
+    problems: list[Problem]
+
+    def at(self, document: Document) -> _Part:
+        """Return the same objects at another place: for messages, because for the tracker nothing has changed."""
+        return _Part(document, [replace(m, place=replace(m.place, document=document)) for m in self.manifests], [])
+
+    def moved(self, lines: int, offset: int) -> _Part:
+        here = self.document
+        document = replace(here, line=here.line + lines, start=here.start + offset)
+        return self.at(document) if lines else _Part(document, self.manifests, [])
+
+
+@dataclass(slots=True)
 class _File:
-    """What is known of one file: how it looked, and what its documents held, by their text."""
+    """What is known of one file: how it looked, its text, and the documents in it, in order."""
 
     seen: tuple[int, ...] = ()
-    documents: dict[tuple[int, str], tuple[list[Manifest], list[Problem]]] = field(default_factory=dict)
-    manifests: list[Manifest] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    text: str = ""
+    parts: list[_Part] = field(default_factory=list)
+    emptied: bool = False
+
+    @property
+    def problems(self) -> list[Problem]:
+        return [problem for part in self.parts for problem in part.problems]
+
+
+@dataclass(slots=True)
+class _Change:
+    """The manifests that a look at the files no longer found, and those that it found anew."""
+
+    gone: list[Manifest] = field(default_factory=list)
+    came: list[Manifest] = field(default_factory=list)
+
+    def replace(self, old: Iterable[_Part], new: Iterable[_Part]) -> None:
+        self.gone += [manifest for part in old for manifest in part.manifests]
+        self.came += [manifest for part in new for manifest in part.manifests]
 
 
 class FileSource:
@@ -48,7 +82,10 @@ class FileSource:
     def __init__(self, paths: Sequence[str]) -> None:
         self._paths = list(dict.fromkeys(path if path == STDIN else str(Path(path)) for path in paths))
         self._files: dict[str, _File] = {}
+        self._holders: dict[ObjectKey, list[Manifest]] = {}  # more than one: duplicates
+        self._duplicated: set[ObjectKey] = set()
         self._told: dict[ObjectKey, Manifest] = {}
+        self._kept: set[ObjectKey] = set()  # told, not found any more, and maybe only hidden by a fault
         self._problems: dict[str, str] = {}
         self._faults: list[str] = []
         self._skipped_kinds: set[str] = set()
@@ -113,7 +150,7 @@ class FileSource:
         """Read what has changed; return the events that follow from it."""
         faults: list[Problem] = []
         present: dict[str, None] = {}
-        changed = False
+        change: _Change | None = None
         for path in self._paths:
             try:
                 present.update(dict.fromkeys(expand(path)))
@@ -122,78 +159,126 @@ class FileSource:
                 present.update(dict.fromkeys(known for known in self._files if Path(known).is_relative_to(path)))
         for path in present:
             try:
-                changed |= self._read_file(path)
+                text = self._text_if_changed(path)
             except (OSError, UnicodeDecodeError) as error:
                 faults.append(_unreadable(path, error))
+                continue
+            if text is not None:
+                change = change or _Change()
+                self._take(self._files[path], "stdin" if path == STDIN else path, text, change)
         for path in self._files.keys() - present.keys():
-            del self._files[path]
-            changed = True
+            change = change or _Change()
+            change.replace(self._files.pop(path).parts, ())
         said = [str(fault) for fault in faults]
-        if not changed and said == self._faults:
+        if change is None and said == self._faults:
             return []
         self._faults = said
-        return self._tell(faults)
+        return self._tell(change or _Change(), faults)
 
-    def _read_file(self, path: str) -> bool:
-        """Read *path* if it looks different from before; return whether it does."""
+    def _text_if_changed(self, path: str) -> str | None:
+        """Return what *path* holds if it looks different from before."""
         known = self._files.get(path)
         if path == STDIN:
-            if known is None:
-                self._files[path] = _File()
-                self._take(path, "stdin", sys.stdin.read())
-            return known is None
+            if known is not None:
+                return None
+            self._files[path] = _File()
+            return sys.stdin.read()
         stat = Path(path).stat()
         seen = (stat.st_mtime_ns, stat.st_size, stat.st_ino, stat.st_dev)
         if known is not None and known.seen == seen:
-            return False
+            return None
         text = Path(path).read_text(encoding="utf-8-sig")
-        self._files.setdefault(path, _File()).seen = seen
-        self._take(path, path, text)
-        return True
+        file = self._files.setdefault(path, _File())
+        if file.text and not text and not file.emptied:
+            file.emptied = True  # somebody empties it to write it anew; if it stays so, the next look believes it
+            return None
+        file.seen, file.emptied = seen, False
+        return text
 
-    def _take(self, path: str, shown_as: str, text: str) -> None:
-        """Parse the documents of *text* that were not there before."""
-        file = self._files[path]
-        documents: dict[tuple[int, str], tuple[list[Manifest], list[Problem]]] = {}
-        by_text = {key[1]: value for key, value in file.documents.items()}
-        for document in split(shown_as, text):
-            key = (document.line, document.text)
-            known = by_text.get(document.text)
-            if known is None or known[1]:
-                documents[key] = parse(document)
-            else:
-                documents[key] = file.documents.get(key) or (_moved(known[0], document), [])
-        file.documents = documents
-        file.manifests = [manifest for manifests, _ in documents.values() for manifest in manifests]
-        file.problems = [problem for _, problems in documents.values() for problem in problems]
+    def _take(self, file: _File, path: str, text: str, change: _Change) -> None:
+        """Parse what differs between the text before and *text*: all documents before and behind it stay."""
+        old = file.parts
+        # A document is the same only if the separator behind it is, too; a faulty one is read again.
+        same = _common_start(file.text, text) - len("--- ")
+        head = 0
+        while head < len(old) and old[head].document.end <= same and not old[head].problems:
+            head += 1
+        first = old[head - 1].document.end if head else 0
+        same = len(file.text) - _common_end(file.text[first:], text[first:])
+        tail = len(old)
+        while tail > head and old[tail - 1].document.start > same and not old[tail - 1].problems:
+            tail -= 1
+        last = old[tail].document.start if tail < len(old) else len(file.text)
+
+        offset = len(text) - len(file.text)
+        line = 1 + text.count("\n", 0, first)
+        by_text = {part.document.text: part for part in old[head:tail] if not part.problems}
+        middle = [
+            known.at(document) if (known := by_text.get(document.text)) else _Part(document, *parse(document))
+            for document in split(path, text[first : last + offset], line, first)
+        ]
+        lines = text.count("\n", first, last + offset) - file.text.count("\n", first, last)
+        moved = [part.moved(lines, offset) for part in old[tail:]]
+        change.replace(old[head:tail], middle)
+        if lines:
+            change.replace(old[tail:], moved)
+        file.text, file.parts = text, [*old[:head], *middle, *moved]
 
     # ---- telling
 
-    def _tell(self, faults: list[Problem]) -> list[ObjectEvent]:
-        wanted: dict[ObjectKey, Manifest] = {}
-        readable: list[Manifest] = []
-        problems = list(faults)
-        for file in self._files.values():
-            problems += file.problems
-            for manifest in file.manifests:
-                if manifest.object is None:
-                    self._skip(manifest)
-                    continue
-                readable.append(manifest)
-                wanted.setdefault((manifest.kind, manifest.name), manifest)
-        if len(wanted) < len(readable):
-            problems += duplicates(readable)
+    def _tell(self, change: _Change, faults: list[Problem]) -> list[ObjectEvent]:
+        touched = self._hold(change) | dict.fromkeys(self._kept)
+        problems = [*faults, *(problem for file in self._files.values() for problem in file.problems)]
+        if self._duplicated:
+            problems += duplicates(m for key in sorted(self._duplicated) for m in self._holders[key])
         self._report(problems)
-        events = [
-            ObjectEvent(EventType.SET, manifest.kind, manifest.name, manifest.object, manifest.place)
-            for key, manifest in wanted.items()
-            if key not in self._told or self._told[key].object is not manifest.object
-        ]
-        gone = self._told.keys() - wanted.keys()
-        kept = {key: self._told[key] for key in gone if self._may_still_be_there(self._told[key])}
-        events += [ObjectEvent(EventType.DELETE, key[0], key[1]) for key in gone if key not in kept]
-        self._told = {**kept, **wanted}
+        events = []
+        for key in touched:
+            told = self._told.get(key)
+            if key in self._holders:
+                wanted = self._holders[key][0]
+                self._kept.discard(key)
+                self._told[key] = wanted
+                if told is None or told.object is not wanted.object:
+                    events.append(ObjectEvent(EventType.SET, wanted.kind, wanted.name, wanted.object, wanted.place))
+            elif told is not None and self._may_still_be_there(told):
+                self._kept.add(key)
+            elif told is not None:
+                del self._told[key]
+                self._kept.discard(key)
+                events.append(ObjectEvent(EventType.DELETE, key[0], key[1]))
         return events
+
+    def _hold(self, change: _Change) -> dict[ObjectKey, None]:
+        """Note who holds which object now; return the objects that *change* is about, in the order written."""
+        touched: dict[ObjectKey, None] = {}
+        for manifest in change.gone:
+            if manifest.object is not None:
+                key = (manifest.kind, manifest.name)
+                touched[key] = None
+                left = [held for held in self._holders[key] if held is not manifest]
+                if left:
+                    self._holders[key] = left
+                else:
+                    del self._holders[key]
+        for manifest in change.came:
+            if manifest.object is None:
+                self._skip(manifest)
+                continue
+            key = (manifest.kind, manifest.name)
+            touched[key] = None
+            self._holders.setdefault(key, []).append(manifest)
+        order = {path: index for index, path in enumerate(self._files)}
+        for key in touched:
+            holders = self._holders.get(key, ())
+            if len(holders) > 1:
+                self._duplicated.add(key)
+                self._holders[key] = sorted(
+                    holders, key=lambda m: (order.get(m.place.document.path, -1), m.place.document.line)
+                )
+            else:
+                self._duplicated.discard(key)
+        return touched
 
     def _may_still_be_there(self, manifest: Manifest) -> bool:
         """Return whether the file that held *manifest* has a fault now, which may hide it."""
@@ -267,9 +352,28 @@ def _watched_folders(path: str) -> list[Path]:
     return list({given.absolute().parent, real.parent})
 
 
-def _moved(manifests: list[Manifest], document: Document) -> list[Manifest]:
-    """Return the same objects at their new lines: for messages, not for the tracker, which sees no change."""
-    return [replace(manifest, place=replace(manifest.place, document=document)) for manifest in manifests]
+def _common_start(left: str, right: str) -> int:
+    """Return how many characters at their start *left* and *right* share."""
+    low, high = 0, min(len(left), len(right))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if left[low:middle] == right[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _common_end(left: str, right: str) -> int:
+    """Return how many characters at their end *left* and *right* share."""
+    low, high = 0, min(len(left), len(right))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if left[len(left) - middle : len(left) - low] == right[len(right) - middle : len(right) - low]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _unreadable(path: str, error: OSError | UnicodeDecodeError) -> Problem:

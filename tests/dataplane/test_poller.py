@@ -1,0 +1,154 @@
+"""The private epoll: what its owners rely on when sockets end, change hands and come again."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from tests.ends import until
+from userspace_proxy.dataplane.poller import READ, WRITE, Poller
+
+Pair = tuple[socket.socket, socket.socket]
+
+
+@pytest.fixture
+async def poller() -> AsyncIterator[Poller]:
+    made = Poller(asyncio.get_running_loop())
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def pairs() -> Iterator[list[Pair]]:
+    made = [socket.socketpair(type=socket.SOCK_STREAM | socket.SOCK_NONBLOCK) for _ in range(3)]
+    yield made
+    for pair in made:
+        for sock in pair:
+            sock.close()
+
+
+async def test_a_descriptor_that_is_used_again_within_a_turn_gets_no_event_of_the_old_one(
+    poller: Poller, pairs: list[Pair]
+) -> None:
+    (first, to_first), (second, to_second), _ = pairs
+    seen: list[str] = []
+    came: list[Pair] = []
+
+    def replace(mine: socket.socket, other: socket.socket) -> None:
+        """Both are readable in this turn: whoever is called first closes both, and a new socket comes."""
+        seen.append("old")
+        for sock in (mine, other):
+            poller.close(sock)
+        new = socket.socketpair(type=socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        came.append(new)
+        poller.watch(new[0], lambda events: seen.append("read" if events & READ else "write"))
+
+    poller.watch(first, lambda events: replace(first, second) if events & READ else None)
+    poller.watch(second, lambda events: replace(second, first) if events & READ else None)
+    await asyncio.sleep(0.01)
+    to_first.send(b"x")
+    to_second.send(b"x")
+    await until(lambda: "write" in seen, "the new socket is told that it may write")
+
+    assert seen == ["old", "write"]
+    assert first.fileno() == second.fileno() == -1
+    for sock in came[0]:
+        sock.close()
+
+
+async def test_another_handler_of_a_watched_socket_is_told_everything_anew(poller: Poller, pairs: list[Pair]) -> None:
+    (sock, far), *_ = pairs
+    far.send(b"x")
+    told: list[int] = []
+    poller.watch(sock, told.append)
+    await until(lambda: bool(told), "the first handler is told")
+
+    anew: list[int] = []
+    poller.watch(sock, anew.append)
+    await until(lambda: bool(anew), "the second handler is told")
+
+    assert anew[0] & READ
+    assert anew[0] & WRITE
+
+
+async def test_closing_twice_is_closing_once(poller: Poller, pairs: list[Pair]) -> None:
+    (sock, _), *_ = pairs
+    poller.watch(sock, lambda events: None)
+    poller.close(sock)
+    poller.close(sock)
+    await until(lambda: sock.fileno() == -1, "it is closed")
+
+    poller.close(sock)
+
+
+async def test_a_handler_that_fails_takes_no_event_from_the_others(
+    poller: Poller, pairs: list[Pair], caplog: pytest.LogCaptureFixture
+) -> None:
+    (bad, _), (good, far), _ = pairs
+    told: list[int] = []
+
+    def fail(events: int) -> None:
+        raise ValueError(events)
+
+    poller.watch(bad, fail)
+    poller.watch(good, told.append)
+    await until(lambda: bool(told), "the good one is told")
+    assert "a bug" in caplog.text
+
+    told.clear()
+    far.send(b"x")
+    await until(lambda: bool(told), "and told again")
+
+
+async def test_a_step_that_asks_for_another_leaves_room_for_the_others(poller: Poller, pairs: list[Pair]) -> None:
+    (sock, far), *_ = pairs
+    order: list[str] = []
+
+    def step() -> None:
+        order.append("step")
+        if order.count("step") < 50:
+            poller.again(step)
+
+    poller.watch(sock, lambda events: order.append("event") if events & READ else None)
+    await asyncio.sleep(0.01)
+    far.send(b"x")
+    poller.again(step)
+    await until(lambda: order.count("step") == 50, "all steps are taken")
+
+    assert order.index("event") < 5
+
+
+async def test_while_accepting_is_paused_clients_wait_and_are_served_after_it(poller: Poller) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as client:
+        listener.setblocking(False)
+        accepted: list[socket.socket] = []
+        poller.accept_from(listener, lambda: accepted.append(listener.accept()[0]))
+        poller.pause_accepting()
+        client.connect(listener.getsockname())
+        await asyncio.sleep(0.05)
+        assert not accepted
+        assert not poller.accepting
+
+        poller.resume_accepting()
+        poller.resume_accepting()
+
+        await until(lambda: bool(accepted), "the client is accepted")
+        poller.leave(listener)
+        poller.leave(listener)
+        accepted[0].close()
+
+
+async def test_a_poller_that_was_stopped_while_paused_is_not_resumed(poller: Poller) -> None:
+    poller.pause_accepting()
+    stopped = Poller(asyncio.get_running_loop())
+    stopped.pause_accepting()
+    stopped.again(lambda: pytest.fail("a step was taken after the stop"))
+    stopped.stop()
+
+    stopped.resume_accepting()
+    await asyncio.sleep(0.01)
+
+    assert not stopped.accepting

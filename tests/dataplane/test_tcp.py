@@ -1,0 +1,484 @@
+"""TCP through a data plane in this process: real redirect rules, real backends, real packet loss."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.dataplane.world import (
+    CLIENT_IPS,
+    NAME,
+    NODE_PORT,
+    PORTAL,
+    PORTAL6,
+    TCP_PORT,
+    VANISHING_IPS,
+    Plane,
+    named_backends,
+    refusing_endpoint,
+    running_plane,
+    vanished,
+)
+from tests.ends import PATIENCE_S, End, open_descriptors, settled, until
+from userspace_proxy.dataplane.connections import Limits
+from userspace_proxy.model.endpoint import Endpoint
+
+DEAD_PEER_S = 3.0
+
+
+@pytest.fixture
+async def plane() -> AsyncIterator[Plane]:
+    async with running_plane() as running:
+        yield running
+
+
+class Listener:
+    """A backend whose connections the test itself holds."""
+
+    def __init__(self, ip: str = "127.0.0.1", receive_buffer_bytes: int | None = None) -> None:
+        self.sock = socket.create_server((ip, 0))
+        self.sock.setblocking(False)
+        if receive_buffer_bytes:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)
+        self.endpoint = Endpoint(*self.sock.getsockname())
+
+    async def accept(self) -> End:
+        async with asyncio.timeout(PATIENCE_S):
+            sock, _ = await asyncio.get_running_loop().sock_accept(self.sock)
+        return End(sock)
+
+    def __enter__(self) -> Listener:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()
+
+
+async def dial(address: tuple[str, int] = PORTAL, client_ip: str = "") -> End:
+    sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+    sock.setblocking(False)
+    if client_ip:
+        sock.bind((client_ip, 0))
+    async with asyncio.timeout(PATIENCE_S):
+        await asyncio.get_running_loop().sock_connect(sock, address)
+    return End(sock)
+
+
+async def ask(address: tuple[str, int] = PORTAL, client_ip: str = "") -> str:
+    """Connect, read to the end, close: the name of the backend, or ``"reset"``."""
+    try:
+        end = await dial(address, client_ip)
+    except ConnectionResetError:
+        return "reset"
+    name, how = await end.receive_all()
+    end.close()
+    return how if how == "reset" else name.decode()
+
+
+async def all_ended(plane: Plane) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while await plane.connections_open():
+            await asyncio.sleep(0.002)
+
+
+# ---- the way in
+
+
+@pytest.mark.parametrize("portal", [PORTAL, PORTAL6, ("127.0.0.1", NODE_PORT), (CLIENT_IPS[0], NODE_PORT)])
+async def test_every_portal_leads_to_the_endpoint_and_the_record_tells_it(
+    plane: Plane, portal: tuple[str, int]
+) -> None:
+    with named_backends("a") as (a,):
+        await plane.use(a.endpoint)
+
+        assert await ask(portal) == "a"
+
+        await all_ended(plane)
+        (record,) = plane.records
+        assert record.portal is not None
+        assert (record.portal.ip, record.portal.port) == (None if portal[1] == NODE_PORT else portal[0], portal[1])
+        assert (record.endpoint, record.why, record.how) == (a.endpoint, "round robin", "closed")
+        assert (record.bytes_to_backend, record.bytes_to_client) == (0, 1)
+    counters = await plane.counters()
+    assert (counters.accepted, counters.open, counters.bytes_to_clients) == (1, 0, 1)
+
+
+async def test_who_dials_the_proxy_port_itself_is_reset(plane: Plane) -> None:
+    with named_backends("a") as (a,):
+        await plane.use(a.endpoint)
+
+        assert await ask(("127.0.0.1", TCP_PORT)) == "reset"
+    assert (await plane.counters()).refused == 1
+    assert await plane.connections_open() == 0
+
+
+async def test_ipv6_endpoints_serve_ipv4_clients(plane: Plane) -> None:
+    with Listener("127.0.0.1") as unused, socket.create_server(("::1", 0), family=socket.AF_INET6) as sock:
+        sock.setblocking(False)
+        await plane.use(Endpoint(*sock.getsockname()[:2]))
+        client = await dial()
+        backend, _ = await asyncio.wait_for(asyncio.get_running_loop().sock_accept(sock), PATIENCE_S)
+        backend.close()
+        assert await client.receive_all() == (b"", "eof")
+        client.close()
+        assert unused.endpoint
+
+
+# ---- failover
+
+
+async def test_a_refused_dial_goes_elsewhere_within_the_same_attempt(plane: Plane) -> None:
+    with named_backends("a", "b") as (a, b):
+        await plane.use(a.endpoint, refusing_endpoint(), b.endpoint)
+
+        assert [await ask() for _ in range(6)] == ["a", "b", "a", "b", "a", "b"]
+
+    counters = await plane.counters()
+    assert (counters.dial_failures, counters.retries, counters.ejections, counters.failed) == (1, 1, 1, 0)
+
+
+async def test_an_endpoint_whose_packets_vanish_costs_a_quarter_second_once(plane: Plane) -> None:
+    with named_backends("a") as (a,), vanished(VANISHING_IPS[0]):
+        await plane.use(Endpoint(VANISHING_IPS[0], 80), a.endpoint)
+        began = time.monotonic()
+        assert await ask() == "a"
+        assert 0.25 <= time.monotonic() - began < 0.9
+
+        began = time.monotonic()
+        assert [await ask() for _ in range(5)] == ["a"] * 5
+        assert time.monotonic() - began < 0.25
+
+    assert (await plane.counters()).ejections == 1
+
+
+async def test_without_endpoints_a_client_is_reset(plane: Plane) -> None:
+    assert await ask() == "reset"
+    await all_ended(plane)
+    assert [(r.endpoint, r.how) for r in plane.records] == [(None, "no endpoint")]
+
+
+async def test_when_all_endpoints_refuse_a_client_is_reset(plane: Plane) -> None:
+    await plane.use(refusing_endpoint(), refusing_endpoint())
+
+    assert await ask() == "reset"
+    assert (await plane.counters()).failed == 1
+
+
+async def test_no_byte_of_the_client_is_read_before_a_backend_is_connected(plane: Plane) -> None:
+    data = os.urandom(30_000)
+    with Listener() as live, vanished(VANISHING_IPS[0]):
+        await plane.use(Endpoint(VANISHING_IPS[0], 80), live.endpoint)
+        client = await dial()
+        await client.send(data)
+        client.half_close()
+        await until(lambda: not client.unacknowledged_bytes, "all has reached the proxy's kernel")
+        # One more than the bytes: the half-close waits unread, too.
+        assert unread_bytes(client.sock) in (len(data), len(data) + 1)
+
+        backend = await live.accept()
+        assert await backend.receive_all() == (data, "eof")
+        for end in (backend, client):
+            end.close()
+
+
+def unread_bytes(client: socket.socket) -> int:
+    """Return how much of what *client* sent waits in the kernel for the proxy to read it."""
+    port = f":{client.getsockname()[1]:04X}"
+    for line in Path("/proc/net/tcp6").read_text().splitlines()[1:]:
+        _, local, remote, _, queues, *_ = line.split()
+        if local.endswith(f":{TCP_PORT:04X}") and remote.endswith(port):
+            return int(queues.split(":")[1], 16)
+    raise AssertionError("the proxy has no socket for this client")
+
+
+async def test_a_connection_that_would_meet_itself_is_refused(plane: Plane) -> None:
+    """A dial to a free local port may be given this very port as its source: it is then its own peer."""
+    knob = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    before = knob.read_text()
+    with socket.socket() as sock:
+        sock.bind(("", 0))
+        sock.setblocking(False)
+        knob.write_text("45678 45678")
+        try:
+            await plane.use(Endpoint("127.0.0.1", 45_678))
+            async with asyncio.timeout(PATIENCE_S):
+                await asyncio.get_running_loop().sock_connect(sock, PORTAL)
+            assert await End(sock).receive_all() == (b"", "reset")
+        finally:
+            knob.write_text(before)
+    await all_ended(plane)
+    assert (await plane.counters()).dial_failures >= 1
+
+
+async def test_a_client_that_resets_while_its_backend_is_dialled_leaves_nothing(plane: Plane) -> None:
+    before = open_descriptors()
+    with Listener() as live, vanished(VANISHING_IPS[0]):
+        await plane.use(Endpoint(VANISHING_IPS[0], 80), live.endpoint)
+        client = await dial()
+        client.reset()
+        backend = await live.accept()
+        assert await backend.receive_all() == (b"", "reset")
+        backend.close()
+    await all_ended(plane)
+    await until(lambda: open_descriptors() == before, "all descriptors are closed")
+
+
+# ---- endpoints and affinity
+
+
+async def test_open_connections_stay_when_endpoints_change(plane: Plane) -> None:
+    with Listener() as old, Listener() as new:
+        await plane.use(old.endpoint)
+        client = await dial()
+        backend = await old.accept()
+
+        await plane.use(new.endpoint)
+
+        await client.send(b"still here")
+        assert await backend.receive(10) == b"still here"
+        other_client = await dial()
+        other_backend = await new.accept()
+        for end in (client, backend, other_client, other_backend):
+            end.close()
+
+
+async def test_a_client_ip_keeps_its_endpoint_with_affinity() -> None:
+    with named_backends("a", "b", "c") as backends:
+        async with running_plane(affinity_timeout_s=10) as plane:
+            await plane.use(*(backend.endpoint for backend in backends))
+            rounds = [[await ask(client_ip=client_ip) for client_ip in CLIENT_IPS] for _ in range(3)]
+
+    assert rounds == [["a", "b", "c"]] * 3
+
+
+async def test_a_client_whose_endpoint_refuses_is_pinned_to_another() -> None:
+    with named_backends("b", "c") as (b, c):
+        async with running_plane(affinity_timeout_s=10) as plane:
+            await plane.use(refusing_endpoint(), b.endpoint, c.endpoint)
+
+            assert [await ask() for _ in range(4)] == ["b"] * 4
+
+
+# ---- limits
+
+
+async def test_a_half_closed_connection_ends_after_its_time_and_a_whole_one_does_not() -> None:
+    with Listener() as listener:
+        async with running_plane(Limits(half_closed_timeout_s=0.3)) as plane:
+            await plane.use(listener.endpoint)
+            half, half_backend = await dial(), await listener.accept()
+            whole, whole_backend = await dial(), await listener.accept()
+            half.half_close()
+            assert await half_backend.receive_all() == (b"", "eof")
+
+            assert await half.receive_all() == (b"", "reset")
+            await whole.send(b"alive")
+            assert await whole_backend.receive(5) == b"alive"
+            assert [record.how for record in plane.records] == ["half-closed for too long"]
+            for end in (half, half_backend, whole, whole_backend):
+                end.close()
+
+
+async def test_an_idle_connection_ends_after_its_time_and_a_busy_one_does_not() -> None:
+    with Listener() as listener:
+        async with running_plane(Limits(idle_timeout_s=0.6)) as plane:
+            await plane.use(listener.endpoint)
+            idle, idle_backend = await dial(), await listener.accept()
+            busy, busy_backend = await dial(), await listener.accept()
+            ending = asyncio.ensure_future(idle.receive_all())
+            began = time.monotonic()
+            while not ending.done():
+                await busy.send(b"x")
+                assert await busy_backend.receive(1) == b"x"
+                await asyncio.sleep(0.02)
+
+            assert 0.6 <= time.monotonic() - began < 1.5
+            assert await ending == (b"", "reset")
+            assert [record.how for record in plane.records] == ["idle"]
+            for end in (idle, idle_backend, busy, busy_backend):
+                end.close()
+
+
+async def test_a_dead_peer_ends_its_connection_in_time_while_a_stalled_reader_lives_on() -> None:
+    """Dead: one backend has unacknowledged bytes, one is idle, one had closed its window. Stalled: acknowledges all."""
+    sent = b"x" * 3_000_000
+
+    with (
+        Listener(VANISHING_IPS[0]) as in_flight,
+        Listener(VANISHING_IPS[1]) as idle,
+        Listener(VANISHING_IPS[2], 4096) as closed_window,
+        Listener(receive_buffer_bytes=4096) as stalled,
+    ):
+        async with running_plane(Limits(dead_peer_timeout_s=DEAD_PEER_S)) as plane:
+            ends: dict[str, tuple[End, End]] = {}
+            for listener in (in_flight, idle, closed_window, stalled):
+                await plane.use(listener.endpoint)
+                ends[str(listener.endpoint)] = (await dial(), await listener.accept())
+            reader_client, reader = ends[str(stalled.endpoint)]
+            reader_sent = await fill(reader_client, sent)
+            await fill(ends[str(closed_window.endpoint)][0], sent)
+
+            with vanished(*VANISHING_IPS):
+                began = time.monotonic()
+                await ends[str(in_flight.endpoint)][0].send(b"into the void")
+                dead = [in_flight, idle, closed_window]
+                await asyncio.gather(*(broken(ends[str(listener.endpoint)][0]) for listener in dead))
+                assert time.monotonic() - began < DEAD_PEER_S + 1
+                # The stalled one must outlive the limit by far.
+                await asyncio.sleep(max(0.0, 1.5 * DEAD_PEER_S - (time.monotonic() - began)))
+
+            assert await plane.connections_open() == 1
+            assert len(await reader.receive(reader_sent)) == reader_sent
+            assert {record.how for record in plane.records} == {"backend is dead"}
+            for pair in ends.values():
+                for end in pair:
+                    end.close()
+
+
+async def fill(writer: End, data: bytes) -> int:
+    """Send until nothing more is taken; return how much was."""
+    taken = 0
+
+    def push() -> int:
+        nonlocal taken
+        taken += writer.send_now(data[taken:])
+        return taken
+
+    return await settled(push)
+
+
+async def broken(end: End) -> None:
+    _, how = await end.receive_all()
+    assert how == "reset"
+
+
+# ---- ending
+
+
+async def test_a_drain_ends_as_soon_as_the_last_connection_does() -> None:
+    with Listener() as listener:
+        async with running_plane() as plane:
+            await plane.use(listener.endpoint)
+            client, backend = await dial(), await listener.accept()
+            began = time.monotonic()
+            closing = asyncio.ensure_future(plane.local.close(10))
+            await client.send(b"last words")
+            assert await backend.receive(10) == b"last words"
+            client.close()
+            backend.close()
+            await closing
+
+            assert time.monotonic() - began < 2
+            assert [record.how for record in plane.records] == ["closed"]
+
+
+async def test_what_is_left_after_the_drain_is_cut_dialling_or_connected() -> None:
+    before = open_descriptors()
+    with Listener() as listener, vanished(VANISHING_IPS[0]):
+        async with running_plane() as plane:
+            await plane.use(listener.endpoint)
+            connected, backend = await dial(), await listener.accept()
+            await plane.use(Endpoint(VANISHING_IPS[0], 80))
+            dialling = await dial()
+            await until(lambda: plane.local is not None and len(plane.records) == 0, "nothing has ended")
+            while await plane.connections_open() < 2:
+                await asyncio.sleep(0.002)
+
+            await plane.local.close(0.05)
+
+            for end in (connected, backend, dialling):
+                assert await end.receive_all() == (b"", "reset")
+                end.close()
+            assert [record.how for record in plane.records] == ["cut: the proxy stops"] * 2
+    assert open_descriptors() <= before
+
+
+async def test_clients_that_wait_to_be_accepted_are_served_though_the_listener_is_retired(plane: Plane) -> None:
+    with named_backends("a") as (a,):
+        await plane.use(a.endpoint)
+        waiting = [socket.create_connection(PORTAL) for _ in range(5)]  # the loop does not run meanwhile
+
+        await plane.local.retire([NAME])
+
+        ends = [End(sock) for sock in waiting]
+        assert [await end.receive_all() for end in ends] == [(b"a", "eof")] * 5
+        for end in ends:
+            end.close()
+
+
+# ---- descriptors and memory
+
+
+async def test_out_of_descriptors_accepting_pauses_and_everybody_is_served_in_the_end() -> None:
+    """In a process of its own with 64 descriptors, while 60 clients want two each."""
+    with named_backends("a") as (a,):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.dataplane.small_plane", a.endpoint.ip, str(a.endpoint.port)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with process:
+            assert process.stdout.readline() == "ready\n"
+            loop = asyncio.get_running_loop()
+            clients = [await dial() for _ in range(60)]
+            names = []
+            for client in clients:
+                async with asyncio.timeout(PATIENCE_S):
+                    names.append(await loop.sock_recv(client.sock, 10))
+                client.close()
+
+            process.stdin.close()
+            paused, shortages = (int(word) for word in process.stdout.readline().split())
+        assert names == [b"a"] * 60
+        assert paused >= 1
+        assert shortages >= paused
+        assert process.returncode == 0
+
+
+async def churn(count: int, at_once: int = 16) -> None:
+    left = iter(range(count))
+
+    async def client() -> None:
+        for _ in left:
+            assert await ask() in ("a", "b")
+
+    await asyncio.gather(*(client() for _ in range(at_once)))
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.parametrize(
+    "connections", [3_000, pytest.param(100_000, marks=[pytest.mark.soak, pytest.mark.timeout(900)])]
+)
+async def test_descriptors_and_memory_are_flat_after_thousands_of_connections(plane: Plane, connections: int) -> None:
+    with named_backends("a", "b") as (a, b):
+        await plane.use(a.endpoint, b.endpoint, refusing_endpoint())
+        await churn(500)
+        await all_ended(plane)
+        plane.records.clear()
+        descriptors, memory = open_descriptors(), resident_bytes()
+
+        for _ in range(connections // 1000):
+            await churn(1000)
+            await all_ended(plane)
+            plane.records.clear()
+
+        assert open_descriptors() == descriptors
+        assert resident_bytes() - memory < 4_000_000
+        counters = await plane.counters()
+        assert (counters.open, counters.accepted, counters.failed) == (0, 500 + connections, 0)
+        assert counters.bytes_to_clients == 500 + connections

@@ -1,0 +1,165 @@
+"""A data plane in this process and what is around it: portals, and endpoints that answer, refuse or vanish."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+
+from userspace_proxy.dataplane.connections import Limits
+from userspace_proxy.dataplane.plane import LocalPlane
+from userspace_proxy.interfaces import AccessRecord, Backends, Counters, ListenerSpec, Redirects
+from userspace_proxy.lab import ip
+from userspace_proxy.model.endpoint import Endpoint
+from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
+from userspace_proxy.model.service import ServicePort, portals
+from userspace_proxy.rules import nft
+
+TCP_PORT, UDP_PORT = 10_001, 10_002
+# Clients that are told apart by their address, and backends whose packets can be made to vanish.
+CLIENT_IPS = ("10.98.0.1", "10.98.0.2", "10.98.0.3")
+CLIENT_IP6 = "fd00:98::1"
+VANISHING_IPS = ("10.97.0.1", "10.97.0.2", "10.97.0.3")
+
+NAME = ServicePortName(NamespacedName("shop", "web"), "http", L4Protocol.TCP)
+UDP_NAME = ServicePortName(NamespacedName("shop", "dns"), "dns", L4Protocol.UDP)
+PORTAL = ("10.96.0.1", 80)
+PORTAL6 = ("fd00:96::1", 80)
+NODE_PORT = 30_080
+
+_VANISH = "inet vanish"
+
+
+def service_port(affinity_timeout_s: int | None = None) -> ServicePort:
+    return ServicePort(NAME, 80, (PORTAL[0], PORTAL6[0]), NODE_PORT, affinity_timeout_s=affinity_timeout_s)
+
+
+def udp_service_port(affinity_timeout_s: int | None = None) -> ServicePort:
+    return ServicePort(UDP_NAME, 53, (PORTAL[0],), affinity_timeout_s=affinity_timeout_s)
+
+
+def _nft(script: str) -> None:
+    subprocess.run(["nft", "-f", "-"], input=script, text=True, check=True, timeout=30)
+
+
+@contextlib.contextmanager
+def surroundings() -> Iterator[None]:
+    """Addresses, routes to the portals, and the redirect rules of our services, in the namespace of the tests."""
+    addresses = [f"{address}/32" for address in CLIENT_IPS + VANISHING_IPS] + [f"{CLIENT_IP6}/128"]
+    routes = ["10.96.0.0/16", "fd00:96::/64"]
+    for address in addresses:
+        ip("address", "add", address, "dev", "lo")
+    for route in routes:
+        ip("-6" if ":" in route else "-4", "route", "add", route, "dev", "lo")
+    _nft(nft.table(Redirects(dict.fromkeys(portals(service_port()), TCP_PORT))))
+    _nft(
+        f"table {_VANISH} {{ set ips {{ type ipv4_addr; }}; chain input {{ type filter hook input priority 0; "
+        "ip daddr @ips drop; ip saddr @ips drop; }; }\n"
+    )
+    try:
+        yield
+    finally:
+        _nft(f"delete table {_VANISH}\n{nft.removal()}")
+        for route in routes:
+            ip("-6" if ":" in route else "-4", "route", "del", route, "dev", "lo")
+        for address in addresses:
+            ip("address", "del", address, "dev", "lo")
+
+
+@contextlib.contextmanager
+def vanished(*addresses: str) -> Iterator[None]:
+    """No packet to or from *addresses* arrives."""
+    _nft(f"add element {_VANISH} ips {{ {', '.join(addresses)} }}\n")
+    try:
+        yield
+    finally:
+        _nft(f"flush set {_VANISH} ips\n")
+
+
+class NamedBackend:
+    """Says its name to everyone who connects and closes; from a thread, so that no event loop of a test is in it."""
+
+    def __init__(self, name: str, address: tuple[str, int] = ("127.0.0.1", 0)) -> None:
+        self.name = name.encode()
+        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self._listener = socket.create_server(address, family=family, backlog=1024)
+        self.endpoint = Endpoint(*self._listener.getsockname()[:2])
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            with client, contextlib.suppress(OSError):
+                client.sendall(self.name)
+                client.shutdown(socket.SHUT_WR)
+                client.settimeout(10)
+                while client.recv(65_536):
+                    pass
+
+    def close(self) -> None:
+        # A close alone would not wake the thread.
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join(5)
+        self._listener.close()
+
+
+@contextlib.contextmanager
+def named_backends(*names: str) -> Iterator[tuple[NamedBackend, ...]]:
+    backends = tuple(NamedBackend(name) for name in names)
+    try:
+        yield backends
+    finally:
+        for backend in backends:
+            backend.close()
+
+
+def refusing_endpoint(address: str = "127.0.0.1") -> Endpoint:
+    """Return an endpoint at which nobody listens."""
+    with socket.create_server((address, 0)) as listener:
+        return Endpoint(*listener.getsockname())
+
+
+class Plane:
+    """A data plane with one TCP and one UDP service port."""
+
+    def __init__(self, limits: Limits, now: Callable[[], float] | None, affinity_timeout_s: int | None) -> None:
+        self.records: list[AccessRecord] = []
+        self.local = (
+            LocalPlane(limits, self.records.append) if now is None else LocalPlane(limits, self.records.append, now)
+        )
+        self.specs = [
+            ListenerSpec(service_port(affinity_timeout_s), TCP_PORT),
+            ListenerSpec(udp_service_port(affinity_timeout_s), UDP_PORT),
+        ]
+
+    async def use(self, *usable: Endpoint, serving: Sequence[Endpoint] | None = None) -> None:
+        """Give both service ports these endpoints."""
+        backends = Backends(usable, tuple(usable if serving is None else serving))
+        await self.local.update({NAME: backends, UDP_NAME: backends})
+
+    async def counters(self, name: ServicePortName = NAME) -> Counters:
+        return (await self.local.stats()).services[name]
+
+    async def connections_open(self) -> int:
+        return (await self.local.stats()).connections_open
+
+
+@contextlib.asynccontextmanager
+async def running_plane(
+    limits: Limits | None = None,
+    *,
+    now: Callable[[], float] | None = None,
+    affinity_timeout_s: int | None = None,
+) -> AsyncIterator[Plane]:
+    plane = Plane(limits or Limits(), now, affinity_timeout_s)
+    try:
+        assert await plane.local.open(plane.specs) == {}
+        yield plane
+    finally:
+        await plane.local.close(0)
