@@ -6,45 +6,57 @@ SHELL := /bin/bash
 
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+# A plain user's PATH lacks the administrator's folders, where nft and ip are.
+export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: help demo test lint format soak bench-scale wheel lock clean
+.PHONY: help demo test lint format soak bench bench-quick bench-scale wheel lock clean
 
 help: ## show what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
 
-$(READY): pyproject.toml requirements-dev.txt tools/setup
-	@tools/setup $(VENV)
+demo: ## a Service, three backends, one killed under load: in private namespaces, without root
+	@tools/setup $(VENV) nft ip nginx
+	@exec $(BIN)/userspace-proxy demo
 
-demo: $(READY) ## a Service, three backends, one killed under load: in private namespaces, without root
-	@tools/need nft ip nginx
-	@$(BIN)/userspace-proxy demo
-
-test: $(READY) ## all checks and all tests, as root and as a plain user alike
-	@tools/need nft iptables ip conntrack nginx
+test: ## all checks and all tests, as root and as a plain user alike
+	@tools/setup $(VENV) nft iptables ip conntrack nginx
 	@tools/test $(VENV)
 
-soak: $(READY) ## the tests that take minutes
-	@tools/need nft iptables ip conntrack nginx
+soak: ## the tests that take minutes
+	@tools/setup $(VENV) nft iptables ip conntrack nginx
 	@timeout 3600 $(BIN)/python -m pytest -m soak
 
-lint: $(READY) ## formatting, style, types, import directions
+lint: ## formatting, style, types, import directions
+	@tools/setup $(VENV)
 	@tools/lint $(VENV)
 
-format: $(READY)
+format: ## put the code in form
+	@tools/setup $(VENV)
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-bench-scale: $(READY) ## 10,000 Services: time to ready, one change to traffic, memory
-	@tools/need nft ip
+BENCH_TOOLS := nft iptables ip conntrack nginx nginx-stream haproxy wrk strace
+
+bench: ## beside HAProxy, nginx and kernel DNAT, 15 minutes; ARGS="--docs docs/performance.md" writes that page's figures
+	@tools/setup $(VENV) $(BENCH_TOOLS)
+	@timeout 2400 $(BIN)/python -m benchmarks.compare $(ARGS)
+
+bench-quick: ## the same within 90 seconds, with more noise
+	@tools/setup $(VENV) $(BENCH_TOOLS)
+	@timeout 180 $(BIN)/python -m benchmarks.compare --rounds 2 --seconds 0.25 --disturbed-rounds 1 --disturbed-engines 1 --name quick $(ARGS)
+
+bench-scale: ## 10,000 Services: time to ready, one change to traffic, memory
+	@tools/setup $(VENV) nft ip
 	@timeout 300 $(BIN)/python -m benchmarks.scale
 
-wheel: $(READY) ## dist/*.whl, for pipx install
+wheel: ## dist/*.whl, for pipx install
+	@tools/setup $(VENV)
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
-clean:
+clean: ## remove what was made here
 	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-lock: $(READY) ## requirements-dev.txt anew, from the ranges in pyproject.toml
+lock: ## requirements-dev.txt anew, from the ranges in pyproject.toml
+	@tools/setup $(VENV)
 	@$(BIN)/python -m pip install --quiet uv
 	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev --no-emit-index-url --no-emit-find-links --no-header pyproject.toml -o requirements-dev.txt

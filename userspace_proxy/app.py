@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from userspace_proxy.admin import metrics as exposition
-from userspace_proxy.admin.logs import AccessLog
+from userspace_proxy.admin.logs import AccessLog, as_text
 from userspace_proxy.admin.metrics import ControlStats
 from userspace_proxy.admin.server import AdminServer, Health
 from userspace_proxy.control.cluster_ips import ClusterIPs
@@ -24,7 +24,7 @@ from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.plane import LocalPlane
 from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.instance import lock_instance, running_as, running_instance
-from userspace_proxy.interfaces import Capture, EventType, ObjectEvent, StateSink
+from userspace_proxy.interfaces import AccessRecord, Capture, EventType, ObjectEvent, StateSink
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.service import ServicePort
 from userspace_proxy.model.state import ProxyState
@@ -86,7 +86,7 @@ class App:
             ports = ProxyPorts(*settings.proxy_port_range, memory.proxy_ports)
             tracker = Tracker(cluster_ips)
 
-            plane = LocalPlane(_limits(settings), access_log.write if access_log else None)
+            plane = LocalPlane(_limits(settings), _recorder(access_log, verbose=settings.verbose))
             proxier = self._proxier = UserspaceProxier(plane, kernel, ports, await self._first_capture())
             saver = _Saver(state_dir, cluster_ips, ports)
             controller = Controller(
@@ -151,7 +151,8 @@ class App:
         try:
             access_log = AccessLog(self._settings.access_log, self._settings.log_format)
         except OSError as error:
-            raise StartError(f"--access-log {self._settings.access_log}: {error.strerror}") from None
+            reason = "its folder does not exist" if isinstance(error, FileNotFoundError) else error.strerror
+            raise StartError(f"--access-log {self._settings.access_log}: {reason}") from None
         stack.callback(access_log.close)
         return access_log
 
@@ -159,6 +160,9 @@ class App:
 
     async def _first_capture(self) -> Capture:
         asked = self._settings.capture
+        if await network.lacks_addresses():
+            # The kernel has no source for a local client's packets to a cluster IP, unless we give it one.
+            await network.add_local_addresses()
         if asked == "redirect":
             return Capture.REDIRECT
         if asked == "auto" and not await self._unnumbered():
@@ -199,6 +203,19 @@ class App:
                         await asyncio.sleep(_SETTLE_S)
         finally:
             notices.close()
+
+
+def _recorder(access_log: AccessLog | None, *, verbose: bool) -> Callable[[AccessRecord], None] | None:
+    """Return what takes the record of each connection that has ended; None where nobody wants it."""
+    if not verbose:
+        return access_log.write if access_log else None
+
+    def write_and_log(record: AccessRecord) -> None:
+        if access_log is not None:
+            access_log.write(record)
+        log.debug("%s", as_text(record))
+
+    return write_and_log
 
 
 class _WithRoutes:

@@ -89,6 +89,14 @@ def _not_negative(seconds: float) -> float:
     return seconds
 
 
+def _shown(seconds: float) -> str:
+    """Return *seconds* as a person writes them: 24h, 30s, 50ms."""
+    for unit, size in (("h", 3600), ("s", 1)):
+        if seconds >= size and seconds % size == 0:
+            return f"{seconds / size:g}{unit}"
+    return f"{seconds * 1000:g}ms"
+
+
 def _options(*options: Callable[[_Function], _Function]) -> Callable[[_Function], _Function]:
     def decorate(function: _Function) -> _Function:
         for option in reversed(options):
@@ -132,11 +140,16 @@ _CAPTURE = click.option(
 _STATE_DIR = click.option(
     "--state-dir",
     type=click.Path(path_type=Path),
-    show_default="/var/lib/userspace-proxy, if writable",
+    show_default="/var/lib/userspace-proxy where writable",
     help="Remembers allocated cluster IPs and proxy ports.",
 )
 
+_PROXY_MODE = click.option(
+    "--proxy-mode", type=click.Choice(["userspace"]), default="userspace", show_default=True, help="The mode."
+)
+
 _RUN_OPTIONS = _options(
+    _PROXY_MODE,
     _RULES,
     _CAPTURE,
     _CLUSTER_IPS,
@@ -160,7 +173,7 @@ _RUN_OPTIONS = _options(
         "--min-sync-period",
         "min_sync_period_s",
         type=_Seconds(),
-        default=f"{_DEFAULTS.min_sync_period_s:g}s",
+        default=_shown(_DEFAULTS.min_sync_period_s),
         show_default=True,
         help="At least so long between two rule loads.",
     ),
@@ -168,7 +181,7 @@ _RUN_OPTIONS = _options(
         "--sync-period",
         "sync_period_s",
         type=_Seconds(),
-        default=f"{_DEFAULTS.sync_period_s:g}s",
+        default=_shown(_DEFAULTS.sync_period_s),
         show_default=True,
         help="At most so long until a failed sync is tried again.",
     ),
@@ -176,7 +189,7 @@ _RUN_OPTIONS = _options(
         "--drain-timeout",
         "drain_timeout_s",
         type=_Seconds(),
-        default=f"{_DEFAULTS.drain_timeout_s:g}s",
+        default=_shown(_DEFAULTS.drain_timeout_s),
         show_default=True,
         help="What open connections get when the proxy stops.",
     ),
@@ -184,7 +197,7 @@ _RUN_OPTIONS = _options(
         "--idle-timeout",
         "idle_timeout_s",
         type=_Seconds(),
-        default=f"{_DEFAULTS.idle_timeout_s:g}s",
+        default=_shown(_DEFAULTS.idle_timeout_s),
         show_default=True,
         help="Ends connections on which nothing moves; 0 for never.",
     ),
@@ -192,15 +205,15 @@ _RUN_OPTIONS = _options(
         "--half-closed-timeout",
         "half_closed_timeout_s",
         type=_Seconds(),
-        default=f"{_DEFAULTS.half_closed_timeout_s:g}s",
+        default=_shown(_DEFAULTS.half_closed_timeout_s),
         show_default=True,
-        help="The same once one direction has ended; 0 for never.",
+        help="Ends connections whose one direction has ended while nothing moves in the other; 0 for never.",
     ),
     click.option(
         "--dead-peer-timeout",
         "dead_peer_timeout_s",
         type=_Seconds(),
-        default=f"{_DEFAULTS.dead_peer_timeout_s:g}s",
+        default=_shown(_DEFAULTS.dead_peer_timeout_s),
         show_default=True,
         help="Ends connections whose peer is gone without a word.",
     ),
@@ -208,7 +221,7 @@ _RUN_OPTIONS = _options(
         "--udp-timeout",
         "udp_timeout_s",
         type=_Seconds(),
-        show_default="as conntrack has it",
+        show_default="conntrack's own",
         help="Ends idle UDP flows.",
     ),
     click.option(
@@ -218,10 +231,27 @@ _RUN_OPTIONS = _options(
         show_default=True,
         help="More make the one idle for longest go.",
     ),
-    click.option("--loop", type=click.Choice(["uvloop", "asyncio"]), default=_DEFAULTS.loop, show_default=True),
-    click.option("--log-format", type=click.Choice(["text", "json"]), default=_DEFAULTS.log_format, show_default=True),
-    click.option("--access-log", metavar="FILE", default="", help="A line for each connection; '-' is stdout."),
-    click.option("-v", "--verbose", is_flag=True, help="Log single connections too."),
+    click.option(
+        "--loop",
+        type=click.Choice(["uvloop", "asyncio"]),
+        default=_DEFAULTS.loop,
+        show_default=True,
+        help="The event loop; asyncio's own is slower.",
+    ),
+    click.option(
+        "--log-format",
+        type=click.Choice(["text", "json"]),
+        default=_DEFAULTS.log_format,
+        show_default=True,
+        help="Of the log on stderr and of the access log.",
+    ),
+    click.option(
+        "--access-log",
+        metavar="FILE",
+        default="",
+        help="A line for each connection and flow that ended; '-' is stdout.",
+    ),
+    click.option("-v", "--verbose", is_flag=True, help="Log each sync and each connection, too."),
 )
 
 
@@ -245,6 +275,7 @@ def run(**options: Any) -> None:
     from userspace_proxy import app
     from userspace_proxy.admin.logs import configure_logging
 
+    del options["proxy_mode"]  # there is one so far
     settings = Settings(**options)
     configure_logging(settings.log_format, verbose=settings.verbose)
     try:
@@ -292,13 +323,7 @@ def check(paths: tuple[str, ...], *, as_json: bool) -> None:
 
 @commands.command()
 @_PATHS
-@click.option(
-    "--proxy-mode",
-    type=click.Choice(["userspace"]),
-    default="userspace",
-    show_default=True,
-    help="Whose rules to print.",
-)
+@_PROXY_MODE
 @_RULES
 @_CAPTURE
 @_CLUSTER_IPS

@@ -73,16 +73,28 @@ def enter(arguments: list[str]) -> None:
     if os.environ.get(_INSIDE):
         return
     command = command_in_namespaces([sys.executable, "-m", "userspace_proxy", "demo", *arguments])
-    environment = {**os.environ, _INSIDE: "1", "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
-    os.execvpe(command[0], command, environment)  # noqa: S606 - a list, no shell
+    # Ctrl-C reaches the demo itself, which cleans up and ends. `unshare` does not pass on a SIGTERM: it is killed, and
+    # with it, by the kernel, all that is inside.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with subprocess.Popen(command, env={**os.environ, _INSIDE: "1"}) as inside:
+        signal.signal(signal.SIGTERM, lambda *_: inside.kill())
+        code = inside.wait()
+    sys.exit(code if code >= 0 else 128 - code)
 
 
 def run(*, as_json: bool) -> None:
     """Show it all; raises StartError where something does not come up."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     prepare()
     console = Console(stderr=as_json, quiet=as_json, highlight=False)
-    with tempfile.TemporaryDirectory(prefix="userspace-proxy-demo-") as folder, Lab() as lab:
-        results = _Demo(console, build_service_lab(lab, pods=3), Path(folder)).run()
+    try:
+        with tempfile.TemporaryDirectory(dir="/run") as folder, Lab() as lab:
+            results = _Demo(console, build_service_lab(lab, pods=3), Path(folder)).run()
+    except subprocess.CalledProcessError as error:
+        words = (error.stderr or error.stdout or "").strip() or f"exit code {error.returncode}"
+        raise StartError(f"{' '.join(error.cmd)}: {words}") from None
+    except KeyboardInterrupt:
+        raise StartError("stopped") from None
     if as_json:
         print(json.dumps(results, indent=2))  # noqa: T201 - this is the output
 
@@ -169,8 +181,17 @@ class _Demo:
             "$ for i in 1 2 3 4 5 6 7 8 9; do curl http://10.96.0.10; done",
         )
         self._console.print("  ".join(seen))
-        line = (self._folder / "access").read_text().splitlines()[-1]
+        line = self._last_line_of_the_access_log(len(seen))
         self._console.print(f"The access log says why: {line}", style="dim", soft_wrap=True)
+
+    def _last_line_of_the_access_log(self, expected: int) -> str:
+        """Return it once *expected* lines are there: a thread of the proxy writes them."""
+        give_up_at = time.monotonic() + 2
+        while len(lines := (self._folder / "access").read_text().splitlines()) < expected:
+            if time.monotonic() > give_up_at:
+                raise StartError("the access log stays empty")
+            time.sleep(0.01)
+        return lines[-1]
 
     def _show_affinity(self) -> None:
         seen = {host.name: [ask(host, STICKY) for _ in range(4)] for host in (self._world.client, self._world.pods[0])}
@@ -182,8 +203,8 @@ class _Demo:
     def _show_failover(self, servers: list[subprocess.Popen[bytes]]) -> None:
         self._say(
             "A backend is killed under load",
-            f"{_CLIENTS} clients, a new connection for each request; half-way pod2's nginx is killed with -9, at a moment when\n"
-            "it holds no request: what a dying process had already accepted, nobody can send again in its stead.",
+            f"{_CLIENTS} clients, a new connection for each request; half-way pod2's nginx is killed with -9.\n"
+            "At a moment when it holds no request: what a dying process had accepted, nobody can send again.",
         )
         load = _Load(self._world)
         with Progress(

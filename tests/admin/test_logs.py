@@ -155,7 +155,7 @@ def test_a_line_of_json_tells_the_same(tmp_path: Path) -> None:
 def test_lines_are_in_the_order_of_their_ends_and_none_is_lost_at_the_end(tmp_path: Path) -> None:
     records = [replace(RECORD, bytes_to_backend=n) for n in range(2_000)]
 
-    lines = written(tmp_path / "new" / "folder" / "access.log", "json", *records)
+    lines = written(tmp_path / "access.log", "json", *records)
 
     assert [json.loads(line)["bytesToBackend"] for line in lines] == list(range(2_000))
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import random
-import os
 import contextlib
 import io
 import json
+import os
+import random
 import shutil
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence

@@ -153,6 +153,7 @@ class Side:
         self.stalled = False
         self.half_closed = False
         self.has_reset = False
+        self.was_told_of_a_reset = False
         self.owed = 0  # what the engine's kernel had acknowledged when this side reset
         self.over = ""  # how reading ended
 
@@ -162,9 +163,7 @@ class Side:
         try:
             self.writer.push(count)
         except (ConnectionResetError, BrokenPipeError):
-            # The kernel tells of a reset once only, so reading will not meet it again.
-            self.half_closed = True
-            self.over = self.over or "reset"
+            self.half_closed = self.was_told_of_a_reset = True
 
     def half_close(self) -> None:
         if not self.half_closed and not self.has_reset:
@@ -172,7 +171,7 @@ class Side:
             try:
                 self.end.half_close()
             except OSError:
-                self.over = self.over or "reset"
+                self.was_told_of_a_reset = True
 
     def reset(self) -> None:
         if not self.has_reset:
@@ -182,7 +181,7 @@ class Side:
 
     def read(self, count: int) -> bool:
         """Read up to *count* bytes; return whether there may be more."""
-        if self.has_reset:
+        if self.has_reset or self.over:
             return False
         try:
             piece = self.end.sock.recv(count)
@@ -194,7 +193,8 @@ class Side:
         assert piece == STREAM[self.received : self.received + len(piece)], f"at {self.name} from {self.received} on"
         self.received += len(piece)
         if not piece:
-            self.over = self.over or "eof"
+            # The kernel tells of a reset once only: who was told by writing finds an end of file behind the bytes.
+            self.over = "reset" if self.was_told_of_a_reset else "eof"
         return bool(piece)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 from userspace_proxy.dataplane.connections import Limits
@@ -18,6 +19,8 @@ from userspace_proxy.model.service import ServicePort, portals
 from userspace_proxy.rules import nft
 
 TCP_PORT, UDP_PORT = 10_001, 10_002
+# A foreign NAT rule leads from here to our proxy port.
+FOREIGN = ("10.99.0.1", 81)
 # Clients that are told apart by their address, and backends whose packets can be made to vanish.
 CLIENT_IPS = ("10.98.0.1", "10.98.0.2", "10.98.0.3")
 CLIENT_IP6 = "fd00:98::1"
@@ -30,6 +33,7 @@ PORTAL6 = ("fd00:96::1", 80)
 NODE_PORT = 30_080
 
 _VANISH = "inet vanish"
+_FOREIGN = "ip foreign"
 
 
 def service_port(affinity_timeout_s: int | None = None) -> ServicePort:
@@ -48,20 +52,22 @@ def _nft(script: str) -> None:
 def surroundings() -> Iterator[None]:
     """Addresses, routes to the portals, and the redirect rules of our services, in the namespace of the tests."""
     addresses = [f"{address}/32" for address in CLIENT_IPS + VANISHING_IPS] + [f"{CLIENT_IP6}/128"]
-    routes = ["10.96.0.0/16", "fd00:96::/64"]
+    routes = ["10.96.0.0/16", "10.99.0.0/16", "fd00:96::/64"]
     for address in addresses:
         ip("address", "add", address, "dev", "lo")
     for route in routes:
         ip("-6" if ":" in route else "-4", "route", "add", route, "dev", "lo")
     _nft(nft.table(Redirects(dict.fromkeys(portals(service_port()), TCP_PORT))))
     _nft(
+        f"table {_FOREIGN} {{ chain output {{ type nat hook output priority -110; "
+        f"ip daddr {FOREIGN[0]} tcp dport {FOREIGN[1]} redirect to :{TCP_PORT}; }}; }}\n"
         f"table {_VANISH} {{ set ips {{ type ipv4_addr; }}; chain input {{ type filter hook input priority 0; "
         "ip daddr @ips drop; ip saddr @ips drop; }; }\n"
     )
     try:
         yield
     finally:
-        _nft(f"delete table {_VANISH}\n{nft.removal()}")
+        _nft(f"delete table {_VANISH}\ndelete table {_FOREIGN}\n{nft.removal()}")
         for route in routes:
             ip("-6" if ":" in route else "-4", "route", "del", route, "dev", "lo")
         for address in addresses:
@@ -97,10 +103,6 @@ class NamedBackend:
                 return
             with client, contextlib.suppress(OSError):
                 client.sendall(self.name)
-                client.shutdown(socket.SHUT_WR)
-                client.settimeout(10)
-                while client.recv(65_536):
-                    pass
 
     def close(self) -> None:
         # A close alone would not wake the thread.
@@ -130,13 +132,16 @@ class Plane:
 
     def __init__(self, limits: Limits, now: Callable[[], float] | None, affinity_timeout_s: int | None) -> None:
         self.records: list[AccessRecord] = []
-        self.local = (
-            LocalPlane(limits, self.records.append) if now is None else LocalPlane(limits, self.records.append, now)
-        )
+        self.on_record: Callable[[], None] = lambda: None
+        self.local = LocalPlane(limits, self._record, now or time.monotonic)
         self.specs = [
             ListenerSpec(service_port(affinity_timeout_s), TCP_PORT),
             ListenerSpec(udp_service_port(affinity_timeout_s), UDP_PORT),
         ]
+
+    def _record(self, record: AccessRecord) -> None:
+        self.records.append(record)
+        self.on_record()
 
     async def use(self, *usable: Endpoint, serving: Sequence[Endpoint] | None = None) -> None:
         """Give both service ports these endpoints."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 DEMO = [sys.executable, "-m", "userspace_proxy", "demo"]
@@ -16,7 +15,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_demo_serves_fails_over_refuses_and_leaves_nothing() -> None:
-    left_before = {*Path("/run/netns").iterdir()}, set(Path(tempfile.gettempdir()).glob("userspace-proxy-demo-*"))
+    left_before = {*Path("/run/netns").iterdir()}
 
     done = run("--json")
 
@@ -28,10 +27,7 @@ def test_the_demo_serves_fails_over_refuses_and_leaves_nothing() -> None:
     assert set(seen["failover"]["answers"]) == {"pod1", "pod2", "pod3"}
     assert seen["no_endpoints"] == "connection refused"
     assert seen["stop"] == {"exit_code": 0, "rules_left": False}
-    assert (
-        {*Path("/run/netns").iterdir()},
-        set(Path(tempfile.gettempdir()).glob("userspace-proxy-demo-*")),
-    ) == left_before
+    assert {*Path("/run/netns").iterdir()} == left_before
 
 
 def test_in_a_pipe_it_is_plain_text() -> None:
@@ -53,4 +49,17 @@ def test_where_namespaces_are_forbidden_it_says_so_and_how_to_go_on(tmp_path: Pa
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "namespaces are forbidden here" in done.stderr
-    assert "sysctl" in done.stderr
+    assert "run it outside of the chroot" in done.stderr
+
+
+def test_sigterm_ends_the_demo_and_all_that_is_in_it() -> None:
+    with subprocess.Popen(DEMO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as demo:
+        assert demo.stdout is not None
+        while "Round robin" not in demo.stdout.readline():
+            assert demo.poll() is None
+
+        demo.terminate()
+
+        assert demo.wait(5) != 0
+        listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, timeout=5, check=True).stdout
+        assert "userspace_proxy demo" not in listed

@@ -22,7 +22,7 @@ from tests.net.world import (
     udp_socket,
     wait_until,
 )
-from userspace_proxy.lab import Host, ServiceLab, ask, connect
+from userspace_proxy.lab import Host, Lab, ServiceLab, ask, connect, start_nginx
 
 POD1, POD2 = ServiceLab.pod_ip(0), ServiceLab.pod_ip(1)
 # Says "hello" and holds the connection until the client closes it.
@@ -403,3 +403,23 @@ def test_routes_for_clients_on_the_node_are_there_and_go(fresh_proxy: Proxy, wor
 
     fresh_proxy.stop()
     assert not world.node.ip("route", "show", "proto", "107")
+
+
+def test_a_folder_of_the_access_log_that_does_not_exist_is_named(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    serve_web(fresh_proxy)
+    arguments = [*fresh_proxy.run_arguments()[:-1], "/no/such/folder/access.log"]
+
+    assert "/no/such/folder/access.log: its folder does not exist" in told(world.node, fresh_proxy, *arguments)
+
+
+def test_a_node_without_any_address_serves_itself(tmp_path: Path) -> None:
+    """As in `unshare --net`, where a lesson is tried with nothing but ``lo``."""
+    with Lab() as lab:
+        lonely = lab.add("lonely")
+        start_nginx(lonely, tmp_path)
+        proxy = Proxy(ServiceLab(lab, lonely, lonely, ()), tmp_path / "proxy")
+        proxy.apply("web", documents(service("web", "10.96.4.8"), endpoints("web", "127.0.0.1")))
+        proxy.start()
+
+        assert ask(lonely, "10.96.4.8") == "lonely"
+        assert proxy.stop() == 0

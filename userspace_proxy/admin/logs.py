@@ -9,7 +9,6 @@ import queue
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import msgspec
 
@@ -54,14 +53,10 @@ class AccessLog:
     """Writes a line for each connection and flow that ended, from a thread of its own."""
 
     def __init__(self, target: str, log_format: str) -> None:
-        handler: logging.Handler
-        if target == "-":
-            handler = logging.StreamHandler(sys.stdout)
-        else:
-            Path(target).parent.mkdir(parents=True, exist_ok=True)
-            handler = logging.handlers.WatchedFileHandler(target)  # logrotate may move it away
+        # A file may be moved away by logrotate: it is opened anew then.
+        handler = logging.StreamHandler(sys.stdout) if target == "-" else logging.handlers.WatchedFileHandler(target)
         self.dropped = 0
-        self._render: Callable[[AccessRecord], str] = _as_json if log_format == "json" else _as_text
+        self._render: Callable[[AccessRecord], str] = _as_json if log_format == "json" else as_text
         self._queue: queue.Queue[logging.LogRecord] = queue.Queue(_WAITING_MAX)
         self._handler = handler
         self._listener = _PatientListener(self._queue, handler)
@@ -91,7 +86,7 @@ class _PatientListener(logging.handlers.QueueListener):
                 return
 
 
-def _as_text(record: AccessRecord) -> str:
+def as_text(record: AccessRecord) -> str:
     endpoint = record.endpoint or "-"
     return (
         f"{_utc(time.time())} {record.service_port} {record.protocol} {join_address(*record.client)}"

@@ -45,6 +45,10 @@ class AdminServer:
         Raises:
             StartError: one is taken or cannot be bound.
         """
+        if healthz_address and healthz_address == metrics_address:
+            raise StartError(
+                f"--healthz-bind-address and --metrics-bind-address are both {healthz_address}; choose two"
+            )
         await self._serve(
             "--healthz-bind-address", healthz_address, {"/healthz": self._healthz, "/livez": self._healthz}
         )
@@ -67,11 +71,8 @@ class AdminServer:
         try:
             await web.TCPSite(runner, host, port).start()
         except OSError as error:
-            reason = error.strerror or str(error)
             hint = _HINTS.get(error.errno or 0, "this host does not have it")
-            raise StartError(
-                f"{flag} {address} cannot be bound: {hint} ({reason}); choose another, or '' for none"
-            ) from None
+            raise StartError(f"{flag} {address} cannot be bound: {hint}; choose another, or '' for none") from None
 
     async def close(self) -> None:
         for runner in self._runners:
@@ -110,8 +111,10 @@ def split_address(address: str, flag: str) -> tuple[str, int]:
         StartError: it is none of these.
     """
     host, colon, port = address.rpartition(":")
-    if not colon or not (port.isascii() and port.isdigit()) or int(port) > 65_535:
-        raise StartError(f"{flag} {address!r} is no address; write one such as 127.0.0.1:10249")
+    if not colon or not (port.isascii() and port.isdigit()):
+        raise StartError(f"{flag} {address!r} is no address and port; write it as 127.0.0.1:10249 is written")
+    if int(port) > 65_535:
+        raise StartError(f"{flag} {address!r}: {port} is not a port; the highest is 65535")
     return host.strip("[]") or "0.0.0.0", int(port)  # noqa: S104 - ":10256" means every address, as in Go
 
 

@@ -1,6 +1,6 @@
 """What the API says: typed structs of the kinds we read, shared by every source."""
 
-from userspace_proxy.api.convert import KINDS, KubernetesObject, below, convert, steps
+from userspace_proxy.api.convert import KINDS, KubernetesObject, below, convert, space_error, steps
 from userspace_proxy.api.objects import (
     Endpoints,
     EndpointSlice,
@@ -23,5 +23,6 @@ __all__ = [
     "ServicePort",
     "below",
     "convert",
+    "space_error",
     "steps",
 ]

@@ -22,6 +22,9 @@ KINDS: dict[str, type[Service | EndpointSlice | Endpoints | Pod | Node]] = {
 
 _PLACE = re.compile(r" - at `(?:key` in `)?\$\.?(?P<path>[^`]*)`$")
 _STEP = re.compile(r"\[(?P<index>\d+)\]|\[\"(?P<quoted>[^\"]*)\"\]|(?P<key>[^.\[\]]+)")
+_NO_SPACE_AFTER_COLON = re.compile(r"(?:- +)*(?P<key>[A-Za-z][\w.-]*):(?P<value>[^\s/]\S*)")
+_NO_SPACE_AFTER_DASH = re.compile(r"-(?P<key>[A-Za-z][\w./-]*):(\s|$)")
+_PORT_PAIR = re.compile(r"(\d{1,5}):(\d{1,5})")
 _WORDS = {
     "str": "text",
     "int": "a number",
@@ -67,6 +70,20 @@ def steps(field: str) -> list[str | int]:
 # ---- errors
 
 
+def space_error(text: str, field: str = "") -> ConfigError | None:
+    """Return that *text*, the value of *field*, lacks the space after its key's ':' or '-', if it does.
+
+    Without *field* the key stands for it.
+    """
+    if match := _NO_SPACE_AFTER_DASH.match(text):
+        mend = f"write '- {match['key']}:'"
+        return ConfigError("a space is missing after '-'", field=field or match["key"], mend=mend)
+    if match := _NO_SPACE_AFTER_COLON.match(text):
+        mend = f"write '{match['key']}: {match['value']}'"
+        return ConfigError("a space is missing after ':'", field=field or match["key"], mend=mend)
+    return None
+
+
 def _readable(message: str, plain: object) -> ConfigError:
     place = _PLACE.search(message)
     field = place["path"] if place else ""
@@ -81,12 +98,37 @@ def _readable(message: str, plain: object) -> ConfigError:
     if "key` in" in message:
         key = next((key for key in _mapping_at(plain, field) if not isinstance(key, str)), "")
         field, got = below(field, key), f"{got} as a key"
-    mend = "put it in quotes" if expected == "must be text" and got not in ("a list", "a mapping", "nothing") else ""
-    if expected == "must be a list" and got == "a mapping":
-        mend = "begin each item with '- '"
-    elif expected == "must be a number" and got == "text":
-        mend = "write it in digits, without quotes"
+    value = _value_at(plain, field)
+    if expected in ("must be a mapping", "must be a list") and (glued := _glued(value, field)):
+        return glued
+    mend = _mend(field, expected, got, value)
     return ConfigError(f"{expected}, not {got}" if got else expected, field=field, mend=mend)
+
+
+def _mend(field: str, expected: str, got: str, value: object) -> str:
+    match expected, got:
+        case "must be text", "a list" | "a mapping" | "nothing":
+            return ""
+        case "must be text", _:
+            return "write ClientIP or None" if field.endswith(".sessionAffinity") else "put it in quotes"
+        case "must be a list", "a mapping":
+            return "begin each item with '- '"
+        case "must be a mapping", "a list":
+            return "remove the '-'"
+        case "must be true or false", "text":
+            return "write true or false, without quotes"
+        case "must be a number", "text":
+            if field.endswith(".port") and (pair := _PORT_PAIR.fullmatch(str(value))):
+                return f"write port: {pair[1]} and targetPort: {pair[2]}"
+            return "write it in digits, without quotes"
+    return ""
+
+
+def _glued(value: object, field: str) -> ConfigError | None:
+    """Return that *value*, which should be a mapping or a list, is none because a space is missing, if so."""
+    if isinstance(value, dict):
+        return next((error for key in value if (error := space_error(f"{key}:", field))), None)
+    return space_error(value, field) if isinstance(value, str) else None
 
 
 def _in_words(types: str) -> str:
@@ -112,6 +154,16 @@ def _wrong_label(field: str, plain: object) -> ConfigError:
 
 
 def _mapping_at(plain: object, field: str) -> dict[Any, Any]:
+    value = _value_at(plain, field)
+    return value if isinstance(value, dict) else {}
+
+
+def _value_at(plain: object, field: str) -> object:
     for step in steps(field):
-        plain = plain[step] if isinstance(plain, dict | list) else None  # type: ignore[index]  # msgspec walked it
-    return plain if isinstance(plain, dict) else {}
+        if isinstance(plain, dict):
+            plain = plain.get(step)
+        elif isinstance(plain, list) and isinstance(step, int) and step < len(plain):
+            plain = plain[step]
+        else:
+            return None
+    return plain

@@ -11,6 +11,7 @@ from userspace_proxy.control.pacer import Pacer
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import EventType, Source, StateSink
+from userspace_proxy.model.topology import usable_endpoints
 
 log = logging.getLogger(__name__)
 
@@ -87,4 +88,5 @@ class Controller:
         log.debug("sync of %d service ports took %.1f ms", len(state.service_ports), took_ms)
         if not self.ready.is_set():
             self.ready.set()
-            log.info("ready: %d service ports are served", len(state.service_ports))
+            without = sum(not usable_endpoints(known) for known in state.endpoints.values())
+            log.info("ready: service ports %d, without endpoints %d", len(state.service_ports), without)

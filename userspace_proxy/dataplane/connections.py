@@ -18,6 +18,7 @@ from typing import Protocol
 
 from userspace_proxy.dataplane.peers import Answer, last_answer
 from userspace_proxy.dataplane.poller import Poller
+from userspace_proxy.dataplane.sockets import keep_alive
 from userspace_proxy.interfaces import Splice
 
 # Kept free for the event loop, rules, admin and file watching.
@@ -163,6 +164,9 @@ class Connections:
         silence = self._open[connection]
         if silence is None:
             silence = self._open[connection] = _Silence(now)
+            # Its client's socket has this from the listener. Most connections end before they are looked at, and
+            # are spared the system calls.
+            keep_alive(splice.sockets[1], self._limits.dead_peer_timeout_s)
         reason = self._too_long(splice, silence, now)
         if reason:
             connection.cut(reason)

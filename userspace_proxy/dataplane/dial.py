@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from userspace_proxy.dataplane.picker import Picker
 from userspace_proxy.dataplane.poller import FAILED, WRITE, Poller
-from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, backend_socket, is_self_connected, tune_tcp
+from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, backend_socket, is_self_connected
 from userspace_proxy.interfaces import Counters
 from userspace_proxy.model.endpoint import Address, Endpoint
 
@@ -45,7 +45,6 @@ class DialContext(NamedTuple):
     loop: asyncio.AbstractEventLoop
     picker: Picker
     counters: Counters
-    dead_peer_timeout_s: float
     on_shortage: Callable[[OSError], None]
 
 
@@ -112,7 +111,7 @@ class Dial:
             return True
         self._attempts += 1
         try:
-            tune_tcp(sock, context.dead_peer_timeout_s)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             code = sock.connect_ex(address)
             if code in (0, errno.EINPROGRESS):
                 context.poller.watch(sock, self._on_socket)

@@ -145,6 +145,8 @@ class Poller:
 
     def stop(self) -> None:
         """Close what waits to be closed, and both epolls. Steps and resumptions that were asked for come to nothing."""
+        if self._stopped:
+            return
         self._stopped = True
         self._again.clear()
         self._loop.remove_reader(self._connections.fileno())

@@ -71,7 +71,8 @@ def open_tcp_listener(port: int, dead_peer_timeout_s: float) -> socket.socket:
     """Return a listening socket; what is set on it, accepted sockets inherit."""
     sock = bind_wildcard(socket.SOCK_STREAM, port)
     try:
-        tune_tcp(sock, dead_peer_timeout_s)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        keep_alive(sock, dead_peer_timeout_s)
         sock.listen(_BACKLOG)
     except BaseException:
         sock.close()
@@ -94,12 +95,11 @@ def reserve_refusing_port(port: int) -> tuple[socket.socket, socket.socket]:
     return tcp, udp
 
 
-def tune_tcp(sock: socket.socket, dead_peer_timeout_s: float) -> None:
-    """No Nagle, and keepalive so that an idle peer that is gone is noticed within *dead_peer_timeout_s*.
+def keep_alive(sock: socket.socket, dead_peer_timeout_s: float) -> None:
+    """Have the kernel notice within *dead_peer_timeout_s* (0: never) that an idle peer is gone.
 
     Not TCP_USER_TIMEOUT: it also kills a living peer that has merely stopped reading.
     """
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if not dead_peer_timeout_s:
         return
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -40,7 +40,6 @@ class TcpListener:
             context.loop,
             self.picker,
             self.counters,
-            context.limits.dead_peer_timeout_s,
             context.connections.note_shortage,
         )
         self.configure(spec)

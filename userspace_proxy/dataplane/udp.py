@@ -319,7 +319,7 @@ class UdpListener:
             AccessRecord(
                 service_port=self.name,
                 client=(plain_ip(str(client[0])), int(str(client[1]))),
-                portal=next(iter(portals(self._spec.service_port)), None),
+                portal=known[0] if len(known := portals(self._spec.service_port)) == 1 else None,
                 endpoint=flow.endpoint,
                 why=flow.why,
                 bytes_to_backend=flow.bytes_to_backend,

@@ -22,6 +22,8 @@ _CLONE_NEWNET = 0x40000000
 _NETNS_FOLDER = Path("/run/netns")
 _TOOL_TIMEOUT_S = 30
 
+_libc = ctypes.CDLL(None, use_errno=True)
+
 
 def command_in_namespaces(command: Sequence[str]) -> list[str]:
     """Return *command* with what runs it in network, mount and process namespaces of its own.
@@ -35,20 +37,25 @@ def command_in_namespaces(command: Sequence[str]) -> list[str]:
     ways = [["unshare", "--user", "--map-root-user", *namespaces]]
     if os.geteuid() == 0:
         ways.insert(0, ["unshare", *namespaces])
+    said = []
     for way in ways:
         tried = subprocess.run([*way, "true"], capture_output=True, text=True, timeout=_TOOL_TIMEOUT_S, check=False)
         if not tried.returncode:
             return [*way, *command]
-    raise StartError(
-        f"namespaces are forbidden here ({tried.stderr.strip()}); run it as root, or allow them to users: "
-        "sysctl kernel.unprivileged_userns_clone=1 user.max_user_namespaces=10000 (on Ubuntu also "
-        "kernel.apparmor_restrict_unprivileged_userns=0); in a container: --privileged"
+        said.append(tried.stderr.strip())
+    mend = (
+        "this root has not the rights; run it outside of the chroot, or start the container with --privileged"
+        if os.geteuid() == 0
+        else "run it as root, or let users have them: sysctl kernel.unprivileged_userns_clone=1 "
+        "user.max_user_namespaces=10000 (on Ubuntu also kernel.apparmor_restrict_unprivileged_userns=0)"
     )
+    raise StartError(f"namespaces are forbidden here ({said[0]}); {mend}")
 
 
 def prepare() -> None:
     """Make this process's own /run, where `ip netns` keeps names and iptables its lock. Call once, inside."""
-    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/run"], check=True, timeout=_TOOL_TIMEOUT_S)
+    os.environ["PATH"] = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # a plain user's lacks them
+    _check(_libc.mount(b"tmpfs", b"/run", b"tmpfs", 0, None), "mounting a /run of our own")
     _NETNS_FOLDER.mkdir()
     ip("link", "set", "lo", "up")
 
@@ -106,6 +113,11 @@ class Host:
             finally:
                 _setns(here.fileno())
 
+    def set_knob(self, knob: str, value: object) -> None:
+        """Set ``/proc/sys/net/KNOB`` of this host."""
+        with self.inside():
+            Path("/proc/sys/net", knob).write_text(f"{value}\n")
+
     def stop_all(self) -> None:
         """End what was started here."""
         for process in self.processes:
@@ -116,9 +128,13 @@ class Host:
 
 
 def _setns(fd: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.setns(fd, _CLONE_NEWNET):
-        raise OSError(ctypes.get_errno(), "setns failed")
+    _check(_libc.setns(fd, _CLONE_NEWNET), "entering a network namespace")
+
+
+def _check(result: int, doing: str) -> None:
+    if result:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{doing}: {os.strerror(code)}")
 
 
 class Lab:
@@ -145,9 +161,10 @@ class Lab:
         host.ip("link", "set", "lo", "up")
         # Duplicate address detection would keep IPv6 addresses unusable for two seconds.
         for knob in ("all", "default"):
-            host.run("sysctl", "-qw", f"net.ipv6.conf.{knob}.accept_dad=0")
+            host.set_knob(f"ipv6/conf/{knob}/accept_dad", 0)
         # The kernel answers a burst of refused datagrams with a few ICMP messages a second, which looks like silence.
-        host.run("sysctl", "-qw", "net.ipv4.icmp_ratelimit=0", "net.ipv6.icmp.ratelimit=0")
+        host.set_knob("ipv4/icmp_ratelimit", 0)
+        host.set_knob("ipv6/icmp/ratelimit", 0)
         return host
 
     def link(self, left: Host, left_device: str, right: Host, right_device: str) -> None:

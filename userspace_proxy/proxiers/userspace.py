@@ -26,6 +26,8 @@ _REFUSING = "nobody listens"
 _SETTLE_S = 0.05
 _REPAIR_PAUSE_S = 0.3
 _LOOK_EVERY_S = 30.0
+# New service ports that are told one by one.
+_TOLD_MAX = 20
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +126,7 @@ class UserspaceProxier:
         self._loaded: Redirects | None = None
         self._outdated = True  # until a load has succeeded, however often it is refused
         self._claimed: dict[Portal, ServicePortName] = {}
+        self._told: set[ServicePortName] = set()
         self._refuse_port = 0
         self.unopened: dict[ServicePortName, str] = {}
         self.loads = 0
@@ -147,7 +150,20 @@ class UserspaceProxier:
             gone = [name for name in self._opened if name not in state.service_ports]
             if self._outdated or gone:
                 await self._load(state)
+            self._tell_new(state)
             await self._retire(gone)
+
+    def _tell_new(self, state: ProxyState) -> None:
+        """Say what is served from now on: the addresses are news where they were allocated."""
+        new = [name for name in state.service_ports if name in self._opened and name not in self._told]
+        for name in new[:_TOLD_MAX]:
+            shown = ", ".join(map(str, portals(state.service_ports[name])))
+            usable = len(usable_endpoints(state.endpoints[name]))
+            port = self._opened[name].proxy_port
+            log.info("%s: %s %s -> proxy port %d -> %d endpoints", name, name.protocol, shown, port, usable)
+        if len(new) > _TOLD_MAX:
+            log.info("... and %d more service ports", len(new) - _TOLD_MAX)
+        self._told |= set(new)
 
     async def _open(self, wanted: Mapping[ServicePortName, ServicePort]) -> bool:
         """Open or configure listeners; return whether a rule may have to change."""
@@ -251,6 +267,7 @@ class UserspaceProxier:
         await self._plane.retire(gone)
         for name in gone:
             del self._opened[name]
+            self._told.discard(name)
             self._given.pop(name, None)
             self._backed.discard(name)
             self._ports.release(name)

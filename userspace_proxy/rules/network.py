@@ -92,6 +92,14 @@ async def remove_local_addresses() -> None:
             await run_tool("ip", "address", "del", address, "dev", "lo")
 
 
+async def lacks_addresses() -> bool:
+    """Return whether this host has no IPv4 address but those of ``lo``."""
+    try:
+        return not json.loads(await run_tool("ip", "-json", "-4", "address", "show", "scope", "global") or "[]")
+    except SyncError:
+        return False
+
+
 def unnumbered_interfaces(links: Sequence[dict[str, Any]], routes: Sequence[dict[str, Any]]) -> list[str]:
     """Return the interfaces that carry IPv4 traffic without an IPv4 address of their own (as Calico's do).
 

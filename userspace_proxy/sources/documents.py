@@ -2,7 +2,6 @@
 
 A text is split at its ``---`` lines and each document is parsed by itself: a broken one harms no other,
 and one whose text did not change is not parsed again (10,000 Services: 4 ms instead of seconds).
-Line numbers inside of a document are worked out only when something there is wrong.
 """
 
 from __future__ import annotations
@@ -10,8 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -19,79 +17,18 @@ import yaml
 from userspace_proxy import api
 from userspace_proxy.errors import ConfigError
 from userspace_proxy.model.names import NamespacedName
-
-
-_TEXT, _MAPPING, _SEQUENCE = (f"tag:yaml.org,2002:{name}" for name in ("str", "map", "seq"))
-_SCALARS = {f"tag:yaml.org,2002:{name}" for name in ("int", "float", "bool", "null")}
-_MERGE = "tag:yaml.org,2002:merge"
-
-
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # libyaml's, where it is built in
-    """Reads what Kubernetes reads: a date is text there, and an impossible one (2024-13-45) is no error.
-
-    Resolving tags is half the work of libyaml's binding, so it is done here without what nobody uses (tags by
-    path) and remembered: manifests say the same few words again and again.
-    """
-
-    def resolve(self, kind: type, value: str, implicit: tuple[bool, bool]) -> str:
-        if kind is yaml.ScalarNode:
-            return _plain_tag(value) if implicit[0] else _TEXT
-        return _SEQUENCE if kind is yaml.SequenceNode else _MAPPING
-
-    def descend_resolver(self, parent: object, index: object) -> None:
-        pass
-
-    def ascend_resolver(self) -> None:
-        pass
-
-
-@lru_cache(maxsize=8192)
-def _plain_tag(text: str) -> str:
-    """Return the tag of *text* written without quotes."""
-    for tag, pattern in yaml.SafeLoader.yaml_implicit_resolvers.get(text[:1], ()):
-        if (tag in _SCALARS or tag == _MERGE) and pattern.match(text):
-            return str(tag)
-    return _TEXT
-
+from userspace_proxy.sources.lines import Document, Lines, Place
+from userspace_proxy.sources.yaml_faults import describe, html_error, keys_that_stand_twice, new_object_error
+from userspace_proxy.sources.yaml_values import plain_value
 
 _SEPARATOR = re.compile(r"^---(?=\s|$)", re.MULTILINE)
-# What a page that shows code puts around and into it; a placeholder such as <name> is none of these.
-_TAG = re.compile(r"</?(html|head|body|div|span|p|br|pre|code|a|table|t[rdh]|li|ul)(\s[^>]*)?/?>", re.IGNORECASE)
-_KEY = re.compile(r"\s*(?:- +)*([\w./-]+):(\s|$)")
 _CLUSTER_WIDE = {"Node"}
-# No object of Kubernetes is nested half so deep.
-_DEPTH_MAX = 100
-_BRACKET = re.compile(r"[\[\]{}]")
 # Wrong values that are set aside in one object so that the next one shows.
 _TYPE_ERRORS_MAX = 50
+# The port that a pair as Docker writes it (80:8080) gives to clients.
+_PORT_PAIR = re.compile(r"(\d{1,5}):\d{1,5}")
 # So many duplicates between two files are shown one by one; more are a copy of the file.
 _DUPLICATES_MAX = 10
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One YAML document of a file; ``line`` is that of its first character, from 1, ``start`` its offset."""
-
-    path: str
-    line: int
-    text: str
-    start: int = field(default=0, compare=False)
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.text)
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """An object inside of a document: the whole of it, or an item of a List (``items[3].``)."""
-
-    document: Document
-    prefix: str = ""
-
-    def where(self, field: str = "") -> str:
-        """Return ``file:line`` of *field* (a path such as ``spec.ports[0].port``), or of its nearest parent."""
-        return f"{self.document.path}:{Lines().line_of(self, field)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +54,15 @@ class Manifest:
 class Problem:
     """Something that cannot be used, and where; ``line`` is None where a whole file is meant.
 
-    ``object`` is its kind and name, where these are known.
+    ``object`` is its kind and name, where these are known. ``hides`` says that an object may stand there that
+    cannot be read for it.
     """
 
     path: str
     line: int | None
     error: ConfigError
     object: str = ""
+    hides: bool = True
 
     @property
     def where(self) -> str:
@@ -154,23 +93,19 @@ def _has_content(row: str) -> bool:
 def parse(document: Document, *, for_check: bool = False) -> tuple[list[Manifest], list[Problem]]:
     """Return the objects of *document*, Lists unpacked, and what is wrong with the others.
 
-    *for_check* wants all that can be said: see Manifest; and keys that stand twice in a mapping, of which
-    YAML takes the last.
+    Of keys that stand twice in a mapping YAML takes the last; that is a problem, too. *for_check* wants all
+    that can be said (see Manifest), also of objects that follow each other without a separator.
     """
     try:
-        _refuse_deep_nesting(document.text)
-        loader = _Loader(document.text)
-        try:
-            root = loader.get_single_node()
-            twice = list(_keys_that_stand_twice(root)) if for_check else []
-            plain = _Plain(loader).value(root) if root is not None else None
-        finally:
-            loader.dispose()
+        plain, keys_were_lost = plain_value(document.text)
+        begins, twice = keys_that_stand_twice(document.text) if keys_were_lost else ([], [])
     except yaml.YAMLError as error:
-        line = _line_in(document, error)
-        return [], [Problem(document.path, document.line + line, _readable(document, error, line))]
+        line, readable = describe(document.text, error)
+        return [], [Problem(document.path, document.line + line, readable)]
     except (ValueError, RecursionError) as error:
         return [], [Problem(document.path, document.line, ConfigError(f"cannot be read as YAML: {error}"))]
+    if begins and for_check:
+        return _parse_pieces(document, begins)
     manifests: list[Manifest] = []
     problems = []
     for place, item in _items(document, plain) if plain is not None else ():
@@ -179,64 +114,20 @@ def parse(document: Document, *, for_check: bool = False) -> tuple[list[Manifest
         except ConfigError as error:
             problems.append(Problem(document.path, Lines().line_of(place, error.field), error))
     owner = str(manifests[0]) if len(manifests) == 1 else ""
-    problems += [Problem(document.path, document.line + line, error, owner) for line, error in twice]
+    problems += [Problem(document.path, document.line + line, new_object_error()) for line in begins]
+    problems += [Problem(document.path, document.line + line, error, owner, hides=False) for line, error in twice]
     return manifests, problems
 
 
-def _refuse_deep_nesting(text: str) -> None:
-    """Raise ValueError for brackets nested so deep that libyaml, which recurses in C, would end the process."""
-    depth = 0
-    for bracket in _BRACKET.findall(text):
-        depth += 1 if bracket in "[{" else -1
-        if depth > _DEPTH_MAX:
-            break
-    else:
-        return
-    depth = 0  # some may have stood in texts: libyaml's own events tell
-    for event in yaml.parse(text, Loader=_Loader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > _DEPTH_MAX:
-            raise ValueError(f"it is nested more than {_DEPTH_MAX} deep")
-
-
-class _Plain:
-    """Makes plain values of a tree of nodes; twice as fast as the library's own, which can do much more."""
-
-    def __init__(self, loader: Any) -> None:
-        self._loader = loader
-        self._made: dict[int, object] = {}  # what anchors share is made once
-
-    def value(self, node: Any) -> object:
-        if node.tag == _TEXT:
-            return node.value
-        if node.tag in _SCALARS and isinstance(node, yaml.ScalarNode):
-            return _scalar(node.tag, node.value)
-        if id(node) in self._made:
-            return self._made[id(node)]
-        if node.tag == _MAPPING and isinstance(node, yaml.MappingNode):
-            for key, _ in node.value:
-                if key.tag == _MERGE:
-                    self._loader.flatten_mapping(node)
-                    break
-            mapping: dict[object, object] = {}
-            self._made[id(node)] = mapping  # before it is filled: an anchor may contain itself
-            for key, value in node.value:
-                if not isinstance(key, yaml.ScalarNode):
-                    raise yaml.constructor.ConstructorError(None, None, "a key is no text", key.start_mark)
-                mapping[self.value(key)] = value.value if value.tag == _TEXT else self.value(value)
-            return mapping
-        if node.tag == _SEQUENCE and isinstance(node, yaml.SequenceNode):
-            sequence: list[object] = []
-            self._made[id(node)] = sequence
-            sequence += map(self.value, node.value)
-            return sequence
-        return self._loader.construct_object(node, deep=True)
-
-
-@lru_cache(maxsize=4096)
-def _scalar(tag: str, text: str) -> object:
-    """Return the number, truth value or nothing that *text* stands for."""
-    return yaml.constructor.SafeConstructor().construct_object(yaml.ScalarNode(tag, text))
+def _parse_pieces(document: Document, begins: list[int]) -> tuple[list[Manifest], list[Problem]]:
+    """Return what *document* were if a separator stood before each line of *begins*, and that none does."""
+    manifests: list[Manifest] = []
+    problems = [Problem(document.path, document.line + line, new_object_error()) for line in begins]
+    for piece in document.cut(begins):
+        found, wrong = parse(piece, for_check=True)
+        manifests += found
+        problems += wrong
+    return manifests, problems
 
 
 def _items(document: Document, plain: object, prefix: str = "") -> Iterator[tuple[Place, object]]:
@@ -253,18 +144,20 @@ def _items(document: Document, plain: object, prefix: str = "") -> Iterator[tupl
 
 def _manifest(place: Place, plain: object, *, for_check: bool) -> Manifest:
     if not isinstance(plain, dict):
-        raise _html(place.document) or ConfigError(
+        raise html_error(place.document.text) or ConfigError(
             "this is no Kubernetes object", mend="it must be a mapping with apiVersion, kind and metadata"
         )
     kind = plain.get("kind")
     if not isinstance(kind, str) or not kind:
         raise ConfigError("the object has no kind", mend="add 'kind: Service' or whatever it is")
     metadata = plain.get("metadata")
+    if isinstance(metadata, str) and (error := api.space_error(metadata, "metadata")):
+        raise error
     name = metadata.get("name") if isinstance(metadata, dict) else None
-    if not isinstance(metadata, dict) or not isinstance(name, str) or not name:
-        said = f"{name!r} is no text" if name is not None else "the object has no name"
-        field = "metadata.name" if name is not None else "metadata"
-        raise ConfigError(said, field=field, mend="add metadata.name, in quotes if it looks like a number")
+    if not isinstance(metadata, dict) or name is None or name == "":
+        raise ConfigError("the object has no name", field="metadata", mend="add metadata.name")
+    if not isinstance(name, str):
+        raise ConfigError(f"{name!r} is no text", field="metadata.name", mend="put the name in quotes")
     namespace = "" if kind in _CLUSTER_WIDE else metadata.get("namespace") or "default"
     full_name = NamespacedName(str(namespace), name)
     if kind not in api.KINDS or _is_foreign(plain.get("apiVersion")):
@@ -311,6 +204,8 @@ def _set_aside(plain: Any, field: str) -> bool:
     value = plain.pop(key)
     if isinstance(value, str) and value.isascii() and value.isdigit():
         plain[key] = int(value)
+    elif last == "port" and isinstance(value, str) and (pair := _PORT_PAIR.fullmatch(value)):
+        plain[key] = int(pair[1])
     return True
 
 
@@ -329,115 +224,9 @@ def duplicates(manifests: Iterable[Manifest]) -> list[Problem]:
         for first, second in found[:_DUPLICATES_MAX]:
             where = f"{first_path}:{lines.line_of(first.place, 'metadata.name')}"
             error = ConfigError(f"{second} is already at {where}", field="metadata.name", mend="remove one of them")
-            problems.append(Problem(path, lines.line_of(second.place, "metadata.name"), error, str(second)))
+            line = lines.line_of(second.place, "metadata.name")
+            problems.append(Problem(path, line, error, str(second), hides=False))
         if (more := len(found) - _DUPLICATES_MAX) > 0:
-            problems.append(
-                Problem(path, None, ConfigError(f"{more} more objects are already in {first_path}", mend="remove one"))
-            )
+            error = ConfigError(f"{more} more objects are already in {first_path}", mend="remove one")
+            problems.append(Problem(path, None, error, hides=False))
     return problems
-
-
-# ---- errors of YAML itself
-
-
-def _line_in(document: Document, error: yaml.YAMLError) -> int:
-    if isinstance(error, yaml.reader.ReaderError):
-        return document.text.count("\n", 0, error.position)
-    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-    last = max(len(document.text.splitlines()) - 1, 0)
-    return min(mark.line, last) if mark else 0
-
-
-def _readable(document: Document, error: yaml.YAMLError, line: int) -> ConfigError:
-    said = str(getattr(error, "problem", None) or getattr(error, "reason", None) or error).splitlines()[0]
-    rows = document.text.splitlines()
-    row = rows[line] if line < len(rows) else ""
-    if html := _html(document, row):
-        return html
-    key = _KEY.match(row)
-    field = key[1] if key else ""
-    if "\t" in row[: len(row) - len(row.lstrip())]:
-        return ConfigError("a tab is used for indentation", field=field, mend="indent with spaces")
-    if "\u00a0" in row:
-        said = "there is a non-breaking space in the line, as web pages have them"
-        return ConfigError(said, field=field, mend="type its indentation and spaces anew")
-    if "{{" in row:
-        return ConfigError(
-            "this is a template, not a manifest", field=field, mend="render it first, with 'helm template' for a chart"
-        )
-    seen = f" near {row.strip()[:60]!r}" if row.strip() else ""
-    mend = "look at the indentation here and in the line above: keys of one mapping start in one column"
-    return ConfigError(f"the YAML is broken{seen}: {said}", field=field, mend=mend)
-
-
-def _html(document: Document, row: str = "") -> ConfigError | None:
-    start = document.text.lstrip("- \n\t")
-    if (start.startswith("<") and not start.startswith("<<")) or _TAG.search(row):
-        return ConfigError("this is HTML, not a manifest", mend="fetch the raw file, not the page that shows it")
-    return None
-
-
-def _keys_that_stand_twice(root: Any) -> Iterator[tuple[int, ConfigError]]:
-    """Yield the line of each key that its mapping already has, and what to say."""
-    seen: set[int] = set()  # an alias stands for a node that was looked at
-    waiting = [(root, "")]
-    while waiting:
-        node, field = waiting.pop()
-        if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
-            continue
-        seen.add(id(node))
-        if isinstance(node, yaml.SequenceNode):
-            waiting += [(item, f"{field}[{index}]") for index, item in enumerate(node.value)]
-            continue
-        firsts: dict[str, Any] = {}
-        for key, value in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            here = api.below(field, key.value)
-            first = firsts.setdefault(key.value, key)
-            if first is not key:
-                above = key.start_mark.line - first.start_mark.line
-                said = f"{key.value!r} stands twice, {above} lines apart, and only this one counts"
-                mend = "join the two" if isinstance(value, yaml.CollectionNode) else "remove one of them"
-                yield key.start_mark.line, ConfigError(said, field=here, mend=mend)
-            waiting.append((value, here))
-
-
-# ---- lines of fields
-
-
-class Lines:
-    """Finds the lines of fields; keeps the last few documents, which are read anew for it, as trees."""
-
-    def __init__(self) -> None:
-        self._tree = lru_cache(maxsize=2)(_tree)
-
-    def line_of(self, place: Place, field: str) -> int:
-        document = place.document
-        try:
-            node = self._tree(document)
-        except yaml.YAMLError as error:
-            return document.line + _line_in(document, error)
-        line = node.start_mark.line if node is not None else 0
-        for step in api.steps(place.prefix + field):
-            found = _child(node, step)
-            if found is None:
-                break
-            line, node = found
-        return document.line + line
-
-
-def _tree(document: Document) -> Any:
-    return yaml.compose(document.text, Loader=_Loader)
-
-
-def _child(node: Any, step: int | str) -> tuple[int, Any] | None:
-    """Return the line at which *step* below *node* starts, and its node."""
-    if isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
-        item = node.value[step]
-        return item.start_mark.line, item
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            if key.value == str(step):
-                return key.start_mark.line, value
-    return None

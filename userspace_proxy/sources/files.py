@@ -303,7 +303,8 @@ class FileSource:
             if self._problems.get(where) != said:
                 log.error("%s; the last good version, if there was one, goes on serving", said)
         for where in self._problems.keys() - now.keys():
-            log.info("%s: well again", where)
+            path = where.rpartition(":")[0] if where not in self._files else where
+            log.info("%s: %s", where, "well again" if path in self._files else "no longer there")
         self._problems = now
 
 

@@ -209,13 +209,13 @@ class CopySplice:
         if self._broken:
             self._reset(self._broken, half.sink)
             return
+        if half.opposite.done:
+            self._close("closed")
+            return
         try:
             half.sink.shutdown(socket.SHUT_WR)
         except OSError as error:
             self._sink_failed(half, error)
-            return
-        if half.opposite.done:
-            self._close("closed")
 
     def _source_failed(self, half: _Half, error: OSError) -> None:
         """The source was reset: nothing can go back to it either."""

@@ -1,0 +1,383 @@
+"""UDP through a data plane in this process: flows, whose answer reaches whom, and when a flow moves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import AsyncIterator, Iterator
+from typing import Self
+
+import pytest
+
+from tests.dataplane.world import CLIENT_IP6, CLIENT_IPS, UDP_NAME, UDP_PORT, Plane, refusing_endpoint, running_plane
+from tests.ends import open_descriptors, until
+from tests.fakes import FakeClock
+from userspace_proxy.dataplane.connections import Limits
+from userspace_proxy.model.endpoint import Address, Endpoint
+
+# The idle time-out is not what is tested with it: it only makes the plane look at its flows 60 times a second.
+OFTEN = 0.1
+
+
+class Datagrams:
+    """A UDP socket that is waited for."""
+
+    def __init__(self, family: socket.AddressFamily = socket.AF_INET) -> None:
+        self.sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+
+    async def receive(self) -> tuple[bytes, Address]:
+        """Return the next datagram and who sent it."""
+        got: list[tuple[bytes, Address]] = []
+
+        def try_once() -> bool:
+            with contextlib.suppress(BlockingIOError):
+                data, sender = self.sock.recvfrom(65_536)
+                got.append((data, sender[:2]))
+            return bool(got)
+
+        await until(try_once, "a datagram arrives")
+        return got[0]
+
+    def nothing(self) -> bool:
+        """Return whether nothing has arrived."""
+        try:
+            self.sock.recv(65_536)
+        except BlockingIOError:
+            return True
+        return False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()
+
+
+class Backend(Datagrams):
+    def __init__(self, ip: str = "127.0.0.1") -> None:
+        super().__init__(socket.AF_INET6 if ":" in ip else socket.AF_INET)
+        self.sock.bind((ip, 0))
+        self.endpoint = Endpoint(*self.sock.getsockname()[:2])
+
+    def answer(self, data: bytes, flow: Address) -> None:
+        self.sock.sendto(data, flow)
+
+
+class Client(Datagrams):
+    """Connected to the proxy port at one address, so that answers from any other address are not seen."""
+
+    def __init__(self, asked_ip: str = "127.0.0.1") -> None:
+        super().__init__(socket.AF_INET6 if ":" in asked_ip else socket.AF_INET)
+        self.sock.connect((asked_ip, UDP_PORT))
+
+    def ask(self, data: bytes = b"who") -> None:
+        self.sock.send(data)
+
+
+@pytest.fixture
+async def plane() -> AsyncIterator[Plane]:
+    async with running_plane() as running:
+        yield running
+
+
+@pytest.fixture
+def backends() -> Iterator[tuple[Backend, Backend]]:
+    with Backend() as a, Backend() as b:
+        yield a, b
+
+
+@pytest.fixture
+def clients() -> Iterator[tuple[Client, Client, Client]]:
+    with Client() as first, Client() as second, Client() as third:
+        yield first, second, third
+
+
+Backends = tuple[Backend, Backend]
+Clients = tuple[Client, Client, Client]
+
+
+# ---- flows and answers
+
+
+async def test_each_client_has_a_flow_to_one_endpoint(plane: Plane, backends: Backends, clients: Clients) -> None:
+    a, b = backends
+    await plane.use(a.endpoint, b.endpoint)
+    seen = []
+    for _ in range(3):
+        for client, backend in zip(clients, (a, b, a), strict=True):
+            client.ask()
+            seen.append((backend.endpoint, (await backend.receive())[1]))
+
+    assert seen[:3] == seen[3:6] == seen[6:]
+    assert len(set(seen)) == 3
+    counters = await plane.counters(UDP_NAME)
+    assert (counters.flows, counters.flows_total) == (3, 3)
+
+
+@pytest.mark.parametrize("asked_ip", ["127.0.0.1", "127.0.0.2", *CLIENT_IPS[:2], "::1", CLIENT_IP6])
+async def test_the_answer_comes_from_the_address_that_was_asked(plane: Plane, asked_ip: str) -> None:
+    with Backend() as backend, Client(asked_ip) as client:
+        await plane.use(backend.endpoint)
+        client.ask()
+        _, flow = await backend.receive()
+        backend.answer(b"me", flow)
+
+        assert await client.receive() == (b"me", (asked_ip, UDP_PORT))
+
+
+async def test_ipv6_endpoints_serve_ipv4_clients(plane: Plane) -> None:
+    with Backend("::1") as backend, Client() as client:
+        await plane.use(backend.endpoint)
+        client.ask()
+        data, flow = await backend.receive()
+        backend.answer(data, flow)
+
+        assert (await client.receive())[0] == b"who"
+
+
+@pytest.mark.parametrize("size", [0, 1, 1_472, 9_000, 65_507])
+async def test_datagrams_of_every_size_pass_whole_both_ways(plane: Plane, size: int) -> None:
+    question, answer = os.urandom(size), os.urandom(size)
+    with Backend() as backend, Client() as client:
+        await plane.use(backend.endpoint)
+        client.ask(question)
+        received, flow = await backend.receive()
+        backend.answer(answer, flow)
+
+        assert received == question
+        assert (await client.receive())[0] == answer
+
+
+async def test_late_and_second_answers_reach_only_who_asked(plane: Plane, backends: Backends, clients: Clients) -> None:
+    a, _ = backends
+    first, second, _ = clients
+    await plane.use(a.endpoint)
+    first.ask()
+    _, flow_of_first = await a.receive()
+    a.answer(b"one", flow_of_first)
+    second.ask()
+    _, flow_of_second = await a.receive()
+    a.answer(b"two", flow_of_first)
+    a.answer(b"other", flow_of_second)
+
+    assert [(await first.receive())[0] for _ in range(2)] == [b"one", b"two"]
+    assert (await second.receive())[0] == b"other"
+    assert first.nothing()
+    assert second.nothing()
+
+
+async def test_an_answer_after_its_flow_has_ended_reaches_nobody(backends: Backends, clients: Clients) -> None:
+    a, _ = backends
+    async with running_plane(Limits(udp_flows_per_service=1)) as plane:
+        await plane.use(a.endpoint)
+        clients[0].ask()
+        _, flow_of_first = await a.receive()
+        clients[1].ask()
+        _, flow_of_second = await a.receive()
+
+        a.answer(b"late", flow_of_first)
+        a.answer(b"in time", flow_of_second)
+
+        assert (await clients[1].receive())[0] == b"in time"
+        assert clients[0].nothing()
+
+
+# ---- how many, how long
+
+
+async def test_the_flow_that_was_idle_for_longest_makes_way(backends: Backends, clients: Clients) -> None:
+    a, _ = backends
+    async with running_plane(Limits(udp_flows_per_service=2)) as plane:
+        await plane.use(a.endpoint)
+        flows = []
+        for client in clients[:2]:
+            client.ask()
+            flows.append((await a.receive())[1])
+        a.answer(b"so the second is idle for longer", flows[0])
+        await clients[0].receive()
+
+        clients[2].ask()
+        await a.receive()
+
+        clients[0].ask()
+        assert (await a.receive())[1] == flows[0]
+        counters = await plane.counters(UDP_NAME)
+        assert (counters.flows, counters.flows_evicted) == (2, 1)
+    assert [r.how for r in plane.records] == ["evicted: too many flows"] + ["service gone"] * 2
+
+
+async def test_an_idle_flow_ends_as_conntrack_would_end_it(
+    backends: Backends, clients: Clients, clock: FakeClock
+) -> None:
+    a, _ = backends
+    limits = Limits(idle_timeout_s=OFTEN, udp_timeout_s=30, udp_stream_timeout_s=120)
+    async with running_plane(limits, now=clock) as plane:
+        await plane.use(a.endpoint)
+        clients[0].ask()
+        _, flow = await a.receive()
+        a.answer(b"", flow)  # an empty answer is an answer
+        await clients[0].receive()
+        clients[1].ask()
+        await a.receive()
+
+        clock.now_s += 30
+        await until(lambda: len(plane.records) == 1, "the unanswered flow ends")
+        clock.now_s += 89
+        clients[0].ask()
+        assert (await a.receive())[1] == flow
+
+        clock.now_s += 120
+        await until(lambda: len(plane.records) == 2, "the answered flow ends")
+    assert [record.how for record in plane.records] == ["idle", "idle"]
+
+
+async def test_a_flow_that_is_answered_all_the_time_does_not_keep_idle_ones(
+    backends: Backends, clients: Clients, clock: FakeClock
+) -> None:
+    a, _ = backends
+    async with running_plane(Limits(idle_timeout_s=OFTEN), now=clock) as plane:
+        await plane.use(a.endpoint)
+        clients[0].ask(b"subscribe")
+        _, stream = await a.receive()
+        clients[1].ask()
+        await a.receive()
+        for _ in range(4):
+            clock.now_s += 10
+            a.answer(b"news", stream)
+            await clients[0].receive()
+
+        await until(lambda: bool(plane.records), "the idle one ends")
+        assert (await plane.counters(UDP_NAME)).flows == 1
+
+
+# ---- when a flow moves
+
+
+async def test_a_refusal_ejects_the_endpoint_and_the_next_datagram_goes_elsewhere(
+    plane: Plane, backends: Backends, clients: Clients
+) -> None:
+    a, _ = backends
+    await plane.use(refusing_endpoint(), a.endpoint)
+    clients[0].ask(b"into the void")
+    await until(lambda: bool(plane.records), "the refusal has come")
+
+    clients[0].ask(b"again")
+
+    assert (await a.receive())[0] == b"again"
+    counters = await plane.counters(UDP_NAME)
+    assert (counters.ejections, counters.dial_failures, counters.flows) == (1, 1, 1)
+
+
+async def test_a_datagram_that_learns_of_an_earlier_refusal_goes_elsewhere_itself(
+    plane: Plane, backends: Backends, clients: Clients
+) -> None:
+    """Three are waiting: the first is refused before the second is sent."""
+    a, _ = backends
+    await plane.use(refusing_endpoint(), a.endpoint)
+    for number in range(3):
+        clients[0].ask(b"%d" % number)
+
+    assert [(await a.receive())[0] for _ in range(2)] == [b"1", b"2"]
+
+
+async def test_a_flow_moves_when_its_endpoint_serves_no_more(
+    plane: Plane, backends: Backends, clients: Clients
+) -> None:
+    a, b = backends
+    await plane.use(a.endpoint)
+    clients[0].ask()
+    await a.receive()
+
+    await plane.use(b.endpoint)
+    clients[0].ask()
+
+    assert (await b.receive())[0] == b"who"
+    assert [record.how for record in plane.records] == ["endpoint gone"]
+
+
+async def test_a_flow_stays_where_it_is_still_served_and_new_ones_go_elsewhere(
+    plane: Plane, backends: Backends, clients: Clients
+) -> None:
+    a, b = backends
+    await plane.use(a.endpoint)
+    clients[0].ask()
+    _, flow = await a.receive()
+
+    await plane.use(b.endpoint, serving=(a.endpoint, b.endpoint))
+    clients[0].ask()
+    clients[1].ask()
+
+    assert await a.receive() == (b"who", flow)
+    assert (await b.receive())[0] == b"who"
+
+
+async def test_without_endpoints_a_datagram_is_dropped_and_counted(plane: Plane, clients: Clients) -> None:
+    clients[0].ask()
+    counters = await plane.counters(UDP_NAME)  # live
+
+    await until(lambda: counters.datagrams_dropped == 1, "it is counted")
+    assert counters.flows == 0
+
+
+# ---- endings
+
+
+async def test_a_listener_that_is_retired_with_datagrams_waiting_begins_no_flow(
+    backends: Backends, clients: Clients
+) -> None:
+    """It is retired between two turns of reading: more datagrams wait than a turn takes."""
+    a, _ = backends
+    before = open_descriptors()
+    async with running_plane(Limits(udp_flows_per_service=1)) as plane:
+        await plane.use(a.endpoint)
+        clients[0].ask()
+        await a.receive()
+        retiring: list[asyncio.Task[None]] = []
+        plane.on_record = lambda: retiring.append(asyncio.ensure_future(plane.local.retire([UDP_NAME])))
+        for _ in range(200):
+            clients[1].ask()
+
+        await until(lambda: len(plane.records) == 2, "the first flow has made way, the second is over with the service")
+        plane.on_record = lambda: None
+        await asyncio.gather(*retiring)
+        await a.receive()
+    assert [record.how for record in plane.records] == ["evicted: too many flows", "service gone"]
+    assert open_descriptors() == before
+
+
+async def test_records_and_counters_of_a_flow_are_exact(backends: Backends, clients: Clients) -> None:
+    a, _ = backends
+    async with running_plane() as plane:
+        await plane.use(a.endpoint)
+        for size in (10, 20):
+            clients[0].ask(bytes(size))
+            _, flow = await a.receive()
+            a.answer(bytes(size * 3), flow)
+            await clients[0].receive()
+        counters = await plane.counters(UDP_NAME)
+    (record,) = plane.records
+
+    assert (record.bytes_to_backend, record.bytes_to_client) == (30, 90)
+    assert (counters.bytes_to_backends, counters.bytes_to_clients, counters.flows) == (30, 90, 0)
+    assert record.client == clients[0].sock.getsockname()
+    assert (record.endpoint, record.why) == (a.endpoint, "round robin")
+
+
+async def test_no_descriptor_is_left_after_many_flows(backends: Backends) -> None:
+    a, _ = backends
+    before = open_descriptors()
+    async with running_plane(Limits(udp_flows_per_service=50)) as plane:
+        await plane.use(a.endpoint)
+        for _ in range(400):
+            with Client() as client:
+                client.ask()
+                _, flow = await a.receive()
+                a.answer(b"x", flow)
+                await client.receive()
+        counters = await plane.counters(UDP_NAME)
+        # The kernel may give a port to two clients, one after the other; both are one flow then.
+        assert counters.flows == 50
+        assert counters.flows_total - counters.flows_evicted == 50
+    assert open_descriptors() <= before

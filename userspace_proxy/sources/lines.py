@@ -1,0 +1,90 @@
+"""Where things are written: documents in files, objects in documents, and the lines of an object's fields.
+
+Lines inside of a document are worked out only when something there is wrong; it is read anew for that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import yaml
+
+from userspace_proxy import api
+from userspace_proxy.sources.yaml_faults import describe
+from userspace_proxy.sources.yaml_values import compose
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One YAML document of a file; ``line`` is that of its first character, from 1, ``start`` its offset."""
+
+    path: str
+    line: int
+    text: str
+    start: int = field(default=0, compare=False)
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.text)
+
+    def cut(self, lines: list[int]) -> list[Document]:
+        """Return it in pieces, of which each but the first begins at one of *lines*, counted from 0."""
+        rows = self.text.splitlines(keepends=True)
+        starts = [0, *lines]
+        texts = ["".join(rows[a:b]) for a, b in zip(starts, [*lines, len(rows)], strict=True)]
+        offsets = [self.start + sum(map(len, rows[:start])) for start in starts]
+        return [
+            Document(self.path, self.line + start, text, offset)
+            for start, text, offset in zip(starts, texts, offsets, strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """An object inside of a document: the whole of it, or an item of a List (``items[3].``)."""
+
+    document: Document
+    prefix: str = ""
+
+    def where(self, field: str = "") -> str:
+        """Return ``file:line`` of *field* (a path such as ``spec.ports[0].port``), or of its nearest parent."""
+        return f"{self.document.path}:{Lines().line_of(self, field)}"
+
+
+class Lines:
+    """Finds the lines of fields; keeps the last few documents as trees."""
+
+    def __init__(self) -> None:
+        self._tree = lru_cache(maxsize=2)(_tree)
+
+    def line_of(self, place: Place, field: str) -> int:
+        document = place.document
+        try:
+            node = self._tree(document)
+        except yaml.YAMLError as error:
+            return document.line + describe(document.text, error)[0]
+        line = node.start_mark.line if node is not None else 0
+        for step in api.steps(place.prefix + field):
+            found = _child(node, step)
+            if found is None:
+                break
+            line, node = found
+        return document.line + line
+
+
+def _tree(document: Document) -> Any:
+    return compose(document.text)
+
+
+def _child(node: Any, step: int | str) -> tuple[int, Any] | None:
+    """Return the line at which *step* below *node* starts, and its node."""
+    if isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+        item = node.value[step]
+        return item.start_mark.line, item
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if key.value == str(step):
+                return key.start_mark.line, value
+    return None

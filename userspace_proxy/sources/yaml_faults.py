@@ -1,0 +1,182 @@
+"""What is wrong with a YAML text as such, in words for people, and in which of its lines (from 0)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from userspace_proxy import api
+from userspace_proxy.errors import ConfigError
+from userspace_proxy.sources.yaml_values import MERGE, compose
+
+# What a page that shows code puts around and into it; a placeholder such as <name> is none of these.
+_TAG = re.compile(r"</?(html|head|body|div|span|p|br|pre|code|a|table|t[rdh]|li|ul)(\s[^>]*)?/?>", re.IGNORECASE)
+_KEY = re.compile(r"\s*(?:- +)*([\w./-]+):(\s|$)")
+_NUMERIC_FIELDS = ("port", "targetPort", "nodePort", "containerPort", "timeoutSeconds")
+
+
+# ---- broken YAML
+
+
+def describe(text: str, error: yaml.YAMLError) -> tuple[int, ConfigError]:
+    """Return in which line of *text* the mistake behind *error* stands, and what it is."""
+    rows = text.splitlines()
+    line = min(line_of(text, error), max(len(rows) - 1, 0))
+    row = rows[line] if rows else ""
+    if html := html_error(text, row):
+        return line, html
+    field = _field(row)
+    if "\t" in row[: len(row) - len(row.lstrip())]:
+        return line, ConfigError("a tab is used for indentation", field=field, mend="indent with spaces")
+    if "\u00a0" in row:
+        said = "there is a non-breaking space in the line, as web pages have them"
+        return line, ConfigError(said, field=field, mend="type its indentation and spaces anew")
+    if "{{" in row:
+        mend = "render it first, with 'helm template' for a chart"
+        return line, ConfigError("this is a template, not a manifest", field=field, mend=mend)
+    if (opened := _unclosed_quote(rows, error)) is not None:
+        return opened, ConfigError("the quote is never closed", field=_field(rows[opened]), mend="close it in its line")
+    if sign := _special_sign(row, error):
+        return line, _of_special_sign(sign, field)
+    if glued := _missing_space(rows, line, error):
+        return glued
+    seen = f" near {row.strip()[:60]!r}" if row.strip() else ""
+    mend = "look at the indentation here and in the line above: keys of one mapping start in one column"
+    return line, ConfigError(f"the YAML is broken{seen}: {_problem(error)}", field=field, mend=mend)
+
+
+def line_of(text: str, error: yaml.YAMLError) -> int:
+    """Return the line at which reading *text* ended with *error*."""
+    if isinstance(error, yaml.reader.ReaderError):
+        return text.count("\n", 0, error.position)
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    return mark.line if mark else 0
+
+
+def html_error(text: str, row: str = "") -> ConfigError | None:
+    """Return that *text*, or its line *row*, is HTML, if it is."""
+    start = text.lstrip("- \n\t")
+    if (start.startswith("<") and not start.startswith("<<")) or _TAG.search(row):
+        return ConfigError("this is HTML, not a manifest", mend="fetch the raw file, not the page that shows it")
+    return None
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    said = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+    return str(said).splitlines()[0]
+
+
+def _field(row: str) -> str:
+    key = _KEY.match(row)
+    return key[1] if key else ""
+
+
+def _context(error: yaml.YAMLError, words: str) -> int | None:
+    """Return the line in which what libyaml was doing, which *words* are part of, began."""
+    mark = getattr(error, "context_mark", None)
+    return mark.line if mark and words in (getattr(error, "context", None) or "") else None
+
+
+def _unclosed_quote(rows: list[str], error: yaml.YAMLError) -> int | None:
+    """Return the line in which a quote was opened that only the end of *rows*, or another text's quote, closes."""
+    if (line := _context(error, "quoted scalar")) is not None and "unexpected" in _problem(error):
+        return line
+    mark = getattr(error, "problem_mark", None)
+    if mark is None or mark.line >= len(rows):
+        return None
+    before = rows[mark.line][: mark.column].rstrip()
+    quote = before[-1:]
+    if quote not in ("'", '"') or not before.count(quote) % 2:
+        return None
+    return next((line for line in range(mark.line - 1, -1, -1) if rows[line].count(quote) % 2), None)
+
+
+def _special_sign(row: str, error: yaml.YAMLError) -> str:
+    """Return the sign with which a value begins that has a meaning of its own there; "" if that is not the matter."""
+    mark = getattr(error, "problem_mark", None)
+    said = _problem(error)
+    if mark is None:
+        return ""
+    if "undefined alias" in said or _context(error, "scanning an alias") is not None:
+        return "*"
+    if _context(error, "scanning an anchor") is not None:
+        return "&"
+    return row[mark.column : mark.column + 1] if "cannot start any token" in said else ""
+
+
+def _of_special_sign(sign: str, field: str) -> ConfigError:
+    said = {
+        "*": "'*' stands for an undefined alias: what follows it would be the name of an anchor",
+        "&": "'&' begins an anchor, which needs a name",
+    }.get(sign, f"no value begins with {sign!r}")
+    mend = "write a number" if field in _NUMERIC_FIELDS else "put the value in quotes"
+    return ConfigError(said, field=field, mend=mend)
+
+
+def _missing_space(rows: list[str], line: int, error: yaml.YAMLError) -> tuple[int, ConfigError] | None:
+    """Return in which line around *line* the space after ':' or '-' is missing; YAML stumbles in the next one often."""
+    above = next((index for index in range(line - 1, -1, -1) if rows[index].strip()), line)
+    key = _context(error, "simple key")
+    for index in (line if key is None else key, line, above):
+        if index < len(rows) and (found := api.space_error(rows[index].strip())):
+            return index, found
+    return None
+
+
+# ---- keys that stand twice
+
+
+def keys_that_stand_twice(text: str) -> tuple[list[int], list[tuple[int, ConfigError]]]:
+    """Return the lines in which a new object begins without a separator; and the other keys that stand twice.
+
+    Those with their line and what to say of them. *text* is one YAML document that can be read.
+    """
+    root = compose(text)
+    begins = _lines_of_new_objects(root)
+    return begins, [] if begins else list(_repeated_keys(root))
+
+
+def new_object_error() -> ConfigError:
+    return ConfigError("a new object begins here", mend="put '---' on a line before it")
+
+
+def _lines_of_new_objects(root: Any) -> list[int]:
+    if not isinstance(root, yaml.MappingNode) or root.flow_style:
+        return []
+    lines = []
+    seen: set[str] = set()
+    for key, _ in root.value:
+        if key.value in ("apiVersion", "kind") and key.value in seen and "metadata" in seen:
+            lines.append(key.start_mark.line)
+            seen = set()
+        seen.add(key.value)
+    return lines
+
+
+def _repeated_keys(root: Any) -> Iterator[tuple[int, ConfigError]]:
+    visited: set[int] = set()  # an alias stands for a node that was looked at
+    waiting = [(root, "")]
+    while waiting:
+        node, field = waiting.pop()
+        if not isinstance(node, yaml.CollectionNode) or id(node) in visited:
+            continue
+        visited.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += [(item, f"{field}[{index}]") for index, item in enumerate(node.value)]
+            continue
+        firsts: dict[str, Any] = {}
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            here = api.below(field, key.value)
+            first = firsts.setdefault(key.value, key)
+            if first is not key and key.tag != MERGE:
+                above = key.start_mark.line - first.start_mark.line
+                lines = "line" if above == 1 else "lines"
+                said = f"{key.value!r} stands twice, {above} {lines} apart, and only this one counts"
+                mend = "join the two" if isinstance(value, yaml.CollectionNode) else "remove one of them"
+                yield key.start_mark.line, ConfigError(said, field=here, mend=mend)
+            waiting.append((value, here))
