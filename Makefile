@@ -37,7 +37,7 @@ format: ## put the code in form
 
 BENCH_TOOLS := nft iptables ip conntrack nginx nginx-stream haproxy wrk strace
 
-bench: ## beside HAProxy, nginx and kernel DNAT, 15 minutes; ARGS="--docs docs/performance.md" writes that page's figures
+bench: ## beside HAProxy, nginx and kernel DNAT, 12 minutes; ARGS="--docs docs/performance.md" writes that page's figures
 	@tools/setup $(VENV) $(BENCH_TOOLS)
 	@timeout 2400 $(BIN)/python -m benchmarks.compare $(ARGS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,33 +148,35 @@ def _disturbed(results: Results) -> Sheet:
 def _goal_rows(results: Results) -> Iterator[list[str]]:
     ours = [plane.name for plane in PLANES if plane.ours]
     for goal in GOALS:
-        found = [results.ratio(goal.case, plane, goal.reference, goal.figure) for plane in ours]
-        if any(ratio is not None for ratio in found):
+        found = [results.ratios(goal.case, plane, goal.reference, goal.figure) for plane in ours]
+        if any(found):
             yield [goal.title, *_verdicts(found, goal.least, goal.most)]
     if results.idle_kib:
-        found = [results.idle_kib.get(plane) for plane in ours]
+        found = [[results.idle_kib[plane]] if plane in results.idle_kib else [] for plane in ours]
         yield ["user memory of an idle connection, KiB", *_verdicts(found, None, MOST_IDLE_KIB)]
-    for what, planes_calls in results.system_calls.items():
-        most = sum(planes_calls.get(HAPROXY, {}).values())
-        counts = [sum(planes_calls[plane].values()) if plane in planes_calls else None for plane in ours]
+    for what, of_planes in results.system_calls.items():
+        most = sum(of_planes.get(HAPROXY, {}).values())
         if most:
-            yield [f"system calls per {what}, HAProxy's", *_verdicts(counts, None, round(most, 2))]
+            found = [[sum(of_planes[plane].values())] if plane in of_planes else [] for plane in ours]
+            yield [f"system calls per {what}, HAProxy's", *_verdicts(found, None, round(most, 2))]
     if results.disturbed:
-        found = []
-        for plane in ours:
-            loading, hog = (results.disturbed_median(plane, figure) for figure in ("loading_p99_ms", "hog_p99_ms"))
-            found.append(loading / hog if loading is not None and hog else None)
+        found = [
+            [each["loading_p99_ms"] / each["hog_p99_ms"] for each in results.disturbed.get(plane, ())] for plane in ours
+        ]
         yield ["p99 at 30 % load: loading, by the hog's", *_verdicts(found, None, MOST_LOADING_BY_HOG)]
 
 
-def _verdicts(found: Sequence[float | None], least: float | None, most: float | None) -> Iterator[str]:
+def _verdicts(found: Sequence[Sequence[float]], least: float | None, most: float | None) -> Iterator[str]:
+    """Say the goal, and for each engine its median, the lowest and highest round, and whether the goal is reached."""
     yield f"at least {least:g}" if least is not None else f"at most {most:g}"
-    for value in found:
-        if value is None:
+    for rounds in found:
+        if not rounds:
             yield _NONE
-        else:
-            reached = value >= least if least is not None else value <= (most or 0.0)
-            yield f"{value:.2f} {'yes' if reached else 'no'}"
+            continue
+        value = statistics.median(rounds)
+        spread = f" ({min(rounds):.2f} to {max(rounds):.2f})" if len(rounds) > 1 else ""
+        reached = value >= least if least is not None else value <= (most or 0.0)
+        yield f"{value:.2f}{spread} {'yes' if reached else 'no'}"
 
 
 def print_tables(results: Results) -> None:

@@ -31,10 +31,14 @@ class Results:
         rounds = self.runs.get(case, {}).get(plane)
         return statistics.median(figure(run) for run in rounds.values()) if rounds else None
 
-    def ratio(self, case: str, plane: str, reference: str, figure: Figure) -> float | None:
-        """Return the median over the rounds of *figure* of *plane* by that of *reference* in the same round."""
+    def ratios(self, case: str, plane: str, reference: str, figure: Figure) -> list[float]:
+        """Return *figure* of *plane* by that of *reference* in the same round, for each round that has both."""
         rounds, others = self.runs.get(case, {}).get(plane, {}), self.runs.get(case, {}).get(reference, {})
-        ratios = [figure(run) / figure(others[n]) for n, run in rounds.items() if n in others and figure(others[n])]
+        return [figure(run) / figure(others[n]) for n, run in rounds.items() if n in others and figure(others[n])]
+
+    def ratio(self, case: str, plane: str, reference: str, figure: Figure) -> float | None:
+        """Return the median of `ratios`; None if there are none."""
+        ratios = self.ratios(case, plane, reference, figure)
         return statistics.median(ratios) if ratios else None
 
     def disturbed_median(self, plane: str, figure: str) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -324,8 +325,71 @@ def broken_last(old: str, new: str) -> str:
         ),
         pytest.param(
             broken("protocol: UDP\n", "protocol: SCTP\n"),
-            *(18, "spec.ports[1].protocol", "'SCTP' cannot be proxied", ""),
+            *(
+                18,
+                "spec.ports[1].protocol",
+                "'SCTP' cannot be proxied",
+                "remove the port, or serve it another way; the",
+            ),
             id="SCTP",
+        ),
+        pytest.param(
+            broken("  - name: http\n    port: 80\n", "  - name: http\n    port: 80:8080\n"),
+            *(12, "spec.ports[0].port", "must be a number", "write port: 80 and targetPort: 8080"),
+            id="two ports in one, as Docker writes them",
+        ),
+        pytest.param(
+            broken("targetPort: http", "targetPort: 8888"),
+            13,
+            "spec.ports[0].targetPort",
+            "no Pod that the selector finds lists port 8888 (they list 8080)",
+            "if nothing listens there, connections are refused",
+            id="target port that no Pod lists",
+        ),
+        pytest.param(
+            broken("  type: NodePort\n", "  type: NodePort\n  sessionAffinity: true\n"),
+            *(7, "spec.sessionAffinity", "must be text", "write ClientIP or None"),
+            id="sessionAffinity: true",
+        ),
+        pytest.param(
+            broken("  type: NodePort\n", '  type: NodePort\n  publishNotReadyAddresses: "yes"\n'),
+            *(7, "spec.publishNotReadyAddresses", "not text", "write true or false, without quotes"),
+            id="a truth value in quotes",
+        ),
+        pytest.param(
+            broken("    app: web\n", "  - app: web\n"),
+            *(8, "spec.selector", "must be a mapping, not a list", "remove the '-'"),
+            id="a list as selector",
+        ),
+        pytest.param(
+            broken("    app: web\n", "    app:web\n"),
+            *(8, "spec.selector", "a space is missing after ':'", "write 'app: web'"),
+            id="a selector without a space",
+        ),
+        pytest.param(
+            broken("{port: 5432}", "'port:5432'"),
+            *(42, "spec.ports[0]", "a space is missing after ':'", "write 'port: 5432'"),
+            id="a port without a space",
+        ),
+        pytest.param(
+            broken("{port: 5432}", "{port:5432}"),
+            *(42, "spec.ports[0].port:5432", "a space is missing after ':'", "write 'port: 5432'"),
+            id="a port in braces without a space",
+        ),
+        pytest.param(
+            broken("  ports: [{port: 5432}]", "  ports:\n    -port: 5432"),
+            *(43, "spec.ports.-port", "a space is missing after '-'", "write '- port:'"),
+            id="a dash without a space",
+        ),
+        pytest.param(
+            broken("  - name: http\n    port: 80\n", "  - name: http\n    -port: 80\n"),
+            *(12, "spec.ports[0].-port", "a space is missing after '-'", "write '- port:'"),
+            id="a dash too many",
+        ),
+        pytest.param(
+            broken("  name: web\n", "  labels: {a: b}\n"),
+            *(3, "metadata", "the object has no name", "add metadata.name"),
+            id="no name",
         ),
         pytest.param(
             broken("    app: web\n", "    app: wbe\n"),
@@ -422,12 +486,27 @@ def broken_last(old: str, new: str) -> str:
         ),
         pytest.param(
             broken("addresses: [10.0.0.2]", "addresses: [10.0.0.256]"),
-            *(61, "endpoints[0].addresses[0]", "'10.0.0.256' is no IP address", ""),
+            *(61, "endpoints[0].addresses[0]", "'10.0.0.256' is no IP address", "such as 10.244.0.2"),
             id="a slice's address",
         ),
         pytest.param(
+            broken("addresses: [10.0.0.2]", "addresses: [backend.example.com]"),
+            *(61, "endpoints[0].addresses[0]", "'backend.example.com' is no IP address", "names are not resolved"),
+            id="a slice's host name",
+        ),
+        pytest.param(
+            broken("addressType: IPv4", "addressType: FQDN").replace("[10.0.0.2]", "[backend.example.com]"),
+            *(60, "addressType", "'FQDN' cannot be proxied", "write IPv4 or IPv6"),
+            id="a slice of host names",
+        ),
+        pytest.param(
+            broken("addressType: IPv4", "addressTyp: IPv4"),
+            *(60, "addressTyp", "an EndpointSlice has no field", "did you mean 'addressType'?"),
+            id="a slice's field",
+        ),
+        pytest.param(
             broken("ip: 10.0.0.1}", "ip: ten}"),
-            *(48, "subsets[0].addresses[0].ip", "'ten' is no IP address", ""),
+            *(48, "subsets[0].addresses[0].ip", "'ten' is no IP address", "names are not resolved"),
             id="an Endpoints' address",
         ),
         pytest.param(
@@ -450,7 +529,7 @@ def broken_last(old: str, new: str) -> str:
         ),
         pytest.param(
             broken("    port: 80\n", "    port: 80\n    port: 81\n"),
-            *(13, "spec.ports[0].port", "'port' stands twice", "remove one"),
+            *(13, "spec.ports[0].port", "'port' stands twice, 1 line apart", "remove one"),
             id="a key that stands twice",
         ),
         pytest.param(
@@ -487,6 +566,43 @@ def test_a_mistake_is_named_once_with_its_line_and_its_mend(
     assert said(found) == [(line, field)], found
     assert problem in found[0]["problem"]
     assert mend in found[0]["mend"]
+
+
+def test_a_missing_separator_is_one_finding_and_hides_no_object() -> None:
+    text = GOOD.replace("---\n", "")
+    starts = [number for number, row in enumerate(text.splitlines(), 1) if row.startswith("apiVersion")]
+
+    found = findings(text)
+
+    assert [finding["line"] for finding in found] == starts[1:]
+    assert {(finding["problem"], finding["mend"]) for finding in found} == {
+        ("a new object begins here", "put '---' on a line before it")
+    }
+
+
+def test_a_container_port_in_a_service_is_a_target_port_and_the_port_is_still_missing() -> None:
+    first, second = findings(broken("  ports: [{port: 5432}]", "  ports: [{containerPort: 5432}]"))
+
+    assert (first["field"], first["mend"]) == ("spec.ports[0].containerPort", "did you mean 'targetPort'?")
+    assert (second["field"], second["mend"]) == ("spec.ports[0]", "add port")
+
+
+def test_the_mend_of_a_single_sctp_port_speaks_of_no_others() -> None:
+    found = findings(GOOD.replace("{port: 5432}", "{port: 5432, protocol: SCTP}"))
+
+    assert [finding["mend"] for finding in found] == ["remove the port, or serve it another way"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        broken("targetPort: dns", "targetPort: 5353").replace("      protocol: UDP\n", ""),
+        broken("targetPort: http", "targetPort: 8888") + POD.replace("web-1", "web-2").replace("ports:", "env:"),
+    ],
+    ids=["none of the protocol", "none by one of the Pods"],
+)
+def test_a_target_port_is_not_looked_for_in_a_list_that_is_not_there(text: str) -> None:
+    assert findings(text) == []
 
 
 # ---- ports in the wrong place
@@ -628,17 +744,16 @@ def test_json_is_a_list_also_where_nothing_is_wrong() -> None:
     assert result.exit_code == 0
 
 
-def test_in_a_terminal_the_place_is_bold_and_the_mend_dim(tmp_path: Path) -> None:
-    file = tmp_path / "tutorial.yaml"
-    file.write_text(TUTORIAL)
+def shown_in_a_terminal(*arguments: str | Path, columns: int = 100) -> str:
+    """Return what `check` shows, with what makes colours, when it exits with 1."""
     ours, theirs = pty.openpty()
     environment = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "CI")}
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "userspace_proxy", "check", str(file)],
+            [sys.executable, "-m", "userspace_proxy", "check", *map(str, arguments)],
             stdout=theirs,
             stderr=subprocess.PIPE,
-            env={**environment, "TERM": "xterm", "COLUMNS": "100"},
+            env={**environment, "TERM": "xterm", "COLUMNS": str(columns)},
             timeout=20,
             check=False,
         )
@@ -646,11 +761,78 @@ def test_in_a_terminal_the_place_is_bold_and_the_mend_dim(tmp_path: Path) -> Non
     finally:
         os.close(ours)
         os.close(theirs)
-
     assert done.returncode == 1
+    return shown
+
+
+def test_in_a_terminal_the_place_is_bold_and_the_mend_dim(tmp_path: Path) -> None:
+    file = tmp_path / "tutorial.yaml"
+    file.write_text(TUTORIAL)
+
+    shown = shown_in_a_terminal(file)
+
     assert f"\x1b[1m{file}:11" in shown
     assert "\x1b[31mService default/my-nginx: the selector run=my-nginx matches no Pod here" in shown
     assert "\x1b[2madd the Pods" in shown
+    assert "1 problem in 1 file" in shown.splitlines()[-1]
+
+
+def test_in_a_terminal_problems_are_counted_and_no_line_is_padded(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(GOOD)
+    (tmp_path / "b.yaml").write_text(GOOD)
+    (tmp_path / "c.yaml").write_text("<html>\n")
+
+    shown = shown_in_a_terminal(tmp_path, columns=40)
+
+    assert f"\x1b[31mService default/web is already at {tmp_path}/a.yaml:4\x1b" in shown
+    assert "9 problems in 2 files" in shown.splitlines()[-1]
+    rows = re.sub(r"\x1b\[[0-9;]*m", "", shown).splitlines()
+    assert rows == [row.rstrip() for row in rows]
+
+
+def test_findings_are_sorted_by_file_and_line(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        text = broken("clusterIP: 10.96.0.10", "clusterIP: none") if name == "a" else "a: b\n c: d\n"
+        (tmp_path / f"{name}.yaml").write_text(text + "---\nkind: Service\nmetadata: {}\n")
+
+    result = check(tmp_path / "b.yaml", tmp_path / "a.yaml")
+
+    assert [row.partition(": ")[0].rpartition("/")[2] for row in result.stdout.splitlines()] == [
+        "a.yaml:7",
+        "a.yaml:79",
+        "b.yaml:2",
+        "b.yaml:5",
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n---\n"])
+def test_a_file_without_an_object_is_an_error(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+
+    result = check(tmp_path / "a.yaml")
+
+    assert result.exit_code == 1
+    assert result.output == f"userspace-proxy: no object found in {tmp_path}/a.yaml\n"
+
+
+def test_a_folder_without_manifests_is_an_error(tmp_path: Path) -> None:
+    result = check("--json", tmp_path)
+
+    assert result.exit_code == 1
+    assert json.loads(result.stdout) == []
+    assert result.stderr.endswith(f"userspace-proxy: no object found in {tmp_path}\n")
+
+
+def test_of_many_folders_that_are_not_searched_three_are_named_and_the_others_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(7):
+        (tmp_path / f"app-{number}").mkdir()
+        (tmp_path / f"app-{number}" / "web.yaml").write_text(GOOD)
+
+    check(tmp_path)
+
+    assert caplog.messages[-1].endswith(f"name them: {tmp_path}/app-0 {tmp_path}/app-1 {tmp_path}/app-2 and 4 more")
 
 
 def test_a_path_that_does_not_exist_is_answered_in_one_line(tmp_path: Path) -> None:
@@ -663,11 +845,68 @@ def test_a_path_that_does_not_exist_is_answered_in_one_line(tmp_path: Path) -> N
 
 
 def test_a_file_that_is_no_text_is_a_finding_and_hides_no_other(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "a.yaml").write_bytes(b"a: b\nname: caf\xe9\n")
     (tmp_path / "b.yaml").write_text(broken("clusterIP: 10.96.0.10", "clusterIP: none"))
 
     first, second = json.loads(check("--json", tmp_path).stdout)
 
-    assert (first["file"], first["line"]) == (f"{tmp_path}/a.yaml", None)
+    assert (first["file"], first["line"]) == (f"{tmp_path}/a.yaml", 2)
     assert "it is not UTF-8 text" in first["problem"]
+    assert first["mend"] == "save it as UTF-8"
     assert second["field"] == "spec.clusterIP"
+
+
+# ---- `render` reads as `run` does
+
+
+def render(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "userspace_proxy", "render", *map(str, arguments)],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+
+
+def test_render_prints_what_can_be_served_and_names_the_rest_as_check_does() -> None:
+    text = broken("  ports: [{port: 5432}]", "  ports:\n    port: 5432")
+    (finding,) = findings(text)
+
+    done = render("-", stdin=text)
+
+    assert done.returncode == 1
+    assert "10.96.0.10" in done.stdout
+    assert f"{finding['field']}: {finding['problem']}; {finding['mend']}" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_render_takes_the_first_of_an_object_that_stands_twice_and_says_so() -> None:
+    done = render("-", stdin=GOOD + "---\n" + GOOD.partition("---")[0].replace("10.96.0.10", "10.96.0.77"))
+
+    assert done.returncode == 1
+    assert "10.96.0.10" in done.stdout
+    assert "10.96.0.77" not in done.stdout
+    assert "Service default/web is already at stdin:4" in done.stderr
+
+
+def test_render_ends_well_where_nothing_is_wrong() -> None:
+    done = render("-", stdin=GOOD)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "10.96.0.10" in done.stdout
+
+
+def test_render_of_a_service_that_cannot_be_served_fails() -> None:
+    done = render("-", stdin=broken("clusterIP: 10.96.0.10", "clusterIP: none"))
+
+    assert done.returncode == 1
+    assert "a headless Service has 'None', with a capital N" in done.stderr
+
+
+def test_render_of_nothing_at_all_fails() -> None:
+    done = render("-")
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "userspace-proxy: no object found in stdin\n"

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+from pathlib import Path
+
 import pytest
 
 from userspace_proxy import api
+from userspace_proxy.interfaces import EventType
 from userspace_proxy.model.names import NamespacedName
-from userspace_proxy.sources.documents import Document, Manifest, Place, Problem, duplicates, parse, split
+from userspace_proxy.sources.documents import Manifest, Problem, duplicates, parse, split
+from userspace_proxy.sources.files import FileSource
+from userspace_proxy.sources.lines import Document, Place
 
 SERVICE = "kind: Service\nmetadata:\n  name: web\nspec:\n  ports:\n  - port: 80\n"
 
@@ -154,14 +161,29 @@ def test_an_alias_stands_for_what_it_names() -> None:
         ("kind: Service\nmetadata:\n  name: {{ .Release.Name }}\n", 3, "this is a template"),
         ("kind: Service\nspec:\n  a: b\n c: d\n", 4, "the YAML is broken near 'c: d'"),
         ("kind: Service\nspec: [a\n", 2, "the YAML is broken"),
-        ("a: 'b\nc: d\n", 2, "the YAML is broken"),
+        ("a: b\nc: 'd\ne: f\ng: h\n", 2, "c: the quote is never closed"),
+        ('a: b\nc: "d\ne: f\ng: "h"\n', 2, "c: the quote is never closed"),
+        ("kind: Service\nmetadata:\n  name:web\n", 2, "a space is missing after ':'; write 'name: web'"),
+        ("metadata:\n  name:web\n  labels:\n    a: b\n", 2, "a space is missing after ':'; write 'name: web'"),
+        ("kind: Service\nmetadata: {name:web}\n", 2, "a space is missing after ':'; write 'name: web'"),
+        ("kind: Pod\nmetadata: {name: a, labels: {b:c}}\n", 2, "a space is missing after ':'; write 'b: c'"),
+        ("kind:Service\nmetadata: {name: web}\n", 1, "a space is missing after ':'; write 'kind: Service'"),
+        ("a:\n- port:80\n  targetPort: 8080\n", 2, "a space is missing after ':'; write 'port: 80'"),
+        ("a:\n  - port: 80\n  -port: 81\n", 3, "a space is missing after '-'; write '- port:'"),
+        ("a:\n  -port: 81\n   name: b\n", 2, "a space is missing after '-'; write '- port:'"),
+        ("a:\n  port: *\n", 2, "write a number"),
+        ("a:\n  host: *.example.org\n", 2, "put the value in quotes"),
+        ("a:\n  image: @nginx\n", 2, "no value begins with '@'; put the value in quotes"),
+        ("a:\n  image: &\n", 2, "'&' begins an anchor, which needs a name; put the value in quotes"),
         ("kind: Service\nx: *nothing\n", 2, "undefined alias"),
         ("kind: Service\nx: \x01\n", 2, "the YAML is broken"),
         ("just words\n", 1, "this is no Kubernetes object"),
         ("- kind: Service\n", 1, "this is no Kubernetes object"),
         ("metadata: {name: web}\n", 1, "the object has no kind"),
-        ("kind: Service\nspec: {}\n", 1, "the object has no name"),
-        ("kind: Service\nmetadata:\n  name: 8080\n", 3, "8080 is no text"),
+        ("kind: Service\nspec: {}\n", 1, "metadata: the object has no name; add metadata.name"),
+        ("kind: Service\nmetadata:\n  name:\n", 2, "metadata: the object has no name; add metadata.name"),
+        ("kind: Service\nmetadata:\n  name: 8080\n", 3, "8080 is no text; put the name in quotes"),
+        ("kind: Service\nspec: [a\n", 2, "close each '['"),
         ("kind: Service\nmetadata: web\n", 2, "the object has no name"),
         ("kind: Service\nmetadata: {name: web}\nspec:\n  ports:\n    port: 80\n", 4, "must be a list, not a mapping"),
     ],
@@ -243,11 +265,107 @@ def test_for_a_check_a_key_that_stands_twice_is_named_at_its_second_line() -> No
     ]
 
 
-def test_merge_keys_and_aliases_are_no_keys_that_stand_twice() -> None:
-    text = "kind: X\nmetadata: &m {name: a, b: c}\nx:\n  <<: *m\n  b: d\ny: &y [*y, *m]\n"
-    _, problems = parse(Document("f", 1, text), for_check=True)
+@pytest.mark.parametrize("for_check", [True, False])
+def test_merge_keys_and_aliases_are_no_keys_that_stand_twice(for_check: bool) -> None:
+    text = "kind: X\nmetadata: &m {name: a, b: c}\nx:\n  <<: *m\n  <<: *m\n  b: d\ny: &y [*y, *m]\n"
+    _, problems = parse(Document("f", 1, text), for_check=for_check)
 
     assert not problems
+
+
+def test_a_key_that_stands_twice_beside_a_merge_key_is_named() -> None:
+    text = "kind: X\nmetadata: &m {name: a, b: c}\nx:\n  <<: *m\n  d: e\n  d: f\n"
+    _, (problem,) = parse(Document("f", 1, text))
+
+    assert (problem.where, problem.error.field) == ("f:6", "x.d")
+
+
+# ---- what `run` says of keys that stand twice
+
+
+def test_keys_that_stand_twice_are_a_problem_that_hides_nothing() -> None:
+    (manifest,), (problem,) = parse(Document("f", 1, SERVICE + "    port: 81\n"))
+
+    assert isinstance(manifest.object, api.Service)
+    assert manifest.object.spec == api.objects.ServiceSpec(ports=[api.ServicePort(81)])
+    assert str(problem) == (
+        "f:7: spec.ports[0].port: 'port' stands twice, 1 line apart, and only this one counts; remove one of them"
+    )
+    assert not problem.hides
+
+
+def test_an_object_that_begins_without_a_separator_is_one_problem_that_may_hide_the_one_before() -> None:
+    (manifest,), (problem,) = parse(Document("f", 1, "apiVersion: v1\n" + SERVICE * 2))
+
+    assert manifest.name == NamespacedName("default", "web")
+    assert str(problem) == "f:8: a new object begins here; put '---' on a line before it"
+    assert problem.hides
+
+
+def test_for_a_check_objects_without_a_separator_are_all_read_each_at_its_lines() -> None:
+    texts = [SERVICE.replace("web", name) for name in ("a", "b", "c")]
+    manifests, problems = parse(Document("f", 5, "".join(texts), start=70), for_check=True)
+
+    assert [manifest.place.where("metadata.name") for manifest in manifests] == ["f:7", "f:13", "f:19"]
+    assert [manifest.place.document.start for manifest in manifests] == [70, 70 + len(texts[0]), 70 + 2 * len(texts[0])]
+    assert [problem.where for problem in problems] == ["f:11", "f:17"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["kind: Pod\nkind: Service\nmetadata: {name: web}\n", '{"kind": "A", "metadata": {"name": "a"}, "kind": "B"}'],
+)
+def test_a_kind_that_stands_twice_in_one_object_is_no_new_one(text: str) -> None:
+    _, (problem,) = parse(Document("f", 1, text), for_check=True)
+
+    assert problem.error.reason.startswith("'kind' stands twice")
+
+
+async def next_events(source: FileSource, *texts: str, file: Path) -> list[list[tuple[EventType, str]]]:
+    """Return what *source* tells of *file* after each of *texts* was written to it, but for SYNCED."""
+    told = []
+    written = iter(texts)
+    file.write_text(next(written))
+    events = source.events()
+    try:
+        async with asyncio.timeout(10):
+            async for batch in events:
+                if named := [(event.type, event.name.name) for event in batch if event.name]:
+                    told.append(named)
+                    if (text := next(written, None)) is None:
+                        break
+                    file.write_text(text)
+    finally:
+        await events.aclose()
+    return told
+
+
+async def test_a_key_that_stands_twice_keeps_no_deleted_object_alive(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "a.yaml"
+    file.touch()
+    source = FileSource([str(file)])
+    other = SERVICE.replace("web", "other")
+
+    told = await next_events(source, SERVICE + "---\n" + other, SERVICE + "    port: 81\n", file=file)
+
+    assert told[1] == [(EventType.SET, "web"), (EventType.DELETE, "other")]
+    assert list(source.problems) == [f"{file}:7"]
+    (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert said.endswith("only this one counts; remove one of them")
+
+
+async def test_a_separator_that_gets_lost_takes_no_object_away(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.touch()
+    source = FileSource([str(file)])
+    other = SERVICE.replace("web", "other").replace("80", "81")
+
+    told = await next_events(source, SERVICE + "---\n" + other, SERVICE + other.replace("81", "82"), file=file)
+
+    assert told[1] == [(EventType.SET, "other")]
+    assert list(source.problems.values()) == [f"{file}:7: a new object begins here; put '---' on a line before it"]
 
 
 def test_a_copy_of_a_file_is_reported_in_few_words() -> None:
@@ -272,7 +390,10 @@ def test_brackets_nested_without_end_are_an_error_and_no_crash() -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1", 1), ("0x1f", 31), ("1.5", 1.5), ("true", True), ("~", None), ("1e3", "1e3"), ("2024-01-01", "2024-01-01")],
+    [
+        *(("1", 1), ("0x1f", 31), ("1.5", 1.5), ("true", True), ("~", None)),
+        *(("1e3", "1e3"), ("2024-01-01", "2024-01-01"), ("53:53", "53:53"), ("1:30.5", "1:30.5")),
+    ],
 )
 def test_scalars_are_what_yaml_says_they_are(text: str, value: object) -> None:
     (manifest,), _ = parse(Document("f", 1, f"kind: X\nmetadata: {{name: a}}\nv: {text}\n"), for_check=True)

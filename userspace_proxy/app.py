@@ -33,7 +33,7 @@ from userspace_proxy.rules import iptables, network, nft
 from userspace_proxy.rules.kernel import KERNELS, choose_language
 from userspace_proxy.rules.notices import NetworkNotices
 from userspace_proxy.settings import DEFAULT_STATE_DIR, Network, Settings
-from userspace_proxy.sources.files import FileSource, read_once
+from userspace_proxy.sources.files import FileSource, nothing_found, read_once
 
 _CAP_NET_ADMIN = 12
 _SETTLE_S = 0.2
@@ -86,7 +86,9 @@ class App:
             ports = ProxyPorts(*settings.proxy_port_range, memory.proxy_ports)
             tracker = Tracker(cluster_ips)
 
-            plane = LocalPlane(_limits(settings), _recorder(access_log, verbose=settings.verbose))
+            plane = LocalPlane(
+                _limits(settings), _recorder(access_log, verbose=settings.verbose), splice=settings.splice
+            )
             proxier = self._proxier = UserspaceProxier(plane, kernel, ports, await self._first_capture())
             saver = _Saver(state_dir, cluster_ips, ports)
             controller = Controller(
@@ -298,18 +300,22 @@ async def _leave_network() -> None:
         await network.remove_local_addresses()
 
 
-def render(settings: Settings) -> str:
+def render(settings: Settings) -> tuple[str, bool]:
     """Return the rules that `run` would load for *settings*, in the language asked for; installs nothing.
 
+    Also returns whether all was well; what was not is logged, as `run` does.
+
     Raises:
-        StartError: a path cannot be read.
+        StartError: a path cannot be read, or nothing is in any.
     """
     state_dir = None
     if settings.state_dir is not None:
         state_dir = _open_state_dir(settings.state_dir)
     memory = state_dir.load() if state_dir else Memory()
     tracker = Tracker(ClusterIPs(settings.service_cluster_ip_ranges, memory.cluster_ips))
-    manifests, problems = read_once(settings.paths)
+    manifests, problems = read_once(settings.paths, for_check=False)
+    if not manifests and not problems:
+        raise StartError(nothing_found(settings.paths))
     for problem in problems:
         log.error("%s", problem)
     tracker.apply(
@@ -320,12 +326,14 @@ def render(settings: Settings) -> str:
     capture = Capture.ADDRESS if settings.capture == "address" else Capture.REDIRECT
     ports = ProxyPorts(*settings.proxy_port_range, memory.proxy_ports)
     redirects = planned_redirects(tracker.state(), ports, capture)
+    is_well = not problems and not tracker.problems
     if settings.rules != "iptables":
-        return nft.table(redirects)
-    return "".join(
+        return nft.table(redirects), is_well
+    rules = "".join(
         f"# {tool} --noflush\n{iptables.restore(redirects, family, '')}"
         for family, tool in ((4, "iptables-restore"), (6, "ip6tables-restore"))
     )
+    return rules, is_well
 
 
 async def cleanup() -> None:

@@ -11,13 +11,16 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from userspace_proxy import __version__
 from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.settings import Network, Settings
+
+if TYPE_CHECKING:
+    from userspace_proxy.control.lint import Finding
 
 _DEFAULTS = Settings()
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -239,6 +242,13 @@ _RUN_OPTIONS = _options(
         help="The event loop; asyncio's own is slower.",
     ),
     click.option(
+        "--splice",
+        type=click.Choice(["auto", "copy"]),
+        default=_DEFAULTS.splice,
+        show_default=True,
+        help="auto moves bulk by splice(2) and copies small messages; copy copies all.",
+    ),
+    click.option(
         "--log-format",
         type=click.Choice(["text", "json"]),
         default=_DEFAULTS.log_format,
@@ -292,7 +302,7 @@ def check(paths: tuple[str, ...], *, as_json: bool) -> None:
     from dataclasses import asdict
 
     from userspace_proxy.control.lint import lint
-    from userspace_proxy.sources.files import read_once
+    from userspace_proxy.sources.files import nothing_found, read_once
 
     try:
         manifests, problems = read_once(paths)
@@ -302,23 +312,39 @@ def check(paths: tuple[str, ...], *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
     elif sys.stdout.isatty():
-        from rich.console import Console
-        from rich.padding import Padding
-        from rich.text import Text
-
-        console = Console(highlight=False)
-        for finding in findings:
-            said = f"{finding.object}: {finding.problem}" if finding.object else finding.problem
-            console.print(Text(f"{finding.where}  ", "bold").append(finding.field, "cyan"), soft_wrap=True)
-            console.print(Padding.indent(Text(said, "red"), 2))
-            console.print(Padding.indent(Text(finding.mend, "dim"), 2))
+        _show(findings)
     else:
         for finding in findings:
             click.echo(finding)
     if findings:
         sys.exit(1)
+    if not manifests:
+        _fail(nothing_found(paths))
     if not as_json:
-        click.echo(f"{len(manifests)} object{'' if len(manifests) == 1 else 's'}, nothing wrong")
+        click.echo(f"{_count(len(manifests), 'object')}, nothing wrong")
+
+
+def _show(findings: Sequence[Finding]) -> None:
+    """Print *findings* in colours, three lines each, for a terminal."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    for finding in findings:
+        is_named = not finding.object or finding.problem.startswith(finding.object)
+        said = finding.problem if is_named else f"{finding.object}: {finding.problem}"
+        place = Text(finding.where, "bold")
+        console.print(place.append(f"  {finding.field}", "cyan") if finding.field else place)
+        console.print(Text("  ").append(said, "red"))
+        if finding.mend:
+            console.print(Text("  ").append(finding.mend, "dim"))
+    if findings:
+        files = _count(len({finding.file for finding in findings}), "file")
+        console.print(Text(f"{_count(len(findings), 'problem')} in {files}", "bold"))
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 @commands.command()
@@ -330,15 +356,18 @@ def check(paths: tuple[str, ...], *, as_json: bool) -> None:
 @_PROXY_PORTS
 @_STATE_DIR
 def render(paths: tuple[str, ...], proxy_mode: str, **options: Any) -> None:
-    """Print the rules that `run` would load for PATH..., and install nothing."""
+    """Print the rules that `run` would load for PATH..., and install nothing; exit 1 if anything is wrong there."""
     from userspace_proxy import app
     from userspace_proxy.admin.logs import configure_logging
 
     configure_logging("text")
     try:
-        click.echo(app.render(Settings(paths=paths, **options)), nl=False)
+        rules, is_well = app.render(Settings(paths=paths, **options))
     except StartError as error:
         _fail(error)
+    click.echo(rules, nl=False)
+    if not is_well:
+        sys.exit(1)
 
 
 @commands.command()

@@ -51,6 +51,8 @@ class Settings:
     udp_flows_per_service: int = 4_096
 
     loop: str = "uvloop"
+    # "auto": small messages are copied, bulk is moved by splice(2); "copy": all is copied.
+    splice: str = "auto"
     log_format: str = "text"
     verbose: bool = False
     access_log: str = ""

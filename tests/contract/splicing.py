@@ -7,14 +7,19 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 
 from tests.ends import End, tcp_pair, until
+from userspace_proxy.dataplane.pipes import PipePool
 from userspace_proxy.dataplane.poller import Poller
 from userspace_proxy.dataplane.splice.copy import CopySplicer
+from userspace_proxy.dataplane.splice.pipe import PipeSplicer
 from userspace_proxy.interfaces import Splice, Splicer
 
 MakeSplicer = Callable[[Poller, asyncio.AbstractEventLoop], Splicer]
 
 # Another engine is another line here.
-ENGINES: dict[str, MakeSplicer] = {"copy": CopySplicer}
+ENGINES: dict[str, MakeSplicer] = {
+    "copy": CopySplicer,
+    "pipe": lambda poller, loop: PipeSplicer(poller, loop, PipePool()),
+}
 
 
 class Spliced:

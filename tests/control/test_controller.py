@@ -272,3 +272,31 @@ async def test_a_failure_that_nobody_foresaw_ends_the_loop_and_keeps_its_traceba
         await asyncio.wait_for(rig.controller.run(), _BOUND_S)
 
     assert caught.group_contains(ZeroDivisionError)
+
+
+async def test_a_source_that_fails_is_asked_again_and_what_was_told_stays() -> None:
+    class FailingOnce(FakeSource):
+        def __init__(self) -> None:
+            super().__init__()
+            self.failed = asyncio.Event()
+
+        async def events(self) -> AsyncIterator[Sequence[ObjectEvent]]:
+            yield await self._batches.get()
+            if not self.failed.is_set():
+                self.failed.set()
+                raise RuntimeError("a bug")
+
+    rig = Rig()
+    rig.source = source = FailingOnce()
+    rig.controller = Controller(source, rig.tracker, rig.sink, Pacer(lambda: 0.0, 0, 0.01))
+    running = asyncio.create_task(rig.controller.run())
+    source.tell(service("a"), SYNCED)
+    await rig.sink.called(1)
+    await asyncio.wait_for(source.failed.wait(), _BOUND_S)
+
+    source.tell(service("b"))
+    await rig.sink.called(2)
+
+    assert len(rig.sink.states[-1].service_ports) == 2
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)

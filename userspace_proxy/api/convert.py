@@ -84,6 +84,14 @@ def space_error(text: str, field: str = "") -> ConfigError | None:
     return None
 
 
+def key_space_error(key: object, field: str) -> ConfigError | None:
+    """Return that in *key*, which stands in a mapping as the whole of *field*, a space is missing, if it is.
+
+    So YAML reads ``-port: 80`` (the key ``-port``) and ``{port:80}`` (the key ``port:80``).
+    """
+    return space_error(str(key), field) or space_error(f"{key}:", field)
+
+
 def _readable(message: str, plain: object) -> ConfigError:
     place = _PLACE.search(message)
     field = place["path"] if place else ""
@@ -127,7 +135,7 @@ def _mend(field: str, expected: str, got: str, value: object) -> str:
 def _glued(value: object, field: str) -> ConfigError | None:
     """Return that *value*, which should be a mapping or a list, is none because a space is missing, if so."""
     if isinstance(value, dict):
-        return next((error for key in value if (error := space_error(f"{key}:", field))), None)
+        return next((error for key in value if (error := key_space_error(key, field))), None)
     return space_error(value, field) if isinstance(value, str) else None
 
 
@@ -147,6 +155,8 @@ def _wrong_label(field: str, plain: object) -> ConfigError:
             mend = f"write the labels right under {parent!r}; {key} is for Deployments and their like"
         got = "list" if isinstance(value, list) else "mapping"
         return ConfigError(f"{key!r} under {parent!r} must be text, not a {got}", field=below(field, key), mend=mend)
+    if value is None and (glued := key_space_error(key, below(field, key))):
+        return glued
     # The value is not shown: YAML has made 1.1 of 1.10 and true of yes.
     got = "nothing" if value is None else "true or false" if isinstance(value, bool) else "a number"
     mend = "put the value in quotes" if value is not None else 'write "" where no value is meant'

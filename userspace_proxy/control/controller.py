@@ -13,6 +13,8 @@ from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import EventType, Source, StateSink
 from userspace_proxy.model.topology import usable_endpoints
 
+_ASK_AGAIN_S = 1.0
+
 log = logging.getLogger(__name__)
 
 
@@ -51,11 +53,16 @@ class Controller:
 
     async def _follow(self) -> None:
         synced = False
-        async for events in self._source.events():
-            self._tracker.apply(events)
-            synced = synced or any(event.type is EventType.SYNCED for event in events)
-            if synced:  # never before: a half-read state would take away what the other half serves
-                self._changed.set()
+        while True:
+            try:
+                async for events in self._source.events():
+                    self._tracker.apply(events)
+                    synced = synced or any(event.type is EventType.SYNCED for event in events)
+                    if synced:  # never before: a half-read state would take away what the other half serves
+                        self._changed.set()
+            except Exception:
+                log.exception("a bug: the source failed; what is in force stays, and it is asked again")
+            await asyncio.sleep(_ASK_AGAIN_S)
 
     async def _sync_for_ever(self) -> None:
         while True:
@@ -70,12 +77,14 @@ class Controller:
             state = self._tracker.state()
             await self._sink.sync(state)
         except SyncError as error:
-            self._pacer.note_end(succeeded=False)
-            self._changed.set()  # try again
-            self.failing_since = self.failing_since or time.time()
             if self.error != str(error):
                 log.error("the rules could not be loaded, what was in force stays: %s", error)  # noqa: TRY400
-            self.error = str(error)
+            self._note_failure(str(error))
+            return
+        except Exception as error:
+            if self.error != repr(error):
+                log.exception("a bug: a sync failed, what was in force stays")
+            self._note_failure(repr(error))
             return
         self._pacer.note_end(succeeded=True)
         if self.error:
@@ -90,3 +99,9 @@ class Controller:
             self.ready.set()
             without = sum(not usable_endpoints(known) for known in state.endpoints.values())
             log.info("ready: service ports %d, without endpoints %d", len(state.service_ports), without)
+
+    def _note_failure(self, error: str) -> None:
+        self._pacer.note_end(succeeded=False)
+        self._changed.set()  # try again
+        self.failing_since = self.failing_since or time.time()
+        self.error = error

@@ -235,6 +235,14 @@ def ip_errors(ip: str, field: str) -> Iterator[ConfigError]:
         yield error
 
 
+def backend_ip_errors(ip: str, field: str) -> Iterator[ConfigError]:
+    """Yield why *ip* is no address of a backend, if it is none."""
+    for error in ip_errors(ip, field):
+        is_name = ":" not in ip and any(letter.isalpha() for letter in ip)
+        mend = "write the backend's address, such as 10.244.0.2"
+        yield ConfigError(error.reason, field=field, mend=f"{mend}; names are not resolved" if is_name else mend)
+
+
 def service_ports(
     name: NamespacedName, service: api.Service, cluster_ips: tuple[str, ...]
 ) -> tuple[dict[int, ServicePort], list[ConfigError]]:
@@ -252,7 +260,8 @@ def service_ports(
                 ConfigError(
                     f"{protocol!r} cannot be proxied, only TCP and UDP can",
                     field=f"spec.ports[{index}].protocol",
-                    mend="the Service's other ports are served",
+                    mend="remove the port, or serve it another way"
+                    + ("; the other ports are served" if len(spec.ports or ()) > 1 else ""),
                 )
             )
             continue

@@ -20,6 +20,8 @@ _CLOSE = 0.7
 _CLOSE_KIND = 0.85
 _VERSIONS = {"EndpointSlice": ("discovery.k8s.io/v1", "discovery.k8s.io/v1beta1")}
 _SUBDOMAIN = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+# What a Pod calls by another name than a Service.
+_NAMES_OF_PODS = {"containerPort": "targetPort", "hostPort": "nodePort"}
 _SERVICE_TYPES = ("ClusterIP", "NodePort", "LoadBalancer", "ExternalName")
 
 
@@ -120,16 +122,26 @@ def _unknown_field(kind: str, whole: _Tree, tree: _Tree, key: str, here: str) ->
     if "\u00a0" in key:
         said = "there is a non-breaking space before the field, as web pages have them"
         return ConfigError(said, field=here, mend="type its indentation and spaces anew")
+    if error := api.key_space_error(key, here):
+        return error
     if homes := list(_homes(whole, key)):
         return _misplaced(key, here, homes)
-    if match := _closest(key, tree):
-        return ConfigError(f"a {kind} has no field {key!r} here", field=here, mend=f"did you mean {match!r}?")
+    a_kind = f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind}"
+    meant = _NAMES_OF_PODS.get(key, "")
+    if match := meant if meant in tree else _closest(key, tree):
+        return ConfigError(f"{a_kind} has no field {key!r} here", field=here, mend=f"did you mean {match!r}?")
     if match := _closest(key, _all_names(whole)):
         homes = list(_homes(whole, match))
-        said = f"a {kind} has no field {key!r}"
+        said = f"{a_kind} has no field {key!r}"
         return ConfigError(said, field=here, mend=f"did you mean {match!r}? It belongs {_under(homes)}")
     mend = f"remove it, or write one of {', '.join(list(tree)[:20])}"
-    return ConfigError(f"a {kind} has no field {key!r} here", field=here, mend=mend)
+    return ConfigError(f"{a_kind} has no field {key!r} here", field=here, mend=mend)
+
+
+def is_meant(unknown: ConfigError, name: str) -> bool:
+    """Return whether the field *name* is what stands there misspelt, as *unknown*, one of `field_errors`, says."""
+    key = unknown.field.rpartition(".")[2]
+    return repr(name) in unknown.mend or key.strip("-\u00a0").partition(":")[0] == name
 
 
 def _misplaced(key: str, here: str, homes: list[str]) -> ConfigError:

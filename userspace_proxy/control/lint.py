@@ -16,12 +16,13 @@ from typing import Any, TypeVar
 from userspace_proxy import api
 from userspace_proxy.control import decode
 from userspace_proxy.control.cluster_ips import ClusterIPs
-from userspace_proxy.control.fields import field_errors, kind_errors
+from userspace_proxy.control.fields import field_errors, is_meant, kind_errors
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.errors import ConfigError
 from userspace_proxy.interfaces import EventType, ObjectEvent
 from userspace_proxy.model.names import L4Protocol, NamespacedName
-from userspace_proxy.sources.documents import Lines, Manifest, Problem, duplicates
+from userspace_proxy.sources.documents import Manifest, Problem, duplicates
+from userspace_proxy.sources.lines import Lines
 
 NODE_PORTS = range(30_000, 32_768)
 
@@ -29,6 +30,7 @@ _WORKLOADS = ("Deployment", "ReplicaSet", "StatefulSet", "DaemonSet", "Replicati
 # RFC 6335: what a named port may be called.
 _PORT_NAME = re.compile(r"(?=.{1,15}$)(?=.*[a-z])[a-z0-9]+(-[a-z0-9]+)*")
 _CANDIDATES_MAX = 500
+_SHOWN_PORTS_MAX = 5
 
 _Object = TypeVar("_Object", api.Service, api.EndpointSlice, api.Endpoints, api.Pod)
 
@@ -53,14 +55,13 @@ class Finding:
 
 
 def lint(manifests: Sequence[Manifest], problems: Iterable[Problem] = ()) -> list[Finding]:
-    """Return what is wrong with *manifests*, read for a check, and the *problems* of reading them, in file order."""
+    """Return what is wrong with *manifests*, read for a check, and the *problems* of reading them, by file and line."""
     found = [_of_problem(problem) for problem in [*problems, *duplicates(m for m in manifests if m.object)]]
     lines = Lines()
     for manifest, error in _Input(manifests).errors():
         line = lines.line_of(manifest.place, error.field)
         found.append(Finding(manifest.place.document.path, line, error.field, error.reason, error.mend, str(manifest)))
-    files = {path: number for number, path in enumerate(dict.fromkeys(finding.file for finding in found))}
-    return sorted(dict.fromkeys(found), key=lambda finding: (files[finding.file], finding.line or 0))
+    return sorted(dict.fromkeys(found), key=lambda finding: (finding.file, finding.line or 0))
 
 
 def _of_problem(problem: Problem) -> Finding:
@@ -104,9 +105,10 @@ class _Input:
             yield from kind_errors(manifest.kind)
             return
         shape = list(field_errors(manifest.kind, manifest.plain or {}))
-        # What is missing stands there, misspelt.
-        misspelt_in = {error.field.rpartition(".")[0] for error in shape}
-        shape += [e for e in manifest.errors if not (e.reason.startswith("lacks") and e.field in misspelt_in)]
+        unknown: dict[str, list[ConfigError]] = defaultdict(list)
+        for error in shape:
+            unknown[error.field.rpartition(".")[0]].append(error)
+        shape += [error for error in manifest.errors if not _follows(error, unknown[error.field])]
         yield from shape
         match manifest.object:
             case api.Service() as service:
@@ -117,7 +119,7 @@ class _Input:
                 yield from self._endpoints_errors(manifest, endpoints)
             case api.Pod() as pod:
                 for field, ip in _pod_ip_fields(pod):
-                    yield from decode.ip_errors(ip, field)
+                    yield from decode.backend_ip_errors(ip, field)
 
     # ---- a Service, and what stands behind it
 
@@ -217,12 +219,14 @@ class _Input:
     # ---- EndpointSlices and Endpoints
 
     def _slice_errors(self, manifest: Manifest, piece: api.EndpointSlice) -> Iterator[ConfigError]:
+        endpoints = piece.endpoints or ()
         if piece.address_type not in ("IPv4", "IPv6"):
             mend = "write IPv4 or IPv6; a proxy reads no others"
             yield ConfigError(f"{piece.address_type!r} cannot be proxied", field="addressType", mend=mend)
-        for index, endpoint in enumerate(piece.endpoints or ()):
+            endpoints = ()  # what their addresses should be is not known
+        for index, endpoint in enumerate(endpoints):
             for at, ip in enumerate(endpoint.addresses or ()):
-                yield from decode.ip_errors(ip, f"endpoints[{index}].addresses[{at}]")
+                yield from decode.backend_ip_errors(ip, f"endpoints[{index}].addresses[{at}]")
         service = decode.service_of(piece, manifest.name.namespace)
         if service is None:
             candidates = self._service_names.get(manifest.name.namespace, set())
@@ -242,7 +246,7 @@ class _Input:
                 ("notReadyAddresses", subset.not_ready_addresses),
             ):
                 for at, address in enumerate(addresses or ()):
-                    yield from decode.ip_errors(address.ip, f"{field}.{part}[{at}].ip")
+                    yield from decode.backend_ip_errors(address.ip, f"{field}.{part}[{at}].ip")
             yield from self._port_errors(manifest.name, subset.ports, f"{field}.ports")
 
     def _name_errors(self, service: NamespacedName, field: str) -> Iterator[ConfigError]:
@@ -292,10 +296,19 @@ class _Input:
 # ---- rules of single objects
 
 
+def _follows(error: ConfigError, unknown: Sequence[ConfigError]) -> bool:
+    """Return whether *error*, a wrong type, follows from the *unknown* fields right below its own."""
+    _, lacks, missing = error.reason.partition("lacks the field ")
+    if lacks:  # what is missing stands there, misspelt
+        return any(is_meant(field, missing) for field in unknown)
+    return any(field.reason == error.reason for field in unknown)
+
+
 def _target_port_errors(port: api.ServicePort, index: int, pods: Sequence[api.Pod]) -> Iterator[ConfigError]:
     """Yield why the target of *port* is not to be found in any of *pods*."""
     wanted, field = port.target_port, f"spec.ports[{index}].targetPort"
     if not isinstance(wanted, str) or not wanted:
+        yield from _unlisted_port_errors(port, index, pods)
         return
     if wanted.isdigit():
         said = f"{wanted!r} in quotes is a name, which needs a letter"
@@ -321,6 +334,26 @@ def _target_port_errors(port: api.ServicePort, index: int, pods: Sequence[api.Po
     else:
         mend = "their ports have no names: write the number, or name the container's port"
     yield ConfigError(f"no Pod it selects has a port named {wanted!r}", field=field, mend=mend)
+
+
+def _unlisted_port_errors(port: api.ServicePort, index: int, pods: Sequence[api.Pod]) -> Iterator[ConfigError]:
+    """Yield that none of *pods* lists the number that is *port*'s target; only if each lists some of its protocol.
+
+    The list binds nobody, a container may listen at other ports: but to mix up the two is everybody's mistake.
+    """
+    number, protocol = port.target_port, port.protocol or "TCP"
+    if not isinstance(number, int) or any(decode.number_errors(number, "")):
+        return
+    listed = [
+        {offer.container_port for offer in decode.offered_ports(pod) if (offer.protocol or "TCP") == protocol}
+        for pod in pods
+    ]
+    if not listed or not all(listed) or any(number in ports for ports in listed):
+        return
+    shown = ", ".join(map(str, sorted(set[int]().union(*listed))[:_SHOWN_PORTS_MAX]))
+    said = f"no Pod that the selector finds lists port {number} (they list {shown})"
+    mend = "if nothing listens there, connections are refused"
+    yield ConfigError(said, field=f"spec.ports[{index}].targetPort", mend=mend)
 
 
 # ---- picking things out

@@ -174,7 +174,11 @@ class Tracker:
                 present[name] = service
         self._cluster_ips.make_way(present)
         for name, service in sorted(present.items(), key=lambda item: (self._cluster_ips.first(*item), item[0])):
-            self._work_out(name, service)
+            try:
+                self._work_out(name, service)
+            except Exception as error:
+                log.exception("a bug: Service %s cannot be worked out; what it had stays", name)
+                self._conflicts[name] = f"{name}: {error!r}"
         self._state = ProxyState(
             MappingProxyType(dict(self._service_ports)), MappingProxyType(dict(self._endpoints_of))
         )

@@ -72,12 +72,14 @@ class Connections:
         limits: Limits,
         now: Callable[[], float],
         descriptors_used: Callable[[], int],
+        shed: Callable[[], None] = lambda: None,
     ) -> None:
         self._poller = poller
         self._loop = loop
         self._limits = limits
         self._now = now
         self._descriptors_used = descriptors_used
+        self._shed = shed
         self._open: dict[Connection, _Silence | None] = {}  # None: not looked at yet
         self._round: list[Connection] = []
         self._part = 1
@@ -127,6 +129,7 @@ class Connections:
             )
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM) and self._poller.accepting:
             self.times_paused += 1
+            self._shed()
             self._poller.pause_accepting()
             self._loop.call_later(_RESUME_S, self._poller.resume_accepting)
 

@@ -10,15 +10,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from userspace_proxy.dataplane.connections import Connections, Limits, raise_descriptor_limit
+from userspace_proxy.dataplane.pipes import PipePool
 from userspace_proxy.dataplane.poller import Poller
 from userspace_proxy.dataplane.sockets import reserve_refusing_port
 from userspace_proxy.dataplane.splice.copy import CopySplicer
+from userspace_proxy.dataplane.splice.pipe import PipeSplicer
 from userspace_proxy.dataplane.tcp import TcpListener
 from userspace_proxy.dataplane.udp import UdpListener
 from userspace_proxy.interfaces import AccessRecord, Backends, ListenerSpec, PlaneStats, Splicer
 from userspace_proxy.model.names import L4Protocol, ServicePortName
 
 _OPENED_A_STEP = 128
+
+# Engines by the name that `--splice` gives them.
+SPLICERS: dict[str, Callable[[Poller, asyncio.AbstractEventLoop, PipePool], Splicer]] = {
+    "auto": PipeSplicer,
+    "copy": lambda poller, loop, _: CopySplicer(poller, loop),
+}
 
 AccessLog = Callable[[AccessRecord], None]
 
@@ -46,18 +54,20 @@ class LocalPlane:
         limits: Limits,
         access_log: AccessLog | None = None,
         now: Callable[[], float] = time.monotonic,
+        splice: str = "auto",
     ) -> None:
         raise_descriptor_limit()
         loop = asyncio.get_running_loop()
         self._poller = Poller(loop)
+        self._pipes = PipePool()
         self._listeners: dict[ServicePortName, TcpListener | UdpListener] = {}
         self._udp: dict[ServicePortName, UdpListener] = {}
         self._reserved: tuple[socket.socket, ...] = ()
         self._context = PlaneContext(
             poller=self._poller,
             loop=loop,
-            splicer=CopySplicer(self._poller, loop),
-            connections=Connections(self._poller, loop, limits, now, self._descriptors_used),
+            splicer=SPLICERS[splice](self._poller, loop, self._pipes),
+            connections=Connections(self._poller, loop, limits, now, self._descriptors_used, self._pipes.shed),
             limits=limits,
             now=now,
             access_log=access_log,
@@ -65,7 +75,7 @@ class LocalPlane:
         self._sweeper = asyncio.create_task(self._sweep(), name="sweep")
 
     def _descriptors_used(self) -> int:
-        return len(self._listeners) + self._context.connections.udp_flows
+        return len(self._listeners) + self._context.connections.udp_flows + self._pipes.descriptors
 
     async def open(self, specs: Sequence[ListenerSpec]) -> Mapping[ServicePortName, str]:
         refused: dict[ServicePortName, str] = {}
@@ -134,6 +144,7 @@ class LocalPlane:
             for sock in self._reserved:
                 sock.close()
             self._poller.stop()
+        self._pipes.shed()
         await asyncio.wait([self._sweeper])
 
     async def _sweep(self) -> None:

@@ -14,6 +14,7 @@ import asyncio
 import logging
 import select
 import socket
+from collections import deque
 from collections.abc import Callable
 
 Handler = Callable[[int], None]
@@ -28,6 +29,9 @@ URGENT = select.EPOLLPRI
 
 _CONNECTION_MASK = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLPRI | select.EPOLLET
 _EVENTS_A_TURN = 256
+# A bulk step's share, alone and beside other traffic.
+BULK_BYTES = 1 << 20
+BULK_SHARED_BYTES = 256 << 10
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +44,7 @@ class Poller:
         self._handlers: dict[int, Handler] = {}
         self._acceptors: dict[int, Callable[[], None]] = {}
         self._again: list[Callable[[], None]] = []
+        self._bulk: deque[Callable[[int], bool]] = deque()
         self._closing: list[socket.socket] = []
         self._connections = select.epoll()
         self._listeners = select.epoll()
@@ -83,15 +88,42 @@ class Poller:
             self._loop.call_soon(self._take_again)
         self._again.append(step)
 
-    def _turn(self) -> None:
+    def in_bulk(self, step: Callable[[int], bool]) -> None:
+        """Call *step* with how many bytes it may move, again and again in turn with others, until it returns False.
+
+        Between two such steps every small event is handled, so that a transfer delays nobody's message by
+        more than one step.
+        """
+        if not self._bulk:
+            self._loop.call_soon(self._bulk_turn)
+        self._bulk.append(step)
+
+    def _bulk_turn(self) -> None:
+        if self._stopped:
+            return
+        step = self._bulk.popleft()
+        more = False
+        try:
+            more = step(BULK_SHARED_BYTES if self._turn() else BULK_BYTES)
+        except Exception:
+            log.exception("a bug: a bulk step was not taken")
+        if more:
+            self._bulk.append(step)
+        if self._bulk:
+            self._loop.call_soon(self._bulk_turn)
+
+    def _turn(self) -> bool:
+        """Handle what is ready; return whether anything was."""
         handlers = self._handlers
-        for fd, events in self._connections.poll(0, _EVENTS_A_TURN):
+        ready = self._connections.poll(0, _EVENTS_A_TURN)
+        for fd, events in ready:
             handler = handlers.get(fd)
             if handler is not None:
                 try:
                     handler(events)
                 except Exception:
                     log.exception("a bug: an event was not handled")
+        return bool(ready)
 
     def _take_again(self) -> None:
         steps, self._again = self._again, []
@@ -149,6 +181,7 @@ class Poller:
             return
         self._stopped = True
         self._again.clear()
+        self._bulk.clear()
         self._loop.remove_reader(self._connections.fileno())
         if self._accepting:
             self._loop.remove_reader(self._listeners.fileno())

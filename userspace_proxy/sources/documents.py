@@ -151,11 +151,11 @@ def _manifest(place: Place, plain: object, *, for_check: bool) -> Manifest:
     if not isinstance(kind, str) or not kind:
         raise ConfigError("the object has no kind", mend="add 'kind: Service' or whatever it is")
     metadata = plain.get("metadata")
-    if isinstance(metadata, str) and (error := api.space_error(metadata, "metadata")):
-        raise error
     name = metadata.get("name") if isinstance(metadata, dict) else None
     if not isinstance(metadata, dict) or name is None or name == "":
-        raise ConfigError("the object has no name", field="metadata", mend="add metadata.name")
+        raise _missing_space(metadata) or ConfigError(
+            "the object has no name", field="metadata", mend="add metadata.name"
+        )
     if not isinstance(name, str):
         raise ConfigError(f"{name!r} is no text", field="metadata.name", mend="put the name in quotes")
     namespace = "" if kind in _CLUSTER_WIDE else metadata.get("namespace") or "default"
@@ -166,6 +166,11 @@ def _manifest(place: Place, plain: object, *, for_check: bool) -> Manifest:
         known, errors = _convert_what_can_be(kind, plain)
         return Manifest(kind, full_name, known, plain, place, tuple(errors))
     return Manifest(kind, full_name, api.convert(kind, plain), None, place)
+
+
+def _missing_space(metadata: object) -> ConfigError | None:
+    keys = metadata if isinstance(metadata, dict) else [metadata]
+    return next((error for key in keys if (error := api.key_space_error(key, "metadata"))), None)
 
 
 def _is_foreign(version: object) -> bool:

@@ -18,7 +18,8 @@ from userspace_proxy import api
 from userspace_proxy.errors import ConfigError, StartError
 from userspace_proxy.interfaces import EventType, ObjectEvent
 from userspace_proxy.model.names import NamespacedName
-from userspace_proxy.sources.documents import Document, Manifest, Problem, duplicates, parse, split
+from userspace_proxy.sources.documents import Manifest, Problem, duplicates, parse, split
+from userspace_proxy.sources.lines import Document
 
 STDIN = "-"
 _ENDINGS = (".yaml", ".yml", ".json")
@@ -26,6 +27,7 @@ _ENDINGS = (".yaml", ".yml", ".json")
 _SETTLE_MS = 25
 _LOOK_AGAIN_MS = 1_000
 _BATCH = 2_000
+_FOLDERS_SHOWN = 3
 
 ObjectKey = tuple[str, NamespacedName]
 
@@ -281,10 +283,10 @@ class FileSource:
         return touched
 
     def _may_still_be_there(self, manifest: Manifest) -> bool:
-        """Return whether the file that held *manifest* has a fault now, which may hide it."""
+        """Return whether the file that held *manifest* has a fault now that may hide it."""
         path = STDIN if manifest.place.document.path == "stdin" else manifest.place.document.path
         file = self._files.get(path)
-        return file is not None and bool(file.problems)
+        return file is not None and any(problem.hides for problem in file.problems)
 
     def _skip(self, manifest: Manifest) -> None:
         if manifest.kind not in self._skipped_kinds:
@@ -298,10 +300,12 @@ class FileSource:
 
     def _report(self, problems: Iterable[Problem]) -> None:
         """Log what is newly wrong and what is well again; keep the rest for health and metrics."""
-        now = {problem.where: str(problem) for problem in problems}
+        latest = {problem.where: problem for problem in problems}
+        now = {where: str(problem) for where, problem in latest.items()}
         for where, said in now.items():
             if self._problems.get(where) != said:
-                log.error("%s; the last good version, if there was one, goes on serving", said)
+                kept = "; the last good version, if there was one, goes on serving" if latest[where].hides else ""
+                log.error("%s%s", said, kept)
         for where in self._problems.keys() - now.keys():
             path = where.rpartition(":")[0] if where not in self._files else where
             log.info("%s: %s", where, "well again" if path in self._files else "no longer there")
@@ -321,7 +325,9 @@ def check_path(path: str) -> None:
         raise StartError(f"{path}: permission denied")
     if Path(path).is_dir() and not any(True for _ in expand(path)):
         nested = sorted({str(p.parent) for p in Path(path).glob("*/*") if p.suffix in _ENDINGS})
-        hint = f"; folders below it are not searched, name them: {' '.join(nested[:3])}" if nested else ""
+        more = f" and {len(nested) - _FOLDERS_SHOWN} more" if len(nested) > _FOLDERS_SHOWN else ""
+        shown = " ".join(nested[:_FOLDERS_SHOWN])
+        hint = f"; folders below it are not searched, name them: {shown}{more}" if nested else ""
         log.warning("%s holds no file that ends in %s yet%s", path, ", ".join(_ENDINGS), hint)
 
 
@@ -378,12 +384,16 @@ def _common_end(left: str, right: str) -> int:
 
 
 def _unreadable(path: str, error: OSError | UnicodeDecodeError) -> Problem:
-    reason = (error.strerror or str(error)).lower() if isinstance(error, OSError) else "it is not UTF-8 text"
-    return Problem(path, None, ConfigError(f"cannot be read: {reason}"))
+    if isinstance(error, OSError):
+        return Problem(path, None, ConfigError(f"cannot be read: {(error.strerror or str(error)).lower()}"))
+    line = error.object.count(b"\n", 0, error.start) + 1
+    return Problem(path, line, ConfigError("cannot be read: it is not UTF-8 text", mend="save it as UTF-8"))
 
 
-def read_once(paths: Sequence[str]) -> tuple[list[Manifest], list[Problem]]:
-    """Read *paths* once, with all that `check` wants to know.
+def read_once(paths: Sequence[str], *, for_check: bool = True) -> tuple[list[Manifest], list[Problem]]:
+    """Read *paths* once, with all that `check` wants to know; else as `run` does.
+
+    That is: only what can be used as it is, and of an object that stands twice the first.
 
     Raises:
         StartError: a path names nothing that could be read.
@@ -397,10 +407,18 @@ def read_once(paths: Sequence[str]) -> tuple[list[Manifest], list[Problem]]:
             problems.append(_unreadable(name, error))
             continue
         for document in split("stdin" if name == STDIN else name, text):
-            found, wrong = parse(document, for_check=True)
+            found, wrong = parse(document, for_check=for_check)
             manifests += found
             problems += wrong
+    if not for_check:
+        problems += duplicates(manifest for manifest in manifests if manifest.object is not None)
+        manifests = list({(manifest.kind, manifest.name): manifest for manifest in reversed(manifests)}.values())[::-1]
     return manifests, problems
+
+
+def nothing_found(paths: Sequence[str]) -> str:
+    """Return what to say where *paths* hold no object and no fault."""
+    return f"no object found in {', '.join('stdin' if path == STDIN else path for path in paths)}"
 
 
 def _all_files(paths: Sequence[str]) -> Iterable[str]:

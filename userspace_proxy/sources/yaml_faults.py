@@ -45,6 +45,8 @@ def describe(text: str, error: yaml.YAMLError) -> tuple[int, ConfigError]:
         return glued
     seen = f" near {row.strip()[:60]!r}" if row.strip() else ""
     mend = "look at the indentation here and in the line above: keys of one mapping start in one column"
+    if _context(error, "parsing a flow") is not None:
+        mend = "close each '[' and '{', and write ',' between what is in them"
     return line, ConfigError(f"the YAML is broken{seen}: {_problem(error)}", field=field, mend=mend)
 
 

@@ -20,6 +20,7 @@ import struct
 import termios
 from collections.abc import Callable
 
+from userspace_proxy.dataplane.pipes import Pipe
 from userspace_proxy.dataplane.poller import FAILED, HANGUP, READ, URGENT, WRITE, Poller
 
 BUFFER_BYTES = 64 * 1024
@@ -31,7 +32,7 @@ _RESET_POLL_MAX_S = 1.0
 
 _ABORTIVE_CLOSE = struct.pack("ii", 1, 0)
 _TCP_CLOSE = 7  # linux/net/tcp_states.h
-_BUG = "a bug: one connection is cut by it"
+BUG = "a bug: one connection is cut by it"
 _DEAD = {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH}
 
 log = logging.getLogger(__name__)
@@ -40,21 +41,22 @@ _buffer = bytearray(BUFFER_BYTES)
 _view = memoryview(_buffer)
 
 
-class _Half:
+class Half:
     """One direction.
 
-    ``pending``: bytes read but not yet sent. ``to_the_end``: a short read does not mean that there is no more.
-    ``queued``: it goes on in the next turn.
+    ``pending``: bytes read but not yet sent; ``pipe``: the same, where an engine keeps them in one.
+    ``to_the_end``: a short read does not mean that there is no more. ``queued``: it goes on in another turn.
     """
 
-    __slots__ = ("done", "moved_bytes", "opposite", "pending", "queued", "sink", "source", "to_the_end")
+    __slots__ = ("done", "moved_bytes", "opposite", "pending", "pipe", "queued", "sink", "source", "to_the_end")
 
-    opposite: _Half
+    opposite: Half
 
     def __init__(self, source: socket.socket, sink: socket.socket) -> None:
         self.source = source
         self.sink = sink
         self.pending: memoryview | None = None
+        self.pipe: Pipe | None = None
         self.to_the_end = False
         self.queued = False
         self.done = False
@@ -87,8 +89,8 @@ class CopySplice:
         loop: asyncio.AbstractEventLoop,
         on_end: Callable[[str], None],
     ) -> None:
-        self._up = _Half(client, backend)
-        self._down = _Half(backend, client)
+        self._up = Half(client, backend)
+        self._down = Half(backend, client)
         self._up.opposite, self._down.opposite = self._down, self._up
         self._poller = poller
         self._loop = loop
@@ -125,9 +127,9 @@ class CopySplice:
     def _on_backend(self, events: int) -> None:
         self._on_socket(events, self._down, self._up)
 
-    def _on_socket(self, events: int, reading: _Half, writing: _Half) -> None:
+    def _on_socket(self, events: int, reading: Half, writing: Half) -> None:
         try:
-            if events & WRITE and writing.pending is not None:
+            if events & WRITE and (writing.pending is not None or writing.pipe is not None):
                 self._flush(writing)
             if events & (HANGUP | URGENT):
                 reading.to_the_end = True
@@ -140,12 +142,12 @@ class CopySplice:
                 elif events & FAILED and not writing.done:
                     self._look_for_reset(reading)
         except Exception:
-            log.exception(_BUG)
-            self._close("a bug", abortive=True)
+            log.exception(BUG)
+            self.cut("a bug")
 
-    def _pump(self, half: _Half) -> None:
+    def _pump(self, half: Half) -> None:
         """Move what is there, until the source is dry, the sink is full, or others must have their turn."""
-        if half.pending is not None or half.done or half.queued:
+        if half.pending is not None or half.pipe is not None or half.done or half.queued:
             return
         recv_into, send = half.source.recv_into, half.sink.send
         for _ in range(READS_A_TURN):
@@ -172,18 +174,24 @@ class CopySplice:
                 return
             if count != BUFFER_BYTES and not half.to_the_end:
                 return  # a short read: the kernel has no more, and tells when it has
+            if count == BUFFER_BYTES and self._take_bulk(half):
+                return
         half.queued = True
         self._poller.again(lambda: self._pump_again(half))
 
-    def _pump_again(self, half: _Half) -> None:
+    def _take_bulk(self, half: Half) -> bool:
+        """Return whether another way than copying is taken for a direction that fills whole buffers."""
+        return False
+
+    def _pump_again(self, half: Half) -> None:
         half.queued = False
         try:
             self._pump(half)
         except Exception:
-            log.exception(_BUG)
-            self._close("a bug", abortive=True)
+            log.exception(BUG)
+            self.cut("a bug")
 
-    def _flush(self, half: _Half) -> None:
+    def _flush(self, half: Half) -> None:
         """Send what is pending; when all is gone, read on."""
         pending = half.pending
         assert pending is not None
@@ -202,9 +210,12 @@ class CopySplice:
         half.pending = None
         self._pump(half)
 
+    def _drop_pipe(self, half: Half) -> None:
+        """Forget what is in the pipe of *half*, if it has one."""
+
     # ---- endings
 
-    def _source_ended(self, half: _Half) -> None:
+    def _source_ended(self, half: Half) -> None:
         half.done = True
         if self._broken:
             self._reset(self._broken, half.sink)
@@ -217,17 +228,19 @@ class CopySplice:
         except OSError as error:
             self._sink_failed(half, error)
 
-    def _source_failed(self, half: _Half, error: OSError) -> None:
+    def _source_failed(self, half: Half, error: OSError) -> None:
         """The source was reset: nothing can go back to it either."""
         self._broken = self._broken or self._whose(half.source, error)
         half.done = half.opposite.done = True
         half.opposite.pending = None
+        self._drop_pipe(half.opposite)
         self._reset(self._broken, half.sink)
 
-    def _sink_failed(self, half: _Half, error: OSError) -> None:
+    def _sink_failed(self, half: Half, error: OSError) -> None:
         """The sink was reset. What it sent before that is still in its receive queue, and is delivered."""
         self._broken = self._broken or self._whose(half.sink, error)
         half.done = True
+        self._drop_pipe(half)
         opposite = half.opposite
         if opposite.done:
             self._reset(self._broken, half.source)
@@ -235,7 +248,7 @@ class CopySplice:
             opposite.to_the_end = True
             self._pump(opposite)
 
-    def _look_for_reset(self, half: _Half) -> None:
+    def _look_for_reset(self, half: Half) -> None:
         """A source that had already ended (half-closed) has more to say: that can only be a reset."""
         code = half.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code and not self._ended:
@@ -266,7 +279,9 @@ class CopySplice:
             return
         self._ended = True
         self._up.done = self._down.done = True
-        self._up.pending = self._down.pending = None
+        for half in (self._up, self._down):
+            half.pending = None
+            self._drop_pipe(half)
         for sock in self.sockets:
             if abortive:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORTIVE_CLOSE)

@@ -1,0 +1,66 @@
+"""Pipes for splice(2): pooled, because making one costs more than moving a megabyte through it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+
+PIPE_BYTES = 1 << 20
+# The kernel lets a user have 64 MiB of them before it makes them small (fs.pipe-user-pages-soft).
+PIPES_MAX = 48
+
+
+class Pipe:
+    """Two descriptors, and how many bytes are between them."""
+
+    __slots__ = ("held_bytes", "read_end", "write_end")
+
+    def __init__(self) -> None:
+        self.read_end, self.write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.held_bytes = 0
+        with contextlib.suppress(OSError):  # over the user's limit: a smaller pipe works, too
+            fcntl.fcntl(self.write_end, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+
+    def close(self) -> None:
+        os.close(self.read_end)
+        os.close(self.write_end)
+
+
+class PipePool:
+    """Lends empty pipes; at most PIPES_MAX are out or waiting."""
+
+    def __init__(self) -> None:
+        self._idle: list[Pipe] = []
+        self._made = 0
+
+    @property
+    def descriptors(self) -> int:
+        return 2 * self._made
+
+    def lend(self) -> Pipe | None:
+        """Return an empty pipe, or None where there can be no more: then bytes are copied."""
+        if self._idle:
+            return self._idle.pop()
+        if self._made >= PIPES_MAX:
+            return None
+        try:
+            pipe = Pipe()
+        except OSError:
+            return None
+        self._made += 1
+        return pipe
+
+    def take_back(self, pipe: Pipe) -> None:
+        """Keep *pipe* for the next one; one that still holds bytes must never meet another connection: it is closed."""
+        if pipe.held_bytes:
+            self._made -= 1
+            pipe.close()
+        else:
+            self._idle.append(pipe)
+
+    def shed(self) -> None:
+        """Close the pipes that nobody uses: descriptors are short."""
+        while self._idle:
+            self._made -= 1
+            self._idle.pop().close()
