@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from userspace_proxy.admin import metrics as exposition
-from userspace_proxy.admin.logs import AccessLog, as_text
+from userspace_proxy.logs import AccessLog, as_text
 from userspace_proxy.admin.metrics import ControlStats
 from userspace_proxy.admin.server import AdminServer, Health
 from userspace_proxy.control.cluster_ips import ClusterIPs

@@ -283,7 +283,7 @@ def commands() -> None:
 def run(**options: Any) -> None:
     """Serve the Services in PATH... (manifest files, folders of them, - for stdin) on this node."""
     from userspace_proxy import app
-    from userspace_proxy.admin.logs import configure_logging
+    from userspace_proxy.logs import configure_logging
 
     del options["proxy_mode"]  # there is one so far
     settings = Settings(**options)
@@ -358,7 +358,7 @@ def _count(number: int, thing: str) -> str:
 def render(paths: tuple[str, ...], proxy_mode: str, **options: Any) -> None:
     """Print the rules that `run` would load for PATH..., and install nothing; exit 1 if anything is wrong there."""
     from userspace_proxy import app
-    from userspace_proxy.admin.logs import configure_logging
+    from userspace_proxy.logs import configure_logging
 
     configure_logging("text")
     try:

@@ -39,9 +39,21 @@ class _Ejection:
     trial_until: float = 0.0
 
 
-class _Pin(NamedTuple):
+class Pin(NamedTuple):
+    """Where a client stays, and until when (monotonic seconds, the same in every process of this host)."""
+
     address: Address
     expires_at: float
+
+
+class PickerMemory(NamedTuple):
+    """What a picker knows beside its endpoints, for the one that takes its place.
+
+    Ejections are (address, failures, until), all of them; pins are (client IP, pin), those that are new.
+    """
+
+    pins: list[tuple[str, Pin]]
+    ejected: list[tuple[Address, int, float]]
 
 
 class Picker:
@@ -52,8 +64,10 @@ class Picker:
         self._affinity_timeout_s = affinity_timeout_s
         self._endpoints: list[Endpoint] = []
         self._next = 0
-        self._pins: dict[str, _Pin] = {}  # least recently used first
+        self._pins: dict[str, Pin] = {}  # least recently used first
         self._ejected: dict[Address, _Ejection] = {}
+        self._new_pins: dict[str, Pin] | None = None  # kept once somebody asks for news
+        self._told_ejected: list[tuple[Address, int, float]] = []
 
     # ---- what the cluster says
 
@@ -106,13 +120,18 @@ class Picker:
         if pin is not None and pin.expires_at > now and pin.address not in tried:
             pinned = next((e for e in self._endpoints if e.address == pin.address), None)
             if pinned is not None and self._is_open(pin.address, now):
-                self._pins[client_ip] = _Pin(pin.address, now + self._affinity_timeout_s)
+                self._pin(client_ip, Pin(pin.address, now + self._affinity_timeout_s))
                 return Pick(pinned, "affinity")
         choice = self._by_turn(tried)
         if choice is not None:
-            self._pins[client_ip] = _Pin(choice.endpoint.address, now + self._affinity_timeout_s)
+            self._pin(client_ip, Pin(choice.endpoint.address, now + self._affinity_timeout_s))
             self._forget_old_pins(now)
         return choice
+
+    def _pin(self, client_ip: str, pin: Pin) -> None:
+        self._pins[client_ip] = pin
+        if self._new_pins is not None:
+            self._new_pins[client_ip] = pin
 
     def _by_turn(self, tried: Collection[Address]) -> Pick | None:
         endpoints = self._endpoints
@@ -190,3 +209,23 @@ class Picker:
     def report_success(self, endpoint: Endpoint) -> bool:
         """*endpoint* took a connection: all is forgiven. Return whether it was ejected until now."""
         return self._ejected.pop(endpoint.address, None) is not None
+
+    # ---- what another process should know
+
+    def take_news(self) -> PickerMemory | None:
+        """Return what was learnt since the last call; None where there is nothing."""
+        ejected = [(address, held.failures, held.until) for address, held in self._ejected.items()]
+        pins, self._new_pins = self._new_pins or {}, {}
+        if not pins and ejected == self._told_ejected:
+            return None
+        self._told_ejected = ejected
+        return PickerMemory(list(pins.items()), ejected)
+
+    def remember(self, memory: PickerMemory) -> None:
+        """Know what another picker of the same service port knew."""
+        if self._affinity_timeout_s is not None:
+            self._pins = {**dict(memory.pins), **self._pins}
+        known = {endpoint.address for endpoint in self._endpoints}
+        for address, failures, until in memory.ejected:
+            if address in known:
+                self._ejected.setdefault(address, _Ejection(failures, until))

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from userspace_proxy.dataplane.connections import Connections, Limits, raise_descriptor_limit
 from userspace_proxy.dataplane.pipes import PipePool
+from userspace_proxy.dataplane.picker import PickerMemory
 from userspace_proxy.dataplane.poller import Poller
-from userspace_proxy.dataplane.sockets import reserve_refusing_port
+from userspace_proxy.dataplane.sockets import open_listener, reserve_refusing_port
 from userspace_proxy.dataplane.splice.copy import CopySplicer
 from userspace_proxy.dataplane.splice.pipe import PipeSplicer
 from userspace_proxy.dataplane.tcp import TcpListener
@@ -80,23 +81,44 @@ class LocalPlane:
     async def open(self, specs: Sequence[ListenerSpec]) -> Mapping[ServicePortName, str]:
         refused: dict[ServicePortName, str] = {}
         for count, spec in enumerate(specs, 1):
-            known = self._listeners.get(spec.name)
-            if known is not None:
-                known.configure(spec)
-                continue
             try:
-                self._open(spec)
+                if not self.configure(spec):
+                    limit_s = self._context.limits.dead_peer_timeout_s
+                    self.serve(spec, open_listener(spec.name.protocol, spec.proxy_port, limit_s))
             except OSError as error:
                 refused[spec.name] = f"port {spec.proxy_port}: {error.strerror}"
             if not count % _OPENED_A_STEP:
                 await asyncio.sleep(0)  # connections go on while thousands of listeners are opened
         return refused
 
-    def _open(self, spec: ListenerSpec) -> None:
-        if spec.name.protocol is L4Protocol.UDP:
-            self._udp[spec.name] = self._listeners[spec.name] = UdpListener(spec, self._context)
-        else:
-            self._listeners[spec.name] = TcpListener(spec, self._context)
+    def configure(self, spec: ListenerSpec) -> bool:
+        """Give the listener of *spec* its new portals and affinity; return whether there is one."""
+        known = self._listeners.get(spec.name)
+        if known is not None:
+            known.configure(spec)
+        return known is not None
+
+    def serve(self, spec: ListenerSpec, sock: socket.socket) -> None:
+        """Serve *spec* at *sock*, which is ours from now on; it is closed where that cannot be (OSError)."""
+        try:
+            if spec.name.protocol is L4Protocol.UDP:
+                self._udp[spec.name] = self._listeners[spec.name] = UdpListener(spec, sock, self._context)
+            else:
+                self._listeners[spec.name] = TcpListener(spec, sock, self._context)
+        except OSError:
+            sock.close()
+            raise
+
+    def take_news(self) -> dict[ServicePortName, PickerMemory]:
+        """Return what pickers have learnt since the last call, by service port."""
+        news = {name: listener.picker.take_news() for name, listener in self._listeners.items()}
+        return {name: learnt for name, learnt in news.items() if learnt is not None}
+
+    def remember(self, memory: Mapping[ServicePortName, PickerMemory]) -> None:
+        """Give pickers what those of another process had learnt."""
+        for name, learnt in memory.items():
+            if name in self._listeners:
+                self._listeners[name].picker.remember(learnt)
 
     async def reserve(self, port: int) -> str:
         """Hold *port* so that the kernel refuses whoever dials it; return why not ("" when held)."""

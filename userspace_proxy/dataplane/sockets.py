@@ -10,8 +10,12 @@ import struct
 from pathlib import Path
 
 from userspace_proxy.model.endpoint import Address
+from userspace_proxy.model.names import L4Protocol
 
 _BACKLOG = 4096
+_DATAGRAM_BUFFER_BYTES = 1 << 20
+_SO_RCVBUFFORCE = 33
+IP_PKTINFO = 8
 _SO_ORIGINAL_DST = 80  # linux/netfilter_ipv4.h, and the same number at level IPPROTO_IPV6
 _TCP_RTO_MAX_MS = 44  # Linux 6.15; older kernels refuse it, and find some dead peers later
 _MAPPED = "::ffff:"
@@ -78,6 +82,35 @@ def open_tcp_listener(port: int, dead_peer_timeout_s: float) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def open_udp_listener(port: int) -> socket.socket:
+    """Return a socket for datagrams that says with each which address it came to."""
+    sock = bind_wildcard(socket.SOCK_DGRAM, port)
+    try:
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _DATAGRAM_BUFFER_BYTES)
+        except OSError:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _DATAGRAM_BUFFER_BYTES)
+        if sock.family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+        else:
+            sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def open_listener(protocol: L4Protocol, port: int, dead_peer_timeout_s: float) -> socket.socket:
+    """Return the socket of a proxy port.
+
+    Raises:
+        OSError: the port is taken, or there is no descriptor left.
+    """
+    if protocol is L4Protocol.UDP:
+        return open_udp_listener(port)
+    return open_tcp_listener(port, dead_peer_timeout_s)
 
 
 def reserve_refusing_port(port: int) -> tuple[socket.socket, socket.socket]:

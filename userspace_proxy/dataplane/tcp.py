@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from userspace_proxy.dataplane.dial import Connected, Dial, DialContext
 from userspace_proxy.dataplane.picker import Picker
-from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, open_tcp_listener, original_destination, plain_ip
+from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, original_destination, plain_ip
 from userspace_proxy.interfaces import AccessRecord, Backends, Counters, ListenerSpec, Splice
 from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.names import ServicePortName
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 class TcpListener:
     """The proxy port of one TCP service port."""
 
-    def __init__(self, spec: ListenerSpec, context: PlaneContext) -> None:
+    def __init__(self, spec: ListenerSpec, sock: socket.socket, context: PlaneContext) -> None:
         self.counters = Counters()
         self.picker = Picker(context.now)
         self._context = context
@@ -43,12 +43,8 @@ class TcpListener:
             context.connections.note_shortage,
         )
         self.configure(spec)
-        self._sock = open_tcp_listener(spec.proxy_port, context.limits.dead_peer_timeout_s)
-        try:
-            context.poller.accept_from(self._sock, self._accept)
-        except OSError:
-            self._sock.close()
-            raise
+        self._sock = sock
+        context.poller.accept_from(self._sock, self._accept)
 
     @property
     def name(self) -> ServicePortName:

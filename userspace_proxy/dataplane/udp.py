@@ -16,13 +16,7 @@ from typing import TYPE_CHECKING
 
 from userspace_proxy.dataplane.picker import Picker
 from userspace_proxy.dataplane.poller import FAILED, READ, Poller
-from userspace_proxy.dataplane.sockets import (
-    LOCAL_SHORTAGES,
-    backend_socket,
-    bind_wildcard,
-    is_self_connected,
-    plain_ip,
-)
+from userspace_proxy.dataplane.sockets import IP_PKTINFO, LOCAL_SHORTAGES, backend_socket, is_self_connected, plain_ip
 from userspace_proxy.interfaces import AccessRecord, Backends, Counters, ListenerSpec
 from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.names import ServicePortName
@@ -33,9 +27,6 @@ if TYPE_CHECKING:
 
 DATAGRAM_BYTES = 65_536
 DATAGRAMS_A_TURN = 64
-_SOCKET_BUFFER_BYTES = 1 << 20
-_SO_RCVBUFFORCE = 33
-_IP_PKTINFO = 8
 _LINK_LOCAL = b"\xfe\x80"
 _CONTROL_BYTES = socket.CMSG_SPACE(20)
 
@@ -102,7 +93,7 @@ class UdpFlow:
 class UdpListener:
     """The proxy port of one UDP service port, and its flows, least recently used first."""
 
-    def __init__(self, spec: ListenerSpec, context: PlaneContext) -> None:
+    def __init__(self, spec: ListenerSpec, sock: socket.socket, context: PlaneContext) -> None:
         self.counters = Counters()
         self.picker = Picker(context.now, spec.service_port.affinity_timeout_s)
         self._context = context
@@ -110,23 +101,8 @@ class UdpListener:
         self._flows: dict[ClientKey, UdpFlow] = {}
         self._closed = False
         self._serving: frozenset[Address] = frozenset()
-        self._sock = bind_wildcard(socket.SOCK_DGRAM, spec.proxy_port)
-        try:
-            self._tune()
-            context.poller.watch(self._sock, self._on_front)
-        except OSError:
-            self._sock.close()
-            raise
-
-    def _tune(self) -> None:
-        try:
-            self._sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _SOCKET_BUFFER_BYTES)
-        except OSError:
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SOCKET_BUFFER_BYTES)
-        if self._sock.family == socket.AF_INET6:
-            self._sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
-        else:
-            self._sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
+        self._sock = sock
+        context.poller.watch(self._sock, self._on_front)
 
     @property
     def name(self) -> ServicePortName:
@@ -266,7 +242,7 @@ class UdpListener:
 
     def _from_address(self, asked: bytes) -> list[tuple[int, int, bytes]]:
         if len(asked) == 12:  # struct in_pktinfo: interface, local address, destination
-            return [(socket.IPPROTO_IP, _IP_PKTINFO, struct.pack("=i4s4s", 0, asked[4:8], bytes(4)))]
+            return [(socket.IPPROTO_IP, IP_PKTINFO, struct.pack("=i4s4s", 0, asked[4:8], bytes(4)))]
         if len(asked) == 20:  # struct in6_pktinfo: address, interface (which a link-local address needs)
             interface = asked[16:] if asked.startswith(_LINK_LOCAL) else bytes(4)
             return [(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, asked[:16] + interface)]

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from userspace_proxy.admin.logs import AccessLog, JsonFormatter, TextFormatter, configure_logging
+from userspace_proxy.logs import AccessLog, JsonFormatter, TextFormatter, configure_logging
 from userspace_proxy.interfaces import AccessRecord
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName

@@ -1,0 +1,90 @@
+"""What the control process and a worker say to each other: small immutable messages, as msgpack.
+
+Requests are answered in order, so an answer needs no number.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from userspace_proxy.dataplane.connections import Limits
+from userspace_proxy.dataplane.picker import PickerMemory
+from userspace_proxy.interfaces import Backends, Counters, ListenerSpec
+from userspace_proxy.model.names import ServicePortName
+
+
+class WorkerSettings(msgspec.Struct, frozen=True):
+    """What a worker is told when it is started."""
+
+    limits: Limits
+    splice: str = "auto"
+    loop: str = "uvloop"
+    access_log: str = ""
+    log_format: str = "text"
+    verbose: bool = False
+
+
+# ---- control -> worker
+
+
+class Open(msgspec.Struct, frozen=True, tag=True):
+    """Serve these. A descriptor comes with each of the first *new* of them; the others are configured anew."""
+
+    specs: list[ListenerSpec]
+    new: int
+
+
+class Update(msgspec.Struct, frozen=True, tag=True):
+    backends: list[tuple[ServicePortName, Backends]]
+
+
+class Retire(msgspec.Struct, frozen=True, tag=True):
+    names: list[ServicePortName]
+
+
+class Remember(msgspec.Struct, frozen=True, tag=True):
+    memory: list[tuple[ServicePortName, PickerMemory]]
+
+
+class TellStats(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+class Cut(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+class Close(msgspec.Struct, frozen=True, tag=True):
+    drain_timeout_s: float
+
+
+Request = Open | Update | Retire | Remember | TellStats | Cut | Close
+
+# ---- worker -> control
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    """The answer to every request but `TellStats`; *refused* says which listeners could not be served, and why."""
+
+    refused: list[tuple[ServicePortName, str]] = []
+
+
+class Stats(msgspec.Struct, frozen=True, tag=True):
+    services: list[tuple[ServicePortName, Counters]]
+    connections_open: int
+    accept_paused: int
+    local_shortages: int
+    access_lines_dropped: int
+
+
+class News(msgspec.Struct, frozen=True, tag=True):
+    """No answer: what pickers have learnt in the last second."""
+
+    memory: list[tuple[ServicePortName, PickerMemory]]
+
+
+Answer = Done | Stats | News
+
+requests = msgspec.msgpack.Decoder(Request)
+answers = msgspec.msgpack.Decoder(Answer)
+encode = msgspec.msgpack.encode
