@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from userspace_proxy.admin import metrics as exposition
-from userspace_proxy.logs import AccessLog, as_text
 from userspace_proxy.admin.metrics import ControlStats
 from userspace_proxy.admin.server import AdminServer, Health
 from userspace_proxy.control.cluster_ips import ClusterIPs
@@ -22,9 +21,12 @@ from userspace_proxy.control.pacer import Pacer
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.plane import LocalPlane
+from userspace_proxy.dataplane.remote import RemotePlane
+from userspace_proxy.dataplane.wire import WorkerSettings
 from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.instance import lock_instance, running_as, running_instance
-from userspace_proxy.interfaces import AccessRecord, Capture, EventType, ObjectEvent, StateSink
+from userspace_proxy.interfaces import Capture, DataPlane, EventType, ObjectEvent, StateSink
+from userspace_proxy.logs import AccessLog, recorder
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.service import ServicePort
 from userspace_proxy.model.state import ProxyState
@@ -79,16 +81,13 @@ class App:
                 raise StartError(str(error)) from None
             kernel = KERNELS[language]()
             source = FileSource(settings.paths)
-            access_log = self._open_access_log(stack)
             state_dir = _open_state_dir(settings.state_dir)
             memory = state_dir.load() if state_dir else Memory()
             cluster_ips = ClusterIPs(settings.service_cluster_ip_ranges, memory.cluster_ips)
             ports = ProxyPorts(*settings.proxy_port_range, memory.proxy_ports)
             tracker = Tracker(cluster_ips)
 
-            plane = LocalPlane(
-                _limits(settings), _recorder(access_log, verbose=settings.verbose), splice=settings.splice
-            )
+            plane = _make_plane(settings, stack)
             proxier = self._proxier = UserspaceProxier(plane, kernel, ports, await self._first_capture())
             saver = _Saver(state_dir, cluster_ips, ports)
             controller = Controller(
@@ -114,7 +113,6 @@ class App:
                     last_sync_at=controller.synced_at or 0.0,
                     problems=len(source.problems) + len(tracker.problems),
                     unopened=len(proxier.unopened),
-                    access_lines_dropped=access_log.dropped if access_log else 0,
                 )
                 return exposition.render(await plane.stats(), stats)
 
@@ -146,17 +144,6 @@ class App:
         elif self._proxier is not None:
             log.info("cutting the connections that are left")
             self._proxier.cut()
-
-    def _open_access_log(self, stack: contextlib.AsyncExitStack) -> AccessLog | None:
-        if not self._settings.access_log:
-            return None
-        try:
-            access_log = AccessLog(self._settings.access_log, self._settings.log_format)
-        except OSError as error:
-            reason = "its folder does not exist" if isinstance(error, FileNotFoundError) else error.strerror
-            raise StartError(f"--access-log {self._settings.access_log}: {reason}") from None
-        stack.callback(access_log.close)
-        return access_log
 
     # ---- capture
 
@@ -207,17 +194,31 @@ class App:
             notices.close()
 
 
-def _recorder(access_log: AccessLog | None, *, verbose: bool) -> Callable[[AccessRecord], None] | None:
-    """Return what takes the record of each connection that has ended; None where nobody wants it."""
-    if not verbose:
-        return access_log.write if access_log else None
-
-    def write_and_log(record: AccessRecord) -> None:
+def _make_plane(settings: Settings, stack: contextlib.AsyncExitStack) -> DataPlane:
+    """Return the data plane: in a worker process, or with ``--workers 0`` in this one."""
+    try:
+        access_log = AccessLog(settings.access_log, settings.log_format) if settings.access_log else None
+    except OSError as error:
+        reason = "its folder does not exist" if isinstance(error, FileNotFoundError) else error.strerror
+        raise StartError(f"--access-log {settings.access_log}: {reason}") from None
+    if settings.workers == 0:
         if access_log is not None:
-            access_log.write(record)
-        log.debug("%s", as_text(record))
-
-    return write_and_log
+            stack.callback(access_log.close)
+        return LocalPlane(_limits(settings), recorder(access_log, verbose=settings.verbose), splice=settings.splice)
+    if access_log is not None:
+        access_log.close()  # it can be written: the worker does
+    plane = RemotePlane(
+        WorkerSettings(
+            limits=_limits(settings),
+            splice=settings.splice,
+            loop=settings.loop,
+            access_log=settings.access_log,
+            log_format=settings.log_format,
+            verbose=settings.verbose,
+        )
+    )
+    plane.start()
+    return plane
 
 
 class _WithRoutes:

@@ -242,6 +242,13 @@ _RUN_OPTIONS = _options(
         help="The event loop; asyncio's own is slower.",
     ),
     click.option(
+        "--workers",
+        type=click.IntRange(0, 1),
+        default=_DEFAULTS.workers,
+        show_default=True,
+        help="Data-plane processes; 0 keeps all in one process, for debugging.",
+    ),
+    click.option(
         "--splice",
         type=click.Choice(["auto", "copy"]),
         default=_DEFAULTS.splice,

@@ -189,6 +189,8 @@ class PlaneStats:
     connections_open: int = 0
     accept_paused: int = 0
     local_shortages: int = 0
+    access_lines_dropped: int = 0
+    worker_restarts: int = 0
 
 
 @dataclass(frozen=True, slots=True)

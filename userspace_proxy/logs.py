@@ -15,6 +15,8 @@ import msgspec
 from userspace_proxy.interfaces import AccessRecord
 from userspace_proxy.model.endpoint import join_address
 
+log = logging.getLogger(__name__)
+
 # Lines that wait for a slow disk; more are dropped and counted, because a client must not wait for a log.
 _WAITING_MAX = 10_000
 
@@ -73,6 +75,19 @@ class AccessLog:
         """Write what waits, and close the file."""
         self._listener.stop()
         self._handler.close()
+
+
+def recorder(access_log: AccessLog | None, *, verbose: bool) -> Callable[[AccessRecord], None] | None:
+    """Return what takes the record of each connection that has ended; None where nobody wants it."""
+    if not verbose:
+        return access_log.write if access_log else None
+
+    def write_and_log(record: AccessRecord) -> None:
+        if access_log is not None:
+            access_log.write(record)
+        log.debug("%s", as_text(record))
+
+    return write_and_log
 
 
 class _PatientListener(logging.handlers.QueueListener):

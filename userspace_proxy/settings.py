@@ -51,6 +51,8 @@ class Settings:
     udp_flows_per_service: int = 4_096
 
     loop: str = "uvloop"
+    # Data-plane processes: 1, so that control work stands in no packet's way; 0 keeps all in one, for debugging.
+    workers: int = 1
     # "auto": small messages are copied, bulk is moved by splice(2); "copy": all is copied.
     splice: str = "auto"
     log_format: str = "text"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from tests.net.world import (
     Proxy,
     answers,
+    ask_udp,
     background_requests,
     documents,
     endpoints,
@@ -423,3 +425,54 @@ def test_a_node_without_any_address_serves_itself(tmp_path: Path) -> None:
 
         assert ask(lonely, "10.96.4.8") == "lonely"
         assert proxy.stop() == 0
+
+
+def worker_of(proxy: Proxy) -> int:
+    assert proxy.process is not None
+    command = ["ps", "-o", "pid=,args=", "--ppid", str(proxy.process.pid)]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    (pid,) = [int(line.split()[0]) for line in listed if "userspace_proxy.dataplane.worker" in line]
+    return pid
+
+
+def test_a_worker_that_is_killed_under_load_fails_its_own_connections_alone(
+    fresh_proxy: Proxy, world: ServiceLab
+) -> None:
+    serve_web(fresh_proxy)
+    fresh_proxy.start()
+
+    with background_requests(lambda: ask(world.client, "10.96.4.1")) as outcomes:
+        wait_until(lambda: len(outcomes) > 50, "requests flow")
+        os.kill(worker_of(fresh_proxy), signal.SIGKILL)
+        killed_at = len(outcomes)
+        wait_until(lambda: len(outcomes) > killed_at + 100, "requests flow again")
+
+    failed = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+    assert len(failed) <= 1, "only the request that was in its hands"
+    assert "another one takes its listeners" in fresh_proxy.log()
+    assert fresh_proxy.metric("userspace_proxy_worker_restarts_total") == 1
+    assert ask_udp(world.client, "10.96.4.1") in ("pod1", "pod2")
+
+
+def test_no_worker_outlives_a_control_process_that_was_killed(fresh_proxy: Proxy) -> None:
+    serve_web(fresh_proxy)
+    fresh_proxy.start()
+    worker = worker_of(fresh_proxy)
+
+    fresh_proxy.stop(signal.SIGKILL)
+
+    wait_until(lambda: not Path(f"/proc/{worker}").exists() or is_zombie(worker), "the worker has ended", 8.0)
+
+
+def is_zombie(pid: int) -> bool:
+    """In the lab nobody waits for orphans."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_all_in_one_process_serves_too(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    serve_web(fresh_proxy)
+    fresh_proxy.start("--workers", "0")
+
+    assert {ask(world.client, "10.96.4.1") for _ in range(2)} == {"pod1", "pod2"}
+    fresh_proxy.stop()
+    assert len(fresh_proxy.access_lines()) == 2

@@ -22,7 +22,6 @@ class ControlStats(NamedTuple):
     last_sync_at: float
     problems: int
     unopened: int
-    access_lines_dropped: int
 
 
 # Metric -> what it says, its Counters field, and whether it only goes up.
@@ -66,6 +65,7 @@ class _Scrape(Collector):
             ("connections_open_all", "TCP connections open now, all service ports", plane.connections_open, False),
             ("accept_pauses", "times accepting was paused for want of descriptors", plane.accept_paused, True),
             ("local_shortages", "times this host ran out of ports, descriptors or memory", plane.local_shortages, True),
+            ("worker_restarts", "times a data-plane process died and was replaced", plane.worker_restarts, True),
             ("service_ports", "service ports that are served", control.service_ports, False),
             ("rule_loads", "rule loads that succeeded", control.rule_loads, True),
             (
@@ -80,7 +80,7 @@ class _Scrape(Collector):
             (
                 "access_log_lines_dropped",
                 "access-log lines dropped because the disk was slow",
-                control.access_lines_dropped,
+                plane.access_lines_dropped,
                 True,
             ),
         ):

@@ -55,10 +55,7 @@ class Channel:
         while self._waiting:
             data, descriptors = self._waiting[0]
             try:
-                if descriptors:
-                    sent = socket.send_fds(self._sock, [data], list(descriptors))
-                else:
-                    sent = self._sock.send(data)
+                sent = socket.send_fds(self._sock, [data], list(descriptors))
             except BlockingIOError:
                 self._loop.add_writer(self._sock.fileno(), self._write)
                 return

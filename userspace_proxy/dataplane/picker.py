@@ -215,7 +215,8 @@ class Picker:
     def take_news(self) -> PickerMemory | None:
         """Return what was learnt since the last call; None where there is nothing."""
         ejected = [(address, held.failures, held.until) for address, held in self._ejected.items()]
-        pins, self._new_pins = self._new_pins or {}, {}
+        pins = dict(self._pins) if self._new_pins is None else self._new_pins
+        self._new_pins = {}
         if not pins and ejected == self._told_ejected:
             return None
         self._told_ejected = ejected

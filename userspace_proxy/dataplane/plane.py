@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from userspace_proxy.dataplane.connections import Connections, Limits, raise_descriptor_limit
-from userspace_proxy.dataplane.pipes import PipePool
 from userspace_proxy.dataplane.picker import PickerMemory
+from userspace_proxy.dataplane.pipes import PipePool
 from userspace_proxy.dataplane.poller import Poller
 from userspace_proxy.dataplane.sockets import open_listener, reserve_refusing_port
 from userspace_proxy.dataplane.splice.copy import CopySplicer
@@ -23,13 +23,14 @@ from userspace_proxy.model.names import L4Protocol, ServicePortName
 
 _OPENED_A_STEP = 128
 
+# Takes what the access log says of one connection or flow that has ended.
+Record = Callable[[AccessRecord], None]
+
 # Engines by the name that `--splice` gives them.
 SPLICERS: dict[str, Callable[[Poller, asyncio.AbstractEventLoop, PipePool], Splicer]] = {
     "auto": PipeSplicer,
     "copy": lambda poller, loop, _: CopySplicer(poller, loop),
 }
-
-AccessLog = Callable[[AccessRecord], None]
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class PlaneContext:
     connections: Connections
     limits: Limits
     now: Callable[[], float]
-    access_log: AccessLog | None
+    access_log: Record | None
 
 
 class LocalPlane:
@@ -53,7 +54,7 @@ class LocalPlane:
     def __init__(
         self,
         limits: Limits,
-        access_log: AccessLog | None = None,
+        record: Record | None = None,
         now: Callable[[], float] = time.monotonic,
         splice: str = "auto",
     ) -> None:
@@ -71,7 +72,7 @@ class LocalPlane:
             connections=Connections(self._poller, loop, limits, now, self._descriptors_used, self._pipes.shed),
             limits=limits,
             now=now,
-            access_log=access_log,
+            access_log=record,
         )
         self._sweeper = asyncio.create_task(self._sweep(), name="sweep")
 
@@ -98,7 +99,13 @@ class LocalPlane:
             known.configure(spec)
         return known is not None
 
-    def serve(self, spec: ListenerSpec, sock: socket.socket) -> None:
+    def serve(
+        self,
+        spec: ListenerSpec,
+        sock: socket.socket,
+        backends: Backends | None = None,
+        memory: PickerMemory | None = None,
+    ) -> None:
         """Serve *spec* at *sock*, which is ours from now on; it is closed where that cannot be (OSError)."""
         try:
             if spec.name.protocol is L4Protocol.UDP:
@@ -108,17 +115,16 @@ class LocalPlane:
         except OSError:
             sock.close()
             raise
+        listener = self._listeners[spec.name]
+        if backends is not None:
+            listener.update(backends)
+        if memory is not None:
+            listener.picker.remember(memory)
 
     def take_news(self) -> dict[ServicePortName, PickerMemory]:
         """Return what pickers have learnt since the last call, by service port."""
         news = {name: listener.picker.take_news() for name, listener in self._listeners.items()}
         return {name: learnt for name, learnt in news.items() if learnt is not None}
-
-    def remember(self, memory: Mapping[ServicePortName, PickerMemory]) -> None:
-        """Give pickers what those of another process had learnt."""
-        for name, learnt in memory.items():
-            if name in self._listeners:
-                self._listeners[name].picker.remember(learnt)
 
     async def reserve(self, port: int) -> str:
         """Hold *port* so that the kernel refuses whoever dials it; return why not ("" when held)."""

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import msgspec
@@ -53,7 +54,6 @@ class RemotePlane:
         self._closing = False
         self._respawn: asyncio.Task[None] | None = None
         self.restarts = 0
-        self.access_lines_dropped = 0
 
     # ---- the process
 
@@ -98,15 +98,18 @@ class RemotePlane:
         if self.restarts > 1:
             await asyncio.sleep(_RESPAWN_PAUSE_S)  # one that dies at once must not be started all the time
         self.start()
-        self._send_opens([spec for name, spec in self._specs.items() if name in self._sockets])
-        self._send_updates(self._backends)
-        memory = [
-            (name, PickerMemory(list(self._pins.get(name, {}).items()), self._ejected.get(name, [])))
-            for name in self._specs
-            if name in self._pins or name in self._ejected
-        ]
-        for part in _parts(memory):
-            self._send(wire.Remember(part))
+        for part in _parts(list(self._specs.values()), DESCRIPTORS_A_FRAME):
+            names = [spec.name for spec in part]
+            known = wire.Open(
+                part,
+                len(part),
+                [(name, self._backends[name]) for name in names if name in self._backends],
+                [(name, self._memory_of(name)) for name in names],
+            )
+            self._send(known, [self._sockets[name].fileno() for name in names])
+
+    def _memory_of(self, name: ServicePortName) -> PickerMemory:
+        return PickerMemory(list(self._pins.get(name, {}).items()), self._ejected.get(name, []))
 
     def _send(self, request: wire.Request, descriptors: Sequence[int] = ()) -> asyncio.Future[wire.Answer]:
         future: asyncio.Future[wire.Answer] = asyncio.get_running_loop().create_future()
@@ -136,7 +139,10 @@ class RemotePlane:
             if not count % _A_FRAME:
                 await asyncio.sleep(0)
         self._specs.update({spec.name: spec for spec in (*new, *known)})
-        sent = self._send_opens(new)
+        sent = [
+            self._send(wire.Open(part, len(part)), [self._sockets[spec.name].fileno() for spec in part])
+            for part in _parts(new, DESCRIPTORS_A_FRAME)
+        ]
         sent += [self._send(wire.Open(part, 0)) for part in _parts(known)]
         for answer in await asyncio.gather(*sent):
             if isinstance(answer, wire.Done):
@@ -144,12 +150,6 @@ class RemotePlane:
         for name in refused:
             self._forget(name)
         return refused
-
-    def _send_opens(self, specs: list[ListenerSpec]) -> list[asyncio.Future[wire.Answer]]:
-        return [
-            self._send(wire.Open(part, len(part)), [self._sockets[spec.name].fileno() for spec in part])
-            for part in _parts(specs, DESCRIPTORS_A_FRAME)
-        ]
 
     async def reserve(self, port: int) -> str:
         try:
@@ -160,10 +160,7 @@ class RemotePlane:
 
     async def update(self, backends: Mapping[ServicePortName, Backends]) -> None:
         self._backends.update({name: given for name, given in backends.items() if name in self._specs})
-        await asyncio.gather(*self._send_updates(backends))
-
-    def _send_updates(self, backends: Mapping[ServicePortName, Backends]) -> list[asyncio.Future[wire.Answer]]:
-        return [self._send(wire.Update(part)) for part in _parts(list(backends.items()))]
+        await asyncio.gather(*(self._send(wire.Update(part)) for part in _parts(backends.items())))
 
     async def retire(self, names: Sequence[ServicePortName]) -> None:
         for name in names:
@@ -180,14 +177,12 @@ class RemotePlane:
         with contextlib.suppress(SyncError):
             answer = await self._send(wire.TellStats())
             if isinstance(answer, wire.Stats):
-                self.access_lines_dropped = answer.access_lines_dropped
-                return PlaneStats(
-                    dict(answer.services), answer.connections_open, answer.accept_paused, answer.local_shortages
-                )
-        return PlaneStats({})
+                return replace(answer.rest, services=dict(answer.services), worker_restarts=self.restarts)
+        return PlaneStats({}, worker_restarts=self.restarts)
 
     def cut(self) -> None:
-        self._send(wire.Cut())
+        if self._channel is not None:
+            self._channel.send(wire.encode(wire.Cut()))
 
     async def close(self, drain_timeout_s: float) -> None:
         """Let the worker drain and end."""
@@ -209,6 +204,11 @@ class RemotePlane:
                 await asyncio.to_thread(self._process.wait)
 
     # ---- what pickers learn
+
+    @property
+    def known_pins(self) -> int:
+        """How many clients stay where they are if the worker dies now."""
+        return sum(map(len, self._pins.values()))
 
     def _note(self, news: wire.News) -> None:
         for name, memory in news.memory:

@@ -9,7 +9,7 @@ import msgspec
 
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.picker import PickerMemory
-from userspace_proxy.interfaces import Backends, Counters, ListenerSpec
+from userspace_proxy.interfaces import Backends, Counters, ListenerSpec, PlaneStats
 from userspace_proxy.model.names import ServicePortName
 
 
@@ -28,10 +28,16 @@ class WorkerSettings(msgspec.Struct, frozen=True):
 
 
 class Open(msgspec.Struct, frozen=True, tag=True):
-    """Serve these. A descriptor comes with each of the first *new* of them; the others are configured anew."""
+    """Serve these. A descriptor comes with each of the first *new* of them; the others are configured anew.
+
+    For the worker that takes another's place *backends* and *memory* are what that one knew: both are there before
+    the first client is accepted.
+    """
 
     specs: list[ListenerSpec]
     new: int
+    backends: list[tuple[ServicePortName, Backends]] = []
+    memory: list[tuple[ServicePortName, PickerMemory]] = []
 
 
 class Update(msgspec.Struct, frozen=True, tag=True):
@@ -42,23 +48,19 @@ class Retire(msgspec.Struct, frozen=True, tag=True):
     names: list[ServicePortName]
 
 
-class Remember(msgspec.Struct, frozen=True, tag=True):
-    memory: list[tuple[ServicePortName, PickerMemory]]
-
-
 class TellStats(msgspec.Struct, frozen=True, tag=True):
-    pass
+    """Answered with `Stats`."""
 
 
 class Cut(msgspec.Struct, frozen=True, tag=True):
-    pass
+    """Done at once, before whatever else was asked (a drain, say), and not answered."""
 
 
 class Close(msgspec.Struct, frozen=True, tag=True):
     drain_timeout_s: float
 
 
-Request = Open | Update | Retire | Remember | TellStats | Cut | Close
+Request = Open | Update | Retire | TellStats | Cut | Close
 
 # ---- worker -> control
 
@@ -70,11 +72,10 @@ class Done(msgspec.Struct, frozen=True, tag=True):
 
 
 class Stats(msgspec.Struct, frozen=True, tag=True):
+    """*services* are pairs, because a name is no key that msgpack has."""
+
     services: list[tuple[ServicePortName, Counters]]
-    connections_open: int
-    accept_paused: int
-    local_shortages: int
-    access_lines_dropped: int
+    rest: PlaneStats
 
 
 class News(msgspec.Struct, frozen=True, tag=True):

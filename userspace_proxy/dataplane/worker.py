@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 from collections import deque
+from dataclasses import replace
 
 import msgspec
 
@@ -42,7 +43,11 @@ class Worker:
         self._channel = Channel(sock, self._on_frame, self._on_close)
 
     def _on_frame(self, body: bytes, descriptors: list[int]) -> None:
-        self._requests.append((wire.requests.decode(body), descriptors))
+        request = wire.requests.decode(body)
+        if isinstance(request, wire.Cut):
+            self._plane.cut()
+            return
+        self._requests.append((request, descriptors))
         self._asked.set()
 
     def _on_close(self) -> None:
@@ -74,35 +79,33 @@ class Worker:
     async def _do(self, request: wire.Request, descriptors: list[int]) -> wire.Answer:
         plane = self._plane
         match request:
-            case wire.Open(specs, new):
-                return self._open(specs, new, descriptors)
+            case wire.Open():
+                return self._open(request, descriptors)
             case wire.Update(backends):
                 await plane.update(dict(backends))
             case wire.Retire(names):
                 await plane.retire(names)
-            case wire.Remember(memory):
-                plane.remember(dict(memory))
             case wire.TellStats():
                 stats = await plane.stats()
                 dropped = self._access_log.dropped if self._access_log else 0
-                counters = list(stats.services.items())
                 return wire.Stats(
-                    counters, stats.connections_open, stats.accept_paused, stats.local_shortages, dropped
+                    list(stats.services.items()), replace(stats, services={}, access_lines_dropped=dropped)
                 )
-            case wire.Cut():
-                plane.cut()
             case wire.Close(drain_timeout_s):
                 await plane.close(drain_timeout_s)
         return wire.Done()
 
-    def _open(self, specs: list[wire.ListenerSpec], new: int, descriptors: list[int]) -> wire.Done:
+    def _open(self, request: wire.Open, descriptors: list[int]) -> wire.Done:
         refused = []
-        for spec, descriptor in zip(specs[:new], descriptors, strict=True):
+        backends, memory = dict(request.backends), dict(request.memory)
+        for spec, descriptor in zip(request.specs[: request.new], descriptors, strict=True):
             try:
-                self._plane.serve(spec, socket.socket(fileno=descriptor))
+                self._plane.serve(
+                    spec, socket.socket(fileno=descriptor), backends.get(spec.name), memory.get(spec.name)
+                )
             except OSError as error:
                 refused.append((spec.name, f"port {spec.proxy_port}: {error.strerror}"))
-        for spec in specs[new:]:
+        for spec in request.specs[request.new :]:
             self._plane.configure(spec)
         return wire.Done(refused)
 
