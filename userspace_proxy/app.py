@@ -8,6 +8,7 @@ import gc
 import ipaddress
 import logging
 import signal
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from userspace_proxy.dataplane.plane import LocalPlane
 from userspace_proxy.dataplane.remote import RemotePlane
 from userspace_proxy.dataplane.wire import WorkerSettings
 from userspace_proxy.errors import StartError, SyncError
-from userspace_proxy.instance import lock_instance, running_as, running_instance
+from userspace_proxy.instance import answer, lock_instance, running_as, running_instance
 from userspace_proxy.interfaces import Capture, DataPlane, EventType, ObjectEvent, StateSink
 from userspace_proxy.logs import AccessLog, recorder
 from userspace_proxy.model.names import ServicePortName
@@ -71,10 +72,12 @@ class App:
         settings = self._settings
         _require_net_admin()
         loop = asyncio.get_running_loop()
-        for signum in (signal.SIGTERM, signal.SIGINT):
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(signum, self._on_signal)
         async with contextlib.AsyncExitStack() as stack:
-            stack.enter_context(contextlib.closing(lock_instance()))
+            lock = stack.enter_context(contextlib.closing(lock_instance()))
+            loop.add_reader(lock.fileno(), answer, lock)
+            stack.callback(loop.remove_reader, lock.fileno())
             try:
                 language = choose_language(settings.rules)
             except SyncError as error:
@@ -99,8 +102,15 @@ class App:
             )
 
             def health() -> Health:
-                problems = [*source.problems.values(), *tracker.problems.values(), *map(str, proxier.unopened.values())]
-                reason = controller.error or ("" if controller.ready.is_set() else "the first sync is not done")
+                problems = [
+                    *source.problems.values(),
+                    *tracker.problems.values(),
+                    *(f"{name}: {why}" for name, why in proxier.unopened.items()),
+                ]
+                reason = "" if controller.ready.is_set() else "the first sync is not done"
+                if controller.failing_since is not None:
+                    since = time.strftime("%H:%M:%S", time.localtime(controller.failing_since))
+                    reason = f"since {since}: {controller.error}"
                 if self._stop.is_set():
                     reason = "the proxy stops"
                 return Health(not reason, reason, controller.synced_at, problems)
@@ -282,10 +292,11 @@ class _Saver:
 
 async def _settle_in(controller: Controller, language: str) -> None:
     """What is worth doing once, after the first sync."""
-    await controller.ready.wait()
+    await controller.attempted.wait()
     # What is there now stays for long: the collector need not walk over it again and again.
     gc.freeze()
     gc.enable()
+    await controller.ready.wait()
     for other, make in KERNELS.items():
         if other != language:
             with contextlib.suppress(SyncError):
@@ -345,8 +356,8 @@ async def cleanup() -> None:
         SyncError: something could not be removed.
     """
     _require_net_admin()
-    if running_instance() is not None:
-        raise StartError(f"userspace-proxy{running_as()} is running; stop it, it takes its rules away itself")
+    if (pid := running_instance()) is not None:
+        raise StartError(f"userspace-proxy{running_as(pid)} is running; stop it, it takes its rules away itself")
     for make in KERNELS.values():
         await make().remove()
     await network.remove_routes()

@@ -84,6 +84,10 @@ class Proxier(StateSink, Protocol):
 
 # ---- rules in the kernel
 
+# The mark on our own packets to backends, which rules pass by. One bit, none of those that kube-proxy (0x4000,
+# 0x8000), Cilium (0x0f00) and Calico (0xffff0000) use.
+OWN_MARK = 0x2000
+
 
 class Capture(Enum):
     """How packets to a portal come to us: REDIRECT to the incoming interface's address, or DNAT to one on ``lo``."""

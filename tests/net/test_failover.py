@@ -196,3 +196,18 @@ def test_an_open_connection_survives_that_its_endpoint_leaves(proxy: Proxy, worl
         sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         assert b"pod1" in sock.recv(4096), "existing connections are not cut (behaviours U4)"
         wait_until(lambda: ask(world.client, "10.96.3.10") == "pod2", "new connections go elsewhere")
+
+
+def test_an_endpoint_that_is_a_portal_of_ours_does_not_lead_back_to_us(proxy: Proxy, world: ServiceLab) -> None:
+    """Without end, one connection would take every descriptor there is."""
+    proxy.serve("loop", "10.96.3.11", "10.96.3.12", http_port=80)
+    proxy.serve("pool", "10.96.3.12", "10.96.3.11", http_port=80)
+    proxy.serve("other", "10.96.3.13", POD1)
+
+    for address in ("10.96.3.11", "10.96.3.12"):
+        with pytest.raises(OSError, match=r"reset|refused|timed out"):
+            ask(world.client, address, timeout_s=6)
+        ask_udp(world.client, address, timeout_s=0.2)
+
+    assert ask(world.client, "10.96.3.13") == "pod1"
+    assert proxy.metric("userspace_proxy_connections_total", service="pool") == 1

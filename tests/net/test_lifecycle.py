@@ -476,3 +476,59 @@ def test_all_in_one_process_serves_too(fresh_proxy: Proxy, world: ServiceLab) ->
     assert {ask(world.client, "10.96.4.1") for _ in range(2)} == {"pod1", "pod2"}
     fresh_proxy.stop()
     assert len(fresh_proxy.access_lines()) == 2
+
+
+def test_asking_who_runs_is_answered_however_often(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    serve_web(fresh_proxy)
+    fresh_proxy.start()
+
+    with world.node.inside():
+        # Some ask and never go away.
+        held = [socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(80)]
+        for sock in held:
+            sock.connect("\0userspace-proxy")
+    said = [told(world.node, fresh_proxy, "cleanup") for _ in range(3)]
+
+    assert all("is running" in line for line in said)
+    for sock in held:
+        sock.close()
+
+
+def test_a_closed_terminal_stops_the_proxy_cleanly(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    serve_web(fresh_proxy)
+    fresh_proxy.start()
+
+    assert fresh_proxy.stop(signal.SIGHUP) == 0
+
+    assert not traces(world.node)
+
+
+def test_running_out_of_descriptors_at_the_start_ends_nothing(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    fresh_proxy.apply("many", documents(*(service(f"many-{index}", "") for index in range(200))))
+    serve_web(fresh_proxy)
+    command = fresh_proxy.command(*fresh_proxy.run_arguments())
+    fresh_proxy.process = world.node.start("prlimit", "--nofile=256:256", *command, log=fresh_proxy.log_file)
+
+    wait_until(lambda: "has no listener" in fresh_proxy.log(), "the want is named")
+
+    assert fresh_proxy.process.poll() is None
+    assert "Traceback" not in fresh_proxy.log()
+
+
+def test_health_is_answered_however_many_connections_are_held_to_it(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    serve_web(fresh_proxy)
+    fresh_proxy.start()
+    held = []
+    for _ in range(200):
+        try:
+            held.append(connect(world.client, "192.168.50.1", 10256))
+        except OSError:
+            break
+    assert fresh_proxy.process is not None
+    descriptors = len(os.listdir(f"/proc/{fresh_proxy.process.pid}/fd"))
+
+    assert descriptors < 200, "what a client can make us hold has bounds"
+    assert answers(world.client, "10.96.4.1", 80)
+    for sock in held:
+        sock.close()
+    wait_until(lambda: fresh_proxy.get("/healthz", 10256)[0] == 200, "health is answered again")

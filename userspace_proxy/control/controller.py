@@ -40,6 +40,7 @@ class Controller:
         self._after_sync = after_sync
         self._changed = asyncio.Event()
         self.ready = asyncio.Event()
+        self.attempted = asyncio.Event()
         self.synced_at: float | None = None
         self.failing_since: float | None = None
         self.error = ""
@@ -70,6 +71,7 @@ class Controller:
             await asyncio.sleep(self._pacer.delay_s())
             self._changed.clear()
             await self._sync()
+            self.attempted.set()
 
     async def _sync(self) -> None:
         started_at = time.monotonic()

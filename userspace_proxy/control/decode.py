@@ -33,6 +33,12 @@ _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _TYPES = ("ClusterIP", "NodePort", "LoadBalancer", "ExternalName")
 _PROTOCOLS = ("TCP", "UDP", "SCTP")
+# Canonical addresses that the API refuses as those of Services and endpoints; a match is ten times cheaper than asking
+# `ipaddress`.
+_SPECIAL_IP = re.compile(
+    r"(?P<unspecified>0\.0\.0\.0\Z|::\Z)|(?P<broadcast>255\.255\.255\.255\Z)|(?P<loopback>127\.|::1\Z)"
+    r"|(?P<multicast>22[4-9]\.|23[0-9]\.|ff[0-9a-f]{2}:)|(?P<link_local>169\.254\.|fe[89ab][0-9a-f]:)"
+)
 
 
 # ---- Service
@@ -77,13 +83,13 @@ def service_errors(service: api.Service) -> Iterator[ConfigError]:
     yield from _affinity_errors(spec)
     yield from _cluster_ips_errors(spec)
     for index, ip in enumerate(spec.external_ips or ()):
-        yield from ip_errors(ip, f"spec.externalIPs[{index}]")
+        yield from virtual_ip_errors(ip, f"spec.externalIPs[{index}]")
 
 
 def _cluster_ips_errors(spec: api.objects.ServiceSpec) -> Iterator[ConfigError]:
     fields = _cluster_ip_fields(spec)
     both = [("spec.clusterIP", spec.cluster_ip)] if spec.cluster_ip and spec.cluster_ips else []
-    if errors := [error for field, given in [*both, *fields] for error in ip_errors(given, field)]:
+    if errors := [error for field, given in [*both, *fields] for error in virtual_ip_errors(given, field)]:
         yield from errors
         return
     families: set[bool] = set()
@@ -199,7 +205,8 @@ def given_cluster_ips(service: api.Service) -> list[tuple[str, str]]:
 def canonical_ip(ip: str, field: str = "") -> str:
     """Return *ip* in canonical form; zeros in front are read as decimal, as older manifests write them.
 
-    A zone (``fe80::1%eth0``) is refused: it means something on one host only, and no rule could match it.
+    An IPv4 address written as IPv6 (``::ffff:10.96.0.10``) is the IPv4 address, as it is for Kubernetes. A zone
+    (``fe80::1%eth0``) is refused: it means something on one host only, and no rule could match it.
 
     Raises:
         ConfigError: it is no IP address.
@@ -216,7 +223,8 @@ def canonical_ip(ip: str, field: str = "") -> str:
     if "%" in text:
         raise ConfigError(f"{ip!r} has a zone", field=field, mend="write the address alone")
     try:
-        return str(ipaddress.ip_address(text))
+        address = ipaddress.ip_address(text)
+        return str((address.ipv4_mapped if address.version == 6 else None) or address)
     except ValueError:
         if ip.strip().lower() == "none":
             raise ConfigError(
@@ -227,20 +235,46 @@ def canonical_ip(ip: str, field: str = "") -> str:
         ) from None
 
 
-def ip_errors(ip: str, field: str) -> Iterator[ConfigError]:
-    """Yield why *ip* is no IP address, if it is none."""
+def virtual_ip_errors(ip: str, field: str) -> Iterator[ConfigError]:
+    """Yield why *ip* is no address that a Service can have for its own, if it is none."""
     try:
-        canonical_ip(ip, field)
+        special = _SPECIAL_IP.match(canonical_ip(ip, field))
     except ConfigError as error:
         yield error
+        return
+    if special:
+        yield ConfigError(
+            f"{ip!r} is {_named(special)}, which no Service can have", field=field, mend="choose one such as 10.96.0.10"
+        )
 
 
 def backend_ip_errors(ip: str, field: str) -> Iterator[ConfigError]:
     """Yield why *ip* is no address of a backend, if it is none."""
-    for error in ip_errors(ip, field):
+    mend = "write the backend's address, such as 10.244.0.2"
+    try:
+        special = _no_backend(canonical_ip(ip, field))
+    except ConfigError as error:
         is_name = ":" not in ip and any(letter.isalpha() for letter in ip)
-        mend = "write the backend's address, such as 10.244.0.2"
-        yield ConfigError(error.reason, field=field, mend=f"{mend}; names are not resolved" if is_name else mend)
+        mend = f"{mend}; names are not resolved" if is_name else mend
+        yield ConfigError(error.reason, field=field, mend=mend)
+        return
+    if special:
+        yield ConfigError(f"{ip!r} is {_named(special)}, which no backend can have", field=field, mend=mend)
+
+
+def _no_backend(ip: str) -> re.Match[str] | None:
+    """Return why the canonical *ip* is none of a backend.
+
+    The API refuses loopback addresses, too. Here they are allowed: who tries a proxy on one host with manifests of
+    his own has his backends there.
+    """
+    special = _SPECIAL_IP.match(ip)
+    return None if special and special.lastgroup == "loopback" else special
+
+
+def _named(special: re.Match[str]) -> str:
+    name = (special.lastgroup or "").replace("_", "-")
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name} address"
 
 
 def service_ports(
@@ -411,7 +445,9 @@ def endpoints_of(service_port: ServicePort, sources: Iterable[EndpointsByPort]) 
 
 
 def _ip_or_none(ip: str) -> str | None:
+    """Return *ip* in canonical form; None where it is none that a backend can have."""
     try:
-        return canonical_ip(ip)
+        canonical = canonical_ip(ip)
     except ConfigError:
         return None
+    return None if _no_backend(canonical) else canonical

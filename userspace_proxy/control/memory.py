@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import logging
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -47,14 +47,17 @@ class StateDir:
 
     def save(self, memory: Memory) -> None:
         """Replace the file, whole or not at all; a failure is reported and costs only the memory."""
-        temporary = self._file.with_suffix(f".{os.getpid()}.tmp")
+        temporary = None
         try:
-            with temporary.open("wb") as out:
+            # A name of its own: another process may save at the same time, in a container even with our process id.
+            descriptor, name = tempfile.mkstemp(dir=self._file.parent, prefix=f"{_NAME}.")
+            temporary = Path(name)
+            with open(descriptor, "wb") as out:  # noqa: PTH123 - a descriptor
                 out.write(msgspec.json.format(msgspec.json.encode(memory, order="sorted")))
                 out.flush()
                 os.fsync(out.fileno())
             temporary.replace(self._file)
         except OSError as error:
             log.warning("%s cannot be written, addresses may move at the next start: %s", self._file, error)
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)

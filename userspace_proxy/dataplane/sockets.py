@@ -9,6 +9,7 @@ import socket
 import struct
 from pathlib import Path
 
+from userspace_proxy.interfaces import OWN_MARK
 from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.names import L4Protocol
 
@@ -146,9 +147,18 @@ def keep_alive(sock: socket.socket, dead_peer_timeout_s: float) -> None:
 
 
 def backend_socket(kind: socket.SocketKind, address: Address) -> socket.socket:
-    """Return a non-blocking socket of the family of *address*, not connected yet."""
+    """Return a non-blocking socket of the family of *address*, not connected yet.
+
+    It is marked, so that rules pass it by: an endpoint that is a portal itself would lead back to us, for ever.
+    """
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-    return socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    sock = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, OWN_MARK)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def is_self_connected(sock: socket.socket, address: Address) -> bool:

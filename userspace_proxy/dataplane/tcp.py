@@ -68,25 +68,31 @@ class TcpListener:
     def close(self) -> None:
         """Stop listening; connections of this listener live on, also those that were made but not yet accepted."""
         self._context.poller.leave(self._sock)
-        self._accept()
+        while self._accept_some():
+            pass
         self._sock.close()
 
     def _accept(self) -> None:
+        self._accept_some()
+
+    def _accept_some(self) -> bool:
+        """Accept a turn's worth; return whether there may be more."""
         connections = self._context.connections
         for _ in range(ACCEPTS_A_TURN):
             if not connections.has_room():
-                return
+                return False
             try:
                 client, address = self._sock.accept()
             except BlockingIOError:
-                return
+                return False
             except OSError as error:
                 if error.errno in LOCAL_SHORTAGES:
                     connections.note_shortage(error)
-                    return
+                    return False
                 continue  # of that one client: it has gone already, or a firewall was against it
             client.setblocking(False)
             TcpConnection(self, client, (plain_ip(address[0]), address[1]), self._context).begin()
+        return True
 
     def portal_of(self, client: socket.socket, client_ip: str) -> Portal | None:
         """Return the portal that *client* dialled, or None when it came to the proxy port by another way."""

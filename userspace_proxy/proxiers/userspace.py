@@ -7,7 +7,9 @@ load leaves the old rules *and* the old listeners serving.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import os
 from collections.abc import Container, Mapping
 
 from userspace_proxy.errors import SyncError
@@ -146,10 +148,11 @@ class UserspaceProxier:
         async with self._lock:
             self._state = state
             self._outdated |= await self._open(state.service_ports)
-            self._outdated |= await self._update(state.endpoints)
+            emptied = await self._update(state.endpoints)
             gone = [name for name in self._opened if name not in state.service_ports]
             if self._outdated or gone:
                 await self._load(state)
+            await self._give(emptied, state)  # now that nobody is led there any more
             self._tell_new(state)
             await self._retire(gone)
 
@@ -199,7 +202,9 @@ class UserspaceProxier:
         """Return the port to try next for a listener that could not be opened; None to give up until the next sync."""
         tried.add(spec.proxy_port)
         self._ports.release(spec.name)
-        port = self._ports.next_for(spec.name, tried) if len(tried) < _PORT_TRIES else None
+        # Another port does not help against a want of descriptors.
+        hopeless = len(tried) >= _PORT_TRIES or os.strerror(errno.EMFILE) in why
+        port = None if hopeless else self._ports.next_for(spec.name, tried)
         if port is None:
             self._note_unopened(spec.name, why)
         return port
@@ -223,20 +228,32 @@ class UserspaceProxier:
             refused.add(port)
         raise SyncError(f"no port of --proxy-port-range can be held ({why}); choose another range")
 
-    async def _update(self, endpoints: Mapping[ServicePortName, tuple[Endpoint, ...]]) -> bool:
-        """Give changed endpoints to the data plane; return whether a service port got its first or lost its last."""
-        backends = {}
-        moved = False
+    async def _update(self, endpoints: Mapping[ServicePortName, tuple[Endpoint, ...]]) -> list[ServicePortName]:
+        """Give changed endpoints to the data plane; return the service ports that have none left.
+
+        These keep what they have until the rules refuse for them: nobody is accepted only to be reset.
+        """
+        given, emptied = [], []
         for name, known in endpoints.items():
             if self._given.get(name) is known:
                 continue
-            usable = usable_endpoints(known)
-            backends[name] = Backends(usable, serving_endpoints(known))
-            moved |= (name in self._backed) is not bool(usable)
-            (self._backed.add if usable else self._backed.discard)(name)
-        await self._plane.update(backends)
-        self._given.update({name: endpoints[name] for name in backends})
-        return moved
+            usable = bool(usable_endpoints(known))
+            self._outdated |= (name in self._backed) is not usable
+            if usable:
+                self._backed.add(name)
+                given.append(name)
+            else:
+                self._backed.discard(name)
+                emptied.append(name)
+        await self._give(given, self._state)
+        return emptied
+
+    async def _give(self, names: list[ServicePortName], state: ProxyState) -> None:
+        if not names:
+            return
+        known = {name: state.endpoints[name] for name in names}
+        await self._plane.update({n: Backends(usable_endpoints(e), serving_endpoints(e)) for n, e in known.items()})
+        self._given.update(known)
 
     async def _load(self, state: ProxyState) -> None:
         redirects = self._redirects(state)
@@ -262,6 +279,8 @@ class UserspaceProxier:
         return redirects
 
     async def _retire(self, gone: list[ServicePortName]) -> None:
+        for name in [name for name in self.unopened if name not in self._state.service_ports]:
+            del self.unopened[name]
         if not gone:
             return
         await self._plane.retire(gone)
@@ -271,8 +290,6 @@ class UserspaceProxier:
             self._given.pop(name, None)
             self._backed.discard(name)
             self._ports.release(name)
-        for name in [name for name in self.unopened if name not in self._state.service_ports]:
-            del self.unopened[name]
 
     # ---- what happens without a new state
 
@@ -307,6 +324,8 @@ class UserspaceProxier:
                 changed.clear()
                 try:
                     await self._repair()
+                    if self.unopened:
+                        await self.sync(self._state)
                 except SyncError as error:
                     log.error("rules were changed by somebody else and cannot be loaded again: %s", error)  # noqa: TRY400
                     changed.set()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from userspace_proxy.interfaces import Capture, Redirects
+from userspace_proxy.interfaces import OWN_MARK, Capture, Redirects
 from userspace_proxy.model.names import L4Protocol
 from userspace_proxy.rules.nft import LOCAL_ADDRESS4, LOCAL_ADDRESS6
 
@@ -17,7 +17,10 @@ GUARD = "USERSPACE-PROXY-GUARD"
 
 # Table -> built-in chain -> the jump to ours, as iptables-save prints it behind the chain's name.
 _JUMPS = {
-    "nat": {"PREROUTING": f"-j {CHAIN}", "OUTPUT": f"-j {CHAIN}"},
+    "nat": {
+        "PREROUTING": f"-j {CHAIN}",
+        "OUTPUT": f"-m mark ! --mark {OWN_MARK:#x}/{OWN_MARK:#x} -j {CHAIN}",
+    },
     "filter": {"INPUT": f"-m conntrack --ctstate NEW -j {GUARD}"},
 }
 _PORTS_A_MATCH = 15  # as many as -m multiport takes

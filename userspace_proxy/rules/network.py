@@ -27,6 +27,14 @@ _DEAD_ROUTES = ("unreachable", "blackhole", "prohibit", "throw")
 log = logging.getLogger(__name__)
 
 
+def _parsed(text: str) -> Any:
+    """Return what a tool printed as JSON; it prints nothing for an empty list. Raises SyncError."""
+    try:
+        return json.loads(text) if text.strip() else []
+    except ValueError as error:
+        raise SyncError(f"a tool printed what is no JSON: {error}") from None
+
+
 # ---- routes for clients on this node
 
 
@@ -52,7 +60,7 @@ async def add_routes(networks: Iterable[Network]) -> list[Network]:
         family = [n for n in wanted if n.version == version]
         if not family:
             continue
-        listed = json.loads(await run_tool("ip", "-json", f"-{version}", "route", "show") or "[]")
+        listed = _parsed(await run_tool("ip", "-json", f"-{version}", "route", "show"))
         everything = "0.0.0.0/0" if version == 4 else "::/0"
         leading = [r["dst"] for r in listed if r.get("type") not in _DEAD_ROUTES]
         routes = [everything if destination == "default" else destination for destination in leading]
@@ -95,7 +103,7 @@ async def remove_local_addresses() -> None:
 async def lacks_addresses() -> bool:
     """Return whether this host has no IPv4 address but those of ``lo``."""
     try:
-        return not json.loads(await run_tool("ip", "-json", "-4", "address", "show", "scope", "global") or "[]")
+        return not _parsed(await run_tool("ip", "-json", "-4", "address", "show", "scope", "global"))
     except SyncError:
         return False
 
@@ -119,8 +127,8 @@ def unnumbered_interfaces(links: Sequence[dict[str, Any]], routes: Sequence[dict
 
 
 async def find_unnumbered_interfaces() -> list[str]:
-    links = json.loads(await run_tool("ip", "-json", "address", "show") or "[]")
-    routes = json.loads(await run_tool("ip", "-json", "-4", "route", "show", "table", "all") or "[]")
+    links = _parsed(await run_tool("ip", "-json", "address", "show"))
+    routes = _parsed(await run_tool("ip", "-json", "-4", "route", "show", "table", "all"))
     return unnumbered_interfaces(links, routes)
 
 
@@ -175,7 +183,7 @@ async def find_blocking_firewall() -> list[str]:
     """Return what on this node would drop redirected traffic, each with the command that mends it."""
     found = []
     if is_installed("nft"):
-        listed = json.loads(await run_tool("nft", "--json", "--terse", "list", "ruleset") or "{}")
+        listed = _parsed(await run_tool("nft", "--json", "--terse", "list", "ruleset")) or {}
         found += [
             f"nftables chain '{chain}' drops what it does not know; `nft insert rule {chain} ct status dnat accept` "
             "lets it pass"

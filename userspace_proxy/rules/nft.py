@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 
-from userspace_proxy.interfaces import Capture, Redirects
+from userspace_proxy.interfaces import OWN_MARK, Capture, Redirects
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.service import Portal
 
@@ -50,7 +50,7 @@ table {TABLE} {{
 	}}
 	chain output {{
 		type nat hook output priority -105; policy accept;
-		jump services
+		meta mark & {OWN_MARK:#x} == 0 jump services
 	}}
 	chain services {{
 {_rules(redirects.capture)}

@@ -48,6 +48,8 @@ async def run_tool(tool: str, *arguments: str, stdin: str = "") -> str:
         # A load that is under way cannot be taken back: whoever cancels must not act before it has ended.
         await asyncio.wait({running})
         raise
+    except (OSError, RuntimeError) as error:  # no descriptor, no memory, no thread
+        raise SyncError(f"{tool} could not be started: {error}") from error
     except subprocess.TimeoutExpired:
         raise SyncError(f"{tool} has not answered for {_TIMEOUT_S:.0f} s") from None
     if done.returncode:
@@ -56,7 +58,8 @@ async def run_tool(tool: str, *arguments: str, stdin: str = "") -> str:
 
 
 def _run(command: list[str], stdin: bytes) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(command, input=stdin, capture_output=True, timeout=_TIMEOUT_S, check=False)
+    # A process group of its own: Ctrl-C is for us, and must not end a removal half-way.
+    return subprocess.run(command, input=stdin, capture_output=True, timeout=_TIMEOUT_S, check=False, process_group=0)
 
 
 def _reason(stderr: str) -> str:

@@ -7,6 +7,7 @@ and one whose text did not change is not parsed again (10,000 Services: 4 ms ins
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ _TYPE_ERRORS_MAX = 50
 _PORT_PAIR = re.compile(r"(\d{1,5}):\d{1,5}")
 # So many duplicates between two files are shown one by one; more are a copy of the file.
 _DUPLICATES_MAX = 10
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,15 @@ def parse(document: Document, *, for_check: bool = False) -> tuple[list[Manifest
     that can be said (see Manifest), also of objects that follow each other without a separator.
     """
     try:
+        return _parse(document, for_check=for_check)
+    except Exception as error:  # one document that nobody thought of must not stop the others
+        log.exception("a bug: %s:%d: the document cannot be read", document.path, document.line)
+        said = ConfigError(f"a bug: {error!r}", mend="please report it, with this document")
+        return [], [Problem(document.path, document.line, said)]
+
+
+def _parse(document: Document, *, for_check: bool) -> tuple[list[Manifest], list[Problem]]:
+    try:
         plain, keys_were_lost = plain_value(document.text)
         begins, twice = keys_that_stand_twice(document.text) if keys_were_lost else ([], [])
     except yaml.YAMLError as error:
@@ -130,22 +142,31 @@ def _parse_pieces(document: Document, begins: list[int]) -> tuple[list[Manifest]
     return manifests, problems
 
 
-def _items(document: Document, plain: object, prefix: str = "") -> Iterator[tuple[Place, object]]:
+def _is_list(plain: object) -> bool:
     kind = plain.get("kind") if isinstance(plain, dict) else None
     items = plain.get("items") if isinstance(plain, dict) else None
-    if isinstance(kind, str) and kind.endswith("List") and (items is None or isinstance(items, list)):
-        for index, item in enumerate(items or ()):
-            if isinstance(item, dict) and "kind" not in item and kind != "List":
-                item = {"kind": kind.removesuffix("List"), **item}
-            yield from _items(document, item, f"{prefix}items[{index}].")
-    else:
-        yield Place(document, prefix), plain
+    return isinstance(kind, str) and kind.endswith("List") and (items is None or isinstance(items, list))
+
+
+def _items(document: Document, plain: Any) -> Iterator[tuple[Place, object]]:
+    if not _is_list(plain):
+        yield Place(document), plain
+        return
+    kind = plain["kind"]
+    for index, item in enumerate(plain.get("items") or ()):
+        if isinstance(item, dict) and "kind" not in item and kind != "List":
+            item = {"kind": kind.removesuffix("List"), **item}
+        yield Place(document, f"items[{index}]."), item
 
 
 def _manifest(place: Place, plain: object, *, for_check: bool) -> Manifest:
     if not isinstance(plain, dict):
         raise html_error(place.document.text) or ConfigError(
             "this is no Kubernetes object", mend="it must be a mapping with apiVersion, kind and metadata"
+        )
+    if _is_list(plain):  # no tool writes one, and by anchors it may contain itself, or a million objects in a few lines
+        raise ConfigError(
+            "a List inside of a List is not read", field="kind", mend="write its items into the outer one"
         )
     kind = plain.get("kind")
     if not isinstance(kind, str) or not kind:

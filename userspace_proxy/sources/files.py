@@ -8,26 +8,35 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import sys
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from userspace_proxy import api
-from userspace_proxy.errors import ConfigError, StartError
+from userspace_proxy.errors import StartError
 from userspace_proxy.interfaces import EventType, ObjectEvent
 from userspace_proxy.model.names import NamespacedName
 from userspace_proxy.sources.documents import Manifest, Problem, duplicates, parse, split
 from userspace_proxy.sources.lines import Document
+from userspace_proxy.sources.paths import (
+    STDIN,
+    UNREADABLE,
+    begin_to_read_stream,
+    check_path,
+    expand,
+    is_stream,
+    read,
+    read_stream,
+    shown,
+    unreadable,
+    watched_folders,
+)
 
-STDIN = "-"
-_ENDINGS = (".yaml", ".yml", ".json")
 # An editor writes, renames and touches in one go; more than that is waited for only in `run`'s own pace.
 _SETTLE_MS = 25
 _LOOK_AGAIN_MS = 1_000
 _BATCH = 2_000
-_FOLDERS_SHOWN = 3
 
 ObjectKey = tuple[str, NamespacedName]
 
@@ -79,7 +88,7 @@ class _Change:
 
 
 class FileSource:
-    """Reads *paths* (manifest files, folders of them, ``-`` for stdin) and watches them."""
+    """Reads *paths* (manifest files, folders of them, ``-`` for stdin, pipes) and watches them."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self._paths = list(dict.fromkeys(path if path == STDIN else str(Path(path)) for path in paths))
@@ -91,8 +100,10 @@ class FileSource:
         self._problems: dict[str, str] = {}
         self._faults: list[str] = []
         self._skipped_kinds: set[str] = set()
+        self._streams: dict[str, asyncio.Future[str | Exception]] = {}
         for path in self._paths:
             check_path(path)
+        self._stream_paths = frozenset(path for path in self._paths if is_stream(path))
 
     @property
     def problems(self) -> Mapping[str, str]:
@@ -101,8 +112,10 @@ class FileSource:
     async def events(self) -> AsyncGenerator[Sequence[ObjectEvent]]:
         changed = asyncio.Event()
         watch = asyncio.create_task(self._watch(changed), name="watch files")
+        watch.add_done_callback(lambda _: changed.set())
         try:
             await asyncio.sleep(0)  # the watch stands before the first look, so that nothing falls between
+            await self._read_streams()
             first = self._read()
             for start in range(0, len(first), _BATCH):
                 yield first[start : start + _BATCH]
@@ -111,6 +124,8 @@ class FileSource:
             while True:
                 await changed.wait()
                 changed.clear()
+                if watch.done():
+                    raise RuntimeError("the files are watched no more") from watch.exception()
                 if events := self._read():
                     yield events
         finally:
@@ -121,30 +136,41 @@ class FileSource:
         """Set *changed* whenever something in the folders of our paths has changed, and once a second.
 
         The second look finds what no watch tells: the target of a link that lies elsewhere, a folder that was
-        made anew, a file on a network share.
+        made anew, a file on a network share. It goes on by itself where the watch ends.
         """
-        from watchfiles import awatch
-
-        folders = {str(folder) for path in self._paths for folder in _watched_folders(path)}
-        if not folders:
-            return
         try:
-            # Folders, not files: an editor puts a new file in place of the old one, and kubelet swaps a symlink.
-            async for _ in awatch(
-                *folders,
-                step=_SETTLE_MS,
-                debounce=_SETTLE_MS * 4,
-                recursive=False,
-                rust_timeout=_LOOK_AGAIN_MS,
-                yield_on_timeout=True,
-                ignore_permission_denied=True,
-            ):
-                changed.set()
-        except (OSError, RuntimeError) as error:  # too many watches on this machine, say
-            log.warning("files cannot be watched (%s), they are looked at once a second", error)
+            await self._watch_folders(changed)
+        except Exception as error:  # noqa: BLE001 - too many watches on this machine, a file name that is not UTF-8
+            log.warning("files cannot be watched (%s), they are looked at once a second", _innermost(error))
         while True:
             await asyncio.sleep(_LOOK_AGAIN_MS / 1000)
             changed.set()
+
+    async def _watch_folders(self, changed: asyncio.Event) -> None:
+        from watchfiles import awatch
+
+        watched = [path for path in self._paths if path not in self._stream_paths]
+        folders = {str(folder) for path in watched for folder in watched_folders(path)}
+        if not folders:
+            return
+        # Folders, not files: an editor puts a new file in place of the old one, and kubelet swaps a symlink.
+        async for _ in awatch(
+            *folders,
+            step=_SETTLE_MS,
+            debounce=_SETTLE_MS * 4,
+            recursive=False,
+            rust_timeout=_LOOK_AGAIN_MS,
+            yield_on_timeout=True,
+            ignore_permission_denied=True,
+        ):
+            changed.set()
+
+    async def _read_streams(self) -> None:
+        """Wait for the end of every stream. Whoever is stopped meanwhile reads on the next time."""
+        for path in self._stream_paths - self._streams.keys():
+            self._streams[path] = begin_to_read_stream(path)
+        if self._streams:
+            await asyncio.wait(self._streams.values())
 
     # ---- reading
 
@@ -155,19 +181,19 @@ class FileSource:
         change: _Change | None = None
         for path in self._paths:
             try:
-                present.update(dict.fromkeys(expand(path)))
+                present.update(dict.fromkeys([path] if path in self._stream_paths else expand(path)))
             except OSError as error:
-                faults.append(_unreadable(path, error))
+                faults.append(unreadable(path, error))
                 present.update(dict.fromkeys(known for known in self._files if Path(known).is_relative_to(path)))
         for path in present:
             try:
                 text = self._text_if_changed(path)
-            except (OSError, UnicodeDecodeError) as error:
-                faults.append(_unreadable(path, error))
+            except UNREADABLE as error:
+                faults.append(unreadable(path, error))
                 continue
             if text is not None:
                 change = change or _Change()
-                self._take(self._files[path], "stdin" if path == STDIN else path, text, change)
+                self._take(self._files[path], shown(path), text, change)
         for path in self._files.keys() - present.keys():
             change = change or _Change()
             change.replace(self._files.pop(path).parts, ())
@@ -180,16 +206,17 @@ class FileSource:
     def _text_if_changed(self, path: str) -> str | None:
         """Return what *path* holds if it looks different from before."""
         known = self._files.get(path)
-        if path == STDIN:
-            if known is not None:
-                return None
-            self._files[path] = _File()
-            return sys.stdin.read()
+        if path in self._stream_paths:
+            text = self._streams[path].result()
+            if isinstance(text, Exception):
+                raise text
+            self._files.setdefault(path, _File())
+            return text if known is None else None
         stat = Path(path).stat()
         seen = (stat.st_mtime_ns, stat.st_size, stat.st_ino, stat.st_dev)
         if known is not None and known.seen == seen:
             return None
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = read(path)
         file = self._files.setdefault(path, _File())
         if file.text and not text and not file.emptied:
             file.emptied = True  # somebody empties it to write it anew; if it stays so, the next look believes it
@@ -312,53 +339,6 @@ class FileSource:
         self._problems = now
 
 
-# ---- paths
-
-
-def check_path(path: str) -> None:
-    """Raise StartError when *path* names nothing that could be read."""
-    if path == STDIN:
-        return
-    if not Path(path).exists():
-        raise StartError(f"{path}: no such file or folder")
-    if not os.access(path, os.R_OK):
-        raise StartError(f"{path}: permission denied")
-    if Path(path).is_dir() and not any(True for _ in expand(path)):
-        nested = sorted({str(p.parent) for p in Path(path).glob("*/*") if p.suffix in _ENDINGS})
-        more = f" and {len(nested) - _FOLDERS_SHOWN} more" if len(nested) > _FOLDERS_SHOWN else ""
-        shown = " ".join(nested[:_FOLDERS_SHOWN])
-        hint = f"; folders below it are not searched, name them: {shown}{more}" if nested else ""
-        log.warning("%s holds no file that ends in %s yet%s", path, ", ".join(_ENDINGS), hint)
-
-
-def expand(path: str) -> Iterator[str]:
-    """Yield the manifest files that *path* stands for: itself, or the files right in a folder, by name.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    if path == STDIN:
-        yield path
-        return
-    if not Path(path).is_dir():
-        Path(path).stat()
-        yield str(Path(path))
-        return
-    for entry in sorted(Path(path).iterdir()):
-        if entry.suffix in _ENDINGS and not entry.name.startswith(".") and entry.is_file():
-            yield str(entry)
-
-
-def _watched_folders(path: str) -> list[Path]:
-    """Return the folders in which a change of *path* shows: its own, and that of what a link leads to."""
-    if path == STDIN:
-        return []
-    given, real = Path(path), Path(path).resolve()
-    if real.is_dir():
-        return list({given.absolute(), real, given.absolute().parent} if given.is_symlink() else {real})
-    return list({given.absolute().parent, real.parent})
-
-
 def _common_start(left: str, right: str) -> int:
     """Return how many characters at their start *left* and *right* share."""
     low, high = 0, min(len(left), len(right))
@@ -383,11 +363,12 @@ def _common_end(left: str, right: str) -> int:
     return low
 
 
-def _unreadable(path: str, error: OSError | UnicodeDecodeError) -> Problem:
-    if isinstance(error, OSError):
-        return Problem(path, None, ConfigError(f"cannot be read: {(error.strerror or str(error)).lower()}"))
-    line = error.object.count(b"\n", 0, error.start) + 1
-    return Problem(path, line, ConfigError("cannot be read: it is not UTF-8 text", mend="save it as UTF-8"))
+def _innermost(error: Exception) -> BaseException:
+    """Return what *error* is about: the library that watches raises groups."""
+    inner: BaseException = error
+    while isinstance(inner, BaseExceptionGroup):
+        inner = inner.exceptions[0]
+    return inner
 
 
 def read_once(paths: Sequence[str], *, for_check: bool = True) -> tuple[list[Manifest], list[Problem]]:
@@ -402,11 +383,11 @@ def read_once(paths: Sequence[str], *, for_check: bool = True) -> tuple[list[Man
     problems: list[Problem] = []
     for name in _all_files(paths):
         try:
-            text = sys.stdin.read() if name == STDIN else Path(name).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            problems.append(_unreadable(name, error))
+            text = _text(name)
+        except UNREADABLE as error:
+            problems.append(unreadable(name, error))
             continue
-        for document in split("stdin" if name == STDIN else name, text):
+        for document in split(shown(name), text):
             found, wrong = parse(document, for_check=for_check)
             manifests += found
             problems += wrong
@@ -414,6 +395,12 @@ def read_once(paths: Sequence[str], *, for_check: bool = True) -> tuple[list[Man
         problems += duplicates(manifest for manifest in manifests if manifest.object is not None)
         manifests = list({(manifest.kind, manifest.name): manifest for manifest in reversed(manifests)}.values())[::-1]
     return manifests, problems
+
+
+def _text(name: str) -> str:
+    if name == STDIN:
+        return sys.stdin.read()
+    return read_stream(name) if is_stream(name) else read(name)
 
 
 def nothing_found(paths: Sequence[str]) -> str:
