@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.sites import Site, load_stream_module
 
 # Engines of ours: name and arguments of `run`. One more is one more line.
-ENGINES: tuple[tuple[str, tuple[str, ...]], ...] = (("copy", ()),)
+ENGINES: tuple[tuple[str, tuple[str, ...]], ...] = (("auto", ()), ("copy", ("--splice", "copy")))
 
 HAPROXY, HAPROXY_TUNED, NGINX = "HAProxy", "HAProxy tuned", "nginx stream"
 

@@ -8,6 +8,7 @@ import pty
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -910,3 +911,46 @@ def test_render_of_nothing_at_all_fails() -> None:
 
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "userspace-proxy: no object found in stdin\n"
+
+
+# ---- what is no manifest at all
+
+
+def test_a_list_that_contains_itself_is_a_finding_and_hides_no_other() -> None:
+    found = findings("&l\nkind: List\nitems: [*l]\n---\n" + broken("clusterIP: 10.96.0.10", "clusterIP: 127.0.0.1"))
+
+    assert [(finding["field"], finding["problem"].partition(", ")[0]) for finding in found] == [
+        ("kind", "a List inside of a List is not read"),
+        ("spec.clusterIP", "'127.0.0.1' is a loopback address"),
+    ]
+
+
+def test_an_endpoint_at_no_address_of_a_backend_is_named() -> None:
+    found = findings(GOOD.replace("[{ip: 10.0.0.1}]", "[{ip: 0.0.0.0}]").replace("[10.0.0.2]", "[224.0.0.1]"))
+
+    assert [finding["field"] for finding in found] == ["subsets[0].addresses[0].ip", "endpoints[0].addresses[0]"]
+
+
+def test_a_pipe_is_read_and_a_device_is_refused(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=[GOOD])
+    writer.start()
+
+    assert check(pipe).output == "9 objects, nothing wrong\n"
+    assert "/dev/null: neither a file, a folder nor a pipe" in check("/dev/null").output
+    writer.join(10)
+
+
+def test_a_file_that_cannot_be_one_of_manifests_is_a_finding(tmp_path: Path) -> None:
+    (tmp_path / "good.yaml").write_text(GOOD)
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.yaml")).write_text(GOOD)
+    with (tmp_path / "large.yaml").open("w") as file:
+        file.truncate(300 * 1024 * 1024)
+
+    result = check("--json", tmp_path)
+
+    assert [(finding["file"], finding["problem"]) for finding in json.loads(result.stdout)] == [
+        (f"{tmp_path}/\\xff.yaml", "cannot be read: its name is not UTF-8 text"),
+        (f"{tmp_path}/large.yaml", "cannot be read: it is larger than 256 MB"),
+    ]

@@ -97,21 +97,53 @@ def test_an_object_without_a_namespace_is_in_the_default_one_and_a_node_in_none(
     assert only_manifest("kind: Node\nmetadata: {name: n, namespace: x}\n").name == NamespacedName("", "n")
 
 
-def test_lists_in_lists_and_typed_lists_are_unpacked() -> None:
-    text = """
-kind: List
-items:
-- kind: ServiceList
-  items:
-  - metadata: {name: a}
-- kind: List
-- kind: Pod
-  metadata: {name: b}
-"""
-    manifests, problems = parse(Document("f", 1, text))
+def test_the_items_of_a_typed_list_need_no_kind() -> None:
+    manifests, problems = parse(Document("f", 1, "kind: ServiceList\nitems:\n- metadata: {name: a}\n"))
 
     assert not problems
-    assert [(manifest.kind, manifest.name.name) for manifest in manifests] == [("Service", "a"), ("Pod", "b")]
+    assert [(manifest.kind, manifest.name.name) for manifest in manifests] == [("Service", "a")]
+
+
+@pytest.mark.parametrize("for_check", [True, False])
+@pytest.mark.parametrize("inner", ["kind: List", "{kind: ServiceList, items: [{metadata: {name: b}}]}"])
+def test_a_list_inside_of_a_list_is_refused_and_harms_no_item_beside_it(inner: str, for_check: bool) -> None:
+    text = f"kind: List\nitems:\n- {inner}\n- kind: Pod\n  metadata: {{name: a}}\n"
+    manifests, (problem,) = parse(Document("f", 1, text), for_check=for_check)
+
+    assert [manifest.name.name for manifest in manifests] == ["a"]
+    assert str(problem) == "f:3: kind: a List inside of a List is not read; write its items into the outer one"
+
+
+LAUGHS = "\n".join(f"l{n}: &l{n} {{kind: List, items: [{', '.join([f'*l{n - 1}'] * 10)}]}}" for n in range(1, 10))
+
+
+@pytest.mark.parametrize("for_check", [True, False])
+@pytest.mark.parametrize(
+    ("text", "times"),
+    [
+        ("&l\napiVersion: v1\nkind: List\nitems: [*l]\n", 1),
+        (f"l0: &l0 {{kind: Pod, metadata: {{name: a}}}}\n{LAUGHS}\nkind: List\nitems: [*l9, *l9]\n", 2),
+    ],
+)
+def test_a_list_that_contains_itself_or_a_billion_objects_is_refused_at_once(
+    text: str, times: int, for_check: bool
+) -> None:
+    manifests, problems = parse(Document("f", 1, text), for_check=for_check)
+
+    assert not manifests
+    assert [problem.error.reason for problem in problems] == ["a List inside of a List is not read"] * times
+
+
+def test_a_document_that_nobody_thought_of_is_a_problem_with_a_trace_and_stops_nobody(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    document = Document("f", 7, None)  # type: ignore[arg-type]  # stands for a bug of ours
+    manifests, (problem,) = parse(document)
+
+    assert not manifests
+    assert problem.where == "f:7"
+    assert problem.error.reason.startswith("a bug: TypeError")
+    assert "Traceback" in caplog.text
 
 
 def test_one_bad_item_of_a_list_harms_no_other() -> None:

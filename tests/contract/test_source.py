@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
 import json
 import os
 import random
 import shutil
+import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -72,8 +74,8 @@ class Told:
 
 
 @contextlib.asynccontextmanager
-async def following(*paths: Path | str) -> AsyncIterator[Told]:
-    told = Told(FileSource([str(path) for path in paths]))
+async def following(*paths: Path | str, source: FileSource | None = None) -> AsyncIterator[Told]:
+    told = Told(source or FileSource([str(path) for path in paths]))
     task = asyncio.create_task(told.follow())
     try:
         await told.until(lambda: told.synced > 0 or task.done())
@@ -144,13 +146,106 @@ async def test_the_items_of_a_list_are_objects_of_their_own(tmp_path: Path, kind
         assert told.ports == {"a": 80}
 
 
-async def test_stdin_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(service("a")))
+@pytest.fixture
+def to_stdin(monkeypatch: pytest.MonkeyPatch) -> Iterator[BinaryIO]:
+    """Give the test an open pipe as stdin, and the end that writes to it."""
+    reader, writer = os.pipe()
+    with os.fdopen(reader) as stdin, os.fdopen(writer, "wb", buffering=0) as to_stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        yield to_stdin
+
+
+async def test_stdin_is_read_once(to_stdin: BinaryIO) -> None:
+    to_stdin.write(service("a").replace("\n", "\r\n").encode("utf-8-sig"))
+    to_stdin.close()
 
     async with following("-") as told:
         assert told.ports == {"a": 80}
         assert told.events[0].origin is not None
         assert told.events[0].origin.where("spec.ports") == "stdin:8"
+
+
+async def test_nothing_is_synced_before_stdin_has_ended_and_the_loop_runs_on_meanwhile(
+    tmp_path: Path, to_stdin: BinaryIO
+) -> None:
+    (tmp_path / "a.yaml").write_text(service("a"))
+    told = Told(FileSource([str(tmp_path), "-"]))
+    task = asyncio.create_task(told.follow())
+    to_stdin.write(service("b").encode())
+    done, _ = await asyncio.wait([task], timeout=0.05)
+    assert not done
+    assert not told.events
+
+    to_stdin.close()
+    await told.until(lambda: told.synced > 0)
+    assert told.ports == {"a": 80, "b": 80}
+
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_who_is_stopped_and_asked_again_loses_nothing_of_stdin(to_stdin: BinaryIO) -> None:
+    source = FileSource(["-"])
+    to_stdin.write(service("a").encode())
+    for _ in range(2):
+        events = source.events()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(events), 0.05)
+    to_stdin.write(service("b").encode())
+    to_stdin.close()
+
+    async with following(source=source) as told:
+        assert told.ports == {"a": 80, "b": 80}
+
+
+def test_a_process_ends_well_while_stdin_is_still_open() -> None:
+    program = (
+        "import asyncio, contextlib\n"
+        "from userspace_proxy.sources.files import FileSource\n"
+        "async def main():\n"
+        "    with contextlib.suppress(TimeoutError):\n"
+        "        await asyncio.wait_for(anext(FileSource(['-']).events()), 0.1)\n"
+        "asyncio.run(main())\n"
+        "print('ended')\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            code = process.wait(PATIENCE_S)
+        finally:
+            process.kill()
+        assert (code, process.stdout.read(), process.stderr.read()) == (0, b"ended\n", b"")
+
+
+async def test_stdin_that_is_no_text_is_reported_and_stops_no_file(tmp_path: Path, to_stdin: BinaryIO) -> None:
+    (tmp_path / "a.yaml").write_text(service("a"))
+    to_stdin.write(b"a: b\n\xff\n")
+    to_stdin.close()
+
+    async with following("-", tmp_path) as told:
+        assert told.ports == {"a": 80}
+        assert list(told.source.problems) == ["stdin:2"]
+
+
+async def test_a_pipe_that_is_named_at_the_start_is_read_once(tmp_path: Path) -> None:
+    """As a shell makes one of ``run <(command)``."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=[service("a")])
+    writer.start()
+
+    async with following(pipe) as told:
+        writer.join(PATIENCE_S)
+        assert told.ports == {"a": 80}
+        assert not told.source.problems
+
+
+def test_a_device_is_refused_at_once() -> None:
+    with pytest.raises(StartError, match="/dev/null: neither a file, a folder nor a pipe"):
+        FileSource(["/dev/null"])
 
 
 async def test_kinds_that_a_proxy_does_not_read_are_named_once_and_skipped(
@@ -329,6 +424,77 @@ async def test_a_file_that_the_system_refuses_to_read_is_reported(tmp_path: Path
     async with following(tmp_path) as told:
         assert told.ports == {"b": 80}
         assert "cannot be read" in told.source.problems[f"{tmp_path}/a.yaml"]
+
+
+async def test_a_pipe_in_place_of_a_file_is_reported_and_never_waited_for(tmp_path: Path) -> None:
+    file, other = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    file.write_text(service("a"))
+    other.write_text(service("b"))
+
+    async with following(file, other) as told:
+        file.unlink()
+        os.mkfifo(file)
+        put_in_place(other, service("b", 81))
+        await told.until(lambda: told.ports["b"] == 81)
+        assert told.ports == {"a": 80, "b": 81}
+        assert "not a regular file" in told.source.problems[str(file)]
+
+        put_in_place(file, service("a", 82))
+        await told.until(lambda: told.ports["a"] == 82)
+        assert not told.source.problems
+
+
+async def test_a_file_of_a_size_that_no_manifest_has_is_reported_and_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "a.yaml").open("w") as file:
+        file.truncate(300 * 1024 * 1024)
+    (tmp_path / "b.yaml").write_text(service("b"))
+
+    async with following(tmp_path) as told:
+        assert told.ports == {"b": 80}
+        assert "larger than 256 MB" in told.source.problems[f"{tmp_path}/a.yaml"]
+
+
+async def test_a_file_whose_name_is_no_text_is_reported_and_changes_are_seen_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(service("a"))
+
+    async with following(tmp_path) as told:
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.yaml")).write_text(service("b"))
+        for port in (81, 82):
+            put_in_place(file, service("a", port))
+            await told.until(lambda port=port: told.ports["a"] == port)  # type: ignore[misc]
+
+        assert told.ports == {"a": 82}
+        assert told.source.problems == {
+            f"{tmp_path}/\\xff.yaml": f"{tmp_path}/\\xff.yaml: cannot be read: its name is not UTF-8 text; rename it"
+        }
+        assert caplog.text.count("they are looked at once a second") == 1
+
+
+async def test_a_link_that_leads_to_itself_is_reported_and_a_file_in_its_place_is_seen(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(service("a"))
+    source = FileSource([str(file)])
+    file.unlink()
+    file.symlink_to(file)
+
+    async with following(source=source) as told:
+        assert list(source.problems) == [str(file)]
+
+        put_in_place(file, service("a", 81))
+        await told.until(lambda: told.ports == {"a": 81})
+
+
+async def test_without_its_watch_a_source_fails_and_does_not_go_on_blindly(tmp_path: Path) -> None:
+    events = FileSource([str(tmp_path)]).events()
+    await anext(events)
+    (watch,) = [task for task in asyncio.all_tasks() if task.get_name() == "watch files"]
+    watch.cancel()
+
+    with pytest.raises(RuntimeError, match="watched no more"):
+        await asyncio.wait_for(anext(events), PATIENCE_S)
 
 
 async def test_a_folder_that_is_away_for_a_while_keeps_its_objects(tmp_path: Path) -> None:

@@ -126,6 +126,19 @@ def test_a_service_with_or_without_a_cluster_ip_is_served(cluster_ip: str | None
         (service(clusterIP="10.96.0.1", clusterIPs=["10.96.0.2"]), "spec.clusterIP", "not the first"),
         (service(externalIPs=["1.2.3.4", "nowhere"]), "spec.externalIPs[1]", "'nowhere'"),
         (service(externalIPs=["fe80::1%eth0"]), "spec.externalIPs[0]", "zone"),
+        (service(clusterIP="224.0.0.1"), "spec.clusterIP", "a multicast address"),
+        (service(clusterIP="239.255.255.255"), "spec.clusterIP", "a multicast address"),
+        (service(clusterIP="0.0.0.0"), "spec.clusterIP", "an unspecified address"),
+        (service(clusterIP="255.255.255.255"), "spec.clusterIP", "a broadcast address"),
+        (service(clusterIP="127.0.0.1"), "spec.clusterIP", "a loopback address"),
+        (service(clusterIP="169.254.20.10"), "spec.clusterIP", "a link-local address"),
+        (service(clusterIP="::ffff:127.0.0.1"), "spec.clusterIP", "a loopback address"),
+        (service(clusterIPs=["10.96.0.1", "::"]), "spec.clusterIPs[1]", "an unspecified address"),
+        (service(clusterIP="::1"), "spec.clusterIP", "a loopback address"),
+        (service(clusterIP="FF02::1"), "spec.clusterIP", "a multicast address"),
+        (service(clusterIP="fe80::1"), "spec.clusterIP", "a link-local address"),
+        (service(externalIPs=["0127.0.0.9"]), "spec.externalIPs[0]", "a loopback address"),
+        (service(externalIPs=["febf::1"]), "spec.externalIPs[0]", "a link-local address"),
         (service(clusterIP="fe80::1%x } ; flush ruleset"), "spec.clusterIP", "zone"),
     ],
 )
@@ -172,6 +185,8 @@ def test_one_number_and_one_node_port_may_serve_tcp_and_udp() -> None:
         ("0.0.0.0", "0.0.0.0"),
         ("FD00:0:0::0001", "fd00::1"),
         ("fd00::1", "fd00::1"),
+        ("::ffff:10.96.0.66", "10.96.0.66"),
+        ("::FFFF:0a60:42", "10.96.0.66"),
     ],
 )
 def test_an_address_has_one_form_however_it_is_written(written: str, canonical: str) -> None:
@@ -182,6 +197,36 @@ def test_an_address_has_one_form_however_it_is_written(written: str, canonical: 
 def test_what_is_no_address_is_not_made_into_one(written: str) -> None:
     with pytest.raises(ConfigError, match="no IP address"):
         decode.canonical_ip(written)
+
+
+@pytest.mark.parametrize(
+    "ip", ["240.0.0.1", "0.0.0.1", "255.255.255.254", "12.7.0.1", "223.0.0.1", "22.4.0.1", "ff::1", "fec0::1", "::2"]
+)
+def test_an_address_that_only_looks_special_is_taken(ip: str) -> None:
+    decode.check_service(service(clusterIP=ip, externalIPs=[ip]))
+    assert not list(decode.backend_ip_errors(ip, "ip"))
+
+
+NO_BACKENDS = ["0.0.0.0", "::", "224.0.0.1", "ff02::1", "169.254.0.1", "fe80::1", "255.255.255.255", "::ffff:0.0.0.0"]
+
+
+@pytest.mark.parametrize("ip", NO_BACKENDS)
+def test_an_address_that_no_backend_can_have_is_passed_over_and_named_by_a_check(ip: str) -> None:
+    family = "IPv6" if ":" in ip else "IPv4"
+    older = endpoints({"addresses": [{"ip": ip}], "ports": [{"port": 80}]})
+
+    assert not any(decode.from_slices([endpoint_slice(ip, address_type=family)]).values())
+    assert not any(decode.from_endpoints(older).values())
+    assert decode.pod_ips(pod(ip=ip)) == []
+    (error,) = decode.backend_ip_errors(ip, "ip")
+    assert "which no backend can have" in error.reason
+    assert error.mend
+
+
+@pytest.mark.parametrize("ip", ["127.0.0.1", "::1"])
+def test_a_backend_may_be_on_this_host(ip: str) -> None:
+    assert decode.pod_ips(pod(ip=ip)) == [ip]
+    assert not list(decode.backend_ip_errors(ip, "ip"))
 
 
 # ---- ports of a Service

@@ -525,7 +525,7 @@ def test_health_is_answered_however_many_connections_are_held_to_it(fresh_proxy:
         except OSError:
             break
     assert fresh_proxy.process is not None
-    descriptors = len(os.listdir(f"/proc/{fresh_proxy.process.pid}/fd"))
+    descriptors = len(list(Path(f"/proc/{fresh_proxy.process.pid}/fd").iterdir()))
 
     assert descriptors < 200, "what a client can make us hold has bounds"
     assert answers(world.client, "10.96.4.1", 80)

@@ -21,14 +21,16 @@ from typing import TypeVar
 import msgspec
 
 from userspace_proxy.dataplane import wire
-from userspace_proxy.dataplane.channel import DESCRIPTORS_A_FRAME, Channel
+from userspace_proxy.dataplane.channel import Channel
 from userspace_proxy.dataplane.picker import PINS_MAX, PickerMemory, Pin
 from userspace_proxy.dataplane.sockets import open_listener, reserve_refusing_port
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import Backends, ListenerSpec, PlaneStats
 from userspace_proxy.model.names import ServicePortName
 
-_A_FRAME = 500
+# So much at once that no packet waits for more than a few milliseconds while the worker takes it in.
+_A_FRAME = 100
+_OPENED_A_FRAME = 50
 _RESPAWN_PAUSE_S = 0.5
 _EXIT_TIMEOUT_S = 5.0
 
@@ -98,7 +100,7 @@ class RemotePlane:
         if self.restarts > 1:
             await asyncio.sleep(_RESPAWN_PAUSE_S)  # one that dies at once must not be started all the time
         self.start()
-        for part in _parts(list(self._specs.values()), DESCRIPTORS_A_FRAME):
+        for part in _parts(list(self._specs.values()), _OPENED_A_FRAME):
             names = [spec.name for spec in part]
             known = wire.Open(
                 part,
@@ -141,7 +143,7 @@ class RemotePlane:
         self._specs.update({spec.name: spec for spec in (*new, *known)})
         sent = [
             self._send(wire.Open(part, len(part)), [self._sockets[spec.name].fileno() for spec in part])
-            for part in _parts(new, DESCRIPTORS_A_FRAME)
+            for part in _parts(new, _OPENED_A_FRAME)
         ]
         sent += [self._send(wire.Open(part, 0)) for part in _parts(known)]
         for answer in await asyncio.gather(*sent):

@@ -65,8 +65,8 @@ class Worker:
                     request, descriptors = self._requests.popleft()
                     answer = await self._do(request, descriptors)
                     self._channel.send(wire.encode(answer))
+                    await asyncio.sleep(0)  # packets first
                     if isinstance(request, wire.Close):
-                        await asyncio.sleep(0)
                         return
             log.error("the control process is gone: no new connections, %.3g s for open ones", _ORPHAN_DRAIN_S)
             await self._plane.close(_ORPHAN_DRAIN_S)

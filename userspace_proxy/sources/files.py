@@ -125,7 +125,8 @@ class FileSource:
                 await changed.wait()
                 changed.clear()
                 if watch.done():
-                    raise RuntimeError("the files are watched no more") from watch.exception()
+                    cause = None if watch.cancelled() else watch.exception()
+                    raise RuntimeError("the files are watched no more") from cause
                 if events := self._read():
                     yield events
         finally:

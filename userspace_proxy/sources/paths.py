@@ -111,7 +111,7 @@ def read(path: str) -> str:
     # A FIFO is not even opened: whoever writes to it would take us for its reader.
     _refuse_what_never_ends(Path(path).stat())
     # Not to wait at one that was put in its place meanwhile, either.
-    with open(path, encoding="utf-8-sig", opener=_open_without_waiting) as file:  # noqa: PTH123 - a Path has no opener
+    with open(path, encoding="utf-8-sig", opener=_open_without_waiting) as file:
         _refuse_what_never_ends(os.fstat(file.fileno()))
         return file.read()
 
