@@ -48,15 +48,7 @@ def answers(host: Host, ip: str, port: int) -> str:
 
 def udp_socket(host: Host, ip: str, port: int, timeout_s: float = 2.0) -> socket.socket:
     """Return a UDP socket on *host* that hears nobody but *ip* and *port*."""
-    with host.inside():
-        sock = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_DGRAM)
-    sock.settimeout(timeout_s)
-    try:
-        sock.connect((ip, port))
-    except BaseException:
-        sock.close()
-        raise
-    return sock
+    return connect(host, ip, port, timeout_s, socket.SOCK_DGRAM)
 
 
 def ask_udp(host: Host, ip: str, port: int = 53, timeout_s: float = 2.0) -> str:

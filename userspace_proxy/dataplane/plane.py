@@ -7,9 +7,9 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from userspace_proxy.dataplane.connections import Connections, Limits, raise_descriptor_limit
+from userspace_proxy.dataplane.context import PlaneContext, Record
 from userspace_proxy.dataplane.picker import PickerMemory
 from userspace_proxy.dataplane.pipes import PipePool
 from userspace_proxy.dataplane.poller import Poller
@@ -18,13 +18,11 @@ from userspace_proxy.dataplane.splice.copy import CopySplicer
 from userspace_proxy.dataplane.splice.pipe import PipeSplicer
 from userspace_proxy.dataplane.tcp import TcpListener
 from userspace_proxy.dataplane.udp import UdpListener
-from userspace_proxy.interfaces import AccessRecord, Backends, ListenerSpec, PlaneStats, Splicer
+from userspace_proxy.interfaces import Backends, ListenerSpec, PlaneStats, Splicer
 from userspace_proxy.model.names import L4Protocol, ServicePortName
 
 _OPENED_A_STEP = 128
 
-# Takes what the access log says of one connection or flow that has ended.
-Record = Callable[[AccessRecord], None]
 
 # Engines by the name that `--splice` gives them.
 SPLICERS: dict[str, Callable[[Poller, asyncio.AbstractEventLoop, PipePool], Splicer]] = {
@@ -33,19 +31,6 @@ SPLICERS: dict[str, Callable[[Poller, asyncio.AbstractEventLoop, PipePool], Spli
 }
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class PlaneContext:
-    """What every listener of a plane shares."""
-
-    poller: Poller
-    loop: asyncio.AbstractEventLoop
-    splicer: Splicer
-    connections: Connections
-    limits: Limits
-    now: Callable[[], float]
-    access_log: Record | None
 
 
 class LocalPlane:

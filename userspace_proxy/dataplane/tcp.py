@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import socket
 import struct
-from typing import TYPE_CHECKING
 
+from userspace_proxy.dataplane.context import PlaneContext
 from userspace_proxy.dataplane.dial import Connected, Dial, DialContext
 from userspace_proxy.dataplane.picker import Picker
 from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, original_destination, plain_ip
@@ -18,9 +18,6 @@ from userspace_proxy.interfaces import AccessRecord, Backends, Counters, Listene
 from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.service import Portal, portals
-
-if TYPE_CHECKING:
-    from userspace_proxy.dataplane.plane import PlaneContext
 
 ACCEPTS_A_TURN = 32
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)

@@ -12,8 +12,8 @@ import logging
 import os
 import socket
 import struct
-from typing import TYPE_CHECKING
 
+from userspace_proxy.dataplane.context import PlaneContext
 from userspace_proxy.dataplane.picker import Picker
 from userspace_proxy.dataplane.poller import FAILED, READ, Poller
 from userspace_proxy.dataplane.sockets import IP_PKTINFO, LOCAL_SHORTAGES, backend_socket, is_self_connected, plain_ip
@@ -21,9 +21,6 @@ from userspace_proxy.interfaces import AccessRecord, Backends, Counters, Listene
 from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.service import portals
-
-if TYPE_CHECKING:
-    from userspace_proxy.dataplane.plane import PlaneContext
 
 DATAGRAM_BYTES = 65_536
 DATAGRAMS_A_TURN = 64

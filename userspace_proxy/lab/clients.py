@@ -7,10 +7,12 @@ import socket
 from userspace_proxy.lab.hosts import Host
 
 
-def connect(host: Host, ip: str, port: int, timeout_s: float = 5.0) -> socket.socket:
-    """Return a TCP connection from *host*. Raises OSError."""
+def connect(
+    host: Host, ip: str, port: int, timeout_s: float = 5.0, kind: socket.SocketKind = socket.SOCK_STREAM
+) -> socket.socket:
+    """Return a connection from *host*; for UDP, a socket that hears nobody but *ip* and *port*. Raises OSError."""
     with host.inside():
-        sock = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_STREAM)
+        sock = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, kind)
     sock.settimeout(timeout_s)
     try:
         sock.connect((ip, port))

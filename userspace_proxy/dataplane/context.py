@@ -1,0 +1,27 @@
+"""What every listener of a plane shares."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from userspace_proxy.dataplane.connections import Connections, Limits
+from userspace_proxy.dataplane.poller import Poller
+from userspace_proxy.interfaces import AccessRecord, Splicer
+
+# Takes what the access log says of one connection or flow that has ended.
+Record = Callable[[AccessRecord], None]
+
+
+@dataclass(frozen=True, slots=True)
+class PlaneContext:
+    """The plane's poller, engine, set of connections, limits and clock."""
+
+    poller: Poller
+    loop: asyncio.AbstractEventLoop
+    splicer: Splicer
+    connections: Connections
+    limits: Limits
+    now: Callable[[], float]
+    access_log: Record | None
