@@ -20,6 +20,7 @@ from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.plane import LocalPlane
 from userspace_proxy.dataplane.remote import RemotePlane
 from userspace_proxy.dataplane.wire import WorkerSettings
+from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import Backends, DataPlane, ListenerSpec, Redirects
 from userspace_proxy.lab import ip
 from userspace_proxy.model.endpoint import Endpoint
@@ -218,20 +219,26 @@ async def test_pins_and_ejections_outlive_a_worker_but_for_the_last_second(
         assert {await ask() for _ in range(6)} == {first}
 
 
-async def test_requests_of_a_worker_that_dies_fail_and_may_be_repeated(
+async def test_requests_fail_while_there_is_no_worker_and_what_they_said_is_in_force_with_the_next(
     tmp_path: Path, three: tuple[NamedBackend, ...]
 ) -> None:
     async with running("worker", tmp_path) as plane:
         assert isinstance(plane, RemotePlane)
         await plane.open([spec()])
         os.kill(plane.pid, signal.SIGKILL)
-        for _ in range(2):
-            with contextlib.suppress(Exception):
-                await plane.update(backends(three[0].endpoint))
+        failures = 0
+        while plane.restarts == 0:
+            try:
+                await asyncio.wait_for(plane.update(backends(three[0].endpoint)), 5)
+            except SyncError:
+                failures += 1
+            await asyncio.sleep(0)
 
-        await until(lambda: plane.restarts == 1, "another worker is there")
-
+        assert failures, "a request that nobody can answer fails, it does not wait for ever"
         assert await ask() == "a"
+        await _no_connection_is_open(plane)
+        (counters,) = (await plane.stats()).services.values()
+        assert (counters.endpoints, counters.accepted) == (1, 1), "each answer belongs to its question"
 
 
 async def test_no_worker_outlives_its_control_process(tmp_path: Path) -> None:

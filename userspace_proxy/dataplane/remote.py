@@ -65,10 +65,14 @@ class RemotePlane:
         settings = msgspec.json.encode(self._settings).decode()
         command = [sys.executable, "-m", "userspace_proxy.dataplane.worker", str(theirs.fileno()), settings]
         with theirs:
-            # A session of its own: signals from a terminal are for the control process.
-            self._process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
-            )
+            try:
+                # A session of its own: signals from a terminal are for the control process.
+                self._process = subprocess.Popen(
+                    command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+                )
+            except BaseException:
+                ours.close()
+                raise
         self._channel = Channel(ours, self._on_frame, self._on_close)
 
     @property
@@ -85,6 +89,8 @@ class RemotePlane:
                 waiting.set_result(answer)
 
     def _on_close(self) -> None:
+        # Until another worker is there, requests fail at once: one that waited would take that one's first answer.
+        self._channel = None
         waiting, self._waiting = self._waiting, deque()
         for future in waiting:
             if not future.done():
@@ -99,7 +105,13 @@ class RemotePlane:
         log.error("the worker process has ended (exit code %s); another one takes its listeners", code)
         if self.restarts > 1:
             await asyncio.sleep(_RESPAWN_PAUSE_S)  # one that dies at once must not be started all the time
-        self.start()
+        while True:
+            try:
+                self.start()
+                break
+            except OSError as error:
+                log.error("no worker process can be started, trying again: %s", error)  # noqa: TRY400
+                await asyncio.sleep(_RESPAWN_PAUSE_S)
         for part in _parts(list(self._specs.values()), _OPENED_A_FRAME):
             names = [spec.name for spec in part]
             known = wire.Open(
