@@ -7,9 +7,13 @@ import contextlib
 import gc
 import ipaddress
 import logging
+import os
 import signal
+import socket
+import sys
 import time
 from collections.abc import Callable, Iterable
+from enum import Enum
 from pathlib import Path
 
 from userspace_proxy.admin import metrics as exposition
@@ -21,12 +25,22 @@ from userspace_proxy.control.memory import Memory, StateDir
 from userspace_proxy.control.pacer import Pacer
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.dataplane.connections import Limits
+from userspace_proxy.dataplane.handover import (
+    VERSION,
+    Conversation,
+    Incumbent,
+    Present,
+    Refused,
+    Released,
+    TakeOver,
+    hand_over,
+)
 from userspace_proxy.dataplane.plane import LocalPlane
 from userspace_proxy.dataplane.remote import RemotePlane
 from userspace_proxy.dataplane.wire import WorkerSettings
 from userspace_proxy.errors import StartError, SyncError
-from userspace_proxy.instance import answer, lock_instance, running_as, running_instance
-from userspace_proxy.interfaces import Capture, DataPlane, EventType, ObjectEvent, StateSink
+from userspace_proxy.instance import Inheritance, end_orphans, running_as, take_lock
+from userspace_proxy.interfaces import Capture, DataPlane, EventType, ListenerSpec, ObjectEvent, StateSink
 from userspace_proxy.logs import AccessLog, recorder
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.service import ServicePort
@@ -40,6 +54,7 @@ from userspace_proxy.sources.files import FileSource, nothing_found, read_once
 
 _CAP_NET_ADMIN = 12
 _SETTLE_S = 0.2
+_REAP_EVERY_S = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -56,17 +71,32 @@ def run(settings: Settings) -> None:
 
         factory = uvloop.new_event_loop
     gc.disable()  # until the first sync: what is made before it is kept, and looking for garbage in it is half the time
+    app = App(settings)
     with asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(App(settings).run())
+        runner.run(app.run())
+    if app.ending is Ending.AGAIN:
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - a list, no shell
+
+
+class Ending(Enum):
+    """STOP: rules away, connections drained. HANDED_OVER: another process serves. AGAIN: this one is started anew."""
+
+    STOP = "stop"
+    HANDED_OVER = "handed over"
+    AGAIN = "again"
 
 
 class App:
-    """One running proxy."""
+    """One running proxy. ``ending``: how it ends, once that is known."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._stop = asyncio.Event()
-        self._proxier: UserspaceProxier | None = None
+        self._made_way = asyncio.Event()
+        self._cut: Callable[[], None] | None = None
+        self._keeps_on = False  # workers would serve on without us
+        self._successors = 0
+        self.ending: Ending | None = None
 
     async def run(self) -> None:
         settings = self._settings
@@ -74,10 +104,8 @@ class App:
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(signum, self._on_signal)
+        loop.add_signal_handler(signal.SIGUSR2, self._on_start_anew)
         async with contextlib.AsyncExitStack() as stack:
-            lock = stack.enter_context(contextlib.closing(lock_instance()))
-            loop.add_reader(lock.fileno(), answer, lock)
-            stack.callback(loop.remove_reader, lock.fileno())
             try:
                 language = choose_language(settings.rules)
             except SyncError as error:
@@ -85,13 +113,20 @@ class App:
             kernel = KERNELS[language]()
             source = FileSource(settings.paths)
             state_dir = _open_state_dir(settings.state_dir)
+            sources = _identity(settings.paths)
+            inheritance = await take_lock(sources, settings.take_over, settings.workers)
+            lock = stack.enter_context(contextlib.closing(inheritance.lock))
+            plane = _make_plane(settings, stack)
+            inherited = await self._inherit(plane, inheritance)
             memory = state_dir.load() if state_dir else Memory()
             cluster_ips = ClusterIPs(settings.service_cluster_ip_ranges, memory.cluster_ips)
-            ports = ProxyPorts(*settings.proxy_port_range, memory.proxy_ports)
+            known_ports = {spec.name.key: spec.proxy_port for spec in inherited}
+            ports = ProxyPorts(*settings.proxy_port_range, {**memory.proxy_ports, **known_ports})
             tracker = Tracker(cluster_ips)
 
-            plane = _make_plane(settings, stack)
-            proxier = self._proxier = UserspaceProxier(plane, kernel, ports, await self._first_capture())
+            self._cut = plane.cut
+            proxier = UserspaceProxier(plane, kernel, ports, await self._first_capture())
+            proxier.adopt(inherited)
             saver = _Saver(state_dir, cluster_ips, ports)
             controller = Controller(
                 source,
@@ -100,6 +135,12 @@ class App:
                 Pacer(loop.time, settings.min_sync_period_s, settings.sync_period_s),
                 after_sync=saver.save_soon,
             )
+
+            async def hand_over_to(asked: TakeOver, conversation: Conversation) -> None:
+                await self._hand_over_to(asked, conversation, proxier, plane, lock)
+
+            incumbent = Incumbent(lock, Present(VERSION, os.getpid(), sources), hand_over_to)
+            stack.callback(incumbent.close)
 
             def health() -> Health:
                 problems = [
@@ -137,23 +178,106 @@ class App:
                         group.create_task(saver.run(), name="saver"),
                         group.create_task(self._watch_network(proxier), name="watch-network"),
                         group.create_task(_settle_in(controller, language), name="settle-in"),
+                        group.create_task(self._keep_on(controller, plane, lock), name="keep-on"),
+                        group.create_task(_reap(inheritance), name="reap"),
                     ]
                     await self._stop.wait()
                     for task in tasks:
                         task.cancel()
             finally:
-                await proxier.close(settings.drain_timeout_s)
-                await _leave_network()
+                if self.ending is Ending.HANDED_OVER:
+                    await admin.close()
                 saver.save()
+                await self._end(proxier, plane)
         log.info("stopped")
 
-    def _on_signal(self) -> None:
-        if not self._stop.is_set():
-            log.info("stopping: rules away, then up to %.3g s for open connections", self._settings.drain_timeout_s)
+    # ---- from one process to the next
+
+    async def _inherit(self, plane: DataPlane, inheritance: Inheritance) -> list[ListenerSpec]:
+        """Serve at the listeners of whoever served before; return them."""
+        if not inheritance.conversations:
+            return []
+        assert isinstance(plane, RemotePlane), "no other asks for it"
+        try:
+            specs = await plane.adopt(inheritance.listeners)
+        except (OSError, SyncError) as error:
+            plane.leave()
+            inheritance.give_back()
+            raise StartError(f"what serves now cannot be taken over, it goes on: {error}") from None
+        await inheritance.taken()
+        plane.keep_on(inheritance.lock)
+        self._keeps_on = True
+        log.info("taken over from another process: %d listeners", len(specs))
+        return specs
+
+    async def _keep_on(self, controller: Controller, plane: DataPlane, lock: socket.socket) -> None:
+        """Have the workers serve on, whatever becomes of this process: from when there is something to serve."""
+        await controller.ready.wait()
+        if isinstance(plane, RemotePlane) and not self._keeps_on:
+            plane.keep_on(lock)
+            self._keeps_on = True
+
+    async def _hand_over_to(
+        self,
+        asked: TakeOver,
+        conversation: Conversation,
+        proxier: UserspaceProxier,
+        plane: DataPlane,
+        lock: socket.socket,
+    ) -> None:
+        if not isinstance(plane, RemotePlane):
+            conversation.send(Refused("it runs with --workers 0; stop it first"))
+            return
+        if self._stop.is_set() or not self._keeps_on:
+            conversation.send(Refused("it just begins or ends; try again"))
+            return
+        async with proxier.paused():
+            await plane.stats()  # brings the latest pins with it
+            await hand_over(conversation, plane.inheritance(), lock)
+            log.info("handed over to process %d; open connections go on here", asked.pid)
+            self.ending = Ending.HANDED_OVER
+            self._successors = asked.workers
             self._stop.set()
-        elif self._proxier is not None:
+            await self._made_way.wait()
+        conversation.send(Released())
+        await conversation.sent()
+
+    async def _end(self, proxier: UserspaceProxier, plane: DataPlane) -> None:
+        """End as it was decided; without a decision this is a crash, and what serves goes on where it can."""
+        settings = self._settings
+        if self.ending is Ending.HANDED_OVER and isinstance(plane, RemotePlane):
+            self._made_way.set()
+            await plane.close(settings.orphan_timeout_s, successors=self._successors)
+        elif self.ending is not Ending.STOP and self._keeps_on and isinstance(plane, RemotePlane):
+            plane.leave()
+        else:
+            await proxier.close(settings.drain_timeout_s)
+            await _leave_network()
+
+    def _on_signal(self) -> None:
+        drain_timeout_s = self._settings.drain_timeout_s
+        if not self._stop.is_set():
+            log.info("stopping: rules away, then up to %.3g s for open connections", drain_timeout_s)
+            self.ending = Ending.STOP
+            self._stop.set()
+        elif self._cut is not None and self.ending is Ending.HANDED_OVER:
+            log.info("up to %.3g s more for open connections", drain_timeout_s)
+            asyncio.get_running_loop().call_later(drain_timeout_s, self._cut)
+            self.ending = Ending.STOP
+        elif self._cut is not None:
             log.info("cutting the connections that are left")
-            self._proxier.cut()
+            self._cut()
+
+    def _on_start_anew(self) -> None:
+        """Replace this process by a new one of the same command line, which takes over from our workers: an upgrade."""
+        if self._stop.is_set():
+            return
+        if not self._keeps_on or "-" in self._settings.paths:
+            log.error("SIGUSR2 is not heeded: not ready yet, --workers 0, or the manifests came from stdin")
+            return
+        log.info("starting anew; workers serve on meanwhile")
+        self.ending = Ending.AGAIN
+        self._stop.set()
 
     # ---- capture
 
@@ -220,6 +344,9 @@ def _make_plane(settings: Settings, stack: contextlib.AsyncExitStack) -> DataPla
     plane = RemotePlane(
         WorkerSettings(
             limits=_limits(settings),
+            workers=settings.workers,
+            orphan_timeout_s=settings.orphan_timeout_s,
+            drain_timeout_s=settings.drain_timeout_s,
             splice=settings.splice,
             loop=settings.loop,
             access_log=settings.access_log,
@@ -229,6 +356,26 @@ def _make_plane(settings: Settings, stack: contextlib.AsyncExitStack) -> DataPla
     )
     plane.start()
     return plane
+
+
+def _identity(paths: Iterable[str]) -> list[str]:
+    """Return what tells whether two processes serve the same; what comes from stdin is never the same."""
+    return [f"stdin of process {os.getpid()}" if path == "-" else os.path.realpath(path) for path in paths]
+
+
+async def _reap(inheritance: Inheritance) -> None:
+    """Wait for the processes before, where they are our own children: after a start anew they are."""
+    left = {pid for pid in inheritance.pids if pid}
+    while left:
+        left = {pid for pid in left if _is_running_child(pid)}
+        await asyncio.sleep(_REAP_EVERY_S)
+
+
+def _is_running_child(pid: int) -> bool:
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == 0
+    except ChildProcessError:
+        return False
 
 
 class _WithRoutes:
@@ -356,8 +503,8 @@ async def cleanup() -> None:
         SyncError: something could not be removed.
     """
     _require_net_admin()
-    if (pid := running_instance()) is not None:
-        raise StartError(f"userspace-proxy{running_as(pid)} is running; stop it, it takes its rules away itself")
+    if (present := await end_orphans()) is not None:
+        raise StartError(f"userspace-proxy{running_as(present)} is running; stop it, it takes its rules away itself")
     for make in KERNELS.values():
         await make().remove()
     await network.remove_routes()

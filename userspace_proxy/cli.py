@@ -197,6 +197,21 @@ _RUN_OPTIONS = _options(
         help="What open connections get when the proxy stops.",
     ),
     click.option(
+        "--orphan-timeout",
+        "orphan_timeout_s",
+        type=_Seconds(),
+        default=_shown(_DEFAULTS.orphan_timeout_s),
+        show_default=True,
+        help="How long workers serve on when the control process has died; 0 ends them with it.",
+    ),
+    click.option(
+        "--take-over",
+        type=click.Choice(["auto", "always", "never"]),
+        default=_DEFAULTS.take_over,
+        show_default=True,
+        help="Listeners from a proxy that runs: auto from one that serves the same PATH..., or has lost its control.",
+    ),
+    click.option(
         "--idle-timeout",
         "idle_timeout_s",
         type=_Seconds(),
@@ -243,10 +258,10 @@ _RUN_OPTIONS = _options(
     ),
     click.option(
         "--workers",
-        type=click.IntRange(0, 1),
+        type=click.IntRange(0, 64),
         default=_DEFAULTS.workers,
         show_default=True,
-        help="Data-plane processes; 0 keeps all in one process, for debugging.",
+        help="Data-plane processes, each with clients and a rotation of its own; 0 keeps all in one, for debugging.",
     ),
     click.option(
         "--splice",

@@ -42,6 +42,11 @@ class Settings:
     # Kubernetes gives a stopping pod 30 s; ours asks for little of it.
     drain_timeout_s: float = 5.0
 
+    # Kernel modes serve on for ever when kube-proxy dies; an hour is enough to see the alarm and to start another one.
+    orphan_timeout_s: float = 3_600.0
+    # "auto": from workers without a control process, and from a proxy that serves the same manifests.
+    take_over: str = "auto"
+
     # kube-proxy's conntrack values: 24 h established, 1 h half-closed. 0 for never.
     idle_timeout_s: float = 86_400.0
     half_closed_timeout_s: float = 3_600.0
@@ -51,7 +56,8 @@ class Settings:
     udp_flows_per_service: int = 4_096
 
     loop: str = "uvloop"
-    # Data-plane processes: 1, so that control work stands in no packet's way; 0 keeps all in one, for debugging.
+    # Data-plane processes: 1, so that control work stands in no packet's way, and turns are exact; each more has a
+    # rotation of its own, and always the same clients. 0 keeps all in one process, for debugging.
     workers: int = 1
     # "auto": small messages are copied, bulk is moved by splice(2); "copy": all is copied.
     splice: str = "auto"

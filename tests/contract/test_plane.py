@@ -1,9 +1,10 @@
-"""One suite for every data plane: in this process, and in a worker."""
+"""One suite for every data plane: in this process, in a worker, and in two."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -30,7 +31,7 @@ from userspace_proxy.rules import nft
 
 NAME = ServicePortName(NamespacedName("shop", "web"), "http", L4Protocol.TCP)
 PORTAL_IP, PROXY_PORT = "10.94.0.1", 10_021
-PLANES = ["local", "worker"]
+PLANES = ["local", "worker", "two workers"]
 
 
 def spec(affinity_timeout_s: int | None = None, portal_ip: str = PORTAL_IP) -> ListenerSpec:
@@ -60,7 +61,8 @@ async def running(kind: str, tmp_path: Path) -> AsyncIterator[DataPlane]:
     if kind == "local":
         plane = LocalPlane(Limits())
     else:
-        plane = RemotePlane(WorkerSettings(Limits(), access_log=str(tmp_path / "access.log")))
+        workers = 2 if kind == "two workers" else 1
+        plane = RemotePlane(WorkerSettings(Limits(), workers=workers, access_log=str(tmp_path / "access.log")))
         plane.start()
     try:
         yield plane
@@ -194,13 +196,13 @@ async def test_a_worker_that_is_killed_is_replaced_and_no_new_client_fails(
         assert isinstance(plane, RemotePlane)
         await plane.open([spec()])
         await plane.update(backends(*(backend.endpoint for backend in three)))
-        killed = plane.pid
+        (killed,) = plane.pids
 
         os.kill(killed, signal.SIGKILL)
         seen = [await ask() for _ in range(6)]
 
         assert set(seen) == {"a", "b", "c"}
-        assert plane.pid != killed
+        assert plane.pids != [killed]
         assert (await plane.stats()).worker_restarts == 1
 
 
@@ -214,7 +216,7 @@ async def test_pins_and_ejections_outlive_a_worker_but_for_the_last_second(
         (first,) = {await ask() for _ in range(3)}
         await until(lambda: bool(plane.known_pins), "the pin is told")
 
-        os.kill(plane.pid, signal.SIGKILL)
+        os.kill(plane.pids[0], signal.SIGKILL)
 
         assert {await ask() for _ in range(6)} == {first}
 
@@ -225,7 +227,7 @@ async def test_requests_fail_while_there_is_no_worker_and_what_they_said_is_in_f
     async with running("worker", tmp_path) as plane:
         assert isinstance(plane, RemotePlane)
         await plane.open([spec()])
-        os.kill(plane.pid, signal.SIGKILL)
+        os.kill(plane.pids[0], signal.SIGKILL)
         failures = 0
         while plane.restarts == 0:
             try:
@@ -241,19 +243,120 @@ async def test_requests_fail_while_there_is_no_worker_and_what_they_said_is_in_f
         assert (counters.endpoints, counters.accepted) == (1, 1), "each answer belongs to its question"
 
 
-async def test_no_worker_outlives_its_control_process(tmp_path: Path) -> None:
-    plane = RemotePlane(WorkerSettings(Limits()))
+async def test_a_worker_that_was_not_told_to_serve_on_ends_with_its_control_process() -> None:
+    plane = RemotePlane(WorkerSettings(Limits(), orphan_timeout_s=60))
     plane.start()
     await plane.open([spec()])
-    process = plane._process
+    (process,) = [worker._process for worker in plane._workers]
     assert process is not None
-    assert plane._channel is not None
 
-    plane._closing = True
-    plane._channel.close()  # as the kernel does for a control process that was killed
+    plane.leave()  # as the kernel does for a control process that was killed
 
     assert await asyncio.to_thread(process.wait, 10) == 0
     await plane.close(0)
+
+
+# ---- several workers
+
+
+async def test_a_client_meets_always_the_same_worker_and_all_workers_have_clients(
+    tmp_path: Path, three: tuple[NamedBackend, ...]
+) -> None:
+    """Each worker has a rotation of its own: what a client sees is in exact turns only if one worker has it alone."""
+    sources = [f"10.95.7.{number}" for number in range(1, 21)]
+    for source in sources:
+        ip("address", "add", f"{source}/32", "dev", "lo")
+    try:
+        async with running("two workers", tmp_path) as plane:
+            assert isinstance(plane, RemotePlane)
+            await plane.open([spec(affinity_timeout_s=100)])
+            await plane.update(backends(*(backend.endpoint for backend in three)))
+
+            seen = {source: {await ask(source) for _ in range(3)} for source in sources}
+            await plane.stats()
+
+            assert all(len(answers) == 1 for answers in seen.values()), "a client with a pin in each worker wanders"
+            pins = [worker.learnt.pins for worker in plane._workers]
+            assert sum(pins) == len(sources), "no client is known to two workers"
+            assert min(pins) > 0
+    finally:
+        for source in sources:
+            ip("address", "del", f"{source}/32", "dev", "lo")
+
+
+async def test_one_of_two_workers_that_is_killed_costs_the_other_s_clients_nothing(
+    tmp_path: Path, three: tuple[NamedBackend, ...]
+) -> None:
+    async with running("two workers", tmp_path) as plane:
+        assert isinstance(plane, RemotePlane)
+        await plane.open([spec()])
+        await plane.update(backends(*(backend.endpoint for backend in three)))
+        for index in (0, 1):
+            os.kill(plane.pids[index], signal.SIGKILL)
+
+            assert {await ask() for _ in range(6)} == {"a", "b", "c"}
+
+        await until(lambda: plane.restarts == 2, "both were replaced")
+
+
+# ---- from one control process to the next
+
+
+async def take_over(before: RemotePlane, after: RemotePlane) -> list[ListenerSpec]:
+    """As two control processes do, with copies of the descriptors in the place of those that a socket carries."""
+    inherited = [
+        (inherit, [socket.socket(fileno=os.dup(descriptor)) for descriptor in descriptors])
+        for inherit, descriptors in before.inheritance()
+    ]
+    return await after.adopt(inherited)
+
+
+@pytest.mark.parametrize(("workers_before", "workers_after"), [(1, 1), (1, 2), (2, 1), (2, 2)])
+async def test_listeners_pins_and_endpoints_go_over_to_another_plane(
+    tmp_path: Path, three: tuple[NamedBackend, ...], workers_before: int, workers_after: int
+) -> None:
+    before = RemotePlane(WorkerSettings(Limits(), workers=workers_before))
+    after = RemotePlane(WorkerSettings(Limits(), workers=workers_after))
+    before.start()
+    await before.open([spec(affinity_timeout_s=100)])
+    await before.update(backends(*(backend.endpoint for backend in three)))
+    (pinned,) = {await ask() for _ in range(2)}
+    await before.stats()
+
+    after.start()
+    assert await take_over(before, after) == [spec(affinity_timeout_s=100)]
+    await before.close(0, successors=workers_after)
+
+    try:
+        assert {await ask() for _ in range(6)} == {pinned}
+        assert await after.open([spec()]) == {}, "they can be told anew"
+        assert {await ask() for _ in range(6)} == {"a", "b", "c"}
+    finally:
+        await after.close(0)
+
+
+async def test_no_connection_fails_while_planes_change(three: tuple[NamedBackend, ...]) -> None:
+    planes = [RemotePlane(WorkerSettings(Limits())) for _ in range(4)]
+    planes[0].start()
+    await planes[0].open([spec()])
+    await planes[0].update(backends(*(backend.endpoint for backend in three)))
+    seen: list[str] = []
+    done = asyncio.Event()
+
+    async def keep_asking() -> None:
+        while not done.is_set():
+            seen.append(await ask())
+
+    asking = [asyncio.create_task(keep_asking()) for _ in range(3)]
+    for before, after in itertools.pairwise(planes):
+        after.start()
+        await take_over(before, after)
+        await before.close(5, successors=1)
+    done.set()
+    await asyncio.gather(*asking)  # raises what failed
+
+    assert len(seen) > 10
+    await planes[-1].close(0)
 
 
 def test_a_worker_imports_nothing_of_the_control_side() -> None:

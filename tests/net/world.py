@@ -17,6 +17,17 @@ from userspace_proxy.lab import HTTP_PORT, Host, ServiceLab, ask, connect
 
 BACKEND = Path(__file__).with_name("backend.py")
 UDP_PORT = 5353
+POD1, POD2 = ServiceLab.pod_ip(0), ServiceLab.pod_ip(1)
+# Says "hello" and holds the connection until the client closes it.
+HOLDER = """
+import socket
+with socket.create_server(("", 9000)) as server:
+    while True:
+        sock, _ = server.accept()
+        with sock:
+            sock.sendall(b"hello")
+            sock.recv(1)
+"""
 
 
 def wait_until(condition: Callable[[], object], what: str, timeout_s: float = 5.0) -> None:
@@ -156,6 +167,13 @@ class Proxy:
             self.process.send_signal(signum)
         return self.process.wait(timeout_s)
 
+    def workers(self) -> list[int]:
+        """Return the process ids of the data plane."""
+        assert self.process is not None
+        command = ["ps", "-o", "pid=,args=", "--ppid", str(self.process.pid)]
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        return [int(line.split()[0]) for line in listed if "userspace_proxy.dataplane.worker" in line]
+
     def get(self, path: str, port: int) -> tuple[int, str]:
         with connect(self.node, "127.0.0.1", port) as sock:
             sock.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
@@ -249,3 +267,28 @@ def background_requests(request: Callable[[], object]) -> Iterator[list[BaseExce
     finally:
         done.set()
         thread.join(10)
+
+
+def serve_web(proxy: Proxy, cluster_ip: str = "10.96.4.1") -> None:
+    proxy.apply("web", documents(service("web", cluster_ip), endpoints("web", POD1, POD2)))
+
+
+def traces(node: Host) -> str:
+    """Everything of ours that a node can show."""
+    shown = [
+        node.run("nft", "list", "ruleset").stdout,
+        node.run("iptables-save").stdout + node.run("ip6tables-save").stdout,
+        node.ip("route", "show", "proto", "107") + node.ip("-6", "route", "show", "proto", "107"),
+    ]
+    text = "".join(shown)
+    return "\n".join(line for line in text.splitlines() if "userspace" in line.lower() or "proto 107" in line)
+
+
+def told(node: Host, proxy: Proxy, *arguments: str, prefix: tuple[str, ...] = ()) -> str:
+    """Return the one line that comes back from a command that cannot work."""
+    done = node.run(*prefix, *proxy.command(*arguments), check=False, timeout_s=20)
+    assert done.returncode == 1, done
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    return lines[0]

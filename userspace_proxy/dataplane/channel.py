@@ -39,6 +39,8 @@ class Channel:
         self._descriptors: deque[int] = deque()
         self._waiting: deque[tuple[memoryview, Sequence[int]]] = deque()
         self._closed = False
+        self._all_sent = asyncio.Event()
+        self._all_sent.set()
         self._loop.add_reader(sock.fileno(), self._read)
 
     # ---- out
@@ -47,6 +49,7 @@ class Channel:
         """Send a frame; what the kernel does not take now goes out as it can, in order. Nothing once closed."""
         if self._closed:
             return
+        self._all_sent.clear()
         self._waiting.append((memoryview(_HEADER.pack(len(body), len(descriptors)) + body), descriptors))
         if len(self._waiting) == 1:
             self._write()
@@ -67,6 +70,11 @@ class Channel:
             else:
                 self._waiting[0] = (data[sent:], ())
         self._loop.remove_writer(self._sock.fileno())
+        self._all_sent.set()
+
+    async def sent(self) -> None:
+        """Wait until the kernel has all that was sent, or nobody is there to have it."""
+        await self._all_sent.wait()
 
     # ---- in
 
@@ -99,6 +107,7 @@ class Channel:
         if self._closed:
             return
         self._closed = True
+        self._all_sent.set()
         self._loop.remove_reader(self._sock.fileno())
         self._loop.remove_writer(self._sock.fileno())
         self._sock.close()

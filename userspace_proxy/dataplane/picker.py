@@ -212,9 +212,16 @@ class Picker:
 
     # ---- what another process should know
 
+    def memory(self) -> PickerMemory:
+        """Return all that was learnt and still counts."""
+        return PickerMemory(list(self._pins.items()), self._ejections())
+
+    def _ejections(self) -> list[tuple[Address, int, float]]:
+        return [(address, held.failures, held.until) for address, held in self._ejected.items()]
+
     def take_news(self) -> PickerMemory | None:
         """Return what was learnt since the last call; None where there is nothing."""
-        ejected = [(address, held.failures, held.until) for address, held in self._ejected.items()]
+        ejected = self._ejections()
         pins = dict(self._pins) if self._new_pins is None else self._new_pins
         self._new_pins = {}
         if not pins and ejected == self._told_ejected:

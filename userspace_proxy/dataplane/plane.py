@@ -6,7 +6,7 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from userspace_proxy.dataplane.connections import Connections, Limits, raise_descriptor_limit
 from userspace_proxy.dataplane.context import PlaneContext, Record
@@ -22,6 +22,9 @@ from userspace_proxy.interfaces import Backends, ListenerSpec, PlaneStats, Splic
 from userspace_proxy.model.names import L4Protocol, ServicePortName
 
 _OPENED_A_STEP = 128
+# How long the one before waits for answers to datagrams that it has passed on.
+_UDP_LINGER_S = 5.0
+_LINGER_POLL_S = 0.1
 
 
 # Engines by the name that `--splice` gives them.
@@ -49,6 +52,7 @@ class LocalPlane:
         self._pipes = PipePool()
         self._listeners: dict[ServicePortName, TcpListener | UdpListener] = {}
         self._udp: dict[ServicePortName, UdpListener] = {}
+        self._backends: dict[ServicePortName, Backends] = {}
         self._reserved: tuple[socket.socket, ...] = ()
         self._context = PlaneContext(
             poller=self._poller,
@@ -102,7 +106,7 @@ class LocalPlane:
             raise
         listener = self._listeners[spec.name]
         if backends is not None:
-            listener.update(backends)
+            self._give(spec.name, backends)
         if memory is not None:
             listener.picker.remember(memory)
 
@@ -121,13 +125,23 @@ class LocalPlane:
 
     async def update(self, backends: Mapping[ServicePortName, Backends]) -> None:
         for name, given in backends.items():
-            listener = self._listeners.get(name)
-            if listener is not None:
-                listener.update(given)
+            self._give(name, given)
+
+    def _give(self, name: ServicePortName, backends: Backends) -> None:
+        listener = self._listeners.get(name)
+        if listener is not None:
+            self._backends[name] = backends
+            listener.update(backends)
+
+    def held(self) -> Iterator[tuple[TcpListener | UdpListener, Backends | None]]:
+        """Return every listener with the endpoints that it was given: what another plane needs to take its place."""
+        for name, listener in self._listeners.items():
+            yield listener, self._backends.get(name)
 
     async def retire(self, names: Sequence[ServicePortName]) -> None:
         for name in names:
             self._udp.pop(name, None)
+            self._backends.pop(name, None)
             listener = self._listeners.pop(name, None)
             if listener is not None:
                 listener.close()
@@ -147,8 +161,13 @@ class LocalPlane:
     def cut(self) -> None:
         self._context.connections.cut_all()
 
-    async def close(self, drain_timeout_s: float) -> None:
+    async def close(self, drain_timeout_s: float, *, handed_over: bool = False) -> None:
+        """Stop. *handed_over*: another plane accepts at the same sockets, and what waits there is for it."""
         try:
+            if handed_over:
+                for listener in self._listeners.values():
+                    listener.leave()
+                await self._linger(min(drain_timeout_s, _UDP_LINGER_S))
             await self.retire(list(self._listeners))
             await self._context.connections.drain(drain_timeout_s)
         finally:
@@ -159,6 +178,12 @@ class LocalPlane:
             self._poller.stop()
         self._pipes.shed()
         await asyncio.wait([self._sweeper])
+
+    async def _linger(self, timeout_s: float) -> None:
+        for _ in range(int(timeout_s / _LINGER_POLL_S)):
+            if not self._context.connections.udp_flows:
+                break
+            await asyncio.sleep(_LINGER_POLL_S)
 
     async def _sweep(self) -> None:
         period_s = self._context.connections.sweep_period_s

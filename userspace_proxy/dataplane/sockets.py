@@ -50,8 +50,10 @@ def has_ipv6() -> bool:
     return True
 
 
-def bind_wildcard(kind: socket.SocketKind, port: int) -> socket.socket:
+def bind_wildcard(kind: socket.SocketKind, port: int, *, shared: bool = False) -> socket.socket:
     """Return a non-blocking socket bound to *port* on every address of both families.
+
+    *shared*: beside other sockets of ours at that port, which allow it.
 
     Raises:
         OSError: the port is taken, or there is no descriptor left.
@@ -65,6 +67,8 @@ def bind_wildcard(kind: socket.SocketKind, port: int) -> socket.socket:
             # A dead proxy's connections in TIME_WAIT must not keep the next one from its port. (For UDP the
             # same option would let two processes share the port, and one of them go hungry.)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind(("::" if family == socket.AF_INET6 else "0.0.0.0", port))  # noqa: S104 - REDIRECT chooses the address
     except BaseException:
         sock.close()
@@ -72,9 +76,9 @@ def bind_wildcard(kind: socket.SocketKind, port: int) -> socket.socket:
     return sock
 
 
-def open_tcp_listener(port: int, dead_peer_timeout_s: float) -> socket.socket:
+def open_tcp_listener(port: int, dead_peer_timeout_s: float, *, shared: bool = False) -> socket.socket:
     """Return a listening socket; what is set on it, accepted sockets inherit."""
-    sock = bind_wildcard(socket.SOCK_STREAM, port)
+    sock = bind_wildcard(socket.SOCK_STREAM, port, shared=shared)
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         keep_alive(sock, dead_peer_timeout_s)
@@ -85,9 +89,9 @@ def open_tcp_listener(port: int, dead_peer_timeout_s: float) -> socket.socket:
     return sock
 
 
-def open_udp_listener(port: int) -> socket.socket:
+def open_udp_listener(port: int, *, shared: bool = False) -> socket.socket:
     """Return a socket for datagrams that says with each which address it came to."""
-    sock = bind_wildcard(socket.SOCK_DGRAM, port)
+    sock = bind_wildcard(socket.SOCK_DGRAM, port, shared=shared)
     try:
         try:
             sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _DATAGRAM_BUFFER_BYTES)
@@ -103,15 +107,17 @@ def open_udp_listener(port: int) -> socket.socket:
     return sock
 
 
-def open_listener(protocol: L4Protocol, port: int, dead_peer_timeout_s: float) -> socket.socket:
-    """Return the socket of a proxy port.
+def open_listener(
+    protocol: L4Protocol, port: int, dead_peer_timeout_s: float, *, shared: bool = False
+) -> socket.socket:
+    """Return the socket of a proxy port; *shared*: one more of its group.
 
     Raises:
         OSError: the port is taken, or there is no descriptor left.
     """
     if protocol is L4Protocol.UDP:
-        return open_udp_listener(port)
-    return open_tcp_listener(port, dead_peer_timeout_s)
+        return open_udp_listener(port, shared=shared)
+    return open_tcp_listener(port, dead_peer_timeout_s, shared=shared)
 
 
 def reserve_refusing_port(port: int) -> tuple[socket.socket, socket.socket]:

@@ -48,6 +48,15 @@ class TcpListener:
         return self._spec.name
 
     @property
+    def spec(self) -> ListenerSpec:
+        return self._spec
+
+    @property
+    def sock(self) -> socket.socket:
+        """The listening socket; for handing it on."""
+        return self._sock
+
+    @property
     def dialing(self) -> DialContext:
         return self._dialing
 
@@ -62,8 +71,15 @@ class TcpListener:
     def update(self, backends: Backends) -> None:
         self.picker.set_endpoints(backends.usable)
 
+    def leave(self) -> None:
+        """Accept no more: another process does, at the same socket."""
+        self._context.poller.leave(self._sock)
+        self._sock.close()
+
     def close(self) -> None:
         """Stop listening; connections of this listener live on, also those that were made but not yet accepted."""
+        if self._sock.fileno() < 0:
+            return
         self._context.poller.leave(self._sock)
         while self._accept_some():
             pass

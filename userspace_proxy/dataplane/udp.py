@@ -106,6 +106,15 @@ class UdpListener:
         return self._spec.name
 
     @property
+    def spec(self) -> ListenerSpec:
+        return self._spec
+
+    @property
+    def sock(self) -> socket.socket:
+        """The proxy port's socket; for handing it on."""
+        return self._sock
+
+    @property
     def poller(self) -> Poller:
         return self._context.poller
 
@@ -119,6 +128,11 @@ class UdpListener:
         self._serving = frozenset(e.address for e in backends.serving)
         for flow in [f for f in self._flows.values() if f.endpoint.address not in self._serving]:
             self._end(flow, "endpoint gone")
+
+    def leave(self) -> None:
+        """Read no more from clients: another process does, at the same socket. Answers are still passed on."""
+        self._closed = True
+        self._context.poller.forget(self._sock)
 
     def close(self) -> None:
         self._closed = True

@@ -17,6 +17,12 @@ class WorkerSettings(msgspec.Struct, frozen=True):
     """What a worker is told when it is started."""
 
     limits: Limits
+    # Which one of how many.
+    worker: int = 0
+    workers: int = 1
+    # How long it serves on when the control process is gone, and what open connections get when that is over.
+    orphan_timeout_s: float = 0.0
+    drain_timeout_s: float = 5.0
     splice: str = "auto"
     loop: str = "uvloop"
     access_log: str = ""
@@ -56,11 +62,18 @@ class Cut(msgspec.Struct, frozen=True, tag=True):
     """Done at once, before whatever else was asked (a drain, say), and not answered."""
 
 
+class KeepOn(msgspec.Struct, frozen=True, tag=True):
+    """Serve on when the control process is gone. The lock comes with it: at it the next one will ask."""
+
+
 class Close(msgspec.Struct, frozen=True, tag=True):
+    """Stop. *handed_over*: others accept at the same sockets already, so only open connections are left to do."""
+
     drain_timeout_s: float
+    handed_over: bool = False
 
 
-Request = Open | Update | Retire | TellStats | Cut | Close
+Request = Open | Update | Retire | TellStats | Cut | KeepOn | Close
 
 # ---- worker -> control
 

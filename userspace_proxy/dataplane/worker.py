@@ -7,39 +7,54 @@ happens in another process and stands in no packet's way.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
+import os
 import signal
 import socket
+import stat
 import sys
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import replace
 
 import msgspec
 
 from userspace_proxy.dataplane import wire
 from userspace_proxy.dataplane.channel import Channel
+from userspace_proxy.dataplane.handover import (
+    VERSION,
+    Conversation,
+    Incumbent,
+    Inherit,
+    Present,
+    Released,
+    TakeOver,
+    hand_over,
+)
 from userspace_proxy.dataplane.plane import LocalPlane
 from userspace_proxy.logs import AccessLog, configure_logging, recorder
 
 # At most so much of what pickers learn is lost with a worker.
 _NEWS_PERIOD_S = 1.0
-# What open connections get when the control process is gone.
-_ORPHAN_DRAIN_S = 5.0
+_HANDED_A_FRAME = 50
 
 log = logging.getLogger(__name__)
 
 
 class Worker:
-    """One plane, told what to do by frames."""
+    """One plane, told what to do by frames; when nobody is left who could, it serves on for a successor to find."""
 
     def __init__(self, sock: socket.socket, settings: wire.WorkerSettings) -> None:
+        self._settings = settings
         self._access_log = AccessLog(settings.access_log, settings.log_format) if settings.access_log else None
         record = recorder(self._access_log, verbose=settings.verbose)
         self._plane = LocalPlane(settings.limits, record, splice=settings.splice)
         self._requests: deque[tuple[wire.Request, list[int]]] = deque()
         self._asked = asyncio.Event()
         self._alone = False
+        self._lock: socket.socket | None = None
         self._channel = Channel(sock, self._on_frame, self._on_close)
 
     def _on_frame(self, body: bytes, descriptors: list[int]) -> None:
@@ -55,7 +70,7 @@ class Worker:
         self._asked.set()
 
     async def run(self) -> None:
-        """Do what is asked until told to close, or until nobody is left who could ask."""
+        """Do what is asked until told to close, or until nobody is left who could ask and nobody comes."""
         news = asyncio.create_task(self._tell_news(), name="news")
         try:
             while not self._alone:
@@ -68,8 +83,11 @@ class Worker:
                     await asyncio.sleep(0)  # packets first
                     if isinstance(request, wire.Close):
                         return
-            log.error("the control process is gone: no new connections, %.3g s for open ones", _ORPHAN_DRAIN_S)
-            await self._plane.close(_ORPHAN_DRAIN_S)
+            if self._lock is not None and self._settings.orphan_timeout_s:
+                await Orphan(self._plane, self._lock, self._settings).serve_on()
+            else:
+                log.error("the control process is gone: no new connections, open ones may end")
+                await self._plane.close(self._settings.drain_timeout_s)
         finally:
             news.cancel()
             self._channel.close()
@@ -86,13 +104,18 @@ class Worker:
             case wire.Retire(names):
                 await plane.retire(names)
             case wire.TellStats():
+                self._tell_now()
                 stats = await plane.stats()
                 dropped = self._access_log.dropped if self._access_log else 0
                 return wire.Stats(
                     list(stats.services.items()), replace(stats, services={}, access_lines_dropped=dropped)
                 )
-            case wire.Close(drain_timeout_s):
-                await plane.close(drain_timeout_s)
+            case wire.KeepOn():
+                self._lock = socket.socket(fileno=descriptors[0])
+            case wire.Close(drain_timeout_s, handed_over):
+                if self._lock is not None:
+                    self._lock.close()
+                await plane.close(drain_timeout_s, handed_over=handed_over)
         return wire.Done()
 
     def _open(self, request: wire.Open, descriptors: list[int]) -> wire.Done:
@@ -112,8 +135,80 @@ class Worker:
     async def _tell_news(self) -> None:
         while True:
             await asyncio.sleep(_NEWS_PERIOD_S)
-            if news := self._plane.take_news():
-                self._channel.send(wire.encode(wire.News(list(news.items()))))
+            self._tell_now()
+
+    def _tell_now(self) -> None:
+        if news := self._plane.take_news():
+            self._channel.send(wire.encode(wire.News(list(news.items()))))
+
+
+class Orphan:
+    """A worker whose control process is gone: it serves on as it was told last, until a successor takes over."""
+
+    def __init__(self, plane: LocalPlane, lock: socket.socket, settings: wire.WorkerSettings) -> None:
+        self._plane = plane
+        self._lock = lock
+        self._settings = settings
+        self._ending = asyncio.Event()
+        self._is_handed_over = False
+        self._is_succeeded = False
+        self._is_unwanted = False
+
+    async def serve_on(self) -> None:
+        settings = self._settings
+        log.error(
+            "the control process is gone: serving on with what is known, for up to %.6g s;"
+            " `userspace-proxy run` takes over, `userspace-proxy cleanup` ends it",
+            settings.orphan_timeout_s,
+        )
+        _let_go_of_pipes()
+        present = Present(VERSION, os.getpid(), orphan=True, worker=settings.worker, workers=settings.workers)
+        incumbent = Incumbent(self._lock, present, self._hand_over, self._end)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._ending.set)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(settings.orphan_timeout_s):
+                await self._ending.wait()
+        incumbent.close()
+        self._lock.close()
+        if self._is_handed_over:
+            log.info("another process has taken over; open connections go on here")
+            await self._plane.close(settings.orphan_timeout_s, handed_over=self._is_succeeded)
+        else:
+            log.info("ending: no more connections")
+            await self._plane.close(0 if self._is_unwanted else settings.drain_timeout_s)
+
+    async def _hand_over(self, asked: TakeOver, conversation: Conversation) -> None:
+        await hand_over(conversation, self._inheritance(), self._lock)
+        conversation.send(Released())
+        self._is_handed_over = True
+        self._is_succeeded = self._settings.worker < asked.workers
+        self._ending.set()
+
+    async def _end(self) -> None:
+        self._is_unwanted = True
+        self._ending.set()
+        await asyncio.Event().wait()  # the end of this conversation is the end of the process
+
+    def _inheritance(self) -> Iterator[tuple[Inherit, list[int]]]:
+        held = list(self._plane.held())
+        for start in range(0, len(held), _HANDED_A_FRAME):
+            part = held[start : start + _HANDED_A_FRAME]
+            known = wire.Open(
+                [listener.spec for listener, _ in part],
+                len(part),
+                [(listener.name, backends) for listener, backends in part if backends is not None],
+                [(listener.name, listener.picker.memory()) for listener, _ in part],
+            )
+            yield Inherit(self._settings.worker, known), [listener.sock.fileno() for listener, _ in part]
+
+
+def _let_go_of_pipes() -> None:
+    """Whoever reads what the dead control process printed waits for its end; a file or the journal we keep."""
+    with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 - for its descriptor
+        for descriptor in (1, 2):
+            with contextlib.suppress(OSError):
+                if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+                    os.dup2(nowhere.fileno(), descriptor)
 
 
 def main() -> None:

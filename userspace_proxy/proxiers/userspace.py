@@ -7,10 +7,11 @@ load leaves the old rules *and* the old listeners serving.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
-from collections.abc import Container, Mapping
+from collections.abc import AsyncIterator, Container, Iterable, Mapping
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import Backends, Capture, DataPlane, Kernel, ListenerSpec, Redirects
@@ -39,6 +40,7 @@ class ProxyPorts:
 
     def __init__(self, first: int, last: int, remembered: Mapping[str, int]) -> None:
         self._first = first
+        self._last = last
         numbers = {key: port - first for key, port in remembered.items()}
         self._allocators = {
             protocol: Allocator(last - first + 1, {k: n for k, n in numbers.items() if k.endswith(protocol)})
@@ -75,6 +77,11 @@ class ProxyPorts:
                 allocator.take(key, number)
                 return port
         return None
+
+    def hold(self, name: ServicePortName, port: int) -> None:
+        """Know that *name* has *port*, wherever it got it."""
+        if self._first <= port <= self._last:
+            self._allocators[name.protocol].take(name.key, port - self._first)
 
     def release(self, name: ServicePortName) -> None:
         self._allocators[name.protocol].release(name.key)
@@ -142,6 +149,21 @@ class UserspaceProxier:
     def capture(self) -> Capture:
         return self._capture
 
+    # ---- from one process to the next
+
+    def adopt(self, specs: Iterable[ListenerSpec]) -> None:
+        """Take these for opened: the data plane has them from the process before. Before the first sync."""
+        for spec in specs:
+            self._opened[spec.name] = spec
+            self._ports.hold(spec.name, spec.proxy_port)
+        self._told.update(self._opened)
+
+    @contextlib.asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """Change nothing while the block runs."""
+        async with self._lock:
+            yield
+
     # ---- sync
 
     async def sync(self, state: ProxyState) -> None:
@@ -175,7 +197,7 @@ class UserspaceProxier:
         specs = []
         for name, service_port in wanted.items():
             held = self._opened.get(name)
-            if held is not None and held.service_port is service_port:
+            if held is not None and (held.service_port is service_port or held.service_port == service_port):
                 continue
             port = held.proxy_port if held else self._ports.next_for(name, set())
             if port is None:

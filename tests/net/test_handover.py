@@ -1,0 +1,357 @@
+"""From one process to the next: upgrades, deaths, and who may take over; no client notices."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.net.world import (
+    HOLDER,
+    POD1,
+    POD2,
+    Proxy,
+    answers,
+    background_requests,
+    documents,
+    endpoints,
+    serve_web,
+    service,
+    told,
+    traces,
+    udp_socket,
+    wait_until,
+)
+from userspace_proxy.lab import ServiceLab, ask, connect
+
+WEB = "10.96.4.1"
+
+
+@pytest.fixture
+def second(fresh_proxy: Proxy, tmp_path: Path) -> Iterator[Proxy]:
+    """Another process over the same manifests."""
+    other = Proxy(fresh_proxy.world, tmp_path)
+    other.log_file = tmp_path / "second.log"
+    yield other
+    if other.process is not None and other.process.poll() is None:
+        other.process.kill()
+        other.process.wait(5)
+
+
+@contextlib.contextmanager
+def no_request_fails(world: ServiceLab, at_least: int = 20) -> Iterator[None]:
+    """Requests from two clients, each on a connection of its own, go on while the block runs, and all are answered."""
+    with (
+        background_requests(lambda: ask(world.client, WEB, timeout_s=5)) as first,
+        background_requests(lambda: ask(world.client, WEB, timeout_s=5)) as other,
+    ):
+        wait_until(lambda: len(first) > at_least, "requests flow")
+        yield
+        flowed = len(first)
+        wait_until(lambda: len(first) > flowed + at_least, "requests still flow")
+    assert not [outcome for outcome in first + other if isinstance(outcome, BaseException)]
+
+
+def has_ended(pid: int) -> bool:
+    """Whether the process is gone, or waits for nothing but being looked at: in the lab nobody does."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def variants() -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        ("rules", "loop", "workers"), [("nftables", "uvloop", 1), ("iptables", "asyncio", 1), ("nftables", "uvloop", 2)]
+    )
+
+
+@variants()
+def test_a_second_run_takes_over_and_the_first_makes_way(
+    fresh_proxy: Proxy, second: Proxy, world: ServiceLab, rules: str, loop: str, workers: int
+) -> None:
+    for proxy in (fresh_proxy, second):
+        proxy.rules, proxy.loop = rules, loop
+    serve_web(fresh_proxy)
+    fresh_proxy.start("--workers", str(workers))
+    port = fresh_proxy.proxy_port("default/web:http")
+
+    with no_request_fails(world):
+        second.start("--workers", str(workers))
+        assert fresh_proxy.process is not None
+        assert fresh_proxy.process.wait(10) == 0, "it ends when its connections have"
+
+    assert f"handed over to process {second.process.pid}" in fresh_proxy.log() if second.process else False
+    assert second.proxy_port("default/web:http") == port
+    fresh_proxy.serve("web", WEB, POD1)
+    assert {ask(world.client, WEB) for _ in range(4)} == {"pod1"}, "changes are followed by the second"
+    assert second.stop() == 0
+    assert not traces(world.node)
+
+
+def test_an_open_connection_goes_on_in_the_process_that_has_it(
+    fresh_proxy: Proxy, second: Proxy, world: ServiceLab
+) -> None:
+    holder = world.pods[0].start(sys.executable, "-c", HOLDER)
+    fresh_proxy.apply(
+        "hold",
+        documents(service("hold", "10.96.4.2", "[{name: http, port: 80}]"), endpoints("hold", POD1, http_port=9000)),
+    )
+    fresh_proxy.start("--drain-timeout", "0.2s")
+    first = fresh_proxy.process
+    assert first is not None
+    with connect(world.client, "10.96.4.2", 80) as sock:
+        assert sock.recv(5) == b"hello"
+
+        second.start()
+        time.sleep(0.5)
+
+        assert first.poll() is None, "the drain time-out is for stopping: an upgrade has no reason to cut anybody"
+        sock.send(b"x")
+        assert sock.recv(5) == b"", "the backend has heard it, and closes"
+    assert first.wait(5) == 0
+    holder.kill()
+
+
+def test_a_stop_ends_a_process_that_has_handed_over_and_drains(
+    fresh_proxy: Proxy, second: Proxy, world: ServiceLab
+) -> None:
+    holder = world.pods[0].start(sys.executable, "-c", HOLDER)
+    fresh_proxy.apply(
+        "hold",
+        documents(service("hold", "10.96.4.2", "[{name: http, port: 80}]"), endpoints("hold", POD1, http_port=9000)),
+    )
+    fresh_proxy.start("--drain-timeout", "0.2s")
+    with connect(world.client, "10.96.4.2", 80) as sock:
+        assert sock.recv(5) == b"hello"
+        second.start()
+
+        assert fresh_proxy.stop(signal.SIGTERM, timeout_s=5) == 0
+
+        with pytest.raises(ConnectionResetError):
+            sock.recv(5)
+    assert "10.96.4.2" in second.rules_text(), "the rules are the second's"
+    holder.kill()
+
+
+def test_starting_anew_in_place_keeps_the_process_id_and_every_request(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    serve_web(fresh_proxy)
+    fresh_proxy.start()
+    assert fresh_proxy.process is not None
+    worker = fresh_proxy.workers()[0]
+
+    with no_request_fails(world):
+        fresh_proxy.process.send_signal(signal.SIGUSR2)
+        wait_until(lambda: fresh_proxy.log().count("ready:") == 2, "it is ready again", 10)
+
+    assert fresh_proxy.process.poll() is None
+    assert "starting anew" in fresh_proxy.log()
+    wait_until(lambda: fresh_proxy.workers() not in ([], [worker]), "another worker serves")
+    wait_until(lambda: not Path(f"/proc/{worker}").exists(), "the worker before has ended and was waited for")
+    assert fresh_proxy.stop() == 0
+    assert not traces(world.node)
+
+
+@variants()
+def test_a_control_process_that_is_killed_drops_nothing_and_the_next_run_takes_over(
+    fresh_proxy: Proxy, world: ServiceLab, rules: str, loop: str, workers: int
+) -> None:
+    fresh_proxy.rules, fresh_proxy.loop = rules, loop
+    serve_web(fresh_proxy)
+    fresh_proxy.start("--workers", str(workers))
+    before = fresh_proxy.workers()
+    rules_before = fresh_proxy.rules_text()
+
+    with no_request_fails(world):
+        fresh_proxy.stop(signal.SIGKILL)
+        time.sleep(0.5)
+        assert not any(map(has_ended, before)), "its workers serve on"
+        fresh_proxy.start("--workers", str(workers))
+
+    assert fresh_proxy.rules_text().count("default/web") == rules_before.count("default/web")
+    wait_until(lambda: all(map(has_ended, before)), "the workers of the dead one have ended")
+    assert fresh_proxy.stop() == 0
+    assert not traces(world.node)
+
+
+def test_affinity_outlives_the_control_process_and_the_hand_over(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    sticky = "  sessionAffinity: ClientIP"
+    fresh_proxy.apply("web", documents(service("web", WEB, extra=sticky), endpoints("web", POD1, POD2)))
+    fresh_proxy.start()
+    (pinned,) = {ask(world.client, WEB) for _ in range(3)}
+
+    fresh_proxy.stop(signal.SIGKILL)
+    assert {ask(world.client, WEB) for _ in range(3)} == {pinned}
+    fresh_proxy.start()
+    assert {ask(world.client, WEB) for _ in range(3)} == {pinned}
+    assert fresh_proxy.process is not None
+    fresh_proxy.process.send_signal(signal.SIGUSR2)
+    wait_until(lambda: fresh_proxy.log().count("ready:") == 2, "it is ready again", 10)
+
+    assert {ask(world.client, WEB) for _ in range(3)} == {pinned}
+
+
+def test_a_datagram_under_way_is_answered_across_a_hand_over(
+    fresh_proxy: Proxy, second: Proxy, world: ServiceLab
+) -> None:
+    """The backend takes its time; by then another process reads from clients."""
+    slow = world.pods[0].start(sys.executable, "-c", SLOW_UDP)
+    fresh_proxy.apply(
+        "slow",
+        documents(
+            service("slow", "10.96.4.7", "[{name: dns, port: 53, protocol: UDP}]"),
+            endpoints("slow", POD1).replace("port: 5353", "port: 9053"),
+        ),
+    )
+    fresh_proxy.start()
+    with udp_socket(world.client, "10.96.4.7", 53, timeout_s=5) as sock:
+        wait_until(lambda: _udp_round_trip(sock), "the backend is there", 8)
+        sock.send(b"slow")
+
+        second.start()
+
+        assert sock.recv(10) == b"slow"
+        assert _udp_round_trip(sock), "and the second serves the same client"
+    slow.kill()
+
+
+SLOW_UDP = """
+import socket, time
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+    server.bind(("", 9053))
+    while True:
+        data, client = server.recvfrom(100)
+        time.sleep(2 if data == b"slow" else 0)
+        server.sendto(data, client)
+"""
+
+
+def _udp_round_trip(sock: socket.socket) -> bool:
+    try:
+        sock.send(b"x")
+        return sock.recv(10) == b"x"
+    except OSError:
+        return False
+
+
+# ---- orphans
+
+
+def test_cleanup_ends_an_orphan(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    serve_web(fresh_proxy)
+    fresh_proxy.start("--workers", "2")
+    workers = fresh_proxy.workers()
+    fresh_proxy.stop(signal.SIGKILL)
+    assert answers(world.client, WEB, 80)
+
+    done = world.node.run(*fresh_proxy.command("cleanup"))
+
+    assert "nothing of userspace-proxy is left" in done.stdout
+    assert all(map(has_ended, workers))
+    assert not traces(world.node)
+
+
+def test_an_orphan_ends_when_its_time_is_over(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    serve_web(fresh_proxy)
+    fresh_proxy.start("--orphan-timeout", "1s")
+    (worker,) = fresh_proxy.workers()
+    fresh_proxy.stop(signal.SIGKILL)
+    assert answers(world.client, WEB, 80)
+
+    wait_until(lambda: has_ended(worker), "it has ended", 5)
+
+
+def test_without_an_orphan_timeout_workers_end_with_their_control_process(fresh_proxy: Proxy) -> None:
+    serve_web(fresh_proxy)
+    fresh_proxy.start("--orphan-timeout", "0")
+    (worker,) = fresh_proxy.workers()
+
+    fresh_proxy.stop(signal.SIGKILL)
+
+    wait_until(lambda: has_ended(worker), "the worker has ended", 5)
+
+
+def test_a_successor_that_cannot_start_leaves_all_serving(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    serve_web(fresh_proxy)
+    fresh_proxy.start()
+    fresh_proxy.stop(signal.SIGKILL)
+    with world.node.inside():
+        taken = socket.create_server(("0.0.0.0", 10256))
+
+    with taken, no_request_fails(world):
+        fresh_proxy.start(wait=False)
+        assert fresh_proxy.process is not None
+        assert fresh_proxy.process.wait(10) == 1
+
+    assert "another program has it" in fresh_proxy.log()
+    fresh_proxy.start()
+    assert answers(world.client, WEB, 80)
+
+
+# ---- who may
+
+
+def test_where_it_may_not_take_over_a_second_run_is_refused(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    serve_web(fresh_proxy)
+    fresh_proxy.start()
+
+    line = told(world.node, fresh_proxy, *fresh_proxy.run_arguments(), "--take-over", "never")
+
+    assert "another userspace-proxy runs in this network namespace (process " in line
+    assert answers(world.client, WEB, 80)
+
+
+def test_one_that_serves_other_manifests_takes_over_where_it_is_told_to(
+    fresh_proxy: Proxy, second: Proxy, world: ServiceLab, tmp_path: Path
+) -> None:
+    serve_web(fresh_proxy)
+    fresh_proxy.start()
+    second.manifests = tmp_path / "others"
+    second.manifests.mkdir()
+    second.apply("other", documents(service("other", "10.96.4.3"), endpoints("other", POD1)))
+
+    second.start("--take-over", "always")
+
+    assert answers(world.client, "10.96.4.3", 80)
+    assert not answers(world.client, WEB, 80), "what it does not know is served no more"
+    assert fresh_proxy.process is not None
+    assert fresh_proxy.process.wait(10) == 0
+
+
+def test_another_user_is_not_given_the_listeners(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    serve_web(fresh_proxy)
+    fresh_proxy.start()
+    ask_as_nobody = """
+import socket
+sock = socket.socket(socket.AF_UNIX)
+sock.settimeout(5)
+sock.connect("\\0userspace-proxy")
+print(sock.recv(100))
+"""
+    if os.geteuid() != 0 or "4294967295" not in Path("/proc/self/uid_map").read_text():
+        pytest.skip("there is one user only in a plain user's namespace")
+    done = world.node.run("setpriv", "--reuid=65534", "--clear-groups", sys.executable, "-c", ask_as_nobody)
+
+    assert done.stdout == "b''\n"
+
+
+def test_what_hangs_is_named_and_what_it_serves_goes_on(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    serve_web(fresh_proxy)
+    fresh_proxy.start()
+    assert fresh_proxy.process is not None
+    fresh_proxy.process.send_signal(signal.SIGSTOP)
+    try:
+        line = told(world.node, fresh_proxy, *fresh_proxy.run_arguments())
+    finally:
+        fresh_proxy.process.send_signal(signal.SIGCONT)
+
+    assert f"(process {fresh_proxy.process.pid})" in line
+    assert "does not answer" in line
+    assert answers(world.client, WEB, 80)

@@ -1,0 +1,88 @@
+"""One port, several sockets, one for each worker; the kernel leads a client to always the same one.
+
+SO_REUSEPORT alone spreads by address *and port* of the client, so two connections of one client would meet two
+workers, and each would pin the client to an endpoint of its own choice. A small classic BPF program in the kernel
+chooses by the client's address alone.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import socket
+import struct
+from collections.abc import Sequence
+
+from userspace_proxy.dataplane.sockets import open_listener
+from userspace_proxy.model.names import L4Protocol
+
+_SO_ATTACH_REUSEPORT_CBPF = 51
+# linux/bpf_common.h. Loads at this offset count from the network header, wherever the program starts to read.
+_NETWORK_HEADER = 0xFFF00000
+_LOAD_WORD, _LOAD_BYTE, _TO_X, _RETURN = 0x20, 0x30, 0x07, 0x16
+_JUMP, _JUMP_EQUAL = 0x05, 0x15
+_SHIFT_RIGHT, _MULTIPLY, _REMAINDER, _XOR_X = 0x74, 0x24, 0x94, 0xAC
+_IP4_SOURCE, _IP6_SOURCE = 12, 8
+# Spreads neighbouring addresses (Knuth's multiplicative hash: 2^32 by the golden ratio).
+_SPREAD, _SPREAD_SHIFT = 0x9E3779B1, 16
+
+
+def open_group(protocol: L4Protocol, port: int, count: int, dead_peer_timeout_s: float) -> list[socket.socket]:
+    """Return *count* sockets of one proxy port, of which a client meets always the same.
+
+    Raises:
+        OSError: the port is taken, or there is no descriptor left.
+    """
+    return fit_group([], protocol, port, count, dead_peer_timeout_s)
+
+
+def fit_group(
+    group: Sequence[socket.socket], protocol: L4Protocol, port: int, count: int, dead_peer_timeout_s: float
+) -> list[socket.socket]:
+    """Return *group* with so many sockets more, or closed, that it has *count*.
+
+    Raises:
+        OSError: the port is taken, or there is no descriptor left; *group* is as it was.
+    """
+    fitting = list(group[:count])
+    with contextlib.ExitStack() as on_error:
+        while len(fitting) < count:
+            if fitting:
+                # Not before the first is bound: a port which another program has is to be refused.
+                fitting[0].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            sock = open_listener(protocol, port, dead_peer_timeout_s, shared=bool(fitting))
+            on_error.callback(sock.close)
+            fitting.append(sock)
+        if count > 1 or len(group) > 1:
+            _choose_by_client_address(fitting[0], count)
+        on_error.pop_all()
+    for sock in group[count:]:
+        sock.close()
+    return fitting
+
+
+def _choose_by_client_address(sock: socket.socket, count: int) -> None:
+    instructions = b"".join(struct.pack("=HBBI", *instruction) for instruction in _program(count))
+    held = array.array("B", instructions)
+    address, size = held.buffer_info()
+    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_CBPF, struct.pack("@HP", size // 8, address))
+
+
+def _program(count: int) -> list[tuple[int, int, int, int]]:
+    """Return the instructions: code, jump if true, jump if false, operand."""
+    words = [_NETWORK_HEADER + _IP6_SOURCE + 4 * index for index in range(4)]
+    folded = [(_LOAD_WORD, 0, 0, words[0])]
+    for word in words[1:]:
+        folded += [(_TO_X, 0, 0, 0), (_LOAD_WORD, 0, 0, word), (_XOR_X, 0, 0, 0)]
+    return [
+        (_LOAD_BYTE, 0, 0, _NETWORK_HEADER),
+        (_SHIFT_RIGHT, 0, 0, 4),
+        (_JUMP_EQUAL, 0, 2, 4),
+        (_LOAD_WORD, 0, 0, _NETWORK_HEADER + _IP4_SOURCE),
+        (_JUMP, 0, 0, len(folded)),
+        *folded,
+        (_MULTIPLY, 0, 0, _SPREAD),
+        (_SHIFT_RIGHT, 0, 0, _SPREAD_SHIFT),
+        (_REMAINDER, 0, 0, count),
+        (_RETURN, 0, 0, 0),
+    ]

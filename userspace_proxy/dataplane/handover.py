@@ -1,0 +1,245 @@
+"""How what serves goes from one process to the next: its listeners, and what its pickers have learnt.
+
+Who serves in a network namespace listens at its lock, an abstract unix socket: the control process, or, when that
+has died, each of its workers (orphans). A successor asks there. It is given every listener and the lock itself,
+serves, says so, and only then the one before stops accepting; so at no moment does nobody accept.
+
+    successor                         who serves
+       connect                 ->
+                               <-     Present
+       TakeOver                ->
+                               <-     Inherit, a frame for some listeners, with their descriptors ...
+                               <-     Lock, with its descriptor
+       (serves)  Taken         ->
+                               <-     Released, and drains
+
+Until `Taken` the one before goes on as if nobody had asked, should the successor fail.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TypeVar
+
+import msgspec
+
+from userspace_proxy.dataplane import wire
+from userspace_proxy.dataplane.channel import Channel
+
+# Of these messages. One that is not understood is refused in words, in both directions: upgrade and roll-back.
+VERSION = 1
+_ANSWER_TIMEOUT_S = 15.0
+# Who connects and asks nothing costs a descriptor each; the first of more makes way.
+_SILENT_MAX = 8
+
+
+class Present(msgspec.Struct, frozen=True, tag=True):
+    """Who serves. ``worker`` of ``workers`` for an orphan; ``sources``: what is served, to tell the same again."""
+
+    version: int
+    pid: int
+    sources: list[str] = []
+    orphan: bool = False
+    worker: int = 0
+    workers: int = 1
+
+
+class TakeOver(msgspec.Struct, frozen=True, tag=True):
+    """*workers*: how many will accept; sockets of workers beyond that number are closed, once they are empty."""
+
+    version: int
+    pid: int
+    workers: int = 1
+
+
+class End(msgspec.Struct, frozen=True, tag=True):
+    """To an orphan: end now, nobody comes any more."""
+
+
+class Taken(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    reason: str
+
+
+class Inherit(msgspec.Struct, frozen=True, tag=True):
+    """Listeners of one worker, with their descriptors."""
+
+    worker: int
+    listeners: wire.Open
+
+
+class Lock(msgspec.Struct, frozen=True, tag=True):
+    """That was all; the lock's descriptor comes with it."""
+
+
+class Released(msgspec.Struct, frozen=True, tag=True):
+    """Admin addresses and the state folder are free."""
+
+
+Message = Present | TakeOver | End | Taken | Refused | Inherit | Lock | Released
+Received = TypeVar("Received")
+
+_messages = msgspec.msgpack.Decoder(Message)
+
+
+class Conversation:
+    """Messages with descriptors, one after the other, with one peer."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._received: asyncio.Queue[tuple[Message, list[int]] | None] = asyncio.Queue()
+        self._channel = Channel(sock, self._on_frame, lambda: self._received.put_nowait(None))
+
+    def _on_frame(self, body: bytes, descriptors: list[int]) -> None:
+        try:
+            self._received.put_nowait((_messages.decode(body), descriptors))
+        except msgspec.DecodeError:
+            self._channel.close()
+
+    def send(self, message: Message, descriptors: Iterable[int] = ()) -> None:
+        self._channel.send(wire.encode(message), list(descriptors))
+
+    async def receive(self, timeout_s: float = _ANSWER_TIMEOUT_S) -> tuple[Message, list[int]]:
+        """Return the next message.
+
+        Raises:
+            ConnectionError: the peer is gone.
+            TimeoutError: it says nothing.
+        """
+        async with asyncio.timeout(timeout_s):
+            received = await self._received.get()
+        if received is None:
+            self._received.put_nowait(None)
+            raise ConnectionError("the other process is gone")
+        return received
+
+    async def ended(self) -> None:
+        """Wait until the peer is gone, for as long as an answer may take."""
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            while True:
+                await self.receive()
+
+    async def sent(self) -> None:
+        """Wait until the kernel has all that was sent."""
+        await self._channel.sent()
+
+    def close(self) -> None:
+        self._channel.close()
+        while not self._received.empty():
+            if received := self._received.get_nowait():
+                for descriptor in received[1]:
+                    os.close(descriptor)
+
+
+class Incumbent:
+    """Answers at the lock, for who serves here now."""
+
+    def __init__(
+        self,
+        lock: socket.socket,
+        present: Present,
+        on_take_over: Callable[[TakeOver, Conversation], Awaitable[None]],
+        on_end: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        self._lock = lock
+        self._present = present
+        self._on_take_over = on_take_over
+        self._on_end = on_end
+        self._loop = asyncio.get_running_loop()
+        self._conversations: dict[asyncio.Task[None], None] = {}
+        self._heard: asyncio.Task[None] | None = None  # whose wish is being done
+        self._closed = False
+        lock.setblocking(False)
+        self._loop.add_reader(lock.fileno(), self._accept)
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._lock.accept()
+        except OSError:
+            return
+        if peer(sock)[1] not in (0, os.geteuid()):
+            sock.close()
+            return
+        silent = [task for task in self._conversations if task is not self._heard]
+        if len(silent) >= _SILENT_MAX:
+            silent[0].cancel()
+        task = asyncio.create_task(self._converse(Conversation(sock)), name="at the lock")
+        self._conversations[task] = None
+        task.add_done_callback(lambda done: self._conversations.pop(done, None))
+
+    async def _converse(self, conversation: Conversation) -> None:
+        try:
+            conversation.send(self._present)
+            asked, _ = await conversation.receive(timeout_s=60)
+            if self._heard is not None:
+                conversation.send(Refused("another process takes it over just now"))
+            elif isinstance(asked, TakeOver) and asked.version != VERSION:
+                conversation.send(Refused(f"it hands over in version {VERSION} and was asked in {asked.version}"))
+            else:
+                self._heard = asyncio.current_task()
+                if self._present.orphan:
+                    # Who asks next at the lock, which all orphans share, is to meet another one.
+                    self._loop.remove_reader(self._lock.fileno())
+                if isinstance(asked, TakeOver):
+                    await self._on_take_over(asked, conversation)
+                elif isinstance(asked, End) and self._on_end is not None:
+                    await self._on_end()
+            await conversation.sent()
+        except (OSError, TimeoutError):  # whoever asked has gone, or is not of our kind
+            pass
+        finally:
+            if self._heard is asyncio.current_task():
+                self._heard = None
+                if self._present.orphan and not self._closed:
+                    self._loop.add_reader(self._lock.fileno(), self._accept)
+            conversation.close()
+
+    def close(self) -> None:
+        """Answer no more, but to whom is being served; the lock is the caller's."""
+        self._closed = True
+        self._loop.remove_reader(self._lock.fileno())
+        for task in self._conversations:
+            if task is not self._heard:
+                task.cancel()
+
+
+async def hand_over(
+    conversation: Conversation, listeners: Iterable[tuple[Inherit, list[int]]], lock: socket.socket
+) -> None:
+    """Give *listeners* and *lock* to the successor and wait until it serves.
+
+    Raises:
+        OSError, TimeoutError: it failed; everything is ours still.
+    """
+    for inherit, descriptors in listeners:
+        conversation.send(inherit, descriptors)
+        await conversation.sent()  # packets first; and descriptors under way are bounded
+    conversation.send(Lock(), [lock.fileno()])
+    answer, _ = await conversation.receive(timeout_s=60)
+    if not isinstance(answer, Taken):
+        raise ConnectionError(f"the successor said {type(answer).__name__}")
+
+
+def peer(sock: socket.socket) -> tuple[int, int]:
+    """Return the process and the user at the other end of a unix socket, as the kernel knows them."""
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid, uid, _ = struct.unpack("3i", credentials)
+    return pid, uid
+
+
+def expect(received: tuple[Message, list[int]], kind: type[Received]) -> Received:
+    """Return the message of *received*, which has to be a *kind*; raises ConnectionError where it is not."""
+    message, descriptors = received
+    if isinstance(message, kind):
+        return message
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    raise ConnectionError(message.reason if isinstance(message, Refused) else f"it said {type(message).__name__}")
