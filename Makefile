@@ -19,7 +19,7 @@ demo: ## a Service, three backends, one killed under load: in private namespaces
 	@exec $(BIN)/userspace-proxy demo
 
 test: ## all checks and all tests, as root and as a plain user alike
-	@tools/setup $(VENV) nft iptables ip conntrack nginx
+	@tools/setup $(VENV) nft iptables ip conntrack nginx wrk
 	@tools/test $(VENV)
 
 soak: ## the tests that take minutes

@@ -106,6 +106,7 @@ class Proxy:
         self.folder = folder
         self.rules = rules
         self.loop = loop
+        self.verbose = True
         self.manifests = folder / "manifests"
         self.manifests.mkdir(parents=True, exist_ok=True)
         self.log_file = folder / "log"
@@ -116,9 +117,10 @@ class Proxy:
         return [sys.executable, "-m", "userspace_proxy", *arguments]
 
     def run_arguments(self) -> list[str]:
+        told = ["--verbose", "--access-log", str(self.access_file)] if self.verbose else []
         return [
-            *("run", str(self.manifests), "--rules", self.rules, "--loop", self.loop, "--verbose"),
-            *("--state-dir", str(self.folder / "state"), "--access-log", str(self.access_file)),
+            *("run", str(self.manifests), "--rules", self.rules, "--loop", self.loop),
+            *("--state-dir", str(self.folder / "state"), *told),
         ]
 
     def start(self, *arguments: str, wait: bool = True) -> None:
