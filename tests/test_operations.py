@@ -1,0 +1,68 @@
+"""What docs/operations.md and the systemd unit name is there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import click
+import pytest
+
+from userspace_proxy.admin.metrics import ControlStats, render
+from userspace_proxy.cli import commands
+from userspace_proxy.interfaces import Counters, PlaneStats
+from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
+
+ROOT = Path(__file__).parents[1]
+UNIT = ROOT / "examples" / "systemd" / "userspace-proxy.service"
+PAGES = [ROOT / "docs" / "operations.md", ROOT / "README.md"]
+
+
+def unit_lines(key: str) -> list[str]:
+    return re.findall(rf"^{key}=(.*)$", UNIT.read_text(), re.MULTILINE)
+
+
+def test_the_unit_starts_what_the_command_line_takes() -> None:
+    (command,) = unit_lines("ExecStart")
+    _, name, *arguments = shlex.split(command)
+    run = commands.commands[name]
+
+    assert run.make_context("run", list(arguments)).params["paths"] == ("/etc/userspace-proxy",)
+
+
+def test_the_unit_lets_workers_serve_on_and_gives_one_privilege() -> None:
+    assert unit_lines("KillMode") == ["process"], "else systemd kills the workers with their control process"
+    assert unit_lines("Restart") == ["always"]
+    assert unit_lines("CapabilityBoundingSet") == ["CAP_NET_ADMIN"]
+    assert "-USR2" in unit_lines("ExecReload")[0]
+
+
+def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("no systemd here; the other tests read the unit by themselves")
+    there = tmp_path / UNIT.name
+    there.write_text(UNIT.read_text().replace("/opt/userspace-proxy/bin/userspace-proxy", "/bin/true"))
+    done = subprocess.run(["systemd-analyze", "verify", str(there)], capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_metric_that_is_named_exists(page: Path) -> None:
+    names = [ServicePortName(NamespacedName("a", "b"), "c", protocol) for protocol in L4Protocol]
+    exposed = render(PlaneStats({name: Counters() for name in names}), ControlStats(0, 0, 0, 0.0, 0, 0)).decode()
+
+    for metric in re.findall(r"`(userspace_proxy_\w+)`", page.read_text()):
+        assert f"\n{metric}" in exposed, metric
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_option_that_is_named_exists(page: Path) -> None:
+    known = {option for command in commands.commands.values() for p in command.params for option in p.opts}
+
+    for option in re.findall(r"`(--[a-z-]+)", page.read_text()):
+        assert option in known | {"--help", "--user", "--map-root-user", "--net"}, option
+    assert isinstance(commands, click.Group)
