@@ -15,7 +15,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 _HEADER = struct.Struct("=IH")
-_READ_BYTES = 1 << 18
+# Little, so that a reader does other things between two frames.
+_READ_BYTES = 1 << 14
 # As many as the kernel takes in one message (SCM_MAX_FD).
 DESCRIPTORS_A_FRAME = 250
 FRAME_MAX_BYTES = 64 << 20

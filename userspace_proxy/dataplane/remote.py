@@ -26,8 +26,8 @@ from userspace_proxy.interfaces import Backends, Counters, ListenerSpec, PlaneSt
 from userspace_proxy.model.names import ServicePortName
 
 # So much at once that no packet waits for more than a few milliseconds while the worker takes it in.
-_A_FRAME = 100
-_OPENED_A_FRAME = 50
+_A_FRAME = 32
+_OPENED_A_FRAME = 16
 # The same in every worker; all other counters are added up.
 _ALIKE = {"endpoints", "ejected"}
 
