@@ -1,0 +1,271 @@
+"""The UDP sockets of a plane, in a level-triggered epoll of their own.
+
+Level-triggered, because one call for each datagram is then enough: what is left in a socket is reported
+again by the next poll, which is made anyway, while edge-triggered a socket has to be read until it says
+EAGAIN. Answers are gathered, and leave for the clients of a proxy port in one call.
+
+The socket of a flow that has ended rests, and is leased to another flow afterwards, at a third of what
+closing it and opening another would cost; and no answer to the ended flow reaches the other, as if it had
+been closed. It is dissolved at once, which gives its port back: who sends there finds no socket. What came
+before, or was on its way from the kernel's lookup into the socket's queue, is thrown away when it is leased.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import errno
+import logging
+import select
+import socket
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from userspace_proxy.dataplane.mmsg import MESSAGES, Batch
+from userspace_proxy.dataplane.sockets import backend_socket
+from userspace_proxy.model.endpoint import Address, Endpoint
+
+_EVENTS_A_POLL = 64
+_POLLS_A_TURN = 4
+# The kernel needs microseconds from its lookup of a socket to the socket's queue.
+_REST_S = 0.01
+_RESTING_AT_MOST = 1024
+_KEEP_S = 10.0
+_UNSPECIFIED = bytes(28)  # a struct sockaddr with AF_UNSPEC, which is 0
+
+log = logging.getLogger(__name__)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Front(Protocol):
+    """Where the clients of a proxy port are: the owner of flows."""
+
+    @property
+    def fd(self) -> int: ...
+
+    def receive(self) -> None:
+        """Take what waits at the proxy port."""
+        ...
+
+    def answered(self, flow: UdpFlow) -> None:
+        """The endpoint of *flow* has answered for the first time."""
+        ...
+
+    def lose(self, flow: UdpFlow, error: OSError) -> None:
+        """The endpoint of *flow* refused."""
+        ...
+
+    def not_sent(self, datagrams: int) -> None:
+        """So many answers were not taken by the kernel."""
+        ...
+
+
+class UdpFlow:
+    """One client's conversation with one endpoint."""
+
+    __slots__ = (
+        "answered",
+        "bytes_to_backend",
+        "bytes_to_client",
+        "endpoint",
+        "front",
+        "key",
+        "last_at",
+        "receive_into",
+        "reply",
+        "send",
+        "sock",
+        "started_at",
+        "touch",
+        "why",
+    )
+
+    def __init__(
+        self,
+        key: bytes,
+        reply: bytes,
+        front: Front,
+        touch: Callable[[bytes], None],
+        sock: socket.socket,
+        endpoint: Endpoint,
+        why: str,
+        now: float,
+    ) -> None:
+        self.key = key
+        self.reply = reply
+        self.front = front
+        self.touch = touch
+        self.sock = sock
+        self.send = sock.send
+        self.receive_into = sock.recv_into
+        self.endpoint = endpoint
+        self.why = why
+        self.started_at = self.last_at = now
+        self.bytes_to_backend = 0
+        self.bytes_to_client = 0
+        self.answered = False
+
+
+class DatagramPoller:
+    """Reads fronts and flows as they become ready. Not thread-safe: it belongs to the loop's thread."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, now: Callable[[], float]) -> None:
+        self.inbox = Batch()
+        self._outbox = Batch()
+        self._loop = loop
+        self._now = now
+        self._epoll = select.epoll()
+        self._fronts: dict[int, Front] = {}
+        self._flows: dict[int, UdpFlow] = {}
+        self._resting: dict[int, socket.socket] = {}
+        self._rest: dict[socket.AddressFamily, deque[tuple[float, socket.socket]]] = {
+            socket.AF_INET: deque(),
+            socket.AF_INET6: deque(),
+        }
+        loop.add_reader(self._epoll.fileno(), self._turn)
+
+    # ---- proxy ports
+
+    def serve(self, front: Front) -> None:
+        self._epoll.register(front.fd, select.EPOLLIN)
+        self._fronts[front.fd] = front
+
+    def leave(self, front: Front) -> None:
+        """Read no more from *front*, whose owner closes it."""
+        if self._fronts.pop(front.fd, None) is not None:
+            self._epoll.unregister(front.fd)
+        if not self._fronts:
+            self.shed()
+
+    # ---- sockets of flows
+
+    def __len__(self) -> int:
+        """How many sockets there are, resting ones included."""
+        return len(self._flows) + len(self._resting)
+
+    def socket_to(self, address: Address, make_room: Callable[[], None]) -> socket.socket:
+        """Return a socket of the family of *address*, not connected yet; *make_room* is called before one is opened.
+
+        Raises:
+            OSError: none could be opened.
+        """
+        rest = self._rest[socket.AF_INET6 if ":" in address[0] else socket.AF_INET]
+        if rest and self._now() - rest[0][0] >= _REST_S:
+            sock = rest.popleft()[1]
+            fd = sock.fileno()
+            del self._resting[fd]
+            _drain(fd)
+            return sock
+        make_room()
+        sock = backend_socket(socket.SOCK_DGRAM, address)
+        try:
+            self._epoll.register(sock, select.EPOLLIN)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def begin(self, flow: UdpFlow) -> None:
+        """Carry the answers that come to *flow*."""
+        self._flows[flow.sock.fileno()] = flow
+
+    def end(self, flow: UdpFlow, *, rest: bool = True) -> None:
+        """Carry no more answers; the socket rests, or is closed."""
+        del self._flows[flow.sock.fileno()]
+        self.give_back(flow.sock, rest=rest)
+
+    def give_back(self, sock: socket.socket, *, rest: bool = True) -> None:
+        """Take back what `socket_to` gave and no flow has: it rests, or is closed."""
+        fd = sock.fileno()
+        if not rest or len(self._resting) >= _RESTING_AT_MOST or _libc.connect(fd, _UNSPECIFIED, len(_UNSPECIFIED)):
+            sock.close()
+            return
+        self._resting[fd] = sock
+        self._rest[sock.family].append((self._now(), sock))
+
+    def shed(self, rested_since: float = float("inf")) -> None:
+        """Close the sockets that rest: all, or those that do since before *rested_since*."""
+        for rest in self._rest.values():
+            while rest and rest[0][0] < rested_since:
+                sock = rest.popleft()[1]
+                del self._resting[sock.fileno()]
+                sock.close()
+
+    def expire(self, now: float) -> None:
+        """Close the sockets for which there was no use."""
+        self.shed(now - _KEEP_S)
+
+    # ---- turns
+
+    def _turn(self) -> None:
+        for _ in range(_POLLS_A_TURN):
+            ready = self._epoll.poll(0, _EVENTS_A_POLL)
+            if not ready:
+                return
+            try:
+                self._handle(ready)
+            except Exception:
+                log.exception("a bug: datagrams were not handled")
+
+    def _handle(self, ready: list[tuple[int, int]]) -> None:
+        now = self._now()
+        flows, outbox = self._flows, self._outbox
+        room, address = outbox.room, outbox.address
+        front: Front | None = None
+        count = 0
+        for fd, _ in ready:
+            flow = flows.get(fd)
+            if flow is None:
+                self._handle_other(fd)
+                continue
+            if flow.front is not front or count == MESSAGES:
+                if front is not None:
+                    self._send(front, count)
+                front, count = flow.front, 0
+            try:
+                length = flow.receive_into(room[count])
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                # Too long: the way has become narrower than an earlier datagram; the kernel knows now.
+                if error.errno != errno.EMSGSIZE:
+                    flow.front.lose(flow, error)
+                continue
+            address(count, flow.reply, length)
+            count += 1
+            flow.last_at = now
+            flow.bytes_to_client += length
+            flow.touch(flow.key)  # most recently used: at the end
+            if not flow.answered:
+                flow.front.answered(flow)
+        if front is not None:
+            self._send(front, count)
+
+    def _send(self, front: Front, count: int) -> None:
+        if count and (refused := self._outbox.send(front.fd, count)):
+            front.not_sent(refused)
+
+    def _handle_other(self, fd: int) -> None:
+        front = self._fronts.get(fd)
+        if front is not None:
+            front.receive()
+        elif fd in self._resting:
+            _drain(fd)
+
+    def stop(self) -> None:
+        """Close every socket that rests, and the epoll."""
+        self.shed()
+        if not self._epoll.closed:
+            self._loop.remove_reader(self._epoll.fileno())
+            self._epoll.close()
+
+
+def _drain(fd: int) -> None:
+    """Throw away what is in the socket *fd*: datagrams, and an error that nobody was told."""
+    for _ in range(2):  # an error that waits is told once
+        while _libc.recv(fd, None, 0, socket.MSG_DONTWAIT) >= 0:
+            pass
+        if ctypes.get_errno() == errno.EAGAIN:
+            return
