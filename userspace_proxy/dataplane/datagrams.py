@@ -26,7 +26,7 @@ from userspace_proxy.dataplane.mmsg import MESSAGES, Batch
 from userspace_proxy.dataplane.sockets import backend_socket
 from userspace_proxy.model.endpoint import Address, Endpoint
 
-_EVENTS_A_POLL = 64
+_EVENTS_A_POLL = 256
 _POLLS_A_TURN = 4
 # The kernel needs microseconds from its lookup of a socket to the socket's queue.
 _REST_S = 0.01
@@ -36,7 +36,8 @@ _UNSPECIFIED = bytes(28)  # a struct sockaddr with AF_UNSPEC, which is 0
 
 log = logging.getLogger(__name__)
 
-_libc = ctypes.CDLL(None, use_errno=True)
+_connect = ctypes.CDLL(None).connect
+_nowhere = bytearray(1)
 
 
 class Front(Protocol):
@@ -44,6 +45,11 @@ class Front(Protocol):
 
     @property
     def fd(self) -> int: ...
+
+    @property
+    def touch(self) -> Callable[[bytes], None]:
+        """Makes the flow with this key the most recently used one."""
+        ...
 
     def receive(self) -> None:
         """Take what waits at the proxy port."""
@@ -63,7 +69,7 @@ class Front(Protocol):
 
 
 class UdpFlow:
-    """One client's conversation with one endpoint."""
+    """One client's conversation with one endpoint. ``front`` is None once it has ended."""
 
     __slots__ = (
         "answered",
@@ -73,33 +79,19 @@ class UdpFlow:
         "front",
         "key",
         "last_at",
-        "receive_into",
         "reply",
-        "send",
         "sock",
         "started_at",
-        "touch",
         "why",
     )
 
     def __init__(
-        self,
-        key: bytes,
-        reply: bytes,
-        front: Front,
-        touch: Callable[[bytes], None],
-        sock: socket.socket,
-        endpoint: Endpoint,
-        why: str,
-        now: float,
+        self, key: bytes, reply: bytes, front: Front, sock: socket.socket, endpoint: Endpoint, why: str, now: float
     ) -> None:
         self.key = key
         self.reply = reply
-        self.front = front
-        self.touch = touch
+        self.front: Front | None = front
         self.sock = sock
-        self.send = sock.send
-        self.receive_into = sock.recv_into
         self.endpoint = endpoint
         self.why = why
         self.started_at = self.last_at = now
@@ -119,11 +111,10 @@ class DatagramPoller:
         self._epoll = select.epoll()
         self._fronts: dict[int, Front] = {}
         self._flows: dict[int, UdpFlow] = {}
-        self._resting: dict[int, socket.socket] = {}
-        self._rest: dict[socket.AddressFamily, deque[tuple[float, socket.socket]]] = {
-            socket.AF_INET: deque(),
-            socket.AF_INET6: deque(),
-        }
+        # Flows that have ended and whose socket rests, the longest first, for each family: IPv4, IPv6.
+        self._rest: tuple[deque[UdpFlow], deque[UdpFlow]] = (deque(), deque())
+        # When all sockets that had something were last read.
+        self._quiet_at = float("-inf")
         loop.add_reader(self._epoll.fileno(), self._turn)
 
     # ---- proxy ports
@@ -142,8 +133,8 @@ class DatagramPoller:
     # ---- sockets of flows
 
     def __len__(self) -> int:
-        """How many sockets there are, resting ones included."""
-        return len(self._flows) + len(self._resting)
+        """How many sockets flows have, those that rest included."""
+        return len(self._flows)
 
     def socket_to(self, address: Address, make_room: Callable[[], None]) -> socket.socket:
         """Return a socket of the family of *address*, not connected yet; *make_room* is called before one is opened.
@@ -151,13 +142,9 @@ class DatagramPoller:
         Raises:
             OSError: none could be opened.
         """
-        rest = self._rest[socket.AF_INET6 if ":" in address[0] else socket.AF_INET]
-        if rest and self._now() - rest[0][0] >= _REST_S:
-            sock = rest.popleft()[1]
-            fd = sock.fileno()
-            del self._resting[fd]
-            _drain(fd)
-            return sock
+        rest = self._rest[":" in address[0]]
+        if rest and rest[0].last_at < self._quiet_at - _REST_S:
+            return rest.popleft().sock
         make_room()
         sock = backend_socket(socket.SOCK_DGRAM, address)
         try:
@@ -171,27 +158,28 @@ class DatagramPoller:
         """Carry the answers that come to *flow*."""
         self._flows[flow.sock.fileno()] = flow
 
-    def end(self, flow: UdpFlow, *, rest: bool = True) -> None:
-        """Carry no more answers; the socket rests, or is closed."""
-        del self._flows[flow.sock.fileno()]
-        self.give_back(flow.sock, rest=rest)
+    def end(self, flow: UdpFlow, now: float, *, rest: bool = True) -> None:
+        """Carry no more answers; the socket rests where there is room for it, or is closed."""
+        fd = flow.sock.fileno()
+        flow.front = None
+        resting = self._rest[":" in flow.endpoint.ip]
+        if rest and len(resting) < _RESTING_AT_MOST and not _connect(fd, _UNSPECIFIED, len(_UNSPECIFIED)):
+            flow.last_at = now
+            resting.append(flow)
+        else:
+            del self._flows[fd]
+            flow.sock.close()
 
-    def give_back(self, sock: socket.socket, *, rest: bool = True) -> None:
-        """Take back what `socket_to` gave and no flow has: it rests, or is closed."""
-        fd = sock.fileno()
-        if not rest or len(self._resting) >= _RESTING_AT_MOST or _libc.connect(fd, _UNSPECIFIED, len(_UNSPECIFIED)):
-            sock.close()
-            return
-        self._resting[fd] = sock
-        self._rest[sock.family].append((self._now(), sock))
+    def give_back(self, sock: socket.socket) -> None:
+        """Take back what `socket_to` gave and no flow has."""
+        self._flows.pop(sock.fileno(), None)
+        sock.close()
 
-    def shed(self, rested_since: float = float("inf")) -> None:
-        """Close the sockets that rest: all, or those that do since before *rested_since*."""
-        for rest in self._rest.values():
-            while rest and rest[0][0] < rested_since:
-                sock = rest.popleft()[1]
-                del self._resting[sock.fileno()]
-                sock.close()
+    def shed(self, ended_before: float = float("inf")) -> None:
+        """Close the sockets that rest: all, or those whose flow ended before that."""
+        for rest in self._rest:
+            while rest and rest[0].last_at < ended_before:
+                self.give_back(rest.popleft().sock)
 
     def expire(self, now: float) -> None:
         """Close the sockets for which there was no use."""
@@ -204,13 +192,15 @@ class DatagramPoller:
             ready = self._epoll.poll(0, _EVENTS_A_POLL)
             if not ready:
                 return
+            now = self._now()
             try:
-                self._handle(ready)
+                self._handle(ready, now)
+                if len(ready) < _EVENTS_A_POLL:
+                    self._quiet_at = now
             except Exception:
                 log.exception("a bug: datagrams were not handled")
 
-    def _handle(self, ready: list[tuple[int, int]]) -> None:
-        now = self._now()
+    def _handle(self, ready: list[tuple[int, int]], now: float) -> None:
         flows, outbox = self._flows, self._outbox
         room, address = outbox.room, outbox.address
         front: Front | None = None
@@ -218,41 +208,38 @@ class DatagramPoller:
         for fd, _ in ready:
             flow = flows.get(fd)
             if flow is None:
-                self._handle_other(fd)
+                if fd in self._fronts:
+                    self._fronts[fd].receive()
                 continue
             if flow.front is not front or count == MESSAGES:
                 if front is not None:
                     self._send(front, count)
                 front, count = flow.front, 0
+            if front is None:
+                _drain(flow.sock)
+                continue
             try:
-                length = flow.receive_into(room[count])
+                length = flow.sock.recv_into(room[count])
             except BlockingIOError:
                 continue
             except OSError as error:
                 # Too long: the way has become narrower than an earlier datagram; the kernel knows now.
                 if error.errno != errno.EMSGSIZE:
-                    flow.front.lose(flow, error)
+                    front.lose(flow, error)
                 continue
             address(count, flow.reply, length)
             count += 1
             flow.last_at = now
             flow.bytes_to_client += length
-            flow.touch(flow.key)  # most recently used: at the end
+            front.touch(flow.key)
             if not flow.answered:
-                flow.front.answered(flow)
+                front.answered(flow)
         if front is not None:
             self._send(front, count)
 
     def _send(self, front: Front, count: int) -> None:
         if count and (refused := self._outbox.send(front.fd, count)):
             front.not_sent(refused)
-
-    def _handle_other(self, fd: int) -> None:
-        front = self._fronts.get(fd)
-        if front is not None:
-            front.receive()
-        elif fd in self._resting:
-            _drain(fd)
 
     def stop(self) -> None:
         """Close every socket that rests, and the epoll."""
@@ -262,10 +249,13 @@ class DatagramPoller:
             self._epoll.close()
 
 
-def _drain(fd: int) -> None:
-    """Throw away what is in the socket *fd*: datagrams, and an error that nobody was told."""
-    for _ in range(2):  # an error that waits is told once
-        while _libc.recv(fd, None, 0, socket.MSG_DONTWAIT) >= 0:
-            pass
-        if ctypes.get_errno() == errno.EAGAIN:
+def _drain(sock: socket.socket) -> None:
+    """Throw away what is in *sock*: datagrams, and an error that nobody was told."""
+    errors = 0
+    while errors < 2:
+        try:
+            sock.recv_into(_nowhere)
+        except BlockingIOError:
             return
+        except OSError:
+            errors += 1

@@ -23,9 +23,11 @@ _CONTROL_AT = 32  # control messages are aligned to 8
 _CONTROL_BYTES = socket.CMSG_SPACE(20)  # struct in6_pktinfo; struct in_pktinfo is shorter
 _RECORD_BYTES = _CONTROL_AT + _CONTROL_BYTES
 _PKTINFO_AT = _CONTROL_AT + socket.CMSG_LEN(0)
+_INTERFACE6_AT = _PKTINFO_AT + 16
+_NO_INTERFACE = bytes(_RECORD_BYTES - _INTERFACE6_AT)
 _LINK_LOCAL = b"\xfe\x80"
 _MAPPED = bytes(10) + b"\xff\xff"
-_FAMILY = struct.Struct("=H")
+_INET6 = struct.pack("=H", socket.AF_INET6)
 _PORT = struct.Struct("!2xH")
 _RECORDS = [struct.Struct(f"{_RECORD_BYTES}s" * count) for count in range(MESSAGES + 1)]
 
@@ -109,7 +111,7 @@ class Batch:
 def client_address(record: bytes) -> Address:
     """Return the IP and port of the peer of *record*."""
     (port,) = _PORT.unpack_from(record)
-    if _is_ipv6(record):
+    if record.startswith(_INET6):
         packed = record[8:24]
         if not packed.startswith(_MAPPED):
             return socket.inet_ntop(socket.AF_INET6, packed), port
@@ -119,13 +121,8 @@ def client_address(record: bytes) -> Address:
 
 def reply_record(record: bytes) -> bytes:
     """Return the record for an answer to the peer of *record*: it leaves from the address that was asked."""
-    head, info = record[:_PKTINFO_AT], record[_PKTINFO_AT:]
-    if _is_ipv6(record):  # struct in6_pktinfo: address, interface (which a link-local address needs)
-        return record if info.startswith(_LINK_LOCAL) else head + info[:16] + bytes(len(info) - 16)
+    if record.startswith(_INET6):  # struct in6_pktinfo: address, interface (which a link-local address needs)
+        return record if record.startswith(_LINK_LOCAL, _PKTINFO_AT) else record[:_INTERFACE6_AT] + _NO_INTERFACE
     # struct in_pktinfo: interface, local address, destination
-    return head + bytes(4) + info[4:8] + bytes(len(info) - 8)
-
-
-def _is_ipv6(record: bytes) -> bool:
-    (family,) = _FAMILY.unpack_from(record)
-    return bool(family == socket.AF_INET6)
+    info = record[_PKTINFO_AT:]
+    return record[:_PKTINFO_AT] + bytes(4) + info[4:8] + bytes(len(info) - 8)

@@ -37,10 +37,13 @@ class UdpListener:
         self.picker = Picker(context.now, spec.service_port.affinity_timeout_s)
         self._context = context
         self._spec = spec
+        self._affinity = spec.service_port.affinity_timeout_s is not None
         self._flows: OrderedDict[bytes, UdpFlow] = OrderedDict()
         self._serving: frozenset[Address] = frozenset()
+        self.touch = self._flows.move_to_end
         self._sock = sock
-        context.datagrams.serve(self)
+        self._datagrams = context.datagrams
+        self._datagrams.serve(self)
 
     @property
     def name(self) -> ServicePortName:
@@ -52,6 +55,7 @@ class UdpListener:
 
     def configure(self, spec: ListenerSpec) -> None:
         self._spec = spec
+        self._affinity = spec.service_port.affinity_timeout_s is not None
         self.picker.set_affinity(spec.service_port.affinity_timeout_s)
 
     def update(self, backends: Backends) -> None:
@@ -64,27 +68,28 @@ class UdpListener:
     def close(self) -> None:
         for flow in list(self._flows.values()):
             self._end(flow, "service gone", rest=False)
-        self._context.datagrams.leave(self)
+        self._datagrams.leave(self)
         self._sock.close()
 
     # ---- client to backend
 
     def receive(self) -> None:
         now = self._context.now()
-        flow_of, touch = self._flows.get, self._flows.move_to_end
-        for record, length, room in self._context.datagrams.inbox.receive(self.fd):
-            flow = flow_of(record) or self._begin(record, now)
-            if flow is None:
+        flow_of, touch = self._flows.get, self.touch
+        for record, length, room in self._datagrams.inbox.receive(self.fd):
+            flow = flow_of(record)
+            if flow is not None:
+                touch(record)
+            elif (flow := self._begin(record, now)) is None:
                 self.counters.datagrams_dropped += 1
                 continue
             try:
-                flow.send(room[:length])
+                flow.sock.send(room[:length])
             except OSError as error:
                 self._send_anew(flow, room[:length], error, now)
                 continue
             flow.last_at = now
             flow.bytes_to_backend += length
-            touch(record)  # most recently used: at the end
 
     def _send_anew(self, flow: UdpFlow, datagram: memoryview, error: OSError, now: float) -> None:
         """Give *datagram*, which *flow* could not send, to another flow where that is right."""
@@ -94,7 +99,7 @@ class UdpListener:
             again = self._begin(flow.key, now)
             if again is not None:
                 try:
-                    again.bytes_to_backend += again.send(datagram)
+                    again.bytes_to_backend += again.sock.send(datagram)
                 except OSError as refused:
                     if refused.errno not in _DROPPED:
                         self.lose(again, refused)
@@ -106,8 +111,7 @@ class UdpListener:
         """Open a flow to the picked endpoint, or to the next one where there is no way to it."""
         if len(self._flows) >= self._context.limits.udp_flows_per_service:
             self._evict()
-        datagrams = self._context.datagrams
-        client_ip = client_address(key)[0]
+        client_ip = client_address(key)[0] if self._affinity else ""
         tried: dict[Address, bool] = {}
         while (pick := self.picker.pick(client_ip, tried)) is not None:
             address = pick.endpoint.address
@@ -120,14 +124,13 @@ class UdpListener:
                 if is_self_connected(sock, address):
                     raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
             except OSError as error:
-                datagrams.give_back(sock)
+                self._datagrams.give_back(sock)
                 self._hold_against(pick.endpoint, error)
                 self.counters.retries += 1
                 continue
-            touch = self._flows.move_to_end
-            flow = UdpFlow(key, reply_record(key), self, touch, sock, pick.endpoint, pick.why, now)
+            flow = UdpFlow(key, reply_record(key), self, sock, pick.endpoint, pick.why, now)
             self._flows[key] = flow
-            datagrams.begin(flow)
+            self._datagrams.begin(flow)
             self.counters.flows_total += 1
             self.counters.flows += 1
             return flow
@@ -135,11 +138,11 @@ class UdpListener:
 
     def _socket_to(self, address: Address) -> socket.socket | None:
         try:
-            return self._context.datagrams.socket_to(address, self._make_room)
+            return self._datagrams.socket_to(address, self._make_room)
         except OSError as error:
             # Out of descriptors: the flow that has been idle for longest makes way, once its socket is closed.
             self._context.connections.note_shortage(error)
-            self._context.datagrams.shed()
+            self._datagrams.shed()
             self._evict(rest=False)
             return None
 
@@ -147,7 +150,7 @@ class UdpListener:
         """Have a descriptor free: those that nobody uses make way first, then the flow idle for longest."""
         fits = self._context.connections.fits
         if not fits(1):
-            self._context.datagrams.shed()
+            self._datagrams.shed()
             if not fits(1):
                 self._evict(rest=False)
 
@@ -198,12 +201,13 @@ class UdpListener:
                 expired.append(flow)
         for flow in expired:
             self._end(flow, "idle")
-        self._context.datagrams.expire(now)
+        self._datagrams.expire(now)
 
     def _end(self, flow: UdpFlow, how: str, *, rest: bool = True) -> None:
         if self._flows.pop(flow.key, None) is None:
             return
-        self._context.datagrams.end(flow, rest=rest)
+        now = self._context.now()
+        self._datagrams.end(flow, now, rest=rest)
         self.counters.flows -= 1
         self.counters.bytes_to_backends += flow.bytes_to_backend
         self.counters.bytes_to_clients += flow.bytes_to_client
@@ -218,7 +222,7 @@ class UdpListener:
                 why=flow.why,
                 bytes_to_backend=flow.bytes_to_backend,
                 bytes_to_client=flow.bytes_to_client,
-                duration_s=self._context.now() - flow.started_at,
+                duration_s=now - flow.started_at,
                 how=how,
             )
         )
