@@ -28,8 +28,8 @@ from userspace_proxy.model.endpoint import Address, Endpoint
 
 _EVENTS_A_POLL = 256
 _POLLS_A_TURN = 4
-# The kernel needs microseconds from its lookup of a socket to the socket's queue.
-_REST_S = 0.01
+# The kernel needs microseconds from its lookup of a socket to the socket's queue, unless a hypervisor stops it there.
+_REST_S = 0.03
 _RESTING_AT_MOST = 1024
 _KEEP_S = 10.0
 _UNSPECIFIED = bytes(28)  # a struct sockaddr with AF_UNSPEC, which is 0
