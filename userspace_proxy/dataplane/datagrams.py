@@ -136,16 +136,19 @@ class DatagramPoller:
         """How many sockets flows have, those that rest included."""
         return len(self._flows)
 
-    def socket_to(self, address: Address, make_room: Callable[[], None]) -> socket.socket:
-        """Return a socket of the family of *address*, not connected yet; *make_room* is called before one is opened.
+    def lease(self, address: Address) -> socket.socket | None:
+        """Return a socket of the family of *address*, not connected, that has rested for long enough."""
+        rest = self._rest[":" in address[0]]
+        if rest and rest[0].last_at < self._quiet_at - _REST_S:
+            return rest.popleft().sock
+        return None
+
+    def open(self, address: Address) -> socket.socket:
+        """Return a new socket of the family of *address*, not connected yet.
 
         Raises:
             OSError: none could be opened.
         """
-        rest = self._rest[":" in address[0]]
-        if rest and rest[0].last_at < self._quiet_at - _REST_S:
-            return rest.popleft().sock
-        make_room()
         sock = backend_socket(socket.SOCK_DGRAM, address)
         try:
             self._epoll.register(sock, select.EPOLLIN)
@@ -170,8 +173,8 @@ class DatagramPoller:
             del self._flows[fd]
             flow.sock.close()
 
-    def give_back(self, sock: socket.socket) -> None:
-        """Take back what `socket_to` gave and no flow has."""
+    def close(self, sock: socket.socket) -> None:
+        """Close *sock*, which was leased or opened and which no flow has."""
         self._flows.pop(sock.fileno(), None)
         sock.close()
 
@@ -179,7 +182,7 @@ class DatagramPoller:
         """Close the sockets that rest: all, or those whose flow ended before that."""
         for rest in self._rest:
             while rest and rest[0].last_at < ended_before:
-                self.give_back(rest.popleft().sock)
+                self.close(rest.popleft().sock)
 
     def expire(self, now: float) -> None:
         """Close the sockets for which there was no use."""

@@ -109,14 +109,15 @@ class UdpListener:
 
     def _begin(self, key: bytes, now: float) -> UdpFlow | None:
         """Open a flow to the picked endpoint, or to the next one where there is no way to it."""
-        if len(self._flows) >= self._context.limits.udp_flows_per_service:
+        flows, datagrams, counters = self._flows, self._datagrams, self.counters
+        if len(flows) >= self._context.limits.udp_flows_per_service:
             self._evict()
         client_ip = client_address(key)[0] if self._affinity else ""
         tried: dict[Address, bool] = {}
         while (pick := self.picker.pick(client_ip, tried)) is not None:
             address = pick.endpoint.address
             tried[address] = True
-            sock = self._socket_to(address)
+            sock = datagrams.lease(address) or self._open_socket(address)
             if sock is None:
                 return None
             try:
@@ -124,35 +125,31 @@ class UdpListener:
                 if is_self_connected(sock, address):
                     raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
             except OSError as error:
-                self._datagrams.give_back(sock)
+                datagrams.close(sock)
                 self._hold_against(pick.endpoint, error)
-                self.counters.retries += 1
+                counters.retries += 1
                 continue
-            flow = UdpFlow(key, reply_record(key), self, sock, pick.endpoint, pick.why, now)
-            self._flows[key] = flow
-            self._datagrams.begin(flow)
-            self.counters.flows_total += 1
-            self.counters.flows += 1
+            flow = flows[key] = UdpFlow(key, reply_record(key), self, sock, pick.endpoint, pick.why, now)
+            datagrams.begin(flow)
+            counters.flows_total += 1
+            counters.flows += 1
             return flow
         return None
 
-    def _socket_to(self, address: Address) -> socket.socket | None:
+    def _open_socket(self, address: Address) -> socket.socket | None:
+        fits = self._context.connections.fits
+        if not fits(1):  # sockets that nobody uses make way first, then the flow idle for longest
+            self._datagrams.shed()
+            if not fits(1):
+                self._evict(rest=False)
         try:
-            return self._datagrams.socket_to(address, self._make_room)
+            return self._datagrams.open(address)
         except OSError as error:
             # Out of descriptors: the flow that has been idle for longest makes way, once its socket is closed.
             self._context.connections.note_shortage(error)
             self._datagrams.shed()
             self._evict(rest=False)
             return None
-
-    def _make_room(self) -> None:
-        """Have a descriptor free: those that nobody uses make way first, then the flow idle for longest."""
-        fits = self._context.connections.fits
-        if not fits(1):
-            self._datagrams.shed()
-            if not fits(1):
-                self._evict(rest=False)
 
     def _evict(self, *, rest: bool = True) -> None:
         oldest = next(iter(self._flows.values()), None)
