@@ -202,8 +202,10 @@ async def test_an_answer_to_an_ended_flow_does_not_reach_the_client_that_has_its
             await plane.use(backend.endpoint)
             first.ask()
             _, ended = await backend.receive()
-            second.ask()  # the plane reads this before the answer, which then waits in the socket of an ended flow
             backend.answer(b"waits", ended)
+            await plane.use()  # which ends the flow before the plane looks at its socket
+            await plane.use(backend.endpoint)
+            second.ask()
             await backend.receive()
             backend.answer(b"comes while it rests", ended)
             descriptors = open_descriptors()

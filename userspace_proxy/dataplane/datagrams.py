@@ -208,11 +208,12 @@ class DatagramPoller:
         room, address = outbox.room, outbox.address
         front: Front | None = None
         count = 0
+        asked: list[Front] = []
         for fd, _ in ready:
             flow = flows.get(fd)
             if flow is None:
                 if fd in self._fronts:
-                    self._fronts[fd].receive()
+                    asked.append(self._fronts[fd])
                 continue
             if flow.front is not front or count == MESSAGES:
                 if front is not None:
@@ -239,6 +240,9 @@ class DatagramPoller:
                 front.answered(flow)
         if front is not None:
             self._send(front, count)
+        # Answers first: a new flow may end the one that was idle for longest, and not while an answer to it waits.
+        for each in asked:
+            each.receive()
 
     def _send(self, front: Front, count: int) -> None:
         if count and (refused := self._outbox.send(front.fd, count)):
