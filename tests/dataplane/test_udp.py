@@ -184,6 +184,139 @@ async def test_an_answer_after_its_flow_has_ended_reaches_nobody(backends: Backe
         assert clients[0].nothing()
 
 
+async def let_sockets_rest(clock: FakeClock, client: Client, backend: Backend) -> None:
+    """Let those of ended flows rest for long enough, and the plane read everything once since."""
+    clock.now_s += 1
+    client.ask(b"later")
+    assert (await backend.receive())[0] == b"later"
+
+
+@pytest.mark.parametrize("ip", ["127.0.0.1", "::1"])
+async def test_an_answer_to_an_ended_flow_does_not_reach_the_client_that_has_its_socket_now(
+    ip: str, clients: Clients, clock: FakeClock
+) -> None:
+    """However it comes: before the end, after it, or when the socket is in use again."""
+    first, second, third = clients
+    async with running_plane(Limits(udp_flows_per_service=1), now=clock) as plane:
+        with Backend(ip) as backend:
+            await plane.use(backend.endpoint)
+            first.ask()
+            _, ended = await backend.receive()
+            backend.answer(b"waits", ended)
+            await plane.use()  # which ends the flow before the plane looks at its socket
+            await plane.use(backend.endpoint)
+            second.ask()
+            await backend.receive()
+            backend.answer(b"comes while it rests", ended)
+            descriptors = open_descriptors()
+            await let_sockets_rest(clock, second, backend)
+            third.ask()
+            _, flow = await backend.receive()
+            assert open_descriptors() == descriptors  # the socket of the first flow serves the third
+            backend.answer(b"comes too late", ended)
+            backend.answer(b"in time", flow)
+
+            assert (await third.receive())[0] == b"in time"
+            assert third.nothing()
+            assert second.nothing()
+            assert first.nothing()
+
+
+async def test_a_socket_that_is_leased_again_and_again_answers_each_client_from_its_own_backend(
+    backends: Backends, clock: FakeClock
+) -> None:
+    """Both families, in turn: 200 flows."""
+    async with running_plane(Limits(udp_flows_per_service=4), now=clock) as plane:
+        with Backend("::1") as c:
+            every = (*backends, c)
+            await plane.use(*(backend.endpoint for backend in every))
+            descriptors = open_descriptors()
+            for number in range(200):
+                clock.now_s += 1
+                with Client() as client:
+                    client.ask(b"%d" % number)
+                    backend = every[number % 3]
+                    data, flow = await backend.receive()
+                    backend.answer(data, flow)
+                    assert (await client.receive())[0] == b"%d" % number
+            assert open_descriptors() - descriptors <= 2 * 4
+
+
+async def test_a_refusal_of_an_ended_flow_is_not_held_against_the_next(
+    backends: Backends, clients: Clients, clock: FakeClock
+) -> None:
+    """The socket that was refused is leased to the flow of the next client."""
+    a, _ = backends
+    async with running_plane(now=clock) as plane:
+        await plane.use(refusing_endpoint())
+        clients[0].ask()
+        await until(lambda: bool(plane.records), "the refusal has come")
+        await plane.use(a.endpoint)
+        clients[1].ask()
+        await a.receive()
+        descriptors = open_descriptors()
+        await let_sockets_rest(clock, clients[1], a)
+        for _ in range(2):
+            clients[2].ask()
+            assert (await a.receive())[0] == b"who"
+
+        assert open_descriptors() == descriptors
+        assert [record.how for record in plane.records] == ["refused: Connection refused"]
+        assert (await plane.counters(UDP_NAME)).dial_failures == 1
+
+
+async def test_a_socket_for_which_there_is_no_use_is_closed(
+    backends: Backends, clients: Clients, clock: FakeClock
+) -> None:
+    a, _ = backends
+    async with running_plane(Limits(idle_timeout_s=OFTEN), now=clock) as plane:
+        await plane.use(a.endpoint)
+        before = open_descriptors()
+        for client in clients:
+            client.ask()
+            await a.receive()
+        clock.now_s += 30
+        await until(lambda: len(plane.records) == 3, "the flows end")
+        assert open_descriptors() == before + 3
+
+        clock.now_s += 11
+        await until(lambda: open_descriptors() == before, "their sockets are closed")
+
+
+async def test_answers_that_come_at_once_all_arrive_in_order(
+    plane: Plane, backends: Backends, clients: Clients
+) -> None:
+    """One event tells of many: what is left after one reading must be told again."""
+    a, _ = backends
+    await plane.use(a.endpoint)
+    flows = []
+    for client in clients[:2]:
+        client.ask()
+        flows.append((await a.receive())[1])
+    for number in range(100):
+        for flow in flows:
+            a.answer(b"%d" % number, flow)
+
+    for client in clients[:2]:
+        assert [(await client.receive())[0] for _ in range(100)] == [b"%d" % number for number in range(100)]
+
+
+async def test_many_clients_at_once_each_have_their_own_answer(plane: Plane, backends: Backends) -> None:
+    """More than one batch of questions, and of answers."""
+    a, _ = backends
+    await plane.use(a.endpoint)
+    with contextlib.ExitStack() as stack:
+        many = [stack.enter_context(Client()) for _ in range(100)]
+        for number, client in enumerate(many):
+            client.ask(b"%d" % number * 7)
+        for data, flow in [await a.receive() for _ in many]:
+            a.answer(data + b"!", flow)
+
+        for number, client in enumerate(many):
+            assert (await client.receive())[0] == b"%d" % number * 7 + b"!"
+            assert client.nothing()
+
+
 # ---- how many, how long
 
 

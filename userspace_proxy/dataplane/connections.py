@@ -88,7 +88,6 @@ class Connections:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most = limit - min(RESERVED_DESCRIPTORS, limit // 4)
         self._complained_at = float("-inf")
-        self.udp_flows = 0
         self.times_paused = 0
         self.shortages = 0
 

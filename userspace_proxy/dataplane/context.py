@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from userspace_proxy.dataplane.connections import Connections, Limits
+from userspace_proxy.dataplane.datagrams import DatagramPoller
 from userspace_proxy.dataplane.poller import Poller
 from userspace_proxy.interfaces import AccessRecord, Splicer
 
@@ -16,9 +17,10 @@ Record = Callable[[AccessRecord], None]
 
 @dataclass(frozen=True, slots=True)
 class PlaneContext:
-    """The plane's poller, engine, set of connections, limits and clock."""
+    """The plane's pollers, engine, set of connections, limits and clock."""
 
     poller: Poller
+    datagrams: DatagramPoller
     loop: asyncio.AbstractEventLoop
     splicer: Splicer
     connections: Connections

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from userspace_proxy.dataplane.connections import Connections, Limits, raise_descriptor_limit
 from userspace_proxy.dataplane.context import PlaneContext, Record
+from userspace_proxy.dataplane.datagrams import DatagramPoller
 from userspace_proxy.dataplane.picker import PickerMemory
 from userspace_proxy.dataplane.pipes import PipePool
 from userspace_proxy.dataplane.poller import Poller
@@ -49,6 +50,7 @@ class LocalPlane:
         raise_descriptor_limit()
         loop = asyncio.get_running_loop()
         self._poller = Poller(loop)
+        self._datagrams = DatagramPoller(loop, now)
         self._pipes = PipePool()
         self._listeners: dict[ServicePortName, TcpListener | UdpListener] = {}
         self._udp: dict[ServicePortName, UdpListener] = {}
@@ -56,6 +58,7 @@ class LocalPlane:
         self._reserved: tuple[socket.socket, ...] = ()
         self._context = PlaneContext(
             poller=self._poller,
+            datagrams=self._datagrams,
             loop=loop,
             splicer=SPLICERS[splice](self._poller, loop, self._pipes),
             connections=Connections(self._poller, loop, limits, now, self._descriptors_used, self._pipes.shed),
@@ -66,7 +69,7 @@ class LocalPlane:
         self._sweeper = asyncio.create_task(self._sweep(), name="sweep")
 
     def _descriptors_used(self) -> int:
-        return len(self._listeners) + self._context.connections.udp_flows + self._pipes.descriptors
+        return len(self._listeners) + len(self._datagrams) + self._pipes.descriptors
 
     async def open(self, specs: Sequence[ListenerSpec]) -> Mapping[ServicePortName, str]:
         refused: dict[ServicePortName, str] = {}
@@ -176,12 +179,13 @@ class LocalPlane:
             for sock in self._reserved:
                 sock.close()
             self._poller.stop()
+            self._datagrams.stop()
         self._pipes.shed()
         await asyncio.wait([self._sweeper])
 
     async def _linger(self, timeout_s: float) -> None:
         for _ in range(int(timeout_s / _LINGER_POLL_S)):
-            if not self._context.connections.udp_flows:
+            if not any(listener.counters.flows for listener in self._udp.values()):
                 break
             await asyncio.sleep(_LINGER_POLL_S)
 

@@ -67,11 +67,6 @@ class Poller:
             self._connections.register(fd, _CONNECTION_MASK)
         self._handlers[fd] = handler
 
-    def forget(self, sock: socket.socket) -> None:
-        """Stop watching *sock*, and leave it open."""
-        if self._handlers.pop(sock.fileno(), None) is not None:
-            self._connections.unregister(sock.fileno())
-
     def close(self, sock: socket.socket) -> None:
         """Stop watching *sock* and close it at the end of this turn.
 

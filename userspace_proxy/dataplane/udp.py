@@ -1,8 +1,8 @@
-"""One UDP listener: a flow for each client, with a backend socket of its own for its whole life.
+"""One UDP listener: a flow for each client, with a backend socket of its own until it ends.
 
-A backend may answer twice, or late; because a flow's socket is connected to one backend and never serves
-another client, such an answer can only reach the client that asked. Replies leave from the address that
-the client's datagram came to (pktinfo): any other would miss the kernel's NAT entry.
+A backend may answer twice, or late; because a flow's socket is connected to one backend, and serves no other
+client before it has been dissolved, such an answer can only reach the client that asked. Replies leave from
+the address that the client's datagram came to (pktinfo): any other would miss the kernel's NAT entry.
 """
 
 from __future__ import annotations
@@ -11,80 +11,22 @@ import errno
 import logging
 import os
 import socket
-import struct
+from collections import OrderedDict
 
 from userspace_proxy.dataplane.context import PlaneContext
+from userspace_proxy.dataplane.datagrams import UdpFlow
+from userspace_proxy.dataplane.mmsg import client_address, reply_record
 from userspace_proxy.dataplane.picker import Picker
-from userspace_proxy.dataplane.poller import FAILED, READ, Poller
-from userspace_proxy.dataplane.sockets import IP_PKTINFO, LOCAL_SHORTAGES, backend_socket, is_self_connected, plain_ip
+from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, is_self_connected
 from userspace_proxy.interfaces import AccessRecord, Backends, Counters, ListenerSpec
 from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.service import portals
 
-DATAGRAM_BYTES = 65_536
-DATAGRAMS_A_TURN = 64
-_LINK_LOCAL = b"\xfe\x80"
-_CONTROL_BYTES = socket.CMSG_SPACE(20)
-
-# A client's address as the kernel gives it, and the control message that says which address it asked.
-ClientKey = tuple[tuple[object, ...], bytes]
+# Not the endpoint's fault: there is no room now, or the datagram is too long for this way and shorter ones go on.
+_DROPPED = {errno.EAGAIN, errno.EMSGSIZE}
 
 log = logging.getLogger(__name__)
-
-_buffer = bytearray(DATAGRAM_BYTES)
-_view = memoryview(_buffer)
-
-
-class UdpFlow:
-    """One client's conversation with one endpoint."""
-
-    __slots__ = (
-        "answered",
-        "bytes_to_backend",
-        "bytes_to_client",
-        "ended",
-        "endpoint",
-        "key",
-        "last_at",
-        "listener",
-        "sock",
-        "started_at",
-        "why",
-    )
-
-    def __init__(
-        self, key: ClientKey, listener: UdpListener, sock: socket.socket, endpoint: Endpoint, why: str, now: float
-    ) -> None:
-        self.key = key
-        self.listener = listener
-        self.sock = sock
-        self.endpoint = endpoint
-        self.why = why
-        self.started_at = self.last_at = now
-        self.bytes_to_backend = 0
-        self.bytes_to_client = 0
-        self.answered = False
-        self.ended = False
-
-    def on_socket(self, events: int) -> None:
-        """The backend answered, or an ICMP message says that it cannot."""
-        if not events & (READ | FAILED):
-            return
-        for _ in range(DATAGRAMS_A_TURN):
-            if self.ended:
-                return
-            try:
-                count = self.sock.recv_into(_buffer)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno == errno.EMSGSIZE:
-                    continue  # the way has become narrower than an earlier datagram; the kernel knows now
-                self.listener.lose(self, error)
-                return
-            self.listener.reply(self, count)
-        self.listener.poller.again(lambda: self.on_socket(READ))
 
 
 class UdpListener:
@@ -95,11 +37,13 @@ class UdpListener:
         self.picker = Picker(context.now, spec.service_port.affinity_timeout_s)
         self._context = context
         self._spec = spec
-        self._flows: dict[ClientKey, UdpFlow] = {}
-        self._closed = False
+        self._affinity = spec.service_port.affinity_timeout_s is not None
+        self._flows: OrderedDict[bytes, UdpFlow] = OrderedDict()
         self._serving: frozenset[Address] = frozenset()
+        self.touch = self._flows.move_to_end
         self._sock = sock
-        context.poller.watch(self._sock, self._on_front)
+        self._datagrams = context.datagrams
+        self._datagrams.serve(self)
 
     @property
     def name(self) -> ServicePortName:
@@ -115,11 +59,12 @@ class UdpListener:
         return self._sock
 
     @property
-    def poller(self) -> Poller:
-        return self._context.poller
+    def fd(self) -> int:
+        return self._sock.fileno()
 
     def configure(self, spec: ListenerSpec) -> None:
         self._spec = spec
+        self._affinity = spec.service_port.affinity_timeout_s is not None
         self.picker.set_affinity(spec.service_port.affinity_timeout_s)
 
     def update(self, backends: Backends) -> None:
@@ -131,133 +76,110 @@ class UdpListener:
 
     def leave(self) -> None:
         """Read no more from clients: another process does, at the same socket. Answers are still passed on."""
-        self._closed = True
-        self._context.poller.forget(self._sock)
+        self._datagrams.leave(self)
 
     def close(self) -> None:
-        self._closed = True
         for flow in list(self._flows.values()):
-            self._end(flow, "service gone")
-        self._context.poller.close(self._sock)
+            self._end(flow, "service gone", rest=False)
+        self._datagrams.leave(self)
+        self._sock.close()
 
     # ---- client to backend
 
-    def _on_front(self, events: int) -> None:
-        if not events & READ:
-            return
-        recvmsg_into, buffers = self._sock.recvmsg_into, [_buffer]
-        for _ in range(DATAGRAMS_A_TURN):
-            if self._closed:
-                return
-            try:
-                count, ancillary, _, client = recvmsg_into(buffers, _CONTROL_BYTES)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                log.debug("%s: receiving failed: %s", self.name, error)
-                continue
-            self._forward((client, ancillary[0][2] if ancillary else b""), count)
-        self._context.poller.again(lambda: self._on_front(READ))
-
-    def _forward(self, key: ClientKey, count: int) -> None:
-        flow = self._flows.pop(key, None)
-        for _ in range(2):
-            if flow is None:
-                flow = self._begin(key)
-                if flow is None:
-                    self.counters.datagrams_dropped += 1
-                    return
-            try:
-                flow.sock.send(_view[:count])
-            except BlockingIOError:
+    def receive(self) -> None:
+        now = self._context.now()
+        flow_of, touch = self._flows.get, self.touch
+        for record, length, room in self._datagrams.inbox.receive(self.fd):
+            flow = flow_of(record)
+            if flow is not None:
+                touch(record)
+            elif (flow := self._begin(record, now)) is None:
                 self.counters.datagrams_dropped += 1
-            except OSError as error:
-                if error.errno == errno.EMSGSIZE:
-                    # Too long for this way, which is not the endpoint's fault; shorter ones go on.
-                    self.counters.datagrams_dropped += 1
-                    self._flows[key] = flow
-                    return
-                # What was refused is an earlier datagram of this flow; this one was not sent and can go elsewhere.
-                self._flows[key] = flow
-                self.lose(flow, error)
-                flow = None
                 continue
-            else:
-                flow.bytes_to_backend += count
-            flow.last_at = self._context.now()
-            self._flows[key] = flow  # most recently used: at the end
-            return
+            try:
+                flow.sock.send(room[:length])
+            except OSError as error:
+                self._send_anew(flow, room[:length], error, now)
+                continue
+            flow.last_at = now
+            flow.bytes_to_backend += length
+
+    def _send_anew(self, flow: UdpFlow, datagram: memoryview, error: OSError, now: float) -> None:
+        """Give *datagram*, which *flow* could not send, to another flow where that is right."""
+        if error.errno not in _DROPPED:
+            # What was refused is an earlier datagram of this flow; this one was not sent and can go elsewhere.
+            self.lose(flow, error)
+            again = self._begin(flow.key, now)
+            if again is not None:
+                try:
+                    again.bytes_to_backend += again.sock.send(datagram)
+                except OSError as refused:
+                    if refused.errno not in _DROPPED:
+                        self.lose(again, refused)
+                else:
+                    return
         self.counters.datagrams_dropped += 1
 
-    def _begin(self, key: ClientKey) -> UdpFlow | None:
+    def _begin(self, key: bytes, now: float) -> UdpFlow | None:
         """Open a flow to the picked endpoint, or to the next one where there is no way to it."""
-        if len(self._flows) >= self._context.limits.udp_flows_per_service or not self._context.connections.fits(1):
+        flows, datagrams, counters = self._flows, self._datagrams, self.counters
+        if len(flows) >= self._context.limits.udp_flows_per_service:
             self._evict()
-        client_ip = plain_ip(str(key[0][0]))
+        client_ip = client_address(key)[0] if self._affinity else ""
         tried: dict[Address, bool] = {}
         while (pick := self.picker.pick(client_ip, tried)) is not None:
             address = pick.endpoint.address
             tried[address] = True
-            sock = self._socket_to(address)
+            sock = datagrams.lease(address) or self._open_socket(address)
             if sock is None:
                 return None
-            flow = UdpFlow(key, self, sock, pick.endpoint, pick.why, self._context.now())
             try:
                 sock.connect(address)
                 if is_self_connected(sock, address):
                     raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
-                self._context.poller.watch(sock, flow.on_socket)
             except OSError as error:
-                sock.close()
+                datagrams.close(sock)
                 self._hold_against(pick.endpoint, error)
-                self.counters.retries += 1
+                counters.retries += 1
                 continue
-            self.counters.flows_total += 1
-            self.counters.flows += 1
-            self._context.connections.udp_flows += 1
+            flow = flows[key] = UdpFlow(key, reply_record(key), self, sock, pick.endpoint, pick.why, now)
+            datagrams.begin(flow)
+            counters.flows_total += 1
+            counters.flows += 1
             return flow
         return None
 
-    def _socket_to(self, address: Address) -> socket.socket | None:
+    def _open_socket(self, address: Address) -> socket.socket | None:
+        fits = self._context.connections.fits
+        if not fits(1):  # sockets that nobody uses make way first, then the flow idle for longest
+            self._datagrams.shed()
+            if not fits(1):
+                self._evict(rest=False)
         try:
-            return backend_socket(socket.SOCK_DGRAM, address)
+            return self._datagrams.open(address)
         except OSError as error:
             # Out of descriptors: the flow that has been idle for longest makes way, once its socket is closed.
             self._context.connections.note_shortage(error)
-            self._evict()
+            self._datagrams.shed()
+            self._evict(rest=False)
             return None
 
-    def _evict(self) -> None:
+    def _evict(self, *, rest: bool = True) -> None:
         oldest = next(iter(self._flows.values()), None)
         if oldest is not None:
             self.counters.flows_evicted += 1
-            self._end(oldest, "evicted: too many flows")
+            self._end(oldest, "evicted: too many flows", rest=rest)
 
     # ---- backend to client
 
-    def reply(self, flow: UdpFlow, count: int) -> None:
-        """Send the datagram in the shared buffer to the client of *flow*, from the address it asked."""
-        client, asked = flow.key
-        if not flow.answered:
-            flow.answered = True
-            if self.picker.report_success(flow.endpoint):
-                log.info("endpoint %s answers again", flow.endpoint)
-        flow.last_at = self._context.now()
-        self._flows[flow.key] = self._flows.pop(flow.key)  # most recently used: at the end
-        flow.bytes_to_client += count
-        try:
-            self._sock.sendmsg([_view[:count]], self._from_address(asked), 0, client)
-        except OSError as error:
-            self.counters.datagrams_dropped += 1
-            log.debug("%s: the reply to %s was not sent: %s", self.name, client, error)
+    def answered(self, flow: UdpFlow) -> None:
+        flow.answered = True
+        if self.picker.report_success(flow.endpoint):
+            log.info("endpoint %s answers again", flow.endpoint)
 
-    def _from_address(self, asked: bytes) -> list[tuple[int, int, bytes]]:
-        if len(asked) == 12:  # struct in_pktinfo: interface, local address, destination
-            return [(socket.IPPROTO_IP, IP_PKTINFO, struct.pack("=i4s4s", 0, asked[4:8], bytes(4)))]
-        if len(asked) == 20:  # struct in6_pktinfo: address, interface (which a link-local address needs)
-            interface = asked[16:] if asked.startswith(_LINK_LOCAL) else bytes(4)
-            return [(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, asked[:16] + interface)]
-        return []
+    def not_sent(self, datagrams: int) -> None:
+        self.counters.datagrams_dropped += datagrams
+        log.debug("%s: the kernel did not take %d replies", self.name, datagrams)
 
     # ---- endings
 
@@ -289,29 +211,28 @@ class UdpListener:
                 expired.append(flow)
         for flow in expired:
             self._end(flow, "idle")
+        self._datagrams.expire(now)
 
-    def _end(self, flow: UdpFlow, how: str) -> None:
+    def _end(self, flow: UdpFlow, how: str, *, rest: bool = True) -> None:
         if self._flows.pop(flow.key, None) is None:
             return
-        flow.ended = True
-        self._context.poller.close(flow.sock)
+        now = self._context.now()
+        self._datagrams.end(flow, now, rest=rest)
         self.counters.flows -= 1
-        self._context.connections.udp_flows -= 1
         self.counters.bytes_to_backends += flow.bytes_to_backend
         self.counters.bytes_to_clients += flow.bytes_to_client
         if self._context.access_log is None:
             return
-        client = flow.key[0]
         self._context.access_log(
             AccessRecord(
                 service_port=self.name,
-                client=(plain_ip(str(client[0])), int(str(client[1]))),
+                client=client_address(flow.key),
                 portal=known[0] if len(known := portals(self._spec.service_port)) == 1 else None,
                 endpoint=flow.endpoint,
                 why=flow.why,
                 bytes_to_backend=flow.bytes_to_backend,
                 bytes_to_client=flow.bytes_to_client,
-                duration_s=self._context.now() - flow.started_at,
+                duration_s=now - flow.started_at,
                 how=how,
             )
         )

@@ -1,0 +1,93 @@
+"""Batches of datagrams: who asked which address, answers from there, and what the kernel does not take."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from userspace_proxy.dataplane.mmsg import MESSAGES, Batch, client_address, reply_record
+from userspace_proxy.dataplane.sockets import IP_PKTINFO
+
+
+@contextlib.contextmanager
+def front(family: socket.AddressFamily) -> Iterator[socket.socket]:
+    """Serve as proxy ports do, also where there is no IPv6."""
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.bind(("", 0))
+        if family == socket.AF_INET:
+            sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+        else:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+        yield sock
+
+
+@contextlib.contextmanager
+def client_of(sock: socket.socket, asked_ip: str) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_INET6 if ":" in asked_ip else socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.settimeout(5)
+        client.connect((asked_ip, sock.getsockname()[1]))
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("family", "asked_ip"),
+    [(socket.AF_INET, "127.0.0.2"), (socket.AF_INET6, "127.0.0.2"), (socket.AF_INET6, "::1")],
+)
+def test_the_reply_record_leads_to_the_client_from_the_address_it_asked(
+    family: socket.AddressFamily, asked_ip: str
+) -> None:
+    batch = Batch()
+    with front(family) as sock, client_of(sock, asked_ip) as client:
+        client.send(b"who")
+        ((record, length, room),) = batch.receive(sock.fileno())
+        assert (client_address(record), bytes(room[:length])) == (client.getsockname()[:2], b"who")
+
+        batch.room[0][:2] = b"me"
+        batch.address(0, reply_record(record), 2)
+        assert batch.send(sock.fileno(), 1) == 0
+
+        assert client.recv(10) == b"me"
+
+
+def test_a_client_has_the_same_record_each_time_and_another_has_another() -> None:
+    batch = Batch()
+    with front(socket.AF_INET6) as sock, client_of(sock, "127.0.0.1") as a, client_of(sock, "127.0.0.1") as b:
+        for client in (a, b, a):
+            client.send(b"")
+        first, second, third = (record for record, _, _ in batch.receive(sock.fileno()))
+
+    assert first == third != second
+
+
+def test_what_is_more_than_a_batch_waits_for_the_next() -> None:
+    batch = Batch()
+    with front(socket.AF_INET6) as sock, client_of(sock, "127.0.0.1") as client:
+        for number in range(MESSAGES + 1):
+            client.send(b"%d" % number)
+        got = [[bytes(room[:length]) for _, length, room in batch.receive(sock.fileno())] for _ in range(3)]
+
+    assert [len(part) for part in got] == [MESSAGES, 1, 0]
+    assert [*got[0], *got[1]] == [b"%d" % number for number in range(MESSAGES + 1)]
+
+
+@pytest.mark.parametrize("refused", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 1, 2)])
+def test_what_the_kernel_refuses_is_counted_and_keeps_nothing_else_back(refused: tuple[int, ...]) -> None:
+    batch = Batch()
+    with front(socket.AF_INET6) as sock, client_of(sock, "127.0.0.1") as client:
+        client.send(b"")
+        ((record, _, _),) = batch.receive(sock.fileno())
+        to_port_zero = record[:2] + bytes(2) + record[4:]  # EINVAL
+        for index in range(3):
+            batch.room[index][:1] = b"%d" % index
+            batch.address(index, to_port_zero if index in refused else reply_record(record), 1)
+
+        assert batch.send(sock.fileno(), 3) == len(refused)
+
+        client.setblocking(False)
+        for index in {0, 1, 2} - set(refused):
+            assert client.recv(10) == b"%d" % index
+        with pytest.raises(BlockingIOError):
+            client.recv(10)
