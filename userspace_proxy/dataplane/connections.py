@@ -84,7 +84,6 @@ class Connections:
         self._round: list[Connection] = []
         self._part = 1
         self._empty = asyncio.Event()
-        self._empty.set()
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most = limit - min(RESERVED_DESCRIPTORS, limit // 4)
         self._complained_at = float("-inf")
@@ -97,7 +96,6 @@ class Connections:
 
     def add(self, connection: Connection) -> None:
         self._open[connection] = None
-        self._empty.clear()
 
     def remove(self, connection: Connection) -> None:
         self._open.pop(connection, None)
@@ -213,10 +211,12 @@ class Connections:
     async def drain(self, timeout_s: float) -> None:
         """Wait until all connections have ended, *timeout_s* at most; cut those that are left."""
         if self._open:
+            self._empty.clear()
             log.info("draining %d connections for up to %.3g s", len(self._open), timeout_s)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                await self._empty.wait()
+                if self._open:
+                    await self._empty.wait()
         self.cut_all()
 
     def cut_all(self) -> None:

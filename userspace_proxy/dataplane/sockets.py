@@ -6,8 +6,9 @@ import contextlib
 import errno
 import functools
 import socket
-import struct
+from collections.abc import Callable
 from pathlib import Path
+from socket import SocketType
 
 from userspace_proxy.interfaces import OWN_MARK
 from userspace_proxy.model.endpoint import Address
@@ -20,10 +21,14 @@ IP_PKTINFO = 8
 _SO_ORIGINAL_DST = 80  # linux/netfilter_ipv4.h, and the same number at level IPPROTO_IPV6
 _TCP_RTO_MAX_MS = 44  # Linux 6.15; older kernels refuse it, and find some dead peers later
 _MAPPED = "::ffff:"
-_SOCKADDR_IN = struct.Struct("!2xH4s")
-_SOCKADDR_IN6 = struct.Struct("!2xH4x16s")
 
 KEEPALIVE_PROBES = 3
+
+# As plain ints: as members of enums they cost a lookup each time they are combined.
+_BLOCKING_STREAM = int(socket.SOCK_STREAM)
+_STREAM = _BLOCKING_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+_ROUTES_STAY_S = 1.0
+_ADDRESSES_REMEMBERED = 4096
 
 # Not the endpoint's fault: this host has no port, descriptor or memory left for the connection.
 LOCAL_SHORTAGES = {
@@ -129,7 +134,7 @@ def reserve_refusing_port(port: int) -> tuple[socket.socket, socket.socket]:
     return tcp, udp
 
 
-def keep_alive(sock: socket.socket, dead_peer_timeout_s: float) -> None:
+def keep_alive(sock: SocketType, dead_peer_timeout_s: float) -> None:
     """Have the kernel notice within *dead_peer_timeout_s* (0: never) that an idle peer is gone.
 
     Not TCP_USER_TIMEOUT: it also kills a living peer that has merely stopped reading.
@@ -161,13 +166,65 @@ def backend_socket(kind: socket.SocketKind, address: Address) -> socket.socket:
     return sock
 
 
-def is_self_connected(sock: socket.socket, address: Address) -> bool:
+def stream_socket(address: Address) -> SocketType:
+    """Return a non-blocking TCP socket of the family of *address*, not connected yet; marked as `backend_socket` does.
+
+    A plain one, without the Python around it that `socket.socket` is.
+    """
+    sock = SocketType(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, _STREAM, 0)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, OWN_MARK)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def accept(listener: socket.socket, family: int) -> tuple[SocketType, Address]:
+    """Return the next client's socket and its address. A plain socket, as of `stream_socket`; a blocking one.
+
+    What `listener.accept` adds to this is a class around the socket, and a system call for each client.
+    """
+    fd, address = listener._accept()  # type: ignore[attr-defined]  # noqa: SLF001
+    return SocketType(family, _BLOCKING_STREAM, 0, fd), (plain_ip(address[0]), address[1])
+
+
+def is_self_connected(sock: SocketType, address: Address) -> bool:
     """Return whether *sock*, connected to *address*, is its own peer.
 
     It happens where nobody listens at a local address and the kernel happens to choose the dialled port as
     the source port: both ends are then the same socket, and what is sent comes back.
     """
     return address[1] >= _lowest_ephemeral_port() and sock.getsockname()[:2] == address
+
+
+class SelfConnections:
+    """Finds sockets that are their own peers, with a system call per address and second instead of one per socket.
+
+    Only a socket whose source IP is the dialled IP can be its own peer. Which source IP leads to an address is a
+    matter of routes, alike for every connection to it.
+    """
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._asked_again_at: dict[Address, float] = {}  # addresses that are reached from another source IP
+
+    def has(self, sock: SocketType, address: Address) -> bool:
+        """Return whether *sock*, connected to *address*, is its own peer."""
+        if address[1] < _lowest_ephemeral_port():
+            return False
+        now = self._now()
+        if now < self._asked_again_at.get(address, 0.0):
+            return False
+        source = sock.getsockname()
+        if source[0] == address[0]:
+            self._asked_again_at.pop(address, None)
+            return bool(source[1] == address[1])
+        if len(self._asked_again_at) >= _ADDRESSES_REMEMBERED:
+            self._asked_again_at.clear()
+        self._asked_again_at[address] = now + _ROUTES_STAY_S
+        return False
 
 
 @functools.cache
@@ -183,18 +240,21 @@ def plain_ip(ip: str) -> str:
     return ip[len(_MAPPED) :] if ip.startswith(_MAPPED) and "." in ip else ip
 
 
-def original_destination(sock: socket.socket, client_ip: str) -> Address | None:
-    """Return the address that *client_ip* dialled before any NAT on this host; None where conntrack knows none.
+def original_destination(sock: SocketType, client_ip: str) -> bytes | None:
+    """Return what *client_ip* dialled before any NAT on this host, as `packed` does; None where conntrack knows none.
 
     A connection without NAT has its own local address as its original destination.
     """
     try:
         if ":" in client_ip:
             raw = sock.getsockopt(socket.IPPROTO_IPV6, _SO_ORIGINAL_DST, 28)
-            port, packed = _SOCKADDR_IN6.unpack_from(raw)
-            return socket.inet_ntop(socket.AF_INET6, packed), port
-        raw = sock.getsockopt(socket.SOL_IP, _SO_ORIGINAL_DST, 16)
-        port, packed = _SOCKADDR_IN.unpack_from(raw)
-        return socket.inet_ntoa(packed), port
+            return raw[2:4] + raw[8:24]  # struct sockaddr_in6: family, port, flow, address, scope
+        return sock.getsockopt(socket.SOL_IP, _SO_ORIGINAL_DST, 16)[2:8]  # struct sockaddr_in: family, port, address
     except OSError:
         return None
+
+
+def packed(ip: str | None, port: int) -> bytes:
+    """Return port and IP as the kernel writes them; the port alone where there is no IP."""
+    family = socket.AF_INET6 if ip and ":" in ip else socket.AF_INET
+    return port.to_bytes(2, "big") + (socket.inet_pton(family, ip) if ip else b"")
