@@ -104,16 +104,19 @@ class Connections:
 
     # ---- room
 
-    def has_room(self) -> bool:
-        """Return whether two more descriptors fit; if not, accepting is paused until they do."""
-        if self.fits(2):
-            return True
-        self.note_shortage(OSError(errno.EMFILE, "all descriptors are in use"))
-        return False
+    def room(self) -> int:
+        """Return how many more connections there are descriptors for; if none, accepting is paused until there are."""
+        room = self._descriptors_left() // 2
+        if room <= 0:
+            self.note_shortage(OSError(errno.EMFILE, "all descriptors are in use"))
+        return room
 
     def fits(self, descriptors: int) -> bool:
         """Return whether so many more descriptors leave enough for everything else."""
-        return self._descriptors_used() + 2 * len(self._open) + descriptors <= self._most
+        return descriptors <= self._descriptors_left()
+
+    def _descriptors_left(self) -> int:
+        return self._most - self._descriptors_used() - 2 * len(self._open)
 
     def note_shortage(self, error: OSError) -> None:
         """This host ran out of something. Descriptors: leave new clients in the kernel's queue for a moment."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from userspace_proxy.dataplane.connections import Connections, Limits
 from userspace_proxy.dataplane.dial import Deadlines, deadlines
 from userspace_proxy.dataplane.poller import Poller
-from userspace_proxy.dataplane.sockets import SelfConnections
 from userspace_proxy.interfaces import AccessRecord, Splicer
 
 # Takes what the access log says of one connection or flow that has ended.
@@ -28,8 +27,6 @@ class PlaneContext:
     now: Callable[[], float]
     access_log: Record | None
     deadlines: tuple[Deadlines, ...] = field(init=False)
-    self_connections: SelfConnections = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "deadlines", deadlines(self.loop))
-        object.__setattr__(self, "self_connections", SelfConnections(self.now))

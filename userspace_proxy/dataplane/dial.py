@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 
 from userspace_proxy.dataplane.picker import Pick, Picker
 from userspace_proxy.dataplane.poller import FAILED, WRITE, Poller
-from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, SelfConnections, stream_socket
+from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, is_self_connected, stream_socket
 from userspace_proxy.interfaces import Counters
 from userspace_proxy.model.endpoint import Address
 
@@ -91,7 +91,6 @@ class DialContext(NamedTuple):
     deadlines: tuple[Deadlines, ...]
     picker: Picker
     counters: Counters
-    self_connections: SelfConnections
     on_shortage: Callable[[OSError], None]
 
 
@@ -175,7 +174,7 @@ class Dial:
                 self._fail(code)
         elif events & WRITE:
             context, pick = self._context, self._pick
-            if context.self_connections.has(sock, pick.endpoint.address):
+            if is_self_connected(sock, pick.endpoint.address):
                 self._fail(errno.ECONNREFUSED)
                 return
             context.deadlines[self._waited].remove(self)

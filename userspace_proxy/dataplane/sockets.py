@@ -6,7 +6,6 @@ import contextlib
 import errno
 import functools
 import socket
-from collections.abc import Callable
 from pathlib import Path
 from socket import SocketType
 
@@ -27,8 +26,6 @@ KEEPALIVE_PROBES = 3
 # As plain ints: as members of enums they cost a lookup each time they are combined.
 _BLOCKING_STREAM = int(socket.SOCK_STREAM)
 _STREAM = _BLOCKING_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-_ROUTES_STAY_S = 1.0
-_ADDRESSES_REMEMBERED = 4096
 
 # Not the endpoint's fault: this host has no port, descriptor or memory left for the connection.
 LOCAL_SHORTAGES = {
@@ -184,7 +181,7 @@ def stream_socket(address: Address) -> SocketType:
 def accept(listener: socket.socket, family: int) -> tuple[SocketType, Address]:
     """Return the next client's socket and its address. A plain socket, as of `stream_socket`; a blocking one.
 
-    What `listener.accept` adds to this is a class around the socket, and a system call for each client.
+    What `listener.accept` adds to this is a class around the socket; what a non-blocking one adds, a system call.
     """
     fd, address = listener._accept()  # type: ignore[attr-defined]  # noqa: SLF001
     return SocketType(family, _BLOCKING_STREAM, 0, fd), (plain_ip(address[0]), address[1])
@@ -197,34 +194,6 @@ def is_self_connected(sock: SocketType, address: Address) -> bool:
     the source port: both ends are then the same socket, and what is sent comes back.
     """
     return address[1] >= _lowest_ephemeral_port() and sock.getsockname()[:2] == address
-
-
-class SelfConnections:
-    """Finds sockets that are their own peers, with a system call per address and second instead of one per socket.
-
-    Only a socket whose source IP is the dialled IP can be its own peer. Which source IP leads to an address is a
-    matter of routes, alike for every connection to it.
-    """
-
-    def __init__(self, now: Callable[[], float]) -> None:
-        self._now = now
-        self._asked_again_at: dict[Address, float] = {}  # addresses that are reached from another source IP
-
-    def has(self, sock: SocketType, address: Address) -> bool:
-        """Return whether *sock*, connected to *address*, is its own peer."""
-        if address[1] < _lowest_ephemeral_port():
-            return False
-        now = self._now()
-        if now < self._asked_again_at.get(address, 0.0):
-            return False
-        source = sock.getsockname()
-        if source[0] == address[0]:
-            self._asked_again_at.pop(address, None)
-            return bool(source[1] == address[1])
-        if len(self._asked_again_at) >= _ADDRESSES_REMEMBERED:
-            self._asked_again_at.clear()
-        self._asked_again_at[address] = now + _ROUTES_STAY_S
-        return False
 
 
 @functools.cache

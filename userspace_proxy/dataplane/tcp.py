@@ -39,7 +39,6 @@ class TcpListener:
             context.deadlines,
             self.picker,
             self.counters,
-            context.self_connections,
             context.connections.note_shortage,
         )
         self.configure(spec)
@@ -78,9 +77,8 @@ class TcpListener:
         """Accept a turn's worth; return whether there may be more."""
         context, listener, family = self._context, self._sock, self._family
         connections = context.connections
-        for _ in range(ACCEPTS_A_TURN):
-            if not connections.has_room():
-                return False
+        room = connections.room()
+        for _ in range(min(ACCEPTS_A_TURN, room)):
             try:
                 sock, client = accept(listener, family)
             except BlockingIOError:
@@ -91,7 +89,7 @@ class TcpListener:
                     return False
                 continue  # of that one client: it has gone already, or a firewall was against it
             TcpConnection(self, sock, client, context).begin()
-        return True
+        return room > 0
 
     def portal_of(self, sock: SocketType, client_ip: str) -> Portal | None:
         """Return the portal that the client at *sock* dialled, or None when it came here by another way."""

@@ -21,6 +21,7 @@ import termios
 from collections.abc import Callable
 from socket import MSG_DONTWAIT, SocketType
 
+from userspace_proxy.dataplane.pipes import Pipe, PipePool
 from userspace_proxy.dataplane.poller import FAILED, HANGUP, READ, URGENT, WRITE, Poller
 
 BUFFER_BYTES = 64 * 1024
@@ -30,6 +31,8 @@ READS_A_TURN = 8
 _RESET_POLL_S = 0.01
 _RESET_POLL_MAX_S = 1.0
 
+_UNUSUAL = HANGUP | URGENT
+_READABLE = READ | HANGUP
 _ABORTIVE_CLOSE = struct.pack("ii", 1, 0)
 _TCP_CLOSE = 7  # linux/net/tcp_states.h
 BUG = "a bug: one connection is cut by it"
@@ -44,7 +47,8 @@ _view = memoryview(_buffer)
 class Half:
     """One direction, from ``source`` to ``sink``.
 
-    ``stuck``: there are bytes that were read but not yet sent; ``pending`` has them.
+    ``stuck``: there are bytes that were read but not yet sent; ``pending`` has them, or, where an engine keeps them in
+    one, ``pipe``.
     ``to_the_end``: a short read does not mean that there is no more. ``queued``: it goes on in another turn.
     """
 
@@ -53,6 +57,7 @@ class Half:
         "moved_bytes",
         "opposite",
         "pending",
+        "pipe",
         "queued",
         "sink",
         "source",
@@ -70,6 +75,7 @@ class Half:
         self.sink = sink
         self.splice = splice
         self.pending = b""
+        self.pipe: Pipe | None = None
         self.stuck = False
         self.to_the_end = False
         self.queued = False
@@ -82,12 +88,12 @@ class Half:
             writing = self.opposite
             if events & WRITE and writing.stuck:
                 writing.flush()
-            if events & (HANGUP | URGENT):
+            if events & _UNUSUAL:
                 self.to_the_end = True
                 if events & URGENT and not self.done:
                     # In its place among the other bytes; the kernel would drop it otherwise.
                     self.source.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-            if events & (READ | HANGUP):
+            if events & _READABLE:
                 if not self.done:
                     self.pump()
                 elif events & FAILED and not writing.done:
@@ -102,8 +108,7 @@ class Half:
             return
         source, sink = self.source, self.sink
         reads = 0
-        while reads < READS_A_TURN:
-            reads += 1
+        while True:
             try:
                 # Not every socket is a non-blocking one: to make it that is a system call.
                 count = source.recv_into(_buffer, 0, MSG_DONTWAIT)
@@ -132,8 +137,11 @@ class Half:
                     return  # a short read: the kernel has no more, and tells when it has
             elif self.take_bulk():
                 return
+            reads += 1
+            if reads == READS_A_TURN:
+                break
         self.queued = True
-        self.splice.poller.again(self.go_on)
+        self.splice.engine.poller.again(self.go_on)
 
     def go_on(self) -> None:
         self.queued = False
@@ -214,7 +222,8 @@ class Half:
     def part(self) -> None:
         """The connection has ended."""
         self.done = True
-        self.drop()
+        if self.stuck:
+            self.drop()
         del self.opposite, self.splice
 
     def cut(self) -> None:
@@ -226,36 +235,39 @@ class Half:
 class CopySplicer:
     """Starts a `CopySplice` for each pair of sockets."""
 
-    def __init__(self, poller: Poller, loop: asyncio.AbstractEventLoop) -> None:
+    half: type[Half] = Half
+
+    def __init__(self, poller: Poller, loop: asyncio.AbstractEventLoop, pipes: PipePool | None = None) -> None:
         self.poller = poller
         self.loop = loop
+        self.pipes = pipes or PipePool()
 
     def start(
         self, client: SocketType, backend: SocketType, on_end: Callable[[str], None], told: int | None = None
     ) -> CopySplice:
-        splice = CopySplice(self, on_end)
-        splice.start(Half(client, backend, splice), Half(backend, client, splice), told)
+        splice = CopySplice(client, backend, self, on_end)
+        splice.start(told)
         return splice
 
 
 class CopySplice:
     """One connection: two halves, and how they end."""
 
-    __slots__ = ("_down", "_ended", "_engine", "_on_end", "_up", "broken")
+    __slots__ = ("_down", "_ended", "_on_end", "_up", "broken", "engine")
 
-    _up: Half
-    _down: Half
-
-    def __init__(self, engine: CopySplicer, on_end: Callable[[str], None]) -> None:
-        self._engine = engine
+    def __init__(
+        self, client: SocketType, backend: SocketType, engine: CopySplicer, on_end: Callable[[str], None]
+    ) -> None:
+        self.engine = engine
         self._on_end = on_end
         self.broken = ""  # why this connection cannot end well, once that is known
         self._ended = False
-
-    def start(self, up: Half, down: Half, told: int | None) -> None:
-        self._up, self._down = up, down
+        self._up = up = engine.half(client, backend, self)
+        self._down = down = engine.half(backend, client, self)
         up.opposite, down.opposite = down, up
-        poller = self._engine.poller
+
+    def start(self, told: int | None) -> None:
+        poller, up, down = self.engine.poller, self._up, self._down
         if told is None:
             poller.watch(down.source, down.on_socket)
         poller.watch(up.source, up.on_socket)
@@ -263,10 +275,6 @@ class CopySplice:
             poller.hand_over(down.source, down.on_socket)
             if told & ~WRITE:  # a backend that spoke first: nothing will tell of these bytes again
                 poller.again(lambda: None if down.done else down.on_socket(told))
-
-    @property
-    def poller(self) -> Poller:
-        return self._engine.poller
 
     @property
     def bytes_to_backend(self) -> int:
@@ -305,7 +313,7 @@ class CopySplice:
             return
         if _unsent_bytes(towards):
             again = functools.partial(self.reset, how, towards, min(2 * wait_s, _RESET_POLL_MAX_S))
-            self._engine.loop.call_later(wait_s, again)
+            self.engine.loop.call_later(wait_s, again)
         else:
             self.close(how, abortive=True)
 
@@ -313,7 +321,7 @@ class CopySplice:
         if self._ended:
             return
         self._ended = True
-        poller = self._engine.poller
+        poller = self.engine.poller
         for half in (self._up, self._down):
             if abortive:
                 half.source.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORTIVE_CLOSE)

@@ -7,15 +7,12 @@ direction does not read again before they are gone.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
-from collections.abc import Callable
-from socket import SocketType
 
-from userspace_proxy.dataplane.pipes import Pipe, PipePool
-from userspace_proxy.dataplane.poller import BULK_BYTES, Poller
-from userspace_proxy.dataplane.splice.copy import BUG, CopySplice, CopySplicer, Half
+from userspace_proxy.dataplane.pipes import Pipe
+from userspace_proxy.dataplane.poller import BULK_BYTES
+from userspace_proxy.dataplane.splice.copy import BUG, CopySplicer, Half
 
 log = logging.getLogger(__name__)
 
@@ -23,37 +20,17 @@ log = logging.getLogger(__name__)
 _FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 
 
-class PipeSplicer(CopySplicer):
-    """Starts a splice of two `PipeHalf` for each pair of sockets; they share the pipes."""
-
-    def __init__(self, poller: Poller, loop: asyncio.AbstractEventLoop, pipes: PipePool) -> None:
-        super().__init__(poller, loop)
-        self._pipes = pipes
-
-    def start(
-        self, client: SocketType, backend: SocketType, on_end: Callable[[str], None], told: int | None = None
-    ) -> CopySplice:
-        splice, pipes = CopySplice(self, on_end), self._pipes
-        splice.start(PipeHalf(client, backend, splice, pipes), PipeHalf(backend, client, splice, pipes), told)
-        return splice
-
-
 class PipeHalf(Half):
-    """One direction that is copied or spliced, as its bytes come. What is stuck is in ``pipe``, or in ``pending``."""
+    """One direction that is copied or spliced, as its bytes come."""
 
-    __slots__ = ("pipe", "pipes")
-
-    def __init__(self, source: SocketType, sink: SocketType, splice: CopySplice, pipes: PipePool) -> None:
-        super().__init__(source, sink, splice)
-        self.pipes = pipes
-        self.pipe: Pipe | None = None
+    __slots__ = ()
 
     def take_bulk(self) -> bool:
         for sock in (self.source, self.sink):
             if sock.gettimeout() is None:
                 sock.setblocking(False)  # splice(2) has no flag that does this for sockets
         self.queued = True
-        self.splice.poller.in_bulk(self._bulk_step)
+        self.splice.engine.poller.in_bulk(self._bulk_step)
         return True
 
     def _bulk_step(self, most_bytes: int) -> bool:
@@ -69,21 +46,22 @@ class PipeHalf(Half):
         return more
 
     def _move(self, most_bytes: int) -> bool:
-        pipe = self.pipes.lend()
+        pipes = self.splice.engine.pipes
+        pipe = pipes.lend()
         if pipe is None:  # all are in use: copy, as the other engine does
-            self.splice.poller.again(self.go_on)
+            self.splice.engine.poller.again(self.go_on)
             return False
         try:
             count = os.splice(self.source.fileno(), pipe.write_end, min(most_bytes, BULK_BYTES), flags=_FLAGS)
         except BlockingIOError:
-            self.pipes.take_back(pipe)
+            pipes.take_back(pipe)
             return False  # dry: the next edge tells
         except OSError as error:
-            self.pipes.take_back(pipe)
+            pipes.take_back(pipe)
             self.source_failed(error)
             return False
         if not count:
-            self.pipes.take_back(pipe)
+            pipes.take_back(pipe)
             self.source_ended()
             return False
         pipe.held_bytes = count
@@ -114,5 +92,11 @@ class PipeHalf(Half):
     def drop(self) -> None:
         super().drop()
         if self.pipe is not None:
-            self.pipes.take_back(self.pipe)
+            self.splice.engine.pipes.take_back(self.pipe)
             self.pipe = None
+
+
+class PipeSplicer(CopySplicer):
+    """Starts a splice of two `PipeHalf` for each pair of sockets; they share the pipes."""
+
+    half = PipeHalf
