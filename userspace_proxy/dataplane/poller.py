@@ -35,10 +35,6 @@ URGENT = select.EPOLLPRI
 
 _CONNECTION_MASK = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLPRI | select.EPOLLET
 _EVENTS_A_TURN = 256
-# With so many at once there will be more by the time they are handled: ask again before the loop goes around, which
-# costs as much as a message. A few times only, as others wait meanwhile.
-_BUSY_EVENTS = 8
-_POLLS_A_TURN = 4
 # A bulk step's share, alone and beside other traffic.
 BULK_BYTES = 1 << 20
 BULK_SHARED_BYTES = 256 << 10
@@ -128,22 +124,19 @@ class Poller:
 
     def _turn(self) -> bool:
         """Handle what is ready; return whether anything was."""
-        handler_of, poll = self._handlers.get, self._connections.poll
+        handler_of = self._handlers.get
+        ready = self._connections.poll(0, _EVENTS_A_TURN)
         self._in_turn = True
-        for _ in range(_POLLS_A_TURN):
-            ready = poll(0, _EVENTS_A_TURN)
-            for fd, events in ready:
-                handler = handler_of(fd)
-                if handler is not None:
-                    try:
-                        handler(events)
-                    except Exception:
-                        log.exception("a bug: an event was not handled")
-            if self._closing:
-                self._close_all()
-            if len(ready) < _BUSY_EVENTS:
-                break
+        for fd, events in ready:
+            handler = handler_of(fd)
+            if handler is not None:
+                try:
+                    handler(events)
+                except Exception:
+                    log.exception("a bug: an event was not handled")
         self._in_turn = False
+        if self._closing:
+            self._close_all()
         return bool(ready)
 
     def _take_again(self) -> None:
