@@ -166,7 +166,11 @@ class ListenerSpec:
 
 @dataclass(slots=True)
 class Counters:
-    """What one service port has done so far; plain ints that the hot path adds to and the scrape reads."""
+    """What one service port has done so far; plain ints that the hot path adds to and the scrape reads.
+
+    ``refused``: came to the proxy port by another way than a portal; ``limited``: their client had too many open;
+    ``port_exhaustions``: dials that found every local port towards their endpoint in use.
+    """
 
     accepted: int = 0
     open: int = 0
@@ -177,6 +181,8 @@ class Counters:
     ejections: int = 0
     failed: int = 0
     refused: int = 0
+    limited: int = 0
+    port_exhaustions: int = 0
     flows: int = 0
     flows_total: int = 0
     flows_evicted: int = 0

@@ -92,6 +92,7 @@ class DialContext(NamedTuple):
     picker: Picker
     counters: Counters
     on_shortage: Callable[[OSError], None]
+    congestion_control: str = ""
 
 
 class Dial:
@@ -145,7 +146,7 @@ class Dial:
         """Begin to connect; False when that failed at once and the next endpoint's turn has come."""
         context = self._context
         try:
-            sock = stream_socket(address)
+            sock = stream_socket(address, context.congestion_control)
         except OSError as error:
             self._wait_for_descriptors(error)
             return True
@@ -205,6 +206,8 @@ class Dial:
         self._tried[endpoint.address] = again
         counters = self._context.counters
         counters.dial_failures += 1
+        if code == errno.EADDRNOTAVAIL:
+            counters.port_exhaustions += 1
         if code in LOCAL_SHORTAGES:
             self._context.on_shortage(OSError(code, f"connecting to {endpoint}: {os.strerror(code)}"))
             return

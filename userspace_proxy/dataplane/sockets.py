@@ -74,12 +74,14 @@ def bind_wildcard(kind: socket.SocketKind, port: int) -> socket.socket:
     return sock
 
 
-def open_tcp_listener(port: int, dead_peer_timeout_s: float) -> socket.socket:
+def open_tcp_listener(port: int, dead_peer_timeout_s: float, congestion_control: str = "") -> socket.socket:
     """Return a listening socket; what is set on it, accepted sockets inherit."""
     sock = bind_wildcard(socket.SOCK_STREAM, port)
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         keep_alive(sock, dead_peer_timeout_s)
+        if congestion_control:
+            _control_congestion(sock, congestion_control)
         sock.listen(_BACKLOG)
     except BaseException:
         sock.close()
@@ -105,15 +107,17 @@ def open_udp_listener(port: int) -> socket.socket:
     return sock
 
 
-def open_listener(protocol: L4Protocol, port: int, dead_peer_timeout_s: float) -> socket.socket:
-    """Return the socket of a proxy port.
+def open_listener(
+    protocol: L4Protocol, port: int, dead_peer_timeout_s: float, congestion_control: str = ""
+) -> socket.socket:
+    """Return the socket of a proxy port. *congestion_control*: the name of what its connections use; "": the host's.
 
     Raises:
-        OSError: the port is taken, or there is no descriptor left.
+        OSError: the port is taken, there is no descriptor left, or no such congestion control for us.
     """
     if protocol is L4Protocol.UDP:
         return open_udp_listener(port)
-    return open_tcp_listener(port, dead_peer_timeout_s)
+    return open_tcp_listener(port, dead_peer_timeout_s, congestion_control)
 
 
 def reserve_refusing_port(port: int) -> tuple[socket.socket, socket.socket]:
@@ -163,7 +167,11 @@ def backend_socket(kind: socket.SocketKind, address: Address) -> socket.socket:
     return sock
 
 
-def stream_socket(address: Address) -> SocketType:
+def _control_congestion(sock: SocketType, name: str) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
+
+
+def stream_socket(address: Address, congestion_control: str = "") -> SocketType:
     """Return a non-blocking TCP socket of the family of *address*, not connected yet; marked as `backend_socket` does.
 
     A plain one, without the Python around it that `socket.socket` is.
@@ -172,6 +180,8 @@ def stream_socket(address: Address) -> SocketType:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, OWN_MARK)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if congestion_control:
+            _control_congestion(sock, congestion_control)
     except BaseException:
         sock.close()
         raise

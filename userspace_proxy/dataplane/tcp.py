@@ -40,6 +40,7 @@ class TcpListener:
             self.picker,
             self.counters,
             context.connections.note_shortage,
+            context.limits.congestion_control,
         )
         self.configure(spec)
         self._sock = sock
@@ -134,9 +135,12 @@ class TcpConnection:
             self._refuse()
             return
         counters = listener.counters
+        if not self._context.connections.add(self):
+            counters.limited += 1
+            self._refuse()
+            return
         counters.accepted += 1
         counters.open += 1
-        self._context.connections.add(self)
         self._dial = dial = Dial(self.client[0], listener.dialing, self)
         dial.start()
 
