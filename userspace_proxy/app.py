@@ -37,6 +37,7 @@ from userspace_proxy.dataplane.handover import (
 )
 from userspace_proxy.dataplane.plane import LocalPlane
 from userspace_proxy.dataplane.remote import RemotePlane
+from userspace_proxy.dataplane.sockets import knows_congestion_control
 from userspace_proxy.dataplane.wire import WorkerSettings
 from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.instance import Inheritance, end_orphans, running_as, take_lock
@@ -532,11 +533,19 @@ def _open_state_dir(folder: Path | None) -> StateDir | None:
 
 
 def _limits(settings: Settings) -> Limits:
+    name = settings.congestion_control
+    if name and not knows_congestion_control(name):
+        raise StartError(
+            f"--congestion-control {name}: not on this host (modprobe tcp_{name}?);"
+            " sysctl net.ipv4.tcp_available_congestion_control lists what is"
+        )
     unanswered_s, answered_s = network.conntrack_udp_timeouts()
     return Limits(
         idle_timeout_s=settings.idle_timeout_s,
         half_closed_timeout_s=settings.half_closed_timeout_s,
         dead_peer_timeout_s=settings.dead_peer_timeout_s,
+        connections_per_client=settings.connections_per_client,
+        congestion_control=settings.congestion_control,
         udp_flows_per_service=settings.udp_flows_per_service,
         udp_timeout_s=unanswered_s if settings.udp_timeout_s is None else settings.udp_timeout_s,
         udp_stream_timeout_s=answered_s if settings.udp_timeout_s is None else settings.udp_timeout_s,

@@ -250,6 +250,20 @@ _RUN_OPTIONS = _options(
         help="More make the one idle for longest go.",
     ),
     click.option(
+        "--connections-per-client",
+        type=click.IntRange(min=0),
+        default=_DEFAULTS.connections_per_client,
+        show_default=True,
+        help="More that are open at once from one address (IPv6: one /64) are reset; 0 for any number.",
+    ),
+    click.option(
+        "--congestion-control",
+        metavar="NAME",
+        default=_DEFAULTS.congestion_control,
+        show_default="the host's",
+        help="Of TCP, towards clients and backends: cubic is faster than bbr for bulk between containers.",
+    ),
+    click.option(
         "--loop",
         type=click.Choice(["uvloop", "asyncio"]),
         default=_DEFAULTS.loop,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from socket import SocketType
 from typing import NamedTuple, Protocol
 
 from userspace_proxy.api import KubernetesObject
@@ -166,7 +166,11 @@ class ListenerSpec:
 
 @dataclass(slots=True)
 class Counters:
-    """What one service port has done so far; plain ints that the hot path adds to and the scrape reads."""
+    """What one service port has done so far; plain ints that the hot path adds to and the scrape reads.
+
+    ``refused``: came to the proxy port by another way than a portal; ``limited``: their client had too many open;
+    ``port_exhaustions``: dials that found every local port towards their endpoint in use.
+    """
 
     accepted: int = 0
     open: int = 0
@@ -177,6 +181,8 @@ class Counters:
     ejections: int = 0
     failed: int = 0
     refused: int = 0
+    limited: int = 0
+    port_exhaustions: int = 0
     flows: int = 0
     flows_total: int = 0
     flows_evicted: int = 0
@@ -264,7 +270,7 @@ class Splice(Protocol):
         ...
 
     @property
-    def sockets(self) -> tuple[socket.socket, socket.socket]:
+    def sockets(self) -> tuple[SocketType, SocketType]:
         """The client's and the backend's socket, for looking at only."""
         ...
 
@@ -276,8 +282,13 @@ class Splice(Protocol):
 class Splicer(Protocol):
     """An engine: moves bytes between two connected non-blocking sockets until both directions have ended."""
 
-    def start(self, client: socket.socket, backend: socket.socket, on_end: Callable[[str], None]) -> Splice:
+    def start(
+        self, client: SocketType, backend: SocketType, on_end: Callable[[str], None], told: int | None = None
+    ) -> Splice:
         """Take over both sockets; close them and call *on_end* with how it ended, exactly once, after this returned.
+
+        *told*: the poller watches the backend's socket already, and these events of it were told to the handler
+        before. The sockets may be blocking ones.
 
         Raises:
             OSError: this host has no room for it; *on_end* is not called, and the sockets are still the caller's.

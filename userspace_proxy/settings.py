@@ -59,6 +59,10 @@ class Settings:
     # Data-plane processes: 1, so that control work stands in no packet's way, and turns are exact; each more has a
     # rotation of its own, and always the same clients. 0 keeps all in one process, for debugging.
     workers: int = 1
+    # Off: behind a NAT, or on a node, many clients have one address.
+    connections_per_client: int = 0
+    # The host's own. BBR paces what it sends, which halves bulk between containers; cubic does not.
+    congestion_control: str = ""
     # "auto": small messages are copied, bulk is moved by splice(2); "copy": all is copied.
     splice: str = "auto"
     log_format: str = "text"

@@ -30,6 +30,7 @@ def samples(plane: PlaneStats, stats: ControlStats) -> dict[tuple[str, ...], flo
 
 def test_the_counters_of_a_service_port_bear_its_name() -> None:
     counters = Counters(accepted=5, open=2, dial_failures=3, retries=4, ejections=1, failed=6, bytes_to_backends=7)
+    counters.limited, counters.port_exhaustions = 8, 9
 
     seen = samples(PlaneStats({TCP: counters}), control())
 
@@ -41,6 +42,8 @@ def test_the_counters_of_a_service_port_bear_its_name() -> None:
     assert seen["userspace_proxy_ejections_total", *labels] == 1
     assert seen["userspace_proxy_failed_connections_total", *labels] == 6
     assert seen["userspace_proxy_to_backends_bytes_total", *labels] == 7
+    assert seen["userspace_proxy_limited_connections_total", *labels] == 8
+    assert seen["userspace_proxy_port_exhaustions_total", *labels] == 9
 
 
 def test_what_only_tcp_or_only_udp_can_have_is_not_shown_for_the_other() -> None:

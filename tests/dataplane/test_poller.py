@@ -74,6 +74,41 @@ async def test_another_handler_of_a_watched_socket_is_told_everything_anew(polle
     assert anew[0] & WRITE
 
 
+async def test_who_takes_a_socket_over_is_told_only_what_is_new(poller: Poller, pairs: list[Pair]) -> None:
+    (sock, far), *_ = pairs
+    told: list[int] = []
+    poller.watch(sock, told.append)
+    await until(lambda: bool(told), "the first handler is told")
+
+    anew: list[int] = []
+    poller.hand_over(sock, anew.append)
+    await asyncio.sleep(0.01)
+    assert not anew
+    far.send(b"x")
+    await until(lambda: bool(anew), "the second handler is told")
+
+    assert anew[0] & READ
+    assert len(told) == 1
+
+
+async def test_a_socket_that_somebody_else_still_holds_says_nothing_after_its_close(
+    poller: Poller, pairs: list[Pair]
+) -> None:
+    """As a tool that is being started holds all of them, until it executes."""
+    (sock, far), *_ = pairs
+    told: list[int] = []
+    poller.watch(sock, told.append)
+    await until(lambda: bool(told), "the handler is told")
+    told.clear()
+    with sock.dup():
+        poller.close(sock)
+        await until(lambda: sock.fileno() == -1, "it is closed")
+        far.send(b"x")
+        await asyncio.sleep(0.01)
+
+    assert not told
+
+
 async def test_closing_twice_is_closing_once(poller: Poller, pairs: list[Pair]) -> None:
     (sock, _), *_ = pairs
     poller.watch(sock, lambda events: None)

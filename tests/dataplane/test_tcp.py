@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import resource
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,19 +20,27 @@ from tests.dataplane.world import (
     FOREIGN,
     NAME,
     NODE_PORT,
+    OTHER_NAME,
+    OTHER_PORT,
+    OTHER_PORTAL,
     PORTAL,
     PORTAL6,
     TCP_PORT,
     VANISHING_IPS,
     Plane,
     named_backends,
+    other_service_port,
     refusing_endpoint,
     running_plane,
     vanished,
 )
 from tests.ends import PATIENCE_S, End, open_descriptors, settled, until
 from userspace_proxy.dataplane.connections import Limits
+from userspace_proxy.dataplane.sockets import open_listener, stream_socket
+from userspace_proxy.dataplane.tcp import ACCEPTS_A_TURN
+from userspace_proxy.interfaces import Backends, ListenerSpec
 from userspace_proxy.model.endpoint import Endpoint
+from userspace_proxy.model.names import L4Protocol
 
 DEAD_PEER_S = 3.0
 
@@ -207,20 +216,15 @@ def unread_bytes(client: socket.socket) -> int:
 
 async def test_a_connection_that_would_meet_itself_is_refused(plane: Plane) -> None:
     """A dial to a free local port may be given this very port as its source: it is then its own peer."""
-    knob = Path("/proc/sys/net/ipv4/ip_local_port_range")
-    before = knob.read_text()
     endpoint = refusing_endpoint()
     with named_backends("a") as (a,), socket.socket() as client:
         client.bind(("", 0))
         client.setblocking(False)
         await plane.use(endpoint, a.endpoint)
-        knob.write_text(f"{endpoint.port} {endpoint.port}")
-        try:
+        with local_ports(endpoint.port, endpoint.port):
             async with asyncio.timeout(PATIENCE_S):
                 await asyncio.get_running_loop().sock_connect(client, PORTAL)
             assert await End(client).receive_all() == (b"a", "eof")
-        finally:
-            knob.write_text(before)
     assert (await plane.counters()).ejections == 1
 
 
@@ -235,6 +239,41 @@ async def test_a_client_that_resets_while_its_backend_is_dialled_leaves_nothing(
         backend.close()
     await all_ended(plane)
     await until(lambda: open_descriptors() == before, "all descriptors are closed")
+
+
+@contextlib.contextmanager
+def local_ports(first: int, last: int) -> Iterator[None]:
+    """Connections of this host get no other source port."""
+    knob = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    before = knob.read_text()
+    knob.write_text(f"{first} {last}")
+    try:
+        yield
+    finally:
+        knob.write_text(before)
+
+
+async def test_when_all_local_ports_towards_an_endpoint_are_in_use_another_takes_over_and_none_is_ejected(
+    plane: Plane,
+) -> None:
+    with Listener() as full, Listener() as free, local_ports(20_000, 20_001):
+        await plane.use(full.endpoint)
+        clients = [await dial() for _ in range(2)]
+        backends = [await full.accept() for _ in clients]
+        # By other portals: to this one the client, too, has no port left.
+        assert await ask(("127.0.0.1", NODE_PORT)) == "reset"
+
+        await plane.use(full.endpoint, free.endpoint)
+        clients.append(await dial((CLIENT_IPS[0], NODE_PORT)))
+        backends.append(await free.accept())
+
+        counters = await plane.counters()
+        assert (counters.port_exhaustions, counters.failed, counters.ejections) == (2, 1, 0)
+        for client in clients:
+            client.reset()  # which leaves no port in TIME_WAIT
+        await all_ended(plane)
+        for backend in backends:
+            backend.close()
 
 
 # ---- endpoints and affinity
@@ -364,6 +403,62 @@ async def fill(writer: End, data: bytes) -> int:
 async def broken(end: End) -> None:
     _, how = await end.receive_all()
     assert how == "reset"
+
+
+async def test_a_client_has_no_more_connections_than_it_may_and_others_are_not_concerned() -> None:
+    with Listener() as listener:
+        async with running_plane(Limits(connections_per_client=2)) as plane:
+            await plane.local.open([ListenerSpec(other_service_port(), OTHER_PORT)])
+            await plane.use(listener.endpoint)
+            await plane.local.update({OTHER_NAME: Backends((listener.endpoint,), (listener.endpoint,))})
+            first, second = await dial(client_ip=CLIENT_IPS[0]), await dial(OTHER_PORTAL, CLIENT_IPS[0])
+            backends = [await listener.accept() for _ in range(2)]
+
+            assert await ask(client_ip=CLIENT_IPS[0]) == "reset"
+            other = await dial(client_ip=CLIENT_IPS[1])
+            backends.append(await listener.accept())
+
+            counters = await plane.counters()
+            assert (counters.limited, counters.accepted, counters.refused) == (1, 2, 0)
+            for end in (first, second, *backends[:2]):
+                end.close()
+            while await plane.connections_open() > 1:
+                await asyncio.sleep(0.002)
+            again = await dial(client_ip=CLIENT_IPS[0])
+            backends.append(await listener.accept())
+            for end in (again, other, *backends[2:]):
+                end.close()
+
+
+async def test_a_flood_on_one_listener_keeps_no_other_from_accepting(plane: Plane) -> None:
+    with Listener() as listener:
+        await plane.local.open([ListenerSpec(other_service_port(), OTHER_PORT)])
+        await plane.use(listener.endpoint)
+        await plane.local.update({OTHER_NAME: Backends((listener.endpoint,), (listener.endpoint,))})
+        # The loop does not run meanwhile.
+        flood = [socket.create_connection(PORTAL) for _ in range(10 * ACCEPTS_A_TURN)]
+        late = socket.create_connection(OTHER_PORTAL)
+
+        async with asyncio.timeout(PATIENCE_S):
+            while not (await plane.counters(OTHER_NAME)).accepted:
+                await asyncio.sleep(0)
+
+        assert (await plane.counters()).accepted <= 2 * ACCEPTS_A_TURN
+        for sock in (*flood, late):
+            sock.close()
+
+
+async def test_both_sides_use_the_congestion_control_that_is_asked_for() -> None:
+    with Listener() as backend, open_listener(L4Protocol.TCP, 0, 0, congestion_control="reno") as listener:
+        client = socket.create_connection(("127.0.0.1", listener.getsockname()[1]))
+        await asyncio.sleep(0)
+        accepted, _ = listener.accept()
+        to_backend = stream_socket((backend.endpoint.ip, backend.endpoint.port), "reno")
+
+        for sock in (accepted, to_backend):
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0") == b"reno"
+            sock.close()
+        client.close()
 
 
 # ---- ending

@@ -18,7 +18,7 @@ from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortN
 from userspace_proxy.model.service import ServicePort, portals
 from userspace_proxy.rules import nft
 
-TCP_PORT, UDP_PORT = 10_001, 10_002
+TCP_PORT, UDP_PORT, OTHER_PORT = 10_001, 10_002, 10_003
 # A foreign NAT rule leads from here to our proxy port.
 FOREIGN = ("10.99.0.1", 81)
 # Clients that are told apart by their address, and backends whose packets can be made to vanish.
@@ -28,7 +28,9 @@ VANISHING_IPS = ("10.97.0.1", "10.97.0.2", "10.97.0.3")
 
 NAME = ServicePortName(NamespacedName("shop", "web"), "http", L4Protocol.TCP)
 UDP_NAME = ServicePortName(NamespacedName("shop", "dns"), "dns", L4Protocol.UDP)
+OTHER_NAME = ServicePortName(NamespacedName("shop", "other"), "http", L4Protocol.TCP)
 PORTAL = ("10.96.0.1", 80)
+OTHER_PORTAL = ("10.96.0.2", 80)
 PORTAL6 = ("fd00:96::1", 80)
 NODE_PORT = 30_080
 
@@ -38,6 +40,10 @@ _FOREIGN = "ip foreign"
 
 def service_port(affinity_timeout_s: int | None = None) -> ServicePort:
     return ServicePort(NAME, 80, (PORTAL[0], PORTAL6[0]), NODE_PORT, affinity_timeout_s=affinity_timeout_s)
+
+
+def other_service_port() -> ServicePort:
+    return ServicePort(OTHER_NAME, 80, (OTHER_PORTAL[0],))
 
 
 def udp_service_port(affinity_timeout_s: int | None = None) -> ServicePort:
@@ -57,7 +63,8 @@ def surroundings() -> Iterator[None]:
         ip("address", "add", address, "dev", "lo")
     for route in routes:
         ip("-6" if ":" in route else "-4", "route", "add", route, "dev", "lo")
-    _nft(nft.table(Redirects(dict.fromkeys(portals(service_port()), TCP_PORT))))
+    ports = dict.fromkeys(portals(service_port()), TCP_PORT) | dict.fromkeys(portals(other_service_port()), OTHER_PORT)
+    _nft(nft.table(Redirects(ports)))
     _nft(
         f"table {_FOREIGN} {{ chain output {{ type nat hook output priority -110; "
         f"ip daddr {FOREIGN[0]} tcp dport {FOREIGN[1]} redirect to :{TCP_PORT}; }}; }}\n"

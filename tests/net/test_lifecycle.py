@@ -290,6 +290,29 @@ def test_a_taken_port_is_named_with_its_flag(fresh_proxy: Proxy, world: ServiceL
     assert not traces(world.node)
 
 
+def test_an_unknown_congestion_control_is_named(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    serve_web(fresh_proxy)
+
+    line = told(world.node, fresh_proxy, *fresh_proxy.run_arguments(), "--congestion-control", "wishful")
+
+    assert "--congestion-control wishful" in line
+    assert "tcp_available_congestion_control" in line
+
+
+def test_limits_for_clients_are_kept_by_the_whole_process(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    serve_web(fresh_proxy)
+    fresh_proxy.start("--connections-per-client", "2", "--congestion-control", "reno")
+    held = [connect(world.client, "10.96.4.1", 80) for _ in range(2)]
+
+    with pytest.raises(ConnectionResetError), connect(world.client, "10.96.4.1", 80) as third:
+        third.recv(1)
+
+    assert fresh_proxy.metric("userspace_proxy_limited_connections_total") == 1
+    for sock in held:
+        sock.close()
+    wait_until(lambda: answers(world.client, "10.96.4.1", 80), "there is room again")
+
+
 def test_a_missing_package_is_named(fresh_proxy: Proxy, world: ServiceLab, tmp_path: Path) -> None:
     empty = tmp_path / "bin"
     empty.mkdir()

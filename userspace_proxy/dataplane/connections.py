@@ -12,6 +12,7 @@ import contextlib
 import errno
 import logging
 import resource
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -20,6 +21,7 @@ from userspace_proxy.dataplane.peers import Answer, last_answer
 from userspace_proxy.dataplane.poller import Poller
 from userspace_proxy.dataplane.sockets import keep_alive
 from userspace_proxy.interfaces import Splice
+from userspace_proxy.model.endpoint import Address
 
 # Kept free for the event loop, rules, admin and file watching.
 RESERVED_DESCRIPTORS = 128
@@ -34,17 +36,22 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """When the data plane gives something up; seconds, 0 for never."""
+    """When the data plane gives something up (seconds, 0 for never), and what it lets its clients have."""
 
     idle_timeout_s: float = 86_400.0
     half_closed_timeout_s: float = 3_600.0
     dead_peer_timeout_s: float = 30.0
+    connections_per_client: int = 0  # open at once, over all listeners; 0 for any number
+    congestion_control: str = ""  # of TCP connections on both sides; "" for the host's
     udp_flows_per_service: int = 4_096
     udp_timeout_s: float = 30.0
     udp_stream_timeout_s: float = 120.0
 
 
 class Connection(Protocol):
+    @property
+    def client(self) -> Address: ...
+
     @property
     def splice(self) -> Splice | None: ...
 
@@ -81,10 +88,10 @@ class Connections:
         self._descriptors_used = descriptors_used
         self._shed = shed
         self._open: dict[Connection, _Silence | None] = {}  # None: not looked at yet
+        self._open_by_client: dict[bytes, int] = {}  # empty where clients have no limit
         self._round: list[Connection] = []
         self._part = 1
         self._empty = asyncio.Event()
-        self._empty.set()
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most = limit - min(RESERVED_DESCRIPTORS, limit // 4)
         self._complained_at = float("-inf")
@@ -94,38 +101,60 @@ class Connections:
     def __len__(self) -> int:
         return len(self._open)
 
-    def add(self, connection: Connection) -> None:
+    def add(self, connection: Connection) -> bool:
+        """Count *connection* in; return False where its client has as many as it may."""
+        if self._limits.connections_per_client and not self._admit(connection.client[0]):
+            return False
         self._open[connection] = None
-        self._empty.clear()
+        return True
 
     def remove(self, connection: Connection) -> None:
-        self._open.pop(connection, None)
+        """Forget *connection*, which `add` took."""
+        del self._open[connection]
+        if self._limits.connections_per_client:
+            self._dismiss(connection.client[0])
         if not self._open:
             self._empty.set()
 
+    def _admit(self, client_ip: str) -> bool:
+        client = _who(client_ip)
+        count = self._open_by_client.get(client, 0)
+        if count >= self._limits.connections_per_client:
+            return False
+        self._open_by_client[client] = count + 1
+        return True
+
+    def _dismiss(self, client_ip: str) -> None:
+        client = _who(client_ip)
+        self._open_by_client[client] -= 1
+        if not self._open_by_client[client]:
+            del self._open_by_client[client]
+
     # ---- room
 
-    def has_room(self) -> bool:
-        """Return whether two more descriptors fit; if not, accepting is paused until they do."""
-        if self.fits(2):
-            return True
-        self.note_shortage(OSError(errno.EMFILE, "all descriptors are in use"))
-        return False
+    def room(self) -> int:
+        """Return how many more connections there are descriptors for; if none, accepting is paused until there are."""
+        room = self._descriptors_left() // 2
+        if room <= 0:
+            self.note_shortage(OSError(errno.EMFILE, "all descriptors are in use"))
+        return room
 
     def fits(self, descriptors: int) -> bool:
         """Return whether so many more descriptors leave enough for everything else."""
-        return self._descriptors_used() + 2 * len(self._open) + descriptors <= self._most
+        return descriptors <= self._descriptors_left()
+
+    def _descriptors_left(self) -> int:
+        return self._most - self._descriptors_used() - 2 * len(self._open)
 
     def note_shortage(self, error: OSError) -> None:
         """This host ran out of something. Descriptors: leave new clients in the kernel's queue for a moment."""
         self.shortages += 1
         if self._now() - self._complained_at > _COMPLAIN_EVERY_S:
             self._complained_at = self._now()
-            log.warning(
-                "%s, with %d connections open; raise the limit (ulimit -n, LimitNOFILE=) or lower the load",
-                error.strerror,
-                len(self._open),
-            )
+            remedy = "raise the limit (ulimit -n, LimitNOFILE=)"
+            if error.errno == errno.EADDRNOTAVAIL:
+                remedy = "widen net.ipv4.ip_local_port_range, add endpoints"
+            log.warning("%s, with %d connections open; %s or lower the load", error.strerror, len(self._open), remedy)
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM) and self._poller.accepting:
             self.times_paused += 1
             self._shed()
@@ -212,15 +241,24 @@ class Connections:
     async def drain(self, timeout_s: float) -> None:
         """Wait until all connections have ended, *timeout_s* at most; cut those that are left."""
         if self._open:
+            self._empty.clear()
             log.info("draining %d connections for up to %.3g s", len(self._open), timeout_s)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                await self._empty.wait()
+                if self._open:
+                    await self._empty.wait()
         self.cut_all()
 
     def cut_all(self) -> None:
         for connection in list(self._open):
             connection.cut("cut: the proxy stops")
+
+
+def _who(client_ip: str) -> bytes:
+    """Return what counts as one client: an IPv4 address, or a /64 of IPv6, in which a client chooses freely."""
+    if ":" in client_ip:
+        return socket.inet_pton(socket.AF_INET6, client_ip.partition("%")[0])[:8]
+    return socket.inet_aton(client_ip)
 
 
 def raise_descriptor_limit() -> int:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from userspace_proxy.dataplane.connections import Connections, Limits
 from userspace_proxy.dataplane.datagrams import DatagramPoller
+from userspace_proxy.dataplane.dial import Deadlines, deadlines
 from userspace_proxy.dataplane.poller import Poller
 from userspace_proxy.interfaces import AccessRecord, Splicer
 
@@ -27,3 +28,7 @@ class PlaneContext:
     limits: Limits
     now: Callable[[], float]
     access_log: Record | None
+    deadlines: tuple[Deadlines, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "deadlines", deadlines(self.loop))

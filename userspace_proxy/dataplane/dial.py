@@ -12,13 +12,14 @@ import logging
 import os
 import socket
 from collections.abc import Callable
-from typing import NamedTuple
+from socket import SocketType
+from typing import NamedTuple, Protocol
 
-from userspace_proxy.dataplane.picker import Picker
+from userspace_proxy.dataplane.picker import Pick, Picker
 from userspace_proxy.dataplane.poller import FAILED, WRITE, Poller
-from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, backend_socket, is_self_connected
+from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, is_self_connected, stream_socket
 from userspace_proxy.interfaces import Counters
-from userspace_proxy.model.endpoint import Address, Endpoint
+from userspace_proxy.model.endpoint import Address
 
 # As the historic userspace mode waited. The sum, 3.75 s, is the longest that a client waits for a reset.
 DIAL_TIMEOUTS_S = (0.25, 0.5, 1.0, 2.0)
@@ -27,15 +28,59 @@ DIAL_TIMEOUTS_S = (0.25, 0.5, 1.0, 2.0)
 STARVED_MAX = 100
 STARVED_RETRY_S = 0.1
 
+_UNDER_WAY = (errno.EINPROGRESS, 0)
+
 log = logging.getLogger(__name__)
 
 
-class Connected(NamedTuple):
-    """A backend that took the connection, and why it was this one."""
+class Caller(Protocol):
+    """Who wants a backend."""
 
-    sock: socket.socket
-    endpoint: Endpoint
-    why: str
+    def on_connected(self, backend: SocketType, pick: Pick, told: int) -> None:
+        """Take over *backend*, which the poller watches; *told* are the events that it has told already."""
+        ...
+
+    def on_failed(self, reason: str) -> None: ...
+
+
+class Deadlines:
+    """Calls `Dial.on_timeout` of those that were not removed in time; one timer for all that wait equally long."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, after_s: float) -> None:
+        self._loop = loop
+        self._after_s = after_s
+        self._until: dict[Dial, float] = {}  # in the order of time, as everybody waits equally long
+        self._armed = False
+
+    def add(self, dial: Dial) -> None:
+        self._until[dial] = until = self._loop.time() + self._after_s
+        if not self._armed:
+            self._arm(until)
+
+    def remove(self, dial: Dial) -> None:
+        self._until.pop(dial, None)
+
+    def _arm(self, until: float) -> None:
+        self._armed = True
+        self._loop.call_at(until, self._expire)
+
+    def _expire(self) -> None:
+        self._armed = False
+        now = self._loop.time()
+        expired = []
+        for dial, until in self._until.items():
+            if until > now:
+                self._arm(until)
+                break
+            expired.append(dial)
+        for dial in expired:
+            if self._until.pop(dial, None) is not None:
+                dial.on_timeout()
+
+
+def deadlines(loop: asyncio.AbstractEventLoop) -> tuple[Deadlines, ...]:
+    """Return one for each of DIAL_TIMEOUTS_S."""
+    return tuple(Deadlines(loop, after_s) for after_s in DIAL_TIMEOUTS_S)
 
 
 class DialContext(NamedTuple):
@@ -43,61 +88,57 @@ class DialContext(NamedTuple):
 
     poller: Poller
     loop: asyncio.AbstractEventLoop
+    deadlines: tuple[Deadlines, ...]
     picker: Picker
     counters: Counters
     on_shortage: Callable[[OSError], None]
+    congestion_control: str = ""
 
 
 class Dial:
-    """Tries endpoints until one connects (*on_connected*) or none is left (*on_failed*, with the reason)."""
+    """Tries endpoints until one connects or none is left."""
 
     __slots__ = (
         "_attempts",
+        "_caller",
         "_context",
-        "_endpoint",
-        "_on_connected",
-        "_on_failed",
+        "_pick",
         "_sock",
         "_starved",
         "_timer",
         "_tried",
         "_waited",
-        "_why",
         "client_ip",
     )
 
-    def __init__(
-        self,
-        client_ip: str,
-        context: DialContext,
-        on_connected: Callable[[Connected], None],
-        on_failed: Callable[[str], None],
-    ) -> None:
+    _pick: Pick
+
+    def __init__(self, client_ip: str, context: DialContext, caller: Caller) -> None:
         self.client_ip = client_ip
         self._context = context
-        self._on_connected = on_connected
-        self._on_failed = on_failed
-        self._tried: dict[Address, bool] = {}  # address -> whether trying it again makes sense
+        self._caller = caller
+        self._tried: dict[Address, bool] | None = None  # address -> whether trying it again makes sense
         self._attempts = 0
         self._waited = 0  # time-outs spent
         self._starved = 0  # times this host had no descriptor for the backend's socket
-        self._sock: socket.socket | None = None
+        self._sock: SocketType | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """Dial until one is under way, connected, or all have failed; the callbacks may come before this returns."""
+        """Dial until one is under way, connected, or all have failed; the caller may be told before this returns."""
         while True:
-            pick = self._context.picker.pick(self.client_ip, self._tried)
-            if pick is None and any(self._tried.values()) and self._waited < len(DIAL_TIMEOUTS_S):
-                # Everybody has been asked, and somebody was merely slow: ask the slow ones once more.
-                self._tried = {address: again for address, again in self._tried.items() if not again}
-                continue
+            tried = self._tried
+            pick = self._context.picker.pick(self.client_ip, tried or ())
             if pick is None:
-                self._on_failed("no endpoint could be reached" if self._tried else "no endpoint")
+                if tried and any(tried.values()) and self._waited < len(DIAL_TIMEOUTS_S):
+                    # Everybody has been asked, and somebody was merely slow: ask the slow ones once more.
+                    self._tried = {address: again for address, again in tried.items() if not again}
+                    continue
+                self._caller.on_failed("no endpoint could be reached" if tried else "no endpoint")
                 return
             if self._attempts:
                 self._context.counters.retries += 1
-            self._endpoint, self._why = pick
+            self._pick = pick
             if self._connect(pick.endpoint.address):
                 return
 
@@ -105,21 +146,20 @@ class Dial:
         """Begin to connect; False when that failed at once and the next endpoint's turn has come."""
         context = self._context
         try:
-            sock = backend_socket(socket.SOCK_STREAM, address)
+            sock = stream_socket(address, context.congestion_control)
         except OSError as error:
             self._wait_for_descriptors(error)
             return True
         self._attempts += 1
         try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             code = sock.connect_ex(address)
-            if code in (0, errno.EINPROGRESS):
+            if code in _UNDER_WAY:
                 context.poller.watch(sock, self._on_socket)
         except OSError as error:
             code = error.errno or errno.EIO
-        if code in (0, errno.EINPROGRESS):
+        if code in _UNDER_WAY:
             self._sock = sock
-            self._timer = context.loop.call_later(DIAL_TIMEOUTS_S[self._waited], self._on_timeout)
+            context.deadlines[self._waited].add(self)
             return True
         sock.close()
         self._note_failure(code, again=False)
@@ -130,62 +170,68 @@ class Dial:
         if sock is None:
             return
         if events & FAILED:
-            self._fail(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+            # Without an error these were the events of a closed socket whose number this one has (see poller.py).
+            if code := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                self._fail(code)
         elif events & WRITE:
-            if is_self_connected(sock, self._endpoint.address):
+            context, pick = self._context, self._pick
+            if is_self_connected(sock, pick.endpoint.address):
                 self._fail(errno.ECONNREFUSED)
                 return
-            self._stop_timer()
+            context.deadlines[self._waited].remove(self)
             self._sock = None
-            if self._context.picker.report_success(self._endpoint):
-                log.info("endpoint %s takes connections again", self._endpoint)
-            self._on_connected(Connected(sock, self._endpoint, self._why))
+            if context.picker.report_success(pick.endpoint):
+                log.info("endpoint %s takes connections again", pick.endpoint)
+            self._caller.on_connected(sock, pick, events)
 
     def _fail(self, code: int) -> None:
         self._let_go()
         self._note_failure(code, again=False)
         self.start()
 
-    def _on_timeout(self) -> None:
+    def on_timeout(self) -> None:
+        """What is dialled now has had its time."""
         self._let_go()
         self._waited += 1
         self._note_failure(errno.ETIMEDOUT, again=self._waited < len(DIAL_TIMEOUTS_S))
         if self._waited < len(DIAL_TIMEOUTS_S):
             self.start()
         else:
-            self._on_failed("no endpoint could be reached")
+            self._caller.on_failed("no endpoint could be reached")
 
     def _note_failure(self, code: int, *, again: bool) -> None:
-        self._tried[self._endpoint.address] = again
+        endpoint = self._pick.endpoint
+        if self._tried is None:
+            self._tried = {}
+        self._tried[endpoint.address] = again
         counters = self._context.counters
         counters.dial_failures += 1
+        if code == errno.EADDRNOTAVAIL:
+            counters.port_exhaustions += 1
         if code in LOCAL_SHORTAGES:
-            self._context.on_shortage(OSError(code, f"connecting to {self._endpoint}: {os.strerror(code)}"))
+            self._context.on_shortage(OSError(code, f"connecting to {endpoint}: {os.strerror(code)}"))
             return
-        if self._context.picker.report_failure(self._endpoint):
+        if self._context.picker.report_failure(endpoint):
             counters.ejections += 1
-            log.info("endpoint %s is passed over for a while: %s", self._endpoint, os.strerror(code))
+            log.info("endpoint %s is passed over for a while: %s", endpoint, os.strerror(code))
 
     def _wait_for_descriptors(self, error: OSError) -> None:
         """The client is accepted and unread: it can wait until other connections end."""
         self._context.on_shortage(error)
         self._starved += 1
         if self._starved > STARVED_MAX:
-            self._on_failed("out of descriptors")
+            self._caller.on_failed("out of descriptors")
             return
         self._timer = self._context.loop.call_later(STARVED_RETRY_S, self.start)
 
     def cut(self) -> None:
-        """Stop without calling back."""
+        """Stop without telling the caller."""
+        if self._timer is not None:
+            self._timer.cancel()
         self._let_go()
 
     def _let_go(self) -> None:
-        self._stop_timer()
         if self._sock is not None:
+            self._context.deadlines[self._waited].remove(self)
             self._context.poller.close(self._sock)
             self._sock = None
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None

@@ -13,6 +13,7 @@ import socket
 import struct
 from collections.abc import Sequence
 
+from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.sockets import open_listener
 from userspace_proxy.model.names import L4Protocol
 
@@ -27,17 +28,17 @@ _IP4_SOURCE, _IP6_SOURCE = 12, 8
 _SPREAD, _SPREAD_SHIFT = 0x9E3779B1, 16
 
 
-def open_group(protocol: L4Protocol, port: int, count: int, dead_peer_timeout_s: float) -> list[socket.socket]:
+def open_group(protocol: L4Protocol, port: int, count: int, limits: Limits) -> list[socket.socket]:
     """Return *count* sockets of one proxy port, of which a client meets always the same.
 
     Raises:
         OSError: the port is taken, or there is no descriptor left.
     """
-    return fit_group([], protocol, port, count, dead_peer_timeout_s)
+    return fit_group([], protocol, port, count, limits)
 
 
 def fit_group(
-    group: Sequence[socket.socket], protocol: L4Protocol, port: int, count: int, dead_peer_timeout_s: float
+    group: Sequence[socket.socket], protocol: L4Protocol, port: int, count: int, limits: Limits
 ) -> list[socket.socket]:
     """Return *group* with so many sockets more, or closed, that it has *count*.
 
@@ -50,7 +51,9 @@ def fit_group(
             if fitting:
                 # Not before the first is bound: a port which another program has is to be refused.
                 fitting[0].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            sock = open_listener(protocol, port, dead_peer_timeout_s, shared=bool(fitting))
+            sock = open_listener(
+                protocol, port, limits.dead_peer_timeout_s, limits.congestion_control, shared=bool(fitting)
+            )
             on_error.callback(sock.close)
             fitting.append(sock)
         if count > 1 or len(group) > 1:

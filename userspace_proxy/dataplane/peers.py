@@ -27,7 +27,7 @@ class Answer(Enum):
     NONE = "none"
 
 
-def last_answer(sock: socket.socket, waiting_s: float) -> Answer:
+def last_answer(sock: socket.SocketType, waiting_s: float) -> Answer:
     """Return NONE when *sock* asks its peer for a sign of life - it sends data again, or probes a closed window -
     and has had none for the last *waiting_s* seconds.
     """

@@ -63,6 +63,7 @@ class Picker:
         self._now = now
         self._affinity_timeout_s = affinity_timeout_s
         self._endpoints: list[Endpoint] = []
+        self._turns: list[Pick] = []  # of the endpoints, in the same order: made once, not for every connection
         self._next = 0
         self._pins: dict[str, Pin] = {}  # least recently used first
         self._ejected: dict[Address, _Ejection] = {}
@@ -95,6 +96,7 @@ class Picker:
                 if index < self._next:
                     turn += 1
         self._endpoints = kept + list(wanted.values())
+        self._turns = [Pick(endpoint, "round robin") for endpoint in self._endpoints]
         self._next = turn if turn < len(self._endpoints) else 0
         for address in self._ejected.keys() - {e.address for e in self._endpoints}:
             del self._ejected[address]
@@ -141,7 +143,7 @@ class Picker:
                 return None
             index = self._next
             self._next = index + 1 if index + 1 < count else 0
-            return Pick(endpoints[index], "round robin")
+            return self._turns[index]
         now = self._now()
         doubtful = None
         for step in range(count):

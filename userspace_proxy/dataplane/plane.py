@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from userspace_proxy.dataplane.connections import Connections, Limits, raise_descriptor_limit
 from userspace_proxy.dataplane.context import PlaneContext, Record
 from userspace_proxy.dataplane.datagrams import DatagramPoller
+from userspace_proxy.dataplane.groups import open_group
 from userspace_proxy.dataplane.picker import PickerMemory
 from userspace_proxy.dataplane.pipes import PipePool
 from userspace_proxy.dataplane.poller import Poller
-from userspace_proxy.dataplane.sockets import open_listener, reserve_refusing_port
+from userspace_proxy.dataplane.sockets import reserve_refusing_port
 from userspace_proxy.dataplane.splice.copy import CopySplicer
 from userspace_proxy.dataplane.splice.pipe import PipeSplicer
 from userspace_proxy.dataplane.tcp import TcpListener
@@ -76,8 +77,8 @@ class LocalPlane:
         for count, spec in enumerate(specs, 1):
             try:
                 if not self.configure(spec):
-                    limit_s = self._context.limits.dead_peer_timeout_s
-                    self.serve(spec, open_listener(spec.name.protocol, spec.proxy_port, limit_s))
+                    (sock,) = open_group(spec.name.protocol, spec.proxy_port, 1, self._context.limits)
+                    self.serve(spec, sock)
             except OSError as error:
                 refused[spec.name] = f"port {spec.proxy_port}: {error.strerror}"
             if not count % _OPENED_A_STEP:

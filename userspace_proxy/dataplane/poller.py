@@ -5,6 +5,12 @@ Here a socket is registered once, for everything, edge-triggered; its handler is
 mask and must go on until the kernel says EAGAIN (or ask for `again`). The epoll descriptor itself is
 one reader of the event loop, so asyncio code lives beside it.
 
+A closed socket is not taken out of the epoll: the kernel does that when the last descriptor of it is gone. That is
+at once, but for a tool that a thread of this process is just starting: until it executes, the child holds copies of
+all descriptors, and a socket that we have closed may still have events - under a number that is another socket's by
+then. So a handler must bear events of which nothing is true. Edge-triggered ones are a hint to look, and who looks
+gets the kernel's answer.
+
 Listeners have an epoll of their own (level-triggered), so that accepting can be paused in one call.
 """
 
@@ -13,9 +19,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import select
-import socket
 from collections import deque
 from collections.abc import Callable
+from socket import SocketType
 
 Handler = Callable[[int], None]
 
@@ -42,10 +48,11 @@ class Poller:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._handlers: dict[int, Handler] = {}
+        self._in_turn = False
         self._acceptors: dict[int, Callable[[], None]] = {}
         self._again: list[Callable[[], None]] = []
         self._bulk: deque[Callable[[int], bool]] = deque()
-        self._closing: list[socket.socket] = []
+        self._closing: list[SocketType] = []
         self._connections = select.epoll()
         self._listeners = select.epoll()
         self._accepting = True
@@ -55,7 +62,7 @@ class Poller:
 
     # ---- connections
 
-    def watch(self, sock: socket.socket, handler: Handler) -> None:
+    def watch(self, sock: SocketType, handler: Handler) -> None:
         """Call *handler* with the events of *sock*; the first call comes as soon as anything is possible.
 
         Also gives a watched socket another handler, which is then told everything anew.
@@ -67,7 +74,11 @@ class Poller:
             self._connections.register(fd, _CONNECTION_MASK)
         self._handlers[fd] = handler
 
-    def close(self, sock: socket.socket) -> None:
+    def hand_over(self, sock: SocketType, handler: Handler) -> None:
+        """Give a watched socket another handler, which is told only what is new: what the old one was told, tell it."""
+        self._handlers[sock.fileno()] = handler
+
+    def close(self, sock: SocketType) -> None:
         """Stop watching *sock* and close it at the end of this turn.
 
         Not at once: the kernel would give its number to the next socket, and events of the old one that
@@ -76,9 +87,8 @@ class Poller:
         fd = sock.fileno()
         if fd < 0:
             return
-        if self._handlers.pop(fd, None) is not None:
-            self._connections.unregister(fd)
-        if not self._closing:
+        self._handlers.pop(fd, None)
+        if not self._closing and not self._in_turn:
             self._loop.call_soon(self._close_all)
         self._closing.append(sock)
 
@@ -114,15 +124,19 @@ class Poller:
 
     def _turn(self) -> bool:
         """Handle what is ready; return whether anything was."""
-        handlers = self._handlers
+        handler_of = self._handlers.get
         ready = self._connections.poll(0, _EVENTS_A_TURN)
+        self._in_turn = True
         for fd, events in ready:
-            handler = handlers.get(fd)
+            handler = handler_of(fd)
             if handler is not None:
                 try:
                     handler(events)
                 except Exception:
                     log.exception("a bug: an event was not handled")
+        self._in_turn = False
+        if self._closing:
+            self._close_all()
         return bool(ready)
 
     def _take_again(self) -> None:
@@ -140,12 +154,12 @@ class Poller:
 
     # ---- listeners
 
-    def accept_from(self, sock: socket.socket, acceptor: Callable[[], None]) -> None:
+    def accept_from(self, sock: SocketType, acceptor: Callable[[], None]) -> None:
         """Call *acceptor* whenever *sock* (a listener, or an unconnected UDP socket) has something."""
         self._acceptors[sock.fileno()] = acceptor
         self._listeners.register(sock.fileno(), select.EPOLLIN)
 
-    def leave(self, sock: socket.socket) -> None:
+    def leave(self, sock: SocketType) -> None:
         """Accept no more from *sock*; the caller closes it."""
         if self._acceptors.pop(sock.fileno(), None) is not None:
             self._listeners.unregister(sock.fileno())

@@ -38,7 +38,7 @@ class RemotePlane:
     """Worker processes, and what is needed to replace them. Make it inside the running event loop, then `start`."""
 
     def __init__(self, settings: wire.WorkerSettings) -> None:
-        self._limit_s = settings.limits.dead_peer_timeout_s
+        self._limits = settings.limits
         self._sockets: dict[ServicePortName, list[socket.socket]] = {}  # as many as workers
         self._specs: dict[ServicePortName, ListenerSpec] = {}
         self._backends: dict[ServicePortName, Backends] = {}
@@ -110,7 +110,7 @@ class RemotePlane:
                     worker.learnt.note(name, memory)
         for name, spec in self._specs.items():
             group = self._sockets[name]
-            self._sockets[name] = fit_group(group, name.protocol, spec.proxy_port, len(self._workers), self._limit_s)
+            self._sockets[name] = fit_group(group, name.protocol, spec.proxy_port, len(self._workers), self._limits)
         await answers_to([future for worker in self._workers for future in self._replay(worker)])
         return list(self._specs.values())
 
@@ -136,7 +136,7 @@ class RemotePlane:
                 continue
             try:
                 self._sockets[spec.name] = open_group(
-                    spec.name.protocol, spec.proxy_port, len(self._workers), self._limit_s
+                    spec.name.protocol, spec.proxy_port, len(self._workers), self._limits
                 )
                 new.append(spec)
             except OSError as error:

@@ -6,8 +6,8 @@ import contextlib
 import errno
 import functools
 import socket
-import struct
 from pathlib import Path
+from socket import SocketType
 
 from userspace_proxy.interfaces import OWN_MARK
 from userspace_proxy.model.endpoint import Address
@@ -20,10 +20,12 @@ IP_PKTINFO = 8
 _SO_ORIGINAL_DST = 80  # linux/netfilter_ipv4.h, and the same number at level IPPROTO_IPV6
 _TCP_RTO_MAX_MS = 44  # Linux 6.15; older kernels refuse it, and find some dead peers later
 _MAPPED = "::ffff:"
-_SOCKADDR_IN = struct.Struct("!2xH4s")
-_SOCKADDR_IN6 = struct.Struct("!2xH4x16s")
 
 KEEPALIVE_PROBES = 3
+
+# As plain ints: as members of enums they cost a lookup each time they are combined.
+_BLOCKING_STREAM = int(socket.SOCK_STREAM)
+_STREAM = _BLOCKING_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 
 # Not the endpoint's fault: this host has no port, descriptor or memory left for the connection.
 LOCAL_SHORTAGES = {
@@ -76,12 +78,16 @@ def bind_wildcard(kind: socket.SocketKind, port: int, *, shared: bool = False) -
     return sock
 
 
-def open_tcp_listener(port: int, dead_peer_timeout_s: float, *, shared: bool = False) -> socket.socket:
+def open_tcp_listener(
+    port: int, dead_peer_timeout_s: float, congestion_control: str = "", *, shared: bool = False
+) -> socket.socket:
     """Return a listening socket; what is set on it, accepted sockets inherit."""
     sock = bind_wildcard(socket.SOCK_STREAM, port, shared=shared)
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         keep_alive(sock, dead_peer_timeout_s)
+        if congestion_control:
+            _control_congestion(sock, congestion_control)
         sock.listen(_BACKLOG)
     except BaseException:
         sock.close()
@@ -108,16 +114,23 @@ def open_udp_listener(port: int, *, shared: bool = False) -> socket.socket:
 
 
 def open_listener(
-    protocol: L4Protocol, port: int, dead_peer_timeout_s: float, *, shared: bool = False
+    protocol: L4Protocol,
+    port: int,
+    dead_peer_timeout_s: float,
+    congestion_control: str = "",
+    *,
+    shared: bool = False,
 ) -> socket.socket:
     """Return the socket of a proxy port; *shared*: one more of its group.
 
+    *congestion_control*: the name of what its connections use; "": the host's.
+
     Raises:
-        OSError: the port is taken, or there is no descriptor left.
+        OSError: the port is taken, there is no descriptor left, or no such congestion control for us.
     """
     if protocol is L4Protocol.UDP:
         return open_udp_listener(port, shared=shared)
-    return open_tcp_listener(port, dead_peer_timeout_s, shared=shared)
+    return open_tcp_listener(port, dead_peer_timeout_s, congestion_control, shared=shared)
 
 
 def reserve_refusing_port(port: int) -> tuple[socket.socket, socket.socket]:
@@ -135,7 +148,7 @@ def reserve_refusing_port(port: int) -> tuple[socket.socket, socket.socket]:
     return tcp, udp
 
 
-def keep_alive(sock: socket.socket, dead_peer_timeout_s: float) -> None:
+def keep_alive(sock: SocketType, dead_peer_timeout_s: float) -> None:
     """Have the kernel notice within *dead_peer_timeout_s* (0: never) that an idle peer is gone.
 
     Not TCP_USER_TIMEOUT: it also kills a living peer that has merely stopped reading.
@@ -167,7 +180,47 @@ def backend_socket(kind: socket.SocketKind, address: Address) -> socket.socket:
     return sock
 
 
-def is_self_connected(sock: socket.socket, address: Address) -> bool:
+def _control_congestion(sock: SocketType, name: str) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
+
+
+def knows_congestion_control(name: str) -> bool:
+    """Return whether this host has it, and lets us use it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
+        try:
+            _control_congestion(sock, name)
+        except OSError:
+            return False
+    return True
+
+
+def stream_socket(address: Address, congestion_control: str = "") -> SocketType:
+    """Return a non-blocking TCP socket of the family of *address*, not connected yet; marked as `backend_socket` does.
+
+    A plain one, without the Python around it that `socket.socket` is.
+    """
+    sock = SocketType(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, _STREAM, 0)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, OWN_MARK)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if congestion_control:
+            _control_congestion(sock, congestion_control)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def accept(listener: socket.socket, family: int) -> tuple[SocketType, Address]:
+    """Return the next client's socket and its address. A plain socket, as of `stream_socket`; a blocking one.
+
+    What `listener.accept` adds to this is a class around the socket; what a non-blocking one adds, a system call.
+    """
+    fd, address = listener._accept()  # type: ignore[attr-defined]  # noqa: SLF001
+    return SocketType(family, _BLOCKING_STREAM, 0, fd), (plain_ip(address[0]), address[1])
+
+
+def is_self_connected(sock: SocketType, address: Address) -> bool:
     """Return whether *sock*, connected to *address*, is its own peer.
 
     It happens where nobody listens at a local address and the kernel happens to choose the dialled port as
@@ -189,18 +242,21 @@ def plain_ip(ip: str) -> str:
     return ip[len(_MAPPED) :] if ip.startswith(_MAPPED) and "." in ip else ip
 
 
-def original_destination(sock: socket.socket, client_ip: str) -> Address | None:
-    """Return the address that *client_ip* dialled before any NAT on this host; None where conntrack knows none.
+def original_destination(sock: SocketType, client_ip: str) -> bytes | None:
+    """Return what *client_ip* dialled before any NAT on this host, as `packed` does; None where conntrack knows none.
 
     A connection without NAT has its own local address as its original destination.
     """
     try:
         if ":" in client_ip:
             raw = sock.getsockopt(socket.IPPROTO_IPV6, _SO_ORIGINAL_DST, 28)
-            port, packed = _SOCKADDR_IN6.unpack_from(raw)
-            return socket.inet_ntop(socket.AF_INET6, packed), port
-        raw = sock.getsockopt(socket.SOL_IP, _SO_ORIGINAL_DST, 16)
-        port, packed = _SOCKADDR_IN.unpack_from(raw)
-        return socket.inet_ntoa(packed), port
+            return raw[2:4] + raw[8:24]  # struct sockaddr_in6: family, port, flow, address, scope
+        return sock.getsockopt(socket.SOL_IP, _SO_ORIGINAL_DST, 16)[2:8]  # struct sockaddr_in: family, port, address
     except OSError:
         return None
+
+
+def packed(ip: str | None, port: int) -> bytes:
+    """Return port and IP as the kernel writes them; the port alone where there is no IP."""
+    family = socket.AF_INET6 if ip and ":" in ip else socket.AF_INET
+    return port.to_bytes(2, "big") + (socket.inet_pton(family, ip) if ip else b"")

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import socket
 import struct
+from socket import SocketType
 
 from userspace_proxy.dataplane.context import PlaneContext
-from userspace_proxy.dataplane.dial import Connected, Dial, DialContext
-from userspace_proxy.dataplane.picker import Picker
-from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, original_destination, plain_ip
+from userspace_proxy.dataplane.dial import Dial, DialContext
+from userspace_proxy.dataplane.picker import Pick, Picker
+from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, accept, original_destination, packed
 from userspace_proxy.interfaces import AccessRecord, Backends, Counters, ListenerSpec, Splice
-from userspace_proxy.model.endpoint import Address, Endpoint
+from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.service import Portal, portals
 
@@ -35,12 +36,15 @@ class TcpListener:
         self._dialing = DialContext(
             context.poller,
             context.loop,
+            context.deadlines,
             self.picker,
             self.counters,
             context.connections.note_shortage,
+            context.limits.congestion_control,
         )
         self.configure(spec)
         self._sock = sock
+        self._family = int(sock.family)
         context.poller.accept_from(self._sock, self._accept)
 
     @property
@@ -63,9 +67,7 @@ class TcpListener:
     def configure(self, spec: ListenerSpec) -> None:
         """Take new portals and another affinity; the proxy port stays."""
         self._spec = spec
-        self._portals: dict[Address | int, Portal] = {
-            (portal.ip, portal.port) if portal.ip else portal.port: portal for portal in portals(spec.service_port)
-        }
+        self._portals = {packed(portal.ip, portal.port): portal for portal in portals(spec.service_port)}
         self.picker.set_affinity(spec.service_port.affinity_timeout_s)
 
     def update(self, backends: Backends) -> None:
@@ -90,12 +92,12 @@ class TcpListener:
 
     def _accept_some(self) -> bool:
         """Accept a turn's worth; return whether there may be more."""
-        connections = self._context.connections
-        for _ in range(ACCEPTS_A_TURN):
-            if not connections.has_room():
-                return False
+        context, listener, family = self._context, self._sock, self._family
+        connections = context.connections
+        room = connections.room()
+        for _ in range(min(ACCEPTS_A_TURN, room)):
             try:
-                client, address = self._sock.accept()
+                sock, client = accept(listener, family)
             except BlockingIOError:
                 return False
             except OSError as error:
@@ -103,16 +105,15 @@ class TcpListener:
                     connections.note_shortage(error)
                     return False
                 continue  # of that one client: it has gone already, or a firewall was against it
-            client.setblocking(False)
-            TcpConnection(self, client, (plain_ip(address[0]), address[1]), self._context).begin()
-        return True
+            TcpConnection(self, sock, client, context).begin()
+        return room > 0
 
-    def portal_of(self, client: socket.socket, client_ip: str) -> Portal | None:
-        """Return the portal that *client* dialled, or None when it came to the proxy port by another way."""
-        dialled = original_destination(client, client_ip)
+    def portal_of(self, sock: SocketType, client_ip: str) -> Portal | None:
+        """Return the portal that the client at *sock* dialled, or None when it came here by another way."""
+        dialled = original_destination(sock, client_ip)
         if dialled is None:
             return None
-        return self._portals.get(dialled) or self._portals.get(dialled[1])
+        return self._portals.get(dialled) or self._portals.get(dialled[:2])
 
 
 class TcpConnection:
@@ -122,16 +123,15 @@ class TcpConnection:
         "_client",
         "_context",
         "_dial",
-        "_endpoint",
         "_listener",
+        "_pick",
         "_portal",
         "_splice",
         "_started_at",
-        "_why",
         "client",
     )
 
-    def __init__(self, listener: TcpListener, sock: socket.socket, client: Address, context: PlaneContext) -> None:
+    def __init__(self, listener: TcpListener, sock: SocketType, client: Address, context: PlaneContext) -> None:
         self.client = client
         self._client = sock
         self._listener = listener
@@ -140,34 +140,37 @@ class TcpConnection:
         self._portal: Portal | None = None
         self._dial: Dial | None = None
         self._splice: Splice | None = None
-        self._endpoint: Endpoint | None = None
-        self._why = ""
+        self._pick: Pick | None = None
 
     def begin(self) -> None:
         listener = self._listener
-        self._portal = listener.portal_of(self._client, self.client[0])
-        if self._portal is None:
+        self._portal = portal = listener.portal_of(self._client, self.client[0])
+        if portal is None:
             # Somebody found the proxy port itself: the guard rule refuses that, unless a foreign DNAT led here.
             listener.counters.refused += 1
             self._refuse()
             return
-        listener.counters.accepted += 1
-        listener.counters.open += 1
-        self._context.connections.add(self)
-        self._dial = Dial(self.client[0], listener.dialing, self._on_connected, self._on_failed)
-        self._dial.start()
+        counters = listener.counters
+        if not self._context.connections.add(self):
+            counters.limited += 1
+            self._refuse()
+            return
+        counters.accepted += 1
+        counters.open += 1
+        self._dial = dial = Dial(self.client[0], listener.dialing, self)
+        dial.start()
 
-    def _on_connected(self, backend: Connected) -> None:
+    def on_connected(self, backend: SocketType, pick: Pick, told: int) -> None:
         self._dial = None
-        self._endpoint, self._why = backend.endpoint, backend.why
+        self._pick = pick
         try:
-            self._splice = self._context.splicer.start(self._client, backend.sock, self._on_end)
+            self._splice = self._context.splicer.start(self._client, backend, self._on_end, told)
         except OSError as error:
-            self._context.poller.close(backend.sock)
+            self._context.poller.close(backend)
             self._context.connections.note_shortage(error)
-            self._on_failed("out of memory for events")
+            self.on_failed("out of memory for events")
 
-    def _on_failed(self, reason: str) -> None:
+    def on_failed(self, reason: str) -> None:
         self._dial = None
         self._listener.counters.failed += 1
         self._refuse()
@@ -178,25 +181,26 @@ class TcpConnection:
         self._client.close()
 
     def _on_end(self, how: str) -> None:
-        counters = self._listener.counters
+        context, counters = self._context, self._listener.counters
+        context.connections.remove(self)
         counters.open -= 1
-        splice = self._splice
-        to_backend = splice.bytes_to_backend if splice else 0
-        to_client = splice.bytes_to_client if splice else 0
-        counters.bytes_to_backends += to_backend
-        counters.bytes_to_clients += to_client
-        self._context.connections.remove(self)
-        if self._context.access_log is not None:
-            self._context.access_log(
+        to_backend = to_client = 0
+        if (splice := self._splice) is not None:
+            self._splice = None
+            to_backend, to_client = splice.bytes_to_backend, splice.bytes_to_client
+            counters.bytes_to_backends += to_backend
+            counters.bytes_to_clients += to_client
+        if context.access_log is not None:
+            context.access_log(
                 AccessRecord(
                     service_port=self._listener.name,
                     client=self.client,
                     portal=self._portal,
-                    endpoint=self._endpoint,
-                    why=self._why,
+                    endpoint=self._pick.endpoint if self._pick else None,
+                    why=self._pick.why if self._pick else "",
                     bytes_to_backend=to_backend,
                     bytes_to_client=to_client,
-                    duration_s=self._context.now() - self._started_at,
+                    duration_s=context.now() - self._started_at,
                     how=how,
                 )
             )

@@ -19,8 +19,9 @@ import socket
 import struct
 import termios
 from collections.abc import Callable
+from socket import MSG_DONTWAIT, SocketType
 
-from userspace_proxy.dataplane.pipes import Pipe
+from userspace_proxy.dataplane.pipes import Pipe, PipePool
 from userspace_proxy.dataplane.poller import FAILED, HANGUP, READ, URGENT, WRITE, Poller
 
 BUFFER_BYTES = 64 * 1024
@@ -30,6 +31,8 @@ READS_A_TURN = 8
 _RESET_POLL_S = 0.01
 _RESET_POLL_MAX_S = 1.0
 
+_UNUSUAL = HANGUP | URGENT
+_READABLE = READ | HANGUP
 _ABORTIVE_CLOSE = struct.pack("ii", 1, 0)
 _TCP_CLOSE = 7  # linux/net/tcp_states.h
 BUG = "a bug: one connection is cut by it"
@@ -42,65 +45,236 @@ _view = memoryview(_buffer)
 
 
 class Half:
-    """One direction.
+    """One direction, from ``source`` to ``sink``.
 
-    ``pending``: bytes read but not yet sent; ``pipe``: the same, where an engine keeps them in one.
+    ``stuck``: there are bytes that were read but not yet sent; ``pending`` has them, or, where an engine keeps them in
+    one, ``pipe``.
     ``to_the_end``: a short read does not mean that there is no more. ``queued``: it goes on in another turn.
     """
 
-    __slots__ = ("done", "moved_bytes", "opposite", "pending", "pipe", "queued", "sink", "source", "to_the_end")
+    __slots__ = (
+        "done",
+        "moved_bytes",
+        "opposite",
+        "pending",
+        "pipe",
+        "queued",
+        "sink",
+        "source",
+        "splice",
+        "stuck",
+        "to_the_end",
+    )
 
+    # Both are taken away at the connection's end (see `part`): no cycle is left for the garbage collector to find.
     opposite: Half
+    splice: CopySplice
 
-    def __init__(self, source: socket.socket, sink: socket.socket) -> None:
+    def __init__(self, source: SocketType, sink: SocketType, splice: CopySplice) -> None:
         self.source = source
         self.sink = sink
-        self.pending: memoryview | None = None
+        self.splice = splice
+        self.pending = b""
         self.pipe: Pipe | None = None
+        self.stuck = False
         self.to_the_end = False
         self.queued = False
         self.done = False
         self.moved_bytes = 0
 
+    def on_socket(self, events: int) -> None:
+        """The source has something to read; or it takes bytes again, being the sink of the opposite direction."""
+        try:
+            writing = self.opposite
+            if events & WRITE and writing.stuck:
+                writing.flush()
+            if events & _UNUSUAL:
+                self.to_the_end = True
+                if events & URGENT and not self.done:
+                    # In its place among the other bytes; the kernel would drop it otherwise.
+                    self.source.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+            if events & _READABLE:
+                if not self.done:
+                    self.pump()
+                elif events & FAILED and not writing.done:
+                    self._look_for_reset()
+        except Exception:
+            log.exception(BUG)
+            self.cut()
+
+    def pump(self) -> None:
+        """Move what is there, until the source is dry, the sink is full, or others must have their turn."""
+        if self.stuck or self.done or self.queued:
+            return
+        source, sink = self.source, self.sink
+        reads = 0
+        while True:
+            try:
+                # Not every socket is a non-blocking one: to make it that is a system call.
+                count = source.recv_into(_buffer, 0, MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self.source_failed(error)
+                return
+            if not count:
+                self.source_ended()
+                return
+            try:
+                sent = sink.send(_view[:count], MSG_DONTWAIT)
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                self.sink_failed(error)
+                return
+            self.moved_bytes += sent
+            if sent != count:
+                self.pending = bytes(_view[sent:count])
+                self.stuck = True
+                return
+            if count != BUFFER_BYTES:
+                if not self.to_the_end:
+                    return  # a short read: the kernel has no more, and tells when it has
+            elif self.take_bulk():
+                return
+            reads += 1
+            if reads == READS_A_TURN:
+                break
+        self.queued = True
+        self.splice.engine.poller.again(self.go_on)
+
+    def go_on(self) -> None:
+        self.queued = False
+        try:
+            self.pump()
+        except Exception:
+            log.exception(BUG)
+            self.cut()
+
+    def take_bulk(self) -> bool:
+        """Return whether another way than copying is taken for a direction that fills whole buffers."""
+        return False
+
+    def flush(self) -> None:
+        """Send what is pending; when all is gone, read on."""
+        pending = memoryview(self.pending)
+        while pending:
+            try:
+                sent = self.sink.send(pending, MSG_DONTWAIT)
+            except BlockingIOError:
+                self.pending = bytes(pending)
+                return
+            except OSError as error:
+                self.drop()
+                self.sink_failed(error)
+                return
+            self.moved_bytes += sent
+            pending = pending[sent:]
+        self.drop()
+        self.pump()
+
+    def drop(self) -> None:
+        """Forget what was read and not sent."""
+        self.pending = b""
+        self.stuck = False
+
+    # ---- endings
+
+    def source_ended(self) -> None:
+        self.done = True
+        splice = self.splice
+        if splice.broken:
+            splice.reset(splice.broken, self.sink)
+        elif self.opposite.done:
+            splice.close("closed")
+        else:
+            try:
+                self.sink.shutdown(socket.SHUT_WR)
+            except OSError as error:
+                self.sink_failed(error)
+
+    def source_failed(self, error: OSError) -> None:
+        """The source was reset: nothing can go back to it either."""
+        splice = self.splice
+        splice.note_broken(self.source, error)
+        self.done = self.opposite.done = True
+        self.opposite.drop()
+        splice.reset(splice.broken, self.sink)
+
+    def sink_failed(self, error: OSError) -> None:
+        """The sink was reset. What it sent before that is still in its receive queue, and is delivered."""
+        splice, opposite = self.splice, self.opposite
+        splice.note_broken(self.sink, error)
+        self.done = True
+        self.drop()
+        if opposite.done:
+            splice.reset(splice.broken, self.source)
+        else:
+            opposite.to_the_end = True
+            opposite.pump()
+
+    def _look_for_reset(self) -> None:
+        """A source that had already ended (half-closed) has more to say: that can only be a reset."""
+        code = self.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            self.source_failed(OSError(code, ""))
+
+    def part(self) -> None:
+        """The connection has ended."""
+        self.done = True
+        if self.stuck:
+            self.drop()
+        del self.opposite, self.splice
+
+    def cut(self) -> None:
+        """After an exception that nobody foresaw: no connection may be left hanging."""
+        if hasattr(self, "splice"):
+            self.splice.cut("a bug")
+
 
 class CopySplicer:
     """Starts a `CopySplice` for each pair of sockets."""
 
-    def __init__(self, poller: Poller, loop: asyncio.AbstractEventLoop) -> None:
-        self._poller = poller
-        self._loop = loop
+    half: type[Half] = Half
 
-    def start(self, client: socket.socket, backend: socket.socket, on_end: Callable[[str], None]) -> CopySplice:
-        splice = CopySplice(client, backend, self._poller, self._loop, on_end)
-        splice.start()
+    def __init__(self, poller: Poller, loop: asyncio.AbstractEventLoop, pipes: PipePool | None = None) -> None:
+        self.poller = poller
+        self.loop = loop
+        self.pipes = pipes or PipePool()
+
+    def start(
+        self, client: SocketType, backend: SocketType, on_end: Callable[[str], None], told: int | None = None
+    ) -> CopySplice:
+        splice = CopySplice(client, backend, self, on_end)
+        splice.start(told)
         return splice
 
 
 class CopySplice:
     """One connection: two halves, and how they end."""
 
-    __slots__ = ("_broken", "_down", "_ended", "_loop", "_on_end", "_poller", "_up")
+    __slots__ = ("_down", "_ended", "_on_end", "_up", "broken", "engine")
 
     def __init__(
-        self,
-        client: socket.socket,
-        backend: socket.socket,
-        poller: Poller,
-        loop: asyncio.AbstractEventLoop,
-        on_end: Callable[[str], None],
+        self, client: SocketType, backend: SocketType, engine: CopySplicer, on_end: Callable[[str], None]
     ) -> None:
-        self._up = Half(client, backend)
-        self._down = Half(backend, client)
-        self._up.opposite, self._down.opposite = self._down, self._up
-        self._poller = poller
-        self._loop = loop
+        self.engine = engine
         self._on_end = on_end
-        self._broken = ""  # why this connection cannot end well, once that is known
+        self.broken = ""  # why this connection cannot end well, once that is known
         self._ended = False
+        self._up = up = engine.half(client, backend, self)
+        self._down = down = engine.half(backend, client, self)
+        up.opposite, down.opposite = down, up
 
-    def start(self) -> None:
-        self._poller.watch(self._up.sink, self._on_backend)
-        self._poller.watch(self._up.source, self._on_client)
+    def start(self, told: int | None) -> None:
+        poller, up, down = self.engine.poller, self._up, self._down
+        if told is None:
+            poller.watch(down.source, down.on_socket)
+        poller.watch(up.source, up.on_socket)
+        if told is not None:
+            poller.hand_over(down.source, down.on_socket)
+            if told & ~WRITE:  # a backend that spoke first: nothing will tell of these bytes again
+                poller.again(lambda: None if down.done else down.on_socket(told))
 
     @property
     def bytes_to_backend(self) -> int:
@@ -115,153 +289,22 @@ class CopySplice:
         return self._up.done or self._down.done
 
     @property
-    def sockets(self) -> tuple[socket.socket, socket.socket]:
+    def sockets(self) -> tuple[SocketType, SocketType]:
         """The client's and the backend's socket; for looking at, not for reading or writing."""
         return self._up.source, self._down.source
 
-    # ---- events
-
-    def _on_client(self, events: int) -> None:
-        self._on_socket(events, self._up, self._down)
-
-    def _on_backend(self, events: int) -> None:
-        self._on_socket(events, self._down, self._up)
-
-    def _on_socket(self, events: int, reading: Half, writing: Half) -> None:
-        try:
-            if events & WRITE and (writing.pending is not None or writing.pipe is not None):
-                self._flush(writing)
-            if events & (HANGUP | URGENT):
-                reading.to_the_end = True
-                if events & URGENT and not reading.done:
-                    # In its place among the other bytes; the kernel would drop it otherwise.
-                    reading.source.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-            if events & (READ | HANGUP):
-                if not reading.done:
-                    self._pump(reading)
-                elif events & FAILED and not writing.done:
-                    self._look_for_reset(reading)
-        except Exception:
-            log.exception(BUG)
-            self.cut("a bug")
-
-    def _pump(self, half: Half) -> None:
-        """Move what is there, until the source is dry, the sink is full, or others must have their turn."""
-        if half.pending is not None or half.pipe is not None or half.done or half.queued:
-            return
-        recv_into, send = half.source.recv_into, half.sink.send
-        for _ in range(READS_A_TURN):
-            try:
-                count = recv_into(_buffer)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                self._source_failed(half, error)
-                return
-            if not count:
-                self._source_ended(half)
-                return
-            try:
-                sent = send(_view[:count])
-            except BlockingIOError:
-                sent = 0
-            except OSError as error:
-                self._sink_failed(half, error)
-                return
-            half.moved_bytes += sent
-            if sent != count:
-                half.pending = memoryview(bytes(_view[sent:count]))
-                return
-            if count != BUFFER_BYTES and not half.to_the_end:
-                return  # a short read: the kernel has no more, and tells when it has
-            if count == BUFFER_BYTES and self._take_bulk(half):
-                return
-        half.queued = True
-        self._poller.again(lambda: self._pump_again(half))
-
-    def _take_bulk(self, half: Half) -> bool:
-        """Return whether another way than copying is taken for a direction that fills whole buffers."""
-        return False
-
-    def _pump_again(self, half: Half) -> None:
-        half.queued = False
-        try:
-            self._pump(half)
-        except Exception:
-            log.exception(BUG)
-            self.cut("a bug")
-
-    def _flush(self, half: Half) -> None:
-        """Send what is pending; when all is gone, read on."""
-        pending = half.pending
-        assert pending is not None
-        while pending:
-            try:
-                sent = half.sink.send(pending)
-            except BlockingIOError:
-                half.pending = pending
-                return
-            except OSError as error:
-                half.pending = None
-                self._sink_failed(half, error)
-                return
-            half.moved_bytes += sent
-            pending = pending[sent:]
-        half.pending = None
-        self._pump(half)
-
-    def _drop_pipe(self, half: Half) -> None:
-        """Forget what is in the pipe of *half*, if it has one."""
-
     # ---- endings
 
-    def _source_ended(self, half: Half) -> None:
-        half.done = True
-        if self._broken:
-            self._reset(self._broken, half.sink)
-            return
-        if half.opposite.done:
-            self._close("closed")
-            return
-        try:
-            half.sink.shutdown(socket.SHUT_WR)
-        except OSError as error:
-            self._sink_failed(half, error)
-
-    def _source_failed(self, half: Half, error: OSError) -> None:
-        """The source was reset: nothing can go back to it either."""
-        self._broken = self._broken or self._whose(half.source, error)
-        half.done = half.opposite.done = True
-        half.opposite.pending = None
-        self._drop_pipe(half.opposite)
-        self._reset(self._broken, half.sink)
-
-    def _sink_failed(self, half: Half, error: OSError) -> None:
-        """The sink was reset. What it sent before that is still in its receive queue, and is delivered."""
-        self._broken = self._broken or self._whose(half.sink, error)
-        half.done = True
-        self._drop_pipe(half)
-        opposite = half.opposite
-        if opposite.done:
-            self._reset(self._broken, half.source)
-        else:
-            opposite.to_the_end = True
-            self._pump(opposite)
-
-    def _look_for_reset(self, half: Half) -> None:
-        """A source that had already ended (half-closed) has more to say: that can only be a reset."""
-        code = half.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code and not self._ended:
-            self._source_failed(half, OSError(code, ""))
-
-    def _whose(self, sock: socket.socket, error: OSError) -> str:
-        side = "client" if sock is self._up.source else "backend"
-        return f"{side} is dead" if error.errno in _DEAD else f"reset by {side}"
+    def note_broken(self, sock: SocketType, error: OSError) -> None:
+        """Remember the first thing that went wrong; it was at *sock*."""
+        if not self.broken:
+            side = "client" if sock is self._up.source else "backend"
+            self.broken = f"{side} is dead" if error.errno in _DEAD else f"reset by {side}"
 
     def cut(self, reason: str) -> None:
-        self._close(reason, abortive=True)
+        self.close(reason, abortive=True)
 
-    def _reset(self, how: str, towards: socket.socket, wait_s: float = _RESET_POLL_S) -> None:
+    def reset(self, how: str, towards: SocketType, wait_s: float = _RESET_POLL_S) -> None:
         """End with a reset, once the bytes before it have left our send buffer towards *towards*.
 
         A reader may take its time for them: who never reads is a matter of time-outs, as it is without a reset.
@@ -269,27 +312,25 @@ class CopySplice:
         if self._ended:
             return
         if _unsent_bytes(towards):
-            again = functools.partial(self._reset, how, towards, min(2 * wait_s, _RESET_POLL_MAX_S))
-            self._loop.call_later(wait_s, again)
+            again = functools.partial(self.reset, how, towards, min(2 * wait_s, _RESET_POLL_MAX_S))
+            self.engine.loop.call_later(wait_s, again)
         else:
-            self._close(how, abortive=True)
+            self.close(how, abortive=True)
 
-    def _close(self, how: str, *, abortive: bool = False) -> None:
+    def close(self, how: str, *, abortive: bool = False) -> None:
         if self._ended:
             return
         self._ended = True
-        self._up.done = self._down.done = True
+        poller = self.engine.poller
         for half in (self._up, self._down):
-            half.pending = None
-            self._drop_pipe(half)
-        for sock in self.sockets:
             if abortive:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORTIVE_CLOSE)
-            self._poller.close(sock)
+                half.source.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORTIVE_CLOSE)
+            poller.close(half.source)
+            half.part()
         self._on_end(how)
 
 
-def _unsent_bytes(sock: socket.socket) -> int:
+def _unsent_bytes(sock: SocketType) -> int:
     """Bytes handed to the kernel that the peer has not acknowledged; 0 when the connection is gone."""
     count = array.array("i", [0])
     try:
