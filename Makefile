@@ -23,7 +23,7 @@ test: ## all checks and all tests, as root and as a plain user alike
 	@tools/test $(VENV)
 
 soak: ## the tests that take minutes
-	@tools/setup $(VENV) nft iptables ip conntrack nginx
+	@tools/setup $(VENV) nft iptables ip conntrack nginx wrk
 	@timeout 3600 $(BIN)/python -m pytest -m soak
 
 lint: ## formatting, style, types, import directions

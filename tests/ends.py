@@ -60,6 +60,13 @@ class End:
         except BlockingIOError:
             return 0
 
+    def receive_now(self) -> bytes:
+        """Return what the kernel has at once, an end of file included."""
+        try:
+            return self.sock.recv(1 << 20)
+        except BlockingIOError:
+            return b""
+
     def half_close(self) -> None:
         self.sock.shutdown(socket.SHUT_WR)
 
@@ -102,10 +109,12 @@ def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - counted, not used
 
 
-def tcp_pair(buffer_bytes: int | None = None) -> tuple[socket.socket, socket.socket]:
+def tcp_pair(
+    buffer_bytes: int | None = None, family: socket.AddressFamily = socket.AF_INET
+) -> tuple[socket.socket, socket.socket]:
     """Return two connected non-blocking TCP sockets on loopback; *buffer_bytes* makes their kernel buffers small."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        near = socket.socket()
+    with socket.create_server(("::1" if family == socket.AF_INET6 else "127.0.0.1", 0), family=family) as listener:
+        near = socket.socket(family)
         if buffer_bytes:
             for sock in (listener, near):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)

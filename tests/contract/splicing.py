@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
+import socket
 from collections.abc import AsyncIterator, Callable
 
 from tests.ends import End, tcp_pair, until
@@ -12,6 +14,9 @@ from userspace_proxy.dataplane.poller import Poller
 from userspace_proxy.dataplane.splice.copy import CopySplicer
 from userspace_proxy.dataplane.splice.pipe import PipeSplicer
 from userspace_proxy.interfaces import Splice, Splicer
+
+# What each side sends, from its beginning.
+STREAM = random.Random(3).randbytes(4_000_000)
 
 MakeSplicer = Callable[[Poller, asyncio.AbstractEventLoop], Splicer]
 
@@ -22,12 +27,43 @@ ENGINES: dict[str, MakeSplicer] = {
 }
 
 
+def difference(received: bytes | bytearray, expected: bytes) -> str:
+    """Return where *received* leaves *expected*, "" when it does not.
+
+    One line: pytest's own words for a difference in megabytes take minutes.
+    """
+    if received == expected:
+        return ""
+    pairs = enumerate(zip(received, expected, strict=False))
+    same = next((at for at, (got, meant) in pairs if got != meant), min(len(received), len(expected)))
+    return f"{len(received)} bytes instead of {len(expected)}, and right are the first {same}"
+
+
+class Writer:
+    """Sends the stream from its beginning."""
+
+    def __init__(self, end: End) -> None:
+        self._end = end
+        self.sent = 0
+
+    def push(self, count: int) -> int:
+        """Send up to *count* more bytes, as much as the kernel takes; return how much was sent since the beginning."""
+        self.sent += self._end.send_now(STREAM[self.sent : self.sent + count])
+        return self.sent
+
+
 class Spliced:
     """A client's end and a backend's end, with an engine between them."""
 
-    def __init__(self, splicer: Splicer, client_buffer_bytes: int | None, backend_buffer_bytes: int | None) -> None:
-        client, self.client_socket = tcp_pair(client_buffer_bytes)
-        self.backend_socket, backend = tcp_pair(backend_buffer_bytes)
+    def __init__(
+        self,
+        splicer: Splicer,
+        client_buffer_bytes: int | None,
+        backend_buffer_bytes: int | None,
+        family: socket.AddressFamily = socket.AF_INET,
+    ) -> None:
+        client, self.client_socket = tcp_pair(client_buffer_bytes, family)
+        self.backend_socket, backend = tcp_pair(backend_buffer_bytes, family)
         self.client, self.backend = End(client), End(backend)
         self.endings: list[str] = []
         self._splicer = splicer
@@ -74,9 +110,14 @@ class Workshop:
         self._made: list[Spliced] = []
 
     def splice(
-        self, *, buffer_bytes: int | None = None, client_buffer_bytes: int | None = None, start: bool = True
+        self,
+        *,
+        buffer_bytes: int | None = None,
+        client_buffer_bytes: int | None = None,
+        family: socket.AddressFamily = socket.AF_INET,
+        start: bool = True,
     ) -> Spliced:
-        made = Spliced(self.splicer, client_buffer_bytes or buffer_bytes, buffer_bytes)
+        made = Spliced(self.splicer, client_buffer_bytes or buffer_bytes, buffer_bytes, family)
         self._made.append(made)
         if start:
             made.start()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 
@@ -154,6 +154,33 @@ async def test_a_step_that_asks_for_another_leaves_room_for_the_others(poller: P
     await until(lambda: order.count("step") == 50, "all steps are taken")
 
     assert order.index("event") < 5
+
+
+async def test_bulk_that_begins_within_a_turn_of_other_bulk_takes_turns_with_it(
+    poller: Poller, pairs: list[Pair]
+) -> None:
+    (sock, far), *_ = pairs
+    complaints: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context["message"]))
+    order: list[str] = []
+
+    def bulk(name: str, steps: int) -> Callable[[int], bool]:
+        def step(most_bytes: int) -> bool:
+            order.append(name)
+            if name == "long" and order.count("long") % 10 == 0:
+                far.send(b"x")  # is seen before the next step
+            return order.count(name) < steps
+
+        return step
+
+    poller.watch(sock, lambda events: poller.in_bulk(bulk("short", 5)) if events & READ else None)
+    await asyncio.sleep(0.01)
+    poller.in_bulk(bulk("long", 100))
+    await until(lambda: order.count("long") == 100, "all steps are taken")
+    await asyncio.sleep(0.01)
+
+    assert order.count("short") > 5
+    assert not complaints
 
 
 async def test_while_accepting_is_paused_clients_wait_and_are_served_after_it(poller: Poller) -> None:

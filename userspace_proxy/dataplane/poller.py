@@ -111,12 +111,15 @@ class Poller:
     def _bulk_turn(self) -> None:
         if self._stopped:
             return
-        step = self._bulk.popleft()
+        step = self._bulk[0]  # stays there, so that bulk that begins meanwhile does not begin a second round of turns
         more = False
         try:
             more = step(BULK_SHARED_BYTES if self._turn() else BULK_BYTES)
         except Exception:
             log.exception("a bug: a bulk step was not taken")
+        if not self._bulk:  # stopped meanwhile
+            return
+        self._bulk.popleft()
         if more:
             self._bulk.append(step)
         if self._bulk:
