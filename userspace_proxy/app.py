@@ -204,9 +204,10 @@ class App:
             plane.leave()
             inheritance.give_back()
             raise StartError(f"what serves now cannot be taken over, it goes on: {error}") from None
-        await inheritance.taken()
+        # Before the others stop accepting, so that a death of ours at any moment leaves somebody who serves.
         plane.keep_on(inheritance.lock)
         self._keeps_on = True
+        await inheritance.taken()
         log.info("taken over from another process: %d listeners", len(specs))
         return specs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -29,9 +30,11 @@ from tests.net.world import (
     udp_socket,
     wait_until,
 )
+from userspace_proxy.dataplane.handover import VERSION, Conversation, Lock, Present, Taken, TakeOver, expect
 from userspace_proxy.lab import ServiceLab, ask, connect
 
 WEB = "10.96.4.1"
+LOCK = "\0userspace-proxy"
 
 
 @pytest.fixture
@@ -293,6 +296,39 @@ def test_a_successor_that_cannot_start_leaves_all_serving(fresh_proxy: Proxy, wo
     assert "another program has it" in fresh_proxy.log()
     fresh_proxy.start()
     assert answers(world.client, WEB, 80)
+
+
+# ---- stops and deaths in the midst of it
+
+
+def unix_socket(world: ServiceLab) -> socket.socket:
+    with world.node.inside():
+        return socket.socket(socket.AF_UNIX)
+
+
+def test_a_successor_that_is_killed_before_the_one_before_has_made_way_leaves_a_worker_that_serves(
+    fresh_proxy: Proxy, world: ServiceLab
+) -> None:
+    serve_web(fresh_proxy)
+
+    async def make_no_way() -> None:
+        with unix_socket(world) as lock:
+            lock.bind(LOCK)
+            lock.listen()
+            fresh_proxy.start(wait=False)
+            sock, _ = await asyncio.to_thread(lock.accept)
+            conversation = Conversation(sock)
+            conversation.send(Present(VERSION, os.getpid(), [os.path.realpath(fresh_proxy.manifests)]))
+            expect(await conversation.receive(), TakeOver)
+            conversation.send(Lock(), [lock.fileno()])
+            expect(await conversation.receive(), Taken)
+            fresh_proxy.stop(signal.SIGKILL)
+            conversation.close()
+
+    asyncio.run(make_no_way())
+
+    wait_until(lambda: "the control process is gone" in fresh_proxy.log(), "its worker has noticed")
+    assert "serving on" in fresh_proxy.log()
 
 
 # ---- who may
