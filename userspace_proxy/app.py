@@ -198,6 +198,9 @@ class App:
                 except TimeoutError:
                     incumbent.give_up()
                 if self.ending is Ending.HANDED_OVER:
+                    # Nobody is to meet us at the lock any more, nor its name to be ours, while connections drain.
+                    incumbent.close()
+                    lock.close()
                     await admin.close()
                 saver.save()
                 await self._end(proxier, plane)

@@ -123,6 +123,31 @@ def test_an_open_connection_goes_on_in_the_process_that_has_it(
     holder.kill()
 
 
+def test_a_process_that_has_handed_over_and_drains_stands_in_nobodys_way(
+    fresh_proxy: Proxy, second: Proxy, world: ServiceLab
+) -> None:
+    holder = world.pods[0].start(sys.executable, "-c", HOLDER)
+    fresh_proxy.apply(
+        "hold",
+        documents(service("hold", "10.96.4.2", "[{name: http, port: 80}]"), endpoints("hold", POD1, http_port=9000)),
+    )
+    fresh_proxy.start()
+    first = fresh_proxy.process
+    assert first is not None
+    with connect(world.client, "10.96.4.2", 80) as sock:
+        assert sock.recv(5) == b"hello"
+        second.start()
+        assert second.stop() == 0
+
+        fresh_proxy.start()
+
+        assert first.poll() is None
+        sock.send(b"x")
+        assert sock.recv(5) == b""
+    assert first.wait(5) == 0
+    holder.kill()
+
+
 def test_a_stop_ends_a_process_that_has_handed_over_and_drains(
     fresh_proxy: Proxy, second: Proxy, world: ServiceLab
 ) -> None:

@@ -203,6 +203,8 @@ class Incumbent:
 
     def close(self) -> None:
         """Answer no more, but to whom is being served; the lock is the caller's."""
+        if self._closed:
+            return
         self._closed = True
         self._loop.remove_reader(self._lock.fileno())
         for task in self._conversations:
