@@ -99,6 +99,10 @@ class Channel:
             end = _HEADER.size + length
             if len(self._received) < end:
                 return
+            if count > len(self._descriptors):
+                # The kernel drops those for which this process has no room: without them all further are others'.
+                self.close()
+                return
             body = bytes(self._received[_HEADER.size : end])
             del self._received[:end]
             self._on_frame(body, [self._descriptors.popleft() for _ in range(count)])

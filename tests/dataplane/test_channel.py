@@ -1,0 +1,24 @@
+"""Frames with descriptors over a unix socket."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+
+from userspace_proxy.dataplane.channel import Channel
+
+
+async def test_a_frame_whose_descriptors_were_lost_on_the_way_ends_the_conversation() -> None:
+    ours, theirs = socket.socketpair()
+    frames: list[bytes] = []
+    closed = asyncio.Event()
+    channel = Channel(ours, lambda body, _: frames.append(body), closed.set)
+    with theirs:
+        theirs.sendall(struct.pack("=IH", 2, 1) + b"{}")
+
+        async with asyncio.timeout(5):
+            await closed.wait()
+
+    assert frames == []
+    channel.close()
