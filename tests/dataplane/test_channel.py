@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import struct
 
@@ -21,4 +22,19 @@ async def test_a_frame_whose_descriptors_were_lost_on_the_way_ends_the_conversat
             await closed.wait()
 
     assert frames == []
+    channel.close()
+
+
+async def test_a_descriptor_that_came_is_not_left_to_the_next_program() -> None:
+    ours, theirs = socket.socketpair()
+    came: asyncio.Queue[list[int]] = asyncio.Queue()
+    channel = Channel(ours, lambda _, descriptors: came.put_nowait(descriptors), lambda: None)
+    with theirs:
+        socket.send_fds(theirs, [struct.pack("=IH", 0, 1)], [theirs.fileno()])
+
+        async with asyncio.timeout(5):
+            (descriptor,) = await came.get()
+
+    assert not os.get_inheritable(descriptor)
+    os.close(descriptor)
     channel.close()

@@ -86,6 +86,8 @@ class Channel:
             return
         except OSError:
             data, descriptors = b"", []
+        for descriptor in descriptors:
+            os.set_inheritable(descriptor, False)  # recv_fds takes MSG_CMSG_CLOEXEC and forgets it
         self._descriptors += descriptors
         if not data:
             self.close()
