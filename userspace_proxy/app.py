@@ -56,6 +56,9 @@ from userspace_proxy.sources.files import FileSource, nothing_found, read_once
 _CAP_NET_ADMIN = 12
 _SETTLE_S = 0.2
 _REAP_EVERY_S = 1.0
+# Who is told to stop while it hands over waits so long for the successor to begin, or not.
+_DECIDE_S = 2.0
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +97,9 @@ class App:
         self._settings = settings
         self._stop = asyncio.Event()
         self._made_way = asyncio.Event()
+        self._decided = asyncio.Event()  # not while we hand over: the successor may serve already, or never
+        self._decided.set()
+        self._hurried = False
         self._cut: Callable[[], None] | None = None
         self._keeps_on = False  # workers would serve on without us
         self._successors = 0
@@ -103,9 +109,10 @@ class App:
         settings = self._settings
         _require_net_admin()
         loop = asyncio.get_running_loop()
-        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for signum in _STOPS:
             loop.add_signal_handler(signum, self._on_signal)
         loop.add_signal_handler(signal.SIGUSR2, self._on_start_anew)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*_STOPS, signal.SIGUSR2))  # what came while we started anew
         async with contextlib.AsyncExitStack() as stack:
             try:
                 language = choose_language(settings.rules)
@@ -186,10 +193,21 @@ class App:
                     for task in tasks:
                         task.cancel()
             finally:
+                try:
+                    async with asyncio.timeout(_DECIDE_S):
+                        await self._decided.wait()
+                except TimeoutError:
+                    incumbent.give_up()
                 if self.ending is Ending.HANDED_OVER:
+                    # Nobody is to meet us at the lock any more, nor its name to be ours, while connections drain.
+                    incumbent.close()
+                    lock.close()
                     await admin.close()
                 saver.save()
                 await self._end(proxier, plane)
+                if self.ending is Ending.AGAIN:
+                    # Until the new program can heed them; a stop that came just now would else kill it unheard.
+                    signal.pthread_sigmask(signal.SIG_BLOCK, (*_STOPS, signal.SIGUSR2))
         log.info("stopped")
 
     # ---- from one process to the next
@@ -205,9 +223,10 @@ class App:
             plane.leave()
             inheritance.give_back()
             raise StartError(f"what serves now cannot be taken over, it goes on: {error}") from None
-        await inheritance.taken()
+        # Before the others stop accepting, so that a death of ours at any moment leaves somebody who serves.
         plane.keep_on(inheritance.lock)
         self._keeps_on = True
+        await inheritance.taken()
         log.info("taken over from another process: %d listeners", len(specs))
         return specs
 
@@ -232,13 +251,20 @@ class App:
         if self._stop.is_set() or not self._keeps_on:
             conversation.send(Refused("it just begins or ends; try again"))
             return
+        self._decided.clear()
         async with proxier.paused():
-            await plane.stats()  # brings the latest pins with it
-            await hand_over(conversation, plane.inheritance(), lock)
-            log.info("handed over to process %d; open connections go on here", asked.pid)
-            self.ending = Ending.HANDED_OVER
-            self._successors = asked.workers
-            self._stop.set()
+            try:
+                await plane.stats()  # brings the latest pins with it
+                await hand_over(conversation, plane.inheritance(), lock)
+                log.info("handed over to process %d; open connections go on here", asked.pid)
+                is_told_to_stop = self._stop.is_set()
+                self.ending = Ending.HANDED_OVER
+                self._successors = asked.workers
+                self._stop.set()
+            finally:
+                self._decided.set()
+            if is_told_to_stop:
+                self._on_signal()
             await self._made_way.wait()
         conversation.send(Released())
         await conversation.sent()
@@ -257,14 +283,14 @@ class App:
 
     def _on_signal(self) -> None:
         drain_timeout_s = self._settings.drain_timeout_s
-        if not self._stop.is_set():
+        if not self._stop.is_set() or self.ending is Ending.AGAIN:
             log.info("stopping: rules away, then up to %.3g s for open connections", drain_timeout_s)
             self.ending = Ending.STOP
             self._stop.set()
-        elif self._cut is not None and self.ending is Ending.HANDED_OVER:
+        elif self._cut is not None and self.ending is Ending.HANDED_OVER and not self._hurried:
             log.info("up to %.3g s more for open connections", drain_timeout_s)
             asyncio.get_running_loop().call_later(drain_timeout_s, self._cut)
-            self.ending = Ending.STOP
+            self._hurried = True
         elif self._cut is not None:
             log.info("cutting the connections that are left")
             self._cut()
@@ -272,6 +298,9 @@ class App:
     def _on_start_anew(self) -> None:
         """Replace this process by a new one of the same command line, which takes over from our workers: an upgrade."""
         if self._stop.is_set():
+            return
+        if not self._decided.is_set():
+            log.error("SIGUSR2 is not heeded: another process takes over just now")
             return
         if not self._keeps_on or "-" in self._settings.paths:
             log.error("SIGUSR2 is not heeded: not ready yet, --workers 0, or the manifests came from stdin")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -29,9 +30,11 @@ from tests.net.world import (
     udp_socket,
     wait_until,
 )
+from userspace_proxy.dataplane.handover import VERSION, Conversation, Lock, Present, Released, Taken, TakeOver, expect
 from userspace_proxy.lab import ServiceLab, ask, connect
 
 WEB = "10.96.4.1"
+LOCK = "\0userspace-proxy"
 
 
 @pytest.fixture
@@ -116,6 +119,31 @@ def test_an_open_connection_goes_on_in_the_process_that_has_it(
         assert first.poll() is None, "the drain time-out is for stopping: an upgrade has no reason to cut anybody"
         sock.send(b"x")
         assert sock.recv(5) == b"", "the backend has heard it, and closes"
+    assert first.wait(5) == 0
+    holder.kill()
+
+
+def test_a_process_that_has_handed_over_and_drains_stands_in_nobodys_way(
+    fresh_proxy: Proxy, second: Proxy, world: ServiceLab
+) -> None:
+    holder = world.pods[0].start(sys.executable, "-c", HOLDER)
+    fresh_proxy.apply(
+        "hold",
+        documents(service("hold", "10.96.4.2", "[{name: http, port: 80}]"), endpoints("hold", POD1, http_port=9000)),
+    )
+    fresh_proxy.start()
+    first = fresh_proxy.process
+    assert first is not None
+    with connect(world.client, "10.96.4.2", 80) as sock:
+        assert sock.recv(5) == b"hello"
+        second.start()
+        assert second.stop() == 0
+
+        fresh_proxy.start()
+
+        assert first.poll() is None
+        sock.send(b"x")
+        assert sock.recv(5) == b""
     assert first.wait(5) == 0
     holder.kill()
 
@@ -293,6 +321,117 @@ def test_a_successor_that_cannot_start_leaves_all_serving(fresh_proxy: Proxy, wo
     assert "another program has it" in fresh_proxy.log()
     fresh_proxy.start()
     assert answers(world.client, WEB, 80)
+
+
+# ---- stops and deaths in the midst of it
+
+
+def unix_socket(world: ServiceLab) -> socket.socket:
+    with world.node.inside():
+        return socket.socket(socket.AF_UNIX)
+
+
+async def collected(world: ServiceLab) -> Conversation:
+    """Return a conversation with who serves, from which all was taken; we have not said that we serve."""
+    sock = unix_socket(world)
+    sock.connect(LOCK)
+    conversation = Conversation(sock)
+    expect(await conversation.receive(), Present)
+    conversation.send(TakeOver(VERSION, os.getpid()))
+    while True:
+        message, descriptors = await conversation.receive()
+        for descriptor in descriptors:
+            os.close(descriptor)
+        if isinstance(message, Lock):
+            return conversation
+
+
+def test_who_is_told_to_stop_while_it_hands_over_leaves_the_rules_to_its_successor(
+    fresh_proxy: Proxy, world: ServiceLab
+) -> None:
+    serve_web(fresh_proxy)
+    fresh_proxy.start()
+
+    async def take_over() -> None:
+        conversation = await collected(world)
+        assert fresh_proxy.process is not None
+        fresh_proxy.process.send_signal(signal.SIGTERM)
+        await asyncio.to_thread(wait_until, lambda: "stopping" in fresh_proxy.log(), "it has heard the signal")
+        conversation.send(Taken())
+        expect(await conversation.receive(), Released)
+        conversation.close()
+
+    asyncio.run(take_over())
+
+    assert fresh_proxy.stop() == 0
+    assert WEB in fresh_proxy.rules_text()
+
+
+def test_a_stop_is_heeded_where_the_successor_says_nothing_more(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    serve_web(fresh_proxy)
+    fresh_proxy.start()
+
+    async def hang() -> None:
+        conversation = await collected(world)
+        assert await asyncio.to_thread(fresh_proxy.stop) == 0
+        conversation.close()
+
+    asyncio.run(hang())
+
+    assert not traces(world.node)
+
+
+def test_a_successor_that_is_killed_before_the_one_before_has_made_way_leaves_a_worker_that_serves(
+    fresh_proxy: Proxy, world: ServiceLab
+) -> None:
+    serve_web(fresh_proxy)
+
+    async def make_no_way() -> None:
+        with unix_socket(world) as lock:
+            lock.bind(LOCK)
+            lock.listen()
+            fresh_proxy.start(wait=False)
+            sock, _ = await asyncio.to_thread(lock.accept)
+            conversation = Conversation(sock)
+            conversation.send(Present(VERSION, os.getpid(), [os.path.realpath(fresh_proxy.manifests)]))
+            expect(await conversation.receive(), TakeOver)
+            conversation.send(Lock(), [lock.fileno()])
+            expect(await conversation.receive(), Taken)
+            fresh_proxy.stop(signal.SIGKILL)
+            conversation.close()
+
+    asyncio.run(make_no_way())
+
+    wait_until(lambda: "the control process is gone" in fresh_proxy.log(), "its worker has noticed")
+    assert "serving on" in fresh_proxy.log()
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.01, 0.1, 0.3])
+def test_a_stop_is_heeded_while_it_starts_anew(fresh_proxy: Proxy, world: ServiceLab, after_s: float) -> None:
+    """The new program needs some tenths of a second before it can hear a signal."""
+    serve_web(fresh_proxy)
+    fresh_proxy.start()
+    assert fresh_proxy.process is not None
+    fresh_proxy.process.send_signal(signal.SIGUSR2)
+    wait_until(lambda: "starting anew" in fresh_proxy.log(), "it starts anew")
+    time.sleep(after_s)
+
+    assert fresh_proxy.stop() == 0
+    assert not traces(world.node)
+    wait_until(lambda: not answers(world.client, WEB, 80), "nobody serves")
+
+
+def test_asked_twice_to_start_anew_it_is_there_still(fresh_proxy: Proxy) -> None:
+    serve_web(fresh_proxy)
+    fresh_proxy.start()
+    assert fresh_proxy.process is not None
+    for _ in range(2):
+        fresh_proxy.process.send_signal(signal.SIGUSR2)
+        wait_until(lambda: "starting anew" in fresh_proxy.log(), "it starts anew")
+        time.sleep(0.1)
+
+    wait_until(lambda: fresh_proxy.log().count("ready:") == 2, "it is ready again", 10)
+    assert fresh_proxy.process.poll() is None
 
 
 # ---- who may

@@ -86,6 +86,8 @@ class Channel:
             return
         except OSError:
             data, descriptors = b"", []
+        for descriptor in descriptors:
+            os.set_inheritable(descriptor, False)  # recv_fds takes MSG_CMSG_CLOEXEC and forgets it
         self._descriptors += descriptors
         if not data:
             self.close()
@@ -98,6 +100,10 @@ class Channel:
                 return
             end = _HEADER.size + length
             if len(self._received) < end:
+                return
+            if count > len(self._descriptors):
+                # The kernel drops those for which this process has no room: without them all further are others'.
+                self.close()
                 return
             body = bytes(self._received[_HEADER.size : end])
             del self._received[:end]

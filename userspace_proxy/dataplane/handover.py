@@ -203,11 +203,18 @@ class Incumbent:
 
     def close(self) -> None:
         """Answer no more, but to whom is being served; the lock is the caller's."""
+        if self._closed:
+            return
         self._closed = True
         self._loop.remove_reader(self._lock.fileno())
         for task in self._conversations:
             if task is not self._heard:
                 task.cancel()
+
+    def give_up(self) -> None:
+        """Serve on without whoever is being served just now."""
+        if self._heard is not None:
+            self._heard.cancel()
 
 
 async def hand_over(
@@ -220,7 +227,8 @@ async def hand_over(
     """
     for inherit, descriptors in listeners:
         conversation.send(inherit, descriptors)
-        await conversation.sent()  # packets first; and descriptors under way are bounded
+        async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+            await conversation.sent()  # packets first; and descriptors under way are bounded
     conversation.send(Lock(), [lock.fileno()])
     answer, _ = await conversation.receive(timeout_s=60)
     if not isinstance(answer, Taken):
