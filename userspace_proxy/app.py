@@ -108,6 +108,7 @@ class App:
     async def run(self) -> None:
         settings = self._settings
         _require_net_admin()
+        children = _children()
         loop = asyncio.get_running_loop()
         for signum in _STOPS:
             loop.add_signal_handler(signum, self._on_signal)
@@ -187,7 +188,7 @@ class App:
                         group.create_task(self._watch_network(proxier), name="watch-network"),
                         group.create_task(_settle_in(controller, language), name="settle-in"),
                         group.create_task(self._keep_on(controller, plane, lock), name="keep-on"),
-                        group.create_task(_reap(inheritance), name="reap"),
+                        group.create_task(_reap(children), name="reap"),
                     ]
                     await self._stop.wait()
                     for task in tasks:
@@ -393,9 +394,16 @@ def _identity(paths: Iterable[str]) -> list[str]:
     return [f"stdin of process {os.getpid()}" if path == "-" else os.path.realpath(path) for path in paths]
 
 
-async def _reap(inheritance: Inheritance) -> None:
-    """Wait for the processes before, where they are our own children: after a start anew they are."""
-    left = {pid for pid in inheritance.pids if pid}
+def _children() -> set[int]:
+    """Return the processes that are children of ours, from before a start anew: what drains there ends some time."""
+    try:
+        return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
+    except OSError:  # a kernel without CONFIG_PROC_CHILDREN
+        return set()
+
+
+async def _reap(left: set[int]) -> None:
+    """Wait for them, so that nothing is left of them."""
     while left:
         left = {pid for pid in left if _is_running_child(pid)}
         await asyncio.sleep(_REAP_EVERY_S)

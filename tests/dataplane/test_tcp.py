@@ -104,6 +104,45 @@ async def all_ended(plane: Plane) -> None:
             await asyncio.sleep(0.002)
 
 
+# ---- who speaks first
+
+
+async def test_a_backend_that_speaks_first_is_not_kept_waiting(plane: Plane) -> None:
+    """The last packet of the handshake with it is held back for the client's first bytes; here are none.
+
+    A kernel that held it until its own timer would let each of these wait 40 ms or more.
+    """
+    with named_backends("a") as (a,):
+        await plane.use(a.endpoint)
+        waited_s = []
+        for _ in range(9):
+            started_at = time.monotonic()
+            assert await ask() == "a"
+            waited_s.append(time.monotonic() - started_at)
+
+    assert sorted(waited_s)[4] < 0.03, waited_s
+
+
+async def test_the_last_bytes_before_a_half_close_are_not_held_back(plane: Plane) -> None:
+    """They are sent as the first part of a packet whose end is the end of the stream; nothing waits for more."""
+    with Listener() as backend:
+        await plane.use(backend.endpoint)
+        client = await dial()
+        server = await backend.accept()
+        for _ in range(3):
+            await client.send(b"x" * 1000)
+        client.half_close()
+
+        assert await server.receive_all() == (b"x" * 3000, "eof")
+
+        await server.send(b"y" * 70_000)
+        server.half_close()
+        assert await client.receive_all() == (b"y" * 70_000, "eof")
+        client.close()
+        server.close()
+        await all_ended(plane)
+
+
 # ---- the way in
 
 

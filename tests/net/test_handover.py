@@ -272,6 +272,36 @@ def _udp_round_trip(sock: socket.socket) -> bool:
 # ---- orphans
 
 
+def test_orphans_are_taken_over_from_although_one_of_them_has_died(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    """What it held is gone, and the kernel leads its clients to the others; the lock is held by these."""
+    serve_web(fresh_proxy)
+    fresh_proxy.start("--workers", "3")
+    workers = fresh_proxy.workers()
+    fresh_proxy.stop(signal.SIGKILL)
+
+    os.kill(workers[1], signal.SIGKILL)
+    wait_until(lambda: has_ended(workers[1]), "it is dead, and so are the connections that it had")
+    with no_request_fails(world):
+        fresh_proxy.start("--workers", "3")
+
+    assert "1 of 3 workers of the proxy before are gone" in fresh_proxy.log()
+    wait_until(lambda: all(map(has_ended, workers)), "the workers before have ended")
+
+
+def test_any_number_of_workers_follows_any_other(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    serve_web(fresh_proxy)
+    fresh_proxy.start("--workers", "1")
+    for workers in (3, 2, 1):
+        before = fresh_proxy.process
+        assert before is not None
+        fresh_proxy.start("--workers", str(workers))
+
+        assert before.wait(5) == 0
+        assert len(fresh_proxy.workers()) == workers
+        assert {ask(world.client, WEB) for _ in range(4)} == {"pod1", "pod2"}
+        assert {ask(world.node, WEB) for _ in range(4)} == {"pod1", "pod2"}
+
+
 def test_cleanup_ends_an_orphan(fresh_proxy: Proxy, world: ServiceLab) -> None:
     serve_web(fresh_proxy)
     fresh_proxy.start("--workers", "2")

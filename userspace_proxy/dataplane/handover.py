@@ -177,7 +177,9 @@ class Incumbent:
     async def _converse(self, conversation: Conversation) -> None:
         try:
             conversation.send(self._present)
-            asked, _ = await conversation.receive(timeout_s=60)
+            asked, descriptors = await conversation.receive(timeout_s=60)
+            for descriptor in descriptors:  # nobody has asked for any
+                os.close(descriptor)
             if self._heard is not None:
                 conversation.send(Refused("another process takes it over just now"))
             elif isinstance(asked, TakeOver) and asked.version != VERSION:

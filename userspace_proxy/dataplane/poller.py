@@ -49,6 +49,8 @@ class Poller:
         self._loop = loop
         self._handlers: dict[int, Handler] = {}
         self._in_turn = False
+        # Whether a message was handled since the last bulk step: set by who moves it.
+        self.moved_small = False
         self._acceptors: dict[int, Callable[[], None]] = {}
         self._again: list[Callable[[], None]] = []
         self._bulk: deque[Callable[[int], bool]] = deque()
@@ -114,7 +116,10 @@ class Poller:
         step = self._bulk[0]  # stays there, so that bulk that begins meanwhile does not begin a second round of turns
         more = False
         try:
-            more = step(BULK_SHARED_BYTES if self._turn() else BULK_BYTES)
+            self._turn()
+            share = BULK_SHARED_BYTES if self.moved_small else BULK_BYTES
+            self.moved_small = False
+            more = step(share)
         except Exception:
             log.exception("a bug: a bulk step was not taken")
         if not self._bulk:  # stopped meanwhile
@@ -125,8 +130,8 @@ class Poller:
         if self._bulk:
             self._loop.call_soon(self._bulk_turn)
 
-    def _turn(self) -> bool:
-        """Handle what is ready; return whether anything was."""
+    def _turn(self) -> None:
+        """Handle what is ready."""
         handler_of = self._handlers.get
         ready = self._connections.poll(0, _EVENTS_A_TURN)
         self._in_turn = True
@@ -140,7 +145,6 @@ class Poller:
         self._in_turn = False
         if self._closing:
             self._close_all()
-        return bool(ready)
 
     def _take_again(self) -> None:
         steps, self._again = self._again, []

@@ -17,6 +17,7 @@ from typing import TypeVar
 import msgspec
 
 from userspace_proxy.dataplane import wire
+from userspace_proxy.dataplane.connections import raise_descriptor_limit
 from userspace_proxy.dataplane.groups import fit_group, open_group
 from userspace_proxy.dataplane.handover import Inherit
 from userspace_proxy.dataplane.process import WorkerProcess, answers_to
@@ -51,6 +52,7 @@ class RemotePlane:
 
     def start(self) -> None:
         """Start the workers; raises OSError."""
+        raise_descriptor_limit()
         for worker in self._workers:
             worker.start()
 
@@ -99,7 +101,8 @@ class RemotePlane:
         Raises:
             OSError, SyncError: that cannot be.
         """
-        for inherit, sockets in inherited:
+        # By worker, so that where fewer serve from now on it is the last one's sockets that are closed, as told.
+        for inherit, sockets in sorted(inherited, key=lambda part: part[0].worker):
             given = inherit.listeners
             for spec, sock in zip(given.specs, sockets, strict=True):
                 self._specs[spec.name] = spec

@@ -166,6 +166,7 @@ class Orphan:
             settings.orphan_timeout_s,
         )
         _let_go_of_pipes()
+        self._lock.listen(64)  # from now on the kernel tells our credentials to who connects
         present = Present(VERSION, os.getpid(), orphan=True, worker=settings.worker, workers=settings.workers)
         incumbent = Incumbent(self._lock, present, self._hand_over, self._end)
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._ending.set)

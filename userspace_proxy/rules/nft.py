@@ -57,7 +57,7 @@ table {TABLE} {{
 	}}
 	chain guard {{
 		type filter hook input priority -5; policy accept;
-		meta l4proto . th dport @proxy_ports ct status & dnat != dnat goto refuse
+		ct state != established meta l4proto . th dport @proxy_ports ct status & dnat != dnat goto refuse
 	}}
 	chain refuse {{
 		meta l4proto tcp reject with tcp reset

@@ -33,6 +33,8 @@ _RESET_POLL_MAX_S = 1.0
 
 _UNUSUAL = HANGUP | URGENT
 _READABLE = READ | HANGUP
+_NO_PLAIN_END = FAILED | URGENT
+_MSG_MORE = MSG_DONTWAIT | socket.MSG_MORE
 _ABORTIVE_CLOSE = struct.pack("ii", 1, 0)
 _TCP_CLOSE = 7  # linux/net/tcp_states.h
 BUG = "a bug: one connection is cut by it"
@@ -50,6 +52,7 @@ class Half:
     ``stuck``: there are bytes that were read but not yet sent; ``pending`` has them, or, where an engine keeps them in
     one, ``pipe``.
     ``to_the_end``: a short read does not mean that there is no more. ``queued``: it goes on in another turn.
+    ``send_flags``: with MSG_MORE once the source has told its end: the last bytes and the end leave as one packet.
     """
 
     __slots__ = (
@@ -59,6 +62,7 @@ class Half:
         "pending",
         "pipe",
         "queued",
+        "send_flags",
         "sink",
         "source",
         "splice",
@@ -79,8 +83,20 @@ class Half:
         self.stuck = False
         self.to_the_end = False
         self.queued = False
+        self.send_flags = MSG_DONTWAIT
         self.done = False
         self.moved_bytes = 0
+
+    def on_first_events(self, events: int) -> None:
+        """The client's socket is watched from now on, and a backend was dialled with `stream_socket`.
+
+        The last packet of its handshake is held back, to leave with the client's first bytes. Where there are none yet
+        it must leave now: the backend may be who speaks first, and it is to see that the client has gone.
+        """
+        self.splice.engine.poller.hand_over(self.source, self.on_socket)
+        if not events & READ or events & FAILED:
+            self.sink.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        self.on_socket(events)
 
     def on_socket(self, events: int) -> None:
         """The source has something to read; or it takes bytes again, being the sink of the opposite direction."""
@@ -90,6 +106,10 @@ class Half:
                 writing.flush()
             if events & _UNUSUAL:
                 self.to_the_end = True
+                if events & _NO_PLAIN_END:
+                    self.send_flags = MSG_DONTWAIT
+                else:
+                    self.send_flags = _MSG_MORE
                 if events & URGENT and not self.done:
                     # In its place among the other bytes; the kernel would drop it otherwise.
                     self.source.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
@@ -121,7 +141,7 @@ class Half:
                 self.source_ended()
                 return
             try:
-                sent = sink.send(_view[:count], MSG_DONTWAIT)
+                sent = sink.send(_view[:count], self.send_flags)
             except BlockingIOError:
                 sent = 0
             except OSError as error:
@@ -133,6 +153,7 @@ class Half:
                 self.stuck = True
                 return
             if count != BUFFER_BYTES:
+                self.splice.engine.poller.moved_small = True
                 if not self.to_the_end:
                     return  # a short read: the kernel has no more, and tells when it has
             elif self.take_bulk():
@@ -270,7 +291,7 @@ class CopySplice:
         poller, up, down = self.engine.poller, self._up, self._down
         if told is None:
             poller.watch(down.source, down.on_socket)
-        poller.watch(up.source, up.on_socket)
+        poller.watch(up.source, up.on_socket if told is None else up.on_first_events)
         if told is not None:
             poller.hand_over(down.source, down.on_socket)
             if told & ~WRITE:  # a backend that spoke first: nothing will tell of these bytes again
