@@ -227,18 +227,19 @@ async def test_a_socket_that_is_leased_again_and_again_answers_each_client_from_
 ) -> None:
     """Both families, in turn: 200 flows."""
     async with running_plane(Limits(udp_flows_per_service=4), now=clock) as plane:
-        with Backend("::1") as c:
+        with Backend("::1") as c, contextlib.ExitStack() as stack:
             every = (*backends, c)
             await plane.use(*(backend.endpoint for backend in every))
+            # All at once, so that none gets the port of one whose flow is still there.
+            clients = [stack.enter_context(Client()) for _ in range(200)]
             descriptors = open_descriptors()
-            for number in range(200):
+            for number, client in enumerate(clients):
                 clock.now_s += 1
-                with Client() as client:
-                    client.ask(b"%d" % number)
-                    backend = every[number % 3]
-                    data, flow = await backend.receive()
-                    backend.answer(data, flow)
-                    assert (await client.receive())[0] == b"%d" % number
+                client.ask(b"%d" % number)
+                backend = every[number % 3]
+                data, flow = await backend.receive()
+                backend.answer(data, flow)
+                assert (await client.receive())[0] == b"%d" % number
             assert open_descriptors() - descriptors <= 2 * 4
 
 

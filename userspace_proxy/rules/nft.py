@@ -53,15 +53,7 @@ table {TABLE} {{
 		meta mark & {OWN_MARK:#x} == 0 jump services
 	}}
 	chain services {{
-{_rules(redirects.capture)}
-	}}
-	chain guard {{
-		type filter hook input priority -5; policy accept;
-		ct state != established meta l4proto . th dport @proxy_ports ct status & dnat != dnat goto refuse
-	}}
-	chain refuse {{
-		meta l4proto tcp reject with tcp reset
-		reject with icmpx type port-unreachable
+{_rules(redirects)}
 	}}
 }}
 """
@@ -70,8 +62,8 @@ table {TABLE} {{
 def change(old: Redirects, new: Redirects) -> str:
     """Return the script that makes *new* of *old*, at the cost of what differs; "" where nothing does."""
     lines = []
-    if old.capture is not new.capture:
-        chain = [f"table {TABLE} {{", "\tchain services {", _rules(new.capture), "\t}", "}"]
+    if _rules(old) != _rules(new):
+        chain = [f"table {TABLE} {{", "\tchain services {", _rules(new), "\t}", "}"]
         lines += [f"flush chain {TABLE} services", *chain]
     # An element that differs in its comment alone is replaced too: the comment says whose it is.
     gone = [p for p in old.ports if not _same(p, old, new)]
@@ -89,9 +81,13 @@ def removal() -> str:
     return f"table {TABLE}\ndelete table {TABLE}\n"
 
 
-def _rules(capture: Capture) -> str:
+def _rules(redirects: Redirects) -> str:
+    """Return the rules of the chain `services`. A NAT chain sees the first packet of a connection, and no other.
+
+    What comes to a proxy port itself is led to where nobody listens, and the kernel refuses it.
+    """
     to4 = to6 = "redirect to :"
-    if capture is Capture.ADDRESS:
+    if redirects.capture is Capture.ADDRESS:
         to4, to6 = f"dnat ip to {LOCAL_ADDRESS4} :", f"dnat ip6 to {LOCAL_ADDRESS6} :"
     match = "meta l4proto { tcp, udp }"
     port = "meta l4proto . th dport map"
@@ -101,6 +97,12 @@ def _rules(capture: Capture) -> str:
         f"meta nfproto ipv4 fib daddr type local {match} {to4}{port} @node_ports",
         f"meta nfproto ipv6 fib daddr type local {match} {to6}{port} @node_ports",
     ]
+    if redirects.refuse_port:
+        guarded = f"{match} meta l4proto . th dport @proxy_ports"
+        lines += [
+            f"meta nfproto ipv4 fib daddr type local {guarded} {to4}{redirects.refuse_port}",
+            f"meta nfproto ipv6 fib daddr type local {guarded} {to6}{redirects.refuse_port}",
+        ]
     return "\n".join(f"\t\t{line}" for line in lines)
 
 
