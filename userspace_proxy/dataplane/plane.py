@@ -24,6 +24,7 @@ from userspace_proxy.interfaces import Backends, ListenerSpec, PlaneStats, Splic
 from userspace_proxy.model.names import L4Protocol, ServicePortName
 
 _OPENED_A_STEP = 128
+_LISTENERS_A_STEP = 256
 # How long the one before waits for answers to datagrams that it has passed on.
 _UDP_LINGER_S = 5.0
 _LINGER_POLL_S = 0.1
@@ -114,10 +115,17 @@ class LocalPlane:
         if memory is not None:
             listener.picker.remember(memory)
 
-    def take_news(self) -> dict[ServicePortName, PickerMemory]:
-        """Return what pickers have learnt since the last call, by service port."""
-        news = {name: listener.picker.take_news() for name, listener in self._listeners.items()}
-        return {name: learnt for name, learnt in news.items() if learnt is not None}
+    @property
+    def messages(self) -> int:
+        """How many small messages have passed so far."""
+        return self._poller.messages
+
+    def take_news(self) -> Iterator[list[tuple[ServicePortName, PickerMemory]]]:
+        """Return what pickers have learnt since the last call, in parts that take a fraction of a millisecond each."""
+        listeners = list(self._listeners.items())
+        for start in range(0, len(listeners), _LISTENERS_A_STEP):
+            part = listeners[start : start + _LISTENERS_A_STEP]
+            yield [(name, learnt) for name, listener in part if (learnt := listener.picker.take_news()) is not None]
 
     async def reserve(self, port: int) -> str:
         """Hold *port* so that the kernel refuses whoever dials it; return why not ("" when held)."""

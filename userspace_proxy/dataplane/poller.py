@@ -49,8 +49,9 @@ class Poller:
         self._loop = loop
         self._handlers: dict[int, Handler] = {}
         self._in_turn = False
-        # Whether a message was handled since the last bulk step: set by who moves it.
-        self.moved_small = False
+        # How many messages were moved, counted by who moves them: whoever sees it rise makes way for more.
+        self.messages = 0
+        self._messages_seen = 0
         self._acceptors: dict[int, Callable[[], None]] = {}
         self._again: list[Callable[[], None]] = []
         self._bulk: deque[Callable[[int], bool]] = deque()
@@ -117,8 +118,8 @@ class Poller:
         more = False
         try:
             self._turn()
-            share = BULK_SHARED_BYTES if self.moved_small else BULK_BYTES
-            self.moved_small = False
+            share = BULK_BYTES if self._messages_seen == self.messages else BULK_SHARED_BYTES
+            self._messages_seen = self.messages
             more = step(share)
         except Exception:
             log.exception("a bug: a bulk step was not taken")

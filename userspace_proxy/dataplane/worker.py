@@ -39,6 +39,8 @@ from userspace_proxy.logs import AccessLog, configure_logging, recorder
 # At most so much of what pickers learn is lost with a worker.
 _NEWS_PERIOD_S = 1.0
 _HANDED_A_FRAME = 16
+# Between two requests, while packets flow: thousands of Services at once must not take a processor for themselves.
+_PAUSE_S = 0.001
 # What ends leaves no cycles behind, so there is nothing to find but what a bug leaves; a look at everything there is
 # would stop all packets, 50 ms for 10,000 Services. The first number is how many objects more call for a look.
 _GC_THRESHOLDS = (100_000, 20, 100)
@@ -83,7 +85,7 @@ class Worker:
                     request, descriptors = self._requests.popleft()
                     answer = await self._do(request, descriptors)
                     self._channel.send(wire.encode(answer))
-                    await asyncio.sleep(0)  # packets first
+                    await self._make_way()
                     if isinstance(request, wire.Close):
                         return
             if self._lock is not None and self._settings.orphan_timeout_s:
@@ -97,6 +99,13 @@ class Worker:
             if self._access_log is not None:
                 self._access_log.close()
 
+    async def _make_way(self) -> None:
+        """Packets first; and where there are many, the processor is theirs for a moment, and the next request waits."""
+        before = self._plane.messages
+        await asyncio.sleep(0)
+        if self._requests and self._plane.messages != before:
+            await asyncio.sleep(_PAUSE_S)
+
     async def _do(self, request: wire.Request, descriptors: list[int]) -> wire.Answer:
         plane = self._plane
         match request:
@@ -104,10 +113,11 @@ class Worker:
                 return self._open(request, descriptors)
             case wire.Update(backends):
                 await plane.update(dict(backends))
+                gc.freeze()  # these stay for long
             case wire.Retire(names):
                 await plane.retire(names)
             case wire.TellStats():
-                self._tell_now()
+                await self._tell_now()
                 stats = await plane.stats()
                 dropped = self._access_log.dropped if self._access_log else 0
                 return wire.Stats(
@@ -139,11 +149,13 @@ class Worker:
     async def _tell_news(self) -> None:
         while True:
             await asyncio.sleep(_NEWS_PERIOD_S)
-            self._tell_now()
+            await self._tell_now()
 
-    def _tell_now(self) -> None:
-        if news := self._plane.take_news():
-            self._channel.send(wire.encode(wire.News(list(news.items()))))
+    async def _tell_now(self) -> None:
+        for news in self._plane.take_news():
+            if news:
+                self._channel.send(wire.encode(wire.News(news)))
+            await asyncio.sleep(0)
 
 
 class Orphan:

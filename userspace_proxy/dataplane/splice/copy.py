@@ -153,7 +153,7 @@ class Half:
                 self.stuck = True
                 return
             if count != BUFFER_BYTES:
-                self.splice.engine.poller.moved_small = True
+                self.splice.engine.poller.messages += 1
                 if not self.to_the_end:
                     return  # a short read: the kernel has no more, and tells when it has
             elif self.take_bulk():
