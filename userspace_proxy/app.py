@@ -187,7 +187,7 @@ class App:
                         group.create_task(saver.run(), name="saver"),
                         group.create_task(self._watch_network(proxier), name="watch-network"),
                         group.create_task(_settle_in(controller, language), name="settle-in"),
-                        group.create_task(self._keep_on(controller, plane, lock), name="keep-on"),
+                        group.create_task(self._note_ready(controller, plane), name="note-ready"),
                         group.create_task(_reap(children), name="reap"),
                     ]
                     await self._stop.wait()
@@ -216,6 +216,8 @@ class App:
     async def _inherit(self, plane: DataPlane, inheritance: Inheritance) -> list[ListenerSpec]:
         """Serve at the listeners of whoever served before; return them."""
         if not inheritance.conversations:
+            if isinstance(plane, RemotePlane):
+                plane.keep_on(inheritance.lock)
             return []
         assert isinstance(plane, RemotePlane), "no other asks for it"
         try:
@@ -231,12 +233,10 @@ class App:
         log.info("taken over from another process: %d listeners", len(specs))
         return specs
 
-    async def _keep_on(self, controller: Controller, plane: DataPlane, lock: socket.socket) -> None:
-        """Have the workers serve on, whatever becomes of this process: from when there is something to serve."""
+    async def _note_ready(self, controller: Controller, plane: DataPlane) -> None:
+        """From now on there is something that is better left serving than taken away, should we fail."""
         await controller.ready.wait()
-        if isinstance(plane, RemotePlane) and not self._keeps_on:
-            plane.keep_on(lock)
-            self._keeps_on = True
+        self._keeps_on = isinstance(plane, RemotePlane)
 
     async def _hand_over_to(
         self,

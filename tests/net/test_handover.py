@@ -30,8 +30,23 @@ from tests.net.world import (
     udp_socket,
     wait_until,
 )
-from userspace_proxy.dataplane.handover import VERSION, Conversation, Lock, Present, Released, Taken, TakeOver, expect
+from userspace_proxy.dataplane.handover import (
+    VERSION,
+    Conversation,
+    Inherit,
+    Lock,
+    Present,
+    Released,
+    Taken,
+    TakeOver,
+    expect,
+)
+from userspace_proxy.dataplane.sockets import open_listener
+from userspace_proxy.dataplane.wire import Open
+from userspace_proxy.interfaces import ListenerSpec
 from userspace_proxy.lab import ServiceLab, ask, connect
+from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
+from userspace_proxy.model.service import ServicePort
 
 WEB = "10.96.4.1"
 LOCK = "\0userspace-proxy"
@@ -302,6 +317,22 @@ def test_any_number_of_workers_follows_any_other(fresh_proxy: Proxy, world: Serv
         assert {ask(world.node, WEB) for _ in range(4)} == {"pod1", "pod2"}
 
 
+def test_a_control_process_that_is_killed_before_its_first_rules_leaves_no_name_and_no_listener_for_long(
+    fresh_proxy: Proxy, world: ServiceLab
+) -> None:
+    """Whatever the moment, the next run starts: over what serves, or over nothing."""
+    serve_web(fresh_proxy)
+    for delay_s in (0.1, 0.3, 0.4, 0.5, 0.6, 0.8):
+        fresh_proxy.start(wait=False)
+        time.sleep(delay_s)
+        fresh_proxy.stop(signal.SIGKILL)
+    fresh_proxy.start()
+
+    assert {ask(world.client, WEB) for _ in range(4)} == {"pod1", "pod2"}
+    assert fresh_proxy.stop() == 0
+    assert not traces(world.node)
+
+
 def test_cleanup_ends_an_orphan(fresh_proxy: Proxy, world: ServiceLab) -> None:
     serve_web(fresh_proxy)
     fresh_proxy.start("--workers", "2")
@@ -416,8 +447,13 @@ def test_a_successor_that_is_killed_before_the_one_before_has_made_way_leaves_a_
 ) -> None:
     serve_web(fresh_proxy)
 
+    name = ServicePortName(NamespacedName("default", "web"), "http", L4Protocol.TCP)
+    spec = ListenerSpec(ServicePort(name, 80, (WEB,)), 10_400)
+
     async def make_no_way() -> None:
-        with unix_socket(world) as lock:
+        with world.node.inside():
+            listener = open_listener(L4Protocol.TCP, spec.proxy_port, 0)
+        with listener, unix_socket(world) as lock:
             lock.bind(LOCK)
             lock.listen()
             fresh_proxy.start(wait=False)
@@ -425,6 +461,7 @@ def test_a_successor_that_is_killed_before_the_one_before_has_made_way_leaves_a_
             conversation = Conversation(sock)
             conversation.send(Present(VERSION, os.getpid(), [os.path.realpath(fresh_proxy.manifests)]))
             expect(await conversation.receive(), TakeOver)
+            conversation.send(Inherit(0, Open([spec], 1)), [listener.fileno()])
             conversation.send(Lock(), [lock.fileno()])
             expect(await conversation.receive(), Taken)
             fresh_proxy.stop(signal.SIGKILL)

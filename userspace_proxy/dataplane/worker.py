@@ -88,7 +88,7 @@ class Worker:
                     await self._make_way()
                     if isinstance(request, wire.Close):
                         return
-            if self._lock is not None and self._settings.orphan_timeout_s:
+            if self._lock is not None and self._settings.orphan_timeout_s and any(self._plane.held()):
                 await Orphan(self._plane, self._lock, self._settings).serve_on()
             else:
                 log.error("the control process is gone: no new connections, open ones may end")
