@@ -17,7 +17,7 @@ from userspace_proxy.control.controller import Controller
 from userspace_proxy.control.pacer import Pacer
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.errors import SyncError
-from userspace_proxy.interfaces import ObjectEvent
+from userspace_proxy.interfaces import ObjectEvent, WatchStats
 from userspace_proxy.model.state import ProxyState
 
 _BOUND_S = 5.0
@@ -29,6 +29,7 @@ class FakeSource:
     def __init__(self) -> None:
         self._batches: asyncio.Queue[Sequence[ObjectEvent]] = asyncio.Queue()
         self.problems: Mapping[str, str] = {}
+        self.watches: Sequence[WatchStats] = ()
 
     def tell(self, *things: api.KubernetesObject | ObjectEvent) -> None:
         self._batches.put_nowait([thing if isinstance(thing, ObjectEvent) else put(thing) for thing in things])
