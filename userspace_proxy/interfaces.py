@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -60,6 +61,15 @@ class WatchStats:
     restarts: int = 0
     relists: int = 0
     expired: int = 0
+
+    def is_dead(self, now: float, after_s: float) -> bool:
+        """Return whether it has been failing for longer than *after_s*."""
+        return self.failing_since is not None and now - self.failing_since > after_s
+
+    def failure(self) -> str:
+        """Return what is wrong, and since when."""
+        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.failing_since))
+        return f"{self.kind} cannot be followed since {since}: {self.why}"
 
 
 class Source(Protocol):
