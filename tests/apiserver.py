@@ -40,7 +40,7 @@ class Fault(Enum):
     DUPLICATE = "the event comes twice"
     REORDER = "the event comes after the one behind it"
     BYTES = "the event comes byte by byte"
-    EXPIRED = "410 as an event"
+    EXPIRED = "410 as an event, in one write with the event before it"
     ERROR = "500 as an event"
     NONSENSE = "a line that is no JSON"
 
@@ -268,7 +268,7 @@ class ApiServer:
                     await asyncio.sleep(0.01)
                     return _reset(response)
                 case Fault.EXPIRED:
-                    await response.write(_line("ERROR", _status_object(410, "too old resource version")))
+                    await response.write(line + _line("ERROR", _status_object(410, "too old resource version")))
                     return False
                 case Fault.ERROR:
                     await response.write(_line("ERROR", _status_object(500, "etcd has no leader")))
