@@ -399,15 +399,20 @@ async def test_who_asks_anew_is_told_all_once_more(server: ApiServer) -> None:
 @st.composite
 def histories(draw: st.DrawFn) -> list[tuple[str, Any]]:
     names = st.sampled_from(["a", "b", "c", "d"])
-    steps = st.one_of(
-        st.tuples(st.just("put"), st.tuples(names, st.integers(1, 9))),
+    write = st.one_of(
         st.tuples(st.just("put"), st.tuples(names, st.integers(1, 9))),
         st.tuples(st.just("delete"), names),
-        st.tuples(st.just("fault"), st.sampled_from([fault for fault in Fault if fault is not Fault.SILENCE])),
+    )
+    fault = st.tuples(st.just("fault"), st.sampled_from([fault for fault in Fault if fault is not Fault.SILENCE]))
+    steps = st.one_of(
+        write,
+        write,
+        fault,
+        fault,
         st.tuples(st.just("refuse"), st.sampled_from([401, 410, 429, 500])),
         st.tuples(st.sampled_from(["compact", "cut", "restart", "pause", "pause"]), st.none()),
     )
-    return draw(st.lists(steps, min_size=10, max_size=40))
+    return [*draw(st.lists(steps, min_size=10, max_size=30)), draw(fault), ("pause", None), draw(write)]
 
 
 async def live_through(server: ApiServer, history: list[tuple[str, Any]]) -> None:
