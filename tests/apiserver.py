@@ -12,6 +12,7 @@ import contextlib
 import copy
 import json
 import socket
+import ssl
 import struct
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
@@ -87,6 +88,7 @@ class ApiServer:
         self._pages: dict[str, tuple[int, list[Object]]] = {}
         self._written = asyncio.Condition()
         self._watchers: set[web.StreamResponse] = set()
+        self.tls: ssl.SSLContext | None = None
         self._runner: web.AppRunner | None = None
         self._address = ("127.0.0.1", 0)
 
@@ -94,7 +96,7 @@ class ApiServer:
 
     @property
     def url(self) -> str:
-        return f"http://{self._address[0]}:{self._address[1]}"
+        return f"{'https' if self.tls else 'http'}://{self._address[0]}:{self._address[1]}"
 
     async def start(self, sock: socket.socket | None = None) -> None:
         """Serve at *sock*, or at the address it had before, or at a free one."""
@@ -106,7 +108,7 @@ class ApiServer:
         if sock is None:
             sock = socket.create_server(self._address)
         self._address = sock.getsockname()[:2]
-        await web.SockSite(self._runner, sock).start()
+        await web.SockSite(self._runner, sock, ssl_context=self.tls).start()
 
     async def stop(self) -> None:
         """End as a process that is killed."""

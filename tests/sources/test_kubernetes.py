@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import random
+import ssl
 import stat
 import subprocess
 import sys
@@ -96,7 +97,7 @@ class Told:
 
 @contextlib.asynccontextmanager
 async def following(
-    config: Path, *, proxy_name: str = "", synced: bool = True, node_patience_s: float = PATIENCE_S
+    config: Path | None, *, proxy_name: str = "", synced: bool = True, node_patience_s: float = PATIENCE_S
 ) -> AsyncIterator[Told]:
     transport = ApiTransport(config)
     async with contextlib.AsyncExitStack() as stack:
@@ -268,6 +269,81 @@ async def test_an_exec_plugin_gives_credentials_and_is_asked_again_after_a_refus
         server.cut()
         await server.put(SERVICES, service("web"))
         await told.until(lambda: told.names("Service") == ["web"])
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an authority's certificate, and the keys and certificates of a server and of a client."""
+    folder = tmp_path_factory.mktemp("certificates")
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True, timeout=30)
+
+    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+    openssl("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.crt", "-subj", "/CN=authority")
+    for name, subject in (("server", "/CN=kube-apiserver"), ("client", "/O=system:nodes/CN=system:node:node-1")):
+        openssl(
+            *("req", "-x509", *key, "-keyout", f"{name}.key", "-out", f"{name}.crt", "-subj", subject),
+            *("-CA", "ca.crt", "-CAkey", "ca.key", "-addext", "subjectAltName=IP:127.0.0.1"),
+            *("-addext", "basicConstraints=critical,CA:FALSE"),
+        )
+    return folder
+
+
+def serving_tls(certificates: Path) -> ssl.SSLContext:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(certificates / "ca.crt"))
+    context.load_cert_chain(certificates / "server.crt", certificates / "server.key")
+    return context
+
+
+async def test_a_kubeconfig_with_certificates_is_heeded_both_ways(certificates: Path, tmp_path: Path) -> None:
+    server = ApiServer()
+    server.tls = serving_tls(certificates)
+    server.tls.verify_mode = ssl.CERT_REQUIRED
+    await server.start()
+    try:
+        client = {
+            "client-certificate": str(certificates / "client.crt"),
+            "client-key": str(certificates / "client.key"),
+        }
+        config = kubeconfig(tmp_path, server.url, client)
+        async with following(config, synced=False) as told:
+            await told.until(lambda: "certificate verify failed" in told.source.problems.get("services", ""))
+
+            # The authority's certificate comes into the file, as when it is renewed: nobody has to be started again.
+            plain = json.loads(config.read_text())
+            plain["clusters"][0]["cluster"]["certificate-authority"] = str(certificates / "ca.crt")
+            config.write_text(json.dumps(plain))
+            await told.until(lambda: told.synced == 1)
+    finally:
+        await server.stop()
+
+
+async def test_in_a_pod_its_service_account_is_used_and_its_token_read_again(
+    certificates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kubernetes_asyncio.config import incluster_config
+
+    server = ApiServer()
+    server.tls = serving_tls(certificates)
+    server.token = "first"
+    token = tmp_path / "token"
+    token.write_text("first\n")
+    monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(token))
+    monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(certificates / "ca.crt"))
+    await server.start()
+    try:
+        host, _, port = server.url.removeprefix("https://").partition(":")
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", host)
+        monkeypatch.setenv("KUBERNETES_SERVICE_PORT", port)
+        async with following(None) as told:
+            server.token = "second"
+            token.write_text("second\n")
+            server.cut()
+            await server.put(SERVICES, service("web"))
+            await told.until(lambda: told.names("Service") == ["web"])
+    finally:
+        await server.stop()
 
 
 def credential(token: str) -> str:
