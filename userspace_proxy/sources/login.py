@@ -162,5 +162,7 @@ def _watch_peer(answer: aiohttp.ClientResponse) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
 
 
-def _said(error: Exception) -> str:
+def _said(error: aiohttp.ClientError) -> str:
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return "in the middle of an answer"
     return str(error) or type(error).__name__
