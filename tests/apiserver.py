@@ -369,16 +369,17 @@ async def api_server() -> AsyncIterator[ApiServer]:
 class ApiServerThread:
     """An API server with an event loop of its own, for tests that have none."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, tls: ssl.SSLContext | None = None) -> None:
         import threading
 
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
-        self.server = self.do(self._made(sock))
+        self.server = self.do(self._made(sock, tls))
 
-    async def _made(self, sock: socket.socket) -> ApiServer:
+    async def _made(self, sock: socket.socket, tls: ssl.SSLContext | None) -> ApiServer:
         server = ApiServer()
+        server.tls = tls
         await server.start(sock)
         return server
 

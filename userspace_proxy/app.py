@@ -104,6 +104,7 @@ class App:
         self._settings = settings
         self._stop = asyncio.Event()
         self._made_way = asyncio.Event()
+        self._told_to_go = asyncio.Event()
         self._cut: Callable[[], None] | None = None
         self._keeps_on = False  # workers would serve on without us
         self._successors = 0
@@ -169,6 +170,7 @@ class App:
                     reason,
                     controller.synced_at,
                     problems,
+                    alive=controller.failing_since is None and not self._stop.is_set(),
                     degraded=_degraded(source.watches, settings.degraded_after_s),
                     node_eligible=is_eligible(tracker.node) if settings.follows_cluster else None,
                 )
@@ -265,6 +267,8 @@ class App:
         if self.ending is Ending.HANDED_OVER and isinstance(plane, RemotePlane):
             self._made_way.set()
             await plane.close(settings.orphan_timeout_s, successors=self._successors)
+            if settings.in_cluster:  # a kubelet starts anew who ends by himself, and we would take back what we gave
+                await self._told_to_go.wait()
         elif self.ending is not Ending.STOP and self._keeps_on and isinstance(plane, RemotePlane):
             plane.leave()
         else:
@@ -272,6 +276,7 @@ class App:
             await _leave_network()
 
     def _on_signal(self) -> None:
+        self._told_to_go.set()
         drain_timeout_s = self._settings.drain_timeout_s
         if not self._stop.is_set():
             log.info("stopping: rules away, then up to %.3g s for open connections", drain_timeout_s)

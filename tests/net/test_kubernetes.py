@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import ssl
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 
 from tests.apiserver import NODES, SERVICES, SLICES, ApiServerThread
 from tests.net.world import POD1, POD2, Proxy, answers, background_requests, is_refused, told, wait_until
-from tests.sources.test_kubernetes import PROXY_NAME, kubeconfig
+from tests.sources.test_kubernetes import PROXY_NAME, kubeconfig, serving_tls
 from userspace_proxy.lab import HTTP_PORT, ServiceLab, ask
 
 IP = "10.96.9.1"
@@ -21,11 +23,11 @@ IP = "10.96.9.1"
 class Cluster:
     """A cluster with an API server on the lab's node, and its proxy there."""
 
-    def __init__(self, world: ServiceLab, folder: Path) -> None:
+    def __init__(self, world: ServiceLab, folder: Path, tls: ssl.SSLContext | None = None) -> None:
         with world.node.inside():
             sock = socket.create_server(("127.0.0.1", 0))
         self.world = world
-        self.api = ApiServerThread(sock)
+        self.api = ApiServerThread(sock, tls)
         self.config = kubeconfig(folder, self.api.server.url)
         self.proxy = ClusterProxy(world, folder, self.config)
         self.put(NODES, {"metadata": {"name": "node-1"}, "spec": {}})
@@ -183,6 +185,65 @@ def test_a_named_proxy_serves_exactly_what_names_it(cluster: Cluster) -> None:
     assert "10.96.9.2" not in cluster.proxy.rules_text()
     cluster.serve("web", IP, POD1)
     wait_until(lambda: IP not in cluster.proxy.rules_text(), "it is left to others")
+
+
+class PodProxy(ClusterProxy):
+    """One in a pod, whose service account lies in a folder of the test."""
+
+    def __init__(self, cluster: Cluster, certificates: Path, folder: Path) -> None:
+        super().__init__(cluster.world, folder, cluster.config)
+        (folder / "token").write_text("of the pod")
+        host, port = cluster.api.server.url.removeprefix("https://").split(":")
+        self._program = (
+            "import os; from kubernetes_asyncio.config import incluster_config as pod\n"
+            f"pod.SERVICE_TOKEN_FILENAME = {str(folder / 'token')!r}\n"
+            f"pod.SERVICE_CERT_FILENAME = {str(certificates / 'ca.crt')!r}\n"
+            f"os.environ |= {{'KUBERNETES_SERVICE_HOST': {host!r}, 'KUBERNETES_SERVICE_PORT': {port!r}}}\n"
+            "from userspace_proxy.cli import main; main()\n"
+        )
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-c", self._program, *arguments]
+
+    def run_arguments(self) -> list[str]:
+        return ["run", "--in-cluster", *super().run_arguments()[3:]]
+
+
+def test_a_pod_that_was_taken_over_from_waits_until_it_is_told_to_go(
+    world: ServiceLab, tmp_path: Path, certificates: Path
+) -> None:
+    """A kubelet would start it again, and it would take back what it gave, until both pods are deleted."""
+    cluster = Cluster(world, tmp_path, serving_tls(certificates))
+    cluster.serve("web", IP, POD1)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "new").mkdir()
+    old, new = (PodProxy(cluster, certificates, tmp_path / name) for name in ("old", "new"))
+    try:
+        old.start()
+        new.start()
+        wait_until(lambda: not old.workers(), "the old one has no worker any more")
+        assert old.process is not None
+        assert old.process.poll() is None
+        assert cluster.answers() == {"pod1"}
+
+        assert old.stop() == 0
+        assert cluster.answers() == {"pod1"}
+        assert new.stop() == 0
+    finally:
+        for one in (old, new):
+            if one.process is not None and one.process.poll() is None:
+                one.process.kill()
+        world.node.run(*new.command("cleanup"))
+        cluster.api.close()
+
+
+def test_a_kubelet_does_not_replace_who_waits_for_the_api(cluster: Cluster) -> None:
+    cluster.api.server.forbidden.add(SLICES)
+    cluster.proxy.start(wait=False)
+    wait_until(lambda: "403" in cluster.proxy.log(), "the API refuses")
+
+    assert cluster.proxy.health("/healthz")[0] == 503
+    assert cluster.proxy.health("/livez")[0] == 200
 
 
 def test_one_source_is_to_be_chosen(cluster: Cluster, world: ServiceLab) -> None:

@@ -271,25 +271,6 @@ async def test_an_exec_plugin_gives_credentials_and_is_asked_again_after_a_refus
         await told.until(lambda: told.names("Service") == ["web"])
 
 
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an authority's certificate, and the keys and certificates of a server and of a client."""
-    folder = tmp_path_factory.mktemp("certificates")
-
-    def openssl(*arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True, timeout=30)
-
-    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
-    openssl("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.crt", "-subj", "/CN=authority")
-    for name, subject in (("server", "/CN=kube-apiserver"), ("client", "/O=system:nodes/CN=system:node:node-1")):
-        openssl(
-            *("req", "-x509", *key, "-keyout", f"{name}.key", "-out", f"{name}.crt", "-subj", subject),
-            *("-CA", "ca.crt", "-CAkey", "ca.key", "-addext", "subjectAltName=IP:127.0.0.1"),
-            *("-addext", "basicConstraints=critical,CA:FALSE"),
-        )
-    return folder
-
-
 def serving_tls(certificates: Path) -> ssl.SSLContext:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(certificates / "ca.crt"))
     context.load_cert_chain(certificates / "server.crt", certificates / "server.key")

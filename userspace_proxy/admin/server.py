@@ -55,6 +55,7 @@ def _end(handler: web.RequestHandler) -> None:
 class Health:
     """Whether we do our work; ``reason`` says why not. ``problems`` are worth a look and no reason to be replaced.
 
+    ``alive``: whether there is no reason to be replaced, though the first state may still be waited for.
     ``degraded`` says what is served by a last good state that gets old. ``node_eligible``: whether load balancers may
     send traffic to this node; None where there is no Node to ask.
     """
@@ -63,6 +64,7 @@ class Health:
     reason: str = ""
     last_updated: float | None = None
     problems: list[str] = field(default_factory=list)
+    alive: bool | None = None  # None: as healthy
     degraded: list[str] = field(default_factory=list)
     node_eligible: bool | None = None
 
@@ -133,7 +135,7 @@ class AdminServer:
     async def _livez(self, _request: web.Request) -> web.Response:
         """Say whether the process does its work; a kubelet replaces one that does not."""
         health = self._health()
-        return _answer(health, 200 if health.healthy else 503)
+        return _answer(health, 200 if health.healthy or health.alive else 503)
 
     async def _get_metrics(self, _request: web.Request) -> web.Response:
         return web.Response(
