@@ -1,4 +1,4 @@
-"""What docs/operations.md and the systemd unit name is there."""
+"""What the pages and the files on how to run it name is there."""
 
 from __future__ import annotations
 
