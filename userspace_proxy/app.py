@@ -18,6 +18,7 @@ from enum import Enum
 from pathlib import Path
 
 from userspace_proxy.admin import metrics as exposition
+from userspace_proxy.admin.kubeproxy import SyncStats
 from userspace_proxy.admin.metrics import ControlStats
 from userspace_proxy.admin.server import AdminServer, Health
 from userspace_proxy.control.cluster_ips import ClusterIPs
@@ -184,7 +185,14 @@ class App:
                     problems=len(source.problems) + len(tracker.problems),
                     unopened=len(proxier.unopened),
                 )
-                return exposition.render(await plane.stats(), stats, source.watches, settings.degraded_after_s)
+                syncs = SyncStats(
+                    controller.durations,
+                    controller.programming,
+                    synced_at=controller.synced_at or 0.0,
+                    queued_at=controller.queued_at,
+                    answers=admin.answers,
+                )
+                return exposition.render(await plane.stats(), stats, source.watches, settings.degraded_after_s, syncs)
 
             admin = AdminServer(health, metrics, "userspace", settings.degraded_status)
             stack.push_async_callback(admin.close)

@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from userspace_proxy import __version__
+from userspace_proxy.admin.kubeproxy import KubeProxyMetrics, SyncStats
 from userspace_proxy.interfaces import Counters, PlaneStats, WatchStats
 
 
@@ -155,9 +156,15 @@ def _family(
 
 
 def render(
-    plane: PlaneStats, control: ControlStats, watches: Sequence[WatchStats] = (), degraded_after_s: float = 0.0
+    plane: PlaneStats,
+    control: ControlStats,
+    watches: Sequence[WatchStats] = (),
+    degraded_after_s: float = 0.0,
+    syncs: SyncStats | None = None,
 ) -> bytes:
     """Return the text of one scrape."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Scrape(plane, control, watches, degraded_after_s))
+    if syncs is not None:
+        registry.register(KubeProxyMetrics(syncs))
     return generate_latest(registry)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,6 +84,7 @@ class AdminServer:
         self._metrics = metrics
         self._mode = mode
         self._degraded_status = degraded_status
+        self.answers: Counter[tuple[str, int]] = Counter()  # of /healthz and /livez, by status
         self._runners: list[web.AppRunner] = []
         self._servers: list[asyncio.Server] = []
 
@@ -130,12 +132,15 @@ class AdminServer:
         health = self._health()
         is_well = health.healthy and health.node_eligible is not False
         status = 503 if not is_well else self._degraded_status if health.degraded else 200
+        self.answers["healthz", status] += 1
         return _answer(health, status, health.node_eligible)
 
     async def _livez(self, _request: web.Request) -> web.Response:
         """Say whether the process does its work; a kubelet replaces one that does not."""
         health = self._health()
-        return _answer(health, 200 if health.healthy or health.alive else 503)
+        status = 200 if health.healthy or health.alive else 503
+        self.answers["livez", status] += 1
+        return _answer(health, status)
 
     async def _get_metrics(self, _request: web.Request) -> web.Response:
         return web.Response(

@@ -11,6 +11,7 @@ import re
 import socket
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
 
 from userspace_proxy import api
 from userspace_proxy.errors import ConfigError
@@ -22,6 +23,7 @@ SERVICE_NAME_LABEL = "kubernetes.io/service-name"
 # Whoever sets these says which other proxy is to serve it, or that none is (behaviours S2, S3).
 _PROXY_NAME_LABEL = "service.kubernetes.io/service-proxy-name"
 _HEADLESS_LABEL = "service.kubernetes.io/headless"
+_TRIGGER_TIME = "endpoints.kubernetes.io/last-change-trigger-time"
 _LEAVING_TAINT = "ToBeDeletedByClusterAutoscaler"
 AFFINITY_TIMEOUT_S = 10_800
 AFFINITY_TIMEOUT_MAX_S = 86_400
@@ -317,6 +319,14 @@ def _as_label(name: str) -> str:
     suggestion = re.sub(r"[^a-z0-9-]+", "-", name.lower()).strip("-")[:63].strip("-")
     hint = f", such as {suggestion!r}" if suggestion else ""
     return f"use small letters, digits and '-', 63 at most, first and last no '-'{hint}"
+
+
+def trigger_time(piece: api.EndpointSlice) -> float | None:
+    """Return when the change happened that made the controller write *piece*: wall-clock seconds; None if unknown."""
+    try:
+        return datetime.fromisoformat((piece.metadata.annotations or {})[_TRIGGER_TIME]).timestamp()
+    except (KeyError, ValueError):
+        return None
 
 
 # ---- Node
