@@ -19,11 +19,11 @@ demo: ## a Service, three backends, one killed under load: in private namespaces
 	@exec $(BIN)/userspace-proxy demo
 
 test: ## all checks and all tests, as root and as a plain user alike
-	@tools/setup $(VENV) nft iptables ip conntrack nginx wrk
+	@tools/setup $(VENV) nft iptables ip conntrack nginx wrk openssl
 	@tools/test $(VENV)
 
 soak: ## the tests that take minutes
-	@tools/setup $(VENV) nft iptables ip conntrack nginx wrk
+	@tools/setup $(VENV) nft iptables ip conntrack nginx wrk openssl
 	@timeout 3600 $(BIN)/python -m pytest -m soak
 
 lint: ## formatting, style, types, import directions

@@ -1,4 +1,4 @@
-"""What docs/operations.md and the systemd unit name is there."""
+"""What the pages and the files on how to run it name is there."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 
 from userspace_proxy.admin.metrics import ControlStats, render
 from userspace_proxy.cli import commands
-from userspace_proxy.interfaces import Counters, PlaneStats
+from userspace_proxy.interfaces import Counters, PlaneStats, WatchStats
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
 
 ROOT = Path(__file__).parents[1]
 UNIT = ROOT / "examples" / "systemd" / "userspace-proxy.service"
-PAGES = [ROOT / "docs" / "operations.md", ROOT / "README.md"]
+MANIFESTS = ROOT / "examples" / "kubernetes"
+PAGES = [ROOT / "docs" / "operations.md", ROOT / "docs" / "kubernetes.md", ROOT / "README.md"]
 
 
 def unit_lines(key: str) -> list[str]:
@@ -40,6 +42,29 @@ def test_the_unit_lets_workers_serve_on_and_gives_one_privilege() -> None:
     assert "-USR2" in unit_lines("ExecReload")[0]
 
 
+def test_the_daemon_set_starts_what_the_command_line_takes() -> None:
+    (daemon_set,) = yaml.safe_load_all((MANIFESTS / "daemonset.yaml").read_text())
+    pod = daemon_set["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    command, *arguments = container["args"]
+
+    given = commands.commands[command].make_context(command, list(arguments)).params
+    assert (given["in_cluster"], given["hostname_override"]) == (True, "$(NODE_NAME)")
+    assert given["healthz_bind_address"].endswith(f":{container['livenessProbe']['httpGet']['port']}")
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["NET_ADMIN"]}
+    assert pod["hostNetwork"]
+    assert "ports" not in container, "two of them must be able to stand on one node"
+    assert daemon_set["spec"]["updateStrategy"]["rollingUpdate"]["maxSurge"] == 1
+
+
+def test_the_service_account_may_do_what_kube_proxy_may() -> None:
+    account, binding = yaml.safe_load_all((MANIFESTS / "rbac.yaml").read_text())
+
+    assert binding["roleRef"]["name"] == "system:node-proxier"
+    (subject,) = binding["subjects"]
+    assert (subject["namespace"], subject["name"]) == (account["metadata"]["namespace"], account["metadata"]["name"])
+
+
 def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("no systemd here; the other tests read the unit by themselves")
@@ -53,7 +78,8 @@ def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_metric_that_is_named_exists(page: Path) -> None:
     names = [ServicePortName(NamespacedName("a", "b"), "c", protocol) for protocol in L4Protocol]
-    exposed = render(PlaneStats({name: Counters() for name in names}), ControlStats(0, 0, 0, 0.0, 0, 0)).decode()
+    plane, watches = PlaneStats({name: Counters() for name in names}), [WatchStats("services")]
+    exposed = render(plane, ControlStats(0, 0, 0, 0.0, 0, 0), watches).decode()
 
     for metric in re.findall(r"`(userspace_proxy_\w+)`", page.read_text()):
         assert f"\n{metric}" in exposed, metric

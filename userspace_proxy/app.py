@@ -8,6 +8,7 @@ import gc
 import ipaddress
 import logging
 import os
+import random
 import signal
 import socket
 import sys
@@ -17,10 +18,12 @@ from enum import Enum
 from pathlib import Path
 
 from userspace_proxy.admin import metrics as exposition
+from userspace_proxy.admin.kubeproxy import SyncStats
 from userspace_proxy.admin.metrics import ControlStats
 from userspace_proxy.admin.server import AdminServer, Health
 from userspace_proxy.control.cluster_ips import ClusterIPs
 from userspace_proxy.control.controller import Controller
+from userspace_proxy.control.decode import is_eligible
 from userspace_proxy.control.memory import Memory, StateDir
 from userspace_proxy.control.pacer import Pacer
 from userspace_proxy.control.tracker import Tracker
@@ -41,7 +44,16 @@ from userspace_proxy.dataplane.sockets import knows_congestion_control
 from userspace_proxy.dataplane.wire import WorkerSettings
 from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.instance import Inheritance, end_orphans, running_as, take_lock
-from userspace_proxy.interfaces import Capture, DataPlane, EventType, ListenerSpec, ObjectEvent, StateSink
+from userspace_proxy.interfaces import (
+    Capture,
+    DataPlane,
+    EventType,
+    ListenerSpec,
+    ObjectEvent,
+    Source,
+    StateSink,
+    WatchStats,
+)
 from userspace_proxy.logs import AccessLog, recorder
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.service import ServicePort
@@ -100,6 +112,7 @@ class App:
         self._decided = asyncio.Event()  # not while we hand over: the successor may serve already, or never
         self._decided.set()
         self._hurried = False
+        self._told_to_go = asyncio.Event()
         self._cut: Callable[[], None] | None = None
         self._keeps_on = False  # workers would serve on without us
         self._successors = 0
@@ -120,9 +133,8 @@ class App:
             except SyncError as error:
                 raise StartError(str(error)) from None
             kernel = KERNELS[language]()
-            source = FileSource(settings.paths)
+            source, sources = await _open_source(settings, stack)
             state_dir = _open_state_dir(settings.state_dir)
-            sources = _identity(settings.paths)
             inheritance = await take_lock(sources, settings.take_over, settings.workers)
             lock = stack.enter_context(contextlib.closing(inheritance.lock))
             plane = _make_plane(settings, stack)
@@ -131,7 +143,7 @@ class App:
             cluster_ips = ClusterIPs(settings.service_cluster_ip_ranges, memory.cluster_ips)
             known_ports = {spec.name.key: spec.proxy_port for spec in inherited}
             ports = ProxyPorts(*settings.proxy_port_range, {**memory.proxy_ports, **known_ports})
-            tracker = Tracker(cluster_ips)
+            tracker = Tracker(cluster_ips, settings.service_proxy_name, settings.node_name)
 
             self._cut = plane.cut
             proxier = UserspaceProxier(plane, kernel, ports, await self._first_capture())
@@ -163,7 +175,15 @@ class App:
                     reason = f"since {since}: {controller.error}"
                 if self._stop.is_set():
                     reason = "the proxy stops"
-                return Health(not reason, reason, controller.synced_at, problems)
+                return Health(
+                    not reason,
+                    reason,
+                    controller.synced_at,
+                    problems,
+                    alive=controller.failing_since is None and not self._stop.is_set(),
+                    degraded=_degraded(source.watches, settings.degraded_after_s),
+                    node_eligible=is_eligible(tracker.node) if settings.follows_cluster else None,
+                )
 
             async def metrics() -> bytes:
                 stats = ControlStats(
@@ -174,9 +194,16 @@ class App:
                     problems=len(source.problems) + len(tracker.problems),
                     unopened=len(proxier.unopened),
                 )
-                return exposition.render(await plane.stats(), stats)
+                syncs = SyncStats(
+                    controller.durations,
+                    controller.programming,
+                    synced_at=controller.synced_at or 0.0,
+                    queued_at=controller.queued_at,
+                    answers=admin.answers,
+                )
+                return exposition.render(await plane.stats(), stats, source.watches, settings.degraded_after_s, syncs)
 
-            admin = AdminServer(health, metrics, "userspace")
+            admin = AdminServer(health, metrics, "userspace", settings.degraded_status)
             stack.push_async_callback(admin.close)
             try:
                 await admin.start(settings.healthz_bind_address, settings.metrics_bind_address)
@@ -276,6 +303,8 @@ class App:
         if self.ending is Ending.HANDED_OVER and isinstance(plane, RemotePlane):
             self._made_way.set()
             await plane.close(settings.orphan_timeout_s, successors=self._successors)
+            if settings.in_cluster:  # a kubelet starts anew who ends by himself, and we would take back what we gave
+                await self._told_to_go.wait()
         elif self.ending is not Ending.STOP and self._keeps_on and isinstance(plane, RemotePlane):
             plane.leave()
         else:
@@ -283,6 +312,7 @@ class App:
             await _leave_network()
 
     def _on_signal(self) -> None:
+        self._told_to_go.set()
         drain_timeout_s = self._settings.drain_timeout_s
         if not self._stop.is_set() or self.ending is Ending.AGAIN:
             log.info("stopping: rules away, then up to %.3g s for open connections", drain_timeout_s)
@@ -387,6 +417,29 @@ def _make_plane(settings: Settings, stack: contextlib.AsyncExitStack) -> DataPla
     )
     plane.start()
     return plane
+
+
+async def _open_source(settings: Settings, stack: contextlib.AsyncExitStack) -> tuple[Source, list[str]]:
+    """Return where wishes come from, and what tells whether two processes serve the same."""
+    if not settings.follows_cluster:
+        return FileSource(settings.paths), _identity(settings.paths)
+    from userspace_proxy.sources.kubernetes import KubernetesSource, reflectors
+    from userspace_proxy.sources.login import ApiTransport
+    from userspace_proxy.sources.reflector import Pace
+
+    transport = ApiTransport(settings.kubeconfig)
+    stack.push_async_callback(transport.close)
+    url = await transport.open()
+    following = reflectors(transport, settings.node_name, settings.service_proxy_name, Pace(), random.Random())  # noqa: S311 - jitter
+    log.info("following %s as node %s", url, settings.node_name)
+    whose = f" for {settings.service_proxy_name}" if settings.service_proxy_name else ""
+    return KubernetesSource(following), [f"{url}{whose}"]
+
+
+def _degraded(watches: Iterable[WatchStats], after_s: float) -> list[str]:
+    """Return what a source has not been able to hear of for longer than *after_s*."""
+    now = time.time()
+    return [watch.failure() for watch in watches if watch.is_dead(now, after_s)]
 
 
 def _identity(paths: Iterable[str]) -> list[str]:

@@ -110,6 +110,47 @@ def _options(*options: Callable[[_Function], _Function]) -> Callable[[_Function]
 
 
 _PATHS = click.argument("paths", nargs=-1, metavar="PATH...", required=True)
+_SOURCES = _options(
+    click.argument("paths", nargs=-1, metavar="[PATH...]"),
+    click.option(
+        "--kubeconfig",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Serve the Services of the cluster that FILE names, on this node of it.",
+    ),
+    click.option(
+        "--in-cluster", is_flag=True, help="The same for the cluster whose pod this is, by its service account."
+    ),
+    click.option(
+        "--hostname-override",
+        metavar="NAME",
+        default=_DEFAULTS.hostname_override,
+        show_default="the host's name",
+        help="This node's name in the cluster.",
+    ),
+    click.option(
+        "--service-proxy-name",
+        metavar="NAME",
+        default=_DEFAULTS.service_proxy_name,
+        show_default="those without the label",
+        help="Serve only Services labelled service.kubernetes.io/service-proxy-name: NAME.",
+    ),
+    click.option(
+        "--degraded-after",
+        "degraded_after_s",
+        type=_Seconds(),
+        default=_shown(_DEFAULTS.degraded_after_s),
+        show_default=True,
+        help="/healthz says degraded when the API could not be followed for so long.",
+    ),
+    click.option(
+        "--degraded-status",
+        type=click.Choice(["200", "503"]),
+        default=str(_DEFAULTS.degraded_status),
+        show_default=True,
+        help="What /healthz answers then; 503 takes every node out of its load balancers when the API is down.",
+    ),
+)
 _CLUSTER_IPS = click.option(
     "--service-cluster-ip-range",
     "service_cluster_ip_ranges",
@@ -301,6 +342,17 @@ _RUN_OPTIONS = _options(
 )
 
 
+def _check_sources(settings: Settings) -> None:
+    """Raise a usage error unless exactly one source is given, and what it needs."""
+    given = {"PATH...": settings.paths, "--kubeconfig": settings.kubeconfig, "--in-cluster": settings.in_cluster}
+    chosen = [name for name, value in given.items() if value]
+    if len(chosen) != 1:
+        got = f", not {' and '.join(chosen)}" if chosen else ""
+        raise click.UsageError(f"give one of PATH..., --kubeconfig FILE and --in-cluster{got}")
+    if settings.hostname_override and not settings.follows_cluster:
+        raise click.UsageError("--hostname-override needs --kubeconfig or --in-cluster: files know no nodes")
+
+
 # ---- commands
 
 
@@ -314,15 +366,16 @@ def commands() -> None:
 
 
 @commands.command()
-@_PATHS
+@_SOURCES
 @_RUN_OPTIONS
 def run(**options: Any) -> None:
-    """Serve the Services in PATH... (manifest files, folders of them, - for stdin) on this node."""
+    """Serve Services on this node: those in PATH... (manifest files, folders of them, - for stdin), or a cluster's."""
     from userspace_proxy import app
     from userspace_proxy.logs import configure_logging
 
     del options["proxy_mode"]  # there is one so far
-    settings = Settings(**options)
+    settings = Settings(**{**options, "degraded_status": int(options["degraded_status"])})
+    _check_sources(settings)
     configure_logging(settings.log_format, verbose=settings.verbose)
     try:
         app.run(settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -44,6 +45,33 @@ class ObjectEvent:
     origin: Origin | None = None
 
 
+@dataclass(slots=True)
+class WatchStats:
+    """How well a source hears of one kind: wall-clock seconds, and counts since the start.
+
+    ``heard_at``: when the last word came, None before the first. ``failing_since``: since when it is not as it
+    should be, None when it is; ``why`` says how.
+    """
+
+    kind: str
+    heard_at: float | None = None
+    failing_since: float | None = None
+    why: str = ""
+    events: int = 0
+    restarts: int = 0
+    relists: int = 0
+    expired: int = 0
+
+    def is_dead(self, now: float, after_s: float) -> bool:
+        """Return whether it has been failing for longer than *after_s*."""
+        return self.failing_since is not None and now - self.failing_since > after_s
+
+    def failure(self) -> str:
+        """Return what is wrong, and since when."""
+        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.failing_since))
+        return f"{self.kind} cannot be followed since {since}: {self.why}"
+
+
 class Source(Protocol):
     """Tells what the cluster wants: every object once, then SYNCED once, then each change, for ever.
 
@@ -56,6 +84,11 @@ class Source(Protocol):
     @property
     def problems(self) -> Mapping[str, str]:
         """What cannot be read now: place -> what is wrong. Empty when all is well."""
+        ...
+
+    @property
+    def watches(self) -> Sequence[WatchStats]:
+        """How well each kind is heard, where somebody has to be listened to; empty for files."""
         ...
 
 

@@ -6,6 +6,7 @@ Flags have kube-proxy's names wherever the meaning is the same.
 from __future__ import annotations
 
 import ipaddress
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,19 @@ DEFAULT_STATE_DIR = Path("/var/lib/userspace-proxy")
 class Settings:
     """What `run` is told."""
 
+    # Where wishes come from: one of the three.
     paths: tuple[str, ...] = ()
+    kubeconfig: Path | None = None
+    in_cluster: bool = False
+
+    # "": what this host calls itself.
+    hostname_override: str = ""
+    # "": the Services that name no proxy; else exactly those that name this one.
+    service_proxy_name: str = ""
+    # A bookmark comes every minute: three missed ones are no accident. Not 503, or an outage of the API would take
+    # every node out of its load balancers.
+    degraded_after_s: float = 180.0
+    degraded_status: int = 200
 
     # Rules. "auto": nftables where it is installed; REDIRECT unless an interface has no address of its own.
     rules: str = "auto"
@@ -68,3 +81,13 @@ class Settings:
     log_format: str = "text"
     verbose: bool = False
     access_log: str = ""
+
+    @property
+    def follows_cluster(self) -> bool:
+        """Whether wishes come from a cluster's API."""
+        return self.in_cluster or self.kubeconfig is not None
+
+    @property
+    def node_name(self) -> str:
+        """This node's name in the cluster, found as kube-proxy finds it."""
+        return (self.hostname_override or socket.gethostname()).strip().lower()

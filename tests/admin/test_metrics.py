@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import time
+
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from userspace_proxy import __version__
+from userspace_proxy.admin.kubeproxy import SyncStats
 from userspace_proxy.admin.metrics import ControlStats, render
-from userspace_proxy.interfaces import Counters, PlaneStats
+from userspace_proxy.interfaces import Counters, PlaneStats, WatchStats
+from userspace_proxy.model.histogram import Histogram
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
 
 TCP = ServicePortName(NamespacedName("shop", "web"), "http", L4Protocol.TCP)
@@ -77,6 +82,48 @@ def test_the_control_side_tells_of_itself() -> None:
     assert shown["userspace_proxy_accept_pauses_total",] == 8
     assert shown["userspace_proxy_local_shortages_total",] == 9
     assert shown["userspace_proxy_build_info", __version__] == 1
+
+
+def test_how_well_a_cluster_is_heard_is_shown_for_each_kind() -> None:
+    now = time.time()
+    watches = [
+        WatchStats("services", heard_at=now - 5, events=1, restarts=2, relists=3, expired=4),
+        WatchStats("nodes", heard_at=now - 500, failing_since=now - 400),
+    ]
+    text = render(PlaneStats({}), control(), watches, degraded_after_s=180.0).decode()
+    shown = {
+        (sample.name.removeprefix("userspace_proxy_"), sample.labels.get("kind", "")): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+    counts = ("watch_events_total", "watch_restarts_total", "watch_relists_total", "watch_expired_total")
+    assert [shown[name, "services"] for name in counts] == [1, 2, 3, 4]
+    assert shown["watch_last_heard_age_seconds", "services"] == pytest.approx(5, abs=2)
+    assert shown["watch_failing_seconds", "services"] == 0
+    assert shown["watch_failing_seconds", "nodes"] == pytest.approx(400, abs=2)
+    assert shown["degraded", ""] == 1
+
+
+def test_what_kube_proxy_tells_too_is_told_by_its_names() -> None:
+    durations, programming = Histogram([0.1, 1.0]), Histogram([1.0])
+    for seconds in (0.1, 0.5, 5.0):
+        durations.observe(seconds)
+    programming.observe(0.25)
+    syncs = SyncStats(durations, {"IPv4": programming}, synced_at=7.0, queued_at=8.0, answers={("healthz", 200): 3})
+    lines = render(PlaneStats({}), control(), syncs=syncs).decode().splitlines()
+
+    assert {
+        'kubeproxy_sync_proxy_rules_duration_seconds_bucket{le="0.1"} 1.0',
+        'kubeproxy_sync_proxy_rules_duration_seconds_bucket{le="1"} 2.0',
+        'kubeproxy_sync_proxy_rules_duration_seconds_bucket{le="+Inf"} 3.0',
+        "kubeproxy_sync_proxy_rules_duration_seconds_sum 5.6",
+        'kubeproxy_network_programming_duration_seconds_bucket{ip_family="IPv4",le="1"} 1.0',
+        'kubeproxy_network_programming_duration_seconds_count{ip_family="IPv4"} 1.0',
+        "kubeproxy_sync_proxy_rules_last_timestamp_seconds 7.0",
+        "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds 8.0",
+        'kubeproxy_proxy_healthz_total{code="200"} 3.0',
+    } <= set(lines)
 
 
 def test_a_proxy_without_services_can_be_scraped() -> None:

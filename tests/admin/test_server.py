@@ -29,9 +29,9 @@ class Answer:
 
 
 class Rig:
-    def __init__(self) -> None:
+    def __init__(self, degraded_status: int = 200) -> None:
         self.health = Health(healthy=True)
-        self.server = AdminServer(lambda: self.health, self._metrics, "userspace")
+        self.server = AdminServer(lambda: self.health, self._metrics, "userspace", degraded_status)
         self.healthz, self.metrics = (f"127.0.0.1:{port}" for port in free_ports(2))
 
     async def _metrics(self) -> bytes:
@@ -53,8 +53,8 @@ def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
 
 
 @contextlib.asynccontextmanager
-async def running() -> AsyncIterator[Rig]:
-    rig = Rig()
+async def running(degraded_status: int = 200) -> AsyncIterator[Rig]:
+    rig = Rig(degraded_status)
     try:
         await rig.server.start(rig.healthz, rig.metrics)
         yield rig
@@ -92,6 +92,29 @@ async def test_before_the_first_sync_there_is_no_last_one() -> None:
         answer = await rig.get(rig.healthz, "/healthz")
 
     assert (answer.status, answer.json["lastUpdated"]) == (503, None)
+
+
+@pytest.mark.parametrize(("degraded_status", "seen"), [(200, (200, 200)), (503, (503, 200))])
+async def test_what_is_degraded_is_said_and_only_if_wanted_a_reason_to_be_left(
+    degraded_status: int, seen: tuple[int, int]
+) -> None:
+    async with running(degraded_status) as rig:
+        rig.health = Health(healthy=True, degraded=["services cannot be followed since noon"])
+        answers = [await rig.get(rig.healthz, path) for path in ("/healthz", "/livez")]
+
+    assert tuple(answer.status for answer in answers) == seen
+    assert all(answer.json["healthy"] for answer in answers)
+    assert all(answer.json["degraded"] == ["services cannot be followed since noon"] for answer in answers)
+
+
+async def test_a_node_that_is_about_to_go_is_left_and_not_replaced() -> None:
+    async with running() as rig:
+        rig.health = Health(healthy=True, node_eligible=False, last_updated=1_700_000_000.0)
+        healthz, livez = [await rig.get(rig.healthz, path) for path in ("/healthz", "/livez")]
+
+    assert (healthz.status, healthz.json["nodeEligible"]) == (503, False)
+    assert healthz.json["lastUpdated"] == "2023-11-14T22:13:20Z"
+    assert (livez.status, "nodeEligible" in livez.json) == (200, False)
 
 
 async def test_health_is_asked_for_each_time() -> None:

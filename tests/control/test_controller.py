@@ -6,8 +6,11 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from datetime import UTC, datetime
 
+import msgspec
 import pytest
 
 from tests.control.given import SYNCED, endpoint_slice, gone, port_named, put, service
@@ -17,7 +20,7 @@ from userspace_proxy.control.controller import Controller
 from userspace_proxy.control.pacer import Pacer
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.errors import SyncError
-from userspace_proxy.interfaces import ObjectEvent
+from userspace_proxy.interfaces import ObjectEvent, WatchStats
 from userspace_proxy.model.state import ProxyState
 
 _BOUND_S = 5.0
@@ -29,6 +32,7 @@ class FakeSource:
     def __init__(self) -> None:
         self._batches: asyncio.Queue[Sequence[ObjectEvent]] = asyncio.Queue()
         self.problems: Mapping[str, str] = {}
+        self.watches: Sequence[WatchStats] = ()
 
     def tell(self, *things: api.KubernetesObject | ObjectEvent) -> None:
         self._batches.put_nowait([thing if isinstance(thing, ObjectEvent) else put(thing) for thing in things])
@@ -107,6 +111,29 @@ async def test_nothing_is_synced_before_all_that_was_there_is_told() -> None:
         await rig.sink.called(1)
 
         assert [str(e) for e in rig.sink.states[0].endpoints[port_named("web")]] == ["10.0.0.1:8080"]
+
+
+async def test_from_the_change_of_a_pod_to_its_traffic_is_measured_when_a_sync_has_brought_it() -> None:
+    async with Rig().running() as rig:
+        before = datetime.fromtimestamp(time.time() - 60, UTC).isoformat()
+        rig.source.tell(triggered(before), SYNCED)  # an old change: nobody could have brought it
+        await rig.sink.called(1)
+        rig.sink.refusal = "not now"
+        rig.source.tell(triggered(datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f000Z"), "10.0.0.1"))
+        await rig.sink.called(3)
+        assert rig.controller.programming["IPv4"].buckets()[-1][1] == 0
+
+        rig.sink.refusal = ""
+        await rig.until(lambda: rig.controller.programming["IPv4"].buckets()[-1][1] == 1)
+        assert rig.controller.programming["IPv6"].buckets()[-1][1] == 0
+        assert rig.controller.durations.buckets()[-1][1] == rig.controller.syncs
+
+
+def triggered(at: str, *ips: str) -> api.EndpointSlice:
+    """Return a slice that its controller wrote because of a change *at*."""
+    plain = endpoint_slice(*ips)
+    annotations = {"endpoints.kubernetes.io/last-change-trigger-time": at}
+    return msgspec.structs.replace(plain, metadata=msgspec.structs.replace(plain.metadata, annotations=annotations))
 
 
 async def test_an_empty_cluster_is_synced_too() -> None:

@@ -56,6 +56,33 @@ def test_a_service_for_another_proxy_is_left_to_it(value: str) -> None:
     assert not decode.is_proxied(service(labels={"service.kubernetes.io/service-proxy-name": value}))
 
 
+def test_a_proxy_with_a_name_serves_what_names_it_and_nothing_else() -> None:
+    named = [service(labels={"service.kubernetes.io/service-proxy-name": name}) for name in ("mine", "other", "")]
+
+    assert [decode.is_proxied(given, "mine") for given in [*named, service()]] == [True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("node", "eligible"),
+    [
+        ({"metadata": {"name": "n"}}, True),
+        ({"metadata": {"name": "n"}, "spec": {"taints": None}}, True),
+        ({"metadata": {"name": "n"}, "spec": {"taints": [{"key": "node.kubernetes.io/unreachable"}]}}, True),
+        ({"metadata": {"name": "n"}, "spec": {"taints": [{"key": "ToBeDeletedByClusterAutoscaler"}]}}, False),
+        ({"metadata": {"name": "n", "deletionTimestamp": "2026-01-01T00:00:00Z"}}, False),
+    ],
+)
+def test_a_node_that_is_about_to_go_is_not_eligible(node: dict[str, Any], eligible: bool) -> None:
+    given = api.convert("Node", node)
+
+    assert isinstance(given, api.Node)
+    assert decode.is_eligible(given) is eligible
+
+
+def test_a_node_that_nobody_has_seen_is_not_eligible() -> None:
+    assert not decode.is_eligible(None)
+
+
 @pytest.mark.parametrize("cluster_ip", [None, "", "10.96.0.1", "fd00::1"])
 def test_a_service_with_or_without_a_cluster_ip_is_served(cluster_ip: str | None) -> None:
     given = service(clusterIP=cluster_ip)

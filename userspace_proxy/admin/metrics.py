@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -10,7 +11,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from userspace_proxy import __version__
-from userspace_proxy.interfaces import Counters, PlaneStats
+from userspace_proxy.admin.kubeproxy import KubeProxyMetrics, SyncStats
+from userspace_proxy.interfaces import Counters, PlaneStats, WatchStats
 
 
 class ControlStats(NamedTuple):
@@ -47,10 +49,35 @@ _FAMILIES = (
 _LABELS = ("namespace", "service", "port", "protocol")
 
 
+# Of each kind that a cluster's API is asked for.
+_WATCH_FAMILIES: tuple[tuple[str, str, Callable[[WatchStats, float], float], bool], ...] = (
+    ("events", "events heard of a kind", lambda watch, _: watch.events, True),
+    ("restarts", "times a watch of a kind ended and was begun again", lambda watch, _: watch.restarts, True),
+    ("relists", "times all of a kind was listed", lambda watch, _: watch.relists, True),
+    ("expired", "times the API server no longer knew what we knew last (410)", lambda watch, _: watch.expired, True),
+    (
+        "last_heard_age_seconds",
+        "since the API server last said something of a kind; a bookmark every minute is usual",
+        lambda watch, now: float("inf") if watch.heard_at is None else now - watch.heard_at,
+        False,
+    ),
+    (
+        "failing_seconds",
+        "for so long a kind could not be followed; 0 when it can",
+        lambda watch, now: 0.0 if watch.failing_since is None else now - watch.failing_since,
+        False,
+    ),
+)
+
+
 class _Scrape(Collector):
-    def __init__(self, plane: PlaneStats, control: ControlStats) -> None:
+    def __init__(
+        self, plane: PlaneStats, control: ControlStats, watches: Sequence[WatchStats], degraded_after_s: float
+    ) -> None:
         self._plane = plane
         self._control = control
+        self._watches = watches
+        self._degraded_after_s = degraded_after_s
 
     def collect(self) -> Iterator[Metric]:
         services = [
@@ -60,6 +87,22 @@ class _Scrape(Collector):
         for name, text, field, rises in _FAMILIES:
             yield _family(f"userspace_proxy_{name}", text, _values(services, name, field), rises=rises)
         yield from self._single()
+        if self._watches:
+            yield from self._of_watches(time.time())
+
+    def _of_watches(self, now: float) -> Iterator[Metric]:
+        for name, text, value, rises in _WATCH_FAMILIES:
+            family = (CounterMetricFamily if rises else GaugeMetricFamily)(
+                f"userspace_proxy_watch_{name}", text, labels=["kind"]
+            )
+            for watch in self._watches:
+                family.add_metric([watch.kind], value(watch, now))
+            yield family
+        yield GaugeMetricFamily(
+            "userspace_proxy_degraded",
+            "1 when a kind could not be followed for longer than --degraded-after",
+            value=any(watch.is_dead(now, self._degraded_after_s) for watch in self._watches),
+        )
 
     def _single(self) -> Iterator[Metric]:
         plane, control = self._plane, self._control
@@ -114,8 +157,16 @@ def _family(
     return family
 
 
-def render(plane: PlaneStats, control: ControlStats) -> bytes:
+def render(
+    plane: PlaneStats,
+    control: ControlStats,
+    watches: Sequence[WatchStats] = (),
+    degraded_after_s: float = 0.0,
+    syncs: SyncStats | None = None,
+) -> bytes:
     """Return the text of one scrape."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Scrape(plane, control))
+    registry.register(_Scrape(plane, control, watches, degraded_after_s))
+    if syncs is not None:
+        registry.register(KubeProxyMetrics(syncs))
     return generate_latest(registry)

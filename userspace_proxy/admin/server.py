@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,21 +54,37 @@ def _end(handler: web.RequestHandler) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """Whether we do our work; ``reason`` says why not. ``problems`` are worth a look and no reason to be replaced."""
+    """Whether we do our work; ``reason`` says why not. ``problems`` are worth a look and no reason to be replaced.
+
+    ``alive``: whether there is no reason to be replaced, though the first state may still be waited for.
+    ``degraded`` says what is served by a last good state that gets old. ``node_eligible``: whether load balancers may
+    send traffic to this node; None where there is no Node to ask.
+    """
 
     healthy: bool
     reason: str = ""
     last_updated: float | None = None
     problems: list[str] = field(default_factory=list)
+    alive: bool | None = None  # None: as healthy
+    degraded: list[str] = field(default_factory=list)
+    node_eligible: bool | None = None
 
 
 class AdminServer:
     """Serves both addresses until closed."""
 
-    def __init__(self, health: Callable[[], Health], metrics: Callable[[], Awaitable[bytes]], mode: str) -> None:
+    def __init__(
+        self,
+        health: Callable[[], Health],
+        metrics: Callable[[], Awaitable[bytes]],
+        mode: str,
+        degraded_status: int = 200,
+    ) -> None:
         self._health = health
         self._metrics = metrics
         self._mode = mode
+        self._degraded_status = degraded_status
+        self.answers: Counter[tuple[str, int]] = Counter()  # of /healthz and /livez, by status
         self._runners: list[web.AppRunner] = []
         self._servers: list[asyncio.Server] = []
 
@@ -81,9 +98,7 @@ class AdminServer:
             raise StartError(
                 f"--healthz-bind-address and --metrics-bind-address are both {healthz_address}; choose two"
             )
-        await self._serve(
-            "--healthz-bind-address", healthz_address, {"/healthz": self._healthz, "/livez": self._healthz}
-        )
+        await self._serve("--healthz-bind-address", healthz_address, {"/healthz": self._healthz, "/livez": self._livez})
         await self._serve(
             "--metrics-bind-address",
             metrics_address,
@@ -113,21 +128,19 @@ class AdminServer:
             await runner.cleanup()
 
     async def _healthz(self, _request: web.Request) -> web.Response:
+        """Say whether load balancers may send traffic here."""
         health = self._health()
-        now = time.time()
-        body: dict[str, object] = {
-            "lastUpdated": _rfc3339(now if health.healthy else health.last_updated),
-            "currentTime": _rfc3339(now),
-            "healthy": health.healthy,
-        }
-        if health.reason:
-            body["reason"] = health.reason
-        if health.problems:
-            body["problems"] = health.problems
-        text = msgspec.json.encode(body).decode()
-        return web.Response(
-            text=text, status=200 if health.healthy else 503, content_type="application/json", headers=_HEADERS
-        )
+        is_well = health.healthy and health.node_eligible is not False
+        status = 503 if not is_well else self._degraded_status if health.degraded else 200
+        self.answers["healthz", status] += 1
+        return _answer(health, status, health.node_eligible)
+
+    async def _livez(self, _request: web.Request) -> web.Response:
+        """Say whether the process does its work; a kubelet replaces one that does not."""
+        health = self._health()
+        status = 200 if health.healthy or health.alive else 503
+        self.answers["livez", status] += 1
+        return _answer(health, status)
 
     async def _get_metrics(self, _request: web.Request) -> web.Response:
         return web.Response(
@@ -136,6 +149,23 @@ class AdminServer:
 
     async def _get_mode(self, _request: web.Request) -> web.Response:
         return web.Response(text=self._mode, headers=_HEADERS)
+
+
+def _answer(health: Health, status: int, node_eligible: bool | None = None) -> web.Response:
+    """Return *health* as kube-proxy's JSON, with what it never said."""
+    now = time.time()
+    body: dict[str, object] = {
+        "lastUpdated": _rfc3339(now if status == 200 else health.last_updated),
+        "currentTime": _rfc3339(now),
+        "healthy": health.healthy,
+    }
+    if node_eligible is not None:
+        body["nodeEligible"] = node_eligible
+    for name in ("reason", "degraded", "problems"):
+        if said := getattr(health, name):
+            body[name] = said
+    text = msgspec.json.encode(body).decode()
+    return web.Response(text=text, status=status, content_type="application/json", headers=_HEADERS)
 
 
 def split_address(address: str, flag: str) -> tuple[str, int]:

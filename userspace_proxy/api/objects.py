@@ -157,5 +157,14 @@ class Pod(Struct, rename=_api_name, frozen=True):
 # ---- Node
 
 
+class Taint(Struct, rename=_api_name, frozen=True):
+    key: str
+
+
+class NodeSpec(Struct, rename=_api_name, frozen=True):
+    taints: list[Taint] | None = None
+
+
 class Node(Struct, rename=_api_name, frozen=True):
     metadata: ObjectMeta
+    spec: NodeSpec | None = None

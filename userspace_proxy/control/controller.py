@@ -5,15 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from userspace_proxy import api
+from userspace_proxy.control.decode import trigger_time
 from userspace_proxy.control.pacer import Pacer
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.errors import SyncError
-from userspace_proxy.interfaces import EventType, Source, StateSink
+from userspace_proxy.interfaces import EventType, ObjectEvent, Source, StateSink
+from userspace_proxy.model.histogram import Histogram
 from userspace_proxy.model.topology import usable_endpoints
 
 _ASK_AGAIN_S = 1.0
+# kube-proxy's bounds, so that its dashboards fit.
+_SYNC_BOUNDS_S = [0.001 * 2**n for n in range(15)]
+_PROGRAMMING_BOUNDS_S = [0.25, 0.5, *range(1, 60), *range(60, 120, 5), *range(120, 301, 30)]
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +28,8 @@ class Controller:
     """Owns the way from a source to a sink.
 
     ``synced_at``: wall-clock second of the last sync that succeeded, None before the first.
-    ``error``: why the last sync failed, "" if it did not; ``failing_since`` since when.
+    ``error``: why the last sync failed, "" if it did not; ``failing_since`` since when. ``durations``: of syncs that
+    succeeded; ``programming``: by IP family, from what made a controller write an EndpointSlice until it was in force.
     """
 
     def __init__(
@@ -45,6 +52,11 @@ class Controller:
         self.failing_since: float | None = None
         self.error = ""
         self.syncs = 0
+        self.queued_at = 0.0
+        self.durations = Histogram(_SYNC_BOUNDS_S)
+        self.programming = {family: Histogram(_PROGRAMMING_BOUNDS_S) for family in ("IPv4", "IPv6")}
+        self._started_at = time.time()
+        self._triggers: list[tuple[str, float]] = []  # family and time of what no sync has brought yet
 
     async def run(self) -> None:
         """Run until cancelled."""
@@ -58,12 +70,21 @@ class Controller:
             try:
                 async for events in self._source.events():
                     self._tracker.apply(events)
+                    self._note_triggers(events)
                     synced = synced or any(event.type is EventType.SYNCED for event in events)
                     if synced:  # never before: a half-read state would take away what the other half serves
                         self._changed.set()
+                        self.queued_at = time.time()
             except Exception:
                 log.exception("a bug: the source failed; what is in force stays, and it is asked again")
             await asyncio.sleep(_ASK_AGAIN_S)
+
+    def _note_triggers(self, events: Iterable[ObjectEvent]) -> None:
+        for event in events:
+            if isinstance(event.object, api.EndpointSlice) and event.object.address_type in self.programming:
+                at = trigger_time(event.object)
+                if at is not None and at > self._started_at:  # what was before us we could not bring
+                    self._triggers.append((event.object.address_type, at))
 
     async def _sync_for_ever(self) -> None:
         while True:
@@ -75,18 +96,19 @@ class Controller:
 
     async def _sync(self) -> None:
         started_at = time.monotonic()
+        triggers, self._triggers = self._triggers, []
         try:
             state = self._tracker.state()
             await self._sink.sync(state)
         except SyncError as error:
             if self.error != str(error):
                 log.error("the rules could not be loaded, what was in force stays: %s", error)  # noqa: TRY400
-            self._note_failure(str(error))
+            self._note_failure(str(error), triggers)
             return
         except Exception as error:
             if self.error != repr(error):
                 log.exception("a bug: a sync failed, what was in force stays")
-            self._note_failure(repr(error))
+            self._note_failure(repr(error), triggers)
             return
         self._pacer.note_end(succeeded=True)
         if self.error:
@@ -94,15 +116,19 @@ class Controller:
         self.error, self.failing_since = "", None
         self.synced_at = time.time()
         self.syncs += 1
+        for family, at in triggers:
+            self.programming[family].observe(max(0.0, self.synced_at - at))
         self._after_sync()
-        took_ms = (time.monotonic() - started_at) * 1000
-        log.debug("sync of %d service ports took %.1f ms", len(state.service_ports), took_ms)
+        took_s = time.monotonic() - started_at
+        self.durations.observe(took_s)
+        log.debug("sync of %d service ports took %.1f ms", len(state.service_ports), took_s * 1000)
         if not self.ready.is_set():
             self.ready.set()
             without = sum(not usable_endpoints(known) for known in state.endpoints.values())
             log.info("ready: service ports %d, without endpoints %d", len(state.service_ports), without)
 
-    def _note_failure(self, error: str) -> None:
+    def _note_failure(self, error: str, triggers: list[tuple[str, float]]) -> None:
+        self._triggers = triggers + self._triggers
         self._pacer.note_end(succeeded=False)
         self._changed.set()  # try again
         self.failing_since = self.failing_since or time.time()

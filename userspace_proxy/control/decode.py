@@ -11,6 +11,7 @@ import re
 import socket
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
 
 from userspace_proxy import api
 from userspace_proxy.errors import ConfigError
@@ -19,9 +20,11 @@ from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortN
 from userspace_proxy.model.service import ServicePort
 
 SERVICE_NAME_LABEL = "kubernetes.io/service-name"
-# Whoever sets these says that another proxy, or none, is to serve it (behaviours S2, S3).
-_OTHER_PROXY_LABEL = "service.kubernetes.io/service-proxy-name"
+# Whoever sets these says which other proxy is to serve it, or that none is (behaviours S2, S3).
+_PROXY_NAME_LABEL = "service.kubernetes.io/service-proxy-name"
 _HEADLESS_LABEL = "service.kubernetes.io/headless"
+_TRIGGER_TIME = "endpoints.kubernetes.io/last-change-trigger-time"
+_LEAVING_TAINT = "ToBeDeletedByClusterAutoscaler"
 AFFINITY_TIMEOUT_S = 10_800
 AFFINITY_TIMEOUT_MAX_S = 86_400
 
@@ -44,21 +47,23 @@ _SPECIAL_IP = re.compile(
 # ---- Service
 
 
-def is_proxied(service: api.Service) -> bool:
-    """Return whether a proxy has anything to do with *service* (behaviours S1)."""
+def is_proxied(service: api.Service, proxy_name: str = "") -> bool:
+    """Return whether the proxy of *proxy_name* ("" for the one without a name) serves *service* (behaviours S1, S2)."""
     spec = service.spec
-    if spec is None or spec.type == "ExternalName" or _OTHER_PROXY_LABEL in (service.metadata.labels or {}):
+    if spec is None or spec.type == "ExternalName":
+        return False
+    if (service.metadata.labels or {}).get(_PROXY_NAME_LABEL) != (proxy_name or None):
         return False
     return "None" not in (spec.cluster_ip, *(spec.cluster_ips or ())[:1])
 
 
-def check_service(service: api.Service) -> None:
+def check_service(service: api.Service, proxy_name: str = "") -> None:
     """Raise ConfigError for the first thing that makes *service* unusable as a whole."""
-    if error := next(service_errors(service), None):
+    if error := next(service_errors(service, proxy_name), None):
         raise error
 
 
-def service_errors(service: api.Service) -> Iterator[ConfigError]:
+def service_errors(service: api.Service, proxy_name: str = "") -> Iterator[ConfigError]:
     """Yield everything that makes *service* unusable as a whole."""
     name, spec = service.metadata.name, service.spec
     if not _LABEL.fullmatch(name):
@@ -73,7 +78,7 @@ def service_errors(service: api.Service) -> Iterator[ConfigError]:
         yield ConfigError(
             f"{spec.type!r} is no Service type", field="spec.type", mend=f"write one of {', '.join(_TYPES)}"
         )
-    if not is_proxied(service):
+    if not is_proxied(service, proxy_name):
         return
     if not spec.ports:
         yield ConfigError(
@@ -314,6 +319,25 @@ def _as_label(name: str) -> str:
     suggestion = re.sub(r"[^a-z0-9-]+", "-", name.lower()).strip("-")[:63].strip("-")
     hint = f", such as {suggestion!r}" if suggestion else ""
     return f"use small letters, digits and '-', 63 at most, first and last no '-'{hint}"
+
+
+def trigger_time(piece: api.EndpointSlice) -> float | None:
+    """Return when the change happened that made the controller write *piece*: wall-clock seconds; None if unknown."""
+    try:
+        return datetime.fromisoformat((piece.metadata.annotations or {})[_TRIGGER_TIME]).timestamp()
+    except (KeyError, ValueError):
+        return None
+
+
+# ---- Node
+
+
+def is_eligible(node: api.Node | None) -> bool:
+    """Return whether load balancers may send traffic to *node*: it is known and not about to go (behaviours Z2)."""
+    if node is None:
+        return False
+    taints = (node.spec.taints if node.spec else None) or ()
+    return node.metadata.deletion_timestamp is None and all(taint.key != _LEAVING_TAINT for taint in taints)
 
 
 # ---- endpoints, as EndpointSlice, Endpoints and Pod state them

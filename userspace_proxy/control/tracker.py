@@ -33,8 +33,11 @@ class Tracker:
     One bad object never stops the others: it is reported, and its last good version stays.
     """
 
-    def __init__(self, cluster_ips: ClusterIPs) -> None:
+    def __init__(self, cluster_ips: ClusterIPs, proxy_name: str = "", node_name: str = "") -> None:
         self._cluster_ips = cluster_ips
+        self._proxy_name = proxy_name
+        self._node_name = node_name
+        self.node: api.Node | None = None  # ours, as it was seen last
         self._services: dict[NamespacedName, api.Service] = {}  # the latest that makes sense by itself
         self._served: dict[NamespacedName, api.Service] = {}  # the latest that makes sense among the others
         self._origins: dict[NamespacedName, Origin] = {}
@@ -74,13 +77,15 @@ class Tracker:
                     self._set_endpoints(event.name, given)
                 case "Pod":
                     self._set_pod(event.name, given)
+                case "Node":
+                    self._set_node(event.name, given)
 
     # ---- one kind each; None is a deletion
 
     def _set_service(self, name: NamespacedName, given: object, origin: Origin | None) -> None:
         if isinstance(given, api.Service):
             try:
-                decode.check_service(given)
+                decode.check_service(given, self._proxy_name)
             except ConfigError as error:
                 self._report(self._faults, name, error, origin, kept=name in self._services)
                 return
@@ -157,6 +162,14 @@ class Tracker:
                 self._pods_by_label[key][name] = given
                 self._changed |= self._selecting.get(key, set())
 
+    def _set_node(self, name: NamespacedName, given: object) -> None:
+        if name.name != self._node_name:
+            return
+        if isinstance(given, api.Node):
+            self.node = given
+        else:
+            log.warning("the Node %s was deleted; it stays for us what it was", name.name)  # behaviours Z2
+
     # ---- state
 
     def state(self) -> ProxyState:
@@ -168,7 +181,7 @@ class Tracker:
         present: dict[NamespacedName, api.Service] = {}
         for name in changed:  # who leaves goes first, so that addresses are free
             service = self._services.get(name)
-            if service is None or not decode.is_proxied(service):
+            if service is None or not decode.is_proxied(service, self._proxy_name):
                 self._withdraw(name)
             else:
                 present[name] = service

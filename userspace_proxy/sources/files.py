@@ -15,7 +15,7 @@ from pathlib import Path
 
 from userspace_proxy import api
 from userspace_proxy.errors import StartError
-from userspace_proxy.interfaces import EventType, ObjectEvent
+from userspace_proxy.interfaces import EventType, ObjectEvent, WatchStats
 from userspace_proxy.model.names import NamespacedName
 from userspace_proxy.sources.documents import Manifest, Problem, duplicates, parse, split
 from userspace_proxy.sources.lines import Document
@@ -108,6 +108,10 @@ class FileSource:
     @property
     def problems(self) -> Mapping[str, str]:
         return self._problems
+
+    @property
+    def watches(self) -> Sequence[WatchStats]:
+        return ()
 
     async def events(self) -> AsyncGenerator[Sequence[ObjectEvent]]:
         changed = asyncio.Event()

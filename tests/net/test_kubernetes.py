@@ -1,0 +1,257 @@
+"""The whole process as the node proxy of a cluster: an API server on the node, and real packets."""
+
+from __future__ import annotations
+
+import json
+import socket
+import ssl
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.apiserver import NODES, SERVICES, SLICES, ApiServerThread
+from tests.net.world import POD1, POD2, Proxy, answers, background_requests, is_refused, told, wait_until
+from tests.sources.test_kubernetes import PROXY_NAME, kubeconfig, serving_tls
+from userspace_proxy.lab import HTTP_PORT, ServiceLab, ask
+
+IP = "10.96.9.1"
+
+
+class Cluster:
+    """A cluster with an API server on the lab's node, and its proxy there."""
+
+    def __init__(self, world: ServiceLab, folder: Path, tls: ssl.SSLContext | None = None) -> None:
+        with world.node.inside():
+            sock = socket.create_server(("127.0.0.1", 0))
+        self.world = world
+        self.api = ApiServerThread(sock, tls)
+        self.config = kubeconfig(folder, self.api.server.url)
+        self.proxy = ClusterProxy(world, folder, self.config)
+        self.put(NODES, {"metadata": {"name": "node-1"}, "spec": {}})
+
+    def put(self, path: str, given: dict[str, Any]) -> None:
+        self.api.do(self.api.server.put(path, given))
+
+    def serve(self, name: str, cluster_ip: str, *pods: str, labels: dict[str, str] | None = None) -> None:
+        metadata = {"name": name, "namespace": "default"}
+        self.put(
+            SERVICES,
+            {
+                "metadata": {**metadata, "labels": labels},
+                "spec": {"clusterIP": cluster_ip, "clusterIPs": [cluster_ip], "ports": [{"port": 80}]},
+            },
+        )
+        self.put(
+            SLICES,
+            {
+                "metadata": {**metadata, "labels": {"kubernetes.io/service-name": name}},
+                "addressType": "IPv4",
+                "endpoints": [{"addresses": [pod]} for pod in pods] or None,
+                "ports": [{"name": "", "port": HTTP_PORT, "protocol": "TCP"}],
+            },
+        )
+
+    def restart_api(self) -> None:
+        """Start the API server again at its old address, on the node."""
+        host, port = self.api.server.url.removeprefix("http://").split(":")
+        with self.world.node.inside():
+            sock = socket.create_server((host, int(port)))
+        self.api.do(self.api.server.start(sock))
+
+    def answers(self, ip: str = IP) -> set[str]:
+        return {answers(self.world.client, ip, 80) for _ in range(4)}
+
+
+class ClusterProxy(Proxy):
+    def __init__(self, world: ServiceLab, folder: Path, config: Path) -> None:
+        super().__init__(world, folder)
+        self.config = config
+
+    def run_arguments(self) -> list[str]:
+        return [
+            *("run", "--kubeconfig", str(self.config), "--hostname-override", "node-1", "--rules", "nftables"),
+            *("--state-dir", str(self.folder / "state"), "--verbose"),
+        ]
+
+    def health(self, path: str = "/healthz") -> tuple[int, Any]:
+        status, body = self.get(path, 10256)
+        return status, json.loads(body)
+
+
+@pytest.fixture
+def cluster(world: ServiceLab, tmp_path: Path) -> Iterator[Cluster]:
+    made = Cluster(world, tmp_path)
+    yield made
+    proxy = made.proxy
+    if proxy.process is not None and proxy.process.poll() is None:
+        assert proxy.stop() == 0, proxy.log()
+    world.node.run(*proxy.command("cleanup"))
+    made.api.close()
+
+
+def test_what_the_api_says_is_what_clients_reach(cluster: Cluster, world: ServiceLab) -> None:
+    cluster.serve("web", IP, POD1)
+    cluster.proxy.start()
+    assert cluster.answers() == {"pod1"}
+
+    cluster.serve("web", IP, POD2)
+    wait_until(lambda: cluster.answers() == {"pod2"}, "traffic goes to the new endpoint")
+    cluster.serve("web", IP)
+    wait_until(lambda: is_refused(world.client, IP, 80), "nobody is there any more")
+    cluster.serve("web", IP, POD1, POD2)
+    wait_until(lambda: cluster.answers() == {"pod1", "pod2"}, "both are reached")
+
+    assert cluster.proxy.health()[1]["nodeEligible"] is True
+    assert cluster.proxy.metric("userspace_proxy_watch_last_heard_age_seconds", kind="services") < 5
+    assert cluster.proxy.stop() == 0
+
+
+def test_no_request_fails_while_the_api_is_gone_and_nothing_is_stale_when_it_is_back(
+    cluster: Cluster, world: ServiceLab
+) -> None:
+    cluster.serve("web", IP, POD1)
+    cluster.serve("old", "10.96.9.2", POD1)
+    cluster.proxy.start()
+    server = cluster.api.server
+
+    with background_requests(lambda: ask(world.client, IP)) as outcomes:
+        cluster.api.do(server.stop())
+        wait_until(lambda: len(cluster.proxy.health()[1].get("problems", [])) == 3, "the outage is a problem")
+        seen = len(outcomes)
+        wait_until(lambda: len(outcomes) > seen + 20, "requests go on")
+        cluster.serve("web", IP, POD1, POD2)
+        cluster.api.do(server.delete(SERVICES, "old"))
+        server.compact()
+        cluster.restart_api()
+        wait_until(lambda: "pod2" in outcomes[-4:], "the new endpoint is used", 10.0)
+        wait_until(lambda: not cluster.proxy.health()[1].get("problems"), "all is well again", 10.0)
+
+    assert set(outcomes) == {"pod1", "pod2"}
+    assert '"default/old:' not in cluster.proxy.rules_text()
+    assert cluster.proxy.metric("userspace_proxy_watch_expired_total", kind="services") == 1
+    assert cluster.proxy.metric("userspace_proxy_watch_relists_total", kind="services") == 2
+
+
+def test_an_api_that_is_dead_for_long_shows_and_only_a_flag_makes_it_a_reason_to_be_left(
+    cluster: Cluster, world: ServiceLab
+) -> None:
+    cluster.serve("web", IP, POD1)
+    cluster.proxy.start("--degraded-after", "300ms")
+    assert cluster.proxy.metric("userspace_proxy_degraded") == 0
+    cluster.api.do(cluster.api.server.stop())
+    wait_until(lambda: len(cluster.proxy.health()[1].get("degraded", [])) == 3, "it says that it is degraded")
+
+    status, body = cluster.proxy.health()
+    assert (status, body["healthy"]) == (200, True)
+    assert any("services cannot be followed since" in said for said in body["degraded"])
+    assert cluster.proxy.metric("userspace_proxy_degraded") == 1
+    assert cluster.answers() == {"pod1"}
+
+    # Another one of the same cluster takes over, and is told to mind; it has to be let in by the API first.
+    cluster.restart_api()
+    first = cluster.proxy.process
+    assert first is not None
+    cluster.proxy.start("--degraded-after", "300ms", "--degraded-status", "503")
+    assert first.wait(10) == 0
+    cluster.api.do(cluster.api.server.stop())
+    wait_until(lambda: cluster.proxy.health()[0] == 503, "load balancers are told to leave")
+    assert cluster.proxy.health("/livez")[0] == 200
+    assert cluster.answers() == {"pod1"}
+
+
+def test_a_node_that_is_to_go_is_left_by_load_balancers_and_not_by_the_kubelet(cluster: Cluster) -> None:
+    cluster.proxy.start()
+    taint = {"key": "ToBeDeletedByClusterAutoscaler", "effect": "NoSchedule"}
+    cluster.put(NODES, {"metadata": {"name": "node-1"}, "spec": {"taints": [taint]}})
+    wait_until(lambda: cluster.proxy.health()[0] == 503, "the taint is heeded")
+
+    assert cluster.proxy.health()[1]["nodeEligible"] is False
+    status, body = cluster.proxy.health("/livez")
+    assert status == 200
+    assert "nodeEligible" not in body
+    cluster.put(NODES, {"metadata": {"name": "node-1"}, "spec": {"taints": None}})
+    wait_until(lambda: cluster.proxy.health()[0] == 200, "it may stay")
+
+
+def test_a_named_proxy_serves_exactly_what_names_it(cluster: Cluster) -> None:
+    cluster.serve("web", IP, POD1, labels={PROXY_NAME: "userspace-proxy"})
+    cluster.serve("kube", "10.96.9.2", POD1)
+    cluster.proxy.start("--service-proxy-name", "userspace-proxy")
+
+    assert cluster.answers() == {"pod1"}
+    assert "10.96.9.2" not in cluster.proxy.rules_text()
+    cluster.serve("web", IP, POD1)
+    wait_until(lambda: IP not in cluster.proxy.rules_text(), "it is left to others")
+
+
+class PodProxy(ClusterProxy):
+    """One in a pod, whose service account lies in a folder of the test."""
+
+    def __init__(self, cluster: Cluster, certificates: Path, folder: Path) -> None:
+        super().__init__(cluster.world, folder, cluster.config)
+        (folder / "token").write_text("of the pod")
+        host, port = cluster.api.server.url.removeprefix("https://").split(":")
+        self._program = (
+            "import os; from kubernetes_asyncio.config import incluster_config as pod\n"
+            f"pod.SERVICE_TOKEN_FILENAME = {str(folder / 'token')!r}\n"
+            f"pod.SERVICE_CERT_FILENAME = {str(certificates / 'ca.crt')!r}\n"
+            f"os.environ |= {{'KUBERNETES_SERVICE_HOST': {host!r}, 'KUBERNETES_SERVICE_PORT': {port!r}}}\n"
+            "from userspace_proxy.cli import main; main()\n"
+        )
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-c", self._program, *arguments]
+
+    def run_arguments(self) -> list[str]:
+        return ["run", "--in-cluster", *super().run_arguments()[3:]]
+
+
+def test_a_pod_that_was_taken_over_from_waits_until_it_is_told_to_go(
+    world: ServiceLab, tmp_path: Path, certificates: Path
+) -> None:
+    """A kubelet would start it again, and it would take back what it gave, until both pods are deleted."""
+    cluster = Cluster(world, tmp_path, serving_tls(certificates))
+    cluster.serve("web", IP, POD1)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "new").mkdir()
+    old, new = (PodProxy(cluster, certificates, tmp_path / name) for name in ("old", "new"))
+    try:
+        old.start()
+        new.start()
+        wait_until(lambda: not old.workers(), "the old one has no worker any more")
+        assert old.process is not None
+        assert old.process.poll() is None
+        assert cluster.answers() == {"pod1"}
+
+        assert old.stop() == 0
+        assert cluster.answers() == {"pod1"}
+        assert new.stop() == 0
+    finally:
+        for one in (old, new):
+            if one.process is not None and one.process.poll() is None:
+                one.process.kill()
+        world.node.run(*new.command("cleanup"))
+        cluster.api.close()
+
+
+def test_a_kubelet_does_not_replace_who_waits_for_the_api(cluster: Cluster) -> None:
+    cluster.api.server.forbidden.add(SLICES)
+    cluster.proxy.start(wait=False)
+    wait_until(lambda: "403" in cluster.proxy.log(), "the API refuses")
+
+    assert cluster.proxy.health("/healthz")[0] == 503
+    assert cluster.proxy.health("/livez")[0] == 200
+
+
+def test_one_source_is_to_be_chosen(cluster: Cluster, world: ServiceLab) -> None:
+    proxy = cluster.proxy
+    for arguments in ([], ["--in-cluster", "--kubeconfig", "x"], ["x.yaml", "--in-cluster"]):
+        done = world.node.run(*proxy.command("run", *arguments), check=False)
+        assert done.returncode == 2
+        assert "give one of PATH..., --kubeconfig FILE and --in-cluster" in done.stderr
+    assert told(world.node, proxy, "run", "--kubeconfig", "/nothing") == (
+        "userspace-proxy: --kubeconfig /nothing: no such file"
+    )

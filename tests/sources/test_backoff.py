@@ -1,0 +1,63 @@
+"""How long is waited after failures."""
+
+from __future__ import annotations
+
+import random
+
+from userspace_proxy.sources.backoff import Backoff, FollowError
+
+
+class NoJitter(random.Random):
+    def uniform(self, a: float, b: float) -> float:
+        return b
+
+
+def backoff() -> Backoff:
+    return Backoff(0.8, NoJitter())
+
+
+def test_each_failure_doubles_the_wait_up_to_its_longest() -> None:
+    waits = backoff()
+
+    assert [waits.delay_s(FollowError("no", 30.0)) for _ in range(8)] == [0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 30.0, 30.0]
+
+
+def test_another_sort_of_failure_begins_a_row_of_its_own() -> None:
+    waits = backoff()
+    for _ in range(5):
+        waits.delay_s(FollowError("nobody there", 4.0))
+
+    assert waits.delay_s(FollowError("refused", 30.0)) == 0.8
+
+
+def test_after_success_the_wait_is_short_again() -> None:
+    waits = backoff()
+    for _ in range(5):
+        waits.delay_s(FollowError("no", 30.0))
+    waits.reset()
+
+    assert waits.delay_s(FollowError("no", 30.0)) == 0.8
+
+
+def test_what_the_server_asks_for_comes_on_top() -> None:
+    assert backoff().delay_s(FollowError("too many requests", 30.0, retry_after_s=7.0)) == 7.8
+
+
+def test_only_the_first_of_a_row_is_tried_again_at_once() -> None:
+    waits = backoff()
+
+    assert [waits.delay_s(FollowError("401", 30.0, at_once=True)) for _ in range(3)] == [0.0, 1.6, 3.2]
+
+
+def test_a_night_of_failures_waits_no_longer_than_the_longest() -> None:
+    waits = backoff()
+
+    assert [waits.delay_s(FollowError("no", 30.0)) for _ in range(2_000)][-1] == 30.0
+
+
+def test_nodes_do_not_come_back_in_step() -> None:
+    waits = {Backoff(0.8, random.Random(seed)).delay_s(FollowError("no", 30.0)) for seed in range(50)}
+
+    assert len(waits) == 50
+    assert min(waits) >= 0.4
+    assert max(waits) <= 0.8

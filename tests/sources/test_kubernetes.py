@@ -1,0 +1,380 @@
+"""A cluster as a Source: kubernetes_asyncio's login, real sockets, and kube-proxy's choice of objects."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import ssl
+import stat
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.apiserver import NODES, SERVICES, SLICES, ApiServer, Fault, Refusal, api_server
+from tests.sources.test_reflector import QUICK
+from userspace_proxy import api
+from userspace_proxy.errors import StartError
+from userspace_proxy.interfaces import EventType, ObjectEvent
+from userspace_proxy.sources.kubernetes import KubernetesSource, reflectors
+from userspace_proxy.sources.login import ApiTransport
+
+PATIENCE_S = 10
+PROXY_NAME = "service.kubernetes.io/service-proxy-name"
+
+
+def service(name: str, cluster_ip: str = "10.96.0.1", proxy: str | None = None) -> dict[str, Any]:
+    labels = None if proxy is None else {PROXY_NAME: proxy}
+    metadata = {"name": name, "namespace": "default", "labels": labels}
+    return {"metadata": metadata, "spec": {"clusterIP": cluster_ip, "ports": [{"port": 80}]}}
+
+
+def endpoint_slice(name: str, **labels: str) -> dict[str, Any]:
+    metadata = {"name": name, "namespace": "default", "labels": {"kubernetes.io/service-name": "web", **labels}}
+    return {"metadata": metadata, "addressType": "IPv4", "endpoints": None, "ports": None}
+
+
+def node(name: str) -> dict[str, Any]:
+    return {"metadata": {"name": name}, "spec": {"taints": None}}
+
+
+def kubeconfig(folder: Path, url: str, user: dict[str, Any] | None = None) -> Path:
+    """Write the kubeconfig of *user*, who has a token that the API server knows unless said otherwise."""
+    file = folder / "kubeconfig"
+    file.write_text(
+        json.dumps(
+            {
+                "apiVersion": "v1",
+                "kind": "Config",
+                "current-context": "test",
+                "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
+                "clusters": [{"name": "test", "cluster": {"server": url}}],
+                "users": [{"name": "test", "user": user or {}}],
+            }
+        )
+    )
+    return file
+
+
+class Told:
+    """What a source told: kind -> names, and every event."""
+
+    def __init__(self, source: KubernetesSource) -> None:
+        self.source = source
+        self.events: list[ObjectEvent] = []
+        self.objects: dict[tuple[str, str], api.KubernetesObject] = {}
+
+    async def follow(self) -> None:
+        async with contextlib.aclosing(self.source.events()) as batches:
+            async for batch in batches:
+                for event in batch:
+                    self.events.append(event)
+                    if event.name is not None:
+                        key = (event.kind, event.name.name)
+                        if event.type is EventType.SET:
+                            assert event.object is not None
+                            self.objects[key] = event.object
+                        else:
+                            self.objects.pop(key, None)
+
+    @property
+    def synced(self) -> int:
+        return sum(event.type is EventType.SYNCED for event in self.events)
+
+    def names(self, kind: str) -> list[str]:
+        return sorted(name for of, name in self.objects if of == kind)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            while not condition():
+                await asyncio.sleep(0.005)
+
+
+@contextlib.asynccontextmanager
+async def following(
+    config: Path | None, *, proxy_name: str = "", synced: bool = True, node_patience_s: float = PATIENCE_S
+) -> AsyncIterator[Told]:
+    transport = ApiTransport(config)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(transport.close)
+        await transport.open()
+        following_ = reflectors(transport, "node-1", proxy_name, QUICK, random.Random(1))
+        told = Told(KubernetesSource(following_, node_patience_s))
+        task = asyncio.create_task(told.follow())
+        try:
+            if synced:
+                await told.until(lambda: told.synced > 0 or task.done())
+            yield told
+        finally:
+            task.cancel()
+            (ended,) = await asyncio.gather(task, return_exceptions=True)
+        assert isinstance(ended, asyncio.CancelledError), ended
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[ApiServer]:
+    async with api_server() as running:
+        yield running
+
+
+@pytest.fixture
+def config(server: ApiServer, tmp_path: Path) -> Path:
+    return kubeconfig(tmp_path, server.url)
+
+
+# ---- what is told
+
+
+async def test_all_kinds_are_told_and_then_once_that_they_were(server: ApiServer, config: Path) -> None:
+    await server.put(SERVICES, service("web"))
+    await server.put(SLICES, endpoint_slice("web-1"))
+    await server.put(NODES, node("node-1"))
+
+    async with following(config) as told:
+        assert sorted(told.objects) == [("EndpointSlice", "web-1"), ("Node", "node-1"), ("Service", "web")]
+        assert told.events[-1].type is EventType.SYNCED
+
+        await server.put(SERVICES, service("db"))
+        await told.until(lambda: told.names("Service") == ["db", "web"])
+        await server.delete(SERVICES, "web")
+        await told.until(lambda: told.names("Service") == ["db"])
+        assert told.synced == 1
+
+
+async def test_nothing_is_synced_before_every_kind_was_listed(server: ApiServer, config: Path) -> None:
+    await server.put(SERVICES, service("web"))
+    server.forbidden.add(SLICES)
+    async with following(config, synced=False) as told:
+        await told.until(lambda: told.names("Service") == ["web"] and bool(told.source.problems))
+        assert told.synced == 0
+
+        server.forbidden.clear()
+        await told.until(lambda: told.synced == 1)
+
+
+async def test_a_node_that_cannot_be_seen_is_waited_for_only_so_long(server: ApiServer, config: Path) -> None:
+    server.forbidden.add(NODES)
+    async with following(config, node_patience_s=0.1) as told:
+        assert told.synced == 1
+
+
+async def test_only_our_own_node_is_asked_for(server: ApiServer, config: Path) -> None:
+    await server.put(NODES, node("node-1"))
+    await server.put(NODES, node("node-2"))
+
+    async with following(config) as told:
+        assert told.names("Node") == ["node-1"]
+
+
+async def test_services_of_other_proxies_and_headless_ones_are_left_out(server: ApiServer, config: Path) -> None:
+    await server.put(SERVICES, service("ours"))
+    await server.put(SERVICES, service("theirs", proxy="other"))
+    await server.put(SERVICES, service("headless", "None"))
+    await server.put(SERVICES, service("unborn", ""))
+    await server.put(SLICES, endpoint_slice("ours-1"))
+    await server.put(SLICES, endpoint_slice("headless-1", **{"service.kubernetes.io/headless": ""}))
+
+    async with following(config) as told:
+        assert told.names("Service") == ["ours"]
+        assert told.names("EndpointSlice") == ["ours-1"]
+
+        await server.put(SERVICES, service("ours", proxy="other"))
+        await told.until(lambda: told.names("Service") == [])
+
+
+async def test_a_proxy_with_a_name_is_told_exactly_the_services_that_name_it(server: ApiServer, config: Path) -> None:
+    for name in ("mine", "other"):
+        await server.put(SERVICES, service(name, proxy=name))
+    await server.put(SERVICES, service("unnamed"))
+
+    async with following(config, proxy_name="mine") as told:
+        assert told.names("Service") == ["mine"]
+
+
+# ---- what goes wrong
+
+
+async def test_an_api_that_is_down_is_a_problem_with_a_time_and_nothing_is_taken_back(
+    server: ApiServer, config: Path
+) -> None:
+    await server.put(SERVICES, service("web"))
+    async with following(config) as told:
+        await server.stop()
+        await told.until(lambda: len(told.source.problems) == 3)
+        assert told.names("Service") == ["web"]
+        assert "services cannot be followed since 20" in told.source.problems["services"]
+
+        await server.start()
+        await told.until(lambda: not told.source.problems)
+        assert told.synced == 1
+
+
+async def test_one_kind_that_fails_stops_no_other(server: ApiServer, config: Path) -> None:
+    async with following(config) as told:
+        server.forbidden.add(SLICES)
+        server.cut()
+        await told.until(lambda: "endpointslices" in told.source.problems)
+        await server.put(SERVICES, service("web"))
+        await told.until(lambda: told.names("Service") == ["web"])
+
+
+async def test_a_bug_in_one_reflector_is_not_silence(server: ApiServer, config: Path) -> None:
+    transport = ApiTransport(config)
+    await transport.open()
+    following_ = reflectors(transport, "node-1", "", QUICK, random.Random(1))
+    following_["Service"]._decoder = None  # type: ignore[assignment]
+    await server.put(SERVICES, service("web"))
+    source = KubernetesSource(following_)
+
+    with pytest.raises(AttributeError):
+        async for _ in source.events():
+            pass
+    await transport.close()
+
+
+# ---- logging in
+
+
+async def test_a_token_file_that_changes_is_read_again_after_a_refusal(server: ApiServer, tmp_path: Path) -> None:
+    server.token = "first"
+    token = tmp_path / "token"
+    token.write_text("first\n")
+    async with following(kubeconfig(tmp_path, server.url, {"tokenFile": str(token)})) as told:
+        server.token = "second"
+        token.write_text("second\n")
+        server.faults.append(Fault.END)
+        await server.put(SERVICES, service("web"))
+        await told.until(lambda: told.names("Service") == ["web"])
+        assert not told.source.problems
+
+
+async def test_an_exec_plugin_gives_credentials_and_is_asked_again_after_a_refusal(
+    server: ApiServer, tmp_path: Path
+) -> None:
+    server.token = "first"
+    answer = tmp_path / "answer"
+    answer.write_text(credential("first"))
+    plugin = tmp_path / "plugin"
+    plugin.write_text(f"#!/bin/sh\ncat {answer}\n")
+    plugin.chmod(stat.S_IRWXU)
+    user = {"exec": {"apiVersion": "client.authentication.k8s.io/v1", "command": str(plugin)}}
+    async with following(kubeconfig(tmp_path, server.url, user)) as told:
+        server.token = "second"
+        answer.write_text(credential("second"))
+        server.cut()
+        await server.put(SERVICES, service("web"))
+        await told.until(lambda: told.names("Service") == ["web"])
+
+
+def serving_tls(certificates: Path) -> ssl.SSLContext:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(certificates / "ca.crt"))
+    context.load_cert_chain(certificates / "server.crt", certificates / "server.key")
+    return context
+
+
+async def test_a_kubeconfig_with_certificates_is_heeded_both_ways(certificates: Path, tmp_path: Path) -> None:
+    server = ApiServer()
+    server.tls = serving_tls(certificates)
+    server.tls.verify_mode = ssl.CERT_REQUIRED
+    await server.start()
+    try:
+        client = {
+            "client-certificate": str(certificates / "client.crt"),
+            "client-key": str(certificates / "client.key"),
+        }
+        config = kubeconfig(tmp_path, server.url, client)
+        async with following(config, synced=False) as told:
+            await told.until(lambda: "certificate verify failed" in told.source.problems.get("services", ""))
+
+            # The authority's certificate comes into the file, as when it is renewed: nobody has to be started again.
+            plain = json.loads(config.read_text())
+            plain["clusters"][0]["cluster"]["certificate-authority"] = str(certificates / "ca.crt")
+            config.write_text(json.dumps(plain))
+            await told.until(lambda: told.synced == 1)
+    finally:
+        await server.stop()
+
+
+async def test_in_a_pod_its_service_account_is_used_and_its_token_read_again(
+    certificates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kubernetes_asyncio.config import incluster_config
+
+    server = ApiServer()
+    server.tls = serving_tls(certificates)
+    server.token = "first"
+    token = tmp_path / "token"
+    token.write_text("first\n")
+    monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(token))
+    monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(certificates / "ca.crt"))
+    await server.start()
+    try:
+        host, _, port = server.url.removeprefix("https://").partition(":")
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", host)
+        monkeypatch.setenv("KUBERNETES_SERVICE_PORT", port)
+        async with following(None) as told:
+            server.token = "second"
+            token.write_text("second\n")
+            server.cut()
+            await server.put(SERVICES, service("web"))
+            await told.until(lambda: told.names("Service") == ["web"])
+    finally:
+        await server.stop()
+
+
+def credential(token: str) -> str:
+    return json.dumps(
+        {
+            "apiVersion": "client.authentication.k8s.io/v1",
+            "kind": "ExecCredential",
+            "status": {"token": token, "expirationTimestamp": "2099-01-01T00:00:00Z"},
+        }
+    )
+
+
+async def test_credentials_that_are_refused_for_long_are_a_problem(server: ApiServer, config: Path) -> None:
+    async with following(config) as told:
+        server.token = "never told"
+        server.cut()
+        await told.until(lambda: "401 Unauthorized" in told.source.problems.get("services", ""))
+
+
+async def test_a_server_that_asks_for_patience_is_followed_afterwards(server: ApiServer, config: Path) -> None:
+    server.refusals += [Refusal(429, {"Retry-After": "0"})] * 3
+    async with following(config) as told:
+        assert told.synced == 1
+
+
+@pytest.mark.parametrize("text", ["", "a: b", "[", '{"current-context": "x", "contexts": [], "clusters": []}'])
+async def test_a_kubeconfig_that_makes_no_sense_is_refused_at_once(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "kubeconfig"
+    file.write_text(text)
+
+    with pytest.raises(StartError, match=r"--kubeconfig .*no login: "):
+        await ApiTransport(file).open()
+
+
+async def test_a_kubeconfig_that_is_not_there_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(StartError, match="no such file"):
+        await ApiTransport(tmp_path / "nothing").open()
+
+
+async def test_who_is_in_no_pod_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+
+    with pytest.raises(StartError, match="--in-cluster: no login: Service host/port is not set"):
+        await ApiTransport(None).open()
+
+
+def test_whoever_serves_files_pays_for_none_of_this() -> None:
+    code = "import sys; import userspace_proxy.app, userspace_proxy.cli; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+    assert "userspace_proxy.sources.files" in loaded
+    unwanted = ("kubernetes_asyncio", "userspace_proxy.sources.kubernetes", "userspace_proxy.sources.reflector")
+    assert not [name for name in loaded if name.startswith(unwanted)]

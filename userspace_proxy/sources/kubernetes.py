@@ -1,0 +1,113 @@
+"""A cluster's API as a Source: Services, EndpointSlices and this node's Node, each by a reflector of its own.
+
+Only what a node proxy has to know is asked for, by kube-proxy's own selectors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from userspace_proxy import api
+from userspace_proxy.interfaces import EventType, ObjectEvent, WatchStats
+from userspace_proxy.sources.reflector import Change, Pace, Reflector, Transport
+
+_PROXY_NAME_LABEL = "service.kubernetes.io/service-proxy-name"
+_HEADLESS_LABEL = "service.kubernetes.io/headless"
+# kube-proxy waits so long for its Node, and then goes on without (behaviours Z6).
+_NODE_PATIENCE_S = 30.0
+
+Reflectors = Mapping[str, Reflector[Any]]
+_Told = asyncio.Queue[tuple[str, list[Change[Any]] | Exception]]
+
+
+def reflectors(
+    transport: Transport, node_name: str, service_proxy_name: str, pace: Pace, chance: random.Random
+) -> Reflectors:
+    """Return who follows which kind.
+
+    With *service_proxy_name* exactly the Services that name it; without, those that name no proxy (behaviours S2).
+    """
+    whose = f"{_PROXY_NAME_LABEL}={service_proxy_name}" if service_proxy_name else f"!{_PROXY_NAME_LABEL}"
+
+    def follows(words: str, path: str, kind: type[api.KubernetesObject], **params: str) -> Reflector[Any]:
+        return Reflector(words, path, params, msgspec.json.Decoder(kind), transport, pace=pace, chance=chance)
+
+    return {
+        "Service": follows(
+            "services", "/api/v1/services", api.Service, labelSelector=whose, fieldSelector="spec.clusterIP!=None"
+        ),
+        "EndpointSlice": follows(
+            "endpointslices",
+            "/apis/discovery.k8s.io/v1/endpointslices",
+            api.EndpointSlice,
+            labelSelector=f"!{_HEADLESS_LABEL}",
+        ),
+        "Node": follows("nodes", "/api/v1/nodes", api.Node, fieldSelector=f"metadata.name={node_name}"),
+    }
+
+
+class KubernetesSource:
+    """Tells what a cluster's API says. Whatever fails is a problem, and what was told stays."""
+
+    def __init__(self, following: Reflectors, node_patience_s: float = _NODE_PATIENCE_S) -> None:
+        self._reflectors = following
+        self._node_patience_s = node_patience_s
+
+    @property
+    def watches(self) -> Sequence[WatchStats]:
+        return [reflector.stats for reflector in self._reflectors.values()]
+
+    @property
+    def problems(self) -> Mapping[str, str]:
+        found = {stats.kind: stats.failure() for stats in self.watches if stats.failing_since is not None}
+        for reflector in self._reflectors.values():
+            found.update({said: said for said in reflector.problems.values()})
+        return found
+
+    async def events(self) -> AsyncGenerator[Sequence[ObjectEvent]]:
+        told: _Told = asyncio.Queue()
+        tasks = [
+            asyncio.create_task(self._follow(kind, reflector, told), name=f"follow {kind}")
+            for kind, reflector in self._reflectors.items()
+        ]
+        patience = asyncio.get_running_loop().call_later(self._node_patience_s, told.put_nowait, ("Node", []))
+        unlisted = set(self._reflectors)
+        try:
+            while True:
+                kind, changes = await told.get()
+                if isinstance(changes, Exception):
+                    raise changes
+                if changes:
+                    yield [_event(kind, change) for change in changes]
+                if kind in unlisted:
+                    unlisted.remove(kind)
+                    if not unlisted:
+                        yield [ObjectEvent(EventType.SYNCED)]
+        finally:
+            patience.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _follow(self, kind: str, reflector: Reflector[Any], told: _Told) -> None:
+        try:
+            async with contextlib.aclosing(reflector.changes()) as batches:
+                async for changes in batches:
+                    told.put_nowait((kind, changes))
+        except Exception as bug:  # noqa: BLE001 - raised by whoever reads what is told
+            told.put_nowait((kind, bug))
+
+
+def _event(kind: str, change: Change[Any]) -> ObjectEvent:
+    given = change.object
+    if isinstance(given, api.Service) and (given.spec is None or not given.spec.cluster_ip):
+        given = None  # the API gives every Service that is to be proxied its address (behaviours S1)
+    if given is None:
+        return ObjectEvent(EventType.DELETE, kind, change.name)
+    return ObjectEvent(EventType.SET, kind, change.name, given)

@@ -1,0 +1,168 @@
+"""Asks an API server, logged in by a kubeconfig or by the service account of the pod we run in.
+
+kubernetes_asyncio does the login and makes the HTTP client; what comes is handed on as bytes. Importing it costs
+0.4 s and 40 MB, so it is imported by whoever needs a cluster, and by nobody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from userspace_proxy.errors import StartError
+from userspace_proxy.sources.reflector import Response
+
+# A peer that is gone without a word is noticed after half a minute; the reflector notices one that only says nothing.
+_KEEPALIVE = ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
+_USER_TIMEOUT_MS = 30_000
+# The reflector has its own idea of how long an answer may take, and a watch has no end.
+_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10.0)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False, slots=True)
+class _Session:
+    """One login: where the server is, the HTTP client with its certificates, and who is using it."""
+
+    configuration: Any  # a kubernetes_asyncio.client.Configuration
+    client: Any  # its RESTClientObject
+    users: int = 0
+    is_refused: bool = False
+
+    async def authorization(self) -> dict[str, str]:
+        """Return the header that says who we are; a service account's token is read again every minute."""
+        token = await self.configuration.get_api_key_with_prefix("BearerToken")
+        return {"Authorization": token.strip()} if token else {}
+
+
+class _Answer:
+    """A `Response` out of aiohttp's."""
+
+    def __init__(self, answer: aiohttp.ClientResponse) -> None:
+        self._answer = answer
+        self.status = answer.status
+        self.headers: Mapping[str, str] = answer.headers
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        try:
+            async for chunk in self._answer.content.iter_any():
+                yield chunk
+        except aiohttp.ClientError as error:
+            raise ConnectionError(_said(error)) from error
+
+
+class ApiTransport:
+    """A `Transport` of the API server that *kubeconfig* names, or, without one, of the cluster this pod is in."""
+
+    def __init__(self, kubeconfig: Path | None) -> None:
+        self._kubeconfig = kubeconfig
+        self._session: _Session | None = None
+        self._logging_in = asyncio.Lock()
+
+    async def open(self) -> str:
+        """Log in; return the server's URL.
+
+        Raises:
+            StartError: the kubeconfig is not there or makes no sense; or we are in no pod.
+        """
+        where = f"--kubeconfig {self._kubeconfig}" if self._kubeconfig else "--in-cluster"
+        if self._kubeconfig and not self._kubeconfig.is_file():
+            raise StartError(f"{where}: no such file")
+        try:
+            session = await self._now()
+        except OSError as error:
+            raise StartError(f"{where}: {error}") from None
+        return str(session.configuration.host)
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.client.close()
+            self._session = None
+
+    @contextlib.asynccontextmanager
+    async def get(self, path: str, params: Mapping[str, str]) -> AsyncGenerator[Response]:
+        session = await self._now()
+        session.users += 1
+        try:
+            try:
+                headers = {"Accept": "application/json", **await session.authorization()}
+                answer: aiohttp.ClientResponse = await session.client.request(
+                    "GET",
+                    session.configuration.host + path,
+                    query_params=dict(params),
+                    headers=headers,
+                    _preload_content=False,
+                    _request_timeout=_TIMEOUT,
+                )
+            except aiohttp.ClientError as error:
+                # Perhaps the authority that signs the server's certificate is another one now.
+                session.is_refused = session.is_refused or isinstance(error, aiohttp.ClientSSLError)
+                raise ConnectionError(_said(error)) from error
+            session.is_refused = session.is_refused or answer.status == 401
+            _watch_peer(answer)
+            async with answer:
+                yield _Answer(answer)
+        finally:
+            session.users -= 1
+            await self._close_if_left(session)
+
+    async def _now(self) -> _Session:
+        """Return the session to use: the one there is, unless it was refused.
+
+        Raises:
+            OSError: the login failed.
+        """
+        async with self._logging_in:
+            before = self._session
+            if before is None or before.is_refused:
+                self._session = await self._log_in()
+                if before is not None:
+                    log.info("credentials were read again")
+                    await self._close_if_left(before)
+            assert self._session is not None
+            return self._session
+
+    async def _close_if_left(self, session: _Session) -> None:
+        if session is not self._session and not session.users:
+            await session.client.close()
+
+    async def _log_in(self) -> _Session:
+        from kubernetes_asyncio.client import Configuration
+        from kubernetes_asyncio.client.rest import RESTClientObject
+        from kubernetes_asyncio.config import load_incluster_config, load_kube_config
+
+        configuration = Configuration()
+        try:
+            if self._kubeconfig is None:
+                load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+            else:
+                await load_kube_config(str(self._kubeconfig), client_configuration=configuration, persist_config=False)
+            return _Session(configuration, RESTClientObject(configuration))
+        except Exception as error:
+            # Files and plugins of others fail in every way, AssertionError and TypeError among them.
+            raise ConnectionError(f"no login: {error or type(error).__name__}") from error
+
+
+def _watch_peer(answer: aiohttp.ClientResponse) -> None:
+    transport = answer.connection.transport if answer.connection is not None else None
+    sock = transport.get_extra_info("socket") if transport is not None else None
+    if sock is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEPALIVE:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
+
+
+def _said(error: aiohttp.ClientError) -> str:
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return "in the middle of an answer"
+    return str(error) or type(error).__name__
