@@ -33,7 +33,9 @@ from userspace_proxy.instance import end_orphans, running_as, take_lock
 from userspace_proxy.interfaces import Capture, DataPlane, EventType, ObjectEvent, Source, WatchStats
 from userspace_proxy.logs import AccessLog, recorder
 from userspace_proxy.node_network import WithRoutes, first_capture, leave_network, watch_network
-from userspace_proxy.proxiers.userspace import ProxyPorts, UserspaceProxier, planned_redirects
+from userspace_proxy.proxiers.plans import NodeRules, planned_redirects
+from userspace_proxy.proxiers.proxy_ports import ProxyPorts
+from userspace_proxy.proxiers.userspace import UserspaceProxier
 from userspace_proxy.rules import iptables, network, nft
 from userspace_proxy.rules.kernel import KERNELS, choose_language
 from userspace_proxy.settings import DEFAULT_STATE_DIR, Settings
@@ -101,7 +103,7 @@ class App:
             tracker = Tracker(cluster_ips, settings.service_proxy_name, settings.node_name)
 
             succession.cut = plane.cut
-            proxier = UserspaceProxier(plane, kernel, ports, await first_capture(settings.capture))
+            proxier = UserspaceProxier(plane, kernel, ports, NodeRules(await first_capture(settings.capture)))
             proxier.adopt(inherited)
             saver = _Saver(state_dir, cluster_ips, ports)
             controller = Controller(
@@ -322,7 +324,7 @@ def render(settings: Settings) -> tuple[str, bool]:
     )
     capture = Capture.ADDRESS if settings.capture == "address" else Capture.REDIRECT
     ports = ProxyPorts(*settings.proxy_port_range, memory.proxy_ports)
-    redirects = planned_redirects(tracker.state(), ports, capture)
+    redirects = planned_redirects(tracker.state(), ports, NodeRules(capture))
     is_well = not problems and not tracker.problems
     if settings.rules != "iptables":
         return nft.table(redirects), is_well
