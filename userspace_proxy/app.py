@@ -58,6 +58,7 @@ from userspace_proxy.logs import AccessLog, recorder
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.service import ServicePort
 from userspace_proxy.model.state import ProxyState
+from userspace_proxy.model.topology import Node
 from userspace_proxy.proxiers.userspace import ProxyPorts, UserspaceProxier, planned_redirects
 from userspace_proxy.rules import iptables, network, nft
 from userspace_proxy.rules.kernel import KERNELS, choose_language
@@ -143,7 +144,7 @@ class App:
             cluster_ips = ClusterIPs(settings.service_cluster_ip_ranges, memory.cluster_ips)
             known_ports = {spec.name.key: spec.proxy_port for spec in inherited}
             ports = ProxyPorts(*settings.proxy_port_range, {**memory.proxy_ports, **known_ports})
-            tracker = Tracker(cluster_ips, settings.service_proxy_name, settings.node_name)
+            tracker = Tracker(cluster_ips, settings.service_proxy_name, Node(settings.node_name))
 
             self._cut = plane.cut
             proxier = UserspaceProxier(plane, kernel, ports, await self._first_capture())

@@ -44,7 +44,8 @@ def reach(service_port: ServicePort, endpoints: Iterable[Endpoint], node: Node) 
     external_local = service_port.external_local and service_port.is_externally_accessible
     uses_cluster = not service_port.internal_local or service_port.is_externally_accessible
     uses_local = service_port.internal_local or external_local
-    cluster = local = ()
+    cluster: tuple[Endpoint, ...] = ()
+    local: tuple[Endpoint, ...] = ()
     if uses_cluster:
         cluster = meant_for(node, usable_endpoints(known))
     has_any = bool(cluster)
