@@ -32,6 +32,8 @@ from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.instance import end_orphans, running_as, take_lock
 from userspace_proxy.interfaces import Capture, DataPlane, EventType, ObjectEvent, Source, WatchStats
 from userspace_proxy.logs import AccessLog, recorder
+from userspace_proxy.model.endpoint import FAMILIES
+from userspace_proxy.model.topology import Node
 from userspace_proxy.node_network import WithRoutes, first_capture, leave_network, watch_network
 from userspace_proxy.proxiers.plans import NodeRules, planned_redirects
 from userspace_proxy.proxiers.proxy_ports import ProxyPorts
@@ -100,7 +102,7 @@ class App:
             cluster_ips = ClusterIPs(settings.service_cluster_ip_ranges, memory.cluster_ips)
             known_ports = {spec.name.key: spec.proxy_port for spec in inherited}
             ports = ProxyPorts(*settings.proxy_port_range, {**memory.proxy_ports, **known_ports})
-            tracker = Tracker(cluster_ips, settings.service_proxy_name, settings.node_name)
+            tracker = Tracker(cluster_ips, settings.service_proxy_name, Node(settings.node_name))
 
             succession.cut = plane.cut
             proxier = UserspaceProxier(plane, kernel, ports, NodeRules(await first_capture(settings.capture)))
@@ -330,7 +332,7 @@ def render(settings: Settings) -> tuple[str, bool]:
         return nft.table(redirects), is_well
     rules = "".join(
         f"# {tool} --noflush\n{iptables.restore(redirects, family, '')}"
-        for family, tool in ((4, "iptables-restore"), (6, "ip6tables-restore"))
+        for family, tool in zip(FAMILIES, ("iptables-restore", "ip6tables-restore"), strict=True)
     )
     return rules, is_well
 

@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+
 from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, Scope, ServicePortName
-from userspace_proxy.model.service import Portal, ServicePort, node_portal, portals
+from userspace_proxy.model.service import (
+    Portal,
+    ServicePort,
+    external_portals,
+    internal_portals,
+    load_balancer_portals,
+    node_portal,
+    portals,
+)
 
 NAME = ServicePortName(NamespacedName("shop", "web"), "http", L4Protocol.TCP)
 
@@ -18,6 +30,32 @@ def test_a_service_port_is_dialled_at_each_of_its_addresses_and_at_its_node_port
         node_portal(4, 30_080, L4Protocol.TCP),
         node_portal(6, 30_080, L4Protocol.TCP),
     )
+
+
+def test_who_comes_from_outside_dials_anything_but_the_cluster_ips() -> None:
+    port = ServicePort(
+        NAME, 80, ("10.96.0.1",), node_port=30_080, external_ips=("1.2.3.4",), load_balancer_ips=("5.6.7.8",)
+    )
+
+    assert set(portals(port)) == {*internal_portals(port), *external_portals(port)}
+    assert [str(portal) for portal in external_portals(port)] == ["1.2.3.4:80", "5.6.7.8:80", "*:30080"]
+    assert [str(portal) for portal in load_balancer_portals(port)] == ["5.6.7.8:80"]
+
+
+@pytest.mark.parametrize(
+    ("more", "accessible"),
+    [
+        ({}, False),
+        ({"node_port": 30_080}, True),
+        ({"external_ips": ("1.2.3.4",)}, True),
+        ({"load_balancer_ips": ("1.2.3.4",)}, True),
+        ({"source_ranges": ("0.0.0.0/1",), "external_local": True}, False),
+    ],
+)
+def test_a_service_is_externally_accessible_by_what_may_be_dialled_from_outside(
+    more: dict[str, Any], accessible: bool
+) -> None:
+    assert ServicePort(NAME, 80, ("10.96.0.1",), **more).is_externally_accessible is accessible
 
 
 def test_an_external_ip_that_is_the_cluster_ip_is_one_portal() -> None:
@@ -42,16 +80,15 @@ def test_names_are_shown_as_kube_proxy_shows_them() -> None:
     assert str(NAME._replace(port_name="")) == "shop/web"
 
 
-def test_listeners_of_one_service_port_are_told_apart_by_their_names_and_keys() -> None:
-    names = [
-        ListenerName(NAME._replace(port_name=port_name, protocol=protocol), scope, transparent)
-        for port_name in ("", "http")
+def test_a_key_tells_listeners_apart_by_all_that_they_differ_in() -> None:
+    keys = {
+        ListenerName(NAME._replace(port_name=name, protocol=protocol), scope, transparent).key
+        for name in ("", "http")
         for protocol in L4Protocol
         for scope in Scope
-        for transparent in (False, True)
-    ]
+        for transparent in (True, False)
+    }
 
-    assert len({name.key for name in names}) == len(names)
+    assert len(keys) == 16
     assert ListenerName(NAME).key == "shop/web:http/TCP"
-    assert str(ListenerName(NAME)) == "shop/web:http"
-    assert str(ListenerName(NAME, Scope.LOCAL, transparent=True)) == "shop/web:http (local endpoints) (transparent)"
+    assert ListenerName(NAME, Scope.LOCAL, transparent=True).key == "shop/web:http@local@transparent/TCP"
