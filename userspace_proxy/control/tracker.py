@@ -266,7 +266,9 @@ class Tracker:
         pods = self.selected_pods(name, service)
         if pods:
             return [decode.from_pods(service, pods)]
-        sources = [decode.from_slices(self._slices[name].values())] if self._slices.get(name) else []
+        # In the order of their names: of two that state one address differently the same one wins, whoever came first.
+        slices = [piece for _, piece in sorted(self._slices.get(name, {}).items())]
+        sources = [decode.from_slices(slices)] if slices else []
         if name in self._endpoints:
             sources.append(decode.from_endpoints(self._endpoints[name]))
         return sources
