@@ -224,27 +224,27 @@ _CONNTRACK = _options(
     click.option(
         "--conntrack-max-per-core",
         type=click.IntRange(min=0),
-        show_default="32768 in a cluster, else 0",
+        show_default="32768 in kube-proxy's place, else 0",
         help="Connections that conntrack is to have room for, times cores; 0 leaves alone what there is.",
     ),
     click.option(
         "--conntrack-min",
         type=click.IntRange(min=0),
-        show_default="131072 in a cluster, else 0",
-        help="At least for so many, however few cores there are.",
+        show_default="131072 in kube-proxy's place, else 0",
+        help="At least for so many, however few cores there are; nothing without the one before.",
     ),
     click.option(
         "--conntrack-tcp-timeout-established",
         "conntrack_tcp_timeout_established_s",
         type=_SECONDS,
-        show_default="24h in a cluster, else 0",
+        show_default="24h in kube-proxy's place, else 0",
         help="Until conntrack forgets idle TCP connections; 0 leaves alone what is set.",
     ),
     click.option(
         "--conntrack-tcp-timeout-close-wait",
         "conntrack_tcp_timeout_close_wait_s",
         type=_SECONDS,
-        show_default="1h in a cluster, else 0",
+        show_default="1h in kube-proxy's place, else 0",
         help="The same for half-closed ones.",
     ),
     click.option(

@@ -255,3 +255,20 @@ def test_one_source_is_to_be_chosen(cluster: Cluster, world: ServiceLab) -> None
     assert told(world.node, proxy, "run", "--kubeconfig", "/nothing") == (
         "userspace-proxy: --kubeconfig /nothing: no such file"
     )
+
+
+def test_the_node_is_told_of_the_start_and_of_limits_that_cannot_be_set(cluster: Cluster, world: ServiceLab) -> None:
+    room = int(world.node.run("cat", "/proc/sys/net/netfilter/nf_conntrack_max").stdout)
+    cluster.serve("web", IP, POD1)
+    # In a namespace of its own the kernel lets nobody make more room.
+    cluster.proxy.start("--conntrack-min", str(room + 1))
+
+    def told() -> dict[str, Any]:
+        return {event["reason"]: event for event in cluster.api.server.events}
+
+    wait_until(lambda: {"Starting", "FailedToSetConntrack"} <= told().keys(), "both are told")
+    assert told()["Starting"]["regarding"]["name"] == "node-1"
+    assert f"nf_conntrack_max is {room} and cannot be made" in told()["FailedToSetConntrack"]["note"]
+    seconds = world.node.run("cat", "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established")
+    assert int(seconds.stdout) == 86_400, "as kube-proxy sets it"
+    assert cluster.answers() == {"pod1"}
