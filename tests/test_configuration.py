@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import click
 import pytest
 
 from userspace_proxy.cli import commands, settings_from
-from userspace_proxy.configuration import Configuration, read_configuration
+from userspace_proxy.configuration import HONOURED, Configuration, read_configuration
 from userspace_proxy.errors import StartError
 from userspace_proxy.settings import Settings
 
@@ -190,6 +191,15 @@ def test_a_field_without_a_meaning_here_is_named(tmp_path: Path, written: str, n
 
     assert told.named == [named]
     assert told.settings == {}
+
+
+def test_the_page_names_every_field_that_is_honoured() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "kubernetes.md").read_text()
+    (table,) = re.findall(r"\| field \| flag \|\n(.*?)\n\n", page, re.DOTALL)
+    named = {name for row in table.splitlines() for name in re.findall(r"`([\w.]+)`", row.split("|")[1])}
+
+    # `bindAddress` is honoured in part; the periods depend on the mode.
+    assert named == HONOURED | {"bindAddress", "iptables.syncPeriod", "iptables.minSyncPeriod"}
 
 
 def test_the_periods_are_those_of_the_mode_that_is_asked_for(tmp_path: Path) -> None:

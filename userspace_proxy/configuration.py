@@ -285,6 +285,7 @@ _MEANINGS: dict[str, tuple[str, Callable[[Any], object]]] = {
     "logging.format": ("log_format", _one_of("text", "json")),
     "logging.verbosity": ("verbose", lambda level: level >= _DEBUG),
 }
+HONOURED = frozenset(_MEANINGS)
 # What is so here whether it is asked for or not.
 _AS_WE_DO: list[tuple[str, object]] = [
     ("mode", "userspace"),
