@@ -301,6 +301,7 @@ def test_a_file_for_nobody_to_read_is_refused_with_one_line(tmp_path: Path, caps
     [
         (["--detect-local-mode", "BridgeInterface"], "needs --pod-bridge-interface"),
         (["--detect-local-mode", "InterfaceNamePrefix"], "needs --pod-interface-name-prefix"),
+        (["--min-sync-period", "10s", "--sync-period", "5s"], "must not be longer"),
         (["--pod-bridge-interface", "much-too-long-a-name"], "is no interface"),
         (["--cluster-cidr", "10.0.0.0"], None),
         (["--cluster-cidr", "10.0.0.0/40"], "write a range such as"),

@@ -430,6 +430,8 @@ def _check(settings: Settings) -> None:
     if len(chosen) != 1:
         got = f", not {' and '.join(chosen)}" if chosen else ""
         raise click.UsageError(f"give one of PATH..., --kubeconfig FILE and --in-cluster{got}")
+    if settings.min_sync_period_s > settings.sync_period_s:
+        raise click.UsageError("--min-sync-period must not be longer than --sync-period")
     if settings.detect_local_mode == "BridgeInterface" and not settings.pod_bridge_interface:
         raise click.UsageError("--detect-local-mode BridgeInterface needs --pod-bridge-interface NAME")
     if settings.detect_local_mode == "InterfaceNamePrefix" and not settings.pod_interface_name_prefix:

@@ -59,6 +59,7 @@ class Logging(_Section, frozen=True):
     flush_frequency: int | str | None = 0
     vmodule: list[Any] | None = None
     options: dict[str, Any] | None = None
+    sanitization: bool | None = False  # before 1.24
 
 
 class Conntrack(_Section, frozen=True):
@@ -69,13 +70,12 @@ class Conntrack(_Section, frozen=True):
     tcp_be_liberal: bool | None = False
     udp_timeout: Duration | None = Duration(0)
     udp_stream_timeout: Duration | None = Duration(0)
-    max: int | None = None  # before 1.17
+    max: int | None = None  # before 1.18
 
 
 class DetectLocal(_Section, frozen=True):
     bridge_interface: str | None = ""
     interface_name_prefix: str | None = ""
-    cluster_cidrs: list[str] | None = None  # of versions to come
 
 
 class IPTables(_Section, frozen=True):

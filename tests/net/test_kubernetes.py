@@ -257,6 +257,34 @@ def test_one_source_is_to_be_chosen(cluster: Cluster, world: ServiceLab) -> None
     )
 
 
+class ConfiguredProxy(ClusterProxy):
+    def run_arguments(self) -> list[str]:
+        return ["run", "--config", str(self.folder / "config.yaml"), "--state-dir", str(self.folder / "state")]
+
+
+def test_it_runs_as_a_kube_proxy_configuration_says(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(
+        "apiVersion: kubeproxy.config.k8s.io/v1alpha1\n"
+        "kind: KubeProxyConfiguration\n"
+        f"clientConnection: {{kubeconfig: {cluster.config}}}\n"
+        "hostnameOverride: node-1\n"
+        "portRange: 20000-20009\n"
+        "mode: iptables\n"
+        "iptables: {masqueradeAll: true, minSyncPeriod: 100ms}\n"
+        "conntrack: {tcpEstablishedTimeout: 2h0m0s}\n"
+    )
+    cluster.serve("web", IP, POD1)
+    cluster.proxy = ConfiguredProxy(cluster.world, tmp_path, cluster.config)
+    cluster.proxy.start()
+
+    assert cluster.answers() == {"pod1"}
+    assert 20_000 <= cluster.proxy.proxy_port("default/web") <= 20_009
+    assert cluster.proxy.health()[1]["nodeEligible"] is True
+    assert "nothing done about it: mode: 'iptables', iptables.masqueradeAll" in cluster.proxy.log()
+    file = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established"
+    assert int(cluster.world.node.run("cat", file).stdout) == 7_200
+
+
 def test_the_node_is_told_of_the_start_and_of_limits_that_cannot_be_set(cluster: Cluster, world: ServiceLab) -> None:
     room = int(world.node.run("cat", "/proc/sys/net/netfilter/nf_conntrack_max").stdout)
     cluster.serve("web", IP, POD1)

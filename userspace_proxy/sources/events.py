@@ -124,8 +124,8 @@ class EventRecorder:
         for _ in range(_TRIES):
             try:
                 status = await self._tell_once(write, said, told)
-            except OSError as error:
-                status, why = 0, str(error)
+            except Exception as error:  # noqa: BLE001 - plugins of a kubeconfig fail in every way; no Event is worth an end
+                status, why = 0, str(error) or type(error).__name__
             else:
                 why = f"status {status}"
             if 200 <= status < 300:
