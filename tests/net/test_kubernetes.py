@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import ssl
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 from tests.apiserver import NODES, SERVICES, SLICES, ApiServerThread
 from tests.net.world import POD1, POD2, Proxy, answers, background_requests, is_refused, told, wait_until
-from tests.sources.test_kubernetes import PROXY_NAME, kubeconfig, serving_tls
+from tests.sources.test_kubernetes import PROXY_NAME, hold_certificates, kubeconfig, serving_tls
 from userspace_proxy.lab import HTTP_PORT, ServiceLab, ask
 
 IP = "10.96.9.1"
@@ -300,3 +301,31 @@ def test_the_node_is_told_of_the_start_and_of_limits_that_cannot_be_set(cluster:
     seconds = world.node.run("cat", "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established")
     assert int(seconds.stdout) == 86_400, "as kube-proxy sets it"
     assert cluster.answers() == {"pod1"}
+
+
+def test_a_start_anew_leaves_no_certificate_behind(
+    world: ServiceLab, tmp_path: Path, certificates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library writes them to files and removes these when Python ends; becoming another program is no such end."""
+    (held := tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(held))
+    cluster = Cluster(world, tmp_path, serving_tls(certificates))
+    hold_certificates(cluster.config, certificates)
+    cluster.serve("web", IP, POD1)
+    proxy = cluster.proxy
+    try:
+        proxy.start()
+        assert proxy.process is not None
+        before = set(held.iterdir())
+        proxy.process.send_signal(signal.SIGUSR2)
+        wait_until(lambda: "taken over from another process" in proxy.log(), "it has started anew")
+        wait_until(lambda: cluster.answers() == {"pod1"}, "it serves")
+
+        assert not before & set(held.iterdir())
+        assert proxy.stop() == 0
+        assert list(held.iterdir()) == []
+    finally:
+        if proxy.process is not None and proxy.process.poll() is None:
+            proxy.process.kill()
+        world.node.run(*proxy.command("cleanup"))
+        cluster.api.close()
