@@ -11,7 +11,9 @@ import random
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
+from userspace_proxy import __version__
 from userspace_proxy.admin import metrics as exposition
 from userspace_proxy.admin.kubeproxy import SyncStats
 from userspace_proxy.admin.metrics import ControlStats
@@ -26,7 +28,7 @@ from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.handover import VERSION, Conversation, Incumbent, Present, TakeOver
 from userspace_proxy.dataplane.plane import LocalPlane
 from userspace_proxy.dataplane.remote import RemotePlane
-from userspace_proxy.dataplane.sockets import knows_congestion_control
+from userspace_proxy.dataplane.sockets import BACKLOG, knows_congestion_control
 from userspace_proxy.dataplane.wire import WorkerSettings
 from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.instance import end_orphans, running_as, take_lock
@@ -34,17 +36,28 @@ from userspace_proxy.interfaces import Capture, DataPlane, EventType, ObjectEven
 from userspace_proxy.logs import AccessLog, recorder
 from userspace_proxy.model.endpoint import FAMILIES
 from userspace_proxy.model.topology import Node
-from userspace_proxy.node_network import WithRoutes, first_capture, leave_network, watch_network
+from userspace_proxy.node_network import (
+    WithRoutes,
+    first_capture,
+    leave_network,
+    tune_conntrack,
+    watch_network,
+    widen_queues,
+)
 from userspace_proxy.proxiers.plans import NodeRules, planned_redirects
 from userspace_proxy.proxiers.proxy_ports import ProxyPorts
 from userspace_proxy.proxiers.userspace import UserspaceProxier
 from userspace_proxy.rules import iptables, network, nft
 from userspace_proxy.rules.kernel import KERNELS, choose_language
+from userspace_proxy.rules.sysctls import KUBE_PROXY, ConntrackLimits
 from userspace_proxy.settings import DEFAULT_STATE_DIR, Settings
+from userspace_proxy.sources.events import EventRecorder, node_reference
 from userspace_proxy.sources.files import FileSource, nothing_found, read_once
 from userspace_proxy.succession import Ending, Succession, children, reap, start_anew
 
 _CAP_NET_ADMIN = 12
+
+_Number = TypeVar("_Number", int, float)
 
 log = logging.getLogger(__name__)
 
@@ -92,10 +105,18 @@ class App:
             except SyncError as error:
                 raise StartError(str(error)) from None
             kernel = KERNELS[language]()
-            source, sources = await _open_source(settings, stack)
+            source, sources, events = await _open_source(settings, stack)
+            node = node_reference(settings.node_name)
             state_dir = _open_state_dir(settings.state_dir)
             inheritance = await take_lock(sources, settings.take_over, settings.workers)
             lock = stack.enter_context(contextlib.closing(inheritance.lock))
+            widen_queues(BACKLOG)
+
+            def tune() -> bool:
+                limits = _conntrack_limits(settings)
+                return tune_conntrack(limits, lambda note: events.warn(node, "FailedToSetConntrack", note))
+
+            is_tuned = tune()  # before the plane, which takes over conntrack's time-outs of UDP
             plane = _make_plane(settings, stack)
             inherited = await succession.inherit(plane, inheritance)
             memory = state_dir.load() if state_dir else Memory()
@@ -173,13 +194,17 @@ class App:
                 async with asyncio.TaskGroup() as group:
                     tasks = [
                         group.create_task(controller.run(), name="controller"),
+                        group.create_task(events.run(), name="events"),
                         group.create_task(proxier.keep_rules(), name="keep-rules"),
                         group.create_task(saver.run(), name="saver"),
                         group.create_task(watch_network(settings.capture, proxier), name="watch-network"),
-                        group.create_task(_settle_in(controller, language), name="settle-in"),
+                        group.create_task(
+                            _settle_in(controller, language, None if is_tuned else tune), name="settle-in"
+                        ),
                         group.create_task(succession.note_ready(controller.ready, plane), name="note-ready"),
                         group.create_task(reap(left), name="reap"),
                     ]
+                    events.normal(node, "Starting", f"userspace-proxy {__version__}")
                     await succession.stop.wait()
                     for task in tasks:
                         task.cancel()
@@ -225,10 +250,10 @@ def _make_plane(settings: Settings, stack: contextlib.AsyncExitStack) -> DataPla
     return plane
 
 
-async def _open_source(settings: Settings, stack: contextlib.AsyncExitStack) -> tuple[Source, list[str]]:
-    """Return where wishes come from, and what tells whether two processes serve the same."""
+async def _open_source(settings: Settings, stack: contextlib.AsyncExitStack) -> tuple[Source, list[str], EventRecorder]:
+    """Return where wishes come from, what tells whether two processes serve the same, and whom to tell Events."""
     if not settings.follows_cluster:
-        return FileSource(settings.paths), _identity(settings.paths)
+        return FileSource(settings.paths), _identity(settings.paths), EventRecorder()
     from userspace_proxy.sources.kubernetes import KubernetesSource, reflectors
     from userspace_proxy.sources.login import ApiTransport
     from userspace_proxy.sources.reflector import Pace
@@ -239,7 +264,7 @@ async def _open_source(settings: Settings, stack: contextlib.AsyncExitStack) -> 
     following = reflectors(transport, settings.node_name, settings.service_proxy_name, Pace(), random.Random())  # noqa: S311 - jitter
     log.info("following %s as node %s", url, settings.node_name)
     whose = f" for {settings.service_proxy_name}" if settings.service_proxy_name else ""
-    return KubernetesSource(following), [f"{url}{whose}"]
+    return KubernetesSource(following), [f"{url}{whose}"], EventRecorder(transport.write, settings.node_name)
 
 
 def _degraded(watches: Iterable[WatchStats], after_s: float) -> list[str]:
@@ -285,13 +310,15 @@ class _Saver:
             await asyncio.to_thread(self._state_dir.save, self._take())
 
 
-async def _settle_in(controller: Controller, language: str) -> None:
-    """What is worth doing once, after the first sync."""
+async def _settle_in(controller: Controller, language: str, tune: Callable[[], object] | None) -> None:
+    """What is worth doing once, after the first sync; *tune* where that is still to be done."""
     await controller.attempted.wait()
     # What is there now stays for long: the collector need not walk over it again and again.
     gc.freeze()
     gc.enable()
     await controller.ready.wait()
+    if tune is not None:
+        tune()  # the rules have loaded conntrack
     for other, make in KERNELS.items():
         if other != language:
             with contextlib.suppress(SyncError):
@@ -371,6 +398,28 @@ def _open_state_dir(folder: Path | None) -> StateDir | None:
             raise StartError(f"--state-dir {folder}: {(error.strerror or str(error)).lower()}") from None
         log.info("%s cannot be written: allocated cluster IPs may move at a restart (--state-dir)", DEFAULT_STATE_DIR)
         return None
+
+
+def _conntrack_limits(settings: Settings) -> ConntrackLimits:
+    """Return what conntrack is to be set to.
+
+    Without flags: as kube-proxy does it, in its place. Where kube-proxy runs beside us, the node is as it has set
+    it; and who tries a few files on his own computer does not expect it to be changed.
+    """
+    usual = KUBE_PROXY if settings.follows_cluster and not settings.service_proxy_name else ConntrackLimits()
+
+    def chosen(given: _Number | None, otherwise: _Number) -> _Number:
+        return otherwise if given is None else given
+
+    return ConntrackLimits(
+        max_per_core=chosen(settings.conntrack_max_per_core, usual.max_per_core),
+        min_entries=chosen(settings.conntrack_min, usual.min_entries),
+        tcp_established_s=chosen(settings.conntrack_tcp_timeout_established_s, usual.tcp_established_s),
+        tcp_close_wait_s=chosen(settings.conntrack_tcp_timeout_close_wait_s, usual.tcp_close_wait_s),
+        tcp_be_liberal=settings.conntrack_tcp_be_liberal,
+        udp_s=settings.conntrack_udp_timeout_s,
+        udp_stream_s=settings.conntrack_udp_timeout_stream_s,
+    )
 
 
 def _limits(settings: Settings) -> Limits:

@@ -11,7 +11,14 @@ from typing import NamedTuple, Protocol
 
 from userspace_proxy.api import KubernetesObject
 from userspace_proxy.model.endpoint import Address, Endpoint
-from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, Scope, ServicePortName
+from userspace_proxy.model.names import (
+    L4Protocol,
+    ListenerName,
+    NamespacedName,
+    ObjectReference,
+    Scope,
+    ServicePortName,
+)
 from userspace_proxy.model.routes import Sender
 from userspace_proxy.model.service import Portal, ServicePort
 from userspace_proxy.model.state import ProxyState
@@ -94,6 +101,18 @@ class Source(Protocol):
 
 
 # ---- what makes a state true
+
+
+class Recorder(Protocol):
+    """Tells people what they should know of an object: an Event of the cluster's, or a line of the log."""
+
+    def normal(self, regarding: ObjectReference, reason: str, note: str) -> None:
+        """Say *note*; nothing is wrong. *reason* is a word in capitals and lower case: ``Starting``."""
+        ...
+
+    def warn(self, regarding: ObjectReference, reason: str, note: str) -> None:
+        """Say that somebody should look. May be called again for what has been said: it is told once."""
+        ...
 
 
 class StateSink(Protocol):
