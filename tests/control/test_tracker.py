@@ -21,6 +21,7 @@ from tests.control.given import (
     service,
 )
 from userspace_proxy import api
+from userspace_proxy.control.memory import Memory
 from userspace_proxy.interfaces import EventType, ObjectEvent
 from userspace_proxy.model.names import L4Protocol
 
@@ -274,7 +275,7 @@ def test_add_and_delete_in_one_batch_is_nothing() -> None:
     world.tell(put(service()), gone("Service", "web"))
 
     assert not world.state.service_ports
-    assert world.cluster_ips.memory() == {}
+    assert world.allotments.memory() == Memory()
 
 
 # ---- what did not change is the same object
@@ -583,7 +584,7 @@ def test_after_a_restart_every_service_has_its_address_in_whatever_order_it_come
         before.tell(service(name))
     held = {name: before.ips(name) for name in names}
 
-    after = World("10.0.0.0/28", remembered=before.cluster_ips.memory())
+    after = World("10.0.0.0/28", remembered=before.allotments.memory().cluster_ips)
     after.tell(*(service(name) for name in reversed(names)))
 
     assert {name: after.ips(name) for name in names} == held
@@ -594,7 +595,7 @@ def test_a_new_service_cannot_take_the_address_of_one_that_had_it_before_the_res
     before.tell(service("old"))
     (ip,) = before.ips("old")
 
-    after = World(remembered=before.cluster_ips.memory())
+    after = World(remembered=before.allotments.memory().cluster_ips)
     after.tell(service("a-new", clusterIP=ip), service("old"))
 
     assert after.ips("old") == (ip,)
