@@ -12,14 +12,15 @@ from userspace_proxy.model.service import ServicePort
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What decides on endpoints here: this node's name ("" : no endpoint is local), its zone, its own addresses.
+    """What decides on endpoints here: this node's name ("": no endpoint is local), its zone, its own addresses.
 
-    ``addresses`` are canonical, the primary one of each family first.
+    ``addresses`` are canonical, the primary one of each family first. ``pod_cidrs``: what its pods have theirs from.
     """
 
     name: str = ""
     zone: str = ""
     addresses: tuple[str, ...] = ()
+    pod_cidrs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
