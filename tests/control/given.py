@@ -15,6 +15,7 @@ from userspace_proxy.errors import ConfigError
 from userspace_proxy.interfaces import EventType, ObjectEvent
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
+from userspace_proxy.model.service import ServicePort
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import Node
 
@@ -31,10 +32,20 @@ def port_named(service: str, port: str = "", protocol: L4Protocol = L4Protocol.T
 
 
 def service(
-    name: str = "web", *, labels: Mapping[str, str] | None = None, namespace: str | None = None, **spec: Any
+    name: str = "web",
+    *,
+    labels: Mapping[str, str] | None = None,
+    annotations: Mapping[str, str] | None = None,
+    namespace: str | None = None,
+    ingress: Iterable[Mapping[str, Any]] | None = None,
+    **spec: Any,
 ) -> api.Service:
-    """Return a Service with one port 80, unless *spec* says otherwise."""
-    plain = {"metadata": {"name": name, "namespace": namespace, "labels": labels}, "spec": {"ports": HTTP, **spec}}
+    """Return a Service with one port 80, unless *spec* says otherwise; *ingress*: what its load balancer has."""
+    plain = {
+        "metadata": {"name": name, "namespace": namespace, "labels": labels, "annotations": annotations},
+        "spec": {"ports": HTTP, **spec},
+        "status": None if ingress is None else {"loadBalancer": {"ingress": list(ingress)}},
+    }
     made = api.convert("Service", plain)
     assert isinstance(made, api.Service)
     return made
@@ -93,6 +104,23 @@ def endpoints(*subsets: Mapping[str, Any], name: str = "web") -> api.Endpoints:
     return made
 
 
+def node(
+    name: str = "here",
+    *addresses: tuple[str, str],
+    zone: str | None = None,
+    pod_cidrs: Iterable[str] | None = None,
+) -> api.Node:
+    """Return a Node; an address is its type and itself."""
+    plain = {
+        "metadata": {"name": name, "labels": {} if zone is None else {"topology.kubernetes.io/zone": zone}},
+        "spec": {"podCIDRs": None if pod_cidrs is None else list(pod_cidrs)},
+        "status": {"addresses": [{"type": kind, "address": address} for kind, address in addresses]},
+    }
+    made = api.convert("Node", plain)
+    assert isinstance(made, api.Node)
+    return made
+
+
 def put(thing: api.KubernetesObject) -> ObjectEvent:
     """Return the event that says what *thing* is now."""
     name = NamespacedName(thing.metadata.namespace or "default", thing.metadata.name)
@@ -142,6 +170,9 @@ class World:
         self.allotments.worked_out.clear()
         self.tell(*things)
         return set(self.allotments.worked_out)
+
+    def port(self, name: str = "web", port: str = "", protocol: L4Protocol = L4Protocol.TCP) -> ServicePort:
+        return self.state.service_ports[port_named(name, port, protocol)]
 
     @property
     def problems(self) -> list[str]:

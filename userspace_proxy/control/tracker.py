@@ -75,11 +75,6 @@ class Tracker:
         """The Services that could not be taken as they are written: name -> where and why."""
         return {**self._blemishes, **self._conflicts, **self._faults}
 
-    @property
-    def pod_cidrs(self) -> tuple[str, ...]:
-        """The ranges of the addresses of this node's pods, as its Node says them; empty while that is not known."""
-        return decode.pod_cidrs(self.node)
-
     def apply(self, events: Iterable[ObjectEvent]) -> None:
         """Note what *events* say."""
         for event in events:

@@ -24,7 +24,7 @@ from userspace_proxy.control.decode.endpoints import (
     target_port,
     trigger_time,
 )
-from userspace_proxy.control.decode.nodes import is_eligible, node_of, pod_cidrs
+from userspace_proxy.control.decode.nodes import is_eligible, node_of
 from userspace_proxy.control.decode.service_ports import (
     ANNOTATION_PREFIX,
     SOURCE_IP,
@@ -64,7 +64,6 @@ __all__ = [
     "node_of",
     "number_errors",
     "offered_ports",
-    "pod_cidrs",
     "pod_ips",
     "port_key",
     "service_errors",

@@ -15,6 +15,7 @@ from userspace_proxy.model.service import ServicePort, SourceIP
 
 ANNOTATION_PREFIX = "userspace-proxy/"
 SOURCE_IP = f"{ANNOTATION_PREFIX}source-ip"
+_SOURCE_IP_FIELD = api.below("metadata.annotations", SOURCE_IP)
 AFFINITY_TIMEOUT_S = 10_800
 
 # By what a port of a Service is known, and an EndpointSlice's port matched with it: name and protocol (behaviours S6).
@@ -146,17 +147,13 @@ def stated_source_ip(service: api.Service) -> tuple[SourceIP | None, list[Config
         return SourceIP(given), []
     except ValueError:
         mend = f"write one of {', '.join(SourceIP)}; until then the node's default applies"
-        return None, [ConfigError(f"{given!r} says no source IP", field=_annotation_field(), mend=mend)]
-
-
-def _annotation_field() -> str:
-    return api.below("metadata.annotations", SOURCE_IP)
+        return None, [ConfigError(f"{given!r} says no source IP", field=_SOURCE_IP_FIELD, mend=mend)]
 
 
 def _no_header_of_udp(port: api.ServicePort) -> ConfigError:
     return ConfigError(
         f"PROXY protocol v1 knows no UDP, which port {port.port} is",
-        field=_annotation_field(),
+        field=_SOURCE_IP_FIELD,
         mend="write proxy-protocol-v2; until then the node's default applies to this port",
     )
 
