@@ -265,18 +265,20 @@ class Tracker:
         pods = self.selected_pods(name, service)
         if pods:
             return [decode.from_pods(service, pods)]
-        sources = [decode.from_slices(self._slices[name].values())] if self._slices.get(name) else []
+        # By name, so that the order in which they were told of changes nothing.
+        pieces = [piece for _, piece in sorted(self._slices.get(name, {}).items())]
+        sources = [decode.from_slices(pieces)] if pieces else []
         if name in self._endpoints:
             sources.append(decode.from_endpoints(self._endpoints[name]))
         return sources
 
     def selected_pods(self, name: NamespacedName, service: api.Service) -> list[api.Pod]:
-        """Return the Pods whose labels match the selector of *service*; none where it has no selector."""
+        """Return the Pods whose labels match the selector of *service*, by name; none where it has no selector."""
         selector = service.spec.selector if service.spec else None
         if not selector:
             return []
         candidates = self._pods_by_label.get(_label_key(name.namespace, selector), {})
-        return [pod for pod in candidates.values() if selector.items() <= (pod.metadata.labels or {}).items()]
+        return [pod for _, pod in sorted(candidates.items()) if selector.items() <= (pod.metadata.labels or {}).items()]
 
     def _replace(
         self,
