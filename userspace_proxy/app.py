@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
+
 from userspace_proxy import __version__
 from userspace_proxy.admin import metrics as exposition
 from userspace_proxy.admin.kubeproxy import SyncStats
 from userspace_proxy.admin.metrics import ControlStats
 from userspace_proxy.admin.server import AdminServer, Health
-from userspace_proxy.control.cluster_ips import ClusterIPs
+from userspace_proxy.control.allotments import Allotments, Allotting, Stated
 from userspace_proxy.control.controller import Controller
 from userspace_proxy.control.decode import is_eligible
 from userspace_proxy.control.memory import Memory, StateDir
@@ -120,15 +122,15 @@ class App:
             plane = _make_plane(settings, stack)
             inherited = await succession.inherit(plane, inheritance)
             memory = state_dir.load() if state_dir else Memory()
-            cluster_ips = ClusterIPs(settings.service_cluster_ip_ranges, memory.cluster_ips)
+            allotting = _allotting(settings, memory)
             known_ports = {spec.name.key: spec.proxy_port for spec in inherited}
             ports = ProxyPorts(*settings.proxy_port_range, {**memory.proxy_ports, **known_ports})
-            tracker = Tracker(cluster_ips, settings.service_proxy_name, Node(settings.node_name))
+            tracker = Tracker(allotting, settings.service_proxy_name, Node(settings.node_name), settings.source_ip)
 
             succession.cut = plane.cut
             proxier = UserspaceProxier(plane, kernel, ports, NodeRules(await first_capture(settings.capture)))
             proxier.adopt(inherited)
-            saver = _Saver(state_dir, cluster_ips, ports)
+            saver = _Saver(state_dir, allotting, ports)
             controller = Controller(
                 source,
                 tracker,
@@ -267,6 +269,13 @@ async def _open_source(settings: Settings, stack: contextlib.AsyncExitStack) -> 
     return KubernetesSource(following), [f"{url}{whose}"], EventRecorder(transport.write, settings.node_name)
 
 
+def _allotting(settings: Settings, memory: Memory) -> Allotting:
+    """Return who says which Service has which addresses and node ports: a cluster's API, or we ourselves."""
+    if settings.follows_cluster:
+        return Stated()
+    return Allotments(settings.service_cluster_ip_ranges, memory, settings.load_balancer_pool)
+
+
 def _degraded(watches: Iterable[WatchStats], after_s: float) -> list[str]:
     """Return what a source has not been able to hear of for longer than *after_s*."""
     now = time.time()
@@ -281,15 +290,15 @@ def _identity(paths: Iterable[str]) -> list[str]:
 class _Saver:
     """Writes what the next process should remember, shortly after it changed, in a thread."""
 
-    def __init__(self, state_dir: StateDir | None, cluster_ips: ClusterIPs, ports: ProxyPorts) -> None:
+    def __init__(self, state_dir: StateDir | None, allotting: Allotting, ports: ProxyPorts) -> None:
         self._state_dir = state_dir
-        self._cluster_ips = cluster_ips
+        self._allotting = allotting
         self._ports = ports
         self._saved = (-1, -1)
         self._wanted = asyncio.Event()
 
     def _changes(self) -> tuple[int, int]:
-        return self._cluster_ips.changes, self._ports.changes
+        return self._allotting.changes, self._ports.changes
 
     def save_soon(self) -> None:
         if self._changes() != self._saved:
@@ -297,7 +306,7 @@ class _Saver:
 
     def _take(self) -> Memory:
         self._saved = self._changes()
-        return Memory(cluster_ips=self._cluster_ips.memory(), proxy_ports=self._ports.memory())
+        return msgspec.structs.replace(self._allotting.memory(), proxy_ports=self._ports.memory())
 
     def save(self) -> None:
         if self._state_dir is not None and self._saved != (-1, -1) and self._changes() != self._saved:
@@ -340,7 +349,7 @@ def render(settings: Settings) -> tuple[str, bool]:
     if settings.state_dir is not None:
         state_dir = _open_state_dir(settings.state_dir)
     memory = state_dir.load() if state_dir else Memory()
-    tracker = Tracker(ClusterIPs(settings.service_cluster_ip_ranges, memory.cluster_ips))
+    tracker = Tracker(_allotting(settings, memory), here=Node(settings.node_name), source_ip=settings.source_ip)
     manifests, problems = read_once(settings.paths, for_check=False)
     if not manifests and not problems:
         raise StartError(nothing_found(settings.paths))

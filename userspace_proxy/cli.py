@@ -17,6 +17,7 @@ import click
 
 from userspace_proxy import __version__, values
 from userspace_proxy.errors import StartError, SyncError
+from userspace_proxy.model.service import SourceIP
 from userspace_proxy.settings import Settings
 
 if TYPE_CHECKING:
@@ -151,6 +152,21 @@ _CLUSTER_IPS = click.option(
     show_default=True,
     help="Where Services that state no clusterIP get one from; one range a family.",
 )
+_LOAD_BALANCER_POOL = click.option(
+    "--load-balancer-pool",
+    type=_CIDRS,
+    default=_DEFAULTS.load_balancer_pool,
+    show_default="none",
+    help="Where Services of type LoadBalancer without an ingress IP get one from; one range a family.",
+)
+_SOURCE_IP = click.option(
+    "--source-ip",
+    type=click.Choice([SourceIP.NODE, SourceIP.TRANSPARENT]),
+    default=_DEFAULTS.source_ip,
+    show_default=True,
+    callback=lambda _context, _option, value: SourceIP(value),
+    help="Whose address backends see of Services without the annotation userspace-proxy/source-ip.",
+)
 _RULES = click.option(
     "--rules",
     type=click.Choice(["auto", "nftables", "iptables"]),
@@ -177,7 +193,7 @@ _STATE_DIR = click.option(
     "--state-dir",
     type=click.Path(path_type=Path),
     show_default="/var/lib/userspace-proxy where writable",
-    help="Remembers allocated cluster IPs and proxy ports.",
+    help="Remembers allocated addresses, node ports and proxy ports.",
 )
 
 _PROXY_MODE = click.option(
@@ -278,6 +294,8 @@ _RUN_OPTIONS = _options(
     _RULES,
     _CAPTURE,
     _CLUSTER_IPS,
+    _LOAD_BALANCER_POOL,
+    _SOURCE_IP,
     _PROXY_PORTS,
     _STATE_DIR,
     click.option(
@@ -541,6 +559,8 @@ def _count(number: int, thing: str) -> str:
 @_RULES
 @_CAPTURE
 @_CLUSTER_IPS
+@_LOAD_BALANCER_POOL
+@_SOURCE_IP
 @_PROXY_PORTS
 @_STATE_DIR
 def render(paths: tuple[str, ...], proxy_mode: str, **options: Any) -> None:

@@ -10,6 +10,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from userspace_proxy.model.service import SourceIP
 from userspace_proxy.values import Network, NodePortAddress
 
 DEFAULT_STATE_DIR = Path("/var/lib/userspace-proxy")
@@ -56,9 +57,14 @@ class Settings:
 
     # kubeadm's default range, which the tutorials use.
     service_cluster_ip_ranges: tuple[Network, ...] = (ipaddress.IPv4Network("10.96.0.0/16"),)
+    # Where Services of type LoadBalancer get an address from; none by default, as it has to lead to this node.
+    load_balancer_pool: tuple[Network, ...] = ()
+    # Whose address endpoints see of Services that say nothing of it; the client's own changes this node's routing.
+    source_ip: SourceIP = SourceIP.NODE
     # Below the ephemeral ports (32768-60999), which connections to backends need, and the NodePorts (30000-32767).
     proxy_port_range: tuple[int, int] = (10_000, 29_999)
-    # Remembers cluster IPs and proxy ports. None: the default folder if it can be written, else nothing is remembered.
+    # Remembers what was allocated: addresses, node ports, proxy ports. None: the default folder if it can be written,
+    # else nothing is remembered.
     state_dir: Path | None = None
 
     # kube-proxy's addresses: health for load balancers on every address, metrics on loopback. "" for none.

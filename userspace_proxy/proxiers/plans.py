@@ -107,8 +107,8 @@ def redirects_to(
                 exceptions.setdefault(sender, {})[portal] = port
         if planned.service_port.source_ranges:
             for portal in load_balancer_portals(planned.service_port):
-                if names.get(portal) is name:
-                    allowed[portal] = _allowed(planned.service_port, portal, node)
+                if names.get(portal) is name and (cidrs := _allowed(planned.service_port, portal, node)):
+                    allowed[portal] = cidrs
     return (
         Redirects(
             ports,
@@ -125,7 +125,10 @@ def redirects_to(
 
 
 def _allowed(service_port: ServicePort, portal: Portal, node: Node) -> tuple[str, ...]:
-    """Return who may dial *portal*: with this node its own address there, as that may be the sender's (P4)."""
+    """Return who may dial *portal*, nobody in particular for all: ranges of the other family say nothing of it.
+
+    Where this node may, its address there may be the sender's, and so may dial, too (P4).
+    """
     ranges = tuple(text for text in service_port.source_ranges if family_of(text) == portal.family)
     networks = [ipaddress.ip_network(text) for text in ranges]
     if any(ipaddress.ip_address(ip) in network for ip in node.addresses for network in networks):
