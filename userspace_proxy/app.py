@@ -34,7 +34,7 @@ from userspace_proxy.dataplane.sockets import BACKLOG, knows_congestion_control
 from userspace_proxy.dataplane.wire import WorkerSettings
 from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.instance import end_orphans, running_as, take_lock
-from userspace_proxy.interfaces import Capture, DataPlane, EventType, ObjectEvent, Source, WatchStats
+from userspace_proxy.interfaces import Capture, DataPlane, EventType, ObjectEvent, PodDetector, Source, WatchStats
 from userspace_proxy.logs import AccessLog, recorder
 from userspace_proxy.model.endpoint import FAMILIES
 from userspace_proxy.model.topology import Node
@@ -125,10 +125,12 @@ class App:
             allotting = _allotting(settings, memory)
             known_ports = {spec.name.key: spec.proxy_port for spec in inherited}
             ports = ProxyPorts(*settings.proxy_port_range, {**memory.proxy_ports, **known_ports})
-            tracker = Tracker(allotting, settings.service_proxy_name, Node(settings.node_name), settings.source_ip)
+            here = Node(settings.node_name, addresses=await network.host_addresses())
+            tracker = Tracker(allotting, settings.service_proxy_name, here, settings.source_ip)
 
             succession.cut = plane.cut
-            proxier = UserspaceProxier(plane, kernel, ports, NodeRules(await first_capture(settings.capture)))
+            rules = _node_rules(settings, await first_capture(settings.capture))
+            proxier = UserspaceProxier(plane, kernel, ports, rules)
             proxier.adopt(inherited)
             saver = _Saver(state_dir, allotting, ports)
             controller = Controller(
@@ -269,6 +271,21 @@ async def _open_source(settings: Settings, stack: contextlib.AsyncExitStack) -> 
     return KubernetesSource(following), [f"{url}{whose}"], EventRecorder(transport.write, settings.node_name)
 
 
+def _node_rules(settings: Settings, capture: Capture) -> NodeRules:
+    """Return what rules say of this node: who is a pod of its, and where node ports are."""
+    interfaces = {
+        "BridgeInterface": settings.pod_bridge_interface,
+        "InterfaceNamePrefix": f"{settings.pod_interface_name_prefix}*",
+    }
+    pods = None
+    if interface := interfaces.get(settings.detect_local_mode):
+        pods = PodDetector(interface=interface)
+    elif settings.detect_local_mode == "ClusterCIDR" and settings.cluster_cidrs:
+        pods = PodDetector(cidrs=tuple(map(str, settings.cluster_cidrs)))
+    addresses = tuple(map(str, settings.nodeport_addresses))
+    return NodeRules(capture, pods, settings.detect_local_mode == "NodeCIDR", addresses)
+
+
 def _allotting(settings: Settings, memory: Memory) -> Allotting:
     """Return who says which Service has which addresses and node ports: a cluster's API, or we ourselves."""
     if settings.follows_cluster:
@@ -362,7 +379,7 @@ def render(settings: Settings) -> tuple[str, bool]:
     )
     capture = Capture.ADDRESS if settings.capture == "address" else Capture.REDIRECT
     ports = ProxyPorts(*settings.proxy_port_range, memory.proxy_ports)
-    redirects = planned_redirects(tracker.state(), ports, NodeRules(capture))
+    redirects = planned_redirects(tracker.state(), ports, _node_rules(settings, capture))
     is_well = not problems and not tracker.problems
     if settings.rules != "iptables":
         return nft.table(redirects), is_well

@@ -108,6 +108,16 @@ async def lacks_addresses() -> bool:
         return False
 
 
+async def host_addresses() -> tuple[str, ...]:
+    """Return this host's own addresses, as far as others may know them; none where it cannot be asked."""
+    try:
+        links = _parsed(await run_tool("ip", "-json", "address", "show", "scope", "global"))
+    except SyncError as error:
+        log.warning("this host's addresses cannot be looked at: %s", error)
+        return ()
+    return tuple(dict.fromkeys(a["local"] for link in links for a in link.get("addr_info", ()) if "local" in a))
+
+
 def unnumbered_interfaces(links: Sequence[dict[str, Any]], routes: Sequence[dict[str, Any]]) -> list[str]:
     """Return the interfaces that carry IPv4 traffic without an IPv4 address of their own (as Calico's do).
 
