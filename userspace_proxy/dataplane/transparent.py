@@ -38,7 +38,8 @@ class Transparent:
         """Give *sock*, not connected yet, the address of the client; the port is found when it connects.
 
         Raises:
-            OSError: we have not the right to (CAP_NET_ADMIN); it is counted.
+            OSError: we have not the right to (CAP_NET_ADMIN), or it means nothing to backends, as a link-local
+                address does; it is counted.
         """
         try:
             if ":" in client_ip:
@@ -46,7 +47,7 @@ class Transparent:
             else:
                 sock.setsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT, 1)
             sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
-            sock.bind((client_ip, 0))
+            sock.bind((client_ip.partition("%")[0], 0))
         except OSError as error:
             # Said aloud once, as it goes on until somebody mends it.
             level = logging.DEBUG if self._counters.sources_refused else logging.WARNING
