@@ -12,14 +12,15 @@ from userspace_proxy.model.service import ServicePort
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What decides on endpoints here: this node's name ("" : no endpoint is local), its zone, its own addresses.
+    """What decides on endpoints here: this node's name ("": no endpoint is local), its zone, its own addresses.
 
-    ``addresses`` are canonical, the primary one of each family first.
+    ``addresses`` are canonical, the primary one of each family first. ``pod_cidrs``: what its pods have theirs from.
     """
 
     name: str = ""
     zone: str = ""
     addresses: tuple[str, ...] = ()
+    pod_cidrs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,8 @@ def reach(service_port: ServicePort, endpoints: Iterable[Endpoint], node: Node) 
     external_local = service_port.external_local and service_port.is_externally_accessible
     uses_cluster = not service_port.internal_local or service_port.is_externally_accessible
     uses_local = service_port.internal_local or external_local
-    cluster = local = ()
+    cluster: tuple[Endpoint, ...] = ()
+    local: tuple[Endpoint, ...] = ()
     if uses_cluster:
         cluster = meant_for(node, usable_endpoints(known))
     has_any = bool(cluster)
