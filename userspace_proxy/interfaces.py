@@ -249,7 +249,8 @@ class Counters:
     """What one service port has done so far; plain ints that the hot path adds to and the scrape reads.
 
     ``refused``: came to the proxy port by another way than a portal; ``limited``: their client had too many open;
-    ``port_exhaustions``: dials that found every local port towards their endpoint in use.
+    ``port_exhaustions``: dials that found every local port towards their endpoint in use; ``sources_refused``: those
+    that the kernel did not let speak as their client.
     """
 
     accepted: int = 0
@@ -263,6 +264,7 @@ class Counters:
     refused: int = 0
     limited: int = 0
     port_exhaustions: int = 0
+    sources_refused: int = 0
     flows: int = 0
     flows_total: int = 0
     flows_evicted: int = 0
