@@ -14,6 +14,7 @@ from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import Redirects
 from userspace_proxy.model.endpoint import Family
 from userspace_proxy.rules import iptables, nft
+from userspace_proxy.rules.netlink import count_rules
 from userspace_proxy.rules.notices import RuleNotices
 from userspace_proxy.rules.tool import is_installed, run_tool
 
@@ -66,13 +67,13 @@ class NftKernel:
                 await run_tool("nft", "-f", "-", stdin=nft.removal())
 
     async def is_intact(self) -> bool:
-        if self._touched:
+        if self._touched or self._held is None:
             return False
         try:
-            listed = await run_tool("nft", "list", "chain", *nft.TABLE.split(), "services")
-        except SyncError:
+            return count_rules(nft.TABLE.split()[1]) == nft.rules_in(self._held)
+        except OSError as error:
+            log.debug("our rules could not be counted: %s", error)
             return False
-        return "@service_ips4" in listed
 
     async def watch(self, on_change: Callable[[], None]) -> None:
         def on_notice() -> None:

@@ -25,6 +25,7 @@ LOCAL_ADDRESS6 = "fd00:77::7"
 
 _COMMENT_BYTES_MAX = 127  # and a zero behind it
 _PORT_NAME_SHOWN = 24  # more than the 15 that a container's port name may have
+_BASE_RULES = 2  # the jumps of the chains that the kernel calls
 _IP: Mapping[Family, str] = {4: "ip", 6: "ip6"}
 # In the order in which they are asked for; what their sets are called.
 _SENDERS = {Sender.NODE: "_for_node", Sender.POD: "_for_pods", Sender.ANYBODY: ""}
@@ -64,6 +65,11 @@ def change(old: Redirects, new: Redirects) -> str:
     lines += [f"delete element {TABLE} {name} {{ {key} }}" for name, keys in gone.items() for key in keys]
     lines += [f"add element {TABLE} {name} {{ {e} }}" for name, keys in came.items() for e in keys.values()]
     return "\n".join([*lines, ""]) if lines else ""
+
+
+def rules_in(redirects: Redirects) -> int:
+    """Return how many rules our table has once *redirects* are loaded."""
+    return _BASE_RULES + sum(map(len, _chains(redirects).values()))
 
 
 def removal() -> str:
