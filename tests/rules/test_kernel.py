@@ -43,7 +43,7 @@ async def test_a_change_leaves_them_intact_and_tables_of_others_do_not_count(hos
             await kernel.load(wanted)
             assert await kernel.is_intact()
         await kernel.remove()
-        assert count_rules("userspace_proxy") == 0
+        assert count_rules("inet userspace_proxy") == 0
         host.run("nft", "delete table ip userspace_proxy; delete table inet theirs")
 
 

@@ -9,21 +9,22 @@ _NETLINK_NETFILTER = 12
 _REQUEST_DUMP = 0x1 | 0x300
 _SUBSYSTEM_NFTABLES = 10
 _NEWRULE, _GETRULE = 6, 7
-_FAMILY_INET = 1
+_FAMILIES = {"inet": 1, "bridge": 7}
 _ATTR_TABLE = 1
 _ERROR, _DONE = 2, 3
 _TIMEOUT_S = 5.0
 
 
 def count_rules(table: str) -> int:
-    """Return how many rules the ``inet`` *table* has in all of its chains; 0 where there is no such table.
+    """Return how many rules *table* (``family name``) has in all of its chains; 0 where there is no such table.
 
     Raises:
         OSError: the kernel did not say.
     """
-    name = table.encode() + b"\0"
+    family, _, bare_name = table.partition(" ")
+    name = bare_name.encode() + b"\0"
     attribute = struct.pack("=HH", 4 + len(name), _ATTR_TABLE) + name + bytes(-len(name) % 4)
-    body = struct.pack("=BBH", _FAMILY_INET, 0, 0) + attribute
+    body = struct.pack("=BBH", _FAMILIES[family], 0, 0) + attribute
     header = struct.pack("=IHHII", 16 + len(body), _SUBSYSTEM_NFTABLES << 8 | _GETRULE, _REQUEST_DUMP, 1, 0)
     rules = 0
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER) as sock:
