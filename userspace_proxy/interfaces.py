@@ -140,6 +140,8 @@ class Proxier(StateSink, Protocol):
 # The mark on our own packets to backends, which rules pass by. One bit, none of those that kube-proxy (0x4000,
 # 0x8000), Cilium (0x0f00) and Calico (0xffff0000) use.
 OWN_MARK = 0x2000
+# Set beside OWN_MARK on our packets that carry a client's own address; alone, on what backends answer to these.
+TRANSPARENT_MARK = 0x1000
 
 
 class Capture(Enum):
@@ -171,6 +173,7 @@ class Redirects:
     ``exceptions``: what goes before ``ports`` for senders that are told from others. ``allowed``: the CIDRs from which
     these portals may be dialled; who comes from elsewhere is dropped. ``node_ports_on``: the CIDRs of the node's own
     addresses at which node ports are served; where a family has none in it, all are.
+    ``transparent``: some listener carries its clients' own addresses to backends, whose answers are to come to us.
     ``refuse_port`` is a port at which nobody listens: portals without endpoints go there, and the
     kernel answers for itself - a reset for TCP, port unreachable for UDP.
     """
@@ -183,6 +186,7 @@ class Redirects:
     allowed: Mapping[Portal, tuple[str, ...]] = field(default_factory=dict)
     node_ports_on: tuple[str, ...] = ()
     pods: PodDetector | None = None
+    transparent: bool = False
 
 
 class Kernel(Protocol):
