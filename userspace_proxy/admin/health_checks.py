@@ -15,6 +15,7 @@ import socket
 from collections.abc import Callable, Iterable, Mapping
 
 from aiohttp import hdrs, web
+from aiohttp.typedefs import Handler
 
 from userspace_proxy.admin.limited import Limited
 from userspace_proxy.dataplane.sockets import bind_wildcard
@@ -108,9 +109,12 @@ class ServiceHealthChecks:
         self._open.clear()
         for port in ports:
             port.stop_listening()
+        if not ports:
+            return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LAST_ANSWERS_S):
-                while any(port.has_clients for port in ports):
+                await asyncio.sleep(_LOOK_EVERY_S)  # who was just accepted is no connection of aiohttp's yet
+                while any(port.has_clients for port in ports):  # noqa: ASYNC110 - aiohttp tells of no end
                     await asyncio.sleep(_LOOK_EVERY_S)
         for port in ports:
             await port.close()
@@ -147,7 +151,9 @@ class _Port:
                 # The event loop gets a duplicate: a successor needs one that it can be given at any time.
                 duplicate = sock.dup()
                 self._servers.append(
-                    await asyncio.get_running_loop().create_server(Limited(self._runner), sock=duplicate, backlog=_BACKLOG)
+                    await asyncio.get_running_loop().create_server(
+                        Limited(self._runner), sock=duplicate, backlog=_BACKLOG
+                    )
                 )
         except BaseException:
             await self.close()
@@ -172,7 +178,7 @@ class _Port:
         await self._runner.cleanup()
 
     @web.middleware
-    async def _answer(self, _request: web.Request, _handler: object) -> web.StreamResponse:
+    async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         healthy = self._proxy_healthy()
         body = {
             "service": {"namespace": self._service.namespace, "name": self._service.name},
