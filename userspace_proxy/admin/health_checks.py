@@ -40,8 +40,8 @@ class ServiceHealthChecks:
     def __init__(
         self,
         proxy_healthy: Callable[[], bool],
-        on_failure: Callable[[NamespacedName, str], None],
-        addresses: Callable[[], Iterable[str]] = lambda: (),
+        on_failure: Callable[[NamespacedName, str], None] = lambda _service, _reason: None,
+        addresses: Callable[[], Iterable[str]] = tuple,
     ) -> None:
         self._proxy_healthy = proxy_healthy
         self._on_failure = on_failure
