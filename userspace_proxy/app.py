@@ -106,7 +106,12 @@ class App:
             succession.cut = plane.cut
             proxier = UserspaceProxier(plane, kernel, ports, await first_capture(settings.capture))
             proxier.adopt(inherited)
-            health_checks = ServiceHealthChecks(lambda: health().is_alive)
+
+            def is_serving() -> bool:
+                """Whether load balancers may count on this node; who hands over says so to the last."""
+                return controller.failing_since is None and succession.ending is not Ending.STOP
+
+            health_checks = ServiceHealthChecks(is_serving)
             stack.push_async_callback(health_checks.close)
             health_checks.adopt(listeners + inheritance.health_checks)
             saver = _Saver(state_dir, cluster_ips, ports)
