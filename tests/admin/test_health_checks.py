@@ -351,6 +351,22 @@ async def test_what_was_taken_over_and_is_not_wanted_is_closed_with_the_first_sy
         assert await is_refused(gone)
 
 
+async def test_other_addresses_than_those_that_were_taken_over_are_opened_at_once() -> None:
+    (port,) = free_ports(1)
+    async with running() as rig:
+        await rig.sync(a=(port, 1))
+        successor = rig.another()
+        successor.adopt(duplicates(rig.checks.listeners()))
+        await rig.checks.close()
+        rig.checks = successor
+        rig.addresses = ["127.0.0.2"]
+        await rig.sync(a=(port, 1))
+
+        assert (await ask(port, host="127.0.0.2")).status == 200
+        assert await is_refused(port)
+    assert rig.failed == []
+
+
 async def test_addresses_that_were_taken_over_are_known_again() -> None:
     (port,) = free_ports(1)
     async with running() as rig:

@@ -12,7 +12,7 @@ import ipaddress
 import json
 import logging
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
@@ -26,6 +26,7 @@ _EVERYWHERE = ("",)
 _BACKLOG = 128
 _LAST_ANSWERS_S = 0.5
 _LOOK_EVERY_S = 0.01
+_PAUSE_S = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class ServiceHealthChecks:
             check = wanted.get(service)
             if check is None or (check.port, addresses) != (port.number, port.addresses):
                 await self._open.pop(service).close()
+        self._close_adopted({(address, check.port) for check in wanted.values() for address in addresses})
         for service, check in wanted.items():
             if service in self._open:
                 self._open[service].local_endpoints = check.local_endpoints
@@ -68,7 +70,6 @@ class ServiceHealthChecks:
                 await self._try_open(service, check, addresses)
         for service in self.failures.keys() - wanted.keys():
             del self.failures[service]
-        self._close_adopted()
 
     async def _try_open(self, service: NamespacedName, check: HealthCheck, addresses: tuple[str, ...]) -> None:
         port = _Port(service, check, addresses, self._proxy_healthy)
@@ -97,10 +98,9 @@ class ServiceHealthChecks:
             everywhere = ipaddress.ip_address(address).is_unspecified
             self._adopted["" if everywhere else address, port] = sock
 
-    def _close_adopted(self) -> None:
-        for sock in self._adopted.values():
-            sock.close()
-        self._adopted.clear()
+    def _close_adopted(self, wanted: Collection[tuple[str, int]] = ()) -> None:
+        for key in self._adopted.keys() - wanted:
+            self._adopted.pop(key).close()
 
     async def close(self) -> None:
         """Listen no more, and answer those who are connected already."""
@@ -113,7 +113,6 @@ class ServiceHealthChecks:
             return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LAST_ANSWERS_S):
-                await asyncio.sleep(_LOOK_EVERY_S)  # who was just accepted is no connection of aiohttp's yet
                 while any(port.has_clients for port in ports):  # noqa: ASYNC110 - aiohttp tells of no end
                     await asyncio.sleep(_LOOK_EVERY_S)
         for port in ports:
@@ -135,7 +134,8 @@ class _Port:
         app = web.Application(middlewares=[self._answer])  # and no route: every path and method is for it
         app.on_response_prepare.append(_stay_anonymous)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_LAST_ANSWERS_S)
-        self._servers: list[asyncio.Server] = []
+        self._loop = asyncio.get_running_loop()
+        self._coming: set[asyncio.Task[None]] = set()
 
     async def open(self, find_adopted: Callable[[str], socket.socket | None]) -> None:
         """Listen at every address.
@@ -147,31 +147,52 @@ class _Port:
             for address in self.addresses:
                 self.listeners.append(find_adopted(address) or _listen(address, self.number))
             await self._runner.setup()
-            for sock in self.listeners:
-                # The event loop gets a duplicate: a successor needs one that it can be given at any time.
-                duplicate = sock.dup()
-                self._servers.append(
-                    await asyncio.get_running_loop().create_server(
-                        Limited(self._runner), sock=duplicate, backlog=_BACKLOG
-                    )
-                )
+            for listener in self.listeners:
+                listener.setblocking(False)
+                self._watch(listener)
         except BaseException:
             await self.close()
             raise
         log.info("%s: health checks are answered at port %d", self._service, self.number)
 
+    def _watch(self, listener: socket.socket) -> None:
+        if listener in self.listeners:
+            self._loop.add_reader(listener.fileno(), self._accept, listener)
+
+    def _accept(self, listener: socket.socket) -> None:
+        """Accept one client. Not by `create_server`: whom asyncio has just accepted is reset when the server closes."""
+        try:
+            client, _ = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):  # another process was faster; or the client has gone
+            return
+        except OSError as error:
+            log.warning("%s: health checks wait: %s", self._service, error.strerror)
+            self._loop.remove_reader(listener.fileno())
+            self._loop.call_later(_PAUSE_S, self._watch, listener)
+            return
+        coming = asyncio.create_task(self._meet(client), name="health check")
+        self._coming.add(coming)
+        coming.add_done_callback(self._coming.discard)
+
+    async def _meet(self, client: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(Limited(self._runner), client)
+        except OSError:
+            client.close()
+
     def stop_listening(self) -> None:
-        for server in self._servers:
-            server.close()
-        for sock in self.listeners:
-            sock.close()
+        while self.listeners:
+            listener = self.listeners.pop()
+            self._loop.remove_reader(listener.fileno())
+            listener.close()
 
     @property
     def has_clients(self) -> bool:
-        return self._runner.server is not None and bool(self._runner.server.connections)
+        return bool(self._coming) or (self._runner.server is not None and bool(self._runner.server.connections))
 
     async def close(self) -> None:
         self.stop_listening()
+        await asyncio.gather(*self._coming)
         if self._runner.server is not None:
             for connection in self._runner.server.connections:
                 connection.force_close()  # who is still about to ask; an answer is with the kernel as it is given
