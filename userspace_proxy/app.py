@@ -8,6 +8,7 @@ import gc
 import logging
 import os
 import random
+import socket
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,6 +18,7 @@ import msgspec
 
 from userspace_proxy import __version__
 from userspace_proxy.admin import metrics as exposition
+from userspace_proxy.admin.health_checks import ServiceHealthChecks
 from userspace_proxy.admin.kubeproxy import SyncStats
 from userspace_proxy.admin.metrics import ControlStats
 from userspace_proxy.admin.server import AdminServer, Health
@@ -55,7 +57,7 @@ from userspace_proxy.rules.sysctls import KUBE_PROXY, ConntrackLimits
 from userspace_proxy.settings import DEFAULT_STATE_DIR, Settings
 from userspace_proxy.sources.events import EventRecorder, node_reference
 from userspace_proxy.sources.files import FileSource, nothing_found, read_once
-from userspace_proxy.succession import Ending, Succession, children, reap, start_anew
+from userspace_proxy.succession import Ending, Succession, children, reap, start_anew, was_left
 
 _CAP_NET_ADMIN = 12
 
@@ -80,14 +82,15 @@ def run(settings: Settings) -> None:
     with asyncio.Runner(loop_factory=factory) as runner:
         runner.run(app.run())
     if app.succession.ending is Ending.AGAIN:
-        start_anew()
+        start_anew(app.left)
 
 
 class App:
-    """One running proxy. ``succession``: how it ends."""
+    """One running proxy. ``succession``: how it ends. ``left``: listeners for who is started anew in its place."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self.left: list[socket.socket] = []
         self.succession = Succession(
             drain_timeout_s=settings.drain_timeout_s,
             orphan_timeout_s=settings.orphan_timeout_s,
@@ -98,7 +101,7 @@ class App:
     async def run(self) -> None:
         settings, succession = self._settings, self.succession
         _require_net_admin()
-        left = children()
+        left, listeners = children(), was_left()
         loop = asyncio.get_running_loop()
         succession.heed_signals()
         async with contextlib.AsyncExitStack() as stack:
@@ -132,6 +135,14 @@ class App:
             rules = _node_rules(settings, await first_capture(settings.capture))
             proxier = UserspaceProxier(plane, kernel, ports, rules)
             proxier.adopt(inherited)
+
+            def is_serving() -> bool:
+                """Whether load balancers may count on this node; who hands over says so to the last."""
+                return controller.failing_since is None and succession.ending is not Ending.STOP
+
+            health_checks = ServiceHealthChecks(is_serving)
+            stack.push_async_callback(health_checks.close)
+            health_checks.adopt(listeners + inheritance.health_checks)
             saver = _Saver(state_dir, allotting, ports)
             controller = Controller(
                 source,
@@ -142,7 +153,7 @@ class App:
             )
 
             async def hand_over_to(asked: TakeOver, conversation: Conversation) -> None:
-                await succession.hand_over_to(asked, conversation, proxier, plane, lock)
+                await succession.hand_over_to(asked, conversation, proxier, plane, lock, health_checks)
 
             async def take_away() -> None:
                 await proxier.close(settings.drain_timeout_s)
@@ -156,6 +167,7 @@ class App:
                     *source.problems.values(),
                     *tracker.problems.values(),
                     *(f"{name}: {why}" for name, why in proxier.unopened.items()),
+                    *(f"{service}: {why}" for service, why in health_checks.failures.items()),
                 ]
                 reason = "" if controller.ready.is_set() else "the first sync is not done"
                 if controller.failing_since is not None:
@@ -218,7 +230,10 @@ class App:
                     # Nobody is to meet us at the lock any more, nor its name to be ours, while connections drain.
                     incumbent.close()
                     lock.close()
+                    await health_checks.close()
                     await admin.close()
+                elif succession.ending is Ending.AGAIN:
+                    self.left = [sock.dup() for sock in health_checks.listeners()]
                 saver.save()
                 await succession.end(plane, take_away)
         log.info("stopped")
