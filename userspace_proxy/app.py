@@ -18,7 +18,7 @@ import msgspec
 
 from userspace_proxy import __version__
 from userspace_proxy.admin import metrics as exposition
-from userspace_proxy.admin.health_checks import ServiceHealthChecks
+from userspace_proxy.admin.health_checks import ServiceHealthChecks, WithHealthChecks
 from userspace_proxy.admin.kubeproxy import SyncStats
 from userspace_proxy.admin.metrics import ControlStats
 from userspace_proxy.admin.server import AdminServer, Health
@@ -147,7 +147,7 @@ class App:
             controller = Controller(
                 source,
                 tracker,
-                WithRoutes(proxier, settings.service_cluster_ip_ranges),
+                WithHealthChecks(WithRoutes(proxier, settings.service_cluster_ip_ranges), health_checks),
                 Pacer(loop.time, settings.min_sync_period_s, settings.sync_period_s),
                 after_sync=saver.save_soon,
             )

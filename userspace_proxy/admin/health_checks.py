@@ -19,8 +19,10 @@ from aiohttp.typedefs import Handler
 
 from userspace_proxy.admin.limited import Limited
 from userspace_proxy.dataplane.sockets import bind_wildcard
-from userspace_proxy.model.health_check import HealthCheck
+from userspace_proxy.interfaces import StateSink
+from userspace_proxy.model.health_check import HealthCheck, health_checks
 from userspace_proxy.model.names import NamespacedName
+from userspace_proxy.model.state import ProxyState
 
 _EVERYWHERE = ("",)
 _BACKLOG = 128
@@ -117,6 +119,18 @@ class ServiceHealthChecks:
                     await asyncio.sleep(_LOOK_EVERY_S)
         for port in ports:
             await port.close()
+
+
+class WithHealthChecks:
+    """A sink around the proxier: load balancers hear of endpoints once traffic can go to them."""
+
+    def __init__(self, sink: StateSink, checks: ServiceHealthChecks) -> None:
+        self._sink = sink
+        self._checks = checks
+
+    async def sync(self, state: ProxyState) -> None:
+        await self._sink.sync(state)
+        await self._checks.sync(health_checks(state))
 
 
 class _Port:
