@@ -367,8 +367,6 @@ def _check_sources(settings: Settings) -> None:
     if len(chosen) != 1:
         got = f", not {' and '.join(chosen)}" if chosen else ""
         raise click.UsageError(f"give one of PATH..., --kubeconfig FILE and --in-cluster{got}")
-    if settings.hostname_override and not settings.follows_cluster:
-        raise click.UsageError("--hostname-override needs --kubeconfig or --in-cluster: files know no nodes")
 
 
 # ---- commands
