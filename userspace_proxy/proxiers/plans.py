@@ -119,6 +119,7 @@ def redirects_to(
             allowed,
             rules.node_ports_on(node),
             rules.detector(node),
+            any(listener.transparent for listener in opened),
         ),
         claimed,
     )
