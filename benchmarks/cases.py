@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.loads import Bulk, Datagrams, Done, Idle, Wrk
-from benchmarks.meters import machine_cpu_s, process_cpu_s, pss_kib
+from benchmarks.loads import UDP, UDP_ONCE, Datagrams, Idle
 from benchmarks.planes import HAPROXY, NGINX, Plane
-from benchmarks.sites import UDP, UDP_ONCE, Site
+from userspace_proxy.compare.loads import Bulk, Done, Wrk
+from userspace_proxy.compare.meters import machine_cpu_s, process_cpu_s, pss_kib
+from userspace_proxy.compare.sites import Site
 
 _IDLE_CONNECTIONS = 5_000
 _WARM_UP_CONNECTIONS = 200

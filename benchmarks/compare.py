@@ -8,11 +8,9 @@ median of the rounds is what is printed. Everything happens in namespaces of its
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import json
 import os
-import platform
 import random
 import resource
 import statistics
@@ -26,16 +24,19 @@ from pathlib import Path
 from benchmarks import report
 from benchmarks.cases import CASES, Case, Run, idle_memory_kib
 from benchmarks.chart import chart
-from benchmarks.disturbed import disturbed
+from benchmarks.disturbed import PROBE_POD_IP, disturbed
+from benchmarks.loads import UDP, UDP_ONCE
 from benchmarks.planes import ENGINES, HAPROXY, PLANES, Plane
 from benchmarks.results import Results
-from benchmarks.sites import Site, Sites
-from benchmarks.syscalls import system_calls
+from userspace_proxy.compare import meters
+from userspace_proxy.compare.sites import Site, Sites
+from userspace_proxy.compare.syscalls import calls_per_request
 from userspace_proxy.lab import Lab, command_in_namespaces, prepare
 
 _INSIDE = "USERSPACE_PROXY_BENCH_IN_NAMESPACES"
 _RESULTS = Path(__file__).parent / "results"
 _SETTLE_S = 0.02
+_COUNT_S = 0.5
 _LOAD_SHARE = 0.3
 _DEFAULT_RATE = 5_000.0
 
@@ -49,12 +50,14 @@ def measure(arguments: argparse.Namespace, lab: Lab, folder: Path) -> Results:
     wanted = arguments.cases or KNOWN_CASES
     sites = Sites(lab, folder, arguments.congestion)
     sites.start_backends()
+    start_echoes(sites, folder)
     running = {plane: sites.add(plane.name) for plane in planes}
     for plane, site in running.items():
         plane.start(site)
     for site in running.values():
         site.wait_until_it_serves()
-    results = Results(machine(arguments.congestion), arguments.rounds, arguments.seconds)
+    machine = meters.machine() | ({"congestion control": arguments.congestion} if arguments.congestion else {})
+    results = Results(machine, arguments.rounds, arguments.seconds)
     proxies = {plane.name: site for plane, site in running.items() if plane.proxy}
     if IDLE_MEMORY in wanted:  # first: memory that a proxy keeps from an earlier load would hide what connections need
         for name, site in proxies.items():
@@ -65,10 +68,17 @@ def measure(arguments: argparse.Namespace, lab: Lab, folder: Path) -> Results:
         for name, site in proxies.items():
             say(f"system calls: {name}")
             for what, close in (("request", False), ("connection", True)):
-                results.system_calls.setdefault(what, {})[name] = system_calls(site, close=close)
+                results.system_calls.setdefault(what, {})[name] = calls_per_request(site, _COUNT_S, close=close)
     if DISTURBED in wanted:
         measure_disturbed(arguments, sites, results)
     return results
+
+
+def start_echoes(sites: Sites, folder: Path) -> None:
+    """Give the pod its UDP servers, and the address that the endpoints of the 10,000 Services have."""
+    for port in (UDP, UDP_ONCE):
+        sites.pod.start(sys.executable, str(Path(__file__).parent / "echo.py"), str(port), log=folder / "echo.log")
+    sites.pod.ip("address", "add", f"{PROBE_POD_IP}/32", "dev", "lo")
 
 
 def measure_rounds(
@@ -104,21 +114,6 @@ def say(what: str) -> None:
     """Show what is measured now, where somebody looks."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{what}", end="", file=sys.stderr, flush=True)
-
-
-def machine(congestion: str) -> dict[str, str]:
-    """Describe where this runs, as far as figures depend on it."""
-    model = "unknown"
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
-    return {
-        "processors": f"{os.cpu_count()} x {model}",
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "congestion_control": congestion or Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip(),
-        "load_before": f"{os.getloadavg()[0]:.1f}",
-    }
 
 
 def main() -> None:

@@ -13,11 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.loads import latencies_at
-from benchmarks.meters import percentile
 from benchmarks.planes import start_userspace_proxy
 from benchmarks.scale import manifest, service_ip
-from benchmarks.sites import Site
+from userspace_proxy.compare.meters import percentile
+from userspace_proxy.compare.sites import Site
 
+PROBE_POD_IP = "10.244.0.2"  # the endpoint of the 10,000 Services
 _SERVICES = 10_000
 _CONNECTIONS = 64
 _SETTLE_S = 0.3
@@ -54,15 +55,13 @@ def loading_p99_ms(site: Site, rate: float, manifests: Path) -> tuple[float, flo
 
 def disturbed(site: Site, arguments: tuple[str, ...], rate: float) -> dict[str, float]:
     """Measure on *site*, where nothing runs yet, with a proxy of ours for this alone."""
+    site.node.ip("route", "add", f"{PROBE_POD_IP}/32", "via", site.pod_ip)
     manifests = start_userspace_proxy(site, arguments)
     site.wait_until_it_serves()
     time.sleep(_SETTLE_S)
     loading_ms, loaded_s = loading_p99_ms(site, rate, manifests)
     (manifests / "many.yaml").unlink()
-    for process in site.processes:
-        process.terminate()
-        process.wait(_STOP_TIMEOUT_S)
-    site.processes.clear()
+    site.stop(_STOP_TIMEOUT_S)
     start_userspace_proxy(site, arguments)
     site.wait_until_it_serves()
     time.sleep(_SETTLE_S)

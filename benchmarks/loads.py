@@ -1,143 +1,25 @@
-"""What clients do: wrk for requests, and in this process bulk readers, datagrams, idle connections, a fixed rate.
+"""What clients do beyond the loads of `userspace-proxy compare`: datagrams, idle connections, a fixed rate.
 
-Each makes its sockets on the client's host and returns what was done in which time. Bulk is read with
-MSG_TRUNC (the kernel counts the bytes and throws them away), so that the client is not what limits.
+Each makes its sockets on the client's host, in this process, and returns what was done in which time.
 """
 
 from __future__ import annotations
 
-import re
 import select
-import signal
 import socket
-import subprocess
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import TracebackType
 
-from benchmarks.sites import BULK, BULK_BYTES, SMALL, Site
+from userspace_proxy.compare.loads import REQUEST, Done
+from userspace_proxy.compare.sites import SMALL, Site
+from userspace_proxy.lab import connect
 
-REQUEST = b"GET / HTTP/1.1\r\nHost: bench\r\n\r\n"
-_BULK_REQUEST = b"GET /bulk HTTP/1.1\r\nHost: bench\r\n\r\n"
+UDP, UDP_ONCE = 9053, 9054
 _ANSWER_END = b"ok\n"
-_READ_BYTES = 1 << 20
 _DATAGRAM = bytes(64)
 _LOST_AFTER_S = 0.1
-_WRK_TIMEOUT_S = 10
-_UNITS_MS = {"us": 0.001, "ms": 1.0, "s": 1000.0, "m": 60_000.0}
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """What a load has done: requests, datagrams or bytes."""
-
-    units: float
-    seconds: float
-    p99_ms: float = 0.0
-    failed: int = 0
-
-
-# ---- wrk
-
-
-class Wrk:
-    """wrk with *connections*, until `stop`. (Its own duration is in whole seconds.)"""
-
-    def __init__(self, site: Site, connections: int, *, close: bool = False) -> None:
-        header = ["-H", "Connection: close"] if close else []
-        url = f"http://{site.front_ip}:{SMALL}/"
-        command = ["wrk", "-t1", f"-c{connections}", "-d60s", "--latency", *header, url]
-        self._process = subprocess.Popen(site.client.command(*command), stdout=subprocess.PIPE, text=True)
-
-    def stop(self, meanwhile: Callable[[], object] = lambda: None) -> Done:
-        """End it, calling *meanwhile* until it has ended (within 100 ms), and return what it did."""
-        self._process.send_signal(signal.SIGINT)
-        while self._process.poll() is None:
-            meanwhile()
-            time.sleep(0.002)
-        return _parse_wrk(self._process.communicate(timeout=_WRK_TIMEOUT_S)[0])
-
-
-def _parse_wrk(output: str) -> Done:
-    done = re.search(r"(\d+) requests in ([\d.]+)(us|ms|s|m)\b", output)
-    if done is None:
-        raise RuntimeError(f"wrk said: {output}")
-    p99 = re.search(r"99%\s+([\d.]+)(us|ms|s|m)\b", output)
-    failed = re.search(r"Socket errors: connect (\d+), read (\d+), write (\d+), timeout (\d+)", output)
-    refused = re.search(r"Non-2xx or 3xx responses: (\d+)", output)
-    errors = [*(failed.groups() if failed else ()), *(refused.groups() if refused else ())]
-    return Done(
-        units=int(done[1]),
-        seconds=float(done[2]) * _UNITS_MS[done[3]] / 1000,
-        p99_ms=float(p99[1]) * _UNITS_MS[p99[2]] if p99 else 0.0,
-        failed=sum(int(count) for count in errors),
-    )
-
-
-# ---- bulk
-
-
-class Bulk:
-    """Readers of an endless answer; a context manager."""
-
-    def __init__(self, site: Site, flows: int) -> None:
-        self._buffer = bytearray(_READ_BYTES)
-        self._poll = select.epoll()
-        self._received: dict[int, int] = {}
-        self._socks = {}
-        for _ in range(flows):
-            sock = _connect(site, BULK)
-            sock.sendall(_BULK_REQUEST * 2)
-            sock.setblocking(False)
-            self._socks[sock.fileno()] = sock
-            self._received[sock.fileno()] = 0
-            self._poll.register(sock.fileno(), select.EPOLLIN)
-
-    def __enter__(self) -> Bulk:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for sock in self._socks.values():
-            sock.close()
-        self._poll.close()
-
-    def read(self, seconds: float) -> Done:
-        """Read for so long."""
-        total, started_at = 0, time.monotonic()
-        end_at = started_at + seconds
-        while (now := time.monotonic()) < end_at:
-            for fd, _ in self._poll.poll(end_at - now):
-                total += self._read_from(fd)
-        return Done(total, time.monotonic() - started_at)
-
-    def _read_from(self, fd: int) -> int:
-        sock = self._socks[fd]
-        try:
-            count = sock.recv_into(self._buffer, _READ_BYTES, socket.MSG_TRUNC)
-        except BlockingIOError:
-            return 0
-        if not count:
-            raise ConnectionError("the bulk server closed")
-        before = self._received[fd]
-        after = self._received[fd] = before + count
-        if after // BULK_BYTES != before // BULK_BYTES:
-            sock.send(_BULK_REQUEST)  # the next answer is asked for before this one ends
-        return count
-
-
-def _connect(site: Site, port: int) -> socket.socket:
-    with site.client.inside():
-        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    sock.settimeout(5.0)
-    try:
-        sock.connect((site.front_ip, port))
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
 
 
 # ---- datagrams
@@ -229,7 +111,7 @@ class Idle:
     def __init__(self, site: Site, connections: int) -> None:
         self._socks = []
         for start in range(0, connections, 100):
-            part = [_connect(site, SMALL) for _ in range(min(100, connections - start))]
+            part = [connect(site.client, site.front_ip, SMALL) for _ in range(min(100, connections - start))]
             self._socks += part
             for sock in part:
                 sock.sendall(REQUEST)
@@ -250,7 +132,7 @@ def latencies_at(site: Site, rate: float, connections: int, until: Callable[[], 
     The clock of a request starts when it was due, also where no connection was free then: a plane that
     stops for a moment pays for every request that had to wait.
     """
-    socks = [_connect(site, SMALL) for _ in range(connections)]
+    socks = [connect(site.client, site.front_ip, SMALL) for _ in range(connections)]
     by_fd = {sock.fileno(): sock for sock in socks}
     due_at_of: dict[int, float] = {}
     took: list[float] = []

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -32,14 +30,13 @@ from userspace_proxy.lab import (
     ServiceLab,
     ask,
     build_service_lab,
-    command_in_namespaces,
     connect,
+    enter_namespaces,
     prepare,
     start_nginx,
 )
 
 WEB, STICKY, EMPTY = "10.96.0.10", "10.96.0.11", "10.96.0.12"
-_INSIDE = "USERSPACE_PROXY_DEMO_IN_NAMESPACES"
 _LOAD_S = 4.0
 _CLIENTS = 4
 
@@ -67,19 +64,7 @@ def enter(arguments: list[str]) -> None:
     Raises:
         StartError: namespaces are forbidden here, or a tool is missing.
     """
-    for tool, package in (("nft", "nftables"), ("ip", "iproute2"), ("nginx", "nginx-light")):
-        if not (shutil.which(tool) or shutil.which(tool, path="/usr/sbin:/sbin")):
-            raise StartError(f"the demo needs {tool}; install the package {package}")
-    if os.environ.get(_INSIDE):
-        return
-    command = command_in_namespaces([sys.executable, "-m", "userspace_proxy", "demo", *arguments])
-    # Ctrl-C reaches the demo itself, which cleans up and ends. `unshare` does not pass on a SIGTERM: it is killed, and
-    # with it, by the kernel, all that is inside.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with subprocess.Popen(command, env={**os.environ, _INSIDE: "1"}) as inside:
-        signal.signal(signal.SIGTERM, lambda *_: inside.kill())
-        code = inside.wait()
-    sys.exit(code if code >= 0 else 128 - code)
+    enter_namespaces(["demo", *arguments], {"nft": "nftables", "ip": "iproute2", "nginx": "nginx-light"})
 
 
 def run(*, as_json: bool) -> None:

@@ -11,6 +11,7 @@ from userspace_proxy.lab.hosts import (
     ServiceLab,
     build_service_lab,
     command_in_namespaces,
+    enter_namespaces,
     ip,
     prepare,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "build_service_lab",
     "command_in_namespaces",
     "connect",
+    "enter_namespaces",
     "ip",
     "prepare",
     "start_nginx",

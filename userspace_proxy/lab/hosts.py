@@ -11,13 +11,16 @@ import contextlib
 import ctypes
 import os
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from userspace_proxy.errors import StartError
 
+_INSIDE = "USERSPACE_PROXY_IN_NAMESPACES"
 _CLONE_NEWNET = 0x40000000
 _NETNS_FOLDER = Path("/run/netns")
 _TOOL_TIMEOUT_S = 30
@@ -52,9 +55,34 @@ def command_in_namespaces(command: Sequence[str]) -> list[str]:
     raise StartError(f"namespaces are forbidden here ({said[0]}); {mend}")
 
 
+def enter_namespaces(arguments: Sequence[str], tools: Mapping[str, str]) -> None:
+    """Replace this process by ``userspace-proxy ARGUMENTS`` in namespaces of its own, unless it is there already.
+
+    *tools* are those that it needs, with their packages. What is inside ends with it, by the kernel.
+
+    Raises:
+        StartError: namespaces are forbidden here, or a tool is missing.
+    """
+    os.environ["PATH"] = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # a plain user's lacks them
+    for tool, package in tools.items():
+        if shutil.which(tool) is None:
+            raise StartError(f"{arguments[0]} needs {tool}; install the package {package}")
+    if os.environ.get(_INSIDE):
+        return
+    command = command_in_namespaces([sys.executable, "-m", "userspace_proxy", *arguments])
+    # Ctrl-C reaches the command itself, which cleans up and ends. `unshare` does not pass on a SIGTERM: it is killed,
+    # and with it, by the kernel, all that is inside.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with subprocess.Popen(command, env={**os.environ, _INSIDE: "1"}) as inside:
+        signal.signal(signal.SIGTERM, lambda *_: inside.kill())
+        code = inside.wait()
+    sys.exit(code if code >= 0 else 128 - code)
+
+
 def prepare() -> None:
     """Make this process's own /run, where `ip netns` keeps names and iptables its lock. Call once, inside."""
     os.environ["PATH"] = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # a plain user's lacks them
+    os.environ.pop(_INSIDE, None)  # whoever is started from here enters namespaces of its own
     _check(_libc.mount(b"tmpfs", b"/run", b"tmpfs", 0, None), "mounting a /run of our own")
     _NETNS_FOLDER.mkdir()
     ip("link", "set", "lo", "up")

@@ -1,8 +1,10 @@
-"""What a run cost: processor time of processes and of the whole machine, memory of processes."""
+"""What a run cost: processor time and context switches of processes, processor time of the machine, memory."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +12,15 @@ from pathlib import Path
 _CPUCLOCK_SCHED = 2  # linux/posix-timers.h
 _IDLE, _IOWAIT, _STEAL = 3, 4, 7  # columns of /proc/stat
 _TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
+
+
+def children(pid: int) -> list[int]:
+    """Return all descendants of *pid*."""
+    direct = []
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            direct += [int(word) for word in (task / "children").read_text().split()]
+    return direct + [grandchild for child in direct for grandchild in children(child)]
 
 
 def process_cpu_s(pids: Sequence[int]) -> float:
@@ -28,6 +39,17 @@ def machine_cpu_s() -> float:
     )
 
 
+def context_switches(pids: Sequence[int]) -> int:
+    """Return how often these processes' threads were put to sleep or set aside so far."""
+    total = 0
+    for pid in pids:
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for line in (task / "status").read_text().splitlines():
+                if "ctxt_switches:" in line:
+                    total += int(line.split()[1])
+    return total
+
+
 def pss_kib(pids: Sequence[int]) -> int:
     """Return the user memory of these processes: private pages, and their share of shared ones."""
     total = 0
@@ -42,3 +64,18 @@ def percentile(values: Sequence[float], share: float) -> float:
     """Return the value that *share* (0 to 1) of *values* do not exceed; 0 if there are none."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
+
+
+def machine() -> dict[str, str]:
+    """Describe where this runs, as far as figures depend on it."""
+    model = "unknown"
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    return {
+        "processors": f"{os.cpu_count()} x {model}",
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "congestion control": Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip(),
+        "load before": f"{os.getloadavg()[0]:.1f}",
+    }

@@ -1,0 +1,79 @@
+"""The loads that are repeated in rounds: each runs over one mode and returns what it did and what it cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from userspace_proxy.compare.loads import Bulk, Done, Wrk
+from userspace_proxy.compare.meters import context_switches, machine_cpu_s, process_cpu_s
+from userspace_proxy.compare.sites import Site
+
+_BULK_WARM_UP_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """``unit``: what is counted, one of so many as ``unit_size`` says."""
+
+    name: str
+    title: str
+    unit: str
+    run: Callable[[Site, float], dict[str, float]]
+
+
+def _measured(site: Site, unit_size: float, load: Callable[[], Done]) -> dict[str, float]:
+    """Return the rate, and what one unit of it cost, by the names that results have."""
+    pids = site.pids
+    proxy_before, machine_before, switches_before = process_cpu_s(pids), machine_cpu_s(), context_switches(pids)
+    done = load()
+    proxy_s, machine_s = process_cpu_s(pids) - proxy_before, machine_cpu_s() - machine_before
+    switches = context_switches(pids) - switches_before
+    units = done.units / unit_size or 1e-9
+    return {
+        "rate": units / done.seconds,
+        "proxy_cpu_s": proxy_s / units,
+        "machine_cpu_s": machine_s / units,
+        "switches": switches / units,
+    }
+
+
+def _requests(connections: int, *, close: bool = False) -> Callable[[Site, float], dict[str, float]]:
+    def run(site: Site, seconds: float) -> dict[str, float]:
+        done = Done(0, 1)
+
+        def load() -> Done:
+            nonlocal done
+            wrk = Wrk(site, connections, close=close)
+            time.sleep(seconds)
+            done = wrk.stop()
+            return done
+
+        costs = _measured(site, 1, load)
+        latencies = {"p50_ms": done.p50_ms, "p99_ms": done.p99_ms, "p999_ms": done.p999_ms}
+        return {**costs, **latencies, "failed": done.failed}
+
+    return run
+
+
+def _bulk(flows: int) -> Callable[[Site, float], dict[str, float]]:
+    def run(site: Site, seconds: float) -> dict[str, float]:
+        with Bulk(site, flows) as bulk:
+            bulk.read(_BULK_WARM_UP_S)
+            return _measured(site, 1e9, lambda: bulk.read(seconds))
+
+    return run
+
+
+KEEPALIVE_1, NEW_1, KEEPALIVE_64, NEW_64 = "keepalive-1", "new-1", "keepalive-64", "new-64"
+BULK_1, BULK_8 = "bulk-1", "bulk-8"
+
+CASES: tuple[Case, ...] = (
+    Case(KEEPALIVE_1, "keep-alive, 1 connection", "requests", _requests(1)),
+    Case(NEW_1, "new connection per request, 1 client", "connections", _requests(1, close=True)),
+    Case(KEEPALIVE_64, "keep-alive, 64 connections", "requests", _requests(64)),
+    Case(NEW_64, "new connection per request, 64 clients", "connections", _requests(64, close=True)),
+    Case(BULK_1, "bulk, 1 flow", "GB", _bulk(1)),
+    Case(BULK_8, "bulk, 8 flows", "GB", _bulk(8)),
+)

@@ -1,0 +1,271 @@
+"""`userspace-proxy compare`: build the hosts, start every mode, measure for the stated time, hand over the results.
+
+What is counted once comes first; the loads that are repeated in rounds then fill the time that is left, every
+mode in another order each round, so that a machine which gets slower gets slower for all of them.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from userspace_proxy import __version__
+from userspace_proxy.compare import cases
+from userspace_proxy.compare.cases import Case
+from userspace_proxy.compare.failures import EVENTS, wait_until_all_answer, watch
+from userspace_proxy.compare.meters import machine
+from userspace_proxy.compare.modes import DIRECT, DIRECT_AGAIN, MODES, USERSPACE_COPY, Mode
+from userspace_proxy.compare.results import ModeRun, Results, Sample
+from userspace_proxy.compare.scaling import scale
+from userspace_proxy.compare.sites import Site, Sites
+from userspace_proxy.compare.syscalls import calls_per_mb, calls_per_request
+from userspace_proxy.errors import StartError
+from userspace_proxy.lab import Lab, enter_namespaces, prepare
+
+LATENCY, RATES, THROUGHPUT = "latency", "rates", "throughput"
+SYSTEM_CALLS, SERVICES, FAILURES = "system-calls", "services", "failures"
+LOADS = {
+    LATENCY: (cases.KEEPALIVE_1, cases.NEW_1),
+    RATES: (cases.KEEPALIVE_64, cases.NEW_64),
+    THROUGHPUT: (cases.BULK_1, cases.BULK_8),
+}
+CASE_NAMES = (*LOADS, SYSTEM_CALLS, SERVICES, FAILURES)
+MODE_NAMES = tuple(mode.name for mode in MODES)
+QUICK_S, DEFAULT_S = 120.0, 600.0
+TOOLS = {
+    "nft": "nftables",
+    "ip": "iproute2",
+    "nginx": "nginx-light",
+    "wrk": "wrk",
+    "conntrack": "conntrack",
+    "sysctl": "procps",
+}
+_SETTLE_S = 0.02
+_RUN_OVERHEAD_S = 0.2  # around each load: connections are forgotten, wrk starts and ends
+_LEAST_LOAD_S, _MOST_LOAD_S = 0.1, 2.0
+_SERVICES_SHARE = 0.35  # of the time, at most
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked for: no *modes* and no *cases* are all of them."""
+
+    duration_s: float = DEFAULT_S
+    modes: Sequence[str] = ()
+    cases: Sequence[str] = ()
+    seed: int = 1
+
+    def wants(self, case: str) -> bool:
+        return not self.cases or case in self.cases
+
+    @property
+    def rounds(self) -> int:
+        """How often each load is repeated, if it fits."""
+        return 3 if self.duration_s <= QUICK_S else 7
+
+    @property
+    def event_rounds(self) -> int:
+        """How often a pod fails in each way."""
+        return 1 if self.duration_s <= QUICK_S else 3
+
+
+def enter(arguments: Sequence[str]) -> None:
+    """Go on in namespaces of its own; raises StartError where they are forbidden or a tool is missing."""
+    enter_namespaces(arguments, TOOLS)
+
+
+def measure(request: Request) -> Results:
+    """Compare; nothing is left when it returns or raises. Raises StartError where something does not come up."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    prepare()
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        with tempfile.TemporaryDirectory(dir="/run") as folder, Lab() as lab, _progress(request.duration_s) as say:
+            return _Comparison(request, Sites(lab, Path(folder)), say).run()
+    except subprocess.CalledProcessError as error:
+        words = (error.stderr or error.stdout or "").strip() or f"exit code {error.returncode}"
+        raise StartError(f"{' '.join(map(str, error.cmd))}: {words}") from None
+    except KeyboardInterrupt:
+        raise StartError("stopped") from None
+
+
+@contextmanager
+def _progress(duration_s: float) -> Iterator[Callable[[str], None]]:
+    """Show on a terminal what is measured now; drawn only between two measurements, so that it costs them nothing."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(
+        *columns, console=console, transient=True, auto_refresh=False, disable=not console.is_terminal
+    ) as progress:
+        bar = progress.add_task("building hosts", total=duration_s)
+        started_at = time.monotonic()
+
+        def say(what: str) -> None:
+            elapsed_s = min(time.monotonic() - started_at, duration_s)
+            progress.update(bar, description=f"{what:<48.48}", completed=elapsed_s, refresh=True)
+
+        yield say
+
+
+class _Comparison:
+    def __init__(self, request: Request, sites: Sites, say: Callable[[str], None]) -> None:
+        self._request = request
+        self._sites = sites
+        self._say = say
+        self._end_at = time.monotonic() + request.duration_s
+        self._running: dict[Mode, Site] = {}
+        taken_at = datetime.now(UTC).isoformat(timespec="seconds")
+        self._results = Results(__version__, taken_at, machine(), request.duration_s, 0, 0.0, [])
+
+    def run(self) -> Results:
+        self._sites.start_backends()
+        self._sites.start_trio()
+        self._start_modes()
+        if self._request.wants(SYSTEM_CALLS):
+            self._count_system_calls()
+        if self._request.wants(FAILURES):
+            self._let_pods_fail()
+        if self._request.wants(SERVICES):
+            self._add_services()
+        self._run_rounds()
+        return self._results
+
+    def _note(self, what: str) -> None:
+        if what not in self._results.notes:
+            self._results.notes.append(what)
+
+    # ---- modes
+
+    def _start_modes(self) -> None:
+        for mode in MODES:
+            # What everything is compared with takes part always, and twice: the difference is the noise.
+            if self._request.modes and mode.name not in (DIRECT, DIRECT_AGAIN, *self._request.modes):
+                continue
+            self._say(f"starting {mode.title}")
+            reason = mode.missing() or self._start(mode)
+            self._results.modes.append(ModeRun(mode.name, mode.title, mode.kind, mode.ours, reason))
+
+    def _start(self, mode: Mode) -> str | None:
+        """Start *mode* on a node of its own; return why not, if not."""
+        site = self._sites.add(mode.name)
+        try:
+            mode.start(site)
+            site.wait_until_it_serves()
+        except StartError as error:
+            for process in site.processes:
+                process.kill()
+            return str(error)
+        self._running[mode] = site
+        return None
+
+    # ---- what is counted once
+
+    def _count_system_calls(self) -> None:
+        if shutil.which("strace") is None:
+            self._note("system calls were not counted: strace is not installed (package strace)")
+            return
+        seconds = 0.3 if self._request.duration_s <= QUICK_S else 1.0
+        for mode, site in self._running.items():
+            if not site.processes:
+                continue
+            self._say(f"system calls: {mode.title}")
+            try:
+                for what, calls in (
+                    ("request", calls_per_request(site, seconds)),
+                    ("connection", calls_per_request(site, seconds, close=True)),
+                    ("mb", calls_per_mb(site, seconds)),
+                ):
+                    self._results.samples.append(Sample(f"calls-{what}", mode.name, 1, calls))
+            except StartError as error:
+                self._note(f"system calls of {mode.title} were not counted: {error}")
+
+    def _let_pods_fail(self) -> None:
+        for number in range(1, self._request.event_rounds + 1):
+            for event in EVENTS:
+                self._say(f"{event.title.partition(':')[0]} (round {number} of {self._request.event_rounds})")
+                able = {mode: site for mode, site in self._running.items() if mode.name != DIRECT_AGAIN}
+                for mode, site in list(able.items()):
+                    try:
+                        wait_until_all_answer(mode, site)
+                    except StartError as error:
+                        self._note(f"failing pods, round {number}: {error}")
+                        del able[mode]
+                self._results.timelines += watch(self._sites, able, event, number)
+
+    def _add_services(self) -> None:
+        modes = [mode for mode in self._running if mode.ours and mode.name != USERSPACE_COPY]
+        direct = next(site for mode, site in self._running.items() if mode.name == DIRECT)
+        seconds = 0.1 if self._request.duration_s <= QUICK_S else 0.3
+        share_s = _SERVICES_SHARE * self._request.duration_s / max(1, len(modes))
+        for mode in modes:
+            self._say(f"10 to 10,000 Services: {mode.title}")
+            site = self._sites.add(f"{mode.name} with many Services")
+            size = 0
+            try:
+                for size, figures in scale(mode, site, direct, seconds, share_s):
+                    self._results.samples.append(Sample(f"services-{size}", mode.name, 1, figures))
+                    self._say(f"{size:,} Services: {mode.title}")
+            except (StartError, OSError) as error:
+                self._note(f"{mode.title}: after {size:,} Services: {error}")
+            for process in site.processes:  # its node is its own: nothing there disturbs what follows
+                for pid in reversed(site.pids):
+                    subprocess.run(["kill", "-9", str(pid)], check=False, capture_output=True)
+                process.wait(10)
+            site.processes.clear()
+
+    # ---- what is repeated in rounds
+
+    def _run_rounds(self) -> None:
+        names = [name for group, members in LOADS.items() if self._request.wants(group) for name in members]
+        loads = [case for case in cases.CASES if case.name in names]
+        if not loads:
+            return
+        rounds, load_s = _plan(self._end_at - time.monotonic(), len(loads) * len(self._running), self._request.rounds)
+        self._results.load_s = load_s
+        order = random.Random(self._request.seed)  # noqa: S311 - no secret
+        longest_s = 0.0
+        for number in range(1, rounds + 1):
+            started_at = time.monotonic()
+            if started_at + longest_s > self._end_at and number > 1:
+                break
+            for case in loads:
+                self._say(f"round {number} of {rounds}: {case.title}")
+                self._run_once(case, order.sample(list(self._running), len(self._running)), number, load_s)
+            self._results.rounds = number
+            longest_s = max(longest_s, time.monotonic() - started_at)
+
+    def _run_once(self, case: Case, modes: Iterable[Mode], number: int, load_s: float) -> None:
+        for mode in modes:
+            site = self._running[mode]
+            site.forget_connections()
+            gc.collect()
+            time.sleep(_SETTLE_S)
+            try:
+                figures = case.run(site, load_s)
+            except OSError as error:
+                self._note(f"{mode.title}, {case.title}, round {number}: {error}")
+                continue
+            self._results.samples.append(Sample(case.name, mode.name, number, figures))
+
+
+def _plan(left_s: float, runs: int, wanted_rounds: int) -> tuple[int, float]:
+    """Return how many rounds and how long a load, so that *runs* a round fit into *left_s*: rounds before length."""
+    least_s = runs * (_LEAST_LOAD_S + _RUN_OVERHEAD_S)
+    rounds = max(1, min(wanted_rounds, int(left_s / least_s)))
+    load_s = left_s / (rounds * runs) - _RUN_OVERHEAD_S
+    return rounds, round(min(_MOST_LOAD_S, max(_LEAST_LOAD_S, load_s)), 2)

@@ -1,0 +1,80 @@
+"""How figures of several rounds are summed up, and when a difference between two modes is one.
+
+Two modes are compared by their ratio within each round: what disturbs a whole round disturbs both. The same
+mode measured twice gives the noise. A difference is decided where the median ratio is further from 1 than
+the noise, and the ratios of the rounds (but for the most extreme one at each end, from six rounds on) agree
+on which side of 1 they are. Everything else is undecided, and is called so.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from userspace_proxy.compare.modes import DIRECT, DIRECT_AGAIN
+from userspace_proxy.compare.results import Results
+
+_MANY_ROUNDS = 6
+_FEWEST_ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """The median of the rounds, and the spread: their lowest and highest without the most extreme of many."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One mode by another: the median ratio with its spread, the noise as a ratio above 1, whether it is decided."""
+
+    ratio: Figure
+    noise: float
+    decided: bool
+
+
+def summed_up(values: Sequence[float]) -> Figure | None:
+    """Return the figure of *values*; None if there are none."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    inner = ordered[1:-1] if len(ordered) >= _MANY_ROUNDS else ordered
+    return Figure(statistics.median(ordered), inner[0], inner[-1])
+
+
+def figure(results: Results, case: str, mode: str, name: str) -> Figure | None:
+    return summed_up(list(results.figures(case, mode, name).values()))
+
+
+def noise(results: Results, case: str, name: str) -> float:
+    """Return how far the same mode is from itself: the larger of both directions, as a median ratio (1 is none)."""
+    ratios = _ratios(results, case, DIRECT, DIRECT_AGAIN, name)
+    return math.exp(statistics.median(abs(math.log(ratio)) for ratio in ratios)) if ratios else 1.0
+
+
+def compare(results: Results, case: str, mode: str, reference: str, name: str) -> Comparison | None:
+    """Compare one figure of two modes; None where a round with both is missing."""
+    ratio = summed_up(_ratios(results, case, mode, reference, name))
+    if ratio is None:
+        return None
+    around = noise(results, case, name)
+    rounds = len(_ratios(results, case, mode, reference, name))
+    is_one_sided = ratio.low > 1 or ratio.high < 1
+    is_beyond = abs(math.log(ratio.median)) > math.log(around)
+    return Comparison(ratio, around, rounds >= _FEWEST_ROUNDS and is_one_sided and is_beyond)
+
+
+def _ratios(results: Results, case: str, mode: str, reference: str, name: str) -> list[float]:
+    figures, others = results.figures(case, mode, name), results.figures(case, reference, name)
+    return [value / others[n] for n, value in figures.items() if value > 0 and others.get(n, 0) > 0]
+
+
+def shares(good: Sequence[int], slow: Sequence[int], failed: Sequence[int]) -> tuple[float, float]:
+    """Return which share of requests failed, and which was slow."""
+    total = sum(good) + sum(slow) + sum(failed)
+    return (sum(failed) / total, sum(slow) / total) if total else (0.0, 0.0)

@@ -1,0 +1,166 @@
+"""The modes that are compared: what stands between client and pod, how each is started, and whose work it is.
+
+A mode of ours is ``userspace-proxy run --proxy-mode X`` on the mode's own node. What this machine or this
+build lacks says so itself when it is started; `Mode.missing` only asks for tools.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from userspace_proxy.compare.results import Kind
+from userspace_proxy.compare.sites import PEERS, TRIO, Site, load_stream_module
+from userspace_proxy.errors import StartError
+
+DIRECT, DIRECT_AGAIN, HAPROXY, NGINX = "direct", "direct again", "haproxy", "nginx"
+USERSPACE, USERSPACE_COPY, IPTABLES, NFTABLES, IPVS = "userspace", "userspace-copy", "iptables", "nftables", "ipvs"
+_USAGE_ERROR = 2
+_SETTLE_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """One thing to compare. ``ours``: a mode of userspace-proxy, which serves manifests.
+
+    ``tell`` makes the mode know that of the three pods only those numbered are endpoints.
+    """
+
+    name: str
+    title: str
+    kind: Kind
+    start: Callable[[Site], None]
+    tell: Callable[[Site, Iterable[int]], None]
+    tools: tuple[tuple[str, str], ...] = ()
+    ours: bool = False
+
+    def missing(self) -> str | None:
+        """Return what this machine lacks for the mode, None if nothing is known to be missing."""
+        for tool, package in self.tools:
+            if shutil.which(tool) is None:
+                return f"{tool} is not installed (package {package})"
+        if self.name == NGINX and load_stream_module() is None:
+            return "this nginx has no stream module (package libnginx-mod-stream)"
+        return None
+
+    def trio_addresses(self, site: Site, alive: Iterable[int]) -> list[tuple[str, int]]:
+        """Return what a client dials in turn to reach the three pods."""
+        if self.kind == "none":
+            return [(site.trio_ips[index], 8080) for index in alive]
+        if self.ours:
+            return [(site.service_ip(1), TRIO)]
+        return [(site.front_ip, TRIO)]
+
+
+# ---- direct
+
+
+def _start_direct(site: Site) -> None:
+    site.front_ip = site.pod_ip
+
+
+def _tell_nobody(_: Site, __: Iterable[int]) -> None:
+    """There is nobody to tell: clients dial pods themselves."""
+
+
+# ---- ours
+
+
+def manifests_of(site: Site) -> Path:
+    """Return the folder whose manifests the mode serves."""
+    return site.folder / "manifests"
+
+
+def run_command(site: Site, *arguments: str) -> list[str]:
+    """Return the command of a mode of ours."""
+    command = [sys.executable, "-m", "userspace_proxy", "run", str(manifests_of(site))]
+    # No answer from outside of the node is wanted at these addresses, and no state of another run.
+    return [*command, "--state-dir", str(site.folder / "state"), *arguments]
+
+
+def _start_ours(*arguments: str) -> Callable[[Site], None]:
+    def start(site: Site) -> None:
+        manifests_of(site).mkdir(exist_ok=True)
+        site.fill_in(PEERS / "services.yaml", manifests_of(site) / "services.yaml")
+        _tell_by_manifest(site, range(len(site.trio_ips)))
+        process = site.start(*run_command(site, *arguments))
+        site.front_ip = site.service_ip()
+        give_up_at = time.monotonic() + 20.0
+        while "ready" not in site.log():
+            if process.poll() is not None or time.monotonic() > give_up_at:
+                raise StartError(_reason(site, process.poll(), arguments))
+            time.sleep(0.01)
+
+    return start
+
+
+def _reason(site: Site, code: int | None, arguments: tuple[str, ...]) -> str:
+    """Say in a line why a mode of ours did not start: its own last one, or that this build does not know it."""
+    if code == _USAGE_ERROR:
+        return f"this build has no {' '.join(arguments)}"
+    return (site.log().splitlines() or ["it did not start, and did not say why"])[-1].removeprefix("userspace-proxy: ")
+
+
+def _tell_by_manifest(site: Site, alive: Iterable[int]) -> None:
+    endpoints = ", ".join(f"{{addresses: [{site.trio_ips[index]}]}}" for index in alive)
+    site.fill_in(PEERS / "trio.yaml", manifests_of(site) / "trio.yaml", endpoints=f"[{endpoints}]")
+
+
+# ---- others
+
+
+def _start_haproxy(site: Site) -> None:
+    config = site.fill_in(PEERS / "haproxy.cfg", folder=site.folder)
+    site.start("haproxy", "-db", "-q", "-f", str(config))
+    site.front_ip = site.node_ip
+
+
+def _tell_haproxy(site: Site, alive: Iterable[int]) -> None:
+    """Say it at HAProxy's control socket, as ingress controllers do."""
+    ready = set(alive)
+    for index in range(len(site.trio_ips)):
+        with socket.socket(socket.AF_UNIX) as control:
+            control.settimeout(2.0)
+            control.connect(str(site.folder / "control"))
+            control.sendall(f"set server trio/pod{index} state {'ready' if index in ready else 'maint'}\n".encode())
+            control.recv(1024)
+
+
+def _write_nginx(site: Site, alive: Iterable[int]) -> Path:
+    is_up = "" if 1 in set(alive) else "down"
+    return site.fill_in(
+        PEERS / "nginx-stream.conf", folder=site.folder, load_stream_module=load_stream_module(), trio1_is=is_up
+    )
+
+
+def _start_nginx(site: Site) -> None:
+    config = _write_nginx(site, range(len(site.trio_ips)))
+    site.start("nginx", "-p", str(site.folder), "-c", str(config))
+    site.front_ip = site.node_ip
+
+
+def _tell_nginx(site: Site, alive: Iterable[int]) -> None:
+    config = _write_nginx(site, alive)
+    site.node.run("nginx", "-p", str(site.folder), "-c", str(config), "-s", "reload")
+
+
+def _ours(name: str, title: str, kind: Kind, *arguments: str) -> Mode:
+    return Mode(name, title, kind, _start_ours(*arguments), _tell_by_manifest, ours=True)
+
+
+MODES: tuple[Mode, ...] = (
+    Mode(DIRECT, "direct (no Service)", "none", _start_direct, _tell_nobody),
+    Mode(DIRECT_AGAIN, "direct, once more", "none", _start_direct, _tell_nobody),
+    _ours(NFTABLES, "nftables", "kernel", "--proxy-mode", "nftables"),
+    _ours(IPTABLES, "iptables", "kernel", "--proxy-mode", "iptables"),
+    _ours(IPVS, "ipvs", "kernel", "--proxy-mode", "ipvs"),
+    _ours(USERSPACE, "userspace", "proxy"),
+    _ours(USERSPACE_COPY, "userspace, copying", "proxy", "--splice", "copy"),
+    Mode(HAPROXY, "HAProxy", "proxy", _start_haproxy, _tell_haproxy, tools=(("haproxy", "haproxy"),)),
+    Mode(NGINX, "nginx stream", "proxy", _start_nginx, _tell_nginx),
+)

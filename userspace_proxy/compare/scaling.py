@@ -1,0 +1,137 @@
+"""What a mode costs by the number of Services: rules, time to load them and to change one, a new connection.
+
+Each mode of ours has a node for this alone. Services are added to those that are there already; the clock
+runs from the moment when their manifests lie in the folder until a client is answered by the last one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+from userspace_proxy.compare.loads import one_after_another
+from userspace_proxy.compare.meters import process_cpu_s
+from userspace_proxy.compare.modes import Mode, manifests_of
+from userspace_proxy.compare.sites import Site
+from userspace_proxy.errors import StartError
+from userspace_proxy.lab import HTTP_PORT, ask
+
+SIZES = (10, 100, 1_000, 5_000, 10_000)
+_FIRST = 10  # Services before it are the ones of the loads
+_PROBE = 9  # the Service whose endpoint changes
+_DIALLED = 20  # Services that new connections go to, spread over all
+_CHANGES = 5
+_ANSWER_TIMEOUT_S = 0.25
+_LOAD_TIMEOUT_S = 120.0
+_POLL_S = 0.002
+
+_SERVICE = """\
+apiVersion: v1
+kind: Service
+metadata: {{name: {name}}}
+spec:
+  clusterIP: {ip}
+  ports: [{{port: 80, targetPort: 8080}}]
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {{name: {name}-1, labels: {{kubernetes.io/service-name: {name}}}}}
+addressType: IPv4
+ports: [{{port: 8080}}]
+endpoints: [{endpoints}]
+---
+"""
+
+
+def scale(
+    mode: Mode, site: Site, direct: Site, seconds: float, budget_s: float
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Yield the size and its figures, for as many sizes as *budget_s* allows; *site* is new and the mode's own.
+
+    New connections are measured in turns with those over *direct*, where there are no Services: for *seconds* each.
+    """
+    mode.start(site)
+    site.wait_until_it_serves()
+    _write(site, "probe", [_manifest(site, "probe", _PROBE, [0])])
+    _until(lambda: _answer(site, _PROBE) == "pod1", "the Service that changes")
+    give_up_at = time.monotonic() + budget_s
+    took_s = last = 0.0
+    for size in SIZES:
+        if last and time.monotonic() + took_s * size / last > give_up_at:
+            return
+        started_at = time.monotonic()
+        yield size, _measure(site, size, direct, seconds)
+        took_s, last = time.monotonic() - started_at, size
+
+
+def _measure(site: Site, size: int, direct: Site, seconds: float) -> dict[str, float]:
+    manifests = [_manifest(site, f"many-{number}", _FIRST + number, [0, 2]) for number in range(size)]
+    pids = site.pids
+    cpu_before = process_cpu_s(pids)
+    _write(site, "many", manifests)
+    load_s = _until(lambda: _answer(site, _FIRST + size - 1) is not None, f"the last of {size:,} Services")
+    time.sleep(0.1)
+    load_cpu_s = process_cpu_s(pids) - cpu_before
+    change_s = statistics.median(_change(site, turn) for turn in range(_CHANGES))
+    spread = [(site.service_ip(_FIRST + index * (size - 1) // (_DIALLED - 1)), 80) for index in range(_DIALLED)]
+    dialled, without = [], []
+    for _ in range(3):
+        dialled.append(statistics.median(one_after_another(site, spread, seconds)))
+        without.append(statistics.median(one_after_another(direct, [(direct.trio_ips[0], HTTP_PORT)], seconds)))
+    return {
+        "rules": count_rules(site),
+        "load_s": load_s,
+        "load_cpu_s": load_cpu_s,
+        "change_ms": change_s * 1000,
+        "new_connection_ms": statistics.median(dialled),
+        "added_us": (statistics.median(dialled) - statistics.median(without)) * 1000,
+        "direct_ms": statistics.median(without),
+    }
+
+
+def _change(site: Site, turn: int) -> float:
+    """Return the seconds from the probe's manifest to the first connection at its new endpoint."""
+    index = (2, 0)[turn % 2]
+    _write(site, "probe", [_manifest(site, "probe", _PROBE, [index])])
+    return _until(lambda: _answer(site, _PROBE) == f"pod{index + 1}", "the changed Service")
+
+
+def count_rules(site: Site) -> int:
+    """Return how many rules the node has, in nftables and in the older tables of iptables."""
+    listed = site.node.run("nft", "-a", "list", "ruleset", timeout_s=60).stdout
+    containers = ("table ", "chain ", "set ", "map ")
+    own = 1  # that of node.rules
+    count = sum(" # handle " in line and not line.lstrip().startswith(containers) for line in listed.splitlines()) - own
+    version = site.node.run("iptables", "--version", check=False).stdout
+    if "legacy" in version:
+        count += sum(line.startswith("-A") for line in site.node.run("iptables-save", timeout_s=60).stdout.splitlines())
+    return count
+
+
+def _manifest(site: Site, name: str, number: int, pods: list[int]) -> str:
+    endpoints = ", ".join(f"{{addresses: [{site.trio_ips[index]}]}}" for index in pods)
+    return _SERVICE.format(name=name, ip=site.service_ip(number), endpoints=endpoints)
+
+
+def _write(site: Site, name: str, manifests: list[str]) -> None:
+    folder = manifests_of(site)
+    temporary = folder / f".{name}.new"
+    temporary.write_text("".join(manifests))
+    temporary.replace(folder / f"{name}.yaml")
+
+
+def _answer(site: Site, number: int) -> str | None:
+    with contextlib.suppress(OSError):
+        return ask(site.client, site.service_ip(number), 80, timeout_s=_ANSWER_TIMEOUT_S)
+    return None
+
+
+def _until(condition: Callable[[], bool], what: str) -> float:
+    started_at = time.monotonic()
+    while not condition():
+        if time.monotonic() > started_at + _LOAD_TIMEOUT_S:
+            raise StartError(f"{what} did not come up within {_LOAD_TIMEOUT_S:.0f} s")
+        time.sleep(_POLL_S)
+    return time.monotonic() - started_at
