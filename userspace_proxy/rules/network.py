@@ -46,13 +46,18 @@ def missing_routes(wanted: Iterable[Network], routes: Iterable[str]) -> list[Net
 
     Without a route connect() fails before any rule sees the packet.
     """
-    covered = [ipaddress.ip_network(route, strict=False) for route in routes]
+    # By their leading bits, so that 10,000 addresses cost 10,000 times some 30 look-ups.
+    covered = {_leading_bits(n, n.prefixlen) for n in (ipaddress.ip_network(r, strict=False) for r in routes)}
     missing: list[Network] = []
     for network in sorted(set(wanted), key=lambda n: (n.version, n.prefixlen, n)):
-        known = [*covered, *missing]
-        if not any(n.version == network.version and network.subnet_of(n) for n in known):  # type: ignore[arg-type]
+        if not any(_leading_bits(network, length) in covered for length in range(network.prefixlen + 1)):
             missing.append(network)
+            covered.add(_leading_bits(network, network.prefixlen))
     return missing
+
+
+def _leading_bits(network: Network, length: int) -> tuple[int, int, int]:
+    return network.version, length, int(network.network_address) >> (network.max_prefixlen - length)
 
 
 async def add_routes(networks: Iterable[Network]) -> list[Network]:
