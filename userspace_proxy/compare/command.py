@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,10 +29,12 @@ from userspace_proxy.compare.cases import Case
 from userspace_proxy.compare.failures import EVENTS, wait_until_all_answer, watch
 from userspace_proxy.compare.meters import machine
 from userspace_proxy.compare.modes import DIRECT, DIRECT_AGAIN, MODES, USERSPACE_COPY, Mode
-from userspace_proxy.compare.results import ModeRun, Results, Sample
+from userspace_proxy.compare.page import page
+from userspace_proxy.compare.results import ModeRun, Results, Sample, to_json
 from userspace_proxy.compare.scaling import scale
 from userspace_proxy.compare.sites import Site, Sites
 from userspace_proxy.compare.syscalls import calls_per_mb, calls_per_request
+from userspace_proxy.compare.tables import print_all
 from userspace_proxy.errors import StartError
 from userspace_proxy.lab import Lab, enter_namespaces, prepare
 
@@ -86,6 +88,21 @@ class Request:
 def enter(arguments: Sequence[str]) -> None:
     """Go on in namespaces of its own; raises StartError where they are forbidden or a tool is missing."""
     enter_namespaces(arguments, TOOLS)
+
+
+def run(request: Request, json_file: Path | None, html_file: Path | None) -> None:
+    """Compare, write what is wanted, print the tables. Raises StartError where it cannot."""
+    with ExitStack() as stack:
+        # Opened first: /run will be another one, and nobody wants to learn after ten minutes that a folder is missing.
+        try:
+            outputs = [path and stack.enter_context(path.open("wb")) for path in (json_file, html_file)]
+        except OSError as error:
+            raise StartError(f"{error.filename}: {error.strerror}") from None
+        results = measure(request)
+        for output, content in zip(outputs, (to_json, page), strict=True):
+            if output is not None:
+                output.write(content(results))
+    print_all(results)
 
 
 def measure(request: Request) -> Results:
