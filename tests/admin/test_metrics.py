@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from userspace_proxy import __version__
 from userspace_proxy.admin.kubeproxy import SyncStats
 from userspace_proxy.admin.metrics import ControlStats, render
+from userspace_proxy.control.controller import Changes
 from userspace_proxy.interfaces import Counters, PlaneStats, WatchStats
 from userspace_proxy.model.histogram import Histogram
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
@@ -110,18 +111,31 @@ def test_what_kube_proxy_tells_too_is_told_by_its_names() -> None:
     for seconds in (0.1, 0.5, 5.0):
         durations.observe(seconds)
     programming.observe(0.25)
-    syncs = SyncStats(durations, {"IPv4": programming}, synced_at=7.0, queued_at=8.0, answers={("healthz", 200): 3})
+    syncs = SyncStats(
+        durations,
+        {"IPv4": programming},
+        synced_at={"IPv4": 7.0, "IPv6": 6.0},
+        queued_at={"IPv4": 8.0},
+        changes={"service": Changes(total=5, pending=1), "endpoint": Changes(total=9, pending=2)},
+        answers={("healthz", 200): 3},
+        no_local={("internal", "IPv4"): 4},
+    )
     lines = render(PlaneStats({}), control(), syncs=syncs).decode().splitlines()
 
     assert {
-        'kubeproxy_sync_proxy_rules_duration_seconds_bucket{le="0.1"} 1.0',
-        'kubeproxy_sync_proxy_rules_duration_seconds_bucket{le="1"} 2.0',
-        'kubeproxy_sync_proxy_rules_duration_seconds_bucket{le="+Inf"} 3.0',
-        "kubeproxy_sync_proxy_rules_duration_seconds_sum 5.6",
+        'kubeproxy_sync_proxy_rules_duration_seconds_bucket{ip_family="IPv4",le="0.1"} 1.0',
+        'kubeproxy_sync_proxy_rules_duration_seconds_bucket{ip_family="IPv4",le="1"} 2.0',
+        'kubeproxy_sync_proxy_rules_duration_seconds_bucket{ip_family="IPv4",le="+Inf"} 3.0',
+        'kubeproxy_sync_proxy_rules_duration_seconds_sum{ip_family="IPv4"} 5.6',
         'kubeproxy_network_programming_duration_seconds_bucket{ip_family="IPv4",le="1"} 1.0',
         'kubeproxy_network_programming_duration_seconds_count{ip_family="IPv4"} 1.0',
-        "kubeproxy_sync_proxy_rules_last_timestamp_seconds 7.0",
-        "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds 8.0",
+        'kubeproxy_sync_proxy_rules_last_timestamp_seconds{ip_family="IPv4"} 7.0',
+        'kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds{ip_family="IPv4"} 8.0',
+        "kubeproxy_sync_proxy_rules_service_changes_total 5.0",
+        "kubeproxy_sync_proxy_rules_service_changes_pending 1.0",
+        "kubeproxy_sync_proxy_rules_endpoint_changes_total 9.0",
+        "kubeproxy_sync_proxy_rules_endpoint_changes_pending 2.0",
+        'kubeproxy_sync_proxy_rules_no_local_endpoints_total{ip_family="IPv4",traffic_policy="internal"} 4.0',
         'kubeproxy_proxy_healthz_total{code="200"} 3.0',
     } <= set(lines)
 

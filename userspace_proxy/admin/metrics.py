@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from userspace_proxy import __version__
 from userspace_proxy.admin.kubeproxy import KubeProxyMetrics, SyncStats
 from userspace_proxy.interfaces import Counters, PlaneStats, WatchStats
+from userspace_proxy.model.freshness import FamilyHealth
 
 
 class ControlStats(NamedTuple):
@@ -24,6 +25,8 @@ class ControlStats(NamedTuple):
     last_sync_at: float
     problems: int
     unopened: int
+    sync_failures: int = 0
+    sync_failing_s: float = 0.0
 
 
 # Metric -> what it says, its Counters field, and whether it only goes up.
@@ -120,6 +123,13 @@ class _Scrape(Collector):
                 True,
             ),
             ("last_sync_timestamp_seconds", "when the last sync succeeded", control.last_sync_at, False),
+            ("sync_failures", "syncs that failed; what was in force stayed", control.sync_failures, True),
+            (
+                "sync_failing_seconds",
+                "for so long every sync has failed; 0 when none has",
+                control.sync_failing_s,
+                False,
+            ),
             ("object_problems", "objects and files that cannot be used as they are", control.problems, False),
             ("unopened_service_ports", "service ports without a listener", control.unopened, False),
             (
@@ -169,4 +179,14 @@ def render(
     registry.register(_Scrape(plane, control, watches, degraded_after_s))
     if syncs is not None:
         registry.register(KubeProxyMetrics(syncs))
+    return generate_latest(registry)
+
+
+def slis(families: Mapping[str, FamilyHealth]) -> bytes:
+    """Return what /metrics/slis tells: the health of every Kubernetes component has one name there."""
+    registry = CollectorRegistry(auto_describe=False)
+    health = Gauge("kubernetes_healthcheck", "1 when this check is passed", ["name", "type"], registry=registry)
+    for family, of_it in families.items():
+        for kind in ("healthz", "livez"):
+            health.labels(f"sync-{family}", kind).set(of_it.healthy)
     return generate_latest(registry)
