@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from userspace_proxy.interfaces import EndpointCounters
 from userspace_proxy.model.endpoint import Address, Endpoint
 
 EJECT_S = 1.0
@@ -24,10 +25,11 @@ PINS_MAX = 65_536
 
 
 class Pick(NamedTuple):
-    """An endpoint and why it was chosen, in one or two words for the access log."""
+    """An endpoint, why it was chosen, in one or two words for the access log, and where to count what it gets."""
 
     endpoint: Endpoint
     why: str
+    counters: EndpointCounters
 
 
 @dataclass(slots=True)
@@ -64,6 +66,7 @@ class Picker:
         self._affinity_timeout_s = affinity_timeout_s
         self._endpoints: list[Endpoint] = []
         self._turns: list[Pick] = []  # of the endpoints, in the same order: made once, not for every connection
+        self._leaving: dict[Address, EndpointCounters] = {}  # no endpoints any more, with connections still open
         self._next = 0
         self._pins: dict[str, Pin] = {}  # least recently used first
         self._ejected: dict[Address, _Ejection] = {}
@@ -91,14 +94,20 @@ class Picker:
         kept: list[Endpoint] = []
         turn = 0
         for index, endpoint in enumerate(self._endpoints):
-            if (stays := wanted.pop(endpoint.address, None)) is not None:
-                kept.append(stays)
+            if (still := wanted.pop(endpoint.address, None)) is not None:
+                kept.append(still)
                 if index < self._next:
                     turn += 1
         self._endpoints = kept + list(wanted.values())
-        self._turns = [Pick(endpoint, "round robin") for endpoint in self._endpoints]
+        counters = {pick.endpoint.address: pick.counters for pick in self._turns} | self._leaving
+        self._turns = [
+            Pick(endpoint, "round robin", counters.get(endpoint.address) or EndpointCounters())
+            for endpoint in self._endpoints
+        ]
+        stays = {endpoint.address for endpoint in self._endpoints}
+        self._leaving = {address: gone for address, gone in counters.items() if gone.open and address not in stays}
         self._next = turn if turn < len(self._endpoints) else 0
-        for address in self._ejected.keys() - {e.address for e in self._endpoints}:
+        for address in self._ejected.keys() - stays:
             del self._ejected[address]
 
     def set_affinity(self, timeout_s: int | None) -> None:
@@ -106,6 +115,11 @@ class Picker:
         if timeout_s is None:
             self._pins.clear()
         self._affinity_timeout_s = timeout_s
+
+    def counters(self) -> list[tuple[Address, EndpointCounters]]:
+        """Return what each endpoint has had; one that is gone is told of until its last connection has ended."""
+        self._leaving = {address: gone for address, gone in self._leaving.items() if gone.open}
+        return [*((pick.endpoint.address, pick.counters) for pick in self._turns), *self._leaving.items()]
 
     # ---- choosing
 
@@ -120,10 +134,10 @@ class Picker:
         now = self._now()
         pin = self._pins.pop(client_ip, None)
         if pin is not None and pin.expires_at > now and pin.address not in tried:
-            pinned = next((e for e in self._endpoints if e.address == pin.address), None)
+            pinned = next((turn for turn in self._turns if turn.endpoint.address == pin.address), None)
             if pinned is not None and self._is_open(pin.address, now):
                 self._pin(client_ip, Pin(pin.address, now + self._affinity_timeout_s))
-                return Pick(pinned, "affinity")
+                return Pick(pinned.endpoint, "affinity", pinned.counters)
         choice = self._by_turn(tried)
         if choice is not None:
             self._pin(client_ip, Pin(choice.endpoint.address, now + self._affinity_timeout_s))
@@ -153,13 +167,13 @@ class Picker:
                 continue
             if self._is_open(address, now):
                 self._next = (index + 1) % count
-                return Pick(endpoints[index], self._why(address, tried))
+                return Pick(endpoints[index], self._why(address, tried), self._turns[index].counters)
             if doubtful is None:
                 doubtful = index
         if doubtful is None:
             return None
         self._next = (doubtful + 1) % count
-        return Pick(endpoints[doubtful], "last resort")
+        return Pick(endpoints[doubtful], "last resort", self._turns[doubtful].counters)
 
     def _is_open(self, address: Address, now: float) -> bool:
         """Whether *address* may be chosen; the first to ask after its time is up has the trial."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import socket
 import time
@@ -18,9 +19,10 @@ from userspace_proxy.dataplane.poller import Poller
 from userspace_proxy.dataplane.sockets import reserve_refusing_port
 from userspace_proxy.dataplane.splice.copy import CopySplicer
 from userspace_proxy.dataplane.splice.pipe import PipeSplicer
+from userspace_proxy.dataplane.stats import add_up
 from userspace_proxy.dataplane.tcp import TcpListener
 from userspace_proxy.dataplane.udp import UdpListener
-from userspace_proxy.interfaces import Backends, ListenerSpec, PlaneStats, Splicer
+from userspace_proxy.interfaces import Backends, ListenerSpec, PlaneStats, ServiceStats, Splicer
 from userspace_proxy.model.names import L4Protocol, ServicePortName
 
 _OPENED_A_STEP = 128
@@ -158,13 +160,36 @@ class LocalPlane:
             if listener is not None:
                 listener.close()
 
-    async def stats(self) -> PlaneStats:
+    async def stats(self, endpoints_max: int = 0) -> PlaneStats:
+        known = sum(len(listener.picker.endpoints) for listener in self._listeners.values())
+        parts = self.take_stats(endpoints=known <= endpoints_max)
+        return add_up(itertools.chain.from_iterable(parts), self.totals(), known if known > endpoints_max else 0)
+
+    def take_stats(self, *, endpoints: bool) -> Iterator[list[ServiceStats]]:
+        """Return what every listener has counted, in parts that take a fraction of a millisecond each."""
+        for _ in self._context.connections.count_bytes():
+            yield []
+        part, steps = [], 0
+        for name, listener in list(self._listeners.items()):
+            counters, picker = listener.counters, listener.picker
+            listener.count_bytes()
+            counters.pins, counters.endpoints, counters.ejected = (
+                picker.pins,
+                len(picker.endpoints),
+                len(picker.ejected),
+            )
+            part.append(ServiceStats(name, counters, picker.counters() if endpoints else []))
+            steps += 1 + counters.flows + len(part[-1].endpoints)
+            if steps >= _LISTENERS_A_STEP:
+                yield part
+                part, steps = [], 0
+        yield part
+
+    def totals(self) -> PlaneStats:
+        """Return what is counted for the plane as a whole."""
         connections = self._context.connections
-        for listener in self._listeners.values():
-            listener.counters.endpoints = len(listener.picker.endpoints)
-            listener.counters.ejected = len(listener.picker.ejected)
         return PlaneStats(
-            services={name: listener.counters for name, listener in self._listeners.items()},
+            services={},
             connections_open=len(connections),
             accept_paused=connections.times_paused,
             local_shortages=connections.shortages,

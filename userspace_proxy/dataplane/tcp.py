@@ -21,6 +21,7 @@ from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.service import Portal, portals
 
 ACCEPTS_A_TURN = 32
+_NOTHING = (0, 0)
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,9 @@ class TcpListener:
     def update(self, backends: Backends) -> None:
         self.picker.set_endpoints(backends.usable)
 
+    def count_bytes(self) -> None:
+        """Nothing to do: connections are counted by `Connections`, those of listeners that are closed as well."""
+
     def leave(self) -> None:
         """Accept no more: another process does, at the same socket."""
         self._context.poller.leave(self._sock)
@@ -122,6 +126,7 @@ class TcpConnection:
     __slots__ = (
         "_client",
         "_context",
+        "_counted",
         "_dial",
         "_listener",
         "_pick",
@@ -141,6 +146,7 @@ class TcpConnection:
         self._dial: Dial | None = None
         self._splice: Splice | None = None
         self._pick: Pick | None = None
+        self._counted = _NOTHING
 
     def begin(self) -> None:
         listener = self._listener
@@ -163,6 +169,8 @@ class TcpConnection:
     def on_connected(self, backend: SocketType, pick: Pick, told: int) -> None:
         self._dial = None
         self._pick = pick
+        pick.counters.opened += 1
+        pick.counters.open += 1
         try:
             self._splice = self._context.splicer.start(self._client, backend, self._on_end, told)
         except OSError as error:
@@ -184,12 +192,10 @@ class TcpConnection:
         context, counters = self._context, self._listener.counters
         context.connections.remove(self)
         counters.open -= 1
-        to_backend = to_client = 0
-        if (splice := self._splice) is not None:
+        if self._pick is not None:
+            self._pick.counters.open -= 1
+            self.count_bytes()
             self._splice = None
-            to_backend, to_client = splice.bytes_to_backend, splice.bytes_to_client
-            counters.bytes_to_backends += to_backend
-            counters.bytes_to_clients += to_client
         if context.access_log is not None:
             context.access_log(
                 AccessRecord(
@@ -198,12 +204,26 @@ class TcpConnection:
                     portal=self._portal,
                     endpoint=self._pick.endpoint if self._pick else None,
                     why=self._pick.why if self._pick else "",
-                    bytes_to_backend=to_backend,
-                    bytes_to_client=to_client,
+                    bytes_to_backend=self._counted[0],
+                    bytes_to_client=self._counted[1],
                     duration_s=context.now() - self._started_at,
                     how=how,
                 )
             )
+
+    def count_bytes(self) -> None:
+        """Add what has passed since the last time to the counters: a connection may be open for days."""
+        splice, pick = self._splice, self._pick
+        if splice is None or pick is None:
+            return
+        to_backend, to_client = splice.bytes_to_backend, splice.bytes_to_client
+        before_to_backend, before_to_client = self._counted
+        self._counted = to_backend, to_client
+        counters, of_endpoint = self._listener.counters, pick.counters
+        counters.bytes_to_backends += to_backend - before_to_backend
+        counters.bytes_to_clients += to_client - before_to_client
+        of_endpoint.bytes_to_backends += to_backend - before_to_backend
+        of_endpoint.bytes_to_clients += to_client - before_to_client
 
     # ---- looked at by the sweep, ended by the drain
 
