@@ -79,7 +79,7 @@ def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
 def test_every_metric_that_is_named_exists(page: Path) -> None:
     names = [ServicePortName(NamespacedName("a", "b"), "c", protocol) for protocol in L4Protocol]
     plane, watches = PlaneStats({name: Counters() for name in names}), [WatchStats("services")]
-    exposed = render(plane, ControlStats(0, 0, 0, 0.0, 0, 0), watches).decode()
+    exposed = b"".join(render(plane, ControlStats(0, 0, 0, 0.0, 0, 0), watches)).decode()
 
     for metric in re.findall(r"`(userspace_proxy_\w+)`", page.read_text()):
         assert f"\n{metric}" in exposed, metric

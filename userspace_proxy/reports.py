@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 
 from userspace_proxy.admin import metrics as exposition
 from userspace_proxy.admin.kubeproxy import SyncStats
-from userspace_proxy.admin.metrics import ControlStats
+from userspace_proxy.admin.metrics import SERIES_AN_ENDPOINT, ControlStats
 from userspace_proxy.admin.server import Health
 from userspace_proxy.control.controller import Controller
 from userspace_proxy.control.decode import is_eligible
@@ -61,8 +62,8 @@ class Reports:
             node_eligible=is_eligible(self._tracker.node) if self._settings.follows_cluster else None,
         )
 
-    async def metrics(self, answers: Mapping[tuple[str, int], int]) -> bytes:
-        """Return the text of one scrape; *answers* are those of /healthz and /livez, by status."""
+    async def metrics(self, answers: Mapping[tuple[str, int], int]) -> AsyncIterator[bytes]:
+        """Return the text of one scrape, in parts; *answers* are those of /healthz and /livez, by status."""
         controller, proxier, source = self._controller, self._proxier, self._source
         control = ControlStats(
             service_ports=proxier.service_ports,
@@ -80,7 +81,10 @@ class Reports:
             synced_at=controller.freshness.updated_at,
             queued_at=controller.freshness.queued_at,
             changes=controller.changes,
-            answers=answers,
+            answers=dict(answers),
         )
-        plane = await self._plane.stats()
-        return exposition.render(plane, control, source.watches, self._settings.degraded_after_s, syncs)
+        plane = await self._plane.stats(self._settings.metrics_endpoint_series // SERIES_AN_ENDPOINT)
+        parts = exposition.render(plane, control, source.watches, self._settings.degraded_after_s, syncs)
+        # In a thread: 10,000 Services are 150,000 lines, and changes of endpoints need not wait for these.
+        while (part := await asyncio.to_thread(next, parts, b"")) != b"":
+            yield part

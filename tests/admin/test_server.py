@@ -43,8 +43,9 @@ class Rig:
         self.server = AdminServer(lambda: self.health, self._metrics, "userspace", CONFIG, degraded_status)
         self.healthz, self.metrics = (f"127.0.0.1:{port}" for port in free_ports(2))
 
-    async def _metrics(self, answers: Mapping[tuple[str, int], int]) -> bytes:
-        return f"answers {dict(answers)}\n".encode()
+    async def _metrics(self, answers: Mapping[tuple[str, int], int]) -> AsyncIterator[bytes]:
+        yield b"answers "
+        yield f"{dict(answers)}\n".encode()
 
     async def get(self, address: str, path: str, method: str = "GET") -> Answer:
         async with aiohttp.ClientSession() as session, session.request(method, f"http://{address}{path}") as response:
@@ -167,6 +168,7 @@ async def test_metrics_are_text_as_prometheus_wants_it_and_know_what_was_answere
         for path in ("/healthz", "/livez", "/healthz"):
             await rig.get(rig.healthz, path)
         answer = await rig.get(rig.metrics, "/metrics")
+        assert (await rig.get(rig.metrics, "/metrics", method="HEAD")).status == 200
 
     assert answer.text == "answers {('healthz', 503): 2, ('livez', 503): 1}\n"
     assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"

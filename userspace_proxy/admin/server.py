@@ -9,7 +9,7 @@ import asyncio
 import errno
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +90,7 @@ class AdminServer:
     def __init__(
         self,
         health: Callable[[], Health],
-        metrics: Callable[[Mapping[tuple[str, int], int]], Awaitable[bytes]],
+        metrics: Callable[[Mapping[tuple[str, int], int]], AsyncIterator[bytes]],
         mode: str,
         config: Mapping[str, object],
         degraded_status: int = 200,
@@ -170,8 +170,13 @@ class AdminServer:
         """Say that this address answers, as kube-proxy's does; health is told at the other one."""
         return web.Response(text="ok", headers=_HEADERS)
 
-    async def _get_metrics(self, _request: web.Request) -> web.Response:
-        return web.Response(body=await self._metrics(self.answers), headers=_EXPOSITION)
+    async def _get_metrics(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers=_EXPOSITION)
+        await response.prepare(request)
+        if request.method != "HEAD":
+            async for part in self._metrics(self.answers):
+                await response.write(part)
+        return response
 
     async def _get_slis(self, _request: web.Request) -> web.Response:
         return web.Response(body=slis(self._health().families), headers=_EXPOSITION)
