@@ -61,7 +61,7 @@ def served(state: ProxyState) -> dict[str, list[str]]:
 
 
 # How it is run, and not what is served; each has a test of its own.
-HOW_TO_RUN = {"kubernetes", "systemd"}
+HOW_TO_RUN = {"grafana", "kubernetes", "systemd"}
 
 
 def test_every_folder_is_a_lesson_that_is_tested_here() -> None:
