@@ -13,7 +13,7 @@ from tests.admin.given import every_metric, exposed
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "metrics.md"
-DASHBOARD = json.loads((ROOT / "examples" / "grafana" / "dashboard.json").read_text())
+DASHBOARD = json.loads((ROOT / "examples" / "grafana" / "dashboards" / "userspace-proxy.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 TIME_SERIES = {"_bucket", "_sum", "_count"}
 
