@@ -15,6 +15,7 @@ import pytest
 from tests.net.world import (
     HOLDER,
     POD1,
+    POD2,
     Proxy,
     answers,
     ask_udp,
@@ -502,3 +503,12 @@ def _health(proxy: Proxy) -> int:
         return proxy.get("/healthz", 10256)[0]
     except OSError:
         return 0
+
+
+def test_no_room_for_endpoints_leaves_services_and_says_so(fresh_proxy: Proxy) -> None:
+    fresh_proxy.start("--metrics-endpoint-series", "0")
+    fresh_proxy.serve("told", "10.96.4.1", POD1, POD2)
+
+    assert "userspace_proxy_endpoint_connections_total{" not in fresh_proxy.get("/metrics", 10249)[1]
+    assert fresh_proxy.metric("userspace_proxy_hidden_endpoints") == 4
+    assert fresh_proxy.metric("userspace_proxy_endpoints", service="told") == 4
