@@ -28,8 +28,12 @@ from userspace_proxy.instance import end_orphans, running_as, take_lock
 from userspace_proxy.interfaces import Capture, DataPlane, EventType, ObjectEvent, Source
 from userspace_proxy.kube_config import configz
 from userspace_proxy.logs import AccessLog, recorder
+from userspace_proxy.model.endpoint import FAMILIES
+from userspace_proxy.model.topology import Node
 from userspace_proxy.node_network import WithRoutes, first_capture, leave_network, watch_network
-from userspace_proxy.proxiers.userspace import ProxyPorts, UserspaceProxier, planned_redirects
+from userspace_proxy.proxiers.plans import NodeRules, planned_redirects
+from userspace_proxy.proxiers.proxy_ports import ProxyPorts
+from userspace_proxy.proxiers.userspace import UserspaceProxier
 from userspace_proxy.reports import Reports
 from userspace_proxy.rules import iptables, network, nft
 from userspace_proxy.rules.kernel import KERNELS, choose_language
@@ -95,10 +99,10 @@ class App:
             cluster_ips = ClusterIPs(settings.service_cluster_ip_ranges, memory.cluster_ips)
             known_ports = {spec.name.key: spec.proxy_port for spec in inherited}
             ports = ProxyPorts(*settings.proxy_port_range, {**memory.proxy_ports, **known_ports})
-            tracker = Tracker(cluster_ips, settings.service_proxy_name, settings.node_name)
+            tracker = Tracker(cluster_ips, settings.service_proxy_name, Node(settings.node_name))
 
             succession.cut = plane.cut
-            proxier = UserspaceProxier(plane, kernel, ports, await first_capture(settings.capture))
+            proxier = UserspaceProxier(plane, kernel, ports, NodeRules(await first_capture(settings.capture)))
             proxier.adopt(inherited)
             saver = _Saver(state_dir, cluster_ips, ports)
             controller = Controller(
@@ -277,13 +281,13 @@ def render(settings: Settings) -> tuple[str, bool]:
     )
     capture = Capture.ADDRESS if settings.capture == "address" else Capture.REDIRECT
     ports = ProxyPorts(*settings.proxy_port_range, memory.proxy_ports)
-    redirects = planned_redirects(tracker.state(), ports, capture)
+    redirects = planned_redirects(tracker.state(), ports, NodeRules(capture))
     is_well = not problems and not tracker.problems
     if settings.rules != "iptables":
         return nft.table(redirects), is_well
     rules = "".join(
         f"# {tool} --noflush\n{iptables.restore(redirects, family, '')}"
-        for family, tool in ((4, "iptables-restore"), (6, "ip6tables-restore"))
+        for family, tool in zip(FAMILIES, ("iptables-restore", "ip6tables-restore"), strict=True)
     )
     return rules, is_well
 

@@ -11,7 +11,8 @@ from typing import NamedTuple, Protocol
 
 from userspace_proxy.api import KubernetesObject
 from userspace_proxy.model.endpoint import Address, Endpoint
-from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
+from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, Scope, ServicePortName
+from userspace_proxy.model.routes import Sender
 from userspace_proxy.model.service import Portal, ServicePort
 from userspace_proxy.model.state import ProxyState
 
@@ -130,9 +131,27 @@ class Capture(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Redirects:
-    """The rules of userspace mode: for each portal the local port its packets go to.
+class PodDetector:
+    """Tells who is a pod: by its address being in one of ``cidrs``, or by the interface that it comes in by.
 
+    ``interface`` is a name; with ``*`` at its end it is the beginning of names. One of the two is given.
+    """
+
+    cidrs: tuple[str, ...] = ()
+    interface: str = ""
+
+
+# In place of a proxy port: such packets are dropped.
+DROPPED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Redirects:
+    """The rules of userspace mode: for each portal the local port its packets go to, or DROPPED.
+
+    ``exceptions``: what goes before ``ports`` for senders that are told from others. ``allowed``: the CIDRs from which
+    these portals may be dialled; who comes from elsewhere is dropped. ``node_ports_on``: the CIDRs of the node's own
+    addresses at which node ports are served; where a family has none in it, all are.
     ``refuse_port`` is a port at which nobody listens: portals without endpoints go there, and the
     kernel answers for itself - a reset for TCP, port unreachable for UDP.
     """
@@ -141,6 +160,10 @@ class Redirects:
     names: Mapping[Portal, ServicePortName] = field(default_factory=dict)
     refuse_port: int = 0
     capture: Capture = Capture.REDIRECT
+    exceptions: Mapping[Sender, Mapping[Portal, int]] = field(default_factory=dict)
+    allowed: Mapping[Portal, tuple[str, ...]] = field(default_factory=dict)
+    node_ports_on: tuple[str, ...] = ()
+    pods: PodDetector | None = None
 
 
 class Kernel(Protocol):
@@ -179,7 +202,10 @@ class Kernel(Protocol):
 
 
 class Backends(NamedTuple):
-    """The endpoints of one service port: those that may take new traffic, and those whose UDP flows may stay."""
+    """The endpoints of one listener: those that may take new traffic, and those whose UDP flows may stay.
+
+    Of both families; a client meets those of its own.
+    """
 
     usable: tuple[Endpoint, ...]
     serving: tuple[Endpoint, ...]
@@ -187,14 +213,16 @@ class Backends(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ListenerSpec:
-    """A service port, and the local port at which the data plane accepts its traffic."""
+    """A service port, the local port at which the data plane accepts its traffic, and which part of it."""
 
     service_port: ServicePort
     proxy_port: int
+    scope: Scope = Scope.CLUSTER
+    transparent: bool = False
 
     @property
-    def name(self) -> ServicePortName:
-        return self.service_port.name
+    def name(self) -> ListenerName:
+        return ListenerName(self.service_port.name, self.scope, self.transparent)
 
 
 @dataclass(slots=True)
@@ -290,7 +318,7 @@ class AccessRecord:
 class DataPlane(Protocol):
     """Owns every socket. The same calls, whether it lives in this process or in a worker."""
 
-    async def open(self, specs: Sequence[ListenerSpec]) -> Mapping[ServicePortName, str]:
+    async def open(self, specs: Sequence[ListenerSpec]) -> Mapping[ListenerName, str]:
         """Open a listener for each spec, or give the open one its new portals and affinity.
 
         Returns why not, for each that could not be opened: the reason as text.
@@ -301,11 +329,11 @@ class DataPlane(Protocol):
         """Hold *port* so that the kernel refuses whoever dials it; return why that cannot be ("" when held)."""
         ...
 
-    async def update(self, backends: Mapping[ServicePortName, Backends]) -> None:
-        """Give service ports their endpoints, from the next connection and datagram on."""
+    async def update(self, backends: Mapping[ListenerName, Backends]) -> None:
+        """Give listeners their endpoints, from the next connection and datagram on."""
         ...
 
-    async def retire(self, names: Sequence[ServicePortName]) -> None:
+    async def retire(self, names: Sequence[ListenerName]) -> None:
         """Close these listeners; their open connections live on until they end or are drained."""
         ...
 

@@ -88,7 +88,7 @@ class WithRoutes:
         wanted = set(self._ranges)
         for name, service_port in state.service_ports.items():
             if self._known.get(name) is not service_port:
-                for ip in service_port.cluster_ips + service_port.external_ips:
+                for ip in (*service_port.cluster_ips, *service_port.external_ips, *service_port.load_balancer_ips):
                     address = ipaddress.ip_address(ip)
                     if not any(address in known for known in self._ranges):
                         wanted.add(ipaddress.ip_network(ip))

@@ -14,6 +14,7 @@ from userspace_proxy.control.controller import Controller
 from userspace_proxy.control.decode import is_eligible
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.interfaces import DataPlane, Source
+from userspace_proxy.model.locality import without_local_endpoints
 from userspace_proxy.proxiers.userspace import UserspaceProxier
 from userspace_proxy.settings import Settings
 
@@ -82,6 +83,7 @@ class Reports:
             queued_at=controller.freshness.queued_at,
             changes=controller.changes,
             answers=dict(answers),
+            no_local=without_local_endpoints(controller.synced),
         )
         plane = await self._plane.stats(self._settings.metrics_endpoint_series // SERIES_AN_ENDPOINT)
         parts = exposition.render(plane, control, source.watches, self._settings.degraded_after_s, syncs)

@@ -25,7 +25,7 @@ def refusal(given: api.Service) -> ConfigError:
 
 def ports_of(given: api.Service) -> list[ServicePort]:
     decode.check_service(given)
-    found, _ = decode.service_ports(named("web"), given, ("10.96.0.1",))
+    found, _ = decode.service_ports(named("web"), given, decode.Allotted(("10.96.0.1",)))
     return list(found.values())
 
 
@@ -309,7 +309,7 @@ def test_an_sctp_port_is_named_and_the_other_ports_are_served() -> None:
     given = service(ports=[{"port": 1, "name": "s", "protocol": "SCTP"}, {"port": 2, "name": "t"}])
     decode.check_service(given)
 
-    found, problems = decode.service_ports(named("web"), given, ("10.96.0.1",))
+    found, problems = decode.service_ports(named("web"), given, decode.Allotted(("10.96.0.1",)))
 
     assert {index: port.port for index, port in found.items()} == {1: 2}
     assert [problem.field for problem in problems] == ["spec.ports[0].protocol"]
@@ -547,7 +547,7 @@ def test_a_container_port_that_is_no_port_gives_no_endpoint(number: int) -> None
 
 
 def port_with(*cluster_ips: str) -> ServicePort:
-    return decode.service_ports(named("web"), service(), cluster_ips)[0][0]
+    return decode.service_ports(named("web"), service(), decode.Allotted(cluster_ips))[0][0]
 
 
 def test_one_address_in_several_slices_is_one_endpoint() -> None:

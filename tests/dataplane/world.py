@@ -14,7 +14,7 @@ from userspace_proxy.dataplane.plane import LocalPlane
 from userspace_proxy.interfaces import AccessRecord, Backends, Counters, EndpointCounters, ListenerSpec, Redirects
 from userspace_proxy.lab import ip
 from userspace_proxy.model.endpoint import Address, Endpoint
-from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
+from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, ServicePortName
 from userspace_proxy.model.service import ServicePort, portals
 from userspace_proxy.rules import nft
 
@@ -29,6 +29,7 @@ VANISHING_IPS = ("10.97.0.1", "10.97.0.2", "10.97.0.3")
 NAME = ServicePortName(NamespacedName("shop", "web"), "http", L4Protocol.TCP)
 UDP_NAME = ServicePortName(NamespacedName("shop", "dns"), "dns", L4Protocol.UDP)
 OTHER_NAME = ServicePortName(NamespacedName("shop", "other"), "http", L4Protocol.TCP)
+LISTENER, UDP_LISTENER, OTHER_LISTENER = ListenerName(NAME), ListenerName(UDP_NAME), ListenerName(OTHER_NAME)
 PORTAL = ("10.96.0.1", 80)
 OTHER_PORTAL = ("10.96.0.2", 80)
 PORTAL6 = ("fd00:96::1", 80)
@@ -153,7 +154,7 @@ class Plane:
     async def use(self, *usable: Endpoint, serving: Sequence[Endpoint] | None = None) -> None:
         """Give both service ports these endpoints."""
         backends = Backends(usable, tuple(usable if serving is None else serving))
-        await self.local.update({NAME: backends, UDP_NAME: backends})
+        await self.local.update({LISTENER: backends, UDP_LISTENER: backends})
 
     async def counters(self, name: ServicePortName = NAME) -> Counters:
         return (await self.local.stats()).services[name]

@@ -141,7 +141,7 @@ class _Input:
     def _conflicts(self, name: NamespacedName, service: api.Service) -> Iterator[ConfigError]:
         """Yield what `run` finds when it comes to serve *service*."""
         try:
-            yield from decode.service_ports(name, service, ())[1]
+            yield from decode.service_ports(name, service, decode.Allotted())[1]
         except ConfigError as error:
             yield error
         try:

@@ -32,7 +32,7 @@ from userspace_proxy.dataplane import wire
 from userspace_proxy.dataplane.channel import Channel
 
 # Of these messages. One that is not understood is refused in words, in both directions: upgrade and roll-back.
-VERSION = 1
+VERSION = 2
 _ANSWER_TIMEOUT_S = 15.0
 # Who connects and asks nothing costs a descriptor each; the first of more makes way.
 _SILENT_MAX = 8

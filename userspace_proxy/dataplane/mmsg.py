@@ -13,7 +13,7 @@ import socket
 import struct
 from collections.abc import Iterable
 
-from userspace_proxy.model.endpoint import Address
+from userspace_proxy.model.endpoint import Address, Family
 
 MESSAGES = 32
 DATAGRAM_BYTES = 65_536
@@ -117,6 +117,11 @@ def client_address(record: bytes) -> Address:
             return socket.inet_ntop(socket.AF_INET6, packed), port
         return socket.inet_ntoa(packed[12:]), port
     return socket.inet_ntoa(record[4:8]), port
+
+
+def client_family(record: bytes) -> Family:
+    """Return the family of the peer of *record*: what `client_address` would tell, for less."""
+    return 6 if record.startswith(_INET6) and not record.startswith(_MAPPED, 8) else 4
 
 
 def reply_record(record: bytes) -> bytes:

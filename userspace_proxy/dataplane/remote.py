@@ -25,7 +25,7 @@ from userspace_proxy.dataplane.sockets import reserve_refusing_port
 from userspace_proxy.dataplane.stats import add_up, sum_of
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import Backends, ListenerSpec, PlaneStats
-from userspace_proxy.model.names import ServicePortName
+from userspace_proxy.model.names import ListenerName, Scope, ServicePortName
 
 # So much at once that no packet waits for more than a few milliseconds while the worker takes it in.
 _A_FRAME = 32
@@ -39,13 +39,13 @@ class RemotePlane:
 
     def __init__(self, settings: wire.WorkerSettings) -> None:
         self._limits = settings.limits
-        self._sockets: dict[ServicePortName, list[socket.socket]] = {}  # as many as workers
-        self._specs: dict[ServicePortName, ListenerSpec] = {}
-        self._backends: dict[ServicePortName, Backends] = {}
+        self._sockets: dict[ListenerName, list[socket.socket]] = {}  # as many as workers
+        self._specs: dict[ListenerName, ListenerSpec] = {}
+        self._backends: dict[ListenerName, Backends] = {}
         self._reserved: dict[int, tuple[socket.socket, ...]] = {}
         self._lock: socket.socket | None = None
         self._workers = [
-            WorkerProcess(msgspec.structs.replace(settings, worker=index), self._specs.__contains__, self._replay)
+            WorkerProcess(msgspec.structs.replace(settings, worker=index), self._serves, self._replay)
             for index in range(settings.workers)
         ]
 
@@ -84,7 +84,7 @@ class RemotePlane:
                 part,
                 len(part),
                 [(name, self._backends[name]) for name in names if name in self._backends],
-                [(name, worker.learnt.memory_of(name)) for name in names],
+                [(name, worker.learnt.memory_of(name)) for name in dict.fromkeys(name.service_port for name in names)],
             )
             yield known, [self._sockets[name][worker.settings.worker].fileno() for name in names]
 
@@ -107,9 +107,9 @@ class RemotePlane:
                 self._specs[spec.name] = spec
                 self._sockets.setdefault(spec.name, []).append(sock)
             self._backends.update(given.backends)
-            for name, memory in given.memory:
+            for service_port, memory in given.memory:
                 for worker in self._workers:
-                    worker.learnt.note(name, memory)
+                    worker.learnt.note(service_port, memory)
         for name, spec in self._specs.items():
             group = self._sockets[name]
             self._sockets[name] = fit_group(group, name.protocol, spec.proxy_port, len(self._workers), self._limits)
@@ -129,8 +129,8 @@ class RemotePlane:
 
     # ---- DataPlane
 
-    async def open(self, specs: Sequence[ListenerSpec]) -> Mapping[ServicePortName, str]:
-        refused: dict[ServicePortName, str] = {}
+    async def open(self, specs: Sequence[ListenerSpec]) -> Mapping[ListenerName, str]:
+        refused: dict[ListenerName, str] = {}
         new, known = [], []
         for count, spec in enumerate(specs, 1):
             if spec.name in self._sockets:
@@ -168,11 +168,11 @@ class RemotePlane:
             return f"port {port}: {error.strerror}"
         return ""
 
-    async def update(self, backends: Mapping[ServicePortName, Backends]) -> None:
+    async def update(self, backends: Mapping[ListenerName, Backends]) -> None:
         self._backends.update({name: given for name, given in backends.items() if name in self._specs})
         await self._send_all(*(wire.Update(part) for part in _parts(backends.items())))
 
-    async def retire(self, names: Sequence[ServicePortName]) -> None:
+    async def retire(self, names: Sequence[ListenerName]) -> None:
         for name in names:
             self._forget(name)
         await self._send_all(*(wire.Retire(part) for part in _parts(names)))
@@ -180,16 +180,21 @@ class RemotePlane:
     async def _send_all(self, *requests: wire.Request) -> list[wire.Answer]:
         return await answers_to([worker.send(request) for request in requests for worker in self._workers])
 
-    def _forget(self, name: ServicePortName) -> None:
+    def _serves(self, service_port: ServicePortName) -> bool:
+        names = (ListenerName(service_port, scope, transparent) for scope in Scope for transparent in (False, True))
+        return any(name in self._specs for name in names)
+
+    def _forget(self, name: ListenerName) -> None:
         self._specs.pop(name, None)
         self._backends.pop(name, None)
-        for worker in self._workers:
-            worker.learnt.forget(name)
+        if not self._serves(name.service_port):
+            for worker in self._workers:
+                worker.learnt.forget(name.service_port)
         for sock in self._sockets.pop(name, []):
             sock.close()
 
     async def stats(self, endpoints_max: int = 0) -> PlaneStats:
-        known = sum(len(backends.usable) for backends in self._backends.values())
+        known = self._known_endpoints()
         told: list[wire.Stats] = []
         with contextlib.suppress(SyncError):
             answers = await self._send_all(wire.TellStats(endpoints=known <= endpoints_max))
@@ -198,6 +203,13 @@ class RemotePlane:
         totals = sum_of(PlaneStats({}), *(stats.rest for stats in told))
         stats = add_up(services, totals, known if known > endpoints_max else 0)
         return replace(stats, worker_restarts=self.restarts)
+
+    def _known_endpoints(self) -> int:
+        """Return how many there are; of the sets of one service port the largest nearly always has them all."""
+        known: dict[ServicePortName, int] = {}
+        for name, backends in self._backends.items():
+            known[name.service_port] = max(known.get(name.service_port, 0), len(backends.usable))
+        return sum(known.values())
 
     def cut(self) -> None:
         for worker in self._workers:

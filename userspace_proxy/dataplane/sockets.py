@@ -260,7 +260,6 @@ def original_destination(sock: SocketType, client_ip: str) -> bytes | None:
         return None
 
 
-def packed(ip: str | None, port: int) -> bytes:
-    """Return port and IP as the kernel writes them; the port alone where there is no IP."""
-    family = socket.AF_INET6 if ip and ":" in ip else socket.AF_INET
-    return port.to_bytes(2, "big") + (socket.inet_pton(family, ip) if ip else b"")
+def packed(ip: str, port: int) -> bytes:
+    """Return port and IP as the kernel writes them."""
+    return port.to_bytes(2, "big") + socket.inet_pton(socket.AF_INET6 if ":" in ip else socket.AF_INET, ip)

@@ -11,13 +11,13 @@ import socket
 import struct
 from socket import SocketType
 
-from userspace_proxy.dataplane.context import PlaneContext
+from userspace_proxy.dataplane.context import PlaneContext, Shared
 from userspace_proxy.dataplane.dial import Dial, DialContext
 from userspace_proxy.dataplane.picker import Pick, Picker
 from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, accept, original_destination, packed
-from userspace_proxy.interfaces import AccessRecord, Backends, Counters, ListenerSpec, Splice
+from userspace_proxy.interfaces import AccessRecord, Backends, ListenerSpec, Splice
 from userspace_proxy.model.endpoint import Address
-from userspace_proxy.model.names import ServicePortName
+from userspace_proxy.model.names import ListenerName
 from userspace_proxy.model.service import Portal, portals
 
 ACCEPTS_A_TURN = 32
@@ -28,11 +28,11 @@ log = logging.getLogger(__name__)
 
 
 class TcpListener:
-    """The proxy port of one TCP service port."""
+    """One proxy port of a TCP service port."""
 
-    def __init__(self, spec: ListenerSpec, sock: socket.socket, context: PlaneContext) -> None:
-        self.counters = Counters()
-        self.picker = Picker(context.now)
+    def __init__(self, spec: ListenerSpec, sock: socket.socket, context: PlaneContext, shared: Shared) -> None:
+        self.counters = shared.counters
+        self.picker = Picker(shared.memory)
         self._context = context
         self._dialing = DialContext(
             context.poller,
@@ -49,7 +49,7 @@ class TcpListener:
         context.poller.accept_from(self._sock, self._accept)
 
     @property
-    def name(self) -> ServicePortName:
+    def name(self) -> ListenerName:
         return self._spec.name
 
     @property
@@ -66,16 +66,12 @@ class TcpListener:
         return self._dialing
 
     def configure(self, spec: ListenerSpec) -> None:
-        """Take new portals and another affinity; the proxy port stays."""
+        """Take new portals; the proxy port stays."""
         self._spec = spec
         self._portals = {packed(portal.ip, portal.port): portal for portal in portals(spec.service_port)}
-        self.picker.set_affinity(spec.service_port.affinity_timeout_s)
 
     def update(self, backends: Backends) -> None:
         self.picker.set_endpoints(backends.usable)
-
-    def count_bytes(self) -> None:
-        """Nothing to do: connections are counted by `Connections`, those of listeners that are closed as well."""
 
     def leave(self) -> None:
         """Accept no more: another process does, at the same socket."""
@@ -117,7 +113,8 @@ class TcpListener:
         dialled = original_destination(sock, client_ip)
         if dialled is None:
             return None
-        return self._portals.get(dialled) or self._portals.get(dialled[:2])
+        # At a port of every address, or at this very one.
+        return self._portals.get(dialled) or self._portals.get(dialled[:2] + bytes(len(dialled) - 2))
 
 
 class TcpConnection:
@@ -199,7 +196,7 @@ class TcpConnection:
         if context.access_log is not None:
             context.access_log(
                 AccessRecord(
-                    service_port=self._listener.name,
+                    service_port=self._listener.name.service_port,
                     client=self.client,
                     portal=self._portal,
                     endpoint=self._pick.endpoint if self._pick else None,

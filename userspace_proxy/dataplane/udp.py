@@ -13,28 +13,31 @@ import os
 import socket
 from collections import OrderedDict
 
-from userspace_proxy.dataplane.context import PlaneContext
+from userspace_proxy.dataplane.context import PlaneContext, Shared
 from userspace_proxy.dataplane.datagrams import UdpFlow
-from userspace_proxy.dataplane.mmsg import client_address, reply_record
+from userspace_proxy.dataplane.mmsg import client_address, client_family, reply_record
 from userspace_proxy.dataplane.picker import Picker
 from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, is_self_connected
-from userspace_proxy.interfaces import AccessRecord, Backends, Counters, EndpointCounters, ListenerSpec
-from userspace_proxy.model.endpoint import Address, Endpoint
-from userspace_proxy.model.names import ServicePortName
+from userspace_proxy.interfaces import AccessRecord, Backends, EndpointCounters, ListenerSpec
+from userspace_proxy.model.endpoint import Address, Endpoint, Family
+from userspace_proxy.model.names import ListenerName
 from userspace_proxy.model.service import portals
 
 # Not the endpoint's fault: there is no room now, or the datagram is too long for this way and shorter ones go on.
 _DROPPED = {errno.EAGAIN, errno.EMSGSIZE}
 
+# In the place of a client whom nobody remembers, which saves writing its address down.
+_ANYBODY: dict[Family, str] = {4: "0.0.0.0", 6: "::"}  # noqa: S104 - nothing is bound
+
 log = logging.getLogger(__name__)
 
 
 class UdpListener:
-    """The proxy port of one UDP service port, and its flows, least recently used first."""
+    """One proxy port of a UDP service port, and its flows, least recently used first."""
 
-    def __init__(self, spec: ListenerSpec, sock: socket.socket, context: PlaneContext) -> None:
-        self.counters = Counters()
-        self.picker = Picker(context.now, spec.service_port.affinity_timeout_s)
+    def __init__(self, spec: ListenerSpec, sock: socket.socket, context: PlaneContext, shared: Shared) -> None:
+        self.counters = shared.counters
+        self.picker = Picker(shared.memory)
         self._context = context
         self._spec = spec
         self._affinity = spec.service_port.affinity_timeout_s is not None
@@ -46,7 +49,7 @@ class UdpListener:
         self._datagrams.serve(self)
 
     @property
-    def name(self) -> ServicePortName:
+    def name(self) -> ListenerName:
         return self._spec.name
 
     @property
@@ -65,7 +68,6 @@ class UdpListener:
     def configure(self, spec: ListenerSpec) -> None:
         self._spec = spec
         self._affinity = spec.service_port.affinity_timeout_s is not None
-        self.picker.set_affinity(spec.service_port.affinity_timeout_s)
 
     def update(self, backends: Backends) -> None:
         """Take new endpoints; flows whose endpoint serves no more end, and their next datagram starts anew."""
@@ -125,7 +127,7 @@ class UdpListener:
         flows, datagrams, counters = self._flows, self._datagrams, self.counters
         if len(flows) >= self._context.limits.udp_flows_per_service:
             self._evict()
-        client_ip = client_address(key)[0] if self._affinity else ""
+        client_ip = client_address(key)[0] if self._affinity else _ANYBODY[client_family(key)]
         tried: dict[Address, bool] = {}
         while (pick := self.picker.pick(client_ip, tried)) is not None:
             address = pick.endpoint.address
@@ -243,7 +245,7 @@ class UdpListener:
             return
         self._context.access_log(
             AccessRecord(
-                service_port=self.name,
+                service_port=self.name.service_port,
                 client=client_address(flow.key),
                 portal=known[0] if len(known := portals(self._spec.service_port)) == 1 else None,
                 endpoint=flow.endpoint,

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import Redirects
+from userspace_proxy.model.endpoint import Family
 from userspace_proxy.rules import iptables, nft
 from userspace_proxy.rules.notices import RuleNotices
 from userspace_proxy.rules.tool import is_installed, run_tool
@@ -112,7 +113,7 @@ class IptablesKernel:
             raise error
         self._held = redirects
 
-    async def _load_family(self, redirects: Redirects, family: int, prefix: str) -> None:
+    async def _load_family(self, redirects: Redirects, family: Family, prefix: str) -> None:
         saved = await run_tool(f"{prefix}-save")
         script = iptables.restore(redirects, family, saved)
         with _quiet(self._notices):
@@ -152,7 +153,7 @@ class IptablesKernel:
         if await _is_legacy():
             self._poll = asyncio.create_task(_call_every(_POLL_S, on_change), name="rules-poll")
         else:
-            self._notices = RuleNotices({"nat", "filter"}, on_change)
+            self._notices = RuleNotices({"mangle", "nat", "filter"}, on_change)
 
     def unwatch(self) -> None:
         if self._notices is not None:
@@ -187,7 +188,7 @@ def _quiet(notices: RuleNotices | None) -> contextlib.AbstractContextManager[Non
     return notices.paused() if notices is not None else contextlib.nullcontext()
 
 
-def _families() -> list[tuple[int, str]]:
+def _families() -> list[tuple[Family, str]]:
     return [(4, "iptables"), (6, "ip6tables")] if is_installed("ip6tables-save") else [(4, "iptables")]
 
 
