@@ -2,37 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from userspace_proxy.settings import Settings
 
-GROUP = "kubeproxy.config.k8s.io"
-VERSION = "v1alpha1"
-
-
-def configz(settings: Settings) -> Mapping[str, object]:
-    """Return what /configz answers: the settings in force."""
-    return {GROUP: _as_kube_config(settings)}
-
-
-def _as_kube_config(settings: Settings) -> dict[str, object]:
-    return {
-        "kind": "KubeProxyConfiguration",
-        "apiVersion": f"{GROUP}/{VERSION}",
-        "mode": "userspace",
-        "clientConnection": {"kubeconfig": str(settings.kubeconfig or "")},
-        "hostnameOverride": settings.hostname_override,
-        "healthzBindAddress": settings.healthz_bind_address,
-        "metricsBindAddress": settings.metrics_bind_address,
-        "portRange": "-".join(map(str, settings.proxy_port_range)),
-        "minSyncPeriod": go_duration(settings.min_sync_period_s),
-        "syncPeriod": go_duration(settings.sync_period_s),
-        "conntrack": {
-            "tcpEstablishedTimeout": go_duration(settings.idle_timeout_s),
-            "tcpCloseWaitTimeout": go_duration(settings.half_closed_timeout_s),
-            "udpTimeout": None if settings.udp_timeout_s is None else go_duration(settings.udp_timeout_s),
-        },
-    }
+_GROUP, _VERSION = "kubeproxy.config.k8s.io", "v1alpha1"
 
 
 def go_duration(seconds: float) -> str:
@@ -45,3 +20,37 @@ def go_duration(seconds: float) -> str:
     if hours or minutes:
         text = f"{minutes}m{text}"
     return f"{hours}h{text}" if hours else text
+
+
+# Field -> what it is called in Settings, and how its value is written. What is None there is not told.
+_FIELDS: Mapping[str, tuple[str, Callable[[Any], object]]] = {
+    "clientConnection.kubeconfig": ("kubeconfig", str),
+    "hostnameOverride": ("hostname_override", str),
+    "healthzBindAddress": ("healthz_bind_address", str),
+    "metricsBindAddress": ("metrics_bind_address", str),
+    "portRange": ("proxy_port_range", lambda ports: "-".join(map(str, ports))),
+    "udpIdleTimeout": ("udp_timeout_s", go_duration),
+    # Where kube-proxy reads those of every mode that it does not know.
+    "iptables.syncPeriod": ("sync_period_s", go_duration),
+    "iptables.minSyncPeriod": ("min_sync_period_s", go_duration),
+    "logging.format": ("log_format", str),
+    "logging.verbosity": ("verbose", lambda verbose: 4 if verbose else 0),
+}
+
+
+def configz(settings: Settings) -> Mapping[str, object]:
+    """Return what /configz answers: the settings in force."""
+    config: dict[str, Any] = {
+        "kind": "KubeProxyConfiguration",
+        "apiVersion": f"{_GROUP}/{_VERSION}",
+        "mode": "userspace",
+    }
+    for path, (name, written) in _FIELDS.items():
+        value = getattr(settings, name)
+        if value is not None:
+            *sections, field = path.split(".")
+            section = config
+            for part in sections:
+                section = section.setdefault(part, {})
+            section[field] = written(value)
+    return {_GROUP: config}

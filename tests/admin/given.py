@@ -9,7 +9,7 @@ from userspace_proxy.admin.kubeproxy import SyncStats
 from userspace_proxy.admin.metrics import ControlStats, render
 from userspace_proxy.control.controller import Changes
 from userspace_proxy.interfaces import Counters, EndpointCounters, PlaneStats, WatchStats
-from userspace_proxy.model.freshness import FAMILIES
+from userspace_proxy.model.freshness import FAMILY_NAMES
 from userspace_proxy.model.histogram import Histogram
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
 
@@ -30,7 +30,7 @@ def every_metric() -> str:
     )
     syncs = SyncStats(
         Histogram([1.0]),
-        {family: Histogram([1.0]) for family in FAMILIES},
+        {family: Histogram([1.0]) for family in FAMILY_NAMES},
         changes={"service": Changes(), "endpoint": Changes()},
         answers={("healthz", 200): 1, ("livez", 200): 1},
         no_local={("internal", "IPv4"): 0},

@@ -16,7 +16,7 @@ import pytest
 
 from userspace_proxy.admin.server import AdminServer, Health, split_address
 from userspace_proxy.errors import StartError
-from userspace_proxy.model.freshness import FAMILIES, FamilyHealth
+from userspace_proxy.model.freshness import FAMILY_NAMES, FamilyHealth
 
 
 @dataclass
@@ -31,9 +31,9 @@ class Answer:
 
 
 UPDATED_AT, UPDATED = 1_700_000_000.0, "2023-11-14T22:13:20Z"
-WELL = dict.fromkeys(FAMILIES, FamilyHealth(healthy=True, updated_at=UPDATED_AT))
+WELL = dict.fromkeys(FAMILY_NAMES, FamilyHealth(healthy=True, updated_at=UPDATED_AT))
 LATE = {"IPv4": FamilyHealth(healthy=True, updated_at=UPDATED_AT - 9), "IPv6": FamilyHealth(False, UPDATED_AT)}
-NEW = dict.fromkeys(FAMILIES, FamilyHealth(healthy=True, updated_at=None))
+NEW = dict.fromkeys(FAMILY_NAMES, FamilyHealth(healthy=True, updated_at=None))
 CONFIG = {"kubeproxy.config.k8s.io": {"mode": "userspace"}}
 
 
@@ -93,7 +93,7 @@ async def test_one_family_that_does_not_keep_up_is_no_health(path: str) -> None:
         answer = await rig.get(rig.healthz, path)
 
     assert (answer.status, answer.json["healthy"]) == (503, False)
-    assert [answer.json["status"][family]["healthy"] for family in FAMILIES] == [True, False]
+    assert [answer.json["status"][family]["healthy"] for family in FAMILY_NAMES] == [True, False]
     assert answer.json["lastUpdated"] == UPDATED, "the newest real update of all families"
     assert "none has been completed" in answer.json["reason"]
 

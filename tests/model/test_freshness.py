@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.fakes import FakeClock
-from userspace_proxy.model.freshness import FAMILIES, Freshness
+from userspace_proxy.model.freshness import FAMILY_NAMES, Freshness
 
 TIMEOUT_S = 60.0
 
@@ -139,7 +139,7 @@ def test_when_is_told_by_the_clock_that_people_read() -> None:
 
     assert rig.freshness.queued_at == {"IPv4": 1_700_000_000.0}
     assert [health.updated_at for health in rig.freshness.of_families().values()] == [1_700_000_002.0] * 2
-    assert tuple(rig.freshness.of_families()) == FAMILIES
+    assert tuple(rig.freshness.of_families()) == FAMILY_NAMES
 
 
 def test_a_clock_that_is_set_changes_no_health() -> None:

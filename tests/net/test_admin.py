@@ -52,7 +52,7 @@ def test_a_scrape_is_whole_and_the_other_paths_are_kube_proxys(proxy: Proxy) -> 
     assert {"userspace_proxy_endpoint_connections_total", "kubeproxy_sync_proxy_rules_service_changes_total"} <= metrics
     assert proxy.get("/healthz", 10249) == (200, "ok")
     config = json.loads(proxy.get("/configz", 10249)[1])["kubeproxy.config.k8s.io"]
-    assert (config["mode"], config["syncPeriod"]) == ("userspace", "30s")
+    assert (config["mode"], config["iptables"]["syncPeriod"]) == ("userspace", "30s")
     assert "kubernetes_healthcheck" in proxy.get("/metrics/slis", 10249)[1]
     health = json.loads(proxy.get("/healthz", 10256)[1])
     assert all(health["status"][family]["healthy"] for family in ("IPv4", "IPv6"))

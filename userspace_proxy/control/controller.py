@@ -14,7 +14,7 @@ from userspace_proxy.control.pacer import Pacer
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import EventType, ObjectEvent, Source, StateSink
-from userspace_proxy.model.freshness import FAMILIES, Freshness
+from userspace_proxy.model.freshness import FAMILY_NAMES, Freshness
 from userspace_proxy.model.histogram import Histogram
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import usable_endpoints
@@ -73,7 +73,7 @@ class Controller:
         self.freshness = Freshness(health_timeout_s)
         self.changes = {"service": Changes(), "endpoint": Changes()}
         self.durations = Histogram(_SYNC_BOUNDS_S)
-        self.programming = {family: Histogram(_PROGRAMMING_BOUNDS_S) for family in FAMILIES}
+        self.programming = {family: Histogram(_PROGRAMMING_BOUNDS_S) for family in FAMILY_NAMES}
         self._started_at = time.time()
         self._triggers: list[tuple[str, float]] = []  # family and time of what no sync has brought yet
 
@@ -168,5 +168,5 @@ class Controller:
 def _families(event: ObjectEvent) -> tuple[str, ...]:
     """Return the IP families whose traffic *event* may change; of what is gone nothing is known but its name."""
     if isinstance(event.object, api.EndpointSlice):
-        return tuple(family for family in FAMILIES if family == event.object.address_type)
-    return FAMILIES
+        return tuple(family for family in FAMILY_NAMES if family == event.object.address_type)
+    return FAMILY_NAMES

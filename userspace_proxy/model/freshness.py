@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-FAMILIES = ("IPv4", "IPv6")
+FAMILY_NAMES = ("IPv4", "IPv6")
 
 
 class FamilyHealth(NamedTuple):
@@ -37,7 +37,7 @@ class Freshness:
         self.queued_at: dict[str, float] = {}  # wall-clock seconds of the latest wish
         self.updated_at: dict[str, float] = {}
 
-    def note_queued(self, families: Iterable[str] = FAMILIES) -> None:
+    def note_queued(self, families: Iterable[str] = FAMILY_NAMES) -> None:
         """Something of *families* was asked for."""
         now, at = self._now(), self._wall()
         for family in families:
@@ -51,7 +51,7 @@ class Freshness:
     def note_end(self, *, succeeded: bool) -> None:
         """That sync has ended; one that failed leaves its wishes waiting, as old as they are."""
         if succeeded:
-            self.updated_at = dict.fromkeys(FAMILIES, self._wall())
+            self.updated_at = dict.fromkeys(FAMILY_NAMES, self._wall())
         else:
             self._waiting |= self._under_way  # the older of two
         self._under_way = {}
@@ -61,5 +61,5 @@ class Freshness:
         latest = self._now() - self._timeout_s
         return {
             family: FamilyHealth(family not in oldest or oldest[family] > latest, self.updated_at.get(family))
-            for family in FAMILIES
+            for family in FAMILY_NAMES
         }
