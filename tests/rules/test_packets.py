@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 import threading
@@ -49,10 +50,11 @@ def tcp_server(port: int) -> socket.socket:
     server = socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True)
 
     def serve() -> None:
-        while True:
-            client, _ = server.accept()
-            with client:
-                client.sendall(str(port).encode())
+        with contextlib.suppress(OSError):  # until the test closes it
+            while True:
+                client, _ = server.accept()
+                with client:
+                    client.sendall(str(port).encode())
 
     threading.Thread(target=serve, daemon=True).start()
     return server
@@ -66,10 +68,11 @@ def udp_server(port: int) -> socket.socket:
     server.bind(("::", port))
 
     def serve() -> None:
-        while True:
-            _, told, _, client = server.recvmsg(64, 256)
-            asked = [(level, kind, data[:16] + bytes(4)) for level, kind, data in told]
-            server.sendmsg([str(port).encode()], asked, 0, client)
+        with contextlib.suppress(OSError):
+            while True:
+                _, told, _, client = server.recvmsg(64, 256)
+                asked = [(level, kind, data[:16] + bytes(4)) for level, kind, data in told]
+                server.sendmsg([str(port).encode()], asked, 0, client)
 
     threading.Thread(target=serve, daemon=True).start()
     return server
