@@ -41,6 +41,7 @@ class _Rotation:
         self._ejected = memory.ejected
 
     def replace(self, wanted: dict[Address, Endpoint]) -> None:
+        counters = {address: self._memory.counters_of(address) for address in wanted}
         kept: list[Endpoint] = []
         turn = 0
         for index, endpoint in enumerate(self.endpoints):
@@ -49,7 +50,7 @@ class _Rotation:
                 if index < self._next:
                     turn += 1
         self.endpoints = kept + list(wanted.values())
-        self._turns = [Pick(e, "round robin", self._memory.counters_of(e.address)) for e in self.endpoints]
+        self._turns = [Pick(e, "round robin", counters[e.address]) for e in self.endpoints]
         self._next = turn if turn < len(self.endpoints) else 0
 
     def take(self, tried: Collection[Address]) -> Pick | None:
