@@ -525,7 +525,7 @@ def broken_last(old: str, new: str) -> str:
         ),
         pytest.param(
             broken("  ports: [{port: 5432}]\n", "  type: NodePort\n  ports: [{port: 5432, nodePort: 30080}]\n"),
-            *(43, "spec.ports[0].nodePort", "already a node port of Service default/web", "choose another"),
+            *(43, "spec.ports[0].nodePort", "already the node port of default/web", "choose another"),
             id="a duplicate node port",
         ),
         pytest.param(

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 
 from userspace_proxy.admin import metrics as exposition
+from userspace_proxy.admin.health_checks import ServiceHealthChecks
 from userspace_proxy.admin.kubeproxy import SyncStats
 from userspace_proxy.admin.metrics import SERIES_AN_ENDPOINT, ControlStats
 from userspace_proxy.admin.server import Health
@@ -30,6 +31,7 @@ class Reports:
         controller: Controller,
         proxier: UserspaceProxier,
         plane: DataPlane,
+        health_checks: ServiceHealthChecks,
         is_stopping: Callable[[], bool],
     ) -> None:
         self._settings = settings
@@ -38,6 +40,7 @@ class Reports:
         self._controller = controller
         self._proxier = proxier
         self._plane = plane
+        self._health_checks = health_checks
         self._is_stopping = is_stopping
 
     def health(self) -> Health:
@@ -58,6 +61,7 @@ class Reports:
                 *source.problems.values(),
                 *self._tracker.problems.values(),
                 *(f"{name}: {why}" for name, why in self._proxier.unopened.items()),
+                *(f"{service}: {why}" for service, why in self._health_checks.failures.items()),
             ],
             degraded=[w.failure() for w in source.watches if w.is_dead(now, self._settings.degraded_after_s)],
             node_eligible=is_eligible(self._tracker.node) if self._settings.follows_cluster else None,

@@ -95,6 +95,10 @@ def test_a_change_reads_as_written_down(case: str, old: Redirects, new: Redirect
     assert_golden(f"nft-change-{case}.nft", nft.change(old, new))
 
 
+def test_the_table_for_bridges_reads_as_written_down() -> None:
+    assert_golden("nft-bridge.nft", nft.bridge_table())
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_without_a_change_there_is_nothing_to_load(case: str) -> None:
     same = CASES[case]

@@ -44,6 +44,7 @@ _FAMILIES = (
     ("to_clients_bytes", "bytes from backends to clients", "bytes_to_clients", True),
     ("dial_failures", "attempts to reach an endpoint that failed", "dial_failures", True),
     ("port_exhaustions", "attempts for which every local port was in use", "port_exhaustions", True),
+    ("refused_sources", "dials that the kernel did not let speak as their client", "sources_refused", True),
     ("retries", "attempts after the first one of a connection or flow", "retries", True),
     ("ejections", "times an endpoint was passed over for a while", "ejections", True),
     ("affinity_pins", "clients that stay with an endpoint, by sessionAffinity", "pins", False),

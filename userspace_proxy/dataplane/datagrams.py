@@ -73,6 +73,7 @@ class UdpFlow:
     """One client's conversation with one endpoint. ``front`` is None once it has ended.
 
     ``counted``: the bytes, to the backend and to the client, that counters know of.
+    ``send`` gives the endpoint a datagram, with the flow's header in front of it where there is one.
     """
 
     __slots__ = (
@@ -86,16 +87,29 @@ class UdpFlow:
         "key",
         "last_at",
         "reply",
+        "send",
         "sock",
         "started_at",
         "why",
     )
 
-    def __init__(self, key: bytes, reply: bytes, front: Front, sock: socket.socket, pick: Pick, now: float) -> None:
+    def __init__(
+        self,
+        key: bytes,
+        reply: bytes,
+        front: Front,
+        sock: socket.socket,
+        pick: Pick,
+        now: float,
+        header: bytes = b"",
+    ) -> None:
         self.key = key
         self.reply = reply
         self.front: Front | None = front
         self.sock = sock
+        self.send: Callable[[memoryview], int] = sock.send
+        if header:
+            self.send = lambda datagram: sock.sendmsg((header, datagram))
         self.endpoint, self.why, self.counters = pick
         self.started_at = self.last_at = now
         self.bytes_to_backend = 0

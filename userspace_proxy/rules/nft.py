@@ -12,19 +12,21 @@ import hashlib
 import ipaddress
 from collections.abc import Iterable, Iterator, Mapping
 
-from userspace_proxy.interfaces import DROPPED, OWN_MARK, Capture, PodDetector, Redirects
+from userspace_proxy.interfaces import DROPPED, OWN_MARK, TRANSPARENT_MARK, Capture, PodDetector, Redirects
 from userspace_proxy.model.endpoint import FAMILIES, Family, family_of
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.routes import Sender
 from userspace_proxy.model.service import Portal
 
 TABLE = "inet userspace_proxy"
+BRIDGE_TABLE = "bridge userspace_proxy"
 # The private addresses on ``lo`` for Capture.ADDRESS.
 LOCAL_ADDRESS4 = "169.254.77.7"
 LOCAL_ADDRESS6 = "fd00:77::7"
 
 _COMMENT_BYTES_MAX = 127  # and a zero behind it
 _PORT_NAME_SHOWN = 24  # more than the 15 that a container's port name may have
+_BASE_RULES = 2  # the jumps of the chains that the kernel calls
 _IP: Mapping[Family, str] = {4: "ip", 6: "ip6"}
 # In the order in which they are asked for; what their sets are called.
 _SENDERS = {Sender.NODE: "_for_node", Sender.POD: "_for_pods", Sender.ANYBODY: ""}
@@ -48,6 +50,9 @@ table {TABLE} {{
 		type nat hook output priority -105; policy accept;
 		meta mark & {OWN_MARK:#x} == 0 jump services
 	}}
+	chain replies {{
+		type filter hook prerouting priority -150; policy accept;
+	}}
 {chains}\
 }}
 """
@@ -66,9 +71,75 @@ def change(old: Redirects, new: Redirects) -> str:
     return "\n".join([*lines, ""]) if lines else ""
 
 
+def rules_in(redirects: Redirects) -> int:
+    """Return how many rules our table has once *redirects* are loaded."""
+    return _BASE_RULES + sum(map(len, _chains(redirects).values()))
+
+
 def removal() -> str:
     """Return the script that removes our table; it succeeds where there is none."""
     return f"table {TABLE}\ndelete table {TABLE}\n"
+
+
+# ---- answers to a client's own address
+
+# It comes to a socket of ours, which is bound to that address: the mark leads it to the table of local routes.
+REPLY_RULE = f"meta l4proto {{ tcp, udp }} socket transparent 1 meta mark set meta mark | {TRANSPARENT_MARK:#x} accept"
+_OWN_AND_TRANSPARENT = OWN_MARK | TRANSPARENT_MARK
+_FLOW_S = 600  # longer than the data plane's keepalive lets a connection be silent
+_FLOWS_MAX = 262_144
+BRIDGE_RULES = 4
+
+
+def bridge_table() -> str:
+    """Return the script that brings answers up to us that a bridge would carry straight to a client on it.
+
+    What we send notes the flow and the bridge's own address; what comes back on such a flow is sent to that address.
+    No other frame is touched: what the two send each other directly stays on the bridge. Loaded again, it keeps the
+    flows that it knows. (nft 1.0.6 cannot note an address behind a concatenated key, hence a set and a map.)
+    """
+    sets, chains = "", {"output": "", "prerouting": ""}
+    size = f"flags dynamic,timeout; timeout {_FLOW_S}s; size {_FLOWS_MAX}"
+    for family, ip in _IP.items():
+        address = f"ipv{family}_addr"
+        key = f"{address} . inet_proto . inet_service . {address} . inet_service"
+        sets += f"\tset flows{family} {{\n\t\ttype {key}; {size}\n\t}}\n"
+        sets += f"\tmap bridges{family} {{\n\t\ttype {address} : ether_addr; {size}\n\t}}\n"
+        there = f"{ip} daddr . meta l4proto . th dport . {ip} saddr . th sport"
+        back = f"{ip} saddr . meta l4proto . th sport . {ip} daddr . th dport"
+        chains["output"] += (
+            f"\t\tmeta mark & {_OWN_AND_TRANSPARENT:#x} == {_OWN_AND_TRANSPARENT:#x} meta l4proto {{ tcp, udp }} "
+            f"update @flows{family} {{ {there} }} update @bridges{family} {{ {ip} daddr : ether saddr }}\n"
+        )
+        chains["prerouting"] += (
+            f"\t\t{back} @flows{family} ether daddr set {ip} saddr map @bridges{family} meta pkttype set host accept\n"
+        )
+    return f"""\
+table {BRIDGE_TABLE} {{
+{sets}\
+	chain output {{
+		type filter hook output priority 0; policy accept;
+	}}
+	chain prerouting {{
+		type filter hook prerouting priority -300; policy accept;
+	}}
+}}
+flush chain {BRIDGE_TABLE} output
+flush chain {BRIDGE_TABLE} prerouting
+table {BRIDGE_TABLE} {{
+	chain output {{
+{chains["output"]}\
+	}}
+	chain prerouting {{
+{chains["prerouting"]}\
+	}}
+}}
+"""
+
+
+def bridge_removal() -> str:
+    """Return the script that removes it; a script of its own, as not every kernel knows rules for bridges."""
+    return f"table {BRIDGE_TABLE}\ndelete table {BRIDGE_TABLE}\n"
 
 
 # ---- chains
@@ -79,6 +150,7 @@ def _chains(redirects: Redirects) -> dict[str, list[str]]:
     return {
         "services": [f"meta nfproto ipv{family} jump services{family}" for family in FAMILIES],
         **{f"services{family}": list(_services(redirects, family)) for family in FAMILIES},
+        "replies": [REPLY_RULE] if redirects.transparent else [],
         **{f"node_ports{family}": list(_node_ports(redirects, family)) for family in FAMILIES},
     }
 

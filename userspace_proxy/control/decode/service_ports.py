@@ -13,7 +13,9 @@ from userspace_proxy.model.endpoint import family_of
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
 from userspace_proxy.model.service import ServicePort, SourceIP
 
-SOURCE_IP = "userspace-proxy/source-ip"
+ANNOTATION_PREFIX = "userspace-proxy/"
+SOURCE_IP = f"{ANNOTATION_PREFIX}source-ip"
+_SOURCE_IP_FIELD = api.below("metadata.annotations", SOURCE_IP)
 AFFINITY_TIMEOUT_S = 10_800
 
 # By what a port of a Service is known, and an EndpointSlice's port matched with it: name and protocol (behaviours S6).
@@ -113,7 +115,7 @@ def wants_node_ports(spec: api.objects.ServiceSpec) -> bool:
 
 def wants_load_balancer_ips(service: api.Service) -> bool:
     """Return whether *service* is to have load balancer IPs, and nobody has given it any."""
-    return service.spec is not None and service.spec.type == "LoadBalancer" and not _ingress(service)
+    return service.spec is not None and service.spec.type == "LoadBalancer" and not ingress(service)
 
 
 def wants_health_check(spec: api.objects.ServiceSpec) -> bool:
@@ -145,17 +147,13 @@ def stated_source_ip(service: api.Service) -> tuple[SourceIP | None, list[Config
         return SourceIP(given), []
     except ValueError:
         mend = f"write one of {', '.join(SourceIP)}; until then the node's default applies"
-        return None, [ConfigError(f"{given!r} says no source IP", field=_annotation_field(), mend=mend)]
-
-
-def _annotation_field() -> str:
-    return api.below("metadata.annotations", SOURCE_IP)
+        return None, [ConfigError(f"{given!r} says no source IP", field=_SOURCE_IP_FIELD, mend=mend)]
 
 
 def _no_header_of_udp(port: api.ServicePort) -> ConfigError:
     return ConfigError(
         f"PROXY protocol v1 knows no UDP, which port {port.port} is",
-        field=_annotation_field(),
+        field=_SOURCE_IP_FIELD,
         mend="write proxy-protocol-v2; until then the node's default applies to this port",
     )
 
@@ -172,7 +170,8 @@ def _external_ips(spec: api.objects.ServiceSpec) -> Iterator[str]:
     return (canonical_ip(ip) for ip in spec.external_ips or () if ip.strip())
 
 
-def _ingress(service: api.Service) -> list[api.objects.LoadBalancerIngress]:
+def ingress(service: api.Service) -> list[api.objects.LoadBalancerIngress]:
+    """Return where load balancers say that *service* is to be found."""
     status = service.status.load_balancer if service.status else None
     return (status.ingress if status else None) or []
 
@@ -185,7 +184,7 @@ def _load_balancer_ips(service: api.Service) -> tuple[tuple[str, ...], list[Conf
     found: dict[str, None] = {}
     problems = []
     assert service.spec is not None
-    for index, item in enumerate(_ingress(service) if service.spec.type == "LoadBalancer" else ()):
+    for index, item in enumerate(ingress(service) if service.spec.type == "LoadBalancer" else ()):
         if item.ip and item.ip.strip() and item.ip_mode in (None, "", "VIP"):
             errors = list(virtual_ip_errors(item.ip, f"status.loadBalancer.ingress[{index}].ip"))
             problems += errors
