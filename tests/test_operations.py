@@ -12,15 +12,18 @@ import click
 import pytest
 import yaml
 
-from userspace_proxy.admin.metrics import ControlStats, render
+from tests.admin.given import every_metric
 from userspace_proxy.cli import commands
-from userspace_proxy.interfaces import Counters, PlaneStats, WatchStats
-from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
 
 ROOT = Path(__file__).parents[1]
 UNIT = ROOT / "examples" / "systemd" / "userspace-proxy.service"
 MANIFESTS = ROOT / "examples" / "kubernetes"
-PAGES = [ROOT / "docs" / "operations.md", ROOT / "docs" / "kubernetes.md", ROOT / "README.md"]
+PAGES = [
+    ROOT / "docs" / "operations.md",
+    ROOT / "docs" / "kubernetes.md",
+    ROOT / "docs" / "metrics.md",
+    ROOT / "README.md",
+]
 
 
 def unit_lines(key: str) -> list[str]:
@@ -77,9 +80,7 @@ def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_metric_that_is_named_exists(page: Path) -> None:
-    names = [ServicePortName(NamespacedName("a", "b"), "c", protocol) for protocol in L4Protocol]
-    plane, watches = PlaneStats({name: Counters() for name in names}), [WatchStats("services")]
-    exposed = render(plane, ControlStats(0, 0, 0, 0.0, 0, 0), watches).decode()
+    exposed = every_metric()
 
     for metric in re.findall(r"`(userspace_proxy_\w+)`", page.read_text()):
         assert f"\n{metric}" in exposed, metric

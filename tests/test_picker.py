@@ -57,6 +57,42 @@ def test_equal_endpoints_in_another_order_change_nothing(clock: FakeClock) -> No
     assert picks(picker, 3) == [B, C, A]
 
 
+def test_an_endpoint_has_one_set_of_counters_whatever_it_was_chosen_for(clock: FakeClock) -> None:
+    memory = Memory(clock, 10)
+    picker, other = Picker(memory), Picker(memory)
+    for one in (picker, other):
+        one.set_endpoints([A, B, C])
+    of = dict(memory.counters())
+    chosen = [picker.pick("c"), picker.pick("c"), picker.pick("d", [B.address]), other.pick("g")]
+    picker.report_failure(A)
+    chosen += [picker.pick("c"), picker.pick("e", [B.address, C.address])]
+    picker.set_endpoints([C, A, B])
+    chosen += [picker.pick(f"f{n}") for n in range(3)]
+
+    assert {choice.why for choice in chosen if choice} == {
+        "round robin", "affinity", "failover", "last resort",
+    }  # fmt: skip
+    assert all(choice and choice.counters is of[choice.endpoint.address] for choice in chosen)
+
+
+def test_the_counters_of_an_endpoint_go_with_its_last_connection(clock: FakeClock) -> None:
+    memory = Memory(clock)
+    picker = Picker(memory)
+    picker.set_endpoints([A, B])
+    a, b = (counters for _, counters in memory.counters())
+    a.opened, a.open = 5, 1
+    b.opened = 5
+
+    picker.set_endpoints([C])
+    assert {address for address, _ in memory.counters()} == {C.address, A.address}
+    picker.set_endpoints([C, A, B])
+    assert [dict(memory.counters())[e.address].opened for e in (A, B, C)] == [5, 0, 0]
+
+    picker.set_endpoints([C])
+    a.open = 0
+    assert [address for address, _ in memory.counters()] == [C.address]
+
+
 def test_a_client_stays_where_it_was_put_and_others_take_turns(clock: FakeClock) -> None:
     picker = picker_over(A, B, C, clock=clock, affinity_timeout_s=10)
 

@@ -23,8 +23,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 from userspace_proxy.dataplane.mmsg import MESSAGES, Batch
+from userspace_proxy.dataplane.picker import Pick
 from userspace_proxy.dataplane.sockets import backend_socket
-from userspace_proxy.model.endpoint import Address, Endpoint
+from userspace_proxy.model.endpoint import Address
 
 _EVENTS_A_POLL = 256
 _POLLS_A_TURN = 4
@@ -71,6 +72,7 @@ class Front(Protocol):
 class UdpFlow:
     """One client's conversation with one endpoint. ``front`` is None once it has ended.
 
+    ``counted``: the bytes, to the backend and to the client, that counters know of.
     ``send`` gives the endpoint a datagram, with the flow's header in front of it where there is one.
     """
 
@@ -78,6 +80,8 @@ class UdpFlow:
         "answered",
         "bytes_to_backend",
         "bytes_to_client",
+        "counted",
+        "counters",
         "endpoint",
         "front",
         "key",
@@ -95,8 +99,7 @@ class UdpFlow:
         reply: bytes,
         front: Front,
         sock: socket.socket,
-        endpoint: Endpoint,
-        why: str,
+        pick: Pick,
         now: float,
         header: bytes = b"",
     ) -> None:
@@ -107,11 +110,11 @@ class UdpFlow:
         self.send: Callable[[memoryview], int] = sock.send
         if header:
             self.send = lambda datagram: sock.sendmsg((header, datagram))
-        self.endpoint = endpoint
-        self.why = why
+        self.endpoint, self.why, self.counters = pick
         self.started_at = self.last_at = now
         self.bytes_to_backend = 0
         self.bytes_to_client = 0
+        self.counted = (0, 0)
         self.answered = False
 
 
