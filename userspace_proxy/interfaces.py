@@ -11,7 +11,14 @@ from typing import NamedTuple, Protocol
 
 from userspace_proxy.api import KubernetesObject
 from userspace_proxy.model.endpoint import Address, Endpoint
-from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, Scope, ServicePortName
+from userspace_proxy.model.names import (
+    L4Protocol,
+    ListenerName,
+    NamespacedName,
+    ObjectReference,
+    Scope,
+    ServicePortName,
+)
 from userspace_proxy.model.routes import Sender
 from userspace_proxy.model.service import Portal, ServicePort
 from userspace_proxy.model.state import ProxyState
@@ -96,6 +103,18 @@ class Source(Protocol):
 # ---- what makes a state true
 
 
+class Recorder(Protocol):
+    """Tells people what they should know of an object: an Event of the cluster's, or a line of the log."""
+
+    def normal(self, regarding: ObjectReference, reason: str, note: str) -> None:
+        """Say *note*; nothing is wrong. *reason* is a word in capitals and lower case: ``Starting``."""
+        ...
+
+    def warn(self, regarding: ObjectReference, reason: str, note: str) -> None:
+        """Say that somebody should look. May be called again for what has been said: it is told once."""
+        ...
+
+
 class StateSink(Protocol):
     """Takes each new state."""
 
@@ -121,6 +140,8 @@ class Proxier(StateSink, Protocol):
 # The mark on our own packets to backends, which rules pass by. One bit, none of those that kube-proxy (0x4000,
 # 0x8000), Cilium (0x0f00) and Calico (0xffff0000) use.
 OWN_MARK = 0x2000
+# Set beside OWN_MARK on our packets that carry a client's own address; alone, on what backends answer to these.
+TRANSPARENT_MARK = 0x1000
 
 
 class Capture(Enum):
@@ -152,6 +173,7 @@ class Redirects:
     ``exceptions``: what goes before ``ports`` for senders that are told from others. ``allowed``: the CIDRs from which
     these portals may be dialled; who comes from elsewhere is dropped. ``node_ports_on``: the CIDRs of the node's own
     addresses at which node ports are served; where a family has none in it, all are.
+    ``transparent``: some listener carries its clients' own addresses to backends, whose answers are to come to us.
     ``refuse_port`` is a port at which nobody listens: portals without endpoints go there, and the
     kernel answers for itself - a reset for TCP, port unreachable for UDP.
     """
@@ -164,6 +186,7 @@ class Redirects:
     allowed: Mapping[Portal, tuple[str, ...]] = field(default_factory=dict)
     node_ports_on: tuple[str, ...] = ()
     pods: PodDetector | None = None
+    transparent: bool = False
 
 
 class Kernel(Protocol):
@@ -230,7 +253,8 @@ class Counters:
     """What one service port has done so far; plain ints that the hot path adds to and the scrape reads.
 
     ``refused``: came to the proxy port by another way than a portal; ``limited``: their client had too many open;
-    ``port_exhaustions``: dials that found every local port towards their endpoint in use.
+    ``port_exhaustions``: dials that found every local port towards their endpoint in use; ``sources_refused``: those
+    that the kernel did not let speak as their client.
     """
 
     accepted: int = 0
@@ -244,6 +268,7 @@ class Counters:
     refused: int = 0
     limited: int = 0
     port_exhaustions: int = 0
+    sources_refused: int = 0
     flows: int = 0
     flows_total: int = 0
     flows_evicted: int = 0

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from userspace_proxy.model.service import SourceIP
-
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+from userspace_proxy.values import Network, NodePortAddress
 
 DEFAULT_STATE_DIR = Path("/var/lib/userspace-proxy")
 
@@ -34,6 +33,23 @@ class Settings:
     # every node out of its load balancers.
     degraded_after_s: float = 180.0
     degraded_status: int = 200
+
+    # Who is a pod of this node, and who is not. None of the addresses given: nobody can be told from another.
+    detect_local_mode: str = "ClusterCIDR"
+    cluster_cidrs: tuple[Network, ...] = ()
+    pod_bridge_interface: str = ""
+    pod_interface_name_prefix: str = ""
+    # Where NodePorts are served; (): at every address of the node. "primary": the Node object's.
+    nodeport_addresses: tuple[NodePortAddress, ...] = ()
+
+    # Limits of conntrack; 0 leaves alone what the kernel has. None: kube-proxy's value in its place (see `conntrack`).
+    conntrack_max_per_core: int | None = None
+    conntrack_min: int | None = None
+    conntrack_tcp_timeout_established_s: float | None = None
+    conntrack_tcp_timeout_close_wait_s: float | None = None
+    conntrack_tcp_be_liberal: bool = False
+    conntrack_udp_timeout_s: float = 0.0
+    conntrack_udp_timeout_stream_s: float = 0.0
 
     # Rules. "auto": nftables where it is installed; REDIRECT unless an interface has no address of its own.
     rules: str = "auto"

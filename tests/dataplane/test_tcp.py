@@ -58,11 +58,11 @@ class Listener:
     """A backend whose connections the test itself holds."""
 
     def __init__(self, ip: str = "127.0.0.1", receive_buffer_bytes: int | None = None) -> None:
-        self.sock = socket.create_server((ip, 0))
+        self.sock = socket.create_server((ip, 0), family=socket.AF_INET6 if ":" in ip else socket.AF_INET)
         self.sock.setblocking(False)
         if receive_buffer_bytes:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)
-        self.endpoint = Endpoint(*self.sock.getsockname())
+        self.endpoint = Endpoint(*self.sock.getsockname()[:2])
 
     async def accept(self) -> End:
         async with asyncio.timeout(PATIENCE_S):

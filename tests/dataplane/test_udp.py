@@ -75,11 +75,11 @@ class Backend(Datagrams):
 
 
 class Client(Datagrams):
-    """Connected to the proxy port at one address, so that answers from any other address are not seen."""
+    """Connected to the proxy port, or a portal, at one address, so that answers from any other address are not seen."""
 
-    def __init__(self, asked_ip: str = "127.0.0.1") -> None:
+    def __init__(self, asked_ip: str = "127.0.0.1", port: int = UDP_PORT) -> None:
         super().__init__(socket.AF_INET6 if ":" in asked_ip else socket.AF_INET)
-        self.sock.connect((asked_ip, UDP_PORT))
+        self.sock.connect((asked_ip, port))
 
     def ask(self, data: bytes = b"who") -> None:
         self.sock.send(data)

@@ -10,6 +10,7 @@ from userspace_proxy.dataplane.connections import Connections, Limits
 from userspace_proxy.dataplane.datagrams import DatagramPoller
 from userspace_proxy.dataplane.dial import Deadlines, deadlines
 from userspace_proxy.dataplane.memory import Memory
+from userspace_proxy.dataplane.netlink import KernelTables
 from userspace_proxy.dataplane.poller import Poller
 from userspace_proxy.interfaces import AccessRecord, Counters, Splicer
 
@@ -29,6 +30,7 @@ class PlaneContext:
     limits: Limits
     now: Callable[[], float]
     access_log: Record | None
+    tables: KernelTables = field(default_factory=KernelTables)
     deadlines: tuple[Deadlines, ...] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -200,6 +200,7 @@ class LocalPlane:
                 sock.close()
             self._poller.stop()
             self._datagrams.stop()
+            self._context.tables.close()
         self._pipes.shed()
         await asyncio.wait([self._sweeper])
 

@@ -14,7 +14,9 @@ from socket import SocketType
 from userspace_proxy.dataplane.context import PlaneContext, Shared
 from userspace_proxy.dataplane.dial import Dial, DialContext
 from userspace_proxy.dataplane.picker import Pick, Picker
-from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, accept, original_destination, packed
+from userspace_proxy.dataplane.proxy_protocol import header_of
+from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, accept, original_destination, packed, unpacked
+from userspace_proxy.dataplane.transparent import Transparent
 from userspace_proxy.interfaces import AccessRecord, Backends, ListenerSpec, Splice
 from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.names import ListenerName
@@ -41,6 +43,7 @@ class TcpListener:
             self.counters,
             context.connections.note_shortage,
             context.limits.congestion_control,
+            Transparent(context.tables, self.counters) if spec.transparent else None,
         )
         self.configure(spec)
         self._sock = sock
@@ -68,6 +71,7 @@ class TcpListener:
         """Take new portals; the proxy port stays."""
         self._spec = spec
         self._portals = {packed(portal.ip, portal.port): portal for portal in portals(spec.service_port)}
+        self._header_of = header_of(spec.service_port.source_ip, spec.name.protocol)
 
     def update(self, backends: Backends) -> None:
         self.picker.set_endpoints(backends.usable)
@@ -107,9 +111,12 @@ class TcpListener:
             TcpConnection(self, sock, client, context).begin()
         return room > 0
 
-    def portal_of(self, sock: SocketType, client_ip: str) -> Portal | None:
-        """Return the portal that the client at *sock* dialled, or None when it came here by another way."""
-        dialled = original_destination(sock, client_ip)
+    def header(self, client: Address, dialled: bytes) -> bytes:
+        """Return what backends get before all that *client* sends."""
+        return self._header_of(client, unpacked(dialled)) if self._header_of else b""
+
+    def portal_of(self, dialled: bytes | None) -> Portal | None:
+        """Return the portal that is *dialled*, or None when it is none of ours."""
         if dialled is None:
             return None
         # At a port of every address, or at this very one.
@@ -144,8 +151,9 @@ class TcpConnection:
 
     def begin(self) -> None:
         listener = self._listener
-        self._portal = portal = listener.portal_of(self._client, self.client[0])
-        if portal is None:
+        dialled = original_destination(self._client, self.client[0])
+        self._portal = portal = listener.portal_of(dialled)
+        if dialled is None or portal is None:
             # Somebody found the proxy port itself: the guard rule refuses that, unless a foreign DNAT led here.
             listener.counters.refused += 1
             self._refuse()
@@ -157,7 +165,7 @@ class TcpConnection:
             return
         counters.accepted += 1
         counters.open += 1
-        self._dial = dial = Dial(self.client[0], listener.dialing, self)
+        self._dial = dial = Dial(self.client[0], listener.dialing, self, listener.header(self.client, dialled))
         dial.start()
 
     def on_connected(self, backend: SocketType, pick: Pick, told: int) -> None:
