@@ -23,7 +23,7 @@ from userspace_proxy.dataplane.stats import add_up
 from userspace_proxy.dataplane.tcp import TcpListener
 from userspace_proxy.dataplane.udp import UdpListener
 from userspace_proxy.interfaces import Backends, ListenerSpec, PlaneStats, ServiceStats, Splicer
-from userspace_proxy.model.names import L4Protocol, ListenerName, ServicePortName
+from userspace_proxy.model.names import L4Protocol, ListenerName, Scope, ServicePortName
 
 _OPENED_A_STEP = 128
 _SERVICE_PORTS_A_STEP = 256
@@ -164,13 +164,25 @@ class LocalPlane:
 
     async def retire(self, names: Sequence[ListenerName]) -> None:
         for name in names:
-            self._udp.pop(name, None)
             self._backends.pop(name, None)
             listener = self._listeners.pop(name, None)
             if listener is not None:
-                listener.close()
+                if (udp := self._udp.pop(name, None)) is not None:
+                    udp.close(self._heir(name, names))
+                else:
+                    listener.close()
                 if self._shared[name.service_port].memory.leave(listener.picker):
                     del self._shared[name.service_port]
+
+    def _heir(self, name: ListenerName, retired: Sequence[ListenerName]) -> UdpListener | None:
+        """Return who may go on with the flows of *name*: where the traffic policy changed, its clients are led there.
+
+        What the endpoints see does not change; else a flow begins anew.
+        """
+        others = (
+            ListenerName(name.service_port, scope, name.transparent) for scope in Scope if scope is not name.scope
+        )
+        return next((self._udp[other] for other in others if other in self._udp and other not in retired), None)
 
     async def stats(self, endpoints_max: int = 0) -> PlaneStats:
         known = sum(len(shared.memory.addresses()) for shared in self._shared.values())

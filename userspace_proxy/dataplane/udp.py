@@ -84,11 +84,26 @@ class UdpListener:
         """Read no more from clients: another process does, at the same socket. Answers are still passed on."""
         self._datagrams.leave(self)
 
-    def close(self) -> None:
+    def close(self, heir: UdpListener | None = None) -> None:
+        """Serve no more. *heir*, of the same service port, goes on with the flows whose endpoint serves it too."""
         for flow in list(self._flows.values()):
-            self._end(flow, "service gone", rest=False)
+            if heir is not None and heir.take_over(flow):
+                del self._flows[flow.key]
+            else:
+                self._end(flow, "service gone", rest=False)
         self._datagrams.leave(self)
         self._sock.close()
+
+    def take_over(self, flow: UdpFlow) -> bool:
+        """Go on with *flow*, whose client is led here from now on; return whether that can be."""
+        flows = self._flows
+        if flow.endpoint.address not in self._serving or flow.key in flows:
+            return False
+        if len(flows) >= self._context.limits.udp_flows_per_service:
+            return False
+        flows[flow.key] = flow
+        flow.front = self
+        return True
 
     # ---- client to backend
 
