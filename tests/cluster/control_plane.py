@@ -15,6 +15,7 @@ import socket
 import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,6 +31,7 @@ SERVICE_RANGES = "10.96.0.0/16,fd00:96::/112"
 TOKENS = """\
 admin-token,admin,1,system:masters
 proxy-token,system:kube-proxy,2
+half-token,half,3
 """
 # The names before 1.28, which stay as aliases.
 CONTROLLERS = "endpoint,endpointslice,endpointslicemirroring"
@@ -237,7 +239,8 @@ class ControlPlane:
         self.set_ready(name, ready, *ips)
 
     def set_ready(self, name: str, ready: bool, *ips: str) -> None:
-        condition = {"type": "Ready", "status": "True" if ready else "False"}
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        condition = {"type": "Ready", "status": "True" if ready else "False", "lastTransitionTime": now}
         status: Object = {"phase": "Running", "conditions": [condition]}
         if ips:
             status |= {"podIP": ips[0], "podIPs": [{"ip": ip} for ip in ips]}
