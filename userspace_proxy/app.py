@@ -1,20 +1,15 @@
-"""The composition root: the only file that knows who is who. Start order, signals, stop order."""
+"""The composition root: the only file that knows who is who. Start order, stop order."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import gc
-import ipaddress
 import logging
 import os
 import random
-import signal
-import socket
-import sys
 import time
 from collections.abc import Callable, Iterable
-from enum import Enum
 from pathlib import Path
 
 from userspace_proxy.admin import metrics as exposition
@@ -28,49 +23,24 @@ from userspace_proxy.control.memory import Memory, StateDir
 from userspace_proxy.control.pacer import Pacer
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.dataplane.connections import Limits
-from userspace_proxy.dataplane.handover import (
-    VERSION,
-    Conversation,
-    Incumbent,
-    Present,
-    Refused,
-    Released,
-    TakeOver,
-    hand_over,
-)
+from userspace_proxy.dataplane.handover import VERSION, Conversation, Incumbent, Present, TakeOver
 from userspace_proxy.dataplane.plane import LocalPlane
 from userspace_proxy.dataplane.remote import RemotePlane
 from userspace_proxy.dataplane.sockets import knows_congestion_control
 from userspace_proxy.dataplane.wire import WorkerSettings
 from userspace_proxy.errors import StartError, SyncError
-from userspace_proxy.instance import Inheritance, end_orphans, running_as, take_lock
-from userspace_proxy.interfaces import (
-    Capture,
-    DataPlane,
-    EventType,
-    ListenerSpec,
-    ObjectEvent,
-    Source,
-    StateSink,
-    WatchStats,
-)
+from userspace_proxy.instance import end_orphans, running_as, take_lock
+from userspace_proxy.interfaces import Capture, DataPlane, EventType, ObjectEvent, Source, WatchStats
 from userspace_proxy.logs import AccessLog, recorder
-from userspace_proxy.model.names import ServicePortName
-from userspace_proxy.model.service import ServicePort
-from userspace_proxy.model.state import ProxyState
+from userspace_proxy.node_network import WithRoutes, first_capture, leave_network, watch_network
 from userspace_proxy.proxiers.userspace import ProxyPorts, UserspaceProxier, planned_redirects
 from userspace_proxy.rules import iptables, network, nft
 from userspace_proxy.rules.kernel import KERNELS, choose_language
-from userspace_proxy.rules.notices import NetworkNotices
-from userspace_proxy.settings import DEFAULT_STATE_DIR, Network, Settings
+from userspace_proxy.settings import DEFAULT_STATE_DIR, Settings
 from userspace_proxy.sources.files import FileSource, nothing_found, read_once
+from userspace_proxy.succession import Ending, Succession, children, reap, start_anew
 
 _CAP_NET_ADMIN = 12
-_SETTLE_S = 0.2
-_REAP_EVERY_S = 1.0
-# Who is told to stop while it hands over waits so long for the successor to begin, or not.
-_DECIDE_S = 2.0
-_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 log = logging.getLogger(__name__)
 
@@ -90,43 +60,28 @@ def run(settings: Settings) -> None:
     app = App(settings)
     with asyncio.Runner(loop_factory=factory) as runner:
         runner.run(app.run())
-    if app.ending is Ending.AGAIN:
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - a list, no shell
-
-
-class Ending(Enum):
-    """STOP: rules away, connections drained. HANDED_OVER: another process serves. AGAIN: this one is started anew."""
-
-    STOP = "stop"
-    HANDED_OVER = "handed over"
-    AGAIN = "again"
+    if app.succession.ending is Ending.AGAIN:
+        start_anew()
 
 
 class App:
-    """One running proxy. ``ending``: how it ends, once that is known."""
+    """One running proxy. ``succession``: how it ends."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._stop = asyncio.Event()
-        self._made_way = asyncio.Event()
-        self._decided = asyncio.Event()  # not while we hand over: the successor may serve already, or never
-        self._decided.set()
-        self._hurried = False
-        self._told_to_go = asyncio.Event()
-        self._cut: Callable[[], None] | None = None
-        self._keeps_on = False  # workers would serve on without us
-        self._successors = 0
-        self.ending: Ending | None = None
+        self.succession = Succession(
+            drain_timeout_s=settings.drain_timeout_s,
+            orphan_timeout_s=settings.orphan_timeout_s,
+            can_start_anew="-" not in settings.paths,
+            is_kept_running=settings.in_cluster,
+        )
 
     async def run(self) -> None:
-        settings = self._settings
+        settings, succession = self._settings, self.succession
         _require_net_admin()
-        children = _children()
+        left = children()
         loop = asyncio.get_running_loop()
-        for signum in _STOPS:
-            loop.add_signal_handler(signum, self._on_signal)
-        loop.add_signal_handler(signal.SIGUSR2, self._on_start_anew)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*_STOPS, signal.SIGUSR2))  # what came while we started anew
+        succession.heed_signals()
         async with contextlib.AsyncExitStack() as stack:
             try:
                 language = choose_language(settings.rules)
@@ -138,27 +93,31 @@ class App:
             inheritance = await take_lock(sources, settings.take_over, settings.workers)
             lock = stack.enter_context(contextlib.closing(inheritance.lock))
             plane = _make_plane(settings, stack)
-            inherited = await self._inherit(plane, inheritance)
+            inherited = await succession.inherit(plane, inheritance)
             memory = state_dir.load() if state_dir else Memory()
             cluster_ips = ClusterIPs(settings.service_cluster_ip_ranges, memory.cluster_ips)
             known_ports = {spec.name.key: spec.proxy_port for spec in inherited}
             ports = ProxyPorts(*settings.proxy_port_range, {**memory.proxy_ports, **known_ports})
             tracker = Tracker(cluster_ips, settings.service_proxy_name, settings.node_name)
 
-            self._cut = plane.cut
-            proxier = UserspaceProxier(plane, kernel, ports, await self._first_capture())
+            succession.cut = plane.cut
+            proxier = UserspaceProxier(plane, kernel, ports, await first_capture(settings.capture))
             proxier.adopt(inherited)
             saver = _Saver(state_dir, cluster_ips, ports)
             controller = Controller(
                 source,
                 tracker,
-                _WithRoutes(proxier, settings.service_cluster_ip_ranges),
+                WithRoutes(proxier, settings.service_cluster_ip_ranges),
                 Pacer(loop.time, settings.min_sync_period_s, settings.sync_period_s),
                 after_sync=saver.save_soon,
             )
 
             async def hand_over_to(asked: TakeOver, conversation: Conversation) -> None:
-                await self._hand_over_to(asked, conversation, proxier, plane, lock)
+                await succession.hand_over_to(asked, conversation, proxier, plane, lock)
+
+            async def take_away() -> None:
+                await proxier.close(settings.drain_timeout_s)
+                await leave_network()
 
             incumbent = Incumbent(lock, Present(VERSION, os.getpid(), sources), hand_over_to)
             stack.callback(incumbent.close)
@@ -173,14 +132,14 @@ class App:
                 if controller.failing_since is not None:
                     since = time.strftime("%H:%M:%S", time.localtime(controller.failing_since))
                     reason = f"since {since}: {controller.error}"
-                if self._stop.is_set():
+                if succession.stop.is_set():
                     reason = "the proxy stops"
                 return Health(
                     not reason,
                     reason,
                     controller.synced_at,
                     problems,
-                    alive=controller.failing_since is None and not self._stop.is_set(),
+                    alive=controller.failing_since is None and not succession.stop.is_set(),
                     degraded=_degraded(source.watches, settings.degraded_after_s),
                     node_eligible=is_eligible(tracker.node) if settings.follows_cluster else None,
                 )
@@ -212,181 +171,24 @@ class App:
                         group.create_task(controller.run(), name="controller"),
                         group.create_task(proxier.keep_rules(), name="keep-rules"),
                         group.create_task(saver.run(), name="saver"),
-                        group.create_task(self._watch_network(proxier), name="watch-network"),
+                        group.create_task(watch_network(settings.capture, proxier), name="watch-network"),
                         group.create_task(_settle_in(controller, language), name="settle-in"),
-                        group.create_task(self._note_ready(controller, plane), name="note-ready"),
-                        group.create_task(_reap(children), name="reap"),
+                        group.create_task(succession.note_ready(controller.ready, plane), name="note-ready"),
+                        group.create_task(reap(left), name="reap"),
                     ]
-                    await self._stop.wait()
+                    await succession.stop.wait()
                     for task in tasks:
                         task.cancel()
             finally:
-                try:
-                    async with asyncio.timeout(_DECIDE_S):
-                        await self._decided.wait()
-                except TimeoutError:
-                    incumbent.give_up()
-                if self.ending is Ending.HANDED_OVER:
+                await succession.decision(incumbent)
+                if succession.ending is Ending.HANDED_OVER:
                     # Nobody is to meet us at the lock any more, nor its name to be ours, while connections drain.
                     incumbent.close()
                     lock.close()
                     await admin.close()
                 saver.save()
-                await self._end(proxier, plane)
-                if self.ending is Ending.AGAIN:
-                    # Until the new program can heed them; a stop that came just now would else kill it unheard.
-                    signal.pthread_sigmask(signal.SIG_BLOCK, (*_STOPS, signal.SIGUSR2))
+                await succession.end(plane, take_away)
         log.info("stopped")
-
-    # ---- from one process to the next
-
-    async def _inherit(self, plane: DataPlane, inheritance: Inheritance) -> list[ListenerSpec]:
-        """Serve at the listeners of whoever served before; return them."""
-        if not inheritance.conversations:
-            if isinstance(plane, RemotePlane):
-                plane.keep_on(inheritance.lock)
-            return []
-        assert isinstance(plane, RemotePlane), "no other asks for it"
-        try:
-            specs = await plane.adopt(inheritance.listeners)
-        except (OSError, SyncError) as error:
-            plane.leave()
-            inheritance.give_back()
-            raise StartError(f"what serves now cannot be taken over, it goes on: {error}") from None
-        # Before the others stop accepting, so that a death of ours at any moment leaves somebody who serves.
-        plane.keep_on(inheritance.lock)
-        self._keeps_on = True
-        await inheritance.taken()
-        log.info("taken over from another process: %d listeners", len(specs))
-        return specs
-
-    async def _note_ready(self, controller: Controller, plane: DataPlane) -> None:
-        """From now on there is something that is better left serving than taken away, should we fail."""
-        await controller.ready.wait()
-        self._keeps_on = isinstance(plane, RemotePlane)
-
-    async def _hand_over_to(
-        self,
-        asked: TakeOver,
-        conversation: Conversation,
-        proxier: UserspaceProxier,
-        plane: DataPlane,
-        lock: socket.socket,
-    ) -> None:
-        if not isinstance(plane, RemotePlane):
-            conversation.send(Refused("it runs with --workers 0; stop it first"))
-            return
-        if self._stop.is_set() or not self._keeps_on:
-            conversation.send(Refused("it just begins or ends; try again"))
-            return
-        self._decided.clear()
-        async with proxier.paused():
-            try:
-                await plane.stats()  # brings the latest pins with it
-                await hand_over(conversation, plane.inheritance(), lock)
-                log.info("handed over to process %d; open connections go on here", asked.pid)
-                is_told_to_stop = self._stop.is_set()
-                self.ending = Ending.HANDED_OVER
-                self._successors = asked.workers
-                self._stop.set()
-            finally:
-                self._decided.set()
-            if is_told_to_stop:
-                self._on_signal()
-            await self._made_way.wait()
-        conversation.send(Released())
-        await conversation.sent()
-
-    async def _end(self, proxier: UserspaceProxier, plane: DataPlane) -> None:
-        """End as it was decided; without a decision this is a crash, and what serves goes on where it can."""
-        settings = self._settings
-        if self.ending is Ending.HANDED_OVER and isinstance(plane, RemotePlane):
-            self._made_way.set()
-            await plane.close(settings.orphan_timeout_s, successors=self._successors)
-            if settings.in_cluster:  # a kubelet starts anew who ends by himself, and we would take back what we gave
-                await self._told_to_go.wait()
-        elif self.ending is not Ending.STOP and self._keeps_on and isinstance(plane, RemotePlane):
-            plane.leave()
-        else:
-            await proxier.close(settings.drain_timeout_s)
-            await _leave_network()
-
-    def _on_signal(self) -> None:
-        self._told_to_go.set()
-        drain_timeout_s = self._settings.drain_timeout_s
-        if not self._stop.is_set() or self.ending is Ending.AGAIN:
-            log.info("stopping: rules away, then up to %.3g s for open connections", drain_timeout_s)
-            self.ending = Ending.STOP
-            self._stop.set()
-        elif self._cut is not None and self.ending is Ending.HANDED_OVER and not self._hurried:
-            log.info("up to %.3g s more for open connections", drain_timeout_s)
-            asyncio.get_running_loop().call_later(drain_timeout_s, self._cut)
-            self._hurried = True
-        elif self._cut is not None:
-            log.info("cutting the connections that are left")
-            self._cut()
-
-    def _on_start_anew(self) -> None:
-        """Replace this process by a new one of the same command line, which takes over from our workers: an upgrade."""
-        if self._stop.is_set():
-            return
-        if not self._decided.is_set():
-            log.error("SIGUSR2 is not heeded: another process takes over just now")
-            return
-        if not self._keeps_on or "-" in self._settings.paths:
-            log.error("SIGUSR2 is not heeded: not ready yet, --workers 0, or the manifests came from stdin")
-            return
-        log.info("starting anew; workers serve on meanwhile")
-        self.ending = Ending.AGAIN
-        self._stop.set()
-
-    # ---- capture
-
-    async def _first_capture(self) -> Capture:
-        asked = self._settings.capture
-        if await network.lacks_addresses():
-            # The kernel has no source for a local client's packets to a cluster IP, unless we give it one.
-            await network.add_local_addresses()
-        if asked == "redirect":
-            return Capture.REDIRECT
-        if asked == "auto" and not await self._unnumbered():
-            return Capture.REDIRECT
-        await network.add_local_addresses()
-        return Capture.ADDRESS
-
-    async def _unnumbered(self) -> list[str]:
-        try:
-            found = await network.find_unnumbered_interfaces()
-        except SyncError as error:
-            log.warning("interfaces cannot be looked at, traffic is captured by REDIRECT: %s", error)
-            return []
-        if found:
-            log.info(
-                "%s has no IPv4 address, so REDIRECT cannot work there; capturing with a private address on lo instead",
-                ", ".join(found[:3]),
-            )
-        return found
-
-    async def _watch_network(self, proxier: UserspaceProxier) -> None:
-        """Change to a private address as soon as an interface comes up at which REDIRECT cannot work."""
-        if self._settings.capture != "auto":
-            return
-        changed = asyncio.Event()
-        notices = NetworkNotices(changed.set)
-        try:
-            while proxier.capture is Capture.REDIRECT:
-                await changed.wait()
-                await asyncio.sleep(_SETTLE_S)
-                changed.clear()
-                if await self._unnumbered():
-                    await network.add_local_addresses()
-                    try:
-                        await proxier.set_capture(Capture.ADDRESS)
-                    except SyncError as error:
-                        log.error("capture could not be changed: %s", error)  # noqa: TRY400
-                        await asyncio.sleep(_SETTLE_S)
-        finally:
-            notices.close()
 
 
 def _make_plane(settings: Settings, stack: contextlib.AsyncExitStack) -> DataPlane:
@@ -447,55 +249,6 @@ def _identity(paths: Iterable[str]) -> list[str]:
     return [f"stdin of process {os.getpid()}" if path == "-" else os.path.realpath(path) for path in paths]
 
 
-def _children() -> set[int]:
-    """Return the processes that are children of ours, from before a start anew: what drains there ends some time."""
-    try:
-        return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
-    except OSError:  # a kernel without CONFIG_PROC_CHILDREN
-        return set()
-
-
-async def _reap(left: set[int]) -> None:
-    """Wait for them, so that nothing is left of them."""
-    while left:
-        left = {pid for pid in left if _is_running_child(pid)}
-        await asyncio.sleep(_REAP_EVERY_S)
-
-
-def _is_running_child(pid: int) -> bool:
-    try:
-        return os.waitpid(pid, os.WNOHANG)[0] == 0
-    except ChildProcessError:
-        return False
-
-
-class _WithRoutes:
-    """A sink before the proxier: sees to it that this node has a route to every cluster IP."""
-
-    def __init__(self, sink: StateSink, ranges: Iterable[Network]) -> None:
-        self._sink = sink
-        self._ranges = list(ranges)
-        self._routed: set[Network] = set()
-        self._known: dict[ServicePortName, ServicePort] = {}
-
-    async def sync(self, state: ProxyState) -> None:
-        wanted = set(self._ranges)
-        for name, service_port in state.service_ports.items():
-            if self._known.get(name) is not service_port:
-                for ip in service_port.cluster_ips + service_port.external_ips:
-                    address = ipaddress.ip_address(ip)
-                    if not any(address in known for known in self._ranges):
-                        wanted.add(ipaddress.ip_network(ip))
-        self._known = dict(state.service_ports)
-        if new := wanted - self._routed:
-            self._routed |= new  # one try: what refuses now (a blackhole route of somebody's, say) is no passing fault
-            try:
-                await network.add_routes(new)
-            except SyncError as error:
-                log.warning("no route to cluster IPs could be added, clients on this node may fail: %s", error)
-        await self._sink.sync(state)
-
-
 class _Saver:
     """Writes what the next process should remember, shortly after it changed, in a thread."""
 
@@ -542,12 +295,6 @@ async def _settle_in(controller: Controller, language: str) -> None:
     with contextlib.suppress(SyncError, ValueError):
         for found in await network.find_blocking_firewall():
             log.warning("a firewall on this node drops redirected traffic: %s", found)
-
-
-async def _leave_network() -> None:
-    with contextlib.suppress(SyncError):
-        await network.remove_routes()
-        await network.remove_local_addresses()
 
 
 def render(settings: Settings) -> tuple[str, bool]:

@@ -1,0 +1,226 @@
+"""From one process to the next: taking over, handing over, starting anew, and how this process ends.
+
+At every moment somebody accepts: who hands over stops when its successor has said that it serves, and who ends without
+a decision (a crash) leaves its workers serving.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+from enum import Enum
+from pathlib import Path
+from typing import NoReturn
+
+from userspace_proxy.dataplane.handover import Conversation, Incumbent, Refused, Released, TakeOver, hand_over
+from userspace_proxy.dataplane.remote import RemotePlane
+from userspace_proxy.errors import StartError, SyncError
+from userspace_proxy.instance import Inheritance
+from userspace_proxy.interfaces import DataPlane, ListenerSpec
+from userspace_proxy.proxiers.userspace import UserspaceProxier
+
+_REAP_EVERY_S = 1.0
+# Who is told to stop while it hands over waits so long for the successor to begin, or not.
+_DECIDE_S = 2.0
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+log = logging.getLogger(__name__)
+
+
+class Ending(Enum):
+    """STOP: rules away, connections drained. HANDED_OVER: another process serves. AGAIN: this one is started anew."""
+
+    STOP = "stop"
+    HANDED_OVER = "handed over"
+    AGAIN = "again"
+
+
+class Succession:
+    """Who served before, who serves after, and what ends this process.
+
+    ``ending``: how it ends, once that is known; ``stop`` is set with it. ``cut``: ends what drains, once there is a
+    plane.
+    """
+
+    def __init__(
+        self, *, drain_timeout_s: float, orphan_timeout_s: float, can_start_anew: bool, is_kept_running: bool
+    ) -> None:
+        """*is_kept_running*: somebody (a kubelet) starts anew whoever of us ends by himself."""
+        self._drain_timeout_s = drain_timeout_s
+        self._orphan_timeout_s = orphan_timeout_s
+        self._can_start_anew = can_start_anew
+        self._is_kept_running = is_kept_running
+        self.stop = asyncio.Event()
+        self.cut: Callable[[], None] | None = None
+        self.ending: Ending | None = None
+        self._made_way = asyncio.Event()
+        self._decided = asyncio.Event()  # not while we hand over: the successor may serve already, or never
+        self._decided.set()
+        self._hurried = False
+        self._told_to_go = asyncio.Event()
+        self._keeps_on = False  # workers would serve on without us
+        self._successors = 0
+
+    def heed_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for signum in _STOPS:
+            loop.add_signal_handler(signum, self._on_signal)
+        loop.add_signal_handler(signal.SIGUSR2, self._on_start_anew)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*_STOPS, signal.SIGUSR2))  # what came while we started anew
+
+    # ---- the one before
+
+    async def inherit(self, plane: DataPlane, inheritance: Inheritance) -> list[ListenerSpec]:
+        """Serve at the listeners of whoever served before; return them.
+
+        Raises:
+            StartError: they cannot be taken over; who served before goes on.
+        """
+        if not inheritance.conversations:
+            if isinstance(plane, RemotePlane):
+                plane.keep_on(inheritance.lock)
+            return []
+        assert isinstance(plane, RemotePlane), "no other asks for it"
+        try:
+            specs = await plane.adopt(inheritance.listeners)
+        except (OSError, SyncError) as error:
+            plane.leave()
+            inheritance.give_back()
+            raise StartError(f"what serves now cannot be taken over, it goes on: {error}") from None
+        # Before the others stop accepting, so that a death of ours at any moment leaves somebody who serves.
+        plane.keep_on(inheritance.lock)
+        self._keeps_on = True
+        await inheritance.taken()
+        log.info("taken over from another process: %d listeners", len(specs))
+        return specs
+
+    async def note_ready(self, ready: asyncio.Event, plane: DataPlane) -> None:
+        """From now on there is something that is better left serving than taken away, should we fail."""
+        await ready.wait()
+        self._keeps_on = isinstance(plane, RemotePlane)
+
+    # ---- the one after
+
+    async def hand_over_to(
+        self,
+        asked: TakeOver,
+        conversation: Conversation,
+        proxier: UserspaceProxier,
+        plane: DataPlane,
+        lock: socket.socket,
+    ) -> None:
+        """Give all that we have to who *asked*, and end; or refuse."""
+        if not isinstance(plane, RemotePlane):
+            conversation.send(Refused("it runs with --workers 0; stop it first"))
+            return
+        if self.stop.is_set() or not self._keeps_on:
+            conversation.send(Refused("it just begins or ends; try again"))
+            return
+        self._decided.clear()
+        async with proxier.paused():
+            try:
+                await plane.stats()  # brings the latest pins with it
+                await hand_over(conversation, plane.inheritance(), lock)
+                log.info("handed over to process %d; open connections go on here", asked.pid)
+                is_told_to_stop = self.stop.is_set()
+                self.ending = Ending.HANDED_OVER
+                self._successors = asked.workers
+                self.stop.set()
+            finally:
+                self._decided.set()
+            if is_told_to_stop:
+                self._on_signal()
+            await self._made_way.wait()
+        conversation.send(Released())
+        await conversation.sent()
+
+    def _on_signal(self) -> None:
+        self._told_to_go.set()
+        if not self.stop.is_set() or self.ending is Ending.AGAIN:
+            log.info("stopping: rules away, then up to %.3g s for open connections", self._drain_timeout_s)
+            self.ending = Ending.STOP
+            self.stop.set()
+        elif self.cut is not None and self.ending is Ending.HANDED_OVER and not self._hurried:
+            log.info("up to %.3g s more for open connections", self._drain_timeout_s)
+            asyncio.get_running_loop().call_later(self._drain_timeout_s, self.cut)
+            self._hurried = True
+        elif self.cut is not None:
+            log.info("cutting the connections that are left")
+            self.cut()
+
+    def _on_start_anew(self) -> None:
+        """Replace this process by a new one of the same command line, which takes over from our workers: an upgrade."""
+        if self.stop.is_set():
+            return
+        if not self._decided.is_set():
+            log.error("SIGUSR2 is not heeded: another process takes over just now")
+            return
+        if not self._keeps_on or not self._can_start_anew:
+            log.error("SIGUSR2 is not heeded: not ready yet, --workers 0, or the manifests came from stdin")
+            return
+        log.info("starting anew; workers serve on meanwhile")
+        self.ending = Ending.AGAIN
+        self.stop.set()
+
+    # ---- the end
+
+    async def decision(self, incumbent: Incumbent) -> None:
+        """Wait until a hand-over under way has been made, or not."""
+        try:
+            async with asyncio.timeout(_DECIDE_S):
+                await self._decided.wait()
+        except TimeoutError:
+            incumbent.give_up()
+
+    async def end(self, plane: DataPlane, take_away: Callable[[], Awaitable[None]]) -> None:
+        """End as it was decided; without a decision this is a crash, and what serves goes on where it can.
+
+        *take_away* drains connections and leaves no rule behind.
+        """
+        if self.ending is Ending.HANDED_OVER and isinstance(plane, RemotePlane):
+            self._made_way.set()
+            await plane.close(self._orphan_timeout_s, successors=self._successors)
+            if self._is_kept_running:  # who starts us anew would take back what we gave
+                await self._told_to_go.wait()
+        elif self.ending is not Ending.STOP and self._keeps_on and isinstance(plane, RemotePlane):
+            plane.leave()
+        else:
+            await take_away()
+        if self.ending is Ending.AGAIN:
+            # Until the new program can heed them; a stop that came just now would else kill it unheard.
+            signal.pthread_sigmask(signal.SIG_BLOCK, (*_STOPS, signal.SIGUSR2))
+
+
+def start_anew() -> NoReturn:
+    """Become a new process of the same command line."""
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - a list, no shell
+
+
+# ---- what drains from before a start anew
+
+
+def children() -> set[int]:
+    """Return the processes that are children of ours, from before a start anew: what drains there ends some time."""
+    try:
+        return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
+    except OSError:  # a kernel without CONFIG_PROC_CHILDREN
+        return set()
+
+
+async def reap(left: set[int]) -> None:
+    """Wait for them, so that nothing is left of them."""
+    while left:
+        left = {pid for pid in left if _is_running_child(pid)}
+        await asyncio.sleep(_REAP_EVERY_S)
+
+
+def _is_running_child(pid: int) -> bool:
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == 0
+    except ChildProcessError:
+        return False
