@@ -148,9 +148,7 @@ class ControlPlane:
 
     def _start(self, name: str, *arguments: str) -> None:
         more = shlex.split(os.environ.get(f"{name.upper().replace('-', '_')}_ARGS", ""))
-        self._running[name] = self.node.start(
-            str(self._bin / name), *arguments, *more, log=self.folder / f"{name}.log"
-        )
+        self._running[name] = self.node.start(str(self._bin / name), *arguments, *more, log=self.folder / f"{name}.log")
 
     def _check(self) -> None:
         for name, process in self._running.items():
@@ -235,10 +233,16 @@ class ControlPlane:
     def delete_all(self) -> None:
         """Delete all Services but the API server's own, and with them what the controllers made for them."""
         for path in (PODS, SERVICES, ENDPOINTS, SLICES):
-            for found in self.ask("GET", path)["items"] or ():
-                if (name := found["metadata"]["name"]) != "kubernetes":
-                    with contextlib.suppress(ApiError):
+            for name in self.names(path):
+                if name != "kubernetes":
+                    with contextlib.suppress(ApiError):  # 404: a controller was quicker
                         self.delete(path, name)
+
+    def names(self, path: str) -> list[str]:
+        """Return the names of what is there; nothing where the server does not know the kind."""
+        with contextlib.suppress(ApiError):
+            return [found["metadata"]["name"] for found in self.ask("GET", path)["items"] or ()]
+        return []
 
     def run_pod(self, name: str, *ips: str, labels: Mapping[str, str], ready: bool = True) -> None:
         """Write a Pod as if it ran on the lab's node."""

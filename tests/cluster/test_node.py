@@ -1,4 +1,4 @@
-"""This node in the eyes of a real API server: who we are there, what /healthz says, and what is served before (S7, Z)."""
+"""This node in the eyes of a real API server: who we are there, what /healthz says, what is served before (S7, Z)."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -248,7 +247,9 @@ def test_a_service_of_both_families_is_reached_by_both(proxy: NodeProxy, plane: 
     plane.run_pod("pod1", POD1, ServiceLab.pod_ip6(0), labels=WEB)
     proxy.reaches(four, "pod1")
     proxy.reaches(six, "pod1")
-    plane.patch(SERVICES, "web", {"spec": {"ipFamilyPolicy": "SingleStack", "clusterIPs": [four], "ipFamilies": ["IPv4"]}})
+    plane.patch(
+        SERVICES, "web", {"spec": {"ipFamilyPolicy": "SingleStack", "clusterIPs": [four], "ipFamilies": ["IPv4"]}}
+    )
     proxy.leaves(six)
     proxy.reaches(four, "pod1")
 

@@ -56,7 +56,9 @@ def fill(plane: ControlPlane, services: int, endpoints: int) -> None:
         name, ip = f"s{index}", cluster_ip(index)
         spec = {"ports": list(HTTP), "clusterIP": ip, "clusterIPs": [ip], "type": "ClusterIP", "selector": None}
         plane.create(SERVICES, name, spec=spec)
-        addresses = [POD1] if not index else [f"10.{200 + index // 250}.{index % 250}.{n + 1}" for n in range(endpoints)]
+        addresses = (
+            [POD1] if not index else [f"10.{200 + index // 250}.{index % 250}.{n + 1}" for n in range(endpoints)]
+        )
         plane.create(
             SLICES,
             name,

@@ -1,17 +1,14 @@
 """The containers of the DaemonSets, as a real engine runs them on a node: with a proxy in them, and real traffic.
 
-The engine belongs to the test: its own data, its own socket, the lab's node as its host. The image is this machine's own
-/usr and this Python, mounted read-only, because no registry can be counted on; what a kubelet would make of a manifest
-is made of the same manifest. What the Dockerfile builds is not looked at here.
+The engine belongs to the test: its own data, its own socket, the lab's node as its host. The image is this machine's
+own /usr and this Python, mounted read-only, because no registry can be counted on. What a kubelet would make of a
+manifest is made of the same manifest. What the Dockerfile builds is not looked at here.
 """
 
 from __future__ import annotations
 
 import io
-import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
 import tarfile
@@ -74,7 +71,7 @@ class Engine:
 def engine(world: ServiceLab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     if shutil.which("dockerd") is None or shutil.which("docker") is None:
         pytest.skip("no Docker engine is installed (Debian's package is docker.io)")
-    if os.environ.get("USERSPACE_PROXY_TESTS_AS_ROOT", "1") != "1" or not _is_real_root():
+    if not _is_real_root():
         pytest.skip("an engine can be started by root only")
     one = Engine(world.node, tmp_path_factory.mktemp("engine"))
     wait_until(one.answers, "the engine answers", 20.0)
@@ -228,7 +225,7 @@ def test_the_daemon_sets_container_serves_with_one_capability_and_upgrades_witho
 def test_a_container_that_is_killed_is_missed_by_nobody_who_is_connected_after_its_restart(
     engine: Engine, cluster: Cluster, certificates: Path
 ) -> None:
-    """Its workers die with it, because a container is a process namespace: the next start finds rules and no listener."""
+    """Its workers die with it, a container being a process namespace: the next start finds rules and no listener."""
     pods = pods_of("in-place-of", engine, cluster, certificates)
     cluster.serve("web", IP, POD1)
     pods.run("first")
