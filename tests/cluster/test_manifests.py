@@ -1,4 +1,4 @@
-"""examples/kubernetes as a real API server takes it: every field known, every value valid. Nothing is kept (dry run)."""
+"""examples/kubernetes as a real API server takes it: each field known, each value valid. Nothing is kept (dry run)."""
 
 from __future__ import annotations
 
