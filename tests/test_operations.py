@@ -45,17 +45,22 @@ def test_the_unit_lets_workers_serve_on_and_gives_one_privilege() -> None:
     assert "-USR2" in unit_lines("ExecReload")[0]
 
 
-def test_the_daemon_set_starts_what_the_command_line_takes() -> None:
-    (daemon_set,) = yaml.safe_load_all((MANIFESTS / "daemonset.yaml").read_text())
+@pytest.mark.parametrize(("variant", "health_port"), [("beside", 10266), ("in-place-of", 10256)])
+def test_the_daemon_sets_start_what_the_command_line_takes(variant: str, health_port: int) -> None:
+    (daemon_set,) = yaml.safe_load_all((MANIFESTS / f"{variant}-kube-proxy.yaml").read_text())
     pod = daemon_set["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     command, *arguments = container["args"]
 
     given = commands.commands[command].make_context(command, list(arguments)).params
     assert (given["in_cluster"], given["hostname_override"]) == (True, "$(NODE_NAME)")
-    assert given["healthz_bind_address"].endswith(f":{container['livenessProbe']['httpGet']['port']}")
+    assert given["healthz_bind_address"].endswith(f":{health_port}")
+    assert {container[probe]["httpGet"]["port"] for probe in ("livenessProbe", "readinessProbe")} == {health_port}
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["NET_ADMIN"]}
-    assert pod["hostNetwork"]
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    assert not container["securityContext"]["allowPrivilegeEscalation"]
+    assert (pod["hostNetwork"], pod["priorityClassName"]) == (True, "system-node-critical")
+    assert pod["tolerations"] == [{"operator": "Exists"}]
     assert "ports" not in container, "two of them must be able to stand on one node"
     assert daemon_set["spec"]["updateStrategy"]["rollingUpdate"]["maxSurge"] == 1
 
