@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -17,32 +17,46 @@ from tests.net.contract.table import CASES
 from tests.net.world import Proxy, wait_until
 from userspace_proxy.lab import Lab
 
-# Rule languages, event loops, and whom backends see where no annotation says it.
+KNOWS_PODS = ("--detect-local-mode", "ClusterCIDR", "--cluster-cidr", CLUSTER_CIDRS)
+
+
+class Variant(NamedTuple):
+    """A way to run the proxy. ``source_ip``: whom backends see where no annotation says it."""
+
+    rules: str
+    loop: str
+    source_ip: str
+    flags: tuple[str, ...] = KNOWS_PODS
+
+    def __str__(self) -> str:
+        return "-".join([self.rules, self.source_ip, *(flag.lstrip("-") for flag in self.flags[:2])])
+
+
 VARIANTS = [
-    ("nftables", "uvloop", "transparent"),
-    ("iptables", "asyncio", "transparent"),
-    ("nftables", "asyncio", "node"),
+    Variant("nftables", "uvloop", "transparent"),
+    Variant("iptables", "asyncio", "transparent"),
+    Variant("nftables", "asyncio", "node"),
 ]
 
 
 class ContractProxy(Proxy):
     """The proxy of node-1."""
 
-    def __init__(self, cluster: Cluster, folder: Path, variant: tuple[str, str, str], *flags: str) -> None:
-        rules, loop, self.source_ip = variant
-        super().__init__(cluster, folder, rules, loop)
+    def __init__(self, cluster: Cluster, folder: Path, variant: Variant) -> None:
+        super().__init__(cluster, folder, variant.rules, variant.loop)
         self.cluster = cluster
-        self.flags = flags or ("--detect-local-mode", "ClusterCIDR", "--cluster-cidr", CLUSTER_CIDRS)
+        self.variant = variant
         self.verbose = False
         self.apply(NODE, json.dumps(node_object()))
 
     def run_arguments(self) -> list[str]:
         return [
             *(*super().run_arguments(), "--hostname-override", NODE, "--service-cluster-ip-range", SERVICE_CIDRS),
-            *("--source-ip", self.source_ip, *self.flags),
+            *("--source-ip", self.variant.source_ip, *self.variant.flags),
         ]
 
     def give(self, *given: Given) -> None:
+        """Put Services in place, or other versions of them."""
         for each in given:
             self.apply(each.name, each.manifest())
 
@@ -51,7 +65,8 @@ class ContractProxy(Proxy):
         left: list[str] = []
 
         def is_so() -> bool:
-            left[:] = differences(self.cluster, given, *lines)
+            # Short: a SYN that came too early stays without an answer, however often it is sent again.
+            left[:] = differences(self.cluster, given, *lines, patience_s=0.4)
             return not left
 
         try:
@@ -70,7 +85,7 @@ def cluster() -> Iterator[Cluster]:
         backends.close()
 
 
-@pytest.fixture(scope="session", params=VARIANTS, ids="-".join)
+@pytest.fixture(scope="session", params=VARIANTS, ids=lambda variant: f"{variant.rules}-{variant.source_ip}")
 def proxy(
     cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[ContractProxy]:

@@ -63,7 +63,7 @@ class Given:
 
     # ---- as the API has it
 
-    def objects(self) -> list[dict[str, Any]]:
+    def objects(self) -> list[Mapping[str, Any]]:
         return [self._service(), *self._slices(), *self.more]
 
     def manifest(self) -> str:

@@ -2,22 +2,21 @@
 
     outside,caller  nodePort,vip/udp,6 -> local1 remote1 as node
 
-From there, at these addresses of a Service (both protocols and all its families, unless one is named), both backends answer in turn and
-nobody else does, and they saw the node as their client. `own` instead: they saw the client itself - but for a backend
-that reached itself, which sees the node (behaviours M3). Without `as` nobody looks. Instead of names: `refused`, at
-once; `timeout`, no answer of any kind.
+From there, at these addresses of a Service (both protocols and all its families, unless one is named), both backends
+answer in turn and nobody else does, and they saw the node as their client. `own` instead: they saw the client itself -
+but for a backend that reached itself, which sees the node (behaviours M3). Without `as` nobody looks. Instead of names:
+`refused`, at once; `timeout`, no answer of any kind.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from tests.net.contract.cluster import ALTERNATE, BALANCER, LOCALHOST, NODE, PRIMARY, Cluster
+from tests.net.contract.cluster import ALTERNATE, BALANCER, GATEWAY, LOCALHOST, PRIMARY, Cluster
 from tests.net.contract.given import Given
 from userspace_proxy.lab import Host, connect
 
@@ -50,7 +49,7 @@ class Probe(NamedTuple):
         kind, _, at = target.partition("@")
         family, given = self.family, self.given.but(number=int(at)) if at.isdigit() else self.given
         if kind == "nodePort":
-            ips = {"": PRIMARY, "alternate": ALTERNATE, "localhost": LOCALHOST}[at]
+            ips = {"": PRIMARY, "alternate": ALTERNATE, "localhost": LOCALHOST, "gateway": GATEWAY}[at]
             return ips[family], int(port or given.node_port)
         ip = {
             "clusterIP": given.cluster_ip,
@@ -83,11 +82,12 @@ def _ordered(expected: str) -> str:
 # ---- asking
 
 
-def observe(cluster: Cluster, probe: Probe) -> str:
+def observe(cluster: Cluster, probe: Probe, patience_s: float = _ANSWER_S) -> str:
     """Ask until all that are expected have answered, or until it is clear that they will not; return what was seen."""
     names, _, wanted_source = probe.expected.partition(" as ")
     expected = set(names.split())
-    patience_s = _SILENT_S if names in _NOBODY else _ANSWER_S
+    if names in _NOBODY:
+        patience_s = min(patience_s, _SILENT_S)
     place = cluster.places[probe.client]
     ip, port = probe.address()
     seen: dict[str, str] = {}
@@ -153,26 +153,14 @@ def failure(error: OSError) -> str:
     return errno.errorcode.get(error.errno or 0, str(error)).lower()
 
 
-def observe_all(cluster: Cluster, wanted: list[Probe]) -> dict[Probe, str]:
+def observe_all(cluster: Cluster, wanted: list[Probe], patience_s: float = _ANSWER_S) -> dict[Probe, str]:
     """Ask all of *wanted*, many at a time."""
     with ThreadPoolExecutor(_THREADS) as pool:
-        return dict(zip(wanted, pool.map(lambda probe: observe(cluster, probe), wanted), strict=True))
+        return dict(zip(wanted, pool.map(lambda probe: observe(cluster, probe, patience_s), wanted), strict=True))
 
 
-def holds(cluster: Cluster, given: Given, *lines: str) -> bool:
-    """Whether all of *lines* hold now."""
-    return not differences(cluster, given, *lines)
-
-
-def differences(cluster: Cluster, given: Given, *lines: str) -> list[str]:
+def differences(cluster: Cluster, given: Given, *lines: str, patience_s: float = _ANSWER_S) -> list[str]:
     """Return what *lines* say otherwise than it is."""
     wanted = list(probes(given, *lines))
-    seen = observe_all(cluster, wanted)
+    seen = observe_all(cluster, wanted, patience_s)
     return [f"{probe}: {seen[probe]}, not {probe.expected}" for probe in wanted if seen[probe] != probe.expected]
-
-
-@contextlib.contextmanager
-def asking(host: Host, ip: str, port: int, timeout_s: float = _ANSWER_S) -> Iterator[socket.socket]:
-    """One UDP socket for several questions: one flow."""
-    with connect(host, ip, port, timeout_s, socket.SOCK_DGRAM) as sock:
-        yield sock

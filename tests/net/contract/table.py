@@ -6,7 +6,7 @@ Where kube-proxy's modes differ, one of the two is followed:
 |---|---|---|---|
 | another port of a live cluster IP | falls through | refused | falls through: timeout |
 | the node to a VIP or external IP without endpoints | timeout | refused | refused |
-| node ports without `--nodeport-addresses` | every local address, 127.0.0.1 too | the primary one | every local one, 127.0.0.1, ::1 |
+| node ports, no `--nodeport-addresses` | all local addresses, 127.0.0.1 too | the primary one | all, 127.0.0.1 and ::1 too |
 | a VIP with source ranges but no endpoints, from outside of them | refused | dropped | dropped |
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tests.net.contract.cluster import BALANCER, OTHER_DNS, OTHER_WEB, PROXIED_WEB
-from tests.net.contract.given import PORTS, TARGETS, Given, endpoint_slice
+from tests.net.contract.given import PORTS, Given, endpoint_slice
 from tests.net.contract.probes import Probe, probes
 
 DUAL = (4, 6)
@@ -220,7 +220,13 @@ case(
         "caller,node-1 nodePort,vip,externalIP -> remote1",
     ),
 )
-case("c8-not-serving-at-all", "local1:gone remote1:unready", type=LB, spec=BOTH_LOCAL, expect=(f"{ALL} {PORTALS} -> refused",))
+case(
+    "c8-not-serving-at-all",
+    "local1:gone remote1:unready",
+    type=LB,
+    spec=BOTH_LOCAL,
+    expect=(f"{ALL} {PORTALS} -> refused",),
+)
 
 # topology: the proxy's node is in zone-a
 
@@ -252,7 +258,9 @@ case(
     expect=("outside nodePort -> local1 local2", "caller nodePort,clusterIP -> local2 remote1"),
 )
 case("c6-zone-without-endpoints", "local1:zone-b remote1:zone-c", expect=("caller clusterIP -> local1 remote1",))
-case("c6-one-without-hint", "local1:zone-a local2 remote1:zone-b", expect=("caller clusterIP -> local1 local2 remote1",))
+case(
+    "c6-one-without-hint", "local1:zone-a local2 remote1:zone-b", expect=("caller clusterIP -> local1 local2 remote1",)
+)
 case(
     "c6-hints-of-the-unready-do-not-matter",
     "local1:zone-a local2:unready remote1:zone-b remote2:leaving,zone-a",
@@ -289,7 +297,11 @@ case(
     "local1:node-2,zone-a remote1:node-2,zone-a remote2:node-2,zone-b",
     expect=("caller clusterIP -> local1 remote1",),
 )
-case("c6-none-for-node-nor-zone", "local1:node-2,zone-b remote1:node-2,zone-b", expect=("caller clusterIP -> local1 remote1",))
+case(
+    "c6-none-for-node-nor-zone",
+    "local1:node-2,zone-b remote1:node-2,zone-b",
+    expect=("caller clusterIP -> local1 remote1",),
+)
 case(
     "c6-topology-against-local",
     "local1:zone-b remote1:zone-a",
@@ -304,9 +316,19 @@ case(
     "n1-no-slice",
     type=LB,
     families=DUAL,
-    expect=(f"{ALL} {PORTALS} -> refused", f"{ALL} nodePort@alternate -> refused", "node-1 nodePort@localhost -> refused"),
+    expect=(
+        f"{ALL} {PORTALS} -> refused",
+        f"{ALL} nodePort@alternate -> refused",
+        "node-1 nodePort@localhost -> refused",
+    ),
 )
-case("n1-unready-only", "local1:unready remote1:unready", type=LB, spec=EXTERNAL_LOCAL, expect=(f"{ALL} {PORTALS} -> refused",))
+case(
+    "n1-unready-only",
+    "local1:unready remote1:unready",
+    type=LB,
+    spec=EXTERNAL_LOCAL,
+    expect=(f"{ALL} {PORTALS} -> refused",),
+)
 case(
     "n2-internal-local-without-local",
     "remote1 local1:unready",
@@ -458,7 +480,11 @@ case(
     "local1",
     type="NodePort",
     families=DUAL,
-    expect=(f"{ALL} nodePort,nodePort@alternate -> local1", "node-1 nodePort@localhost -> local1 as node"),
+    expect=(
+        f"{ALL} nodePort,nodePort@alternate -> local1",
+        "caller nodePort@gateway -> local1",
+        "node-1 nodePort@localhost -> local1 as node",
+    ),
 )
 case(
     "p2-two-ports-on-two-node-ports",
@@ -483,7 +509,9 @@ case(
     type=LB,
     spec={
         "externalIPs": None,
-        "status": {"loadBalancer": {"ingress": [{"ip": BALANCER[4], "ipMode": "Proxy"}, {"hostname": "lb.example.org"}]}},
+        "status": {
+            "loadBalancer": {"ingress": [{"ip": BALANCER[4], "ipMode": "Proxy"}, {"hostname": "lb.example.org"}]}
+        },
     },
     expect=(f"{ALL} nodePort -> local1", "caller,node-1 balancer -> balancer"),
 )
@@ -513,7 +541,13 @@ case(
     spec={_RANGES: ["192.0.3.0/24", " 10.244.0.0/16 "]},
     expect=("outside,node-1 vip -> timeout", "caller vip -> local1", "outside clusterIP,nodePort,externalIP -> local1"),
 )
-case("p4-the-node-within", "local1", type=LB, spec={_RANGES: ["192.168.50.0/24"]}, expect=("node-1 vip -> local1", "caller,outside vip -> timeout"))
+case(
+    "p4-the-node-within",
+    "local1",
+    type=LB,
+    spec={_RANGES: ["192.168.50.0/24"]},
+    expect=("node-1 vip -> local1", "caller,outside vip -> timeout"),
+)
 case(
     "p4-local-policy",
     "local1 remote1",
@@ -534,7 +568,11 @@ case(
     "p4-without-endpoints",
     type=LB,
     spec={_RANGES: ["192.0.2.0/24"]},
-    expect=("outside vip -> refused", "caller vip -> timeout", "caller,outside nodePort,externalIP,clusterIP -> refused"),
+    expect=(
+        "outside vip -> refused",
+        "caller vip -> timeout",
+        "caller,outside nodePort,externalIP,clusterIP -> refused",
+    ),
 )
 case(
     "p4-of-a-node-port-service-means-nothing",

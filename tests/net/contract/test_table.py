@@ -21,7 +21,7 @@ def observed(cluster: Cluster, proxy: ContractProxy) -> dict[Probe, str]:
 @pytest.mark.parametrize("probe", PROBES, ids=str)
 def test_a_client_sees(probe: Probe, observed: dict[Probe, str], proxy: ContractProxy) -> None:
     expected = probe.expected
-    if proxy.source_ip == "node" and not probe.given.annotations:
+    if proxy.variant.source_ip == "node" and not probe.given.annotations:
         expected = expected.replace(" as own", " as node")
 
     assert observed[probe] == expected
