@@ -6,7 +6,7 @@ Where kube-proxy's modes differ, one of the two is followed:
 |---|---|---|---|
 | another port of a live cluster IP | falls through | refused | falls through: timeout |
 | the node to a VIP or external IP without endpoints | timeout | refused | refused |
-| node ports, no `--nodeport-addresses` | all local addresses, 127.0.0.1 too | the primary one | all, 127.0.0.1 and ::1 too |
+| node ports, no `--nodeport-addresses` | all local addresses, 127.0.0.1 too | the primary one | all, 127.0.0.1, ::1 |
 | a VIP with source ranges but no endpoints, from outside of them | refused | dropped | dropped |
 """
 
@@ -563,6 +563,14 @@ case(
     families=DUAL,
     spec={_RANGES: ["192.0.2.0/24", "fd00:2::/64"]},
     expect=("outside vip -> local1", "caller vip -> timeout", "caller,outside nodePort -> local1"),
+)
+case(
+    "p4-ranges-of-one-family",
+    "local1",
+    type=LB,
+    families=DUAL,
+    spec={_RANGES: ["192.0.2.0/24"]},
+    expect=("outside vip/4 -> local1", "caller vip/4 -> timeout", "caller,outside,node-1 vip/6 -> local1"),
 )
 case(
     "p4-without-endpoints",

@@ -13,7 +13,7 @@ from tests.net.contract.cluster import DNS, ECHO, OTHER_DNS, WEB
 from tests.net.contract.conftest import ContractProxy
 from tests.net.contract.given import Given
 from tests.net.contract.probes import Probe, failure
-from tests.net.contract.table import EXTERNAL_LOCAL, LB
+from tests.net.contract.table import BOTH_LOCAL, LB
 from tests.net.world import wait_until
 from userspace_proxy.lab import connect
 
@@ -155,10 +155,6 @@ def test_a_flow_stays_while_its_endpoint_serves_whatever_else_changes(proxy: Con
             (service.but(slices=("remote1:leaving local1",)), "local1"),
             (service.but(slices=("remote1:serving local1",)), "local1"),
             (service.but(slices=("remote1:zone-b local1:zone-a",)), "local1"),
-            (
-                service.but(slices=("remote1 local1",), spec=EXTERNAL_LOCAL | {"internalTrafficPolicy": "Local"}),
-                "local1",
-            ),
         ):
             proxy.give(changed)
             proxy.expect(service, f"outside nodePort/udp -> {now}", f"caller clusterIP/udp -> {now}")
@@ -167,6 +163,19 @@ def test_a_flow_stays_while_its_endpoint_serves_whatever_else_changes(proxy: Con
         proxy.give(service.but(slices=("remote1:gone local1",)))
         for flow in clients:
             flow.finds("local1")
+
+
+def test_a_flow_stays_when_policies_change(proxy: ContractProxy, given: MakeGiven) -> None:
+    service = given("remote1", type=LB)
+    proxy.give(service)
+    proxy.expect(service, "caller clusterIP/udp -> remote1")
+    with flows(proxy, service) as clients:
+        for flow in clients:
+            flow.finds("remote1")
+        proxy.give(service.but(slices=("remote1 local1",), spec=BOTH_LOCAL))
+        proxy.expect(service, "outside nodePort/udp -> local1", "caller clusterIP/udp -> local1")
+        for flow in clients:
+            flow.stays_with("remote1", 0.1)
 
 
 def test_a_connection_stays_whatever_becomes_of_its_endpoint(proxy: ContractProxy, given: MakeGiven) -> None:
