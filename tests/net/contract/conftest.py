@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import itertools
 import json
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
+from tests.apiserver import NODES, SERVICES, SLICES, ApiServerThread
 from tests.net.contract.cluster import CLUSTER_CIDRS, NODE, SERVICE_CIDRS, Backends, Cluster, build_cluster
 from tests.net.contract.given import Given, node_object
 from tests.net.contract.probes import differences
 from tests.net.contract.table import CASES
 from tests.net.world import Proxy, wait_until
+from tests.sources.test_kubernetes import kubeconfig
 from userspace_proxy.lab import Lab
 
 KNOWS_PODS = ("--detect-local-mode", "ClusterCIDR", "--cluster-cidr", CLUSTER_CIDRS)
@@ -27,6 +30,7 @@ class Variant(NamedTuple):
     loop: str
     source_ip: str
     flags: tuple[str, ...] = KNOWS_PODS
+    follows_api: bool = False
 
     def __str__(self) -> str:
         return "-".join([self.rules, self.source_ip, *(flag.lstrip("-") for flag in self.flags[:2])])
@@ -34,7 +38,7 @@ class Variant(NamedTuple):
 
 VARIANTS = [
     Variant("nftables", "uvloop", "transparent"),
-    Variant("iptables", "asyncio", "transparent"),
+    Variant("iptables", "asyncio", "transparent", follows_api=True),
     Variant("nftables", "asyncio", "node"),
 ]
 
@@ -54,6 +58,9 @@ class ContractProxy(Proxy):
             *(*super().run_arguments(), "--hostname-override", NODE, "--service-cluster-ip-range", SERVICE_CIDRS),
             *("--source-ip", self.variant.source_ip, *self.variant.flags),
         ]
+
+    def close(self) -> None:
+        assert self.stop() == 0, self.log()
 
     def give(self, *given: Given) -> None:
         """Put Services in place, or other versions of them."""
@@ -75,6 +82,44 @@ class ContractProxy(Proxy):
             pytest.fail(f"after {timeout_s} s still {'; '.join(left)}")
 
 
+class ApiContractProxy(ContractProxy):
+    """The same, told by an API server on its node."""
+
+    _PATHS = {"Service": SERVICES, "EndpointSlice": SLICES, "Node": NODES}
+
+    def __init__(self, cluster: Cluster, folder: Path, variant: Variant) -> None:
+        with cluster.node.inside():
+            sock = socket.create_server(("127.0.0.1", 0))
+        self.api = ApiServerThread(sock)
+        self.config = kubeconfig(folder, self.api.server.url)
+        self._held: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
+        super().__init__(cluster, folder, variant)
+
+    def run_arguments(self) -> list[str]:
+        arguments = super().run_arguments()
+        at = arguments.index(str(self.manifests))
+        return [*arguments[:at], "--kubeconfig", str(self.config), *arguments[at + 1 :]]
+
+    def apply(self, name: str, manifest: str) -> None:
+        """Write the objects of *manifest*; those that *name* had before and has no more are deleted."""
+        objects = [json.loads(document) for document in manifest.split("---\n")]
+        held = {(self._PATHS[given["kind"]], given["metadata"]["name"]): given for given in objects}
+        before = self._held.get(name, {})
+        self._held[name] = held
+        for (path, _), given in held.items():
+            self.api.do(self.api.server.put(path, given))
+        for path, gone in before.keys() - held.keys():
+            self.api.do(self.api.server.delete(path, gone))
+
+    def delete(self, name: str) -> None:
+        for path, gone in self._held.pop(name, {}):
+            self.api.do(self.api.server.delete(path, gone))
+
+    def close(self) -> None:
+        super().close()
+        self.api.close()
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     with Lab() as lab:
@@ -85,15 +130,16 @@ def cluster() -> Iterator[Cluster]:
         backends.close()
 
 
-@pytest.fixture(scope="session", params=VARIANTS, ids=lambda variant: f"{variant.rules}-{variant.source_ip}")
+@pytest.fixture(scope="session", params=VARIANTS, ids=lambda v: f"{v.rules}-{v.source_ip}{'-api' * v.follows_api}")
 def proxy(
     cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[ContractProxy]:
-    running = ContractProxy(cluster, tmp_path_factory.mktemp("contract"), request.param)
+    made = ApiContractProxy if request.param.follows_api else ContractProxy
+    running = made(cluster, tmp_path_factory.mktemp("contract"), request.param)
     running.give(*(given for given, _ in CASES))
     running.start()
     yield running
-    assert running.stop() == 0, running.log()
+    running.close()
 
 
 @pytest.fixture(scope="session")
