@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from userspace_proxy.control.cluster_ips import ClusterIPs
+from userspace_proxy.control.allotments import Allotments
 from userspace_proxy.control.lint import lint
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.interfaces import EventType
@@ -42,7 +42,7 @@ WHAT_IS_SERVED = {
 async def load(folders: Sequence[Path]) -> tuple[ProxyState, list[str]]:
     """Return what `run` would serve of *folders*, and what it would complain of."""
     source = FileSource([str(folder) for folder in folders])
-    tracker = Tracker(ClusterIPs((CLUSTER_IP_RANGE,), {}))
+    tracker = Tracker(Allotments([CLUSTER_IP_RANGE]))
     async for events in source.events():
         tracker.apply(events)
         if any(event.type is EventType.SYNCED for event in events):

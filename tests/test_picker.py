@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tests.fakes import FakeClock
+from userspace_proxy.dataplane.memory import Memory
 from userspace_proxy.dataplane.picker import EJECT_S, Picker
 from userspace_proxy.model.endpoint import Endpoint
 
@@ -10,7 +13,7 @@ A, B, C, D = (Endpoint(f"10.0.0.{n}", 80) for n in range(1, 5))
 
 
 def picker_over(*endpoints: Endpoint, clock: FakeClock, affinity_timeout_s: int | None = None) -> Picker:
-    picker = Picker(clock, affinity_timeout_s)
+    picker = Picker(Memory(clock, affinity_timeout_s))
     picker.set_endpoints(endpoints)
     return picker
 
@@ -109,10 +112,12 @@ def test_a_pinned_client_whose_endpoint_failed_is_pinned_to_another(clock: FakeC
 
 
 def test_switching_affinity_off_lets_clients_take_turns(clock: FakeClock) -> None:
-    picker = picker_over(A, B, clock=clock, affinity_timeout_s=10)
+    memory = Memory(clock, affinity_timeout_s=10)
+    picker = Picker(memory)
+    picker.set_endpoints([A, B])
     picks(picker, 2)
 
-    picker.set_affinity(None)
+    memory.set_affinity(None)
 
     assert set(picks(picker, 2)) == {A, B}
 
@@ -201,3 +206,88 @@ def test_it_says_why(clock: FakeClock) -> None:
     other = picker.pick("c", tried={A.address: True})
 
     assert [choice.why for choice in (first, again, other) if choice] == ["round robin", "affinity", "failover"]
+
+
+# ---- both families
+
+
+A6, B6 = Endpoint("fd00::1", 80), Endpoint("fd00::2", 80)
+
+
+def test_a_client_meets_endpoints_of_its_own_family_in_turns_of_their_own(clock: FakeClock) -> None:
+    picker = picker_over(A, A6, B, B6, clock=clock)
+
+    assert picks(picker, 3, "10.1.0.1") == [A, B, A]
+    assert picks(picker, 3, "fd01::1") == [A6, B6, A6]
+    assert picks(picker, 1, "10.1.0.1") == [B]
+
+
+def test_a_family_without_endpoints_has_none_to_pick(clock: FakeClock) -> None:
+    picker = picker_over(A, clock=clock, affinity_timeout_s=10)
+
+    assert picks(picker, 2, "fd01::1") == [None, None]
+
+
+def test_the_last_endpoint_of_a_family_is_never_ejected(clock: FakeClock) -> None:
+    picker = picker_over(A, A6, B6, clock=clock)
+
+    assert not picker.report_failure(A)
+    assert picker.report_failure(A6)
+
+
+# ---- several pickers of one service port
+
+
+def pickers_over(
+    first: Sequence[Endpoint], second: Sequence[Endpoint], clock: FakeClock, affinity_timeout_s: int | None = None
+) -> tuple[Picker, Picker]:
+    memory = Memory(clock, affinity_timeout_s)
+    pickers = Picker(memory), Picker(memory)
+    for picker, endpoints in zip(pickers, (first, second), strict=True):
+        picker.set_endpoints(endpoints)
+    return pickers
+
+
+def test_a_client_is_pinned_once_for_all_pickers_that_have_its_endpoint(clock: FakeClock) -> None:
+    cluster, local = pickers_over([A, B, C], [B, C], clock, affinity_timeout_s=10)
+
+    assert picks(local, 1) == [B]
+    assert picks(cluster, 2) == [B, B]
+
+    clock.now_s += 9
+    picks(cluster, 1)
+    clock.now_s += 9
+    assert picks(local, 1) == [B], "each connection renews the pin, wherever it comes"
+
+
+def test_a_client_whose_endpoint_a_picker_has_not_is_pinned_anew_for_all(clock: FakeClock) -> None:
+    cluster, local = pickers_over([A, B, C], [B], clock, affinity_timeout_s=10)
+    assert picks(cluster, 1) == [A]
+
+    assert picks(local, 1) == [B]
+
+    assert picks(cluster, 2) == [B, B]
+
+
+def test_an_endpoint_that_refused_one_picker_is_passed_over_by_all(clock: FakeClock) -> None:
+    cluster, local = pickers_over([A, B, C], [A, B], clock)
+    cluster.report_failure(A)
+
+    assert picks(local, 2) == [B, B]
+
+    local.report_success(A)
+    assert picks(cluster, 3) == [A, B, C]
+
+
+def test_an_ejection_stays_while_any_picker_has_the_endpoint(clock: FakeClock) -> None:
+    cluster, local = pickers_over([A, B, C], [A, B], clock)
+    cluster.report_failure(A)
+    local.set_endpoints([B])
+    local.set_endpoints([A, B])
+    assert picks(local, 2) == [B, B]
+
+    cluster.set_endpoints([B])
+    local.set_endpoints([B])
+    local.set_endpoints([A, B])
+
+    assert set(picks(local, 2)) == {A, B}

@@ -168,8 +168,8 @@ class _Demo:
 
     def _show_rules(self) -> None:
         listed = self._world.node.run("nft", "list", "map", "inet", "userspace_proxy", "service_ips4").stdout
-        chain = self._world.node.run("nft", "list", "chain", "inet", "userspace_proxy", "services").stdout
-        rule = next(line.strip() for line in chain.splitlines() if "@service_ips4" in line)
+        chain = self._world.node.run("nft", "list", "chain", "inet", "userspace_proxy", "services4").stdout
+        rule = next(line.strip() for line in chain.splitlines() if "map @service_ips4" in line)
         self._say("The rules: one lookup leads each cluster IP to the proxy port of its Service")
         self._show_code(f"{rule}\n{listed}", "text")
 

@@ -11,7 +11,15 @@ from typing import NamedTuple, Protocol
 
 from userspace_proxy.api import KubernetesObject
 from userspace_proxy.model.endpoint import Address, Endpoint
-from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
+from userspace_proxy.model.names import (
+    L4Protocol,
+    ListenerName,
+    NamespacedName,
+    ObjectReference,
+    Scope,
+    ServicePortName,
+)
+from userspace_proxy.model.routes import Sender
 from userspace_proxy.model.service import Portal, ServicePort
 from userspace_proxy.model.state import ProxyState
 
@@ -95,6 +103,18 @@ class Source(Protocol):
 # ---- what makes a state true
 
 
+class Recorder(Protocol):
+    """Tells people what they should know of an object: an Event of the cluster's, or a line of the log."""
+
+    def normal(self, regarding: ObjectReference, reason: str, note: str) -> None:
+        """Say *note*; nothing is wrong. *reason* is a word in capitals and lower case: ``Starting``."""
+        ...
+
+    def warn(self, regarding: ObjectReference, reason: str, note: str) -> None:
+        """Say that somebody should look. May be called again for what has been said: it is told once."""
+        ...
+
+
 class StateSink(Protocol):
     """Takes each new state."""
 
@@ -120,6 +140,8 @@ class Proxier(StateSink, Protocol):
 # The mark on our own packets to backends, which rules pass by. One bit, none of those that kube-proxy (0x4000,
 # 0x8000), Cilium (0x0f00) and Calico (0xffff0000) use.
 OWN_MARK = 0x2000
+# Set beside OWN_MARK on our packets that carry a client's own address; alone, on what backends answer to these.
+TRANSPARENT_MARK = 0x1000
 
 
 class Capture(Enum):
@@ -130,9 +152,28 @@ class Capture(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Redirects:
-    """The rules of userspace mode: for each portal the local port its packets go to.
+class PodDetector:
+    """Tells who is a pod: by its address being in one of ``cidrs``, or by the interface that it comes in by.
 
+    ``interface`` is a name; with ``*`` at its end it is the beginning of names. One of the two is given.
+    """
+
+    cidrs: tuple[str, ...] = ()
+    interface: str = ""
+
+
+# In place of a proxy port: such packets are dropped.
+DROPPED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Redirects:
+    """The rules of userspace mode: for each portal the local port its packets go to, or DROPPED.
+
+    ``exceptions``: what goes before ``ports`` for senders that are told from others. ``allowed``: the CIDRs from which
+    these portals may be dialled; who comes from elsewhere is dropped. ``node_ports_on``: the CIDRs of the node's own
+    addresses at which node ports are served; where a family has none in it, all are.
+    ``transparent``: some listener carries its clients' own addresses to backends, whose answers are to come to us.
     ``refuse_port`` is a port at which nobody listens: portals without endpoints go there, and the
     kernel answers for itself - a reset for TCP, port unreachable for UDP.
     """
@@ -141,6 +182,11 @@ class Redirects:
     names: Mapping[Portal, ServicePortName] = field(default_factory=dict)
     refuse_port: int = 0
     capture: Capture = Capture.REDIRECT
+    exceptions: Mapping[Sender, Mapping[Portal, int]] = field(default_factory=dict)
+    allowed: Mapping[Portal, tuple[str, ...]] = field(default_factory=dict)
+    node_ports_on: tuple[str, ...] = ()
+    pods: PodDetector | None = None
+    transparent: bool = False
 
 
 class Kernel(Protocol):
@@ -179,7 +225,10 @@ class Kernel(Protocol):
 
 
 class Backends(NamedTuple):
-    """The endpoints of one service port: those that may take new traffic, and those whose UDP flows may stay."""
+    """The endpoints of one listener: those that may take new traffic, and those whose UDP flows may stay.
+
+    Of both families; a client meets those of its own.
+    """
 
     usable: tuple[Endpoint, ...]
     serving: tuple[Endpoint, ...]
@@ -187,14 +236,16 @@ class Backends(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ListenerSpec:
-    """A service port, and the local port at which the data plane accepts its traffic."""
+    """A service port, the local port at which the data plane accepts its traffic, and which part of it."""
 
     service_port: ServicePort
     proxy_port: int
+    scope: Scope = Scope.CLUSTER
+    transparent: bool = False
 
     @property
-    def name(self) -> ServicePortName:
-        return self.service_port.name
+    def name(self) -> ListenerName:
+        return ListenerName(self.service_port.name, self.scope, self.transparent)
 
 
 @dataclass(slots=True)
@@ -202,7 +253,8 @@ class Counters:
     """What one service port has done so far; plain ints that the hot path adds to and the scrape reads.
 
     ``refused``: came to the proxy port by another way than a portal; ``limited``: their client had too many open;
-    ``port_exhaustions``: dials that found every local port towards their endpoint in use.
+    ``port_exhaustions``: dials that found every local port towards their endpoint in use; ``sources_refused``: those
+    that the kernel did not let speak as their client.
     """
 
     accepted: int = 0
@@ -216,6 +268,7 @@ class Counters:
     refused: int = 0
     limited: int = 0
     port_exhaustions: int = 0
+    sources_refused: int = 0
     flows: int = 0
     flows_total: int = 0
     flows_evicted: int = 0
@@ -258,7 +311,7 @@ class AccessRecord:
 class DataPlane(Protocol):
     """Owns every socket. The same calls, whether it lives in this process or in a worker."""
 
-    async def open(self, specs: Sequence[ListenerSpec]) -> Mapping[ServicePortName, str]:
+    async def open(self, specs: Sequence[ListenerSpec]) -> Mapping[ListenerName, str]:
         """Open a listener for each spec, or give the open one its new portals and affinity.
 
         Returns why not, for each that could not be opened: the reason as text.
@@ -269,11 +322,11 @@ class DataPlane(Protocol):
         """Hold *port* so that the kernel refuses whoever dials it; return why that cannot be ("" when held)."""
         ...
 
-    async def update(self, backends: Mapping[ServicePortName, Backends]) -> None:
-        """Give service ports their endpoints, from the next connection and datagram on."""
+    async def update(self, backends: Mapping[ListenerName, Backends]) -> None:
+        """Give listeners their endpoints, from the next connection and datagram on."""
         ...
 
-    async def retire(self, names: Sequence[ServicePortName]) -> None:
+    async def retire(self, names: Sequence[ListenerName]) -> None:
         """Close these listeners; their open connections live on until they end or are drained."""
         ...
 

@@ -25,29 +25,41 @@ from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import Backends, DataPlane, ListenerSpec, Redirects
 from userspace_proxy.lab import ip
 from userspace_proxy.model.endpoint import Endpoint
-from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
+from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, Scope, ServicePortName
 from userspace_proxy.model.service import ServicePort, portals
 from userspace_proxy.rules import nft
 
 NAME = ServicePortName(NamespacedName("shop", "web"), "http", L4Protocol.TCP)
+LISTENER = ListenerName(NAME)
 PORTAL_IP, PROXY_PORT = "10.94.0.1", 10_021
+# Of the same service port, another set of endpoints.
+LOCAL = ListenerName(NAME, Scope.LOCAL)
+EXTERNAL_IP, LOCAL_PROXY_PORT = "10.94.0.2", 10_022
 PLANES = ["local", "worker", "two workers"]
 
 
-def spec(affinity_timeout_s: int | None = None, portal_ip: str = PORTAL_IP) -> ListenerSpec:
-    return ListenerSpec(ServicePort(NAME, 80, (portal_ip,), affinity_timeout_s=affinity_timeout_s), PROXY_PORT)
+def service_port(affinity_timeout_s: int | None = None) -> ServicePort:
+    return ServicePort(NAME, 80, (PORTAL_IP,), external_ips=(EXTERNAL_IP,), affinity_timeout_s=affinity_timeout_s)
 
 
-def backends(*endpoints: Endpoint) -> dict[ServicePortName, Backends]:
-    return {NAME: Backends(endpoints, endpoints)}
+def spec(affinity_timeout_s: int | None = None) -> ListenerSpec:
+    return ListenerSpec(service_port(affinity_timeout_s), PROXY_PORT)
+
+
+def local_spec(affinity_timeout_s: int | None = None) -> ListenerSpec:
+    return ListenerSpec(service_port(affinity_timeout_s), LOCAL_PROXY_PORT, Scope.LOCAL)
+
+
+def backends(*endpoints: Endpoint) -> dict[ListenerName, Backends]:
+    return {LISTENER: Backends(endpoints, endpoints)}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def portal() -> Iterator[None]:
-    """The redirect rule of our Service, and a route to it, in the namespace of the tests."""
+    """The redirect rules of our Service, and a route to it, in the namespace of the tests."""
     ip("route", "add", "10.94.0.0/16", "dev", "lo")
     ip("address", "add", "10.95.0.1/32", "dev", "lo")
-    rules = nft.table(Redirects(dict.fromkeys(portals(spec().service_port), PROXY_PORT)))
+    rules = nft.table(Redirects(dict(zip(portals(service_port()), (PROXY_PORT, LOCAL_PROXY_PORT), strict=True))))
     subprocess.run(["nft", "-f", "-"], input=rules, text=True, check=True, timeout=10)
     yield
     subprocess.run(["nft", "-f", "-"], input=nft.removal(), text=True, check=True, timeout=10)
@@ -70,11 +82,11 @@ async def running(kind: str, tmp_path: Path) -> AsyncIterator[DataPlane]:
         await plane.close(0)
 
 
-async def ask(source_ip: str = "10.95.0.1") -> str:
+async def ask(source_ip: str = "10.95.0.1", portal_ip: str = PORTAL_IP) -> str:
     """Return who answers a connection of its own; raises OSError."""
 
     def once() -> str:
-        with socket.create_connection((PORTAL_IP, 80), timeout=5, source_address=(source_ip, 0)) as sock:
+        with socket.create_connection((portal_ip, 80), timeout=5, source_address=(source_ip, 0)) as sock:
             return sock.recv(100).decode()
 
     return await asyncio.to_thread(once)
@@ -117,7 +129,7 @@ async def test_a_port_that_is_taken_is_refused_with_the_reason(kind: str, tmp_pa
             refused = await plane.open([spec()])
             again = await plane.reserve(PROXY_PORT)
 
-    assert refused == {NAME: f"port {PROXY_PORT}: Address already in use"}
+    assert refused == {LISTENER: f"port {PROXY_PORT}: Address already in use"}
     assert again == f"port {PROXY_PORT}: Address already in use"
 
 
@@ -142,7 +154,7 @@ async def test_a_retired_listener_is_gone_and_its_port_free(
         await plane.open([spec()])
         await plane.update(backends(three[0].endpoint))
 
-        await plane.retire([NAME])
+        await plane.retire([LISTENER])
 
         with pytest.raises(ConnectionRefusedError):
             await ask()
@@ -161,6 +173,45 @@ async def test_counters_tell_what_happened(kind: str, tmp_path: Path, three: tup
 
     assert (counters.accepted, counters.open, counters.endpoints, counters.ejected) == (1, 0, 2, 1)
     assert (counters.dial_failures, counters.retries, counters.bytes_to_clients) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("kind", PLANES)
+async def test_listeners_of_one_service_port_have_endpoints_of_their_own_and_counters_together(
+    kind: str, tmp_path: Path, three: tuple[NamedBackend, ...]
+) -> None:
+    a, b, c = (backend.endpoint for backend in three)
+    async with running(kind, tmp_path) as plane:
+        assert await plane.open([spec(), local_spec()]) == {}
+        await plane.update({LISTENER: Backends((a, b), (a, b)), LOCAL: Backends((b, c), (b, c))})
+
+        assert {await ask() for _ in range(4)} == {"a", "b"}
+        assert {await ask(portal_ip=EXTERNAL_IP) for _ in range(4)} == {"b", "c"}
+
+        await _no_connection_is_open(plane)
+        stats = await plane.stats()
+        assert list(stats.services) == [NAME]
+        counters = stats.services[NAME]
+        assert (counters.accepted, counters.bytes_to_clients, counters.endpoints) == (8, 8, 3)
+
+        await plane.retire([LISTENER])
+        assert {await ask(portal_ip=EXTERNAL_IP) for _ in range(4)} == {"b", "c"}
+        assert (await plane.stats()).services[NAME].endpoints == 2
+
+
+@pytest.mark.parametrize("kind", PLANES)
+async def test_a_client_has_one_pin_at_all_listeners_of_a_service_port(
+    kind: str, tmp_path: Path, three: tuple[NamedBackend, ...]
+) -> None:
+    a, b, c = (backend.endpoint for backend in three)
+    async with running(kind, tmp_path) as plane:
+        await plane.open([spec(100), local_spec(100)])
+        await plane.update({LISTENER: Backends((a, b), (a, b)), LOCAL: Backends((c, b), (c, b))})
+
+        # The first turn is that of an endpoint which the other listener does not have: there the client is pinned anew.
+        assert await ask() == "a"
+        assert await ask(portal_ip=EXTERNAL_IP) == "c"
+        assert await ask() == "b"
+        assert [await ask(portal_ip=ip) for ip in (EXTERNAL_IP, PORTAL_IP) * 3] == ["b"] * 6
 
 
 @pytest.mark.parametrize("kind", PLANES)
@@ -219,6 +270,24 @@ async def test_pins_and_ejections_outlive_a_worker_but_for_the_last_second(
         os.kill(plane.pids[0], signal.SIGKILL)
 
         assert {await ask() for _ in range(6)} == {first}
+
+
+async def test_the_pin_of_all_listeners_outlives_a_worker(tmp_path: Path, three: tuple[NamedBackend, ...]) -> None:
+    async with running("worker", tmp_path) as plane:
+        assert isinstance(plane, RemotePlane)
+        await plane.open([spec(100), local_spec(100)])
+        every = backends(*(backend.endpoint for backend in three))[LISTENER]
+        await plane.update({LISTENER: every, LOCAL: every})
+        pinned = await ask(portal_ip=EXTERNAL_IP)
+        await until(lambda: bool(plane.known_pins), "the pin is told")
+        assert plane.known_pins == 1
+        await plane.retire([LOCAL])
+        await plane.open([local_spec(100)])
+        await plane.update({LOCAL: every})
+
+        os.kill(plane.pids[0], signal.SIGKILL)
+
+        assert {await ask(portal_ip=ip) for ip in (PORTAL_IP, EXTERNAL_IP) * 3} == {pinned}
 
 
 async def test_requests_fail_while_there_is_no_worker_and_what_they_said_is_in_force_with_the_next(
@@ -318,18 +387,20 @@ async def test_listeners_pins_and_endpoints_go_over_to_another_plane(
     before = RemotePlane(WorkerSettings(Limits(), workers=workers_before))
     after = RemotePlane(WorkerSettings(Limits(), workers=workers_after))
     before.start()
-    await before.open([spec(affinity_timeout_s=100)])
-    await before.update(backends(*(backend.endpoint for backend in three)))
-    (pinned,) = {await ask() for _ in range(2)}
+    specs = [spec(affinity_timeout_s=100), local_spec(affinity_timeout_s=100)]
+    await before.open(specs)
+    every = backends(*(backend.endpoint for backend in three))[LISTENER]
+    await before.update({LISTENER: every, LOCAL: every})
+    (pinned,) = {await ask(portal_ip=ip) for ip in (PORTAL_IP, EXTERNAL_IP)}
     await before.stats()
 
     after.start()
-    assert await take_over(before, after) == [spec(affinity_timeout_s=100)]
+    assert await take_over(before, after) == specs
     await before.close(0, successors=workers_after)
 
     try:
-        assert {await ask() for _ in range(6)} == {pinned}
-        assert await after.open([spec()]) == {}, "they can be told anew"
+        assert {await ask(portal_ip=ip) for ip in (PORTAL_IP, EXTERNAL_IP) * 3} == {pinned}
+        assert await after.open([spec(), local_spec()]) == {}, "they can be told anew"
         assert {await ask() for _ in range(6)} == {"a", "b", "c"}
     finally:
         await after.close(0)

@@ -15,7 +15,7 @@ import pytest
 
 from tests.control.given import SYNCED, endpoint_slice, gone, port_named, put, service
 from userspace_proxy import api
-from userspace_proxy.control.cluster_ips import ClusterIPs
+from userspace_proxy.control.allotments import Allotments
 from userspace_proxy.control.controller import Controller
 from userspace_proxy.control.pacer import Pacer
 from userspace_proxy.control.tracker import Tracker
@@ -78,7 +78,7 @@ class FakeSink:
 class Rig:
     def __init__(self, after_sync: Callable[[], None] = lambda: None) -> None:
         self.source, self.sink = FakeSource(), FakeSink()
-        self.tracker = Tracker(ClusterIPs([ipaddress.ip_network("10.96.0.0/16")], {}))
+        self.tracker = Tracker(Allotments([ipaddress.ip_network("10.96.0.0/16")]))
         pacer = Pacer(asyncio.get_running_loop().time, min_period_s=0, max_retry_s=0.01)
         self.controller = Controller(self.source, self.tracker, self.sink, pacer, after_sync)
 

@@ -16,10 +16,12 @@ from pathlib import Path
 import pytest
 
 from tests.dataplane.world import (
+    CLIENT_IP6,
     CLIENT_IPS,
     FOREIGN,
-    NAME,
+    LISTENER,
     NODE_PORT,
+    OTHER_LISTENER,
     OTHER_NAME,
     OTHER_PORT,
     OTHER_PORTAL,
@@ -27,6 +29,7 @@ from tests.dataplane.world import (
     PORTAL6,
     TCP_PORT,
     VANISHING_IPS,
+    NamedBackend,
     Plane,
     named_backends,
     other_service_port,
@@ -55,11 +58,11 @@ class Listener:
     """A backend whose connections the test itself holds."""
 
     def __init__(self, ip: str = "127.0.0.1", receive_buffer_bytes: int | None = None) -> None:
-        self.sock = socket.create_server((ip, 0))
+        self.sock = socket.create_server((ip, 0), family=socket.AF_INET6 if ":" in ip else socket.AF_INET)
         self.sock.setblocking(False)
         if receive_buffer_bytes:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)
-        self.endpoint = Endpoint(*self.sock.getsockname())
+        self.endpoint = Endpoint(*self.sock.getsockname()[:2])
 
     async def accept(self) -> End:
         async with asyncio.timeout(PATIENCE_S):
@@ -146,11 +149,20 @@ async def test_the_last_bytes_before_a_half_close_are_not_held_back(plane: Plane
 # ---- the way in
 
 
-@pytest.mark.parametrize("portal", [PORTAL, PORTAL6, ("127.0.0.1", NODE_PORT), (CLIENT_IPS[0], NODE_PORT)])
+@pytest.mark.parametrize(
+    ("portal", "recorded_ip"),
+    [
+        (PORTAL, PORTAL[0]),
+        (PORTAL6, PORTAL6[0]),
+        (("127.0.0.1", NODE_PORT), "0.0.0.0"),
+        ((CLIENT_IPS[0], NODE_PORT), "0.0.0.0"),
+        ((CLIENT_IP6, NODE_PORT), "::"),
+    ],
+)
 async def test_every_portal_leads_to_the_endpoint_and_the_record_tells_it(
-    plane: Plane, portal: tuple[str, int]
+    plane: Plane, portal: tuple[str, int], recorded_ip: str
 ) -> None:
-    with named_backends("a") as (a,):
+    with contextlib.closing(NamedBackend("a", ("::1" if ":" in portal[0] else "127.0.0.1", 0))) as a:
         await plane.use(a.endpoint)
 
         assert await ask(portal) == "a"
@@ -158,7 +170,7 @@ async def test_every_portal_leads_to_the_endpoint_and_the_record_tells_it(
         await all_ended(plane)
         (record,) = plane.records
         assert record.portal is not None
-        assert (record.portal.ip, record.portal.port) == (None if portal[1] == NODE_PORT else portal[0], portal[1])
+        assert (record.portal.ip, record.portal.port) == (recorded_ip, portal[1])
         assert (record.endpoint, record.why, record.how) == (a.endpoint, "round robin", "closed")
         assert (record.bytes_to_backend, record.bytes_to_client) == (0, 1)
     counters = await plane.counters()
@@ -174,16 +186,13 @@ async def test_who_comes_to_the_proxy_port_by_somebody_elses_nat_rule_is_reset(p
     assert await plane.connections_open() == 0
 
 
-async def test_ipv6_endpoints_serve_ipv4_clients(plane: Plane) -> None:
-    with Listener("127.0.0.1") as unused, socket.create_server(("::1", 0), family=socket.AF_INET6) as sock:
-        sock.setblocking(False)
-        await plane.use(Endpoint(*sock.getsockname()[:2]))
-        client = await dial()
-        backend, _ = await asyncio.wait_for(asyncio.get_running_loop().sock_accept(sock), PATIENCE_S)
-        backend.close()
-        assert await client.receive_all() == (b"", "eof")
-        client.close()
-        assert unused.endpoint
+async def test_clients_meet_endpoints_of_their_own_family(plane: Plane) -> None:
+    with named_backends("4") as (four,), contextlib.closing(NamedBackend("6", ("::1", 0))) as six:
+        await plane.use(four.endpoint, six.endpoint)
+        assert [await ask(portal) for portal in (PORTAL, PORTAL6) * 3] == ["4", "6"] * 3
+
+        await plane.use(four.endpoint)
+        assert [await ask(portal) for portal in (PORTAL, PORTAL6)] == ["4", "reset"]
 
 
 # ---- failover
@@ -449,7 +458,7 @@ async def test_a_client_has_no_more_connections_than_it_may_and_others_are_not_c
         async with running_plane(Limits(connections_per_client=2)) as plane:
             await plane.local.open([ListenerSpec(other_service_port(), OTHER_PORT)])
             await plane.use(listener.endpoint)
-            await plane.local.update({OTHER_NAME: Backends((listener.endpoint,), (listener.endpoint,))})
+            await plane.local.update({OTHER_LISTENER: Backends((listener.endpoint,), (listener.endpoint,))})
             first, second = await dial(client_ip=CLIENT_IPS[0]), await dial(OTHER_PORTAL, CLIENT_IPS[0])
             backends = [await listener.accept() for _ in range(2)]
 
@@ -473,7 +482,7 @@ async def test_a_flood_on_one_listener_keeps_no_other_from_accepting(plane: Plan
     with Listener() as listener:
         await plane.local.open([ListenerSpec(other_service_port(), OTHER_PORT)])
         await plane.use(listener.endpoint)
-        await plane.local.update({OTHER_NAME: Backends((listener.endpoint,), (listener.endpoint,))})
+        await plane.local.update({OTHER_LISTENER: Backends((listener.endpoint,), (listener.endpoint,))})
         # The loop does not run meanwhile.
         flood = [socket.create_connection(PORTAL) for _ in range(10 * ACCEPTS_A_TURN)]
         late = socket.create_connection(OTHER_PORTAL)
@@ -546,7 +555,7 @@ async def test_clients_that_wait_to_be_accepted_are_served_though_the_listener_i
         await plane.use(a.endpoint)
         waiting = [socket.create_connection(PORTAL) for _ in range(5)]  # the loop does not run meanwhile
 
-        await plane.local.retire([NAME])
+        await plane.local.retire([LISTENER])
 
         ends = [End(sock) for sock in waiting]
         assert [await end.receive_all() for end in ends] == [(b"a", "eof")] * 5

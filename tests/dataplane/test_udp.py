@@ -11,7 +11,16 @@ from typing import Self
 
 import pytest
 
-from tests.dataplane.world import CLIENT_IP6, CLIENT_IPS, UDP_NAME, UDP_PORT, Plane, refusing_endpoint, running_plane
+from tests.dataplane.world import (
+    CLIENT_IP6,
+    CLIENT_IPS,
+    UDP_LISTENER,
+    UDP_NAME,
+    UDP_PORT,
+    Plane,
+    refusing_endpoint,
+    running_plane,
+)
 from tests.ends import open_descriptors, until
 from tests.fakes import FakeClock
 from userspace_proxy.dataplane.connections import Limits
@@ -66,11 +75,11 @@ class Backend(Datagrams):
 
 
 class Client(Datagrams):
-    """Connected to the proxy port at one address, so that answers from any other address are not seen."""
+    """Connected to the proxy port, or a portal, at one address, so that answers from any other address are not seen."""
 
-    def __init__(self, asked_ip: str = "127.0.0.1") -> None:
+    def __init__(self, asked_ip: str = "127.0.0.1", port: int = UDP_PORT) -> None:
         super().__init__(socket.AF_INET6 if ":" in asked_ip else socket.AF_INET)
-        self.sock.connect((asked_ip, UDP_PORT))
+        self.sock.connect((asked_ip, port))
 
     def ask(self, data: bytes = b"who") -> None:
         self.sock.send(data)
@@ -118,7 +127,7 @@ async def test_each_client_has_a_flow_to_one_endpoint(plane: Plane, backends: Ba
 
 @pytest.mark.parametrize("asked_ip", ["127.0.0.1", "127.0.0.2", *CLIENT_IPS[:2], "::1", CLIENT_IP6])
 async def test_the_answer_comes_from_the_address_that_was_asked(plane: Plane, asked_ip: str) -> None:
-    with Backend() as backend, Client(asked_ip) as client:
+    with Backend("::1" if ":" in asked_ip else "127.0.0.1") as backend, Client(asked_ip) as client:
         await plane.use(backend.endpoint)
         client.ask()
         _, flow = await backend.receive()
@@ -127,14 +136,20 @@ async def test_the_answer_comes_from_the_address_that_was_asked(plane: Plane, as
         assert await client.receive() == (b"me", (asked_ip, UDP_PORT))
 
 
-async def test_ipv6_endpoints_serve_ipv4_clients(plane: Plane) -> None:
-    with Backend("::1") as backend, Client() as client:
-        await plane.use(backend.endpoint)
-        client.ask()
-        data, flow = await backend.receive()
-        backend.answer(data, flow)
+async def test_clients_meet_endpoints_of_their_own_family(plane: Plane) -> None:
+    with Backend("::1") as six, Backend() as four, Client() as client, Client("::1") as client6:
+        await plane.use(six.endpoint)
+        client.ask(b"nobody is there for me")
+        counters = await plane.counters(UDP_NAME)
+        await until(lambda: counters.datagrams_dropped == 1, "it is dropped")
 
-        assert (await client.receive())[0] == b"who"
+        await plane.use(six.endpoint, four.endpoint)
+        for number in range(3):
+            client.ask(b"4 %d" % number)
+            client6.ask(b"6 %d" % number)
+
+        assert [(await four.receive())[0] for _ in range(3)] == [b"4 0", b"4 1", b"4 2"]
+        assert [(await six.receive())[0] for _ in range(3)] == [b"6 0", b"6 1", b"6 2"]
 
 
 @pytest.mark.parametrize("size", [0, 1, 1_472, 9_000, 65_507])
@@ -193,12 +208,11 @@ async def let_sockets_rest(clock: FakeClock, client: Client, backend: Backend) -
 
 @pytest.mark.parametrize("ip", ["127.0.0.1", "::1"])
 async def test_an_answer_to_an_ended_flow_does_not_reach_the_client_that_has_its_socket_now(
-    ip: str, clients: Clients, clock: FakeClock
+    ip: str, clock: FakeClock
 ) -> None:
     """However it comes: before the end, after it, or when the socket is in use again."""
-    first, second, third = clients
     async with running_plane(Limits(udp_flows_per_service=1), now=clock) as plane:
-        with Backend(ip) as backend:
+        with Backend(ip) as backend, Client(ip) as first, Client(ip) as second, Client(ip) as third:
             await plane.use(backend.endpoint)
             first.ask()
             _, ended = await backend.receive()
@@ -228,15 +242,15 @@ async def test_a_socket_that_is_leased_again_and_again_answers_each_client_from_
     """Both families, in turn: 200 flows."""
     async with running_plane(Limits(udp_flows_per_service=4), now=clock) as plane:
         with Backend("::1") as c, contextlib.ExitStack() as stack:
-            every = (*backends, c)
-            await plane.use(*(backend.endpoint for backend in every))
+            every = (backends[0], c, backends[1], c)
+            await plane.use(*(backend.endpoint for backend in (*backends, c)))
             # All at once, so that none gets the port of one whose flow is still there.
-            clients = [stack.enter_context(Client()) for _ in range(200)]
+            clients = [stack.enter_context(Client(("127.0.0.1", "::1")[number % 2])) for number in range(200)]
             descriptors = open_descriptors()
             for number, client in enumerate(clients):
                 clock.now_s += 1
                 client.ask(b"%d" % number)
-                backend = every[number % 3]
+                backend = every[number % 4]
                 data, flow = await backend.receive()
                 backend.answer(data, flow)
                 assert (await client.receive())[0] == b"%d" % number
@@ -469,7 +483,7 @@ async def test_a_listener_that_is_retired_with_datagrams_waiting_begins_no_flow(
         clients[0].ask()
         await a.receive()
         retiring: list[asyncio.Task[None]] = []
-        plane.on_record = lambda: retiring.append(asyncio.ensure_future(plane.local.retire([UDP_NAME])))
+        plane.on_record = lambda: retiring.append(asyncio.ensure_future(plane.local.retire([UDP_LISTENER])))
         for _ in range(200):
             clients[1].ask()
 

@@ -8,14 +8,15 @@ import subprocess
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import replace
 
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.plane import LocalPlane
 from userspace_proxy.interfaces import AccessRecord, Backends, Counters, ListenerSpec, Redirects
 from userspace_proxy.lab import ip
 from userspace_proxy.model.endpoint import Endpoint
-from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
-from userspace_proxy.model.service import ServicePort, portals
+from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, ServicePortName
+from userspace_proxy.model.service import ServicePort, SourceIP, portals
 from userspace_proxy.rules import nft
 
 TCP_PORT, UDP_PORT, OTHER_PORT = 10_001, 10_002, 10_003
@@ -29,6 +30,7 @@ VANISHING_IPS = ("10.97.0.1", "10.97.0.2", "10.97.0.3")
 NAME = ServicePortName(NamespacedName("shop", "web"), "http", L4Protocol.TCP)
 UDP_NAME = ServicePortName(NamespacedName("shop", "dns"), "dns", L4Protocol.UDP)
 OTHER_NAME = ServicePortName(NamespacedName("shop", "other"), "http", L4Protocol.TCP)
+LISTENER, UDP_LISTENER, OTHER_LISTENER = ListenerName(NAME), ListenerName(UDP_NAME), ListenerName(OTHER_NAME)
 PORTAL = ("10.96.0.1", 80)
 OTHER_PORTAL = ("10.96.0.2", 80)
 PORTAL6 = ("fd00:96::1", 80)
@@ -47,7 +49,7 @@ def other_service_port() -> ServicePort:
 
 
 def udp_service_port(affinity_timeout_s: int | None = None) -> ServicePort:
-    return ServicePort(UDP_NAME, 53, (PORTAL[0],), affinity_timeout_s=affinity_timeout_s)
+    return ServicePort(UDP_NAME, 53, (PORTAL[0], PORTAL6[0]), affinity_timeout_s=affinity_timeout_s)
 
 
 def _nft(script: str) -> None:
@@ -63,7 +65,8 @@ def surroundings() -> Iterator[None]:
         ip("address", "add", address, "dev", "lo")
     for route in routes:
         ip("-6" if ":" in route else "-4", "route", "add", route, "dev", "lo")
-    ports = dict.fromkeys(portals(service_port()), TCP_PORT) | dict.fromkeys(portals(other_service_port()), OTHER_PORT)
+    specs = ((service_port(), TCP_PORT), (udp_service_port(), UDP_PORT), (other_service_port(), OTHER_PORT))
+    ports = {portal: proxy_port for known, proxy_port in specs for portal in portals(known)}
     _nft(nft.table(Redirects(ports)))
     _nft(
         f"table {_FOREIGN} {{ chain output {{ type nat hook output priority -110; "
@@ -130,8 +133,9 @@ def named_backends(*names: str) -> Iterator[tuple[NamedBackend, ...]]:
 
 def refusing_endpoint(address: str = "127.0.0.1") -> Endpoint:
     """Return an endpoint at which nobody listens."""
-    with socket.create_server((address, 0)) as listener:
-        return Endpoint(*listener.getsockname())
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.create_server((address, 0), family=family) as listener:
+        return Endpoint(*listener.getsockname()[:2])
 
 
 class Plane:
@@ -153,7 +157,12 @@ class Plane:
     async def use(self, *usable: Endpoint, serving: Sequence[Endpoint] | None = None) -> None:
         """Give both service ports these endpoints."""
         backends = Backends(usable, tuple(usable if serving is None else serving))
-        await self.local.update({NAME: backends, UDP_NAME: backends})
+        await self.local.update({LISTENER: backends, UDP_LISTENER: backends})
+
+    async def tell_sources_by(self, source_ip: SourceIP) -> None:
+        """Let endpoints learn of their clients in this way from now on."""
+        self.specs = [replace(s, service_port=replace(s.service_port, source_ip=source_ip)) for s in self.specs]
+        assert await self.local.open(self.specs) == {}
 
     async def counters(self, name: ServicePortName = NAME) -> Counters:
         return (await self.local.stats()).services[name]

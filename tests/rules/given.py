@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
-from userspace_proxy.interfaces import Capture, Redirects
+from userspace_proxy.interfaces import DROPPED, Capture, PodDetector, Redirects
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
+from userspace_proxy.model.routes import Sender
 from userspace_proxy.model.service import Portal
 
 TCP, UDP = L4Protocol.TCP, L4Protocol.UDP
 REFUSE_PORT = 29_999
+# A node port's address.
+ANY4, ANY6 = "0.0.0.0", "::"
 _GOLDEN = Path(__file__).parent.parent / "golden"
 
 # The longest names that the API allows: a port of a container has 15, that of a Service 63.
@@ -25,7 +29,7 @@ def name(text: str, protocol: L4Protocol = TCP) -> ServicePortName:
     return ServicePortName(NamespacedName(*service.split("/")), port, protocol)
 
 
-def redirects(*rows: tuple[str | None, int, ServicePortName, int], capture: Capture = Capture.REDIRECT) -> Redirects:
+def redirects(*rows: tuple[str, int, ServicePortName, int], capture: Capture = Capture.REDIRECT) -> Redirects:
     """Return redirects from (ip, port, name, proxy port)."""
     portals = [Portal(ip, port, service_port.protocol) for ip, port, service_port, _ in rows]
     return Redirects(
@@ -45,8 +49,9 @@ EVERYTHING_ROWS = (
     ("10.96.0.10", 53, name("kube-system/dns:dns-tcp"), 10_003),
     ("fd00:96::10", 53, name("kube-system/dns:dns", UDP), 10_002),
     ("203.0.113.7", 443, name("shop/outside"), REFUSE_PORT),
-    (None, 30_080, name("shop/web:http"), 10_001),
-    (None, 30_053, name("kube-system/dns:dns", UDP), 10_002),
+    (ANY4, 30_080, name("shop/web:http"), 10_001),
+    (ANY6, 30_080, name("shop/web:http"), 10_001),
+    (ANY4, 30_053, name("kube-system/dns:dns", UDP), 10_002),
 )
 EVERYTHING = redirects(*EVERYTHING_ROWS)
 EVERYTHING_BY_ADDRESS = redirects(*EVERYTHING_ROWS, capture=Capture.ADDRESS)
@@ -54,26 +59,70 @@ LONG_NAMES = redirects(
     ("10.96.0.1", 80, LONGEST, 10_001),
     ("fd00:96::1", 80, LONGEST, 10_001),
     ("10.96.0.2", 80, LONGEST_WITH_PORT, 10_002),
-    (None, 30_000, LONGEST_WITH_PORT, 10_002),
+    (ANY4, 30_000, LONGEST_WITH_PORT, 10_002),
+    (ANY6, 30_000, LONGEST_WITH_PORT, 10_002),
+)
+_LOCAL_ROWS = (
+    ("10.96.0.1", 80, name("shop/web:http"), DROPPED),
+    ("203.0.113.7", 80, name("shop/web:http"), 10_001),
+    ("fd00:cb::7", 80, name("shop/web:http"), 10_001),
+    (ANY4, 30_080, name("shop/web:http"), DROPPED),
+    (ANY6, 30_080, name("shop/web:http"), 10_001),
+)
+_BALANCER4, _BALANCER6 = Portal("203.0.113.7", 80, TCP), Portal("fd00:cb::7", 80, TCP)
+_NODE_PORT4 = Portal(ANY4, 30_080, TCP)
+# A Service with the policy Local, ranges that may dial it, and node ports on some addresses only.
+LOCAL = replace(
+    redirects(*_LOCAL_ROWS),
+    exceptions={
+        Sender.POD: {_BALANCER4: 10_002, _BALANCER6: 10_002, _NODE_PORT4: REFUSE_PORT},
+        Sender.NODE: {_BALANCER4: DROPPED, _NODE_PORT4: 10_003},
+    },
+    allowed={_BALANCER4: ("192.0.2.0/24", "192.0.2.128/25", "198.51.100.1/32"), _BALANCER6: ("2001:db8::/32", "::/0")},
+    node_ports_on=("192.168.0.0/24", "127.0.0.0/8", "192.168.1.0/24"),
+    pods=PodDetector(cidrs=("10.244.0.0/24", "fd00:244::/64")),
+)
+LOCAL_BY_INTERFACE = replace(
+    LOCAL, pods=PodDetector(interface="cali*"), node_ports_on=(), capture=Capture.ADDRESS, transparent=True
 )
 CASES = {
     "nothing": NOTHING,
     "everything": EVERYTHING,
     "everything-by-address": EVERYTHING_BY_ADDRESS,
     "long-names": LONG_NAMES,
+    "local": LOCAL,
+    "local-by-interface": LOCAL_BY_INTERFACE,
 }
 
 
 def any_redirects(chance: random.Random) -> Redirects:
     """Return some redirects out of a few portals, so that two of them have much in common."""
-    ips = [None, "10.96.0.1", "10.96.0.2", "10.96.0.3", "fd00:96::1", "fd00:96::2"]
-    rows = {}
-    for _ in range(chance.randrange(14)):
-        protocol = chance.choice((TCP, UDP))
-        ip, port = chance.choice(ips), chance.choice((53, 80, 30_000))
-        called = name(f"ns/{chance.choice('abc')}:p", protocol)
-        rows[ip, port, protocol] = (ip, port, called, chance.choice((10_001, 10_002, 10_003, REFUSE_PORT)))
-    return redirects(*rows.values(), capture=chance.choice(list(Capture)))
+    ips = [ANY4, ANY6, "10.96.0.1", "10.96.0.2", "10.96.0.3", "fd00:96::1", "fd00:96::2"]
+    portals = [Portal(ip, port, protocol) for ip in ips for port in (53, 80, 30_000) for protocol in (TCP, UDP)]
+
+    def some(most: int) -> list[Portal]:
+        return chance.sample(portals, chance.randrange(most))
+
+    def any_ports(most: int) -> dict[Portal, int]:
+        return {portal: chance.choice((10_001, 10_002, 10_003, REFUSE_PORT, DROPPED)) for portal in some(most)}
+
+    def some_cidrs() -> tuple[str, ...]:
+        known = ("10.0.0.0/8", "10.96.0.0/16", "10.97.0.0/16", "192.0.2.1/32", "0.0.0.0/0", "fd00::/16", "fd00:5::/64")
+        return tuple(chance.sample(known, chance.randrange(len(known))))
+
+    ports = any_ports(14)
+    pods = (None, PodDetector(cidrs=some_cidrs()), PodDetector(interface="veth*"))
+    return Redirects(
+        ports=ports,
+        names={portal: name(f"ns/{chance.choice('abc')}:p", portal.protocol) for portal in ports},
+        refuse_port=REFUSE_PORT,
+        capture=chance.choice(list(Capture)),
+        exceptions={sender: any_ports(6) for sender in (Sender.POD, Sender.NODE) if chance.randrange(2)},
+        allowed={portal: some_cidrs() for portal in some(5) if not portal.is_node_port},
+        node_ports_on=chance.choice(((), some_cidrs())),
+        pods=chance.choice(pods),
+        transparent=chance.choice((True, False)),
+    )
 
 
 def assert_golden(file_name: str, text: str) -> None:

@@ -7,21 +7,31 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
+from userspace_proxy.interfaces import DROPPED, Redirects
 from userspace_proxy.model.names import L4Protocol
+from userspace_proxy.model.routes import Sender
 from userspace_proxy.model.service import Portal
 from userspace_proxy.rules.conntrack import changed_udp_portals, forget_udp_flows, stale_portals
 
 DNS = Portal("10.96.0.10", 53, L4Protocol.UDP)
 DNS6 = Portal("fd00:96::10", 53, L4Protocol.UDP)
-NODE_PORT = Portal(None, 30_053, L4Protocol.UDP)
+NODE_PORT = Portal("0.0.0.0", 30_053, L4Protocol.UDP)
 WEB = Portal("10.96.0.1", 80, L4Protocol.TCP)
 
 
-def flow(asked: str, port: int, answered_from: int, *, client: str = "192.168.50.2", sport: int = 4_000) -> str:
+def flow(
+    asked: str,
+    port: int,
+    answered_from: int,
+    *,
+    client: str = "192.168.50.2",
+    sport: int = 4_000,
+    answered_by: str = "192.168.50.1",
+) -> str:
     """Return a flow as ``conntrack -L`` prints it: *answered_from* is the port that its replies come from."""
     return (
         f"udp      17 29 src={client} dst={asked} sport={sport} dport={port} "
-        f"[UNREPLIED] src=192.168.50.1 dst={client} sport={answered_from} dport={sport} mark=0 use=1"
+        f"[UNREPLIED] src={answered_by} dst={client} sport={answered_from} dport={sport} mark=0 use=1"
     )
 
 
@@ -33,18 +43,27 @@ def flow(asked: str, port: int, answered_from: int, *, client: str = "192.168.50
     [
         ({}, {}, {}),
         ({DNS: 1}, {DNS: 1}, {}),
-        ({}, {DNS: 1}, {DNS: 1}),
-        ({DNS: 1}, {DNS: 2}, {DNS: 2}),
-        ({DNS: 1}, {}, {DNS: 0}),
+        ({}, {DNS: 1}, {DNS: {1}}),
+        ({DNS: 1}, {DNS: 2}, {DNS: {2}}),
+        ({DNS: 1}, {}, {DNS: set()}),
+        ({DNS: 1}, {DNS: DROPPED}, {DNS: {DROPPED}}),
         ({WEB: 1}, {WEB: 2}, {}),
         ({WEB: 1}, {}, {}),
-        ({DNS: 1, NODE_PORT: 2}, {DNS: 1, NODE_PORT: 3, DNS6: 1}, {NODE_PORT: 3, DNS6: 1}),
+        ({DNS: 1, NODE_PORT: 2}, {DNS: 1, NODE_PORT: 3, DNS6: 1}, {NODE_PORT: {3}, DNS6: {1}}),
     ],
 )
 def test_only_udp_portals_that_lead_elsewhere_have_flows_to_forget(
-    old: Mapping[Portal, int], new: Mapping[Portal, int], changed: Mapping[Portal, int]
+    old: Mapping[Portal, int], new: Mapping[Portal, int], changed: Mapping[Portal, set[int]]
 ) -> None:
-    assert changed_udp_portals(old, new) == changed
+    assert changed_udp_portals(Redirects(old), Redirects(new)) == changed
+
+
+def test_a_portal_leads_wherever_some_sender_is_led() -> None:
+    old = Redirects({DNS: 1, NODE_PORT: 1})
+    new = Redirects({DNS: 1, NODE_PORT: 1}, exceptions={Sender.POD: {DNS: 2}, Sender.NODE: {DNS: 3, WEB: 4}})
+
+    assert changed_udp_portals(old, new) == {DNS: {1, 2, 3}}
+    assert changed_udp_portals(new, old) == {DNS: {1}}
 
 
 # ---- which flows are stale
@@ -53,39 +72,39 @@ def test_only_udp_portals_that_lead_elsewhere_have_flows_to_forget(
 @pytest.mark.parametrize(
     ("changed", "line", "stale"),
     [
-        ({DNS: 10_002}, flow("10.96.0.10", 53, 10_001), {("10.96.0.10", 53)}),
-        ({DNS: 10_002}, flow("10.96.0.10", 53, 10_002), set()),
-        ({DNS: 10_002}, flow("10.96.0.10", 53, 53), {("10.96.0.10", 53)}),
-        ({DNS: 0}, flow("10.96.0.10", 53, 10_001), {("10.96.0.10", 53)}),
-        ({DNS: 10_002}, flow("10.96.0.10", 54, 10_001), set()),
-        ({DNS: 10_002}, flow("10.96.0.11", 53, 10_001), set()),
-        ({DNS6: 10_002}, flow("fd00:96::10", 53, 10_001), {("fd00:96::10", 53)}),
-        ({NODE_PORT: 10_002}, flow("192.168.50.1", 30_053, 10_001), {("192.168.50.1", 30_053)}),
-        ({NODE_PORT: 10_002}, flow("192.168.50.1", 30_053, 10_002), set()),
-        ({NODE_PORT: 10_002, DNS: 10_003}, flow("10.96.0.10", 53, 10_003), set()),
+        ({DNS: {10_002}}, flow("10.96.0.10", 53, 10_001), {("10.96.0.10", 53)}),
+        ({DNS: {10_002}}, flow("10.96.0.10", 53, 10_002), set()),
+        ({DNS: {10_002}}, flow("10.96.0.10", 53, 53), {("10.96.0.10", 53)}),
+        ({DNS: set()}, flow("10.96.0.10", 53, 10_001), {("10.96.0.10", 53)}),
+        ({DNS: {10_002}}, flow("10.96.0.10", 54, 10_001), set()),
+        ({DNS: {10_002}}, flow("10.96.0.11", 53, 10_001), set()),
+        ({DNS6: {10_002}}, flow("fd00:96::10", 53, 10_001), {("fd00:96::10", 53)}),
+        ({NODE_PORT: {10_002}}, flow("192.168.50.1", 30_053, 10_001), {("192.168.50.1", 30_053)}),
+        ({NODE_PORT: {10_002}}, flow("192.168.50.1", 30_053, 10_002), set()),
+        ({NODE_PORT: {10_002}, DNS: {10_003}}, flow("10.96.0.10", 53, 10_003), set()),
     ],
 )
 def test_a_flow_is_stale_when_its_replies_come_from_another_port_than_wanted(
-    changed: Mapping[Portal, int], line: str, stale: set[tuple[str, int]]
+    changed: Mapping[Portal, set[int]], line: str, stale: set[tuple[str, int]]
 ) -> None:
     assert stale_portals(line, changed) == stale
 
 
 def test_flows_whose_client_has_the_portals_port_are_not_meant() -> None:
-    assert stale_portals(flow("8.8.8.8", 123, 123, sport=53), {DNS: 10_002}) == set()
+    assert stale_portals(flow("8.8.8.8", 123, 123, sport=53), {DNS: {10_002}}) == set()
 
 
 def test_each_address_is_named_once_however_many_flows_it_has() -> None:
     listing = "\n".join(flow("10.96.0.10", 53, 10_001, sport=4_000 + n) for n in range(50))
 
-    assert stale_portals(listing, {DNS: 10_002}) == {("10.96.0.10", 53)}
+    assert stale_portals(listing, {DNS: {10_002}}) == {("10.96.0.10", 53)}
 
 
 @pytest.mark.parametrize(
     "listing", ["", "\n\n", "conntrack v1.4.7 (conntrack-tools): 0 flow entries have been shown.", "dst=x"]
 )
 def test_what_is_no_flow_is_passed_over(listing: str) -> None:
-    assert stale_portals(listing, {DNS: 10_002}) == set()
+    assert stale_portals(listing, {DNS: {10_002}}) == set()
 
 
 # ---- the kernel's own table
@@ -134,14 +153,14 @@ OTHERS = {("192.168.50.1", "30053"), ("8.8.8.8", "53")}
 
 @pytest.mark.usefixtures("flows")
 async def test_flows_to_a_changed_portal_are_forgotten_and_no_others() -> None:
-    await forget_udp_flows({DNS: 10_002})
+    await forget_udp_flows({DNS: {10_002}})
 
     assert asked_for() == {*OTHERS, ("fd00:96::10", "53")}
 
 
 @pytest.mark.usefixtures("flows")
 async def test_both_families_are_looked_at() -> None:
-    await forget_udp_flows({DNS: 10_002, DNS6: 0, NODE_PORT: 10_002})
+    await forget_udp_flows({DNS: {10_002}, DNS6: set(), NODE_PORT: {10_002}})
 
     assert asked_for() == {("8.8.8.8", "53")}
 
@@ -150,12 +169,12 @@ async def test_both_families_are_looked_at() -> None:
 async def test_flows_that_go_the_right_way_stay() -> None:
     before = asked_for()
 
-    await forget_udp_flows({DNS: 10_001, DNS6: 10_001, NODE_PORT: 10_001})
+    await forget_udp_flows({DNS: {10_001}, DNS6: {10_001}, NODE_PORT: {10_001}})
 
     assert asked_for() == before
 
 
 async def test_where_there_are_no_flows_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    await forget_udp_flows({DNS: 10_002, DNS6: 10_002, NODE_PORT: 0})
+    await forget_udp_flows({DNS: {10_002}, DNS6: {10_002}, NODE_PORT: set()})
 
     assert not [record for record in caplog.records if record.levelname == "WARNING"]

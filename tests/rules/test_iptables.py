@@ -8,6 +8,7 @@ import re
 import pytest
 
 from tests.rules.given import (
+    ANY4,
     CASES,
     EVERYTHING,
     LONG_NAMES,
@@ -22,6 +23,7 @@ from tests.rules.given import (
 )
 from userspace_proxy.interfaces import Redirects
 from userspace_proxy.lab import Host, Lab
+from userspace_proxy.model.endpoint import Family
 from userspace_proxy.rules import iptables
 
 # What a node may have of others, with all that could be taken for ours.
@@ -41,19 +43,19 @@ COMMIT
 
 
 @pytest.fixture(params=[(4, "iptables"), (6, "ip6tables")], ids=["ipv4", "ipv6"])
-def family(request: pytest.FixtureRequest) -> tuple[int, str]:
-    chosen: tuple[int, str] = request.param
+def family(request: pytest.FixtureRequest) -> tuple[Family, str]:
+    chosen: tuple[Family, str] = request.param
     return chosen
 
 
 class Tables:
     """The rules of one family on a host, by one variant of iptables."""
 
-    def __init__(self, host: Host, family: int, prefix: str) -> None:
+    def __init__(self, host: Host, family: Family, prefix: str) -> None:
         self._host, self._family, self._prefix = host, family, prefix
 
-    def saved(self) -> str:
-        return self._host.run(f"{self._prefix}-save").stdout
+    def saved(self, *options: str) -> str:
+        return self._host.run(f"{self._prefix}-save", *options).stdout
 
     def restore(self, script: str, *options: str) -> None:
         command = (f"{self._prefix}-restore", "--noflush", *options)
@@ -67,8 +69,9 @@ class Tables:
         if script := iptables.removal(self.saved()):
             self.restore(script)
 
-    def rules(self) -> list[str]:
-        return [line for line in self.saved().splitlines() if line.startswith("-A")]
+    def rules(self, *tables: str) -> list[str]:
+        options = [option for table in tables for option in ("-t", table)]
+        return [line for line in self.saved(*options).splitlines() if line.startswith("-A")]
 
     def skeleton(self) -> list[str]:
         """Return all chains and rules, without counters and comments of the tool."""
@@ -76,7 +79,7 @@ class Tables:
 
 
 @pytest.fixture
-def tables(host: Host, family: tuple[int, str]) -> Tables:
+def tables(host: Host, family: tuple[Family, str]) -> Tables:
     tables = Tables(host, *family)
     tables.remove()
     return tables
@@ -86,7 +89,7 @@ def tables(host: Host, family: tuple[int, str]) -> Tables:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_rules_read_as_written_down(case: str, family: tuple[int, str]) -> None:
+def test_the_rules_read_as_written_down(case: str, family: tuple[Family, str]) -> None:
     version, prefix = family
 
     assert_golden(f"{prefix}-{case}.rules", iptables.restore(CASES[case], version, ""))
@@ -144,23 +147,24 @@ def test_what_is_ours_is_told_by_chains_and_targets_not_by_words(line: str, is_o
 def test_node_ports_are_looked_for_behind_every_address() -> None:
     """Else a node port would take what is for the same port of a cluster IP that this node has as its own."""
     script = iptables.restore(
-        redirects((None, 80, name("a/node"), 10_001), ("10.96.0.1", 80, name("a/ip"), 10_002)), 4, ""
+        redirects((ANY4, 80, name("a/node"), 10_001), ("10.96.0.1", 80, name("a/ip"), 10_002)), 4, ""
     )
 
-    assert script.index("10.96.0.1") < script.index("--dst-type LOCAL")
+    nat = script[script.index("*nat") :]
+    assert nat.index("10.96.0.1") < nat.index("--dst-type LOCAL")
 
 
 # ---- the kernel
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_kernel_lists_what_was_asked_for(tables: Tables, family: tuple[int, str], case: str) -> None:
+def test_the_kernel_lists_what_was_asked_for(tables: Tables, family: tuple[Family, str], case: str) -> None:
     script = iptables.restore(CASES[case], family[0], tables.saved())
     tables.restore(script, "--test")
 
     tables.restore(script)
 
-    for chain in (iptables.CHAIN, iptables.GUARD):
+    for chain in (iptables.CHAIN, iptables.NODE_PORTS, iptables.DROP, iptables.RANGES, iptables.GUARD):
         asked = [line for line in script.splitlines() if line.startswith(f"-A {chain} ")]
         assert [line for line in tables.rules() if line.startswith(f"-A {chain} ")] == asked
 
@@ -205,7 +209,8 @@ def test_our_jumps_are_put_first_again_and_each_is_there_once(tables: Tables) ->
 
     tables.load(EVERYTHING)
 
-    at = {chain: [r for r in tables.rules() if r.startswith(f"-A {chain} ")] for chain in ("PREROUTING", "INPUT")}
+    chains = {"PREROUTING": "nat", "INPUT": "filter"}
+    at = {chain: [r for r in tables.rules(table) if r.startswith(f"-A {chain} ")] for chain, table in chains.items()}
     assert [rule.endswith("-j USERSPACE-PROXY") for rule in at["PREROUTING"]] == [True, False]
     assert [rule.endswith("-j USERSPACE-PROXY-GUARD") for rule in at["INPUT"]] == [True, False]
     tables.restore("*nat\n-F PREROUTING\nCOMMIT\n*filter\n-F INPUT\nCOMMIT\n")
@@ -244,7 +249,7 @@ def test_what_is_ours_in_a_listing_is_equal_before_and_after_others_change_their
     assert iptables.ours(tables.saved()) != before
 
 
-def test_a_refused_load_leaves_what_was_there(host: Host, tables: Tables, family: tuple[int, str]) -> None:
+def test_a_refused_load_leaves_what_was_there(host: Host, tables: Tables, family: tuple[Family, str]) -> None:
     tables.load(EVERYTHING)
     before = tables.skeleton()
     script = iptables.restore(NOTHING, family[0], tables.saved()).replace("-j RETURN", "-j NO-SUCH-CHAIN")

@@ -13,6 +13,8 @@ from tests.rules.given import (
     CASES,
     EVERYTHING,
     EVERYTHING_BY_ADDRESS,
+    LOCAL,
+    LOCAL_BY_INTERFACE,
     LONG_NAMES,
     LONGEST,
     LONGEST_WITH_PORT,
@@ -23,10 +25,13 @@ from tests.rules.given import (
     name,
     redirects,
 )
-from userspace_proxy.interfaces import Redirects
+from userspace_proxy.interfaces import DROPPED, Redirects
 from userspace_proxy.lab import Host, Lab
 from userspace_proxy.model.names import NamespacedName, ServicePortName
+from userspace_proxy.model.routes import Sender
+from userspace_proxy.model.service import Portal
 from userspace_proxy.rules import nft
+from userspace_proxy.rules.answers import bridge_table
 
 
 def load(host: Host, script: str) -> None:
@@ -49,13 +54,20 @@ def _plain(value: Any) -> Any:
     return [_plain(inner) for inner in value] if isinstance(value, list) else value
 
 
-def elements(host: Host, map_name: str) -> dict[tuple[Any, ...], int]:
-    (found,) = (item["map"] for item in in_force(host) if item.get("map", {}).get("name") == map_name)
-    pairs = {}
-    for key, port in found.get("elem", []):
-        parts = key["elem"]["val"] if "elem" in key else key
-        pairs[tuple(parts["concat"])] = port
+def elements(host: Host, name: str) -> dict[tuple[Any, ...], int | None]:
+    """Return the elements of a map, or those of a set with None behind each."""
+    sets = (item[kind] for item in in_force(host) for kind in ("map", "set") if kind in item)
+    (found,) = (item for item in sets if item["name"] == name)
+    pairs: dict[tuple[Any, ...], int | None] = {}
+    for element in found.get("elem", []):
+        wrapped, port = element if isinstance(element, list) else (element, None)
+        pairs[tuple((wrapped["elem"]["val"] if "elem" in wrapped else wrapped)["concat"])] = port
     return pairs
+
+
+def key(portal: Portal) -> tuple[Any, ...]:
+    port = (portal.protocol.lower(), portal.port)
+    return port if portal.is_node_port else (portal.ip, *port)
 
 
 # ---- the text
@@ -72,6 +84,7 @@ def test_the_whole_table_reads_as_written_down(case: str) -> None:
         ("first", NOTHING, EVERYTHING),
         ("last", EVERYTHING, NOTHING),
         ("capture", EVERYTHING, EVERYTHING_BY_ADDRESS),
+        ("policy", EVERYTHING, LOCAL),
         (
             "one-port",
             redirects(("10.96.0.1", 80, name("shop/web"), 10_001), ("10.96.0.2", 80, name("shop/db"), 10_002)),
@@ -81,6 +94,10 @@ def test_the_whole_table_reads_as_written_down(case: str) -> None:
 )
 def test_a_change_reads_as_written_down(case: str, old: Redirects, new: Redirects) -> None:
     assert_golden(f"nft-change-{case}.nft", nft.change(old, new))
+
+
+def test_the_table_for_bridges_reads_as_written_down() -> None:
+    assert_golden("nft-bridge.nft", bridge_table())
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -152,14 +169,21 @@ def test_the_kernel_holds_what_was_asked_for(host: Host, case: str) -> None:
     load(host, nft.table(wanted))
 
     for family in (4, 6):
-        assert elements(host, f"service_ips{family}") == {
-            (portal.ip, portal.protocol.lower(), portal.port): port
-            for portal, port in wanted.ports.items()
-            if portal.ip and (":" in portal.ip) == (family == 6)
-        }
-    assert elements(host, "node_ports") == {
-        (portal.protocol.lower(), portal.port): port for portal, port in wanted.ports.items() if portal.ip is None
-    }
+        for kind, is_node_port in (("service_ips", False), ("node_ports", True)):
+            for suffix, ports in (
+                ("", wanted.ports),
+                ("_for_pods", wanted.exceptions.get(Sender.POD, {})),
+                ("_for_node", wanted.exceptions.get(Sender.NODE, {})),
+            ):
+                asked = {
+                    key(portal): port
+                    for portal, port in ports.items()
+                    if portal.family == family and portal.is_node_port == is_node_port
+                }
+                dropped = {portal for portal, port in asked.items() if port == DROPPED}
+                redirected = {portal: port for portal, port in asked.items() if port != DROPPED}
+                assert elements(host, f"{kind}{family}{suffix}") == redirected
+                assert set(elements(host, f"dropped_{kind}{family}{suffix}")) == dropped
 
 
 def test_the_longest_legal_names_are_found_by_those_who_search_for_them(host: Host) -> None:
@@ -168,7 +192,7 @@ def test_the_longest_legal_names_are_found_by_those_who_search_for_them(host: Ho
     listed = host.run("nft", "list", "ruleset").stdout
 
     assert sum(f"/{'s' * 63}:{'a' * 15}" in line for line in listed.splitlines()) == 2
-    assert sum("s" * 63 in line for line in listed.splitlines()) == 4
+    assert sum("s" * 63 in line for line in listed.splitlines()) == 5
     assert "n" * 30 in listed
 
 
@@ -218,7 +242,14 @@ def test_whatever_changes_the_kernel_ends_up_with_the_whole_new_table(lab: Lab, 
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [(EVERYTHING, EVERYTHING_BY_ADDRESS), (EVERYTHING, LONG_NAMES), (LONG_NAMES, NOTHING)]
+    ("old", "new"),
+    [
+        (EVERYTHING, EVERYTHING_BY_ADDRESS),
+        (EVERYTHING, LONG_NAMES),
+        (LONG_NAMES, LOCAL),
+        (LOCAL, LOCAL_BY_INTERFACE),
+        (LOCAL, NOTHING),
+    ],
 )
 def test_a_change_between_the_cases_comes_to_the_same(lab: Lab, host: Host, old: Redirects, new: Redirects) -> None:
     load(host, nft.table(new))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import random
@@ -378,3 +379,40 @@ def test_whoever_serves_files_pays_for_none_of_this() -> None:
     assert "userspace_proxy.sources.files" in loaded
     unwanted = ("kubernetes_asyncio", "userspace_proxy.sources.kubernetes", "userspace_proxy.sources.reflector")
     assert not [name for name in loaded if name.startswith(unwanted)]
+
+
+def hold_certificates(config: Path, certificates: Path) -> None:
+    """Write the certificates themselves into the kubeconfig *config*, as kubeadm does."""
+
+    def inline(name: str) -> str:
+        return base64.b64encode((certificates / name).read_bytes()).decode()
+
+    plain = json.loads(config.read_text())
+    plain["clusters"][0]["cluster"]["certificate-authority-data"] = inline("ca.crt")
+    plain["users"][0]["user"] = {
+        "client-certificate-data": inline("client.crt"),
+        "client-key-data": inline("client.key"),
+    }
+    config.write_text(json.dumps(plain))
+
+
+async def test_certificates_that_a_kubeconfig_holds_are_left_nowhere(
+    certificates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (leftovers := tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(leftovers))
+    server = ApiServer()
+    server.tls = serving_tls(certificates)
+    server.tls.verify_mode = ssl.CERT_REQUIRED
+    await server.start()
+    try:
+        hold_certificates(config := kubeconfig(tmp_path, server.url), certificates)
+        transport = ApiTransport(config)
+        await transport.open()
+        async with transport.get(SERVICES, {}) as response:
+            assert response.status == 200
+        await transport.close()
+    finally:
+        await server.stop()
+
+    assert list(leftovers.iterdir()) == []

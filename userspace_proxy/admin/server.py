@@ -16,40 +16,11 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from userspace_proxy.admin.limited import Limited
 from userspace_proxy.errors import StartError
 
 _HINTS = {errno.EADDRINUSE: "another program has it", errno.EACCES: "a port below 1024 is for root"}
 _HEADERS = {"X-Content-Type-Options": "nosniff"}
-
-
-# /healthz is open to everybody: what a client can make us hold has bounds.
-_CONNECTIONS_MAX = 64
-_CONNECTION_LIFE_S = 30.0
-
-
-class _Limited:
-    """Makes the protocol of a new connection, for so many at once and for so long each."""
-
-    def __init__(self, runner: web.AppRunner) -> None:
-        self._server = runner.server
-
-    def __call__(self) -> asyncio.BaseProtocol:
-        assert self._server is not None
-        if len(self._server.connections) >= _CONNECTIONS_MAX:
-            return _Refusal()
-        handler = self._server()
-        asyncio.get_running_loop().call_later(_CONNECTION_LIFE_S, _end, handler)
-        return handler
-
-
-class _Refusal(asyncio.Protocol):
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport.close()
-
-
-def _end(handler: web.RequestHandler) -> None:
-    if handler.transport is not None:
-        handler.transport.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +87,7 @@ class AdminServer:
         await runner.setup()
         self._runners.append(runner)
         try:
-            self._servers.append(await asyncio.get_running_loop().create_server(_Limited(runner), host, port))
+            self._servers.append(await asyncio.get_running_loop().create_server(Limited(runner), host, port))
         except OSError as error:
             hint = _HINTS.get(error.errno or 0, "this host does not have it")
             raise StartError(f"{flag} {address} cannot be bound: {hint}; choose another, or '' for none") from None

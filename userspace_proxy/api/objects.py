@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-# The API writes initialisms in capitals (clusterIP, podIPs), which no camel-case rule produces.
-_INITIALISMS = {"ip": "IP", "ips": "IPs"}
+# The API writes initialisms in capitals (clusterIP, podCIDRs), which no camel-case rule produces.
+_INITIALISMS = {"ip": "IP", "ips": "IPs", "cidr": "CIDR", "cidrs": "CIDRs"}
 
 
 def _api_name(field: str) -> str:
@@ -56,11 +56,32 @@ class ServiceSpec(Struct, rename=_api_name, frozen=True):
     publish_not_ready_addresses: bool | None = None
     ip_family_policy: str | None = None
     ip_families: list[str] | None = None
+    internal_traffic_policy: str | None = None
+    external_traffic_policy: str | None = None
+    health_check_node_port: int | None = None
+    allocate_load_balancer_node_ports: bool | None = None
+    load_balancer_ip: str | None = None
+    load_balancer_source_ranges: list[str] | None = None
+
+
+class LoadBalancerIngress(Struct, rename=_api_name, frozen=True):
+    ip: str | None = None
+    ip_mode: str | None = None
+    hostname: str | None = None
+
+
+class LoadBalancerStatus(Struct, rename=_api_name, frozen=True):
+    ingress: list[LoadBalancerIngress] | None = None
+
+
+class ServiceStatus(Struct, rename=_api_name, frozen=True):
+    load_balancer: LoadBalancerStatus | None = None
 
 
 class Service(Struct, rename=_api_name, frozen=True):
     metadata: ObjectMeta
     spec: ServiceSpec | None = None
+    status: ServiceStatus | None = None
 
 
 # ---- EndpointSlice
@@ -72,10 +93,22 @@ class EndpointConditions(Struct, rename=_api_name, frozen=True):
     terminating: bool | None = None
 
 
+class Hint(Struct, rename=_api_name, frozen=True):
+    """A zone or node, by its name, for which an endpoint is meant."""
+
+    name: str | None = None
+
+
+class EndpointHints(Struct, rename=_api_name, frozen=True):
+    for_zones: list[Hint] | None = None
+    for_nodes: list[Hint] | None = None
+
+
 class SliceEndpoint(Struct, rename=_api_name, frozen=True):
     addresses: list[str] | None = None
     conditions: EndpointConditions | None = None
     node_name: str | None = None
+    hints: EndpointHints | None = None
 
 
 class EndpointPort(Struct, rename=_api_name, frozen=True):
@@ -163,8 +196,20 @@ class Taint(Struct, rename=_api_name, frozen=True):
 
 class NodeSpec(Struct, rename=_api_name, frozen=True):
     taints: list[Taint] | None = None
+    pod_cidr: str | None = None
+    pod_cidrs: list[str] | None = None
+
+
+class NodeAddress(Struct, rename=_api_name, frozen=True):
+    type: str | None = None
+    address: str | None = None
+
+
+class NodeStatus(Struct, rename=_api_name, frozen=True):
+    addresses: list[NodeAddress] | None = None
 
 
 class Node(Struct, rename=_api_name, frozen=True):
     metadata: ObjectMeta
     spec: NodeSpec | None = None
+    status: NodeStatus | None = None

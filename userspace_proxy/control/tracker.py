@@ -1,7 +1,8 @@
 """The latest of every object -> ProxyState. Pure.
 
 An event marks the Services it concerns; `state` works those out anew and shares everything else with the
-state before, so that the cost is that of the change.
+state before, so that the cost is that of the change. Which of the endpoints this node may use is not decided here:
+that is model/topology.py, and a Node that changes costs nothing here.
 """
 
 from __future__ import annotations
@@ -9,17 +10,19 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from userspace_proxy import api
 from userspace_proxy.control import decode
-from userspace_proxy.control.cluster_ips import ClusterIPs
+from userspace_proxy.control.allotments import Allotting
 from userspace_proxy.errors import ConfigError
 from userspace_proxy.interfaces import EventType, ObjectEvent, Origin
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import NamespacedName, ServicePortName
-from userspace_proxy.model.service import ServicePort
+from userspace_proxy.model.service import ServicePort, SourceIP
 from userspace_proxy.model.state import ProxyState
+from userspace_proxy.model.topology import Node
 
 # A namespace with one label and its value: what Services are found by when a Pod changes, and the other way round.
 LabelKey = tuple[str, str, str]
@@ -31,12 +34,24 @@ class Tracker:
     """Takes events, gives states.
 
     One bad object never stops the others: it is reported, and its last good version stays.
+
+    *here*: this node's name, and what it is where no Node object says so. *source_ip*: what its Services have that
+    say nothing of it. *transparent_obstacle*: why none here can be transparent, if that is so.
     """
 
-    def __init__(self, cluster_ips: ClusterIPs, proxy_name: str = "", node_name: str = "") -> None:
-        self._cluster_ips = cluster_ips
+    def __init__(
+        self,
+        allotting: Allotting,
+        proxy_name: str = "",
+        here: Node | None = None,
+        source_ip: SourceIP = SourceIP.NODE,
+        transparent_obstacle: str = "",
+    ) -> None:
+        self._allotting = allotting
         self._proxy_name = proxy_name
-        self._node_name = node_name
+        self._here = here or Node()
+        self._source_ip = source_ip
+        self._transparent_obstacle = transparent_obstacle
         self.node: api.Node | None = None  # ours, as it was seen last
         self._services: dict[NamespacedName, api.Service] = {}  # the latest that makes sense by itself
         self._served: dict[NamespacedName, api.Service] = {}  # the latest that makes sense among the others
@@ -52,14 +67,15 @@ class Tracker:
         self._ports_of: dict[NamespacedName, tuple[ServicePortName, ...]] = {}
         self._service_ports: dict[ServicePortName, ServicePort] = {}
         self._endpoints_of: dict[ServicePortName, tuple[Endpoint, ...]] = {}
-        self._state = ProxyState()
+        self._state = ProxyState(node=self._here)
         self._faults: dict[NamespacedName, str] = {}  # until the Service is written anew
+        self._blemishes: dict[NamespacedName, str] = {}  # of what is served: a part of it is not, or not as it says
         self._conflicts: dict[NamespacedName, str] = {}  # looked at again with every change
 
     @property
     def problems(self) -> Mapping[NamespacedName, str]:
         """The Services that could not be taken as they are written: name -> where and why."""
-        return {**self._conflicts, **self._faults}
+        return {**self._blemishes, **self._conflicts, **self._faults}
 
     def apply(self, events: Iterable[ObjectEvent]) -> None:
         """Note what *events* say."""
@@ -87,7 +103,7 @@ class Tracker:
             try:
                 decode.check_service(given, self._proxy_name)
             except ConfigError as error:
-                self._report(self._faults, name, error, origin, kept=name in self._services)
+                self._report(self._faults, name, [error], origin, kept=name in self._services)
                 return
             self._services[name] = given
             if origin is not None:
@@ -103,13 +119,14 @@ class Tracker:
         self,
         problems: dict[NamespacedName, str],
         name: NamespacedName,
-        error: ConfigError,
+        errors: Iterable[ConfigError],
         origin: Origin | None,
         *,
         kept: bool,
     ) -> None:
-        where = origin.where(error.field) if origin else str(name)
-        said = f"{where}: Service {name}: {error}"
+        said = "; also ".join(
+            f"{origin.where(error.field) if origin else name}: Service {name}: {error}" for error in errors
+        )
         if problems.get(name) != said:
             log.error("%s%s", said, "; its last good version goes on serving" if kept else "")
         problems[name] = said
@@ -163,7 +180,7 @@ class Tracker:
                 self._changed |= self._selecting.get(key, set())
 
     def _set_node(self, name: NamespacedName, given: object) -> None:
-        if name.name != self._node_name:
+        if name.name != self._here.name:
             return
         if isinstance(given, api.Node):
             self.node = given
@@ -174,6 +191,9 @@ class Tracker:
 
     def state(self) -> ProxyState:
         """Return what the cluster wants now; the same object as before where nothing has changed."""
+        node = decode.node_of(self.node, self._here)
+        if node != self._state.node:
+            self._state = replace(self._state, node=node)
         if not self._changed:
             return self._state
         changed, self._changed = self._changed, set()
@@ -185,48 +205,56 @@ class Tracker:
                 self._withdraw(name)
             else:
                 present[name] = service
-        self._cluster_ips.make_way(present)
-        for name, service in sorted(present.items(), key=lambda item: (self._cluster_ips.first(*item), item[0])):
-            try:
-                self._work_out(name, service)
-            except Exception as error:
-                log.exception("a bug: Service %s cannot be worked out; what it had stays", name)
-                self._conflicts[name] = f"{name}: {error!r}"
-        self._state = ProxyState(
-            MappingProxyType(dict(self._service_ports)), MappingProxyType(dict(self._endpoints_of))
+        self._allotting.make_way(present)
+        while present:
+            for name, service in sorted(present.items(), key=lambda item: (self._allotting.first(*item), item[0])):
+                try:
+                    self._work_out(name, service)
+                except Exception as error:
+                    log.exception("a bug: Service %s cannot be worked out; what it had stays", name)
+                    self._conflicts[name] = f"{name}: {error!r}"
+            present = {name: self._services[name] for name in self._allotting.take_evicted() if name in self._services}
+        self._state = replace(
+            self._state,
+            service_ports=MappingProxyType(dict(self._service_ports)),
+            endpoints=MappingProxyType(dict(self._endpoints_of)),
         )
         return self._state
 
     def _withdraw(self, name: NamespacedName) -> None:
-        self._cluster_ips.release(name)
+        self._allotting.release(name)
         self._conflicts.pop(name, None)
+        self._blemishes.pop(name, None)
         if self._served.pop(name, None) is not None:
             self._find_by_labels(name)
         self._replace(name, {}, {})
 
     def _work_out(self, name: NamespacedName, service: api.Service) -> None:
         try:
-            cluster_ips = self._cluster_ips.assign(name, service)
+            allotted, lacking = self._allotting.assign(name, service)
         except ConfigError as error:
             good = self._served.get(name)
-            self._report(self._conflicts, name, error, self._origins.get(name), kept=good is not None)
+            self._report(self._conflicts, name, [error], self._origins.get(name), kept=good is not None)
             if good is not None:  # it goes on, and follows its endpoints
-                self._serve(name, good, self._cluster_ips.held(name))
+                self._serve(name, good, self._allotting.held(name))
             return
-        problems = self._serve(name, service, cluster_ips)
-        if problems:
-            self._report(self._conflicts, name, problems[0], self._origins.get(name), kept=False)
+        if lacking:
+            self._report(self._conflicts, name, lacking, self._origins.get(name), kept=False)
         else:
             self._conflicts.pop(name, None)
+        if problems := self._serve(name, service, allotted):
+            self._report(self._blemishes, name, problems, self._origins.get(name), kept=False)
+        else:
+            self._blemishes.pop(name, None)
         if self._served.get(name) is not service:
             self._served[name] = service
             self._find_by_labels(name)
 
-    def _serve(self, name: NamespacedName, service: api.Service, cluster_ips: tuple[str, ...]) -> list[ConfigError]:
-        """Work out the ports of *service* and their endpoints; return what is wrong with the ports left out."""
-        ports, problems = decode.service_ports(name, service, cluster_ips)
+    def _serve(self, name: NamespacedName, service: api.Service, allotted: decode.Allotted) -> list[ConfigError]:
+        """Work out the ports of *service* and their endpoints; return what is wrong with parts of it."""
+        ports, problems = decode.service_ports(name, service, allotted, self._source_ip, self._transparent_obstacle)
         sources = self._endpoint_sources(name, service)
-        service_ports = {port.name: port for port in ports.values()}
+        service_ports = {port.name: port for port in ports.values() if port.cluster_ips}  # else it is skipped (S1)
         self._replace(name, service_ports, {n: decode.endpoints_of(p, sources) for n, p in service_ports.items()})
         return problems
 
@@ -239,18 +267,20 @@ class Tracker:
         pods = self.selected_pods(name, service)
         if pods:
             return [decode.from_pods(service, pods)]
-        sources = [decode.from_slices(self._slices[name].values())] if self._slices.get(name) else []
+        # By name, so that the order in which they were told of changes nothing.
+        pieces = [piece for _, piece in sorted(self._slices.get(name, {}).items())]
+        sources = [decode.from_slices(pieces)] if pieces else []
         if name in self._endpoints:
             sources.append(decode.from_endpoints(self._endpoints[name]))
         return sources
 
     def selected_pods(self, name: NamespacedName, service: api.Service) -> list[api.Pod]:
-        """Return the Pods whose labels match the selector of *service*; none where it has no selector."""
+        """Return the Pods whose labels match the selector of *service*, by name; none where it has no selector."""
         selector = service.spec.selector if service.spec else None
         if not selector:
             return []
         candidates = self._pods_by_label.get(_label_key(name.namespace, selector), {})
-        return [pod for pod in candidates.values() if selector.items() <= (pod.metadata.labels or {}).items()]
+        return [pod for _, pod in sorted(candidates.items()) if selector.items() <= (pod.metadata.labels or {}).items()]
 
     def _replace(
         self,

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from userspace_proxy.dataplane.connections import Connections, Limits
 from userspace_proxy.dataplane.datagrams import DatagramPoller
 from userspace_proxy.dataplane.dial import Deadlines, deadlines
+from userspace_proxy.dataplane.memory import Memory
+from userspace_proxy.dataplane.netlink import KernelTables
 from userspace_proxy.dataplane.poller import Poller
-from userspace_proxy.interfaces import AccessRecord, Splicer
+from userspace_proxy.interfaces import AccessRecord, Counters, Splicer
 
 # Takes what the access log says of one connection or flow that has ended.
 Record = Callable[[AccessRecord], None]
@@ -28,7 +30,16 @@ class PlaneContext:
     limits: Limits
     now: Callable[[], float]
     access_log: Record | None
+    tables: KernelTables = field(default_factory=KernelTables)
     deadlines: tuple[Deadlines, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "deadlines", deadlines(self.loop))
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What the listeners of one service port have in common."""
+
+    memory: Memory
+    counters: Counters = field(default_factory=Counters)

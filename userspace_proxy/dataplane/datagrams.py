@@ -69,7 +69,10 @@ class Front(Protocol):
 
 
 class UdpFlow:
-    """One client's conversation with one endpoint. ``front`` is None once it has ended."""
+    """One client's conversation with one endpoint. ``front`` is None once it has ended.
+
+    ``send`` gives the endpoint a datagram, with the flow's header in front of it where there is one.
+    """
 
     __slots__ = (
         "answered",
@@ -80,18 +83,30 @@ class UdpFlow:
         "key",
         "last_at",
         "reply",
+        "send",
         "sock",
         "started_at",
         "why",
     )
 
     def __init__(
-        self, key: bytes, reply: bytes, front: Front, sock: socket.socket, endpoint: Endpoint, why: str, now: float
+        self,
+        key: bytes,
+        reply: bytes,
+        front: Front,
+        sock: socket.socket,
+        endpoint: Endpoint,
+        why: str,
+        now: float,
+        header: bytes = b"",
     ) -> None:
         self.key = key
         self.reply = reply
         self.front: Front | None = front
         self.sock = sock
+        self.send: Callable[[memoryview], int] = sock.send
+        if header:
+            self.send = lambda datagram: sock.sendmsg((header, datagram))
         self.endpoint = endpoint
         self.why = why
         self.started_at = self.last_at = now

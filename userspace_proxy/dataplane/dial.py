@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 from userspace_proxy.dataplane.picker import Pick, Picker
 from userspace_proxy.dataplane.poller import FAILED, WRITE, Poller
 from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, is_self_connected, stream_socket
+from userspace_proxy.dataplane.transparent import Transparent
 from userspace_proxy.interfaces import Counters
 from userspace_proxy.model.endpoint import Address
 
@@ -93,6 +94,7 @@ class DialContext(NamedTuple):
     counters: Counters
     on_shortage: Callable[[OSError], None]
     congestion_control: str = ""
+    transparent: Transparent | None = None  # where backends see the client's own address
 
 
 class Dial:
@@ -102,6 +104,7 @@ class Dial:
         "_attempts",
         "_caller",
         "_context",
+        "_header",
         "_pick",
         "_sock",
         "_starved",
@@ -113,8 +116,10 @@ class Dial:
 
     _pick: Pick
 
-    def __init__(self, client_ip: str, context: DialContext, caller: Caller) -> None:
+    def __init__(self, client_ip: str, context: DialContext, caller: Caller, header: bytes = b"") -> None:
+        """*header* is what a backend gets before all that the client sends."""
         self.client_ip = client_ip
+        self._header = header
         self._context = context
         self._caller = caller
         self._tried: dict[Address, bool] | None = None  # address -> whether trying it again makes sense
@@ -151,6 +156,14 @@ class Dial:
             self._wait_for_descriptors(error)
             return True
         self._attempts += 1
+        transparent = context.transparent
+        if transparent is not None and transparent.concerns(self.client_ip, address[0]):
+            try:
+                transparent.speak_as(sock, self.client_ip)
+            except OSError as error:
+                sock.close()
+                self._caller.on_failed(f"the client's address cannot be used: {error.strerror}")
+                return True
         try:
             code = sock.connect_ex(address)
             if code in _UNDER_WAY:
@@ -178,11 +191,24 @@ class Dial:
             if is_self_connected(sock, pick.endpoint.address):
                 self._fail(errno.ECONNREFUSED)
                 return
+            if self._header and (code := self._send_header(sock)):
+                self._fail(code)
+                return
             context.deadlines[self._waited].remove(self)
             self._sock = None
             if context.picker.report_success(pick.endpoint):
                 log.info("endpoint %s takes connections again", pick.endpoint)
             self._caller.on_connected(sock, pick, events)
+
+    def _send_header(self, sock: SocketType) -> int:
+        """Send the header, whole, and return 0; or return why not: then another backend has it from its beginning.
+
+        There is room for it: nothing was sent yet.
+        """
+        try:
+            return 0 if sock.send(self._header) == len(self._header) else errno.ENOBUFS
+        except OSError as error:
+            return error.errno or errno.EIO
 
     def _fail(self, code: int) -> None:
         self._let_go()

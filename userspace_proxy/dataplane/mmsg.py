@@ -13,7 +13,8 @@ import socket
 import struct
 from collections.abc import Iterable
 
-from userspace_proxy.model.endpoint import Address
+from userspace_proxy.dataplane.sockets import plain_ip
+from userspace_proxy.model.endpoint import Address, Family
 
 MESSAGES = 32
 DATAGRAM_BYTES = 65_536
@@ -117,6 +118,19 @@ def client_address(record: bytes) -> Address:
             return socket.inet_ntop(socket.AF_INET6, packed), port
         return socket.inet_ntoa(packed[12:]), port
     return socket.inet_ntoa(record[4:8]), port
+
+
+def asked_ip(record: bytes) -> str:
+    """Return which of our addresses the peer of *record* asked, as the kernel delivered it."""
+    info = record[_PKTINFO_AT:]
+    if not record.startswith(_INET6):
+        return socket.inet_ntoa(info[8:12])
+    return plain_ip(socket.inet_ntop(socket.AF_INET6, info[:16]))
+
+
+def client_family(record: bytes) -> Family:
+    """Return the family of the peer of *record*: what `client_address` would tell, for less."""
+    return 6 if record.startswith(_INET6) and not record.startswith(_MAPPED, 8) else 4
 
 
 def reply_record(record: bytes) -> bytes:

@@ -4,23 +4,19 @@ Pure: no socket, no clock of its own. The API says which endpoints are ready; wh
 comes in through `report_failure` and `report_success`, and ejects an endpoint for a while.
 
 The rotation is exact: n picks over n endpoints are one each, in order, and an endpoint that comes or
-goes moves nobody else's turn.
+goes moves nobody else's turn. Each family has its own, and a client meets endpoints of its own family.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
+from userspace_proxy.dataplane.memory import Ejection, Memory, Pin
 from userspace_proxy.model.endpoint import Address, Endpoint
 
 EJECT_S = 1.0
 EJECT_MAX_S = 60.0
-# A trial that nobody reports on (the connection attempt was cut) is over after the longest dial there is.
-TRIAL_S = 4.0
-# A client can choose its IPv6 address freely, so what it can make us remember has a bound.
-PINS_MAX = 65_536
 
 
 class Pick(NamedTuple):
@@ -30,82 +26,83 @@ class Pick(NamedTuple):
     why: str
 
 
-@dataclass(slots=True)
-class _Ejection:
-    """What is held against one endpoint. Its *trial* is the one connection that may see whether it is back."""
+class _Rotation:
+    """The endpoints of one family, and whose turn it is."""
 
-    failures: int
-    until: float
-    trial_until: float = 0.0
+    __slots__ = ("_ejected", "_memory", "_next", "_turns", "endpoints")
 
-
-class Pin(NamedTuple):
-    """Where a client stays, and until when (monotonic seconds, the same in every process of this host)."""
-
-    address: Address
-    expires_at: float
-
-
-class PickerMemory(NamedTuple):
-    """What a picker knows beside its endpoints, for the one that takes its place.
-
-    Ejections are (address, failures, until), all of them; pins are (client IP, pin), those that are new.
-    """
-
-    pins: list[tuple[str, Pin]]
-    ejected: list[tuple[Address, int, float]]
-
-
-class Picker:
-    """The endpoints of one service port, whose turn it is, who is pinned, and who is ejected."""
-
-    def __init__(self, now: Callable[[], float], affinity_timeout_s: int | None = None) -> None:
-        self._now = now
-        self._affinity_timeout_s = affinity_timeout_s
-        self._endpoints: list[Endpoint] = []
+    def __init__(self, memory: Memory) -> None:
+        self.endpoints: list[Endpoint] = []
         self._turns: list[Pick] = []  # of the endpoints, in the same order: made once, not for every connection
         self._next = 0
-        self._pins: dict[str, Pin] = {}  # least recently used first
-        self._ejected: dict[Address, _Ejection] = {}
-        self._new_pins: dict[str, Pin] | None = None  # kept once somebody asks for news
-        self._told_ejected: list[tuple[Address, int, float]] = []
+        self._memory = memory
+        self._ejected = memory.ejected
 
-    # ---- what the cluster says
-
-    @property
-    def endpoints(self) -> Sequence[Endpoint]:
-        return self._endpoints
-
-    @property
-    def ejected(self) -> Collection[Address]:
-        """The addresses that are passed over now, or on trial."""
-        return self._ejected.keys()
-
-    @property
-    def pins(self) -> int:
-        return len(self._pins)
-
-    def set_endpoints(self, usable: Sequence[Endpoint]) -> None:
-        """Replace the endpoints. Those that stay keep their place in the rotation; new ones join at its end."""
-        wanted = {endpoint.address: endpoint for endpoint in usable}
+    def replace(self, wanted: dict[Address, Endpoint]) -> None:
         kept: list[Endpoint] = []
         turn = 0
-        for index, endpoint in enumerate(self._endpoints):
+        for index, endpoint in enumerate(self.endpoints):
             if (stays := wanted.pop(endpoint.address, None)) is not None:
                 kept.append(stays)
                 if index < self._next:
                     turn += 1
-        self._endpoints = kept + list(wanted.values())
-        self._turns = [Pick(endpoint, "round robin") for endpoint in self._endpoints]
-        self._next = turn if turn < len(self._endpoints) else 0
-        for address in self._ejected.keys() - {e.address for e in self._endpoints}:
-            del self._ejected[address]
+        self.endpoints = kept + list(wanted.values())
+        self._turns = [Pick(endpoint, "round robin") for endpoint in self.endpoints]
+        self._next = turn if turn < len(self.endpoints) else 0
 
-    def set_affinity(self, timeout_s: int | None) -> None:
-        """Switch client-IP affinity on (seconds), off (None), or to another timeout; pins end with it."""
-        if timeout_s is None:
-            self._pins.clear()
-        self._affinity_timeout_s = timeout_s
+    def take(self, tried: Collection[Address]) -> Pick | None:
+        """Return whose turn it is, and turn on."""
+        count = len(self._turns)
+        if not self._ejected and not tried:
+            if not count:
+                return None
+            index = self._next
+            self._next = index + 1 if index + 1 < count else 0
+            return self._turns[index]
+        now = self._memory.now()
+        doubtful = None
+        for step in range(count):
+            index = (self._next + step) % count
+            address = self.endpoints[index].address
+            if address in tried:
+                continue
+            if self._memory.is_open(address, now):
+                self._next = (index + 1) % count
+                return Pick(self.endpoints[index], self._why(address, tried))
+            if doubtful is None:
+                doubtful = index
+        if doubtful is None:
+            return None
+        self._next = (doubtful + 1) % count
+        return Pick(self.endpoints[doubtful], "last resort")
+
+    def _why(self, address: Address, tried: Collection[Address]) -> str:
+        if address in self._ejected:
+            return "trial"
+        return "failover" if tried else "round robin"
+
+
+class Picker:
+    """The endpoints of one listener; who is pinned and who is ejected is in *memory*, for all of its service port."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._endpoints: dict[Address, Endpoint] = {}
+        self._rotations = _Rotation(memory), _Rotation(memory)  # IPv4, IPv6
+        memory.share(self, self._endpoints)
+
+    # ---- what the cluster says
+
+    @property
+    def endpoints(self) -> Mapping[Address, Endpoint]:
+        return self._endpoints
+
+    def set_endpoints(self, usable: Sequence[Endpoint]) -> None:
+        """Replace the endpoints. Those that stay keep their place in the rotation; new ones join at its end."""
+        self._endpoints = {endpoint.address: endpoint for endpoint in usable}
+        for is_ipv6, rotation in enumerate(self._rotations):
+            rotation.replace({a: endpoint for a, endpoint in self._endpoints.items() if (":" in a[0]) == is_ipv6})
+        self._memory.share(self, self._endpoints)
 
     # ---- choosing
 
@@ -115,73 +112,23 @@ class Picker:
         *tried* are the addresses that already failed this very connection: they are never chosen again,
         while an ejected one may be, if nothing else is left - better a doubtful endpoint than none.
         """
-        if self._affinity_timeout_s is None:
-            return self._by_turn(tried)
-        now = self._now()
-        pin = self._pins.pop(client_ip, None)
+        rotation = self._rotations[":" in client_ip]
+        memory = self._memory
+        timeout_s = memory.affinity_timeout_s
+        if timeout_s is None:
+            return rotation.take(tried)
+        now = memory.now()
+        pin = memory.take_pin(client_ip)
         if pin is not None and pin.expires_at > now and pin.address not in tried:
-            pinned = next((e for e in self._endpoints if e.address == pin.address), None)
-            if pinned is not None and self._is_open(pin.address, now):
-                self._pin(client_ip, Pin(pin.address, now + self._affinity_timeout_s))
+            pinned = self._endpoints.get(pin.address)
+            if pinned is not None and memory.is_open(pin.address, now):
+                memory.pin(client_ip, Pin(pin.address, now + timeout_s))
                 return Pick(pinned, "affinity")
-        choice = self._by_turn(tried)
+        choice = rotation.take(tried)
         if choice is not None:
-            self._pin(client_ip, Pin(choice.endpoint.address, now + self._affinity_timeout_s))
-            self._forget_old_pins(now)
+            memory.pin(client_ip, Pin(choice.endpoint.address, now + timeout_s))
+            memory.forget_old_pins(now)
         return choice
-
-    def _pin(self, client_ip: str, pin: Pin) -> None:
-        self._pins[client_ip] = pin
-        if self._new_pins is not None:
-            self._new_pins[client_ip] = pin
-
-    def _by_turn(self, tried: Collection[Address]) -> Pick | None:
-        endpoints = self._endpoints
-        count = len(endpoints)
-        if not self._ejected and not tried:
-            if not count:
-                return None
-            index = self._next
-            self._next = index + 1 if index + 1 < count else 0
-            return self._turns[index]
-        now = self._now()
-        doubtful = None
-        for step in range(count):
-            index = (self._next + step) % count
-            address = endpoints[index].address
-            if address in tried:
-                continue
-            if self._is_open(address, now):
-                self._next = (index + 1) % count
-                return Pick(endpoints[index], self._why(address, tried))
-            if doubtful is None:
-                doubtful = index
-        if doubtful is None:
-            return None
-        self._next = (doubtful + 1) % count
-        return Pick(endpoints[doubtful], "last resort")
-
-    def _is_open(self, address: Address, now: float) -> bool:
-        """Whether *address* may be chosen; the first to ask after its time is up has the trial."""
-        ejection = self._ejected.get(address)
-        if ejection is None:
-            return True
-        if now < ejection.until or now < ejection.trial_until:
-            return False
-        ejection.trial_until = now + TRIAL_S
-        return True
-
-    def _why(self, address: Address, tried: Collection[Address]) -> str:
-        if address in self._ejected:
-            return "trial"
-        return "failover" if tried else "round robin"
-
-    def _forget_old_pins(self, now: float) -> None:
-        while self._pins:
-            client_ip, oldest = next(iter(self._pins.items()))
-            if oldest.expires_at > now and len(self._pins) <= PINS_MAX:
-                return
-            del self._pins[client_ip]
 
     # ---- what our own dials say
 
@@ -192,14 +139,15 @@ class Picker:
         many connections met it: those that failed while it was already out say nothing new.
         """
         address = endpoint.address
-        if not any(e.address == address for e in self._endpoints):
+        if address not in self._endpoints:
             return False
-        now = self._now()
-        ejection = self._ejected.get(address)
+        ejected, now = self._memory.ejected, self._memory.now()
+        ejection = ejected.get(address)
         if ejection is None:
-            if len(self._ejected) + 1 >= len(self._endpoints):
+            others = (e.address for e in self._rotations[":" in endpoint.ip].endpoints if e.address != address)
+            if all(other in ejected for other in others):
                 return False  # never the last one: with nothing left to choose, ejecting helps nobody
-            self._ejected[address] = _Ejection(failures=1, until=now + EJECT_S)
+            ejected[address] = Ejection(failures=1, until=now + EJECT_S)
             return True
         if now < ejection.until:
             return False
@@ -210,32 +158,4 @@ class Picker:
 
     def report_success(self, endpoint: Endpoint) -> bool:
         """*endpoint* took a connection: all is forgiven. Return whether it was ejected until now."""
-        return self._ejected.pop(endpoint.address, None) is not None
-
-    # ---- what another process should know
-
-    def memory(self) -> PickerMemory:
-        """Return all that was learnt and still counts."""
-        return PickerMemory(list(self._pins.items()), self._ejections())
-
-    def _ejections(self) -> list[tuple[Address, int, float]]:
-        return [(address, held.failures, held.until) for address, held in self._ejected.items()]
-
-    def take_news(self) -> PickerMemory | None:
-        """Return what was learnt since the last call; None where there is nothing."""
-        ejected = self._ejections()
-        pins = dict(self._pins) if self._new_pins is None else self._new_pins
-        self._new_pins = {}
-        if not pins and ejected == self._told_ejected:
-            return None
-        self._told_ejected = ejected
-        return PickerMemory(list(pins.items()), ejected)
-
-    def remember(self, memory: PickerMemory) -> None:
-        """Know what another picker of the same service port knew."""
-        if self._affinity_timeout_s is not None:
-            self._pins = {**dict(memory.pins), **self._pins}
-        known = {endpoint.address for endpoint in self._endpoints}
-        for address, failures, until in memory.ejected:
-            if address in known:
-                self._ejected.setdefault(address, _Ejection(failures, until))
+        return self._memory.ejected.pop(endpoint.address, None) is not None

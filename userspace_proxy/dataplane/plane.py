@@ -1,4 +1,4 @@
-"""The data plane in this process: listeners by service port, and what they share."""
+"""The data plane in this process: listeners by name, and what they share."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from userspace_proxy.dataplane.connections import Connections, Limits, raise_descriptor_limit
-from userspace_proxy.dataplane.context import PlaneContext, Record
+from userspace_proxy.dataplane.context import PlaneContext, Record, Shared
 from userspace_proxy.dataplane.datagrams import DatagramPoller
 from userspace_proxy.dataplane.groups import open_group
-from userspace_proxy.dataplane.picker import PickerMemory
+from userspace_proxy.dataplane.memory import Memory, PickerMemory
 from userspace_proxy.dataplane.pipes import PipePool
 from userspace_proxy.dataplane.poller import Poller
 from userspace_proxy.dataplane.sockets import reserve_refusing_port
@@ -21,10 +21,10 @@ from userspace_proxy.dataplane.splice.pipe import PipeSplicer
 from userspace_proxy.dataplane.tcp import TcpListener
 from userspace_proxy.dataplane.udp import UdpListener
 from userspace_proxy.interfaces import Backends, ListenerSpec, PlaneStats, Splicer
-from userspace_proxy.model.names import L4Protocol, ServicePortName
+from userspace_proxy.model.names import L4Protocol, ListenerName, ServicePortName
 
 _OPENED_A_STEP = 128
-_LISTENERS_A_STEP = 256
+_SERVICE_PORTS_A_STEP = 256
 # How long the one before waits for answers to datagrams that it has passed on.
 _UDP_LINGER_S = 5.0
 _LINGER_POLL_S = 0.1
@@ -54,9 +54,10 @@ class LocalPlane:
         self._poller = Poller(loop)
         self._datagrams = DatagramPoller(loop, now)
         self._pipes = PipePool()
-        self._listeners: dict[ServicePortName, TcpListener | UdpListener] = {}
-        self._udp: dict[ServicePortName, UdpListener] = {}
-        self._backends: dict[ServicePortName, Backends] = {}
+        self._listeners: dict[ListenerName, TcpListener | UdpListener] = {}
+        self._udp: dict[ListenerName, UdpListener] = {}
+        self._backends: dict[ListenerName, Backends] = {}
+        self._shared: dict[ServicePortName, Shared] = {}
         self._reserved: tuple[socket.socket, ...] = ()
         self._context = PlaneContext(
             poller=self._poller,
@@ -73,8 +74,8 @@ class LocalPlane:
     def _descriptors_used(self) -> int:
         return len(self._listeners) + len(self._datagrams) + self._pipes.descriptors
 
-    async def open(self, specs: Sequence[ListenerSpec]) -> Mapping[ServicePortName, str]:
-        refused: dict[ServicePortName, str] = {}
+    async def open(self, specs: Sequence[ListenerSpec]) -> Mapping[ListenerName, str]:
+        refused: dict[ListenerName, str] = {}
         for count, spec in enumerate(specs, 1):
             try:
                 if not self.configure(spec):
@@ -91,6 +92,7 @@ class LocalPlane:
         known = self._listeners.get(spec.name)
         if known is not None:
             known.configure(spec)
+            self._shared[spec.name.service_port].memory.set_affinity(spec.service_port.affinity_timeout_s)
         return known is not None
 
     def serve(
@@ -101,19 +103,22 @@ class LocalPlane:
         memory: PickerMemory | None = None,
     ) -> None:
         """Serve *spec* at *sock*, which is ours from now on; it is closed where that cannot be (OSError)."""
+        name = spec.name
+        shared = self._shared.get(name.service_port) or Shared(Memory(self._context.now))
+        shared.memory.set_affinity(spec.service_port.affinity_timeout_s)
         try:
-            if spec.name.protocol is L4Protocol.UDP:
-                self._udp[spec.name] = self._listeners[spec.name] = UdpListener(spec, sock, self._context)
+            if name.protocol is L4Protocol.UDP:
+                self._udp[name] = self._listeners[name] = UdpListener(spec, sock, self._context, shared)
             else:
-                self._listeners[spec.name] = TcpListener(spec, sock, self._context)
+                self._listeners[name] = TcpListener(spec, sock, self._context, shared)
         except OSError:
             sock.close()
             raise
-        listener = self._listeners[spec.name]
+        self._shared[name.service_port] = shared
         if backends is not None:
-            self._give(spec.name, backends)
+            self._give(name, backends)
         if memory is not None:
-            listener.picker.remember(memory)
+            shared.memory.remember(memory)
 
     @property
     def messages(self) -> int:
@@ -122,10 +127,14 @@ class LocalPlane:
 
     def take_news(self) -> Iterator[list[tuple[ServicePortName, PickerMemory]]]:
         """Return what pickers have learnt since the last call, in parts that take a fraction of a millisecond each."""
-        listeners = list(self._listeners.items())
-        for start in range(0, len(listeners), _LISTENERS_A_STEP):
-            part = listeners[start : start + _LISTENERS_A_STEP]
-            yield [(name, learnt) for name, listener in part if (learnt := listener.picker.take_news()) is not None]
+        known = list(self._shared.items())
+        for start in range(0, len(known), _SERVICE_PORTS_A_STEP):
+            part = known[start : start + _SERVICE_PORTS_A_STEP]
+            yield [(name, learnt) for name, shared in part if (learnt := shared.memory.take_news()) is not None]
+
+    def memory_of(self, name: ServicePortName) -> PickerMemory:
+        """Return all that the pickers of a service port with listeners have learnt."""
+        return self._shared[name].memory.all()
 
     async def reserve(self, port: int) -> str:
         """Hold *port* so that the kernel refuses whoever dials it; return why not ("" when held)."""
@@ -135,11 +144,11 @@ class LocalPlane:
             return f"port {port}: {error.strerror}"
         return ""
 
-    async def update(self, backends: Mapping[ServicePortName, Backends]) -> None:
+    async def update(self, backends: Mapping[ListenerName, Backends]) -> None:
         for name, given in backends.items():
             self._give(name, given)
 
-    def _give(self, name: ServicePortName, backends: Backends) -> None:
+    def _give(self, name: ListenerName, backends: Backends) -> None:
         listener = self._listeners.get(name)
         if listener is not None:
             self._backends[name] = backends
@@ -150,21 +159,23 @@ class LocalPlane:
         for name, listener in self._listeners.items():
             yield listener, self._backends.get(name)
 
-    async def retire(self, names: Sequence[ServicePortName]) -> None:
+    async def retire(self, names: Sequence[ListenerName]) -> None:
         for name in names:
             self._udp.pop(name, None)
             self._backends.pop(name, None)
             listener = self._listeners.pop(name, None)
             if listener is not None:
                 listener.close()
+                if self._shared[name.service_port].memory.leave(listener.picker):
+                    del self._shared[name.service_port]
 
     async def stats(self) -> PlaneStats:
         connections = self._context.connections
-        for listener in self._listeners.values():
-            listener.counters.endpoints = len(listener.picker.endpoints)
-            listener.counters.ejected = len(listener.picker.ejected)
+        for shared in self._shared.values():
+            shared.counters.endpoints = len(shared.memory.addresses())
+            shared.counters.ejected = len(shared.memory.ejected)
         return PlaneStats(
-            services={name: listener.counters for name, listener in self._listeners.items()},
+            services={name: shared.counters for name, shared in self._shared.items()},
             connections_open=len(connections),
             accept_paused=connections.times_paused,
             local_shortages=connections.shortages,
@@ -189,6 +200,7 @@ class LocalPlane:
                 sock.close()
             self._poller.stop()
             self._datagrams.stop()
+            self._context.tables.close()
         self._pipes.shed()
         await asyncio.wait([self._sweeper])
 

@@ -15,7 +15,7 @@ import msgspec
 
 from userspace_proxy.dataplane import wire
 from userspace_proxy.dataplane.channel import Channel
-from userspace_proxy.dataplane.picker import PINS_MAX, PickerMemory, Pin
+from userspace_proxy.dataplane.memory import PINS_MAX, PickerMemory, Pin
 from userspace_proxy.errors import SyncError
 from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.names import ServicePortName

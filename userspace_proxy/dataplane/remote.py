@@ -24,7 +24,7 @@ from userspace_proxy.dataplane.process import WorkerProcess, answers_to
 from userspace_proxy.dataplane.sockets import reserve_refusing_port
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import Backends, Counters, ListenerSpec, PlaneStats
-from userspace_proxy.model.names import ServicePortName
+from userspace_proxy.model.names import ListenerName, Scope, ServicePortName
 
 # So much at once that no packet waits for more than a few milliseconds while the worker takes it in.
 _A_FRAME = 32
@@ -40,13 +40,13 @@ class RemotePlane:
 
     def __init__(self, settings: wire.WorkerSettings) -> None:
         self._limits = settings.limits
-        self._sockets: dict[ServicePortName, list[socket.socket]] = {}  # as many as workers
-        self._specs: dict[ServicePortName, ListenerSpec] = {}
-        self._backends: dict[ServicePortName, Backends] = {}
+        self._sockets: dict[ListenerName, list[socket.socket]] = {}  # as many as workers
+        self._specs: dict[ListenerName, ListenerSpec] = {}
+        self._backends: dict[ListenerName, Backends] = {}
         self._reserved: dict[int, tuple[socket.socket, ...]] = {}
         self._lock: socket.socket | None = None
         self._workers = [
-            WorkerProcess(msgspec.structs.replace(settings, worker=index), self._specs.__contains__, self._replay)
+            WorkerProcess(msgspec.structs.replace(settings, worker=index), self._serves, self._replay)
             for index in range(settings.workers)
         ]
 
@@ -85,7 +85,7 @@ class RemotePlane:
                 part,
                 len(part),
                 [(name, self._backends[name]) for name in names if name in self._backends],
-                [(name, worker.learnt.memory_of(name)) for name in names],
+                [(name, worker.learnt.memory_of(name)) for name in dict.fromkeys(name.service_port for name in names)],
             )
             yield known, [self._sockets[name][worker.settings.worker].fileno() for name in names]
 
@@ -108,9 +108,9 @@ class RemotePlane:
                 self._specs[spec.name] = spec
                 self._sockets.setdefault(spec.name, []).append(sock)
             self._backends.update(given.backends)
-            for name, memory in given.memory:
+            for service_port, memory in given.memory:
                 for worker in self._workers:
-                    worker.learnt.note(name, memory)
+                    worker.learnt.note(service_port, memory)
         for name, spec in self._specs.items():
             group = self._sockets[name]
             self._sockets[name] = fit_group(group, name.protocol, spec.proxy_port, len(self._workers), self._limits)
@@ -130,8 +130,8 @@ class RemotePlane:
 
     # ---- DataPlane
 
-    async def open(self, specs: Sequence[ListenerSpec]) -> Mapping[ServicePortName, str]:
-        refused: dict[ServicePortName, str] = {}
+    async def open(self, specs: Sequence[ListenerSpec]) -> Mapping[ListenerName, str]:
+        refused: dict[ListenerName, str] = {}
         new, known = [], []
         for count, spec in enumerate(specs, 1):
             if spec.name in self._sockets:
@@ -169,11 +169,11 @@ class RemotePlane:
             return f"port {port}: {error.strerror}"
         return ""
 
-    async def update(self, backends: Mapping[ServicePortName, Backends]) -> None:
+    async def update(self, backends: Mapping[ListenerName, Backends]) -> None:
         self._backends.update({name: given for name, given in backends.items() if name in self._specs})
         await self._send_all(*(wire.Update(part) for part in _parts(backends.items())))
 
-    async def retire(self, names: Sequence[ServicePortName]) -> None:
+    async def retire(self, names: Sequence[ListenerName]) -> None:
         for name in names:
             self._forget(name)
         await self._send_all(*(wire.Retire(part) for part in _parts(names)))
@@ -181,11 +181,16 @@ class RemotePlane:
     async def _send_all(self, *requests: wire.Request) -> list[wire.Answer]:
         return await answers_to([worker.send(request) for request in requests for worker in self._workers])
 
-    def _forget(self, name: ServicePortName) -> None:
+    def _serves(self, service_port: ServicePortName) -> bool:
+        names = (ListenerName(service_port, scope, transparent) for scope in Scope for transparent in (False, True))
+        return any(name in self._specs for name in names)
+
+    def _forget(self, name: ListenerName) -> None:
         self._specs.pop(name, None)
         self._backends.pop(name, None)
-        for worker in self._workers:
-            worker.learnt.forget(name)
+        if not self._serves(name.service_port):
+            for worker in self._workers:
+                worker.learnt.forget(name.service_port)
         for sock in self._sockets.pop(name, []):
             sock.close()
 

@@ -13,13 +13,14 @@ from userspace_proxy.interfaces import OWN_MARK
 from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.names import L4Protocol
 
-_BACKLOG = 4096
+BACKLOG = 4096
 _DATAGRAM_BUFFER_BYTES = 1 << 20
 _SO_RCVBUFFORCE = 33
 IP_PKTINFO = 8
 _SO_ORIGINAL_DST = 80  # linux/netfilter_ipv4.h, and the same number at level IPPROTO_IPV6
 _TCP_RTO_MAX_MS = 44  # Linux 6.15; older kernels refuse it, and find some dead peers later
 _MAPPED = "::ffff:"
+_PACKED4_BYTES = 6
 
 KEEPALIVE_PROBES = 3
 
@@ -88,7 +89,7 @@ def open_tcp_listener(
         keep_alive(sock, dead_peer_timeout_s)
         if congestion_control:
             _control_congestion(sock, congestion_control)
-        sock.listen(_BACKLOG)
+        sock.listen(BACKLOG)
     except BaseException:
         sock.close()
         raise
@@ -260,7 +261,12 @@ def original_destination(sock: SocketType, client_ip: str) -> bytes | None:
         return None
 
 
-def packed(ip: str | None, port: int) -> bytes:
-    """Return port and IP as the kernel writes them; the port alone where there is no IP."""
-    family = socket.AF_INET6 if ip and ":" in ip else socket.AF_INET
-    return port.to_bytes(2, "big") + (socket.inet_pton(family, ip) if ip else b"")
+def unpacked(address: bytes) -> Address:
+    """Return the address that `packed` wrote."""
+    family = socket.AF_INET6 if len(address) > _PACKED4_BYTES else socket.AF_INET
+    return socket.inet_ntop(family, address[2:]), int.from_bytes(address[:2], "big")
+
+
+def packed(ip: str, port: int) -> bytes:
+    """Return port and IP as the kernel writes them."""
+    return port.to_bytes(2, "big") + socket.inet_pton(socket.AF_INET6 if ":" in ip else socket.AF_INET, ip)

@@ -11,13 +11,15 @@ import socket
 import struct
 from socket import SocketType
 
-from userspace_proxy.dataplane.context import PlaneContext
+from userspace_proxy.dataplane.context import PlaneContext, Shared
 from userspace_proxy.dataplane.dial import Dial, DialContext
 from userspace_proxy.dataplane.picker import Pick, Picker
-from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, accept, original_destination, packed
-from userspace_proxy.interfaces import AccessRecord, Backends, Counters, ListenerSpec, Splice
+from userspace_proxy.dataplane.proxy_protocol import header_of
+from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, accept, original_destination, packed, unpacked
+from userspace_proxy.dataplane.transparent import Transparent
+from userspace_proxy.interfaces import AccessRecord, Backends, ListenerSpec, Splice
 from userspace_proxy.model.endpoint import Address
-from userspace_proxy.model.names import ServicePortName
+from userspace_proxy.model.names import ListenerName
 from userspace_proxy.model.service import Portal, portals
 
 ACCEPTS_A_TURN = 32
@@ -27,11 +29,11 @@ log = logging.getLogger(__name__)
 
 
 class TcpListener:
-    """The proxy port of one TCP service port."""
+    """One proxy port of a TCP service port."""
 
-    def __init__(self, spec: ListenerSpec, sock: socket.socket, context: PlaneContext) -> None:
-        self.counters = Counters()
-        self.picker = Picker(context.now)
+    def __init__(self, spec: ListenerSpec, sock: socket.socket, context: PlaneContext, shared: Shared) -> None:
+        self.counters = shared.counters
+        self.picker = Picker(shared.memory)
         self._context = context
         self._dialing = DialContext(
             context.poller,
@@ -41,6 +43,7 @@ class TcpListener:
             self.counters,
             context.connections.note_shortage,
             context.limits.congestion_control,
+            Transparent(context.tables, self.counters) if spec.transparent else None,
         )
         self.configure(spec)
         self._sock = sock
@@ -48,7 +51,7 @@ class TcpListener:
         context.poller.accept_from(self._sock, self._accept)
 
     @property
-    def name(self) -> ServicePortName:
+    def name(self) -> ListenerName:
         return self._spec.name
 
     @property
@@ -65,10 +68,10 @@ class TcpListener:
         return self._dialing
 
     def configure(self, spec: ListenerSpec) -> None:
-        """Take new portals and another affinity; the proxy port stays."""
+        """Take new portals; the proxy port stays."""
         self._spec = spec
         self._portals = {packed(portal.ip, portal.port): portal for portal in portals(spec.service_port)}
-        self.picker.set_affinity(spec.service_port.affinity_timeout_s)
+        self._header_of = header_of(spec.service_port.source_ip, spec.name.protocol)
 
     def update(self, backends: Backends) -> None:
         self.picker.set_endpoints(backends.usable)
@@ -108,12 +111,16 @@ class TcpListener:
             TcpConnection(self, sock, client, context).begin()
         return room > 0
 
-    def portal_of(self, sock: SocketType, client_ip: str) -> Portal | None:
-        """Return the portal that the client at *sock* dialled, or None when it came here by another way."""
-        dialled = original_destination(sock, client_ip)
+    def header(self, client: Address, dialled: bytes) -> bytes:
+        """Return what backends get before all that *client* sends."""
+        return self._header_of(client, unpacked(dialled)) if self._header_of else b""
+
+    def portal_of(self, dialled: bytes | None) -> Portal | None:
+        """Return the portal that is *dialled*, or None when it is none of ours."""
         if dialled is None:
             return None
-        return self._portals.get(dialled) or self._portals.get(dialled[:2])
+        # At a port of every address, or at this very one.
+        return self._portals.get(dialled) or self._portals.get(dialled[:2] + bytes(len(dialled) - 2))
 
 
 class TcpConnection:
@@ -144,8 +151,9 @@ class TcpConnection:
 
     def begin(self) -> None:
         listener = self._listener
-        self._portal = portal = listener.portal_of(self._client, self.client[0])
-        if portal is None:
+        dialled = original_destination(self._client, self.client[0])
+        self._portal = portal = listener.portal_of(dialled)
+        if dialled is None or portal is None:
             # Somebody found the proxy port itself: the guard rule refuses that, unless a foreign DNAT led here.
             listener.counters.refused += 1
             self._refuse()
@@ -157,7 +165,7 @@ class TcpConnection:
             return
         counters.accepted += 1
         counters.open += 1
-        self._dial = dial = Dial(self.client[0], listener.dialing, self)
+        self._dial = dial = Dial(self.client[0], listener.dialing, self, listener.header(self.client, dialled))
         dial.start()
 
     def on_connected(self, backend: SocketType, pick: Pick, told: int) -> None:
@@ -193,7 +201,7 @@ class TcpConnection:
         if context.access_log is not None:
             context.access_log(
                 AccessRecord(
-                    service_port=self._listener.name,
+                    service_port=self._listener.name.service_port,
                     client=self.client,
                     portal=self._portal,
                     endpoint=self._pick.endpoint if self._pick else None,

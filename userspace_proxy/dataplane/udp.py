@@ -13,31 +13,36 @@ import os
 import socket
 from collections import OrderedDict
 
-from userspace_proxy.dataplane.context import PlaneContext
+from userspace_proxy.dataplane.context import PlaneContext, Shared
 from userspace_proxy.dataplane.datagrams import UdpFlow
-from userspace_proxy.dataplane.mmsg import client_address, reply_record
+from userspace_proxy.dataplane.mmsg import asked_ip, client_address, client_family, reply_record
 from userspace_proxy.dataplane.picker import Picker
+from userspace_proxy.dataplane.proxy_protocol import header_of
 from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, is_self_connected
-from userspace_proxy.interfaces import AccessRecord, Backends, Counters, ListenerSpec
-from userspace_proxy.model.endpoint import Address, Endpoint
-from userspace_proxy.model.names import ServicePortName
+from userspace_proxy.dataplane.transparent import Transparent
+from userspace_proxy.interfaces import AccessRecord, Backends, ListenerSpec
+from userspace_proxy.model.endpoint import Address, Endpoint, Family
+from userspace_proxy.model.names import ListenerName
 from userspace_proxy.model.service import portals
 
 # Not the endpoint's fault: there is no room now, or the datagram is too long for this way and shorter ones go on.
 _DROPPED = {errno.EAGAIN, errno.EMSGSIZE}
 
+# In the place of a client whom nobody remembers, which saves writing its address down.
+_ANYBODY: dict[Family, str] = {4: "0.0.0.0", 6: "::"}  # noqa: S104 - nothing is bound
+
 log = logging.getLogger(__name__)
 
 
 class UdpListener:
-    """The proxy port of one UDP service port, and its flows, least recently used first."""
+    """One proxy port of a UDP service port, and its flows, least recently used first."""
 
-    def __init__(self, spec: ListenerSpec, sock: socket.socket, context: PlaneContext) -> None:
-        self.counters = Counters()
-        self.picker = Picker(context.now, spec.service_port.affinity_timeout_s)
+    def __init__(self, spec: ListenerSpec, sock: socket.socket, context: PlaneContext, shared: Shared) -> None:
+        self.counters = shared.counters
+        self.picker = Picker(shared.memory)
         self._context = context
-        self._spec = spec
-        self._affinity = spec.service_port.affinity_timeout_s is not None
+        self._transparent = Transparent(context.tables, self.counters) if spec.transparent else None
+        self.configure(spec)
         self._flows: OrderedDict[bytes, UdpFlow] = OrderedDict()
         self._serving: frozenset[Address] = frozenset()
         self.touch = self._flows.move_to_end
@@ -46,7 +51,7 @@ class UdpListener:
         self._datagrams.serve(self)
 
     @property
-    def name(self) -> ServicePortName:
+    def name(self) -> ListenerName:
         return self._spec.name
 
     @property
@@ -64,8 +69,9 @@ class UdpListener:
 
     def configure(self, spec: ListenerSpec) -> None:
         self._spec = spec
-        self._affinity = spec.service_port.affinity_timeout_s is not None
-        self.picker.set_affinity(spec.service_port.affinity_timeout_s)
+        self._header_of = header_of(spec.service_port.source_ip, spec.name.protocol)
+        affinity = spec.service_port.affinity_timeout_s is not None
+        self._knows_clients = affinity or spec.transparent or self._header_of is not None
 
     def update(self, backends: Backends) -> None:
         """Take new endpoints; flows whose endpoint serves no more end, and their next datagram starts anew."""
@@ -97,7 +103,7 @@ class UdpListener:
                 self.counters.datagrams_dropped += 1
                 continue
             try:
-                flow.sock.send(room[:length])
+                flow.send(room[:length])
             except OSError as error:
                 self._send_anew(flow, room[:length], error, now)
                 continue
@@ -112,11 +118,12 @@ class UdpListener:
             again = self._begin(flow.key, now)
             if again is not None:
                 try:
-                    again.bytes_to_backend += again.sock.send(datagram)
+                    again.send(datagram)
                 except OSError as refused:
                     if refused.errno not in _DROPPED:
                         self.lose(again, refused)
                 else:
+                    again.bytes_to_backend += len(datagram)
                     return
         self.counters.datagrams_dropped += 1
 
@@ -125,12 +132,12 @@ class UdpListener:
         flows, datagrams, counters = self._flows, self._datagrams, self.counters
         if len(flows) >= self._context.limits.udp_flows_per_service:
             self._evict()
-        client_ip = client_address(key)[0] if self._affinity else ""
+        client_ip = client_address(key)[0] if self._knows_clients else _ANYBODY[client_family(key)]
         tried: dict[Address, bool] = {}
         while (pick := self.picker.pick(client_ip, tried)) is not None:
             address = pick.endpoint.address
             tried[address] = True
-            sock = datagrams.lease(address) or self._open_socket(address)
+            sock = self._socket_as(client_ip, address) if self._transparent else self._socket_to(address)
             if sock is None:
                 return None
             try:
@@ -142,12 +149,36 @@ class UdpListener:
                 self._hold_against(pick.endpoint, error)
                 counters.retries += 1
                 continue
-            flow = flows[key] = UdpFlow(key, reply_record(key), self, sock, pick.endpoint, pick.why, now)
+            header = self._header(key) if self._header_of else b""
+            flow = flows[key] = UdpFlow(key, reply_record(key), self, sock, pick.endpoint, pick.why, now, header)
             datagrams.begin(flow)
             counters.flows_total += 1
             counters.flows += 1
             return flow
         return None
+
+    def _header(self, key: bytes) -> bytes:
+        """Return what goes in front of each datagram of this client."""
+        assert self._header_of is not None
+        client = client_address(key)
+        return self._header_of(client, self._context.tables.dialled_by(client, (asked_ip(key), self._spec.proxy_port)))
+
+    def _socket_to(self, address: Address) -> socket.socket | None:
+        return self._datagrams.lease(address) or self._open_socket(address)
+
+    def _socket_as(self, client_ip: str, address: Address) -> socket.socket | None:
+        """Return a socket that speaks as the client, where the endpoint is to see it."""
+        assert self._transparent is not None
+        if not self._transparent.concerns(client_ip, address[0]):
+            return self._socket_to(address)
+        sock = self._open_socket(address)
+        if sock is not None:
+            try:
+                self._transparent.speak_as(sock, client_ip)
+            except OSError:
+                self._datagrams.close(sock)
+                return None
+        return sock
 
     def _open_socket(self, address: Address) -> socket.socket | None:
         fits = self._context.connections.fits
@@ -217,7 +248,7 @@ class UdpListener:
         if self._flows.pop(flow.key, None) is None:
             return
         now = self._context.now()
-        self._datagrams.end(flow, now, rest=rest)
+        self._datagrams.end(flow, now, rest=rest and self._transparent is None)
         self.counters.flows -= 1
         self.counters.bytes_to_backends += flow.bytes_to_backend
         self.counters.bytes_to_clients += flow.bytes_to_client
@@ -225,7 +256,7 @@ class UdpListener:
             return
         self._context.access_log(
             AccessRecord(
-                service_port=self.name,
+                service_port=self.name.service_port,
                 client=client_address(flow.key),
                 portal=known[0] if len(known := portals(self._spec.service_port)) == 1 else None,
                 endpoint=flow.endpoint,

@@ -8,9 +8,9 @@ from __future__ import annotations
 import msgspec
 
 from userspace_proxy.dataplane.connections import Limits
-from userspace_proxy.dataplane.picker import PickerMemory
+from userspace_proxy.dataplane.memory import PickerMemory
 from userspace_proxy.interfaces import Backends, Counters, ListenerSpec, PlaneStats
-from userspace_proxy.model.names import ServicePortName
+from userspace_proxy.model.names import ListenerName, ServicePortName
 
 
 class WorkerSettings(msgspec.Struct, frozen=True):
@@ -37,21 +37,21 @@ class Open(msgspec.Struct, frozen=True, tag=True):
     """Serve these. A descriptor comes with each of the first *new* of them; the others are configured anew.
 
     For the worker that takes another's place *backends* and *memory* are what that one knew: both are there before
-    the first client is accepted.
+    the first client is accepted. Listeners of one service port share its memory.
     """
 
     specs: list[ListenerSpec]
     new: int
-    backends: list[tuple[ServicePortName, Backends]] = []
+    backends: list[tuple[ListenerName, Backends]] = []
     memory: list[tuple[ServicePortName, PickerMemory]] = []
 
 
 class Update(msgspec.Struct, frozen=True, tag=True):
-    backends: list[tuple[ServicePortName, Backends]]
+    backends: list[tuple[ListenerName, Backends]]
 
 
 class Retire(msgspec.Struct, frozen=True, tag=True):
-    names: list[ServicePortName]
+    names: list[ListenerName]
 
 
 class TellStats(msgspec.Struct, frozen=True, tag=True):
@@ -81,7 +81,7 @@ Request = Open | Update | Retire | TellStats | Cut | KeepOn | Close
 class Done(msgspec.Struct, frozen=True, tag=True):
     """The answer to every request but `TellStats`; *refused* says which listeners could not be served, and why."""
 
-    refused: list[tuple[ServicePortName, str]] = []
+    refused: list[tuple[ListenerName, str]] = []
 
 
 class Stats(msgspec.Struct, frozen=True, tag=True):
@@ -92,7 +92,7 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
 
 
 class News(msgspec.Struct, frozen=True, tag=True):
-    """No answer: what pickers have learnt in the last second."""
+    """No answer: what the pickers of service ports have learnt in the last second."""
 
     memory: list[tuple[ServicePortName, PickerMemory]]
 

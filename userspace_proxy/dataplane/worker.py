@@ -137,7 +137,7 @@ class Worker:
         for spec, descriptor in zip(request.specs[: request.new], descriptors, strict=True):
             try:
                 self._plane.serve(
-                    spec, socket.socket(fileno=descriptor), backends.get(spec.name), memory.get(spec.name)
+                    spec, socket.socket(fileno=descriptor), backends.get(spec.name), memory.get(spec.name.service_port)
                 )
             except OSError as error:
                 refused.append((spec.name, f"port {spec.proxy_port}: {error.strerror}"))
@@ -210,11 +210,12 @@ class Orphan:
         held = list(self._plane.held())
         for start in range(0, len(held), _HANDED_A_FRAME):
             part = held[start : start + _HANDED_A_FRAME]
+            service_ports = dict.fromkeys(listener.name.service_port for listener, _ in part)
             known = wire.Open(
                 [listener.spec for listener, _ in part],
                 len(part),
                 [(listener.name, backends) for listener, backends in part if backends is not None],
-                [(listener.name, listener.picker.memory()) for listener, _ in part],
+                [(name, self._plane.memory_of(name)) for name in service_ports],
             )
             yield Inherit(self._settings.worker, known), [listener.sock.fileno() for listener, _ in part]
 

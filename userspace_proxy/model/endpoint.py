@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 Address = tuple[str, int]
 """An IP address as canonical text, and a port: what a socket connects to."""
+
+Family = Literal[4, 6]
+FAMILIES: tuple[Family, ...] = (4, 6)
+
+
+def family_of(ip: str) -> Family:
+    """Return the family of an address or CIDR."""
+    return 6 if ":" in ip else 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +23,7 @@ class Endpoint:
 
     ``ip`` is canonical text (sockets take text, and 100,000 endpoints are cheap that way).
     ``ready``: takes new traffic. ``serving``: answers, whatever ``ready`` says. ``terminating``: on its way out.
+    ``zone_hints``, ``node_hints``: for whom the slice controller meant it; empty where it said nothing.
     """
 
     ip: str
@@ -22,6 +32,8 @@ class Endpoint:
     serving: bool = True
     terminating: bool = False
     node_name: str | None = None
+    zone_hints: frozenset[str] = frozenset()
+    node_hints: frozenset[str] = frozenset()
 
     @property
     def address(self) -> Address:

@@ -1,4 +1,4 @@
-"""Userspace mode: a listener for each service port, and rules that lead its portals there.
+"""Userspace mode: listeners for each service port, and rules that lead its portals there.
 
 Always in this order: open, load, retire. So no rule ever points at a port nobody listens on, and a refused
 load leaves the old rules *and* the old listeners serving.
@@ -11,20 +11,19 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import AsyncIterator, Container, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import replace
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import Backends, Capture, DataPlane, Kernel, ListenerSpec, Redirects
-from userspace_proxy.model.allocation import Allocator
-from userspace_proxy.model.endpoint import Endpoint
-from userspace_proxy.model.names import L4Protocol, ServicePortName
-from userspace_proxy.model.service import Portal, ServicePort, portals
+from userspace_proxy.model.names import ListenerName, ServicePortName
+from userspace_proxy.model.service import Portal, portals
 from userspace_proxy.model.state import ProxyState
-from userspace_proxy.model.topology import serving_endpoints, usable_endpoints
+from userspace_proxy.proxiers.plans import NodeRules, Plan, plan, redirects_to
+from userspace_proxy.proxiers.proxy_ports import ProxyPorts
 from userspace_proxy.rules.conntrack import changed_udp_portals, forget_udp_flows
 
 _PORT_TRIES = 64
-_REFUSING = "nobody listens"
 # A notice is the first of several; and whoever changes rules all the time is not answered all the time.
 _SETTLE_S = 0.05
 _REPAIR_PAUSE_S = 0.3
@@ -35,119 +34,36 @@ _TOLD_MAX = 20
 log = logging.getLogger(__name__)
 
 
-class ProxyPorts:
-    """The numbers for proxy ports: an allocator for each protocol over one range."""
-
-    def __init__(self, first: int, last: int, remembered: Mapping[str, int]) -> None:
-        self._first = first
-        self._last = last
-        numbers = {key: port - first for key, port in remembered.items()}
-        self._allocators = {
-            protocol: Allocator(last - first + 1, {k: n for k, n in numbers.items() if k.endswith(protocol)})
-            for protocol in L4Protocol
-        }
-
-    @property
-    def changes(self) -> int:
-        return sum(allocator.changes for allocator in self._allocators.values())
-
-    def memory(self) -> dict[str, int]:
-        """Return key -> port, for the next process."""
-        held = {}
-        for allocator in self._allocators.values():
-            held.update({key: number + self._first for key, number in allocator.memory().items()})
-        return held
-
-    def next_for(self, name: ServicePortName, refused: set[int]) -> int | None:
-        """Take the next port to try for *name*, but none of *refused*; None when there is none left."""
-        return self._take(self._allocators[name.protocol], name.key, refused)
-
-    def next_refusing(self, refused: set[int]) -> int | None:
-        """Take a port for both protocols, at which nobody shall listen."""
-        tcp, udp = self._allocators[L4Protocol.TCP], self._allocators[L4Protocol.UDP]
-        port = self._take(tcp, f"{_REFUSING}/TCP", refused)
-        if port is not None and not udp.take(f"{_REFUSING}/UDP", port - self._first):
-            return self.next_refusing(refused | {port})
-        return port
-
-    def _take(self, allocator: Allocator, key: str, refused: set[int]) -> int | None:
-        for number in allocator.candidates(key):
-            port = number + self._first
-            if port not in refused:
-                allocator.take(key, number)
-                return port
-        return None
-
-    def hold(self, name: ServicePortName, port: int) -> None:
-        """Know that *name* has *port*, wherever it got it."""
-        if self._first <= port <= self._last:
-            self._allocators[name.protocol].take(name.key, port - self._first)
-
-    def release(self, name: ServicePortName) -> None:
-        self._allocators[name.protocol].release(name.key)
-
-
-def redirects_to(
-    opened: Mapping[ServicePortName, int],
-    state: ProxyState,
-    backed: Container[ServicePortName],
-    refuse_port: int,
-    capture: Capture,
-) -> tuple[Redirects, dict[Portal, ServicePortName]]:
-    """Return the rules that lead the portals of *opened* (name -> proxy port) there. Pure.
-
-    Those not in *backed* have no endpoint and are led to *refuse_port*. Of two with one portal the first has
-    it; the second part says who else claimed one.
-    """
-    ports: dict[Portal, int] = {}
-    names: dict[Portal, ServicePortName] = {}
-    claimed: dict[Portal, ServicePortName] = {}
-    for name, proxy_port in opened.items():
-        for portal in portals(state.service_ports[name]):
-            if names.setdefault(portal, name) is name:
-                ports[portal] = proxy_port if name in backed else refuse_port
-            else:
-                claimed[portal] = name
-    return Redirects(ports, names, refuse_port, capture), claimed
-
-
-def planned_redirects(state: ProxyState, ports: ProxyPorts, capture: Capture) -> Redirects:
-    """Return the rules for *state* as if every port were free; nothing is opened or loaded."""
-    refuse_port = ports.next_refusing(set()) or 0
-    opened = {name: port for name in state.service_ports if (port := ports.next_for(name, set()))}
-    backed = {name for name, known in state.endpoints.items() if usable_endpoints(known)}
-    return redirects_to(opened, state, backed, refuse_port, capture)[0]
-
-
 class UserspaceProxier:
     """Holds what is open and what is loaded, and brings both to each new state."""
 
-    def __init__(self, plane: DataPlane, kernel: Kernel, ports: ProxyPorts, capture: Capture) -> None:
+    def __init__(self, plane: DataPlane, kernel: Kernel, ports: ProxyPorts, rules: NodeRules) -> None:
         self._plane = plane
         self._kernel = kernel
         self._ports = ports
-        self._capture = capture
+        self._rules = rules
         self._lock = asyncio.Lock()
         self._state = ProxyState()
-        self._opened: dict[ServicePortName, ListenerSpec] = {}
-        self._given: dict[ServicePortName, tuple[Endpoint, ...]] = {}
-        self._backed: set[ServicePortName] = set()
+        self._plans: dict[ServicePortName, Plan] = {}
+        self._unfinished: set[ServicePortName] = set()  # planned, and not all of it done yet
+        self._opened: dict[ListenerName, ListenerSpec] = {}
+        self._given: dict[ListenerName, Backends] = {}
         self._loaded: Redirects | None = None
         self._outdated = True  # until a load has succeeded, however often it is refused
         self._claimed: dict[Portal, ServicePortName] = {}
         self._told: set[ServicePortName] = set()
         self._refuse_port = 0
-        self.unopened: dict[ServicePortName, str] = {}
+        self.unopened: dict[ListenerName, str] = {}
         self.loads = 0
         self.repairs = 0
 
     @property
     def service_ports(self) -> int:
-        return len(self._opened)
+        return len(self._plans)
 
     @property
     def capture(self) -> Capture:
-        return self._capture
+        return self._rules.capture
 
     # ---- from one process to the next
 
@@ -156,7 +72,7 @@ class UserspaceProxier:
         for spec in specs:
             self._opened[spec.name] = spec
             self._ports.hold(spec.name, spec.proxy_port)
-        self._told.update(self._opened)
+        self._told.update(name.service_port for name in self._opened)
 
     @contextlib.asynccontextmanager
     async def paused(self) -> AsyncIterator[None]:
@@ -168,44 +84,73 @@ class UserspaceProxier:
 
     async def sync(self, state: ProxyState) -> None:
         async with self._lock:
-            self._state = state
-            self._outdated |= await self._open(state.service_ports)
-            emptied = await self._update(state.endpoints)
-            gone = [name for name in self._opened if name not in state.service_ports]
-            if self._outdated or gone:
-                await self._load(state)
-            await self._give(emptied, state)  # now that nobody is led there any more
-            self._tell_new(state)
+            changed = self._plan(state)
+            await self._open(changed)
+            emptied = await self._give_usable(changed)
+            gone = [name for name in self._opened if not self._is_wanted(name)]
+            if self._outdated:
+                await self._load()
+            await self._give(emptied)  # now that nobody is led there any more
+            self._tell_new(changed)
             await self._retire(gone)
+            self._unfinished.clear()
 
-    def _tell_new(self, state: ProxyState) -> None:
+    def _plan(self, state: ProxyState) -> list[Plan]:
+        """Make plans anew for what changed; return them, and those of which something is still to do."""
+        before, detects_pods = self._state, self._rules.detects_pods(state.node)
+        for name, service_port in state.service_ports.items():
+            held, endpoints = self._plans.get(name), state.endpoints[name]
+            if held is None or not held.is_of(service_port, endpoints) or state.node is not before.node:
+                self._plans[name] = made = plan(service_port, endpoints, state.node, detects_pods=detects_pods)
+                self._unfinished.add(name)
+                self._outdated |= held is None or held.routes != made.routes or held.service_port != made.service_port
+        for name in [name for name in self._plans if name not in state.service_ports]:
+            del self._plans[name]
+            self._unfinished.discard(name)
+            self._told.discard(name)
+            self._outdated = True
+        self._outdated |= state.node != before.node
+        self._state = state
+        return [self._plans[name] for name in self._plans if name in self._unfinished]
+
+    def _is_wanted(self, name: ListenerName) -> bool:
+        planned = self._plans.get(name.service_port)
+        return planned is not None and name in planned.listeners
+
+    def _tell_new(self, changed: Iterable[Plan]) -> None:
         """Say what is served from now on: the addresses are news where they were allocated."""
-        new = [name for name in state.service_ports if name in self._opened and name not in self._told]
-        for name in new[:_TOLD_MAX]:
-            shown = ", ".join(map(str, portals(state.service_ports[name])))
-            usable = len(usable_endpoints(state.endpoints[name]))
-            port = self._opened[name].proxy_port
-            log.info("%s: %s %s -> proxy port %d -> %d endpoints", name, name.protocol, shown, port, usable)
+        new = [
+            p for p in changed if p.service_port.name not in self._told and any(n in self._opened for n in p.listeners)
+        ]
+        for planned in new[:_TOLD_MAX]:
+            name = planned.service_port.name
+            shown = ", ".join(dict.fromkeys(map(str, portals(planned.service_port))))
+            for listener, backends in planned.listeners.items():
+                if (spec := self._opened.get(listener)) is not None:
+                    port, usable = spec.proxy_port, len(backends.usable)
+                    log.info("%s: %s %s -> proxy port %d -> %d endpoints", listener, name.protocol, shown, port, usable)
         if len(new) > _TOLD_MAX:
             log.info("... and %d more service ports", len(new) - _TOLD_MAX)
-        self._told |= set(new)
+        self._told.update(planned.service_port.name for planned in new)
 
-    async def _open(self, wanted: Mapping[ServicePortName, ServicePort]) -> bool:
-        """Open or configure listeners; return whether a rule may have to change."""
+    async def _open(self, changed: Iterable[Plan]) -> None:
+        """Open or configure the listeners of *changed*, and those that could not be opened before."""
         if not self._refuse_port:
             await self._reserve_refuse_port()
+        wanted = {name: planned.service_port for planned in changed for name in planned.listeners}
+        wanted |= {n: self._plans[n.service_port].service_port for n in self.unopened if self._is_wanted(n)}
         specs = []
         for name, service_port in wanted.items():
             held = self._opened.get(name)
-            if held is not None and (held.service_port is service_port or held.service_port == service_port):
+            if held is not None and held.service_port == service_port:
                 continue
             port = held.proxy_port if held else self._ports.next_for(name, set())
             if port is None:
                 self._note_unopened(name, "no proxy port is left; widen --proxy-port-range")
             else:
-                specs.append(ListenerSpec(service_port, port))
-        moved = bool(specs)
-        tried: dict[ServicePortName, set[int]] = {}
+                specs.append(ListenerSpec(service_port, port, name.scope, name.transparent))
+        self._outdated |= bool(specs)
+        tried: dict[ListenerName, set[int]] = {}
         while specs:
             refused = await self._plane.open(specs)
             opened = [spec for spec in specs if spec.name not in refused]
@@ -213,12 +158,11 @@ class UserspaceProxier:
                 self._opened[spec.name] = spec
                 self.unopened.pop(spec.name, None)
             specs = [
-                ListenerSpec(spec.service_port, port)
+                replace(spec, proxy_port=port)
                 for spec in specs
                 if spec.name in refused
                 and (port := self._another_port(spec, refused[spec.name], tried.setdefault(spec.name, set())))
             ]
-        return moved
 
     def _another_port(self, spec: ListenerSpec, why: str, tried: set[int]) -> int | None:
         """Return the port to try next for a listener that could not be opened; None to give up until the next sync."""
@@ -231,7 +175,7 @@ class UserspaceProxier:
             self._note_unopened(spec.name, why)
         return port
 
-    def _note_unopened(self, name: ServicePortName, why: str) -> None:
+    def _note_unopened(self, name: ListenerName, why: str) -> None:
         if self.unopened.get(name) != why:
             log.error("service port %s has no listener: %s", name, why)
         self.unopened[name] = why
@@ -250,35 +194,28 @@ class UserspaceProxier:
             refused.add(port)
         raise SyncError(f"no port of --proxy-port-range can be held ({why}); choose another range")
 
-    async def _update(self, endpoints: Mapping[ServicePortName, tuple[Endpoint, ...]]) -> list[ServicePortName]:
-        """Give changed endpoints to the data plane; return the service ports that have none left.
+    async def _give_usable(self, changed: Iterable[Plan]) -> dict[ListenerName, Backends]:
+        """Give the data plane the endpoints of *changed*; return what it is to be given once the rules are loaded.
 
-        These keep what they have until the rules refuse for them: nobody is accepted only to be reset.
+        Listeners that have none left keep what they have until the rules refuse for them: nobody is accepted only to
+        be reset.
         """
-        given, emptied = [], []
-        for name, known in endpoints.items():
-            if self._given.get(name) is known:
-                continue
-            usable = bool(usable_endpoints(known))
-            self._outdated |= (name in self._backed) is not usable
-            if usable:
-                self._backed.add(name)
-                given.append(name)
-            else:
-                self._backed.discard(name)
-                emptied.append(name)
-        await self._give(given, self._state)
+        given: dict[ListenerName, Backends] = {}
+        emptied: dict[ListenerName, Backends] = {}
+        for planned in changed:
+            for name, backends in planned.listeners.items():
+                if self._given.get(name) != backends:
+                    (given if backends.usable else emptied)[name] = backends
+        await self._give(given)
         return emptied
 
-    async def _give(self, names: list[ServicePortName], state: ProxyState) -> None:
-        if not names:
-            return
-        known = {name: state.endpoints[name] for name in names}
-        await self._plane.update({n: Backends(usable_endpoints(e), serving_endpoints(e)) for n, e in known.items()})
-        self._given.update(known)
+    async def _give(self, backends: Mapping[ListenerName, Backends]) -> None:
+        if backends:
+            await self._plane.update(backends)
+            self._given.update(backends)
 
-    async def _load(self, state: ProxyState) -> None:
-        redirects = self._redirects(state)
+    async def _load(self) -> None:
+        redirects = self._redirects()
         if redirects != self._loaded:
             await self._replace(redirects)
         self._outdated = False
@@ -286,31 +223,31 @@ class UserspaceProxier:
     async def _replace(self, redirects: Redirects) -> None:
         await self._kernel.load(redirects)
         self.loads += 1
-        before = self._loaded.ports if self._loaded else {}
-        self._loaded = redirects
-        if changed := changed_udp_portals(before, redirects.ports):
+        before, self._loaded = self._loaded, redirects
+        if changed := changed_udp_portals(before or Redirects(), redirects):
             await forget_udp_flows(changed)
 
-    def _redirects(self, state: ProxyState) -> Redirects:
-        opened = {name: self._opened[name].proxy_port for name in state.service_ports if name in self._opened}
-        redirects, claimed = redirects_to(opened, state, self._backed, self._refuse_port, self._capture)
+    def _redirects(self) -> Redirects:
+        opened = {name: spec.proxy_port for name, spec in self._opened.items()}
+        redirects, claimed = redirects_to(opened, self._plans, self._refuse_port, self._rules, self._state.node)
+        if self._loaded is not None and self._loaded.transparent:
+            # Open connections may outlive the last transparent listener, and answers to them have to come to us.
+            redirects = replace(redirects, transparent=True)
         for portal, name in claimed.items():
             if self._claimed.get(portal) != name:
                 log.warning("%s is claimed by %s and by %s; the first has it", portal, redirects.names[portal], name)
         self._claimed = claimed
         return redirects
 
-    async def _retire(self, gone: list[ServicePortName]) -> None:
-        for name in [name for name in self.unopened if name not in self._state.service_ports]:
+    async def _retire(self, gone: list[ListenerName]) -> None:
+        for name in [name for name in self.unopened if not self._is_wanted(name)]:
             del self.unopened[name]
         if not gone:
             return
         await self._plane.retire(gone)
         for name in gone:
             del self._opened[name]
-            self._told.discard(name)
             self._given.pop(name, None)
-            self._backed.discard(name)
             self._ports.release(name)
 
     # ---- what happens without a new state
@@ -322,14 +259,17 @@ class UserspaceProxier:
             SyncError: refused; the way before is still in force.
         """
         async with self._lock:
-            before, self._capture = self._capture, capture
-            if self._loaded is None:
-                return
-            try:
-                await self._load(self._state)
-            except SyncError:
-                self._capture = before
-                raise
+            await self._change_rules(replace(self._rules, capture=capture))
+
+    async def _change_rules(self, rules: NodeRules) -> None:
+        before, self._rules = self._rules, rules
+        if self._loaded is None:
+            return
+        try:
+            await self._load()
+        except SyncError:
+            self._rules = before
+            raise
 
     async def keep_rules(self) -> None:
         """Load our rules again whenever somebody else removed or changed them. Runs until cancelled."""
@@ -362,7 +302,7 @@ class UserspaceProxier:
             log.warning("our rules were removed or changed by somebody else; loading them again")
             await self._kernel.reload()
             self.repairs += 1
-            await forget_udp_flows(changed_udp_portals({}, self._loaded.ports))
+            await forget_udp_flows(changed_udp_portals(Redirects(), self._loaded))
         await asyncio.sleep(_REPAIR_PAUSE_S)
 
     def cut(self) -> None:
@@ -386,8 +326,8 @@ class UserspaceProxier:
         if self._loaded is None:
             return
         try:
-            await self._kernel.load(Redirects(capture=self._loaded.capture))
+            await self._kernel.load(Redirects(capture=self._loaded.capture, transparent=self._loaded.transparent))
         except SyncError as error:
             log.error("redirects could not be taken away: %s", error)  # noqa: TRY400
             return
-        await forget_udp_flows(changed_udp_portals(self._loaded.ports, {}))
+        await forget_udp_flows(changed_udp_portals(self._loaded, Redirects()))

@@ -7,9 +7,11 @@ ever. So when a portal appears, goes, or gets another port, its old flows are de
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Set
 
 from userspace_proxy.errors import SyncError
+from userspace_proxy.interfaces import Redirects
+from userspace_proxy.model.endpoint import family_of
 from userspace_proxy.model.names import L4Protocol
 from userspace_proxy.model.service import Portal
 from userspace_proxy.rules.tool import run_tool
@@ -17,56 +19,61 @@ from userspace_proxy.rules.tool import run_tool
 log = logging.getLogger(__name__)
 
 
-def changed_udp_portals(old: Mapping[Portal, int], new: Mapping[Portal, int]) -> dict[Portal, int]:
-    """Return the UDP portals whose port differs between *old* and *new*, with the new one (0: gone)."""
-    both = {**old, **new}
+def changed_udp_portals(old: Redirects, new: Redirects) -> dict[Portal, frozenset[int]]:
+    """Return the UDP portals that lead elsewhere in *new*, with the ports to which they lead; none where they are gone.
+
+    Several, where senders are told from one another.
+    """
+    before, after = _udp_ports(old), _udp_ports(new)
+    nowhere: frozenset[int] = frozenset()
     return {
-        portal: new.get(portal, 0)
-        for portal in both
-        if portal.protocol is L4Protocol.UDP and old.get(portal) != new.get(portal)
+        portal: after.get(portal, nowhere)
+        for portal in {**before, **after}
+        if before.get(portal, nowhere) != after.get(portal, nowhere)
     }
 
 
-def stale_portals(listing: str, changed: Mapping[Portal, int]) -> set[tuple[str, int]]:
+def _udp_ports(redirects: Redirects) -> dict[Portal, frozenset[int]]:
+    ports = {p: frozenset((port,)) for p, port in redirects.ports.items() if p.protocol is L4Protocol.UDP}
+    for exceptions in redirects.exceptions.values():
+        for portal, port in exceptions.items():
+            if portal.protocol is L4Protocol.UDP:
+                ports[portal] = ports.get(portal, frozenset()) | {port}
+    return ports
+
+
+def stale_portals(listing: str, changed: Mapping[Portal, Set[int]]) -> set[tuple[str, int]]:
     """Return (address, port) of the portals in *changed* that flows in *listing* still use the old way.
 
-    *listing* is what ``conntrack -L -p udp`` prints: a flow's own addresses, then those of its replies.
+    Their replies come from none of the ports to which the portal leads now; or from the portal itself, as no
+    rule was there yet when they began. *listing* is what ``conntrack -L -p udp`` prints: a flow's own addresses,
+    then those of its replies.
     """
-    by_ip = {(p.ip, p.port): port for p, port in changed.items() if p.ip}
-    by_port = {p.port: port for p, port in changed.items() if p.ip is None}
+    by_ip = {(portal.ip, portal.port): ports for portal, ports in changed.items() if not portal.is_node_port}
+    by_port = {(portal.family, portal.port): ports for portal, ports in changed.items() if portal.is_node_port}
     stale = set()
     for line in listing.splitlines():
         words = [word.partition("=") for word in line.split()]
-        values = [value for key, _, value in words if key in ("dst", "sport", "dport")]
-        if len(values) < 6:
+        values = [value for key, _, value in words if key in ("src", "dst", "sport", "dport")]
+        if len(values) < 8:
             continue
-        asked, port, reply_port = values[0], int(values[2]), int(values[4])
-        wanted = by_ip.get((asked, port), by_port.get(port))
-        if wanted is not None and reply_port != wanted:
-            stale.add((asked, port))
+        asked, answering = (values[1], int(values[3])), (values[4], int(values[6]))
+        wanted = by_ip.get(asked, by_port.get((family_of(asked[0]), asked[1])))
+        if wanted is not None and (answering == asked or answering[1] not in wanted):
+            stale.add(asked)
     return stale
 
 
-async def forget_udp_flows(changed: Mapping[Portal, int]) -> None:
+async def forget_udp_flows(changed: Mapping[Portal, Set[int]]) -> None:
     """Delete the flows that still go where the portals in *changed* pointed before. Never raises: it warns."""
     try:
-        for family in _families(changed):
-            listing = await run_tool("conntrack", "-L", "-p", "udp", "-f", family)
+        for family in sorted({portal.family for portal in changed}):
+            listing = await run_tool("conntrack", "-L", "-p", "udp", "-f", f"ipv{family}")
             for ip, port in stale_portals(listing, changed):
                 try:
-                    await run_tool("conntrack", "-D", "-p", "udp", "-f", family, "-d", ip, "--dport", str(port))
+                    await run_tool("conntrack", "-D", "-p", "udp", "-f", f"ipv{family}", "-d", ip, "--dport", str(port))
                     log.debug("forgot the UDP flows to %s port %d", ip, port)
                 except SyncError as error:  # it also fails where the flows have just ended by themselves
                     log.debug("no UDP flow to %s port %d was forgotten: %s", ip, port, error)
     except SyncError as error:
         log.warning("stale UDP flows were not forgotten, their clients wait for conntrack's time-out: %s", error)
-
-
-def _families(portals: Iterable[Portal]) -> list[str]:
-    ips = {p.ip for p in portals}
-    wanted = []
-    if any(ip is None or ":" not in ip for ip in ips):
-        wanted.append("ipv4")
-    if any(ip is None or ":" in ip for ip in ips):
-        wanted.append("ipv6")
-    return wanted

@@ -6,66 +6,80 @@ new connection costs more the more services there are: that is the language, not
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
-from userspace_proxy.interfaces import OWN_MARK, Capture, Redirects
+from userspace_proxy.interfaces import DROPPED, OWN_MARK, TRANSPARENT_MARK, Capture, Redirects
+from userspace_proxy.model.endpoint import Family
 from userspace_proxy.model.names import L4Protocol
-from userspace_proxy.rules.nft import LOCAL_ADDRESS4, LOCAL_ADDRESS6
+from userspace_proxy.model.routes import Sender
+from userspace_proxy.model.service import Portal
+from userspace_proxy.rules.nft import LOCAL_ADDRESS4, LOCAL_ADDRESS6, node_port_addresses, pod_cidrs, restricted
 
 CHAIN = "USERSPACE-PROXY"
+NODE_PORTS = "USERSPACE-PROXY-NODE-PORTS"
+DROP = "USERSPACE-PROXY-DROP"
+RANGES = "USERSPACE-PROXY-RANGES"
 GUARD = "USERSPACE-PROXY-GUARD"
 
+# The chains of each table. A NAT table may not drop, so what is dropped meets its end in mangle, before.
+_CHAINS = {"mangle": (CHAIN, RANGES, DROP, NODE_PORTS), "nat": (CHAIN, NODE_PORTS), "filter": (GUARD,)}
+_OURS = frozenset(chain for chains in _CHAINS.values() for chain in chains)
+_FROM_OTHERS = f"-m mark ! --mark {OWN_MARK:#x}/{OWN_MARK:#x}"
+_NEW = "-m conntrack --ctstate NEW"
 # Table -> built-in chain -> the jump to ours, as iptables-save prints it behind the chain's name.
 _JUMPS = {
+    "mangle": {
+        "PREROUTING": f"-j {CHAIN}",
+        "OUTPUT": f"{_FROM_OTHERS} {_NEW} -j {DROP}",
+    },
     "nat": {
         "PREROUTING": f"-j {CHAIN}",
-        "OUTPUT": f"-m mark ! --mark {OWN_MARK:#x}/{OWN_MARK:#x} -j {CHAIN}",
+        "OUTPUT": f"{_FROM_OTHERS} -j {CHAIN}",
     },
-    "filter": {"INPUT": f"-m conntrack --ctstate NEW -j {GUARD}"},
+    "filter": {"INPUT": f"{_NEW} -j {GUARD}"},
 }
 _PORTS_A_MATCH = 15  # as many as -m multiport takes
 
 
-def restore(redirects: Redirects, family: int, saved: str) -> str:
+def restore(redirects: Redirects, family: Family, saved: str) -> str:
     """Return the input for ``iptables-restore --noflush`` (4) or ``ip6tables-restore`` (6).
 
     *saved* is what iptables-save printed: a jump that is there already is not added again, one that is
     not the first of its chain is moved there.
     """
+    rules = {
+        "mangle": (*_arriving(redirects), *_ranges(redirects, family), *_drops(redirects, family)),
+        "nat": tuple(_redirects(redirects, family)),
+        "filter": tuple(_guards(redirects, family)),
+    }
     return "".join(
-        (
-            "*nat\n",
-            f":{CHAIN} - [0:0]\n",
-            *_lines(_missing_jumps("nat", saved)),
-            *_lines(_redirects(redirects, family)),
-            "COMMIT\n",
-            "*filter\n",
-            f":{GUARD} - [0:0]\n",
-            *_lines(_missing_jumps("filter", saved)),
-            *_lines(_guards(redirects, family)),
-            "COMMIT\n",
-        )
+        "".join((f"*{table}\n", *_flushed(chains), *_lines((*_missing_jumps(table, saved), *rules[table])), "COMMIT\n"))
+        for table, chains in _CHAINS.items()
     )
 
 
 def removal(saved: str) -> str:
     """Return the input that removes every chain and jump of ours that *saved* shows; "" where there is none."""
     text = ""
-    for table, chain in (("nat", CHAIN), ("filter", GUARD)):
+    for table in _CHAINS:
         ours = [line for line in _section(saved, table) if is_ours(line)]
         if not ours:
             continue
-        jumps = [line.replace("-A ", "-D ", 1) for line in ours if not line.startswith((":", f"-A {chain} "))]
-        text += f"*{table}\n:{chain} - [0:0]\n{''.join(_lines(jumps))}-X {chain}\nCOMMIT\n"
+        chains = [line.split()[0][1:] for line in ours if line.startswith(":")]
+        jumps = [line.replace("-A ", "-D ", 1) for line in ours if line.split()[1] not in _OURS and line[0] == "-"]
+        deleted = [f"-X {chain}" for chain in chains]
+        text += "".join((f"*{table}\n", *_flushed(chains), *_lines((*jumps, *deleted)), "COMMIT\n"))
     return text
 
 
 def is_ours(line: str) -> bool:
     """Return whether *line* of iptables-save is a chain, rule or jump of ours; a comment that names us is not."""
     words = line.split()
-    if words[:1] in ([f":{CHAIN}"], [f":{GUARD}"]):
-        return True
-    return words[:1] == ["-A"] and (words[1] in (CHAIN, GUARD) or words[-1] in (CHAIN, GUARD))
+    if line.startswith(":"):
+        return words[0][1:] in _OURS
+    return words[:1] == ["-A"] and (words[1] in _OURS or (words[-1] in _OURS and words[-2] in ("-j", "-g")))
 
 
 def ours(saved: str) -> tuple[str, ...]:
@@ -76,7 +90,7 @@ def ours(saved: str) -> tuple[str, ...]:
 def rules_in(script: str) -> int:
     """Return how many lines `ours` has to find once *script* (made by `restore`) is loaded."""
     jumps = sum(len(chains) for chains in _JUMPS.values())
-    return jumps + sum(line.startswith((f"-A {CHAIN} ", f"-A {GUARD} ")) for line in script.splitlines())
+    return jumps + sum(line.startswith("-A ") and line.split()[1] in _OURS for line in script.splitlines())
 
 
 def _section(saved: str, table: str) -> Iterator[str]:
@@ -99,30 +113,103 @@ def _missing_jumps(table: str, saved: str) -> Iterator[str]:
         yield f"-I {chain} 1 {jump}"
 
 
-def _redirects(redirects: Redirects, family: int) -> Iterator[str]:
-    # Virtual IPs first: a node port is looked for only where the packet is for this node itself.
-    for portal, port in sorted(redirects.ports.items(), key=lambda item: item[0].ip is None):
-        if portal.ip is not None and (":" in portal.ip) != (family == 6):
-            continue
-        protocol = portal.protocol.lower()
-        # In the order in which iptables-save prints it.
-        where = f"-d {portal.ip}/{32 if family == 4 else 128} -p {protocol}"
-        if portal.ip is None:
-            where = f"-p {protocol} -m addrtype --dst-type LOCAL"
+def _redirects(redirects: Redirects, family: Family) -> Iterator[str]:
+    """Yield the rules of the NAT table."""
+
+    def rules(portal: Portal) -> Iterator[str]:
         name = redirects.names.get(portal)
         said = f' -m comment --comment "{name}"' if name else ""
-        verdict = f"-j REDIRECT --to-ports {port}"
-        if redirects.capture is Capture.ADDRESS:
-            address = LOCAL_ADDRESS4 if family == 4 else f"[{LOCAL_ADDRESS6}]"
-            verdict = f"-j DNAT --to-destination {address}:{port}"
-        yield f"-A {CHAIN} {where} -m {protocol} --dport {portal.port}{said} {verdict}"
+        for who, port in _ports(redirects, portal):
+            if port == DROPPED:
+                continue
+            verdict = f"-j REDIRECT --to-ports {port}"
+            if redirects.capture is Capture.ADDRESS:
+                address = LOCAL_ADDRESS4 if family == 4 else f"[{LOCAL_ADDRESS6}]"
+                verdict = f"-j DNAT --to-destination {address}:{port}"
+            yield f"{_match(portal, who)}{said} {verdict}"
+
+    yield from _by_portal(redirects, family, CHAIN, rules)
+
+
+def _arriving(redirects: Redirects) -> Iterator[str]:
+    yield f"-A {CHAIN} {_NEW} -j {DROP}"
+    if redirects.transparent:
+        # An answer to a client's own address; see answers.py.
+        yield f"-A {CHAIN} -m socket --transparent -j MARK --set-xmark {TRANSPARENT_MARK:#x}/{TRANSPARENT_MARK:#x}"
+
+
+def _drops(redirects: Redirects, family: Family) -> Iterator[str]:
+    """Yield what ends packets to portals that are dropped, be it for some senders only."""
+    levels = (redirects.ports, *redirects.exceptions.values())
+    dropped = {portal for level in levels for portal, port in level.items() if port == DROPPED}
+    at_node_ports = {(portal.protocol, portal.port) for portal in dropped if portal.is_node_port}
+
+    def rules(portal: Portal) -> Iterator[str]:
+        # A service's own address may be this node's: its port is not the node port of the same number.
+        if portal in dropped or (portal.protocol, portal.port) in at_node_ports:
+            for who, port in _ports(redirects, portal):
+                yield f"{_match(portal, who)} -j {'DROP' if port == DROPPED else 'RETURN'}"
+
+    yield f"-A {DROP} -j {RANGES}"
+    yield from _by_portal(redirects, family, DROP, rules)
+
+
+def _ranges(redirects: Redirects, family: Family) -> Iterator[str]:
+    for portal, networks in restricted(redirects, family):
+        for network in networks:
+            yield f"-A {RANGES} {_match(portal, _Who(source=f'-s {network} '))} -j RETURN"
+        yield f"-A {RANGES} {_match(portal, _Who())} -j DROP"
+
+
+class _Who(NamedTuple):
+    """What matches a sender, in the order in which iptables-save prints it."""
+
+    source: str = ""
+    interface: str = ""
+    match: str = ""
+
+
+def _by_portal(
+    redirects: Redirects, family: Family, name: str, rules: Callable[[Portal], Iterator[str]]
+) -> Iterator[str]:
+    """Yield the *rules* of each portal for the chain *name*; those of node ports stand in one that it ends with."""
+    levels = (redirects.ports, *redirects.exceptions.values())
+    portals = [portal for portal in dict.fromkeys(itertools.chain(*levels)) if portal.family == family]
+    yield from (f"-A {name} {rule}" for portal in portals if not portal.is_node_port for rule in rules(portal))
+    for network in node_port_addresses(redirects, family) or ("",):
+        where = f"-d {network} " if network else ""
+        yield f"-A {name} {where}-m addrtype --dst-type LOCAL -j {NODE_PORTS}"
+    yield from (f"-A {NODE_PORTS} {rule}" for portal in portals if portal.is_node_port for rule in rules(portal))
+
+
+def _ports(redirects: Redirects, portal: Portal) -> Iterator[tuple[_Who, int]]:
+    """Yield where each sender's packets to *portal* go; the first that matches counts."""
+    exceptions = redirects.exceptions
+    if (port := exceptions.get(Sender.NODE, {}).get(portal)) is not None:
+        yield _Who(match="-m addrtype --src-type LOCAL "), port
+    pods = redirects.pods
+    if pods is not None and (port := exceptions.get(Sender.POD, {}).get(portal)) is not None:
+        if pods.interface:
+            yield _Who(interface=f"-i {pods.interface.replace('*', '+')} "), port
+        for cidr in pod_cidrs(pods, portal.family):
+            yield _Who(source=f"-s {cidr} "), port
+    if (port := redirects.ports.get(portal)) is not None:
+        yield _Who(), port
+
+
+def _match(portal: Portal, who: _Who) -> str:
+    protocol = portal.protocol.lower()
+    where = "" if portal.is_node_port else f"-d {portal.ip}/{32 if portal.family == 4 else 128} "
+    return f"{who.source}{where}{who.interface}-p {protocol} {who.match}-m {protocol} --dport {portal.port}"
 
 
 def _guards(redirects: Redirects, family: int) -> Iterator[str]:
     yield f"-A {GUARD} -m conntrack --ctstate DNAT -j RETURN"
     unreachable = "icmp-port-unreachable" if family == 4 else "icmp6-port-unreachable"
     for protocol, answer in ((L4Protocol.TCP, "tcp-reset"), (L4Protocol.UDP, unreachable)):
-        ports = sorted({port for portal, port in redirects.ports.items() if portal.protocol is protocol})
+        levels = (redirects.ports, *redirects.exceptions.values())
+        held = {port for level in levels for portal, port in level.items() if portal.protocol is protocol}
+        ports = sorted(held - {DROPPED})
         for part in _parts(ports):
             numbers = ",".join(map(str, part))
             name = protocol.lower()
@@ -136,3 +223,7 @@ def _parts(ports: Sequence[int]) -> Iterator[Sequence[int]]:
 
 def _lines(rules: Iterable[str]) -> Iterator[str]:
     return (f"{rule}\n" for rule in rules)
+
+
+def _flushed(chains: Iterable[str]) -> Iterator[str]:
+    return _lines(f":{chain} - [0:0]" for chain in chains)

@@ -1,0 +1,78 @@
+"""API structs -> model values. Pure; what makes no sense is refused with the field and the mend.
+
+A ConfigError that is *raised* refuses the whole object; one that is *returned* is about a part of it, and the
+other parts go on.
+"""
+
+from userspace_proxy.control.decode.addresses import (
+    backend_ip_errors,
+    canonical_cidr,
+    canonical_ip,
+    number_errors,
+    virtual_ip_errors,
+)
+from userspace_proxy.control.decode.endpoints import (
+    SERVICE_NAME_LABEL,
+    EndpointsByPort,
+    endpoints_of,
+    from_endpoints,
+    from_pods,
+    from_slices,
+    offered_ports,
+    pod_ips,
+    service_of,
+    target_port,
+    trigger_time,
+)
+from userspace_proxy.control.decode.nodes import is_eligible, node_of
+from userspace_proxy.control.decode.service_ports import (
+    ANNOTATION_PREFIX,
+    SOURCE_IP,
+    Allotted,
+    PortKey,
+    given_cluster_ips,
+    has_node_ports,
+    ingress,
+    port_key,
+    service_ports,
+    wants_health_check,
+    wants_load_balancer_ips,
+    wants_node_ports,
+)
+from userspace_proxy.control.decode.services import check_service, is_proxied, service_errors
+
+__all__ = [
+    "ANNOTATION_PREFIX",
+    "SERVICE_NAME_LABEL",
+    "SOURCE_IP",
+    "Allotted",
+    "EndpointsByPort",
+    "PortKey",
+    "backend_ip_errors",
+    "canonical_cidr",
+    "canonical_ip",
+    "check_service",
+    "endpoints_of",
+    "from_endpoints",
+    "from_pods",
+    "from_slices",
+    "given_cluster_ips",
+    "has_node_ports",
+    "ingress",
+    "is_eligible",
+    "is_proxied",
+    "node_of",
+    "number_errors",
+    "offered_ports",
+    "pod_ips",
+    "port_key",
+    "service_errors",
+    "service_of",
+    "service_ports",
+    "target_port",
+    "trigger_time",
+    "virtual_ip_errors",
+    "wants_health_check",
+    "wants_load_balancer_ips",
+    "wants_node_ports",
+]

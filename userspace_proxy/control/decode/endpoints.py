@@ -1,0 +1,168 @@
+"""EndpointSlices, Endpoints and Pods -> endpoints. Pure; what is incomplete is passed over."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+
+from userspace_proxy import api
+from userspace_proxy.control.decode.addresses import as_number, backend_ip, is_port
+from userspace_proxy.control.decode.service_ports import PortKey, port_key
+from userspace_proxy.model.endpoint import Endpoint, without_duplicates
+from userspace_proxy.model.names import NamespacedName
+from userspace_proxy.model.service import ServicePort
+
+SERVICE_NAME_LABEL = "kubernetes.io/service-name"
+# Whoever sets it says that no proxy is to serve it (behaviours S3).
+_HEADLESS_LABEL = "service.kubernetes.io/headless"
+_TRIGGER_TIME = "endpoints.kubernetes.io/last-change-trigger-time"
+
+# The endpoints of one Service.
+EndpointsByPort = Mapping[PortKey, list[Endpoint]]
+
+
+def trigger_time(piece: api.EndpointSlice) -> float | None:
+    """Return when the change happened that made the controller write *piece*: wall-clock seconds; None if unknown."""
+    try:
+        return datetime.fromisoformat((piece.metadata.annotations or {})[_TRIGGER_TIME]).timestamp()
+    except (KeyError, ValueError):
+        return None
+
+
+def service_of(piece: api.EndpointSlice, namespace: str) -> NamespacedName | None:
+    """Return the Service that an EndpointSlice belongs to; None where it says none, or is not for proxies (S3, S4)."""
+    labels = piece.metadata.labels or {}
+    name = labels.get(SERVICE_NAME_LABEL)
+    return NamespacedName(namespace, name) if name and _HEADLESS_LABEL not in labels else None
+
+
+def from_slices(slices: Iterable[api.EndpointSlice]) -> EndpointsByPort:
+    """Return the endpoints of one Service's *slices*; what is incomplete is passed over (behaviours S4, S6)."""
+    found: dict[PortKey, list[Endpoint]] = defaultdict(list)
+    for piece in slices:
+        if piece.address_type not in ("IPv4", "IPv6"):
+            continue
+        for port in piece.ports or ():
+            if port.port is None or not is_port(port.port):
+                continue
+            endpoints = found[port.name or "", port.protocol or "TCP"]
+            for item in piece.endpoints or ():
+                ip = backend_ip(item.addresses[0]) if item.addresses else None
+                if ip is None:
+                    continue
+                conditions, hints = item.conditions, item.hints
+                endpoints.append(
+                    Endpoint(
+                        ip=ip,
+                        port=port.port,
+                        ready=conditions is None or conditions.ready is not False,
+                        serving=conditions is None or conditions.serving is not False,
+                        terminating=conditions is not None and conditions.terminating is True,
+                        node_name=item.node_name,
+                        zone_hints=_named(hints.for_zones) if hints else frozenset(),
+                        node_hints=_named(hints.for_nodes) if hints else frozenset(),
+                    )
+                )
+    return found
+
+
+def _named(hints: Sequence[api.objects.Hint] | None) -> frozenset[str]:
+    return _shared(tuple(hint.name for hint in hints if hint.name)) if hints else frozenset()
+
+
+@lru_cache(maxsize=1024)
+def _shared(names: tuple[str, ...]) -> frozenset[str]:
+    """Return *names* as a set; one for all the endpoints of a zone, of which there may be 100,000."""
+    return frozenset(names)
+
+
+def from_endpoints(given: api.Endpoints) -> EndpointsByPort:
+    """Return the endpoints of an Endpoints object, the older form of EndpointSlices."""
+    found: dict[PortKey, list[Endpoint]] = defaultdict(list)
+    for subset in given.subsets or ():
+        for port in subset.ports or ():
+            endpoints = found[port.name or "", port.protocol or "TCP"]
+            for addresses, ready in ((subset.addresses, True), (subset.not_ready_addresses, False)):
+                for address in addresses or ():
+                    ip = backend_ip(address.ip)
+                    if port.port is not None and is_port(port.port) and ip is not None:
+                        endpoints.append(Endpoint(ip, port.port, ready, ready, node_name=address.node_name))
+    return found
+
+
+def from_pods(service: api.Service, pods: Iterable[api.Pod]) -> EndpointsByPort:
+    """Return the endpoints that the endpoints controller would make of the *pods* that *service* selects."""
+    spec = service.spec
+    assert spec is not None
+    found: dict[PortKey, list[Endpoint]] = defaultdict(list)
+    for pod in pods:
+        ips = pod_ips(pod)
+        if not ips or (pod.status and pod.status.phase in ("Succeeded", "Failed")):
+            continue
+        answers = is_ready(pod)
+        terminating = pod.metadata.deletion_timestamp is not None
+        ready = (answers and not terminating) or bool(spec.publish_not_ready_addresses)
+        for port in spec.ports or ():
+            number = target_port(port, pod)
+            if number is None:
+                continue
+            endpoints = found[port_key(port)]
+            node = pod.spec.node_name if pod.spec else None
+            endpoints.extend(Endpoint(ip, number, ready, answers or ready, terminating, node) for ip in ips)
+    return found
+
+
+def pod_ips(pod: api.Pod) -> list[str]:
+    """Return the addresses of *pod*, one a family; none while it has no status."""
+    status = pod.status
+    if status is None:
+        return []
+    given = [item.ip for item in status.pod_ips or () if item.ip] or ([status.pod_ip] if status.pod_ip else [])
+    return [ip for ip in map(backend_ip, given) if ip is not None]
+
+
+def is_ready(pod: api.Pod) -> bool:
+    """Return whether *pod* has the condition Ready; one that states no conditions at all is taken to be.
+
+    A kubelet always states conditions; a manifest written by hand that gives a podIP means "it is there".
+    """
+    conditions = pod.status.conditions if pod.status else None
+    if conditions is None:
+        return True
+    return any(c.type == "Ready" and c.status == "True" for c in conditions)
+
+
+def target_port(port: api.ServicePort, pod: api.Pod) -> int | None:
+    """Return the number of *port*'s target in *pod*; None when it names a port that the pod does not have."""
+    wanted = port.target_port
+    if wanted is None or wanted in (0, ""):
+        return port.port
+    if (number := as_number(wanted)) is not None:
+        return number
+    for offered in offered_ports(pod):
+        same = offered.name == wanted and (offered.protocol or "TCP") == (port.protocol or "TCP")
+        if same and is_port(offered.container_port):
+            return offered.container_port
+    return None
+
+
+def offered_ports(pod: api.Pod) -> list[api.objects.ContainerPort]:
+    """Return the ports that the containers of *pod* name."""
+    spec = pod.spec
+    if spec is None:
+        return []
+    # Of the init containers only sidecars (restartPolicy: Always) are there when traffic comes.
+    sidecars = [c for c in spec.init_containers or () if c.restart_policy == "Always"]
+    return [port for container in [*(spec.containers or ()), *sidecars] for port in container.ports or ()]
+
+
+def endpoints_of(service_port: ServicePort, sources: Iterable[EndpointsByPort]) -> tuple[Endpoint, ...]:
+    """Return the endpoints of *service_port* out of *sources*: same port name and protocol, each address once.
+
+    Only families that the Service itself has: a dual-stack pod is one endpoint of a single-stack Service.
+    """
+    families = {":" in ip for ip in service_port.cluster_ips}
+    key = (service_port.name.port_name, str(service_port.name.protocol))
+    return without_duplicates([e for found in sources for e in found.get(key, ()) if (":" in e.ip) in families])

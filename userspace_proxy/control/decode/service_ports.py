@@ -1,0 +1,205 @@
+"""Service -> service ports. Pure; a bad value is returned as a problem, and what it does not concern goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from userspace_proxy import api
+from userspace_proxy.control.decode.addresses import canonical_cidr, canonical_ip, virtual_ip_errors
+from userspace_proxy.errors import ConfigError
+from userspace_proxy.model.endpoint import family_of
+from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
+from userspace_proxy.model.service import ServicePort, SourceIP
+
+ANNOTATION_PREFIX = "userspace-proxy/"
+SOURCE_IP = f"{ANNOTATION_PREFIX}source-ip"
+_SOURCE_IP_FIELD = api.below("metadata.annotations", SOURCE_IP)
+AFFINITY_TIMEOUT_S = 10_800
+
+# By what a port of a Service is known, and an EndpointSlice's port matched with it: name and protocol (behaviours S6).
+PortKey = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Allotted:
+    """The cluster IPs of a Service, and what it was given of that which it states none of."""
+
+    cluster_ips: tuple[str, ...] = ()
+    node_ports: Mapping[PortKey, int] = field(default_factory=lambda: MappingProxyType({}))
+    load_balancer_ips: tuple[str, ...] = ()
+    health_check_node_port: int = 0
+
+
+def service_ports(
+    name: NamespacedName,
+    service: api.Service,
+    allotted: Allotted,
+    source_ip: SourceIP = SourceIP.NODE,
+    transparent_obstacle: str = "",
+) -> tuple[dict[int, ServicePort], list[ConfigError]]:
+    """Return the ports of a checked *service* by their index in ``spec.ports``, and what is wrong with the others.
+
+    *source_ip* is this node's default, for Services whose annotation says nothing, or nothing that makes sense.
+    *transparent_obstacle*: why this node can carry no client's address to a backend; "" where it can.
+    """
+    spec = service.spec
+    assert spec is not None
+    found: dict[int, ServicePort] = {}
+    load_balancer_ips, problems = _load_balancer_ips(service)
+    annotated, annotation_problems = stated_source_ip(service)
+    problems += annotation_problems
+    if annotated is SourceIP.TRANSPARENT and transparent_obstacle:
+        problems.append(_not_here(transparent_obstacle))
+        annotated = None
+    # The Service has no other families, whatever it lists (behaviours S5).
+    families = set(map(family_of, allotted.cluster_ips))
+    external_ips = tuple(ip for ip in _external_ips(spec) if family_of(ip) in families)
+    load_balancer_ips = tuple(ip for ip in load_balancer_ips or allotted.load_balancer_ips if family_of(ip) in families)
+    ranges = tuple(cidr for cidr in source_ranges(spec) if family_of(cidr) in families)
+    health_check_node_port = 0
+    if wants_health_check(spec):
+        health_check_node_port = spec.health_check_node_port or allotted.health_check_node_port
+    for index, port in enumerate(spec.ports or ()):
+        protocol = port.protocol or "TCP"
+        if protocol not in L4Protocol.__members__:
+            problems.append(_unproxied(protocol, index, others=len(spec.ports or ()) > 1))
+            continue
+        wanted = annotated or source_ip
+        if protocol == "UDP" and wanted is SourceIP.PROXY_PROTOCOL_V1:
+            problems.append(_no_header_of_udp(port))
+            wanted = source_ip
+        found[index] = ServicePort(
+            name=ServicePortName(name, port.name or "", L4Protocol(protocol)),
+            port=port.port,
+            cluster_ips=allotted.cluster_ips,
+            node_port=(port.node_port or allotted.node_ports.get(port_key(port), 0)) if has_node_ports(spec) else 0,
+            external_ips=external_ips,
+            affinity_timeout_s=affinity_timeout_s(spec),
+            load_balancer_ips=load_balancer_ips,
+            source_ranges=ranges,
+            internal_local=spec.internal_traffic_policy == "Local",
+            external_local=spec.external_traffic_policy == "Local",
+            health_check_node_port=health_check_node_port,
+            source_ip=wanted,
+        )
+    return found, problems
+
+
+def port_key(port: api.ServicePort) -> PortKey:
+    return port.name or "", port.protocol or "TCP"
+
+
+# ---- what a spec says, and what it wants
+
+
+def stated_cluster_ips(spec: api.objects.ServiceSpec) -> list[tuple[str, str]]:
+    """Return (field, IP as written) for each cluster IP that *spec* states and has an IP family for (behaviours S5)."""
+    if spec.cluster_ips:
+        fields = [(f"spec.clusterIPs[{index}]", ip) for index, ip in enumerate(spec.cluster_ips)]
+    else:
+        fields = [("spec.clusterIP", spec.cluster_ip)] if spec.cluster_ip else []
+    return fields[: len(spec.ip_families)] if spec.ip_families else fields
+
+
+def given_cluster_ips(service: api.Service) -> list[tuple[str, str]]:
+    """Return (field, canonical IP) for each cluster IP that *service* states."""
+    assert service.spec is not None
+    return [(field, canonical_ip(ip, field)) for field, ip in stated_cluster_ips(service.spec)]
+
+
+def has_node_ports(spec: api.objects.ServiceSpec) -> bool:
+    """Return whether *spec* is of a type with node ports; another type frees them at once (behaviours S8)."""
+    return spec.type in ("NodePort", "LoadBalancer")
+
+
+def wants_node_ports(spec: api.objects.ServiceSpec) -> bool:
+    """Return whether each port of *spec* is to have a node port, stated or not (behaviours P6)."""
+    return has_node_ports(spec) and not (
+        spec.type == "LoadBalancer" and spec.allocate_load_balancer_node_ports is False
+    )
+
+
+def wants_load_balancer_ips(service: api.Service) -> bool:
+    """Return whether *service* is to have load balancer IPs, and nobody has given it any."""
+    return service.spec is not None and service.spec.type == "LoadBalancer" and not ingress(service)
+
+
+def wants_health_check(spec: api.objects.ServiceSpec) -> bool:
+    """Return whether load balancers ask this node how many endpoints *spec* has here (behaviours H1)."""
+    return spec.type == "LoadBalancer" and spec.external_traffic_policy == "Local"
+
+
+def affinity_timeout_s(spec: api.objects.ServiceSpec) -> int | None:
+    if spec.session_affinity != "ClientIP":
+        return None
+    config = spec.session_affinity_config
+    given = config.client_ip.timeout_seconds if config and config.client_ip else None
+    return AFFINITY_TIMEOUT_S if given is None else given
+
+
+def source_ranges(spec: api.objects.ServiceSpec) -> tuple[str, ...]:
+    """Return the CIDRs that may dial the load balancer IPs; none of a family that all may dial (behaviours P4)."""
+    given = [canonical_cidr(cidr) for cidr in spec.load_balancer_source_ranges or () if cidr.strip()]
+    unfiltered = {family_of(cidr) for cidr in given if cidr.endswith("/0")}
+    return tuple(dict.fromkeys(cidr for cidr in given if family_of(cidr) not in unfiltered))
+
+
+def stated_source_ip(service: api.Service) -> tuple[SourceIP | None, list[ConfigError]]:
+    """Return what the annotation of *service* says, None where it says nothing that makes sense."""
+    given = (service.metadata.annotations or {}).get(SOURCE_IP)
+    if given is None:
+        return None, []
+    try:
+        return SourceIP(given), []
+    except ValueError:
+        mend = f"write one of {', '.join(SourceIP)}; until then the node's default applies"
+        return None, [ConfigError(f"{given!r} says no source IP", field=_SOURCE_IP_FIELD, mend=mend)]
+
+
+def _not_here(obstacle: str) -> ConfigError:
+    return ConfigError(f"clients' addresses cannot be kept on this node: {obstacle}", field=_SOURCE_IP_FIELD)
+
+
+def _no_header_of_udp(port: api.ServicePort) -> ConfigError:
+    return ConfigError(
+        f"PROXY protocol v1 knows no UDP, which port {port.port} is",
+        field=_SOURCE_IP_FIELD,
+        mend="write proxy-protocol-v2; until then the node's default applies to this port",
+    )
+
+
+def _unproxied(protocol: str, index: int, *, others: bool) -> ConfigError:
+    return ConfigError(
+        f"{protocol!r} cannot be proxied, only TCP and UDP can",
+        field=f"spec.ports[{index}].protocol",
+        mend="remove the port, or serve it another way" + ("; the other ports are served" if others else ""),
+    )
+
+
+def _external_ips(spec: api.objects.ServiceSpec) -> Iterator[str]:
+    return (canonical_ip(ip) for ip in spec.external_ips or () if ip.strip())
+
+
+def ingress(service: api.Service) -> list[api.objects.LoadBalancerIngress]:
+    """Return where load balancers say that *service* is to be found."""
+    status = service.status.load_balancer if service.status else None
+    return (status.ingress if status else None) or []
+
+
+def _load_balancer_ips(service: api.Service) -> tuple[tuple[str, ...], list[ConfigError]]:
+    """Return the IPs at which a load balancer leads its clients to us, and what is wrong with the others.
+
+    With ipMode Proxy it dials the nodes itself, and clients are to go to it and not to us (behaviours P3).
+    """
+    found: dict[str, None] = {}
+    problems = []
+    assert service.spec is not None
+    for index, item in enumerate(ingress(service) if service.spec.type == "LoadBalancer" else ()):
+        if item.ip and item.ip.strip() and item.ip_mode in (None, "", "VIP"):
+            errors = list(virtual_ip_errors(item.ip, f"status.loadBalancer.ingress[{index}].ip"))
+            problems += errors
+            if not errors:
+                found[canonical_ip(item.ip)] = None
+    return tuple(found), problems

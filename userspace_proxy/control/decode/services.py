@@ -1,0 +1,194 @@
+"""What makes a Service unusable as a whole, each with its field and the mend. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from userspace_proxy import api
+from userspace_proxy.control.decode.addresses import (
+    as_number,
+    canonical_cidr,
+    canonical_ip,
+    number_errors,
+    virtual_ip_errors,
+)
+from userspace_proxy.control.decode.service_ports import affinity_timeout_s, stated_cluster_ips
+from userspace_proxy.errors import ConfigError
+from userspace_proxy.model.endpoint import family_of
+
+# Whoever sets it says which other proxy is to serve it (behaviours S2).
+_PROXY_NAME_LABEL = "service.kubernetes.io/service-proxy-name"
+AFFINITY_TIMEOUT_MAX_S = 86_400
+
+_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+_TYPES = ("ClusterIP", "NodePort", "LoadBalancer", "ExternalName")
+_PROTOCOLS = ("TCP", "UDP", "SCTP")
+_POLICIES = ("Cluster", "Local")
+_FAMILIES = ("IPv4", "IPv6")
+
+
+def is_proxied(service: api.Service, proxy_name: str = "") -> bool:
+    """Return whether the proxy of *proxy_name* ("" for the one without a name) serves *service* (behaviours S1, S2)."""
+    spec = service.spec
+    if spec is None or spec.type == "ExternalName":
+        return False
+    if (service.metadata.labels or {}).get(_PROXY_NAME_LABEL) != (proxy_name or None):
+        return False
+    return "None" not in (spec.cluster_ip, *(spec.cluster_ips or ())[:1])
+
+
+def check_service(service: api.Service, proxy_name: str = "") -> None:
+    """Raise ConfigError for the first thing that makes *service* unusable as a whole."""
+    if error := next(service_errors(service, proxy_name), None):
+        raise error
+
+
+def service_errors(service: api.Service, proxy_name: str = "") -> Iterator[ConfigError]:
+    """Yield everything that makes *service* unusable as a whole."""
+    name, spec = service.metadata.name, service.spec
+    if not _LABEL.fullmatch(name):
+        yield ConfigError(f"{name!r} is not a valid name", field="metadata.name", mend=_as_label(name))
+    namespace = service.metadata.namespace
+    if namespace and not _LABEL.fullmatch(namespace):
+        yield ConfigError(f"{namespace!r} is not a valid name", field="metadata.namespace", mend=_as_label(namespace))
+    if spec is None:
+        yield ConfigError("the Service has no spec", mend="add spec.ports")
+        return
+    if spec.type is not None and spec.type not in _TYPES:
+        yield ConfigError(
+            f"{spec.type!r} is no Service type", field="spec.type", mend=f"write one of {', '.join(_TYPES)}"
+        )
+    if not is_proxied(service, proxy_name):
+        return
+    if not spec.ports:
+        yield ConfigError(
+            "the Service has no ports", field="spec", mend="add spec.ports, a list with at least one port"
+        )
+    yield from _ports_errors(spec.ports or [])
+    yield from _affinity_errors(spec)
+    yield from _cluster_ips_errors(spec)
+    for index, ip in enumerate(spec.external_ips or ()):
+        if ip.strip():
+            yield from virtual_ip_errors(ip, f"spec.externalIPs[{index}]")
+    yield from _policy_errors(spec)
+    for index, cidr in enumerate(spec.load_balancer_source_ranges or ()):
+        if cidr.strip():  # one that is left out would let in everybody
+            yield from _cidr_errors(cidr, f"spec.loadBalancerSourceRanges[{index}]")
+
+
+def _policy_errors(spec: api.objects.ServiceSpec) -> Iterator[ConfigError]:
+    for field, given in (
+        ("spec.internalTrafficPolicy", spec.internal_traffic_policy),
+        ("spec.externalTrafficPolicy", spec.external_traffic_policy),
+    ):
+        if given and given not in _POLICIES:
+            yield ConfigError(f"{given!r} is no traffic policy", field=field, mend="write Cluster or Local")
+    if number := spec.health_check_node_port:
+        field = "spec.healthCheckNodePort"
+        yield from number_errors(number, field)
+        for index, port in enumerate(spec.ports or ()):
+            if port.node_port == number and (port.protocol or "TCP") == "TCP":
+                said = f"{number} is already the node port of ports[{index}]"
+                yield ConfigError(said, field=field, mend="choose another one, or leave it out")
+
+
+def _cidr_errors(cidr: str, field: str) -> Iterator[ConfigError]:
+    try:
+        canonical_cidr(cidr, field)
+    except ConfigError as error:
+        yield error
+
+
+def _cluster_ips_errors(spec: api.objects.ServiceSpec) -> Iterator[ConfigError]:
+    fields = stated_cluster_ips(spec)
+    for index, family in enumerate(spec.ip_families or ()):
+        if family not in _FAMILIES:
+            mend = f"write {' or '.join(_FAMILIES)}"
+            yield ConfigError(f"{family!r} is no IP family", field=f"spec.ipFamilies[{index}]", mend=mend)
+    both = [("spec.clusterIP", spec.cluster_ip)] if spec.cluster_ip and spec.cluster_ips else []
+    if errors := [error for field, given in [*both, *fields] for error in virtual_ip_errors(given, field)]:
+        yield from errors
+        return
+    families: set[str] = set()
+    for index, (field, given) in enumerate(fields):
+        ip = canonical_ip(given)
+        family = f"IPv{family_of(ip)}"
+        if family in families:
+            yield ConfigError(f"{ip} is a second one of its family", field=field, mend="keep one a family")
+        families.add(family)
+        wanted = spec.ip_families[index] if spec.ip_families else family
+        if wanted != family and wanted in _FAMILIES:
+            mend = f"write {family}, or choose an address that is {wanted}"
+            yield ConfigError(f"{ip} is {family}", field=f"spec.ipFamilies[{index}]", mend=mend)
+    if spec.cluster_ips and spec.cluster_ip and canonical_ip(spec.cluster_ip) != canonical_ip(spec.cluster_ips[0]):
+        yield ConfigError(
+            f"{spec.cluster_ip} is not the first of spec.clusterIPs",
+            field="spec.clusterIP",
+            mend="write the same address in both, or leave one field out",
+        )
+
+
+def _ports_errors(ports: list[api.ServicePort]) -> Iterator[ConfigError]:
+    names: dict[str, int] = {}
+    numbers: dict[tuple[int, str], int] = {}
+    node_ports: dict[tuple[int, str], int] = {}
+    for index, port in enumerate(ports):
+        field = f"spec.ports[{index}]"
+        yield from number_errors(port.port, f"{field}.port")
+        if (target := as_number(port.target_port)) is not None and port.target_port != 0:  # 0: the same as port
+            yield from number_errors(target, f"{field}.targetPort")
+        if port.node_port:
+            yield from number_errors(port.node_port, f"{field}.nodePort")
+        protocol = port.protocol or "TCP"
+        if protocol not in _PROTOCOLS:
+            yield ConfigError(f"{protocol!r} is no protocol", field=f"{field}.protocol", mend="write TCP or UDP")
+        if len(ports) > 1 and not port.name:
+            yield ConfigError(
+                "a Service with several ports must name each", field=field, mend="add a name, such as 'name: http'"
+            )
+        if port.name:
+            if not _LABEL.fullmatch(port.name):
+                yield ConfigError(
+                    f"{port.name!r} is not a valid name", field=f"{field}.name", mend=_as_label(port.name)
+                )
+            if (first := names.setdefault(port.name, index)) != index:
+                yield ConfigError(
+                    f"the name {port.name!r} is already that of ports[{first}]",
+                    field=f"{field}.name",
+                    mend="give each port a name of its own",
+                )
+        if (first := numbers.setdefault((port.port, protocol), index)) != index:
+            yield ConfigError(
+                f"{protocol} port {port.port} is already ports[{first}]",
+                field=f"{field}.port",
+                mend="remove one of them",
+            )
+        if port.node_port and (first := node_ports.setdefault((port.node_port, protocol), index)) != index:
+            yield ConfigError(
+                f"{protocol} node port {port.node_port} is already that of ports[{first}]",
+                field=f"{field}.nodePort",
+                mend="give each port a node port of its own",
+            )
+
+
+def _affinity_errors(spec: api.objects.ServiceSpec) -> Iterator[ConfigError]:
+    if spec.session_affinity not in (None, "", "None", "ClientIP"):
+        yield ConfigError(
+            f"{spec.session_affinity!r} is no session affinity",
+            field="spec.sessionAffinity",
+            mend="write ClientIP or None",
+        )
+    timeout_s = affinity_timeout_s(spec)
+    if timeout_s is not None and not 1 <= timeout_s <= AFFINITY_TIMEOUT_MAX_S:
+        yield ConfigError(
+            f"{timeout_s} s is out of range",
+            field="spec.sessionAffinityConfig.clientIP.timeoutSeconds",
+            mend=f"write a number from 1 to {AFFINITY_TIMEOUT_MAX_S}",
+        )
+
+
+def _as_label(name: str) -> str:
+    suggestion = re.sub(r"[^a-z0-9-]+", "-", name.lower()).strip("-")[:63].strip("-")
+    hint = f", such as {suggestion!r}" if suggestion else ""
+    return f"use small letters, digits and '-', 63 at most, first and last no '-'{hint}"

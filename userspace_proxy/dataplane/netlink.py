@@ -1,0 +1,103 @@
+"""Two questions to the kernel, by netlink: is this address our own, and what did that client dial.
+
+Both are answered before the request's system call returns, so nobody waits. They are asked for new connections of
+service ports that have to know, and for no others.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Iterator
+
+from userspace_proxy.dataplane.sockets import plain_ip
+from userspace_proxy.model.endpoint import Address
+
+# linux/netlink.h, rtnetlink.h, nfnetlink.h, nfnetlink_conntrack.h
+_NETLINK_ROUTE, _NETLINK_NETFILTER = 0, 12
+_REQUEST, _NESTED = 1, 0x8000
+_ERROR = 2
+_RTM_GETROUTE, _RTA_DST, _RTN_LOCAL = 26, 1, 2
+_CT_GET = 1 << 8 | 1
+_TUPLE_ORIG, _TUPLE_REPLY, _TUPLE_IP, _TUPLE_PROTO = 1, 2, 1, 2
+_IP_DESTINATION = {socket.AF_INET: 2, socket.AF_INET6: 4}
+_PROTOCOL, _SOURCE_PORT, _DESTINATION_PORT = 1, 2, 3
+
+_HEADER = struct.Struct("=IHHII")
+_ATTRIBUTE = struct.Struct("=HH")
+_RTMSG = struct.Struct("=8BI")
+_ROUTE_TYPE_AT = _HEADER.size + 7
+_NFGENMSG_BYTES = 4
+_ANSWER_BYTES = 4096
+
+
+class KernelTables:
+    """The kernel's routes and its NAT, of the network namespace where the first question is asked."""
+
+    def __init__(self) -> None:
+        self._sockets: dict[int, socket.socket] = {}  # by protocol, opened when there is something to ask
+
+    def is_local(self, ip: str) -> bool:
+        """Return whether *ip* is an address of this host, so that what is sent there never leaves it."""
+        family, packed = _packed(ip)
+        route = _RTMSG.pack(family, 8 * len(packed), 0, 0, 0, 0, 0, 0, 0) + _attribute(_RTA_DST, packed)
+        answer = self._ask(_NETLINK_ROUTE, _RTM_GETROUTE, route)
+        return answer is not None and answer[_ROUTE_TYPE_AT] == _RTN_LOCAL
+
+    def dialled_by(self, client: Address, reached: Address) -> Address:
+        """Return what the UDP *client* dialled that *reached* this address: that itself where there was no NAT."""
+        family, source = _packed(reached[0])
+        # The kernel finds a flow by its answers, which go from here to the client.
+        to = _IP_DESTINATION[family]
+        ips = _attribute(to - 1, source) + _attribute(to, _packed(client[0])[1])
+        ports = (
+            _attribute(_PROTOCOL, bytes((socket.IPPROTO_UDP,)))
+            + _attribute(_SOURCE_PORT, reached[1].to_bytes(2, "big"))
+            + _attribute(_DESTINATION_PORT, client[1].to_bytes(2, "big"))
+        )
+        flow = _attribute(_TUPLE_IP | _NESTED, ips) + _attribute(_TUPLE_PROTO | _NESTED, ports)
+        question = bytes((family, 0, 0, 0)) + _attribute(_TUPLE_REPLY | _NESTED, flow)
+        answer = self._ask(_NETLINK_NETFILTER, _CT_GET, question)
+        if answer is None:
+            return reached
+        asked = dict(_attributes(dict(_attributes(answer[_HEADER.size + _NFGENMSG_BYTES :]))[_TUPLE_ORIG]))
+        ip, port = dict(_attributes(asked[_TUPLE_IP]))[to], dict(_attributes(asked[_TUPLE_PROTO]))[_DESTINATION_PORT]
+        return socket.inet_ntop(family, ip), int.from_bytes(port, "big")
+
+    def _ask(self, protocol: int, kind: int, question: bytes) -> bytes | None:
+        """Return the answer, or None where the kernel has none."""
+        try:
+            sock = self._sockets.get(protocol) or self._open(protocol)
+            sock.send(_HEADER.pack(_HEADER.size + len(question), kind, _REQUEST, 0, 0) + question)
+            answer = sock.recv(_ANSWER_BYTES)
+        except OSError:
+            return None
+        return None if _HEADER.unpack_from(answer)[1] == _ERROR else answer
+
+    def _open(self, protocol: int) -> socket.socket:
+        kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+        sock = self._sockets[protocol] = socket.socket(socket.AF_NETLINK, kind, protocol)
+        return sock
+
+    def close(self) -> None:
+        for sock in self._sockets.values():
+            sock.close()
+
+
+def _packed(ip: str) -> tuple[socket.AddressFamily, bytes]:
+    bare = plain_ip(ip).partition("%")[0]
+    family = socket.AF_INET6 if ":" in bare else socket.AF_INET
+    return family, socket.inet_pton(family, bare)
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    padding = -len(value) % 4
+    return _ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), kind) + value + bytes(padding)
+
+
+def _attributes(packed: bytes) -> Iterator[tuple[int, bytes]]:
+    at = 0
+    while at + _ATTRIBUTE.size <= len(packed):
+        length, kind = _ATTRIBUTE.unpack_from(packed, at)
+        yield kind & ~_NESTED, packed[at + _ATTRIBUTE.size : at + length]
+        at += max(_ATTRIBUTE.size, length + -length % 4)

@@ -1,0 +1,60 @@
+"""PROXY headers: who dialled, and what, in front of everything that a backend is sent. Pure.
+
+The protocol is HAProxy's, https://www.haproxy.org/download/3.0/doc/proxy-protocol.txt: version 1 is a line of text,
+version 2 is binary and has a form for datagrams.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+from userspace_proxy.model.endpoint import Address
+from userspace_proxy.model.names import L4Protocol
+from userspace_proxy.model.service import SourceIP
+
+Header = Callable[[Address, Address], bytes]
+"""Makes a header of the client's address and the one that it dialled, which are of one family."""
+
+_SIGNATURE_AND_PROXY = b"\r\n\r\n\0\r\nQUIT\n\x21"
+
+
+def header_v1(client: Address, dialled: Address) -> bytes:
+    """Return the header of a TCP connection as version 1 writes it."""
+    family = 6 if ":" in client[0] else 4
+    return f"PROXY TCP{family} {_bare(client[0])} {dialled[0]} {client[1]} {dialled[1]}\r\n".encode()
+
+
+def header_v2(client: Address, dialled: Address) -> bytes:
+    """Return the header of a TCP connection as version 2 writes it."""
+    return _version_2(client, dialled, transport=1)
+
+
+def datagram_header_v2(client: Address, dialled: Address) -> bytes:
+    """Return what goes in front of each datagram of *client*."""
+    return _version_2(client, dialled, transport=2)
+
+
+def header_of(source_ip: SourceIP, protocol: L4Protocol) -> Header | None:
+    """Return what makes the headers of a service port, or None where it has none."""
+    if source_ip is SourceIP.PROXY_PROTOCOL_V2:
+        return datagram_header_v2 if protocol is L4Protocol.UDP else header_v2
+    if source_ip is SourceIP.PROXY_PROTOCOL_V1 and protocol is L4Protocol.TCP:
+        return header_v1
+    return None
+
+
+def _version_2(client: Address, dialled: Address, transport: int) -> bytes:
+    family, known_as = (socket.AF_INET6, 2) if ":" in client[0] else (socket.AF_INET, 1)
+    addresses = (
+        socket.inet_pton(family, _bare(client[0]))
+        + socket.inet_pton(family, dialled[0])
+        + client[1].to_bytes(2, "big")
+        + dialled[1].to_bytes(2, "big")
+    )
+    return _SIGNATURE_AND_PROXY + bytes((known_as << 4 | transport,)) + len(addresses).to_bytes(2, "big") + addresses
+
+
+def _bare(ip: str) -> str:
+    """Return a link-local address without the name of its link, which means nothing elsewhere."""
+    return ip.partition("%")[0]

@@ -1,0 +1,149 @@
+"""What userspace mode makes of a state: listeners with their endpoints, and rules that lead clients there. Pure."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from userspace_proxy.interfaces import DROPPED, Backends, Capture, PodDetector, Redirects
+from userspace_proxy.model.endpoint import Endpoint, family_of
+from userspace_proxy.model.names import ListenerName, Scope, ServicePortName
+from userspace_proxy.model.routes import Refusal, Route, Sender, listeners, routes
+from userspace_proxy.model.service import Portal, ServicePort, load_balancer_portals
+from userspace_proxy.model.state import ProxyState
+from userspace_proxy.model.topology import Node, reach, serving_endpoints
+from userspace_proxy.proxiers.proxy_ports import ProxyPorts
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one service port takes: listeners with their endpoints, and routes that lead clients to them.
+
+    Made of `service_port`, `endpoints` and the node; where these are the same objects, so is the plan.
+    """
+
+    service_port: ServicePort
+    endpoints: tuple[Endpoint, ...]
+    listeners: Mapping[ListenerName, Backends]
+    routes: tuple[Route, ...]
+
+    def is_of(self, service_port: ServicePort, endpoints: tuple[Endpoint, ...]) -> bool:
+        """Return whether it was made of just these."""
+        return self.service_port is service_port and self.endpoints is endpoints
+
+
+def plan(service_port: ServicePort, endpoints: tuple[Endpoint, ...], node: Node, *, detects_pods: bool) -> Plan:
+    """Return what *service_port* takes on *node*. Pure."""
+    found: list[Route] = []
+    usable: dict[Scope, tuple[Endpoint, ...]] = dict.fromkeys(Scope, ())
+    for family in service_port.families:
+        there = reach(service_port, (e for e in endpoints if family_of(e.ip) == family), node)
+        usable[Scope.CLUSTER] += there.cluster
+        usable[Scope.LOCAL] += there.local
+        found += routes(service_port, family, there, detects_pods=detects_pods)
+    serving = serving_endpoints(endpoints)
+    wanted = listeners(service_port, detects_pods=detects_pods)
+    return Plan(service_port, endpoints, {n: Backends(usable[n.scope], serving) for n in wanted}, tuple(found))
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRules:
+    """What rules say of this node, whatever its Services: the way of capture, who is a pod, where node ports are.
+
+    ``pods`` tells pods; with ``pods_by_node`` those are pods whose address is in one of the node's own pod CIDRs.
+    ``node_port_addresses``: CIDRs, and ``primary`` for the first address of each family; all where there are none.
+    """
+
+    capture: Capture = Capture.REDIRECT
+    pods: PodDetector | None = None
+    pods_by_node: bool = False
+    node_port_addresses: tuple[str, ...] = ()
+
+    def detector(self, node: Node) -> PodDetector | None:
+        if self.pods_by_node:
+            return PodDetector(cidrs=node.pod_cidrs) if node.pod_cidrs else None
+        return self.pods
+
+    def detects_pods(self, node: Node) -> bool:
+        return self.detector(node) is not None
+
+    def node_ports_on(self, node: Node) -> tuple[str, ...]:
+        """Return the CIDRs of *node*'s own addresses at which node ports are served; none for all."""
+        primary = {family_of(ip): ip for ip in reversed(node.addresses)}
+        own = tuple(f"{ip}/{32 if family == 4 else 128}" for family, ip in primary.items())
+        found = (own if given == "primary" else (given,) for given in self.node_port_addresses)
+        return tuple(cidr for cidrs in found for cidr in cidrs)
+
+
+def redirects_to(
+    opened: Mapping[ListenerName, int],
+    plans: Mapping[ServicePortName, Plan],
+    refuse_port: int,
+    rules: NodeRules,
+    node: Node,
+) -> tuple[Redirects, dict[Portal, ServicePortName]]:
+    """Return the rules that make the routes of *plans* true, with *opened* (listener -> proxy port). Pure.
+
+    Portals without endpoints are led to *refuse_port*, and those of listeners that could not be opened nowhere. Of
+    two with one portal the first has it; the second part says who else claimed one.
+    """
+    ports: dict[Portal, int] = {}
+    exceptions: dict[Sender, dict[Portal, int]] = {}
+    allowed: dict[Portal, tuple[str, ...]] = {}
+    names: dict[Portal, ServicePortName] = {}
+    claimed: dict[Portal, ServicePortName] = {}
+    refused = {Refusal.REJECT: refuse_port, Refusal.DROP: DROPPED}
+    for name, planned in plans.items():
+        for portal, sender, to in planned.routes:
+            port = refused[to] if isinstance(to, Refusal) else opened.get(to)
+            if port is None:
+                continue
+            if names.setdefault(portal, name) is not name:
+                claimed[portal] = name
+            elif sender is Sender.ANYBODY:
+                ports[portal] = port
+            else:
+                exceptions.setdefault(sender, {})[portal] = port
+        if planned.service_port.source_ranges:
+            for portal in load_balancer_portals(planned.service_port):
+                if names.get(portal) is name and (cidrs := _allowed(planned.service_port, portal, node)):
+                    allowed[portal] = cidrs
+    return (
+        Redirects(
+            ports,
+            names,
+            refuse_port,
+            rules.capture,
+            exceptions,
+            allowed,
+            rules.node_ports_on(node),
+            rules.detector(node),
+            any(listener.transparent for listener in opened),
+        ),
+        claimed,
+    )
+
+
+def _allowed(service_port: ServicePort, portal: Portal, node: Node) -> tuple[str, ...]:
+    """Return who may dial *portal*, nobody in particular for all: ranges of the other family say nothing of it.
+
+    Where this node may, its address there may be the sender's, and so may dial, too (P4).
+    """
+    ranges = tuple(text for text in service_port.source_ranges if family_of(text) == portal.family)
+    networks = [ipaddress.ip_network(text) for text in ranges]
+    if any(ipaddress.ip_address(ip) in network for ip in node.addresses for network in networks):
+        return (*ranges, f"{portal.ip}/{32 if portal.family == 4 else 128}")
+    return ranges
+
+
+def planned_redirects(state: ProxyState, ports: ProxyPorts, rules: NodeRules) -> Redirects:
+    """Return the rules for *state* as if every port were free; nothing is opened or loaded."""
+    refuse_port = ports.next_refusing(set()) or 0
+    plans = {
+        name: plan(service_port, state.endpoints[name], state.node, detects_pods=rules.detects_pods(state.node))
+        for name, service_port in state.service_ports.items()
+    }
+    wanted = (listener for planned in plans.values() for listener in planned.listeners)
+    opened = {listener: port for listener in wanted if (port := ports.next_for(listener, set()))}
+    return redirects_to(opened, plans, refuse_port, rules, state.node)[0]
