@@ -161,8 +161,8 @@ _LOAD_BALANCER_POOL = click.option(
 )
 _SOURCE_IP = click.option(
     "--source-ip",
-    type=click.Choice([SourceIP.NODE, SourceIP.TRANSPARENT]),
-    default=_DEFAULTS.source_ip,
+    type=click.Choice([SourceIP.NODE.value, SourceIP.TRANSPARENT.value]),
+    default=_DEFAULTS.source_ip.value,
     show_default=True,
     callback=lambda _context, _option, value: SourceIP(value),
     help="Whose address backends see of Services without the annotation userspace-proxy/source-ip.",
