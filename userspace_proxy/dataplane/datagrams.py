@@ -71,7 +71,7 @@ class Front(Protocol):
 class UdpFlow:
     """One client's conversation with one endpoint. ``front`` is None once it has ended.
 
-    ``send`` gives the endpoint a datagram, with the flow's header in front of it where there is one.
+    ``header`` goes in front of each datagram to the endpoint; mostly it is empty.
     """
 
     __slots__ = (
@@ -80,10 +80,10 @@ class UdpFlow:
         "bytes_to_client",
         "endpoint",
         "front",
+        "header",
         "key",
         "last_at",
         "reply",
-        "send",
         "sock",
         "started_at",
         "why",
@@ -104,15 +104,20 @@ class UdpFlow:
         self.reply = reply
         self.front: Front | None = front
         self.sock = sock
-        self.send: Callable[[memoryview], int] = sock.send
-        if header:
-            self.send = lambda datagram: sock.sendmsg((header, datagram))
+        self.header = header
         self.endpoint = endpoint
         self.why = why
         self.started_at = self.last_at = now
         self.bytes_to_backend = 0
         self.bytes_to_client = 0
         self.answered = False
+
+    def send(self, datagram: memoryview) -> None:
+        """Send *datagram* to the endpoint; raises OSError."""
+        if self.header:
+            self.sock.sendmsg((self.header, datagram))
+        else:
+            self.sock.send(datagram)
 
 
 class DatagramPoller:
