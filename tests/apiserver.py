@@ -11,6 +11,7 @@ import base64
 import contextlib
 import copy
 import json
+import re
 import socket
 import ssl
 import struct
@@ -28,6 +29,7 @@ Key = tuple[str, str]
 SERVICES = "/api/v1/services"
 SLICES = "/apis/discovery.k8s.io/v1/endpointslices"
 NODES = "/api/v1/nodes"
+EVENTS = "/apis/events.k8s.io/v1/namespaces/{namespace}/events"
 _KINDS = {SERVICES: "Service", SLICES: "EndpointSlice", NODES: "Node"}
 
 
@@ -75,6 +77,7 @@ class ApiServer:
         self.compacted = 0
         self.kinds = {path: _Kind() for path in _KINDS}
         self.knows_watch_list = True
+        self.knows_cluster_ip_field = True  # since Kubernetes 1.31
         self.bookmark_s = 0.1
         self.token = ""  # "": everybody may ask
         self.page_objects_max = 500
@@ -82,6 +85,7 @@ class ApiServer:
         self.refusals: deque[Refusal] = deque()  # for the next requests
         self.faults: deque[Fault] = deque()  # for the next events
         self.is_frozen = False  # takes connections and says nothing
+        self.events: list[Object] = []
         self.requests: list[tuple[str, dict[str, str]]] = []
         self.watching: Counter[str] = Counter()
         self.most_watching: Counter[str] = Counter()
@@ -103,6 +107,8 @@ class ApiServer:
         app = web.Application()
         for path in _KINDS:
             app.router.add_get(path, self._get)
+        app.router.add_post(EVENTS, self._create_event)
+        app.router.add_patch(EVENTS + "/{name}", self._patch_event)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
         await self._runner.setup()
         if sock is None:
@@ -155,11 +161,35 @@ class ApiServer:
         async with self._written:
             self._written.notify_all()
 
+    # ---- Events
+
+    async def _create_event(self, request: web.Request) -> web.Response:
+        if (refused := await self._refused(request)) is not None:
+            return refused
+        event = await request.json()
+        if wrong := _wrong_in_event(event, request.match_info["namespace"]):
+            return _status(Refusal(422, message=wrong))
+        if any(event["metadata"]["name"] == known["metadata"]["name"] for known in self.events):
+            return _status(Refusal(409, message="it exists"))
+        self.events.append(event)
+        return web.json_response(event, status=201)
+
+    async def _patch_event(self, request: web.Request) -> web.Response:
+        if (refused := await self._refused(request)) is not None:
+            return refused
+        if request.content_type not in ("application/merge-patch+json", "application/strategic-merge-patch+json"):
+            return _status(Refusal(415, message="unsupported patch"))
+        for event in self.events:
+            if event["metadata"]["name"] == request.match_info["name"]:
+                event.update(await request.json())
+                return web.json_response(event)
+        return _status(Refusal(404, message="it is gone"))
+
     # ---- answering
 
-    async def _get(self, request: web.Request) -> web.StreamResponse:
-        params = dict(request.query)
-        self.requests.append((request.path, params))
+    async def _refused(self, request: web.Request) -> web.Response | None:
+        """Note the request; return how it is refused, if it is."""
+        self.requests.append((request.path, dict(request.query)))
         if self.is_frozen:
             await asyncio.Event().wait()
         if self.token and request.headers.get("Authorization") != f"Bearer {self.token}":
@@ -168,6 +198,17 @@ class ApiServer:
             return _status(Refusal(403, message="not for you"))
         if self.refusals:
             return _status(self.refusals.popleft())
+        return None
+
+    async def _get(self, request: web.Request) -> web.StreamResponse:
+        if (refused := await self._refused(request)) is not None:
+            return refused
+        params = dict(request.query)
+        begins_with_list = params.get("sendInitialEvents") == "true"
+        if begins_with_list and not self.knows_watch_list:
+            return _status(Refusal(422, message="sendInitialEvents: Forbidden"))
+        if "spec.clusterIP" in params.get("fieldSelector", "") and not self.knows_cluster_ip_field:
+            return _status(Refusal(400, message="field label not supported: spec.clusterIP"))
         selects = _selector(params)
         if "watch" in params:
             return await self._watch(request, params, selects)
@@ -194,8 +235,6 @@ class ApiServer:
     ) -> web.StreamResponse:
         path = request.path
         begins_with_list = params.get("sendInitialEvents") == "true"
-        if begins_with_list and not self.knows_watch_list:
-            return _status(Refusal(422, message="sendInitialEvents: Forbidden"))
         version = int(params.get("resourceVersion") or 0)
         if not begins_with_list and version < self.compacted:
             return _status(Refusal(410, message="too old resource version"))
@@ -282,6 +321,24 @@ class ApiServer:
 
 
 # ---- words of the protocol
+
+
+def _wrong_in_event(event: Object, namespace: str) -> str:
+    """Return what the real server's validation of events.k8s.io/v1 would say."""
+    for name, longest in (("reportingController", 253), ("reportingInstance", 128), ("action", 128), ("reason", 128)):
+        if not 0 < len(event.get(name) or "") <= longest:
+            return f"{name}: Required value, of up to {longest} characters"
+    if not re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", event.get("eventTime") or ""):
+        return "eventTime: Required value"
+    if event.get("type") not in ("Normal", "Warning"):
+        return "type: Invalid value"
+    if len((event.get("note") or "").encode()) > 1_024:
+        return "note: can have at most 1024 characters"
+    if event["metadata"]["namespace"] != namespace or (event["regarding"].get("namespace") or "default") != namespace:
+        return "regarding.namespace: does not match event.namespace"
+    if not re.fullmatch(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?", event["metadata"]["name"]):
+        return "metadata.name: Invalid value"
+    return ""
 
 
 def _key(given: Object) -> Key:

@@ -51,6 +51,27 @@ async def test_workers_whose_control_process_dies_while_it_makes_way_are_made_to
     successor.lock.close()
 
 
+@pytest.mark.parametrize("count", [0, 3, 260])
+async def test_health_check_listeners_go_to_the_successor_however_many(count: int) -> None:
+    first = await take_lock(["a"], "auto", 1)
+    checks = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+
+    async def give(asked: TakeOver, conversation: Conversation) -> None:
+        assert asked.health_checks
+        await hand_over(conversation, [], first.lock, checks)
+        conversation.send(Released())
+
+    incumbent = Incumbent(first.lock, Present(VERSION, 1, ["a"]), give)
+    successor = await take_lock(["a"], "auto", 1)
+    await successor.taken()
+
+    assert [sock.getsockname() for sock in successor.health_checks] == [sock.getsockname() for sock in checks]
+    assert successor.listeners == []
+    incumbent.close()
+    for sock in (first.lock, successor.lock, *checks, *successor.health_checks):
+        sock.close()
+
+
 async def test_two_take_turns_and_the_second_meets_the_first() -> None:
     first = await take_lock(["a"], "auto", 1)
     incumbent = Incumbent(first.lock, Present(VERSION, 4711, ["a"]), nobody)

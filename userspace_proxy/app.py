@@ -8,17 +8,18 @@ import gc
 import logging
 import os
 import random
-import time
+import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
-from userspace_proxy.admin import metrics as exposition
-from userspace_proxy.admin.kubeproxy import SyncStats
-from userspace_proxy.admin.metrics import ControlStats
-from userspace_proxy.admin.server import AdminServer, Health
-from userspace_proxy.control.cluster_ips import ClusterIPs
+import msgspec
+
+from userspace_proxy import __version__
+from userspace_proxy.admin.health_checks import ServiceHealthChecks, WithHealthChecks
+from userspace_proxy.admin.server import AdminServer
+from userspace_proxy.control.allotments import Allotments, Allotting, Stated
 from userspace_proxy.control.controller import Controller
-from userspace_proxy.control.decode import is_eligible
 from userspace_proxy.control.memory import Memory, StateDir
 from userspace_proxy.control.pacer import Pacer
 from userspace_proxy.control.tracker import Tracker
@@ -26,25 +27,39 @@ from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.handover import VERSION, Conversation, Incumbent, Present, TakeOver
 from userspace_proxy.dataplane.plane import LocalPlane
 from userspace_proxy.dataplane.remote import RemotePlane
-from userspace_proxy.dataplane.sockets import knows_congestion_control
+from userspace_proxy.dataplane.sockets import BACKLOG, knows_congestion_control
 from userspace_proxy.dataplane.wire import WorkerSettings
 from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.instance import end_orphans, running_as, take_lock
-from userspace_proxy.interfaces import Capture, DataPlane, EventType, ObjectEvent, Source, WatchStats
+from userspace_proxy.interfaces import Capture, DataPlane, EventType, ObjectEvent, PodDetector, Source
+from userspace_proxy.kube_config import configz
 from userspace_proxy.logs import AccessLog, recorder
 from userspace_proxy.model.endpoint import FAMILIES
+from userspace_proxy.model.service import SourceIP
 from userspace_proxy.model.topology import Node
-from userspace_proxy.node_network import WithRoutes, first_capture, leave_network, watch_network
+from userspace_proxy.node_network import (
+    WithRoutes,
+    first_capture,
+    leave_network,
+    tune_conntrack,
+    watch_network,
+    widen_queues,
+)
 from userspace_proxy.proxiers.plans import NodeRules, planned_redirects
 from userspace_proxy.proxiers.proxy_ports import ProxyPorts
 from userspace_proxy.proxiers.userspace import UserspaceProxier
+from userspace_proxy.reports import Reports
 from userspace_proxy.rules import iptables, network, nft
 from userspace_proxy.rules.kernel import KERNELS, choose_language
+from userspace_proxy.rules.sysctls import KUBE_PROXY, ConntrackLimits
 from userspace_proxy.settings import DEFAULT_STATE_DIR, Settings
+from userspace_proxy.sources.events import EventRecorder, node_reference
 from userspace_proxy.sources.files import FileSource, nothing_found, read_once
-from userspace_proxy.succession import Ending, Succession, children, reap, start_anew
+from userspace_proxy.succession import Ending, Succession, children, reap, start_anew, was_left
 
 _CAP_NET_ADMIN = 12
+
+_Number = TypeVar("_Number", int, float)
 
 log = logging.getLogger(__name__)
 
@@ -65,14 +80,15 @@ def run(settings: Settings) -> None:
     with asyncio.Runner(loop_factory=factory) as runner:
         runner.run(app.run())
     if app.succession.ending is Ending.AGAIN:
-        start_anew()
+        start_anew(app.left)
 
 
 class App:
-    """One running proxy. ``succession``: how it ends."""
+    """One running proxy. ``succession``: how it ends. ``left``: listeners for who is started anew in its place."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self.left: list[socket.socket] = []
         self.succession = Succession(
             drain_timeout_s=settings.drain_timeout_s,
             orphan_timeout_s=settings.orphan_timeout_s,
@@ -83,7 +99,7 @@ class App:
     async def run(self) -> None:
         settings, succession = self._settings, self.succession
         _require_net_admin()
-        left = children()
+        left, listeners = children(), was_left()
         loop = asyncio.get_running_loop()
         succession.heed_signals()
         async with contextlib.AsyncExitStack() as stack:
@@ -92,32 +108,54 @@ class App:
             except SyncError as error:
                 raise StartError(str(error)) from None
             kernel = KERNELS[language]()
-            source, sources = await _open_source(settings, stack)
+            source, sources, events = await _open_source(settings, stack)
+            node = node_reference(settings.node_name)
             state_dir = _open_state_dir(settings.state_dir)
             inheritance = await take_lock(sources, settings.take_over, settings.workers)
             lock = stack.enter_context(contextlib.closing(inheritance.lock))
+            widen_queues(BACKLOG)
+
+            def tune() -> bool:
+                limits = _conntrack_limits(settings)
+                return tune_conntrack(limits, lambda note: events.warn(node, "FailedToSetConntrack", note))
+
+            is_tuned = tune()  # before the plane, which takes over conntrack's time-outs of UDP
             plane = _make_plane(settings, stack)
             inherited = await succession.inherit(plane, inheritance)
             memory = state_dir.load() if state_dir else Memory()
-            cluster_ips = ClusterIPs(settings.service_cluster_ip_ranges, memory.cluster_ips)
+            allotting = _allotting(settings, memory)
             known_ports = {spec.name.key: spec.proxy_port for spec in inherited}
             ports = ProxyPorts(*settings.proxy_port_range, {**memory.proxy_ports, **known_ports})
-            tracker = Tracker(cluster_ips, settings.service_proxy_name, Node(settings.node_name))
+            here = Node(settings.node_name, addresses=await network.host_addresses())
+            obstacle = "; ".join(await network.transparent_obstacles(language))
+            if obstacle and settings.source_ip is SourceIP.TRANSPARENT:
+                raise StartError(f"--source-ip transparent: clients' addresses cannot be kept on this node: {obstacle}")
+            tracker = Tracker(allotting, settings.service_proxy_name, here, settings.source_ip, obstacle)
 
             succession.cut = plane.cut
-            proxier = UserspaceProxier(plane, kernel, ports, NodeRules(await first_capture(settings.capture)))
+            rules = _node_rules(settings, await first_capture(settings.capture))
+            proxier = UserspaceProxier(plane, kernel, ports, rules)
             proxier.adopt(inherited)
-            saver = _Saver(state_dir, cluster_ips, ports)
+
+            def is_serving() -> bool:
+                """Whether load balancers may count on this node; who hands over says so to the last."""
+                return controller.failing_since is None and succession.ending is not Ending.STOP
+
+            health_checks = ServiceHealthChecks(is_serving)
+            stack.push_async_callback(health_checks.close)
+            health_checks.adopt(listeners + inheritance.health_checks)
+            saver = _Saver(state_dir, allotting, ports)
             controller = Controller(
                 source,
                 tracker,
-                WithRoutes(proxier, settings.service_cluster_ip_ranges),
+                WithHealthChecks(WithRoutes(proxier, settings.service_cluster_ip_ranges), health_checks),
                 Pacer(loop.time, settings.min_sync_period_s, settings.sync_period_s),
                 after_sync=saver.save_soon,
+                health_timeout_s=2 * settings.sync_period_s,  # as kube-proxy
             )
 
             async def hand_over_to(asked: TakeOver, conversation: Conversation) -> None:
-                await succession.hand_over_to(asked, conversation, proxier, plane, lock)
+                await succession.hand_over_to(asked, conversation, proxier, plane, lock, health_checks)
 
             async def take_away() -> None:
                 await proxier.close(settings.drain_timeout_s)
@@ -126,60 +164,29 @@ class App:
             incumbent = Incumbent(lock, Present(VERSION, os.getpid(), sources), hand_over_to)
             stack.callback(incumbent.close)
 
-            def health() -> Health:
-                problems = [
-                    *source.problems.values(),
-                    *tracker.problems.values(),
-                    *(f"{name}: {why}" for name, why in proxier.unopened.items()),
-                ]
-                reason = "" if controller.ready.is_set() else "the first sync is not done"
-                if controller.failing_since is not None:
-                    since = time.strftime("%H:%M:%S", time.localtime(controller.failing_since))
-                    reason = f"since {since}: {controller.error}"
-                if succession.stop.is_set():
-                    reason = "the proxy stops"
-                return Health(
-                    not reason,
-                    reason,
-                    controller.synced_at,
-                    problems,
-                    alive=controller.failing_since is None and not succession.stop.is_set(),
-                    degraded=_degraded(source.watches, settings.degraded_after_s),
-                    node_eligible=is_eligible(tracker.node) if settings.follows_cluster else None,
-                )
-
-            async def metrics() -> bytes:
-                stats = ControlStats(
-                    service_ports=proxier.service_ports,
-                    rule_loads=proxier.loads,
-                    rule_repairs=proxier.repairs,
-                    last_sync_at=controller.synced_at or 0.0,
-                    problems=len(source.problems) + len(tracker.problems),
-                    unopened=len(proxier.unopened),
-                )
-                syncs = SyncStats(
-                    controller.durations,
-                    controller.programming,
-                    synced_at=controller.synced_at or 0.0,
-                    queued_at=controller.queued_at,
-                    answers=admin.answers,
-                )
-                return exposition.render(await plane.stats(), stats, source.watches, settings.degraded_after_s, syncs)
-
-            admin = AdminServer(health, metrics, "userspace", settings.degraded_status)
+            reports = Reports(
+                settings, source, tracker, controller, proxier, plane, health_checks, succession.stop.is_set
+            )
+            admin = AdminServer(
+                reports.health, reports.metrics, "userspace", configz(settings), settings.degraded_status
+            )
             stack.push_async_callback(admin.close)
             try:
                 await admin.start(settings.healthz_bind_address, settings.metrics_bind_address)
                 async with asyncio.TaskGroup() as group:
                     tasks = [
                         group.create_task(controller.run(), name="controller"),
+                        group.create_task(events.run(), name="events"),
                         group.create_task(proxier.keep_rules(), name="keep-rules"),
                         group.create_task(saver.run(), name="saver"),
                         group.create_task(watch_network(settings.capture, proxier), name="watch-network"),
-                        group.create_task(_settle_in(controller, language), name="settle-in"),
+                        group.create_task(
+                            _settle_in(controller, language, None if is_tuned else tune), name="settle-in"
+                        ),
                         group.create_task(succession.note_ready(controller.ready, plane), name="note-ready"),
                         group.create_task(reap(left), name="reap"),
                     ]
+                    events.normal(node, "Starting", f"userspace-proxy {__version__}")
                     await succession.stop.wait()
                     for task in tasks:
                         task.cancel()
@@ -189,7 +196,10 @@ class App:
                     # Nobody is to meet us at the lock any more, nor its name to be ours, while connections drain.
                     incumbent.close()
                     lock.close()
+                    await health_checks.close()
                     await admin.close()
+                elif succession.ending is Ending.AGAIN:
+                    self.left = [sock.dup() for sock in health_checks.listeners()]
                 saver.save()
                 await succession.end(plane, take_away)
         log.info("stopped")
@@ -225,10 +235,10 @@ def _make_plane(settings: Settings, stack: contextlib.AsyncExitStack) -> DataPla
     return plane
 
 
-async def _open_source(settings: Settings, stack: contextlib.AsyncExitStack) -> tuple[Source, list[str]]:
-    """Return where wishes come from, and what tells whether two processes serve the same."""
+async def _open_source(settings: Settings, stack: contextlib.AsyncExitStack) -> tuple[Source, list[str], EventRecorder]:
+    """Return where wishes come from, what tells whether two processes serve the same, and whom to tell Events."""
     if not settings.follows_cluster:
-        return FileSource(settings.paths), _identity(settings.paths)
+        return FileSource(settings.paths), _identity(settings.paths), EventRecorder()
     from userspace_proxy.sources.kubernetes import KubernetesSource, reflectors
     from userspace_proxy.sources.login import ApiTransport
     from userspace_proxy.sources.reflector import Pace
@@ -239,13 +249,29 @@ async def _open_source(settings: Settings, stack: contextlib.AsyncExitStack) -> 
     following = reflectors(transport, settings.node_name, settings.service_proxy_name, Pace(), random.Random())  # noqa: S311 - jitter
     log.info("following %s as node %s", url, settings.node_name)
     whose = f" for {settings.service_proxy_name}" if settings.service_proxy_name else ""
-    return KubernetesSource(following), [f"{url}{whose}"]
+    return KubernetesSource(following), [f"{url}{whose}"], EventRecorder(transport.write, settings.node_name)
 
 
-def _degraded(watches: Iterable[WatchStats], after_s: float) -> list[str]:
-    """Return what a source has not been able to hear of for longer than *after_s*."""
-    now = time.time()
-    return [watch.failure() for watch in watches if watch.is_dead(now, after_s)]
+def _node_rules(settings: Settings, capture: Capture) -> NodeRules:
+    """Return what rules say of this node: who is a pod of its, and where node ports are."""
+    interfaces = {
+        "BridgeInterface": settings.pod_bridge_interface,
+        "InterfaceNamePrefix": f"{settings.pod_interface_name_prefix}*",
+    }
+    pods = None
+    if interface := interfaces.get(settings.detect_local_mode):
+        pods = PodDetector(interface=interface)
+    elif settings.detect_local_mode == "ClusterCIDR" and settings.cluster_cidrs:
+        pods = PodDetector(cidrs=tuple(map(str, settings.cluster_cidrs)))
+    addresses = tuple(map(str, settings.nodeport_addresses))
+    return NodeRules(capture, pods, settings.detect_local_mode == "NodeCIDR", addresses)
+
+
+def _allotting(settings: Settings, memory: Memory) -> Allotting:
+    """Return who says which Service has which addresses and node ports: a cluster's API, or we ourselves."""
+    if settings.follows_cluster:
+        return Stated()
+    return Allotments(settings.service_cluster_ip_ranges, memory, settings.load_balancer_pool)
 
 
 def _identity(paths: Iterable[str]) -> list[str]:
@@ -256,15 +282,15 @@ def _identity(paths: Iterable[str]) -> list[str]:
 class _Saver:
     """Writes what the next process should remember, shortly after it changed, in a thread."""
 
-    def __init__(self, state_dir: StateDir | None, cluster_ips: ClusterIPs, ports: ProxyPorts) -> None:
+    def __init__(self, state_dir: StateDir | None, allotting: Allotting, ports: ProxyPorts) -> None:
         self._state_dir = state_dir
-        self._cluster_ips = cluster_ips
+        self._allotting = allotting
         self._ports = ports
         self._saved = (-1, -1)
         self._wanted = asyncio.Event()
 
     def _changes(self) -> tuple[int, int]:
-        return self._cluster_ips.changes, self._ports.changes
+        return self._allotting.changes, self._ports.changes
 
     def save_soon(self) -> None:
         if self._changes() != self._saved:
@@ -272,7 +298,7 @@ class _Saver:
 
     def _take(self) -> Memory:
         self._saved = self._changes()
-        return Memory(cluster_ips=self._cluster_ips.memory(), proxy_ports=self._ports.memory())
+        return msgspec.structs.replace(self._allotting.memory(), proxy_ports=self._ports.memory())
 
     def save(self) -> None:
         if self._state_dir is not None and self._saved != (-1, -1) and self._changes() != self._saved:
@@ -285,13 +311,15 @@ class _Saver:
             await asyncio.to_thread(self._state_dir.save, self._take())
 
 
-async def _settle_in(controller: Controller, language: str) -> None:
-    """What is worth doing once, after the first sync."""
+async def _settle_in(controller: Controller, language: str, tune: Callable[[], object] | None) -> None:
+    """What is worth doing once, after the first sync; *tune* where that is still to be done."""
     await controller.attempted.wait()
     # What is there now stays for long: the collector need not walk over it again and again.
     gc.freeze()
     gc.enable()
     await controller.ready.wait()
+    if tune is not None:
+        tune()  # the rules have loaded conntrack
     for other, make in KERNELS.items():
         if other != language:
             with contextlib.suppress(SyncError):
@@ -313,7 +341,7 @@ def render(settings: Settings) -> tuple[str, bool]:
     if settings.state_dir is not None:
         state_dir = _open_state_dir(settings.state_dir)
     memory = state_dir.load() if state_dir else Memory()
-    tracker = Tracker(ClusterIPs(settings.service_cluster_ip_ranges, memory.cluster_ips))
+    tracker = Tracker(_allotting(settings, memory), here=Node(settings.node_name), source_ip=settings.source_ip)
     manifests, problems = read_once(settings.paths, for_check=False)
     if not manifests and not problems:
         raise StartError(nothing_found(settings.paths))
@@ -326,7 +354,7 @@ def render(settings: Settings) -> tuple[str, bool]:
     )
     capture = Capture.ADDRESS if settings.capture == "address" else Capture.REDIRECT
     ports = ProxyPorts(*settings.proxy_port_range, memory.proxy_ports)
-    redirects = planned_redirects(tracker.state(), ports, NodeRules(capture))
+    redirects = planned_redirects(tracker.state(), ports, _node_rules(settings, capture))
     is_well = not problems and not tracker.problems
     if settings.rules != "iptables":
         return nft.table(redirects), is_well
@@ -371,6 +399,28 @@ def _open_state_dir(folder: Path | None) -> StateDir | None:
             raise StartError(f"--state-dir {folder}: {(error.strerror or str(error)).lower()}") from None
         log.info("%s cannot be written: allocated cluster IPs may move at a restart (--state-dir)", DEFAULT_STATE_DIR)
         return None
+
+
+def _conntrack_limits(settings: Settings) -> ConntrackLimits:
+    """Return what conntrack is to be set to.
+
+    Without flags: as kube-proxy does it, in its place. Where kube-proxy runs beside us, the node is as it has set
+    it; and who tries a few files on his own computer does not expect it to be changed.
+    """
+    usual = KUBE_PROXY if settings.follows_cluster and not settings.service_proxy_name else ConntrackLimits()
+
+    def chosen(given: _Number | None, otherwise: _Number) -> _Number:
+        return otherwise if given is None else given
+
+    return ConntrackLimits(
+        max_per_core=chosen(settings.conntrack_max_per_core, usual.max_per_core),
+        min_entries=chosen(settings.conntrack_min, usual.min_entries),
+        tcp_established_s=chosen(settings.conntrack_tcp_timeout_established_s, usual.tcp_established_s),
+        tcp_close_wait_s=chosen(settings.conntrack_tcp_timeout_close_wait_s, usual.tcp_close_wait_s),
+        tcp_be_liberal=settings.conntrack_tcp_be_liberal,
+        udp_s=settings.conntrack_udp_timeout_s,
+        udp_stream_s=settings.conntrack_udp_timeout_stream_s,
+    )
 
 
 def _limits(settings: Settings) -> Limits:

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,14 +15,17 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from userspace_proxy import __version__
+from userspace_proxy import __version__, values
 from userspace_proxy.errors import StartError, SyncError
-from userspace_proxy.settings import Network, Settings
+from userspace_proxy.model.service import SourceIP
+from userspace_proxy.settings import Settings
 
 if TYPE_CHECKING:
+    from userspace_proxy.configuration import Configuration
     from userspace_proxy.control.lint import Finding
 
 _DEFAULTS = Settings()
+log = logging.getLogger(__name__)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -34,66 +37,33 @@ def _fail(message: object) -> NoReturn:
 # ---- values
 
 
-class _Cidrs(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5
-    name = "CIDR[,CIDR]"
+class _Value(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5
+    """What *read* makes of a text; what it is already (a default, a configuration file's), it stays."""
 
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Network, ...]:
-        if isinstance(value, tuple):
+    def __init__(self, name: str, read: Callable[[str], object]) -> None:
+        self.name = name
+        self._read = read
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> object:
+        if not isinstance(value, str):
             return value
         try:
-            networks = tuple(ipaddress.ip_network(part.strip()) for part in str(value).split(","))
+            return self._read(value.strip())
         except ValueError as error:
-            self.fail(f"{error}; write a range such as 10.96.0.0/16", param, ctx)
-        if len({network.version for network in networks}) != len(networks):
-            self.fail("one range for each IP family at most", param, ctx)
-        return networks
+            self.fail(str(error), param, ctx)
 
 
-class _PortRange(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5
-    name = "A-B"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value
-        first, _, last = str(value).partition("-")
-        if not (first.isdigit() and last.isdigit() and 1 <= int(first) < int(last) <= 65_535):
-            self.fail(f"{value!r} is no port range; write one such as 10000-29999", param, ctx)
-        return int(first), int(last)
-
-
-class _Seconds(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5
-    """Seconds: 5, 0.25, or as kube-proxy writes them: 250ms, 30s, 1m30s, 24h."""
-
-    name = "DURATION"
-    _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, (int, float)):
-            return float(value)
-        text, total_s, number = str(value).strip(), 0.0, ""
-        try:
-            return _not_negative(float(text))
-        except ValueError:
-            pass
-        while text:
-            digits = len(text) - len(text.lstrip("0123456789."))
-            number, rest = text[:digits], text[digits:]
-            unit = next((u for u in self._UNITS if rest.startswith(u)), None)
-            if not number or unit is None:
-                self.fail(f"{value!r} is no duration; write seconds, or such as 250ms, 30s, 1m30s", param, ctx)
-            total_s += float(number) * self._UNITS[unit]
-            text = rest[len(unit) :]
-        return total_s
-
-
-def _not_negative(seconds: float) -> float:
-    if not 0 <= seconds < float("inf"):
-        raise ValueError
-    return seconds
+_CIDRS = _Value("CIDR[,CIDR]", values.networks)
+_PORT_RANGE = _Value("A-B", values.port_range)
+_SECONDS = _Value("DURATION", values.seconds)
+_INTERFACE = _Value("NAME", values.interface_name)
+_NODE_PORT_ADDRESSES = _Value("addresses", lambda text: values.node_port_addresses(text.split(",")))
 
 
 def _shown(seconds: float) -> str:
     """Return *seconds* as a person writes them: 24h, 30s, 50ms."""
+    if not seconds:
+        return "0"
     for unit, size in (("h", 3600), ("s", 1)):
         if seconds >= size and seconds % size == 0:
             return f"{seconds / size:g}{unit}"
@@ -109,6 +79,29 @@ def _options(*options: Callable[[_Function], _Function]) -> Callable[[_Function]
     return decorate
 
 
+def _read_configuration(ctx: click.Context, _: click.Parameter, path: Path | None) -> Configuration | None:
+    """Make what the file says the defaults of the other flags, so that what is given on the command line wins."""
+    if path is None:
+        return None
+    from userspace_proxy.configuration import read_configuration
+
+    try:
+        configuration = read_configuration(path)
+    except StartError as error:
+        _fail(error)
+    ctx.default_map = {name: value for name, value in configuration.settings.items() if name != "kubeconfig"}
+    return configuration
+
+
+_CONFIG = click.option(
+    "--config",
+    "configuration",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    is_eager=True,
+    callback=_read_configuration,
+    help="A KubeProxyConfiguration; flags win over it.",
+)
 _PATHS = click.argument("paths", nargs=-1, metavar="PATH...", required=True)
 _SOURCES = _options(
     click.argument("paths", nargs=-1, metavar="[PATH...]"),
@@ -138,7 +131,7 @@ _SOURCES = _options(
     click.option(
         "--degraded-after",
         "degraded_after_s",
-        type=_Seconds(),
+        type=_SECONDS,
         default=_shown(_DEFAULTS.degraded_after_s),
         show_default=True,
         help="/healthz says degraded when the API could not be followed for so long.",
@@ -154,10 +147,25 @@ _SOURCES = _options(
 _CLUSTER_IPS = click.option(
     "--service-cluster-ip-range",
     "service_cluster_ip_ranges",
-    type=_Cidrs(),
+    type=_CIDRS,
     default=",".join(map(str, _DEFAULTS.service_cluster_ip_ranges)),
     show_default=True,
     help="Where Services that state no clusterIP get one from; one range a family.",
+)
+_LOAD_BALANCER_POOL = click.option(
+    "--load-balancer-pool",
+    type=_CIDRS,
+    default=_DEFAULTS.load_balancer_pool,
+    show_default="none",
+    help="Where Services of type LoadBalancer without an ingress IP get one from; one range a family.",
+)
+_SOURCE_IP = click.option(
+    "--source-ip",
+    type=click.Choice([SourceIP.NODE.value, SourceIP.TRANSPARENT.value]),
+    default=_DEFAULTS.source_ip.value,
+    show_default=True,
+    callback=lambda _context, _option, value: SourceIP(value),
+    help="Whose address backends see of Services without the annotation userspace-proxy/source-ip.",
 )
 _RULES = click.option(
     "--rules",
@@ -168,7 +176,7 @@ _RULES = click.option(
 )
 _PROXY_PORTS = click.option(
     "--proxy-port-range",
-    type=_PortRange(),
+    type=_PORT_RANGE,
     default="-".join(map(str, _DEFAULTS.proxy_port_range)),
     show_default=True,
     help="Local ports that rules redirect to.",
@@ -185,18 +193,109 @@ _STATE_DIR = click.option(
     "--state-dir",
     type=click.Path(path_type=Path),
     show_default="/var/lib/userspace-proxy where writable",
-    help="Remembers allocated cluster IPs and proxy ports.",
+    help="Remembers allocated addresses, node ports and proxy ports.",
 )
 
 _PROXY_MODE = click.option(
     "--proxy-mode", type=click.Choice(["userspace"]), default="userspace", show_default=True, help="The mode."
 )
 
+_LOCAL_TRAFFIC = _options(
+    click.option(
+        "--detect-local-mode",
+        type=click.Choice(["ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix"]),
+        default=_DEFAULTS.detect_local_mode,
+        show_default=True,
+        help="How a pod is told from other clients.",
+    ),
+    click.option(
+        "--cluster-cidr",
+        "cluster_cidrs",
+        type=_CIDRS,
+        default=_DEFAULTS.cluster_cidrs,
+        help="Addresses of the cluster's pods, for --detect-local-mode ClusterCIDR; one range a family.",
+    ),
+    click.option(
+        "--pod-bridge-interface",
+        type=_INTERFACE,
+        default=None,
+        help="The bridge that this node's pods are at, for --detect-local-mode BridgeInterface.",
+    ),
+    click.option(
+        "--pod-interface-name-prefix",
+        type=_INTERFACE,
+        default=None,
+        help="How the interfaces of this node's pods begin, for --detect-local-mode InterfaceNamePrefix.",
+    ),
+    click.option(
+        "--nodeport-addresses",
+        type=_NODE_PORT_ADDRESSES,
+        metavar="CIDR,...|primary",
+        default=_DEFAULTS.nodeport_addresses,
+        show_default="every address of the node",
+        help="Where NodePorts are served; primary is what the Node object names.",
+    ),
+)
+_CONNTRACK = _options(
+    click.option(
+        "--conntrack-max-per-core",
+        type=click.IntRange(min=0),
+        show_default="32768 in kube-proxy's place, else 0",
+        help="Connections that conntrack is to have room for, times cores; 0 leaves alone what there is.",
+    ),
+    click.option(
+        "--conntrack-min",
+        type=click.IntRange(min=0),
+        show_default="131072 in kube-proxy's place, else 0",
+        help="At least for so many, however few cores there are; nothing without the one before.",
+    ),
+    click.option(
+        "--conntrack-tcp-timeout-established",
+        "conntrack_tcp_timeout_established_s",
+        type=_SECONDS,
+        show_default="24h in kube-proxy's place, else 0",
+        help="Until conntrack forgets idle TCP connections; 0 leaves alone what is set.",
+    ),
+    click.option(
+        "--conntrack-tcp-timeout-close-wait",
+        "conntrack_tcp_timeout_close_wait_s",
+        type=_SECONDS,
+        show_default="1h in kube-proxy's place, else 0",
+        help="The same for half-closed ones.",
+    ),
+    click.option(
+        "--conntrack-tcp-be-liberal",
+        is_flag=True,
+        help="Have conntrack let TCP packets outside of the window pass.",
+    ),
+    click.option(
+        "--conntrack-udp-timeout",
+        "conntrack_udp_timeout_s",
+        type=_SECONDS,
+        default=_shown(_DEFAULTS.conntrack_udp_timeout_s),
+        show_default=True,
+        help="Until conntrack forgets UDP flows without an answer; 0 leaves alone what is set.",
+    ),
+    click.option(
+        "--conntrack-udp-timeout-stream",
+        "conntrack_udp_timeout_stream_s",
+        type=_SECONDS,
+        default=_shown(_DEFAULTS.conntrack_udp_timeout_stream_s),
+        show_default=True,
+        help="The same for answered ones.",
+    ),
+)
+
 _RUN_OPTIONS = _options(
+    _CONFIG,
     _PROXY_MODE,
+    _LOCAL_TRAFFIC,
+    _CONNTRACK,
     _RULES,
     _CAPTURE,
     _CLUSTER_IPS,
+    _LOAD_BALANCER_POOL,
+    _SOURCE_IP,
     _PROXY_PORTS,
     _STATE_DIR,
     click.option(
@@ -211,12 +310,19 @@ _RUN_OPTIONS = _options(
         metavar="ADDRESS",
         default=_DEFAULTS.metrics_bind_address,
         show_default=True,
-        help="/metrics and /proxyMode; '' for none.",
+        help="/metrics, /proxyMode and /configz; '' for none.",
+    ),
+    click.option(
+        "--metrics-endpoint-series",
+        type=click.IntRange(min=0),
+        default=_DEFAULTS.metrics_endpoint_series,
+        show_default=True,
+        help="Where endpoints would have more series than this in /metrics, only Services are shown; 0 for never.",
     ),
     click.option(
         "--min-sync-period",
         "min_sync_period_s",
-        type=_Seconds(),
+        type=_SECONDS,
         default=_shown(_DEFAULTS.min_sync_period_s),
         show_default=True,
         help="At least so long between two rule loads.",
@@ -224,7 +330,7 @@ _RUN_OPTIONS = _options(
     click.option(
         "--sync-period",
         "sync_period_s",
-        type=_Seconds(),
+        type=_SECONDS,
         default=_shown(_DEFAULTS.sync_period_s),
         show_default=True,
         help="At most so long until a failed sync is tried again.",
@@ -232,7 +338,7 @@ _RUN_OPTIONS = _options(
     click.option(
         "--drain-timeout",
         "drain_timeout_s",
-        type=_Seconds(),
+        type=_SECONDS,
         default=_shown(_DEFAULTS.drain_timeout_s),
         show_default=True,
         help="What open connections get when the proxy stops.",
@@ -240,7 +346,7 @@ _RUN_OPTIONS = _options(
     click.option(
         "--orphan-timeout",
         "orphan_timeout_s",
-        type=_Seconds(),
+        type=_SECONDS,
         default=_shown(_DEFAULTS.orphan_timeout_s),
         show_default=True,
         help="How long workers serve on when the control process has died; 0 ends them with it.",
@@ -255,7 +361,7 @@ _RUN_OPTIONS = _options(
     click.option(
         "--idle-timeout",
         "idle_timeout_s",
-        type=_Seconds(),
+        type=_SECONDS,
         default=_shown(_DEFAULTS.idle_timeout_s),
         show_default=True,
         help="Ends connections on which nothing moves; 0 for never.",
@@ -263,7 +369,7 @@ _RUN_OPTIONS = _options(
     click.option(
         "--half-closed-timeout",
         "half_closed_timeout_s",
-        type=_Seconds(),
+        type=_SECONDS,
         default=_shown(_DEFAULTS.half_closed_timeout_s),
         show_default=True,
         help="Ends connections whose one direction has ended while nothing moves in the other; 0 for never.",
@@ -271,7 +377,7 @@ _RUN_OPTIONS = _options(
     click.option(
         "--dead-peer-timeout",
         "dead_peer_timeout_s",
-        type=_Seconds(),
+        type=_SECONDS,
         default=_shown(_DEFAULTS.dead_peer_timeout_s),
         show_default=True,
         help="Ends connections whose peer is gone without a word.",
@@ -279,7 +385,7 @@ _RUN_OPTIONS = _options(
     click.option(
         "--udp-timeout",
         "udp_timeout_s",
-        type=_Seconds(),
+        type=_SECONDS,
         show_default="conntrack's own",
         help="Ends idle UDP flows.",
     ),
@@ -342,15 +448,33 @@ _RUN_OPTIONS = _options(
 )
 
 
-def _check_sources(settings: Settings) -> None:
-    """Raise a usage error unless exactly one source is given, and what it needs."""
+def _check(settings: Settings) -> None:
+    """Raise a usage error unless exactly one source is given, and what the others need."""
     given = {"PATH...": settings.paths, "--kubeconfig": settings.kubeconfig, "--in-cluster": settings.in_cluster}
     chosen = [name for name, value in given.items() if value]
     if len(chosen) != 1:
         got = f", not {' and '.join(chosen)}" if chosen else ""
         raise click.UsageError(f"give one of PATH..., --kubeconfig FILE and --in-cluster{got}")
-    if settings.hostname_override and not settings.follows_cluster:
-        raise click.UsageError("--hostname-override needs --kubeconfig or --in-cluster: files know no nodes")
+    if settings.min_sync_period_s > settings.sync_period_s:
+        raise click.UsageError("--min-sync-period must not be longer than --sync-period")
+    if settings.detect_local_mode == "BridgeInterface" and not settings.pod_bridge_interface:
+        raise click.UsageError("--detect-local-mode BridgeInterface needs --pod-bridge-interface NAME")
+    if settings.detect_local_mode == "InterfaceNamePrefix" and not settings.pod_interface_name_prefix:
+        raise click.UsageError("--detect-local-mode InterfaceNamePrefix needs --pod-interface-name-prefix NAME")
+
+
+def settings_from(configuration: Configuration | None, options: dict[str, Any]) -> Settings:
+    """Return what the command line says, over what the file says, over the defaults."""
+    del options["proxy_mode"]  # there is one so far
+    if configuration is not None and not (options["paths"] or options["kubeconfig"] or options["in_cluster"]):
+        # As kube-proxy: a file is for a cluster, and without a kubeconfig for the one whose pod this is.
+        options["kubeconfig"] = configuration.settings.get("kubeconfig")
+        options["in_cluster"] = options["kubeconfig"] is None
+    for name in ("pod_bridge_interface", "pod_interface_name_prefix"):
+        options[name] = options[name] or ""
+    settings = Settings(**{**options, "degraded_status": int(options["degraded_status"])})
+    _check(settings)
+    return settings
 
 
 # ---- commands
@@ -368,15 +492,15 @@ def commands() -> None:
 @commands.command()
 @_SOURCES
 @_RUN_OPTIONS
-def run(**options: Any) -> None:
+def run(configuration: Configuration | None, **options: Any) -> None:
     """Serve Services on this node: those in PATH... (manifest files, folders of them, - for stdin), or a cluster's."""
     from userspace_proxy import app
     from userspace_proxy.logs import configure_logging
 
-    del options["proxy_mode"]  # there is one so far
-    settings = Settings(**{**options, "degraded_status": int(options["degraded_status"])})
-    _check_sources(settings)
+    settings = settings_from(configuration, options)
     configure_logging(settings.log_format, verbose=settings.verbose)
+    if configuration is not None and configuration.named:
+        log.warning("--config: no meaning here, and nothing done about it: %s", ", ".join(configuration.named))
     try:
         app.run(settings)
     except* (StartError, SyncError) as errors:
@@ -442,6 +566,8 @@ def _count(number: int, thing: str) -> str:
 @_RULES
 @_CAPTURE
 @_CLUSTER_IPS
+@_LOAD_BALANCER_POOL
+@_SOURCE_IP
 @_PROXY_PORTS
 @_STATE_DIR
 def render(paths: tuple[str, ...], proxy_mode: str, **options: Any) -> None:

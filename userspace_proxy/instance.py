@@ -19,6 +19,7 @@ from userspace_proxy.dataplane.handover import (
     VERSION,
     Conversation,
     End,
+    HealthChecks,
     Inherit,
     Lock,
     Present,
@@ -46,11 +47,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Inheritance:
-    """The lock; and what was got with it from who served before: listeners, in a conversation with each process."""
+    """The lock; and what was got with it from who served before: listeners, in a conversation with each process.
+
+    ``health_checks``: the listeners of health-check node ports, which a control process has.
+    """
 
     turn: socket.socket
     lock: socket.socket
     listeners: list[tuple[Inherit, list[socket.socket]]] = field(default_factory=list)
+    health_checks: list[socket.socket] = field(default_factory=list)
     conversations: list[Conversation] = field(default_factory=list)
 
     async def taken(self) -> None:
@@ -73,7 +78,7 @@ class Inheritance:
             _, conversation = meeting
             try:
                 listeners: list[tuple[Inherit, list[socket.socket]]] = []
-                (await _collect(conversation, listeners, workers=len(self.conversations))).close()
+                (await _collect(conversation, listeners, [], workers=len(self.conversations))).close()
                 _close(listeners)
                 conversation.send(Taken())
                 expect(await conversation.receive(), Released)
@@ -86,6 +91,8 @@ class Inheritance:
         for conversation in self.conversations:
             conversation.close()
         _close(self.listeners)
+        for sock in self.health_checks:
+            sock.close()
         self.lock.close()
         self.turn.close()
 
@@ -140,8 +147,9 @@ async def _take_over(turn: socket.socket, present: Present, conversation: Conver
     """Collect all that is there: from the control process, or from every worker that has none."""
     try:
         listeners: list[tuple[Inherit, list[socket.socket]]] = []
-        lock = await _collect(conversation, listeners, workers)
-        inheritance = Inheritance(turn, lock, listeners, [conversation])
+        health_checks: list[socket.socket] = []
+        lock = await _collect(conversation, listeners, health_checks, workers)
+        inheritance = Inheritance(turn, lock, listeners, health_checks, [conversation])
         while present.orphan and len(inheritance.conversations) < present.workers:
             if (meeting := await _next_orphan()) is None:
                 missing = present.workers - len(inheritance.conversations)
@@ -149,7 +157,7 @@ async def _take_over(turn: socket.socket, present: Present, conversation: Conver
                 break
             _, conversation = meeting
             inheritance.conversations.append(conversation)
-            (await _collect(conversation, listeners, workers)).close()
+            (await _collect(conversation, listeners, health_checks, workers)).close()
     except (OSError, TimeoutError) as error:
         # What was collected goes with this process; who gave it notices, and serves on.
         conversation.close()
@@ -161,15 +169,21 @@ async def _take_over(turn: socket.socket, present: Present, conversation: Conver
 
 
 async def _collect(
-    conversation: Conversation, listeners: list[tuple[Inherit, list[socket.socket]]], workers: int
+    conversation: Conversation,
+    listeners: list[tuple[Inherit, list[socket.socket]]],
+    health_checks: list[socket.socket],
+    workers: int,
 ) -> socket.socket:
-    """Ask for everything: *listeners* get more, and the lock is returned."""
-    conversation.send(TakeOver(VERSION, os.getpid(), workers))
+    """Ask for everything: *listeners* and *health_checks* get more, and the lock is returned."""
+    conversation.send(TakeOver(VERSION, os.getpid(), workers, health_checks=True))
     while True:
         received = await conversation.receive()
         message, descriptors = received
         if isinstance(message, Lock):
             return socket.socket(fileno=descriptors[0])
+        if isinstance(message, HealthChecks):
+            health_checks += [socket.socket(fileno=descriptor) for descriptor in descriptors]
+            continue
         inherit = expect(received, Inherit)
         listeners.append((inherit, [socket.socket(fileno=descriptor) for descriptor in descriptors]))
 

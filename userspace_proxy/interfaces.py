@@ -11,7 +11,14 @@ from typing import NamedTuple, Protocol
 
 from userspace_proxy.api import KubernetesObject
 from userspace_proxy.model.endpoint import Address, Endpoint
-from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, Scope, ServicePortName
+from userspace_proxy.model.names import (
+    L4Protocol,
+    ListenerName,
+    NamespacedName,
+    ObjectReference,
+    Scope,
+    ServicePortName,
+)
 from userspace_proxy.model.routes import Sender
 from userspace_proxy.model.service import Portal, ServicePort
 from userspace_proxy.model.state import ProxyState
@@ -96,6 +103,18 @@ class Source(Protocol):
 # ---- what makes a state true
 
 
+class Recorder(Protocol):
+    """Tells people what they should know of an object: an Event of the cluster's, or a line of the log."""
+
+    def normal(self, regarding: ObjectReference, reason: str, note: str) -> None:
+        """Say *note*; nothing is wrong. *reason* is a word in capitals and lower case: ``Starting``."""
+        ...
+
+    def warn(self, regarding: ObjectReference, reason: str, note: str) -> None:
+        """Say that somebody should look. May be called again for what has been said: it is told once."""
+        ...
+
+
 class StateSink(Protocol):
     """Takes each new state."""
 
@@ -121,6 +140,8 @@ class Proxier(StateSink, Protocol):
 # The mark on our own packets to backends, which rules pass by. One bit, none of those that kube-proxy (0x4000,
 # 0x8000), Cilium (0x0f00) and Calico (0xffff0000) use.
 OWN_MARK = 0x2000
+# Set beside OWN_MARK on our packets that carry a client's own address; alone, on what backends answer to these.
+TRANSPARENT_MARK = 0x1000
 
 
 class Capture(Enum):
@@ -152,6 +173,7 @@ class Redirects:
     ``exceptions``: what goes before ``ports`` for senders that are told from others. ``allowed``: the CIDRs from which
     these portals may be dialled; who comes from elsewhere is dropped. ``node_ports_on``: the CIDRs of the node's own
     addresses at which node ports are served; where a family has none in it, all are.
+    ``transparent``: some listener carries its clients' own addresses to backends, whose answers are to come to us.
     ``refuse_port`` is a port at which nobody listens: portals without endpoints go there, and the
     kernel answers for itself - a reset for TCP, port unreachable for UDP.
     """
@@ -164,6 +186,7 @@ class Redirects:
     allowed: Mapping[Portal, tuple[str, ...]] = field(default_factory=dict)
     node_ports_on: tuple[str, ...] = ()
     pods: PodDetector | None = None
+    transparent: bool = False
 
 
 class Kernel(Protocol):
@@ -250,15 +273,47 @@ class Counters:
     flows_total: int = 0
     flows_evicted: int = 0
     datagrams_dropped: int = 0
+    pins: int = 0
     endpoints: int = 0
     ejected: int = 0
 
 
 @dataclass(slots=True)
+class EndpointCounters:
+    """What one endpoint of a service port has had so far; plain ints, too.
+
+    ``opened``, ``open``: TCP connections to it, or UDP flows. ``retries``: clients that came to it after another one
+    had failed them.
+    """
+
+    opened: int = 0
+    open: int = 0
+    bytes_to_backends: int = 0
+    bytes_to_clients: int = 0
+    dial_failures: int = 0
+    retries: int = 0
+    ejections: int = 0
+
+
+class ServiceStats(NamedTuple):
+    """The counters of one service port, and of its endpoints where these are wanted."""
+
+    name: ServicePortName
+    counters: Counters
+    endpoints: list[tuple[Address, EndpointCounters]]
+
+
+@dataclass(slots=True)
 class PlaneStats:
-    """The data plane's counters at one moment."""
+    """The data plane's counters at one moment.
+
+    ``endpoints``: of all endpoints, and of those that are gone while connections to them are open; empty where they
+    are too many, and ``hidden_endpoints`` says how many.
+    """
 
     services: Mapping[ServicePortName, Counters]
+    endpoints: Mapping[ServicePortName, Mapping[Address, EndpointCounters]] = field(default_factory=dict)
+    hidden_endpoints: int = 0
     connections_open: int = 0
     accept_paused: int = 0
     local_shortages: int = 0
@@ -307,7 +362,9 @@ class DataPlane(Protocol):
         """Close these listeners; their open connections live on until they end or are drained."""
         ...
 
-    async def stats(self) -> PlaneStats: ...
+    async def stats(self, endpoints_max: int = 0) -> PlaneStats:
+        """Return what was counted; of the endpoints too, unless there are more than *endpoints_max*."""
+        ...
 
     def cut(self) -> None:
         """End every open connection now, with resets."""

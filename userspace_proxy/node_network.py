@@ -1,6 +1,7 @@
-"""How this node's network is made to bring traffic here: the way of capture, and routes to cluster IPs.
+"""How this node's network is made to bring traffic here: capture, routes to cluster IPs, limits of the kernel.
 
-What is added is taken away by ``leave_network`` without knowing what it was: a crashed process cannot tell.
+What is added is taken away by ``leave_network`` without knowing what it was: a crashed process cannot tell. Limits
+stay as they are set, as kube-proxy's do: others rely on them by then.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import Capture, StateSink
@@ -17,7 +19,7 @@ from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.service import ServicePort
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.proxiers.userspace import UserspaceProxier
-from userspace_proxy.rules import network
+from userspace_proxy.rules import network, sysctls
 from userspace_proxy.rules.network import Network
 from userspace_proxy.rules.notices import NetworkNotices
 
@@ -100,6 +102,22 @@ class WithRoutes:
             except SyncError as error:
                 log.warning("no route to cluster IPs could be added, clients on this node may fail: %s", error)
         await self._sink.sync(state)
+
+
+def widen_queues(backlog: int) -> None:
+    """Have the kernel let a listener's queue be *backlog* long."""
+    for refused in sysctls.apply([sysctls.queue_sysctl(backlog)]):
+        log.warning("clients that come all at once may wait for a second or more: %s", refused)
+
+
+def tune_conntrack(limits: sysctls.ConntrackLimits, warn: Callable[[str], None]) -> bool:
+    """Set conntrack to *limits*, and *warn* of what is refused; return False where conntrack is not loaded yet."""
+    wanted = sysctls.conntrack_sysctls(limits, os.cpu_count() or 1)
+    if wanted and not sysctls.knows_conntrack():
+        return False
+    if refused := sysctls.apply(wanted):
+        warn(f"{'; '.join(refused)}; set it on the node itself, or leave it alone with --conntrack-...=0")
+    return True
 
 
 async def leave_network() -> None:

@@ -10,7 +10,8 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+from userspace_proxy.model.service import SourceIP
+from userspace_proxy.values import Network, NodePortAddress
 
 DEFAULT_STATE_DIR = Path("/var/lib/userspace-proxy")
 
@@ -33,20 +34,44 @@ class Settings:
     degraded_after_s: float = 180.0
     degraded_status: int = 200
 
+    # Who is a pod of this node, and who is not. None of the addresses given: nobody can be told from another.
+    detect_local_mode: str = "ClusterCIDR"
+    cluster_cidrs: tuple[Network, ...] = ()
+    pod_bridge_interface: str = ""
+    pod_interface_name_prefix: str = ""
+    # Where NodePorts are served; (): at every address of the node. "primary": the Node object's.
+    nodeport_addresses: tuple[NodePortAddress, ...] = ()
+
+    # Limits of conntrack; 0 leaves alone what the kernel has. None: kube-proxy's value in its place (see `conntrack`).
+    conntrack_max_per_core: int | None = None
+    conntrack_min: int | None = None
+    conntrack_tcp_timeout_established_s: float | None = None
+    conntrack_tcp_timeout_close_wait_s: float | None = None
+    conntrack_tcp_be_liberal: bool = False
+    conntrack_udp_timeout_s: float = 0.0
+    conntrack_udp_timeout_stream_s: float = 0.0
+
     # Rules. "auto": nftables where it is installed; REDIRECT unless an interface has no address of its own.
     rules: str = "auto"
     capture: str = "auto"
 
     # kubeadm's default range, which the tutorials use.
     service_cluster_ip_ranges: tuple[Network, ...] = (ipaddress.IPv4Network("10.96.0.0/16"),)
+    # Where Services of type LoadBalancer get an address from; none by default, as it has to lead to this node.
+    load_balancer_pool: tuple[Network, ...] = ()
+    # Whose address endpoints see of Services that say nothing of it; the client's own changes this node's routing.
+    source_ip: SourceIP = SourceIP.NODE
     # Below the ephemeral ports (32768-60999), which connections to backends need, and the NodePorts (30000-32767).
     proxy_port_range: tuple[int, int] = (10_000, 29_999)
-    # Remembers cluster IPs and proxy ports. None: the default folder if it can be written, else nothing is remembered.
+    # Remembers what was allocated: addresses, node ports, proxy ports. None: the default folder if it can be written,
+    # else nothing is remembered.
     state_dir: Path | None = None
 
     # kube-proxy's addresses: health for load balancers on every address, metrics on loopback. "" for none.
     healthz_bind_address: str = "0.0.0.0:10256"
     metrics_bind_address: str = "127.0.0.1:10249"
+    # Of /metrics: Prometheus keeps each series of each node. About 1,400 endpoints; Services are always shown.
+    metrics_endpoint_series: int = 10_000
 
     # Rule loads are at least so far apart; endpoint changes load none and wait 5 ms at most.
     min_sync_period_s: float = 0.05

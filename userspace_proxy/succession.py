@@ -12,11 +12,12 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import NoReturn
 
+from userspace_proxy.admin.health_checks import ServiceHealthChecks
 from userspace_proxy.dataplane.handover import Conversation, Incumbent, Refused, Released, TakeOver, hand_over
 from userspace_proxy.dataplane.remote import RemotePlane
 from userspace_proxy.errors import StartError, SyncError
@@ -27,6 +28,8 @@ from userspace_proxy.proxiers.userspace import UserspaceProxier
 _REAP_EVERY_S = 1.0
 # Who is told to stop while it hands over waits so long for the successor to begin, or not.
 _DECIDE_S = 2.0
+# Names the descriptors of what outlives a start anew.
+_LEFT = "USERSPACE_PROXY_LISTENERS"
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 log = logging.getLogger(__name__)
@@ -113,6 +116,7 @@ class Succession:
         proxier: UserspaceProxier,
         plane: DataPlane,
         lock: socket.socket,
+        health_checks: ServiceHealthChecks,
     ) -> None:
         """Give all that we have to who *asked*, and end; or refuse."""
         if not isinstance(plane, RemotePlane):
@@ -125,7 +129,8 @@ class Succession:
         async with proxier.paused():
             try:
                 await plane.stats()  # brings the latest pins with it
-                await hand_over(conversation, plane.inheritance(), lock)
+                checks = health_checks.listeners() if asked.health_checks else ()
+                await hand_over(conversation, plane.inheritance(), lock, checks)
                 log.info("handed over to process %d; open connections go on here", asked.pid)
                 is_told_to_stop = self.stop.is_set()
                 self.ending = Ending.HANDED_OVER
@@ -196,9 +201,20 @@ class Succession:
             signal.pthread_sigmask(signal.SIG_BLOCK, (*_STOPS, signal.SIGUSR2))
 
 
-def start_anew() -> NoReturn:
-    """Become a new process of the same command line."""
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - a list, no shell
+def start_anew(listeners: Sequence[socket.socket]) -> NoReturn:
+    """Become a new process of the same command line, which finds *listeners* as what `was_left`."""
+    for sock in listeners:
+        sock.set_inheritable(True)
+    left = {_LEFT: " ".join(str(sock.fileno()) for sock in listeners)} if listeners else {}
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **left})  # noqa: S606 - a list, no shell
+
+
+def was_left() -> list[socket.socket]:
+    """Return the listeners from before a start anew: nobody who asked meanwhile was refused."""
+    left = [socket.socket(fileno=int(number)) for number in os.environ.pop(_LEFT, "").split()]
+    for sock in left:
+        sock.set_inheritable(False)
+    return left
 
 
 # ---- what drains from before a start anew

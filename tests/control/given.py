@@ -7,12 +7,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from userspace_proxy import api
-from userspace_proxy.control.cluster_ips import ClusterIPs
+from userspace_proxy.control.allotments import Allotments
+from userspace_proxy.control.decode import Allotted
+from userspace_proxy.control.memory import Memory
 from userspace_proxy.control.tracker import Tracker
+from userspace_proxy.errors import ConfigError
 from userspace_proxy.interfaces import EventType, ObjectEvent
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
+from userspace_proxy.model.service import ServicePort
 from userspace_proxy.model.state import ProxyState
+from userspace_proxy.model.topology import Node
 
 SYNCED = ObjectEvent(EventType.SYNCED)
 HTTP = [{"port": 80}]
@@ -27,10 +32,20 @@ def port_named(service: str, port: str = "", protocol: L4Protocol = L4Protocol.T
 
 
 def service(
-    name: str = "web", *, labels: Mapping[str, str] | None = None, namespace: str | None = None, **spec: Any
+    name: str = "web",
+    *,
+    labels: Mapping[str, str] | None = None,
+    annotations: Mapping[str, str] | None = None,
+    namespace: str | None = None,
+    ingress: Iterable[Mapping[str, Any]] | None = None,
+    **spec: Any,
 ) -> api.Service:
-    """Return a Service with one port 80, unless *spec* says otherwise."""
-    plain = {"metadata": {"name": name, "namespace": namespace, "labels": labels}, "spec": {"ports": HTTP, **spec}}
+    """Return a Service with one port 80, unless *spec* says otherwise; *ingress*: what its load balancer has."""
+    plain = {
+        "metadata": {"name": name, "namespace": namespace, "labels": labels, "annotations": annotations},
+        "spec": {"ports": HTTP, **spec},
+        "status": None if ingress is None else {"loadBalancer": {"ingress": list(ingress)}},
+    }
     made = api.convert("Service", plain)
     assert isinstance(made, api.Service)
     return made
@@ -89,6 +104,23 @@ def endpoints(*subsets: Mapping[str, Any], name: str = "web") -> api.Endpoints:
     return made
 
 
+def node(
+    name: str = "here",
+    *addresses: tuple[str, str],
+    zone: str | None = None,
+    pod_cidrs: Iterable[str] | None = None,
+) -> api.Node:
+    """Return a Node; an address is its type and itself."""
+    plain = {
+        "metadata": {"name": name, "labels": {} if zone is None else {"topology.kubernetes.io/zone": zone}},
+        "spec": {"podCIDRs": None if pod_cidrs is None else list(pod_cidrs)},
+        "status": {"addresses": [{"type": kind, "address": address} for kind, address in addresses]},
+    }
+    made = api.convert("Node", plain)
+    assert isinstance(made, api.Node)
+    return made
+
+
 def put(thing: api.KubernetesObject) -> ObjectEvent:
     """Return the event that says what *thing* is now."""
     name = NamespacedName(thing.metadata.namespace or "default", thing.metadata.name)
@@ -99,14 +131,14 @@ def gone(kind: str, name: str) -> ObjectEvent:
     return ObjectEvent(EventType.DELETE, kind, named(name))
 
 
-class WatchedClusterIPs(ClusterIPs):
+class WatchedAllotments(Allotments):
     """Notes which Services were worked out."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.worked_out: list[str] = []
 
-    def assign(self, name: NamespacedName, service: api.Service) -> tuple[str, ...]:
+    def assign(self, name: NamespacedName, service: api.Service) -> tuple[Allotted, list[ConfigError]]:
         self.worked_out.append(name.name)
         return super().assign(name, service)
 
@@ -114,10 +146,17 @@ class WatchedClusterIPs(ClusterIPs):
 class World:
     """A tracker, and shorthands to tell it things and look at what it makes of them."""
 
-    def __init__(self, *ranges: str, remembered: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        *ranges: str,
+        remembered: Mapping[str, str] | None = None,
+        load_balancer_pool: Iterable[str] = (),
+        here: Node | None = None,
+    ) -> None:
         networks = [ipaddress.ip_network(text) for text in ranges or ("10.96.0.0/16",)]
-        self.cluster_ips = WatchedClusterIPs(networks, remembered or {})
-        self.tracker = Tracker(self.cluster_ips)
+        pool = [ipaddress.ip_network(text) for text in load_balancer_pool]
+        self.allotments = WatchedAllotments(networks, Memory(cluster_ips=remembered or {}), pool)
+        self.tracker = Tracker(self.allotments, here=here)
         self.state = ProxyState()
 
     def tell(self, *things: api.KubernetesObject | ObjectEvent) -> ProxyState:
@@ -128,9 +167,12 @@ class World:
 
     def worked_out_for(self, *things: api.KubernetesObject | ObjectEvent) -> set[str]:
         """Apply *things* and return the Services that were worked out anew."""
-        self.cluster_ips.worked_out.clear()
+        self.allotments.worked_out.clear()
         self.tell(*things)
-        return set(self.cluster_ips.worked_out)
+        return set(self.allotments.worked_out)
+
+    def port(self, name: str = "web", port: str = "", protocol: L4Protocol = L4Protocol.TCP) -> ServicePort:
+        return self.state.service_ports[port_named(name, port, protocol)]
 
     @property
     def problems(self) -> list[str]:

@@ -10,16 +10,22 @@ from typing import Any
 import pytest
 
 from tests.control.given import named, service
-from userspace_proxy.control.cluster_ips import ClusterIPs
+from userspace_proxy.control.allotments import Allotments
+from userspace_proxy.control.memory import Memory
 from userspace_proxy.errors import ConfigError
 
 
-def cluster_ips(*ranges: str, remembered: Mapping[str, str] | None = None) -> ClusterIPs:
-    return ClusterIPs([ipaddress.ip_network(text) for text in ranges or ("10.96.0.0/16",)], remembered or {})
+def cluster_ips(*ranges: str, remembered: Mapping[str, str] | None = None) -> Allotments:
+    networks = [ipaddress.ip_network(text) for text in ranges or ("10.96.0.0/16",)]
+    return Allotments(networks, Memory(cluster_ips=remembered or {}))
 
 
-def assign(known: ClusterIPs, name: str, **spec: Any) -> tuple[str, ...]:
-    return known.assign(named(name), service(name, **spec))
+def assign(known: Allotments, name: str, **spec: Any) -> tuple[str, ...]:
+    return known.assign(named(name), service(name, **spec))[0].cluster_ips
+
+
+def held_by(known: Allotments, name: str) -> tuple[str, ...]:
+    return known.held(named(name)).cluster_ips
 
 
 # ---- allocation
@@ -46,7 +52,7 @@ def test_with_memory_it_is_the_same_even_in_a_range_where_all_is_taken() -> None
     names = [f"s{n}" for n in range(14)]
     held = {name: assign(before, name) for name in names}
 
-    after = cluster_ips("10.0.0.0/28", remembered=before.memory())
+    after = cluster_ips("10.0.0.0/28", remembered=before.memory().cluster_ips)
 
     assert {name: assign(after, name) for name in reversed(names)} == held
 
@@ -93,7 +99,7 @@ def test_a_range_that_is_used_up_says_so_and_who_had_an_address_keeps_it() -> No
         assign(known, "had", ipFamilyPolicy="RequireDualStack")
 
     assert "--service-cluster-ip-range" in caught.value.mend
-    assert known.held(named("had")) == had
+    assert held_by(known, "had") == had
     assert assign(known, "other") != had
 
 
@@ -112,7 +118,7 @@ def test_a_deleted_services_address_is_free_but_waits_for_it_to_come_back() -> N
 
     known.release(named("web"))
 
-    assert known.memory() == {}
+    assert known.memory().cluster_ips == {}
     assert assign(known, "web") == had
 
 
@@ -228,7 +234,7 @@ def test_only_what_was_allocated_is_remembered() -> None:
     assign(known, "stated", clusterIP="10.96.0.5")
     (ip,) = assign(known, "allocated")
 
-    assert known.memory() == {"default/allocated/IPv4": ip}
+    assert known.memory().cluster_ips == {"default/allocated/IPv4": ip}
 
 
 # ---- order
@@ -254,7 +260,7 @@ def test_a_remembered_address_that_cannot_be_given_any_more_is_replaced(ip: str)
 # ---- moving
 
 
-def move(known: ClusterIPs, **stated: str) -> dict[str, tuple[str, ...]]:
+def move(known: Allotments, **stated: str) -> dict[str, tuple[str, ...]]:
     """Let each service state a new address, all in one change; return what each has then."""
     wishes = {named(name): service(name, clusterIP=ip) for name, ip in stated.items()}
     known.make_way(wishes)
@@ -263,7 +269,7 @@ def move(known: ClusterIPs, **stated: str) -> dict[str, tuple[str, ...]]:
             known.assign(name, wish)
         except ConfigError:
             continue
-    return {name: known.held(named(name)) for name in stated}
+    return {name: held_by(known, name) for name in stated}
 
 
 def test_two_services_can_swap_their_addresses() -> None:
@@ -305,8 +311,8 @@ def test_whoever_moves_no_address_has_two_holders_and_nobody_loses_all(seed: int
     for _ in range(30):
         moving = chance.sample(names, chance.randrange(1, 8))
         held = move(known, **{name: f"10.0.0.{chance.randrange(1, 12)}" for name in moving})
-        everybody = [known.held(named(name)) for name in names]
+        everybody = [held_by(known, name) for name in names]
 
         assert all(held.values())
         assert len(set(everybody)) == len(names)
-        assert known._holders == {ip: named(name) for name in names for ip in known.held(named(name))}
+        assert known._claims._holders == {ip: named(name) for name in names for ip in held_by(known, name)}

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 
-from tests.control.given import endpoint_slice, endpoints, named, pod, service
+from tests.control.given import endpoint_slice, endpoints, named, node, pod, service
 from userspace_proxy import api
 from userspace_proxy.control import decode
 from userspace_proxy.errors import ConfigError
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import L4Protocol, ServicePortName
-from userspace_proxy.model.service import ServicePort
+from userspace_proxy.model.service import ServicePort, SourceIP
+from userspace_proxy.model.topology import Node
 
 TCP_PORT = ("", "TCP")
 
@@ -63,7 +64,7 @@ def test_a_proxy_with_a_name_serves_what_names_it_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(
-    ("node", "eligible"),
+    ("plain", "eligible"),
     [
         ({"metadata": {"name": "n"}}, True),
         ({"metadata": {"name": "n"}, "spec": {"taints": None}}, True),
@@ -72,8 +73,8 @@ def test_a_proxy_with_a_name_serves_what_names_it_and_nothing_else() -> None:
         ({"metadata": {"name": "n", "deletionTimestamp": "2026-01-01T00:00:00Z"}}, False),
     ],
 )
-def test_a_node_that_is_about_to_go_is_not_eligible(node: dict[str, Any], eligible: bool) -> None:
-    given = api.convert("Node", node)
+def test_a_node_that_is_about_to_go_is_not_eligible(plain: dict[str, Any], eligible: bool) -> None:
+    given = api.convert("Node", plain)
 
     assert isinstance(given, api.Node)
     assert decode.is_eligible(given) is eligible
@@ -167,6 +168,19 @@ def test_a_service_with_or_without_a_cluster_ip_is_served(cluster_ip: str | None
         (service(externalIPs=["0127.0.0.9"]), "spec.externalIPs[0]", "a loopback address"),
         (service(externalIPs=["febf::1"]), "spec.externalIPs[0]", "a link-local address"),
         (service(clusterIP="fe80::1%x } ; flush ruleset"), "spec.clusterIP", "zone"),
+        (service(internalTrafficPolicy="local"), "spec.internalTrafficPolicy", "Cluster or Local"),
+        (service(externalTrafficPolicy="PreferLocal"), "spec.externalTrafficPolicy", "Cluster or Local"),
+        (service(loadBalancerSourceRanges=["192.0.2.0/33"]), "spec.loadBalancerSourceRanges[0]", "no range"),
+        (service(loadBalancerSourceRanges=["", "192.0.2.1"]), "spec.loadBalancerSourceRanges[1]", "192.0.2.1/32"),
+        (service(loadBalancerSourceRanges=["2001:db8::1"]), "spec.loadBalancerSourceRanges[0]", "2001:db8::1/128"),
+        (service(healthCheckNodePort=70_000), "spec.healthCheckNodePort", "1 to 65535"),
+        (
+            service(healthCheckNodePort=30_080, ports=[{"port": 80, "nodePort": 30_080}]),
+            "spec.healthCheckNodePort",
+            "already the node port of ports[0]",
+        ),
+        (service(ipFamilies=["IPv5"]), "spec.ipFamilies[0]", "IPv4 or IPv6"),
+        (service(clusterIP="10.96.0.1", ipFamilies=["IPv6"]), "spec.ipFamilies[0]", "write IPv4"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_its_field_and_a_mend(given: api.Service, field: str, words: str) -> None:
@@ -315,6 +329,229 @@ def test_an_sctp_port_is_named_and_the_other_ports_are_served() -> None:
     assert [problem.field for problem in problems] == ["spec.ports[0].protocol"]
 
 
+# ---- policies, load balancers, source addresses (S5, S8, P3 to P7, H1)
+
+VIP = "203.0.113.1"
+
+
+def port_of(*cluster_ips: str, source_ip: SourceIP = SourceIP.NODE, **given: Any) -> tuple[ServicePort, list[str]]:
+    """Return what the first port of a Service is, and the fields of what is wrong with it."""
+    made = service(**given)
+    decode.check_service(made)
+    found, problems = decode.service_ports(
+        named("web"), made, decode.Allotted(cluster_ips or ("10.96.0.1",)), source_ip
+    )
+    assert all(problem.mend for problem in problems)
+    return found[0], [problem.field for problem in problems]
+
+
+@pytest.mark.parametrize(
+    ("spec", "internal_local", "external_local"),
+    [
+        ({}, False, False),
+        ({"internalTrafficPolicy": "Cluster", "externalTrafficPolicy": "Cluster"}, False, False),
+        ({"internalTrafficPolicy": "Local"}, True, False),
+        ({"externalTrafficPolicy": "Local"}, False, True),
+        ({"internalTrafficPolicy": "", "externalTrafficPolicy": None}, False, False),
+    ],
+)
+def test_a_policy_is_local_where_it_says_so(spec: dict[str, Any], internal_local: bool, external_local: bool) -> None:
+    found, _ = port_of(**spec)
+
+    assert (found.internal_local, found.external_local) == (internal_local, external_local)
+
+
+@pytest.mark.parametrize(
+    ("ingress", "ips"),
+    [
+        (None, ()),
+        ([], ()),
+        ([{"ip": VIP}], (VIP,)),
+        ([{"ip": VIP, "ipMode": "VIP"}, {"ip": "203.0.113.02", "ipMode": None}], (VIP, "203.0.113.2")),
+        ([{"ip": VIP, "ipMode": "Proxy"}], ()),
+        ([{"hostname": "lb.example.org"}, {"ip": VIP}], (VIP,)),
+        ([{"ip": VIP}, {"ip": VIP}], (VIP,)),
+        ([{"ip": " "}, {"ip": None}], ()),
+        ([{"ip": "2001:db8::1"}], ()),
+    ],
+)
+def test_a_load_balancers_ip_is_ours_unless_it_dials_us_itself(
+    ingress: list[dict[str, Any]] | None, ips: tuple[str, ...]
+) -> None:
+    """P3, S5, P7."""
+    found, problems = port_of(type="LoadBalancer", ingress=ingress)
+
+    assert (found.load_balancer_ips, problems) == (ips, [])
+
+
+def test_an_ingress_ip_that_is_none_is_named_and_the_others_count() -> None:
+    found, problems = port_of(type="LoadBalancer", ingress=[{"ip": "here"}, {"ip": "127.0.0.1"}, {"ip": VIP}])
+
+    assert found.load_balancer_ips == (VIP,)
+    assert problems == ["status.loadBalancer.ingress[0].ip", "status.loadBalancer.ingress[1].ip"]
+
+
+@pytest.mark.parametrize("kind", ["ClusterIP", "NodePort"])
+def test_a_service_that_is_no_load_balancer_any_more_has_none_of_its_ips(kind: str) -> None:
+    """S8."""
+    assert port_of(type=kind, ingress=[{"ip": VIP}])[0].load_balancer_ips == ()
+
+
+@pytest.mark.parametrize(
+    ("written", "ranges"),
+    [
+        (None, ()),
+        ([], ()),
+        ([" 192.0.2.0/24 ", ""], ("192.0.2.0/24",)),
+        (["192.000.2.7/24"], ("192.0.2.0/24",)),
+        (["192.0.2.0/24", "192.0.2.0/24"], ("192.0.2.0/24",)),
+        (["192.0.2.0/24", "0.0.0.0/0"], ()),
+        (["192.0.2.0/24", "10.0.0.1/0"], ()),
+        (["192.0.2.0/24", "::/0"], ("192.0.2.0/24",)),
+        (["2001:DB8::/32"], ()),
+    ],
+)
+def test_source_ranges_are_canonical_and_none_where_all_may_come(
+    written: list[str] | None, ranges: tuple[str, ...]
+) -> None:
+    """P4, S5."""
+    assert port_of(type="LoadBalancer", loadBalancerSourceRanges=written)[0].source_ranges == ranges
+
+
+def test_both_families_have_source_ranges_of_their_own() -> None:
+    found, _ = port_of("10.96.0.1", "fd00::1", loadBalancerSourceRanges=["0.0.0.0/0", "2001:db8::/32", "192.0.2.0/24"])
+
+    assert found.source_ranges == ("2001:db8::/32",)
+
+
+def test_what_a_service_lists_of_a_family_that_it_has_not_is_not_its_own() -> None:
+    """S5."""
+    given: dict[str, Any] = {"externalIPs": ["1.2.3.4", " ", "2001:db8::4"]}
+
+    assert port_of("fd00::1", **given)[0].external_ips == ("2001:db8::4",)
+    assert port_of("10.96.0.1", "fd00::1", **given)[0].external_ips == ("1.2.3.4", "2001:db8::4")
+
+
+@pytest.mark.parametrize(
+    ("spec", "ips"),
+    [
+        ({"clusterIPs": ["10.96.0.1", "fd00::1"], "ipFamilies": ["IPv4", "IPv6"]}, ["10.96.0.1", "fd00::1"]),
+        ({"clusterIPs": ["fd00::1", "10.96.0.1"], "ipFamilies": ["IPv6", "IPv4"]}, ["fd00::1", "10.96.0.1"]),
+        ({"clusterIPs": ["10.96.0.1", "fd00::1"], "ipFamilies": ["IPv4"]}, ["10.96.0.1"]),
+        ({"clusterIPs": ["10.96.0.1", "fd00::1"]}, ["10.96.0.1", "fd00::1"]),
+        ({"clusterIP": "10.96.0.1", "ipFamilies": []}, ["10.96.0.1"]),
+        ({"clusterIP": "010.96.0.01", "clusterIPs": None}, ["10.96.0.1"]),
+        ({"clusterIP": ""}, []),
+    ],
+)
+def test_a_cluster_ip_counts_where_there_is_a_family_for_it(spec: dict[str, Any], ips: list[str]) -> None:
+    """S5."""
+    given = service(**spec)
+    decode.check_service(given)
+
+    assert [ip for _, ip in decode.given_cluster_ips(given)] == ips
+
+
+@pytest.mark.parametrize(
+    ("spec", "number"),
+    [
+        ({"type": "LoadBalancer", "externalTrafficPolicy": "Local"}, 31_000),
+        ({"type": "LoadBalancer", "externalTrafficPolicy": "Cluster"}, 0),
+        ({"type": "LoadBalancer"}, 0),
+        ({"type": "NodePort", "externalTrafficPolicy": "Local"}, 0),
+        ({"type": "ClusterIP", "externalTrafficPolicy": "Local"}, 0),
+    ],
+)
+def test_load_balancers_ask_for_health_only_where_endpoints_of_this_node_alone_are_used(
+    spec: dict[str, Any], number: int
+) -> None:
+    """H1."""
+    assert port_of(**spec, healthCheckNodePort=31_000)[0].health_check_node_port == number
+
+
+def test_what_a_service_does_not_state_it_has_as_it_was_given() -> None:
+    given = service(
+        type="LoadBalancer",
+        externalTrafficPolicy="Local",
+        ports=[{"port": 53, "name": "a"}, {"port": 53, "name": "b", "protocol": "UDP"}],
+    )
+    allotted = decode.Allotted(("10.96.0.1",), {("a", "TCP"): 30_100, ("b", "UDP"): 30_200}, (VIP,), 30_300)
+
+    found, _ = decode.service_ports(named("web"), given, allotted)
+
+    assert [p.node_port for p in found.values()] == [30_100, 30_200]
+    assert {(p.load_balancer_ips, p.health_check_node_port) for p in found.values()} == {((VIP,), 30_300)}
+
+
+def annotated(text: str, **spec: Any) -> dict[str, Any]:
+    return {"annotations": {"userspace-proxy/source-ip": text}, **spec}
+
+
+UDP = [{"port": 53, "protocol": "UDP"}]
+
+
+@pytest.mark.parametrize("default", [SourceIP.NODE, SourceIP.TRANSPARENT])
+@pytest.mark.parametrize("written", SourceIP)
+def test_an_annotation_says_whose_address_endpoints_see(written: SourceIP, default: SourceIP) -> None:
+    assert port_of(source_ip=default, **annotated(written)) == (port_of(source_ip=written)[0], [])
+    assert port_of(source_ip=default)[0].source_ip is default
+
+
+@pytest.mark.parametrize(
+    "given", [annotated("Transparent"), annotated(""), annotated("proxy-protocol-v1", ports=UDP)], ids=str
+)
+def test_an_annotation_that_cannot_be_followed_is_named_and_the_nodes_default_applies(given: dict[str, Any]) -> None:
+    found, problems = port_of(source_ip=SourceIP.TRANSPARENT, **given)
+
+    assert found.source_ip is SourceIP.TRANSPARENT
+    assert problems == ["metadata.annotations.userspace-proxy/source-ip"]
+
+
+def test_of_two_ports_only_the_one_that_a_header_cannot_be_sent_to_goes_without() -> None:
+    ports = [{"port": 53, "name": "udp", "protocol": "UDP"}, {"port": 53, "name": "tcp"}]
+    given = service(**annotated("proxy-protocol-v1", ports=ports))
+
+    found, problems = decode.service_ports(named("web"), given, decode.Allotted(("10.96.0.1",)))
+
+    assert [port.source_ip for port in found.values()] == [SourceIP.NODE, SourceIP.PROXY_PROTOCOL_V1]
+    assert len(problems) == 1
+
+
+# ---- Nodes
+
+HERE = Node("here", addresses=("192.0.2.1",))
+
+
+def test_a_node_says_its_zone_its_addresses_and_its_pods_ranges() -> None:
+    given = node(
+        "here",
+        ("Hostname", "here.example.org"),
+        ("ExternalIP", "203.0.113.9"),
+        ("InternalIP", "010.0.0.1"),
+        ("InternalIP", "FD00::1"),
+        ("InternalIP", "somewhere"),
+        ("InternalIP", "10.0.0.1"),
+        zone="zone-a",
+        pod_cidrs=["10.244.1.0/24", "fd00:1::/64", "nonsense"],
+    )
+
+    assert decode.node_of(given, HERE) == Node(
+        "here", "zone-a", ("10.0.0.1", "fd00::1", "203.0.113.9"), ("10.244.1.0/24", "fd00:1::/64")
+    )
+
+
+@pytest.mark.parametrize("given", [None, api.Node(api.ObjectMeta(name="here")), node("here")])
+def test_what_no_node_says_is_what_the_host_has(given: api.Node | None) -> None:
+    assert decode.node_of(given, HERE) == HERE
+
+
+def test_a_node_of_one_family_may_state_its_range_in_the_older_field() -> None:
+    given = api.convert("Node", {"metadata": {"name": "here"}, "spec": {"podCIDR": "10.244.1.0/24", "podCIDRs": None}})
+
+    assert isinstance(given, api.Node)
+    assert decode.node_of(given, HERE).pod_cidrs == ("10.244.1.0/24",)
+
+
 # ---- EndpointSlices (S3, S4, S6, C1)
 
 
@@ -347,6 +584,26 @@ def test_what_a_slice_leaves_out_is_assumed_to_be_well(
     piece = endpoint_slice({"addresses": ["10.0.0.1"], "conditions": conditions, "nodeName": "n"})
 
     assert decode.from_slices([piece])[TCP_PORT] == [Endpoint("10.0.0.1", 8080, ready, serving, terminating, "n")]
+
+
+@pytest.mark.parametrize(
+    ("hints", "zones", "nodes"),
+    [
+        (None, set(), set()),
+        ({"forZones": None, "forNodes": None}, set(), set()),
+        ({"forZones": [{"name": "a"}, {"name": "b"}]}, {"a", "b"}, set()),
+        ({"forNodes": [{"name": "n"}, {"name": None}]}, set(), {"n"}),
+    ],
+)
+def test_an_endpoint_is_meant_for_whom_its_hints_name(
+    hints: dict[str, Any] | None, zones: set[str], nodes: set[str]
+) -> None:
+    """C6."""
+    piece = endpoint_slice({"addresses": ["10.0.0.1"], "hints": hints})
+
+    (found,) = decode.from_slices([piece])[TCP_PORT]
+
+    assert (set(found.zone_hints), set(found.node_hints)) == (zones, nodes)
 
 
 def test_ports_are_matched_by_name_and_protocol() -> None:

@@ -15,14 +15,20 @@ from tests.control.given import (
     endpoints,
     gone,
     named,
+    node,
     pod,
     port_named,
     put,
     service,
 )
 from userspace_proxy import api
+from userspace_proxy.control.allotments import Stated
+from userspace_proxy.control.memory import Memory
+from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.interfaces import EventType, ObjectEvent
 from userspace_proxy.model.names import L4Protocol
+from userspace_proxy.model.service import SourceIP
+from userspace_proxy.model.topology import Node
 
 SELECTING: dict[str, Any] = {"selector": {"app": "web"}}
 
@@ -44,7 +50,9 @@ def test_objects_may_come_in_any_order() -> None:
         service(**SELECTING),
         pod("a", "10.244.0.1"),
         pod("b", "10.244.0.2"),
-        endpoint_slice("10.9.9.9", of="db"),
+        endpoint_slice("10.9.9.9", of="db", name="db-2"),
+        endpoint_slice("10.9.9.1", of="db", name="db-3"),
+        endpoint_slice("10.9.9.5", of="db", name="db-1"),
         service("db"),
     ]
     expected = World()
@@ -55,9 +63,7 @@ def test_objects_may_come_in_any_order() -> None:
             world.tell(thing)
 
         assert world.state.service_ports == expected.state.service_ports
-        assert {n: set(e) for n, e in world.state.endpoints.items()} == {
-            n: set(e) for n, e in expected.state.endpoints.items()
-        }
+        assert world.state.endpoints == expected.state.endpoints
 
 
 def test_a_service_without_endpoints_is_there_with_none() -> None:
@@ -274,7 +280,7 @@ def test_add_and_delete_in_one_batch_is_nothing() -> None:
     world.tell(put(service()), gone("Service", "web"))
 
     assert not world.state.service_ports
-    assert world.cluster_ips.memory() == {}
+    assert world.allotments.memory() == Memory()
 
 
 # ---- what did not change is the same object
@@ -372,6 +378,64 @@ def test_what_was_deleted_is_not_kept_anywhere() -> None:
     assert kept == {}
 
 
+# ---- this node
+
+HERE = Node("here", addresses=("192.0.2.1",))
+
+
+def test_until_its_node_is_seen_a_proxy_knows_its_name_and_what_the_host_says() -> None:
+    world = World(here=HERE)
+
+    world.tell(node("other", zone="zone-b"), SYNCED)
+
+    assert world.state.node == HERE
+
+
+def test_a_state_knows_what_its_node_says_of_itself() -> None:
+    world = World(here=HERE)
+
+    world.tell(node("here", ("InternalIP", "10.0.0.1"), zone="zone-a", pod_cidrs=["10.244.0.0/24"]))
+
+    assert world.state.node == Node("here", "zone-a", ("10.0.0.1",), ("10.244.0.0/24",))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        node("here", ("InternalIP", "10.0.0.1"), zone="zone-b"),
+        node("here", ("InternalIP", "10.0.0.2"), zone="zone-a"),
+        node("here", ("InternalIP", "10.0.0.1"), zone="zone-a", pod_cidrs=["10.244.0.0/24"]),
+    ],
+)
+def test_a_node_that_changes_gives_a_new_state_of_the_same_services(changed: api.Node) -> None:
+    """C6: a zone label that changes is a full sync."""
+    world = World(here=HERE)
+    before = world.tell(service(), endpoint_slice("10.0.0.9"), node("here", ("InternalIP", "10.0.0.1"), zone="zone-a"))
+
+    assert world.worked_out_for(changed) == set()
+
+    assert world.state.node != before.node
+    assert world.state.service_ports is before.service_ports
+    assert world.state.endpoints is before.endpoints
+
+
+def test_what_a_node_says_of_other_things_changes_nothing() -> None:
+    world = World(here=HERE)
+    before = world.tell(service(), node("here", zone="zone-a"))
+
+    after = world.tell(node("here", ("Hostname", "here.example.org"), zone="zone-a"), node("other", zone="zone-c"))
+
+    assert after is before
+
+
+def test_a_node_that_is_deleted_stays_what_it_was() -> None:
+    """Z2."""
+    world = World(here=HERE)
+    before = world.tell(node("here", zone="zone-a"))
+
+    assert world.tell(gone("Node", "here")) is before
+
+
 # ---- bad objects
 
 
@@ -422,12 +486,78 @@ def test_whatever_is_told_the_others_are_served_before_and_after(given: api.Kube
     world.tell(given, service(**SELECTING), pod())
     assert world.addresses() == ["10.244.0.1:80"]
 
-    world.tell(pod("b", "10.244.0.2"))
+    world.tell(pod("second", "10.244.0.2"))
     assert world.addresses() == ["10.244.0.1:80", "10.244.0.2:80"]
 
     world.tell(gone(type(given).__name__, given.metadata.name), gone("Pod", "pod"))
     assert world.addresses() == ["10.244.0.2:80"]
     assert world.problems == []
+
+
+ANNOTATION = "userspace-proxy/source-ip"
+
+
+def test_what_is_wrong_with_a_part_of_a_service_is_shown_as_long_as_it_is_there_and_the_rest_is_served() -> None:
+    world = World()
+    ports = [{"port": 80, "name": "web"}, {"port": 81, "name": "sctp", "protocol": "SCTP"}]
+
+    world.tell(service(ports=ports, annotations={ANNOTATION: "mine"}), service("other"))
+    assert set(world.state.service_ports) == {port_named("web", "web"), port_named("other")}
+    (said,) = world.problems
+    assert "spec.ports[1].protocol: 'SCTP' cannot be proxied" in said
+    assert f"metadata.annotations.{ANNOTATION}: 'mine' says no source IP" in said
+
+    assert world.worked_out_for(service("other", ports=[{"port": 81}])) == {"other"}
+    assert world.problems == [said]
+
+    world.tell(service(ports=ports[:1], annotations={ANNOTATION: "transparent"}))
+    assert world.problems == []
+    assert world.port("web", "web").source_ip is SourceIP.TRANSPARENT
+
+
+def test_a_blemish_goes_with_the_service_and_when_it_is_none_of_ours_any_more() -> None:
+    world = World()
+    for end in (gone("Service", "web"), service(clusterIP="None", annotations={ANNOTATION: "mine"})):
+        world.tell(service(annotations={ANNOTATION: "mine"}))
+        assert len(world.problems) == 1
+
+        world.tell(end)
+        assert world.problems == []
+
+
+def test_a_version_that_is_refused_is_told_of_and_not_what_was_wrong_with_the_one_before() -> None:
+    world = World()
+    world.tell(service(annotations={ANNOTATION: "mine"}, **SELECTING))
+
+    world.tell(bad(**SELECTING))
+    world.tell(pod())
+
+    (said,) = world.problems
+    assert "0 is not a port" in said
+
+
+def test_in_a_cluster_a_service_without_a_cluster_ip_is_not_there_and_nobody_is_given_one() -> None:
+    """S1."""
+    tracker = Tracker(Stated())
+
+    tracker.apply([put(service("without", externalIPs=["1.2.3.4"])), put(service("web", clusterIP="10.96.0.1"))])
+
+    assert list(tracker.state().service_ports) == [port_named("web")]
+
+
+def test_in_a_cluster_two_services_may_share_what_the_api_lets_them_share() -> None:
+    tracker = Tracker(Stated())
+    shared: dict[str, Any] = {"type": "LoadBalancer", "ingress": [{"ip": "203.0.113.1"}]}
+
+    tracker.apply(
+        [
+            put(service("a", clusterIP="10.96.0.1", **shared)),
+            put(service("b", clusterIP="10.96.0.2", ports=[{"port": 81}], **shared)),
+        ]
+    )
+
+    assert [p.load_balancer_ips for p in tracker.state().service_ports.values()] == [("203.0.113.1",)] * 2
+    assert not tracker.problems
 
 
 def test_the_last_good_version_of_a_service_goes_on_and_follows_its_pods() -> None:
@@ -549,7 +679,7 @@ def test_who_asks_for_a_taken_address_keeps_its_last_good_version_which_follows_
     world.tell(service("first", clusterIP="10.96.0.5"), service(clusterIP="10.96.0.6", **SELECTING), pod())
 
     world.tell(service(clusterIP="10.96.0.5", selector={"app": "new"}, ports=[{"port": 81}]))
-    world.tell(pod("b", "10.244.0.2"), pod("c", "10.244.0.3", labels={"app": "new"}))
+    world.tell(pod("second", "10.244.0.2"), pod("c", "10.244.0.3", labels={"app": "new"}))
     assert world.ips("web") == ("10.96.0.6",)
     assert world.addresses() == ["10.244.0.1:80", "10.244.0.2:80"]
     assert len(world.problems) == 1
@@ -583,7 +713,7 @@ def test_after_a_restart_every_service_has_its_address_in_whatever_order_it_come
         before.tell(service(name))
     held = {name: before.ips(name) for name in names}
 
-    after = World("10.0.0.0/28", remembered=before.cluster_ips.memory())
+    after = World("10.0.0.0/28", remembered=before.allotments.memory().cluster_ips)
     after.tell(*(service(name) for name in reversed(names)))
 
     assert {name: after.ips(name) for name in names} == held
@@ -594,7 +724,7 @@ def test_a_new_service_cannot_take_the_address_of_one_that_had_it_before_the_res
     before.tell(service("old"))
     (ip,) = before.ips("old")
 
-    after = World(remembered=before.cluster_ips.memory())
+    after = World(remembered=before.allotments.memory().cluster_ips)
     after.tell(service("a-new", clusterIP=ip), service("old"))
 
     assert after.ips("old") == (ip,)

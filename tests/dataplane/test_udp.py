@@ -26,7 +26,7 @@ from tests.ends import open_descriptors, until
 from tests.fakes import FakeClock
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.interfaces import Backends as PlaneBackends
-from userspace_proxy.interfaces import ListenerSpec
+from userspace_proxy.interfaces import EndpointCounters, ListenerSpec
 from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.names import Scope
 
@@ -515,6 +515,28 @@ async def test_records_and_counters_of_a_flow_are_exact(backends: Backends, clie
     assert (counters.bytes_to_backends, counters.bytes_to_clients, counters.flows) == (30, 90, 0)
     assert record.client == clients[0].sock.getsockname()
     assert (record.endpoint, record.why) == (a.endpoint, "round robin")
+
+
+async def test_each_endpoint_has_the_flows_that_came_to_it(plane: Plane, backends: Backends, clients: Clients) -> None:
+    a, b = backends
+    unreachable = Endpoint("255.255.255.255", 9)  # connecting there is refused by this host itself
+    await plane.use(unreachable, a.endpoint, b.endpoint)
+    for client, backend in zip(clients, (a, b, a), strict=True):
+        client.ask(bytes(10))
+        _, flow = await backend.receive()
+        backend.answer(bytes(30), flow)
+        await client.receive()
+
+    counters = await plane.of_endpoints(UDP_NAME)
+
+    assert counters[unreachable.address] == EndpointCounters(dial_failures=1, ejections=1)
+    assert counters[a.endpoint.address] == EndpointCounters(
+        opened=2, open=2, bytes_to_backends=20, bytes_to_clients=60, retries=1
+    )
+    assert counters[b.endpoint.address] == EndpointCounters(opened=1, open=1, bytes_to_backends=10, bytes_to_clients=30)
+    await plane.use(b.endpoint)
+    assert list(await plane.of_endpoints(UDP_NAME)) == [b.endpoint.address], "its flows have ended with it"
+    assert (await plane.counters(UDP_NAME)).bytes_to_backends == 30
 
 
 async def test_no_descriptor_is_left_after_many_flows(backends: Backends) -> None:

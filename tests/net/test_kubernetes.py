@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import ssl
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 from tests.apiserver import NODES, SERVICES, SLICES, ApiServerThread
 from tests.net.world import POD1, POD2, Proxy, answers, background_requests, is_refused, told, wait_until
-from tests.sources.test_kubernetes import PROXY_NAME, kubeconfig, serving_tls
+from tests.sources.test_kubernetes import PROXY_NAME, hold_certificates, kubeconfig, serving_tls
 from userspace_proxy.lab import HTTP_PORT, ServiceLab, ask
 
 IP = "10.96.9.1"
@@ -255,3 +256,76 @@ def test_one_source_is_to_be_chosen(cluster: Cluster, world: ServiceLab) -> None
     assert told(world.node, proxy, "run", "--kubeconfig", "/nothing") == (
         "userspace-proxy: --kubeconfig /nothing: no such file"
     )
+
+
+class ConfiguredProxy(ClusterProxy):
+    def run_arguments(self) -> list[str]:
+        return ["run", "--config", str(self.folder / "config.yaml"), "--state-dir", str(self.folder / "state")]
+
+
+def test_it_runs_as_a_kube_proxy_configuration_says(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(
+        "apiVersion: kubeproxy.config.k8s.io/v1alpha1\n"
+        "kind: KubeProxyConfiguration\n"
+        f"clientConnection: {{kubeconfig: {cluster.config}}}\n"
+        "hostnameOverride: node-1\n"
+        "portRange: 20000-20009\n"
+        "mode: iptables\n"
+        "iptables: {masqueradeAll: true, minSyncPeriod: 100ms}\n"
+        "conntrack: {tcpEstablishedTimeout: 2h0m0s}\n"
+    )
+    cluster.serve("web", IP, POD1)
+    cluster.proxy = ConfiguredProxy(cluster.world, tmp_path, cluster.config)
+    cluster.proxy.start()
+
+    assert cluster.answers() == {"pod1"}
+    assert 20_000 <= cluster.proxy.proxy_port("default/web") <= 20_009
+    assert cluster.proxy.health()[1]["nodeEligible"] is True
+    assert "nothing done about it: mode: 'iptables', iptables.masqueradeAll" in cluster.proxy.log()
+    file = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established"
+    assert int(cluster.world.node.run("cat", file).stdout) == 7_200
+
+
+def test_the_node_is_told_of_the_start_and_of_limits_that_cannot_be_set(cluster: Cluster, world: ServiceLab) -> None:
+    room = int(world.node.run("cat", "/proc/sys/net/netfilter/nf_conntrack_max").stdout)
+    cluster.serve("web", IP, POD1)
+    # In a namespace of its own the kernel lets nobody make more room.
+    cluster.proxy.start("--conntrack-min", str(room + 1))
+
+    def told() -> dict[str, Any]:
+        return {event["reason"]: event for event in cluster.api.server.events}
+
+    wait_until(lambda: {"Starting", "FailedToSetConntrack"} <= told().keys(), "both are told")
+    assert told()["Starting"]["regarding"]["name"] == "node-1"
+    assert f"nf_conntrack_max is {room} and cannot be made" in told()["FailedToSetConntrack"]["note"]
+    seconds = world.node.run("cat", "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established")
+    assert int(seconds.stdout) == 86_400, "as kube-proxy sets it"
+    assert cluster.answers() == {"pod1"}
+
+
+def test_a_start_anew_leaves_no_certificate_behind(
+    world: ServiceLab, tmp_path: Path, certificates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library writes them to files and removes these when Python ends; becoming another program is no such end."""
+    (held := tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(held))
+    cluster = Cluster(world, tmp_path, serving_tls(certificates))
+    hold_certificates(cluster.config, certificates)
+    cluster.serve("web", IP, POD1)
+    proxy = cluster.proxy
+    try:
+        proxy.start()
+        assert proxy.process is not None
+        before = set(held.iterdir())
+        proxy.process.send_signal(signal.SIGUSR2)
+        wait_until(lambda: "taken over from another process" in proxy.log(), "it has started anew")
+        wait_until(lambda: cluster.answers() == {"pod1"}, "it serves")
+
+        assert not before & set(held.iterdir())
+        assert proxy.stop() == 0
+        assert list(held.iterdir()) == []
+    finally:
+        if proxy.process is not None and proxy.process.poll() is None:
+            proxy.process.kill()
+        world.node.run(*proxy.command("cleanup"))
+        cluster.api.close()

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 from userspace_proxy.lab import HTTP_PORT, Host, ServiceLab, ask, connect
 
@@ -97,10 +98,17 @@ def is_refused_udp(host: Host, ip: str, port: int, timeout_s: float = 2.0) -> bo
 # ---- the proxy
 
 
+class HasNode(Protocol):
+    """A world with a node for a proxy."""
+
+    @property
+    def node(self) -> Host: ...
+
+
 class Proxy:
     """`userspace-proxy run` on the lab's node, over a folder of manifests."""
 
-    def __init__(self, world: ServiceLab, folder: Path, rules: str = "nftables", loop: str = "uvloop") -> None:
+    def __init__(self, world: HasNode, folder: Path, rules: str = "nftables", loop: str = "uvloop") -> None:
         self.world = world
         self.node = world.node
         self.folder = folder
@@ -129,13 +137,13 @@ class Proxy:
         if wait:
             self.wait_ready()
 
-    def wait_ready(self) -> None:
+    def wait_ready(self, timeout_s: float = 10.0) -> None:
         def is_ready() -> bool:
             assert self.process is not None
             assert self.process.poll() is None, f"the proxy ended: {self.log()}"
             return "ready:" in self.log()
 
-        wait_until(is_ready, "the proxy is ready", 10.0)
+        wait_until(is_ready, "the proxy is ready", timeout_s)
 
     def log(self) -> str:
         return self.log_file.read_text()

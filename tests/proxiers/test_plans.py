@@ -114,6 +114,19 @@ def test_source_ranges_are_about_load_balancer_addresses_alone() -> None:
     assert made(given, of=(NEAR,)).allowed == {VIP: ("198.51.100.0/24",)}
 
 
+def test_ranges_of_one_family_say_nothing_of_the_other() -> None:
+    """P4: kube-proxy knows source ranges by family."""
+    given = ServicePort(
+        NAME,
+        80,
+        ("10.96.0.1", "fd00:96::1"),
+        load_balancer_ips=("203.0.113.7", "2001:db8::7"),
+        source_ranges=("198.51.100.0/24",),
+    )
+
+    assert made(given, of=(NEAR, FAR6)).allowed == {VIP: ("198.51.100.0/24",)}
+
+
 def test_a_range_with_this_node_in_it_allows_the_address_that_the_node_has_there() -> None:
     """P4."""
     given = ServicePort(NAME, 80, ("10.96.0.1",), load_balancer_ips=("203.0.113.7",), source_ranges=("192.0.2.0/24",))

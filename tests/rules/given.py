@@ -82,7 +82,9 @@ LOCAL = replace(
     node_ports_on=("192.168.0.0/24", "127.0.0.0/8", "192.168.1.0/24"),
     pods=PodDetector(cidrs=("10.244.0.0/24", "fd00:244::/64")),
 )
-LOCAL_BY_INTERFACE = replace(LOCAL, pods=PodDetector(interface="cali*"), node_ports_on=(), capture=Capture.ADDRESS)
+LOCAL_BY_INTERFACE = replace(
+    LOCAL, pods=PodDetector(interface="cali*"), node_ports_on=(), capture=Capture.ADDRESS, transparent=True
+)
 CASES = {
     "nothing": NOTHING,
     "everything": EVERYTHING,
@@ -119,6 +121,7 @@ def any_redirects(chance: random.Random) -> Redirects:
         allowed={portal: some_cidrs() for portal in some(5) if not portal.is_node_port},
         node_ports_on=chance.choice(((), some_cidrs())),
         pods=chance.choice(pods),
+        transparent=chance.choice((True, False)),
     )
 
 

@@ -54,8 +54,8 @@ class Tables:
     def __init__(self, host: Host, family: Family, prefix: str) -> None:
         self._host, self._family, self._prefix = host, family, prefix
 
-    def saved(self) -> str:
-        return self._host.run(f"{self._prefix}-save").stdout
+    def saved(self, *options: str) -> str:
+        return self._host.run(f"{self._prefix}-save", *options).stdout
 
     def restore(self, script: str, *options: str) -> None:
         command = (f"{self._prefix}-restore", "--noflush", *options)
@@ -69,8 +69,9 @@ class Tables:
         if script := iptables.removal(self.saved()):
             self.restore(script)
 
-    def rules(self) -> list[str]:
-        return [line for line in self.saved().splitlines() if line.startswith("-A")]
+    def rules(self, *tables: str) -> list[str]:
+        options = [option for table in tables for option in ("-t", table)]
+        return [line for line in self.saved(*options).splitlines() if line.startswith("-A")]
 
     def skeleton(self) -> list[str]:
         """Return all chains and rules, without counters and comments of the tool."""
@@ -208,8 +209,8 @@ def test_our_jumps_are_put_first_again_and_each_is_there_once(tables: Tables) ->
 
     tables.load(EVERYTHING)
 
-    nat_and_filter = [r for r in tables.rules() if not r.endswith("-j USERSPACE-PROXY-DROP")]
-    at = {chain: [r for r in nat_and_filter if r.startswith(f"-A {chain} ")] for chain in ("PREROUTING", "INPUT")}
+    chains = {"PREROUTING": "nat", "INPUT": "filter"}
+    at = {chain: [r for r in tables.rules(table) if r.startswith(f"-A {chain} ")] for chain, table in chains.items()}
     assert [rule.endswith("-j USERSPACE-PROXY") for rule in at["PREROUTING"]] == [True, False]
     assert [rule.endswith("-j USERSPACE-PROXY-GUARD") for rule in at["INPUT"]] == [True, False]
     tables.restore("*nat\n-F PREROUTING\nCOMMIT\n*filter\n-F INPUT\nCOMMIT\n")

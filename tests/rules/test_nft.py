@@ -31,6 +31,7 @@ from userspace_proxy.model.names import NamespacedName, ServicePortName
 from userspace_proxy.model.routes import Sender
 from userspace_proxy.model.service import Portal
 from userspace_proxy.rules import nft
+from userspace_proxy.rules.answers import bridge_table
 
 
 def load(host: Host, script: str) -> None:
@@ -93,6 +94,10 @@ def test_the_whole_table_reads_as_written_down(case: str) -> None:
 )
 def test_a_change_reads_as_written_down(case: str, old: Redirects, new: Redirects) -> None:
     assert_golden(f"nft-change-{case}.nft", nft.change(old, new))
+
+
+def test_the_table_for_bridges_reads_as_written_down() -> None:
+    assert_golden("nft-bridge.nft", bridge_table())
 
 
 @pytest.mark.parametrize("case", CASES)

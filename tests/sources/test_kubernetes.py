@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import random
@@ -185,6 +186,35 @@ async def test_services_of_other_proxies_and_headless_ones_are_left_out(server: 
 
         await server.put(SERVICES, service("ours", proxy="other"))
         await told.until(lambda: told.names("Service") == [])
+
+
+async def test_an_api_that_cannot_choose_services_by_cluster_ip_is_asked_without(
+    server: ApiServer, config: Path
+) -> None:
+    """Before Kubernetes 1.31; found with a real 1.20."""
+    server.knows_watch_list = server.knows_cluster_ip_field = False
+    await server.put(SERVICES, service("ours"))
+    await server.put(SERVICES, service("headless", "None"))
+
+    async with following(config) as told:
+        assert told.names("Service") == ["ours"]
+        await server.put(SERVICES, service("other"))
+        await told.until(lambda: told.names("Service") == ["other", "ours"])
+        await server.put(SERVICES, service("other", "None"))
+        await told.until(lambda: told.names("Service") == ["ours"])
+        assert not told.source.problems
+
+
+async def test_an_older_api_server_behind_the_same_address_may_answer_the_next_watch(
+    server: ApiServer, config: Path
+) -> None:
+    """A control plane in the middle of its upgrade."""
+    async with following(config) as told:
+        server.knows_watch_list = server.knows_cluster_ip_field = False
+        server.cut()
+        await server.put(SERVICES, service("web"))
+        await told.until(lambda: told.names("Service") == ["web"])
+        assert not told.source.problems
 
 
 async def test_a_proxy_with_a_name_is_told_exactly_the_services_that_name_it(server: ApiServer, config: Path) -> None:
@@ -378,3 +408,40 @@ def test_whoever_serves_files_pays_for_none_of_this() -> None:
     assert "userspace_proxy.sources.files" in loaded
     unwanted = ("kubernetes_asyncio", "userspace_proxy.sources.kubernetes", "userspace_proxy.sources.reflector")
     assert not [name for name in loaded if name.startswith(unwanted)]
+
+
+def hold_certificates(config: Path, certificates: Path) -> None:
+    """Write the certificates themselves into the kubeconfig *config*, as kubeadm does."""
+
+    def inline(name: str) -> str:
+        return base64.b64encode((certificates / name).read_bytes()).decode()
+
+    plain = json.loads(config.read_text())
+    plain["clusters"][0]["cluster"]["certificate-authority-data"] = inline("ca.crt")
+    plain["users"][0]["user"] = {
+        "client-certificate-data": inline("client.crt"),
+        "client-key-data": inline("client.key"),
+    }
+    config.write_text(json.dumps(plain))
+
+
+async def test_certificates_that_a_kubeconfig_holds_are_left_nowhere(
+    certificates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (leftovers := tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(leftovers))
+    server = ApiServer()
+    server.tls = serving_tls(certificates)
+    server.tls.verify_mode = ssl.CERT_REQUIRED
+    await server.start()
+    try:
+        hold_certificates(config := kubeconfig(tmp_path, server.url), certificates)
+        transport = ApiTransport(config)
+        await transport.open()
+        async with transport.get(SERVICES, {}) as response:
+            assert response.status == 200
+        await transport.close()
+    finally:
+        await server.stop()
+
+    assert list(leftovers.iterdir()) == []

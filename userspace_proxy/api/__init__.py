@@ -1,6 +1,15 @@
 """What the API says: typed structs of the kinds we read, shared by every source."""
 
-from userspace_proxy.api.convert import KINDS, KubernetesObject, below, convert, key_space_error, space_error, steps
+from userspace_proxy.api.convert import (
+    KINDS,
+    KubernetesObject,
+    below,
+    convert,
+    convert_to,
+    key_space_error,
+    space_error,
+    steps,
+)
 from userspace_proxy.api.objects import (
     Endpoints,
     EndpointSlice,
@@ -23,6 +32,7 @@ __all__ = [
     "ServicePort",
     "below",
     "convert",
+    "convert_to",
     "key_space_error",
     "space_error",
     "steps",

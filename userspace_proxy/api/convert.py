@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import msgspec
 
 from userspace_proxy.api.objects import Endpoints, EndpointSlice, Node, Pod, Service
 from userspace_proxy.errors import ConfigError
 
+_Wanted = TypeVar("_Wanted")
 KubernetesObject = Service | EndpointSlice | Endpoints | Pod | Node
 
 KINDS: dict[str, type[Service | EndpointSlice | Endpoints | Pod | Node]] = {
@@ -42,8 +44,17 @@ def convert(kind: str, plain: object) -> KubernetesObject:
     Raises:
         ConfigError: a value has the wrong type, or a field that cannot be done without is missing.
     """
+    return convert_to(KINDS[kind], plain)
+
+
+def convert_to(wanted: type[_Wanted], plain: object, decode: Callable[[type, object], object] | None = None) -> _Wanted:
+    """Return *plain* as *wanted*; *decode* makes values of types that are not msgspec's.
+
+    Raises:
+        ConfigError: as for `convert`.
+    """
     try:
-        return msgspec.convert(plain, KINDS[kind])
+        return msgspec.convert(plain, wanted, dec_hook=decode)
     except msgspec.ValidationError as error:
         raise _readable(str(error), plain) from None
 

@@ -15,16 +15,15 @@ from typing import Any, TypeVar
 
 from userspace_proxy import api
 from userspace_proxy.control import decode
-from userspace_proxy.control.cluster_ips import ClusterIPs
+from userspace_proxy.control.allotments import Allotments
 from userspace_proxy.control.fields import field_errors, is_meant, kind_errors
+from userspace_proxy.control.pools import NODE_PORTS
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.errors import ConfigError
 from userspace_proxy.interfaces import EventType, ObjectEvent
 from userspace_proxy.model.names import L4Protocol, NamespacedName
 from userspace_proxy.sources.documents import Manifest, Problem, duplicates
 from userspace_proxy.sources.lines import Lines
-
-NODE_PORTS = range(30_000, 32_768)
 
 _WORKLOADS = ("Deployment", "ReplicaSet", "StatefulSet", "DaemonSet", "ReplicationController", "Job")
 # RFC 6335: what a named port may be called.
@@ -91,8 +90,7 @@ class _Input:
         for name, pod in [*pods.items(), *templates.items()]:
             for key, value in (pod.metadata.labels or {}).items():
                 self._labels[name.namespace][key].add(value)
-        self._cluster_ips = ClusterIPs([], {})
-        self._node_ports: dict[tuple[int, str], Manifest] = {}
+        self._allotments = Allotments([])
 
     def errors(self) -> Iterator[tuple[Manifest, ConfigError]]:
         """Yield what is wrong, with the manifest it is wrong in."""
@@ -133,7 +131,7 @@ class _Input:
             return
         named = {error.field for error in own}
         yield from (error for error in self._conflicts(manifest.name, service) if error.field not in named)
-        yield from self._node_port_errors(manifest, service)
+        yield from _idle_field_errors(service)
         # Nor what follows from a selector that is wrong in itself.
         if not any(error.field.startswith("spec.selector") for error in shape):
             yield from self._behind(manifest.name, service, is_whole=not shape and not own)
@@ -145,31 +143,9 @@ class _Input:
         except ConfigError as error:
             yield error
         try:
-            if decode.given_cluster_ips(service):
-                self._cluster_ips.assign(name, service)
+            self._allotments.assign(name, service)
         except ConfigError as error:
             yield error
-
-    def _node_port_errors(self, manifest: Manifest, service: api.Service) -> Iterator[ConfigError]:
-        spec = service.spec
-        assert spec is not None
-        for index, port in enumerate(spec.ports or ()):
-            if not port.node_port:
-                continue
-            field = f"spec.ports[{index}].nodePort"
-            if spec.type in (None, "ClusterIP"):
-                yield ConfigError("a ClusterIP Service has no node ports", field=field, mend="write 'type: NodePort'")
-            if port.node_port not in NODE_PORTS:
-                yield ConfigError(
-                    f"{port.node_port} is out of range",
-                    field=field,
-                    mend=f"write a number from {NODE_PORTS.start} to {NODE_PORTS.stop - 1}, or leave it out",
-                )
-            first = self._node_ports.setdefault((port.node_port, port.protocol or "TCP"), manifest)
-            if first.name != manifest.name:
-                yield ConfigError(
-                    f"{port.node_port} is already a node port of {first}", field=field, mend="choose another one"
-                )
 
     def _behind(self, name: NamespacedName, service: api.Service, *, is_whole: bool) -> Iterator[ConfigError]:
         """Yield why *service* has no endpoints, or not for each of its ports."""
@@ -296,6 +272,47 @@ class _Input:
 # ---- rules of single objects
 
 
+def _idle_field_errors(service: api.Service) -> Iterator[ConfigError]:
+    """Yield the fields and annotations of *service* that a cluster would refuse, or that count for nothing here."""
+    spec = service.spec
+    assert spec is not None
+    kind = spec.type or "ClusterIP"
+    numbers = [(f"spec.ports[{index}].nodePort", port.node_port) for index, port in enumerate(spec.ports or ())]
+    for field, number in (*numbers, ("spec.healthCheckNodePort", spec.health_check_node_port)):
+        if number and kind == "ClusterIP" and field != "spec.healthCheckNodePort":
+            yield ConfigError("a ClusterIP Service has no node ports", field=field, mend="write 'type: NodePort'")
+        if number and number not in NODE_PORTS:
+            mend = f"write a number from {NODE_PORTS.start} to {NODE_PORTS.stop - 1}, or leave it out"
+            yield ConfigError(f"{number} is out of range", field=field, mend=mend)
+    for field, given in (
+        ("spec.loadBalancerSourceRanges", spec.load_balancer_source_ranges),
+        ("spec.loadBalancerIP", spec.load_balancer_ip),
+        ("spec.healthCheckNodePort", spec.health_check_node_port),
+    ):
+        if given and kind != "LoadBalancer":
+            said = f"it counts for nothing in a {kind} Service"
+            yield ConfigError(said, field=field, mend="write 'type: LoadBalancer', or leave it out")
+    if spec.load_balancer_ip:
+        yield from decode.virtual_ip_errors(spec.load_balancer_ip, "spec.loadBalancerIP")
+    if spec.health_check_node_port and kind == "LoadBalancer" and not decode.wants_health_check(spec):
+        said = "load balancers are told of endpoints here only where these alone are used"
+        mend = "write 'externalTrafficPolicy: Local', or leave it out"
+        yield ConfigError(said, field="spec.healthCheckNodePort", mend=mend)
+    if spec.external_traffic_policy and kind == "ClusterIP" and not spec.external_ips:
+        said = "a ClusterIP Service without externalIPs has no clients from outside"
+        yield ConfigError(said, field="spec.externalTrafficPolicy", mend="leave it out, or write 'type: NodePort'")
+    for index, item in enumerate(decode.ingress(service)):
+        if item.ip_mode not in (None, "", "VIP", "Proxy"):
+            field = f"status.loadBalancer.ingress[{index}].ipMode"
+            yield ConfigError(f"{item.ip_mode!r} is no mode of an IP", field=field, mend="write VIP or Proxy")
+    for key in service.metadata.annotations or ():
+        if key.startswith(decode.ANNOTATION_PREFIX) and key != decode.SOURCE_IP:
+            field = api.below("metadata.annotations", key)
+            yield ConfigError(
+                f"there is no annotation {key!r}", field=field, mend=f"did you mean {decode.SOURCE_IP!r}?"
+            )
+
+
 def _follows(error: ConfigError, unknown: Sequence[ConfigError]) -> bool:
     """Return whether *error*, a wrong type, follows from the *unknown* fields right below its own."""
     _, lacks, missing = error.reason.partition("lacks the field ")
@@ -384,7 +401,7 @@ def _template_name(manifest: Manifest) -> NamespacedName:
 
 
 def _tracking(pods: Mapping[NamespacedName, api.Pod]) -> Tracker:
-    tracker = Tracker(ClusterIPs([], {}))
+    tracker = Tracker(Allotments([]))
     tracker.apply(ObjectEvent(EventType.SET, "Pod", name, pod) for name, pod in pods.items())
     return tracker
 

@@ -1,4 +1,4 @@
-"""What the next process should know of this one: allocated cluster IPs and proxy ports, in one small file."""
+"""What the next process should know of this one: what it allocated, in one small file."""
 
 from __future__ import annotations
 
@@ -17,10 +17,16 @@ _NAME = "allocations.json"
 
 
 class Memory(msgspec.Struct, rename="camel", frozen=True):
-    """The file's content. ``cluster_ips``: "namespace/name/IPv4" -> IP; ``proxy_ports``: service port key -> port."""
+    """The file's content: by whom it is remembered -> what it is.
+
+    ``cluster_ips``: "namespace/name/IPv4" -> IP, ``load_balancer_ips`` likewise; ``node_ports``:
+    "namespace/name:port_name/TCP" -> number; ``proxy_ports``: a listener's key -> port.
+    """
 
     version: int = 1
     cluster_ips: Mapping[str, str] = {}
+    load_balancer_ips: Mapping[str, str] = {}
+    node_ports: Mapping[str, int] = {}
     proxy_ports: Mapping[str, int] = {}
 
 
@@ -36,7 +42,7 @@ class StateDir:
     def load(self) -> Memory:
         try:
             memory = msgspec.json.decode(self._file.read_bytes(), type=Memory)
-            for ip in memory.cluster_ips.values():
+            for ip in (*memory.cluster_ips.values(), *memory.load_balancer_ips.values()):
                 ipaddress.ip_address(ip)
         except FileNotFoundError:
             return Memory()

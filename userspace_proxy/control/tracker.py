@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 from userspace_proxy import api
 from userspace_proxy.control import decode
-from userspace_proxy.control.cluster_ips import ClusterIPs
+from userspace_proxy.control.allotments import Allotting
 from userspace_proxy.errors import ConfigError
 from userspace_proxy.interfaces import EventType, ObjectEvent, Origin
 from userspace_proxy.model.endpoint import Endpoint
@@ -36,20 +36,22 @@ class Tracker:
     One bad object never stops the others: it is reported, and its last good version stays.
 
     *here*: this node's name, and what it is where no Node object says so. *source_ip*: what its Services have that
-    say nothing of it.
+    say nothing of it. *transparent_obstacle*: why none here can be transparent, if that is so.
     """
 
     def __init__(
         self,
-        cluster_ips: ClusterIPs,
+        allotting: Allotting,
         proxy_name: str = "",
         here: Node | None = None,
         source_ip: SourceIP = SourceIP.NODE,
+        transparent_obstacle: str = "",
     ) -> None:
-        self._cluster_ips = cluster_ips
+        self._allotting = allotting
         self._proxy_name = proxy_name
         self._here = here or Node()
         self._source_ip = source_ip
+        self._transparent_obstacle = transparent_obstacle
         self.node: api.Node | None = None  # ours, as it was seen last
         self._services: dict[NamespacedName, api.Service] = {}  # the latest that makes sense by itself
         self._served: dict[NamespacedName, api.Service] = {}  # the latest that makes sense among the others
@@ -74,11 +76,6 @@ class Tracker:
     def problems(self) -> Mapping[NamespacedName, str]:
         """The Services that could not be taken as they are written: name -> where and why."""
         return {**self._blemishes, **self._conflicts, **self._faults}
-
-    @property
-    def pod_cidrs(self) -> tuple[str, ...]:
-        """The ranges of the addresses of this node's pods, as its Node says them; empty while that is not known."""
-        return decode.pod_cidrs(self.node)
 
     def apply(self, events: Iterable[ObjectEvent]) -> None:
         """Note what *events* say."""
@@ -208,13 +205,15 @@ class Tracker:
                 self._withdraw(name)
             else:
                 present[name] = service
-        self._cluster_ips.make_way(present)
-        for name, service in sorted(present.items(), key=lambda item: (self._cluster_ips.first(*item), item[0])):
-            try:
-                self._work_out(name, service)
-            except Exception as error:
-                log.exception("a bug: Service %s cannot be worked out; what it had stays", name)
-                self._conflicts[name] = f"{name}: {error!r}"
+        self._allotting.make_way(present)
+        while present:
+            for name, service in sorted(present.items(), key=lambda item: (self._allotting.first(*item), item[0])):
+                try:
+                    self._work_out(name, service)
+                except Exception as error:
+                    log.exception("a bug: Service %s cannot be worked out; what it had stays", name)
+                    self._conflicts[name] = f"{name}: {error!r}"
+            present = {name: self._services[name] for name in self._allotting.take_evicted() if name in self._services}
         self._state = replace(
             self._state,
             service_ports=MappingProxyType(dict(self._service_ports)),
@@ -223,7 +222,7 @@ class Tracker:
         return self._state
 
     def _withdraw(self, name: NamespacedName) -> None:
-        self._cluster_ips.release(name)
+        self._allotting.release(name)
         self._conflicts.pop(name, None)
         self._blemishes.pop(name, None)
         if self._served.pop(name, None) is not None:
@@ -232,15 +231,18 @@ class Tracker:
 
     def _work_out(self, name: NamespacedName, service: api.Service) -> None:
         try:
-            cluster_ips = self._cluster_ips.assign(name, service)
+            allotted, lacking = self._allotting.assign(name, service)
         except ConfigError as error:
             good = self._served.get(name)
             self._report(self._conflicts, name, [error], self._origins.get(name), kept=good is not None)
             if good is not None:  # it goes on, and follows its endpoints
-                self._serve(name, good, self._cluster_ips.held(name))
+                self._serve(name, good, self._allotting.held(name))
             return
-        self._conflicts.pop(name, None)
-        if problems := self._serve(name, service, cluster_ips):
+        if lacking:
+            self._report(self._conflicts, name, lacking, self._origins.get(name), kept=False)
+        else:
+            self._conflicts.pop(name, None)
+        if problems := self._serve(name, service, allotted):
             self._report(self._blemishes, name, problems, self._origins.get(name), kept=False)
         else:
             self._blemishes.pop(name, None)
@@ -248,12 +250,11 @@ class Tracker:
             self._served[name] = service
             self._find_by_labels(name)
 
-    def _serve(self, name: NamespacedName, service: api.Service, cluster_ips: tuple[str, ...]) -> list[ConfigError]:
+    def _serve(self, name: NamespacedName, service: api.Service, allotted: decode.Allotted) -> list[ConfigError]:
         """Work out the ports of *service* and their endpoints; return what is wrong with parts of it."""
-        allotted = decode.Allotted(cluster_ips)
-        ports, problems = decode.service_ports(name, service, allotted, self._source_ip)
+        ports, problems = decode.service_ports(name, service, allotted, self._source_ip, self._transparent_obstacle)
         sources = self._endpoint_sources(name, service)
-        service_ports = {port.name: port for port in ports.values()}
+        service_ports = {port.name: port for port in ports.values() if port.cluster_ips}  # else it is skipped (S1)
         self._replace(name, service_ports, {n: decode.endpoints_of(p, sources) for n, p in service_ports.items()})
         return problems
 
@@ -266,18 +267,20 @@ class Tracker:
         pods = self.selected_pods(name, service)
         if pods:
             return [decode.from_pods(service, pods)]
-        sources = [decode.from_slices(self._slices[name].values())] if self._slices.get(name) else []
+        # By name, so that the order in which they were told of changes nothing.
+        pieces = [piece for _, piece in sorted(self._slices.get(name, {}).items())]
+        sources = [decode.from_slices(pieces)] if pieces else []
         if name in self._endpoints:
             sources.append(decode.from_endpoints(self._endpoints[name]))
         return sources
 
     def selected_pods(self, name: NamespacedName, service: api.Service) -> list[api.Pod]:
-        """Return the Pods whose labels match the selector of *service*; none where it has no selector."""
+        """Return the Pods whose labels match the selector of *service*, by name; none where it has no selector."""
         selector = service.spec.selector if service.spec else None
         if not selector:
             return []
         candidates = self._pods_by_label.get(_label_key(name.namespace, selector), {})
-        return [pod for pod in candidates.values() if selector.items() <= (pod.metadata.labels or {}).items()]
+        return [pod for _, pod in sorted(candidates.items()) if selector.items() <= (pod.metadata.labels or {}).items()]
 
     def _replace(
         self,

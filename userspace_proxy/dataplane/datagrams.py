@@ -23,8 +23,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 from userspace_proxy.dataplane.mmsg import MESSAGES, Batch
+from userspace_proxy.dataplane.picker import Pick
 from userspace_proxy.dataplane.sockets import backend_socket
-from userspace_proxy.model.endpoint import Address, Endpoint
+from userspace_proxy.model.endpoint import Address
 
 _EVENTS_A_POLL = 256
 _POLLS_A_TURN = 4
@@ -71,13 +72,16 @@ class Front(Protocol):
 class UdpFlow:
     """One client's conversation with one endpoint. ``front`` is None once it has ended.
 
-    ``header`` goes in front of each datagram to the endpoint; mostly it is empty.
+    ``header`` goes in front of each datagram to the endpoint; mostly it is empty. ``counted``: the bytes, to the
+    backend and to the client, that counters know of.
     """
 
     __slots__ = (
         "answered",
         "bytes_to_backend",
         "bytes_to_client",
+        "counted",
+        "counters",
         "endpoint",
         "front",
         "header",
@@ -95,8 +99,7 @@ class UdpFlow:
         reply: bytes,
         front: Front,
         sock: socket.socket,
-        endpoint: Endpoint,
-        why: str,
+        pick: Pick,
         now: float,
         header: bytes = b"",
     ) -> None:
@@ -105,11 +108,11 @@ class UdpFlow:
         self.front: Front | None = front
         self.sock = sock
         self.header = header
-        self.endpoint = endpoint
-        self.why = why
+        self.endpoint, self.why, self.counters = pick
         self.started_at = self.last_at = now
         self.bytes_to_backend = 0
         self.bytes_to_client = 0
+        self.counted = (0, 0)
         self.answered = False
 
     def send(self, datagram: memoryview) -> None:

@@ -9,6 +9,7 @@ serves, says so, and only then the one before stops accepting; so at no moment d
                                <-     Present
        TakeOver                ->
                                <-     Inherit, a frame for some listeners, with their descriptors ...
+                               <-     HealthChecks, the same, where they were asked for ...
                                <-     Lock, with its descriptor
        (serves)  Taken         ->
                                <-     Released, and drains
@@ -20,16 +21,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TypeVar
 
 import msgspec
 
 from userspace_proxy.dataplane import wire
-from userspace_proxy.dataplane.channel import Channel
+from userspace_proxy.dataplane.channel import DESCRIPTORS_A_FRAME, Channel
 
 # Of these messages. One that is not understood is refused in words, in both directions: upgrade and roll-back.
 VERSION = 2
@@ -50,11 +52,15 @@ class Present(msgspec.Struct, frozen=True, tag=True):
 
 
 class TakeOver(msgspec.Struct, frozen=True, tag=True):
-    """*workers*: how many will accept; sockets of workers beyond that number are closed, once they are empty."""
+    """*workers*: how many will accept; sockets of workers beyond that number are closed, once they are empty.
+
+    *health_checks*: whether those are taken, too; who does not know of them would let them hang.
+    """
 
     version: int
     pid: int
     workers: int = 1
+    health_checks: bool = False
 
 
 class End(msgspec.Struct, frozen=True, tag=True):
@@ -76,6 +82,10 @@ class Inherit(msgspec.Struct, frozen=True, tag=True):
     listeners: wire.Open
 
 
+class HealthChecks(msgspec.Struct, frozen=True, tag=True):
+    """Listeners of health-check node ports; the sockets say themselves which."""
+
+
 class Lock(msgspec.Struct, frozen=True, tag=True):
     """That was all; the lock's descriptor comes with it."""
 
@@ -84,7 +94,7 @@ class Released(msgspec.Struct, frozen=True, tag=True):
     """Admin addresses and the state folder are free."""
 
 
-Message = Present | TakeOver | End | Taken | Refused | Inherit | Lock | Released
+Message = Present | TakeOver | End | Taken | Refused | Inherit | HealthChecks | Lock | Released
 Received = TypeVar("Received")
 
 _messages = msgspec.msgpack.Decoder(Message)
@@ -220,15 +230,22 @@ class Incumbent:
 
 
 async def hand_over(
-    conversation: Conversation, listeners: Iterable[tuple[Inherit, list[int]]], lock: socket.socket
+    conversation: Conversation,
+    listeners: Iterable[tuple[Inherit, list[int]]],
+    lock: socket.socket,
+    health_checks: Sequence[socket.socket] = (),
 ) -> None:
-    """Give *listeners* and *lock* to the successor and wait until it serves.
+    """Give *listeners*, *health_checks* and *lock* to the successor and wait until it serves.
 
     Raises:
         OSError, TimeoutError: it failed; everything is ours still.
     """
-    for inherit, descriptors in listeners:
-        conversation.send(inherit, descriptors)
+    checks = [sock.fileno() for sock in health_checks]
+    parts = [
+        (HealthChecks(), checks[at : at + DESCRIPTORS_A_FRAME]) for at in range(0, len(checks), DESCRIPTORS_A_FRAME)
+    ]
+    for message, descriptors in itertools.chain[tuple[Message, list[int]]](listeners, parts):
+        conversation.send(message, descriptors)
         async with asyncio.timeout(_ANSWER_TIMEOUT_S):
             await conversation.sent()  # packets first; and descriptors under way are bounded
     conversation.send(Lock(), [lock.fileno()])

@@ -13,7 +13,7 @@ from userspace_proxy.interfaces import OWN_MARK
 from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.names import L4Protocol
 
-_BACKLOG = 4096
+BACKLOG = 4096
 _DATAGRAM_BUFFER_BYTES = 1 << 20
 _SO_RCVBUFFORCE = 33
 IP_PKTINFO = 8
@@ -89,7 +89,7 @@ def open_tcp_listener(
         keep_alive(sock, dead_peer_timeout_s)
         if congestion_control:
             _control_congestion(sock, congestion_control)
-        sock.listen(_BACKLOG)
+        sock.listen(BACKLOG)
     except BaseException:
         sock.close()
         raise

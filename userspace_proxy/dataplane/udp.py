@@ -20,7 +20,7 @@ from userspace_proxy.dataplane.picker import Picker
 from userspace_proxy.dataplane.proxy_protocol import header_of
 from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, is_self_connected
 from userspace_proxy.dataplane.transparent import Transparent
-from userspace_proxy.interfaces import AccessRecord, Backends, ListenerSpec
+from userspace_proxy.interfaces import AccessRecord, Backends, EndpointCounters, ListenerSpec
 from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.names import ListenerName
 from userspace_proxy.model.service import portals
@@ -151,6 +151,9 @@ class UdpListener:
         tried: dict[Address, bool] = {}
         while (pick := self.picker.pick(client_ip, tried)) is not None:
             address = pick.endpoint.address
+            if tried:
+                counters.retries += 1
+                pick.counters.retries += 1
             tried[address] = True
             if self._transparent is None:
                 sock = datagrams.lease(address) or self._open_socket(address)
@@ -164,14 +167,15 @@ class UdpListener:
                     raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
             except OSError as error:
                 datagrams.close(sock)
-                self._hold_against(pick.endpoint, error)
-                counters.retries += 1
+                self._hold_against(pick.endpoint, pick.counters, error)
                 continue
             header = self._header(key) if self._header_of else b""
-            flow = flows[key] = UdpFlow(key, reply_record(key), self, sock, pick.endpoint, pick.why, now, header)
+            flow = flows[key] = UdpFlow(key, reply_record(key), self, sock, pick, now, header)
             datagrams.begin(flow)
             counters.flows_total += 1
             counters.flows += 1
+            pick.counters.opened += 1
+            pick.counters.open += 1
             return flow
         return None
 
@@ -228,18 +232,32 @@ class UdpListener:
 
     def lose(self, flow: UdpFlow, error: OSError) -> None:
         """The endpoint refused: hold it against it, and end the flow so that the next datagram goes elsewhere."""
-        self._hold_against(flow.endpoint, error)
+        self._hold_against(flow.endpoint, flow.counters, error)
         self._end(flow, f"refused: {os.strerror(error.errno or 0)}")
 
-    def _hold_against(self, endpoint: Endpoint, error: OSError) -> None:
+    def _hold_against(self, endpoint: Endpoint, counters: EndpointCounters, error: OSError) -> None:
         self.counters.dial_failures += 1
+        counters.dial_failures += 1
         if error.errno == errno.EPERM:
             log.debug("%s: a firewall of this host forbids datagrams to %s", self.name, endpoint)
         elif error.errno in LOCAL_SHORTAGES:
             self._context.connections.note_shortage(error)
         elif self.picker.report_failure(endpoint):
             self.counters.ejections += 1
+            counters.ejections += 1
             log.info("endpoint %s is passed over for a while: %s", endpoint, error.strerror)
+
+    def count_bytes(self) -> None:
+        """Bring the byte counters up to date."""
+        for flow in self._flows.values():
+            self._count_bytes(flow)
+
+    def _count_bytes(self, flow: UdpFlow) -> None:
+        to_backend, to_client = flow.counted
+        flow.counted = flow.bytes_to_backend, flow.bytes_to_client
+        for counters in (self.counters, flow.counters):
+            counters.bytes_to_backends += flow.bytes_to_backend - to_backend
+            counters.bytes_to_clients += flow.bytes_to_client - to_client
 
     def expire(self, now: float) -> None:
         """End flows that were idle for as long as conntrack would keep them."""
@@ -262,8 +280,8 @@ class UdpListener:
         now = self._context.now()
         self._datagrams.end(flow, now, rest=rest and self._transparent is None)
         self.counters.flows -= 1
-        self.counters.bytes_to_backends += flow.bytes_to_backend
-        self.counters.bytes_to_clients += flow.bytes_to_client
+        flow.counters.open -= 1
+        self._count_bytes(flow)
         if self._context.access_log is None:
             return
         self._context.access_log(

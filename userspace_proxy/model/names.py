@@ -27,6 +27,17 @@ class NamespacedName(NamedTuple):
         return f"{self.namespace}/{self.name}"
 
 
+class ObjectReference(NamedTuple):
+    """An object that something is said about; ``uid`` where it is known."""
+
+    kind: str
+    name: NamespacedName
+    uid: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name if self.name.namespace else self.name.name}"
+
+
 class ServicePortName(NamedTuple):
     """One port of one Service, shown as kube-proxy does: ``namespace/name:port_name``."""
 

@@ -52,7 +52,7 @@ class NodeRules:
     """What rules say of this node, whatever its Services: the way of capture, who is a pod, where node ports are.
 
     ``pods`` tells pods; with ``pods_by_node`` those are pods whose address is in one of the node's own pod CIDRs.
-    ``node_port_addresses``: CIDRs, or ``primary``; all addresses where there are none.
+    ``node_port_addresses``: CIDRs, and ``primary`` for the first address of each family; all where there are none.
     """
 
     capture: Capture = Capture.REDIRECT
@@ -70,10 +70,10 @@ class NodeRules:
 
     def node_ports_on(self, node: Node) -> tuple[str, ...]:
         """Return the CIDRs of *node*'s own addresses at which node ports are served; none for all."""
-        if self.node_port_addresses != ("primary",):
-            return self.node_port_addresses
         primary = {family_of(ip): ip for ip in reversed(node.addresses)}
-        return tuple(f"{ip}/{32 if family == 4 else 128}" for family, ip in primary.items())
+        own = tuple(f"{ip}/{32 if family == 4 else 128}" for family, ip in primary.items())
+        found = (own if given == "primary" else (given,) for given in self.node_port_addresses)
+        return tuple(cidr for cidrs in found for cidr in cidrs)
 
 
 def redirects_to(
@@ -107,8 +107,8 @@ def redirects_to(
                 exceptions.setdefault(sender, {})[portal] = port
         if planned.service_port.source_ranges:
             for portal in load_balancer_portals(planned.service_port):
-                if names.get(portal) is name:
-                    allowed[portal] = _allowed(planned.service_port, portal, node)
+                if names.get(portal) is name and (cidrs := _allowed(planned.service_port, portal, node)):
+                    allowed[portal] = cidrs
     return (
         Redirects(
             ports,
@@ -119,13 +119,17 @@ def redirects_to(
             allowed,
             rules.node_ports_on(node),
             rules.detector(node),
+            any(listener.transparent for listener in opened),
         ),
         claimed,
     )
 
 
 def _allowed(service_port: ServicePort, portal: Portal, node: Node) -> tuple[str, ...]:
-    """Return who may dial *portal*: with this node its own address there, as that may be the sender's (P4)."""
+    """Return who may dial *portal*, nobody in particular for all: ranges of the other family say nothing of it.
+
+    Where this node may, its address there may be the sender's, and so may dial, too (P4).
+    """
     ranges = tuple(text for text in service_port.source_ranges if family_of(text) == portal.family)
     networks = [ipaddress.ip_network(text) for text in ranges]
     if any(ipaddress.ip_address(ip) in network for ip in node.addresses for network in networks):

@@ -230,6 +230,9 @@ class UserspaceProxier:
     def _redirects(self) -> Redirects:
         opened = {name: spec.proxy_port for name, spec in self._opened.items()}
         redirects, claimed = redirects_to(opened, self._plans, self._refuse_port, self._rules, self._state.node)
+        if self._loaded is not None and self._loaded.transparent:
+            # Open connections may outlive the last transparent listener, and answers to them have to come to us.
+            redirects = replace(redirects, transparent=True)
         for portal, name in claimed.items():
             if self._claimed.get(portal) != name:
                 log.warning("%s is claimed by %s and by %s; the first has it", portal, redirects.names[portal], name)
@@ -323,7 +326,7 @@ class UserspaceProxier:
         if self._loaded is None:
             return
         try:
-            await self._kernel.load(Redirects(capture=self._loaded.capture))
+            await self._kernel.load(Redirects(capture=self._loaded.capture, transparent=self._loaded.transparent))
         except SyncError as error:
             log.error("redirects could not be taken away: %s", error)  # noqa: TRY400
             return

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from userspace_proxy.interfaces import DROPPED, OWN_MARK, Capture, Redirects
+from userspace_proxy.interfaces import DROPPED, OWN_MARK, TRANSPARENT_MARK, Capture, Redirects
 from userspace_proxy.model.endpoint import Family
 from userspace_proxy.model.names import L4Protocol
 from userspace_proxy.model.routes import Sender
@@ -24,14 +24,14 @@ RANGES = "USERSPACE-PROXY-RANGES"
 GUARD = "USERSPACE-PROXY-GUARD"
 
 # The chains of each table. A NAT table may not drop, so what is dropped meets its end in mangle, before.
-_CHAINS = {"mangle": (RANGES, DROP, NODE_PORTS), "nat": (CHAIN, NODE_PORTS), "filter": (GUARD,)}
+_CHAINS = {"mangle": (CHAIN, RANGES, DROP, NODE_PORTS), "nat": (CHAIN, NODE_PORTS), "filter": (GUARD,)}
 _OURS = frozenset(chain for chains in _CHAINS.values() for chain in chains)
 _FROM_OTHERS = f"-m mark ! --mark {OWN_MARK:#x}/{OWN_MARK:#x}"
 _NEW = "-m conntrack --ctstate NEW"
 # Table -> built-in chain -> the jump to ours, as iptables-save prints it behind the chain's name.
 _JUMPS = {
     "mangle": {
-        "PREROUTING": f"{_NEW} -j {DROP}",
+        "PREROUTING": f"-j {CHAIN}",
         "OUTPUT": f"{_FROM_OTHERS} {_NEW} -j {DROP}",
     },
     "nat": {
@@ -50,7 +50,7 @@ def restore(redirects: Redirects, family: Family, saved: str) -> str:
     not the first of its chain is moved there.
     """
     rules = {
-        "mangle": (*_ranges(redirects, family), *_drops(redirects, family)),
+        "mangle": (*_arriving(redirects), *_ranges(redirects, family), *_drops(redirects, family)),
         "nat": tuple(_redirects(redirects, family)),
         "filter": tuple(_guards(redirects, family)),
     }
@@ -129,6 +129,13 @@ def _redirects(redirects: Redirects, family: Family) -> Iterator[str]:
             yield f"{_match(portal, who)}{said} {verdict}"
 
     yield from _by_portal(redirects, family, CHAIN, rules)
+
+
+def _arriving(redirects: Redirects) -> Iterator[str]:
+    yield f"-A {CHAIN} {_NEW} -j {DROP}"
+    if redirects.transparent:
+        # An answer to a client's own address; see answers.py.
+        yield f"-A {CHAIN} -m socket --transparent -j MARK --set-xmark {TRANSPARENT_MARK:#x}/{TRANSPARENT_MARK:#x}"
 
 
 def _drops(redirects: Redirects, family: Family) -> Iterator[str]:

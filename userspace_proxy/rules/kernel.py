@@ -13,7 +13,8 @@ from collections.abc import Callable
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import Redirects
 from userspace_proxy.model.endpoint import Family
-from userspace_proxy.rules import iptables, nft
+from userspace_proxy.rules import answers, iptables, network, nft
+from userspace_proxy.rules.netlink import count_rules
 from userspace_proxy.rules.notices import RuleNotices
 from userspace_proxy.rules.tool import is_installed, run_tool
 
@@ -37,6 +38,8 @@ class NftKernel:
     async def load(self, redirects: Redirects) -> None:
         held, self._held = self._held, None  # unknown until the kernel has said yes
         with _quiet(self._notices):
+            if redirects.transparent and (held is None or self._touched or not held.transparent):
+                await _bring_answers_here()
             if held is None or self._touched:
                 await run_tool("nft", "-f", "-", stdin=nft.table(redirects))
             elif script := nft.change(held, redirects):
@@ -45,6 +48,8 @@ class NftKernel:
                 except SyncError as error:
                     log.warning("the change was refused (%s); loading the whole table", error)
                     await run_tool("nft", "-f", "-", stdin=nft.table(redirects))
+            if not redirects.transparent and (held is None or held.transparent):
+                await _let_answers_pass()
         self._held = redirects
         self._touched = False
         if self._on_change is not None:
@@ -64,15 +69,16 @@ class NftKernel:
         if is_installed("nft"):
             with _quiet(self._notices):
                 await run_tool("nft", "-f", "-", stdin=nft.removal())
+        await _let_answers_pass()
 
     async def is_intact(self) -> bool:
-        if self._touched:
+        if self._touched or self._held is None:
             return False
         try:
-            listed = await run_tool("nft", "list", "chain", *nft.TABLE.split(), "services")
-        except SyncError:
+            return count_rules(nft.TABLE) == nft.rules_in(self._held) and _is_bridge_table_intact(self._held)
+        except OSError as error:
+            log.debug("our rules could not be counted: %s", error)
             return False
-        return "@service_ips4" in listed
 
     async def watch(self, on_change: Callable[[], None]) -> None:
         def on_notice() -> None:
@@ -103,12 +109,16 @@ class IptablesKernel:
     async def load(self, redirects: Redirects) -> None:
         if redirects == self._held:
             return
-        self._held = None
+        held, self._held = self._held, None
         with _quiet(self._notices):
+            if redirects.transparent:
+                await _bring_answers_here()
             done = await asyncio.gather(
                 *(self._load_family(redirects, family, prefix) for family, prefix in _families()),
                 return_exceptions=True,
             )
+            if not redirects.transparent and (held is None or held.transparent):
+                await _let_answers_pass()
         for error in filter(None, done):
             raise error
         self._held = redirects
@@ -136,6 +146,7 @@ class IptablesKernel:
         self._held = None
         self._loaded = {}
         with _quiet(self._notices):
+            await _let_answers_pass()
             for _, prefix in _families():
                 if not is_installed(f"{prefix}-save"):
                     continue
@@ -182,6 +193,29 @@ def choose_language(asked: str) -> str:
         if is_installed(tool):
             return language
     raise SyncError("neither nft nor iptables-restore is installed; install the package nftables")
+
+
+async def _bring_answers_here() -> None:
+    """Have what backends answer to clients' own addresses delivered to this node."""
+    await network.add_transparent_routes()
+    try:
+        await run_tool("nft", "-f", "-", stdin=answers.bridge_table())
+    except SyncError as error:  # a host without bridges can do without it
+        log.warning("backends on a bridge cannot answer transparent clients beside them: %s", error)
+
+
+async def _let_answers_pass() -> None:
+    await network.remove_transparent_routes()
+    if is_installed("nft"):
+        try:
+            await run_tool("nft", "-f", "-", stdin=answers.bridge_removal())
+        except SyncError as error:
+            log.debug("this kernel has no rules for bridges to remove: %s", error)
+
+
+def _is_bridge_table_intact(redirects: Redirects) -> bool:
+    """Return whether it is as it should be; not there at all where this kernel refused it, which was said."""
+    return not redirects.transparent or count_rules(answers.BRIDGE_TABLE) in (0, answers.BRIDGE_RULES)
 
 
 def _quiet(notices: RuleNotices | None) -> contextlib.AbstractContextManager[None]:

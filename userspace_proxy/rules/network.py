@@ -9,11 +9,14 @@ from __future__ import annotations
 import ipaddress
 import json
 import logging
+import socket
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from userspace_proxy.errors import SyncError
+from userspace_proxy.interfaces import OWN_MARK, TRANSPARENT_MARK
+from userspace_proxy.rules.answers import REPLY_RULE, bridge_table
 from userspace_proxy.rules.nft import LOCAL_ADDRESS4, LOCAL_ADDRESS6
 from userspace_proxy.rules.tool import is_installed, run_tool
 
@@ -81,6 +84,97 @@ async def remove_routes() -> None:
             log.debug("no routes were removed: %s", error)
 
 
+# ---- routes for answers to a client's own address
+
+# Where packets with TRANSPARENT_MARK, and without OWN_MARK, are for this node, whatever their address.
+_TRANSPARENT_RULE = (
+    *("priority", "10777", "fwmark", f"{TRANSPARENT_MARK:#x}/{OWN_MARK | TRANSPARENT_MARK:#x}"),
+    *("lookup", "10777"),
+)
+_TRANSPARENT_ROUTE = ("local", "default", "dev", "lo", "table", "10777", "proto", ROUTE_PROTOCOL)
+
+
+async def add_transparent_routes() -> None:
+    """Lead marked answers to this node's own sockets. May be repeated.
+
+    Raises:
+        SyncError: refused for IPv4; a host without IPv6 is none the worse.
+    """
+    for version in ("-4", "-6"):
+        try:
+            await run_tool("ip", version, "route", "replace", *_TRANSPARENT_ROUTE)
+            if not _parsed(await run_tool("ip", "-json", version, "rule", "show", *_TRANSPARENT_RULE)):
+                await run_tool("ip", version, "rule", "add", *_TRANSPARENT_RULE)
+        except SyncError as error:
+            if version == "-4":
+                raise
+            log.warning("IPv6 clients cannot be served transparently: %s", error)
+
+
+async def remove_transparent_routes() -> None:
+    """Take these away, whoever of us added them."""
+    for version in ("-4", "-6"):
+        try:
+            while _parsed(await run_tool("ip", "-json", version, "rule", "show", *_TRANSPARENT_RULE)):
+                await run_tool("ip", version, "rule", "del", *_TRANSPARENT_RULE)
+            if _parsed(
+                await run_tool("ip", "-json", version, "route", "show", "table", "all", "proto", ROUTE_PROTOCOL)
+            ):
+                await run_tool("ip", version, "route", "flush", "table", "10777", "proto", ROUTE_PROTOCOL)
+        except SyncError as error:
+            log.debug("no transparent routes were removed: %s", error)
+
+
+async def transparent_obstacles(language: str) -> list[str]:
+    """Return why this node cannot carry clients' own addresses to backends, each with what would mend it.
+
+    *language* is that of the rules. Strict ``rp_filter`` does no harm: answers come by the way to their backend.
+    """
+    obstacles = []
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
+            sock.setsockopt(socket.SOL_IP, socket.IP_TRANSPARENT, 1)
+    except OSError as error:
+        obstacles.append(f"sockets cannot take a client's address ({error}); run with CAP_NET_ADMIN")
+    if language == "nftables":
+        obstacles += await _refused(
+            "this kernel cannot tell packets for our sockets; load the module nft_socket",
+            ("nft", "--check", "-f", "-"),
+            "table inet userspace_proxy_check { chain c { "
+            f"type filter hook prerouting priority -150; {REPLY_RULE}; }}; }}",
+        )
+    else:
+        obstacles += await _refused(
+            "this kernel cannot tell packets for our sockets; load the module xt_socket",
+            ("iptables-restore", "--test", "--noflush"),
+            "*mangle\n:USERSPACE-PROXY-CHECK - [0:0]\n"
+            "-A USERSPACE-PROXY-CHECK -m socket --transparent -j RETURN\nCOMMIT\n",
+        )
+    if _parsed(await run_tool("ip", "-json", "link", "show", "type", "bridge")):
+        obstacles += await _refused(
+            "backends on a bridge cannot answer clients beside them; nft and its rules for bridges are needed",
+            ("nft", "--check", "-f", "-"),
+            bridge_table(),
+        )
+    if on := _interfaces_that_validate_marks():
+        obstacles.append(f"answers are taken for forged; set net.ipv4.conf.*.src_valid_mark to 0 for {', '.join(on)}")
+    return obstacles
+
+
+async def _refused(what: str, command: Sequence[str], script: str) -> list[str]:
+    try:
+        await run_tool(*command, stdin=script)
+    except SyncError as error:
+        return [f"{what} ({error})"]
+    return []
+
+
+def _interfaces_that_validate_marks() -> list[str]:
+    """Return where the way back to a packet's source is looked for by its mark, which leads to this node alone."""
+    knobs = Path("/proc/sys/net/ipv4/conf").glob("*/src_valid_mark")
+    return sorted(knob.parent.name for knob in knobs if knob.read_text().strip() != "0")
+
+
 # ---- the private address, where REDIRECT cannot work
 
 
@@ -106,6 +200,16 @@ async def lacks_addresses() -> bool:
         return not _parsed(await run_tool("ip", "-json", "-4", "address", "show", "scope", "global"))
     except SyncError:
         return False
+
+
+async def host_addresses() -> tuple[str, ...]:
+    """Return this host's own addresses, as far as others may know them; none where it cannot be asked."""
+    try:
+        links = _parsed(await run_tool("ip", "-json", "address", "show", "scope", "global"))
+    except SyncError as error:
+        log.warning("this host's addresses cannot be looked at: %s", error)
+        return ()
+    return tuple(dict.fromkeys(a["local"] for link in links for a in link.get("addr_info", ()) if "local" in a))
 
 
 def unnumbered_interfaces(links: Sequence[dict[str, Any]], routes: Sequence[dict[str, Any]]) -> list[str]:

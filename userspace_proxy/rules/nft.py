@@ -17,6 +17,7 @@ from userspace_proxy.model.endpoint import FAMILIES, Family, family_of
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.routes import Sender
 from userspace_proxy.model.service import Portal
+from userspace_proxy.rules.answers import REPLY_RULE
 
 TABLE = "inet userspace_proxy"
 # The private addresses on ``lo`` for Capture.ADDRESS.
@@ -25,6 +26,7 @@ LOCAL_ADDRESS6 = "fd00:77::7"
 
 _COMMENT_BYTES_MAX = 127  # and a zero behind it
 _PORT_NAME_SHOWN = 24  # more than the 15 that a container's port name may have
+_BASE_RULES = 2  # the jumps of the chains that the kernel calls
 _IP: Mapping[Family, str] = {4: "ip", 6: "ip6"}
 # In the order in which they are asked for; what their sets are called.
 _SENDERS = {Sender.NODE: "_for_node", Sender.POD: "_for_pods", Sender.ANYBODY: ""}
@@ -48,6 +50,9 @@ table {TABLE} {{
 		type nat hook output priority -105; policy accept;
 		meta mark & {OWN_MARK:#x} == 0 jump services
 	}}
+	chain replies {{
+		type filter hook prerouting priority -150; policy accept;
+	}}
 {chains}\
 }}
 """
@@ -66,6 +71,11 @@ def change(old: Redirects, new: Redirects) -> str:
     return "\n".join([*lines, ""]) if lines else ""
 
 
+def rules_in(redirects: Redirects) -> int:
+    """Return how many rules our table has once *redirects* are loaded."""
+    return _BASE_RULES + sum(map(len, _chains(redirects).values()))
+
+
 def removal() -> str:
     """Return the script that removes our table; it succeeds where there is none."""
     return f"table {TABLE}\ndelete table {TABLE}\n"
@@ -79,6 +89,7 @@ def _chains(redirects: Redirects) -> dict[str, list[str]]:
     return {
         "services": [f"meta nfproto ipv{family} jump services{family}" for family in FAMILIES],
         **{f"services{family}": list(_services(redirects, family)) for family in FAMILIES},
+        "replies": [REPLY_RULE] if redirects.transparent else [],
         **{f"node_ports{family}": list(_node_ports(redirects, family)) for family in FAMILIES},
     }
 

@@ -25,6 +25,7 @@ _KEEPALIVE = ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_
 _USER_TIMEOUT_MS = 30_000
 # The reflector has its own idea of how long an answer may take, and a watch has no end.
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10.0)
+_WRITE_TIMEOUT = aiohttp.ClientTimeout(total=10.0)
 
 log = logging.getLogger(__name__)
 
@@ -85,32 +86,55 @@ class ApiTransport:
 
     async def close(self) -> None:
         if self._session is not None:
+            from kubernetes_asyncio.config.kube_config import _cleanup_temp_files
+
             await self._session.client.close()
             self._session = None
+            # Certificates that the kubeconfig holds. The library removes them when Python ends, which execve() skips.
+            _cleanup_temp_files()
 
     @contextlib.asynccontextmanager
     async def get(self, path: str, params: Mapping[str, str]) -> AsyncGenerator[Response]:
+        async with self._request("GET", path, _TIMEOUT, query_params=dict(params)) as answer:
+            _watch_peer(answer)
+            yield _Answer(answer)
+
+    async def write(self, method: str, path: str, body: Mapping[str, object]) -> int:
+        """Send *body*; return the status of the answer.
+
+        Raises:
+            OSError: nobody answered, or too late.
+        """
+        kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
+        async with self._request(method, path, _WRITE_TIMEOUT, body=dict(body), content_type=kind) as answer:
+            return answer.status
+
+    @contextlib.asynccontextmanager
+    async def _request(
+        self, method: str, path: str, within: aiohttp.ClientTimeout, *, content_type: str = "", **details: object
+    ) -> AsyncGenerator[aiohttp.ClientResponse]:
         session = await self._now()
         session.users += 1
         try:
             try:
                 headers = {"Accept": "application/json", **await session.authorization()}
+                if content_type:
+                    headers["Content-Type"] = content_type
                 answer: aiohttp.ClientResponse = await session.client.request(
-                    "GET",
+                    method,
                     session.configuration.host + path,
-                    query_params=dict(params),
                     headers=headers,
                     _preload_content=False,
-                    _request_timeout=_TIMEOUT,
+                    _request_timeout=within,
+                    **details,
                 )
             except aiohttp.ClientError as error:
                 # Perhaps the authority that signs the server's certificate is another one now.
                 session.is_refused = session.is_refused or isinstance(error, aiohttp.ClientSSLError)
                 raise ConnectionError(_said(error)) from error
             session.is_refused = session.is_refused or answer.status == 401
-            _watch_peer(answer)
             async with answer:
-                yield _Answer(answer)
+                yield answer
         finally:
             session.users -= 1
             await self._close_if_left(session)

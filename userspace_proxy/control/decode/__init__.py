@@ -24,12 +24,15 @@ from userspace_proxy.control.decode.endpoints import (
     target_port,
     trigger_time,
 )
-from userspace_proxy.control.decode.nodes import is_eligible, node_of, pod_cidrs
+from userspace_proxy.control.decode.nodes import is_eligible, node_of
 from userspace_proxy.control.decode.service_ports import (
+    ANNOTATION_PREFIX,
+    SOURCE_IP,
     Allotted,
     PortKey,
     given_cluster_ips,
     has_node_ports,
+    ingress,
     port_key,
     service_ports,
     wants_health_check,
@@ -39,7 +42,9 @@ from userspace_proxy.control.decode.service_ports import (
 from userspace_proxy.control.decode.services import check_service, is_proxied, service_errors
 
 __all__ = [
+    "ANNOTATION_PREFIX",
     "SERVICE_NAME_LABEL",
+    "SOURCE_IP",
     "Allotted",
     "EndpointsByPort",
     "PortKey",
@@ -53,12 +58,12 @@ __all__ = [
     "from_slices",
     "given_cluster_ips",
     "has_node_ports",
+    "ingress",
     "is_eligible",
     "is_proxied",
     "node_of",
     "number_errors",
     "offered_ports",
-    "pod_cidrs",
     "pod_ips",
     "port_key",
     "service_errors",

@@ -17,8 +17,12 @@ def node_of(given: api.Node | None, fallback: Node) -> Node:
     """Return what *given*, the object of this node, says; what it does not say (or where it is None) is *fallback*."""
     if given is None:
         return fallback
-    zone = (given.metadata.labels or {}).get(_ZONE_LABEL, "")
-    return Node(given.metadata.name, zone, tuple(dict.fromkeys(_addresses(given))) or fallback.addresses)
+    return Node(
+        name=given.metadata.name,
+        zone=(given.metadata.labels or {}).get(_ZONE_LABEL, ""),
+        addresses=tuple(dict.fromkeys(_addresses(given))) or fallback.addresses,
+        pod_cidrs=tuple(dict.fromkeys(_pod_cidrs(given))) or fallback.pod_cidrs,
+    )
 
 
 def _addresses(node: api.Node) -> Iterator[str]:
@@ -33,18 +37,14 @@ def _addresses(node: api.Node) -> Iterator[str]:
                     continue
 
 
-def pod_cidrs(node: api.Node | None) -> tuple[str, ...]:
-    """Return the ranges of the addresses of *node*'s pods; none where it has not been given one (yet)."""
-    spec = node.spec if node else None
-    if spec is None:
-        return ()
-    found = []
-    for cidr in spec.pod_cidrs or ([spec.pod_cidr] if spec.pod_cidr else []):
+def _pod_cidrs(node: api.Node) -> Iterator[str]:
+    """Yield the ranges that the addresses of *node*'s pods are from; none where it has not been given one (yet)."""
+    spec = node.spec
+    for cidr in (spec.pod_cidrs or [spec.pod_cidr or ""]) if spec else ():
         try:
-            found.append(canonical_cidr(cidr))
+            yield canonical_cidr(cidr)
         except ConfigError:
             continue
-    return tuple(found)
 
 
 def is_eligible(node: api.Node | None) -> bool:

@@ -13,7 +13,9 @@ from userspace_proxy.model.endpoint import family_of
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
 from userspace_proxy.model.service import ServicePort, SourceIP
 
-SOURCE_IP = "userspace-proxy/source-ip"
+ANNOTATION_PREFIX = "userspace-proxy/"
+SOURCE_IP = f"{ANNOTATION_PREFIX}source-ip"
+_SOURCE_IP_FIELD = api.below("metadata.annotations", SOURCE_IP)
 AFFINITY_TIMEOUT_S = 10_800
 
 # By what a port of a Service is known, and an EndpointSlice's port matched with it: name and protocol (behaviours S6).
@@ -31,11 +33,16 @@ class Allotted:
 
 
 def service_ports(
-    name: NamespacedName, service: api.Service, allotted: Allotted, source_ip: SourceIP = SourceIP.NODE
+    name: NamespacedName,
+    service: api.Service,
+    allotted: Allotted,
+    source_ip: SourceIP = SourceIP.NODE,
+    transparent_obstacle: str = "",
 ) -> tuple[dict[int, ServicePort], list[ConfigError]]:
     """Return the ports of a checked *service* by their index in ``spec.ports``, and what is wrong with the others.
 
     *source_ip* is this node's default, for Services whose annotation says nothing, or nothing that makes sense.
+    *transparent_obstacle*: why this node can carry no client's address to a backend; "" where it can.
     """
     spec = service.spec
     assert spec is not None
@@ -43,6 +50,9 @@ def service_ports(
     load_balancer_ips, problems = _load_balancer_ips(service)
     annotated, annotation_problems = stated_source_ip(service)
     problems += annotation_problems
+    if annotated is SourceIP.TRANSPARENT and transparent_obstacle:
+        problems.append(_not_here(transparent_obstacle))
+        annotated = None
     # The Service has no other families, whatever it lists (behaviours S5).
     families = set(map(family_of, allotted.cluster_ips))
     external_ips = tuple(ip for ip in _external_ips(spec) if family_of(ip) in families)
@@ -113,7 +123,7 @@ def wants_node_ports(spec: api.objects.ServiceSpec) -> bool:
 
 def wants_load_balancer_ips(service: api.Service) -> bool:
     """Return whether *service* is to have load balancer IPs, and nobody has given it any."""
-    return service.spec is not None and service.spec.type == "LoadBalancer" and not _ingress(service)
+    return service.spec is not None and service.spec.type == "LoadBalancer" and not ingress(service)
 
 
 def wants_health_check(spec: api.objects.ServiceSpec) -> bool:
@@ -131,7 +141,11 @@ def affinity_timeout_s(spec: api.objects.ServiceSpec) -> int | None:
 
 def source_ranges(spec: api.objects.ServiceSpec) -> tuple[str, ...]:
     """Return the CIDRs that may dial the load balancer IPs; none of a family that all may dial (behaviours P4)."""
-    given = [canonical_cidr(cidr) for cidr in spec.load_balancer_source_ranges or () if cidr.strip()]
+    given = [
+        canonical_cidr(cidr, f"spec.loadBalancerSourceRanges[{index}]")
+        for index, cidr in enumerate(spec.load_balancer_source_ranges or ())
+        if cidr.strip()
+    ]
     unfiltered = {family_of(cidr) for cidr in given if cidr.endswith("/0")}
     return tuple(dict.fromkeys(cidr for cidr in given if family_of(cidr) not in unfiltered))
 
@@ -145,17 +159,17 @@ def stated_source_ip(service: api.Service) -> tuple[SourceIP | None, list[Config
         return SourceIP(given), []
     except ValueError:
         mend = f"write one of {', '.join(SourceIP)}; until then the node's default applies"
-        return None, [ConfigError(f"{given!r} says no source IP", field=_annotation_field(), mend=mend)]
+        return None, [ConfigError(f"{given!r} says no source IP", field=_SOURCE_IP_FIELD, mend=mend)]
 
 
-def _annotation_field() -> str:
-    return api.below("metadata.annotations", SOURCE_IP)
+def _not_here(obstacle: str) -> ConfigError:
+    return ConfigError(f"clients' addresses cannot be kept on this node: {obstacle}", field=_SOURCE_IP_FIELD)
 
 
 def _no_header_of_udp(port: api.ServicePort) -> ConfigError:
     return ConfigError(
         f"PROXY protocol v1 knows no UDP, which port {port.port} is",
-        field=_annotation_field(),
+        field=_SOURCE_IP_FIELD,
         mend="write proxy-protocol-v2; until then the node's default applies to this port",
     )
 
@@ -169,10 +183,12 @@ def _unproxied(protocol: str, index: int, *, others: bool) -> ConfigError:
 
 
 def _external_ips(spec: api.objects.ServiceSpec) -> Iterator[str]:
-    return (canonical_ip(ip) for ip in spec.external_ips or () if ip.strip())
+    given = enumerate(spec.external_ips or ())
+    return (canonical_ip(ip, f"spec.externalIPs[{index}]") for index, ip in given if ip.strip())
 
 
-def _ingress(service: api.Service) -> list[api.objects.LoadBalancerIngress]:
+def ingress(service: api.Service) -> list[api.objects.LoadBalancerIngress]:
+    """Return where load balancers say that *service* is to be found."""
     status = service.status.load_balancer if service.status else None
     return (status.ingress if status else None) or []
 
@@ -185,7 +201,7 @@ def _load_balancer_ips(service: api.Service) -> tuple[tuple[str, ...], list[Conf
     found: dict[str, None] = {}
     problems = []
     assert service.spec is not None
-    for index, item in enumerate(_ingress(service) if service.spec.type == "LoadBalancer" else ()):
+    for index, item in enumerate(ingress(service) if service.spec.type == "LoadBalancer" else ()):
         if item.ip and item.ip.strip() and item.ip_mode in (None, "", "VIP"):
             errors = list(virtual_ip_errors(item.ip, f"status.loadBalancer.ingress[{index}].ip"))
             problems += errors

@@ -84,8 +84,13 @@ def _policy_errors(spec: api.objects.ServiceSpec) -> Iterator[ConfigError]:
     ):
         if given and given not in _POLICIES:
             yield ConfigError(f"{given!r} is no traffic policy", field=field, mend="write Cluster or Local")
-    if spec.health_check_node_port:
-        yield from number_errors(spec.health_check_node_port, "spec.healthCheckNodePort")
+    if number := spec.health_check_node_port:
+        field = "spec.healthCheckNodePort"
+        yield from number_errors(number, field)
+        for index, port in enumerate(spec.ports or ()):
+            if port.node_port == number and (port.protocol or "TCP") == "TCP":
+                said = f"{number} is already the node port of ports[{index}]"
+                yield ConfigError(said, field=field, mend="choose another one, or leave it out")
 
 
 def _cidr_errors(cidr: str, field: str) -> Iterator[ConfigError]:

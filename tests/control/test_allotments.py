@@ -1,0 +1,390 @@
+"""Node ports and load balancer IPs: who is given which, who wins, and that all is as it was after a restart."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import random
+from typing import Any
+
+import pytest
+
+from tests.control.given import World, gone, named, service
+from userspace_proxy.control.allotments import Allotments, Stated
+from userspace_proxy.control.decode import Allotted
+from userspace_proxy.control.memory import Memory
+from userspace_proxy.errors import ConfigError
+from userspace_proxy.model.names import L4Protocol
+
+CLUSTER_IPS = [ipaddress.ip_network("10.96.0.0/16"), ipaddress.ip_network("fd00::/112")]
+POOL = [ipaddress.ip_network("203.0.113.0/28"), ipaddress.ip_network("2001:db8::/120")]
+DUAL = {"ipFamilyPolicy": "RequireDualStack"}
+UDP = L4Protocol.UDP
+
+
+def allotments(memory: Memory | None = None) -> Allotments:
+    return Allotments(CLUSTER_IPS, memory, POOL)
+
+
+def assign(known: Allotments, name: str = "web", **spec: Any) -> Allotted:
+    return known.assign(named(name), service(name, **spec))[0]
+
+
+def node_ports(known: Allotments, name: str = "web", **spec: Any) -> list[int]:
+    return list(assign(known, name, **{"type": "NodePort", **spec}).node_ports.values())
+
+
+def stating(number: int, protocol: str = "TCP") -> list[dict[str, Any]]:
+    return [{"port": 80, "nodePort": number, "protocol": protocol}]
+
+
+# ---- node ports
+
+
+@pytest.mark.parametrize("kind", ["NodePort", "LoadBalancer"])
+def test_every_port_that_states_none_is_given_a_node_port(kind: str) -> None:
+    ports = [{"port": 80, "name": "a"}, {"port": 81, "name": "b", "nodePort": 30_001}, {"port": 82, "name": "c"}]
+
+    given = assign(allotments(), type=kind, ports=ports).node_ports
+
+    assert list(given) == [("a", "TCP"), ("b", "TCP"), ("c", "TCP")]
+    assert given["b", "TCP"] == 30_001
+    assert len(set(given.values())) == 3
+    assert all(30_000 <= number <= 32_767 for number in given.values())
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"type": "ClusterIP"},
+        {"type": None},
+        {"type": "LoadBalancer", "allocateLoadBalancerNodePorts": False},
+        {"type": "NodePort", "ports": [{"port": 80, "protocol": "SCTP"}]},
+    ],
+)
+def test_who_wants_none_is_given_none(spec: dict[str, Any]) -> None:
+    """P6."""
+    assert not assign(allotments(), **spec).node_ports
+
+
+def test_a_node_port_that_is_stated_is_there_though_none_is_to_be_allocated() -> None:
+    given = assign(allotments(), type="LoadBalancer", allocateLoadBalancerNodePorts=False, ports=stating(30_080))
+
+    assert given.node_ports == {("", "TCP"): 30_080}
+
+
+def test_one_number_may_be_stated_for_tcp_and_for_udp() -> None:
+    """P2."""
+    known = allotments()
+    both = [{**stating(30_053)[0], "name": "tcp"}, {**stating(30_053, "UDP")[0], "name": "udp"}]
+
+    assert node_ports(known, ports=both) == [30_053, 30_053]
+    with pytest.raises(ConfigError, match="30053 is already the node port of default/web"):
+        node_ports(known, "second", ports=stating(30_053, "UDP"))
+
+
+def test_who_states_what_another_states_is_refused_and_keeps_all_it_had() -> None:
+    known = allotments()
+    node_ports(known, "first", ports=stating(30_080))
+    before = assign(known, "second", type="NodePort", clusterIP="10.96.0.5", ports=stating(30_081))
+
+    with pytest.raises(ConfigError, match="30080 is already the node port of default/first") as caught:
+        assign(known, "second", type="NodePort", clusterIP="10.96.0.6", ports=stating(30_080))
+
+    assert caught.value.field == "spec.ports[0].nodePort"
+    assert known.held(named("second")) == before
+    assert assign(known, "third", clusterIP="10.96.0.6").cluster_ips == ("10.96.0.6",)
+
+
+def test_who_states_what_another_was_given_gets_it_and_the_other_gets_the_next() -> None:
+    known = allotments()
+    (given,) = node_ports(known, "given")
+
+    assert node_ports(known, "states", ports=stating(given)) == [given]
+
+    assert known.take_evicted() == {named("given")}
+    assert node_ports(known, "given") == [given + 1]
+
+
+def test_a_node_port_is_free_at_once_when_the_type_changes() -> None:
+    """S8."""
+    known = allotments()
+    node_ports(known, ports=stating(30_080))
+
+    assert not assign(known, type="ClusterIP", ports=stating(30_080)).node_ports
+    assert node_ports(known, "other", ports=stating(30_080)) == [30_080]
+
+
+def test_an_allocated_node_port_stays_when_the_service_changes_otherwise() -> None:
+    known = allotments()
+    before = node_ports(known)
+
+    assert node_ports(known, ports=[{"port": 81}], sessionAffinity="ClientIP") == before
+
+
+def test_a_port_that_is_added_moves_no_other() -> None:
+    known = allotments()
+    one, two = ({"port": 80, "name": "a"}, {"port": 81, "name": "b"})
+    before = assign(known, type="NodePort", ports=[one]).node_ports
+
+    after = assign(known, type="NodePort", ports=[two, one]).node_ports
+
+    assert after["a", "TCP"] == before["a", "TCP"]
+
+
+def test_when_all_are_taken_a_service_is_refused_and_nothing_of_it_stays() -> None:
+    known = allotments()
+    many = [{"port": n + 1, "name": f"p{n}"} for n in range(2_682)]
+    node_ports(known, "all", ports=many)
+
+    with pytest.raises(ConfigError, match="30000-32767 is used up"):
+        node_ports(known, clusterIP="10.96.0.5")
+
+    assert assign(known, "other", clusterIP="10.96.0.5").cluster_ips == ("10.96.0.5",)
+    assert node_ports(known, "chooses", ports=stating(30_000)) == [30_000]
+
+
+# ---- health check node ports
+
+
+def test_a_load_balancer_that_asks_for_health_is_given_a_port_to_ask_at() -> None:
+    known = allotments()
+    spec = {"type": "LoadBalancer", "externalTrafficPolicy": "Local"}
+
+    given = assign(known, **spec)
+
+    assert given.health_check_node_port in range(30_000, 32_768)
+    assert given.health_check_node_port not in given.node_ports.values()
+    assert assign(known, **spec) == given
+    assert assign(known, **spec, healthCheckNodePort=30_010).health_check_node_port == 30_010
+    assert assign(known, type="LoadBalancer").health_check_node_port == 0
+
+
+def test_a_health_check_is_answered_at_no_other_services_node_port() -> None:
+    known = allotments()
+    node_ports(known, "first", ports=stating(30_010))
+
+    with pytest.raises(ConfigError, match="30010 is already the node port of default/first") as caught:
+        assign(known, type="LoadBalancer", externalTrafficPolicy="Local", healthCheckNodePort=30_010)
+
+    assert caught.value.field == "spec.healthCheckNodePort"
+
+
+# ---- load balancer IPs
+
+
+@pytest.mark.parametrize(
+    ("spec", "families"),
+    [({}, [4]), ({"ipFamilies": ["IPv6"]}, [6]), (DUAL, [4, 6]), ({"clusterIPs": ["fd00::9", "10.96.0.9"]}, [4, 6])],
+)
+def test_a_load_balancer_gets_an_ip_of_each_of_its_families(spec: dict[str, Any], families: list[int]) -> None:
+    ips = assign(allotments(), type="LoadBalancer", **spec).load_balancer_ips
+
+    assert sorted(ipaddress.ip_address(ip).version for ip in ips) == families
+    assert all(any(ipaddress.ip_address(ip) in network for network in POOL) for ip in ips)
+
+
+@pytest.mark.parametrize("kind", ["ClusterIP", "NodePort"])
+def test_another_service_gets_none(kind: str) -> None:
+    assert assign(allotments(), type=kind, loadBalancerIP="203.0.113.5").load_balancer_ips == ()
+
+
+@pytest.mark.parametrize("ingress", [[{"ip": "198.51.100.1"}], [{"hostname": "lb.example.org"}]])
+def test_who_has_been_given_an_ip_by_somebody_else_gets_none(ingress: list[dict[str, Any]]) -> None:
+    assert assign(allotments(), type="LoadBalancer", ingress=ingress).load_balancer_ips == ()
+
+
+def test_without_a_pool_nobody_gets_one_and_nothing_is_wrong() -> None:
+    known = Allotments(CLUSTER_IPS)
+
+    allotted, problems = known.assign(named("web"), service(type="LoadBalancer", loadBalancerIP="203.0.113.5"))
+
+    assert (allotted.load_balancer_ips, problems) == ((), [])
+
+
+def test_who_states_one_of_the_pool_gets_that_one_though_another_was_given_it() -> None:
+    known = allotments()
+    (given,) = assign(known, "given", type="LoadBalancer").load_balancer_ips
+
+    assert assign(known, "states", type="LoadBalancer", loadBalancerIP=given).load_balancer_ips == (given,)
+
+    assert known.take_evicted() == {named("given")}
+    assert assign(known, "given", type="LoadBalancer").load_balancer_ips != (given,)
+
+
+@pytest.mark.parametrize(
+    ("stated", "words"),
+    [
+        ("198.51.100.1", "not in --load-balancer-pool"),
+        ("somewhere", "no IP address"),
+        ("203.0.113.9", "already the load balancer IP of default/first"),
+    ],
+)
+def test_who_cannot_have_the_one_it_states_is_served_without_and_told_why(stated: str, words: str) -> None:
+    known = allotments()
+    assign(known, "first", type="LoadBalancer", loadBalancerIP="203.0.113.9")
+
+    allotted, problems = known.assign(named("web"), service(type="LoadBalancer", loadBalancerIP=stated))
+
+    assert allotted.load_balancer_ips == ()
+    assert len(allotted.cluster_ips) == len(allotted.node_ports) == 1
+    assert [problem.field for problem in problems] == ["spec.loadBalancerIP"]
+    assert words in str(problems[0])
+
+
+def test_when_the_pool_is_used_up_a_service_is_served_without() -> None:
+    known = allotments()
+    for n in range(14):
+        assert assign(known, f"s{n}", type="LoadBalancer").load_balancer_ips
+
+    allotted, problems = known.assign(named("web"), service(type="LoadBalancer"))
+
+    assert allotted.cluster_ips
+    assert allotted.load_balancer_ips == ()
+    assert "203.0.113.0/28 is used up" in str(problems[0])
+
+
+# ---- restarts
+
+MANY: dict[str, dict[str, Any]] = {
+    "a": {"type": "NodePort"},
+    "b": {"type": "LoadBalancer", **DUAL},
+    "c": {"type": "LoadBalancer", "externalTrafficPolicy": "Local"},
+    "d": {"type": "NodePort", "ports": [{"port": 53, "name": "u", "protocol": "UDP"}, {"port": 53, "name": "t"}]},
+}
+
+
+@pytest.mark.parametrize("remembers", [True, False])
+def test_after_a_restart_all_is_as_it_was(remembers: bool) -> None:
+    before = allotments()
+    held = {name: assign(before, name, **spec) for name, spec in MANY.items()}
+
+    after = allotments(before.memory() if remembers else None)
+
+    assert {name: assign(after, name, **spec) for name, spec in reversed(MANY.items())} == dict(reversed(held.items()))
+
+
+def test_only_what_was_allocated_is_remembered_by_names_that_no_two_share() -> None:
+    known = allotments()
+    assign(known, "stated", type="LoadBalancer", loadBalancerIP="203.0.113.5", ports=stating(30_080))
+    web = assign(known, type="LoadBalancer", externalTrafficPolicy="Local")
+
+    memory = known.memory()
+
+    assert memory.node_ports == {
+        "default/web/TCP": web.node_ports["", "TCP"],
+        "default/web/health-check": web.health_check_node_port,
+    }
+    assert memory.load_balancer_ips == {"default/web/load-balancer/IPv4": web.load_balancer_ips[0]}
+
+
+def test_the_numbers_are_the_same_in_every_release() -> None:
+    """Written down: a change here moves the node ports and addresses of everybody who keeps no state."""
+    given = assign(allotments(), type="LoadBalancer")
+
+    assert (given.node_ports, given.load_balancer_ips) == ({("", "TCP"): 31_225}, ("203.0.113.13",))
+
+
+# ---- whatever happens
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nobody_has_what_another_has_and_pools_forget_nothing(seed: int) -> None:
+    chance = random.Random(seed)
+    known = Allotments([ipaddress.ip_network("10.96.0.0/27")], None, [ipaddress.ip_network("203.0.113.0/29")])
+    held: dict[str, Allotted] = {}
+    for _ in range(200):
+        name = f"s{chance.randrange(8)}"
+        if chance.random() < 0.2:
+            known.release(named(name))
+            held.pop(name, None)
+        else:
+            spec: dict[str, Any] = {
+                "type": chance.choice(["ClusterIP", "NodePort", "LoadBalancer"]),
+                "clusterIP": chance.choice([None, f"10.96.0.{chance.randrange(1, 12)}"]),
+                "ports": chance.choice([stating(30_080 + chance.randrange(4)), [{"port": 80}]]),
+                "loadBalancerIP": chance.choice([None, f"203.0.113.{chance.randrange(1, 7)}"]),
+                "externalTrafficPolicy": chance.choice(["Local", "Cluster"]),
+            }
+            known.make_way({named(name): service(name, **spec)})
+            with contextlib.suppress(ConfigError):
+                assign(known, name, **spec)
+        held = {f"s{n}": known.held(named(f"s{n}")) for n in range(8)}
+        values = [
+            value
+            for have in held.values()
+            for value in (
+                *have.cluster_ips,
+                *have.load_balancer_ips,
+                *have.node_ports.values(),
+                *filter(None, [have.health_check_node_port]),
+            )
+        ]
+        assert len(values) == len(set(values))
+    for n in range(8):
+        known.release(named(f"s{n}"))
+    assert known.memory() == Memory()
+    assert [pool._allocator.memory() for pool in known._claims._pools] == [{}] * 4
+
+
+# ---- in a cluster
+
+
+def test_in_a_cluster_services_have_what_the_api_says_and_nothing_else() -> None:
+    given = service(type="LoadBalancer", clusterIPs=["10.96.0.1", "fd00::1"], ipFamilies=["IPv4", "IPv6"])
+
+    assert Stated().assign(named("web"), given) == (Allotted(("10.96.0.1", "fd00::1")), [])
+
+
+# ---- through the tracker
+
+
+def test_whose_node_port_is_taken_by_one_that_states_it_has_another_in_the_same_state() -> None:
+    world = World()
+    world.tell(service(type="NodePort"))
+    number = world.port().node_port
+
+    world.tell(service("states", type="NodePort", ports=stating(number)))
+
+    assert world.port("states").node_port == number
+    assert world.port().node_port == number + 1
+    assert world.problems == []
+
+
+def test_node_ports_can_be_swapped_in_one_change() -> None:
+    world = World()
+    world.tell(
+        service("a", type="NodePort", ports=stating(30_001)), service("b", type="NodePort", ports=stating(30_002))
+    )
+
+    world.tell(
+        service("a", type="NodePort", ports=stating(30_002)), service("b", type="NodePort", ports=stating(30_001))
+    )
+
+    assert (world.port("a").node_port, world.port("b").node_port) == (30_002, 30_001)
+    assert world.problems == []
+
+
+def test_who_was_refused_a_node_port_has_it_as_soon_as_it_is_free() -> None:
+    world = World()
+    world.tell(service("first", type="NodePort", ports=stating(30_001)))
+    world.tell(service("second", type="NodePort", ports=stating(30_001)))
+    assert ["default/first" in problem for problem in world.problems] == [True]
+    assert world.ips("second") == ()
+
+    world.tell(service("first", type="ClusterIP"))
+
+    assert world.port("second").node_port == 30_001
+    assert world.problems == []
+
+
+def test_a_load_balancer_that_waits_for_an_ip_has_it_as_soon_as_it_is_free() -> None:
+    world = World(load_balancer_pool=["203.0.113.0/32"])
+    world.tell(service("first", type="LoadBalancer"), service("second", type="LoadBalancer"))
+    assert world.port("second").load_balancer_ips == ()
+    assert len(world.problems) == 1
+
+    world.tell(gone("Service", "first"))
+
+    assert world.port("second").load_balancer_ips == ("203.0.113.0",)
+    assert world.problems == []

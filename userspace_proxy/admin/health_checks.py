@@ -1,0 +1,247 @@
+"""Health-check node ports: load balancers ask there whether this node has endpoints of a Service (behaviours H1-H4).
+
+They are open to everybody on purpose. A connection is for one answer: nobody holds one idle, and none is left to be
+cut when the port closes or another process takes over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import json
+import logging
+import socket
+from collections.abc import Callable, Collection, Iterable, Mapping
+
+from aiohttp import hdrs, web
+from aiohttp.typedefs import Handler
+
+from userspace_proxy.admin.limited import Limited
+from userspace_proxy.dataplane.sockets import bind_wildcard
+from userspace_proxy.interfaces import StateSink
+from userspace_proxy.model.health_check import HealthCheck, health_checks
+from userspace_proxy.model.names import NamespacedName
+from userspace_proxy.model.state import ProxyState
+
+_EVERYWHERE = ("",)
+_BACKLOG = 128
+_LAST_ANSWERS_S = 0.5
+_LOOK_EVERY_S = 0.01
+_PAUSE_S = 1.0
+
+log = logging.getLogger(__name__)
+
+
+class ServiceHealthChecks:
+    """Keeps a port open for each Service that wants one.
+
+    *addresses*: where; asked for when something is to be opened, none for every address. *on_failure* is told once of
+    each Service whose port cannot be opened, and again when the reason changes; ``failures`` has those that last.
+    """
+
+    def __init__(
+        self,
+        proxy_healthy: Callable[[], bool],
+        on_failure: Callable[[NamespacedName, str], None] = lambda _service, _reason: None,
+        addresses: Callable[[], Iterable[str]] = tuple,
+    ) -> None:
+        self._proxy_healthy = proxy_healthy
+        self._on_failure = on_failure
+        self._addresses = addresses
+        self._open: dict[NamespacedName, _Port] = {}
+        self._adopted: dict[tuple[str, int], socket.socket] = {}
+        self.failures: dict[NamespacedName, str] = {}
+
+    async def sync(self, wanted: Mapping[NamespacedName, HealthCheck]) -> None:
+        """Open, close and set what is said. Ports are closed first: what one Service gave up another may have.
+
+        kube-proxy sets ports and counts one after the other, so that a new port says 0 for a moment; here it never
+        says less than there is. What cannot be opened is tried again at the next sync.
+        """
+        addresses = (tuple(self._addresses()) if wanted else ()) or _EVERYWHERE
+        for service, port in list(self._open.items()):
+            check = wanted.get(service)
+            if check is None or (check.port, addresses) != (port.number, port.addresses):
+                await self._open.pop(service).close()
+        self._close_adopted({(address, check.port) for check in wanted.values() for address in addresses})
+        for service, check in wanted.items():
+            if service in self._open:
+                self._open[service].local_endpoints = check.local_endpoints
+            else:
+                await self._try_open(service, check, addresses)
+        for service in self.failures.keys() - wanted.keys():
+            del self.failures[service]
+
+    async def _try_open(self, service: NamespacedName, check: HealthCheck, addresses: tuple[str, ...]) -> None:
+        port = _Port(service, check, addresses, self._proxy_healthy)
+        try:
+            await port.open(lambda address: self._adopted.pop((address, check.port), None))
+        except OSError as error:
+            reason = f"health-check node port {check.port} cannot be opened: {error.strerror or error}"
+            if self.failures.get(service) != reason:
+                self.failures[service] = reason
+                log.warning("%s: %s; it is tried again", service, reason)
+                self._on_failure(service, reason)
+        else:
+            self._open[service] = port
+            self.failures.pop(service, None)
+
+    # ---- from one process to the next
+
+    def listeners(self) -> list[socket.socket]:
+        """Return what a successor is to `adopt`; duplicates of them keep who asks waiting while nobody answers."""
+        return [sock for port in self._open.values() for sock in port.listeners]
+
+    def adopt(self, listeners: Iterable[socket.socket]) -> None:
+        """Take over *listeners*, for the first sync: it answers at those that are wanted and closes the others."""
+        for sock in listeners:
+            address, port = sock.getsockname()[:2]
+            everywhere = ipaddress.ip_address(address).is_unspecified
+            self._adopted["" if everywhere else address, port] = sock
+
+    def _close_adopted(self, wanted: Collection[tuple[str, int]] = ()) -> None:
+        for key in self._adopted.keys() - wanted:
+            self._adopted.pop(key).close()
+
+    async def close(self) -> None:
+        """Listen no more, and answer those who are connected already."""
+        self._close_adopted()
+        ports = list(self._open.values())
+        self._open.clear()
+        for port in ports:
+            port.stop_listening()
+        if not ports:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_ANSWERS_S):
+                while any(port.has_clients for port in ports):  # noqa: ASYNC110 - aiohttp tells of no end
+                    await asyncio.sleep(_LOOK_EVERY_S)
+        for port in ports:
+            await port.close()
+
+
+class WithHealthChecks:
+    """A sink around the proxier: load balancers hear of endpoints once traffic can go to them."""
+
+    def __init__(self, sink: StateSink, checks: ServiceHealthChecks) -> None:
+        self._sink = sink
+        self._checks = checks
+
+    async def sync(self, state: ProxyState) -> None:
+        await self._sink.sync(state)
+        await self._checks.sync(health_checks(state))
+
+
+class _Port:
+    """One Service's port, at every address that it has."""
+
+    def __init__(
+        self, service: NamespacedName, check: HealthCheck, addresses: tuple[str, ...], proxy_healthy: Callable[[], bool]
+    ) -> None:
+        self._service = service
+        self._proxy_healthy = proxy_healthy
+        self.number = check.port
+        self.addresses = addresses
+        self.local_endpoints = check.local_endpoints
+        self.listeners: list[socket.socket] = []
+        app = web.Application(middlewares=[self._answer])  # and no route: every path and method is for it
+        app.on_response_prepare.append(_stay_anonymous)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_LAST_ANSWERS_S)
+        self._loop = asyncio.get_running_loop()
+        self._coming: set[asyncio.Task[None]] = set()
+
+    async def open(self, find_adopted: Callable[[str], socket.socket | None]) -> None:
+        """Listen at every address.
+
+        Raises:
+            OSError: one cannot be had; nothing is open.
+        """
+        try:
+            for address in self.addresses:
+                self.listeners.append(find_adopted(address) or _listen(address, self.number))
+            await self._runner.setup()
+            for listener in self.listeners:
+                listener.setblocking(False)
+                self._watch(listener)
+        except BaseException:
+            await self.close()
+            raise
+        log.info("%s: health checks are answered at port %d", self._service, self.number)
+
+    def _watch(self, listener: socket.socket) -> None:
+        if listener in self.listeners:
+            self._loop.add_reader(listener.fileno(), self._accept, listener)
+
+    def _accept(self, listener: socket.socket) -> None:
+        """Accept one client. Not by `create_server`: whom asyncio has just accepted is reset when the server closes."""
+        try:
+            client, _ = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):  # another process was faster; or the client has gone
+            return
+        except OSError as error:
+            log.warning("%s: health checks wait: %s", self._service, error.strerror)
+            self._loop.remove_reader(listener.fileno())
+            self._loop.call_later(_PAUSE_S, self._watch, listener)
+            return
+        coming = asyncio.create_task(self._meet(client), name="health check")
+        self._coming.add(coming)
+        coming.add_done_callback(self._coming.discard)
+
+    async def _meet(self, client: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(Limited(self._runner), client)
+        except OSError:
+            client.close()
+
+    def stop_listening(self) -> None:
+        while self.listeners:
+            listener = self.listeners.pop()
+            self._loop.remove_reader(listener.fileno())
+            listener.close()
+
+    @property
+    def has_clients(self) -> bool:
+        return bool(self._coming) or (self._runner.server is not None and bool(self._runner.server.connections))
+
+    async def close(self) -> None:
+        self.stop_listening()
+        await asyncio.gather(*self._coming)
+        if self._runner.server is not None:
+            for connection in self._runner.server.connections:
+                connection.force_close()  # who is still about to ask; an answer is with the kernel as it is given
+        await self._runner.cleanup()
+
+    @web.middleware
+    async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        healthy = self._proxy_healthy()
+        body = {
+            "service": {"namespace": self._service.namespace, "name": self._service.name},
+            "localEndpoints": self.local_endpoints,
+            "serviceProxyHealthy": healthy,
+        }
+        answer = web.Response(
+            body=json.dumps(body, indent="\t").encode(),
+            status=200 if self.local_endpoints and healthy else 503,
+            content_type="application/json",
+            headers={
+                "X-Content-Type-Options": "nosniff",
+                "X-Load-Balancing-Endpoint-Weight": str(self.local_endpoints),
+            },
+        )
+        answer.force_close()
+        return answer
+
+
+async def _stay_anonymous(_request: web.Request, answer: web.StreamResponse) -> None:
+    """Say no more than kube-proxy does: not which versions of what run here."""
+    del answer.headers[hdrs.SERVER]
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    if not address:
+        sock = bind_wildcard(socket.SOCK_STREAM, port)
+        sock.listen(_BACKLOG)
+        return sock
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.create_server((address, port), family=family, backlog=_BACKLOG)

@@ -1,0 +1,277 @@
+"""Cluster IPs, node ports and load balancer IPs: what Services state of them, and what they are given. Pure.
+
+For manifests we are what gives them, as the API server and a load balancer's controller are in a cluster. There
+nothing is given, and what the API says counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+from userspace_proxy import api
+from userspace_proxy.control import decode
+from userspace_proxy.control.claims import Claims, Kind, Wish
+from userspace_proxy.control.decode import Allotted
+from userspace_proxy.control.memory import Memory
+from userspace_proxy.control.pools import AddressRange, Network, NodePort, NodePortRange, Value
+from userspace_proxy.errors import ConfigError
+from userspace_proxy.model.endpoint import Family, family_of
+from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
+
+_LOAD_BALANCER_IP = "spec.loadBalancerIP"
+
+
+class Allotting(Protocol):
+    """Says which Service has what."""
+
+    def assign(self, name: NamespacedName, service: api.Service) -> tuple[Allotted, list[ConfigError]]:
+        """Return what *name* has from now on, and why it lacks what it can be served without.
+
+        Raises:
+            ConfigError: it cannot have it. What *name* had before stays its own.
+        """
+        ...
+
+    def make_way(self, services: Mapping[NamespacedName, api.Service]) -> None:
+        """Let those of *services* move that state other things than they have; all at once, and before `assign`."""
+        ...
+
+    def first(self, name: NamespacedName, service: api.Service) -> int:
+        """Return when *name* is to be assigned among others."""
+        ...
+
+    def held(self, name: NamespacedName) -> Allotted:
+        """Return what *name* has now."""
+        ...
+
+    def release(self, name: NamespacedName) -> None:
+        """Free what *name* has."""
+        ...
+
+    def take_evicted(self) -> set[NamespacedName]:
+        """Return who has lost something since the last call, and is to be assigned anew."""
+        ...
+
+    @property
+    def changes(self) -> int:
+        """How often anything was taken or freed: who wants to remember it sees by it that there is something new."""
+        ...
+
+    def memory(self) -> Memory:
+        """Return what was allocated, for the next process."""
+        ...
+
+
+class Stated:
+    """For a cluster: Services have what they state."""
+
+    changes = 0
+
+    def assign(self, name: NamespacedName, service: api.Service) -> tuple[Allotted, list[ConfigError]]:
+        return Allotted(tuple(ip for _, ip in decode.given_cluster_ips(service))), []
+
+    def make_way(self, services: Mapping[NamespacedName, api.Service]) -> None:
+        pass
+
+    def first(self, name: NamespacedName, service: api.Service) -> int:
+        return 0
+
+    def held(self, name: NamespacedName) -> Allotted:
+        raise AssertionError("nobody is refused anything")
+
+    def release(self, name: NamespacedName) -> None:
+        pass
+
+    def take_evicted(self) -> set[NamespacedName]:
+        return set()
+
+    def memory(self) -> Memory:
+        return Memory()
+
+
+class Allotments:
+    """For manifests: Services are given what they state none of, the same after every restart."""
+
+    def __init__(
+        self, cluster_ips: Sequence[Network], memory: Memory | None = None, load_balancer_pool: Sequence[Network] = ()
+    ) -> None:
+        memory = memory or Memory()
+        self._cluster_ranges = [AddressRange(network, memory.cluster_ips) for network in cluster_ips]
+        self._load_balancer_ranges = [AddressRange(network, memory.load_balancer_ips) for network in load_balancer_pool]
+        self._node_ports = {
+            protocol: NodePortRange(protocol, _of_protocol(protocol, memory.node_ports)) for protocol in L4Protocol
+        }
+        self._remembered = {*memory.cluster_ips, *memory.load_balancer_ips, *memory.node_ports}
+        self._claims = Claims([*self._cluster_ranges, *self._load_balancer_ranges, *self._node_ports.values()])
+
+    @property
+    def changes(self) -> int:
+        return self._claims.changes
+
+    def memory(self) -> Memory:
+        return Memory(
+            cluster_ips=_texts(self._claims.allocated(Kind.CLUSTER_IP)),
+            load_balancer_ips=_texts(self._claims.allocated(Kind.LOAD_BALANCER_IP)),
+            node_ports=_numbers(self._claims.allocated(Kind.NODE_PORT)),
+        )
+
+    def first(self, name: NamespacedName, service: api.Service) -> int:
+        """Return when *name* is to be assigned among others: who had something, who states it, who wants it.
+
+        So that a Service keeps its address after a restart, whoever states it now.
+        """
+        try:
+            wishes = self._wishes(name, service)
+        except ConfigError:
+            return 2
+        if any(wish.stated is None and wish.key in self._remembered for wish in wishes):
+            return 0
+        return 1 if any(wish.stated is not None for wish in wishes) else 2
+
+    def assign(self, name: NamespacedName, service: api.Service) -> tuple[Allotted, list[ConfigError]]:
+        problems = self._claims.assign(name, self._wishes(name, service))
+        return self.held(name), [*problems, *self._load_balancer_ip(service)[1]]
+
+    def make_way(self, services: Mapping[NamespacedName, api.Service]) -> None:
+        wishes = {}
+        for name, service in services.items():
+            if self._claims.has_any(name):
+                try:
+                    wishes[name] = self._wishes(name, service)
+                except ConfigError:
+                    continue  # it is told when it is assigned
+        self._claims.make_way(wishes)
+
+    def held(self, name: NamespacedName) -> Allotted:
+        ports = self._claims.held(name, Kind.NODE_PORT)
+        health_check = _health_check_key(name)
+        return Allotted(
+            cluster_ips=tuple(_texts(self._claims.held(name, Kind.CLUSTER_IP)).values()),
+            node_ports={_port_key(key): number for key, number in _numbers(ports).items() if key != health_check},
+            load_balancer_ips=tuple(_texts(self._claims.held(name, Kind.LOAD_BALANCER_IP)).values()),
+            health_check_node_port=_numbers(ports).get(health_check, 0),
+        )
+
+    def release(self, name: NamespacedName) -> None:
+        self._claims.release(name)
+
+    def take_evicted(self) -> set[NamespacedName]:
+        evicted, self._claims.evicted = self._claims.evicted, set()
+        return evicted
+
+    # ---- what a Service wishes for
+
+    def _wishes(self, name: NamespacedName, service: api.Service) -> list[Wish]:
+        cluster_ips = list(self._cluster_ip_wishes(name, service))
+        families = [_family(wish) for wish in cluster_ips]
+        return [
+            *cluster_ips,
+            *self._node_port_wishes(name, service),
+            *self._load_balancer_wishes(name, service, families),
+        ]
+
+    def _cluster_ip_wishes(self, name: NamespacedName, service: api.Service) -> Iterator[Wish]:
+        if given := decode.given_cluster_ips(service):
+            for field, ip in given:
+                yield Wish(Kind.CLUSTER_IP, f"{name}/IPv{family_of(ip)}", field, ip)
+            return
+        for pool in self._wanted_ranges(service):
+            key, mend = f"{name}/IPv{pool.family}", "widen --service-cluster-ip-range"
+            yield Wish(Kind.CLUSTER_IP, key, "spec.clusterIP", pool=pool, mend=mend)
+
+    def _wanted_ranges(self, service: api.Service) -> list[AddressRange]:
+        assert service.spec is not None
+        families = service.spec.ip_families or []
+        policy = service.spec.ip_family_policy or ("RequireDualStack" if len(families) > 1 else "SingleStack")
+        by_family = {f"IPv{known.family}": known for known in self._cluster_ranges}
+        if families and families[0] not in by_family:
+            raise ConfigError(
+                f"no cluster IP range is {families[0]}",
+                field="spec.ipFamilies[0]",
+                mend="add one to --service-cluster-ip-range, or choose another family",
+            )
+        wanted = [by_family[f] for f in families if f in by_family] or self._cluster_ranges[:1]
+        if policy in ("PreferDualStack", "RequireDualStack"):
+            wanted += [known for known in self._cluster_ranges if known not in wanted]
+        return wanted if policy != "SingleStack" else wanted[:1]
+
+    def _node_port_wishes(self, name: NamespacedName, service: api.Service) -> Iterator[Wish]:
+        spec = service.spec
+        assert spec is not None
+        if not decode.has_node_ports(spec):
+            return
+        for index, port in enumerate(spec.ports or ()):
+            protocol = port.protocol or "TCP"
+            if protocol in L4Protocol.__members__ and (port.node_port or decode.wants_node_ports(spec)):
+                key = _node_port_key(ServicePortName(name, port.name or "", L4Protocol(protocol)))
+                yield self._node_port_wish(key, f"spec.ports[{index}].nodePort", protocol, port.node_port)
+        if decode.wants_health_check(spec):
+            field = "spec.healthCheckNodePort"
+            yield self._node_port_wish(_health_check_key(name), field, "TCP", spec.health_check_node_port)
+
+    def _node_port_wish(self, key: str, field: str, protocol: str, stated: int | None) -> Wish:
+        value = NodePort(protocol, stated) if stated else None
+        pool = self._node_ports[L4Protocol(protocol)]
+        return Wish(Kind.NODE_PORT, key, field, value, pool, mend="state one outside of that range, or free some")
+
+    def _load_balancer_wishes(
+        self, name: NamespacedName, service: api.Service, families: Sequence[Family]
+    ) -> Iterator[Wish]:
+        stated, problems = self._load_balancer_ip(service)
+        if problems or not decode.wants_load_balancer_ips(service):
+            return
+        for pool in self._load_balancer_ranges:
+            if pool.family in families:
+                key, mend = f"{name}/load-balancer/IPv{pool.family}", "widen --load-balancer-pool"
+                ip = stated if stated is not None and stated in pool else None
+                yield Wish(Kind.LOAD_BALANCER_IP, key, _LOAD_BALANCER_IP, ip, pool, optional=True, mend=mend)
+
+    def _load_balancer_ip(self, service: api.Service) -> tuple[str | None, list[ConfigError]]:
+        """Return which address of the pool *service* states, and why it cannot have the one that it does."""
+        given = ((service.spec.load_balancer_ip if service.spec else None) or "").strip()
+        if not given or not self._load_balancer_ranges or not decode.wants_load_balancer_ips(service):
+            return None, []
+        try:
+            ip = decode.canonical_ip(given, _LOAD_BALANCER_IP)
+        except ConfigError as error:
+            return None, [error]
+        if any(ip in pool for pool in self._load_balancer_ranges):
+            return ip, []
+        said, mend = f"{given} is not in --load-balancer-pool", "choose one that is, or leave it out"
+        return None, [ConfigError(said, field=_LOAD_BALANCER_IP, mend=mend)]
+
+
+def _family(wish: Wish) -> Family:
+    return wish.pool.family if isinstance(wish.pool, AddressRange) else family_of(str(wish.stated))
+
+
+def _node_port_key(name: ServicePortName) -> str:
+    return f"{name}/{name.protocol}"
+
+
+def _health_check_key(name: NamespacedName) -> str:
+    return f"{name}/health-check"
+
+
+def _port_key(key: str) -> decode.PortKey:
+    """Return the name and protocol of the port that `_node_port_key` was made of."""
+    name, _, protocol = key.rpartition("/")
+    return name.partition(":")[2], protocol
+
+
+def _of_protocol(protocol: L4Protocol, remembered: Mapping[str, int]) -> dict[str, Value]:
+    """Return those of *remembered* that are numbers of *protocol*; health checks are TCP."""
+    return {
+        key: NodePort(protocol, number)
+        for key, number in remembered.items()
+        if (L4Protocol.UDP if key.endswith("/UDP") else L4Protocol.TCP) is protocol
+    }
+
+
+def _texts(values: Mapping[str, Value]) -> dict[str, str]:
+    return {key: value for key, value in values.items() if isinstance(value, str)}
+
+
+def _numbers(values: Mapping[str, Value]) -> dict[str, int]:
+    return {key: value.number for key, value in values.items() if isinstance(value, NodePort)}

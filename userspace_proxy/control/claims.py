@@ -1,0 +1,213 @@
+"""Who has what only one can have: values that are stated, and values that are allocated. Pure.
+
+What a Service has stays its own until it wishes for something else and can have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
+from typing import NamedTuple
+
+from userspace_proxy.control.pools import Pool, Value
+from userspace_proxy.errors import ConfigError
+from userspace_proxy.model.names import NamespacedName
+
+
+class Kind(Enum):
+    CLUSTER_IP = "cluster IP"
+    NODE_PORT = "node port"
+    LOAD_BALANCER_IP = "load balancer IP"
+
+
+# Who states one of these gets it, though it was allocated to another one, who is given the next.
+# A cluster IP is in many a client's cache, and stays where it is, as in Kubernetes.
+_STATED_WINS = {Kind.NODE_PORT, Kind.LOAD_BALANCER_IP}
+
+
+class Wish(NamedTuple):
+    """One thing that a Service wants to have: what it states, or else any of *pool*.
+
+    ``key`` is what it is remembered by, and nobody else's. ``field`` is where it is, or could be, stated.
+    ``optional``: without it the rest is served; *mend* says what helps when the pool is used up.
+    """
+
+    kind: Kind
+    key: str
+    field: str
+    stated: Value | None = None
+    pool: Pool | None = None
+    optional: bool = False
+    mend: str = ""
+
+
+class _Held(NamedTuple):
+    kind: Kind
+    value: Value
+    allocated: bool
+
+
+class Claims:
+    """Knows who has what. ``changes`` counts takes and releases, ``evicted`` who has lost what he was given."""
+
+    def __init__(self, pools: Iterable[Pool]) -> None:
+        self._pools = tuple(pools)
+        self._holders: dict[Value, NamespacedName] = {}
+        self._held: dict[NamespacedName, dict[str, _Held]] = {}
+        self.evicted: set[NamespacedName] = set()
+        self.changes = 0
+
+    def has_any(self, name: NamespacedName) -> bool:
+        return name in self._held
+
+    def held(self, name: NamespacedName, kind: Kind) -> dict[str, Value]:
+        """Return key -> value of what *name* has of *kind*, in the order in which it was wished for."""
+        return {key: held.value for key, held in self._held.get(name, {}).items() if held.kind is kind}
+
+    def allocated(self, kind: Kind) -> dict[str, Value]:
+        """Return key -> value of what was allocated, for the next process to remember."""
+        return {
+            key: held.value
+            for holdings in self._held.values()
+            for key, held in holdings.items()
+            if held.kind is kind and held.allocated
+        }
+
+    def assign(self, name: NamespacedName, wishes: Sequence[Wish]) -> list[ConfigError]:
+        """Give *name* what it wishes for, and nothing else; return why it lacks what is optional.
+
+        Raises:
+            ConfigError: another one has it, or the pool is used up. What *name* had before stays its own.
+        """
+        before = dict(self._held.get(name, {}))
+        wanted = {wish.key: wish for wish in wishes}
+        kept = [key for key, held in before.items() if _is_met(wanted.get(key), held)]
+        if kept == list(before) == list(wanted):
+            return []
+        for wish in wishes:
+            if (
+                not wish.optional
+                and self._holders.get(wish.stated or "") != name
+                and (error := self._conflict(name, wish))
+            ):
+                raise error
+        self._drop(name, before.keys() - kept)
+        try:
+            problems = self._take_all(name, wishes)
+        except ConfigError:
+            self.release(name)
+            for key, held in before.items():
+                self._take(name, key, held)
+            raise
+        # In the order wished for, which tells the first family from the second.
+        holdings = self._held.pop(name, {})
+        if ordered := {key: holdings[key] for key in wanted if key in holdings}:
+            self._held[name] = ordered
+        return problems
+
+    def _take_all(self, name: NamespacedName, wishes: Sequence[Wish]) -> list[ConfigError]:
+        problems = []
+        missing = [wish for wish in wishes if wish.key not in self._held.get(name, {})]
+        for wish in sorted(missing, key=lambda wish: wish.stated is None):  # so that it is not given what it states
+            error = self._conflict(name, wish)
+            value = wish.stated
+            if value is None and wish.pool is not None and (value := wish.pool.allocate(wish.key)) is None:
+                error = ConfigError(f"{wish.pool} is used up", field=wish.field, mend=wish.mend)
+            if error is not None and not wish.optional:
+                raise error
+            if error is not None:
+                problems.append(error)
+            elif value is not None:
+                self._take(name, wish.key, _Held(wish.kind, value, allocated=wish.stated is None))
+        return problems
+
+    def _conflict(self, name: NamespacedName, wish: Wish) -> ConfigError | None:
+        """Return that what *wish* states is already somebody's, if it is, and stays that."""
+        if wish.stated is None or wish.stated not in self._holders:
+            return None
+        holder, _, held = self._holding(wish.stated)
+        if holder != name and held.allocated and held.kind in _STATED_WINS:
+            return None
+        said = f"{wish.stated} is already the {held.kind.value} of {holder}"
+        return ConfigError(said, field=wish.field, mend="choose another one, or none")
+
+    def _holding(self, value: Value) -> tuple[NamespacedName, str, _Held]:
+        holder = self._holders[value]
+        return next((holder, key, held) for key, held in self._held[holder].items() if held.value == value)
+
+    def make_way(self, wishes: Mapping[NamespacedName, Sequence[Wish]]) -> None:
+        """Let those who wish for other values than they have move, where nobody stays on the new ones.
+
+        All at once, so that values can be passed on, or swapped, within one change.
+        """
+        leaves: dict[NamespacedName, list[str]] = {}
+        for name, its_wishes in wishes.items():
+            wanted = {wish.key: wish for wish in its_wishes}
+            holdings = self._held.get(name, {})
+            if gone := [key for key, held in holdings.items() if not _is_met(wanted.get(key), held)]:
+                leaves[name] = gone
+        moves = {name: [w for w in wishes[name] if w.stated is not None and not w.optional] for name in leaves}
+        while blocked := self._blocked(moves, leaves):
+            for name in blocked:  # it stays where it is, and so may block others
+                del moves[name]
+        for name in moves:
+            self._drop(name, leaves[name])
+        for name, stated in moves.items():
+            for wish in stated:
+                if wish.stated is not None and self._holders.get(wish.stated) != name:
+                    self._take(name, wish.key, _Held(wish.kind, wish.stated, allocated=False))
+
+    def _blocked(
+        self, moves: Mapping[NamespacedName, Sequence[Wish]], leaves: Mapping[NamespacedName, Sequence[str]]
+    ) -> list[NamespacedName]:
+        """Return those of *moves* that want what somebody stays on, or what one before them wants."""
+        left = {self._held[name][key].value for name in moves for key in leaves[name]}
+        claims: dict[Value, NamespacedName] = {}
+        blocked = []
+        for name, stated in sorted(moves.items()):
+            for wish in stated:
+                assert wish.stated is not None
+                own = self._holders.get(wish.stated) == name
+                taken = not own and wish.stated not in left and self._conflict(name, wish) is not None
+                if taken or claims.setdefault(wish.stated, name) != name:
+                    blocked.append(name)
+                    break
+        return blocked
+
+    # ---- one value
+
+    def _take(self, name: NamespacedName, key: str, held: _Held) -> None:
+        if held.value in self._holders:  # who states it wins
+            holder, its_key, _ = self._holding(held.value)
+            self._drop(holder, [its_key])
+            self.evicted.add(holder)
+        self._holders[held.value] = name
+        self._held.setdefault(name, {})[key] = held
+        self.changes += 1
+        for pool in self._pools:
+            pool.take(_pool_key(name, key, held), held.value)
+
+    def _drop(self, name: NamespacedName, keys: Iterable[str]) -> None:
+        holdings = self._held.get(name, {})
+        for key in keys:
+            held = holdings.pop(key)
+            del self._holders[held.value]
+            self.changes += 1
+            for pool in self._pools:
+                pool.release(_pool_key(name, key, held), held.value)
+        if not holdings:
+            self._held.pop(name, None)
+
+    def release(self, name: NamespacedName) -> None:
+        """Free what *name* has; what was allocated is remembered, should it come back."""
+        self._drop(name, list(self._held.get(name, {})))
+
+
+def _is_met(wish: Wish | None, held: _Held) -> bool:
+    if wish is None:
+        return False
+    return held.allocated if wish.stated is None else held.value == wish.stated
+
+
+def _pool_key(name: NamespacedName, key: str, held: _Held) -> str:
+    return key if held.allocated else f"{name} states {held.value}"

@@ -1,0 +1,113 @@
+"""What Services are given that state none: addresses out of a range, node ports. Pure."""
+
+from __future__ import annotations
+
+import ipaddress
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from userspace_proxy.model.allocation import Allocator
+from userspace_proxy.model.endpoint import Family, family_of
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+# kube-apiserver's default.
+NODE_PORTS = range(30_000, 32_768)
+# Of these the first ones are left for numbers that people choose, as in Kubernetes (KEP-3668).
+_CHOSEN_NODE_PORTS = 86
+# More than any cluster has; an IPv6 range holds more than can be walked.
+_NUMBERS_MAX = 1 << 20
+
+
+class NodePort(NamedTuple):
+    """A port of this node; TCP and UDP may use one number each for themselves (behaviours P2)."""
+
+    protocol: str
+    number: int
+
+    def __str__(self) -> str:
+        return str(self.number)
+
+
+# What only one Service can have.
+Value = str | NodePort
+
+
+class Pool(ABC):
+    """Hands out values, each to one key."""
+
+    def __init__(self, size: int, remembered: Mapping[str, Value]) -> None:
+        numbers = {key: number for key, value in remembered.items() if (number := self._number_of(value)) is not None}
+        self._allocator = Allocator(min(size, _NUMBERS_MAX), numbers)
+
+    @abstractmethod
+    def _number_of(self, value: Value) -> int | None:
+        """Return which one of the pool *value* is; None where it is of another kind."""
+
+    @abstractmethod
+    def _value_of(self, number: int) -> Value: ...
+
+    def take(self, key: str, value: Value) -> None:
+        """Give *value* to *key*, if it is one that could be allocated."""
+        number = self._number_of(value)
+        if number is not None and 0 <= number < self._allocator.size:
+            self._allocator.take(key, number)
+
+    def allocate(self, key: str) -> Value | None:
+        """Return the value of *key*, giving it one if it has none; None when all are taken."""
+        number = self._allocator.allocate(key)
+        return None if number is None else self._value_of(number)
+
+    def release(self, key: str, value: Value) -> None:
+        """Free *value*, if *key* has it; it is remembered, should it come back."""
+        number = self._number_of(value)
+        if number is not None and self._allocator.holder(number) == key:
+            self._allocator.release(key)
+
+
+class AddressRange(Pool):
+    """One range of addresses. Its first part is left for those that people choose, as in Kubernetes (KEP-3070)."""
+
+    def __init__(self, network: Network, remembered: Mapping[str, Value]) -> None:
+        self.network = network
+        self.family: Family = family_of(str(network))
+        size = network.num_addresses
+        chosen = 0 if size <= 16 else min(max(16, size // 16), 256)
+        last = size - (2 if size > 2 else 1)  # the last address would be a broadcast
+        self._first = max(chosen, min(1, last))
+        super().__init__(last - self._first + 1, remembered)
+
+    def __contains__(self, ip: str) -> bool:
+        return family_of(ip) == self.family and ipaddress.ip_address(ip) in self.network
+
+    def __str__(self) -> str:
+        return str(self.network)
+
+    def _number_of(self, value: Value) -> int | None:
+        if isinstance(value, NodePort) or value not in self:
+            return None
+        return int(ipaddress.ip_address(value)) - int(self.network.network_address) - self._first
+
+    def _value_of(self, number: int) -> str:
+        return str(self.network.network_address + self._first + number)
+
+
+class NodePortRange(Pool):
+    """The node ports of one protocol."""
+
+    def __init__(self, protocol: str, remembered: Mapping[str, Value]) -> None:
+        self.protocol = protocol
+        self._first = NODE_PORTS.start + _CHOSEN_NODE_PORTS
+        super().__init__(NODE_PORTS.stop - self._first, remembered)
+
+    def __str__(self) -> str:
+        return f"{NODE_PORTS.start}-{NODE_PORTS.stop - 1}"
+
+    def _number_of(self, value: Value) -> int | None:
+        if not isinstance(value, NodePort) or value.protocol != self.protocol:
+            return None
+        return value.number - self._first
+
+    def _value_of(self, number: int) -> NodePort:
+        return NodePort(self.protocol, self._first + number)

@@ -1,0 +1,102 @@
+"""What the kernel must be set to on a proxy's node: room in conntrack and its time-outs, and long enough queues.
+
+As kube-proxy does it, with one difference: a kernel that refuses (a read-only /proc/sys, a namespace of a container)
+stops nobody from serving. What could not be set is returned, for somebody to look at.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+_PROC = Path("/proc/sys")
+_NETFILTER = _PROC / "net/netfilter"
+_HASH_SIZE = Path("/sys/module/nf_conntrack/parameters/hashsize")
+# However many cores there are (kubernetes/kubernetes#137002): an entry is 300 bytes, and nobody has them all at once.
+_SCALED_MAX = 1_048_576
+_ENTRIES_A_BUCKET = 4
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ConntrackLimits:
+    """What conntrack is to be set to; 0 leaves alone what there is."""
+
+    max_per_core: int = 0
+    min_entries: int = 0
+    tcp_established_s: float = 0.0
+    tcp_close_wait_s: float = 0.0
+    tcp_be_liberal: bool = False
+    udp_s: float = 0.0
+    udp_stream_s: float = 0.0
+
+
+KUBE_PROXY = ConntrackLimits(
+    max_per_core=32_768, min_entries=131_072, tcp_established_s=86_400.0, tcp_close_wait_s=3_600.0
+)
+
+
+class Sysctl(NamedTuple):
+    """One value of the kernel; ``at_least``: a larger one is as well."""
+
+    path: Path
+    value: int
+    at_least: bool = False
+
+    def __str__(self) -> str:
+        return ".".join(self.path.relative_to(_PROC).parts) if self.path.is_relative_to(_PROC) else str(self.path)
+
+
+def conntrack_sysctls(limits: ConntrackLimits, cores: int) -> list[Sysctl]:
+    """Return what *limits* mean on a node with so many *cores*.
+
+    Room that somebody has made beyond what is wanted is never taken away (kubernetes/kubernetes#142035).
+    """
+    wanted = []
+    if limits.max_per_core:
+        entries = max(min(limits.max_per_core * cores, _SCALED_MAX), limits.min_entries)
+        wanted.append(Sysctl(_NETFILTER / "nf_conntrack_max", entries, at_least=True))
+        wanted.append(Sysctl(_HASH_SIZE, entries // _ENTRIES_A_BUCKET, at_least=True))
+    for name, seconds in (
+        ("nf_conntrack_tcp_timeout_established", limits.tcp_established_s),
+        ("nf_conntrack_tcp_timeout_close_wait", limits.tcp_close_wait_s),
+        ("nf_conntrack_udp_timeout", limits.udp_s),
+        ("nf_conntrack_udp_timeout_stream", limits.udp_stream_s),
+    ):
+        if seconds > 0:
+            wanted.append(Sysctl(_NETFILTER / name, math.ceil(seconds)))
+    if limits.tcp_be_liberal:
+        wanted.append(Sysctl(_NETFILTER / "nf_conntrack_tcp_be_liberal", 1))
+    return wanted
+
+
+def knows_conntrack() -> bool:
+    """Return whether conntrack is loaded; rules that translate addresses load it."""
+    return (_NETFILTER / "nf_conntrack_max").exists()
+
+
+def queue_sysctl(backlog: int) -> Sysctl:
+    """Return what lets a listener's queue be *backlog* long; the kernel cuts longer ones down without a word."""
+    return Sysctl(_PROC / "net/core/somaxconn", backlog, at_least=True)
+
+
+def apply(wanted: Iterable[Sysctl]) -> list[str]:
+    """Set what is *wanted* and is not so; return what the kernel refused, each in a few words."""
+    refused = []
+    for sysctl in wanted:
+        held: int | str = "unknown"
+        try:
+            held = int(sysctl.path.read_text())
+            if held == sysctl.value or (sysctl.at_least and held > sysctl.value):
+                continue
+            sysctl.path.write_text(str(sysctl.value))
+            log.info("%s: %d, was %d", sysctl, sysctl.value, held)
+        except (OSError, ValueError) as error:
+            why = (getattr(error, "strerror", None) or str(error)).lower()
+            refused.append(f"{sysctl} is {held} and cannot be made {sysctl.value}: {why}")
+    return refused

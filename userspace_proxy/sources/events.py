@@ -1,0 +1,182 @@
+"""Events: what people should know of an object, told to the cluster (events.k8s.io/v1) and to the log.
+
+Whoever says something never waits and never fails for it. What is said is told in the background, once, and not too
+often; what the API server does not take is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import socket
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+from userspace_proxy.model.names import NamespacedName, ObjectReference
+from userspace_proxy.sources.backoff import Backoff, FollowError
+
+CONTROLLER = "userspace-proxy"
+_ACTION = "Proxy"
+_WAITING_MAX = 100
+_KNOWN_MAX = 1_000
+# What is said again within so long is counted only.
+_QUIET_S = 300.0
+# As client-go's: a burst, then few. Ten thousand bad Services times a thousand nodes would be felt by the API server.
+_BURST = 25
+_REFILL_S = 10.0
+_TRIES = 8
+_RETRY_FIRST_S = 1.0
+_RETRY_MAX_S = 30.0
+# The API server's limits.
+_NOTE_MAX_BYTES = 1_024
+_INSTANCE_MAX = 128
+_NAME_MAX = 253
+
+Write = Callable[[str, str, Mapping[str, object]], Awaitable[int]]
+
+log = logging.getLogger(__name__)
+
+
+class _Said(NamedTuple):
+    type: str
+    regarding: ObjectReference
+    reason: str
+    note: str
+
+
+@dataclass(slots=True)
+class _Told:
+    """How often something was said; ``name`` is that of its Event, "" before there is one."""
+
+    count: int = 0
+    at: float = float("-inf")
+    name: str = ""
+
+
+class EventRecorder:
+    """A `Recorder`. *write* sends a method, a path and a body to the API server; without one there is only the log."""
+
+    def __init__(
+        self,
+        write: Write | None = None,
+        node_name: str = "",
+        *,
+        now: Callable[[], float] = time.monotonic,
+        retry_first_s: float = _RETRY_FIRST_S,
+    ) -> None:
+        self._write = write
+        self._retry_first_s = retry_first_s
+        self._instance = f"{CONTROLLER}-{node_name or socket.gethostname()}"[:_INSTANCE_MAX]
+        self._now = now
+        self._told: OrderedDict[_Said, _Told] = OrderedDict()
+        self._waiting: asyncio.Queue[_Said] = asyncio.Queue(_WAITING_MAX)
+        self.lost = 0
+
+    def normal(self, regarding: ObjectReference, reason: str, note: str) -> None:
+        if self._say(_Said("Normal", regarding, reason, note)):
+            log.info("%s: %s: %s", regarding, reason, note)
+
+    def warn(self, regarding: ObjectReference, reason: str, note: str) -> None:
+        if self._say(_Said("Warning", regarding, reason, note)):
+            log.warning("%s: %s: %s", regarding, reason, note)
+
+    def _say(self, said: _Said) -> bool:
+        """Have *said* told; return False if it was only a little while ago."""
+        told = self._told.setdefault(said, _Told())
+        self._told.move_to_end(said)
+        while len(self._told) > _KNOWN_MAX:
+            self._told.popitem(last=False)
+        told.count += 1
+        if self._now() - told.at < _QUIET_S:
+            return False
+        told.at = self._now()
+        if self._write is not None:
+            try:
+                self._waiting.put_nowait(said)
+            except asyncio.QueueFull:
+                self.lost += 1
+        return True
+
+    async def run(self) -> None:
+        """Tell the API server what is said, until cancelled."""
+        if self._write is None:
+            return
+        tokens, filled_at = float(_BURST), self._now()
+        while True:
+            said = await self._waiting.get()
+            tokens = min(_BURST, tokens + (self._now() - filled_at) / _REFILL_S)
+            filled_at = self._now()
+            if tokens < 1:
+                await asyncio.sleep((1 - tokens) * _REFILL_S)
+            tokens -= 1
+            if not await self._tell(self._write, said):
+                self.lost += 1
+
+    async def _tell(self, write: Write, said: _Said) -> bool:
+        told = self._told.get(said) or _Told(count=1)
+        backoff = Backoff(self._retry_first_s, random.Random())  # noqa: S311 - jitter
+        why = ""
+        for _ in range(_TRIES):
+            try:
+                status = await self._tell_once(write, said, told)
+            except Exception as error:  # noqa: BLE001 - plugins of a kubeconfig fail in every way; no Event is worth an end
+                status, why = 0, str(error) or type(error).__name__
+            else:
+                why = f"status {status}"
+            if 200 <= status < 300:
+                return True
+            if 400 <= status < 500 and status not in (401, 429):
+                break
+            await asyncio.sleep(backoff.delay_s(FollowError(why, _RETRY_MAX_S)))
+        log.log(logging.DEBUG if self.lost else logging.WARNING, "Events are lost, only the log has them: %s", why)
+        return False
+
+    async def _tell_once(self, write: Write, said: _Said, told: _Told) -> int:
+        namespace = said.regarding.name.namespace or "default"
+        path = f"/apis/events.k8s.io/v1/namespaces/{namespace}/events"
+        if told.name:
+            series = {"series": {"count": told.count, "lastObservedTime": _timestamp()}}
+            status = await write("PATCH", f"{path}/{told.name}", series)
+            if status != 404:
+                return status
+        name = f"{said.regarding.name.name[: _NAME_MAX - 17]}.{time.time_ns():x}"
+        status = await write("POST", path, _event(said, NamespacedName(namespace, name), self._instance))
+        if 200 <= status < 300:
+            told.name = name
+        return status
+
+
+def _event(said: _Said, name: NamespacedName, instance: str) -> dict[str, object]:
+    regarding = {"apiVersion": "v1", "kind": said.regarding.kind, "name": said.regarding.name.name}
+    if said.regarding.name.namespace:
+        regarding["namespace"] = said.regarding.name.namespace
+    if said.regarding.uid:
+        regarding["uid"] = said.regarding.uid
+    return {
+        "apiVersion": "events.k8s.io/v1",
+        "kind": "Event",
+        "metadata": {"namespace": name.namespace, "name": name.name},
+        "eventTime": _timestamp(),
+        "type": said.type,
+        "reason": said.reason,
+        "action": _ACTION,
+        "note": said.note.encode()[:_NOTE_MAX_BYTES].decode(errors="ignore"),
+        "regarding": regarding,
+        "reportingController": CONTROLLER,
+        "reportingInstance": instance,
+    }
+
+
+def _timestamp() -> str:
+    """Return the time as the API wants it: with microseconds, even where there are none."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def node_reference(name: str) -> ObjectReference:
+    """Return the Node *name*; its uid is its name, as a kubelet's and kube-proxy's Events have it."""
+    return ObjectReference("Node", NamespacedName("", name), name)

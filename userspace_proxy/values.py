@@ -1,0 +1,83 @@
+"""Text -> values that flags and configuration files share: durations, ranges of addresses and of ports.
+
+Whoever is given nonsense raises ValueError, which says what would be right.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from typing import Literal
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+# "primary" is known only when the Node is.
+NodePortAddress = Network | Literal["primary"]
+
+_UNITS_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION = re.compile(r"(?P<number>\d+\.?\d*|\.\d+)(?P<unit>ns|us|µs|μs|ms|s|m|h)")
+_INTERFACE_NAME_SIZE = 16  # IFNAMSIZ, with the byte that ends it
+_KEYWORDS = {"localhost": ("127.0.0.0/8", "::1/128"), "all": ("0.0.0.0/0", "::/0")}
+
+
+def duration(text: str) -> float:
+    """Return the seconds of a duration as Go writes it: 30s, 1h0m0s, 250ms, 0."""
+    if text == "0":
+        return 0.0
+    parts = list(_DURATION.finditer(text))
+    if not parts or "".join(part[0] for part in parts) != text:
+        raise ValueError(f"{text!r} is no duration; write such as 250ms, 30s, 1m30s, 24h")
+    return sum(float(part["number"]) * _UNITS_S[part["unit"]] for part in parts)
+
+
+def seconds(text: str) -> float:
+    """Return the seconds of a duration, or of a plain number: 5, 0.25."""
+    try:
+        number = float(text)
+    except ValueError:
+        return duration(text)
+    if not 0 <= number < float("inf"):
+        raise ValueError(f"{text!r} is no duration; write seconds, or such as 250ms, 30s, 1m30s")
+    return number
+
+
+def networks(text: str) -> tuple[Network, ...]:
+    """Return the ranges of *text* (10.96.0.0/16,fd00::/108): one for each IP family at most."""
+    found = tuple(_network(part.strip()) for part in text.split(","))
+    if len({network.version for network in found}) != len(found):
+        raise ValueError("one range for each IP family at most")
+    return found
+
+
+def node_port_addresses(texts: list[str]) -> tuple[NodePortAddress, ...]:
+    """Return what *texts* say: ranges, and the words primary, localhost and all."""
+    found: list[NodePortAddress] = []
+    for text in texts:
+        if text == "primary":
+            found.append("primary")
+        elif text in _KEYWORDS:
+            found += map(ipaddress.ip_network, _KEYWORDS[text])
+        else:
+            found.append(_network(text))
+    return tuple(found)
+
+
+def port_range(text: str) -> tuple[int, int]:
+    """Return both ends of *text* (10000-29999)."""
+    first, _, last = text.partition("-")
+    if not (first.isdigit() and last.isdigit() and 1 <= int(first) < int(last) <= 65_535):
+        raise ValueError(f"{text!r} is no port range; write one such as 10000-29999")
+    return int(first), int(last)
+
+
+def interface_name(text: str) -> str:
+    """Return *text*, which is that of a network interface, or how one begins."""
+    if not text or len(text) >= _INTERFACE_NAME_SIZE or "/" in text or text.split() != [text]:
+        raise ValueError(f"{text!r} is no interface; write a name of up to {_INTERFACE_NAME_SIZE - 1} characters")
+    return text
+
+
+def _network(text: str) -> Network:
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError as error:
+        raise ValueError(f"{error}; write a range such as 10.96.0.0/16") from None
