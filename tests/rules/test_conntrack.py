@@ -11,7 +11,8 @@ from userspace_proxy.interfaces import DROPPED, Redirects
 from userspace_proxy.model.names import L4Protocol
 from userspace_proxy.model.routes import Sender
 from userspace_proxy.model.service import Portal
-from userspace_proxy.rules.conntrack import changed_udp_portals, forget_udp_flows, stale_portals
+from userspace_proxy.rules.conntrack import changed_udp_portals, forget_udp_flows, stale_flows
+from userspace_proxy.rules.netlink import UdpFlow, delete_udp_flows
 
 DNS = Portal("10.96.0.10", 53, L4Protocol.UDP)
 DNS6 = Portal("fd00:96::10", 53, L4Protocol.UDP)
@@ -87,24 +88,27 @@ def test_a_portal_leads_wherever_some_sender_is_led() -> None:
 def test_a_flow_is_stale_when_its_replies_come_from_another_port_than_wanted(
     changed: Mapping[Portal, set[int]], line: str, stale: set[tuple[str, int]]
 ) -> None:
-    assert stale_portals(line, changed) == stale
+    assert {found.asked for found in stale_flows(line, changed)} == stale
 
 
 def test_flows_whose_client_has_the_portals_port_are_not_meant() -> None:
-    assert stale_portals(flow("8.8.8.8", 123, 123, sport=53), {DNS: {10_002}}) == set()
+    assert stale_flows(flow("8.8.8.8", 123, 123, sport=53), {DNS: {10_002}}) == []
 
 
-def test_each_address_is_named_once_however_many_flows_it_has() -> None:
-    listing = "\n".join(flow("10.96.0.10", 53, 10_001, sport=4_000 + n) for n in range(50))
+def test_each_flow_is_named_with_its_client_and_its_zone() -> None:
+    listing = "\n".join([flow("10.96.0.10", 53, 10_001, sport=4_001), flow("10.96.0.10", 53, 10_001) + " zone=7"])
 
-    assert stale_portals(listing, {DNS: {10_002}}) == {("10.96.0.10", 53)}
+    assert stale_flows(listing, {DNS: {10_002}}) == [
+        UdpFlow(("192.168.50.2", 4_001), ("10.96.0.10", 53)),
+        UdpFlow(("192.168.50.2", 4_000), ("10.96.0.10", 53), zone=7),
+    ]
 
 
 @pytest.mark.parametrize(
     "listing", ["", "\n\n", "conntrack v1.4.7 (conntrack-tools): 0 flow entries have been shown.", "dst=x"]
 )
 def test_what_is_no_flow_is_passed_over(listing: str) -> None:
-    assert stale_portals(listing, {DNS: {10_002}}) == set()
+    assert stale_flows(listing, {DNS: {10_002}}) == []
 
 
 # ---- the kernel's own table
@@ -178,3 +182,19 @@ async def test_where_there_are_no_flows_nothing_is_said(caplog: pytest.LogCaptur
     await forget_udp_flows({DNS: {10_002}, DNS6: {10_002}, NODE_PORT: set()})
 
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+async def test_more_flows_than_are_deleted_at_once_are_forgotten(caplog: pytest.LogCaptureFixture) -> None:
+    conntrack("-F")
+    for sport in range(4_000, 4_150):
+        insert("10.96.0.10", 53, 10_001, sport)
+    insert("10.96.0.10", 53, 10_002, 5_000)
+
+    await forget_udp_flows({DNS: {10_002}})
+
+    assert conntrack("-L", "-p", "udp").count("dst=10.96.0.10") == 1, "the one that goes the right way stays"
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_a_flow_that_has_ended_by_itself_is_passed_over() -> None:
+    delete_udp_flows([UdpFlow(("192.168.50.2", 4_001), ("10.96.0.99", 53))])

@@ -6,6 +6,7 @@ ever. So when a portal appears, goes, or gets another port, its old flows are de
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping, Set
 
@@ -14,6 +15,7 @@ from userspace_proxy.interfaces import Redirects
 from userspace_proxy.model.endpoint import family_of
 from userspace_proxy.model.names import L4Protocol
 from userspace_proxy.model.service import Portal
+from userspace_proxy.rules.netlink import UdpFlow, delete_udp_flows
 from userspace_proxy.rules.tool import run_tool
 
 log = logging.getLogger(__name__)
@@ -42,8 +44,8 @@ def _udp_ports(redirects: Redirects) -> dict[Portal, frozenset[int]]:
     return ports
 
 
-def stale_portals(listing: str, changed: Mapping[Portal, Set[int]]) -> set[tuple[str, int]]:
-    """Return (address, port) of the portals in *changed* that flows in *listing* still use the old way.
+def stale_flows(listing: str, changed: Mapping[Portal, Set[int]]) -> list[UdpFlow]:
+    """Return the flows in *listing* to the portals in *changed* that still go the old way.
 
     Their replies come from none of the ports to which the portal leads now; or from the portal itself, as no
     rule was there yet when they began. *listing* is what ``conntrack -L -p udp`` prints: a flow's own addresses,
@@ -51,7 +53,7 @@ def stale_portals(listing: str, changed: Mapping[Portal, Set[int]]) -> set[tuple
     """
     by_ip = {(portal.ip, portal.port): ports for portal, ports in changed.items() if not portal.is_node_port}
     by_port = {(portal.family, portal.port): ports for portal, ports in changed.items() if portal.is_node_port}
-    stale = set()
+    stale = []
     for line in listing.splitlines():
         words = [word.partition("=") for word in line.split()]
         values = [value for key, _, value in words if key in ("src", "dst", "sport", "dport")]
@@ -60,7 +62,8 @@ def stale_portals(listing: str, changed: Mapping[Portal, Set[int]]) -> set[tuple
         asked, answering = (values[1], int(values[3])), (values[4], int(values[6]))
         wanted = by_ip.get(asked, by_port.get((family_of(asked[0]), asked[1])))
         if wanted is not None and (answering == asked or answering[1] not in wanted):
-            stale.add(asked)
+            zone = next((int(value) for key, _, value in words if key == "zone"), 0)
+            stale.append(UdpFlow((values[0], int(values[2])), asked, zone))
     return stale
 
 
@@ -69,11 +72,8 @@ async def forget_udp_flows(changed: Mapping[Portal, Set[int]]) -> None:
     try:
         for family in sorted({portal.family for portal in changed}):
             listing = await run_tool("conntrack", "-L", "-p", "udp", "-f", f"ipv{family}")
-            for ip, port in stale_portals(listing, changed):
-                try:
-                    await run_tool("conntrack", "-D", "-p", "udp", "-f", f"ipv{family}", "-d", ip, "--dport", str(port))
-                    log.debug("forgot the UDP flows to %s port %d", ip, port)
-                except SyncError as error:  # it also fails where the flows have just ended by themselves
-                    log.debug("no UDP flow to %s port %d was forgotten: %s", ip, port, error)
-    except SyncError as error:
+            if stale := stale_flows(listing, changed):
+                await asyncio.to_thread(delete_udp_flows, stale)
+                log.debug("forgot %d UDP flows of IPv%d", len(stale), family)
+    except (SyncError, OSError) as error:
         log.warning("stale UDP flows were not forgotten, their clients wait for conntrack's time-out: %s", error)
