@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tests.fakes import FakeClock
-from userspace_proxy.dataplane.memory import Memory
+from userspace_proxy.dataplane.memory import PINS_MAX, Memory
 from userspace_proxy.dataplane.picker import EJECT_S, Picker
 from userspace_proxy.model.endpoint import Endpoint
 
@@ -327,3 +327,34 @@ def test_an_ejection_stays_while_any_picker_has_the_endpoint(clock: FakeClock) -
     local.set_endpoints([A, B])
 
     assert set(picks(local, 2)) == {A, B}
+
+
+# ---- how much is remembered
+
+
+def test_clients_beyond_the_bound_cost_the_pin_of_who_was_away_for_longest(clock: FakeClock) -> None:
+    memory = Memory(clock, affinity_timeout_s=10)
+    pickers = Picker(memory), Picker(memory)
+    for picker in pickers:
+        picker.set_endpoints([A, B])
+    for number in range(PINS_MAX + 10):
+        pickers[number % 2].pick(f"c{number}")
+        if number == PINS_MAX - 1:
+            pickers[1].pick("c0")  # it is back, by the other listener
+
+    assert len(memory.pins) == PINS_MAX
+    assert "c0" in memory.pins
+    assert "c1" not in memory.pins
+
+
+def test_pins_that_are_over_are_forgotten_though_nobody_asks_for_them(clock: FakeClock) -> None:
+    memory = Memory(clock, affinity_timeout_s=10)
+    picker = Picker(memory)
+    picker.set_endpoints([A, B])
+    for number in range(100):
+        picker.pick(f"c{number}")
+
+    clock.now_s += 10
+    picker.pick("somebody")
+
+    assert list(memory.pins) == ["somebody"]

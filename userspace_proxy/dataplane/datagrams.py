@@ -72,8 +72,8 @@ class Front(Protocol):
 class UdpFlow:
     """One client's conversation with one endpoint. ``front`` is None once it has ended.
 
-    ``counted``: the bytes, to the backend and to the client, that counters know of.
-    ``send`` gives the endpoint a datagram, with the flow's header in front of it where there is one.
+    ``header`` goes in front of each datagram to the endpoint; mostly it is empty. ``counted``: the bytes, to the
+    backend and to the client, that counters know of.
     """
 
     __slots__ = (
@@ -84,10 +84,10 @@ class UdpFlow:
         "counters",
         "endpoint",
         "front",
+        "header",
         "key",
         "last_at",
         "reply",
-        "send",
         "sock",
         "started_at",
         "why",
@@ -107,15 +107,20 @@ class UdpFlow:
         self.reply = reply
         self.front: Front | None = front
         self.sock = sock
-        self.send: Callable[[memoryview], int] = sock.send
-        if header:
-            self.send = lambda datagram: sock.sendmsg((header, datagram))
+        self.header = header
         self.endpoint, self.why, self.counters = pick
         self.started_at = self.last_at = now
         self.bytes_to_backend = 0
         self.bytes_to_client = 0
         self.counted = (0, 0)
         self.answered = False
+
+    def send(self, datagram: memoryview) -> None:
+        """Send *datagram* to the endpoint; raises OSError."""
+        if self.header:
+            self.sock.sendmsg((self.header, datagram))
+        else:
+            self.sock.send(datagram)
 
 
 class DatagramPoller:

@@ -15,21 +15,18 @@ from collections import OrderedDict
 
 from userspace_proxy.dataplane.context import PlaneContext, Shared
 from userspace_proxy.dataplane.datagrams import UdpFlow
-from userspace_proxy.dataplane.mmsg import asked_ip, client_address, client_family, reply_record
+from userspace_proxy.dataplane.mmsg import anybody_like, asked_ip, client_address, reply_record
 from userspace_proxy.dataplane.picker import Picker
 from userspace_proxy.dataplane.proxy_protocol import header_of
 from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, is_self_connected
 from userspace_proxy.dataplane.transparent import Transparent
 from userspace_proxy.interfaces import AccessRecord, Backends, EndpointCounters, ListenerSpec
-from userspace_proxy.model.endpoint import Address, Endpoint, Family
+from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.names import ListenerName
 from userspace_proxy.model.service import portals
 
 # Not the endpoint's fault: there is no room now, or the datagram is too long for this way and shorter ones go on.
 _DROPPED = {errno.EAGAIN, errno.EMSGSIZE}
-
-# In the place of a client whom nobody remembers, which saves writing its address down.
-_ANYBODY: dict[Family, str] = {4: "0.0.0.0", 6: "::"}  # noqa: S104 - nothing is bound
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +115,10 @@ class UdpListener:
                 self.counters.datagrams_dropped += 1
                 continue
             try:
-                flow.send(room[:length])
+                if flow.header:
+                    flow.send(room[:length])
+                else:
+                    flow.sock.send(room[:length])  # a call less, for nearly all
             except OSError as error:
                 self._send_anew(flow, room[:length], error, now)
                 continue
@@ -147,7 +147,7 @@ class UdpListener:
         flows, datagrams, counters = self._flows, self._datagrams, self.counters
         if len(flows) >= self._context.limits.udp_flows_per_service:
             self._evict()
-        client_ip = client_address(key)[0] if self._knows_clients else _ANYBODY[client_family(key)]
+        client_ip = client_address(key)[0] if self._knows_clients else anybody_like(key)
         tried: dict[Address, bool] = {}
         while (pick := self.picker.pick(client_ip, tried)) is not None:
             address = pick.endpoint.address
@@ -155,7 +155,10 @@ class UdpListener:
                 counters.retries += 1
                 pick.counters.retries += 1
             tried[address] = True
-            sock = self._socket_as(client_ip, address) if self._transparent else self._socket_to(address)
+            if self._transparent is None:
+                sock = datagrams.lease(address) or self._open_socket(address)
+            else:
+                sock = self._socket_as(client_ip, address, self._transparent)
             if sock is None:
                 return None
             try:
@@ -182,18 +185,12 @@ class UdpListener:
         client = client_address(key)
         return self._header_of(client, self._context.tables.dialled_by(client, (asked_ip(key), self._spec.proxy_port)))
 
-    def _socket_to(self, address: Address) -> socket.socket | None:
-        return self._datagrams.lease(address) or self._open_socket(address)
-
-    def _socket_as(self, client_ip: str, address: Address) -> socket.socket | None:
-        """Return a socket that speaks as the client, where the endpoint is to see it."""
-        assert self._transparent is not None
-        if not self._transparent.concerns(client_ip, address[0]):
-            return self._socket_to(address)
+    def _socket_as(self, client_ip: str, address: Address, transparent: Transparent) -> socket.socket | None:
+        """Return a socket that speaks as the client, where the endpoint is to see it; nobody else had it before."""
         sock = self._open_socket(address)
-        if sock is not None:
+        if sock is not None and transparent.concerns(client_ip, address[0]):
             try:
-                self._transparent.speak_as(sock, client_ip)
+                transparent.speak_as(sock, client_ip)
             except OSError:
                 self._datagrams.close(sock)
                 return None
