@@ -95,7 +95,7 @@ def run(request: Request, json_file: Path | None, html_file: Path | None) -> Non
     with ExitStack() as stack:
         # Opened first: /run will be another one, and nobody wants to learn after ten minutes that a folder is missing.
         try:
-            outputs = [path and stack.enter_context(path.open("wb")) for path in (json_file, html_file)]
+            outputs = [stack.enter_context(path.open("wb")) if path else None for path in (json_file, html_file)]
         except OSError as error:
             raise StartError(f"{error.filename}: {error.strerror}") from None
         results = measure(request)
