@@ -14,10 +14,11 @@ from xml.sax.saxutils import escape
 from userspace_proxy.compare.judge import Figure
 
 WIDTH = 380
-_LABEL, _VALUE, _ROW, _BAR = 112, 64, 24, 14
+_LABEL, _VALUE, _ROW, _BAR = 126, 62, 24, 14
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 84, 12, 32
 _HEIGHT = 230
 _LANE, _LANE_GAP = 26, 6
+_HALF = 0.5
 
 Text = Callable[[float], str]
 
@@ -39,9 +40,8 @@ def short(value: float) -> str:
     if size >= 100:
         digits = max(0, int(math.log10(size)) - 2)
         return f"{round(value / 10**digits) * 10**digits:,}"
-    if size >= 10:
-        return f"{value:.0f}" if float(f"{value:.0f}") == value else f"{value:.1f}"
-    return f"{value:.2f}" if size >= 1 else f"{float(f'{value:.2g}'):.5f}".rstrip("0").rstrip(".")
+    text = f"{value:.1f}" if size >= 10 else f"{value:.2f}" if size >= 1 else f"{float(f'{value:.2g}'):.5f}"
+    return text.rstrip("0").rstrip(".")
 
 
 def bars(rows: Sequence[Bar], text: Text, label: str) -> str:
@@ -159,12 +159,18 @@ class Lane:
     failed: Sequence[float]
 
 
+def lane_is_half(rows: Sequence[Lane]) -> bool:
+    """Return whether a lane's height is half of the requests rather than all: never more were slow or failed."""
+    return all(a + b <= _HALF for row in rows for a, b in zip(row.slow, row.failed, strict=True))
+
+
 def lanes(rows: Sequence[Lane], bucket_s: float, event_s: float, told_s: float, label: str) -> str:
     """Return a lane for each mode; the height of a mark is the share of that moment's requests."""
     top, foot = 22, 30
     height = top + len(rows) * (_LANE + _LANE_GAP) + foot
     room = WIDTH - _LABEL - 8
     buckets = max((len(row.failed) for row in rows), default=1)
+    tall = _LANE / (_HALF if lane_is_half(rows) else 1.0)
     wide = room / buckets
 
     def x(second: float) -> float:
@@ -187,8 +193,8 @@ def lanes(rows: Sequence[Lane], bucket_s: float, event_s: float, told_s: float, 
             for share, below, kind in ((failed, 0.0, "failed"), (slow, failed, "slow")):
                 if share:
                     parts.append(
-                        f'<rect class="{kind}" x="{left:.1f}" y="{base - (below + share) * _LANE:.1f}" '
-                        f'width="{wide + 0.3:.1f}" height="{share * _LANE:.1f}"/>'
+                        f'<rect class="{kind}" x="{left:.1f}" y="{base - (below + share) * tall:.1f}" '
+                        f'width="{wide + 0.3:.1f}" height="{share * tall:.1f}"/>'
                     )
         parts.append("</g>")
     moments = [(event_s, "it happens")] if told_s == event_s else [(event_s, "it happens"), (told_s, "modes are told")]

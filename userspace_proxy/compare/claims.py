@@ -196,7 +196,10 @@ def _copies(results: Results) -> Verdict:
         )
     if not cost.decided:
         return Verdict("undecided", tuple(words))
-    return Verdict("holds" if cost.ratio.median > _MATTERS else "fails", tuple(words))
+    if cost.ratio.median <= _MATTERS:
+        return Verdict("fails", tuple(words))
+    is_choice = engines is not None and engines.decided and engines.ratio.median > _MATTERS
+    return Verdict("partly" if is_choice else "holds", tuple(words))
 
 
 def _no_extra_hop(results: Results) -> Verdict:
@@ -216,7 +219,7 @@ def _no_extra_hop(results: Results) -> Verdict:
                 seen.append(compared)
                 parts.append(f"{what} {times(compared)}")
         if parts:
-            words.append(f"{mode.title}, by the direct way: {'; '.join(parts)}.")
+            words.append(f"{mode.title}, beside the direct way: {'; '.join(parts)}.")
     if not seen:
         return Verdict("unmeasured", ("The loads were not run.",))
     if any(each.decided and each.ratio.median > _MATTERS for each in seen):
@@ -252,10 +255,10 @@ def _lookup_grows(results: Results) -> Verdict:
     grown = {name: growth(by_size) for name, by_size in added.items()}
     words = [
         f"{_title(results, name)}: from {min(added[name]):,} to {max(added[name]):,} Services a new connection got "
-        + (f"{more_us:.0f} us slower." if more_us > noise_us else f"no slower that could be seen ({more_us:+.0f} us).")
+        + (f"{more_us:.0f} µs slower." if more_us > noise_us else f"no slower that could be seen ({more_us:+.0f} µs).")
         for name, more_us in grown.items()
     ]
-    words.append(f"A difference below {noise_us:.0f} us is noise here: so much the direct way varied meanwhile.")
+    words.append(f"A difference below {noise_us:.0f} µs is noise here: so much the direct way varied meanwhile.")
     words.append("Only a connection's first packet is looked up; conntrack carries the others in every mode.")
     if IPTABLES not in grown:
         return Verdict("unmeasured", (*words, *_missing(results)))

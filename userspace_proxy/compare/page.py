@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from userspace_proxy.compare import cases
-from userspace_proxy.compare.charts import Bar, Lane, Line, bars, lanes, lines, short
+from userspace_proxy.compare.charts import Bar, Lane, Line, bars, lane_is_half, lanes, lines, short
 from userspace_proxy.compare.claims import (
     CLAIMS,
     EVENT_NAMES,
@@ -36,10 +36,10 @@ _KINDS = {"none": "nothing: clients dial the Pod", "kernel": "the kernel, by rul
 def page(results: Results) -> bytes:
     """Return the report of *results* as one HTML document."""
     machine = results.machine
-    about = "; ".join(f"{name}: {value}" for name, value in machine.items())
     lead = (
-        f"What stands between a client and its Pods, measured within {results.duration_s:.0f} seconds on {about}. "
-        f"{results.rounds} rounds of {results.load_s:g} s a load, all modes in turns."
+        f"What stands between a client and its Pods, measured within {results.duration_s:.0f} seconds on "
+        f"{machine.get('processors', 'unknown processors')}, Linux {machine.get('kernel', 'unknown')}: "
+        f"every mode under the same load, in turns, {results.rounds} times over."
     )
     report = string.Template((_FOLDER / "report.html").read_text()).substitute(
         style=(_FOLDER / "report.css").read_text(),
@@ -52,6 +52,7 @@ def page(results: Results) -> bytes:
         modes=_modes(results),
         figures="".join(f"<h3>{escape(sheet.title)}</h3>{_table(sheet)}" for sheet in sheets(results)),
         many="Everything above was derived from the figures of each round; <code>--json</code> writes those.",
+        about=escape("; ".join(f"{name} {value}" for name, value in machine.items())),
         rounds=results.rounds,
         load_s=f"{results.load_s:g}",
         sizes=", ".join(f"{size:,}" for size in SIZES),
@@ -87,11 +88,11 @@ def _tiles(results: Results) -> Iterator[str]:
     grown = sorted(((m, by) for m, by in grown if len(by) > 1), key=lambda each: -growth(each[1]))
     if grown:
         (mode, by_size), *others = grown
-        beside = "".join(f"; {m.title} {growth(by):+.0f} us" for m, by in others)
+        beside = "".join(f"; {m.title} {growth(by):+.0f} µs" for m, by in others)
         words = (
             f"a new connection in {mode.title} with {max(by_size):,} Services, by that with {min(by_size):,}{beside}"
         )
-        yield tile(f"{growth(by_size):+.0f} us", words)
+        yield tile(f"{growth(by_size):+.0f} µs", words)
     outages = {event: (title, lost, kept) for event, title, lost, kept in _outages(results)}
     if "dies" in outages:
         title, lost, kept = outages["dies"]
@@ -150,7 +151,8 @@ def _outages(results: Results) -> Iterator[tuple[str, str, float, float]]:
 def _claim(results: Results, claim: Claim) -> str:
     verdict = claim.judge(results)
     words = "".join(f"<li>{escape(sentence)}</li>" for sentence in verdict.words)
-    panels = "".join(_PANELS[claim.name](results)) if claim.name in _PANELS else ""
+    is_shown = claim.name in _PANELS and verdict.ruling != "unmeasured"
+    panels = "".join(_PANELS[claim.name](results)) if is_shown else ""
     return (
         f'<section class="claim" id="{claim.name}"><h2>{escape(claim.title)}</h2>'
         f"<blockquote>“{escape(claim.text)}”</blockquote>"
@@ -167,9 +169,15 @@ def _panel(title: str, small: str, svg: str) -> str:
 
 
 def _bar_panel(
-    results: Results, case: str, name: str, title: str, small: str, text: Callable[[float], str] = short
+    results: Results,
+    case: str,
+    name: str,
+    title: str,
+    small: str,
+    text: Callable[[float], str] = short,
+    kinds: Sequence[str] = tuple(_KINDS),
 ) -> str:
-    found = [(mode, figure(results, case, mode.name, name)) for mode in _shown(results)]
+    found = [(mode, figure(results, case, mode.name, name)) for mode in _shown(results) if mode.kind in kinds]
     rows = [Bar(mode.name, mode.title, each) for mode, each in found if each is not None]
     return _panel(title, small, bars(rows, text, title)) if rows else ""
 
@@ -178,7 +186,7 @@ def _scaled(factor: float, unit: str) -> Callable[[float], str]:
     return lambda value: f"{short(value * factor)} {unit}"
 
 
-_MS, _US, _GB, _S = _scaled(1, "ms"), _scaled(1e6, "us"), _scaled(1, "GB/s"), _scaled(1, "s")
+_MS, _US, _GB, _S = _scaled(1, "ms"), _scaled(1e6, "µs"), _scaled(1, "GB/s"), _scaled(1, "s")
 _MORE, _LESS = "more is better", "less is better"
 
 
@@ -214,6 +222,13 @@ def _copy_panels(results: Results) -> Iterator[str]:
     yield _bar_panel(results, cases.BULK_1, "proxy_cpu_s", "CPU of the proxy a gigabyte", _LESS, _S)
 
 
+def _hop_panels(results: Results) -> Iterator[str]:
+    kinds = ("none", "kernel")
+    yield _bar_panel(results, cases.KEEPALIVE_1, "p50_ms", "Request: p50", f"one client, {_LESS}", _MS, kinds)
+    yield _bar_panel(results, cases.KEEPALIVE_64, "machine_cpu_s", "CPU of the machine a request", _LESS, _US, kinds)
+    yield _bar_panel(results, cases.NEW_64, "machine_cpu_s", "CPU of the machine a connection", _LESS, _US, kinds)
+
+
 def _line_panel(
     results: Results, name: str, title: str, small: str, text: Callable[[float], str], *, is_log: bool
 ) -> str:
@@ -223,7 +238,7 @@ def _line_panel(
 
 def _lookup_panels(results: Results) -> Iterator[str]:
     yield _line_panel(results, "new_connection_ms", "A new connection with a request", _LESS, _MS, is_log=False)
-    yield _line_panel(results, "added_us", "The same, beyond the direct way", _LESS, _scaled(1, "us"), is_log=False)
+    yield _line_panel(results, "added_us", "The same, beyond the direct way", _LESS, _scaled(1, "µs"), is_log=False)
     yield _line_panel(results, "rules", "Rules in the kernel", "sets and maps count as none", short, is_log=True)
 
 
@@ -243,7 +258,9 @@ def _failure_panels(results: Results) -> Iterator[str]:
         if first is not None:
             title, _, small = event.title.partition(": ")
             svg = lanes(rows, first.bucket_s, first.event_s, first.told_s, title)
-            yield _panel(title[0].upper() + title[1:], f"{small}; red failed, yellow slow", svg)
+            high = "half of" if lane_is_half(rows) else "all"
+            said = f"{small}. Red failed, yellow slow; a lane is {high} the requests high"
+            yield _panel(title[0].upper() + title[1:], said, svg)
 
 
 def _shares_over_time(seen: Sequence[Timeline]) -> tuple[list[float], list[float]]:
@@ -261,6 +278,7 @@ _PANELS: dict[str, Callable[[Results], Iterator[str]]] = {
     "slow": _slow_panels,
     "switches": _switch_panels,
     "copies": _copy_panels,
+    "hop": _hop_panels,
     "lookup": _lookup_panels,
     "sizes": _size_panels,
     "failures": _failure_panels,

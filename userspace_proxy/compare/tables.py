@@ -30,10 +30,10 @@ _ROWS = (
     (cases.NEW_64, "rate", 1, "new connections/s"),
     (cases.BULK_1, "rate", 1, "GB/s, 1 flow"),
     (cases.BULK_8, "rate", 1, "GB/s, 8 flows"),
-    (cases.KEEPALIVE_64, "proxy_cpu_s", 1e6, "proxy CPU a request, us"),
-    (cases.KEEPALIVE_64, "machine_cpu_s", 1e6, "machine CPU a request, us"),
-    (cases.NEW_64, "proxy_cpu_s", 1e6, "proxy CPU a connection, us"),
-    (cases.NEW_64, "machine_cpu_s", 1e6, "machine CPU a connection, us"),
+    (cases.KEEPALIVE_64, "proxy_cpu_s", 1e6, "proxy CPU a request, µs"),
+    (cases.KEEPALIVE_64, "machine_cpu_s", 1e6, "machine CPU a request, µs"),
+    (cases.NEW_64, "proxy_cpu_s", 1e6, "proxy CPU a connection, µs"),
+    (cases.NEW_64, "machine_cpu_s", 1e6, "machine CPU a connection, µs"),
     (cases.BULK_1, "proxy_cpu_s", 1, "proxy CPU a GB, s"),
     (cases.BULK_1, "machine_cpu_s", 1, "machine CPU a GB, s"),
     (cases.KEEPALIVE_1, "switches", 1, "context switches a request, 1 connection"),
@@ -44,7 +44,7 @@ _SIZE_ROWS = (
     ("load_s", "time to load, s"),
     ("change_ms", "time to change one, ms"),
     ("new_connection_ms", "new connection, ms"),
-    ("added_us", "beyond the direct way, us"),
+    ("added_us", "beyond the direct way, µs"),
 )
 
 
