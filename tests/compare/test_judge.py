@@ -1,0 +1,58 @@
+"""A difference is called one only where the rounds agree on it and it is beyond what one mode differs from itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.compare.given import results_of
+from userspace_proxy.compare.judge import Figure, compare, figure, noise, summed_up
+from userspace_proxy.compare.modes import DIRECT, DIRECT_AGAIN, NFTABLES, USERSPACE
+
+
+def judged(ours: list[float], kernel: list[float], again: list[float]) -> tuple[float, bool]:
+    rounds = {USERSPACE: ours, NFTABLES: kernel, DIRECT: [100.0] * len(again), DIRECT_AGAIN: again}
+    compared = compare(results_of("load", "rate", rounds), "load", NFTABLES, USERSPACE, "rate")
+    assert compared is not None
+    return compared.ratio.median, compared.decided
+
+
+def test_rounds_that_agree_decide() -> None:
+    ratio, is_decided = judged([50, 51, 49], [100, 99, 101], [101, 99, 100])
+
+    assert ratio == pytest.approx(2.0, rel=0.05)
+    assert is_decided
+
+
+def test_a_round_that_was_disturbed_for_both_modes_counts_as_any_other() -> None:
+    assert judged([50, 10, 49], [100, 20, 98], [101, 99, 100]) == (2.0, True)
+
+
+def test_rounds_that_disagree_are_undecided() -> None:
+    assert not judged([50, 120, 49], [100, 99, 101], [101, 99, 100])[1]
+
+
+def test_a_difference_within_what_one_mode_differs_from_itself_is_undecided() -> None:
+    assert not judged([90, 91, 92], [100, 101, 102], [150, 60, 120])[1]
+
+
+def test_two_rounds_are_too_few() -> None:
+    assert not judged([50, 51], [100, 99], [101, 99])[1]
+
+
+def test_the_most_extreme_rounds_of_many_are_no_part_of_the_spread() -> None:
+    assert summed_up([5, 1, 2, 3, 4, 99]) == Figure(3.5, 2, 5)
+    assert summed_up([1, 2, 99]) == Figure(2, 1, 99)
+    assert summed_up([]) is None
+
+
+def test_noise_is_how_far_the_direct_way_is_from_itself_in_either_direction() -> None:
+    results = results_of("load", "rate", {DIRECT: [100, 100, 100], DIRECT_AGAIN: [125, 80, 100]})
+
+    assert noise(results, "load", "rate") == pytest.approx(1.25)
+
+
+def test_a_mode_without_the_figure_has_none() -> None:
+    results = results_of("load", "rate", {USERSPACE: [1.0]})
+
+    assert figure(results, "load", NFTABLES, "rate") is None
+    assert compare(results, "load", NFTABLES, USERSPACE, "rate") is None
