@@ -137,8 +137,7 @@ def _userspace_is_slow(results: Results) -> Verdict:
     haproxy = compare(results, cases.KEEPALIVE_64, USERSPACE, HAPROXY, "rate")
     if haproxy is not None:
         words.append(
-            f"Of HAProxy's requests a second, userspace makes {times(haproxy)}: what is slow is a process in "
-            "the way, not this one."
+            f"Of HAProxy's requests a second, which is a process in the way as well, userspace makes {times(haproxy)}."
         )
     ruling: Ruling = "holds" if not rest else "partly" if slower else _none_or_undecided(rest)
     return Verdict(ruling, tuple(words))

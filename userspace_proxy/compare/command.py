@@ -117,6 +117,8 @@ def measure(request: Request) -> Results:
     except subprocess.CalledProcessError as error:
         words = (error.stderr or error.stdout or "").strip() or f"exit code {error.returncode}"
         raise StartError(f"{' '.join(map(str, error.cmd))}: {words}") from None
+    except subprocess.TimeoutExpired as error:
+        raise StartError(str(error)) from None
     except KeyboardInterrupt:
         raise StartError("stopped") from None
 
@@ -274,7 +276,7 @@ class _Comparison:
             time.sleep(_SETTLE_S)
             try:
                 figures = case.run(site, load_s)
-            except OSError as error:
+            except (OSError, StartError) as error:
                 self._note(f"{mode.title}, {case.title}, round {number}: {error}")
                 continue
             self._results.samples.append(Sample(case.name, mode.name, number, figures))

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 from userspace_proxy.compare.sites import BULK, BULK_BYTES, SMALL, Site
+from userspace_proxy.errors import StartError
 from userspace_proxy.lab import connect
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: compare\r\n\r\n"
@@ -62,7 +63,7 @@ def _parse_wrk(output: str) -> Done:
     """Read the line that peers/wrk.lua prints: requests, microseconds, and latencies in microseconds."""
     done = re.search(r"^done (\d+) (\d+) ([\d.]+) ([\d.]+) ([\d.]+) (\d+)$", output, re.MULTILINE)
     if done is None:
-        raise RuntimeError(f"wrk said: {output}")
+        raise StartError(f"wrk said: {output.strip()}")
     requests, took_us, p50_us, p99_us, p999_us, failed = (float(word) for word in done.groups())
     return Done(requests, took_us / 1e6, p50_us / 1000, p99_us / 1000, p999_us / 1000, int(failed))
 

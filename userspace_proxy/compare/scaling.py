@@ -57,13 +57,16 @@ def scale(
     _write(site, "probe", [_manifest(site, "probe", _PROBE, [0])])
     _until(lambda: _answer(site, _PROBE) == "pod1", "the Service that changes")
     give_up_at = time.monotonic() + budget_s
-    took_s = last = 0.0
+    fixed_s = load_s = 0.0
+    last = SIZES[0]
     for size in SIZES:
-        if last and time.monotonic() + took_s * size / last > give_up_at:
+        if time.monotonic() + fixed_s + load_s * size / last > give_up_at:
             return
         started_at = time.monotonic()
-        yield size, _measure(site, size, direct, seconds)
-        took_s, last = time.monotonic() - started_at, size
+        figures = _measure(site, size, direct, seconds)
+        load_s, last = figures["load_s"], size
+        fixed_s = time.monotonic() - started_at - load_s
+        yield size, figures
 
 
 def _measure(site: Site, size: int, direct: Site, seconds: float) -> dict[str, float]:
