@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # A plain user's PATH lacks the administrator's folders, where nft and ip are.
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: help demo test test-cluster lint format soak bench bench-quick bench-scale wheel lock clean
+.PHONY: help demo test test-cluster lint format soak bench bench-quick bench-scale compare test-report wheel lock clean
 
 help: ## show what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -31,6 +31,10 @@ soak: ## the tests that take minutes
 	@tools/setup $(VENV) nft iptables ip conntrack nginx wrk openssl
 	@timeout 3600 $(BIN)/python -m pytest -m soak
 
+test-report: ## the report of `compare` in chromium: phone and desktop, light and dark
+	@tools/setup $(VENV) nft ip chromium
+	@timeout 300 $(BIN)/python -m pytest -m browser tests/browser
+
 lint: ## formatting, style, types, import directions
 	@tools/setup $(VENV)
 	@tools/lint $(VENV)
@@ -41,6 +45,10 @@ format: ## put the code in form
 	@$(BIN)/ruff check --fix .
 
 BENCH_TOOLS := nft iptables ip conntrack nginx nginx-stream haproxy wrk strace
+
+compare: ## all modes side by side, 10 minutes, and a report in compare.html; ARGS="--quick" takes 2
+	@tools/setup $(VENV) $(BENCH_TOOLS)
+	@exec $(BIN)/userspace-proxy compare --html compare.html $(ARGS)
 
 bench: ## beside HAProxy, nginx and kernel DNAT, 12 minutes; ARGS="--docs docs/performance.md" writes that page's figures
 	@tools/setup $(VENV) $(BENCH_TOOLS)
