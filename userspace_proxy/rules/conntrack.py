@@ -31,7 +31,7 @@ def changed_udp_portals(old: Redirects, new: Redirects) -> dict[Portal, Answerin
 
     Several, where senders are told from one another.
     """
-    before, after = _udp_ports(old), _udp_ports(new)
+    before, after = udp_ports(old), udp_ports(new)
     nowhere: Answering = frozenset()
     return {
         portal: after.get(portal, nowhere)
@@ -40,7 +40,8 @@ def changed_udp_portals(old: Redirects, new: Redirects) -> dict[Portal, Answerin
     }
 
 
-def _udp_ports(redirects: Redirects) -> dict[Portal, Answering]:
+def udp_ports(redirects: Redirects) -> dict[Portal, Answering]:
+    """Return the local ports to which each UDP portal leads."""
     found: dict[Portal, Answering] = {}
     for ports in (redirects.ports, *redirects.exceptions.values()):
         for portal, port in ports.items():
