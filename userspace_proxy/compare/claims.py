@@ -229,9 +229,11 @@ def _no_extra_hop(results: Results) -> Verdict:
     return Verdict("holds", tuple(words))
 
 
-def _missing(results: Results) -> tuple[str, ...]:
-    reasons = [f"{mode.title}: {mode.reason}." for mode in results.modes if mode.kind == "kernel" and mode.reason]
-    return tuple(reasons) or ("No kernel mode was asked for.",)
+def _missing(results: Results, *names: str) -> tuple[str, ...]:
+    """Say why kernel modes (those of *names*, if any are given) did not take part."""
+    wanted = [mode for mode in results.modes if mode.kind == "kernel" and (not names or mode.name in names)]
+    reasons = [f"{mode.title}: {mode.reason}." for mode in wanted if mode.reason]
+    return tuple(reasons) or (f"{' or '.join(names) or 'A kernel mode'} was not asked for.",)
 
 
 def sizes_of(results: Results, mode: str, name: str) -> dict[int, float]:
@@ -250,7 +252,7 @@ def _lookup_grows(results: Results) -> Verdict:
     added = {name: by_size for name, by_size in added.items() if len(by_size) > 1}
     if not added:
         return Verdict("unmeasured", ("Modes were not measured with more than one number of Services.",))
-    noise_us = _lookup_noise_us(results)
+    noise_us = lookup_noise_us(results)
     grown = {name: growth(by_size) for name, by_size in added.items()}
     words = [
         f"{_title(results, name)}: from {min(added[name]):,} to {max(added[name]):,} Services a new connection got "
@@ -260,14 +262,14 @@ def _lookup_grows(results: Results) -> Verdict:
     words.append(f"A difference below {noise_us:.0f} µs is noise here: so much the direct way varied meanwhile.")
     words.append("Only a connection's first packet is looked up; conntrack carries the others in every mode.")
     if IPTABLES not in grown:
-        return Verdict("unmeasured", (*words, *_missing(results)))
+        return Verdict("unmeasured", (*words, *_missing(results, IPTABLES)))
     if grown[IPTABLES] <= noise_us:
         return Verdict("undecided", tuple(words))
     others = [name for name in (NFTABLES, IPVS) if name in grown and grown[name] > noise_us]
     return Verdict("partly" if others else "holds", tuple(words))
 
 
-def _lookup_noise_us(results: Results) -> float:
+def lookup_noise_us(results: Results) -> float:
     """Return how much the direct way, which knows of no Services, differed while Services were added."""
     seen = [v * 1000 for mode in results.ran() for v in sizes_of(results, mode.name, "direct_ms").values()]
     return max(seen) - min(seen) if seen else 0.0
@@ -299,7 +301,7 @@ def _orders_of_magnitude(results: Results) -> Verdict:
 def _ipvs_is_best(results: Results) -> Verdict:
     others = [mode for mode in results.ran() if mode.name in (IPTABLES, NFTABLES)]
     if not any(mode.name == IPVS for mode in results.ran()) or not others:
-        return Verdict("unmeasured", _missing(results))
+        return Verdict("unmeasured", _missing(results, IPVS))
     words, better, worse = [], 0, 0
     for other in others:
         for case, name, what in ((cases.KEEPALIVE_64, "rate", "requests"), (cases.NEW_64, "rate", "new connections")):

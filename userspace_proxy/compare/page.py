@@ -16,6 +16,7 @@ from userspace_proxy.compare.claims import (
     Claim,
     Point,
     growth,
+    lookup_noise_us,
     outage,
     percent,
     points,
@@ -92,6 +93,8 @@ def _tiles(results: Results) -> Iterator[str]:
         words = (
             f"a new connection in {mode.title} with {max(by_size):,} Services, by that with {min(by_size):,}{beside}"
         )
+        if growth(by_size) <= lookup_noise_us(results):
+            words += "; undecided"
         yield tile(f"{growth(by_size):+.0f} µs", words)
     outages = {event: (title, lost, kept) for event, title, lost, kept in _outages(results)}
     if "dies" in outages:
