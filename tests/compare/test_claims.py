@@ -6,8 +6,9 @@ import pytest
 
 from tests.compare.given import results_of
 from userspace_proxy.compare import cases
-from userspace_proxy.compare.claims import CLAIMS, Verdict, outage
+from userspace_proxy.compare.claims import CLAIMS, Verdict
 from userspace_proxy.compare.modes import DIRECT, DIRECT_AGAIN, IPTABLES, NFTABLES, USERSPACE
+from userspace_proxy.compare.readings import outage
 from userspace_proxy.compare.results import ModeRun, Results, Sample, Timeline
 
 QUIET = {DIRECT: [100.0, 100.0, 100.0], DIRECT_AGAIN: [101.0, 99.0, 100.0]}

@@ -6,16 +6,31 @@ part; where none did, the direct way stands in for what a kernel mode could reac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from userspace_proxy.compare import cases
 from userspace_proxy.compare.charts import short
-from userspace_proxy.compare.judge import Comparison, compare, figure, shares
+from userspace_proxy.compare.judge import compare, figure
 from userspace_proxy.compare.modes import DIRECT, HAPROXY, IPTABLES, IPVS, NFTABLES, USERSPACE, USERSPACE_COPY
-from userspace_proxy.compare.results import ModeRun, Results, Timeline
-from userspace_proxy.compare.scaling import SIZES
+from userspace_proxy.compare.readings import (
+    EVENT_NAMES,
+    Point,
+    best_kernel,
+    growth,
+    kernel_modes,
+    lookup_noise_us,
+    outage,
+    percent,
+    points,
+    sizes_of,
+    stand_in,
+    timelines_of,
+    times,
+    title_of,
+)
+from userspace_proxy.compare.results import Results
 
 Ruling = Literal["holds", "partly", "fails", "undecided", "unmeasured"]
 RULINGS: dict[Ruling, str] = {
@@ -49,87 +64,12 @@ class Claim:
     how: str
 
 
-def percent(share: float) -> str:
-    """Return *share* as a percentage; never 0 % for what is not nothing."""
-    return f"{share:.0%}" if share in (0, 1) or share >= 0.095 else f"{share:.1%}"
-
-
-def times(comparison: Comparison) -> str:
-    """Return the ratio with its spread, or that it is undecided."""
-    ratio = comparison.ratio
-    undecided = "" if comparison.decided else ", undecided"
-    return f"{ratio.median:.2f} times ({ratio.low:.2f} to {ratio.high:.2f}{undecided})"
-
-
-def _title(results: Results, mode: str) -> str:
-    return next((run.title for run in results.modes if run.name == mode), mode)
-
-
-def _kernel(results: Results) -> list[ModeRun]:
-    """Return the kernel modes that took part; the direct way where there are none."""
-    ran = [mode for mode in results.ran() if mode.kind == "kernel"]
-    return ran or [mode for mode in results.ran() if mode.name == DIRECT]
-
-
-def _stand_in(results: Results) -> tuple[str, ...]:
-    if any(mode.kind == "kernel" for mode in results.ran()):
-        return ()
-    return ("No kernel mode took part: the direct way, without any Service, stands for the best that one could do.",)
-
-
-def _best_kernel(results: Results, case: str, name: str, *, more_is_better: bool) -> ModeRun | None:
-    measured = [(figure(results, case, mode.name, name), mode) for mode in _kernel(results)]
-    known = [(found.median, index, mode) for index, (found, mode) in enumerate(measured) if found]
-    if not known:
-        return None
-    return (max if more_is_better else min)(known, key=lambda each: each[0])[2]
-
-
-# ---- userspace against the kernel, figure by figure
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One thing in which userspace and the best kernel mode were compared; above 1 the kernel mode is better."""
-
-    what: str
-    kernel: str
-    comparison: Comparison
-
-
-_POINTS = (
-    (cases.KEEPALIVE_1, "p50_ms", False, "latency of a request, one connection"),
-    (cases.KEEPALIVE_64, "rate", True, "requests a second, 64 connections"),
-    (cases.NEW_1, "p50_ms", False, "latency of a new connection with a request"),
-    (cases.NEW_64, "rate", True, "new connections a second"),
-    (cases.BULK_1, "rate", True, "throughput of one flow"),
-    (cases.BULK_8, "rate", True, "throughput of 8 flows"),
-    (cases.KEEPALIVE_64, "machine_cpu_s", False, "CPU of the whole machine per request"),
-    (cases.BULK_1, "machine_cpu_s", False, "CPU of the whole machine per GB"),
-)
-
-
-def points(results: Results) -> Iterator[Point]:
-    """Yield in what userspace was compared with the best kernel mode."""
-    for case, name, more_is_better, what in _POINTS:
-        kernel = _best_kernel(results, case, name, more_is_better=more_is_better)
-        if kernel is None:
-            continue
-        pair = (kernel.name, USERSPACE) if more_is_better else (USERSPACE, kernel.name)
-        compared = compare(results, case, *pair, name)
-        if compared is not None:
-            yield Point(what, kernel.title, compared)
-
-
-# ---- the claims
-
-
 def _userspace_is_slow(results: Results) -> Verdict:
     found = list(points(results))
     if not found:
         return Verdict("unmeasured", ("Userspace was not measured beside another mode.",))
     slower = [p for p in found if p.comparison.decided and p.comparison.ratio.median > _MATTERS]
-    words = [*_stand_in(results)]
+    words = [*stand_in(results)]
     words += [f"{p.kernel} is better in {p.what}: {times(p.comparison)}." for p in slower]
     rest = [p for p in found if p not in slower]
     if rest:
@@ -177,11 +117,11 @@ def _call_names(results: Results, case: str, mode: str = USERSPACE) -> list[str]
 
 
 def _copies(results: Results) -> Verdict:
-    kernel = _best_kernel(results, cases.BULK_1, "machine_cpu_s", more_is_better=False)
+    kernel = best_kernel(results, cases.BULK_1, "machine_cpu_s", more_is_better=False)
     if kernel is None or (cost := compare(results, cases.BULK_1, USERSPACE, kernel.name, "machine_cpu_s")) is None:
         return Verdict("unmeasured", ("Throughput was not measured.",))
     words = [
-        *_stand_in(results),
+        *stand_in(results),
         f"A gigabyte costs the whole machine {times(cost)} what it costs over {kernel.title}.",
     ]
     rate = compare(results, cases.BULK_1, kernel.name, USERSPACE, "rate")
@@ -236,17 +176,6 @@ def _missing(results: Results, *names: str) -> tuple[str, ...]:
     return tuple(reasons) or (f"{' or '.join(names) or 'A kernel mode'} was not asked for.",)
 
 
-def sizes_of(results: Results, mode: str, name: str) -> dict[int, float]:
-    """Return one figure of `scaling` by the number of Services."""
-    found = {size: results.figures(f"services-{size}", mode, name) for size in SIZES}
-    return {size: rounds[1] for size, rounds in found.items() if rounds}
-
-
-def growth(by_size: dict[int, float]) -> float:
-    """Return how much more it is at the largest size than at the smallest."""
-    return by_size[max(by_size)] - by_size[min(by_size)]
-
-
 def _lookup_grows(results: Results) -> Verdict:
     added = {mode.name: sizes_of(results, mode.name, "added_us") for mode in results.ran()}
     added = {name: by_size for name, by_size in added.items() if len(by_size) > 1}
@@ -255,7 +184,7 @@ def _lookup_grows(results: Results) -> Verdict:
     noise_us = lookup_noise_us(results)
     grown = {name: growth(by_size) for name, by_size in added.items()}
     words = [
-        f"{_title(results, name)}: from {min(added[name]):,} to {max(added[name]):,} Services a new connection got "
+        f"{title_of(results, name)}: from {min(added[name]):,} to {max(added[name]):,} Services a new connection got "
         + (f"{more_us:.0f} µs slower." if more_us > noise_us else f"no slower that could be seen ({more_us:+.0f} µs).")
         for name, more_us in grown.items()
     ]
@@ -267,12 +196,6 @@ def _lookup_grows(results: Results) -> Verdict:
         return Verdict("undecided", tuple(words))
     others = [name for name in (NFTABLES, IPVS) if name in grown and grown[name] > noise_us]
     return Verdict("partly" if others else "holds", tuple(words))
-
-
-def lookup_noise_us(results: Results) -> float:
-    """Return how much the direct way, which knows of no Services, differed while Services were added."""
-    seen = [v * 1000 for mode in results.ran() for v in sizes_of(results, mode.name, "direct_ms").values()]
-    return max(seen) - min(seen) if seen else 0.0
 
 
 def _orders_of_magnitude(results: Results) -> Verdict:
@@ -290,7 +213,7 @@ def _orders_of_magnitude(results: Results) -> Verdict:
         )
     words.append(
         "Measured with the rule that a change should reach traffic within a second: "
-        + ", ".join(f"{_title(results, name)} up to {size:,} Services" for name, size in enough.items())
+        + ", ".join(f"{title_of(results, name)} up to {size:,} Services" for name, size in enough.items())
         + "."
     )
     if enough.get(USERSPACE, 0) >= 1_000:
@@ -318,30 +241,12 @@ def _ipvs_is_best(results: Results) -> Verdict:
     return Verdict("fails" if worse or better else "undecided", tuple(words))
 
 
-EVENT_NAMES = {"dies": "dies", "silent": "falls silent", "leaves": "is deleted"}
-
-
-def outage(timelines: Sequence[Timeline]) -> tuple[float, float]:
-    """Return which shares of requests failed and were slow, from the event until a second after all were told."""
-    good, slow, failed = [], [], []
-    for line in timelines:
-        first, last = int(line.event_s / line.bucket_s), int((line.told_s + 1.0) / line.bucket_s)
-        good += line.good[first:last]
-        slow += line.slow[first:last]
-        failed += line.failed[first:last]
-    return shares(good, slow, failed)
-
-
-def timelines_of(results: Results, event: str, mode: str) -> list[Timeline]:
-    return [line for line in results.timelines if line.event == event and line.mode == mode]
-
-
 def _dead_backends(results: Results) -> Verdict:
     ours = timelines_of(results, "dies", USERSPACE)
-    others = [mode for mode in _kernel(results) if timelines_of(results, "dies", mode.name)]
+    others = [mode for mode in kernel_modes(results) if timelines_of(results, "dies", mode.name)]
     if not ours or not others:
         return Verdict("unmeasured", ("Failing pods were not tried in both kinds of modes.",))
-    words = [*_stand_in(results)]
+    words = [*stand_in(results)]
     for event, what in EVENT_NAMES.items():
         each = []
         for mode in (next(m for m in results.ran() if m.name == USERSPACE), *others):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import random
 import resource
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -33,7 +32,7 @@ from userspace_proxy.compare.page import page
 from userspace_proxy.compare.results import ModeRun, Results, Sample, to_json
 from userspace_proxy.compare.scaling import scale
 from userspace_proxy.compare.sites import Site, Sites
-from userspace_proxy.compare.syscalls import calls_per_mb, calls_per_request
+from userspace_proxy.compare.syscalls import calls_per_mb, calls_per_request, counter
 from userspace_proxy.compare.tables import print_all
 from userspace_proxy.errors import StartError
 from userspace_proxy.lab import Lab, enter_namespaces, prepare
@@ -195,8 +194,8 @@ class _Comparison:
     # ---- what is counted once
 
     def _count_system_calls(self) -> None:
-        if shutil.which("strace") is None:
-            self._note("system calls were not counted: strace is not installed (package strace)")
+        if counter() is None:
+            self._note("system calls were not counted: neither strace nor perf is installed (package strace)")
             return
         seconds = 0.3 if self._request.duration_s <= QUICK_S else 1.0
         for mode, site in self._running.items():

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from userspace_proxy.compare import cases
 from userspace_proxy.compare.charts import Bar, Lane, Line, bars, lane_is_half, lanes, lines, short
-from userspace_proxy.compare.claims import (
-    CLAIMS,
+from userspace_proxy.compare.claims import CLAIMS, RULINGS, Claim
+from userspace_proxy.compare.failures import EVENTS
+from userspace_proxy.compare.judge import Figure, figure
+from userspace_proxy.compare.modes import DIRECT_AGAIN, USERSPACE
+from userspace_proxy.compare.readings import (
     EVENT_NAMES,
-    RULINGS,
-    Claim,
     Point,
     growth,
     lookup_noise_us,
@@ -23,9 +24,6 @@ from userspace_proxy.compare.claims import (
     sizes_of,
     timelines_of,
 )
-from userspace_proxy.compare.failures import EVENTS
-from userspace_proxy.compare.judge import Figure, figure
-from userspace_proxy.compare.modes import DIRECT_AGAIN, USERSPACE
 from userspace_proxy.compare.results import ModeRun, Results, Timeline
 from userspace_proxy.compare.scaling import SIZES
 from userspace_proxy.compare.tables import Sheet, sheets

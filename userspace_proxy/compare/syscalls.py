@@ -1,7 +1,8 @@
-"""System calls of a mode's processes, counted by strace (which slows them: nothing else is read meanwhile)."""
+"""System calls of a mode's processes, counted by strace (which slows them: nothing else is read meanwhile) or perf."""
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from collections import Counter
@@ -35,20 +36,30 @@ def calls_per_mb(site: Site, seconds: float) -> dict[str, float]:
         return _counted(site, lambda: bulk.read(seconds).units / 1e6)
 
 
+def counter() -> str | None:
+    """Return the tool that counts here: strace, which names calls, or perf, which needs root; None if there is none."""
+    return next((tool for tool in ("strace", "perf") if shutil.which(tool)), None)
+
+
 def _counted(site: Site, load: Callable[[], float]) -> dict[str, float]:
-    report = site.folder / "strace"
-    report.unlink(missing_ok=True)
-    pids = [argument for pid in site.pids for argument in ("-p", str(pid))]
-    strace = site.node.start("strace", "-c", "-f", "-o", str(report), *pids, log=site.folder / "strace.log")
+    tool, report, log = counter(), site.folder / "calls", site.folder / "calls.log"
+    for file in (report, log):
+        file.unlink(missing_ok=True)
+    pids = list(map(str, site.pids))
+    if tool == "strace":
+        command = ["strace", "-c", "-f", "-o", str(report), *(f"--attach={pid}" for pid in pids)]
+    else:
+        command = ["perf", "stat", "-x,", "-e", "raw_syscalls:sys_enter", "-o", str(report), "-p", ",".join(pids)]
+    counting = site.node.start(*command, log=log)
     time.sleep(_ATTACH_S)
-    if strace.poll() is not None:
-        raise StartError(f"strace may not look here: {_last_line(site.folder / 'strace.log')}")
+    if counting.poll() is not None:
+        raise StartError(f"{tool} may not look here: {_last_line(log)}")
     units = load()
-    strace.send_signal(signal.SIGINT)
-    strace.wait(_TIMEOUT_S)
-    counts = _parse(report.read_text())
+    counting.send_signal(signal.SIGINT)
+    counting.wait(_TIMEOUT_S)
     if not units:
         raise StartError(f"{site.name} answered nothing while its system calls were counted")
+    counts = (_parse_strace if tool == "strace" else _parse_perf)(report.read_text())
     return {name: count / units for name, count in counts.most_common()}
 
 
@@ -56,11 +67,21 @@ def _last_line(log: Path) -> str:
     return (log.read_text().strip().splitlines() or ["it said nothing"])[-1]
 
 
-def _parse(report: str) -> Counter[str]:
+def _parse_strace(report: str) -> Counter[str]:
     """Read the table of ``strace -c``: share, seconds, microseconds a call, calls, errors where there are any, name."""
     counts: Counter[str] = Counter()
     for line in report.splitlines():
         words = line.split()
         if len(words) >= 5 and words[3].isdigit() and words[-1] != "total":
             counts[words[-1]] += int(words[3])
+    return counts
+
+
+def _parse_perf(report: str) -> Counter[str]:
+    """Read the line of ``perf stat -x,``: how many, unit, event; without names all calls are one."""
+    counts: Counter[str] = Counter()
+    for line in report.splitlines():
+        count, _, rest = line.partition(",")
+        if count.isdigit() and "sys_enter" in rest:
+            counts["all"] += int(count)
     return counts

@@ -1,0 +1,124 @@
+"""What claims, tables and charts read out of results: userspace beside the best kernel mode, sizes, outages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from userspace_proxy.compare import cases
+from userspace_proxy.compare.judge import Comparison, compare, figure, shares
+from userspace_proxy.compare.modes import DIRECT, USERSPACE
+from userspace_proxy.compare.results import ModeRun, Results, Timeline
+from userspace_proxy.compare.scaling import SIZES
+
+EVENT_NAMES = {"dies": "dies", "silent": "falls silent", "leaves": "is deleted"}
+
+
+def percent(share: float) -> str:
+    """Return *share* as a percentage; never 0 % for what is not nothing."""
+    return f"{share:.0%}" if share in (0, 1) or share >= 0.095 else f"{share:.1%}"
+
+
+def times(comparison: Comparison) -> str:
+    """Return the ratio with its spread, or that it is undecided."""
+    ratio = comparison.ratio
+    undecided = "" if comparison.decided else ", undecided"
+    return f"{ratio.median:.2f} times ({ratio.low:.2f} to {ratio.high:.2f}{undecided})"
+
+
+def title_of(results: Results, mode: str) -> str:
+    """Return how *mode* is called in words."""
+    return next((run.title for run in results.modes if run.name == mode), mode)
+
+
+def kernel_modes(results: Results) -> list[ModeRun]:
+    """Return the kernel modes that took part; the direct way where there are none."""
+    ran = [mode for mode in results.ran() if mode.kind == "kernel"]
+    return ran or [mode for mode in results.ran() if mode.name == DIRECT]
+
+
+def stand_in(results: Results) -> tuple[str, ...]:
+    """Return the sentence that says so where the direct way stands in for kernel modes."""
+    if any(mode.kind == "kernel" for mode in results.ran()):
+        return ()
+    return ("No kernel mode took part: the direct way, without any Service, stands for the best that one could do.",)
+
+
+def best_kernel(results: Results, case: str, name: str, *, more_is_better: bool) -> ModeRun | None:
+    """Return the kernel mode with the best median; None where none was measured."""
+    measured = [(figure(results, case, mode.name, name), mode) for mode in kernel_modes(results)]
+    known = [(found.median, index, mode) for index, (found, mode) in enumerate(measured) if found]
+    if not known:
+        return None
+    return (max if more_is_better else min)(known, key=lambda each: each[0])[2]
+
+
+# ---- userspace against the kernel, figure by figure
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One thing in which userspace and the best kernel mode were compared; above 1 the kernel mode is better."""
+
+    what: str
+    kernel: str
+    comparison: Comparison
+
+
+_POINTS = (
+    (cases.KEEPALIVE_1, "p50_ms", False, "latency of a request, one connection"),
+    (cases.KEEPALIVE_64, "rate", True, "requests a second, 64 connections"),
+    (cases.NEW_1, "p50_ms", False, "latency of a new connection with a request"),
+    (cases.NEW_64, "rate", True, "new connections a second"),
+    (cases.BULK_1, "rate", True, "throughput of one flow"),
+    (cases.BULK_8, "rate", True, "throughput of 8 flows"),
+    (cases.KEEPALIVE_64, "machine_cpu_s", False, "CPU of the whole machine per request"),
+    (cases.BULK_1, "machine_cpu_s", False, "CPU of the whole machine per GB"),
+)
+
+
+def points(results: Results) -> Iterator[Point]:
+    """Yield in what userspace was compared with the best kernel mode."""
+    for case, name, more_is_better, what in _POINTS:
+        kernel = best_kernel(results, case, name, more_is_better=more_is_better)
+        if kernel is None:
+            continue
+        pair = (kernel.name, USERSPACE) if more_is_better else (USERSPACE, kernel.name)
+        compared = compare(results, case, *pair, name)
+        if compared is not None:
+            yield Point(what, kernel.title, compared)
+
+
+# ---- Services and failing pods
+
+
+def sizes_of(results: Results, mode: str, name: str) -> dict[int, float]:
+    """Return one figure of `scaling` by the number of Services."""
+    found = {size: results.figures(f"services-{size}", mode, name) for size in SIZES}
+    return {size: rounds[1] for size, rounds in found.items() if rounds}
+
+
+def growth(by_size: dict[int, float]) -> float:
+    """Return how much more it is at the largest size than at the smallest."""
+    return by_size[max(by_size)] - by_size[min(by_size)]
+
+
+def lookup_noise_us(results: Results) -> float:
+    """Return how much the direct way, which knows of no Services, differed while Services were added."""
+    seen = [v * 1000 for mode in results.ran() for v in sizes_of(results, mode.name, "direct_ms").values()]
+    return max(seen) - min(seen) if seen else 0.0
+
+
+def outage(timelines: Sequence[Timeline]) -> tuple[float, float]:
+    """Return which shares of requests failed and were slow, from the event until a second after all were told."""
+    good, slow, failed = [], [], []
+    for line in timelines:
+        first, last = int(line.event_s / line.bucket_s), int((line.told_s + 1.0) / line.bucket_s)
+        good += line.good[first:last]
+        slow += line.slow[first:last]
+        failed += line.failed[first:last]
+    return shares(good, slow, failed)
+
+
+def timelines_of(results: Results, event: str, mode: str) -> list[Timeline]:
+    return [line for line in results.timelines if line.event == event and line.mode == mode]
