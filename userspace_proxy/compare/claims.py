@@ -190,6 +190,8 @@ def _lookup_grows(results: Results) -> Verdict:
     ]
     words.append(f"A difference below {noise_us:.0f} µs is noise here: so much the direct way varied meanwhile.")
     words.append("Only a connection's first packet is looked up; conntrack carries the others in every mode.")
+    if IPTABLES not in grown and any(mode.name == IPTABLES for mode in results.ran()):
+        return Verdict("undecided", (*words, "iptables was measured with too few Services to say."))
     if IPTABLES not in grown:
         return Verdict("unmeasured", (*words, *_missing(results, IPTABLES)))
     if grown[IPTABLES] <= noise_us:
@@ -213,8 +215,8 @@ def _orders_of_magnitude(results: Results) -> Verdict:
         )
     words.append(
         "Measured with the rule that a change should reach traffic within a second: "
-        + ", ".join(f"{title_of(results, name)} up to {size:,} Services" for name, size in enough.items())
-        + "."
+        + ", ".join(f"{title_of(results, name)} with up to {size:,} Services" for name, size in enough.items())
+        + ", of those that were tried."
     )
     if enough.get(USERSPACE, 0) >= 1_000:
         return Verdict("fails", (*words, "The number of Services is no reason against userspace mode on this machine."))

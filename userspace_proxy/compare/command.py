@@ -30,7 +30,7 @@ from userspace_proxy.compare.meters import machine
 from userspace_proxy.compare.modes import DIRECT, DIRECT_AGAIN, MODES, USERSPACE_COPY, Mode
 from userspace_proxy.compare.page import page
 from userspace_proxy.compare.results import ModeRun, Results, Sample, to_json
-from userspace_proxy.compare.scaling import scale
+from userspace_proxy.compare.scaling import SIZES, scale
 from userspace_proxy.compare.sites import Site, Sites
 from userspace_proxy.compare.syscalls import calls_per_mb, calls_per_request, counter
 from userspace_proxy.compare.tables import print_all
@@ -56,9 +56,29 @@ TOOLS = {
     "sysctl": "procps",
 }
 _SETTLE_S = 0.02
-_RUN_OVERHEAD_S = 0.2  # around each load: connections are forgotten, wrk starts and ends
+_RUN_OVERHEAD_S = 0.3  # around each load: connections are forgotten, wrk starts and ends
 _LEAST_LOAD_S, _MOST_LOAD_S = 0.1, 2.0
-_SERVICES_SHARE = 0.35  # of the time, at most
+_SERVICES_SHARE = 0.3  # of the time, at most
+
+
+@dataclass(frozen=True, slots=True)
+class Depth:
+    """How far a comparison goes: ``rounds`` of each load, as many as fit; ``events`` of each kind.
+
+    ``calls_s`` system calls are counted, ``dial_s`` new connections are made. ``engines``: whether both run every load,
+    or the copying one large transfers only, where alone it differs.
+    """
+
+    rounds: int
+    events: int
+    calls_s: float
+    dial_s: float
+    sizes: Sequence[int]
+    engines: bool
+
+
+_QUICK = Depth(rounds=3, events=1, calls_s=0.2, dial_s=0.1, sizes=(10, 1_000, 10_000), engines=False)
+_FULL = Depth(rounds=7, events=3, calls_s=1.0, dial_s=0.3, sizes=SIZES, engines=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +94,8 @@ class Request:
         return not self.cases or case in self.cases
 
     @property
-    def rounds(self) -> int:
-        """How often each load is repeated, if it fits."""
-        return 3 if self.duration_s <= QUICK_S else 7
-
-    @property
-    def event_rounds(self) -> int:
-        """How often a pod fails in each way."""
-        return 1 if self.duration_s <= QUICK_S else 3
+    def depth(self) -> Depth:
+        return _QUICK if self.duration_s <= QUICK_S else _FULL
 
 
 def enter(arguments: Sequence[str]) -> None:
@@ -197,7 +211,7 @@ class _Comparison:
         if counter() is None:
             self._note("system calls were not counted: neither strace nor perf is installed (package strace)")
             return
-        seconds = 0.3 if self._request.duration_s <= QUICK_S else 1.0
+        seconds = self._request.depth.calls_s
         for mode, site in self._running.items():
             if not site.processes:
                 continue
@@ -213,9 +227,9 @@ class _Comparison:
                 self._note(f"system calls of {mode.title} were not counted: {error}")
 
     def _let_pods_fail(self) -> None:
-        for number in range(1, self._request.event_rounds + 1):
+        for number in range(1, self._request.depth.events + 1):
             for event in EVENTS:
-                self._say(f"{event.title.partition(':')[0]} (round {number} of {self._request.event_rounds})")
+                self._say(f"{event.title.partition(':')[0]} (round {number} of {self._request.depth.events})")
                 able = {mode: site for mode, site in self._running.items() if mode.name != DIRECT_AGAIN}
                 for mode, site in list(able.items()):
                     try:
@@ -228,14 +242,14 @@ class _Comparison:
     def _add_services(self) -> None:
         modes = [mode for mode in self._running if mode.ours and mode.name != USERSPACE_COPY]
         direct = next(site for mode, site in self._running.items() if mode.name == DIRECT)
-        seconds = 0.1 if self._request.duration_s <= QUICK_S else 0.3
+        depth = self._request.depth
         share_s = _SERVICES_SHARE * self._request.duration_s / max(1, len(modes))
         for mode in modes:
             self._say(f"10 to 10,000 Services: {mode.title}")
             site = self._sites.add(f"{mode.name} with many Services")
             size = 0
             try:
-                for size, figures in scale(mode, site, direct, seconds, share_s):
+                for size, figures in scale(mode, site, direct, depth.sizes, depth.dial_s, share_s):
                     self._results.samples.append(Sample(f"services-{size}", mode.name, 1, figures))
                     self._say(f"{size:,} Services: {mode.title}")
             except (StartError, OSError) as error:
@@ -253,7 +267,9 @@ class _Comparison:
         loads = [case for case in cases.CASES if case.name in names]
         if not loads:
             return
-        rounds, load_s = _plan(self._end_at - time.monotonic(), len(loads) * len(self._running), self._request.rounds)
+        runs = {case: self._modes_of(case) for case in loads}
+        a_round = sum(map(len, runs.values()))
+        rounds, load_s = _plan(self._end_at - time.monotonic(), a_round, self._request.depth.rounds)
         self._results.load_s = load_s
         order = random.Random(self._request.seed)  # noqa: S311 - no secret
         longest_s = 0.0
@@ -261,11 +277,15 @@ class _Comparison:
             started_at = time.monotonic()
             if started_at + longest_s > self._end_at and number > 1:
                 break
-            for case in loads:
+            for case, modes in runs.items():
                 self._say(f"round {number} of {rounds}: {case.title}")
-                self._run_once(case, order.sample(list(self._running), len(self._running)), number, load_s)
+                self._run_once(case, order.sample(modes, len(modes)), number, load_s)
             self._results.rounds = number
             longest_s = max(longest_s, time.monotonic() - started_at)
+
+    def _modes_of(self, case: Case) -> list[Mode]:
+        is_bulk = case.name in LOADS[THROUGHPUT]
+        return [m for m in self._running if m.name != USERSPACE_COPY or is_bulk or self._request.depth.engines]
 
     def _run_once(self, case: Case, modes: Iterable[Mode], number: int, load_s: float) -> None:
         for mode in modes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from userspace_proxy.compare.loads import one_after_another
 from userspace_proxy.compare.meters import process_cpu_s
@@ -26,6 +26,7 @@ _CHANGES = 5
 _ANSWER_TIMEOUT_S = 0.25
 _LOAD_TIMEOUT_S = 120.0
 _POLL_S = 0.002
+_TELLING = 1_000  # Services from which on the time to load says something about that of more
 
 _SERVICE = """\
 apiVersion: v1
@@ -46,9 +47,9 @@ endpoints: [{endpoints}]
 
 
 def scale(
-    mode: Mode, site: Site, direct: Site, seconds: float, budget_s: float
+    mode: Mode, site: Site, direct: Site, sizes: Sequence[int], seconds: float, budget_s: float
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """Yield the size and its figures, for as many sizes as *budget_s* allows; *site* is new and the mode's own.
+    """Yield the size and its figures, for as many *sizes* as *budget_s* allows; *site* is new and the mode's own.
 
     New connections are measured in turns with those over *direct*, where there are no Services: for *seconds* each.
     """
@@ -58,9 +59,10 @@ def scale(
     _until(lambda: _answer(site, _PROBE) == "pod1", "the Service that changes")
     give_up_at = time.monotonic() + budget_s
     fixed_s = load_s = 0.0
-    last = SIZES[0]
-    for size in SIZES:
-        if time.monotonic() + fixed_s + load_s * size / last > give_up_at:
+    last = sizes[0]
+    for size in sizes:
+        ahead_s = load_s * size / last if last >= _TELLING else 0.0
+        if time.monotonic() + fixed_s + ahead_s > give_up_at:
             return
         started_at = time.monotonic()
         figures = _measure(site, size, direct, seconds)

@@ -13,7 +13,7 @@ from userspace_proxy.compare.loads import Bulk, Wrk
 from userspace_proxy.compare.sites import Site
 from userspace_proxy.errors import StartError
 
-_ATTACH_S = 0.2
+_ATTACH_S = 0.1
 # Few, so that those which are only half done at the end do not show in the figures.
 _CONNECTIONS = 16
 _TIMEOUT_S = 10
