@@ -323,7 +323,7 @@ async def _settle_in(controller: Controller, language: str, tune: Callable[[], o
     for other, make in KERNELS.items():
         if other != language:
             with contextlib.suppress(SyncError):
-                await make().remove()
+                await make().remove_rules()  # not what brings answers here, which both languages share
     with contextlib.suppress(SyncError, ValueError):
         for found in await network.find_blocking_firewall():
             log.warning("a firewall on this node drops redirected traffic: %s", found)
