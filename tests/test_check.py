@@ -930,6 +930,29 @@ def test_in_a_terminal_the_contract_is_a_table_for_each_object(tmp_path: Path) -
     assert "problems in 1 file" in shown.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("text", "field", "treatment"),
+    [
+        (CONTRACT.replace("spec:", "spec:\n  clusterIP: None"), "spec.ports[0].port", "ignored"),
+        (CONTRACT.replace("spec:", "spec:\n  clusterIP: None"), "spec.clusterIP", "honoured"),
+        (CONTRACT.replace("port: 80,", "port: 80, protocol: SCTP,"), "spec.ports[0].protocol", "ignored"),
+        (CONTRACT.replace("port: 80,", "port: 80, protocol: UDP,"), "spec.ports[0].protocol", "honoured"),
+        (
+            CONTRACT.replace("labels: {", "labels: {service.kubernetes.io/service-proxy-name: x, "),
+            "spec.ports[0].port",
+            "ignored",
+        ),
+        (GOOD.replace("{kubernetes.io/service-name: cache}", "{}"), "endpoints[0].addresses", "ignored"),
+    ],
+)
+def test_with_contract_an_object_that_is_left_alone_and_a_value_that_is_not_served_are_told(
+    text: str, field: str, treatment: str
+) -> None:
+    told = json.loads(check("--contract", "--json", "-", stdin=text).stdout)
+
+    assert [each["treatment"] for each in told["fields"] if each["field"] == field] == [treatment]
+
+
 def test_whoever_runs_does_not_read_the_contract() -> None:
     code = "import sys; import userspace_proxy.app, userspace_proxy.cli; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

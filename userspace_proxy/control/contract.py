@@ -14,17 +14,21 @@ from functools import cache
 from pathlib import Path
 
 from userspace_proxy import api
+from userspace_proxy.control import decode
 from userspace_proxy.sources.documents import Manifest
 from userspace_proxy.sources.lines import Lines
 
 _TABLE = re.compile(r"(<!-- fields of (\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
+# What an object is, and what makes it one of ours.
+_IDENTITY = re.compile(r"apiVersion$|kind$|metadata\.|spec\.(type|clusterIPs?)$")
 
 
 @dataclass(frozen=True, slots=True)
 class Clause:
     """What is done about one field. ``treatment``: honoured, approximated, ignored; unknown where there is none such.
 
-    ``field`` is as in ``spec.ports[].port``, with ``*`` for any other key. ``shown_by``: the tests that show it.
+    ``field`` is as in ``spec.ports[].port``, with ``*`` for any other key, and with a value where it is about that one.
+    ``shown_by``: the tests that show it.
     """
 
     field: str
@@ -63,8 +67,8 @@ class Terms:
         """Go through *value*, which is at *field*; *general* is that as clauses have it."""
         if value is None:
             return
-        if general in self.clauses:
-            yield field, self.clauses[general]
+        if clause := self.clauses.get(f"{general}: {value}") or self.clauses.get(general):
+            yield field, clause
         elif general and not self._has_any_below(general):
             yield field, Clause(general, "unknown", "There is no such field.", ())
         elif isinstance(value, dict):
@@ -86,14 +90,25 @@ class Terms:
 @cache
 def contract() -> Mapping[str, Terms]:
     """Return the whole contract, by kind."""
+    return {kind: Terms(clauses) for kind, clauses in _read().items() if kind in api.KINDS}
+
+
+@cache
+def left_alone() -> Mapping[str, Clause]:
+    """Return what is said of objects that are not served, by kind."""
+    return {clause.field: clause for clause in _read()["left_alone"]}
+
+
+@cache
+def _read() -> Mapping[str, tuple[Clause, ...]]:
     given = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
     ignored_is_shown_by = given.pop("ignored_is_shown_by")
     return {
-        kind: Terms(
+        section: tuple(
             Clause(field, treatment, how, tuple(tests) or (ignored_is_shown_by,))
             for field, (treatment, how, *tests) in fields.items()
         )
-        for kind, fields in given.items()
+        for section, fields in given.items()
     }
 
 
@@ -111,9 +126,26 @@ def answers(manifests: Sequence[Manifest]) -> list[Answer]:
             clause.shown_by,
         )
         for manifest in manifests
-        if manifest.kind in contract()
-        for field, clause in contract()[manifest.kind].of(manifest.plain or {})
+        for field, clause in _clauses(manifest)
     ]
+
+
+def _clauses(manifest: Manifest) -> Iterator[tuple[str, Clause]]:
+    """Yield (field, clause) for each field of *manifest*, if it is of a kind that is read."""
+    if manifest.kind not in contract():
+        return
+    for field, clause in contract()[manifest.kind].of(manifest.plain or {}):
+        is_moot = _is_left_alone(manifest) and clause.treatment == "honoured" and not _IDENTITY.match(field)
+        yield field, left_alone()[manifest.kind] if is_moot else clause
+
+
+def _is_left_alone(manifest: Manifest) -> bool:
+    match manifest.object:
+        case api.Service() as service:
+            return service.spec is not None and not decode.is_proxied(service)
+        case api.EndpointSlice() as piece:
+            return decode.service_of(piece, manifest.name.namespace) is None
+    return False
 
 
 def page(text: str) -> str:
