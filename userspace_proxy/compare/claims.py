@@ -181,23 +181,22 @@ def _lookup_grows(results: Results) -> Verdict:
     added = {name: by_size for name, by_size in added.items() if len(by_size) > 1}
     if not added:
         return Verdict("unmeasured", ("Modes were not measured with more than one number of Services.",))
-    noise_us = lookup_noise_us(results)
-    grown = {name: growth(by_size) for name, by_size in added.items()}
+    grown = {name: (growth(by_size), lookup_noise_us(results, name)) for name, by_size in added.items()}
     words = [
         f"{title_of(results, name)}: from {min(added[name]):,} to {max(added[name]):,} Services a new connection got "
-        + (f"{more_us:.0f} µs slower." if more_us > noise_us else f"no slower that could be seen ({more_us:+.0f} µs).")
-        for name, more_us in grown.items()
+        + (f"{more_us:.0f} µs slower" if more_us > noise_us else f"no slower that could be seen ({more_us:+.0f} µs")
+        + (f" (noise: {noise_us:.0f} µs)." if more_us > noise_us else f", noise {noise_us:.0f} µs).")
+        for name, (more_us, noise_us) in grown.items()
     ]
-    words.append(f"A difference below {noise_us:.0f} µs is noise here: so much the direct way varied meanwhile.")
     words.append("Only a connection's first packet is looked up; conntrack carries the others in every mode.")
+    slower = [name for name, (more_us, noise_us) in grown.items() if more_us > noise_us]
     if IPTABLES not in grown and any(mode.name == IPTABLES for mode in results.ran()):
         return Verdict("undecided", (*words, "iptables was measured with too few Services to say."))
     if IPTABLES not in grown:
         return Verdict("unmeasured", (*words, *_missing(results, IPTABLES)))
-    if grown[IPTABLES] <= noise_us:
+    if IPTABLES not in slower:
         return Verdict("undecided", tuple(words))
-    others = [name for name in (NFTABLES, IPVS) if name in grown and grown[name] > noise_us]
-    return Verdict("partly" if others else "holds", tuple(words))
+    return Verdict("partly" if NFTABLES in slower or IPVS in slower else "holds", tuple(words))
 
 
 def _orders_of_magnitude(results: Results) -> Verdict:

@@ -91,7 +91,7 @@ def _tiles(results: Results) -> Iterator[str]:
         words = (
             f"a new connection in {mode.title} with {max(by_size):,} Services, by that with {min(by_size):,}{beside}"
         )
-        if growth(by_size) <= lookup_noise_us(results):
+        if growth(by_size) <= lookup_noise_us(results, mode.name):
             words += "; undecided"
         yield tile(f"{growth(by_size):+.0f} µs", words)
     outages = {event: (title, lost, kept) for event, title, lost, kept in _outages(results)}

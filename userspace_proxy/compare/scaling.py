@@ -93,6 +93,7 @@ def _measure(site: Site, size: int, direct: Site, seconds: float) -> dict[str, f
         "new_connection_ms": statistics.median(dialled),
         "added_us": (statistics.median(dialled) - statistics.median(without)) * 1000,
         "direct_ms": statistics.median(without),
+        "spread_us": (max(dialled) - min(dialled)) * 1000,
     }
 
 
