@@ -106,12 +106,12 @@ def growth(by_size: dict[int, float]) -> float:
 def lookup_noise_us(results: Results, mode: str) -> float:
     """Return what a growth of *mode*'s new connections must exceed to be one.
 
-    That is how much the direct way, which knows of no Services, differed while they were added, or how much the
+    That is twice what the direct way, which knows of no Services, differed while they were added, or what the
     mode did within one number of Services, if that is more.
     """
     direct = [ms * 1000 for run in results.ran() for ms in sizes_of(results, run.name, "direct_ms").values()]
     own = sizes_of(results, mode, "spread_us").values()
-    return max(max(direct) - min(direct) if direct else 0.0, *own, 0.0)
+    return 2 * max(max(direct) - min(direct) if direct else 0.0, *own, 0.0)
 
 
 def outage(timelines: Sequence[Timeline]) -> tuple[float, float]:
