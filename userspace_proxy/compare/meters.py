@@ -26,9 +26,14 @@ def children(pid: int) -> list[int]:
 def process_cpu_s(pids: Sequence[int]) -> float:
     """Return what these processes have used so far, user and system, every thread of theirs.
 
-    The same as utime + stime in /proc/PID/stat, which counts in steps of 10 ms: too coarse for short runs.
+    The same as utime + stime in /proc/PID/stat, which counts in steps of 10 ms: too coarse for short runs. A process
+    that has ended meanwhile (a tool that loaded rules) has used nothing.
     """
-    return sum(time.clock_gettime((~pid << 3) | _CPUCLOCK_SCHED) for pid in pids)
+    total = 0.0
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            total += time.clock_gettime((~pid << 3) | _CPUCLOCK_SCHED)
+    return total
 
 
 def machine_cpu_s() -> float:
@@ -43,10 +48,11 @@ def context_switches(pids: Sequence[int]) -> int:
     """Return how often these processes' threads were put to sleep or set aside so far."""
     total = 0
     for pid in pids:
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            for line in (task / "status").read_text().splitlines():
-                if "ctxt_switches:" in line:
-                    total += int(line.split()[1])
+        with contextlib.suppress(OSError):  # it, or a thread of it, has ended meanwhile
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                for line in (task / "status").read_text().splitlines():
+                    if "ctxt_switches:" in line:
+                        total += int(line.split()[1])
     return total
 
 
