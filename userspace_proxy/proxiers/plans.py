@@ -84,7 +84,8 @@ class NodeRules:
     def node_port_ips(self, node: Node) -> tuple[str, ...]:
         """Return the addresses of *node* at which node ports are served; none for all."""
         on = [ipaddress.ip_network(cidr, strict=False) for cidr in self.node_ports_on(node)]
-        return tuple(ip for ip in node.addresses if any(ipaddress.ip_address(ip) in network for network in on))
+        own = (*node.addresses, "127.0.0.1", "::1")
+        return tuple(ip for ip in own if any(ipaddress.ip_address(ip) in network for network in on))
 
     def node_ports_on(self, node: Node) -> tuple[str, ...]:
         """Return the CIDRs of *node*'s own addresses at which node ports are served; none for all."""
