@@ -1,0 +1,273 @@
+"""kube-proxy's chains as input of iptables-restore, and whose they are. Pure.
+
+Others have chains of these names, too: a kube-proxy, a kubelet. So ours are known by a chain beside them that nobody
+else has (`MARK`); it says what was there before it. Tables without it are never touched, but to put it there.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from userspace_proxy.rules.kube_chains import (
+    FIREWALL,
+    JUMPS,
+    MARK_MASQ,
+    OWN_PREFIXES,
+    POSTROUTING,
+    SERVICES,
+    SHARED,
+    Chain,
+    Rules,
+)
+
+MARK = "USERSPACE-PROXY-OWNS-KUBE"
+TABLES = ("filter", "nat")
+
+_SHARED = frozenset(SHARED)
+# To delete a rule, iptables looks for it from the top; from so many on it is cheaper to write a chain anew.
+_DELETED_MAX = 20
+
+Saved = Mapping[Chain, tuple[str, ...]]
+"""What iptables-save printed: the rules of every chain that there is, without ``-A CHAIN``."""
+
+
+class Found(NamedTuple):
+    """A chain of a name in `SHARED` that was there before us, and is to be left as it was."""
+
+    name: str
+    empty: bool
+    jumped: bool
+
+    def __str__(self) -> str:
+        state = "empty" if self.empty else "filled"
+        return f"{self.name} was here before, {state}, {'led to' if self.jumped else 'not led to'}"
+
+
+def read(saved: str) -> Saved:
+    """Return the chains and rules in what iptables-save printed."""
+    table = ""
+    chains: dict[Chain, list[str]] = {}
+    for line in saved.splitlines():
+        if line.startswith("*"):
+            table = line[1:]
+        elif line.startswith(":"):
+            chains[Chain(table, line[1:].split(" ", 1)[0])] = []
+        elif line.startswith("-A "):
+            _, name, *rule = line.split(" ", 2)
+            chains[Chain(table, name)].append(rule[0] if rule else "")
+    return {chain: tuple(rules) for chain, rules in chains.items()}
+
+
+def is_marked(saved: Saved, table: str) -> bool:
+    return Chain(table, MARK) in saved
+
+
+def is_ours(chain: Chain, rule: str = "") -> bool:
+    """Return whether *chain* is one that we make, or *rule* in it leads to one; told by their names alone."""
+    if chain.name == MARK or chain in _SHARED or (chain.table == "nat" and chain.name.startswith(OWN_PREFIXES)):
+        return True
+    return Chain(chain.table, _target(rule)) in _SHARED
+
+
+def ours(saved: Saved) -> dict[Chain, tuple[str, ...]]:
+    """Return what of *saved* is ours in tables with our mark: our chains, and in built-in ones the rules that lead there."""
+    found = {}
+    for chain, rules in saved.items():
+        if is_marked(saved, chain.table):
+            if is_ours(chain):
+                found[chain] = rules
+            elif jumps := tuple(rule for rule in rules if is_ours(chain, rule)):
+                found[chain] = jumps
+    return found
+
+
+def foreign(saved: Saved, wanted: Rules) -> str:
+    """Return why our chains cannot be loaded beside what is in *saved*, "" where they can. *wanted*: of `SHARED`."""
+    for table in TABLES:
+        if is_marked(saved, table):
+            continue
+        services = Chain(table, SERVICES.name)
+        own = next((c for c in saved if c.table == table and c.name.startswith(OWN_PREFIXES)), None)
+        if own is not None or saved.get(services):
+            return (
+                f"kube-proxy's rules are here ({(own or services).name} in the table {table}): stop it and run "
+                "`kube-proxy --cleanup`, or use --proxy-mode nftables"
+            )
+        for chain in SHARED:
+            rules = saved.get(chain)
+            if chain.table == table and rules and rules != wanted.get(chain) and not _is_leftover(chain, saved):
+                return (
+                    f"the chain {chain.name} in the table {table} is somebody else's, with other rules than ours; "
+                    f"remove it (`iptables -t {table} -F {chain.name}`), or use --proxy-mode nftables"
+                )
+    return ""
+
+
+def _is_leftover(chain: Chain, saved: Saved) -> bool:
+    """Return whether `kube-proxy --cleanup` has left *chain*: it takes the jumps to this one away, not the chain."""
+    return chain == FIREWALL and not _referrers(chain, saved)
+
+
+def _referrers(chain: Chain, saved: Saved) -> list[Chain]:
+    return [c for c, rules in saved.items() if c.table == chain.table and any(_target(r) == chain.name for r in rules)]
+
+
+def _target(rule: str) -> str:
+    _, _, target = rule.rpartition("-j ")
+    return target.split(" ", 1)[0]
+
+
+# ---- loading
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """All that is wanted of one family: by whom a rule is wanted, and what."""
+
+    node: Rules
+    services: Mapping[object, Rules] = field(default_factory=dict)
+
+    def chains(self) -> dict[Chain, tuple[str, ...]]:
+        """Return all of it; the node's rules are the last of a chain."""
+        gathered: dict[Chain, list[str]] = {chain: [] for chain in SHARED}
+        for rules in (*self.services.values(), self.node):
+            for chain, lines in rules.items():
+                gathered.setdefault(chain, []).extend(lines)
+        return {chain: tuple(lines) for chain, lines in gathered.items()}
+
+
+def whole(wanted: Tables, saved: Saved) -> str:
+    """Return the input that makes our chains those of *wanted*, whatever of ours is in *saved*."""
+    chains = wanted.chains()
+    text = ""
+    for table in TABLES:
+        marked = is_marked(saved, table)
+        stale = [c for c in saved if marked and c.table == table and is_ours(c) and c not in chains and c.name != MARK]
+        mine = {chain: rules for chain, rules in chains.items() if chain.table == table}
+        lines = [f":{chain.name} - [0:0]" for chain in (*mine, *stale)]
+        if not marked:
+            lines.append(f":{MARK} - [0:0]")
+            lines += [f'-A {MARK} -m comment --comment "{found}"' for found in _find(saved, table)]
+        lines += _jumps_to_make(saved, table)
+        lines += (f"-A {chain.name} {rule}" for chain, rules in mine.items() for rule in rules)
+        lines += (f"-X {chain.name}" for chain in stale)
+        text += _block(table, lines)
+    return text
+
+
+def change(before: Tables, after: Tables) -> str:
+    """Return the input that makes *before*, which is loaded, *after*; "" where there is nothing to do."""
+    lines: dict[str, tuple[list[str], list[str]]] = {table: ([], []) for table in TABLES}
+
+    def rewrite(chain: Chain, rules: Iterable[str]) -> None:
+        flushed, made = lines[chain.table]
+        flushed.append(f":{chain.name} - [0:0]")
+        made.extend(f"-A {chain.name} {rule}" for rule in rules)
+
+    gone: list[Chain] = []
+    removed: dict[Chain, list[str]] = {}
+    added: dict[Chain, list[str]] = {}
+    for chain, old, new in _differences(before, after):
+        if chain in _SHARED:
+            removed.setdefault(chain, []).extend(rule for rule in old if rule not in new)
+            added.setdefault(chain, []).extend(rule for rule in new if rule not in old)
+        elif new:
+            rewrite(chain, new)
+        else:
+            rewrite(chain, ())
+            gone.append(chain)
+    anew = {c for c in SHARED if before.node.get(c) != after.node.get(c) or len(removed.get(c, ())) > _DELETED_MAX}
+    chains = after.chains() if anew else {}
+    for chain in anew:
+        rewrite(chain, chains[chain])
+    for chain in removed.keys() - anew:
+        _, made = lines[chain.table]
+        made.extend(f"-D {chain.name} {rule}" for rule in removed[chain])
+        made.extend(f"-I {chain.name} {rule}" for rule in added[chain])
+    for chain in gone:
+        lines[chain.table][1].append(f"-X {chain.name}")
+    return "".join(_block(table, [*flushed, *made]) for table, (flushed, made) in lines.items() if flushed or made)
+
+
+def _differences(before: Tables, after: Tables) -> Iterator[tuple[Chain, tuple[str, ...], tuple[str, ...]]]:
+    """Yield what one service port wanted of a chain, and what it wants, where that is not the same."""
+    nothing: Rules = {}
+    for key in itertools.chain(after.services, (key for key in before.services if key not in after.services)):
+        old, new = before.services.get(key, nothing), after.services.get(key, nothing)
+        if old is not new:
+            for chain in dict.fromkeys((*old, *new)):
+                if old.get(chain) != new.get(chain):
+                    yield chain, old.get(chain, ()), new.get(chain, ())
+
+
+def _jumps_to_make(saved: Saved, table: str) -> Iterator[str]:
+    """Yield what puts our jumps where they belong; one that is there stays where it is, as kube-proxy does."""
+    for jump in JUMPS:
+        if jump.chain.table == table:
+            there = saved.get(Chain(table, jump.source), ())
+            if jump.rule not in there:
+                yield f"-I {jump.source} {jump.rule}"
+
+
+# ---- what was there before
+
+
+def _find(saved: Saved, table: str) -> list[Found]:
+    return [
+        Found(chain.name, not saved[chain] or _is_leftover(chain, saved), bool(_referrers(chain, saved)))
+        for chain in SHARED
+        if chain.table == table and chain in saved
+    ]
+
+
+def _found(saved: Saved, table: str) -> dict[str, Found]:
+    """Return what our mark says that was there before it."""
+    found = {}
+    for rule in saved.get(Chain(table, MARK), ()):
+        name, _, said = rule.partition('"')[2].partition(" ")
+        found[name] = Found(name, ", empty," in said, not said.endswith('not led to"'))
+    return found
+
+
+def removal(saved: Saved) -> str:
+    """Return the input that takes away all that is ours in *saved*; "" where nothing is.
+
+    What was there before us stays as it was then; and so does, with its rules, what somebody else leads to by now.
+    """
+    text = ""
+    for table in TABLES:
+        if not is_marked(saved, table):
+            continue
+        found = _found(saved, table)
+        mine = [chain for chain in saved if chain.table == table and is_ours(chain)]
+        kept = {c for c in mine if c.name in found} | set(_used_by_others(mine, saved))
+        as_is = {c for c in kept & {MARK_MASQ, POSTROUTING} if c.name not in found or not found[c.name].empty}
+        lines = [f":{chain.name} - [0:0]" for chain in mine if chain not in as_is]
+        for source, rules in saved.items():
+            if source.table == table and not is_ours(source):
+                for rule in rules:
+                    was = found.get(_target(rule))
+                    if is_ours(source, rule) and not (was is not None and was.jumped):
+                        lines.append(f"-D {source.name} {rule}")
+        lines += (f"-X {chain.name}" for chain in mine if chain not in kept)
+        text += _block(table, lines)
+    return text
+
+
+def _used_by_others(mine: Collection[Chain], saved: Saved) -> Iterator[Chain]:
+    """Yield those of *mine* to which rules lead that are not ours: in others' chains, or unlike our jumps."""
+    jumps = {(Chain(jump.chain.table, jump.source), jump.rule) for jump in JUMPS}
+    by_name = {chain.name: chain for chain in mine}
+    for source, rules in saved.items():
+        if source in mine or not mine or source.table != next(iter(mine)).table:
+            continue
+        for rule in rules:
+            if (chain := by_name.get(_target(rule))) is not None and (source, rule) not in jumps:
+                yield chain
+
+
+def _block(table: str, lines: Iterable[str]) -> str:
+    return "".join(f"{line}\n" for line in (f"*{table}", *lines, "COMMIT"))
