@@ -1,7 +1,7 @@
 """The chains that kube-proxy's iptables mode is known by, with its names and texts: what a Service is in them. Pure.
 
 A rule stands here as iptables-save prints it, without the ``-A CHAIN`` before it: so what was loaded can be compared
-with what is there, and `render` shows what every tutorial does. Whoever changes a word here changes what people grep for.
+with what is there, and `render` shows what every tutorial does. A word changed here is a word that people grep for.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def _own_address(cidr: str, says: str) -> str:
 
 
 def service_rules(service_port: ServicePort, there: Reach, family: Family, node: Node, how: Manner) -> Rules:
-    """Return the rules of *service_port* in *family*, whose endpoints are *there*: in `SHARED`, and in chains of its own."""
+    """Return the rules of *service_port* in *family*, whose endpoints are *there*; its own chains are among them."""
     rules: dict[Chain, list[str]] = {}
     for chain, rule in _Writer(service_port, there, family, node, how).rules():
         rules.setdefault(chain, []).append(rule)

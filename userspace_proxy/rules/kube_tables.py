@@ -27,6 +27,8 @@ MARK = "USERSPACE-PROXY-OWNS-KUBE"
 TABLES = ("filter", "nat")
 
 _SHARED = frozenset(SHARED)
+# The chains of a service port, from where packets leave it to where they come in.
+_INWARDS = ("KUBE-SEP-", "KUBE-SVC-", "KUBE-SVL-", "KUBE-EXT-", "KUBE-FW-")
 # To delete a rule, iptables looks for it from the top; from so many on it is cheaper to write a chain anew.
 _DELETED_MAX = 20
 
@@ -73,7 +75,7 @@ def is_ours(chain: Chain, rule: str = "") -> bool:
 
 
 def ours(saved: Saved) -> dict[Chain, tuple[str, ...]]:
-    """Return what of *saved* is ours in tables with our mark: our chains, and in built-in ones the rules that lead there."""
+    """Return what of *saved* is ours, in tables with our mark: chains, and the rules that lead there from others."""
     found = {}
     for chain, rules in saved.items():
         if is_marked(saved, chain.table):
@@ -139,23 +141,46 @@ class Tables:
         return {chain: tuple(lines) for chain, lines in gathered.items()}
 
 
-def whole(wanted: Tables, saved: Saved) -> str:
-    """Return the input that makes our chains those of *wanted*, whatever of ours is in *saved*."""
+def whole(wanted: Tables, saved: Saved, chains_at_once: int | None = None) -> str:
+    """Return the input that makes our chains those of *wanted*, whatever of ours is in *saved*.
+
+    What is as it should be is left alone. With *chains_at_once* the chains of service ports come in transactions of
+    about as many, before those that lead to them: iptables on nf_tables takes a time that grows with the square of
+    what is in one.
+    """
     chains = wanted.chains()
     text = ""
     for table in TABLES:
         marked = is_marked(saved, table)
+        first = [] if marked else [f":{MARK} - [0:0]", *_notes(saved, table)]
         stale = [c for c in saved if marked and c.table == table and is_ours(c) and c not in chains and c.name != MARK]
-        mine = {chain: rules for chain, rules in chains.items() if chain.table == table}
-        lines = [f":{chain.name} - [0:0]" for chain in (*mine, *stale)]
-        if not marked:
-            lines.append(f":{MARK} - [0:0]")
-            lines += [f'-A {MARK} -m comment --comment "{found}"' for found in _find(saved, table)]
-        lines += _jumps_to_make(saved, table)
-        lines += (f"-A {chain.name} {rule}" for chain, rules in mine.items() for rule in rules)
-        lines += (f"-X {chain.name}" for chain in stale)
-        text += _block(table, lines)
+        anew = [c for c in chains if c.table == table and not (marked and saved.get(c) == chains[c])]
+        own = sorted((c for c in anew if c not in _SHARED), key=_depth)
+        parts = [own] if chains_at_once is None else list(_parts(own, chains_at_once))
+        if len(parts) > 1:
+            # The end of all ways stands before those that lead there.
+            text += _block(table, [*first, *_written([c for c in anew if c == MARK_MASQ], chains)])
+            text += "".join(_block(table, _written(part, chains)) for part in parts[:-1])
+            first, parts = [], parts[-1:]
+        last = [*(c for c in anew if c in _SHARED), *itertools.chain(*parts)]
+        lines = [*first, *(f":{c.name} - [0:0]" for c in stale), *_written(last, chains), *_jumps_to_make(saved, table)]
+        text += _block(table, [*lines, *(f"-X {chain.name}" for chain in stale)])
     return text
+
+
+def _depth(chain: Chain) -> int:
+    """Return a number that is smaller than that of the chains from which rules lead to *chain*."""
+    return next(n for n, prefix in enumerate(_INWARDS) if chain.name.startswith(prefix))
+
+
+def _parts(chains: list[Chain], most: int) -> Iterator[list[Chain]]:
+    for start in range(0, len(chains), most):
+        yield chains[start : start + most]
+
+
+def _written(chains: Collection[Chain], rules: Rules) -> Iterator[str]:
+    yield from (f":{chain.name} - [0:0]" for chain in chains)
+    yield from (f"-A {chain.name} {rule}" for chain in chains for rule in rules[chain])
 
 
 def change(before: Tables, after: Tables) -> str:
@@ -215,12 +240,13 @@ def _jumps_to_make(saved: Saved, table: str) -> Iterator[str]:
 # ---- what was there before
 
 
-def _find(saved: Saved, table: str) -> list[Found]:
-    return [
-        Found(chain.name, not saved[chain] or _is_leftover(chain, saved), bool(_referrers(chain, saved)))
-        for chain in SHARED
-        if chain.table == table and chain in saved
-    ]
+def _notes(saved: Saved, table: str) -> Iterator[str]:
+    """Yield the rules of our mark: what is in *saved* that is not ours, though it has such a name."""
+    for chain in SHARED:
+        if chain.table == table and chain in saved:
+            is_empty = not saved[chain] or _is_leftover(chain, saved)
+            found = Found(chain.name, is_empty, bool(_referrers(chain, saved)))
+            yield f'-A {MARK} -m comment --comment "{found}"'
 
 
 def _found(saved: Saved, table: str) -> dict[str, Found]:
