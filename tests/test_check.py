@@ -215,6 +215,10 @@ def broken_last(old: str, new: str) -> str:
     return before + new + after
 
 
+def annotated(annotation: str) -> str:
+    return broken("  name: web\nspec:", f"  name: web\n  annotations: {{{annotation}}}\nspec:")
+
+
 @pytest.mark.parametrize(
     ("text", "line", "field", "problem", "mend"),
     [
@@ -527,6 +531,69 @@ def broken_last(old: str, new: str) -> str:
             broken("  ports: [{port: 5432}]\n", "  type: NodePort\n  ports: [{port: 5432, nodePort: 30080}]\n"),
             *(43, "spec.ports[0].nodePort", "already the node port of default/web", "choose another"),
             id="a duplicate node port",
+        ),
+        pytest.param(
+            broken("  type: NodePort\n", "  type: NodePort\n  externalTrafficPolicy: local\n"),
+            *(7, "spec.externalTrafficPolicy", "'local' is no traffic policy", "Cluster or Local"),
+            id="a traffic policy",
+        ),
+        pytest.param(
+            broken("  ports: [{port: 5432}]\n", "  externalTrafficPolicy: Local\n  ports: [{port: 5432}]\n"),
+            *(42, "spec.externalTrafficPolicy", "no clients from outside", "leave it out"),
+            id="a policy for nobody",
+        ),
+        pytest.param(
+            broken("  type: NodePort\n", "  type: LoadBalancer\n  loadBalancerSourceRanges: [192.0.2.0/24, 10.1]\n"),
+            *(7, "spec.loadBalancerSourceRanges[1]", "'10.1' is no range of addresses", "such as 192.0.2.0/24"),
+            id="a source range",
+        ),
+        pytest.param(
+            broken("  type: NodePort\n", "  type: NodePort\n  loadBalancerSourceRanges: [192.0.2.0/24]\n"),
+            *(7, "spec.loadBalancerSourceRanges", "counts for nothing in a NodePort Service", "type: LoadBalancer"),
+            id="source ranges without a load balancer",
+        ),
+        pytest.param(
+            broken("  type: NodePort\n", "  type: LoadBalancer\n  healthCheckNodePort: 31000\n"),
+            *(7, "spec.healthCheckNodePort", "only where these alone are used", "externalTrafficPolicy: Local"),
+            id="a health check of nothing",
+        ),
+        pytest.param(
+            broken("  type: NodePort\n", "  type: LoadBalancer\n  loadBalancerIP: 203.0.113.500\n"),
+            *(7, "spec.loadBalancerIP", "no IP address", "write one such as"),
+            id="a load balancer IP",
+        ),
+        pytest.param(
+            annotated("userspace-proxy/source-ip: client"),
+            *(5, "metadata.annotations.userspace-proxy/source-ip", "'client' says no source IP", "transparent"),
+            id="a source address",
+        ),
+        pytest.param(
+            annotated("userspace-proxy/source-ip: proxy-protocol-v1"),
+            *(
+                5,
+                "metadata.annotations.userspace-proxy/source-ip",
+                "knows no UDP, which port 53 is",
+                "proxy-protocol-v2",
+            ),
+            id="a header before UDP",
+        ),
+        pytest.param(
+            annotated("userspace-proxy/sourceip: node"),
+            *(
+                5,
+                "metadata.annotations.userspace-proxy/sourceip",
+                "there is no annotation",
+                "userspace-proxy/source-ip",
+            ),
+            id="an annotation of ours",
+        ),
+        pytest.param(
+            broken(
+                "    protocol: UDP\n---",
+                "    protocol: UDP\nstatus: {loadBalancer: {ingress: [{ip: 203.0.113.1, ipMode: Vip}]}}\n---",
+            ),
+            *(19, "status.loadBalancer.ingress[0].ipMode", "'Vip' is no mode", "VIP or Proxy"),
+            id="an ipMode",
         ),
         pytest.param(
             broken("    port: 80\n", "    port: 80\n    port: 81\n"),

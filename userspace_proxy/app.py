@@ -39,6 +39,7 @@ from userspace_proxy.instance import end_orphans, running_as, take_lock
 from userspace_proxy.interfaces import Capture, DataPlane, EventType, ObjectEvent, PodDetector, Source, WatchStats
 from userspace_proxy.logs import AccessLog, recorder
 from userspace_proxy.model.endpoint import FAMILIES
+from userspace_proxy.model.service import SourceIP
 from userspace_proxy.model.topology import Node
 from userspace_proxy.node_network import (
     WithRoutes,
@@ -129,7 +130,10 @@ class App:
             known_ports = {spec.name.key: spec.proxy_port for spec in inherited}
             ports = ProxyPorts(*settings.proxy_port_range, {**memory.proxy_ports, **known_ports})
             here = Node(settings.node_name, addresses=await network.host_addresses())
-            tracker = Tracker(allotting, settings.service_proxy_name, here, settings.source_ip)
+            obstacle = "; ".join(await network.transparent_obstacles(language))
+            if obstacle and settings.source_ip is SourceIP.TRANSPARENT:
+                raise StartError(f"--source-ip transparent: clients' addresses cannot be kept on this node: {obstacle}")
+            tracker = Tracker(allotting, settings.service_proxy_name, here, settings.source_ip, obstacle)
 
             succession.cut = plane.cut
             rules = _node_rules(settings, await first_capture(settings.capture))

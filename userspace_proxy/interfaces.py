@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from socket import SocketType
 from typing import NamedTuple, Protocol
 
 from userspace_proxy.api import KubernetesObject
-from userspace_proxy.model.endpoint import Address, Endpoint
+from userspace_proxy.model.endpoint import Address, Endpoint, Family
 from userspace_proxy.model.names import (
     L4Protocol,
     ListenerName,
@@ -19,9 +19,10 @@ from userspace_proxy.model.names import (
     Scope,
     ServicePortName,
 )
-from userspace_proxy.model.routes import Sender
+from userspace_proxy.model.routes import Route, Sender
 from userspace_proxy.model.service import Portal, ServicePort
 from userspace_proxy.model.state import ProxyState
+from userspace_proxy.model.topology import Node, Reach
 
 # ---- where wishes come from
 
@@ -189,18 +190,8 @@ class Redirects:
     transparent: bool = False
 
 
-class Kernel(Protocol):
-    """Holds our rules in one rule language."""
-
-    language: str
-
-    async def load(self, redirects: Redirects) -> None:
-        """Make *redirects* the rules in force, all or nothing, at the cost of what changed.
-
-        Raises:
-            SyncError: the kernel refused; the rules before are still in force.
-        """
-        ...
+class LoadedRules(Protocol):
+    """Our rules in the kernel, whatever they say."""
 
     async def reload(self) -> None:
         """Load the held rules again, whole; for when somebody else changed or removed them."""
@@ -219,6 +210,69 @@ class Kernel(Protocol):
         ...
 
     def unwatch(self) -> None: ...
+
+
+class Kernel(LoadedRules, Protocol):
+    """Holds the rules of userspace mode in one rule language."""
+
+    language: str
+
+    async def load(self, redirects: Redirects) -> None:
+        """Make *redirects* the rules in force, all or nothing, at the cost of what changed.
+
+        Raises:
+            SyncError: the kernel refused; the rules before are still in force.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """What the kernel does with packets to one service port, in a kernel mode.
+
+    ``routes``: for each portal that is this service port's, by sender; ANYBODY's first. A listener stands for the
+    endpoints of its scope in ``reaches``; with ``transparent`` these see the client's address, else this node's.
+    ``allowed``: who may dial these portals, where that is not everybody.
+    """
+
+    service_port: ServicePort
+    routes: tuple[Route, ...]
+    reaches: Mapping[Family, Reach]
+    allowed: Mapping[Portal, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """What the rules of a kernel mode say of this node, whatever its Services.
+
+    ``node_ports_on`` as in Redirects. ``service_cidrs``: where cluster IPs are from, as far as that is known.
+    """
+
+    node: Node = field(default_factory=Node)
+    pods: PodDetector | None = None
+    node_ports_on: tuple[str, ...] = ()
+    service_cidrs: tuple[str, ...] = ()
+
+
+class KernelTables(LoadedRules, Protocol):
+    """Holds the rules of one kernel mode."""
+
+    mode: str
+
+    async def load(
+        self,
+        translations: Mapping[ServicePortName, Translation],
+        changed: Collection[ServicePortName],
+        facts: NodeFacts,
+    ) -> None:
+        """Make *translations* true, all or nothing, at the cost of *changed*: those that came, differ, or went.
+
+        What was changed when a load was refused is in *changed* of the next, too.
+
+        Raises:
+            SyncError: the kernel refused; the rules before are still in force.
+        """
+        ...
 
 
 # ---- sockets

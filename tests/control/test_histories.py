@@ -19,7 +19,9 @@ from userspace_proxy.model.topology import Node
 
 CLUSTER_IPS = [ipaddress.ip_network("10.96.0.0/16"), ipaddress.ip_network("fd00::/112")]
 POOL = [ipaddress.ip_network("203.0.113.0/24"), ipaddress.ip_network("2001:db8::/112")]
-SERVICES = ("a", "b", "c", "d")
+SERVICES = ("a", "b", "c")
+SLICES = ("s1", "s2", "s3")
+PODS = ("one", "two")
 HERE = Node("here", addresses=("192.0.2.1",))
 
 History = Sequence[Sequence[ObjectEvent]]
@@ -32,12 +34,12 @@ def one_of(*values: Any) -> st.SearchStrategy[Any]:
 @st.composite
 def some_service(draw: st.DrawFn) -> ObjectEvent:
     """A Service that makes sense and states nothing that another one may state: who comes first has that."""
-    name = draw(one_of(*SERVICES))
+    name = draw(one_of("a", *SERVICES))
     own = SERVICES.index(name)
     spec: dict[str, Any] = {
-        "type": draw(one_of(None, "ClusterIP", "NodePort", "LoadBalancer", "ExternalName")),
-        "clusterIP": draw(one_of(None, None, "None", f"10.96.0.{own + 1}", f"10.96.0.{own + 101}")),
-        "selector": draw(one_of(None, {"app": "web"}, {"app": "db"})),
+        "type": draw(one_of(None, "NodePort", "LoadBalancer", "LoadBalancer", "ExternalName")),
+        "clusterIP": draw(one_of(None, None, None, "None", f"10.96.0.{own + 1}", f"10.96.0.{own + 101}")),
+        "selector": draw(one_of(None, None, {"app": "web"}, {"app": "db"})),
         "internalTrafficPolicy": draw(one_of(None, "Local")),
         "externalTrafficPolicy": draw(one_of(None, "Local")),
         "loadBalancerIP": draw(one_of(None, f"203.0.113.{own + 1}")),
@@ -53,8 +55,8 @@ def some_service(draw: st.DrawFn) -> ObjectEvent:
                         "protocol": protocol,
                         "nodePort": 30_000 + 10 * own + int(at[1:]) if stated else None,
                     },
-                    one_of("p0", "p1", "p2"),
-                    one_of("TCP", "UDP", "SCTP"),
+                    one_of("p0", "p0", "p1"),
+                    one_of("TCP", "TCP", "TCP", "UDP", "SCTP"),
                     st.integers(80, 83),
                     st.booleans(),
                 ),
@@ -71,7 +73,7 @@ def some_service(draw: st.DrawFn) -> ObjectEvent:
         service(
             name,
             annotations=None if annotation is None else {"userspace-proxy/source-ip": annotation},
-            labels=draw(one_of(None, {"service.kubernetes.io/service-proxy-name": "other"})),
+            labels=draw(one_of(None, None, None, {"service.kubernetes.io/service-proxy-name": "other"})),
             ingress=draw(one_of(None, [{"ip": f"198.51.100.{own}"}], [{"hostname": "lb"}])),
             **spec,
         )
@@ -87,22 +89,22 @@ def some_slice(draw: st.DrawFn) -> ObjectEvent:
             "nodeName": draw(one_of("here", "other")),
             "hints": draw(one_of(None, {"forZones": [{"name": "zone-a"}]}, {"forNodes": [{"name": "here"}]})),
         }
-        for _ in range(draw(st.integers(0, 3)))
+        for _ in range(draw(st.integers(1, 3)))
     ]
     return put(
         endpoint_slice(
             *found,
-            of=draw(one_of(None, *SERVICES)),
-            name=draw(one_of("s1", "s2", "s3")),
-            ports=[{"name": draw(one_of("p0", "p1")), "port": draw(one_of(8080, 8081))}],
-            labels=draw(one_of(None, None, {"service.kubernetes.io/headless": ""})),
+            of=draw(one_of("a", "a", None, *SERVICES)),
+            name=draw(one_of(*SLICES)),
+            ports=[{"name": draw(one_of("p0", "p0", "p1")), "port": draw(one_of(8080, 8081))}],
+            labels=draw(one_of(None, None, None, {"service.kubernetes.io/headless": ""})),
         )
     )
 
 
 @st.composite
 def some_pod(draw: st.DrawFn) -> ObjectEvent:
-    name = draw(one_of("one", "two", "three"))
+    name = draw(one_of(*PODS))
     given = pod(name, f"10.0.1.{draw(st.integers(1, 3))}", labels={"app": draw(one_of("web", "db"))})
     return put(given)
 
@@ -121,10 +123,12 @@ SOME_NODE = st.builds(
 SOME_DELETION = st.builds(
     gone,
     one_of("Service", "EndpointSlice", "Endpoints", "Pod"),
-    one_of(*SERVICES, "s1", "s2", "s3", "one", "two", "three"),
+    one_of(*SERVICES, *SLICES, *PODS),
 )
-EVENTS = st.one_of(some_service(), some_slice(), some_pod(), SOME_ENDPOINTS, SOME_NODE, SOME_DELETION)
-HISTORIES = st.lists(st.lists(EVENTS, min_size=1, max_size=4), max_size=12)
+EVENTS = st.one_of(
+    some_service(), some_service(), some_slice(), some_slice(), some_pod(), SOME_ENDPOINTS, SOME_NODE, SOME_DELETION
+)
+HISTORIES = st.lists(st.lists(EVENTS, min_size=1, max_size=6), min_size=2, max_size=8)
 
 
 def after(history: History, allotting: Allotting) -> Tracker:

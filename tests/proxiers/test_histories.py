@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +19,7 @@ from hypothesis import strategies as st
 
 from tests.control.given import put
 from userspace_proxy import api
-from userspace_proxy.control.cluster_ips import ClusterIPs
+from userspace_proxy.control.allotments import Stated
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.plane import LocalPlane
@@ -33,7 +32,6 @@ from userspace_proxy.proxiers.plans import NodeRules
 from userspace_proxy.proxiers.proxy_ports import ProxyPorts
 from userspace_proxy.proxiers.userspace import UserspaceProxier
 
-_NETWORKS = [ipaddress.ip_network("10.96.0.0/16"), ipaddress.ip_network("fd00:96::/64")]
 _SERVICES = ("web", "dns")
 _RULES = NodeRules(pods=PodDetector(cidrs=("10.0.0.0/8",)))
 
@@ -218,7 +216,7 @@ async def running() -> AsyncIterator[Run]:
     plane, kernel = LocalPlane(Limits()), HeldRules()
     proxier = UserspaceProxier(plane, kernel, ProxyPorts(10_000, 29_999, {}), _RULES)
     try:
-        yield Run(proxier, plane, kernel, Tracker(ClusterIPs(_NETWORKS, {}), here=Node("here")))
+        yield Run(proxier, plane, kernel, Tracker(Stated(), here=Node("here")))
     finally:
         await plane.close(0)
 

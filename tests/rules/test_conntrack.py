@@ -11,12 +11,24 @@ from userspace_proxy.interfaces import DROPPED, Redirects
 from userspace_proxy.model.names import L4Protocol
 from userspace_proxy.model.routes import Sender
 from userspace_proxy.model.service import Portal
-from userspace_proxy.rules.conntrack import changed_udp_portals, forget_udp_flows, stale_portals
+from userspace_proxy.rules.conntrack import (
+    ANY_IP,
+    Answering,
+    StaleFlows,
+    changed_udp_portals,
+    forget_udp_flows,
+    stale_flows,
+)
 
 DNS = Portal("10.96.0.10", 53, L4Protocol.UDP)
 DNS6 = Portal("fd00:96::10", 53, L4Protocol.UDP)
 NODE_PORT = Portal("0.0.0.0", 30_053, L4Protocol.UDP)
 WEB = Portal("10.96.0.1", 80, L4Protocol.TCP)
+
+
+def by(*ports: int) -> Answering:
+    """Return answers from these local ports, of whichever address."""
+    return frozenset((ANY_IP, port) for port in ports)
 
 
 def flow(
@@ -43,17 +55,17 @@ def flow(
     [
         ({}, {}, {}),
         ({DNS: 1}, {DNS: 1}, {}),
-        ({}, {DNS: 1}, {DNS: {1}}),
-        ({DNS: 1}, {DNS: 2}, {DNS: {2}}),
+        ({}, {DNS: 1}, {DNS: by(1)}),
+        ({DNS: 1}, {DNS: 2}, {DNS: by(2)}),
         ({DNS: 1}, {}, {DNS: set()}),
-        ({DNS: 1}, {DNS: DROPPED}, {DNS: {DROPPED}}),
+        ({DNS: 1}, {DNS: DROPPED}, {DNS: by(DROPPED)}),
         ({WEB: 1}, {WEB: 2}, {}),
         ({WEB: 1}, {}, {}),
-        ({DNS: 1, NODE_PORT: 2}, {DNS: 1, NODE_PORT: 3, DNS6: 1}, {NODE_PORT: {3}, DNS6: {1}}),
+        ({DNS: 1, NODE_PORT: 2}, {DNS: 1, NODE_PORT: 3, DNS6: 1}, {NODE_PORT: by(3), DNS6: by(1)}),
     ],
 )
 def test_only_udp_portals_that_lead_elsewhere_have_flows_to_forget(
-    old: Mapping[Portal, int], new: Mapping[Portal, int], changed: Mapping[Portal, set[int]]
+    old: Mapping[Portal, int], new: Mapping[Portal, int], changed: Mapping[Portal, Answering]
 ) -> None:
     assert changed_udp_portals(Redirects(old), Redirects(new)) == changed
 
@@ -62,8 +74,8 @@ def test_a_portal_leads_wherever_some_sender_is_led() -> None:
     old = Redirects({DNS: 1, NODE_PORT: 1})
     new = Redirects({DNS: 1, NODE_PORT: 1}, exceptions={Sender.POD: {DNS: 2}, Sender.NODE: {DNS: 3, WEB: 4}})
 
-    assert changed_udp_portals(old, new) == {DNS: {1, 2, 3}}
-    assert changed_udp_portals(new, old) == {DNS: {1}}
+    assert changed_udp_portals(old, new) == {DNS: by(1, 2, 3)}
+    assert changed_udp_portals(new, old) == {DNS: by(1)}
 
 
 # ---- which flows are stale
@@ -72,39 +84,51 @@ def test_a_portal_leads_wherever_some_sender_is_led() -> None:
 @pytest.mark.parametrize(
     ("changed", "line", "stale"),
     [
-        ({DNS: {10_002}}, flow("10.96.0.10", 53, 10_001), {("10.96.0.10", 53)}),
-        ({DNS: {10_002}}, flow("10.96.0.10", 53, 10_002), set()),
-        ({DNS: {10_002}}, flow("10.96.0.10", 53, 53), {("10.96.0.10", 53)}),
+        ({DNS: by(10_002)}, flow("10.96.0.10", 53, 10_001), {("10.96.0.10", 53)}),
+        ({DNS: by(10_002)}, flow("10.96.0.10", 53, 10_002), set()),
+        ({DNS: by(10_002)}, flow("10.96.0.10", 53, 53), {("10.96.0.10", 53)}),
         ({DNS: set()}, flow("10.96.0.10", 53, 10_001), {("10.96.0.10", 53)}),
-        ({DNS: {10_002}}, flow("10.96.0.10", 54, 10_001), set()),
-        ({DNS: {10_002}}, flow("10.96.0.11", 53, 10_001), set()),
-        ({DNS6: {10_002}}, flow("fd00:96::10", 53, 10_001), {("fd00:96::10", 53)}),
-        ({NODE_PORT: {10_002}}, flow("192.168.50.1", 30_053, 10_001), {("192.168.50.1", 30_053)}),
-        ({NODE_PORT: {10_002}}, flow("192.168.50.1", 30_053, 10_002), set()),
-        ({NODE_PORT: {10_002}, DNS: {10_003}}, flow("10.96.0.10", 53, 10_003), set()),
+        ({DNS: by(10_002)}, flow("10.96.0.10", 54, 10_001), set()),
+        ({DNS: by(10_002)}, flow("10.96.0.11", 53, 10_001), set()),
+        ({DNS6: by(10_002)}, flow("fd00:96::10", 53, 10_001), {("fd00:96::10", 53)}),
+        ({NODE_PORT: by(10_002)}, flow("192.168.50.1", 30_053, 10_001), {("192.168.50.1", 30_053)}),
+        ({NODE_PORT: by(10_002)}, flow("192.168.50.1", 30_053, 10_002), set()),
+        ({NODE_PORT: by(10_002), DNS: by(10_003)}, flow("10.96.0.10", 53, 10_003), set()),
     ],
 )
 def test_a_flow_is_stale_when_its_replies_come_from_another_port_than_wanted(
-    changed: Mapping[Portal, set[int]], line: str, stale: set[tuple[str, int]]
+    changed: Mapping[Portal, Answering], line: str, stale: set[tuple[str, int]]
 ) -> None:
-    assert stale_portals(line, changed) == stale
+    assert {flow.asked for flow in stale_flows(line, changed)} == stale
 
 
 def test_flows_whose_client_has_the_portals_port_are_not_meant() -> None:
-    assert stale_portals(flow("8.8.8.8", 123, 123, sport=53), {DNS: {10_002}}) == set()
+    assert stale_flows(flow("8.8.8.8", 123, 123, sport=53), {DNS: by(10_002)}) == set()
+
+
+def test_in_a_kernel_mode_a_flow_is_stale_when_its_endpoint_serves_no_more() -> None:
+    kept, gone = ("10.1.0.1", 5353), ("10.1.0.2", 5353)
+    listing = "\n".join(
+        flow("10.96.0.10", 53, port, sport=4_000 + n, answered_by=ip)
+        for n, (ip, port) in enumerate([kept, gone, (kept[0], 5354)])
+    )
+
+    stale = stale_flows(listing, {DNS: frozenset({kept})})
+
+    assert {flow.answering for flow in stale} == {gone, (kept[0], 5354)}
 
 
 def test_each_address_is_named_once_however_many_flows_it_has() -> None:
     listing = "\n".join(flow("10.96.0.10", 53, 10_001, sport=4_000 + n) for n in range(50))
 
-    assert stale_portals(listing, {DNS: {10_002}}) == {("10.96.0.10", 53)}
+    assert stale_flows(listing, {DNS: by(10_002)}) == {StaleFlows(("10.96.0.10", 53), ("192.168.50.1", 10_001))}
 
 
 @pytest.mark.parametrize(
     "listing", ["", "\n\n", "conntrack v1.4.7 (conntrack-tools): 0 flow entries have been shown.", "dst=x"]
 )
 def test_what_is_no_flow_is_passed_over(listing: str) -> None:
-    assert stale_portals(listing, {DNS: {10_002}}) == set()
+    assert stale_flows(listing, {DNS: by(10_002)}) == set()
 
 
 # ---- the kernel's own table
@@ -153,14 +177,14 @@ OTHERS = {("192.168.50.1", "30053"), ("8.8.8.8", "53")}
 
 @pytest.mark.usefixtures("flows")
 async def test_flows_to_a_changed_portal_are_forgotten_and_no_others() -> None:
-    await forget_udp_flows({DNS: {10_002}})
+    await forget_udp_flows({DNS: by(10_002)})
 
     assert asked_for() == {*OTHERS, ("fd00:96::10", "53")}
 
 
 @pytest.mark.usefixtures("flows")
 async def test_both_families_are_looked_at() -> None:
-    await forget_udp_flows({DNS: {10_002}, DNS6: set(), NODE_PORT: {10_002}})
+    await forget_udp_flows({DNS: by(10_002), DNS6: set(), NODE_PORT: by(10_002)})
 
     assert asked_for() == {("8.8.8.8", "53")}
 
@@ -169,12 +193,23 @@ async def test_both_families_are_looked_at() -> None:
 async def test_flows_that_go_the_right_way_stay() -> None:
     before = asked_for()
 
-    await forget_udp_flows({DNS: {10_001}, DNS6: {10_001}, NODE_PORT: {10_001}})
+    await forget_udp_flows({DNS: by(10_001), DNS6: by(10_001), NODE_PORT: by(10_001)})
 
     assert asked_for() == before
 
 
+@pytest.mark.usefixtures("flows")
+async def test_of_one_portals_flows_only_those_to_endpoints_that_are_gone_are_forgotten() -> None:
+    insert("10.96.0.10", 53, 5_353, 4_009)
+
+    await forget_udp_flows({DNS: frozenset({("192.168.50.1", 5_353)})})
+
+    left = [line for line in conntrack("-L", "-p", "udp").splitlines() if "dst=10.96.0.10" in line]
+    assert len(left) == 1
+    assert "sport=4009" in left[0]
+
+
 async def test_where_there_are_no_flows_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    await forget_udp_flows({DNS: {10_002}, DNS6: {10_002}, NODE_PORT: set()})
+    await forget_udp_flows({DNS: by(10_002), DNS6: by(10_002), NODE_PORT: set()})
 
     assert not [record for record in caplog.records if record.levelname == "WARNING"]

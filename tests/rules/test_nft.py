@@ -31,6 +31,7 @@ from userspace_proxy.model.names import NamespacedName, ServicePortName
 from userspace_proxy.model.routes import Sender
 from userspace_proxy.model.service import Portal
 from userspace_proxy.rules import nft
+from userspace_proxy.rules.answers import bridge_table
 
 
 def load(host: Host, script: str) -> None:
@@ -96,7 +97,7 @@ def test_a_change_reads_as_written_down(case: str, old: Redirects, new: Redirect
 
 
 def test_the_table_for_bridges_reads_as_written_down() -> None:
-    assert_golden("nft-bridge.nft", nft.bridge_table())
+    assert_golden("nft-bridge.nft", bridge_table())
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import socket
-import threading
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -26,6 +25,25 @@ VIP4, VIP6 = "10.96.0.1", "fd00:96::1"
 OTHER_NODE_IP = "192.168.51.1"
 DROPPED_SAID, REFUSED_SAID = "dropped", "refused"
 _SILENCE_S = 0.3
+# Says its port's number; over UDP from the address that was asked, as the data plane does.
+_SERVER = """
+import contextlib, socket, sys, threading
+port = int(sys.argv[1])
+udp = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+udp.bind(("::", port))
+tcp = socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True)
+def serve_udp():
+    while True:
+        _, told, _, client = udp.recvmsg(64, 256)
+        udp.sendmsg([b"%d" % port], [(level, kind, data[:16] + bytes(4)) for level, kind, data in told], 0, client)
+threading.Thread(target=serve_udp, daemon=True).start()
+while True:
+    client, _ = tcp.accept()
+    with client, contextlib.suppress(OSError):
+        client.sendall(b"%d" % port)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -39,43 +57,11 @@ def world() -> Iterator[ServiceLab]:
         node.ip("address", "add", f"{OTHER_NODE_IP}/32", "dev", "eth0")
         for address in (nft.LOCAL_ADDRESS4, nft.LOCAL_ADDRESS6):
             node.ip("address", "add", address, "dev", "lo")
-        with node.inside():
-            sockets = [sock for port in (FOR_ALL, FOR_PODS, FOR_NODE) for sock in (tcp_server(port), udp_server(port))]
+        for port in (FOR_ALL, FOR_PODS, FOR_NODE):
+            node.start(sys.executable, "-c", _SERVER, str(port))
+            while led_to(node, "127.0.0.1", port) != port:
+                pass
         yield world
-        for sock in sockets:
-            sock.close()
-
-
-def tcp_server(port: int) -> socket.socket:
-    server = socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True)
-
-    def serve() -> None:
-        with contextlib.suppress(OSError):  # until the test closes it
-            while True:
-                client, _ = server.accept()
-                with client:
-                    client.sendall(str(port).encode())
-
-    threading.Thread(target=serve, daemon=True).start()
-    return server
-
-
-def udp_server(port: int) -> socket.socket:
-    """Return a server that answers from the address that was asked, as the data plane does."""
-    server = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
-    server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-    server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
-    server.bind(("::", port))
-
-    def serve() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                _, told, _, client = server.recvmsg(64, 256)
-                asked = [(level, kind, data[:16] + bytes(4)) for level, kind, data in told]
-                server.sendmsg([str(port).encode()], asked, 0, client)
-
-    threading.Thread(target=serve, daemon=True).start()
-    return server
 
 
 @pytest.fixture(params=["nftables", "iptables"])

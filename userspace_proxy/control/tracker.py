@@ -36,7 +36,7 @@ class Tracker:
     One bad object never stops the others: it is reported, and its last good version stays.
 
     *here*: this node's name, and what it is where no Node object says so. *source_ip*: what its Services have that
-    say nothing of it.
+    say nothing of it. *transparent_obstacle*: why none here can be transparent, if that is so.
     """
 
     def __init__(
@@ -45,11 +45,13 @@ class Tracker:
         proxy_name: str = "",
         here: Node | None = None,
         source_ip: SourceIP = SourceIP.NODE,
+        transparent_obstacle: str = "",
     ) -> None:
         self._allotting = allotting
         self._proxy_name = proxy_name
         self._here = here or Node()
         self._source_ip = source_ip
+        self._transparent_obstacle = transparent_obstacle
         self.node: api.Node | None = None  # ours, as it was seen last
         self._services: dict[NamespacedName, api.Service] = {}  # the latest that makes sense by itself
         self._served: dict[NamespacedName, api.Service] = {}  # the latest that makes sense among the others
@@ -250,7 +252,7 @@ class Tracker:
 
     def _serve(self, name: NamespacedName, service: api.Service, allotted: decode.Allotted) -> list[ConfigError]:
         """Work out the ports of *service* and their endpoints; return what is wrong with parts of it."""
-        ports, problems = decode.service_ports(name, service, allotted, self._source_ip)
+        ports, problems = decode.service_ports(name, service, allotted, self._source_ip, self._transparent_obstacle)
         sources = self._endpoint_sources(name, service)
         service_ports = {port.name: port for port in ports.values() if port.cluster_ips}  # else it is skipped (S1)
         self._replace(name, service_ports, {n: decode.endpoints_of(p, sources) for n, p in service_ports.items()})

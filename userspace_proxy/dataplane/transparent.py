@@ -11,7 +11,7 @@ import socket
 from socket import SocketType
 
 from userspace_proxy.dataplane.netlink import KernelTables
-from userspace_proxy.interfaces import Counters
+from userspace_proxy.interfaces import OWN_MARK, TRANSPARENT_MARK, Counters
 
 # linux/in.h, in6.h
 _IP_TRANSPARENT, _IP_BIND_ADDRESS_NO_PORT, _IPV6_TRANSPARENT = 19, 24, 75
@@ -42,6 +42,7 @@ class Transparent:
                 address does; it is counted.
         """
         try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, OWN_MARK | TRANSPARENT_MARK)
             if ":" in client_ip:
                 sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_TRANSPARENT, 1)
             else:

@@ -1,18 +1,21 @@
-"""What userspace mode makes of a state: listeners with their endpoints, and rules that lead clients there. Pure."""
+"""What a mode makes of a state: for each service port its routes, and the listeners that they lead to. Pure.
+
+Userspace mode opens the listeners; a kernel mode takes a listener's name for a set of endpoints.
+"""
 
 from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from userspace_proxy.interfaces import DROPPED, Backends, Capture, PodDetector, Redirects
-from userspace_proxy.model.endpoint import Endpoint, family_of
+from userspace_proxy.model.endpoint import Endpoint, Family, family_of
 from userspace_proxy.model.names import ListenerName, Scope, ServicePortName
 from userspace_proxy.model.routes import Refusal, Route, Sender, listeners, routes
-from userspace_proxy.model.service import Portal, ServicePort, load_balancer_portals
+from userspace_proxy.model.service import Portal, ServicePort, SourceIP, load_balancer_portals
 from userspace_proxy.model.state import ProxyState
-from userspace_proxy.model.topology import Node, reach, serving_endpoints
+from userspace_proxy.model.topology import Node, Reach, reach, serving_endpoints
 from userspace_proxy.proxiers.proxy_ports import ProxyPorts
 
 
@@ -27,24 +30,34 @@ class Plan:
     endpoints: tuple[Endpoint, ...]
     listeners: Mapping[ListenerName, Backends]
     routes: tuple[Route, ...]
+    reaches: Mapping[Family, Reach]
 
     def is_of(self, service_port: ServicePort, endpoints: tuple[Endpoint, ...]) -> bool:
         """Return whether it was made of just these."""
         return self.service_port is service_port and self.endpoints is endpoints
 
 
-def plan(service_port: ServicePort, endpoints: tuple[Endpoint, ...], node: Node, *, detects_pods: bool) -> Plan:
-    """Return what *service_port* takes on *node*. Pure."""
+def plan(
+    service_port: ServicePort,
+    endpoints: tuple[Endpoint, ...],
+    node: Node,
+    *,
+    detects_pods: bool,
+    source_ip: SourceIP | None = None,
+) -> Plan:
+    """Return what *service_port* takes on *node*, with *source_ip* in place of its own where that is given. Pure."""
+    routed = service_port if source_ip is None else replace(service_port, source_ip=source_ip)
     found: list[Route] = []
     usable: dict[Scope, tuple[Endpoint, ...]] = dict.fromkeys(Scope, ())
+    reaches: dict[Family, Reach] = {}
     for family in service_port.families:
-        there = reach(service_port, (e for e in endpoints if family_of(e.ip) == family), node)
+        there = reaches[family] = reach(service_port, (e for e in endpoints if family_of(e.ip) == family), node)
         usable[Scope.CLUSTER] += there.cluster
         usable[Scope.LOCAL] += there.local
-        found += routes(service_port, family, there, detects_pods=detects_pods)
+        found += routes(routed, family, there, detects_pods=detects_pods)
     serving = serving_endpoints(endpoints)
-    wanted = listeners(service_port, detects_pods=detects_pods)
-    return Plan(service_port, endpoints, {n: Backends(usable[n.scope], serving) for n in wanted}, tuple(found))
+    backends = {n: Backends(usable[n.scope], serving) for n in listeners(routed, detects_pods=detects_pods)}
+    return Plan(service_port, endpoints, backends, tuple(found), reaches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +87,59 @@ class NodeRules:
         own = tuple(f"{ip}/{32 if family == 4 else 128}" for family, ip in primary.items())
         found = (own if given == "primary" else (given,) for given in self.node_port_addresses)
         return tuple(cidr for cidrs in found for cidr in cidrs)
+
+
+class Plans:
+    """The plans for a state, brought to each new one at the cost of what changed.
+
+    What changed stays unfinished until `finish`, over however many states: so a sync that failed is repeated.
+    ``source_ip``: whose address endpoints see, whatever service ports say of it.
+    """
+
+    def __init__(self, source_ip: SourceIP | None = None) -> None:
+        self._source_ip = source_ip
+        self.state = ProxyState()
+        self.held: dict[ServicePortName, Plan] = {}
+        self._unfinished: dict[ServicePortName, None] = {}
+        self._gone: dict[ServicePortName, None] = {}
+
+    def update(self, state: ProxyState, rules: NodeRules) -> bool:
+        """Make plans anew for what changed; return whether that is more than endpoints of service ports that have some.
+
+        Then rules have to be changed in userspace mode too.
+        """
+        before, detects_pods = self.state, rules.detects_pods(state.node)
+        is_another = state.node != before.node
+        for name, service_port in state.service_ports.items():
+            held, endpoints = self.held.get(name), state.endpoints[name]
+            if held is None or not held.is_of(service_port, endpoints) or state.node is not before.node:
+                made = plan(service_port, endpoints, state.node, detects_pods=detects_pods, source_ip=self._source_ip)
+                self.held[name] = made
+                self._unfinished[name] = None
+                self._gone.pop(name, None)
+                is_another |= held is None or held.routes != made.routes or held.service_port != made.service_port
+        for name in [name for name in self.held if name not in state.service_ports]:
+            del self.held[name]
+            self._unfinished.pop(name, None)
+            self._gone[name] = None
+            is_another = True
+        self.state = state
+        return is_another
+
+    @property
+    def unfinished(self) -> list[Plan]:
+        """The plans of which something is still to be done."""
+        return [self.held[name] for name in self._unfinished]
+
+    @property
+    def gone(self) -> list[ServicePortName]:
+        """The service ports that were planned, and are to be taken away."""
+        return list(self._gone)
+
+    def finish(self) -> None:
+        """Know that all of it is done."""
+        self._unfinished.clear()
+        self._gone.clear()
 
 
 def redirects_to(
@@ -107,7 +173,7 @@ def redirects_to(
                 exceptions.setdefault(sender, {})[portal] = port
         if planned.service_port.source_ranges:
             for portal in load_balancer_portals(planned.service_port):
-                if names.get(portal) is name and (cidrs := _allowed(planned.service_port, portal, node)):
+                if names.get(portal) is name and (cidrs := allowed_to_dial(planned.service_port, portal, node)):
                     allowed[portal] = cidrs
     return (
         Redirects(
@@ -119,12 +185,13 @@ def redirects_to(
             allowed,
             rules.node_ports_on(node),
             rules.detector(node),
+            any(listener.transparent for listener in opened),
         ),
         claimed,
     )
 
 
-def _allowed(service_port: ServicePort, portal: Portal, node: Node) -> tuple[str, ...]:
+def allowed_to_dial(service_port: ServicePort, portal: Portal, node: Node) -> tuple[str, ...]:
     """Return who may dial *portal*, nobody in particular for all: ranges of the other family say nothing of it.
 
     Where this node may, its address there may be the sender's, and so may dial, too (P4).

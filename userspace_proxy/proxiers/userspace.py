@@ -19,15 +19,12 @@ from userspace_proxy.interfaces import Backends, Capture, DataPlane, Kernel, Lis
 from userspace_proxy.model.names import ListenerName, ServicePortName
 from userspace_proxy.model.service import Portal, portals
 from userspace_proxy.model.state import ProxyState
-from userspace_proxy.proxiers.plans import NodeRules, Plan, plan, redirects_to
+from userspace_proxy.proxiers.plans import NodeRules, Plan, Plans, redirects_to
 from userspace_proxy.proxiers.proxy_ports import ProxyPorts
+from userspace_proxy.proxiers.repairs import REPAIR_PAUSE_S, keep_rules, repaired
 from userspace_proxy.rules.conntrack import changed_udp_portals, forget_udp_flows
 
 _PORT_TRIES = 64
-# A notice is the first of several; and whoever changes rules all the time is not answered all the time.
-_SETTLE_S = 0.05
-_REPAIR_PAUSE_S = 0.3
-_LOOK_EVERY_S = 30.0
 # New service ports that are told one by one.
 _TOLD_MAX = 20
 
@@ -43,9 +40,7 @@ class UserspaceProxier:
         self._ports = ports
         self._rules = rules
         self._lock = asyncio.Lock()
-        self._state = ProxyState()
-        self._plans: dict[ServicePortName, Plan] = {}
-        self._unfinished: set[ServicePortName] = set()  # planned, and not all of it done yet
+        self._plans = Plans()
         self._opened: dict[ListenerName, ListenerSpec] = {}
         self._given: dict[ListenerName, Backends] = {}
         self._loaded: Redirects | None = None
@@ -59,7 +54,7 @@ class UserspaceProxier:
 
     @property
     def service_ports(self) -> int:
-        return len(self._plans)
+        return len(self._plans.held)
 
     @property
     def capture(self) -> Capture:
@@ -84,7 +79,9 @@ class UserspaceProxier:
 
     async def sync(self, state: ProxyState) -> None:
         async with self._lock:
-            changed = self._plan(state)
+            self._outdated |= self._plans.update(state, self._rules)
+            self._told.difference_update(self._plans.gone)
+            changed = self._plans.unfinished
             await self._open(changed)
             emptied = await self._give_usable(changed)
             gone = [name for name in self._opened if not self._is_wanted(name)]
@@ -93,28 +90,10 @@ class UserspaceProxier:
             await self._give(emptied)  # now that nobody is led there any more
             self._tell_new(changed)
             await self._retire(gone)
-            self._unfinished.clear()
-
-    def _plan(self, state: ProxyState) -> list[Plan]:
-        """Make plans anew for what changed; return them, and those of which something is still to do."""
-        before, detects_pods = self._state, self._rules.detects_pods(state.node)
-        for name, service_port in state.service_ports.items():
-            held, endpoints = self._plans.get(name), state.endpoints[name]
-            if held is None or not held.is_of(service_port, endpoints) or state.node is not before.node:
-                self._plans[name] = made = plan(service_port, endpoints, state.node, detects_pods=detects_pods)
-                self._unfinished.add(name)
-                self._outdated |= held is None or held.routes != made.routes or held.service_port != made.service_port
-        for name in [name for name in self._plans if name not in state.service_ports]:
-            del self._plans[name]
-            self._unfinished.discard(name)
-            self._told.discard(name)
-            self._outdated = True
-        self._outdated |= state.node != before.node
-        self._state = state
-        return [self._plans[name] for name in self._plans if name in self._unfinished]
+            self._plans.finish()
 
     def _is_wanted(self, name: ListenerName) -> bool:
-        planned = self._plans.get(name.service_port)
+        planned = self._plans.held.get(name.service_port)
         return planned is not None and name in planned.listeners
 
     def _tell_new(self, changed: Iterable[Plan]) -> None:
@@ -138,7 +117,7 @@ class UserspaceProxier:
         if not self._refuse_port:
             await self._reserve_refuse_port()
         wanted = {name: planned.service_port for planned in changed for name in planned.listeners}
-        wanted |= {n: self._plans[n.service_port].service_port for n in self.unopened if self._is_wanted(n)}
+        wanted |= {n: self._plans.held[n.service_port].service_port for n in self.unopened if self._is_wanted(n)}
         specs = []
         for name, service_port in wanted.items():
             held = self._opened.get(name)
@@ -229,7 +208,12 @@ class UserspaceProxier:
 
     def _redirects(self) -> Redirects:
         opened = {name: spec.proxy_port for name, spec in self._opened.items()}
-        redirects, claimed = redirects_to(opened, self._plans, self._refuse_port, self._rules, self._state.node)
+        redirects, claimed = redirects_to(
+            opened, self._plans.held, self._refuse_port, self._rules, self._plans.state.node
+        )
+        if self._loaded is not None and self._loaded.transparent:
+            # Open connections may outlive the last transparent listener, and answers to them have to come to us.
+            redirects = replace(redirects, transparent=True)
         for portal, name in claimed.items():
             if self._claimed.get(portal) != name:
                 log.warning("%s is claimed by %s and by %s; the first has it", portal, redirects.names[portal], name)
@@ -270,37 +254,18 @@ class UserspaceProxier:
 
     async def keep_rules(self) -> None:
         """Load our rules again whenever somebody else removed or changed them. Runs until cancelled."""
-        changed = asyncio.Event()
-        await self._kernel.watch(changed.set)
-        try:
-            while True:
-                try:
-                    async with asyncio.timeout(_LOOK_EVERY_S):
-                        await changed.wait()
-                    await asyncio.sleep(_SETTLE_S)
-                except TimeoutError:
-                    pass
-                changed.clear()
-                try:
-                    await self._repair()
-                    if self.unopened:
-                        await self.sync(self._state)
-                except SyncError as error:
-                    log.error("rules were changed by somebody else and cannot be loaded again: %s", error)  # noqa: TRY400
-                    changed.set()
-                    await asyncio.sleep(1)
-        finally:
-            self._kernel.unwatch()
+        await keep_rules(self._kernel, self._repair)
 
     async def _repair(self) -> None:
         async with self._lock:
-            if self._loaded is None or await self._kernel.is_intact():
-                return
-            log.warning("our rules were removed or changed by somebody else; loading them again")
-            await self._kernel.reload()
-            self.repairs += 1
-            await forget_udp_flows(changed_udp_portals(Redirects(), self._loaded))
-        await asyncio.sleep(_REPAIR_PAUSE_S)
+            is_repaired = self._loaded is not None and await repaired(self._kernel)
+            if is_repaired and self._loaded is not None:
+                self.repairs += 1
+                await forget_udp_flows(changed_udp_portals(Redirects(), self._loaded))
+        if is_repaired:
+            await asyncio.sleep(REPAIR_PAUSE_S)
+        if self.unopened:
+            await self.sync(self._plans.state)
 
     def cut(self) -> None:
         """End every open connection now; for somebody who will not wait for the drain."""
@@ -323,7 +288,7 @@ class UserspaceProxier:
         if self._loaded is None:
             return
         try:
-            await self._kernel.load(Redirects(capture=self._loaded.capture))
+            await self._kernel.load(Redirects(capture=self._loaded.capture, transparent=self._loaded.transparent))
         except SyncError as error:
             log.error("redirects could not be taken away: %s", error)  # noqa: TRY400
             return

@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Set
+from typing import NamedTuple
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import Redirects
-from userspace_proxy.model.endpoint import family_of
+from userspace_proxy.model.endpoint import Address, family_of
 from userspace_proxy.model.names import L4Protocol
 from userspace_proxy.model.service import Portal
 from userspace_proxy.rules.tool import run_tool
 
+# From where a portal's answers come; ANY_IP at a port: from this port of whichever address.
+Answering = Set[Address]
+ANY_IP = ""
+
 log = logging.getLogger(__name__)
 
 
-def changed_udp_portals(old: Redirects, new: Redirects) -> dict[Portal, frozenset[int]]:
-    """Return the UDP portals that lead elsewhere in *new*, with the ports to which they lead; none where they are gone.
+def changed_udp_portals(old: Redirects, new: Redirects) -> dict[Portal, Answering]:
+    """Return the UDP portals that lead elsewhere in *new*, with the local ports to which they lead, none where they went.
 
     Several, where senders are told from one another.
     """
     before, after = _udp_ports(old), _udp_ports(new)
-    nowhere: frozenset[int] = frozenset()
+    nowhere: Answering = frozenset()
     return {
         portal: after.get(portal, nowhere)
         for portal in {**before, **after}
@@ -33,24 +38,29 @@ def changed_udp_portals(old: Redirects, new: Redirects) -> dict[Portal, frozense
     }
 
 
-def _udp_ports(redirects: Redirects) -> dict[Portal, frozenset[int]]:
-    ports = {p: frozenset((port,)) for p, port in redirects.ports.items() if p.protocol is L4Protocol.UDP}
-    for exceptions in redirects.exceptions.values():
-        for portal, port in exceptions.items():
+def _udp_ports(redirects: Redirects) -> dict[Portal, Answering]:
+    found: dict[Portal, Answering] = {}
+    for ports in (redirects.ports, *redirects.exceptions.values()):
+        for portal, port in ports.items():
             if portal.protocol is L4Protocol.UDP:
-                ports[portal] = ports.get(portal, frozenset()) | {port}
-    return ports
+                found[portal] = found.get(portal, frozenset()) | {(ANY_IP, port)}
+    return found
 
 
-def stale_portals(listing: str, changed: Mapping[Portal, Set[int]]) -> set[tuple[str, int]]:
-    """Return (address, port) of the portals in *changed* that flows in *listing* still use the old way.
+class StaleFlows(NamedTuple):
+    """Flows to one address, answered from one other (or from the same: no rule was there yet when they began)."""
 
-    Their replies come from none of the ports to which the portal leads now; or from the portal itself, as no
-    rule was there yet when they began. *listing* is what ``conntrack -L -p udp`` prints: a flow's own addresses,
-    then those of its replies.
+    asked: Address
+    answering: Address
+
+
+def stale_flows(listing: str, changed: Mapping[Portal, Answering]) -> set[StaleFlows]:
+    """Return which flows in *listing* to the portals in *changed* do not go where these lead now.
+
+    *listing* is what ``conntrack -L -p udp`` prints: a flow's own addresses, then those of its replies.
     """
-    by_ip = {(portal.ip, portal.port): ports for portal, ports in changed.items() if not portal.is_node_port}
-    by_port = {(portal.family, portal.port): ports for portal, ports in changed.items() if portal.is_node_port}
+    by_ip = {(portal.ip, portal.port): wanted for portal, wanted in changed.items() if not portal.is_node_port}
+    by_port = {(portal.family, portal.port): wanted for portal, wanted in changed.items() if portal.is_node_port}
     stale = set()
     for line in listing.splitlines():
         words = [word.partition("=") for word in line.split()]
@@ -59,20 +69,22 @@ def stale_portals(listing: str, changed: Mapping[Portal, Set[int]]) -> set[tuple
             continue
         asked, answering = (values[1], int(values[3])), (values[4], int(values[6]))
         wanted = by_ip.get(asked, by_port.get((family_of(asked[0]), asked[1])))
-        if wanted is not None and (answering == asked or answering[1] not in wanted):
-            stale.add(asked)
+        if wanted is not None and (answering == asked or not {answering, (ANY_IP, answering[1])} & wanted):
+            stale.add(StaleFlows(asked, answering))
     return stale
 
 
-async def forget_udp_flows(changed: Mapping[Portal, Set[int]]) -> None:
-    """Delete the flows that still go where the portals in *changed* pointed before. Never raises: it warns."""
+async def forget_udp_flows(changed: Mapping[Portal, Answering]) -> None:
+    """Delete the flows to the portals in *changed* that do not go where these lead now. Never raises: it warns."""
     try:
         for family in sorted({portal.family for portal in changed}):
             listing = await run_tool("conntrack", "-L", "-p", "udp", "-f", f"ipv{family}")
-            for ip, port in stale_portals(listing, changed):
+            for (ip, port), (answering_ip, answering_port) in stale_flows(listing, changed):
+                there = ("-d", ip, "--dport", str(port))
+                back = ("--reply-src", answering_ip, "--reply-port-src", str(answering_port))
                 try:
-                    await run_tool("conntrack", "-D", "-p", "udp", "-f", f"ipv{family}", "-d", ip, "--dport", str(port))
-                    log.debug("forgot the UDP flows to %s port %d", ip, port)
+                    await run_tool("conntrack", "-D", "-p", "udp", "-f", f"ipv{family}", *there, *back)
+                    log.debug("forgot the UDP flows to %s port %d by way of %s", ip, port, answering_ip)
                 except SyncError as error:  # it also fails where the flows have just ended by themselves
                     log.debug("no UDP flow to %s port %d was forgotten: %s", ip, port, error)
     except SyncError as error:

@@ -134,7 +134,7 @@ def _redirects(redirects: Redirects, family: Family) -> Iterator[str]:
 def _arriving(redirects: Redirects) -> Iterator[str]:
     yield f"-A {CHAIN} {_NEW} -j {DROP}"
     if redirects.transparent:
-        # An answer to a client's own address; see nft.py.
+        # An answer to a client's own address; see answers.py.
         yield f"-A {CHAIN} -m socket --transparent -j MARK --set-xmark {TRANSPARENT_MARK:#x}/{TRANSPARENT_MARK:#x}"
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import Redirects
 from userspace_proxy.model.endpoint import Family
-from userspace_proxy.rules import iptables, network, nft
+from userspace_proxy.rules import answers, iptables, network, nft
 from userspace_proxy.rules.netlink import count_rules
 from userspace_proxy.rules.notices import RuleNotices
 from userspace_proxy.rules.tool import is_installed, run_tool
@@ -199,7 +199,7 @@ async def _bring_answers_here() -> None:
     """Have what backends answer to clients' own addresses delivered to this node."""
     await network.add_transparent_routes()
     try:
-        await run_tool("nft", "-f", "-", stdin=nft.bridge_table())
+        await run_tool("nft", "-f", "-", stdin=answers.bridge_table())
     except SyncError as error:  # a host without bridges can do without it
         log.warning("backends on a bridge cannot answer transparent clients beside them: %s", error)
 
@@ -208,14 +208,14 @@ async def _let_answers_pass() -> None:
     await network.remove_transparent_routes()
     if is_installed("nft"):
         try:
-            await run_tool("nft", "-f", "-", stdin=nft.bridge_removal())
+            await run_tool("nft", "-f", "-", stdin=answers.bridge_removal())
         except SyncError as error:
             log.debug("this kernel has no rules for bridges to remove: %s", error)
 
 
 def _is_bridge_table_intact(redirects: Redirects) -> bool:
     """Return whether it is as it should be; not there at all where this kernel refused it, which was said."""
-    return not redirects.transparent or count_rules(nft.BRIDGE_TABLE) in (0, nft.BRIDGE_RULES)
+    return not redirects.transparent or count_rules(answers.BRIDGE_TABLE) in (0, answers.BRIDGE_RULES)
 
 
 def _quiet(notices: RuleNotices | None) -> contextlib.AbstractContextManager[None]:

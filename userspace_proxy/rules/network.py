@@ -16,7 +16,7 @@ from typing import Any
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import OWN_MARK, TRANSPARENT_MARK
-from userspace_proxy.rules import nft
+from userspace_proxy.rules.answers import REPLY_RULE, bridge_table
 from userspace_proxy.rules.nft import LOCAL_ADDRESS4, LOCAL_ADDRESS6
 from userspace_proxy.rules.tool import is_installed, run_tool
 
@@ -141,7 +141,7 @@ async def transparent_obstacles(language: str) -> list[str]:
             "this kernel cannot tell packets for our sockets; load the module nft_socket",
             ("nft", "--check", "-f", "-"),
             "table inet userspace_proxy_check { chain c { "
-            f"type filter hook prerouting priority -150; {nft.REPLY_RULE}; }}; }}",
+            f"type filter hook prerouting priority -150; {REPLY_RULE}; }}; }}",
         )
     else:
         obstacles += await _refused(
@@ -154,7 +154,7 @@ async def transparent_obstacles(language: str) -> list[str]:
         obstacles += await _refused(
             "backends on a bridge cannot answer clients beside them; nft and its rules for bridges are needed",
             ("nft", "--check", "-f", "-"),
-            nft.bridge_table(),
+            bridge_table(),
         )
     if on := _interfaces_that_validate_marks():
         obstacles.append(f"answers are taken for forged; set net.ipv4.conf.*.src_valid_mark to 0 for {', '.join(on)}")

@@ -12,14 +12,14 @@ import hashlib
 import ipaddress
 from collections.abc import Iterable, Iterator, Mapping
 
-from userspace_proxy.interfaces import DROPPED, OWN_MARK, TRANSPARENT_MARK, Capture, PodDetector, Redirects
+from userspace_proxy.interfaces import DROPPED, OWN_MARK, Capture, PodDetector, Redirects
 from userspace_proxy.model.endpoint import FAMILIES, Family, family_of
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.routes import Sender
 from userspace_proxy.model.service import Portal
+from userspace_proxy.rules.answers import REPLY_RULE
 
 TABLE = "inet userspace_proxy"
-BRIDGE_TABLE = "bridge userspace_proxy"
 # The private addresses on ``lo`` for Capture.ADDRESS.
 LOCAL_ADDRESS4 = "169.254.77.7"
 LOCAL_ADDRESS6 = "fd00:77::7"
@@ -79,67 +79,6 @@ def rules_in(redirects: Redirects) -> int:
 def removal() -> str:
     """Return the script that removes our table; it succeeds where there is none."""
     return f"table {TABLE}\ndelete table {TABLE}\n"
-
-
-# ---- answers to a client's own address
-
-# It comes to a socket of ours, which is bound to that address: the mark leads it to the table of local routes.
-REPLY_RULE = f"meta l4proto {{ tcp, udp }} socket transparent 1 meta mark set meta mark | {TRANSPARENT_MARK:#x} accept"
-_OWN_AND_TRANSPARENT = OWN_MARK | TRANSPARENT_MARK
-_FLOW_S = 600  # longer than the data plane's keepalive lets a connection be silent
-_FLOWS_MAX = 262_144
-BRIDGE_RULES = 4
-
-
-def bridge_table() -> str:
-    """Return the script that brings answers up to us that a bridge would carry straight to a client on it.
-
-    What we send notes the flow and the bridge's own address; what comes back on such a flow is sent to that address.
-    No other frame is touched: what the two send each other directly stays on the bridge. Loaded again, it keeps the
-    flows that it knows. (nft 1.0.6 cannot note an address behind a concatenated key, hence a set and a map.)
-    """
-    sets, chains = "", {"output": "", "prerouting": ""}
-    size = f"flags dynamic,timeout; timeout {_FLOW_S}s; size {_FLOWS_MAX}"
-    for family, ip in _IP.items():
-        address = f"ipv{family}_addr"
-        key = f"{address} . inet_proto . inet_service . {address} . inet_service"
-        sets += f"\tset flows{family} {{\n\t\ttype {key}; {size}\n\t}}\n"
-        sets += f"\tmap bridges{family} {{\n\t\ttype {address} : ether_addr; {size}\n\t}}\n"
-        there = f"{ip} daddr . meta l4proto . th dport . {ip} saddr . th sport"
-        back = f"{ip} saddr . meta l4proto . th sport . {ip} daddr . th dport"
-        chains["output"] += (
-            f"\t\tmeta mark & {_OWN_AND_TRANSPARENT:#x} == {_OWN_AND_TRANSPARENT:#x} meta l4proto {{ tcp, udp }} "
-            f"update @flows{family} {{ {there} }} update @bridges{family} {{ {ip} daddr : ether saddr }}\n"
-        )
-        chains["prerouting"] += (
-            f"\t\t{back} @flows{family} ether daddr set {ip} saddr map @bridges{family} meta pkttype set host accept\n"
-        )
-    return f"""\
-table {BRIDGE_TABLE} {{
-{sets}\
-	chain output {{
-		type filter hook output priority 0; policy accept;
-	}}
-	chain prerouting {{
-		type filter hook prerouting priority -300; policy accept;
-	}}
-}}
-flush chain {BRIDGE_TABLE} output
-flush chain {BRIDGE_TABLE} prerouting
-table {BRIDGE_TABLE} {{
-	chain output {{
-{chains["output"]}\
-	}}
-	chain prerouting {{
-{chains["prerouting"]}\
-	}}
-}}
-"""
-
-
-def bridge_removal() -> str:
-    """Return the script that removes it; a script of its own, as not every kernel knows rules for bridges."""
-    return f"table {BRIDGE_TABLE}\ndelete table {BRIDGE_TABLE}\n"
 
 
 # ---- chains

@@ -33,11 +33,16 @@ class Allotted:
 
 
 def service_ports(
-    name: NamespacedName, service: api.Service, allotted: Allotted, source_ip: SourceIP = SourceIP.NODE
+    name: NamespacedName,
+    service: api.Service,
+    allotted: Allotted,
+    source_ip: SourceIP = SourceIP.NODE,
+    transparent_obstacle: str = "",
 ) -> tuple[dict[int, ServicePort], list[ConfigError]]:
     """Return the ports of a checked *service* by their index in ``spec.ports``, and what is wrong with the others.
 
     *source_ip* is this node's default, for Services whose annotation says nothing, or nothing that makes sense.
+    *transparent_obstacle*: why this node can carry no client's address to a backend; "" where it can.
     """
     spec = service.spec
     assert spec is not None
@@ -45,6 +50,9 @@ def service_ports(
     load_balancer_ips, problems = _load_balancer_ips(service)
     annotated, annotation_problems = stated_source_ip(service)
     problems += annotation_problems
+    if annotated is SourceIP.TRANSPARENT and transparent_obstacle:
+        problems.append(_not_here(transparent_obstacle))
+        annotated = None
     # The Service has no other families, whatever it lists (behaviours S5).
     families = set(map(family_of, allotted.cluster_ips))
     external_ips = tuple(ip for ip in _external_ips(spec) if family_of(ip) in families)
@@ -148,6 +156,10 @@ def stated_source_ip(service: api.Service) -> tuple[SourceIP | None, list[Config
     except ValueError:
         mend = f"write one of {', '.join(SourceIP)}; until then the node's default applies"
         return None, [ConfigError(f"{given!r} says no source IP", field=_SOURCE_IP_FIELD, mend=mend)]
+
+
+def _not_here(obstacle: str) -> ConfigError:
+    return ConfigError(f"clients' addresses cannot be kept on this node: {obstacle}", field=_SOURCE_IP_FIELD)
 
 
 def _no_header_of_udp(port: api.ServicePort) -> ConfigError:
