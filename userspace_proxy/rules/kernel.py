@@ -6,7 +6,6 @@ A Kernel compares with *what it holds*, so a load that was refused can simply be
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable
 
@@ -15,8 +14,9 @@ from userspace_proxy.interfaces import Redirects
 from userspace_proxy.model.endpoint import Family
 from userspace_proxy.rules import answers, iptables, network, nft
 from userspace_proxy.rules.netlink import count_rules
-from userspace_proxy.rules.notices import RuleNotices
+from userspace_proxy.rules.notices import RuleNotices, quiet
 from userspace_proxy.rules.tool import is_installed, run_tool
+from userspace_proxy.rules.xtables import families, is_legacy
 
 # How often iptables-legacy is looked at, which sends no notices.
 _POLL_S = 0.7
@@ -37,7 +37,7 @@ class NftKernel:
 
     async def load(self, redirects: Redirects) -> None:
         held, self._held = self._held, None  # unknown until the kernel has said yes
-        with _quiet(self._notices):
+        with quiet(self._notices):
             if redirects.transparent and (held is None or self._touched or not held.transparent):
                 await _bring_answers_here()
             if held is None or self._touched:
@@ -67,7 +67,7 @@ class NftKernel:
     async def remove(self) -> None:
         self._held = None
         if is_installed("nft"):
-            with _quiet(self._notices):
+            with quiet(self._notices):
                 await run_tool("nft", "-f", "-", stdin=nft.removal())
         await _let_answers_pass()
 
@@ -110,11 +110,11 @@ class IptablesKernel:
         if redirects == self._held:
             return
         held, self._held = self._held, None
-        with _quiet(self._notices):
+        with quiet(self._notices):
             if redirects.transparent:
                 await _bring_answers_here()
             done = await asyncio.gather(
-                *(self._load_family(redirects, family, prefix) for family, prefix in _families()),
+                *(self._load_family(redirects, family, prefix) for family, prefix in families()),
                 return_exceptions=True,
             )
             if not redirects.transparent and (held is None or held.transparent):
@@ -126,7 +126,7 @@ class IptablesKernel:
     async def _load_family(self, redirects: Redirects, family: Family, prefix: str) -> None:
         saved = await run_tool(f"{prefix}-save")
         script = iptables.restore(redirects, family, saved)
-        with _quiet(self._notices):
+        with quiet(self._notices):
             await run_tool(f"{prefix}-restore", "--noflush", "-w", "5", stdin=script)
         loaded = iptables.ours(await run_tool(f"{prefix}-save"))
         if len(loaded) != iptables.rules_in(script):
@@ -145,9 +145,9 @@ class IptablesKernel:
     async def remove(self) -> None:
         self._held = None
         self._loaded = {}
-        with _quiet(self._notices):
+        with quiet(self._notices):
             await _let_answers_pass()
-            for _, prefix in _families():
+            for _, prefix in families():
                 if not is_installed(f"{prefix}-save"):
                     continue
                 script = iptables.removal(await run_tool(f"{prefix}-save"))
@@ -155,13 +155,13 @@ class IptablesKernel:
                     await run_tool(f"{prefix}-restore", "--noflush", "-w", "5", stdin=script)
 
     async def is_intact(self) -> bool:
-        for family, prefix in _families():
+        for family, prefix in families():
             if iptables.ours(await run_tool(f"{prefix}-save")) != self._loaded.get(family):
                 return False
         return True
 
     async def watch(self, on_change: Callable[[], None]) -> None:
-        if await _is_legacy():
+        if await is_legacy():
             self._poll = asyncio.create_task(_call_every(_POLL_S, on_change), name="rules-poll")
         else:
             self._notices = RuleNotices({"mangle", "nat", "filter"}, on_change)
@@ -216,18 +216,6 @@ async def _let_answers_pass() -> None:
 def _is_bridge_table_intact(redirects: Redirects) -> bool:
     """Return whether it is as it should be; not there at all where this kernel refused it, which was said."""
     return not redirects.transparent or count_rules(answers.BRIDGE_TABLE) in (0, answers.BRIDGE_RULES)
-
-
-def _quiet(notices: RuleNotices | None) -> contextlib.AbstractContextManager[None]:
-    return notices.paused() if notices is not None else contextlib.nullcontext()
-
-
-def _families() -> list[tuple[Family, str]]:
-    return [(4, "iptables"), (6, "ip6tables")] if is_installed("ip6tables-save") else [(4, "iptables")]
-
-
-async def _is_legacy() -> bool:
-    return "nf_tables" not in await run_tool("iptables", "--version")
 
 
 async def _call_every(period_s: float, call: Callable[[], None]) -> None:

@@ -14,11 +14,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from userspace_proxy.interfaces import PodDetector
+from userspace_proxy.interfaces import PodDetector, Translation
 from userspace_proxy.model.endpoint import Endpoint, Family, family_of, join_address
-from userspace_proxy.model.names import ServicePortName
-from userspace_proxy.model.service import ServicePort
-from userspace_proxy.model.topology import Node, Reach
+from userspace_proxy.model.names import ListenerName, ServicePortName
+from userspace_proxy.model.service import Portal, internal_portals, node_portal
 
 
 class Chain(NamedTuple):
@@ -98,7 +97,6 @@ class Manner:
     """
 
     pods: PodDetector | None = None
-    masquerade_all: bool = False
     masquerade_bit: int = 14
     node_ports_on: tuple[str, ...] = ()
     localhost_node_ports: bool = True
@@ -177,11 +175,12 @@ def _own_address(cidr: str, says: str) -> str:
 # ---- what a service port needs
 
 
-def service_rules(service_port: ServicePort, there: Reach, family: Family, node: Node, how: Manner) -> Rules:
-    """Return the rules of *service_port* in *family*, whose endpoints are *there*; its own chains are among them."""
+def service_rules(translation: Translation, family: Family, how: Manner) -> Rules:
+    """Return what *translation* is in *family*: rules in `SHARED`, and chains of its own."""
     rules: dict[Chain, list[str]] = {}
-    for chain, rule in _Writer(service_port, there, family, node, how).rules():
-        rules.setdefault(chain, []).append(rule)
+    if family in translation.reaches:
+        for chain, rule in _Writer(translation, family, how).rules():
+            rules.setdefault(chain, []).append(rule)
     return {chain: tuple(lines) for chain, lines in rules.items()}
 
 
@@ -192,19 +191,24 @@ class _Writer:
     table; what the NAT table has led elsewhere by then is not addressed to it any more.
     """
 
-    def __init__(self, service_port: ServicePort, there: Reach, family: Family, node: Node, how: Manner) -> None:
-        self._sp = service_port
-        self._there = there
+    def __init__(self, translation: Translation, family: Family, how: Manner) -> None:
+        self._sp = translation.service_port
+        self._there = translation.reaches[family]
+        self._allowed = translation.allowed
         self._family: Family = family
-        self._node = node
         self._how = how
-        self._name = str(service_port.name)
-        self._protocol = service_port.name.protocol.lower()
-        own = chain_hash(service_port.name)
+        self._name = str(self._sp.name)
+        self._protocol = self._sp.name.protocol.lower()
+        own = chain_hash(self._sp.name)
         self._svc, self._svl, self._ext, self._fw = (Chain("nat", f"{p}{own}") for p in OWN_PREFIXES[:4])
-        self._internal = self._svl if service_port.internal_local else self._svc
-        self._serves_inside = bool(there.local) if service_port.internal_local else there.has_any
-        self._serves_outside = bool(there.local) if service_port.external_local else there.has_any
+        self._internal = self._svl if self._sp.internal_local else self._svc
+        self._serves_inside = bool(self._there.local) if self._sp.internal_local else self._there.has_any
+        self._serves_outside = bool(self._there.local) if self._sp.external_local else self._there.has_any
+        self._portals = {route.portal for route in translation.routes}  # those that no other service port has
+        inside = set(internal_portals(self._sp))
+        self._masquerades_all = not any(
+            isinstance(to, ListenerName) and to.transparent for portal, _, to in translation.routes if portal in inside
+        )
 
     def rules(self) -> Iterator[tuple[Chain, str]]:
         yield from self._inside()
@@ -213,7 +217,7 @@ class _Writer:
             yield HEALTH_CHECKS, f"-p tcp {self._says(' health check node port')} -m tcp --dport {port} -j ACCEPT"
         there = self._there
         if there.has_any and self._sp.is_externally_accessible:
-            yield from self._from_outside()
+            yield from self._by_sender()
         for chain, endpoints in ((self._svc, there.cluster), (self._svl, there.local)):
             yield from self._choice(chain, endpoints)
         for endpoint in dict.fromkeys((*there.cluster, *there.local)):
@@ -221,52 +225,59 @@ class _Writer:
 
     def _inside(self) -> Iterator[tuple[Chain, str]]:
         """Where cluster IPs lead; whose address is replaced."""
-        pods = self._how.pods
-        for ip in self._own(self._sp.cluster_ips):
+        for ip in self._mine(self._sp.cluster_ips):
             if not self._serves_inside:
-                yield REFUSED_INSIDE, self._refusal(self._at(ip, self._sp.port, self._why_not()))
+                yield REFUSED_INSIDE, self._refusal(self._at(ip, self._why_not()))
                 continue
-            here = self._at(ip, self._sp.port, self._says(" cluster IP"))
+            here = self._at(ip, self._says(" cluster IP"))
             yield SERVICES, f"{here} -j {self._internal.name}"
-            if self._how.masquerade_all:
+            pods = self._how.pods
+            if self._masquerades_all:
                 yield self._internal, f"{here} -j {MARK_MASQ.name}"
             elif pods is not None and pods.interface:
-                others = self._at(ip, self._sp.port, self._says(" cluster IP"), f"! {_in_by(pods)}")
+                others = self._at(ip, self._says(" cluster IP"), f"! {_in_by(pods)}")
                 yield self._internal, f"{others} -j {MARK_MASQ.name}"
             elif cidrs := self._pod_cidrs():
                 yield from ((self._internal, rule) for rule in _unless_from(cidrs, here, self._how.mark))
 
     def _outside(self) -> Iterator[tuple[Chain, str]]:
         """Where other addresses lead."""
-        sp, has_any = self._sp, self._there.has_any
-        ranges = self._ranges()
-        for ip in self._own(sp.external_ips):
+        has_any = self._there.has_any
+        for ip in self._mine(self._sp.external_ips):
             if has_any:
-                yield SERVICES, f"{self._at(ip, sp.port, self._says(' external IP'))} -j {self._ext.name}"
+                yield SERVICES, f"{self._at(ip, self._says(' external IP'))} -j {self._ext.name}"
             if not self._serves_outside:
-                yield REFUSED_OUTSIDE, self._refusal(self._at(ip, sp.port, self._why_not()))
-        for ip in self._own(sp.load_balancer_ips):
+                yield REFUSED_OUTSIDE, self._refusal(self._at(ip, self._why_not()))
+        allowed: dict[str, None] = {}
+        for ip in self._mine(self._sp.load_balancer_ips):
+            ranges = self._ranges(ip)
+            allowed |= dict.fromkeys(ranges)
             if has_any:
                 to = self._fw if ranges else self._ext
-                yield SERVICES, f"{self._at(ip, sp.port, self._says(' loadbalancer IP'))} -j {to.name}"
+                yield SERVICES, f"{self._at(ip, self._says(' loadbalancer IP'))} -j {to.name}"
             if has_any and ranges:
                 says = self._says(f" traffic not accepted by {self._fw.name}")
-                yield FIREWALL, f"{self._at(ip, sp.port, says)} -j DROP"
+                yield FIREWALL, f"{self._at(ip, says)} -j DROP"
             if not self._serves_outside:
-                yield REFUSED_OUTSIDE, self._refusal(self._at(ip, sp.port, self._why_not()))
-        if has_any and ranges and self._own(sp.load_balancer_ips):
-            for source in ranges:
+                yield REFUSED_OUTSIDE, self._refusal(self._at(ip, self._why_not()))
+        if has_any and allowed:
+            for source in allowed:
                 yield self._fw, f"-s {source} {self._says(' loadbalancer IP')} -j {self._ext.name}"
             yield self._fw, f'-m comment --comment "other traffic to {self._name} will be dropped by {FIREWALL.name}"'
-        if sp.node_port and self._own(sp.cluster_ips):
-            to_port = f"-m {self._protocol} --dport {sp.node_port}"
-            if has_any:
-                yield NODE_PORTS, f"-p {self._protocol} {self._says()} {to_port} -j {self._ext.name}"
-            if not self._serves_outside:
-                here = f"-p {self._protocol} {self._why_not()} -m addrtype --dst-type LOCAL {to_port}"
-                yield REFUSED_OUTSIDE, self._refusal(here)
+        yield from self._node_port()
 
-    def _from_outside(self) -> Iterator[tuple[Chain, str]]:
+    def _node_port(self) -> Iterator[tuple[Chain, str]]:
+        port = self._sp.node_port
+        if node_portal(self._family, port, self._sp.name.protocol) not in self._portals:
+            return
+        to_port = f"-m {self._protocol} --dport {port}"
+        if self._there.has_any:
+            yield NODE_PORTS, f"-p {self._protocol} {self._says()} {to_port} -j {self._ext.name}"
+        if not self._serves_outside:
+            here = f"-p {self._protocol} {self._why_not()} -m addrtype --dst-type LOCAL {to_port}"
+            yield REFUSED_OUTSIDE, self._refusal(here)
+
+    def _by_sender(self) -> Iterator[tuple[Chain, str]]:
         """The chain in which those who dialled another address are told apart."""
 
         def says(what: str) -> str:
@@ -308,22 +319,19 @@ class _Writer:
 
     # ---- parts of rules
 
-    def _own(self, ips: Iterable[str]) -> list[str]:
-        return [ip for ip in ips if family_of(ip) == self._family]
+    def _mine(self, ips: Iterable[str]) -> Iterator[str]:
+        """Yield those of *ips* of this family that are this service port's, whoever else names them."""
+        port, protocol = self._sp.port, self._sp.name.protocol
+        return (ip for ip in ips if family_of(ip) == self._family and Portal(ip, port, protocol) in self._portals)
 
     def _pod_cidrs(self) -> list[str]:
-        return self._own(self._how.pods.cidrs) if self._how.pods is not None else []
+        pods = self._how.pods
+        return [cidr for cidr in pods.cidrs if family_of(cidr) == self._family] if pods is not None else []
 
-    def _ranges(self) -> list[str]:
-        """Return who may dial load balancer IPs, nobody in particular for all (behaviours P4)."""
-        ranges = self._own(self._sp.source_ranges)
-        if any(text.endswith("/0") for text in ranges):
-            return []
-        networks = [ipaddress.ip_network(text) for text in ranges]
-        if any(ipaddress.ip_address(ip) in network for ip in self._node.addresses for network in networks):
-            # The sender's address may be the balancer's own, where that is one of this node's.
-            ranges += map(_host, self._own(self._sp.load_balancer_ips))
-        return ranges
+    def _ranges(self, ip: str) -> tuple[str, ...]:
+        """Return who may dial the load balancer IP *ip*, nobody in particular for all."""
+        ranges = self._allowed.get(Portal(ip, self._sp.port, self._sp.name.protocol), ())
+        return () if any(cidr.endswith("/0") for cidr in ranges) else ranges
 
     def _sep(self, endpoint: Endpoint) -> Chain:
         return Chain("nat", f"{OWN_PREFIXES[4]}{chain_hash(self._sp.name, endpoint)}")
@@ -341,9 +349,9 @@ class _Writer:
     def _why_not(self) -> str:
         return self._says(" has no local endpoints" if self._there.has_any else " has no endpoints")
 
-    def _at(self, ip: str, port: int, says: str, interface: str = "") -> str:
+    def _at(self, ip: str, says: str, interface: str = "") -> str:
         by = f" {interface}" if interface else ""
-        return f"-d {_host(ip)}{by} -p {self._protocol} {says} -m {self._protocol} --dport {port}"
+        return f"-d {_host(ip)}{by} -p {self._protocol} {says} -m {self._protocol} --dport {self._sp.port}"
 
     def _refusal(self, match: str) -> str:
         if self._there.has_any:

@@ -7,10 +7,11 @@ else has (`MARK`); it says what was there before it. Tables without it are never
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.rules.kube_chains import (
     FIREWALL,
     JUMPS,
@@ -130,7 +131,7 @@ class Tables:
     """All that is wanted of one family: by whom a rule is wanted, and what."""
 
     node: Rules
-    services: Mapping[object, Rules] = field(default_factory=dict)
+    services: Mapping[ServicePortName, Rules] = field(default_factory=dict)
 
     def chains(self) -> dict[Chain, tuple[str, ...]]:
         """Return all of it; the node's rules are the last of a chain."""
@@ -141,18 +142,20 @@ class Tables:
         return {chain: tuple(lines) for chain, lines in gathered.items()}
 
 
-def whole(wanted: Tables, saved: Saved, chains_at_once: int | None = None) -> str:
-    """Return the input that makes our chains those of *wanted*, whatever of ours is in *saved*.
+def whole(wanted: Tables, saved: Saved, chains_at_once: int | None = None, notes: Iterable[str] = ()) -> str:
+    """Return the input that makes our chains those of *wanted*, whatever of ours is in *saved*; "" where that is so.
 
-    What is as it should be is left alone. With *chains_at_once* the chains of service ports come in transactions of
-    about as many, before those that lead to them: iptables on nf_tables takes a time that grows with the square of
-    what is in one.
+    *notes* are written beside our mark in the filter table. What is as it should be is left alone. With
+    *chains_at_once* the chains of service ports come in transactions of so many, before those that lead to them:
+    iptables on nf_tables takes a time that grows with the square of what is in one.
     """
     chains = wanted.chains()
     text = ""
     for table in TABLES:
         marked = is_marked(saved, table)
-        first = [] if marked else [f":{MARK} - [0:0]", *_notes(saved, table)]
+        first = [] if marked else [f":{MARK} - [0:0]"]
+        said = [*(() if marked else map(str, _find(saved, table))), *(notes if table == "filter" else ())]
+        first += (f"-A {MARK} {rule}" for rule in map(_noted, said) if rule not in saved.get(Chain(table, MARK), ()))
         stale = [c for c in saved if marked and c.table == table and is_ours(c) and c not in chains and c.name != MARK]
         anew = [c for c in chains if c.table == table and not (marked and saved.get(c) == chains[c])]
         own = sorted((c for c in anew if c not in _SHARED), key=_depth)
@@ -160,7 +163,7 @@ def whole(wanted: Tables, saved: Saved, chains_at_once: int | None = None) -> st
         if len(parts) > 1:
             # The end of all ways stands before those that lead there.
             text += _block(table, [*first, *_written([c for c in anew if c == MARK_MASQ], chains)])
-            text += "".join(_block(table, _written(part, chains)) for part in parts[:-1])
+            text += "".join(_block(table, [*_written(part, chains)]) for part in parts[:-1])
             first, parts = [], parts[-1:]
         last = [*(c for c in anew if c in _SHARED), *itertools.chain(*parts)]
         lines = [*first, *(f":{c.name} - [0:0]" for c in stale), *_written(last, chains), *_jumps_to_make(saved, table)]
@@ -168,9 +171,25 @@ def whole(wanted: Tables, saved: Saved, chains_at_once: int | None = None) -> st
     return text
 
 
+def is_loaded(wanted: Tables, saved: Saved) -> bool:
+    """Return whether all of *wanted* is in *saved*, and nothing else of ours; rules of services may be in any order."""
+    chains = wanted.chains()
+    for chain, rules in chains.items():
+        there = saved.get(chain)
+        if there is None or (
+            there != rules and not (chain in _SHARED and _is_same(there, rules, wanted.node.get(chain, ())))
+        ):
+            return False
+    return not any(_jumps_to_make(saved, table) or not is_marked(saved, table) for table in TABLES)
+
+
+def _is_same(there: tuple[str, ...], rules: tuple[str, ...], last: tuple[str, ...]) -> bool:
+    return sorted(there) == sorted(rules) and there[len(there) - len(last) :] == last
+
+
 def _depth(chain: Chain) -> int:
     """Return a number that is smaller than that of the chains from which rules lead to *chain*."""
-    return next(n for n, prefix in enumerate(_INWARDS) if chain.name.startswith(prefix))
+    return next((n for n, prefix in enumerate(_INWARDS) if chain.name.startswith(prefix)), 0)
 
 
 def _parts(chains: list[Chain], most: int) -> Iterator[list[Chain]]:
@@ -183,8 +202,11 @@ def _written(chains: Collection[Chain], rules: Rules) -> Iterator[str]:
     yield from (f"-A {chain.name} {rule}" for chain in chains for rule in rules[chain])
 
 
-def change(before: Tables, after: Tables) -> str:
-    """Return the input that makes *before*, which is loaded, *after*; "" where there is nothing to do."""
+def change(before: Tables, after: Tables, names: Iterable[ServicePortName]) -> str:
+    """Return the input that makes *before*, which is loaded, *after*; "" where there is nothing to do.
+
+    Only service ports in *names* differ, and perhaps the node.
+    """
     lines: dict[str, tuple[list[str], list[str]]] = {table: ([], []) for table in TABLES}
 
     def rewrite(chain: Chain, rules: Iterable[str]) -> None:
@@ -195,7 +217,7 @@ def change(before: Tables, after: Tables) -> str:
     gone: list[Chain] = []
     removed: dict[Chain, list[str]] = {}
     added: dict[Chain, list[str]] = {}
-    for chain, old, new in _differences(before, after):
+    for chain, old, new in _differences(before, after, names):
         if chain in _SHARED:
             removed.setdefault(chain, []).extend(rule for rule in old if rule not in new)
             added.setdefault(chain, []).extend(rule for rule in new if rule not in old)
@@ -214,39 +236,46 @@ def change(before: Tables, after: Tables) -> str:
         made.extend(f"-I {chain.name} {rule}" for rule in added[chain])
     for chain in gone:
         lines[chain.table][1].append(f"-X {chain.name}")
-    return "".join(_block(table, [*flushed, *made]) for table, (flushed, made) in lines.items() if flushed or made)
+    return "".join(_block(table, [*flushed, *made]) for table, (flushed, made) in lines.items())
 
 
-def _differences(before: Tables, after: Tables) -> Iterator[tuple[Chain, tuple[str, ...], tuple[str, ...]]]:
+def _differences(
+    before: Tables, after: Tables, names: Iterable[ServicePortName]
+) -> Iterator[tuple[Chain, tuple[str, ...], tuple[str, ...]]]:
     """Yield what one service port wanted of a chain, and what it wants, where that is not the same."""
     nothing: Rules = {}
-    for key in itertools.chain(after.services, (key for key in before.services if key not in after.services)):
-        old, new = before.services.get(key, nothing), after.services.get(key, nothing)
-        if old is not new:
-            for chain in dict.fromkeys((*old, *new)):
-                if old.get(chain) != new.get(chain):
-                    yield chain, old.get(chain, ()), new.get(chain, ())
+    for name in names:
+        old, new = before.services.get(name, nothing), after.services.get(name, nothing)
+        for chain in dict.fromkeys((*old, *new)):
+            if old.get(chain) != new.get(chain):
+                yield chain, old.get(chain, ()), new.get(chain, ())
 
 
-def _jumps_to_make(saved: Saved, table: str) -> Iterator[str]:
-    """Yield what puts our jumps where they belong; one that is there stays where it is, as kube-proxy does."""
-    for jump in JUMPS:
-        if jump.chain.table == table:
-            there = saved.get(Chain(table, jump.source), ())
-            if jump.rule not in there:
-                yield f"-I {jump.source} {jump.rule}"
+def _jumps_to_make(saved: Saved, table: str) -> list[str]:
+    """Return what puts our jumps where they belong; one that is there stays where it is, as kube-proxy does."""
+    jumps = [jump for jump in JUMPS if jump.chain.table == table]
+    return [f"-I {j.source} {j.rule}" for j in jumps if j.rule not in saved.get(Chain(table, j.source), ())]
 
 
 # ---- what was there before
 
 
-def _notes(saved: Saved, table: str) -> Iterator[str]:
-    """Yield the rules of our mark: what is in *saved* that is not ours, though it has such a name."""
+def _noted(text: str) -> str:
+    """Return the rule beside our mark that says *text*."""
+    return f'-m comment --comment "{text}"'
+
+
+def is_noted(text: str, saved: Saved) -> bool:
+    """Return whether *text* was one of the notes that were loaded."""
+    return any(_noted(text) in saved.get(Chain(table, MARK), ()) for table in TABLES)
+
+
+def _find(saved: Saved, table: str) -> Iterator[Found]:
+    """Yield what is in *saved* that is not ours, though it has such a name."""
     for chain in SHARED:
         if chain.table == table and chain in saved:
             is_empty = not saved[chain] or _is_leftover(chain, saved)
-            found = Found(chain.name, is_empty, bool(_referrers(chain, saved)))
-            yield f'-A {MARK} -m comment --comment "{found}"'
+            yield Found(chain.name, is_empty, bool(_referrers(chain, saved)))
 
 
 def _found(saved: Saved, table: str) -> dict[str, Found]:
@@ -254,14 +283,16 @@ def _found(saved: Saved, table: str) -> dict[str, Found]:
     found = {}
     for rule in saved.get(Chain(table, MARK), ()):
         name, _, said = rule.partition('"')[2].partition(" ")
-        found[name] = Found(name, ", empty," in said, not said.endswith('not led to"'))
+        if said.startswith("was here before"):
+            found[name] = Found(name, ", empty," in said, not said.endswith('not led to"'))
     return found
 
 
-def removal(saved: Saved) -> str:
+def removal(saved: Saved, chains_at_once: int | None = None) -> str:
     """Return the input that takes away all that is ours in *saved*; "" where nothing is.
 
     What was there before us stays as it was then; and so does, with its rules, what somebody else leads to by now.
+    *chains_at_once* as in `whole`.
     """
     text = ""
     for table in TABLES:
@@ -271,15 +302,21 @@ def removal(saved: Saved) -> str:
         mine = [chain for chain in saved if chain.table == table and is_ours(chain)]
         kept = {c for c in mine if c.name in found} | set(_used_by_others(mine, saved))
         as_is = {c for c in kept & {MARK_MASQ, POSTROUTING} if c.name not in found or not found[c.name].empty}
-        lines = [f":{chain.name} - [0:0]" for chain in mine if chain not in as_is]
+        shared = [chain for chain in mine if chain in _SHARED]
+        lines = [f":{chain.name} - [0:0]" for chain in shared if chain not in as_is and chain != MARK_MASQ]
         for source, rules in saved.items():
             if source.table == table and not is_ours(source):
                 for rule in rules:
                     was = found.get(_target(rule))
                     if is_ours(source, rule) and not (was is not None and was.jumped):
                         lines.append(f"-D {source.name} {rule}")
-        lines += (f"-X {chain.name}" for chain in mine if chain not in kept)
         text += _block(table, lines)
+        own = sorted((c for c in mine if c not in _SHARED and c.name != MARK), key=_depth, reverse=True)
+        for part in _parts(own, chains_at_once or len(own) or 1):
+            text += _block(table, [*(f":{c.name} - [0:0]" for c in part), *(f"-X {c.name}" for c in part)])
+        last = [c for c in (*shared, Chain(table, MARK)) if c not in kept]
+        flushed = [c for c in (MARK_MASQ, Chain(table, MARK)) if c in mine and c not in as_is]
+        text += _block(table, [*(f":{c.name} - [0:0]" for c in flushed), *(f"-X {chain.name}" for chain in last)])
     return text
 
 
@@ -295,5 +332,6 @@ def _used_by_others(mine: Collection[Chain], saved: Saved) -> Iterator[Chain]:
                 yield chain
 
 
-def _block(table: str, lines: Iterable[str]) -> str:
-    return "".join(f"{line}\n" for line in (f"*{table}", *lines, "COMMIT"))
+def _block(table: str, lines: Sequence[str]) -> str:
+    """Return *lines* as a transaction; "" where there are none."""
+    return "".join(f"{line}\n" for line in (f"*{table}", *lines, "COMMIT")) if lines else ""
