@@ -36,7 +36,17 @@ from userspace_proxy.dataplane.sockets import BACKLOG, knows_congestion_control
 from userspace_proxy.dataplane.wire import WorkerSettings
 from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.instance import end_orphans, running_as, take_lock
-from userspace_proxy.interfaces import Capture, DataPlane, EventType, ObjectEvent, PodDetector, Source, WatchStats
+from userspace_proxy.interfaces import (
+    Capture,
+    DataPlane,
+    EventType,
+    Kernel,
+    KernelTables,
+    ObjectEvent,
+    PodDetector,
+    Source,
+    WatchStats,
+)
 from userspace_proxy.logs import AccessLog, recorder
 from userspace_proxy.model.endpoint import FAMILIES
 from userspace_proxy.model.service import SourceIP
@@ -49,11 +59,14 @@ from userspace_proxy.node_network import (
     watch_network,
     widen_queues,
 )
+from userspace_proxy.proxiers.kernel import KernelProxier
 from userspace_proxy.proxiers.plans import NodeRules, planned_redirects
 from userspace_proxy.proxiers.proxy_ports import ProxyPorts
 from userspace_proxy.proxiers.userspace import UserspaceProxier
 from userspace_proxy.rules import iptables, network, nft
 from userspace_proxy.rules.kernel import KERNELS, choose_language
+from userspace_proxy.rules.kube_chains import Manner
+from userspace_proxy.rules.kube_kernel import IptablesTables
 from userspace_proxy.rules.sysctls import KUBE_PROXY, ConntrackLimits
 from userspace_proxy.settings import DEFAULT_STATE_DIR, Settings
 from userspace_proxy.sources.events import EventRecorder, node_reference
@@ -61,6 +74,8 @@ from userspace_proxy.sources.files import FileSource, nothing_found, read_once
 from userspace_proxy.succession import Ending, Succession, children, reap, start_anew, was_left
 
 _CAP_NET_ADMIN = 12
+
+_KERNEL_MODES: dict[str, type[IptablesTables]] = {"iptables": IptablesTables}
 
 _Number = TypeVar("_Number", int, float)
 
@@ -107,10 +122,10 @@ class App:
         succession.heed_signals()
         async with contextlib.AsyncExitStack() as stack:
             try:
-                language = choose_language(settings.rules)
+                tables = await _kernel_tables(settings)
+                language = "" if tables is not None else choose_language(settings.rules)
             except SyncError as error:
                 raise StartError(str(error)) from None
-            kernel = KERNELS[language]()
             source, sources, events = await _open_source(settings, stack)
             node = node_reference(settings.node_name)
             state_dir = _open_state_dir(settings.state_dir)
@@ -130,15 +145,24 @@ class App:
             known_ports = {spec.name.key: spec.proxy_port for spec in inherited}
             ports = ProxyPorts(*settings.proxy_port_range, {**memory.proxy_ports, **known_ports})
             here = Node(settings.node_name, addresses=await network.host_addresses())
-            obstacle = "; ".join(await network.transparent_obstacles(language))
+            obstacle = "; ".join(await network.transparent_obstacles(language)) if tables is None else ""
             if obstacle and settings.source_ip is SourceIP.TRANSPARENT:
                 raise StartError(f"--source-ip transparent: clients' addresses cannot be kept on this node: {obstacle}")
             tracker = Tracker(allotting, settings.service_proxy_name, here, settings.source_ip, obstacle)
 
             succession.cut = plane.cut
-            rules = _node_rules(settings, await first_capture(settings.capture))
-            proxier = UserspaceProxier(plane, kernel, ports, rules)
-            proxier.adopt(inherited)
+            proxier: UserspaceProxier | KernelProxier
+            if tables is None:
+                rules = _node_rules(settings, await first_capture(settings.capture))
+                proxier = UserspaceProxier(plane, KERNELS[language](), ports, rules)
+                proxier.adopt(inherited)
+            else:
+                proxier = KernelProxier(
+                    tables,
+                    _node_rules(settings, Capture.REDIRECT),
+                    masquerade_all=settings.masquerade_all,
+                    service_cidrs=tuple(map(str, settings.service_cluster_ip_ranges)),
+                )
 
             def is_serving() -> bool:
                 """Whether load balancers may count on this node; who hands over says so to the last."""
@@ -207,7 +231,7 @@ class App:
                 )
                 return exposition.render(await plane.stats(), stats, source.watches, settings.degraded_after_s, syncs)
 
-            admin = AdminServer(health, metrics, "userspace", settings.degraded_status)
+            admin = AdminServer(health, metrics, settings.proxy_mode, settings.degraded_status)
             stack.push_async_callback(admin.close)
             try:
                 await admin.start(settings.healthz_bind_address, settings.metrics_bind_address)
@@ -217,13 +241,16 @@ class App:
                         group.create_task(events.run(), name="events"),
                         group.create_task(proxier.keep_rules(), name="keep-rules"),
                         group.create_task(saver.run(), name="saver"),
-                        group.create_task(watch_network(settings.capture, proxier), name="watch-network"),
                         group.create_task(
-                            _settle_in(controller, language, None if is_tuned else tune), name="settle-in"
+                            _settle_in(controller, settings.proxy_mode, language, None if is_tuned else tune),
+                            name="settle-in",
                         ),
                         group.create_task(succession.note_ready(controller.ready, plane), name="note-ready"),
                         group.create_task(reap(left), name="reap"),
                     ]
+                    if isinstance(proxier, UserspaceProxier):
+                        watching = watch_network(settings.capture, proxier)
+                        tasks.append(group.create_task(watching, name="watch-network"))
                     events.normal(node, "Starting", f"userspace-proxy {__version__}")
                     await succession.stop.wait()
                     for task in tasks:
@@ -243,6 +270,25 @@ class App:
         log.info("stopped")
 
 
+async def _kernel_tables(settings: Settings) -> KernelTables | None:
+    """Return what holds the rules of the kernel mode that is asked for; None in userspace mode.
+
+    Raises:
+        SyncError: this node cannot have it.
+    """
+    if settings.proxy_mode == "iptables":
+        tables = IptablesTables(
+            Manner(
+                masquerade_bit=settings.masquerade_bit,
+                localhost_node_ports=settings.localhost_nodeports,
+                drops_invalid=not settings.conntrack_tcp_be_liberal,
+            )
+        )
+        await tables.prepare()
+        return tables
+    return None
+
+
 def _make_plane(settings: Settings, stack: contextlib.AsyncExitStack) -> DataPlane:
     """Return the data plane: in a worker process, or with ``--workers 0`` in this one."""
     try:
@@ -250,7 +296,7 @@ def _make_plane(settings: Settings, stack: contextlib.AsyncExitStack) -> DataPla
     except OSError as error:
         reason = "its folder does not exist" if isinstance(error, FileNotFoundError) else error.strerror
         raise StartError(f"--access-log {settings.access_log}: {reason}") from None
-    if settings.workers == 0:
+    if settings.workers == 0 or settings.proxy_mode in _KERNEL_MODES:
         if access_log is not None:
             stack.callback(access_log.close)
         return LocalPlane(_limits(settings), recorder(access_log, verbose=settings.verbose), splice=settings.splice)
@@ -355,7 +401,7 @@ class _Saver:
             await asyncio.to_thread(self._state_dir.save, self._take())
 
 
-async def _settle_in(controller: Controller, language: str, tune: Callable[[], object] | None) -> None:
+async def _settle_in(controller: Controller, mode: str, language: str, tune: Callable[[], object] | None) -> None:
     """What is worth doing once, after the first sync; *tune* where that is still to be done."""
     await controller.attempted.wait()
     # What is there now stays for long: the collector need not walk over it again and again.
@@ -364,10 +410,13 @@ async def _settle_in(controller: Controller, language: str, tune: Callable[[], o
     await controller.ready.wait()
     if tune is not None:
         tune()  # the rules have loaded conntrack
-    for other, make in KERNELS.items():
-        if other != language:
-            with contextlib.suppress(SyncError):
-                await make().remove()
+    left_behind: list[Kernel | KernelTables] = [make() for other, make in KERNELS.items() if other != language]
+    left_behind += [make() for other, make in _KERNEL_MODES.items() if other != mode]
+    for rules in left_behind:
+        with contextlib.suppress(SyncError):
+            await rules.remove()
+    if mode in _KERNEL_MODES:
+        return
     with contextlib.suppress(SyncError, ValueError):
         for found in await network.find_blocking_firewall():
             log.warning("a firewall on this node drops redirected traffic: %s", found)
@@ -419,7 +468,7 @@ async def cleanup() -> None:
     _require_net_admin()
     if (present := await end_orphans()) is not None:
         raise StartError(f"userspace-proxy{running_as(present)} is running; stop it, it takes its rules away itself")
-    for make in KERNELS.values():
+    for make in (*KERNELS.values(), *_KERNEL_MODES.values()):
         await make().remove()
     await network.remove_routes()
     await network.remove_local_addresses()

@@ -197,7 +197,32 @@ _STATE_DIR = click.option(
 )
 
 _PROXY_MODE = click.option(
-    "--proxy-mode", type=click.Choice(["userspace"]), default="userspace", show_default=True, help="The mode."
+    "--proxy-mode",
+    type=click.Choice(["userspace", "iptables"]),
+    default=_DEFAULTS.proxy_mode,
+    show_default=True,
+    help="Through this process, or by the kernel: with the chains of kube-proxy's iptables mode.",
+)
+
+_KERNEL_MODES = _options(
+    click.option(
+        "--masquerade-all", is_flag=True, help="In kernel modes: endpoints see this node, whoever dials a cluster IP."
+    ),
+    click.option(
+        "--iptables-masquerade-bit",
+        "masquerade_bit",
+        type=click.IntRange(0, 31),
+        default=_DEFAULTS.masquerade_bit,
+        show_default=True,
+        help="In iptables mode: the bit of packet marks that says that the sender's address is to be replaced.",
+    ),
+    click.option(
+        "--iptables-localhost-nodeports/--no-iptables-localhost-nodeports",
+        "localhost_nodeports",
+        default=_DEFAULTS.localhost_nodeports,
+        show_default=True,
+        help="In iptables mode: serve node ports at 127.0.0.1, too.",
+    ),
 )
 
 _LOCAL_TRAFFIC = _options(
@@ -458,7 +483,6 @@ def _check(settings: Settings) -> None:
 
 def settings_from(configuration: Configuration | None, options: dict[str, Any]) -> Settings:
     """Return what the command line says, over what the file says, over the defaults."""
-    del options["proxy_mode"]  # there is one so far
     if configuration is not None and not (options["paths"] or options["kubeconfig"] or options["in_cluster"]):
         # As kube-proxy: a file is for a cluster, and without a kubeconfig for the one whose pod this is.
         options["kubeconfig"] = configuration.settings.get("kubeconfig")
@@ -556,6 +580,7 @@ def _count(number: int, thing: str) -> str:
 @commands.command()
 @_PATHS
 @_PROXY_MODE
+@_KERNEL_MODES
 @_RULES
 @_CAPTURE
 @_CLUSTER_IPS
@@ -563,7 +588,7 @@ def _count(number: int, thing: str) -> str:
 @_SOURCE_IP
 @_PROXY_PORTS
 @_STATE_DIR
-def render(paths: tuple[str, ...], proxy_mode: str, **options: Any) -> None:
+def render(paths: tuple[str, ...], **options: Any) -> None:
     """Print the rules that `run` would load for PATH..., and install nothing; exit 1 if anything is wrong there."""
     from userspace_proxy import app
     from userspace_proxy.logs import configure_logging

@@ -34,6 +34,14 @@ class Settings:
     degraded_after_s: float = 180.0
     degraded_status: int = 200
 
+    # How traffic gets to endpoints: "userspace" through this process, else by the kernel, with rules of that kind.
+    proxy_mode: str = "userspace"
+    # In kernel modes: who dials a cluster IP is seen by endpoints as this node, whoever he is.
+    masquerade_all: bool = False
+    # In iptables mode: the bit of packet marks that says "masquerade"; node ports at 127.0.0.1, too.
+    masquerade_bit: int = 14
+    localhost_nodeports: bool = True
+
     # Who is a pod of this node, and who is not. None of the addresses given: nobody can be told from another.
     detect_local_mode: str = "ClusterCIDR"
     cluster_cidrs: tuple[Network, ...] = ()
