@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from userspace_proxy.interfaces import PodDetector, Translation
 from userspace_proxy.model.endpoint import Endpoint, Family, family_of, join_address
-from userspace_proxy.model.names import ListenerName, ServicePortName
+from userspace_proxy.model.names import L4Protocol, ListenerName, ServicePortName
 from userspace_proxy.model.service import Portal, internal_portals, node_portal
 
 
@@ -356,7 +356,11 @@ class _Writer:
     def _refusal(self, match: str) -> str:
         if self._there.has_any:
             return f"{match} -j DROP"
-        return f"{match} -j REJECT --reject-with {'icmp' if self._family == 4 else 'icmp6'}-port-unreachable"
+        if self._family == 4:
+            return f"{match} -j REJECT --reject-with icmp-port-unreachable"
+        # Unlike kube-proxy: connect() believes an ICMPv6 message only at the second SYN, after a second.
+        is_tcp = self._sp.name.protocol is L4Protocol.TCP
+        return f"{match} -j REJECT --reject-with {'tcp-reset' if is_tcp else 'icmp6-port-unreachable'}"
 
 
 def _unless_from(cidrs: list[str], here: str, mark: str) -> Iterator[str]:
