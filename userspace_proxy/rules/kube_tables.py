@@ -68,23 +68,9 @@ def is_marked(saved: Saved, table: str) -> bool:
     return Chain(table, MARK) in saved
 
 
-def is_ours(chain: Chain, rule: str = "") -> bool:
-    """Return whether *chain* is one that we make, or *rule* in it leads to one; told by their names alone."""
-    if chain.name == MARK or chain in _SHARED or (chain.table == "nat" and chain.name.startswith(OWN_PREFIXES)):
-        return True
-    return Chain(chain.table, _target(rule)) in _SHARED
-
-
-def ours(saved: Saved) -> dict[Chain, tuple[str, ...]]:
-    """Return what of *saved* is ours, in tables with our mark: chains, and the rules that lead there from others."""
-    found = {}
-    for chain, rules in saved.items():
-        if is_marked(saved, chain.table):
-            if is_ours(chain):
-                found[chain] = rules
-            elif jumps := tuple(rule for rule in rules if is_ours(chain, rule)):
-                found[chain] = jumps
-    return found
+def is_ours(chain: Chain) -> bool:
+    """Return whether *chain* is one that we make; told by its name alone."""
+    return chain.name == MARK or chain in _SHARED or (chain.table == "nat" and chain.name.startswith(OWN_PREFIXES))
 
 
 def foreign(saved: Saved, wanted: Rules) -> str:
@@ -304,12 +290,11 @@ def removal(saved: Saved, chains_at_once: int | None = None) -> str:
         as_is = {c for c in kept & {MARK_MASQ, POSTROUTING} if c.name not in found or not found[c.name].empty}
         shared = [chain for chain in mine if chain in _SHARED]
         lines = [f":{chain.name} - [0:0]" for chain in shared if chain not in as_is and chain != MARK_MASQ]
-        for source, rules in saved.items():
-            if source.table == table and not is_ours(source):
-                for rule in rules:
-                    was = found.get(_target(rule))
-                    if is_ours(source, rule) and not (was is not None and was.jumped):
-                        lines.append(f"-D {source.name} {rule}")
+        for jump in JUMPS:
+            was = found.get(jump.chain.name)
+            if jump.chain.table == table and not (was is not None and was.jumped):
+                there = saved.get(Chain(table, jump.source), ())
+                lines += [f"-D {jump.source} {jump.rule}"] * there.count(jump.rule)
         text += _block(table, lines)
         own = sorted((c for c in mine if c not in _SHARED and c.name != MARK), key=_depth, reverse=True)
         for part in _parts(own, chains_at_once or len(own) or 1):
