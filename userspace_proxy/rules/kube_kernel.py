@@ -23,7 +23,7 @@ from userspace_proxy.rules.tool import is_installed
 _SAID_MAX = 1000
 # So many changes at once are loaded as all is.
 _CHANGED_MAX = 300
-_CHAINS_AT_ONCE = 1000
+_CHAINS_AT_ONCE = 500
 # How often iptables-legacy is looked at, which sends no notices; and how much of the time at most, as a look is long.
 _POLL_S, _POLL_SHARE = 0.7, 0.05
 _ROUTE_LOCALNET = sysctls.Sysctl(Path("/proc/sys/net/ipv4/conf/all/route_localnet"), 1)

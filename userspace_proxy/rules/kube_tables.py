@@ -31,7 +31,7 @@ _SHARED = frozenset(SHARED)
 # The chains of a service port, from where packets leave it to where they come in.
 _INWARDS = ("KUBE-SEP-", "KUBE-SVC-", "KUBE-SVL-", "KUBE-EXT-", "KUBE-FW-")
 # To delete a rule, iptables looks for it from the top; from so many on it is cheaper to write a chain anew.
-_DELETED_MAX = 20
+_DELETED_MAX = 100
 
 Saved = Mapping[Chain, tuple[str, ...]]
 """What iptables-save printed: the rules of every chain that there is, without ``-A CHAIN``."""
