@@ -35,7 +35,6 @@ from userspace_proxy.interfaces import (
     Capture,
     DataPlane,
     EventType,
-    Kernel,
     KernelTables,
     ObjectEvent,
     PodDetector,
@@ -44,6 +43,7 @@ from userspace_proxy.interfaces import (
 from userspace_proxy.kube_config import configz
 from userspace_proxy.logs import AccessLog, recorder
 from userspace_proxy.model.endpoint import FAMILIES
+from userspace_proxy.model.names import NamespacedName, ObjectReference
 from userspace_proxy.model.service import SourceIP
 from userspace_proxy.model.topology import Node
 from userspace_proxy.node_network import (
@@ -164,7 +164,21 @@ class App:
                 """Whether load balancers may count on this node; who hands over says so to the last."""
                 return controller.failing_since is None and succession.ending is not Ending.STOP
 
-            health_checks = ServiceHealthChecks(is_serving)
+            def warn_of(service: NamespacedName, reason: str, note: str) -> None:
+                events.warn(ObjectReference("Service", service), reason, note, is_logged=True)
+
+            def after_sync() -> None:
+                saver.save_soon()
+                for service, problem in tracker.problems.items():
+                    warn_of(service, "NotServedAsWritten", problem)
+                for name, why in proxier.unopened.items():
+                    warn_of(name.service_port.service, "NotServed", why)
+
+            health_checks = ServiceHealthChecks(
+                is_serving,
+                lambda service, why: warn_of(service, "FailedToStartServiceHealthcheck", why),
+                lambda: rules.node_port_ips(tracker.here),
+            )
             stack.push_async_callback(health_checks.close)
             health_checks.adopt(listeners + inheritance.health_checks)
             saver = _Saver(state_dir, allotting, ports)
@@ -173,7 +187,7 @@ class App:
                 tracker,
                 WithHealthChecks(WithRoutes(proxier, settings.service_cluster_ip_ranges), health_checks),
                 Pacer(loop.time, settings.min_sync_period_s, settings.sync_period_s),
-                after_sync=saver.save_soon,
+                after_sync=after_sync,
                 health_timeout_s=2 * settings.sync_period_s,  # as kube-proxy
             )
 
@@ -365,11 +379,15 @@ async def _settle_in(controller: Controller, mode: str, language: str, tune: Cal
     await controller.ready.wait()
     if tune is not None:
         tune()  # the rules have loaded conntrack
-    left_behind: list[Kernel | KernelTables] = [make() for other, make in KERNELS.items() if other != language]
-    left_behind += [make() for other, make in _KERNEL_MODES.items() if other != mode]
-    for rules in left_behind:
-        with contextlib.suppress(SyncError):
-            await rules.remove()
+    for other, make in KERNELS.items():
+        if other != language:
+            with contextlib.suppress(SyncError):
+                # What brings answers here is shared by both languages; kernel modes need none of it.
+                await (make().remove_rules() if language else make().remove())
+    for another, tables in _KERNEL_MODES.items():
+        if another != mode:
+            with contextlib.suppress(SyncError):
+                await tables().remove()
     if mode in _KERNEL_MODES:
         return
     with contextlib.suppress(SyncError, ValueError):

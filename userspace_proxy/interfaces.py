@@ -111,8 +111,11 @@ class Recorder(Protocol):
         """Say *note*; nothing is wrong. *reason* is a word in capitals and lower case: ``Starting``."""
         ...
 
-    def warn(self, regarding: ObjectReference, reason: str, note: str) -> None:
-        """Say that somebody should look. May be called again for what has been said: it is told once."""
+    def warn(self, regarding: ObjectReference, reason: str, note: str, *, is_logged: bool = False) -> None:
+        """Say that somebody should look. May be called again for what has been said: it is told once.
+
+        *is_logged*: the log has it already.
+        """
         ...
 
 

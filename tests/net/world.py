@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
 
 from userspace_proxy.lab import HTTP_PORT, Host, ServiceLab, ask, connect
 
@@ -98,17 +97,10 @@ def is_refused_udp(host: Host, ip: str, port: int, timeout_s: float = 2.0) -> bo
 # ---- the proxy
 
 
-class HasNode(Protocol):
-    """A world with a node for a proxy."""
-
-    @property
-    def node(self) -> Host: ...
-
-
 class Proxy:
     """`userspace-proxy run` on the lab's node, over a folder of manifests."""
 
-    def __init__(self, world: HasNode, folder: Path, rules: str = "nftables", loop: str = "uvloop") -> None:
+    def __init__(self, world: ServiceLab, folder: Path, rules: str = "nftables", loop: str = "uvloop") -> None:
         self.world = world
         self.node = world.node
         self.folder = folder

@@ -18,7 +18,7 @@ from tests.net.contract.probes import differences
 from tests.net.contract.table import CASES
 from tests.net.world import Proxy, wait_until
 from tests.sources.test_kubernetes import kubeconfig
-from userspace_proxy.lab import Lab
+from userspace_proxy.lab import Lab, ServiceLab
 
 KNOWS_PODS = ("--detect-local-mode", "ClusterCIDR", "--cluster-cidr", CLUSTER_CIDRS)
 
@@ -56,7 +56,8 @@ class ContractProxy(Proxy):
     """The proxy of node-1."""
 
     def __init__(self, cluster: Cluster, folder: Path, variant: Variant) -> None:
-        super().__init__(cluster, folder, variant.rules, variant.loop)
+        lab = ServiceLab(cluster.lab, cluster.places["outside"].host, cluster.node, pods=())
+        super().__init__(lab, folder, variant.rules, variant.loop)
         self.cluster = cluster
         self.variant = variant
         self.verbose = False
