@@ -59,7 +59,7 @@ from userspace_proxy.proxiers.plans import NodeRules, planned_redirects
 from userspace_proxy.proxiers.proxy_ports import ProxyPorts
 from userspace_proxy.proxiers.userspace import UserspaceProxier
 from userspace_proxy.reports import Reports
-from userspace_proxy.rules import iptables, network, nft
+from userspace_proxy.rules import iptables, kube_kernel, network, nft
 from userspace_proxy.rules.kernel import KERNELS, choose_language
 from userspace_proxy.rules.kube_chains import Manner
 from userspace_proxy.rules.kube_kernel import IptablesTables
@@ -153,12 +153,7 @@ class App:
                 proxier = UserspaceProxier(plane, KERNELS[language](), ports, rules)
                 proxier.adopt(inherited)
             else:
-                proxier = KernelProxier(
-                    tables,
-                    _node_rules(settings, Capture.REDIRECT),
-                    masquerade_all=settings.masquerade_all,
-                    service_cidrs=tuple(map(str, settings.service_cluster_ip_ranges)),
-                )
+                proxier = _kernel_proxier(tables, settings)
 
             def is_serving() -> bool:
                 """Whether load balancers may count on this node; who hands over says so to the last."""
@@ -252,16 +247,27 @@ async def _kernel_tables(settings: Settings) -> KernelTables | None:
         SyncError: this node cannot have it.
     """
     if settings.proxy_mode == "iptables":
-        tables = IptablesTables(
-            Manner(
-                masquerade_bit=settings.masquerade_bit,
-                localhost_node_ports=settings.localhost_nodeports,
-                drops_invalid=not settings.conntrack_tcp_be_liberal,
-            )
-        )
+        tables = IptablesTables(_manner(settings))
         await tables.prepare()
         return tables
     return None
+
+
+def _kernel_proxier(tables: KernelTables, settings: Settings) -> KernelProxier:
+    return KernelProxier(
+        tables,
+        _node_rules(settings, Capture.REDIRECT),
+        masquerade_all=settings.masquerade_all,
+        service_cidrs=tuple(map(str, settings.service_cluster_ip_ranges)),
+    )
+
+
+def _manner(settings: Settings) -> Manner:
+    return Manner(
+        masquerade_bit=settings.masquerade_bit,
+        localhost_node_ports=settings.localhost_nodeports,
+        drops_invalid=not settings.conntrack_tcp_be_liberal,
+    )
 
 
 def _make_plane(settings: Settings, stack: contextlib.AsyncExitStack) -> DataPlane:
@@ -418,10 +424,13 @@ def render(settings: Settings) -> tuple[str, bool]:
         for manifest in manifests
         if manifest.object is not None
     )
+    is_well = not problems and not tracker.problems
     capture = Capture.ADDRESS if settings.capture == "address" else Capture.REDIRECT
+    if settings.proxy_mode == "iptables":
+        proxier = _kernel_proxier(IptablesTables(), settings)
+        return kube_kernel.text(*proxier.plan(tracker.state()), _manner(settings)), is_well
     ports = ProxyPorts(*settings.proxy_port_range, memory.proxy_ports)
     redirects = planned_redirects(tracker.state(), ports, _node_rules(settings, capture))
-    is_well = not problems and not tracker.problems
     if settings.rules != "iptables":
         return nft.table(redirects), is_well
     rules = "".join(

@@ -314,6 +314,7 @@ _CONNTRACK = _options(
 _RUN_OPTIONS = _options(
     _CONFIG,
     _PROXY_MODE,
+    _KERNEL_MODES,
     _LOCAL_TRAFFIC,
     _CONNTRACK,
     _RULES,
@@ -588,6 +589,7 @@ def _count(number: int, thing: str) -> str:
 @_PATHS
 @_PROXY_MODE
 @_KERNEL_MODES
+@_LOCAL_TRAFFIC
 @_RULES
 @_CAPTURE
 @_CLUSTER_IPS

@@ -60,10 +60,15 @@ class KernelProxier:
     def service_ports(self) -> int:
         return len(self._plans.held)
 
+    def plan(self, state: ProxyState) -> tuple[Mapping[ServicePortName, Translation], NodeFacts]:
+        """Return what `sync` would load for *state*; nothing is loaded."""
+        self._plans.update(state, self._rules)
+        self._translate()
+        return self._translations, self._facts()
+
     async def sync(self, state: ProxyState) -> None:
         async with self._lock:
-            self._plans.update(state, self._rules)
-            self._translate()
+            self.plan(state)
             changed, facts = self._unloaded, self._facts()
             if changed or facts != self._loaded:
                 await self._tables.load(self._translations, changed, facts)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import NodeFacts, Translation
-from userspace_proxy.model.endpoint import Family
+from userspace_proxy.model.endpoint import FAMILIES, Family
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.rules import kube_tables, sysctls, xtables
 from userspace_proxy.rules.kube_chains import Manner, Rules, node_rules, service_rules
@@ -105,8 +105,7 @@ class IptablesTables:
         changed: Collection[ServicePortName],
         how: Manner,
     ) -> None:
-        said = sum(_endpoints(made, each.family) for made in translations.values())
-        how = replace(how, says_endpoints=said <= _SAID_MAX)
+        how = _said(how, translations, each.family)
         names = changed if each.how == how else {*each.rules, *translations}
         for name in names:
             if (made := translations.get(name)) is not None:
@@ -194,6 +193,17 @@ class IptablesTables:
             self._poll = None
 
 
-def _endpoints(translation: Translation, family: Family) -> int:
-    there = translation.reaches.get(family)
-    return len(there.cluster) + len(there.local) if there is not None else 0
+def _said(how: Manner, translations: Mapping[ServicePortName, Translation], family: Family) -> Manner:
+    reaches = (made.reaches[family] for made in translations.values() if family in made.reaches)
+    endpoints = sum(len(there.cluster) + len(there.local) for there in reaches)
+    return replace(how, says_endpoints=endpoints <= _SAID_MAX)
+
+
+def text(translations: Mapping[ServicePortName, Translation], facts: NodeFacts, how: Manner) -> str:
+    """Return what is loaded for *translations* where nothing is yet, for the tools of both families. Pure."""
+    said = ""
+    for family, tool in zip(FAMILIES, ("iptables-restore", "ip6tables-restore"), strict=True):
+        here = replace(_said(how, translations, family), pods=facts.pods, node_ports_on=facts.node_ports_on)
+        services = {name: service_rules(made, family, here) for name, made in translations.items()}
+        said += f"# {tool} --noflush\n{kube_tables.whole(Tables(node_rules(family, here), services), {})}"
+    return said
