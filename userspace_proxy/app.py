@@ -125,7 +125,9 @@ class App:
             source, sources, events = await _open_source(settings, stack)
             node = node_reference(settings.node_name)
             state_dir = _open_state_dir(settings.state_dir)
-            inheritance = await take_lock(sources, settings.take_over, settings.workers)
+            if tables is not None:
+                await end_orphans()  # nobody's sockets are of use here
+            inheritance = await take_lock(sources, settings.take_over, settings.workers if tables is None else 0)
             lock = stack.enter_context(contextlib.closing(inheritance.lock))
             widen_queues(BACKLOG)
 
@@ -180,7 +182,10 @@ class App:
             controller = Controller(
                 source,
                 tracker,
-                WithHealthChecks(WithRoutes(proxier, settings.service_cluster_ip_ranges), health_checks),
+                WithHealthChecks(
+                    WithRoutes(proxier, settings.service_cluster_ip_ranges, () if tables is None else here.addresses),
+                    health_checks,
+                ),
                 Pacer(loop.time, settings.min_sync_period_s, settings.sync_period_s),
                 after_sync=after_sync,
                 health_timeout_s=2 * settings.sync_period_s,  # as kube-proxy
