@@ -306,15 +306,15 @@ def removal(saved: Saved, chains_at_once: int | None = None) -> str:
 
 
 def _used_by_others(mine: Collection[Chain], saved: Saved) -> Iterator[Chain]:
-    """Yield those of *mine* to which rules lead that are not ours: in others' chains, or unlike our jumps."""
+    """Yield those of *mine*, chains of one table, to which rules lead that are not ours."""
     jumps = {(Chain(jump.chain.table, jump.source), jump.rule) for jump in JUMPS}
     by_name = {chain.name: chain for chain in mine}
+    table = next((chain.table for chain in mine), "")
     for source, rules in saved.items():
-        if source in mine or not mine or source.table != next(iter(mine)).table:
-            continue
-        for rule in rules:
-            if (chain := by_name.get(_target(rule))) is not None and (source, rule) not in jumps:
-                yield chain
+        if source.table == table and source.name not in by_name:
+            for rule in rules:
+                if (chain := by_name.get(_target(rule))) is not None and (source, rule) not in jumps:
+                    yield chain
 
 
 def _block(table: str, lines: Sequence[str]) -> str:
