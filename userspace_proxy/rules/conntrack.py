@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def changed_udp_portals(old: Redirects, new: Redirects) -> dict[Portal, Answering]:
-    """Return the UDP portals that lead elsewhere in *new*, with the local ports that they lead to, none where they went.
+    """Return the UDP portals that lead elsewhere in *new*, with the local ports that they lead to, none if they went.
 
     Several, where senders are told from one another.
     """
