@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # A plain user's PATH lacks the administrator's folders, where nft and ip are.
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: help demo test lint format soak bench bench-quick bench-scale wheel lock clean
+.PHONY: help demo test test-cluster lint format soak bench bench-quick bench-scale wheel lock clean
 
 help: ## show what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -21,6 +21,11 @@ demo: ## a Service, three backends, one killed under load: in private namespaces
 test: ## all checks and all tests, as root and as a plain user alike
 	@tools/setup $(VENV) nft iptables ip conntrack nginx wrk openssl
 	@tools/test $(VENV)
+
+test-cluster: ## beside a real control plane: KUBE_BIN=folder with etcd, kube-apiserver, kube-controller-manager and, if at hand, kube-proxy
+	@test -x "$(KUBE_BIN)/kube-apiserver" || { echo "KUBE_BIN names no folder with kube-apiserver and its like" >&2; exit 1; }
+	@tools/setup $(VENV) nft iptables ip conntrack nginx openssl
+	@KUBE_BIN=$(abspath $(KUBE_BIN)) timeout 900 $(BIN)/python -m pytest -m cluster tests/cluster
 
 soak: ## the tests that take minutes
 	@tools/setup $(VENV) nft iptables ip conntrack nginx wrk openssl

@@ -77,6 +77,7 @@ class ApiServer:
         self.compacted = 0
         self.kinds = {path: _Kind() for path in _KINDS}
         self.knows_watch_list = True
+        self.knows_cluster_ip_field = True  # since Kubernetes 1.31
         self.bookmark_s = 0.1
         self.token = ""  # "": everybody may ask
         self.page_objects_max = 500
@@ -203,6 +204,11 @@ class ApiServer:
         if (refused := await self._refused(request)) is not None:
             return refused
         params = dict(request.query)
+        begins_with_list = params.get("sendInitialEvents") == "true"
+        if begins_with_list and not self.knows_watch_list:
+            return _status(Refusal(422, message="sendInitialEvents: Forbidden"))
+        if "spec.clusterIP" in params.get("fieldSelector", "") and not self.knows_cluster_ip_field:
+            return _status(Refusal(400, message="field label not supported: spec.clusterIP"))
         selects = _selector(params)
         if "watch" in params:
             return await self._watch(request, params, selects)
@@ -229,8 +235,6 @@ class ApiServer:
     ) -> web.StreamResponse:
         path = request.path
         begins_with_list = params.get("sendInitialEvents") == "true"
-        if begins_with_list and not self.knows_watch_list:
-            return _status(Refusal(422, message="sendInitialEvents: Forbidden"))
         version = int(params.get("resourceVersion") or 0)
         if not begins_with_list and version < self.compacted:
             return _status(Refusal(410, message="too old resource version"))

@@ -543,8 +543,10 @@ def annotated(annotation: str) -> str:
             id="a policy for nobody",
         ),
         pytest.param(
-            broken("  type: NodePort\n", "  type: LoadBalancer\n  loadBalancerSourceRanges: [192.0.2.0/24, 10.1]\n"),
-            *(7, "spec.loadBalancerSourceRanges[1]", "'10.1' is no range of addresses", "such as 192.0.2.0/24"),
+            broken(
+                "  type: NodePort\n", "  type: LoadBalancer\n  loadBalancerSourceRanges: [192.0.2.0/24, 10.1.0.0]\n"
+            ),
+            *(7, "spec.loadBalancerSourceRanges[1]", "'10.1.0.0' is no range of addresses", "write 10.1.0.0/32"),
             id="a source range",
         ),
         pytest.param(

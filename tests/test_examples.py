@@ -61,7 +61,7 @@ def served(state: ProxyState) -> dict[str, list[str]]:
 
 
 # How it is run, and not what is served; each has a test of its own.
-HOW_TO_RUN = {"kubernetes", "systemd"}
+HOW_TO_RUN = {"grafana", "kubernetes", "systemd"}
 
 
 def test_every_folder_is_a_lesson_that_is_tested_here() -> None:
@@ -102,3 +102,7 @@ async def test_the_affinity_lesson_lasts_as_long_as_its_readme_says() -> None:
     state, _ = await load([EXAMPLES / "affinity"])
 
     assert [service_port.affinity_timeout_s for service_port in state.service_ports.values()] == [10]
+
+
+def test_what_says_how_to_run_it_is_in_nobodys_way() -> None:
+    assert lint(*read_once([str(folder) for folder in EXAMPLES.iterdir() if folder.is_dir()])) == []

@@ -12,15 +12,18 @@ import click
 import pytest
 import yaml
 
-from userspace_proxy.admin.metrics import ControlStats, render
+from tests.admin.given import every_metric
 from userspace_proxy.cli import commands
-from userspace_proxy.interfaces import Counters, PlaneStats, WatchStats
-from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
 
 ROOT = Path(__file__).parents[1]
 UNIT = ROOT / "examples" / "systemd" / "userspace-proxy.service"
 MANIFESTS = ROOT / "examples" / "kubernetes"
-PAGES = [ROOT / "docs" / "operations.md", ROOT / "docs" / "kubernetes.md", ROOT / "README.md"]
+PAGES = [
+    ROOT / "docs" / "operations.md",
+    ROOT / "docs" / "kubernetes.md",
+    ROOT / "docs" / "metrics.md",
+    ROOT / "README.md",
+]
 
 
 def unit_lines(key: str) -> list[str]:
@@ -42,17 +45,22 @@ def test_the_unit_lets_workers_serve_on_and_gives_one_privilege() -> None:
     assert "-USR2" in unit_lines("ExecReload")[0]
 
 
-def test_the_daemon_set_starts_what_the_command_line_takes() -> None:
-    (daemon_set,) = yaml.safe_load_all((MANIFESTS / "daemonset.yaml").read_text())
+@pytest.mark.parametrize(("variant", "health_port"), [("beside", 10266), ("in-place-of", 10256)])
+def test_the_daemon_sets_start_what_the_command_line_takes(variant: str, health_port: int) -> None:
+    (daemon_set,) = yaml.safe_load_all((MANIFESTS / f"{variant}-kube-proxy.yaml").read_text())
     pod = daemon_set["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     command, *arguments = container["args"]
 
     given = commands.commands[command].make_context(command, list(arguments)).params
     assert (given["in_cluster"], given["hostname_override"]) == (True, "$(NODE_NAME)")
-    assert given["healthz_bind_address"].endswith(f":{container['livenessProbe']['httpGet']['port']}")
+    assert given["healthz_bind_address"].endswith(f":{health_port}")
+    assert {container[probe]["httpGet"]["port"] for probe in ("livenessProbe", "readinessProbe")} == {health_port}
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["NET_ADMIN"]}
-    assert pod["hostNetwork"]
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    assert not container["securityContext"]["allowPrivilegeEscalation"]
+    assert (pod["hostNetwork"], pod["priorityClassName"]) == (True, "system-node-critical")
+    assert pod["tolerations"] == [{"operator": "Exists"}]
     assert "ports" not in container, "two of them must be able to stand on one node"
     assert daemon_set["spec"]["updateStrategy"]["rollingUpdate"]["maxSurge"] == 1
 
@@ -77,9 +85,7 @@ def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_metric_that_is_named_exists(page: Path) -> None:
-    names = [ServicePortName(NamespacedName("a", "b"), "c", protocol) for protocol in L4Protocol]
-    plane, watches = PlaneStats({name: Counters() for name in names}), [WatchStats("services")]
-    exposed = render(plane, ControlStats(0, 0, 0, 0.0, 0, 0), watches).decode()
+    exposed = every_metric()
 
     for metric in re.findall(r"`(userspace_proxy_\w+)`", page.read_text()):
         assert f"\n{metric}" in exposed, metric

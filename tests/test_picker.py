@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tests.fakes import FakeClock
-from userspace_proxy.dataplane.memory import Memory
+from userspace_proxy.dataplane.memory import PINS_MAX, Memory
 from userspace_proxy.dataplane.picker import EJECT_S, Picker
 from userspace_proxy.model.endpoint import Endpoint
 
@@ -55,6 +55,42 @@ def test_equal_endpoints_in_another_order_change_nothing(clock: FakeClock) -> No
     picker.set_endpoints([C, B, A])
 
     assert picks(picker, 3) == [B, C, A]
+
+
+def test_an_endpoint_has_one_set_of_counters_whatever_it_was_chosen_for(clock: FakeClock) -> None:
+    memory = Memory(clock, 10)
+    picker, other = Picker(memory), Picker(memory)
+    for one in (picker, other):
+        one.set_endpoints([A, B, C])
+    of = dict(memory.counters())
+    chosen = [picker.pick("c"), picker.pick("c"), picker.pick("d", [B.address]), other.pick("g")]
+    picker.report_failure(A)
+    chosen += [picker.pick("c"), picker.pick("e", [B.address, C.address])]
+    picker.set_endpoints([C, A, B])
+    chosen += [picker.pick(f"f{n}") for n in range(3)]
+
+    assert {choice.why for choice in chosen if choice} == {
+        "round robin", "affinity", "failover", "last resort",
+    }  # fmt: skip
+    assert all(choice and choice.counters is of[choice.endpoint.address] for choice in chosen)
+
+
+def test_the_counters_of_an_endpoint_go_with_its_last_connection(clock: FakeClock) -> None:
+    memory = Memory(clock)
+    picker = Picker(memory)
+    picker.set_endpoints([A, B])
+    a, b = (counters for _, counters in memory.counters())
+    a.opened, a.open = 5, 1
+    b.opened = 5
+
+    picker.set_endpoints([C])
+    assert {address for address, _ in memory.counters()} == {C.address, A.address}
+    picker.set_endpoints([C, A, B])
+    assert [dict(memory.counters())[e.address].opened for e in (A, B, C)] == [5, 0, 0]
+
+    picker.set_endpoints([C])
+    a.open = 0
+    assert [address for address, _ in memory.counters()] == [C.address]
 
 
 def test_a_client_stays_where_it_was_put_and_others_take_turns(clock: FakeClock) -> None:
@@ -291,3 +327,34 @@ def test_an_ejection_stays_while_any_picker_has_the_endpoint(clock: FakeClock) -
     local.set_endpoints([A, B])
 
     assert set(picks(local, 2)) == {A, B}
+
+
+# ---- how much is remembered
+
+
+def test_clients_beyond_the_bound_cost_the_pin_of_who_was_away_for_longest(clock: FakeClock) -> None:
+    memory = Memory(clock, affinity_timeout_s=10)
+    pickers = Picker(memory), Picker(memory)
+    for picker in pickers:
+        picker.set_endpoints([A, B])
+    for number in range(PINS_MAX + 10):
+        pickers[number % 2].pick(f"c{number}")
+        if number == PINS_MAX - 1:
+            pickers[1].pick("c0")  # it is back, by the other listener
+
+    assert len(memory.pins) == PINS_MAX
+    assert "c0" in memory.pins
+    assert "c1" not in memory.pins
+
+
+def test_pins_that_are_over_are_forgotten_though_nobody_asks_for_them(clock: FakeClock) -> None:
+    memory = Memory(clock, affinity_timeout_s=10)
+    picker = Picker(memory)
+    picker.set_endpoints([A, B])
+    for number in range(100):
+        picker.pick(f"c{number}")
+
+    clock.now_s += 10
+    picker.pick("somebody")
+
+    assert list(memory.pins) == ["somebody"]

@@ -9,7 +9,6 @@ import logging
 import os
 import random
 import socket
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
@@ -17,14 +16,10 @@ from typing import TypeVar
 import msgspec
 
 from userspace_proxy import __version__
-from userspace_proxy.admin import metrics as exposition
 from userspace_proxy.admin.health_checks import ServiceHealthChecks, WithHealthChecks
-from userspace_proxy.admin.kubeproxy import SyncStats
-from userspace_proxy.admin.metrics import ControlStats
-from userspace_proxy.admin.server import AdminServer, Health
+from userspace_proxy.admin.server import AdminServer
 from userspace_proxy.control.allotments import Allotments, Allotting, Stated
 from userspace_proxy.control.controller import Controller
-from userspace_proxy.control.decode import is_eligible
 from userspace_proxy.control.memory import Memory, StateDir
 from userspace_proxy.control.pacer import Pacer
 from userspace_proxy.control.tracker import Tracker
@@ -36,9 +31,11 @@ from userspace_proxy.dataplane.sockets import BACKLOG, knows_congestion_control
 from userspace_proxy.dataplane.wire import WorkerSettings
 from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.instance import end_orphans, running_as, take_lock
-from userspace_proxy.interfaces import Capture, DataPlane, EventType, ObjectEvent, PodDetector, Source, WatchStats
+from userspace_proxy.interfaces import Capture, DataPlane, EventType, ObjectEvent, PodDetector, Source
+from userspace_proxy.kube_config import configz
 from userspace_proxy.logs import AccessLog, recorder
 from userspace_proxy.model.endpoint import FAMILIES
+from userspace_proxy.model.names import NamespacedName, ObjectReference
 from userspace_proxy.model.service import SourceIP
 from userspace_proxy.model.topology import Node
 from userspace_proxy.node_network import (
@@ -52,6 +49,7 @@ from userspace_proxy.node_network import (
 from userspace_proxy.proxiers.plans import NodeRules, planned_redirects
 from userspace_proxy.proxiers.proxy_ports import ProxyPorts
 from userspace_proxy.proxiers.userspace import UserspaceProxier
+from userspace_proxy.reports import Reports
 from userspace_proxy.rules import iptables, network, nft
 from userspace_proxy.rules.kernel import KERNELS, choose_language
 from userspace_proxy.rules.sysctls import KUBE_PROXY, ConntrackLimits
@@ -144,7 +142,21 @@ class App:
                 """Whether load balancers may count on this node; who hands over says so to the last."""
                 return controller.failing_since is None and succession.ending is not Ending.STOP
 
-            health_checks = ServiceHealthChecks(is_serving)
+            def warn_of(service: NamespacedName, reason: str, note: str) -> None:
+                events.warn(ObjectReference("Service", service), reason, note, is_logged=True)
+
+            def after_sync() -> None:
+                saver.save_soon()
+                for service, problem in tracker.problems.items():
+                    warn_of(service, "NotServedAsWritten", problem)
+                for name, why in proxier.unopened.items():
+                    warn_of(name.service_port.service, "NotServed", why)
+
+            health_checks = ServiceHealthChecks(
+                is_serving,
+                lambda service, why: warn_of(service, "FailedToStartServiceHealthcheck", why),
+                lambda: rules.node_port_ips(tracker.here),
+            )
             stack.push_async_callback(health_checks.close)
             health_checks.adopt(listeners + inheritance.health_checks)
             saver = _Saver(state_dir, allotting, ports)
@@ -153,7 +165,8 @@ class App:
                 tracker,
                 WithHealthChecks(WithRoutes(proxier, settings.service_cluster_ip_ranges), health_checks),
                 Pacer(loop.time, settings.min_sync_period_s, settings.sync_period_s),
-                after_sync=saver.save_soon,
+                after_sync=after_sync,
+                health_timeout_s=2 * settings.sync_period_s,  # as kube-proxy
             )
 
             async def hand_over_to(asked: TakeOver, conversation: Conversation) -> None:
@@ -166,48 +179,12 @@ class App:
             incumbent = Incumbent(lock, Present(VERSION, os.getpid(), sources), hand_over_to)
             stack.callback(incumbent.close)
 
-            def health() -> Health:
-                problems = [
-                    *source.problems.values(),
-                    *tracker.problems.values(),
-                    *(f"{name}: {why}" for name, why in proxier.unopened.items()),
-                    *(f"{service}: {why}" for service, why in health_checks.failures.items()),
-                ]
-                reason = "" if controller.ready.is_set() else "the first sync is not done"
-                if controller.failing_since is not None:
-                    since = time.strftime("%H:%M:%S", time.localtime(controller.failing_since))
-                    reason = f"since {since}: {controller.error}"
-                if succession.stop.is_set():
-                    reason = "the proxy stops"
-                return Health(
-                    not reason,
-                    reason,
-                    controller.synced_at,
-                    problems,
-                    alive=controller.failing_since is None and not succession.stop.is_set(),
-                    degraded=_degraded(source.watches, settings.degraded_after_s),
-                    node_eligible=is_eligible(tracker.node) if settings.follows_cluster else None,
-                )
-
-            async def metrics() -> bytes:
-                stats = ControlStats(
-                    service_ports=proxier.service_ports,
-                    rule_loads=proxier.loads,
-                    rule_repairs=proxier.repairs,
-                    last_sync_at=controller.synced_at or 0.0,
-                    problems=len(source.problems) + len(tracker.problems),
-                    unopened=len(proxier.unopened),
-                )
-                syncs = SyncStats(
-                    controller.durations,
-                    controller.programming,
-                    synced_at=controller.synced_at or 0.0,
-                    queued_at=controller.queued_at,
-                    answers=admin.answers,
-                )
-                return exposition.render(await plane.stats(), stats, source.watches, settings.degraded_after_s, syncs)
-
-            admin = AdminServer(health, metrics, "userspace", settings.degraded_status)
+            reports = Reports(
+                settings, source, tracker, controller, proxier, plane, health_checks, succession.stop.is_set
+            )
+            admin = AdminServer(
+                reports.health, reports.metrics, "userspace", configz(settings), settings.degraded_status
+            )
             stack.push_async_callback(admin.close)
             try:
                 await admin.start(settings.healthz_bind_address, settings.metrics_bind_address)
@@ -312,12 +289,6 @@ def _allotting(settings: Settings, memory: Memory) -> Allotting:
     return Allotments(settings.service_cluster_ip_ranges, memory, settings.load_balancer_pool)
 
 
-def _degraded(watches: Iterable[WatchStats], after_s: float) -> list[str]:
-    """Return what a source has not been able to hear of for longer than *after_s*."""
-    now = time.time()
-    return [watch.failure() for watch in watches if watch.is_dead(now, after_s)]
-
-
 def _identity(paths: Iterable[str]) -> list[str]:
     """Return what tells whether two processes serve the same; what comes from stdin is never the same."""
     return [f"stdin of process {os.getpid()}" if path == "-" else os.path.realpath(path) for path in paths]
@@ -367,7 +338,7 @@ async def _settle_in(controller: Controller, language: str, tune: Callable[[], o
     for other, make in KERNELS.items():
         if other != language:
             with contextlib.suppress(SyncError):
-                await make().remove()
+                await make().remove_rules()  # not what brings answers here, which both languages share
     with contextlib.suppress(SyncError, ValueError):
         for found in await network.find_blocking_firewall():
             log.warning("a firewall on this node drops redirected traffic: %s", found)

@@ -161,8 +161,8 @@ _LOAD_BALANCER_POOL = click.option(
 )
 _SOURCE_IP = click.option(
     "--source-ip",
-    type=click.Choice([SourceIP.NODE, SourceIP.TRANSPARENT]),
-    default=_DEFAULTS.source_ip,
+    type=click.Choice([SourceIP.NODE.value, SourceIP.TRANSPARENT.value]),
+    default=_DEFAULTS.source_ip.value,
     show_default=True,
     callback=lambda _context, _option, value: SourceIP(value),
     help="Whose address backends see of Services without the annotation userspace-proxy/source-ip.",
@@ -310,7 +310,14 @@ _RUN_OPTIONS = _options(
         metavar="ADDRESS",
         default=_DEFAULTS.metrics_bind_address,
         show_default=True,
-        help="/metrics and /proxyMode; '' for none.",
+        help="/metrics, /proxyMode and /configz; '' for none.",
+    ),
+    click.option(
+        "--metrics-endpoint-series",
+        type=click.IntRange(min=0),
+        default=_DEFAULTS.metrics_endpoint_series,
+        show_default=True,
+        help="Where endpoints would have more series than this in /metrics, only Services are shown; 0 for never.",
     ),
     click.option(
         "--min-sync-period",

@@ -111,8 +111,11 @@ class Recorder(Protocol):
         """Say *note*; nothing is wrong. *reason* is a word in capitals and lower case: ``Starting``."""
         ...
 
-    def warn(self, regarding: ObjectReference, reason: str, note: str) -> None:
-        """Say that somebody should look. May be called again for what has been said: it is told once."""
+    def warn(self, regarding: ObjectReference, reason: str, note: str, *, is_logged: bool = False) -> None:
+        """Say that somebody should look. May be called again for what has been said: it is told once.
+
+        *is_logged*: the log has it already.
+        """
         ...
 
 
@@ -327,15 +330,47 @@ class Counters:
     flows_total: int = 0
     flows_evicted: int = 0
     datagrams_dropped: int = 0
+    pins: int = 0
     endpoints: int = 0
     ejected: int = 0
 
 
 @dataclass(slots=True)
+class EndpointCounters:
+    """What one endpoint of a service port has had so far; plain ints, too.
+
+    ``opened``, ``open``: TCP connections to it, or UDP flows. ``retries``: clients that came to it after another one
+    had failed them.
+    """
+
+    opened: int = 0
+    open: int = 0
+    bytes_to_backends: int = 0
+    bytes_to_clients: int = 0
+    dial_failures: int = 0
+    retries: int = 0
+    ejections: int = 0
+
+
+class ServiceStats(NamedTuple):
+    """The counters of one service port, and of its endpoints where these are wanted."""
+
+    name: ServicePortName
+    counters: Counters
+    endpoints: list[tuple[Address, EndpointCounters]]
+
+
+@dataclass(slots=True)
 class PlaneStats:
-    """The data plane's counters at one moment."""
+    """The data plane's counters at one moment.
+
+    ``endpoints``: of all endpoints, and of those that are gone while connections to them are open; empty where they
+    are too many, and ``hidden_endpoints`` says how many.
+    """
 
     services: Mapping[ServicePortName, Counters]
+    endpoints: Mapping[ServicePortName, Mapping[Address, EndpointCounters]] = field(default_factory=dict)
+    hidden_endpoints: int = 0
     connections_open: int = 0
     accept_paused: int = 0
     local_shortages: int = 0
@@ -384,7 +419,9 @@ class DataPlane(Protocol):
         """Close these listeners; their open connections live on until they end or are drained."""
         ...
 
-    async def stats(self) -> PlaneStats: ...
+    async def stats(self, endpoints_max: int = 0) -> PlaneStats:
+        """Return what was counted; of the endpoints too, unless there are more than *endpoints_max*."""
+        ...
 
     def cut(self) -> None:
         """End every open connection now, with resets."""

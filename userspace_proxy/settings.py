@@ -70,6 +70,8 @@ class Settings:
     # kube-proxy's addresses: health for load balancers on every address, metrics on loopback. "" for none.
     healthz_bind_address: str = "0.0.0.0:10256"
     metrics_bind_address: str = "127.0.0.1:10249"
+    # Of /metrics: Prometheus keeps each series of each node. About 1,400 endpoints; Services are always shown.
+    metrics_endpoint_series: int = 10_000
 
     # Rule loads are at least so far apart; endpoint changes load none and wait 5 ms at most.
     min_sync_period_s: float = 0.05

@@ -9,13 +9,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from userspace_proxy import __version__
 from userspace_proxy.admin.kubeproxy import SyncStats
-from userspace_proxy.admin.metrics import ControlStats, render
-from userspace_proxy.interfaces import Counters, PlaneStats, WatchStats
+from userspace_proxy.admin.metrics import SERIES_AN_ENDPOINT, ControlStats, render
+from userspace_proxy.control.controller import Changes
+from userspace_proxy.interfaces import Counters, EndpointCounters, PlaneStats, WatchStats
 from userspace_proxy.model.histogram import Histogram
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
 
 TCP = ServicePortName(NamespacedName("shop", "web"), "http", L4Protocol.TCP)
-ORDER = ("namespace", "service", "port", "protocol", "version")
+ORDER = ("namespace", "service", "port", "protocol", "endpoint", "version")
 UDP = ServicePortName(NamespacedName("shop", "dns"), "", L4Protocol.UDP)
 
 
@@ -25,7 +26,7 @@ def control(**given: int | float) -> ControlStats:
 
 def samples(plane: PlaneStats, stats: ControlStats) -> dict[tuple[str, ...], float]:
     """Return (name, then its labels in their order) -> value, as a Prometheus reads it."""
-    text = render(plane, stats).decode()
+    text = b"".join(render(plane, stats)).decode()
     return {
         (sample.name, *(sample.labels[label] for label in ORDER if label in sample.labels)): sample.value
         for family in text_string_to_metric_families(text)
@@ -72,6 +73,25 @@ def test_every_counter_there_is_is_shown() -> None:
     assert {1_000 + n for n in range(len(names))} <= shown
 
 
+def test_the_counters_of_an_endpoint_bear_its_address_and_every_one_is_shown() -> None:
+    counters = EndpointCounters(**{name: 1_000 + n for n, name in enumerate(EndpointCounters.__dataclass_fields__)})
+    endpoints = {TCP: {("10.0.0.1", 80): counters}, UDP: {("fd00::1", 53): counters}}
+
+    seen = samples(PlaneStats({}, endpoints), control())
+
+    of_tcp = {key[0]: value for key, value in seen.items() if key[-1] == "10.0.0.1:80"}
+    of_udp = {key[0]: value for key, value in seen.items() if key[-1] == "[fd00::1]:53"}
+    assert seen["userspace_proxy_endpoint_connections_total", "shop", "web", "http", "TCP", "10.0.0.1:80"] == 1_000
+    assert seen["userspace_proxy_endpoint_udp_open_flows", "shop", "dns", "", "UDP", "[fd00::1]:53"] == 1_001
+    for shown in (of_tcp, of_udp):
+        assert sorted(shown.values()) == [1_000 + n for n in range(len(EndpointCounters.__dataclass_fields__))]
+        assert len(shown) == SERIES_AN_ENDPOINT
+
+
+def test_endpoints_that_are_not_told_of_are_counted() -> None:
+    assert samples(PlaneStats({}, hidden_endpoints=7), control())["userspace_proxy_hidden_endpoints",] == 7
+
+
 def test_the_control_side_tells_of_itself() -> None:
     given = control(**{field: 100 + n for n, field in enumerate(ControlStats._fields)})
 
@@ -90,7 +110,7 @@ def test_how_well_a_cluster_is_heard_is_shown_for_each_kind() -> None:
         WatchStats("services", heard_at=now - 5, events=1, restarts=2, relists=3, expired=4),
         WatchStats("nodes", heard_at=now - 500, failing_since=now - 400),
     ]
-    text = render(PlaneStats({}), control(), watches, degraded_after_s=180.0).decode()
+    text = b"".join(render(PlaneStats({}), control(), watches, degraded_after_s=180.0)).decode()
     shown = {
         (sample.name.removeprefix("userspace_proxy_"), sample.labels.get("kind", "")): sample.value
         for family in text_string_to_metric_families(text)
@@ -110,18 +130,31 @@ def test_what_kube_proxy_tells_too_is_told_by_its_names() -> None:
     for seconds in (0.1, 0.5, 5.0):
         durations.observe(seconds)
     programming.observe(0.25)
-    syncs = SyncStats(durations, {"IPv4": programming}, synced_at=7.0, queued_at=8.0, answers={("healthz", 200): 3})
-    lines = render(PlaneStats({}), control(), syncs=syncs).decode().splitlines()
+    syncs = SyncStats(
+        durations,
+        {"IPv4": programming},
+        synced_at={"IPv4": 7.0, "IPv6": 6.0},
+        queued_at={"IPv4": 8.0},
+        changes={"service": Changes(total=5, pending=1), "endpoint": Changes(total=9, pending=2)},
+        answers={("healthz", 200): 3},
+        no_local={("internal", "IPv4"): 4},
+    )
+    lines = b"".join(render(PlaneStats({}), control(), syncs=syncs)).decode().splitlines()
 
     assert {
-        'kubeproxy_sync_proxy_rules_duration_seconds_bucket{le="0.1"} 1.0',
-        'kubeproxy_sync_proxy_rules_duration_seconds_bucket{le="1"} 2.0',
-        'kubeproxy_sync_proxy_rules_duration_seconds_bucket{le="+Inf"} 3.0',
-        "kubeproxy_sync_proxy_rules_duration_seconds_sum 5.6",
+        'kubeproxy_sync_proxy_rules_duration_seconds_bucket{ip_family="IPv4",le="0.1"} 1.0',
+        'kubeproxy_sync_proxy_rules_duration_seconds_bucket{ip_family="IPv4",le="1"} 2.0',
+        'kubeproxy_sync_proxy_rules_duration_seconds_bucket{ip_family="IPv4",le="+Inf"} 3.0',
+        'kubeproxy_sync_proxy_rules_duration_seconds_sum{ip_family="IPv4"} 5.6',
         'kubeproxy_network_programming_duration_seconds_bucket{ip_family="IPv4",le="1"} 1.0',
         'kubeproxy_network_programming_duration_seconds_count{ip_family="IPv4"} 1.0',
-        "kubeproxy_sync_proxy_rules_last_timestamp_seconds 7.0",
-        "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds 8.0",
+        'kubeproxy_sync_proxy_rules_last_timestamp_seconds{ip_family="IPv4"} 7.0',
+        'kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds{ip_family="IPv4"} 8.0',
+        "kubeproxy_sync_proxy_rules_service_changes_total 5.0",
+        "kubeproxy_sync_proxy_rules_service_changes_pending 1.0",
+        "kubeproxy_sync_proxy_rules_endpoint_changes_total 9.0",
+        "kubeproxy_sync_proxy_rules_endpoint_changes_pending 2.0",
+        'kubeproxy_sync_proxy_rules_no_local_endpoints_total{ip_family="IPv4",traffic_policy="internal"} 4.0',
         'kubeproxy_proxy_healthz_total{code="200"} 3.0',
     } <= set(lines)
 
@@ -131,7 +164,7 @@ def test_a_proxy_without_services_can_be_scraped() -> None:
 
 
 def test_names_of_metrics_are_told_once_and_with_help() -> None:
-    text = render(PlaneStats({TCP: Counters(), UDP: Counters()}), control()).decode()
+    text = b"".join(render(PlaneStats({TCP: Counters(), UDP: Counters()}), control())).decode()
 
     helped = [line.split()[2] for line in text.splitlines() if line.startswith("# HELP")]
     assert len(helped) == len(set(helped))

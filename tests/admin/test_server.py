@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from userspace_proxy.admin.server import AdminServer, Health, split_address
 from userspace_proxy.errors import StartError
+from userspace_proxy.model.freshness import FAMILY_NAMES, FamilyHealth
 
 
 @dataclass
@@ -23,19 +25,27 @@ class Answer:
     text: str
     headers: dict[str, str]
 
-    @property
+    @functools.cached_property
     def json(self) -> Any:
         return json.loads(self.text)
 
 
+UPDATED_AT, UPDATED = 1_700_000_000.0, "2023-11-14T22:13:20Z"
+WELL = dict.fromkeys(FAMILY_NAMES, FamilyHealth(healthy=True, updated_at=UPDATED_AT))
+LATE = {"IPv4": FamilyHealth(healthy=True, updated_at=UPDATED_AT - 9), "IPv6": FamilyHealth(False, UPDATED_AT)}
+NEW = dict.fromkeys(FAMILY_NAMES, FamilyHealth(healthy=True, updated_at=None))
+CONFIG = {"kubeproxy.config.k8s.io": {"mode": "userspace"}}
+
+
 class Rig:
     def __init__(self, degraded_status: int = 200) -> None:
-        self.health = Health(healthy=True)
-        self.server = AdminServer(lambda: self.health, self._metrics, "userspace", degraded_status)
+        self.health = Health(WELL)
+        self.server = AdminServer(lambda: self.health, self._metrics, "userspace", CONFIG, degraded_status)
         self.healthz, self.metrics = (f"127.0.0.1:{port}" for port in free_ports(2))
 
-    async def _metrics(self) -> bytes:
-        return b"some_metric 1\n"
+    async def _metrics(self, answers: Mapping[tuple[str, int], int]) -> AsyncIterator[bytes]:
+        yield b"answers "
+        yield f"{dict(answers)}\n".encode()
 
     async def get(self, address: str, path: str, method: str = "GET") -> Answer:
         async with aiohttp.ClientSession() as session, session.request(method, f"http://{address}{path}") as response:
@@ -70,28 +80,45 @@ async def test_a_healthy_proxy_says_so(path: str) -> None:
     assert answer.status == 200
     assert answer.headers["Content-Type"].startswith("application/json")
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
-    assert answer.json["healthy"] is True
     assert answer.json["lastUpdated"] == answer.json["currentTime"]
-    assert "reason" not in answer.json
+    del answer.json["lastUpdated"], answer.json["currentTime"]
+    family = {"lastUpdated": UPDATED, "healthy": True}
+    assert answer.json == {"healthy": True, "status": {"IPv4": family, "IPv6": family}}
 
 
-async def test_a_sick_proxy_says_why_and_since_when() -> None:
+@pytest.mark.parametrize("path", ["/healthz", "/livez"])
+async def test_one_family_that_does_not_keep_up_is_no_health(path: str) -> None:
     async with running() as rig:
-        rig.health = Health(False, "nft exited 1", last_updated=1_700_000_000.0)
-        answer = await rig.get(rig.healthz, "/healthz")
+        rig.health = Health(LATE)
+        answer = await rig.get(rig.healthz, path)
 
-    assert answer.status == 503
-    assert answer.json["healthy"] is False
-    assert answer.json["reason"] == "nft exited 1"
-    assert answer.json["lastUpdated"] == "2023-11-14T22:13:20Z"
+    assert (answer.status, answer.json["healthy"]) == (503, False)
+    assert [answer.json["status"][family]["healthy"] for family in FAMILY_NAMES] == [True, False]
+    assert answer.json["lastUpdated"] == UPDATED, "the newest real update of all families"
+    assert "none has been completed" in answer.json["reason"]
 
 
-async def test_before_the_first_sync_there_is_no_last_one() -> None:
+async def test_a_sync_that_fails_is_told_at_once_and_is_a_reason_to_leave_only_when_it_lasts() -> None:
     async with running() as rig:
-        rig.health = Health(False, "the first sync is not done")
-        answer = await rig.get(rig.healthz, "/healthz")
+        rig.health = Health(WELL, failing="since noon: nft exited 1")
+        soon = [await rig.get(rig.healthz, path) for path in ("/healthz", "/livez")]
+        rig.health = Health(LATE, failing="since noon: nft exited 1")
+        late = [await rig.get(rig.healthz, path) for path in ("/healthz", "/livez")]
 
-    assert (answer.status, answer.json["lastUpdated"]) == (503, None)
+    assert [(answer.status, answer.json["failing"]) for answer in soon] == [(200, "since noon: nft exited 1")] * 2
+    assert not any("reason" in answer.json for answer in soon)
+    assert [(answer.status, answer.json["reason"]) for answer in late] == [(503, "since noon: nft exited 1")] * 2
+
+
+async def test_before_the_first_sync_load_balancers_wait_and_kubelets_do_not_mind() -> None:
+    async with running() as rig:
+        rig.health = Health(NEW, waiting="the first sync is not done", failing="since noon: nft exited 1")
+        healthz, livez = [await rig.get(rig.healthz, path) for path in ("/healthz", "/livez")]
+
+    assert (healthz.status, healthz.json["healthy"], healthz.json["lastUpdated"]) == (503, False, None)
+    assert healthz.json["status"]["IPv4"] == {"lastUpdated": None, "healthy": True}
+    assert healthz.json["reason"] == "the first sync is not done; since noon: nft exited 1"
+    assert (livez.status, livez.json["healthy"], "reason" in livez.json) == (200, True, False)
 
 
 @pytest.mark.parametrize(("degraded_status", "seen"), [(200, (200, 200)), (503, (503, 200))])
@@ -99,7 +126,7 @@ async def test_what_is_degraded_is_said_and_only_if_wanted_a_reason_to_be_left(
     degraded_status: int, seen: tuple[int, int]
 ) -> None:
     async with running(degraded_status) as rig:
-        rig.health = Health(healthy=True, degraded=["services cannot be followed since noon"])
+        rig.health = Health(WELL, degraded=["services cannot be followed since noon"])
         answers = [await rig.get(rig.healthz, path) for path in ("/healthz", "/livez")]
 
     assert tuple(answer.status for answer in answers) == seen
@@ -109,19 +136,19 @@ async def test_what_is_degraded_is_said_and_only_if_wanted_a_reason_to_be_left(
 
 async def test_a_node_that_is_about_to_go_is_left_and_not_replaced() -> None:
     async with running() as rig:
-        rig.health = Health(healthy=True, node_eligible=False, last_updated=1_700_000_000.0)
+        rig.health = Health(WELL, node_eligible=False)
         healthz, livez = [await rig.get(rig.healthz, path) for path in ("/healthz", "/livez")]
 
     assert (healthz.status, healthz.json["nodeEligible"]) == (503, False)
-    assert healthz.json["lastUpdated"] == "2023-11-14T22:13:20Z"
+    assert healthz.json["lastUpdated"] == UPDATED
     assert (livez.status, "nodeEligible" in livez.json) == (200, False)
 
 
 async def test_health_is_asked_for_each_time() -> None:
     async with running() as rig:
         statuses = []
-        for healthy in (True, False, True):
-            rig.health = Health(healthy)
+        for families in (WELL, LATE, WELL):
+            rig.health = Health(families)
             statuses.append((await rig.get(rig.healthz, "/healthz")).status)
 
     assert statuses == [200, 503, 200]
@@ -129,33 +156,44 @@ async def test_health_is_asked_for_each_time() -> None:
 
 async def test_problems_are_shown_and_are_no_reason_to_be_replaced() -> None:
     async with running() as rig:
-        rig.health = Health(healthy=True, problems=["web.yaml:3: 'é' is no port"])
+        rig.health = Health(WELL, problems=["web.yaml:3: 'é' is no port"])
         answer = await rig.get(rig.healthz, "/healthz")
 
     assert (answer.status, answer.json["problems"]) == (200, ["web.yaml:3: 'é' is no port"])
 
 
-async def test_metrics_are_text_as_prometheus_wants_it() -> None:
+async def test_metrics_are_text_as_prometheus_wants_it_and_know_what_was_answered() -> None:
     async with running() as rig:
+        rig.health = Health(LATE)
+        for path in ("/healthz", "/livez", "/healthz"):
+            await rig.get(rig.healthz, path)
         answer = await rig.get(rig.metrics, "/metrics")
+        assert (await rig.get(rig.metrics, "/metrics", method="HEAD")).status == 200
 
-    assert answer.text == "some_metric 1\n"
+    assert answer.text == "answers {('healthz', 503): 2, ('livez', 503): 1}\n"
     assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
 
 
-async def test_the_mode_and_health_are_beside_the_metrics() -> None:
+async def test_beside_the_metrics_is_what_kube_proxy_has_there() -> None:
     async with running() as rig:
+        rig.health = Health(LATE, waiting="the proxy stops")
         assert (await rig.get(rig.metrics, "/proxyMode")).text == "userspace"
-        assert (await rig.get(rig.metrics, "/healthz")).status == 200
+        ping = await rig.get(rig.metrics, "/healthz")
+        assert (ping.status, ping.text) == (200, "ok")
+        assert (await rig.get(rig.metrics, "/configz")).json == CONFIG
+        slis = (await rig.get(rig.metrics, "/metrics/slis")).text.splitlines()
+
+    assert 'kubernetes_healthcheck{name="sync-IPv4",type="livez"} 1.0' in slis
+    assert 'kubernetes_healthcheck{name="sync-IPv6",type="healthz"} 0.0' in slis
 
 
 async def test_the_open_address_tells_health_alone() -> None:
     async with running() as rig:
-        statuses = [(await rig.get(rig.healthz, path)).status for path in ("/metrics", "/proxyMode", "/")]
+        statuses = [(await rig.get(rig.healthz, path)).status for path in ("/metrics", "/proxyMode", "/configz", "/")]
         posted = await rig.get(rig.healthz, "/healthz", method="POST")
         asked = await rig.get(rig.healthz, "/healthz", method="HEAD")
 
-    assert statuses == [404, 404, 404]
+    assert statuses == [404, 404, 404, 404]
     assert (posted.status, asked.status) == (405, 200)
 
 

@@ -169,10 +169,45 @@ async def test_counters_tell_what_happened(kind: str, tmp_path: Path, three: tup
         assert await ask() == "a"
         await _no_connection_is_open(plane)
 
-        (counters,) = (await plane.stats()).services.values()
+        stats = await plane.stats(endpoints_max=2)
+        (counters,) = stats.services.values()
+        refused, answered = stats.endpoints[NAME].values()
 
+    assert (refused.dial_failures, refused.ejections, refused.opened) == (1, 1, 0)
+    assert (answered.opened, answered.open, answered.retries, answered.bytes_to_clients) == (1, 0, 1, 1)
     assert (counters.accepted, counters.open, counters.endpoints, counters.ejected) == (1, 0, 2, 1)
     assert (counters.dial_failures, counters.retries, counters.bytes_to_clients) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("kind", PLANES)
+async def test_clients_that_stay_are_counted_and_so_are_endpoints_that_are_not_told_of(
+    kind: str, tmp_path: Path, three: tuple[NamedBackend, ...]
+) -> None:
+    async with running(kind, tmp_path) as plane:
+        await plane.open([spec(affinity_timeout_s=100)])
+        await plane.update(backends(*(backend.endpoint for backend in three)))
+        for source_ip in ("10.95.0.1", "127.0.0.1", "10.95.0.1"):
+            await ask(source_ip)
+
+        stats = await plane.stats(endpoints_max=2)
+
+    assert stats.services[NAME].pins == 2
+    assert (stats.endpoints, stats.hidden_endpoints) == ({}, 3)
+
+
+@pytest.mark.parametrize("kind", PLANES)
+async def test_counters_of_many_services_come_whole_though_in_parts(kind: str, tmp_path: Path) -> None:
+    names = [ServicePortName(NamespacedName("many", f"s{n}"), "", L4Protocol.TCP) for n in range(600)]
+    specs = [ListenerSpec(ServicePort(name, 80, ()), 20_000 + n) for n, name in enumerate(names)]
+    async with running(kind, tmp_path) as plane:
+        assert await plane.open(specs) == {}
+        endpoint = Endpoint("127.0.0.1", 9)
+        await plane.update({spec.name: Backends((endpoint,), (endpoint,)) for spec in specs})
+
+        first, second = await asyncio.gather(plane.stats(endpoints_max=600), plane.stats(endpoints_max=599))
+
+    assert first.services.keys() == second.services.keys() == first.endpoints.keys() == set(names)
+    assert (second.endpoints, second.hidden_endpoints) == ({}, 600)
 
 
 @pytest.mark.parametrize("kind", PLANES)

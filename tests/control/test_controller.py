@@ -76,11 +76,15 @@ class FakeSink:
 
 
 class Rig:
-    def __init__(self, after_sync: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, after_sync: Callable[[], None] = lambda: None, health_timeout_s: float = 60.0) -> None:
         self.source, self.sink = FakeSource(), FakeSink()
         self.tracker = Tracker(Allotments([ipaddress.ip_network("10.96.0.0/16")]))
         pacer = Pacer(asyncio.get_running_loop().time, min_period_s=0, max_retry_s=0.01)
-        self.controller = Controller(self.source, self.tracker, self.sink, pacer, after_sync)
+        self.controller = Controller(self.source, self.tracker, self.sink, pacer, after_sync, health_timeout_s)
+
+    @property
+    def healthy(self) -> dict[str, bool]:
+        return {family: of_it.healthy for family, of_it in self.controller.freshness.of_families().items()}
 
     async def until(self, condition: Callable[[], object]) -> None:
         async with asyncio.timeout(_BOUND_S):
@@ -234,6 +238,51 @@ async def test_what_failed_is_shown_while_it_fails_and_since_when(caplog: pytest
 
         assert rig.controller.error == ""
         assert rig.controller.failing_since is None
+
+
+async def test_what_is_asked_for_has_to_be_brought_in_time_and_a_failure_alone_is_no_illness() -> None:
+    rig = Rig(health_timeout_s=0.3)
+    async with rig.running():
+        rig.source.tell(service())
+        await rig.source.taken()
+        assert rig.healthy == {"IPv4": True, "IPv6": True}
+        assert not rig.controller.freshness.queued_at, "nothing is asked for before all is told"
+        rig.source.tell(SYNCED)
+        await rig.until(rig.controller.ready.is_set)
+        rig.sink.refusal = "no privilege"
+
+        rig.source.tell(endpoint_slice("10.0.0.1"))
+        await rig.until(lambda: rig.controller.failures >= 2)
+        assert rig.healthy == {"IPv4": True, "IPv6": True}
+        await rig.until(lambda: not rig.healthy["IPv4"])
+        assert rig.healthy["IPv6"], "the slice was one of IPv4"
+
+        rig.sink.refusal = ""
+        await rig.until(lambda: rig.healthy["IPv4"])
+        assert rig.controller.error == ""
+
+
+async def test_changes_are_counted_and_pending_until_a_sync_has_brought_them() -> None:
+    async with Rig().running() as rig:
+        services, endpoints = rig.controller.changes["service"], rig.controller.changes["endpoint"]
+        rig.source.tell(service("a"), service("b"), endpoint_slice("10.0.0.1"), SYNCED)
+        rig.sink.refusal = "not now"
+        await rig.sink.called(2)
+        assert (services.total, services.pending, endpoints.total, endpoints.pending) == (2, 2, 1, 1)
+
+        rig.sink.refusal = ""
+        await rig.until(rig.controller.ready.is_set)
+        assert (services.total, services.pending, endpoints.total, endpoints.pending) == (2, 0, 1, 0)
+
+        rig.sink.gate.clear()
+        rig.source.tell(gone("Service", "a"))
+        await rig.sink.called(len(rig.sink.states) + 1)
+        rig.source.tell(endpoint_slice("10.0.0.2"))
+        await rig.source.taken()
+        assert (services.pending, endpoints.pending) == (1, 1)
+        rig.sink.gate.set()
+        await rig.until(lambda: not endpoints.pending)
+        assert (services.total, endpoints.total, services.pending) == (3, 2, 0)
 
 
 async def test_a_change_while_syncs_fail_is_in_the_next_try() -> None:

@@ -243,11 +243,11 @@ async def test_real_servers_understand_it(
     with serving(*command, at=endpoint.address):
         client = await dial(portal)
         await client.send(b"GET / HTTP/1.1\r\nHost: web\r\nConnection: close\r\n\r\n")
-        answer, _ = await client.receive_all()
+        answer, how = await client.receive_all()
 
-    body = answer.decode().partition("\r\n\r\n")[2]
     known_as, port = client.sock.getsockname()[:2]
-    assert body == f"{known_as} {port} {portal[0]} {portal[1]}"
+    assert how == "eof", plane.records
+    assert answer.decode().partition("\r\n\r\n")[2] == f"{known_as} {port} {portal[0]} {portal[1]}", answer
     client.close()
 
 

@@ -20,6 +20,7 @@ from tests.dataplane.world import (
     CLIENT_IPS,
     FOREIGN,
     LISTENER,
+    NAME,
     NODE_PORT,
     OTHER_LISTENER,
     OTHER_NAME,
@@ -28,6 +29,7 @@ from tests.dataplane.world import (
     PORTAL,
     PORTAL6,
     TCP_PORT,
+    UDP_NAME,
     VANISHING_IPS,
     NamedBackend,
     Plane,
@@ -41,7 +43,7 @@ from tests.ends import PATIENCE_S, End, open_descriptors, settled, until
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.sockets import open_listener, stream_socket
 from userspace_proxy.dataplane.tcp import ACCEPTS_A_TURN
-from userspace_proxy.interfaces import Backends, ListenerSpec
+from userspace_proxy.interfaces import Backends, EndpointCounters, ListenerSpec
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import L4Protocol
 
@@ -105,6 +107,83 @@ async def all_ended(plane: Plane) -> None:
     async with asyncio.timeout(PATIENCE_S):
         while await plane.connections_open():
             await asyncio.sleep(0.002)
+
+
+# ---- what is counted of an endpoint
+
+
+async def test_each_endpoint_has_what_came_to_it(plane: Plane) -> None:
+    refusing = refusing_endpoint()
+    with named_backends("a", "bb") as (a, b):
+        await plane.use(refusing, a.endpoint, b.endpoint)
+        assert [await ask() for _ in range(4)] == ["a", "bb", "a", "bb"]
+        await all_ended(plane)
+
+        counters = await plane.of_endpoints()
+
+    assert counters[refusing.address] == EndpointCounters(dial_failures=1, ejections=1)
+    assert counters[a.endpoint.address] == EndpointCounters(opened=2, bytes_to_clients=2, retries=1)
+    assert counters[b.endpoint.address] == EndpointCounters(opened=2, bytes_to_clients=4)
+    totals = await plane.counters()
+    assert (totals.dial_failures, totals.retries, totals.ejections, totals.bytes_to_clients) == (1, 1, 1, 6)
+
+
+async def test_bytes_of_a_connection_are_counted_while_it_is_open_and_once(plane: Plane) -> None:
+    with Listener() as listener:
+        await plane.use(listener.endpoint)
+        client = await dial()
+        backend = await listener.accept()
+        for size in (10, 20):
+            await client.send(bytes(size))
+            await backend.receive(size)
+            await backend.send(bytes(size * 2))
+            await client.receive(size * 2)
+            await plane.counters()
+        counters, of_endpoint = await plane.counters(), (await plane.of_endpoints())[listener.endpoint.address]
+        assert (counters.bytes_to_backends, counters.bytes_to_clients) == (30, 60)
+        assert (of_endpoint.bytes_to_backends, of_endpoint.bytes_to_clients, of_endpoint.open) == (30, 60, 1)
+
+        await client.send(b"the end")
+        client.close()
+        await backend.receive_all()
+        backend.close()
+        await all_ended(plane)
+        assert (await plane.of_endpoints())[listener.endpoint.address] == EndpointCounters(
+            opened=1, bytes_to_backends=37, bytes_to_clients=60
+        )
+        assert (await plane.counters()).bytes_to_backends == 37
+    assert [(record.bytes_to_backend, record.bytes_to_client) for record in plane.records] == [(37, 60)]
+
+
+async def test_an_endpoint_that_is_gone_is_told_of_until_its_last_connection_has_ended(plane: Plane) -> None:
+    with Listener() as old, Listener() as new:
+        await plane.use(old.endpoint)
+        client = await dial()
+        backend = await old.accept()
+
+        await plane.use(new.endpoint)
+        told = await plane.of_endpoints()
+        assert (told[old.endpoint.address].open, new.endpoint.address in told) == (1, True)
+        await plane.use(new.endpoint, old.endpoint)
+        assert (await plane.of_endpoints())[old.endpoint.address].opened == 1, "it came back, and counts on"
+        await plane.use(new.endpoint)
+
+        client.close()
+        backend.close()
+        await all_ended(plane)
+        assert list(await plane.of_endpoints()) == [new.endpoint.address]
+
+
+async def test_where_there_are_more_endpoints_than_are_wanted_none_is_told_of(plane: Plane) -> None:
+    with named_backends("a", "b") as (a, b):
+        await plane.use(a.endpoint, b.endpoint)  # of both service ports
+        few, enough = await plane.local.stats(endpoints_max=3), await plane.local.stats(endpoints_max=4)
+
+    assert (few.endpoints, few.hidden_endpoints) == ({}, 4)
+    assert ({name: len(told) for name, told in enough.endpoints.items()}, enough.hidden_endpoints) == (
+        {NAME: 2, UDP_NAME: 2},
+        0,
+    )
 
 
 # ---- who speaks first

@@ -20,11 +20,15 @@ from tests.dataplane.world import (
     Plane,
     refusing_endpoint,
     running_plane,
+    udp_service_port,
 )
 from tests.ends import open_descriptors, until
 from tests.fakes import FakeClock
 from userspace_proxy.dataplane.connections import Limits
+from userspace_proxy.interfaces import Backends as PlaneBackends
+from userspace_proxy.interfaces import EndpointCounters, ListenerSpec
 from userspace_proxy.model.endpoint import Address, Endpoint
+from userspace_proxy.model.names import Scope
 
 # The idle time-out is not what is tested with it: it only makes the plane look at its flows 60 times a second.
 OFTEN = 0.1
@@ -513,6 +517,28 @@ async def test_records_and_counters_of_a_flow_are_exact(backends: Backends, clie
     assert (record.endpoint, record.why) == (a.endpoint, "round robin")
 
 
+async def test_each_endpoint_has_the_flows_that_came_to_it(plane: Plane, backends: Backends, clients: Clients) -> None:
+    a, b = backends
+    unreachable = Endpoint("255.255.255.255", 9)  # connecting there is refused by this host itself
+    await plane.use(unreachable, a.endpoint, b.endpoint)
+    for client, backend in zip(clients, (a, b, a), strict=True):
+        client.ask(bytes(10))
+        _, flow = await backend.receive()
+        backend.answer(bytes(30), flow)
+        await client.receive()
+
+    counters = await plane.of_endpoints(UDP_NAME)
+
+    assert counters[unreachable.address] == EndpointCounters(dial_failures=1, ejections=1)
+    assert counters[a.endpoint.address] == EndpointCounters(
+        opened=2, open=2, bytes_to_backends=20, bytes_to_clients=60, retries=1
+    )
+    assert counters[b.endpoint.address] == EndpointCounters(opened=1, open=1, bytes_to_backends=10, bytes_to_clients=30)
+    await plane.use(b.endpoint)
+    assert list(await plane.of_endpoints(UDP_NAME)) == [b.endpoint.address], "its flows have ended with it"
+    assert (await plane.counters(UDP_NAME)).bytes_to_backends == 30
+
+
 async def test_no_descriptor_is_left_after_many_flows(backends: Backends) -> None:
     a, _ = backends
     before = open_descriptors()
@@ -529,3 +555,114 @@ async def test_no_descriptor_is_left_after_many_flows(backends: Backends) -> Non
         assert counters.flows == 50
         assert counters.flows_total - counters.flows_evicted == 50
     assert open_descriptors() <= before
+
+
+# ---- as conntrack's rules have it: behaviours 10
+
+
+async def test_a_client_that_goes_on_asking_is_answered_after_its_service_had_no_endpoints(
+    plane: Plane, backends: Backends, clients: Clients
+) -> None:
+    a, b = backends
+    await plane.use(a.endpoint)
+    clients[0].ask()
+    await a.receive()
+    await plane.use()
+    clients[0].ask(b"nobody is there")
+    counters = await plane.counters(UDP_NAME)
+    await until(lambda: counters.datagrams_dropped == 1, "it is dropped")
+
+    await plane.use(b.endpoint)
+    clients[0].ask(b"again")
+
+    data, flow = await b.receive()
+    b.answer(data, flow)
+    assert await clients[0].receive() == (b"again", ("127.0.0.1", UDP_PORT))
+    assert a.nothing()
+
+
+async def test_a_flow_moves_when_its_endpoint_has_another_port(plane: Plane, clients: Clients) -> None:
+    """Same pod, same address: the target port was changed."""
+    with Backend("127.0.0.5") as before, Backend("127.0.0.5") as after:
+        await plane.use(before.endpoint)
+        clients[0].ask()
+        await before.receive()
+
+        await plane.use(after.endpoint)
+        clients[0].ask(b"moved")
+
+        assert (await after.receive())[0] == b"moved"
+
+
+# ---- several listeners of one service port
+
+LOCAL_PORT = 10_004
+LOCAL = UDP_LISTENER._replace(scope=Scope.LOCAL)
+
+
+async def open_local(plane: Plane, local: Endpoint, *serving: Endpoint) -> None:
+    """Open a second listener, which has *local* alone for new flows."""
+    spec = ListenerSpec(udp_service_port(), LOCAL_PORT, Scope.LOCAL)
+    assert await plane.local.open([spec]) == {}
+    await plane.local.update({LOCAL: PlaneBackends((local,), (local, *serving))})
+
+
+async def test_each_listener_leads_to_its_own_endpoints_and_answers_for_itself(
+    plane: Plane, backends: Backends
+) -> None:
+    a, b = backends
+    await plane.use(a.endpoint, serving=(a.endpoint, b.endpoint))
+    await open_local(plane, b.endpoint, a.endpoint)
+    with Client() as everywhere, Client(port=LOCAL_PORT) as here:
+        for client, backend in ((everywhere, a), (here, b)):
+            client.ask()
+            data, flow = await backend.receive()
+            backend.answer(data, flow)
+            assert (await client.receive())[0] == b"who"
+    counters = await plane.counters(UDP_NAME)
+    assert (counters.flows, counters.flows_total, counters.endpoints) == (2, 2, 2)
+
+
+async def test_flows_stay_with_their_endpoint_when_the_traffic_policy_retires_their_listener(
+    plane: Plane, backends: Backends
+) -> None:
+    """The next datagram of the same client is led to the other listener, whose new clients go elsewhere."""
+    a, b = backends
+    await plane.use(a.endpoint)
+    with Client() as client:
+        client.ask()
+        _, flow = await a.receive()
+        await open_local(plane, b.endpoint, a.endpoint)
+        port = client.sock.getsockname()[1]
+
+        await plane.local.retire([UDP_LISTENER])
+
+        client.sock.close()
+        with Datagrams() as same:
+            same.sock.bind(("127.0.0.1", port))  # as the kernel's rules show the same client to the other listener
+            same.sock.connect(("127.0.0.1", LOCAL_PORT))
+            same.sock.send(b"still you")
+            assert await a.receive() == (b"still you", flow)
+            a.answer(b"yes", flow)
+            assert (await same.receive())[0] == b"yes"
+        with Client(port=LOCAL_PORT) as new:
+            new.ask()
+            assert (await b.receive())[0] == b"who"
+    counters = await plane.counters(UDP_NAME)
+    assert (counters.flows, counters.flows_total) == (2, 2)
+    assert not plane.records
+
+
+async def test_flows_end_with_their_listener_where_no_other_serves_their_endpoint(
+    plane: Plane, backends: Backends, clients: Clients
+) -> None:
+    a, b = backends
+    await plane.use(a.endpoint)
+    clients[0].ask()
+    await a.receive()
+    await open_local(plane, b.endpoint)
+
+    await plane.local.retire([UDP_LISTENER])
+
+    assert [record.how for record in plane.records] == ["service gone"]
+    assert (await plane.counters(UDP_NAME)).flows == 0

@@ -12,9 +12,9 @@ from dataclasses import replace
 
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.plane import LocalPlane
-from userspace_proxy.interfaces import AccessRecord, Backends, Counters, ListenerSpec, Redirects
+from userspace_proxy.interfaces import AccessRecord, Backends, Counters, EndpointCounters, ListenerSpec, Redirects
 from userspace_proxy.lab import ip
-from userspace_proxy.model.endpoint import Endpoint
+from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, ServicePortName
 from userspace_proxy.model.service import ServicePort, SourceIP, portals
 from userspace_proxy.rules import nft
@@ -166,6 +166,9 @@ class Plane:
 
     async def counters(self, name: ServicePortName = NAME) -> Counters:
         return (await self.local.stats()).services[name]
+
+    async def of_endpoints(self, name: ServicePortName = NAME) -> dict[Address, EndpointCounters]:
+        return dict((await self.local.stats(endpoints_max=100)).endpoints.get(name, {}))
 
     async def connections_open(self) -> int:
         return (await self.local.stats()).connections_open

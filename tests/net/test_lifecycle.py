@@ -15,6 +15,7 @@ import pytest
 from tests.net.world import (
     HOLDER,
     POD1,
+    POD2,
     Proxy,
     answers,
     ask_udp,
@@ -195,6 +196,7 @@ def test_health_says_503_with_the_reason_until_the_first_sync_is_in_force(
     status, body = fresh_proxy.get("/healthz", 10256)
     assert (status, json.loads(body)["healthy"]) == (503, False)
     assert "Operation not supported" in json.loads(body)["reason"]
+    assert fresh_proxy.get("/livez", 10256)[0] == 200, "for two sync periods there is no reason to be replaced"
 
     tool.unlink()
     fresh_proxy.wait_ready()
@@ -211,9 +213,8 @@ def test_rules_that_cannot_be_loaded_leave_the_old_ones_serving(
     tool.parent.mkdir()
     serve_web(fresh_proxy)
     environment = ["env", f"PATH={tool.parent}:/usr/sbin:/usr/bin:/sbin:/bin"]
-    fresh_proxy.process = world.node.start(
-        *environment, *fresh_proxy.command(*fresh_proxy.run_arguments()), log=fresh_proxy.log_file
-    )
+    arguments = [*fresh_proxy.run_arguments(), "--sync-period", "1s"]
+    fresh_proxy.process = world.node.start(*environment, *fresh_proxy.command(*arguments), log=fresh_proxy.log_file)
     fresh_proxy.wait_ready()
     tool.write_text("#!/bin/sh\necho 'Error: no' >&2\nexit 1\n")
     tool.chmod(0o755)
@@ -222,7 +223,11 @@ def test_rules_that_cannot_be_loaded_leave_the_old_ones_serving(
     wait_until(lambda: "could not be loaded" in fresh_proxy.log(), "the refusal is logged")
 
     assert answers(world.client, "10.96.4.1", 80), "what was in force still is"
-    assert fresh_proxy.get("/healthz", 10256)[0] == 503
+    assert fresh_proxy.metric("userspace_proxy_sync_failing_seconds") > 0
+    status, body = fresh_proxy.get("/healthz", 10256)
+    assert (status, "Error: no" in json.loads(body)["failing"]) == (200, True)
+    wait_until(lambda: fresh_proxy.get("/healthz", 10256)[0] == 503, "after two sync periods it is an illness")
+    assert fresh_proxy.get("/livez", 10256)[0] == 503
     tool.unlink()
     wait_until(lambda: answers(world.client, "10.96.4.9", 80), "the new Service is served once rules can be loaded")
     assert fresh_proxy.get("/healthz", 10256)[0] == 200
@@ -498,3 +503,12 @@ def _health(proxy: Proxy) -> int:
         return proxy.get("/healthz", 10256)[0]
     except OSError:
         return 0
+
+
+def test_no_room_for_endpoints_leaves_services_and_says_so(fresh_proxy: Proxy) -> None:
+    fresh_proxy.start("--metrics-endpoint-series", "0")
+    fresh_proxy.serve("told", "10.96.4.1", POD1, POD2)
+
+    assert "userspace_proxy_endpoint_connections_total{" not in fresh_proxy.get("/metrics", 10249)[1]
+    assert fresh_proxy.metric("userspace_proxy_hidden_endpoints") == 4
+    assert fresh_proxy.metric("userspace_proxy_endpoints", service="told") == 4

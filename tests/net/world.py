@@ -129,13 +129,13 @@ class Proxy:
         if wait:
             self.wait_ready()
 
-    def wait_ready(self) -> None:
+    def wait_ready(self, timeout_s: float = 10.0) -> None:
         def is_ready() -> bool:
             assert self.process is not None
             assert self.process.poll() is None, f"the proxy ended: {self.log()}"
             return "ready:" in self.log()
 
-        wait_until(is_ready, "the proxy is ready", 10.0)
+        wait_until(is_ready, "the proxy is ready", timeout_s)
 
     def log(self) -> str:
         return self.log_file.read_text()

@@ -14,11 +14,12 @@ from userspace_proxy.model.service import Portal
 from userspace_proxy.rules.conntrack import (
     ANY_IP,
     Answering,
-    StaleFlows,
+    Flow,
     changed_udp_portals,
     forget_udp_flows,
     stale_flows,
 )
+from userspace_proxy.rules.netlink import delete_udp_flows
 
 DNS = Portal("10.96.0.10", 53, L4Protocol.UDP)
 DNS6 = Portal("fd00:96::10", 53, L4Protocol.UDP)
@@ -103,7 +104,7 @@ def test_a_flow_is_stale_when_its_replies_come_from_another_port_than_wanted(
 
 
 def test_flows_whose_client_has_the_portals_port_are_not_meant() -> None:
-    assert stale_flows(flow("8.8.8.8", 123, 123, sport=53), {DNS: by(10_002)}) == set()
+    assert stale_flows(flow("8.8.8.8", 123, 123, sport=53), {DNS: by(10_002)}) == []
 
 
 def test_in_a_kernel_mode_a_flow_is_stale_when_its_endpoint_serves_no_more() -> None:
@@ -115,20 +116,22 @@ def test_in_a_kernel_mode_a_flow_is_stale_when_its_endpoint_serves_no_more() -> 
 
     stale = stale_flows(listing, {DNS: frozenset({kept})})
 
-    assert {flow.answering for flow in stale} == {gone, (kept[0], 5354)}
+    assert [flow.client for flow in stale] == [("192.168.50.2", 4_001), ("192.168.50.2", 4_002)]
 
 
-def test_each_address_is_named_once_however_many_flows_it_has() -> None:
+def test_each_flow_is_named_by_its_client_and_what_it_asked() -> None:
     listing = "\n".join(flow("10.96.0.10", 53, 10_001, sport=4_000 + n) for n in range(50))
 
-    assert stale_flows(listing, {DNS: by(10_002)}) == {StaleFlows(("10.96.0.10", 53), ("192.168.50.1", 10_001))}
+    assert stale_flows(listing, {DNS: by(10_002)}) == [
+        Flow(("192.168.50.2", 4_000 + n), ("10.96.0.10", 53)) for n in range(50)
+    ]
 
 
 @pytest.mark.parametrize(
     "listing", ["", "\n\n", "conntrack v1.4.7 (conntrack-tools): 0 flow entries have been shown.", "dst=x"]
 )
 def test_what_is_no_flow_is_passed_over(listing: str) -> None:
-    assert stale_flows(listing, {DNS: by(10_002)}) == set()
+    assert stale_flows(listing, {DNS: by(10_002)}) == []
 
 
 # ---- the kernel's own table
@@ -179,6 +182,17 @@ OTHERS = {("192.168.50.1", "30053"), ("8.8.8.8", "53")}
 async def test_flows_to_a_changed_portal_are_forgotten_and_no_others() -> None:
     await forget_udp_flows({DNS: by(10_002)})
 
+    assert asked_for() == {*OTHERS, ("fd00:96::10", "53")}
+
+
+@pytest.mark.usefixtures("flows")
+async def test_as_many_as_there_are_are_forgotten_with_those_that_ended_meanwhile() -> None:
+    for sport in range(5_000, 5_600):
+        insert("10.96.0.10", 53, 10_001, sport)
+    ended = [Flow(("192.168.50.2", sport), ("10.96.0.11", 53)) for sport in range(20)]
+    known = [Flow(("192.168.50.2", sport), ("10.96.0.10", 53)) for sport in (4_001, 4_002, *range(5_000, 5_600))]
+
+    assert delete_udp_flows([*ended, *known]) == len(known)
     assert asked_for() == {*OTHERS, ("fd00:96::10", "53")}
 
 

@@ -188,6 +188,35 @@ async def test_services_of_other_proxies_and_headless_ones_are_left_out(server: 
         await told.until(lambda: told.names("Service") == [])
 
 
+async def test_an_api_that_cannot_choose_services_by_cluster_ip_is_asked_without(
+    server: ApiServer, config: Path
+) -> None:
+    """Before Kubernetes 1.31; found with a real 1.20."""
+    server.knows_watch_list = server.knows_cluster_ip_field = False
+    await server.put(SERVICES, service("ours"))
+    await server.put(SERVICES, service("headless", "None"))
+
+    async with following(config) as told:
+        assert told.names("Service") == ["ours"]
+        await server.put(SERVICES, service("other"))
+        await told.until(lambda: told.names("Service") == ["other", "ours"])
+        await server.put(SERVICES, service("other", "None"))
+        await told.until(lambda: told.names("Service") == ["ours"])
+        assert not told.source.problems
+
+
+async def test_an_older_api_server_behind_the_same_address_may_answer_the_next_watch(
+    server: ApiServer, config: Path
+) -> None:
+    """A control plane in the middle of its upgrade."""
+    async with following(config) as told:
+        server.knows_watch_list = server.knows_cluster_ip_field = False
+        server.cut()
+        await server.put(SERVICES, service("web"))
+        await told.until(lambda: told.names("Service") == ["web"])
+        await told.until(lambda: not told.source.problems)
+
+
 async def test_a_proxy_with_a_name_is_told_exactly_the_services_that_name_it(server: ApiServer, config: Path) -> None:
     for name in ("mine", "other"):
         await server.put(SERVICES, service(name, proxy=name))

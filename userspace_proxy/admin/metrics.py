@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from userspace_proxy import __version__
 from userspace_proxy.admin.kubeproxy import KubeProxyMetrics, SyncStats
-from userspace_proxy.interfaces import Counters, PlaneStats, WatchStats
+from userspace_proxy.interfaces import Counters, EndpointCounters, PlaneStats, WatchStats
+from userspace_proxy.model.endpoint import join_address
+from userspace_proxy.model.freshness import FamilyHealth
+from userspace_proxy.model.names import ServicePortName
 
 
 class ControlStats(NamedTuple):
@@ -24,6 +27,8 @@ class ControlStats(NamedTuple):
     last_sync_at: float
     problems: int
     unopened: int
+    sync_failures: int = 0
+    sync_failing_s: float = 0.0
 
 
 # Metric -> what it says, its Counters field, and whether it only goes up.
@@ -35,18 +40,34 @@ _FAMILIES = (
     ("failed_connections", "TCP connections reset because no endpoint could be reached", "failed", True),
     ("refused_connections", "TCP connections that came to a proxy port by another way than a portal", "refused", True),
     ("limited_connections", "TCP connections reset because their client had too many open", "limited", True),
-    ("to_backends_bytes", "bytes of ended connections and flows, client to backend", "bytes_to_backends", True),
-    ("to_clients_bytes", "bytes of ended connections and flows, backend to client", "bytes_to_clients", True),
+    ("to_backends_bytes", "bytes from clients to backends", "bytes_to_backends", True),
+    ("to_clients_bytes", "bytes from backends to clients", "bytes_to_clients", True),
     ("dial_failures", "attempts to reach an endpoint that failed", "dial_failures", True),
     ("port_exhaustions", "attempts for which every local port was in use", "port_exhaustions", True),
+    ("refused_sources", "dials that the kernel did not let speak as their client", "sources_refused", True),
     ("retries", "attempts after the first one of a connection or flow", "retries", True),
     ("ejections", "times an endpoint was passed over for a while", "ejections", True),
+    ("affinity_pins", "clients that stay with an endpoint, by sessionAffinity", "pins", False),
     ("udp_flows", "UDP flows begun", "flows_total", True),
     ("udp_open_flows", "UDP flows now", "flows", False),
     ("udp_evicted_flows", "UDP flows that made way for others", "flows_evicted", True),
     ("udp_dropped_datagrams", "datagrams that could not be passed on", "datagrams_dropped", True),
 )
 _LABELS = ("namespace", "service", "port", "protocol")
+# The same of each endpoint, by the fields of EndpointCounters.
+_ENDPOINT_FAMILIES = (
+    ("connections", "TCP connections to an endpoint", "opened", True),
+    ("open_connections", "TCP connections to an endpoint that are open now", "open", False),
+    ("to_backends_bytes", "bytes from clients to an endpoint", "bytes_to_backends", True),
+    ("to_clients_bytes", "bytes from an endpoint to clients", "bytes_to_clients", True),
+    ("dial_failures", "attempts to reach an endpoint that failed", "dial_failures", True),
+    ("retries", "attempts to reach an endpoint after another one had failed", "retries", True),
+    ("ejections", "times an endpoint was passed over for a while", "ejections", True),
+    ("udp_flows", "UDP flows to an endpoint", "opened", True),
+    ("udp_open_flows", "UDP flows to an endpoint now", "open", False),
+)
+# What Prometheus keeps for one endpoint: all of these but the two of the other protocol.
+SERIES_AN_ENDPOINT = len(_ENDPOINT_FAMILIES) - 2
 
 
 # Of each kind that a cluster's API is asked for.
@@ -80,12 +101,17 @@ class _Scrape(Collector):
         self._degraded_after_s = degraded_after_s
 
     def collect(self) -> Iterator[Metric]:
-        services = [
-            ((n.service.namespace, n.service.name, n.port_name, str(n.protocol)), counters)
-            for n, counters in self._plane.services.items()
-        ]
+        services = [(_labels(name), counters) for name, counters in self._plane.services.items()]
         for name, text, field, rises in _FAMILIES:
-            yield _family(f"userspace_proxy_{name}", text, _values(services, name, field), rises=rises)
+            yield _family(f"userspace_proxy_{name}", text, _LABELS, _values(services, name, field), rises=rises)
+        endpoints = [
+            ((*labels, join_address(*address)), counters)
+            for labels, of_it in ((_labels(name), of_it) for name, of_it in self._plane.endpoints.items())
+            for address, counters in of_it.items()
+        ]
+        for name, text, field, rises in _ENDPOINT_FAMILIES:
+            values = _values(endpoints, name, field)
+            yield _family(f"userspace_proxy_endpoint_{name}", text, (*_LABELS, "endpoint"), values, rises=rises)
         yield from self._single()
         if self._watches:
             yield from self._of_watches(time.time())
@@ -108,6 +134,12 @@ class _Scrape(Collector):
         plane, control = self._plane, self._control
         for name, text, value, rises in (
             ("connections_open_all", "TCP connections open now, all service ports", plane.connections_open, False),
+            (
+                "hidden_endpoints",
+                "endpoints without metrics of their own, because there are more than --metrics-endpoint-series allows",
+                plane.hidden_endpoints,
+                False,
+            ),
             ("accept_pauses", "times accepting was paused for want of descriptors", plane.accept_paused, True),
             ("local_shortages", "times this host ran out of ports, descriptors or memory", plane.local_shortages, True),
             ("worker_restarts", "times a data-plane process died and was replaced", plane.worker_restarts, True),
@@ -120,6 +152,13 @@ class _Scrape(Collector):
                 True,
             ),
             ("last_sync_timestamp_seconds", "when the last sync succeeded", control.last_sync_at, False),
+            ("sync_failures", "syncs that failed; what was in force stayed", control.sync_failures, True),
+            (
+                "sync_failing_seconds",
+                "for so long every sync has failed; 0 when none has",
+                control.sync_failing_s,
+                False,
+            ),
             ("object_problems", "objects and files that cannot be used as they are", control.problems, False),
             ("unopened_service_ports", "service ports without a listener", control.unopened, False),
             (
@@ -137,24 +176,36 @@ class _Scrape(Collector):
         yield info
 
 
+def _labels(name: ServicePortName) -> tuple[str, ...]:
+    return name.service.namespace, name.service.name, name.port_name, str(name.protocol)
+
+
 def _values(
-    services: Iterable[tuple[tuple[str, str, str, str], Counters]], name: str, field: str
-) -> Iterator[tuple[tuple[str, str, str, str], int]]:
+    counted: Iterable[tuple[tuple[str, ...], Counters | EndpointCounters]], name: str, field: str
+) -> Iterator[tuple[tuple[str, ...], int]]:
     """Yield labels and value; what only TCP or only UDP can have is not shown for the other."""
-    for labels, counters in services:
+    for labels, counters in counted:
         if ("connections" in name and labels[3] == "UDP") or (name.startswith("udp_") and labels[3] == "TCP"):
             continue
         yield labels, getattr(counters, field)
 
 
 def _family(
-    name: str, text: str, values: Iterable[tuple[tuple[str, str, str, str], int]], *, rises: bool
+    name: str, text: str, labels: Sequence[str], values: Iterable[tuple[Sequence[str], int]], *, rises: bool
 ) -> CounterMetricFamily | GaugeMetricFamily:
     make: Callable[..., CounterMetricFamily | GaugeMetricFamily] = CounterMetricFamily if rises else GaugeMetricFamily
-    family = make(name, text, labels=_LABELS)
-    for labels, value in values:
-        family.add_metric(labels, value)
+    family = make(name, text, labels=labels)
+    for of_one, value in values:
+        family.add_metric(of_one, value)
     return family
+
+
+class _Alone(Collector):
+    def __init__(self, family: Metric) -> None:
+        self._family = family
+
+    def collect(self) -> Iterator[Metric]:
+        yield self._family
 
 
 def render(
@@ -163,10 +214,21 @@ def render(
     watches: Sequence[WatchStats] = (),
     degraded_after_s: float = 0.0,
     syncs: SyncStats | None = None,
-) -> bytes:
-    """Return the text of one scrape."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Scrape(plane, control, watches, degraded_after_s))
+) -> Iterator[bytes]:
+    """Return the text of one scrape, metric by metric: all of it at once is 16 MB for 10,000 Services."""
+    collectors: list[Collector] = [_Scrape(plane, control, watches, degraded_after_s)]
     if syncs is not None:
-        registry.register(KubeProxyMetrics(syncs))
+        collectors.append(KubeProxyMetrics(syncs))
+    for collector in collectors:
+        for family in collector.collect():
+            yield generate_latest(_Alone(family))
+
+
+def slis(families: Mapping[str, FamilyHealth]) -> bytes:
+    """Return what /metrics/slis tells: the health of every Kubernetes component has one name there."""
+    registry = CollectorRegistry(auto_describe=False)
+    health = Gauge("kubernetes_healthcheck", "1 when this check is passed", ["name", "type"], registry=registry)
+    for family, of_it in families.items():
+        for kind in ("healthz", "livez"):
+            health.labels(f"sync-{family}", kind).set(of_it.healthy)
     return generate_latest(registry)

@@ -1,6 +1,6 @@
 """/healthz and /livez for load balancers and kubelets, /metrics for Prometheus.
 
-Two addresses, as kube-proxy has them: health on every address, all else on loopback.
+Two addresses, as kube-proxy has them: health on every address, all else on loopback (behaviours Z1-Z5).
 """
 
 from __future__ import annotations
@@ -9,36 +9,50 @@ import asyncio
 import errno
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
 from userspace_proxy.admin.limited import Limited
+from userspace_proxy.admin.metrics import slis
 from userspace_proxy.errors import StartError
+from userspace_proxy.model.freshness import FamilyHealth
 
 _HINTS = {errno.EADDRINUSE: "another program has it", errno.EACCES: "a port below 1024 is for root"}
 _HEADERS = {"X-Content-Type-Options": "nosniff"}
+_EXPOSITION = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+_LATE = "a sync was asked for long ago, and none has been completed since"
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """Whether we do our work; ``reason`` says why not. ``problems`` are worth a look and no reason to be replaced.
+    """What is known of our work.
 
-    ``alive``: whether there is no reason to be replaced, though the first state may still be waited for.
-    ``degraded`` says what is served by a last good state that gets old. ``node_eligible``: whether load balancers may
-    send traffic to this node; None where there is no Node to ask.
+    ``families``: whether syncs keep up, by IP family. ``waiting``: why no traffic is to come yet, or any more; "" when
+    it may. ``failing``: why the last sync failed and since when; health ends with it only when that lasts.
+    ``problems`` are worth a look and no reason to be replaced. ``degraded`` says what is served by a last good state
+    that gets old. ``node_eligible``: whether load balancers may send traffic to this node; None where there is no Node
+    to ask.
     """
 
-    healthy: bool
-    reason: str = ""
-    last_updated: float | None = None
-    problems: list[str] = field(default_factory=list)
-    alive: bool | None = None  # None: as healthy
-    degraded: list[str] = field(default_factory=list)
+    families: Mapping[str, FamilyHealth]
+    waiting: str = ""
+    failing: str = ""
+    problems: Sequence[str] = ()
+    degraded: Sequence[str] = ()
     node_eligible: bool | None = None
+
+    @property
+    def keeps_up(self) -> bool:
+        """Whether there is no reason to be replaced."""
+        return all(family.healthy for family in self.families.values())
+
+    @property
+    def updated_at(self) -> float | None:
+        return max((f.updated_at for f in self.families.values() if f.updated_at is not None), default=None)
 
 
 class AdminServer:
@@ -47,13 +61,15 @@ class AdminServer:
     def __init__(
         self,
         health: Callable[[], Health],
-        metrics: Callable[[], Awaitable[bytes]],
+        metrics: Callable[[Mapping[tuple[str, int], int]], AsyncIterator[bytes]],
         mode: str,
+        config: Mapping[str, object],
         degraded_status: int = 200,
     ) -> None:
         self._health = health
         self._metrics = metrics
         self._mode = mode
+        self._config = config
         self._degraded_status = degraded_status
         self.answers: Counter[tuple[str, int]] = Counter()  # of /healthz and /livez, by status
         self._runners: list[web.AppRunner] = []
@@ -73,7 +89,13 @@ class AdminServer:
         await self._serve(
             "--metrics-bind-address",
             metrics_address,
-            {"/metrics": self._get_metrics, "/healthz": self._healthz, "/proxyMode": self._get_mode},
+            {
+                "/metrics": self._get_metrics,
+                "/metrics/slis": self._get_slis,
+                "/healthz": self._ping,
+                "/proxyMode": self._get_mode,
+                "/configz": self._get_config,
+            },
         )
 
     async def _serve(self, flag: str, address: str, routes: dict[str, Any]) -> None:
@@ -101,40 +123,60 @@ class AdminServer:
     async def _healthz(self, _request: web.Request) -> web.Response:
         """Say whether load balancers may send traffic here."""
         health = self._health()
-        is_well = health.healthy and health.node_eligible is not False
+        is_ready = health.keeps_up and not health.waiting
+        is_well = is_ready and health.node_eligible is not False
         status = 503 if not is_well else self._degraded_status if health.degraded else 200
         self.answers["healthz", status] += 1
-        return _answer(health, status, health.node_eligible)
+        said = {} if health.node_eligible is None else {"nodeEligible": health.node_eligible}
+        return _answer(health, status, is_ready, said)
 
     async def _livez(self, _request: web.Request) -> web.Response:
         """Say whether the process does its work; a kubelet replaces one that does not."""
         health = self._health()
-        status = 200 if health.healthy or health.alive else 503
+        status = 200 if health.keeps_up else 503
         self.answers["livez", status] += 1
-        return _answer(health, status)
+        return _answer(health, status, health.keeps_up, {})
 
-    async def _get_metrics(self, _request: web.Request) -> web.Response:
-        return web.Response(
-            body=await self._metrics(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-        )
+    async def _ping(self, _request: web.Request) -> web.Response:
+        """Say that this address answers, as kube-proxy's does; health is told at the other one."""
+        return web.Response(text="ok", headers=_HEADERS)
+
+    async def _get_metrics(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers=_EXPOSITION)
+        await response.prepare(request)
+        if request.method != "HEAD":
+            async for part in self._metrics(self.answers):
+                await response.write(part)
+        return response
+
+    async def _get_slis(self, _request: web.Request) -> web.Response:
+        return web.Response(body=slis(self._health().families), headers=_EXPOSITION)
+
+    async def _get_config(self, _request: web.Request) -> web.Response:
+        return web.json_response(self._config, headers=_HEADERS)
 
     async def _get_mode(self, _request: web.Request) -> web.Response:
         return web.Response(text=self._mode, headers=_HEADERS)
 
 
-def _answer(health: Health, status: int, node_eligible: bool | None = None) -> web.Response:
+def _answer(health: Health, status: int, healthy: bool, said: Mapping[str, object]) -> web.Response:
     """Return *health* as kube-proxy's JSON, with what it never said."""
     now = time.time()
     body: dict[str, object] = {
-        "lastUpdated": _rfc3339(now if status == 200 else health.last_updated),
+        "lastUpdated": _rfc3339(now if status == 200 else health.updated_at),
         "currentTime": _rfc3339(now),
-        "healthy": health.healthy,
+        **said,
+        "healthy": healthy,
+        "status": {
+            family: {"lastUpdated": _rfc3339(of_it.updated_at), "healthy": of_it.healthy}
+            for family, of_it in health.families.items()
+        },
     }
-    if node_eligible is not None:
-        body["nodeEligible"] = node_eligible
-    for name in ("reason", "degraded", "problems"):
-        if said := getattr(health, name):
-            body[name] = said
+    if not healthy:
+        body["reason"] = "; ".join(why for why in (health.waiting, health.failing) if why) or _LATE
+    for name in ("failing", "degraded", "problems"):
+        if value := getattr(health, name):
+            body[name] = value
     text = msgspec.json.encode(body).decode()
     return web.Response(text=text, status=status, content_type="application/json", headers=_HEADERS)
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from userspace_proxy import api
 from userspace_proxy.control.decode import trigger_time
@@ -13,7 +14,9 @@ from userspace_proxy.control.pacer import Pacer
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import EventType, ObjectEvent, Source, StateSink
+from userspace_proxy.model.freshness import FAMILY_NAMES, Freshness
 from userspace_proxy.model.histogram import Histogram
+from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import usable_endpoints
 
 _ASK_AGAIN_S = 1.0
@@ -21,15 +24,27 @@ _ASK_AGAIN_S = 1.0
 _SYNC_BOUNDS_S = [0.001 * 2**n for n in range(15)]
 _PROGRAMMING_BOUNDS_S = [0.25, 0.5, *range(1, 60), *range(60, 120, 5), *range(120, 301, 30)]
 
+# Of what a change of a kind is one.
+_CHANGED = {"Service": "service", "EndpointSlice": "endpoint", "Endpoints": "endpoint", "Pod": "endpoint"}
+
 log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Changes:
+    """How many there were, and how many of them no sync has brought yet."""
+
+    total: int = 0
+    pending: int = 0
 
 
 class Controller:
     """Owns the way from a source to a sink.
 
-    ``synced_at``: wall-clock second of the last sync that succeeded, None before the first.
+    ``synced_at``: wall-clock second of the last sync that succeeded, None before the first; ``synced``: its state.
     ``error``: why the last sync failed, "" if it did not; ``failing_since`` since when. ``durations``: of syncs that
     succeeded; ``programming``: by IP family, from what made a controller write an EndpointSlice until it was in force.
+    ``changes``: heard of Services and of their endpoints.
     """
 
     def __init__(
@@ -39,6 +54,7 @@ class Controller:
         sink: StateSink,
         pacer: Pacer,
         after_sync: Callable[[], None] = lambda: None,
+        health_timeout_s: float = 60.0,
     ) -> None:
         self._source = source
         self._tracker = tracker
@@ -49,12 +65,15 @@ class Controller:
         self.ready = asyncio.Event()
         self.attempted = asyncio.Event()
         self.synced_at: float | None = None
+        self.synced = ProxyState()
         self.failing_since: float | None = None
         self.error = ""
         self.syncs = 0
-        self.queued_at = 0.0
+        self.failures = 0
+        self.freshness = Freshness(health_timeout_s)
+        self.changes = {"service": Changes(), "endpoint": Changes()}
         self.durations = Histogram(_SYNC_BOUNDS_S)
-        self.programming = {family: Histogram(_PROGRAMMING_BOUNDS_S) for family in ("IPv4", "IPv6")}
+        self.programming = {family: Histogram(_PROGRAMMING_BOUNDS_S) for family in FAMILY_NAMES}
         self._started_at = time.time()
         self._triggers: list[tuple[str, float]] = []  # family and time of what no sync has brought yet
 
@@ -70,17 +89,20 @@ class Controller:
             try:
                 async for events in self._source.events():
                     self._tracker.apply(events)
-                    self._note_triggers(events)
+                    self._note(events)
                     synced = synced or any(event.type is EventType.SYNCED for event in events)
                     if synced:  # never before: a half-read state would take away what the other half serves
                         self._changed.set()
-                        self.queued_at = time.time()
+                        self.freshness.note_queued({family for event in events for family in _families(event)})
             except Exception:
                 log.exception("a bug: the source failed; what is in force stays, and it is asked again")
             await asyncio.sleep(_ASK_AGAIN_S)
 
-    def _note_triggers(self, events: Iterable[ObjectEvent]) -> None:
+    def _note(self, events: Iterable[ObjectEvent]) -> None:
         for event in events:
+            if (told := _CHANGED.get(event.kind)) is not None:
+                self.changes[told].total += 1
+                self.changes[told].pending += 1
             if isinstance(event.object, api.EndpointSlice) and event.object.address_type in self.programming:
                 at = trigger_time(event.object)
                 if at is not None and at > self._started_at:  # what was before us we could not bring
@@ -97,6 +119,8 @@ class Controller:
     async def _sync(self) -> None:
         started_at = time.monotonic()
         triggers, self._triggers = self._triggers, []
+        taken = {told: changes.pending for told, changes in self.changes.items()}
+        self.freshness.note_begin()
         try:
             state = self._tracker.state()
             await self._sink.sync(state)
@@ -111,6 +135,10 @@ class Controller:
             self._note_failure(repr(error), triggers)
             return
         self._pacer.note_end(succeeded=True)
+        self.freshness.note_end(succeeded=True)
+        for told, count in taken.items():
+            self.changes[told].pending -= count
+        self.synced = state
         if self.error:
             log.info("the rules could be loaded again")
         self.error, self.failing_since = "", None
@@ -130,6 +158,15 @@ class Controller:
     def _note_failure(self, error: str, triggers: list[tuple[str, float]]) -> None:
         self._triggers = triggers + self._triggers
         self._pacer.note_end(succeeded=False)
+        self.freshness.note_end(succeeded=False)
+        self.failures += 1
         self._changed.set()  # try again
         self.failing_since = self.failing_since or time.time()
         self.error = error
+
+
+def _families(event: ObjectEvent) -> tuple[str, ...]:
+    """Return the IP families whose traffic *event* may change; of what is gone nothing is known but its name."""
+    if isinstance(event.object, api.EndpointSlice):
+        return tuple(family for family in FAMILY_NAMES if family == event.object.address_type)
+    return FAMILY_NAMES

@@ -77,6 +77,11 @@ class Tracker:
         """The Services that could not be taken as they are written: name -> where and why."""
         return {**self._blemishes, **self._conflicts, **self._faults}
 
+    @property
+    def here(self) -> Node:
+        """This node, as the latest state has it."""
+        return self._state.node
+
     def apply(self, events: Iterable[ObjectEvent]) -> None:
         """Note what *events* say."""
         for event in events:

@@ -13,7 +13,7 @@ import errno
 import logging
 import resource
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -54,6 +54,8 @@ class Connection(Protocol):
 
     @property
     def splice(self) -> Splice | None: ...
+
+    def count_bytes(self) -> None: ...
 
     def cut(self, reason: str) -> None: ...
 
@@ -235,6 +237,14 @@ class Connections:
         if owes_nothing:
             silence.answered_at = (silence.moved_bytes, splice.half_closed)
         return ""
+
+    def count_bytes(self) -> Iterator[None]:
+        """Bring the byte counters up to date, in parts."""
+        looked_at = list(self._open)
+        for start in range(0, len(looked_at), _LOOKS_A_TURN):
+            for connection in looked_at[start : start + _LOOKS_A_TURN]:
+                connection.count_bytes()
+            yield
 
     # ---- drain
 

@@ -23,8 +23,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 from userspace_proxy.dataplane.mmsg import MESSAGES, Batch
+from userspace_proxy.dataplane.picker import Pick
 from userspace_proxy.dataplane.sockets import backend_socket
-from userspace_proxy.model.endpoint import Address, Endpoint
+from userspace_proxy.model.endpoint import Address
 
 _EVENTS_A_POLL = 256
 _POLLS_A_TURN = 4
@@ -71,19 +72,22 @@ class Front(Protocol):
 class UdpFlow:
     """One client's conversation with one endpoint. ``front`` is None once it has ended.
 
-    ``send`` gives the endpoint a datagram, with the flow's header in front of it where there is one.
+    ``header`` goes in front of each datagram to the endpoint; mostly it is empty. ``counted``: the bytes, to the
+    backend and to the client, that counters know of.
     """
 
     __slots__ = (
         "answered",
         "bytes_to_backend",
         "bytes_to_client",
+        "counted",
+        "counters",
         "endpoint",
         "front",
+        "header",
         "key",
         "last_at",
         "reply",
-        "send",
         "sock",
         "started_at",
         "why",
@@ -95,8 +99,7 @@ class UdpFlow:
         reply: bytes,
         front: Front,
         sock: socket.socket,
-        endpoint: Endpoint,
-        why: str,
+        pick: Pick,
         now: float,
         header: bytes = b"",
     ) -> None:
@@ -104,15 +107,20 @@ class UdpFlow:
         self.reply = reply
         self.front: Front | None = front
         self.sock = sock
-        self.send: Callable[[memoryview], int] = sock.send
-        if header:
-            self.send = lambda datagram: sock.sendmsg((header, datagram))
-        self.endpoint = endpoint
-        self.why = why
+        self.header = header
+        self.endpoint, self.why, self.counters = pick
         self.started_at = self.last_at = now
         self.bytes_to_backend = 0
         self.bytes_to_client = 0
+        self.counted = (0, 0)
         self.answered = False
+
+    def send(self, datagram: memoryview) -> None:
+        """Send *datagram* to the endpoint; raises OSError."""
+        if self.header:
+            self.sock.sendmsg((self.header, datagram))
+        else:
+            self.sock.send(datagram)
 
 
 class DatagramPoller:

@@ -143,6 +143,7 @@ class Dial:
                 return
             if self._attempts:
                 self._context.counters.retries += 1
+                pick.counters.retries += 1
             self._pick = pick
             if self._connect(pick.endpoint.address):
                 return
@@ -232,6 +233,7 @@ class Dial:
         self._tried[endpoint.address] = again
         counters = self._context.counters
         counters.dial_failures += 1
+        self._pick.counters.dial_failures += 1
         if code == errno.EADDRNOTAVAIL:
             counters.port_exhaustions += 1
         if code in LOCAL_SHORTAGES:
@@ -239,6 +241,7 @@ class Dial:
             return
         if self._context.picker.report_failure(endpoint):
             counters.ejections += 1
+            self._pick.counters.ejections += 1
             log.info("endpoint %s is passed over for a while: %s", endpoint, os.strerror(code))
 
     def _wait_for_descriptors(self, error: OSError) -> None:

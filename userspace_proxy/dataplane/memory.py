@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from userspace_proxy.interfaces import EndpointCounters
 from userspace_proxy.model.endpoint import Address
 
 # A trial that nobody reports on (the connection attempt was cut) is over after the longest dial there is.
@@ -54,6 +55,7 @@ class Memory:
         self._pins: dict[str, Pin] = {}  # least recently used first
         self._new_pins: dict[str, Pin] | None = None  # kept once somebody asks for news
         self._told_ejected: list[tuple[Address, int, float]] = []
+        self._counters: dict[Address, EndpointCounters] = {}
         self._chosen_from: dict[object, Collection[Address]] = {}  # by picker
 
     # ---- who shares it
@@ -75,10 +77,25 @@ class Memory:
         return known[0] if len(known) == 1 else set().union(*known)
 
     def _forget_gone(self) -> None:
-        if self.ejected:
-            known = self.addresses()
-            for address in [address for address in self.ejected if address not in known]:
-                del self.ejected[address]
+        known = self.addresses()
+        for address in [address for address in self.ejected if address not in known]:
+            del self.ejected[address]
+        for address in [a for a, counters in self._counters.items() if a not in known and not counters.open]:
+            del self._counters[address]
+
+    # ---- what is counted
+
+    def counters_of(self, address: Address) -> EndpointCounters:
+        """Return where everybody counts what the endpoint at *address* gets."""
+        counters = self._counters.get(address)
+        if counters is None:
+            counters = self._counters[address] = EndpointCounters()
+        return counters
+
+    def counters(self) -> list[tuple[Address, EndpointCounters]]:
+        """Return what each endpoint has had; one that is gone is told of until its last connection has ended."""
+        self._forget_gone()
+        return list(self._counters.items())
 
     # ---- pins
 

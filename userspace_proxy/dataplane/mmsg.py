@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterable
 
 from userspace_proxy.dataplane.sockets import plain_ip
-from userspace_proxy.model.endpoint import Address, Family
+from userspace_proxy.model.endpoint import Address
 
 MESSAGES = 32
 DATAGRAM_BYTES = 65_536
@@ -128,9 +128,9 @@ def asked_ip(record: bytes) -> str:
     return plain_ip(socket.inet_ntop(socket.AF_INET6, info[:16]))
 
 
-def client_family(record: bytes) -> Family:
-    """Return the family of the peer of *record*: what `client_address` would tell, for less."""
-    return 6 if record.startswith(_INET6) and not record.startswith(_MAPPED, 8) else 4
+def anybody_like(record: bytes) -> str:
+    """Return the unspecified IP of the family of the peer of *record*: for who need not know more of it."""
+    return "::" if record.startswith(_INET6) and not record.startswith(_MAPPED, 8) else "0.0.0.0"  # noqa: S104
 
 
 def reply_record(record: bytes) -> bytes:

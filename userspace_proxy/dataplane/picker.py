@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from userspace_proxy.dataplane.memory import Ejection, Memory, Pin
+from userspace_proxy.interfaces import EndpointCounters
 from userspace_proxy.model.endpoint import Address, Endpoint
 
 EJECT_S = 1.0
@@ -20,10 +21,11 @@ EJECT_MAX_S = 60.0
 
 
 class Pick(NamedTuple):
-    """An endpoint and why it was chosen, in one or two words for the access log."""
+    """An endpoint, why it was chosen, in one or two words for the access log, and where to count what it gets."""
 
     endpoint: Endpoint
     why: str
+    counters: EndpointCounters
 
 
 class _Rotation:
@@ -39,6 +41,7 @@ class _Rotation:
         self._ejected = memory.ejected
 
     def replace(self, wanted: dict[Address, Endpoint]) -> None:
+        counters = {address: self._memory.counters_of(address) for address in wanted}
         kept: list[Endpoint] = []
         turn = 0
         for index, endpoint in enumerate(self.endpoints):
@@ -47,7 +50,7 @@ class _Rotation:
                 if index < self._next:
                     turn += 1
         self.endpoints = kept + list(wanted.values())
-        self._turns = [Pick(endpoint, "round robin") for endpoint in self.endpoints]
+        self._turns = [Pick(e, "round robin", counters[e.address]) for e in self.endpoints]
         self._next = turn if turn < len(self.endpoints) else 0
 
     def take(self, tried: Collection[Address]) -> Pick | None:
@@ -68,13 +71,13 @@ class _Rotation:
                 continue
             if self._memory.is_open(address, now):
                 self._next = (index + 1) % count
-                return Pick(self.endpoints[index], self._why(address, tried))
+                return Pick(self.endpoints[index], self._why(address, tried), self._turns[index].counters)
             if doubtful is None:
                 doubtful = index
         if doubtful is None:
             return None
         self._next = (doubtful + 1) % count
-        return Pick(self.endpoints[doubtful], "last resort")
+        return Pick(self.endpoints[doubtful], "last resort", self._turns[doubtful].counters)
 
     def _why(self, address: Address, tried: Collection[Address]) -> str:
         if address in self._ejected:
@@ -123,7 +126,7 @@ class Picker:
             pinned = self._endpoints.get(pin.address)
             if pinned is not None and memory.is_open(pin.address, now):
                 memory.pin(client_ip, Pin(pin.address, now + timeout_s))
-                return Pick(pinned, "affinity")
+                return Pick(pinned, "affinity", memory.counters_of(pin.address))
         choice = rotation.take(tried)
         if choice is not None:
             memory.pin(client_ip, Pin(choice.endpoint.address, now + timeout_s))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import socket
 import time
@@ -18,13 +19,15 @@ from userspace_proxy.dataplane.poller import Poller
 from userspace_proxy.dataplane.sockets import reserve_refusing_port
 from userspace_proxy.dataplane.splice.copy import CopySplicer
 from userspace_proxy.dataplane.splice.pipe import PipeSplicer
+from userspace_proxy.dataplane.stats import add_up
 from userspace_proxy.dataplane.tcp import TcpListener
 from userspace_proxy.dataplane.udp import UdpListener
-from userspace_proxy.interfaces import Backends, ListenerSpec, PlaneStats, Splicer
-from userspace_proxy.model.names import L4Protocol, ListenerName, ServicePortName
+from userspace_proxy.interfaces import Backends, ListenerSpec, PlaneStats, ServiceStats, Splicer
+from userspace_proxy.model.names import L4Protocol, ListenerName, Scope, ServicePortName
 
 _OPENED_A_STEP = 128
 _SERVICE_PORTS_A_STEP = 256
+_FLOWS_A_STEP = 128
 # How long the one before waits for answers to datagrams that it has passed on.
 _UDP_LINGER_S = 5.0
 _LINGER_POLL_S = 0.1
@@ -161,21 +164,56 @@ class LocalPlane:
 
     async def retire(self, names: Sequence[ListenerName]) -> None:
         for name in names:
-            self._udp.pop(name, None)
             self._backends.pop(name, None)
             listener = self._listeners.pop(name, None)
             if listener is not None:
-                listener.close()
+                if (udp := self._udp.pop(name, None)) is not None:
+                    udp.close(self._heir(name, names))
+                else:
+                    listener.close()
                 if self._shared[name.service_port].memory.leave(listener.picker):
                     del self._shared[name.service_port]
 
-    async def stats(self) -> PlaneStats:
+    def _heir(self, name: ListenerName, retired: Sequence[ListenerName]) -> UdpListener | None:
+        """Return who may go on with the flows of *name*: where the traffic policy changed, its clients are led there.
+
+        What the endpoints see does not change; else a flow begins anew.
+        """
+        others = (
+            ListenerName(name.service_port, scope, name.transparent) for scope in Scope if scope is not name.scope
+        )
+        return next((self._udp[other] for other in others if other in self._udp and other not in retired), None)
+
+    async def stats(self, endpoints_max: int = 0) -> PlaneStats:
+        known = sum(len(shared.memory.addresses()) for shared in self._shared.values())
+        parts = self.take_stats(endpoints=known <= endpoints_max)
+        return add_up(itertools.chain.from_iterable(parts), self.totals(), known if known > endpoints_max else 0)
+
+    def take_stats(self, *, endpoints: bool) -> Iterator[list[ServiceStats]]:
+        """Return what every service port has counted, in parts that take a fraction of a millisecond each."""
+        for _ in self._context.connections.count_bytes():
+            yield []
+        for listener in list(self._udp.values()):
+            listener.count_bytes()
+            if listener.counters.flows > _FLOWS_A_STEP:
+                yield []
+        part, steps = [], 0
+        for name, shared in list(self._shared.items()):
+            counters, memory = shared.counters, shared.memory
+            counters.pins, counters.endpoints = len(memory.pins), len(memory.addresses())
+            counters.ejected = len(memory.ejected)
+            part.append(ServiceStats(name, counters, memory.counters() if endpoints else []))
+            steps += 1 + len(part[-1].endpoints)
+            if steps >= _SERVICE_PORTS_A_STEP:
+                yield part
+                part, steps = [], 0
+        yield part
+
+    def totals(self) -> PlaneStats:
+        """Return what is counted for the plane as a whole."""
         connections = self._context.connections
-        for shared in self._shared.values():
-            shared.counters.endpoints = len(shared.memory.addresses())
-            shared.counters.ejected = len(shared.memory.ejected)
         return PlaneStats(
-            services={name: shared.counters for name, shared in self._shared.items()},
+            services={},
             connections_open=len(connections),
             accept_paused=connections.times_paused,
             local_shortages=connections.shortages,

@@ -17,6 +17,7 @@ from userspace_proxy.dataplane import wire
 from userspace_proxy.dataplane.channel import Channel
 from userspace_proxy.dataplane.memory import PINS_MAX, PickerMemory, Pin
 from userspace_proxy.errors import SyncError
+from userspace_proxy.interfaces import ServiceStats
 from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.names import ServicePortName
 
@@ -69,6 +70,7 @@ class WorkerProcess:
         self._knows = knows
         self._replay = replay
         self._waiting: deque[asyncio.Future[wire.Answer]] = deque()
+        self._told: list[ServiceStats] = []  # parts of stats that are not whole yet
         self._channel: Channel | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._closing = False
@@ -100,7 +102,11 @@ class WorkerProcess:
             for name, memory in answer.memory:
                 if self._knows(name):
                     self.learnt.note(name, memory)
+        elif isinstance(answer, wire.StatsPart):
+            self._told += answer.services
         elif self._waiting:
+            if isinstance(answer, wire.Stats):
+                answer, self._told = wire.Stats(answer.rest, self._told), []
             waiting = self._waiting.popleft()
             if not waiting.done():
                 waiting.set_result(answer)
@@ -108,6 +114,7 @@ class WorkerProcess:
     def _on_close(self) -> None:
         # Until another worker is there, requests fail at once: one that waited would take that one's first answer.
         self._channel = None
+        self._told = []
         waiting, self._waiting = self._waiting, deque()
         for future in waiting:
             if not future.done():

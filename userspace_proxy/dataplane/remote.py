@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import msgspec
@@ -22,15 +22,14 @@ from userspace_proxy.dataplane.groups import fit_group, open_group
 from userspace_proxy.dataplane.handover import Inherit
 from userspace_proxy.dataplane.process import WorkerProcess, answers_to
 from userspace_proxy.dataplane.sockets import reserve_refusing_port
+from userspace_proxy.dataplane.stats import add_up, sum_of
 from userspace_proxy.errors import SyncError
-from userspace_proxy.interfaces import Backends, Counters, ListenerSpec, PlaneStats
+from userspace_proxy.interfaces import Backends, ListenerSpec, PlaneStats
 from userspace_proxy.model.names import ListenerName, Scope, ServicePortName
 
 # So much at once that no packet waits for more than a few milliseconds while the worker takes it in.
 _A_FRAME = 32
 _OPENED_A_FRAME = 16
-# The same in every worker; all other counters are added up.
-_ALIKE = {"endpoints", "ejected"}
 
 Item = TypeVar("Item")
 
@@ -194,12 +193,23 @@ class RemotePlane:
         for sock in self._sockets.pop(name, []):
             sock.close()
 
-    async def stats(self) -> PlaneStats:
-        told = PlaneStats({})
+    async def stats(self, endpoints_max: int = 0) -> PlaneStats:
+        known = self._known_endpoints()
+        told: list[wire.Stats] = []
         with contextlib.suppress(SyncError):
-            answers = await self._send_all(wire.TellStats())
-            told = _sum([answer for answer in answers if isinstance(answer, wire.Stats)])
-        return replace(told, worker_restarts=self.restarts)
+            answers = await self._send_all(wire.TellStats(endpoints=known <= endpoints_max))
+            told = [answer for answer in answers if isinstance(answer, wire.Stats)]
+        services = (of_one for stats in told for of_one in stats.services)
+        totals = sum_of(PlaneStats({}), *(stats.rest for stats in told))
+        stats = add_up(services, totals, known if known > endpoints_max else 0)
+        return replace(stats, worker_restarts=self.restarts)
+
+    def _known_endpoints(self) -> int:
+        """Return how many there are; of the sets of one service port the largest nearly always has them all."""
+        known: dict[ServicePortName, int] = {}
+        for name, backends in self._backends.items():
+            known[name.service_port] = max(known.get(name.service_port, 0), len(backends.usable))
+        return sum(known.values())
 
     def cut(self) -> None:
         for worker in self._workers:
@@ -219,23 +229,6 @@ class RemotePlane:
     def _all_sockets(self) -> Iterator[socket.socket]:
         for group in (*self._sockets.values(), *self._reserved.values()):
             yield from group
-
-
-def _sum(told: Sequence[wire.Stats]) -> PlaneStats:
-    """Return the counters of all workers as those of one."""
-    services: dict[ServicePortName, Counters] = {}
-    for name, counters in (pair for stats in told for pair in stats.services):
-        if (total := services.setdefault(name, counters)) is counters:
-            continue
-        for field in fields(Counters):
-            values = (getattr(total, field.name), getattr(counters, field.name))
-            setattr(total, field.name, max(values) if field.name in _ALIKE else sum(values))
-    rest = {
-        field.name: sum(getattr(stats.rest, field.name) for stats in told)
-        for field in fields(PlaneStats)
-        if field.name != "services"
-    }
-    return PlaneStats(services, **rest)
 
 
 def _parts(items: Iterable[Item], size: int = _A_FRAME) -> Iterator[list[Item]]:

@@ -23,6 +23,7 @@ from userspace_proxy.model.names import ListenerName
 from userspace_proxy.model.service import Portal, portals
 
 ACCEPTS_A_TURN = 32
+_NOTHING = (0, 0)
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 log = logging.getLogger(__name__)
@@ -129,6 +130,7 @@ class TcpConnection:
     __slots__ = (
         "_client",
         "_context",
+        "_counted",
         "_dial",
         "_listener",
         "_pick",
@@ -148,6 +150,7 @@ class TcpConnection:
         self._dial: Dial | None = None
         self._splice: Splice | None = None
         self._pick: Pick | None = None
+        self._counted = _NOTHING
 
     def begin(self) -> None:
         listener = self._listener
@@ -171,6 +174,8 @@ class TcpConnection:
     def on_connected(self, backend: SocketType, pick: Pick, told: int) -> None:
         self._dial = None
         self._pick = pick
+        pick.counters.opened += 1
+        pick.counters.open += 1
         try:
             self._splice = self._context.splicer.start(self._client, backend, self._on_end, told)
         except OSError as error:
@@ -192,12 +197,10 @@ class TcpConnection:
         context, counters = self._context, self._listener.counters
         context.connections.remove(self)
         counters.open -= 1
-        to_backend = to_client = 0
-        if (splice := self._splice) is not None:
+        if self._pick is not None:
+            self._pick.counters.open -= 1
+            self.count_bytes()
             self._splice = None
-            to_backend, to_client = splice.bytes_to_backend, splice.bytes_to_client
-            counters.bytes_to_backends += to_backend
-            counters.bytes_to_clients += to_client
         if context.access_log is not None:
             context.access_log(
                 AccessRecord(
@@ -206,12 +209,26 @@ class TcpConnection:
                     portal=self._portal,
                     endpoint=self._pick.endpoint if self._pick else None,
                     why=self._pick.why if self._pick else "",
-                    bytes_to_backend=to_backend,
-                    bytes_to_client=to_client,
+                    bytes_to_backend=self._counted[0],
+                    bytes_to_client=self._counted[1],
                     duration_s=context.now() - self._started_at,
                     how=how,
                 )
             )
+
+    def count_bytes(self) -> None:
+        """Add what has passed since the last time to the counters: a connection may be open for days."""
+        splice, pick = self._splice, self._pick
+        if splice is None or pick is None:
+            return
+        to_backend, to_client = splice.bytes_to_backend, splice.bytes_to_client
+        before_to_backend, before_to_client = self._counted
+        self._counted = to_backend, to_client
+        counters, of_endpoint = self._listener.counters, pick.counters
+        counters.bytes_to_backends += to_backend - before_to_backend
+        counters.bytes_to_clients += to_client - before_to_client
+        of_endpoint.bytes_to_backends += to_backend - before_to_backend
+        of_endpoint.bytes_to_clients += to_client - before_to_client
 
     # ---- looked at by the sweep, ended by the drain
 

@@ -29,10 +29,10 @@ class Transparent:
     def concerns(self, client_ip: str, backend_ip: str) -> bool:
         """Return whether the backend is to see the address of this client.
 
-        Not where it is the backend itself, whose answers would not pass this host (behaviours M3), and not where it
-        is this host's own address.
+        Not where it is the backend itself, whose answers would not pass this host (behaviours M3), and not where one
+        of the two is this host's own address: what it answers to the client goes straight there, never to us.
         """
-        return client_ip != backend_ip and not self._tables.is_local(client_ip)
+        return client_ip != backend_ip and not any(map(self._tables.is_local, (client_ip, backend_ip)))
 
     def speak_as(self, sock: SocketType, client_ip: str) -> None:
         """Give *sock*, not connected yet, the address of the client; the port is found when it connects.

@@ -15,21 +15,18 @@ from collections import OrderedDict
 
 from userspace_proxy.dataplane.context import PlaneContext, Shared
 from userspace_proxy.dataplane.datagrams import UdpFlow
-from userspace_proxy.dataplane.mmsg import asked_ip, client_address, client_family, reply_record
+from userspace_proxy.dataplane.mmsg import anybody_like, asked_ip, client_address, reply_record
 from userspace_proxy.dataplane.picker import Picker
 from userspace_proxy.dataplane.proxy_protocol import header_of
 from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, is_self_connected
 from userspace_proxy.dataplane.transparent import Transparent
-from userspace_proxy.interfaces import AccessRecord, Backends, ListenerSpec
-from userspace_proxy.model.endpoint import Address, Endpoint, Family
+from userspace_proxy.interfaces import AccessRecord, Backends, EndpointCounters, ListenerSpec
+from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.names import ListenerName
 from userspace_proxy.model.service import portals
 
 # Not the endpoint's fault: there is no room now, or the datagram is too long for this way and shorter ones go on.
 _DROPPED = {errno.EAGAIN, errno.EMSGSIZE}
-
-# In the place of a client whom nobody remembers, which saves writing its address down.
-_ANYBODY: dict[Family, str] = {4: "0.0.0.0", 6: "::"}  # noqa: S104 - nothing is bound
 
 log = logging.getLogger(__name__)
 
@@ -84,11 +81,26 @@ class UdpListener:
         """Read no more from clients: another process does, at the same socket. Answers are still passed on."""
         self._datagrams.leave(self)
 
-    def close(self) -> None:
+    def close(self, heir: UdpListener | None = None) -> None:
+        """Serve no more. *heir*, of the same service port, goes on with the flows whose endpoint serves it too."""
         for flow in list(self._flows.values()):
-            self._end(flow, "service gone", rest=False)
+            if heir is not None and heir.take_over(flow):
+                del self._flows[flow.key]
+            else:
+                self._end(flow, "service gone", rest=False)
         self._datagrams.leave(self)
         self._sock.close()
+
+    def take_over(self, flow: UdpFlow) -> bool:
+        """Go on with *flow*, whose client is led here from now on; return whether that can be."""
+        flows = self._flows
+        if flow.endpoint.address not in self._serving or flow.key in flows:
+            return False
+        if len(flows) >= self._context.limits.udp_flows_per_service:
+            return False
+        flows[flow.key] = flow
+        flow.front = self
+        return True
 
     # ---- client to backend
 
@@ -103,7 +115,10 @@ class UdpListener:
                 self.counters.datagrams_dropped += 1
                 continue
             try:
-                flow.send(room[:length])
+                if flow.header:
+                    flow.send(room[:length])
+                else:
+                    flow.sock.send(room[:length])  # a call less, for nearly all
             except OSError as error:
                 self._send_anew(flow, room[:length], error, now)
                 continue
@@ -132,12 +147,18 @@ class UdpListener:
         flows, datagrams, counters = self._flows, self._datagrams, self.counters
         if len(flows) >= self._context.limits.udp_flows_per_service:
             self._evict()
-        client_ip = client_address(key)[0] if self._knows_clients else _ANYBODY[client_family(key)]
+        client_ip = client_address(key)[0] if self._knows_clients else anybody_like(key)
         tried: dict[Address, bool] = {}
         while (pick := self.picker.pick(client_ip, tried)) is not None:
             address = pick.endpoint.address
+            if tried:
+                counters.retries += 1
+                pick.counters.retries += 1
             tried[address] = True
-            sock = self._socket_as(client_ip, address) if self._transparent else self._socket_to(address)
+            if self._transparent is None:
+                sock = datagrams.lease(address) or self._open_socket(address)
+            else:
+                sock = self._socket_as(client_ip, address, self._transparent)
             if sock is None:
                 return None
             try:
@@ -146,14 +167,15 @@ class UdpListener:
                     raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
             except OSError as error:
                 datagrams.close(sock)
-                self._hold_against(pick.endpoint, error)
-                counters.retries += 1
+                self._hold_against(pick.endpoint, pick.counters, error)
                 continue
             header = self._header(key) if self._header_of else b""
-            flow = flows[key] = UdpFlow(key, reply_record(key), self, sock, pick.endpoint, pick.why, now, header)
+            flow = flows[key] = UdpFlow(key, reply_record(key), self, sock, pick, now, header)
             datagrams.begin(flow)
             counters.flows_total += 1
             counters.flows += 1
+            pick.counters.opened += 1
+            pick.counters.open += 1
             return flow
         return None
 
@@ -163,18 +185,12 @@ class UdpListener:
         client = client_address(key)
         return self._header_of(client, self._context.tables.dialled_by(client, (asked_ip(key), self._spec.proxy_port)))
 
-    def _socket_to(self, address: Address) -> socket.socket | None:
-        return self._datagrams.lease(address) or self._open_socket(address)
-
-    def _socket_as(self, client_ip: str, address: Address) -> socket.socket | None:
-        """Return a socket that speaks as the client, where the endpoint is to see it."""
-        assert self._transparent is not None
-        if not self._transparent.concerns(client_ip, address[0]):
-            return self._socket_to(address)
+    def _socket_as(self, client_ip: str, address: Address, transparent: Transparent) -> socket.socket | None:
+        """Return a socket that speaks as the client, where the endpoint is to see it; nobody else had it before."""
         sock = self._open_socket(address)
-        if sock is not None:
+        if sock is not None and transparent.concerns(client_ip, address[0]):
             try:
-                self._transparent.speak_as(sock, client_ip)
+                transparent.speak_as(sock, client_ip)
             except OSError:
                 self._datagrams.close(sock)
                 return None
@@ -216,18 +232,32 @@ class UdpListener:
 
     def lose(self, flow: UdpFlow, error: OSError) -> None:
         """The endpoint refused: hold it against it, and end the flow so that the next datagram goes elsewhere."""
-        self._hold_against(flow.endpoint, error)
+        self._hold_against(flow.endpoint, flow.counters, error)
         self._end(flow, f"refused: {os.strerror(error.errno or 0)}")
 
-    def _hold_against(self, endpoint: Endpoint, error: OSError) -> None:
+    def _hold_against(self, endpoint: Endpoint, counters: EndpointCounters, error: OSError) -> None:
         self.counters.dial_failures += 1
+        counters.dial_failures += 1
         if error.errno == errno.EPERM:
             log.debug("%s: a firewall of this host forbids datagrams to %s", self.name, endpoint)
         elif error.errno in LOCAL_SHORTAGES:
             self._context.connections.note_shortage(error)
         elif self.picker.report_failure(endpoint):
             self.counters.ejections += 1
+            counters.ejections += 1
             log.info("endpoint %s is passed over for a while: %s", endpoint, error.strerror)
+
+    def count_bytes(self) -> None:
+        """Bring the byte counters up to date."""
+        for flow in self._flows.values():
+            self._count_bytes(flow)
+
+    def _count_bytes(self, flow: UdpFlow) -> None:
+        to_backend, to_client = flow.counted
+        flow.counted = flow.bytes_to_backend, flow.bytes_to_client
+        for counters in (self.counters, flow.counters):
+            counters.bytes_to_backends += flow.bytes_to_backend - to_backend
+            counters.bytes_to_clients += flow.bytes_to_client - to_client
 
     def expire(self, now: float) -> None:
         """End flows that were idle for as long as conntrack would keep them."""
@@ -250,8 +280,8 @@ class UdpListener:
         now = self._context.now()
         self._datagrams.end(flow, now, rest=rest and self._transparent is None)
         self.counters.flows -= 1
-        self.counters.bytes_to_backends += flow.bytes_to_backend
-        self.counters.bytes_to_clients += flow.bytes_to_client
+        flow.counters.open -= 1
+        self._count_bytes(flow)
         if self._context.access_log is None:
             return
         self._context.access_log(

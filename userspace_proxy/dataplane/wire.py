@@ -9,7 +9,7 @@ import msgspec
 
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.memory import PickerMemory
-from userspace_proxy.interfaces import Backends, Counters, ListenerSpec, PlaneStats
+from userspace_proxy.interfaces import Backends, ListenerSpec, PlaneStats, ServiceStats
 from userspace_proxy.model.names import ListenerName, ServicePortName
 
 
@@ -55,7 +55,9 @@ class Retire(msgspec.Struct, frozen=True, tag=True):
 
 
 class TellStats(msgspec.Struct, frozen=True, tag=True):
-    """Answered with `Stats`."""
+    """Answered with `Stats`. *endpoints*: theirs too."""
+
+    endpoints: bool = False
 
 
 class Cut(msgspec.Struct, frozen=True, tag=True):
@@ -84,11 +86,17 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     refused: list[tuple[ListenerName, str]] = []
 
 
-class Stats(msgspec.Struct, frozen=True, tag=True):
-    """*services* are pairs, because a name is no key that msgpack has."""
+class StatsPart(msgspec.Struct, frozen=True, tag=True):
+    """No answer yet: some of what `Stats` is the end of."""
 
-    services: list[tuple[ServicePortName, Counters]]
+    services: list[ServiceStats]
+
+
+class Stats(msgspec.Struct, frozen=True, tag=True):
+    """*services* came before, in parts, so that no packet waits for all of them."""
+
     rest: PlaneStats
+    services: list[ServiceStats] = []
 
 
 class News(msgspec.Struct, frozen=True, tag=True):
@@ -97,7 +105,7 @@ class News(msgspec.Struct, frozen=True, tag=True):
     memory: list[tuple[ServicePortName, PickerMemory]]
 
 
-Answer = Done | Stats | News
+Answer = Done | StatsPart | Stats | News
 
 requests = msgspec.msgpack.Decoder(Request)
 answers = msgspec.msgpack.Decoder(Answer)

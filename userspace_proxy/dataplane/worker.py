@@ -116,13 +116,14 @@ class Worker:
                 gc.freeze()  # these stay for long
             case wire.Retire(names):
                 await plane.retire(names)
-            case wire.TellStats():
+            case wire.TellStats(endpoints):
                 await self._tell_now()
-                stats = await plane.stats()
+                for part in plane.take_stats(endpoints=endpoints):
+                    if part:
+                        self._channel.send(wire.encode(wire.StatsPart(part)))
+                    await asyncio.sleep(0)
                 dropped = self._access_log.dropped if self._access_log else 0
-                return wire.Stats(
-                    list(stats.services.items()), replace(stats, services={}, access_lines_dropped=dropped)
-                )
+                return wire.Stats(replace(plane.totals(), access_lines_dropped=dropped))
             case wire.KeepOn():
                 self._lock = socket.socket(fileno=descriptors[0])
             case wire.Close(drain_timeout_s, handed_over):

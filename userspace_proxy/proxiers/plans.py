@@ -81,6 +81,11 @@ class NodeRules:
     def detects_pods(self, node: Node) -> bool:
         return self.detector(node) is not None
 
+    def node_port_ips(self, node: Node) -> tuple[str, ...]:
+        """Return the addresses of *node* at which node ports are served; none for all."""
+        on = [ipaddress.ip_network(cidr, strict=False) for cidr in self.node_ports_on(node)]
+        return tuple(ip for ip in node.addresses if any(ipaddress.ip_address(ip) in network for network in on))
+
     def node_ports_on(self, node: Node) -> tuple[str, ...]:
         """Return the CIDRs of *node*'s own addresses at which node ports are served; none for all."""
         primary = {family_of(ip): ip for ip in reversed(node.addresses)}

@@ -11,18 +11,18 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Set
 from dataclasses import replace
 
 from userspace_proxy.errors import SyncError
-from userspace_proxy.interfaces import Backends, Capture, DataPlane, Kernel, ListenerSpec, Redirects
-from userspace_proxy.model.names import ListenerName, ServicePortName
+from userspace_proxy.interfaces import DROPPED, Backends, Capture, DataPlane, Kernel, ListenerSpec, Redirects
+from userspace_proxy.model.names import L4Protocol, ListenerName, ServicePortName
 from userspace_proxy.model.service import Portal, portals
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.proxiers.plans import NodeRules, Plan, Plans, redirects_to
 from userspace_proxy.proxiers.proxy_ports import ProxyPorts
 from userspace_proxy.proxiers.repairs import REPAIR_PAUSE_S, keep_rules, repaired
-from userspace_proxy.rules.conntrack import changed_udp_portals, forget_udp_flows
+from userspace_proxy.rules.conntrack import ANY_IP, Answering, changed_udp_portals, forget_udp_flows, udp_ports
 
 _PORT_TRIES = 64
 # New service ports that are told one by one.
@@ -47,6 +47,7 @@ class UserspaceProxier:
         self._outdated = True  # until a load has succeeded, however often it is refused
         self._claimed: dict[Portal, ServicePortName] = {}
         self._told: set[ServicePortName] = set()
+        self._strayed: set[ServicePortName] = set()  # flows of theirs may go where no policy leads any more
         self._refuse_port = 0
         self.unopened: dict[ListenerName, str] = {}
         self.loads = 0
@@ -83,13 +84,16 @@ class UserspaceProxier:
             self._told.difference_update(self._plans.gone)
             changed = self._plans.unfinished
             await self._open(changed)
+            losing = self._losing(changed)
             emptied = await self._give_usable(changed)
             gone = [name for name in self._opened if not self._is_wanted(name)]
             if self._outdated:
-                await self._load()
+                await self._load(losing)
             await self._give(emptied)  # now that nobody is led there any more
             self._tell_new(changed)
             await self._retire(gone)
+            if strayed := losing & self._strayed:
+                await self._call_back(strayed)
             self._plans.finish()
 
     def _is_wanted(self, name: ListenerName) -> bool:
@@ -193,18 +197,52 @@ class UserspaceProxier:
             await self._plane.update(backends)
             self._given.update(backends)
 
-    async def _load(self) -> None:
+    async def _load(self, losing: Set[ServicePortName] = frozenset()) -> None:
         redirects = self._redirects()
         if redirects != self._loaded:
-            await self._replace(redirects)
+            await self._replace(redirects, losing)
         self._outdated = False
 
-    async def _replace(self, redirects: Redirects) -> None:
+    async def _replace(self, redirects: Redirects, losing: Set[ServicePortName]) -> None:
         await self._kernel.load(redirects)
         self.loads += 1
         before, self._loaded = self._loaded, redirects
-        if changed := changed_udp_portals(before or Redirects(), redirects):
+        changed = {
+            portal: ports if redirects.names.get(portal) in losing else ports | self._let_stay(portal)
+            for portal, ports in changed_udp_portals(before or Redirects(), redirects).items()
+        }
+        if changed:
             await forget_udp_flows(changed)
+
+    def _let_stay(self, portal: Portal) -> Answering:
+        """Return where flows to *portal* may stay, though the policy of today leads new ones elsewhere (U3)."""
+        assert self._loaded is not None
+        if self._loaded.ports.get(portal) in (None, DROPPED, self._refuse_port):
+            return frozenset()
+        service_port = self._loaded.names[portal]
+        self._strayed.add(service_port)
+        opened = (self._opened.get(name) for name in self._plans.held[service_port].listeners)
+        return {(ANY_IP, spec.proxy_port) for spec in opened if spec is not None}
+
+    def _losing(self, changed: Iterable[Plan]) -> set[ServicePortName]:
+        """Return the UDP service ports of *changed* of which some endpoint serves no more."""
+        return {
+            name.service_port
+            for planned in changed
+            for name, backends in planned.listeners.items()
+            if name.protocol is L4Protocol.UDP
+            and (held := self._given.get(name)) is not None
+            and not {e.address for e in held.serving} <= {e.address for e in backends.serving}
+        }
+
+    async def _call_back(self, names: Set[ServicePortName]) -> None:
+        """Have the flows of *names* follow the policy of today: some endpoint to which they might stray is gone."""
+        if self._loaded is not None:
+            known = udp_ports(self._loaded)
+            served = (self._plans.held[name].service_port for name in names if name in self._plans.held)
+            asked = (portal for service_port in served for portal in portals(service_port))
+            await forget_udp_flows({portal: known[portal] for portal in asked if portal in known})
+        self._strayed -= names
 
     def _redirects(self) -> Redirects:
         opened = {name: spec.proxy_port for name, spec in self._opened.items()}

@@ -6,6 +6,7 @@ ever. So when a portal appears, goes, or gets another port, its old flows are de
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping, Set
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from userspace_proxy.interfaces import Redirects
 from userspace_proxy.model.endpoint import Address, family_of
 from userspace_proxy.model.names import L4Protocol
 from userspace_proxy.model.service import Portal
+from userspace_proxy.rules.netlink import delete_udp_flows
 from userspace_proxy.rules.tool import run_tool
 
 # From where a portal's answers come; ANY_IP at a port: from this port of whichever address.
@@ -25,11 +27,11 @@ log = logging.getLogger(__name__)
 
 
 def changed_udp_portals(old: Redirects, new: Redirects) -> dict[Portal, Answering]:
-    """Return the UDP portals that lead elsewhere in *new*, with the local ports that they lead to, none if they went.
+    """Return the UDP portals that lead elsewhere in *new*, with the local ports to which they lead now.
 
     Several, where senders are told from one another.
     """
-    before, after = _udp_ports(old), _udp_ports(new)
+    before, after = udp_ports(old), udp_ports(new)
     nowhere: Answering = frozenset()
     return {
         portal: after.get(portal, nowhere)
@@ -38,7 +40,8 @@ def changed_udp_portals(old: Redirects, new: Redirects) -> dict[Portal, Answerin
     }
 
 
-def _udp_ports(redirects: Redirects) -> dict[Portal, Answering]:
+def udp_ports(redirects: Redirects) -> dict[Portal, Answering]:
+    """Return the local ports to which each UDP portal leads."""
     found: dict[Portal, Answering] = {}
     for ports in (redirects.ports, *redirects.exceptions.values()):
         for portal, port in ports.items():
@@ -47,21 +50,22 @@ def _udp_ports(redirects: Redirects) -> dict[Portal, Answering]:
     return found
 
 
-class StaleFlows(NamedTuple):
-    """Flows to one address, answered from one other (or from the same: no rule was there yet when they began)."""
+class Flow(NamedTuple):
+    """A UDP flow, as its client sees it."""
 
+    client: Address
     asked: Address
-    answering: Address
 
 
-def stale_flows(listing: str, changed: Mapping[Portal, Answering]) -> set[StaleFlows]:
+def stale_flows(listing: str, changed: Mapping[Portal, Answering]) -> list[Flow]:
     """Return which flows in *listing* to the portals in *changed* do not go where these lead now.
 
-    *listing* is what ``conntrack -L -p udp`` prints: a flow's own addresses, then those of its replies.
+    *listing* is what ``conntrack -L -p udp`` prints: a flow's own addresses, then those of its replies. Answers that
+    come from what was asked mean that no rule was there yet when it began.
     """
     by_ip = {(portal.ip, portal.port): wanted for portal, wanted in changed.items() if not portal.is_node_port}
     by_port = {(portal.family, portal.port): wanted for portal, wanted in changed.items() if portal.is_node_port}
-    stale = set()
+    stale = []
     for line in listing.splitlines():
         words = [word.partition("=") for word in line.split()]
         values = [value for key, _, value in words if key in ("src", "dst", "sport", "dport")]
@@ -70,7 +74,7 @@ def stale_flows(listing: str, changed: Mapping[Portal, Answering]) -> set[StaleF
         asked, answering = (values[1], int(values[3])), (values[4], int(values[6]))
         wanted = by_ip.get(asked, by_port.get((family_of(asked[0]), asked[1])))
         if wanted is not None and (answering == asked or not {answering, (ANY_IP, answering[1])} & wanted):
-            stale.add(StaleFlows(asked, answering))
+            stale.append(Flow((values[0], int(values[2])), asked))
     return stale
 
 
@@ -79,13 +83,8 @@ async def forget_udp_flows(changed: Mapping[Portal, Answering]) -> None:
     try:
         for family in sorted({portal.family for portal in changed}):
             listing = await run_tool("conntrack", "-L", "-p", "udp", "-f", f"ipv{family}")
-            for (ip, port), (answering_ip, answering_port) in stale_flows(listing, changed):
-                there = ("-d", ip, "--dport", str(port))
-                back = ("--reply-src", answering_ip, "--reply-port-src", str(answering_port))
-                try:
-                    await run_tool("conntrack", "-D", "-p", "udp", "-f", f"ipv{family}", *there, *back)
-                    log.debug("forgot the UDP flows to %s port %d by way of %s", ip, port, answering_ip)
-                except SyncError as error:  # it also fails where the flows have just ended by themselves
-                    log.debug("no UDP flow to %s port %d was forgotten: %s", ip, port, error)
-    except SyncError as error:
+            if flows := await asyncio.to_thread(stale_flows, listing, changed):
+                forgotten = await asyncio.to_thread(delete_udp_flows, flows)
+                log.debug("forgot %d UDP flows of %d that went the old way", forgotten, len(flows))
+    except (SyncError, OSError) as error:
         log.warning("stale UDP flows were not forgotten, their clients wait for conntrack's time-out: %s", error)

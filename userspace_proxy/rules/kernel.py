@@ -65,11 +65,14 @@ class NftKernel:
                 raise
 
     async def remove(self) -> None:
+        await self.remove_rules()
+        await _let_answers_pass()
+
+    async def remove_rules(self) -> None:
         self._held = None
         if is_installed("nft"):
             with _quiet(self._notices):
                 await run_tool("nft", "-f", "-", stdin=nft.removal())
-        await _let_answers_pass()
 
     async def is_intact(self) -> bool:
         if self._touched or self._held is None:
@@ -143,10 +146,14 @@ class IptablesKernel:
                 raise
 
     async def remove(self) -> None:
+        await self.remove_rules()
+        with _quiet(self._notices):
+            await _let_answers_pass()
+
+    async def remove_rules(self) -> None:
         self._held = None
         self._loaded = {}
         with _quiet(self._notices):
-            await _let_answers_pass()
             for _, prefix in _families():
                 if not is_installed(f"{prefix}-save"):
                     continue

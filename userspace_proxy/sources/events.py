@@ -81,8 +81,8 @@ class EventRecorder:
         if self._say(_Said("Normal", regarding, reason, note)):
             log.info("%s: %s: %s", regarding, reason, note)
 
-    def warn(self, regarding: ObjectReference, reason: str, note: str) -> None:
-        if self._say(_Said("Warning", regarding, reason, note)):
+    def warn(self, regarding: ObjectReference, reason: str, note: str, *, is_logged: bool = False) -> None:
+        if self._say(_Said("Warning", regarding, reason, note)) and not is_logged:
             log.warning("%s: %s: %s", regarding, reason, note)
 
     def _say(self, said: _Said) -> bool:

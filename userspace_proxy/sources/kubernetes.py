@@ -35,12 +35,19 @@ def reflectors(
     """
     whose = f"{_PROXY_NAME_LABEL}={service_proxy_name}" if service_proxy_name else f"!{_PROXY_NAME_LABEL}"
 
-    def follows(words: str, path: str, kind: type[api.KubernetesObject], **params: str) -> Reflector[Any]:
-        return Reflector(words, path, params, msgspec.json.Decoder(kind), transport, pace=pace, chance=chance)
+    def follows(
+        words: str, path: str, kind: type[api.KubernetesObject], spares: Mapping[str, str] | None = None, **params: str
+    ) -> Reflector[Any]:
+        decoder = msgspec.json.Decoder(kind)
+        return Reflector(words, path, params, decoder, transport, pace=pace, chance=chance, spares=spares)
 
     return {
         "Service": follows(
-            "services", "/api/v1/services", api.Service, labelSelector=whose, fieldSelector="spec.clusterIP!=None"
+            "services",
+            "/api/v1/services",
+            api.Service,
+            labelSelector=whose,
+            spares={"fieldSelector": "spec.clusterIP!=None"},  # known since Kubernetes 1.31
         ),
         "EndpointSlice": follows(
             "endpointslices",
@@ -106,7 +113,7 @@ class KubernetesSource:
 
 def _event(kind: str, change: Change[Any]) -> ObjectEvent:
     given = change.object
-    if isinstance(given, api.Service) and (given.spec is None or not given.spec.cluster_ip):
+    if isinstance(given, api.Service) and (given.spec is None or given.spec.cluster_ip in (None, "", "None")):
         given = None  # the API gives every Service that is to be proxied its address (behaviours S1)
     if given is None:
         return ObjectEvent(EventType.DELETE, kind, change.name)

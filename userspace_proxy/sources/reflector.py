@@ -142,6 +142,10 @@ class _NoWatchListError(FollowError):
     """The server does not tell what is there by a watch (before Kubernetes 1.32, or switched off)."""
 
 
+class _UnknownFieldError(FollowError):
+    """The server cannot choose objects by that field."""
+
+
 class _SilenceError(FollowError):
     """The connection stands and nothing comes. A new one is no proof that this is over, a word is."""
 
@@ -167,7 +171,10 @@ class _Found(Generic[T]):
 
 
 class Reflector(Generic[T]):
-    """Yields what there is of one kind, then each change, whatever happens to the connection."""
+    """Yields what there is of one kind, then each change, whatever happens to the connection.
+
+    *spares* are parameters that keep away what nobody needs. A server that does not know them is asked without.
+    """
 
     def __init__(
         self,
@@ -179,11 +186,13 @@ class Reflector(Generic[T]):
         *,
         pace: Pace,
         chance: random.Random,
+        spares: Mapping[str, str] | None = None,
         now: Callable[[], float] = time.time,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._path = path
         self._params = params
+        self._spares = dict(spares or {})
         self._decoder = decoder
         self._transport = transport
         self._pace = pace
@@ -228,6 +237,8 @@ class Reflector(Generic[T]):
         if isinstance(failure, _ExpiredError):
             self._version = None
             self.stats.expired += 1
+        elif isinstance(failure, _UnknownFieldError):
+            self._spares.clear()
         self._lists_next = isinstance(failure, _NoWatchListError)
         self._is_silent = isinstance(failure, _SilenceError)
         stats, why = self.stats, str(failure)
@@ -299,6 +310,7 @@ class Reflector(Generic[T]):
     def _watch_params(self) -> dict[str, str]:
         params = {
             **self._params,
+            **self._spares,
             "watch": "1",
             "allowWatchBookmarks": "true",
             "timeoutSeconds": str(self._chance.randint(*self._pace.watch_s)),
@@ -361,10 +373,13 @@ class Reflector(Generic[T]):
             return await self._list_by(_PAGE_OBJECTS)
         except _ExpiredError:  # while we read its pages
             return await self._list_by(0)
+        except _UnknownFieldError:
+            self._spares.clear()
+            return await self._list()
 
     async def _list_by(self, page_objects: int) -> list[Change[T]]:
         found = self._found = _Found()
-        params = {**self._params, "limit": str(page_objects)} if page_objects else dict(self._params)
+        params = {**self._params, **self._spares} | ({"limit": str(page_objects)} if page_objects else {})
         while True:
             body = bytearray()
             async with self._answer(params) as response:
@@ -448,6 +463,8 @@ class Reflector(Generic[T]):
         causes = (status.details.causes if status.details else None) or ()
         if code == 410 or any(cause.reason == "ResourceVersionTooLarge" for cause in causes):
             return _ExpiredError(said, longest_s, at_once=True)
+        if code == 400 and self._spares and (self._found is None or self._lists_next):
+            return _UnknownFieldError(said, longest_s, at_once=True)
         if self._found is not None and code in (400, 422):
             return _NoWatchListError(said, longest_s, at_once=True)
         retry_after = headers.get("Retry-After", "")

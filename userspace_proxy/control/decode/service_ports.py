@@ -141,7 +141,11 @@ def affinity_timeout_s(spec: api.objects.ServiceSpec) -> int | None:
 
 def source_ranges(spec: api.objects.ServiceSpec) -> tuple[str, ...]:
     """Return the CIDRs that may dial the load balancer IPs; none of a family that all may dial (behaviours P4)."""
-    given = [canonical_cidr(cidr) for cidr in spec.load_balancer_source_ranges or () if cidr.strip()]
+    given = [
+        canonical_cidr(cidr, f"spec.loadBalancerSourceRanges[{index}]")
+        for index, cidr in enumerate(spec.load_balancer_source_ranges or ())
+        if cidr.strip()
+    ]
     unfiltered = {family_of(cidr) for cidr in given if cidr.endswith("/0")}
     return tuple(dict.fromkeys(cidr for cidr in given if family_of(cidr) not in unfiltered))
 
@@ -179,7 +183,8 @@ def _unproxied(protocol: str, index: int, *, others: bool) -> ConfigError:
 
 
 def _external_ips(spec: api.objects.ServiceSpec) -> Iterator[str]:
-    return (canonical_ip(ip) for ip in spec.external_ips or () if ip.strip())
+    given = enumerate(spec.external_ips or ())
+    return (canonical_ip(ip, f"spec.externalIPs[{index}]") for index, ip in given if ip.strip())
 
 
 def ingress(service: api.Service) -> list[api.objects.LoadBalancerIngress]:

@@ -1,0 +1,51 @@
+"""A scrape in which every metric there is has a value."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from userspace_proxy.admin.kubeproxy import SyncStats
+from userspace_proxy.admin.metrics import ControlStats, render
+from userspace_proxy.control.controller import Changes
+from userspace_proxy.interfaces import Counters, EndpointCounters, PlaneStats, WatchStats
+from userspace_proxy.model.freshness import FAMILY_NAMES
+from userspace_proxy.model.histogram import Histogram
+from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
+
+
+class Exposed(NamedTuple):
+    """``labels``: sorted, without the bounds of histograms."""
+
+    name: str
+    type: str
+    labels: tuple[str, ...]
+
+
+def every_metric() -> str:
+    """Return the text of such a scrape."""
+    names = [ServicePortName(NamespacedName("shop", "web"), "http", protocol) for protocol in L4Protocol]
+    plane = PlaneStats(
+        {name: Counters() for name in names}, {name: {("10.0.0.1", 80): EndpointCounters()} for name in names}
+    )
+    syncs = SyncStats(
+        Histogram([1.0]),
+        {family: Histogram([1.0]) for family in FAMILY_NAMES},
+        changes={"service": Changes(), "endpoint": Changes()},
+        answers={("healthz", 200): 1, ("livez", 200): 1},
+        no_local={("internal", "IPv4"): 0},
+    )
+    return b"".join(render(plane, ControlStats(0, 0, 0, 0.0, 0, 0), [WatchStats("services")], 1.0, syncs)).decode()
+
+
+def exposed(text: str, *, whole: bool = True) -> list[Exposed]:
+    """Return what *text* exposes, in its order. *whole*: every metric has a value."""
+    types = dict(re.findall(r"^# TYPE (\w+) (\w+)$", text, re.MULTILINE))
+    labels: dict[str, set[str]] = {name: set() for name in types}
+    seen = set()
+    for name, said in re.findall(r"^(\w+)(?:\{(.*)\})? \S+$", text, re.MULTILINE):
+        family = name if name in types else re.sub(r"_(bucket|sum|count)$", "", name)
+        labels[family] |= set(re.findall(r'(\w+)="', said)) - {"le"}
+        seen.add(family)
+    assert seen == types.keys() or not whole, "a metric without a value"
+    return [Exposed(name, types[name], tuple(sorted(labels[name]))) for name in types]

@@ -1,0 +1,53 @@
+"""examples/kubernetes as a real API server takes it: each field known, each value valid. Nothing is kept (dry run)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.cluster.control_plane import ControlPlane
+from tests.net.world import wait_until
+
+pytestmark = pytest.mark.cluster
+
+MANIFESTS = Path(__file__).parents[2] / "examples" / "kubernetes"
+DRY = "?dryRun=All&fieldValidation=Strict"
+PATHS = {
+    "ServiceAccount": "/api/v1/namespaces/kube-system/serviceaccounts",
+    "ClusterRoleBinding": "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings",
+    "DaemonSet": "/apis/apps/v1/namespaces/kube-system/daemonsets",
+    "Pod": "/api/v1/namespaces/kube-system/pods",
+}
+
+
+@pytest.mark.parametrize("file", sorted(MANIFESTS.glob("*.yaml")), ids=lambda file: file.name)
+def test_an_api_server_takes_what_the_examples_say(plane: ControlPlane, file: Path) -> None:
+    namespaces = "/api/v1/namespaces"
+    wait_until(lambda: "kube-system" in plane.names(namespaces), "the API server made its namespaces", 10.0)
+    for given in yaml.safe_load_all(file.read_text()):
+        if given["kind"] == "DaemonSet":
+            pod = {"metadata": {"generateName": "userspace-proxy-", **given["spec"]["template"]["metadata"]}}
+            made = plane.ask("POST", PATHS["Pod"] + DRY, {**pod, "spec": given["spec"]["template"]["spec"]})
+            assert made["spec"]["priority"] == 2_000_001_000
+            if minor_version(plane) < 22:  # before there was maxSurge
+                del given["spec"]["updateStrategy"]
+        made = plane.ask("POST", PATHS[given["kind"]] + DRY, given)
+        assert missing(given, made) == []
+
+
+def minor_version(plane: ControlPlane) -> int:
+    return int(plane.ask("GET", "/version")["minor"].rstrip("+"))
+
+
+def missing(given: Any, made: Any, where: str = "") -> list[str]:
+    """Return what of *given* the server did not keep: it does not know such a field."""
+    if isinstance(given, dict):
+        lost = [f"{where}.{key}" for key in given if key not in made]
+        return lost + [m for key in given if key in made for m in missing(given[key], made[key], f"{where}.{key}")]
+    if isinstance(given, list):
+        pairs = enumerate(zip(given, made, strict=False))
+        return [m for index, (g, m_) in pairs for m in missing(g, m_, f"{where}[{index}]")]
+    return []

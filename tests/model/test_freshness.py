@@ -1,0 +1,151 @@
+"""When syncs keep up, by kube-proxy's own tests of its health (TestHealthzServer), and what it never asked."""
+
+from __future__ import annotations
+
+from tests.fakes import FakeClock
+from userspace_proxy.model.freshness import FAMILY_NAMES, Freshness
+
+TIMEOUT_S = 60.0
+
+
+class Rig:
+    def __init__(self) -> None:
+        self.clock, self.wall = FakeClock(), FakeClock(1_700_000_000.0)
+        self.freshness = Freshness(TIMEOUT_S, self.clock, self.wall)
+
+    def later(self, seconds: float) -> None:
+        self.clock.now_s += seconds
+        self.wall.now_s += seconds
+
+    def sync(self, *, succeeded: bool = True, takes_s: float = 0.0) -> None:
+        self.freshness.note_begin()
+        self.later(takes_s)
+        self.freshness.note_end(succeeded=succeeded)
+
+    @property
+    def healthy(self) -> tuple[bool, ...]:
+        return tuple(health.healthy for health in self.freshness.of_families().values())
+
+
+def test_who_was_asked_for_nothing_is_healthy_for_ever() -> None:
+    rig = Rig()
+    rig.later(1_000_000)
+    assert rig.healthy == (True, True)
+
+    rig.freshness.note_queued()
+    rig.sync()
+    rig.later(1_000_000)
+
+    assert rig.healthy == (True, True)
+
+
+def test_a_wish_may_wait_for_less_than_the_time_out() -> None:
+    rig = Rig()
+    rig.freshness.note_queued()
+    rig.later(TIMEOUT_S - 0.001)
+    assert rig.healthy == (True, True)
+
+    rig.later(0.001)
+
+    assert rig.healthy == (False, False)
+
+
+def test_the_oldest_wish_counts_however_many_come_after_it() -> None:
+    rig = Rig()
+    for _ in range(7):
+        rig.freshness.note_queued()
+        rig.later(TIMEOUT_S / 6)
+
+    assert rig.healthy == (False, False)
+
+
+def test_failed_syncs_leave_a_wish_as_old_as_it_is() -> None:
+    rig = Rig()
+    rig.freshness.note_queued()
+    for _ in range(6):
+        assert rig.healthy == (True, True)
+        rig.later(TIMEOUT_S / 6)
+        rig.sync(succeeded=False)
+
+    assert rig.healthy == (False, False)
+
+
+def test_a_sync_that_never_ends_is_no_health() -> None:
+    rig = Rig()
+    rig.freshness.note_queued()
+    rig.freshness.note_begin()
+
+    rig.later(TIMEOUT_S)
+
+    assert rig.healthy == (False, False)
+
+
+def test_a_sync_that_succeeds_heals_and_the_next_wish_has_its_own_time() -> None:
+    rig = Rig()
+    rig.freshness.note_queued()
+    rig.later(TIMEOUT_S * 2)
+    rig.sync()
+    assert rig.healthy == (True, True)
+
+    rig.freshness.note_queued()
+    rig.later(TIMEOUT_S / 2)
+
+    assert rig.healthy == (True, True)
+
+
+def test_a_wish_that_comes_while_a_sync_runs_waits_for_the_next_one() -> None:
+    rig = Rig()
+    rig.freshness.note_queued()
+    rig.freshness.note_begin()
+    rig.later(1)
+    rig.freshness.note_queued()
+    rig.freshness.note_end(succeeded=True)
+    assert rig.healthy == (True, True)
+
+    rig.later(TIMEOUT_S)
+
+    assert rig.healthy == (False, False)
+
+
+def test_a_wish_that_comes_while_a_failing_sync_runs_makes_the_older_one_no_younger() -> None:
+    rig = Rig()
+    rig.freshness.note_queued()
+    rig.freshness.note_begin()
+    rig.later(TIMEOUT_S / 2)
+    rig.freshness.note_queued()
+    rig.freshness.note_end(succeeded=False)
+
+    rig.later(TIMEOUT_S / 2)
+
+    assert rig.healthy == (False, False)
+
+
+def test_each_family_has_its_own_wishes() -> None:
+    rig = Rig()
+    rig.freshness.note_queued(["IPv6"])
+
+    rig.later(TIMEOUT_S)
+
+    assert rig.healthy == (True, False)
+
+
+def test_when_is_told_by_the_clock_that_people_read() -> None:
+    rig = Rig()
+    assert [health.updated_at for health in rig.freshness.of_families().values()] == [None, None]
+
+    rig.freshness.note_queued(["IPv4"])
+    rig.sync(takes_s=2)
+    rig.later(5)
+
+    assert rig.freshness.queued_at == {"IPv4": 1_700_000_000.0}
+    assert [health.updated_at for health in rig.freshness.of_families().values()] == [1_700_000_002.0] * 2
+    assert tuple(rig.freshness.of_families()) == FAMILY_NAMES
+
+
+def test_a_clock_that_is_set_changes_no_health() -> None:
+    rig = Rig()
+    rig.freshness.note_queued()
+
+    rig.wall.now_s += 1_000_000
+
+    assert rig.healthy == (True, True)

@@ -1,0 +1,113 @@
+"""What the command line changes: which node addresses have node ports, and who is a pod."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.net.contract.conftest import KNOWS_PODS, ContractProxy, Variant
+from tests.net.contract.given import Given
+from tests.net.contract.table import ALL, DUAL, EXTERNAL_LOCAL, LB
+
+MakeGiven = Callable[..., Given]
+MAIN, ALTERNATE, LOOPBACK = "nodePort", "nodePort@alternate", "nodePort@localhost"
+
+
+def _variant(rules: str, *flags: str, source_ip: str = "transparent") -> Variant:
+    return Variant(rules, "uvloop", source_ip, flags)
+
+
+def _node_ports(addresses: str) -> list[Variant]:
+    flags = ("--nodeport-addresses", addresses, *KNOWS_PODS)
+    return [_variant("nftables", *flags), _variant("iptables", *flags)]
+
+
+# addresses -> who answers at the primary, alternate and loopback address, IPv4 and IPv6
+NODE_PORTS = {
+    "primary": ((1, 0, 0), (1, 0, 0)),
+    "192.168.60.0/24": ((0, 1, 0), (1, 1, 1)),  # what names no address of a family says nothing about it
+    "fd00:60::/64": ((1, 1, 1), (0, 1, 0)),
+    "192.168.50.0/24,127.0.0.0/8,fd00:50::/64": ((1, 0, 1), (1, 0, 0)),
+    "0.0.0.0/0,fd00:60::1/128": ((1, 1, 1), (0, 1, 0)),
+}
+
+
+@pytest.mark.parametrize(
+    ("proxy", "served"),
+    [(variant, served) for addresses, served in NODE_PORTS.items() for variant in _node_ports(addresses)],
+    indirect=["proxy"],
+    ids=lambda given: f"{given.rules}-{given.flags[1]}" if isinstance(given, Variant) else "",
+)
+def test_node_ports_are_at_the_addresses_that_are_wanted(
+    proxy: ContractProxy, given: MakeGiven, served: tuple[tuple[int, int, int], ...]
+) -> None:
+    service = given("local1", type="NodePort", families=DUAL)
+    proxy.give(service)
+    expected = [
+        f"{clients} {target}/{family} -> {'local1' if is_served else 'refused'}"
+        for family, here in zip(DUAL, served, strict=True)
+        for clients, target, is_served in zip((ALL, ALL, "node-1"), (MAIN, ALTERNATE, LOOPBACK), here, strict=True)
+    ]
+
+    proxy.expect(service, f"{ALL} clusterIP -> local1", *expected)
+
+
+@pytest.mark.parametrize(
+    "proxy",
+    [
+        _variant("nftables", "--detect-local-mode", "NodeCIDR"),
+        _variant("iptables", "--detect-local-mode", "NodeCIDR"),
+        _variant("nftables", "--detect-local-mode", "InterfaceNamePrefix", "--pod-interface-name-prefix", "v-"),
+        _variant("iptables", "--detect-local-mode", "InterfaceNamePrefix", "--pod-interface-name-prefix", "v-"),
+    ],
+    indirect=True,
+    ids=str,
+)
+def test_pods_are_told_in_other_ways(proxy: ContractProxy, given: MakeGiven) -> None:
+    service = given("local1 remote1", type=LB, spec=EXTERNAL_LOCAL, families=DUAL)
+    proxy.give(service)
+
+    proxy.expect(
+        service,
+        "caller clusterIP,nodePort,vip,externalIP -> local1 remote1 as own",
+        "outside nodePort,vip,externalIP -> local1 as own",
+        "outside clusterIP -> local1 remote1 as node",
+    )
+
+
+@pytest.mark.parametrize(
+    "proxy",
+    [
+        _variant("nftables", "--detect-local-mode", "ClusterCIDR"),
+        _variant("iptables", "--detect-local-mode", "ClusterCIDR"),
+    ],
+    indirect=True,
+    ids=str,
+)
+def test_without_a_word_about_pods_nobody_is_one(proxy: ContractProxy, given: MakeGiven) -> None:
+    """What comes to a cluster IP keeps its source; policy Local leads nobody beyond the node (behaviours M1)."""
+    local = given("local1 remote1", type=LB, spec=EXTERNAL_LOCAL)
+    plain = given("local1", type=LB)
+    proxy.give(local, plain)
+
+    proxy.expect(
+        local,
+        "caller,outside nodePort,vip,externalIP -> local1 as own",
+        "node-1 nodePort,vip,externalIP -> local1 remote1 as node",
+        "caller clusterIP -> local1 remote1 as own",
+    )
+    proxy.expect(
+        plain, "caller,outside clusterIP -> local1 as own", "caller,outside nodePort,vip,externalIP -> local1 as node"
+    )
+
+
+@pytest.mark.parametrize("proxy", [_variant("nftables", *KNOWS_PODS, source_ip="node")], indirect=True, ids=str)
+def test_a_source_that_is_no_such_thing_is_refused_and_the_service_is_served(
+    proxy: ContractProxy, given: MakeGiven
+) -> None:
+    service = given("local1", annotations={"userspace-proxy/source-ip": "transparnet"})
+    proxy.give(service)
+
+    proxy.expect(service, "caller clusterIP -> local1 as node")
+    assert "transparnet" in proxy.log()

@@ -1,0 +1,96 @@
+"""What operators are told: health and metrics, gathered from whoever knows."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+
+from userspace_proxy.admin import metrics as exposition
+from userspace_proxy.admin.health_checks import ServiceHealthChecks
+from userspace_proxy.admin.kubeproxy import SyncStats
+from userspace_proxy.admin.metrics import SERIES_AN_ENDPOINT, ControlStats
+from userspace_proxy.admin.server import Health
+from userspace_proxy.control.controller import Controller
+from userspace_proxy.control.decode import is_eligible
+from userspace_proxy.control.tracker import Tracker
+from userspace_proxy.interfaces import DataPlane, Source
+from userspace_proxy.model.locality import without_local_endpoints
+from userspace_proxy.proxiers.userspace import UserspaceProxier
+from userspace_proxy.settings import Settings
+
+
+class Reports:
+    """Asks them all, each time."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        source: Source,
+        tracker: Tracker,
+        controller: Controller,
+        proxier: UserspaceProxier,
+        plane: DataPlane,
+        health_checks: ServiceHealthChecks,
+        is_stopping: Callable[[], bool],
+    ) -> None:
+        self._settings = settings
+        self._source = source
+        self._tracker = tracker
+        self._controller = controller
+        self._proxier = proxier
+        self._plane = plane
+        self._health_checks = health_checks
+        self._is_stopping = is_stopping
+
+    def health(self) -> Health:
+        controller, source, now = self._controller, self._source, time.time()
+        # kube-proxy says nothing here. But who asks wants to send traffic, and a DaemonSet's roll-out to go on.
+        waiting = "" if controller.ready.is_set() else "the first sync is not done"
+        if self._is_stopping():
+            waiting = "the proxy stops"
+        failing = ""
+        if controller.failing_since is not None:
+            since = time.strftime("%H:%M:%S", time.localtime(controller.failing_since))
+            failing = f"since {since}: {controller.error}"
+        return Health(
+            controller.freshness.of_families(),
+            waiting,
+            failing,
+            problems=[
+                *source.problems.values(),
+                *self._tracker.problems.values(),
+                *(f"{name}: {why}" for name, why in self._proxier.unopened.items()),
+                *(f"{service}: {why}" for service, why in self._health_checks.failures.items()),
+            ],
+            degraded=[w.failure() for w in source.watches if w.is_dead(now, self._settings.degraded_after_s)],
+            node_eligible=is_eligible(self._tracker.node) if self._settings.follows_cluster else None,
+        )
+
+    async def metrics(self, answers: Mapping[tuple[str, int], int]) -> AsyncIterator[bytes]:
+        """Return the text of one scrape, in parts; *answers* are those of /healthz and /livez, by status."""
+        controller, proxier, source = self._controller, self._proxier, self._source
+        control = ControlStats(
+            service_ports=proxier.service_ports,
+            rule_loads=proxier.loads,
+            rule_repairs=proxier.repairs,
+            last_sync_at=controller.synced_at or 0.0,
+            problems=len(source.problems) + len(self._tracker.problems),
+            unopened=len(proxier.unopened),
+            sync_failures=controller.failures,
+            sync_failing_s=0.0 if controller.failing_since is None else time.time() - controller.failing_since,
+        )
+        syncs = SyncStats(
+            controller.durations,
+            controller.programming,
+            synced_at=controller.freshness.updated_at,
+            queued_at=controller.freshness.queued_at,
+            changes=controller.changes,
+            answers=dict(answers),
+            no_local=without_local_endpoints(controller.synced),
+        )
+        plane = await self._plane.stats(self._settings.metrics_endpoint_series // SERIES_AN_ENDPOINT)
+        parts = exposition.render(plane, control, source.watches, self._settings.degraded_after_s, syncs)
+        # In a thread: 10,000 Services are 150,000 lines, and changes of endpoints need not wait for these.
+        while (part := await asyncio.to_thread(next, parts, b"")) != b"":
+            yield part
