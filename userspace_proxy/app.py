@@ -31,7 +31,16 @@ from userspace_proxy.dataplane.sockets import BACKLOG, knows_congestion_control
 from userspace_proxy.dataplane.wire import WorkerSettings
 from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.instance import end_orphans, running_as, take_lock
-from userspace_proxy.interfaces import Capture, DataPlane, EventType, ObjectEvent, PodDetector, Source
+from userspace_proxy.interfaces import (
+    Capture,
+    DataPlane,
+    EventType,
+    KernelTables,
+    LoadedRules,
+    ObjectEvent,
+    PodDetector,
+    Source,
+)
 from userspace_proxy.kube_config import configz
 from userspace_proxy.logs import AccessLog, recorder
 from userspace_proxy.model.endpoint import FAMILIES
@@ -46,12 +55,14 @@ from userspace_proxy.node_network import (
     watch_network,
     widen_queues,
 )
+from userspace_proxy.proxiers.kernel import KernelProxier
 from userspace_proxy.proxiers.plans import NodeRules, planned_redirects
 from userspace_proxy.proxiers.proxy_ports import ProxyPorts
 from userspace_proxy.proxiers.userspace import UserspaceProxier
 from userspace_proxy.reports import Reports
-from userspace_proxy.rules import iptables, network, nft
+from userspace_proxy.rules import iptables, network, nft, slots
 from userspace_proxy.rules.kernel import KERNELS, choose_language
+from userspace_proxy.rules.slot_tables import SlotTables
 from userspace_proxy.rules.sysctls import KUBE_PROXY, ConntrackLimits
 from userspace_proxy.settings import DEFAULT_STATE_DIR, Settings
 from userspace_proxy.sources.events import EventRecorder, node_reference
@@ -59,6 +70,8 @@ from userspace_proxy.sources.files import FileSource, nothing_found, read_once
 from userspace_proxy.succession import Ending, Succession, children, reap, start_anew, was_left
 
 _CAP_NET_ADMIN = 12
+# Mode -> what has its rules in the kernel; None: sockets of ours serve, and rules lead to them.
+MODES: dict[str, type[KernelTables] | None] = {"userspace": None, "nftables": SlotTables}
 
 _Number = TypeVar("_Number", int, float)
 
@@ -104,15 +117,15 @@ class App:
         loop = asyncio.get_running_loop()
         succession.heed_signals()
         async with contextlib.AsyncExitStack() as stack:
+            tables = MODES[settings.proxy_mode]
             try:
-                language = choose_language(settings.rules)
+                language = choose_language(settings.rules) if tables is None else ""
             except SyncError as error:
                 raise StartError(str(error)) from None
-            kernel = KERNELS[language]()
             source, sources, events = await _open_source(settings, stack)
             node = node_reference(settings.node_name)
             state_dir = _open_state_dir(settings.state_dir)
-            inheritance = await take_lock(sources, settings.take_over, settings.workers)
+            inheritance = await take_lock(sources, settings.take_over, settings.workers if tables is None else 0)
             lock = stack.enter_context(contextlib.closing(inheritance.lock))
             widen_queues(BACKLOG)
 
@@ -121,7 +134,7 @@ class App:
                 return tune_conntrack(limits, lambda note: events.warn(node, "FailedToSetConntrack", note))
 
             is_tuned = tune()  # before the plane, which takes over conntrack's time-outs of UDP
-            plane = _make_plane(settings, stack)
+            plane = _make_plane(settings, stack) if tables is None else LocalPlane(Limits())  # nothing to open
             inherited = await succession.inherit(plane, inheritance)
             memory = state_dir.load() if state_dir else Memory()
             allotting = _allotting(settings, memory)
@@ -135,8 +148,12 @@ class App:
 
             succession.cut = plane.cut
             rules = _node_rules(settings, await first_capture(settings.capture))
-            proxier = UserspaceProxier(plane, kernel, ports, rules)
-            proxier.adopt(inherited)
+            proxier: UserspaceProxier | KernelProxier
+            if tables is None:
+                proxier = UserspaceProxier(plane, KERNELS[language](), ports, rules)
+                proxier.adopt(inherited)
+            else:
+                proxier = _kernel_proxier(tables(), settings, rules)
 
             def is_serving() -> bool:
                 """Whether load balancers may count on this node; who hands over says so to the last."""
@@ -173,6 +190,8 @@ class App:
                 await succession.hand_over_to(asked, conversation, proxier, plane, lock, health_checks)
 
             async def take_away() -> None:
+                if tables is not None and succession.ending is not Ending.STOP:
+                    return  # the kernel serves on until somebody takes our place
                 await proxier.close(settings.drain_timeout_s)
                 await leave_network()
 
@@ -183,7 +202,7 @@ class App:
                 settings, source, tracker, controller, proxier, plane, health_checks, succession.stop.is_set
             )
             admin = AdminServer(
-                reports.health, reports.metrics, "userspace", configz(settings), settings.degraded_status
+                reports.health, reports.metrics, settings.proxy_mode, configz(settings), settings.degraded_status
             )
             stack.push_async_callback(admin.close)
             try:
@@ -194,13 +213,16 @@ class App:
                         group.create_task(events.run(), name="events"),
                         group.create_task(proxier.keep_rules(), name="keep-rules"),
                         group.create_task(saver.run(), name="saver"),
-                        group.create_task(watch_network(settings.capture, proxier), name="watch-network"),
                         group.create_task(
-                            _settle_in(controller, language, None if is_tuned else tune), name="settle-in"
+                            _settle_in(controller, settings.proxy_mode, language, None if is_tuned else tune),
+                            name="settle-in",
                         ),
                         group.create_task(succession.note_ready(controller.ready, plane), name="note-ready"),
                         group.create_task(reap(left), name="reap"),
                     ]
+                    if isinstance(proxier, UserspaceProxier):
+                        watching = watch_network(settings.capture, proxier)
+                        tasks.append(group.create_task(watching, name="watch-network"))
                     events.normal(node, "Starting", f"userspace-proxy {__version__}")
                     await succession.stop.wait()
                     for task in tasks:
@@ -218,6 +240,12 @@ class App:
                 saver.save()
                 await succession.end(plane, take_away)
         log.info("stopped")
+
+
+def _kernel_proxier(tables: KernelTables, settings: Settings, rules: NodeRules) -> KernelProxier:
+    # What a cluster has its cluster IPs from is not known here, unless somebody says so.
+    cidrs = () if settings.follows_cluster else tuple(map(str, settings.service_cluster_ip_ranges))
+    return KernelProxier(tables, rules, masquerade_all=settings.masquerade_all, service_cidrs=cidrs)
 
 
 def _make_plane(settings: Settings, stack: contextlib.AsyncExitStack) -> DataPlane:
@@ -279,6 +307,8 @@ def _node_rules(settings: Settings, capture: Capture) -> NodeRules:
     elif settings.detect_local_mode == "ClusterCIDR" and settings.cluster_cidrs:
         pods = PodDetector(cidrs=tuple(map(str, settings.cluster_cidrs)))
     addresses = tuple(map(str, settings.nodeport_addresses))
+    if settings.proxy_mode == "nftables" and not addresses:
+        addresses = ("primary",)  # as kube-proxy does in this mode
     return NodeRules(capture, pods, settings.detect_local_mode == "NodeCIDR", addresses)
 
 
@@ -326,7 +356,13 @@ class _Saver:
             await asyncio.to_thread(self._state_dir.save, self._take())
 
 
-async def _settle_in(controller: Controller, language: str, tune: Callable[[], object] | None) -> None:
+def _others(mode: str = "", language: str = "") -> list[type[LoadedRules]]:
+    """Return what may have rules in the kernel, but for *mode*, and in userspace mode *language*."""
+    tables = [make for other, make in MODES.items() if make is not None and other != mode]
+    return [*tables, *(make for other, make in KERNELS.items() if other != language)]
+
+
+async def _settle_in(controller: Controller, mode: str, language: str, tune: Callable[[], object] | None) -> None:
     """What is worth doing once, after the first sync; *tune* where that is still to be done."""
     await controller.attempted.wait()
     # What is there now stays for long: the collector need not walk over it again and again.
@@ -368,6 +404,10 @@ def render(settings: Settings) -> tuple[str, bool]:
         if manifest.object is not None
     )
     capture = Capture.ADDRESS if settings.capture == "address" else Capture.REDIRECT
+    if MODES[settings.proxy_mode] is not None:
+        proxier = _kernel_proxier(SlotTables(), settings, _node_rules(settings, capture))
+        translations, facts = proxier.translated(tracker.state())
+        return slots.table(facts, translations.values()), not problems and not tracker.problems
     ports = ProxyPorts(*settings.proxy_port_range, memory.proxy_ports)
     redirects = planned_redirects(tracker.state(), ports, _node_rules(settings, capture))
     is_well = not problems and not tracker.problems
@@ -390,7 +430,7 @@ async def cleanup() -> None:
     _require_net_admin()
     if (present := await end_orphans()) is not None:
         raise StartError(f"userspace-proxy{running_as(present)} is running; stop it, it takes its rules away itself")
-    for make in KERNELS.values():
+    for make in _others():
         await make().remove()
     await network.remove_routes()
     await network.remove_local_addresses()

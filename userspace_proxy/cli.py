@@ -197,7 +197,11 @@ _STATE_DIR = click.option(
 )
 
 _PROXY_MODE = click.option(
-    "--proxy-mode", type=click.Choice(["userspace"]), default="userspace", show_default=True, help="The mode."
+    "--proxy-mode",
+    type=click.Choice(["userspace", "nftables"]),
+    default=_DEFAULTS.proxy_mode,
+    show_default=True,
+    help="Who serves: sockets of this proxy, or the kernel by nftables rules.",
 )
 
 _LOCAL_TRAFFIC = _options(
@@ -290,6 +294,9 @@ _RUN_OPTIONS = _options(
     _CONFIG,
     _PROXY_MODE,
     _LOCAL_TRAFFIC,
+    click.option(
+        "--masquerade-all", is_flag=True, help="In kernel modes: endpoints never see who dialled a cluster IP."
+    ),
     _CONNTRACK,
     _RULES,
     _CAPTURE,
@@ -465,7 +472,6 @@ def _check(settings: Settings) -> None:
 
 def settings_from(configuration: Configuration | None, options: dict[str, Any]) -> Settings:
     """Return what the command line says, over what the file says, over the defaults."""
-    del options["proxy_mode"]  # there is one so far
     if configuration is not None and not (options["paths"] or options["kubeconfig"] or options["in_cluster"]):
         # As kube-proxy: a file is for a cluster, and without a kubeconfig for the one whose pod this is.
         options["kubeconfig"] = configuration.settings.get("kubeconfig")
@@ -570,7 +576,7 @@ def _count(number: int, thing: str) -> str:
 @_SOURCE_IP
 @_PROXY_PORTS
 @_STATE_DIR
-def render(paths: tuple[str, ...], proxy_mode: str, **options: Any) -> None:
+def render(paths: tuple[str, ...], **options: Any) -> None:
     """Print the rules that `run` would load for PATH..., and install nothing; exit 1 if anything is wrong there."""
     from userspace_proxy import app
     from userspace_proxy.logs import configure_logging

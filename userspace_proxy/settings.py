@@ -34,6 +34,11 @@ class Settings:
     degraded_after_s: float = 180.0
     degraded_status: int = 200
 
+    # "userspace": sockets of ours serve; else the kernel does, by rules of this kind.
+    proxy_mode: str = "userspace"
+    # In kernel modes: endpoints see this node's address, whoever dialled a cluster IP.
+    masquerade_all: bool = False
+
     # Who is a pod of this node, and who is not. None of the addresses given: nobody can be told from another.
     detect_local_mode: str = "ClusterCIDR"
     cluster_cidrs: tuple[Network, ...] = ()
