@@ -59,10 +59,11 @@ from userspace_proxy.proxiers.plans import NodeRules, planned_redirects
 from userspace_proxy.proxiers.proxy_ports import ProxyPorts
 from userspace_proxy.proxiers.userspace import UserspaceProxier
 from userspace_proxy.reports import Reports
-from userspace_proxy.rules import iptables, kube_kernel, network, nft
+from userspace_proxy.rules import iptables, kube_kernel, network, nft, slots
 from userspace_proxy.rules.kernel import KERNELS, choose_language
 from userspace_proxy.rules.kube_chains import Manner
 from userspace_proxy.rules.kube_kernel import IptablesTables
+from userspace_proxy.rules.slot_tables import SlotTables
 from userspace_proxy.rules.sysctls import KUBE_PROXY, ConntrackLimits
 from userspace_proxy.settings import DEFAULT_STATE_DIR, Settings
 from userspace_proxy.sources.events import EventRecorder, node_reference
@@ -70,8 +71,11 @@ from userspace_proxy.sources.files import FileSource, nothing_found, read_once
 from userspace_proxy.succession import Ending, Succession, children, reap, start_anew, was_left
 
 _CAP_NET_ADMIN = 12
-
-_KERNEL_MODES: dict[str, type[IptablesTables]] = {"iptables": IptablesTables}
+# Mode -> what has its rules in the kernel. In userspace mode sockets of ours serve, and rules lead to them.
+KERNEL_MODES: dict[str, Callable[[Settings], KernelTables]] = {
+    "nftables": lambda _: SlotTables(),
+    "iptables": lambda settings: IptablesTables(_manner(settings)),
+}
 
 _Number = TypeVar("_Number", int, float)
 
@@ -117,9 +121,12 @@ class App:
         loop = asyncio.get_running_loop()
         succession.heed_signals()
         async with contextlib.AsyncExitStack() as stack:
+            make_tables = KERNEL_MODES.get(settings.proxy_mode)
+            tables = make_tables(settings) if make_tables is not None else None
             try:
-                tables = await _kernel_tables(settings)
-                language = "" if tables is not None else choose_language(settings.rules)
+                if tables is not None:
+                    await tables.prepare()
+                language = choose_language(settings.rules) if tables is None else ""
             except SyncError as error:
                 raise StartError(str(error)) from None
             source, sources, events = await _open_source(settings, stack)
@@ -136,7 +143,7 @@ class App:
                 return tune_conntrack(limits, lambda note: events.warn(node, "FailedToSetConntrack", note))
 
             is_tuned = tune()  # before the plane, which takes over conntrack's time-outs of UDP
-            plane = _make_plane(settings, stack)
+            plane = _make_plane(settings, stack) if tables is None else LocalPlane(Limits())  # nothing to open
             inherited = await succession.inherit(plane, inheritance)
             memory = state_dir.load() if state_dir else Memory()
             allotting = _allotting(settings, memory)
@@ -149,13 +156,13 @@ class App:
             tracker = Tracker(allotting, settings.service_proxy_name, here, settings.source_ip, obstacle)
 
             succession.cut = plane.cut
+            rules = _node_rules(settings, await first_capture(settings.capture))
             proxier: UserspaceProxier | KernelProxier
             if tables is None:
-                rules = _node_rules(settings, await first_capture(settings.capture))
                 proxier = UserspaceProxier(plane, KERNELS[language](), ports, rules)
                 proxier.adopt(inherited)
             else:
-                proxier = _kernel_proxier(tables, settings)
+                proxier = _kernel_proxier(tables, settings, rules)
 
             def is_serving() -> bool:
                 """Whether load balancers may count on this node; who hands over says so to the last."""
@@ -195,6 +202,8 @@ class App:
                 await succession.hand_over_to(asked, conversation, proxier, plane, lock, health_checks)
 
             async def take_away() -> None:
+                if tables is not None and succession.ending is not Ending.STOP:
+                    return  # the kernel serves on until somebody takes our place
                 await proxier.close(settings.drain_timeout_s)
                 await leave_network()
 
@@ -245,34 +254,18 @@ class App:
         log.info("stopped")
 
 
-async def _kernel_tables(settings: Settings) -> KernelTables | None:
-    """Return what holds the rules of the kernel mode that is asked for; None in userspace mode.
-
-    Raises:
-        SyncError: this node cannot have it.
-    """
-    if settings.proxy_mode == "iptables":
-        tables = IptablesTables(_manner(settings))
-        await tables.prepare()
-        return tables
-    return None
-
-
-def _kernel_proxier(tables: KernelTables, settings: Settings) -> KernelProxier:
-    return KernelProxier(
-        tables,
-        _node_rules(settings, Capture.REDIRECT),
-        masquerade_all=settings.masquerade_all,
-        service_cidrs=tuple(map(str, settings.service_cluster_ip_ranges)),
-    )
-
-
 def _manner(settings: Settings) -> Manner:
     return Manner(
         masquerade_bit=settings.masquerade_bit,
         localhost_node_ports=settings.localhost_nodeports,
         drops_invalid=not settings.conntrack_tcp_be_liberal,
     )
+
+
+def _kernel_proxier(tables: KernelTables, settings: Settings, rules: NodeRules) -> KernelProxier:
+    # What a cluster has its cluster IPs from is not known here, unless somebody says so.
+    cidrs = () if settings.follows_cluster else tuple(map(str, settings.service_cluster_ip_ranges))
+    return KernelProxier(tables, rules, masquerade_all=settings.masquerade_all, service_cidrs=cidrs)
 
 
 def _make_plane(settings: Settings, stack: contextlib.AsyncExitStack) -> DataPlane:
@@ -282,7 +275,7 @@ def _make_plane(settings: Settings, stack: contextlib.AsyncExitStack) -> DataPla
     except OSError as error:
         reason = "its folder does not exist" if isinstance(error, FileNotFoundError) else error.strerror
         raise StartError(f"--access-log {settings.access_log}: {reason}") from None
-    if settings.workers == 0 or settings.proxy_mode in _KERNEL_MODES:
+    if settings.workers == 0 or settings.proxy_mode in KERNEL_MODES:
         if access_log is not None:
             stack.callback(access_log.close)
         return LocalPlane(_limits(settings), recorder(access_log, verbose=settings.verbose), splice=settings.splice)
@@ -334,6 +327,8 @@ def _node_rules(settings: Settings, capture: Capture) -> NodeRules:
     elif settings.detect_local_mode == "ClusterCIDR" and settings.cluster_cidrs:
         pods = PodDetector(cidrs=tuple(map(str, settings.cluster_cidrs)))
     addresses = tuple(map(str, settings.nodeport_addresses))
+    if settings.proxy_mode == "nftables" and not addresses:
+        addresses = ("primary",)  # as kube-proxy does in this mode
     return NodeRules(capture, pods, settings.detect_local_mode == "NodeCIDR", addresses)
 
 
@@ -395,11 +390,11 @@ async def _settle_in(controller: Controller, mode: str, language: str, tune: Cal
             with contextlib.suppress(SyncError):
                 # What brings answers here is shared by both languages; kernel modes need none of it.
                 await (make().remove_rules() if language else make().remove())
-    for another, tables in _KERNEL_MODES.items():
+    for another, make_tables in KERNEL_MODES.items():
         if another != mode:
             with contextlib.suppress(SyncError):
-                await tables().remove()
-    if mode in _KERNEL_MODES:
+                await make_tables(Settings()).remove()
+    if mode in KERNEL_MODES:
         return
     with contextlib.suppress(SyncError, ValueError):
         for found in await network.find_blocking_firewall():
@@ -431,9 +426,13 @@ def render(settings: Settings) -> tuple[str, bool]:
     )
     is_well = not problems and not tracker.problems
     capture = Capture.ADDRESS if settings.capture == "address" else Capture.REDIRECT
-    if settings.proxy_mode == "iptables":
-        proxier = _kernel_proxier(IptablesTables(), settings)
-        return kube_kernel.text(*proxier.plan(tracker.state()), _manner(settings)), is_well
+    if settings.proxy_mode in KERNEL_MODES:
+        tables = KERNEL_MODES[settings.proxy_mode](settings)
+        proxier = _kernel_proxier(tables, settings, _node_rules(settings, capture))
+        translations, facts = proxier.translated(tracker.state())
+        if settings.proxy_mode == "iptables":
+            return kube_kernel.text(translations, facts, _manner(settings)), is_well
+        return slots.table(facts, translations.values()), is_well
     ports = ProxyPorts(*settings.proxy_port_range, memory.proxy_ports)
     redirects = planned_redirects(tracker.state(), ports, _node_rules(settings, capture))
     if settings.rules != "iptables":
@@ -455,8 +454,10 @@ async def cleanup() -> None:
     _require_net_admin()
     if (present := await end_orphans()) is not None:
         raise StartError(f"userspace-proxy{running_as(present)} is running; stop it, it takes its rules away itself")
-    for make in (*KERNELS.values(), *_KERNEL_MODES.values()):
+    for make in KERNELS.values():
         await make().remove()
+    for make_tables in KERNEL_MODES.values():
+        await make_tables(Settings()).remove()
     await network.remove_routes()
     await network.remove_local_addresses()
 

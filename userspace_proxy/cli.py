@@ -198,15 +198,15 @@ _STATE_DIR = click.option(
 
 _PROXY_MODE = click.option(
     "--proxy-mode",
-    type=click.Choice(["userspace", "iptables"]),
+    type=click.Choice(["userspace", "nftables", "iptables"]),
     default=_DEFAULTS.proxy_mode,
     show_default=True,
-    help="Through this process, or by the kernel: with the chains of kube-proxy's iptables mode.",
+    help="Who serves: sockets of this proxy, or the kernel by nftables rules or kube-proxy's iptables chains.",
 )
 
 _KERNEL_MODES = _options(
     click.option(
-        "--masquerade-all", is_flag=True, help="In kernel modes: endpoints see this node, whoever dials a cluster IP."
+        "--masquerade-all", is_flag=True, help="In kernel modes: endpoints never see who dialled a cluster IP."
     ),
     click.option(
         "--iptables-masquerade-bit",

@@ -34,9 +34,9 @@ class Settings:
     degraded_after_s: float = 180.0
     degraded_status: int = 200
 
-    # How traffic gets to endpoints: "userspace" through this process, else by the kernel, with rules of that kind.
+    # "userspace": sockets of ours serve; else the kernel does, by rules of this kind.
     proxy_mode: str = "userspace"
-    # In kernel modes: who dials a cluster IP is seen by endpoints as this node, whoever he is.
+    # In kernel modes: endpoints see this node's address, whoever dialled a cluster IP.
     masquerade_all: bool = False
     # In iptables mode: the bit of packet marks that says "masquerade"; node ports at 127.0.0.1, too.
     masquerade_bit: int = 14

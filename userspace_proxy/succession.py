@@ -121,8 +121,9 @@ class Succession:
     ) -> None:
         """Give all that we have to who *asked*, and end; or refuse."""
         if not isinstance(plane, RemotePlane) or isinstance(proxier, KernelProxier):
-            conversation.send(Refused("it runs with --workers 0 or in a kernel mode; stop it first"))
+            conversation.send(Refused("it has no workers (--workers 0, or a kernel mode); stop it first"))
             return
+        assert isinstance(proxier, UserspaceProxier), "no other has workers"
         if self.stop.is_set() or not self._keeps_on:
             conversation.send(Refused("it just begins or ends; try again"))
             return

@@ -60,16 +60,10 @@ class KernelProxier:
     def service_ports(self) -> int:
         return len(self._plans.held)
 
-    def plan(self, state: ProxyState) -> tuple[Mapping[ServicePortName, Translation], NodeFacts]:
-        """Return what `sync` would load for *state*; nothing is loaded."""
-        self._plans.update(state, self._rules)
-        self._translate()
-        return self._translations, self._facts()
-
     async def sync(self, state: ProxyState) -> None:
         async with self._lock:
-            self.plan(state)
-            changed, facts = self._unloaded, self._facts()
+            _, facts = self.translated(state)
+            changed = self._unloaded
             if changed or facts != self._loaded:
                 await self._tables.load(self._translations, changed, facts)
                 self.loads += 1
@@ -79,6 +73,12 @@ class KernelProxier:
             self._tell_new()
             if stale := self._changed_flows(changed):
                 await forget_udp_flows(stale)
+
+    def translated(self, state: ProxyState) -> tuple[Mapping[ServicePortName, Translation], NodeFacts]:
+        """Return what would be loaded for *state*; nothing is."""
+        self._plans.update(state, self._rules)
+        self._translate()
+        return self._translations, self._facts()
 
     def _translate(self) -> None:
         """Make the translations of what is unfinished anew, and of those who come to portals that others gave up."""

@@ -33,15 +33,14 @@ class Variant(NamedTuple):
     follows_api: bool = False
     mode: str = "userspace"
 
+    @property
+    def said(self) -> str:
+        if self.mode != "userspace":
+            return f"mode-{self.mode}"
+        return f"{self.rules}-{self.source_ip}{'-api' * self.follows_api}"
+
     def __str__(self) -> str:
         return "-".join([self.rules, self.source_ip, *(flag.lstrip("-") for flag in self.flags[:2])])
-
-    @property
-    def kind(self) -> str:
-        """What tells it from others with the usual flags."""
-        if self.mode != "userspace":
-            return f"{self.mode}-mode"
-        return f"{self.rules}-{self.source_ip}{'-api' * self.follows_api}"
 
 
 VARIANTS = [
@@ -49,6 +48,7 @@ VARIANTS = [
     Variant("iptables", "asyncio", "transparent", follows_api=True),
     Variant("nftables", "asyncio", "node"),
     Variant("iptables", "uvloop", "transparent", mode="iptables"),
+    Variant("nftables", "uvloop", "transparent", mode="nftables"),
 ]
 
 
@@ -66,7 +66,7 @@ class ContractProxy(Proxy):
     def run_arguments(self) -> list[str]:
         return [
             *(*super().run_arguments(), "--hostname-override", NODE, "--service-cluster-ip-range", SERVICE_CIDRS),
-            *("--proxy-mode", self.variant.mode, "--source-ip", self.variant.source_ip, *self.variant.flags),
+            *("--source-ip", self.variant.source_ip, "--proxy-mode", self.variant.mode, *self.variant.flags),
         ]
 
     def close(self) -> None:
@@ -140,7 +140,7 @@ def cluster() -> Iterator[Cluster]:
         backends.close()
 
 
-@pytest.fixture(scope="session", params=VARIANTS, ids=lambda v: v.kind)
+@pytest.fixture(scope="session", params=VARIANTS, ids=lambda v: v.said)
 def proxy(
     cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[ContractProxy]:

@@ -38,7 +38,7 @@ NODE_PORTS = {
         for variant in _variants("--nodeport-addresses", addresses, *KNOWS_PODS)
     ],
     indirect=["proxy"],
-    ids=lambda given: f"{given.kind}-{given.flags[1]}" if isinstance(given, Variant) else "",
+    ids=lambda given: f"{given.said}-{given.flags[1]}" if isinstance(given, Variant) else "",
 )
 def test_node_ports_are_at_the_addresses_that_are_wanted(
     proxy: ContractProxy, given: MakeGiven, served: tuple[tuple[int, int, int], ...]
@@ -63,7 +63,7 @@ def test_node_ports_are_at_the_addresses_that_are_wanted(
         *_variants("--detect-local-mode", "InterfaceNamePrefix", "--pod-interface-name-prefix", "v-"),
     ],
     indirect=True,
-    ids=lambda v: f"{v.kind}-{v.flags[1]}",
+    ids=lambda v: f"{v.said}-{v.flags[1]}",
 )
 def test_pods_are_told_in_other_ways(proxy: ContractProxy, given: MakeGiven) -> None:
     service = given("local1 remote1", type=LB, spec=EXTERNAL_LOCAL, families=DUAL)
@@ -81,7 +81,7 @@ def test_pods_are_told_in_other_ways(proxy: ContractProxy, given: MakeGiven) -> 
     "proxy",
     _variants("--detect-local-mode", "ClusterCIDR"),
     indirect=True,
-    ids=lambda v: f"{v.kind}-{v.flags[1]}",
+    ids=lambda v: f"{v.said}-{v.flags[1]}",
 )
 def test_without_a_word_about_pods_nobody_is_one(proxy: ContractProxy, given: MakeGiven) -> None:
     """What comes to a cluster IP keeps its source; policy Local leads nobody beyond the node (behaviours M1)."""
