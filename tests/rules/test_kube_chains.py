@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import random
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -439,3 +443,53 @@ async def test_route_localnet_is_as_it_was_when_all_is_taken_away(clean: Host) -
             await IptablesTables().remove()  # as `cleanup` does, after a crash
 
             assert is_on() == was_on
+
+
+@pytest.fixture
+def legacy(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    """A host on which iptables is the older one."""
+    host = lab.hosts.get("iptables-legacy") or lab.add("iptables-legacy")
+    if host.run("iptables-legacy-save", check=False).returncode:
+        pytest.skip("this kernel has no legacy iptables")
+    for prefix in ("iptables", "ip6tables"):
+        for tool in ("", "-save", "-restore"):
+            (tmp_path / f"{prefix}{tool}").symlink_to(shutil.which(f"{prefix}-legacy{tool}") or "")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    return host
+
+
+async def test_the_older_iptables_sends_no_notices_and_is_looked_at(legacy: Host) -> None:
+    tables = IptablesTables()
+    looked = asyncio.Event()
+    with legacy.inside():
+        await tables.load(EVERYTHING, set(EVERYTHING), FACTS)
+        await tables.watch(looked.set)
+        assert await tables.is_intact()
+        legacy.run("iptables-legacy", "-t", "nat", "-F", "KUBE-SERVICES")
+
+        async with asyncio.timeout(5):
+            await looked.wait()
+
+        assert not await tables.is_intact()
+        await tables.reload()
+        assert await tables.is_intact()
+        tables.unwatch()
+        await tables.remove()
+        assert "KUBE" not in legacy.run("iptables-legacy-save").stdout
+
+
+async def test_a_kernel_without_ipv6_serves_the_rest(
+    clean: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = tmp_path / "ip6tables-save"
+    failing.write_text("#!/bin/sh\necho 'ip6tables-save: Address family not supported by protocol' >&2\nexit 1\n")
+    failing.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    tables = IptablesTables()
+    with clean.inside():
+        await tables.load(EVERYTHING, set(EVERYTHING), FACTS)
+        assert "KUBE-SVC-" in clean.run("iptables-save").stdout
+
+        await tables.remove()
+
+        assert "KUBE-SVC-" not in clean.run("iptables-save").stdout

@@ -67,12 +67,18 @@ class IptablesTables:
         """
         self._is_legacy = await xtables.is_legacy()
         how = replace(self._how, random_fully=await xtables.knows_random_fully())
-        families = [_Family(family, tool) for family, tool in xtables.families()]
-        for each in families:
-            if reason := kube_tables.foreign(
-                kube_tables.read(await xtables.save(each.tool)), node_rules(each.family, how)
-            ):
+        families = []
+        for family, tool in xtables.families():
+            try:
+                saved = kube_tables.read(await xtables.save(tool))
+            except SyncError as error:
+                if family == 4:
+                    raise
+                log.warning("IPv6 is not served: %s", error)  # a kernel may be without it
+                continue
+            if reason := kube_tables.foreign(saved, node_rules(family, how)):
                 raise SyncError(reason)
+            families.append(_Family(family, tool))
         if how.localhost_node_ports:
             was_off = _ROUTE_LOCALNET.path.read_text().strip() == "0"
             if refused := sysctls.apply([_ROUTE_LOCALNET]):
@@ -148,10 +154,17 @@ class IptablesTables:
 
     async def remove(self) -> None:
         self._families = []
-        for _, tool in xtables.families():
+        self._is_legacy = is_installed("iptables") and await xtables.is_legacy()
+        for family, tool in xtables.families():
             if not is_installed(f"{tool}-save"):
                 continue
-            saved = kube_tables.read(await xtables.save(tool))
+            try:
+                saved = kube_tables.read(await xtables.save(tool))
+            except SyncError as error:
+                if family == 4:
+                    raise
+                log.debug("no IPv6 rules are here: %s", error)
+                continue
             with quiet(self._notices):
                 await xtables.restore(tool, kube_tables.removal(saved, self._at_once))
             if kube_tables.is_noted(_LOCALNET_NOTE, saved):
