@@ -47,7 +47,9 @@ VARIANTS = [
     Variant("nftables", "uvloop", "transparent"),
     Variant("iptables", "asyncio", "transparent", follows_api=True),
     Variant("nftables", "asyncio", "node"),
-    Variant("nftables", "uvloop", "transparent", mode="nftables"),
+    Variant(
+        "nftables", "uvloop", "transparent", (*KNOWS_PODS, "--nodeport-addresses", "0.0.0.0/0,::/0"), mode="nftables"
+    ),
 ]
 
 
