@@ -189,6 +189,7 @@ class SlotTables:
 
     def unwatch(self) -> None:
         self._on_change = None
+        self._channel.close()
         if self._notices is not None:
             self._notices.close()
             self._notices = None

@@ -362,7 +362,7 @@ def _chains(facts: NodeFacts, timeouts_s: Sequence[int]) -> dict[str, list[str]]
 def _services(family: Family, facts: NodeFacts) -> Iterator[str]:
     ip = _IP[family]
     portal = f"{ip} daddr . meta l4proto . th dport"
-    yield f"{portal} @restricted{family} {portal} . {ip} saddr != @allowed{family} drop"
+    yield _restricts(family)
     yield from _lookups(portal, f"services{family}", family, facts)
     # The other ports of a cluster IP are nobody's, nor is an address that no Service has.
     yield f"{ip} daddr @cluster_ips{family} goto refuse"
@@ -372,10 +372,17 @@ def _services(family: Family, facts: NodeFacts) -> Iterator[str]:
         yield f"{own} jump node_ports{family}"
 
 
+def _restricts(family: Family) -> str:
+    ip = _IP[family]
+    portal = f"{ip} daddr . meta l4proto . th dport"
+    return f"{portal} @restricted{family} {portal} . {ip} saddr != @allowed{family} drop"
+
+
 def _from_node(family: Family, facts: NodeFacts) -> Iterator[str]:
     """Yield what goes before the rest for processes of the node itself."""
     ip = _IP[family]
     leads = f"goto translate{family}"
+    yield _restricts(family)
     yield f"meta priority set {ip} daddr . meta l4proto . th dport map @services{family}_for_node {leads}"
     if (own := _at_node_ports(family, facts)) is not None:
         yield f"{own} meta priority set meta l4proto . th dport map @node_ports{family}_for_node {leads}"

@@ -48,7 +48,9 @@ VARIANTS = [
     Variant("iptables", "asyncio", "transparent", follows_api=True),
     Variant("nftables", "asyncio", "node"),
     Variant("iptables", "uvloop", "transparent", mode="iptables"),
-    Variant("nftables", "uvloop", "transparent", mode="nftables"),
+    Variant(
+        "nftables", "uvloop", "transparent", (*KNOWS_PODS, "--nodeport-addresses", "0.0.0.0/0,::/0"), mode="nftables"
+    ),
 ]
 
 
