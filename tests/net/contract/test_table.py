@@ -28,16 +28,5 @@ def test_a_client_sees(probe: Probe, observed: dict[Probe, str], proxy: Contract
     expected = expected_in(mode, probe)
     if proxy.variant.source_ip == "node" and not probe.given.annotations:
         expected = expected.replace(" as own", " as node")
-    if proxy.variant.mode == "nftables":
-        if probe.given.annotations:
-            pytest.skip("whose address backends see is the kernel's matter in this mode")
-        expected = _as_by_nftables(str(probe), expected)
 
     assert observed[probe] == expected
-
-
-def _as_by_nftables(probe: str, expected: str) -> str:
-    """Return what kube-proxy's own nftables mode does where it differs: loopback has no node ports (P1), and the other
-    ports of a cluster IP are refused (N3).
-    """
-    return "refused" if "nodePort@localhost" in probe or probe.startswith("n3-another-port") else expected
