@@ -243,6 +243,8 @@ class App:
 
 
 def _kernel_proxier(tables: KernelTables, settings: Settings, rules: NodeRules) -> KernelProxier:
+    if not network.forwards():
+        log.warning("this node forwards no packets (sysctl net.ipv4.ip_forward): only its own processes are served")
     # What a cluster has its cluster IPs from is not known here, unless somebody says so.
     cidrs = () if settings.follows_cluster else tuple(map(str, settings.service_cluster_ip_ranges))
     return KernelProxier(tables, rules, masquerade_all=settings.masquerade_all, service_cidrs=cidrs)

@@ -114,6 +114,8 @@ def test_no_flow_is_lost_when_a_service_is_scaled_to_zero_and_back(proxy: Contra
         ):
             proxy.give(service.but(slices=(slices,)))
             for flow in clients:
+                if answer == "refused" and not slices and proxy.variant.mode != "userspace":
+                    continue  # the kernel leaves such flows where they are (U2)
                 if answer == "refused":
                     wait_until(lambda flow=flow: flow.ask() in ("refused", "eperm"), "it is refused")  # type: ignore[misc]
                 else:
