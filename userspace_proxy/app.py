@@ -36,7 +36,6 @@ from userspace_proxy.interfaces import (
     DataPlane,
     EventType,
     KernelTables,
-    LoadedRules,
     ObjectEvent,
     PodDetector,
     Source,
@@ -358,10 +357,20 @@ class _Saver:
             await asyncio.to_thread(self._state_dir.save, self._take())
 
 
-def _others(mode: str = "", language: str = "") -> list[type[LoadedRules]]:
-    """Return what may have rules in the kernel, but for *mode*, and in userspace mode *language*."""
-    tables = [make for other, make in MODES.items() if make is not None and other != mode]
-    return [*tables, *(make for other, make in KERNELS.items() if other != language)]
+async def _remove_others(mode: str = "", language: str = "") -> None:
+    """Remove what rules there are of ours, but those of *mode*, and in userspace mode of *language*.
+
+    Raises:
+        SyncError: some could not be removed.
+    """
+    for other, make_tables in MODES.items():
+        if make_tables is not None and other != mode:
+            await make_tables().remove()
+    for other, make_kernel in KERNELS.items():
+        if mode != "userspace":
+            await make_kernel().remove()
+        elif other != language:
+            await make_kernel().remove_rules()  # not what brings answers here, which both languages share
 
 
 async def _settle_in(controller: Controller, mode: str, language: str, tune: Callable[[], object] | None) -> None:
@@ -373,10 +382,8 @@ async def _settle_in(controller: Controller, mode: str, language: str, tune: Cal
     await controller.ready.wait()
     if tune is not None:
         tune()  # the rules have loaded conntrack
-    for other, make in KERNELS.items():
-        if other != language:
-            with contextlib.suppress(SyncError):
-                await make().remove_rules()  # not what brings answers here, which both languages share
+    with contextlib.suppress(SyncError):
+        await _remove_others(mode, language)
     with contextlib.suppress(SyncError, ValueError):
         for found in await network.find_blocking_firewall():
             log.warning("a firewall on this node drops redirected traffic: %s", found)
@@ -432,8 +439,7 @@ async def cleanup() -> None:
     _require_net_admin()
     if (present := await end_orphans()) is not None:
         raise StartError(f"userspace-proxy{running_as(present)} is running; stop it, it takes its rules away itself")
-    for make in _others():
-        await make().remove()
+    await _remove_others()
     await network.remove_routes()
     await network.remove_local_addresses()
 
