@@ -14,7 +14,7 @@ from userspace_proxy.lab import Lab, ServiceLab, build_service_lab, start_nginx
 VARIANTS = [("nftables", "uvloop"), ("iptables", "asyncio")]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceLab]:
     """A client, a node and three pods that answer HTTP at 8080 and UDP at 5353 with their name."""
     with Lab() as lab:

@@ -188,7 +188,7 @@ def test_rules_that_somebody_else_removed_come_back(proxy: Proxy, world: Service
         world.node.run("iptables", "-t", "nat", "-F")
 
     wait_until(lambda: answers(world.client, "10.96.1.15", 80) == "pod1", "traffic is captured again")
-    assert proxy.metric("userspace_proxy_rule_repairs_total") > repairs
+    wait_until(lambda: proxy.metric("userspace_proxy_rule_repairs_total") > repairs, "the repair is counted")
 
 
 def test_one_element_that_somebody_else_removed_comes_back(proxy: Proxy, world: ServiceLab) -> None:

@@ -230,7 +230,7 @@ def test_rules_that_cannot_be_loaded_leave_the_old_ones_serving(
     assert fresh_proxy.get("/livez", 10256)[0] == 503
     tool.unlink()
     wait_until(lambda: answers(world.client, "10.96.4.9", 80), "the new Service is served once rules can be loaded")
-    assert fresh_proxy.get("/healthz", 10256)[0] == 200
+    wait_until(lambda: fresh_proxy.get("/healthz", 10256)[0] == 200, "it is well again")
 
 
 def test_udp_flows_of_a_dead_proxy_reach_the_new_one(fresh_proxy: Proxy, world: ServiceLab) -> None:

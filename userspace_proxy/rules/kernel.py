@@ -31,6 +31,7 @@ class NftKernel:
 
     def __init__(self) -> None:
         self._held: Redirects | None = None
+        self._answers = _Answers()
         self._notices: RuleNotices | None = None
         self._on_change: Callable[[], None] | None = None
         self._touched = False
@@ -38,8 +39,7 @@ class NftKernel:
     async def load(self, redirects: Redirects) -> None:
         held, self._held = self._held, None  # unknown until the kernel has said yes
         with _quiet(self._notices):
-            if redirects.transparent and (held is None or self._touched or not held.transparent):
-                await _bring_answers_here()
+            await self._answers.before(redirects, anew=held is None or self._touched)
             if held is None or self._touched:
                 await run_tool("nft", "-f", "-", stdin=nft.table(redirects))
             elif script := nft.change(held, redirects):
@@ -48,8 +48,7 @@ class NftKernel:
                 except SyncError as error:
                     log.warning("the change was refused (%s); loading the whole table", error)
                     await run_tool("nft", "-f", "-", stdin=nft.table(redirects))
-            if not redirects.transparent and (held is None or held.transparent):
-                await _let_answers_pass()
+            await self._answers.after(redirects)
         self._held = redirects
         self._touched = False
         if self._on_change is not None:
@@ -66,7 +65,7 @@ class NftKernel:
 
     async def remove(self) -> None:
         await self.remove_rules()
-        await _let_answers_pass()
+        await self._answers.let_pass()
 
     async def remove_rules(self) -> None:
         self._held = None
@@ -105,6 +104,7 @@ class IptablesKernel:
 
     def __init__(self) -> None:
         self._held: Redirects | None = None
+        self._answers = _Answers()
         self._loaded: dict[int, tuple[str, ...]] = {}
         self._notices: RuleNotices | None = None
         self._poll: asyncio.Task[None] | None = None
@@ -114,14 +114,12 @@ class IptablesKernel:
             return
         held, self._held = self._held, None
         with _quiet(self._notices):
-            if redirects.transparent:
-                await _bring_answers_here()
+            await self._answers.before(redirects, anew=held is None)
             done = await asyncio.gather(
                 *(self._load_family(redirects, family, prefix) for family, prefix in _families()),
                 return_exceptions=True,
             )
-            if not redirects.transparent and (held is None or held.transparent):
-                await _let_answers_pass()
+            await self._answers.after(redirects)
         for error in filter(None, done):
             raise error
         self._held = redirects
@@ -148,7 +146,7 @@ class IptablesKernel:
     async def remove(self) -> None:
         await self.remove_rules()
         with _quiet(self._notices):
-            await _let_answers_pass()
+            await self._answers.let_pass()
 
     async def remove_rules(self) -> None:
         self._held = None
@@ -202,22 +200,36 @@ def choose_language(asked: str) -> str:
     raise SyncError("neither nft nor iptables-restore is installed; install the package nftables")
 
 
-async def _bring_answers_here() -> None:
-    """Have what backends answer to clients' own addresses delivered to this node."""
-    await network.add_transparent_routes()
-    try:
-        await run_tool("nft", "-f", "-", stdin=answers.bridge_table())
-    except SyncError as error:  # a host without bridges can do without it
-        log.warning("backends on a bridge cannot answer transparent clients beside them: %s", error)
+class _Answers:
+    """What backends answer to clients' own addresses: brought to this node, or passed by, whatever was before us."""
 
+    def __init__(self) -> None:
+        self._are_brought: bool | None = None
 
-async def _let_answers_pass() -> None:
-    await network.remove_transparent_routes()
-    if is_installed("nft"):
+    async def before(self, redirects: Redirects, *, anew: bool) -> None:
+        """See to it before rules are loaded that no answer is lost; *anew*: somebody else may have changed it."""
+        if not redirects.transparent or (self._are_brought and not anew):
+            return
+        await network.add_transparent_routes()
         try:
-            await run_tool("nft", "-f", "-", stdin=answers.bridge_removal())
-        except SyncError as error:
-            log.debug("this kernel has no rules for bridges to remove: %s", error)
+            await run_tool("nft", "-f", "-", stdin=answers.bridge_table())
+        except SyncError as error:  # a host without bridges can do without it
+            log.warning("backends on a bridge cannot answer transparent clients beside them: %s", error)
+        self._are_brought = True
+
+    async def after(self, redirects: Redirects) -> None:
+        """Take away what is not needed with the rules that are loaded now."""
+        if not redirects.transparent and self._are_brought is not False:
+            await self.let_pass()
+
+    async def let_pass(self) -> None:
+        await network.remove_transparent_routes()
+        if is_installed("nft"):
+            try:
+                await run_tool("nft", "-f", "-", stdin=answers.bridge_removal())
+            except SyncError as error:
+                log.debug("this kernel has no rules for bridges to remove: %s", error)
+        self._are_brought = False
 
 
 def _is_bridge_table_intact(redirects: Redirects) -> bool:
