@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # A plain user's PATH lacks the administrator's folders, where nft and ip are.
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: help demo test test-cluster lint format soak bench bench-quick bench-scale wheel lock clean
+.PHONY: help demo test test-cluster lint format contract soak bench bench-quick bench-scale wheel lock clean
 
 help: ## show what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -39,6 +39,10 @@ format: ## put the code in form
 	@tools/setup $(VENV)
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+contract: ## the tables of docs/contract.md, of userspace_proxy/control/contract.toml
+	@tools/setup $(VENV)
+	@$(BIN)/python -m userspace_proxy.control.contract docs/contract.md
 
 BENCH_TOOLS := nft iptables ip conntrack nginx nginx-stream haproxy wrk strace
 

@@ -15,13 +15,16 @@ from socketserver import BaseRequestHandler, ThreadingUDPServer
 
 POD_IPS = ["10.244.0.2", "10.244.0.3", "10.244.0.4"]
 HTTP_PORTS = [8080, 8081, 9090]
+PROXIED_PORT = 8082  # expects a PROXY header, version 1, and tells it
 UDP_PORT = 9000
 
 
 class HttpAnswer(BaseHTTPRequestHandler):
+    said_before: tuple[str, ...] = ()
+
     def do_GET(self) -> None:
         ip, port = self.connection.getsockname()
-        body = f"{ip}:{port}\n".encode()
+        body = " ".join([f"{ip}:{port}", *self.said_before]).encode() + b"\n"
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -29,6 +32,12 @@ class HttpAnswer(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *_: object) -> None:  # noqa: A002 - the base class calls it so
         """Say nothing: the lesson is on the client's side."""
+
+
+class ProxiedAnswer(HttpAnswer):
+    def handle(self) -> None:
+        self.said_before = (self.rfile.readline().decode().strip(),)
+        super().handle()
 
 
 class UdpAnswer(BaseRequestHandler):
@@ -48,6 +57,7 @@ def main() -> None:
             held.append(ip)
             servers = [
                 *(ThreadingHTTPServer((ip, port), HttpAnswer) for port in HTTP_PORTS),
+                ThreadingHTTPServer((ip, PROXIED_PORT), ProxiedAnswer),
                 ThreadingUDPServer((ip, UDP_PORT), UdpAnswer),
             ]
             for server in servers:

@@ -236,10 +236,6 @@ class ApiServer:
         path = request.path
         begins_with_list = params.get("sendInitialEvents") == "true"
         version = int(params.get("resourceVersion") or 0)
-        if not begins_with_list and version < self.compacted:
-            return _status(Refusal(410, message="too old resource version"))
-        if version > self.version:
-            return _status(Refusal(504, message="Too large resource version"), cause="ResourceVersionTooLarge")
         response = web.StreamResponse(headers={"Content-Type": "application/json"})
         response.enable_chunked_encoding()
         await response.prepare(request)
@@ -249,6 +245,9 @@ class ApiServer:
         try:
             with contextlib.suppress(ConnectionError, TimeoutError):
                 async with asyncio.timeout(float(params.get("timeoutSeconds", 60))):
+                    if not begins_with_list and version < self.compacted:
+                        await response.write(_line("ERROR", _status_object(410, "too old resource version")))
+                        return response
                     await self._tell(response, path, selects, None if begins_with_list else version)
             if (transport := request.transport) is not None and not transport.is_closing():
                 await response.write_eof()
@@ -278,7 +277,8 @@ class ApiServer:
                 async with asyncio.timeout(self.bookmark_s), self._written:
                     await self._written.wait()
             except TimeoutError:
-                if not kind.history or kind.history[-1].version <= version:
+                # From a later version than ours a watch is told nothing until we are there: no event, no bookmark.
+                if version <= self.version and (not kind.history or kind.history[-1].version <= version):
                     version = self.version
                     await response.write(_bookmark(path, version, {}))
 
@@ -367,13 +367,12 @@ def _event(write: _Write, selects: Callable[[Object], bool]) -> Iterator[bytes]:
         yield _line("DELETED", last)
 
 
-def _status_object(code: int, message: str, cause: str = "") -> Object:
-    details = {"causes": [{"reason": cause}] if cause else None}
-    return {"kind": "Status", "status": "Failure", "code": code, "message": message, "details": details}
+def _status_object(code: int, message: str) -> Object:
+    return {"kind": "Status", "status": "Failure", "code": code, "message": message, "details": None}
 
 
-def _status(refusal: Refusal, cause: str = "") -> web.Response:
-    body = _status_object(refusal.status, refusal.message, cause)
+def _status(refusal: Refusal) -> web.Response:
+    body = _status_object(refusal.status, refusal.message)
     return web.json_response(body, status=refusal.status, headers=refusal.headers)
 
 

@@ -141,6 +141,22 @@ metadata: {name: Web}
 )
 
 
+CONTRACT = """\
+apiVersion: v1
+kind: Service
+metadata:
+  name: web
+  labels: {app: web}
+  annotations: {userspace-proxy/source-ip: node}
+spec:
+  externalTrafficPolicy: Local
+  ports: [{port: 80, appProtocol: http, nodePort: null}]
+  trafficPolicy: Local
+status:
+  loadBalancer: {ingress: [{hostname: lb.example.org}]}
+"""
+
+
 def check(*arguments: str | Path, stdin: str | None = None) -> Result:
     return CliRunner().invoke(commands, ["check", *map(str, arguments)], input=stdin)
 
@@ -858,6 +874,91 @@ def test_in_a_terminal_problems_are_counted_and_no_line_is_padded(tmp_path: Path
     assert "9 problems in 2 files" in shown.splitlines()[-1]
     rows = re.sub(r"\x1b\[[0-9;]*m", "", shown).splitlines()
     assert rows == [row.rstrip() for row in rows]
+
+
+def test_with_contract_each_field_that_is_set_is_one_line_before_the_findings(tmp_path: Path) -> None:
+    file = tmp_path / "web.yaml"
+    file.write_text(CONTRACT)
+
+    result = check("--contract", file)
+
+    rows = [row.removeprefix(f"{file}:") for row in result.stdout.splitlines()]
+    shown = [row.split(": ", 4)[:4] for row in rows if ": Service default/web: " in row]
+    assert [(where, field, treatment) for where, _, field, treatment in shown] == [
+        ("1", "apiVersion", "approximated"),
+        ("2", "kind", "honoured"),
+        ("4", "metadata.name", "honoured"),
+        ("5", "metadata.labels.app", "ignored"),
+        ("6", "metadata.annotations.userspace-proxy/source-ip", "honoured"),
+        ("8", "spec.externalTrafficPolicy", "honoured"),
+        ("9", "spec.ports[0].port", "honoured"),
+        ("9", "spec.ports[0].appProtocol", "ignored"),
+        ("10", "spec.trafficPolicy", "unknown"),
+        ("12", "status.loadBalancer.ingress[0].hostname", "ignored"),
+    ]
+    assert {thing for _, thing, _, _ in shown} == {"Service default/web"}
+    assert any(row.startswith("10: spec.trafficPolicy: a Service has no field") for row in rows)
+    assert result.exit_code == 1
+
+
+def test_with_contract_json_has_the_fields_and_the_tests_that_show_them_beside_the_findings() -> None:
+    result = check("--contract", "--json", "-", stdin=GOOD)
+
+    told = json.loads(result.stdout)
+    assert result.exit_code == 0
+    assert told["findings"] == []
+    assert {field["object"].partition(" ")[0] for field in told["fields"]} == {
+        "Service",
+        "Pod",
+        "Endpoints",
+        "EndpointSlice",
+    }
+    ready = next(field for field in told["fields"] if field["field"] == "endpoints[0].conditions.ready")
+    assert ready["treatment"] == "honoured"
+    assert ready["shown_by"]
+
+
+def test_in_a_terminal_the_contract_is_a_table_for_each_object(tmp_path: Path) -> None:
+    file = tmp_path / "web.yaml"
+    file.write_text(CONTRACT)
+
+    shown = shown_in_a_terminal("--contract", file, columns=120)
+
+    assert "\x1b[1mService default/web" in shown
+    assert re.search(r"spec\.externalTrafficPolicy *\x1b\[0m *\x1b\[32mhonoured", shown)
+    assert "1 problem in 1 file" not in shown  # it is wrong in more than one way
+    assert "problems in 1 file" in shown.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "treatment"),
+    [
+        (CONTRACT.replace("spec:", "spec:\n  clusterIP: None"), "spec.ports[0].port", "ignored"),
+        (CONTRACT.replace("spec:", "spec:\n  clusterIP: None"), "spec.clusterIP", "honoured"),
+        (CONTRACT.replace("port: 80,", "port: 80, protocol: SCTP,"), "spec.ports[0].protocol", "ignored"),
+        (CONTRACT.replace("port: 80,", "port: 80, protocol: UDP,"), "spec.ports[0].protocol", "honoured"),
+        (
+            CONTRACT.replace("labels: {", "labels: {service.kubernetes.io/service-proxy-name: x, "),
+            "spec.ports[0].port",
+            "ignored",
+        ),
+        (GOOD.replace("{kubernetes.io/service-name: cache}", "{}"), "endpoints[0].addresses", "ignored"),
+    ],
+)
+def test_with_contract_an_object_that_is_left_alone_and_a_value_that_is_not_served_are_told(
+    text: str, field: str, treatment: str
+) -> None:
+    told = json.loads(check("--contract", "--json", "-", stdin=text).stdout)
+
+    assert [each["treatment"] for each in told["fields"] if each["field"] == field] == [treatment]
+
+
+def test_whoever_runs_does_not_read_the_contract() -> None:
+    code = "import sys; import userspace_proxy.app, userspace_proxy.cli; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+    assert "userspace_proxy.control.tracker" in loaded
+    assert not {"userspace_proxy.control.contract", "tomllib"} & {*loaded}
 
 
 def test_findings_are_sorted_by_file_and_line(tmp_path: Path) -> None:

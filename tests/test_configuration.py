@@ -170,7 +170,7 @@ def test_a_field_of_the_same_meaning_is_honoured(tmp_path: Path, written: str, m
 @pytest.mark.parametrize(
     ("written", "named"),
     [
-        ("mode: nftables", "mode: 'nftables'"),
+        ("mode: ipvs", "mode: 'ipvs'"),
         ("bindAddress: 192.0.2.1", "bindAddress: '192.0.2.1'"),
         ("iptables: {masqueradeAll: true}", "iptables.masqueradeAll"),
         ("iptables: {masqueradeBit: 0}", "iptables.masqueradeBit"),
@@ -202,11 +202,13 @@ def test_the_page_names_every_field_that_is_honoured() -> None:
     assert named == HONOURED | {"bindAddress", "iptables.syncPeriod", "iptables.minSyncPeriod"}
 
 
-def test_the_periods_are_those_of_the_mode_that_is_asked_for(tmp_path: Path) -> None:
-    told = read(tmp_path, HEAD + "mode: nftables\nnftables: {syncPeriod: 7s}\niptables: {syncPeriod: 9s}")
+def test_the_mode_and_its_section_count(tmp_path: Path) -> None:
+    told = read(
+        tmp_path, HEAD + "mode: nftables\nnftables: {syncPeriod: 7s, masqueradeAll: true}\niptables: {syncPeriod: 9s}"
+    )
 
-    assert told.settings == {"sync_period_s": 7}
-    assert told.named == ["mode: 'nftables'", "iptables.syncPeriod"]
+    assert told.settings == {"proxy_mode": "nftables", "sync_period_s": 7, "masquerade_all": True}
+    assert told.named == ["iptables.syncPeriod"]
 
 
 @pytest.mark.parametrize(

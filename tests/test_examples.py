@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import runpy
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,10 +13,12 @@ import pytest
 from userspace_proxy.control.allotments import Allotments
 from userspace_proxy.control.lint import lint
 from userspace_proxy.control.tracker import Tracker
+from userspace_proxy.dataplane.proxy_protocol import header_v1
 from userspace_proxy.interfaces import EventType
 from userspace_proxy.lab import ServiceLab
-from userspace_proxy.model.service import portals
+from userspace_proxy.model.service import SourceIP, portals
 from userspace_proxy.model.state import ProxyState
+from userspace_proxy.model.topology import Node, reach
 from userspace_proxy.sources.files import FileSource, read_once
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -35,14 +39,20 @@ WHAT_IS_SERVED = {
     },
     "affinity": {"10.96.0.16:80/TCP": [f"{ONE}:8080", f"{TWO}:8080", f"{THREE}:8080"]},
     "failover": {"10.96.0.17:80/TCP": [f"{ONE}:8080", f"{TWO}:8080", f"{THREE}:8080"]},
+    "traffic-policy": {
+        "10.96.0.18:80/TCP": [f"{ONE}:8080", f"{TWO}:8080", f"{THREE}:8080"],
+        "*:30018/TCP": [f"{ONE}:8080", f"{TWO}:8080", f"{THREE}:8080"],
+    },
+    "topology": {"10.96.0.19:80/TCP": [f"{ONE}:8080", f"{TWO}:8080", f"{THREE}:8080"]},
+    "source-ip": {"10.96.0.21:80/TCP": [f"{ONE}:8082", f"{TWO}:8082"]},
     "compose": {"10.96.0.20:80/TCP": ["10.245.0.2:8080", "10.245.0.3:8080", "10.245.0.4:8080"]},
 }
 
 
-async def load(folders: Sequence[Path]) -> tuple[ProxyState, list[str]]:
-    """Return what `run` would serve of *folders*, and what it would complain of."""
+async def load(folders: Sequence[Path], node: str = "") -> tuple[ProxyState, list[str]]:
+    """Return what `run` would serve of *folders* on *node*, and what it would complain of."""
     source = FileSource([str(folder) for folder in folders])
-    tracker = Tracker(Allotments([CLUSTER_IP_RANGE]))
+    tracker = Tracker(Allotments([CLUSTER_IP_RANGE]), here=Node(node))
     async for events in source.events():
         tracker.apply(events)
         if any(event.type is EventType.SYNCED for event in events):
@@ -102,6 +112,42 @@ async def test_the_affinity_lesson_lasts_as_long_as_its_readme_says() -> None:
     state, _ = await load([EXAMPLES / "affinity"])
 
     assert [service_port.affinity_timeout_s for service_port in state.service_ports.values()] == [10]
+
+
+@pytest.mark.parametrize(
+    ("lesson", "node", "everybody", "outside"),
+    [
+        ("traffic-policy", "node-1", [ONE, TWO, THREE], [ONE, TWO]),
+        ("traffic-policy", "node-2", [ONE, TWO, THREE], [THREE]),
+        ("topology", "node-1", [ONE, THREE], []),
+        ("topology", "node-2", [ONE, TWO, THREE], []),
+    ],
+)
+async def test_which_endpoints_a_node_leads_to_is_as_the_lesson_says(
+    lesson: str, node: str, everybody: list[str], outside: list[str]
+) -> None:
+    state, _ = await load([EXAMPLES / lesson], node)
+    ((name, service_port),) = state.service_ports.items()
+
+    found = reach(service_port, state.endpoints[name], state.node)
+
+    assert [[endpoint.ip for endpoint in which] for which in (found.cluster, found.local)] == [everybody, outside]
+
+
+async def test_the_backends_of_the_source_lesson_tell_the_header_that_it_asks_for() -> None:
+    state, _ = await load([EXAMPLES / "source-ip"])
+    backends = runpy.run_path(str(EXAMPLES / "backends.py"))
+
+    assert [service_port.source_ip for service_port in state.service_ports.values()] == [SourceIP.PROXY_PROTOCOL_V1]
+    assert {endpoint.port for found in state.endpoints.values() for endpoint in found} == {backends["PROXIED_PORT"]}
+    with (
+        backends["ThreadingHTTPServer"](("127.0.0.1", 0), backends["ProxiedAnswer"]) as server,
+        socket.create_connection(server.server_address, timeout=5) as client,
+    ):
+        client.sendall(header_v1(("192.0.2.9", 4321), ("10.96.0.21", 80)) + b"GET / HTTP/1.0\r\n\r\n")
+        server.handle_request()
+        said = client.makefile("rb").read().decode().splitlines()
+    assert said[-1].endswith(" PROXY TCP4 192.0.2.9 10.96.0.21 4321 80")
 
 
 def test_what_says_how_to_run_it_is_in_nobodys_way() -> None:

@@ -263,6 +263,8 @@ def _manner(settings: Settings) -> Manner:
 
 
 def _kernel_proxier(tables: KernelTables, settings: Settings, rules: NodeRules) -> KernelProxier:
+    if not network.forwards():
+        log.warning("this node forwards no packets (sysctl net.ipv4.ip_forward): only its own processes are served")
     # What a cluster has its cluster IPs from is not known here, unless somebody says so.
     cidrs = () if settings.follows_cluster else tuple(map(str, settings.service_cluster_ip_ranges))
     return KernelProxier(tables, rules, masquerade_all=settings.masquerade_all, service_cidrs=cidrs)
@@ -376,6 +378,22 @@ class _Saver:
             await asyncio.to_thread(self._state_dir.save, self._take())
 
 
+async def _remove_others(mode: str = "", language: str = "") -> None:
+    """Remove what rules there are of ours, but those of *mode*, and in userspace mode of *language*.
+
+    Raises:
+        SyncError: some could not be removed.
+    """
+    for other, make_tables in KERNEL_MODES.items():
+        if other != mode:
+            await make_tables(Settings()).remove()
+    for other, make_kernel in KERNELS.items():
+        if mode != "userspace":
+            await make_kernel().remove()
+        elif other != language:
+            await make_kernel().remove_rules()  # not what brings answers here, which both languages share
+
+
 async def _settle_in(controller: Controller, mode: str, language: str, tune: Callable[[], object] | None) -> None:
     """What is worth doing once, after the first sync; *tune* where that is still to be done."""
     await controller.attempted.wait()
@@ -385,15 +403,8 @@ async def _settle_in(controller: Controller, mode: str, language: str, tune: Cal
     await controller.ready.wait()
     if tune is not None:
         tune()  # the rules have loaded conntrack
-    for other, make in KERNELS.items():
-        if other != language:
-            with contextlib.suppress(SyncError):
-                # What brings answers here is shared by both languages; kernel modes need none of it.
-                await (make().remove_rules() if language else make().remove())
-    for another, make_tables in KERNEL_MODES.items():
-        if another != mode:
-            with contextlib.suppress(SyncError):
-                await make_tables(Settings()).remove()
+    with contextlib.suppress(SyncError):
+        await _remove_others(mode, language)
     if mode in KERNEL_MODES:
         return
     with contextlib.suppress(SyncError, ValueError):
@@ -454,10 +465,7 @@ async def cleanup() -> None:
     _require_net_admin()
     if (present := await end_orphans()) is not None:
         raise StartError(f"userspace-proxy{running_as(present)} is running; stop it, it takes its rules away itself")
-    for make in KERNELS.values():
-        await make().remove()
-    for make_tables in KERNEL_MODES.values():
-        await make_tables(Settings()).remove()
+    await _remove_others()
     await network.remove_routes()
     await network.remove_local_addresses()
 

@@ -22,6 +22,7 @@ from userspace_proxy.settings import Settings
 
 if TYPE_CHECKING:
     from userspace_proxy.configuration import Configuration
+    from userspace_proxy.control.contract import Answer
     from userspace_proxy.control.lint import Finding
 
 _DEFAULTS = Settings()
@@ -534,11 +535,23 @@ def run(configuration: Configuration | None, **options: Any) -> None:
 
 @commands.command()
 @_PATHS
-@click.option("--json", "as_json", is_flag=True, help="A list of {file, line, field, problem, mend, object}.")
-def check(paths: tuple[str, ...], *, as_json: bool) -> None:
+@click.option(
+    "--contract",
+    "with_contract",
+    is_flag=True,
+    help="Say first what becomes of each field: honoured, approximated or ignored; how, or why.",
+)
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="A list of {file, line, field, problem, mend, object}; with --contract that is {findings}, beside {fields}.",
+)
+def check(paths: tuple[str, ...], *, with_contract: bool, as_json: bool) -> None:
     """Say what is wrong with the manifests in PATH..., where, and how to mend it; exit 1 if anything is."""
     from dataclasses import asdict
 
+    from userspace_proxy.control.contract import answers
     from userspace_proxy.control.lint import lint
     from userspace_proxy.sources.files import nothing_found, read_once
 
@@ -546,14 +559,19 @@ def check(paths: tuple[str, ...], *, as_json: bool) -> None:
         manifests, problems = read_once(paths)
     except StartError as error:
         _fail(error)
+    fields = answers(manifests) if with_contract else []
     findings = lint(manifests, problems)
     if as_json:
-        click.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+        found: Any = [asdict(finding) for finding in findings]
+        if with_contract:
+            found = {"fields": [asdict(answer) for answer in fields], "findings": found}
+        click.echo(json.dumps(found, indent=2))
     elif sys.stdout.isatty():
+        _show_contract(fields)
         _show(findings)
     else:
-        for finding in findings:
-            click.echo(finding)
+        for line in (*fields, *findings):
+            click.echo(line)
     if findings:
         sys.exit(1)
     if not manifests:
@@ -579,6 +597,27 @@ def _show(findings: Sequence[Finding]) -> None:
     if findings:
         files = _count(len({finding.file for finding in findings}), "file")
         console.print(Text(f"{_count(len(findings), 'problem')} in {files}", "bold"))
+
+
+_COLOURS = {"honoured": "green", "approximated": "yellow", "ignored": "dim", "unknown": "red"}
+
+
+def _show_contract(fields: Sequence[Answer]) -> None:
+    """Print what becomes of *fields*, a table for each object, for a terminal."""
+    from itertools import groupby
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for (file, thing), group in groupby(fields, lambda answer: (answer.file, answer.object)):
+        table = Table(box=None, show_header=False, pad_edge=False)
+        table.add_column(overflow="fold")
+        for answer in group:
+            colour = _COLOURS[answer.treatment]
+            table.add_row(Text(answer.field, "cyan"), Text(answer.treatment, colour), Text(answer.how, "dim"))
+        console.print(Text.assemble((thing, "bold"), (f"  {file}", "dim")), table, "", sep="\n")
 
 
 def _count(number: int, thing: str) -> str:

@@ -11,6 +11,7 @@ import http.client
 import json
 import os
 import shlex
+import shutil
 import socket
 import ssl
 import subprocess
@@ -167,6 +168,23 @@ class ControlPlane:
             self.ask("GET", NODES)
             return True
         return False
+
+    def back_up(self) -> None:
+        """Keep what etcd holds."""
+        self.kill("kube-apiserver")
+        self.kill("etcd")
+        shutil.copytree(self.folder / "etcd", self.folder / "backup")
+        self.start_etcd()
+        self.start_api()
+
+    def restore(self) -> None:
+        """Go back to what was kept; versions go back as well."""
+        self.kill("kube-apiserver")
+        self.kill("etcd")
+        shutil.rmtree(self.folder / "etcd")
+        (self.folder / "backup").rename(self.folder / "etcd")
+        self.start_etcd()
+        self.start_api()
 
     def compact(self) -> None:
         """Forget the history up to now, as etcd does every five minutes by the API server's order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from tests.cluster.control_plane import NODE_NAME, SERVICES, SLICES, ControlPlane, Object
 from tests.net.world import Proxy, answers, is_refused, wait_until
-from userspace_proxy.lab import HTTP_PORT, ServiceLab
+from userspace_proxy.lab import HTTP_PORT, Host, ServiceLab
 
 HTTP: Sequence[Object] = ({"name": "http", "port": 80, "targetPort": HTTP_PORT},)
 
@@ -38,7 +39,7 @@ class NodeProxy(Proxy):
         """Wait until exactly *pods* answer at *ip*; nobody: until connections are refused."""
         client = self.world.client
         if not pods:
-            wait_until(lambda: is_refused(client, ip, port), f"{ip}:{port} is refused", 10.0)
+            wait_until(lambda: refuses(client, ip, port), f"{ip}:{port} is refused", 10.0)
             return
 
         def who() -> set[str]:
@@ -49,6 +50,13 @@ class NodeProxy(Proxy):
     def leaves(self, ip: str) -> None:
         """Wait until no rule names *ip*: its packets fall through."""
         wait_until(lambda: ip not in self.rules_text(), f"{ip} is left alone", 10.0)
+
+
+def refuses(client: Host, ip: str, port: int) -> bool:
+    """Whether a connection is refused; before there is a rule, its packets find no route."""
+    with contextlib.suppress(OSError):
+        return is_refused(client, ip, port)
+    return False
 
 
 def make_service(plane: ControlPlane, name: str, ports: Sequence[Object] = HTTP, **spec: Any) -> str:

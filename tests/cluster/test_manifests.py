@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ pytestmark = pytest.mark.cluster
 
 MANIFESTS = Path(__file__).parents[2] / "examples" / "kubernetes"
 DRY = "?dryRun=All&fieldValidation=Strict"
+PRIORITIES = "/apis/scheduling.k8s.io/v1/priorityclasses"
 PATHS = {
     "ServiceAccount": "/api/v1/namespaces/kube-system/serviceaccounts",
     "ClusterRoleBinding": "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings",
@@ -25,8 +27,8 @@ PATHS = {
 
 @pytest.mark.parametrize("file", sorted(MANIFESTS.glob("*.yaml")), ids=lambda file: file.name)
 def test_an_api_server_takes_what_the_examples_say(plane: ControlPlane, file: Path) -> None:
-    namespaces = "/api/v1/namespaces"
-    wait_until(lambda: "kube-system" in plane.names(namespaces), "the API server made its namespaces", 10.0)
+    for path, name in (("/api/v1/namespaces", "kube-system"), (PRIORITIES, "system-node-critical")):
+        wait_for(plane, path, name)
     for given in yaml.safe_load_all(file.read_text()):
         if given["kind"] == "DaemonSet":
             pod = {"metadata": {"generateName": "userspace-proxy-", **given["spec"]["template"]["metadata"]}}
@@ -38,8 +40,12 @@ def test_an_api_server_takes_what_the_examples_say(plane: ControlPlane, file: Pa
         assert missing(given, made) == []
 
 
+def wait_for(plane: ControlPlane, path: str, name: str) -> None:
+    wait_until(lambda: name in plane.names(path), f"the API server made {name}", 20.0)
+
+
 def minor_version(plane: ControlPlane) -> int:
-    return int(plane.ask("GET", "/version")["minor"].rstrip("+"))
+    return int(re.findall(r"\d+", plane.ask("GET", "/version")["gitVersion"])[1])
 
 
 def missing(given: Any, made: Any, where: str = "") -> list[str]:

@@ -194,6 +194,11 @@ def test_who_has_been_given_an_ip_by_somebody_else_gets_none(ingress: list[dict[
     assert assign(allotments(), type="LoadBalancer", ingress=ingress).load_balancer_ips == ()
 
 
+def test_a_service_of_another_load_balancers_class_gets_none() -> None:
+    assert assign(allotments(), type="LoadBalancer", loadBalancerClass="example.org/lb").load_balancer_ips == ()
+    assert len(assign(allotments(), type="LoadBalancer", loadBalancerClass="").load_balancer_ips) == 1
+
+
 def test_without_a_pool_nobody_gets_one_and_nothing_is_wrong() -> None:
     known = Allotments(CLUSTER_IPS)
 

@@ -46,7 +46,28 @@ def test_what_the_server_asks_for_comes_on_top() -> None:
 def test_only_the_first_of_a_row_is_tried_again_at_once() -> None:
     waits = backoff()
 
-    assert [waits.delay_s(FollowError("401", 30.0, at_once=True)) for _ in range(3)] == [0.0, 1.6, 3.2]
+    assert [waits.delay_s(FollowError("401", 30.0, at_once=True)) for _ in range(3)] == [0.0, 0.8, 1.6]
+
+
+def test_a_step_that_leads_to_another_one_needs_no_wait_between_failures_of_other_sorts() -> None:
+    """A restored API server that is just up: 403 until it knows its roles, then another history, then no WatchList."""
+
+    class ExpiredError(FollowError):
+        pass
+
+    class NoWatchListError(FollowError):
+        pass
+
+    waits = backoff()
+    row = [
+        FollowError("403", 30.0),
+        FollowError("403", 30.0),
+        ExpiredError("410", 30.0, at_once=True),
+        NoWatchListError("422", 30.0, at_once=True),
+        ExpiredError("410", 30.0, at_once=True),
+    ]
+
+    assert [waits.delay_s(failure) for failure in row] == [0.8, 1.6, 0.0, 0.0, 3.2]
 
 
 def test_a_night_of_failures_waits_no_longer_than_the_longest() -> None:

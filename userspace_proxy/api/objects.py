@@ -61,13 +61,13 @@ class ServiceSpec(Struct, rename=_api_name, frozen=True):
     health_check_node_port: int | None = None
     allocate_load_balancer_node_ports: bool | None = None
     load_balancer_ip: str | None = None
+    load_balancer_class: str | None = None
     load_balancer_source_ranges: list[str] | None = None
 
 
 class LoadBalancerIngress(Struct, rename=_api_name, frozen=True):
     ip: str | None = None
     ip_mode: str | None = None
-    hostname: str | None = None
 
 
 class LoadBalancerStatus(Struct, rename=_api_name, frozen=True):

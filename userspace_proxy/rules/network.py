@@ -316,6 +316,12 @@ async def find_blocking_firewall() -> list[str]:
 # ---- what conntrack is set to
 
 
+def forwards() -> bool:
+    """Return whether this host forwards packets of either family."""
+    files = ("ipv4/ip_forward", "ipv6/conf/all/forwarding")
+    return any(path.exists() and path.read_text().strip() != "0" for path in (Path("/proc/sys/net") / f for f in files))
+
+
 def conntrack_udp_timeouts() -> tuple[float, float]:
     """Return conntrack's UDP time-outs in seconds: unanswered, answered. The kernel's defaults where unreadable."""
     folder = Path("/proc/sys/net/netfilter")

@@ -122,6 +122,13 @@ class _Details(msgspec.Struct):
     causes: list[_Cause] | None = None
 
 
+class _Page(NamedTuple):
+    """What a page of a list says of the list: at which version it is, and where it goes on; "" at its end."""
+
+    version: int
+    more: str
+
+
 class _Status(msgspec.Struct):
     message: str | None = None
     code: int | None = None
@@ -205,13 +212,14 @@ class Reflector(Generic[T]):
         self._found: _Found[T] | None = None  # while all is listed
         self._lists_next = False  # by LIST, because a watch did not do it
         self._is_silent = False
+        self._asks_version = False  # before it watches on: the server may be another one, or have another past
         self.stats = WatchStats(kind)
         self.problems: dict[NamespacedName, str] = {}
 
     async def changes(self) -> AsyncGenerator[list[Change[T]]]:
         """Yield changes for ever; the first batch is all that is there, and may be empty."""
         self._told.forget()
-        self._version = None
+        self._version, self._asks_version = None, False
         while True:
             began_at = self._now()
             failure = None
@@ -226,6 +234,7 @@ class Reflector(Generic[T]):
             elif failure is None:
                 failure = FollowError("a watch ended as soon as it had begun", self._pace.cut_max_s)
             self.stats.restarts += 1
+            self._asks_version = failure is not None
             if failure is None:
                 await self._sleep(self._chance.uniform(0.0, self._pace.again_s))
             else:
@@ -271,6 +280,8 @@ class Reflector(Generic[T]):
         """
         if self._version is None and self._lists_next:
             yield await self._list()
+        elif self._version is not None and self._asks_version:
+            await self._check_version(self._version)
         self._found = None if self._version is not None else _Found()
         splitter = LineSplitter(_LINE_MAX_BYTES)
         async with self._answer(self._watch_params()) as response:
@@ -361,6 +372,24 @@ class Reflector(Generic[T]):
         self._told.covers(version)
         self._version = version
 
+    async def _check_version(self, version: int) -> None:
+        """Ask which version the server is at: one that watches from a later one is told nothing, and no error either.
+
+        That is so where etcd was restored from a backup (seen with Kubernetes 1.20 and 1.36).
+
+        Raises:
+            FollowError: it is at an older one, or could not be asked.
+        """
+        try:
+            async with asyncio.timeout(self._pace.answer_s):
+                page = await self._page({**self._params, **self._spares, "limit": "1"}, None)
+        except TimeoutError:
+            raise FollowError("the server does not answer", self._pace.unreachable_max_s) from None
+        if page.version < version:
+            raise _ExpiredError(
+                "the server's history is older than what it told before", self._pace.refused_max_s, at_once=True
+            )
+
     # ---- one list
 
     async def _list(self) -> list[Change[T]]:
@@ -381,21 +410,30 @@ class Reflector(Generic[T]):
         found = self._found = _Found()
         params = {**self._params, **self._spares} | ({"limit": str(page_objects)} if page_objects else {})
         while True:
-            body = bytearray()
-            async with self._answer(params) as response:
-                async for chunk in self._chunks(response):
-                    body += chunk
-            try:
-                page = _LIST.decode(body)
+            version, more = await self._page(params, found)
+            self._note_word()
+            if not more:
+                return self._replace(found, version)
+            params["continue"] = more
+
+    async def _page(self, params: Mapping[str, str], found: _Found[T] | None) -> _Page:
+        """Read one page of a list into *found*.
+
+        Raises:
+            FollowError: it could not be read.
+        """
+        body = bytearray()
+        async with self._answer(params) as response:
+            async for chunk in self._chunks(response):
+                body += chunk
+        try:
+            page = _LIST.decode(body)
+            if found is not None:
                 for item in page.items or ():
                     self._find(found, *_name_and_version(item), item)
-                version = int(page.metadata.resource_version)
-            except (msgspec.MsgspecError, ValueError) as error:
-                raise FollowError(f"what the server sends makes no sense: {error}", self._pace.refused_max_s) from None
-            self._note_word()
-            if not page.metadata.continue_:
-                return self._replace(found, version)
-            params["continue"] = page.metadata.continue_
+            return _Page(int(page.metadata.resource_version), page.metadata.continue_ or "")
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise FollowError(f"what the server sends makes no sense: {error}", self._pace.refused_max_s) from None
 
     def _find(self, found: _Found[T], name: NamespacedName, version: int, raw: msgspec.Raw) -> None:
         if found.sees(name, version) and (made := self._decode(name, raw)) is not None:

@@ -1,13 +1,6 @@
 """The table: Services, and what their clients must see. One group for each section of what a kube-proxy must do.
 
-Where kube-proxy's modes differ, one of the two is followed:
-
-| where | iptables mode | nftables mode | here |
-|---|---|---|---|
-| another port of a live cluster IP | falls through | refused | falls through: timeout |
-| the node to a VIP or external IP without endpoints | timeout | refused | refused |
-| node ports, no `--nodeport-addresses` | all local addresses, 127.0.0.1 too | the primary one | all, 127.0.0.1, ::1 |
-| a VIP with source ranges but no endpoints, from outside of them | refused | dropped | dropped |
+Where kube-proxy's modes differ, one of the two is followed: docs/contract.md says which.
 """
 
 from __future__ import annotations

@@ -122,8 +122,9 @@ def wants_node_ports(spec: api.objects.ServiceSpec) -> bool:
 
 
 def wants_load_balancer_ips(service: api.Service) -> bool:
-    """Return whether *service* is to have load balancer IPs, and nobody has given it any."""
-    return service.spec is not None and service.spec.type == "LoadBalancer" and not ingress(service)
+    """Return whether *service* is to have load balancer IPs, and nobody has given it any, or is to (by its class)."""
+    spec = service.spec
+    return spec is not None and spec.type == "LoadBalancer" and not (spec.load_balancer_class or ingress(service))
 
 
 def wants_health_check(spec: api.objects.ServiceSpec) -> bool:

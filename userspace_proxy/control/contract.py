@@ -1,0 +1,166 @@
+"""What becomes of each field that an object sets, for `check --contract` and docs/contract.md. Pure but for one file.
+
+That file is contract.toml, the one place where it is said. `run` never reads it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from userspace_proxy import api
+from userspace_proxy.control import decode
+from userspace_proxy.sources.documents import Manifest
+from userspace_proxy.sources.lines import Lines
+
+_TABLE = re.compile(r"(<!-- fields of (\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
+# What an object is, and what makes it one of ours.
+_IDENTITY = re.compile(r"apiVersion$|kind$|metadata\.|spec\.(type|clusterIPs?)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Clause:
+    """What is done about one field. ``treatment``: honoured, approximated, ignored; unknown where there is none such.
+
+    ``field`` is as in ``spec.ports[].port``, with ``*`` for any other key, and with a value where it is about that one.
+    ``shown_by``: the tests that show it.
+    """
+
+    field: str
+    treatment: str
+    how: str
+    shown_by: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What becomes of a field where an object sets it."""
+
+    file: str
+    line: int
+    object: str
+    field: str
+    treatment: str
+    how: str
+    shown_by: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.object}: {self.field}: {self.treatment}: {self.how}"
+
+
+class Terms:
+    """The clauses of one kind."""
+
+    def __init__(self, clauses: Iterable[Clause]) -> None:
+        self.clauses = {clause.field: clause for clause in clauses}
+
+    def of(self, plain: Mapping[str, object]) -> Iterator[tuple[str, Clause]]:
+        """Yield (field, clause) for each field that *plain* sets; null and what is empty sets none."""
+        yield from self._below("", "", plain)
+
+    def _below(self, general: str, field: str, value: object) -> Iterator[tuple[str, Clause]]:
+        """Go through *value*, which is at *field*; *general* is that as clauses have it."""
+        if value is None:
+            return
+        if clause := self.clauses.get(f"{general}: {value}") or self.clauses.get(general):
+            yield field, clause
+        elif general and not self._has_any_below(general):
+            yield field, Clause(general, "unknown", "There is no such field.", ())
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                yield from self._below(self._general(general, key), api.below(field, key), item)
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                yield from self._below(f"{general}[]", f"{field}[{index}]", item)
+
+    def _general(self, parent: str, key: object) -> str:
+        named, other = api.below(parent, key), api.below(parent, "*")
+        is_named = named in self.clauses or self._has_any_below(named) or other not in self.clauses
+        return named if is_named else other
+
+    def _has_any_below(self, general: str) -> bool:
+        return any(field.startswith((f"{general}.", f"{general}[")) for field in self.clauses)
+
+
+@cache
+def contract() -> Mapping[str, Terms]:
+    """Return the whole contract, by kind."""
+    return {kind: Terms(clauses) for kind, clauses in _read().items() if kind in api.KINDS}
+
+
+@cache
+def left_alone() -> Mapping[str, Clause]:
+    """Return what is said of objects that are not served, by kind."""
+    return {clause.field: clause for clause in _read()["left_alone"]}
+
+
+@cache
+def _read() -> Mapping[str, tuple[Clause, ...]]:
+    given = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
+    ignored_is_shown_by = given.pop("ignored_is_shown_by")
+    return {
+        section: tuple(
+            Clause(field, treatment, how, tuple(tests) or (ignored_is_shown_by,))
+            for field, (treatment, how, *tests) in fields.items()
+        )
+        for section, fields in given.items()
+    }
+
+
+def answers(manifests: Sequence[Manifest]) -> list[Answer]:
+    """Return what becomes of each field of *manifests*, read for a check, in the order written."""
+    lines = Lines()
+    return [
+        Answer(
+            manifest.place.document.path,
+            lines.line_of(manifest.place, field),
+            str(manifest),
+            field,
+            clause.treatment,
+            clause.how,
+            clause.shown_by,
+        )
+        for manifest in manifests
+        for field, clause in _clauses(manifest)
+    ]
+
+
+def _clauses(manifest: Manifest) -> Iterator[tuple[str, Clause]]:
+    """Yield (field, clause) for each field of *manifest*, if it is of a kind that is read."""
+    if manifest.kind not in contract():
+        return
+    for field, clause in contract()[manifest.kind].of(manifest.plain or {}):
+        is_moot = _is_left_alone(manifest) and clause.treatment == "honoured" and not _IDENTITY.match(field)
+        yield field, left_alone()[manifest.kind] if is_moot else clause
+
+
+def _is_left_alone(manifest: Manifest) -> bool:
+    match manifest.object:
+        case api.Service() as service:
+            return service.spec is not None and not decode.is_proxied(service)
+        case api.EndpointSlice() as piece:
+            return decode.service_of(piece, manifest.name.namespace) is None
+    return False
+
+
+def page(text: str) -> str:
+    """Return *text*, that of docs/contract.md, with the tables that the contract has now."""
+    return _TABLE.sub(lambda found: found[1] + _table(contract()[found[2]]), text)
+
+
+def _table(terms: Terms) -> str:
+    rows = ["| field | | how, or why not | shown by |", "|---|---|---|---|"]
+    for clause in terms.clauses.values():
+        tests = ", ".join(f"`{test.removeprefix('tests/')}`" for test in clause.shown_by)
+        rows.append(f"| `{clause.field}` | {clause.treatment} | {clause.how} | {tests} |")
+    return "".join(f"{row}\n" for row in rows)
+
+
+if __name__ == "__main__":
+    _file = Path(sys.argv[1])
+    _file.write_text(page(_file.read_text()))
