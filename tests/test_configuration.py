@@ -140,6 +140,10 @@ def test_what_kubeadm_writes_is_read_and_leaves_every_default(tmp_path: Path) ->
         ),
         ("iptables: {syncPeriod: 1h0m0s, minSyncPeriod: 1s500ms}", {"sync_period_s": 3600, "min_sync_period_s": 1.5}),
         ("mode: userspace\niptables: {syncPeriod: 5s}", {"sync_period_s": 5}),
+        (
+            "mode: iptables\niptables: {masqueradeAll: true, masqueradeBit: 3, localhostNodePorts: false}",
+            {"proxy_mode": "iptables", "masquerade_all": True, "masquerade_bit": 3, "localhost_nodeports": False},
+        ),
         ("conntrack: {maxPerCore: 0, min: 5}", {"conntrack_max_per_core": 0, "conntrack_min": 5}),
         (
             "conntrack: {tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 30m}",

@@ -310,6 +310,13 @@ def understand(config: KubeProxyConfiguration) -> Configuration:
     }
     if config.mode == "nftables":
         meanings |= {"mode": ("proxy_mode", str), "nftables.masqueradeAll": ("masquerade_all", bool)}
+    if config.mode == "iptables":
+        meanings |= {
+            "mode": ("proxy_mode", str),
+            "iptables.masqueradeAll": ("masquerade_all", bool),
+            "iptables.masqueradeBit": ("masquerade_bit", int),
+            "iptables.localhostNodePorts": ("localhost_nodeports", bool),
+        }
     for path, value in _set_fields(config):
         try:
             if (path, value) in _AS_WE_DO:
