@@ -140,6 +140,10 @@ def test_what_kubeadm_writes_is_read_and_leaves_every_default(tmp_path: Path) ->
         ),
         ("iptables: {syncPeriod: 1h0m0s, minSyncPeriod: 1s500ms}", {"sync_period_s": 3600, "min_sync_period_s": 1.5}),
         ("mode: userspace\niptables: {syncPeriod: 5s}", {"sync_period_s": 5}),
+        (
+            "mode: iptables\niptables: {masqueradeAll: true, masqueradeBit: 3, localhostNodePorts: false}",
+            {"proxy_mode": "iptables", "masquerade_all": True, "masquerade_bit": 3, "localhost_nodeports": False},
+        ),
         ("conntrack: {maxPerCore: 0, min: 5}", {"conntrack_max_per_core": 0, "conntrack_min": 5}),
         (
             "conntrack: {tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 30m}",
@@ -170,7 +174,7 @@ def test_a_field_of_the_same_meaning_is_honoured(tmp_path: Path, written: str, m
 @pytest.mark.parametrize(
     ("written", "named"),
     [
-        ("mode: nftables", "mode: 'nftables'"),
+        ("mode: ipvs", "mode: 'ipvs'"),
         ("bindAddress: 192.0.2.1", "bindAddress: '192.0.2.1'"),
         ("iptables: {masqueradeAll: true}", "iptables.masqueradeAll"),
         ("iptables: {masqueradeBit: 0}", "iptables.masqueradeBit"),
@@ -202,11 +206,13 @@ def test_the_page_names_every_field_that_is_honoured() -> None:
     assert named == HONOURED | {"bindAddress", "iptables.syncPeriod", "iptables.minSyncPeriod"}
 
 
-def test_the_periods_are_those_of_the_mode_that_is_asked_for(tmp_path: Path) -> None:
-    told = read(tmp_path, HEAD + "mode: nftables\nnftables: {syncPeriod: 7s}\niptables: {syncPeriod: 9s}")
+def test_the_mode_and_its_section_count(tmp_path: Path) -> None:
+    told = read(
+        tmp_path, HEAD + "mode: nftables\nnftables: {syncPeriod: 7s, masqueradeAll: true}\niptables: {syncPeriod: 9s}"
+    )
 
-    assert told.settings == {"sync_period_s": 7}
-    assert told.named == ["mode: 'nftables'", "iptables.syncPeriod"]
+    assert told.settings == {"proxy_mode": "nftables", "sync_period_s": 7, "masquerade_all": True}
+    assert told.named == ["iptables.syncPeriod"]
 
 
 @pytest.mark.parametrize(

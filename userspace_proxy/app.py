@@ -31,7 +31,15 @@ from userspace_proxy.dataplane.sockets import BACKLOG, knows_congestion_control
 from userspace_proxy.dataplane.wire import WorkerSettings
 from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.instance import end_orphans, running_as, take_lock
-from userspace_proxy.interfaces import Capture, DataPlane, EventType, ObjectEvent, PodDetector, Source
+from userspace_proxy.interfaces import (
+    Capture,
+    DataPlane,
+    EventType,
+    KernelTables,
+    ObjectEvent,
+    PodDetector,
+    Source,
+)
 from userspace_proxy.kube_config import configz
 from userspace_proxy.logs import AccessLog, recorder
 from userspace_proxy.model.endpoint import FAMILIES
@@ -46,12 +54,16 @@ from userspace_proxy.node_network import (
     watch_network,
     widen_queues,
 )
+from userspace_proxy.proxiers.kernel import KernelProxier
 from userspace_proxy.proxiers.plans import NodeRules, planned_redirects
 from userspace_proxy.proxiers.proxy_ports import ProxyPorts
 from userspace_proxy.proxiers.userspace import UserspaceProxier
 from userspace_proxy.reports import Reports
-from userspace_proxy.rules import iptables, network, nft
+from userspace_proxy.rules import iptables, kube_kernel, network, nft, slots
 from userspace_proxy.rules.kernel import KERNELS, choose_language
+from userspace_proxy.rules.kube_chains import Manner
+from userspace_proxy.rules.kube_kernel import IptablesTables
+from userspace_proxy.rules.slot_tables import SlotTables
 from userspace_proxy.rules.sysctls import KUBE_PROXY, ConntrackLimits
 from userspace_proxy.settings import DEFAULT_STATE_DIR, Settings
 from userspace_proxy.sources.events import EventRecorder, node_reference
@@ -59,6 +71,11 @@ from userspace_proxy.sources.files import FileSource, nothing_found, read_once
 from userspace_proxy.succession import Ending, Succession, children, reap, start_anew, was_left
 
 _CAP_NET_ADMIN = 12
+# Mode -> what has its rules in the kernel. In userspace mode sockets of ours serve, and rules lead to them.
+KERNEL_MODES: dict[str, Callable[[Settings], KernelTables]] = {
+    "nftables": lambda _: SlotTables(),
+    "iptables": lambda settings: IptablesTables(_manner(settings)),
+}
 
 _Number = TypeVar("_Number", int, float)
 
@@ -104,15 +121,20 @@ class App:
         loop = asyncio.get_running_loop()
         succession.heed_signals()
         async with contextlib.AsyncExitStack() as stack:
+            make_tables = KERNEL_MODES.get(settings.proxy_mode)
+            tables = make_tables(settings) if make_tables is not None else None
             try:
-                language = choose_language(settings.rules)
+                if tables is not None:
+                    await tables.prepare()
+                language = choose_language(settings.rules) if tables is None else ""
             except SyncError as error:
                 raise StartError(str(error)) from None
-            kernel = KERNELS[language]()
             source, sources, events = await _open_source(settings, stack)
             node = node_reference(settings.node_name)
             state_dir = _open_state_dir(settings.state_dir)
-            inheritance = await take_lock(sources, settings.take_over, settings.workers)
+            if tables is not None:
+                await end_orphans()  # nobody's sockets are of use here
+            inheritance = await take_lock(sources, settings.take_over, settings.workers if tables is None else 0)
             lock = stack.enter_context(contextlib.closing(inheritance.lock))
             widen_queues(BACKLOG)
 
@@ -121,22 +143,26 @@ class App:
                 return tune_conntrack(limits, lambda note: events.warn(node, "FailedToSetConntrack", note))
 
             is_tuned = tune()  # before the plane, which takes over conntrack's time-outs of UDP
-            plane = _make_plane(settings, stack)
+            plane = _make_plane(settings, stack) if tables is None else LocalPlane(Limits())  # nothing to open
             inherited = await succession.inherit(plane, inheritance)
             memory = state_dir.load() if state_dir else Memory()
             allotting = _allotting(settings, memory)
             known_ports = {spec.name.key: spec.proxy_port for spec in inherited}
             ports = ProxyPorts(*settings.proxy_port_range, {**memory.proxy_ports, **known_ports})
             here = Node(settings.node_name, addresses=await network.host_addresses())
-            obstacle = "; ".join(await network.transparent_obstacles(language))
+            obstacle = "; ".join(await network.transparent_obstacles(language)) if tables is None else ""
             if obstacle and settings.source_ip is SourceIP.TRANSPARENT:
                 raise StartError(f"--source-ip transparent: clients' addresses cannot be kept on this node: {obstacle}")
             tracker = Tracker(allotting, settings.service_proxy_name, here, settings.source_ip, obstacle)
 
             succession.cut = plane.cut
             rules = _node_rules(settings, await first_capture(settings.capture))
-            proxier = UserspaceProxier(plane, kernel, ports, rules)
-            proxier.adopt(inherited)
+            proxier: UserspaceProxier | KernelProxier
+            if tables is None:
+                proxier = UserspaceProxier(plane, KERNELS[language](), ports, rules)
+                proxier.adopt(inherited)
+            else:
+                proxier = _kernel_proxier(tables, settings, rules)
 
             def is_serving() -> bool:
                 """Whether load balancers may count on this node; who hands over says so to the last."""
@@ -163,7 +189,10 @@ class App:
             controller = Controller(
                 source,
                 tracker,
-                WithHealthChecks(WithRoutes(proxier, settings.service_cluster_ip_ranges), health_checks),
+                WithHealthChecks(
+                    WithRoutes(proxier, settings.service_cluster_ip_ranges, () if tables is None else here.addresses),
+                    health_checks,
+                ),
                 Pacer(loop.time, settings.min_sync_period_s, settings.sync_period_s),
                 after_sync=after_sync,
                 health_timeout_s=2 * settings.sync_period_s,  # as kube-proxy
@@ -173,6 +202,8 @@ class App:
                 await succession.hand_over_to(asked, conversation, proxier, plane, lock, health_checks)
 
             async def take_away() -> None:
+                if tables is not None and succession.ending is not Ending.STOP:
+                    return  # the kernel serves on until somebody takes our place
                 await proxier.close(settings.drain_timeout_s)
                 await leave_network()
 
@@ -183,7 +214,7 @@ class App:
                 settings, source, tracker, controller, proxier, plane, health_checks, succession.stop.is_set
             )
             admin = AdminServer(
-                reports.health, reports.metrics, "userspace", configz(settings), settings.degraded_status
+                reports.health, reports.metrics, settings.proxy_mode, configz(settings), settings.degraded_status
             )
             stack.push_async_callback(admin.close)
             try:
@@ -194,13 +225,16 @@ class App:
                         group.create_task(events.run(), name="events"),
                         group.create_task(proxier.keep_rules(), name="keep-rules"),
                         group.create_task(saver.run(), name="saver"),
-                        group.create_task(watch_network(settings.capture, proxier), name="watch-network"),
                         group.create_task(
-                            _settle_in(controller, language, None if is_tuned else tune), name="settle-in"
+                            _settle_in(controller, settings.proxy_mode, language, None if is_tuned else tune),
+                            name="settle-in",
                         ),
                         group.create_task(succession.note_ready(controller.ready, plane), name="note-ready"),
                         group.create_task(reap(left), name="reap"),
                     ]
+                    if isinstance(proxier, UserspaceProxier):
+                        watching = watch_network(settings.capture, proxier)
+                        tasks.append(group.create_task(watching, name="watch-network"))
                     events.normal(node, "Starting", f"userspace-proxy {__version__}")
                     await succession.stop.wait()
                     for task in tasks:
@@ -220,6 +254,22 @@ class App:
         log.info("stopped")
 
 
+def _manner(settings: Settings) -> Manner:
+    return Manner(
+        masquerade_bit=settings.masquerade_bit,
+        localhost_node_ports=settings.localhost_nodeports,
+        drops_invalid=not settings.conntrack_tcp_be_liberal,
+    )
+
+
+def _kernel_proxier(tables: KernelTables, settings: Settings, rules: NodeRules) -> KernelProxier:
+    if not network.forwards():
+        log.warning("this node forwards no packets (sysctl net.ipv4.ip_forward): only its own processes are served")
+    # What a cluster has its cluster IPs from is not known here, unless somebody says so.
+    cidrs = () if settings.follows_cluster else tuple(map(str, settings.service_cluster_ip_ranges))
+    return KernelProxier(tables, rules, masquerade_all=settings.masquerade_all, service_cidrs=cidrs)
+
+
 def _make_plane(settings: Settings, stack: contextlib.AsyncExitStack) -> DataPlane:
     """Return the data plane: in a worker process, or with ``--workers 0`` in this one."""
     try:
@@ -227,7 +277,7 @@ def _make_plane(settings: Settings, stack: contextlib.AsyncExitStack) -> DataPla
     except OSError as error:
         reason = "its folder does not exist" if isinstance(error, FileNotFoundError) else error.strerror
         raise StartError(f"--access-log {settings.access_log}: {reason}") from None
-    if settings.workers == 0:
+    if settings.workers == 0 or settings.proxy_mode in KERNEL_MODES:
         if access_log is not None:
             stack.callback(access_log.close)
         return LocalPlane(_limits(settings), recorder(access_log, verbose=settings.verbose), splice=settings.splice)
@@ -279,6 +329,8 @@ def _node_rules(settings: Settings, capture: Capture) -> NodeRules:
     elif settings.detect_local_mode == "ClusterCIDR" and settings.cluster_cidrs:
         pods = PodDetector(cidrs=tuple(map(str, settings.cluster_cidrs)))
     addresses = tuple(map(str, settings.nodeport_addresses))
+    if settings.proxy_mode == "nftables" and not addresses:
+        addresses = ("primary",)  # as kube-proxy does in this mode
     return NodeRules(capture, pods, settings.detect_local_mode == "NodeCIDR", addresses)
 
 
@@ -326,7 +378,23 @@ class _Saver:
             await asyncio.to_thread(self._state_dir.save, self._take())
 
 
-async def _settle_in(controller: Controller, language: str, tune: Callable[[], object] | None) -> None:
+async def _remove_others(mode: str = "", language: str = "") -> None:
+    """Remove what rules there are of ours, but those of *mode*, and in userspace mode of *language*.
+
+    Raises:
+        SyncError: some could not be removed.
+    """
+    for other, make_tables in KERNEL_MODES.items():
+        if other != mode:
+            await make_tables(Settings()).remove()
+    for other, make_kernel in KERNELS.items():
+        if mode != "userspace":
+            await make_kernel().remove()
+        elif other != language:
+            await make_kernel().remove_rules()  # not what brings answers here, which both languages share
+
+
+async def _settle_in(controller: Controller, mode: str, language: str, tune: Callable[[], object] | None) -> None:
     """What is worth doing once, after the first sync; *tune* where that is still to be done."""
     await controller.attempted.wait()
     # What is there now stays for long: the collector need not walk over it again and again.
@@ -335,10 +403,10 @@ async def _settle_in(controller: Controller, language: str, tune: Callable[[], o
     await controller.ready.wait()
     if tune is not None:
         tune()  # the rules have loaded conntrack
-    for other, make in KERNELS.items():
-        if other != language:
-            with contextlib.suppress(SyncError):
-                await make().remove_rules()  # not what brings answers here, which both languages share
+    with contextlib.suppress(SyncError):
+        await _remove_others(mode, language)
+    if mode in KERNEL_MODES:
+        return
     with contextlib.suppress(SyncError, ValueError):
         for found in await network.find_blocking_firewall():
             log.warning("a firewall on this node drops redirected traffic: %s", found)
@@ -367,10 +435,17 @@ def render(settings: Settings) -> tuple[str, bool]:
         for manifest in manifests
         if manifest.object is not None
     )
+    is_well = not problems and not tracker.problems
     capture = Capture.ADDRESS if settings.capture == "address" else Capture.REDIRECT
+    if settings.proxy_mode in KERNEL_MODES:
+        tables = KERNEL_MODES[settings.proxy_mode](settings)
+        proxier = _kernel_proxier(tables, settings, _node_rules(settings, capture))
+        translations, facts = proxier.translated(tracker.state())
+        if settings.proxy_mode == "iptables":
+            return kube_kernel.text(translations, facts, _manner(settings)), is_well
+        return slots.table(facts, translations.values()), is_well
     ports = ProxyPorts(*settings.proxy_port_range, memory.proxy_ports)
     redirects = planned_redirects(tracker.state(), ports, _node_rules(settings, capture))
-    is_well = not problems and not tracker.problems
     if settings.rules != "iptables":
         return nft.table(redirects), is_well
     rules = "".join(
@@ -390,8 +465,7 @@ async def cleanup() -> None:
     _require_net_admin()
     if (present := await end_orphans()) is not None:
         raise StartError(f"userspace-proxy{running_as(present)} is running; stop it, it takes its rules away itself")
-    for make in KERNELS.values():
-        await make().remove()
+    await _remove_others()
     await network.remove_routes()
     await network.remove_local_addresses()
 

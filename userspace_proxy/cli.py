@@ -198,7 +198,32 @@ _STATE_DIR = click.option(
 )
 
 _PROXY_MODE = click.option(
-    "--proxy-mode", type=click.Choice(["userspace"]), default="userspace", show_default=True, help="The mode."
+    "--proxy-mode",
+    type=click.Choice(["userspace", "nftables", "iptables"]),
+    default=_DEFAULTS.proxy_mode,
+    show_default=True,
+    help="Who serves: sockets of this proxy, or the kernel by nftables rules or kube-proxy's iptables chains.",
+)
+
+_KERNEL_MODES = _options(
+    click.option(
+        "--masquerade-all", is_flag=True, help="In kernel modes: endpoints never see who dialled a cluster IP."
+    ),
+    click.option(
+        "--iptables-masquerade-bit",
+        "masquerade_bit",
+        type=click.IntRange(0, 31),
+        default=_DEFAULTS.masquerade_bit,
+        show_default=True,
+        help="In iptables mode: the bit of packet marks that says that the sender's address is to be replaced.",
+    ),
+    click.option(
+        "--iptables-localhost-nodeports/--no-iptables-localhost-nodeports",
+        "localhost_nodeports",
+        default=_DEFAULTS.localhost_nodeports,
+        show_default=True,
+        help="In iptables mode: serve node ports at 127.0.0.1, too.",
+    ),
 )
 
 _LOCAL_TRAFFIC = _options(
@@ -290,6 +315,7 @@ _CONNTRACK = _options(
 _RUN_OPTIONS = _options(
     _CONFIG,
     _PROXY_MODE,
+    _KERNEL_MODES,
     _LOCAL_TRAFFIC,
     _CONNTRACK,
     _RULES,
@@ -466,7 +492,6 @@ def _check(settings: Settings) -> None:
 
 def settings_from(configuration: Configuration | None, options: dict[str, Any]) -> Settings:
     """Return what the command line says, over what the file says, over the defaults."""
-    del options["proxy_mode"]  # there is one so far
     if configuration is not None and not (options["paths"] or options["kubeconfig"] or options["in_cluster"]):
         # As kube-proxy: a file is for a cluster, and without a kubeconfig for the one whose pod this is.
         options["kubeconfig"] = configuration.settings.get("kubeconfig")
@@ -602,6 +627,8 @@ def _count(number: int, thing: str) -> str:
 @commands.command()
 @_PATHS
 @_PROXY_MODE
+@_KERNEL_MODES
+@_LOCAL_TRAFFIC
 @_RULES
 @_CAPTURE
 @_CLUSTER_IPS
@@ -609,7 +636,7 @@ def _count(number: int, thing: str) -> str:
 @_SOURCE_IP
 @_PROXY_PORTS
 @_STATE_DIR
-def render(paths: tuple[str, ...], proxy_mode: str, **options: Any) -> None:
+def render(paths: tuple[str, ...], **options: Any) -> None:
     """Print the rules that `run` would load for PATH..., and install nothing; exit 1 if anything is wrong there."""
     from userspace_proxy import app
     from userspace_proxy.logs import configure_logging

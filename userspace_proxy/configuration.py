@@ -308,8 +308,19 @@ def understand(config: KubeProxyConfiguration) -> Configuration:
         f"{section}.syncPeriod": ("sync_period_s", float),
         f"{section}.minSyncPeriod": ("min_sync_period_s", float),
     }
+    if config.mode == "nftables":
+        meanings |= {"mode": ("proxy_mode", str), "nftables.masqueradeAll": ("masquerade_all", bool)}
+    if config.mode == "iptables":
+        meanings |= {
+            "mode": ("proxy_mode", str),
+            "iptables.masqueradeAll": ("masquerade_all", bool),
+            "iptables.masqueradeBit": ("masquerade_bit", int),
+            "iptables.localhostNodePorts": ("localhost_nodeports", bool),
+        }
     for path, value in _set_fields(config):
         try:
+            if (path, value) in _AS_WE_DO:
+                continue
             if path in meanings:
                 name, convert = meanings[path]
                 understood.settings[name] = convert(value)
@@ -317,7 +328,7 @@ def understand(config: KubeProxyConfiguration) -> Configuration:
                 if address.version == 6:
                     understood.settings.setdefault("healthz_bind_address", f"[::]:{_HEALTHZ_PORT}")
                     understood.settings.setdefault("metrics_bind_address", f"[::1]:{_METRICS_PORT}")
-            elif (path, value) not in _AS_WE_DO:
+            else:
                 understood.named.append(f"{path}: {value!r}" if isinstance(value, str) else path)
         except ValueError as error:
             reason, _, mend = str(error).partition("; ")

@@ -262,6 +262,14 @@ class KernelTables(LoadedRules, Protocol):
 
     mode: str
 
+    async def prepare(self) -> None:
+        """Make ready for the first load.
+
+        Raises:
+            SyncError: this host cannot have these rules, or somebody else has; nothing was changed.
+        """
+        ...
+
     async def load(
         self,
         translations: Mapping[ServicePortName, Translation],

@@ -55,7 +55,7 @@ def configz(settings: Settings) -> Mapping[str, object]:
     config: dict[str, Any] = {
         "kind": "KubeProxyConfiguration",
         "apiVersion": f"{_GROUP}/{_VERSION}",
-        "mode": "userspace",
+        "mode": settings.proxy_mode,
     }
     for path, (name, written) in _FIELDS.items():
         value = getattr(settings, name)

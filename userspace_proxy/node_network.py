@@ -78,10 +78,14 @@ async def watch_network(asked: str, proxier: UserspaceProxier) -> None:
 
 
 class WithRoutes:
-    """A sink before the proxier: sees to it that this node has a route to every cluster IP."""
+    """A sink before the proxier: sees to it that this node has a route to every cluster IP.
 
-    def __init__(self, sink: StateSink, ranges: Iterable[Network]) -> None:
+    ``sources``: the addresses of this node's own packets there, for modes in which endpoints see them.
+    """
+
+    def __init__(self, sink: StateSink, ranges: Iterable[Network], sources: Iterable[str] = ()) -> None:
         self._sink = sink
+        self._sources = tuple(sources)
         self._ranges = list(ranges)
         self._routed: set[Network] = set()
         self._known: dict[ServicePortName, ServicePort] = {}
@@ -98,7 +102,7 @@ class WithRoutes:
         if new := wanted - self._routed:
             self._routed |= new  # one try: what refuses now (a blackhole route of somebody's, say) is no passing fault
             try:
-                await network.add_routes(new)
+                await network.add_routes(new, self._sources)
             except SyncError as error:
                 log.warning("no route to cluster IPs could be added, clients on this node may fail: %s", error)
         await self._sink.sync(state)

@@ -34,6 +34,14 @@ class Settings:
     degraded_after_s: float = 180.0
     degraded_status: int = 200
 
+    # "userspace": sockets of ours serve; else the kernel does, by rules of this kind.
+    proxy_mode: str = "userspace"
+    # In kernel modes: endpoints see this node's address, whoever dialled a cluster IP.
+    masquerade_all: bool = False
+    # In iptables mode: the bit of packet marks that says "masquerade"; node ports at 127.0.0.1, too.
+    masquerade_bit: int = 14
+    localhost_nodeports: bool = True
+
     # Who is a pod of this node, and who is not. None of the addresses given: nobody can be told from another.
     detect_local_mode: str = "ClusterCIDR"
     cluster_cidrs: tuple[Network, ...] = ()

@@ -23,6 +23,7 @@ from userspace_proxy.dataplane.remote import RemotePlane
 from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.instance import Inheritance
 from userspace_proxy.interfaces import DataPlane, ListenerSpec
+from userspace_proxy.proxiers.kernel import KernelProxier
 from userspace_proxy.proxiers.userspace import UserspaceProxier
 
 _REAP_EVERY_S = 1.0
@@ -113,15 +114,16 @@ class Succession:
         self,
         asked: TakeOver,
         conversation: Conversation,
-        proxier: UserspaceProxier,
+        proxier: UserspaceProxier | KernelProxier,
         plane: DataPlane,
         lock: socket.socket,
         health_checks: ServiceHealthChecks,
     ) -> None:
         """Give all that we have to who *asked*, and end; or refuse."""
-        if not isinstance(plane, RemotePlane):
-            conversation.send(Refused("it runs with --workers 0; stop it first"))
+        if not isinstance(plane, RemotePlane) or isinstance(proxier, KernelProxier):
+            conversation.send(Refused("it has no workers (--workers 0, or a kernel mode); stop it first"))
             return
+        assert isinstance(proxier, UserspaceProxier), "no other has workers"
         if self.stop.is_set() or not self._keeps_on:
             conversation.send(Refused("it just begins or ends; try again"))
             return

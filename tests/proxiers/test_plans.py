@@ -159,3 +159,12 @@ def test_pods_may_be_told_by_what_the_node_gives_them_addresses_from() -> None:
 
     assert rules.detector(HERE) is None
     assert rules.detector(Node("here", pod_cidrs=("10.0.1.0/24",))) == PodDetector(cidrs=("10.0.1.0/24",))
+
+
+def test_health_checks_are_answered_at_the_addresses_that_node_ports_are_kept_to() -> None:
+    def ips(*cidrs: str) -> tuple[str, ...]:
+        return NodeRules(node_port_addresses=cidrs).node_port_ips(HERE)
+
+    assert ips() == ()
+    assert ips("primary") == ("192.0.2.1", "2001:db8::1")
+    assert ips("192.0.2.8/29", "127.0.0.0/8") == ("192.0.2.9", "127.0.0.1")

@@ -16,6 +16,9 @@ class L4Protocol(StrEnum):
     TCP = "TCP"
     UDP = "UDP"
 
+    # Enum's own is written in Python, and every look-up of a service port's name asks for it.
+    __hash__ = str.__hash__
+
 
 class NamespacedName(NamedTuple):
     """An object's name in its namespace, shown as ``namespace/name``."""

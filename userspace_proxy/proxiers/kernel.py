@@ -7,6 +7,7 @@ it has to be this node's (masquerade). Nothing of ours stands in a packet's way;
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Iterable, Mapping
 
@@ -17,10 +18,11 @@ from userspace_proxy.model.service import Portal, SourceIP, internal_portals, lo
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.proxiers.plans import NodeRules, Plan, Plans, allowed_to_dial
 from userspace_proxy.proxiers.repairs import REPAIR_PAUSE_S, keep_rules, repaired
-from userspace_proxy.rules.conntrack import Answering, forget_udp_flows
+from userspace_proxy.rules.conntrack import Answering, forget_udp_flows, open_connections
 
 # New service ports that are told one by one.
 _TOLD_MAX = 20
+_DRAIN_LOOK_S = 0.2
 
 log = logging.getLogger(__name__)
 
@@ -62,9 +64,8 @@ class KernelProxier:
 
     async def sync(self, state: ProxyState) -> None:
         async with self._lock:
-            self._plans.update(state, self._rules)
-            self._translate()
-            changed, facts = self._unloaded, self._facts()
+            _, facts = self.translated(state)
+            changed = self._unloaded
             if changed or facts != self._loaded:
                 await self._tables.load(self._translations, changed, facts)
                 self.loads += 1
@@ -74,6 +75,12 @@ class KernelProxier:
             self._tell_new()
             if stale := self._changed_flows(changed):
                 await forget_udp_flows(stale)
+
+    def translated(self, state: ProxyState) -> tuple[Mapping[ServicePortName, Translation], NodeFacts]:
+        """Return what would be loaded for *state*; nothing is."""
+        self._plans.update(state, self._rules)
+        self._translate()
+        return self._translations, self._facts()
 
     def _translate(self) -> None:
         """Make the translations of what is unfinished anew, and of those who come to portals that others gave up."""
@@ -158,11 +165,24 @@ class KernelProxier:
         await asyncio.sleep(REPAIR_PAUSE_S)
 
     async def close(self, drain_timeout_s: float) -> None:
+        """Lead nobody new anywhere, then take the rules away: with the last of them open connections stop, too."""
         async with self._lock:
             try:
+                if self._loaded is not None:
+                    portals = {route.portal for made in self._translations.values() for route in made.routes}
+                    await self._tables.load({}, set(self._translations), self._loaded)
+                    await _drained({p for p in portals if p.protocol is L4Protocol.TCP}, drain_timeout_s)
                 await self._tables.remove()
             except SyncError as error:
                 log.error("rules were left behind (`userspace-proxy cleanup` removes them): %s", error)  # noqa: TRY400
+
+
+async def _drained(portals: set[Portal], timeout_s: float) -> None:
+    """Wait until no connection to *portals* is open, but not for longer than *timeout_s*."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            while portals and await open_connections(portals):  # noqa: ASYNC110 - the kernel tells nobody
+                await asyncio.sleep(_DRAIN_LOOK_S)
 
 
 class Claims:

@@ -84,7 +84,8 @@ class NodeRules:
     def node_port_ips(self, node: Node) -> tuple[str, ...]:
         """Return the addresses of *node* at which node ports are served; none for all."""
         on = [ipaddress.ip_network(cidr, strict=False) for cidr in self.node_ports_on(node)]
-        return tuple(ip for ip in node.addresses if any(ipaddress.ip_address(ip) in network for network in on))
+        own = (*node.addresses, "127.0.0.1", "::1")
+        return tuple(ip for ip in own if any(ipaddress.ip_address(ip) in network for network in on))
 
     def node_ports_on(self, node: Node) -> tuple[str, ...]:
         """Return the CIDRs of *node*'s own addresses at which node ports are served; none for all."""
@@ -115,21 +116,33 @@ class Plans:
         """
         before, detects_pods = self.state, rules.detects_pods(state.node)
         is_another = state.node != before.node
-        for name, service_port in state.service_ports.items():
-            held, endpoints = self.held.get(name), state.endpoints[name]
+        for name in self._suspects(state):
+            service_port, endpoints, held = state.service_ports[name], state.endpoints[name], self.held.get(name)
             if held is None or not held.is_of(service_port, endpoints) or state.node is not before.node:
                 made = plan(service_port, endpoints, state.node, detects_pods=detects_pods, source_ip=self._source_ip)
                 self.held[name] = made
                 self._unfinished[name] = None
                 self._gone.pop(name, None)
                 is_another |= held is None or held.routes != made.routes or held.service_port != made.service_port
-        for name in [name for name in self.held if name not in state.service_ports]:
+        is_one_gone = len(self.held) != len(state.service_ports)  # all of these are held by now
+        for name in [name for name in self.held if name not in state.service_ports] if is_one_gone else ():
             del self.held[name]
             self._unfinished.pop(name, None)
             self._gone[name] = None
             is_another = True
         self.state = state
         return is_another
+
+    def _suspects(self, state: ProxyState) -> list[ServicePortName]:
+        """Return whose plans may have to be made anew: names are looked up only if their order is new."""
+        if state.node is not self.state.node or len(self.held) != len(state.service_ports):
+            return list(state.service_ports)
+        given = zip(state.service_ports.items(), state.endpoints.values(), self.held.values(), strict=True)
+        return [
+            n
+            for (n, port), endpoints, held in given
+            if held.service_port is not port or held.endpoints is not endpoints
+        ]
 
     @property
     def unfinished(self) -> list[Plan]:

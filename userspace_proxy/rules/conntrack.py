@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from typing import NamedTuple
 
 from userspace_proxy.errors import SyncError
@@ -88,3 +88,16 @@ async def forget_udp_flows(changed: Mapping[Portal, Answering]) -> None:
                 log.debug("forgot %d UDP flows of %d that went the old way", forgotten, len(flows))
     except (SyncError, OSError) as error:
         log.warning("stale UDP flows were not forgotten, their clients wait for conntrack's time-out: %s", error)
+
+
+async def open_connections(portals: Iterable[Portal]) -> int:
+    """Return how many TCP connections to *portals* the kernel translates; 0 where it cannot be asked."""
+    led_anywhere: dict[Portal, Answering] = dict.fromkeys(portals, frozenset())
+    found = 0
+    try:
+        for family in sorted({portal.family for portal in led_anywhere}):
+            listing = await run_tool("conntrack", "-L", "-p", "tcp", "--state", "ESTABLISHED", "-f", f"ipv{family}")
+            found += len(stale_flows(listing, led_anywhere))
+    except SyncError as error:
+        log.debug("open connections cannot be counted: %s", error)
+    return found

@@ -6,7 +6,6 @@ A Kernel compares with *what it holds*, so a load that was refused can simply be
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable
 
@@ -15,8 +14,9 @@ from userspace_proxy.interfaces import Redirects
 from userspace_proxy.model.endpoint import Family
 from userspace_proxy.rules import answers, iptables, network, nft
 from userspace_proxy.rules.netlink import count_rules
-from userspace_proxy.rules.notices import RuleNotices
+from userspace_proxy.rules.notices import RuleNotices, quiet
 from userspace_proxy.rules.tool import is_installed, run_tool
+from userspace_proxy.rules.xtables import families, is_legacy
 
 # How often iptables-legacy is looked at, which sends no notices.
 _POLL_S = 0.7
@@ -38,7 +38,7 @@ class NftKernel:
 
     async def load(self, redirects: Redirects) -> None:
         held, self._held = self._held, None  # unknown until the kernel has said yes
-        with _quiet(self._notices):
+        with quiet(self._notices):
             await self._answers.before(redirects, anew=held is None or self._touched)
             if held is None or self._touched:
                 await run_tool("nft", "-f", "-", stdin=nft.table(redirects))
@@ -70,7 +70,7 @@ class NftKernel:
     async def remove_rules(self) -> None:
         self._held = None
         if is_installed("nft"):
-            with _quiet(self._notices):
+            with quiet(self._notices):
                 await run_tool("nft", "-f", "-", stdin=nft.removal())
 
     async def is_intact(self) -> bool:
@@ -113,10 +113,10 @@ class IptablesKernel:
         if redirects == self._held:
             return
         held, self._held = self._held, None
-        with _quiet(self._notices):
+        with quiet(self._notices):
             await self._answers.before(redirects, anew=held is None)
             done = await asyncio.gather(
-                *(self._load_family(redirects, family, prefix) for family, prefix in _families()),
+                *(self._load_family(redirects, family, prefix) for family, prefix in families()),
                 return_exceptions=True,
             )
             await self._answers.after(redirects)
@@ -127,7 +127,7 @@ class IptablesKernel:
     async def _load_family(self, redirects: Redirects, family: Family, prefix: str) -> None:
         saved = await run_tool(f"{prefix}-save")
         script = iptables.restore(redirects, family, saved)
-        with _quiet(self._notices):
+        with quiet(self._notices):
             await run_tool(f"{prefix}-restore", "--noflush", "-w", "5", stdin=script)
         loaded = iptables.ours(await run_tool(f"{prefix}-save"))
         if len(loaded) != iptables.rules_in(script):
@@ -145,14 +145,14 @@ class IptablesKernel:
 
     async def remove(self) -> None:
         await self.remove_rules()
-        with _quiet(self._notices):
+        with quiet(self._notices):
             await self._answers.let_pass()
 
     async def remove_rules(self) -> None:
         self._held = None
         self._loaded = {}
-        with _quiet(self._notices):
-            for _, prefix in _families():
+        with quiet(self._notices):
+            for _, prefix in families():
                 if not is_installed(f"{prefix}-save"):
                     continue
                 script = iptables.removal(await run_tool(f"{prefix}-save"))
@@ -160,13 +160,13 @@ class IptablesKernel:
                     await run_tool(f"{prefix}-restore", "--noflush", "-w", "5", stdin=script)
 
     async def is_intact(self) -> bool:
-        for family, prefix in _families():
+        for family, prefix in families():
             if iptables.ours(await run_tool(f"{prefix}-save")) != self._loaded.get(family):
                 return False
         return True
 
     async def watch(self, on_change: Callable[[], None]) -> None:
-        if await _is_legacy():
+        if await is_legacy():
             self._poll = asyncio.create_task(_call_every(_POLL_S, on_change), name="rules-poll")
         else:
             self._notices = RuleNotices({"mangle", "nat", "filter"}, on_change)
@@ -235,18 +235,6 @@ class _Answers:
 def _is_bridge_table_intact(redirects: Redirects) -> bool:
     """Return whether it is as it should be; not there at all where this kernel refused it, which was said."""
     return not redirects.transparent or count_rules(answers.BRIDGE_TABLE) in (0, answers.BRIDGE_RULES)
-
-
-def _quiet(notices: RuleNotices | None) -> contextlib.AbstractContextManager[None]:
-    return notices.paused() if notices is not None else contextlib.nullcontext()
-
-
-def _families() -> list[tuple[Family, str]]:
-    return [(4, "iptables"), (6, "ip6tables")] if is_installed("ip6tables-save") else [(4, "iptables")]
-
-
-async def _is_legacy() -> bool:
-    return "nf_tables" not in await run_tool("iptables", "--version")
 
 
 async def _call_every(period_s: float, call: Callable[[], None]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import OWN_MARK, TRANSPARENT_MARK
+from userspace_proxy.model.endpoint import family_of
 from userspace_proxy.rules.answers import REPLY_RULE, bridge_table
 from userspace_proxy.rules.nft import LOCAL_ADDRESS4, LOCAL_ADDRESS6
 from userspace_proxy.rules.tool import is_installed, run_tool
@@ -60,10 +61,14 @@ def _leading_bits(network: Network, length: int) -> tuple[int, int, int]:
     return network.version, length, int(network.network_address) >> (network.max_prefixlen - length)
 
 
-async def add_routes(networks: Iterable[Network]) -> list[Network]:
-    """Add a route by way of ``lo`` for each of *networks* that has none; return what was added."""
+async def add_routes(networks: Iterable[Network], sources: Iterable[str] = ()) -> list[Network]:
+    """Add a route by way of ``lo`` for each of *networks* that has none; return what was added.
+
+    Of *sources*, addresses of this host, the first of a family is what its own packets there come from.
+    """
     added = []
     wanted = list(networks)
+    first = {family_of(ip): f" src {ip}" for ip in reversed(tuple(sources))}
     for version in (4, 6):
         family = [n for n in wanted if n.version == version]
         if not family:
@@ -74,7 +79,8 @@ async def add_routes(networks: Iterable[Network]) -> list[Network]:
         routes = [everything if destination == "default" else destination for destination in leading]
         missing = missing_routes(family, routes)
         if missing:
-            batch = "".join(f"route add {n} dev lo proto {ROUTE_PROTOCOL}\n" for n in missing)
+            source = first.get(4 if version == 4 else 6, "")
+            batch = "".join(f"route add {n} dev lo{source} proto {ROUTE_PROTOCOL}\n" for n in missing)
             await run_tool("ip", f"-{version}", "-force", "-batch", "-", stdin=batch)
             added += missing
     return added
@@ -313,6 +319,12 @@ async def find_blocking_firewall() -> list[str]:
 
 
 # ---- what conntrack is set to
+
+
+def forwards() -> bool:
+    """Return whether this host forwards packets of either family."""
+    files = ("ipv4/ip_forward", "ipv6/conf/all/forwarding")
+    return any(path.exists() and path.read_text().strip() != "0" for path in (Path("/proc/sys/net") / f for f in files))
 
 
 def conntrack_udp_timeouts() -> tuple[float, float]:

@@ -83,6 +83,11 @@ class RuleNotices(_Notices):
         return any(table in self._tables for table in tables_in(datagram))
 
 
+def quiet(notices: RuleNotices | None) -> contextlib.AbstractContextManager[None]:
+    """Return what to load rules in: *notices* are paused, where there are any."""
+    return notices.paused() if notices is not None else contextlib.nullcontext()
+
+
 class NetworkNotices(_Notices):
     """Calls *on_change* when interfaces, addresses or IPv4 routes of this host change."""
 

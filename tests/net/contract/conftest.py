@@ -31,6 +31,13 @@ class Variant(NamedTuple):
     source_ip: str
     flags: tuple[str, ...] = KNOWS_PODS
     follows_api: bool = False
+    mode: str = "userspace"
+
+    @property
+    def said(self) -> str:
+        if self.mode != "userspace":
+            return f"mode-{self.mode}"
+        return f"{self.rules}-{self.source_ip}{'-api' * self.follows_api}"
 
     def __str__(self) -> str:
         return "-".join([self.rules, self.source_ip, *(flag.lstrip("-") for flag in self.flags[:2])])
@@ -40,6 +47,10 @@ VARIANTS = [
     Variant("nftables", "uvloop", "transparent"),
     Variant("iptables", "asyncio", "transparent", follows_api=True),
     Variant("nftables", "asyncio", "node"),
+    Variant("iptables", "uvloop", "transparent", mode="iptables"),
+    Variant(
+        "nftables", "uvloop", "transparent", (*KNOWS_PODS, "--nodeport-addresses", "0.0.0.0/0,::/0"), mode="nftables"
+    ),
 ]
 
 
@@ -57,7 +68,7 @@ class ContractProxy(Proxy):
     def run_arguments(self) -> list[str]:
         return [
             *(*super().run_arguments(), "--hostname-override", NODE, "--service-cluster-ip-range", SERVICE_CIDRS),
-            *("--source-ip", self.variant.source_ip, *self.variant.flags),
+            *("--source-ip", self.variant.source_ip, "--proxy-mode", self.variant.mode, *self.variant.flags),
         ]
 
     def close(self) -> None:
@@ -131,7 +142,7 @@ def cluster() -> Iterator[Cluster]:
         backends.close()
 
 
-@pytest.fixture(scope="session", params=VARIANTS, ids=lambda v: f"{v.rules}-{v.source_ip}{'-api' * v.follows_api}")
+@pytest.fixture(scope="session", params=VARIANTS, ids=lambda v: v.said)
 def proxy(
     cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[ContractProxy]:

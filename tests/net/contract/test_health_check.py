@@ -39,7 +39,7 @@ def becomes(proxy: ContractProxy, port: int, status: str, count: int = 0) -> Non
         weight = headers.get("x-load-balancing-endpoint-weight")
         return said == status and (weight == str(count) or status == "refused")
 
-    wait_until(is_so, f"{status} with {count}; it is {check(proxy, port)}", 3.0)
+    wait_until(is_so, f"{status} with {count}")
 
 
 def with_check(port: int, **more: Any) -> dict[str, Any]:

@@ -1,0 +1,110 @@
+"""Kernel modes as a whole: the kernel serves on without us, a restart in another mode leaves no trace of the first."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.net.world import (
+    POD1,
+    POD2,
+    Proxy,
+    answers,
+    ask_udp,
+    background_requests,
+    documents,
+    endpoints,
+    service,
+    traces,
+    wait_until,
+)
+from userspace_proxy.lab import ServiceLab, connect
+from userspace_proxy.rules.slots import TABLE
+
+IP = "10.96.7.1"
+# From pods of the node, too, answers have to come back by way of it.
+FLAGS = ("--proxy-mode", "nftables", "--detect-local-mode", "ClusterCIDR", "--cluster-cidr", "10.244.0.0/16")
+
+
+@pytest.fixture
+def proxy(world: ServiceLab, tmp_path: Path) -> Iterator[Proxy]:
+    proxy = Proxy(world, tmp_path)
+    proxy.apply("web", documents(service("web", IP), endpoints("web", POD1)))
+    yield proxy
+    if proxy.process is not None:
+        proxy.stop(signal.SIGKILL)
+    world.node.run(*proxy.command("cleanup"))
+
+
+def test_the_kernel_serves_while_we_run_and_no_worker_does(proxy: Proxy, world: ServiceLab) -> None:
+    proxy.start(*FLAGS)
+
+    assert answers(world.client, IP, 80) == answers(world.node, IP, 80) == answers(world.pods[1], IP, 80) == "pod1"
+    assert ask_udp(world.client, IP) == "pod1"
+    assert proxy.workers() == []
+    assert proxy.get("/proxyMode", 10249) == (200, "nftables")
+    assert proxy.metric("userspace_proxy_service_ports") == 2
+
+    proxy.apply("web", documents(service("web", IP), endpoints("web", POD2)))
+    wait_until(lambda: answers(world.client, IP, 80) == "pod2", "the other endpoint serves")
+
+
+def test_a_stop_lets_open_connections_end_and_leaves_nothing(proxy: Proxy, world: ServiceLab) -> None:
+    before = traces(world.node)
+    proxy.start(*FLAGS)
+    with connect(world.client, IP, 80) as sock:
+        assert proxy.process is not None
+        proxy.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: "stopping" in proxy.log(), "it stops")
+        sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        assert b"pod1" in sock.recv(1 << 16)
+
+    assert proxy.stop() == 0, proxy.log()
+    assert traces(world.node) == before
+    assert TABLE not in world.node.run("nft", "list", "tables").stdout
+
+
+def test_nobody_misses_us_when_we_are_killed_and_a_successor_goes_on(proxy: Proxy, world: ServiceLab) -> None:
+    proxy.start(*FLAGS)
+    with background_requests(lambda: answers(world.client, IP, 80)) as outcomes:
+        proxy.stop(signal.SIGKILL)
+        assert answers(world.client, IP, 80) == "pod1"
+        proxy.start(*FLAGS)
+        assert answers(world.client, IP, 80) == "pod1"
+
+    assert set(outcomes) == {"pod1"}
+
+
+@pytest.mark.parametrize("first", ["userspace", "nftables"])
+def test_a_restart_in_another_mode_leaves_no_trace_of_the_first(proxy: Proxy, world: ServiceLab, first: str) -> None:
+    userspace: tuple[str, ...] = ("--orphan-timeout", "0")
+    started, then = (userspace, FLAGS) if first == "userspace" else (FLAGS, userspace)
+    proxy.start(*started)
+    proxy.stop(signal.SIGKILL)
+
+    def is_switched() -> bool:
+        tables = world.node.run("nft", "list", "tables").stdout.split("\n")
+        return (f"table {TABLE}" in tables) == (first == "userspace") and (
+            ("table inet userspace_proxy" in tables) == (first == "nftables")
+        )
+
+    def can_start() -> bool:
+        proxy.start(*then, wait=False)
+        wait_until(lambda: "ready:" in proxy.log() or proxy.process.poll() is not None, "it starts or not")  # type: ignore[union-attr]
+        return "ready:" in proxy.log()
+
+    wait_until(can_start, "workers without their process have ended, and it starts")
+    wait_until(is_switched, "only the rules of the second are there")
+    assert answers(world.client, IP, 80) == "pod1"
+
+
+def test_rules_that_somebody_removed_come_back(proxy: Proxy, world: ServiceLab) -> None:
+    proxy.start(*FLAGS)
+
+    world.node.run("nft", "delete", "table", *TABLE.split())
+
+    wait_until(lambda: answers(world.client, IP, 80) == "pod1", "it is served again")
+    wait_until(lambda: proxy.metric("userspace_proxy_rule_repairs_total") >= 1, "it is counted")

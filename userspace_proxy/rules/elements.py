@@ -1,0 +1,167 @@
+"""Changing elements of nftables sets by netlink, in one transaction: fifty times as fast as by the nft tool."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Iterable, Iterator
+
+from userspace_proxy.errors import SyncError
+
+_NETLINK_NETFILTER = 12
+_SUBSYSTEM_NFTABLES = 10
+_BATCH_BEGIN, _BATCH_END = 16, 17
+_NEWSETELEM, _DELSETELEM = _SUBSYSTEM_NFTABLES << 8 | 12, _SUBSYSTEM_NFTABLES << 8 | 14
+_INET = 1
+_REQUEST, _ACK, _CREATE = 0x1, 0x4, 0x400
+_ERROR = 2
+_SO_SNDBUFFORCE = 32
+_NESTED = 0x8000
+# Attributes: of a list, of an element in it, of a value.
+_TABLE, _SET, _ELEMENTS = 1, 2, 3
+_KEY, _DATA, _USERDATA, _KEY_END = 1, 2, 6, 10
+_LIST_ELEMENT, _VALUE = 1, 1
+_LIST_BYTES_MAX = 60_000
+_COMMENT = 0
+_TIMEOUT_S = 30.0
+
+
+class Transaction:
+    """What is to become of elements of one table (of the family inet); nothing happens before `commit`."""
+
+    def __init__(self, table: str) -> None:
+        self._table = _attribute(_TABLE, table.split()[1].encode() + b"\0")
+        self._messages: list[bytes] = []
+        self._headers: dict[str, bytes] = {}
+
+    def flush(self, name: str) -> None:
+        """Delete every element of a set or map."""
+        self._add(_DELSETELEM, name, b"")
+
+    def delete(self, name: str, elements: Iterable[bytes]) -> None:
+        self._add_all(_DELSETELEM, name, elements)
+
+    def add(self, name: str, elements: Iterable[bytes]) -> None:
+        self._add_all(_NEWSETELEM, name, elements)
+
+    def _add_all(self, kind: int, name: str, elements: Iterable[bytes]) -> None:
+        for chunk in _chunks(elements):
+            self._add(kind, name, struct.pack("=HH", 4 + len(chunk), _ELEMENTS | _NESTED) + chunk)
+
+    def _add(self, kind: int, name: str, elements: bytes) -> None:
+        header = self._headers.get(name)
+        if header is None:
+            header = self._headers[name] = self._table + _attribute(_SET, name.encode() + b"\0")
+        self._messages.append(_message(kind, _REQUEST | _CREATE, _INET, 0, header + elements))
+
+    def commit(self, channel: Channel) -> None:
+        """Do all of it, or nothing. Blocks for as long as the kernel takes, some microseconds for each element.
+
+        Raises:
+            SyncError: the kernel refused.
+        """
+        if not self._messages:
+            return
+        last = len(self._messages)
+        batch = [_message(_BATCH_BEGIN, _REQUEST, 0, _SUBSYSTEM_NFTABLES, b"")]
+        for number, message in enumerate(self._messages, 1):
+            flags = _REQUEST | _CREATE | (_ACK if number == last else 0)
+            batch.append(message[:6] + struct.pack("=HI", flags, number) + message[12:])
+        batch.append(_message(_BATCH_END, _REQUEST, 0, _SUBSYSTEM_NFTABLES, b""))
+        try:
+            channel.send(b"".join(batch), last)
+        except OSError as error:
+            raise SyncError(f"elements could not be changed: {error.strerror or error}") from error
+
+
+def element(key: bytes, value: bytes = b"", comment: str = "", *, is_interval: bool = False) -> bytes:
+    """Return an element for `Transaction`; the key of an interval is its first and its last, one behind the other."""
+    if is_interval:
+        half = len(key) // 2
+        inner = _data(_KEY, key[:half]) + _data(_KEY_END, key[half:])
+    else:
+        inner = _data(_KEY, key)
+    if value:
+        inner += _data(_DATA, value)
+    if comment:
+        text = comment.encode() + b"\0"
+        inner += _attribute(_USERDATA, bytes((_COMMENT, len(text))) + text)
+    return struct.pack("=HH", 4 + len(inner), _LIST_ELEMENT | _NESTED) + inner
+
+
+def _data(kind: int, value: bytes) -> bytes:
+    size = len(value)  # always of whole words
+    return struct.pack("=HHHH", 8 + size, kind | _NESTED, 4 + size, _VALUE) + value
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
+
+
+def _message(kind: int, flags: int, family: int, resource: int, attributes: bytes) -> bytes:
+    return struct.pack("=IHHIIBBH", 20 + len(attributes), kind, flags, 0, 0, family, 0, socket.htons(resource)) + (
+        attributes
+    )
+
+
+def _chunks(elements: Iterable[bytes]) -> Iterator[bytes]:
+    """Join *elements* to lists that are no longer than an attribute may be."""
+    found: list[bytes] = []
+    size = 0
+    for one in elements:
+        if size + len(one) > _LIST_BYTES_MAX:
+            yield b"".join(found)
+            found, size = [], 0
+        found.append(one)
+        size += len(one)
+    if found:
+        yield b"".join(found)
+
+
+class Channel:
+    """A netlink socket that stays open from one transaction to the next: to close it takes the kernel 10 ms."""
+
+    def __init__(self) -> None:
+        self._sock: socket.socket | None = None
+
+    def close(self) -> None:
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+
+    def send(self, batch: bytes, last: int) -> None:
+        """Send *batch*, and wait until the kernel has answered the message with the number *last*.
+
+        Raises:
+            OSError: it refused.
+        """
+        try:
+            sock = self._open(len(batch))
+            sock.sendto(batch, (0, 0))
+            while not self._is_answered(sock.recv(1 << 17), last):
+                pass
+        except OSError:
+            self.close()  # and with it what else there is to be read
+            raise
+
+    def _open(self, size: int) -> socket.socket:
+        if self._sock is None:
+            kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
+            self._sock = socket.socket(socket.AF_NETLINK, kind, _NETLINK_NETFILTER)
+            self._sock.settimeout(_TIMEOUT_S)
+        self._sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, size + (1 << 17))
+        return self._sock
+
+    @staticmethod
+    def _is_answered(datagram: bytes, last: int) -> bool:
+        at = 0
+        while at + 20 <= len(datagram):
+            length, kind, _, number, _, code = struct.unpack_from("=IHHIIi", datagram, at)
+            if kind == _ERROR:
+                if code:
+                    raise OSError(-code, os.strerror(-code))
+                if number == last:
+                    return True
+            at += (length + 3) & ~3
+        return False
