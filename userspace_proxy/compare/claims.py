@@ -314,8 +314,9 @@ CLAIMS: tuple[Claim, ...] = (
         "Userspace mode is for some 100 Pods, iptables for some 1,000, and beyond 5,000 you need ipvs.",
         _orders_of_magnitude,
         "Services of two Pods each, read from manifest files. Time to load runs from the moment when the manifests of "
-        "the next size lie in the folder until a client is answered by the last Service; noticing and reading the file is in it, which alone takes some 50 ms. Time "
-        "to change runs from a replaced manifest to the first connection at the new Pod (median of five).",
+        "the next size lie in the folder until a client is answered by the last Service; noticing and reading the file "
+        "is in it, which alone takes some 50 ms. Time to change runs from a replaced manifest to the first connection "
+        "at the new Pod (median of five).",
     ),
     Claim(
         "ipvs",
