@@ -142,7 +142,11 @@ def cluster() -> Iterator[Cluster]:
         backends.close()
 
 
-@pytest.fixture(scope="session", params=VARIANTS, ids=lambda v: v.said)
+# The kernel modes take as long as all others together: `make soak`. In `make test` they have tests of their own.
+_PARAMS = [pytest.param(v, id=v.said, marks=pytest.mark.soak if v.mode != "userspace" else ()) for v in VARIANTS]
+
+
+@pytest.fixture(scope="session", params=_PARAMS)
 def proxy(
     cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[ContractProxy]:

@@ -12,21 +12,29 @@ from tests.net.contract.probes import Probe, observe_all
 from tests.net.contract.table import every_probe
 
 PROBES = list(every_probe())
+SERVICES = list(dict.fromkeys(probe.given.name for probe in PROBES))
 
 
 @pytest.fixture(scope="session")
 def observed(cluster: Cluster, proxy: ContractProxy) -> dict[Probe, str]:
-    """What came of all probes, asked side by side."""
-    return observe_all(cluster, PROBES)
+    """What came of all probes, asked side by side; of what looks wrong, once more.
+
+    More than a thousand at once may lose some to a kernel's limits, which is why Kubernetes' own tests ask again, too
+    (behaviours N1a). What is wrong is wrong twice.
+    """
+    seen = observe_all(cluster, PROBES)
+    doubtful = [p for p in PROBES if is_asked(proxy.variant.mode, p) and seen[p] != expected(proxy, p)]
+    return {**seen, **observe_all(cluster, doubtful)}
 
 
-@pytest.mark.parametrize("probe", PROBES, ids=str)
-def test_a_client_sees(probe: Probe, observed: dict[Probe, str], proxy: ContractProxy) -> None:
-    mode = proxy.variant.mode
-    if not is_asked(mode, probe):
-        pytest.skip(f"{mode} mode cannot do it")
-    expected = expected_in(mode, probe)
-    if proxy.variant.source_ip == "node" and not probe.given.annotations:
-        expected = expected.replace(" as own", " as node")
+@pytest.mark.parametrize("service", SERVICES)
+def test_clients_see(service: str, observed: dict[Probe, str], proxy: ContractProxy) -> None:
+    asked = [probe for probe in PROBES if probe.given.name == service and is_asked(proxy.variant.mode, probe)]
 
-    assert observed[probe] == expected
+    assert {str(probe): observed[probe] for probe in asked} == {str(probe): expected(proxy, probe) for probe in asked}
+
+
+def expected(proxy: ContractProxy, probe: Probe) -> str:
+    said = expected_in(proxy.variant.mode, probe)
+    is_replaced = proxy.variant.source_ip == "node" and not probe.given.annotations
+    return said.replace(" as own", " as node") if is_replaced else said
