@@ -303,6 +303,25 @@ def test_the_node_is_told_of_the_start_and_of_limits_that_cannot_be_set(cluster:
     assert cluster.answers() == {"pod1"}
 
 
+def test_a_service_that_is_not_served_as_it_is_written_is_told_so_and_served_as_it_can_be(cluster: Cluster) -> None:
+    metadata = {"name": "web", "namespace": "default", "annotations": {"userspace-proxy/source-ip": "mine"}}
+    cluster.serve("web", IP, POD1)
+    cluster.put(SERVICES, {"metadata": metadata, "spec": {"clusterIP": IP, "clusterIPs": [IP], "ports": [{"port": 80}]}})
+    cluster.proxy.start()
+
+    def notes() -> list[str]:
+        found = [event for event in cluster.api.server.events if event["regarding"]["kind"] == "Service"]
+        return [f"{event['regarding']['name']} {event['reason']}: {event['note']}" for event in found]
+
+    wait_until(notes, "an Event of the Service")
+    (note,) = notes()
+    assert note.startswith("web NotServedAsWritten: ")
+    assert "'mine' says no source IP" in note
+    assert cluster.proxy.metric("userspace_proxy_object_problems") == 1
+    assert cluster.answers() == {"pod1"}
+    assert cluster.proxy.stop() == 0
+
+
 def test_a_start_anew_leaves_no_certificate_behind(
     world: ServiceLab, tmp_path: Path, certificates: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
