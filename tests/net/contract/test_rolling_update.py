@@ -46,17 +46,19 @@ http {{
 
 
 class Load:
-    """wrk, for as long as a rollout lasts. ``lost``: what became of the requests that had no answer, by kind."""
+    """wrk, for longer than a rollout unless told otherwise; either a connection for each request or keep-alive."""
 
-    def __init__(self, place: Place, ip: str, port: int, *headers: str) -> None:
-        options = ["-t1", f"-c{CONNECTIONS}", "-d6s", "--timeout", "3s", *headers]
+    def __init__(self, place: Place, ip: str, port: int, *, keep_alive: bool = False, seconds: int = 6) -> None:
+        options = ["-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", "--timeout", "3s"]
+        options += [] if keep_alive else ["-H", "Connection: close"]
         command = place.host.command("wrk", *options, f"http://{ip}:{port}/")
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     def is_on(self) -> bool:
         return self._process.poll() is None
 
-    def result(self) -> dict[str, int]:
+    def lost(self) -> dict[str, int]:
+        """Wait for its end; return how many requests had no answer, by what became of them."""
         out = self._process.communicate(timeout=20)[0]
         done = int(re.findall(r"(\d+) requests in", out)[0])
         assert done > 1000, out
@@ -117,7 +119,11 @@ class Deployment:
 
 
 def gracefully(deployment: Deployment, pod: str) -> None:
-    """Terminating, though still serving, while its preStop hook sleeps; then nginx ends what it is at."""
+    """Terminating, though still serving, while its preStop hook sleeps; then nginx ends what it is at.
+
+    The hook is what such Deployments have it for: nginx that is told to quit closes connections that were established
+    and not accepted yet, and idle ones, upon which a request may just be on its way - whatever proxy stands before it.
+    """
     deployment.mark(pod, ":leaving")
     time.sleep(PRE_STOP_S)
     deployment.signal(pod, signal.SIGQUIT).wait(5)
@@ -137,24 +143,25 @@ def deployment(
     spec: dict[str, Any] = EXTERNAL_LOCAL if request.param == "Local" else {}
     web = ({"name": "web", "port": 80, "protocol": "TCP"},)
     made = Deployment(proxy, given(type="NodePort", spec=spec, ports=web, targets={"web": WEB_PORT}), tmp_path)
+    outside = proxy.cluster.places["outside"].host
+    wait_until(lambda: answers(outside, PRIMARY[4], made.service.node_port), "the node port answers")
     yield made
     made.close()
 
 
 def roll_under_load(proxy: ContractProxy, deployment: Deployment, stop: Callable[[Deployment, str], None]) -> list[Any]:
-    """Return what each load lost: of one connection a request and of keep-alive from outside, and from a pod."""
+    """Return what was lost from outside, a connection a request and with keep-alive, and from a pod."""
     service, places = deployment.service, proxy.cluster.places
     outside, caller = places["outside"], places["caller"]
-    wait_until(lambda: answers(outside.host, PRIMARY[4], service.node_port), "the node port answers")
     loads = [
-        Load(outside, PRIMARY[4], service.node_port, "-H", "Connection: close"),
         Load(outside, PRIMARY[4], service.node_port),
-        Load(caller, service.cluster_ip(4), 80, "-H", "Connection: close"),
+        Load(outside, PRIMARY[4], service.node_port, keep_alive=True),
+        Load(caller, service.cluster_ip(4), 80),
     ]
     time.sleep(0.5)
     deployment.roll(stop)
     assert all(load.is_on() for load in loads), "the rollout took longer than the load"
-    lost = [load.result() for load in loads]
+    lost = [load.lost() for load in loads]
 
     heirs = {pod for pod in ROLLOUT.values() if not service.spec or pod.startswith("local")}
     assert {answers(outside.host, PRIMARY[4], service.node_port) for _ in range(30)} == heirs
@@ -186,3 +193,15 @@ def test_pods_that_vanish_before_their_endpoints_fail_those_in_their_hands_alone
         cut = kinds.pop("read") + kinds.pop("write")
         assert cut <= CONNECTIONS * len(ROLLOUT), lost
         assert sum(kinds.values()) == 0, lost
+
+
+@ONE_PROXY
+def test_a_pod_that_is_gone_but_listed_as_ready_fails_no_request_that_begins_then(
+    proxy: ContractProxy, deployment: Deployment
+) -> None:
+    """Nobody had found out before that it refuses, as the requests of a rollout would have."""
+    deployment.signal("local1", signal.SIGTERM).wait(5)
+
+    lost = Load(proxy.cluster.places["outside"], PRIMARY[4], deployment.service.node_port, seconds=2).lost()
+
+    assert sum(lost.values()) == 0, lost
