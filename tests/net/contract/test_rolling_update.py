@@ -185,7 +185,8 @@ def test_pods_that_vanish_before_their_endpoints_fail_those_in_their_hands_alone
     """What nginx has accepted, or has in its backlog, is cut by its own SIGTERM: no layer 4 proxy can mend that.
 
     All who come later are led elsewhere, though the slice still says ready: for `STALE_S` long a third or a half of
-    them would fail, which is far more than the connections there are.
+    them would fail, which is far more than the connections there are. They are counted all the same, as wrk calls a
+    connection that is refused a failed write more often than a failed connect.
     """
     lost = roll_under_load(proxy, deployment, abruptly)
 
