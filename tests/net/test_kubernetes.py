@@ -306,7 +306,9 @@ def test_the_node_is_told_of_the_start_and_of_limits_that_cannot_be_set(cluster:
 def test_a_service_that_is_not_served_as_it_is_written_is_told_so_and_served_as_it_can_be(cluster: Cluster) -> None:
     metadata = {"name": "web", "namespace": "default", "annotations": {"userspace-proxy/source-ip": "mine"}}
     cluster.serve("web", IP, POD1)
-    cluster.put(SERVICES, {"metadata": metadata, "spec": {"clusterIP": IP, "clusterIPs": [IP], "ports": [{"port": 80}]}})
+    cluster.put(
+        SERVICES, {"metadata": metadata, "spec": {"clusterIP": IP, "clusterIPs": [IP], "ports": [{"port": 80}]}}
+    )
     cluster.proxy.start()
 
     def notes() -> list[str]:
