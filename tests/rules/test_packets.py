@@ -78,6 +78,7 @@ class Loader:
         self._host, self._language = host, language
 
     def __call__(self, redirects: Redirects) -> None:
+        self._host.run("conntrack", "-F")  # a datagram from a port that was used before must not go the way of then
         if self._language == "nftables":
             self._host.run("nft", "-f", "-", stdin=nft.table(redirects))
             return

@@ -27,6 +27,8 @@ def check(proxy: ContractProxy, port: int, family: int = 4, path: str = "/") -> 
                 received += part
     except OSError as error:
         return failure(error), {}, ""
+    if not received:
+        return "closed", {}, ""  # it was about to close the port
     head, _, body = received.decode().partition("\r\n\r\n")
     status, *lines = head.split("\r\n")
     headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
