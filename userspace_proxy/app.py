@@ -9,9 +9,10 @@ import logging
 import os
 import random
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
@@ -30,6 +31,9 @@ from userspace_proxy.dataplane.remote import RemotePlane
 from userspace_proxy.dataplane.sockets import BACKLOG, knows_congestion_control
 from userspace_proxy.dataplane.wire import WorkerSettings
 from userspace_proxy.errors import StartError, SyncError
+from userspace_proxy.explain.known import Known, chosen, only
+from userspace_proxy.explain.lines import Explained
+from userspace_proxy.explain.modes import explained, ways
 from userspace_proxy.instance import end_orphans, running_as, take_lock
 from userspace_proxy.interfaces import (
     Capture,
@@ -38,13 +42,15 @@ from userspace_proxy.interfaces import (
     KernelTables,
     ObjectEvent,
     PodDetector,
+    Redirects,
     Source,
 )
 from userspace_proxy.kube_config import configz
 from userspace_proxy.logs import AccessLog, recorder
 from userspace_proxy.model.endpoint import FAMILIES
-from userspace_proxy.model.names import NamespacedName, ObjectReference
+from userspace_proxy.model.names import NamespacedName, ObjectReference, ServicePortName
 from userspace_proxy.model.service import SourceIP
+from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import Node
 from userspace_proxy.node_network import (
     WithRoutes,
@@ -162,6 +168,7 @@ class App:
                 proxier = UserspaceProxier(plane, KERNELS[language](), ports, rules)
                 proxier.adopt(inherited)
             else:
+                _warn_unless_forwarding()
                 proxier = _kernel_proxier(tables, settings, rules)
 
             def is_serving() -> bool:
@@ -262,9 +269,12 @@ def _manner(settings: Settings) -> Manner:
     )
 
 
-def _kernel_proxier(tables: KernelTables, settings: Settings, rules: NodeRules) -> KernelProxier:
+def _warn_unless_forwarding() -> None:
     if not network.forwards():
         log.warning("this node forwards no packets (sysctl net.ipv4.ip_forward): only its own processes are served")
+
+
+def _kernel_proxier(tables: KernelTables, settings: Settings, rules: NodeRules) -> KernelProxier:
     # What a cluster has its cluster IPs from is not known here, unless somebody says so.
     cidrs = () if settings.follows_cluster else tuple(map(str, settings.service_cluster_ip_ranges))
     return KernelProxier(tables, rules, masquerade_all=settings.masquerade_all, service_cidrs=cidrs)
@@ -412,6 +422,14 @@ async def _settle_in(controller: Controller, mode: str, language: str, tune: Cal
             log.warning("a firewall on this node drops redirected traffic: %s", found)
 
 
+class _Given(NamedTuple):
+    """What the paths say once; ``is_well``: all of it was understood."""
+
+    state: ProxyState
+    memory: Memory
+    is_well: bool
+
+
 def render(settings: Settings) -> tuple[str, bool]:
     """Return the rules that `run` would load for *settings*, in the language asked for; installs nothing.
 
@@ -420,6 +438,36 @@ def render(settings: Settings) -> tuple[str, bool]:
     Raises:
         StartError: a path cannot be read, or nothing is in any.
     """
+    if settings.proxy_mode in KERNEL_MODES:
+        _warn_unless_forwarding()
+    given = _read(settings)
+    return _rules(settings, given), given.is_well
+
+
+def explain(settings: Settings, service: str = "") -> tuple[list[Explained], bool]:
+    """Return what `render` does with what each line does; with the mode "all" for every mode; or for *service* only.
+
+    Raises:
+        StartError: as `render`; or *service* is none.
+    """
+    given = _read(settings)
+    service_ports = given.state.service_ports.values()
+    names = None
+    if service:
+        try:
+            names = chosen(service, service_ports)
+        except ValueError as error:
+            raise StartError(f"--service: {error}") from None
+    known = Known(service_ports, _redirects(settings, given).refuse_port)
+    found = []
+    for way in ways(settings.proxy_mode, settings.rules):
+        if way.mode == "userspace" or way.mode in KERNEL_MODES:
+            text = _rules(replace(settings, proxy_mode=way.mode, rules=way.language), given, names)
+            found.append(explained(way, text, known, is_short=bool(service)))
+    return found, given.is_well
+
+
+def _read(settings: Settings) -> _Given:
     state_dir = None
     if settings.state_dir is not None:
         state_dir = _open_state_dir(settings.state_dir)
@@ -435,24 +483,38 @@ def render(settings: Settings) -> tuple[str, bool]:
         for manifest in manifests
         if manifest.object is not None
     )
-    is_well = not problems and not tracker.problems
-    capture = Capture.ADDRESS if settings.capture == "address" else Capture.REDIRECT
+    return _Given(tracker.state(), memory, not problems and not tracker.problems)
+
+
+def _redirects(settings: Settings, given: _Given) -> Redirects:
+    ports = ProxyPorts(*settings.proxy_port_range, given.memory.proxy_ports)
+    return planned_redirects(given.state, ports, _node_rules(settings, _shown_capture(settings)))
+
+
+def _shown_capture(settings: Settings) -> Capture:
+    return Capture.ADDRESS if settings.capture == "address" else Capture.REDIRECT
+
+
+def _rules(settings: Settings, given: _Given, names: Set[ServicePortName] | None = None) -> str:
+    """Return the rules of one mode, of the service ports *names* only where these are given."""
     if settings.proxy_mode in KERNEL_MODES:
         tables = KERNEL_MODES[settings.proxy_mode](settings)
-        proxier = _kernel_proxier(tables, settings, _node_rules(settings, capture))
-        translations, facts = proxier.translated(tracker.state())
+        proxier = _kernel_proxier(tables, settings, _node_rules(settings, _shown_capture(settings)))
+        translations, facts = proxier.translated(given.state)
+        wanted = translations.keys() if names is None else translations.keys() & names
+        translations = {name: translations[name] for name in given.state.service_ports if name in wanted}
         if settings.proxy_mode == "iptables":
-            return kube_kernel.text(translations, facts, _manner(settings)), is_well
-        return slots.table(facts, translations.values()), is_well
-    ports = ProxyPorts(*settings.proxy_port_range, memory.proxy_ports)
-    redirects = planned_redirects(tracker.state(), ports, _node_rules(settings, capture))
+            return kube_kernel.text(translations, facts, _manner(settings))
+        return slots.table(facts, translations.values())
+    redirects = _redirects(settings, given)
+    if names is not None:
+        redirects = only(redirects, names)
     if settings.rules != "iptables":
-        return nft.table(redirects), is_well
-    rules = "".join(
+        return nft.table(redirects)
+    return "".join(
         f"# {tool} --noflush\n{iptables.restore(redirects, family, '')}"
         for family, tool in zip(FAMILIES, ("iptables-restore", "ip6tables-restore"), strict=True)
     )
-    return rules, is_well
 
 
 async def cleanup() -> None:

@@ -17,6 +17,7 @@ import click
 
 from userspace_proxy import __version__, values
 from userspace_proxy.errors import StartError, SyncError
+from userspace_proxy.explain.command import EXPLAINING, show
 from userspace_proxy.model.service import SourceIP
 from userspace_proxy.settings import Settings
 
@@ -197,13 +198,18 @@ _STATE_DIR = click.option(
     help="Remembers allocated addresses, node ports and proxy ports.",
 )
 
-_PROXY_MODE = click.option(
-    "--proxy-mode",
-    type=click.Choice(["userspace", "nftables", "iptables"]),
-    default=_DEFAULTS.proxy_mode,
-    show_default=True,
-    help="Who serves: sockets of this proxy, or the kernel by nftables rules or kube-proxy's iptables chains.",
-)
+
+def _proxy_mode(*more: str) -> Callable[[_Function], _Function]:
+    return click.option(
+        "--proxy-mode",
+        type=click.Choice(["userspace", "nftables", "iptables", *more]),
+        default=_DEFAULTS.proxy_mode,
+        show_default=True,
+        help="Who serves: sockets of this proxy, or the kernel by nftables rules or kube-proxy's iptables chains.",
+    )
+
+
+_PROXY_MODE = _proxy_mode()
 
 _KERNEL_MODES = _options(
     click.option(
@@ -626,7 +632,8 @@ def _count(number: int, thing: str) -> str:
 
 @commands.command()
 @_PATHS
-@_PROXY_MODE
+@EXPLAINING
+@_proxy_mode("all")
 @_KERNEL_MODES
 @_LOCAL_TRAFFIC
 @_RULES
@@ -636,17 +643,22 @@ def _count(number: int, thing: str) -> str:
 @_SOURCE_IP
 @_PROXY_PORTS
 @_STATE_DIR
-def render(paths: tuple[str, ...], **options: Any) -> None:
+def render(paths: tuple[str, ...], *, service: str, with_explanations: bool, as_json: bool, **options: Any) -> None:
     """Print the rules that `run` would load for PATH..., and install nothing; exit 1 if anything is wrong there."""
     from userspace_proxy import app
     from userspace_proxy.logs import configure_logging
 
     configure_logging("text")
+    settings = Settings(paths=paths, **options)
     try:
-        rules, is_well = app.render(Settings(paths=paths, **options))
+        if service or with_explanations or as_json or settings.proxy_mode == "all":
+            found, is_well = app.explain(settings, service)
+            show(found, explains=with_explanations, as_json=as_json)
+        else:
+            rules, is_well = app.render(settings)
+            click.echo(rules, nl=False)
     except StartError as error:
         _fail(error)
-    click.echo(rules, nl=False)
     if not is_well:
         sys.exit(1)
 

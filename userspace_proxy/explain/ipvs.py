@@ -1,0 +1,111 @@
+"""Virtual servers of ipvs, as ``ipvsadm --restore`` reads them, and the addresses that make them reachable. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from userspace_proxy.explain.known import Known, host
+from userspace_proxy.explain.lines import Line
+
+_SCHEDULERS = {
+    "rr": "each new connection goes to the next endpoint (rr: round robin)",
+    "wrr": "each new connection goes to the next endpoint, to those of more weight more often (wrr)",
+    "lc": "each new connection goes to the endpoint that has fewest (lc: least connections)",
+    "sh": "which endpoint depends on the client's address (sh: source hashing)",
+    "mh": "which endpoint depends on a hash by Maglev's table (mh)",
+    "random": "each new connection goes to an endpoint by chance (random)",
+}
+_FORWARDS = {
+    "-m": "the packet's destination becomes the endpoint's address and port (-m: masquerading, which is NAT)",
+    "-g": "the packet goes to the endpoint as it is (-g: direct routing)",
+    "-i": "the packet goes to the endpoint in a tunnel (-i)",
+}
+
+
+def lines(text: str, known: Known) -> Iterator[Line]:
+    """Yield what `ipvsadm --restore` and `ip` are told, explained; what is not known here without."""
+    for line in text.splitlines():
+        yield Line(line, *explain(line, known))
+
+
+def explain(line: str, known: Known) -> tuple[str, str]:
+    """Return what *line* does, and whose it is."""
+    words = line.split()
+    if words[:1] in (["-A"], ["-a"]):
+        return _virtual_server(words, known) if words[0] == "-A" else _endpoint(words, known)
+    match words:
+        case ["ip", "address" | "addr", "add" | "replace", address, "dev", device]:
+            return _address(address, device), ""
+        case ["ip", "link", "add", device, "type", "dummy"] | ["ip", "link", "add", "dev", device, "type", "dummy"]:
+            return (
+                f"A device that leads nowhere: {device} only holds the addresses of Services, so that they "
+                f"are this node's.",
+                "",
+            )
+    return "", ""
+
+
+def _address(address: str, device: str) -> str:
+    return (
+        f"{host(address)} becomes an address of this node, at the device {device}, so that packets "
+        f"to it come to INPUT, where "
+        "ipvs looks at them."
+    )
+
+
+def _portal(words: list[str]) -> tuple[str, str, str] | None:
+    """Return the address, port and protocol of the virtual server that *words* name."""
+    if len(words) < 2 or words[0] not in ("-t", "-u"):
+        return None
+    address, _, port = words[1].rpartition(":")
+    return (address.strip("[]"), port, "tcp" if words[0] == "-t" else "udp") if port.isdigit() else None
+
+
+def _options(words: Iterable[str], takes: str) -> dict[str, str] | None:
+    """Return the options in *words*; those in *takes* have a value. None where there is another one."""
+    found: dict[str, str] = {}
+    left = iter(words)
+    for word in left:
+        if word in takes.split():
+            value = next(left, None)
+            if value is None:
+                return None
+            found[word] = value
+        elif word in _FORWARDS or word == "--ops":
+            found[word] = ""
+        else:
+            return None
+    return found
+
+
+def _virtual_server(words: list[str], known: Known) -> tuple[str, str]:
+    portal, options = _portal(words[1:]), _options(words[3:], "-s -p -b -M")
+    if portal is None or options is None or (scheduler := _SCHEDULERS.get(options.pop("-s", ""))) is None:
+        return "", ""
+    pinned = options.pop("-p", "")
+    flags = options.pop("-b", "")
+    options.pop("-M", "")
+    if options:
+        return "", ""
+    said = f"A virtual server for {known.portal(*portal)}: {scheduler}."
+    if pinned:
+        said += (
+            f" Affinity: a client meets the same endpoint again until it has been away for {pinned} s (-p: persistent)."
+        )
+    if "flag-1" in flags:
+        said += " flag-1: part of the hash's choice is the scheduler's."
+    return said, known.owner(*portal)
+
+
+def _endpoint(words: list[str], known: Known) -> tuple[str, str]:
+    portal, options = _portal(words[1:]), _options(words[3:], "-r -w")
+    if portal is None or options is None or "-r" not in options:
+        return "", ""
+    endpoint, weight = options.pop("-r"), options.pop("-w", "1")
+    if len(options) != 1 or (forward := _FORWARDS.get(next(iter(options)))) is None:
+        return "", ""
+    if weight == "0":
+        share = "weight 0: no new connections, open ones go on"
+    else:
+        share = f"weight {weight}: of endpoints with one weight, none is preferred"
+    return f"{endpoint} is an endpoint of {known.portal(*portal)}; {forward}; {share}.", known.owner(*portal)

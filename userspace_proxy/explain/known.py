@@ -1,0 +1,96 @@
+"""What is known of the Services whose rules are explained: whose a portal is, and of which kind; who is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+from userspace_proxy.interfaces import Redirects
+from userspace_proxy.model.endpoint import family_of, join_address
+from userspace_proxy.model.names import ServicePortName
+from userspace_proxy.model.service import Portal, ServicePort, internal_portals, load_balancer_portals, portals
+
+_T = TypeVar("_T")
+
+
+class Known:
+    """Says of an address and port in a rule what portal it is."""
+
+    def __init__(self, service_ports: Iterable[ServicePort], refuse_port: int = 0) -> None:
+        self.refuse_port = str(refuse_port)  # in userspace mode; nobody listens there
+        self.names: dict[ServicePortName, ServicePort] = {}
+        self._portals: dict[tuple[str, int, str], tuple[str, ServicePortName]] = {}
+        for service_port in service_ports:
+            self.names[service_port.name] = service_port
+            inside, balanced = set(internal_portals(service_port)), set(load_balancer_portals(service_port))
+            for portal in portals(service_port):
+                kind = _kind(portal, inside, balanced)
+                self._portals.setdefault(_key(portal), (kind, service_port.name))
+
+    def portal(self, ip: str, port: str, protocol: str) -> str:
+        """Return a portal in words; *ip* is "" for a node port."""
+        kind, _ = self._portals.get((ip, int(port), protocol.upper()), ("", None))
+        if not ip:
+            return f"the node port {port} ({protocol.upper()})"
+        return f"{f'the {kind} ' if kind else ''}{join_address(ip, int(port))} ({protocol.upper()})"
+
+    def owner(self, ip: str, port: str, protocol: str) -> str:
+        """Return the service port whose portal this is, "" where nobody's."""
+        _, name = self._portals.get((ip, int(port), protocol.upper()), ("", None))
+        return str(name or "")
+
+
+def _kind(portal: Portal, inside: Collection[Portal], balanced: Collection[Portal]) -> str:
+    if portal in inside:
+        return "cluster IP"
+    return "load balancer IP" if portal in balanced else "external IP"
+
+
+def _key(portal: Portal) -> tuple[str, int, str]:
+    return ("" if portal.is_node_port else portal.ip, portal.port, portal.protocol)
+
+
+def chosen(wanted: str, service_ports: Iterable[ServicePort]) -> set[ServicePortName]:
+    """Return the service ports that ``[namespace/]name[:port]`` means, the port by its name or its number.
+
+    Raises:
+        ValueError: none, or Services of several namespaces.
+    """
+    service_ports = list(service_ports)
+    service, _, port = wanted.partition(":")
+    namespace, _, name = service.rpartition("/")
+    found = {
+        each.name
+        for each in service_ports
+        if each.name.service.name == name
+        and namespace in ("", each.name.service.namespace)
+        and port in ("", each.name.port_name, str(each.port))
+    }
+    if not found:
+        there = ", ".join(dict.fromkeys(str(each.name) for each in service_ports)) or "no Service at all"
+        raise ValueError(f"no Service is called {wanted!r}; there is: {there}")
+    services = sorted({str(each.service) for each in found})
+    if len(services) > 1:
+        raise ValueError(f"{wanted!r} may be any of {', '.join(services)}")
+    return found
+
+
+def only(redirects: Redirects, names: Collection[ServicePortName]) -> Redirects:
+    """Return what of *redirects* is for *names*."""
+
+    def kept(of: Mapping[Portal, _T]) -> dict[Portal, _T]:
+        return {portal: value for portal, value in of.items() if redirects.names.get(portal) in names}
+
+    return replace(
+        redirects,
+        ports=kept(redirects.ports),
+        exceptions={sender: kept(ports) for sender, ports in redirects.exceptions.items()},
+        allowed=kept(redirects.allowed),
+    )
+
+
+def host(cidr: str) -> str:
+    """Return *cidr* as an address where it is one."""
+    address, _, bits = cidr.partition("/")
+    return address if bits in ("", "32" if family_of(address) == 4 else "128") else cidr

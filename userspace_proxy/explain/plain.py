@@ -1,0 +1,71 @@
+"""Explained rules as text that their tools still read, and as JSON. Pure."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterator, Sequence
+
+from userspace_proxy.explain.lines import Explained, Line
+from userspace_proxy.explain.words import words_in
+
+_WIDTH = 118
+_TAB = 4
+
+
+def as_text(found: Sequence[Explained], *, explains: bool) -> str:
+    """Return *found* one below the other; all but the rules themselves are comments."""
+    lines: list[str] = []
+    if explains:
+        for word, meaning in words_in(line for mode in found for line in mode.lines).items():
+            lines += _comment(f"{word}: {meaning}", "")
+        lines.append("")
+    for mode in found:
+        if len(found) > 1:
+            lines.append(f"# ---- {mode.way} {'-' * (_WIDTH - 8 - len(str(mode.way)))}")
+        for line in mode.lines:
+            if explains and opens_block(line):
+                lines.append("")
+            lines += _explained(line) if explains else [line.text]
+        lines.append("")
+    return "\n".join(lines[:-1]) + "\n"
+
+
+def opens_block(line: Line) -> bool:
+    """Return whether *line* begins a table of iptables, or a set, map or chain of nftables."""
+    return line.text.startswith(("*", "\tchain ", "\tmap ", "\tset "))
+
+
+def _explained(line: Line) -> Iterator[str]:
+    """Yield *line* and what is said of it: behind it, where nft reads it and there is room, else above."""
+    said = line.explanation
+    if line.text.startswith("#"):
+        yield line.text
+        yield from _comment(said, "")
+        return
+    is_indented = line.text.startswith("\t")
+    if said and is_indented and len(line.text.expandtabs(_TAB)) + len(said) + 4 <= _WIDTH:
+        yield f"{line.text}  # {said}"
+        return
+    if said:
+        yield from _comment(said, line.text[: len(line.text) - len(line.text.lstrip("\t"))])
+    yield line.text
+
+
+def _comment(said: str, indent: str) -> list[str]:
+    width = _WIDTH - len(indent.expandtabs(_TAB)) - 2
+    return [f"{indent}# {part}" for part in textwrap.wrap(said, width, break_long_words=False, break_on_hyphens=False)]
+
+
+def as_json(found: Sequence[Explained]) -> str:
+    """Return *found* as a list of {mode, language, words, lines: [{text, explanation, service}]}."""
+    modes = [
+        {
+            "mode": mode.way.mode,
+            "language": mode.way.language,
+            "words": words_in(mode.lines),
+            "lines": [line._asdict() for line in mode.lines],
+        }
+        for mode in found
+    ]
+    return json.dumps(modes, indent=2)

@@ -1,0 +1,124 @@
+"""The iptables rules of userspace mode, line by line. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from userspace_proxy.explain.known import Known
+from userspace_proxy.explain.phrases import PACKETS_OF, answer, owner, packets
+from userspace_proxy.explain.xtables_text import Rule, Section, parse_rule
+from userspace_proxy.rules.iptables import CHAIN, DROP, GUARD, NODE_PORTS, RANGES
+
+TABLES = {
+    "mangle": (
+        "The table mangle: before NAT. What is to be dropped meets its end here, as iptables forbids that in NAT."
+    ),
+    "nat": (
+        "The table nat: rules see the first packet of each connection only; conntrack does the same to all later ones."
+    ),
+    "filter": "The table filter: what may pass.",
+}
+_CHAINS = {
+    ("mangle", CHAIN): "What comes in by the network.",
+    ("mangle", RANGES): "Portals that not everybody may dial (loadBalancerSourceRanges).",
+    ("mangle", DROP): "New connections that are to be dropped.",
+    ("mangle", NODE_PORTS): "Node ports: which of them are dropped, and for whom.",
+    ("nat", CHAIN): "Packets to Services. Asked rule by rule, so a connection costs more the more Services there are.",
+    ("nat", NODE_PORTS): "Packets to an address of this node: is it a node port?",
+    ("filter", GUARD): "Guards our proxy ports: they are reached by their portals only.",
+}
+TOOLS = {
+    "# iptables-restore --noflush": "IPv4. --noflush: what others have in these tables stays.",
+    "# ip6tables-restore --noflush": "IPv6. --noflush: what others have in these tables stays.",
+}
+_MAKES = " (A line with a colon makes a chain, or empties it.)"
+COMMIT = "The end of this table: the kernel takes all of it at once, or nothing."
+
+
+def explain_frame(section: Section | None, line: str, chains: Callable[[str, str], str]) -> str:
+    """Return what is said of a line that is no rule; *chains* says what (table, chain) is for."""
+    if section is None:
+        return TOOLS.get(line, "")
+    if line == "COMMIT":
+        return COMMIT
+    if line.startswith("*"):
+        return TABLES.get(line[1:], "")
+    if line.startswith(":"):
+        said = chains(section.name, line[1:].split()[0])
+        return f"{said}{_MAKES if said and line == section.chains[0] else ''}"
+    return ""
+
+
+def explainer(known: Known) -> Callable[[Section | None, str], tuple[str, str]]:
+    """Return what explains lines that `iptables.restore` has rendered."""
+
+    def explain(section: Section | None, line: str) -> tuple[str, str]:
+        if section is None or not line.startswith("-"):
+            return explain_frame(section, line, lambda table, chain: _CHAINS.get((table, chain), "")), ""
+        rule = parse_rule(section.name, line)
+        if rule is None:
+            return "", ""
+        return _rule(rule, known), owner(rule, known) or _named(rule)
+
+    return explain
+
+
+def _named(rule: Rule) -> str:
+    return rule.get("comment")
+
+
+def _rule(rule: Rule, known: Known) -> str:
+    if rule.chain in PACKETS_OF:
+        return _jump(rule)
+    match rule.target:
+        case "REDIRECT":
+            return _led(f"{packets(rule, known)} are led to", rule.get("to"), known)
+        case "DNAT":
+            address, _, port = rule.get("to").rpartition(":")
+            return _led(f"{packets(rule, known)} are led to {address}, an address of ours on lo, at", port, known)
+        case "DROP":
+            why = "" if rule.chain != RANGES else " All who may dial it have left this chain by the rules above."
+            return f"{packets(rule, known)} are dropped, without an answer.{why}"
+        case "REJECT" if answer(rule):
+            return f"{packets(rule, known)}, which nobody dials by a portal, are refused with {answer(rule)}."
+        case "RETURN":
+            return _return(rule, known)
+        case "MARK" if "--transparent" in rule.flags:
+            return (
+                "An answer to a client whose address a socket of ours speaks with: marked, by which "
+                "routing brings it to "
+                "this node instead of to the client."
+            )
+        case _ if rule.target in (CHAIN, DROP, RANGES, NODE_PORTS):
+            return _call(rule, known)
+    return ""
+
+
+def _led(start: str, port: str, known: Known) -> str:
+    if port == known.refuse_port:
+        return f"{start} port {port}, at which nobody listens: no endpoint is there, and the kernel refuses at once."
+    return f"{start} our proxy port {port}."
+
+
+def _return(rule: Rule, known: Known) -> str:
+    if rule.chain == GUARD:
+        return f"{packets(rule, known)} came by a portal, and may pass."
+    return f"{packets(rule, known)} are not dropped: back to where this chain was called."
+
+
+def _call(rule: Rule, known: Known) -> str:
+    if rule.target == NODE_PORTS:
+        return f"{packets(rule, known)}: see whether it is a node port. Behind the Services' own addresses."
+    if rule.target == RANGES:
+        return "First: may the sender dial this portal at all?"
+    return f"{packets(rule, known)}: see whether they are to be dropped." if rule.target == DROP else ""
+
+
+def _jump(rule: Rule) -> str:
+    first = f"{PACKETS_OF[rule.chain]}: first of all (-I ... 1) on to {rule.target}"
+    if "mark" in rule.negated:
+        first += (
+            ", but not for what our proxy itself sends: its sockets mark their packets, so a dial to an endpoint never "
+            "comes back to us"
+        )
+    return f"{first}; new connections only." if rule.get("state") == "NEW" else f"{first}."
