@@ -38,7 +38,7 @@ def explain(line: str, known: Known) -> tuple[str, str]:
             return _address(address, device), ""
         case ["ip", "link", "add", device, "type", "dummy"] | ["ip", "link", "add", "dev", device, "type", "dummy"]:
             return (
-                f"A device that leads nowhere: {device} only holds the addresses of Services, so that they "
+                f"A device that leads nowhere: {device} only holds addresses of Services, so that they "
                 f"are this node's.",
                 "",
             )
@@ -79,11 +79,10 @@ def _options(words: Iterable[str], takes: str) -> dict[str, str] | None:
 
 
 def _virtual_server(words: list[str], known: Known) -> tuple[str, str]:
-    portal, options = _portal(words[1:]), _options(words[3:], "-s -p -b -M")
+    portal, options = _portal(words[1:]), _options(words[3:], "-s -p -M")
     if portal is None or options is None or (scheduler := _SCHEDULERS.get(options.pop("-s", ""))) is None:
         return "", ""
     pinned = options.pop("-p", "")
-    flags = options.pop("-b", "")
     options.pop("-M", "")
     if options:
         return "", ""
@@ -92,8 +91,6 @@ def _virtual_server(words: list[str], known: Known) -> tuple[str, str]:
         said += (
             f" Affinity: a client meets the same endpoint again until it has been away for {pinned} s (-p: persistent)."
         )
-    if "flag-1" in flags:
-        said += " flag-1: part of the hash's choice is the scheduler's."
     return said, known.owner(*portal)
 
 

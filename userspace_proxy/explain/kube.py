@@ -6,14 +6,22 @@ A chain of an endpoint has a hash for a name: which endpoint it is, is read off 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from userspace_proxy.explain.known import Known, host
 from userspace_proxy.explain.phrases import PACKETS_OF, answer, owner, packets
 from userspace_proxy.explain.redirect_iptables import explain_frame
-from userspace_proxy.explain.xtables_text import Family, Rule, Section, parse_rule, target
-from userspace_proxy.rules.kube_chains import OWN_PREFIXES, chain_hash
+from userspace_proxy.explain.xtables_text import (
+    Explainer,
+    Family,
+    Rule,
+    Section,
+    parse_rule,
+    target,
+    without_the_useless,
+)
+from userspace_proxy.rules.kube_chains import LOCALNET, OWN_PREFIXES, chain_hash
 from userspace_proxy.rules.kube_tables import MARK
 
 _CHAINS = {
@@ -26,7 +34,10 @@ _CHAINS = {
     ("nat", "KUBE-MARK-MASQ"): "Puts the mark on packets whose sender's address is to be replaced when they leave.",
     ("filter", "KUBE-SERVICES"): "Cluster IPs that nobody can serve.",
     ("filter", "KUBE-EXTERNAL-SERVICES"): "External IPs, load balancer IPs and node ports that nobody can serve.",
-    ("filter", "KUBE-FORWARD"): "Lets pass through this node what was led to an endpoint, whatever its firewall says.",
+    (
+        "filter",
+        "KUBE-FORWARD",
+    ): "Lets pass through this node what was led to an endpoint, whatever the rules behind it say.",
     ("filter", "KUBE-NODEPORTS"): "Health check node ports, which load balancers ask.",
     ("filter", "KUBE-PROXY-FIREWALL"): "Load balancer IPs that not everybody may dial (loadBalancerSourceRanges).",
     ("filter", "USERSPACE-PROXY-LOCALNET"): "Guards 127.0.0.0/8, since route_localnet opens it for node ports.",
@@ -83,17 +94,26 @@ def _scan(rules: Iterable[str], known: Known) -> _Scanned:
     return found
 
 
-def explainer(families: Iterable[Family], known: Known) -> Callable[[Section | None, str], tuple[str, str]]:
+def what_is_met(families: Iterable[Family]) -> list[Family]:
+    """Return *families* without what no packet is changed by; the guard of node ports is of no use without these."""
+    left = without_the_useless(families, MARK.__eq__)
+    for family in left:
+        nat, guarded = family.section("nat").rules, family.section("filter")
+        if not any(rule.startswith("-A KUBE-NODEPORTS ") for rule in nat):
+            guarded.rules = [rule for rule in guarded.rules if not rule.startswith(f"-A {LOCALNET.name} ")]
+    return without_the_useless(left, MARK.__eq__)
+
+
+def explainer(families: Iterable[Family], known: Known) -> Explainer:
     """Return what explains lines of *families*, which `kube_kernel.text` has rendered."""
-    scanned = _scan((rule for f in families for section in f.sections for rule in section.rules), known)
+    # Each family by itself, as chains of both have the same names.
+    by_tool = {f.tool: _scan((rule for section in f.sections for rule in section.rules), known) for f in families}
 
-    def chain(table: str, name: str) -> str:
-        return _chain(table, name, scanned)
-
-    def explain(section: Section | None, line: str) -> tuple[str, str]:
+    def explain(family: Family, section: Section | None, line: str) -> tuple[str, str]:
+        scanned = by_tool[family.tool]
         if section is None or not line.startswith("-"):
             whose = scanned.owners.get(line[1:].split()[0], "") if line.startswith(":") else ""
-            return explain_frame(section, line, chain), whose
+            return explain_frame(section, line, lambda table, name: _chain(table, name, scanned)), whose
         rule = parse_rule(section.name, line)
         if rule is None:
             return "", ""
@@ -136,7 +156,7 @@ def _shared(rule: Rule, known: Known) -> str:
             return f"{whom}: see whether it is a node port. The last rule, as it is the most general."
         case "KUBE-POSTROUTING", "RETURN":
             return f"{whom} leave as they are."
-        case "KUBE-POSTROUTING", "MARK":
+        case "KUBE-POSTROUTING", "MARK" if rule.get("set mark").endswith("/0x0"):
             return (
                 "Take the mark away (xmark flips it), lest the packet be masqueraded again on its way through a tunnel."
             )
@@ -184,7 +204,7 @@ def _own(rule: Rule, known: Known, scanned: _Scanned) -> str:
         if "source" in rule.negated or "interface" in rule.negated:
             return f"{whom} (so from no pod) get the mark: {why}."
         return f"{whom} get the mark: {why}."
-    if to == "MARK":
+    if to == "MARK" and rule.get("set mark").startswith("0x0/"):
         return f"{whom} lose the mark again: a pod, and the endpoint may see its own address."
     if kind == "KUBE-FW-":
         if not to:

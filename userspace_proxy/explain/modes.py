@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping
 from userspace_proxy.explain import ipvs, kube, nft_text, redirect_iptables, redirect_nft, slots, xtables_text
 from userspace_proxy.explain.known import Known
 from userspace_proxy.explain.lines import Explained, Line, Way
-from userspace_proxy.rules.kube_tables import MARK
 
 # From the rules as text, and what is known of their Services, to lines; with True, to those that some packet needs.
 Reader = Callable[[str, Known, bool], Iterable[Line]]
@@ -31,9 +30,7 @@ def _userspace_iptables(text: str, known: Known, is_short: bool) -> Iterable[Lin
 def _iptables(text: str, known: Known, is_short: bool) -> Iterable[Line]:
     families = xtables_text.parse(text)
     explain = kube.explainer(families, known)
-    return xtables_text.write(
-        xtables_text.without_the_useless(families, MARK.__eq__) if is_short else families, explain
-    )
+    return xtables_text.write(kube.what_is_met(families) if is_short else families, explain)
 
 
 def _nftables(text: str, known: Known, is_short: bool) -> Iterable[Line]:

@@ -12,6 +12,7 @@ from userspace_proxy.explain.lines import Line
 _OPENS = re.compile(r"(set|map|chain) (\w+) \{")
 _FAMILY = re.compile(r"[a-z]([46])(?:_|$)")
 _LOOK_UPS = re.compile(r"(?<!!= )@(\w+)")
+_NAMES = re.compile(r"@(\w+)")  # one that holds nothing tells something by `!=`
 _CALLS = re.compile(r"(?:jump|goto) (\w+)")
 _FOR_FAMILY = re.compile(r"nfproto ipv([46])")
 _EFFECT = re.compile(
@@ -136,8 +137,9 @@ def _once(blocks: list[Block]) -> Iterator[Block]:
             or any(family not in families for family in _FOR_FAMILY.findall(rule))
         )
 
+    named = set(_NAMES.findall("\n".join(rule for rule in rules if not is_dead(rule))))
     for block in blocks:
-        is_useful = block.name in used if block.is_chain else block.name not in empty
+        is_useful = block.name in used if block.is_chain else block.name not in empty or block.name in named
         if is_useful and block.family in families:  # "", which is for both, is in any
             yield _without(block, is_dead)
 

@@ -30,14 +30,14 @@ def packets(rule: Rule, known: Known) -> str:
     parts = ["Packets"]
     if state := rule.get("state"):
         parts.append(_STATES.get(state, f"in the state {state}"))
-    elif "state" in rule.negated:
-        parts.append(f"in none of the states {rule.words['state']}")
     if where := _where(rule, known):
         parts.append(where)
     if sender := _sender(rule):
         parts.append(sender)
     if mark := rule.words.get("mark"):
         parts.append(f"without the mark {_bit(mark)}" if "mark" in rule.negated else f"with the mark {_bit(mark)}")
+    if "state" in rule.negated:
+        parts.append(f"in none of the states {rule.words['state']}")
     return " ".join(parts)
 
 

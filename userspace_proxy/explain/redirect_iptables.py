@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from userspace_proxy.explain.known import Known
 from userspace_proxy.explain.phrases import PACKETS_OF, answer, owner, packets
-from userspace_proxy.explain.xtables_text import Rule, Section, parse_rule
+from userspace_proxy.explain.xtables_text import Explainer, Family, Rule, Section, parse_rule
 from userspace_proxy.rules.iptables import CHAIN, DROP, GUARD, NODE_PORTS, RANGES
 
 TABLES = {
@@ -49,10 +49,10 @@ def explain_frame(section: Section | None, line: str, chains: Callable[[str, str
     return ""
 
 
-def explainer(known: Known) -> Callable[[Section | None, str], tuple[str, str]]:
+def explainer(known: Known) -> Explainer:
     """Return what explains lines that `iptables.restore` has rendered."""
 
-    def explain(section: Section | None, line: str) -> tuple[str, str]:
+    def explain(_: Family, section: Section | None, line: str) -> tuple[str, str]:
         if section is None or not line.startswith("-"):
             return explain_frame(section, line, lambda table, chain: _CHAINS.get((table, chain), "")), ""
         rule = parse_rule(section.name, line)
@@ -102,7 +102,7 @@ def _led(start: str, port: str, known: Known) -> str:
 
 def _return(rule: Rule, known: Known) -> str:
     if rule.chain == GUARD:
-        return f"{packets(rule, known)} came by a portal, and may pass."
+        return f"{packets(rule, known)} may pass: they did not dial a proxy port directly."
     return f"{packets(rule, known)} are not dropped: back to where this chain was called."
 
 

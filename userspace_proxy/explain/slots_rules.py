@@ -35,9 +35,8 @@ def _slots(match: re.Match[str]) -> str:
 
 def _picks(match: re.Match[str]) -> str:
     return (
-        f"The same for Services with affinity: set . a number below {match['size']} drawn by chance "
-        f"-> the endpoint's own "
-        "number, which the pin will remember."
+        f"Services with affinity: set of endpoints . a number below {match['size']} drawn by chance -> the endpoint's "
+        f"own number, which the pin remembers. Each endpoint has nearly as many of the {match['size']} slots (Maglev)."
     )
 
 
@@ -200,7 +199,7 @@ RULES = patterns(
     ),
     (
         rf"meta priority set meta priority & (?P<mask>{NUMBER})",
-        "What was said above is done: leave only the set's number, which is what is looked up.",
+        "Leave only the set's number of what the packet carries: that is what is looked up next.",
     ),
     (
         r"meta l4proto (?P<protocol>tcp|udp) dnat ip6? to meta priority \. numgen random mod "

@@ -41,7 +41,8 @@ class _Rules(RegexHighlighter):
     highlights = [
         r"(?P<keyword>^\s*(?:table|delete|map|set|chain|type|typeof|elements)\b|^(?:\*\w+|COMMIT|:|-[AIDa]\b|#.*))",
         r"(?P<address>\b\d{1,3}(?:\.\d{1,3}){3}(?:/\d+)?|\[?\b[\da-f]{1,4}(?::[\da-f]{0,4}){2,}[\da-f](?:/\d+)?\]?)",
-        r"(?:--dports? |--to-ports |(?:tcp|udp) \. |daddr \. \w+ dport |(?<=[\d\]]):)(?P<port>\d[\d,]*)\b",
+        r"(?:--dports? |--to-ports |(?:tcp|udp) \. |\d\.\d+:|\]:|redirect to :)(?P<port>\d[\d,]*)\b",
+        r"(?:: |[\d.]+ \. |: [\da-f:.]+ \. )(?P<port>\d+)(?=,$| \}$|$)",
         r"(?P<chain>\bKUBE-[A-Z0-9-]+|\bUSERSPACE-PROXY[A-Z-]*|@\w+)",
         r"(?:\b(?:jump|goto|chain|map|set|table inet) |-[AI] )(?P<chain>[A-Za-z]\w+(?![\w-]))",
         r"(?P<verdict>\b(?:accept|dnat|redirect|masquerade|ACCEPT|DNAT|REDIRECT|MASQUERADE|RETURN|MARK|jump|goto)\b(?!-))",

@@ -33,6 +33,7 @@ _VALUES = {
     "--set-xmark": "set mark",
     "--reject-with": "answer",
 }
+_NEGATED = {"destination", "source", "interface", "mark", "state"}
 _FLAGS = {"--rcheck", "--reap", "--rsource", "--set", "--transparent", "--random-fully"}
 _MATCHES = {"tcp", "udp", "comment", "mark", "conntrack", "addrtype", "statistic", "recent", "multiport", "socket"}
 # In the order in which a packet meets them.
@@ -95,6 +96,8 @@ def parse_rule(table: str, line: str) -> Rule | None:
             return None
         words[_VALUES[word]] = value
         if is_negated:
+            if _VALUES[word] not in _NEGATED:
+                return None
             negated.add(_VALUES[word])
         is_negated = False
         at += 2
@@ -117,6 +120,9 @@ class Family:
     tool: str
     sections: list[Section] = field(default_factory=list)
 
+    def section(self, name: str) -> Section:
+        return next((section for section in self.sections if section.name == name), Section(name))
+
 
 def parse(text: str) -> list[Family]:
     families: list[Family] = []
@@ -132,13 +138,17 @@ def parse(text: str) -> list[Family]:
     return families
 
 
-def write(families: Iterable[Family], explain: Callable[[Section | None, str], tuple[str, str]]) -> Iterator[Line]:
+# Of which family, in which table (None: outside of any), and the line; returns what it does, and whose it is.
+Explainer = Callable[[Family, Section | None, str], tuple[str, str]]
+
+
+def write(families: Iterable[Family], explain: Explainer) -> Iterator[Line]:
     """Yield *families* as their tools read them, with what *explain* says of each line."""
     for family in families:
-        yield Line(family.tool, *explain(None, family.tool))
+        yield Line(family.tool, *explain(family, None, family.tool))
         for section in family.sections:
             for line in (f"*{section.name}", *section.chains, *section.rules, "COMMIT"):
-                yield Line(line, *explain(section, line))
+                yield Line(line, *explain(family, section, line))
 
 
 def without_the_useless(families: Iterable[Family], is_kept: Callable[[str], bool]) -> list[Family]:

@@ -1,0 +1,221 @@
+"""Every line that is rendered is explained, and none that is not known."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.rules.given import CASES, REFUSE_PORT, UDP, any_redirects, name
+from tests.rules.given_services import DNS, EVERYTHING, HERE, NEAR4, PODS, any_translation, by_name, translation
+from userspace_proxy import app
+from userspace_proxy.explain.known import Known, chosen
+from userspace_proxy.explain.lines import Explained, Line, Way
+from userspace_proxy.explain.modes import READERS, explained
+from userspace_proxy.interfaces import NodeFacts, PodDetector, Redirects, Translation
+from userspace_proxy.model.endpoint import FAMILIES
+from userspace_proxy.model.names import ServicePortName
+from userspace_proxy.model.service import ServicePort
+from userspace_proxy.rules import iptables, kube_kernel, nft, slots
+from userspace_proxy.rules.kube_chains import Manner
+from userspace_proxy.settings import Settings
+
+USERSPACE_NFT, USERSPACE_IPTABLES, IPTABLES, NFTABLES, _ = READERS
+LESSONS = Path(__file__).parents[2] / "examples"
+# The others say how to run it, and have no Service.
+EXAMPLES = sorted({file.parent for file in LESSONS.glob("*/*.yaml")} - {LESSONS / "kubernetes", LESSONS / "grafana"})
+SERVICE_PORTS = (
+    ServicePort(name("shop/dns:dns", UDP), 53, ("10.96.0.10",)),
+    ServicePort(name("shop/dns:dns-tcp"), 53, ("10.96.0.10",)),
+    ServicePort(name("shop/web:http"), 80, ("10.96.0.1",)),
+    ServicePort(name("office/web"), 80, ("10.96.0.3",)),
+)
+# Of a set or chain, and its end; what is between them says what it is for.
+BRACKETS = {"}", "elements = {"}
+
+
+def unexplained(lines: Iterable[Line]) -> list[str]:
+    return [line.text for line in lines if not line.explanation and line.text.strip() not in BRACKETS]
+
+
+def restored(redirects: Redirects) -> str:
+    tools = ("iptables-restore", "ip6tables-restore")
+    return "".join(
+        f"# {tool} --noflush\n{iptables.restore(redirects, family, '')}"
+        for family, tool in zip(FAMILIES, tools, strict=True)
+    )
+
+
+def of_redirects(redirects: Redirects, *, is_short: bool = False) -> list[Explained]:
+    known = Known((), REFUSE_PORT)
+    return [
+        explained(USERSPACE_NFT, nft.table(redirects), known, is_short=is_short),
+        explained(USERSPACE_IPTABLES, restored(redirects), known, is_short=is_short),
+    ]
+
+
+def of_translations(
+    translations: Mapping[ServicePortName, Translation], facts: NodeFacts, *, is_short: bool = False
+) -> list[Explained]:
+    known = Known(made.service_port for made in translations.values())
+    chains = kube_kernel.text(translations, facts, Manner(facts.pods))
+    return [
+        explained(IPTABLES, chains, known, is_short=is_short),
+        explained(NFTABLES, slots.table(facts, translations.values()), known, is_short=is_short),
+    ]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_line_of_userspace_mode_is_explained_and_left_as_it_is(case: str) -> None:
+    in_nft, in_iptables = of_redirects(CASES[case])
+
+    assert unexplained([*in_nft.lines, *in_iptables.lines]) == []
+    assert [line.text for line in in_nft.lines] == nft.table(CASES[case]).splitlines()
+    assert [line.text for line in in_iptables.lines] == restored(CASES[case]).splitlines()
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        NodeFacts(),
+        NodeFacts(HERE, PODS, ("10.96.0.0/16", "fd00:96::/64"), ("192.168.50.1/32", "10.0.0.0/8", "fd00:50::/64")),
+        NodeFacts(HERE, PodDetector(interface="cali*")),
+        NodeFacts(HERE, PodDetector(cidrs=("10.244.0.0/24", "10.245.0.0/24"))),
+    ],
+)
+def test_every_line_of_kernel_modes_is_explained_and_left_as_it_is(facts: NodeFacts) -> None:
+    chains, table = of_translations(EVERYTHING, facts)
+
+    assert unexplained([*chains.lines, *table.lines]) == []
+    assert [line.text for line in table.lines] == slots.table(facts, EVERYTHING.values()).splitlines()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_the_services_are_no_line_stays_unexplained(seed: int) -> None:
+    chance = random.Random(seed)
+    services = by_name(any_translation(chance, number) for number in range(5))
+    pods = chance.choice((None, PODS, PodDetector(interface="veth*")))
+
+    found = [*of_redirects(any_redirects(chance)), *of_translations(services, NodeFacts(HERE, pods))]
+
+    assert [unexplained(mode.lines) for mode in found] == [[], [], [], []]
+
+
+@pytest.mark.parametrize("folder", EXAMPLES, ids=lambda folder: folder.name)
+def test_every_line_of_every_lesson_is_explained_in_every_mode(folder: Path) -> None:
+    found, _ = app.explain(Settings(paths=(str(folder),), proxy_mode="all"))
+
+    assert [mode.way for mode in found][:4] == [USERSPACE_NFT, USERSPACE_IPTABLES, IPTABLES, NFTABLES]
+    assert [unexplained(mode.lines) for mode in found] == [[] for _ in found]
+
+
+@pytest.mark.parametrize(
+    ("way", "line"),
+    [
+        (USERSPACE_NFT, "\t\tmeta l4proto { tcp, udp } dnat to 192.0.2.1"),
+        (USERSPACE_NFT, "\t\tjump elsewhere"),
+        (NFTABLES, "\t\tmeta priority 0:3 drop"),
+        (NFTABLES, "\t\tip daddr @cluster_ips4 accept"),
+        (IPTABLES, "-A KUBE-SERVICES -p tcp -m length --length 40 -j DROP"),
+        (IPTABLES, "-A KUBE-SERVICES -d 10.96.0.1/32 -j LOG"),
+        (IPTABLES, "-A KUBE-FORWARD ! -j ACCEPT"),
+        (USERSPACE_IPTABLES, "-A USERSPACE-PROXY -j TPROXY --on-port 5"),
+        (USERSPACE_IPTABLES, "-A SOMEBODY -j THEIRS"),
+    ],
+)
+def test_of_a_line_that_is_not_known_nothing_is_said(way: Way, line: str) -> None:
+    if way.language == "nftables":
+        text = f"table inet t {{\n\tchain services4 {{\n{line}\n\t}}\n}}\n"
+    else:
+        text = f"# iptables-restore --noflush\n*filter\n:SOMEBODY - [0:0]\n{line}\nCOMMIT\n"
+
+    (found,) = (each for each in explained(way, text, Known(()), is_short=False).lines if each.text == line)
+
+    assert found.explanation == ""
+
+
+def test_a_line_says_whose_it_is() -> None:
+    chains, table = of_translations(EVERYTHING, NodeFacts(HERE, PODS))
+    owners = set(map(str, EVERYTHING))
+
+    for mode in (chains, table):
+        assert {line.service for line in mode.lines} == {"", *owners}
+    assert {line.service for line in chains.lines if "DNAT --to" in line.text} <= owners
+    assert {line.service for line in table.lines if " . 0 : " in line.text} <= owners
+
+
+def test_chances_are_told_as_fractions_and_of_whom() -> None:
+    lines = app.explain(Settings(paths=(str(LESSONS / "cluster-ip"),), proxy_mode="iptables"))[0][0].lines
+
+    said = [line.explanation for line in lines if "10.96.0.11" not in line.text and line.text.startswith("-A KUBE-SVC")]
+
+    assert said == [
+        "One of 3 endpoints by chance, the first: 10.244.0.2:8080 with probability 1/3.",
+        "The next: 10.244.0.3:8080 with probability 1/2 of those who came here, which is 1 in 3 of all.",
+        "One of 3 endpoints by chance, the last: who was not led elsewhere by now goes to 10.244.0.4:8080, 1 in 3.",
+    ]
+
+
+# ---- one Service only
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_left_out_is_only_what_leads_to_nothing(seed: int) -> None:
+    chance = random.Random(seed)
+    services = by_name(any_translation(chance, number) for number in range(chance.randrange(1, 3)))
+    redirects, facts = any_redirects(chance), NodeFacts(HERE, chance.choice((None, PODS)))
+
+    whole = [*of_redirects(redirects), *of_translations(services, facts)]
+    short = [*of_redirects(redirects, is_short=True), *of_translations(services, facts, is_short=True)]
+
+    for before, after in zip(whole, short, strict=True):
+        assert not Counter(after.lines) - Counter(before.lines)
+        gone = Counter(before.lines) - Counter(after.lines)
+        # A Service may have chains of its own to which nothing leads in one family.
+        assert [
+            line.text for line in gone if line.service and not re.match(":|-A KUBE-(SVC|SVL|EXT|FW|SEP)-", line.text)
+        ] == []
+        names = [line.text.split()[1] for line in after.lines if line.text.startswith(("\tset ", "\tmap ", "\tchain "))]
+        looked_up = re.findall(r"(?:@|jump |goto )(\w+)", "\n".join(line.text for line in after.lines))
+        assert set(looked_up) <= set(names)
+
+
+def test_a_service_of_one_family_and_protocol_is_shown_without_the_others() -> None:
+    translations = by_name([translation(replace(DNS, cluster_ips=("10.96.0.10",)), NEAR4)])
+
+    for mode in of_translations(translations, NodeFacts(HERE, PODS, ("10.96.0.0/16",)), is_short=True):
+        text = "\n".join(line.text for line in mode.lines)
+        assert not re.search(r"ip6|tcp dport|@\w+_tcp_|KUBE-NODEPORTS|LOCALNET|@pins", text)
+        assert "10.244.0.2" in text
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        ("dns", {"shop/dns:dns", "shop/dns:dns-tcp"}),
+        ("shop/dns:dns", {"shop/dns:dns"}),
+        ("dns:53", {"shop/dns:dns", "shop/dns:dns-tcp"}),
+        ("office/web", {"office/web"}),
+        ("office/web:80", {"office/web"}),
+    ],
+)
+def test_a_service_is_known_by_its_name_and_what_else_is_said(wanted: str, found: set[str]) -> None:
+    assert set(map(str, chosen(wanted, SERVICE_PORTS))) == found
+
+
+@pytest.mark.parametrize(
+    ("wanted", "reason"),
+    [
+        ("db", "no Service is called 'db'; there is: shop/dns:dns, shop/dns:dns-tcp, shop/web:http, office/web"),
+        ("shop/web:81", "no Service is called 'shop/web:81'"),
+        ("web", "'web' may be any of office/web, shop/web"),
+    ],
+)
+def test_a_name_that_means_no_service_or_several_is_refused(wanted: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        chosen(wanted, SERVICE_PORTS)

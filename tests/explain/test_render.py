@@ -1,0 +1,130 @@
+"""`userspace-proxy render` as a process: one Service, every mode, explained, by anybody; and tools still read it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from tests.explain.given import SHOP, render
+from tests.rules.given import assert_golden
+from userspace_proxy.explain.modes import READERS
+from userspace_proxy.lab import Host, Lab
+
+WITHOUT_PRIVILEGES = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs")
+WEB = ("-", "--service", "shop/web", "--cluster-cidr", "10.244.0.0/16", "--explain")
+# A golden file's name -> how the mode is asked for.
+MODES = {
+    "userspace-nftables": ("--proxy-mode", "userspace", "--rules", "nftables"),
+    "userspace-iptables": ("--proxy-mode", "userspace", "--rules", "iptables"),
+    "iptables": ("--proxy-mode", "iptables"),
+    "nftables": ("--proxy-mode", "nftables"),
+}
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[Host]:
+    with Lab() as lab:
+        yield lab.add("rules")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_service_explained_reads_as_written_down(mode: str) -> None:
+    done = render(*WEB, *MODES[mode])
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert_golden(f"explain-{mode}.txt", done.stdout)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("wanted", [WEB, ("-", "--explain"), ("-", "--service", "dns")])
+def test_what_is_shown_of_a_mode_is_what_its_tool_loads(mode: str, wanted: tuple[str, ...], host: Host) -> None:
+    text = render(*wanted, *MODES[mode]).stdout
+
+    if "table inet" in text:
+        done = host.run("nft", "--check", "-f", "-", stdin=text, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        return
+    parts = re.split(r"^# (ip6?tables-restore) --noflush$", text, flags=re.MULTILINE)
+    assert len(parts) >= 3
+    for tool, part in zip(parts[1::2], parts[2::2], strict=True):
+        done = host.run(tool, "--test", "--noflush", stdin=part, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_nobody_needs_privileges_to_have_every_mode_explained() -> None:
+    done = render("-", "--explain", "--proxy-mode", "all", before=WITHOUT_PRIVILEGES)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.findall(r"^# ---- (.+?) -+$", done.stdout, re.MULTILINE) == [str(way) for way in READERS][:4]
+    may = subprocess.run([*WITHOUT_PRIVILEGES, "grep", "CapEff", "/proc/self/status"], capture_output=True, text=True)
+    assert int(may.stdout.split()[1], 16) == 0
+
+
+def test_json_has_each_line_with_what_it_does_and_whose_it_is() -> None:
+    modes = json.loads(render("-", "--service", "shop/web", "--proxy-mode", "all", "--json").stdout)
+
+    assert [(mode["mode"], mode["language"]) for mode in modes] == list(READERS)[:4]
+    for mode in modes:
+        assert {"text", "explanation", "service"} == set(mode["lines"][0])
+        assert {line["service"] for line in mode["lines"]} == {"", "shop/web:http"}
+    led = next(line for line in modes[0]["lines"] if "10.96.0.1 " in line["text"])
+    assert re.fullmatch(
+        r"Packets to the cluster IP 10.96.0.1:80 \(TCP\) are led to our proxy port \d+\.", led["explanation"]
+    )
+    assert "DNAT" in modes[2]["words"]
+
+
+def test_without_the_new_flags_all_rules_are_printed_as_ever() -> None:
+    whole = render("-").stdout
+
+    assert whole.startswith(
+        "table inet userspace_proxy\ndelete table inet userspace_proxy\ntable inet userspace_proxy {"
+    )
+    assert "#" not in whole
+    assert all(name in whole for name in ("shop/web:http", "shop/dns:dns", "office/web"))
+
+
+def test_a_service_that_is_not_there_is_said_in_one_line() -> None:
+    done = render("-", "--service", "db")
+
+    assert done.returncode == 1
+    assert done.stderr.startswith("userspace-proxy: --service: no Service is called 'db'; there is: ")
+
+
+def in_terminal(columns: int, *arguments: str) -> str:
+    """Return what is printed to a terminal with so many columns."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "userspace_proxy", "render", *arguments]
+    environment = {**os.environ, "COLUMNS": str(columns), "LINES": "50", "TERM": "xterm-256color"}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=theirs, env=environment) as process:
+        os.close(theirs)
+        assert process.stdin is not None
+        process.stdin.write(SHOP.encode())
+        process.stdin.close()
+        printed = b""
+        try:
+            while part := os.read(ours, 1 << 16):
+                printed += part
+        except OSError:  # how a terminal ends
+            pass
+    os.close(ours)
+    assert process.returncode == 0
+    return printed.decode()
+
+
+@pytest.mark.parametrize(("columns", "headings"), [(80, 1), (120, 1), (160, 2), (200, 2)])
+def test_a_wide_terminal_has_two_modes_side_by_side_and_no_line_is_too_long(columns: int, headings: int) -> None:
+    printed = in_terminal(columns, "-", "--service", "shop/web", "--proxy-mode", "all", "--explain")
+
+    assert "\x1b[" in printed
+    rows = re.sub(r"\x1b\[[0-9;]*m", "", printed).splitlines()
+    assert max(map(len, rows)) <= columns
+    first = next(row for row in rows if row.startswith("userspace (nftables)"))
+    assert len(re.findall(r"userspace \(\w+\) ─", first)) == headings
