@@ -25,7 +25,7 @@ WORDS: Mapping[str, str] = {
         "SNAT with this node's own address: the endpoint answers to this node, which hands it on to the client"
     ),
     "mark": "a number that a packet carries inside this kernel, from one rule to the next; it is never sent",
-    "priority": "of a packet: another such number, which traffic shaping reads at last (of a hook: who is called first)",
+    "priority": "of a packet: another such number, which traffic shaping reads later (a hook's: who is called first)",
     "affinity": "a client is led to the same endpoint again (sessionAffinity: ClientIP)",
     "pin": "what is remembered for affinity: which client, which endpoint, until when",
     "virtual server": "a portal as ipvs, the kernel's load balancer, knows it",
