@@ -101,3 +101,24 @@ def test_a_text_is_explained_line_by_line_and_left_as_it_is() -> None:
 
     assert [line.text for line in found] == text.splitlines()
     assert all(line.explanation for line in found)
+
+
+def test_the_table_beside_virtual_servers_is_explained_as_one_of_nftables() -> None:
+    table = """\
+table inet userspace_proxy_ipvs {
+	set cluster_ips4 {
+		type ipv4_addr
+		elements = {
+			10.96.0.1 }
+	}
+	chain services4 {
+		ip daddr @cluster_ips4 goto refuse
+	}
+}
+"""
+    text = f"ip link add kube-ipvs0 type dummy\n{table}-A -t 10.96.0.1:80 -s rr\n"
+
+    found = list(lines(text, KNOWN))
+
+    assert [line.text for line in found] == text.splitlines()
+    assert {line.text.strip() for line in found if not line.explanation} == {"elements = {", "}"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from userspace_proxy.explain import nft_text, slots
 from userspace_proxy.explain.known import Known, host
 from userspace_proxy.explain.lines import Line
 
@@ -22,10 +23,22 @@ _FORWARDS = {
 }
 
 
-def lines(text: str, known: Known) -> Iterator[Line]:
-    """Yield what `ipvsadm --restore` and `ip` are told, explained; what is not known here without."""
+def lines(text: str, known: Known, *, is_short: bool = False) -> Iterator[Line]:
+    """Yield what `ipvsadm --restore` and `ip` are told, and the nftables table between, explained.
+
+    What is not known here stands there without a word.
+    """
+    of_table: list[str] = []
     for line in text.splitlines():
-        yield Line(line, *explain(line, known))
+        if of_table or line.startswith("table "):
+            of_table.append(line)
+        else:
+            yield Line(line, *explain(line, known))
+        if line == "}":
+            table = nft_text.parse("\n".join(of_table))
+            shown = nft_text.without_the_useless(table) if is_short else table
+            yield from nft_text.write(shown, slots.explainer(table, known))
+            of_table = []
 
 
 def explain(line: str, known: Known) -> tuple[str, str]:

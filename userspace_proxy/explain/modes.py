@@ -40,7 +40,7 @@ def _nftables(text: str, known: Known, is_short: bool) -> Iterable[Line]:
 
 
 def _ipvs(text: str, known: Known, is_short: bool) -> Iterable[Line]:
-    return ipvs.lines(text, known)
+    return ipvs.lines(text, known, is_short=is_short)
 
 
 READERS: Mapping[Way, Reader] = {

@@ -16,7 +16,8 @@ _NAMES = re.compile(r"@(\w+)")  # one that holds nothing tells something by `!=`
 _CALLS = re.compile(r"(?:jump|goto) (\w+)")
 _FOR_FAMILY = re.compile(r"nfproto ipv([46])")
 _EFFECT = re.compile(
-    r"\b(?:drop|accept|reject|dnat|redirect|masquerade|jump|goto|update|meta mark set|priority set none)\b"
+    r"\b(?:drop|accept|reject|dnat|redirect|masquerade|jump|goto|return|update|notrack|(?:meta|ct) mark set"
+    r"|priority set none)\b"
 )
 
 

@@ -80,7 +80,7 @@ def _remember(match: re.Match[str]) -> str:
 
 FRAME = patterns(
     (
-        r"table inet userspace_proxy_nat \{",
+        r"table inet userspace_proxy_(?:nat|ipvs) \{",
         "Our table, for IPv4 and IPv6 (inet). All that is ours stands in it; other tables of the node are left alone.",
     ),
     (rf"map {NAMED} \{{", _map),

@@ -45,8 +45,9 @@ class _Rules(RegexHighlighter):
         r"(?:: |[\d.]+ \. |: [\da-f:.]+ \. )(?P<port>\d+)(?=,$| \}$|$)",
         r"(?P<chain>\bKUBE-[A-Z0-9-]+|\bUSERSPACE-PROXY[A-Z-]*|@\w+)",
         r"(?:\b(?:jump|goto|chain|map|set|table inet) |-[AI] )(?P<chain>[A-Za-z]\w+(?![\w-]))",
-        r"(?P<verdict>\b(?:accept|dnat|redirect|masquerade|ACCEPT|DNAT|REDIRECT|MASQUERADE|RETURN|MARK|jump|goto)\b(?!-))",
-        r"(?P<refusal>\b(?:drop|reject|DROP|REJECT)\b(?!-))",
+        r"(?P<verdict>\b(?:accept|dnat|redirect|masquerade|jump|goto)\b)",
+        r"(?P<verdict>-j (?:ACCEPT|DNAT|REDIRECT|MASQUERADE|RETURN|MARK)\b)",
+        r"(?P<refusal>\b(?:drop|reject)\b(?!-)|-j (?:DROP|REJECT)\b)",
         r"(?P<name>\"[^\"]*\")",
     ]
 
