@@ -39,8 +39,8 @@ KNOWN = Known((WEB, DNS))
         (
             "-a -t 10.96.0.1:80 -r 10.244.0.2:8080 -m -w 1",
             "10.244.0.2:8080 is an endpoint of the cluster IP 10.96.0.1:80 (TCP); the packet's destination becomes the "
-            "endpoint's address and port (-m: masquerading, which is NAT); weight 1: of endpoints with one weight, "
-            "none is preferred.",
+            "endpoint's address and port (-m: masquerading, which is NAT); weight 1: its share "
+            "beside the others', where the scheduler asks for weights.",
             "shop/web:http",
         ),
         (
@@ -54,17 +54,30 @@ KNOWN = Known((WEB, DNS))
             "ip address add 10.96.0.1/32 dev kube-ipvs0",
             "10.96.0.1 becomes an address of this node, at the device kube-ipvs0, so that packets to it come to "
             "INPUT, where ipvs looks at them.",
-            "",
+            "shop/web:http",
         ),
         (
             "ip address add fd00:96::1/128 dev kube-ipvs0",
             "fd00:96::1 becomes an address of this node, at the device kube-ipvs0, so that packets to it come to "
             "INPUT, where ipvs looks at them.",
-            "",
+            "shop/web:http",
         ),
         (
+            "address replace fd00:96::1/128 nodad dev kube-ipvs0",
+            "fd00:96::1 becomes an address of this node, at the device kube-ipvs0, so that packets to it come to "
+            "INPUT, where ipvs looks at them. Nobody else is asked for it (nodad).",
+            "shop/web:http",
+        ),
+        (
+            "-A -t 192.168.50.1:30080 -s sh -b flag-3",
+            "A virtual server for the node port 192.168.50.1:30080 (TCP): a hash of the client's address chooses the "
+            "endpoint (sh). flag-3 means nothing to the scheduler; it tells ours from others'.",
+            "shop/web:http",
+        ),
+        ("link set kube-ipvs0 up", "kube-ipvs0 is up: now its addresses count.", ""),
+        (
             "ip link add kube-ipvs0 type dummy",
-            "A device that leads nowhere: kube-ipvs0 only holds addresses of Services, so that they are this node's.",
+            "A device that leads nowhere: kube-ipvs0 only holds addresses of Services.",
             "",
         ),
     ],

@@ -10,16 +10,29 @@ from userspace_proxy.explain.lines import Line
 
 _SCHEDULERS = {
     "rr": "each new connection goes to the next endpoint (rr: round robin)",
-    "wrr": "each new connection goes to the next endpoint, to those of more weight more often (wrr)",
-    "lc": "each new connection goes to the endpoint that has fewest (lc: least connections)",
-    "sh": "which endpoint depends on the client's address (sh: source hashing)",
-    "mh": "which endpoint depends on a hash by Maglev's table (mh)",
-    "random": "each new connection goes to an endpoint by chance (random)",
+    "wrr": "each new connection goes to the next endpoint, more often to those of more weight (wrr)",
+    "lc": "a new connection goes to the endpoint that has fewest (lc: least connections)",
+    "wlc": "a new connection goes to the endpoint that has fewest for its weight (wlc)",
+    "lblc": "as wlc, but one destination keeps its endpoint while that is not overloaded (lblc)",
+    "lblcr": "as lblc, with a set of endpoints for one destination (lblcr)",
+    "dh": "a hash of the destination's address chooses the endpoint (dh)",
+    "sh": "a hash of the client's address chooses the endpoint (sh)",
+    "sed": "a new connection goes to where it is expected to wait least (sed)",
+    "nq": "a new connection goes to an idle endpoint, else as with sed (nq: never queue)",
+    "fo": "all go to the endpoint of the highest weight (fo: failover)",
+    "ovf": "all go to the endpoint of the highest weight, what is more than its weight to the next (ovf: overflow)",
+    "mh": "a hash of the client's address chooses the endpoint, by Maglev's table (mh)",
+    "twos": "of two endpoints drawn by chance, the one with fewer connections for its weight (twos)",
 }
 _FORWARDS = {
     "-m": "the packet's destination becomes the endpoint's address and port (-m: masquerading, which is NAT)",
     "-g": "the packet goes to the endpoint as it is (-g: direct routing)",
     "-i": "the packet goes to the endpoint in a tunnel (-i)",
+}
+_TOOLS = {
+    "# nft -f -": "First nftables, which sees packets before ipvs does: who may dial, who is refused or masqueraded.",
+    "# ip -batch -": "Then the addresses of Services: this node's own, so that packets to them come to INPUT.",
+    "# ipvsadm --restore": "Then the virtual servers: who is led on by nftables meets one of them.",
 }
 
 
@@ -36,26 +49,28 @@ def lines(text: str, known: Known, *, is_short: bool = False) -> Iterator[Line]:
             yield Line(line, *explain(line, known))
         if line == "}":
             table = nft_text.parse("\n".join(of_table))
-            shown = nft_text.without_the_useless(table) if is_short else table
+            shown = nft_text.without_the_useless(table, slots.dead_rules(table)) if is_short else table
             yield from nft_text.write(shown, slots.explainer(table, known))
             of_table = []
 
 
 def explain(line: str, known: Known) -> tuple[str, str]:
-    """Return what *line* does, and whose it is."""
+    """Return what *line* does, and whose it is; lines of `ip` with the name of the tool or without."""
     words = line.split()
     if words[:1] in (["-A"], ["-a"]):
         return _virtual_server(words, known) if words[0] == "-A" else _endpoint(words, known)
-    match words:
-        case ["ip", "address" | "addr", "add" | "replace", address, "dev", device]:
-            return _address(address, device), ""
-        case ["ip", "link", "add", device, "type", "dummy"] | ["ip", "link", "add", "dev", device, "type", "dummy"]:
-            return (
-                f"A device that leads nowhere: {device} only holds addresses of Services, so that they "
-                f"are this node's.",
-                "",
-            )
-    return "", ""
+    match words[1:] if words[:1] == ["ip"] else words:
+        case ["address", "add" | "replace", address, "dev", device]:
+            return _address(address, device), known.owner_of(host(address))
+        case ["address", "add" | "replace", address, "nodad", "dev", device]:
+            return f"{_address(address, device)} Nobody else is asked for it (nodad).", known.owner_of(host(address))
+        case ["link", "add", device, "type", "dummy"]:
+            return f"A device that leads nowhere: {device} only holds addresses of Services.", ""
+        case ["link", "set", device, "alias", alias]:
+            return f"Says whose {device} is: {alias}'s. kube-proxy makes a device of this name, too.", ""
+        case ["link", "set", device, "up"]:
+            return f"{device} is up: now its addresses count.", ""
+    return _TOOLS.get(line, ""), ""
 
 
 def _address(address: str, device: str) -> str:
@@ -92,18 +107,20 @@ def _options(words: Iterable[str], takes: str) -> dict[str, str] | None:
 
 
 def _virtual_server(words: list[str], known: Known) -> tuple[str, str]:
-    portal, options = _portal(words[1:]), _options(words[3:], "-s -p -M")
+    portal, options = _portal(words[1:]), _options(words[3:], "-s -p -b")
     if portal is None or options is None or (scheduler := _SCHEDULERS.get(options.pop("-s", ""))) is None:
         return "", ""
     pinned = options.pop("-p", "")
-    options.pop("-M", "")
-    if options:
+    flags = options.pop("-b", "")
+    if options or flags not in ("", "flag-3"):
         return "", ""
     said = f"A virtual server for {known.portal(*portal)}: {scheduler}."
     if pinned:
         said += (
             f" Affinity: a client meets the same endpoint again until it has been away for {pinned} s (-p: persistent)."
         )
+    if flags:
+        said += " flag-3 means nothing to the scheduler; it tells ours from others'."
     return said, known.owner(*portal)
 
 
@@ -117,5 +134,5 @@ def _endpoint(words: list[str], known: Known) -> tuple[str, str]:
     if weight == "0":
         share = "weight 0: no new connections, open ones go on"
     else:
-        share = f"weight {weight}: of endpoints with one weight, none is preferred"
+        share = f"weight {weight}: its share beside the others', where the scheduler asks for weights"
     return f"{endpoint} is an endpoint of {known.portal(*portal)}; {forward}; {share}.", known.owner(*portal)

@@ -20,6 +20,7 @@ class Known:
     def __init__(self, service_ports: Iterable[ServicePort], refuse_port: int = 0) -> None:
         self.refuse_port = str(refuse_port)  # in userspace mode; nobody listens there
         self.names: dict[ServicePortName, ServicePort] = {}
+        self._names_at: dict[str, set[ServicePortName]] = {}
         self._portals: dict[tuple[str, int, str], tuple[str, ServicePortName]] = {}
         for service_port in service_ports:
             self.names[service_port.name] = service_port
@@ -27,18 +28,28 @@ class Known:
             for portal in portals(service_port):
                 kind = _kind(portal, inside, balanced)
                 self._portals.setdefault(_key(portal), (kind, service_port.name))
+                self._names_at.setdefault(portal.ip, set()).add(service_port.name)
 
     def portal(self, ip: str, port: str, protocol: str) -> str:
         """Return a portal in words; *ip* is "" for a node port."""
         kind, _ = self._portals.get((ip, int(port), protocol.upper()), ("", None))
         if not ip:
             return f"the node port {port} ({protocol.upper()})"
+        if not kind and ("", int(port), protocol.upper()) in self._portals:
+            kind = "node port"  # at one address of the node
         return f"{f'the {kind} ' if kind else ''}{join_address(ip, int(port))} ({protocol.upper()})"
 
     def owner(self, ip: str, port: str, protocol: str) -> str:
         """Return the service port whose portal this is, "" where nobody's."""
-        _, name = self._portals.get((ip, int(port), protocol.upper()), ("", None))
-        return str(name or "")
+        for at in (ip, ""):
+            if found := self._portals.get((at, int(port), protocol.upper())):
+                return str(found[1])
+        return ""
+
+    def owner_of(self, ip: str) -> str:
+        """Return the service port that alone has portals at *ip*, "" where several have."""
+        names = self._names_at.get(ip, set())
+        return str(next(iter(names))) if len(names) == 1 else ""
 
 
 def _kind(portal: Portal, inside: Collection[Portal], balanced: Collection[Portal]) -> str:

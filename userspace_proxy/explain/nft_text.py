@@ -13,6 +13,7 @@ _OPENS = re.compile(r"(set|map|chain) (\w+) \{")
 _FAMILY = re.compile(r"[a-z]([46])(?:_|$)")
 _LOOK_UPS = re.compile(r"(?<!!= )@(\w+)")
 _NAMES = re.compile(r"@(\w+)")  # one that holds nothing tells something by `!=`
+_JUMPS, _GOES = re.compile(r"jump (\w+)"), re.compile(r"goto (\w+)")
 _CALLS = re.compile(r"(?:jump|goto) (\w+)")
 _FOR_FAMILY = re.compile(r"nfproto ipv([46])")
 _EFFECT = re.compile(
@@ -127,14 +128,16 @@ def _once(blocks: list[Block]) -> Iterator[Block]:
     rules = [line for block in blocks if block.is_chain for line in block.items]
     sets = [block for block in blocks if not block.is_chain]
     empty = {block.name for block in sets if _is_empty(block, rules)}
+    # Who goes to a chain without rules is done: that is an effect. Who jumps there comes back.
     used = {block.name for block in blocks if block.is_chain and any(map(_EFFECT.search, block.items))}
+    used |= {name for rule in rules for name in _GOES.findall(rule)}
     used &= {block.name for block in blocks if block.is_chain and block.head} | set(_CALLS.findall("\n".join(rules)))
     families = "".join({block.family for block in sets if block.items})
 
     def is_dead(rule: str) -> bool:
         return (
             any(name in empty for name in _LOOK_UPS.findall(rule))
-            or any(name not in used for name in _CALLS.findall(rule))
+            or any(name not in used for name in _JUMPS.findall(rule))
             or any(family not in families for family in _FOR_FAMILY.findall(rule))
         )
 

@@ -112,7 +112,8 @@ def _led(block: Block, line: str, scanned: _Scanned, known: Known) -> Said:
         return Said(f"{packets} are refused at once: there is no endpoint.", owner)
     if value == _DROPPED:
         return Said(f"{packets} are dropped: no endpoint of this node may take them.", owner)
-    told = [f"{packets} are for the endpoint set {shown(value & scanned.mask)}"]
+    led = f"are for the endpoint set {shown(value & scanned.mask)}" if scanned.mask else "are led on"
+    told = [f"{packets} {led}"]
     if value & scanned.masquerades:
         told.append(f"{shown(scanned.masquerades)}: endpoints see this node's address, not the client's")
     if value & scanned.pins:

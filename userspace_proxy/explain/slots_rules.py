@@ -19,9 +19,8 @@ _WHATS = {"services": "addresses of Services", "node_ports": "node ports"}
 def _map(match: re.Match[str]) -> str:
     first = " Asked before the map for everybody." if match["sender"] else ""
     return (
-        f"Packets{SENDERS[match['sender']]} to {_WHATS[match['what']]} (IPv{match['family']}): "
-        f"portal -> the number of a "
-        f"set of endpoints, and what is to be done first.{first}"
+        f"Packets{SENDERS[match['sender']]} to {_WHATS[match['what']]} (IPv{match['family']}): portal -> a number that "
+        f"says what becomes of the packet.{first}"
     )
 
 
@@ -242,7 +241,7 @@ RULES = patterns(
         ),
     ),
     (
-        r"ct status dnat ip6? saddr \. ip6? daddr @hairpins[46] masquerade fully-random",
+        r"(?:ct status dnat )?ip6? saddr \. ip6? daddr @hairpins[46] masquerade fully-random",
         "An endpoint that dialled its own Service and met itself: without another sender's address it would answer "
         "itself directly, past us, and not know the answer.",
     ),
