@@ -19,7 +19,7 @@ demo: ## a Service, three backends, one killed under load: in private namespaces
 	@exec $(BIN)/userspace-proxy demo
 
 test: ## all checks and all tests, as root and as a plain user alike
-	@tools/setup $(VENV) nft iptables ip conntrack nginx wrk openssl
+	@tools/setup $(VENV) nft iptables ip conntrack nginx haproxy wrk openssl
 	@tools/test $(VENV)
 
 test-cluster: ## beside a real control plane: KUBE_BIN=folder with etcd, kube-apiserver, kube-controller-manager and, if at hand, kube-proxy
@@ -28,7 +28,7 @@ test-cluster: ## beside a real control plane: KUBE_BIN=folder with etcd, kube-ap
 	@KUBE_BIN=$(abspath $(KUBE_BIN)) timeout 900 $(BIN)/python -m pytest -m cluster tests/cluster
 
 soak: ## the tests that take minutes
-	@tools/setup $(VENV) nft iptables ip conntrack nginx wrk openssl
+	@tools/setup $(VENV) nft iptables ip conntrack nginx haproxy wrk openssl
 	@timeout 3600 $(BIN)/python -m pytest -m soak
 
 test-report: ## the report of `compare` in chromium: phone and desktop, light and dark
