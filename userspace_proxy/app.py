@@ -59,11 +59,12 @@ from userspace_proxy.proxiers.plans import NodeRules, planned_redirects
 from userspace_proxy.proxiers.proxy_ports import ProxyPorts
 from userspace_proxy.proxiers.userspace import UserspaceProxier
 from userspace_proxy.reports import Reports
-from userspace_proxy.rules import iptables, kube_kernel, network, nft, slots
+from userspace_proxy.rules import iptables, kube_kernel, network, nft
+from userspace_proxy.rules.element_tables import ElementTables
 from userspace_proxy.rules.kernel import KERNELS, choose_language
 from userspace_proxy.rules.kube_chains import Manner
 from userspace_proxy.rules.kube_kernel import IptablesTables
-from userspace_proxy.rules.slot_tables import SlotTables
+from userspace_proxy.rules.slots import SlotTable
 from userspace_proxy.rules.sysctls import KUBE_PROXY, ConntrackLimits
 from userspace_proxy.settings import DEFAULT_STATE_DIR, Settings
 from userspace_proxy.sources.events import EventRecorder, node_reference
@@ -73,7 +74,7 @@ from userspace_proxy.succession import Ending, Succession, children, reap, start
 _CAP_NET_ADMIN = 12
 # Mode -> what has its rules in the kernel. In userspace mode sockets of ours serve, and rules lead to them.
 KERNEL_MODES: dict[str, Callable[[Settings], KernelTables]] = {
-    "nftables": lambda _: SlotTables(),
+    "nftables": lambda _: ElementTables("nftables", SlotTable()),
     "iptables": lambda settings: IptablesTables(_manner(settings)),
 }
 
@@ -443,7 +444,7 @@ def render(settings: Settings) -> tuple[str, bool]:
         translations, facts = proxier.translated(tracker.state())
         if settings.proxy_mode == "iptables":
             return kube_kernel.text(translations, facts, _manner(settings)), is_well
-        return slots.table(facts, translations.values()), is_well
+        return SlotTable().text(facts, translations.values()), is_well
     ports = ProxyPorts(*settings.proxy_port_range, memory.proxy_ports)
     redirects = planned_redirects(tracker.state(), ports, _node_rules(settings, capture))
     if settings.rules != "iptables":
