@@ -59,8 +59,9 @@ from userspace_proxy.proxiers.plans import NodeRules, planned_redirects
 from userspace_proxy.proxiers.proxy_ports import ProxyPorts
 from userspace_proxy.proxiers.userspace import UserspaceProxier
 from userspace_proxy.reports import Reports
-from userspace_proxy.rules import iptables, kube_kernel, network, nft
+from userspace_proxy.rules import iptables, ipvs, kube_kernel, network, nft
 from userspace_proxy.rules.element_tables import ElementTables
+from userspace_proxy.rules.ipvs_kernel import IpvsTables
 from userspace_proxy.rules.kernel import KERNELS, choose_language
 from userspace_proxy.rules.kube_chains import Manner
 from userspace_proxy.rules.kube_kernel import IptablesTables
@@ -76,6 +77,7 @@ _CAP_NET_ADMIN = 12
 KERNEL_MODES: dict[str, Callable[[Settings], KernelTables]] = {
     "nftables": lambda _: ElementTables("nftables", SlotTable()),
     "iptables": lambda settings: IptablesTables(_manner(settings)),
+    "ipvs": lambda settings: IpvsTables(settings.ipvs_scheduler),
 }
 
 _Number = TypeVar("_Number", int, float)
@@ -442,6 +444,9 @@ def render(settings: Settings) -> tuple[str, bool]:
         tables = KERNEL_MODES[settings.proxy_mode](settings)
         proxier = _kernel_proxier(tables, settings, _node_rules(settings, capture))
         translations, facts = proxier.translated(tracker.state())
+        if settings.proxy_mode == "ipvs":
+            host_ips = facts.node.addresses or asyncio.run(network.host_addresses())
+            return ipvs.text(translations.values(), facts, host_ips, settings.ipvs_scheduler), is_well
         if settings.proxy_mode == "iptables":
             return kube_kernel.text(translations, facts, _manner(settings)), is_well
         return SlotTable().text(facts, translations.values()), is_well

@@ -17,7 +17,7 @@ import click
 
 from userspace_proxy import __version__, values
 from userspace_proxy.errors import StartError, SyncError
-from userspace_proxy.model.service import SourceIP
+from userspace_proxy.model.service import IPVS_SCHEDULERS, SourceIP
 from userspace_proxy.settings import Settings
 
 if TYPE_CHECKING:
@@ -199,10 +199,10 @@ _STATE_DIR = click.option(
 
 _PROXY_MODE = click.option(
     "--proxy-mode",
-    type=click.Choice(["userspace", "nftables", "iptables"]),
+    type=click.Choice(["userspace", "nftables", "iptables", "ipvs"]),
     default=_DEFAULTS.proxy_mode,
     show_default=True,
-    help="Who serves: sockets of this proxy, or the kernel by nftables rules or kube-proxy's iptables chains.",
+    help="Who serves: sockets of this proxy, or the kernel, by nftables rules, kube-proxy's iptables chains, or IPVS.",
 )
 
 _KERNEL_MODES = _options(
@@ -223,6 +223,14 @@ _KERNEL_MODES = _options(
         default=_DEFAULTS.localhost_nodeports,
         show_default=True,
         help="In iptables mode: serve node ports at 127.0.0.1, too.",
+    ),
+    click.option(
+        "--ipvs-scheduler",
+        type=click.Choice(IPVS_SCHEDULERS),
+        metavar="NAME",
+        default=_DEFAULTS.ipvs_scheduler,
+        show_default=True,
+        help="In ipvs mode: who chooses for Services without the annotation userspace-proxy/ipvs-scheduler.",
     ),
 )
 

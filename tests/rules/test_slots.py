@@ -75,6 +75,16 @@ def test_every_endpoint_has_its_share_of_slots(count: int, size: int) -> None:
     assert max(shares.values()) - min(shares.values()) <= 1
 
 
+def test_endpoints_have_slots_by_their_weights() -> None:
+    three, one, none = addresses(3)
+    weights = {three[0]: 3, none[0]: 0}
+
+    assert Counter(slots.spread([three, one, none], 256, weights)) == {three: 192, one: 64}
+    assert len(Counter(slots.spread([three, one], 16, {three[0]: 0, one[0]: 0}))) == 2
+    made = translation(ServicePort(name("ns/a"), 80, ("10.96.0.9",), weights=((NEAR.ip, 3),)), NEAR, FAR)
+    assert Counter(Counter(SlotTable().elements(made)["slots4_tcp_16"].values()).values()) == {12: 1, 4: 1}
+
+
 @pytest.mark.parametrize("count", [2, 8, 100, 1_000])
 def test_when_an_endpoint_goes_few_of_the_others_slots_change_hands(count: int) -> None:
     before = addresses(count)

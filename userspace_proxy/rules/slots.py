@@ -143,12 +143,16 @@ def _addresses(translation: Translation, scope: Scope) -> list[Address]:
     return [e.address for reach in there for e in (reach.cluster if scope is Scope.CLUSTER else reach.local)]
 
 
-def spread(endpoints: Sequence[Address], slots: int) -> list[Address]:
+def spread(endpoints: Sequence[Address], slots: int, weights: Mapping[str, int] | None = None) -> list[Address]:
     """Return which endpoint each of *slots* (a power of two) leads to.
 
     Each endpoint asks for slots in an order of its own, in turns (Maglev's table): so all have nearly as many, and when
-    one comes or goes few of the others' slots change hands.
+    one comes or goes few of the others' slots change hands. *weights*: how many slots a turn an IP asks for, else one;
+    who asks for none has none, unless nobody asks for any.
     """
+    if weights:
+        turns = [weights.get(ip, 1) for ip, _ in endpoints]
+        endpoints = [e for e, asks in zip(endpoints, turns, strict=True) for _ in range(asks)] or endpoints
     orders = [_order(endpoint, slots) for endpoint in endpoints]
     table: list[Address | None] = [None] * slots
     left = slots
@@ -182,7 +186,8 @@ def _add_endpoints(found: Elements, translation: Translation, scope: Scope, fami
     reach = translation.reaches[family]
     endpoints = [e.address for e in (reach.cluster if scope is Scope.CLUSTER else reach.local)][: max(SIZES.values())]
     number = packed_number(numbers.of_set(name, scope))
-    size = size_for(len(endpoints))
+    weights = dict(translation.service_port.weights)
+    size = size_for(sum(weights.get(ip, 1) for ip, _ in endpoints) if weights else len(endpoints))
     packed = {address: packed_ip(address[0]) + packed_port(address[1]) for address in endpoints}
     if timeout_s is None:
         leads, kind = packed, f"slots{family}_{name.protocol.lower()}"
@@ -192,7 +197,9 @@ def _add_endpoints(found: Elements, translation: Translation, scope: Scope, fami
         found.setdefault(f"endpoints{family}_{name.protocol.lower()}", {}).update(
             (leads[a], packed[a]) for a in endpoints
         )
-    slots = {number + slot: leads[a] for slot, a in zip(_slot_numbers(size), spread(endpoints, size), strict=True)}
+    slots = {
+        number + slot: leads[a] for slot, a in zip(_slot_numbers(size), spread(endpoints, size, weights), strict=True)
+    }
     found.setdefault(f"{kind}_{size}", {}).update(slots)
     add_hairpins(found, family, (ip for ip, _ in endpoints))
 
