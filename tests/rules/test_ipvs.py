@@ -13,6 +13,7 @@ from userspace_proxy.interfaces import NodeFacts
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.service import Portal, ServicePort
 from userspace_proxy.rules.ipvs import (
+    Connections,
     Step,
     Verb,
     VirtualServer,
@@ -122,8 +123,16 @@ def test_an_endpoint_goes_when_its_last_connection_has_ended() -> None:
     present = {WEB: VirtualServer(weights={A: 0, B: 1})}
     wanted = {WEB: VirtualServer(weights={B: 1})}
 
-    assert list(endings(present, wanted, {(WEB, A): 1})) == []
-    assert list(endings(present, wanted, {(WEB, B): 1})) == [Step(Verb.DELETE, WEB, present[WEB], A)]
+    assert list(endings(present, wanted, {(WEB, A): Connections(1, 0)})) == []
+    assert list(endings(present, wanted, {(WEB, A): Connections(0, 1)})) == []
+    assert list(endings(present, wanted, {(WEB, B): Connections(1, 0)})) == [Step(Verb.DELETE, WEB, present[WEB], A)]
+
+
+def test_a_server_that_nobody_wants_goes_when_no_established_connection_is_left() -> None:
+    present = {WEB: VirtualServer(weights={A: 0, B: 0})}
+
+    assert list(endings(present, {}, {(WEB, A): Connections(1, 0)})) == []
+    assert list(endings(present, {}, {(WEB, A): Connections(0, 9)})) == [Step(Verb.DELETE, WEB, present[WEB])]
 
 
 def test_an_endpoint_that_comes_back_while_it_leaves_gets_its_weight_again() -> None:
@@ -178,4 +187,8 @@ def test_what_the_kernel_lists_is_understood() -> None:
         WEB: VirtualServer("wlc", 10_800, {A: 1, B: 0}),
         dns6: VirtualServer("rr", None, {("fd00:244::2", 5353): 3}),
     }
-    assert listing.connections == {(WEB, A): 5, (WEB, B): 0, (dns6, ("fd00:244::2", 5353)): 0}
+    assert listing.connections == {
+        (WEB, A): Connections(2, 3),
+        (WEB, B): Connections(0, 0),
+        (dns6, ("fd00:244::2", 5353)): Connections(0, 0),
+    }

@@ -181,19 +181,31 @@ def _settings(server: VirtualServer) -> tuple[str, int | None]:
     return server.scheduler, server.affinity_timeout_s
 
 
+class Connections(NamedTuple):
+    """How many connections an endpoint has: ``active`` are established, the others begin or end (IPVS's own words)."""
+
+    active: int
+    inactive: int
+
+
 def endings(
     present: Mapping[Portal, VirtualServer],
     wanted: Mapping[Portal, VirtualServer],
-    connections: Mapping[tuple[Portal, Address], int],
+    connections: Mapping[tuple[Portal, Address], Connections],
 ) -> Iterator[Step]:
-    """Yield what takes away those of *present* that are wanted no more and have no *connections* left."""
+    """Yield what takes away those of *present* that are wanted no more and have no *connections* left.
+
+    Where nobody is to be there any more, only established ones are waited for: the address is free soon.
+    """
     for portal, server in present.items():
-        stay = wanted[portal].weights if portal in wanted else {}
-        leaving = [endpoint for endpoint in server.weights if endpoint not in stay]
-        ended = [endpoint for endpoint in leaving if not connections.get((portal, endpoint))]
-        yield from (Step(Verb.DELETE, portal, server, endpoint) for endpoint in ended)
-        if portal not in wanted and len(ended) == len(server.weights):
-            yield Step(Verb.DELETE, portal, server)
+        counts = {endpoint: connections.get((portal, endpoint), Connections(0, 0)) for endpoint in server.weights}
+        if portal not in wanted:
+            if not any(count.active for count in counts.values()):
+                yield Step(Verb.DELETE, portal, server)
+            continue
+        for endpoint, count in counts.items():
+            if endpoint not in wanted[portal].weights and not any(count):
+                yield Step(Verb.DELETE, portal, server, endpoint)
 
 
 def after(present: VirtualServers, step: Step) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.names import L4Protocol
 from userspace_proxy.model.service import Portal
-from userspace_proxy.rules.ipvs import OWN_FLAG, Step, VirtualServer, VirtualServers
+from userspace_proxy.rules.ipvs import OWN_FLAG, Connections, Step, VirtualServer, VirtualServers
 
 if TYPE_CHECKING:
     from pyroute2 import IPVS, IPVSService  # type: ignore[import-untyped]
@@ -32,10 +32,10 @@ _ONE_CLIENT: Mapping[int, str] = {4: "255.255.255.255", 6: socket.inet_ntoa(stru
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What the kernel has, whoever made it. ``connections``: how many each endpoint has, open ones and ended ones."""
+    """What the kernel has, whoever made it. ``connections``: how many each endpoint has."""
 
     servers: VirtualServers = field(default_factory=dict)
-    connections: Mapping[tuple[Portal, Address], int] = field(default_factory=dict)
+    connections: Mapping[tuple[Portal, Address], Connections] = field(default_factory=dict)
 
 
 def is_loaded() -> bool:
@@ -51,7 +51,7 @@ def listing() -> Listing:
 def read(text: str) -> Listing:
     """Read what the kernel prints to /proc/net/ip_vs; virtual servers by mark, and SCTP, are left out."""
     servers: VirtualServers = {}
-    connections: dict[tuple[Portal, Address], int] = {}
+    connections: dict[tuple[Portal, Address], Connections] = {}
     portal: Portal | None = None
     weights: dict[Address, int] = {}
     for line in text.splitlines():
@@ -67,7 +67,7 @@ def read(text: str) -> Listing:
         elif portal is not None:
             endpoint = _address(words[1])
             weights[endpoint] = int(words[3])
-            connections[portal, endpoint] = int(words[4]) + int(words[5])
+            connections[portal, endpoint] = Connections(int(words[4]), int(words[5]))
     return Listing(servers, connections)
 
 
