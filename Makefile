@@ -28,7 +28,7 @@ test-cluster: ## beside a real control plane: KUBE_BIN=folder with etcd, kube-ap
 	@KUBE_BIN=$(abspath $(KUBE_BIN)) timeout 900 $(BIN)/python -m pytest -m cluster tests/cluster
 
 test-ipvs: ## ipvs mode, in a virtual machine whose kernel has IPVS
-	@tools/vm $(VENV) $(BIN)/python -m pytest -m ipvs tests/ipvs
+	@tools/vm $(VENV) $(BIN)/python -m pytest -m ipvs $$(grep -rl --include='*.py' pytest.mark.ipvs tests) # emulated, to read all tests takes a minute
 
 soak: ## the tests that take minutes
 	@tools/setup $(VENV) nft iptables ip conntrack nginx wrk openssl
