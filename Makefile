@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # A plain user's PATH lacks the administrator's folders, where nft and ip are.
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: help demo test test-cluster lint format contract soak bench bench-quick bench-scale compare test-report wheel lock clean
+.PHONY: help demo test test-cluster test-ipvs lint format contract soak bench bench-quick bench-scale compare test-report wheel lock clean
 
 help: ## show what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -26,6 +26,9 @@ test-cluster: ## beside a real control plane: KUBE_BIN=folder with etcd, kube-ap
 	@test -x "$(KUBE_BIN)/kube-apiserver" || { echo "KUBE_BIN names no folder with kube-apiserver and its like" >&2; exit 1; }
 	@tools/setup $(VENV) nft iptables ip conntrack nginx openssl
 	@KUBE_BIN=$(abspath $(KUBE_BIN)) timeout 900 $(BIN)/python -m pytest -m cluster tests/cluster
+
+test-ipvs: ## ipvs mode, in a virtual machine whose kernel has IPVS
+	@tools/vm $(VENV) $(BIN)/python -m pytest -m ipvs $$(grep -rl --include='*.py' pytest.mark.ipvs tests) # emulated, to read all tests takes a minute
 
 soak: ## the tests that take minutes
 	@tools/setup $(VENV) nft iptables ip conntrack nginx haproxy wrk openssl
