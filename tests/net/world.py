@@ -171,7 +171,7 @@ class Proxy:
         assert self.process is not None
         if self.process.poll() is None:
             self.process.send_signal(signum)
-        return self.process.wait(timeout_s)
+        return self.process.wait(timeout_s * PATIENCE)
 
     def workers(self) -> list[int]:
         """Return the process ids of the data plane."""

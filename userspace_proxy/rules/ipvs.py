@@ -19,8 +19,9 @@ from userspace_proxy.model.names import L4Protocol, ListenerName, Scope
 from userspace_proxy.model.routes import Refusal
 from userspace_proxy.model.service import Portal
 from userspace_proxy.rules.nft import merged
-from userspace_proxy.rules.portal_table import PortalTable, add_hairpins
-from userspace_proxy.rules.sets import Elements
+from userspace_proxy.rules.portal_table import OURS, add_hairpins
+from userspace_proxy.rules.sets import Elements, class_id
+from userspace_proxy.rules.slots import NUMBER, SlotTable
 
 # What tutorials look at. kube-proxy makes one, too; ours has an alias that says whose it is.
 DEVICE = "kube-ipvs0"
@@ -30,16 +31,31 @@ OWN_FLAG = 0x20
 DEFAULT_SCHEDULER = "rr"
 
 
-class IpvsTable(PortalTable):
-    """The table of mode ipvs: who is refused, dropped or masqueraded; who is led on meets a virtual server."""
+class IpvsTable(SlotTable):
+    """The table of mode ipvs: who is refused, dropped or masqueraded; who is led on meets a virtual server.
+
+    A virtual server has one set of endpoints, whoever dials. Pods and the node itself, where they are to meet others
+    than clients from outside (the policy Local), are led to these by slots, as in mode nftables.
+    """
 
     name = "inet userspace_proxy_ipvs"
+    hairpin = ""  # IPVS leaves no status
 
-    def mode_elements(self, translation: Translation, used: Mapping[Family, set[ListenerName]]) -> Elements:
-        found: Elements = {}
-        for family, listeners in used.items():
-            for listener in listeners:
-                add_hairpins(found, family, (e.ip for e in _endpoints(translation, family, listener.scope)))
+    def translate(self, family: Family) -> Iterator[str]:
+        yield f"meta priority & {class_id(NUMBER)} == {class_id(OURS)} accept"
+        yield from super().translate(family)
+
+    def number_of(self, portal: Portal, listener: ListenerName, translation: Translation) -> int:
+        if _scopes(translation)[portal] is listener.scope:
+            return OURS
+        return super().number_of(portal, listener, translation)
+
+    def mode_elements(self, translation: Translation) -> Elements:
+        scopes = _scopes(translation)
+        others = [r for r in translation.routes if isinstance(r.to, ListenerName) and r.to.scope != scopes[r.portal]]
+        found = self.slots_for(translation, others)
+        for family, scope in {(portal.family, scope) for portal, scope in scopes.items()}:
+            add_hairpins(found, family, (e.ip for e in _endpoints(translation, family, scope)))
         return found
 
 
@@ -65,21 +81,17 @@ def virtual_servers(
 
     *scheduler* is this node's default, for service ports that ask for none, or for one that is *missing*.
 
-    There is one set of endpoints for each portal, whoever dials it: ANYBODY's, or where these are refused by
-    nftables, the one of pods and the node itself.
+    Each has the endpoints that ANYBODY is led to, or, where these are refused by nftables, those of pods and the node
+    itself.
     """
     service_port = translation.service_port
-    leads: dict[Portal, ListenerName] = {}
-    for portal, _, to in translation.routes:
-        if not isinstance(to, Refusal):
-            leads.setdefault(portal, to)
     given = dict(service_port.weights)
     chosen = service_port.ipvs_scheduler
     if not chosen or chosen in missing:
         chosen = scheduler
     found: VirtualServers = {}
-    for portal, listener in leads.items():
-        endpoints = _endpoints(translation, portal.family, listener.scope)
+    for portal, scope in _scopes(translation).items():
+        endpoints = _endpoints(translation, portal.family, scope)
         weights = {endpoint.address: given.get(endpoint.ip, 1) for endpoint in endpoints}
         if portal.protocol is L4Protocol.UDP:
             # A flow has no end that could be waited for: it stays as long as its endpoint serves.
@@ -110,6 +122,15 @@ def _at_addresses(portal: Portal, node_ips: Iterable[str]) -> list[Portal]:
         return [portal]
     here = (Portal(ip, portal.port, portal.protocol) for ip in node_ips)
     return [each for each in here if each.family == portal.family]
+
+
+def _scopes(translation: Translation) -> dict[Portal, Scope]:
+    """Return which endpoints the virtual server of each portal has."""
+    scopes: dict[Portal, Scope] = {}
+    for portal, _, to in translation.routes:
+        if not isinstance(to, Refusal):
+            scopes.setdefault(portal, to.scope)
+    return scopes
 
 
 def _endpoints(translation: Translation, family: Family, scope: Scope) -> Collection[Endpoint]:

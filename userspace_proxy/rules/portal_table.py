@@ -13,7 +13,7 @@ from userspace_proxy.interfaces import NodeFacts, Translation
 from userspace_proxy.model.endpoint import FAMILIES, Family
 from userspace_proxy.model.names import ListenerName, ServicePortName
 from userspace_proxy.model.routes import Refusal, Sender
-from userspace_proxy.model.service import internal_portals
+from userspace_proxy.model.service import Portal, internal_portals
 from userspace_proxy.rules.nft import merged, pod_cidrs
 from userspace_proxy.rules.sets import (
     Elements,
@@ -72,12 +72,12 @@ class PortalTable:
         """Return what holds whose affinity lasts for *timeout_s*, None where that is no business of this table."""
         return None
 
-    def number_of(self, listener: ListenerName, translation: Translation) -> int:
-        """Return the number of the set of endpoints that *listener* stands for."""
+    def number_of(self, portal: Portal, listener: ListenerName, translation: Translation) -> int:
+        """Return the number that leads packets to *portal* to the endpoints that *listener* stands for."""
         return OURS
 
-    def mode_elements(self, translation: Translation, used: Mapping[Family, set[ListenerName]]) -> Elements:
-        """Return the elements of *translation* that are this mode's own; *used*: which listeners somebody is led to."""
+    def mode_elements(self, translation: Translation) -> Elements:
+        """Return the elements of *translation* that are this mode's own."""
         return {}
 
     def forget(self, before: Translation, after: Translation | None) -> None:
@@ -109,18 +109,16 @@ class PortalTable:
     def elements(self, translation: Translation) -> Elements:
         """Return what is looked up for one service port."""
         found: Elements = {}
-        used: dict[Family, set[ListenerName]] = {}
         for portal, sender, to in translation.routes:
             if isinstance(to, Refusal):
                 value = _REJECTED if to is Refusal.REJECT else _DROPPED
             else:
-                used.setdefault(portal.family, set()).add(to)
-                value = self.number_of(to, translation) | (0 if to.transparent else MASQUERADED)
+                value = self.number_of(portal, to, translation) | (0 if to.transparent else MASQUERADED)
             kind = "node_ports" if portal.is_node_port else "services"
             found.setdefault(f"{kind}{portal.family}{_SENDERS[sender]}", {})[packed_portal(portal)] = packed_number(
                 value
             )
-        for name, own in self.mode_elements(translation, used).items():
+        for name, own in self.mode_elements(translation).items():
             found.setdefault(name, {}).update(own)
         for portal in internal_portals(translation.service_port):
             found.setdefault(f"cluster_ips{portal.family}", {})[packed_ip(portal.ip)] = b""
@@ -179,7 +177,12 @@ class PortalTable:
     def _chains(self, facts: NodeFacts, timeouts_s: Sequence[int]) -> dict[str, list[str]]:
         mark = f"{MASQUERADE_MARK:#x}"
         chains: dict[str, Iterable[str]] = {
-            "refuse": ["meta l4proto tcp reject with tcp reset", "reject with icmpx type port-unreachable"],
+            "refuse": [
+                # The reset itself, where this node dials an address of its own: it comes by here, too.
+                "tcp flags & rst == rst accept",
+                "meta l4proto tcp reject with tcp reset",
+                "reject with icmpx type port-unreachable",
+            ],
         }
         for family in FAMILIES:
             chains |= self.chains_of(family, timeouts_s) | {

@@ -21,6 +21,8 @@ from userspace_proxy.interfaces import Translation
 from userspace_proxy.model.allocation import Allocator
 from userspace_proxy.model.endpoint import Address, Family
 from userspace_proxy.model.names import L4Protocol, ListenerName, Scope, ServicePortName
+from userspace_proxy.model.routes import Refusal, Route
+from userspace_proxy.model.service import Portal
 from userspace_proxy.rules.portal_table import IP, OURS, PortalTable, add_hairpins
 from userspace_proxy.rules.sets import Elements, SetKind, class_id, packed_ip, packed_number, packed_port
 
@@ -28,7 +30,7 @@ from userspace_proxy.rules.sets import Elements, SetKind, class_id, packed_ip, p
 SIZES: Mapping[int, int] = {16: 8, 256: 128, 4_096: 4_095}
 # What is looked up: 32 bits, shown as tc shows them (major:minor).
 _PINNED = 0x2000_0000
-_NUMBER = 0x5FFF_F000  # of the endpoint set, without what is to be done first
+NUMBER = 0x5FFF_F000  # of the endpoint set, without what is to be done first
 _SEAT = 0xFFF  # of the endpoint in it, 0 for none
 _SETS_MAX = 0x1_FFFF
 _PINS_MAX = 262_144
@@ -79,21 +81,25 @@ class SlotTable(PortalTable):
 
     def translate(self, family: Family) -> Iterator[str]:
         yield f"meta priority & {class_id(_PINNED)} == {class_id(_PINNED)} goto pinned{family}"
-        yield f"meta priority set meta priority & {class_id(_NUMBER)}"
+        yield f"meta priority set meta priority & {class_id(NUMBER)}"
         for protocol in map(str.lower, L4Protocol):
             for size in SIZES:
                 slot = f"meta priority . numgen random mod {size} map @slots{family}_{protocol}_{size}"
                 yield f"meta l4proto {protocol} dnat {IP[family]} to {slot}"
 
-    def number_of(self, listener: ListenerName, translation: Translation) -> int:
+    def number_of(self, portal: Portal, listener: ListenerName, translation: Translation) -> int:
         number = self.numbers.of_set(listener.service_port, listener.scope)
         return number | (0 if translation.service_port.affinity_timeout_s is None else _PINNED)
 
-    def mode_elements(self, translation: Translation, used: Mapping[Family, set[ListenerName]]) -> Elements:
+    def mode_elements(self, translation: Translation) -> Elements:
+        return self.slots_for(translation, translation.routes)
+
+    def slots_for(self, translation: Translation, routes: Iterable[Route]) -> Elements:
+        """Return the slots of all sets of endpoints that somebody is led to by *routes*."""
         found: Elements = {}
-        for family, listeners in used.items():
-            for scope in {listener.scope: None for listener in listeners}:
-                _add_endpoints(found, translation, scope, family, self.numbers)
+        used = [(r.portal.family, r.to.scope) for r in routes if not isinstance(r.to, Refusal)]
+        for family, scope in dict.fromkeys(used):
+            _add_endpoints(found, translation, scope, family, self.numbers)
         return found
 
     def forget(self, before: Translation, after: Translation | None) -> None:
@@ -214,7 +220,7 @@ def _slot_numbers(size: int) -> tuple[bytes, ...]:
 
 def _pinned(family: Family) -> Iterator[str]:
     """Yield how a client that has a pin comes to its endpoint, and one that has none, or no more, to another."""
-    number, seat = f"meta priority & {class_id(_NUMBER)}", f"meta priority & {class_id(_SEAT)}"
+    number, seat = f"meta priority & {class_id(NUMBER)}", f"meta priority & {class_id(_SEAT)}"
     client = f"{_CLIENT[family]} . {number}"
     yield f"meta priority set {number}"
     yield f"meta priority set {_CLIENT[family]} . meta priority map @pins{family} jump remembered{family}"
@@ -227,7 +233,7 @@ def _pinned(family: Family) -> Iterator[str]:
 
 def _remembered(family: Family, timeouts_s: Iterable[int]) -> Iterator[str]:
     """Yield how a pin is made, or lasts from now on again, and its endpoint is met if it is still there."""
-    number = f"meta priority & {class_id(_NUMBER)}"
+    number = f"meta priority & {class_id(NUMBER)}"
     for timeout_s in timeouts_s:
         element = f"{_CLIENT[family]} . {number} timeout {timeout_s}s : meta priority"
         yield f"{number} @affinity_{timeout_s} update @pins{family} {{ {element} }}"
