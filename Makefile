@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # A plain user's PATH lacks the administrator's folders, where nft and ip are.
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: help demo test test-cluster lint format contract soak bench bench-quick bench-scale compare test-report wheel lock clean
+.PHONY: help demo test test-cluster test-ipvs lint format contract soak bench bench-quick bench-scale compare test-report wheel lock clean
 
 help: ## show what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -19,7 +19,7 @@ demo: ## a Service, three backends, one killed under load: in private namespaces
 	@exec $(BIN)/userspace-proxy demo
 
 test: ## all checks and all tests, as root and as a plain user alike
-	@tools/setup $(VENV) nft iptables ip conntrack nginx wrk openssl
+	@tools/setup $(VENV) nft iptables ip conntrack nginx haproxy wrk openssl
 	@tools/test $(VENV)
 
 test-cluster: ## beside a real control plane: KUBE_BIN=folder with etcd, kube-apiserver, kube-controller-manager and, if at hand, kube-proxy
@@ -27,8 +27,11 @@ test-cluster: ## beside a real control plane: KUBE_BIN=folder with etcd, kube-ap
 	@tools/setup $(VENV) nft iptables ip conntrack nginx openssl
 	@KUBE_BIN=$(abspath $(KUBE_BIN)) timeout 900 $(BIN)/python -m pytest -m cluster tests/cluster
 
+test-ipvs: ## ipvs mode, in a virtual machine whose kernel has IPVS
+	@tools/vm $(VENV) $(BIN)/python -m pytest -m ipvs $$(grep -rl --include='*.py' pytest.mark.ipvs tests) # emulated, to read all tests takes a minute
+
 soak: ## the tests that take minutes
-	@tools/setup $(VENV) nft iptables ip conntrack nginx wrk openssl
+	@tools/setup $(VENV) nft iptables ip conntrack nginx haproxy wrk openssl
 	@timeout 3600 $(BIN)/python -m pytest -m soak
 
 test-report: ## the report of `compare` in chromium: phone and desktop, light and dark

@@ -161,6 +161,10 @@ def test_what_kubeadm_writes_is_read_and_leaves_every_default(tmp_path: Path) ->
         ("logging: {verbosity: 4}", {"verbose": True}),
         ("portRange: 20000-20999", {"proxy_port_range": (20_000, 20_999)}),
         ("udpIdleTimeout: 250ms", {"udp_timeout_s": 0.25}),
+        (
+            "mode: ipvs\nipvs: {scheduler: lc, syncPeriod: 20s}\niptables: {masqueradeAll: true}",
+            {"proxy_mode": "ipvs", "ipvs_scheduler": "lc", "sync_period_s": 20, "masquerade_all": True},
+        ),
     ],
 )
 def test_a_field_of_the_same_meaning_is_honoured(tmp_path: Path, written: str, meant: dict[str, Any]) -> None:
@@ -174,7 +178,7 @@ def test_a_field_of_the_same_meaning_is_honoured(tmp_path: Path, written: str, m
 @pytest.mark.parametrize(
     ("written", "named"),
     [
-        ("mode: ipvs", "mode: 'ipvs'"),
+        ("mode: kernelspace", "mode: 'kernelspace'"),
         ("bindAddress: 192.0.2.1", "bindAddress: '192.0.2.1'"),
         ("iptables: {masqueradeAll: true}", "iptables.masqueradeAll"),
         ("iptables: {masqueradeBit: 0}", "iptables.masqueradeBit"),

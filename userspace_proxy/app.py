@@ -65,11 +65,13 @@ from userspace_proxy.proxiers.plans import NodeRules, planned_redirects
 from userspace_proxy.proxiers.proxy_ports import ProxyPorts
 from userspace_proxy.proxiers.userspace import UserspaceProxier
 from userspace_proxy.reports import Reports
-from userspace_proxy.rules import iptables, kube_kernel, network, nft, slots
+from userspace_proxy.rules import iptables, ipvs, kube_kernel, network, nft
+from userspace_proxy.rules.element_tables import ElementTables
+from userspace_proxy.rules.ipvs_kernel import IpvsTables
 from userspace_proxy.rules.kernel import KERNELS, choose_language
 from userspace_proxy.rules.kube_chains import Manner
 from userspace_proxy.rules.kube_kernel import IptablesTables
-from userspace_proxy.rules.slot_tables import SlotTables
+from userspace_proxy.rules.slots import SlotTable
 from userspace_proxy.rules.sysctls import KUBE_PROXY, ConntrackLimits
 from userspace_proxy.settings import DEFAULT_STATE_DIR, Settings
 from userspace_proxy.sources.events import EventRecorder, node_reference
@@ -79,8 +81,9 @@ from userspace_proxy.succession import Ending, Succession, children, reap, start
 _CAP_NET_ADMIN = 12
 # Mode -> what has its rules in the kernel. In userspace mode sockets of ours serve, and rules lead to them.
 KERNEL_MODES: dict[str, Callable[[Settings], KernelTables]] = {
-    "nftables": lambda _: SlotTables(),
+    "nftables": lambda _: ElementTables("nftables", SlotTable()),
     "iptables": lambda settings: IptablesTables(_manner(settings)),
+    "ipvs": lambda settings: IpvsTables(settings.ipvs_scheduler),
 }
 
 _Number = TypeVar("_Number", int, float)
@@ -503,9 +506,12 @@ def _rules(settings: Settings, given: _Given, names: Set[ServicePortName] | None
         translations, facts = proxier.translated(given.state)
         wanted = translations.keys() if names is None else translations.keys() & names
         translations = {name: translations[name] for name in given.state.service_ports if name in wanted}
+        if settings.proxy_mode == "ipvs":
+            host_ips = facts.node.addresses or asyncio.run(network.host_addresses())
+            return ipvs.text(translations.values(), facts, host_ips, settings.ipvs_scheduler)
         if settings.proxy_mode == "iptables":
             return kube_kernel.text(translations, facts, _manner(settings))
-        return slots.table(facts, translations.values())
+        return SlotTable().text(facts, translations.values())
     redirects = _redirects(settings, given)
     if names is not None:
         redirects = only(redirects, names)

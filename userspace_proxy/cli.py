@@ -18,7 +18,7 @@ import click
 from userspace_proxy import __version__, values
 from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.explain.command import EXPLAINING, show
-from userspace_proxy.model.service import SourceIP
+from userspace_proxy.model.service import IPVS_SCHEDULERS, SourceIP
 from userspace_proxy.settings import Settings
 
 if TYPE_CHECKING:
@@ -202,10 +202,10 @@ _STATE_DIR = click.option(
 def _proxy_mode(*more: str) -> Callable[[_Function], _Function]:
     return click.option(
         "--proxy-mode",
-        type=click.Choice(["userspace", "nftables", "iptables", *more]),
+        type=click.Choice(["userspace", "nftables", "iptables", "ipvs", *more]),
         default=_DEFAULTS.proxy_mode,
         show_default=True,
-        help="Who serves: sockets of this proxy, or the kernel by nftables rules or kube-proxy's iptables chains.",
+        help="Who serves: sockets of ours, or the kernel, by nftables rules, kube-proxy's iptables chains, or IPVS.",
     )
 
 
@@ -229,6 +229,14 @@ _KERNEL_MODES = _options(
         default=_DEFAULTS.localhost_nodeports,
         show_default=True,
         help="In iptables mode: serve node ports at 127.0.0.1, too.",
+    ),
+    click.option(
+        "--ipvs-scheduler",
+        type=click.Choice(IPVS_SCHEDULERS),
+        metavar="NAME",
+        default=_DEFAULTS.ipvs_scheduler,
+        show_default=True,
+        help="In ipvs mode: who chooses for Services without the annotation userspace-proxy/ipvs-scheduler.",
     ),
 )
 

@@ -19,6 +19,7 @@ import yaml
 
 from userspace_proxy import api, values
 from userspace_proxy.errors import ConfigError, StartError
+from userspace_proxy.model.service import IPVS_SCHEDULERS
 from userspace_proxy.sources.documents import split
 from userspace_proxy.sources.lines import Lines, Place
 from userspace_proxy.sources.yaml_faults import describe, keys_that_stand_twice
@@ -285,7 +286,23 @@ _MEANINGS: dict[str, tuple[str, Callable[[Any], object]]] = {
     "logging.format": ("log_format", _one_of("text", "json")),
     "logging.verbosity": ("verbose", lambda level: level >= _DEBUG),
 }
-HONOURED = frozenset(_MEANINGS)
+# The same where the mode is asked for.
+_MODE: dict[str, tuple[str, Callable[[Any], object]]] = {"mode": ("proxy_mode", str)}
+_OF_MODES: dict[str, dict[str, tuple[str, Callable[[Any], object]]]] = {
+    "nftables": _MODE | {"nftables.masqueradeAll": ("masquerade_all", bool)},
+    "iptables": _MODE
+    | {
+        "iptables.masqueradeAll": ("masquerade_all", bool),
+        "iptables.masqueradeBit": ("masquerade_bit", int),
+        "iptables.localhostNodePorts": ("localhost_nodeports", bool),
+    },
+    "ipvs": _MODE
+    | {
+        "iptables.masqueradeAll": ("masquerade_all", bool),
+        "ipvs.scheduler": ("ipvs_scheduler", _one_of(*IPVS_SCHEDULERS)),
+    },
+}
+HONOURED = frozenset(_MEANINGS).union(*_OF_MODES.values())
 # What is so here whether it is asked for or not.
 _AS_WE_DO: list[tuple[str, object]] = [
     ("mode", "userspace"),
@@ -308,15 +325,7 @@ def understand(config: KubeProxyConfiguration) -> Configuration:
         f"{section}.syncPeriod": ("sync_period_s", float),
         f"{section}.minSyncPeriod": ("min_sync_period_s", float),
     }
-    if config.mode == "nftables":
-        meanings |= {"mode": ("proxy_mode", str), "nftables.masqueradeAll": ("masquerade_all", bool)}
-    if config.mode == "iptables":
-        meanings |= {
-            "mode": ("proxy_mode", str),
-            "iptables.masqueradeAll": ("masquerade_all", bool),
-            "iptables.masqueradeBit": ("masquerade_bit", int),
-            "iptables.localhostNodePorts": ("localhost_nodeports", bool),
-        }
+    meanings |= _OF_MODES.get(config.mode or "", {})
     for path, value in _set_fields(config):
         try:
             if (path, value) in _AS_WE_DO:

@@ -235,13 +235,15 @@ class Translation:
 
     ``routes``: for each portal that is this service port's, by sender; ANYBODY's first. A listener stands for the
     endpoints of its scope in ``reaches``; with ``transparent`` these see the client's address, else this node's.
-    ``allowed``: who may dial these portals, where that is not everybody.
+    ``allowed``: who may dial these portals, where that is not everybody. ``serving``: the endpoints whose UDP flows may
+    stay.
     """
 
     service_port: ServicePort
     routes: tuple[Route, ...]
     reaches: Mapping[Family, Reach]
     allowed: Mapping[Portal, tuple[str, ...]] = field(default_factory=dict)
+    serving: tuple[Endpoint, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

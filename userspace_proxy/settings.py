@@ -41,6 +41,8 @@ class Settings:
     # In iptables mode: the bit of packet marks that says "masquerade"; node ports at 127.0.0.1, too.
     masquerade_bit: int = 14
     localhost_nodeports: bool = True
+    # In ipvs mode: who chooses where no annotation says it. In turns, as kube-proxy has it.
+    ipvs_scheduler: str = "rr"
 
     # Who is a pod of this node, and who is not. None of the addresses given: nobody can be told from another.
     detect_local_mode: str = "ClusterCIDR"

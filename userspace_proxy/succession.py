@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum
 from pathlib import Path
@@ -69,6 +70,7 @@ class Succession:
         self._told_to_go = asyncio.Event()
         self._keeps_on = False  # workers would serve on without us
         self._successors = 0
+        self._is_left = False  # to a new program of ours, which is about to begin
 
     def heed_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -147,6 +149,9 @@ class Succession:
         await conversation.sent()
 
     def _on_signal(self) -> None:
+        if self._is_left:  # too late for us: it waits, blocked, for the new program
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+            return
         self._told_to_go.set()
         if not self.stop.is_set() or self.ending is Ending.AGAIN:
             log.info("stopping: rules away, then up to %.3g s for open connections", self._drain_timeout_s)
@@ -199,6 +204,7 @@ class Succession:
         else:
             await take_away()
         if self.ending is Ending.AGAIN:
+            self._is_left = True
             # Until the new program can heed them; a stop that came just now would else kill it unheard.
             signal.pthread_sigmask(signal.SIG_BLOCK, (*_STOPS, signal.SIGUSR2))
 

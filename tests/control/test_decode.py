@@ -517,6 +517,21 @@ def test_of_two_ports_only_the_one_that_a_header_cannot_be_sent_to_goes_without(
     assert len(problems) == 1
 
 
+def test_annotations_of_kernel_modes_are_read_or_refused_by_name() -> None:
+    def read(scheduler: str, weights: str) -> tuple[str, Any, list[str]]:
+        stated = {"userspace-proxy/ipvs-scheduler": scheduler, "userspace-proxy/weights": weights}
+        found, problems = port_of(annotations=stated)
+        return found.ipvs_scheduler, found.weights, problems
+
+    weights = (("10.244.0.5", 3), ("fd00::1", 0))
+    assert read("lc", " 10.244.0.5=3, fd00:0::1=0,") == ("lc", weights, [])
+    for scheduler, written in (("fastest", "10.244.0.5"), ("", "10.244.0.5=101"), ("LC", "a=1"), ("rr2", "1.2.3.4=-1")):
+        assert read(scheduler, written) == (
+            *("", ()),
+            ["metadata.annotations.userspace-proxy/ipvs-scheduler", "metadata.annotations.userspace-proxy/weights"],
+        )
+
+
 # ---- Nodes
 
 HERE = Node("here", addresses=("192.0.2.1",))

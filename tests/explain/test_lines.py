@@ -21,8 +21,9 @@ from userspace_proxy.interfaces import NodeFacts, PodDetector, Redirects, Transl
 from userspace_proxy.model.endpoint import FAMILIES
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.service import ServicePort
-from userspace_proxy.rules import iptables, kube_kernel, nft, slots
+from userspace_proxy.rules import iptables, kube_kernel, nft
 from userspace_proxy.rules.kube_chains import Manner
+from userspace_proxy.rules.slots import SlotTable
 from userspace_proxy.settings import Settings
 
 USERSPACE_NFT, USERSPACE_IPTABLES, IPTABLES, NFTABLES, _ = READERS
@@ -66,7 +67,7 @@ def of_translations(
     chains = kube_kernel.text(translations, facts, Manner(facts.pods))
     return [
         explained(IPTABLES, chains, known, is_short=is_short),
-        explained(NFTABLES, slots.table(facts, translations.values()), known, is_short=is_short),
+        explained(NFTABLES, SlotTable().text(facts, translations.values()), known, is_short=is_short),
     ]
 
 
@@ -92,7 +93,7 @@ def test_every_line_of_kernel_modes_is_explained_and_left_as_it_is(facts: NodeFa
     chains, table = of_translations(EVERYTHING, facts)
 
     assert unexplained([*chains.lines, *table.lines]) == []
-    assert [line.text for line in table.lines] == slots.table(facts, EVERYTHING.values()).splitlines()
+    assert [line.text for line in table.lines] == SlotTable().text(facts, EVERYTHING.values()).splitlines()
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -22,9 +22,10 @@ from tests.net.world import (
     wait_until,
 )
 from userspace_proxy.lab import ServiceLab, connect
-from userspace_proxy.rules.slots import TABLE
+from userspace_proxy.rules.slots import SlotTable
 
 IP = "10.96.7.1"
+TABLE = SlotTable.name
 # From pods of the node, too, answers have to come back by way of it.
 FLAGS = ("--proxy-mode", "nftables", "--detect-local-mode", "ClusterCIDR", "--cluster-cidr", "10.244.0.0/16")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import signal
 import socket
@@ -17,6 +18,8 @@ from userspace_proxy.lab import HTTP_PORT, Host, ServiceLab, ask, connect
 
 BACKEND = Path(__file__).with_name("backend.py")
 UDP_PORT = 5353
+# What a machine takes longer for than those that the bounds of these tests were made on, such as an emulated one.
+PATIENCE = float(os.environ.get("TESTS_PATIENCE", "1"))
 POD1, POD2 = ServiceLab.pod_ip(0), ServiceLab.pod_ip(1)
 # Says "hello" and holds the connection until the client closes it.
 HOLDER = """
@@ -32,6 +35,7 @@ with socket.create_server(("", 9000)) as server:
 
 def wait_until(condition: Callable[[], object], what: str, timeout_s: float = 5.0) -> None:
     """Wait for *condition*; fail with *what* was waited for."""
+    timeout_s *= PATIENCE
     give_up_at = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < give_up_at, f"waited {timeout_s} s in vain until {what}"
@@ -167,7 +171,7 @@ class Proxy:
         assert self.process is not None
         if self.process.poll() is None:
             self.process.send_signal(signum)
-        return self.process.wait(timeout_s)
+        return self.process.wait(timeout_s * PATIENCE)
 
     def workers(self) -> list[int]:
         """Return the process ids of the data plane."""

@@ -10,7 +10,7 @@ from userspace_proxy.interfaces import PodDetector, Translation
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.service import ServicePort, SourceIP, load_balancer_portals
-from userspace_proxy.model.topology import Node
+from userspace_proxy.model.topology import Node, serving_endpoints
 from userspace_proxy.proxiers.plans import allowed_to_dial, plan
 
 HERE = Node("here", addresses=("192.168.50.1", "fd00:50::1"))
@@ -24,7 +24,7 @@ def translation(service_port: ServicePort, *endpoints: Endpoint, detects_pods: b
     planned = plan(service_port, endpoints, HERE, detects_pods=detects_pods, source_ip=SourceIP.TRANSPARENT)
     portals = load_balancer_portals(service_port) if service_port.source_ranges else ()
     allowed = {portal: allowed_to_dial(service_port, portal, HERE) for portal in portals}
-    return Translation(service_port, planned.routes, planned.reaches, allowed)
+    return Translation(service_port, planned.routes, planned.reaches, allowed, serving_endpoints(endpoints))
 
 
 def by_name(translations: Iterable[Translation]) -> dict[ServicePortName, Translation]:

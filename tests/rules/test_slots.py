@@ -20,7 +20,8 @@ from userspace_proxy.model.service import ServicePort, SourceIP, load_balancer_p
 from userspace_proxy.model.topology import Node
 from userspace_proxy.proxiers.plans import plan
 from userspace_proxy.rules import slots
-from userspace_proxy.rules.slot_tables import SlotTables
+from userspace_proxy.rules.element_tables import ElementTables
+from userspace_proxy.rules.slots import SlotTable
 
 HERE = Node("here", addresses=("192.0.2.1",))
 FACTS = NodeFacts(HERE, PodDetector(cidrs=("10.244.0.0/16",)), ("192.0.2.1/32",), ("10.96.0.0/16",))
@@ -48,6 +49,11 @@ LOCAL = translation(
 )
 NOBODY = translation(ServicePort(name("shop/empty"), 80, ("10.96.0.4",), node_port=30_081))
 EVERYTHING = (WEB, PINNED, LOCAL, NOBODY)
+TABLE = SlotTable.name
+
+
+def slot_tables() -> ElementTables:
+    return ElementTables("nftables", SlotTable())
 
 
 # ---- slots
@@ -69,6 +75,16 @@ def test_every_endpoint_has_its_share_of_slots(count: int, size: int) -> None:
     assert max(shares.values()) - min(shares.values()) <= 1
 
 
+def test_endpoints_have_slots_by_their_weights() -> None:
+    three, one, none = addresses(3)
+    weights = {three[0]: 3, none[0]: 0}
+
+    assert Counter(slots.spread([three, one, none], 256, weights)) == {three: 192, one: 64}
+    assert len(Counter(slots.spread([three, one], 16, {three[0]: 0, one[0]: 0}))) == 2
+    made = translation(ServicePort(name("ns/a"), 80, ("10.96.0.9",), weights=((NEAR.ip, 3),)), NEAR, FAR)
+    assert Counter(Counter(SlotTable().elements(made)["slots4_tcp_16"].values()).values()) == {12: 1, 4: 1}
+
+
 @pytest.mark.parametrize("count", [2, 8, 100, 1_000])
 def test_when_an_endpoint_goes_few_of_the_others_slots_change_hands(count: int) -> None:
     before = addresses(count)
@@ -83,18 +99,15 @@ def test_when_an_endpoint_goes_few_of_the_others_slots_change_hands(count: int) 
 
 
 def test_the_slots_do_not_depend_on_what_was_before() -> None:
-    numbers = slots.Numbers()
-    elements = slots.elements(PINNED, numbers)
-
-    assert elements == slots.elements(PINNED, slots.Numbers())
+    assert SlotTable().elements(PINNED) == SlotTable().elements(PINNED)
 
 
 def test_an_endpoint_keeps_its_number_when_others_come_and_go() -> None:
-    numbers = slots.Numbers()
+    table = SlotTable()
     held = PINNED.service_port
-    before = slots.elements(translation(held, NEAR, FAR), numbers)["endpoints4_tcp"]
+    before = table.elements(translation(held, NEAR, FAR))["endpoints4_tcp"]
 
-    after = slots.elements(translation(held, Endpoint("10.244.0.1", 80), FAR), numbers)["endpoints4_tcp"]
+    after = table.elements(translation(held, Endpoint("10.244.0.1", 80), FAR))["endpoints4_tcp"]
 
     by_endpoint = {endpoint: number for number, endpoint in before.items()}
     assert {
@@ -107,16 +120,16 @@ def test_an_endpoint_keeps_its_number_when_others_come_and_go() -> None:
 
 
 def test_the_whole_table_reads_as_written_down() -> None:
-    assert_golden("slots-everything.nft", slots.table(FACTS, EVERYTHING))
+    assert_golden("slots-everything.nft", SlotTable().text(FACTS, EVERYTHING))
 
 
 def test_without_services_it_reads_as_written_down() -> None:
-    assert_golden("slots-nothing.nft", slots.table(NodeFacts(), ()))
+    assert_golden("slots-nothing.nft", SlotTable().text(NodeFacts(), ()))
 
 
 def in_force(host: Host) -> Any:
     """Return our table as the kernel lists it, without handles and the order of elements."""
-    listed = json.loads(host.run("nft", "--json", "list", "table", *slots.TABLE.split()).stdout)["nftables"]
+    listed = json.loads(host.run("nft", "--json", "list", "table", *TABLE.split()).stdout)["nftables"]
     return sorted((_plain(item) for item in listed if "metainfo" not in item), key=json.dumps)
 
 
@@ -130,7 +143,7 @@ def _plain(value: Any) -> Any:
 
 
 def load(
-    tables: SlotTables, host: Host, made: Mapping[ServicePortName, Translation], changed: set[ServicePortName]
+    tables: ElementTables, host: Host, made: Mapping[ServicePortName, Translation], changed: set[ServicePortName]
 ) -> None:
     # A loop of its own, whose threads are then of the host.
     with host.inside(), asyncio.Runner() as runner:
@@ -146,8 +159,8 @@ def test_what_is_loaded_is_what_is_written_down(lab: Lab) -> None:
     """By netlink on one host, as text on another: also every comment is the same."""
     ours, theirs = lab.add("netlink"), lab.add("text")
 
-    load(SlotTables(), ours, by_name(*EVERYTHING), set())
-    theirs.run("nft", "-f", "-", stdin=slots.table(FACTS, EVERYTHING))
+    load(slot_tables(), ours, by_name(*EVERYTHING), set())
+    theirs.run("nft", "-f", "-", stdin=SlotTable().text(FACTS, EVERYTHING))
 
     assert in_force(ours) == in_force(theirs)
 
@@ -178,15 +191,15 @@ def any_translations(chance: random.Random) -> dict[ServicePortName, Translation
 def test_whatever_changes_the_kernel_ends_up_with_the_whole_new_table(lab: Lab) -> None:
     """Changes on one host, a whole table on another; both must list the same after each step."""
     ours, other, chance = lab.add("changes"), lab.add("anew"), random.Random(1)
-    tables, old = SlotTables(), dict[ServicePortName, Translation]()
+    tables, old = slot_tables(), dict[ServicePortName, Translation]()
     load(tables, ours, by_name(PINNED, translation(PINNED.service_port)), set())  # with both time-outs from now on
     for step in range(25):
         new = any_translations(chance)
         load(tables, ours, new, {*old, *new, PINNED.service_port.name})
-        whole = SlotTables()
-        whole._numbers = tables._numbers  # what numbers there are depends on who came first
+        whole = slot_tables()
+        whole.table = tables.table  # what numbers there are depends on who came first
         whole._timeouts_s = tables._timeouts_s
-        other.run("nft", "-f", "-", stdin=slots.removal())
+        other.run("nft", "-f", "-", stdin=SlotTable().removal())
         load(whole, other, new, set())
 
         assert _elements(in_force(ours)) == _elements(in_force(other)), f"step {step}: {old} -> {new}"
@@ -200,14 +213,14 @@ def _elements(listed: Any) -> dict[str, Any]:
 
 
 def test_an_address_that_several_service_ports_share_goes_with_the_last_of_them(lab: Lab) -> None:
-    host, tables = lab.add("shared"), SlotTables()
+    host, tables = lab.add("shared"), slot_tables()
     first = translation(ServicePort(name("ns/a:http"), 80, ("10.96.0.1",)), NEAR)
     second = translation(ServicePort(name("ns/a:https"), 443, ("10.96.0.1",)), NEAR)
     names = {first.service_port.name, second.service_port.name}
     load(tables, host, by_name(first, second), names)
 
     load(tables, host, by_name(second), names)
-    assert "10.96.0.1" in host.run("nft", "list", "set", *slots.TABLE.split(), "cluster_ips4").stdout
+    assert "10.96.0.1" in host.run("nft", "list", "set", *TABLE.split(), "cluster_ips4").stdout
 
     load(tables, host, {}, names)
     assert not _elements(in_force(host))
@@ -215,9 +228,9 @@ def test_an_address_that_several_service_ports_share_goes_with_the_last_of_them(
 
 def test_pins_outlive_the_process_that_loaded_the_table(lab: Lab) -> None:
     host = lab.add("pins")
-    load(SlotTables(), host, by_name(PINNED), set())
-    host.run("nft", "add", "element", *slots.TABLE.split(), "pins4 { 10.0.0.1 . 4000:1000 timeout 60s : 4000:1001 }")
+    load(slot_tables(), host, by_name(PINNED), set())
+    host.run("nft", "add", "element", *TABLE.split(), "pins4 { 10.0.0.1 . 4000:1000 timeout 60s : 4000:1001 }")
 
-    load(SlotTables(), host, by_name(PINNED, WEB), set())
+    load(slot_tables(), host, by_name(PINNED, WEB), set())
 
-    assert "10.0.0.1" in host.run("nft", "list", "map", *slots.TABLE.split(), "pins4").stdout
+    assert "10.0.0.1" in host.run("nft", "list", "map", *TABLE.split(), "pins4").stdout

@@ -306,11 +306,11 @@ def _idle_field_errors(service: api.Service) -> Iterator[ConfigError]:
             field = f"status.loadBalancer.ingress[{index}].ipMode"
             yield ConfigError(f"{item.ip_mode!r} is no mode of an IP", field=field, mend="write VIP or Proxy")
     for key in service.metadata.annotations or ():
-        if key.startswith(decode.ANNOTATION_PREFIX) and key != decode.SOURCE_IP:
+        if key.startswith(decode.ANNOTATION_PREFIX) and key not in decode.ANNOTATIONS:
+            close = get_close_matches(key, decode.ANNOTATIONS, n=1)
+            mend = f"did you mean {close[0]!r}?" if close else f"ours are {', '.join(decode.ANNOTATIONS)}"
             field = api.below("metadata.annotations", key)
-            yield ConfigError(
-                f"there is no annotation {key!r}", field=field, mend=f"did you mean {decode.SOURCE_IP!r}?"
-            )
+            yield ConfigError(f"there is no annotation {key!r}", field=field, mend=mend)
 
 
 def _follows(error: ConfigError, unknown: Sequence[ConfigError]) -> bool:

@@ -29,6 +29,7 @@ class _Scanned:
     masquerades: int = 0
     pins: int = 0
     mask: int = 0
+    virtual_server: int = -1  # what IPVS leads on, where there is that
     owners: dict[int, str] = field(default_factory=dict)
     endpoints: dict[int, str] = field(default_factory=dict)
     values: set[int] = field(default_factory=set)
@@ -51,6 +52,8 @@ def _scan(table: Table) -> _Scanned:
         found.masquerades = number(match[1])
     if match := re.search(rf"meta priority & ({NUMBER}) == \1 goto pinned", rules):
         found.pins = number(match[1])
+    if match := re.search(rf"meta priority & {NUMBER} == ({NUMBER}) accept", rules):
+        found.virtual_server = number(match[1])
     if match := re.search(rf"meta priority set meta priority & ({NUMBER})", rules):
         found.mask = number(match[1])
     for block in table.blocks:
@@ -112,7 +115,9 @@ def _led(block: Block, line: str, scanned: _Scanned, known: Known) -> Said:
         return Said(f"{packets} are refused at once: there is no endpoint.", owner)
     if value == _DROPPED:
         return Said(f"{packets} are dropped: no endpoint of this node may take them.", owner)
-    led = f"are for the endpoint set {shown(value & scanned.mask)}" if scanned.mask else "are led on"
+    led = f"are for the endpoint set {shown(value & scanned.mask)}"
+    if value & scanned.mask == scanned.virtual_server:
+        led = f"are for the virtual server there ({shown(scanned.virtual_server)})"
     told = [f"{packets} {led}"]
     if value & scanned.masquerades:
         told.append(f"{shown(scanned.masquerades)}: endpoints see this node's address, not the client's")

@@ -162,6 +162,10 @@ FRAME = patterns(
 )
 RULES = patterns(
     (r"meta nfproto ipv(?P<f>[46]) jump (?:services|from_node)(?P=f)", lambda m: f"IPv{m['f']} has rules of its own."),
+    (
+        r"tcp flags & rst == rst accept",
+        "The reset itself, where this node refuses what it dialled at an address of its own: let it pass.",
+    ),
     (r"meta l4proto tcp reject with tcp reset", "TCP: a reset; the client sees `connection refused`."),
     (r"reject with icmpx type port-unreachable", "Else (UDP): ICMP port unreachable."),
     (
@@ -191,6 +195,10 @@ RULES = patterns(
             f"answers come back "
             f"here. Marked with {m['mark']}; POSTROUTING does it."
         ),
+    ),
+    (
+        rf"meta priority & {NUMBER} == {NUMBER} accept",
+        "Of no set here: a virtual server leads it on, as IPVS sees it at INPUT, or at OUTPUT after us.",
     ),
     (
         rf"meta priority & (?P<bit>{NUMBER}) == (?P=bit) goto pinned[46]",

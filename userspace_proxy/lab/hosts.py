@@ -231,6 +231,8 @@ def build_service_lab(lab: Lab, pods: int) -> ServiceLab:
     """Build a `ServiceLab` with so many *pods* in *lab*."""
     client, node = lab.add("client"), lab.add("node")
     lab.link(client, "eth0", node, "eth0")
+    for knob in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
+        node.set_knob(knob, 1)  # as every node of a cluster; a namespace has what the machine happens to have
     for host, address4, address6 in ((client, CLIENT_IP, CLIENT_IP6), (node, NODE_IP, NODE_IP6)):
         host.ip("address", "add", f"{address4}/24", "dev", "eth0")
         host.ip("address", "add", f"{address6}/64", "dev", "eth0", "nodad")

@@ -46,6 +46,14 @@ class SourceIP(StrEnum):
     TRANSPARENT = "transparent"
 
 
+# What a kernel may know (net/netfilter/ipvs), newest last.
+IPVS_SCHEDULERS = ("rr", "wrr", "lc", "wlc", "lblc", "lblcr", "dh", "sh", "sed", "nq", "fo", "ovf", "mh", "twos")
+
+Weights = tuple[tuple[str, int], ...]
+"""Endpoints' IPs, and how much of the new connections each gets."""
+WEIGHT_MAX = 100
+
+
 @dataclass(frozen=True, slots=True)
 class ServicePort:
     """One port of a Service with all that decides where its traffic comes from and goes to.
@@ -54,6 +62,8 @@ class ServicePort:
     are 0 where there is none. ``load_balancer_ips`` are those that this node answers for (ipMode VIP);
     ``source_ranges`` are the CIDRs that may dial these, everybody where there are none. ``internal_local``,
     ``external_local``: the traffic policy Local, for who comes by a cluster IP and for who comes another way.
+    ``ipvs_scheduler``: "" for the node's default; ``weights``: of endpoints that do not have the weight 1. Of meaning
+    in some kernel modes only.
     """
 
     name: ServicePortName
@@ -68,6 +78,8 @@ class ServicePort:
     external_local: bool = False
     health_check_node_port: int = 0
     source_ip: SourceIP = SourceIP.NODE
+    ipvs_scheduler: str = ""
+    weights: Weights = ()
 
     @property
     def families(self) -> tuple[Family, ...]:

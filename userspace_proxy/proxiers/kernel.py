@@ -16,6 +16,7 @@ from userspace_proxy.interfaces import KernelTables, NodeFacts, Translation
 from userspace_proxy.model.names import L4Protocol, ListenerName, ServicePortName
 from userspace_proxy.model.service import Portal, SourceIP, internal_portals, load_balancer_portals
 from userspace_proxy.model.state import ProxyState
+from userspace_proxy.model.topology import serving_endpoints
 from userspace_proxy.proxiers.plans import NodeRules, Plan, Plans, allowed_to_dial
 from userspace_proxy.proxiers.repairs import REPAIR_PAUSE_S, keep_rules, repaired
 from userspace_proxy.rules.conntrack import Answering, forget_udp_flows, open_connections
@@ -112,9 +113,8 @@ class KernelProxier:
             for portal in load_balancer_portals(service_port):
                 if self._claims.holder(portal) == name:
                     allowed[portal] = allowed_to_dial(service_port, portal, self._plans.state.node)
-        return Translation(
-            service_port, tuple(routes), plan.reaches, {p: cidrs for p, cidrs in allowed.items() if cidrs}
-        )
+        allowed = {portal: cidrs for portal, cidrs in allowed.items() if cidrs}
+        return Translation(service_port, tuple(routes), plan.reaches, allowed, serving_endpoints(plan.endpoints))
 
     def _facts(self) -> NodeFacts:
         node = self._plans.state.node
@@ -131,7 +131,7 @@ class KernelProxier:
                 continue
             before = self._answering.pop(name, {})
             if (made := self._translations.get(name)) is not None:
-                serving = frozenset(e.address for e in self._plans.held[name].endpoints if e.serving)
+                serving = frozenset(e.address for e in made.serving)
                 after: dict[Portal, Answering] = {route.portal: serving for route in made.routes}
                 self._answering[name] = after
                 stale |= {portal: serving for portal in after if serving and before.get(portal) != serving}

@@ -18,6 +18,7 @@ from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import OWN_MARK, TRANSPARENT_MARK
 from userspace_proxy.model.endpoint import family_of
 from userspace_proxy.rules.answers import REPLY_RULE, bridge_table
+from userspace_proxy.rules.ipvs import DEVICE
 from userspace_proxy.rules.nft import LOCAL_ADDRESS4, LOCAL_ADDRESS6
 from userspace_proxy.rules.tool import is_installed, run_tool
 
@@ -220,7 +221,8 @@ async def host_addresses() -> tuple[str, ...]:
     except SyncError as error:
         log.warning("this host's addresses cannot be looked at: %s", error)
         return ()
-    return tuple(dict.fromkeys(a["local"] for link in links for a in link.get("addr_info", ()) if "local" in a))
+    own = (link for link in links if link.get("ifname") != DEVICE)  # which bears portals, whoever made it
+    return tuple(dict.fromkeys(a["local"] for link in own for a in link.get("addr_info", ()) if "local" in a))
 
 
 def unnumbered_interfaces(links: Sequence[dict[str, Any]], routes: Sequence[dict[str, Any]]) -> list[str]:

@@ -18,6 +18,7 @@ _PACKAGE = {
     "ip6tables-save": "iptables",
     "ip": "iproute2",
     "conntrack": "conntrack",
+    "modprobe": "kmod",
 }
 _TIMEOUT_S = 60.0
 
@@ -66,7 +67,8 @@ def _reason(stderr: str) -> str:
     """Return the line of *stderr* that says why, with a hint where the usual cause is known."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     said = next(
-        (line for line in lines if "rror" in line or "denied" in line), lines[0] if lines else "no reason given"
+        (line for line in lines if "rror" in line or "denied" in line or "FATAL" in line),
+        lines[0] if lines else "no reason given",
     )
     if "not permitted" in stderr or "ermission denied" in stderr:
         said += "; run as root or with CAP_NET_ADMIN"

@@ -51,6 +51,7 @@ VARIANTS = [
     Variant(
         "nftables", "uvloop", "transparent", (*KNOWS_PODS, "--nodeport-addresses", "0.0.0.0/0,::/0"), mode="nftables"
     ),
+    Variant("nftables", "uvloop", "transparent", mode="ipvs"),
 ]
 
 
@@ -143,7 +144,8 @@ def cluster() -> Iterator[Cluster]:
 
 
 # The kernel modes take as long as all others together: `make soak`. In `make test` they have tests of their own.
-_PARAMS = [pytest.param(v, id=v.said, marks=pytest.mark.soak if v.mode != "userspace" else ()) for v in VARIANTS]
+_MARKS = {"nftables": [pytest.mark.soak], "iptables": [pytest.mark.soak], "ipvs": [pytest.mark.ipvs]}
+_PARAMS = [pytest.param(v, id=v.said, marks=_MARKS.get(v.mode, [])) for v in VARIANTS]
 
 
 @pytest.fixture(scope="session", params=_PARAMS)

@@ -18,7 +18,9 @@ def expected(mode: str, probe: Probe) -> str:
     """Return what is to come of *probe* in *mode*."""
     if mode == "iptables":
         return _in_iptables_mode(probe)
-    if mode == "nftables" and ("nodePort@localhost" in probe.target or probe.given.name.startswith("n3-another-port")):
+    if mode in ("nftables", "ipvs") and (
+        "nodePort@localhost" in probe.target or probe.given.name.startswith("n3-another-port")
+    ):
         return REFUSED  # loopback has no node ports (P1), and the other ports of a cluster IP are refused (N3)
     return probe.expected
 

@@ -18,12 +18,13 @@ from typing import NamedTuple
 
 from tests.net.contract.cluster import ALTERNATE, BALANCER, GATEWAY, LOCALHOST, PRIMARY, Cluster
 from tests.net.contract.given import Given
+from tests.net.world import PATIENCE
 from userspace_proxy.lab import Host, connect
 
 REFUSED, TIMEOUT = "refused", "timeout"
-_SILENT_S = 1.0
+_SILENT_S = 1.0 * PATIENCE
 # A backend that has its turn is patiently waited for: the machine may be busy.
-_ANSWER_S = 3.0
+_ANSWER_S = 3.0 * PATIENCE
 _TRIES = 40
 _THREADS = 24
 _NOBODY = (REFUSED, TIMEOUT)

@@ -11,6 +11,7 @@ from userspace_proxy.control.decode.addresses import (
     number_errors,
     virtual_ip_errors,
 )
+from userspace_proxy.control.decode.annotations import ANNOTATION_PREFIX, ANNOTATIONS
 from userspace_proxy.control.decode.endpoints import (
     SERVICE_NAME_LABEL,
     EndpointsByPort,
@@ -26,8 +27,6 @@ from userspace_proxy.control.decode.endpoints import (
 )
 from userspace_proxy.control.decode.nodes import is_eligible, node_of
 from userspace_proxy.control.decode.service_ports import (
-    ANNOTATION_PREFIX,
-    SOURCE_IP,
     Allotted,
     PortKey,
     given_cluster_ips,
@@ -42,9 +41,9 @@ from userspace_proxy.control.decode.service_ports import (
 from userspace_proxy.control.decode.services import check_service, is_proxied, service_errors
 
 __all__ = [
+    "ANNOTATIONS",
     "ANNOTATION_PREFIX",
     "SERVICE_NAME_LABEL",
-    "SOURCE_IP",
     "Allotted",
     "EndpointsByPort",
     "PortKey",

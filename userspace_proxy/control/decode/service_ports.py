@@ -8,14 +8,17 @@ from types import MappingProxyType
 
 from userspace_proxy import api
 from userspace_proxy.control.decode.addresses import canonical_cidr, canonical_ip, virtual_ip_errors
+from userspace_proxy.control.decode.annotations import (
+    SOURCE_IP_FIELD,
+    stated_scheduler,
+    stated_source_ip,
+    stated_weights,
+)
 from userspace_proxy.errors import ConfigError
 from userspace_proxy.model.endpoint import family_of
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
 from userspace_proxy.model.service import ServicePort, SourceIP
 
-ANNOTATION_PREFIX = "userspace-proxy/"
-SOURCE_IP = f"{ANNOTATION_PREFIX}source-ip"
-_SOURCE_IP_FIELD = api.below("metadata.annotations", SOURCE_IP)
 AFFINITY_TIMEOUT_S = 10_800
 
 # By what a port of a Service is known, and an EndpointSlice's port matched with it: name and protocol (behaviours S6).
@@ -49,7 +52,9 @@ def service_ports(
     found: dict[int, ServicePort] = {}
     load_balancer_ips, problems = _load_balancer_ips(service)
     annotated, annotation_problems = stated_source_ip(service)
-    problems += annotation_problems
+    scheduler, scheduler_problems = stated_scheduler(service)
+    weights, weights_problems = stated_weights(service)
+    problems += [*annotation_problems, *scheduler_problems, *weights_problems]
     if annotated is SourceIP.TRANSPARENT and transparent_obstacle:
         problems.append(_not_here(transparent_obstacle))
         annotated = None
@@ -83,6 +88,8 @@ def service_ports(
             external_local=spec.external_traffic_policy == "Local",
             health_check_node_port=health_check_node_port,
             source_ip=wanted,
+            ipvs_scheduler=scheduler or "",
+            weights=weights or (),
         )
     return found, problems
 
@@ -151,26 +158,14 @@ def source_ranges(spec: api.objects.ServiceSpec) -> tuple[str, ...]:
     return tuple(dict.fromkeys(cidr for cidr in given if family_of(cidr) not in unfiltered))
 
 
-def stated_source_ip(service: api.Service) -> tuple[SourceIP | None, list[ConfigError]]:
-    """Return what the annotation of *service* says, None where it says nothing that makes sense."""
-    given = (service.metadata.annotations or {}).get(SOURCE_IP)
-    if given is None:
-        return None, []
-    try:
-        return SourceIP(given), []
-    except ValueError:
-        mend = f"write one of {', '.join(SourceIP)}; until then the node's default applies"
-        return None, [ConfigError(f"{given!r} says no source IP", field=_SOURCE_IP_FIELD, mend=mend)]
-
-
 def _not_here(obstacle: str) -> ConfigError:
-    return ConfigError(f"clients' addresses cannot be kept on this node: {obstacle}", field=_SOURCE_IP_FIELD)
+    return ConfigError(f"clients' addresses cannot be kept on this node: {obstacle}", field=SOURCE_IP_FIELD)
 
 
 def _no_header_of_udp(port: api.ServicePort) -> ConfigError:
     return ConfigError(
         f"PROXY protocol v1 knows no UDP, which port {port.port} is",
-        field=_SOURCE_IP_FIELD,
+        field=SOURCE_IP_FIELD,
         mend="write proxy-protocol-v2; until then the node's default applies to this port",
     )
 

@@ -1,9 +1,8 @@
-"""Kernel mode nftables, in the kernel: its rules by the nft tool, which they are for life; its elements by netlink."""
+"""A `PortalTable` in the kernel: its rules by the nft tool, which they are for life; its elements by netlink."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -11,12 +10,12 @@ from collections.abc import Callable, Collection, Mapping
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import NodeFacts, Translation
 from userspace_proxy.model.names import ServicePortName
-from userspace_proxy.rules import slots
 from userspace_proxy.rules.elements import Channel, Transaction, element
 from userspace_proxy.rules.netlink import count_rules
 from userspace_proxy.rules.nft import comment
-from userspace_proxy.rules.notices import RuleNotices
-from userspace_proxy.rules.slots import Elements, Numbers, kind_of
+from userspace_proxy.rules.notices import RuleNotices, quiet
+from userspace_proxy.rules.portal_table import PortalTable
+from userspace_proxy.rules.sets import Elements, SetKind
 from userspace_proxy.rules.tool import is_installed, run_tool
 
 # More changes than this are sent in a thread: the kernel takes its time.
@@ -25,14 +24,13 @@ _AT_ONCE_MAX = 50
 log = logging.getLogger(__name__)
 
 
-class SlotTables:
-    """Holds the translations that the kernel makes, and brings it to others."""
+class ElementTables:
+    """Holds the translations of *mode* that *table* has in the kernel, and brings it to others."""
 
-    mode = "nftables"
-
-    def __init__(self) -> None:
+    def __init__(self, mode: str, table: PortalTable) -> None:
+        self.mode = mode
+        self.table = table
         self._held: dict[ServicePortName, Translation] = {}
-        self._numbers = Numbers()
         self._channel = Channel()
         self._uses: Counter[tuple[str, bytes]] = Counter()  # of elements that several service ports may have
         self._facts: NodeFacts | None = None  # None: it is not known what the kernel has
@@ -43,7 +41,7 @@ class SlotTables:
 
     async def prepare(self) -> None:
         if not is_installed("nft"):
-            raise SyncError("--proxy-mode nftables needs nft; install the package nftables")
+            raise SyncError(f"--proxy-mode {self.mode} needs nft; install the package nftables")
 
     async def load(
         self,
@@ -51,7 +49,7 @@ class SlotTables:
         changed: Collection[ServicePortName],
         facts: NodeFacts,
     ) -> None:
-        with self._quiet():
+        with quiet(self._notices):
             try:
                 if self._facts is None or self._touched:
                     await self._load_all(translations, facts)
@@ -67,12 +65,12 @@ class SlotTables:
 
     async def _load_all(self, translations: Mapping[ServicePortName, Translation], facts: NodeFacts) -> None:
         timeouts_s = _timeouts_s(translations)
-        script = slots.skeleton(facts, timeouts_s)
+        script = self.table.skeleton(facts, timeouts_s)
         try:
             await run_tool("nft", "-f", "-", stdin=script)
         except SyncError as error:
             log.debug("a table is there that cannot be made ours (%s)", error)
-            await run_tool("nft", "-f", "-", stdin=slots.removal() + script)
+            await run_tool("nft", "-f", "-", stdin=self.table.removal() + script)
         await asyncio.to_thread(self._send_all, translations, timeouts_s)
         self._held = dict(translations)
         self._timeouts_s = timeouts_s
@@ -80,15 +78,15 @@ class SlotTables:
         self._touched = False
 
     def _send_all(self, translations: Mapping[ServicePortName, Translation], timeouts_s: frozenset[int]) -> None:
-        transaction, uses = Transaction(slots.TABLE), Counter[tuple[str, bytes]]()
-        packed: dict[str, list[bytes]] = {name: [] for name in slots.set_names(timeouts_s)}
-        kinds = {name: kind_of(name) for name in packed}
+        transaction, uses = Transaction(self.table.name), Counter[tuple[str, bytes]]()
+        packed: dict[str, list[bytes]] = {name: [] for name in self.table.set_names(timeouts_s)}
+        kinds = {name: self.table.kind_of(name) for name in packed}
         for owner, translation in translations.items():
-            for name, found in slots.elements(translation, self._numbers).items():
+            for name, found in self.table.elements(translation).items():
                 if kinds[name].is_shared:
                     uses.update((name, key) for key in found)
                 else:
-                    packed[name] += _packed(name, found, owner)
+                    packed[name] += _packed(kinds[name], found, owner)
         for name, key in uses:
             packed[name].append(element(key))
         for name, of_set in packed.items():
@@ -105,7 +103,7 @@ class SlotTables:
     ) -> None:
         timeouts_s = self._timeouts_s | _timeouts_s({n: translations[n] for n in changed if n in translations})
         if facts != self._facts or timeouts_s != self._timeouts_s:
-            await run_tool("nft", "-f", "-", stdin=slots.skeleton(facts, timeouts_s))
+            await run_tool("nft", "-f", "-", stdin=self.table.skeleton(facts, timeouts_s))
             self._facts, self._timeouts_s = facts, timeouts_s
         transaction, more_uses = self._transaction(translations, changed)
         if len(changed) > _AT_ONCE_MAX:
@@ -121,7 +119,7 @@ class SlotTables:
             if after is not None:
                 self._held[name] = after
             if before is not None:
-                self._numbers.forget(before, after)
+                self.table.forget(before, after)
 
     def _transaction(
         self, translations: Mapping[ServicePortName, Translation], changed: Collection[ServicePortName]
@@ -133,22 +131,22 @@ class SlotTables:
         for owner in changed:
             before, after = self._elements(self._held.get(owner)), self._elements(translations.get(owner))
             for name in {**before, **after}:
-                old, new = before.get(name, {}), after.get(name, {})
-                if kind_of(name).is_shared:
+                old, new, kind = before.get(name, {}), after.get(name, {}), self.table.kind_of(name)
+                if kind.is_shared:
                     uses.subtract((name, key) for key in old)
                     uses.update((name, key) for key in new)
                     continue
                 differ = {key: value for key, value in old.items() if new.get(key) != value}
-                gone.setdefault(name, []).extend(_packed(name, dict.fromkeys(differ, b"")))
+                gone.setdefault(name, []).extend(_packed(kind, dict.fromkeys(differ, b"")))
                 differ = {key: value for key, value in new.items() if old.get(key) != value}
-                came.setdefault(name, []).extend(_packed(name, differ, owner))
+                came.setdefault(name, []).extend(_packed(kind, differ, owner))
         for (name, key), more in uses.items():
             had = self._uses[name, key]
             if not had and more > 0:
                 came.setdefault(name, []).append(element(key))
             elif had and had + more == 0:
                 gone.setdefault(name, []).append(element(key))
-        transaction = Transaction(slots.TABLE)
+        transaction = Transaction(self.table.name)
         for name, elements in gone.items():
             transaction.delete(name, elements)
         for name, elements in came.items():
@@ -156,7 +154,7 @@ class SlotTables:
         return transaction, uses
 
     def _elements(self, translation: Translation | None) -> Elements:
-        return {} if translation is None else slots.elements(translation, self._numbers)
+        return {} if translation is None else self.table.elements(translation)
 
     async def reload(self) -> None:
         if self._facts is not None:
@@ -167,14 +165,14 @@ class SlotTables:
         self._facts, self._held = None, {}
         self._channel.close()
         if is_installed("nft"):
-            with self._quiet():
-                await run_tool("nft", "-f", "-", stdin=slots.removal())
+            with quiet(self._notices):
+                await run_tool("nft", "-f", "-", stdin=self.table.removal())
 
     async def is_intact(self) -> bool:
         if self._touched or self._facts is None:
             return False
         try:
-            return count_rules(slots.TABLE) == slots.rules_in(self._facts, self._timeouts_s)
+            return count_rules(self.table.name) == self.table.rules_in(self._facts, self._timeouts_s)
         except OSError as error:
             log.debug("our rules could not be counted: %s", error)
             return False
@@ -185,7 +183,7 @@ class SlotTables:
             on_change()
 
         self._on_change = on_change
-        self._notices = RuleNotices({slots.TABLE.split()[1]}, on_notice)
+        self._notices = RuleNotices({self.table.name.split()[1]}, on_notice)
 
     def unwatch(self) -> None:
         self._on_change = None
@@ -194,12 +192,8 @@ class SlotTables:
             self._notices.close()
             self._notices = None
 
-    def _quiet(self) -> contextlib.AbstractContextManager[None]:
-        return self._notices.paused() if self._notices is not None else contextlib.nullcontext()
 
-
-def _packed(name: str, found: Mapping[bytes, bytes], owner: ServicePortName | None = None) -> list[bytes]:
-    kind = kind_of(name)
+def _packed(kind: SetKind, found: Mapping[bytes, bytes], owner: ServicePortName | None = None) -> list[bytes]:
     said = comment(owner) if owner is not None and kind.names_owner else ""
     return [element(key, value, said, is_interval=kind.is_interval) for key, value in found.items()]
 

@@ -1,0 +1,203 @@
+"""`--proxy-mode ipvs` as a whole process, on a kernel that has IPVS: what `ipvsadm` shows, and what clients see."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.net.world import (
+    POD1,
+    POD2,
+    Proxy,
+    answers,
+    ask_udp,
+    documents,
+    endpoints,
+    is_refused,
+    service,
+    wait_until,
+)
+from userspace_proxy.lab import ServiceLab, connect
+
+pytestmark = pytest.mark.ipvs
+
+
+class IpvsProxy(Proxy):
+    """The same in ipvs mode."""
+
+    def run_arguments(self) -> list[str]:
+        return [*super().run_arguments(), "--proxy-mode", "ipvs"]
+
+    def servers(self) -> str:
+        return self.node.run("ipvsadm", "-Sn").stdout
+
+    def give(self, name: str, cluster_ip: str, *pods: str, extra: str = "") -> None:
+        self.apply(name, documents(service(name, cluster_ip, extra=extra), endpoints(name, *pods)))
+
+
+@pytest.fixture
+def proxy(world: ServiceLab, tmp_path: Path) -> Iterator[IpvsProxy]:
+    one = IpvsProxy(world, tmp_path)
+    yield one
+    if one.process is not None and one.process.poll() is None:
+        one.process.kill()
+        one.process.wait(5)
+    world.node.run(*one.command("cleanup"))
+    assert one.servers() == ""
+    assert "kube-ipvs0" not in world.node.ip("link", "show")
+
+
+def test_clients_are_served_by_the_kernel_and_changes_are_followed(proxy: IpvsProxy, world: ServiceLab) -> None:
+    proxy.give("web", "10.96.9.2", POD1)
+    proxy.start()
+    for client in (world.client, world.node):
+        assert answers(client, "10.96.9.2", 80) == "pod1"
+        assert ask_udp(client, "10.96.9.2") == "pod1"
+
+    proxy.give("web", "10.96.9.2", POD2)
+    wait_until(lambda: answers(world.client, "10.96.9.2", 80) == "pod2", "pod2 answers")
+
+    proxy.give("web", "10.96.9.2")
+    wait_until(lambda: is_refused(world.client, "10.96.9.2", 80), "nobody is there")
+    proxy.delete("web")
+    wait_until(lambda: "10.96.9.2" not in world.node.ip("address", "show"), "its address is gone")
+
+
+def test_ipvsadm_shows_what_tutorials_show(proxy: IpvsProxy, world: ServiceLab) -> None:
+    proxy.give("web", "10.96.9.1", POD1, POD2)
+    proxy.start()
+
+    assert proxy.servers().splitlines()[:3] == [
+        "-A -t 10.96.9.1:80 -s rr -b flag-3",
+        f"-a -t 10.96.9.1:80 -r {POD1}:8080 -m -w 1",
+        f"-a -t 10.96.9.1:80 -r {POD2}:8080 -m -w 1",
+    ]
+    assert "10.96.9.1/32" in world.node.ip("address", "show", "dev", "kube-ipvs0")
+    assert Counter(answers(world.client, "10.96.9.1", 80) for _ in range(10)) == {"pod1": 5, "pod2": 5}
+
+
+def test_an_open_connection_stays_with_an_endpoint_that_leaves_and_others_go_elsewhere(
+    proxy: IpvsProxy, world: ServiceLab
+) -> None:
+    proxy.give("web", "10.96.9.3", POD1)
+    proxy.start()
+    with connect(world.client, "10.96.9.3", 80) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert b"pod1" in sock.recv(1 << 16)
+        proxy.give("web", "10.96.9.3", POD2)
+        wait_until(lambda: answers(world.client, "10.96.9.3", 80) == "pod2", "pod2 answers")
+
+        assert f"-r {POD1}:8080 -m -w 0" in proxy.servers()
+        sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        assert b"pod1" in sock.recv(1 << 16)
+
+
+def test_a_udp_flow_finds_another_endpoint_when_its_own_is_gone(proxy: IpvsProxy, world: ServiceLab) -> None:
+    proxy.give("web", "10.96.9.4", POD1)
+    proxy.start()
+    with connect(world.client, "10.96.9.4", 53, kind=socket.SOCK_DGRAM) as sock:
+        sock.settimeout(0.5)
+
+        def who() -> str:
+            sock.send(b"who")
+            try:
+                return sock.recv(1 << 16).decode()
+            except TimeoutError:
+                return ""
+
+        wait_until(lambda: who() == "pod1", "pod1 answers")
+        proxy.give("web", "10.96.9.4", POD2)
+        wait_until(lambda: who() == "pod2", "the same flow is answered by pod2")
+
+
+def test_schedulers_and_weights_are_those_of_the_annotations(proxy: IpvsProxy, world: ServiceLab) -> None:
+    manifest = documents(service("web", "10.96.9.5"), endpoints("web", POD1, POD2))
+    said = f'{{userspace-proxy/ipvs-scheduler: wrr, userspace-proxy/weights: "{POD1}=3"}}'
+    proxy.apply("web", manifest.replace("metadata: {name: web}", f"metadata: {{name: web, annotations: {said}}}"))
+    proxy.start()
+
+    assert "-A -t 10.96.9.5:80 -s wrr -b flag-3" in proxy.servers()
+    assert Counter(answers(world.client, "10.96.9.5", 80) for _ in range(12)) == {"pod1": 9, "pod2": 3}
+
+
+def test_what_somebody_else_takes_away_comes_back(proxy: IpvsProxy, world: ServiceLab) -> None:
+    proxy.give("web", "10.96.9.6", POD1)
+    proxy.start()
+    for command in (("ipvsadm", "-C"), ("ip", "link", "del", "kube-ipvs0"), ("nft", "flush", "ruleset")):
+        world.node.run(*command)
+
+        wait_until(lambda: answers(world.client, "10.96.9.6", 80) == "pod1", f"it is served again after {command}")
+        wait_until(lambda: "inet userspace_proxy_ipvs" in world.node.run("nft", "list", "tables").stdout, "all of it")
+
+
+def test_others_virtual_servers_are_left_alone_and_one_that_is_in_the_way_is_named(
+    proxy: IpvsProxy, world: ServiceLab
+) -> None:
+    theirs = "-A -t 10.96.9.7:80 -s rr\n-A -t 192.168.50.1:9999 -s wlc\n"
+    world.node.run("ipvsadm", "-R", stdin=theirs)
+    proxy.give("web", "10.96.9.7", POD1)
+    proxy.start()
+
+    assert "10.96.9.7:80 is not served: there is a virtual server of somebody else's" in proxy.log()
+    assert ask_udp(world.client, "10.96.9.7") == "pod1"
+    assert proxy.stop() == 0
+    assert sorted(proxy.servers().splitlines()) == sorted(theirs.splitlines())
+    world.node.run("ipvsadm", "-C")
+
+
+def test_beside_kube_proxys_own_device_it_says_what_to_do_and_touches_nothing(
+    proxy: IpvsProxy, world: ServiceLab
+) -> None:
+    world.node.ip("link", "add", "kube-ipvs0", "type", "dummy")
+    proxy.give("web", "10.96.9.8", POD1)
+
+    proxy.start(wait=False)
+
+    assert proxy.process is not None
+    assert proxy.process.wait(60) == 1
+    assert "kube-ipvs0 is somebody else's (kube-proxy in ipvs mode?): stop it" in proxy.log()
+    world.node.run(*proxy.command("cleanup"))
+    assert "kube-ipvs0" in world.node.ip("link", "show")
+    world.node.ip("link", "del", "kube-ipvs0")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_stopping_takes_all_away_and_after_a_crash_it_goes_on_where_it_was(
+    proxy: IpvsProxy, world: ServiceLab, signum: signal.Signals
+) -> None:
+    proxy.give("web", "10.96.9.9", POD1)
+    proxy.give("gone", "10.96.9.10", POD1)
+    proxy.start()
+    proxy.stop(signum, 60)
+    if signum is signal.SIGTERM:
+        assert proxy.servers() == ""
+        assert "userspace_proxy" not in world.node.run("nft", "list", "tables").stdout
+        return
+    assert answers(world.client, "10.96.9.9", 80) == "pod1", "the kernel serves on alone"
+    proxy.delete("gone")
+
+    proxy.start()
+
+    assert answers(world.client, "10.96.9.9", 80) == "pod1"
+    wait_until(lambda: "10.96.9.10" not in proxy.servers(), "what is gone is gone")
+
+
+def test_another_mode_leaves_no_trace_of_this_one_nor_this_of_another(proxy: IpvsProxy, world: ServiceLab) -> None:
+    proxy.give("web", "10.96.9.11", POD1)
+    other = Proxy(world, proxy.folder)
+    proxy.start()
+    proxy.stop(signal.SIGKILL)
+
+    other.start("--proxy-mode", "nftables")
+    wait_until(lambda: proxy.servers() == "" and "kube-ipvs0" not in world.node.ip("link"), "all of it is gone")
+    assert answers(world.client, "10.96.9.11", 80) == "pod1"
+
+    other.stop(signal.SIGKILL)
+    proxy.start()
+    wait_until(lambda: "userspace_proxy_nat" not in world.node.run("nft", "list", "tables").stdout, "its table is gone")
+    assert answers(world.client, "10.96.9.11", 80) == "pod1"

@@ -1,0 +1,72 @@
+"""Annotations of ours on a Service: whose address endpoints see, how IPVS chooses, what endpoints weigh. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TypeVar
+
+from userspace_proxy import api
+from userspace_proxy.control.decode.addresses import canonical_ip
+from userspace_proxy.errors import ConfigError
+from userspace_proxy.model.service import IPVS_SCHEDULERS, WEIGHT_MAX, SourceIP, Weights
+
+ANNOTATION_PREFIX = "userspace-proxy/"
+SOURCE_IP = f"{ANNOTATION_PREFIX}source-ip"
+IPVS_SCHEDULER = f"{ANNOTATION_PREFIX}ipvs-scheduler"
+WEIGHTS = f"{ANNOTATION_PREFIX}weights"
+ANNOTATIONS = (SOURCE_IP, IPVS_SCHEDULER, WEIGHTS)
+SOURCE_IP_FIELD = api.below("metadata.annotations", SOURCE_IP)
+
+_WEIGHT = re.compile(r"\s*(?P<ip>[^=\s]+)\s*=\s*(?P<weight>\d{1,3})\s*")
+
+_Stated = TypeVar("_Stated")
+
+
+def stated_source_ip(service: api.Service) -> tuple[SourceIP | None, list[ConfigError]]:
+    """Return what the annotation of *service* says, None where it says nothing that makes sense."""
+    mend = f"write one of {', '.join(SourceIP)}; until then the node's default applies"
+    return _stated(service, SOURCE_IP, SourceIP, "says no source IP", mend)
+
+
+def stated_scheduler(service: api.Service) -> tuple[str | None, list[ConfigError]]:
+    """Return by which scheduler IPVS is to choose among the endpoints of *service*."""
+
+    def read(text: str) -> str:
+        if text not in IPVS_SCHEDULERS:
+            raise ValueError(text)
+        return text
+
+    mend = f"write one of {', '.join(IPVS_SCHEDULERS)}; until then the node's default applies"
+    return _stated(service, IPVS_SCHEDULER, read, "is no scheduler of IPVS", mend)
+
+
+def stated_weights(service: api.Service) -> tuple[Weights | None, list[ConfigError]]:
+    """Return how much of the new connections single endpoints of *service* get, by IP; others have the weight 1."""
+
+    def read(text: str) -> Weights:
+        found = {}
+        for item in filter(str.strip, text.split(",")):
+            matched = _WEIGHT.fullmatch(item)
+            if matched is None or int(matched["weight"]) > WEIGHT_MAX:
+                raise ValueError(item)
+            try:
+                found[canonical_ip(matched["ip"])] = int(matched["weight"])
+            except ConfigError as error:
+                raise ValueError(item) from error
+        return tuple(found.items())
+
+    mend = f"write such as '10.244.0.5=3, 10.244.0.6=1', weights up to {WEIGHT_MAX}; until then all weigh the same"
+    return _stated(service, WEIGHTS, read, "says no weights", mend)
+
+
+def _stated(
+    service: api.Service, name: str, read: Callable[[str], _Stated], wrong: str, mend: str
+) -> tuple[_Stated | None, list[ConfigError]]:
+    given = (service.metadata.annotations or {}).get(name)
+    if given is None:
+        return None, []
+    try:
+        return read(given), []
+    except ValueError:
+        return None, [ConfigError(f"{given!r} {wrong}", field=api.below("metadata.annotations", name), mend=mend)]

@@ -1,0 +1,262 @@
+"""``--proxy-mode ipvs``: virtual servers in the kernel, addresses on a device of our own, and rules beside them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from errno import ENOENT
+from pathlib import Path
+from typing import TypeVar
+
+from userspace_proxy.errors import SyncError
+from userspace_proxy.interfaces import NodeFacts, Translation
+from userspace_proxy.model.names import ServicePortName
+from userspace_proxy.model.service import Portal
+from userspace_proxy.rules import ipvs_netlink, network, sysctls
+from userspace_proxy.rules.element_tables import ElementTables
+from userspace_proxy.rules.ipvs import (
+    DEFAULT_SCHEDULER,
+    DEVICE,
+    IpvsTable,
+    Step,
+    Verb,
+    VirtualServer,
+    VirtualServers,
+    after,
+    endings,
+    node_port_ips,
+    steps,
+    virtual_ips,
+    virtual_servers,
+)
+from userspace_proxy.rules.ipvs_netlink import Listing
+from userspace_proxy.rules.tool import is_installed, run_tool
+from userspace_proxy.rules.virtual_device import VirtualDevice
+
+# IPVS tells nobody of changes, so it is looked at: how often, and how much of the time at most, as a look is long.
+_POLL_S, _POLL_SHARE = 1.0, 0.05
+_VS = Path("/proc/sys/net/ipv4/vs")
+# Without the first nothing can be masqueraded; the others end what leads to endpoints that are gone.
+_NEEDED = sysctls.Sysctl(_VS / "conntrack", 1)
+_WISHED = (sysctls.Sysctl(_VS / "expire_nodest_conn", 1), sysctls.Sysctl(_VS / "expire_quiescent_template", 1))
+
+_Answer = TypeVar("_Answer")
+
+log = logging.getLogger(__name__)
+
+
+class _MissingSchedulersError(Exception):
+    """Virtual servers ask for schedulers that this kernel has not."""
+
+    def __init__(self, schedulers: set[str]) -> None:
+        super().__init__(", ".join(sorted(schedulers)))
+        self.schedulers = schedulers
+
+
+class IpvsTables:
+    """Holds virtual servers, and brings them to what is wanted; rules refuse and masquerade (`IpvsTable`).
+
+    Loads are not all or nothing, as IPVS knows no transactions: after a step that the kernel refused all is looked at
+    again by the next load.
+    """
+
+    mode = "ipvs"
+
+    def __init__(self, scheduler: str = DEFAULT_SCHEDULER) -> None:
+        self._scheduler = scheduler
+        self._rules = ElementTables(self.mode, IpvsTable())
+        self._translations: dict[ServicePortName, Translation] = {}
+        self._node_ips: tuple[str, ...] = ()
+        self._of: dict[ServicePortName, VirtualServers] = {}
+        self._wanted: VirtualServers = {}
+        self._ips: Counter[str] = Counter()  # how many service ports want each
+        # What the kernel has of ours, as far as we know; None where that is to be found out.
+        self._present: VirtualServers | None = None
+        self._missing: frozenset[str] = frozenset()  # schedulers that this kernel has not
+        self._device = VirtualDevice()
+        self._foreign: frozenset[Portal] = frozenset()
+        self._facts: NodeFacts | None = None
+        self._poll: asyncio.Task[None] | None = None
+        self._look_s = 0.0
+
+    async def prepare(self) -> None:
+        await self._rules.prepare()
+        await _require_ipvs()
+        if await self._device.whose():
+            raise SyncError(
+                f"{DEVICE} is somebody else's (kube-proxy in ipvs mode?): "
+                "stop it and run `kube-proxy --cleanup`, or use --proxy-mode nftables"
+            )
+        if refused := sysctls.apply([_NEEDED]):
+            raise SyncError(f"ipvs mode needs conntrack: {refused[0]}")
+        for said in sysctls.apply(_WISHED):
+            log.warning("connections may last on to endpoints that are gone: %s", said)
+
+    async def load(
+        self,
+        translations: Mapping[ServicePortName, Translation],
+        changed: Collection[ServicePortName],
+        facts: NodeFacts,
+    ) -> None:
+        await self._rules.load(translations, changed, facts)
+        self._facts = facts
+        try:
+            await self._load_servers(translations, changed, facts)
+        except _MissingSchedulersError as error:
+            self._missing |= error.schedulers
+            log.warning("this kernel has no scheduler %s; %s chooses in its place", error, self._scheduler)
+            await self._load_servers(translations, {*self._of, *translations}, facts)
+
+    async def _load_servers(
+        self,
+        translations: Mapping[ServicePortName, Translation],
+        changed: Collection[ServicePortName],
+        facts: NodeFacts,
+    ) -> None:
+        host_ips = await network.host_addresses()
+        node_ips = node_port_ips(facts, host_ips)
+        names = set(changed)
+        if self._present is None or node_ips != self._node_ips:
+            names |= {*self._of, *translations}
+        self._node_ips = node_ips
+        portals = self._want(translations, names)
+        present, self._present = self._present, None
+        if present is None:
+            present = await self._look()
+            portals |= present.keys()
+        there = {portal: present[portal] for portal in portals if portal in present}
+        wanted = {p: self._wanted[p] for p in portals if p in self._wanted and p not in self._foreign}
+        await self._take(present, list(steps(there, wanted)))
+        self._present = present
+        await self._bear(host_ips)
+
+    def _want(
+        self, translations: Mapping[ServicePortName, Translation], names: Iterable[ServicePortName]
+    ) -> set[Portal]:
+        """Know what is wanted now of *names*; return the portals that this is about."""
+        portals: set[Portal] = set()
+        for name in names:
+            before, was = self._of.pop(name, {}), self._translations.pop(name, None)
+            for portal in before:
+                del self._wanted[portal]
+            if was is not None:
+                self._ips.subtract(virtual_ips(was))
+            portals |= before.keys()
+        for name in names:
+            if (made := translations.get(name)) is not None:
+                self._translations[name] = made
+                self._of[name] = virtual_servers(made, self._node_ips, self._scheduler, self._missing)
+                self._wanted |= self._of[name]
+                self._ips.update(virtual_ips(made))
+                portals |= self._of[name].keys()
+        self._ips = +self._ips
+        return portals
+
+    async def _look(self) -> VirtualServers:
+        """Return which virtual servers of ours the kernel has, and note those of others."""
+        listing = await _ask(ipvs_netlink.listing)
+        ours = await _ask(ipvs_netlink.own_portals) if listing.servers else set()
+        foreign = frozenset(listing.servers.keys() - ours)
+        for portal in foreign & self._wanted.keys() - self._foreign:
+            log.warning("%s is not served: there is a virtual server of somebody else's", portal)
+        self._foreign = foreign
+        self._device.ips = await self._device.look()
+        return {portal: server for portal, server in listing.servers.items() if portal in ours}
+
+    async def _take(self, present: VirtualServers, todo: list[Step]) -> None:
+        if not todo:
+            return
+        refused = await _ask(ipvs_netlink.take, todo)
+        schedulers = {step.server.scheduler for step, why in refused if step.endpoint is None and why.errno == ENOENT}
+        if missing := schedulers - {self._scheduler}:
+            raise _MissingSchedulersError(missing)
+        for step, why in refused:
+            raise SyncError(f"IPVS refused: {step}: {why.strerror}")
+        for step in todo:
+            after(present, step)
+
+    async def _bear(self, host_ips: Iterable[str]) -> None:
+        """Make what is wanted addresses of this node; those of servers that are left with connections are kept."""
+        assert self._present is not None
+        left = {portal.ip for portal in self._present.keys() - self._wanted.keys()} & self._device.ips
+        await self._device.bear((left | self._ips.keys()) - set(host_ips))
+
+    # ---- looking after it
+
+    async def is_intact(self) -> bool:
+        if self._facts is None or self._present is None or not await self._rules.is_intact():
+            return False
+        began = time.monotonic()
+        listing = await _ask(ipvs_netlink.listing)
+        intact = all(listing.servers.get(portal) == server for portal, server in self._present.items())
+        intact = intact and self._device.ips <= await self._device.look()
+        if intact:
+            await self._end(listing)
+        self._look_s = time.monotonic() - began
+        return intact
+
+    async def _end(self, listing: Listing) -> None:
+        """Take away what is wanted no more and has no connections left."""
+        present, self._present = self._present, None
+        assert present is not None
+        ended = list(endings(present, self._wanted, listing.connections))
+        await self._take(present, ended)
+        self._present = present
+        if ended:
+            await self._bear(await network.host_addresses())
+
+    async def reload(self) -> None:
+        if self._facts is not None:
+            await self._rules.reload()
+            self._present = None
+            await self.load(dict(self._translations), (), self._facts)
+
+    async def remove(self) -> None:
+        self._present, self._facts = None, None
+        await self._rules.remove()
+        if ipvs_netlink.is_loaded():
+            ours = await _ask(ipvs_netlink.own_portals)
+            refused = await _ask(ipvs_netlink.take, [Step(Verb.DELETE, p, VirtualServer()) for p in ours])
+            for step, why in refused:
+                raise SyncError(f"IPVS refused: {step}: {why.strerror}")
+        await self._device.remove()
+
+    async def watch(self, on_change: Callable[[], None]) -> None:
+        await self._rules.watch(on_change)
+        self._poll = asyncio.create_task(self._call_often(on_change), name="ipvs-poll")
+
+    async def _call_often(self, call: Callable[[], None]) -> None:
+        while True:
+            await asyncio.sleep(max(_POLL_S, self._look_s / _POLL_SHARE))
+            call()
+
+    def unwatch(self) -> None:
+        self._rules.unwatch()
+        if self._poll is not None:
+            self._poll.cancel()
+            self._poll = None
+
+
+async def _ask(ask: Callable[..., _Answer], *arguments: object) -> _Answer:
+    """Ask IPVS in a thread. Raises SyncError where it does not answer."""
+    try:
+        return await asyncio.to_thread(ask, *arguments)
+    except OSError as error:
+        raise SyncError(f"IPVS does not answer: {error.strerror or error}") from error
+
+
+async def _require_ipvs() -> None:
+    """Raise SyncError, a line that says what to do, where this kernel has no IPVS."""
+    if ipvs_netlink.is_loaded():
+        return
+    why = "modprobe is not installed"
+    if is_installed("modprobe"):
+        try:
+            await run_tool("modprobe", "ip_vs")
+        except SyncError as error:
+            why = str(error)
+    if not ipvs_netlink.is_loaded():
+        raise SyncError(f"this kernel has no IPVS ({why}); use --proxy-mode nftables, or a kernel with ip_vs")

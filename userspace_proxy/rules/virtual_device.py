@@ -1,0 +1,65 @@
+"""The device that bears portals' addresses in ipvs mode: IPVS sees what is addressed to this node alone."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterable
+from typing import Any
+
+from userspace_proxy.errors import SyncError
+from userspace_proxy.rules.ipvs import DEVICE, DEVICE_ALIAS, device_lines
+from userspace_proxy.rules.tool import run_tool
+
+
+class VirtualDevice:
+    """``ips``: the addresses that it has, as far as we know."""
+
+    def __init__(self) -> None:
+        self.ips: set[str] = set()
+
+    async def whose(self) -> str | None:
+        """Return None where there is no such device, "" where it is ours, else what it says of itself."""
+        if not _is_there():
+            return None
+        said = str((await _asked("link"))[0].get("ifalias", "no alias"))
+        return "" if said == DEVICE_ALIAS else said
+
+    async def look(self) -> set[str]:
+        """Return which addresses it has now."""
+        if not _is_there():
+            return set()
+        links = await _asked("address")
+        return {a["local"] for link in links for a in link.get("addr_info", ()) if a.get("scope") != "link"}
+
+    async def bear(self, wanted: Iterable[str]) -> None:
+        """Have just the addresses that are *wanted*.
+
+        Raises:
+            SyncError: the kernel has no such devices, or refused.
+        """
+        wanted = set(wanted)
+        if is_new := not _is_there():
+            self.ips = set()
+        lines = device_lines(self.ips, sorted(wanted), is_new=is_new)
+        if lines:
+            await run_tool("ip", "-batch", "-", stdin="".join(f"{line}\n" for line in lines))
+        self.ips = wanted
+
+    async def remove(self) -> None:
+        """Take it away, if it is ours."""
+        self.ips = set()
+        if await self.whose() == "":
+            await run_tool("ip", "link", "del", DEVICE)
+
+
+def _is_there() -> bool:
+    return DEVICE in {name for _, name in socket.if_nameindex()}
+
+
+async def _asked(what: str) -> Any:
+    said = await run_tool("ip", "-json", what, "show", "dev", DEVICE)
+    try:
+        return json.loads(said)
+    except ValueError as error:
+        raise SyncError(f"ip printed what is no JSON: {error}") from None
