@@ -1,0 +1,179 @@
+"""A story as both views show it: for each packet a lane of stations, with what is said at each. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from userspace_proxy.trace.story import deciding
+from userspace_proxy.trace.values import Ends, Hook, Leg, Listener, Role, Step, Story, VirtualServer, Visit, at
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One thing that is said at a station.
+
+    ``kind`` is chain, rule, decides (the rule that does), element (what its map holds), skipped, change or note;
+    ``depth`` is 0 for what is said of a hook, 1 for rules of its base chain, more for those that they lead to.
+    """
+
+    kind: str
+    text: str
+    depth: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Station:
+    """Where the packet is: a hook of the kernel, IPVS, a process, or outside (``kind``)."""
+
+    kind: str
+    title: str
+    aside: str
+    lines: tuple[Line, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """One packet's way."""
+
+    title: str
+    aside: str
+    stations: tuple[Station, ...]
+
+
+_TITLES = {
+    Role.CLIENT: "The client's first packet",
+    Role.DIAL: "The proxy's own connection to the backend",
+    Role.ANSWER: "What comes back to the client",
+}
+_HOOKS = {
+    "PREROUTING": "as it comes in",
+    "INPUT": "for a process on this host",
+    "FORWARD": "for somebody else",
+    "OUTPUT": "from a process on this host",
+    "POSTROUTING": "as it goes out",
+}
+
+
+def lanes(story: Story, *, folded: bool) -> tuple[Lane, ...]:
+    """Return the lanes of *story*; *folded*, without the chains that had nothing to say to the packet."""
+    return tuple(_lane(leg, story, folded=folded) for leg in story.legs)
+
+
+def _lane(leg: Leg, story: Story, *, folded: bool) -> Lane:
+    stations = [_hook(hook, leg, folded=folded) for hook in leg.hooks]
+    names = [hook.name for hook in leg.hooks]
+    if leg.role is Role.CLIENT and story.ipvs is not None and "INPUT" in names:
+        stations.insert(names.index("INPUT") + 1, _ipvs(story.ipvs))
+    last = leg.hooks[-1]
+    if last.after is not None:
+        stations.append(_end(leg, last, story))
+    aside = (
+        f"{story.protocol.upper()} {leg.what}" if story.protocol == "tcp" else f"a {story.protocol.upper()} datagram"
+    )
+    if leg.what.startswith("ICMP"):
+        aside = leg.what
+    return Lane(_TITLES[leg.role], f"{aside}, {leg.first}", tuple(stations))
+
+
+# ---- hooks
+
+
+def _hook(hook: Hook, leg: Leg, *, folded: bool) -> Station:
+    lines = [line for visit in hook.visits for line in _visit(visit, folded=folded)]
+    if hook.after is not None:
+        lines += _change(hook, leg)
+    iif, oif = hook.devices
+    devices = " ".join(word for word in (f"in {iif}" if iif else "", f"out {oif}" if oif else "") if word)
+    meaning = _HOOKS.get(hook.name, "")
+    return Station("hook", hook.name, f"{meaning} ({devices})" if devices else meaning, tuple(lines))
+
+
+def _visit(visit: Visit, *, folded: bool) -> Iterator[Line]:
+    name = f"{visit.family} {visit.table} {visit.chain}"
+    if not visit.steps or (folded and _did_nothing(visit)):
+        if folded and not (visit.steps or visit.skipped):
+            return
+        passed = sum(step.skipped for step in visit.steps) + visit.skipped
+        jumps = f"{count(len(visit.steps), 'jump')} to no avail, " if visit.steps else ""
+        said = f"{jumps}{count(passed, 'rule')} did not match" if passed or jumps else "no rules"
+        end = "" if visit.end == "accept" else f"; policy {visit.end}"
+        yield Line("skipped", f"{name}: {said}{end}")
+        return
+    yield Line("chain", f"{name} ({visit.kind})" if visit.kind else name)
+    decides = deciding(visit)
+    for step in visit.steps:
+        yield from _step(step, decides=step is decides)
+    if visit.skipped:
+        yield Line("skipped", f"{count(visit.skipped, 'rule')} did not match", 1)
+    if visit.by_policy:
+        yield Line("skipped", f"policy {visit.end}", 1)
+
+
+def _did_nothing(visit: Visit) -> bool:
+    """Return whether *visit* only led from chain to chain and let the packet go as it was."""
+    led = all(step.verdict in ("jump", "goto", "return") for step in visit.steps)
+    return led and visit.by_policy and visit.end == "accept" and visit.after == visit.before
+
+
+def _step(step: Step, *, decides: bool) -> Iterator[Line]:
+    depth = step.depth + 1
+    if step.skipped:
+        yield Line("skipped", f"{count(step.skipped, 'rule')} did not match", depth)
+    yield Line("decides" if decides else "rule", step.rule, depth)
+    if step.element:
+        yield Line("element", step.element, depth + 1)
+
+
+def _change(hook: Hook, leg: Leg) -> Iterator[Line]:
+    was, now = hook.before, hook.after
+    assert now is not None
+    by_rule = any(visit.after not in (None, visit.before) for visit in hook.visits if visit.kind == "nat")
+    by = "" if by_rule else "conntrack remembers: "
+    if was.receiver != now.receiver:
+        yield Line("change", f"{by}{was.receiver} became {now.receiver}")
+    if was.sender != now.sender:
+        yield Line("change", f"{by}sender {was.sender} became {now.sender}")
+
+
+# ---- what else there is
+
+
+def _ipvs(server: VirtualServer) -> Station:
+    asked = f"{server.protocol.upper()} {at(server.ip, server.port)}, scheduler {server.scheduler}"
+    lines = [
+        Line("note", f"{at(real.ip, real.port)}  {real.forwarding}, weight {real.weight}")
+        for real in server.real_servers
+    ]
+    return Station("ipvs", "IPVS", asked, tuple(lines))
+
+
+def _end(leg: Leg, last: Hook, story: Story) -> Station:
+    assert last.after is not None
+    if last.name == "INPUT":
+        if leg.role is Role.CLIENT:
+            return _process(story.listener, last.after, story)
+        return Station("outside", "the client", f"a process on this host, {last.after.receiver}")
+    if last.name == "PREROUTING":
+        return Station("stop", "nowhere", "no route from here")
+    who = {Role.ANSWER: "the client", Role.DIAL: "the backend"}.get(leg.role)
+    if who is None:
+        who = "the backend" if leg.first.receiver != leg.last.receiver else "as it was"
+    return Station("outside", who, f"{last.after.receiver}, by {last.devices[1] or 'no device'}")
+
+
+def _process(listener: Listener | None, ends: Ends, story: Story) -> Station:
+    if listener is None:
+        return Station("stop", "nobody", f"no socket is open at port {ends.destination_port}")
+    name = f"{listener.name} (process {listener.pid})" if listener.pid else listener.name
+    if not listener.is_ours:
+        return Station("process", name, f"port {listener.port}")
+    does = "accept, pick, dial, splice" if story.protocol == "tcp" else "receive, pick, send on"
+    dial = story.leg(Role.DIAL)
+    lines = [Line("note", f"second connection: {dial.first}")] if dial is not None else []
+    return Station("process", name, f"port {listener.port}: {does}", tuple(lines))
+
+
+def count(number: int, thing: str) -> str:
+    """Return *number* of *thing*, in words."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
