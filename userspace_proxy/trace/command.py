@@ -61,7 +61,7 @@ def _namespace(text: str) -> Path:
     return path
 
 
-def run(request: Request, *, as_json: bool, svg: Path | None, say: Callable[[str], None]) -> None:
+def run(request: Request, *, as_json: bool, svg: Path | None, wide: bool, say: Callable[[str], None]) -> None:
     """Follow a packet and show its way.
 
     Raises:
@@ -73,7 +73,7 @@ def run(request: Request, *, as_json: bool, svg: Path | None, say: Callable[[str
         recording = follow(request, on_ready=lambda: _say_what_is_awaited(request, say))
     except KeyboardInterrupt:
         raise StartError("stopped") from None
-    _show(recording, as_json=as_json, svg=svg)
+    _show(recording, as_json=as_json, svg=svg, wide=wide)
 
 
 def _say_what_is_awaited(request: Request, say: Callable[[str], None]) -> None:
@@ -83,7 +83,7 @@ def _say_what_is_awaited(request: Request, say: Callable[[str], None]) -> None:
         say(f"waiting {request.awaited_s:g} s for the {what}; Ctrl-C ends that")
 
 
-def _show(recording: Recording, *, as_json: bool, svg: Path | None) -> None:
+def _show(recording: Recording, *, as_json: bool, svg: Path | None, wide: bool) -> None:
     story = tell(recording)
     if not story.legs:
         raise StartError(story.outcome)
@@ -91,7 +91,7 @@ def _show(recording: Recording, *, as_json: bool, svg: Path | None) -> None:
         from userspace_proxy.trace.svg import drawing
 
         try:
-            svg.write_text(drawing(story))
+            svg.write_text(drawing(story, wide=wide))
         except OSError as error:
             raise StartError(f"{svg}: {error.strerror}") from None
     if as_json:

@@ -14,7 +14,7 @@ _TABLE = re.compile(r"table (\S+) (\S+) \{")
 _CHAIN = re.compile(r"\tchain (\S+) \{")
 _BASE = re.compile(r"\t\ttype (\S+) hook (\S+) (?:device \S+ )?priority ([^;]+); policy (\S+);")
 _RULE = re.compile(r"\t\t(.*) # handle (\d+)$")
-_APPENDED = re.compile(r"-A (\S+) (.*)")
+_APPENDED = re.compile(r"-A (\S+) .*")
 _COUNTERS = re.compile(r"counter packets \d+ bytes \d+ ")
 
 
@@ -71,7 +71,7 @@ def _saved_rules(text: str) -> dict[tuple[str, str], list[str]]:
         if line.startswith("*"):
             table = line[1:]
         elif rule := _APPENDED.match(line):
-            found.setdefault((table, rule[1]), []).append(rule[2])
+            found.setdefault((table, rule[1]), []).append(rule[0])
     return found
 
 

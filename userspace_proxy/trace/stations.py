@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -46,10 +47,11 @@ _TITLES = {
     Role.DIAL: "The proxy's own connection to the backend",
     Role.ANSWER: "What comes back to the client",
 }
+_RANDOM = re.compile(r"numgen random mod (\d+) map")
 _HOOKS = {
     "PREROUTING": "as it comes in",
     "INPUT": "for a process on this host",
-    "FORWARD": "for somebody else",
+    "FORWARD": "for another host",
     "OUTPUT": "from a process on this host",
     "POSTROUTING": "as it goes out",
 }
@@ -65,6 +67,7 @@ def _lane(leg: Leg, story: Story, *, folded: bool) -> Lane:
     names = [hook.name for hook in leg.hooks]
     if leg.role is Role.CLIENT and story.ipvs is not None and "INPUT" in names:
         stations.insert(names.index("INPUT") + 1, _ipvs(story.ipvs))
+    stations.insert(0, _start(leg, story))
     last = leg.hooks[-1]
     if last.after is not None:
         stations.append(_end(leg, last, story))
@@ -94,11 +97,7 @@ def _visit(visit: Visit, *, folded: bool) -> Iterator[Line]:
     if not visit.steps or (folded and _did_nothing(visit)):
         if folded and not (visit.steps or visit.skipped):
             return
-        passed = sum(step.skipped for step in visit.steps) + visit.skipped
-        jumps = f"{count(len(visit.steps), 'jump')} to no avail, " if visit.steps else ""
-        said = f"{jumps}{count(passed, 'rule')} did not match" if passed or jumps else "no rules"
-        end = "" if visit.end == "accept" else f"; policy {visit.end}"
-        yield Line("skipped", f"{name}: {said}{end}")
+        yield Line("skipped", f"{name}: {_nothing_done(visit)}")
         return
     yield Line("chain", f"{name} ({visit.kind})" if visit.kind else name)
     decides = deciding(visit)
@@ -108,6 +107,15 @@ def _visit(visit: Visit, *, folded: bool) -> Iterator[Line]:
         yield Line("skipped", f"{count(visit.skipped, 'rule')} did not match", 1)
     if visit.by_policy:
         yield Line("skipped", f"policy {visit.end}", 1)
+
+
+def _nothing_done(visit: Visit) -> str:
+    passed = sum(step.skipped for step in visit.steps) + visit.skipped
+    if visit.steps:
+        rest = f", {passed} did not match" if passed else ""
+        return f"{count(len(visit.steps), 'rule')} led nowhere{rest}"
+    said = f"{count(passed, 'rule')} did not match" if passed else "no rules"
+    return said if visit.end == "accept" else f"{said}, policy {visit.end}"
 
 
 def _did_nothing(visit: Visit) -> bool:
@@ -123,13 +131,15 @@ def _step(step: Step, *, decides: bool) -> Iterator[Line]:
     yield Line("decides" if decides else "rule", step.rule, depth)
     if step.element:
         yield Line("element", step.element, depth + 1)
+    if slots := _RANDOM.search(step.rule):
+        yield Line("note", f"a random one of {slots[1]} slots", depth + 1)
 
 
 def _change(hook: Hook, leg: Leg) -> Iterator[Line]:
     was, now = hook.before, hook.after
     assert now is not None
     by_rule = any(visit.after not in (None, visit.before) for visit in hook.visits if visit.kind == "nat")
-    by = "" if by_rule else "conntrack remembers: "
+    by = "" if by_rule else "conntrack: "
     if was.receiver != now.receiver:
         yield Line("change", f"{by}{was.receiver} became {now.receiver}")
     if was.sender != now.sender:
@@ -148,12 +158,22 @@ def _ipvs(server: VirtualServer) -> Station:
     return Station("ipvs", "IPVS", asked, tuple(lines))
 
 
+def _start(leg: Leg, story: Story) -> Station:
+    is_local = leg.hooks[0].name == "OUTPUT"
+    if leg.role is Role.CLIENT:
+        where = "a process on this host" if is_local else "another host"
+        return Station("outside", "the client", f"{leg.first.sender}, {where}")
+    if is_local and story.listener is not None:
+        return Station("process", story.listener.name, leg.first.sender)
+    return Station("outside", "this host" if is_local else "the backend", leg.first.sender)
+
+
 def _end(leg: Leg, last: Hook, story: Story) -> Station:
     assert last.after is not None
     if last.name == "INPUT":
         if leg.role is Role.CLIENT:
             return _process(story.listener, last.after, story)
-        return Station("outside", "the client", f"a process on this host, {last.after.receiver}")
+        return Station("outside", "the client", f"{last.after.receiver}, a process on this host")
     if last.name == "PREROUTING":
         return Station("stop", "nowhere", "no route from here")
     who = {Role.ANSWER: "the client", Role.DIAL: "the backend"}.get(leg.role)

@@ -179,13 +179,16 @@ def _stopped(client: Leg) -> str:
 
 def _went_on(client: Leg, answer: Leg | None, story: Story) -> str:
     was, became = client.first, client.last
-    if was.receiver == became.receiver and story.ipvs is None:
+    if was.receiver == became.receiver:
         changed = f"no rule translated {was.receiver}: the packet went on as it was"
     else:
         changed = f"{was.receiver} became {became.receiver}"
+    dial = story.leg(Role.DIAL)
+    if dial is not None:
+        changed += f", the proxy, which dialled {dial.last.receiver}"
     if answer is None:
-        return f"{changed}, and nothing came back in time"
+        return f"{changed}; nothing came back in time"
     if answer.what.startswith(("RST", "ICMP")):
         nobody = f"; nobody listens at port {became.destination_port}" if _is_delivered(client) else ""
-        return f"{changed}, and the answer was {answer.what}: refused{nobody}"
-    return f"{changed}, and the answer was {answer.what}"
+        return f"{changed}; the answer was {answer.what}, refused{nobody}"
+    return f"{changed}; the answer was {'a datagram' if answer.what == 'datagram' else answer.what}"

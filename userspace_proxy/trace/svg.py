@@ -1,7 +1,11 @@
-"""A story as one SVG file: a column as wide as a phone, light and dark, with nothing loaded from elsewhere. Pure."""
+"""A story as one SVG file: light and dark, as wide as a phone or (lanes side by side) as a projector. Pure.
+
+Nothing is loaded from elsewhere, so it is the same in a page, in a slide and in ten years.
+"""
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,8 +19,13 @@ WIDTH = 460
 _EDGE, _PAD, _GAP, _INDENT = 12, 12, 20, 12
 _SIZES = {"title": 17, "lane": 14, "ends": 12, "station": 13, "aside": 11, "mono": 11, "outcome": 13}
 _MONO = {"ends", "mono"}
-# How wide a letter is, in parts of its height: every usual font's are narrower.
-_MONO_EM, _TEXT_EM = 0.605, 0.58
+# How wide a letter is, in parts of its height: every usual font's are narrower on average.
+_MONO_EM, _TEXT_EM, _BOLD_EM = 0.605, 0.58, 0.66
+_BOLD_CAPITALS_EM = 0.75
+_BOLD = {"title", "lane", "station", "outcome"}
+# An option of iptables and its value are not to be torn apart.
+_OPTION = re.compile(r"(?<=\s)(!|--?[\w-]+) (?=[^-\s])")
+_GLUE = "\u00a0"
 _STYLE = Path(__file__).with_name("drawing.css")
 
 
@@ -30,7 +39,7 @@ class _Sheet:
     def text(self, words: str, x: float, size: str, kind: str, room: float, hang: int = 0) -> None:
         """Write *words* below, on as many lines as it takes for them to fit in *room*."""
         height = _SIZES[size]
-        columns = max(12, int(room / (height * (_MONO_EM if size in _MONO else _TEXT_EM))))
+        columns = max(12, int(room / (height * _em(size))))
         for line in _wrapped(words, columns, hang):
             self.y += height + 3
             own = "mono " if size in _MONO else ""
@@ -53,27 +62,42 @@ class _Sheet:
         self.parts.append(f'<path class="head" d="M{x - 4} {self.y - 7:g}l4 7l4 -7z"/>')
 
 
+def _em(size: str) -> float:
+    return _MONO_EM if size in _MONO else _BOLD_EM if size in _BOLD else _TEXT_EM
+
+
 def _wrapped(words: str, columns: int, hang: int) -> list[str]:
-    lines = textwrap.wrap(words, columns, subsequent_indent=" " * hang, break_on_hyphens=False)
-    return lines or [""]
+    glued = _OPTION.sub(rf"\1{_GLUE}", f" {words}").strip()
+    lines = textwrap.wrap(glued, columns, subsequent_indent=" " * hang, break_on_hyphens=False)
+    return [line.replace(_GLUE, " ") for line in lines]
 
 
-def drawing(story: Story, title: str = "") -> str:
-    """Return *story* drawn, with *title* above it."""
+def drawing(story: Story, title: str = "", *, wide: bool = False) -> str:
+    """Return *story* drawn, with *title* above it; *wide*, each packet's lane beside the one before."""
     heading = title or f"A packet's way to {story.portal}"
+    shown = lanes(story, folded=True)
+    columns = max(1, len(shown)) if wide else 1
     sheet = _Sheet()
-    sheet.text(heading, _EDGE, "title", "heading", WIDTH - 2 * _EDGE)
-    for lane in lanes(story, folded=True):
+    sheet.text(heading, _EDGE, "title", "heading", columns * WIDTH - 2 * _EDGE)
+    top = bottom = sheet.y
+    for number, lane in enumerate(shown):
+        if wide:
+            sheet.y = top
+            sheet.parts.append(f'<g transform="translate({number * WIDTH} 0)">')
         _draw_lane(sheet, lane)
-    _draw_outcome(sheet, story)
-    height = sheet.y + _EDGE
+        if wide:
+            sheet.parts.append("</g>")
+        bottom = max(bottom, sheet.y)
+    sheet.y = bottom
+    _draw_outcome(sheet, story, columns * WIDTH - 2 * _EDGE)
+    width, height = columns * WIDTH, sheet.y + _EDGE
     return "".join(
         (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" width="{WIDTH}" '
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height:g}" width="{width}" '
             f'height="{height:g}" role="img" aria-labelledby="t d">\n',
             f'<title id="t">{escape(heading)}</title>\n<desc id="d">{escape(_described(story))}</desc>\n',
             f"<style>{_STYLE.read_text()}</style>\n",
-            f'<rect class="paper" width="{WIDTH}" height="{height:g}" rx="10"/>\n',
+            f'<rect class="paper" width="{width}" height="{height:g}" rx="10"/>\n',
             "\n".join(sheet.parts),
             "\n</svg>\n",
         )
@@ -96,8 +120,8 @@ def _draw_station(sheet: _Sheet, station: Station) -> None:
     room = WIDTH - 2 * _EDGE - 2 * _PAD
     sheet.y += 5
     sheet.text(station.title, _EDGE + _PAD, "station", f"title-{station.kind}", room)
-    used = len(station.title) * _SIZES["station"] * 0.72 + 10
-    if used + len(station.aside) * _SIZES["aside"] * _TEXT_EM < room:
+    used = len(station.title) * _SIZES["station"] * _BOLD_CAPITALS_EM + len(station.aside) * _SIZES["aside"] * _TEXT_EM
+    if used + 10 < room:
         sheet.parts.append(
             f'<text class="dim" x="{WIDTH - _EDGE - _PAD}" y="{sheet.y - 3:g}" font-size="{_SIZES["aside"]}" '
             f'text-anchor="end">{escape(station.aside)}</text>'
@@ -125,9 +149,8 @@ def _draw_line(sheet: _Sheet, line: Line) -> None:
     sheet.text(words, left + (6 if line.kind == "element" else 0), "mono", line.kind, room, hang=2)
 
 
-def _draw_outcome(sheet: _Sheet, story: Story) -> None:
+def _draw_outcome(sheet: _Sheet, story: Story, room: float) -> None:
     sheet.y += 16
-    room = WIDTH - 2 * _EDGE
     if story.flow is not None:
         sheet.text("What conntrack remembers", _EDGE, "lane", "lane", room)
         sheet.text(f"there  {story.flow.original}", _EDGE, "ends", "dim", room, hang=7)

@@ -89,6 +89,8 @@ def tracing(nft: str, wanted: Wanted) -> Iterator[None]:
     Raises:
         StartError: the kernel or nft refused, with the reason.
     """
+    if _rules():
+        raise StartError("another trace is running here; try again when it has ended")
     command = [nft, "--interactive"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0

@@ -23,11 +23,11 @@ from userspace_proxy.trace.values import Role, Story
 _NETLINK_NETFILTER, _SOL_NETLINK, _ADD_MEMBERSHIP = 12, 270, 1
 _BUFFER_BYTES = 4 << 20
 _DATAGRAM_BYTES = 1 << 17
-_CONNECT_S, _DATAGRAM_S = 3.0, 1.0
+_CONNECT_S, _DATAGRAM_S = 2.0, 1.0
 # So long after the last message of the kernel the story is over: a dial that fails is followed by another within that.
 _QUIET_S = 0.25
 _TOOL_TIMEOUT_S = 30.0
-_LEGACY = Path("/proc/net/ip_tables_names")
+_LEGACY = Path("/proc/thread-self/net/ip_tables_names")
 _NOTHING = b"\n"  # what a datagram says: servers that do not understand it show by their silence that it came
 
 
@@ -149,7 +149,7 @@ def _look_up(recording: Recording, nft: str) -> Recording:
         nft=_output(nft, "--handle", "--terse", "list", "ruleset"),
         saved=saved,
         devices=dict(socket.if_nameindex()),
-        ip_vs=_read(Path("/proc/net/ip_vs")),
+        ip_vs=_read(Path("/proc/thread-self/net/ip_vs")),
         notes=_notes(),
     )
     story = tell(recording)
