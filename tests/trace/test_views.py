@@ -12,13 +12,16 @@ import pytest
 from rich.console import Console
 
 from tests.rules.given import assert_golden
-from tests.trace.given import MODES, story
+from tests.trace.given import MODES, recording, story
 from tests.trace.test_ipvs import TEXT
-from userspace_proxy.trace.ipvs import virtual_server
+from userspace_proxy.trace.netlink import Message
+from userspace_proxy.trace.passages import TABLE, legs
+from userspace_proxy.trace.rulebook import Rulebook
 from userspace_proxy.trace.stations import lanes
+from userspace_proxy.trace.story import tell, with_outcome
 from userspace_proxy.trace.svg import WIDTH, drawing
 from userspace_proxy.trace.text import show
-from userspace_proxy.trace.values import Hook, Leg, Story
+from userspace_proxy.trace.values import Ends, Story
 
 SVG = "{http://www.w3.org/2000/svg}"
 _MONO_EM, _BOLD_EM = 0.6, 0.62
@@ -120,20 +123,67 @@ def test_words_from_outside_cannot_break_out_of_a_drawing() -> None:
 
 
 def test_ipvs_stands_between_input_and_the_second_output() -> None:
-    told = story("nftables")
-    client = told.legs[0]
-    way = [Hook(name, ("", ""), (), client.first, client.last) for name in ("PREROUTING", "INPUT", "POSTROUTING")]
-    through_ipvs = replace(
-        told,
-        legs=(Leg(client.role, client.what, tuple(way)),),
-        ipvs=virtual_server(TEXT, "tcp", "10.96.0.11", 80),
-    )
-
-    (lane,) = lanes(through_ipvs, folded=True)
+    lane, *_ = lanes(through_ipvs(), folded=True)
     ipvs = next(station for station in lane.stations if station.kind == "ipvs")
 
-    titles = ["the client", "PREROUTING", "INPUT", "IPVS", "POSTROUTING", "the backend"]
+    titles = ["the client", "PREROUTING", "INPUT", "IPVS", "OUTPUT", "POSTROUTING", "the backend"]
     assert [station.title for station in lane.stations] == titles
     assert ipvs.aside == "TCP 10.96.0.11:80, scheduler rr"
-    assert [line.text for line in ipvs.lines] == ["10.244.0.3:8080  Masq, weight 1", "10.244.0.2:8080  Masq, weight 0"]
-    assert "IPVS" in plain(through_ipvs)
+    assert [line.text for line in ipvs.lines] == [
+        "10.244.0.3:8080  Masq, weight 1",
+        "10.244.0.2:8080  Masq, weight 0",
+        "10.96.0.11:80 became 10.244.0.3:8080",
+    ]
+    assert "IPVS" in plain(through_ipvs())
+    assert "IPVS" in words(ElementTree.fromstring(drawing(through_ipvs())))  # noqa: S314
+
+
+def test_what_ipvs_did_is_nobody_elses_doing() -> None:
+    changes = [line.text for lane in lanes(through_ipvs(), folded=True) for station in lane.stations
+               for line in station.lines if line.kind == "change"]  # fmt: skip
+
+    assert changes == ["10.96.0.11:80 became 10.244.0.3:8080", "IPVS: sender 10.244.0.3:8080 became 10.96.0.11:80"]
+    assert through_ipvs().outcome == "10.96.0.11:80 became 10.244.0.3:8080; the answer was SYN+ACK"
+
+
+def test_ipvs_stands_behind_output_for_packets_of_the_host_itself() -> None:
+    asked, sent = Ends("192.168.50.2", 4711, "10.96.0.11", 80), Ends("192.168.50.2", 4711, "10.244.0.3", 8080)
+    seen = [("client_out", asked), ("dial_out", sent), ("after_output", sent), ("after_postrouting", sent)]
+
+    (lane,) = lanes(of_messages(seen), folded=True)
+
+    assert [station.title for station in lane.stations] == [
+        "the client",
+        "OUTPUT",
+        "IPVS",
+        "POSTROUTING",
+        "the backend",
+    ]
+    assert not lane.stations[1].lines
+
+
+def through_ipvs() -> Story:
+    """Return the story of a kernel with IPVS, which takes packets at INPUT and sends them from OUTPUT."""
+    asked, sent = Ends("192.168.50.2", 4711, "10.96.0.11", 80), Ends("192.168.50.2", 4711, "10.244.0.3", 8080)
+    back, shown = Ends("10.244.0.3", 8080, "192.168.50.2", 4711), Ends("10.96.0.11", 80, "192.168.50.2", 4711)
+    there = [("client_in", asked), ("after_prerouting", asked), ("at_input", asked)]
+    on = [("client_out", sent), ("after_output", sent), ("after_postrouting", sent)]
+    answer = [("answer_in", back), ("after_prerouting", back), ("after_forward", shown), ("after_postrouting", shown)]
+    return of_messages([*there, *on, *answer])
+
+
+def of_messages(seen: list[tuple[str, Ends]]) -> Story:
+    told, asked = [], seen[0]
+    for chain, ends in seen:
+        is_first = (chain, ends) == asked or chain == "answer_in"
+        told += said_at(chain, ends, handle=1 if is_first else 0)
+    way = legs(told, Rulebook("", {}), {2: "eth0"})
+    bare = replace(recording("nftables"), datagrams=[], ip_vs=TEXT)
+    return with_outcome(replace(tell(bare), legs=way))
+
+
+def said_at(chain: str, ends: Ends, handle: int) -> list[Message]:
+    what = "SYN" if ends.source == "192.168.50.2" else "SYN+ACK"
+    kind = "rule" if handle else "end"
+    first = Message(7, "inet", TABLE, chain, kind, handle, "continue", "", 2, 0, ends, what)
+    return [first, replace(first, kind="policy", handle=0, verdict="accept", ends=None, what="")]

@@ -70,6 +70,8 @@ class _Leg:
     def hook(self, name: str, begin: Message) -> _Hook:
         """Return the hook that the packet is at, a new one where the last one is behind it."""
         if not self.hooks or self.hooks[-1].is_over or self.hooks[-1].name != name:
+            if self.hooks and not self.hooks[-1].is_over and begin.ends is not None:  # IPVS had it in between
+                self.now = begin.ends
             self.hooks.append(_Hook(name, self.now, (begin.iif, begin.oif)))
         return self.hooks[-1]
 

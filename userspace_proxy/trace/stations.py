@@ -63,10 +63,12 @@ def lanes(story: Story, *, folded: bool) -> tuple[Lane, ...]:
 
 
 def _lane(leg: Leg, story: Story, *, folded: bool) -> Lane:
-    stations = [_hook(hook, leg, folded=folded) for hook in leg.hooks]
-    names = [hook.name for hook in leg.hooks]
-    if leg.role is Role.CLIENT and story.ipvs is not None and "INPUT" in names:
-        stations.insert(names.index("INPUT") + 1, _ipvs(story.ipvs))
+    stations = []
+    for hook, later in zip(leg.hooks, (*leg.hooks[1:], None), strict=True):
+        stations.append(_hook(hook, leg, story, folded=folded))
+        now = hook.after or (later.before if later is not None else None)
+        if story.ipvs is not None and now is not None and _is_by_ipvs(hook, now, leg):
+            stations.append(_ipvs(story.ipvs, hook.before, now))
     stations.insert(0, _start(leg, story))
     last = leg.hooks[-1]
     if last.after is not None:
@@ -82,10 +84,10 @@ def _lane(leg: Leg, story: Story, *, folded: bool) -> Lane:
 # ---- hooks
 
 
-def _hook(hook: Hook, leg: Leg, *, folded: bool) -> Station:
+def _hook(hook: Hook, leg: Leg, story: Story, *, folded: bool) -> Station:
     lines = [line for visit in hook.visits for line in _visit(visit, folded=folded)]
     if hook.after is not None:
-        lines += _change(hook, leg)
+        lines += _change(hook, leg, story)
     iif, oif = hook.devices
     devices = " ".join(word for word in (f"in {iif}" if iif else "", f"out {oif}" if oif else "") if word)
     meaning = _HOOKS.get(hook.name, "")
@@ -135,27 +137,45 @@ def _step(step: Step, *, decides: bool) -> Iterator[Line]:
         yield Line("note", f"a random one of {slots[1]} slots", depth + 1)
 
 
-def _change(hook: Hook, leg: Leg) -> Iterator[Line]:
+def _change(hook: Hook, leg: Leg, story: Story) -> Iterator[Line]:
     was, now = hook.before, hook.after
     assert now is not None
-    by_rule = any(visit.after not in (None, visit.before) for visit in hook.visits if visit.kind == "nat")
-    by = "" if by_rule else "conntrack: "
+    if story.ipvs is not None and _is_by_ipvs(hook, now, leg):
+        return  # it has a station of its own
+    by = "" if _is_by_rule(hook) else f"{_unseen_hand(hook, leg, story)}: "
     if was.receiver != now.receiver:
         yield Line("change", f"{by}{was.receiver} became {now.receiver}")
     if was.sender != now.sender:
         yield Line("change", f"{by}sender {was.sender} became {now.sender}")
 
 
+def _is_by_rule(hook: Hook) -> bool:
+    return any(visit.after not in (None, visit.before) for visit in hook.visits if visit.kind == "nat")
+
+
+def _is_by_ipvs(hook: Hook, now: Ends, leg: Leg) -> bool:
+    """Return whether IPVS sent a client's packet elsewhere: it stands at INPUT, and at OUTPUT for this host's own."""
+    is_there = hook.name in ("INPUT", "OUTPUT") and leg.role is Role.CLIENT
+    return is_there and hook.before.receiver != now.receiver and not _is_by_rule(hook)
+
+
+def _unseen_hand(hook: Hook, leg: Leg, story: Story) -> str:
+    """Say what changes addresses where no rule was seen to do it."""
+    if leg.role is not Role.ANSWER:
+        return "rules that cannot be traced"
+    return "IPVS" if story.ipvs is not None and hook.name in ("FORWARD", "OUTPUT") else "conntrack"
+
+
 # ---- what else there is
 
 
-def _ipvs(server: VirtualServer) -> Station:
+def _ipvs(server: VirtualServer, was: Ends, now: Ends) -> Station:
     asked = f"{server.protocol.upper()} {at(server.ip, server.port)}, scheduler {server.scheduler}"
     lines = [
         Line("note", f"{at(real.ip, real.port)}  {real.forwarding}, weight {real.weight}")
         for real in server.real_servers
     ]
-    return Station("ipvs", "IPVS", asked, tuple(lines))
+    return Station("ipvs", "IPVS", asked, (*lines, Line("change", f"{was.receiver} became {now.receiver}")))
 
 
 def _start(leg: Leg, story: Story) -> Station:

@@ -16,12 +16,15 @@ _ASKED = re.compile(r"ip6? daddr \. meta l4proto \. th dport (?:map )?@(\w+)")
 _STATES = re.compile(r"\b(SYN_SENT|SYN_RECV|ESTABLISHED|FIN_WAIT|CLOSE_WAIT|LAST_ACK|TIME_WAIT|CLOSE)\b")
 
 
+ANSWERED = "answered"
+
+
 @dataclass(frozen=True, slots=True)
 class Recording:
     """Everything that was heard and looked up while a packet was followed, as it was said.
 
     ``datagrams`` are the kernel's own, in hexadecimal; ``saved`` is iptables-save's text by family; ``elements`` has
-    what sets and maps hold for the packet, by `Element.key`.
+    what sets and maps hold for the packet, by `Element.key`; ``probe`` is what the sender itself noticed.
     """
 
     ip: str
@@ -70,7 +73,7 @@ def tell(recording: Recording) -> Story:
     client = story.leg(Role.CLIENT)
     if client is not None:
         story = replace(story, flow=flow_of(recording.conntrack, client.first))
-    return replace(story, outcome=_outcome(story, recording.probe))
+    return with_outcome(story, recording.probe)
 
 
 def _of_one_connection(seen: tuple[Leg, ...], portal: str) -> tuple[Leg, ...]:
@@ -154,11 +157,16 @@ def deciding(visit: Visit) -> Step | None:
     return visit.steps[-1] if visit.steps and not visit.by_policy else None
 
 
+def with_outcome(story: Story, probe: str = "") -> Story:
+    """Return *story* with its end in one sentence."""
+    return replace(story, outcome=_outcome(story, probe))
+
+
 def _outcome(story: Story, probe: str) -> str:
     client, answer = story.leg(Role.CLIENT), story.leg(Role.ANSWER)
     if client is None:
         return probe or "no packet came"
-    return _stopped(client) or _went_on(client, answer, story)
+    return _stopped(client) or _went_on(client, answer, story, probe)
 
 
 def _stopped(client: Leg) -> str:
@@ -177,7 +185,7 @@ def _stopped(client: Leg) -> str:
     return ""
 
 
-def _went_on(client: Leg, answer: Leg | None, story: Story) -> str:
+def _went_on(client: Leg, answer: Leg | None, story: Story, probe: str) -> str:
     was, became = client.first, client.last
     if was.receiver == became.receiver:
         changed = f"no rule translated {was.receiver}: the packet went on as it was"
@@ -186,6 +194,8 @@ def _went_on(client: Leg, answer: Leg | None, story: Story) -> str:
     dial = story.leg(Role.DIAL)
     if dial is not None:
         changed += f", the proxy, which dialled {dial.last.receiver}"
+    if answer is None and probe == ANSWERED:
+        return f"{changed}; it was answered by packets that were not seen here"
     if answer is None:
         return f"{changed}; nothing came back in time"
     if answer.what.startswith(("RST", "ICMP")):

@@ -16,7 +16,7 @@ from userspace_proxy.rules.tool import find_tool
 from userspace_proxy.trace.netlink import GROUP_NFTRACE, messages
 from userspace_proxy.trace.passages import TABLE
 from userspace_proxy.trace.sockets import listener_at
-from userspace_proxy.trace.story import Recording, elements_in, tell
+from userspace_proxy.trace.story import ANSWERED, Recording, elements_in, tell
 from userspace_proxy.trace.table import Wanted, tracing
 from userspace_proxy.trace.values import Role, Story
 
@@ -87,7 +87,7 @@ def _socket(request: Request) -> socket.socket:
 
 
 def _send(sock: socket.socket, request: Request) -> str:
-    """Send the first packet; return what went wrong where none left, "" otherwise."""
+    """Send the first packet; return ANSWERED, "" for no answer, or why none could be sent."""
     sock.settimeout(_CONNECT_S if request.protocol == "tcp" else _DATAGRAM_S)
     try:
         sock.connect((request.ip, request.port))
@@ -98,7 +98,7 @@ def _send(sock: socket.socket, request: Request) -> str:
         return ""  # the kernel has told more of that
     except OSError as error:
         return f"no packet left: {(error.strerror or str(error)).lower()}"
-    return ""
+    return ANSWERED
 
 
 # ---- what the kernel says
