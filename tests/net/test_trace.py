@@ -33,11 +33,12 @@ def running(world: ServiceLab, folder: Path, mode: str) -> Iterator[Proxy]:
     world.node.set_knob("ipv6/conf/all/forwarding", 1)
     one = Proxy(world, folder, rules)
     one.apply("web", documents(service("web", WEB), endpoints("web", POD1)))
-    one.start("--proxy-mode", proxy_mode)
     try:
+        one.start("--proxy-mode", proxy_mode)
         yield one
+        assert one.stop() == 0, one.log()
     finally:
-        one.stop()
+        one.stop(signal.SIGKILL)
         world.node.run(*one.command("cleanup"))
 
 
