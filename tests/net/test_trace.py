@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,19 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.net.world import POD1, Proxy, answers, ask_udp, documents, endpoints, service, told, wait_until
+from tests.net.world import (
+    POD1,
+    POD2,
+    Proxy,
+    answers,
+    ask_udp,
+    documents,
+    endpoints,
+    is_refused,
+    service,
+    told,
+    wait_until,
+)
 from userspace_proxy.lab import CLIENT_IP, Host, ServiceLab
 
 MODES = {
@@ -170,6 +183,33 @@ def test_in_userspace_mode_the_process_and_its_second_connection_are_shown(users
     assert story["listener"]["port"] == userspace.proxy_port("default/web:http")
     assert hooks(story, "dial") == ["OUTPUT", "POSTROUTING"]
     assert story["flow"]["original"]["destination"] == WEB
+
+
+@in_userspace_mode
+def test_every_dial_to_a_backend_that_fails_is_shown_before_the_one_that_serves(
+    userspace: Proxy, world: ServiceLab
+) -> None:
+    """Nobody is at POD3's port, and behind POD2's all is silence."""
+    pods = (ServiceLab.pod_ip(2), POD2, POD1)
+    userspace.apply("odd", documents(service("odd", "10.96.12.4"), endpoints("odd", *pods, http_port=8081)))
+    wait_until(lambda: "10.96.12.4 . tcp . 80" in userspace.rules_text(), "odd is served")
+    silence = "table inet silence { chain in { type filter hook input priority 0; tcp dport 8081 drop; }\n}\n"
+    world.pods[1].run("nft", "-f", "-", stdin=silence)
+    server = world.pods[0].start(sys.executable, "-m", "http.server", "8081")
+    try:
+        wait_until(lambda: not is_refused(world.pods[0], "127.0.0.1", 8081), "a server is in pod1")
+        story = traced(userspace, "10.96.12.4:80", "--from-pod", "client")
+    finally:
+        server.kill()
+        world.pods[1].run("nft", "delete", "table", "inet", "silence")
+
+    dials = [
+        (leg["hooks"][-1]["after"]["destination"], leg["answered"]) for leg in story["legs"] if leg["role"] == "dial"
+    ]
+    assert dials[-1] == (POD1, "SYN+ACK")
+    assert dict(dials).items() <= {(POD1, "SYN+ACK"), (POD2, ""), (pods[0], "RST+ACK")}
+    assert story["outcome"].startswith("10.96.12.4:80 became ")
+    assert story["outcome"].endswith(f"{POD1}:8081; the answer was SYN+ACK")
 
 
 @in_userspace_mode

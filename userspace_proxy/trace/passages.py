@@ -18,6 +18,7 @@ FOLLOWED = {
     "client_in": Role.CLIENT,
     "client_out": Role.CLIENT,
     "dial_out": Role.DIAL,
+    "reply_in": Role.REPLY,
     "answer_in": Role.ANSWER,
     "answer_out": Role.ANSWER,
 }

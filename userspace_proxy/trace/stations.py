@@ -45,6 +45,7 @@ class Lane:
 _TITLES = {
     Role.CLIENT: "The client's first packet",
     Role.DIAL: "The proxy's own connection to the backend",
+    Role.REPLY: "What comes back from the backend",
     Role.ANSWER: "What comes back to the client",
 }
 _RANDOM = re.compile(r"numgen random mod (\d+) map")
@@ -199,7 +200,16 @@ def _end(leg: Leg, last: Hook, story: Story) -> Station:
     who = {Role.ANSWER: "the client", Role.DIAL: "the backend"}.get(leg.role)
     if who is None:
         who = "the backend" if leg.first.receiver != leg.last.receiver else "as it was"
-    return Station("outside", who, f"{last.after.receiver}, by {last.devices[1] or 'no device'}")
+    return Station("outside", who, f"{last.after.receiver}, by {last.devices[1] or 'no device'}", _answered(leg))
+
+
+def _answered(leg: Leg) -> tuple[Line, ...]:
+    if leg.role is not Role.DIAL:
+        return ()
+    said = leg.answered or "nothing in time"
+    return (
+        Line("note", f"answers {said}" if said.startswith(("SYN", "datagram")) else f"answers {said}: passed over"),
+    )
 
 
 def _process(listener: Listener | None, ends: Ends, story: Story) -> Station:
@@ -209,8 +219,7 @@ def _process(listener: Listener | None, ends: Ends, story: Story) -> Station:
     if not listener.is_ours:
         return Station("process", name, f"port {listener.port}")
     does = "accept, pick, dial, splice" if story.protocol == "tcp" else "receive, pick, send on"
-    dial = story.leg(Role.DIAL)
-    lines = [Line("note", f"second connection: {dial.first}")] if dial is not None else []
+    lines = [Line("note", f"second connection: {story.dial.first}")] if story.dial is not None else []
     return Station("process", name, f"port {listener.port}: {does}", tuple(lines))
 
 

@@ -87,8 +87,20 @@ def _of_one_connection(seen: tuple[Leg, ...], portal: str) -> tuple[Leg, ...]:
     answer = next((leg for leg in answers if (leg.last.sender, leg.last.receiver) == back), None)
     if answer is None:  # what says that nothing can be reached comes from somebody else
         answer = next((leg for leg in answers if leg.last.destination == client.first.source), None)
-    dials = [leg for leg in later if leg.role is Role.DIAL] if _is_delivered(client) else []
-    return (client, *dials[:1], *([answer] if answer is not None else []))
+    dials = _dials(later) if _is_delivered(client) else []
+    return (client, *dials, *([answer] if answer is not None else []))
+
+
+def _dials(later: tuple[Leg, ...]) -> list[Leg]:
+    """Return the proxy's dials, up to the first that was accepted: those behind it are another client's."""
+    found: list[Leg] = []
+    for leg in later:
+        if leg.role is Role.DIAL and not any(before.answered.startswith("SYN") for before in found):
+            back = (leg.last.receiver, leg.last.sender)
+            replies = (one for one in later if one.role is Role.REPLY)
+            reply = next((one for one in replies if (one.first.sender, one.first.receiver) == back), None)
+            found.append(replace(leg, answered=reply.what if reply is not None else ""))
+    return found
 
 
 def _is_delivered(leg: Leg) -> bool:
@@ -191,9 +203,9 @@ def _went_on(client: Leg, answer: Leg | None, story: Story, probe: str) -> str:
         changed = f"no rule translated {was.receiver}: the packet went on as it was"
     else:
         changed = f"{was.receiver} became {became.receiver}"
-    dial = story.leg(Role.DIAL)
-    if dial is not None:
-        changed += f", the proxy, which dialled {dial.last.receiver}"
+    if story.dial is not None:
+        dials = [leg.last.receiver for leg in story.legs if leg.role is Role.DIAL]
+        changed += f", the proxy, which dialled {' and then '.join(dials)}"
     if answer is None and probe == ANSWERED:
         return f"{changed}; it was answered by packets that were not seen here"
     if answer is None:

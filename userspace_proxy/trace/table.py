@@ -19,7 +19,7 @@ _TIMEOUT_S = 5.0
 # packets away at 98.
 _FIRST, _AFTER_CONNTRACK, _BEFORE_IPVS, _LAST = -350, -199, 90, 300
 _DIALS, _ANSWERS = 4, 16
-_RULES = 5
+_RULES = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ def commands(wanted: Wanted) -> str:
     """Return what makes the table, a command a line.
 
     Each rule follows a few packets and then no more for a day. What a proxy of ours dials (it marks its packets), and
-    what comes back, is followed only once a client's packet was there: that is what the set is for.
+    what comes back, is followed only once a client's packet was there: that is what the sets are for.
     """
     ip = "ip6" if ":" in wanted.ip else "ip"
     tcp = wanted.protocol == "tcp"
@@ -48,18 +48,25 @@ def commands(wanted: Wanted) -> str:
         match.append(f"{wanted.protocol} sport {wanted.client_port}")
     first = "tcp flags & (syn | ack) == syn" if tcp else ""
     client = f"{' '.join(match)} {first} {_few(1)} add @begun {{ meta l4proto }} meta nftrace set 1"
-    dial = f"meta mark & {OWN_MARK:#x} == {OWN_MARK:#x} meta l4proto @begun {first} {_few(_DIALS)} meta nftrace set 1"
-    back = f"meta l4proto {wanted.protocol} ct original proto-dst {wanted.port}"  # in this order, for nft 1.0
-    if tcp:
-        back += " tcp flags & (syn | rst) != 0"
-    answer = f"ct direction reply ct original {ip} daddr {wanted.ip} {back} {_few(_ANSWERS)} meta nftrace set 1"
+    back = "tcp flags & (syn | rst) != 0" if tcp else ""
+    ours = f"meta mark & {OWN_MARK:#x} == {OWN_MARK:#x} meta l4proto @begun {first} {_few(_DIALS)}"
+    ends = f"{{ {ip} daddr . {wanted.protocol} dport . {wanted.protocol} sport }}"
+    dial = f"{ours} add @dialled {ends} meta nftrace set 1"
+    dialled = f"{ip} saddr . {wanted.protocol} sport . {wanted.protocol} dport @dialled"
+    answering = f"{'ipv6_addr' if ip == 'ip6' else 'ipv4_addr'} . inet_service . inet_service"
+    reply = f"{dialled} {back} {_few(_DIALS)} meta nftrace set 1"
+    # In this order, for nft 1.0 does not know otherwise what ports are.
+    asked = f"ct original {ip} daddr {wanted.ip} meta l4proto {wanted.protocol} ct original proto-dst {wanted.port}"
+    answer = f"ct direction reply {asked} {back} {_few(_ANSWERS)} meta nftrace set 1"
     lines = [
         f"add table inet {TABLE} {{ flags owner; }}",
         f"add set inet {TABLE} begun {{ type inet_proto; size 1; flags dynamic; }}",
+        f"add set inet {TABLE} dialled {{ type {answering}; size {_DIALS}; flags dynamic; }}",
         *(_chain(f"{AFTER}{hook}", hook, _LAST) for hook in _HOOKS),
         _chain(f"{AT}input", "input", _BEFORE_IPVS),
         *_rule("answer_in", "prerouting", _AFTER_CONNTRACK, answer),
         *_rule("answer_out", "output", _AFTER_CONNTRACK, answer),
+        *_rule("reply_in", "prerouting", _FIRST + 1, reply),
         *_rule("dial_out", "output", _FIRST + 1, dial),
         *_rule("client_in", "prerouting", _FIRST, client),
         *_rule("client_out", "output", _FIRST, client),

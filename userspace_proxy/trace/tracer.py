@@ -14,7 +14,7 @@ from userspace_proxy.errors import StartError
 from userspace_proxy.lab import inside
 from userspace_proxy.rules.tool import find_tool
 from userspace_proxy.trace.netlink import GROUP_NFTRACE, messages
-from userspace_proxy.trace.passages import TABLE
+from userspace_proxy.trace.passages import FOLLOWED, TABLE
 from userspace_proxy.trace.sockets import listener_at
 from userspace_proxy.trace.story import ANSWERED, Recording, elements_in, tell
 from userspace_proxy.trace.table import Wanted, tracing
@@ -24,8 +24,9 @@ _NETLINK_NETFILTER, _SOL_NETLINK, _ADD_MEMBERSHIP = 12, 270, 1
 _BUFFER_BYTES = 4 << 20
 _DATAGRAM_BYTES = 1 << 17
 _CONNECT_S, _DATAGRAM_S = 2.0, 1.0
-# So long after the last message of the kernel the story is over: a dial that fails is followed by another within that.
-_QUIET_S = 0.25
+# So long after the last message of the kernel the story is over; longer while the proxy waits for a backend, as it then
+# tries another one. In no case longer than that after the first.
+_QUIET_S, _DIAL_S, _AT_MOST_S = 0.25, 2.5, 10.0
 _TOOL_TIMEOUT_S = 30.0
 _LEGACY = Path("/proc/thread-self/net/ip_tables_names")
 _NOTHING = b"\n"  # what a datagram says: servers that do not understand it show by their silence that it came
@@ -117,23 +118,28 @@ def _listening() -> Iterator[socket.socket]:
 
 
 def _hear(ear: socket.socket, awaited_s: float) -> list[bytes]:
-    """Return what is said until nothing more comes; the first word may take *awaited_s*."""
+    """Return what is said until nothing more of our packets comes; the first word may take *awaited_s*.
+
+    Somebody else may trace other packets meanwhile: they are heard, and told apart later.
+    """
     heard: list[bytes] = []
-    give_up_at = time.monotonic() + awaited_s
-    while True:
-        patience_s = _QUIET_S if heard or not awaited_s else max(0.001, give_up_at - time.monotonic())
-        ear.settimeout(patience_s)
+    dials = 0  # of the proxy that nobody has answered yet
+    over_at = time.monotonic() + max(awaited_s, _QUIET_S)
+    give_up_at = over_at + _AT_MOST_S
+    while (left_s := min(over_at, give_up_at) - time.monotonic()) > 0:
+        ear.settimeout(left_s)
         try:
             datagram = ear.recv(_DATAGRAM_BYTES)
         except TimeoutError:
-            return heard
-        if heard or _begins(datagram):
+            break
+        ours = [message for message in messages(datagram) if message.table == TABLE]
+        if heard or ours:
             heard.append(datagram)
-
-
-def _begins(datagram: bytes) -> bool:
-    """Return whether our own rules are at work: somebody else may trace other packets at the same time."""
-    return any(message.table == TABLE for message in messages(datagram))
+        if ours:
+            roles = [FOLLOWED.get(message.chain) for message in ours if message.kind == "rule"]
+            dials += roles.count(Role.DIAL) - roles.count(Role.REPLY)
+            over_at = time.monotonic() + (_DIAL_S if dials > 0 else _QUIET_S)
+    return heard
 
 
 # ---- what it names

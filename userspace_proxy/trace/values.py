@@ -43,6 +43,7 @@ class Role(Enum):
 
     CLIENT = "client"  # the first packet of a client's connection
     DIAL = "dial"  # the first packet of the proxy's own connection to a backend
+    REPLY = "reply"  # the first packet that comes back from there
     ANSWER = "answer"  # the first packet that comes back to the client
 
 
@@ -96,11 +97,15 @@ class Hook:
 
 @dataclass(frozen=True, slots=True)
 class Leg:
-    """One packet's way through this host; ``what`` says which packet it is: SYN, SYN+ACK, RST, a datagram."""
+    """One packet's way through this host; ``what`` says which packet it is: SYN, SYN+ACK, RST, a datagram.
+
+    ``answered``: what came back, of a dial.
+    """
 
     role: Role
     what: str
     hooks: tuple[Hook, ...]
+    answered: str = ""
 
     @property
     def first(self) -> Ends:
@@ -165,3 +170,8 @@ class Story:
     def leg(self, role: Role) -> Leg | None:
         """Return the first leg in that *role*."""
         return next((leg for leg in self.legs if leg.role is role), None)
+
+    @property
+    def dial(self) -> Leg | None:
+        """The proxy's own connection that serves the client: of several dials the last."""
+        return next((leg for leg in reversed(self.legs) if leg.role is Role.DIAL), None)
