@@ -31,7 +31,7 @@ soak: ## the tests that take minutes
 	@tools/setup $(VENV) nft iptables ip conntrack nginx wrk openssl
 	@timeout 3600 $(BIN)/python -m pytest -m soak
 
-test-report: ## the report of `compare` in chromium: phone and desktop, light and dark
+test-report: ## the report of `compare` and the drawings of `trace` in chromium: phone and desktop, light and dark
 	@tools/setup $(VENV) nft ip chromium
 	@timeout 300 $(BIN)/python -m pytest -m browser tests/browser
 

@@ -206,8 +206,7 @@ def test_every_dial_to_a_backend_that_fails_is_shown_before_the_one_that_serves(
     dials = [
         (leg["hooks"][-1]["after"]["destination"], leg["answered"]) for leg in story["legs"] if leg["role"] == "dial"
     ]
-    assert dials[-1] == (POD1, "SYN+ACK")
-    assert dict(dials).items() <= {(POD1, "SYN+ACK"), (POD2, ""), (pods[0], "RST+ACK")}
+    assert dials == [(pods[0], "RST+ACK"), (POD2, ""), (POD1, "SYN+ACK")]
     assert story["outcome"].startswith("10.96.12.4:80 became ")
     assert story["outcome"].endswith(f"{POD1}:8081; the answer was SYN+ACK")
 

@@ -9,6 +9,7 @@ import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -17,7 +18,7 @@ from userspace_proxy.trace.values import Story
 
 WIDTH = 460
 _EDGE, _PAD, _GAP, _INDENT = 12, 12, 20, 12
-_SIZES = {"title": 17, "lane": 14, "ends": 12, "station": 13, "aside": 11, "mono": 11, "outcome": 13}
+_SIZES = {"title": 16, "lane": 14, "ends": 12, "station": 13, "aside": 11, "mono": 11, "outcome": 13}
 _MONO = {"ends", "mono"}
 # How wide a letter is, in parts of its height: every usual font's are narrower on average.
 _MONO_EM, _TEXT_EM, _BOLD_EM = 0.605, 0.58, 0.66
@@ -76,21 +77,22 @@ def drawing(story: Story, title: str = "", *, wide: bool = False) -> str:
     """Return *story* drawn, with *title* above it; *wide*, each packet's lane beside the one before."""
     heading = title or f"A packet's way to {story.portal}"
     shown = lanes(story, folded=True)
-    columns = max(1, len(shown)) if wide else 1
+    # Dials that failed stand above the one that served, in one column.
+    columns = [list(group) for _, group in groupby(shown, lambda lane: lane.title)] if wide else [list(shown)]
+    width = max(1, len(columns)) * WIDTH
     sheet = _Sheet()
-    sheet.text(heading, _EDGE, "title", "heading", columns * WIDTH - 2 * _EDGE)
+    sheet.text(heading, _EDGE, "title", "heading", width - 2 * _EDGE)
     top = bottom = sheet.y
-    for number, lane in enumerate(shown):
-        if wide:
-            sheet.y = top
-            sheet.parts.append(f'<g transform="translate({number * WIDTH} 0)">')
-        _draw_lane(sheet, lane)
-        if wide:
-            sheet.parts.append("</g>")
+    for number, column in enumerate(columns):
+        sheet.y = top
+        sheet.parts.append(f'<g transform="translate({number * WIDTH} 0)">')
+        for lane in column:
+            _draw_lane(sheet, lane)
+        sheet.parts.append("</g>")
         bottom = max(bottom, sheet.y)
     sheet.y = bottom
-    _draw_outcome(sheet, story, columns * WIDTH - 2 * _EDGE)
-    width, height = columns * WIDTH, sheet.y + _EDGE
+    _draw_outcome(sheet, story, width - 2 * _EDGE)
+    height = sheet.y + _EDGE
     return "".join(
         (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height:g}" width="{width}" '
