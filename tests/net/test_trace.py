@@ -28,7 +28,7 @@ from tests.net.world import (
     told,
     wait_until,
 )
-from userspace_proxy.lab import CLIENT_IP, Host, ServiceLab
+from userspace_proxy.lab import CLIENT_IP, NODE_IP, Host, ServiceLab
 
 MODES = {
     "userspace-nftables": ("nftables", "userspace", '10.96.12.1 . tcp . 80 comment "default/web:http"'),
@@ -154,11 +154,26 @@ def test_a_service_without_endpoints_is_refused_by_a_rule_that_is_named(proxy: t
 
 
 @in_userspace_mode
-def test_a_portal_that_nobody_serves_is_told_to_be_translated_by_nothing(userspace: Proxy) -> None:
-    for arguments in ((), ("--from-pod", "client")):
-        story = traced(userspace, "10.96.12.99:80", *arguments)
+def test_datagrams_that_nobody_takes_are_told_to_be_refused(userspace: Proxy) -> None:
+    userspace.apply("void", documents(service("void", "10.96.12.5"), endpoints("void")))
+    wait_until(lambda: "default/void:dns" in userspace.rules_text(), "the empty Service is known")
 
-        assert "no rule translated 10.96.12.99:80" in story["outcome"] or story["outcome"].startswith("no route")
+    story = traced(userspace, "10.96.12.5:53/udp", "--from-pod", "client")
+
+    assert "the answer was ICMP unreachable, refused; nobody listens at port" in story["outcome"]
+
+
+@in_userspace_mode
+def test_a_portal_that_nobody_serves_is_told_to_be_translated_by_nothing(userspace: Proxy) -> None:
+    own = traced(userspace, "10.96.12.99:80")
+    clients = traced(userspace, "10.96.12.99:80", "--from-pod", "client")
+
+    unserved = "no rule translated 10.96.12.99:80: the packet went "
+    assert own["outcome"] == f"{unserved}on as it was; nothing came back in time"
+    assert own["listener"] is None
+    # The route that makes local processes reach cluster IPs leads it to the loopback device, again and again.
+    assert clients["outcome"].startswith(f"{unserved}round the loopback device")
+    assert hooks(clients) == ["PREROUTING", "FORWARD", "POSTROUTING"] * 2
 
 
 @in_userspace_mode
@@ -209,6 +224,19 @@ def test_every_dial_to_a_backend_that_fails_is_shown_before_the_one_that_serves(
     assert dials == [(pods[0], "RST+ACK"), (POD2, ""), (POD1, "SYN+ACK")]
     assert story["outcome"].startswith("10.96.12.4:80 became ")
     assert story["outcome"].endswith(f"{POD1}:8081; the answer was SYN+ACK")
+
+
+def test_node_ports_are_portals_as_well(proxy: tuple[Proxy, str], world: ServiceLab) -> None:
+    one, _ = proxy
+    ports = "[{name: http, port: 80, nodePort: 30812}]"
+    one.apply("open", documents(service("open", "10.96.12.6", ports, "  type: NodePort"), endpoints("open", POD1)))
+    wait_until(lambda: answers(world.client, NODE_IP, 30812) == "pod1", "the node port is served")
+
+    for arguments in ((), ("--from-pod", "client")):
+        story = traced(one, f"{NODE_IP}:30812", *arguments)
+
+        assert [text for text in said(story) if "30812" in text and "default/open:http" in text], said(story)
+        assert f"{POD1}:8080" in story["outcome"]
 
 
 @in_userspace_mode

@@ -61,5 +61,5 @@ def test_every_rule_of_the_table_follows_a_bounded_number_of_packets() -> None:
 
         assert lines[0] == "add table inet userspace_proxy_trace { flags owner; }"
         rules = [line for line in lines if line.startswith("add rule")]
-        assert len(rules) == 6
+        assert len(rules) == 8
         assert all("limit rate 1/day burst" in line and line.endswith("meta nftrace set 1") for line in rules)

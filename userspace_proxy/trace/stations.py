@@ -52,7 +52,7 @@ _RANDOM = re.compile(r"numgen random mod (\d+) map")
 _HOOKS = {
     "PREROUTING": "as it comes in",
     "INPUT": "for a process on this host",
-    "FORWARD": "for another host",
+    "FORWARD": "to be passed on",
     "OUTPUT": "from a process on this host",
     "POSTROUTING": "as it goes out",
 }
@@ -182,7 +182,7 @@ def _ipvs(server: VirtualServer, was: Ends, now: Ends) -> Station:
 def _start(leg: Leg, story: Story) -> Station:
     is_local = leg.hooks[0].name == "OUTPUT"
     if leg.role is Role.CLIENT:
-        where = "a process on this host" if is_local else "another host"
+        where = "a process on this host" if is_local else f"by {leg.hooks[0].devices[0]}"
         return Station("outside", "the client", f"{leg.first.sender}, {where}")
     if is_local and story.listener is not None:
         return Station("process", story.listener.name, leg.first.sender)
@@ -191,6 +191,8 @@ def _start(leg: Leg, story: Story) -> Station:
 
 def _end(leg: Leg, last: Hook, story: Story) -> Station:
     assert last.after is not None
+    if leg.rounds:
+        return Station("stop", "nowhere", f"round and round {last.devices[1]} until its TTL is used up")
     if last.name == "INPUT":
         if leg.role is Role.CLIENT:
             return _process(story.listener, last.after, story)
@@ -214,7 +216,7 @@ def _answered(leg: Leg) -> tuple[Line, ...]:
 
 def _process(listener: Listener | None, ends: Ends, story: Story) -> Station:
     if listener is None:
-        return Station("stop", "nobody", f"no socket is open at port {ends.destination_port}")
+        return Station("stop", "nobody", f"no process listens at port {ends.destination_port}")
     name = f"{listener.name} (process {listener.pid})" if listener.pid else listener.name
     if not listener.is_ours:
         return Station("process", name, f"port {listener.port}")

@@ -19,7 +19,7 @@ _TIMEOUT_S = 5.0
 # packets away at 98.
 _FIRST, _AFTER_CONNTRACK, _BEFORE_IPVS, _LAST = -350, -199, 90, 300
 _DIALS, _ANSWERS = 4, 16
-_RULES = 6
+_RULES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,20 +56,22 @@ def commands(wanted: Wanted) -> str:
     answering = f"{'ipv6_addr' if ip == 'ip6' else 'ipv4_addr'} . inet_service . inet_service"
     reply = f"{dialled} {back} {_few(_DIALS)} meta nftrace set 1"
     # In this order, for nft 1.0 does not know otherwise what ports are.
-    asked = f"ct original {ip} daddr {wanted.ip} meta l4proto {wanted.protocol} ct original proto-dst {wanted.port}"
-    answer = f"ct direction reply {asked} {back} {_few(_ANSWERS)} meta nftrace set 1"
+    asked = f"ct direction reply ct original {ip} daddr {wanted.ip}"
+    ports = f"meta l4proto {wanted.protocol} ct original proto-dst {wanted.port}"
+    answer = f"{asked} {ports} {back} {_few(_ANSWERS)} meta nftrace set 1"
+    unreachable = f"{asked} meta l4proto {'icmpv6' if ip == 'ip6' else 'icmp'} {_few(_ANSWERS)} meta nftrace set 1"
     lines = [
         f"add table inet {TABLE} {{ flags owner; }}",
         f"add set inet {TABLE} begun {{ type inet_proto; size 1; flags dynamic; }}",
         f"add set inet {TABLE} dialled {{ type {answering}; size {_DIALS}; flags dynamic; }}",
         *(_chain(f"{AFTER}{hook}", hook, _LAST) for hook in _HOOKS),
         _chain(f"{AT}input", "input", _BEFORE_IPVS),
-        *_rule("answer_in", "prerouting", _AFTER_CONNTRACK, answer),
-        *_rule("answer_out", "output", _AFTER_CONNTRACK, answer),
-        *_rule("reply_in", "prerouting", _FIRST + 1, reply),
-        *_rule("dial_out", "output", _FIRST + 1, dial),
-        *_rule("client_in", "prerouting", _FIRST, client),
-        *_rule("client_out", "output", _FIRST, client),
+        *_rules("answer_in", "prerouting", _AFTER_CONNTRACK, answer, unreachable),
+        *_rules("answer_out", "output", _AFTER_CONNTRACK, answer, unreachable),
+        *_rules("reply_in", "prerouting", _FIRST + 1, reply),
+        *_rules("dial_out", "output", _FIRST + 1, dial),
+        *_rules("client_in", "prerouting", _FIRST, client),
+        *_rules("client_out", "output", _FIRST, client),
     ]
     return "".join(f"{line}\n" for line in lines)
 
@@ -82,8 +84,8 @@ def _chain(name: str, hook: str, priority: int) -> str:
     return f"add chain inet {TABLE} {name} {{ type filter hook {hook} priority {priority}; }}"
 
 
-def _rule(name: str, hook: str, priority: int, rule: str) -> list[str]:
-    return [_chain(name, hook, priority), f"add rule inet {TABLE} {name} {rule}"]
+def _rules(name: str, hook: str, priority: int, *rules: str) -> list[str]:
+    return [_chain(name, hook, priority), *(f"add rule inet {TABLE} {name} {rule}" for rule in rules)]
 
 
 @contextlib.contextmanager
@@ -96,7 +98,7 @@ def tracing(nft: str, wanted: Wanted) -> Iterator[None]:
     Raises:
         StartError: the kernel or nft refused, with the reason.
     """
-    if _rules():
+    if _loaded():
         raise StartError("another trace is running here; try again when it has ended")
     command = [nft, "--interactive"]
     with subprocess.Popen(
@@ -118,7 +120,7 @@ def tracing(nft: str, wanted: Wanted) -> Iterator[None]:
 
 def _wait_until_loaded(child: subprocess.Popen[str]) -> None:
     give_up_at = time.monotonic() + _TIMEOUT_S
-    while _rules() < _RULES:
+    while _loaded() < _RULES:
         if child.poll() is not None or time.monotonic() > give_up_at:
             child.kill()
             assert child.stderr is not None
@@ -130,11 +132,11 @@ def _wait_until_loaded(child: subprocess.Popen[str]) -> None:
 def _wait_until_gone() -> None:
     """The kernel takes the table away a moment after its owner has ended."""
     give_up_at = time.monotonic() + _TIMEOUT_S
-    while _rules() and time.monotonic() < give_up_at:
+    while _loaded() and time.monotonic() < give_up_at:
         time.sleep(0.01)
 
 
-def _rules() -> int:
+def _loaded() -> int:
     try:
         return count_rules(f"inet {TABLE}")
     except OSError:
