@@ -297,3 +297,16 @@ def test_two_traces_at_once_do_not_meet(userspace: Proxy) -> None:
 
         first.send_signal(signal.SIGINT)
         first.communicate(timeout=10)
+
+
+def test_drawings_are_made_of_each_mode_that_is_there(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "userspace_proxy.trace.drawings", str(tmp_path), "userspace", "no-such-mode"]
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert "userspace: 10.96.0.11:80 became 192.168.50.1:" in done.stdout
+    assert done.stderr == "no-such-mode: not drawn, this build has no mode no-such-mode\n"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["userspace-wide.svg", "userspace.svg"]
+    for file in tmp_path.iterdir():
+        ElementTree.parse(file)  # noqa: S314 - our own
