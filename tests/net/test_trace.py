@@ -310,3 +310,14 @@ def test_drawings_are_made_of_each_mode_that_is_there(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["userspace-wide.svg", "userspace.svg"]
     for file in tmp_path.iterdir():
         ElementTree.parse(file)  # noqa: S314 - our own
+
+
+def test_what_another_machines_kernel_said_is_drawn_here(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "userspace_proxy.trace.drawings", str(tmp_path)]
+    said = subprocess.run([*command, "nftables", "--print"], capture_output=True, timeout=50, check=True).stdout
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "theirs.json").write_bytes(said)
+
+    subprocess.run([*command, str(tmp_path / "theirs.json")], capture_output=True, timeout=50, check=True)
+
+    assert "Mode theirs: a packet to 10.96.0.11:80" in (tmp_path / "theirs.svg").read_text()

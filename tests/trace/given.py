@@ -1,4 +1,4 @@
-"""What the kernel said of packets in each mode, recorded by ``python -m userspace_proxy.trace.drawings --record``."""
+"""What the kernel said of packets in each mode, recorded by ``python -m userspace_proxy.trace.drawings --print``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from userspace_proxy.trace.story import Recording, tell
 from userspace_proxy.trace.values import Hook, Leg, Role, Story, Visit
 
 _RECORDED = Path(__file__).parent / "recorded"
-MODES = ("userspace", "userspace-iptables", "nftables", "iptables")
+MODES = ("userspace", "userspace-iptables", "nftables", "iptables", "ipvs")
 
 
 def recording(mode: str) -> Recording:

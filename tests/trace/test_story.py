@@ -95,6 +95,19 @@ def test_in_kernel_modes_a_packet_is_forwarded_and_its_answer_gets_the_portals_a
     assert not put_back.visits  # no rule did it: conntrack remembers
 
 
+def test_ipvs_takes_the_packet_between_input_and_output_and_no_rule_decides() -> None:
+    told = story("ipvs")
+    client = leg("ipvs", Role.CLIENT)
+
+    assert [one.name for one in client.hooks] == ["PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"]
+    assert hook(client, "INPUT").after is None
+    assert hook(client, "OUTPUT").before.receiver == client.last.receiver
+    assert told.ipvs is not None
+    assert told.ipvs.scheduler == "rr"
+    assert client.last.receiver in [f"{real.ip}:{real.port}" for real in told.ipvs.real_servers]
+    assert told.outcome == f"10.96.0.11:80 became {client.last.receiver}; the answer was SYN+ACK"
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_conntrack_has_the_flow_that_was_seen(mode: str) -> None:
     told = story(mode)

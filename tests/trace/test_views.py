@@ -130,8 +130,8 @@ def test_ipvs_stands_between_input_and_the_second_output() -> None:
     assert [station.title for station in lane.stations] == titles
     assert ipvs.aside == "TCP 10.96.0.11:80, scheduler rr"
     assert [line.text for line in ipvs.lines] == [
-        "10.244.0.3:8080  Masq, weight 1",
-        "10.244.0.2:8080  Masq, weight 0",
+        "10.244.0.3:8080, Masq, weight 1",
+        "10.244.0.2:8080, Masq, weight 0",
         "10.96.0.11:80 became 10.244.0.3:8080",
     ]
     assert "IPVS" in plain(through_ipvs())

@@ -1,6 +1,7 @@
 """`make drawings`: each mode's rules at work in private namespaces, one packet of a client followed, and drawn.
 
-A mode that this kernel or this build does not have is passed over, with a line that says so.
+A mode that this kernel or this build does not have is passed over, with a line that says so. Another machine's kernel
+may have it: ``--print ipvs`` there prints what it said, and that file here, in place of a mode, is drawn.
 """
 
 from __future__ import annotations
@@ -68,44 +69,56 @@ def _reason(proxy: subprocess.Popen[bytes], mode: str, log: str) -> str:
     return (log.strip().splitlines() or ["it did not start"])[-1].removeprefix("userspace-proxy: ")
 
 
-def _draw(mode: str, folder: Path, records: Path | None) -> str:
+def _recorded(mode: str) -> Recording:
     with tempfile.TemporaryDirectory(dir="/run") as temporary, Lab() as lab:
         world = build_service_lab(lab, pods=3)
         world.node.set_knob("ipv4/ip_forward", 1)
         for pod in world.pods:
             start_nginx(pod, Path(temporary))
-        recording = record(world, Path(temporary), mode)
+        return record(world, Path(temporary), mode)
+
+
+def _draw(mode: str, recording: Recording, folder: Path) -> str:
     story = tell(recording)
     if not story.legs:
         raise StartError(f"{mode}: {story.outcome}")
     title = f"Mode {mode}: a packet to {story.portal}"
     (folder / f"{mode}.svg").write_text(drawing(story, title))
     (folder / f"{mode}-wide.svg").write_text(drawing(story, title, wide=True))
-    if records is not None:
-        (records / f"{mode}.json").write_bytes(msgspec.json.format(msgspec.json.encode(recording)) + b"\n")
     return story.outcome
 
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("modes", nargs=-1, required=True)
-@click.option("--record", "records", type=click.Path(path_type=Path), help="Keep there what the kernel said.")
+@click.option("--print", "printed", is_flag=True, help="Print what the kernel said, and draw nothing.")
 @click.option("--inside", is_flag=True, hidden=True)
-def main(folder: Path, modes: tuple[str, ...], records: Path | None, *, inside: bool) -> None:
-    """Draw a packet's way in each of MODES into FOLDER."""
+def main(folder: Path, modes: tuple[str, ...], *, printed: bool, inside: bool) -> None:
+    """Draw a packet's way in each of MODES (names, or files that --print made) into FOLDER."""
     try:
         if not inside:
             command = [sys.executable, "-m", "userspace_proxy.trace.drawings", *sys.argv[1:], "--inside"]
             sys.exit(subprocess.run(command_in_namespaces(command), check=False).returncode)
         prepare()
-        folder.mkdir(parents=True, exist_ok=True)
         for mode in modes:
-            try:
-                click.echo(f"{mode}: {_draw(mode, folder, records)}")
-            except _NoSuchModeError as error:
-                click.echo(f"{mode}: not drawn, {error}", err=True)
+            _make(mode, folder, printed=printed)
     except StartError as error:
         sys.exit(f"drawings: {error}")
+
+
+def _make(mode: str, folder: Path, *, printed: bool) -> None:
+    file = Path(mode)
+    try:
+        is_file = file.suffix == ".json"
+        recording = msgspec.json.decode(file.read_bytes(), type=Recording) if is_file else _recorded(mode)
+    except _NoSuchModeError as error:
+        click.echo(f"{mode}: not drawn, {error}", err=True)
+        return
+    if printed:
+        click.echo(msgspec.json.format(msgspec.json.encode(recording)))
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        click.echo(f"{file.stem}: {_draw(file.stem, recording, folder)}")
 
 
 if __name__ == "__main__":

@@ -51,9 +51,9 @@ _TITLES = {
 _RANDOM = re.compile(r"numgen random mod (\d+) map")
 _HOOKS = {
     "PREROUTING": "as it comes in",
-    "INPUT": "for a process on this host",
+    "INPUT": "for this host itself",
     "FORWARD": "to be passed on",
-    "OUTPUT": "from a process on this host",
+    "OUTPUT": "from this host itself",
     "POSTROUTING": "as it goes out",
 }
 
@@ -124,7 +124,8 @@ def _nothing_done(visit: Visit) -> str:
 def _did_nothing(visit: Visit) -> bool:
     """Return whether *visit* only led from chain to chain and let the packet go as it was."""
     led = all(step.verdict in ("jump", "goto", "return") for step in visit.steps)
-    return led and visit.by_policy and visit.end == "accept" and visit.after == visit.before
+    noted = any(step.element or " set " in step.rule for step in visit.steps)
+    return led and not noted and visit.by_policy and visit.end == "accept" and visit.after == visit.before
 
 
 def _step(step: Step, *, decides: bool) -> Iterator[Line]:
@@ -173,7 +174,7 @@ def _unseen_hand(hook: Hook, leg: Leg, story: Story) -> str:
 def _ipvs(server: VirtualServer, was: Ends, now: Ends) -> Station:
     asked = f"{server.protocol.upper()} {at(server.ip, server.port)}, scheduler {server.scheduler}"
     lines = [
-        Line("note", f"{at(real.ip, real.port)}  {real.forwarding}, weight {real.weight}")
+        Line("note", f"{at(real.ip, real.port)}, {real.forwarding}, weight {real.weight}")
         for real in server.real_servers
     ]
     return Station("ipvs", "IPVS", asked, (*lines, Line("change", f"{was.receiver} became {now.receiver}")))
