@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # A plain user's PATH lacks the administrator's folders, where nft and ip are.
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: help demo test test-cluster test-ipvs lint format contract soak bench bench-quick bench-scale compare test-report wheel lock clean
+.PHONY: help demo test test-cluster test-ipvs lint format contract drawings soak bench bench-quick bench-scale compare test-report wheel lock clean
 
 help: ## show what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -34,7 +34,7 @@ soak: ## the tests that take minutes
 	@tools/setup $(VENV) nft iptables ip conntrack nginx haproxy wrk openssl
 	@timeout 3600 $(BIN)/python -m pytest -m soak
 
-test-report: ## the report of `compare` in chromium: phone and desktop, light and dark
+test-report: ## the report of `compare` and the drawings of `trace` in chromium: phone and desktop, light and dark
 	@tools/setup $(VENV) nft ip chromium
 	@timeout 300 $(BIN)/python -m pytest -m browser tests/browser
 
@@ -50,6 +50,10 @@ format: ## put the code in form
 contract: ## the tables of docs/contract.md, of userspace_proxy/control/contract.toml
 	@tools/setup $(VENV)
 	@$(BIN)/python -m userspace_proxy.control.contract docs/contract.md
+
+drawings: ## docs/drawings/*.svg, of a packet followed in each mode; MODES="ipvs" for some of them
+	@tools/setup $(VENV) nft iptables ip conntrack nginx
+	@timeout 120 $(BIN)/python -m userspace_proxy.trace.drawings docs/drawings $(or $(MODES),userspace nftables iptables ipvs)
 
 BENCH_TOOLS := nft iptables ip conntrack nginx nginx-stream haproxy wrk strace
 

@@ -745,6 +745,30 @@ def compare(
 
 
 @commands.command()
+@click.argument("portal", metavar="IP:PORT[/udp]")
+@click.option("--udp", is_flag=True, help="The same as /udp behind the port.")
+@click.option("--wait", is_flag=True, help="Follow the next packet of somebody else, instead of sending one.")
+@click.option("--timeout", "timeout_s", type=_SECONDS, default="30s", show_default=True, help="Wait so long for it.")
+@click.option("--from", "client_ip", metavar="IP", default="", help="Wait for a packet from this address.")
+@click.option("--from-pod", metavar="PID|NAME", help="Send it from the network namespace of a process, or a named one.")
+@click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Draw the packet's way there, too.")
+@click.option("--wide", is_flag=True, help="Draw its packets side by side: for a projector, not for a phone.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was seen as JSON.")
+def trace(portal: str, *, udp: bool, svg: Path | None, wide: bool, as_json: bool, **whence: Any) -> None:
+    """Show which hooks, chains and rules a real packet to a portal meets here, as the kernel tells it."""
+    from userspace_proxy.trace import command
+
+    try:
+        request = command.request(f"{portal.removesuffix('/udp')}/udp" if udp else portal, **whence)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    try:
+        command.run(request, as_json=as_json, svg=svg, wide=wide, say=lambda text: click.echo(text, err=True))
+    except StartError as error:
+        _fail(error)
+
+
+@commands.command()
 def cleanup() -> None:
     """Remove every rule, route and address of ours, whatever crashed. Nothing else is touched."""
     from userspace_proxy import app

@@ -58,10 +58,17 @@ def report() -> str:
 
 
 def seen_in_chromium(report: str, folder: Path, size: tuple[int, int], scheme: str) -> dict[str, Any]:
+    return in_chromium(
+        Template(_FRAME).substitute(width=size[0], height=size[1], report=escape(report)), folder, scheme
+    )
+
+
+def in_chromium(page: str, folder: Path, scheme: str) -> dict[str, Any]:
+    """Return the JSON that *page* leaves in its only <pre>."""
     if shutil.which("chromium") is None:
         pytest.fail("chromium is not installed; `make test-report` installs it")
     framed = folder / "framed.html"
-    framed.write_text(Template(_FRAME).substitute(width=size[0], height=size[1], report=escape(report)))
+    framed.write_text(page)
     quiet = ["quic", "background-networking", "component-update", "sync", "gpu"]
     command = ["chromium", "--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{what}" for what in quiet)]
     command += [f"--user-data-dir={folder / 'profile'}", f"--blink-settings=preferredColorScheme={SCHEMES[scheme]}"]

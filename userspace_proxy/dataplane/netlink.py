@@ -60,8 +60,8 @@ class KernelTables:
         answer = self._ask(_NETLINK_NETFILTER, _CT_GET, question)
         if answer is None:
             return reached
-        asked = dict(_attributes(dict(_attributes(answer[_HEADER.size + _NFGENMSG_BYTES :]))[_TUPLE_ORIG]))
-        ip, port = dict(_attributes(asked[_TUPLE_IP]))[to], dict(_attributes(asked[_TUPLE_PROTO]))[_DESTINATION_PORT]
+        asked = dict(attributes(dict(attributes(answer[_HEADER.size + _NFGENMSG_BYTES :]))[_TUPLE_ORIG]))
+        ip, port = dict(attributes(asked[_TUPLE_IP]))[to], dict(attributes(asked[_TUPLE_PROTO]))[_DESTINATION_PORT]
         return socket.inet_ntop(family, ip), int.from_bytes(port, "big")
 
     def _ask(self, protocol: int, kind: int, question: bytes) -> bytes | None:
@@ -95,7 +95,8 @@ def _attribute(kind: int, value: bytes) -> bytes:
     return _ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), kind) + value + bytes(padding)
 
 
-def _attributes(packed: bytes) -> Iterator[tuple[int, bytes]]:
+def attributes(packed: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield the netlink attributes in *packed* by their kind."""
     at = 0
     while at + _ATTRIBUTE.size <= len(packed):
         length, kind = _ATTRIBUTE.unpack_from(packed, at)

@@ -12,6 +12,7 @@ from userspace_proxy.lab.hosts import (
     build_service_lab,
     command_in_namespaces,
     enter_namespaces,
+    inside,
     ip,
     prepare,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "command_in_namespaces",
     "connect",
     "enter_namespaces",
+    "inside",
     "ip",
     "prepare",
     "start_nginx",

@@ -96,6 +96,17 @@ def ip(*arguments: str) -> str:
     return done.stdout
 
 
+@contextlib.contextmanager
+def inside(namespace: Path) -> Iterator[None]:
+    """Sockets that this thread makes in the block belong to a network *namespace*; raises OSError."""
+    with open("/proc/thread-self/ns/net") as here, open(namespace) as there:  # noqa: PTH123 - descriptors
+        _setns(there.fileno())
+        try:
+            yield
+        finally:
+            _setns(here.fileno())
+
+
 @dataclass(eq=False)
 class Host:
     """One network namespace."""
@@ -134,12 +145,8 @@ class Host:
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
         """Sockets that this thread makes in the block belong to this host, for as long as they live."""
-        with open("/proc/thread-self/ns/net") as here, open(_NETNS_FOLDER / self.name) as there:  # noqa: PTH123 - descriptors
-            _setns(there.fileno())
-            try:
-                yield
-            finally:
-                _setns(here.fileno())
+        with inside(_NETNS_FOLDER / self.name):
+            yield
 
     def set_knob(self, knob: str, value: object) -> None:
         """Set ``/proc/sys/net/KNOB`` of this host."""

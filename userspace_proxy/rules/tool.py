@@ -24,11 +24,12 @@ _TIMEOUT_S = 60.0
 
 
 def is_installed(tool: str) -> bool:
-    """Return whether *tool* is found, also where PATH lacks the administrator's folders."""
-    return _find(tool) is not None
+    """Return whether *tool* is found."""
+    return find_tool(tool) is not None
 
 
-def _find(tool: str) -> str | None:
+def find_tool(tool: str) -> str | None:
+    """Return where *tool* is, also where PATH lacks the administrator's folders; None if it is not installed."""
     return shutil.which(tool) or shutil.which(tool, path="/usr/sbin:/sbin:/usr/local/sbin")
 
 
@@ -38,7 +39,7 @@ async def run_tool(tool: str, *arguments: str, stdin: str = "") -> str:
     Raises:
         SyncError: it is not installed (says in which package it is), failed (its first words), or hung.
     """
-    path = _find(tool)
+    path = find_tool(tool)
     if path is None:
         raise SyncError(f"{tool} is not installed; install the package {_PACKAGE.get(tool, tool)}")
     # In a thread: uvloop's own subprocesses raise when a tool ends before it has read its input.

@@ -1,0 +1,35 @@
+"""What the kernel said of packets in each mode, recorded by ``python -m userspace_proxy.trace.drawings --print``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from userspace_proxy.trace.story import Recording, tell
+from userspace_proxy.trace.values import Hook, Leg, Role, Story, Visit
+
+_RECORDED = Path(__file__).parent / "recorded"
+MODES = ("userspace", "userspace-iptables", "nftables", "iptables", "ipvs")
+
+
+def recording(mode: str) -> Recording:
+    return msgspec.json.decode((_RECORDED / f"{mode}.json").read_bytes(), type=Recording)
+
+
+def story(mode: str) -> Story:
+    return tell(recording(mode))
+
+
+def leg(mode: str, role: Role) -> Leg:
+    found = story(mode).leg(role)
+    assert found is not None
+    return found
+
+
+def hook(of: Leg, name: str) -> Hook:
+    return next(one for one in of.hooks if one.name == name)
+
+
+def visit(of: Hook, chain: str) -> Visit:
+    return next(one for one in of.visits if f"{one.family} {one.table} {one.chain}" == chain)

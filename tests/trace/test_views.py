@@ -1,0 +1,189 @@
+"""The tree and the drawing: everything is said, nothing sticks out, and what is drawn stays as it is."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import pytest
+from rich.console import Console
+
+from tests.rules.given import assert_golden
+from tests.trace.given import MODES, recording, story
+from tests.trace.test_ipvs import TEXT
+from userspace_proxy.trace.netlink import Message
+from userspace_proxy.trace.passages import TABLE, legs
+from userspace_proxy.trace.rulebook import Rulebook
+from userspace_proxy.trace.stations import lanes
+from userspace_proxy.trace.story import tell, with_outcome
+from userspace_proxy.trace.svg import WIDTH, drawing
+from userspace_proxy.trace.text import show
+from userspace_proxy.trace.values import Ends, Story
+
+SVG = "{http://www.w3.org/2000/svg}"
+_MONO_EM, _BOLD_EM = 0.6, 0.62
+
+
+def drawn(mode: str, *, wide: bool = False) -> ElementTree.Element:
+    return ElementTree.fromstring(drawing(story(mode), wide=wide))  # noqa: S314 - our own
+
+
+def words(svg: ElementTree.Element) -> str:
+    return " ".join("".join(text.itertext()).strip() for text in svg.iter(f"{SVG}text"))
+
+
+def plain(told: Story, width: int = 10_000) -> str:
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    show(told, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["column", "side by side"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_drawing_has_every_station_with_what_is_said_there(mode: str, *, wide: bool) -> None:
+    shown = words(drawn(mode, wide=wide))
+
+    for lane in lanes(story(mode), folded=True):
+        for station in lane.stations:
+            assert station.title in shown
+            for line in station.lines:
+                assert line.text in re.sub(r"\s+", " ", shown)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_text_of_a_drawing_is_wider_than_what_it_stands_in(mode: str) -> None:
+    for text in drawn(mode).iter(f"{SVG}text"):
+        said, size, x = "".join(text.itertext()), float(text.attrib["font-size"]), float(text.attrib["x"])
+        wide = len(said) * size * (_MONO_EM if "mono" in text.attrib["class"] else _BOLD_EM)
+        if text.attrib.get("text-anchor") == "end":
+            x -= wide
+        assert x >= 0, said
+        assert x + wide <= WIDTH, said
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_of_a_drawing_is_below_its_edge_or_covers_what_came_before(mode: str) -> None:
+    svg = drawn(mode)
+    height = float(svg.attrib["height"])
+    lines = [float(text.attrib["y"]) for text in svg.iter(f"{SVG}text") if "text-anchor" not in text.attrib]
+    boxes = [rect for rect in svg.iter(f"{SVG}rect") if rect.attrib["class"].startswith("station")]
+
+    assert lines == sorted(lines)
+    assert all(after - before >= 11 for before, after in itertools.pairwise(lines))
+    assert max(float(box.attrib["y"]) + float(box.attrib["height"]) for box in boxes) < height
+    assert max(lines) < height
+
+
+def test_a_drawing_says_in_words_what_it_shows_and_loads_nothing() -> None:
+    text = drawing(story("iptables"))
+    svg = ElementTree.fromstring(text)  # noqa: S314
+
+    title, described = svg.find(f"{SVG}title"), svg.find(f"{SVG}desc")
+    assert title is not None
+    assert described is not None
+    assert title.text == "A packet's way to 10.96.0.11:80"
+    assert "PREROUTING, FORWARD, POSTROUTING, the backend" in (described.text or "")
+    assert svg.attrib["aria-labelledby"] == "t d"
+    assert "prefers-color-scheme: dark" in text
+    assert not re.search(r"url\(|@import|href|http(?!://www\.w3\.org/2000/svg)", text)
+
+
+def test_a_drawing_stays_as_it_is() -> None:
+    assert_golden("trace-userspace.svg", drawing(story("userspace"), "Mode userspace"))
+
+
+def test_a_tree_stays_as_it_is() -> None:
+    assert_golden("trace-iptables.txt", plain(story("iptables")))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_in_a_pipe_a_tree_is_plain_and_every_rule_is_on_one_line(mode: str) -> None:
+    told = story(mode)
+    shown = plain(told)
+
+    assert "\x1b" not in shown
+    rules = [step.rule for leg in told.legs for hook in leg.hooks for visit in hook.visits for step in visit.steps]
+    assert rules
+    assert all(rule in shown for rule in rules)
+    assert max(len(line) for line in plain(told, width=60).splitlines()) <= 60
+
+
+def test_words_from_outside_cannot_break_out_of_a_drawing() -> None:
+    told = story("nftables")
+    nasty = replace(told, notes=('<script>alert("&")</script>',), outcome="a < b & c")
+
+    svg = ElementTree.fromstring(drawing(nasty))  # noqa: S314
+
+    assert '<script>alert("&")</script>' in words(svg)
+    assert not list(svg.iter(f"{SVG}script"))
+
+
+def test_ipvs_stands_between_input_and_the_second_output() -> None:
+    lane, *_ = lanes(through_ipvs(), folded=True)
+    ipvs = next(station for station in lane.stations if station.kind == "ipvs")
+
+    titles = ["the client", "PREROUTING", "INPUT", "IPVS", "OUTPUT", "POSTROUTING", "the backend"]
+    assert [station.title for station in lane.stations] == titles
+    assert ipvs.aside == "TCP 10.96.0.11:80, scheduler rr"
+    assert [line.text for line in ipvs.lines] == [
+        "10.244.0.3:8080, Masq, weight 1",
+        "10.244.0.2:8080, Masq, weight 0",
+        "10.96.0.11:80 became 10.244.0.3:8080",
+    ]
+    assert "IPVS" in plain(through_ipvs())
+    assert "IPVS" in words(ElementTree.fromstring(drawing(through_ipvs())))  # noqa: S314
+
+
+def test_what_ipvs_did_is_nobody_elses_doing() -> None:
+    changes = [line.text for lane in lanes(through_ipvs(), folded=True) for station in lane.stations
+               for line in station.lines if line.kind == "change"]  # fmt: skip
+
+    assert changes == ["10.96.0.11:80 became 10.244.0.3:8080", "IPVS: sender 10.244.0.3:8080 became 10.96.0.11:80"]
+    assert through_ipvs().outcome == "10.96.0.11:80 became 10.244.0.3:8080; the answer was SYN+ACK"
+
+
+def test_ipvs_stands_behind_output_for_packets_of_the_host_itself() -> None:
+    asked, sent = Ends("192.168.50.2", 4711, "10.96.0.11", 80), Ends("192.168.50.2", 4711, "10.244.0.3", 8080)
+    seen = [("client_out", asked), ("dial_out", sent), ("after_output", sent), ("after_postrouting", sent)]
+
+    (lane,) = lanes(of_messages(seen), folded=True)
+
+    assert [station.title for station in lane.stations] == [
+        "the client",
+        "OUTPUT",
+        "IPVS",
+        "POSTROUTING",
+        "the backend",
+    ]
+    assert not lane.stations[1].lines
+
+
+def through_ipvs() -> Story:
+    """Return the story of a kernel with IPVS, which takes packets at INPUT and sends them from OUTPUT."""
+    asked, sent = Ends("192.168.50.2", 4711, "10.96.0.11", 80), Ends("192.168.50.2", 4711, "10.244.0.3", 8080)
+    back, shown = Ends("10.244.0.3", 8080, "192.168.50.2", 4711), Ends("10.96.0.11", 80, "192.168.50.2", 4711)
+    there = [("client_in", asked), ("after_prerouting", asked), ("at_input", asked)]
+    on = [("client_out", sent), ("after_output", sent), ("after_postrouting", sent)]
+    answer = [("answer_in", back), ("after_prerouting", back), ("after_forward", shown), ("after_postrouting", shown)]
+    return of_messages([*there, *on, *answer])
+
+
+def of_messages(seen: list[tuple[str, Ends]]) -> Story:
+    told, asked = [], seen[0]
+    for chain, ends in seen:
+        is_first = (chain, ends) == asked or chain == "answer_in"
+        told += said_at(chain, ends, handle=1 if is_first else 0)
+    way = legs(told, Rulebook("", {}), {2: "eth0"})
+    bare = replace(recording("nftables"), datagrams=[], ip_vs=TEXT)
+    return with_outcome(replace(tell(bare), legs=way))
+
+
+def said_at(chain: str, ends: Ends, handle: int) -> list[Message]:
+    what = "SYN" if ends.source == "192.168.50.2" else "SYN+ACK"
+    kind = "rule" if handle else "end"
+    first = Message(7, "inet", TABLE, chain, kind, handle, "continue", "", 2, 0, ends, what)
+    return [first, replace(first, kind="policy", handle=0, verdict="accept", ends=None, what="")]

@@ -1,0 +1,101 @@
+"""`userspace-proxy trace`: a portal as text -> a request; what was seen -> a tree, JSON, a drawing."""
+
+from __future__ import annotations
+
+import ipaddress
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+
+from userspace_proxy.errors import StartError
+from userspace_proxy.trace.story import Recording, tell
+from userspace_proxy.trace.text import show
+from userspace_proxy.trace.tracer import Request, follow
+
+_UNBOUNDED = 10_000  # columns: whoever reads from a pipe cuts lines as he likes
+_NETNS_FOLDER = Path("/run/netns")
+
+
+def request(portal: str, *, wait: bool, timeout_s: float, client_ip: str, from_pod: str | None) -> Request:
+    """Return what the command line asks for; raises ValueError that says what is wrong there."""
+    if from_pod and (wait or client_ip):
+        raise ValueError("--from-pod sends the packet itself: it goes with neither --wait nor --from")
+    asked, _, protocol = portal.partition("/")
+    ip, _, port = asked.rpartition(":")
+    if protocol.lower() not in ("", "tcp", "udp"):
+        raise ValueError(f"{protocol!r} is neither tcp nor udp")
+    try:
+        address, number = ipaddress.ip_address(ip.strip("[]")), int(port)
+    except ValueError:
+        raise ValueError(f"{portal!r} is no portal; write 10.96.0.11:80, 10.96.0.53:53/udp or [fd00::1]:80") from None
+    if not 0 < number < 1 << 16:
+        raise ValueError(f"{number} is no port; they go from 1 to 65535")
+    return Request(
+        ip=str(address),
+        port=number,
+        protocol=protocol.lower() or "tcp",
+        awaited_s=timeout_s if wait or client_ip else 0.0,
+        client_ip=_client(client_ip, address.version) if client_ip else "",
+        namespace=_namespace(from_pod) if from_pod else None,
+    )
+
+
+def _client(text: str, family: int) -> str:
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        raise ValueError(f"--from {text!r} is no address") from None
+    if address.version != family:
+        raise ValueError(f"--from {text}: a client of that family cannot ask an IPv{family} portal")
+    return str(address)
+
+
+def _namespace(text: str) -> Path:
+    """Return the network namespace of a process (its number), or the one that `ip netns` knows by that name."""
+    path = Path(f"/proc/{text}/ns/net") if text.isdigit() else _NETNS_FOLDER / text
+    if not path.exists():
+        raise ValueError(f"--from-pod: there is no {'process' if text.isdigit() else 'network namespace'} {text}")
+    return path
+
+
+def run(request: Request, *, as_json: bool, svg: Path | None, wide: bool, say: Callable[[str], None]) -> None:
+    """Follow a packet and show its way.
+
+    Raises:
+        StartError: packets cannot be traced here, or the file cannot be written.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the table goes in every case
+    try:
+        recording = follow(request, on_ready=lambda: _say_what_is_awaited(request, say))
+    except KeyboardInterrupt:
+        raise StartError("stopped") from None
+    _show(recording, as_json=as_json, svg=svg, wide=wide)
+
+
+def _say_what_is_awaited(request: Request, say: Callable[[str], None]) -> None:
+    if request.awaited_s:
+        who = f"from {request.client_ip} " if request.client_ip else ""
+        what = f"next {request.protocol.upper()} packet {who}to {request.ip} port {request.port}"
+        say(f"waiting {request.awaited_s:g} s for the {what}; Ctrl-C ends that")
+
+
+def _show(recording: Recording, *, as_json: bool, svg: Path | None, wide: bool) -> None:
+    story = tell(recording)
+    if not story.legs:
+        raise StartError(story.outcome)
+    if svg is not None:
+        from userspace_proxy.trace.svg import drawing
+
+        try:
+            svg.write_text(drawing(story, wide=wide))
+        except OSError as error:
+            raise StartError(f"{svg}: {error.strerror}") from None
+    if as_json:
+        print(msgspec.json.format(msgspec.json.encode(story)).decode())  # noqa: T201 - this is the output
+    else:
+        console = Console(highlight=False)
+        show(story, console if console.is_terminal else Console(highlight=False, width=_UNBOUNDED))

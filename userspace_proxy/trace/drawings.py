@@ -1,0 +1,125 @@
+"""`make drawings`: each mode's rules at work in private namespaces, one packet of a client followed, and drawn.
+
+A mode that this kernel or this build does not have is passed over, with a line that says so. Another machine's kernel
+may have it: ``--print ipvs`` there prints what it said, and that file here, in place of a mode, is drawn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import msgspec
+
+from userspace_proxy.errors import StartError
+from userspace_proxy.lab import Lab, ServiceLab, ask, build_service_lab, command_in_namespaces, prepare, start_nginx
+from userspace_proxy.trace.story import Recording, tell
+from userspace_proxy.trace.svg import drawing
+from userspace_proxy.trace.tracer import Request, follow
+
+PORTAL, PORT = "10.96.0.11", 80  # of examples/cluster-ip
+_EXAMPLE = Path("examples/cluster-ip")
+_START_TIMEOUT_S, _PACKET_TIMEOUT_S = 20.0, 10.0
+_USAGE_ERROR = 2
+
+
+class _NoSuchModeError(Exception):
+    """This machine or this build does not have the mode."""
+
+
+def record(world: ServiceLab, folder: Path, mode: str, *arguments: str) -> Recording:
+    """Run *mode* on the node, with nothing but the example's Service, and follow the first packet of the client."""
+    with _proxy(world, folder, mode, *arguments), world.node.inside():
+        client = threading.Thread(target=ask, args=(world.client, PORTAL, PORT))
+        request = Request(PORTAL, PORT, "tcp", awaited_s=_PACKET_TIMEOUT_S)
+        try:
+            return follow(request, on_ready=client.start)
+        finally:
+            client.join()
+
+
+@contextlib.contextmanager
+def _proxy(world: ServiceLab, folder: Path, mode: str, *arguments: str) -> Iterator[None]:
+    log = folder / f"{mode}.log"
+    log.write_text("")
+    command = [sys.executable, "-m", "userspace_proxy", "run", str(_EXAMPLE), "--proxy-mode", mode, *arguments]
+    proxy = world.node.start(*command, "--state-dir", str(folder / mode), log=log)
+    try:
+        give_up_at = time.monotonic() + _START_TIMEOUT_S
+        while "ready:" not in log.read_text():
+            if proxy.poll() is not None or time.monotonic() > give_up_at:
+                raise _NoSuchModeError(_reason(proxy, mode, log.read_text()))
+            time.sleep(0.02)
+        yield
+    finally:
+        proxy.terminate()
+        proxy.wait(_START_TIMEOUT_S)
+
+
+def _reason(proxy: subprocess.Popen[bytes], mode: str, log: str) -> str:
+    if proxy.poll() == _USAGE_ERROR:
+        return f"this build has no mode {mode}"
+    return (log.strip().splitlines() or ["it did not start"])[-1].removeprefix("userspace-proxy: ")
+
+
+def _recorded(mode: str) -> Recording:
+    with tempfile.TemporaryDirectory(dir="/run") as temporary, Lab() as lab:
+        world = build_service_lab(lab, pods=3)
+        world.node.set_knob("ipv4/ip_forward", 1)
+        for pod in world.pods:
+            start_nginx(pod, Path(temporary))
+        return record(world, Path(temporary), mode)
+
+
+def _draw(mode: str, recording: Recording, folder: Path) -> str:
+    story = tell(recording)
+    if not story.legs:
+        raise StartError(f"{mode}: {story.outcome}")
+    title = f"Mode {mode}: a packet to {story.portal}"
+    (folder / f"{mode}.svg").write_text(drawing(story, title))
+    (folder / f"{mode}-wide.svg").write_text(drawing(story, title, wide=True))
+    return story.outcome
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("modes", nargs=-1, required=True)
+@click.option("--print", "printed", is_flag=True, help="Print what the kernel said, and draw nothing.")
+@click.option("--inside", is_flag=True, hidden=True)
+def main(folder: Path, modes: tuple[str, ...], *, printed: bool, inside: bool) -> None:
+    """Draw a packet's way in each of MODES (names, or files that --print made) into FOLDER."""
+    try:
+        if not inside:
+            command = [sys.executable, "-m", "userspace_proxy.trace.drawings", *sys.argv[1:], "--inside"]
+            sys.exit(subprocess.run(command_in_namespaces(command), check=False).returncode)
+        prepare()
+        for mode in modes:
+            _make(mode, folder, printed=printed)
+    except StartError as error:
+        sys.exit(f"drawings: {error}")
+
+
+def _make(mode: str, folder: Path, *, printed: bool) -> None:
+    file = Path(mode)
+    try:
+        is_file = file.suffix == ".json"
+        recording = msgspec.json.decode(file.read_bytes(), type=Recording) if is_file else _recorded(mode)
+    except _NoSuchModeError as error:
+        click.echo(f"{mode}: not drawn, {error}", err=True)
+        return
+    if printed:
+        click.echo(msgspec.json.format(msgspec.json.encode(recording)))
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        click.echo(f"{file.stem}: {_draw(file.stem, recording, folder)}")
+
+
+if __name__ == "__main__":
+    main()

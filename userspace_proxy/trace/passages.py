@@ -1,0 +1,207 @@
+"""Messages of the kernel -> legs: which packet is which, and where it went from hook to hook. Pure.
+
+The rules of our own table say why a packet is followed, by the chain that they stand in; our chains after all
+others at a hook say that it came so far, and with which addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from userspace_proxy.trace.netlink import Message
+from userspace_proxy.trace.rulebook import Chain, Rulebook
+from userspace_proxy.trace.values import Ends, Hook, Leg, Role, Step, Visit
+
+TABLE = "userspace_proxy_trace"
+FOLLOWED = {
+    "client_in": Role.CLIENT,
+    "client_out": Role.CLIENT,
+    "dial_out": Role.DIAL,
+    "reply_in": Role.REPLY,
+    "answer_in": Role.ANSWER,
+    "answer_out": Role.ANSWER,
+}
+AFTER, AT = "after_", "at_"
+_NEXT = {
+    "PREROUTING": ("INPUT", "FORWARD"),
+    "INPUT": (),
+    "FORWARD": ("POSTROUTING",),
+    "OUTPUT": ("POSTROUTING",),
+    "POSTROUTING": ("PREROUTING",),
+}
+_UNKNOWN = "a rule that was replaced meanwhile"
+
+
+@dataclass(slots=True)
+class _Passage:
+    """One packet in one base chain, with all that happened to it there."""
+
+    packet: int
+    begin: Message
+    ends: Ends
+    told: list[Message] = field(default_factory=list)
+
+    @property
+    def is_ours(self) -> bool:
+        return self.begin.table == TABLE
+
+    @property
+    def has_matched(self) -> bool:
+        return any(message.kind == "rule" for message in self.told)
+
+
+@dataclass(slots=True)
+class _Hook:
+    name: str
+    before: Ends
+    devices: tuple[int, int]
+    passages: list[_Passage] = field(default_factory=list)
+    after: Ends | None = None
+    is_over: bool = False
+
+
+@dataclass(slots=True)
+class _Leg:
+    role: Role
+    what: str
+    now: Ends
+    hooks: list[_Hook] = field(default_factory=list)
+
+    def hook(self, name: str, begin: Message) -> _Hook:
+        """Return the hook that the packet is at, a new one where the last one is behind it."""
+        if not self.hooks or self.hooks[-1].is_over or self.hooks[-1].name != name:
+            if self.hooks and not self.hooks[-1].is_over and begin.ends is not None:  # IPVS had it in between
+                self.now = begin.ends
+            self.hooks.append(_Hook(name, self.now, (begin.iif, begin.oif)))
+        return self.hooks[-1]
+
+    def goes_on(self, name: str, passage: _Passage) -> bool:
+        """Return whether *passage*, at the hook *name*, is where this packet comes next."""
+        if not self.hooks:
+            return False
+        last, ends = self.hooks[-1], passage.ends
+        if name == last.name and not last.is_over:
+            return self.now == ends
+        if last.name == "POSTROUTING" and last.devices[1] != passage.begin.iif:  # the loopback device alone comes back
+            return False
+        if last.is_over:
+            return self.now == ends and name in _NEXT[last.name]
+        # IPVS takes packets away at INPUT, and sends them on from OUTPUT with another receiver.
+        return last.name == "INPUT" and name == "OUTPUT" and self.now.sender == ends.sender
+
+
+def legs(told: Iterable[Message], rulebook: Rulebook, devices: Mapping[int, str]) -> tuple[Leg, ...]:
+    """Return the ways of the packets that were followed, in the order in which these began.
+
+    The kernel's number of a packet is not enough: some change on their way, others belong to one packet after another.
+    """
+    found: list[_Leg] = []
+    current: dict[int, _Leg] = {}
+    for passage in _passages(told):
+        name = _hook_name(passage, rulebook)
+        again = next((leg for leg in found if leg.goes_on(name, passage)), None)
+        if again is not None:
+            current[passage.packet] = again
+        elif passage.is_ours and passage.begin.chain in FOLLOWED and passage.has_matched:
+            leg = current[passage.packet] = _Leg(FOLLOWED[passage.begin.chain], passage.begin.what, passage.ends)
+            found.append(leg)
+        if passage.packet in current:
+            _follow(current[passage.packet], name, passage)
+    return tuple(_finished(leg, rulebook, devices) for leg in found)
+
+
+def _hook_name(passage: _Passage, rulebook: Rulebook) -> str:
+    begin = passage.begin
+    if not passage.is_ours:
+        return rulebook.chain(begin.family, begin.table, begin.chain).hook.upper() or "?"
+    if begin.chain in FOLLOWED:
+        return "PREROUTING" if begin.chain.endswith("_in") else "OUTPUT"
+    return begin.chain.partition("_")[2].upper()
+
+
+def _follow(leg: _Leg, name: str, passage: _Passage) -> None:
+    hook = leg.hook(name, passage.begin)
+    if not passage.is_ours:
+        hook.passages.append(passage)
+    elif passage.begin.chain.startswith(AFTER):
+        hook.after = leg.now = passage.ends
+        hook.devices = (passage.begin.iif, passage.begin.oif)
+        hook.is_over = True
+
+
+def _passages(told: Iterable[Message]) -> list[_Passage]:
+    found: list[_Passage] = []
+    current: dict[int, _Passage] = {}
+    for message in told:
+        if message.ends is not None:
+            current[message.packet] = _Passage(message.packet, message, message.ends)
+            found.append(current[message.packet])
+        if message.packet in current:
+            current[message.packet].told.append(message)
+    return found
+
+
+def _finished(leg: _Leg, rulebook: Rulebook, devices: Mapping[int, str]) -> Leg:
+    hooks = []
+    for hook in leg.hooks:
+        ends = [*(passage.ends for passage in hook.passages[1:]), hook.after]
+        visits = tuple(_visit(*pair, rulebook) for pair in zip(hook.passages, ends, strict=False))
+        iif, oif = (devices.get(index, f"device {index}") if index else "" for index in hook.devices)
+        hooks.append(Hook(hook.name, (iif, oif), visits, hook.before, hook.after))
+    return Leg(leg.role, leg.what, tuple(hooks))
+
+
+def _visit(passage: _Passage, after: Ends | None, rulebook: Rulebook) -> Visit:
+    begin = passage.begin
+    base = rulebook.chain(begin.family, begin.table, begin.chain)
+    walk = _Walk(base, rulebook)
+    steps = tuple(walk.steps(passage.told))
+    last = passage.told[-1]
+    by_policy = last.kind == "policy" or last.verdict not in ("accept", "drop", "stolen", "queue")
+    end = last.verdict if not by_policy or last.kind == "policy" else "accept"
+    skipped = walk.rest() if by_policy else 0
+    return Visit(begin.family, begin.table, begin.chain, base.kind, steps, end, by_policy, skipped, passage.ends, after)
+
+
+class _Walk:
+    """From rule to rule through a base chain and those that it jumps to, counting rules that did not match."""
+
+    def __init__(self, base: Chain, rulebook: Rulebook) -> None:
+        self._rulebook = rulebook
+        self._family, self._table = base.family, base.table
+        self._stack: list[tuple[Chain, int]] = [(base, 0)]  # with how many rules of it are behind
+        self._skipped = 0
+
+    def steps(self, told: Iterable[Message]) -> Iterator[Step]:
+        for message in told:
+            if message.kind == "rule":
+                yield self._step(message)
+
+    def rest(self) -> int:
+        """Return how many rules did not match after the last step."""
+        while self._stack:
+            self._leave()
+        return self._skipped
+
+    def _leave(self) -> None:
+        chain, behind = self._stack.pop()
+        self._skipped += max(0, len(chain.rules) - behind)
+
+    def _step(self, message: Message) -> Step:
+        while len(self._stack) > 1 and self._stack[-1][0].name != message.chain:
+            self._leave()
+        chain, behind = self._stack.pop()
+        handles = list(chain.rules)
+        at = handles.index(message.handle) if message.handle in chain.rules else behind
+        self._skipped += max(0, at - behind)
+        depth = len(self._stack)
+        text = chain.rules.get(message.handle, _UNKNOWN)
+        step = Step(message.chain, text, message.verdict, message.to, self._skipped, depth=depth)
+        self._skipped = 0
+        # After a goto or a return nobody comes back to the rest of this chain.
+        over = message.verdict in ("goto", "return")
+        self._stack.append((chain, len(chain.rules) if over else at + 1))
+        if message.to:
+            self._stack.append((self._rulebook.chain(self._family, self._table, message.to), 0))
+        return step

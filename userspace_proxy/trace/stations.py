@@ -1,0 +1,231 @@
+"""A story as both views show it: for each packet a lane of stations, with what is said at each. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from userspace_proxy.trace.story import deciding
+from userspace_proxy.trace.values import Ends, Hook, Leg, Listener, Role, Step, Story, VirtualServer, Visit, at
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One thing that is said at a station.
+
+    ``kind`` is chain, rule, decides (the rule that does), element (what its map holds), skipped, change or note;
+    ``depth`` is 0 for what is said of a hook, 1 for rules of its base chain, more for those that they lead to.
+    """
+
+    kind: str
+    text: str
+    depth: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Station:
+    """Where the packet is: a hook of the kernel, IPVS, a process, or outside (``kind``)."""
+
+    kind: str
+    title: str
+    aside: str
+    lines: tuple[Line, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """One packet's way."""
+
+    title: str
+    aside: str
+    stations: tuple[Station, ...]
+
+
+_TITLES = {
+    Role.CLIENT: "The client's first packet",
+    Role.DIAL: "The proxy's own connection to the backend",
+    Role.REPLY: "What comes back from the backend",
+    Role.ANSWER: "What comes back to the client",
+}
+_RANDOM = re.compile(r"numgen random mod (\d+) map")
+_HOOKS = {
+    "PREROUTING": "as it comes in",
+    "INPUT": "for this host itself",
+    "FORWARD": "to be passed on",
+    "OUTPUT": "from this host itself",
+    "POSTROUTING": "as it goes out",
+}
+
+
+def lanes(story: Story, *, folded: bool) -> tuple[Lane, ...]:
+    """Return the lanes of *story*; *folded*, without the chains that had nothing to say to the packet."""
+    return tuple(_lane(leg, story, folded=folded) for leg in story.legs)
+
+
+def _lane(leg: Leg, story: Story, *, folded: bool) -> Lane:
+    stations = []
+    for hook, later in zip(leg.hooks, (*leg.hooks[1:], None), strict=True):
+        stations.append(_hook(hook, leg, story, folded=folded))
+        now = hook.after or (later.before if later is not None else None)
+        if story.ipvs is not None and now is not None and _is_by_ipvs(hook, now, leg):
+            stations.append(_ipvs(story.ipvs, hook.before, now))
+    stations.insert(0, _start(leg, story))
+    last = leg.hooks[-1]
+    if last.after is not None:
+        stations.append(_end(leg, last, story))
+    aside = (
+        f"{story.protocol.upper()} {leg.what}" if story.protocol == "tcp" else f"a {story.protocol.upper()} datagram"
+    )
+    if leg.what.startswith("ICMP"):
+        aside = leg.what
+    return Lane(_TITLES[leg.role], f"{aside}, {leg.first}", tuple(stations))
+
+
+# ---- hooks
+
+
+def _hook(hook: Hook, leg: Leg, story: Story, *, folded: bool) -> Station:
+    lines = [line for visit in hook.visits for line in _visit(visit, folded=folded)]
+    if hook.after is not None:
+        lines += _change(hook, leg, story)
+    iif, oif = hook.devices
+    devices = " ".join(word for word in (f"in {iif}" if iif else "", f"out {oif}" if oif else "") if word)
+    meaning = _HOOKS.get(hook.name, "")
+    return Station("hook", hook.name, f"{meaning} ({devices})" if devices else meaning, tuple(lines))
+
+
+def _visit(visit: Visit, *, folded: bool) -> Iterator[Line]:
+    name = f"{visit.family} {visit.table} {visit.chain}"
+    if not visit.steps or (folded and _did_nothing(visit)):
+        if folded and not (visit.steps or visit.skipped):
+            return
+        yield Line("skipped", f"{name}: {_nothing_done(visit)}")
+        return
+    yield Line("chain", f"{name} ({visit.kind})" if visit.kind else name)
+    decides = deciding(visit)
+    for step in visit.steps:
+        yield from _step(step, decides=step is decides)
+    if visit.skipped:
+        yield Line("skipped", f"{count(visit.skipped, 'rule')} did not match", 1)
+    if visit.by_policy:
+        yield Line("skipped", f"policy {visit.end}", 1)
+
+
+def _nothing_done(visit: Visit) -> str:
+    passed = sum(step.skipped for step in visit.steps) + visit.skipped
+    if visit.steps:
+        rest = f", {passed} did not match" if passed else ""
+        return f"{count(len(visit.steps), 'rule')} led nowhere{rest}"
+    said = f"{count(passed, 'rule')} did not match" if passed else "no rules"
+    return said if visit.end == "accept" else f"{said}, policy {visit.end}"
+
+
+def _did_nothing(visit: Visit) -> bool:
+    """Return whether *visit* only led from chain to chain and let the packet go as it was."""
+    led = all(step.verdict in ("jump", "goto", "return") for step in visit.steps)
+    noted = any(step.element or " set " in step.rule for step in visit.steps)
+    return led and not noted and visit.by_policy and visit.end == "accept" and visit.after == visit.before
+
+
+def _step(step: Step, *, decides: bool) -> Iterator[Line]:
+    depth = step.depth + 1
+    if step.skipped:
+        yield Line("skipped", f"{count(step.skipped, 'rule')} did not match", depth)
+    yield Line("decides" if decides else "rule", step.rule, depth)
+    if step.element:
+        yield Line("element", step.element, depth + 1)
+    if slots := _RANDOM.search(step.rule):
+        yield Line("note", f"a random one of {slots[1]} slots", depth + 1)
+
+
+def _change(hook: Hook, leg: Leg, story: Story) -> Iterator[Line]:
+    was, now = hook.before, hook.after
+    assert now is not None
+    if story.ipvs is not None and _is_by_ipvs(hook, now, leg):
+        return  # it has a station of its own
+    by = "" if _is_by_rule(hook) else f"{_unseen_hand(hook, leg, story)}: "
+    if was.receiver != now.receiver:
+        yield Line("change", f"{by}{was.receiver} became {now.receiver}")
+    if was.sender != now.sender:
+        yield Line("change", f"{by}sender {was.sender} became {now.sender}")
+
+
+def _is_by_rule(hook: Hook) -> bool:
+    return any(visit.after not in (None, visit.before) for visit in hook.visits if visit.kind == "nat")
+
+
+def _is_by_ipvs(hook: Hook, now: Ends, leg: Leg) -> bool:
+    """Return whether IPVS sent a client's packet elsewhere: it stands at INPUT, and at OUTPUT for this host's own."""
+    is_there = hook.name in ("INPUT", "OUTPUT") and leg.role is Role.CLIENT
+    return is_there and hook.before.receiver != now.receiver and not _is_by_rule(hook)
+
+
+def _unseen_hand(hook: Hook, leg: Leg, story: Story) -> str:
+    """Say what changes addresses where no rule was seen to do it."""
+    if leg.role is not Role.ANSWER:
+        return "rules that cannot be traced"
+    return "IPVS" if story.ipvs is not None and hook.name in ("FORWARD", "OUTPUT") else "conntrack"
+
+
+# ---- what else there is
+
+
+def _ipvs(server: VirtualServer, was: Ends, now: Ends) -> Station:
+    asked = f"{server.protocol.upper()} {at(server.ip, server.port)}, scheduler {server.scheduler}"
+    lines = [
+        Line("note", f"{at(real.ip, real.port)}, {real.forwarding}, weight {real.weight}")
+        for real in server.real_servers
+    ]
+    return Station("ipvs", "IPVS", asked, (*lines, Line("change", f"{was.receiver} became {now.receiver}")))
+
+
+def _start(leg: Leg, story: Story) -> Station:
+    is_local = leg.hooks[0].name == "OUTPUT"
+    if leg.role is Role.CLIENT:
+        where = "a process on this host" if is_local else f"by {leg.hooks[0].devices[0]}"
+        return Station("outside", "the client", f"{leg.first.sender}, {where}")
+    if is_local and story.listener is not None:
+        return Station("process", story.listener.name, leg.first.sender)
+    return Station("outside", "this host" if is_local else "the backend", leg.first.sender)
+
+
+def _end(leg: Leg, last: Hook, story: Story) -> Station:
+    assert last.after is not None
+    if leg.rounds:
+        return Station("stop", "nowhere", f"round and round {last.devices[1]} until its TTL is used up")
+    if last.name == "INPUT":
+        if leg.role is Role.CLIENT:
+            return _process(story.listener, last.after, story)
+        return Station("outside", "the client", f"{last.after.receiver}, a process on this host")
+    if last.name == "PREROUTING":
+        return Station("stop", "nowhere", "no route from here")
+    who = {Role.ANSWER: "the client", Role.DIAL: "the backend"}.get(leg.role)
+    if who is None:
+        who = "the backend" if leg.first.receiver != leg.last.receiver else "as it was"
+    return Station("outside", who, f"{last.after.receiver}, by {last.devices[1] or 'no device'}", _answered(leg))
+
+
+def _answered(leg: Leg) -> tuple[Line, ...]:
+    if leg.role is not Role.DIAL:
+        return ()
+    said = leg.answered or "nothing in time"
+    return (
+        Line("note", f"answers {said}" if said.startswith(("SYN", "datagram")) else f"answers {said}: passed over"),
+    )
+
+
+def _process(listener: Listener | None, ends: Ends, story: Story) -> Station:
+    if listener is None:
+        return Station("stop", "nobody", f"no process listens at port {ends.destination_port}")
+    name = f"{listener.name} (process {listener.pid})" if listener.pid else listener.name
+    if not listener.is_ours:
+        return Station("process", name, f"port {listener.port}")
+    does = "accept, pick, dial, splice" if story.protocol == "tcp" else "receive, pick, send on"
+    lines = [Line("note", f"second connection: {story.dial.first}")] if story.dial is not None else []
+    return Station("process", name, f"port {listener.port}: {does}", tuple(lines))
+
+
+def count(number: int, thing: str) -> str:
+    """Return *number* of *thing*, in words."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"

@@ -1,0 +1,233 @@
+"""A recording of what was seen -> the story that it tells. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from userspace_proxy.trace.ipvs import virtual_server
+from userspace_proxy.trace.netlink import messages
+from userspace_proxy.trace.passages import legs
+from userspace_proxy.trace.rulebook import Rulebook
+from userspace_proxy.trace.values import Ends, Flow, Hook, Leg, Listener, Role, Step, Story, Visit, at
+
+_ASKED = re.compile(r"(ip6? daddr \. )?meta l4proto \. th dport (?:map )?@(\w+)")
+_STATES = re.compile(r"\b(SYN_SENT|SYN_RECV|ESTABLISHED|FIN_WAIT|CLOSE_WAIT|LAST_ACK|TIME_WAIT|CLOSE)\b")
+
+
+ANSWERED = "answered"
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """Everything that was heard and looked up while a packet was followed, as it was said.
+
+    ``datagrams`` are the kernel's own, in hexadecimal; ``saved`` is iptables-save's text by family; ``elements`` has
+    what sets and maps hold for the packet, by `Element.key`; ``probe`` is what the sender itself noticed.
+    """
+
+    ip: str
+    port: int
+    protocol: str
+    datagrams: list[str]
+    nft: str
+    saved: dict[str, str]
+    devices: dict[int, str]
+    conntrack: str = ""
+    ip_vs: str = ""
+    elements: dict[str, str] = field(default_factory=dict)
+    listener: Listener | None = None
+    probe: str = ""
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Element:
+    """What a rule looks up for a packet: the element of a set or map."""
+
+    family: str
+    table: str
+    name: str
+    wanted: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.family} {self.table} {self.name} {self.wanted}"
+
+
+def tell(recording: Recording) -> Story:
+    """Return what *recording* says."""
+    told = [message for text in recording.datagrams for message in messages(bytes.fromhex(text))]
+    rulebook = Rulebook(recording.nft, recording.saved)
+    seen = _of_one_connection(legs(told, rulebook, recording.devices), at(recording.ip, recording.port))
+    shown = tuple(_with_elements(leg, recording.protocol, recording.elements) for leg in seen)
+    story = Story(
+        portal=at(recording.ip, recording.port),
+        protocol=recording.protocol,
+        legs=shown,
+        listener=recording.listener,
+        ipvs=virtual_server(recording.ip_vs, recording.protocol, recording.ip, recording.port),
+        notes=tuple(recording.notes),
+    )
+    client = story.leg(Role.CLIENT)
+    if client is not None:
+        story = replace(story, flow=flow_of(recording.conntrack, client.first))
+    return with_outcome(story, recording.probe)
+
+
+def _of_one_connection(seen: tuple[Leg, ...], portal: str) -> tuple[Leg, ...]:
+    """Return the first client's leg, with what followed from it: its answer, and what the proxy dialled then."""
+    client = next((leg for leg in seen if leg.role is Role.CLIENT), None)
+    if client is None:
+        return ()
+    later = seen[seen.index(client) + 1 :]
+    client = _once_round(client)
+    back = (portal, client.first.sender)
+    answers = [leg for leg in later if leg.role is Role.ANSWER]
+    answer = next((leg for leg in answers if (leg.last.sender, leg.last.receiver) == back), None)
+    if answer is None:  # what says that nothing can be reached comes from somebody else
+        answer = next((leg for leg in answers if leg.last.destination == client.first.source), None)
+    dials = _dials(later) if _is_delivered(client) else []
+    return (client, *dials, *([answer] if answer is not None else []))
+
+
+def _once_round(leg: Leg) -> Leg:
+    """Return *leg* without what happened again and again to a packet that routing leads back to where it came from."""
+    found: dict[tuple[str, tuple[str, str]], Hook] = {}
+    for hook in leg.hooks:
+        found.setdefault((hook.name, hook.devices), hook)
+    rounds = sum(hook.name == "PREROUTING" for hook in leg.hooks) - sum(name == "PREROUTING" for name, _ in found)
+    return replace(leg, hooks=tuple(found.values()), rounds=rounds) if rounds else leg
+
+
+def _dials(later: tuple[Leg, ...]) -> list[Leg]:
+    """Return the proxy's dials, up to the first that was accepted: those behind it are another client's."""
+    found: list[Leg] = []
+    for leg in later:
+        if leg.role is Role.DIAL and not any(before.answered.startswith("SYN") for before in found):
+            back = (leg.last.receiver, leg.last.sender)
+            replies = (one for one in later if one.role is Role.REPLY)
+            reply = next((one for one in replies if (one.first.sender, one.first.receiver) == back), None)
+            found.append(replace(leg, answered=reply.what if reply is not None else ""))
+    return found
+
+
+def _is_delivered(leg: Leg) -> bool:
+    return leg.hooks[-1].name == "INPUT" and leg.hooks[-1].after is not None
+
+
+# ---- what maps say
+
+
+def elements_in(story: Story) -> Iterator[Element]:
+    """Yield what the rules that matched looked up, where the packet's own fields say what that is."""
+    for leg in story.legs:
+        for hook in leg.hooks:
+            for visit in hook.visits:
+                for step in visit.steps:
+                    element = _element(step, visit, story.protocol)
+                    if element is not None:
+                        yield element
+
+
+def _element(step: Step, visit: Visit, protocol: str) -> Element | None:
+    asked = _ASKED.search(step.rule)
+    if asked is None:
+        return None
+    ends = visit.before
+    wanted = f"{protocol} . {ends.destination_port}"
+    if asked[1]:
+        wanted = f"{ends.destination} . {wanted}"
+    return Element(visit.family, visit.table, asked[2], wanted)
+
+
+def _with_elements(leg: Leg, protocol: str, known: Mapping[str, str]) -> Leg:
+    def step_of(step: Step, visit: Visit) -> Step:
+        element = _element(step, visit, protocol)
+        return replace(step, element=known.get(element.key, "")) if element is not None else step
+
+    def visit_of(visit: Visit) -> Visit:
+        return replace(visit, steps=tuple(step_of(step, visit) for step in visit.steps))
+
+    def hook_of(hook: Hook) -> Hook:
+        return replace(hook, visits=tuple(visit_of(visit) for visit in hook.visits))
+
+    return replace(leg, hooks=tuple(hook_of(hook) for hook in leg.hooks))
+
+
+# ---- what conntrack says
+
+
+def flow_of(listing: str, wanted: Ends) -> Flow | None:
+    """Return the flow that *wanted* began, out of what ``conntrack -L`` printed."""
+    for line in listing.splitlines():
+        words = [word.partition("=") for word in line.split()]
+        values = [value for key, _, value in words if key in ("src", "dst", "sport", "dport")]
+        if len(values) < 8:
+            continue
+        original, reply = (Ends(s, int(p), d, int(q)) for s, d, p, q in (values[:4], values[4:8]))
+        if original == wanted:
+            state = _STATES.search(line)
+            return Flow(state[1] if state else "", original, reply)
+    return None
+
+
+# ---- how it ended
+
+
+def deciding(visit: Visit) -> Step | None:
+    """Return the rule that ended the packet's way through *visit*, None where the policy did."""
+    return visit.steps[-1] if visit.steps and not visit.by_policy else None
+
+
+def with_outcome(story: Story, probe: str = "") -> Story:
+    """Return *story* with its end in one sentence."""
+    return replace(story, outcome=_outcome(story, probe))
+
+
+def _outcome(story: Story, probe: str) -> str:
+    client, answer = story.leg(Role.CLIENT), story.leg(Role.ANSWER)
+    if client is None:
+        return probe or "no packet came"
+    return _stopped(client) or _went_on(client, answer, story, probe)
+
+
+def _stopped(client: Leg) -> str:
+    """Say what kept the packet, "" where nothing did."""
+    last = client.hooks[-1]
+    if client.rounds:
+        return (
+            f"no rule translated {client.first.receiver}: the packet went round the loopback device "
+            f"{client.rounds} times, until its TTL was used up"
+        )
+    if last.after is None:
+        for visit in last.visits:
+            if visit.end == "drop":
+                step = deciding(visit)
+                by = f"the rule {step.rule!r} in {step.chain}" if step else f"the policy of {visit.chain}"
+                verb = "refused" if step and "reject" in step.rule.lower() else "dropped"
+                return f"{verb} at {last.name} by {by}"
+        return f"it was not seen again after {last.name}"
+    if last.name == "PREROUTING":
+        return "no route: after PREROUTING this host had nowhere to send it (net.ipv4.ip_forward? rp_filter?)"
+    return ""
+
+
+def _went_on(client: Leg, answer: Leg | None, story: Story, probe: str) -> str:
+    was, became = client.first, client.last
+    if was.receiver == became.receiver:
+        changed = f"no rule translated {was.receiver}: the packet went on as it was"
+    else:
+        changed = f"{was.receiver} became {became.receiver}"
+    if story.dial is not None:
+        dials = [leg.last.receiver for leg in story.legs if leg.role is Role.DIAL]
+        changed += f", the proxy, which dialled {' and then '.join(dials)}"
+    if answer is None and probe == ANSWERED:
+        return f"{changed}; it was answered by packets that were not seen here"
+    if answer is None:
+        return f"{changed}; nothing came back in time"
+    if answer.what.startswith(("RST", "ICMP")):
+        nobody = f"; nobody listens at port {became.destination_port}" if _is_delivered(client) else ""
+        return f"{changed}; the answer was {answer.what}, refused{nobody}"
+    return f"{changed}; the answer was {'a datagram' if answer.what == 'datagram' else answer.what}"

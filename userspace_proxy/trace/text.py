@@ -1,0 +1,55 @@
+"""A story as a tree for a terminal: colours where there is one, plain text in a pipe."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.text import Text
+from rich.tree import Tree
+
+from userspace_proxy.trace.stations import Lane, Line, lanes
+from userspace_proxy.trace.values import Story
+
+_STYLES = {
+    "chain": "cyan",
+    "rule": "",
+    "decides": "bold",
+    "element": "green",
+    "skipped": "dim",
+    "change": "bold yellow",
+    "note": "green",
+}
+_TITLES = {
+    "hook": "bold cyan",
+    "ipvs": "bold magenta",
+    "process": "bold magenta",
+    "outside": "bold",
+    "stop": "bold red",
+}
+
+
+def show(story: Story, console: Console) -> None:
+    """Print *story* on *console*."""
+    for lane in lanes(story, folded=False):
+        console.print(_tree(lane))
+    if story.flow is not None:
+        flow = f"conntrack: {story.flow.original}, answers {story.flow.reply}"
+        console.print(Text(f"{flow}  {story.flow.state}".rstrip(), "dim"))
+    for note in story.notes:
+        console.print(Text(note, "yellow"))
+    console.print(Text(story.outcome, "bold"))
+
+
+def _tree(lane: Lane) -> Tree:
+    tree = Tree(Text.assemble((lane.title, "bold"), f"  {lane.aside}"), guide_style="dim")
+    for station in lane.stations:
+        title = Text.assemble((station.title, _TITLES[station.kind]), (f"  {station.aside}", "dim"))
+        branches = [tree.add(title)]  # the one that a line of each depth grows from
+        for line in station.lines:
+            del branches[line.depth + 1 :]
+            branches.append(branches[-1].add(_line(line)))
+    return tree
+
+
+def _line(line: Line) -> Text:
+    mark = "= " if line.kind == "element" else ""
+    return Text(f"{mark}{line.text}", _STYLES[line.kind])

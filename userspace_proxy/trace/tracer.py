@@ -1,0 +1,211 @@
+"""Following one packet: send or await it, hear what the kernel says of it, look up all that this names."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from userspace_proxy.errors import StartError
+from userspace_proxy.lab import inside
+from userspace_proxy.rules.tool import find_tool
+from userspace_proxy.trace.netlink import GROUP_NFTRACE, messages
+from userspace_proxy.trace.passages import FOLLOWED, TABLE
+from userspace_proxy.trace.sockets import listener_at
+from userspace_proxy.trace.story import ANSWERED, Recording, elements_in, tell
+from userspace_proxy.trace.table import Wanted, tracing
+from userspace_proxy.trace.values import Role, Story
+
+_NETLINK_NETFILTER, _SOL_NETLINK, _ADD_MEMBERSHIP = 12, 270, 1
+_BUFFER_BYTES = 4 << 20
+_DATAGRAM_BYTES = 1 << 17
+_CONNECT_S, _DATAGRAM_S = 2.0, 1.0
+# So long after the last message of the kernel the story is over; longer while the proxy waits for a backend, as it then
+# tries another one. In no case longer than that after the first.
+_QUIET_S, _DIAL_S, _AT_MOST_S = 0.25, 2.5, 10.0
+_TOOL_TIMEOUT_S = 30.0
+_LEGACY = Path("/proc/thread-self/net/ip_tables_names")
+_NOTHING = b"\n"  # what a datagram says: servers that do not understand it show by their silence that it came
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to follow, and who sends it: this command, where told from another network namespace, or somebody else."""
+
+    ip: str
+    port: int
+    protocol: str
+    awaited_s: float = 0.0  # 0: the command sends it
+    client_ip: str = ""
+    namespace: Path | None = None
+
+
+def follow(request: Request, on_ready: Callable[[], None] = lambda: None) -> Recording:
+    """Return what became of one packet; ``on_ready`` is called once the next one will be followed.
+
+    Raises:
+        StartError: this process may not trace, or lacks a tool.
+    """
+    nft = _tool("nft")
+    recording = Recording(request.ip, request.port, request.protocol, [], "", {}, {})
+    with contextlib.ExitStack() as stack:
+        ear = stack.enter_context(_listening())
+        probe = stack.enter_context(_socket(request)) if not request.awaited_s else None
+        port = probe.getsockname()[1] if probe is not None else 0
+        wanted = Wanted(request.ip, request.port, request.protocol, request.client_ip, port)
+        stack.enter_context(tracing(nft, wanted))
+        on_ready()
+        said = _send(probe, request) if probe is not None else ""
+        heard = _hear(ear, request.awaited_s)
+        recording = replace(recording, datagrams=[datagram.hex() for datagram in heard], probe=said)
+        return _look_up(recording, nft)
+
+
+def _tool(name: str) -> str:
+    path = find_tool(name)
+    if path is None:
+        raise StartError(f"{name} is not installed; install the package nftables")
+    return path
+
+
+# ---- the packet
+
+
+def _socket(request: Request) -> socket.socket:
+    family = socket.AF_INET6 if ":" in request.ip else socket.AF_INET
+    kind = socket.SOCK_STREAM if request.protocol == "tcp" else socket.SOCK_DGRAM
+    try:
+        with inside(request.namespace) if request.namespace else contextlib.nullcontext():
+            sock = socket.socket(family, kind)
+    except OSError as error:
+        raise StartError(f"no packet can be sent from {request.namespace}: {error.strerror}") from None
+    sock.bind(("", 0))  # so that its port is known before it sends
+    return sock
+
+
+def _send(sock: socket.socket, request: Request) -> str:
+    """Send the first packet; return ANSWERED, "" for no answer, or why none could be sent."""
+    sock.settimeout(_CONNECT_S if request.protocol == "tcp" else _DATAGRAM_S)
+    try:
+        sock.connect((request.ip, request.port))
+        if request.protocol == "udp":
+            sock.send(_NOTHING)
+            sock.recv(1)
+    except (ConnectionError, TimeoutError, PermissionError):
+        return ""  # the kernel has told more of that
+    except OSError as error:
+        return f"no packet left: {(error.strerror or str(error)).lower()}"
+    return ANSWERED
+
+
+# ---- what the kernel says
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
+        sock.bind((0, 0))  # whoever has no address of its own hears nothing
+        try:
+            sock.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, GROUP_NFTRACE)
+        except PermissionError:
+            raise StartError("tracing packets is not permitted; run as root or with CAP_NET_ADMIN") from None
+        yield sock
+
+
+def _hear(ear: socket.socket, awaited_s: float) -> list[bytes]:
+    """Return what is said until nothing more of our packets comes; the first word may take *awaited_s*.
+
+    Somebody else may trace other packets meanwhile: they are heard, and told apart later.
+    """
+    heard: list[bytes] = []
+    dials = 0  # of the proxy that nobody has answered yet
+    over_at = time.monotonic() + max(awaited_s, _QUIET_S)
+    give_up_at = over_at + _AT_MOST_S
+    while (left_s := min(over_at, give_up_at) - time.monotonic()) > 0:
+        ear.settimeout(left_s)
+        try:
+            datagram = ear.recv(_DATAGRAM_BYTES)
+        except TimeoutError:
+            break
+        ours = [message for message in messages(datagram) if message.table == TABLE]
+        if heard or ours:
+            heard.append(datagram)
+        if ours:
+            roles = [FOLLOWED.get(message.chain) for message in ours if message.kind == "rule"]
+            dials += roles.count(Role.DIAL) - roles.count(Role.REPLY)
+            over_at = time.monotonic() + (_DIAL_S if dials > 0 else _QUIET_S)
+    return heard
+
+
+# ---- what it names
+
+
+def _look_up(recording: Recording, nft: str) -> Recording:
+    saved = {}
+    for family, tool in (("ip", "iptables-save"), ("ip6", "ip6tables-save")):
+        path = find_tool(tool)
+        saved[family] = _output(path) if path else ""
+    recording = replace(
+        recording,
+        nft=_output(nft, "--handle", "--terse", "list", "ruleset"),
+        saved=saved,
+        devices=dict(socket.if_nameindex()),
+        ip_vs=_read(Path("/proc/thread-self/net/ip_vs")),
+        notes=_notes(),
+    )
+    story = tell(recording)
+    client = story.leg(Role.CLIENT)
+    if client is None:
+        return recording
+    elements = {element.key: "" for element in elements_in(story)}
+    for element in elements_in(story):
+        where = (element.family, element.table, element.name)
+        elements[element.key] = _element(_output(nft, "get", "element", *where, f"{{ {element.wanted} }}"))
+    is_delivered = client.hooks[-1].name == "INPUT"
+    return replace(
+        recording,
+        elements=elements,
+        listener=listener_at(recording.protocol, client.last.destination_port) if is_delivered else None,
+        conntrack=_conntrack(story),
+    )
+
+
+def _element(listed: str) -> str:
+    """Return the element in what ``nft get element`` printed, without the map around it."""
+    _, begins, rest = listed.partition("elements = { ")
+    return " ".join(rest.partition(" }\n")[0].split()) if begins else ""
+
+
+def _conntrack(story: Story) -> str:
+    client = story.leg(Role.CLIENT)
+    path = find_tool("conntrack")
+    if client is None or path is None:
+        return ""
+    ends = client.first
+    family = "ipv6" if ":" in ends.source else "ipv4"
+    wanted = ["--orig-src", ends.source, "--orig-dst", ends.destination]
+    return _output(path, "-L", "-f", family, "-p", story.protocol, *wanted)
+
+
+def _notes() -> list[str]:
+    legacy = " ".join(_read(_LEGACY).split())
+    if not legacy:
+        return []
+    return [f"iptables-legacy has rules here, too (tables {legacy}): the kernel traces none of them"]
+
+
+def _output(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_TOOL_TIMEOUT_S, check=False)
+    return done.stdout
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
