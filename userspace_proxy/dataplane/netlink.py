@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Iterator
 
 from userspace_proxy.dataplane.sockets import plain_ip
 from userspace_proxy.model.endpoint import Address
+from userspace_proxy.netlink import NESTED, attribute, attributes
 
 # linux/netlink.h, rtnetlink.h, nfnetlink.h, nfnetlink_conntrack.h
 _NETLINK_ROUTE, _NETLINK_NETFILTER = 0, 12
-_REQUEST, _NESTED = 1, 0x8000
+_REQUEST = 1
 _ERROR = 2
 _RTM_GETROUTE, _RTA_DST, _RTN_LOCAL = 26, 1, 2
 _CT_GET = 1 << 8 | 1
@@ -24,7 +24,6 @@ _IP_DESTINATION = {socket.AF_INET: 2, socket.AF_INET6: 4}
 _PROTOCOL, _SOURCE_PORT, _DESTINATION_PORT = 1, 2, 3
 
 _HEADER = struct.Struct("=IHHII")
-_ATTRIBUTE = struct.Struct("=HH")
 _RTMSG = struct.Struct("=8BI")
 _ROUTE_TYPE_AT = _HEADER.size + 7
 _NFGENMSG_BYTES = 4
@@ -40,7 +39,7 @@ class KernelTables:
     def is_local(self, ip: str) -> bool:
         """Return whether *ip* is an address of this host, so that what is sent there never leaves it."""
         family, packed = _packed(ip)
-        route = _RTMSG.pack(family, 8 * len(packed), 0, 0, 0, 0, 0, 0, 0) + _attribute(_RTA_DST, packed)
+        route = _RTMSG.pack(family, 8 * len(packed), 0, 0, 0, 0, 0, 0, 0) + attribute(_RTA_DST, packed)
         answer = self._ask(_NETLINK_ROUTE, _RTM_GETROUTE, route)
         return answer is not None and answer[_ROUTE_TYPE_AT] == _RTN_LOCAL
 
@@ -49,14 +48,14 @@ class KernelTables:
         family, source = _packed(reached[0])
         # The kernel finds a flow by its answers, which go from here to the client.
         to = _IP_DESTINATION[family]
-        ips = _attribute(to - 1, source) + _attribute(to, _packed(client[0])[1])
+        ips = attribute(to - 1, source) + attribute(to, _packed(client[0])[1])
         ports = (
-            _attribute(_PROTOCOL, bytes((socket.IPPROTO_UDP,)))
-            + _attribute(_SOURCE_PORT, reached[1].to_bytes(2, "big"))
-            + _attribute(_DESTINATION_PORT, client[1].to_bytes(2, "big"))
+            attribute(_PROTOCOL, bytes((socket.IPPROTO_UDP,)))
+            + attribute(_SOURCE_PORT, reached[1].to_bytes(2, "big"))
+            + attribute(_DESTINATION_PORT, client[1].to_bytes(2, "big"))
         )
-        flow = _attribute(_TUPLE_IP | _NESTED, ips) + _attribute(_TUPLE_PROTO | _NESTED, ports)
-        question = bytes((family, 0, 0, 0)) + _attribute(_TUPLE_REPLY | _NESTED, flow)
+        flow = attribute(_TUPLE_IP | NESTED, ips) + attribute(_TUPLE_PROTO | NESTED, ports)
+        question = bytes((family, 0, 0, 0)) + attribute(_TUPLE_REPLY | NESTED, flow)
         answer = self._ask(_NETLINK_NETFILTER, _CT_GET, question)
         if answer is None:
             return reached
@@ -88,17 +87,3 @@ def _packed(ip: str) -> tuple[socket.AddressFamily, bytes]:
     bare = plain_ip(ip).partition("%")[0]
     family = socket.AF_INET6 if ":" in bare else socket.AF_INET
     return family, socket.inet_pton(family, bare)
-
-
-def _attribute(kind: int, value: bytes) -> bytes:
-    padding = -len(value) % 4
-    return _ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), kind) + value + bytes(padding)
-
-
-def attributes(packed: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield the netlink attributes in *packed* by their kind."""
-    at = 0
-    while at + _ATTRIBUTE.size <= len(packed):
-        length, kind = _ATTRIBUTE.unpack_from(packed, at)
-        yield kind & ~_NESTED, packed[at + _ATTRIBUTE.size : at + length]
-        at += max(_ATTRIBUTE.size, length + -length % 4)

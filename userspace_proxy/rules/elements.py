@@ -8,6 +8,7 @@ import struct
 from collections.abc import Iterable, Iterator
 
 from userspace_proxy.errors import SyncError
+from userspace_proxy.netlink import NESTED, attribute
 
 _NETLINK_NETFILTER = 12
 _SUBSYSTEM_NFTABLES = 10
@@ -17,7 +18,6 @@ _INET = 1
 _REQUEST, _ACK, _CREATE = 0x1, 0x4, 0x400
 _ERROR = 2
 _SO_SNDBUFFORCE = 32
-_NESTED = 0x8000
 # Attributes: of a list, of an element in it, of a value.
 _TABLE, _SET, _ELEMENTS = 1, 2, 3
 _KEY, _DATA, _USERDATA, _KEY_END = 1, 2, 6, 10
@@ -31,7 +31,7 @@ class Transaction:
     """What is to become of elements of one table (of the family inet); nothing happens before `commit`."""
 
     def __init__(self, table: str) -> None:
-        self._table = _attribute(_TABLE, table.split()[1].encode() + b"\0")
+        self._table = attribute(_TABLE, table.split()[1].encode() + b"\0")
         self._messages: list[bytes] = []
         self._headers: dict[str, bytes] = {}
 
@@ -47,12 +47,12 @@ class Transaction:
 
     def _add_all(self, kind: int, name: str, elements: Iterable[bytes]) -> None:
         for chunk in _chunks(elements):
-            self._add(kind, name, struct.pack("=HH", 4 + len(chunk), _ELEMENTS | _NESTED) + chunk)
+            self._add(kind, name, struct.pack("=HH", 4 + len(chunk), _ELEMENTS | NESTED) + chunk)
 
     def _add(self, kind: int, name: str, elements: bytes) -> None:
         header = self._headers.get(name)
         if header is None:
-            header = self._headers[name] = self._table + _attribute(_SET, name.encode() + b"\0")
+            header = self._headers[name] = self._table + attribute(_SET, name.encode() + b"\0")
         self._messages.append(_message(kind, _REQUEST | _CREATE, _INET, 0, header + elements))
 
     def commit(self, channel: Channel) -> None:
@@ -86,17 +86,13 @@ def element(key: bytes, value: bytes = b"", comment: str = "", *, is_interval: b
         inner += _data(_DATA, value)
     if comment:
         text = comment.encode() + b"\0"
-        inner += _attribute(_USERDATA, bytes((_COMMENT, len(text))) + text)
-    return struct.pack("=HH", 4 + len(inner), _LIST_ELEMENT | _NESTED) + inner
+        inner += attribute(_USERDATA, bytes((_COMMENT, len(text))) + text)
+    return struct.pack("=HH", 4 + len(inner), _LIST_ELEMENT | NESTED) + inner
 
 
 def _data(kind: int, value: bytes) -> bytes:
     size = len(value)  # always of whole words
-    return struct.pack("=HHHH", 8 + size, kind | _NESTED, 4 + size, _VALUE) + value
-
-
-def _attribute(kind: int, value: bytes) -> bytes:
-    return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
+    return struct.pack("=HHHH", 8 + size, kind | NESTED, 4 + size, _VALUE) + value
 
 
 def _message(kind: int, flags: int, family: int, resource: int, attributes: bytes) -> bytes:

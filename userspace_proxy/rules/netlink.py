@@ -8,6 +8,7 @@ import struct
 from collections.abc import Iterable
 
 from userspace_proxy.model.endpoint import Address, family_of
+from userspace_proxy.netlink import NESTED, attribute, message, messages
 
 _NETLINK_NETFILTER = 12
 _REQUEST_DUMP = 0x1 | 0x300
@@ -19,7 +20,7 @@ _ERROR, _DONE = 2, 3
 _REQUEST_ANSWERED = 0x1 | 0x4
 # linux/netfilter/nfnetlink_conntrack.h
 _CT_DELETE = 1 << 8 | 2
-_TUPLE_ORIG, _TUPLE_IP, _TUPLE_PROTO, _NESTED = 1, 1, 2, 0x8000
+_TUPLE_ORIG, _TUPLE_IP, _TUPLE_PROTO = 1, 1, 2
 _IP_SOURCE = {4: 1, 6: 3}
 _PROTOCOL, _SOURCE_PORT, _DESTINATION_PORT = 1, 2, 3
 _DELETED_AT_ONCE = 256
@@ -33,22 +34,17 @@ def count_rules(table: str) -> int:
         OSError: the kernel did not say.
     """
     family, _, bare_name = table.partition(" ")
-    body = struct.pack("=BBH", _FAMILIES[family], 0, 0) + _attribute(_ATTR_TABLE, bare_name.encode() + b"\0")
+    body = struct.pack("=BBH", _FAMILIES[family], 0, 0) + attribute(_ATTR_TABLE, bare_name.encode() + b"\0")
     rules = 0
     with _netfilter() as sock:
-        sock.send(_message(_SUBSYSTEM_NFTABLES << 8 | _GETRULE, _REQUEST_DUMP, body))
+        sock.send(message(_SUBSYSTEM_NFTABLES << 8 | _GETRULE, _REQUEST_DUMP, body))
         while True:
-            datagram = sock.recv(1 << 17)
-            at = 0
-            while at + 20 <= len(datagram):
-                length, kind = struct.unpack_from("=IH", datagram, at)
+            for kind, body in messages(sock.recv(1 << 17)):
                 if kind == _DONE:
                     return rules
                 if kind == _ERROR:
-                    code = -struct.unpack_from("=i", datagram, at + 16)[0]
-                    raise OSError(code, f"listing the rules of the table {table!r}")
+                    raise OSError(-struct.unpack_from("=i", body)[0], f"listing the rules of the table {table!r}")
                 rules += kind == _SUBSYSTEM_NFTABLES << 8 | _NEWRULE
-                at += (length + 3) & ~3
 
 
 def delete_udp_flows(flows: Iterable[tuple[Address, Address]]) -> int:
@@ -57,11 +53,11 @@ def delete_udp_flows(flows: Iterable[tuple[Address, Address]]) -> int:
     Raises:
         OSError: the kernel refused.
     """
-    messages = [_message(_CT_DELETE, _REQUEST_ANSWERED, _flow(client, asked)) for client, asked in flows]
+    wanted = [message(_CT_DELETE, _REQUEST_ANSWERED, _flow(client, asked)) for client, asked in flows]
     deleted = 0
     with _netfilter() as sock:
-        for start in range(0, len(messages), _DELETED_AT_ONCE):
-            part = messages[start : start + _DELETED_AT_ONCE]
+        for start in range(0, len(wanted), _DELETED_AT_ONCE):
+            part = wanted[start : start + _DELETED_AT_ONCE]
             sock.send(b"".join(part))
             for _ in part:
                 code = -struct.unpack_from("=i", sock.recv(4096), 16)[0]
@@ -75,25 +71,17 @@ def _flow(client: Address, asked: Address) -> bytes:
     family = family_of(asked[0])
     number = socket.AF_INET if family == 4 else socket.AF_INET6
     source, destination = (socket.inet_pton(number, address[0]) for address in (client, asked))
-    ips = _attribute(_IP_SOURCE[family], source) + _attribute(_IP_SOURCE[family] + 1, destination)
+    ips = attribute(_IP_SOURCE[family], source) + attribute(_IP_SOURCE[family] + 1, destination)
     ports = (
-        _attribute(_PROTOCOL, bytes((socket.IPPROTO_UDP,)))
-        + _attribute(_SOURCE_PORT, client[1].to_bytes(2, "big"))
-        + _attribute(_DESTINATION_PORT, asked[1].to_bytes(2, "big"))
+        attribute(_PROTOCOL, bytes((socket.IPPROTO_UDP,)))
+        + attribute(_SOURCE_PORT, client[1].to_bytes(2, "big"))
+        + attribute(_DESTINATION_PORT, asked[1].to_bytes(2, "big"))
     )
-    flow = _attribute(_TUPLE_IP | _NESTED, ips) + _attribute(_TUPLE_PROTO | _NESTED, ports)
-    return bytes((number, 0, 0, 0)) + _attribute(_TUPLE_ORIG | _NESTED, flow)
+    flow = attribute(_TUPLE_IP | NESTED, ips) + attribute(_TUPLE_PROTO | NESTED, ports)
+    return bytes((number, 0, 0, 0)) + attribute(_TUPLE_ORIG | NESTED, flow)
 
 
 def _netfilter() -> socket.socket:
     sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
     sock.settimeout(_TIMEOUT_S)
     return sock
-
-
-def _message(kind: int, flags: int, body: bytes) -> bytes:
-    return struct.pack("=IHHII", 16 + len(body), kind, flags, 1, 0) + body
-
-
-def _attribute(kind: int, value: bytes) -> bytes:
-    return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)

@@ -11,12 +11,13 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from userspace_proxy.dataplane.netlink import attributes
+from userspace_proxy import netlink
+from userspace_proxy.netlink import attributes
 from userspace_proxy.trace.values import Ends
 
 GROUP_NFTRACE = 9
 _MSG_TRACE = 10 << 8 | 17
-_HEADER_BYTES, _NFGENMSG_BYTES = 16, 4
+_NFGENMSG_BYTES = 4
 # enum nft_trace_attributes, linux/netfilter/nf_tables.h
 _TABLE, _CHAIN, _HANDLE, _TYPE, _VERDICT, _ID = 1, 2, 3, 4, 5, 6
 _NETWORK, _TRANSPORT, _IIF, _OIF, _POLICY = 8, 9, 10, 12, 16
@@ -54,15 +55,9 @@ class Message:
 
 def messages(datagram: bytes) -> Iterator[Message]:
     """Yield the trace messages in a *datagram* of the group; whatever else is in it is passed over."""
-    at = 0
-    while at + _HEADER_BYTES <= len(datagram):
-        length, kind = struct.unpack_from("=IH", datagram, at)
-        if length < _HEADER_BYTES:
-            return
+    for kind, body in netlink.messages(datagram):
         if kind == _MSG_TRACE:
-            body = datagram[at + _HEADER_BYTES : at + length]
             yield _message(_FAMILIES.get(body[0], str(body[0])), dict(attributes(body[_NFGENMSG_BYTES:])))
-        at += (length + 3) & ~3
 
 
 def _message(family: str, told: dict[int, bytes]) -> Message:
