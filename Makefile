@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # A plain user's PATH lacks the administrator's folders, where nft and ip are.
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: help demo test test-cluster test-ipvs lint format contract drawings soak bench bench-quick bench-scale compare test-report wheel lock clean
+.PHONY: help demo test test-cluster test-ipvs lint format contract drawings soak bench bench-quick bench-scale bench-tables compare test-report wheel lock clean
 
 help: ## show what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -72,6 +72,10 @@ bench-quick: ## the same within 90 seconds, with more noise
 bench-scale: ## 10,000 Services: time to ready, one change to traffic, memory
 	@tools/setup $(VENV) nft ip
 	@timeout 300 $(BIN)/python -m benchmarks.scale
+
+bench-tables: ## 10,000 Services in the tables of each kernel mode: load, one change, removal
+	@tools/setup $(VENV) nft iptables ip
+	@timeout 600 $(BIN)/python -m benchmarks.tables $(ARGS)
 
 wheel: ## dist/*.whl, for pipx install
 	@tools/setup $(VENV)

@@ -164,16 +164,21 @@ class Bench:
         return {"services": services, "ready_after_kill_9_s": round(ready_s, 2)}
 
 
+def enter_namespaces(module: str) -> None:
+    """Become *module* in namespaces of its own, unless it is there already."""
+    if not os.environ.get(_INSIDE):
+        command = command_in_namespaces([sys.executable, "-m", module, *sys.argv[1:]])
+        os.execvpe(command[0], command, {**os.environ, _INSIDE: "1"})  # noqa: S606 - a list, no shell
+    prepare()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--services", type=int, default=10_000)
     parser.add_argument("--rules", choices=["nftables", "iptables"], default="nftables")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    if not os.environ.get(_INSIDE):
-        command = command_in_namespaces([sys.executable, "-m", "benchmarks.scale", *sys.argv[1:]])
-        os.execvpe(command[0], command, {**os.environ, _INSIDE: "1"})  # noqa: S606 - a list, no shell
-    prepare()
+    enter_namespaces("benchmarks.scale")
     with tempfile.TemporaryDirectory() as folder, Lab() as lab:
         world = build_service_lab(lab, pods=2)
         for pod in world.pods:
