@@ -125,6 +125,22 @@ def test_schedulers_and_weights_are_those_of_the_annotations(proxy: IpvsProxy, w
     assert Counter(answers(world.client, "10.96.9.5", 80) for _ in range(12)) == {"pod1": 9, "pod2": 3}
 
 
+def test_node_ports_are_at_every_address_of_the_node_also_at_one_that_comes_later(
+    proxy: IpvsProxy, world: ServiceLab
+) -> None:
+    ports = "[{name: http, port: 80, nodePort: 30080}, {name: dns, port: 53, protocol: UDP, nodePort: 30053}]"
+    node_port = service("web", "10.96.9.12", ports=ports, extra="  type: NodePort")
+    proxy.apply("web", documents(node_port, endpoints("web", POD1)))
+    proxy.start()
+    assert answers(world.client, "192.168.50.1", 30080) == ask_udp(world.client, "192.168.50.1", 30053) == "pod1"
+
+    world.node.ip("address", "add", "192.168.77.1/32", "dev", "eth0")
+
+    wait_until(lambda: answers(world.client, "192.168.77.1", 30080) == "pod1", "it is served there, too")
+    world.node.ip("address", "del", "192.168.77.1/32", "dev", "eth0")
+    wait_until(lambda: "192.168.77.1" not in proxy.servers(), "it is not looked for there any more")
+
+
 def test_what_somebody_else_takes_away_comes_back(proxy: IpvsProxy, world: ServiceLab) -> None:
     proxy.give("web", "10.96.9.6", POD1)
     proxy.start()

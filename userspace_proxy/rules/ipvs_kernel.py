@@ -33,11 +33,12 @@ from userspace_proxy.rules.ipvs import (
     virtual_servers,
 )
 from userspace_proxy.rules.ipvs_netlink import Listing
+from userspace_proxy.rules.notices import NetworkNotices
 from userspace_proxy.rules.tool import is_installed, run_tool
 from userspace_proxy.rules.virtual_device import VirtualDevice
 
 # IPVS tells nobody of changes, so it is looked at: how often, and how much of the time at most, as a look is long.
-_POLL_S, _POLL_SHARE = 1.0, 0.05
+_POLL_S, _POLL_SHARE = 1.0, 0.02
 _VS = Path("/proc/sys/net/ipv4/vs")
 # Without the first nothing can be masqueraded; the others end what leads to endpoints that are gone.
 _NEEDED = sysctls.Sysctl(_VS / "conntrack", 1)
@@ -48,7 +49,7 @@ _Answer = TypeVar("_Answer")
 log = logging.getLogger(__name__)
 
 
-class _MissingSchedulersError(Exception):
+class _MissingSchedulersError(SyncError):
     """Virtual servers ask for schedulers that this kernel has not."""
 
     def __init__(self, schedulers: set[str]) -> None:
@@ -79,6 +80,9 @@ class IpvsTables:
         self._device = VirtualDevice()
         self._foreign: frozenset[Portal] = frozenset()
         self._facts: NodeFacts | None = None
+        # This host's own addresses, None where they may have changed.
+        self._host_ips: tuple[str, ...] | None = None
+        self._notices: NetworkNotices | None = None
         self._poll: asyncio.Task[None] | None = None
         self._look_s = 0.0
 
@@ -116,8 +120,9 @@ class IpvsTables:
         changed: Collection[ServicePortName],
         facts: NodeFacts,
     ) -> None:
-        host_ips = await network.host_addresses()
-        node_ips = node_port_ips(facts, host_ips)
+        if self._host_ips is None or self._notices is None:
+            self._host_ips = await network.host_addresses()
+        node_ips = node_port_ips(facts, self._host_ips)
         names = set(changed)
         if self._present is None or node_ips != self._node_ips:
             names |= {*self._of, *translations}
@@ -131,7 +136,7 @@ class IpvsTables:
         wanted = {p: self._wanted[p] for p in portals if p in self._wanted and p not in self._foreign}
         await self._take(present, list(steps(there, wanted)))
         self._present = present
-        await self._bear(host_ips)
+        await self._bear(self._host_ips)
 
     def _want(
         self, translations: Mapping[ServicePortName, Translation], names: Iterable[ServicePortName]
@@ -190,9 +195,12 @@ class IpvsTables:
         if self._facts is None or self._present is None or not await self._rules.is_intact():
             return False
         began = time.monotonic()
+        if moved := self._host_ips is None:
+            await self._load_servers(dict(self._translations), (), self._facts)
         listing = await _ask(ipvs_netlink.listing)
         intact = all(listing.servers.get(portal) == server for portal, server in self._present.items())
-        intact = intact and self._device.ips <= await self._device.look()
+        if moved or self._notices is None:
+            intact = intact and self._device.ips <= await self._device.look()
         if intact:
             await self._end(listing)
         self._look_s = time.monotonic() - began
@@ -206,7 +214,7 @@ class IpvsTables:
         await self._take(present, ended)
         self._present = present
         if ended:
-            await self._bear(await network.host_addresses())
+            await self._bear(self._host_ips or await network.host_addresses())
 
     async def reload(self) -> None:
         if self._facts is not None:
@@ -225,7 +233,11 @@ class IpvsTables:
         await self._device.remove()
 
     async def watch(self, on_change: Callable[[], None]) -> None:
+        def on_notice() -> None:
+            self._host_ips = None
+
         await self._rules.watch(on_change)
+        self._notices = NetworkNotices(on_notice)
         self._poll = asyncio.create_task(self._call_often(on_change), name="ipvs-poll")
 
     async def _call_often(self, call: Callable[[], None]) -> None:
@@ -235,6 +247,9 @@ class IpvsTables:
 
     def unwatch(self) -> None:
         self._rules.unwatch()
+        if self._notices is not None:
+            self._notices.close()
+            self._notices = None
         if self._poll is not None:
             self._poll.cancel()
             self._poll = None
