@@ -10,7 +10,7 @@ COPY userspace_proxy /source/userspace_proxy
 RUN python3 -m venv /opt/userspace-proxy \
  && /opt/userspace-proxy/bin/pip install --no-cache-dir --constraint /source/requirements-dev.txt /source
 
-FROM debian:bookworm-slim
+FROM debian:bookworm-slim AS proxy
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends conntrack iproute2 nftables python3 \
  && rm -rf /var/lib/apt/lists/*
@@ -21,3 +21,14 @@ HEALTHCHECK --interval=10s --timeout=3s --start-period=10s \
   CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:10256/healthz', timeout=2)"]
 ENTRYPOINT ["userspace-proxy"]
 CMD ["run", "/manifests"]
+
+# The proxy, and what `compare` measures it with and beside: `docker build --target compare .`
+FROM proxy AS compare
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends haproxy iptables libnginx-mod-stream nginx-light procps strace wrk \
+ && rm -rf /var/lib/apt/lists/*
+HEALTHCHECK NONE
+CMD ["compare", "--html", "/report/report.html", "--json", "/report/figures.json"]
+
+# Without --target: the proxy.
+FROM proxy

@@ -53,7 +53,7 @@ def main() -> None:
     held: list[str] = []
     try:
         for ip in ips:
-            subprocess.run(["ip", "address", "add", f"{ip}/32", "dev", "lo"], check=True)
+            subprocess.run(["ip", "address", "replace", f"{ip}/32", "dev", "lo"], check=True)
             held.append(ip)
             servers = [
                 *(ThreadingHTTPServer((ip, port), HttpAnswer) for port in HTTP_PORTS),

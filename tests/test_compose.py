@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import json
 import re
 import subprocess
 import uuid
@@ -37,6 +38,12 @@ def dockerfile() -> str:
     return (PROJECT / "Dockerfile").read_text()
 
 
+@pytest.fixture(scope="module")
+def services(compose_file: Any) -> Any:
+    """Those of the lesson: what starts without a profile."""
+    return {name: service for name, service in compose_file["services"].items() if "profiles" not in service}
+
+
 def address_of(service: Any) -> str:
     address: str = service["networks"]["pods"]["ipv4_address"]
     return address
@@ -45,8 +52,8 @@ def address_of(service: Any) -> str:
 # ---- what the file says
 
 
-def test_there_are_three_backends_a_proxy_and_a_client(compose_file: Any) -> None:
-    assert set(compose_file["services"]) == {*BACKENDS, "proxy", "client"}
+def test_there_are_three_backends_a_proxy_and_a_client(services: Any) -> None:
+    assert set(services) == {*BACKENDS, "proxy", "client"}
 
 
 @pytest.mark.parametrize("name", ["proxy", "client"])
@@ -88,10 +95,10 @@ def test_the_client_reaches_cluster_ips_by_way_of_the_proxy(compose_file: Any) -
     assert client["depends_on"] == {name: {"condition": "service_healthy"} for name in ("proxy", *BACKENDS)}
 
 
-def test_every_address_is_its_own_and_in_the_subnet(compose_file: Any) -> None:
+def test_every_address_is_its_own_and_in_the_subnet(compose_file: Any, services: Any) -> None:
     [config] = compose_file["networks"]["pods"]["ipam"]["config"]
     subnet = ipaddress.ip_network(config["subnet"])
-    addresses = [ipaddress.ip_address(address_of(service)) for service in compose_file["services"].values()]
+    addresses = [ipaddress.ip_address(address_of(service)) for service in services.values()]
 
     assert len(set(addresses)) == len(addresses)
     # The first one is the bridge's.
@@ -107,8 +114,8 @@ def test_images_are_pinned(compose_file: Any, dockerfile: str) -> None:
         assert tag != "latest", image
 
 
-def test_every_file_that_is_mounted_is_there_and_read_only(compose_file: Any) -> None:
-    for service in compose_file["services"].values():
+def test_every_file_that_is_mounted_is_there_and_read_only(services: Any) -> None:
+    for service in services.values():
         for mount in service["volumes"]:
             source, _, mode = mount.split(":")
             assert (PROJECT / source).exists()
@@ -133,8 +140,43 @@ def test_what_the_image_is_made_of_is_there_and_sent_to_the_engine(dockerfile: s
     assert all((PROJECT / source).exists() for source in copied)
 
 
+def stages(dockerfile: str) -> list[tuple[str, str]]:
+    """Return what each stage begins with, and its name ("" for the last one)."""
+    return re.findall(r"^FROM (\S+)(?: AS (\S+))?$", dockerfile, re.MULTILINE)
+
+
 def base_images(dockerfile: str) -> list[str]:
-    return re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE)
+    named = {name for _, name in stages(dockerfile)}
+    return [image for image, _ in stages(dockerfile) if image not in named]
+
+
+def test_the_proxys_image_has_nothing_of_the_comparison(compose_file: Any, dockerfile: str) -> None:
+    built = {name: service["build"] for name, service in compose_file["services"].items() if "build" in service}
+
+    assert built == {name: {"context": ".", "target": name} for name in ("proxy", "compare")}
+    assert stages(dockerfile)[-2:] == [("proxy", "compare"), ("proxy", "")]
+
+
+def test_the_comparison_starts_by_its_profile_alone_with_what_namespaces_take_and_no_more(compose_file: Any) -> None:
+    service = compose_file["services"]["compare"]
+
+    assert service["profiles"] == ["compare"]
+    assert service["cap_drop"] == ["ALL"]
+    assert service["cap_add"] == ["SYS_ADMIN", "NET_ADMIN", "SYS_PTRACE"]
+    assert service["security_opt"] == ["no-new-privileges:true", "apparmor:unconfined"]
+    assert service["read_only"] is True
+    assert service["network_mode"] == "none"
+    assert not {"privileged", "pid", "ipc", "userns_mode", "devices"} & service.keys()
+
+
+def test_the_comparison_writes_its_report_where_a_folder_is_mounted(compose_file: Any, dockerfile: str) -> None:
+    service = compose_file["services"]["compare"]
+    options = service["command"][service["command"].index("--html") :]
+
+    assert service["volumes"] == ["./report:/report"]
+    assert options == ["--html", "/report/report.html", "--json", "/report/figures.json"]
+    assert f"CMD {json.dumps(['compare', *options])}" in dockerfile
+    assert "report/" in (PROJECT / ".gitignore").read_text().splitlines()
 
 
 # ---- where containers differ from other hosts
@@ -236,3 +278,22 @@ def test_containers_take_turns_and_no_request_fails_while_a_backend_is_stopped(c
     assert set(without.answered) == {"backend-1", "backend-3"}
     assert sum(without.answered.values()) == 30
     assert composed.rounds()[-1].failed == 0
+
+
+@pytest.mark.timeout(600)
+def test_the_comparison_measures_every_mode_in_one_container(tmp_path: Path) -> None:
+    project = Composed([*compose_tool(), "--profile", "compare"])
+    with contextlib.ExitStack() as stack:
+        stack.callback(project.run, "down", "--volumes", "--timeout", "2")
+        project.run("build", "compare", timeout_s=300)
+
+        options = ("--duration", "25s", "--cases", "rates,system-calls")
+        outputs = ("--html", "/report/a.html", "--json", "/report/a.json")
+        there = ("--rm", "--volume", f"{tmp_path}:/report", "compare")
+        project.run("run", *there, "compare", *options, *outputs, timeout_s=120)
+
+    found = json.loads((tmp_path / "a.json").read_text())
+    absent = {mode["name"]: mode["reason"] for mode in found["modes"] if mode["reason"]}
+    assert set(absent) <= {"ipvs"}, absent  # its kernel module is the machine's matter
+    assert not any("system calls" in note for note in found["notes"])
+    assert "<html" in (tmp_path / "a.html").read_text()

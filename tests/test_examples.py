@@ -45,6 +45,14 @@ WHAT_IS_SERVED = {
     },
     "topology": {"10.96.0.19:80/TCP": [f"{ONE}:8080", f"{TWO}:8080", f"{THREE}:8080"]},
     "source-ip": {"10.96.0.21:80/TCP": [f"{ONE}:8082", f"{TWO}:8082"]},
+    **{
+        f"mode-{mode}": {
+            f"10.96.0.{number}:80/TCP": [f"{ONE}:8080", f"{TWO}:8080", f"{THREE}:8080"],
+            f"*:300{number}/TCP": [f"{ONE}:8080", f"{TWO}:8080", f"{THREE}:8080"],
+            f"10.96.0.{number + 1}:80/TCP": [f"{ONE}:8080", f"{TWO}:8080", f"{THREE}:8080"],
+        }
+        for mode, number in {"userspace": 31, "iptables": 33, "nftables": 35, "ipvs": 37}.items()
+    },
     "compose": {"10.96.0.20:80/TCP": ["10.245.0.2:8080", "10.245.0.3:8080", "10.245.0.4:8080"]},
 }
 

@@ -81,6 +81,20 @@ def test_ipvsadm_shows_what_tutorials_show(proxy: IpvsProxy, world: ServiceLab) 
     assert Counter(answers(world.client, "10.96.9.1", 80) for _ in range(10)) == {"pod1": 5, "pod2": 5}
 
 
+def test_affinity_lasts_as_long_as_it_says_and_is_not_taken_for_somebody_elses_change(
+    proxy: IpvsProxy, world: ServiceLab
+) -> None:
+    proxy.give("web", "10.96.9.12", POD1, POD2, extra="  sessionAffinity: ClientIP")
+    proxy.start()
+
+    assert len({answers(world.client, "10.96.9.12", 80) for _ in range(6)}) == 1
+    assert "-A -t 10.96.9.12:80 -s rr -p 10800 -b flag-3" in proxy.servers()
+    # It is looked at once a second, and once after each load.
+    proxy.give("more", "10.96.9.13", POD1)
+    wait_until(lambda: answers(world.client, "10.96.9.13", 80) == "pod1", "the next load is in force")
+    assert "changed by somebody else" not in proxy.log()
+
+
 def test_an_open_connection_stays_with_an_endpoint_that_leaves_and_others_go_elsewhere(
     proxy: IpvsProxy, world: ServiceLab
 ) -> None:

@@ -27,16 +27,16 @@ from userspace_proxy.rules.ipvs import (
     virtual_ips,
     virtual_servers,
 )
-from userspace_proxy.rules.ipvs_netlink import read
+from userspace_proxy.rules.ipvs_netlink import TICKS_A_SECOND, read
 
 FACTS = NodeFacts(HERE, PODS)
 WEB, DNS = Portal("10.96.0.1", 80, TCP), Portal("10.96.0.10", 53, UDP)
 A, B, C = ("10.244.0.2", 8080), ("10.244.0.3", 8080), ("10.244.0.4", 8080)
-PROC = """\
+PROC = f"""\
 IP Virtual Server version 1.2.1 (size=4096)
 Prot LocalAddress:Port Scheduler Flags
   -> RemoteAddress:Port Forward Weight ActiveConn InActConn
-TCP  0A600001:0050 wlc persistent 10800 FFFFFFFF
+TCP  0A600001:0050 wlc persistent {10800 * TICKS_A_SECOND} FFFFFFFF
   -> 0AF40002:1F90      Masq    1      2          3
   -> 0AF40003:1F90      Masq    0      0          0
 UDP  [fd00:0096:0000:0000:0000:0000:0000:000a]:0035 rr

@@ -47,7 +47,8 @@ def command_in_namespaces(command: Sequence[str]) -> list[str]:
             return [*way, *command]
         said.append(tried.stderr.strip())
     mend = (
-        "this root has not the rights; run it outside of the chroot, or start the container with --privileged"
+        "this root has not the rights; run it outside of the chroot, or start the container with "
+        "--cap-add SYS_ADMIN --cap-add NET_ADMIN --security-opt apparmor=unconfined"
         if os.geteuid() == 0
         else "run it as root, or let users have them: sysctl kernel.unprivileged_userns_clone=1 "
         "user.max_user_namespaces=10000 (on Ubuntu also kernel.apparmor_restrict_unprivileged_userns=0)"

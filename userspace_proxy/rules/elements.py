@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -72,7 +73,8 @@ class Transaction:
         try:
             channel.send(b"".join(batch), last)
         except OSError as error:
-            raise SyncError(f"elements could not be changed: {error.strerror or error}") from error
+            mend = "; more fit with a larger sysctl net.core.wmem_max" if error.errno == errno.EMSGSIZE else ""
+            raise SyncError(f"elements could not be changed: {error.strerror or error}{mend}") from error
 
 
 def element(key: bytes, value: bytes = b"", comment: str = "", *, is_interval: bool = False) -> bytes:
@@ -146,7 +148,11 @@ class Channel:
             kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
             self._sock = socket.socket(socket.AF_NETLINK, kind, _NETLINK_NETFILTER)
             self._sock.settimeout(_TIMEOUT_S)
-        self._sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, size + (1 << 17))
+        room = size + (1 << 17)
+        try:
+            self._sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, room)
+        except PermissionError:  # root of a user namespace alone: net.core.wmem_max is the limit
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, room)
         return self._sock
 
     @staticmethod

@@ -10,6 +10,7 @@ import ipaddress
 import os
 import socket
 import struct
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,9 @@ from userspace_proxy.rules.ipvs import OWN_FLAG, Connections, Step, Verb, Virtua
 from userspace_proxy.rules.sets import packed_ip
 
 _LISTING = Path("/proc/net/ip_vs")
+# The kernel's timer tick (HZ, a matter of its build) is the resolution of its coarse clocks.
+_CLOCK_MONOTONIC_COARSE = 6
+TICKS_A_SECOND = round(1 / time.clock_getres(_CLOCK_MONOTONIC_COARSE))
 _PROTOCOLS = {L4Protocol.TCP: socket.IPPROTO_TCP, L4Protocol.UDP: socket.IPPROTO_UDP}
 _NUMBER_OF = {4: socket.AF_INET, 6: socket.AF_INET6}
 # A client is one address: a mask for IPv4, a length for IPv6.
@@ -64,7 +68,10 @@ def listing() -> Listing:
 
 
 def read(text: str) -> Listing:
-    """Read what the kernel prints to /proc/net/ip_vs; virtual servers by mark, and SCTP, are left out."""
+    """Read what the kernel prints to /proc/net/ip_vs; virtual servers by mark, and SCTP, are left out.
+
+    It is told seconds of affinity by netlink, and prints ticks there.
+    """
     servers: VirtualServers = {}
     connections: dict[tuple[Portal, Address], Connections] = {}
     portal: Portal | None = None
@@ -76,9 +83,9 @@ def read(text: str) -> Listing:
         if words[0] != "->":
             portal = Portal(*_address(words[1]), L4Protocol(words[0])) if words[0] in L4Protocol.__members__ else None
             if portal is not None:
-                timeout_s = int(words[words.index("persistent") + 1]) if "persistent" in words else None
+                ticks = int(words[words.index("persistent") + 1]) if "persistent" in words else None
                 weights = {}
-                servers[portal] = VirtualServer(words[2], timeout_s, weights)
+                servers[portal] = VirtualServer(words[2], ticks and ticks // TICKS_A_SECOND, weights)
         elif portal is not None:
             endpoint = _address(words[1])
             weights[endpoint] = int(words[3])
