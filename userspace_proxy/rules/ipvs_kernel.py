@@ -275,3 +275,5 @@ async def _require_ipvs() -> None:
             why = str(error)
     if not ipvs_netlink.is_loaded():
         raise SyncError(f"this kernel has no IPVS ({why}); use --proxy-mode nftables, or a kernel with ip_vs")
+    if not _NEEDED.path.exists():  # hidden from user namespaces, from which changes are refused, too
+        raise SyncError("IPVS obeys real root alone, no user namespace's: use sudo, or --proxy-mode nftables")
