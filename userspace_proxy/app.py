@@ -121,6 +121,7 @@ class App:
             orphan_timeout_s=settings.orphan_timeout_s,
             can_start_anew="-" not in settings.paths,
             is_kept_running=settings.in_cluster,
+            kernel_serves=settings.proxy_mode in KERNEL_MODES,
         )
 
     async def run(self) -> None:
@@ -142,7 +143,7 @@ class App:
             node = node_reference(settings.node_name)
             state_dir = _open_state_dir(settings.state_dir)
             if tables is not None:
-                await end_orphans()  # nobody's sockets are of use here
+                await end_orphans()  # no worker's sockets are of use here
             inheritance = await take_lock(sources, settings.take_over, settings.workers if tables is None else 0)
             lock = stack.enter_context(contextlib.closing(inheritance.lock))
             widen_queues(BACKLOG)
@@ -217,7 +218,8 @@ class App:
                 await proxier.close(settings.drain_timeout_s)
                 await leave_network()
 
-            incumbent = Incumbent(lock, Present(VERSION, os.getpid(), sources), hand_over_to)
+            present = Present(VERSION, os.getpid(), sources, workers=1 if tables is None else 0)
+            incumbent = Incumbent(lock, present, hand_over_to)
             stack.callback(incumbent.close)
 
             reports = Reports(

@@ -100,6 +100,7 @@ class Inheritance:
 async def take_lock(sources: Sequence[str], policy: str, workers: int) -> Inheritance:
     """Return the lock; with it, where somebody serves already, that one's listeners for so many *workers*.
 
+    Without workers of our own only a proxy without any is taken over from: one whose mode has the kernel serve.
     *policy*: "always" takes over; "auto" does so from orphans and from who serves the same *sources*; "never" refuses.
 
     Raises:
@@ -135,7 +136,7 @@ async def _take_lock(turn: socket.socket, sources: Sequence[str], policy: str, w
 def _why_not(present: Present, sources: Sequence[str], policy: str, workers: int) -> str:
     if present.version != VERSION:
         return f"it hands over in version {present.version} and this one takes over in {VERSION}; stop it first"
-    if policy == "never" or not workers:
+    if policy == "never" or (present.workers and not workers):
         return "stop it first"
     if policy == "auto" and not present.orphan and present.sources != list(sources):
         served = ", ".join(present.sources) or "something else"

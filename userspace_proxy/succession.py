@@ -7,19 +7,20 @@ a decision (a crash) leaves its workers serving.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import NoReturn
 
 from userspace_proxy.admin.health_checks import ServiceHealthChecks
-from userspace_proxy.dataplane.handover import Conversation, Incumbent, Refused, Released, TakeOver, hand_over
+from userspace_proxy.dataplane.handover import Conversation, Incumbent, Inherit, Refused, Released, TakeOver, hand_over
 from userspace_proxy.dataplane.remote import RemotePlane
 from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.instance import Inheritance
@@ -32,6 +33,7 @@ _REAP_EVERY_S = 1.0
 _DECIDE_S = 2.0
 # Names the descriptors of what outlives a start anew.
 _LEFT = "USERSPACE_PROXY_LISTENERS"
+_DRAINING = "; open connections go on here"
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 log = logging.getLogger(__name__)
@@ -53,17 +55,28 @@ class Succession:
     """
 
     def __init__(
-        self, *, drain_timeout_s: float, orphan_timeout_s: float, can_start_anew: bool, is_kept_running: bool
+        self,
+        *,
+        drain_timeout_s: float,
+        orphan_timeout_s: float,
+        can_start_anew: bool,
+        is_kept_running: bool,
+        kernel_serves: bool = False,
     ) -> None:
-        """*is_kept_running*: somebody (a kubelet) starts anew whoever of us ends by himself."""
+        """*is_kept_running*: somebody (a kubelet) starts anew whoever of us ends by himself.
+
+        *kernel_serves*: in a kernel mode nobody misses us, from the first load on; there are no listeners to hand over.
+        """
         self._drain_timeout_s = drain_timeout_s
         self._orphan_timeout_s = orphan_timeout_s
         self._can_start_anew = can_start_anew
         self._is_kept_running = is_kept_running
+        self._kernel_serves = kernel_serves
         self.stop = asyncio.Event()
         self.cut: Callable[[], None] | None = None
         self.ending: Ending | None = None
         self._made_way = asyncio.Event()
+        self._released = asyncio.Event()
         self._decided = asyncio.Event()  # not while we hand over: the successor may serve already, or never
         self._decided.set()
         self._hurried = False
@@ -91,6 +104,12 @@ class Succession:
             if isinstance(plane, RemotePlane):
                 plane.keep_on(inheritance.lock)
             return []
+        if not inheritance.listeners:  # the kernel serves until our rules are there
+            if isinstance(plane, RemotePlane):
+                plane.keep_on(inheritance.lock)
+            await inheritance.taken()
+            log.info("taken over from another process; the kernel serves meanwhile")
+            return []
         assert isinstance(plane, RemotePlane), "no other asks for it"
         try:
             specs = await plane.adopt(inheritance.listeners)
@@ -108,7 +127,7 @@ class Succession:
     async def note_ready(self, ready: asyncio.Event, plane: DataPlane) -> None:
         """From now on there is something that is better left serving than taken away, should we fail."""
         await ready.wait()
-        self._keeps_on = isinstance(plane, RemotePlane)
+        self._keeps_on = self._kernel_serves or isinstance(plane, RemotePlane)
 
     # ---- the one after
 
@@ -122,20 +141,22 @@ class Succession:
         health_checks: ServiceHealthChecks,
     ) -> None:
         """Give all that we have to who *asked*, and end; or refuse."""
-        if not isinstance(plane, RemotePlane) or isinstance(proxier, KernelProxier):
-            conversation.send(Refused("it has no workers (--workers 0, or a kernel mode); stop it first"))
+        if not isinstance(plane, RemotePlane) and not self._kernel_serves:
+            conversation.send(Refused("it has no workers (--workers 0); stop it first"))
             return
-        assert isinstance(proxier, UserspaceProxier), "no other has workers"
         if self.stop.is_set() or not self._keeps_on:
             conversation.send(Refused("it just begins or ends; try again"))
             return
         self._decided.clear()
         async with proxier.paused():
             try:
-                await plane.stats()  # brings the latest pins with it
+                listeners: Iterable[tuple[Inherit, list[int]]] = ()
+                if isinstance(plane, RemotePlane):
+                    await plane.stats()  # brings the latest pins with it
+                    listeners = plane.inheritance()
                 checks = health_checks.listeners() if asked.health_checks else ()
-                await hand_over(conversation, plane.inheritance(), lock, checks)
-                log.info("handed over to process %d; open connections go on here", asked.pid)
+                await hand_over(conversation, listeners, lock, checks)
+                log.info("handed over to process %d%s", asked.pid, "" if self._kernel_serves else _DRAINING)
                 is_told_to_stop = self.stop.is_set()
                 self.ending = Ending.HANDED_OVER
                 self._successors = asked.workers
@@ -147,6 +168,7 @@ class Succession:
             await self._made_way.wait()
         conversation.send(Released())
         await conversation.sent()
+        self._released.set()
 
     def _on_signal(self) -> None:
         if self._is_left:  # too late for us: it waits, blocked, for the new program
@@ -194,9 +216,13 @@ class Succession:
 
         *take_away* drains connections and leaves no rule behind.
         """
-        if self.ending is Ending.HANDED_OVER and isinstance(plane, RemotePlane):
+        if self.ending is Ending.HANDED_OVER:
             self._made_way.set()
-            await plane.close(self._orphan_timeout_s, successors=self._successors)
+            if isinstance(plane, RemotePlane):
+                await plane.close(self._orphan_timeout_s, successors=self._successors)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_DECIDE_S):
+                    await self._released.wait()
             if self._is_kept_running:  # who starts us anew would take back what we gave
                 await self._told_to_go.wait()
         elif self.ending is not Ending.STOP and self._keeps_on and isinstance(plane, RemotePlane):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,13 +22,19 @@ from tests.net.world import (
     traces,
     wait_until,
 )
-from userspace_proxy.lab import ServiceLab, connect
+from userspace_proxy.lab import ServiceLab, ask, connect
 from userspace_proxy.rules.slots import SlotTable
 
 IP = "10.96.7.1"
 TABLE = SlotTable.name
 # From pods of the node, too, answers have to come back by way of it.
 FLAGS = ("--proxy-mode", "nftables", "--detect-local-mode", "ClusterCIDR", "--cluster-cidr", "10.244.0.0/16")
+
+
+def a_request(world: ServiceLab) -> str:
+    """Ask, slowly: conntrack may still know a port that its client uses again within minutes, and lose its SYN."""
+    time.sleep(0.01)
+    return ask(world.client, IP, 80, timeout_s=1.0)
 
 
 @pytest.fixture
@@ -70,7 +77,7 @@ def test_a_stop_lets_open_connections_end_and_leaves_nothing(proxy: Proxy, world
 
 def test_nobody_misses_us_when_we_are_killed_and_a_successor_goes_on(proxy: Proxy, world: ServiceLab) -> None:
     proxy.start(*FLAGS)
-    with background_requests(lambda: answers(world.client, IP, 80)) as outcomes:
+    with background_requests(lambda: a_request(world)) as outcomes:
         proxy.stop(signal.SIGKILL)
         assert answers(world.client, IP, 80) == "pod1"
         proxy.start(*FLAGS)
@@ -109,3 +116,50 @@ def test_rules_that_somebody_removed_come_back(proxy: Proxy, world: ServiceLab) 
 
     wait_until(lambda: answers(world.client, IP, 80) == "pod1", "it is served again")
     wait_until(lambda: proxy.metric("userspace_proxy_rule_repairs_total") >= 1, "it is counted")
+
+
+IPTABLES = (*("--proxy-mode", "iptables"), *FLAGS[2:])
+
+
+@pytest.mark.parametrize("then", [FLAGS, IPTABLES, ()], ids=["nftables", "iptables", "userspace"])
+def test_a_second_run_takes_the_first_ones_place_and_no_request_fails(
+    proxy: Proxy, world: ServiceLab, then: tuple[str, ...]
+) -> None:
+    proxy.start(*FLAGS)
+    first, log = proxy.process, proxy.log_file
+    assert first is not None
+    with background_requests(lambda: a_request(world)) as outcomes:
+        proxy.log_file = proxy.folder / "second"
+        proxy.start(*then)
+        assert first.wait(10) == 0
+        if then != FLAGS:
+            wait_until(
+                lambda: TABLE not in world.node.run("nft", "list", "tables").stdout, "the first one's table is gone"
+            )
+        assert answers(world.client, IP, 80) == "pod1"
+
+    assert set(outcomes) == {"pod1"}
+    assert "handed over to process" in log.read_text()
+    proxy.apply("web", documents(service("web", IP), endpoints("web", POD2)))
+    wait_until(lambda: answers(world.client, IP, 80) == "pod2", "the second one follows changes")
+
+
+def test_it_starts_anew_in_its_place(proxy: Proxy, world: ServiceLab) -> None:
+    proxy.start(*FLAGS)
+    assert proxy.process is not None
+    with background_requests(lambda: a_request(world)) as outcomes:
+        proxy.process.send_signal(signal.SIGUSR2)
+        wait_until(lambda: proxy.log().count("ready:") == 2, "it is ready again", 10)
+        assert answers(world.client, IP, 80) == "pod1"
+
+    assert set(outcomes) == {"pod1"}
+    assert proxy.process.poll() is None
+
+
+def test_whose_connections_pass_through_workers_is_not_replaced_by_the_kernel(proxy: Proxy, world: ServiceLab) -> None:
+    proxy.start()
+    second = world.node.run(*proxy.command(*proxy.run_arguments(), *FLAGS), check=False)
+
+    assert second.returncode == 1
+    assert "stop it first" in second.stderr
+    assert answers(world.client, IP, 80) == "pod1"

@@ -41,7 +41,10 @@ _SILENT_MAX = 8
 
 
 class Present(msgspec.Struct, frozen=True, tag=True):
-    """Who serves. ``worker`` of ``workers`` for an orphan; ``sources``: what is served, to tell the same again."""
+    """Who serves. ``worker`` of ``workers`` for an orphan; ``sources``: what is served, to tell the same again.
+
+    No ``workers``: the kernel serves, there is nothing but the lock to hand over.
+    """
 
     version: int
     pid: int

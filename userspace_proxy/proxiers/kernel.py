@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import KernelTables, NodeFacts, Translation
@@ -150,6 +150,12 @@ class KernelProxier:
         if len(new) > _TOLD_MAX:
             log.info("... and %d more service ports", len(new) - _TOLD_MAX)
         self._claims.new.clear()
+
+    @contextlib.asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """Nothing is loaded or repaired meanwhile."""
+        async with self._lock:
+            yield
 
     async def keep_rules(self) -> None:
         """Load our rules again whenever somebody else removed or changed them. Runs until cancelled."""
