@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from benchmarks.scale import enter_namespaces
-from userspace_proxy.app import KERNEL_MODES
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import KernelTables, NodeFacts, PodDetector, Translation
 from userspace_proxy.lab import Lab
@@ -24,6 +23,7 @@ from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
 from userspace_proxy.model.service import ServicePort, SourceIP
 from userspace_proxy.model.topology import Node
+from userspace_proxy.parts import KERNEL_MODES
 from userspace_proxy.proxiers.plans import plan
 from userspace_proxy.settings import Settings
 

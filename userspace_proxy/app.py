@@ -9,17 +9,16 @@ import logging
 import os
 import random
 import socket
-from collections.abc import Callable, Iterable, Set
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import msgspec
 
 from userspace_proxy import __version__
 from userspace_proxy.admin.health_checks import ServiceHealthChecks, WithHealthChecks
 from userspace_proxy.admin.server import AdminServer
-from userspace_proxy.control.allotments import Allotments, Allotting, Stated
+from userspace_proxy.control.allotments import Allotting
 from userspace_proxy.control.controller import Controller
 from userspace_proxy.control.memory import Memory, StateDir
 from userspace_proxy.control.pacer import Pacer
@@ -31,26 +30,15 @@ from userspace_proxy.dataplane.remote import RemotePlane
 from userspace_proxy.dataplane.sockets import BACKLOG, knows_congestion_control
 from userspace_proxy.dataplane.wire import WorkerSettings
 from userspace_proxy.errors import StartError, SyncError
-from userspace_proxy.explain.known import Known, chosen, only
-from userspace_proxy.explain.lines import Explained
-from userspace_proxy.explain.modes import explained, ways
 from userspace_proxy.instance import end_orphans, running_as, take_lock
 from userspace_proxy.interfaces import (
-    Capture,
     DataPlane,
-    EventType,
-    KernelTables,
-    ObjectEvent,
-    PodDetector,
-    Redirects,
     Source,
 )
 from userspace_proxy.kube_config import configz
 from userspace_proxy.logs import AccessLog, recorder
-from userspace_proxy.model.endpoint import FAMILIES
-from userspace_proxy.model.names import NamespacedName, ObjectReference, ServicePortName
+from userspace_proxy.model.names import NamespacedName, ObjectReference
 from userspace_proxy.model.service import SourceIP
-from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import Node
 from userspace_proxy.node_network import (
     WithRoutes,
@@ -60,31 +48,27 @@ from userspace_proxy.node_network import (
     watch_network,
     widen_queues,
 )
+from userspace_proxy.parts import (
+    KERNEL_MODES,
+    make_allotting,
+    make_kernel_proxier,
+    node_rules_of,
+    open_state_dir,
+    warn_unless_forwarding,
+)
 from userspace_proxy.proxiers.kernel import KernelProxier
-from userspace_proxy.proxiers.plans import NodeRules, planned_redirects
 from userspace_proxy.proxiers.proxy_ports import ProxyPorts
 from userspace_proxy.proxiers.userspace import UserspaceProxier
 from userspace_proxy.reports import Reports
-from userspace_proxy.rules import iptables, ipvs, kube_kernel, network, nft
-from userspace_proxy.rules.element_tables import ElementTables
-from userspace_proxy.rules.ipvs_kernel import IpvsTables
+from userspace_proxy.rules import network
 from userspace_proxy.rules.kernel import KERNELS, choose_language
-from userspace_proxy.rules.kube_chains import Manner
-from userspace_proxy.rules.kube_kernel import IptablesTables
-from userspace_proxy.rules.slots import SlotTable
 from userspace_proxy.rules.sysctls import KUBE_PROXY, ConntrackLimits
-from userspace_proxy.settings import DEFAULT_STATE_DIR, Settings
+from userspace_proxy.settings import Settings
 from userspace_proxy.sources.events import EventRecorder, node_reference
-from userspace_proxy.sources.files import FileSource, nothing_found, read_once
+from userspace_proxy.sources.files import FileSource
 from userspace_proxy.succession import Ending, Succession, children, reap, start_anew, was_left
 
 _CAP_NET_ADMIN = 12
-# Mode -> what has its rules in the kernel. In userspace mode sockets of ours serve, and rules lead to them.
-KERNEL_MODES: dict[str, Callable[[Settings], KernelTables]] = {
-    "nftables": lambda _: ElementTables("nftables", SlotTable()),
-    "iptables": lambda settings: IptablesTables(_manner(settings)),
-    "ipvs": lambda settings: IpvsTables(settings.ipvs_scheduler),
-}
 
 _Number = TypeVar("_Number", int, float)
 
@@ -141,7 +125,7 @@ class App:
                 raise StartError(str(error)) from None
             source, sources, events = await _open_source(settings, stack)
             node = node_reference(settings.node_name)
-            state_dir = _open_state_dir(settings.state_dir)
+            state_dir = open_state_dir(settings.state_dir)
             if tables is not None:
                 await end_orphans()  # no worker's sockets are of use here
             inheritance = await take_lock(sources, settings.take_over, settings.workers if tables is None else 0)
@@ -156,7 +140,7 @@ class App:
             plane = _make_plane(settings, stack) if tables is None else LocalPlane(Limits())  # nothing to open
             inherited = await succession.inherit(plane, inheritance)
             memory = state_dir.load() if state_dir else Memory()
-            allotting = _allotting(settings, memory)
+            allotting = make_allotting(settings, memory)
             known_ports = {spec.name.key: spec.proxy_port for spec in inherited}
             ports = ProxyPorts(*settings.proxy_port_range, {**memory.proxy_ports, **known_ports})
             here = Node(settings.node_name, addresses=await network.host_addresses())
@@ -166,14 +150,14 @@ class App:
             tracker = Tracker(allotting, settings.service_proxy_name, here, settings.source_ip, obstacle)
 
             succession.cut = plane.cut
-            rules = _node_rules(settings, await first_capture(settings.capture))
+            rules = node_rules_of(settings, await first_capture(settings.capture))
             proxier: UserspaceProxier | KernelProxier
             if tables is None:
                 proxier = UserspaceProxier(plane, KERNELS[language](), ports, rules)
                 proxier.adopt(inherited)
             else:
-                _warn_unless_forwarding()
-                proxier = _kernel_proxier(tables, settings, rules)
+                warn_unless_forwarding()
+                proxier = make_kernel_proxier(tables, settings, rules)
 
             def is_serving() -> bool:
                 """Whether load balancers may count on this node; who hands over says so to the last."""
@@ -266,25 +250,6 @@ class App:
         log.info("stopped")
 
 
-def _manner(settings: Settings) -> Manner:
-    return Manner(
-        masquerade_bit=settings.masquerade_bit,
-        localhost_node_ports=settings.localhost_nodeports,
-        drops_invalid=not settings.conntrack_tcp_be_liberal,
-    )
-
-
-def _warn_unless_forwarding() -> None:
-    if not network.forwards():
-        log.warning("this node forwards no packets (sysctl net.ipv4.ip_forward): only its own processes are served")
-
-
-def _kernel_proxier(tables: KernelTables, settings: Settings, rules: NodeRules) -> KernelProxier:
-    # What a cluster has its cluster IPs from is not known here, unless somebody says so.
-    cidrs = () if settings.follows_cluster else tuple(map(str, settings.service_cluster_ip_ranges))
-    return KernelProxier(tables, rules, masquerade_all=settings.masquerade_all, service_cidrs=cidrs)
-
-
 def _make_plane(settings: Settings, stack: contextlib.AsyncExitStack) -> DataPlane:
     """Return the data plane: in a worker process, or with ``--workers 0`` in this one."""
     try:
@@ -330,30 +295,6 @@ async def _open_source(settings: Settings, stack: contextlib.AsyncExitStack) -> 
     log.info("following %s as node %s", url, settings.node_name)
     whose = f" for {settings.service_proxy_name}" if settings.service_proxy_name else ""
     return KubernetesSource(following), [f"{url}{whose}"], EventRecorder(transport.write, settings.node_name)
-
-
-def _node_rules(settings: Settings, capture: Capture) -> NodeRules:
-    """Return what rules say of this node: who is a pod of its, and where node ports are."""
-    interfaces = {
-        "BridgeInterface": settings.pod_bridge_interface,
-        "InterfaceNamePrefix": f"{settings.pod_interface_name_prefix}*",
-    }
-    pods = None
-    if interface := interfaces.get(settings.detect_local_mode):
-        pods = PodDetector(interface=interface)
-    elif settings.detect_local_mode == "ClusterCIDR" and settings.cluster_cidrs:
-        pods = PodDetector(cidrs=tuple(map(str, settings.cluster_cidrs)))
-    addresses = tuple(map(str, settings.nodeport_addresses))
-    if settings.proxy_mode == "nftables" and not addresses:
-        addresses = ("primary",)  # as kube-proxy does in this mode
-    return NodeRules(capture, pods, settings.detect_local_mode == "NodeCIDR", addresses)
-
-
-def _allotting(settings: Settings, memory: Memory) -> Allotting:
-    """Return who says which Service has which addresses and node ports: a cluster's API, or we ourselves."""
-    if settings.follows_cluster:
-        return Stated()
-    return Allotments(settings.service_cluster_ip_ranges, memory, settings.load_balancer_pool)
 
 
 def _identity(paths: Iterable[str]) -> list[str]:
@@ -427,104 +368,6 @@ async def _settle_in(controller: Controller, mode: str, language: str, tune: Cal
             log.warning("a firewall on this node drops redirected traffic: %s", found)
 
 
-class _Given(NamedTuple):
-    """What the paths say once; ``is_well``: all of it was understood."""
-
-    state: ProxyState
-    memory: Memory
-    is_well: bool
-
-
-def render(settings: Settings) -> tuple[str, bool]:
-    """Return the rules that `run` would load for *settings*, in the language asked for; installs nothing.
-
-    Also returns whether all was well; what was not is logged, as `run` does.
-
-    Raises:
-        StartError: a path cannot be read, or nothing is in any.
-    """
-    if settings.proxy_mode in KERNEL_MODES:
-        _warn_unless_forwarding()
-    given = _read(settings)
-    return _rules(settings, given), given.is_well
-
-
-def explain(settings: Settings, service: str = "") -> tuple[list[Explained], bool]:
-    """Return what `render` does with what each line does; with the mode "all" for every mode; or for *service* only.
-
-    Raises:
-        StartError: as `render`; or *service* is none.
-    """
-    given = _read(settings)
-    service_ports = given.state.service_ports.values()
-    names = None
-    if service:
-        try:
-            names = chosen(service, service_ports)
-        except ValueError as error:
-            raise StartError(f"--service: {error}") from None
-    known = Known(service_ports, _redirects(settings, given).refuse_port)
-    found = []
-    for way in ways(settings.proxy_mode, settings.rules):
-        if way.mode == "userspace" or way.mode in KERNEL_MODES:
-            text = _rules(replace(settings, proxy_mode=way.mode, rules=way.language), given, names)
-            found.append(explained(way, text, known, is_short=bool(service)))
-    return found, given.is_well
-
-
-def _read(settings: Settings) -> _Given:
-    state_dir = None
-    if settings.state_dir is not None:
-        state_dir = _open_state_dir(settings.state_dir)
-    memory = state_dir.load() if state_dir else Memory()
-    tracker = Tracker(_allotting(settings, memory), here=Node(settings.node_name), source_ip=settings.source_ip)
-    manifests, problems = read_once(settings.paths, for_check=False)
-    if not manifests and not problems:
-        raise StartError(nothing_found(settings.paths))
-    for problem in problems:
-        log.error("%s", problem)
-    tracker.apply(
-        ObjectEvent(EventType.SET, manifest.kind, manifest.name, manifest.object, manifest.place)
-        for manifest in manifests
-        if manifest.object is not None
-    )
-    return _Given(tracker.state(), memory, not problems and not tracker.problems)
-
-
-def _redirects(settings: Settings, given: _Given) -> Redirects:
-    ports = ProxyPorts(*settings.proxy_port_range, given.memory.proxy_ports)
-    return planned_redirects(given.state, ports, _node_rules(settings, _shown_capture(settings)))
-
-
-def _shown_capture(settings: Settings) -> Capture:
-    return Capture.ADDRESS if settings.capture == "address" else Capture.REDIRECT
-
-
-def _rules(settings: Settings, given: _Given, names: Set[ServicePortName] | None = None) -> str:
-    """Return the rules of one mode, of the service ports *names* only where these are given."""
-    if settings.proxy_mode in KERNEL_MODES:
-        tables = KERNEL_MODES[settings.proxy_mode](settings)
-        proxier = _kernel_proxier(tables, settings, _node_rules(settings, _shown_capture(settings)))
-        translations, facts = proxier.translated(given.state)
-        wanted = translations.keys() if names is None else translations.keys() & names
-        translations = {name: translations[name] for name in given.state.service_ports if name in wanted}
-        if settings.proxy_mode == "ipvs":
-            host_ips = facts.node.addresses or asyncio.run(network.host_addresses())
-            return ipvs.text(translations.values(), facts, host_ips, settings.ipvs_scheduler)
-        if settings.proxy_mode == "iptables":
-            return kube_kernel.text(translations, facts, _manner(settings))
-        return SlotTable().text(facts, translations.values())
-    redirects = _redirects(settings, given)
-    if names is not None:
-        redirects = only(redirects, names)
-    if settings.rules != "iptables":
-        return nft.table(redirects)
-    return "".join(
-        f"# {tool} --noflush\n{iptables.restore(redirects, family, '')}"
-        for family, tool in zip(FAMILIES, ("iptables-restore", "ip6tables-restore"), strict=True)
-    )
-
-
 async def cleanup() -> None:
     """Remove everything that a proxy of ours, running no more, has left in this network namespace.
 
@@ -548,16 +391,6 @@ def _require_net_admin() -> None:
             "changing rules needs CAP_NET_ADMIN; run it with sudo, "
             "or try `userspace-proxy demo`, which needs no privileges"
         )
-
-
-def _open_state_dir(folder: Path | None) -> StateDir | None:
-    try:
-        return StateDir(folder or DEFAULT_STATE_DIR)
-    except OSError as error:
-        if folder is not None:
-            raise StartError(f"--state-dir {folder}: {(error.strerror or str(error)).lower()}") from None
-        log.info("%s cannot be written: allocated cluster IPs may move at a restart (--state-dir)", DEFAULT_STATE_DIR)
-        return None
 
 
 def _conntrack_limits(settings: Settings) -> ConntrackLimits:

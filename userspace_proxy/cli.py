@@ -180,17 +180,17 @@ def _count(number: int, thing: str) -> str:
 @STATE_DIR
 def render(paths: tuple[str, ...], *, service: str, with_explanations: bool, as_json: bool, **options: Any) -> None:
     """Print the rules that `run` would load for PATH..., and install nothing; exit 1 if anything is wrong there."""
-    from userspace_proxy import app
+    from userspace_proxy import rendering
     from userspace_proxy.logs import configure_logging
 
     configure_logging("text")
     settings = Settings(paths=paths, **options)
     try:
         if service or with_explanations or as_json or settings.proxy_mode == "all":
-            found, is_well = app.explain(settings, service)
+            found, is_well = rendering.explain(settings, service)
             show(found, explains=with_explanations, as_json=as_json)
         else:
-            rules, is_well = app.render(settings)
+            rules, is_well = rendering.render(settings)
             click.echo(rules, nl=False)
     except StartError as error:
         fail(error)

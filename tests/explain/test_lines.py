@@ -13,7 +13,7 @@ import pytest
 
 from tests.rules.given import CASES, REFUSE_PORT, UDP, any_redirects, name
 from tests.rules.given_services import DNS, EVERYTHING, HERE, NEAR4, PODS, any_translation, by_name, translation
-from userspace_proxy import app
+from userspace_proxy import rendering
 from userspace_proxy.explain.known import Known, chosen
 from userspace_proxy.explain.lines import Explained, Line, Way
 from userspace_proxy.explain.modes import READERS, explained
@@ -109,7 +109,7 @@ def test_whatever_the_services_are_no_line_stays_unexplained(seed: int) -> None:
 
 @pytest.mark.parametrize("folder", EXAMPLES, ids=lambda folder: folder.name)
 def test_every_line_of_every_lesson_is_explained_in_every_mode(folder: Path) -> None:
-    found, _ = app.explain(Settings(paths=(str(folder),), proxy_mode="all"))
+    found, _ = rendering.explain(Settings(paths=(str(folder),), proxy_mode="all"))
 
     assert [mode.way for mode in found][:4] == [USERSPACE_NFT, USERSPACE_IPTABLES, IPTABLES, NFTABLES]
     assert [unexplained(mode.lines) for mode in found] == [[] for _ in found]
@@ -151,7 +151,7 @@ def test_a_line_says_whose_it_is() -> None:
 
 
 def test_chances_are_told_as_fractions_and_of_whom() -> None:
-    lines = app.explain(Settings(paths=(str(LESSONS / "cluster-ip"),), proxy_mode="iptables"))[0][0].lines
+    lines = rendering.explain(Settings(paths=(str(LESSONS / "cluster-ip"),), proxy_mode="iptables"))[0][0].lines
 
     said = [line.explanation for line in lines if "10.96.0.11" not in line.text and line.text.startswith("-A KUBE-SVC")]
 

@@ -14,9 +14,9 @@ import pytest
 
 from tests.explain.given import SHOP, render
 from tests.rules.given import assert_golden
-from userspace_proxy.app import KERNEL_MODES
 from userspace_proxy.explain.modes import READERS
 from userspace_proxy.lab import Host, Lab
+from userspace_proxy.parts import KERNEL_MODES
 
 WITHOUT_PRIVILEGES = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs")
 WEB = ("-", "--service", "shop/web", "--cluster-cidr", "10.244.0.0/16", "--explain")
