@@ -8,9 +8,10 @@ from collections.abc import Mapping
 import pytest
 
 from tests.rules.given import TCP, UDP, assert_golden, name
-from tests.rules.given_services import ALL, EVERYTHING, FAR4, HERE, NEAR4, PODS, any_translation, translation
-from userspace_proxy.interfaces import NodeFacts
-from userspace_proxy.model.endpoint import Endpoint
+from tests.rules.given_services import ALL, EVERYTHING, FAR4, HERE, NEAR4, PODS, any_translation, by_name, translation
+from userspace_proxy.interfaces import NodeFacts, Translation
+from userspace_proxy.model.endpoint import Address, Endpoint
+from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.service import Portal, ServicePort
 from userspace_proxy.rules.ipvs import (
     Connections,
@@ -28,6 +29,7 @@ from userspace_proxy.rules.ipvs import (
     virtual_servers,
 )
 from userspace_proxy.rules.ipvs_netlink import TICKS_A_SECOND, read
+from userspace_proxy.rules.ipvs_wanted import Wanted
 
 FACTS = NodeFacts(HERE, PODS)
 WEB, DNS = Portal("10.96.0.1", 80, TCP), Portal("10.96.0.10", 53, UDP)
@@ -102,6 +104,38 @@ def test_annotations_choose_the_scheduler_and_the_weights() -> None:
 
 def test_a_service_without_endpoints_has_no_virtual_server() -> None:
     assert virtual_servers(translation(ServicePort(name("ns/a"), 80, ("10.96.0.1",))), ()) == {}
+
+
+# ---- what all want together
+
+
+def test_an_external_ip_that_is_a_node_ports_address_too_has_it_and_leaves_it_to_the_node_port() -> None:
+    by_node_port = translation(ServicePort(name("ns/a"), 80, ("10.96.0.1",), node_port=30_080), NEAR4)
+    by_ip = translation(ServicePort(name("ns/b"), 30_080, ("10.96.0.2",), external_ips=("192.0.2.1",)), FAR4)
+    both, met = by_name([by_node_port, by_ip]), Portal("192.0.2.1", 30_080, TCP)
+    wanted = Wanted()
+
+    def endpoints_after(given: Mapping[ServicePortName, Translation]) -> list[Address]:
+        wanted.change(both, given, ("192.0.2.1",), "rr")
+        return list(wanted.servers[met].weights) if met in wanted.servers else []
+
+    for _ in range(2):
+        assert endpoints_after(by_name([by_ip, by_node_port])) == [FAR4.address]
+        assert endpoints_after(by_name([by_node_port])) == [NEAR4.address]
+        assert endpoints_after(both) == [FAR4.address]
+        assert endpoints_after(by_name([by_ip])) == [FAR4.address]
+        assert endpoints_after({}) == []
+    assert not wanted.servers
+    assert not wanted.ips
+
+
+def test_an_address_is_wanted_until_the_last_service_port_gives_it_up() -> None:
+    tcp, udp = (translation(ServicePort(name("ns/a", p), 53, ("10.96.0.1",)), NEAR4) for p in (TCP, UDP))
+    both, wanted = by_name([tcp, udp]), Wanted()
+    for given, ips in ((both, {"10.96.0.1"}), (by_name([udp]), {"10.96.0.1"}), ({}, set())):
+        wanted.change(both, given, (), "rr")
+
+        assert set(wanted.ips) == ips
 
 
 # ---- steps

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from errno import ENOENT
 from pathlib import Path
@@ -29,10 +28,9 @@ from userspace_proxy.rules.ipvs import (
     endings,
     node_port_ips,
     steps,
-    virtual_ips,
-    virtual_servers,
 )
 from userspace_proxy.rules.ipvs_netlink import Listing
+from userspace_proxy.rules.ipvs_wanted import Wanted
 from userspace_proxy.rules.notices import NetworkNotices
 from userspace_proxy.rules.tool import is_installed, run_tool
 from userspace_proxy.rules.virtual_device import VirtualDevice
@@ -69,11 +67,8 @@ class IpvsTables:
     def __init__(self, scheduler: str = DEFAULT_SCHEDULER) -> None:
         self._scheduler = scheduler
         self._rules = ElementTables(self.mode, IpvsTable())
-        self._translations: dict[ServicePortName, Translation] = {}
         self._node_ips: tuple[str, ...] = ()
-        self._of: dict[ServicePortName, VirtualServers] = {}
-        self._wanted: VirtualServers = {}
-        self._ips: Counter[str] = Counter()  # how many service ports want each
+        self._wanted = Wanted()
         # What the kernel has of ours, as far as we know; None where that is to be found out.
         self._present: VirtualServers | None = None
         self._missing: frozenset[str] = frozenset()  # schedulers that this kernel has not
@@ -112,7 +107,7 @@ class IpvsTables:
         except _MissingSchedulersError as error:
             self._missing |= error.schedulers
             log.warning("this kernel has no scheduler %s; %s chooses in its place", error, self._scheduler)
-            await self._load_servers(translations, {*self._of, *translations}, facts)
+            await self._load_servers(translations, {*self._wanted.translations, *translations}, facts)
 
     async def _load_servers(
         self,
@@ -125,47 +120,26 @@ class IpvsTables:
         node_ips = node_port_ips(facts, self._host_ips)
         names = set(changed)
         if self._present is None or node_ips != self._node_ips:
-            names |= {*self._of, *translations}
+            names |= {*self._wanted.translations, *translations}
         self._node_ips = node_ips
-        portals = self._want(translations, names)
+        portals = self._wanted.change(names, translations, node_ips, self._scheduler, self._missing)
         present, self._present = self._present, None
         if present is None:
             present = await self._look()
             portals |= present.keys()
         there = {portal: present[portal] for portal in portals if portal in present}
-        wanted = {p: self._wanted[p] for p in portals if p in self._wanted and p not in self._foreign}
+        servers = self._wanted.servers
+        wanted = {p: servers[p] for p in portals if p in servers and p not in self._foreign}
         await self._take(present, list(steps(there, wanted)))
         self._present = present
         await self._bear(self._host_ips)
-
-    def _want(
-        self, translations: Mapping[ServicePortName, Translation], names: Iterable[ServicePortName]
-    ) -> set[Portal]:
-        """Know what is wanted now of *names*; return the portals that this is about."""
-        portals: set[Portal] = set()
-        for name in names:
-            before, was = self._of.pop(name, {}), self._translations.pop(name, None)
-            for portal in before:
-                del self._wanted[portal]
-            if was is not None:
-                self._ips.subtract(virtual_ips(was))
-            portals |= before.keys()
-        for name in names:
-            if (made := translations.get(name)) is not None:
-                self._translations[name] = made
-                self._of[name] = virtual_servers(made, self._node_ips, self._scheduler, self._missing)
-                self._wanted |= self._of[name]
-                self._ips.update(virtual_ips(made))
-                portals |= self._of[name].keys()
-        self._ips = +self._ips
-        return portals
 
     async def _look(self) -> VirtualServers:
         """Return which virtual servers of ours the kernel has, and note those of others."""
         listing = await _ask(ipvs_netlink.listing)
         ours = await _ask(ipvs_netlink.own_portals) if listing.servers else set()
         foreign = frozenset(listing.servers.keys() - ours)
-        for portal in foreign & self._wanted.keys() - self._foreign:
+        for portal in foreign & self._wanted.servers.keys() - self._foreign:
             log.warning("%s is not served: there is a virtual server of somebody else's", portal)
         self._foreign = foreign
         self._device.ips = await self._device.look()
@@ -186,8 +160,8 @@ class IpvsTables:
     async def _bear(self, host_ips: Iterable[str]) -> None:
         """Make what is wanted addresses of this node; those of servers that are left with connections are kept."""
         assert self._present is not None
-        left = {portal.ip for portal in self._present.keys() - self._wanted.keys()} & self._device.ips
-        await self._device.bear((left | self._ips.keys()) - set(host_ips))
+        left = {portal.ip for portal in self._present.keys() - self._wanted.servers.keys()} & self._device.ips
+        await self._device.bear((left | self._wanted.ips.keys()) - set(host_ips))
 
     # ---- looking after it
 
@@ -196,7 +170,7 @@ class IpvsTables:
             return False
         began = time.monotonic()
         if moved := self._host_ips is None:
-            await self._load_servers(dict(self._translations), (), self._facts)
+            await self._load_servers(self._wanted.translations.copy(), (), self._facts)
         listing = await _ask(ipvs_netlink.listing)
         intact = all(listing.servers.get(portal) == server for portal, server in self._present.items())
         if moved or self._notices is None:
@@ -210,7 +184,7 @@ class IpvsTables:
         """Take away what is wanted no more and has no connections left."""
         present, self._present = self._present, None
         assert present is not None
-        ended = list(endings(present, self._wanted, listing.connections))
+        ended = list(endings(present, self._wanted.servers, listing.connections))
         await self._take(present, ended)
         self._present = present
         if ended:
@@ -220,7 +194,7 @@ class IpvsTables:
         if self._facts is not None:
             await self._rules.reload()
             self._present = None
-            await self.load(dict(self._translations), (), self._facts)
+            await self.load(dict(self._wanted.translations), (), self._facts)
 
     async def remove(self) -> None:
         self._present, self._facts = None, None
