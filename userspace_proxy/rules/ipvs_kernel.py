@@ -32,7 +32,7 @@ from userspace_proxy.rules.ipvs import (
 from userspace_proxy.rules.ipvs_netlink import Listing
 from userspace_proxy.rules.ipvs_wanted import Wanted
 from userspace_proxy.rules.notices import NetworkNotices
-from userspace_proxy.rules.tool import is_installed, run_tool
+from userspace_proxy.rules.tool import in_thread, is_installed, run_tool
 from userspace_proxy.rules.virtual_device import VirtualDevice
 
 # IPVS tells nobody of changes, so it is looked at: how often, and how much of the time at most, as a look is long.
@@ -232,7 +232,7 @@ class IpvsTables:
 async def _ask(ask: Callable[..., _Answer], *arguments: object) -> _Answer:
     """Ask IPVS in a thread. Raises SyncError where it does not answer."""
     try:
-        return await asyncio.to_thread(ask, *arguments)
+        return await in_thread(ask, *arguments)
     except OSError as error:
         raise SyncError(f"IPVS does not answer: {error.strerror or error}") from error
 
