@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Mapping
 
 import pytest
@@ -176,8 +177,21 @@ def test_an_endpoint_that_comes_back_while_it_leaves_gets_its_weight_again() -> 
 
 
 def walk(present: VirtualServers, wanted: Mapping[Portal, VirtualServer]) -> None:
-    for step in list(steps(present, wanted)):
-        after(present, step)
+    after(present, list(steps(present, wanted)))
+
+
+def test_many_endpoints_at_many_portals_are_noted_at_once() -> None:
+    many = VirtualServer(weights={(f"10.244.{n // 250}.{n % 250}", 8080): 1 for n in range(4_000)})
+    wanted = {Portal(f"203.0.113.{n}", 80, TCP): many for n in range(5)}
+    present = VirtualServers()
+
+    began_at = time.process_time()
+    walk(present, wanted)
+
+    assert time.process_time() - began_at < 0.5
+    assert present == wanted
+    after(present, [Step(Verb.SET, Portal("203.0.113.1", 80, TCP), many, ("10.244.0.1", 8080), 0)])
+    assert [server.weights["10.244.0.1", 8080] for server in present.values()] == [1, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -197,8 +211,7 @@ def test_whatever_changes_it_ends_at_what_is_wanted_and_no_tcp_endpoint_goes_bef
             taking = {endpoint: weight for endpoint, weight in present[portal].weights.items() if weight}
             assert taking == {endpoint: weight for endpoint, weight in server.weights.items() if weight}
         if chance.random() < 0.5:
-            for step in list(endings(present, wanted, {})):
-                after(present, step)
+            after(present, list(endings(present, wanted, {})))
             assert present == wanted
         assert not list(steps(present, wanted))
 

@@ -229,20 +229,25 @@ def endings(
                 yield Step(Verb.DELETE, portal, server, endpoint)
 
 
-def after(present: VirtualServers, step: Step) -> None:
-    """Have *present* be as it is when *step* was done."""
-    verb, portal, server, endpoint, weight = step
-    held = present.get(portal, VirtualServer())
-    if endpoint is None:
+def after(present: VirtualServers, taken: Iterable[Step]) -> None:
+    """Have *present* be as it is when the steps *taken* were done."""
+    changed: dict[Portal, dict[Address, int]] = {}  # whose weights are no longer those of anybody else
+    for verb, portal, server, endpoint, weight in taken:
+        held = present.get(portal, VirtualServer())
+        if endpoint is None:
+            if verb is Verb.DELETE:
+                present.pop(portal, None)
+                changed.pop(portal, None)
+            else:
+                present[portal] = VirtualServer(server.scheduler, server.affinity_timeout_s, held.weights)
+            continue
+        if (weights := changed.get(portal)) is None:
+            weights = changed[portal] = dict(held.weights)
+            present[portal] = VirtualServer(held.scheduler, held.affinity_timeout_s, weights)
         if verb is Verb.DELETE:
-            present.pop(portal, None)
+            weights.pop(endpoint, None)
         else:
-            present[portal] = VirtualServer(server.scheduler, server.affinity_timeout_s, held.weights)
-        return
-    weights = {e: w for e, w in held.weights.items() if e != endpoint}
-    if verb is not Verb.DELETE:
-        weights = {**held.weights, endpoint: weight}
-    present[portal] = VirtualServer(held.scheduler, held.affinity_timeout_s, weights)
+            weights[endpoint] = weight
 
 
 # ---- texts

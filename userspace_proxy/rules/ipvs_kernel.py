@@ -154,8 +154,7 @@ class IpvsTables:
             raise _MissingSchedulersError(missing)
         for step, why in refused:
             raise SyncError(f"IPVS refused: {step}: {why.strerror}")
-        for step in todo:
-            after(present, step)
+        after(present, todo)
 
     async def _bear(self, host_ips: Iterable[str]) -> None:
         """Make what is wanted addresses of this node; those of servers that are left with connections are kept."""
