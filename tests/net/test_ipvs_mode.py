@@ -180,6 +180,23 @@ def test_others_virtual_servers_are_left_alone_and_one_that_is_in_the_way_is_nam
     world.node.run("ipvsadm", "-C")
 
 
+def test_one_of_somebody_elses_that_came_first_stays_as_it_is_and_leaves_room_when_it_goes(
+    proxy: IpvsProxy, world: ServiceLab
+) -> None:
+    proxy.give("other", "10.96.9.15", POD1)
+    proxy.start()
+    world.node.run("ipvsadm", "-A", "-t", "10.96.9.16:80", "-s", "wlc")
+
+    proxy.give("web", "10.96.9.16", POD1)
+    wait_until(lambda: "10.96.9.16:80 is not served" in proxy.log(), "it is named")
+    assert [line for line in proxy.servers().splitlines() if "-t 10.96.9.16:80" in line] == [
+        "-A -t 10.96.9.16:80 -s wlc"
+    ]
+
+    world.node.run("ipvsadm", "-D", "-t", "10.96.9.16:80")
+    wait_until(lambda: answers(world.client, "10.96.9.16", 80) == "pod1", "ours is there")
+
+
 def test_beside_kube_proxys_own_device_it_says_what_to_do_and_touches_nothing(
     proxy: IpvsProxy, world: ServiceLab
 ) -> None:

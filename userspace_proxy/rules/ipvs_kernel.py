@@ -172,6 +172,8 @@ class IpvsTables:
             await self._load_servers(self._wanted.translations.copy(), (), self._facts)
         listing = await _ask(ipvs_netlink.listing)
         intact = all(listing.servers.get(portal) == server for portal, server in self._present.items())
+        # Who was in the way and is gone leaves room for ours.
+        intact = intact and self._foreign & self._wanted.servers.keys() <= listing.servers.keys()
         if moved or self._notices is None:
             intact = intact and self._device.ips <= await self._device.look()
         if intact:
