@@ -22,7 +22,7 @@ from tests.net.world import (
     service,
     wait_until,
 )
-from userspace_proxy.lab import ServiceLab, connect
+from userspace_proxy.lab import NODE_IP, ServiceLab, connect
 
 pytestmark = pytest.mark.ipvs
 
@@ -195,6 +195,18 @@ def test_one_of_somebody_elses_that_came_first_stays_as_it_is_and_leaves_room_wh
 
     world.node.run("ipvsadm", "-D", "-t", "10.96.9.16:80")
     wait_until(lambda: answers(world.client, "10.96.9.16", 80) == "pod1", "ours is there")
+
+
+def test_an_endpoint_that_ipvs_refuses_keeps_nobody_else_from_being_served(proxy: IpvsProxy, world: ServiceLab) -> None:
+    broadcast = f"{NODE_IP.rpartition('.')[0]}.255"
+    proxy.give("mixed", "10.96.9.17", broadcast, POD2)
+    proxy.give("web", "10.96.9.18", POD1)
+
+    proxy.start()
+
+    assert answers(world.client, "10.96.9.17", 80) == "pod2"
+    assert answers(world.client, "10.96.9.18", 80) == "pod1"
+    assert f"add {broadcast}:8080 at TCP 10.96.9.17:80: IPVS has no such endpoints" in proxy.log()
 
 
 def test_beside_kube_proxys_own_device_it_says_what_to_do_and_touches_nothing(

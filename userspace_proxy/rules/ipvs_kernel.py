@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from errno import ENOENT
+from errno import EINVAL, ENOENT
 from pathlib import Path
 from typing import TypeVar
 
@@ -117,7 +117,8 @@ class IpvsTables:
     ) -> None:
         if self._host_ips is None or self._notices is None:
             self._host_ips = await network.host_addresses()
-        node_ips = node_port_ips(facts, self._host_ips)
+        host_ips = self._host_ips  # a notice may come while we load
+        node_ips = node_port_ips(facts, host_ips)
         names = set(changed)
         if self._present is None or node_ips != self._node_ips:
             names |= {*self._wanted.translations, *translations}
@@ -130,9 +131,13 @@ class IpvsTables:
         there = {portal: present[portal] for portal in portals if portal in present}
         servers = self._wanted.servers
         wanted = {p: servers[p] for p in portals if p in servers and p not in self._foreign}
-        await self._take(present, list(steps(there, wanted)))
+        try:
+            await self._take(present, list(steps(there, wanted)))
+        except SyncError:
+            await self._bear(present, host_ips)  # nobody else waits for what was refused
+            raise
         self._present = present
-        await self._bear(self._host_ips)
+        await self._bear(present, host_ips)
 
     async def _look(self) -> VirtualServers:
         """Return which virtual servers of ours the kernel has, and note those of others."""
@@ -146,20 +151,24 @@ class IpvsTables:
         return {portal: server for portal, server in listing.servers.items() if portal in ours}
 
     async def _take(self, present: VirtualServers, todo: list[Step]) -> None:
+        """Take the steps *todo* and note in *present* what was done. An endpoint that IPVS cannot have is left out."""
         if not todo:
             return
         refused = await _ask(ipvs_netlink.take, todo)
         schedulers = {step.server.scheduler for step, why in refused if step.endpoint is None and why.errno == ENOENT}
         if missing := schedulers - {self._scheduler}:
             raise _MissingSchedulersError(missing)
+        unfit = set()
         for step, why in refused:
-            raise SyncError(f"IPVS refused: {step}: {why.strerror}")
-        after(present, todo)
+            if not _is_unfit(step, why):
+                raise SyncError(f"IPVS refused: {step}: {why.strerror}")
+            log.warning("%s: IPVS has no such endpoints (%s); it is left out", step, why.strerror)
+            unfit.add((step.portal, step.endpoint))
+        after(present, (step for step in todo if (step.portal, step.endpoint) not in unfit))
 
-    async def _bear(self, host_ips: Iterable[str]) -> None:
+    async def _bear(self, present: VirtualServers, host_ips: Iterable[str]) -> None:
         """Make what is wanted addresses of this node; those of servers that are left with connections are kept."""
-        assert self._present is not None
-        left = {portal.ip for portal in self._present.keys() - self._wanted.servers.keys()} & self._device.ips
+        left = {portal.ip for portal in present.keys() - self._wanted.servers.keys()} & self._device.ips
         await self._device.bear((left | self._wanted.ips.keys()) - set(host_ips))
 
     # ---- looking after it
@@ -189,7 +198,7 @@ class IpvsTables:
         await self._take(present, ended)
         self._present = present
         if ended:
-            await self._bear(self._host_ips or await network.host_addresses())
+            await self._bear(present, self._host_ips or await network.host_addresses())
 
     async def reload(self) -> None:
         if self._facts is not None:
@@ -228,6 +237,11 @@ class IpvsTables:
         if self._poll is not None:
             self._poll.cancel()
             self._poll = None
+
+
+def _is_unfit(step: Step, why: OSError) -> bool:
+    """Return whether *step* is about an endpoint with an address that IPVS leads nobody to, such as a broadcast's."""
+    return step.verb is Verb.ADD and step.endpoint is not None and why.errno == EINVAL
 
 
 async def _ask(ask: Callable[..., _Answer], *arguments: object) -> _Answer:
