@@ -197,6 +197,23 @@ def test_one_of_somebody_elses_that_came_first_stays_as_it_is_and_leaves_room_wh
     wait_until(lambda: answers(world.client, "10.96.9.16", 80) == "pod1", "ours is there")
 
 
+def test_addresses_that_this_node_gets_or_gives_up_are_followed(proxy: IpvsProxy, world: ServiceLab) -> None:
+    more = f"{NODE_IP.rpartition('.')[0]}.77"
+    extra = f"  type: NodePort\n  externalIPs: [{more}]"
+    ports = "[{name: http, port: 80, nodePort: 30080}]"
+    proxy.apply("web", documents(service("web", "10.96.9.19", ports, extra=extra), endpoints("web", POD1)))
+    proxy.start()
+    assert answers(world.client, more, 80) == "pod1"
+
+    world.node.ip("address", "add", f"{more}/24", "dev", "eth0")
+    wait_until(lambda: answers(world.client, more, 30_080) == "pod1", "there are node ports at the new one")
+    wait_until(lambda: more not in world.node.ip("address", "show", "dev", "kube-ipvs0"), "it is the node's alone")
+
+    world.node.ip("address", "del", f"{more}/24", "dev", "eth0")
+    wait_until(lambda: answers(world.client, more, 80) == "pod1", "the external IP is served on")
+    assert f"{more}:30080" not in proxy.servers()
+
+
 def test_an_endpoint_that_ipvs_refuses_keeps_nobody_else_from_being_served(proxy: IpvsProxy, world: ServiceLab) -> None:
     broadcast = f"{NODE_IP.rpartition('.')[0]}.255"
     proxy.give("mixed", "10.96.9.17", broadcast, POD2)

@@ -75,8 +75,8 @@ class IpvsTables:
         self._device = VirtualDevice()
         self._foreign: frozenset[Portal] = frozenset()
         self._facts: NodeFacts | None = None
-        # This host's own addresses, None where they may have changed.
-        self._host_ips: tuple[str, ...] | None = None
+        self._host_ips: tuple[str, ...] = ()
+        self._has_moved = True  # addresses, of this host or of our device, may have changed
         self._notices: NetworkNotices | None = None
         self._poll: asyncio.Task[None] | None = None
         self._look_s = 0.0
@@ -115,9 +115,7 @@ class IpvsTables:
         changed: Collection[ServicePortName],
         facts: NodeFacts,
     ) -> None:
-        if self._host_ips is None or self._notices is None:
-            self._host_ips = await network.host_addresses()
-        host_ips = self._host_ips  # a notice may come while we load
+        host_ips = await self._look_at_host()
         node_ips = node_port_ips(facts, host_ips)
         names = set(changed)
         if self._present is None or node_ips != self._node_ips:
@@ -139,6 +137,18 @@ class IpvsTables:
         self._present = present
         await self._bear(present, host_ips)
 
+    async def _look_at_host(self) -> tuple[str, ...]:
+        """Return this host's own addresses; where they may have changed they are looked at, and so is our device."""
+        if self._has_moved or self._notices is None:
+            self._has_moved = False  # a notice that comes while we look counts
+            try:
+                self._host_ips, device_ips = await network.look_at_addresses()
+            except SyncError:
+                self._has_moved = True
+                raise
+            self._device.ips = set(device_ips)
+        return self._host_ips
+
     async def _look(self) -> VirtualServers:
         """Return which virtual servers of ours the kernel has, and note those of others."""
         listing = await _ask(ipvs_netlink.listing)
@@ -147,7 +157,6 @@ class IpvsTables:
         for portal in foreign & self._wanted.servers.keys() - self._foreign:
             log.warning("%s is not served: there is a virtual server of somebody else's", portal)
         self._foreign = foreign
-        self._device.ips = await self._device.look()
         return {portal: server for portal, server in listing.servers.items() if portal in ours}
 
     async def _take(self, present: VirtualServers, todo: list[Step]) -> None:
@@ -177,14 +186,12 @@ class IpvsTables:
         if self._facts is None or self._present is None or not await self._rules.is_intact():
             return False
         began = time.monotonic()
-        if moved := self._host_ips is None:
+        if self._has_moved or self._notices is None:
             await self._load_servers(self._wanted.translations.copy(), (), self._facts)
         listing = await _ask(ipvs_netlink.listing)
         intact = all(listing.servers.get(portal) == server for portal, server in self._present.items())
         # Who was in the way and is gone leaves room for ours.
         intact = intact and self._foreign & self._wanted.servers.keys() <= listing.servers.keys()
-        if moved or self._notices is None:
-            intact = intact and self._device.ips <= await self._device.look()
         if intact:
             await self._end(listing)
         self._look_s = time.monotonic() - began
@@ -198,7 +205,7 @@ class IpvsTables:
         await self._take(present, ended)
         self._present = present
         if ended:
-            await self._bear(present, self._host_ips or await network.host_addresses())
+            await self._bear(present, self._host_ips)
 
     async def reload(self) -> None:
         if self._facts is not None:
@@ -218,7 +225,7 @@ class IpvsTables:
 
     async def watch(self, on_change: Callable[[], None]) -> None:
         def on_notice() -> None:
-            self._host_ips = None
+            self._has_moved = True
 
         await self._rules.watch(on_change)
         self._notices = NetworkNotices(on_notice)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterable
-from typing import Any
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.rules.ipvs import DEVICE, DEVICE_ALIAS, device_lines
@@ -22,15 +21,12 @@ class VirtualDevice:
         """Return None where there is no such device, "" where it is ours, else what it says of itself."""
         if not _is_there():
             return None
-        said = str((await _asked("link"))[0].get("ifalias", "no alias"))
+        links = await run_tool("ip", "-json", "link", "show", "dev", DEVICE)
+        try:
+            said = str(json.loads(links)[0].get("ifalias", "no alias"))
+        except ValueError as error:
+            raise SyncError(f"ip printed what is no JSON: {error}") from None
         return "" if said == DEVICE_ALIAS else said
-
-    async def look(self) -> set[str]:
-        """Return which addresses it has now."""
-        if not _is_there():
-            return set()
-        links = await _asked("address")
-        return {a["local"] for link in links for a in link.get("addr_info", ()) if a.get("scope") != "link"}
 
     async def bear(self, wanted: Iterable[str]) -> None:
         """Have just the addresses that are *wanted*.
@@ -55,11 +51,3 @@ class VirtualDevice:
 
 def _is_there() -> bool:
     return DEVICE in {name for _, name in socket.if_nameindex()}
-
-
-async def _asked(what: str) -> Any:
-    said = await run_tool("ip", "-json", what, "show", "dev", DEVICE)
-    try:
-        return json.loads(said)
-    except ValueError as error:
-        raise SyncError(f"ip printed what is no JSON: {error}") from None
