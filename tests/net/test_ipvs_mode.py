@@ -214,6 +214,25 @@ def test_addresses_that_this_node_gets_or_gives_up_are_followed(proxy: IpvsProxy
     assert f"{more}:30080" not in proxy.servers()
 
 
+def test_without_ipv6_on_this_node_ipv4_is_served(proxy: IpvsProxy, world: ServiceLab) -> None:
+    families = (
+        "  clusterIPs: [10.96.9.20, 'fd00:96::20']\n  ipFamilyPolicy: RequireDualStack\n  ipFamilies: [IPv4, IPv6]"
+    )
+    proxy.give("web", "10.96.9.20", POD1, extra=families)
+    knob = "net.ipv6.conf.default.disable_ipv6"  # of new devices: those there are other tests' too
+    world.node.run("sysctl", "-w", f"{knob}=1")
+    try:
+        proxy.start()
+    finally:
+        world.node.run("sysctl", "-w", f"{knob}=0")
+
+    assert answers(world.client, "10.96.9.20", 80) == "pod1"
+    proxy.give("other", "10.96.9.21", POD2)
+    wait_until(lambda: answers(world.client, "10.96.9.21", 80) == "pod2", "changes are followed")
+    assert "could not be loaded" not in proxy.log()
+    assert "loading them again" not in proxy.log()
+
+
 def test_an_endpoint_that_ipvs_refuses_keeps_nobody_else_from_being_served(proxy: IpvsProxy, world: ServiceLab) -> None:
     broadcast = f"{NODE_IP.rpartition('.')[0]}.255"
     proxy.give("mixed", "10.96.9.17", broadcast, POD2)

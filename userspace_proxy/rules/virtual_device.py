@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterable
+from pathlib import Path
 
 from userspace_proxy.errors import SyncError
+from userspace_proxy.model.endpoint import family_of
 from userspace_proxy.rules.ipvs import DEVICE, DEVICE_ALIAS, device_lines
 from userspace_proxy.rules.tool import run_tool
+
+_IPV6 = Path("/proc/sys/net/ipv6/conf")
 
 
 class VirtualDevice:
@@ -29,12 +33,12 @@ class VirtualDevice:
         return "" if said == DEVICE_ALIAS else said
 
     async def bear(self, wanted: Iterable[str]) -> None:
-        """Have just the addresses that are *wanted*.
+        """Have just the addresses that are *wanted*, those of IPv6 only where this host uses it.
 
         Raises:
             SyncError: the kernel has no such devices, or refused.
         """
-        wanted = set(wanted)
+        wanted = set(wanted) if _uses_ipv6() else {ip for ip in wanted if family_of(ip) == 4}
         if is_new := not _is_there():
             self.ips = set()
         lines = device_lines(self.ips, sorted(wanted), is_new=is_new)
@@ -47,6 +51,12 @@ class VirtualDevice:
         self.ips = set()
         if await self.whose() == "":
             await run_tool("ip", "link", "del", DEVICE)
+
+
+def _uses_ipv6() -> bool:
+    """Return whether the device can have IPv6 addresses; before there is one, whether new devices can."""
+    knobs = (_IPV6 / name / "disable_ipv6" for name in (DEVICE, "default"))
+    return next((knob.read_text().strip() == "0" for knob in knobs if knob.exists()), False)
 
 
 def _is_there() -> bool:
