@@ -168,7 +168,10 @@ def test_what_somebody_else_takes_away_comes_back(proxy: IpvsProxy, world: Servi
 def test_others_virtual_servers_are_left_alone_and_one_that_is_in_the_way_is_named(
     proxy: IpvsProxy, world: ServiceLab
 ) -> None:
-    theirs = "-A -t 10.96.9.7:80 -s rr\n-A -t 192.168.50.1:9999 -s wlc\n"
+    theirs = (
+        "-A -t 10.96.9.7:80 -s rr\n-A -t 192.168.50.1:9999 -s wlc\n"
+        "-A --sctp-service 192.168.50.1:9998 -s rr -b flag-3\n-A -f 7 -s rr -b flag-3\n"
+    )
     world.node.run("ipvsadm", "-R", stdin=theirs)
     proxy.give("web", "10.96.9.7", POD1)
     proxy.start()

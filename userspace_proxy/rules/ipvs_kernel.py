@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from errno import EINVAL, ENOENT
+from errno import EINVAL, ENOENT, ESRCH
 from pathlib import Path
 from typing import TypeVar
 
@@ -220,7 +220,8 @@ class IpvsTables:
             ours = await _ask(ipvs_netlink.own_portals)
             refused = await _ask(ipvs_netlink.take, [Step(Verb.DELETE, p, VirtualServer()) for p in ours])
             for step, why in refused:
-                raise SyncError(f"IPVS refused: {step}: {why.strerror}")
+                if why.errno != ESRCH:  # somebody else was faster
+                    raise SyncError(f"IPVS refused: {step}: {why.strerror}")
         await self._device.remove()
 
     async def watch(self, on_change: Callable[[], None]) -> None:

@@ -117,14 +117,15 @@ def own_portals() -> set[Portal]:
         sock.send(message(kind, _REQUEST | _DUMP, _command(_GET_SERVICE)))
         for body in _answers(sock):
             server = dict(attributes(dict(attributes(body[4:]))[_SERVICE]))
+            protocol = protocols.get(*struct.unpack("=H", server.get(_SVC_PROTOCOL, b"\0\0")))
             flags, _mask = struct.unpack("=II", server[_SVC_FLAGS])
-            # Those by mark have no address.
-            if flags & OWN_FLAG and _SVC_ADDR in server:
+            # Those by mark have no address, and of other protocols there are none of ours.
+            if flags & OWN_FLAG and _SVC_ADDR in server and protocol is not None:
                 family = struct.unpack("=H", server[_SVC_AF])[0]
                 size = 4 if family == socket.AF_INET else 16
                 ip = socket.inet_ntop(family, server[_SVC_ADDR][:size])
                 port = int.from_bytes(server[_SVC_PORT][:2])
-                found.add(Portal(ip, port, protocols[struct.unpack("=H", server[_SVC_PROTOCOL])[0]]))
+                found.add(Portal(ip, port, protocol))
     return found
 
 
