@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 from collections import Counter
@@ -22,9 +23,16 @@ from tests.net.world import (
     service,
     wait_until,
 )
+from tests.rules.given import name
+from tests.rules.given_services import HERE, NEAR4, PODS, by_name, translation
+from userspace_proxy.interfaces import NodeFacts
 from userspace_proxy.lab import NODE_IP, ServiceLab, connect
+from userspace_proxy.model.service import ServicePort
+from userspace_proxy.rules.ipvs_kernel import IpvsTables
 
 pytestmark = pytest.mark.ipvs
+
+FACTS = NodeFacts(HERE, PODS)
 
 
 class IpvsProxy(Proxy):
@@ -246,6 +254,27 @@ def test_an_endpoint_that_ipvs_refuses_keeps_nobody_else_from_being_served(proxy
     assert answers(world.client, "10.96.9.17", 80) == "pod2"
     assert answers(world.client, "10.96.9.18", 80) == "pod1"
     assert f"add {broadcast}:8080 at TCP 10.96.9.17:80: IPVS has no such endpoints" in proxy.log()
+
+
+def test_ipvs_is_looked_at_by_the_clock_and_not_after_each_change(world: ServiceLab) -> None:
+    async def scenario() -> None:
+        tables, asked = IpvsTables(), asyncio.Event()
+        await tables.prepare()
+        await tables.watch(asked.set)
+        try:
+            await tables.load(by_name([translation(ServicePort(name("ns/a"), 80, ("10.96.9.22",)), NEAR4)]), (), FACTS)
+            assert asked.is_set()
+            world.node.run("ipvsadm", "-C")
+            assert await tables.is_intact()
+            asked.clear()
+            await asked.wait()
+            assert not await tables.is_intact()
+        finally:
+            tables.unwatch()
+            await tables.remove()
+
+    with world.node.inside(), asyncio.Runner() as runner:
+        runner.run(scenario())
 
 
 def test_beside_kube_proxys_own_device_it_says_what_to_do_and_touches_nothing(

@@ -79,6 +79,7 @@ class IpvsTables:
         self._has_moved = True  # addresses, of this host or of our device, may have changed
         self._notices: NetworkNotices | None = None
         self._poll: asyncio.Task[None] | None = None
+        self._is_due = False
         self._look_s = 0.0
 
     async def prepare(self) -> None:
@@ -185,6 +186,9 @@ class IpvsTables:
     async def is_intact(self) -> bool:
         if self._facts is None or self._present is None or not await self._rules.is_intact():
             return False
+        if self._poll is not None and not self._is_due:
+            return True  # somebody asks after each load, and all of it is a long look
+        self._is_due = False
         began = time.monotonic()
         if self._has_moved or self._notices is None:
             await self._load_servers(self._wanted.translations.copy(), (), self._facts)
@@ -235,6 +239,7 @@ class IpvsTables:
     async def _call_often(self, call: Callable[[], None]) -> None:
         while True:
             await asyncio.sleep(max(_POLL_S, self._look_s / _POLL_SHARE))
+            self._is_due = True
             call()
 
     def unwatch(self) -> None:
