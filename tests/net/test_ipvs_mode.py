@@ -177,7 +177,7 @@ def test_others_virtual_servers_are_left_alone_and_one_that_is_in_the_way_is_nam
     proxy: IpvsProxy, world: ServiceLab
 ) -> None:
     theirs = (
-        "-A -t 10.96.9.7:80 -s rr\n-A -t 192.168.50.1:9999 -s wlc\n"
+        "-A -t 10.96.9.7:80 -s rr\n-A -t 10.96.9.23:80 -s rr\n-A -t 192.168.50.1:9999 -s wlc\n"
         "-A --sctp-service 192.168.50.1:9998 -s rr -b flag-3\n-A -f 7 -s rr -b flag-3\n"
     )
     world.node.run("ipvsadm", "-R", stdin=theirs)
@@ -186,6 +186,8 @@ def test_others_virtual_servers_are_left_alone_and_one_that_is_in_the_way_is_nam
 
     assert "10.96.9.7:80 is not served: there is a virtual server of somebody else's" in proxy.log()
     assert ask_udp(world.client, "10.96.9.7") == "pod1"
+    proxy.give("late", "10.96.9.23", POD1)
+    wait_until(lambda: "10.96.9.23:80 is not served" in proxy.log(), "who comes to want one is named, too")
     assert proxy.stop() == 0
     assert sorted(proxy.servers().splitlines()) == sorted(theirs.splitlines())
     world.node.run("ipvsadm", "-C")

@@ -127,6 +127,8 @@ class IpvsTables:
         if present is None:
             present = await self._look()
             portals |= present.keys()
+        for portal in portals & self._foreign & self._wanted.servers.keys():
+            log.warning("%s is not served: there is a virtual server of somebody else's", portal)
         there = {portal: present[portal] for portal in portals if portal in present}
         servers = self._wanted.servers
         wanted = {p: servers[p] for p in portals if p in servers and p not in self._foreign}
@@ -154,10 +156,7 @@ class IpvsTables:
         """Return which virtual servers of ours the kernel has, and note those of others."""
         listing = await _ask(ipvs_netlink.listing)
         ours = await _ask(ipvs_netlink.own_portals) if listing.servers else set()
-        foreign = frozenset(listing.servers.keys() - ours)
-        for portal in foreign & self._wanted.servers.keys() - self._foreign:
-            log.warning("%s is not served: there is a virtual server of somebody else's", portal)
-        self._foreign = foreign
+        self._foreign = frozenset(listing.servers.keys() - ours)
         return {portal: server for portal, server in listing.servers.items() if portal in ours}
 
     async def _take(self, present: VirtualServers, todo: list[Step]) -> None:
