@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import socket
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +28,7 @@ from tests.net.world import (
 from tests.rules.given import name
 from tests.rules.given_services import HERE, NEAR4, PODS, by_name, translation
 from userspace_proxy.interfaces import NodeFacts
-from userspace_proxy.lab import NODE_IP, ServiceLab, connect
+from userspace_proxy.lab import NODE_IP, Host, ServiceLab, connect
 from userspace_proxy.model.service import ServicePort
 from userspace_proxy.rules.ipvs_kernel import IpvsTables
 
@@ -277,6 +279,30 @@ def test_ipvs_is_looked_at_by_the_clock_and_not_after_each_change(world: Service
 
     with world.node.inside(), asyncio.Runner() as runner:
         runner.run(scenario())
+
+
+def test_the_nodes_own_servers_are_not_met_by_addresses_of_services(proxy: IpvsProxy, world: ServiceLab) -> None:
+    extra = "  type: LoadBalancer\n  externalTrafficPolicy: Local\n  healthCheckNodePort: 31000\n"
+    extra += f"  externalIPs: [203.0.113.9, {NODE_IP}]"
+    status = "status: {loadBalancer: {ingress: [{ip: 198.51.100.9}]}}"
+    proxy.apply("web", documents(service("web", "10.96.9.24", extra=f"{extra}\n{status}"), endpoints("web", POD1)))
+    server = world.node.start(sys.executable, "-m", "http.server", "10250")
+    try:
+        proxy.start()
+        wait_until(lambda: is_open(world.client, NODE_IP, 10250), "the node's own server is met by its own address")
+        for ip in ("203.0.113.9", "198.51.100.9", "10.96.9.24"):
+            assert is_refused(world.client, ip, 10250)
+            assert is_refused(world.node, ip, 10250)
+        assert is_open(world.client, "198.51.100.9", 31_000)
+    finally:
+        server.kill()
+        server.wait()
+
+
+def is_open(host: Host, ip: str, port: int) -> bool:
+    with contextlib.suppress(OSError), connect(host, ip, port):
+        return True
+    return False
 
 
 def test_beside_kube_proxys_own_device_it_says_what_to_do_and_touches_nothing(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+import re
 import time
 from collections.abc import Mapping
 
@@ -11,16 +13,20 @@ import pytest
 from tests.rules.given import TCP, UDP, assert_golden, name
 from tests.rules.given_services import ALL, EVERYTHING, FAR4, HERE, NEAR4, PODS, any_translation, by_name, translation
 from userspace_proxy.interfaces import NodeFacts, Translation
+from userspace_proxy.lab import Lab
 from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.service import Portal, ServicePort
+from userspace_proxy.rules.element_tables import ElementTables
 from userspace_proxy.rules.ipvs import (
     Connections,
+    IpvsTable,
     Step,
     Verb,
     VirtualServer,
     VirtualServers,
     after,
+    at_host,
     device_lines,
     endings,
     node_port_ips,
@@ -52,6 +58,19 @@ SCTP 0A600001:0050 rr
 
 def test_all_of_it_reads_as_written_down() -> None:
     assert_golden("ipvs-everything.txt", text(EVERYTHING.values(), FACTS, HERE.addresses, "rr"))
+
+
+def test_the_kernel_takes_every_element_of_the_table(lab: Lab) -> None:
+    """By netlink on one host, as text on another."""
+    ours, theirs, facts = lab.add("ipvs-netlink"), lab.add("ipvs-text"), at_host(FACTS, HERE.addresses)
+    with ours.inside(), asyncio.Runner() as runner:  # a loop of its own, whose threads are then of the host
+        tables = ElementTables("ipvs", IpvsTable())
+        runner.run(tables.load(by_name(EVERYTHING.values()), (), facts))
+        tables.unwatch()
+    theirs.run("nft", "-f", "-", stdin=IpvsTable().text(facts, EVERYTHING.values()))
+
+    listed = [host.run("nft", "list", "table", *IpvsTable.name.split()).stdout for host in (ours, theirs)]
+    assert [sorted(re.findall(r"[^\s,]+", text)) for text in listed] == [sorted(re.findall(r"[^\s,]+", listed[0]))] * 2
 
 
 # ---- which virtual servers

@@ -25,6 +25,7 @@ from userspace_proxy.rules.ipvs import (
     VirtualServer,
     VirtualServers,
     after,
+    at_host,
     endings,
     node_port_ips,
     steps,
@@ -101,22 +102,23 @@ class IpvsTables:
         changed: Collection[ServicePortName],
         facts: NodeFacts,
     ) -> None:
-        await self._rules.load(translations, changed, facts)
+        host_ips = await self._look_at_host()
+        await self._rules.load(translations, changed, at_host(facts, host_ips))
         self._facts = facts
         try:
-            await self._load_servers(translations, changed, facts)
+            await self._load_servers(translations, changed, facts, host_ips)
         except _MissingSchedulersError as error:
             self._missing |= error.schedulers
             log.warning("this kernel has no scheduler %s; %s chooses in its place", error, self._scheduler)
-            await self._load_servers(translations, {*self._wanted.translations, *translations}, facts)
+            await self._load_servers(translations, {*self._wanted.translations, *translations}, facts, host_ips)
 
     async def _load_servers(
         self,
         translations: Mapping[ServicePortName, Translation],
         changed: Collection[ServicePortName],
         facts: NodeFacts,
+        host_ips: tuple[str, ...],
     ) -> None:
-        host_ips = await self._look_at_host()
         node_ips = node_port_ips(facts, host_ips)
         names = set(changed)
         if self._present is None or node_ips != self._node_ips:
@@ -190,7 +192,7 @@ class IpvsTables:
         self._is_due = False
         began = time.monotonic()
         if self._has_moved or self._notices is None:
-            await self._load_servers(self._wanted.translations.copy(), (), self._facts)
+            await self.load(self._wanted.translations.copy(), (), self._facts)
         listing = await _ask(ipvs_netlink.listing)
         intact = all(listing.servers.get(portal) == server for portal, server in self._present.items())
         # Who was in the way and is gone leaves room for ours.
