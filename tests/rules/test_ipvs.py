@@ -122,6 +122,17 @@ def test_annotations_choose_the_scheduler_and_the_weights() -> None:
     assert virtual_servers(made, (), "lc", missing={"wrr"})[WEB].scheduler == "lc"
 
 
+def test_endpoints_that_all_have_the_weight_0_have_all_the_same() -> None:
+    nobody = ServicePort(name("ns/a"), 80, ("10.96.0.1",), weights=((NEAR4.ip, 0), (FAR4.ip, 0)))
+
+    assert virtual_servers(translation(nobody, NEAR4, FAR4), ())[WEB].weights == {NEAR4.address: 1, FAR4.address: 1}
+    assert virtual_servers(translation(nobody, NEAR4, FAR4, Endpoint("10.244.0.9", 80)), ())[WEB].weights == {
+        NEAR4.address: 0,
+        FAR4.address: 0,
+        ("10.244.0.9", 80): 1,
+    }
+
+
 def test_a_service_without_endpoints_has_no_virtual_server() -> None:
     assert virtual_servers(translation(ServicePort(name("ns/a"), 80, ("10.96.0.1",))), ()) == {}
 

@@ -113,6 +113,8 @@ def virtual_servers(
     for portal, scope in _scopes(translation).items():
         endpoints = _endpoints(translation, portal.family, scope)
         weights = {endpoint.address: given.get(endpoint.ip, 1) for endpoint in endpoints}
+        if not any(weights.values()):  # who asks for nothing has nothing, unless nobody asks for anything
+            weights = dict.fromkeys(weights, 1)
         if portal.protocol is L4Protocol.UDP:
             # A flow has no end that could be waited for: it stays as long as its endpoint serves.
             weights = {e.address: 0 for e in translation.serving if family_of(e.ip) == portal.family} | weights
