@@ -149,6 +149,15 @@ def test_schedulers_and_weights_are_those_of_the_annotations(proxy: IpvsProxy, w
     assert Counter(answers(world.client, "10.96.9.5", 80) for _ in range(12)) == {"pod1": 9, "pod2": 3}
 
 
+def test_schedulers_that_this_kernel_lacks_are_replaced(proxy: IpvsProxy, world: ServiceLab) -> None:
+    proxy.give("web", "10.96.9.25", POD1)
+    proxy.start("--ipvs-scheduler", "twos")
+
+    assert "-A -t 10.96.9.25:80 -s rr -b flag-3" in proxy.servers()
+    assert "this kernel has no scheduler twos; rr chooses in its place" in proxy.log()
+    assert answers(world.client, "10.96.9.25", 80) == "pod1"
+
+
 def test_node_ports_are_at_every_address_of_the_node_also_at_one_that_comes_later(
     proxy: IpvsProxy, world: ServiceLab
 ) -> None:

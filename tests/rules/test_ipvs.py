@@ -120,6 +120,7 @@ def test_annotations_choose_the_scheduler_and_the_weights() -> None:
 
     assert virtual_servers(made, ())[WEB] == VirtualServer("wrr", None, {NEAR4.address: 3, FAR4.address: 1})
     assert virtual_servers(made, (), "lc", missing={"wrr"})[WEB].scheduler == "lc"
+    assert virtual_servers(made, (), "lc", missing={"wrr", "lc"})[WEB].scheduler == "rr"
 
 
 def test_endpoints_that_all_have_the_weight_0_have_all_the_same() -> None:

@@ -106,9 +106,8 @@ def virtual_servers(
     """
     service_port = translation.service_port
     given = dict(service_port.weights)
-    chosen = service_port.ipvs_scheduler
-    if not chosen or chosen in missing:
-        chosen = scheduler
+    asked = (service_port.ipvs_scheduler, scheduler, DEFAULT_SCHEDULER)
+    chosen = next((each for each in asked if each and each not in missing), DEFAULT_SCHEDULER)
     found: VirtualServers = {}
     for portal, scope in _scopes(translation).items():
         endpoints = _endpoints(translation, portal.family, scope)

@@ -109,7 +109,8 @@ class IpvsTables:
             await self._load_servers(translations, changed, facts, host_ips)
         except _MissingSchedulersError as error:
             self._missing |= error.schedulers
-            log.warning("this kernel has no scheduler %s; %s chooses in its place", error, self._scheduler)
+            instead = DEFAULT_SCHEDULER if self._scheduler in self._missing else self._scheduler
+            log.warning("this kernel has no scheduler %s; %s chooses in its place", error, instead)
             await self._load_servers(translations, {*self._wanted.translations, *translations}, facts, host_ips)
 
     async def _load_servers(
@@ -167,7 +168,7 @@ class IpvsTables:
             return
         refused = await _ask(ipvs_netlink.take, todo)
         schedulers = {step.server.scheduler for step, why in refused if step.endpoint is None and why.errno == ENOENT}
-        if missing := schedulers - {self._scheduler}:
+        if missing := schedulers - {DEFAULT_SCHEDULER}:
             raise _MissingSchedulersError(missing)
         unfit = set()
         for step, why in refused:
