@@ -235,7 +235,7 @@ def test_addresses_that_this_node_gets_or_gives_up_are_followed(proxy: IpvsProxy
 
     world.node.ip("address", "del", f"{more}/24", "dev", "eth0")
     wait_until(lambda: answers(world.client, more, 80) == "pod1", "the external IP is served on")
-    assert f"{more}:30080" not in proxy.servers()
+    wait_until(lambda: f"{more}:30080" not in proxy.servers(), "what had connections is gone with them")
 
 
 def test_without_ipv6_on_this_node_ipv4_is_served(proxy: IpvsProxy, world: ServiceLab) -> None:
