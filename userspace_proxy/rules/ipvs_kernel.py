@@ -236,6 +236,7 @@ class IpvsTables:
 
         await self._rules.watch(on_change)
         self._notices = NetworkNotices(on_notice)
+        self._has_moved = True  # for all that is known of the time since the first look
         self._poll = asyncio.create_task(self._call_often(on_change), name="ipvs-poll")
 
     async def _call_often(self, call: Callable[[], None]) -> None:
