@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import signal
 import socket
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,9 +25,16 @@ from tests.net.world import (
     service,
     wait_until,
 )
-from userspace_proxy.lab import ServiceLab, connect
+from tests.rules.given import name
+from tests.rules.given_services import HERE, NEAR4, PODS, by_name, translation
+from userspace_proxy.interfaces import NodeFacts
+from userspace_proxy.lab import NODE_IP, Host, ServiceLab, connect
+from userspace_proxy.model.service import ServicePort
+from userspace_proxy.rules.ipvs_kernel import IpvsTables
 
 pytestmark = pytest.mark.ipvs
+
+FACTS = NodeFacts(HERE, PODS)
 
 
 class IpvsProxy(Proxy):
@@ -139,6 +149,15 @@ def test_schedulers_and_weights_are_those_of_the_annotations(proxy: IpvsProxy, w
     assert Counter(answers(world.client, "10.96.9.5", 80) for _ in range(12)) == {"pod1": 9, "pod2": 3}
 
 
+def test_schedulers_that_this_kernel_lacks_are_replaced(proxy: IpvsProxy, world: ServiceLab) -> None:
+    proxy.give("web", "10.96.9.25", POD1)
+    proxy.start("--ipvs-scheduler", "twos")
+
+    assert "-A -t 10.96.9.25:80 -s rr -b flag-3" in proxy.servers()
+    assert "this kernel has no scheduler twos; rr chooses in its place" in proxy.log()
+    assert answers(world.client, "10.96.9.25", 80) == "pod1"
+
+
 def test_node_ports_are_at_every_address_of_the_node_also_at_one_that_comes_later(
     proxy: IpvsProxy, world: ServiceLab
 ) -> None:
@@ -168,16 +187,131 @@ def test_what_somebody_else_takes_away_comes_back(proxy: IpvsProxy, world: Servi
 def test_others_virtual_servers_are_left_alone_and_one_that_is_in_the_way_is_named(
     proxy: IpvsProxy, world: ServiceLab
 ) -> None:
-    theirs = "-A -t 10.96.9.7:80 -s rr\n-A -t 192.168.50.1:9999 -s wlc\n"
+    theirs = (
+        "-A -t 10.96.9.7:80 -s rr\n-A -t 10.96.9.23:80 -s rr\n-A -t 192.168.50.1:9999 -s wlc\n"
+        "-A --sctp-service 192.168.50.1:9998 -s rr -b flag-3\n-A -f 7 -s rr -b flag-3\n"
+    )
     world.node.run("ipvsadm", "-R", stdin=theirs)
     proxy.give("web", "10.96.9.7", POD1)
     proxy.start()
 
     assert "10.96.9.7:80 is not served: there is a virtual server of somebody else's" in proxy.log()
     assert ask_udp(world.client, "10.96.9.7") == "pod1"
+    proxy.give("late", "10.96.9.23", POD1)
+    wait_until(lambda: "10.96.9.23:80 is not served" in proxy.log(), "who comes to want one is named, too")
     assert proxy.stop() == 0
     assert sorted(proxy.servers().splitlines()) == sorted(theirs.splitlines())
     world.node.run("ipvsadm", "-C")
+
+
+def test_one_of_somebody_elses_that_came_first_stays_as_it_is_and_leaves_room_when_it_goes(
+    proxy: IpvsProxy, world: ServiceLab
+) -> None:
+    proxy.give("other", "10.96.9.15", POD1)
+    proxy.start()
+    world.node.run("ipvsadm", "-A", "-t", "10.96.9.16:80", "-s", "wlc")
+
+    proxy.give("web", "10.96.9.16", POD1)
+    wait_until(lambda: "10.96.9.16:80 is not served" in proxy.log(), "it is named")
+    assert [line for line in proxy.servers().splitlines() if "-t 10.96.9.16:80" in line] == [
+        "-A -t 10.96.9.16:80 -s wlc"
+    ]
+
+    world.node.run("ipvsadm", "-D", "-t", "10.96.9.16:80")
+    wait_until(lambda: answers(world.client, "10.96.9.16", 80) == "pod1", "ours is there")
+
+
+def test_addresses_that_this_node_gets_or_gives_up_are_followed(proxy: IpvsProxy, world: ServiceLab) -> None:
+    more = f"{NODE_IP.rpartition('.')[0]}.77"
+    extra = f"  type: NodePort\n  externalIPs: [{more}]"
+    ports = "[{name: http, port: 80, nodePort: 30080}]"
+    proxy.apply("web", documents(service("web", "10.96.9.19", ports, extra=extra), endpoints("web", POD1)))
+    proxy.start()
+    assert answers(world.client, more, 80) == "pod1"
+
+    world.node.ip("address", "add", f"{more}/24", "dev", "eth0")
+    wait_until(lambda: answers(world.client, more, 30_080) == "pod1", "there are node ports at the new one")
+    wait_until(lambda: more not in world.node.ip("address", "show", "dev", "kube-ipvs0"), "it is the node's alone")
+
+    world.node.ip("address", "del", f"{more}/24", "dev", "eth0")
+    wait_until(lambda: answers(world.client, more, 80) == "pod1", "the external IP is served on")
+    wait_until(lambda: f"{more}:30080" not in proxy.servers(), "what had connections is gone with them")
+
+
+def test_without_ipv6_on_this_node_ipv4_is_served(proxy: IpvsProxy, world: ServiceLab) -> None:
+    families = (
+        "  clusterIPs: [10.96.9.20, 'fd00:96::20']\n  ipFamilyPolicy: RequireDualStack\n  ipFamilies: [IPv4, IPv6]"
+    )
+    proxy.give("web", "10.96.9.20", POD1, extra=families)
+    knob = "net.ipv6.conf.default.disable_ipv6"  # of new devices: those there are other tests' too
+    world.node.run("sysctl", "-w", f"{knob}=1")
+    try:
+        proxy.start()
+    finally:
+        world.node.run("sysctl", "-w", f"{knob}=0")
+
+    assert answers(world.client, "10.96.9.20", 80) == "pod1"
+    proxy.give("other", "10.96.9.21", POD2)
+    wait_until(lambda: answers(world.client, "10.96.9.21", 80) == "pod2", "changes are followed")
+    assert "could not be loaded" not in proxy.log()
+    assert "loading them again" not in proxy.log()
+
+
+def test_an_endpoint_that_ipvs_refuses_keeps_nobody_else_from_being_served(proxy: IpvsProxy, world: ServiceLab) -> None:
+    broadcast = f"{NODE_IP.rpartition('.')[0]}.255"
+    proxy.give("mixed", "10.96.9.17", broadcast, POD2)
+    proxy.give("web", "10.96.9.18", POD1)
+
+    proxy.start()
+
+    assert answers(world.client, "10.96.9.17", 80) == "pod2"
+    assert answers(world.client, "10.96.9.18", 80) == "pod1"
+    assert f"add {broadcast}:8080 at TCP 10.96.9.17:80: IPVS has no such endpoints" in proxy.log()
+
+
+def test_ipvs_is_looked_at_by_the_clock_and_not_after_each_change(world: ServiceLab) -> None:
+    async def scenario() -> None:
+        tables, asked = IpvsTables(), asyncio.Event()
+        await tables.prepare()
+        await tables.watch(asked.set)
+        try:
+            await tables.load(by_name([translation(ServicePort(name("ns/a"), 80, ("10.96.9.22",)), NEAR4)]), (), FACTS)
+            assert asked.is_set()
+            world.node.run("ipvsadm", "-C")
+            assert await tables.is_intact()
+            asked.clear()
+            await asked.wait()
+            assert not await tables.is_intact()
+        finally:
+            tables.unwatch()
+            await tables.remove()
+
+    with world.node.inside(), asyncio.Runner() as runner:
+        runner.run(scenario())
+
+
+def test_the_nodes_own_servers_are_not_met_by_addresses_of_services(proxy: IpvsProxy, world: ServiceLab) -> None:
+    extra = "  type: LoadBalancer\n  externalTrafficPolicy: Local\n  healthCheckNodePort: 31000\n"
+    extra += f"  externalIPs: [203.0.113.9, {NODE_IP}]"
+    status = "status: {loadBalancer: {ingress: [{ip: 198.51.100.9}]}}"
+    proxy.apply("web", documents(service("web", "10.96.9.24", extra=f"{extra}\n{status}"), endpoints("web", POD1)))
+    server = world.node.start(sys.executable, "-m", "http.server", "10250")
+    try:
+        proxy.start()
+        wait_until(lambda: is_open(world.client, NODE_IP, 10250), "the node's own server is met by its own address")
+        for ip in ("203.0.113.9", "198.51.100.9", "10.96.9.24"):
+            assert is_refused(world.client, ip, 10250)
+            assert is_refused(world.node, ip, 10250)
+        assert is_open(world.client, "198.51.100.9", 31_000)
+    finally:
+        server.kill()
+        server.wait()
+
+
+def is_open(host: Host, ip: str, port: int) -> bool:
+    with contextlib.suppress(OSError), connect(host, ip, port):
+        return True
+    return False
 
 
 def test_beside_kube_proxys_own_device_it_says_what_to_do_and_touches_nothing(

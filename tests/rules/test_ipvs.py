@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+import re
+import time
 from collections.abc import Mapping
 
 import pytest
 
 from tests.rules.given import TCP, UDP, assert_golden, name
-from tests.rules.given_services import ALL, EVERYTHING, FAR4, HERE, NEAR4, PODS, any_translation, translation
-from userspace_proxy.interfaces import NodeFacts
-from userspace_proxy.model.endpoint import Endpoint
+from tests.rules.given_services import ALL, EVERYTHING, FAR4, HERE, NEAR4, PODS, any_translation, by_name, translation
+from userspace_proxy.interfaces import NodeFacts, Translation
+from userspace_proxy.lab import Lab
+from userspace_proxy.model.endpoint import Address, Endpoint
+from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.service import Portal, ServicePort
+from userspace_proxy.rules.element_tables import ElementTables
 from userspace_proxy.rules.ipvs import (
     Connections,
+    IpvsTable,
     Step,
     Verb,
     VirtualServer,
     VirtualServers,
     after,
+    at_host,
     device_lines,
     endings,
     node_port_ips,
@@ -28,6 +36,7 @@ from userspace_proxy.rules.ipvs import (
     virtual_servers,
 )
 from userspace_proxy.rules.ipvs_netlink import TICKS_A_SECOND, read
+from userspace_proxy.rules.ipvs_wanted import Wanted
 
 FACTS = NodeFacts(HERE, PODS)
 WEB, DNS = Portal("10.96.0.1", 80, TCP), Portal("10.96.0.10", 53, UDP)
@@ -49,6 +58,19 @@ SCTP 0A600001:0050 rr
 
 def test_all_of_it_reads_as_written_down() -> None:
     assert_golden("ipvs-everything.txt", text(EVERYTHING.values(), FACTS, HERE.addresses, "rr"))
+
+
+def test_the_kernel_takes_every_element_of_the_table(lab: Lab) -> None:
+    """By netlink on one host, as text on another."""
+    ours, theirs, facts = lab.add("ipvs-netlink"), lab.add("ipvs-text"), at_host(FACTS, HERE.addresses)
+    with ours.inside(), asyncio.Runner() as runner:  # a loop of its own, whose threads are then of the host
+        tables = ElementTables("ipvs", IpvsTable())
+        runner.run(tables.load(by_name(EVERYTHING.values()), (), facts))
+        tables.unwatch()
+    theirs.run("nft", "-f", "-", stdin=IpvsTable().text(facts, EVERYTHING.values()))
+
+    listed = [host.run("nft", "list", "table", *IpvsTable.name.split()).stdout for host in (ours, theirs)]
+    assert [sorted(re.findall(r"[^\s,]+", text)) for text in listed] == [sorted(re.findall(r"[^\s,]+", listed[0]))] * 2
 
 
 # ---- which virtual servers
@@ -98,10 +120,54 @@ def test_annotations_choose_the_scheduler_and_the_weights() -> None:
 
     assert virtual_servers(made, ())[WEB] == VirtualServer("wrr", None, {NEAR4.address: 3, FAR4.address: 1})
     assert virtual_servers(made, (), "lc", missing={"wrr"})[WEB].scheduler == "lc"
+    assert virtual_servers(made, (), "lc", missing={"wrr", "lc"})[WEB].scheduler == "rr"
+
+
+def test_endpoints_that_all_have_the_weight_0_have_all_the_same() -> None:
+    nobody = ServicePort(name("ns/a"), 80, ("10.96.0.1",), weights=((NEAR4.ip, 0), (FAR4.ip, 0)))
+
+    assert virtual_servers(translation(nobody, NEAR4, FAR4), ())[WEB].weights == {NEAR4.address: 1, FAR4.address: 1}
+    assert virtual_servers(translation(nobody, NEAR4, FAR4, Endpoint("10.244.0.9", 80)), ())[WEB].weights == {
+        NEAR4.address: 0,
+        FAR4.address: 0,
+        ("10.244.0.9", 80): 1,
+    }
 
 
 def test_a_service_without_endpoints_has_no_virtual_server() -> None:
     assert virtual_servers(translation(ServicePort(name("ns/a"), 80, ("10.96.0.1",))), ()) == {}
+
+
+# ---- what all want together
+
+
+def test_an_external_ip_that_is_a_node_ports_address_too_has_it_and_leaves_it_to_the_node_port() -> None:
+    by_node_port = translation(ServicePort(name("ns/a"), 80, ("10.96.0.1",), node_port=30_080), NEAR4)
+    by_ip = translation(ServicePort(name("ns/b"), 30_080, ("10.96.0.2",), external_ips=("192.0.2.1",)), FAR4)
+    both, met = by_name([by_node_port, by_ip]), Portal("192.0.2.1", 30_080, TCP)
+    wanted = Wanted()
+
+    def endpoints_after(given: Mapping[ServicePortName, Translation]) -> list[Address]:
+        wanted.change(both, given, ("192.0.2.1",), "rr")
+        return list(wanted.servers[met].weights) if met in wanted.servers else []
+
+    for _ in range(2):
+        assert endpoints_after(by_name([by_ip, by_node_port])) == [FAR4.address]
+        assert endpoints_after(by_name([by_node_port])) == [NEAR4.address]
+        assert endpoints_after(both) == [FAR4.address]
+        assert endpoints_after(by_name([by_ip])) == [FAR4.address]
+        assert endpoints_after({}) == []
+    assert not wanted.servers
+    assert not wanted.ips
+
+
+def test_an_address_is_wanted_until_the_last_service_port_gives_it_up() -> None:
+    tcp, udp = (translation(ServicePort(name("ns/a", p), 53, ("10.96.0.1",)), NEAR4) for p in (TCP, UDP))
+    both, wanted = by_name([tcp, udp]), Wanted()
+    for given, ips in ((both, {"10.96.0.1"}), (by_name([udp]), {"10.96.0.1"}), ({}, set())):
+        wanted.change(both, given, (), "rr")
+
+        assert set(wanted.ips) == ips
 
 
 # ---- steps
@@ -142,8 +208,21 @@ def test_an_endpoint_that_comes_back_while_it_leaves_gets_its_weight_again() -> 
 
 
 def walk(present: VirtualServers, wanted: Mapping[Portal, VirtualServer]) -> None:
-    for step in list(steps(present, wanted)):
-        after(present, step)
+    after(present, list(steps(present, wanted)))
+
+
+def test_many_endpoints_at_many_portals_are_noted_at_once() -> None:
+    many = VirtualServer(weights={(f"10.244.{n // 250}.{n % 250}", 8080): 1 for n in range(4_000)})
+    wanted = {Portal(f"203.0.113.{n}", 80, TCP): many for n in range(5)}
+    present = VirtualServers()
+
+    began_at = time.process_time()
+    walk(present, wanted)
+
+    assert time.process_time() - began_at < 0.5
+    assert present == wanted
+    after(present, [Step(Verb.SET, Portal("203.0.113.1", 80, TCP), many, ("10.244.0.1", 8080), 0)])
+    assert [server.weights["10.244.0.1", 8080] for server in present.values()] == [1, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -163,8 +242,7 @@ def test_whatever_changes_it_ends_at_what_is_wanted_and_no_tcp_endpoint_goes_bef
             taking = {endpoint: weight for endpoint, weight in present[portal].weights.items() if weight}
             assert taking == {endpoint: weight for endpoint, weight in server.weights.items() if weight}
         if chance.random() < 0.5:
-            for step in list(endings(present, wanted, {})):
-                after(present, step)
+            after(present, list(endings(present, wanted, {})))
             assert present == wanted
         assert not list(steps(present, wanted))
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import os
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from userspace_proxy.errors import SyncError
 from userspace_proxy.lab import Host, ip
 from userspace_proxy.rules import network
 from userspace_proxy.rules.network import Network, blocking_chains, missing_routes, unnumbered_interfaces
@@ -236,3 +239,19 @@ def test_the_time_outs_of_conntrack_are_read_in_seconds() -> None:
     unanswered_s, answered_s = network.conntrack_udp_timeouts()
 
     assert 0 < unanswered_s <= answered_s
+
+
+# ---- addresses
+
+
+@pytest.mark.parametrize("printed", ["exit 1", 'echo \'[{"ifname": "eth0", "addr_info": [{"local": "192.0.2.1"\''])
+async def test_a_host_that_does_not_say_its_addresses_is_not_one_that_has_none(
+    printed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tool := tmp_path / "ip").write_text(f"#!/bin/sh\n{printed}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    with pytest.raises(SyncError):
+        await network.look_at_addresses()
+    assert await network.host_addresses() == ()

@@ -153,6 +153,14 @@ def _cluster_ip(_: Block, line: str, __: _Scanned, ___: Known) -> Said:
     return Said(f"{line} is a cluster IP.") if re.fullmatch(_IP, line) else Said("")
 
 
+def _virtual_ip(_: Block, line: str, __: _Scanned, ___: Known) -> Said:
+    return Said(f"{line} is a load balancer IP or an external IP.") if re.fullmatch(_IP, line) else Said("")
+
+
+def _health_check(_: Block, line: str, __: _Scanned, ___: Known) -> Said:
+    return Said("A port for health checks.") if re.fullmatch(r"tcp \. \d+", line) else Said("")
+
+
 def _affinity(block: Block, line: str, scanned: _Scanned, _: Known) -> Said:
     if not re.fullmatch(NUMBER, line):
         return Said("")
@@ -185,6 +193,8 @@ _ELEMENTS: Mapping[str, Callable[[Block, str, _Scanned, Known], Said]] = {
     "endpoints": _endpoint,
     "hairpins": _hairpin,
     "cluster_ips": _cluster_ip,
+    "virtual_ips": _virtual_ip,
+    "health_checks": _health_check,
     "affinity": _affinity,
     "restricted": _restricted,
     "allowed": _allowed,

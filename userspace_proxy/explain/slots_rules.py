@@ -96,6 +96,8 @@ FRAME = patterns(
     ),
     (r"set hairpins[46] \{", "Endpoints beside themselves: who dials its own Service and is chosen itself."),
     (r"set cluster_ips[46] \{", "All cluster IPs, whatever the port."),
+    (r"set virtual_ips[46] \{", "All load balancer IPs and external IPs, whatever the port."),
+    (r"set health_checks[46] \{", "Ports at which this node answers health checks of load balancers."),
     (r"set restricted[46] \{", "Portals that not everybody may dial (loadBalancerSourceRanges)."),
     (r"set allowed[46] \{", "From where these may be dialled: portal . addresses of senders."),
     (r"set affinity_(?P<s>\d+) \{", lambda m: f"Sets of endpoints whose clients keep their endpoint for {m['s']} s."),
@@ -107,6 +109,7 @@ FRAME = patterns(
         r"type ipv[46]_addr \. inet_proto \. inet_service : classid",
         "Key: address . protocol . port; value: a number of 32 bits, shown as xxxx:xxxx.",
     ),
+    (r"type inet_proto \. inet_service", "An element is protocol . port."),
     (r"type ipv[46]_addr \. inet_proto \. inet_service", "An element is address . protocol . port."),
     (
         r"type ipv[46]_addr \. inet_proto \. inet_service \. ipv[46]_addr; flags interval",
@@ -178,6 +181,12 @@ RULES = patterns(
         _lookup,
     ),
     (r"ip6? daddr @cluster_ips[46] goto refuse", "A cluster IP at a port that no Service has there: refused at once."),
+    (
+        r"ip6? daddr @virtual_ips[46] (?:ip6? daddr != \{ [^}]+ \} )?"
+        r"meta l4proto \. th dport != @health_checks[46] goto refuse",
+        "A load balancer IP or an external IP, here this node's own, at a port that no Service has there: refused "
+        "at once, so that this node's own servers are not met by it; health checks are.",
+    ),
     (
         r"ip6? daddr \{ (?P<cidrs>[^}]+) \} drop",
         lambda m: f"An address out of {m['cidrs']}, where cluster IPs come from, that no Service has: dropped.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -16,7 +15,7 @@ from userspace_proxy.rules.nft import comment
 from userspace_proxy.rules.notices import RuleNotices, quiet
 from userspace_proxy.rules.portal_table import PortalTable
 from userspace_proxy.rules.sets import Elements, SetKind
-from userspace_proxy.rules.tool import is_installed, run_tool
+from userspace_proxy.rules.tool import in_thread, is_installed, run_tool
 
 # More changes than this are sent in a thread: the kernel takes its time.
 _AT_ONCE_MAX = 50
@@ -71,7 +70,7 @@ class ElementTables:
         except SyncError as error:
             log.debug("a table is there that cannot be made ours (%s)", error)
             await run_tool("nft", "-f", "-", stdin=self.table.removal() + script)
-        await asyncio.to_thread(self._send_all, translations, timeouts_s)
+        await in_thread(self._send_all, translations, timeouts_s)
         self._held = dict(translations)
         self._timeouts_s = timeouts_s
         self._facts = facts
@@ -107,7 +106,7 @@ class ElementTables:
             self._facts, self._timeouts_s = facts, timeouts_s
         transaction, more_uses = self._transaction(translations, changed)
         if len(changed) > _AT_ONCE_MAX:
-            await asyncio.to_thread(transaction.commit, self._channel)
+            await in_thread(transaction.commit, self._channel)
         else:
             transaction.commit(self._channel)
         for key, more in more_uses.items():

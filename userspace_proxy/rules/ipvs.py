@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Collection, Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -19,8 +19,8 @@ from userspace_proxy.model.names import L4Protocol, ListenerName, Scope
 from userspace_proxy.model.routes import Refusal
 from userspace_proxy.model.service import Portal
 from userspace_proxy.rules.nft import merged
-from userspace_proxy.rules.portal_table import OURS, add_hairpins
-from userspace_proxy.rules.sets import Elements, class_id
+from userspace_proxy.rules.portal_table import IP, OURS, add_hairpins
+from userspace_proxy.rules.sets import Elements, SetKind, class_id, packed_ip, packed_portal
 from userspace_proxy.rules.slots import NUMBER, SlotTable
 
 # What tutorials look at. kube-proxy makes one, too; ours has an alias that says whose it is.
@@ -41,6 +41,20 @@ class IpvsTable(SlotTable):
     name = "inet userspace_proxy_ipvs"
     hairpin = ""  # IPVS leaves no status
 
+    def kinds_of(self, family: Family) -> Iterator[tuple[str, SetKind]]:
+        yield from super().kinds_of(family)
+        keys = {"virtual_ips": (f"ipv{family}_addr",), "health_checks": ("inet_proto", "inet_service")}
+        for kind, key in keys.items():
+            name = f"{kind}{family}"
+            yield name, SetKind(f"set {name} {{\n\t\ttype {' . '.join(key)}", key, is_shared=True)
+
+    def refused(self, family: Family, facts: NodeFacts) -> Iterator[str]:
+        """Load balancer IPs and external IPs are this node's own here: its other servers are not to be met by them."""
+        ip = IP[family]
+        own = ", ".join(own_ip for own_ip in facts.node.addresses if family_of(own_ip) == family)
+        others = f"{ip} daddr != {{ {own} }} " if own else ""
+        yield f"{ip} daddr @virtual_ips{family} {others}meta l4proto . th dport != @health_checks{family} goto refuse"
+
     def translate(self, family: Family) -> Iterator[str]:
         yield f"meta priority & {class_id(NUMBER)} == {class_id(OURS)} accept"
         yield from super().translate(family)
@@ -56,6 +70,12 @@ class IpvsTable(SlotTable):
         found = self.slots_for(translation, others)
         for family, scope in {(portal.family, scope) for portal, scope in scopes.items()}:
             add_hairpins(found, family, (e.ip for e in _endpoints(translation, family, scope)))
+        service_port = translation.service_port
+        for ip in sorted(virtual_ips(translation).difference(service_port.cluster_ips)):
+            found.setdefault(f"virtual_ips{family_of(ip)}", {})[packed_ip(ip)] = b""
+            if check := service_port.health_check_node_port:
+                portal = Portal("0.0.0.0", check, L4Protocol.TCP)  # noqa: S104 - whatever the address
+                found.setdefault(f"health_checks{family_of(ip)}", {})[packed_portal(portal)] = b""
         return found
 
 
@@ -86,13 +106,14 @@ def virtual_servers(
     """
     service_port = translation.service_port
     given = dict(service_port.weights)
-    chosen = service_port.ipvs_scheduler
-    if not chosen or chosen in missing:
-        chosen = scheduler
+    asked = (service_port.ipvs_scheduler, scheduler, DEFAULT_SCHEDULER)
+    chosen = next((each for each in asked if each and each not in missing), DEFAULT_SCHEDULER)
     found: VirtualServers = {}
     for portal, scope in _scopes(translation).items():
         endpoints = _endpoints(translation, portal.family, scope)
         weights = {endpoint.address: given.get(endpoint.ip, 1) for endpoint in endpoints}
+        if not any(weights.values()):  # who asks for nothing has nothing, unless nobody asks for anything
+            weights = dict.fromkeys(weights, 1)
         if portal.protocol is L4Protocol.UDP:
             # A flow has no end that could be waited for: it stays as long as its endpoint serves.
             weights = {e.address: 0 for e in translation.serving if family_of(e.ip) == portal.family} | weights
@@ -104,6 +125,11 @@ def virtual_servers(
 def virtual_ips(translation: Translation) -> set[str]:
     """Return the addresses of *translation*'s portals, which are to be this node's own."""
     return {portal.ip for portal, _, _ in translation.routes if not portal.is_node_port}
+
+
+def at_host(facts: NodeFacts, host_ips: Iterable[str]) -> NodeFacts:
+    """Return *facts* of a node that has just the addresses *host_ips*."""
+    return replace(facts, node=replace(facts.node, addresses=tuple(host_ips)))
 
 
 def node_port_ips(facts: NodeFacts, host_ips: Iterable[str]) -> tuple[str, ...]:
@@ -229,20 +255,25 @@ def endings(
                 yield Step(Verb.DELETE, portal, server, endpoint)
 
 
-def after(present: VirtualServers, step: Step) -> None:
-    """Have *present* be as it is when *step* was done."""
-    verb, portal, server, endpoint, weight = step
-    held = present.get(portal, VirtualServer())
-    if endpoint is None:
+def after(present: VirtualServers, taken: Iterable[Step]) -> None:
+    """Have *present* be as it is when the steps *taken* were done."""
+    changed: dict[Portal, dict[Address, int]] = {}  # whose weights are no longer those of anybody else
+    for verb, portal, server, endpoint, weight in taken:
+        held = present.get(portal, VirtualServer())
+        if endpoint is None:
+            if verb is Verb.DELETE:
+                present.pop(portal, None)
+                changed.pop(portal, None)
+            else:
+                present[portal] = VirtualServer(server.scheduler, server.affinity_timeout_s, held.weights)
+            continue
+        if (weights := changed.get(portal)) is None:
+            weights = changed[portal] = dict(held.weights)
+            present[portal] = VirtualServer(held.scheduler, held.affinity_timeout_s, weights)
         if verb is Verb.DELETE:
-            present.pop(portal, None)
+            weights.pop(endpoint, None)
         else:
-            present[portal] = VirtualServer(server.scheduler, server.affinity_timeout_s, held.weights)
-        return
-    weights = {e: w for e, w in held.weights.items() if e != endpoint}
-    if verb is not Verb.DELETE:
-        weights = {**held.weights, endpoint: weight}
-    present[portal] = VirtualServer(held.scheduler, held.affinity_timeout_s, weights)
+            weights[endpoint] = weight
 
 
 # ---- texts
@@ -251,6 +282,7 @@ def after(present: VirtualServers, step: Step) -> None:
 def text(translations: Iterable[Translation], facts: NodeFacts, host_ips: Iterable[str], scheduler: str) -> str:
     """Return all of mode ipvs for *translations*, each part for the tool that its first line names. Pure."""
     translations = list(translations)
+    host_ips = tuple(host_ips)
     node_ips = node_port_ips(facts, host_ips)
     servers: VirtualServers = {}
     ips: dict[str, None] = {}
@@ -259,7 +291,7 @@ def text(translations: Iterable[Translation], facts: NodeFacts, host_ips: Iterab
         ips |= dict.fromkeys(sorted(virtual_ips(translation), key=lambda ip: (":" in ip, ip)))
     device = "\n".join(device_lines(set(), ips, is_new=True))
     return (
-        f"# nft -f -\n{IpvsTable().text(facts, translations)}"
+        f"# nft -f -\n{IpvsTable().text(at_host(facts, host_ips), translations)}"
         f"# ip -batch -\n{device}\n"
         f"# ipvsadm --restore\n{restore(servers)}"
     )

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
-from errno import ENOENT
+from errno import EINVAL, ENOENT, ESRCH
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,15 +25,15 @@ from userspace_proxy.rules.ipvs import (
     VirtualServer,
     VirtualServers,
     after,
+    at_host,
     endings,
     node_port_ips,
     steps,
-    virtual_ips,
-    virtual_servers,
 )
 from userspace_proxy.rules.ipvs_netlink import Listing
+from userspace_proxy.rules.ipvs_wanted import Wanted
 from userspace_proxy.rules.notices import NetworkNotices
-from userspace_proxy.rules.tool import is_installed, run_tool
+from userspace_proxy.rules.tool import in_thread, is_installed, run_tool
 from userspace_proxy.rules.virtual_device import VirtualDevice
 
 # IPVS tells nobody of changes, so it is looked at: how often, and how much of the time at most, as a look is long.
@@ -69,21 +68,19 @@ class IpvsTables:
     def __init__(self, scheduler: str = DEFAULT_SCHEDULER) -> None:
         self._scheduler = scheduler
         self._rules = ElementTables(self.mode, IpvsTable())
-        self._translations: dict[ServicePortName, Translation] = {}
         self._node_ips: tuple[str, ...] = ()
-        self._of: dict[ServicePortName, VirtualServers] = {}
-        self._wanted: VirtualServers = {}
-        self._ips: Counter[str] = Counter()  # how many service ports want each
+        self._wanted = Wanted()
         # What the kernel has of ours, as far as we know; None where that is to be found out.
         self._present: VirtualServers | None = None
         self._missing: frozenset[str] = frozenset()  # schedulers that this kernel has not
         self._device = VirtualDevice()
         self._foreign: frozenset[Portal] = frozenset()
         self._facts: NodeFacts | None = None
-        # This host's own addresses, None where they may have changed.
-        self._host_ips: tuple[str, ...] | None = None
+        self._host_ips: tuple[str, ...] = ()
+        self._has_moved = True  # addresses, of this host or of our device, may have changed
         self._notices: NetworkNotices | None = None
         self._poll: asyncio.Task[None] | None = None
+        self._is_due = False
         self._look_s = 0.0
 
     async def prepare(self) -> None:
@@ -105,102 +102,102 @@ class IpvsTables:
         changed: Collection[ServicePortName],
         facts: NodeFacts,
     ) -> None:
-        await self._rules.load(translations, changed, facts)
+        host_ips = await self._look_at_host()
+        await self._rules.load(translations, changed, at_host(facts, host_ips))
         self._facts = facts
         try:
-            await self._load_servers(translations, changed, facts)
+            await self._load_servers(translations, changed, facts, host_ips)
         except _MissingSchedulersError as error:
             self._missing |= error.schedulers
-            log.warning("this kernel has no scheduler %s; %s chooses in its place", error, self._scheduler)
-            await self._load_servers(translations, {*self._of, *translations}, facts)
+            instead = DEFAULT_SCHEDULER if self._scheduler in self._missing else self._scheduler
+            log.warning("this kernel has no scheduler %s; %s chooses in its place", error, instead)
+            await self._load_servers(translations, {*self._wanted.translations, *translations}, facts, host_ips)
 
     async def _load_servers(
         self,
         translations: Mapping[ServicePortName, Translation],
         changed: Collection[ServicePortName],
         facts: NodeFacts,
+        host_ips: tuple[str, ...],
     ) -> None:
-        if self._host_ips is None or self._notices is None:
-            self._host_ips = await network.host_addresses()
-        node_ips = node_port_ips(facts, self._host_ips)
+        node_ips = node_port_ips(facts, host_ips)
         names = set(changed)
         if self._present is None or node_ips != self._node_ips:
-            names |= {*self._of, *translations}
+            names |= {*self._wanted.translations, *translations}
         self._node_ips = node_ips
-        portals = self._want(translations, names)
+        portals = self._wanted.change(names, translations, node_ips, self._scheduler, self._missing)
         present, self._present = self._present, None
         if present is None:
             present = await self._look()
             portals |= present.keys()
+        for portal in portals & self._foreign & self._wanted.servers.keys():
+            log.warning("%s is not served: there is a virtual server of somebody else's", portal)
         there = {portal: present[portal] for portal in portals if portal in present}
-        wanted = {p: self._wanted[p] for p in portals if p in self._wanted and p not in self._foreign}
-        await self._take(present, list(steps(there, wanted)))
+        servers = self._wanted.servers
+        wanted = {p: servers[p] for p in portals if p in servers and p not in self._foreign}
+        try:
+            await self._take(present, list(steps(there, wanted)))
+        except SyncError:
+            await self._bear(present, host_ips)  # nobody else waits for what was refused
+            raise
         self._present = present
-        await self._bear(self._host_ips)
+        await self._bear(present, host_ips)
 
-    def _want(
-        self, translations: Mapping[ServicePortName, Translation], names: Iterable[ServicePortName]
-    ) -> set[Portal]:
-        """Know what is wanted now of *names*; return the portals that this is about."""
-        portals: set[Portal] = set()
-        for name in names:
-            before, was = self._of.pop(name, {}), self._translations.pop(name, None)
-            for portal in before:
-                del self._wanted[portal]
-            if was is not None:
-                self._ips.subtract(virtual_ips(was))
-            portals |= before.keys()
-        for name in names:
-            if (made := translations.get(name)) is not None:
-                self._translations[name] = made
-                self._of[name] = virtual_servers(made, self._node_ips, self._scheduler, self._missing)
-                self._wanted |= self._of[name]
-                self._ips.update(virtual_ips(made))
-                portals |= self._of[name].keys()
-        self._ips = +self._ips
-        return portals
+    async def _look_at_host(self) -> tuple[str, ...]:
+        """Return this host's own addresses; where they may have changed they are looked at, and so is our device."""
+        if self._has_moved or self._notices is None:
+            self._has_moved = False  # a notice that comes while we look counts
+            try:
+                self._host_ips, device_ips = await network.look_at_addresses()
+            except SyncError:
+                self._has_moved = True
+                raise
+            self._device.ips = set(device_ips)
+        return self._host_ips
 
     async def _look(self) -> VirtualServers:
         """Return which virtual servers of ours the kernel has, and note those of others."""
         listing = await _ask(ipvs_netlink.listing)
         ours = await _ask(ipvs_netlink.own_portals) if listing.servers else set()
-        foreign = frozenset(listing.servers.keys() - ours)
-        for portal in foreign & self._wanted.keys() - self._foreign:
-            log.warning("%s is not served: there is a virtual server of somebody else's", portal)
-        self._foreign = foreign
-        self._device.ips = await self._device.look()
+        self._foreign = frozenset(listing.servers.keys() - ours)
         return {portal: server for portal, server in listing.servers.items() if portal in ours}
 
     async def _take(self, present: VirtualServers, todo: list[Step]) -> None:
+        """Take the steps *todo* and note in *present* what was done. An endpoint that IPVS cannot have is left out."""
         if not todo:
             return
         refused = await _ask(ipvs_netlink.take, todo)
         schedulers = {step.server.scheduler for step, why in refused if step.endpoint is None and why.errno == ENOENT}
-        if missing := schedulers - {self._scheduler}:
+        if missing := schedulers - {DEFAULT_SCHEDULER}:
             raise _MissingSchedulersError(missing)
+        unfit = set()
         for step, why in refused:
-            raise SyncError(f"IPVS refused: {step}: {why.strerror}")
-        for step in todo:
-            after(present, step)
+            if not _is_unfit(step, why):
+                raise SyncError(f"IPVS refused: {step}: {why.strerror}")
+            log.warning("%s: IPVS has no such endpoints (%s); it is left out", step, why.strerror)
+            unfit.add((step.portal, step.endpoint))
+        after(present, (step for step in todo if (step.portal, step.endpoint) not in unfit))
 
-    async def _bear(self, host_ips: Iterable[str]) -> None:
+    async def _bear(self, present: VirtualServers, host_ips: Iterable[str]) -> None:
         """Make what is wanted addresses of this node; those of servers that are left with connections are kept."""
-        assert self._present is not None
-        left = {portal.ip for portal in self._present.keys() - self._wanted.keys()} & self._device.ips
-        await self._device.bear((left | self._ips.keys()) - set(host_ips))
+        left = {portal.ip for portal in present.keys() - self._wanted.servers.keys()} & self._device.ips
+        await self._device.bear((left | self._wanted.ips.keys()) - set(host_ips))
 
     # ---- looking after it
 
     async def is_intact(self) -> bool:
         if self._facts is None or self._present is None or not await self._rules.is_intact():
             return False
+        if self._poll is not None and not self._is_due:
+            return True  # somebody asks after each load, and all of it is a long look
+        self._is_due = False
         began = time.monotonic()
-        if moved := self._host_ips is None:
-            await self._load_servers(dict(self._translations), (), self._facts)
+        if self._has_moved or self._notices is None:
+            await self.load(self._wanted.translations.copy(), (), self._facts)
         listing = await _ask(ipvs_netlink.listing)
         intact = all(listing.servers.get(portal) == server for portal, server in self._present.items())
-        if moved or self._notices is None:
-            intact = intact and self._device.ips <= await self._device.look()
+        # Who was in the way and is gone leaves room for ours.
+        intact = intact and self._foreign & self._wanted.servers.keys() <= listing.servers.keys()
         if intact:
             await self._end(listing)
         self._look_s = time.monotonic() - began
@@ -210,17 +207,17 @@ class IpvsTables:
         """Take away what is wanted no more and has no connections left."""
         present, self._present = self._present, None
         assert present is not None
-        ended = list(endings(present, self._wanted, listing.connections))
+        ended = list(endings(present, self._wanted.servers, listing.connections))
         await self._take(present, ended)
         self._present = present
         if ended:
-            await self._bear(self._host_ips or await network.host_addresses())
+            await self._bear(present, self._host_ips)
 
     async def reload(self) -> None:
         if self._facts is not None:
             await self._rules.reload()
             self._present = None
-            await self.load(dict(self._translations), (), self._facts)
+            await self.load(dict(self._wanted.translations), (), self._facts)
 
     async def remove(self) -> None:
         self._present, self._facts = None, None
@@ -229,20 +226,23 @@ class IpvsTables:
             ours = await _ask(ipvs_netlink.own_portals)
             refused = await _ask(ipvs_netlink.take, [Step(Verb.DELETE, p, VirtualServer()) for p in ours])
             for step, why in refused:
-                raise SyncError(f"IPVS refused: {step}: {why.strerror}")
+                if why.errno != ESRCH:  # somebody else was faster
+                    raise SyncError(f"IPVS refused: {step}: {why.strerror}")
         await self._device.remove()
 
     async def watch(self, on_change: Callable[[], None]) -> None:
         def on_notice() -> None:
-            self._host_ips = None
+            self._has_moved = True
 
         await self._rules.watch(on_change)
         self._notices = NetworkNotices(on_notice)
+        self._has_moved = True  # for all that is known of the time since the first look
         self._poll = asyncio.create_task(self._call_often(on_change), name="ipvs-poll")
 
     async def _call_often(self, call: Callable[[], None]) -> None:
         while True:
             await asyncio.sleep(max(_POLL_S, self._look_s / _POLL_SHARE))
+            self._is_due = True
             call()
 
     def unwatch(self) -> None:
@@ -255,10 +255,15 @@ class IpvsTables:
             self._poll = None
 
 
+def _is_unfit(step: Step, why: OSError) -> bool:
+    """Return whether *step* is about an endpoint with an address that IPVS leads nobody to, such as a broadcast's."""
+    return step.verb is Verb.ADD and step.endpoint is not None and why.errno == EINVAL
+
+
 async def _ask(ask: Callable[..., _Answer], *arguments: object) -> _Answer:
     """Ask IPVS in a thread. Raises SyncError where it does not answer."""
     try:
-        return await asyncio.to_thread(ask, *arguments)
+        return await in_thread(ask, *arguments)
     except OSError as error:
         raise SyncError(f"IPVS does not answer: {error.strerror or error}") from error
 

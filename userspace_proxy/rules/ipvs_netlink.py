@@ -117,19 +117,22 @@ def own_portals() -> set[Portal]:
         sock.send(message(kind, _REQUEST | _DUMP, _command(_GET_SERVICE)))
         for body in _answers(sock):
             server = dict(attributes(dict(attributes(body[4:]))[_SERVICE]))
+            protocol = protocols.get(*struct.unpack("=H", server.get(_SVC_PROTOCOL, b"\0\0")))
             flags, _mask = struct.unpack("=II", server[_SVC_FLAGS])
-            # Those by mark have no address.
-            if flags & OWN_FLAG and _SVC_ADDR in server:
+            # Those by mark have no address, and of other protocols there are none of ours.
+            if flags & OWN_FLAG and _SVC_ADDR in server and protocol is not None:
                 family = struct.unpack("=H", server[_SVC_AF])[0]
                 size = 4 if family == socket.AF_INET else 16
                 ip = socket.inet_ntop(family, server[_SVC_ADDR][:size])
                 port = int.from_bytes(server[_SVC_PORT][:2])
-                found.add(Portal(ip, port, protocols[struct.unpack("=H", server[_SVC_PROTOCOL])[0]]))
+                found.add(Portal(ip, port, protocol))
     return found
 
 
 def take(steps: Sequence[Step]) -> list[tuple[Step, OSError]]:
-    """Take *steps*, each whatever became of those before; return those that the kernel refused, and why.
+    """Take *steps*; return those that the kernel refused, and why.
+
+    Whose virtual server was refused has its endpoints left out: one that is there is somebody else's.
 
     Raises:
         OSError: this kernel has no IPVS, or does not answer.
@@ -137,12 +140,22 @@ def take(steps: Sequence[Step]) -> list[tuple[Step, OSError]]:
     refused: list[tuple[Step, OSError]] = []
     with _socket() as sock:
         kind = _family(sock)
-        for start in range(0, len(steps), _AT_ONCE):
-            part = steps[start : start + _AT_ONCE]
-            sock.send(b"".join(message(kind, _REQUEST | _ACK | _CREATE, _body(step)) for step in part))
-            codes = _codes(sock, len(part))
-            refused += [(s, OSError(code, os.strerror(code))) for s, code in zip(part, codes, strict=True) if code]
+
+        def take_each(these: Sequence[Step]) -> None:
+            for start in range(0, len(these), _AT_ONCE):
+                part = these[start : start + _AT_ONCE]
+                sock.send(b"".join(message(kind, _REQUEST | _ACK | _CREATE, _body(step)) for step in part))
+                codes = zip(part, _codes(sock, len(part)), strict=True)
+                refused.extend((step, OSError(code, os.strerror(code))) for step, code in codes if code)
+
+        take_each([step for step in steps if _begins(step)])
+        without = {step.portal for step, _ in refused}
+        take_each([step for step in steps if not _begins(step) and step.portal not in without])
     return refused
+
+
+def _begins(step: Step) -> bool:
+    return step.endpoint is None and step.verb is not Verb.DELETE
 
 
 def _body(step: Step) -> bytes:

@@ -12,7 +12,7 @@ import logging
 import socket
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import OWN_MARK, TRANSPARENT_MARK
@@ -217,12 +217,30 @@ async def lacks_addresses() -> bool:
 async def host_addresses() -> tuple[str, ...]:
     """Return this host's own addresses, as far as others may know them; none where it cannot be asked."""
     try:
-        links = _parsed(await run_tool("ip", "-json", "address", "show", "scope", "global"))
+        return (await look_at_addresses()).host
     except SyncError as error:
         log.warning("this host's addresses cannot be looked at: %s", error)
         return ()
-    own = (link for link in links if link.get("ifname") != DEVICE)  # which bears portals, whoever made it
-    return tuple(dict.fromkeys(a["local"] for link in own for a in link.get("addr_info", ()) if "local" in a))
+
+
+class Addresses(NamedTuple):
+    """``host``: its own, as far as others may know them; ``device``: those of the device that bears portals."""
+
+    host: tuple[str, ...]
+    device: frozenset[str]
+
+
+async def look_at_addresses() -> Addresses:
+    """Raises SyncError where the host does not say which it has."""
+    found: dict[str, None] = {}
+    device: set[str] = set()
+    for link in _parsed(await run_tool("ip", "-json", "address", "show")):
+        for address in link.get("addr_info", ()):
+            if link["ifname"] == DEVICE and address["scope"] != "link":
+                device.add(address["local"])
+            elif link["ifname"] != DEVICE and address["scope"] == "global" and "local" in address:
+                found[address["local"]] = None
+    return Addresses(tuple(found), frozenset(device))
 
 
 def unnumbered_interfaces(links: Sequence[dict[str, Any]], routes: Sequence[dict[str, Any]]) -> list[str]:

@@ -61,6 +61,10 @@ class PortalTable:
         """Yield the rules for packets that are led on."""
         return iter(())
 
+    def refused(self, family: Family, facts: NodeFacts) -> Iterator[str]:
+        """Yield the rules for packets to addresses of portals at ports that nobody has, beside cluster IPs."""
+        return iter(())
+
     # What tells packets that were led back to their own sender, beside its address.
     hairpin = ""
 
@@ -188,7 +192,7 @@ class PortalTable:
             chains |= self.chains_of(family, timeouts_s) | {
                 f"translate{family}": [*_answers(), *self.translate(family)],
                 f"node_ports{family}": _lookups("meta l4proto . th dport", f"node_ports{family}", family, facts),
-                f"services{family}": _services(family, facts),
+                f"services{family}": _services(family, facts, self.refused(family, facts)),
                 f"from_node{family}": _from_node(family, facts),
             }
         services = [f"meta nfproto ipv{family} jump services{family}" for family in FAMILIES]
@@ -239,13 +243,14 @@ def _address_kinds(family: Family) -> Iterator[tuple[str, SetKind]]:
 # ---- rules
 
 
-def _services(family: Family, facts: NodeFacts) -> Iterator[str]:
+def _services(family: Family, facts: NodeFacts, refused: Iterable[str]) -> Iterator[str]:
     ip = IP[family]
     portal = f"{ip} daddr . meta l4proto . th dport"
     yield _restricts(family)
     yield from _lookups(portal, f"services{family}", family, facts)
     # The other ports of a cluster IP are nobody's, nor is an address that no Service has.
     yield f"{ip} daddr @cluster_ips{family} goto refuse"
+    yield from refused
     if cidrs := merged(facts.service_cidrs, family):
         yield f"{ip} daddr {{ {', '.join(cidrs)} }} drop"
     if (own := _at_node_ports(family, facts)) is not None:

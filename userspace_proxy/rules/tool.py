@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import shutil
 import subprocess
+from collections.abc import Callable
+from typing import TypeVar
 
 from userspace_proxy.errors import SyncError
 
@@ -21,6 +23,8 @@ _PACKAGE = {
     "modprobe": "kmod",
 }
 _TIMEOUT_S = 60.0
+
+_Result = TypeVar("_Result")
 
 
 def is_installed(tool: str) -> bool:
@@ -42,14 +46,9 @@ async def run_tool(tool: str, *arguments: str, stdin: str = "") -> str:
     path = find_tool(tool)
     if path is None:
         raise SyncError(f"{tool} is not installed; install the package {_PACKAGE.get(tool, tool)}")
-    # In a thread: uvloop's own subprocesses raise when a tool ends before it has read its input.
-    running = asyncio.get_running_loop().run_in_executor(None, _run, [path, *arguments], stdin.encode())
     try:
-        done = await asyncio.shield(running)
-    except asyncio.CancelledError:
-        # A load that is under way cannot be taken back: whoever cancels must not act before it has ended.
-        await asyncio.wait({running})
-        raise
+        # In a thread: uvloop's own subprocesses raise when a tool ends before it has read its input.
+        done = await in_thread(_run, [path, *arguments], stdin.encode())
     except (OSError, RuntimeError) as error:  # no descriptor, no memory, no thread
         raise SyncError(f"{tool} could not be started: {error}") from error
     except subprocess.TimeoutExpired:
@@ -57,6 +56,16 @@ async def run_tool(tool: str, *arguments: str, stdin: str = "") -> str:
     if done.returncode:
         raise SyncError(f"{tool} exited {done.returncode}: {_reason(done.stderr.decode(errors='replace'))}")
     return done.stdout.decode(errors="replace")
+
+
+async def in_thread(call: Callable[..., _Result], *arguments: object) -> _Result:
+    """Call *call* in a thread. Who is cancelled is so when it has ended: a load under way cannot be taken back."""
+    running = asyncio.get_running_loop().run_in_executor(None, call, *arguments)
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait({running})
+        raise
 
 
 def _run(command: list[str], stdin: bytes) -> subprocess.CompletedProcess[bytes]:

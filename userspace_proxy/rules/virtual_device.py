@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
 
 from userspace_proxy.errors import SyncError
+from userspace_proxy.model.endpoint import family_of
 from userspace_proxy.rules.ipvs import DEVICE, DEVICE_ALIAS, device_lines
 from userspace_proxy.rules.tool import run_tool
+
+_IPV6 = Path("/proc/sys/net/ipv6/conf")
 
 
 class VirtualDevice:
@@ -22,23 +25,20 @@ class VirtualDevice:
         """Return None where there is no such device, "" where it is ours, else what it says of itself."""
         if not _is_there():
             return None
-        said = str((await _asked("link"))[0].get("ifalias", "no alias"))
+        links = await run_tool("ip", "-json", "link", "show", "dev", DEVICE)
+        try:
+            said = str(json.loads(links)[0].get("ifalias", "no alias"))
+        except ValueError as error:
+            raise SyncError(f"ip printed what is no JSON: {error}") from None
         return "" if said == DEVICE_ALIAS else said
 
-    async def look(self) -> set[str]:
-        """Return which addresses it has now."""
-        if not _is_there():
-            return set()
-        links = await _asked("address")
-        return {a["local"] for link in links for a in link.get("addr_info", ()) if a.get("scope") != "link"}
-
     async def bear(self, wanted: Iterable[str]) -> None:
-        """Have just the addresses that are *wanted*.
+        """Have just the addresses that are *wanted*, those of IPv6 only where this host uses it.
 
         Raises:
             SyncError: the kernel has no such devices, or refused.
         """
-        wanted = set(wanted)
+        wanted = set(wanted) if _uses_ipv6() else {ip for ip in wanted if family_of(ip) == 4}
         if is_new := not _is_there():
             self.ips = set()
         lines = device_lines(self.ips, sorted(wanted), is_new=is_new)
@@ -53,13 +53,11 @@ class VirtualDevice:
             await run_tool("ip", "link", "del", DEVICE)
 
 
+def _uses_ipv6() -> bool:
+    """Return whether the device can have IPv6 addresses; before there is one, whether new devices can."""
+    knobs = (_IPV6 / name / "disable_ipv6" for name in (DEVICE, "default"))
+    return next((knob.read_text().strip() == "0" for knob in knobs if knob.exists()), False)
+
+
 def _is_there() -> bool:
     return DEVICE in {name for _, name in socket.if_nameindex()}
-
-
-async def _asked(what: str) -> Any:
-    said = await run_tool("ip", "-json", what, "show", "dev", DEVICE)
-    try:
-        return json.loads(said)
-    except ValueError as error:
-        raise SyncError(f"ip printed what is no JSON: {error}") from None
