@@ -300,6 +300,7 @@ _OF_MODES: dict[str, dict[str, tuple[str, Callable[[Any], object]]]] = {
     | {
         "iptables.masqueradeAll": ("masquerade_all", bool),
         "ipvs.scheduler": ("ipvs_scheduler", _one_of(*IPVS_SCHEDULERS)),
+        "ipvs.strictARP": ("ipvs_strict_arp", bool),
     },
 }
 HONOURED = frozenset(_MEANINGS).union(*_OF_MODES.values())

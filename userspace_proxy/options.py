@@ -228,6 +228,11 @@ KERNEL_MODES = _options(
         show_default=True,
         help="In ipvs mode: who chooses for Services without the annotation userspace-proxy/ipvs-scheduler.",
     ),
+    click.option(
+        "--ipvs-strict-arp",
+        is_flag=True,
+        help="In ipvs mode: answer ARP for addresses of the interface that is asked alone (arp_ignore, arp_announce).",
+    ),
 )
 
 LOCAL_TRAFFIC = _options(

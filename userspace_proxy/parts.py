@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 KERNEL_MODES: dict[str, Callable[[Settings], KernelTables]] = {
     "nftables": lambda _: ElementTables("nftables", SlotTable()),
     "iptables": lambda settings: IptablesTables(manner_of(settings)),
-    "ipvs": lambda settings: IpvsTables(settings.ipvs_scheduler),
+    "ipvs": lambda settings: IpvsTables(settings.ipvs_scheduler, strict_arp=settings.ipvs_strict_arp),
 }
 
 

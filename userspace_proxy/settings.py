@@ -43,6 +43,8 @@ class Settings:
     localhost_nodeports: bool = True
     # In ipvs mode: who chooses where no annotation says it. In turns, as kube-proxy has it.
     ipvs_scheduler: str = "rr"
+    # Services' addresses are this node's own there; whether it answers ARP for them on every interface, as Linux does.
+    ipvs_strict_arp: bool = False
 
     # Who is a pod of this node, and who is not. None of the addresses given: nobody can be told from another.
     detect_local_mode: str = "ClusterCIDR"

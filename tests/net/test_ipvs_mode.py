@@ -139,6 +139,18 @@ def test_a_udp_flow_finds_another_endpoint_when_its_own_is_gone(proxy: IpvsProxy
         wait_until(lambda: who() == "pod2", "the same flow is answered by pod2")
 
 
+def test_where_it_is_told_to_this_node_answers_arp_for_nobody_elses_sake(proxy: IpvsProxy, world: ServiceLab) -> None:
+    """An external IP in the client's own network is another host's; as an address of the node it would be the node's."""
+    manifest = documents(service("web", "10.96.9.13", extra="  externalIPs: [192.168.50.99]"), endpoints("web", POD1))
+    proxy.apply("web", manifest)
+    proxy.start("--ipvs-strict-arp")
+
+    assert answers(world.client, "192.168.50.99", 80) == ""
+    world.client.ip("route", "add", "192.168.50.99/32", "via", "192.168.50.1")
+    assert answers(world.client, "192.168.50.99", 80) == "pod1"
+    world.client.ip("route", "del", "192.168.50.99/32")
+
+
 def test_schedulers_and_weights_are_those_of_the_annotations(proxy: IpvsProxy, world: ServiceLab) -> None:
     manifest = documents(service("web", "10.96.9.5"), endpoints("web", POD1, POD2))
     said = f'{{userspace-proxy/ipvs-scheduler: wrr, userspace-proxy/weights: "{POD1}=3"}}'

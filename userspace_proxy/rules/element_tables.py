@@ -63,6 +63,7 @@ class ElementTables:
             self._on_change()  # have a look soon: nothing was heard while we loaded
 
     async def _load_all(self, translations: Mapping[ServicePortName, Translation], facts: NodeFacts) -> None:
+        self._touched = True  # until all of it is there
         timeouts_s = _timeouts_s(translations)
         script = self.table.skeleton(facts, timeouts_s)
         try:

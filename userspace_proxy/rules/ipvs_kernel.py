@@ -41,6 +41,8 @@ _POLL_S, _POLL_SHARE = 1.0, 0.02
 _VS = Path("/proc/sys/net/ipv4/vs")
 # Without the first nothing can be masqueraded; the others end what leads to endpoints that are gone.
 _NEEDED = sysctls.Sysctl(_VS / "conntrack", 1)
+_IPV4 = Path("/proc/sys/net/ipv4/conf/all")
+_STRICT_ARP = (sysctls.Sysctl(_IPV4 / "arp_ignore", 1), sysctls.Sysctl(_IPV4 / "arp_announce", 2))
 _WISHED = (sysctls.Sysctl(_VS / "expire_nodest_conn", 1), sysctls.Sysctl(_VS / "expire_quiescent_template", 1))
 
 _Answer = TypeVar("_Answer")
@@ -65,8 +67,10 @@ class IpvsTables:
 
     mode = "ipvs"
 
-    def __init__(self, scheduler: str = DEFAULT_SCHEDULER) -> None:
+    def __init__(self, scheduler: str = DEFAULT_SCHEDULER, *, strict_arp: bool = False) -> None:
+        """*strict_arp*: this node answers ARP for addresses of the interface that is asked alone."""
         self._scheduler = scheduler
+        self._strict_arp = strict_arp
         self._rules = ElementTables(self.mode, IpvsTable())
         self._node_ips: tuple[str, ...] = ()
         self._wanted = Wanted()
@@ -95,6 +99,8 @@ class IpvsTables:
             raise SyncError(f"ipvs mode needs conntrack: {refused[0]}")
         for said in sysctls.apply(_WISHED):
             log.warning("connections may last on to endpoints that are gone: %s", said)
+        for said in sysctls.apply(_STRICT_ARP) if self._strict_arp else ():
+            log.warning("this node answers ARP for Services' addresses: %s", said)
 
     async def load(
         self,
@@ -192,6 +198,7 @@ class IpvsTables:
             return True  # somebody asks after each load, and all of it is a long look
         self._is_due = False
         began = time.monotonic()
+        sysctls.apply([_NEEDED])
         if self._has_moved or self._notices is None:
             await self.load(self._wanted.translations.copy(), (), self._facts)
         listing = await _ask(ipvs_netlink.listing)

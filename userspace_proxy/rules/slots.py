@@ -17,6 +17,7 @@ import hashlib
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import Translation
 from userspace_proxy.model.allocation import Allocator
 from userspace_proxy.model.endpoint import Address, Family
@@ -119,14 +120,14 @@ class Numbers:
     def of_set(self, name: ServicePortName, scope: Scope) -> int:
         number = self._sets.allocate(ListenerName(name, scope).key)
         if number is None:
-            raise OverflowError(f"more than {_SETS_MAX} sets of endpoints")
+            raise SyncError(f"more than {_SETS_MAX} sets of endpoints")
         return OURS | (number + 1) << 12
 
     def of_endpoint(self, name: ServicePortName, scope: Scope, endpoint: Address) -> int:
         seats = self._seats.setdefault(ListenerName(name, scope).key, Allocator(_SEAT))
         seat = seats.allocate(str(endpoint))
         if seat is None:
-            raise OverflowError(f"more than {_SEAT} endpoints of {name} with affinity")
+            raise SyncError(f"more than {_SEAT} endpoints of {name} with affinity")
         return self.of_set(name, scope) | seat + 1
 
     def forget(self, before: Translation, after: Translation | None) -> None:
