@@ -164,7 +164,13 @@ def test_what_kubeadm_writes_is_read_and_leaves_every_default(tmp_path: Path) ->
         ("udpIdleTimeout: 250ms", {"udp_timeout_s": 0.25}),
         (
             "mode: ipvs\nipvs: {scheduler: lc, syncPeriod: 20s, strictARP: true}\niptables: {masqueradeAll: true}",
-            {"proxy_mode": "ipvs", "ipvs_scheduler": "lc", "ipvs_strict_arp": True, "sync_period_s": 20, "masquerade_all": True},
+            {
+                "proxy_mode": "ipvs",
+                "ipvs_scheduler": "lc",
+                "ipvs_strict_arp": True,
+                "sync_period_s": 20,
+                "masquerade_all": True,
+            },
         ),
     ],
 )
