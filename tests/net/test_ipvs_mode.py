@@ -140,7 +140,7 @@ def test_a_udp_flow_finds_another_endpoint_when_its_own_is_gone(proxy: IpvsProxy
 
 
 def test_where_it_is_told_to_this_node_answers_arp_for_nobody_elses_sake(proxy: IpvsProxy, world: ServiceLab) -> None:
-    """An external IP in the client's own network is another host's; as an address of the node it would be the node's."""
+    """An external IP in the client's own network is another host's; borne by the node it would be the node's, too."""
     manifest = documents(service("web", "10.96.9.13", extra="  externalIPs: [192.168.50.99]"), endpoints("web", POD1))
     proxy.apply("web", manifest)
     proxy.start("--ipvs-strict-arp")
