@@ -176,7 +176,7 @@ def test_the_comparison_writes_its_report_where_a_folder_is_mounted(compose_file
     assert service["volumes"] == ["./report:/report"]
     assert options == ["--html", "/report/report.html", "--json", "/report/figures.json"]
     assert f"CMD {json.dumps(['compare', *options])}" in dockerfile
-    assert "report/" in (PROJECT / ".gitignore").read_text().splitlines()
+    assert "/report/" in (PROJECT / ".gitignore").read_text().splitlines()
 
 
 # ---- where containers differ from other hosts

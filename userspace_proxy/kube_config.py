@@ -49,6 +49,17 @@ _FIELDS: Mapping[str, tuple[str, Callable[[Any], object]]] = {
     "logging.verbosity": ("verbose", lambda verbose: 4 if verbose else 0),
 }
 
+# The same where the mode is one of these.
+_FIELDS_OF_MODES: Mapping[str, tuple[tuple[str, ...], str, Callable[[Any], object]]] = {
+    "iptables.masqueradeAll": (("iptables", "ipvs"), "masquerade_all", bool),
+    "iptables.masqueradeBit": (("iptables",), "masquerade_bit", int),
+    "iptables.localhostNodePorts": (("iptables",), "localhost_nodeports", bool),
+    "nftables.masqueradeAll": (("nftables",), "masquerade_all", bool),
+    "ipvs.scheduler": (("ipvs",), "ipvs_scheduler", str),
+    "ipvs.strictARP": (("ipvs",), "ipvs_strict_arp", bool),
+}
+TOLD = frozenset({"mode", *_FIELDS, *_FIELDS_OF_MODES})
+
 
 def configz(settings: Settings) -> Mapping[str, object]:
     """Return what /configz answers: the settings in force."""
@@ -57,7 +68,8 @@ def configz(settings: Settings) -> Mapping[str, object]:
         "apiVersion": f"{_GROUP}/{_VERSION}",
         "mode": settings.proxy_mode,
     }
-    for path, (name, written) in _FIELDS.items():
+    told = {path: (name, w) for path, (modes, name, w) in _FIELDS_OF_MODES.items() if settings.proxy_mode in modes}
+    for path, (name, written) in {**_FIELDS, **told}.items():
         value = getattr(settings, name)
         if value is not None:
             *sections, field = path.split(".")

@@ -270,8 +270,8 @@ def test_it_runs_as_a_kube_proxy_configuration_says(cluster: Cluster, tmp_path: 
         f"clientConnection: {{kubeconfig: {cluster.config}}}\n"
         "hostnameOverride: node-1\n"
         "portRange: 20000-20009\n"
-        "mode: ipvs\n"
-        "ipvs: {scheduler: lc, minSyncPeriod: 100ms}\n"
+        "iptables: {minSyncPeriod: 100ms}\n"
+        "ipvs: {scheduler: lc}\n"
         "conntrack: {tcpEstablishedTimeout: 2h0m0s}\n"
     )
     cluster.serve("web", IP, POD1)
@@ -281,7 +281,7 @@ def test_it_runs_as_a_kube_proxy_configuration_says(cluster: Cluster, tmp_path: 
     assert cluster.answers() == {"pod1"}
     assert 20_000 <= cluster.proxy.proxy_port("default/web") <= 20_009
     assert cluster.proxy.health()[1]["nodeEligible"] is True
-    assert "nothing done about it: mode: 'ipvs', ipvs.scheduler" in cluster.proxy.log()
+    assert "nothing done about it: ipvs.scheduler" in cluster.proxy.log()
     file = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established"
     assert int(cluster.world.node.run("cat", file).stdout) == 7_200
 
