@@ -37,6 +37,9 @@ pytestmark = pytest.mark.ipvs
 FACTS = NodeFacts(HERE, PODS)
 
 
+STRICT_ARP = ("ipv4/conf/all/arp_ignore", "ipv4/conf/all/arp_announce")
+
+
 class IpvsProxy(Proxy):
     """The same in ipvs mode."""
 
@@ -143,12 +146,18 @@ def test_where_it_is_told_to_this_node_answers_arp_for_nobody_elses_sake(proxy: 
     """An external IP in the client's own network is another host's; borne by the node it would be the node's, too."""
     manifest = documents(service("web", "10.96.9.13", extra="  externalIPs: [192.168.50.99]"), endpoints("web", POD1))
     proxy.apply("web", manifest)
-    proxy.start("--ipvs-strict-arp")
+    try:
+        proxy.start("--ipvs-strict-arp")
+    finally:
+        held = [world.node.run("cat", f"/proc/sys/net/{knob}").stdout.strip() for knob in STRICT_ARP]
+        was_answered = answers(world.client, "192.168.50.99", 80)
+        for knob in STRICT_ARP:
+            world.node.set_knob(knob, 0)  # the node is other tests', too
 
-    assert answers(world.client, "192.168.50.99", 80) == ""
-    world.client.ip("route", "add", "192.168.50.99/32", "via", "192.168.50.1")
+    assert held == ["1", "2"]
+    assert was_answered == ""
+    world.client.ip("neigh", "flush", "all")
     assert answers(world.client, "192.168.50.99", 80) == "pod1"
-    world.client.ip("route", "del", "192.168.50.99/32")
 
 
 def test_schedulers_and_weights_are_those_of_the_annotations(proxy: IpvsProxy, world: ServiceLab) -> None:
