@@ -292,13 +292,13 @@ async def test_an_endpoint_whose_packets_vanish_costs_a_quarter_second_once(plan
         await plane.use(Endpoint(VANISHING_IPS[0], 80), a.endpoint)
         began = time.monotonic()
         assert await ask() == "a"
-        assert 0.25 <= time.monotonic() - began < 0.9
+        assert 0.25 <= time.monotonic() - began < 2
+        dialled = (await plane.counters()).dial_failures
 
-        began = time.monotonic()
         assert [await ask() for _ in range(5)] == ["a"] * 5
-        assert time.monotonic() - began < 0.25
 
-    assert (await plane.counters()).ejections == 1
+    counters = await plane.counters()
+    assert (counters.dial_failures, counters.ejections) == (dialled, 1)
 
 
 async def test_without_endpoints_a_client_is_reset(plane: Plane) -> None:
