@@ -25,7 +25,7 @@ CMD ["run", "/manifests"]
 # The proxy, and what `compare` measures it with and beside: `docker build --target compare .`
 FROM proxy AS compare
 RUN apt-get update \
- && apt-get install --yes --no-install-recommends haproxy iptables libnginx-mod-stream nginx-light procps strace wrk \
+ && apt-get install --yes --no-install-recommends haproxy iperf3 iptables libnginx-mod-stream nginx-light procps strace wrk \
  && rm -rf /var/lib/apt/lists/*
 HEALTHCHECK NONE
 CMD ["compare", "--html", "/report/report.html", "--json", "/report/figures.json"]

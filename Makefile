@@ -19,7 +19,7 @@ demo: ## a Service, three backends, one killed under load: in private namespaces
 	@exec $(BIN)/userspace-proxy demo
 
 test: ## all checks and all tests, as root and as a plain user alike
-	@tools/setup $(VENV) nft iptables ip conntrack nginx haproxy wrk openssl
+	@tools/setup $(VENV) nft iptables ip conntrack nginx haproxy wrk iperf3 openssl
 	@tools/test $(VENV)
 
 test-cluster: ## beside a real control plane: KUBE_BIN=folder with etcd, kube-apiserver, kube-controller-manager and, if at hand, kube-proxy
@@ -34,7 +34,7 @@ test-ipvs: ## ipvs mode, in a virtual machine whose kernel has IPVS: 6 minutes w
 	@VM_TIMEOUT_S=1200 tools/vm $(VENV) env TESTS_PATIENCE=6 $(BIN)/python -m pytest -m ipvs --timeout 600 $(IPVS_TESTS)
 
 soak: ## the tests that take minutes
-	@tools/setup $(VENV) nft iptables ip conntrack nginx haproxy wrk openssl
+	@tools/setup $(VENV) nft iptables ip conntrack nginx haproxy wrk iperf3 openssl
 	@timeout 3600 $(BIN)/python -m pytest -m soak
 
 test-report: ## the report of `compare` and the drawings of `trace` in chromium: phone and desktop, light and dark
@@ -58,7 +58,7 @@ drawings: ## docs/drawings/*.svg, of a packet followed in each mode; MODES="ipvs
 	@tools/setup $(VENV) nft iptables ip conntrack nginx
 	@timeout 120 $(BIN)/python -m userspace_proxy.trace.drawings docs/drawings $(or $(MODES),userspace nftables iptables ipvs)
 
-BENCH_TOOLS := nft iptables ip conntrack nginx nginx-stream haproxy wrk strace
+BENCH_TOOLS := nft iptables ip conntrack nginx nginx-stream haproxy wrk iperf3 strace
 
 compare: ## all modes side by side, 10 minutes, and a report in compare.html; ARGS="--quick" takes 2
 	@tools/setup $(VENV) $(BENCH_TOOLS)

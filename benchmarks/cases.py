@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.loads import UDP, UDP_ONCE, Datagrams, Idle
+from benchmarks.loads import UDP, UDP_ONCE, Bulk, Datagrams, Idle
 from benchmarks.planes import HAPROXY, NGINX, Plane
-from userspace_proxy.compare.loads import Bulk, Done, Wrk
+from userspace_proxy.compare.loads import Done, Wrk, run_for
 from userspace_proxy.compare.meters import machine_cpu_s, process_cpu_s, pss_kib
 from userspace_proxy.compare.sites import Site
 
@@ -55,12 +55,7 @@ def _measured(site: Site, unit_size: float, load: Callable[[], Done]) -> Run:
 
 
 def _requests(connections: int, *, close: bool = False) -> Callable[[Site, float], Run]:
-    def load(site: Site, seconds: float) -> Done:
-        wrk = Wrk(site, connections, close=close)
-        time.sleep(seconds)
-        return wrk.stop()
-
-    return lambda site, seconds: _measured(site, 1, lambda: load(site, seconds))
+    return lambda site, seconds: _measured(site, 1, lambda: run_for(seconds, Wrk(site, connections, close=close)))
 
 
 def _bulk(flows: int) -> Callable[[Site, float], Run]:

@@ -25,11 +25,11 @@ from benchmarks import report
 from benchmarks.cases import CASES, Case, Run, idle_memory_kib
 from benchmarks.chart import chart
 from benchmarks.disturbed import PROBE_POD_IP, disturbed
-from benchmarks.loads import UDP, UDP_ONCE
+from benchmarks.loads import BULK_FILE_BYTES, UDP, UDP_ONCE
 from benchmarks.planes import ENGINES, HAPROXY, PLANES, Plane
 from benchmarks.results import Results
 from userspace_proxy.compare import meters
-from userspace_proxy.compare.sites import Site, Sites
+from userspace_proxy.compare.sites import BULK, SMALL, Site, Sites
 from userspace_proxy.compare.syscalls import calls_per_request
 from userspace_proxy.lab import Lab, command_in_namespaces, prepare
 
@@ -49,8 +49,7 @@ def measure(arguments: argparse.Namespace, lab: Lab, folder: Path) -> Results:
     planes = [plane for plane in PLANES if not arguments.planes or plane.name in arguments.planes]
     wanted = arguments.cases or KNOWN_CASES
     sites = Sites(lab, folder, arguments.congestion)
-    sites.start_backends()
-    start_echoes(sites, folder)
+    start_servers(sites, folder)
     running = {plane: sites.add(plane.name) for plane in planes}
     for plane, site in running.items():
         plane.start(site)
@@ -74,8 +73,11 @@ def measure(arguments: argparse.Namespace, lab: Lab, folder: Path) -> Results:
     return results
 
 
-def start_echoes(sites: Sites, folder: Path) -> None:
-    """Give the pod its UDP servers, and the address that the endpoints of the 10,000 Services have."""
+def start_servers(sites: Sites, folder: Path) -> None:
+    """Give the pod its servers, and the address that the endpoints of the 10,000 Services have."""
+    (folder / "bulk").write_bytes(bytes(range(256)) * (BULK_FILE_BYTES // 256))
+    sites.start_nginx("small", SMALL)
+    sites.start_nginx("large", BULK)
     for port in (UDP, UDP_ONCE):
         sites.pod.start(sys.executable, str(Path(__file__).parent / "echo.py"), str(port), log=folder / "echo.log")
     sites.pod.ip("address", "add", f"{PROBE_POD_IP}/32", "dev", "lo")

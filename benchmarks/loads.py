@@ -1,6 +1,7 @@
-"""What clients do beyond the loads of `userspace-proxy compare`: datagrams, idle connections, a fixed rate.
+"""What clients do beyond the loads of `userspace-proxy compare`: bulk, datagrams, idle connections, a fixed rate.
 
-Each makes its sockets on the client's host, in this process, and returns what was done in which time.
+Each makes its sockets on the client's host, in this process, and returns what was done in which time. Bulk is read with
+MSG_TRUNC (the kernel counts the bytes and throws them away), so that the proxy is what limits, not the client.
 """
 
 from __future__ import annotations
@@ -13,13 +14,67 @@ from collections.abc import Callable
 from types import TracebackType
 
 from userspace_proxy.compare.loads import REQUEST, Done
-from userspace_proxy.compare.sites import SMALL, Site
+from userspace_proxy.compare.sites import BULK, SMALL, Site
 from userspace_proxy.lab import connect
 
 UDP, UDP_ONCE = 9053, 9054
+BULK_FILE_BYTES = 64 * 1024 * 1024
+_BULK_REQUEST = b"GET /bulk HTTP/1.1\r\nHost: compare\r\n\r\n"
+_READ_BYTES = 1 << 20
 _ANSWER_END = b"ok\n"
 _DATAGRAM = bytes(64)
 _LOST_AFTER_S = 0.1
+
+
+# ---- bytes
+
+
+class Bulk:
+    """Readers of an endless answer; a context manager."""
+
+    def __init__(self, site: Site, flows: int) -> None:
+        self._buffer = bytearray(_READ_BYTES)
+        self._poll = select.epoll()
+        self._received: dict[int, int] = {}
+        self._socks = {}
+        for _ in range(flows):
+            sock = connect(site.client, site.front_ip, BULK)
+            sock.sendall(_BULK_REQUEST * 2)
+            sock.setblocking(False)
+            self._socks[sock.fileno()] = sock
+            self._received[sock.fileno()] = 0
+            self._poll.register(sock.fileno(), select.EPOLLIN)
+
+    def __enter__(self) -> Bulk:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for sock in self._socks.values():
+            sock.close()
+        self._poll.close()
+
+    def read(self, seconds: float) -> Done:
+        """Read for so long."""
+        total, started_at = 0, time.monotonic()
+        end_at = started_at + seconds
+        while (now := time.monotonic()) < end_at:
+            for fd, _ in self._poll.poll(end_at - now):
+                total += self._read_from(fd)
+        return Done(total, time.monotonic() - started_at)
+
+    def _read_from(self, fd: int) -> int:
+        sock = self._socks[fd]
+        try:
+            count = sock.recv_into(self._buffer, _READ_BYTES, socket.MSG_TRUNC)
+        except BlockingIOError:
+            return 0
+        if not count:
+            raise ConnectionError("the bulk server closed")
+        before = self._received[fd]
+        after = self._received[fd] = before + count
+        if after // BULK_FILE_BYTES != before // BULK_FILE_BYTES:
+            sock.send(_BULK_REQUEST)  # the next answer is asked for before this one ends
+        return count
 
 
 # ---- datagrams

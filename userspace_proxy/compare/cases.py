@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from userspace_proxy.compare.loads import Bulk, Done, Wrk
+from userspace_proxy.compare.loads import Done, Iperf, Wrk, run_for
 from userspace_proxy.compare.meters import context_switches, machine_cpu_s, process_cpu_s
 from userspace_proxy.compare.sites import Site
-
-_BULK_WARM_UP_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +20,15 @@ class Case:
     run: Callable[[Site, float], dict[str, float]]
 
 
-def _measured(site: Site, unit_size: float, load: Callable[[], Done]) -> dict[str, float]:
-    """Return the rate, and what one unit of it cost, by the names that results have."""
+def _measured(site: Site, unit_size: float, load: Callable[[], Done]) -> tuple[Done, dict[str, float]]:
+    """Return what was done, with its rate and what one unit of it cost, by the names that results have."""
     pids = site.pids
     proxy_before, machine_before, switches_before = process_cpu_s(pids), machine_cpu_s(), context_switches(pids)
     done = load()
     proxy_s, machine_s = process_cpu_s(pids) - proxy_before, machine_cpu_s() - machine_before
     switches = context_switches(pids) - switches_before
     units = done.units / unit_size or 1e-9
-    return {
+    return done, {
         "rate": units / done.seconds,
         "proxy_cpu_s": proxy_s / units,
         "machine_cpu_s": machine_s / units,
@@ -41,16 +38,7 @@ def _measured(site: Site, unit_size: float, load: Callable[[], Done]) -> dict[st
 
 def _requests(connections: int, *, close: bool = False) -> Callable[[Site, float], dict[str, float]]:
     def run(site: Site, seconds: float) -> dict[str, float]:
-        done = Done(0, 1)
-
-        def load() -> Done:
-            nonlocal done
-            wrk = Wrk(site, connections, close=close)
-            time.sleep(seconds)
-            done = wrk.stop()
-            return done
-
-        costs = _measured(site, 1, load)
+        done, costs = _measured(site, 1, lambda: run_for(seconds, Wrk(site, connections, close=close)))
         latencies = {"p50_ms": done.p50_ms, "p99_ms": done.p99_ms, "p999_ms": done.p999_ms}
         return {**costs, **latencies, "failed": done.failed}
 
@@ -58,12 +46,7 @@ def _requests(connections: int, *, close: bool = False) -> Callable[[Site, float
 
 
 def _bulk(flows: int) -> Callable[[Site, float], dict[str, float]]:
-    def run(site: Site, seconds: float) -> dict[str, float]:
-        with Bulk(site, flows) as bulk:
-            bulk.read(_BULK_WARM_UP_S)
-            return _measured(site, 1e9, lambda: bulk.read(seconds))
-
-    return run
+    return lambda site, seconds: _measured(site, 1e9, lambda: run_for(seconds, Iperf(site, flows)))[1]
 
 
 KEEPALIVE_1, NEW_1, KEEPALIVE_64, NEW_64 = "keepalive-1", "new-1", "keepalive-64", "new-64"

@@ -288,8 +288,8 @@ CLAIMS: tuple[Claim, ...] = (
         "Every byte is copied twice",
         "A proxy reads each byte into its memory and writes it out again, so large transfers suffer most.",
         _copies,
-        "A file that nginx sends with sendfile(2), read by a client that lets the kernel count and drop the bytes "
-        "(MSG_TRUNC): what stands between them is what limits.",
+        "iperf3 with one flow and with eight, from the Pod to the client (-R). Its two ends copy each byte, too, as "
+        "programs do; where an end is what limits, what stands between shows in the CPU more than in the throughput.",
     ),
     Claim(
         "hop",

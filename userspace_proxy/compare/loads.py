@@ -1,13 +1,12 @@
-"""What clients do: wrk for requests, and in this process bulk readers and clients that come one after another.
+"""What clients do: wrk for requests, iperf3 for bytes, and in this process clients that come one after another.
 
-Each makes its sockets on the client's host and returns what was done in which time. Bulk is read with
-MSG_TRUNC (the kernel counts the bytes and throws them away), so that the client is not what limits.
+Each makes its sockets on the client's host and returns what was done in which time. They are the tools that people
+have at hand, so that whoever doubts a figure can ask again.
 """
 
 from __future__ import annotations
 
 import re
-import select
 import signal
 import socket
 import subprocess
@@ -15,17 +14,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
-from userspace_proxy.compare.sites import BULK, BULK_BYTES, SMALL, Site
+import msgspec
+
+from userspace_proxy.compare.sites import BULK, SMALL, Site
 from userspace_proxy.errors import StartError
-from userspace_proxy.lab import connect
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: compare\r\n\r\n"
 REQUEST_AND_CLOSE = b"GET / HTTP/1.0\r\n\r\n"
-_BULK_REQUEST = b"GET /bulk HTTP/1.1\r\nHost: compare\r\n\r\n"
-_READ_BYTES = 1 << 20
-_WRK_TIMEOUT_S = 10
+_TIMEOUT_S = 10
 _WRK_SCRIPT = Path(__file__).parent / "peers" / "wrk.lua"
 
 
@@ -41,13 +38,10 @@ class Done:
     failed: int = 0
 
 
-class Wrk:
-    """wrk with *connections*, until `stop`. (Its own duration is in whole seconds.)"""
+class _Client:
+    """A tool on the client's host that says what it did when it is stopped: its own durations are in whole seconds."""
 
-    def __init__(self, site: Site, connections: int, *, close: bool = False) -> None:
-        header = ["-H", "Connection: close"] if close else []
-        url = f"http://{site.front_ip}:{SMALL}/"
-        command = ["wrk", "-t1", f"-c{connections}", "-d60s", "-s", str(_WRK_SCRIPT), *header, url]
+    def __init__(self, site: Site, *command: str) -> None:
         self._process = subprocess.Popen(site.client.command(*command), stdout=subprocess.PIPE, text=True)
 
     def stop(self, meanwhile: Callable[[], object] = lambda: None) -> Done:
@@ -56,64 +50,50 @@ class Wrk:
         while self._process.poll() is None:
             meanwhile()
             time.sleep(0.002)
-        return _parse_wrk(self._process.communicate(timeout=_WRK_TIMEOUT_S)[0])
+        return self._parse(self._process.communicate(timeout=_TIMEOUT_S)[0])
+
+    def _parse(self, output: str) -> Done:
+        raise NotImplementedError
 
 
-def _parse_wrk(output: str) -> Done:
-    """Read the line that peers/wrk.lua prints: requests, microseconds, and latencies in microseconds."""
-    done = re.search(r"^done (\d+) (\d+) ([\d.]+) ([\d.]+) ([\d.]+) (\d+)$", output, re.MULTILINE)
-    if done is None:
-        raise StartError(f"wrk said: {output.strip()}")
-    requests, took_us, p50_us, p99_us, p999_us, failed = (float(word) for word in done.groups())
-    return Done(requests, took_us / 1e6, p50_us / 1000, p99_us / 1000, p999_us / 1000, int(failed))
+class Wrk(_Client):
+    """wrk with *connections*."""
+
+    def __init__(self, site: Site, connections: int, *, close: bool = False) -> None:
+        header = ["-H", "Connection: close"] if close else []
+        url = f"http://{site.front_ip}:{SMALL}/"
+        super().__init__(site, "wrk", "-t1", f"-c{connections}", "-d60s", "-s", str(_WRK_SCRIPT), *header, url)
+
+    def _parse(self, output: str) -> Done:
+        """Read the line that peers/wrk.lua prints: requests, microseconds, and latencies in microseconds."""
+        done = re.search(r"^done (\d+) (\d+) ([\d.]+) ([\d.]+) ([\d.]+) (\d+)$", output, re.MULTILINE)
+        if done is None:
+            raise StartError(f"wrk said: {output.strip()}")
+        requests, took_us, p50_us, p99_us, p999_us, failed = (float(word) for word in done.groups())
+        return Done(requests, took_us / 1e6, p50_us / 1000, p99_us / 1000, p999_us / 1000, int(failed))
 
 
-class Bulk:
-    """Readers of an endless answer; a context manager."""
+class Iperf(_Client):
+    """iperf3 with so many *flows*, from the pod to the client, as answers go."""
 
     def __init__(self, site: Site, flows: int) -> None:
-        self._buffer = bytearray(_READ_BYTES)
-        self._poll = select.epoll()
-        self._received: dict[int, int] = {}
-        self._socks = {}
-        for _ in range(flows):
-            sock = connect(site.client, site.front_ip, BULK)
-            sock.sendall(_BULK_REQUEST * 2)
-            sock.setblocking(False)
-            self._socks[sock.fileno()] = sock
-            self._received[sock.fileno()] = 0
-            self._poll.register(sock.fileno(), select.EPOLLIN)
+        where = ("-c", site.front_ip, "-p", str(BULK))
+        super().__init__(site, "iperf3", *where, "-R", "-P", str(flows), "-t", "60", "-J")
 
-    def __enter__(self) -> Bulk:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for sock in self._socks.values():
-            sock.close()
-        self._poll.close()
-
-    def read(self, seconds: float) -> Done:
-        """Read for so long."""
-        total, started_at = 0, time.monotonic()
-        end_at = started_at + seconds
-        while (now := time.monotonic()) < end_at:
-            for fd, _ in self._poll.poll(end_at - now):
-                total += self._read_from(fd)
-        return Done(total, time.monotonic() - started_at)
-
-    def _read_from(self, fd: int) -> int:
-        sock = self._socks[fd]
+    def _parse(self, output: str) -> Done:
+        """Read what it received. That it was interrupted it calls an error, too."""
         try:
-            count = sock.recv_into(self._buffer, _READ_BYTES, socket.MSG_TRUNC)
-        except BlockingIOError:
-            return 0
-        if not count:
-            raise ConnectionError("the bulk server closed")
-        before = self._received[fd]
-        after = self._received[fd] = before + count
-        if after // BULK_BYTES != before // BULK_BYTES:
-            sock.send(_BULK_REQUEST)  # the next answer is asked for before this one ends
-        return count
+            said = msgspec.json.decode(output)
+            received = said["end"]["sum_received"]
+            return Done(received["bytes"], received["seconds"])
+        except (msgspec.DecodeError, KeyError):
+            raise StartError(f"iperf3 said: {output.strip()[-500:]}") from None
+
+
+def run_for(seconds: float, client: Wrk | Iperf) -> Done:
+    """Let *client*, which has just been started, load for so long."""
+    time.sleep(seconds)
+    return client.stop()
 
 
 def one_after_another(site: Site, addresses: Sequence[tuple[str, int]], seconds: float) -> list[float]:

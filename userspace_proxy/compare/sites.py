@@ -10,15 +10,15 @@ import shutil
 import string
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from userspace_proxy.compare.meters import children
 from userspace_proxy.errors import StartError
-from userspace_proxy.lab import Host, Lab, ask, start_nginx
+from userspace_proxy.lab import Host, Lab, ask, connect, start_nginx
 
 SMALL, BULK, TRIO = 8080, 8081, 8090
-BULK_BYTES = 64 * 1024 * 1024
 PEERS = Path(__file__).parent / "peers"
 TRIO_PODS = 3
 _START_TIMEOUT_S = 20.0
@@ -155,24 +155,30 @@ class Sites:
         return site
 
     def start_backends(self) -> None:
-        """Start two nginx in the pod, for small answers and for bulk."""
-        (self._folder / "bulk").write_bytes(bytes(range(256)) * (BULK_BYTES // 256))
-        for name, port in (("small", SMALL), ("large", BULK)):
-            target = self._folder / f"{name}.conf"
-            config = fill_in(PEERS / "backend.conf", target, folder=self._folder, server=name, port=port)
-            self.pod.start("nginx", "-p", str(self._folder), "-c", str(config), log=self._folder / "backends.log")
+        """Start what answers in the pod: nginx for small answers, iperf3 for bytes."""
+        self.start_nginx("small", SMALL)
+        self.pod.start("iperf3", "-s", "-p", str(BULK), log=self._folder / "backends.log")
+        self._wait_for_pod(BULK, lambda: connect(self.pod, "127.0.0.1", BULK).close())
+
+    def start_nginx(self, name: str, port: int) -> None:
+        """Start a server in the pod that has small answers, and all of the hosts' folder."""
+        target = self._folder / f"{name}.conf"
+        config = fill_in(PEERS / "backend.conf", target, folder=self._folder, server=name, port=port)
+        self.pod.start("nginx", "-p", str(self._folder), "-c", str(config), log=self._folder / "backends.log")
+        self._wait_for_pod(port, lambda: ask(self.pod, "127.0.0.1", port, timeout_s=1.0))
+
+    def _wait_for_pod(self, port: int, try_it: Callable[[], object]) -> None:
         give_up_at = time.monotonic() + _START_TIMEOUT_S
-        for port in (SMALL, BULK):
-            while True:
-                try:
-                    ask(self.pod, "127.0.0.1", port, timeout_s=1.0)
-                except OSError as error:
-                    if time.monotonic() > give_up_at:
-                        log = (self._folder / "backends.log").read_text().strip()
-                        raise StartError(f"the backends do not answer: {log or error}") from None
-                    time.sleep(0.01)
-                else:
-                    break
+        while True:
+            try:
+                try_it()
+            except OSError as error:
+                if time.monotonic() > give_up_at:
+                    log = (self._folder / "backends.log").read_text().strip()
+                    raise StartError(f"the backend at port {port} does not answer: {log or error}") from None
+                time.sleep(0.01)
+            else:
+                return
 
     def start_trio(self) -> None:
         """Start a server in each of the three pods of which one is going to fail."""

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from userspace_proxy.compare.loads import Bulk, Wrk
+from userspace_proxy.compare.loads import Iperf, Wrk, run_for
 from userspace_proxy.compare.sites import Site
 from userspace_proxy.errors import StartError
 
@@ -22,18 +22,12 @@ _TIMEOUT_S = 10
 def calls_per_request(site: Site, seconds: float, *, close: bool = False) -> dict[str, float]:
     """Return the calls per request of keep-alive connections, or of a connection per request, by name."""
 
-    def load() -> float:
-        wrk = Wrk(site, _CONNECTIONS, close=close)
-        time.sleep(seconds)
-        return wrk.stop().units
-
-    return _counted(site, load)
+    return _counted(site, lambda: run_for(seconds, Wrk(site, _CONNECTIONS, close=close)).units)
 
 
 def calls_per_mb(site: Site, seconds: float) -> dict[str, float]:
     """Return the calls per megabyte of one bulk flow, by name."""
-    with Bulk(site, 1) as bulk:
-        return _counted(site, lambda: bulk.read(seconds).units / 1e6)
+    return _counted(site, lambda: run_for(seconds, Iperf(site, 1)).units / 1e6)
 
 
 def counter() -> str | None:
