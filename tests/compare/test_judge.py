@@ -39,9 +39,13 @@ def test_two_rounds_are_too_few() -> None:
     assert not judged([50, 51], [100, 99], [101, 99])[1]
 
 
-def test_the_most_extreme_rounds_of_many_are_no_part_of_the_spread() -> None:
-    assert summed_up([5, 1, 2, 3, 4, 99]) == Figure(3.5, 2, 5)
-    assert summed_up([1, 2, 99]) == Figure(2, 1, 99)
+@pytest.mark.parametrize(("dissenting", "is_decided"), [(1, True), (2, False)])
+def test_one_round_of_many_may_disagree(dissenting: int, is_decided: bool) -> None:
+    assert judged([50.0] * (7 - dissenting) + [120.0] * dissenting, [100.0] * 7, [101.0] * 7)[1] is is_decided
+
+
+def test_the_spread_is_that_of_all_rounds() -> None:
+    assert summed_up([5, 1, 2, 3, 4, 99]) == Figure(3.5, 1, 99)
     assert summed_up([]) is None
 
 

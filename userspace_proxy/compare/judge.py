@@ -2,8 +2,8 @@
 
 Two modes are compared by their ratio within each round: what disturbs a whole round disturbs both. The same
 mode measured twice gives the noise. A difference is decided where the median ratio is further from 1 than
-the noise, and the ratios of the rounds (but for the most extreme one at each end, from six rounds on) agree
-on which side of 1 they are. Everything else is undecided, and is called so.
+the noise, and the ratios of the rounds (but for one, from six rounds on) agree on which side of 1 they are.
+Everything else is undecided, and is called so. The spread is that of all rounds: it says what to expect of the next.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FEWEST_ROUNDS = 3
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """The median of the rounds, and the spread: their lowest and highest without the most extreme of many."""
+    """The median of the rounds, and the spread: their lowest and highest."""
 
     median: float
     low: float
@@ -40,11 +40,7 @@ class Comparison:
 
 def summed_up(values: Sequence[float]) -> Figure | None:
     """Return the figure of *values*; None if there are none."""
-    if not values:
-        return None
-    ordered = sorted(values)
-    inner = ordered[1:-1] if len(ordered) >= _MANY_ROUNDS else ordered
-    return Figure(statistics.median(ordered), inner[0], inner[-1])
+    return Figure(statistics.median(values), min(values), max(values)) if values else None
 
 
 def figure(results: Results, case: str, mode: str, name: str) -> Figure | None:
@@ -59,14 +55,15 @@ def noise(results: Results, case: str, name: str) -> float:
 
 def compare(results: Results, case: str, mode: str, reference: str, name: str) -> Comparison | None:
     """Compare one figure of two modes; None where a round with both is missing."""
-    ratio = summed_up(_ratios(results, case, mode, reference, name))
+    ratios = _ratios(results, case, mode, reference, name)
+    ratio = summed_up(ratios)
     if ratio is None:
         return None
     around = noise(results, case, name)
-    rounds = len(_ratios(results, case, mode, reference, name))
-    is_one_sided = ratio.low > 1 or ratio.high < 1
+    dissenting = min(sum(each <= 1 for each in ratios), sum(each >= 1 for each in ratios))
+    rounds_agree = len(ratios) >= _FEWEST_ROUNDS and dissenting <= (len(ratios) >= _MANY_ROUNDS)
     is_beyond = abs(math.log(ratio.median)) > math.log(around)
-    return Comparison(ratio, around, rounds >= _FEWEST_ROUNDS and is_one_sided and is_beyond)
+    return Comparison(ratio, around, rounds_agree and is_beyond)
 
 
 def _ratios(results: Results, case: str, mode: str, reference: str, name: str) -> list[float]:
