@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 from userspace_proxy.api import KubernetesObject
 from userspace_proxy.model.endpoint import Address, Endpoint, Family
+from userspace_proxy.model.loads import Loads
 from userspace_proxy.model.names import (
     L4Protocol,
     ListenerName,
@@ -260,9 +261,12 @@ class NodeFacts:
 
 
 class KernelTables(LoadedRules, Protocol):
-    """Holds the rules of one kernel mode."""
+    """Holds the rules of one kernel mode. ``loads``: by IP family, what came of loading them, where that is counted."""
 
     mode: str
+
+    @property
+    def loads(self) -> Mapping[str, Loads]: ...
 
     async def prepare(self) -> None:
         """Make ready for the first load.

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 
 from userspace_proxy.admin import metrics as exposition
 from userspace_proxy.admin.health_checks import ServiceHealthChecks
+from userspace_proxy.admin.kernel_modes import KernelModeStats
 from userspace_proxy.admin.kubeproxy import SyncStats
 from userspace_proxy.admin.metrics import SERIES_AN_ENDPOINT, ControlStats
 from userspace_proxy.admin.server import Health
@@ -91,7 +92,10 @@ class Reports:
             no_local=without_local_endpoints(controller.synced),
         )
         plane = await self._plane.stats(self._settings.metrics_endpoint_series // SERIES_AN_ENDPOINT)
-        parts = exposition.render(plane, control, source.watches, self._settings.degraded_after_s, syncs)
+        kernel = None
+        if isinstance(proxier, KernelProxier):
+            kernel = KernelModeStats(proxier.mode, proxier.table_loads, proxier.conntrack, proxier.forgotten)
+        parts = exposition.render(plane, control, source.watches, self._settings.degraded_after_s, syncs, kernel)
         # In a thread: 10,000 Services are 150,000 lines, and changes of endpoints need not wait for these.
         while (part := await asyncio.to_thread(next, parts, b"")) != b"":
             yield part

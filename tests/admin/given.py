@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from userspace_proxy.admin.kernel_modes import KernelModeStats
 from userspace_proxy.admin.kubeproxy import SyncStats
 from userspace_proxy.admin.metrics import ControlStats, render
 from userspace_proxy.control.controller import Changes
 from userspace_proxy.interfaces import Counters, EndpointCounters, PlaneStats, WatchStats
 from userspace_proxy.model.freshness import FAMILY_NAMES
 from userspace_proxy.model.histogram import Histogram
+from userspace_proxy.model.loads import Loads
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
 
 
@@ -35,7 +37,23 @@ def every_metric() -> str:
         answers={("healthz", 200): 1, ("livez", 200): 1},
         no_local={("internal", "IPv4"): 0},
     )
-    return b"".join(render(plane, ControlStats(0, 0, 0, 0.0, 0, 0), [WatchStats("services")], 1.0, syncs)).decode()
+    watches = [WatchStats("services")]
+    tables = {"nat": 1}
+    loads = dict.fromkeys(FAMILY_NAMES, Loads(rules=tables, written=tables))
+    scrapes = [
+        b"".join(
+            render(
+                plane,
+                ControlStats(0, 0, 0, 0.0, 0, 0),
+                watches,
+                1.0,
+                syncs,
+                KernelModeStats(mode, loads, Histogram([1.0])),
+            )
+        ).decode()
+        for mode in ("iptables", "nftables")
+    ]
+    return "".join(scrapes)
 
 
 def exposed(text: str, *, whole: bool = True) -> list[Exposed]:

@@ -33,7 +33,7 @@ def test_the_page_names_the_labels_of_each_metric() -> None:
         names = set(re.findall(r"^\| `(\w+)`", section, re.MULTILINE))
         rows = "".join(row.rpartition("|")[0] for row in re.findall(r"(?<=\| ).*$", section, re.MULTILINE))
         in_section = set(re.findall(r"`(\w+)`", said[1])) | {
-            label for label in ("code", "traffic_policy") if f"`{label}`" in rows
+            label for label in ("code", "traffic_policy", "table") if f"`{label}`" in rows
         }
         assert set().union(*(known[name] for name in names)) == in_section, section[:30]
 

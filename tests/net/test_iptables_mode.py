@@ -18,6 +18,7 @@ from tests.net.world import (
     endpoints,
     is_refused,
     service,
+    udp_socket,
     wait_until,
 )
 from userspace_proxy.lab import ServiceLab
@@ -74,6 +75,26 @@ def test_clients_are_served_by_the_kernel_and_changes_are_followed(proxy: Kernel
     wait_until(lambda: is_refused(world.client, "10.96.9.2", 80), "nobody is there")
     proxy.delete("web")
     wait_until(lambda: "10.96.9.2" not in proxy.saved(), "its rules are gone")
+
+
+def test_metrics_tell_of_rules_and_loads_as_kube_proxys_do(proxy: KernelProxy, world: ServiceLab) -> None:
+    proxy.give("web", "10.96.9.7", POD1)
+    proxy.start()
+    of_it = {"ip_family": "IPv4"}
+    rules = proxy.metric("kubeproxy_sync_proxy_rules_iptables_total", table="nat", **of_it)
+    with udp_socket(world.client, "10.96.9.7", 53) as sock:
+        sock.send(b"who")
+        assert sock.recv(64) == b"pod1"
+        proxy.give("web", "10.96.9.7", POD2)
+
+        forgotten = "kubeproxy_conntrack_reconciler_deleted_entries_total"
+        wait_until(lambda: proxy.metric(forgotten, **of_it) == 1, "its flow is forgotten")
+
+    assert proxy.metric("kubeproxy_sync_proxy_rules_iptables_total", table="nat", **of_it) == rules > 10
+    assert 0 < proxy.metric("kubeproxy_sync_proxy_rules_iptables_last", table="nat", **of_it) < rules
+    assert proxy.metric("kubeproxy_sync_full_proxy_rules_duration_seconds_count", **of_it) == 1
+    assert proxy.metric("kubeproxy_sync_partial_proxy_rules_duration_seconds_count", **of_it) == 1
+    assert proxy.metric("kubeproxy_sync_proxy_rules_iptables_restore_failures_total") == 0
 
 
 def test_foreign_flushes_are_repaired(proxy: KernelProxy, world: ServiceLab) -> None:

@@ -30,7 +30,7 @@ from tests.rules.given_services import (
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import NodeFacts, PodDetector, Translation
 from userspace_proxy.lab import Host, Lab
-from userspace_proxy.model.endpoint import Endpoint, Family
+from userspace_proxy.model.endpoint import FAMILIES, Endpoint, Family
 from userspace_proxy.model.names import L4Protocol, ServicePortName
 from userspace_proxy.model.service import node_portal
 from userspace_proxy.rules import kube_tables
@@ -404,6 +404,33 @@ async def test_only_what_changed_is_loaded(clean: Host) -> None:
     assert saved.count(f"-A KUBE-SEP-{chain_hash(WEB.name, FAR4)} ") == 2
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_rules_are_counted_by_table_without_counting_all(clean: Host, family: Family) -> None:
+    tables = IptablesTables()
+    web, more = by_name([translation(WEB, NEAR4)]), by_name([translation(WEB, *ALL)])
+    with clean.inside():
+        for wanted in (EVERYTHING, EVERYTHING | web, EVERYTHING | more, web, {}):
+            await tables.load(wanted, {*EVERYTHING, *web}, FACTS)
+
+            saved = kube_tables.read(clean.run("iptables-save" if family == 4 else "ip6tables-save").stdout)
+            mine = {c: rules for c, rules in saved.items() if kube_tables.is_ours(c) and c.name != kube_tables.MARK}
+            assert tables.loads[f"IPv{family}"].rules == kube_tables.counts(mine)
+
+
+async def test_loads_of_everything_and_of_changes_are_counted_apart(clean: Host) -> None:
+    tables = IptablesTables()
+    web = by_name([translation(WEB, NEAR4)])
+    with clean.inside():
+        await tables.load(EVERYTHING, set(EVERYTHING), FACTS)
+        loads = tables.loads["IPv4"]
+        assert loads.written["nat"] > 20
+
+        await tables.load(EVERYTHING | web, set(web), FACTS)
+
+    assert (loads.whole.count, loads.changes.count, loads.refused) == (1, 1, 0)
+    assert loads.written["nat"] < 10, "a change does not write the rules of others"
+
+
 async def test_a_refused_change_is_made_good_by_the_next_load(clean: Host) -> None:
     tables = IptablesTables()
     with clean.inside():
@@ -413,6 +440,8 @@ async def test_a_refused_change_is_made_good_by_the_next_load(clean: Host) -> No
         with pytest.raises(SyncError, match="iptables-restore"):
             await tables.load(EVERYTHING | bad, set(bad), FACTS)
 
+        loads = tables.loads["IPv4"]
+        assert (loads.refused, loads.refused_changes) == (2, 1), "the change, and then the whole"
         await tables.load(EVERYTHING, set(bad), FACTS)
         tables._touched = True
         assert await tables.is_intact()

@@ -165,6 +165,18 @@ def test_what_is_loaded_is_what_is_written_down(lab: Lab) -> None:
     assert in_force(ours) == in_force(theirs)
 
 
+def test_loads_and_refusals_are_counted_for_both_families(lab: Lab) -> None:
+    host, tables = lab.add("counted"), slot_tables()
+    load(tables, host, by_name(*EVERYTHING), set())
+    load(tables, host, by_name(*EVERYTHING[1:]), {WEB.service_port.name})
+    host.run("nft", "delete", "table", *TABLE.split())
+    load(tables, host, by_name(*EVERYTHING), {WEB.service_port.name})
+
+    loads = tables.loads["IPv4"]
+    assert tables.loads["IPv6"] is loads
+    assert (loads.whole.count, loads.changes.count, loads.refused, loads.refused_changes) == (2, 1, 1, 1)
+
+
 def any_translations(chance: random.Random) -> dict[ServicePortName, Translation]:
     """Return a few service ports that have much in common with those of another call."""
     made = []

@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from userspace_proxy import __version__
+from userspace_proxy.admin.kernel_modes import KernelModeMetrics, KernelModeStats
 from userspace_proxy.admin.kubeproxy import KubeProxyMetrics, SyncStats
 from userspace_proxy.interfaces import Counters, EndpointCounters, PlaneStats, WatchStats
 from userspace_proxy.model.endpoint import join_address
@@ -214,11 +215,14 @@ def render(
     watches: Sequence[WatchStats] = (),
     degraded_after_s: float = 0.0,
     syncs: SyncStats | None = None,
+    kernel: KernelModeStats | None = None,
 ) -> Iterator[bytes]:
     """Return the text of one scrape, metric by metric: all of it at once is 16 MB for 10,000 Services."""
     collectors: list[Collector] = [_Scrape(plane, control, watches, degraded_after_s)]
     if syncs is not None:
         collectors.append(KubeProxyMetrics(syncs))
+    if kernel is not None:
+        collectors.append(KernelModeMetrics(kernel))
     for collector in collectors:
         for family in collector.collect():
             yield generate_latest(_Alone(family))

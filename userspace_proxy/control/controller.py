@@ -15,13 +15,12 @@ from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import EventType, ObjectEvent, Source, StateSink
 from userspace_proxy.model.freshness import FAMILY_NAMES, Freshness
-from userspace_proxy.model.histogram import Histogram
+from userspace_proxy.model.histogram import SYNC_BOUNDS_S, Histogram
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import usable_endpoints
 
 _ASK_AGAIN_S = 1.0
 # kube-proxy's bounds, so that its dashboards fit.
-_SYNC_BOUNDS_S = [0.001 * 2**n for n in range(15)]
 _PROGRAMMING_BOUNDS_S = [0.25, 0.5, *range(1, 60), *range(60, 120, 5), *range(120, 301, 30)]
 
 # Of what a change of a kind is one.
@@ -72,7 +71,7 @@ class Controller:
         self.failures = 0
         self.freshness = Freshness(health_timeout_s)
         self.changes = {"service": Changes(), "endpoint": Changes()}
-        self.durations = Histogram(_SYNC_BOUNDS_S)
+        self.durations = Histogram(SYNC_BOUNDS_S)
         self.programming = {family: Histogram(_PROGRAMMING_BOUNDS_S) for family in FAMILY_NAMES}
         self._started_at = time.time()
         self._triggers: list[tuple[str, float]] = []  # family and time of what no sync has brought yet

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
+
+# kube-proxy's bounds for what a sync takes, so that its dashboards fit.
+SYNC_BOUNDS_S = [0.001 * 2**n for n in range(15)]
 
 
 class Histogram:
@@ -15,9 +20,20 @@ class Histogram:
         self._counts = [0] * (len(self._bounds_s) + 1)
         self.total_s = 0.0
 
+    @property
+    def count(self) -> int:
+        return sum(self._counts)
+
     def observe(self, seconds: float) -> None:
         self._counts[bisect_left(self._bounds_s, seconds)] += 1
         self.total_s += seconds
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Observe how long what is within takes, unless it raises."""
+        began = time.monotonic()
+        yield
+        self.observe(time.monotonic() - began)
 
     def buckets(self) -> list[tuple[str, float]]:
         """Return (bound, how many took no longer), as Prometheus has them; the last bound is none."""

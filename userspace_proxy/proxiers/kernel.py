@@ -9,10 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import KernelTables, NodeFacts, Translation
+from userspace_proxy.model.histogram import SYNC_BOUNDS_S, Histogram
+from userspace_proxy.model.loads import Loads
 from userspace_proxy.model.names import L4Protocol, ListenerName, ServicePortName
 from userspace_proxy.model.service import Portal, SourceIP, internal_portals, load_balancer_portals
 from userspace_proxy.model.state import ProxyState
@@ -58,6 +61,17 @@ class KernelProxier:
         self.unopened: Mapping[ListenerName, str] = {}  # there is nothing to open
         self.loads = 0
         self.repairs = 0
+        self.conntrack = Histogram(SYNC_BOUNDS_S)  # looks for stale UDP flows
+        self.forgotten = Counter[str]()  # such flows, by IP family
+
+    @property
+    def mode(self) -> str:
+        return self._tables.mode
+
+    @property
+    def table_loads(self) -> Mapping[str, Loads]:
+        """Return what came of loading the tables, by IP family."""
+        return self._tables.loads
 
     @property
     def service_ports(self) -> int:
@@ -75,7 +89,7 @@ class KernelProxier:
             self._plans.finish()
             self._tell_new()
             if stale := self._changed_flows(changed):
-                await forget_udp_flows(stale)
+                await self._forget(stale)
 
     def translated(self, state: ProxyState) -> tuple[Mapping[ServicePortName, Translation], NodeFacts]:
         """Return what would be loaded for *state*; nothing is."""
@@ -119,6 +133,11 @@ class KernelProxier:
     def _facts(self) -> NodeFacts:
         node = self._plans.state.node
         return NodeFacts(node, self._rules.detector(node), self._rules.node_ports_on(node), self._service_cidrs)
+
+    async def _forget(self, flows: Mapping[Portal, Answering]) -> None:
+        with self.conntrack.timed():
+            for family, count in (await forget_udp_flows(flows)).items():
+                self.forgotten[f"IPv{family}"] += count
 
     def _changed_flows(self, changed: Iterable[ServicePortName]) -> dict[Portal, Answering]:
         """Return which UDP portals have changed, and which endpoints may go on answering for them (behaviours U1).
@@ -167,7 +186,7 @@ class KernelProxier:
                 return
             self.repairs += 1
             flows = {portal: wanted for held in self._answering.values() for portal, wanted in held.items() if wanted}
-            await forget_udp_flows(flows)
+            await self._forget(flows)
         await asyncio.sleep(REPAIR_PAUSE_S)
 
     async def close(self, drain_timeout_s: float) -> None:

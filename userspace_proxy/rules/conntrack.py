@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Set
 from typing import NamedTuple
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import Redirects
-from userspace_proxy.model.endpoint import Address, family_of
+from userspace_proxy.model.endpoint import Address, Family, family_of
 from userspace_proxy.model.names import L4Protocol
 from userspace_proxy.model.service import Portal
 from userspace_proxy.rules.netlink import delete_udp_flows
@@ -78,16 +79,21 @@ def stale_flows(listing: str, changed: Mapping[Portal, Answering]) -> list[Flow]
     return stale
 
 
-async def forget_udp_flows(changed: Mapping[Portal, Answering]) -> None:
-    """Delete the flows to the portals in *changed* that do not go where these lead now. Never raises: it warns."""
+async def forget_udp_flows(changed: Mapping[Portal, Answering]) -> Counter[Family]:
+    """Delete the flows to the portals in *changed* that do not go where these lead now; return how many.
+
+    Never raises: it warns.
+    """
+    forgotten = Counter[Family]()
     try:
         for family in sorted({portal.family for portal in changed}):
             listing = await run_tool("conntrack", "-L", "-p", "udp", "-f", f"ipv{family}")
             if flows := await asyncio.to_thread(stale_flows, listing, changed):
-                forgotten = await asyncio.to_thread(delete_udp_flows, flows)
-                log.debug("forgot %d UDP flows of %d that went the old way", forgotten, len(flows))
+                forgotten[family] = await asyncio.to_thread(delete_udp_flows, flows)
+                log.debug("forgot %d UDP flows of %d that went the old way", forgotten[family], len(flows))
     except (SyncError, OSError) as error:
         log.warning("stale UDP flows were not forgotten, their clients wait for conntrack's time-out: %s", error)
+    return forgotten
 
 
 async def open_connections(portals: Iterable[Portal]) -> int:

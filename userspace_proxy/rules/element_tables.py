@@ -8,6 +8,8 @@ from collections.abc import Callable, Collection, Mapping
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import NodeFacts, Translation
+from userspace_proxy.model.freshness import FAMILY_NAMES
+from userspace_proxy.model.loads import Loads
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.rules.elements import Channel, Transaction, element
 from userspace_proxy.rules.netlink import count_rules
@@ -29,6 +31,8 @@ class ElementTables:
     def __init__(self, mode: str, table: PortalTable) -> None:
         self.mode = mode
         self.table = table
+        self._loads = Loads()
+        self.loads: Mapping[str, Loads] = dict.fromkeys(FAMILY_NAMES, self._loads)  # one transaction is for both
         self._held: dict[ServicePortName, Translation] = {}
         self._channel = Channel()
         self._uses: Counter[tuple[str, bytes]] = Counter()  # of elements that several service ports may have
@@ -53,7 +57,8 @@ class ElementTables:
                 if self._facts is None or self._touched:
                     await self._load_all(translations, facts)
                 else:
-                    await self._load_changes(translations, changed, facts)
+                    with self._loads.of(everything=False):
+                        await self._load_changes(translations, changed, facts)
             except SyncError as error:
                 if self._facts is None:
                     raise
@@ -66,12 +71,13 @@ class ElementTables:
         self._touched = True  # until all of it is there
         timeouts_s = _timeouts_s(translations)
         script = self.table.skeleton(facts, timeouts_s)
-        try:
-            await run_tool("nft", "-f", "-", stdin=script)
-        except SyncError as error:
-            log.debug("a table is there that cannot be made ours (%s)", error)
-            await run_tool("nft", "-f", "-", stdin=self.table.removal() + script)
-        await in_thread(self._send_all, translations, timeouts_s)
+        with self._loads.of(everything=True):
+            try:
+                await run_tool("nft", "-f", "-", stdin=script)
+            except SyncError as error:
+                log.debug("a table is there that cannot be made ours (%s)", error)
+                await run_tool("nft", "-f", "-", stdin=self.table.removal() + script)
+            await in_thread(self._send_all, translations, timeouts_s)
         self._held = dict(translations)
         self._timeouts_s = timeouts_s
         self._facts = facts

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import NodeFacts, Translation
+from userspace_proxy.model.loads import Loads
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.service import Portal
 from userspace_proxy.rules import ipvs_netlink, network, sysctls
@@ -69,6 +70,7 @@ class IpvsTables:
 
     def __init__(self, scheduler: str = DEFAULT_SCHEDULER, *, strict_arp: bool = False) -> None:
         """*strict_arp*: this node answers ARP for addresses of the interface that is asked alone."""
+        self.loads: Mapping[str, Loads] = {}  # as kube-proxy, which counts none in this mode
         self._scheduler = scheduler
         self._strict_arp = strict_arp
         self._rules = ElementTables(self.mode, IpvsTable())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import NodeFacts, Translation
 from userspace_proxy.model.endpoint import FAMILIES, Family
+from userspace_proxy.model.loads import Loads
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.rules import kube_tables, sysctls, xtables
 from userspace_proxy.rules.kube_chains import Manner, Rules, node_rules, service_rules
@@ -34,13 +36,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Family:
-    """What is wanted of one family, and what is loaded: None where that is not known."""
+    """What is wanted of one family, and what is loaded: None where that is not known.
+
+    ``counts``: how many ``rules`` there are, by table.
+    """
 
     family: Family
     tool: str
     how: Manner | None = None
     rules: dict[ServicePortName, Rules] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
     loaded: Tables | None = None
+    loads: Loads = field(default_factory=Loads)
 
 
 class IptablesTables:
@@ -114,12 +121,15 @@ class IptablesTables:
         how = _said(how, translations, each.family)
         names = changed if each.how == how else {*each.rules, *translations}
         for name in names:
+            each.counts.subtract(kube_tables.counts(each.rules.get(name, {})))
             if (made := translations.get(name)) is not None:
                 each.rules[name] = service_rules(made, each.family, how)
+                each.counts.update(kube_tables.counts(each.rules[name]))
             else:
                 each.rules.pop(name, None)
         each.how = how
         wanted = Tables(node_rules(each.family, how), dict(each.rules))
+        each.loads.rules = each.counts + kube_tables.counts(wanted.node)
         loaded, each.loaded = each.loaded, None  # unknown until the kernel has said yes
         with quiet(self._notices):
             self._unheard = True
@@ -127,7 +137,8 @@ class IptablesTables:
                 await self._load_whole(each, wanted)
             else:
                 try:
-                    await xtables.restore(each.tool, kube_tables.change(loaded, wanted, names))
+                    with each.loads.of(everything=False):
+                        await self._restore(each, kube_tables.change(loaded, wanted, names))
                 except SyncError as error:
                     log.warning("the change was refused (%s); loading all that differs", error)
                     await self._load_whole(each, wanted)
@@ -138,7 +149,16 @@ class IptablesTables:
         if reason := kube_tables.foreign(saved, wanted.node):
             raise SyncError(reason)
         notes = self._notes if each.family == 4 else []
-        await xtables.restore(each.tool, kube_tables.whole(wanted, saved, self._at_once, notes))
+        with each.loads.of(everything=True):
+            await self._restore(each, kube_tables.whole(wanted, saved, self._at_once, notes))
+
+    async def _restore(self, each: _Family, script: str) -> None:
+        await xtables.restore(each.tool, script)
+        each.loads.written = kube_tables.written(script)
+
+    @property
+    def loads(self) -> Mapping[str, Loads]:
+        return {f"IPv{each.family}": each.loads for each in self._families}
 
     @property
     def _at_once(self) -> int | None:

@@ -7,6 +7,7 @@ else has (`MARK`); it says what was there before it. Tables without it are never
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -155,6 +156,25 @@ def whole(wanted: Tables, saved: Saved, chains_at_once: int | None = None, notes
         lines = [*first, *(f":{c.name} - [0:0]" for c in stale), *_written(last, chains), *_jumps_to_make(saved, table)]
         text += _block(table, [*lines, *(f"-X {chain.name}" for chain in stale)])
     return text
+
+
+def counts(rules: Rules) -> Counter[str]:
+    """Return how many *rules* there are in each table."""
+    counted = Counter[str]()
+    for chain, lines in rules.items():
+        counted[chain.table] += len(lines)
+    return counted
+
+
+def written(script: str) -> Counter[str]:
+    """Return how many rules *script* adds to each table."""
+    table = ""
+    counted = Counter[str]()
+    for line in script.splitlines():
+        if line.startswith("*"):
+            table = line[1:]
+        counted[table] += line.startswith(("-A ", "-I "))
+    return counted
 
 
 def is_loaded(wanted: Tables, saved: Saved) -> bool:
