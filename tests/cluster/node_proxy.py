@@ -39,17 +39,17 @@ class NodeProxy(Proxy):
         """Wait until exactly *pods* answer at *ip*; nobody: until connections are refused."""
         client = self.world.client
         if not pods:
-            wait_until(lambda: refuses(client, ip, port), f"{ip}:{port} is refused", 10.0)
+            wait_until(lambda: refuses(client, ip, port), f"{ip}:{port} is refused")
             return
 
         def who() -> set[str]:
             return {answers(client, ip, port) for _ in range(3 * len(pods) + 2)}
 
-        wait_until(lambda: who() == set(pods), f"{pods} answer at {ip}:{port}; now {who()}", 10.0)
+        wait_until(lambda: who() == set(pods), f"{pods} answer at {ip}:{port}; now {who()}")
 
     def leaves(self, ip: str) -> None:
         """Wait until no rule names *ip*: its packets fall through."""
-        wait_until(lambda: ip not in self.rules_text(), f"{ip} is left alone", 10.0)
+        wait_until(lambda: ip not in self.rules_text(), f"{ip} is left alone")
 
 
 def refuses(client: Host, ip: str, port: int) -> bool:

@@ -54,7 +54,7 @@ def test_nothing_is_served_before_services_and_slices_were_listed(proxy: NodePro
     try:
         proxy.config = plane.kubeconfig("half", "half-token")
         proxy.start(wait=False)
-        wait_until(lambda: "endpointslices cannot be followed" in proxy.log(), "slices are forbidden", 10.0)
+        wait_until(lambda: "endpointslices cannot be followed" in proxy.log(), "slices are forbidden")
         assert "403" in proxy.log()
         assert ip not in proxy.rules_text()
         assert proxy.health()[0] == 503

@@ -33,7 +33,7 @@ def running(world: ServiceLab, plane: ControlPlane, tmp_path_factory: pytest.Tem
 def proxy(running: NodeProxy, plane: ControlPlane) -> Iterator[NodeProxy]:
     yield running
     plane.delete_all()
-    wait_until(lambda: '"default/' not in running.rules_text().replace("default/kubernetes", ""), "all is gone", 10.0)
+    wait_until(lambda: '"default/' not in running.rules_text().replace("default/kubernetes", ""), "all is gone")
 
 
 # ---- what controllers make of pods
@@ -277,7 +277,7 @@ def test_session_affinity_is_switched_on_and_off(proxy: NodeProxy, plane: Contro
     proxy.reaches(ip, "pod1", "pod2", "pod3")
     plane.patch(SERVICES, "web", {"spec": {"sessionAffinity": "ClientIP"}})
     client = proxy.world.client
-    wait_until(lambda: len({answers(client, ip, 80) for _ in range(15)}) == 1, "one pod has this client", 10.0)
+    wait_until(lambda: len({answers(client, ip, 80) for _ in range(15)}) == 1, "one pod has this client")
     plane.patch(SERVICES, "web", {"spec": {"sessionAffinity": "None", "sessionAffinityConfig": None}})
     proxy.reaches(ip, "pod1", "pod2", "pod3")
 

@@ -66,7 +66,7 @@ def test_kube_proxy_makes_way_and_comes_back_without_a_failed_request(proxy: Nod
         wait_until(lambda: len(outcomes) > seen + 20, "it serves")
         endpoints = [{"addresses": [POD1], "conditions": {"ready": True}}]
         plane.patch(SLICES, "web", {"endpoints": endpoints})
-        wait_until(lambda: set(outcomes[-5:]) == {"pod1"}, "it follows", 10.0)
+        wait_until(lambda: set(outcomes[-5:]) == {"pod1"}, "it follows")
 
     theirs.terminate()
     theirs.wait(10)

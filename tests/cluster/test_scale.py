@@ -85,7 +85,7 @@ def test_traffic_follows_a_write_within_milliseconds(proxy: NodeProxy, plane: Co
     proxy.verbose = False
     proxy.start()
     client, ip = proxy.world.client, cluster_ip(0)
-    wait_until(lambda: answers(client, ip, 80) == "pod1", "the first one is served", 10.0)
+    wait_until(lambda: answers(client, ip, 80) == "pod1", "the first one is served")
     from_sent, from_answered = [], []
     for move in range(_MOVES):
         address, pod = ((POD2, "pod2"), (POD1, "pod1"))[move % 2]

@@ -242,7 +242,7 @@ def test_another_user_than_root_is_told_what_it_lacks(engine: Engine, cluster: C
     """An engine gives no capability to it that it could use, and `no_new_privs` keeps it so."""
     pods = pods_of("in-place-of", engine, cluster, certificates)
     pods.run("nobody", "--user", "65534")
-    wait_until(lambda: not pods.is_running("nobody"), "it gave up", 10.0)
+    wait_until(lambda: not pods.is_running("nobody"), "it gave up")
 
     assert "CAP_NET_ADMIN" in pods.log("nobody")
     engine.docker("rm", "nobody")

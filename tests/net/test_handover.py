@@ -197,7 +197,7 @@ def test_starting_anew_in_place_keeps_the_process_id_and_every_request(fresh_pro
 
     with no_request_fails(world):
         fresh_proxy.process.send_signal(signal.SIGUSR2)
-        wait_until(lambda: fresh_proxy.log().count("ready:") == 2, "it is ready again", 10)
+        wait_until(lambda: fresh_proxy.log().count("ready:") == 2, "it is ready again")
 
     assert fresh_proxy.process.poll() is None
     assert "starting anew" in fresh_proxy.log()
@@ -241,7 +241,7 @@ def test_affinity_outlives_the_control_process_and_the_hand_over(fresh_proxy: Pr
     assert {ask(world.client, WEB) for _ in range(3)} == {pinned}
     assert fresh_proxy.process is not None
     fresh_proxy.process.send_signal(signal.SIGUSR2)
-    wait_until(lambda: fresh_proxy.log().count("ready:") == 2, "it is ready again", 10)
+    wait_until(lambda: fresh_proxy.log().count("ready:") == 2, "it is ready again")
 
     assert {ask(world.client, WEB) for _ in range(3)} == {pinned}
 
@@ -260,7 +260,7 @@ def test_a_datagram_under_way_is_answered_across_a_hand_over(
     )
     fresh_proxy.start()
     with udp_socket(world.client, "10.96.4.7", 53, timeout_s=5) as sock:
-        wait_until(lambda: _udp_round_trip(sock), "the backend is there", 8)
+        wait_until(lambda: _udp_round_trip(sock), "the backend is there")
         sock.send(b"slow")
 
         second.start()
@@ -502,7 +502,7 @@ def test_asked_twice_to_start_anew_it_is_there_still(fresh_proxy: Proxy) -> None
         wait_until(lambda: "starting anew" in fresh_proxy.log(), "it starts anew")
         time.sleep(0.1)
 
-    wait_until(lambda: fresh_proxy.log().count("ready:") == 2, "it is ready again", 10)
+    wait_until(lambda: fresh_proxy.log().count("ready:") == 2, "it is ready again")
     assert fresh_proxy.process.poll() is None
 
 

@@ -92,7 +92,7 @@ def test_no_probe_fails_while_it_starts_anew(
     with background_requests(lambda: probe(world)) as told:
         wait_until(lambda: len(told) > 20, "probes are answered")
         fresh_proxy.process.send_signal(signal.SIGUSR2)
-        wait_until(lambda: fresh_proxy.log().count("ready:") == 2, "it is ready again", 10)
+        wait_until(lambda: fresh_proxy.log().count("ready:") == 2, "it is ready again")
         flowed = len(told)
         wait_until(lambda: len(told) > flowed + 20, "probes are still answered")
 

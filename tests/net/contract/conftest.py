@@ -80,7 +80,7 @@ class ContractProxy(Proxy):
         for each in given:
             self.apply(each.name, each.manifest())
 
-    def expect(self, given: Given, *lines: str, timeout_s: float = 3.0) -> None:
+    def expect(self, given: Given, *lines: str, timeout_s: float = 20.0) -> None:
         """Wait until *given* is served as *lines* say."""
         left: list[str] = []
 

@@ -52,7 +52,7 @@ class Flow:
             return seen[-1] == name
 
         try:
-            wait_until(is_found, name, 3.0)
+            wait_until(is_found, name)
         except AssertionError:
             pytest.fail(f"it finds {seen[-1]}, not {name}")
 
