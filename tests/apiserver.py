@@ -28,9 +28,10 @@ Key = tuple[str, str]
 
 SERVICES = "/api/v1/services"
 SLICES = "/apis/discovery.k8s.io/v1/endpointslices"
+OLD_SLICES = "/apis/discovery.k8s.io/v1beta1/endpointslices"  # of kube-proxy before 1.21
 NODES = "/api/v1/nodes"
 EVENTS = "/apis/events.k8s.io/v1/namespaces/{namespace}/events"
-_KINDS = {SERVICES: "Service", SLICES: "EndpointSlice", NODES: "Node"}
+_KINDS = {SERVICES: "Service", SLICES: "EndpointSlice", OLD_SLICES: "EndpointSlice", NODES: "Node"}
 
 
 class Fault(Enum):
@@ -107,6 +108,7 @@ class ApiServer:
         app = web.Application()
         for path in _KINDS:
             app.router.add_get(path, self._get)
+        app.router.add_get(NODES + "/{name}", self._get_node)
         app.router.add_post(EVENTS, self._create_event)
         app.router.add_patch(EVENTS + "/{name}", self._patch_event)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
@@ -214,6 +216,12 @@ class ApiServer:
             return await self._watch(request, params, selects)
         return self._list(request.path, params, selects)
 
+    async def _get_node(self, request: web.Request) -> web.Response:
+        if (refused := await self._refused(request)) is not None:
+            return refused
+        found = self.kinds[NODES].objects.get(("", request.match_info["name"]))
+        return web.json_response(found) if found else _status(Refusal(404, message="no such node"))
+
     def _list(self, path: str, params: dict[str, str], selects: Callable[[Object], bool]) -> web.Response:
         token = params.get("continue", "")
         if token:
@@ -226,9 +234,10 @@ class ApiServer:
         page, left = left[:limit], left[limit:]
         metadata: Object = {"resourceVersion": str(version)}
         if left:
-            metadata["continue"] = base64.b64encode(f"{version}/{len(left)}".encode()).decode()
+            metadata["continue"] = base64.b64encode(f"{path}/{version}/{len(left)}".encode()).decode()
             self._pages[metadata["continue"]] = (version, left)
-        return web.json_response({"kind": f"{_KINDS[path]}List", "metadata": metadata, "items": page or None})
+        listed = {"apiVersion": _api_version(path), "kind": f"{_KINDS[path]}List", "metadata": metadata}
+        return web.json_response({**listed, "items": page or None})
 
     async def _watch(
         self, request: web.Request, params: dict[str, str], selects: Callable[[Object], bool]
@@ -341,6 +350,10 @@ def _wrong_in_event(event: Object, namespace: str) -> str:
     return ""
 
 
+def _api_version(path: str) -> str:
+    return path.removeprefix("/apis/").removeprefix("/api/").rpartition("/")[0]
+
+
 def _key(given: Object) -> Key:
     metadata = given["metadata"]
     return metadata.get("namespace", ""), metadata["name"]
@@ -352,7 +365,7 @@ def _line(kind: str, given: Object) -> bytes:
 
 def _bookmark(path: str, version: int, annotations: Mapping[str, str]) -> bytes:
     metadata = {"resourceVersion": str(version), "annotations": annotations or None}
-    return _line("BOOKMARK", {"kind": _KINDS[path], "metadata": metadata})
+    return _line("BOOKMARK", {"apiVersion": _api_version(path), "kind": _KINDS[path], "metadata": metadata})
 
 
 def _event(write: _Write, selects: Callable[[Object], bool]) -> Iterator[bytes]:
@@ -368,7 +381,14 @@ def _event(write: _Write, selects: Callable[[Object], bool]) -> Iterator[bytes]:
 
 
 def _status_object(code: int, message: str) -> Object:
-    return {"kind": "Status", "status": "Failure", "code": code, "message": message, "details": None}
+    return {
+        "apiVersion": "v1",
+        "kind": "Status",
+        "status": "Failure",
+        "code": code,
+        "message": message,
+        "details": None,
+    }
 
 
 def _status(refusal: Refusal) -> web.Response:
