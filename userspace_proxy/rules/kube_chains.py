@@ -115,7 +115,7 @@ class Manner:
 def chain_hash(name: ServicePortName, endpoint: Endpoint | None = None) -> str:
     """Return the sixteen letters by which kube-proxy's chains of a service port, or of an endpoint of it, end."""
     text = f"{name}{name.protocol.lower()}{endpoint or ''}"
-    return base64.b32encode(hashlib.sha256(text.encode()).digest()).decode()[:16]
+    return base64.b32encode(hashlib.sha256(text.encode()).digest()[:10]).decode()  # five bits a letter
 
 
 @functools.cache
@@ -199,6 +199,7 @@ class _Writer:
         self._how = how
         self._name = str(self._sp.name)
         self._protocol = self._sp.name.protocol.lower()
+        self._seps: dict[Endpoint, Chain] = {}
         own = chain_hash(self._sp.name)
         self._svc, self._svl, self._ext, self._fw = (Chain("nat", f"{p}{own}") for p in OWN_PREFIXES[:4])
         self._internal = self._svl if self._sp.internal_local else self._svc
@@ -334,7 +335,9 @@ class _Writer:
         return () if any(cidr.endswith("/0") for cidr in ranges) else ranges
 
     def _sep(self, endpoint: Endpoint) -> Chain:
-        return Chain("nat", f"{OWN_PREFIXES[4]}{chain_hash(self._sp.name, endpoint)}")
+        if (known := self._seps.get(endpoint)) is None:
+            known = self._seps[endpoint] = Chain("nat", f"{OWN_PREFIXES[4]}{chain_hash(self._sp.name, endpoint)}")
+        return known
 
     def _list(self, sep: Chain) -> str:
         mask = "255.255.255.255" if self._family == 4 else "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"

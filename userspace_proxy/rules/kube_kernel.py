@@ -121,12 +121,11 @@ class IptablesTables:
         how = _said(how, translations, each.family)
         names = changed if each.how == how else {*each.rules, *translations}
         for name in names:
-            each.counts.subtract(kube_tables.counts(each.rules.get(name, {})))
-            if (made := translations.get(name)) is not None:
-                each.rules[name] = service_rules(made, each.family, how)
-                each.counts.update(kube_tables.counts(each.rules[name]))
-            else:
-                each.rules.pop(name, None)
+            if before := each.rules.pop(name, None):
+                each.counts.subtract(kube_tables.counts(before))
+            if (made := translations.get(name)) is not None and (rules := service_rules(made, each.family, how)):
+                each.rules[name] = rules
+                each.counts.update(kube_tables.counts(rules))
         each.how = how
         wanted = Tables(node_rules(each.family, how), dict(each.rules))
         each.loads.rules = each.counts + kube_tables.counts(wanted.node)
