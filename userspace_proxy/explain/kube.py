@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from userspace_proxy.explain.known import Known, host
 from userspace_proxy.explain.phrases import PACKETS_OF, answer, owner, packets
-from userspace_proxy.explain.redirect_iptables import explain_frame
+from userspace_proxy.explain.redirect_iptables import LOOPS_SAID, NO_LOOP_SAID, explain_frame
 from userspace_proxy.explain.xtables_text import (
     Explainer,
     Family,
@@ -21,7 +21,7 @@ from userspace_proxy.explain.xtables_text import (
     target,
     without_the_useless,
 )
-from userspace_proxy.rules.kube_chains import LOCALNET, OWN_PREFIXES, chain_hash
+from userspace_proxy.rules.kube_chains import LOCALNET, LOOPS, OWN_PREFIXES, chain_hash
 from userspace_proxy.rules.kube_tables import MARK
 
 _CHAINS = {
@@ -41,6 +41,7 @@ _CHAINS = {
     ("filter", "KUBE-NODEPORTS"): "Health check node ports, which load balancers ask.",
     ("filter", "KUBE-PROXY-FIREWALL"): "Load balancer IPs that not everybody may dial (loadBalancerSourceRanges).",
     ("filter", "USERSPACE-PROXY-LOCALNET"): "Guards 127.0.0.0/8, since route_localnet opens it for node ports.",
+    ("filter", LOOPS.name): LOOPS_SAID,
 }
 _OWN = dict(
     zip(
@@ -62,6 +63,7 @@ _JUMPS = {
     ("filter", "KUBE-FORWARD"): "was it led to an endpoint, so that it may pass?",
     ("filter", "KUBE-PROXY-FIREWALL"): "is it a load balancer IP that this sender may not dial?",
     ("filter", "USERSPACE-PROXY-LOCALNET"): "does somebody reach for 127.0.0.0/8 from outside?",
+    ("filter", LOOPS.name): "is it to leave by lo, where it would come in again?",
     ("nat", "KUBE-SERVICES"): "is it for a Service?",
     ("nat", "KUBE-POSTROUTING"): "is the sender's address to be replaced?",
 }
@@ -171,6 +173,8 @@ def _shared(rule: Rule, known: Known) -> str:
             return f"{whom} may pass through this node."
         case "USERSPACE-PROXY-LOCALNET", "DROP":
             return f"{whom} are dropped: only this node itself may dial 127.0.0.1 (CVE-2020-8558)."
+        case LOOPS.name, "REJECT" if answer(rule):
+            return NO_LOOP_SAID.format(answer(rule))
         case chain, _ if chain == MARK:
             return "What was here before us, to be left as it was." if rule.get("comment") else ""
     return ""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from userspace_proxy.explain.lines import Line
+from userspace_proxy.rules.nft import NO_LOOP
 
 _OPENS = re.compile(r"(set|map|chain) (\w+) \{")
 _FAMILY = re.compile(r"[a-z]([46])(?:_|$)")
@@ -111,11 +112,12 @@ def write(table: Table, explain: Explainer) -> Iterator[Line]:
 
 
 def without_the_useless(table: Table, is_dead: Callable[[str], bool] = lambda _: False) -> Table:
-    """Return *table* without what no packet is changed by: empty sets, rules that look there, chains without rules.
+    """Return *table* without what no packet that is served is changed by: empty sets, rules that look there, chains
+    without rules.
 
     *is_dead*: of rules that cannot match for another reason.
     """
-    blocks = [_without(block, is_dead) for block in table.blocks]
+    blocks = [_without(block, lambda rule: rule == NO_LOOP or is_dead(rule)) for block in table.blocks]
     while True:
         left = list(_once(blocks))
         if left == blocks:

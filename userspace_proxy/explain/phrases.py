@@ -14,6 +14,7 @@ _STATES = {
 _ANSWERS = {
     "tcp-reset": "a TCP reset: `connection refused`",
     "icmp-port-unreachable": "ICMP port unreachable: `connection refused`",
+    "icmp-host-unreachable": "ICMP host unreachable: `no route to host`",
     "icmp6-port-unreachable": "ICMPv6 port unreachable",
 }
 PACKETS_OF = {

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from userspace_proxy.explain.known import Known
 from userspace_proxy.explain.phrases import PACKETS_OF, answer, owner, packets
 from userspace_proxy.explain.xtables_text import Explainer, Family, Rule, Section, parse_rule
-from userspace_proxy.rules.iptables import CHAIN, DROP, GUARD, NODE_PORTS, RANGES
+from userspace_proxy.rules.iptables import CHAIN, DROP, GUARD, LOOPS, NODE_PORTS, RANGES
 
 TABLES = {
     "mangle": (
@@ -18,6 +18,10 @@ TABLES = {
     ),
     "filter": "The table filter: what may pass.",
 }
+LOOPS_SAID = (
+    "Packets to cluster IPs that nobody serves, about to leave by lo, where a node without a default route sends them."
+)
+NO_LOOP_SAID = "They would come in again, round after round, until their TTL is used up. Their sender gets {}."
 _CHAINS = {
     ("mangle", CHAIN): "What comes in by the network.",
     ("mangle", RANGES): "Portals that not everybody may dial (loadBalancerSourceRanges).",
@@ -26,6 +30,7 @@ _CHAINS = {
     ("nat", CHAIN): "Packets to Services. Asked rule by rule, so a connection costs more the more Services there are.",
     ("nat", NODE_PORTS): "Packets to an address of this node: is it a node port?",
     ("filter", GUARD): "Guards our proxy ports: they are reached by their portals only.",
+    ("filter", LOOPS): LOOPS_SAID,
 }
 TOOLS = {
     "# iptables-restore --noflush": "IPv4. --noflush: what others have in these tables stays.",
@@ -79,6 +84,8 @@ def _rule(rule: Rule, known: Known) -> str:
         case "DROP":
             why = "" if rule.chain != RANGES else " All who may dial it have left this chain by the rules above."
             return f"{packets(rule, known)} are dropped, without an answer.{why}"
+        case "REJECT" if rule.chain == LOOPS and answer(rule):
+            return NO_LOOP_SAID.format(answer(rule))
         case "REJECT" if answer(rule):
             return f"{packets(rule, known)}, which nobody dials by a portal, are refused with {answer(rule)}."
         case "RETURN":
@@ -121,4 +128,6 @@ def _jump(rule: Rule) -> str:
             ", but not for what our proxy itself sends: its sockets mark their packets, so a dial to an endpoint never "
             "comes back to us"
         )
+    if rule.get("out interface"):
+        return f"{first}, where they are to leave by {rule.get('out interface')}."
     return f"{first}; new connections only." if rule.get("state") == "NEW" else f"{first}."

@@ -7,6 +7,7 @@ import re
 from userspace_proxy.explain.known import Known
 from userspace_proxy.explain.lines import patterns, said_of
 from userspace_proxy.explain.nft_text import Block, Explainer, Said
+from userspace_proxy.rules.nft import FORWARD_HOOK, NO_LOOP
 
 _KEY = r"(?:(?P<ip>[\da-f.:]+) \. )?(?P<protocol>tcp|udp) \. (?P<port>\d+)"
 _MAPPED = re.compile(rf'{_KEY}(?: comment "(?P<name>[^"]+)")?(?: : (?P<to>\d+))?')
@@ -14,6 +15,13 @@ _ALLOWED = re.compile(rf"{_KEY} \. (?P<source>[\da-f.:/]+)")
 _WHO = r'(?P<who>fib saddr type local |iifname "[^"]+" |ip6? saddr \{ [^}]+ \} )?'
 _PORTAL = r"(?:ip6? daddr \. )?meta l4proto \. th dport"
 _LEADS = r"(?:redirect|dnat ip6? to (?P<to>[\da-f.:]+)) ?(?:to )?:"
+
+FORWARD = "FORWARD: what passes through this node."
+FORWARD_CALLED = "Called for every packet that passes through."
+NO_LOOP_SAID = (
+    "A packet to a cluster IP that nobody serves, about to leave by lo, where a node without a default route sends it: "
+    "it would come in again, round after round, until its TTL is used up. Its sender is told that nobody is there."
+)
 
 _SENDERS = {"_for_pods": " sent by pods", "_for_node": " sent by this node itself", "": ""}
 # Behind which words of a set's name who is meant stands.
@@ -120,6 +128,8 @@ _FRAME = patterns(
         r"type filter hook prerouting priority -150; policy accept;",
         "Called for every packet that comes in, before NAT.",
     ),
+    (r"chain forward \{", FORWARD),
+    (re.escape(FORWARD_HOOK), FORWARD_CALLED),
     (r"chain services \{", "The Services, for whatever comes in or leaves."),
     (
         r"chain services[46] \{",
@@ -128,6 +138,7 @@ _FRAME = patterns(
     (r"chain node_ports[46] \{", "Packets to an address of this node: is it a node port?"),
 )
 _RULES = patterns(
+    (re.escape(NO_LOOP), NO_LOOP_SAID),
     (r"jump services", "On to the chain services."),
     (
         r"meta mark & 0x2000 == 0 jump services",

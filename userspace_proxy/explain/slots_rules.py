@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 from userspace_proxy.explain.lines import patterns
-from userspace_proxy.explain.redirect_nft import who
+from userspace_proxy.explain.redirect_nft import FORWARD, FORWARD_CALLED, NO_LOOP_SAID, who
+from userspace_proxy.rules.nft import FORWARD_HOOK, NO_LOOP
 
 NUMBER = r"[\da-f]+:[\da-f]+"
 NAMED = r"(?P<what>services|node_ports)(?P<family>[46])(?P<sender>_for_pods|_for_node|)"
@@ -148,6 +149,8 @@ FRAME = patterns(
     (r"chain from_node[46] \{", "What goes before the rest for processes of this node itself."),
     (r"chain prerouting \{", "PREROUTING: what comes in by the network (from other hosts, and from this node's pods)."),
     (r"chain output \{", "OUTPUT: what processes of this node itself send; this never passes PREROUTING."),
+    (r"chain forward \{", FORWARD),
+    (re.escape(FORWARD_HOOK), FORWARD_CALLED),
     (
         r"chain postrouting \{",
         "POSTROUTING: what is about to leave, after routing; here senders' addresses are replaced.",
@@ -164,6 +167,7 @@ FRAME = patterns(
     ),
 )
 RULES = patterns(
+    (re.escape(NO_LOOP), NO_LOOP_SAID),
     (r"meta nfproto ipv(?P<f>[46]) jump (?:services|from_node)(?P=f)", lambda m: f"IPv{m['f']} has rules of its own."),
     (
         r"tcp flags & rst == rst accept",

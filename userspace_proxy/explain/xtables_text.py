@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from userspace_proxy.explain.lines import Line
+from userspace_proxy.rules.iptables import OUT_BY_LO
 
 # What a match or target takes, and under which name it is kept; a flag takes nothing.
 _VALUES = {
     "-d": "destination",
     "-s": "source",
     "-i": "interface",
+    "-o": "out interface",
     "-p": "protocol",
     "--comment": "comment",
     "--dport": "port",
@@ -152,7 +154,7 @@ def write(families: Iterable[Family], explain: Explainer) -> Iterator[Line]:
 
 
 def without_the_useless(families: Iterable[Family], is_kept: Callable[[str], bool]) -> list[Family]:
-    """Return *families* without what no packet is changed by: chains without rules, and rules that lead there.
+    """Return *families* without what no packet that is served is changed by: empty chains, and rules that lead there.
 
     What is left stands in the order in which packets meet it.
     *is_kept*: of chains that say something by being there. A family in which nothing is served goes.
@@ -166,7 +168,7 @@ def without_the_useless(families: Iterable[Family], is_kept: Callable[[str], boo
 
 
 def _useful(section: Section, is_kept: Callable[[str], bool]) -> Section:
-    chains, rules = section.chains, section.rules
+    chains, rules = section.chains, [rule for rule in section.rules if f" {OUT_BY_LO} " not in rule]
     while True:
         filled = {rule.split()[1] for rule in rules}
         empty = {name for line in chains if (name := line[1:].split()[0]) not in filled}

@@ -22,12 +22,16 @@ NODE_PORTS = "USERSPACE-PROXY-NODE-PORTS"
 DROP = "USERSPACE-PROXY-DROP"
 RANGES = "USERSPACE-PROXY-RANGES"
 GUARD = "USERSPACE-PROXY-GUARD"
+LOOPS = "USERSPACE-PROXY-LOOPS"
 
 # The chains of each table. A NAT table may not drop, so what is dropped meets its end in mangle, before.
-_CHAINS = {"mangle": (CHAIN, RANGES, DROP, NODE_PORTS), "nat": (CHAIN, NODE_PORTS), "filter": (GUARD,)}
+_CHAINS = {"mangle": (CHAIN, RANGES, DROP, NODE_PORTS), "nat": (CHAIN, NODE_PORTS), "filter": (GUARD, LOOPS)}
 _OURS = frozenset(chain for chains in _CHAINS.values() for chain in chains)
 _FROM_OTHERS = f"-m mark ! --mark {OWN_MARK:#x}/{OWN_MARK:#x}"
 _NEW = "-m conntrack --ctstate NEW"
+# As nft.NO_LOOP.
+OUT_BY_LO = "-o lo"
+NO_LOOP = "-j REJECT --reject-with icmp-host-unreachable"
 # Table -> built-in chain -> the jump to ours, as iptables-save prints it behind the chain's name.
 _JUMPS = {
     "mangle": {
@@ -38,7 +42,10 @@ _JUMPS = {
         "PREROUTING": f"-j {CHAIN}",
         "OUTPUT": f"{_FROM_OTHERS} -j {CHAIN}",
     },
-    "filter": {"INPUT": f"{_NEW} -j {GUARD}"},
+    "filter": {
+        "INPUT": f"{_NEW} -j {GUARD}",
+        "FORWARD": f"{OUT_BY_LO} -j {LOOPS}",
+    },
 }
 _PORTS_A_MATCH = 15  # as many as -m multiport takes
 
@@ -52,7 +59,7 @@ def restore(redirects: Redirects, family: Family, saved: str) -> str:
     rules = {
         "mangle": (*_arriving(redirects), *_ranges(redirects, family), *_drops(redirects, family)),
         "nat": tuple(_redirects(redirects, family)),
-        "filter": tuple(_guards(redirects, family)),
+        "filter": (*_guards(redirects, family), *_no_loops(family)),
     }
     return "".join(
         "".join((f"*{table}\n", *_flushed(chains), *_lines((*_missing_jumps(table, saved), *rules[table])), "COMMIT\n"))
@@ -214,6 +221,11 @@ def _guards(redirects: Redirects, family: int) -> Iterator[str]:
             numbers = ",".join(map(str, part))
             name = protocol.lower()
             yield f"-A {GUARD} -p {name} -m multiport --dports {numbers} -j REJECT --reject-with {answer}"
+
+
+def _no_loops(family: Family) -> Iterator[str]:
+    if family == 4:
+        yield f"-A {LOOPS} {NO_LOOP}"
 
 
 def _parts(ports: Sequence[int]) -> Iterator[Sequence[int]]:

@@ -18,6 +18,7 @@ from userspace_proxy.interfaces import PodDetector, Translation
 from userspace_proxy.model.endpoint import Endpoint, Family, family_of, join_address
 from userspace_proxy.model.names import L4Protocol, ListenerName, ServicePortName
 from userspace_proxy.model.service import Portal, internal_portals, node_portal
+from userspace_proxy.rules.iptables import NO_LOOP, OUT_BY_LO
 
 
 class Chain(NamedTuple):
@@ -41,10 +42,12 @@ HEALTH_CHECKS = Chain("filter", "KUBE-NODEPORTS")
 FIREWALL = Chain("filter", "KUBE-PROXY-FIREWALL")
 # Not kube-proxy's: it writes this rule into the kubelet's KUBE-FIREWALL, which is not ours to write into.
 LOCALNET = Chain("filter", "USERSPACE-PROXY-LOCALNET")
+# Nor is this: kube-proxy adds no routes, so what nobody serves does not come round by lo.
+LOOPS = Chain("filter", "USERSPACE-PROXY-KUBE-LOOPS")
 
 # The chains that services share; each service port has others of its own beside them, all in the NAT table.
 SHARED = (
-    *(REFUSED_INSIDE, REFUSED_OUTSIDE, FORWARD, HEALTH_CHECKS, FIREWALL, LOCALNET),
+    *(REFUSED_INSIDE, REFUSED_OUTSIDE, FORWARD, HEALTH_CHECKS, FIREWALL, LOCALNET, LOOPS),
     *(SERVICES, NODE_PORTS, POSTROUTING, MARK_MASQ),
 )
 OWN_PREFIXES = ("KUBE-SVC-", "KUBE-SVL-", "KUBE-EXT-", "KUBE-FW-", "KUBE-SEP-")
@@ -70,6 +73,7 @@ def _jump(source: str, chain: Chain, comment: str, match: str = "") -> Jump:
 
 # The later ones stand before the earlier ones, as each is put at the top of its chain.
 JUMPS = (
+    Jump("FORWARD", LOOPS, OUT_BY_LO),
     _jump("INPUT", REFUSED_OUTSIDE, "kubernetes externally-visible service portals", _NEW),
     _jump("FORWARD", REFUSED_OUTSIDE, "kubernetes externally-visible service portals", _NEW),
     _jump("INPUT", HEALTH_CHECKS, "kubernetes health check service ports"),
@@ -156,6 +160,8 @@ def node_rules(family: Family, how: Manner) -> Rules:
             " -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",
         ),
     }
+    if family == 4:
+        rules[LOOPS] = (NO_LOOP,)
     if family == 4 and how.localhost_node_ports:
         # With route_localnet others could reach what listens on 127.0.0.1 only (CVE-2020-8558).
         rules[LOCALNET] = (

@@ -24,9 +24,14 @@ TABLE = "inet userspace_proxy"
 LOCAL_ADDRESS4 = "169.254.77.7"
 LOCAL_ADDRESS6 = "fd00:77::7"
 
+# What nobody serves goes where `network.add_routes` leads it: out by lo, in again, and so on until its TTL is used up.
+# Who sent it is told what he would be told then. IPv6 makes no such loops, nor do packets of this node's own.
+FORWARD_HOOK = "type filter hook forward priority 10; policy accept;"  # others may have refused it before, at 0
+NO_LOOP = 'oif "lo" reject with icmpx type host-unreachable'
+
 _COMMENT_BYTES_MAX = 127  # and a zero behind it
 _PORT_NAME_SHOWN = 24  # more than the 15 that a container's port name may have
-_BASE_RULES = 2  # the jumps of the chains that the kernel calls
+_BASE_RULES = 3  # the jumps of the chains that the kernel calls, and NO_LOOP
 _IP: Mapping[Family, str] = {4: "ip", 6: "ip6"}
 # In the order in which they are asked for; what their sets are called.
 _SENDERS = {Sender.NODE: "_for_node", Sender.POD: "_for_pods", Sender.ANYBODY: ""}
@@ -52,6 +57,10 @@ table {TABLE} {{
 	}}
 	chain replies {{
 		type filter hook prerouting priority -150; policy accept;
+	}}
+	chain forward {{
+		{FORWARD_HOOK}
+		{NO_LOOP}
 	}}
 {chains}\
 }}

@@ -14,7 +14,7 @@ from userspace_proxy.model.endpoint import FAMILIES, Family
 from userspace_proxy.model.names import ListenerName, ServicePortName
 from userspace_proxy.model.routes import Refusal, Sender
 from userspace_proxy.model.service import Portal, internal_portals
-from userspace_proxy.rules.nft import merged, pod_cidrs
+from userspace_proxy.rules.nft import FORWARD_HOOK, NO_LOOP, merged, pod_cidrs
 from userspace_proxy.rules.sets import (
     Elements,
     SetKind,
@@ -38,6 +38,7 @@ _HOOKS = {
     # Before foreign NAT at -100, behind the NAT of userspace mode's table, should both be there for a moment.
     "prerouting": "\t\ttype nat hook prerouting priority -104; policy accept;\n",
     "output": "\t\ttype nat hook output priority -104; policy accept;\n",
+    "forward": f"\t\t{FORWARD_HOOK}\n",
     "postrouting": "\t\ttype nat hook postrouting priority 99; policy accept;\n",
 }
 
@@ -203,6 +204,7 @@ class PortalTable:
         chains |= {
             "prerouting": services,
             "output": [*(f"meta nfproto ipv{family} jump from_node{family}" for family in FAMILIES), *services],
+            "forward": [NO_LOOP],
             "postrouting": [
                 f"meta priority & {class_id(OURS)} == {class_id(OURS)} meta priority set none",
                 f"meta mark & {mark} == {mark} meta mark set meta mark & {0xFFFF_FFFF ^ MASQUERADE_MARK:#x}"
