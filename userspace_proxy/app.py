@@ -61,6 +61,7 @@ from userspace_proxy.proxiers.proxy_ports import ProxyPorts
 from userspace_proxy.proxiers.userspace import UserspaceProxier
 from userspace_proxy.reports import Reports
 from userspace_proxy.rules import network
+from userspace_proxy.rules.firewalls import find_blocking_firewall
 from userspace_proxy.rules.kernel import KERNELS, choose_language
 from userspace_proxy.rules.sysctls import KUBE_PROXY, ConntrackLimits
 from userspace_proxy.settings import Settings
@@ -364,7 +365,7 @@ async def _settle_in(controller: Controller, mode: str, language: str, tune: Cal
     if mode in KERNEL_MODES:
         return
     with contextlib.suppress(SyncError, ValueError):
-        for found in await network.find_blocking_firewall():
+        for found in await find_blocking_firewall():
             log.warning("a firewall on this node drops redirected traffic: %s", found)
 
 

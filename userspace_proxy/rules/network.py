@@ -7,7 +7,6 @@ taken away without knowing what a crashed process had added.
 from __future__ import annotations
 
 import ipaddress
-import json
 import logging
 import socket
 from collections.abc import Iterable, Sequence
@@ -20,7 +19,7 @@ from userspace_proxy.model.endpoint import family_of
 from userspace_proxy.rules.answers import REPLY_RULE, bridge_table
 from userspace_proxy.rules.ipvs import DEVICE
 from userspace_proxy.rules.nft import LOCAL_ADDRESS4, LOCAL_ADDRESS6
-from userspace_proxy.rules.tool import is_installed, run_tool
+from userspace_proxy.rules.tool import parsed, run_tool
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -30,14 +29,6 @@ ROUTE_PROTOCOL = "107"
 _DEAD_ROUTES = ("unreachable", "blackhole", "prohibit", "throw")
 
 log = logging.getLogger(__name__)
-
-
-def _parsed(text: str) -> Any:
-    """Return what a tool printed as JSON; it prints nothing for an empty list. Raises SyncError."""
-    try:
-        return json.loads(text) if text.strip() else []
-    except ValueError as error:
-        raise SyncError(f"a tool printed what is no JSON: {error}") from None
 
 
 # ---- routes for clients on this node
@@ -74,7 +65,7 @@ async def add_routes(networks: Iterable[Network], sources: Iterable[str] = ()) -
         family = [n for n in wanted if n.version == version]
         if not family:
             continue
-        listed = _parsed(await run_tool("ip", "-json", f"-{version}", "route", "show"))
+        listed = parsed(await run_tool("ip", "-json", f"-{version}", "route", "show"))
         everything = "0.0.0.0/0" if version == 4 else "::/0"
         leading = [r["dst"] for r in listed if r.get("type") not in _DEAD_ROUTES]
         routes = [everything if destination == "default" else destination for destination in leading]
@@ -115,7 +106,7 @@ async def add_transparent_routes() -> None:
     for version in ("-4", "-6"):
         try:
             await run_tool("ip", version, "route", "replace", *_TRANSPARENT_ROUTE)
-            if not _parsed(await run_tool("ip", "-json", version, "rule", "show", *_TRANSPARENT_RULE)):
+            if not parsed(await run_tool("ip", "-json", version, "rule", "show", *_TRANSPARENT_RULE)):
                 await run_tool("ip", version, "rule", "add", *_TRANSPARENT_RULE)
         except SyncError as error:
             if version == "-4":
@@ -127,11 +118,9 @@ async def remove_transparent_routes() -> None:
     """Take these away, whoever of us added them."""
     for version in ("-4", "-6"):
         try:
-            while _parsed(await run_tool("ip", "-json", version, "rule", "show", *_TRANSPARENT_RULE)):
+            while parsed(await run_tool("ip", "-json", version, "rule", "show", *_TRANSPARENT_RULE)):
                 await run_tool("ip", version, "rule", "del", *_TRANSPARENT_RULE)
-            if _parsed(
-                await run_tool("ip", "-json", version, "route", "show", "table", "all", "proto", ROUTE_PROTOCOL)
-            ):
+            if parsed(await run_tool("ip", "-json", version, "route", "show", "table", "all", "proto", ROUTE_PROTOCOL)):
                 await run_tool("ip", version, "route", "flush", "table", "10777", "proto", ROUTE_PROTOCOL)
         except SyncError as error:
             log.debug("no transparent routes were removed: %s", error)
@@ -162,7 +151,7 @@ async def transparent_obstacles(language: str) -> list[str]:
             "*mangle\n:USERSPACE-PROXY-CHECK - [0:0]\n"
             "-A USERSPACE-PROXY-CHECK -m socket --transparent -j RETURN\nCOMMIT\n",
         )
-    if _parsed(await run_tool("ip", "-json", "link", "show", "type", "bridge")):
+    if parsed(await run_tool("ip", "-json", "link", "show", "type", "bridge")):
         obstacles += await _refused(
             "backends on a bridge cannot answer clients beside them; nft and its rules for bridges are needed",
             ("nft", "--check", "-f", "-"),
@@ -209,7 +198,7 @@ async def remove_local_addresses() -> None:
 async def lacks_addresses() -> bool:
     """Return whether this host has no IPv4 address but those of ``lo``."""
     try:
-        return not _parsed(await run_tool("ip", "-json", "-4", "address", "show", "scope", "global"))
+        return not parsed(await run_tool("ip", "-json", "-4", "address", "show", "scope", "global"))
     except SyncError:
         return False
 
@@ -234,7 +223,7 @@ async def look_at_addresses() -> Addresses:
     """Raises SyncError where the host does not say which it has."""
     found: dict[str, None] = {}
     device: set[str] = set()
-    for link in _parsed(await run_tool("ip", "-json", "address", "show")):
+    for link in parsed(await run_tool("ip", "-json", "address", "show")):
         for address in link.get("addr_info", ()):
             if link["ifname"] == DEVICE and address["scope"] != "link":
                 device.add(address["local"])
@@ -262,80 +251,9 @@ def unnumbered_interfaces(links: Sequence[dict[str, Any]], routes: Sequence[dict
 
 
 async def find_unnumbered_interfaces() -> list[str]:
-    links = _parsed(await run_tool("ip", "-json", "address", "show"))
-    routes = _parsed(await run_tool("ip", "-json", "-4", "route", "show", "table", "all"))
+    links = parsed(await run_tool("ip", "-json", "address", "show"))
+    routes = parsed(await run_tool("ip", "-json", "-4", "route", "show", "table", "all"))
     return unnumbered_interfaces(links, routes)
-
-
-# ---- a firewall in the way
-
-
-# What iptables on nf_tables makes: only its own tool can read all of its rules, and refuses chains with foreign ones.
-_OF_IPTABLES = (("ip", "filter", "INPUT"), ("ip6", "filter", "INPUT"))
-
-
-def blocking_chains(ruleset: dict[str, Any]) -> list[str]:
-    """Return the nftables input chains that drop what no rule accepts, and accept nothing for its NAT status.
-
-    Redirected traffic arrives at INPUT like any packet for this node. *ruleset* is what
-    ``nft --json list ruleset`` prints; a chain is returned as ``family table chain``.
-    """
-    items = ruleset.get("nftables", [])
-    chains = [item["chain"] for item in items if "chain" in item]
-    inputs = {(c["family"], c["table"], c["name"]): c.get("policy") for c in chains if c.get("hook") == "input"}
-    rules: dict[tuple[str, str, str], list[list[dict[str, Any]]]] = {chain: [] for chain in inputs}
-    for rule in (item["rule"] for item in items if "rule" in item):
-        rules.setdefault((rule["family"], rule["table"], rule["chain"]), []).append(rule.get("expr", []))
-    return [
-        " ".join(chain)
-        for chain, policy in sorted(inputs.items())
-        if chain not in _OF_IPTABLES
-        and (policy == "drop" or any(map(_drops_everything, rules[chain])))
-        and not any(map(_accepts_translated, rules[chain]))
-    ]
-
-
-def _drops_everything(expressions: list[dict[str, Any]]) -> bool:
-    kinds = {kind for expression in expressions for kind in expression}
-    return bool(kinds & {"drop", "reject"}) and kinds <= {"drop", "reject", "counter", "log"}
-
-
-def _accepts_translated(expressions: list[dict[str, Any]]) -> bool:
-    return any("accept" in e for e in expressions) and "dnat" in json.dumps(expressions).lower()
-
-
-def blocks_input(rules: str) -> bool:
-    """Return whether iptables drops at INPUT what no rule accepts, and accepts nothing for its NAT status.
-
-    *rules* is what ``iptables -S`` prints.
-    """
-    lines = rules.splitlines()
-    drops = any(line.startswith(("-P INPUT DROP", "-A INPUT -j DROP", "-A INPUT -j REJECT")) for line in lines)
-    return drops and not any("DNAT" in line and line.endswith("-j ACCEPT") for line in lines)
-
-
-async def find_blocking_firewall() -> list[str]:
-    """Return what on this node would drop redirected traffic, each with the command that mends it."""
-    found = []
-    if is_installed("nft"):
-        listed = _parsed(await run_tool("nft", "--json", "--terse", "list", "ruleset")) or {}
-        found += [
-            f"nftables chain '{chain}' drops what it does not know; `nft insert rule {chain} ct status dnat accept` "
-            "lets it pass"
-            for chain in blocking_chains(listed)
-        ]
-    for tool in ("iptables", "ip6tables"):
-        try:
-            blocked = is_installed(tool) and blocks_input(await run_tool(tool, "-S"))
-        except SyncError as error:
-            log.debug("the rules of %s cannot be looked at: %s", tool, error)
-            continue
-        if blocked:
-            found.append(
-                f"{tool} INPUT drops what it does not know; `{tool} -I INPUT -m conntrack --ctstate DNAT -j ACCEPT` "
-                "lets it pass"
-            )
-    return found
 
 
 # ---- what conntrack is set to

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import subprocess
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from userspace_proxy.errors import SyncError
 
@@ -83,3 +84,11 @@ def _reason(stderr: str) -> str:
     if "not permitted" in stderr or "ermission denied" in stderr:
         said += "; run as root or with CAP_NET_ADMIN"
     return said
+
+
+def parsed(text: str) -> Any:
+    """Return what a tool printed as JSON; it prints nothing for an empty list. Raises SyncError."""
+    try:
+        return json.loads(text) if text.strip() else []
+    except ValueError as error:
+        raise SyncError(f"a tool printed what is no JSON: {error}") from None
