@@ -7,11 +7,9 @@ import contextlib
 import gc
 import logging
 import os
-import random
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 
@@ -26,17 +24,10 @@ from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.handover import VERSION, Conversation, Incumbent, Present, TakeOver
 from userspace_proxy.dataplane.plane import LocalPlane
-from userspace_proxy.dataplane.remote import RemotePlane
-from userspace_proxy.dataplane.sockets import BACKLOG, knows_congestion_control
-from userspace_proxy.dataplane.wire import WorkerSettings
+from userspace_proxy.dataplane.sockets import BACKLOG
 from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.instance import end_orphans, running_as, take_lock
-from userspace_proxy.interfaces import (
-    DataPlane,
-    Source,
-)
 from userspace_proxy.kube_config import configz
-from userspace_proxy.logs import AccessLog, recorder
 from userspace_proxy.model.names import NamespacedName, ObjectReference
 from userspace_proxy.model.service import SourceIP
 from userspace_proxy.model.topology import Node
@@ -50,9 +41,12 @@ from userspace_proxy.node_network import (
 )
 from userspace_proxy.parts import (
     KERNEL_MODES,
+    conntrack_limits,
     make_allotting,
     make_kernel_proxier,
+    make_plane,
     node_rules_of,
+    open_source,
     open_state_dir,
     warn_unless_forwarding,
 )
@@ -63,15 +57,11 @@ from userspace_proxy.reports import Reports
 from userspace_proxy.rules import network
 from userspace_proxy.rules.firewalls import find_blocking_firewall
 from userspace_proxy.rules.kernel import KERNELS, choose_language
-from userspace_proxy.rules.sysctls import KUBE_PROXY, ConntrackLimits
 from userspace_proxy.settings import Settings
-from userspace_proxy.sources.events import EventRecorder, node_reference
-from userspace_proxy.sources.files import FileSource
+from userspace_proxy.sources.events import node_reference
 from userspace_proxy.succession import Ending, Succession, children, reap, start_anew, was_left
 
 _CAP_NET_ADMIN = 12
-
-_Number = TypeVar("_Number", int, float)
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +114,7 @@ class App:
                 language = choose_language(settings.rules) if tables is None else ""
             except SyncError as error:
                 raise StartError(str(error)) from None
-            source, sources, events = await _open_source(settings, stack)
+            source, sources, events = await open_source(settings, stack)
             node = node_reference(settings.node_name)
             state_dir = open_state_dir(settings.state_dir)
             if tables is not None:
@@ -134,11 +124,11 @@ class App:
             widen_queues(BACKLOG)
 
             def tune() -> bool:
-                limits = _conntrack_limits(settings)
+                limits = conntrack_limits(settings)
                 return tune_conntrack(limits, lambda note: events.warn(node, "FailedToSetConntrack", note))
 
             is_tuned = tune()  # before the plane, which takes over conntrack's time-outs of UDP
-            plane = _make_plane(settings, stack) if tables is None else LocalPlane(Limits())  # nothing to open
+            plane = make_plane(settings, stack) if tables is None else LocalPlane(Limits())  # nothing to open
             inherited = await succession.inherit(plane, inheritance)
             memory = state_dir.load() if state_dir else Memory()
             allotting = make_allotting(settings, memory)
@@ -251,58 +241,6 @@ class App:
         log.info("stopped")
 
 
-def _make_plane(settings: Settings, stack: contextlib.AsyncExitStack) -> DataPlane:
-    """Return the data plane: in a worker process, or with ``--workers 0`` in this one."""
-    try:
-        access_log = AccessLog(settings.access_log, settings.log_format) if settings.access_log else None
-    except OSError as error:
-        reason = "its folder does not exist" if isinstance(error, FileNotFoundError) else error.strerror
-        raise StartError(f"--access-log {settings.access_log}: {reason}") from None
-    if settings.workers == 0 or settings.proxy_mode in KERNEL_MODES:
-        if access_log is not None:
-            stack.callback(access_log.close)
-        return LocalPlane(_limits(settings), recorder(access_log, verbose=settings.verbose), splice=settings.splice)
-    if access_log is not None:
-        access_log.close()  # it can be written: the worker does
-    plane = RemotePlane(
-        WorkerSettings(
-            limits=_limits(settings),
-            workers=settings.workers,
-            orphan_timeout_s=settings.orphan_timeout_s,
-            drain_timeout_s=settings.drain_timeout_s,
-            splice=settings.splice,
-            loop=settings.loop,
-            access_log=settings.access_log,
-            log_format=settings.log_format,
-            verbose=settings.verbose,
-        )
-    )
-    plane.start()
-    return plane
-
-
-async def _open_source(settings: Settings, stack: contextlib.AsyncExitStack) -> tuple[Source, list[str], EventRecorder]:
-    """Return where wishes come from, what tells whether two processes serve the same, and whom to tell Events."""
-    if not settings.follows_cluster:
-        return FileSource(settings.paths), _identity(settings.paths), EventRecorder()
-    from userspace_proxy.sources.kubernetes import KubernetesSource, reflectors
-    from userspace_proxy.sources.login import ApiTransport
-    from userspace_proxy.sources.reflector import Pace
-
-    transport = ApiTransport(settings.kubeconfig)
-    stack.push_async_callback(transport.close)
-    url = await transport.open()
-    following = reflectors(transport, settings.node_name, settings.service_proxy_name, Pace(), random.Random())  # noqa: S311 - jitter
-    log.info("following %s as node %s", url, settings.node_name)
-    whose = f" for {settings.service_proxy_name}" if settings.service_proxy_name else ""
-    return KubernetesSource(following), [f"{url}{whose}"], EventRecorder(transport.write, settings.node_name)
-
-
-def _identity(paths: Iterable[str]) -> list[str]:
-    """Return what tells whether two processes serve the same; what comes from stdin is never the same."""
-    return [f"stdin of process {os.getpid()}" if path == "-" else os.path.realpath(path) for path in paths]
-
-
 class _Saver:
     """Writes what the next process should remember, shortly after it changed, in a thread."""
 
@@ -392,45 +330,3 @@ def _require_net_admin() -> None:
             "changing rules needs CAP_NET_ADMIN; run it with sudo, "
             "or try `userspace-proxy demo`, which needs no privileges"
         )
-
-
-def _conntrack_limits(settings: Settings) -> ConntrackLimits:
-    """Return what conntrack is to be set to.
-
-    Without flags: as kube-proxy does it, in its place. Where kube-proxy runs beside us, the node is as it has set
-    it; and who tries a few files on his own computer does not expect it to be changed.
-    """
-    usual = KUBE_PROXY if settings.follows_cluster and not settings.service_proxy_name else ConntrackLimits()
-
-    def chosen(given: _Number | None, otherwise: _Number) -> _Number:
-        return otherwise if given is None else given
-
-    return ConntrackLimits(
-        max_per_core=chosen(settings.conntrack_max_per_core, usual.max_per_core),
-        min_entries=chosen(settings.conntrack_min, usual.min_entries),
-        tcp_established_s=chosen(settings.conntrack_tcp_timeout_established_s, usual.tcp_established_s),
-        tcp_close_wait_s=chosen(settings.conntrack_tcp_timeout_close_wait_s, usual.tcp_close_wait_s),
-        tcp_be_liberal=settings.conntrack_tcp_be_liberal,
-        udp_s=settings.conntrack_udp_timeout_s,
-        udp_stream_s=settings.conntrack_udp_timeout_stream_s,
-    )
-
-
-def _limits(settings: Settings) -> Limits:
-    name = settings.congestion_control
-    if name and not knows_congestion_control(name):
-        raise StartError(
-            f"--congestion-control {name}: not on this host (modprobe tcp_{name}?);"
-            " sysctl net.ipv4.tcp_available_congestion_control lists what is"
-        )
-    unanswered_s, answered_s = network.conntrack_udp_timeouts()
-    return Limits(
-        idle_timeout_s=settings.idle_timeout_s,
-        half_closed_timeout_s=settings.half_closed_timeout_s,
-        dead_peer_timeout_s=settings.dead_peer_timeout_s,
-        connections_per_client=settings.connections_per_client,
-        congestion_control=settings.congestion_control,
-        udp_flows_per_service=settings.udp_flows_per_service,
-        udp_timeout_s=unanswered_s if settings.udp_timeout_s is None else settings.udp_timeout_s,
-        udp_stream_timeout_s=answered_s if settings.udp_timeout_s is None else settings.udp_timeout_s,
-    )

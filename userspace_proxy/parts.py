@@ -1,19 +1,31 @@
-"""What settings mean in parts: which tables a mode has, who is a pod here, who allots addresses."""
+"""What settings mean in parts: where wishes come from, which plane and tables serve them, and within which limits."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+import os
+import random
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 from userspace_proxy.control.allotments import Allotments, Allotting, Stated
 from userspace_proxy.control.memory import Memory, StateDir
+from userspace_proxy.dataplane.connections import Limits
+from userspace_proxy.dataplane.plane import LocalPlane
+from userspace_proxy.dataplane.remote import RemotePlane
+from userspace_proxy.dataplane.sockets import knows_congestion_control
+from userspace_proxy.dataplane.wire import WorkerSettings
 from userspace_proxy.errors import StartError
 from userspace_proxy.interfaces import (
     Capture,
+    DataPlane,
     KernelTables,
     PodDetector,
+    Source,
 )
+from userspace_proxy.logs import AccessLog, recorder
 from userspace_proxy.proxiers.kernel import KernelProxier
 from userspace_proxy.proxiers.plans import NodeRules
 from userspace_proxy.rules import network
@@ -22,7 +34,12 @@ from userspace_proxy.rules.ipvs_kernel import IpvsTables
 from userspace_proxy.rules.kube_chains import Manner
 from userspace_proxy.rules.kube_kernel import IptablesTables
 from userspace_proxy.rules.slots import SlotTable
+from userspace_proxy.rules.sysctls import KUBE_PROXY, ConntrackLimits
 from userspace_proxy.settings import DEFAULT_STATE_DIR, Settings
+from userspace_proxy.sources.events import EventRecorder
+from userspace_proxy.sources.files import FileSource
+
+_Number = TypeVar("_Number", int, float)
 
 log = logging.getLogger(__name__)
 
@@ -85,3 +102,97 @@ def open_state_dir(folder: Path | None) -> StateDir | None:
             raise StartError(f"--state-dir {folder}: {(error.strerror or str(error)).lower()}") from None
         log.info("%s cannot be written: allocated cluster IPs may move at a restart (--state-dir)", DEFAULT_STATE_DIR)
         return None
+
+
+def make_plane(settings: Settings, stack: contextlib.AsyncExitStack) -> DataPlane:
+    """Return the data plane: in a worker process, or with ``--workers 0`` in this one."""
+    try:
+        access_log = AccessLog(settings.access_log, settings.log_format) if settings.access_log else None
+    except OSError as error:
+        reason = "its folder does not exist" if isinstance(error, FileNotFoundError) else error.strerror
+        raise StartError(f"--access-log {settings.access_log}: {reason}") from None
+    if settings.workers == 0 or settings.proxy_mode in KERNEL_MODES:
+        if access_log is not None:
+            stack.callback(access_log.close)
+        return LocalPlane(_limits(settings), recorder(access_log, verbose=settings.verbose), splice=settings.splice)
+    if access_log is not None:
+        access_log.close()  # it can be written: the worker does
+    plane = RemotePlane(
+        WorkerSettings(
+            limits=_limits(settings),
+            workers=settings.workers,
+            orphan_timeout_s=settings.orphan_timeout_s,
+            drain_timeout_s=settings.drain_timeout_s,
+            splice=settings.splice,
+            loop=settings.loop,
+            access_log=settings.access_log,
+            log_format=settings.log_format,
+            verbose=settings.verbose,
+        )
+    )
+    plane.start()
+    return plane
+
+
+async def open_source(settings: Settings, stack: contextlib.AsyncExitStack) -> tuple[Source, list[str], EventRecorder]:
+    """Return where wishes come from, what tells whether two processes serve the same, and whom to tell Events."""
+    if not settings.follows_cluster:
+        return FileSource(settings.paths), _identity(settings.paths), EventRecorder()
+    from userspace_proxy.sources.kubernetes import KubernetesSource, reflectors
+    from userspace_proxy.sources.login import ApiTransport
+    from userspace_proxy.sources.reflector import Pace
+
+    transport = ApiTransport(settings.kubeconfig)
+    stack.push_async_callback(transport.close)
+    url = await transport.open()
+    following = reflectors(transport, settings.node_name, settings.service_proxy_name, Pace(), random.Random())  # noqa: S311 - jitter
+    log.info("following %s as node %s", url, settings.node_name)
+    whose = f" for {settings.service_proxy_name}" if settings.service_proxy_name else ""
+    return KubernetesSource(following), [f"{url}{whose}"], EventRecorder(transport.write, settings.node_name)
+
+
+def _identity(paths: Iterable[str]) -> list[str]:
+    """Return what tells whether two processes serve the same; what comes from stdin is never the same."""
+    return [f"stdin of process {os.getpid()}" if path == "-" else os.path.realpath(path) for path in paths]
+
+
+def conntrack_limits(settings: Settings) -> ConntrackLimits:
+    """Return what conntrack is to be set to.
+
+    Without flags: as kube-proxy does it, in its place. Where kube-proxy runs beside us, the node is as it has set
+    it; and who tries a few files on his own computer does not expect it to be changed.
+    """
+    usual = KUBE_PROXY if settings.follows_cluster and not settings.service_proxy_name else ConntrackLimits()
+
+    def chosen(given: _Number | None, otherwise: _Number) -> _Number:
+        return otherwise if given is None else given
+
+    return ConntrackLimits(
+        max_per_core=chosen(settings.conntrack_max_per_core, usual.max_per_core),
+        min_entries=chosen(settings.conntrack_min, usual.min_entries),
+        tcp_established_s=chosen(settings.conntrack_tcp_timeout_established_s, usual.tcp_established_s),
+        tcp_close_wait_s=chosen(settings.conntrack_tcp_timeout_close_wait_s, usual.tcp_close_wait_s),
+        tcp_be_liberal=settings.conntrack_tcp_be_liberal,
+        udp_s=settings.conntrack_udp_timeout_s,
+        udp_stream_s=settings.conntrack_udp_timeout_stream_s,
+    )
+
+
+def _limits(settings: Settings) -> Limits:
+    name = settings.congestion_control
+    if name and not knows_congestion_control(name):
+        raise StartError(
+            f"--congestion-control {name}: not on this host (modprobe tcp_{name}?);"
+            " sysctl net.ipv4.tcp_available_congestion_control lists what is"
+        )
+    unanswered_s, answered_s = network.conntrack_udp_timeouts()
+    return Limits(
+        idle_timeout_s=settings.idle_timeout_s,
+        half_closed_timeout_s=settings.half_closed_timeout_s,
+        dead_peer_timeout_s=settings.dead_peer_timeout_s,
+        connections_per_client=settings.connections_per_client,
+        congestion_control=settings.congestion_control,
+        udp_flows_per_service=settings.udp_flows_per_service,
+        udp_timeout_s=unanswered_s if settings.udp_timeout_s is None else settings.udp_timeout_s,
+        udp_stream_timeout_s=answered_s if settings.udp_timeout_s is None else settings.udp_timeout_s,
+    )
