@@ -192,8 +192,6 @@ def _start(leg: Leg, story: Story) -> Station:
 
 def _end(leg: Leg, last: Hook, story: Story) -> Station:
     assert last.after is not None
-    if leg.rounds:
-        return Station("stop", "nowhere", f"round and round {last.devices[1]} until its TTL is used up")
     if last.name == "INPUT":
         if leg.role is Role.CLIENT:
             return _process(story.listener, last.after, story)

@@ -82,7 +82,6 @@ def _of_one_connection(seen: tuple[Leg, ...], portal: str) -> tuple[Leg, ...]:
     if client is None:
         return ()
     later = seen[seen.index(client) + 1 :]
-    client = _once_round(client)
     back = (portal, client.first.sender)
     answers = [leg for leg in later if leg.role is Role.ANSWER]
     answer = next((leg for leg in answers if (leg.last.sender, leg.last.receiver) == back), None)
@@ -90,15 +89,6 @@ def _of_one_connection(seen: tuple[Leg, ...], portal: str) -> tuple[Leg, ...]:
         answer = next((leg for leg in answers if leg.last.destination == client.first.source), None)
     dials = _dials(later) if _is_delivered(client) else []
     return (client, *dials, *([answer] if answer is not None else []))
-
-
-def _once_round(leg: Leg) -> Leg:
-    """Return *leg* without what happened again and again to a packet that routing leads back to where it came from."""
-    found: dict[tuple[str, tuple[str, str]], Hook] = {}
-    for hook in leg.hooks:
-        found.setdefault((hook.name, hook.devices), hook)
-    rounds = sum(hook.name == "PREROUTING" for hook in leg.hooks) - sum(name == "PREROUTING" for name, _ in found)
-    return replace(leg, hooks=tuple(found.values()), rounds=rounds) if rounds else leg
 
 
 def _dials(later: tuple[Leg, ...]) -> list[Leg]:
@@ -196,11 +186,6 @@ def _outcome(story: Story, probe: str) -> str:
 def _stopped(client: Leg) -> str:
     """Say what kept the packet, "" where nothing did."""
     last = client.hooks[-1]
-    if client.rounds:
-        return (
-            f"no rule translated {client.first.receiver}: the packet went round the loopback device "
-            f"{client.rounds} times, until its TTL was used up"
-        )
     if last.after is None:
         for visit in last.visits:
             if visit.end == "drop":

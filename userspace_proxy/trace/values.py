@@ -99,15 +99,13 @@ class Hook:
 class Leg:
     """One packet's way through this host; ``what`` says which packet it is: SYN, SYN+ACK, RST, a datagram.
 
-    ``answered``: what came back, of a dial; ``rounds``: how often it went round the loopback device, until its TTL was
-    used up (the hooks are those of the first).
+    ``answered``: what came back, of a dial.
     """
 
     role: Role
     what: str
     hooks: tuple[Hook, ...]
     answered: str = ""
-    rounds: int = 0
 
     @property
     def first(self) -> Ends:
