@@ -74,10 +74,10 @@ KNOWN = Known((WEB, DNS))
             "endpoint (sh). flag-3 means nothing to the scheduler; it tells ours from others'.",
             "shop/web:http",
         ),
-        ("link set kube-ipvs0 up", "kube-ipvs0 is up: now its addresses count.", ""),
         (
-            "ip link add kube-ipvs0 type dummy",
-            "A device that leads nowhere: kube-ipvs0 only holds addresses of Services.",
+            "ip link add kube-ipvs0 up group 10777 type dummy",
+            "A device that leads nowhere: kube-ipvs0 only holds addresses of Services. kube-proxy makes one of this "
+            "name, too; the group says that it is ours.",
             "",
         ),
     ],
@@ -129,7 +129,7 @@ table inet userspace_proxy_ipvs {
 	}
 }
 """
-    text = f"ip link add kube-ipvs0 type dummy\n{table}-A -t 10.96.0.1:80 -s rr\n"
+    text = f"ip link add kube-ipvs0 up group 10777 type dummy\n{table}-A -t 10.96.0.1:80 -s rr\n"
 
     found = list(lines(text, KNOWN))
 

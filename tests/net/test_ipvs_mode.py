@@ -30,7 +30,9 @@ from tests.rules.given_services import HERE, NEAR4, PODS, by_name, translation
 from userspace_proxy.interfaces import NodeFacts
 from userspace_proxy.lab import NODE_IP, Host, ServiceLab, connect
 from userspace_proxy.model.service import ServicePort
+from userspace_proxy.rules.ipvs_device import device_lines
 from userspace_proxy.rules.ipvs_kernel import IpvsTables
+from userspace_proxy.rules.virtual_device import VirtualDevice
 
 pytestmark = pytest.mark.ipvs
 
@@ -349,6 +351,21 @@ def test_beside_kube_proxys_own_device_it_says_what_to_do_and_touches_nothing(
     world.node.run(*proxy.command("cleanup"))
     assert "kube-ipvs0" in world.node.ip("link", "show")
     world.node.ip("link", "del", "kube-ipvs0")
+
+
+def test_whatever_step_was_the_last_of_who_was_killed_the_device_is_ours(proxy: IpvsProxy, world: ServiceLab) -> None:
+    made = device_lines(set(), ["10.96.9.26"], is_new=True)
+    for taken in range(1, len(made) + 1):
+        world.node.run("ip", "-batch", "-", stdin="".join(f"{line}\n" for line in made[:taken]))
+        with world.node.inside():
+            asyncio.run(VirtualDevice().remove())
+        assert "kube-ipvs0" not in world.node.ip("link", "show")
+
+    world.node.ip(*made[0].split())
+    proxy.give("web", "10.96.9.26", POD1)
+    proxy.start()
+
+    assert answers(world.client, "10.96.9.26", 80) == "pod1"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])

@@ -26,7 +26,6 @@ from userspace_proxy.rules.ipvs import (
     VirtualServers,
     after,
     at_host,
-    device_lines,
     endings,
     node_port_ips,
     steps,
@@ -34,6 +33,7 @@ from userspace_proxy.rules.ipvs import (
     virtual_ips,
     virtual_servers,
 )
+from userspace_proxy.rules.ipvs_device import device_lines
 from userspace_proxy.rules.ipvs_netlink import TICKS_A_SECOND, read
 from userspace_proxy.rules.ipvs_wanted import Wanted
 

@@ -64,12 +64,11 @@ def explain(line: str, known: Known) -> tuple[str, str]:
             return _address(address, device), known.owner_of(host(address))
         case ["address", "add" | "replace", address, "nodad", "dev", device]:
             return f"{_address(address, device)} Nobody else is asked for it (nodad).", known.owner_of(host(address))
-        case ["link", "add", device, "type", "dummy"]:
-            return f"A device that leads nowhere: {device} only holds addresses of Services.", ""
-        case ["link", "set", device, "alias", alias]:
-            return f"Says whose {device} is: {alias}'s. kube-proxy makes a device of this name, too.", ""
-        case ["link", "set", device, "up"]:
-            return f"{device} is up: now its addresses count.", ""
+        case ["link", "add", device, "up", "group", _, "type", "dummy"]:
+            return (
+                f"A device that leads nowhere: {device} only holds addresses of Services. kube-proxy makes one of this "
+                "name, too; the group says that it is ours."
+            ), ""
     return _TOOLS.get(line, ""), ""
 
 

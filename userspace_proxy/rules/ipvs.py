@@ -8,7 +8,7 @@ Who may dial, and who is refused or masqueraded, is nftables' to say (`IpvsTable
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NamedTuple
@@ -18,14 +18,12 @@ from userspace_proxy.model.endpoint import Address, Endpoint, Family, family_of,
 from userspace_proxy.model.names import L4Protocol, ListenerName, Scope
 from userspace_proxy.model.routes import Refusal
 from userspace_proxy.model.service import Portal
+from userspace_proxy.rules.ipvs_device import device_lines
 from userspace_proxy.rules.nft import merged
 from userspace_proxy.rules.portal_table import IP, OURS, add_hairpins
 from userspace_proxy.rules.sets import Elements, SetKind, class_id, packed_ip, packed_portal
 from userspace_proxy.rules.slots import NUMBER, SlotTable
 
-# What tutorials look at. kube-proxy makes one, too; ours has an alias that says whose it is.
-DEVICE = "kube-ipvs0"
-DEVICE_ALIAS = "userspace-proxy"
 # How ours are told from others' (ipvsadm shows flag-3): no scheduler of the kernel's gives it a meaning.
 OWN_FLAG = 0x20
 DEFAULT_SCHEDULER = "rr"
@@ -295,21 +293,6 @@ def text(translations: Iterable[Translation], facts: NodeFacts, host_ips: Iterab
         f"# ip -batch -\n{device}\n"
         f"# ipvsadm --restore\n{restore(servers)}"
     )
-
-
-def device_lines(held: Set[str], wanted: Iterable[str], *, is_new: bool) -> list[str]:
-    """Return, as ``ip -batch`` reads it, what leads from the addresses *held* to those *wanted*; first what goes."""
-    made = [f"link add {DEVICE} type dummy", f"link set {DEVICE} alias {DEVICE_ALIAS}", f"link set {DEVICE} up"]
-    ips = list(wanted)
-    return [
-        *(made if is_new else ()),
-        *(f"address del {_prefix(ip)} dev {DEVICE}" for ip in sorted(held - set(ips))),
-        *(f"address replace {_prefix(ip)} dev {DEVICE}" for ip in ips if ip not in held),
-    ]
-
-
-def _prefix(ip: str) -> str:
-    return f"{ip}/128 nodad" if family_of(ip) == 6 else f"{ip}/32"
 
 
 def restore(servers: Mapping[Portal, VirtualServer]) -> str:

@@ -19,7 +19,6 @@ from userspace_proxy.rules import ipvs_netlink, network, sysctls
 from userspace_proxy.rules.element_tables import ElementTables
 from userspace_proxy.rules.ipvs import (
     DEFAULT_SCHEDULER,
-    DEVICE,
     IpvsTable,
     Step,
     Verb,
@@ -31,6 +30,7 @@ from userspace_proxy.rules.ipvs import (
     node_port_ips,
     steps,
 )
+from userspace_proxy.rules.ipvs_device import DEVICE
 from userspace_proxy.rules.ipvs_netlink import Listing
 from userspace_proxy.rules.ipvs_wanted import Wanted
 from userspace_proxy.rules.notices import NetworkNotices
@@ -92,7 +92,7 @@ class IpvsTables:
     async def prepare(self) -> None:
         await self._rules.prepare()
         await _require_ipvs()
-        if await self._device.whose():
+        if await self._device.is_foreign():
             raise SyncError(
                 f"{DEVICE} is somebody else's (kube-proxy in ipvs mode?): "
                 "stop it and run `kube-proxy --cleanup`, or use --proxy-mode nftables"

@@ -17,7 +17,7 @@ from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import OWN_MARK, TRANSPARENT_MARK
 from userspace_proxy.model.endpoint import family_of
 from userspace_proxy.rules.answers import REPLY_RULE, bridge_table
-from userspace_proxy.rules.ipvs import DEVICE
+from userspace_proxy.rules.ipvs_device import DEVICE
 from userspace_proxy.rules.nft import LOCAL_ADDRESS4, LOCAL_ADDRESS6
 from userspace_proxy.rules.tool import parsed, run_tool
 

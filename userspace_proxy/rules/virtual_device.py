@@ -9,7 +9,7 @@ from pathlib import Path
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.model.endpoint import family_of
-from userspace_proxy.rules.ipvs import DEVICE, DEVICE_ALIAS, device_lines
+from userspace_proxy.rules.ipvs_device import DEVICE, OWN_GROUP, device_lines
 from userspace_proxy.rules.tool import run_tool
 
 _IPV6 = Path("/proc/sys/net/ipv6/conf")
@@ -21,16 +21,15 @@ class VirtualDevice:
     def __init__(self) -> None:
         self.ips: set[str] = set()
 
-    async def whose(self) -> str | None:
-        """Return None where there is no such device, "" where it is ours, else what it says of itself."""
+    async def is_foreign(self) -> bool:
+        """Return whether there is one that is somebody else's."""
         if not _is_there():
-            return None
+            return False
         links = await run_tool("ip", "-json", "link", "show", "dev", DEVICE)
         try:
-            said = str(json.loads(links)[0].get("ifalias", "no alias"))
+            return bool(json.loads(links)[0]["group"] != OWN_GROUP)
         except ValueError as error:
             raise SyncError(f"ip printed what is no JSON: {error}") from None
-        return "" if said == DEVICE_ALIAS else said
 
     async def bear(self, wanted: Iterable[str]) -> None:
         """Have just the addresses that are *wanted*, those of IPv6 only where this host uses it.
@@ -49,7 +48,7 @@ class VirtualDevice:
     async def remove(self) -> None:
         """Take it away, if it is ours."""
         self.ips = set()
-        if await self.whose() == "":
+        if _is_there() and not await self.is_foreign():
             await run_tool("ip", "link", "del", DEVICE)
 
 
