@@ -389,6 +389,26 @@ def test_stopping_takes_all_away_and_after_a_crash_it_goes_on_where_it_was(
     wait_until(lambda: "10.96.9.10" not in proxy.servers(), "what is gone is gone")
 
 
+def test_while_open_connections_end_whoever_is_new_is_refused_at_once(proxy: IpvsProxy, world: ServiceLab) -> None:
+    extra = "  type: NodePort\n  externalIPs: [203.0.113.10]"
+    ports = "[{name: http, port: 80, nodePort: 30081}]"
+    proxy.apply("web", documents(service("web", "10.96.9.27", ports, extra=extra), endpoints("web", POD1)))
+    proxy.start("--drain-timeout", "60")
+    with connect(world.client, "203.0.113.10", 80) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert b"pod1" in sock.recv(1 << 16)
+        assert proxy.process is not None
+        proxy.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: f"-r {POD1}:8080 -m -w 0" in proxy.servers(), "nobody new is led there")
+
+        for client in (world.client, world.node):
+            for ip, port in (("10.96.9.27", 80), ("203.0.113.10", 80), (NODE_IP, 30081)):
+                assert all(is_refused(client, ip, port, 1.0) for _ in range(10)), (client.name, ip, port)
+        sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        assert b"pod1" in sock.recv(1 << 16)
+    assert proxy.process.wait(60) == 0
+
+
 def test_another_mode_leaves_no_trace_of_this_one_nor_this_of_another(proxy: IpvsProxy, world: ServiceLab) -> None:
     proxy.give("web", "10.96.9.11", POD1)
     other = Proxy(world, proxy.folder)

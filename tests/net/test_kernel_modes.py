@@ -18,6 +18,8 @@ from tests.net.world import (
     background_requests,
     documents,
     endpoints,
+    is_refused,
+    is_refused_udp,
     service,
     traces,
     wait_until,
@@ -73,6 +75,20 @@ def test_a_stop_lets_open_connections_end_and_leaves_nothing(proxy: Proxy, world
     assert proxy.stop() == 0, proxy.log()
     assert traces(world.node) == before
     assert TABLE not in world.node.run("nft", "list", "tables").stdout
+
+
+def test_while_open_connections_end_whoever_is_new_is_refused(proxy: Proxy, world: ServiceLab) -> None:
+    proxy.start(*FLAGS, "--drain-timeout", "30")
+    with connect(world.client, IP, 80) as sock:
+        assert proxy.process is not None
+        proxy.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: is_refused(world.client, IP, 80), "nobody new is served")
+
+        assert is_refused(world.node, IP, 80)
+        assert is_refused_udp(world.client, IP, 53)
+        sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        assert b"pod1" in sock.recv(1 << 16)
+    assert proxy.stop() == 0, proxy.log()
 
 
 def test_nobody_misses_us_when_we_are_killed_and_a_successor_goes_on(proxy: Proxy, world: ServiceLab) -> None:

@@ -11,12 +11,14 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import replace
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import KernelTables, NodeFacts, Translation
 from userspace_proxy.model.histogram import SYNC_BOUNDS_S, Histogram
 from userspace_proxy.model.loads import Loads
 from userspace_proxy.model.names import L4Protocol, ListenerName, ServicePortName
+from userspace_proxy.model.routes import Refusal
 from userspace_proxy.model.service import Portal, SourceIP, internal_portals, load_balancer_portals
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import serving_endpoints
@@ -190,16 +192,25 @@ class KernelProxier:
         await asyncio.sleep(REPAIR_PAUSE_S)
 
     async def close(self, drain_timeout_s: float) -> None:
-        """Lead nobody new anywhere, then take the rules away: with the last of them open connections stop, too."""
+        """Refuse whoever is new, then take the rules away: with the last of them open connections stop, too."""
         async with self._lock:
             try:
                 if self._loaded is not None:
                     portals = {route.portal for made in self._translations.values() for route in made.routes}
-                    await self._tables.load({}, set(self._translations), self._loaded)
+                    refusing = {name: _refusing(made) for name, made in self._translations.items()}
+                    await self._tables.load(refusing, set(refusing), self._loaded)
                     await _drained({p for p in portals if p.protocol is L4Protocol.TCP}, drain_timeout_s)
                 await self._tables.remove()
             except SyncError as error:
                 log.error("rules were left behind (`userspace-proxy cleanup` removes them): %s", error)  # noqa: TRY400
+
+
+def _refusing(made: Translation) -> Translation:
+    """Return *made* with its portals refused: nobody waits in vain there, or meets a server of this node's own."""
+    routes = (
+        route._replace(to=Refusal.REJECT) if isinstance(route.to, ListenerName) else route for route in made.routes
+    )
+    return replace(made, routes=tuple(routes))
 
 
 async def _drained(portals: set[Portal], timeout_s: float) -> None:
