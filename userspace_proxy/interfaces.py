@@ -269,7 +269,7 @@ class KernelTables(LoadedRules, Protocol):
     def loads(self) -> Mapping[str, Loads]: ...
 
     async def prepare(self) -> None:
-        """Make ready for the first load.
+        """Make ready for the first load. Another of ours may serve this node still: what is his is not touched.
 
         Raises:
             SyncError: this host cannot have these rules, or somebody else has; nothing was changed.

@@ -51,14 +51,15 @@ class Reports:
         waiting = "" if controller.ready.is_set() else "the first sync is not done"
         if self._is_stopping():
             waiting = "the proxy stops"
-        failing = ""
-        if controller.failing_since is not None:
-            since = time.strftime("%H:%M:%S", time.localtime(controller.failing_since))
-            failing = f"since {since}: {controller.error}"
+        failing = [
+            f"since {time.strftime('%H:%M:%S', time.localtime(each.failing_since))}: {each.error}"
+            for each in (controller, self._proxier.keeper)
+            if each.failing_since is not None
+        ]
         return Health(
             controller.freshness.of_families(),
             waiting,
-            failing,
+            "; ".join(failing),
             problems=[
                 *source.problems.values(),
                 *self._tracker.problems.values(),
@@ -80,7 +81,8 @@ class Reports:
             problems=len(source.problems) + len(self._tracker.problems),
             unopened=len(proxier.unopened),
             sync_failures=controller.failures,
-            sync_failing_s=0.0 if controller.failing_since is None else time.time() - controller.failing_since,
+            sync_failing_s=_seconds_since(controller.failing_since),
+            repair_failing_s=_seconds_since(proxier.keeper.failing_since),
         )
         syncs = SyncStats(
             controller.durations,
@@ -99,3 +101,7 @@ class Reports:
         # In a thread: 10,000 Services are 150,000 lines, and changes of endpoints need not wait for these.
         while (part := await asyncio.to_thread(next, parts, b"")) != b"":
             yield part
+
+
+def _seconds_since(at: float | None) -> float:
+    return 0.0 if at is None else time.time() - at

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.net.ipvs import IpvsProxy, fresh_ipvs_proxy
 from tests.net.world import (
     POD1,
     POD2,
@@ -42,29 +43,10 @@ FACTS = NodeFacts(HERE, PODS)
 STRICT_ARP = ("ipv4/conf/all/arp_ignore", "ipv4/conf/all/arp_announce")
 
 
-class IpvsProxy(Proxy):
-    """The same in ipvs mode."""
-
-    def run_arguments(self) -> list[str]:
-        return [*super().run_arguments(), "--proxy-mode", "ipvs"]
-
-    def servers(self) -> str:
-        return self.node.run("ipvsadm", "-Sn").stdout
-
-    def give(self, name: str, cluster_ip: str, *pods: str, extra: str = "") -> None:
-        self.apply(name, documents(service(name, cluster_ip, extra=extra), endpoints(name, *pods)))
-
-
 @pytest.fixture
 def proxy(world: ServiceLab, tmp_path: Path) -> Iterator[IpvsProxy]:
-    one = IpvsProxy(world, tmp_path)
-    yield one
-    if one.process is not None and one.process.poll() is None:
-        one.process.kill()
-        one.process.wait(5)
-    world.node.run(*one.command("cleanup"))
-    assert one.servers() == ""
-    assert "kube-ipvs0" not in world.node.ip("link", "show")
+    with fresh_ipvs_proxy(world, tmp_path) as one:
+        yield one
 
 
 def test_clients_are_served_by_the_kernel_and_changes_are_followed(proxy: IpvsProxy, world: ServiceLab) -> None:
@@ -351,6 +333,22 @@ def test_beside_kube_proxys_own_device_it_says_what_to_do_and_touches_nothing(
     world.node.run(*proxy.command("cleanup"))
     assert "kube-ipvs0" in world.node.ip("link", "show")
     world.node.ip("link", "del", "kube-ipvs0")
+
+
+def test_beside_another_of_ours_that_serves_it_changes_nothing_of_the_node(
+    proxy: IpvsProxy, world: ServiceLab, tmp_path: Path
+) -> None:
+    other = Proxy(world, tmp_path / "other")
+    other.start("--proxy-mode", "nftables")
+    world.node.set_knob("ipv4/vs/conntrack", 0)
+    proxy.start("--ipvs-strict-arp", wait=False)
+
+    assert proxy.process is not None
+    assert proxy.process.wait(60) == 1
+    assert "another userspace-proxy runs in this network namespace" in proxy.log()
+    knobs = ("ipv4/vs/conntrack", *STRICT_ARP)
+    assert [world.node.run("cat", f"/proc/sys/net/{knob}").stdout.strip() for knob in knobs] == ["0", "0", "0"]
+    assert other.stop() == 0
 
 
 def test_whatever_step_was_the_last_of_who_was_killed_the_device_is_ours(proxy: IpvsProxy, world: ServiceLab) -> None:

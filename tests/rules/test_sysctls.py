@@ -9,7 +9,15 @@ import pytest
 
 from userspace_proxy.lab import Host
 from userspace_proxy.rules import sysctls
-from userspace_proxy.rules.sysctls import KUBE_PROXY, ConntrackLimits, Sysctl, apply, conntrack_sysctls, queue_sysctl
+from userspace_proxy.rules.sysctls import (
+    KUBE_PROXY,
+    ConntrackLimits,
+    Sysctl,
+    apply,
+    can_apply,
+    conntrack_sysctls,
+    queue_sysctl,
+)
 
 NETFILTER = Path("/proc/sys/net/netfilter")
 
@@ -108,6 +116,15 @@ def test_what_the_kernel_refuses_is_said_with_what_it_holds() -> None:
     (said,) = refused
     assert said.startswith(f"net.netfilter.nf_conntrack_max is {present} and cannot be made {present + 1}: ")
     assert held("nf_conntrack_max") == present
+
+
+def test_whether_the_kernel_would_refuse_is_known_before_anything_is_set() -> None:
+    present = held("nf_conntrack_max")
+
+    assert can_apply(Sysctl(NETFILTER / "nf_conntrack_max", present))
+    assert not can_apply(Sysctl(NETFILTER / "nf_conntrack_max", present + 1))
+    assert can_apply(Sysctl(NETFILTER / "nf_conntrack_udp_timeout", 7))
+    assert held("nf_conntrack_udp_timeout") != 7
 
 
 def test_what_is_not_there_is_said_too(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ class ControlStats(NamedTuple):
     unopened: int
     sync_failures: int = 0
     sync_failing_s: float = 0.0
+    repair_failing_s: float = 0.0
 
 
 # Metric -> what it says, its Counters field, and whether it only goes up.
@@ -151,6 +152,12 @@ class _Scrape(Collector):
                 "times rules were loaded again because somebody else changed them",
                 control.rule_repairs,
                 True,
+            ),
+            (
+                "rule_repair_failing_seconds",
+                "for so long rules have not been as they should be, and could not be loaded again; 0 when they are",
+                control.repair_failing_s,
+                False,
             ),
             ("last_sync_timestamp_seconds", "when the last sync succeeded", control.last_sync_at, False),
             ("sync_failures", "syncs that failed; what was in force stayed", control.sync_failures, True),

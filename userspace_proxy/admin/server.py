@@ -32,10 +32,10 @@ class Health:
     """What is known of our work.
 
     ``families``: whether syncs keep up, by IP family. ``waiting``: why no traffic is to come yet, or any more; "" when
-    it may. ``failing``: why the last sync failed and since when; health ends with it only when that lasts.
-    ``problems`` are worth a look and no reason to be replaced. ``degraded`` says what is served by a last good state
-    that gets old. ``node_eligible``: whether load balancers may send traffic to this node; None where there is no Node
-    to ask.
+    it may. ``failing``: why the last sync or repair failed and since when; health ends only with a sync that fails for
+    long. ``problems`` are worth a look and no reason to be replaced. ``degraded`` says what is served by a last good
+    state that gets old. ``node_eligible``: whether load balancers may send traffic to this node; None where there is no
+    Node to ask.
     """
 
     families: Mapping[str, FamilyHealth]

@@ -23,7 +23,7 @@ from userspace_proxy.model.service import Portal, SourceIP, internal_portals, lo
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import serving_endpoints
 from userspace_proxy.proxiers.plans import NodeRules, Plan, Plans, allowed_to_dial
-from userspace_proxy.proxiers.repairs import REPAIR_PAUSE_S, keep_rules, repaired
+from userspace_proxy.proxiers.repairs import REPAIR_PAUSE_S, Keeper
 from userspace_proxy.rules.conntrack import Answering, forget_udp_flows, open_connections
 
 # New service ports that are told one by one.
@@ -62,6 +62,7 @@ class KernelProxier:
         self._loaded: NodeFacts | None = None
         self.unopened: Mapping[ListenerName, str] = {}  # there is nothing to open
         self.loads = 0
+        self.keeper = Keeper(tables)
         self.repairs = 0
         self.conntrack = Histogram(SYNC_BOUNDS_S)  # looks for stale UDP flows
         self.forgotten = Counter[str]()  # such flows, by IP family
@@ -180,11 +181,11 @@ class KernelProxier:
 
     async def keep_rules(self) -> None:
         """Load our rules again whenever somebody else removed or changed them. Runs until cancelled."""
-        await keep_rules(self._tables, self._repair)
+        await self.keeper.keep(self._repair)
 
     async def _repair(self) -> None:
         async with self._lock:
-            if self._loaded is None or not await repaired(self._tables):
+            if self._loaded is None or not await self.keeper.repaired():
                 return
             self.repairs += 1
             flows = {portal: wanted for held in self._answering.values() for portal, wanted in held.items() if wanted}

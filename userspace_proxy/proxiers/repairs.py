@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 
 from userspace_proxy.errors import SyncError
@@ -12,42 +13,73 @@ from userspace_proxy.interfaces import LoadedRules
 # A notice is the first of several; and whoever changes rules all the time is not answered all the time.
 _SETTLE_S = 0.05
 REPAIR_PAUSE_S = 0.3
+# The longest pause after a repair that was refused, too; each is twice as long as the one before.
 _LOOK_EVERY_S = 30.0
+_RETRY_S = 1.0
 
 log = logging.getLogger(__name__)
 
 
-async def keep_rules(rules: LoadedRules, repair: Callable[[], Awaitable[None]]) -> None:
-    """Call *repair* whenever somebody else may have changed *rules*. Runs until cancelled."""
-    changed = asyncio.Event()
-    await rules.watch(changed.set)
-    try:
-        while True:
-            try:
-                async with asyncio.timeout(_LOOK_EVERY_S):
-                    await changed.wait()
-                await asyncio.sleep(_SETTLE_S)
-            except TimeoutError:
-                pass
-            changed.clear()
-            try:
-                await repair()
-            except SyncError as error:
-                log.error("rules were changed by somebody else and cannot be loaded again: %s", error)  # noqa: TRY400
-                changed.set()
-                await asyncio.sleep(1)
-    finally:
-        rules.unwatch()
+class Keeper:
+    """Keeps *rules* as they were loaded.
 
-
-async def repaired(rules: LoadedRules) -> bool:
-    """Load *rules* again unless they are as they were loaded; return whether that was necessary.
-
-    Raises:
-        SyncError: they are not, and the kernel refused.
+    ``error``: why that cannot be done, "" where it can; ``failing_since``: since which wall-clock second.
     """
-    if await rules.is_intact():
-        return False
-    log.warning("our rules were removed or changed by somebody else; loading them again")
-    await rules.reload()
-    return True
+
+    def __init__(self, rules: LoadedRules, retry_s: float = _RETRY_S) -> None:
+        """*retry_s*: the pause after the first repair that was refused."""
+        self._rules = rules
+        self._retry_s = retry_s
+        self.error = ""
+        self.failing_since: float | None = None
+
+    async def keep(self, repair: Callable[[], Awaitable[None]]) -> None:
+        """Call *repair* whenever somebody else may have changed the rules. Runs until cancelled."""
+        changed = asyncio.Event()
+        await self._rules.watch(changed.set)
+        pause_s = self._retry_s
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout(_LOOK_EVERY_S):
+                        await changed.wait()
+                    await asyncio.sleep(_SETTLE_S)
+                except TimeoutError:
+                    pass
+                changed.clear()
+                try:
+                    await repair()
+                except SyncError as error:
+                    self._note_failure(str(error))
+                    changed.set()
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, _LOOK_EVERY_S)
+                else:
+                    self._note_success()
+                    pause_s = self._retry_s
+        finally:
+            self._rules.unwatch()
+
+    async def repaired(self) -> bool:
+        """Load the rules again unless they are as they were loaded; return whether that was necessary.
+
+        Raises:
+            SyncError: they are not, and the kernel refused.
+        """
+        if await self._rules.is_intact():
+            return False
+        if not self.error:
+            log.warning("our rules were removed or changed by somebody else; loading them again")
+        await self._rules.reload()
+        return True
+
+    def _note_failure(self, error: str) -> None:
+        if error != self.error:
+            log.error("our rules are not as they should be, and cannot be loaded again: %s", error)
+        self.error = error
+        self.failing_since = self.failing_since or time.time()
+
+    def _note_success(self) -> None:
+        if self.error:
+            log.info("our rules are as they should be again")
+        self.error, self.failing_since = "", None

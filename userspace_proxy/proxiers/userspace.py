@@ -21,7 +21,7 @@ from userspace_proxy.model.service import Portal, portals
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.proxiers.plans import NodeRules, Plan, Plans, redirects_to
 from userspace_proxy.proxiers.proxy_ports import ProxyPorts
-from userspace_proxy.proxiers.repairs import REPAIR_PAUSE_S, keep_rules, repaired
+from userspace_proxy.proxiers.repairs import REPAIR_PAUSE_S, Keeper
 from userspace_proxy.rules.conntrack import ANY_IP, Answering, changed_udp_portals, forget_udp_flows, udp_ports
 
 _PORT_TRIES = 64
@@ -51,6 +51,7 @@ class UserspaceProxier:
         self._refuse_port = 0
         self.unopened: dict[ListenerName, str] = {}
         self.loads = 0
+        self.keeper = Keeper(kernel)
         self.repairs = 0
 
     @property
@@ -292,11 +293,11 @@ class UserspaceProxier:
 
     async def keep_rules(self) -> None:
         """Load our rules again whenever somebody else removed or changed them. Runs until cancelled."""
-        await keep_rules(self._kernel, self._repair)
+        await self.keeper.keep(self._repair)
 
     async def _repair(self) -> None:
         async with self._lock:
-            is_repaired = self._loaded is not None and await repaired(self._kernel)
+            is_repaired = self._loaded is not None and await self.keeper.repaired()
             if is_repaired and self._loaded is not None:
                 self.repairs += 1
                 await forget_udp_flows(changed_udp_portals(Redirects(), self._loaded))

@@ -180,6 +180,11 @@ class Step(NamedTuple):
     endpoint: Address | None = None
     weight: int = 0
 
+    @property
+    def is_beginning(self) -> bool:
+        """Whether steps for endpoints behind the same portal are of no use without it."""
+        return self.endpoint is None and self.verb is not Verb.DELETE
+
     def __str__(self) -> str:
         what = f"server ({self.server.scheduler})" if self.endpoint is None else join_address(*self.endpoint)
         return f"{self.verb} {what} at {self.portal.protocol} {self.portal}"

@@ -62,8 +62,8 @@ class _MissingSchedulersError(SyncError):
 class IpvsTables:
     """Holds virtual servers, and brings them to what is wanted; rules refuse and masquerade (`IpvsTable`).
 
-    Loads are not all or nothing, as IPVS knows no transactions: after a step that the kernel refused all is looked at
-    again by the next load.
+    Loads are not all or nothing, as IPVS knows no transactions: what was done before a step that the kernel refused is
+    known, and the next load looks at all again.
     """
 
     mode = "ipvs"
@@ -78,6 +78,7 @@ class IpvsTables:
         self._wanted = Wanted()
         # What the kernel has of ours, as far as we know; None where that is to be found out.
         self._present: VirtualServers | None = None
+        self._was_refused = False  # a step of the last load
         self._missing: frozenset[str] = frozenset()  # schedulers that this kernel has not
         self._device = VirtualDevice()
         self._foreign: frozenset[Portal] = frozenset()
@@ -91,12 +92,15 @@ class IpvsTables:
 
     async def prepare(self) -> None:
         await self._rules.prepare()
-        await _require_ipvs()
         if await self._device.is_foreign():
             raise SyncError(
                 f"{DEVICE} is somebody else's (kube-proxy in ipvs mode?): "
                 "stop it and run `kube-proxy --cleanup`, or use --proxy-mode nftables"
             )
+        await _require_ipvs()
+
+    def _set_node(self) -> None:
+        """Set the node to what the mode needs: not before the first load, when this node is ours to serve."""
         if refused := sysctls.apply([_NEEDED]):
             raise SyncError(f"ipvs mode needs conntrack: {refused[0]}")
         for said in sysctls.apply(_WISHED):
@@ -110,6 +114,8 @@ class IpvsTables:
         changed: Collection[ServicePortName],
         facts: NodeFacts,
     ) -> None:
+        if self._facts is None:
+            self._set_node()
         host_ips = await self._look_at_host()
         await self._rules.load(translations, changed, at_host(facts, host_ips))
         self._facts = facts
@@ -130,11 +136,11 @@ class IpvsTables:
     ) -> None:
         node_ips = node_port_ips(facts, host_ips)
         names = set(changed)
-        if self._present is None or node_ips != self._node_ips:
+        present = None if self._was_refused else self._present
+        if present is None or node_ips != self._node_ips:
             names |= {*self._wanted.translations, *translations}
         self._node_ips = node_ips
         portals = self._wanted.change(names, translations, node_ips, self._scheduler, self._missing)
-        present, self._present = self._present, None
         if present is None:
             present = await self._look()
             portals |= present.keys()
@@ -148,7 +154,6 @@ class IpvsTables:
         except SyncError:
             await self._bear(present, host_ips)  # nobody else waits for what was refused
             raise
-        self._present = present
         await self._bear(present, host_ips)
 
     async def _look_at_host(self) -> tuple[str, ...]:
@@ -171,20 +176,21 @@ class IpvsTables:
         return {portal: server for portal, server in listing.servers.items() if portal in ours}
 
     async def _take(self, present: VirtualServers, todo: list[Step]) -> None:
-        """Take the steps *todo* and note in *present* what was done. An endpoint that IPVS cannot have is left out."""
-        if not todo:
-            return
-        refused = await _ask(ipvs_netlink.take, todo)
+        """Take the steps *todo*, which lead on from *present*. An endpoint that IPVS cannot have is left out."""
+        self._present = None
+        refused = await _ask(ipvs_netlink.take, todo) if todo else []
+        without = {step.portal for step, _ in refused if step.is_beginning}
+        undone = {(step.portal, step.endpoint) for step, _ in refused}
+        after(present, (s for s in todo if s.portal not in without and (s.portal, s.endpoint) not in undone))
+        refusals = [f"{step}: {why.strerror}" for step, why in refused if not _is_unfit(step, why)]
+        self._present, self._was_refused = present, bool(refusals)
         schedulers = {step.server.scheduler for step, why in refused if step.endpoint is None and why.errno == ENOENT}
         if missing := schedulers - {DEFAULT_SCHEDULER}:
             raise _MissingSchedulersError(missing)
-        unfit = set()
+        if refusals:
+            raise SyncError(f"IPVS refused: {min(refusals)}")
         for step, why in refused:
-            if not _is_unfit(step, why):
-                raise SyncError(f"IPVS refused: {step}: {why.strerror}")
             log.warning("%s: IPVS has no such endpoints (%s); it is left out", step, why.strerror)
-            unfit.add((step.portal, step.endpoint))
-        after(present, (step for step in todo if (step.portal, step.endpoint) not in unfit))
 
     async def _bear(self, present: VirtualServers, host_ips: Iterable[str]) -> None:
         """Make what is wanted addresses of this node; those of servers that are left with connections are kept."""
@@ -199,10 +205,15 @@ class IpvsTables:
         if self._poll is not None and not self._is_due:
             return True  # somebody asks after each load, and all of it is a long look
         self._is_due = False
+        return await self._look_after_servers()
+
+    async def _look_after_servers(self) -> bool:
+        """Follow this node's addresses and take away what has ended; return whether servers are as they were loaded."""
         began = time.monotonic()
         sysctls.apply([_NEEDED])
         if self._has_moved or self._notices is None:
-            await self.load(self._wanted.translations.copy(), (), self._facts)
+            await self._load_again()
+        assert self._present is not None
         listing = await _ask(ipvs_netlink.listing)
         intact = all(listing.servers.get(portal) == server for portal, server in self._present.items())
         # Who was in the way and is gone leaves room for ours.
@@ -214,19 +225,31 @@ class IpvsTables:
 
     async def _end(self, listing: Listing) -> None:
         """Take away what is wanted no more and has no connections left."""
-        present, self._present = self._present, None
+        present = self._present
         assert present is not None
         ended = list(endings(present, self._wanted.servers, listing.connections))
-        await self._take(present, ended)
-        self._present = present
         if ended:
+            await self._take(present, ended)
             await self._bear(present, self._host_ips)
 
     async def reload(self) -> None:
-        if self._facts is not None:
+        """Load again what is not as it was: the rules, or the virtual servers."""
+        if self._facts is None:
+            return
+        if not await self._rules.is_intact():
             await self._rules.reload()
+        if self._present is None or not await self._look_after_servers():
             self._present = None
-            await self.load(dict(self._wanted.translations), (), self._facts)
+            await self._load_again()
+
+    async def _load_again(self) -> None:
+        """Load what is held. After a failure nothing is intact: nobody else would try it once more."""
+        assert self._facts is not None
+        try:
+            await self.load(self._wanted.translations.copy(), (), self._facts)
+        except SyncError:
+            self._present = None
+            raise
 
     async def remove(self) -> None:
         self._present, self._facts = None, None
@@ -291,3 +314,5 @@ async def _require_ipvs() -> None:
         raise SyncError(f"this kernel has no IPVS ({why}); use --proxy-mode nftables, or a kernel with ip_vs")
     if not _NEEDED.path.exists():  # hidden from user namespaces, from which changes are refused, too
         raise SyncError("IPVS obeys real root alone, no user namespace's: use sudo, or --proxy-mode nftables")
+    if not sysctls.can_apply(_NEEDED):
+        raise SyncError(f"ipvs mode needs conntrack, and {_NEEDED} cannot be made {_NEEDED.value} here")

@@ -148,14 +148,10 @@ def take(steps: Sequence[Step]) -> list[tuple[Step, OSError]]:
                 codes = zip(part, _codes(sock, len(part)), strict=True)
                 refused.extend((step, OSError(code, os.strerror(code))) for step, code in codes if code)
 
-        take_each([step for step in steps if _begins(step)])
+        take_each([step for step in steps if step.is_beginning])
         without = {step.portal for step, _ in refused}
-        take_each([step for step in steps if not _begins(step) and step.portal not in without])
+        take_each([step for step in steps if not step.is_beginning and step.portal not in without])
     return refused
-
-
-def _begins(step: Step) -> bool:
-    return step.endpoint is None and step.verb is not Verb.DELETE
 
 
 def _body(step: Step) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,11 @@ def knows_conntrack() -> bool:
 def queue_sysctl(backlog: int) -> Sysctl:
     """Return what lets a listener's queue be *backlog* long; the kernel cuts longer ones down without a word."""
     return Sysctl(_PROC / "net/core/somaxconn", backlog, at_least=True)
+
+
+def can_apply(wanted: Sysctl) -> bool:
+    """Return whether what is *wanted* is so, or may be set; nothing is."""
+    return int(wanted.path.read_text()) == wanted.value or os.access(wanted.path, os.W_OK)
 
 
 def apply(wanted: Iterable[Sysctl]) -> list[str]:

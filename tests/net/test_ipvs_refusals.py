@@ -1,0 +1,106 @@
+"""`--proxy-mode ipvs` where the kernel refuses, and what is loaded again when somebody else changed it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.net.ipvs import IpvsProxy, fresh_ipvs_proxy
+from tests.net.world import POD1, answers, wait_until
+from tests.rules.given import name
+from tests.rules.given_services import HERE, NEAR4, PODS, by_name, translation
+from userspace_proxy.interfaces import NodeFacts
+from userspace_proxy.lab import Host, ServiceLab
+from userspace_proxy.model.service import ServicePort
+from userspace_proxy.rules.ipvs import IpvsTable
+from userspace_proxy.rules.ipvs_kernel import IpvsTables
+
+pytestmark = pytest.mark.ipvs
+
+REFUSED = "IPVS refused: add server (rr) at TCP 10.96.9.30:80: No such file or directory"
+WELL_AGAIN = "our rules are as they should be again"
+
+
+@pytest.fixture
+def proxy(world: ServiceLab, tmp_path: Path) -> Iterator[IpvsProxy]:
+    with fresh_ipvs_proxy(world, tmp_path) as one:
+        yield one
+
+
+@contextlib.contextmanager
+def without_schedulers(node: Host) -> Iterator[None]:
+    """Take the module of all virtual servers away, and what could load it again."""
+    knob = Path("/proc/sys/kernel/modprobe")
+    loader = knob.read_text()
+    knob.write_text("/bin/false")
+    try:
+        node.run("sh", "-c", "until ipvsadm -C && rmmod ip_vs_rr; do :; done")
+        yield
+    finally:
+        knob.write_text(loader)
+
+
+def test_a_load_that_is_refused_for_long_is_named_once_and_so_is_its_end(proxy: IpvsProxy, world: ServiceLab) -> None:
+    proxy.give("before", "10.96.9.31", POD1)
+    proxy.start()
+    proxy.delete("before")
+    wait_until(lambda: proxy.servers() == "", "nothing is served")
+    with without_schedulers(world.node):
+        proxy.give("web", "10.96.9.30", POD1)
+        wait_until(lambda: proxy.metric("userspace_proxy_sync_failing_seconds") > 3, "it is refused for long")
+        _, health = proxy.get("/healthz", 10256)
+
+    assert REFUSED in health
+    wait_until(lambda: answers(world.client, "10.96.9.30", 80) == "pod1", "it is served when it can be", 30)
+    wait_until(lambda: "the rules could be loaded again" in proxy.log(), "that is said")
+    assert proxy.log().count(REFUSED) == 1
+    assert "changed by somebody else" not in proxy.log()
+
+
+def test_a_repair_that_is_refused_for_long_is_named_once_and_so_is_its_end(proxy: IpvsProxy, world: ServiceLab) -> None:
+    proxy.give("web", "10.96.9.30", POD1)
+    proxy.start()
+    with without_schedulers(world.node):
+        wait_until(lambda: proxy.metric("userspace_proxy_rule_repair_failing_seconds") > 3, "it is refused for long")
+        _, health = proxy.get("/healthz", 10256)
+
+    assert REFUSED in health
+    wait_until(lambda: answers(world.client, "10.96.9.30", 80) == "pod1", "it is served when it can be", 30)
+    wait_until(lambda: WELL_AGAIN in proxy.log(), "that is said")
+    _, *after = proxy.log().split("IPVS refused")
+    assert len(after) == 1
+    assert "changed by somebody else" not in after[0]
+    assert proxy.metric("userspace_proxy_rule_repair_failing_seconds") == 0
+
+
+def test_only_what_was_changed_is_loaded_again(world: ServiceLab) -> None:
+    table = IpvsTable.name.split()
+
+    def rules() -> str:
+        return world.node.run("nft", "--handle", "list", "chain", *table, "refuse").stdout
+
+    async def scenario() -> None:
+        tables = IpvsTables()
+        await tables.prepare()
+        try:
+            web = translation(ServicePort(name("ns/a"), 80, ("10.96.9.32",)), NEAR4)
+            await tables.load(by_name([web]), (), NodeFacts(HERE, PODS))
+            before = rules(), world.node.run("ipvsadm", "-Sn").stdout
+
+            world.node.run("ipvsadm", "-C")
+            await tables.reload()
+            assert (rules(), world.node.run("ipvsadm", "-Sn").stdout) == before
+
+            world.node.run("nft", "flush", "chain", *table, "refuse")
+            await tables.reload()
+            assert rules().count("handle") == before[0].count("handle")
+            assert world.node.run("ipvsadm", "-Sn").stdout == before[1]
+        finally:
+            await tables.remove()
+
+    with world.node.inside(), asyncio.Runner() as runner:
+        runner.run(scenario())
