@@ -34,7 +34,7 @@ from userspace_proxy.rules.ipvs import (
     virtual_servers,
 )
 from userspace_proxy.rules.ipvs_device import device_lines
-from userspace_proxy.rules.ipvs_netlink import TICKS_A_SECOND, read
+from userspace_proxy.rules.ipvs_netlink import TICKS_A_SECOND, read, without_counts
 from userspace_proxy.rules.ipvs_wanted import Wanted
 
 FACTS = NodeFacts(HERE, PODS)
@@ -261,6 +261,21 @@ def test_the_device_loses_addresses_before_it_gets_others() -> None:
 
 
 # ---- what the kernel says
+
+
+def test_what_the_kernel_lists_is_the_same_but_for_counts_until_somebody_changes_it() -> None:
+    same = PROC.replace("1      2          3", "1      17         0")
+    assert same != PROC
+    assert without_counts(same) == without_counts(PROC)
+
+    for old, new in (
+        ("Masq    1  ", "Masq    2  "),
+        (f"persistent {10800 * TICKS_A_SECOND} ", "persistent 100 "),
+        (":0035 rr", ":0035 wrr"),
+        ("0AF40003:1F90      Masq    0", "0AF40004:1F90      Masq    0"),
+    ):
+        assert old in PROC
+        assert without_counts(PROC.replace(old, new)) != without_counts(PROC)
 
 
 def test_what_the_kernel_lists_is_understood() -> None:

@@ -79,6 +79,8 @@ class IpvsTables:
         # What the kernel has of ours, as far as we know; None where that is to be found out.
         self._present: VirtualServers | None = None
         self._was_refused = False  # a step of the last load
+        # What the kernel printed when all was as it should be and nobody was to leave, without counts.
+        self._seen: str | None = None
         self._missing: frozenset[str] = frozenset()  # schedulers that this kernel has not
         self._device = VirtualDevice()
         self._foreign: frozenset[Portal] = frozenset()
@@ -134,6 +136,7 @@ class IpvsTables:
         facts: NodeFacts,
         host_ips: tuple[str, ...],
     ) -> None:
+        self._seen = None
         node_ips = node_port_ips(facts, host_ips)
         names = set(changed)
         present = None if self._was_refused else self._present
@@ -213,24 +216,32 @@ class IpvsTables:
         sysctls.apply([_NEEDED])
         if self._has_moved or self._notices is None:
             await self._load_again()
-        assert self._present is not None
-        listing = await _ask(ipvs_netlink.listing)
-        intact = all(listing.servers.get(portal) == server for portal, server in self._present.items())
-        # Who was in the way and is gone leaves room for ours.
-        intact = intact and self._foreign & self._wanted.servers.keys() <= listing.servers.keys()
-        if intact:
-            await self._end(listing)
+        text = await _ask(ipvs_netlink.printed)
+        seen = await _ask(ipvs_netlink.without_counts, text)
+        if not (intact := seen == self._seen):
+            listing = await _ask(ipvs_netlink.read, text)
+            if intact := self._is_as_loaded(listing):
+                self._seen = None if await self._end(listing) else seen
         self._look_s = time.monotonic() - began
         return intact
 
-    async def _end(self, listing: Listing) -> None:
-        """Take away what is wanted no more and has no connections left."""
-        present = self._present
+    def _is_as_loaded(self, listing: Listing) -> bool:
+        assert self._present is not None
+        # Who was in the way and is gone leaves room for ours.
+        return self._foreign & self._wanted.servers.keys() <= listing.servers.keys() and all(
+            listing.servers.get(portal) == server for portal, server in self._present.items()
+        )
+
+    async def _end(self, listing: Listing) -> bool:
+        """Take away what is wanted no more and has no connections left; return whether anybody was to leave."""
+        present, wanted = self._present, self._wanted.servers
         assert present is not None
-        ended = list(endings(present, self._wanted.servers, listing.connections))
-        if ended:
+        if not any(endings(present, wanted, {})):
+            return False
+        if ended := list(endings(present, wanted, listing.connections)):
             await self._take(present, ended)
             await self._bear(present, self._host_ips)
+        return True
 
     async def reload(self) -> None:
         """Load again what is not as it was: the rules, or the virtual servers."""
