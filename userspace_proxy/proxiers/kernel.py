@@ -193,17 +193,26 @@ class KernelProxier:
         await asyncio.sleep(REPAIR_PAUSE_S)
 
     async def close(self, drain_timeout_s: float) -> None:
-        """Refuse whoever is new, then take the rules away: with the last of them open connections stop, too."""
+        """Take the rules away; while connections are open, which stop with them, whoever is new is refused."""
         async with self._lock:
             try:
                 if self._loaded is not None:
-                    portals = {route.portal for made in self._translations.values() for route in made.routes}
-                    refusing = {name: _refusing(made) for name, made in self._translations.items()}
-                    await self._tables.load(refusing, set(refusing), self._loaded)
-                    await _drained({p for p in portals if p.protocol is L4Protocol.TCP}, drain_timeout_s)
+                    await self._drain(drain_timeout_s, self._loaded)
                 await self._tables.remove()
             except SyncError as error:
                 log.error("rules were left behind (`userspace-proxy cleanup` removes them): %s", error)  # noqa: TRY400
+
+    async def _drain(self, timeout_s: float, facts: NodeFacts) -> None:
+        portals = {route.portal for made in self._translations.values() for route in made.routes}
+        portals = {portal for portal in portals if portal.protocol is L4Protocol.TCP}
+        if not timeout_s or not await open_connections(portals):
+            return  # with thousands of Services it takes seconds to refuse them all
+        refusing = {name: _refusing(made) for name, made in self._translations.items()}
+        await self._tables.load(refusing, set(refusing), facts)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while await open_connections(portals):  # noqa: ASYNC110 - the kernel tells nobody
+                    await asyncio.sleep(_DRAIN_LOOK_S)
 
 
 def _refusing(made: Translation) -> Translation:
@@ -212,14 +221,6 @@ def _refusing(made: Translation) -> Translation:
         route._replace(to=Refusal.REJECT) if isinstance(route.to, ListenerName) else route for route in made.routes
     )
     return replace(made, routes=tuple(routes))
-
-
-async def _drained(portals: set[Portal], timeout_s: float) -> None:
-    """Wait until no connection to *portals* is open, but not for longer than *timeout_s*."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(timeout_s):
-            while portals and await open_connections(portals):  # noqa: ASYNC110 - the kernel tells nobody
-                await asyncio.sleep(_DRAIN_LOOK_S)
 
 
 class Claims:
