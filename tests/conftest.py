@@ -12,11 +12,16 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import hypothesis
 import pytest
 import uvloop
 
 from tests.fakes import FakeClock
 from userspace_proxy import lab
+
+# However busy the machine is: time is no reason to fail.
+hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("patient")
 
 _INSIDE = "USERSPACE_PROXY_TESTS_IN_NAMESPACES"
 

@@ -149,7 +149,7 @@ def what_is_there(history: Iterable[Sequence[ObjectEvent]]) -> list[ObjectEvent]
 
 @pytest.mark.parametrize("in_cluster", [False, True])
 @given(history=HISTORIES, chance=st.randoms())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_history_leaves_what_a_fresh_start_finds(history: History, chance: Any, *, in_cluster: bool) -> None:
     present = what_is_there(history)
     chance.shuffle(present)
@@ -166,7 +166,7 @@ def test_a_history_leaves_what_a_fresh_start_finds(history: History, chance: Any
 
 
 @given(history=HISTORIES)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_restart_moves_nothing_and_what_is_told_again_is_nothing_new(history: History) -> None:
     first = Allotments(CLUSTER_IPS, None, POOL)
     lived = after(history, first)

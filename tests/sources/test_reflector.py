@@ -438,7 +438,7 @@ async def live_through(server: ApiServer, history: list[tuple[str, Any]]) -> Non
 
 
 @pytest.mark.parametrize("factory", [uvloop.new_event_loop, asyncio.new_event_loop], ids=["uvloop", "asyncio"])
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(history=histories(), watch_list=st.booleans(), seed=st.integers(0, 99))
 def test_any_history_ends_with_the_truth(
     factory: Callable[[], asyncio.AbstractEventLoop], history: list[tuple[str, Any]], watch_list: bool, seed: int
