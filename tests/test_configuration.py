@@ -14,7 +14,7 @@ import pytest
 from userspace_proxy.cli import commands
 from userspace_proxy.configuration import HONOURED, Configuration, read_configuration
 from userspace_proxy.errors import StartError
-from userspace_proxy.options import settings_from
+from userspace_proxy.options.run import settings_from
 from userspace_proxy.settings import Settings
 
 HEAD = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"

@@ -18,25 +18,18 @@ import click
 from userspace_proxy import __version__
 from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.explain.command import EXPLAINING, show
-from userspace_proxy.options import (
+from userspace_proxy.options.reading import SECONDS, Value, fail
+from userspace_proxy.options.rules import (
     CAPTURE,
-    CLUSTER_IPS,
     KERNEL_MODES,
-    LOAD_BALANCER_POOL,
     LOCAL_TRAFFIC,
-    PATHS,
     PROXY_PORTS,
     RULES,
-    RUN_OPTIONS,
-    SECONDS,
-    SOURCE_IP,
-    SOURCES,
     STATE_DIR,
-    Value,
-    fail,
     proxy_mode,
-    settings_from,
 )
+from userspace_proxy.options.run import RUN_OPTIONS, settings_from
+from userspace_proxy.options.sources import CLUSTER_IPS, LOAD_BALANCER_POOL, PATHS, SOURCE_IP, SOURCES
 from userspace_proxy.settings import Settings
 
 if TYPE_CHECKING:
