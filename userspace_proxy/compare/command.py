@@ -79,8 +79,8 @@ class Depth:
     engines: bool
 
 
-_QUICK = Depth(rounds=3, events=1, calls_s=0.2, dial_s=0.1, sizes=(10, 1_000, 5_000), engines=False)
-_FULL = Depth(rounds=7, events=3, calls_s=1.0, dial_s=0.3, sizes=SIZES, engines=True)
+_QUICK = Depth(rounds=3, events=1, calls_s=0.2, dial_s=0.3, sizes=(10, 1_000, 5_000), engines=False)
+_FULL = Depth(rounds=7, events=3, calls_s=1.0, dial_s=1.0, sizes=SIZES, engines=True)
 
 
 @dataclass(frozen=True, slots=True)
