@@ -118,11 +118,17 @@ class KubeProxy:
 
     def close(self) -> None:
         """End it and take its rules away."""
-        if self._process is not None:
-            self._process.terminate()
-            self._process.wait(10)
-            self.node.run(str(self.binary), "--cleanup", check=False, timeout_s=60)
-        self.api.close()
+        try:
+            if self._process is not None:
+                self._process.terminate()
+                try:
+                    self._process.wait(10)
+                except subprocess.TimeoutExpired:
+                    self._process.kill()
+                    self._process.wait(10)
+                self.node.run(str(self.binary), "--cleanup", check=False, timeout_s=60)
+        finally:
+            self.api.close()
 
 
 def with_defaults(given: Mapping[str, Any]) -> Object:

@@ -72,8 +72,8 @@ def kube_proxy(cluster: Cluster, tmp_path: Path, request: pytest.FixtureRequest)
         pytest.skip("this kube-proxy has no nftables mode")
     flags = _ALL_ADDRESSES if request.param == "nftables" else ()
     made = KubeProxy(cluster, tmp_path, request.param, *flags)
-    made.give(*(given for given, _ in CASES if is_readable(version, given)))
     try:
+        made.give(*(given for given, _ in CASES if is_readable(version, given)))
         made.start()
         yield made
     finally:

@@ -53,7 +53,7 @@ class KernelModeMetrics(Collector):
     def _of_iptables(self) -> Iterator[Metric]:
         loads = self._stats.loads
         for name, text, rules in (
-            ("total", "rules that are ours", {family: each.rules for family, each in loads.items()}),
+            ("total", "rules that are wanted", {family: each.rules for family, each in loads.items()}),
             ("last", "rules that the last load wrote", {family: each.written for family, each in loads.items()}),
         ):
             gauge = GaugeMetricFamily(f"{_SYNC}_iptables_{name}", text, labels=["table", "ip_family"])

@@ -7,7 +7,6 @@ mode in another order each round, so that a machine which gets slower gets slowe
 from __future__ import annotations
 
 import gc
-import os
 import random
 import resource
 import signal
@@ -128,7 +127,6 @@ def measure(request: Request) -> Results:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
         with tempfile.TemporaryDirectory(dir="/run") as folder, Lab() as lab, _progress(request.duration_s) as say:
-            os.environ["TMPDIR"] = folder  # where iperf3 keeps what it sends; a container's own may be read-only
             return _Comparison(request, Sites(lab, Path(folder)), say).run()
     except subprocess.CalledProcessError as error:
         words = (error.stderr or error.stdout or "").strip() or f"exit code {error.returncode}"

@@ -6,6 +6,7 @@ have at hand, so that whoever doubts a figure can ask again.
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -42,15 +43,30 @@ class _Client:
     """A tool on the client's host that says what it did when it is stopped: its own durations are in whole seconds."""
 
     def __init__(self, site: Site, *command: str) -> None:
-        self._process = subprocess.Popen(site.client.command(*command), stdout=subprocess.PIPE, text=True)
+        self._tool = command[0]
+        # iperf3 keeps there what it sends; a container's own folder for such may be read-only.
+        environment = {**os.environ, "TMPDIR": str(site.folder)}
+        self._process = subprocess.Popen(
+            site.client.command(*command), stdout=subprocess.PIPE, text=True, env=environment
+        )
 
     def stop(self, meanwhile: Callable[[], object] = lambda: None) -> Done:
         """End it, calling *meanwhile* until it has ended (within 100 ms), and return what it did."""
         self._process.send_signal(signal.SIGINT)
+        give_up_at = time.monotonic() + _TIMEOUT_S
         while self._process.poll() is None:
+            if time.monotonic() > give_up_at:
+                self.kill()
+                raise StartError(f"{self._tool} does not end")
             meanwhile()
             time.sleep(0.002)
-        return self._parse(self._process.communicate(timeout=_TIMEOUT_S)[0])
+        return self._parse(self._process.communicate()[0])
+
+    def kill(self) -> None:
+        """End it at once, if it has not ended."""
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.communicate()
 
     def _parse(self, output: str) -> Done:
         raise NotImplementedError
@@ -85,15 +101,20 @@ class Iperf(_Client):
         try:
             said = msgspec.json.decode(output)
             received = said["end"]["sum_received"]
+            if not received["bytes"]:
+                raise StartError("iperf3 was stopped before it began")
             return Done(received["bytes"], received["seconds"])
         except (msgspec.DecodeError, KeyError):
             raise StartError(f"iperf3 said: {output.strip()[-500:]}") from None
 
 
 def run_for(seconds: float, client: Wrk | Iperf) -> Done:
-    """Let *client*, which has just been started, load for so long."""
-    time.sleep(seconds)
-    return client.stop()
+    """Let *client*, which has just been started, load for so long; it is ended whatever happens."""
+    try:
+        time.sleep(seconds)
+        return client.stop()
+    finally:
+        client.kill()
 
 
 def one_after_another(site: Site, addresses: Sequence[tuple[str, int]], seconds: float) -> list[float]:

@@ -83,8 +83,10 @@ def _measure(site: Site, size: int, direct: Site, seconds: float) -> dict[str, f
     change_s = statistics.median(_change(site, turn) for turn in range(_CHANGES))
     spread = [(site.service_ip(_FIRST + index * (size - 1) // (_DIALLED - 1)), 80) for index in range(_DIALLED)]
     dialled, without = [], []
-    for _ in range(_TURNS):
-        dialled.append(statistics.median(one_after_another(site, spread, seconds / _TURNS)))
+    for turn in range(_TURNS):
+        first = turn * _DIALLED // _TURNS  # a turn may be too short for all of them
+        in_turn = [*spread[first:], *spread[:first]]
+        dialled.append(statistics.median(one_after_another(site, in_turn, seconds / _TURNS)))
         without.append(
             statistics.median(one_after_another(direct, [(direct.trio_ips[0], HTTP_PORT)], seconds / _TURNS))
         )

@@ -157,7 +157,8 @@ class Sites:
     def start_backends(self) -> None:
         """Start what answers in the pod: nginx for small answers, iperf3 for bytes."""
         self.start_nginx("small", SMALL)
-        self.pod.start("iperf3", "-s", "-p", str(BULK), log=self._folder / "backends.log")
+        iperf3 = ("env", f"TMPDIR={self._folder}", "iperf3", "-s", "-p", str(BULK))
+        self.pod.start(*iperf3, log=self._folder / "backends.log")
         self._wait_for_pod(BULK, lambda: connect(self.pod, "127.0.0.1", BULK).close())
 
     def start_nginx(self, name: str, port: int) -> None:

@@ -87,6 +87,7 @@ class KernelProxier:
             if changed or facts != self._loaded:
                 await self._tables.load(self._translations, changed, facts)
                 self.loads += 1
+                self.keeper.look_now()
             self._unloaded = set()
             self._loaded = facts
             self._plans.finish()
@@ -189,7 +190,8 @@ class KernelProxier:
                 return
             self.repairs += 1
             flows = {portal: wanted for held in self._answering.values() for portal, wanted in held.items() if wanted}
-            await self._forget(flows)
+            if flows:
+                await self._forget(flows)
         await asyncio.sleep(REPAIR_PAUSE_S)
 
     async def close(self, drain_timeout_s: float) -> None:
@@ -198,6 +200,9 @@ class KernelProxier:
             try:
                 if self._loaded is not None:
                     await self._drain(drain_timeout_s, self._loaded)
+            except SyncError as error:
+                log.warning("open connections are not waited for: %s", error)
+            try:
                 await self._tables.remove()
             except SyncError as error:
                 log.error("rules were left behind (`userspace-proxy cleanup` removes them): %s", error)  # noqa: TRY400

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -32,6 +33,11 @@ class Keeper:
         self._retry_s = retry_s
         self.error = ""
         self.failing_since: float | None = None
+        self._is_loaded = asyncio.Event()
+
+    def look_now(self) -> None:
+        """Do not wait for the next try, if a repair was refused: rules have been loaded since."""
+        self._is_loaded.set()
 
     async def keep(self, repair: Callable[[], Awaitable[None]]) -> None:
         """Call *repair* whenever somebody else may have changed the rules. Runs until cancelled."""
@@ -47,12 +53,15 @@ class Keeper:
                 except TimeoutError:
                     pass
                 changed.clear()
+                self._is_loaded.clear()
                 try:
                     await repair()
                 except SyncError as error:
                     self._note_failure(str(error))
                     changed.set()
-                    await asyncio.sleep(pause_s)
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(pause_s):
+                            await self._is_loaded.wait()
                     pause_s = min(2 * pause_s, _LOOK_EVERY_S)
                 else:
                     self._note_success()

@@ -207,6 +207,7 @@ class UserspaceProxier:
     async def _replace(self, redirects: Redirects, losing: Set[ServicePortName]) -> None:
         await self._kernel.load(redirects)
         self.loads += 1
+        self.keeper.look_now()
         before, self._loaded = self._loaded, redirects
         changed = {
             portal: ports if redirects.names.get(portal) in losing else ports | self._let_stay(portal)

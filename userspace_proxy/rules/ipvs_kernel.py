@@ -313,10 +313,8 @@ async def _ask(ask: Callable[..., _Answer], *arguments: object) -> _Answer:
 
 async def _require_ipvs() -> None:
     """Raise SyncError, a line that says what to do, where this kernel has no IPVS."""
-    if ipvs_netlink.is_loaded():
-        return
     why = "modprobe is not installed"
-    if is_installed("modprobe"):
+    if not ipvs_netlink.is_loaded() and is_installed("modprobe"):
         try:
             await run_tool("modprobe", "ip_vs")
         except SyncError as error:

@@ -196,7 +196,11 @@ class IptablesTables:
         self._touched = self._unheard = False
         for each in self._families:
             if each.loaded is not None:
-                saved = kube_tables.read(await xtables.save(each.tool))
+                try:
+                    saved = kube_tables.read(await xtables.save(each.tool))
+                except SyncError:
+                    self._touched = True  # as it is not known
+                    raise
                 self._touched |= not kube_tables.is_loaded(each.loaded, saved)
         self._look_s = time.monotonic() - began
         return not self._touched

@@ -27,7 +27,7 @@ class VirtualDevice:
             return False
         links = await run_tool("ip", "-json", "link", "show", "dev", DEVICE)
         try:
-            return bool(json.loads(links)[0]["group"] != OWN_GROUP)
+            return bool(json.loads(links)[0].get("group") != OWN_GROUP)
         except ValueError as error:
             raise SyncError(f"ip printed what is no JSON: {error}") from None
 
