@@ -49,8 +49,8 @@ class FakeRules:
 
 
 @contextlib.asynccontextmanager
-async def kept(rules: FakeRules) -> AsyncIterator[Keeper]:
-    keeper = Keeper(rules, RETRY_S)
+async def kept(rules: FakeRules, retry_s: float = RETRY_S) -> AsyncIterator[Keeper]:
+    keeper = Keeper(rules, retry_s)
 
     async def repair() -> None:
         await keeper.repaired()
@@ -94,3 +94,14 @@ async def test_who_refuses_is_asked_less_and_less_often() -> None:
 
     pauses_s = [after - before for before, after in itertools.pairwise(tries_at)]
     assert all(pause_s >= RETRY_S * 2**n for n, pause_s in enumerate(pauses_s)), pauses_s
+
+
+async def test_a_load_that_succeeds_meanwhile_is_looked_at_at_once() -> None:
+    rules = FakeRules("no room")
+    async with kept(rules, retry_s=60) as keeper:
+        await rules.reloaded()
+        rules.refusal = ""
+        keeper.look_now()
+        await rules.reloaded()
+
+        assert keeper.error == ""

@@ -33,7 +33,7 @@ from userspace_proxy.lab import Host, Lab
 from userspace_proxy.model.endpoint import FAMILIES, Endpoint, Family
 from userspace_proxy.model.names import L4Protocol, ServicePortName
 from userspace_proxy.model.service import node_portal
-from userspace_proxy.rules import kube_tables
+from userspace_proxy.rules import kube_tables, xtables
 from userspace_proxy.rules.kube_chains import (
     MARK_MASQ,
     NODE_PORTS,
@@ -402,6 +402,24 @@ async def test_only_what_changed_is_loaded(clean: Host) -> None:
         saved = clean.run("iptables-save", "-t", "nat").stdout
     assert f"-A KUBE-SVC-{chain_hash(LOCAL.name)} -j RETURN" in saved, "a chain that did not change was written"
     assert saved.count(f"-A KUBE-SEP-{chain_hash(WEB.name, FAR4)} ") == 2
+
+
+async def test_a_look_that_fails_leaves_it_unknown_whether_all_is_there(
+    clean: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fails(_: str) -> str:
+        raise SyncError("busy")
+
+    tables = IptablesTables()
+    with clean.inside():
+        await tables.load(EVERYTHING, set(EVERYTHING), FACTS)
+        with monkeypatch.context() as broken:
+            broken.setattr(xtables, "save", fails)
+            with pytest.raises(SyncError, match="busy"):
+                await tables.is_intact()
+
+        clean.run("iptables", "-t", "nat", "-F")  # nobody watches: no notice tells of it
+        assert not await tables.is_intact()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
