@@ -239,7 +239,7 @@ async def live_through(run: Run, history: list[Step]) -> None:
 
 
 @pytest.mark.parametrize("factory", [uvloop.new_event_loop, asyncio.new_event_loop], ids=["uvloop", "asyncio"])
-@settings(max_examples=300)
+@settings(max_examples=500)
 @given(history=histories())
 def test_any_history_ends_where_a_fresh_start_begins(
     factory: Callable[[], asyncio.AbstractEventLoop], history: list[Step]

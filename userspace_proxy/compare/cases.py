@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from userspace_proxy.compare.loads import Done, Iperf, Wrk, run_for
+from userspace_proxy.compare.loads import Done, Wrk, bulk_for, run_for
 from userspace_proxy.compare.meters import context_switches, machine_cpu_s, process_cpu_s
 from userspace_proxy.compare.sites import Site
-from userspace_proxy.errors import StartError
-
-_AGAIN_S = 0.5
-_LEAST_S = 0.4  # iperf3 takes its time to begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +46,7 @@ def _requests(connections: int, *, close: bool = False) -> Callable[[Site, float
 
 
 def _bulk(flows: int) -> Callable[[Site, float], dict[str, float]]:
-    def once(site: Site, seconds: float) -> dict[str, float]:
-        return _measured(site, 1e9, lambda: run_for(max(seconds, _LEAST_S), Iperf(site, flows)))[1]
-
-    def run(site: Site, seconds: float) -> dict[str, float]:
-        try:
-            return once(site, seconds)
-        except StartError:  # its server takes one at a time, and may not have seen the end of the one before
-            time.sleep(_AGAIN_S)
-            return once(site, seconds)
-
-    return run
+    return lambda site, seconds: _measured(site, 1e9, lambda: bulk_for(seconds, site, flows))[1]
 
 
 KEEPALIVE_1, NEW_1, KEEPALIVE_64, NEW_64 = "keepalive-1", "new-1", "keepalive-64", "new-64"

@@ -24,6 +24,8 @@ from userspace_proxy.errors import StartError
 REQUEST = b"GET / HTTP/1.1\r\nHost: compare\r\n\r\n"
 REQUEST_AND_CLOSE = b"GET / HTTP/1.0\r\n\r\n"
 _TIMEOUT_S = 10
+_LEAST_BULK_S = 0.4
+_AGAIN_S = 0.5
 _WRK_SCRIPT = Path(__file__).parent / "peers" / "wrk.lua"
 
 
@@ -115,6 +117,16 @@ def run_for(seconds: float, client: Wrk | Iperf) -> Done:
         return client.stop()
     finally:
         client.kill()
+
+
+def bulk_for(seconds: float, site: Site, flows: int) -> Done:
+    """Have *flows* of iperf3 for so long, or for as long as it takes it to begin."""
+    seconds = max(seconds, _LEAST_BULK_S)
+    try:
+        return run_for(seconds, Iperf(site, flows))
+    except StartError:  # its server takes one at a time, and may not have seen the end of the one before
+        time.sleep(_AGAIN_S)
+        return run_for(seconds, Iperf(site, flows))
 
 
 def one_after_another(site: Site, addresses: Sequence[tuple[str, int]], seconds: float) -> list[float]:

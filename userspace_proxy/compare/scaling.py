@@ -100,7 +100,6 @@ def _measure(site: Site, size: int, direct: Site, seconds: float) -> dict[str, f
         "change_ms": change_s * 1000,
         "new_connection_ms": statistics.median(dialled),
         "added_us": statistics.median(added),
-        "direct_ms": statistics.median(without),
         "spread_us": upper - lower,
     }
 

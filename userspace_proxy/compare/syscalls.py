@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from userspace_proxy.compare.loads import Iperf, Wrk, run_for
+from userspace_proxy.compare.loads import Wrk, bulk_for, run_for
 from userspace_proxy.compare.sites import Site
 from userspace_proxy.errors import StartError
 
@@ -27,7 +27,7 @@ def calls_per_request(site: Site, seconds: float, *, close: bool = False) -> dic
 
 def calls_per_mb(site: Site, seconds: float) -> dict[str, float]:
     """Return the calls per megabyte of one bulk flow, by name."""
-    return _counted(site, lambda: run_for(seconds, Iperf(site, 1)).units / 1e6)
+    return _counted(site, lambda: bulk_for(seconds, site, 1).units / 1e6)
 
 
 def counter() -> str | None:

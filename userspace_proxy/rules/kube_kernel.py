@@ -19,7 +19,7 @@ from userspace_proxy.rules import kube_tables, sysctls, xtables
 from userspace_proxy.rules.kube_chains import Manner, Rules, node_rules, service_rules
 from userspace_proxy.rules.kube_tables import Tables
 from userspace_proxy.rules.notices import RuleNotices, quiet
-from userspace_proxy.rules.tool import is_installed
+from userspace_proxy.rules.tool import in_thread, is_installed
 
 # Of more endpoints rules do not say which they lead to, as with kube-proxy: it is a third of what is loaded.
 _SAID_MAX = 1000
@@ -153,7 +153,7 @@ class IptablesTables:
 
     async def _restore(self, each: _Family, script: str) -> None:
         await xtables.restore(each.tool, script)
-        each.loads.written = kube_tables.written(script)
+        each.loads.written = await in_thread(kube_tables.written, script)  # 20 MB, after a whole load
 
     @property
     def loads(self) -> Mapping[str, Loads]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import socket
 from collections.abc import Iterable
 from pathlib import Path
 
-from userspace_proxy.errors import SyncError
 from userspace_proxy.model.endpoint import family_of
 from userspace_proxy.rules.ipvs_device import DEVICE, OWN_GROUP, device_lines
-from userspace_proxy.rules.tool import run_tool
+from userspace_proxy.rules.tool import parsed, run_tool
 
 _IPV6 = Path("/proc/sys/net/ipv6/conf")
 
@@ -25,11 +23,8 @@ class VirtualDevice:
         """Return whether there is one that is somebody else's."""
         if not _is_there():
             return False
-        links = await run_tool("ip", "-json", "link", "show", "dev", DEVICE)
-        try:
-            return bool(json.loads(links)[0].get("group") != OWN_GROUP)
-        except ValueError as error:
-            raise SyncError(f"ip printed what is no JSON: {error}") from None
+        links = parsed(await run_tool("ip", "-json", "link", "show", "dev", DEVICE))
+        return any(link.get("group") != OWN_GROUP for link in links)
 
     async def bear(self, wanted: Iterable[str]) -> None:
         """Have just the addresses that are *wanted*, those of IPv6 only where this host uses it.
