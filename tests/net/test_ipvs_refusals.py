@@ -51,6 +51,9 @@ def test_a_load_that_is_refused_for_long_is_named_once_and_so_is_its_end(proxy: 
     wait_until(lambda: proxy.servers() == "", "nothing is served")
     with without_schedulers(world.node):
         proxy.give("web", "10.96.9.30", POD1)
+        wait_until(lambda: REFUSED in proxy.log(), "it is refused")
+        for verb in ("add", "del"):  # what has it looked after again
+            world.node.ip("addr", verb, "10.9.9.9/32", "dev", "lo")
         wait_until(lambda: proxy.metric("userspace_proxy_sync_failing_seconds") > 3, "it is refused for long")
         _, health = proxy.get("/healthz", 10256)
 

@@ -79,6 +79,7 @@ class IpvsTables:
         # What the kernel has of ours, as far as we know; None where that is to be found out.
         self._present: VirtualServers | None = None
         self._was_refused = False  # a step of the last load
+        self._refusal = ""  # what whoever loads was told; he tries again
         # What the kernel printed when all was as it should be and nobody was to leave, without counts.
         self._seen: str | None = None
         self._missing: frozenset[str] = frozenset()  # schedulers that this kernel has not
@@ -111,6 +112,19 @@ class IpvsTables:
             log.warning("this node answers ARP for Services' addresses: %s", said)
 
     async def load(
+        self,
+        translations: Mapping[ServicePortName, Translation],
+        changed: Collection[ServicePortName],
+        facts: NodeFacts,
+    ) -> None:
+        self._refusal = ""
+        try:
+            await self._load(translations, changed, facts)
+        except SyncError as error:
+            self._refusal = str(error)
+            raise
+
+    async def _load(
         self,
         translations: Mapping[ServicePortName, Translation],
         changed: Collection[ServicePortName],
@@ -181,10 +195,8 @@ class IpvsTables:
     async def _take(self, present: VirtualServers, todo: list[Step]) -> None:
         """Take the steps *todo*, which lead on from *present*. An endpoint that IPVS cannot have is left out."""
         self._present = None
-        refused = await _ask(ipvs_netlink.take, todo) if todo else []
-        without = {step.portal for step, _ in refused if step.is_beginning}
-        undone = {(step.portal, step.endpoint) for step, _ in refused}
-        after(present, (s for s in todo if s.portal not in without and (s.portal, s.endpoint) not in undone))
+        done, refused = await _ask(ipvs_netlink.take, todo) if todo else ([], [])
+        after(present, done)
         refusals = [f"{step}: {why.strerror}" for step, why in refused if not _is_unfit(step, why)]
         self._present, self._was_refused = present, bool(refusals)
         schedulers = {step.server.scheduler for step, why in refused if step.endpoint is None and why.errno == ENOENT}
@@ -244,31 +256,34 @@ class IpvsTables:
         return True
 
     async def reload(self) -> None:
-        """Load again what is not as it was: the rules, or the virtual servers."""
+        """Load again what is not as it was, of the rules and of the virtual servers."""
         if self._facts is None:
             return
         if not await self._rules.is_intact():
             await self._rules.reload()
-        if self._present is None or not await self._look_after_servers():
-            self._present = None
-            await self._load_again()
+        self._present = None
+        await self._load_again()
 
     async def _load_again(self) -> None:
-        """Load what is held. After a failure nothing is intact: nobody else would try it once more."""
+        """Load what is held. After a failure nothing is intact: nobody else would try it once more.
+
+        Except for what whoever loads was refused: the rest is there, and that is his to try and to tell.
+        """
         assert self._facts is not None
         try:
-            await self.load(self._wanted.translations.copy(), (), self._facts)
-        except SyncError:
-            self._present = None
-            raise
+            await self._load(self._wanted.translations.copy(), (), self._facts)
+        except SyncError as error:
+            if str(error) != self._refusal or self._present is None:
+                self._present = None
+                raise
 
     async def remove(self) -> None:
         self._present, self._facts = None, None
         await self._rules.remove()
         if ipvs_netlink.is_loaded():
             ours = await _ask(ipvs_netlink.own_portals)
-            refused = await _ask(ipvs_netlink.take, [Step(Verb.DELETE, p, VirtualServer()) for p in ours])
-            for step, why in refused:
+            taken = await _ask(ipvs_netlink.take, [Step(Verb.DELETE, p, VirtualServer()) for p in ours])
+            for step, why in taken.refused:
                 if why.errno != ESRCH:  # somebody else was faster
                     raise SyncError(f"IPVS refused: {step}: {why.strerror}")
         await self._device.remove()

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from userspace_proxy.model.endpoint import Address, family_of
 from userspace_proxy.model.names import L4Protocol
@@ -144,15 +145,20 @@ def own_portals() -> set[Portal]:
     return found
 
 
-def take(steps: Sequence[Step]) -> list[tuple[Step, OSError]]:
-    """Take *steps*; return those that the kernel refused, and why.
+class Taken(NamedTuple):
+    """What came of steps: which were done, and which were refused, and why."""
 
-    Whose virtual server was refused has its endpoints left out: one that is there is somebody else's.
+    done: list[Step]
+    refused: list[tuple[Step, OSError]]
+
+
+def take(steps: Sequence[Step]) -> Taken:
+    """Take *steps*; those for endpoints whose virtual server was refused are left out: it is somebody else's.
 
     Raises:
         OSError: this kernel has no IPVS, or does not answer.
     """
-    refused: list[tuple[Step, OSError]] = []
+    taken = Taken([], [])
     with _socket() as sock:
         kind = _family(sock)
 
@@ -160,13 +166,16 @@ def take(steps: Sequence[Step]) -> list[tuple[Step, OSError]]:
             for start in range(0, len(these), _AT_ONCE):
                 part = these[start : start + _AT_ONCE]
                 sock.send(b"".join(message(kind, _REQUEST | _ACK | _CREATE, _body(step)) for step in part))
-                codes = zip(part, _codes(sock, len(part)), strict=True)
-                refused.extend((step, OSError(code, os.strerror(code))) for step, code in codes if code)
+                for step, code in zip(part, _codes(sock, len(part)), strict=True):
+                    if code:
+                        taken.refused.append((step, OSError(code, os.strerror(code))))
+                    else:
+                        taken.done.append(step)
 
         take_each([step for step in steps if step.is_beginning])
-        without = {step.portal for step, _ in refused}
+        without = {step.portal for step, _ in taken.refused}
         take_each([step for step in steps if not step.is_beginning and step.portal not in without])
-    return refused
+    return taken
 
 
 def _body(step: Step) -> bytes:

@@ -52,6 +52,9 @@ class Sysctl(NamedTuple):
     def __str__(self) -> str:
         return ".".join(self.path.relative_to(_PROC).parts) if self.path.is_relative_to(_PROC) else str(self.path)
 
+    def is_met_by(self, held: int) -> bool:
+        return held == self.value or (self.at_least and held > self.value)
+
 
 def conntrack_sysctls(limits: ConntrackLimits, cores: int) -> list[Sysctl]:
     """Return what *limits* mean on a node with so many *cores*.
@@ -88,7 +91,7 @@ def queue_sysctl(backlog: int) -> Sysctl:
 
 def can_apply(wanted: Sysctl) -> bool:
     """Return whether what is *wanted* is so, or may be set; nothing is."""
-    return int(wanted.path.read_text()) == wanted.value or os.access(wanted.path, os.W_OK)
+    return wanted.is_met_by(int(wanted.path.read_text())) or os.access(wanted.path, os.W_OK)
 
 
 def apply(wanted: Iterable[Sysctl]) -> list[str]:
@@ -98,7 +101,7 @@ def apply(wanted: Iterable[Sysctl]) -> list[str]:
         held: int | str = "unknown"
         try:
             held = int(sysctl.path.read_text())
-            if held == sysctl.value or (sysctl.at_least and held > sysctl.value):
+            if sysctl.is_met_by(held):
                 continue
             sysctl.path.write_text(str(sysctl.value))
             log.info("%s: %d, was %d", sysctl, sysctl.value, held)
