@@ -9,24 +9,21 @@ import logging
 import os
 import socket
 from collections.abc import Callable
-from pathlib import Path
-
-import msgspec
 
 from userspace_proxy import __version__
 from userspace_proxy.admin.health_checks import ServiceHealthChecks, WithHealthChecks
 from userspace_proxy.admin.server import AdminServer
-from userspace_proxy.control.allotments import Allotting
 from userspace_proxy.control.controller import Controller
-from userspace_proxy.control.memory import Memory, StateDir
+from userspace_proxy.control.memory import Memory
 from userspace_proxy.control.pacer import Pacer
+from userspace_proxy.control.saver import Saver
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.handover import VERSION, Conversation, Incumbent, Present, TakeOver
 from userspace_proxy.dataplane.plane import LocalPlane
 from userspace_proxy.dataplane.sockets import BACKLOG
 from userspace_proxy.errors import StartError, SyncError
-from userspace_proxy.instance import end_orphans, running_as, take_lock
+from userspace_proxy.instance import end_orphans, take_lock
 from userspace_proxy.kube_config import configz
 from userspace_proxy.model.names import NamespacedName, ObjectReference
 from userspace_proxy.model.service import SourceIP
@@ -53,6 +50,7 @@ from userspace_proxy.parts import (
 from userspace_proxy.proxiers.kernel import KernelProxier
 from userspace_proxy.proxiers.proxy_ports import ProxyPorts
 from userspace_proxy.proxiers.userspace import UserspaceProxier
+from userspace_proxy.removal import remove_others, require_net_admin
 from userspace_proxy.reports import Reports
 from userspace_proxy.rules import network
 from userspace_proxy.rules.firewalls import find_blocking_firewall
@@ -60,8 +58,6 @@ from userspace_proxy.rules.kernel import KERNELS, choose_language
 from userspace_proxy.settings import Settings
 from userspace_proxy.sources.events import node_reference
 from userspace_proxy.succession import Ending, Succession, children, reap, start_anew, was_left
-
-_CAP_NET_ADMIN = 12
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +97,7 @@ class App:
 
     async def run(self) -> None:
         settings, succession = self._settings, self.succession
-        _require_net_admin()
+        require_net_admin()
         left, listeners = children(), was_left()
         loop = asyncio.get_running_loop()
         succession.heed_signals()
@@ -171,7 +167,7 @@ class App:
             )
             stack.push_async_callback(health_checks.close)
             health_checks.adopt(listeners + inheritance.health_checks)
-            saver = _Saver(state_dir, allotting, ports)
+            saver = Saver(state_dir, allotting, ports)
             controller = Controller(
                 source,
                 tracker,
@@ -241,54 +237,6 @@ class App:
         log.info("stopped")
 
 
-class _Saver:
-    """Writes what the next process should remember, shortly after it changed, in a thread."""
-
-    def __init__(self, state_dir: StateDir | None, allotting: Allotting, ports: ProxyPorts) -> None:
-        self._state_dir = state_dir
-        self._allotting = allotting
-        self._ports = ports
-        self._saved = (-1, -1)
-        self._wanted = asyncio.Event()
-
-    def _changes(self) -> tuple[int, int]:
-        return self._allotting.changes, self._ports.changes
-
-    def save_soon(self) -> None:
-        if self._changes() != self._saved:
-            self._wanted.set()
-
-    def _take(self) -> Memory:
-        self._saved = self._changes()
-        return msgspec.structs.replace(self._allotting.memory(), proxy_ports=self._ports.memory())
-
-    def save(self) -> None:
-        if self._state_dir is not None and self._saved != (-1, -1) and self._changes() != self._saved:
-            self._state_dir.save(self._take())
-
-    async def run(self) -> None:
-        while self._state_dir is not None:
-            await self._wanted.wait()
-            self._wanted.clear()
-            await asyncio.to_thread(self._state_dir.save, self._take())
-
-
-async def _remove_others(mode: str = "", language: str = "") -> None:
-    """Remove what rules there are of ours, but those of *mode*, and in userspace mode of *language*.
-
-    Raises:
-        SyncError: some could not be removed.
-    """
-    for other, make_tables in KERNEL_MODES.items():
-        if other != mode:
-            await make_tables(Settings()).remove()
-    for other, make_kernel in KERNELS.items():
-        if mode != "userspace":
-            await make_kernel().remove()
-        elif other != language:
-            await make_kernel().remove_rules()  # not what brings answers here, which both languages share
-
-
 async def _settle_in(controller: Controller, mode: str, language: str, tune: Callable[[], object] | None) -> None:
     """What is worth doing once, after the first sync; *tune* where that is still to be done."""
     await controller.attempted.wait()
@@ -299,34 +247,9 @@ async def _settle_in(controller: Controller, mode: str, language: str, tune: Cal
     if tune is not None:
         tune()  # the rules have loaded conntrack
     with contextlib.suppress(SyncError):
-        await _remove_others(mode, language)
+        await remove_others(mode, language)
     if mode in KERNEL_MODES:
         return
     with contextlib.suppress(SyncError, ValueError):
         for found in await find_blocking_firewall():
             log.warning("a firewall on this node drops redirected traffic: %s", found)
-
-
-async def cleanup() -> None:
-    """Remove everything that a proxy of ours, running no more, has left in this network namespace.
-
-    Raises:
-        StartError: one is running; or no privilege.
-        SyncError: something could not be removed.
-    """
-    _require_net_admin()
-    if (present := await end_orphans()) is not None:
-        raise StartError(f"userspace-proxy{running_as(present)} is running; stop it, it takes its rules away itself")
-    await _remove_others()
-    await network.remove_routes()
-    await network.remove_local_addresses()
-
-
-def _require_net_admin() -> None:
-    status = Path("/proc/self/status").read_text()
-    effective = next(line.split()[1] for line in status.splitlines() if line.startswith("CapEff"))
-    if not int(effective, 16) >> _CAP_NET_ADMIN & 1:
-        raise StartError(
-            "changing rules needs CAP_NET_ADMIN; run it with sudo, "
-            "or try `userspace-proxy demo`, which needs no privileges"
-        )

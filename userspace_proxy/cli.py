@@ -291,10 +291,10 @@ def trace(portal: str, *, udp: bool, svg: Path | None, wide: bool, as_json: bool
 @commands.command()
 def cleanup() -> None:
     """Remove every rule, route and address of ours, whatever crashed. Nothing else is touched."""
-    from userspace_proxy import app
+    from userspace_proxy import removal
 
     try:
-        asyncio.run(app.cleanup())
+        asyncio.run(removal.remove_all())
     except (StartError, SyncError) as error:
         fail(error)
     click.echo("nothing of userspace-proxy is left in this network namespace")

@@ -122,6 +122,26 @@ def test_stopping_takes_all_away_and_so_does_cleanup_after_a_crash(proxy: Kernel
         assert "USERSPACE-PROXY" not in proxy.saved()
 
 
+def test_what_cannot_be_taken_away_is_named_and_all_else_is(proxy: KernelProxy, world: ServiceLab) -> None:
+    proxy.give("web", "10.96.9.9", POD1)
+    proxy.start()
+    proxy.stop(signal.SIGKILL)
+    chain = next(line.split()[0][1:] for line in proxy.saved().splitlines() if line.startswith(":KUBE-SVC-"))
+    foreign = ("OUTPUT", "-t", "nat", "-d", "192.0.2.77", "-j", chain)
+    world.node.run("nft", "add", "table", "inet", "userspace_proxy")
+    world.node.run("iptables", "-A", *foreign)
+    try:
+        refused = world.node.run(*proxy.command("cleanup"), check=False)
+    finally:
+        world.node.run("iptables", "-D", *foreign)
+
+    assert refused.returncode == 1
+    assert "iptables-restore" in refused.stderr
+    assert "userspace_proxy" not in world.node.run("nft", "list", "tables").stdout
+    world.node.run(*proxy.command("cleanup"))
+    assert "KUBE-" not in proxy.saved()
+
+
 def test_it_goes_on_where_a_crash_left_it(proxy: KernelProxy, world: ServiceLab) -> None:
     proxy.give("web", "10.96.9.5", POD1)
     proxy.give("gone", "10.96.9.6", POD1)

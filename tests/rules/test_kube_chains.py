@@ -484,6 +484,8 @@ async def test_route_localnet_is_as_it_was_when_all_is_taken_away(clean: Host) -
         for was_on in (False, True):
             clean.run("sysctl", "-w", f"net.ipv4.conf.all.route_localnet={int(was_on)}")
             tables = IptablesTables()
+            await tables.prepare()
+            assert is_on() == was_on, "the node may be another's to serve yet"
             await tables.load(EVERYTHING, set(EVERYTHING), FACTS)
             assert is_on()
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from tests.apiserver import SERVICES, ApiServer, Fault, Refusal, api_server
 from userspace_proxy import api
-from userspace_proxy.sources.reflector import Pace, Reflector, Response
+from userspace_proxy.sources.reflector import Pace, Reflector
+from userspace_proxy.sources.transport import Response
 
 PATIENCE_S = 10
 # As in life, only quicker.

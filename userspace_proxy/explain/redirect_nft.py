@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 
+from userspace_proxy.explain import nft_common
 from userspace_proxy.explain.known import Known
 from userspace_proxy.explain.lines import patterns, said_of
+from userspace_proxy.explain.nft_common import SENDERS, who
 from userspace_proxy.explain.nft_text import Block, Explainer, Said
-from userspace_proxy.rules.nft import FORWARD_HOOK, NO_LOOP
 
 _KEY = r"(?:(?P<ip>[\da-f.:]+) \. )?(?P<protocol>tcp|udp) \. (?P<port>\d+)"
 _MAPPED = re.compile(rf'{_KEY}(?: comment "(?P<name>[^"]+)")?(?: : (?P<to>\d+))?')
@@ -16,32 +17,13 @@ _WHO = r'(?P<who>fib saddr type local |iifname "[^"]+" |ip6? saddr \{ [^}]+ \} )
 _PORTAL = r"(?:ip6? daddr \. )?meta l4proto \. th dport"
 _LEADS = r"(?:redirect|dnat ip6? to (?P<to>[\da-f.:]+)) ?(?:to )?:"
 
-FORWARD = "FORWARD: what passes through this node."
-FORWARD_CALLED = "Called for every packet that passes through."
-NO_LOOP_SAID = (
-    "A packet to a cluster IP that nobody serves, about to leave by lo, where a node without a default route sends it: "
-    "it would come in again, round after round, until its TTL is used up. Its sender is told that nobody is there."
-)
-
-_SENDERS = {"_for_pods": " sent by pods", "_for_node": " sent by this node itself", "": ""}
 # Behind which words of a set's name who is meant stands.
 _NAMED = r"(?P<what>service_ips|node_ports)(?P<family>[46])(?P<sender>_for_pods|_for_node|)"
 _WHATS = {"service_ips": "addresses of Services", "node_ports": "node ports"}
 
 
 def _sender(match: re.Match[str]) -> str:
-    return _SENDERS[match["sender"]]
-
-
-def who(text: str | None) -> str:
-    """Return who is matched by the beginning of a rule."""
-    text = (text or "").strip()
-    if not text:
-        return ""
-    if text.startswith("fib saddr"):
-        return "sent by this node itself"
-    inside = text.partition(" { ")[2].removesuffix(" }")
-    return f"sent from {inside} (pods)" if inside else f"that come in by {text.split()[1]} (pods)"
+    return SENDERS[match["sender"]]
 
 
 def _map(match: re.Match[str]) -> str:
@@ -85,7 +67,7 @@ def _own(match: re.Match[str]) -> str:
     return f"Packets to {where} of this node: see whether it is a node port. Behind the Services' own addresses."
 
 
-_FRAME = patterns(
+_FRAME = nft_common.FRAME + patterns(
     (r"table inet userspace_proxy", "Makes sure that our table is there, so that the next line has one to delete."),
     (
         r"delete table inet userspace_proxy",
@@ -97,7 +79,6 @@ _FRAME = patterns(
     ),
     (rf"map {_NAMED} \{{", _map),
     (rf"set dropped_{_NAMED} \{{", _set),
-    (r"set restricted[46] \{", "Portals that not everybody may dial (loadBalancerSourceRanges)."),
     (r"set allowed[46] \{", "From where these may be dialled: portal . network of the sender."),
     (r"set proxy_ports \{", "The local ports at which our proxy listens."),
     (r'comment "reached through the maps only, never directly"', "A note for who reads the rules in the kernel."),
@@ -106,14 +87,10 @@ _FRAME = patterns(
         r"type ipv[46]_addr \. inet_proto \. inet_service : inet_service",
         "Key: address . protocol . port; value: the proxy port.",
     ),
-    (r"type inet_proto \. inet_service", "An element is protocol . port."),
-    (r"type ipv[46]_addr \. inet_proto \. inet_service", "An element is address . protocol . port."),
     (
         r"type ipv[46]_addr \. inet_proto \. inet_service \. ipv[46]_addr; flags interval",
         "An element is address . protocol . port . network of the sender.",
     ),
-    (r"chain prerouting \{", "PREROUTING: what comes in by the network (from other hosts, and from this node's pods)."),
-    (r"chain output \{", "OUTPUT: what processes of this node itself send; this never passes PREROUTING."),
     (
         r"type nat hook \w+ priority -105; policy accept;",
         "Called for the first packet of each connection only; conntrack does the same to all later "
@@ -128,17 +105,13 @@ _FRAME = patterns(
         r"type filter hook prerouting priority -150; policy accept;",
         "Called for every packet that comes in, before NAT.",
     ),
-    (r"chain forward \{", FORWARD),
-    (re.escape(FORWARD_HOOK), FORWARD_CALLED),
     (r"chain services \{", "The Services, for whatever comes in or leaves."),
     (
         r"chain services[46] \{",
         "Packets to Services, in the order in which they are looked up; the first rule that matches ends it.",
     ),
-    (r"chain node_ports[46] \{", "Packets to an address of this node: is it a node port?"),
 )
-_RULES = patterns(
-    (re.escape(NO_LOOP), NO_LOOP_SAID),
+_RULES = nft_common.RULES + patterns(
     (r"jump services", "On to the chain services."),
     (
         r"meta mark & 0x2000 == 0 jump services",
@@ -193,7 +166,7 @@ def _element(place: str, line: str, known: Known) -> Said:
             return Said(f"{protocol.upper()} port {port} is the one at which nobody listens.")
         return Said(f"{protocol.upper()} port {port} is a proxy port: it may not be dialled directly.")
     portal, owner = known.portal(ip, port, protocol), known.owner(ip, port, protocol) or match["name"] or ""
-    sender = next((said for suffix, said in _SENDERS.items() if place.endswith(suffix)), "")
+    sender = next((said for suffix, said in SENDERS.items() if place.endswith(suffix)), "")
     if place.startswith("restricted"):
         return Said(f"{portal[0].upper()}{portal[1:]} may be dialled from the networks in @allowed only.", owner)
     if place.startswith("dropped"):

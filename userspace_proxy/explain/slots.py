@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 from userspace_proxy.explain.known import Known
 from userspace_proxy.explain.lines import said_of
+from userspace_proxy.explain.nft_common import SENDERS
 from userspace_proxy.explain.nft_text import Block, Explainer, Said, Table
-from userspace_proxy.explain.slots_rules import FRAME, NAMED, NUMBER, RULES, SENDERS
+from userspace_proxy.explain.slots_rules import FRAME, NAMED, NUMBER, RULES
 from userspace_proxy.model.endpoint import join_address
 
 _IP = r"[\da-f.:]+"

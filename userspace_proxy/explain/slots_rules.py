@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 
+from userspace_proxy.explain import nft_common
 from userspace_proxy.explain.lines import patterns
-from userspace_proxy.explain.redirect_nft import FORWARD, FORWARD_CALLED, NO_LOOP_SAID, who
-from userspace_proxy.rules.nft import FORWARD_HOOK, NO_LOOP
+from userspace_proxy.explain.nft_common import SENDERS, who
 
 NUMBER = r"[\da-f]+:[\da-f]+"
 NAMED = r"(?P<what>services|node_ports)(?P<family>[46])(?P<sender>_for_pods|_for_node|)"
-SENDERS = {"_for_pods": " sent by pods", "_for_node": " sent by this node itself", "": ""}
 _WHO = r'(?P<who>iifname "[^"]+" |ip6? saddr \{ [^}]+ \} )?'
 _PORTAL = r"ip6? daddr \. meta l4proto \. th dport"
 _OWN = r"(?:ip6? daddr \{ (?P<on>[^}]+) \} )?fib daddr type local ip6? daddr != \S+"
@@ -78,7 +77,7 @@ def _remember(match: re.Match[str]) -> str:
     )
 
 
-FRAME = patterns(
+FRAME = nft_common.FRAME + patterns(
     (
         r"table inet userspace_proxy_(?:nat|ipvs) \{",
         "Our table, for IPv4 and IPv6 (inet). All that is ours stands in it; other tables of the node are left alone.",
@@ -99,7 +98,6 @@ FRAME = patterns(
     (r"set cluster_ips[46] \{", "All cluster IPs, whatever the port."),
     (r"set virtual_ips[46] \{", "All load balancer IPs and external IPs, whatever the port."),
     (r"set health_checks[46] \{", "Ports at which this node answers health checks of load balancers."),
-    (r"set restricted[46] \{", "Portals that not everybody may dial (loadBalancerSourceRanges)."),
     (r"set allowed[46] \{", "From where these may be dialled: portal . addresses of senders."),
     (r"set affinity_(?P<s>\d+) \{", lambda m: f"Sets of endpoints whose clients keep their endpoint for {m['s']} s."),
     (
@@ -110,8 +108,6 @@ FRAME = patterns(
         r"type ipv[46]_addr \. inet_proto \. inet_service : classid",
         "Key: address . protocol . port; value: a number of 32 bits, shown as xxxx:xxxx.",
     ),
-    (r"type inet_proto \. inet_service", "An element is protocol . port."),
-    (r"type ipv[46]_addr \. inet_proto \. inet_service", "An element is address . protocol . port."),
     (
         r"type ipv[46]_addr \. inet_proto \. inet_service \. ipv[46]_addr; flags interval",
         "An element is address . protocol . port . addresses of senders, from - to.",
@@ -144,13 +140,8 @@ FRAME = patterns(
     (r"chain remembered[46] \{", "Keeps the pin, and leads to the endpoint whose number the packet has."),
     (r"chain pinned[46] \{", "Services with affinity: the endpoint of the client's pin, else one by chance."),
     (r"chain translate[46] \{", "What becomes of a packet whose number was found."),
-    (r"chain node_ports[46] \{", "Packets to an address of this node: is it a node port?"),
     (r"chain services[46] \{", "Packets to Services, in the order in which they are looked up."),
     (r"chain from_node[46] \{", "What goes before the rest for processes of this node itself."),
-    (r"chain prerouting \{", "PREROUTING: what comes in by the network (from other hosts, and from this node's pods)."),
-    (r"chain output \{", "OUTPUT: what processes of this node itself send; this never passes PREROUTING."),
-    (r"chain forward \{", FORWARD),
-    (re.escape(FORWARD_HOOK), FORWARD_CALLED),
     (
         r"chain postrouting \{",
         "POSTROUTING: what is about to leave, after routing; here senders' addresses are replaced.",
@@ -166,8 +157,7 @@ FRAME = patterns(
         "Called for the first packet of each connection only, before other source NAT (100).",
     ),
 )
-RULES = patterns(
-    (re.escape(NO_LOOP), NO_LOOP_SAID),
+RULES = nft_common.RULES + patterns(
     (r"meta nfproto ipv(?P<f>[46]) jump (?:services|from_node)(?P=f)", lambda m: f"IPv{m['f']} has rules of its own."),
     (
         r"tcp flags & rst == rst accept",

@@ -59,6 +59,7 @@ class IptablesTables:
         self._how = how or Manner()
         self._families: list[_Family] = []
         self._is_legacy = False
+        self._is_node_set = False
         self._notes: list[str] = []
         self._notices: RuleNotices | None = None
         self._poll: asyncio.Task[None] | None = None
@@ -67,7 +68,7 @@ class IptablesTables:
         self._unheard = False  # something may have happened while our own loads were not listened to
 
     async def prepare(self) -> None:
-        """Find out what there is, and set the kernel to it.
+        """Find out what there is; nothing is changed.
 
         Raises:
             SyncError: iptables is not installed; or the chains of these names are somebody else's.
@@ -86,14 +87,18 @@ class IptablesTables:
             if reason := kube_tables.foreign(saved, node_rules(family, how)):
                 raise SyncError(reason)
             families.append(_Family(family, tool))
-        if how.localhost_node_ports:
-            was_off = _ROUTE_LOCALNET.path.read_text().strip() == "0"
-            if refused := sysctls.apply([_ROUTE_LOCALNET]):
-                log.warning("node ports are not served at 127.0.0.1: %s", refused[0])
-                how = replace(how, localhost_node_ports=False)
-            elif was_off:
-                self._notes = [_LOCALNET_NOTE]
         self._how, self._families = how, families
+
+    def _set_node(self) -> None:
+        """Set the node to what the mode needs: not before the first load, when this node is ours to serve."""
+        if not self._how.localhost_node_ports:
+            return
+        was_off = _ROUTE_LOCALNET.path.read_text().strip() == "0"
+        if refused := sysctls.apply([_ROUTE_LOCALNET]):
+            log.warning("node ports are not served at 127.0.0.1: %s", refused[0])
+            self._how = replace(self._how, localhost_node_ports=False)
+        elif was_off:
+            self._notes = [_LOCALNET_NOTE]
 
     async def load(
         self,
@@ -103,6 +108,9 @@ class IptablesTables:
     ) -> None:
         if not self._families:
             await self.prepare()
+        if not self._is_node_set:
+            self._set_node()
+            self._is_node_set = True
         how = replace(self._how, pods=facts.pods, node_ports_on=facts.node_ports_on)
         done = await asyncio.gather(
             *(self._load_family(each, translations, changed, how) for each in self._families), return_exceptions=True
@@ -172,7 +180,7 @@ class IptablesTables:
         self._touched = False
 
     async def remove(self) -> None:
-        self._families = []
+        self._families, self._is_node_set = [], False
         self._is_legacy = is_installed("iptables") and await xtables.is_legacy()
         for family, tool in xtables.families():
             if not is_installed(f"{tool}-save"):

@@ -15,7 +15,8 @@ import msgspec
 
 from userspace_proxy import api
 from userspace_proxy.interfaces import EventType, ObjectEvent, WatchStats
-from userspace_proxy.sources.reflector import Change, Pace, Reflector, Transport
+from userspace_proxy.sources.reflector import Change, Pace, Reflector
+from userspace_proxy.sources.transport import Transport
 
 _PROXY_NAME_LABEL = "service.kubernetes.io/service-proxy-name"
 _HEADLESS_LABEL = "service.kubernetes.io/headless"

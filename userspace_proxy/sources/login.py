@@ -18,7 +18,7 @@ from typing import Any
 import aiohttp
 
 from userspace_proxy.errors import StartError
-from userspace_proxy.sources.reflector import Response
+from userspace_proxy.sources.transport import Response
 
 # A peer that is gone without a word is noticed after half a minute; the reflector notices one that only says nothing.
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))

@@ -10,17 +10,18 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import msgspec
 
 from userspace_proxy.interfaces import WatchStats
 from userspace_proxy.model.names import NamespacedName
+from userspace_proxy.sources.api_messages import EVENT, ITEM, LIST, STATUS, Meta, Status, WatchEvent, name_and_version
 from userspace_proxy.sources.backoff import Backoff, FollowError
 from userspace_proxy.sources.stream import LineSplitter
+from userspace_proxy.sources.transport import Response, Transport
 from userspace_proxy.sources.versions import Versions
 
 T = TypeVar("T")
@@ -32,36 +33,6 @@ _REASON_MAX_BYTES = 64 << 10
 _INITIAL_EVENTS_END = "k8s.io/initial-events-end"
 
 log = logging.getLogger(__name__)
-
-
-class Response(Protocol):
-    """An answer whose body comes bit by bit."""
-
-    @property
-    def status(self) -> int: ...
-
-    @property
-    def headers(self) -> Mapping[str, str]: ...
-
-    def chunks(self) -> AsyncIterator[bytes]:
-        """Yield the body as it comes, in pieces that are not empty.
-
-        Raises:
-            OSError: it was cut off.
-        """
-        ...
-
-
-class Transport(Protocol):
-    """Asks the API server, logged in."""
-
-    def get(self, path: str, params: Mapping[str, str]) -> AbstractAsyncContextManager[Response]:
-        """Ask for *path*; after an answer 401, with credentials that were read again.
-
-        Raises:
-            OSError: nobody answers, or there are no credentials.
-        """
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,53 +63,11 @@ class Change(NamedTuple, Generic[T]):
     object: T | None
 
 
-class _Meta(msgspec.Struct):
-    name: str = ""
-    namespace: str | None = None
-    resource_version: str = msgspec.field(default="", name="resourceVersion")
-    annotations: dict[str, str] | None = None
-    continue_: str | None = msgspec.field(default=None, name="continue")
-
-
-class _Item(msgspec.Struct):
-    metadata: _Meta
-
-
-class _List(msgspec.Struct):
-    metadata: _Meta
-    items: list[msgspec.Raw] | None = None
-
-
-class _Event(msgspec.Struct):
-    type: str
-    object: msgspec.Raw
-
-
-class _Cause(msgspec.Struct):
-    reason: str | None = None
-
-
-class _Details(msgspec.Struct):
-    causes: list[_Cause] | None = None
-
-
 class _Page(NamedTuple):
     """What a page of a list says of the list: at which version it is, and where it goes on; "" at its end."""
 
     version: int
     more: str
-
-
-class _Status(msgspec.Struct):
-    message: str | None = None
-    code: int | None = None
-    details: _Details | None = None
-
-
-_ITEM = msgspec.json.Decoder(_Item)
-_LIST = msgspec.json.Decoder(_List)
-_EVENT = msgspec.json.Decoder(_Event)
-_STATUS = msgspec.json.Decoder(_Status)
 
 
 class _ExpiredError(FollowError):
@@ -332,11 +261,11 @@ class Reflector(Generic[T]):
 
     def _read(self, line: bytes, changes: list[Change[T]]) -> None:
         """Take one event: into what was found while all is listed, else into *changes*."""
-        event = _EVENT.decode(line)
+        event = EVENT.decode(line)
         match event.type:
             case "ADDED" | "MODIFIED" | "DELETED":
                 self.stats.events += 1
-                name, version = _name_and_version(event.object)
+                name, version = name_and_version(event.object)
                 if self._found is None:
                     self._change(event, name, version, changes)
                 else:
@@ -344,12 +273,12 @@ class Reflector(Generic[T]):
                     if event.type == "DELETED" and version >= self._found.versions[name]:
                         self._found.deleted.add(name)
             case "BOOKMARK":
-                self._bookmark(_ITEM.decode(event.object).metadata, changes)
+                self._bookmark(ITEM.decode(event.object).metadata, changes)
             case "ERROR":
-                status = _STATUS.decode(event.object)
+                status = STATUS.decode(event.object)
                 raise self._refusal(status.code or 500, status, {})
 
-    def _change(self, event: _Event, name: NamespacedName, version: int, changes: list[Change[T]]) -> None:
+    def _change(self, event: WatchEvent, name: NamespacedName, version: int, changes: list[Change[T]]) -> None:
         if event.type == "DELETED":
             self.problems.pop(name, None)
             if self._told.deletes(name, version):
@@ -360,7 +289,7 @@ class Reflector(Generic[T]):
                 changes.append(Change(name, made))
         self._version = max(version, self._version or 0)
 
-    def _bookmark(self, meta: _Meta, changes: list[Change[T]]) -> None:
+    def _bookmark(self, meta: Meta, changes: list[Change[T]]) -> None:
         version = int(meta.resource_version)
         if self._found is not None:
             if (meta.annotations or {}).get(_INITIAL_EVENTS_END) == "true":
@@ -427,10 +356,10 @@ class Reflector(Generic[T]):
             async for chunk in self._chunks(response):
                 body += chunk
         try:
-            page = _LIST.decode(body)
+            page = LIST.decode(body)
             if found is not None:
                 for item in page.items or ():
-                    self._find(found, *_name_and_version(item), item)
+                    self._find(found, *name_and_version(item), item)
             return _Page(int(page.metadata.resource_version), page.metadata.continue_ or "")
         except (msgspec.MsgspecError, ValueError) as error:
             raise FollowError(f"what the server sends makes no sense: {error}", self._pace.refused_max_s) from None
@@ -482,7 +411,7 @@ class Reflector(Generic[T]):
                 raise self._refusal(response.status, await self._status(response), response.headers)
             yield response
 
-    async def _status(self, response: Response) -> _Status:
+    async def _status(self, response: Response) -> Status:
         """Return what the server says of its refusal, as far as that can be read."""
         body = bytearray()
         with contextlib.suppress(FollowError):
@@ -491,11 +420,11 @@ class Reflector(Generic[T]):
                 if len(body) > _REASON_MAX_BYTES:
                     break
         try:
-            return _STATUS.decode(body)
+            return STATUS.decode(body)
         except msgspec.MsgspecError:
-            return _Status()
+            return Status()
 
-    def _refusal(self, code: int, status: _Status, headers: Mapping[str, str]) -> FollowError:
+    def _refusal(self, code: int, status: Status, headers: Mapping[str, str]) -> FollowError:
         said = f"{code} {status.message}" if status.message else f"the server answers {code}"
         longest_s = self._pace.refused_max_s
         causes = (status.details.causes if status.details else None) or ()
@@ -528,8 +457,3 @@ class Reflector(Generic[T]):
             if not chunk:
                 return
             yield chunk
-
-
-def _name_and_version(raw: msgspec.Raw) -> tuple[NamespacedName, int]:
-    meta = _ITEM.decode(raw).metadata
-    return NamespacedName(meta.namespace or "", meta.name), int(meta.resource_version)

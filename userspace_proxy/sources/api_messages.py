@@ -1,0 +1,69 @@
+"""What an API server says, as far as whoever follows it looks: pages of lists, watch events, refusals."""
+
+from __future__ import annotations
+
+import msgspec
+
+from userspace_proxy.model.names import NamespacedName
+
+
+class Meta(msgspec.Struct):
+    """Metadata of an object, or of a list."""
+
+    name: str = ""
+    namespace: str | None = None
+    resource_version: str = msgspec.field(default="", name="resourceVersion")
+    annotations: dict[str, str] | None = None
+    continue_: str | None = msgspec.field(default=None, name="continue")
+
+
+class Item(msgspec.Struct):
+    """An object, of which only the metadata is read."""
+
+    metadata: Meta
+
+
+class ObjectList(msgspec.Struct):
+    """A list, or a page of one; ``metadata.continue_`` asks for the next."""
+
+    metadata: Meta
+    items: list[msgspec.Raw] | None = None
+
+
+class WatchEvent(msgspec.Struct):
+    """One line of a watch: ``type`` is ADDED, MODIFIED, DELETED, BOOKMARK or ERROR (then the object is a Status)."""
+
+    type: str
+    object: msgspec.Raw
+
+
+class Cause(msgspec.Struct):
+    """One of the causes of a refusal, by a word for programs."""
+
+    reason: str | None = None
+
+
+class Details(msgspec.Struct):
+    """What a refusal says beyond its message."""
+
+    causes: list[Cause] | None = None
+
+
+class Status(msgspec.Struct):
+    """A refusal."""
+
+    message: str | None = None
+    code: int | None = None
+    details: Details | None = None
+
+
+ITEM = msgspec.json.Decoder(Item)
+LIST = msgspec.json.Decoder(ObjectList)
+EVENT = msgspec.json.Decoder(WatchEvent)
+STATUS = msgspec.json.Decoder(Status)
+
+
+def name_and_version(raw: msgspec.Raw) -> tuple[NamespacedName, int]:
+    """Return whose object *raw* is, and its version."""
+    meta = ITEM.decode(raw).metadata
+    return NamespacedName(meta.namespace or "", meta.name), int(meta.resource_version)
