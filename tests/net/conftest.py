@@ -45,5 +45,5 @@ def fresh_proxy(world: ServiceLab, tmp_path: Path) -> Iterator[Proxy]:
     yield one
     if one.process is not None and one.process.poll() is None:
         one.process.kill()
-        one.process.wait(5)
+        one.process.wait(20)
     world.node.run(*one.command("cleanup"))

@@ -31,7 +31,7 @@ def fresh_ipvs_proxy(world: ServiceLab, folder: Path) -> Iterator[IpvsProxy]:
     print(one.log())  # noqa: T201 - pytest shows it where the test failed
     if one.process is not None and one.process.poll() is None:
         one.process.kill()
-        one.process.wait(5)
+        one.process.wait(20)
     world.node.run(*one.command("cleanup"))
     assert one.servers() == ""
     assert "kube-ipvs0" not in world.node.ip("link", "show")

@@ -60,6 +60,6 @@ def test_sigterm_ends_the_demo_and_all_that_is_in_it() -> None:
 
         demo.terminate()
 
-        assert demo.wait(5) != 0
+        assert demo.wait(20) != 0
         listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, timeout=5, check=True).stdout
         assert "userspace_proxy demo" not in listed

@@ -71,7 +71,7 @@ def test_no_probe_fails_while_a_second_run_takes_over(
         wait_until(lambda: len(told) > 20, "probes are answered")
         second.start("--workers", str(workers))
         assert fresh_proxy.process is not None
-        assert fresh_proxy.process.wait(10) == 0
+        assert fresh_proxy.process.wait(20) == 0
         flowed = len(told)
         wait_until(lambda: len(told) > flowed + 20, "probes are still answered")
 

@@ -45,7 +45,7 @@ def proxy(world: ServiceLab, tmp_path: Path) -> Iterator[KernelProxy]:
     yield one
     if one.process is not None and one.process.poll() is None:
         one.process.kill()
-        one.process.wait(5)
+        one.process.wait(20)
     world.node.run(*one.command("cleanup"))
     assert "KUBE-" not in one.saved()
 
@@ -181,7 +181,7 @@ def test_beside_another_kube_proxy_it_says_what_to_do_and_touches_nothing(
     proxy.start(wait=False)
 
     assert proxy.process is not None
-    assert proxy.process.wait(10) == 1
+    assert proxy.process.wait(20) == 1
     assert "stop it and run `kube-proxy --cleanup`, or use --proxy-mode nftables" in proxy.log()
     world.node.run(*proxy.command("cleanup"))
     assert [line for line in proxy.saved().splitlines() if line.startswith("-A")] == before

@@ -147,7 +147,7 @@ def test_a_second_run_takes_the_first_ones_place_and_no_request_fails(
     with background_requests(lambda: a_request(world)) as outcomes:
         proxy.log_file = proxy.folder / "second"
         proxy.start(*then)
-        assert first.wait(10) == 0
+        assert first.wait(20) == 0
         if then != FLAGS:
             wait_until(
                 lambda: TABLE not in world.node.run("nft", "list", "tables").stdout, "the first one's table is gone"

@@ -156,7 +156,7 @@ def test_an_api_that_is_dead_for_long_shows_and_only_a_flag_makes_it_a_reason_to
     first = cluster.proxy.process
     assert first is not None
     cluster.proxy.start("--degraded-after", "300ms", "--degraded-status", "503")
-    assert first.wait(10) == 0
+    assert first.wait(20) == 0
     cluster.api.do(cluster.api.server.stop())
     wait_until(lambda: cluster.proxy.health()[0] == 503, "load balancers are told to leave")
     assert cluster.proxy.health("/livez")[0] == 200

@@ -66,7 +66,7 @@ def node(request: pytest.FixtureRequest, world: ServiceLab, tmp_path: Path) -> I
     finally:
         if proxy.process is not None and proxy.process.poll() is None:
             proxy.process.kill()
-            proxy.process.wait(5)
+            proxy.process.wait(20)
         world.node.run("nft", "delete", "table", "inet", "rounds")
         world.node.run(*proxy.command("cleanup"))
 

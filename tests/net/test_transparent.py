@@ -92,7 +92,7 @@ def surroundings(world: ServiceLab) -> Iterator[None]:
     world.client.ip("address", "del", f"{OTHER_CLIENT_IP}/24", "dev", "eth0")
     for server in servers:
         server.kill()
-        server.wait(5)
+        server.wait(20)
     for family, services in families:
         node.ip(family, "rule", "del", "fwmark", MARK, "lookup", TABLE)
         node.ip(family, "route", "flush", "table", TABLE)

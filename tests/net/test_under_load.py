@@ -69,7 +69,7 @@ def test_a_hand_over_fails_no_request(quiet_proxy: Proxy, world: ServiceLab) -> 
     load.wait()
 
     assert load.failed == 0
-    assert first.wait(5) == 0
+    assert first.wait(20) == 0
 
 
 def test_an_upgrade_in_place_fails_no_request(quiet_proxy: Proxy, world: ServiceLab) -> None:

@@ -22,7 +22,7 @@ UDP_PORT = 5353
 PATIENCE = float(os.environ.get("TESTS_PATIENCE", "1"))
 POD1, POD2 = ServiceLab.pod_ip(0), ServiceLab.pod_ip(1)
 # Says "hello" and holds the connection until the client closes it.
-HOLDER = """
+_HOLDER = """
 import socket
 with socket.create_server(("", 9000)) as server:
     while True:
@@ -133,7 +133,7 @@ class Proxy:
         if wait:
             self.wait_ready()
 
-    def wait_ready(self, timeout_s: float = 10.0) -> None:
+    def wait_ready(self, timeout_s: float = 20.0) -> None:
         def is_ready() -> bool:
             assert self.process is not None
             assert self.process.poll() is None, f"the proxy ended: {self.log()}"
@@ -166,7 +166,7 @@ class Proxy:
     def delete(self, name: str) -> None:
         (self.manifests / f"{name}.yaml").unlink(missing_ok=True)
 
-    def stop(self, signum: int = signal.SIGTERM, timeout_s: float = 10.0) -> int:
+    def stop(self, signum: int = signal.SIGTERM, timeout_s: float = 20.0) -> int:
         """End it; return its exit code."""
         assert self.process is not None
         if self.process.poll() is None:
@@ -298,3 +298,19 @@ def told(node: Host, proxy: Proxy, *arguments: str, prefix: tuple[str, ...] = ()
     lines = done.stderr.splitlines()
     assert len(lines) == 1, done.stderr
     return lines[0]
+
+
+@contextlib.contextmanager
+def open_connection(proxy: Proxy, *arguments: str) -> Iterator[socket.socket]:
+    """Start *proxy* with one Service; yield a client's connection, whose backend has said hello, and waits."""
+    pod, cluster_ip = proxy.world.pods[0], "10.96.4.2"
+    holder = pod.start(sys.executable, "-c", _HOLDER)
+    http = service("hold", cluster_ip, "[{name: http, port: 80}]")
+    proxy.apply("hold", documents(http, endpoints("hold", POD1, http_port=9000)))
+    proxy.start(*arguments)
+    try:
+        with connect(proxy.world.client, cluster_ip, 80) as sock:
+            assert sock.recv(5) == b"hello"
+            yield sock
+    finally:
+        holder.kill()

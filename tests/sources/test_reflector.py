@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from tests.apiserver import SERVICES, ApiServer, Fault, Refusal, api_server
 from userspace_proxy import api
+from userspace_proxy.sources.login import Answer
 from userspace_proxy.sources.reflector import Pace, Reflector
 from userspace_proxy.sources.transport import Response
 
@@ -59,21 +60,7 @@ class PlainTransport:
         except aiohttp.ClientError as error:
             raise ConnectionError(str(error)) from error
         async with answer:
-            yield PlainResponse(answer)
-
-
-class PlainResponse:
-    def __init__(self, answer: aiohttp.ClientResponse) -> None:
-        self._answer = answer
-        self.status = answer.status
-        self.headers: Mapping[str, str] = answer.headers
-
-    async def chunks(self) -> AsyncIterator[bytes]:
-        try:
-            async for chunk in self._answer.content.iter_any():
-                yield chunk
-        except aiohttp.ClientError as error:
-            raise ConnectionError(str(error)) from error
+            yield Answer(answer)
 
 
 class Follower:

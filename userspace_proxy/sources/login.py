@@ -45,7 +45,7 @@ class _Session:
         return {"Authorization": token.strip()} if token else {}
 
 
-class _Answer:
+class Answer:
     """A `Response` out of aiohttp's."""
 
     def __init__(self, answer: aiohttp.ClientResponse) -> None:
@@ -97,7 +97,7 @@ class ApiTransport:
     async def get(self, path: str, params: Mapping[str, str]) -> AsyncGenerator[Response]:
         async with self._request("GET", path, _TIMEOUT, query_params=dict(params)) as answer:
             _watch_peer(answer)
-            yield _Answer(answer)
+            yield Answer(answer)
 
     async def write(self, method: str, path: str, body: Mapping[str, object]) -> int:
         """Send *body*; return the status of the answer.

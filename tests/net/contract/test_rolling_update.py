@@ -101,7 +101,7 @@ class Deployment:
     def close(self) -> None:
         for process in self._running.values():
             process.terminate()
-            process.wait(5)
+            process.wait(20)
         self._proxy.delete(self.service.name)
 
     def _run(self, pod: str) -> None:
@@ -126,12 +126,12 @@ def gracefully(deployment: Deployment, pod: str) -> None:
     """
     deployment.mark(pod, ":leaving")
     time.sleep(PRE_STOP_S)
-    deployment.signal(pod, signal.SIGQUIT).wait(5)
+    deployment.signal(pod, signal.SIGQUIT).wait(20)
 
 
 def abruptly(deployment: Deployment, pod: str) -> None:
     """Gone with all of its connections, and listed as ready for a while yet."""
-    deployment.signal(pod, signal.SIGTERM).wait(5)
+    deployment.signal(pod, signal.SIGTERM).wait(20)
     time.sleep(STALE_S)
     deployment.mark(pod, ":gone")
 
@@ -201,7 +201,7 @@ def test_a_pod_that_is_gone_but_listed_as_ready_fails_no_request_that_begins_the
     proxy: ContractProxy, deployment: Deployment
 ) -> None:
     """Nobody had found out before that it refuses, as the requests of a rollout would have."""
-    deployment.signal("local1", signal.SIGTERM).wait(5)
+    deployment.signal("local1", signal.SIGTERM).wait(20)
 
     lost = Load(proxy.cluster.places["outside"], PRIMARY[4], deployment.service.node_port, seconds=2).lost()
 
