@@ -8,7 +8,7 @@ import gc
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 
 from userspace_proxy import __version__
 from userspace_proxy.admin.health_checks import ServiceHealthChecks, WithHealthChecks
@@ -18,33 +18,20 @@ from userspace_proxy.control.memory import Memory
 from userspace_proxy.control.pacer import Pacer
 from userspace_proxy.control.saver import Saver
 from userspace_proxy.control.tracker import Tracker
-from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.handover import VERSION, Conversation, Incumbent, Present, TakeOver
-from userspace_proxy.dataplane.plane import LocalPlane
-from userspace_proxy.dataplane.sockets import BACKLOG
-from userspace_proxy.errors import StartError, SyncError
-from userspace_proxy.instance import end_orphans, take_lock
+from userspace_proxy.errors import SyncError
+from userspace_proxy.ground import Ground, take_ground
 from userspace_proxy.kube_config import configz
 from userspace_proxy.model.names import NamespacedName, ObjectReference
-from userspace_proxy.model.service import SourceIP
-from userspace_proxy.model.topology import Node
 from userspace_proxy.node_network import (
     WithRoutes,
-    first_capture,
     leave_network,
-    tune_conntrack,
     watch_network,
-    widen_queues,
 )
 from userspace_proxy.parts import (
     KERNEL_MODES,
-    conntrack_limits,
     make_allotting,
     make_kernel_proxier,
-    make_plane,
-    node_rules_of,
-    open_source,
-    open_state_dir,
     warn_unless_forwarding,
 )
 from userspace_proxy.proxiers.kernel import KernelProxier
@@ -52,9 +39,8 @@ from userspace_proxy.proxiers.proxy_ports import ProxyPorts
 from userspace_proxy.proxiers.userspace import UserspaceProxier
 from userspace_proxy.removal import remove_others, require_net_admin
 from userspace_proxy.reports import Reports
-from userspace_proxy.rules import network
 from userspace_proxy.rules.firewalls import find_blocking_firewall
-from userspace_proxy.rules.kernel import KERNELS, choose_language
+from userspace_proxy.rules.kernel import KERNELS
 from userspace_proxy.settings import Settings
 from userspace_proxy.sources.events import node_reference
 from userspace_proxy.succession import Ending, Succession, children, reap, start_anew, was_left
@@ -99,157 +85,150 @@ class App:
         settings, succession = self._settings, self.succession
         require_net_admin()
         left, listeners = children(), was_left()
-        loop = asyncio.get_running_loop()
         succession.heed_signals()
         async with contextlib.AsyncExitStack() as stack:
-            make_tables = KERNEL_MODES.get(settings.proxy_mode)
-            tables = make_tables(settings) if make_tables is not None else None
+            ground = await take_ground(settings, succession, stack)
+            running = _Running(settings, succession, ground)
+            stack.push_async_callback(running.health_checks.close)
+            running.health_checks.adopt(listeners + ground.inheritance.health_checks)
+            stack.callback(running.incumbent.close)
+            stack.push_async_callback(running.admin.close)
             try:
-                if tables is not None:
-                    await tables.prepare()
-                language = choose_language(settings.rules) if tables is None else ""
-            except SyncError as error:
-                raise StartError(str(error)) from None
-            source, sources, events = await open_source(settings, stack)
-            node = node_reference(settings.node_name)
-            state_dir = open_state_dir(settings.state_dir)
-            if tables is not None:
-                await end_orphans()  # no worker's sockets are of use here
-            inheritance = await take_lock(sources, settings.take_over, settings.workers if tables is None else 0)
-            lock = stack.enter_context(contextlib.closing(inheritance.lock))
-            widen_queues(BACKLOG)
-
-            def tune() -> bool:
-                limits = conntrack_limits(settings)
-                return tune_conntrack(limits, lambda note: events.warn(node, "FailedToSetConntrack", note))
-
-            is_tuned = tune()  # before the plane, which takes over conntrack's time-outs of UDP
-            plane = make_plane(settings, stack) if tables is None else LocalPlane(Limits())  # nothing to open
-            inherited = await succession.inherit(plane, inheritance)
-            memory = state_dir.load() if state_dir else Memory()
-            allotting = make_allotting(settings, memory)
-            known_ports = {spec.name.key: spec.proxy_port for spec in inherited}
-            ports = ProxyPorts(*settings.proxy_port_range, {**memory.proxy_ports, **known_ports})
-            here = Node(settings.node_name, addresses=await network.host_addresses())
-            obstacle = "; ".join(await network.transparent_obstacles(language)) if tables is None else ""
-            if obstacle and settings.source_ip is SourceIP.TRANSPARENT:
-                raise StartError(f"--source-ip transparent: clients' addresses cannot be kept on this node: {obstacle}")
-            tracker = Tracker(allotting, settings.service_proxy_name, here, settings.source_ip, obstacle)
-
-            succession.cut = plane.cut
-            rules = node_rules_of(settings, await first_capture(settings.capture))
-            proxier: UserspaceProxier | KernelProxier
-            if tables is None:
-                proxier = UserspaceProxier(plane, KERNELS[language](), ports, rules)
-                proxier.adopt(inherited)
-            else:
-                warn_unless_forwarding()
-                proxier = make_kernel_proxier(tables, settings, rules)
-
-            def is_serving() -> bool:
-                """Whether load balancers may count on this node; who hands over says so to the last."""
-                return controller.failing_since is None and succession.ending is not Ending.STOP
-
-            def warn_of(service: NamespacedName, reason: str, note: str) -> None:
-                events.warn(ObjectReference("Service", service), reason, note, is_logged=True)
-
-            def after_sync() -> None:
-                saver.save_soon()
-                for service, problem in tracker.problems.items():
-                    warn_of(service, "NotServedAsWritten", problem)
-                for name, why in proxier.unopened.items():
-                    warn_of(name.service_port.service, "NotServed", why)
-
-            health_checks = ServiceHealthChecks(
-                is_serving,
-                lambda service, why: warn_of(service, "FailedToStartServiceHealthcheck", why),
-                lambda: rules.node_port_ips(tracker.here),
-            )
-            stack.push_async_callback(health_checks.close)
-            health_checks.adopt(listeners + inheritance.health_checks)
-            saver = Saver(state_dir, allotting, ports)
-            controller = Controller(
-                source,
-                tracker,
-                WithHealthChecks(
-                    WithRoutes(proxier, settings.service_cluster_ip_ranges, () if tables is None else here.addresses),
-                    health_checks,
-                ),
-                Pacer(loop.time, settings.min_sync_period_s, settings.sync_period_s),
-                after_sync=after_sync,
-                health_timeout_s=2 * settings.sync_period_s,  # as kube-proxy
-            )
-
-            async def hand_over_to(asked: TakeOver, conversation: Conversation) -> None:
-                await succession.hand_over_to(asked, conversation, proxier, plane, lock, health_checks)
-
-            async def take_away() -> None:
-                if tables is not None and succession.ending is not Ending.STOP:
-                    return  # the kernel serves on until somebody takes our place
-                await proxier.close(settings.drain_timeout_s)
-                await leave_network()
-
-            present = Present(VERSION, os.getpid(), sources, workers=1 if tables is None else 0)
-            incumbent = Incumbent(lock, present, hand_over_to)
-            stack.callback(incumbent.close)
-
-            reports = Reports(
-                settings, source, tracker, controller, proxier, plane, health_checks, succession.stop.is_set
-            )
-            admin = AdminServer(
-                reports.health, reports.metrics, settings.proxy_mode, configz(settings), settings.degraded_status
-            )
-            stack.push_async_callback(admin.close)
-            try:
-                await admin.start(settings.healthz_bind_address, settings.metrics_bind_address)
-                async with asyncio.TaskGroup() as group:
-                    tasks = [
-                        group.create_task(controller.run(), name="controller"),
-                        group.create_task(events.run(), name="events"),
-                        group.create_task(proxier.keep_rules(), name="keep-rules"),
-                        group.create_task(saver.run(), name="saver"),
-                        group.create_task(
-                            _settle_in(controller, settings.proxy_mode, language, None if is_tuned else tune),
-                            name="settle-in",
-                        ),
-                        group.create_task(succession.note_ready(controller.ready, plane), name="note-ready"),
-                        group.create_task(reap(left), name="reap"),
-                    ]
-                    if isinstance(proxier, UserspaceProxier):
-                        watching = watch_network(settings.capture, proxier)
-                        tasks.append(group.create_task(watching, name="watch-network"))
-                    events.normal(node, "Starting", f"userspace-proxy {__version__}")
-                    await succession.stop.wait()
-                    for task in tasks:
-                        task.cancel()
+                await running.serve(left)
             finally:
-                await succession.decision(incumbent)
+                await succession.decision(running.incumbent)
                 if succession.ending is Ending.HANDED_OVER:
                     # Nobody is to meet us at the lock any more, nor its name to be ours, while connections drain.
-                    incumbent.close()
-                    lock.close()
-                    await health_checks.close()
-                    await admin.close()
+                    running.incumbent.close()
+                    ground.inheritance.lock.close()
+                    await running.health_checks.close()
+                    await running.admin.close()
                 elif succession.ending is Ending.AGAIN:
-                    self.left = [sock.dup() for sock in health_checks.listeners()]
-                saver.save()
-                await succession.end(plane, take_away)
+                    self.left = [sock.dup() for sock in running.health_checks.listeners()]
+                running.saver.save()
+                await succession.end(ground.plane, running.take_away)
         log.info("stopped")
 
 
-async def _settle_in(controller: Controller, mode: str, language: str, tune: Callable[[], object] | None) -> None:
-    """What is worth doing once, after the first sync; *tune* where that is still to be done."""
-    await controller.attempted.wait()
-    # What is there now stays for long: the collector need not walk over it again and again.
-    gc.freeze()
-    gc.enable()
-    await controller.ready.wait()
-    if tune is not None:
-        tune()  # the rules have loaded conntrack
-    with contextlib.suppress(SyncError):
-        await remove_others(mode, language)
-    if mode in KERNEL_MODES:
-        return
-    with contextlib.suppress(SyncError, ValueError):
-        for found in await find_blocking_firewall():
-            log.warning("a firewall on this node drops redirected traffic: %s", found)
+class _Running:
+    """Who is who in a running proxy, from wishes to rules."""
+
+    def __init__(self, settings: Settings, succession: Succession, ground: Ground) -> None:
+        self._settings, self._succession, self._ground = settings, succession, ground
+        state_dir = ground.state_dir
+        memory = state_dir.load() if state_dir else Memory()
+        allotting = make_allotting(settings, memory)
+        known_ports = {spec.name.key: spec.proxy_port for spec in ground.inherited}
+        ports = ProxyPorts(*settings.proxy_port_range, {**memory.proxy_ports, **known_ports})
+        self.saver = Saver(state_dir, allotting, ports)
+        self._tracker = Tracker(
+            allotting, settings.service_proxy_name, ground.here, settings.source_ip, ground.obstacle
+        )
+        self._proxier = self._make_proxier(ports)
+        self.health_checks = ServiceHealthChecks(
+            self._is_serving,
+            lambda service, why: self._warn_of(service, "FailedToStartServiceHealthcheck", why),
+            lambda: ground.rules.node_port_ips(self._tracker.here),
+        )
+        addresses = () if ground.tables is None else ground.here.addresses
+        routed = WithRoutes(self._proxier, settings.service_cluster_ip_ranges, addresses)
+        self._controller = Controller(
+            ground.source,
+            self._tracker,
+            WithHealthChecks(routed, self.health_checks),
+            Pacer(asyncio.get_running_loop().time, settings.min_sync_period_s, settings.sync_period_s),
+            after_sync=self._after_sync,
+            health_timeout_s=2 * settings.sync_period_s,  # as kube-proxy
+        )
+        present = Present(VERSION, os.getpid(), ground.sources, workers=1 if ground.tables is None else 0)
+        self.incumbent = Incumbent(ground.inheritance.lock, present, self._hand_over_to)
+        reports = Reports(
+            settings,
+            ground.source,
+            self._tracker,
+            self._controller,
+            self._proxier,
+            ground.plane,
+            self.health_checks,
+            succession.stop.is_set,
+        )
+        self.admin = AdminServer(
+            reports.health, reports.metrics, settings.proxy_mode, configz(settings), settings.degraded_status
+        )
+        succession.cut = ground.plane.cut
+
+    def _make_proxier(self, ports: ProxyPorts) -> UserspaceProxier | KernelProxier:
+        ground = self._ground
+        if ground.tables is not None:
+            warn_unless_forwarding()
+            return make_kernel_proxier(ground.tables, self._settings, ground.rules)
+        proxier = UserspaceProxier(ground.plane, KERNELS[ground.language](), ports, ground.rules)
+        proxier.adopt(ground.inherited)
+        return proxier
+
+    async def serve(self, left: set[int]) -> None:
+        """Serve until it is time to end. *left*: processes that drain from before a start anew."""
+        settings, ground, proxier = self._settings, self._ground, self._proxier
+        await self.admin.start(settings.healthz_bind_address, settings.metrics_bind_address)
+        jobs: dict[str, Coroutine[object, object, None]] = {
+            "controller": self._controller.run(),
+            "events": ground.events.run(),
+            "keep-rules": proxier.keep_rules(),
+            "saver": self.saver.run(),
+            "settle-in": self._settle_in(),
+            "note-ready": self._succession.note_ready(self._controller.ready, ground.plane),
+            "reap": reap(left),
+        }
+        if isinstance(proxier, UserspaceProxier):
+            jobs["watch-network"] = watch_network(settings.capture, proxier)
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(job, name=name) for name, job in jobs.items()]
+            ground.events.normal(node_reference(settings.node_name), "Starting", f"userspace-proxy {__version__}")
+            await self._succession.stop.wait()
+            for task in tasks:
+                task.cancel()
+
+    async def take_away(self) -> None:
+        """Drain connections and leave no rule behind, except where the kernel serves on for whoever takes our place."""
+        if self._ground.tables is not None and self._succession.ending is not Ending.STOP:
+            return
+        await self._proxier.close(self._settings.drain_timeout_s)
+        await leave_network()
+
+    def _is_serving(self) -> bool:
+        """Whether load balancers may count on this node; who hands over says so to the last."""
+        return self._controller.failing_since is None and self._succession.ending is not Ending.STOP
+
+    def _warn_of(self, service: NamespacedName, reason: str, note: str) -> None:
+        self._ground.events.warn(ObjectReference("Service", service), reason, note, is_logged=True)
+
+    def _after_sync(self) -> None:
+        self.saver.save_soon()
+        for service, problem in self._tracker.problems.items():
+            self._warn_of(service, "NotServedAsWritten", problem)
+        for name, why in self._proxier.unopened.items():
+            self._warn_of(name.service_port.service, "NotServed", why)
+
+    async def _hand_over_to(self, asked: TakeOver, conversation: Conversation) -> None:
+        ground = self._ground
+        await self._succession.hand_over_to(
+            asked, conversation, self._proxier, ground.plane, ground.inheritance.lock, self.health_checks
+        )
+
+    async def _settle_in(self) -> None:
+        """What is worth doing once, after the first sync."""
+        mode, language = self._settings.proxy_mode, self._ground.language
+        await self._controller.attempted.wait()
+        # What is there now stays for long: the collector need not walk over it again and again.
+        gc.freeze()
+        gc.enable()
+        await self._controller.ready.wait()
+        if not self._ground.is_tuned:
+            self._ground.tune()  # the rules have loaded conntrack
+        with contextlib.suppress(SyncError):
+            await remove_others(mode, language)
+        if mode in KERNEL_MODES:
+            return
+        with contextlib.suppress(SyncError, ValueError):
+            for found in await find_blocking_firewall():
+                log.warning("a firewall on this node drops redirected traffic: %s", found)
