@@ -322,6 +322,8 @@ def test_a_file_for_nobody_to_read_is_refused_with_one_line(tmp_path: Path, caps
         (["--pod-bridge-interface", "much-too-long-a-name"], "is no interface"),
         (["--cluster-cidr", "10.0.0.0"], None),
         (["--cluster-cidr", "10.0.0.0/40"], "write a range such as"),
+        (["--cluster-cidr", "fd00::%eth0/64"], "has a zone"),
+        (["--pod-bridge-interface", 'cni0"'], "is no interface"),
         (["--nodeport-addresses", "primary,everything"], "'everything' does not appear to be"),
         (["--conntrack-min", "-1"], "not in the range"),
         (["--sync-period", "soon"], "is no duration"),

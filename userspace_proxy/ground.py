@@ -57,18 +57,27 @@ async def take_ground(settings: Settings, succession: Succession, stack: context
     """
     make_tables = KERNEL_MODES.get(settings.proxy_mode)
     tables = make_tables(settings) if make_tables is not None else None
+    # Whatever can say no is asked before the one who serves makes way.
     try:
         if tables is not None:
             await tables.prepare()
         language = choose_language(settings.rules) if tables is None else ""
+        obstacle = "; ".join(await network.transparent_obstacles(language)) if tables is None else ""
+        here = Node(settings.node_name, addresses=await network.host_addresses())
     except SyncError as error:
         raise StartError(str(error)) from None
+    if obstacle and settings.source_ip is SourceIP.TRANSPARENT:
+        raise StartError(f"--source-ip transparent: clients' addresses cannot be kept on this node: {obstacle}")
     source, sources, events = await open_source(settings, stack)
     state_dir = open_state_dir(settings.state_dir)
     if tables is not None:
         await end_orphans()  # no worker's sockets are of use here
     inheritance = await take_lock(sources, settings.take_over, settings.workers if tables is None else 0)
     stack.enter_context(contextlib.closing(inheritance.lock))
+    try:
+        rules = node_rules_of(settings, await first_capture(settings.capture))
+    except SyncError as error:
+        raise StartError(str(error)) from None
     widen_queues(BACKLOG)
 
     def tune() -> bool:
@@ -78,11 +87,6 @@ async def take_ground(settings: Settings, succession: Succession, stack: context
     is_tuned = tune()  # before the plane, which takes over conntrack's time-outs of UDP
     plane = make_plane(settings, stack) if tables is None else LocalPlane(Limits())  # nothing to open
     inherited = await succession.inherit(plane, inheritance)
-    here = Node(settings.node_name, addresses=await network.host_addresses())
-    obstacle = "; ".join(await network.transparent_obstacles(language)) if tables is None else ""
-    if obstacle and settings.source_ip is SourceIP.TRANSPARENT:
-        raise StartError(f"--source-ip transparent: clients' addresses cannot be kept on this node: {obstacle}")
-    rules = node_rules_of(settings, await first_capture(settings.capture))
     return Ground(
         tables=tables,
         language=language,

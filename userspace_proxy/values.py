@@ -16,6 +16,7 @@ NodePortAddress = Network | Literal["primary"]
 _UNITS_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _DURATION = re.compile(r"(?P<number>\d+\.?\d*|\.\d+)(?P<unit>ns|us|µs|μs|ms|s|m|h)")
 _INTERFACE_NAME_SIZE = 16  # IFNAMSIZ, with the byte that ends it
+_INTERFACE_NAME = re.compile(r"[^\s/\"'\\;{}#]+")  # the kernel would take more; rules are text
 _KEYWORDS = {"localhost": ("127.0.0.0/8", "::1/128"), "all": ("0.0.0.0/0", "::/0")}
 
 
@@ -71,12 +72,14 @@ def port_range(text: str) -> tuple[int, int]:
 
 def interface_name(text: str) -> str:
     """Return *text*, which is that of a network interface, or how one begins."""
-    if not text or len(text) >= _INTERFACE_NAME_SIZE or "/" in text or text.split() != [text]:
+    if len(text) >= _INTERFACE_NAME_SIZE or not _INTERFACE_NAME.fullmatch(text):
         raise ValueError(f"{text!r} is no interface; write a name of up to {_INTERFACE_NAME_SIZE - 1} characters")
     return text
 
 
 def _network(text: str) -> Network:
+    if "%" in text:  # what stands behind it may be any text
+        raise ValueError(f"{text!r} has a zone; write a range such as 10.96.0.0/16")
     try:
         return ipaddress.ip_network(text)
     except ValueError as error:

@@ -172,6 +172,7 @@ def test_a_service_with_or_without_a_cluster_ip_is_served(cluster_ip: str | None
         (service(externalTrafficPolicy="PreferLocal"), "spec.externalTrafficPolicy", "Cluster or Local"),
         (service(loadBalancerSourceRanges=["192.0.2.0/33"]), "spec.loadBalancerSourceRanges[0]", "no range"),
         (service(loadBalancerSourceRanges=["", "192.0.2.1"]), "spec.loadBalancerSourceRanges[1]", "192.0.2.1/32"),
+        (service(loadBalancerSourceRanges=["fd00::%1\n-A X\n#/64"]), "spec.loadBalancerSourceRanges[0]", "has a zone"),
         (service(loadBalancerSourceRanges=["2001:db8::1"]), "spec.loadBalancerSourceRanges[0]", "2001:db8::1/128"),
         (service(healthCheckNodePort=70_000), "spec.healthCheckNodePort", "1 to 65535"),
         (
@@ -547,7 +548,7 @@ def test_a_node_says_its_zone_its_addresses_and_its_pods_ranges() -> None:
         ("InternalIP", "somewhere"),
         ("InternalIP", "10.0.0.1"),
         zone="zone-a",
-        pod_cidrs=["10.244.1.0/24", "fd00:1::/64", "nonsense"],
+        pod_cidrs=["10.244.1.0/24", "fd00:1::/64", "nonsense", "fd00:2::%eth0/64"],
     )
 
     assert decode.node_of(given, HERE) == Node(

@@ -96,6 +96,26 @@ def variants() -> pytest.MarkDecorator:
     )
 
 
+def test_who_cannot_serve_as_he_is_told_leaves_the_one_who_serves_alone(
+    fresh_proxy: Proxy, second: Proxy, world: ServiceLab
+) -> None:
+    serve_web(fresh_proxy)
+    fresh_proxy.start()
+    world.node.set_knob("ipv4/conf/all/src_valid_mark", 1)
+    try:
+        second.start("--source-ip", "transparent", wait=False)
+        assert second.process is not None
+        assert second.process.wait(20) == 1
+    finally:
+        world.node.set_knob("ipv4/conf/all/src_valid_mark", 0)
+
+    assert "clients' addresses cannot be kept" in second.log()
+    assert fresh_proxy.process is not None
+    assert fresh_proxy.process.poll() is None
+    fresh_proxy.serve("web", WEB, POD2)
+    wait_until(lambda: ask(world.client, WEB) == "pod2", "changes are followed still")
+
+
 @variants()
 def test_a_second_run_takes_over_and_the_first_makes_way(
     fresh_proxy: Proxy, second: Proxy, world: ServiceLab, rules: str, loop: str, workers: int

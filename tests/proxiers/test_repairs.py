@@ -20,7 +20,7 @@ _BOUND_S = 5.0
 class FakeRules:
     """Rules that somebody has removed, and a kernel that takes none while ``refusal`` says why."""
 
-    def __init__(self, refusal: str) -> None:
+    def __init__(self, refusal: str | Exception) -> None:
         self.refusal = refusal
         self._are_there = False
         self._reloads: asyncio.Queue[float] = asyncio.Queue()
@@ -34,6 +34,8 @@ class FakeRules:
 
     async def reload(self) -> None:
         self._reloads.put_nowait(asyncio.get_running_loop().time())
+        if isinstance(self.refusal, Exception):
+            raise self.refusal
         if self.refusal:
             raise SyncError(self.refusal)
         self._are_there = True
@@ -85,6 +87,19 @@ async def test_a_refusal_is_named_once_and_so_is_its_end(caplog: pytest.LogCaptu
         ("ERROR", "no such module"),
         ("INFO", "our rules are as they should be again"),
     ]
+
+
+async def test_a_bug_in_a_repair_ends_nothing_and_is_told_with_where_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    rules = FakeRules(KeyError("a bug"))
+    async with kept(rules) as keeper:
+        for _ in range(2):
+            await rules.reloaded()
+        assert keeper.error == "KeyError('a bug')"
+        rules.refusal = ""
+        await rules.reloaded()
+
+    (told,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert told.exc_info
 
 
 async def test_who_refuses_is_asked_less_and_less_often() -> None:

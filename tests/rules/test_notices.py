@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import struct
 
 import pytest
 
-from userspace_proxy.rules.notices import tables_in
+from userspace_proxy.lab import Lab
+from userspace_proxy.rules.notices import RuleNotices, quiet, tables_in
 
 NFTABLES, NEWTABLE, NEWSETELEM, NEWGEN = 10, 0, 12, 15
 OF_NETFILTER = struct.pack("=BBH", 2, 0, 0)
@@ -80,3 +82,20 @@ def test_noise_does_no_harm() -> None:
             noisy[chance.randrange(len(noisy))] = chance.randrange(256)
 
         assert all(isinstance(name, bytes) for name in tables_in(bytes(noisy)))
+
+
+async def test_pauses_may_overlap_and_nothing_is_heard_until_the_last_has_ended(lab: Lab) -> None:
+    host = lab.add(f"overheard{len(lab.hosts)}")  # one for each event loop
+    heard = asyncio.Event()
+    with host.inside():
+        notices = RuleNotices({"nat"}, heard.set)
+    with quiet(notices):
+        with quiet(notices):
+            pass
+        host.run("nft", "add", "table", "ip", "nat")
+        await asyncio.sleep(0.1)
+        assert not heard.is_set()
+    host.run("nft", "add", "chain", "ip", "nat", "more")
+    async with asyncio.timeout(20):
+        await heard.wait()
+    notices.close()

@@ -165,6 +165,19 @@ def test_what_is_loaded_is_what_is_written_down(lab: Lab) -> None:
     assert in_force(ours) == in_force(theirs)
 
 
+def test_who_went_while_all_was_loaded_leaves_no_number_behind(lab: Lab) -> None:
+    host, table = lab.add("forgetful"), SlotTable()
+    tables = ElementTables("nftables", table)
+    load(tables, host, by_name(*EVERYTHING), set())
+    host.run("nft", "delete", "table", *TABLE.split())
+
+    load(tables, host, by_name(WEB), {each.service_port.name for each in EVERYTHING})
+
+    fresh = SlotTable()
+    fresh.elements(WEB)
+    assert table.numbers._sets.memory().keys() == fresh.numbers._sets.memory().keys()
+
+
 def test_loads_and_refusals_are_counted_for_both_families(lab: Lab) -> None:
     host, tables = lab.add("counted"), slot_tables()
     load(tables, host, by_name(*EVERYTHING), set())

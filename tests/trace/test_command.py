@@ -26,6 +26,7 @@ def test_a_portal_is_an_address_a_port_and_perhaps_a_protocol() -> None:
     [
         ("web:80", {}, "'web:80' is no portal; write 10.96.0.11:80, 10.96.0.53:53/udp or [fd00::1]:80"),
         ("10.96.0.11", {}, "'10.96.0.11' is no portal"),
+        ("[fd00::1%1 ; add table ip t]:80", {}, "is no portal"),
         ("10.96.0.11:70000", {}, "70000 is no port"),
         ("10.96.0.11:80/sctp", {}, "'sctp' is neither tcp nor udp"),
         ("10.96.0.11:80", {"client_ip": "pod1"}, "--from 'pod1' is no address"),

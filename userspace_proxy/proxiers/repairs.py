@@ -56,8 +56,8 @@ class Keeper:
                 self._is_loaded.clear()
                 try:
                     await repair()
-                except SyncError as error:
-                    self._note_failure(str(error))
+                except Exception as error:  # noqa: BLE001 - whatever it is, what is in force stays, as in a sync
+                    self._note_failure(error)
                     changed.set()
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(pause_s):
@@ -82,9 +82,11 @@ class Keeper:
         await self._rules.reload()
         return True
 
-    def _note_failure(self, error: str) -> None:
+    def _note_failure(self, failure: Exception) -> None:
+        error = str(failure) if isinstance(failure, SyncError) else repr(failure)
         if error != self.error:
-            log.error("our rules are not as they should be, and cannot be loaded again: %s", error)
+            a_bug = None if isinstance(failure, SyncError) else failure
+            log.error("our rules are not as they should be, and cannot be loaded again: %s", error, exc_info=a_bug)
         self.error = error
         self.failing_since = self.failing_since or time.time()
 

@@ -48,6 +48,7 @@ class UserspaceProxier:
         self._claimed: dict[Portal, ServicePortName] = {}
         self._told: set[ServicePortName] = set()
         self._strayed: set[ServicePortName] = set()  # flows of theirs may go where no policy leads any more
+        self._losing: set[ServicePortName] = set()  # UDP, some endpoint serves no more, since the last finished sync
         self._refuse_port = 0
         self.unopened: dict[ListenerName, str] = {}
         self.loads = 0
@@ -81,21 +82,25 @@ class UserspaceProxier:
 
     async def sync(self, state: ProxyState) -> None:
         async with self._lock:
-            self._outdated |= self._plans.update(state, self._rules)
-            self._told.difference_update(self._plans.gone)
-            changed = self._plans.unfinished
-            await self._open(changed)
-            losing = self._losing(changed)
-            emptied = await self._give_usable(changed)
-            gone = [name for name in self._opened if not self._is_wanted(name)]
-            if self._outdated:
-                await self._load(losing)
-            await self._give(emptied)  # now that nobody is led there any more
-            self._tell_new(changed)
-            await self._retire(gone)
-            if strayed := losing & self._strayed:
-                await self._call_back(strayed)
-            self._plans.finish()
+            await self._sync(state)
+
+    async def _sync(self, state: ProxyState) -> None:
+        self._outdated |= self._plans.update(state, self._rules)
+        self._told.difference_update(self._plans.gone)
+        changed = self._plans.unfinished
+        await self._open(changed)
+        self._losing |= self._who_loses(changed)
+        emptied = await self._give_usable(changed)
+        gone = [name for name in self._opened if not self._is_wanted(name)]
+        if self._outdated:
+            await self._load(self._losing)
+        await self._give(emptied)  # now that nobody is led there any more
+        self._tell_new(changed)
+        await self._retire(gone)
+        if strayed := self._losing & self._strayed:
+            await self._call_back(strayed)
+        self._losing.clear()
+        self._plans.finish()
 
     def _is_wanted(self, name: ListenerName) -> bool:
         planned = self._plans.held.get(name.service_port)
@@ -226,7 +231,7 @@ class UserspaceProxier:
         opened = (self._opened.get(name) for name in self._plans.held[service_port].listeners)
         return {(ANY_IP, spec.proxy_port) for spec in opened if spec is not None}
 
-    def _losing(self, changed: Iterable[Plan]) -> set[ServicePortName]:
+    def _who_loses(self, changed: Iterable[Plan]) -> set[ServicePortName]:
         """Return the UDP service ports of *changed* of which some endpoint serves no more."""
         return {
             name.service_port
@@ -305,7 +310,8 @@ class UserspaceProxier:
         if is_repaired:
             await asyncio.sleep(REPAIR_PAUSE_S)
         if self.unopened:
-            await self.sync(self._plans.state)
+            async with self._lock:  # of which another sync may have had the turn: the state is today's
+                await self._sync(self._plans.state)
 
     def cut(self) -> None:
         """End every open connection now; for somebody who will not wait for the drain."""

@@ -103,7 +103,7 @@ async def open_connections(portals: Iterable[Portal]) -> int:
     try:
         for family in sorted({portal.family for portal in led_anywhere}):
             listing = await run_tool("conntrack", "-L", "-p", "tcp", "--state", "ESTABLISHED", "-f", f"ipv{family}")
-            found += len(stale_flows(listing, led_anywhere))
+            found += len(await asyncio.to_thread(stale_flows, listing, led_anywhere))
     except SyncError as error:
         log.debug("open connections cannot be counted: %s", error)
     return found

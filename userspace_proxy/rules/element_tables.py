@@ -41,6 +41,7 @@ class ElementTables:
         self._notices: RuleNotices | None = None
         self._on_change: Callable[[], None] | None = None
         self._touched = False
+        self._is_loading = False
 
     async def prepare(self) -> None:
         if not is_installed("nft"):
@@ -52,6 +53,7 @@ class ElementTables:
         changed: Collection[ServicePortName],
         facts: NodeFacts,
     ) -> None:
+        self._is_loading = True
         with quiet(self._notices):
             try:
                 if self._facts is None or self._touched:
@@ -64,6 +66,8 @@ class ElementTables:
                     raise
                 log.warning("the change was refused (%s); loading the whole table", error)
                 await self._load_all(translations, facts)
+            finally:
+                self._is_loading = False
         if self._on_change is not None:
             self._on_change()  # have a look soon: nothing was heard while we loaded
 
@@ -78,6 +82,9 @@ class ElementTables:
                 log.debug("a table is there that cannot be made ours (%s)", error)
                 await run_tool("nft", "-f", "-", stdin=self.table.removal() + script)
             await in_thread(self._send_all, translations, timeouts_s)
+        for name, before in self._held.items():
+            if (after := translations.get(name)) is not before:
+                self.table.forget(before, after)
         self._held = dict(translations)
         self._timeouts_s = timeouts_s
         self._facts = facts
@@ -193,7 +200,8 @@ class ElementTables:
 
     def unwatch(self) -> None:
         self._on_change = None
-        self._channel.close()
+        if not self._is_loading:  # a thread may be sending; then `remove` closes it
+            self._channel.close()
         if self._notices is not None:
             self._notices.close()
             self._notices = None

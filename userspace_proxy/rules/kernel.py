@@ -127,8 +127,7 @@ class IptablesKernel:
     async def _load_family(self, redirects: Redirects, family: Family, prefix: str) -> None:
         saved = await run_tool(f"{prefix}-save")
         script = iptables.restore(redirects, family, saved)
-        with quiet(self._notices):
-            await run_tool(f"{prefix}-restore", "--noflush", "-w", "5", stdin=script)
+        await run_tool(f"{prefix}-restore", "--noflush", "-w", "5", stdin=script)
         loaded = iptables.ours(await run_tool(f"{prefix}-save"))
         if len(loaded) != iptables.rules_in(script):
             raise SyncError(f"{prefix}: somebody else changed rules while ours were loaded")

@@ -66,17 +66,21 @@ class RuleNotices(_Notices):
 
     def __init__(self, tables: Collection[str], on_change: Callable[[], None]) -> None:
         self._tables = {name.encode() for name in tables}
+        self._pauses = 0
         super().__init__(_NETLINK_NETFILTER, 0, on_change)
         self._sock.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, _GROUP_NFTABLES)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Hear nothing while we load rules ourselves."""
-        self._sock.setsockopt(_SOL_NETLINK, _DROP_MEMBERSHIP, _GROUP_NFTABLES)
+        """Hear nothing while we load rules ourselves, several at once perhaps."""
+        if not self._pauses:
+            self._sock.setsockopt(_SOL_NETLINK, _DROP_MEMBERSHIP, _GROUP_NFTABLES)
+        self._pauses += 1
         try:
             yield
         finally:
-            if self._sock.fileno() >= 0:  # closed meanwhile, when the proxy stops
+            self._pauses -= 1
+            if not self._pauses and self._sock.fileno() >= 0:  # closed meanwhile, when the proxy stops
                 self._sock.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, _GROUP_NFTABLES)
 
     def concerns_us(self, datagram: bytes) -> bool:

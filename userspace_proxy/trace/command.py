@@ -28,7 +28,7 @@ def request(portal: str, *, wait: bool, timeout_s: float, client_ip: str, from_p
     if protocol.lower() not in ("", "tcp", "udp"):
         raise ValueError(f"{protocol!r} is neither tcp nor udp")
     try:
-        address, number = ipaddress.ip_address(ip.strip("[]")), int(port)
+        address, number = _address(ip.strip("[]")), int(port)
     except ValueError:
         raise ValueError(f"{portal!r} is no portal; write 10.96.0.11:80, 10.96.0.53:53/udp or [fd00::1]:80") from None
     if not 0 < number < 1 << 16:
@@ -43,9 +43,15 @@ def request(portal: str, *, wait: bool, timeout_s: float, client_ip: str, from_p
     )
 
 
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    if "%" in text:  # what stands behind it may be any text, and a rule would have it
+        raise ValueError(f"{text!r} has a zone")
+    return ipaddress.ip_address(text)
+
+
 def _client(text: str, family: int) -> str:
     try:
-        address = ipaddress.ip_address(text)
+        address = _address(text)
     except ValueError:
         raise ValueError(f"--from {text!r} is no address") from None
     if address.version != family:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 import subprocess
 import time
@@ -132,6 +133,10 @@ def _hear(ear: socket.socket, awaited_s: float) -> list[bytes]:
             datagram = ear.recv(_DATAGRAM_BYTES)
         except TimeoutError:
             break
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:  # some of what was said is lost: others are traced, too
+                raise
+            continue
         ours = [message for message in messages(datagram) if message.table == TABLE]
         if heard or ours:
             heard.append(datagram)

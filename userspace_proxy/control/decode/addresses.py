@@ -50,12 +50,14 @@ def canonical_ip(ip: str, field: str = "") -> str:
 
 
 def canonical_cidr(cidr: str, field: str = "") -> str:
-    """Return *cidr* in canonical form, without the bits of a host; zeros in front are read as in `canonical_ip`.
+    """Return *cidr* in canonical form, without the bits of a host; zeros and zones are read as in `canonical_ip`.
 
     Raises:
         ConfigError: it is no range of addresses.
     """
     text = _without_zeros(cidr.strip())
+    if "%" in text:  # what stands behind it may be any text, and rules would have it
+        raise ConfigError(f"{cidr!r} has a zone", field=field, mend="write the range alone")
     try:
         network = ipaddress.ip_network(text, strict=False)
     except ValueError:
