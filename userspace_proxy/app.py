@@ -21,6 +21,7 @@ from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.dataplane.handover import VERSION, Conversation, Incumbent, Present, TakeOver
 from userspace_proxy.errors import SyncError
 from userspace_proxy.ground import Ground, take_ground
+from userspace_proxy.interfaces import Proxier
 from userspace_proxy.kube_config import configz
 from userspace_proxy.model.names import NamespacedName, ObjectReference
 from userspace_proxy.node_network import (
@@ -34,7 +35,6 @@ from userspace_proxy.parts import (
     make_kernel_proxier,
     warn_unless_forwarding,
 )
-from userspace_proxy.proxiers.kernel import KernelProxier
 from userspace_proxy.proxiers.proxy_ports import ProxyPorts
 from userspace_proxy.proxiers.userspace import UserspaceProxier
 from userspace_proxy.removal import remove_others, require_net_admin
@@ -157,7 +157,7 @@ class _Running:
         )
         succession.cut = ground.plane.cut
 
-    def _make_proxier(self, ports: ProxyPorts) -> UserspaceProxier | KernelProxier:
+    def _make_proxier(self, ports: ProxyPorts) -> Proxier:
         ground = self._ground
         if ground.tables is not None:
             warn_unless_forwarding()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import Enum
 from socket import SocketType
@@ -132,8 +133,55 @@ class StateSink(Protocol):
         ...
 
 
+class Retrying(Protocol):
+    """What is tried again until it can be done."""
+
+    @property
+    def error(self) -> str:
+        """Why it cannot be done, "" where it can."""
+        ...
+
+    @property
+    def failing_since(self) -> float | None:
+        """Since which wall-clock second."""
+        ...
+
+
 class Proxier(StateSink, Protocol):
-    """A mode: userspace, and later the kernel modes."""
+    """A mode: userspace, or one in which the kernel serves."""
+
+    @property
+    def service_ports(self) -> int:
+        """How many are held."""
+        ...
+
+    @property
+    def unopened(self) -> Mapping[ListenerName, str]:
+        """Listeners that could not be opened, and why."""
+        ...
+
+    @property
+    def loads(self) -> int:
+        """How often rules were loaded."""
+        ...
+
+    @property
+    def repairs(self) -> int:
+        """How often rules were loaded again as somebody else had changed them."""
+        ...
+
+    @property
+    def keeper(self) -> Retrying:
+        """Who does so."""
+        ...
+
+    async def keep_rules(self) -> None:
+        """Load our rules again whenever somebody else removed or changed them. Runs until cancelled."""
+        ...
+
+    def paused(self) -> AbstractAsyncContextManager[None]:
+        """Return a block during which nothing is changed."""
+        ...
 
     async def close(self, drain_timeout_s: float) -> None:
         """Take the rules away, then stop serving; open connections get *drain_timeout_s* to end."""
@@ -222,10 +270,11 @@ class Kernel(LoadedRules, Protocol):
     language: str
 
     async def load(self, redirects: Redirects) -> None:
-        """Make *redirects* the rules in force, all or nothing, at the cost of what changed.
+        """Make *redirects* the rules in force, at the cost of what changed.
 
         Raises:
-            SyncError: the kernel refused; the rules before are still in force.
+            SyncError: the kernel refused; the rules before are still in force, with iptables in each table and family
+                that was refused.
         """
         ...
 

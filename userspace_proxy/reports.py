@@ -15,10 +15,9 @@ from userspace_proxy.admin.server import Health
 from userspace_proxy.control.controller import Controller
 from userspace_proxy.control.decode import is_eligible
 from userspace_proxy.control.tracker import Tracker
-from userspace_proxy.interfaces import DataPlane, Source
+from userspace_proxy.interfaces import DataPlane, Proxier, Source
 from userspace_proxy.model.locality import without_local_endpoints
 from userspace_proxy.proxiers.kernel import KernelProxier
-from userspace_proxy.proxiers.userspace import UserspaceProxier
 from userspace_proxy.settings import Settings
 
 
@@ -31,7 +30,7 @@ class Reports:
         source: Source,
         tracker: Tracker,
         controller: Controller,
-        proxier: UserspaceProxier | KernelProxier,
+        proxier: Proxier,
         plane: DataPlane,
         health_checks: ServiceHealthChecks,
         is_stopping: Callable[[], bool],

@@ -24,9 +24,7 @@ from userspace_proxy.dataplane.handover import Conversation, Incumbent, Inherit,
 from userspace_proxy.dataplane.remote import RemotePlane
 from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.instance import Inheritance
-from userspace_proxy.interfaces import DataPlane, ListenerSpec
-from userspace_proxy.proxiers.kernel import KernelProxier
-from userspace_proxy.proxiers.userspace import UserspaceProxier
+from userspace_proxy.interfaces import DataPlane, ListenerSpec, Proxier
 
 _REAP_EVERY_S = 1.0
 # Who is told to stop while it hands over waits so long for the successor to begin, or not.
@@ -135,7 +133,7 @@ class Succession:
         self,
         asked: TakeOver,
         conversation: Conversation,
-        proxier: UserspaceProxier | KernelProxier,
+        proxier: Proxier,
         plane: DataPlane,
         lock: socket.socket,
         health_checks: ServiceHealthChecks,

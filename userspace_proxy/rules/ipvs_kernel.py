@@ -33,7 +33,7 @@ from userspace_proxy.rules.ipvs import (
 from userspace_proxy.rules.ipvs_device import DEVICE
 from userspace_proxy.rules.ipvs_netlink import Listing
 from userspace_proxy.rules.ipvs_wanted import Wanted
-from userspace_proxy.rules.notices import NetworkNotices
+from userspace_proxy.rules.notices import NetworkNotices, call_often
 from userspace_proxy.rules.tool import in_thread, is_installed, run_tool
 from userspace_proxy.rules.virtual_device import VirtualDevice
 
@@ -292,16 +292,17 @@ class IpvsTables:
         def on_notice() -> None:
             self._has_moved = True
 
+        def on_due() -> None:
+            self._is_due = True
+            on_change()
+
         await self._rules.watch(on_change)
         self._notices = NetworkNotices(on_notice)
         self._has_moved = True  # for all that is known of the time since the first look
-        self._poll = asyncio.create_task(self._call_often(on_change), name="ipvs-poll")
+        self._poll = asyncio.create_task(call_often(self._pause_s, on_due), name="ipvs-poll")
 
-    async def _call_often(self, call: Callable[[], None]) -> None:
-        while True:
-            await asyncio.sleep(max(_POLL_S, self._look_s / _POLL_SHARE))
-            self._is_due = True
-            call()
+    def _pause_s(self) -> float:
+        return max(_POLL_S, self._look_s / _POLL_SHARE)
 
     def unwatch(self) -> None:
         self._rules.unwatch()

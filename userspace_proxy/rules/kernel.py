@@ -12,11 +12,10 @@ from collections.abc import Callable
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import Redirects
 from userspace_proxy.model.endpoint import Family
-from userspace_proxy.rules import answers, iptables, network, nft
+from userspace_proxy.rules import answers, iptables, network, nft, xtables
 from userspace_proxy.rules.netlink import count_rules
-from userspace_proxy.rules.notices import RuleNotices, quiet
+from userspace_proxy.rules.notices import RuleNotices, call_often, quiet
 from userspace_proxy.rules.tool import is_installed, run_tool
-from userspace_proxy.rules.xtables import families, is_legacy
 
 # How often iptables-legacy is looked at, which sends no notices.
 _POLL_S = 0.7
@@ -116,7 +115,7 @@ class IptablesKernel:
         with quiet(self._notices):
             await self._answers.before(redirects, anew=held is None)
             done = await asyncio.gather(
-                *(self._load_family(redirects, family, prefix) for family, prefix in families()),
+                *(self._load_family(redirects, family, prefix) for family, prefix in xtables.families()),
                 return_exceptions=True,
             )
             await self._answers.after(redirects)
@@ -125,10 +124,10 @@ class IptablesKernel:
         self._held = redirects
 
     async def _load_family(self, redirects: Redirects, family: Family, prefix: str) -> None:
-        saved = await run_tool(f"{prefix}-save")
+        saved = await xtables.save(prefix)
         script = iptables.restore(redirects, family, saved)
-        await run_tool(f"{prefix}-restore", "--noflush", "-w", "5", stdin=script)
-        loaded = iptables.ours(await run_tool(f"{prefix}-save"))
+        await xtables.restore(prefix, script)
+        loaded = iptables.ours(await xtables.save(prefix))
         if len(loaded) != iptables.rules_in(script):
             raise SyncError(f"{prefix}: somebody else changed rules while ours were loaded")
         self._loaded[family] = loaded
@@ -151,22 +150,21 @@ class IptablesKernel:
         self._held = None
         self._loaded = {}
         with quiet(self._notices):
-            for _, prefix in families():
+            for _, prefix in xtables.families():
                 if not is_installed(f"{prefix}-save"):
                     continue
-                script = iptables.removal(await run_tool(f"{prefix}-save"))
-                if script:
-                    await run_tool(f"{prefix}-restore", "--noflush", "-w", "5", stdin=script)
+                script = iptables.removal(await xtables.save(prefix))
+                await xtables.restore(prefix, script)
 
     async def is_intact(self) -> bool:
-        for family, prefix in families():
-            if iptables.ours(await run_tool(f"{prefix}-save")) != self._loaded.get(family):
+        for family, prefix in xtables.families():
+            if iptables.ours(await xtables.save(prefix)) != self._loaded.get(family):
                 return False
         return True
 
     async def watch(self, on_change: Callable[[], None]) -> None:
-        if await is_legacy():
-            self._poll = asyncio.create_task(_call_every(_POLL_S, on_change), name="rules-poll")
+        if await xtables.is_legacy():
+            self._poll = asyncio.create_task(call_often(lambda: _POLL_S, on_change), name="rules-poll")
         else:
             self._notices = RuleNotices({"mangle", "nat", "filter"}, on_change)
 
@@ -234,9 +232,3 @@ class _Answers:
 def _is_bridge_table_intact(redirects: Redirects) -> bool:
     """Return whether it is as it should be; not there at all where this kernel refused it, which was said."""
     return not redirects.transparent or count_rules(answers.BRIDGE_TABLE) in (0, answers.BRIDGE_RULES)
-
-
-async def _call_every(period_s: float, call: Callable[[], None]) -> None:
-    while True:
-        await asyncio.sleep(period_s)
-        call()

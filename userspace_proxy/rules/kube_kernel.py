@@ -18,7 +18,7 @@ from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.rules import kube_tables, sysctls, xtables
 from userspace_proxy.rules.kube_chains import Manner, Rules, node_rules, service_rules
 from userspace_proxy.rules.kube_tables import Tables
-from userspace_proxy.rules.notices import RuleNotices, quiet
+from userspace_proxy.rules.notices import RuleNotices, call_often, quiet
 from userspace_proxy.rules.tool import in_thread, is_installed
 
 # Of more endpoints rules do not say which they lead to, as with kube-proxy: it is a third of what is loaded.
@@ -219,14 +219,12 @@ class IptablesTables:
             on_change()
 
         if await xtables.is_legacy():
-            self._poll = asyncio.create_task(self._call_often(on_change), name="rules-poll")
+            self._poll = asyncio.create_task(call_often(self._pause_s, on_change), name="rules-poll")
         else:
             self._notices = RuleNotices(kube_tables.TABLES, on_notice)
 
-    async def _call_often(self, call: Callable[[], None]) -> None:
-        while True:
-            await asyncio.sleep(max(_POLL_S, self._look_s / _POLL_SHARE))
-            call()
+    def _pause_s(self) -> float:
+        return max(_POLL_S, self._look_s / _POLL_SHARE)
 
     def unwatch(self) -> None:
         if self._notices is not None:

@@ -99,6 +99,13 @@ class NetworkNotices(_Notices):
         super().__init__(_NETLINK_ROUTE, _GROUPS_LINK_ADDRESS_ROUTE, on_change)
 
 
+async def call_often(pause_s: Callable[[], float], call: Callable[[], None]) -> None:
+    """Call *call* again and again, for what sends no notices. Runs until cancelled."""
+    while True:
+        await asyncio.sleep(pause_s())
+        call()
+
+
 def tables_in(datagram: bytes) -> Iterator[bytes]:
     """Yield the name of the table that each nf_tables message in *datagram* is about."""
     at = 0
