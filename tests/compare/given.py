@@ -1,20 +1,46 @@
-"""Results of one load, made by hand."""
+"""Results of one load, made by hand; a node of a mode, with nothing on it."""
 
 from __future__ import annotations
 
-from userspace_proxy.compare.modes import DIRECT, DIRECT_AGAIN, NFTABLES, USERSPACE
-from userspace_proxy.compare.results import Kind, ModeRun, Results, Sample
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-KINDS: dict[str, Kind] = {DIRECT: "none", DIRECT_AGAIN: "none", NFTABLES: "kernel", USERSPACE: "proxy"}
+from userspace_proxy.compare.modes import DIRECT, DIRECT_AGAIN, IPTABLES, IPVS, NFTABLES, USERSPACE, USERSPACE_COPY
+from userspace_proxy.compare.results import Kind, ModeRun, Results, Sample
+from userspace_proxy.compare.sites import Site
+from userspace_proxy.lab import Lab
+
+KINDS: dict[str, Kind] = {
+    DIRECT: "none",
+    DIRECT_AGAIN: "none",
+    NFTABLES: "kernel",
+    IPTABLES: "kernel",
+    IPVS: "kernel",
+    USERSPACE: "proxy",
+    USERSPACE_COPY: "proxy",
+}
 
 
 def results_of(case: str, figure: str, rounds: dict[str, list[float]]) -> Results:
     """Return results with one figure of one case: for each mode its value in each round."""
     modes = [ModeRun(name, name, KINDS[name], ours=KINDS[name] != "none") for name in rounds]
     results = Results("1.0", "2026-01-01T00:00:00+00:00", {}, 60.0, 3, 1.0, modes)
+    add_rounds(results, case, figure, rounds)
+    return results
+
+
+def add_rounds(results: Results, case: str, figure: str, rounds: dict[str, list[float]]) -> None:
+    """Add one more figure, for modes that took part."""
     results.samples += [
         Sample(case, mode, number, {figure: value})
         for mode, values in rounds.items()
         for number, value in enumerate(values, 1)
     ]
-    return results
+
+
+@contextmanager
+def bare_site(folder: Path) -> Iterator[Site]:
+    """Yield a site whose node is linked to nothing; what runs there ends with the block."""
+    with Lab() as lab:
+        yield Site("bare", lab.add("node"), lab.add("client"), 1, folder, front_ip="127.0.0.1")

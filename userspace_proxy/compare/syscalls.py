@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -45,16 +46,31 @@ def _counted(site: Site, load: Callable[[], float]) -> dict[str, float]:
     else:
         command = ["perf", "stat", "-x,", "-e", "raw_syscalls:sys_enter", "-o", str(report), "-p", ",".join(pids)]
     counting = site.node.start(*command, log=log)
-    time.sleep(_ATTACH_S)
-    if counting.poll() is not None:
-        raise StartError(f"{tool} may not look here: {_last_line(log)}")
-    units = load()
-    counting.send_signal(signal.SIGINT)
-    counting.wait(_TIMEOUT_S)
+    try:
+        time.sleep(_ATTACH_S)
+        if counting.poll() is not None:
+            raise StartError(f"{tool} may not look here: {_last_line(log)}")
+        units = load()
+    finally:
+        has_reported = _end(counting)  # whatever happened: all later loads would be slowed
+    if not has_reported:
+        raise StartError(f"{tool} does not end")
     if not units:
         raise StartError(f"{site.name} answered nothing while its system calls were counted")
     counts = (_parse_strace if tool == "strace" else _parse_perf)(report.read_text())
     return {name: count / units for name, count in counts.most_common()}
+
+
+def _end(counting: subprocess.Popen[bytes]) -> bool:
+    """End the tool; return whether it did so by itself, with a report of what it counted."""
+    counting.send_signal(signal.SIGINT)
+    try:
+        counting.wait(_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        counting.kill()
+        counting.wait(_TIMEOUT_S)
+        return False
+    return True
 
 
 def _last_line(log: Path) -> str:
