@@ -84,7 +84,7 @@ def _userspace_is_slow(results: Results) -> Verdict:
 
 
 def _none_or_undecided(rest: Sequence[Point]) -> Ruling:
-    return "fails" if any(p.comparison.decided for p in rest) else "undecided"
+    return "fails" if all(p.comparison.decided for p in rest) else "undecided"
 
 
 def _two_switches(results: Results) -> Verdict:
@@ -143,8 +143,6 @@ def _copies(results: Results) -> Verdict:
 
 def _no_extra_hop(results: Results) -> Verdict:
     kernel = [mode for mode in results.ran() if mode.kind == "kernel"]
-    if not kernel:
-        return Verdict("unmeasured", _missing(results))
     words, seen = [], []
     for mode in kernel:
         parts = []
@@ -155,12 +153,15 @@ def _no_extra_hop(results: Results) -> Verdict:
         ):
             compared = compare(results, case, mode.name, DIRECT, name)
             if compared is not None:
-                seen.append(compared)
                 parts.append(f"{what} {times(compared)}")
+                if mode.name == IPTABLES:  # the others stand beside what the claim is about
+                    seen.append(compared)
         if parts:
             words.append(f"{mode.title}, beside the direct way: {'; '.join(parts)}.")
+    if not any(mode.name == IPTABLES for mode in kernel):
+        return Verdict("unmeasured", (*words, *_missing(results, IPTABLES)))
     if not seen:
-        return Verdict("unmeasured", ("The loads were not run.",))
+        return Verdict("unmeasured", (*words, "The loads were not run."))
     if any(each.decided and each.ratio.median > _MATTERS for each in seen):
         return Verdict("partly", (*words, "No hop, but the rules and the rewriting are not free."))
     if any(each.ratio.high > _MATTERS for each in seen):
@@ -169,11 +170,10 @@ def _no_extra_hop(results: Results) -> Verdict:
     return Verdict("holds", tuple(words))
 
 
-def _missing(results: Results, *names: str) -> tuple[str, ...]:
-    """Say why kernel modes (those of *names*, if any are given) did not take part."""
-    wanted = [mode for mode in results.modes if mode.kind == "kernel" and (not names or mode.name in names)]
-    reasons = [f"{mode.title}: {mode.reason}." for mode in wanted if mode.reason]
-    return tuple(reasons) or (f"{' or '.join(names) or 'A kernel mode'} was not asked for.",)
+def _missing(results: Results, name: str) -> tuple[str, ...]:
+    """Say why the mode *name* did not take part."""
+    reasons = [f"{mode.title}: {mode.reason}." for mode in results.modes if mode.name == name and mode.reason]
+    return tuple(reasons) or (f"{name} was not asked for.",)
 
 
 def _lookup_grows(results: Results) -> Verdict:
@@ -219,7 +219,11 @@ def _orders_of_magnitude(results: Results) -> Verdict:
     )
     if enough.get(USERSPACE, 0) >= 1_000:
         return Verdict("fails", (*words, "The number of Services is no reason against userspace mode on this machine."))
-    return Verdict("holds" if USERSPACE in enough else "unmeasured", tuple(words))
+    if USERSPACE not in enough:
+        return Verdict("unmeasured", tuple(words))
+    if all(ms <= _ENOUGH_S * 1000 for ms in sizes_of(results, USERSPACE, "change_ms").values()):
+        return Verdict("undecided", (*words, "userspace was measured with too few Services to say."))
+    return Verdict("holds", tuple(words))
 
 
 def _ipvs_is_best(results: Results) -> Verdict:
@@ -239,7 +243,7 @@ def _ipvs_is_best(results: Results) -> Verdict:
         return Verdict("unmeasured", ("The loads were not run.",))
     if better == len(words):
         return Verdict("holds", tuple(words))
-    return Verdict("fails" if worse or better else "undecided", tuple(words))
+    return Verdict("fails" if worse else "undecided", tuple(words))
 
 
 def _dead_backends(results: Results) -> Verdict:
