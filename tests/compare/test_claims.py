@@ -7,7 +7,7 @@ import pytest
 from tests.compare.given import add_rounds, results_of
 from userspace_proxy.compare import cases
 from userspace_proxy.compare.claims import CLAIMS, Verdict
-from userspace_proxy.compare.modes import DIRECT, DIRECT_AGAIN, IPTABLES, IPVS, NFTABLES, USERSPACE
+from userspace_proxy.compare.modes import DIRECT, DIRECT_AGAIN, IPTABLES, IPVS, NFTABLES, USERSPACE, USERSPACE_COPY
 from userspace_proxy.compare.readings import outage
 from userspace_proxy.compare.results import ModeRun, Results, Sample, Timeline
 
@@ -50,6 +50,21 @@ def test_userspace_is_not_slow_only_where_every_point_is_decided_and_none_counts
     add_rounds(results, cases.KEEPALIVE_64, "rate", {NFTABLES: CONTRARY, USERSPACE: [90.0] * 3, **QUIET})
 
     assert verdict("slow", results).ruling == "undecided"
+
+
+@pytest.mark.parametrize(("copying_s", "ruling"), [(130.0, "partly"), (101.0, "holds")])
+def test_bytes_are_copied_by_choice_where_an_engine_that_copies_costs_the_machine_more(
+    copying_s: float, ruling: str
+) -> None:
+    rounds = {NFTABLES: [50.0] * 3, USERSPACE: [100.0] * 3, USERSPACE_COPY: [copying_s] * 3, **QUIET}
+    results = results_of(cases.BULK_1, "machine_cpu_s", rounds)
+    none = {DIRECT: [0.0] * 3, DIRECT_AGAIN: [0.0] * 3}
+    add_rounds(results, cases.BULK_1, "proxy_cpu_s", {USERSPACE: [1.0] * 3, USERSPACE_COPY: [2.0] * 3, **none})
+
+    said = verdict("copies", results)
+
+    assert said.ruling == ruling
+    assert "2.00 times (2.00 to 2.00, noise unknown) the CPU of" in said.words[-1]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 
 from tests.compare.given import results_of
 from userspace_proxy.compare.judge import Figure, compare, figure, noise, summed_up
-from userspace_proxy.compare.modes import DIRECT, DIRECT_AGAIN, NFTABLES, USERSPACE
+from userspace_proxy.compare.modes import DIRECT, DIRECT_AGAIN, NFTABLES, USERSPACE, USERSPACE_COPY
 
 
 def judged(ours: list[float], kernel: list[float], again: list[float]) -> tuple[float, bool]:
@@ -53,6 +53,19 @@ def test_noise_is_how_far_the_direct_way_is_from_itself_in_either_direction() ->
     results = results_of("load", "rate", {DIRECT: [100, 100, 100], DIRECT_AGAIN: [125, 80, 100]})
 
     assert noise(results, "load", "rate") == pytest.approx(1.25)
+
+
+def test_where_the_direct_way_has_none_of_a_figure_its_noise_is_unknown_and_nothing_is_decided() -> None:
+    none = {DIRECT: [0.0] * 3, DIRECT_AGAIN: [0.0] * 3}
+    rounds = {USERSPACE: [1.0] * 3, USERSPACE_COPY: [2.0] * 3, **none}
+    results = results_of("load", "proxy_cpu_s", rounds)
+
+    compared = compare(results, "load", USERSPACE_COPY, USERSPACE, "proxy_cpu_s")
+
+    assert compared is not None
+    assert compared.ratio.median == 2.0
+    assert compared.noise is None
+    assert not compared.decided
 
 
 def test_a_mode_without_the_figure_has_none() -> None:

@@ -18,6 +18,7 @@ from userspace_proxy.compare.readings import (
     Point,
     growth,
     lookup_noise_us,
+    noise_text,
     outage,
     percent,
     points,
@@ -128,7 +129,7 @@ def _score(title: str, rows: Sequence[str]) -> str:
 
 def _point(point: Point, ratio: float) -> str:
     spread, noise = point.comparison.ratio, point.comparison.noise
-    said = f"{point.kernel}; rounds {spread.low:.2f} to {spread.high:.2f}; the same mode twice: {noise:.2f}"
+    said = f"{point.kernel}; rounds {spread.low:.2f} to {spread.high:.2f}; the same mode twice: {noise_text(noise)}"
     what = point.what[0].upper() + point.what[1:]
     return f"<li><b>{ratio:.2f} times</b>{escape(what)}<br><small>{escape(said)}</small></li>"
 

@@ -20,10 +20,15 @@ def percent(share: float) -> str:
 
 
 def times(comparison: Comparison) -> str:
-    """Return the ratio with its spread, or that it is undecided."""
+    """Return the ratio with its spread, or that it is undecided, or could not be decided."""
     ratio = comparison.ratio
-    undecided = "" if comparison.decided else ", undecided"
+    undecided = "" if comparison.decided else ", noise unknown" if comparison.noise is None else ", undecided"
     return f"{ratio.median:.2f} times ({ratio.low:.2f} to {ratio.high:.2f}{undecided})"
+
+
+def noise_text(noise: float | None) -> str:
+    """Return the noise as a ratio above 1; a dash where it is unknown."""
+    return "-" if noise is None else f"{noise:.2f}"
 
 
 def title_of(results: Results, mode: str) -> str:
