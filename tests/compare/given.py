@@ -1,10 +1,13 @@
-"""Results of one load, made by hand; a node of a mode, with nothing on it."""
+"""Results of one load, made by hand; a node of a mode, with nothing on it; tools that say what a test wants."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 from userspace_proxy.compare.modes import DIRECT, DIRECT_AGAIN, IPTABLES, IPVS, NFTABLES, USERSPACE, USERSPACE_COPY
 from userspace_proxy.compare.results import Kind, ModeRun, Results, Sample
@@ -44,3 +47,11 @@ def bare_site(folder: Path) -> Iterator[Site]:
     """Yield a site whose node is linked to nothing; what runs there ends with the block."""
     with Lab() as lab:
         yield Site("bare", lab.add("node"), lab.add("client"), 1, folder, front_ip="127.0.0.1")
+
+
+def put_tool(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, script: str) -> None:
+    """Have a *script* of the shell on PATH in the place of a tool."""
+    tool = folder / name
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")

@@ -41,6 +41,13 @@ def test_a_difference_in_the_noise_is_undecided() -> None:
     assert verdict("slow", results_of(cases.KEEPALIVE_64, "rate", rounds)).ruling == "undecided"
 
 
+def test_a_kernel_mode_with_a_latency_of_nothing_is_not_the_best() -> None:
+    rounds = {NFTABLES: [0.5] * 3, IPTABLES: [0.0] * 3, USERSPACE: [1.0] * 3, **QUIET}
+    said = verdict("slow", results_of(cases.KEEPALIVE_1, "p50_ms", rounds))
+
+    assert "nftables is better in latency of a request, one connection: 2.00 times (2.00 to 2.00)." in said.words
+
+
 def test_userspace_is_not_slow_only_where_every_point_is_decided_and_none_counts() -> None:
     three_percent = {NFTABLES: [103.0] * 3, USERSPACE: [100.0] * 3, DIRECT: [100.0] * 3, DIRECT_AGAIN: [100.0] * 3}
     results = results_of(cases.BULK_1, "rate", three_percent)

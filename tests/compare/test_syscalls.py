@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.compare.given import bare_site
+from tests.compare.given import bare_site, put_tool
 from userspace_proxy.compare import syscalls
 from userspace_proxy.compare.sites import Site
 from userspace_proxy.errors import StartError
@@ -25,10 +24,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
 
 def put_strace(folder: Path, monkeypatch: pytest.MonkeyPatch, at_interrupt: str) -> None:
     """Have an strace that counts nothing and lasts until it is stopped."""
-    tool = folder / "strace"
-    tool.write_text(f"#!/bin/sh\n{at_interrupt}\n: > {folder}/counts\nwhile :; do sleep 0.02; done\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    put_tool(folder, monkeypatch, "strace", f"{at_interrupt}\n: > {folder}/counts\nwhile :; do sleep 0.02; done")
 
 
 def wait_until_it_counts(folder: Path) -> None:

@@ -50,9 +50,12 @@ def stand_in(results: Results) -> tuple[str, ...]:
 
 
 def best_kernel(results: Results, case: str, name: str, *, more_is_better: bool) -> ModeRun | None:
-    """Return the kernel mode with the best median; None where none was measured."""
+    """Return the kernel mode with the best median; None where none was measured.
+
+    A median of nothing is no best one: no ratio could be told of it.
+    """
     measured = [(figure(results, case, mode.name, name), mode) for mode in kernel_modes(results)]
-    known = [(found.median, index, mode) for index, (found, mode) in enumerate(measured) if found]
+    known = [(found.median, index, mode) for index, (found, mode) in enumerate(measured) if found and found.median]
     if not known:
         return None
     return (max if more_is_better else min)(known, key=lambda each: each[0])[2]
