@@ -28,6 +28,7 @@ from userspace_proxy.compare.cases import Case
 from userspace_proxy.compare.failures import EVENTS, wait_until_all_answer, watch
 from userspace_proxy.compare.meters import machine
 from userspace_proxy.compare.modes import DIRECT, DIRECT_AGAIN, IPTABLES, MODES, USERSPACE_COPY, Mode
+from userspace_proxy.compare.outputs import output
 from userspace_proxy.compare.page import page
 from userspace_proxy.compare.results import ModeRun, Results, Sample, to_json
 from userspace_proxy.compare.scaling import SIZES, scale
@@ -108,14 +109,16 @@ def run(request: Request, json_file: Path | None, html_file: Path | None) -> Non
     """Compare, write what is wanted, print the tables. Raises StartError where it cannot."""
     with ExitStack() as stack:
         # Opened first: /run will be another one, and nobody wants to learn after ten minutes that a folder is missing.
-        try:
-            outputs = [stack.enter_context(path.open("wb")) if path else None for path in (json_file, html_file)]
-        except OSError as error:
-            raise StartError(f"{error.filename}: {error.strerror}") from None
+        writers = []
+        for path, content in ((json_file, to_json), (html_file, page)):
+            if path is not None:
+                try:
+                    writers.append((stack.enter_context(output(path)), content))
+                except OSError as error:
+                    raise StartError(f"{path}: {error.strerror}") from None
         results = measure(request)
-        for output, content in zip(outputs, (to_json, page), strict=True):
-            if output is not None:
-                output.write(content(results))
+        for write, content in writers:
+            write(content(results))
     print_all(results)
 
 
