@@ -17,6 +17,7 @@ from userspace_proxy.compare.readings import (
     EVENT_NAMES,
     Point,
     growth,
+    kernel_modes,
     lookup_noise_us,
     noise_text,
     outage,
@@ -136,9 +137,7 @@ def _point(point: Point, ratio: float) -> str:
 
 def _outages(results: Results) -> Iterator[tuple[str, str, float, float]]:
     """Yield event, kernel mode, and which share of requests failed there and in userspace."""
-    others = [mode for mode in _shown(results) if mode.kind == "kernel"] or [
-        mode for mode in _shown(results) if mode.kind == "none"
-    ]
+    others = kernel_modes(results)
     for event in EVENT_NAMES:
         ours = timelines_of(results, event, USERSPACE)
         seen = [(outage(lines)[0], mode.title) for mode in others if (lines := timelines_of(results, event, mode.name))]
