@@ -1,18 +1,14 @@
-"""Results of one load, made by hand; a node of a mode, with nothing on it; tools that say what a test wants."""
+"""Results of one load, made by hand; tools that say what a test wants."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from userspace_proxy.compare.modes import DIRECT, DIRECT_AGAIN, IPTABLES, IPVS, NFTABLES, USERSPACE, USERSPACE_COPY
 from userspace_proxy.compare.results import Kind, ModeRun, Results, Sample
-from userspace_proxy.compare.sites import Site
-from userspace_proxy.lab import Lab
 
 KINDS: dict[str, Kind] = {
     DIRECT: "none",
@@ -40,13 +36,6 @@ def add_rounds(results: Results, case: str, figure: str, rounds: dict[str, list[
         for mode, values in rounds.items()
         for number, value in enumerate(values, 1)
     ]
-
-
-@contextmanager
-def bare_site(folder: Path) -> Iterator[Site]:
-    """Yield a site whose node is linked to nothing; what runs there ends with the block."""
-    with Lab() as lab:
-        yield Site("bare", lab.add("node"), lab.add("client"), 1, folder, front_ip="127.0.0.1")
 
 
 def put_tool(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, script: str) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.compare.given import bare_site, put_tool
+from tests.compare.given import put_tool
 from userspace_proxy.compare import cases
 from userspace_proxy.compare.cases import CASES, Case
 from userspace_proxy.compare.sites import Site
@@ -18,12 +17,6 @@ from userspace_proxy.errors import StartError
 UNTIL_STOPPED = "while :; do sleep 0.02; done"
 LOAD_S = 0.5
 COUNTED = "100.00 0.1 10 200 read"  # as strace has it
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    with bare_site(tmp_path) as bare:
-        yield bare
 
 
 def case_of(name: str) -> Case:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable
 
 import pytest
 
-from tests.compare.given import bare_site, put_tool
+from tests.compare.given import put_tool
 from userspace_proxy.compare.cases import Case
 from userspace_proxy.compare.command import Request, _Comparison
 from userspace_proxy.compare.failures import Event, watch
@@ -16,12 +15,6 @@ from userspace_proxy.compare.modes import DIRECT, HAPROXY, NGINX, Mode
 from userspace_proxy.compare.sites import Site, Sites
 from userspace_proxy.errors import StartError
 from userspace_proxy.lab import ip
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    with bare_site(tmp_path) as bare:
-        yield bare
 
 
 class BareSites(Sites):
@@ -68,7 +61,9 @@ def test_a_mode_that_cannot_be_told_has_no_timeline_and_the_event_is_undone_for_
 ) -> None:
     undone: list[bool] = []
     noted: list[str] = []
-    event = Event("dies", "a pod dies", 0.0, happen=lambda _: None, undo=lambda _: undone.append(True))
+    event = Event(
+        "dies", "a pod dies: its port refuses", 0.0, happen=lambda _: None, undo=lambda _: undone.append(True)
+    )
     running = {mode(HAPROXY, tell_error=error): site, mode(NGINX): site}
 
     timelines = watch(BareSites(site), running, event, 1, noted.append)
@@ -76,7 +71,7 @@ def test_a_mode_that_cannot_be_told_has_no_timeline_and_the_event_is_undone_for_
     assert [line.mode for line in timelines] == [NGINX]
     assert undone == [True]
     assert len(noted) == 1
-    assert noted[0].startswith("haproxy")
+    assert noted[0].startswith("haproxy, round 1: could not be told that a pod dies: ")
     assert "refused" in noted[0] or "invalid configuration" in noted[0]
 
 

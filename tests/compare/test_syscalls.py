@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.compare.given import bare_site, put_tool
+from tests.compare.given import put_tool
 from userspace_proxy.compare import syscalls
 from userspace_proxy.compare.sites import Site
 from userspace_proxy.errors import StartError
 
 POLITE, DEAF = "trap 'exit 0' INT", "trap '' INT"
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    with bare_site(tmp_path) as bare:
-        yield bare
 
 
 def put_strace(folder: Path, monkeypatch: pytest.MonkeyPatch, at_interrupt: str) -> None:

@@ -231,11 +231,11 @@ class _Comparison:
     def _let_pods_fail(self) -> None:
         for number in range(1, self._request.depth.events + 1):
             for event in EVENTS:
-                self._say(f"{event.title.partition(':')[0]} (round {number} of {self._request.depth.events})")
+                self._say(f"{event.what} (round {number} of {self._request.depth.events})")
                 try:
                     self._let_one_fail(event, number)
                 except MISHAPS as error:
-                    self._note(f"failing pods, {event.name}, round {number}: {reason_of(error)}")
+                    self._note(f"{event.what}, round {number}: {reason_of(error)}")
 
     def _let_one_fail(self, event: Event, number: int) -> None:
         able = {}

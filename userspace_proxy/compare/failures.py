@@ -43,6 +43,11 @@ class Event:
     undo: Callable[[Sites], None]
 
     @property
+    def what(self) -> str:
+        """What happens, in a few words."""
+        return self.title.partition(":")[0]
+
+    @property
     def length_s(self) -> float:
         return _EVENT_S + self.told_after_s + 1.5
 
@@ -179,7 +184,7 @@ def watch(
     tell(range(TRIO_PODS))
     happened.result()
     for mode, reason in untold.items():
-        note(f"{mode.title}, round {number}: could not be told that a pod {event.name}: {reason}")
+        note(f"{mode.title}, round {number}: could not be told that {event.what}: {reason}")
     told_s = _EVENT_S + event.told_after_s
     return [
         Timeline(event.name, mode.name, number, BUCKET_S, _EVENT_S, told_s, tally.good, tally.slow, tally.failed)
