@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from tests.compare.given import results_of
+from tests.compare.given import add_rounds, results_of
 from userspace_proxy.compare import cases
 from userspace_proxy.compare.claims import CLAIMS, Verdict
-from userspace_proxy.compare.modes import DIRECT, DIRECT_AGAIN, IPTABLES, NFTABLES, USERSPACE
+from userspace_proxy.compare.modes import DIRECT, DIRECT_AGAIN, IPTABLES, IPVS, NFTABLES, USERSPACE, USERSPACE_COPY
 from userspace_proxy.compare.readings import outage
 from userspace_proxy.compare.results import ModeRun, Results, Sample, Timeline
 
 QUIET = {DIRECT: [100.0, 100.0, 100.0], DIRECT_AGAIN: [101.0, 99.0, 100.0]}
+CONTRARY = [100.0, 300.0, 50.0]  # rounds that do not agree with QUIET's on which is more
+HOP = ((cases.KEEPALIVE_1, "p50_ms"), (cases.KEEPALIVE_64, "machine_cpu_s"), (cases.NEW_64, "machine_cpu_s"))
 
 
 def verdict(claim: str, results: Results) -> Verdict:
@@ -37,6 +39,92 @@ def test_a_difference_in_the_noise_is_undecided() -> None:
     rounds = {NFTABLES: [90.0, 110.0, 92.0], USERSPACE: [100.0, 95.0, 96.0], **QUIET}
 
     assert verdict("slow", results_of(cases.KEEPALIVE_64, "rate", rounds)).ruling == "undecided"
+
+
+def test_a_kernel_mode_with_a_latency_of_nothing_is_not_the_best() -> None:
+    rounds = {NFTABLES: [0.5] * 3, IPTABLES: [0.0] * 3, USERSPACE: [1.0] * 3, **QUIET}
+    said = verdict("slow", results_of(cases.KEEPALIVE_1, "p50_ms", rounds))
+
+    assert "nftables is better in latency of a request, one connection: 2.00 times (2.00 to 2.00)." in said.words
+
+
+def test_userspace_is_not_slow_only_where_every_point_is_decided_and_none_counts() -> None:
+    three_percent = {NFTABLES: [103.0] * 3, USERSPACE: [100.0] * 3, DIRECT: [100.0] * 3, DIRECT_AGAIN: [100.0] * 3}
+    results = results_of(cases.BULK_1, "rate", three_percent)
+
+    assert verdict("slow", results).ruling == "fails"
+
+    add_rounds(results, cases.KEEPALIVE_64, "rate", {NFTABLES: CONTRARY, USERSPACE: [90.0] * 3, **QUIET})
+
+    assert verdict("slow", results).ruling == "undecided"
+
+
+@pytest.mark.parametrize(("copying_s", "ruling"), [(130.0, "partly"), (101.0, "holds")])
+def test_bytes_are_copied_by_choice_where_an_engine_that_copies_costs_the_machine_more(
+    copying_s: float, ruling: str
+) -> None:
+    rounds = {NFTABLES: [50.0] * 3, USERSPACE: [100.0] * 3, USERSPACE_COPY: [copying_s] * 3, **QUIET}
+    results = results_of(cases.BULK_1, "machine_cpu_s", rounds)
+    none = {DIRECT: [0.0] * 3, DIRECT_AGAIN: [0.0] * 3}
+    add_rounds(results, cases.BULK_1, "proxy_cpu_s", {USERSPACE: [1.0] * 3, USERSPACE_COPY: [2.0] * 3, **none})
+
+    said = verdict("copies", results)
+
+    assert said.ruling == ruling
+    assert "2.00 times (2.00 to 2.00, noise unknown) the CPU of" in said.words[-1]
+
+
+@pytest.mark.parametrize(
+    ("iptables", "ipvs", "ruling"),
+    [(100.0, 120.0, "holds"), (120.0, 100.0, "partly")],
+)
+def test_whether_iptables_has_a_hop_is_judged_by_iptables_alone(iptables: float, ipvs: float, ruling: str) -> None:
+    results = results_of("none", "none", {IPTABLES: [], IPVS: [], DIRECT: [], DIRECT_AGAIN: []})
+    for case, figure in HOP:
+        add_rounds(results, case, figure, {IPTABLES: [iptables] * 3, IPVS: [ipvs] * 3, **QUIET})
+
+    said = verdict("hop", results)
+
+    assert said.ruling == ruling
+    assert any(sentence.startswith("ipvs, beside the direct way") for sentence in said.words)
+
+
+def test_without_iptables_nothing_is_said_about_its_hop() -> None:
+    results = results_of("none", "none", {IPVS: [], DIRECT: [], DIRECT_AGAIN: []})
+    for case, figure in HOP:
+        add_rounds(results, case, figure, {IPVS: [120.0] * 3, **QUIET})
+
+    assert verdict("hop", results).ruling == "unmeasured"
+
+
+@pytest.mark.parametrize(
+    ("last", "ruling"),
+    [([150.0] * 3, "holds"), (CONTRARY, "undecided"), ([50.0] * 3, "fails")],
+    ids=["better", "undecided", "worse"],
+)
+def test_ipvs_is_not_best_only_where_it_is_decidedly_worse(last: list[float], ruling: str) -> None:
+    results = results_of("none", "none", {IPVS: [], IPTABLES: [], NFTABLES: [], DIRECT: [], DIRECT_AGAIN: []})
+    for case, ipvs in ((cases.KEEPALIVE_64, [150.0] * 3), (cases.NEW_64, last)):
+        add_rounds(results, case, "rate", {IPVS: ipvs, IPTABLES: [90.0] * 3, NFTABLES: [90.0] * 3, **QUIET})
+
+    assert verdict("ipvs", results).ruling == ruling
+
+
+@pytest.mark.parametrize(
+    ("change_ms", "ruling"),
+    [
+        ({10: 5.0}, "undecided"),
+        ({10: 5.0, 100: 9.0}, "undecided"),
+        ({10: 5.0, 1_000: 1_500.0}, "holds"),
+        ({10: 5.0, 1_000: 70.0, 5_000: 1_500.0}, "fails"),
+    ],
+)
+def test_a_number_of_services_that_was_not_tried_is_not_too_large(change_ms: dict[int, float], ruling: str) -> None:
+    results = results_of("none", "none", {USERSPACE: []})
+    for size, each_ms in change_ms.items():
+        results.samples.append(Sample(f"services-{size}", USERSPACE, 1, {"change_ms": each_ms, "load_s": 0.1}))
+
+    assert verdict("sizes", results).ruling == ruling
 
 
 @pytest.mark.parametrize(("last_us", "ruling"), [(150.0, "holds"), (9.0, "undecided")])

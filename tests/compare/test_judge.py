@@ -6,7 +6,7 @@ import pytest
 
 from tests.compare.given import results_of
 from userspace_proxy.compare.judge import Figure, compare, figure, noise, summed_up
-from userspace_proxy.compare.modes import DIRECT, DIRECT_AGAIN, NFTABLES, USERSPACE
+from userspace_proxy.compare.modes import DIRECT, DIRECT_AGAIN, NFTABLES, USERSPACE, USERSPACE_COPY
 
 
 def judged(ours: list[float], kernel: list[float], again: list[float]) -> tuple[float, bool]:
@@ -39,9 +39,16 @@ def test_two_rounds_are_too_few() -> None:
     assert not judged([50, 51], [100, 99], [101, 99])[1]
 
 
-@pytest.mark.parametrize(("dissenting", "is_decided"), [(1, True), (2, False)])
-def test_one_round_of_many_may_disagree(dissenting: int, is_decided: bool) -> None:
-    assert judged([50.0] * (7 - dissenting) + [120.0] * dissenting, [100.0] * 7, [101.0] * 7)[1] is is_decided
+@pytest.mark.parametrize(
+    ("rounds", "dissenting", "is_decided"),
+    [(5, 0, True), (6, 1, False), (7, 1, False), (8, 1, True), (8, 2, False), (20, 2, False)],
+)
+def test_one_round_of_eight_may_disagree_for_chance_alone_would_make_fewer_agree_too_often(
+    rounds: int, dissenting: int, is_decided: bool
+) -> None:
+    ours = [50.0] * (rounds - dissenting) + [120.0] * dissenting
+
+    assert judged(ours, [100.0] * rounds, [101.0] * rounds)[1] is is_decided
 
 
 def test_the_spread_is_that_of_all_rounds() -> None:
@@ -53,6 +60,19 @@ def test_noise_is_how_far_the_direct_way_is_from_itself_in_either_direction() ->
     results = results_of("load", "rate", {DIRECT: [100, 100, 100], DIRECT_AGAIN: [125, 80, 100]})
 
     assert noise(results, "load", "rate") == pytest.approx(1.25)
+
+
+def test_where_the_direct_way_has_none_of_a_figure_its_noise_is_unknown_and_nothing_is_decided() -> None:
+    none = {DIRECT: [0.0] * 3, DIRECT_AGAIN: [0.0] * 3}
+    rounds = {USERSPACE: [1.0] * 3, USERSPACE_COPY: [2.0] * 3, **none}
+    results = results_of("load", "proxy_cpu_s", rounds)
+
+    compared = compare(results, "load", USERSPACE_COPY, USERSPACE, "proxy_cpu_s")
+
+    assert compared is not None
+    assert compared.ratio.median == 2.0
+    assert compared.noise is None
+    assert not compared.decided
 
 
 def test_a_mode_without_the_figure_has_none() -> None:

@@ -14,6 +14,7 @@ from userspace_proxy.compare.charts import short
 from userspace_proxy.compare.claims import CLAIMS, RULINGS
 from userspace_proxy.compare.page import page
 from userspace_proxy.compare.results import Results, from_json, to_json
+from userspace_proxy.compare.tables import sheets
 
 RUN = Path(__file__).parent / "run.json"
 _VOID = {"meta", "br", "link", "img"}
@@ -77,6 +78,14 @@ def test_what_did_not_take_part_is_named_with_the_reason(report: str, results: R
     assert missing
     for mode in missing:
         assert f"not measured: {mode.reason}" in report
+
+
+def test_the_noise_of_what_the_direct_way_has_none_of_is_a_dash(results: Results) -> None:
+    noise = {row[0]: row[-1] for row in next(sheets(results)).rows}
+
+    assert noise["proxy CPU a request, µs"] == "-"
+    assert noise["context switches a request, 1 connection"] == "-"
+    assert noise["requests/s"] == "1.11"
 
 
 def test_json_is_read_as_it_was_written(results: Results) -> None:

@@ -43,9 +43,12 @@ def test_a_short_run_has_sane_figures_and_a_report(tmp_path: Path) -> None:
     assert {*Path("/run/netns").iterdir()} == left_before
 
 
-def test_ctrl_c_ends_it_and_all_that_is_in_it() -> None:
+def test_ctrl_c_ends_it_and_all_that_is_in_it_and_the_last_report_stays(tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    report.write_text("the last one")
+    command = [*COMPARE, "--duration", "60s", "--html", str(report), "--json", str(tmp_path / "run.json")]
     with subprocess.Popen(
-        [*COMPARE, "--duration", "60s"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
     ) as compare:
         give_up_at = time.monotonic() + 20
         while "/userspace/manifests" not in processes():
@@ -58,6 +61,17 @@ def test_ctrl_c_ends_it_and_all_that_is_in_it() -> None:
         assert compare.returncode == 1
         assert said.strip().endswith("stopped")
         assert "userspace_proxy compare" not in processes()
+    assert report.read_text() == "the last one"
+    assert [*tmp_path.iterdir()] == [report]
+
+
+def test_a_report_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    command = [*COMPARE, "--html", str(tmp_path / "missing" / "report.html")]
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+
+    assert done.returncode == 1
+    assert done.stderr == f"userspace-proxy: {tmp_path}/missing/report.html: No such file or directory\n"
 
 
 def test_an_unknown_case_is_a_usage_error() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from userspace_proxy.compare.loads import Done, Wrk, bulk_for, run_for
+from userspace_proxy.compare.loads import Done, Wrk, bulk_for, or_again, run_for, served
 from userspace_proxy.compare.meters import context_switches, machine_cpu_s, process_cpu_s
 from userspace_proxy.compare.sites import Site
 
@@ -21,13 +21,16 @@ class Case:
 
 
 def _measured(site: Site, unit_size: float, load: Callable[[], Done]) -> tuple[Done, dict[str, float]]:
-    """Return what was done, with its rate and what one unit of it cost, by the names that results have."""
+    """Return what was done, with its rate and what one unit of it cost, by the names that results have.
+
+    Raises StartError where it was not done, or mostly not.
+    """
     pids = site.pids
     proxy_before, machine_before, switches_before = process_cpu_s(pids), machine_cpu_s(), context_switches(pids)
-    done = load()
+    done = served(load())
     proxy_s, machine_s = process_cpu_s(pids) - proxy_before, machine_cpu_s() - machine_before
     switches = context_switches(pids) - switches_before
-    units = done.units / unit_size or 1e-9
+    units = done.units / unit_size
     return done, {
         "rate": units / done.seconds,
         "proxy_cpu_s": proxy_s / units,
@@ -46,7 +49,7 @@ def _requests(connections: int, *, close: bool = False) -> Callable[[Site, float
 
 
 def _bulk(flows: int) -> Callable[[Site, float], dict[str, float]]:
-    return lambda site, seconds: _measured(site, 1e9, lambda: bulk_for(seconds, site, flows))[1]
+    return lambda site, seconds: or_again(lambda: _measured(site, 1e9, lambda: bulk_for(seconds, site, flows))[1])
 
 
 KEEPALIVE_1, NEW_1, KEEPALIVE_64, NEW_64 = "keepalive-1", "new-1", "keepalive-64", "new-64"

@@ -135,7 +135,8 @@ def _apart(ends: list[tuple[float, Line]]) -> list[tuple[float, Line]]:
 
 
 def _marks(most: float) -> list[float]:
-    step = 10 ** math.floor(math.log10(most or 1))
+    most = most if most > 0 else 1  # what is below nothing is drawn as nothing
+    step = 10 ** math.floor(math.log10(most))
     step = next(s for s in (step / 5, step / 2, step, step * 2, step * 5) if most / s <= 5)
     return [index * step for index in range(math.ceil(most / step) + 1)]
 

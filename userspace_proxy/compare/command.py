@@ -25,13 +25,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from userspace_proxy import __version__
 from userspace_proxy.compare import cases
 from userspace_proxy.compare.cases import Case
-from userspace_proxy.compare.failures import EVENTS, wait_until_all_answer, watch
+from userspace_proxy.compare.failures import EVENTS, Event, wait_until_all_answer, watch
 from userspace_proxy.compare.meters import machine
 from userspace_proxy.compare.modes import DIRECT, DIRECT_AGAIN, IPTABLES, MODES, USERSPACE_COPY, Mode
+from userspace_proxy.compare.outputs import output
 from userspace_proxy.compare.page import page
 from userspace_proxy.compare.results import ModeRun, Results, Sample, to_json
 from userspace_proxy.compare.scaling import SIZES, scale
-from userspace_proxy.compare.sites import Site, Sites
+from userspace_proxy.compare.sites import MISHAPS, Site, Sites, reason_of
 from userspace_proxy.compare.syscalls import calls_per_mb, calls_per_request, counter
 from userspace_proxy.compare.tables import print_all
 from userspace_proxy.errors import StartError
@@ -108,14 +109,16 @@ def run(request: Request, json_file: Path | None, html_file: Path | None) -> Non
     """Compare, write what is wanted, print the tables. Raises StartError where it cannot."""
     with ExitStack() as stack:
         # Opened first: /run will be another one, and nobody wants to learn after ten minutes that a folder is missing.
-        try:
-            outputs = [stack.enter_context(path.open("wb")) if path else None for path in (json_file, html_file)]
-        except OSError as error:
-            raise StartError(f"{error.filename}: {error.strerror}") from None
+        writers = []
+        for path, content in ((json_file, to_json), (html_file, page)):
+            if path is not None:
+                try:
+                    writers.append((stack.enter_context(output(path)), content))
+                except OSError as error:
+                    raise StartError(f"{path}: {error.strerror}") from None
         results = measure(request)
-        for output, content in zip(outputs, (to_json, page), strict=True):
-            if output is not None:
-                output.write(content(results))
+        for write, content in writers:
+            write(content(results))
     print_all(results)
 
 
@@ -128,11 +131,8 @@ def measure(request: Request) -> Results:
     try:
         with tempfile.TemporaryDirectory(dir="/run") as folder, Lab() as lab, _progress(request.duration_s) as say:
             return _Comparison(request, Sites(lab, Path(folder)), say).run()
-    except subprocess.CalledProcessError as error:
-        words = (error.stderr or error.stdout or "").strip() or f"exit code {error.returncode}"
-        raise StartError(f"{' '.join(map(str, error.cmd))}: {words}") from None
-    except subprocess.TimeoutExpired as error:
-        raise StartError(str(error)) from None
+    except subprocess.SubprocessError as error:
+        raise StartError(reason_of(error)) from None
     except KeyboardInterrupt:
         raise StartError("stopped") from None
 
@@ -192,6 +192,8 @@ class _Comparison:
             self._say(f"starting {mode.title}")
             reason = mode.missing() or self._start(mode)
             self._results.modes.append(ModeRun(mode.name, mode.title, mode.kind, mode.ours, reason))
+            if mode.name == DIRECT and reason:
+                raise StartError(f"the direct way did not start: {reason}")
 
     def _start(self, mode: Mode) -> str | None:
         """Start *mode* on a node of its own; return why not, if not."""
@@ -199,10 +201,9 @@ class _Comparison:
         try:
             mode.start(site)
             site.wait_until_it_serves()
-        except StartError as error:
-            for process in site.processes:
-                process.kill()
-            return str(error)
+        except MISHAPS as error:
+            site.kill()
+            return reason_of(error)
         self._running[mode] = site
         return None
 
@@ -224,21 +225,31 @@ class _Comparison:
                     ("mb", calls_per_mb(site, seconds)),
                 ):
                     self._results.samples.append(Sample(f"calls-{what}", mode.name, 1, calls))
-            except StartError as error:
-                self._note(f"system calls of {mode.title} were not counted: {error}")
+            except MISHAPS as error:
+                self._note(f"system calls of {mode.title} were not counted: {reason_of(error)}")
 
     def _let_pods_fail(self) -> None:
         for number in range(1, self._request.depth.events + 1):
             for event in EVENTS:
-                self._say(f"{event.title.partition(':')[0]} (round {number} of {self._request.depth.events})")
-                able = {mode: site for mode, site in self._running.items() if mode.name != DIRECT_AGAIN}
-                for mode, site in list(able.items()):
-                    try:
-                        wait_until_all_answer(mode, site)
-                    except StartError as error:
-                        self._note(f"failing pods, round {number}: {error}")
-                        del able[mode]
-                self._results.timelines += watch(self._sites, able, event, number)
+                self._say(f"{event.what} (round {number} of {self._request.depth.events})")
+                try:
+                    self._let_one_fail(event, number)
+                except MISHAPS as error:
+                    self._note(f"{event.what}, round {number}: {reason_of(error)}")
+
+    def _let_one_fail(self, event: Event, number: int) -> None:
+        able = {}
+        for mode, site in self._running.items():
+            if mode.name == DIRECT_AGAIN:
+                continue
+            try:
+                wait_until_all_answer(mode, site)
+            except StartError as error:
+                self._note(f"failing pods, round {number}: {error}")
+            else:
+                able[mode] = site
+        if able:
+            self._results.timelines += watch(self._sites, able, event, number, self._note)
 
     def _add_services(self) -> None:
         modes = [mode for mode in self._running if mode.ours and mode.name != USERSPACE_COPY]
@@ -256,13 +267,9 @@ class _Comparison:
                 for size, figures in scale(mode, site, direct, depth.sizes, depth.dial_s, share_s):
                     self._results.samples.append(Sample(f"services-{size}", mode.name, 1, figures))
                     self._say(f"{size:,} Services: {mode.title}")
-            except (StartError, OSError) as error:
-                self._note(f"{mode.title}: after {size:,} Services: {error}")
-            for process in site.processes:  # its node is its own: nothing there disturbs what follows
-                for pid in reversed(site.pids):
-                    subprocess.run(["kill", "-9", str(pid)], check=False, capture_output=True)
-                process.wait(10)
-            site.processes.clear()
+            except MISHAPS as error:
+                self._note(f"{mode.title}: after {size:,} Services: {reason_of(error)}")
+            site.kill()  # its node is its own: nothing there disturbs what follows
 
     # ---- what is repeated in rounds
 
@@ -294,13 +301,13 @@ class _Comparison:
     def _run_once(self, case: Case, modes: Iterable[Mode], number: int, load_s: float) -> None:
         for mode in modes:
             site = self._running[mode]
-            site.forget_connections()
-            gc.collect()
-            time.sleep(_SETTLE_S)
             try:
+                site.forget_connections()
+                gc.collect()
+                time.sleep(_SETTLE_S)
                 figures = case.run(site, load_s)
-            except (OSError, StartError) as error:
-                self._note(f"{mode.title}, {case.title}, round {number}: {error}")
+            except MISHAPS as error:
+                self._note(f"{mode.title}, {case.title}, round {number}: {reason_of(error)}")
                 continue
             self._results.samples.append(Sample(case.name, mode.name, number, figures))
 

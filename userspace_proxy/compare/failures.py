@@ -10,7 +10,7 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -18,7 +18,7 @@ from itertools import cycle
 from userspace_proxy.compare.loads import REQUEST_AND_CLOSE
 from userspace_proxy.compare.modes import Mode
 from userspace_proxy.compare.results import Timeline
-from userspace_proxy.compare.sites import PEERS, TRIO_PODS, Site, Sites
+from userspace_proxy.compare.sites import MISHAPS, PEERS, TRIO_PODS, Site, Sites, reason_of
 from userspace_proxy.errors import StartError
 from userspace_proxy.lab import ask
 
@@ -41,6 +41,11 @@ class Event:
     told_after_s: float
     happen: Callable[[Sites], None]
     undo: Callable[[Sites], None]
+
+    @property
+    def what(self) -> str:
+        """What happens, in a few words."""
+        return self.title.partition(":")[0]
 
     @property
     def length_s(self) -> float:
@@ -142,34 +147,49 @@ class _Clients:
         counts[int((due_at - started_at) / BUCKET_S)] += 1
 
 
-def watch(sites: Sites, running: Mapping[Mode, Site], event: Event, number: int) -> list[Timeline]:
-    """Let *event* happen while clients ask, and undo it; return what each mode's clients saw."""
+def watch(
+    sites: Sites, running: Mapping[Mode, Site], event: Event, number: int, note: Callable[[str], None]
+) -> list[Timeline]:
+    """Let *event* happen while clients ask, and undo it; return what each mode's clients saw.
+
+    A mode that cannot be told of it goes to *note*: what its clients saw says nothing.
+    """
     buckets = int(event.length_s / BUCKET_S) + 1
     tallies = {
         mode: _Tally(cycle(mode.trio_addresses(site, range(TRIO_PODS))), *([0] * buckets for _ in range(3)))
         for mode, site in running.items()
     }
 
+    untold: dict[Mode, str] = {}
+
+    def tell(alive: Iterable[int]) -> None:
+        for mode, site in running.items():
+            try:
+                mode.tell(site, alive)
+            except MISHAPS as error:
+                untold[mode] = reason_of(error)
+
     def happen() -> None:
         time.sleep(max(0.0, started_at + _EVENT_S - time.monotonic()))
         event.happen(sites)
         time.sleep(event.told_after_s)
-        for mode, site in running.items():
-            mode.tell(site, _OTHERS)
+        tell(_OTHERS)
 
     with ThreadPoolExecutor(1, "event") as beside:
         started_at = time.monotonic() + 0.05
         happened = beside.submit(happen)
         with sites.client.inside():
             _Clients(list(tallies.values()), event.length_s).run(started_at)
-        happened.result()
     event.undo(sites)
-    for mode, site in running.items():
-        mode.tell(site, range(TRIO_PODS))
+    tell(range(TRIO_PODS))
+    happened.result()
+    for mode, reason in untold.items():
+        note(f"{mode.title}, round {number}: could not be told that {event.what}: {reason}")
     told_s = _EVENT_S + event.told_after_s
     return [
         Timeline(event.name, mode.name, number, BUCKET_S, _EVENT_S, told_s, tally.good, tally.slow, tally.failed)
         for mode, tally in tallies.items()
+        if mode not in untold
     ]
 
 

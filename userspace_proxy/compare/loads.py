@@ -26,6 +26,7 @@ REQUEST_AND_CLOSE = b"GET / HTTP/1.0\r\n\r\n"
 _TIMEOUT_S = 10
 _LEAST_BULK_S = 0.4
 _AGAIN_S = 0.5
+_FAILED_SHARE = 0.01  # of a load's requests, at most
 _WRK_SCRIPT = Path(__file__).parent / "peers" / "wrk.lua"
 
 
@@ -121,12 +122,30 @@ def run_for(seconds: float, client: Wrk | Iperf) -> Done:
 
 def bulk_for(seconds: float, site: Site, flows: int) -> Done:
     """Have *flows* of iperf3 for so long, or for as long as it takes it to begin."""
-    seconds = max(seconds, _LEAST_BULK_S)
+    return run_for(max(seconds, _LEAST_BULK_S), Iperf(site, flows))
+
+
+def or_again(measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Return what *measure* finds with iperf3, in a second try if the first fails: nothing that one cost is in it."""
     try:
-        return run_for(seconds, Iperf(site, flows))
+        return measure()
     except StartError:  # its server takes one at a time, and may not have seen the end of the one before
         time.sleep(_AGAIN_S)
-        return run_for(seconds, Iperf(site, flows))
+        return measure()
+
+
+def served(done: Done) -> Done:
+    """Return *done*, if it was.
+
+    Raises:
+        StartError: nothing was answered, or too much failed: wrk counts answers that are errors as requests, and
+            whoever fails at once would look fast.
+    """
+    if not done.units:
+        raise StartError("nothing was answered")
+    if done.failed > _FAILED_SHARE * done.units:
+        raise StartError(f"{done.failed:,} failures at {done.units:,.0f} requests")
+    return done
 
 
 def one_after_another(site: Site, addresses: Sequence[tuple[str, int]], seconds: float) -> list[float]:

@@ -17,7 +17,9 @@ from userspace_proxy.compare.readings import (
     EVENT_NAMES,
     Point,
     growth,
+    kernel_modes,
     lookup_noise_us,
+    noise_text,
     outage,
     percent,
     points,
@@ -128,16 +130,14 @@ def _score(title: str, rows: Sequence[str]) -> str:
 
 def _point(point: Point, ratio: float) -> str:
     spread, noise = point.comparison.ratio, point.comparison.noise
-    said = f"{point.kernel}; rounds {spread.low:.2f} to {spread.high:.2f}; the same mode twice: {noise:.2f}"
+    said = f"{point.kernel}; rounds {spread.low:.2f} to {spread.high:.2f}; the same mode twice: {noise_text(noise)}"
     what = point.what[0].upper() + point.what[1:]
     return f"<li><b>{ratio:.2f} times</b>{escape(what)}<br><small>{escape(said)}</small></li>"
 
 
 def _outages(results: Results) -> Iterator[tuple[str, str, float, float]]:
     """Yield event, kernel mode, and which share of requests failed there and in userspace."""
-    others = [mode for mode in _shown(results) if mode.kind == "kernel"] or [
-        mode for mode in _shown(results) if mode.kind == "none"
-    ]
+    others = kernel_modes(results)
     for event in EVENT_NAMES:
         ours = timelines_of(results, event, USERSPACE)
         seen = [(outage(lines)[0], mode.title) for mode in others if (lines := timelines_of(results, event, mode.name))]

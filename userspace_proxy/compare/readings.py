@@ -20,10 +20,15 @@ def percent(share: float) -> str:
 
 
 def times(comparison: Comparison) -> str:
-    """Return the ratio with its spread, or that it is undecided."""
+    """Return the ratio with its spread, or that it is undecided, or could not be decided."""
     ratio = comparison.ratio
-    undecided = "" if comparison.decided else ", undecided"
+    undecided = "" if comparison.decided else ", noise unknown" if comparison.noise is None else ", undecided"
     return f"{ratio.median:.2f} times ({ratio.low:.2f} to {ratio.high:.2f}{undecided})"
+
+
+def noise_text(noise: float | None) -> str:
+    """Return the noise as a ratio above 1; a dash where it is unknown."""
+    return "-" if noise is None else f"{noise:.2f}"
 
 
 def title_of(results: Results, mode: str) -> str:
@@ -45,9 +50,12 @@ def stand_in(results: Results) -> tuple[str, ...]:
 
 
 def best_kernel(results: Results, case: str, name: str, *, more_is_better: bool) -> ModeRun | None:
-    """Return the kernel mode with the best median; None where none was measured."""
+    """Return the kernel mode with the best median; None where none was measured.
+
+    A median of nothing is no best one: no ratio could be told of it.
+    """
     measured = [(figure(results, case, mode.name, name), mode) for mode in kernel_modes(results)]
-    known = [(found.median, index, mode) for index, (found, mode) in enumerate(measured) if found]
+    known = [(found.median, index, mode) for index, (found, mode) in enumerate(measured) if found and found.median]
     if not known:
         return None
     return (max if more_is_better else min)(known, key=lambda each: each[0])[2]

@@ -6,7 +6,10 @@ the backends see them meet no other mode's. The pods behind it all are the same 
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import signal
 import string
 import subprocess
 import time
@@ -16,12 +19,23 @@ from pathlib import Path
 
 from userspace_proxy.compare.meters import children
 from userspace_proxy.errors import StartError
-from userspace_proxy.lab import Host, Lab, ask, connect, start_nginx
+from userspace_proxy.lab import Host, Lab, ask, connect, ip, start_nginx
 
 SMALL, BULK, TRIO = 8080, 8081, 8090
 PEERS = Path(__file__).parent / "peers"
 TRIO_PODS = 3
 _START_TIMEOUT_S = 20.0
+_KILL_TIMEOUT_S = 10.0
+# What may go wrong with one mode: it becomes a note, and the others are measured.
+MISHAPS = (StartError, OSError, subprocess.SubprocessError)
+
+
+def reason_of(error: Exception) -> str:
+    """Say what went wrong; of a tool that failed, in the tool's own words."""
+    if not isinstance(error, subprocess.CalledProcessError):
+        return str(error)
+    words = (error.stderr or error.stdout or "").strip() or f"exit code {error.returncode}"
+    return f"{' '.join(map(str, error.cmd))}: {words}"
 
 
 @dataclass(eq=False)
@@ -83,6 +97,18 @@ class Site:
             process.terminate()
         for process in self.processes:
             process.wait(timeout_s)
+        self.processes.clear()
+
+    def kill(self) -> None:
+        """End all that runs on the mode's node, at once: a worker outlives the process that started it."""
+        give_up_at = time.monotonic() + _KILL_TIMEOUT_S
+        while (pids := ip("netns", "pids", self.node.name).split()) and time.monotonic() < give_up_at:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+            time.sleep(0.01)
+        for process in self.processes:
+            process.poll()
         self.processes.clear()
 
     def wait_until_it_serves(self) -> None:

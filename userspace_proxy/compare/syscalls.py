@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 import signal
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from userspace_proxy.compare.loads import Wrk, bulk_for, run_for
+from userspace_proxy.compare.loads import Wrk, bulk_for, or_again, run_for, served
 from userspace_proxy.compare.sites import Site
 from userspace_proxy.errors import StartError
 
@@ -22,12 +23,12 @@ _TIMEOUT_S = 10
 def calls_per_request(site: Site, seconds: float, *, close: bool = False) -> dict[str, float]:
     """Return the calls per request of keep-alive connections, or of a connection per request, by name."""
 
-    return _counted(site, lambda: run_for(seconds, Wrk(site, _CONNECTIONS, close=close)).units)
+    return _counted(site, lambda: served(run_for(seconds, Wrk(site, _CONNECTIONS, close=close))).units)
 
 
 def calls_per_mb(site: Site, seconds: float) -> dict[str, float]:
     """Return the calls per megabyte of one bulk flow, by name."""
-    return _counted(site, lambda: bulk_for(seconds, site, 1).units / 1e6)
+    return or_again(lambda: _counted(site, lambda: bulk_for(seconds, site, 1).units / 1e6))
 
 
 def counter() -> str | None:
@@ -45,16 +46,29 @@ def _counted(site: Site, load: Callable[[], float]) -> dict[str, float]:
     else:
         command = ["perf", "stat", "-x,", "-e", "raw_syscalls:sys_enter", "-o", str(report), "-p", ",".join(pids)]
     counting = site.node.start(*command, log=log)
-    time.sleep(_ATTACH_S)
-    if counting.poll() is not None:
-        raise StartError(f"{tool} may not look here: {_last_line(log)}")
-    units = load()
-    counting.send_signal(signal.SIGINT)
-    counting.wait(_TIMEOUT_S)
-    if not units:
-        raise StartError(f"{site.name} answered nothing while its system calls were counted")
+    try:
+        time.sleep(_ATTACH_S)
+        if counting.poll() is not None:
+            raise StartError(f"{tool} may not look here: {_last_line(log)}")
+        units = load()
+    finally:
+        has_reported = _end(counting)  # whatever happened: all later loads would be slowed
+    if not has_reported:
+        raise StartError(f"{tool} does not end")
     counts = (_parse_strace if tool == "strace" else _parse_perf)(report.read_text())
     return {name: count / units for name, count in counts.most_common()}
+
+
+def _end(counting: subprocess.Popen[bytes]) -> bool:
+    """End the tool; return whether it did so by itself, with a report of what it counted."""
+    counting.send_signal(signal.SIGINT)
+    try:
+        counting.wait(_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        counting.kill()
+        counting.wait(_TIMEOUT_S)
+        return False
+    return True
 
 
 def _last_line(log: Path) -> str:

@@ -13,7 +13,7 @@ from userspace_proxy.compare.charts import short
 from userspace_proxy.compare.claims import CLAIMS, RULINGS
 from userspace_proxy.compare.judge import figure, noise
 from userspace_proxy.compare.modes import DIRECT_AGAIN
-from userspace_proxy.compare.readings import EVENT_NAMES, outage, percent, sizes_of, timelines_of
+from userspace_proxy.compare.readings import EVENT_NAMES, noise_text, outage, percent, sizes_of, timelines_of
 from userspace_proxy.compare.results import Results
 from userspace_proxy.compare.scaling import SIZES
 
@@ -69,7 +69,7 @@ def sheets(results: Results) -> Iterator[Sheet]:
                 f"{short(f.median * factor)} ({short(f.low * factor)} to {short(f.high * factor)})" if f else _NONE
                 for f in found
             ]
-            rows.append([what, *cells, f"{noise(results, case, name):.2f}"])
+            rows.append([what, *cells, noise_text(noise(results, case, name))])
     if rows:
         yield Sheet("Loads", ["", *(mode.title for mode in modes), "noise"], rows)
     yield from _calls(results)
