@@ -59,6 +59,19 @@ def test_userspace_is_not_slow_only_where_every_point_is_decided_and_none_counts
     assert verdict("slow", results).ruling == "undecided"
 
 
+def test_what_is_undecided_speaks_not_against_slowness_that_most_points_show() -> None:
+    results = results_of(cases.KEEPALIVE_64, "rate", {NFTABLES: [90.0] * 3, USERSPACE: [45.0] * 3, **QUIET})
+    add_rounds(results, cases.NEW_64, "rate", {NFTABLES: CONTRARY, USERSPACE: [90.0] * 3, **QUIET})
+    assert verdict("slow", results).ruling == "undecided", "one of two"
+
+    add_rounds(results, cases.BULK_1, "rate", {NFTABLES: [90.0] * 3, USERSPACE: [45.0] * 3, **QUIET})
+    assert verdict("slow", results).ruling == "holds", "two of three"
+
+    as_good = {NFTABLES: [103.0] * 3, USERSPACE: [100.0] * 3, DIRECT: [100.0] * 3, DIRECT_AGAIN: [100.0] * 3}
+    add_rounds(results, cases.BULK_8, "rate", as_good)
+    assert verdict("slow", results).ruling == "partly"
+
+
 @pytest.mark.parametrize(("copying_s", "ruling"), [(130.0, "partly"), (101.0, "holds")])
 def test_bytes_are_copied_by_choice_where_an_engine_that_copies_costs_the_machine_more(
     copying_s: float, ruling: str

@@ -16,7 +16,6 @@ from userspace_proxy.compare.judge import compare, figure
 from userspace_proxy.compare.modes import DIRECT, HAPROXY, IPTABLES, IPVS, NFTABLES, USERSPACE, USERSPACE_COPY
 from userspace_proxy.compare.readings import (
     EVENT_NAMES,
-    Point,
     best_kernel,
     growth,
     kernel_modes,
@@ -79,12 +78,14 @@ def _userspace_is_slow(results: Results) -> Verdict:
         words.append(
             f"Of HAProxy's requests a second, which is a process in the way as well, userspace makes {times(haproxy)}."
         )
-    ruling: Ruling = "holds" if not rest else "partly" if slower else _none_or_undecided(rest)
-    return Verdict(ruling, tuple(words))
+    return Verdict(_slow_or_not(len(slower), [p.comparison.decided for p in rest]), tuple(words))
 
 
-def _none_or_undecided(rest: Sequence[Point]) -> Ruling:
-    return "fails" if all(p.comparison.decided for p in rest) else "undecided"
+def _slow_or_not(slower: int, others_decided: Sequence[bool]) -> Ruling:
+    """What is undecided speaks neither for the claim nor against it, and most that was measured has to be for it."""
+    if slower:
+        return "partly" if any(others_decided) else "holds" if slower > len(others_decided) else "undecided"
+    return "fails" if all(others_decided) else "undecided"
 
 
 def _two_switches(results: Results) -> Verdict:
