@@ -476,22 +476,55 @@ async def test_beside_another_kube_proxy_it_does_not_begin(clean: Host) -> None:
         assert "KUBE-SVC-NPX46M4PTMTKRN6Y" in clean.run("iptables-save").stdout
 
 
-async def test_route_localnet_is_as_it_was_when_all_is_taken_away(clean: Host) -> None:
-    def is_on() -> bool:
-        return clean.run("sysctl", "-n", "net.ipv4.conf.all.route_localnet").stdout.strip() == "1"
+async def test_a_chain_of_ours_to_which_another_leads_keeps_nothing_from_being_loaded(clean: Host) -> None:
+    changed = WEB.name
+    chain = Chain("nat", f"KUBE-SVC-{chain_hash(changed)}")
+    rest = {each: made for each, made in EVERYTHING.items() if each != changed}
+    with clean.inside():
+        tables = IptablesTables()
+        await tables.load(EVERYTHING, set(EVERYTHING), FACTS)
+        clean.run("iptables", "-t", "nat", "-A", "PREROUTING", "-d", "198.51.100.1", "-j", chain.name)
 
+        await tables.load(rest, {changed}, FACTS)
+
+        there = kube_tables.read(clean.run("iptables-save").stdout)
+        assert there[chain] == ()
+        assert kube_tables.is_loaded(tables_of(rest), there)
+        await tables.load(EVERYTHING, {changed}, FACTS)
+        assert kube_tables.read(clean.run("iptables-save").stdout)[chain]
+
+
+async def test_route_localnet_is_off_again_also_where_a_successor_had_to_load_after_a_flush(clean: Host) -> None:
+    with clean.inside():
+        clean.run("sysctl", "-w", "net.ipv4.conf.all.route_localnet=0")
+        await IptablesTables().load(EVERYTHING, set(EVERYTHING), FACTS)
+        successor = IptablesTables()
+        await successor.load(EVERYTHING, set(EVERYTHING), FACTS)
+        clean.run("nft", "flush", "ruleset")
+        await successor.reload()
+
+        await IptablesTables().remove()
+
+        assert not is_localnet_routed(clean)
+
+
+def is_localnet_routed(host: Host) -> bool:
+    return host.run("sysctl", "-n", "net.ipv4.conf.all.route_localnet").stdout.strip() == "1"
+
+
+async def test_route_localnet_is_as_it_was_when_all_is_taken_away(clean: Host) -> None:
     with clean.inside():
         for was_on in (False, True):
             clean.run("sysctl", "-w", f"net.ipv4.conf.all.route_localnet={int(was_on)}")
             tables = IptablesTables()
             await tables.prepare()
-            assert is_on() == was_on, "the node may be another's to serve yet"
+            assert is_localnet_routed(clean) == was_on, "the node may be another's to serve yet"
             await tables.load(EVERYTHING, set(EVERYTHING), FACTS)
-            assert is_on()
+            assert is_localnet_routed(clean)
 
             await IptablesTables().remove()  # as `cleanup` does, after a crash
 
-            assert is_on() == was_on
+            assert is_localnet_routed(clean) == was_on
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -85,6 +86,20 @@ def test_endpoints_have_slots_by_their_weights() -> None:
     assert Counter(Counter(SlotTable().elements(made)["slots4_tcp_16"].values()).values()) == {12: 1, 4: 1}
 
 
+@pytest.mark.parametrize(("count", "weight"), [(50, 100), (100, 50), (60, 80)])
+def test_endpoints_that_ask_for_more_slots_than_there_are_have_their_share(count: int, weight: int) -> None:
+    shares = Counter(slots.spread(addresses(count), 4_096, {ip: weight for ip, _ in addresses(count)}))
+
+    assert len(shares) == count
+    assert max(shares.values()) - min(shares.values()) <= 1
+
+
+def test_many_light_endpoints_are_met_beside_heavy_ones() -> None:
+    weights = {ip: 100 for ip, _ in addresses(95)}
+
+    assert len(Counter(slots.spread(addresses(4_095), 4_096, weights))) == 4_095
+
+
 @pytest.mark.parametrize("count", [2, 8, 100, 1_000])
 def test_when_an_endpoint_goes_few_of_the_others_slots_change_hands(count: int) -> None:
     before = addresses(count)
@@ -114,6 +129,25 @@ def test_an_endpoint_keeps_its_number_when_others_come_and_go() -> None:
         number for endpoint, number in by_endpoint.items() if after.get(number) == endpoint
     } == before.keys() & after
     assert len(before.keys() & after) == 1
+
+
+def crowd(network: int, count: int) -> Translation:
+    found = [Endpoint(f"10.{network}.{n // 250}.{n % 250 + 1}", 8080) for n in range(count)]
+    found += [Endpoint(f"fd00:{network}::{n + 1:x}", 8080) for n in range(count)]
+    service_port = ServicePort(name("shop/crowd"), 80, ("10.96.0.7", "fd00:96::7"), affinity_timeout_s=60)
+    return translation(service_port, *found)
+
+
+def test_thousands_of_pinned_endpoints_may_all_be_others_at_once() -> None:
+    table = SlotTable()
+    table.elements(crowd(20, 4_000))
+    after = crowd(30, 4_000)
+
+    found = table.elements(after)
+
+    assert all(len(found[f"endpoints{family}_tcp"]) == 4_000 for family in (4, 6))
+    table.forget(crowd(20, 4_000), after)
+    assert table.elements(after) == found
 
 
 # ---- the text, and the kernel
@@ -163,6 +197,33 @@ def test_what_is_loaded_is_what_is_written_down(lab: Lab) -> None:
     theirs.run("nft", "-f", "-", stdin=SlotTable().text(FACTS, EVERYTHING))
 
     assert in_force(ours) == in_force(theirs)
+
+
+def test_what_another_process_left_is_not_taken_over_with_a_time_out_that_comes_again(lab: Lab) -> None:
+    host, shorter = lab.add("again"), translation(replace(PINNED.service_port, affinity_timeout_s=3), NEAR, FAR)
+    other = translation(ServicePort(name("shop/new"), 80, ("10.96.0.8",), affinity_timeout_s=10_800), NEAR, FAR)
+    load(slot_tables(), host, by_name(PINNED), set())
+    tables = slot_tables()
+    load(tables, host, by_name(shorter), set())
+
+    load(tables, host, by_name(shorter, other), {other.service_port.name})
+
+    fresh = lab.add("again-fresh")
+    load(slot_tables(), fresh, by_name(shorter, other), set())
+    assert in_force(host) == in_force(fresh)
+
+
+def test_a_table_that_was_removed_unheard_is_loaded_whole_also_where_a_change_brings_new_rules(lab: Lab) -> None:
+    host, tables = lab.add("unheard"), slot_tables()
+    new = translation(ServicePort(name("shop/new"), 80, ("10.96.0.8",), affinity_timeout_s=77), NEAR, FAR)
+    load(tables, host, by_name(*EVERYTHING), set())
+    host.run("nft", "delete", "table", *TABLE.split())
+
+    load(tables, host, by_name(*EVERYTHING, new), {new.service_port.name})
+
+    fresh = lab.add("unheard-fresh")
+    load(slot_tables(), fresh, by_name(*EVERYTHING, new), set())
+    assert in_force(host) == in_force(fresh)
 
 
 def test_who_went_while_all_was_loaded_leaves_no_number_behind(lab: Lab) -> None:

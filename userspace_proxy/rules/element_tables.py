@@ -115,10 +115,14 @@ class ElementTables:
         facts: NodeFacts,
     ) -> None:
         timeouts_s = self._timeouts_s | _timeouts_s({n: translations[n] for n in changed if n in translations})
+        transaction = Transaction(self.table.name)
         if facts != self._facts or timeouts_s != self._timeouts_s:
-            await run_tool("nft", "-f", "-", stdin=self.table.skeleton(facts, timeouts_s))
+            await run_tool("nft", "-f", "-", stdin=self.table.skeleton(facts, timeouts_s, is_there=True))
+            held = self.table.set_names(self._timeouts_s)
+            for new in set(self.table.set_names(timeouts_s)).difference(held):
+                transaction.flush(new)  # it may be there from the process before
             self._facts, self._timeouts_s = facts, timeouts_s
-        transaction, more_uses = self._transaction(translations, changed)
+        more_uses = self._fill(transaction, translations, changed)
         if len(changed) > _AT_ONCE_MAX:
             await in_thread(transaction.commit, self._channel)
         else:
@@ -134,10 +138,13 @@ class ElementTables:
             if before is not None:
                 self.table.forget(before, after)
 
-    def _transaction(
-        self, translations: Mapping[ServicePortName, Translation], changed: Collection[ServicePortName]
-    ) -> tuple[Transaction, Counter[tuple[str, bytes]]]:
-        """Return what makes *translations* true, first all that goes, and by how much more shared elements are used."""
+    def _fill(
+        self,
+        transaction: Transaction,
+        translations: Mapping[ServicePortName, Translation],
+        changed: Collection[ServicePortName],
+    ) -> Counter[tuple[str, bytes]]:
+        """Have *transaction* make *translations* true, first all that goes; return how much more each is shared."""
         gone: dict[str, list[bytes]] = {}
         came: dict[str, list[bytes]] = {}
         uses = Counter[tuple[str, bytes]]()
@@ -159,12 +166,11 @@ class ElementTables:
                 came.setdefault(name, []).append(element(key))
             elif had and had + more == 0:
                 gone.setdefault(name, []).append(element(key))
-        transaction = Transaction(self.table.name)
         for name, elements in gone.items():
             transaction.delete(name, elements)
         for name, elements in came.items():
             transaction.add(name, elements)
-        return transaction, uses
+        return uses
 
     def _elements(self, translation: Translation | None) -> Elements:
         return {} if translation is None else self.table.elements(translation)
@@ -182,6 +188,7 @@ class ElementTables:
                 await run_tool("nft", "-f", "-", stdin=self.table.removal())
 
     async def is_intact(self) -> bool:
+        """Return whether our rules are as they were loaded; of elements that others change a notice comes."""
         if self._touched or self._facts is None:
             return False
         try:

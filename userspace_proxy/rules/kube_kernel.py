@@ -87,18 +87,21 @@ class IptablesTables:
             if reason := kube_tables.foreign(saved, node_rules(family, how)):
                 raise SyncError(reason)
             families.append(_Family(family, tool))
+            if family == 4 and kube_tables.is_noted(_LOCALNET_NOTE, saved):
+                self._notes = [_LOCALNET_NOTE]  # by the process before; whoever flushes our rules must not lose it
+        if how.localhost_node_ports:
+            if not sysctls.can_apply(_ROUTE_LOCALNET):
+                log.warning("node ports are not served at 127.0.0.1: %s cannot be made 1 here", _ROUTE_LOCALNET)
+                how = replace(how, localhost_node_ports=False)
+            elif _ROUTE_LOCALNET.path.read_text().strip() == "0":
+                self._notes = [_LOCALNET_NOTE]
         self._how, self._families = how, families
 
     def _set_node(self) -> None:
-        """Set the node to what the mode needs: not before the first load, when this node is ours to serve."""
-        if not self._how.localhost_node_ports:
-            return
-        was_off = _ROUTE_LOCALNET.path.read_text().strip() == "0"
-        if refused := sysctls.apply([_ROUTE_LOCALNET]):
+        """Set the node to what the mode needs: once it is noted how it was, and rules guard what this opens."""
+        if self._how.localhost_node_ports and (refused := sysctls.apply([_ROUTE_LOCALNET])):
             log.warning("node ports are not served at 127.0.0.1: %s", refused[0])
-            self._how = replace(self._how, localhost_node_ports=False)
-        elif was_off:
-            self._notes = [_LOCALNET_NOTE]
+        self._is_node_set = True
 
     async def load(
         self,
@@ -108,9 +111,6 @@ class IptablesTables:
     ) -> None:
         if not self._families:
             await self.prepare()
-        if not self._is_node_set:
-            self._set_node()
-            self._is_node_set = True
         how = replace(self._how, pods=facts.pods, node_ports_on=facts.node_ports_on)
         done = await asyncio.gather(
             *(self._load_family(each, translations, changed, how) for each in self._families), return_exceptions=True
@@ -118,6 +118,8 @@ class IptablesTables:
         for error in filter(None, done):
             raise error
         self._touched = False
+        if not self._is_node_set:
+            self._set_node()
 
     async def _load_family(
         self,

@@ -144,6 +144,8 @@ def whole(wanted: Tables, saved: Saved, chains_at_once: int | None = None, notes
         said = [*(() if marked else map(str, _find(saved, table))), *(notes if table == "filter" else ())]
         first += (f"-A {MARK} {rule}" for rule in map(_noted, said) if rule not in saved.get(Chain(table, MARK), ()))
         stale = [c for c in saved if marked and c.table == table and is_ours(c) and c not in chains and c.name != MARK]
+        # To where others lead by now cannot be deleted, and would keep all else from being loaded: it is emptied.
+        led_to = set(_used_by_others([c for c in saved if c.table == table and is_ours(c)], saved)) if stale else set()
         anew = [c for c in chains if c.table == table and not (marked and saved.get(c) == chains[c])]
         own = sorted((c for c in anew if c not in _SHARED), key=_depth)
         parts = [own] if chains_at_once is None else list(_parts(own, chains_at_once))
@@ -154,7 +156,7 @@ def whole(wanted: Tables, saved: Saved, chains_at_once: int | None = None, notes
             first, parts = [], parts[-1:]
         last = [*(c for c in anew if c in _SHARED), *itertools.chain(*parts)]
         lines = [*first, *(f":{c.name} - [0:0]" for c in stale), *_written(last, chains), *_jumps_to_make(saved, table)]
-        text += _block(table, [*lines, *(f"-X {chain.name}" for chain in stale)])
+        text += _block(table, [*lines, *(f"-X {chain.name}" for chain in stale if chain not in led_to)])
     return text
 
 

@@ -136,18 +136,20 @@ class PortalTable:
 
     # ---- texts
 
-    def skeleton(self, facts: NodeFacts, timeouts_s: Iterable[int]) -> str:
+    def skeleton(self, facts: NodeFacts, timeouts_s: Iterable[int], *, is_there: bool = False) -> str:
         """Return the script that makes our table without elements, or replaces the rules of one that is there.
 
-        What stands in its sets and maps stays there, what the kernel put in among it.
+        What stands in its sets and maps stays there, what the kernel put in among it. *is_there*: it is refused where
+        the table is not, as somebody has removed it with what stood in it.
         """
         timeouts_s = sorted(timeouts_s)
         declared = "".join(f"\t{self.kind_of(name).header}\n\t}}\n" for name in self.set_names(timeouts_s))
         chains = self._chains(facts, timeouts_s)
         empty = "".join(f"\tchain {name} {{\n{_HOOKS.get(name, '')}\t}}\n" for name in chains)
         full = "".join(_chain(name, rules) for name, rules in chains.items())
+        held = f"flush table {self.name}\n" if is_there else ""
         return (
-            f"table {self.name} {{\n{declared}{self.dynamic()}{empty}}}\n"
+            f"{held}table {self.name} {{\n{declared}{self.dynamic()}{empty}}}\n"
             f"flush table {self.name}\ntable {self.name} {{\n{full}}}\n"
         )
 

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import Translation
 from userspace_proxy.model.allocation import Allocator
-from userspace_proxy.model.endpoint import Address, Family
+from userspace_proxy.model.endpoint import FAMILIES, Address, Family
 from userspace_proxy.model.names import L4Protocol, ListenerName, Scope, ServicePortName
 from userspace_proxy.model.routes import Refusal, Route
 from userspace_proxy.model.service import Portal
@@ -115,7 +115,7 @@ class Numbers:
 
     def __init__(self) -> None:
         self._sets = Allocator(_SETS_MAX)
-        self._seats: dict[str, Allocator] = {}
+        self._seats: dict[tuple[str, Family], Allocator] = {}
 
     def of_set(self, name: ServicePortName, scope: Scope) -> int:
         number = self._sets.allocate(ListenerName(name, scope).key)
@@ -123,12 +123,21 @@ class Numbers:
             raise SyncError(f"more than {_SETS_MAX} sets of endpoints")
         return OURS | (number + 1) << 12
 
-    def of_endpoint(self, name: ServicePortName, scope: Scope, endpoint: Address) -> int:
-        seats = self._seats.setdefault(ListenerName(name, scope).key, Allocator(_SEAT))
-        seat = seats.allocate(str(endpoint))
-        if seat is None:
-            raise SyncError(f"more than {_SEAT} endpoints of {name} with affinity")
-        return self.of_set(name, scope) | seat + 1
+    def of_endpoints(
+        self, name: ServicePortName, scope: Scope, family: Family, endpoints: Sequence[Address]
+    ) -> dict[Address, int]:
+        """Return the numbers of *endpoints*, up to `_SEAT` of one *family*; who is none of them makes room at need."""
+        of_set, wanted = self.of_set(name, scope), {endpoint: str(endpoint) for endpoint in endpoints}
+        seats = self._seats.setdefault((ListenerName(name, scope).key, family), Allocator(_SEAT))
+        found = {}
+        for endpoint, key in wanted.items():
+            if (seat := seats.allocate(key)) is None:
+                for other in seats.memory().keys() - wanted.values():
+                    seats.release(other)
+                seat = seats.allocate(key)
+            assert seat is not None, "there are no more of them than seats"
+            found[endpoint] = of_set | seat + 1
+        return found
 
     def forget(self, before: Translation, after: Translation | None) -> None:
         """Free what *before* had and *after* has not."""
@@ -138,11 +147,13 @@ class Numbers:
             had, has = _addresses(before, scope), set(_addresses(after, scope)) if after else set()
             if not has:
                 self._sets.release(key)
-                self._seats.pop(key, None)
-            elif (seats := self._seats.get(key)) is not None:
-                for endpoint in had:
-                    if endpoint not in has:
-                        seats.release(str(endpoint))
+            for family in FAMILIES:
+                if not has:
+                    self._seats.pop((key, family), None)
+                elif (seats := self._seats.get((key, family))) is not None:
+                    for endpoint in had:
+                        if endpoint not in has:
+                            seats.release(str(endpoint))
 
 
 def _addresses(translation: Translation, scope: Scope) -> list[Address]:
@@ -155,11 +166,16 @@ def spread(endpoints: Sequence[Address], slots: int, weights: Mapping[str, int] 
 
     Each endpoint asks for slots in an order of its own, in turns (Maglev's table): so all have nearly as many, and when
     one comes or goes few of the others' slots change hands. *weights*: how many slots a turn an IP asks for, else one;
-    who asks for none has none, unless nobody asks for any.
+    who asks for none has none, unless nobody asks for any. Where all ask for more slots than there are, each has its
+    share, and one at least.
     """
     if weights:
-        turns = [weights.get(ip, 1) for ip, _ in endpoints]
-        endpoints = [e for e, asks in zip(endpoints, turns, strict=True) for _ in range(asks)] or endpoints
+        asks = [weights.get(ip, 1) for ip, _ in endpoints]
+        if (total := sum(asks)) > slots:
+            asks = [ask and max(1, ask * slots // total) for ask in asks]
+        each = list(zip(endpoints, asks, strict=True))
+        # One after the other, lest the last find none left.
+        endpoints = [e for turn in range(max(asks, default=0)) for e, ask in each if ask > turn] or endpoints
     orders = [_order(endpoint, slots) for endpoint in endpoints]
     table: list[Address | None] = [None] * slots
     left = slots
@@ -199,7 +215,8 @@ def _add_endpoints(found: Elements, translation: Translation, scope: Scope, fami
     if timeout_s is None:
         leads, kind = packed, f"slots{family}_{name.protocol.lower()}"
     else:
-        leads, kind = {a: packed_number(numbers.of_endpoint(name, scope, a)) for a in endpoints}, f"picks{family}"
+        seats = numbers.of_endpoints(name, scope, family, endpoints)
+        leads, kind = {a: packed_number(seat) for a, seat in seats.items()}, f"picks{family}"
         found[f"affinity_{timeout_s}"] = {**found.get(f"affinity_{timeout_s}", {}), number: b""}
         found.setdefault(f"endpoints{family}_{name.protocol.lower()}", {}).update(
             (leads[a], packed[a]) for a in endpoints

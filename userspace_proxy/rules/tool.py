@@ -78,7 +78,7 @@ def _reason(stderr: str) -> str:
     """Return the line of *stderr* that says why, with a hint where the usual cause is known."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     said = next(
-        (line for line in lines if "rror" in line or "denied" in line or "FATAL" in line),
+        (line for line in lines if any(word in line for word in ("rror", "denied", "FATAL", "failed"))),
         lines[0] if lines else "no reason given",
     )
     if "not permitted" in stderr or "ermission denied" in stderr:
