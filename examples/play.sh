@@ -2,12 +2,24 @@
 # Play a lesson about a mode: `examples/play.sh mode-iptables` runs the commands of its README as they stand there, and
 # shows each before what it says. In a network of its own, on a copy of the manifests: nothing is left behind.
 set -eu
-lesson=${1:?which one? mode-userspace, mode-iptables, mode-nftables or mode-ipvs}
 cd "$(dirname "$0")/.."
+lesson=${1:-}
+case $lesson in
+mode-*) [ -f "examples/$lesson/README.md" ] || lesson= ;;
+*) lesson= ;;
+esac
+if [ -z "$lesson" ]; then
+  echo "usage: examples/play.sh mode-userspace | mode-iptables | mode-nftables | mode-ipvs" >&2
+  exit 2
+fi
 PATH=$PATH:$PWD/.venv/bin:/usr/sbin:/sbin
 export TMPDIR
 TMPDIR=$(mktemp -d)
-trap 'rm -rf "$TMPDIR"' EXIT
+child=
+# KILL: unshare heeds no other signal while it waits, and takes all that it started with it.
+trap '[ -z "$child" ] || kill -KILL "$child"; rm -rf "$TMPDIR"' EXIT
+trap 'exit 143' TERM
+trap 'exit 130' INT
 cp -r examples "$TMPDIR"
 {
   echo "ip link set lo up"
@@ -17,4 +29,7 @@ cp -r examples "$TMPDIR"
 cd "$TMPDIR"
 namespaces=(--net --pid --fork --kill-child --mount-proc)
 [ "$(id -u)" = 0 ] || namespaces+=(--user --map-root-user)
-unshare "${namespaces[@]}" bash -v commands 2>&1
+unshare "${namespaces[@]}" bash -v commands 2>&1 &
+child=$!
+wait "$child"
+child=

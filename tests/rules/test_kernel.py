@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +11,7 @@ from tests.rules.given import CASES, EVERYTHING, LOCAL, name, redirects
 from userspace_proxy import netlink
 from userspace_proxy.interfaces import Redirects
 from userspace_proxy.lab import Host
-from userspace_proxy.rules.kernel import NftKernel
+from userspace_proxy.rules.kernel import IptablesKernel, NftKernel
 from userspace_proxy.rules.netlink import count_rules
 
 
@@ -70,3 +71,17 @@ async def test_looking_costs_the_same_however_many_services_there_are(
         await kernel.remove()
 
     assert bytes_heard[0] == bytes_heard[1] > 0
+
+
+async def test_a_look_follows_a_load_by_iptables_during_which_nothing_was_heard(host: Host) -> None:
+    kernel, looked = IptablesKernel(), asyncio.Event()
+    with host.inside():
+        await kernel.watch(looked.set)
+        await kernel.load(EVERYTHING)
+        looked.clear()
+        try:
+            async with asyncio.timeout(20):
+                await looked.wait()
+        finally:
+            kernel.unwatch()
+            await kernel.remove()

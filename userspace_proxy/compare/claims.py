@@ -192,6 +192,8 @@ def _lookup_grows(results: Results) -> Verdict:
         for name, (more_us, noise_us) in grown.items()
     ]
     words.append("Only a connection's first packet is looked up; conntrack carries the others in every mode.")
+    if IPVS not in grown:
+        words.append("Nothing is said of ipvs, which was not measured.")
     slower = [name for name, (more_us, noise_us) in grown.items() if more_us > noise_us]
     if IPTABLES not in grown and any(mode.name == IPTABLES for mode in results.ran()):
         return Verdict("undecided", (*words, "iptables was measured with too few Services to say."))

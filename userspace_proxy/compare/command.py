@@ -120,6 +120,8 @@ def run(request: Request, json_file: Path | None, html_file: Path | None) -> Non
         for write, content in writers:
             write(content(results))
     print_all(results)
+    for path in filter(None, (json_file, html_file)):
+        Console(stderr=True, soft_wrap=True).print(f"written: {path}", highlight=False, markup=False)
 
 
 def measure(request: Request) -> Results:

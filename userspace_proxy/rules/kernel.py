@@ -14,11 +14,12 @@ from userspace_proxy.interfaces import Redirects
 from userspace_proxy.model.endpoint import Family
 from userspace_proxy.rules import answers, iptables, network, nft, xtables
 from userspace_proxy.rules.netlink import count_rules
-from userspace_proxy.rules.notices import RuleNotices, call_often, quiet
+from userspace_proxy.rules.notices import LaterLook, RuleNotices, call_often, quiet
 from userspace_proxy.rules.tool import is_installed, run_tool
 
 # How often iptables-legacy is looked at, which sends no notices.
 _POLL_S = 0.7
+_LOOK_AFTER_S = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ class IptablesKernel:
         self._held: Redirects | None = None
         self._answers = _Answers()
         self._loaded: dict[int, tuple[str, ...]] = {}
+        self._look = LaterLook()
         self._notices: RuleNotices | None = None
         self._poll: asyncio.Task[None] | None = None
 
@@ -122,6 +124,7 @@ class IptablesKernel:
         for error in filter(None, done):
             raise error
         self._held = redirects
+        self._look.after(_LOOK_AFTER_S)
 
     async def _load_family(self, redirects: Redirects, family: Family, prefix: str) -> None:
         saved = await xtables.save(prefix)
@@ -167,8 +170,11 @@ class IptablesKernel:
             self._poll = asyncio.create_task(call_often(lambda: _POLL_S, on_change), name="rules-poll")
         else:
             self._notices = RuleNotices({"mangle", "nat", "filter"}, on_change)
+            self._look.begin(on_change)
+            self._look.after(_LOOK_AFTER_S)
 
     def unwatch(self) -> None:
+        self._look.end()
         if self._notices is not None:
             self._notices.close()
             self._notices = None

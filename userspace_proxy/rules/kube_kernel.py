@@ -18,7 +18,7 @@ from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.rules import kube_tables, sysctls, xtables
 from userspace_proxy.rules.kube_chains import Manner, Rules, node_rules, service_rules
 from userspace_proxy.rules.kube_tables import Tables
-from userspace_proxy.rules.notices import RuleNotices, call_often, quiet
+from userspace_proxy.rules.notices import LaterLook, RuleNotices, call_often, quiet
 from userspace_proxy.rules.tool import in_thread, is_installed
 
 # Of more endpoints rules do not say which they lead to, as with kube-proxy: it is a third of what is loaded.
@@ -63,6 +63,7 @@ class IptablesTables:
         self._notes: list[str] = []
         self._notices: RuleNotices | None = None
         self._poll: asyncio.Task[None] | None = None
+        self._look = LaterLook()
         self._look_s = 0.0
         self._touched = False
         self._unheard = False  # something may have happened while our own loads were not listened to
@@ -120,6 +121,7 @@ class IptablesTables:
         self._touched = False
         if not self._is_node_set:
             self._set_node()
+        self._look.after(self._pause_s())
 
     async def _load_family(
         self,
@@ -224,11 +226,14 @@ class IptablesTables:
             self._poll = asyncio.create_task(call_often(self._pause_s, on_change), name="rules-poll")
         else:
             self._notices = RuleNotices(kube_tables.TABLES, on_notice)
+            self._look.begin(on_change)
+            self._look.after(self._pause_s())
 
     def _pause_s(self) -> float:
         return max(_POLL_S, self._look_s / _POLL_SHARE)
 
     def unwatch(self) -> None:
+        self._look.end()
         if self._notices is not None:
             self._notices.close()
             self._notices = None

@@ -99,6 +99,28 @@ class NetworkNotices(_Notices):
         super().__init__(_NETLINK_ROUTE, _GROUPS_LINK_ADDRESS_ROUTE, on_change)
 
 
+class LaterLook:
+    """Calls *on_change* when loads have ended for a while: nothing is heard during one, and a look takes its time."""
+
+    def __init__(self) -> None:
+        self._on_change: Callable[[], None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self, on_change: Callable[[], None]) -> None:
+        self._on_change = on_change
+
+    def after(self, pause_s: float) -> None:
+        """Look in *pause_s*, unless it is to be later by then."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._on_change is not None:
+            self._timer = asyncio.get_running_loop().call_later(pause_s, self._on_change)
+
+    def end(self) -> None:
+        self._on_change = None
+        self.after(0)
+
+
 async def call_often(pause_s: Callable[[], float], call: Callable[[], None]) -> None:
     """Call *call* again and again, for what sends no notices. Runs until cancelled."""
     while True:

@@ -195,7 +195,8 @@ def _end(leg: Leg, last: Hook, story: Story) -> Station:
     if last.name == "INPUT":
         if leg.role is Role.CLIENT:
             return _process(story.listener, last.after, story)
-        return Station("outside", "the client", f"{last.after.receiver}, a process on this host")
+        end = "the backend" if leg.role is Role.DIAL else "the client"
+        return Station("outside", end, f"{last.after.receiver}, a process on this host", _answered(leg))
     if last.name == "PREROUTING":
         return Station("stop", "nowhere", "no route from here")
     who = {Role.ANSWER: "the client", Role.DIAL: "the backend"}.get(leg.role)
