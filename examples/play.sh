@@ -17,7 +17,7 @@ export TMPDIR
 TMPDIR=$(mktemp -d)
 child=
 # KILL: unshare heeds no other signal while it waits, and takes all that it started with it.
-trap '[ -z "$child" ] || kill -KILL "$child"; rm -rf "$TMPDIR"' EXIT
+trap '[ -z "$child" ] || kill -KILL "$child" 2>/dev/null || :; rm -rf "$TMPDIR"' EXIT
 trap 'exit 143' TERM
 trap 'exit 130' INT
 cp -r examples "$TMPDIR"
@@ -31,5 +31,7 @@ namespaces=(--net --pid --fork --kill-child --mount-proc)
 [ "$(id -u)" = 0 ] || namespaces+=(--user --map-root-user)
 unshare "${namespaces[@]}" bash -v commands 2>&1 &
 child=$!
-wait "$child"
+code=0
+wait "$child" || code=$?
 child=
+exit "$code"

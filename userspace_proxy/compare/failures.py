@@ -175,13 +175,15 @@ def watch(
         time.sleep(event.told_after_s)
         tell(_OTHERS)
 
-    with ThreadPoolExecutor(1, "event") as beside:
-        started_at = time.monotonic() + 0.05
-        happened = beside.submit(happen)
-        with sites.client.inside():
-            _Clients(list(tallies.values()), event.length_s).run(started_at)
-    event.undo(sites)
-    tell(range(TRIO_PODS))
+    try:
+        with ThreadPoolExecutor(1, "event") as beside:
+            started_at = time.monotonic() + 0.05
+            happened = beside.submit(happen)
+            with sites.client.inside():
+                _Clients(list(tallies.values()), event.length_s).run(started_at)
+    finally:
+        event.undo(sites)
+        tell(range(TRIO_PODS))
     happened.result()
     for mode, reason in untold.items():
         note(f"{mode.title}, round {number}: could not be told that {event.what}: {reason}")

@@ -182,6 +182,7 @@ class IptablesTables:
                     self._unheard = True
                     await self._load_whole(each, each.loaded)
         self._touched = False
+        self._look.after(self._pause_s())
 
     async def remove(self) -> None:
         self._families, self._is_node_set = [], False
@@ -209,7 +210,7 @@ class IptablesTables:
         for each in self._families:
             if each.loaded is not None:
                 try:
-                    saved = kube_tables.read(await xtables.save(each.tool))
+                    saved = await in_thread(kube_tables.read, await xtables.save(each.tool))
                 except SyncError:
                     self._touched = True  # as it is not known
                     raise

@@ -147,7 +147,7 @@ async def transparent_obstacles(language: str) -> list[str]:
     else:
         obstacles += await _refused(
             "this kernel cannot tell packets for our sockets; load the module xt_socket",
-            ("iptables-restore", "--test", "--noflush"),
+            ("iptables-restore", "--test", "--noflush", "-w", "5"),
             "*mangle\n:USERSPACE-PROXY-CHECK - [0:0]\n"
             "-A USERSPACE-PROXY-CHECK -m socket --transparent -j RETURN\nCOMMIT\n",
         )

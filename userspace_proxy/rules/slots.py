@@ -173,9 +173,12 @@ def spread(endpoints: Sequence[Address], slots: int, weights: Mapping[str, int] 
         asks = [weights.get(ip, 1) for ip, _ in endpoints]
         if (total := sum(asks)) > slots:
             asks = [ask and max(1, ask * slots // total) for ask in asks]
-        each = list(zip(endpoints, asks, strict=True))
-        # One after the other, lest the last find none left.
-        endpoints = [e for turn in range(max(asks, default=0)) for e, ask in each if ask > turn] or endpoints
+        asking = [(endpoint, ask) for endpoint, ask in zip(endpoints, asks, strict=True) if ask]
+        turns: list[Address] = []
+        while asking:  # one after the other, lest the last find none left
+            turns += (endpoint for endpoint, _ in asking)
+            asking = [(endpoint, ask - 1) for endpoint, ask in asking if ask > 1]
+        endpoints = turns or endpoints
     orders = [_order(endpoint, slots) for endpoint in endpoints]
     table: list[Address | None] = [None] * slots
     left = slots
