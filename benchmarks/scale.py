@@ -110,7 +110,7 @@ class Bench:
     def start(self) -> tuple[subprocess.Popen[bytes], float]:
         """Start the proxy; return it and how long it took until it was ready."""
         self.log.write_text("")
-        command = [sys.executable, "-m", "userspace_proxy", "run", str(self.file), "--rules", self.rules]
+        command = [sys.executable, "-P", "-m", "userspace_proxy", "run", str(self.file), "--rules", self.rules]
         started_at = time.monotonic()
         proxy = self.world.node.start(*command, "--state-dir", str(self.folder / "state"), log=self.log)
         wait_for(lambda: "ready:" in self.log.read_text() or proxy.poll() is not None, 60)

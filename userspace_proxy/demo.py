@@ -134,7 +134,7 @@ class _Demo:
         self._show_code((self._manifests / "web.yaml").read_text(), "yaml")
 
     def _start_proxy(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "userspace_proxy", "run", str(self._manifests)]
+        command = [sys.executable, "-P", "-m", "userspace_proxy", "run", str(self._manifests)]
         arguments = ["--state-dir", str(self._folder / "state"), "--access-log", str(self._folder / "access")]
         started_at = time.monotonic()
         proxy = self._world.node.start(*command, *arguments, log=self._log)

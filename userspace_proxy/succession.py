@@ -238,7 +238,9 @@ def start_anew(listeners: Sequence[socket.socket]) -> NoReturn:
     for sock in listeners:
         sock.set_inheritable(True)
     left = {_LEFT: " ".join(str(sock.fileno()) for sock in listeners)} if listeners else {}
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **left})  # noqa: S606 - a list, no shell
+    safe_path = [] if sys.flags.safe_path else ["-P"]  # what Python itself imports first is not from here either
+    command = [sys.executable, *safe_path, *sys.orig_argv[1:]]
+    os.execve(sys.executable, command, {**os.environ, **left})  # noqa: S606 - a list, no shell
 
 
 def was_left() -> list[socket.socket]:

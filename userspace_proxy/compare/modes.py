@@ -78,7 +78,7 @@ def manifests_of(site: Site) -> Path:
 
 def run_command(site: Site, *arguments: str) -> list[str]:
     """Return the command of a mode of ours."""
-    command = [sys.executable, "-m", "userspace_proxy", "run", str(manifests_of(site))]
+    command = [sys.executable, "-P", "-m", "userspace_proxy", "run", str(manifests_of(site))]
     # No answer from outside of the node is wanted at these addresses, and no state of another run.
     return [*command, "--state-dir", str(site.folder / "state"), *arguments]
 

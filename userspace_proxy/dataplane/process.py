@@ -80,7 +80,7 @@ class WorkerProcess:
         """Start the process; it serves what it is told from then on. Raises OSError."""
         ours, theirs = socket.socketpair()
         settings = msgspec.json.encode(self.settings).decode()
-        command = [sys.executable, "-m", "userspace_proxy.dataplane.worker", str(theirs.fileno()), settings]
+        command = [sys.executable, "-P", "-m", "userspace_proxy.dataplane.worker", str(theirs.fileno()), settings]
         with theirs:
             try:
                 # A session of its own: signals from a terminal are for the control process.

@@ -64,13 +64,13 @@ def enter_namespaces(arguments: Sequence[str], tools: Mapping[str, str]) -> None
     Raises:
         StartError: namespaces are forbidden here, or a tool is missing.
     """
-    os.environ["PATH"] = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # a plain user's lacks them
+    os.environ["PATH"] = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # a plain user's lacks them
     for tool, package in tools.items():
         if shutil.which(tool) is None:
             raise StartError(f"{arguments[0]} needs {tool}; install the package {package}")
     if os.environ.get(_INSIDE):
         return
-    command = command_in_namespaces([sys.executable, "-m", "userspace_proxy", *arguments])
+    command = command_in_namespaces([sys.executable, "-P", "-m", "userspace_proxy", *arguments])
     # Ctrl-C reaches the command itself, which cleans up and ends. `unshare` does not pass on a SIGTERM: it is killed,
     # and with it, by the kernel, all that is inside.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -82,7 +82,7 @@ def enter_namespaces(arguments: Sequence[str], tools: Mapping[str, str]) -> None
 
 def prepare() -> None:
     """Make this process's own /run, where `ip netns` keeps names and iptables its lock. Call once, inside."""
-    os.environ["PATH"] = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # a plain user's lacks them
+    os.environ["PATH"] = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # a plain user's lacks them
     os.environ.pop(_INSIDE, None)  # whoever is started from here enters namespaces of its own
     _check(_libc.mount(b"tmpfs", b"/run", b"tmpfs", 0, None), "mounting a /run of our own")
     _NETNS_FOLDER.mkdir()

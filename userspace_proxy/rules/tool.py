@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from userspace_proxy import absolute_entries
 from userspace_proxy.errors import SyncError
 
 _PACKAGE = {
@@ -34,8 +36,12 @@ def is_installed(tool: str) -> bool:
 
 
 def find_tool(tool: str) -> str | None:
-    """Return where *tool* is, also where PATH lacks the administrator's folders; None if it is not installed."""
-    return shutil.which(tool) or shutil.which(tool, path="/usr/sbin:/sbin:/usr/local/sbin")
+    """Return where *tool* is, also where PATH lacks the administrator's folders; None if it is not installed.
+
+    Never one of the current folder, whatever PATH says: it runs with our privileges.
+    """
+    folders = absolute_entries(os.environ.get("PATH", os.defpath))
+    return shutil.which(tool, path=f"{folders}:/usr/sbin:/sbin:/usr/local/sbin".lstrip(":"))
 
 
 async def run_tool(tool: str, *arguments: str, stdin: str = "") -> str:

@@ -49,7 +49,7 @@ def record(world: ServiceLab, folder: Path, mode: str, *arguments: str) -> Recor
 def _proxy(world: ServiceLab, folder: Path, mode: str, *arguments: str) -> Iterator[None]:
     log = folder / f"{mode}.log"
     log.write_text("")
-    command = [sys.executable, "-m", "userspace_proxy", "run", str(_EXAMPLE), "--proxy-mode", mode, *arguments]
+    command = [sys.executable, "-P", "-m", "userspace_proxy", "run", str(_EXAMPLE), "--proxy-mode", mode, *arguments]
     proxy = world.node.start(*command, "--state-dir", str(folder / mode), log=log)
     try:
         give_up_at = time.monotonic() + _START_TIMEOUT_S
@@ -97,7 +97,7 @@ def main(folder: Path, modes: tuple[str, ...], *, printed: bool, inside: bool) -
     """Draw a packet's way in each of MODES (names, or files that --print made) into FOLDER."""
     try:
         if not inside:
-            command = [sys.executable, "-m", "userspace_proxy.trace.drawings", *sys.argv[1:], "--inside"]
+            command = [sys.executable, "-P", "-m", "userspace_proxy.trace.drawings", *sys.argv[1:], "--inside"]
             sys.exit(subprocess.run(command_in_namespaces(command), check=False).returncode)
         prepare()
         for mode in modes:
