@@ -16,10 +16,12 @@ from userspace_proxy.rules.conntrack import (
     Answering,
     Flow,
     changed_udp_portals,
+    forget_early_connections,
     forget_udp_flows,
+    new_tcp_portals,
     stale_flows,
 )
-from userspace_proxy.rules.netlink import delete_udp_flows
+from userspace_proxy.rules.netlink import delete_flows
 
 DNS = Portal("10.96.0.10", 53, L4Protocol.UDP)
 DNS6 = Portal("fd00:96::10", 53, L4Protocol.UDP)
@@ -142,13 +144,15 @@ def conntrack(*arguments: str) -> str:
     return done.stdout
 
 
-def insert(asked: str, port: int, answered_from: int, sport: int) -> None:
+def insert(asked: str, port: int, answered_from: int, sport: int, tcp_state: str = "") -> None:
+    """Insert a UDP flow, or a connection in *tcp_state*, which is not translated where *answered_from* is *port*."""
     client, node = ("fd00:50::2", "fd00:50::1") if ":" in asked else ("192.168.50.2", "192.168.50.1")
+    if tcp_state and answered_from == port:
+        node = asked
+    kind = ["-p", "tcp", "--state", tcp_state] if tcp_state else ["-p", "udp"]
     there = ["-s", client, "-d", asked, "--sport", str(sport), "--dport", str(port)]
     back = ["-r", node, "-q", client, "--reply-port-src", str(answered_from), "--reply-port-dst", str(sport)]
-    subprocess.run(
-        ["conntrack", "-I", "-p", "udp", "-t", "100", *there, *back], capture_output=True, timeout=10, check=True
-    )
+    subprocess.run(["conntrack", "-I", *kind, "-t", "100", *there, *back], capture_output=True, timeout=10, check=True)
 
 
 @pytest.fixture
@@ -192,7 +196,7 @@ async def test_as_many_as_there_are_are_forgotten_with_those_that_ended_meanwhil
     ended = [Flow(("192.168.50.2", sport), ("10.96.0.11", 53)) for sport in range(20)]
     known = [Flow(("192.168.50.2", sport), ("10.96.0.10", 53)) for sport in (4_001, 4_002, *range(5_000, 5_600))]
 
-    assert delete_udp_flows([*ended, *known]) == len(known)
+    assert delete_flows(L4Protocol.UDP, [*ended, *known]) == len(known)
     assert asked_for() == {*OTHERS, ("fd00:96::10", "53")}
 
 
@@ -227,3 +231,38 @@ async def test_where_there_are_no_flows_nothing_is_said(caplog: pytest.LogCaptur
     await forget_udp_flows({DNS: by(10_002), DNS6: by(10_002), NODE_PORT: set()})
 
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+# ---- connections that began before their portal was served
+
+
+def test_tcp_portals_are_new_once() -> None:
+    old, new = Redirects({WEB: 1, DNS: 1}), Redirects({WEB: 2, DNS: 1})
+
+    assert new_tcp_portals(Redirects(), new) == {WEB}
+    assert new_tcp_portals(old, new) == set()
+    assert new_tcp_portals(Redirects(), Redirects({}, exceptions={Sender.NODE: {WEB: DROPPED}})) == {WEB}
+
+
+@pytest.fixture
+def connections() -> Iterator[None]:
+    """Unanswered connections to two portals and a node port, translated ones, and one that is established."""
+    conntrack("-F")
+    for sport, answered_from, state in (
+        (4_001, 80, "SYN_SENT"),
+        (4_002, 10_001, "SYN_SENT"),
+        (4_003, 80, "ESTABLISHED"),
+    ):
+        insert("10.96.0.1", 80, answered_from, sport, state)
+    insert("10.96.0.2", 80, 80, 4_004, "SYN_SENT")
+    insert("192.168.50.1", 30_080, 30_080, 4_005, "SYN_SENT")
+    yield
+    conntrack("-F")
+
+
+@pytest.mark.usefixtures("connections")
+async def test_of_connections_to_new_portals_only_untranslated_unanswered_ones_are_deleted() -> None:
+    await forget_early_connections({WEB, Portal("0.0.0.0", 30_080, L4Protocol.TCP)})
+
+    left = conntrack("-L", "-p", "tcp")
+    assert {sport for sport in range(4_001, 4_006) if f"sport={sport} " in left} == {4_002, 4_003, 4_004}

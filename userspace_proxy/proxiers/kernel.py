@@ -24,7 +24,7 @@ from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import serving_endpoints
 from userspace_proxy.proxiers.plans import NodeRules, Plan, Plans, allowed_to_dial
 from userspace_proxy.proxiers.repairs import REPAIR_PAUSE_S, Keeper
-from userspace_proxy.rules.conntrack import Answering, forget_udp_flows, open_connections
+from userspace_proxy.rules.conntrack import Answering, forget_early_connections, forget_udp_flows, open_connections
 
 # New service ports that are told one by one.
 _TOLD_MAX = 20
@@ -58,6 +58,7 @@ class KernelProxier:
         self._translations: dict[ServicePortName, Translation] = {}
         # Of UDP, what is in force: which answers are right, by portal.
         self._answering: dict[ServicePortName, dict[Portal, Answering]] = {}
+        self._served: dict[ServicePortName, frozenset[Portal]] = {}  # TCP
         self._unloaded: set[ServicePortName] = set()  # whose translations differ from what is loaded
         self._loaded: NodeFacts | None = None
         self.unopened: Mapping[ListenerName, str] = {}  # there is nothing to open
@@ -94,6 +95,8 @@ class KernelProxier:
             self._tell_new()
             if stale := self._changed_flows(changed):
                 await self._forget(stale)
+            if new := self._new_tcp_portals(changed):
+                await forget_early_connections(new)
 
     def translated(self, state: ProxyState) -> tuple[Mapping[ServicePortName, Translation], NodeFacts]:
         """Return what would be loaded for *state*; nothing is."""
@@ -162,6 +165,17 @@ class KernelProxier:
             stale |= {portal: frozenset() for portal in before if self._claims.holder(portal) is None}
         return stale
 
+    def _new_tcp_portals(self, changed: Iterable[ServicePortName]) -> set[Portal]:
+        """Return the TCP portals of *changed* that were not served before."""
+        new: set[Portal] = set()
+        for name in changed:
+            if name.protocol is L4Protocol.TCP:
+                before = self._served.pop(name, frozenset())
+                if (made := self._translations.get(name)) is not None:
+                    after = self._served[name] = frozenset(route.portal for route in made.routes)
+                    new |= after - before
+        return new
+
     def _tell_new(self) -> None:
         """Say what is served from now on: the addresses are news where they were allocated."""
         new = self._claims.new
@@ -192,6 +206,7 @@ class KernelProxier:
             flows = {portal: wanted for held in self._answering.values() for portal, wanted in held.items() if wanted}
             if flows:
                 await self._forget(flows)
+            await forget_early_connections(frozenset[Portal]().union(*self._served.values()))
         await asyncio.sleep(REPAIR_PAUSE_S)
 
     async def close(self, drain_timeout_s: float) -> None:

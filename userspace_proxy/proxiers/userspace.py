@@ -22,7 +22,15 @@ from userspace_proxy.model.state import ProxyState
 from userspace_proxy.proxiers.plans import NodeRules, Plan, Plans, redirects_to
 from userspace_proxy.proxiers.proxy_ports import ProxyPorts
 from userspace_proxy.proxiers.repairs import REPAIR_PAUSE_S, Keeper
-from userspace_proxy.rules.conntrack import ANY_IP, Answering, changed_udp_portals, forget_udp_flows, udp_ports
+from userspace_proxy.rules.conntrack import (
+    ANY_IP,
+    Answering,
+    changed_udp_portals,
+    forget_early_connections,
+    forget_udp_flows,
+    new_tcp_portals,
+    udp_ports,
+)
 
 _PORT_TRIES = 64
 # New service ports that are told one by one.
@@ -220,6 +228,8 @@ class UserspaceProxier:
         }
         if changed:
             await forget_udp_flows(changed)
+        if new := new_tcp_portals(before or Redirects(), redirects):
+            await forget_early_connections(new)
 
     def _let_stay(self, portal: Portal) -> Answering:
         """Return where flows to *portal* may stay, though the policy of today leads new ones elsewhere (U3)."""
@@ -307,6 +317,7 @@ class UserspaceProxier:
             if is_repaired and self._loaded is not None:
                 self.repairs += 1
                 await forget_udp_flows(changed_udp_portals(Redirects(), self._loaded))
+                await forget_early_connections(new_tcp_portals(Redirects(), self._loaded))
         if is_repaired:
             await asyncio.sleep(REPAIR_PAUSE_S)
         if self.unopened:

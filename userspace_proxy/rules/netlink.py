@@ -8,6 +8,7 @@ import struct
 from collections.abc import Iterable
 
 from userspace_proxy.model.endpoint import Address, family_of
+from userspace_proxy.model.names import L4Protocol
 from userspace_proxy.netlink import NESTED, attribute, message, messages
 
 _NETLINK_NETFILTER = 12
@@ -23,6 +24,7 @@ _CT_DELETE = 1 << 8 | 2
 _TUPLE_ORIG, _TUPLE_IP, _TUPLE_PROTO = 1, 1, 2
 _IP_SOURCE = {4: 1, 6: 3}
 _PROTOCOL, _SOURCE_PORT, _DESTINATION_PORT = 1, 2, 3
+_IP_PROTOCOLS = {L4Protocol.TCP: socket.IPPROTO_TCP, L4Protocol.UDP: socket.IPPROTO_UDP}
 _DELETED_AT_ONCE = 256
 _TIMEOUT_S = 5.0
 
@@ -47,13 +49,13 @@ def count_rules(table: str) -> int:
                 rules += kind == _SUBSYSTEM_NFTABLES << 8 | _NEWRULE
 
 
-def delete_udp_flows(flows: Iterable[tuple[Address, Address]]) -> int:
-    """Have conntrack forget *flows* (client, what it asked); return how many there were.
+def delete_flows(protocol: L4Protocol, flows: Iterable[tuple[Address, Address]]) -> int:
+    """Delete *flows* of *protocol* (client, what it asked) from conntrack; return how many there were.
 
     Raises:
         OSError: the kernel refused.
     """
-    wanted = [message(_CT_DELETE, _REQUEST_ANSWERED, _flow(client, asked)) for client, asked in flows]
+    wanted = [message(_CT_DELETE, _REQUEST_ANSWERED, _flow(protocol, client, asked)) for client, asked in flows]
     deleted = 0
     with _netfilter() as sock:
         for start in range(0, len(wanted), _DELETED_AT_ONCE):
@@ -62,18 +64,18 @@ def delete_udp_flows(flows: Iterable[tuple[Address, Address]]) -> int:
             for _ in part:
                 code = -struct.unpack_from("=i", sock.recv(4096), 16)[0]
                 if code not in (0, errno.ENOENT):  # some have just ended by themselves
-                    raise OSError(code, "forgetting UDP flows")
+                    raise OSError(code, f"deleting {protocol} flows from conntrack")
                 deleted += not code
     return deleted
 
 
-def _flow(client: Address, asked: Address) -> bytes:
+def _flow(protocol: L4Protocol, client: Address, asked: Address) -> bytes:
     family = family_of(asked[0])
     number = socket.AF_INET if family == 4 else socket.AF_INET6
     source, destination = (socket.inet_pton(number, address[0]) for address in (client, asked))
     ips = attribute(_IP_SOURCE[family], source) + attribute(_IP_SOURCE[family] + 1, destination)
     ports = (
-        attribute(_PROTOCOL, bytes((socket.IPPROTO_UDP,)))
+        attribute(_PROTOCOL, bytes((_IP_PROTOCOLS[protocol],)))
         + attribute(_SOURCE_PORT, client[1].to_bytes(2, "big"))
         + attribute(_DESTINATION_PORT, asked[1].to_bytes(2, "big"))
     )

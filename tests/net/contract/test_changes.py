@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Callable
+
+import pytest
 
 from tests.net.contract.cluster import NODE, OTHER_WEB
 from tests.net.contract.conftest import ContractProxy
@@ -12,6 +15,7 @@ from tests.net.contract.given import PORTS, Given, endpoint_slice, node_object
 from tests.net.contract.probes import ask_once
 from tests.net.contract.table import EXTERNAL_LOCAL, LB
 from tests.net.world import background_requests
+from userspace_proxy.lab import Host
 
 MakeGiven = Callable[..., Given]
 CLIENTS = "caller,outside"
@@ -179,6 +183,34 @@ def test_ports_come_go_and_change_and_the_others_never_miss_a_request(proxy: Con
         proxy.expect(service, f"caller clusterIP:82 -> {nobodys}")
 
     assert set(outcomes) == {"local1"}
+
+
+def test_a_client_that_dialled_before_its_service_was_there_is_served_from_the_same_port(
+    proxy: ContractProxy, given: MakeGiven
+) -> None:
+    """Its first SYN was not translated, and conntrack would send all that follow the same way for two minutes."""
+    service = given("local1", ports=({"name": "web", "port": 80},))
+    with socket_at(proxy.cluster.places["caller"].host, 3_999) as sock:
+        sock.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            sock.connect((service.cluster_ip(4), 80))
+
+    proxy.give(service)
+    proxy.expect(service, "caller clusterIP/tcp -> local1")
+
+    with socket_at(proxy.cluster.places["caller"].host, 3_999) as sock:
+        sock.settimeout(0.9)  # less than until a SYN is sent again
+        sock.connect((service.cluster_ip(4), 80))
+        assert sock.recv(100).startswith(b"local1 ")
+
+
+def socket_at(host: Host, port: int) -> socket.socket:
+    """Return an unconnected TCP socket of *host* with *port* as its source port."""
+    with host.inside():
+        sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(("", port))
+    return sock
 
 
 def test_two_ports_swap_their_numbers(proxy: ContractProxy, given: MakeGiven) -> None:
