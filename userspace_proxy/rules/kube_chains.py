@@ -367,7 +367,7 @@ class _Writer:
             return f"{match} -j DROP"
         # Unlike kube-proxy, TCP is reset:
         # 1. connect() acts on an ICMPv6 error only at its second SYN, after a second.
-        # 2. Without a default route the cluster IP is routed through lo, where IPv4 sends no ICMP error: connect() hangs.
+        # 2. Without a default route cluster IPs are routed through lo, where IPv4 sends no ICMP error: connect() hangs.
         unreachable = "icmp-port-unreachable" if self._family == 4 else "icmp6-port-unreachable"
         is_tcp = self._sp.name.protocol is L4Protocol.TCP
         return f"{match} -j REJECT --reject-with {'tcp-reset' if is_tcp else unreachable}"
