@@ -131,7 +131,13 @@ class _Running:
             lambda: ground.rules.node_port_ips(self._tracker.here),
         )
         addresses = () if ground.tables is None else ground.here.addresses
-        routed = WithRoutes(self._proxier, settings.service_cluster_ip_ranges, addresses)
+        routed = WithRoutes(
+            self._proxier,
+            settings.service_ranges,
+            addresses,
+            discarded=(*settings.service_ranges, *settings.load_balancer_pool),
+            discards_portals=not settings.follows_cluster,
+        )
         self._controller = Controller(
             ground.source,
             self._tracker,
