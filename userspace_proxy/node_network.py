@@ -1,8 +1,8 @@
 """How this node's network is made to bring traffic here: capture, routes to cluster IPs, limits of the kernel.
 
-What is added is taken away by ``leave_network`` without knowing what it was: a crashed process cannot tell. Discard routes
-(rules/discard_routes.py) stay for the next start, and are removed by `cleanup`. Limits
-stay as they are set, as kube-proxy's do: others rely on them by then.
+What is added is taken away by ``leave_network`` without knowing what it was: a crashed process cannot tell. Discard
+routes stay for the next start, and `cleanup` removes them. Limits stay as they are set, as kube-proxy's do: others rely
+on them by then.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ async def watch_network(asked: str, proxier: UserspaceProxier) -> None:
 class WithRoutes:
     """A sink before the proxier: this node has a route to each portal, and forwards nothing that no Service serves.
 
-    *ranges*: where cluster IPs are from, as far as that is known. *discarded*: ranges of which packets are not forwarded,
-    served or not; with *discards_portals* the same goes for portals outside of these. *sources*: the addresses of this
-    node's own packets to portals, for modes in which endpoints see them.
+    *ranges*: where cluster IPs are from, as far as that is known. *discarded*: ranges to which no packet is forwarded;
+    with *discards_portals* the same goes for portals outside of these. *sources*: the addresses of this node's own
+    packets to portals, for modes in which endpoints see them.
     """
 
     def __init__(

@@ -1,12 +1,12 @@
 """Discard routes: a packet to a Service address that no Service serves ends here, and is not forwarded.
 
-Clients send packets for Service addresses to this node. While no rule takes them (a Service is gone, the proxy restarts),
-the node would forward them by its default route: out of the interface that they came in by, with an ICMP redirect
-(``ip_forward``, ``ip6_forward`` in the kernel). A client obeys that for minutes and passes this node by meanwhile.
+Clients send packets for Service addresses to this node. While no rule takes them (a Service is gone, the proxy
+restarts), the node would forward them by its default route: out of the interface that they came in by, with an ICMP
+redirect (``ip_forward``, ``ip6_forward`` in the kernel). A client obeys that for minutes and passes this node by.
 
-Two routing rules and one table of ours prevent it. They act on forwarded packets alone: the node's own connect() needs a
-route before any rule translates its packets. Packets that are served are translated before they are routed, by whichever
-proxy. So the discard routes may stay after a stop, for the restart, and get in the way of no other proxy.
+Two routing rules and one table of ours prevent it. They act on forwarded packets alone: the node's own connect() needs
+a route before any rule translates its packets. Packets that are served are translated before they are routed, by
+whichever proxy. So the discard routes may stay after a stop, for the restart, and get in the way of no other proxy.
 """
 
 from __future__ import annotations
