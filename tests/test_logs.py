@@ -6,9 +6,12 @@ import json
 import logging
 import os
 import re
+import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,14 @@ from typing import Any
 import pytest
 
 from userspace_proxy.interfaces import AccessRecord
-from userspace_proxy.logs import AccessLog, JsonFormatter, TextFormatter, configure_logging
+from userspace_proxy.logs import (
+    AccessLog,
+    JsonFormatter,
+    TextFormatter,
+    configure_logging,
+    flush_log,
+    require_writable,
+)
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
 from userspace_proxy.model.service import Portal
@@ -35,6 +45,22 @@ RECORD = AccessRecord(
 LOST = replace(RECORD, portal=None, endpoint=None, why="", client=("fd00::2", 1), how="no endpoint")
 
 
+def until(condition: Callable[[], object], what: str) -> None:
+    give_up_at = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < give_up_at, f"waited in vain until {what}"
+        time.sleep(0.01)
+
+
+def wrote(access_log: AccessLog) -> bool:
+    access_log.write(RECORD)
+    return True
+
+
+def until_read(lines: list[str], text: str) -> None:
+    until(lambda: any(text in line for line in lines), f"{text!r} is read")
+
+
 def log_record(message: str, *args: object, exc_info: Any = None) -> logging.LogRecord:
     return logging.LogRecord("userspace_proxy.app", logging.WARNING, "app.py", 1, message, args, exc_info)
 
@@ -47,9 +73,10 @@ def failure() -> Any:
 
 
 @pytest.fixture
-def root_logger() -> Iterator[logging.Logger]:
+def root_logger(monkeypatch: pytest.MonkeyPatch) -> Iterator[logging.Logger]:
     """The logging of this process, put back afterwards."""
     root, ours = logging.getLogger(), logging.getLogger("userspace_proxy")
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
     before = root.handlers[:], root.level, ours.level
     yield root
     root.handlers[:] = before[0]
@@ -103,7 +130,7 @@ def test_a_traceback_follows_the_line_of_text() -> None:
 
 @pytest.mark.parametrize(("verbose", "shown"), [(False, ["info"]), (True, ["debug", "info"])])
 def test_a_line_for_each_connection_is_shown_only_when_asked_for(
-    root_logger: logging.Logger, capsys: pytest.CaptureFixture[str], verbose: bool, shown: list[str]
+    root_logger: logging.Logger, capfd: pytest.CaptureFixture[str], verbose: bool, shown: list[str]
 ) -> None:
     configure_logging("json", verbose=verbose)
 
@@ -111,7 +138,61 @@ def test_a_line_for_each_connection_is_shown_only_when_asked_for(
     logging.getLogger("userspace_proxy.x").info("a change")
     logging.getLogger("aiohttp.access").info("not ours")
 
-    assert [json.loads(line)["level"] for line in capsys.readouterr().err.splitlines()] == shown
+    flush_log()
+    assert [json.loads(line)["level"] for line in capfd.readouterr().err.splitlines()] == shown
+
+
+def test_a_stderr_that_takes_nothing_holds_up_nobody_and_the_last_words_come_when_it_does() -> None:
+    """A process of its own, as its end is what is tested: three thousand lines are more than a pipe takes."""
+    code = (
+        "import sys, logging; from userspace_proxy.logs import configure_logging, log_lines_dropped;"
+        "configure_logging('text'); log = logging.getLogger('userspace_proxy.x');"
+        "[log.warning('%d %s', n, '.' * 100) for n in range(30_000)];"
+        "print(log_lines_dropped(), flush=True); sys.stdin.readline();"
+        "log.warning('goodbye'); raise ValueError('the end')"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        dropped = int(process.stdout.readline())  # though nobody has read its stderr
+        lines: list[str] = []
+        reading = threading.Thread(target=lambda stderr=process.stderr: lines.extend(stderr))
+        reading.start()
+        until_read(lines, "log lines dropped")
+        process.stdin.write("\n")
+        process.stdin.close()
+        reading.join(timeout=20)
+        process.wait(20)
+
+    assert dropped > 10_000
+    assert sum(".....\n" in line for line in lines) == 30_000 - dropped
+    assert [line.split()[-1] for line in lines if "log lines dropped" in line] == [str(dropped)]
+    assert "goodbye" in "".join(lines)
+    assert lines[-1] == "ValueError: the end\n"
+
+
+def test_a_process_ends_though_nothing_takes_what_it_says() -> None:
+    code = (
+        "import logging; from userspace_proxy.logs import configure_logging; configure_logging('text');"
+        "[logging.getLogger('userspace_proxy.x').warning('%s', '.' * 1000) for _ in range(100)]; raise SystemExit(3)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) as process:
+        assert process.wait(20) == 3
+
+
+def test_a_closed_stderr_is_no_other_descriptor() -> None:
+    """What is opened first gets its number."""
+    code = (
+        "import sys, logging; other = open(sys.argv[1], 'w'); from userspace_proxy.logs import configure_logging;"
+        "configure_logging('text'); logging.getLogger('userspace_proxy.x').warning('astray'); other.write('its own')"
+    )
+    with tempfile.NamedTemporaryFile() as file:
+        command = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-c", code, file.name]
+        subprocess.run(command, check=True, timeout=20)
+
+        assert file.read() == b"its own"
 
 
 # ---- the access log
@@ -197,4 +278,83 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> No
     (tmp_path / "file").write_text("")
 
     with pytest.raises(OSError, match="file"):
-        AccessLog(str(tmp_path / "file" / "access.log"), "text")
+        require_writable(str(tmp_path / "file" / "access.log"))
+
+
+def test_a_log_whose_folder_moves_is_warned_of_once_counted_and_written_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    path = folder / "access.log"
+    access_log = AccessLog(str(path), "text")
+    access_log.write(RECORD)
+    until(lambda: path.exists() and path.read_text(), "the first line is there")
+    folder.rename(tmp_path / "moved")
+    for _ in range(3):
+        access_log.write(RECORD)
+    until(lambda: access_log.dropped == 3, "they are dropped")
+    folder.mkdir()
+
+    until(lambda: wrote(access_log) and "written again" in caplog.text, "it is written again")
+    access_log.close()
+
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        f"access log {path} is not written, lines are dropped: No such file or directory",
+        f"access log {path} is written again; lines dropped: 3",
+    ]
+    assert access_log.dropped == 3
+
+
+def test_a_full_disk_tears_no_line_in_two(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(tmp_path)], check=True)
+    try:
+        path, ballast = tmp_path / "access.log", tmp_path / "ballast"
+        access_log = AccessLog(str(path), "json")
+        for _ in range(200):
+            access_log.write(RECORD)
+        until(lambda: access_log.dropped, "the disk is full")
+        access_log._writer.flush()
+        path.rename(ballast)
+        whole = ballast.read_text().count("\n")
+        ballast.unlink()
+
+        until(lambda: wrote(access_log) and "written again" in caplog.text, "there is room again")
+        access_log.close()
+
+        assert access_log.dropped + whole == 200
+        assert [json.loads(line)["end"] for line in path.read_text().splitlines()]
+        assert caplog.text.count("is not written") == 1
+        assert "Traceback" not in caplog.text
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_log_that_takes_nothing_is_given_up_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "access.log"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    access_log = AccessLog(str(path), "text")
+    for _ in range(20_000):
+        access_log.write(RECORD)
+
+    begun_at = time.monotonic()
+    access_log.close()
+
+    assert time.monotonic() - begun_at < 20, "it ends, though nobody reads"
+    os.close(reader)
+
+
+def test_a_fifo_without_a_reader_holds_up_nobody(tmp_path: Path) -> None:
+    path = tmp_path / "access.log"
+    os.mkfifo(path)
+    require_writable(str(path))
+    access_log = AccessLog(str(path), "text")
+    access_log.write(RECORD)
+    until(lambda: access_log.dropped == 1, "the line is dropped")
+
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as reader:
+        access_log.write(RECORD)
+        access_log.close()
+        assert reader.read().count(b"\n") == 1

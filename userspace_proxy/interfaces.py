@@ -438,6 +438,7 @@ class PlaneStats:
     accept_paused: int = 0
     local_shortages: int = 0
     access_lines_dropped: int = 0
+    log_lines_dropped: int = 0
     worker_restarts: int = 0
 
 

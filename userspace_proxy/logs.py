@@ -1,14 +1,24 @@
-"""How log lines and access-log lines look: text for people, JSON for machines."""
+"""How log lines and access-log lines look: text for people, JSON for machines; and how they leave this process.
+
+Lines are written by threads. A full pipe, a terminal that is stopped or a disk that hangs must never hold up an event
+loop: lines that do not fit are dropped and counted.
+"""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import errno
+import io
 import json
 import logging
-import logging.handlers
+import os
 import queue
+import select
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
@@ -19,6 +29,165 @@ log = logging.getLogger(__name__)
 
 # Lines that wait for a slow disk; more are dropped and counted, because a client must not wait for a log.
 _WAITING_MAX = 10_000
+# What the kernel writes to a pipe whole (PIPE_BUF): lines of two processes are not mixed.
+_WRITE_BYTES = 4096
+# After so long without a drop a writer has recovered.
+_RECOVERY_S = 0.5
+# How long the end of a process waits for lines to be written, and how long while none is.
+_FLUSH_TIMEOUT_S = 4.0
+_STALLED_S = 0.8
+_STDOUT, _STDERR = 1, 2
+
+
+class LineWriter:
+    """Writes lines from a thread of its own; `put` never waits.
+
+    *descriptor* returns where to write, or raises OSError; it is asked for each write. *on_drop* is called with the
+    reason when lines begin to be dropped, *on_recovery* with their number when lines are written again.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        descriptor: Callable[[], int],
+        on_drop: Callable[[str], None],
+        on_recovery: Callable[[int], None],
+    ) -> None:
+        self._descriptor = descriptor
+        self._on_drop = on_drop
+        self._on_recovery = on_recovery
+        self._waiting: queue.SimpleQueue[bytes | threading.Event | None] = queue.SimpleQueue()
+        self._not_taken = 0  # counted by callers
+        self._not_written = 0  # counted by the thread
+        self._told = 0
+        self._is_dropping = False
+        self._dropped_at = 0.0
+        self._is_torn = False
+        # A daemon: a write that never ends must not keep the process from ending.
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    @property
+    def dropped(self) -> int:
+        return self._not_taken + self._not_written
+
+    def put(self, line: bytes) -> None:
+        """Have *line* written, with its newline; drop it if too many wait."""
+        if self._waiting.qsize() < _WAITING_MAX:
+            self._waiting.put(line)
+        else:
+            self._not_taken += 1
+            self._note_drop("it takes lines too slowly")
+
+    def flush(self) -> bool:
+        """Wait until all lines so far are written or dropped; return False if that does not come about soon."""
+        done = threading.Event()
+        self._waiting.put(done)
+        give_up_at = time.monotonic() + _FLUSH_TIMEOUT_S
+        waiting = self.waiting + 1
+        while not done.wait(_STALLED_S):
+            if self.waiting >= waiting or time.monotonic() > give_up_at:
+                return False
+            waiting = self.waiting
+        return True
+
+    def close(self) -> bool:
+        """The same, and end the thread."""
+        flushed = self.flush()
+        self._waiting.put(None)
+        return flushed
+
+    @property
+    def waiting(self) -> int:
+        """How many lines are neither written nor dropped."""
+        return self._waiting.qsize()
+
+    def _note_drop(self, reason: str) -> None:
+        self._dropped_at = time.monotonic()
+        if not self._is_dropping:
+            self._is_dropping = True
+            self._on_drop(reason)
+
+    def _note_written(self) -> None:
+        if self._is_dropping and time.monotonic() - self._dropped_at >= _RECOVERY_S:
+            self._is_dropping = False
+            dropped = self.dropped
+            self._on_recovery(dropped - self._told)
+            self._told = dropped
+
+    def _run(self) -> None:
+        written = True
+        lines: list[bytes] = []
+        while True:
+            try:
+                item = self._waiting.get(timeout=_RECOVERY_S if self._is_dropping else None)
+            except queue.Empty:
+                if written:
+                    self._note_written()
+                continue
+            if isinstance(item, bytes):
+                if sum(map(len, lines)) + len(item) > _WRITE_BYTES:
+                    written = self._write(lines)
+                    lines = []
+                lines.append(item)
+                if self._waiting.qsize():
+                    continue
+            if lines:
+                written = self._write(lines)
+                lines = []
+            if isinstance(item, threading.Event):
+                item.set()
+            elif item is None:
+                return
+
+    def _write(self, lines: Sequence[bytes]) -> bool:
+        """Write *lines* and return True, or count those that were not written whole."""
+        data = memoryview(b"".join(lines))
+        try:
+            descriptor = self._descriptor()
+            if self._is_torn:
+                os.write(descriptor, b"\n")
+                self._is_torn = False
+            while data:
+                try:
+                    data = data[os.write(descriptor, data) :]
+                except BlockingIOError:  # whoever shares it with us has made it so
+                    poll = select.poll()
+                    poll.register(descriptor, select.POLLOUT)
+                    poll.poll()
+        except OSError as error:
+            left = len(data)
+            for line in reversed(lines):
+                if left <= 0:
+                    break
+                self._is_torn = left < len(line)
+                self._not_written += 1
+                left -= len(line)
+            self._note_drop(error.strerror or str(error))
+            return False
+        self._note_written()
+        return True
+
+
+class _TextToWriter(io.RawIOBase):
+    """The end of a text stream whose lines a `LineWriter` writes to stderr."""
+
+    def __init__(self, writer: LineWriter) -> None:
+        super().__init__()
+        self._writer = writer
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: object) -> int:
+        line = bytes(data)  # type: ignore[call-overload]  # any buffer
+        self._writer.put(line)
+        return len(line)
+
+    def fileno(self) -> int:
+        return _STDERR
+
+    def isatty(self) -> bool:
+        return os.isatty(_STDERR)
 
 
 class JsonFormatter(logging.Formatter):
@@ -41,8 +210,31 @@ class TextFormatter(logging.Formatter):
         return f"{said}\n{self.formatException(record.exc_info)}" if record.exc_info else said
 
 
+_stderr: LineWriter | None = None
+
+
 def configure_logging(log_format: str, *, verbose: bool = False) -> None:
-    """Send the program's log to stderr; DEBUG (a line for each connection) only when *verbose*."""
+    """Send the program's log, and whatever else is written to stderr, there by a thread.
+
+    DEBUG (a line for each connection) only when *verbose*.
+    """
+    global _stderr
+    # Where it is closed, its number may be that of a socket.
+    descriptor = _STDERR if sys.stderr is not None else os.open(os.devnull, os.O_WRONLY)
+    _stderr = LineWriter(
+        "log",
+        lambda: descriptor,
+        lambda _: None,
+        lambda count: log.warning("log lines dropped, because stderr did not take them: %d", count),
+    )
+    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+    sys.stderr = io.TextIOWrapper(
+        _TextToWriter(_stderr),
+        encoding=encoding,
+        errors="backslashreplace",
+        write_through=True,
+    )
+    atexit.register(flush_log)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     root = logging.getLogger()
@@ -51,30 +243,90 @@ def configure_logging(log_format: str, *, verbose: bool = False) -> None:
     logging.getLogger("userspace_proxy").setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
+def flush_log() -> None:
+    """Wait until what was logged is written, for a moment; before this process ends or becomes another."""
+    if _stderr is not None:
+        _stderr.flush()
+
+
+def log_lines_dropped() -> int:
+    """Return how many lines of this process's log were dropped."""
+    return _stderr.dropped if _stderr is not None else 0
+
+
+class _File:
+    """A file that is opened when needed, and anew when it was moved away (logrotate)."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._descriptor = -1
+
+    def descriptor(self) -> int:
+        """Return the descriptor of the file that has the name now; raises OSError."""
+        if self._descriptor >= 0:
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(self._descriptor), os.stat(self._path)):  # noqa: PTH116 - for each write
+                    return self._descriptor
+            self.close()
+        self._descriptor = _open(self._path)
+        return self._descriptor
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _open(path: str) -> int:
+    """Return a descriptor to append to *path*; OSError where it cannot be written, or is a FIFO without a reader."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO's open waits for a reader
+    descriptor = os.open(path, flags, 0o666)
+    os.set_blocking(descriptor, True)
+    return descriptor
+
+
+def require_writable(target: str) -> None:
+    """Raise OSError if an access log cannot be written to *target*."""
+    if target != "-":
+        try:
+            os.close(_open(target))
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # a FIFO, whose reader may come
+                raise
+
+
 class AccessLog:
     """Writes a line for each connection and flow that ended, from a thread of its own."""
 
     def __init__(self, target: str, log_format: str) -> None:
-        # A file may be moved away by logrotate: it is opened anew then.
-        handler = logging.StreamHandler(sys.stdout) if target == "-" else logging.handlers.WatchedFileHandler(target)
-        self.dropped = 0
+        self._target = target
         self._render: Callable[[AccessRecord], str] = _as_json if log_format == "json" else as_text
-        self._queue: queue.Queue[logging.LogRecord] = queue.Queue(_WAITING_MAX)
-        self._handler = handler
-        self._listener = _PatientListener(self._queue, handler)
-        self._listener.start()
+        self._file = _File(target)
+        self._writer = LineWriter(
+            "access log",
+            self._file.descriptor if target != "-" else lambda: _STDOUT,
+            lambda why: log.warning("access log %s is not written, lines are dropped: %s", target, why),
+            lambda count: log.warning("access log %s is written again; lines dropped: %d", target, count),
+        )
+
+    @property
+    def dropped(self) -> int:
+        return self._writer.dropped
 
     def write(self, record: AccessRecord) -> None:
-        line = logging.LogRecord("access", logging.INFO, "", 0, self._render(record), None, None)
-        try:
-            self._queue.put_nowait(line)
-        except queue.Full:
-            self.dropped += 1
+        self._writer.put(self._render(record).encode(errors="backslashreplace") + b"\n")
 
     def close(self) -> None:
-        """Write what waits, and close the file."""
-        self._listener.stop()
-        self._handler.close()
+        """Write what waits, and close the file; give up on what cannot be written."""
+        if self._writer.close():
+            self._file.close()
+        else:
+            log.warning("access log %s: lines that could not be written: %d", self._target, self._writer.waiting)
+
+
+def drop_count(access_log: AccessLog | None) -> Callable[[], int]:
+    """Return what tells how many lines were dropped so far."""
+    return lambda: access_log.dropped if access_log is not None else 0
 
 
 def recorder(access_log: AccessLog | None, *, verbose: bool) -> Callable[[AccessRecord], None] | None:
@@ -88,17 +340,6 @@ def recorder(access_log: AccessLog | None, *, verbose: bool) -> Callable[[Access
         log.debug("%s", as_text(record))
 
     return write_and_log
-
-
-class _PatientListener(logging.handlers.QueueListener):
-    def enqueue_sentinel(self) -> None:
-        while True:  # the one of the standard library raises where the queue is full
-            try:
-                super().enqueue_sentinel()
-            except queue.Full:
-                time.sleep(0.01)
-            else:
-                return
 
 
 def as_text(record: AccessRecord) -> str:

@@ -25,7 +25,7 @@ from userspace_proxy.interfaces import (
     PodDetector,
     Source,
 )
-from userspace_proxy.logs import AccessLog, recorder
+from userspace_proxy.logs import AccessLog, drop_count, recorder, require_writable
 from userspace_proxy.proxiers.kernel import KernelProxier
 from userspace_proxy.proxiers.plans import NodeRules
 from userspace_proxy.rules import network
@@ -106,16 +106,17 @@ def open_state_dir(folder: Path | None) -> StateDir | None:
 def make_plane(settings: Settings, stack: contextlib.AsyncExitStack) -> DataPlane:
     """Return the data plane: in a worker process, or with ``--workers 0`` in this one."""
     try:
-        access_log = AccessLog(settings.access_log, settings.log_format) if settings.access_log else None
+        if settings.access_log:
+            require_writable(settings.access_log)
     except OSError as error:
         reason = "its folder does not exist" if isinstance(error, FileNotFoundError) else error.strerror
         raise StartError(f"--access-log {settings.access_log}: {reason}") from None
     if settings.workers == 0 or settings.proxy_mode in KERNEL_MODES:
+        access_log = AccessLog(settings.access_log, settings.log_format) if settings.access_log else None
         if access_log is not None:
             stack.callback(access_log.close)
-        return LocalPlane(_limits(settings), recorder(access_log, verbose=settings.verbose), splice=settings.splice)
-    if access_log is not None:
-        access_log.close()  # it can be written: the worker does
+        record = recorder(access_log, verbose=settings.verbose)
+        return LocalPlane(_limits(settings), record, splice=settings.splice, lines_dropped=drop_count(access_log))
     plane = RemotePlane(
         WorkerSettings(
             limits=_limits(settings),

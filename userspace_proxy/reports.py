@@ -16,6 +16,7 @@ from userspace_proxy.control.controller import Controller
 from userspace_proxy.control.decode import is_eligible
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.interfaces import DataPlane, Proxier, Source
+from userspace_proxy.logs import log_lines_dropped
 from userspace_proxy.model.locality import without_local_endpoints
 from userspace_proxy.proxiers.kernel import KernelProxier
 from userspace_proxy.settings import Settings
@@ -93,6 +94,7 @@ class Reports:
             no_local=without_local_endpoints(controller.synced),
         )
         plane = await self._plane.stats(self._settings.metrics_endpoint_series // SERIES_AN_ENDPOINT)
+        plane.log_lines_dropped += log_lines_dropped()  # of this process
         kernel = None
         if isinstance(proxier, KernelProxier):
             kernel = KernelModeStats(proxier.mode, proxier.table_loads, proxier.conntrack, proxier.forgotten)

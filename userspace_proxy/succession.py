@@ -25,6 +25,7 @@ from userspace_proxy.dataplane.remote import RemotePlane
 from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.instance import Inheritance
 from userspace_proxy.interfaces import DataPlane, ListenerSpec, Proxier
+from userspace_proxy.logs import flush_log
 
 _REAP_EVERY_S = 1.0
 # Who is told to stop while it hands over waits so long for the successor to begin, or not.
@@ -235,6 +236,7 @@ class Succession:
 
 def start_anew(listeners: Sequence[socket.socket]) -> NoReturn:
     """Become a new process of the same command line, which finds *listeners* as what `was_left`."""
+    flush_log()
     for sock in listeners:
         sock.set_inheritable(True)
     left = {_LEFT: " ".join(str(sock.fileno()) for sock in listeners)} if listeners else {}

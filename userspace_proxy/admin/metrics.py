@@ -171,10 +171,11 @@ class _Scrape(Collector):
             ("unopened_service_ports", "service ports without a listener", control.unopened, False),
             (
                 "access_log_lines_dropped",
-                "access-log lines dropped because the disk was slow",
+                "access-log lines dropped because they could not be written, or not fast enough",
                 plane.access_lines_dropped,
                 True,
             ),
+            ("log_lines_dropped", "log lines dropped because stderr did not take them", plane.log_lines_dropped, True),
         ):
             family = (CounterMetricFamily if rises else GaugeMetricFamily)(f"userspace_proxy_{name}", text)
             family.add_metric([], value)

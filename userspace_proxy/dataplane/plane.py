@@ -51,7 +51,9 @@ class LocalPlane:
         record: Record | None = None,
         now: Callable[[], float] = time.monotonic,
         splice: str = "auto",
+        lines_dropped: Callable[[], int] = lambda: 0,
     ) -> None:
+        """*lines_dropped*: how many of the records given to *record* were not written."""
         raise_descriptor_limit()
         loop = asyncio.get_running_loop()
         self._poller = Poller(loop)
@@ -72,6 +74,7 @@ class LocalPlane:
             now=now,
             access_log=record,
         )
+        self._lines_dropped = lines_dropped
         self._sweeper = asyncio.create_task(self._sweep(), name="sweep")
 
     def _descriptors_used(self) -> int:
@@ -217,6 +220,7 @@ class LocalPlane:
             connections_open=len(connections),
             accept_paused=connections.times_paused,
             local_shortages=connections.shortages,
+            access_lines_dropped=self._lines_dropped(),
         )
 
     def cut(self) -> None:

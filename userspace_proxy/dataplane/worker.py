@@ -34,7 +34,7 @@ from userspace_proxy.dataplane.handover import (
     hand_over,
 )
 from userspace_proxy.dataplane.plane import LocalPlane
-from userspace_proxy.logs import AccessLog, configure_logging, recorder
+from userspace_proxy.logs import AccessLog, configure_logging, drop_count, log_lines_dropped, recorder
 
 # At most so much of what pickers learn is lost with a worker.
 _NEWS_PERIOD_S = 1.0
@@ -55,7 +55,8 @@ class Worker:
         self._settings = settings
         self._access_log = AccessLog(settings.access_log, settings.log_format) if settings.access_log else None
         record = recorder(self._access_log, verbose=settings.verbose)
-        self._plane = LocalPlane(settings.limits, record, splice=settings.splice)
+        dropped = drop_count(self._access_log)
+        self._plane = LocalPlane(settings.limits, record, splice=settings.splice, lines_dropped=dropped)
         self._requests: deque[tuple[wire.Request, list[int]]] = deque()
         self._asked = asyncio.Event()
         self._alone = False
@@ -122,8 +123,7 @@ class Worker:
                     if part:
                         self._channel.send(wire.encode(wire.StatsPart(part)))
                     await asyncio.sleep(0)
-                dropped = self._access_log.dropped if self._access_log else 0
-                return wire.Stats(replace(plane.totals(), access_lines_dropped=dropped))
+                return wire.Stats(replace(plane.totals(), log_lines_dropped=log_lines_dropped()))
             case wire.KeepOn():
                 self._lock = socket.socket(fileno=descriptors[0])
             case wire.Close(drain_timeout_s, handed_over):
