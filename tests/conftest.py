@@ -1,20 +1,25 @@
 """Tests run inside of namespaces of their own, so that real rules and real hosts harm nobody.
 
-`pytest` started anywhere moves itself there first: as root, or as a plain user with user namespaces.
+`pytest` started anywhere moves itself there first: as root, or as a plain user with user namespaces. With pytest-xdist
+each worker process has network and mount namespaces of its own, so that tests in different workers share no host.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 import uvloop
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.fakes import FakeClock
 from userspace_proxy import lab
@@ -24,9 +29,15 @@ hypothesis.settings.register_profile("patient", deadline=None, suppress_health_c
 hypothesis.settings.load_profile("patient")
 
 _INSIDE = "USERSPACE_PROXY_TESTS_IN_NAMESPACES"
+_CLONE_NEWNS, _CLONE_NEWNET = 0x00020000, 0x40000000
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.unshare(_CLONE_NEWNS | _CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), "entering namespaces of a worker's own")
+        return
     if os.environ.get(_INSIDE):
         return
     capture = config.pluginmanager.getplugin("capturemanager")
@@ -34,6 +45,39 @@ def pytest_configure(config: pytest.Config) -> None:
         capture.suspend_global_capture(in_=True)
     command = lab.command_in_namespaces([sys.executable, "-m", "pytest", *sys.argv[1:]])
     os.execvpe(command[0], command, {**os.environ, _INSIDE: "1"})  # noqa: S606 - a list, no shell
+
+
+# The modules of the contract whose tests share one proxy for each of its variants.
+_SHARE_CONTRACT_PROXIES = {
+    f"tests/net/contract/test_{name}.py" for name in ("affinity", "changes", "health_check", "table", "udp")
+}
+_CONTRACT_PROXY = re.compile(r"mode-\w+|(nftables|iptables)-(node|transparent)(-api)?")
+
+
+class HostScheduling(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
+    """Give each module to one worker process, as its tests share hosts; tests of the contract go by variant."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        module, _, test = nodeid.partition("::")
+        if variant := _CONTRACT_PROXY.search(test) if module in _SHARE_CONTRACT_PROXIES else None:
+            return variant[0]
+        return module
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> HostScheduling:
+    return HostScheduling(config, log)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Show a failure at once; pytest itself shows it at the end."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        print(f"\nFAILED {report.nodeid} ({report.when})\n{report.longreprtext}", file=sys.__stderr__, flush=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put tests with hosts first: they wait most, and others fill the time."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/net/"))
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

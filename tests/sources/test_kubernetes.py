@@ -202,7 +202,7 @@ async def test_an_api_that_cannot_choose_services_by_cluster_ip_is_asked_without
         await told.until(lambda: told.names("Service") == ["other", "ours"])
         await server.put(SERVICES, service("other", "None"))
         await told.until(lambda: told.names("Service") == ["ours"])
-        assert not told.source.problems
+        await told.until(lambda: not told.source.problems)
 
 
 async def test_an_older_api_server_behind_the_same_address_may_answer_the_next_watch(
@@ -280,7 +280,7 @@ async def test_a_token_file_that_changes_is_read_again_after_a_refusal(server: A
         server.faults.append(Fault.END)
         await server.put(SERVICES, service("web"))
         await told.until(lambda: told.names("Service") == ["web"])
-        assert not told.source.problems
+        await told.until(lambda: not told.source.problems)
 
 
 async def test_an_exec_plugin_gives_credentials_and_is_asked_again_after_a_refusal(

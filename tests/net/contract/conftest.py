@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from tests.apiserver import NODES, SERVICES, SLICES, ApiServerThread
 from tests.net.contract.cluster import CLUSTER_CIDRS, NODE, SERVICE_CIDRS, Backends, Cluster, build_cluster
 from tests.net.contract.given import Given, node_object
-from tests.net.contract.modes import differences
+from tests.net.contract.probes import differences
 from tests.net.contract.table import CASES
 from tests.net.world import Proxy, wait_until
 from tests.sources.test_kubernetes import kubeconfig
@@ -86,7 +87,7 @@ class ContractProxy(Proxy):
 
         def is_so() -> bool:
             # Short: a SYN that came too early stays without an answer, however often it is sent again.
-            left[:] = differences(self.cluster, given, *lines, mode=self.variant.mode, patience_s=0.4)
+            left[:] = differences(self.cluster, given, *lines, patience_s=0.4)
             return not left
 
         try:
@@ -143,9 +144,16 @@ def cluster() -> Iterator[Cluster]:
         backends.close()
 
 
-# The kernel modes take as long as all others together: `make soak`. In `make test` they have tests of their own.
-_MARKS = {"nftables": [pytest.mark.soak], "iptables": [pytest.mark.soak], "ipvs": [pytest.mark.ipvs]}
-_PARAMS = [pytest.param(v, id=v.said, marks=_MARKS.get(v.mode, [])) for v in VARIANTS]
+_PARAMS = [pytest.param(v, id=v.said, marks=[pytest.mark.ipvs] * (v.mode == "ipvs")) for v in VARIANTS]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave to `make soak` what is not the table in modes nftables and iptables: they have tests of their own."""
+    for item in items:
+        in_mode = re.search(r"\[.*mode-(nftables|iptables)", item.nodeid)
+        if in_mode and item.nodeid.startswith("tests/net/contract/") and "test_table.py" not in item.nodeid:
+            item.add_marker(pytest.mark.soak)
 
 
 @pytest.fixture(scope="session", params=_PARAMS)
