@@ -409,20 +409,54 @@ def test_a_service_that_is_no_load_balancer_any_more_has_none_of_its_ips(kind: s
         (["192.0.2.0/24", "0.0.0.0/0"], ()),
         (["192.0.2.0/24", "10.0.0.1/0"], ()),
         (["192.0.2.0/24", "::/0"], ("192.0.2.0/24",)),
-        (["2001:DB8::/32"], ()),
     ],
 )
 def test_source_ranges_are_canonical_and_none_where_all_may_come(
     written: list[str] | None, ranges: tuple[str, ...]
 ) -> None:
     """P4, S5."""
-    assert port_of(type="LoadBalancer", loadBalancerSourceRanges=written)[0].source_ranges == ranges
+    found, problems = port_of(type="LoadBalancer", loadBalancerSourceRanges=written)
+    assert (found.source_ranges, problems) == (ranges, [])
 
 
 def test_both_families_have_source_ranges_of_their_own() -> None:
-    found, _ = port_of("10.96.0.1", "fd00::1", loadBalancerSourceRanges=["0.0.0.0/0", "2001:db8::/32", "192.0.2.0/24"])
+    ranges = ["0.0.0.0/0", "2001:db8::/32", "192.0.2.0/24"]
+    found, _ = port_of("10.96.0.1", "fd00::1", type="LoadBalancer", loadBalancerSourceRanges=ranges)
 
     assert found.source_ranges == ("2001:db8::/32",)
+
+
+@pytest.mark.parametrize("written", ["2001:db8::/32", "::/0", "::ffff:10.0.0.0/104", "::ffff:0:0/96"])
+@pytest.mark.parametrize("ingress", [[], [{"ip": VIP}]])
+def test_source_ranges_that_hold_no_client_let_in_nobody_and_say_so(
+    written: str, ingress: list[dict[str, str]]
+) -> None:
+    found, problems = port_of(type="LoadBalancer", loadBalancerSourceRanges=[written], ingress=ingress)
+
+    assert found.source_ranges == ("0.0.0.0/32",)
+    assert problems[-1] == "spec.loadBalancerSourceRanges"
+
+
+def test_a_mapped_range_is_mended_as_the_ipv4_range_that_it_stands_for() -> None:
+    ranges = ["192.0.2.0/24", "::ffff:10.0.0.0/104"]
+    given = service(type="LoadBalancer", loadBalancerSourceRanges=ranges)
+
+    _, problems = decode.service_ports(named("web"), given, decode.Allotted(("10.96.0.1",)))
+
+    assert [(problem.field, problem.mend) for problem in problems] == [
+        ("spec.loadBalancerSourceRanges[1]", "write 10.0.0.0/8")
+    ]
+
+
+def test_a_family_of_load_balancer_ips_without_a_range_lets_in_nobody() -> None:
+    both = {"type": "LoadBalancer", "loadBalancerSourceRanges": ["192.0.2.0/24"]}
+
+    found, problems = port_of("10.96.0.1", "fd00::1", **both, ingress=[{"ip": VIP}, {"ip": "2001:db8::7"}])
+    assert found.source_ranges == ("192.0.2.0/24", "::/128")
+    assert problems == ["spec.loadBalancerSourceRanges"]
+
+    _, problems = port_of("10.96.0.1", "fd00::1", **both, ingress=[{"ip": VIP}])
+    assert problems == [], "there is nothing to dial in the other family"
 
 
 def test_what_a_service_lists_of_a_family_that_it_has_not_is_not_its_own() -> None:

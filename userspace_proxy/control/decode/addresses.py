@@ -68,6 +68,16 @@ def canonical_cidr(cidr: str, field: str = "") -> str:
     return str(network)
 
 
+def mapped_cidr(cidr: str) -> str | None:
+    """Return the IPv4 range that *cidr*, written as IPv6 (``::ffff:10.0.0.0/104``), is; None if it is none."""
+    if not cidr.startswith("::ffff:"):
+        return None
+    network = ipaddress.IPv6Network(cidr)
+    if (first := network.network_address.ipv4_mapped) is None or network.prefixlen < 96:
+        return None
+    return f"{first}/{network.prefixlen - 96}"
+
+
 def _without_zeros(text: str) -> str:
     """Return *text*, an IPv4 address or CIDR, without zeros in front of numbers; anything else as it is."""
     if "." not in text or ":" in text:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from userspace_proxy import api
-from userspace_proxy.control.decode.addresses import canonical_cidr, canonical_ip, virtual_ip_errors
+from userspace_proxy.control.decode.addresses import canonical_cidr, canonical_ip, mapped_cidr, virtual_ip_errors
 from userspace_proxy.control.decode.annotations import (
     SOURCE_IP_FIELD,
     stated_scheduler,
@@ -15,11 +15,14 @@ from userspace_proxy.control.decode.annotations import (
     stated_weights,
 )
 from userspace_proxy.errors import ConfigError
-from userspace_proxy.model.endpoint import family_of
+from userspace_proxy.model.endpoint import Family, family_of
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
 from userspace_proxy.model.service import ServicePort, SourceIP
 
 AFFINITY_TIMEOUT_S = 10_800
+_EVERYBODY: Mapping[Family, str] = {4: "0.0.0.0/0", 6: "::/0"}
+# Packets never come from these.
+_NOBODY: Mapping[Family, str] = {4: "0.0.0.0/32", 6: "::/128"}
 
 # By what a port of a Service is known, and an EndpointSlice's port matched with it: name and protocol (behaviours S6).
 PortKey = tuple[str, str]
@@ -62,7 +65,8 @@ def service_ports(
     families = set(map(family_of, allotted.cluster_ips))
     external_ips = tuple(ip for ip in _external_ips(spec) if family_of(ip) in families)
     load_balancer_ips = tuple(ip for ip in load_balancer_ips or allotted.load_balancer_ips if family_of(ip) in families)
-    ranges = tuple(cidr for cidr in source_ranges(spec) if family_of(cidr) in families)
+    ranges, ranges_problems = _source_ranges(spec, families, load_balancer_ips)
+    problems += ranges_problems
     health_check_node_port = 0
     if wants_health_check(spec):
         health_check_node_port = spec.health_check_node_port or allotted.health_check_node_port
@@ -147,15 +151,45 @@ def affinity_timeout_s(spec: api.objects.ServiceSpec) -> int | None:
     return AFFINITY_TIMEOUT_S if given is None else given
 
 
-def source_ranges(spec: api.objects.ServiceSpec) -> tuple[str, ...]:
-    """Return the CIDRs that may dial the load balancer IPs; none of a family that all may dial (behaviours P4)."""
+def _source_ranges(
+    spec: api.objects.ServiceSpec, families: Set[Family], load_balancer_ips: Iterable[str]
+) -> tuple[tuple[str, ...], list[ConfigError]]:
+    """Return the CIDRs that may dial the load balancer IPs, and what is wrong with them; none where all may.
+
+    Where ranges are given, a family without one lets in nobody: that is one range, which holds no client. kube-proxy
+    lets in everybody there.
+    """
     given = [
-        canonical_cidr(cidr, f"spec.loadBalancerSourceRanges[{index}]")
+        (f"spec.loadBalancerSourceRanges[{index}]", cidr.strip())
         for index, cidr in enumerate(spec.load_balancer_source_ranges or ())
         if cidr.strip()
     ]
-    unfiltered = {family_of(cidr) for cidr in given if cidr.endswith("/0")}
-    return tuple(dict.fromkeys(cidr for cidr in given if family_of(cidr) not in unfiltered))
+    if not given or spec.type != "LoadBalancer":
+        return (), []
+    problems = []
+    ranges: dict[Family, dict[str, None]] = {family: {} for family in sorted(families)}
+    for where, text in given:
+        cidr = canonical_cidr(text, where)
+        if (mapped := mapped_cidr(cidr)) is not None:
+            said = f"{text} is a range of IPv4 addresses written as IPv6, which no client is in"
+            problems.append(ConfigError(said, field=where, mend=f"write {mapped}"))
+        elif family_of(cidr) in ranges:
+            ranges[family_of(cidr)][cidr] = None
+    dialled = set(map(family_of, load_balancer_ips)) or (families if not any(ranges.values()) else set())
+    for family in sorted(dialled):
+        if not ranges[family]:
+            said = f"no range is IPv{family}, so no client may dial the load balancer IPs of that family"
+            mend = f"add one, such as {_EVERYBODY[family]} for all clients"
+            problems.append(ConfigError(said, field="spec.loadBalancerSourceRanges", mend=mend))
+    return (
+        tuple(
+            cidr
+            for family, its in ranges.items()
+            if not any(cidr.endswith("/0") for cidr in its)
+            for cidr in its or {_NOBODY[family]: None}
+        ),
+        problems,
+    )
 
 
 def _not_here(obstacle: str) -> ConfigError:
