@@ -33,6 +33,7 @@ from userspace_proxy.parts import (
     KERNEL_MODES,
     make_allotting,
     make_kernel_proxier,
+    make_proxy_ports,
     warn_unless_forwarding,
 )
 from userspace_proxy.proxiers.proxy_ports import ProxyPorts
@@ -119,7 +120,7 @@ class _Running:
         memory = state_dir.load() if state_dir else Memory()
         allotting = make_allotting(settings, memory)
         known_ports = {spec.name.key: spec.proxy_port for spec in ground.inherited}
-        ports = ProxyPorts(*settings.proxy_port_range, {**memory.proxy_ports, **known_ports})
+        ports = make_proxy_ports(settings, {**memory.proxy_ports, **known_ports})
         self.saver = Saver(state_dir, allotting, ports)
         self._tracker = Tracker(
             allotting, settings.service_proxy_name, ground.here, settings.source_ip, ground.obstacle

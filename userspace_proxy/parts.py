@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,6 +28,7 @@ from userspace_proxy.interfaces import (
 from userspace_proxy.logs import AccessLog, drop_count, recorder, require_writable
 from userspace_proxy.proxiers.kernel import KernelProxier
 from userspace_proxy.proxiers.plans import NodeRules
+from userspace_proxy.proxiers.proxy_ports import KUBERNETES_PORTS, ProxyPorts
 from userspace_proxy.rules import network
 from userspace_proxy.rules.element_tables import ElementTables
 from userspace_proxy.rules.ipvs_kernel import IpvsTables
@@ -92,6 +93,11 @@ def make_allotting(settings: Settings, memory: Memory) -> Allotting:
     if settings.follows_cluster:
         return Stated()
     return Allotments(settings.service_cluster_ip_ranges, memory, settings.load_balancer_pool)
+
+
+def make_proxy_ports(settings: Settings, remembered: Mapping[str, int]) -> ProxyPorts:
+    reserved = KUBERNETES_PORTS | network.reserved_ports()
+    return ProxyPorts(*settings.proxy_port_range, remembered, reserved)
 
 
 def open_state_dir(folder: Path | None) -> StateDir | None:

@@ -28,13 +28,13 @@ from userspace_proxy.parts import (
     KERNEL_MODES,
     make_allotting,
     make_kernel_proxier,
+    make_proxy_ports,
     manner_of,
     node_rules_of,
     open_state_dir,
     warn_unless_forwarding,
 )
 from userspace_proxy.proxiers.plans import planned_redirects
-from userspace_proxy.proxiers.proxy_ports import ProxyPorts
 from userspace_proxy.rules import iptables, ipvs, kube_kernel, network, nft
 from userspace_proxy.rules.slots import SlotTable
 from userspace_proxy.settings import Settings
@@ -108,7 +108,7 @@ def _read(settings: Settings) -> _Given:
 
 
 def _redirects(settings: Settings, given: _Given) -> Redirects:
-    ports = ProxyPorts(*settings.proxy_port_range, given.memory.proxy_ports)
+    ports = make_proxy_ports(settings, given.memory.proxy_ports)
     return planned_redirects(given.state, ports, node_rules_of(settings, _shown_capture(settings)))
 
 

@@ -153,6 +153,17 @@ def test_the_time_outs_of_conntrack_are_read_in_seconds() -> None:
     assert 0 < unanswered_s <= answered_s
 
 
+def test_the_reserved_ports_of_this_host_are_read() -> None:
+    knob = Path("/proc/sys/net/ipv4/ip_local_reserved_ports")
+    before = knob.read_text()
+    knob.write_text("10300,10310-10312")
+    try:
+        assert network.reserved_ports() == {10300, 10310, 10311, 10312}
+    finally:
+        knob.write_text(before)
+    assert network.reserved_ports() == frozenset()
+
+
 # ---- addresses
 
 

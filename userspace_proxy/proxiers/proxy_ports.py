@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from userspace_proxy.model.allocation import Allocator
 from userspace_proxy.model.names import L4Protocol, ListenerName
 
 _REFUSING = "nobody listens"
+# Where other parts of Kubernetes listen: kubelet, kube-proxy, controller manager and scheduler; containerd's streams.
+KUBERNETES_PORTS = frozenset((*range(10_248, 10_260), 10_010))
 
 
 class ProxyPorts:
-    """The numbers for proxy ports: an allocator for each protocol over one range."""
+    """The numbers for proxy ports: an allocator for each protocol over one range, without those that are *reserved*."""
 
-    def __init__(self, first: int, last: int, remembered: Mapping[str, int]) -> None:
+    def __init__(
+        self, first: int, last: int, remembered: Mapping[str, int], reserved: Collection[int] = KUBERNETES_PORTS
+    ) -> None:
         self._first = first
+        self._reserved = reserved
         self._last = last
         numbers = {key: port - first for key, port in remembered.items()}
         self._allocators = {
@@ -48,7 +53,7 @@ class ProxyPorts:
     def _take(self, allocator: Allocator, key: str, refused: set[int]) -> int | None:
         for number in allocator.candidates(key):
             port = number + self._first
-            if port not in refused:
+            if port not in refused and port not in self._reserved:
                 allocator.take(key, number)
                 return port
         return None

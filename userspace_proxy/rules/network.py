@@ -6,6 +6,7 @@ taken away without knowing what a crashed process had added.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import logging
 import socket
@@ -263,6 +264,16 @@ def forwards() -> bool:
     """Return whether this host forwards packets of either family."""
     files = ("ipv4/ip_forward", "ipv6/conf/all/forwarding")
     return any(path.exists() and path.read_text().strip() != "0" for path in (Path("/proc/sys/net") / f for f in files))
+
+
+def reserved_ports() -> frozenset[int]:
+    """Return the ports that are kept for applications here (``ip_local_reserved_ports``); none where unreadable."""
+    found: set[int] = set()
+    with contextlib.suppress(OSError, ValueError):
+        for part in Path("/proc/sys/net/ipv4/ip_local_reserved_ports").read_text().strip().split(","):
+            first, _, last = part.partition("-")
+            found.update(range(int(first), int(last or first) + 1))
+    return frozenset(found)
 
 
 def conntrack_udp_timeouts() -> tuple[float, float]:
