@@ -449,7 +449,7 @@ def test_a_mapped_range_is_mended_as_the_ipv4_range_that_it_stands_for() -> None
 
 
 def test_a_family_of_load_balancer_ips_without_a_range_lets_in_nobody() -> None:
-    both = {"type": "LoadBalancer", "loadBalancerSourceRanges": ["192.0.2.0/24"]}
+    both: dict[str, Any] = {"type": "LoadBalancer", "loadBalancerSourceRanges": ["192.0.2.0/24"]}
 
     found, problems = port_of("10.96.0.1", "fd00::1", **both, ingress=[{"ip": VIP}, {"ip": "2001:db8::7"}])
     assert found.source_ranges == ("192.0.2.0/24", "::/128")
