@@ -200,6 +200,7 @@ def _limits(settings: Settings) -> Limits:
         connections_per_client=settings.connections_per_client,
         congestion_control=settings.congestion_control,
         udp_flows_per_service=settings.udp_flows_per_service,
+        udp_port_rest_s=settings.udp_port_rest_s,
         udp_timeout_s=unanswered_s if settings.udp_timeout_s is None else settings.udp_timeout_s,
         udp_stream_timeout_s=answered_s if settings.udp_timeout_s is None else settings.udp_timeout_s,
     )

@@ -103,7 +103,8 @@ class Settings:
     dead_peer_timeout_s: float = 30.0
     # None: what conntrack has, because a flow that conntrack forgot cannot be answered.
     udp_timeout_s: float | None = None
-    udp_flows_per_service: int = 4_096
+    udp_flows_per_service: int = 32_768
+    udp_port_rest_s: float = 30.0
 
     loop: str = "uvloop"
     # Data-plane processes: 1, so that control work stands in no packet's way, and turns are exact; each more has a

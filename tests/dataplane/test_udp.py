@@ -7,6 +7,7 @@ import contextlib
 import os
 import socket
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Self
 
 import pytest
@@ -25,6 +26,7 @@ from tests.dataplane.world import (
 from tests.ends import open_descriptors, until
 from tests.fakes import FakeClock
 from userspace_proxy.dataplane.connections import Limits
+from userspace_proxy.dataplane.datagrams import DatagramPoller, Leased
 from userspace_proxy.interfaces import Backends as PlaneBackends
 from userspace_proxy.interfaces import EndpointCounters, ListenerSpec
 from userspace_proxy.model.endpoint import Address, Endpoint
@@ -81,8 +83,10 @@ class Backend(Datagrams):
 class Client(Datagrams):
     """Connected to the proxy port, or a portal, at one address, so that answers from any other address are not seen."""
 
-    def __init__(self, asked_ip: str = "127.0.0.1", port: int = UDP_PORT) -> None:
+    def __init__(self, asked_ip: str = "127.0.0.1", port: int = UDP_PORT, source: str = "") -> None:
         super().__init__(socket.AF_INET6 if ":" in asked_ip else socket.AF_INET)
+        if source:
+            self.sock.bind((source, 0))
         self.sock.connect((asked_ip, port))
 
     def ask(self, data: bytes = b"who") -> None:
@@ -203,103 +207,201 @@ async def test_an_answer_after_its_flow_has_ended_reaches_nobody(backends: Backe
         assert clients[0].nothing()
 
 
-async def let_sockets_rest(clock: FakeClock, client: Client, backend: Backend) -> None:
-    """Let those of ended flows rest for long enough, and the plane read everything once since."""
-    clock.now_s += 1
-    client.ask(b"later")
-    assert (await backend.receive())[0] == b"later"
+# ---- local ports
+
+
+@contextlib.contextmanager
+def local_ports(first: int, last: int) -> Iterator[None]:
+    """Let planes that are made meanwhile have these local ports alone."""
+    file = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    before = file.read_text()
+    file.write_text(f"{first} {last}")
+    try:
+        yield
+    finally:
+        file.write_text(before)
 
 
 @pytest.mark.parametrize("ip", ["127.0.0.1", "::1"])
-async def test_an_answer_to_an_ended_flow_does_not_reach_the_client_that_has_its_socket_now(
-    ip: str, clock: FakeClock
+async def test_a_local_port_serves_nobody_until_it_has_rested(
+    ip: str, clock: FakeClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """However it comes: before the end, after it, or when the socket is in use again."""
-    async with running_plane(Limits(udp_flows_per_service=1), now=clock) as plane:
-        with Backend(ip) as backend, Client(ip) as first, Client(ip) as second, Client(ip) as third:
+    """Though its flow has ended; after that it is the one that has rested for longest."""
+    with contextlib.ExitStack() as stack:
+        backend = stack.enter_context(Backend(ip))
+        clients = [stack.enter_context(Client(ip)) for _ in range(4)]
+        stack.enter_context(local_ports(40_000, 40_001))
+        async with running_plane(Limits(udp_port_rest_s=30), now=clock) as plane:
+            flows = []
+            for client in clients[:2]:
+                await plane.use(backend.endpoint)
+                client.ask()
+                flows.append((await backend.receive())[1])
+                await plane.use()  # which ends it
+                clock.now_s += 10
             await plane.use(backend.endpoint)
-            first.ask()
-            _, ended = await backend.receive()
-            backend.answer(b"waits", ended)
-            await plane.use()  # which ends the flow before the plane looks at its socket
-            await plane.use(backend.endpoint)
-            second.ask()
-            await backend.receive()
-            backend.answer(b"comes while it rests", ended)
-            descriptors = open_descriptors()
-            await let_sockets_rest(clock, second, backend)
-            third.ask()
-            _, flow = await backend.receive()
-            assert open_descriptors() == descriptors  # the socket of the first flow serves the third
-            backend.answer(b"comes too late", ended)
-            backend.answer(b"in time", flow)
-
-            assert (await third.receive())[0] == b"in time"
-            assert third.nothing()
-            assert second.nothing()
-            assert first.nothing()
+            counters = await plane.counters(UDP_NAME)  # live
+            clock.now_s += 9
+            for _ in range(2):
+                clients[2].ask(b"too early")
+            await until(lambda: counters.port_exhaustions == 2, "it is counted")
+            assert counters.datagrams_dropped == 2
+            assert [r.levelname for r in caplog.records if "every local port" in r.message] == ["WARNING"]
+            clock.now_s += 1
+            clients[2].ask()
+            data, flow = await backend.receive()
+            assert (data, flow) == (b"who", flows[0])
+            clock.now_s += 10
+            clients[3].ask()
+            assert await backend.receive() == (b"who", flows[1])
+            backend.answer(b"yes", flow)
+            assert (await clients[2].receive())[0] == b"yes"
+            assert all(client.nothing() for client in clients)
 
 
-async def test_a_socket_that_is_leased_again_and_again_answers_each_client_from_its_own_backend(
-    backends: Backends, clock: FakeClock
-) -> None:
-    """Both families, in turn: 200 flows."""
-    async with running_plane(Limits(udp_flows_per_service=4), now=clock) as plane:
-        with Backend("::1") as c, contextlib.ExitStack() as stack:
-            every = (backends[0], c, backends[1], c)
-            await plane.use(*(backend.endpoint for backend in (*backends, c)))
-            # All at once, so that none gets the port of one whose flow is still there.
-            clients = [stack.enter_context(Client(("127.0.0.1", "::1")[number % 2])) for number in range(200)]
-            descriptors = open_descriptors()
-            for number, client in enumerate(clients):
-                clock.now_s += 1
-                client.ask(b"%d" % number)
-                backend = every[number % 4]
-                data, flow = await backend.receive()
-                backend.answer(data, flow)
+async def test_flows_to_different_endpoints_share_local_ports(backends: Backends) -> None:
+    """Each is answered from its own, though both ends of a port are sockets of ours."""
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Client()) for _ in range(8)]
+        stack.enter_context(local_ports(40_000, 40_003))
+        async with running_plane() as plane:
+            await plane.use(*(backend.endpoint for backend in backends))
+            flows = []
+            for client, backend in zip(clients, backends * 4, strict=True):
+                client.ask()
+                flows.append((await backend.receive())[1])
+            assert {port for _, port in flows} == set(range(40_000, 40_004))
+            for number, (client, backend, flow) in enumerate(zip(clients, backends * 4, flows, strict=True)):
+                backend.answer(b"%d" % number, flow)
                 assert (await client.receive())[0] == b"%d" % number
-            assert open_descriptors() - descriptors <= 2 * 4
+
+
+async def test_what_comes_to_a_shared_port_before_its_socket_is_connected_reaches_nobody(
+    backends: Backends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a late answer to an ended flow may, towards another endpoint, while the socket has no peer yet."""
+    a, b = backends
+    connect = DatagramPoller.connect
+
+    def connect_late(self: DatagramPoller, leased: Leased, address: Address) -> None:
+        b.answer(b"too late", ("127.0.0.1", leased.port))
+        connect(self, leased, address)
+
+    monkeypatch.setattr(DatagramPoller, "connect", connect_late)
+    async with running_plane() as plane:
+        with Client() as client:
+            await plane.use(a.endpoint)
+            client.ask()
+            data, flow = await a.receive()
+            a.answer(data, flow)
+            assert (await client.receive())[0] == b"who"
+            assert client.nothing()
+
+
+async def test_a_flow_that_was_silent_for_as_long_as_ports_rest_leaves_its_socket(
+    backends: Backends, clients: Clients, clock: FakeClock
+) -> None:
+    """To the next client, where no port is free; and not if it has an answer that was not read yet."""
+    a, _ = backends
+    with local_ports(40_000, 40_000):
+        async with running_plane(Limits(udp_port_rest_s=2), now=clock) as plane:
+            await plane.use(a.endpoint)
+            clients[0].ask()
+            _, flow = await a.receive()
+            descriptors = open_descriptors()
+            clock.now_s += 2
+            clients[1].ask()
+            assert (await a.receive())[1] == flow
+            assert open_descriptors() == descriptors
+            clock.now_s += 1
+            a.answer(b"for the second", flow)
+            assert (await clients[1].receive())[0] == b"for the second"
+            clock.now_s += 1.9
+            clients[2].ask()
+            counters = await plane.counters(UDP_NAME)
+            await until(lambda: counters.datagrams_dropped == 1, "it finds no port")
+            assert (counters.flows, counters.flows_evicted, counters.port_exhaustions) == (1, 1, 1)
+    assert clients[0].nothing()
+
+
+async def test_a_client_with_many_flows_loses_its_own_and_nobody_elses(backends: Backends) -> None:
+    a, _ = backends
+    async with running_plane(Limits(udp_flows_per_service=8)) as plane:
+        await plane.use(a.endpoint)
+        with Client(source=CLIENT_IPS[0]) as quiet, contextlib.ExitStack() as stack:
+            quiet.ask()
+            _, flow = await a.receive()
+            for _ in range(30):
+                stack.enter_context(Client(source=CLIENT_IPS[1])).ask()
+                await a.receive()
+            a.answer(b"still there", flow)
+            assert (await quiet.receive())[0] == b"still there"
+            quiet.ask()
+            assert (await a.receive())[1] == flow
+            for _ in range(3):  # and those who have less than their share are served at its cost
+                with Client(source=CLIENT_IPS[2]) as another:
+                    another.ask()
+                    await a.receive()
+            quiet.ask()
+            assert (await a.receive())[1] == flow
+        counters = await plane.counters(UDP_NAME)
+        assert (counters.flows, counters.flows_evicted) == (8, 26)
+
+
+async def test_another_process_uses_no_port_that_has_not_rested(backends: Backends) -> None:
+    """Whether the one before has ended or not: conntrack remembers its flows."""
+    a, _ = backends
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Client(port=UDP_PORT)) for _ in range(5)]
+        stack.enter_context(local_ports(40_000, 40_003))
+        used = []
+        async with running_plane() as plane:
+            await plane.use(a.endpoint)
+            for client in clients[:2]:
+                client.ask()
+                used.append((await a.receive())[1])
+        async with running_plane() as plane:
+            await plane.use(a.endpoint)
+            for client in clients[2:4]:
+                client.ask()
+                used.append((await a.receive())[1])
+            clients[4].ask()
+            counters = await plane.counters(UDP_NAME)
+            await until(lambda: counters.port_exhaustions == 1, "all four are in use or rest")
+        assert len(set(used)) == 4
 
 
 async def test_a_refusal_of_an_ended_flow_is_not_held_against_the_next(
     backends: Backends, clients: Clients, clock: FakeClock
 ) -> None:
-    """The socket that was refused is leased to the flow of the next client."""
     a, _ = backends
     async with running_plane(now=clock) as plane:
         await plane.use(refusing_endpoint())
         clients[0].ask()
         await until(lambda: bool(plane.records), "the refusal has come")
         await plane.use(a.endpoint)
-        clients[1].ask()
-        await a.receive()
-        descriptors = open_descriptors()
-        await let_sockets_rest(clock, clients[1], a)
-        for _ in range(2):
-            clients[2].ask()
+        for client in clients[1:]:
+            client.ask()
             assert (await a.receive())[0] == b"who"
 
-        assert open_descriptors() == descriptors
         assert [record.how for record in plane.records] == ["refused: Connection refused"]
         assert (await plane.counters(UDP_NAME)).dial_failures == 1
 
 
-async def test_a_socket_for_which_there_is_no_use_is_closed(
-    backends: Backends, clients: Clients, clock: FakeClock
-) -> None:
+async def test_the_socket_of_an_ended_flow_is_closed(backends: Backends, clients: Clients, clock: FakeClock) -> None:
     a, _ = backends
     async with running_plane(Limits(idle_timeout_s=OFTEN), now=clock) as plane:
         await plane.use(a.endpoint)
-        before = open_descriptors()
         for client in clients:
             client.ask()
             await a.receive()
+        with_flows = open_descriptors()
         clock.now_s += 30
         await until(lambda: len(plane.records) == 3, "the flows end")
-        assert open_descriptors() == before + 3
+        assert open_descriptors() == with_flows - 3
 
-        clock.now_s += 11
-        await until(lambda: open_descriptors() == before, "their sockets are closed")
+
+# ---- how answers travel
 
 
 async def test_answers_that_come_at_once_all_arrive_in_order(

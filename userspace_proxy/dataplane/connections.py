@@ -43,9 +43,10 @@ class Limits:
     dead_peer_timeout_s: float = 30.0
     connections_per_client: int = 0  # open at once, over all listeners; 0 for any number
     congestion_control: str = ""  # of TCP connections on both sides; "" for the host's
-    udp_flows_per_service: int = 4_096
+    udp_flows_per_service: int = 32_768
     udp_timeout_s: float = 30.0
     udp_stream_timeout_s: float = 120.0
+    udp_port_rest_s: float = 30.0  # after the last datagram of a flow, before another one has its local port
 
 
 class Connection(Protocol):

@@ -4,40 +4,42 @@ Level-triggered, because one call for each datagram is then enough: what is left
 again by the next poll, which is made anyway, while edge-triggered a socket has to be read until it says
 EAGAIN. Answers are gathered, and leave for the clients of a proxy port in one call.
 
-The socket of a flow that has ended rests, and is leased to another flow afterwards, at a third of what
-closing it and opening another would cost; and no answer to the ended flow reaches the other, as if it had
-been closed. It is dissolved at once, which gives its port back: who sends there finds no socket. What came
-before, or was on its way from the kernel's lookup into the socket's queue, is thrown away when it is leased.
+A flow's socket is bound to a local port that is chosen here (`local_ports.py`) and connected to one endpoint for as
+long as it is open. A flow that makes way for another to the same endpoint, and has been silent for as long as a port
+rests, leaves it its socket.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import errno
 import logging
+import resource
 import select
-import socket
-from collections import deque
-from collections.abc import Callable
-from typing import Protocol
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from socket import MSG_PEEK, SocketType
+from typing import NamedTuple, Protocol
 
-from userspace_proxy.dataplane.mmsg import MESSAGES, Batch
+from userspace_proxy.dataplane.local_ports import LocalPorts, first_index, local_ports
+from userspace_proxy.dataplane.mmsg import MESSAGES, Batch, client_of
 from userspace_proxy.dataplane.picker import Pick
-from userspace_proxy.dataplane.sockets import backend_socket
+from userspace_proxy.dataplane.sockets import bind_anywhere, datagram_socket
 from userspace_proxy.model.endpoint import Address
 
 _EVENTS_A_POLL = 256
 _POLLS_A_TURN = 4
 # The kernel needs microseconds from its lookup of a socket to the socket's queue, unless a hypervisor stops it there.
-_REST_S = 0.03
-_RESTING_AT_MOST = 1024
-_KEEP_S = 10.0
-_UNSPECIFIED = bytes(28)  # a struct sockaddr with AF_UNSPEC, which is 0
+_REST_MIN_S = 0.03
+# This part of all descriptors is not for UDP flows, so that TCP clients find some.
+_SPARE_PART = 8
+# A client with fewer flows than this may have one of the last ports towards an endpoint.
+_FEW_FLOWS = 64
+# Other programs may have some of our ports.
+_TRIES = 16
 
 log = logging.getLogger(__name__)
 
-_connect = ctypes.CDLL(None).connect
 _nowhere = bytearray(1)
 
 
@@ -46,6 +48,9 @@ class Front(Protocol):
 
     @property
     def fd(self) -> int: ...
+
+    @property
+    def proxy_port(self) -> int: ...
 
     @property
     def touch(self) -> Callable[[bytes], None]:
@@ -64,16 +69,86 @@ class Front(Protocol):
         """The endpoint of *flow* refused."""
         ...
 
+    def make_way(self, flow: UdpFlow, destination: Destination, source: str, *, if_rested: bool) -> Leased | None:
+        """End *flow* for another one, which goes to *destination*; return its socket where that has rested."""
+        ...
+
     def not_sent(self, datagrams: int) -> None:
         """So many answers were not taken by the kernel."""
         ...
+
+
+class Destination:
+    """One endpoint: the local ports towards it, and whose flows have them.
+
+    Where flows have to make way, the client that asks gives up its own if it has at least its share of all; else the
+    client with the most does.
+    """
+
+    __slots__ = ("_biggest", "_flows", "clients", "ports")
+
+    def __init__(self) -> None:
+        self.ports: dict[str, LocalPorts] = {}  # by the flows' source
+        # The flows of each client: those that were used since they were put there are put to the end when found.
+        self.clients: dict[bytes, OrderedDict[UdpFlow, None]] = {}
+        self._flows = 0
+        self._biggest: OrderedDict[UdpFlow, None] = OrderedDict()  # of a client that began a flow, the most
+
+    def join(self, flow: UdpFlow) -> None:
+        client = client_of(flow.key)
+        flows = self.clients.get(client)
+        if flows is None:
+            flows = self.clients[client] = OrderedDict()
+        flows[flow] = None
+        self._flows += 1
+        if len(flows) > len(self._biggest):
+            self._biggest = flows
+
+    def leave(self, flow: UdpFlow) -> None:
+        client = client_of(flow.key)
+        flows = self.clients[client]
+        del flows[flow]
+        self._flows -= 1
+        if not flows:
+            del self.clients[client]
+
+    def has_few(self, client: bytes) -> bool:
+        flows = self.clients.get(client)
+        return flows is None or len(flows) < _FEW_FLOWS
+
+    def oldest(self, client: bytes, *, by_asking: bool = False) -> UdpFlow | None:
+        """Return the flow that makes way for one of *client*: the one that was idle for longest.
+
+        *by_asking*: answers are no use of a flow. So flows that wait for one are not ended sooner than answered ones.
+        """
+        flows = self.clients.get(client)
+        if flows is None or len(flows) * len(self.clients) < self._flows:
+            flows = self._biggest
+        while flows:
+            flow = next(iter(flows))
+            used = flow.bytes_to_backend > flow.queued_bytes if by_asking else flow.last_at > flow.queued_at
+            if not used:
+                return flow
+            flow.queued_at, flow.queued_bytes = flow.last_at, flow.bytes_to_backend
+            flows.move_to_end(flow)
+        return None
+
+
+class Leased(NamedTuple):
+    """A connected socket and its local port, for one flow."""
+
+    destination: Destination
+    source: str
+    port: int
+    sock: SocketType
 
 
 class UdpFlow:
     """One client's conversation with one endpoint. ``front`` is None once it has ended.
 
     ``header`` goes in front of each datagram to the endpoint; mostly it is empty. ``counted``: the bytes, to the
-    backend and to the client, that counters know of.
+    backend and to the client, that counters know of. ``source``: the client's IP where the endpoint sees that, else "".
+    ``queued_at`` and ``queued_bytes``: when it was put where it is among its client's flows, and what it had sent.
     """
 
     __slots__ = (
@@ -82,13 +157,18 @@ class UdpFlow:
         "bytes_to_client",
         "counted",
         "counters",
+        "destination",
         "endpoint",
         "front",
         "header",
         "key",
         "last_at",
+        "port",
+        "queued_at",
+        "queued_bytes",
         "reply",
         "sock",
+        "source",
         "started_at",
         "why",
     )
@@ -98,7 +178,7 @@ class UdpFlow:
         key: bytes,
         reply: bytes,
         front: Front,
-        sock: socket.socket,
+        leased: Leased,
         pick: Pick,
         now: float,
         header: bytes = b"",
@@ -106,10 +186,11 @@ class UdpFlow:
         self.key = key
         self.reply = reply
         self.front: Front | None = front
-        self.sock = sock
+        self.destination, self.source, self.port, self.sock = leased
         self.header = header
         self.endpoint, self.why, self.counters = pick
-        self.started_at = self.last_at = now
+        self.started_at = self.last_at = self.queued_at = now
+        self.queued_bytes = 0
         self.bytes_to_backend = 0
         self.bytes_to_client = 0
         self.counted = (0, 0)
@@ -126,18 +207,35 @@ class UdpFlow:
 class DatagramPoller:
     """Reads fronts and flows as they become ready. Not thread-safe: it belongs to the loop's thread."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, now: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        now: Callable[[], float],
+        port_rest_s: float,
+        udp_flows: Callable[[], Iterable[tuple[str, Address, int]]],
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
+        """Make it for the worker *share*: which of how many.
+
+        *udp_flows*: the kernel's, by local IP or "", endpoint and local port. It is asked before the first flow.
+        """
         self.inbox = Batch()
         self._outbox = Batch()
         self._loop = loop
         self._now = now
         self._epoll = select.epoll()
         self._fronts: dict[int, Front] = {}
+        self._proxy_ports: set[int] = set()
         self._flows: dict[int, UdpFlow] = {}
-        # Flows that have ended and whose socket rests, the longest first, for each family: IPv4, IPv6.
-        self._rest: tuple[deque[UdpFlow], deque[UdpFlow]] = (deque(), deque())
-        # When all sockets that had something were last read.
-        self._quiet_at = float("-inf")
+        self.spare = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _SPARE_PART
+        self._rest_s = max(port_rest_s, _REST_MIN_S)
+        self._ports = local_ports(share)
+        self._first = first_index(self._ports, ())
+        self._destinations: dict[Address, Destination] = {}
+        self._udp_flows = udp_flows
+        self._looked_at: float | None = None  # when the kernel was asked which ports others used
+        self._used: dict[tuple[str, Address], set[int]] = {}
+        self._pruned_at = now()
         loop.add_reader(self._epoll.fileno(), self._turn)
 
     # ---- proxy ports
@@ -145,71 +243,127 @@ class DatagramPoller:
     def serve(self, front: Front) -> None:
         self._epoll.register(front.fd, select.EPOLLIN)
         self._fronts[front.fd] = front
+        self._proxy_ports.add(front.proxy_port)
 
     def leave(self, front: Front) -> None:
         """Read no more from *front*, whose owner closes it."""
         if self._fronts.pop(front.fd, None) is not None:
             self._epoll.unregister(front.fd)
-        if not self._fronts:
-            self.shed()
+            self._proxy_ports.discard(front.proxy_port)
 
     # ---- sockets of flows
 
     def __len__(self) -> int:
-        """How many sockets flows have, those that rest included."""
+        """How many flows there are."""
         return len(self._flows)
 
-    def lease(self, address: Address) -> socket.socket | None:
-        """Return a socket of the family of *address*, not connected, that has rested for long enough."""
-        rest = self._rest[":" in address[0]]
-        if rest and rest[0].last_at < self._quiet_at - _REST_S:
-            return rest.popleft().sock
-        return None
+    def towards(self, address: Address) -> Destination:
+        """Return what is known of the endpoint at *address*."""
+        destination = self._destinations.get(address)
+        if destination is None:
+            destination = self._destinations[address] = Destination()
+        return destination
 
-    def open(self, address: Address) -> socket.socket:
-        """Return a new socket of the family of *address*, not connected yet.
+    def open(
+        self,
+        destination: Destination,
+        address: Address,
+        client: bytes,
+        source: str,
+        bind: Callable[[SocketType, int], None] = bind_anywhere,
+    ) -> Leased | None:
+        """Return a socket that *bind* gave a rested port, not connected yet; None where no port is free.
 
         Raises:
             OSError: none could be opened.
         """
-        sock = backend_socket(socket.SOCK_DGRAM, address)
-        try:
-            self._epoll.register(sock, select.EPOLLIN)
-        except BaseException:
-            sock.close()
-            raise
-        return sock
+        now = self._now()
+        ports = destination.ports.get(source)
+        if ports is None:
+            ports = destination.ports[source] = self._local_ports(source, address, now)
+        has_few = destination.has_few(client)
+        for _ in range(_TRIES):
+            port = ports.take(now, has_few=has_few)
+            if port is None:
+                return None
+            if port in self._proxy_ports:  # several workers share it by the same option as flows do
+                ports.rest(port, now + self._rest_s)
+                continue
+            try:
+                sock = datagram_socket(address, port, bind)
+            except OSError as error:
+                ports.rest(port, now + self._rest_s)
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                continue  # another program has it
+            leased = Leased(destination, source, port, sock)
+            try:
+                self._epoll.register(sock.fileno(), select.EPOLLIN)
+            except BaseException:
+                self.close(leased, now)
+                raise
+            return leased
+        return None
+
+    def _local_ports(self, source: str, address: Address, now: float) -> LocalPorts:
+        if self._looked_at is None:
+            self._looked_at = now
+            for ip, endpoint, port in self._udp_flows():
+                self._used.setdefault((ip, endpoint), set()).add(port)
+        taken = self._used.pop((source, address), set())
+        first = first_index(self._ports, taken) if taken else self._first
+        # A socket at the endpoint's own port might be its own peer, where the endpoint is this node's.
+        ports = self._ports
+        return LocalPorts(ports, first, taken, self._looked_at + self._rest_s, never=address[1])
+
+    def connect(self, leased: Leased, address: Address) -> None:
+        """Connect the socket of *leased*, which is new; raises OSError.
+
+        Until then, anybody's datagrams to its port came to it, as those for ended flows towards other endpoints.
+        """
+        leased.sock.connect(address)
+        _drain(leased.sock)
 
     def begin(self, flow: UdpFlow) -> None:
         """Carry the answers that come to *flow*."""
         self._flows[flow.sock.fileno()] = flow
+        flow.destination.join(flow)
 
-    def end(self, flow: UdpFlow, now: float, *, rest: bool = True) -> None:
-        """Carry no more answers; the socket rests where there is room for it, or is closed."""
-        fd = flow.sock.fileno()
+    def has_rested(self, flow: UdpFlow, destination: Destination, source: str) -> bool:
+        """Return whether the socket of *flow* may go to another one, to *destination* and with *source*, at once."""
+        return (
+            flow.destination is destination
+            and flow.source == source
+            and self._now() - flow.last_at >= self._rest_s
+            and _is_empty(flow.sock)
+        )
+
+    def end(self, flow: UdpFlow, *, keep: bool = False) -> None:
+        """Carry no more answers; close the socket, and let its port rest. *keep*: not where it is for another flow."""
         flow.front = None
-        resting = self._rest[":" in flow.endpoint.ip]
-        if rest and len(resting) < _RESTING_AT_MOST and not _connect(fd, _UNSPECIFIED, len(_UNSPECIFIED)):
-            flow.last_at = now
-            resting.append(flow)
-        else:
-            del self._flows[fd]
-            flow.sock.close()
+        flow.destination.leave(flow)
+        if not keep:
+            self.close(flow, flow.last_at)
 
-    def close(self, sock: socket.socket) -> None:
-        """Close *sock*, which was leased or opened and which no flow has."""
-        self._flows.pop(sock.fileno(), None)
-        sock.close()
-
-    def shed(self, ended_before: float = float("inf")) -> None:
-        """Close the sockets that rest: all, or those whose flow ended before that."""
-        for rest in self._rest:
-            while rest and rest[0].last_at < ended_before:
-                self.close(rest.popleft().sock)
+    def close(self, leased: Leased | UdpFlow, last_at: float) -> None:
+        """Close the socket of *leased*, whose port rests from *last_at* on."""
+        self._flows.pop(leased.sock.fileno(), None)
+        leased.sock.close()
+        leased.destination.ports[leased.source].rest(leased.port, last_at + self._rest_s)
 
     def expire(self, now: float) -> None:
-        """Close the sockets for which there was no use."""
-        self.shed(now - _KEEP_S)
+        """Forget the endpoints towards which every port has rested."""
+        if now - self._pruned_at < self._rest_s:
+            return
+        self._pruned_at = now
+        for address, destination in list(self._destinations.items()):
+            for source, ports in list(destination.ports.items()):
+                if ports.is_idle(now):
+                    if not source:
+                        self._first = ports.at  # go on where its flows were
+                    del destination.ports[source]
+            if not destination.ports and not destination.clients:
+                del self._destinations[address]
 
     # ---- turns
 
@@ -221,8 +375,6 @@ class DatagramPoller:
             now = self._now()
             try:
                 self._handle(ready, now)
-                if len(ready) < _EVENTS_A_POLL:
-                    self._quiet_at = now
             except Exception:
                 log.exception("a bug: datagrams were not handled")
 
@@ -242,9 +394,7 @@ class DatagramPoller:
                 if front is not None:
                     self._send(front, count)
                 front, count = flow.front, 0
-            if front is None:
-                _drain(flow.sock)
-                continue
+            assert front is not None
             try:
                 length = flow.sock.recv_into(room[count])
             except BlockingIOError:
@@ -272,20 +422,27 @@ class DatagramPoller:
             front.not_sent(refused)
 
     def stop(self) -> None:
-        """Close every socket that rests, and the epoll."""
-        self.shed()
+        """Close the epoll."""
         if not self._epoll.closed:
             self._loop.remove_reader(self._epoll.fileno())
             self._epoll.close()
 
 
-def _drain(sock: socket.socket) -> None:
-    """Throw away what is in *sock*: datagrams, and an error that nobody was told."""
-    errors = 0
-    while errors < 2:
+def _is_empty(sock: SocketType) -> bool:
+    """Return whether *sock* has received nothing that was not read: no datagram, and no error."""
+    try:
+        sock.recv_into(_nowhere, 1, MSG_PEEK)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def _drain(sock: SocketType) -> None:
+    """Throw away the datagrams in *sock*; raises OSError where it has received an error."""
+    while True:
         try:
             sock.recv_into(_nowhere)
         except BlockingIOError:
             return
-        except OSError:
-            errors += 1

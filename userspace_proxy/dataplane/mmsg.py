@@ -120,6 +120,13 @@ def client_address(record: bytes) -> Address:
     return socket.inet_ntoa(record[4:8]), port
 
 
+def client_of(record: bytes) -> bytes:
+    """Return what counts as one client: the IPv4 address of the peer of *record*, or its /64 of IPv6."""
+    if not record.startswith(_INET6):
+        return record[4:8]
+    return record[8:24] if record.startswith(_MAPPED, 8) else record[8:16]
+
+
 def asked_ip(record: bytes) -> str:
     """Return which of our addresses the peer of *record* asked, as the kernel delivered it."""
     info = record[_PKTINFO_AT:]

@@ -1,22 +1,24 @@
-"""Two questions to the kernel, by netlink: is this address our own, and what did that client dial.
+"""Questions to the kernel, by netlink: is this address our own, what did that client dial, which UDP flows are there.
 
-Both are answered before the request's system call returns, so nobody waits. They are asked for new connections of
-service ports that have to know, and for no others.
+The first two are answered before the request's system call returns, so nobody waits. They are asked for new
+connections of service ports that have to know, and for no others. The third is asked once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
+from collections.abc import Iterator
 
 from userspace_proxy.dataplane.sockets import plain_ip
 from userspace_proxy.model.endpoint import Address
-from userspace_proxy.netlink import NESTED, attribute, attributes
+from userspace_proxy.netlink import NESTED, attribute, attributes, messages
 
 # linux/netlink.h, rtnetlink.h, nfnetlink.h, nfnetlink_conntrack.h
 _NETLINK_ROUTE, _NETLINK_NETFILTER = 0, 12
-_REQUEST = 1
-_ERROR = 2
+_REQUEST, _DUMP = 1, 0x300
+_ERROR, _DONE = 2, 3
 _RTM_GETROUTE, _RTA_DST, _RTN_LOCAL = 26, 1, 2
 _CT_GET = 1 << 8 | 1
 _TUPLE_ORIG, _TUPLE_REPLY, _TUPLE_IP, _TUPLE_PROTO = 1, 2, 1, 2
@@ -28,6 +30,14 @@ _RTMSG = struct.Struct("=8BI")
 _ROUTE_TYPE_AT = _HEADER.size + 7
 _NFGENMSG_BYTES = 4
 _ANSWER_BYTES = 4096
+_DUMP_BYTES = 1 << 17
+_DUMP_TIMEOUT_S = 5.0
+# The original direction of an entry of conntrack, which comes first (ctnetlink_fill_info): source, destination,
+# protocol and ports, each behind the header of its attribute.
+_ENTRY = {
+    socket.AF_INET: struct.Struct("!12x4s4x4s8xB3x4xH2x4xH"),
+    socket.AF_INET6: struct.Struct("!12x16s4x16s8xB3x4xH2x4xH"),
+}
 
 
 class KernelTables:
@@ -62,6 +72,30 @@ class KernelTables:
         asked = dict(attributes(dict(attributes(answer[_HEADER.size + _NFGENMSG_BYTES :]))[_TUPLE_ORIG]))
         ip, port = dict(attributes(asked[_TUPLE_IP]))[to], dict(attributes(asked[_TUPLE_PROTO]))[_DESTINATION_PORT]
         return socket.inet_ntop(family, ip), int.from_bytes(port, "big")
+
+    def udp_flows(self) -> Iterator[tuple[str, Address, int]]:
+        """Yield source IP ("" for this host's), destination and source port of each UDP flow that conntrack knows.
+
+        None where it does not tell. An entry outlives the last datagram of its flow by conntrack's time-outs.
+        """
+        raw = socket.SOCK_RAW | socket.SOCK_CLOEXEC
+        own: dict[str, bool] = {}
+        with contextlib.suppress(OSError), socket.socket(socket.AF_NETLINK, raw, _NETLINK_NETFILTER) as sock:
+            sock.settimeout(_DUMP_TIMEOUT_S)
+            for family, entry in _ENTRY.items():
+                sock.send(_HEADER.pack(_HEADER.size + 4, _CT_GET, _REQUEST | _DUMP, 0, 0) + bytes((family, 0, 0, 0)))
+                kind = 0
+                while kind not in (_DONE, _ERROR):
+                    for kind, body in messages(sock.recv(_DUMP_BYTES)):  # noqa: B007 - the last one ends it
+                        if len(body) < _NFGENMSG_BYTES + entry.size:
+                            continue
+                        source, to, protocol, port, to_port = entry.unpack_from(body, _NFGENMSG_BYTES)
+                        if protocol != socket.IPPROTO_UDP:
+                            continue
+                        ip = socket.inet_ntop(family, source)
+                        if ip not in own:
+                            own[ip] = self.is_local(ip)
+                        yield "" if own[ip] else ip, (socket.inet_ntop(family, to), to_port), port
 
     def _ask(self, protocol: int, kind: int, question: bytes) -> bytes | None:
         """Return the answer, or None where the kernel has none."""

@@ -14,6 +14,7 @@ from userspace_proxy.dataplane.context import PlaneContext, Record, Shared
 from userspace_proxy.dataplane.datagrams import DatagramPoller
 from userspace_proxy.dataplane.groups import open_group
 from userspace_proxy.dataplane.memory import Memory, PickerMemory
+from userspace_proxy.dataplane.netlink import KernelTables
 from userspace_proxy.dataplane.pipes import PipePool
 from userspace_proxy.dataplane.poller import Poller
 from userspace_proxy.dataplane.sockets import reserve_refusing_port
@@ -52,12 +53,18 @@ class LocalPlane:
         now: Callable[[], float] = time.monotonic,
         splice: str = "auto",
         lines_dropped: Callable[[], int] = lambda: 0,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
-        """*lines_dropped*: how many of the records given to *record* were not written."""
+        """Make it.
+
+        *lines_dropped*: how many of the records given to *record* were not written. *share*: which worker of how many;
+        no two choose the same local ports for UDP flows.
+        """
         raise_descriptor_limit()
         loop = asyncio.get_running_loop()
         self._poller = Poller(loop)
-        self._datagrams = DatagramPoller(loop, now)
+        self._tables = KernelTables()
+        self._datagrams = DatagramPoller(loop, now, limits.udp_port_rest_s, self._tables.udp_flows, share)
         self._pipes = PipePool()
         self._listeners: dict[ListenerName, TcpListener | UdpListener] = {}
         self._udp: dict[ListenerName, UdpListener] = {}
@@ -73,6 +80,7 @@ class LocalPlane:
             limits=limits,
             now=now,
             access_log=record,
+            tables=self._tables,
         )
         self._lines_dropped = lines_dropped
         self._sweeper = asyncio.create_task(self._sweep(), name="sweep")
@@ -242,7 +250,7 @@ class LocalPlane:
                 sock.close()
             self._poller.stop()
             self._datagrams.stop()
-            self._context.tables.close()
+            self._tables.close()
         self._pipes.shed()
         await asyncio.wait([self._sweeper])
 
@@ -261,5 +269,6 @@ class LocalPlane:
                 now = self._context.now()
                 for listener in list(self._udp.values()):
                     listener.expire(now)
+                self._datagrams.expire(now)
             except Exception:
                 log.exception("a bug: this look for silent connections found nothing")

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import functools
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from socket import SocketType
 
@@ -27,6 +28,7 @@ KEEPALIVE_PROBES = 3
 # As plain ints: as members of enums they cost a lookup each time they are combined.
 _BLOCKING_STREAM = int(socket.SOCK_STREAM)
 _STREAM = _BLOCKING_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+_DATAGRAM = int(socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
 
 # Not the endpoint's fault: this host has no port, descriptor or memory left for the connection.
 LOCAL_SHORTAGES = {
@@ -166,19 +168,26 @@ def keep_alive(sock: SocketType, dead_peer_timeout_s: float) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, _TCP_RTO_MAX_MS, max(1000, probe_s * 1000))
 
 
-def backend_socket(kind: socket.SocketKind, address: Address) -> socket.socket:
-    """Return a non-blocking socket of the family of *address*, not connected yet.
+def datagram_socket(address: Address, port: int, bind: Callable[[SocketType, int], None]) -> SocketType:
+    """Return a non-blocking UDP socket of the family of *address*, not connected yet, with *bind* at the local *port*.
 
-    It is marked, so that rules pass it by: an endpoint that is a portal itself would lead back to us, for ever.
+    It is marked, so that rules pass it by: an endpoint that is a portal itself would lead back to us, for ever. Others
+    that are connected to other endpoints may have the same port.
     """
-    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-    sock = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    sock = SocketType(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, _DATAGRAM, 0)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, OWN_MARK)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        bind(sock, port)
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def bind_anywhere(sock: SocketType, port: int) -> None:
+    """Bind *sock* to *port*; its address is found when it connects."""
+    sock.bind(("", port))
 
 
 def _control_congestion(sock: SocketType, name: str) -> None:
@@ -196,7 +205,7 @@ def knows_congestion_control(name: str) -> bool:
 
 
 def stream_socket(address: Address, congestion_control: str = "") -> SocketType:
-    """Return a non-blocking TCP socket of the family of *address*, not connected yet; marked as `backend_socket` does.
+    """Return a non-blocking TCP socket of the family of *address*, not connected yet; marked as `datagram_socket` does.
 
     It does not acknowledge the end of the handshake by itself, which saves a packet: the first bytes sent do, or
     TCP_QUICKACK.

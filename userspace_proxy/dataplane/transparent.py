@@ -6,6 +6,7 @@ is here. Where it may not be, nothing is sent: an endpoint that was promised its
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 from socket import SocketType
@@ -34,8 +35,8 @@ class Transparent:
         """
         return client_ip != backend_ip and not any(map(self._tables.is_local, (client_ip, backend_ip)))
 
-    def speak_as(self, sock: SocketType, client_ip: str) -> None:
-        """Give *sock*, not connected yet, the address of the client; the port is found when it connects.
+    def speak_as(self, sock: SocketType, client_ip: str, port: int = 0) -> None:
+        """Give *sock*, not connected yet, the address of the client; without *port* that is found when it connects.
 
         Raises:
             OSError: we have not the right to (CAP_NET_ADMIN), or it means nothing to backends, as a link-local
@@ -48,8 +49,10 @@ class Transparent:
             else:
                 sock.setsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT, 1)
             sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
-            sock.bind((client_ip.partition("%")[0], 0))
+            sock.bind((client_ip.partition("%")[0], port))
         except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise
             # Said aloud once, as it goes on until somebody mends it.
             level = logging.DEBUG if self._counters.sources_refused else logging.WARNING
             self._counters.sources_refused += 1

@@ -1,8 +1,8 @@
 """One UDP listener: a flow for each client, with a backend socket of its own until it ends.
 
-A backend may answer twice, or late; because a flow's socket is connected to one backend, and serves no other
-client before it has been dissolved, such an answer can only reach the client that asked. Replies leave from
-the address that the client's datagram came to (pktinfo): any other would miss the kernel's NAT entry.
+A backend may answer twice, or late. A flow's socket is connected to one backend, and its local port has rested before
+another flow has it, so such an answer reaches the client that asked or nobody. Replies leave from the address that the
+client's datagram came to (pktinfo): any other would miss the kernel's NAT entry.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import socket
 from collections import OrderedDict
 
 from userspace_proxy.dataplane.context import PlaneContext, Shared
-from userspace_proxy.dataplane.datagrams import UdpFlow
-from userspace_proxy.dataplane.mmsg import anybody_like, asked_ip, client_address, reply_record
+from userspace_proxy.dataplane.datagrams import Destination, Leased, UdpFlow
+from userspace_proxy.dataplane.mmsg import anybody_like, asked_ip, client_address, client_of, reply_record
 from userspace_proxy.dataplane.picker import Picker
 from userspace_proxy.dataplane.proxy_protocol import header_of
-from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, is_self_connected
+from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, bind_anywhere
 from userspace_proxy.dataplane.transparent import Transparent
 from userspace_proxy.interfaces import AccessRecord, Backends, EndpointCounters, ListenerSpec
 from userspace_proxy.model.endpoint import Address, Endpoint
@@ -64,6 +64,10 @@ class UdpListener:
     def fd(self) -> int:
         return self._sock.fileno()
 
+    @property
+    def proxy_port(self) -> int:
+        return self._spec.proxy_port
+
     def configure(self, spec: ListenerSpec) -> None:
         self._spec = spec
         self._header_of = header_of(spec.service_port.source_ip, spec.name.protocol)
@@ -87,7 +91,7 @@ class UdpListener:
             if heir is not None and heir.take_over(flow):
                 del self._flows[flow.key]
             else:
-                self._end(flow, "service gone", rest=False)
+                self._end(flow, "service gone")
         self._datagrams.leave(self)
         self._sock.close()
 
@@ -111,7 +115,7 @@ class UdpListener:
             flow = flow_of(record)
             if flow is not None:
                 touch(record)
-            elif (flow := self._begin(record, now)) is None:
+            elif (flow := self._begin(record, now, length)) is None:
                 self.counters.datagrams_dropped += 1
                 continue
             try:
@@ -130,7 +134,7 @@ class UdpListener:
         if error.errno not in _DROPPED:
             # What was refused is an earlier datagram of this flow; this one was not sent and can go elsewhere.
             self.lose(flow, error)
-            again = self._begin(flow.key, now)
+            again = self._begin(flow.key, now, len(datagram))
             if again is not None:
                 try:
                     again.send(datagram)
@@ -142,11 +146,9 @@ class UdpListener:
                     return
         self.counters.datagrams_dropped += 1
 
-    def _begin(self, key: bytes, now: float) -> UdpFlow | None:
-        """Open a flow to the picked endpoint, or to the next one where there is no way to it."""
+    def _begin(self, key: bytes, now: float, length: int) -> UdpFlow | None:
+        """Open a flow, for a datagram of *length*, to the picked endpoint, or to the next one where there is no way."""
         flows, datagrams, counters = self._flows, self._datagrams, self.counters
-        if len(flows) >= self._context.limits.udp_flows_per_service:
-            self._evict()
         client_ip = client_address(key)[0] if self._knows_clients else anybody_like(key)
         tried: dict[Address, bool] = {}
         while (pick := self.picker.pick(client_ip, tried)) is not None:
@@ -155,22 +157,16 @@ class UdpListener:
                 counters.retries += 1
                 pick.counters.retries += 1
             tried[address] = True
-            if self._transparent is None:
-                sock = datagrams.lease(address) or self._open_socket(address)
-            else:
-                sock = self._socket_as(client_ip, address, self._transparent)
-            if sock is None:
-                return None
             try:
-                sock.connect(address)
-                if is_self_connected(sock, address):
-                    raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+                leased = self._lease(address, key, client_ip)
             except OSError as error:
-                datagrams.close(sock)
                 self._hold_against(pick.endpoint, pick.counters, error)
                 continue
+            if leased is None:
+                return None
             header = self._header(key) if self._header_of else b""
-            flow = flows[key] = UdpFlow(key, reply_record(key), self, sock, pick, now, header)
+            flow = flows[key] = UdpFlow(key, reply_record(key), self, leased, pick, now, header)
+            flow.queued_bytes = length
             datagrams.begin(flow)
             counters.flows_total += 1
             counters.flows += 1
@@ -185,37 +181,66 @@ class UdpListener:
         client = client_address(key)
         return self._header_of(client, self._context.tables.dialled_by(client, (asked_ip(key), self._spec.proxy_port)))
 
-    def _socket_as(self, client_ip: str, address: Address, transparent: Transparent) -> socket.socket | None:
-        """Return a socket that speaks as the client, where the endpoint is to see it; nobody else had it before."""
-        sock = self._open_socket(address)
-        if sock is not None and transparent.concerns(client_ip, address[0]):
-            try:
-                transparent.speak_as(sock, client_ip)
-            except OSError:
-                self._datagrams.close(sock)
-                return None
-        return sock
+    def _lease(self, address: Address, key: bytes, client_ip: str) -> Leased | None:
+        """Return a socket that is connected to *address*; None where this host has none for this client now.
 
-    def _open_socket(self, address: Address) -> socket.socket | None:
-        fits = self._context.connections.fits
-        if not fits(1):  # sockets that nobody uses make way first, then the flow idle for longest
-            self._datagrams.shed()
-            if not fits(1):
-                self._evict(rest=False)
+        Raises:
+            OSError: there is no way to *address*.
+        """
+        datagrams = self._datagrams
+        destination, client = datagrams.towards(address), client_of(key)
+        transparent, source, bind = self._transparent, "", bind_anywhere
+        if transparent is not None and transparent.concerns(client_ip, address[0]):
+            source, bind = client_ip, lambda sock, port: transparent.speak_as(sock, client_ip, port)
+        by_asking = False
+        if len(self._flows) >= self._context.limits.udp_flows_per_service or (
+            by_asking := not self._context.connections.fits(1 + datagrams.spare)
+        ):
+            oldest = destination.oldest(client, by_asking=by_asking)
+            if oldest is None or oldest.front is not self:
+                oldest = next(iter(self._flows.values()), None)
+            if oldest is not None and (left := self.make_way(oldest, destination, source)) is not None:
+                return left
         try:
-            return self._datagrams.open(address)
+            leased = datagrams.open(destination, address, client, source, bind)
         except OSError as error:
-            # Out of descriptors: the flow that has been idle for longest makes way, once its socket is closed.
-            self._context.connections.note_shortage(error)
-            self._datagrams.shed()
-            self._evict(rest=False)
+            if not source:
+                self._context.connections.note_shortage(error)
             return None
+        if leased is None:
+            # Every port is in use or rests; a flow that has been silent for as long as that leaves its socket.
+            oldest = destination.oldest(client)
+            if oldest is not None and oldest.front is not None:
+                leased = oldest.front.make_way(oldest, destination, source, if_rested=True)
+            if leased is None:
+                self._note_exhaustion(address)
+            return leased
+        try:
+            datagrams.connect(leased, address)
+        except OSError:
+            datagrams.close(leased, self._context.now())
+            raise
+        return leased
 
-    def _evict(self, *, rest: bool = True) -> None:
-        oldest = next(iter(self._flows.values()), None)
-        if oldest is not None:
-            self.counters.flows_evicted += 1
-            self._end(oldest, "evicted: too many flows", rest=rest)
+    def make_way(
+        self, flow: UdpFlow, destination: Destination, source: str, *, if_rested: bool = False
+    ) -> Leased | None:
+        rested = self._datagrams.has_rested(flow, destination, source)
+        if if_rested and not rested:
+            return None
+        self.counters.flows_evicted += 1
+        self._end(flow, "evicted: too many flows", keep=rested)
+        return Leased(destination, source, flow.port, flow.sock) if rested else None
+
+    def _note_exhaustion(self, address: Address) -> None:
+        level = logging.DEBUG if self.counters.port_exhaustions else logging.WARNING
+        self.counters.port_exhaustions += 1
+        log.log(
+            level,
+            "%s: every local port towards %s is in use or rests, new clients' datagrams are dropped and counted;"
+            " add endpoints, widen net.ipv4.ip_local_port_range, or lower --udp-port-rest",
+            *(self.name, "{}:{}".format(*address)),
+        )
 
     # ---- backend to client
 
@@ -272,13 +297,12 @@ class UdpListener:
                 expired.append(flow)
         for flow in expired:
             self._end(flow, "idle")
-        self._datagrams.expire(now)
 
-    def _end(self, flow: UdpFlow, how: str, *, rest: bool = True) -> None:
+    def _end(self, flow: UdpFlow, how: str, *, keep: bool = False) -> None:
         if self._flows.pop(flow.key, None) is None:
             return
         now = self._context.now()
-        self._datagrams.end(flow, now, rest=rest and self._transparent is None)
+        self._datagrams.end(flow, keep=keep)
         self.counters.flows -= 1
         flow.counters.open -= 1
         self._count_bytes(flow)

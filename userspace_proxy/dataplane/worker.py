@@ -55,8 +55,9 @@ class Worker:
         self._settings = settings
         self._access_log = AccessLog(settings.access_log, settings.log_format) if settings.access_log else None
         record = recorder(self._access_log, verbose=settings.verbose)
+        share = settings.worker, settings.workers
         dropped = drop_count(self._access_log)
-        self._plane = LocalPlane(settings.limits, record, splice=settings.splice, lines_dropped=dropped)
+        self._plane = LocalPlane(settings.limits, record, splice=settings.splice, lines_dropped=dropped, share=share)
         self._requests: deque[tuple[wire.Request, list[int]]] = deque()
         self._asked = asyncio.Event()
         self._alone = False

@@ -132,7 +132,15 @@ RUN_OPTIONS = together(
         type=click.IntRange(min=1),
         default=DEFAULTS.udp_flows_per_service,
         show_default=True,
-        help="More make the one idle for longest go.",
+        help="More make the client's flow that was idle for longest go.",
+    ),
+    click.option(
+        "--udp-port-rest",
+        "udp_port_rest_s",
+        type=SECONDS,
+        default=shown(DEFAULTS.udp_port_rest_s),
+        show_default=True,
+        help="How long the local port of a UDP flow is not used again: late answers would reach another client.",
     ),
     click.option(
         "--connections-per-client",

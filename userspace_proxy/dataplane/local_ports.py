@@ -1,0 +1,118 @@
+"""Which local port a UDP flow gets: the one that has rested for longest, and none too early. Pure, but for the range.
+
+An answer finds its socket by addresses and ports alone. A late answer to an ended flow therefore reaches the flow
+that has the same local port towards the same endpoint by then. So local ports are chosen here, not by the kernel, and
+rest after the last datagram of their flow. Sockets with SO_REUSEPORT that are connected to different endpoints may
+share a local port, so each endpoint has the whole range.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from array import array
+from collections import deque
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+_SYSCTLS = Path("/proc/sys/net/ipv4")
+_DEFAULT_RANGE = "32768 60999"
+# This part of the ports is for clients that have few flows, and other programs of the node find some there, too.
+_RESERVED_PART = 32
+
+
+def local_ports(share: tuple[int, int] = (0, 1)) -> array[int]:
+    """Return the local ports that are ours to choose from: those from which the kernel would choose.
+
+    *share*: which worker of how many; no two of them have a port in common.
+    """
+    first, last = map(int, (_sysctl("ip_local_port_range") or _DEFAULT_RANGE).split())
+    reserved = parse_ports(_sysctl("ip_local_reserved_ports"))
+    worker, workers = share
+    return array("H", [p for p in range(first, last + 1) if p % workers == worker and p not in reserved])
+
+
+def parse_ports(text: str) -> set[int]:
+    """Return the ports in *text*, which is as in ``ip_local_reserved_ports``: ``8080,9000-9100``."""
+    ports: set[int] = set()
+    for part in filter(None, text.strip().split(",")):
+        first, _, last = part.partition("-")
+        ports.update(range(int(first), int(last or first) + 1))
+    return ports
+
+
+def _sysctl(name: str) -> str:
+    try:
+        return (_SYSCTLS / name).read_text()
+    except OSError:
+        return ""
+
+
+class LocalPorts:
+    """The local ports from one source address towards one endpoint.
+
+    *start*: the index in *ports* of the first to use. *taken*: those that another process has used of late; they are
+    free at *free_at*. *never*: one that is not used.
+    """
+
+    __slots__ = ("_at", "_free", "_fresh", "_ports", "_reserve", "_resting", "_skipped", "used")
+
+    def __init__(
+        self, ports: Sequence[int], start: int, taken: Collection[int] = (), free_at: float = 0.0, never: int = 0
+    ) -> None:
+        self._ports = ports
+        self._at = start
+        self._resting = [(free_at, p) for p in ports if p in taken and p != never]  # a heap: when each is free
+        self._skipped = {*taken, never}.intersection(ports)
+        self._fresh = len(ports) - len(self._skipped)  # so many were not used yet
+        self._free: deque[int] = deque()  # rested, the longest first
+        self._reserve = len(ports) // _RESERVED_PART
+        self.used = 0
+
+    @property
+    def at(self) -> int:
+        """The index of the next port that was not used yet."""
+        return self._at
+
+    def take(self, now: float, *, has_few: bool) -> int | None:
+        """Return the port that has rested for longest, None where there is none for this client.
+
+        *has_few*: the client has few flows, and may have one of the last ports.
+        """
+        resting, free = self._resting, self._free
+        while resting and resting[0][0] <= now:
+            free.append(heapq.heappop(resting)[1])
+        if not has_few and self._fresh + len(free) <= self._reserve:
+            return None
+        if self._fresh:
+            self._fresh -= 1
+            while True:
+                port = self._ports[self._at]
+                self._at = (self._at + 1) % len(self._ports)
+                if port not in self._skipped:
+                    break
+        elif free:
+            port = free.popleft()
+        else:
+            return None
+        self.used += 1
+        return port
+
+    def rest(self, port: int, until: float) -> None:
+        """Take *port* back, which `take` returned; it is free again at *until*."""
+        self.used -= 1
+        heapq.heappush(self._resting, (until, port))
+
+    def is_idle(self, now: float) -> bool:
+        """Return whether all ports are free, so that nothing has to be remembered."""
+        return not self.used and all(until <= now for until, _ in self._resting)
+
+
+def first_index(ports: Sequence[int], taken: Collection[int]) -> int:
+    """Return where to start in *ports*: as far as can be behind those in *taken*, as their owner may go on there."""
+    used = [index for index, port in enumerate(ports) if port in taken] if taken else []
+    if not used:
+        return random.randrange(len(ports)) if ports else 0  # noqa: S311 - no secret
+    gaps = [(after - before, before) for before, after in zip(used, [*used[1:], used[0] + len(ports)], strict=True)]
+    width, before = max(gaps)
+    return (before + (width + 1) // 2) % len(ports)
