@@ -1086,11 +1086,11 @@ def test_render_of_nothing_at_all_fails() -> None:
 # ---- what is no manifest at all
 
 
-def test_a_list_that_contains_itself_is_a_finding_and_hides_no_other() -> None:
+def test_a_document_that_contains_itself_is_a_finding_and_hides_no_other() -> None:
     found = findings("&l\nkind: List\nitems: [*l]\n---\n" + broken("clusterIP: 10.96.0.10", "clusterIP: 127.0.0.1"))
 
     assert [(finding["field"], finding["problem"].partition(", ")[0]) for finding in found] == [
-        ("kind", "a List inside of a List is not read"),
+        ("items", "what the anchor 'l' stands for contains itself"),
         ("spec.clusterIP", "'127.0.0.1' is a loopback address"),
     ]
 

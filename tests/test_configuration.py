@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import os
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +269,26 @@ def test_what_is_wrong_is_said_with_line_field_and_mend(tmp_path: Path, written:
 def test_what_is_no_kube_proxy_configuration_is_refused(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(StartError, match=said):
         read(tmp_path, text)
+
+
+@pytest.mark.parametrize("text", ["- " * 30_000, "[" * 30_000, "a: &a {<<: [*a]}", HEAD + "verbosity: !!bool x\n"])
+def test_a_configuration_over_a_bound_is_refused_with_its_line(tmp_path: Path, text: str) -> None:
+    (file := tmp_path / "config").write_text(text)
+
+    with pytest.raises(StartError, match=rf"{file}:\d: "):
+        read_configuration(file)
+
+
+def test_a_configuration_may_be_a_pipe_and_no_device(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    writer = threading.Thread(target=pipe.write_text, args=[HEAD + "clusterCIDR: 10.0.0.0/8\n"])
+    writer.start()
+    read = read_configuration(pipe)
+    writer.join()
+
+    assert "cluster_cidrs" in read.settings
+    with pytest.raises(StartError, match="not a regular file"):
+        read_configuration(Path("/dev/zero"))
 
 
 def test_a_configuration_may_be_json(tmp_path: Path) -> None:

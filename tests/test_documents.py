@@ -14,6 +14,7 @@ from userspace_proxy.model.names import NamespacedName
 from userspace_proxy.sources.documents import Manifest, Problem, duplicates, parse, split
 from userspace_proxy.sources.files import FileSource
 from userspace_proxy.sources.lines import Document, Place
+from userspace_proxy.sources.yaml_values import plain_value
 
 SERVICE = "kind: Service\nmetadata:\n  name: web\nspec:\n  ports:\n  - port: 80\n"
 
@@ -115,23 +116,97 @@ def test_a_list_inside_of_a_list_is_refused_and_harms_no_item_beside_it(inner: s
 
 
 LAUGHS = "\n".join(f"l{n}: &l{n} {{kind: List, items: [{', '.join([f'*l{n - 1}'] * 10)}]}}" for n in range(1, 10))
+MERGES = "m0: &m0 {a: b}\n" + "".join(f"m{n}: &m{n}\n  <<: [*m{n - 1}, *m{n - 1}]\n" for n in range(1, 60))
+SERVICES = "".join(f"- {{kind: Service, metadata: {{name: s{n}}}, spec: {{ports: *p}}}}\n" for n in range(300))
+PORTS = f"x: &x {{port: 80}}\np: &p [{', '.join(['*x'] * 3000)}]\nkind: List\nitems:\n{SERVICES}"
 
 
 @pytest.mark.parametrize("for_check", [True, False])
 @pytest.mark.parametrize(
-    ("text", "times"),
+    ("text", "line", "reason"),
     [
-        ("&l\napiVersion: v1\nkind: List\nitems: [*l]\n", 1),
-        (f"l0: &l0 {{kind: Pod, metadata: {{name: a}}}}\n{LAUGHS}\nkind: List\nitems: [*l9, *l9]\n", 2),
+        ("&l\napiVersion: v1\nkind: List\nitems: [*l]\n", 4, "contains itself"),
+        (SERVICE + "  labels: &m {a: *m}\n", 7, "contains itself"),
+        (f"l0: &l0 {{kind: Pod, metadata: {{name: a}}}}\n{LAUGHS}\nkind: List\nitems: [*l9]\n", 4, "far larger"),
+        (MERGES, 21, "far larger"),
+        (PORTS, 23, "far larger"),
+        ("- " * 30_000, 1, "nested more than 100 deep"),
+        ("- ? " * 15_000, 1, "a key is no text"),
+        ("a:\n- " + "- " * 500 + "b", 2, "nested more than 100 deep"),
+        ("".join(" " * n + "a:\n" for n in range(500)), 101, "nested more than 100 deep"),
+        ("".join(" " * n + f"a:\n{' ' * n}-\n" for n in range(200)), 101, "nested more than 100 deep"),
+        ('{"a":' * 5_000 + "1" + "}" * 5_000, 1, "nested more than 100 deep"),
+        ("kind: X\na: " + "!!seq [" * 5_000, 2, "nested more than 100 deep"),
+        ("%TAG !a! b\n" * 200 + "a: 1\n", 1, "lines that begin with '%'"),
     ],
 )
-def test_a_list_that_contains_itself_or_a_billion_objects_is_refused_at_once(
-    text: str, times: int, for_check: bool
+def test_a_document_over_a_bound_is_one_problem_at_its_place(
+    text: str, line: int, reason: str, for_check: bool
 ) -> None:
     manifests, problems = parse(Document("f", 1, text), for_check=for_check)
 
     assert not manifests
-    assert [problem.error.reason for problem in problems] == ["a List inside of a List is not read"] * times
+    assert [(problem.where, reason in problem.error.reason) for problem in problems] == [(f"f:{line}", True)]
+
+
+def test_aliases_and_merge_keys_within_the_bound_say_what_they_stand_for() -> None:
+    plain, _ = plain_value(
+        "a: &a {x: 1, y: 2}\nb: &b {y: 3, z: 4}\nc: {<<: [*a, *b], x: 5}\nd: {x: 6, <<: *a}\n"
+        "e: {<<: *a, <<: *b}\nf: {<<: {<<: *a, q: 7}}\n'<<': g\nh: [*a, *a]\n"
+    )
+
+    assert isinstance(plain, dict)
+    assert plain["c"] == {"x": 5, "y": 2, "z": 4}
+    assert plain["d"] == {"x": 6, "y": 2}
+    assert plain["e"] == {"x": 1, "y": 3, "z": 4}
+    assert plain["f"] == {"x": 1, "y": 2, "q": 7}
+    assert plain["<<"] == "g"
+    assert plain["h"] == [plain["a"], plain["a"]]
+
+
+def test_a_list_of_thousands_of_services_that_share_by_merge_keys_is_within_the_bound() -> None:
+    base = "apiVersion: v1\nkind: Service\nspec:\n  selector: {app: web}\n  ports:\n  - {name: http, port: 80}\n"
+    items = "".join(f"- <<: *base\n  metadata: {{name: s{n}}}\n" for n in range(3_000))
+    manifests, problems = parse(
+        Document("f", 1, f"x: &base\n  {base.replace(chr(10), chr(10) + '  ')}\nkind: List\nitems:\n{items}")
+    )
+
+    assert not problems
+    assert len(manifests) == 3_000
+
+
+@pytest.mark.parametrize(
+    "tagged",
+    [
+        *("!!bool x", "!!bool ''", "!!int x", "!!int '-'", "!!int 0b", "!!float _", "!!float ''", "!!null [a]"),
+        *("!!timestamp x", "!!timestamp 2024-13-45", "!!binary é", "!!merge x", "!!set {a}", "!!omap [a: 1]"),
+        *("!!pairs [a: 1]", "!!str [a]", "!!map [a]", "!!seq {a: b}", "!!value =", "!!python/name:os.system x", "!a b"),
+        *("9" * 5_000, "0x" + "f" * 5_000),
+    ],
+)
+def test_a_value_that_is_not_what_its_tag_says_is_a_mistake_in_its_line_and_no_bug(tagged: str) -> None:
+    problem = only_problem(f"kind: Service\nmetadata: {{name: a}}\nspec:\n  externalName: {tagged}\n")
+
+    assert problem.where == "f:4"
+    assert problem.error.field == "spec.externalName" or problem.error.field == "externalName"
+    assert "bug" not in problem.error.reason
+    assert len(str(problem)) < 300
+
+
+def test_of_a_list_without_any_object_the_first_hundred_items_are_named() -> None:
+    _, problems = parse(Document("f", 1, "kind: List\nitems: [" + "1, " * 5_000 + "]\n"))
+
+    assert len(problems) == 101
+    assert "more than 100 objects" in str(problems[-1])
+
+
+def test_a_long_or_unprintable_name_is_shown_shortened_in_one_line() -> None:
+    problem = only_problem(
+        'kind: Service\nmetadata: {name: a}\nspec: {type: [{"\\e[31m\\n\\u202e' + "x" * 5_000 + '": 1}]}\n'
+    )
+
+    assert len(str(problem)) < 2_000
+    assert str(problem).isprintable()
 
 
 def test_a_document_that_nobody_thought_of_is_a_problem_with_a_trace_and_stops_nobody(
@@ -299,7 +374,7 @@ def test_for_a_check_a_key_that_stands_twice_is_named_at_its_second_line() -> No
 
 @pytest.mark.parametrize("for_check", [True, False])
 def test_merge_keys_and_aliases_are_no_keys_that_stand_twice(for_check: bool) -> None:
-    text = "kind: X\nmetadata: &m {name: a, b: c}\nx:\n  <<: *m\n  <<: *m\n  b: d\ny: &y [*y, *m]\n"
+    text = "kind: X\nmetadata: &m {name: a, b: c}\nx:\n  <<: *m\n  <<: *m\n  b: d\ny: &y [*m, *m]\n"
     _, problems = parse(Document("f", 1, text), for_check=for_check)
 
     assert not problems

@@ -117,6 +117,35 @@ def test_whatever_is_logged_is_one_line_of_json(message: str) -> None:
     assert json.loads(text)["message"] == message
 
 
+HOSTILE = "a\nb\x1b[31m\x07\u202ec\u2028d\x9be"
+
+
+def test_text_of_others_stays_in_its_line_and_reaches_no_terminal() -> None:
+    text = TextFormatter().format(log_record("%s is gone", HOSTILE))
+    as_json = JsonFormatter().format(log_record("%s is gone", HOSTILE))
+
+    assert text.isprintable()
+    assert text.endswith(r"a\nb\x1b[31m\x07\u202ec\u2028d\x9be is gone")
+    assert as_json.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://user:secret@10.0.0.1:6443/x", "https://***@10.0.0.1:6443/x"),
+        ("https://user:se@cret@host", "https://***@host"),
+        ("https://10.0.0.1:6443/a@b", "https://10.0.0.1:6443/a@b"),
+    ],
+)
+def test_a_password_in_a_url_is_not_logged(url: str, shown: str) -> None:
+    assert TextFormatter().format(log_record("following %s", url)).endswith(f"following {shown}")
+    assert json.loads(JsonFormatter().format(log_record("following %s", url)))["message"] == f"following {shown}"
+
+
+def test_a_long_message_is_shortened() -> None:
+    assert len(TextFormatter().format(log_record("%s", "x" * 100_000))) < 9_000
+
+
 def test_a_line_of_text_says_when_how_bad_and_what() -> None:
     assert re.fullmatch(r"\d\d:\d\d:\d\d\.\d{3} WARNING 1 of 2", TextFormatter().format(log_record("%d of %d", 1, 2)))
 

@@ -30,6 +30,7 @@ from userspace_proxy.options.rules import (
 )
 from userspace_proxy.options.run import RUN_OPTIONS, settings_from
 from userspace_proxy.options.sources import CLUSTER_IPS, LOAD_BALANCER_POOL, PATHS, SOURCE_IP, SOURCES
+from userspace_proxy.printable import printable
 from userspace_proxy.settings import Settings
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def check(paths: tuple[str, ...], *, with_contract: bool, as_json: bool) -> None
         _show(findings)
     else:
         for line in (*fields, *findings):
-            click.echo(line)
+            click.echo(printable(str(line)))
     if findings:
         sys.exit(1)
     if not manifests:
@@ -123,11 +124,11 @@ def _show(findings: Sequence[Finding]) -> None:
     for finding in findings:
         is_named = not finding.object or finding.problem.startswith(finding.object)
         said = finding.problem if is_named else f"{finding.object}: {finding.problem}"
-        place = Text(finding.where, "bold")
-        console.print(place.append(f"  {finding.field}", "cyan") if finding.field else place)
-        console.print(Text("  ").append(said, "red"))
+        place = Text(printable(finding.where), "bold")
+        console.print(place.append(f"  {printable(finding.field)}", "cyan") if finding.field else place)
+        console.print(Text("  ").append(printable(said), "red"))
         if finding.mend:
-            console.print(Text("  ").append(finding.mend, "dim"))
+            console.print(Text("  ").append(printable(finding.mend), "dim"))
     if findings:
         files = _count(len({finding.file for finding in findings}), "file")
         console.print(Text(f"{_count(len(findings), 'problem')} in {files}", "bold"))
@@ -150,8 +151,10 @@ def _show_contract(fields: Sequence[Answer]) -> None:
         table.add_column(overflow="fold")
         for answer in group:
             colour = _COLOURS[answer.treatment]
-            table.add_row(Text(answer.field, "cyan"), Text(answer.treatment, colour), Text(answer.how, "dim"))
-        console.print(Text.assemble((thing, "bold"), (f"  {file}", "dim")), table, "", sep="\n")
+            table.add_row(
+                Text(printable(answer.field), "cyan"), Text(answer.treatment, colour), Text(answer.how, "dim")
+            )
+        console.print(Text.assemble((printable(thing), "bold"), (f"  {printable(file)}", "dim")), table, "", sep="\n")
 
 
 def _count(number: int, thing: str) -> str:

@@ -22,6 +22,7 @@ from userspace_proxy.errors import ConfigError, StartError
 from userspace_proxy.model.service import IPVS_SCHEDULERS
 from userspace_proxy.sources.documents import split
 from userspace_proxy.sources.lines import Lines, Place
+from userspace_proxy.sources.paths import UNREADABLE, is_stream, read, read_stream
 from userspace_proxy.sources.yaml_faults import describe, keys_that_stand_twice
 from userspace_proxy.sources.yaml_values import plain_value
 
@@ -163,8 +164,8 @@ def read_configuration(path: Path) -> Configuration:
         StartError: it cannot be read, or is no KubeProxyConfiguration; names the line, the field and what to write.
     """
     try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_stream(str(path)) if is_stream(str(path)) else read(str(path))
+    except UNREADABLE as error:
         raise StartError(f"--config {path}: {getattr(error, 'strerror', None) or error}") from None
     documents = list(split(str(path), text))
     if len(documents) != 1:
@@ -176,8 +177,6 @@ def read_configuration(path: Path) -> Configuration:
     except yaml.YAMLError as error:
         line, said = describe(document.text, error)
         raise StartError(f"{path}:{document.line + line}: {said}") from None
-    except (ValueError, RecursionError) as error:
-        raise StartError(f"{path}: cannot be read as YAML: {error}") from None
     for line, said in twice:
         raise StartError(f"{path}:{document.line + line}: {said}")
     try:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from userspace_proxy.printable import printable
+
+# Of a name, a value or a tool's answer, so much is shown.
+_SHOWN_MAX = 1_000
+
 
 class ConfigError(Exception):
     """Something a user wrote is wrong: says what, in which field, and how to mend it.
@@ -12,12 +17,12 @@ class ConfigError(Exception):
 
     def __init__(self, reason: str, *, field: str = "", mend: str = "") -> None:
         super().__init__(reason)
-        self.reason = reason
+        self.reason = printable(reason, _SHOWN_MAX)
         self.field = field
-        self.mend = mend
+        self.mend = printable(mend, _SHOWN_MAX)
 
     def __str__(self) -> str:
-        said = f"{self.field}: {self.reason}" if self.field else self.reason
+        said = f"{printable(self.field, _SHOWN_MAX)}: {self.reason}" if self.field else self.reason
         return f"{said}; {self.mend}" if self.mend else said
 
 

@@ -24,6 +24,7 @@ import msgspec
 
 from userspace_proxy.interfaces import AccessRecord
 from userspace_proxy.model.endpoint import join_address
+from userspace_proxy.printable import brief, printable
 
 log = logging.getLogger(__name__)
 
@@ -188,6 +189,8 @@ class _TextToWriter(io.RawIOBase):
 
     def isatty(self) -> bool:
         return os.isatty(_STDERR)
+# Characters of one message that are logged.
+_LINE_MAX = 8_000
 
 
 class JsonFormatter(logging.Formatter):
@@ -196,18 +199,22 @@ class JsonFormatter(logging.Formatter):
             "time": _utc(record.created),
             "level": record.levelname.lower(),
             "logger": record.name.removeprefix("userspace_proxy."),
-            "message": record.getMessage(),
+            "message": brief(record.getMessage(), _LINE_MAX),
         }
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
+            line["exception"] = brief(self.formatException(record.exc_info))
         return _json(line)
 
 
 class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        said = f"{clock}.{int(record.msecs):03d} {record.levelname:7} {record.getMessage()}"
-        return f"{said}\n{self.formatException(record.exc_info)}" if record.exc_info else said
+        said = f"{clock}.{int(record.msecs):03d} {record.levelname:7} {printable(record.getMessage(), _LINE_MAX)}"
+        return f"{said}\n{_printable_lines(self.formatException(record.exc_info))}" if record.exc_info else said
+
+
+def _printable_lines(traceback: str) -> str:
+    return "\n".join(printable(line, _LINE_MAX) for line in traceback.split("\n"))
 
 
 _stderr: LineWriter | None = None
@@ -372,9 +379,10 @@ def _as_json(record: AccessRecord) -> str:
 
 def _json(line: Mapping[str, object]) -> str:
     try:
-        return msgspec.json.encode(line).decode()
+        text = msgspec.json.encode(line).decode()
     except UnicodeEncodeError:  # a file name that is not UTF-8
         return json.dumps(line)
+    return text if text.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
 def _utc(at: float) -> str:

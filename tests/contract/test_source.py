@@ -230,6 +230,51 @@ async def test_stdin_that_is_no_text_is_reported_and_stops_no_file(tmp_path: Pat
         assert list(told.source.problems) == ["stdin:2"]
 
 
+async def test_a_large_file_is_read_beside_the_event_loop(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("".join(service(f"s{number}") for number in range(3_000)))
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0.005)
+            ticks += 1
+
+    ticking = asyncio.create_task(tick())
+    async with following(tmp_path) as told:
+        ticking.cancel()
+        assert len(told.ports) == 3_000
+        assert ticks > 3
+
+
+async def test_who_is_stopped_while_a_file_is_read_is_told_all_the_next_time(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("".join(service(f"s{number}") for number in range(1_000)))
+    source = FileSource([str(tmp_path)])
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(anext(source.events()), 0.01)
+
+    async with following(source=source) as told:
+        assert len(told.ports) == 1_000
+
+
+async def test_a_document_over_a_bound_harms_no_other(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(service("a") + "---\n" + "- " * 30_000 + "\n" + service("b"))
+
+    async with following(tmp_path) as told:
+        assert sorted(told.ports) == ["a", "b"]
+        assert len(told.source.problems) == 1
+
+
+async def test_a_file_of_too_many_documents_is_refused_as_a_whole(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("---\na\n" * 100_001)
+    (tmp_path / "b.yaml").write_text(service("b"))
+
+    async with following(tmp_path) as told:
+        assert list(told.ports) == ["b"]
+        (problem,) = told.source.problems.values()
+        assert "more than 100000 documents" in problem
+
+
 async def test_a_pipe_that_is_named_at_the_start_is_read_once(tmp_path: Path) -> None:
     """As a shell makes one of ``run <(command)``."""
     pipe = tmp_path / "pipe"

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import os
 import random
 import ssl
 import stat
@@ -387,6 +388,38 @@ async def test_a_kubeconfig_that_makes_no_sense_is_refused_at_once(tmp_path: Pat
 
     with pytest.raises(StartError, match=r"--kubeconfig .*no login: "):
         await ApiTransport(file).open()
+
+
+@pytest.mark.parametrize("text", ["- " * 30_000, "[" * 30_000, "a: &a {<<: [*a]}", "a: !!bool x"])
+async def test_a_kubeconfig_over_a_bound_is_refused_at_once(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "kubeconfig"
+    file.write_text(text)
+
+    with pytest.raises(StartError, match=r"no login: line 1: "):
+        await ApiTransport(file).open()
+
+
+@pytest.mark.parametrize("field", ["certificate-authority", "client-certificate", "client-key", "tokenFile"])
+async def test_a_kubeconfig_that_names_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, field: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    plain = json.loads(kubeconfig(tmp_path, "https://127.0.0.1:1").read_text())
+    plain["clusters"][0]["cluster"][field] = plain["users"][0]["user"][field] = "pipe"
+    (tmp_path / "kubeconfig").write_text(json.dumps(plain))
+
+    with pytest.raises(StartError, match="'pipe' is not a regular file"):
+        await ApiTransport(tmp_path / "kubeconfig").open()
+
+
+@pytest.mark.parametrize("server", ["http://user:secret@127.0.0.1:1", "http://user:sec/ret@127.0.0.1:1"])
+async def test_a_password_in_the_url_of_a_server_is_shown_nowhere(tmp_path: Path, server: str) -> None:
+    transport = ApiTransport(kubeconfig(tmp_path, server))
+    try:
+        said = await transport.open()
+    except StartError as error:
+        said = str(error)
+    await transport.close()
+
+    assert "ret" not in said
 
 
 async def test_a_kubeconfig_that_is_not_there_is_refused_at_once(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from userspace_proxy import values
+from userspace_proxy.printable import printable
 from userspace_proxy.settings import Settings
 
 DEFAULTS = Settings()
@@ -16,7 +17,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def fail(message: object) -> NoReturn:
-    click.echo(f"userspace-proxy: {message}", err=True)
+    click.echo(f"userspace-proxy: {printable(str(message))}", err=True)
     sys.exit(1)
 
 

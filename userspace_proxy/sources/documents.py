@@ -28,6 +28,8 @@ _CLUSTER_WIDE = {"Node"}
 _TYPE_ERRORS_MAX = 50
 # The port that a pair as Docker writes it (80:8080) gives to clients.
 _PORT_PAIR = re.compile(r"(\d{1,5}):\d{1,5}")
+# So many objects of one document that cannot be read are shown one by one.
+_PROBLEMS_MAX = 100
 # So many duplicates between two files are shown one by one; more are a copy of the file.
 _DUPLICATES_MAX = 10
 
@@ -114,27 +116,32 @@ def _parse(document: Document, *, for_check: bool) -> tuple[list[Manifest], list
     except yaml.YAMLError as error:
         line, readable = describe(document.text, error)
         return [], [Problem(document.path, document.line + line, readable)]
-    except (ValueError, RecursionError) as error:
-        return [], [Problem(document.path, document.line, ConfigError(f"cannot be read as YAML: {error}"))]
     if begins and for_check:
         return _parse_pieces(document, begins)
     manifests: list[Manifest] = []
-    problems = []
+    problems: list[Problem] = []
+    lines = Lines()
     for place, item in _items(document, plain) if plain is not None else ():
         try:
             manifests.append(_manifest(place, item, for_check=for_check))
         except ConfigError as error:
-            problems.append(Problem(document.path, Lines().line_of(place, error.field), error))
+            if len(problems) == _PROBLEMS_MAX:
+                said = ConfigError(f"more than {_PROBLEMS_MAX} objects of this document cannot be read")
+                problems.append(Problem(document.path, document.line, said))
+            elif len(problems) < _PROBLEMS_MAX:
+                problems.append(Problem(document.path, lines.line_of(place, error.field), error))
     owner = str(manifests[0]) if len(manifests) == 1 else ""
-    problems += [Problem(document.path, document.line + line, new_object_error()) for line in begins]
-    problems += [Problem(document.path, document.line + line, error, owner, hides=False) for line, error in twice]
+    problems += [Problem(document.path, document.line + line, new_object_error()) for line in begins[:_PROBLEMS_MAX]]
+    problems += [
+        Problem(document.path, document.line + line, error, owner, hides=False) for line, error in twice[:_PROBLEMS_MAX]
+    ]
     return manifests, problems
 
 
 def _parse_pieces(document: Document, begins: list[int]) -> tuple[list[Manifest], list[Problem]]:
     """Return what *document* were if a separator stood before each line of *begins*, and that none does."""
     manifests: list[Manifest] = []
-    problems = [Problem(document.path, document.line + line, new_object_error()) for line in begins]
+    problems = [Problem(document.path, document.line + line, new_object_error()) for line in begins[:_PROBLEMS_MAX]]
     for piece in document.cut(begins):
         found, wrong = parse(piece, for_check=True)
         manifests += found
@@ -161,10 +168,11 @@ def _items(document: Document, plain: Any) -> Iterator[tuple[Place, object]]:
 
 def _manifest(place: Place, plain: object, *, for_check: bool) -> Manifest:
     if not isinstance(plain, dict):
-        raise html_error(place.document.text) or ConfigError(
+        html = html_error(place.document.text) if not place.prefix else None
+        raise html or ConfigError(
             "this is no Kubernetes object", mend="it must be a mapping with apiVersion, kind and metadata"
         )
-    if _is_list(plain):  # no tool writes one, and by anchors it may contain itself, or a million objects in a few lines
+    if _is_list(plain):  # no tool writes one
         raise ConfigError(
             "a List inside of a List is not read", field="kind", mend="write its items into the outer one"
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +26,9 @@ from userspace_proxy.sources.paths import (
     expand,
     is_stream,
     read,
+    read_stdin,
     read_stream,
+    run_in_thread,
     shown,
     unreadable,
     watched_folders,
@@ -37,6 +38,8 @@ from userspace_proxy.sources.paths import (
 _SETTLE_MS = 25
 _LOOK_AGAIN_MS = 1_000
 _BATCH = 2_000
+# Of what is newly wrong at one look, and of what is well again, so many lines are logged.
+_LOGGED_MAX = 100
 
 ObjectKey = tuple[str, NamespacedName]
 
@@ -100,6 +103,7 @@ class FileSource:
         self._problems: dict[str, str] = {}
         self._faults: list[str] = []
         self._skipped_kinds: set[str] = set()
+        self._reading: asyncio.Future[list[ObjectEvent]] | None = None
         self._streams: dict[str, asyncio.Future[str | Exception]] = {}
         for path in self._paths:
             check_path(path)
@@ -120,10 +124,8 @@ class FileSource:
         try:
             await asyncio.sleep(0)  # the watch stands before the first look, so that nothing falls between
             await self._read_streams()
-            first = self._read()
-            for start in range(0, len(first), _BATCH):
-                yield first[start : start + _BATCH]
-                await asyncio.sleep(0)
+            async for batch in self._read_in_batches():
+                yield batch
             yield [ObjectEvent(EventType.SYNCED)]
             while True:
                 await changed.wait()
@@ -131,8 +133,8 @@ class FileSource:
                 if watch.done():
                     cause = None if watch.cancelled() else watch.exception()
                     raise RuntimeError("the files are watched no more") from cause
-                if events := self._read():
-                    yield events
+                async for batch in self._read_in_batches():
+                    yield batch
         finally:
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
@@ -178,6 +180,17 @@ class FileSource:
             await asyncio.wait(self._streams.values())
 
     # ---- reading
+
+    async def _read_in_batches(self) -> AsyncGenerator[Sequence[ObjectEvent]]:
+        """Read what has changed, in a thread: a large file takes seconds, in which signals and probes are heeded."""
+        if self._reading is None:
+            self._reading = run_in_thread("read files", self._read)
+        await asyncio.wait([self._reading])  # whoever is stopped meanwhile takes what was read the next time
+        reading, self._reading = self._reading, None
+        events = reading.result()
+        for start in range(0, len(events), _BATCH):
+            yield events[start : start + _BATCH]
+            await asyncio.sleep(0)
 
     def _read(self) -> list[ObjectEvent]:
         """Read what has changed; return the events that follow from it."""
@@ -334,11 +347,13 @@ class FileSource:
         """Log what is newly wrong and what is well again; keep the rest for health and metrics."""
         latest = {problem.where: problem for problem in problems}
         now = {where: str(problem) for where, problem in latest.items()}
-        for where, said in now.items():
-            if self._problems.get(where) != said:
-                kept = "; the last good version, if there was one, goes on serving" if latest[where].hides else ""
-                log.error("%s%s", said, kept)
-        for where in self._problems.keys() - now.keys():
+        news = [where for where, said in now.items() if self._problems.get(where) != said]
+        for where in news[:_LOGGED_MAX]:
+            kept = "; the last good version, if there was one, goes on serving" if latest[where].hides else ""
+            log.error("%s%s", now[where], kept)
+        if (more := len(news) - _LOGGED_MAX) > 0:
+            log.error("%d more problems; 'check' shows all", more)
+        for where in list(self._problems.keys() - now.keys())[:_LOGGED_MAX]:
             path = where.rpartition(":")[0] if where not in self._files else where
             log.info("%s: %s", where, "well again" if path in self._files else "no longer there")
         self._problems = now
@@ -404,7 +419,7 @@ def read_once(paths: Sequence[str], *, for_check: bool = True) -> tuple[list[Man
 
 def _text(name: str) -> str:
     if name == STDIN:
-        return sys.stdin.read()
+        return read_stdin()
     return read_stream(name) if is_stream(name) else read(name)
 
 

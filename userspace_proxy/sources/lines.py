@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from itertools import accumulate
 
 import yaml
 
 from userspace_proxy import api
 from userspace_proxy.sources.yaml_faults import describe
-from userspace_proxy.sources.yaml_values import compose
+from userspace_proxy.sources.yaml_values import Node, compose
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Document:
         rows = self.text.splitlines(keepends=True)
         starts = [0, *lines]
         texts = ["".join(rows[a:b]) for a, b in zip(starts, [*lines, len(rows)], strict=True)]
-        offsets = [self.start + sum(map(len, rows[:start])) for start in starts]
+        offsets = accumulate(map(len, texts[:-1]), initial=self.start)
         return [
             Document(self.path, self.line + start, text, offset)
             for start, text, offset in zip(starts, texts, offsets, strict=True)
@@ -65,7 +65,7 @@ class Lines:
             node = self._tree(document)
         except yaml.YAMLError as error:
             return document.line + describe(document.text, error)[0]
-        line = node.start_mark.line if node is not None else 0
+        line = node.line if node is not None else 0
         for step in api.steps(place.prefix + field):
             found = _child(node, step)
             if found is None:
@@ -74,17 +74,14 @@ class Lines:
         return document.line + line
 
 
-def _tree(document: Document) -> Any:
+def _tree(document: Document) -> Node | None:
     return compose(document.text)
 
 
-def _child(node: Any, step: int | str) -> tuple[int, Any] | None:
+def _child(node: Node | None, step: int | str) -> tuple[int, Node] | None:
     """Return the line at which *step* below *node* starts, and its node."""
-    if isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
-        item = node.value[step]
-        return item.start_mark.line, item
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            if key.value == str(step):
-                return key.start_mark.line, value
+    if node is not None and node.items is not None and isinstance(step, int) and step < len(node.items):
+        return node.items[step].line, node.items[step]
+    if node is not None and (pair := node.pair(str(step))) is not None:
+        return pair[0].line, pair[1]
     return None

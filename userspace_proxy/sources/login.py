@@ -12,13 +12,20 @@ import logging
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import yaml
+import yarl
 
 from userspace_proxy.errors import StartError
+from userspace_proxy.printable import printable
+from userspace_proxy.sources.paths import UNREADABLE, read, run_in_thread
 from userspace_proxy.sources.transport import Response
+from userspace_proxy.sources.yaml_faults import describe
+from userspace_proxy.sources.yaml_values import plain_value
 
 # A peer that is gone without a word is noticed after half a minute; the reflector notices one that only says nothing.
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
@@ -26,6 +33,9 @@ _USER_TIMEOUT_MS = 30_000
 # The reflector has its own idea of how long an answer may take, and a watch has no end.
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10.0)
 _WRITE_TIMEOUT = aiohttp.ClientTimeout(total=10.0)
+
+# Fields of a kubeconfig that name files.
+_FILES = ("certificate-authority", "client-certificate", "client-key", "tokenFile")
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +92,7 @@ class ApiTransport:
             session = await self._now()
         except OSError as error:
             raise StartError(f"{where}: {error}") from None
-        return str(session.configuration.host)
+        return printable(str(session.configuration.host))
 
     async def close(self) -> None:
         if self._session is not None:
@@ -165,15 +175,50 @@ class ApiTransport:
         from kubernetes_asyncio.config import load_incluster_config, load_kube_config
 
         configuration = Configuration()
+        if self._kubeconfig is not None:
+            await run_in_thread("read kubeconfig", partial(_refuse_unreadable, self._kubeconfig))
         try:
             if self._kubeconfig is None:
                 load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
             else:
                 await load_kube_config(str(self._kubeconfig), client_configuration=configuration, persist_config=False)
+            for url in (configuration.host, configuration.proxy):
+                _refuse_broken_url(url)
             return _Session(configuration, RESTClientObject(configuration))
         except Exception as error:
             # Files and plugins of others fail in every way, AssertionError and TypeError among them.
             raise ConnectionError(f"no login: {error or type(error).__name__}") from error
+
+
+def _refuse_unreadable(kubeconfig: Path) -> None:
+    """Raise ConnectionError if reading *kubeconfig*, or a file that it names, might not end.
+
+    The library that logs in reads it again, without any bound and with a parser that recurses.
+    """
+    try:
+        text = read(str(kubeconfig))
+        plain, _ = plain_value(text)
+    except yaml.YAMLError as error:
+        line, said = describe(text, error)
+        raise ConnectionError(f"no login: line {line + 1}: {said}") from None
+    except UNREADABLE as error:
+        raise ConnectionError(f"no login: {getattr(error, 'strerror', None) or error}") from None
+    for kind, entry in (("clusters", "cluster"), ("users", "user")):
+        listed = plain.get(kind) if isinstance(plain, dict) else None
+        for item in listed if isinstance(listed, list) else ():
+            named = item.get(entry) if isinstance(item, dict) else None
+            for field in _FILES:
+                path = named.get(field) if isinstance(named, dict) else None
+                if isinstance(path, str) and (file := kubeconfig.parent / path).exists() and not file.is_file():
+                    raise ConnectionError(f"no login: {field} {path!r} is not a regular file")
+
+
+def _refuse_broken_url(url: str | None) -> None:
+    """Raise ConnectionError for a URL that cannot be read; the library would say it with any password in it."""
+    try:
+        yarl.URL(url or "").port  # noqa: B018 - read only when it is asked for
+    except ValueError:
+        raise ConnectionError("the URL of the server or its proxy cannot be read") from None
 
 
 def _watch_peer(answer: aiohttp.ClientResponse) -> None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import stat
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 from userspace_proxy.errors import ConfigError, StartError
 from userspace_proxy.sources.documents import Problem
@@ -24,7 +26,10 @@ _ENDINGS = (".yaml", ".yml", ".json")
 _FOLDERS_SHOWN = 3
 # 10,000 Services with their slices are 6 MB; what is so much larger is something else.
 _SIZE_MAX_BYTES = 256 * 1024 * 1024
+# 10,000 Services with their slices are 20,000.
+_DOCUMENTS_MAX = 100_000
 _CHUNK_BYTES = 1024 * 1024
+_Result = TypeVar("_Result")
 UNREADABLE = (OSError, UnicodeDecodeError, ConfigError)
 
 log = logging.getLogger(__name__)
@@ -113,7 +118,7 @@ def read(path: str) -> str:
     # Not to wait at one that was put in its place meanwhile, either.
     with open(path, encoding="utf-8-sig", opener=_open_without_waiting) as file:
         _refuse_what_never_ends(os.fstat(file.fileno()))
-        return file.read()
+        return _accepted(file.read())
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
@@ -125,6 +130,13 @@ def _refuse_what_never_ends(found: os.stat_result) -> None:
         raise ConfigError("cannot be read: not a regular file", mend="put a file in its place")
     if found.st_size > _SIZE_MAX_BYTES:
         raise _too_large()
+
+
+def _accepted(text: str) -> str:
+    if text.count("\n---") >= _DOCUMENTS_MAX:
+        said = f"cannot be read: it holds more than {_DOCUMENTS_MAX} documents"
+        raise ConfigError(said, mend="split it into several files")
+    return text
 
 
 def _too_large() -> ConfigError:
@@ -149,26 +161,54 @@ def read_stream(path: str) -> str:
             size += len(chunk)
             if size > _SIZE_MAX_BYTES:
                 raise _too_large()
-    return b"".join(chunks).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    return _accepted(b"".join(chunks).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def read_stdin() -> str:
+    """Return all of stdin, at once, by way of its buffer.
+
+    Raises:
+        OSError, UnicodeDecodeError, ConfigError: it cannot be read, is no text, or is too much.
+    """
+    text = sys.stdin.read(_SIZE_MAX_BYTES + 1)
+    if len(text) > _SIZE_MAX_BYTES:
+        raise _too_large()
+    return _accepted(text)
+
+
+def run_in_thread(name: str, work: Callable[[], _Result]) -> asyncio.Future[_Result]:
+    """Return what *work* will return or raise, without holding up the event loop, or our end."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[_Result] = loop.create_future()
+
+    def run() -> None:
+        try:
+            settle = functools.partial(_settle, future.set_result, work())
+        except Exception as error:  # noqa: BLE001 - raised where the future is asked
+            settle = functools.partial(_settle, future.set_exception, error)
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            loop.call_soon_threadsafe(settle)
+
+    # A thread of its own, because one of a pool is waited for at the end.
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future
+
+
+def _settle(how: Callable[[Any], None], outcome: object) -> None:
+    with contextlib.suppress(asyncio.InvalidStateError):  # it was cancelled
+        how(outcome)
 
 
 def begin_to_read_stream(path: str) -> asyncio.Future[str | Exception]:
-    """Return what `read_stream` will return or raise, without holding up the event loop, or our end."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[str | Exception] = loop.create_future()
+    """Return what `read_stream` will return or raise."""
 
-    def work() -> None:
-        outcome: str | Exception
+    def work() -> str | Exception:
         try:
-            outcome = read_stream(path)
+            return read_stream(path)
         except Exception as error:  # noqa: BLE001 - raised where the future is asked
-            outcome = error
-        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
-            loop.call_soon_threadsafe(future.set_result, outcome)
+            return error
 
-    # A thread of its own, because one of a pool is waited for at the end.
-    threading.Thread(target=work, name=f"read {shown(path)}", daemon=True).start()
-    return future
+    return run_in_thread(f"read {shown(path)}", work)
 
 
 def unreadable(path: str, error: OSError | UnicodeDecodeError | ConfigError) -> Problem:

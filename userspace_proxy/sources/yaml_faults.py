@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import yaml
 
 from userspace_proxy import api
 from userspace_proxy.errors import ConfigError
-from userspace_proxy.sources.yaml_values import MERGE, compose
+from userspace_proxy.sources.yaml_values import Node, UnreadableValue, compose
 
 # What a page that shows code puts around and into it; a placeholder such as <name> is none of these.
 _TAG = re.compile(r"</?(html|head|body|div|span|p|br|pre|code|a|table|t[rdh]|li|ul)(\s[^>]*)?/?>", re.IGNORECASE)
 _KEY = re.compile(r"\s*(?:- +)*([\w./-]+):(\s|$)")
+# Of a line, so much is looked at to say what is wrong in it.
+_ROW_MAX = 1_000
 _NUMERIC_FIELDS = ("port", "targetPort", "nodePort", "containerPort", "timeoutSeconds")
 
 
@@ -23,7 +24,7 @@ _NUMERIC_FIELDS = ("port", "targetPort", "nodePort", "containerPort", "timeoutSe
 
 def describe(text: str, error: yaml.YAMLError) -> tuple[int, ConfigError]:
     """Return in which line of *text* the mistake behind *error* stands, and what it is."""
-    rows = text.splitlines()
+    rows = [row[:_ROW_MAX] for row in text.splitlines()]
     line = min(line_of(text, error), max(len(rows) - 1, 0))
     row = rows[line] if rows else ""
     if html := html_error(text, row):
@@ -37,6 +38,8 @@ def describe(text: str, error: yaml.YAMLError) -> tuple[int, ConfigError]:
     if "{{" in row:
         mend = "render it first, with 'helm template' for a chart"
         return line, ConfigError("this is a template, not a manifest", field=field, mend=mend)
+    if isinstance(error, UnreadableValue):
+        return line, ConfigError(str(error.problem), field=field, mend=error.mend)
     if (opened := _unclosed_quote(rows, error)) is not None:
         return opened, ConfigError("the quote is never closed", field=_field(rows[opened]), mend="close it in its line")
     if sign := _special_sign(row, error):
@@ -145,40 +148,37 @@ def new_object_error() -> ConfigError:
     return ConfigError("a new object begins here", mend="put '---' on a line before it")
 
 
-def _lines_of_new_objects(root: Any) -> list[int]:
-    if not isinstance(root, yaml.MappingNode) or root.flow_style:
+def _lines_of_new_objects(root: Node | None) -> list[int]:
+    if root is None or root.pairs is None or root.is_flow:
         return []
     lines = []
     seen: set[str] = set()
-    for key, _ in root.value:
-        if key.value in ("apiVersion", "kind") and key.value in seen and "metadata" in seen:
-            lines.append(key.start_mark.line)
+    for key, _ in root.pairs:
+        if key.text in ("apiVersion", "kind") and key.text in seen and "metadata" in seen:
+            lines.append(key.line)
             seen = set()
-        seen.add(key.value)
+        seen.add(key.text or "")
     return lines
 
 
-def _repeated_keys(root: Any) -> Iterator[tuple[int, ConfigError]]:
+def _repeated_keys(root: Node | None) -> Iterator[tuple[int, ConfigError]]:
     visited: set[int] = set()  # an alias stands for a node that was looked at
     waiting = [(root, "")]
     while waiting:
         node, field = waiting.pop()
-        if not isinstance(node, yaml.CollectionNode) or id(node) in visited:
+        if node is None or id(node) in visited:
             continue
         visited.add(id(node))
-        if isinstance(node, yaml.SequenceNode):
-            waiting += [(item, f"{field}[{index}]") for index, item in enumerate(node.value)]
-            continue
-        firsts: dict[str, Any] = {}
-        for key, value in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            here = api.below(field, key.value)
-            first = firsts.setdefault(key.value, key)
-            if first is not key and key.tag != MERGE:
-                above = key.start_mark.line - first.start_mark.line
+        waiting += [(item, f"{field}[{index}]") for index, item in enumerate(node.items or ())]
+        firsts: dict[str, Node] = {}
+        for key, value in node.pairs or ():
+            assert key.text is not None, "a document with other keys cannot be read"
+            here = api.below(field, key.text)
+            first = firsts.setdefault(key.text, key)
+            if first is not key and not key.is_merge:
+                above = key.line - first.line
                 lines = "line" if above == 1 else "lines"
-                said = f"{key.value!r} stands twice, {above} {lines} apart, and only this one counts"
-                mend = "join the two" if isinstance(value, yaml.CollectionNode) else "remove one of them"
-                yield key.start_mark.line, ConfigError(said, field=here, mend=mend)
+                said = f"{key.text!r} stands twice, {above} {lines} apart, and only this one counts"
+                mend = "join the two" if value.text is None else "remove one of them"
+                yield key.line, ConfigError(said, field=here, mend=mend)
             waiting.append((value, here))

@@ -1,0 +1,35 @@
+"""Outside text made safe to print: one line, no escape sequences, no password in a URL. Pure."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+# Control and format characters (escape sequences, direction marks), surrogates, line and paragraph separators.
+_UNPRINTABLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+_USER_INFO = re.compile(r"(?<=://)[^/\s'\"]*@")
+_SHORTENED = "... ({} characters)"
+
+
+def brief(text: str, most: int = 0) -> str:
+    """Return *text* with stars for a URL's user and password, and at most *most* characters of it; 0: all."""
+    if "@" in text:
+        text = _USER_INFO.sub("***@", text)
+    return text[:most] + _SHORTENED.format(len(text)) if most and len(text) > most else text
+
+
+def printable(text: str, most: int = 0) -> str:
+    """Return *text* with what could not be printed in one line escaped as in Python (``\\n``, ``\\x1b``, ``\\u202e``).
+
+    It is `brief`, too.
+    """
+    text = brief(text, most)
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(map(_escaped, text))
+
+
+def _escaped(character: str) -> str:
+    if character.isprintable() or unicodedata.category(character) not in _UNPRINTABLE:
+        return character
+    return character.encode("unicode_escape").decode()
