@@ -189,8 +189,10 @@ class _TextToWriter(io.RawIOBase):
 
     def isatty(self) -> bool:
         return os.isatty(_STDERR)
+
+
 # Characters of one message that are logged.
-_LINE_MAX = 8_000
+_LINE_MAX = 4_000
 
 
 class JsonFormatter(logging.Formatter):
