@@ -37,12 +37,19 @@ def service(
     labels: Mapping[str, str] | None = None,
     annotations: Mapping[str, str] | None = None,
     namespace: str | None = None,
+    created: str | None = None,
     ingress: Iterable[Mapping[str, Any]] | None = None,
     **spec: Any,
 ) -> api.Service:
     """Return a Service with one port 80, unless *spec* says otherwise; *ingress*: what its load balancer has."""
     plain = {
-        "metadata": {"name": name, "namespace": namespace, "labels": labels, "annotations": annotations},
+        "metadata": {
+            "name": name,
+            "namespace": namespace,
+            "labels": labels,
+            "annotations": annotations,
+            "creationTimestamp": created,
+        },
         "spec": {"ports": HTTP, **spec},
         "status": None if ingress is None else {"loadBalancer": {"ingress": list(ingress)}},
     }

@@ -50,6 +50,7 @@ def test_saving_replaces_what_was_there_and_leaves_nothing_else(tmp_path: Path) 
         b'{"nodePorts": {"default/web/TCP": "30080"}}',
         b'{"proxyPorts": {"default/web:/TCP": "12345"}}',
         b'{"proxyPorts": {"default/web:/TCP": 1.5}}',
+        b'{"externalPortals": {"203.0.113.8:80/TCP": 7}}',
     ],
 )
 def test_nonsense_in_the_file_is_named_and_costs_only_the_memory(

@@ -324,6 +324,29 @@ def test_a_service_that_is_not_served_as_it_is_written_is_told_so_and_served_as_
     assert cluster.proxy.stop() == 0
 
 
+def test_of_two_services_with_one_external_ip_the_newer_one_is_told(cluster: Cluster, world: ServiceLab) -> None:
+    for name, ip, pod, created in (
+        ("a-newer", "10.96.7.8", POD2, "2026-02-01"),
+        ("older", "10.96.7.9", POD1, "2026-01-01"),
+    ):
+        cluster.serve(name, ip, pod)
+        spec = {"clusterIP": ip, "clusterIPs": [ip], "externalIPs": ["203.0.113.8"], "ports": [{"port": 80}]}
+        metadata = {"name": name, "namespace": "default", "creationTimestamp": f"{created}T00:00:00Z"}
+        cluster.put(SERVICES, {"metadata": metadata, "spec": spec})
+    cluster.proxy.start()
+
+    def told() -> list[dict[str, Any]]:
+        return [event for event in cluster.api.server.events if event["regarding"]["kind"] == "Service"]
+
+    wait_until(told, "an Event of the Service")
+    said = "203.0.113.8:80 is served for default/older, and not for this Service"
+    assert [(event["regarding"]["name"], said in event["note"]) for event in told()] == [("a-newer", True)]
+    assert cluster.proxy.log().count(said) == 1
+    assert said in str(cluster.proxy.health()[1]["problems"])
+    assert cluster.answers("203.0.113.8") == {"pod1"}
+    assert cluster.answers("10.96.7.8") == {"pod2"}
+
+
 def test_a_start_anew_leaves_no_certificate_behind(
     world: ServiceLab, tmp_path: Path, certificates: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

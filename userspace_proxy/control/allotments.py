@@ -7,11 +7,12 @@ nothing is given, and what the API says counts.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from userspace_proxy import api
 from userspace_proxy.control import decode
-from userspace_proxy.control.claims import Claims, Kind, Wish
+from userspace_proxy.control.claims import Claims, Kind, PortalClaims, Wish
 from userspace_proxy.control.decode import Allotted
 from userspace_proxy.control.memory import Memory
 from userspace_proxy.control.pools import AddressRange, Network, NodePort, NodePortRange, Value
@@ -64,12 +65,16 @@ class Allotting(Protocol):
 
 
 class Stated:
-    """For a cluster: Services have what they state."""
+    """For a cluster: Services have what they state, but for portals that another one has."""
 
     changes = 0
 
+    def __init__(self) -> None:
+        self._portals = PortalClaims()
+
     def assign(self, name: NamespacedName, service: api.Service) -> tuple[Allotted, list[ConfigError]]:
-        return Allotted(tuple(ip for _, ip in decode.given_cluster_ips(service))), []
+        allotted = Allotted(tuple(ip for _, ip in decode.given_cluster_ips(service)))
+        return _without_lost(self._portals, name, service, allotted)
 
     def make_way(self, services: Mapping[NamespacedName, api.Service]) -> None:
         pass
@@ -81,10 +86,10 @@ class Stated:
         raise AssertionError("nobody is refused anything")
 
     def release(self, name: NamespacedName) -> None:
-        pass
+        self._portals.release(name)
 
     def take_evicted(self) -> set[NamespacedName]:
-        return set()
+        return self._portals.take_evicted()
 
     def memory(self) -> Memory:
         return Memory()
@@ -104,16 +109,18 @@ class Allotments:
         }
         self._remembered = {*memory.cluster_ips, *memory.load_balancer_ips, *memory.node_ports}
         self._claims = Claims([*self._cluster_ranges, *self._load_balancer_ranges, *self._node_ports.values()])
+        self._portals = PortalClaims(memory.external_portals)
 
     @property
     def changes(self) -> int:
-        return self._claims.changes
+        return self._claims.changes + self._portals.changes
 
     def memory(self) -> Memory:
         return Memory(
             cluster_ips=_texts(self._claims.allocated(Kind.CLUSTER_IP)),
             load_balancer_ips=_texts(self._claims.allocated(Kind.LOAD_BALANCER_IP)),
             node_ports=_numbers(self._claims.allocated(Kind.NODE_PORT)),
+            external_portals=self._portals.memory(),
         )
 
     def first(self, name: NamespacedName, service: api.Service) -> int:
@@ -131,7 +138,8 @@ class Allotments:
 
     def assign(self, name: NamespacedName, service: api.Service) -> tuple[Allotted, list[ConfigError]]:
         problems = self._claims.assign(name, self._wishes(name, service))
-        return self.held(name), [*problems, *self._load_balancer_ip(service)[1]]
+        allotted, lost = _without_lost(self._portals, name, service, self.held(name))
+        return allotted, [*problems, *self._load_balancer_ip(service)[1], *lost]
 
     def make_way(self, services: Mapping[NamespacedName, api.Service]) -> None:
         wishes = {}
@@ -151,14 +159,16 @@ class Allotments:
             node_ports={_port_key(key): number for key, number in _numbers(ports).items() if key != health_check},
             load_balancer_ips=tuple(_texts(self._claims.held(name, Kind.LOAD_BALANCER_IP)).values()),
             health_check_node_port=_numbers(ports).get(health_check, 0),
+            lost=self._portals.lost(name),
         )
 
     def release(self, name: NamespacedName) -> None:
         self._claims.release(name)
+        self._portals.release(name)
 
     def take_evicted(self) -> set[NamespacedName]:
         evicted, self._claims.evicted = self._claims.evicted, set()
-        return evicted
+        return evicted | self._portals.take_evicted()
 
     # ---- what a Service wishes for
 
@@ -240,6 +250,24 @@ class Allotments:
             return ip, []
         said, mend = f"{given} is not in --load-balancer-pool", "choose one that is, or leave it out"
         return None, [ConfigError(said, field=_LOAD_BALANCER_IP, mend=mend)]
+
+
+def _without_lost(
+    claims: PortalClaims, name: NamespacedName, service: api.Service, allotted: Allotted
+) -> tuple[Allotted, list[ConfigError]]:
+    """Return *allotted* with the portals that other Services have, and a problem for each."""
+    stated = decode.stated_portals(service, allotted)
+    created = service.metadata.creation_timestamp
+    lost = claims.claim(name, decode.own_portals(service, allotted), stated, created)
+    problems = [
+        ConfigError(
+            f"{portal} is served for {holder}, and not for this Service",
+            field=stated[portal],
+            mend="choose another address or port",
+        )
+        for portal, holder in sorted(lost.items(), key=lambda item: (stated[item[0]], str(item[0])))
+    ]
+    return replace(allotted, lost=frozenset(lost)), problems
 
 
 def _family(wish: Wish) -> Family:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from userspace_proxy.control.pools import Pool, Value
 from userspace_proxy.errors import ConfigError
 from userspace_proxy.model.names import NamespacedName
+from userspace_proxy.model.service import Portal
 
 
 class Kind(Enum):
@@ -211,3 +212,82 @@ def _is_met(wish: Wish | None, held: _Held) -> bool:
 
 def _pool_key(name: NamespacedName, key: str, held: _Held) -> str:
     return key if held.allocated else f"{name} states {held.value}"
+
+
+class PortalClaims:
+    """Decides which Service has a portal that several state. ``evicted``: Services whose part of that has changed.
+
+    A cluster IP's owner always has its portals. Of Services that state one as an external or load balancer IP, the one
+    has it that had it before, if *remembered* is given; then the oldest; then the first by name.
+    """
+
+    def __init__(self, remembered: Mapping[str, str] | None = None) -> None:
+        self._remembered = None if remembered is None else dict(remembered)
+        self._owners: dict[Portal, NamespacedName] = {}  # of cluster IPs
+        self._claimants: dict[Portal, dict[NamespacedName, str]] = {}  # with the time of their creation
+        self._portals: dict[NamespacedName, tuple[frozenset[Portal], frozenset[Portal]]] = {}
+        self._holders: dict[Portal, NamespacedName] = {}  # of those with claimants
+        self.evicted: set[NamespacedName] = set()
+        self.changes = 0
+
+    def claim(
+        self, name: NamespacedName, own: Iterable[Portal], external: Iterable[Portal], created: str | None
+    ) -> dict[Portal, NamespacedName]:
+        """Let *name* state just these portals; return those of *external* that another Service has, and which one."""
+        owned, stated = frozenset(own), frozenset(external)
+        before_owned, before_stated = self._portals.get(name, (frozenset(), frozenset()))
+        for portal in before_owned - owned:
+            if self._owners.get(portal) == name:
+                del self._owners[portal]
+        for portal in before_stated - stated:
+            self._claimants[portal].pop(name)
+        self._owners.update(dict.fromkeys(owned, name))
+        for portal in stated:
+            self._claimants.setdefault(portal, {})[name] = created or "~"  # behind every time
+        if owned or stated:
+            self._portals[name] = owned, stated
+        else:
+            self._portals.pop(name, None)
+        touched = (before_owned ^ owned) | before_stated | stated
+        for portal in touched & self._claimants.keys():
+            self._settle(portal, name)
+        self.evicted.discard(name)
+        return {portal: holder for portal in stated if (holder := self._holders[portal]) != name}
+
+    def release(self, name: NamespacedName) -> None:
+        self.claim(name, (), (), None)
+
+    def lost(self, name: NamespacedName) -> frozenset[Portal]:
+        """Return the portals that *name* states and another Service has."""
+        _, stated = self._portals.get(name, (frozenset(), frozenset()))
+        return frozenset(portal for portal in stated if self._holders[portal] != name)
+
+    def _settle(self, portal: Portal, name: NamespacedName) -> None:
+        """Decide on *portal* anew; if that changes something for others than *name*, they are evicted."""
+        before = self._holders.pop(portal, None)
+        claimants = self._claimants[portal]
+        if not claimants:
+            del self._claimants[portal]
+            self.changes += before is not None
+            return
+        known = None if self._remembered is None else self._remembered.get(portal_key(portal))
+        after = self._owners.get(portal) or min(claimants, key=lambda it: (str(it) != known, claimants[it], it))
+        self._holders[portal] = after
+        if before != after:
+            self.changes += 1
+            self.evicted |= {it for it in (before, after) if it in claimants and it != name}
+
+    def take_evicted(self) -> set[NamespacedName]:
+        """Return the Services to work out anew. What they have by now is remembered as theirs."""
+        if self._remembered is not None:
+            self._remembered |= self.memory()
+        evicted, self.evicted = self.evicted, set()
+        return evicted
+
+    def memory(self) -> dict[str, str]:
+        """Return portal -> Service, for the next process."""
+        return {portal_key(portal): str(holder) for portal, holder in self._holders.items()}
+
+
+def portal_key(portal: Portal) -> str:
+    return f"{portal}/{portal.protocol}"

@@ -20,7 +20,8 @@ class Memory(msgspec.Struct, rename="camel", frozen=True):
     """The file's content: by whom it is remembered -> what it is.
 
     ``cluster_ips``: "namespace/name/IPv4" -> IP, ``load_balancer_ips`` likewise; ``node_ports``:
-    "namespace/name:port_name/TCP" -> number; ``proxy_ports``: a listener's key -> port.
+    "namespace/name:port_name/TCP" -> number; ``proxy_ports``: a listener's key -> port; ``external_portals``:
+    "IP:port/TCP" -> "namespace/name" of the Service that has it.
     """
 
     version: int = 1
@@ -28,6 +29,7 @@ class Memory(msgspec.Struct, rename="camel", frozen=True):
     load_balancer_ips: Mapping[str, str] = {}
     node_ports: Mapping[str, int] = {}
     proxy_ports: Mapping[str, int] = {}
+    external_portals: Mapping[str, str] = {}
 
 
 class StateDir:

@@ -17,7 +17,7 @@ from userspace_proxy.control.decode.annotations import (
 from userspace_proxy.errors import ConfigError
 from userspace_proxy.model.endpoint import Family, family_of
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
-from userspace_proxy.model.service import ServicePort, SourceIP
+from userspace_proxy.model.service import Portal, ServicePort, SourceIP
 
 AFFINITY_TIMEOUT_S = 10_800
 _EVERYBODY: Mapping[Family, str] = {4: "0.0.0.0/0", 6: "::/0"}
@@ -30,12 +30,16 @@ PortKey = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Allotted:
-    """The cluster IPs of a Service, and what it was given of that which it states none of."""
+    """The cluster IPs of a Service, and what it was given of that which it states none of.
+
+    ``lost``: portals that it states as external or load balancer IPs, and that another Service has.
+    """
 
     cluster_ips: tuple[str, ...] = ()
     node_ports: Mapping[PortKey, int] = field(default_factory=lambda: MappingProxyType({}))
     load_balancer_ips: tuple[str, ...] = ()
     health_check_node_port: int = 0
+    lost: Set[Portal] = frozenset()
 
 
 def service_ports(
@@ -63,7 +67,7 @@ def service_ports(
         annotated = None
     # The Service has no other families, whatever it lists (behaviours S5).
     families = set(map(family_of, allotted.cluster_ips))
-    external_ips = tuple(ip for ip in _external_ips(spec) if family_of(ip) in families)
+    external_ips = tuple(ip for _, ip in _external_ips(spec) if family_of(ip) in families)
     load_balancer_ips = tuple(ip for ip in load_balancer_ips or allotted.load_balancer_ips if family_of(ip) in families)
     ranges, ranges_problems = _source_ranges(spec, families, load_balancer_ips)
     problems += ranges_problems
@@ -75,6 +79,7 @@ def service_ports(
         if protocol not in L4Protocol.__members__:
             problems.append(_unproxied(protocol, index, others=len(spec.ports or ()) > 1))
             continue
+        lost = {portal.ip for portal in allotted.lost if (portal.port, portal.protocol) == (port.port, protocol)}
         wanted = annotated or source_ip
         if protocol == "UDP" and wanted is SourceIP.PROXY_PROTOCOL_V1:
             problems.append(_no_header_of_udp(port))
@@ -84,9 +89,9 @@ def service_ports(
             port=port.port,
             cluster_ips=allotted.cluster_ips,
             node_port=(port.node_port or allotted.node_ports.get(port_key(port), 0)) if has_node_ports(spec) else 0,
-            external_ips=external_ips,
+            external_ips=tuple(ip for ip in external_ips if ip not in lost) if lost else external_ips,
             affinity_timeout_s=affinity_timeout_s(spec),
-            load_balancer_ips=load_balancer_ips,
+            load_balancer_ips=tuple(ip for ip in load_balancer_ips if ip not in lost) if lost else load_balancer_ips,
             source_ranges=ranges,
             internal_local=spec.internal_traffic_policy == "Local",
             external_local=spec.external_traffic_policy == "Local",
@@ -96,6 +101,32 @@ def service_ports(
             weights=weights or (),
         )
     return found, problems
+
+
+def own_portals(service: api.Service, allotted: Allotted) -> Iterator[Portal]:
+    """Yield the portals at the cluster IPs of a checked *service*."""
+    return _portals(service, allotted.cluster_ips)
+
+
+def stated_portals(service: api.Service, allotted: Allotted) -> dict[Portal, str]:
+    """Return the portals at external and load balancer IPs of a checked *service*, with the fields that state these."""
+    spec = service.spec
+    assert spec is not None
+    families = set(map(family_of, allotted.cluster_ips))
+    fields = {ip: f"spec.externalIPs[{index}]" for index, ip in _external_ips(spec)}
+    of_ingress, _ = _load_balancer_ips(service)
+    fields |= {ip: "status.loadBalancer.ingress" for ip in of_ingress if ip not in fields}
+    fields |= {ip: "spec.loadBalancerIP" for ip in allotted.load_balancer_ips if not of_ingress and ip not in fields}
+    ips = [ip for ip in fields if family_of(ip) in families]
+    return {portal: fields[portal.ip] for portal in _portals(service, ips)}
+
+
+def _portals(service: api.Service, ips: Iterable[str]) -> Iterator[Portal]:
+    assert service.spec is not None
+    for port in service.spec.ports or ():
+        if (protocol := port.protocol or "TCP") in L4Protocol.__members__:
+            for ip in ips:
+                yield Portal(ip, port.port, L4Protocol(protocol))
 
 
 def port_key(port: api.ServicePort) -> PortKey:
@@ -212,9 +243,9 @@ def _unproxied(protocol: str, index: int, *, others: bool) -> ConfigError:
     )
 
 
-def _external_ips(spec: api.objects.ServiceSpec) -> Iterator[str]:
+def _external_ips(spec: api.objects.ServiceSpec) -> Iterator[tuple[int, str]]:
     given = enumerate(spec.external_ips or ())
-    return (canonical_ip(ip, f"spec.externalIPs[{index}]") for index, ip in given if ip.strip())
+    return ((index, canonical_ip(ip, f"spec.externalIPs[{index}]")) for index, ip in given if ip.strip())
 
 
 def ingress(service: api.Service) -> list[api.objects.LoadBalancerIngress]:
