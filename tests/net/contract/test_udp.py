@@ -5,7 +5,8 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 
 import pytest
 
@@ -15,7 +16,7 @@ from tests.net.contract.given import Given
 from tests.net.contract.probes import Probe, failure
 from tests.net.contract.table import BOTH_LOCAL, LB
 from tests.net.world import wait_until
-from userspace_proxy.lab import connect
+from userspace_proxy.lab import Host, connect
 
 MakeGiven = Callable[..., Given]
 # As the e2e suite has them: a pod, a process of the node, and whoever comes to a node port.
@@ -185,12 +186,18 @@ def test_a_flow_stays_when_policies_change(proxy: ContractProxy, given: MakeGive
 def test_a_connection_stays_whatever_becomes_of_its_endpoint(proxy: ContractProxy, given: MakeGiven) -> None:
     service = given("local1", type="NodePort", targets={"web": ECHO})
     proxy.give(service)
-    proxy.expect(service, "caller,outside clusterIP:81/tcp -> timeout")
     with ExitStack() as stack:
-        connections = []
+        connections: list[socket.socket] = []
+
+        def is_connected(host: Host, ip: str, port: int) -> bool:
+            with suppress(OSError):
+                connections.append(stack.enter_context(connect(host, ip, port, 0.4)))
+                return True
+            return False
+
         for client, target in (("caller", "clusterIP"), ("outside", "nodePort")):
-            ip, port = Probe(service, client, target, "TCP", 4, "").address()
-            connections.append(stack.enter_context(connect(proxy.cluster.places[client].host, ip, port, 1.0)))
+            place, address = proxy.cluster.places[client], Probe(service, client, target, "TCP", 4, "").address()
+            wait_until(partial(is_connected, place.host, *address), f"{client} is served at {target}")
         for slices in ("local1:leaving local2", "local1:unready local2", "local2", ""):
             for sock in connections:
                 sock.sendall(b"?")
