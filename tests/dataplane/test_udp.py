@@ -115,6 +115,17 @@ Backends = tuple[Backend, Backend]
 Clients = tuple[Client, Client, Client]
 
 
+LOCAL_PORT = 10_004
+LOCAL = UDP_LISTENER._replace(scope=Scope.LOCAL)
+
+
+async def open_local(plane: Plane, local: Endpoint, *serving: Endpoint) -> None:
+    """Open a second listener, which has *local* alone for new flows."""
+    spec = ListenerSpec(udp_service_port(), LOCAL_PORT, Scope.LOCAL)
+    assert await plane.local.open([spec]) == {}
+    await plane.local.update({LOCAL: PlaneBackends((local,), (local, *serving))})
+
+
 # ---- flows and answers
 
 
@@ -524,6 +535,25 @@ async def test_a_refusal_ejects_the_endpoint_and_the_next_datagram_goes_elsewher
     assert (counters.ejections, counters.dial_failures, counters.flows) == (1, 1, 1)
 
 
+@pytest.mark.parametrize("ip", ["127.0.0.1", "::1", CLIENT_IPS[0], CLIENT_IP6])
+@pytest.mark.parametrize("proxy_port", [UDP_PORT, LOCAL_PORT])
+async def test_an_endpoint_that_is_a_proxy_port_is_refused(
+    plane: Plane, backends: Backends, ip: str, proxy_port: int
+) -> None:
+    """Its datagrams would come back as those of new clients, without end."""
+    await open_local(plane, Endpoint(ip, UDP_PORT))
+    await plane.use(Endpoint(ip, proxy_port))
+    counters = await plane.counters(UDP_NAME)  # live
+    with Client("::1" if ":" in ip else "127.0.0.1") as client, Client() as another:
+        client.ask()
+        await until(lambda: counters.datagrams_dropped == 1, "it is dropped")
+        assert counters.flows_total == 0
+        await plane.use(Endpoint(ip, proxy_port), backends[0].endpoint)
+        for _ in range(2):
+            another.ask(b"to the other endpoint")
+            assert (await backends[0].receive())[0] == b"to the other endpoint"
+
+
 async def test_a_datagram_that_learns_of_an_earlier_refusal_goes_elsewhere_itself(
     plane: Plane, backends: Backends, clients: Clients
 ) -> None:
@@ -697,16 +727,6 @@ async def test_a_flow_moves_when_its_endpoint_has_another_port(plane: Plane, cli
 
 
 # ---- several listeners of one service port
-
-LOCAL_PORT = 10_004
-LOCAL = UDP_LISTENER._replace(scope=Scope.LOCAL)
-
-
-async def open_local(plane: Plane, local: Endpoint, *serving: Endpoint) -> None:
-    """Open a second listener, which has *local* alone for new flows."""
-    spec = ListenerSpec(udp_service_port(), LOCAL_PORT, Scope.LOCAL)
-    assert await plane.local.open([spec]) == {}
-    await plane.local.update({LOCAL: PlaneBackends((local,), (local, *serving))})
 
 
 async def test_each_listener_leads_to_its_own_endpoints_and_answers_for_itself(

@@ -225,7 +225,7 @@ class DatagramPoller:
         self._now = now
         self._epoll = select.epoll()
         self._fronts: dict[int, Front] = {}
-        self._proxy_ports: set[int] = set()
+        self.proxy_ports: set[int] = set()
         self._flows: dict[int, UdpFlow] = {}
         self.spare = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _SPARE_PART
         self._rest_s = max(port_rest_s, _REST_MIN_S)
@@ -243,13 +243,13 @@ class DatagramPoller:
     def serve(self, front: Front) -> None:
         self._epoll.register(front.fd, select.EPOLLIN)
         self._fronts[front.fd] = front
-        self._proxy_ports.add(front.proxy_port)
+        self.proxy_ports.add(front.proxy_port)
 
     def leave(self, front: Front) -> None:
         """Read no more from *front*, whose owner closes it."""
         if self._fronts.pop(front.fd, None) is not None:
             self._epoll.unregister(front.fd)
-            self._proxy_ports.discard(front.proxy_port)
+            self.proxy_ports.discard(front.proxy_port)
 
     # ---- sockets of flows
 
@@ -286,7 +286,7 @@ class DatagramPoller:
             port = ports.take(now, has_few=has_few)
             if port is None:
                 return None
-            if port in self._proxy_ports:  # several workers share it by the same option as flows do
+            if port in self.proxy_ports:  # several workers share it by the same option as flows do
                 ports.rest(port, now + self._rest_s)
                 continue
             try:

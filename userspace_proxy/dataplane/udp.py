@@ -188,6 +188,8 @@ class UdpListener:
             OSError: there is no way to *address*.
         """
         datagrams = self._datagrams
+        if address[1] in datagrams.proxy_ports and self._context.tables.is_local(address[0]):
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "it is a proxy port, which would lead to itself for ever")
         destination, client = datagrams.towards(address), client_of(key)
         transparent, source, bind = self._transparent, "", bind_anywhere
         if transparent is not None and transparent.concerns(client_ip, address[0]):
