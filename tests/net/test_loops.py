@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.net.world import POD1, Proxy, answers, documents, endpoints, service
-from userspace_proxy.lab import Host, ServiceLab, connect
+from tests.net.world import POD1, Proxy, answers, ask_udp, documents, endpoints, service
+from userspace_proxy.lab import NODE_IP, Host, ServiceLab, connect
 
 # Ahead of all rules that are not raw: what is forwarded out by where it came in, which is a round.
 ROUNDS = """
@@ -92,3 +92,50 @@ def test_who_dials_it_from_outside_is_told_at_once(
     assert external == "No route to host"
     is_refused = "[nftables]" in request.node.name  # as kube-proxy refuses other ports in that mode
     assert of_live_service == ("Connection refused" if is_refused else "No route to host")
+
+
+# ---- endpoints that lead back here
+
+# What a Service says, and the endpoint that it leads to.
+_LEADING_BACK = {
+    "itself": ("10.96.9.1", "", ("10.96.9.1", 5353)),
+    "itself-6": ("fd00:96::9:1", "", ("fd00:96::9:1", 5353)),
+    "another": ("10.96.9.2", "", ("10.96.9.3", 5353)),
+    "other": ("10.96.9.3", "", ("10.96.9.2", 5353)),
+    "node-port": ("10.96.9.4", "  type: NodePort", (NODE_IP, 30_535)),
+    "external": ("10.96.9.5", '  externalIPs: ["172.30.9.1"]', ("172.30.9.1", 5353)),
+}
+
+
+def leading_back(name: str, transparent: bool) -> str:
+    cluster_ip, extra, (ip, port) = _LEADING_BACK[name]
+    node_port = ", nodePort: 30535" if "NodePort" in extra else ""
+    told = service(name, cluster_ip, f"[{{port: 5353, protocol: UDP{node_port}}}]", extra)
+    if transparent:
+        told = told.replace("}", ", annotations: {userspace-proxy/source-ip: transparent}}", 1)
+    return documents(
+        told,
+        f"""\
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {{name: {name}, labels: {{kubernetes.io/service-name: {name}}}}}
+addressType: IPv{6 if ":" in ip else 4}
+ports: [{{port: {port}, protocol: UDP}}]
+endpoints: [{{addresses: ["{ip}"]}}]
+""",
+    )
+
+
+@pytest.mark.parametrize("transparent", [False, True])
+@pytest.mark.parametrize("rules", ["nftables", "iptables"])
+def test_a_udp_endpoint_that_is_a_portal_begins_no_more_flows_than_datagrams(
+    fresh_proxy: Proxy, world: ServiceLab, rules: str, transparent: bool
+) -> None:
+    fresh_proxy.rules = rules
+    fresh_proxy.apply("loops", documents(*(leading_back(name, transparent) for name in _LEADING_BACK)))
+    fresh_proxy.start()
+    for host in (world.client, world.node):
+        for cluster_ip, _, _ in _LEADING_BACK.values():
+            ask_udp(host, cluster_ip, 5353, timeout_s=0.1)
+
+    assert 1 <= fresh_proxy.metric("userspace_proxy_udp_flows_total") <= 2 * len(_LEADING_BACK)
