@@ -180,7 +180,7 @@ def test_a_list_of_thousands_of_services_that_share_by_merge_keys_is_within_the_
     [
         *("!!bool x", "!!bool ''", "!!int x", "!!int '-'", "!!int 0b", "!!float _", "!!float ''", "!!null [a]"),
         *("!!timestamp x", "!!timestamp 2024-13-45", "!!binary é", "!!merge x", "!!set {a}", "!!omap [a: 1]"),
-        *("!!pairs [a: 1]", "!!str [a]", "!!map [a]", "!!seq {a: b}", "!!value =", "!!python/name:os.system x", "!a b"),
+        *("!!pairs [a: 1]", "!!str [a]", "!!map [a]", "!!seq {a: b}", "!!value =", "!!python/name:os.system x"),
         *("9" * 5_000, "0x" + "f" * 5_000),
     ],
 )
@@ -316,10 +316,29 @@ def test_the_key_of_a_label_that_is_no_text_is_named() -> None:
     assert problem.error.mend == "put the value in quotes"
 
 
-def test_a_key_that_is_no_text_is_named() -> None:
-    problem = only_problem("kind: Pod\nmetadata:\n  name: web\n  labels:\n    80: http\n")
+def test_a_key_that_is_a_number_or_a_truth_value_is_text_as_in_json() -> None:
+    (manifest,), problems = parse(Document("f", 1, "kind: Pod\nmetadata:\n  name: web\n  labels: {80: a, on: b}\n"))
 
-    assert problem.where == "f:5"
+    assert not problems
+    assert manifest.object is not None
+    assert manifest.object.metadata.labels == {"80": "a", "true": "b"}
+
+
+def test_the_value_of_an_annotation_may_be_a_number_a_truth_value_or_null() -> None:
+    text = "kind: Pod\nmetadata:\n  name: web\n  annotations: {a: 1, b: yes, c: null, d: 1.5, e: text}\n"
+    (manifest,), problems = parse(Document("f", 1, text))
+
+    assert not problems
+    assert manifest.object is not None
+    assert manifest.object.metadata.annotations == {"a": "1", "b": "true", "c": "", "d": "1.5", "e": "text"}
+
+
+@pytest.mark.parametrize("value", ["!vault |\n    abc", "!Ref [a, {b: c}]", "!reference {a: b}"])
+def test_another_tools_tag_hides_no_object(value: str) -> None:
+    manifests, problems = parse(Document("f", 1, f"kind: Secret\nmetadata: {{name: s}}\nstringData:\n  p: {value}\n"))
+
+    assert [manifest.kind for manifest in manifests] == ["Secret"]
+    assert not problems
 
 
 # ---- for checks
@@ -327,7 +346,7 @@ def test_a_key_that_is_no_text_is_named() -> None:
 
 def test_for_a_check_the_values_of_a_wrong_type_are_all_named_and_the_rest_is_kept() -> None:
     text = """kind: Service
-metadata: {name: web, labels: {a: 1, b: 2, 80: x}}
+metadata: {name: web, labels: {a: 1, b: 2}}
 spec:
   selector: {app: yes}
   ports:
@@ -340,7 +359,6 @@ spec:
     assert {error.field for error in manifest.errors} == {
         "metadata.labels.a",
         "metadata.labels.b",
-        "metadata.labels.80",
         "spec.selector.app",
         "spec.ports[0].port",
         "spec.ports[0].targetPort",

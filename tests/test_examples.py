@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from userspace_proxy.control.allotments import Allotments
-from userspace_proxy.control.lint import lint
+from userspace_proxy.control.lint import LintOptions, lint
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.dataplane.proxy_protocol import header_v1
 from userspace_proxy.interfaces import EventType
@@ -19,9 +19,11 @@ from userspace_proxy.lab import ServiceLab
 from userspace_proxy.model.service import SourceIP, portals
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import Node, reach
+from userspace_proxy.settings import Settings
 from userspace_proxy.sources.files import FileSource, read_once
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+OPTIONS = LintOptions(Settings().service_cluster_ip_ranges)
 CLUSTER_IP_RANGE = ipaddress.ip_network("10.96.0.0/16")
 
 ONE, TWO, THREE = (ServiceLab.pod_ip(index) for index in range(3))
@@ -96,7 +98,7 @@ async def test_a_lesson_is_served_as_its_readme_says(lesson: str) -> None:
 
 @pytest.mark.parametrize("lesson", WHAT_IS_SERVED)
 def test_check_finds_nothing_wrong_in_a_lesson(lesson: str) -> None:
-    assert lint(*read_once([str(EXAMPLES / lesson)])) == []
+    assert lint(*read_once([str(EXAMPLES / lesson)]), OPTIONS) == []
 
 
 @pytest.mark.parametrize("lesson", WHAT_IS_SERVED)
@@ -159,4 +161,4 @@ async def test_the_backends_of_the_source_lesson_tell_the_header_that_it_asks_fo
 
 
 def test_what_says_how_to_run_it_is_in_nobodys_way() -> None:
-    assert lint(*read_once([str(folder) for folder in EXAMPLES.iterdir() if folder.is_dir()])) == []
+    assert lint(*read_once([str(folder) for folder in EXAMPLES.iterdir() if folder.is_dir()]), OPTIONS) == []

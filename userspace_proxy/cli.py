@@ -23,13 +23,14 @@ from userspace_proxy.options.rules import (
     CAPTURE,
     KERNEL_MODES,
     LOCAL_TRAFFIC,
+    MODES_OF_KERNEL,
     PROXY_PORTS,
     RULES,
     STATE_DIR,
     proxy_mode,
 )
 from userspace_proxy.options.run import RUN_OPTIONS, settings_from
-from userspace_proxy.options.sources import CLUSTER_IPS, LOAD_BALANCER_POOL, PATHS, SOURCE_IP, SOURCES
+from userspace_proxy.options.sources import CLUSTER_IPS, LOAD_BALANCER_POOL, PATHS, PROXY_NAME, SOURCE_IP, SOURCES
 from userspace_proxy.printable import printable
 from userspace_proxy.settings import Settings
 
@@ -70,6 +71,17 @@ def run(configuration: Configuration | None, **options: Any) -> None:
 
 @commands.command()
 @PATHS
+@CLUSTER_IPS
+@LOAD_BALANCER_POOL
+@SOURCE_IP
+@PROXY_NAME
+@click.option(
+    "--proxy-mode",
+    type=click.Choice(["userspace", *MODES_OF_KERNEL]),
+    default=None,
+    help="Say which annotations have no effect in this mode.",
+)
+@click.option("--strict", is_flag=True, help="Exit 1 for notes, too: what is incomplete here, or has no effect.")
 @click.option(
     "--contract",
     "with_contract",
@@ -80,14 +92,21 @@ def run(configuration: Configuration | None, **options: Any) -> None:
     "--json",
     "as_json",
     is_flag=True,
-    help="A list of {file, line, field, problem, mend, object}; with --contract that is {findings}, beside {fields}.",
+    help="A list of {file, line, field, problem, mend, object, severity}; with --contract that is {findings}, beside "
+    "{fields}.",
 )
-def check(paths: tuple[str, ...], *, with_contract: bool, as_json: bool) -> None:
-    """Say what is wrong with the manifests in PATH..., where, and how to mend it; exit 1 if anything is."""
+def check(
+    paths: tuple[str, ...], *, proxy_mode: str | None, strict: bool, with_contract: bool, as_json: bool, **options: Any
+) -> None:
+    """Say what is wrong with the manifests in PATH..., where, and how to mend it; exit 1 if anything is.
+
+    A fault is what the API server refuses, and what leaves clients of a Service without an endpoint. A note is what is
+    incomplete here, or has no effect.
+    """
     from dataclasses import asdict
 
     from userspace_proxy.control.contract import answers
-    from userspace_proxy.control.lint import lint
+    from userspace_proxy.control.lint import LintOptions, lint
     from userspace_proxy.sources.files import nothing_found, read_once
 
     try:
@@ -95,7 +114,15 @@ def check(paths: tuple[str, ...], *, with_contract: bool, as_json: bool) -> None
     except StartError as error:
         fail(error)
     fields = answers(manifests) if with_contract else []
-    findings = lint(manifests, problems)
+    told = LintOptions(
+        options["service_cluster_ip_ranges"],
+        options["load_balancer_pool"],
+        options["service_proxy_name"],
+        options["source_ip"],
+        proxy_mode or "",
+    )
+    findings = lint(manifests, problems, told)
+    faults = sum(strict or finding.severity == "fault" for finding in findings)
     if as_json:
         found: Any = [asdict(finding) for finding in findings]
         if with_contract:
@@ -103,19 +130,20 @@ def check(paths: tuple[str, ...], *, with_contract: bool, as_json: bool) -> None
         click.echo(json.dumps(found, indent=2))
     elif sys.stdout.isatty():
         _show_contract(fields)
-        _show(findings)
+        _show(findings, faults)
     else:
         for line in (*fields, *findings):
             click.echo(printable(str(line)))
-    if findings:
+    if faults:
         sys.exit(1)
-    if not manifests:
+    if not manifests and not findings:
         fail(nothing_found(paths))
     if not as_json:
-        click.echo(f"{_count(len(manifests), 'object')}, nothing wrong")
+        notes = f", {_count(len(findings), 'note')}" if findings else ""
+        click.echo(f"{_count(len(manifests), 'object')}, nothing wrong{notes}")
 
 
-def _show(findings: Sequence[Finding]) -> None:
+def _show(findings: Sequence[Finding], faults: int) -> None:
     """Print *findings* in colours, three lines each, for a terminal."""
     from rich.console import Console
     from rich.text import Text
@@ -126,12 +154,12 @@ def _show(findings: Sequence[Finding]) -> None:
         said = finding.problem if is_named else f"{finding.object}: {finding.problem}"
         place = Text(printable(finding.where), "bold")
         console.print(place.append(f"  {printable(finding.field)}", "cyan") if finding.field else place)
-        console.print(Text("  ").append(printable(said), "red"))
+        console.print(Text("  ").append(printable(said), "red" if finding.severity == "fault" else "yellow"))
         if finding.mend:
             console.print(Text("  ").append(printable(finding.mend), "dim"))
-    if findings:
+    if faults:
         files = _count(len({finding.file for finding in findings}), "file")
-        console.print(Text(f"{_count(len(findings), 'problem')} in {files}", "bold"))
+        console.print(Text(f"{_count(faults, 'problem')} in {files}", "bold"))
 
 
 _COLOURS = {"honoured": "green", "approximated": "yellow", "ignored": "dim", "unknown": "red"}

@@ -26,6 +26,10 @@ class ConfigError(Exception):
         return f"{said}; {self.mend}" if self.mend else said
 
 
+class Note(ConfigError):  # noqa: N818
+    """Something about a manifest that is no fault: it is incomplete here, or has no effect."""
+
+
 class SyncError(Exception):
     """The kernel, or the tool that speaks to it, refused; what was in force before still is."""
 

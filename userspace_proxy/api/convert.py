@@ -22,7 +22,7 @@ KINDS: dict[str, type[Service | EndpointSlice | Endpoints | Pod | Node]] = {
     "Node": Node,
 }
 
-_PLACE = re.compile(r" - at `(?:key` in `)?\$\.?(?P<path>[^`]*)`$")
+_PLACE = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
 _STEP = re.compile(r"\[(?P<index>\d+)\]|\[\"(?P<quoted>[^\"]*)\"\]|(?P<key>[^.\[\]]+)")
 _NO_SPACE_AFTER_COLON = re.compile(r"(?:- +)*(?P<key>[A-Za-z][\w.-]*):(?P<value>[^\s/]\S*)")
 _NO_SPACE_AFTER_DASH = re.compile(r"-(?P<key>[A-Za-z][\w./-]*):(\s|$)")
@@ -114,9 +114,6 @@ def _readable(message: str, plain: object) -> ConfigError:
     expected, _, got = reason.partition(", got ")
     if field.endswith("[...]"):
         return _wrong_label(field.removesuffix("[...]"), plain)
-    if "key` in" in message:
-        key = next((key for key in _mapping_at(plain, field) if not isinstance(key, str)), "")
-        field, got = below(field, key), f"{got} as a key"
     value = _value_at(plain, field)
     if expected in ("must be a mapping", "must be a list") and (glued := _glued(value, field)):
         return glued

@@ -15,10 +15,11 @@ from pathlib import Path
 
 from userspace_proxy import api
 from userspace_proxy.control import decode
+from userspace_proxy.control.lint.api_rules import CONTRADICTIONS, RELATIONS, RULES
 from userspace_proxy.sources.documents import Manifest
 from userspace_proxy.sources.lines import Lines
 
-_TABLE = re.compile(r"(<!-- fields of (\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- (fields|refusals) of (\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 # What an object is, and what makes it one of ours.
 _IDENTITY = re.compile(r"apiVersion$|kind$|metadata\.|spec\.(type|clusterIPs?)$")
 
@@ -150,7 +151,17 @@ def _is_left_alone(manifest: Manifest) -> bool:
 
 def page(text: str) -> str:
     """Return *text*, that of docs/contract.md, with the tables that the contract has now."""
-    return _TABLE.sub(lambda found: found[1] + _table(contract()[found[2]]), text)
+    return _TABLE.sub(
+        lambda found: found[1] + (_table(contract()[found[3]]) if found[2] == "fields" else _refusals(found[3])), text
+    )
+
+
+def _refusals(kind: str) -> str:
+    """Return the table of what the API server refuses of *kind*."""
+    rows = [(rule.field, f"{rule.demand[0].upper()}{rule.demand[1:]}") for rule in RULES[kind]]
+    rows += [(each.field, f"{each.demand[0].upper()}{each.demand[1:]}.") for each in RELATIONS if kind == "Service"]
+    rows += [(field, f"{demand}.") for field, demand in CONTRADICTIONS.get(kind, ())]
+    return "".join(f"{row}\n" for row in ["| field | |", "|---|---|", *(f"| `{a}` | {b} |" for a, b in rows)])
 
 
 def _table(terms: Terms) -> str:

@@ -33,7 +33,7 @@ _TOP = {
     **_leaves("apiVersion kind"),
     "metadata": _leaves(
         "name generateName namespace labels annotations uid resourceVersion generation creationTimestamp "
-        "deletionTimestamp deletionGracePeriodSeconds finalizers ownerReferences managedFields selfLink"
+        "deletionTimestamp deletionGracePeriodSeconds finalizers ownerReferences managedFields selfLink clusterName"
     ),
 }
 _ENDPOINT_PORT = _leaves("name protocol port appProtocol")
@@ -119,9 +119,6 @@ def _unknown(kind: str, whole: _Tree, tree: _Tree, given: object, field: str) ->
 
 
 def _unknown_field(kind: str, whole: _Tree, tree: _Tree, key: str, here: str) -> ConfigError:
-    if "\u00a0" in key:
-        said = "there is a non-breaking space before the field, as web pages have them"
-        return ConfigError(said, field=here, mend="type its indentation and spaces anew")
     if error := api.key_space_error(key, here):
         return error
     if homes := list(_homes(whole, key)):

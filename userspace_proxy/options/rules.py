@@ -22,6 +22,8 @@ from userspace_proxy.options.reading import (
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
+MODES_OF_KERNEL = ("nftables", "iptables", "ipvs")
+
 RULES = click.option(
     "--rules",
     type=click.Choice(["auto", "nftables", "iptables"]),
@@ -55,7 +57,7 @@ STATE_DIR = click.option(
 def proxy_mode(*more: str) -> Callable[[_Function], _Function]:
     return click.option(
         "--proxy-mode",
-        type=click.Choice(["userspace", "nftables", "iptables", "ipvs", *more]),
+        type=click.Choice(["userspace", *MODES_OF_KERNEL, *more]),
         default=DEFAULTS.proxy_mode,
         show_default=True,
         help="Who serves: sockets of ours, or the kernel, by nftables rules, kube-proxy's iptables chains, or IPVS.",

@@ -38,6 +38,13 @@ CONFIG = click.option(
     callback=_read_configuration,
     help="A KubeProxyConfiguration; flags win over it.",
 )
+PROXY_NAME = click.option(
+    "--service-proxy-name",
+    metavar="NAME",
+    default=DEFAULTS.service_proxy_name,
+    show_default="those without the label",
+    help="Serve only Services labelled service.kubernetes.io/service-proxy-name: NAME.",
+)
 PATHS = click.argument("paths", nargs=-1, metavar="PATH...", required=True)
 SOURCES = together(
     click.argument("paths", nargs=-1, metavar="[PATH...]"),
@@ -57,13 +64,7 @@ SOURCES = together(
         show_default="the host's name",
         help="This node's name in the cluster.",
     ),
-    click.option(
-        "--service-proxy-name",
-        metavar="NAME",
-        default=DEFAULTS.service_proxy_name,
-        show_default="those without the label",
-        help="Serve only Services labelled service.kubernetes.io/service-proxy-name: NAME.",
-    ),
+    PROXY_NAME,
     click.option(
         "--degraded-after",
         "degraded_after_s",

@@ -16,10 +16,18 @@ from typing import Any
 import yaml
 
 from userspace_proxy import api
-from userspace_proxy.errors import ConfigError
+from userspace_proxy.errors import ConfigError, Note
 from userspace_proxy.model.names import NamespacedName
 from userspace_proxy.sources.lines import Document, Lines, Place
-from userspace_proxy.sources.yaml_faults import describe, html_error, keys_that_stand_twice, new_object_error
+from userspace_proxy.sources.pasted import certain_sign, lost_indentation, sign_in
+from userspace_proxy.sources.yaml_faults import (
+    TEMPLATE,
+    describe,
+    html_error,
+    keys_that_stand_twice,
+    new_object_error,
+    template_note,
+)
 from userspace_proxy.sources.yaml_values import plain_value
 
 _SEPARATOR = re.compile(r"^---(?=\s|$)", re.MULTILINE)
@@ -116,6 +124,8 @@ def _parse(document: Document, *, for_check: bool) -> tuple[list[Manifest], list
     except yaml.YAMLError as error:
         line, readable = describe(document.text, error)
         return [], [Problem(document.path, document.line + line, readable)]
+    if isinstance(plain, dict) and plain.get("metadata") is None and (lost := lost_indentation(document.text)):
+        return [], [Problem(document.path, document.line + lost[0], lost[1])]
     if begins and for_check:
         return _parse_pieces(document, begins)
     manifests: list[Manifest] = []
@@ -129,13 +139,24 @@ def _parse(document: Document, *, for_check: bool) -> tuple[list[Manifest], list
                 said = ConfigError(f"more than {_PROBLEMS_MAX} objects of this document cannot be read")
                 problems.append(Problem(document.path, document.line, said))
             elif len(problems) < _PROBLEMS_MAX:
-                problems.append(Problem(document.path, lines.line_of(place, error.field), error))
+                problems.append(_problem(place, error, lines))
     owner = str(manifests[0]) if len(manifests) == 1 else ""
     problems += [Problem(document.path, document.line + line, new_object_error()) for line in begins[:_PROBLEMS_MAX]]
     problems += [
         Problem(document.path, document.line + line, error, owner, hides=False) for line, error in twice[:_PROBLEMS_MAX]
     ]
     return manifests, problems
+
+
+def _problem(place: Place, error: ConfigError, lines: Lines) -> Problem:
+    """Return that *error* is in the object at *place*, or what was copied with it that explains the error."""
+    document, line = place.document, lines.line_of(place, error.field)
+    if not isinstance(error, Note):
+        if not error.field and (found := certain_sign(document.text)):
+            line, error = document.line + found[0], found[1]
+        else:
+            error = sign_in(lines.row(document, line), error.field) or error
+    return Problem(document.path, line, error)
 
 
 def _parse_pieces(document: Document, begins: list[int]) -> tuple[list[Manifest], list[Problem]]:
@@ -167,6 +188,8 @@ def _items(document: Document, plain: Any) -> Iterator[tuple[Place, object]]:
 
 
 def _manifest(place: Place, plain: object, *, for_check: bool) -> Manifest:
+    if _is_of_another_tool(plain):
+        raise Note("this is no Kubernetes object, but a file of another tool; it is skipped")
     if not isinstance(plain, dict):
         html = html_error(place.document.text) if not place.prefix else None
         raise html or ConfigError(
@@ -179,22 +202,67 @@ def _manifest(place: Place, plain: object, *, for_check: bool) -> Manifest:
     kind = plain.get("kind")
     if not isinstance(kind, str) or not kind:
         raise ConfigError("the object has no kind", mend="add 'kind: Service' or whatever it is")
+    is_read = kind in api.KINDS and not _is_foreign(plain.get("apiVersion"))
     metadata = plain.get("metadata")
     name = metadata.get("name") if isinstance(metadata, dict) else None
-    if not isinstance(metadata, dict) or name is None or name == "":
+    if not is_read and not isinstance(name, str):  # a Kustomization, a kubeconfig, kubeadm's configuration
+        metadata, name = metadata if isinstance(metadata, dict) else {}, ""
+    elif not isinstance(metadata, dict) or name is None or name == "":
         raise _missing_space(metadata) or ConfigError(
             "the object has no name", field="metadata", mend="add metadata.name"
         )
     if not isinstance(name, str):
         raise ConfigError(f"{name!r} is no text", field="metadata.name", mend="put the name in quotes")
+    if TEMPLATE.search(name):
+        raise template_note()
     namespace = "" if kind in _CLUSTER_WIDE else metadata.get("namespace") or "default"
     full_name = NamespacedName(str(namespace), name)
-    if kind not in api.KINDS or _is_foreign(plain.get("apiVersion")):
+    if not is_read:
         return Manifest(kind, full_name, None, plain if for_check else None, place)
+    if any(not isinstance(value, str) for value in _annotations(metadata).values()):
+        texts = {key: _as_text(value) for key, value in _annotations(metadata).items()}
+        plain = {**plain, "metadata": {**metadata, "annotations": texts}}
+    if kind == "EndpointSlice" and plain.get("apiVersion") == "discovery.k8s.io/v1beta1":
+        plain = _as_v1(plain)
     if for_check:
         known, errors = _convert_what_can_be(kind, plain)
         return Manifest(kind, full_name, known, plain, place, tuple(errors))
     return Manifest(kind, full_name, api.convert(kind, plain), None, place)
+
+
+def _is_of_another_tool(plain: object) -> bool:
+    """Return whether *plain* lacks all that makes a Kubernetes object: Helm values, docker-compose, CI, Ansible."""
+    if isinstance(plain, list):
+        return all(isinstance(item, dict) and _is_of_another_tool(item) for item in plain)
+    if not isinstance(plain, dict) or any(api.key_space_error(key, "") for key in plain):
+        return False
+    names = {str(key).lower() for key in plain}
+    return not names & {"kind", "metadata", "spec"} and not ("apiversion" in names and "version" not in names)
+
+
+def _as_v1(piece: dict[str, Any]) -> dict[str, Any]:
+    """Return a slice of v1beta1 as one of v1, which has a field of its own for the node."""
+    endpoints = piece.get("endpoints")
+    if not isinstance(endpoints, list) or not all(isinstance(endpoint, dict) for endpoint in endpoints):
+        return piece
+    return {**piece, "endpoints": [_endpoint_as_v1(**endpoint) for endpoint in endpoints]}
+
+
+def _endpoint_as_v1(topology: object = None, **endpoint: object) -> dict[str, object]:
+    node = topology.get("kubernetes.io/hostname") if isinstance(topology, dict) else None
+    return {**({"nodeName": node} if node else {}), **endpoint}
+
+
+def _annotations(metadata: dict[str, Any]) -> dict[str, Any]:
+    given = metadata.get("annotations")
+    return given if isinstance(given, dict) else {}
+
+
+def _as_text(value: object) -> object:
+    """Return the value of an annotation as the API's own reader has it: a number or null is text, too."""
+    if value is None:
+        return ""
+    return str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, int | float) else value
 
 
 def _missing_space(metadata: object) -> ConfigError | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from userspace_proxy import api
-from userspace_proxy.errors import StartError
+from userspace_proxy.errors import Note, StartError
 from userspace_proxy.interfaces import EventType, ObjectEvent, WatchStats
 from userspace_proxy.model.names import NamespacedName
 from userspace_proxy.sources.documents import Manifest, Problem, duplicates, parse, split
@@ -350,7 +350,10 @@ class FileSource:
         news = [where for where, said in now.items() if self._problems.get(where) != said]
         for where in news[:_LOGGED_MAX]:
             kept = "; the last good version, if there was one, goes on serving" if latest[where].hides else ""
-            log.error("%s%s", now[where], kept)
+            if isinstance(latest[where].error, Note):
+                log.info("%s", now[where])
+            else:
+                log.error("%s%s", now[where], kept)
         if (more := len(news) - _LOGGED_MAX) > 0:
             log.error("%d more problems; 'check' shows all", more)
         for where in list(self._problems.keys() - now.keys())[:_LOGGED_MAX]:

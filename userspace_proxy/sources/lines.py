@@ -58,6 +58,12 @@ class Lines:
 
     def __init__(self) -> None:
         self._tree = lru_cache(maxsize=2)(_tree)
+        self._rows = lru_cache(maxsize=2)(_rows)
+
+    def row(self, document: Document, line: int) -> str:
+        """Return the text of *line* of *document*, counted as in the file."""
+        rows = self._rows(document)
+        return rows[line - document.line] if 0 <= line - document.line < len(rows) else ""
 
     def line_of(self, place: Place, field: str) -> int:
         document = place.document
@@ -76,6 +82,10 @@ class Lines:
 
 def _tree(document: Document) -> Node | None:
     return compose(document.text)
+
+
+def _rows(document: Document) -> list[str]:
+    return document.text.splitlines()
 
 
 def _child(node: Node | None, step: int | str) -> tuple[int, Node] | None:

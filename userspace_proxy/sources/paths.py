@@ -7,6 +7,7 @@ where it may take its time, and a device is refused.
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import functools
 import logging
@@ -116,9 +117,24 @@ def read(path: str) -> str:
     # A FIFO is not even opened: whoever writes to it would take us for its reader.
     _refuse_what_never_ends(Path(path).stat())
     # Not to wait at one that was put in its place meanwhile, either.
-    with open(path, encoding="utf-8-sig", opener=_open_without_waiting) as file:
+    with open(path, "rb", opener=_open_without_waiting) as file:
         _refuse_what_never_ends(os.fstat(file.fileno()))
-        return _accepted(file.read())
+        return decoded(file.read())
+
+
+def decoded(data: bytes) -> str:
+    """Return the text of *data*: UTF-8, or UTF-16 with a byte order mark as Windows tools write it.
+
+    Raises:
+        UnicodeDecodeError: it is neither.
+        ConfigError: it holds too many documents.
+    """
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = data.decode("utf-16" if is_utf16 else "utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    if text.count("\n---") >= _DOCUMENTS_MAX:
+        said = f"cannot be read: it holds more than {_DOCUMENTS_MAX} documents"
+        raise ConfigError(said, mend="split it into several files")
+    return text
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
@@ -130,13 +146,6 @@ def _refuse_what_never_ends(found: os.stat_result) -> None:
         raise ConfigError("cannot be read: not a regular file", mend="put a file in its place")
     if found.st_size > _SIZE_MAX_BYTES:
         raise _too_large()
-
-
-def _accepted(text: str) -> str:
-    if text.count("\n---") >= _DOCUMENTS_MAX:
-        said = f"cannot be read: it holds more than {_DOCUMENTS_MAX} documents"
-        raise ConfigError(said, mend="split it into several files")
-    return text
 
 
 def _too_large() -> ConfigError:
@@ -161,7 +170,7 @@ def read_stream(path: str) -> str:
             size += len(chunk)
             if size > _SIZE_MAX_BYTES:
                 raise _too_large()
-    return _accepted(b"".join(chunks).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n"))
+    return decoded(b"".join(chunks))
 
 
 def read_stdin() -> str:
@@ -170,10 +179,10 @@ def read_stdin() -> str:
     Raises:
         OSError, UnicodeDecodeError, ConfigError: it cannot be read, is no text, or is too much.
     """
-    text = sys.stdin.read(_SIZE_MAX_BYTES + 1)
-    if len(text) > _SIZE_MAX_BYTES:
+    data = sys.stdin.buffer.read(_SIZE_MAX_BYTES + 1)
+    if len(data) > _SIZE_MAX_BYTES:
         raise _too_large()
-    return _accepted(text)
+    return decoded(data)
 
 
 def run_in_thread(name: str, work: Callable[[], _Result]) -> asyncio.Future[_Result]:

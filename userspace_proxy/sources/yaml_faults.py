@@ -8,11 +8,12 @@ from collections.abc import Iterator
 import yaml
 
 from userspace_proxy import api
-from userspace_proxy.errors import ConfigError
+from userspace_proxy.errors import ConfigError, Note
+from userspace_proxy.sources.pasted import certain_sign, sign_in
 from userspace_proxy.sources.yaml_values import Node, UnreadableValue, compose
 
-# What a page that shows code puts around and into it; a placeholder such as <name> is none of these.
-_TAG = re.compile(r"</?(html|head|body|div|span|p|br|pre|code|a|table|t[rdh]|li|ul)(\s[^>]*)?/?>", re.IGNORECASE)
+# What Helm, Jinja, ERB or envsubst replace.
+TEMPLATE = re.compile(r"\{\{|\{%|<%|\$\{")
 _KEY = re.compile(r"\s*(?:- +)*([\w./-]+):(\s|$)")
 # Of a line, so much is looked at to say what is wrong in it.
 _ROW_MAX = 1_000
@@ -27,23 +28,25 @@ def describe(text: str, error: yaml.YAMLError) -> tuple[int, ConfigError]:
     rows = [row[:_ROW_MAX] for row in text.splitlines()]
     line = min(line_of(text, error), max(len(rows) - 1, 0))
     row = rows[line] if rows else ""
-    if html := html_error(text, row):
+    if html := html_error(text):
         return line, html
     field = _field(row)
+    near = [line, _context(error, ""), line - 1]
+    if any(TEMPLATE.search(rows[at]) for at in near if at is not None and 0 <= at < len(rows)):
+        return line, template_note(field)
     if "\t" in row[: len(row) - len(row.lstrip())]:
         return line, ConfigError("a tab is used for indentation", field=field, mend="indent with spaces")
-    if "\u00a0" in row:
-        said = "there is a non-breaking space in the line, as web pages have them"
-        return line, ConfigError(said, field=field, mend="type its indentation and spaces anew")
-    if "{{" in row:
-        mend = "render it first, with 'helm template' for a chart"
-        return line, ConfigError("this is a template, not a manifest", field=field, mend=mend)
+    for at in near:
+        if at is not None and 0 <= at < len(rows) and (sign := sign_in(rows[at], _field(rows[at]))):
+            return at, sign
     if isinstance(error, UnreadableValue):
         return line, ConfigError(str(error.problem), field=field, mend=error.mend)
+    if (found := certain_sign(text)) is not None:
+        return found
     if (opened := _unclosed_quote(rows, error)) is not None:
         return opened, ConfigError("the quote is never closed", field=_field(rows[opened]), mend="close it in its line")
-    if sign := _special_sign(row, error):
-        return line, _of_special_sign(sign, field)
+    if special := _special_sign(row, error):
+        return line, _of_special_sign(special, field)
     if glued := _missing_space(rows, line, error):
         return glued
     seen = f" near {row.strip()[:60]!r}" if row.strip() else ""
@@ -61,10 +64,15 @@ def line_of(text: str, error: yaml.YAMLError) -> int:
     return mark.line if mark else 0
 
 
-def html_error(text: str, row: str = "") -> ConfigError | None:
-    """Return that *text*, or its line *row*, is HTML, if it is."""
+def template_note(field: str = "") -> Note:
+    mend = "render it first, with 'helm template' for a chart"
+    return Note("this is a template, not a manifest; it is skipped", field=field, mend=mend)
+
+
+def html_error(text: str) -> ConfigError | None:
+    """Return that *text* is HTML, if it is."""
     start = text.lstrip("- \n\t")
-    if (start.startswith("<") and not start.startswith("<<")) or _TAG.search(row):
+    if start.startswith("<") and not start.startswith(("<<", "<%")):
         return ConfigError("this is HTML, not a manifest", mend="fetch the raw file, not the page that shows it")
     return None
 

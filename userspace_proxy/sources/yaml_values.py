@@ -152,7 +152,7 @@ class _Builder:
             if kind is ScalarEvent:
                 text = value = event.value
                 self._size += _VALUE_SIZE + len(text)
-                if (tag := event.tag or (event.implicit[0] and _plain_tag(text))) and tag != _TEXT and tag != "!":
+                if (tag := event.tag or (event.implicit[0] and _plain_tag(text))) and tag != _TEXT and tag[0] != "!":
                     if tag == _MERGE and type(values) is dict and here.key is _NO_KEY:
                         here.key = _MERGED
                         continue
@@ -178,7 +178,7 @@ class _Builder:
                 if here.key is _NO_KEY:
                     if type(value) in (dict, list):
                         raise _no_text_as_key(event)
-                    here.key = value
+                    here.key = value if type(value) is str else _key(value)
                 elif here.key is _MERGED:
                     self._merge(here, value, event)
                 else:
@@ -196,7 +196,7 @@ class _Builder:
         if depth >= DEPTH_MAX:
             raise UnreadableValue(f"it is nested more than {DEPTH_MAX} deep", event.start_mark, "nest it less")
         is_mapping = type(event) is MappingStartEvent
-        if event.tag not in (None, "!", _MAPPING if is_mapping else _SEQUENCE):
+        if event.tag not in (None, _MAPPING if is_mapping else _SEQUENCE) and not _is_of_another_tool(event.tag):
             raise _unknown_tag(event)
         if here is not None and type(here.values) is dict and here.key is _NO_KEY:
             raise _no_text_as_key(event)
@@ -241,6 +241,16 @@ class _Builder:
 def _undefined(alias: Any) -> yaml.YAMLError:
     said = f"found undefined alias {alias.anchor[:60]!r}"
     return yaml.composer.ComposerError(None, None, said, alias.start_mark)
+
+
+def _is_of_another_tool(tag: str) -> bool:
+    """Return whether *tag* is one such as !vault or !Ref: Kubernetes reads the value without it."""
+    return tag.startswith("!")
+
+
+def _key(key: object) -> str:
+    """Return *key* as text: in JSON, which the API server reads, every key is text."""
+    return str(key).lower() if isinstance(key, bool) else "null" if key is None else str(key)
 
 
 def _kind(value: object) -> str:

@@ -8,10 +8,19 @@ from userspace_proxy.control.decode.addresses import (
     backend_ip_errors,
     canonical_cidr,
     canonical_ip,
+    is_cidr,
+    is_ip,
+    is_port,
     number_errors,
     virtual_ip_errors,
 )
-from userspace_proxy.control.decode.annotations import ANNOTATION_PREFIX, ANNOTATIONS
+from userspace_proxy.control.decode.annotations import (
+    ANNOTATION_PREFIX,
+    ANNOTATIONS,
+    IPVS_SCHEDULER,
+    SOURCE_IP,
+    WEIGHTS,
+)
 from userspace_proxy.control.decode.endpoints import (
     SERVICE_NAME_LABEL,
     EndpointsByPort,
@@ -45,7 +54,10 @@ from userspace_proxy.control.decode.services import check_service, is_proxied, s
 __all__ = [
     "ANNOTATIONS",
     "ANNOTATION_PREFIX",
+    "IPVS_SCHEDULER",
     "SERVICE_NAME_LABEL",
+    "SOURCE_IP",
+    "WEIGHTS",
     "Allotted",
     "EndpointsByPort",
     "PortKey",
@@ -60,7 +72,10 @@ __all__ = [
     "given_cluster_ips",
     "has_node_ports",
     "ingress",
+    "is_cidr",
     "is_eligible",
+    "is_ip",
+    "is_port",
     "is_proxied",
     "node_of",
     "number_errors",

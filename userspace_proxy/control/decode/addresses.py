@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from userspace_proxy.errors import ConfigError
 
@@ -126,6 +126,22 @@ def _no_backend(ip: str) -> re.Match[str] | None:
 def _named(special: re.Match[str]) -> str:
     name = (special.lastgroup or "").replace("_", "-")
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name} address"
+
+
+def is_ip(text: str) -> bool:
+    return _reads(canonical_ip, text)
+
+
+def is_cidr(text: str) -> bool:
+    return _reads(canonical_cidr, text)
+
+
+def _reads(read: Callable[[str], str], text: str) -> bool:
+    try:
+        read(text)
+    except ConfigError:
+        return False
+    return True
 
 
 def backend_ip(ip: str) -> str | None:

@@ -1,0 +1,22 @@
+"""What `check` says of a text, for tests."""
+
+from __future__ import annotations
+
+from userspace_proxy.control.lint import Finding, LintOptions, lint
+from userspace_proxy.settings import Settings
+from userspace_proxy.sources.documents import parse, split
+
+OPTIONS = LintOptions(Settings().service_cluster_ip_ranges)
+
+
+def findings(text: str, options: LintOptions = OPTIONS) -> list[Finding]:
+    manifests, problems = [], []
+    for document in split("f", text):
+        found, wrong = parse(document, for_check=True)
+        manifests += found
+        problems += wrong
+    return lint(manifests, problems, options)
+
+
+def faults(text: str, options: LintOptions = OPTIONS) -> list[Finding]:
+    return [finding for finding in findings(text, options) if finding.severity == "fault"]

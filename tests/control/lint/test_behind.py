@@ -1,0 +1,173 @@
+"""One finding wherever clients would be refused, and none where they are served."""
+
+from __future__ import annotations
+
+import ipaddress
+
+import pytest
+
+from tests.control.lint.given import OPTIONS, faults, findings
+from userspace_proxy.control.lint import LintOptions
+
+SERVICE = """\
+apiVersion: v1
+kind: Service
+metadata: {name: web}
+spec: {clusterIP: 10.96.0.9, ports: [{name: http, port: 80}, {name: more, port: 81}]}
+"""
+SLICE = """\
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: web-1, labels: {kubernetes.io/service-name: web}}
+addressType: IPv4
+ports: [{name: http, port: 8080}, {name: more, port: 8081}]
+endpoints: [{addresses: [10.20.1.2]}]
+"""
+ENDPOINTS = """\
+---
+apiVersion: v1
+kind: Endpoints
+metadata: {name: web}
+subsets:
+- addresses: [{ip: 10.20.1.2}]
+  ports: [{name: http, port: 8080}, {name: more, port: 8081}]
+"""
+SELECTING = """\
+apiVersion: v1
+kind: Service
+metadata: {name: web}
+spec: {clusterIP: 10.96.0.9, selector: {app: web, tier: front}, ports: [{port: 80, targetPort: http}]}
+"""
+POD = """\
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: web-1, labels: {app: web, tier: front}}
+spec: {containers: [{name: c, ports: [{name: http, containerPort: 8080}]}]}
+status: {podIP: 10.20.1.2, conditions: [{type: Ready, status: "True"}]}
+"""
+DEPLOYMENT = """\
+---
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: web}
+spec:
+  template:
+    metadata: {labels: {app: web, tier: front}}
+    spec: {containers: [{name: c, ports: [{name: http, containerPort: 8080}]}]}
+"""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        SERVICE + SLICE,
+        SERVICE + ENDPOINTS,
+        SELECTING + POD,
+        SERVICE
+        + SLICE.replace(
+            "[{addresses: [10.20.1.2]}]",
+            "[{addresses: [10.20.1.2], conditions: {ready: false}}, {addresses: [10.20.1.3]}]",
+        ),
+        SERVICE
+        + SLICE.replace("10.20.1.2]}", "10.20.1.2], conditions: {ready: false, serving: true, terminating: true}}"),
+        SERVICE + SLICE + SLICE.replace("web-1", "web-2").replace("IPv4", "IPv6").replace("10.20.1.2", "'fd00::2'"),
+        SERVICE
+        + SLICE.replace("discovery.k8s.io/v1", "discovery.k8s.io/v1beta1").replace(
+            "[10.20.1.2]", "[10.20.1.2], topology: {kubernetes.io/hostname: node-1, topology.kubernetes.io/zone: a}"
+        ),
+        SERVICE.replace("10.96.0.9", "None") + SLICE.replace("web}}", "web, service.kubernetes.io/headless: ''}}"),
+        SLICE.lstrip("-\n").replace("kubernetes.io/service-name: web", "multicluster.kubernetes.io/service-name: web"),
+    ],
+)
+def test_where_clients_are_served_nothing_is_said(text: str) -> None:
+    assert findings(text) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "said"),
+    [
+        (
+            SERVICE + SLICE.replace("ports: [{name: http, port: 8080}, {name: more, port: 8081}]\n", ""),
+            "ports",
+            "no ports",
+        ),
+        (SERVICE + ENDPOINTS.replace("  ports:", "- ports:"), "subsets", "stand in two subsets"),
+        (SERVICE + SLICE.replace("IPv4", "IPv6").replace("10.20.1.2", "'fd00::2'"), "addressType", "is IPv4 alone"),
+        (SERVICE + SLICE.replace("IPv4", "FQDN").replace("10.20.1.2", "a.example"), "addressType", "'FQDN'"),
+        (SERVICE + SLICE.replace(", {name: more, port: 8081}", ""), "spec.ports[1].name", "port 81 are refused"),
+        (SERVICE + SLICE.replace("name: more, port: 8081", "name: mroe, port: 8081"), "ports[1].name", "'mroe'"),
+        (SERVICE + SLICE.replace("10.20.1.2]}", "10.20.1.2], conditions: {ready: false}}"), "endpoints", "is ready"),
+        (SERVICE + ENDPOINTS.replace("- addresses", "- notReadyAddresses"), "subsets", "no endpoint is ready"),
+        (SERVICE, "spec", "nothing here gives it endpoints"),
+        (SELECTING + POD.replace("True", "False"), "spec.selector", "none of the 1 Pods it selects is ready"),
+        (SELECTING + POD.replace("10.20.1.2,", "10.20.1.2, phase: Failed,"), "spec.selector", "have ended"),
+        (SELECTING + POD.replace("10.20.1.2", "'fd00::2'"), "spec.selector", "is IPv4 alone"),
+        (SELECTING + POD.replace("tier: front", "tier: back"), "spec.selector.tier", "matches no Pod"),
+        (SELECTING + POD.replace("app: web, tier: front", "a: b"), "spec.selector", "matches no Pod"),
+        (SELECTING + DEPLOYMENT.replace("tier: front", "tier: frint"), "spec.selector.tier", "matches no Pod"),
+        (SELECTING + POD.replace("name: http", "name: web"), "spec.ports[0].targetPort", "a port named 'http'"),
+    ],
+)
+def test_where_clients_are_refused_one_finding_says_why(text: str, field: str, said: str) -> None:
+    (found,) = findings(text)
+
+    assert (found.severity, found.field) == ("fault", field)
+    assert said in found.problem
+    assert found.mend
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        (SELECTING + DEPLOYMENT, "spec.selector"),
+        (SELECTING, "spec.selector"),
+        (SELECTING + DEPLOYMENT.replace("app: web", "app: webhook"), "spec.selector"),
+        (SERVICE + SLICE.replace("[{addresses: [10.20.1.2]}]", "[]"), "endpoints"),
+        (SLICE.lstrip("-\n"), 'metadata.labels["kubernetes.io/service-name"]'),
+        (SERVICE + SLICE.replace("port: 8081}", "port: 8081}, {name: old, port: 1}"), "ports[2].name"),
+        (
+            SERVICE + SLICE + SLICE.replace("web-1", "w-2").replace("IPv4", "FQDN").replace("10.20.1.2", "a.b"),
+            "addressType",
+        ),
+        (SELECTING.replace("http", "9090") + POD, "spec.ports[0].targetPort"),
+    ],
+)
+def test_what_is_only_incomplete_here_is_a_note(text: str, field: str) -> None:
+    (found,) = findings(text)
+
+    assert (found.severity, found.field) == ("note", field)
+
+
+def test_a_fault_of_a_service_brings_none_that_follows_from_it() -> None:
+    text = SERVICE.replace("name: http, port: 80", "name: http, port: 80, protocol: tcp") + SLICE
+
+    assert [found.field for found in faults(text)] == ["spec.ports[0].protocol"]
+
+
+def test_a_service_of_a_family_without_a_range_is_a_fault_and_with_one_it_is_none() -> None:
+    text = SERVICE.replace("clusterIP: 10.96.0.9", "ipFamilies: [IPv6]") + SLICE.replace("IPv4", "IPv6").replace(
+        "10.20.1.2", "'fd00::2'"
+    )
+    both = LintOptions([*OPTIONS.cluster_ips, ipaddress.ip_network("fd00:96::/112")])
+
+    assert [found.field for found in faults(text)] == ["spec.ipFamilies[0]"]
+    assert findings(text, both) == []
+
+
+def test_an_address_outside_of_the_load_balancer_pool_is_a_fault_where_there_is_one() -> None:
+    text = SERVICE.replace("{clusterIP", "{type: LoadBalancer, loadBalancerIP: 203.0.113.9, clusterIP") + SLICE
+    pool = LintOptions(OPTIONS.cluster_ips, [ipaddress.ip_network("198.51.100.0/24")])
+
+    assert findings(text) == []
+    assert [found.field for found in findings(text, pool)] == ["spec.loadBalancerIP"]
+
+
+def test_an_annotation_without_an_effect_in_the_mode_is_a_note() -> None:
+    text = SERVICE.replace("{name: web}", "{name: web, annotations: {userspace-proxy/weights: '10.20.1.2=3'}}") + SLICE
+
+    assert findings(text) == []
+    assert findings(text, LintOptions(OPTIONS.cluster_ips, mode="nftables")) == []
+    (found,) = findings(text, LintOptions(OPTIONS.cluster_ips, mode="iptables"))
+    assert (found.severity, found.problem) == ("note", "it has no effect in iptables mode")

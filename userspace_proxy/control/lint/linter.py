@@ -1,0 +1,215 @@
+"""Findings: of each object by itself, and of each Service with what belongs to it. Pure.
+
+Objects come and go one by one. What a change concerns is looked at anew and nothing else, so that `run` can say after
+each edit what `check` would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from userspace_proxy import api
+from userspace_proxy.control import decode
+from userspace_proxy.control.allotments import Allotments
+from userspace_proxy.control.lint.behind import endpoints_of, orphan_error, refusals
+from userspace_proxy.control.lint.index import WORKLOADS, Index, with_template
+from userspace_proxy.control.lint.single import object_errors
+from userspace_proxy.control.pools import Network
+from userspace_proxy.errors import ConfigError, Note
+from userspace_proxy.model.names import NamespacedName
+from userspace_proxy.model.service import ServicePort, SourceIP
+from userspace_proxy.sources.documents import Manifest, Problem, duplicates
+from userspace_proxy.sources.lines import Lines
+from userspace_proxy.sources.pasted import FENCE, sign_in
+from userspace_proxy.sources.yaml_faults import TEMPLATE, template_note
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing to say of a manifest.
+
+    ``line`` is None where the whole file is meant, ``object`` "" where none is known. ``severity``: ``fault``, or
+    ``note`` where nothing is wrong but something is incomplete here or has no effect.
+    """
+
+    file: str
+    line: int | None
+    field: str
+    problem: str
+    mend: str
+    object: str
+    severity: str = "fault"
+
+    @property
+    def where(self) -> str:
+        return self.file if self.line is None else f"{self.file}:{self.line}"
+
+    def __str__(self) -> str:
+        said = "; ".join(filter(None, (self.problem, self.mend)))
+        note = "note" if self.severity == "note" else ""
+        return ": ".join(filter(None, (self.where, note, self.field, said)))
+
+
+@dataclass(frozen=True, slots=True)
+class LintOptions:
+    """What `run` is told that decides what is wrong; ``mode`` is "" where none is known."""
+
+    cluster_ips: Sequence[Network]
+    load_balancer_pool: Sequence[Network] = ()
+    proxy_name: str = ""
+    source_ip: SourceIP = SourceIP.NODE
+    mode: str = ""
+
+
+class Found(NamedTuple):
+    """``is_told``: `run` refuses by it, and says so by itself."""
+
+    manifest: Manifest
+    error: ConfigError
+    is_told: bool = False
+
+
+class Linter:
+    """Knows what is wrong with the manifests that it was given, and looks again at what changes concern."""
+
+    def __init__(self, options: LintOptions) -> None:
+        self._options = options
+        self._allotments = Allotments(options.cluster_ips, None, options.load_balancer_pool)
+        self._index = Index()
+        self._held: dict[Hashable, Manifest] = {}
+        self._own: dict[Hashable, list[Found]] = {}
+        self._shared: dict[Hashable, list[Found]] = {}
+        self._concerned: dict[NamespacedName, None] = {}
+
+    def add(self, manifest: Manifest) -> None:
+        """Take in *manifest*, which was read for a check."""
+        key, held = _key(manifest), replace(manifest, plain=None, errors=())
+        self._own[key] = [Found(held, error, is_told) for error, is_told in object_errors(manifest, self._options.mode)]
+        if manifest.kind in WORKLOADS:
+            held = with_template(manifest) or held
+        self._held[key] = held = replace(held, plain=None)
+        self._concerned |= dict.fromkeys(self._index.add(held))
+
+    def remove(self, manifest: Manifest) -> None:
+        key = _key(manifest)
+        self._own.pop(key, None)
+        self._concerned |= dict.fromkeys(self._index.remove(self._held.pop(key)))
+
+    def work(self) -> bool:
+        """Look at one Service that a change concerns; return whether there was one."""
+        if not self._concerned:
+            return False
+        name = next(iter(self._concerned))
+        del self._concerned[name]
+        if found := list(self._of_service(name)):
+            self._shared[name] = found
+        else:
+            self._shared.pop(name, None)
+        return True
+
+    def found(self) -> Iterator[Found]:
+        """Yield all that is known."""
+        for known in (self._own, self._shared):
+            for found in known.values():
+                yield from found
+
+    def _of_service(self, name: NamespacedName) -> Iterator[Found]:
+        services, pieces = self._index.services.get(name), self._index.pieces.get(name, ())
+        if not services:
+            self._allotments.release(name)
+            for piece in pieces:
+                if error := orphan_error(self._index, name, piece):
+                    yield Found(piece, error)
+            return
+        manifest = services[0]
+        service = manifest.object
+        if not isinstance(service, api.Service) or service.spec is None:
+            return
+        if not decode.is_proxied(service, self._options.proxy_name):
+            self._allotments.release(name)
+            return
+        faults = [found.error for found in self._own[_key(manifest)] if not isinstance(found.error, Note)]
+        fields = {error.field for error in faults}
+        allotted = decode.Allotted()
+        conflicts: list[ConfigError] = []
+        ports: dict[int, ServicePort] = {}
+        try:
+            allotted, conflicts = self._allotments.assign(name, service)
+        except ConfigError as error:
+            conflicts = [error]
+        try:
+            ports, problems = decode.service_ports(name, service, allotted, self._options.source_ip)
+            conflicts += problems
+        except ConfigError as error:
+            conflicts.append(error)
+        for conflict in conflicts:
+            if conflict.field not in fields:
+                fields.add(conflict.field)
+                yield Found(manifest, conflict, is_told=True)
+        # What follows from a fault is not said: of a selector that is wrong nothing, of other faults what Pods show.
+        if any(field.startswith("spec.selector") for field in fields):
+            return
+        if (faults or not allotted.cluster_ips) and not service.spec.selector:
+            return
+        known = endpoints_of(self._index, name, service, {} if faults or not allotted.cluster_ips else ports)
+        # A slice or Endpoints with a fault of its own says by that why it gives nothing.
+        has_faulty_piece = any(
+            not isinstance(found.error, Note) for piece in pieces for found in self._own.get(_key(piece), ())
+        )
+        for where, why in refusals(self._index, manifest, service, known):
+            if why.field not in fields and not (where is not manifest and has_faulty_piece):
+                yield Found(where, why)
+
+
+def _key(manifest: Manifest) -> Hashable:
+    place = manifest.place
+    return place.document.path, place.document.line, place.prefix, manifest.kind, manifest.name
+
+
+def lint(manifests: Sequence[Manifest], problems: Iterable[Problem], options: LintOptions) -> list[Finding]:
+    """Return what to say of *manifests*, read for a check, and the *problems* of reading them, by file and line."""
+    linter = Linter(options)
+    for manifest in manifests:
+        linter.add(manifest)
+    while linter.work():
+        pass
+    found = [_of_problem(problem) for problem in [*problems, *duplicates(m for m in manifests if m.object)]]
+    return as_findings(linter.found(), found)
+
+
+def as_findings(found: Iterable[Found], others: Iterable[Finding] = ()) -> list[Finding]:
+    """Return *found* with the lines, and *others*, by file and line."""
+    lines = Lines()
+    unique: dict[Hashable, Finding] = {}
+    for finding in others:  # of fences, which come in pairs, the first is named
+        line = 0 if finding.problem == FENCE else finding.line
+        unique.setdefault((finding.file, line, finding.field, finding.problem), finding)
+    for each in found:
+        finding, is_of_line = _finding(each, lines)
+        unique.setdefault((finding.file, finding.line, "" if is_of_line else finding.field, finding.problem), finding)
+    at_fault = {(f.file, f.line, f.field) for f in unique.values() if f.severity == "fault"}
+    told = [f for f in unique.values() if f.severity == "fault" or (f.file, f.line, f.field) not in at_fault]
+    return sorted(told, key=lambda finding: (finding.file, finding.line or 0))
+
+
+def _finding(found: Found, lines: Lines) -> tuple[Finding, bool]:
+    """Return *found* with its line, and whether the line itself explains it: it was copied, or is of a template."""
+    manifest, error = found.manifest, found.error
+    document = manifest.place.document
+    line = lines.line_of(manifest.place, error.field)
+    row = lines.row(document, line)
+    if not isinstance(error, Note):
+        error = template_note(error.field) if TEMPLATE.search(row) else sign_in(row, error.field) or error
+    said = Finding(document.path, line, error.field, error.reason, error.mend, str(manifest), _severity(error))
+    return said, error is not found.error
+
+
+def _of_problem(problem: Problem) -> Finding:
+    error = problem.error
+    return Finding(problem.path, problem.line, error.field, error.reason, error.mend, problem.object, _severity(error))
+
+
+def _severity(error: ConfigError) -> str:
+    return "note" if isinstance(error, Note) else "fault"

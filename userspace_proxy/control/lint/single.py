@@ -1,0 +1,139 @@
+"""What is wrong with one object, whatever is beside it. Pure."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+
+from userspace_proxy import api
+from userspace_proxy.control import decode
+from userspace_proxy.control.fields import field_errors, is_meant, kind_errors
+from userspace_proxy.control.lint.api_rules import relation_errors, value_errors
+from userspace_proxy.errors import ConfigError, Note
+from userspace_proxy.sources.documents import Manifest
+
+# In which modes our annotations have an effect.
+_MODES_OF = {
+    decode.SOURCE_IP: ("userspace",),
+    decode.IPVS_SCHEDULER: ("ipvs",),
+    decode.WEIGHTS: ("nftables", "ipvs"),
+}
+# Set by a controller of several clusters: such a slice belongs to no Service of this one.
+_MULTICLUSTER = "multicluster.kubernetes.io/"
+_MANAGED_BY = "endpointslice.kubernetes.io/managed-by"
+
+
+def object_errors(manifest: Manifest, mode: str) -> Iterator[tuple[ConfigError, bool]]:
+    """Yield what is wrong with *manifest*, one error a field, and whether `run` says so by itself.
+
+    *mode*: the proxy mode, whose annotations count; "" where none is known.
+    """
+    if manifest.kind not in api.KINDS or (manifest.object is None and not manifest.errors):
+        if "." not in str((manifest.plain or {}).get("apiVersion")):
+            yield from ((error, False) for error in kind_errors(manifest.kind))
+        return
+    plain = manifest.plain or {}
+    shape = list(field_errors(manifest.kind, plain))
+    unknown: dict[str, list[ConfigError]] = defaultdict(list)
+    for error in shape:
+        unknown[error.field.rpartition(".")[0]].append(error)
+    mistyped = [error for error in manifest.errors if not _follows(error, unknown[error.field])]
+    by_value = list(value_errors(manifest.kind, plain))
+    refused = list(_decode_errors(manifest, is_misshapen=bool(shape or mistyped)))
+    # Values that are wrong in themselves contradict others for no other reason.
+    is_comparable = not manifest.errors and not any(
+        error.field.startswith(("spec", "status")) and "ports[" not in error.field for error in (*by_value, *refused)
+    )
+    named: set[str] = set()
+    for error, is_told in (
+        *((error, False) for error in shape),
+        *((error, True) for error in (*mistyped, *refused)),
+        *((error, False) for error in by_value),
+        *((error, False) for error in (relation_errors(manifest.kind, plain) if is_comparable else ())),
+        *((error, False) for error in _own_errors(manifest, mode)),
+    ):
+        is_misspelt = any(is_meant(field, error.field.rpartition(".")[2]) for field in shape)
+        if error.field not in named and (error in shape or not is_misspelt):
+            named.add(error.field)
+            yield error, is_told
+
+
+def _follows(error: ConfigError, unknown: Sequence[ConfigError]) -> bool:
+    """Return whether *error*, a wrong type, follows from the *unknown* fields right below its own."""
+    _, lacks, missing = error.reason.partition("lacks the field ")
+    if lacks:  # what is missing stands there, misspelt
+        return any(is_meant(field, missing) for field in unknown)
+    return any(field.reason == error.reason for field in unknown)
+
+
+def _decode_errors(manifest: Manifest, *, is_misshapen: bool) -> Iterator[ConfigError]:
+    if isinstance(manifest.object, api.Service):
+        # That there are no ports, or no spec, is not said again where one is misplaced or misspelt.
+        for error in decode.service_errors(manifest.object):
+            if not (is_misshapen and error.field in ("", "spec")):
+                yield error
+
+
+def _own_errors(manifest: Manifest, mode: str) -> Iterator[ConfigError]:
+    match manifest.object:
+        case api.Service() as service:
+            yield from _service_errors(service, mode)
+        case api.EndpointSlice() as piece:
+            yield from _slice_errors(piece)
+        case api.Endpoints() as endpoints:
+            for index, subset in enumerate(endpoints.subsets or ()):
+                for part, addresses in (
+                    ("addresses", subset.addresses),
+                    ("notReadyAddresses", subset.not_ready_addresses),
+                ):
+                    for at, address in enumerate(addresses or ()):
+                        yield from decode.backend_ip_errors(address.ip, f"subsets[{index}].{part}[{at}].ip")
+        case api.Pod() as pod:
+            for field, ip in pod_ip_fields(pod):
+                yield from decode.backend_ip_errors(ip, field)
+
+
+def _service_errors(service: api.Service, mode: str) -> Iterator[ConfigError]:
+    spec = service.spec
+    if spec is None:
+        return
+    if spec.load_balancer_ip:
+        yield from decode.virtual_ip_errors(spec.load_balancer_ip, "spec.loadBalancerIP")
+    for index, port in enumerate(spec.ports or ()):
+        if isinstance(port.target_port, str) and port.target_port.isdigit():
+            said, mend = f"{port.target_port!r} in quotes is a name, which needs a letter", "write it without quotes"
+            yield ConfigError(said, field=f"spec.ports[{index}].targetPort", mend=f"{mend}: {port.target_port}")
+    for key in service.metadata.annotations or ():
+        field = api.below("metadata.annotations", key)
+        if key in _MODES_OF and mode and mode not in _MODES_OF[key]:
+            modes = " and ".join(_MODES_OF[key])
+            yield Note(f"it has no effect in {mode} mode", field=field, mend=f"it is for the mode {modes}")
+        elif key.startswith(decode.ANNOTATION_PREFIX) and key not in decode.ANNOTATIONS:
+            close = get_close_matches(key, decode.ANNOTATIONS, n=1)
+            mend = f"did you mean {close[0]!r}?" if close else f"ours are {', '.join(decode.ANNOTATIONS)}"
+            yield ConfigError(f"there is no annotation {key!r}", field=field, mend=mend)
+
+
+def _slice_errors(piece: api.EndpointSlice) -> Iterator[ConfigError]:
+    for index, endpoint in enumerate(piece.endpoints or ()):
+        for at, ip in enumerate(endpoint.addresses or ()) if piece.address_type in ("IPv4", "IPv6") else ():
+            yield from decode.backend_ip_errors(ip, f"endpoints[{index}].addresses[{at}]")
+    if piece.address_type == "FQDN":
+        mend = "write IPv4 or IPv6; a proxy reads no others"
+        yield Note("'FQDN' cannot be proxied, the slice is skipped", field="addressType", mend=mend)
+    labels = piece.metadata.labels or {}
+    is_elsewhere = any(key.startswith(_MULTICLUSTER) or key == _MANAGED_BY for key in labels)
+    if not labels.get(decode.SERVICE_NAME_LABEL) and not is_elsewhere:
+        said = f"the label {decode.SERVICE_NAME_LABEL} is missing, so it belongs to no Service"
+        yield ConfigError(said, field="metadata.labels", mend=f"add '{decode.SERVICE_NAME_LABEL}: NAME'")
+
+
+def pod_ip_fields(pod: api.Pod) -> list[tuple[str, str]]:
+    status = pod.status
+    if status is None:
+        return []
+    single = [("status.podIP", status.pod_ip)] if status.pod_ip else []
+    return single + [
+        (f"status.podIPs[{index}].ip", item.ip) for index, item in enumerate(status.pod_ips or ()) if item.ip
+    ]

@@ -1,0 +1,82 @@
+"""Signs that a text was copied from a web page, a chat or a word processor: in words, with the line and the fix.
+
+Such a sign is looked for only where something is wrong: in a comment or an annotation it does no harm.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+
+from userspace_proxy.errors import ConfigError
+
+FENCE = "a Markdown fence is not YAML"
+_ROW_MAX = 1_000
+_COMMENT = re.compile(r"(^|\s)#.*")
+_TAG = r"</?(html|head|body|div|span|p|br|pre|code|a|table|t[rdh]|li|ul)(\s[^>]*)?/?>"
+# What shows it in a row, what it is, and how to mend it. A placeholder such as <name> is no HTML.
+_SIGNS = [
+    (re.compile(pattern, re.IGNORECASE), said, mend)
+    for pattern, said, mend in (
+        (r"^\s*(```|~~~)", FENCE, "remove the lines that begin with ``` or ~~~"),
+        (
+            rf"{_TAG}|&(nbsp|quot|amp|lt|gt|#\d+);",
+            "this is HTML, not a manifest",
+            "fetch the raw file, not the page that shows it",
+        ),
+        (
+            "[\u00a0\u2002-\u200a\u202f\u3000]",
+            "there is a non-breaking space in the line, as web pages have them",
+            "type its indentation and spaces anew",
+        ),
+        (
+            "[\u200b-\u200f\u2060\ufeff]",
+            "there is an invisible character in the line, as web pages have them",
+            "type the line anew",
+        ),
+        ("^[^'\"]*\uff1a", "the colon '\uff1a' is a full-width one, which YAML does not read", "write ':' and a space"),
+        (
+            "[\u00ab\u00bb\u2018-\u201f\u2039\u203a]",
+            "the quotes are typographic ones, which YAML takes as part of the text",
+            "write ' or \" in their place, or none",
+        ),
+        (r"(^|\s)(//|/\*)", "'//' and '/*' begin no comment in YAML", "begin the comment with '#'"),
+        (
+            r"apiVersion: .*\bkind: .*\bmetadata:",
+            "the line breaks are lost, as when a page is copied as one line",
+            "copy the raw file",
+        ),
+    )
+]
+# Those that are certain wherever they stand outside of a text of several lines.
+_CERTAIN = re.compile("^\\s*(```|~~~|//|(?:- +)*[A-Za-z][\\w./-]*\uff1a)")
+_PARENT = re.compile(r"(metadata|spec):\s*$")
+
+
+def sign_in(row: str, field: str = "") -> ConfigError | None:
+    """Return what in *row*, in which something is wrong, comes from copying; None if nothing does."""
+    row = _COMMENT.sub("", row[:_ROW_MAX])
+    return next((ConfigError(said, field=field, mend=mend) for sign, said, mend in _SIGNS if sign.search(row)), None)
+
+
+def certain_sign(text: str) -> tuple[int, ConfigError] | None:
+    """Return the first line of *text*, from 0, that is certainly no YAML because of how it was copied, and why."""
+    for line, row in enumerate(text.splitlines()):
+        if _CERTAIN.match(row) and (error := sign_in(row)):
+            return line, error
+    return None
+
+
+def lost_indentation(text: str) -> tuple[int, ConfigError] | None:
+    """Return in which line of *text* the indentation is missing, if every line of an object begins in column one."""
+    rows = [
+        (line, row) for line, row in enumerate(text.splitlines()) if row.strip() and not row.startswith(("#", "---"))
+    ]
+    if any(row[0].isspace() for _, row in rows):
+        return None
+    for (_, above), (line, row) in pairwise(rows):
+        if _PARENT.fullmatch(above) and not _PARENT.fullmatch(row):
+            said = "the indentation is lost: every line begins in the first column"
+            mend = "indent what belongs under 'metadata' and 'spec' by two spaces, or copy the raw file"
+            return line, ConfigError(said, mend=mend)
+    return None
