@@ -40,7 +40,7 @@ from userspace_proxy.proxiers.proxy_ports import ProxyPorts
 from userspace_proxy.proxiers.userspace import UserspaceProxier
 from userspace_proxy.removal import remove_others, require_net_admin
 from userspace_proxy.reports import Reports
-from userspace_proxy.rules.firewalls import find_blocking_firewall
+from userspace_proxy.rules.firewalls import Hook, find_blocking_firewall
 from userspace_proxy.rules.kernel import KERNELS
 from userspace_proxy.settings import Settings
 from userspace_proxy.sources.events import node_reference
@@ -132,7 +132,13 @@ class _Running:
             lambda: ground.rules.node_port_ips(self._tracker.here),
         )
         addresses = () if ground.tables is None else ground.here.addresses
-        routed = WithRoutes(self._proxier, settings.service_cluster_ip_ranges, addresses)
+        routed = WithRoutes(
+            self._proxier,
+            settings.service_ranges,
+            addresses,
+            discarded=(*settings.service_ranges, *settings.load_balancer_pool),
+            discards_portals=not settings.follows_cluster,
+        )
         self._controller = Controller(
             ground.source,
             self._tracker,
@@ -228,8 +234,10 @@ class _Running:
             self._ground.tune()  # the rules have loaded conntrack
         with contextlib.suppress(SyncError):
             await remove_others(mode, language)
-        if mode in KERNEL_MODES:
+        if mode == "ipvs":  # requests pass INPUT before they are translated, and FORWARD sees answers alone
             return
+        hook: Hook = "forward" if mode in KERNEL_MODES else "input"
+        what = "forwarded traffic" if hook == "forward" else "redirected traffic"
         with contextlib.suppress(SyncError, ValueError):
-            for found in await find_blocking_firewall():
-                log.warning("a firewall on this node drops redirected traffic: %s", found)
+            for found in await find_blocking_firewall(hook):
+                log.warning("a firewall on this node drops %s: %s", what, found)

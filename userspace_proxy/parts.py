@@ -61,8 +61,7 @@ def manner_of(settings: Settings) -> Manner:
 
 
 def make_kernel_proxier(tables: KernelTables, settings: Settings, rules: NodeRules) -> KernelProxier:
-    # What a cluster has its cluster IPs from is not known here, unless somebody says so.
-    cidrs = () if settings.follows_cluster else tuple(map(str, settings.service_cluster_ip_ranges))
+    cidrs = tuple(map(str, settings.service_ranges))
     return KernelProxier(tables, rules, masquerade_all=settings.masquerade_all, service_cidrs=cidrs)
 
 
@@ -92,7 +91,7 @@ def make_allotting(settings: Settings, memory: Memory) -> Allotting:
     """Return who says which Service has which addresses and node ports: a cluster's API, or we ourselves."""
     if settings.follows_cluster:
         return Stated()
-    return Allotments(settings.service_cluster_ip_ranges, memory, settings.load_balancer_pool)
+    return Allotments(settings.service_ranges, memory, settings.load_balancer_pool)
 
 
 def make_proxy_ports(settings: Settings, remembered: Mapping[str, int]) -> ProxyPorts:

@@ -9,6 +9,7 @@ from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.instance import end_orphans, running_as
 from userspace_proxy.parts import KERNEL_MODES
 from userspace_proxy.rules import network
+from userspace_proxy.rules.discard_routes import remove_discard_routes
 from userspace_proxy.rules.kernel import KERNELS
 from userspace_proxy.settings import Settings
 
@@ -27,7 +28,8 @@ async def remove_all() -> None:
     require_net_admin()
     if (present := await end_orphans()) is not None:
         raise StartError(f"userspace-proxy{running_as(present)} is running; stop it, it takes its rules away itself")
-    await _take_each([*_removals_of_others(), network.remove_routes, network.remove_local_addresses])
+    of_network = [remove_discard_routes, network.remove_routes, network.remove_local_addresses]
+    await _take_each([*_removals_of_others(), *of_network])
 
 
 async def remove_others(mode: str, language: str) -> None:

@@ -14,6 +14,8 @@ from userspace_proxy.model.service import SourceIP
 from userspace_proxy.values import Network, NodePortAddress
 
 DEFAULT_STATE_DIR = Path("/var/lib/userspace-proxy")
+# kubeadm's default range, which the tutorials use.
+DEFAULT_SERVICE_RANGES: tuple[Network, ...] = (ipaddress.IPv4Network("10.96.0.0/16"),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +69,8 @@ class Settings:
     rules: str = "auto"
     capture: str = "auto"
 
-    # kubeadm's default range, which the tutorials use.
-    service_cluster_ip_ranges: tuple[Network, ...] = (ipaddress.IPv4Network("10.96.0.0/16"),)
+    # (): for manifests that of DEFAULT_SERVICE_RANGES; a cluster's is not known.
+    service_cluster_ip_ranges: tuple[Network, ...] = ()
     # Where Services of type LoadBalancer get an address from; none by default, as it has to lead to this node.
     load_balancer_pool: tuple[Network, ...] = ()
     # Whose address endpoints see of Services that say nothing of it; the client's own changes this node's routing.
@@ -124,6 +126,11 @@ class Settings:
     def follows_cluster(self) -> bool:
         """Whether wishes come from a cluster's API."""
         return self.in_cluster or self.kubeconfig is not None
+
+    @property
+    def service_ranges(self) -> tuple[Network, ...]:
+        """Where cluster IPs are from; () where that is not known."""
+        return self.service_cluster_ip_ranges or (() if self.follows_cluster else DEFAULT_SERVICE_RANGES)
 
     @property
     def node_name(self) -> str:

@@ -77,6 +77,16 @@ def test_clients_are_served_by_the_kernel_and_changes_are_followed(proxy: Kernel
     wait_until(lambda: "10.96.9.2" not in proxy.saved(), "its rules are gone")
 
 
+def test_clients_on_a_node_without_a_default_route_are_refused_where_no_endpoint_is(
+    proxy: KernelProxy, world: ServiceLab
+) -> None:
+    proxy.give("nobody", "10.96.9.3")
+    proxy.start()
+
+    assert "default" not in world.node.ip("-4", "route")
+    assert is_refused(world.node, "10.96.9.3", 80)
+
+
 def test_metrics_tell_of_rules_and_loads_as_kube_proxys_do(proxy: KernelProxy, world: ServiceLab) -> None:
     proxy.give("web", "10.96.9.7", POD1)
     proxy.start()

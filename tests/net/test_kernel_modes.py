@@ -25,9 +25,11 @@ from tests.net.world import (
     wait_until,
 )
 from userspace_proxy.lab import ServiceLab, ask, connect
+from userspace_proxy.lab.hosts import NODE_IP
 from userspace_proxy.rules.slots import SlotTable
 
 IP = "10.96.7.1"
+NODE_PORTS = "[{name: http, port: 80, nodePort: 30780}, {name: dns, port: 53, nodePort: 30753, protocol: UDP}]"
 TABLE = SlotTable.name
 # From pods of the node, too, answers have to come back by way of it.
 FLAGS = ("--proxy-mode", "nftables", "--detect-local-mode", "ClusterCIDR", "--cluster-cidr", "10.244.0.0/16")
@@ -60,6 +62,31 @@ def test_the_kernel_serves_while_we_run_and_no_worker_does(proxy: Proxy, world: 
 
     proxy.apply("web", documents(service("web", IP), endpoints("web", POD2)))
     wait_until(lambda: answers(world.client, IP, 80) == "pod2", "the other endpoint serves")
+
+
+def test_a_local_udp_client_of_a_node_port_without_endpoints_is_refused_as_by_a_closed_port(
+    proxy: Proxy, world: ServiceLab
+) -> None:
+    proxy.apply("node-port", service("node-port", "10.96.7.2", NODE_PORTS, extra="  type: NodePort"))
+    proxy.start(*FLAGS)
+
+    for host in (world.node, world.client):
+        assert is_refused(host, NODE_IP, 30_780)
+        assert is_refused_udp(host, NODE_IP, 30_753)
+
+
+def test_a_forward_policy_that_drops_is_named(proxy: Proxy, world: ServiceLab) -> None:
+    world.node.run(
+        "nft", "add table inet fw; add chain inet fw c { type filter hook forward priority 0; policy drop; }"
+    )
+    try:
+        proxy.start(*FLAGS)
+        wait_until(lambda: "drops forwarded traffic: nftables chain 'inet fw c'" in proxy.log(), "it is named")
+        assert not answers(world.client, IP, 80)
+        world.node.run(*proxy.log().split("`")[1].split())
+        assert answers(world.client, IP, 80) == "pod1"
+    finally:
+        world.node.run("nft", "delete", "table", "inet", "fw")
 
 
 def test_a_stop_lets_open_connections_end_and_leaves_nothing(proxy: Proxy, world: ServiceLab) -> None:

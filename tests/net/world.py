@@ -86,14 +86,14 @@ def is_refused(host: Host, ip: str, port: int, timeout_s: float = 2.0) -> bool:
 
 
 def is_refused_udp(host: Host, ip: str, port: int, timeout_s: float = 2.0) -> bool:
-    """The same for UDP: an ICMP message, or EPERM for a sender on the node itself."""
+    """The same for UDP: an ICMP message. EPERM, of a rule that refuses what the node itself sends, is none."""
     try:
         with udp_socket(host, ip, port, timeout_s) as sock:
             sock.send(b"who")
             sock.recv(65_536)
-    except (ConnectionRefusedError, PermissionError):
+    except ConnectionRefusedError:
         return True
-    except TimeoutError:
+    except (TimeoutError, PermissionError):
         return False
     return False
 

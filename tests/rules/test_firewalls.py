@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+from typing import get_args
 
 import pytest
 
 from userspace_proxy.lab import Host
-from userspace_proxy.rules.firewalls import blocking_chains, blocks_input, find_blocking_firewall
+from userspace_proxy.rules.firewalls import Hook, blocking_chains, blocks, find_blocking_firewall
 
 
-def blocking(host: Host, script: str) -> list[str]:
+def blocking(host: Host, script: str, hook: Hook = "input") -> list[str]:
     """Load *script*, as a firewall would, and return the chains that block."""
     host.run("nft", "-f", "-", stdin=script)
     try:
-        return blocking_chains(json.loads(host.run("nft", "--json", "--terse", "list", "ruleset").stdout))
+        return blocking_chains(json.loads(host.run("nft", "--json", "--terse", "list", "ruleset").stdout), hook)
     finally:
         host.run("nft", "delete", "table", "inet", "fw")
 
@@ -58,7 +59,7 @@ def test_a_host_without_rules_blocks_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rules", "blocks"),
+    ("rules", "blocked"),
     [
         ("-P INPUT ACCEPT\n-P FORWARD DROP\n", False),
         ("-P INPUT DROP\n-A INPUT -i lo -j ACCEPT\n", True),
@@ -73,24 +74,65 @@ def test_a_host_without_rules_blocks_nothing() -> None:
         ("", False),
     ],
 )
-def test_an_iptables_firewall_is_read_in_its_own_words(rules: str, blocks: bool) -> None:
-    assert blocks_input(rules) is blocks
+def test_an_iptables_firewall_is_read_in_its_own_words(rules: str, blocked: bool) -> None:
+    assert blocks(rules) is blocked
+
+
+@pytest.mark.parametrize(
+    ("rules", "blocked"),
+    [
+        ("", True),
+        ("ct state established,related accept;", True),
+        ('iifname "docker0" accept;', True),
+        ("ct status dnat accept;", False),
+        ('iifname "cni0" accept;', False),
+        ("ip daddr 10.244.0.0/16 accept;", False),
+        ("ct state { new, established } accept;", False),
+    ],
+)
+def test_a_forward_chain_blocks_unless_it_may_accept_connections_to_endpoints(
+    host: Host, rules: str, blocked: bool
+) -> None:
+    assert blocking(host, firewall(rules, hook="forward"), "forward") == ["inet fw c"] * blocked
+
+
+_DOCKER = "-P FORWARD DROP\n-A FORWARD -o docker0 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT\n"
+
+
+@pytest.mark.parametrize(
+    ("rules", "blocked"),
+    [
+        ("-P INPUT DROP\n-P FORWARD ACCEPT\n", False),
+        ("-P FORWARD DROP\n", True),
+        (f"{_DOCKER}-A FORWARD -i docker0 ! -o docker0 -j ACCEPT\n-A FORWARD -i br-1234 -o br-1234 -j ACCEPT\n", True),
+        (f"{_DOCKER}-A KUBE-FORWARD -m mark --mark 0x4000/0x4000 -j ACCEPT\n-A INPUT -i lo -j ACCEPT\n", True),
+        (f"{_DOCKER}-A FORWARD -m conntrack --ctstate DNAT -j ACCEPT\n", False),
+        (f"{_DOCKER}-A FLANNEL-FWD -s 10.244.0.0/16 -j ACCEPT\n", False),
+        ("-P FORWARD ACCEPT\n-A FORWARD -j REJECT --reject-with icmp-host-prohibited\n", True),
+    ],
+)
+def test_so_does_forward_of_iptables(rules: str, blocked: bool) -> None:
+    assert blocks(rules, "forward") is blocked
 
 
 @pytest.mark.parametrize("tool", ["iptables", "ip6tables"])
-async def test_an_iptables_firewall_is_named_with_a_mend_that_leaves_it_usable(host: Host, tool: str) -> None:
+@pytest.mark.parametrize("hook", get_args(Hook))
+async def test_an_iptables_firewall_is_named_with_a_mend_that_leaves_it_usable(
+    host: Host, tool: str, hook: Hook
+) -> None:
     """iptables refuses a chain of its own that holds rules written by nft; so the mend must be its own."""
+    chain = hook.upper()
     with host.inside():
-        host.run(tool, "-P", "INPUT", "DROP")
-        (found,) = await find_blocking_firewall()
+        host.run(tool, "-P", chain, "DROP")
+        (found,) = await find_blocking_firewall(hook)
         mend = found.split("`")[1]
-        assert mend.startswith(f"{tool} -I INPUT")
+        assert mend.startswith(f"{tool} -I {chain}")
         host.run(*mend.split())
 
-        assert await find_blocking_firewall() == []
-        assert "--ctstate DNAT" in host.run(tool, "-S", "INPUT").stdout
-        host.run(tool, "-F", "INPUT")
-        host.run(tool, "-P", "INPUT", "ACCEPT")
+        assert await find_blocking_firewall(hook) == []
+        assert "--ctstate DNAT" in host.run(tool, "-S", chain).stdout
+        host.run(tool, "-F", chain)
+        host.run(tool, "-P", chain, "ACCEPT")
 
 
 async def test_an_nftables_firewall_is_named_with_a_mend_that_works(host: Host) -> None:

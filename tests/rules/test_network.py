@@ -49,13 +49,13 @@ def test_only_what_no_route_covers_is_missing_and_the_widest_is_enough(
 def test_ten_thousand_addresses_are_not_compared_each_with_each(monkeypatch: pytest.MonkeyPatch) -> None:
     addresses = networks(*(f"10.100.{number // 256}.{number % 256}/32" for number in range(10_000)))
     looked_up = itertools.count()
-    leading_bits = network._leading_bits
+    leading_bits = network.leading_bits
 
     def counted(of: Network, length: int) -> tuple[int, int, int]:
         next(looked_up)
         return leading_bits(of, length)
 
-    monkeypatch.setattr(network, "_leading_bits", counted)
+    monkeypatch.setattr(network, "leading_bits", counted)
     monkeypatch.setattr(ipaddress.IPv4Network, "subnet_of", None)
 
     assert len(missing_routes(addresses, ["10.101.0.0/16"])) == 10_000

@@ -15,6 +15,7 @@ FRAME = patterns(
     (r"type ipv[46]_addr \. inet_proto \. inet_service", "An element is address . protocol . port."),
     (r"chain prerouting \{", "PREROUTING: what comes in by the network (from other hosts, and from this node's pods)."),
     (r"chain output \{", "OUTPUT: what processes of this node itself send; this never passes PREROUTING."),
+    (r"chain input \{", "INPUT: what is for this node itself."),
     (r"chain forward \{", "FORWARD: what passes through this node."),
     (re.escape(FORWARD_HOOK), "Called for every packet that passes through."),
     (r"chain node_ports[46] \{", "Packets to an address of this node: is it a node port?"),

@@ -156,6 +156,7 @@ FRAME = nft_common.FRAME + patterns(
         r"type nat hook postrouting priority 99; policy accept;",
         "Called for the first packet of each connection only, before other source NAT (100).",
     ),
+    (r"type filter hook input priority 0; policy accept;", "Called for every packet that is for this node itself."),
 )
 RULES = nft_common.RULES + patterns(
     (r"meta nfproto ipv(?P<f>[46]) jump (?:services|from_node)(?P=f)", lambda m: f"IPv{m['f']} has rules of its own."),
@@ -164,6 +165,15 @@ RULES = nft_common.RULES + patterns(
         "The reset itself, where this node refuses what it dialled at an address of its own: let it pass.",
     ),
     (r"meta l4proto tcp reject with tcp reset", "TCP: a reset; the client sees `connection refused`."),
+    (
+        rf'oif "lo" fib daddr type local meta priority set {NUMBER} accept',
+        "UDP from this node to an address of its own: let it pass with this number, which INPUT rejects. Rejected "
+        "here, its sender would see `operation not permitted` in place of `connection refused`.",
+    ),
+    (
+        rf'iif "lo" meta priority {NUMBER} reject with icmpx type port-unreachable',
+        "The number that the chain refuse gives what this node sends to itself: ICMP port unreachable.",
+    ),
     (r"reject with icmpx type port-unreachable", "Else (UDP): ICMP port unreachable."),
     (
         rf"{_PORTAL} @restricted[46] {_PORTAL} \. ip6? saddr != @allowed[46] drop",

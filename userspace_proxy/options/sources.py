@@ -10,6 +10,7 @@ import click
 from userspace_proxy.errors import StartError
 from userspace_proxy.model.service import SourceIP
 from userspace_proxy.options.reading import CIDRS, DEFAULTS, SECONDS, fail, shown, together
+from userspace_proxy.settings import DEFAULT_SERVICE_RANGES
 
 if TYPE_CHECKING:
     from userspace_proxy.configuration import Configuration
@@ -85,9 +86,9 @@ CLUSTER_IPS = click.option(
     "--service-cluster-ip-range",
     "service_cluster_ip_ranges",
     type=CIDRS,
-    default=",".join(map(str, DEFAULTS.service_cluster_ip_ranges)),
-    show_default=True,
-    help="Where Services that state no clusterIP get one from; one range a family.",
+    default=DEFAULTS.service_cluster_ip_ranges,
+    show_default=f"{', '.join(map(str, DEFAULT_SERVICE_RANGES))} for manifests",
+    help="Where cluster IPs are from; one range a family. Packets to the rest of it are not forwarded.",
 )
 LOAD_BALANCER_POOL = click.option(
     "--load-balancer-pool",

@@ -365,11 +365,12 @@ class _Writer:
     def _refusal(self, match: str) -> str:
         if self._there.has_any:
             return f"{match} -j DROP"
-        if self._family == 4:
-            return f"{match} -j REJECT --reject-with icmp-port-unreachable"
-        # Unlike kube-proxy: connect() believes an ICMPv6 message only at the second SYN, after a second.
+        # Unlike kube-proxy, TCP is reset:
+        # 1. connect() acts on an ICMPv6 error only at its second SYN, after a second.
+        # 2. Without a default route cluster IPs are routed through lo, where IPv4 sends no ICMP error: connect() hangs.
+        unreachable = "icmp-port-unreachable" if self._family == 4 else "icmp6-port-unreachable"
         is_tcp = self._sp.name.protocol is L4Protocol.TCP
-        return f"{match} -j REJECT --reject-with {'tcp-reset' if is_tcp else 'icmp6-port-unreachable'}"
+        return f"{match} -j REJECT --reject-with {'tcp-reset' if is_tcp else unreachable}"
 
 
 def _unless_from(cidrs: list[str], here: str, mark: str) -> Iterator[str]:

@@ -27,7 +27,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 # Unassigned in rt_protos; `ip route show proto 107` lists what is ours.
 ROUTE_PROTOCOL = "107"
 # Destinations with a route that leads nowhere: a connect() to one fails before any rule sees it.
-_DEAD_ROUTES = ("unreachable", "blackhole", "prohibit", "throw")
+DEAD_ROUTES = ("unreachable", "blackhole", "prohibit", "throw")
 
 log = logging.getLogger(__name__)
 
@@ -41,16 +41,16 @@ def missing_routes(wanted: Iterable[Network], routes: Iterable[str]) -> list[Net
     Without a route connect() fails before any rule sees the packet.
     """
     # By their leading bits, so that 10,000 addresses cost 10,000 times some 30 look-ups.
-    covered = {_leading_bits(n, n.prefixlen) for n in (ipaddress.ip_network(r, strict=False) for r in routes)}
+    covered = {leading_bits(n, n.prefixlen) for n in (ipaddress.ip_network(r, strict=False) for r in routes)}
     missing: list[Network] = []
     for network in sorted(set(wanted), key=lambda n: (n.version, n.prefixlen, n)):
-        if not any(_leading_bits(network, length) in covered for length in range(network.prefixlen + 1)):
+        if not any(leading_bits(network, length) in covered for length in range(network.prefixlen + 1)):
             missing.append(network)
-            covered.add(_leading_bits(network, network.prefixlen))
+            covered.add(leading_bits(network, network.prefixlen))
     return missing
 
 
-def _leading_bits(network: Network, length: int) -> tuple[int, int, int]:
+def leading_bits(network: Network, length: int) -> tuple[int, int, int]:
     return network.version, length, int(network.network_address) >> (network.max_prefixlen - length)
 
 
@@ -68,7 +68,7 @@ async def add_routes(networks: Iterable[Network], sources: Iterable[str] = ()) -
             continue
         listed = parsed(await run_tool("ip", "-json", f"-{version}", "route", "show"))
         everything = "0.0.0.0/0" if version == 4 else "::/0"
-        leading = [r["dst"] for r in listed if r.get("type") not in _DEAD_ROUTES]
+        leading = [r["dst"] for r in listed if r.get("type") not in DEAD_ROUTES]
         routes = [everything if destination == "default" else destination for destination in leading]
         missing = missing_routes(family, routes)
         if missing:
@@ -77,6 +77,18 @@ async def add_routes(networks: Iterable[Network], sources: Iterable[str] = ()) -
             await run_tool("ip", f"-{version}", "-force", "-batch", "-", stdin=batch)
             added += missing
     return added
+
+
+async def remove_routes_to(networks: Iterable[Network]) -> None:
+    """Remove the routes of ours to *networks*; another's, and one that is not there, is no error."""
+    wanted = list(networks)
+    for version in (4, 6):
+        batch = "".join(f"route del {n} dev lo proto {ROUTE_PROTOCOL}\n" for n in wanted if n.version == version)
+        if batch:
+            try:
+                await run_tool("ip", f"-{version}", "-force", "-batch", "-", stdin=batch)
+            except SyncError as error:
+                log.debug("some routes were not removed: %s", error)
 
 
 async def remove_routes() -> None:

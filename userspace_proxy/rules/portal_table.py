@@ -29,6 +29,8 @@ from userspace_proxy.rules.sets import (
 MASQUERADED = 0x8000_0000
 OURS = 0x4000_0000  # so that we find our own numbers when the packet leaves
 _REJECTED, _DROPPED = 1, 2
+# Sent by this node to itself: rejected at INPUT. Only a process with CAP_NET_ADMIN could give a packet this priority.
+_REJECTED_AT_INPUT = 0x1000_0001
 MASQUERADE_MARK = 0x4000
 
 IP: Mapping[Family, str] = {4: "ip", 6: "ip6"}
@@ -38,6 +40,7 @@ _HOOKS = {
     # Before foreign NAT at -100, behind the NAT of userspace mode's table, should both be there for a moment.
     "prerouting": "\t\ttype nat hook prerouting priority -104; policy accept;\n",
     "output": "\t\ttype nat hook output priority -104; policy accept;\n",
+    "input": "\t\ttype filter hook input priority 0; policy accept;\n",
     "forward": f"\t\t{FORWARD_HOOK}\n",
     "postrouting": "\t\ttype nat hook postrouting priority 99; policy accept;\n",
 }
@@ -188,6 +191,8 @@ class PortalTable:
                 # The reset itself, where this node dials an address of its own: it comes by here, too.
                 "tcp flags & rst == rst accept",
                 "meta l4proto tcp reject with tcp reset",
+                # A reject at OUTPUT makes sendto() fail with EPERM; at INPUT the sender gets ECONNREFUSED.
+                f'oif "lo" fib daddr type local meta priority set {class_id(_REJECTED_AT_INPUT)} accept',
                 "reject with icmpx type port-unreachable",
             ],
         }
@@ -206,6 +211,7 @@ class PortalTable:
         chains |= {
             "prerouting": services,
             "output": [*(f"meta nfproto ipv{family} jump from_node{family}" for family in FAMILIES), *services],
+            "input": [f'iif "lo" meta priority {class_id(_REJECTED_AT_INPUT)} reject with icmpx type port-unreachable'],
             "forward": [NO_LOOP],
             "postrouting": [
                 f"meta priority & {class_id(OURS)} == {class_id(OURS)} meta priority set none",

@@ -15,7 +15,7 @@ import pytest
 from tests.apiserver import NODES, SERVICES, SLICES, ApiServerThread
 from tests.net.contract.cluster import CLUSTER_CIDRS, NODE, SERVICE_CIDRS, Backends, Cluster, build_cluster
 from tests.net.contract.given import Given, node_object
-from tests.net.contract.probes import differences
+from tests.net.contract.modes import differences
 from tests.net.contract.table import CASES
 from tests.net.world import Proxy, wait_until
 from tests.sources.test_kubernetes import kubeconfig
@@ -87,7 +87,7 @@ class ContractProxy(Proxy):
 
         def is_so() -> bool:
             # Short: a SYN that came too early stays without an answer, however often it is sent again.
-            left[:] = differences(self.cluster, given, *lines, patience_s=0.4)
+            left[:] = differences(self.cluster, given, *lines, mode=self.variant.mode, patience_s=0.4)
             return not left
 
         try:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from tests.net.contract.cluster import NODE
-from tests.net.contract.probes import REFUSED, TIMEOUT, Probe
+from tests.net.contract.cluster import NODE, Cluster
+from tests.net.contract.given import Given
+from tests.net.contract.probes import FORBIDDEN, PATIENCE_S, REFUSED, TIMEOUT, Probe, observe_all, probes
 
 # Whose address backends see is the kernel's to say, and it can put no header before a client's bytes.
 _ANNOTATED = "userspace-proxy/source-ip"
@@ -16,6 +17,30 @@ def is_asked(mode: str, probe: Probe) -> bool:
 
 def expected(mode: str, probe: Probe) -> str:
     """Return what is to come of *probe* in *mode*."""
+    return _as_told(mode, probe, _expected(mode, probe))
+
+
+def differences(
+    cluster: Cluster, given: Given, *lines: str, mode: str = "userspace", patience_s: float = PATIENCE_S
+) -> list[str]:
+    """Return what *lines*, written for *mode*, say otherwise than it is."""
+    wanted = {probe: _as_told(mode, probe, probe.expected) for probe in probes(given, *lines)}
+    seen = observe_all(cluster, [p._replace(expected=said) for p, said in wanted.items()], patience_s)
+    told = zip(wanted.items(), seen.values(), strict=True)
+    return [f"{probe}: {found}, not {said}" for (probe, said), found in told if found != said]
+
+
+def _as_told(mode: str, probe: Probe, said: str) -> str:
+    """Return *said*, or FORBIDDEN where a rule at OUTPUT rejects a datagram of the node itself.
+
+    Userspace mode redirects it to a closed port. Rules for the node's own addresses, which Services' are in ipvs mode,
+    stand at INPUT.
+    """
+    is_at_output = mode in ("nftables", "iptables") and not probe.target.startswith("nodePort")
+    return FORBIDDEN if (said, probe.client, probe.protocol) == (REFUSED, NODE, "UDP") and is_at_output else said
+
+
+def _expected(mode: str, probe: Probe) -> str:
     if mode == "iptables":
         return _in_iptables_mode(probe)
     if mode in ("nftables", "ipvs") and (

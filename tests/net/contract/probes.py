@@ -5,7 +5,8 @@
 From there, at these addresses of a Service (both protocols and all its families, unless one is named), both backends
 answer in turn and nobody else does, and they saw the node as their client. `own` instead: they saw the client itself -
 but for a backend that reached itself, which sees the node (behaviours M3). Without `as` nobody looks. Instead of names:
-`refused`, at once; `timeout`, no answer of any kind.
+`refused`, at once (ECONNREFUSED); `forbidden`, at once (EPERM), as the node itself is told where a rule at OUTPUT
+rejects its datagram; `timeout`, no answer of any kind, or EPERM where such a rule drops it.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from tests.net.contract.given import Given
 from tests.net.world import PATIENCE
 from userspace_proxy.lab import Host, connect
 
-REFUSED, TIMEOUT = "refused", "timeout"
+REFUSED, FORBIDDEN, TIMEOUT = "refused", "forbidden", "timeout"
 _SILENT_S = 1.0 * PATIENCE
 # A backend that has its turn is patiently waited for: the machine may be busy.
-_ANSWER_S = 3.0 * PATIENCE
+PATIENCE_S = 3.0 * PATIENCE
 _TRIES = 40
 _THREADS = 24
-_NOBODY = (REFUSED, TIMEOUT)
+_NOBODY = (REFUSED, FORBIDDEN, TIMEOUT)
 
 
 class Probe(NamedTuple):
@@ -85,7 +86,7 @@ def _ordered(expected: str) -> str:
 # ---- asking
 
 
-def observe(cluster: Cluster, probe: Probe, patience_s: float = _ANSWER_S) -> str:
+def observe(cluster: Cluster, probe: Probe, patience_s: float = PATIENCE_S) -> str:
     """Ask until all that are expected have answered, or until it is clear that they will not; return what was seen."""
     names, _, wanted_source = probe.expected.partition(" as ")
     expected = set(names.split())
@@ -96,8 +97,9 @@ def observe(cluster: Cluster, probe: Probe, patience_s: float = _ANSWER_S) -> st
     seen: dict[str, str] = {}
     for tried in range(1, _TRIES + 1):
         answer, peer = ask_once(place.host, ip, port, probe.protocol, patience_s)
-        if answer == "eperm":  # what the node itself is told of a datagram rejected *or* dropped (behaviours N1a)
-            answer = names if names in _NOBODY else REFUSED
+        # The kernel tells the node's own sender the same of a drop at OUTPUT. Node ports are judged at INPUT.
+        if answer == FORBIDDEN and names == TIMEOUT and not probe.target.startswith("nodePort"):
+            answer = TIMEOUT
         seen[answer] = _source(cluster, probe, peer)
         enough = names not in _NOBODY and tried > 2 * len(expected)
         if not peer or not seen.keys() <= expected or (enough and seen.keys() == expected):
@@ -120,7 +122,7 @@ def _source(cluster: Cluster, probe: Probe, peer: str) -> str:
     return "own" if peer == cluster.places[probe.client].ips[probe.family] else peer
 
 
-def ask_once(host: Host, ip: str, port: int, protocol: str = "TCP", timeout_s: float = _ANSWER_S) -> tuple[str, str]:
+def ask_once(host: Host, ip: str, port: int, protocol: str = "TCP", timeout_s: float = PATIENCE_S) -> tuple[str, str]:
     """Return who answered and whom he saw; or how it failed, and ""."""
     try:
         if protocol == "TCP":
@@ -155,17 +157,12 @@ def failure(error: OSError) -> str:
         return REFUSED
     if isinstance(error, ConnectionResetError):
         return "reset"
+    if isinstance(error, PermissionError):
+        return FORBIDDEN
     return errno.errorcode.get(error.errno or 0, str(error)).lower()
 
 
-def observe_all(cluster: Cluster, wanted: list[Probe], patience_s: float = _ANSWER_S) -> dict[Probe, str]:
+def observe_all(cluster: Cluster, wanted: list[Probe], patience_s: float = PATIENCE_S) -> dict[Probe, str]:
     """Ask all of *wanted*, many at a time."""
     with ThreadPoolExecutor(_THREADS) as pool:
         return dict(zip(wanted, pool.map(lambda probe: observe(cluster, probe, patience_s), wanted), strict=True))
-
-
-def differences(cluster: Cluster, given: Given, *lines: str, patience_s: float = _ANSWER_S) -> list[str]:
-    """Return what *lines* say otherwise than it is."""
-    wanted = list(probes(given, *lines))
-    seen = observe_all(cluster, wanted, patience_s)
-    return [f"{probe}: {seen[probe]}, not {probe.expected}" for probe in wanted if seen[probe] != probe.expected]

@@ -120,7 +120,7 @@ def test_no_flow_is_lost_when_a_service_is_scaled_to_zero_and_back(proxy: Contra
                 if answer == "refused" and not slices and proxy.variant.mode != "userspace":
                     continue  # the kernel leaves such flows where they are (U2)
                 if answer == "refused":
-                    wait_until(lambda flow=flow: flow.ask() in ("refused", "eperm"), "it is refused")  # type: ignore[misc]
+                    wait_until(lambda flow=flow: flow.ask() in ("refused", "forbidden"), "it is refused")  # type: ignore[misc]
                 else:
                     flow.finds(answer)
 
