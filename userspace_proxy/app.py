@@ -196,7 +196,7 @@ class _Running:
                 task.cancel()
 
     async def take_away(self) -> None:
-        """Drain connections and leave no rule behind, except where the kernel serves on for whoever takes our place."""
+        """Drain connections and leave no rule behind, unless the kernel is to serve on by them."""
         if self._ground.tables is not None and self._succession.ending is not Ending.STOP:
             return
         await self._proxier.close(self._settings.drain_timeout_s)

@@ -39,9 +39,12 @@ log = logging.getLogger(__name__)
 
 
 class Ending(Enum):
-    """STOP: rules away, connections drained. HANDED_OVER: another process serves. AGAIN: this one is started anew."""
+    """STOP: rules away, connections drained. LEFT: the rules stay, by which the kernel serves on. HANDED_OVER: another
+    process serves. AGAIN: this one is started anew.
+    """
 
     STOP = "stop"
+    LEFT = "left"
     HANDED_OVER = "handed over"
     AGAIN = "again"
 
@@ -87,7 +90,7 @@ class Succession:
     def heed_signals(self) -> None:
         loop = asyncio.get_running_loop()
         for signum in _STOPS:
-            loop.add_signal_handler(signum, self._on_signal)
+            loop.add_signal_handler(signum, self._on_signal, signum)
         loop.add_signal_handler(signal.SIGUSR2, self._on_start_anew)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (*_STOPS, signal.SIGUSR2))  # what came while we started anew
 
@@ -163,20 +166,25 @@ class Succession:
             finally:
                 self._decided.set()
             if is_told_to_stop:
-                self._on_signal()
+                self._on_signal(signal.SIGTERM)
             await self._made_way.wait()
         conversation.send(Released())
         await conversation.sent()
         self._released.set()
 
-    def _on_signal(self) -> None:
+    def _on_signal(self, signum: signal.Signals) -> None:
         if self._is_left:  # too late for us: it waits, blocked, for the new program
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
             return
         self._told_to_go.set()
         if not self.stop.is_set() or self.ending is Ending.AGAIN:
-            log.info("stopping: rules away, then up to %.3g s for open connections", self._drain_timeout_s)
-            self.ending = Ending.STOP
+            # A service manager's stop is often the first half of a restart. kube-proxy leaves its rules, too.
+            if self._kernel_serves and signum is signal.SIGTERM:
+                log.info("stopping: rules stay and the kernel serves on; `userspace-proxy cleanup` removes them")
+                self.ending = Ending.LEFT
+            else:
+                log.info("stopping: rules away, then up to %.3g s for open connections", self._drain_timeout_s)
+                self.ending = Ending.STOP
             self.stop.set()
         elif self.cut is not None and self.ending is Ending.HANDED_OVER and not self._hurried:
             log.info("up to %.3g s more for open connections", self._drain_timeout_s)

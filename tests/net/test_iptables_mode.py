@@ -117,14 +117,14 @@ def test_foreign_flushes_are_repaired(proxy: KernelProxy, world: ServiceLab) -> 
     wait_until(lambda: "changed by somebody else" in proxy.log(), "it is said")
 
 
-def test_stopping_takes_all_away_and_so_does_cleanup_after_a_crash(proxy: KernelProxy, world: ServiceLab) -> None:
+def test_ctrl_c_takes_all_away_and_so_does_cleanup_after_another_end(proxy: KernelProxy, world: ServiceLab) -> None:
     proxy.give("web", "10.96.9.4", POD1)
-    for signum in (signal.SIGTERM, signal.SIGKILL):
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         proxy.start()
         assert "KUBE-SVC-" in proxy.saved()
 
         proxy.stop(signum)
-        if signum is signal.SIGKILL:
+        if signum is not signal.SIGINT:
             assert answers(world.client, "10.96.9.4", 80) == "pod1", "the kernel serves on alone"
             world.node.run(*proxy.command("cleanup"))
 

@@ -73,7 +73,7 @@ def test_under_load_no_request_fails_and_nothing_is_left_at_the_end(proxy: IpvsP
                 assert proxy.process is not None
                 proxy.process.send_signal(signal.SIGUSR2)
                 wait_until(lambda: proxy.log().count("ready:") == 2, "it is started anew in its place", 20)
-            proxy.process.send_signal(signal.SIGTERM)
+            proxy.process.send_signal(signal.SIGINT)
             wait_until(lambda: is_refused(world.client, IP, 80), "who is new is refused")
             wait_for_more(asked_on, 4)
     assert proxy.stop() == 0, proxy.log()

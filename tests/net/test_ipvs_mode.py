@@ -366,15 +366,15 @@ def test_whatever_step_was_the_last_of_who_was_killed_the_device_is_ours(proxy: 
     assert answers(world.client, "10.96.9.26", 80) == "pod1"
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
-def test_stopping_takes_all_away_and_after_a_crash_it_goes_on_where_it_was(
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_ctrl_c_takes_all_away_and_after_another_end_it_goes_on_where_it_was(
     proxy: IpvsProxy, world: ServiceLab, signum: signal.Signals
 ) -> None:
     proxy.give("web", "10.96.9.9", POD1)
     proxy.give("gone", "10.96.9.10", POD1)
     proxy.start()
     proxy.stop(signum, 60)
-    if signum is signal.SIGTERM:
+    if signum is signal.SIGINT:
         assert proxy.servers() == ""
         assert "userspace_proxy" not in world.node.run("nft", "list", "tables").stdout
         return
@@ -396,7 +396,7 @@ def test_while_open_connections_end_whoever_is_new_is_refused_at_once(proxy: Ipv
         sock.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
         assert b"pod1" in sock.recv(1 << 16)
         assert proxy.process is not None
-        proxy.process.send_signal(signal.SIGTERM)
+        proxy.process.send_signal(signal.SIGINT)
         wait_until(lambda: f"-r {POD1}:8080 -m -w 0" in proxy.servers(), "nobody new is led there")
 
         for client in (world.client, world.node):

@@ -94,7 +94,7 @@ def test_a_stop_lets_open_connections_end_and_leaves_nothing(proxy: Proxy, world
     proxy.start(*FLAGS)
     with connect(world.client, IP, 80) as sock:
         assert proxy.process is not None
-        proxy.process.send_signal(signal.SIGTERM)
+        proxy.process.send_signal(signal.SIGINT)
         wait_until(lambda: "stopping" in proxy.log(), "it stops")
         sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
         assert b"pod1" in sock.recv(1 << 16)
@@ -108,7 +108,7 @@ def test_while_open_connections_end_whoever_is_new_is_refused(proxy: Proxy, worl
     proxy.start(*FLAGS, "--drain-timeout", "30")
     with connect(world.client, IP, 80) as sock:
         assert proxy.process is not None
-        proxy.process.send_signal(signal.SIGTERM)
+        proxy.process.send_signal(signal.SIGINT)
         wait_until(lambda: is_refused(world.client, IP, 80), "nobody new is served")
 
         assert is_refused(world.node, IP, 80)
@@ -118,12 +118,28 @@ def test_while_open_connections_end_whoever_is_new_is_refused(proxy: Proxy, worl
     assert proxy.stop() == 0, proxy.log()
 
 
-def test_nobody_misses_us_when_we_are_killed_and_a_successor_goes_on(proxy: Proxy, world: ServiceLab) -> None:
-    proxy.start(*FLAGS)
+@pytest.mark.parametrize(
+    ("first", "signum", "then"),
+    [
+        ("nftables", signal.SIGTERM, "nftables"),
+        ("nftables", signal.SIGKILL, "nftables"),
+        ("nftables", signal.SIGTERM, "iptables"),
+        ("iptables", signal.SIGTERM, "iptables"),
+        ("iptables", signal.SIGTERM, "userspace"),
+    ],
+)
+def test_no_request_fails_between_the_end_of_one_process_and_the_start_of_the_next(
+    proxy: Proxy, world: ServiceLab, first: str, signum: signal.Signals, then: str
+) -> None:
+    proxy.start("--proxy-mode", first, *FLAGS[2:])
     with background_requests(lambda: a_request(world)) as outcomes:
-        proxy.stop(signal.SIGKILL)
-        assert answers(world.client, IP, 80) == "pod1"
-        proxy.start(*FLAGS)
+        assert proxy.stop(signum) == (0 if signum is signal.SIGTERM else -signum)
+        assert answers(world.client, IP, 80) == answers(world.node, IP, 80) == "pod1"
+        proxy.start("--proxy-mode", then, *FLAGS[2:])
+        if then != first:
+            theirs = ("nft", "list", "tables") if first == "nftables" else ("iptables-save",)
+            ours = TABLE if first == "nftables" else "KUBE-SERVICES"
+            wait_until(lambda: ours not in world.node.run(*theirs).stdout, "the rules of the first are gone")
         assert answers(world.client, IP, 80) == "pod1"
 
     assert set(outcomes) == {"pod1"}

@@ -166,8 +166,8 @@ class Proxy:
     def delete(self, name: str) -> None:
         (self.manifests / f"{name}.yaml").unlink(missing_ok=True)
 
-    def stop(self, signum: int = signal.SIGTERM, timeout_s: float = 20.0) -> int:
-        """End it; return its exit code."""
+    def stop(self, signum: int = signal.SIGINT, timeout_s: float = 20.0) -> int:
+        """End it, by default in the way that takes its rules away in every mode; return its exit code."""
         assert self.process is not None
         if self.process.poll() is None:
             self.process.send_signal(signum)
