@@ -224,12 +224,20 @@ class _Running:
 
     async def _settle_in(self) -> None:
         """What is worth doing once, after the first sync."""
-        mode, language = self._settings.proxy_mode, self._ground.language
+        settings = self._settings
+        mode, language = settings.proxy_mode, self._ground.language
         await self._controller.attempted.wait()
         # What is there now stays for long: the collector need not walk over it again and again.
         gc.freeze()
         gc.enable()
         await self._controller.ready.wait()
+        if self._tracker.node is None and (
+            settings.follows_cluster or (settings.hostname_override and self._tracker.knows_other_nodes)
+        ):
+            log.warning(
+                "no Node is called %s: no endpoint is local and no zone known; name this node with --hostname-override",
+                settings.node_name,
+            )
         if not self._ground.is_tuned:
             self._ground.tune()  # the rules have loaded conntrack
         with contextlib.suppress(SyncError):

@@ -53,6 +53,7 @@ class Tracker:
         self._source_ip = source_ip
         self._transparent_obstacle = transparent_obstacle
         self.node: api.Node | None = None  # ours, as it was seen last
+        self.knows_other_nodes = False
         self._services: dict[NamespacedName, api.Service] = {}  # the latest that makes sense by itself
         self._served: dict[NamespacedName, api.Service] = {}  # the latest that makes sense among the others
         self._origins: dict[NamespacedName, Origin] = {}
@@ -186,6 +187,7 @@ class Tracker:
 
     def _set_node(self, name: NamespacedName, given: object) -> None:
         if name.name != self._here.name:
+            self.knows_other_nodes = True
             return
         if isinstance(given, api.Node):
             self.node = given
