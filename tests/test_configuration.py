@@ -163,6 +163,8 @@ def test_what_kubeadm_writes_is_read_and_leaves_every_default(tmp_path: Path) ->
         ("logging: {format: json, verbosity: 2}", {"log_format": "json", "verbose": False}),
         ("logging: {verbosity: 4}", {"verbose": True}),
         ("portRange: 20000-20999", {"proxy_port_range": (20_000, 20_999)}),
+        ("portRange: 20000+999", {"proxy_port_range": (20_000, 20_999)}),
+        ("portRange: 0-0", {}),
         ("udpIdleTimeout: 250ms", {"udp_timeout_s": 0.25}),
         (
             "mode: ipvs\nipvs: {scheduler: lc, syncPeriod: 20s, strictARP: true}\niptables: {masqueradeAll: true}",
@@ -357,6 +359,12 @@ def test_flags_are_checked(arguments: list[str], said: str | None) -> None:
         return
     with pytest.raises(click.UsageError, match=said):
         settings("services.yaml", *arguments)
+
+
+def test_addresses_without_a_port_have_kube_proxys() -> None:
+    told = settings("services.yaml", "--healthz-bind-address", "[::]", "--metrics-bind-address", "0.0.0.0")
+
+    assert (told.healthz_bind_address, told.metrics_bind_address) == ("[::]:10256", "0.0.0.0:10249")
 
 
 def test_files_may_have_a_node_name() -> None:

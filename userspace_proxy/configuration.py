@@ -20,6 +20,7 @@ import yaml
 from userspace_proxy import api, values
 from userspace_proxy.errors import ConfigError, StartError
 from userspace_proxy.model.service import IPVS_SCHEDULERS
+from userspace_proxy.settings import HEALTHZ_PORT, METRICS_PORT
 from userspace_proxy.sources.documents import split
 from userspace_proxy.sources.lines import Lines, Place
 from userspace_proxy.sources.paths import UNREADABLE, is_stream, read, read_stream
@@ -28,7 +29,6 @@ from userspace_proxy.sources.yaml_values import plain_value
 
 _GROUP, _VERSION, _KIND = "kubeproxy.config.k8s.io", "v1alpha1", "KubeProxyConfiguration"
 _INITIALISMS = {"arp": "ARP", "cidr": "CIDR", "cidrs": "CIDRs", "dsr": "DSR", "ip": "IP"}
-_HEALTHZ_PORT, _METRICS_PORT = 10_256, 10_249
 # klog's level for debugging.
 _DEBUG = 4
 
@@ -248,23 +248,12 @@ def _not_negative(number: int) -> int:
     return number
 
 
-def _with_port(port: int) -> Callable[[str], str]:
-    def complete(text: str) -> str:
-        try:
-            address = ipaddress.ip_address(text)
-        except ValueError:
-            return text
-        return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
-
-    return complete
-
-
 # Field -> what it is called in Settings, and how its value gets there.
 _MEANINGS: dict[str, tuple[str, Callable[[Any], object]]] = {
     "clientConnection.kubeconfig": ("kubeconfig", Path),
     "hostnameOverride": ("hostname_override", _text),
-    "healthzBindAddress": ("healthz_bind_address", _with_port(_HEALTHZ_PORT)),
-    "metricsBindAddress": ("metrics_bind_address", _with_port(_METRICS_PORT)),
+    "healthzBindAddress": ("healthz_bind_address", lambda text: values.with_port(text, HEALTHZ_PORT)),
+    "metricsBindAddress": ("metrics_bind_address", lambda text: values.with_port(text, METRICS_PORT)),
     "clusterCIDR": ("cluster_cidrs", values.networks),
     "detectLocalMode": (
         "detect_local_mode",
@@ -309,6 +298,7 @@ _AS_WE_DO: list[tuple[str, object]] = [
     ("iptables.localhostNodePorts", True),
     ("iptables.snatNodeInternalIP", False),
     ("bindAddressHardFail", True),
+    ("portRange", "0-0"),  # Go's way to say that there is none
 ]
 
 
@@ -335,8 +325,8 @@ def understand(config: KubeProxyConfiguration) -> Configuration:
                 understood.settings[name] = convert(value)
             elif path == "bindAddress" and (address := ipaddress.ip_address(value)).is_unspecified:
                 if address.version == 6:
-                    understood.settings.setdefault("healthz_bind_address", f"[::]:{_HEALTHZ_PORT}")
-                    understood.settings.setdefault("metrics_bind_address", f"[::1]:{_METRICS_PORT}")
+                    understood.settings.setdefault("healthz_bind_address", f"[::]:{HEALTHZ_PORT}")
+                    understood.settings.setdefault("metrics_bind_address", f"[::1]:{METRICS_PORT}")
             else:
                 understood.named.append(f"{path}: {value!r}" if isinstance(value, str) else path)
         except ValueError as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 from userspace_proxy.model.service import SourceIP
 from userspace_proxy.values import Network, NodePortAddress
 
+HEALTHZ_PORT, METRICS_PORT = 10_256, 10_249
 DEFAULT_STATE_DIR = Path("/var/lib/userspace-proxy")
 # kubeadm's default range, which the tutorials use.
 DEFAULT_SERVICE_RANGES: tuple[Network, ...] = (ipaddress.IPv4Network("10.96.0.0/16"),)
@@ -82,8 +83,8 @@ class Settings:
     state_dir: Path | None = None
 
     # kube-proxy's addresses: health for load balancers on every address, metrics on loopback. "" for none.
-    healthz_bind_address: str = "0.0.0.0:10256"
-    metrics_bind_address: str = "127.0.0.1:10249"
+    healthz_bind_address: str = f"0.0.0.0:{HEALTHZ_PORT}"
+    metrics_bind_address: str = f"127.0.0.1:{METRICS_PORT}"
     # Of /metrics: Prometheus keeps each series of each node. About 1,400 endpoints; Services are always shown.
     metrics_endpoint_series: int = 10_000
 

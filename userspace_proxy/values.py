@@ -63,11 +63,24 @@ def node_port_addresses(texts: list[str]) -> tuple[NodePortAddress, ...]:
 
 
 def port_range(text: str) -> tuple[int, int]:
-    """Return both ends of *text* (10000-29999)."""
-    first, _, last = text.partition("-")
+    """Return both ends of *text*: 10000-29999, or, as kube-proxy reads it too, 10000+19999."""
+    first, plus, more = text.partition("+")
+    if plus and first.isdigit() and more.isdigit():
+        last = str(int(first) + int(more))
+    else:
+        first, _, last = text.partition("-")
     if not (first.isdigit() and last.isdigit() and 1 <= int(first) < int(last) <= 65_535):
         raise ValueError(f"{text!r} is no port range; write one such as 10000-29999")
     return int(first), int(last)
+
+
+def with_port(address: str, port: int) -> str:
+    """Return *address* with *port*, where it is an IP address and nothing else."""
+    try:
+        ip = ipaddress.ip_address(address.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return address
+    return f"[{ip}]:{port}" if ip.version == 6 else f"{ip}:{port}"
 
 
 def interface_name(text: str) -> str:

@@ -216,6 +216,18 @@ async def test_after_closing_the_ports_are_free_again() -> None:
     await rig.server.close()
 
 
+async def test_the_unspecified_ipv6_address_is_that_of_both_families() -> None:
+    rig = Rig()
+    (port,) = free_ports(1)
+    try:
+        await rig.server.start(f"[::]:{port}", "")
+        answers = [await rig.get(f"{host}:{port}", "/healthz") for host in ("127.0.0.1", "[::1]")]
+    finally:
+        await rig.server.close()
+
+    assert [answer.status for answer in answers] == [200, 200]
+
+
 async def test_an_ipv6_address_is_written_in_brackets() -> None:
     rig = Rig()
     address = f"[::1]:{free_ports(1, '::1')[0]}"

@@ -222,3 +222,10 @@ def test_whose_connections_pass_through_workers_is_not_replaced_by_the_kernel(pr
     assert second.returncode == 1
     assert "stop it first" in second.stderr
     assert answers(world.client, IP, 80) == "pod1"
+
+
+def test_a_node_name_that_no_node_has_is_named(proxy: Proxy) -> None:
+    proxy.apply("node", "apiVersion: v1\nkind: Node\nmetadata: {name: node-1}\n")
+    proxy.start(*FLAGS, "--hostname-override", "node-7")
+
+    wait_until(lambda: "no Node is called node-7" in proxy.log(), "it is said")

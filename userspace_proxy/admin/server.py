@@ -109,7 +109,9 @@ class AdminServer:
         await runner.setup()
         self._runners.append(runner)
         try:
-            self._servers.append(await asyncio.get_running_loop().create_server(Limited(runner), host, port))
+            # [::] is both families, as in Go; by two sockets, so that IPv4 clients keep addresses of their family.
+            hosts = (host, "0.0.0.0") if host == "::" else host  # noqa: S104 - as asked
+            self._servers.append(await asyncio.get_running_loop().create_server(Limited(runner), hosts, port))
         except OSError as error:
             hint = _HINTS.get(error.errno or 0, "this host does not have it")
             raise StartError(f"{flag} {address} cannot be bound: {hint}; choose another, or '' for none") from None

@@ -10,7 +10,7 @@ import click
 
 from userspace_proxy import values
 from userspace_proxy.printable import printable
-from userspace_proxy.settings import Settings
+from userspace_proxy.settings import HEALTHZ_PORT, METRICS_PORT, Settings
 
 DEFAULTS = Settings()
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -39,6 +39,8 @@ class Value(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
 
 CIDRS = Value("CIDR[,CIDR]", values.networks)
 PORT_RANGE = Value("A-B", values.port_range)
+HEALTHZ_ADDRESS = Value("ADDRESS", lambda text: values.with_port(text, HEALTHZ_PORT))
+METRICS_ADDRESS = Value("ADDRESS", lambda text: values.with_port(text, METRICS_PORT))
 SECONDS = Value("DURATION", values.seconds)
 INTERFACE = Value("NAME", values.interface_name)
 NODE_PORT_ADDRESSES = Value("addresses", lambda text: values.node_port_addresses(text.split(",")))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from userspace_proxy.options.reading import DEFAULTS, SECONDS, shown, together
+from userspace_proxy.options.reading import DEFAULTS, HEALTHZ_ADDRESS, METRICS_ADDRESS, SECONDS, shown, together
 from userspace_proxy.options.rules import (
     CAPTURE,
     CONNTRACK,
@@ -38,17 +38,17 @@ RUN_OPTIONS = together(
     STATE_DIR,
     click.option(
         "--healthz-bind-address",
-        metavar="ADDRESS",
+        type=HEALTHZ_ADDRESS,
         default=DEFAULTS.healthz_bind_address,
         show_default=True,
-        help="/healthz and /livez; '' for none.",
+        help="/healthz and /livez, at 10256 where no port is given; [::] is both IP families; '' for none.",
     ),
     click.option(
         "--metrics-bind-address",
-        metavar="ADDRESS",
+        type=METRICS_ADDRESS,
         default=DEFAULTS.metrics_bind_address,
         show_default=True,
-        help="/metrics, /proxyMode and /configz; '' for none.",
+        help="/metrics, /proxyMode and /configz, at 10249 where no port is given; '' for none.",
     ),
     click.option(
         "--metrics-endpoint-series",
