@@ -32,7 +32,7 @@ from userspace_proxy.options.rules import (
 from userspace_proxy.options.run import RUN_OPTIONS, settings_from
 from userspace_proxy.options.sources import CLUSTER_IPS, LOAD_BALANCER_POOL, PATHS, PROXY_NAME, SOURCE_IP, SOURCES
 from userspace_proxy.printable import printable
-from userspace_proxy.settings import Settings
+from userspace_proxy.settings import DEFAULT_SERVICE_RANGES, Settings
 
 if TYPE_CHECKING:
     from userspace_proxy.configuration import Configuration
@@ -115,7 +115,7 @@ def check(
         fail(error)
     fields = answers(manifests) if with_contract else []
     told = LintOptions(
-        options["service_cluster_ip_ranges"],
+        options["service_cluster_ip_ranges"] or DEFAULT_SERVICE_RANGES,
         options["load_balancer_pool"],
         options["service_proxy_name"],
         options["source_ip"],

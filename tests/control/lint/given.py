@@ -6,7 +6,7 @@ from userspace_proxy.control.lint import Finding, LintOptions, lint
 from userspace_proxy.settings import Settings
 from userspace_proxy.sources.documents import parse, split
 
-OPTIONS = LintOptions(Settings().service_cluster_ip_ranges)
+OPTIONS = LintOptions(Settings().service_ranges)
 
 
 def findings(text: str, options: LintOptions = OPTIONS) -> list[Finding]:
