@@ -23,7 +23,7 @@ from userspace_proxy.settings import Settings
 from userspace_proxy.sources.files import FileSource, read_once
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-OPTIONS = LintOptions(Settings().service_cluster_ip_ranges)
+OPTIONS = LintOptions(Settings().service_ranges)
 CLUSTER_IP_RANGE = ipaddress.ip_network("10.96.0.0/16")
 
 ONE, TWO, THREE = (ServiceLab.pod_ip(index) for index in range(3))

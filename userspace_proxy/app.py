@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine
 from userspace_proxy import __version__
 from userspace_proxy.admin.health_checks import ServiceHealthChecks, WithHealthChecks
 from userspace_proxy.admin.server import AdminServer
+from userspace_proxy.control.advice import Advisor
 from userspace_proxy.control.controller import Controller
 from userspace_proxy.control.memory import Memory
 from userspace_proxy.control.pacer import Pacer
@@ -31,6 +32,7 @@ from userspace_proxy.node_network import (
 )
 from userspace_proxy.parts import (
     KERNEL_MODES,
+    lint_options,
     make_allotting,
     make_kernel_proxier,
     make_proxy_ports,
@@ -44,6 +46,7 @@ from userspace_proxy.rules.firewalls import Hook, find_blocking_firewall
 from userspace_proxy.rules.kernel import KERNELS
 from userspace_proxy.settings import Settings
 from userspace_proxy.sources.events import node_reference
+from userspace_proxy.sources.files import FileSource
 from userspace_proxy.succession import Ending, Succession, children, reap, start_anew, was_left
 
 log = logging.getLogger(__name__)
@@ -149,6 +152,10 @@ class _Running:
         )
         present = Present(VERSION, os.getpid(), ground.sources, workers=1 if ground.tables is None else 0)
         self.incumbent = Incumbent(ground.inheritance.lock, present, self._hand_over_to)
+        self._advisor = None
+        if isinstance(ground.source, FileSource):
+            self._advisor = Advisor(lint_options(settings))
+            ground.source.observe = self._advisor.note
         reports = Reports(
             settings,
             ground.source,
@@ -158,6 +165,7 @@ class _Running:
             ground.plane,
             self.health_checks,
             succession.stop.is_set,
+            lambda: self._advisor.faults if self._advisor is not None else [],
         )
         self.admin = AdminServer(
             reports.health, reports.metrics, settings.proxy_mode, configz(settings), settings.degraded_status
@@ -186,6 +194,8 @@ class _Running:
             "note-ready": self._succession.note_ready(self._controller.ready, ground.plane),
             "reap": reap(left),
         }
+        if self._advisor is not None:
+            jobs["advise"] = self._advisor.run()
         if isinstance(proxier, UserspaceProxier):
             jobs["watch-network"] = watch_network(settings.capture, proxier)
         async with asyncio.TaskGroup() as group:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from userspace_proxy.control.allotments import Allotments, Allotting, Stated
+from userspace_proxy.control.lint import LintOptions
 from userspace_proxy.control.memory import Memory, StateDir
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.plane import LocalPlane
@@ -92,6 +93,18 @@ def make_allotting(settings: Settings, memory: Memory) -> Allotting:
     if settings.follows_cluster:
         return Stated()
     return Allotments(settings.service_ranges, memory, settings.load_balancer_pool)
+
+
+def lint_options(settings: Settings) -> LintOptions:
+    """Return by which rules manifests are checked while they are served."""
+    return LintOptions(
+        settings.service_ranges,
+        settings.load_balancer_pool,
+        settings.service_proxy_name,
+        settings.source_ip,
+        settings.proxy_mode,
+        names_unserved=True,
+    )
 
 
 def make_proxy_ports(settings: Settings, remembered: Mapping[str, int]) -> ProxyPorts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 from userspace_proxy.admin import metrics as exposition
 from userspace_proxy.admin.health_checks import ServiceHealthChecks
@@ -35,6 +35,7 @@ class Reports:
         plane: DataPlane,
         health_checks: ServiceHealthChecks,
         is_stopping: Callable[[], bool],
+        findings: Callable[[], Sequence[str]] = list,
     ) -> None:
         self._settings = settings
         self._source = source
@@ -44,6 +45,7 @@ class Reports:
         self._plane = plane
         self._health_checks = health_checks
         self._is_stopping = is_stopping
+        self._findings = findings
 
     def health(self) -> Health:
         controller, source, now = self._controller, self._source, time.time()
@@ -66,6 +68,7 @@ class Reports:
                 *(f"{name}: {why}" for name, why in self._proxier.unopened.items()),
                 *(f"{service}: {why}" for service, why in self._health_checks.failures.items()),
             ],
+            findings=self._findings(),
             degraded=[w.failure() for w in source.watches if w.is_dead(now, self._settings.degraded_after_s)],
             node_eligible=is_eligible(self._tracker.node) if self._settings.follows_cluster else None,
         )

@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from userspace_proxy.admin.server import AdminServer, Health, split_address
+from userspace_proxy.admin.server import AdminServer, Health, is_loopback, split_address
 from userspace_proxy.errors import StartError
 from userspace_proxy.model.freshness import FAMILY_NAMES, FamilyHealth
 
@@ -160,6 +160,29 @@ async def test_problems_are_shown_and_are_no_reason_to_be_replaced() -> None:
         answer = await rig.get(rig.healthz, "/healthz")
 
     assert (answer.status, answer.json["problems"]) == (200, ["web.yaml:3: 'é' is no port"])
+
+
+async def test_a_client_on_this_host_is_told_what_check_finds() -> None:
+    async with running() as rig:
+        rig.health = Health(WELL, findings=["web.yaml:3: no endpoint is ready"])
+        answer = await rig.get(rig.healthz, "/healthz")
+
+    assert (answer.status, answer.json["findings"]) == (200, ["web.yaml:3: no endpoint is ready"])
+
+
+@pytest.mark.parametrize(
+    ("ip", "is_told"),
+    [
+        ("127.0.0.1", True),
+        ("::1", True),
+        ("::ffff:127.0.0.1", True),
+        ("192.0.2.1", False),
+        ("::12", False),
+        (None, False),
+    ],
+)
+def test_only_loopback_is_this_host(ip: str | None, is_told: bool) -> None:
+    assert is_loopback(ip) is is_told
 
 
 async def test_metrics_are_text_as_prometheus_wants_it_and_know_what_was_answered() -> None:

@@ -376,3 +376,23 @@ async def test_a_source_that_fails_is_asked_again_and_what_was_told_stays() -> N
     assert len(rig.sink.states[-1].service_ports) == 2
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_first_services_are_counted_and_then_each_change_of_endpoints_is_one_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "userspace_proxy.control.controller")
+    two_ports = [{"port": 80, "name": "a"}, {"port": 81, "name": "b"}]
+    async with Rig().running() as rig:
+        rig.source.tell(service(), service("more", ports=two_ports), endpoint_slice("10.0.0.1"), SYNCED)
+        await rig.until(rig.controller.ready.is_set)
+        rig.source.tell(endpoint_slice("10.0.0.2", "10.0.0.3"))
+        await rig.until(lambda: len(caplog.messages) > 1)
+        rig.source.tell(gone("Service", "web"))
+        await rig.until(lambda: len(caplog.messages) > 2)
+
+    assert caplog.messages == [
+        "ready: 2 Services with 3 service ports, 2 of them without endpoints",
+        "default/web: 2 endpoints, 2 ready; added 10.0.0.2:8080, 10.0.0.3:8080; removed 10.0.0.1:8080",
+        "default/web: 0 endpoints, 0 ready; removed 10.0.0.2:8080, 10.0.0.3:8080",
+    ]

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from userspace_proxy.model.endpoint import Endpoint, join_address, without_duplicates
+from userspace_proxy.model.endpoint import Endpoint, difference, join_address, without_duplicates
 
 A = Endpoint("10.0.0.1", 80)
 B = Endpoint("10.0.0.2", 80)
@@ -38,3 +38,15 @@ def test_of_two_with_one_address_the_one_that_stays_counts(terminating_first: bo
 
 def test_nothing_stays_nothing() -> None:
     assert without_duplicates([]) == ()
+
+
+def test_a_change_of_endpoints_is_said_in_one_line() -> None:
+    unready, leaving = replace(A, ready=False), replace(B, ready=False, terminating=True)
+
+    assert difference((), (A, B)) == "2 endpoints, 2 ready; added 10.0.0.1:80, 10.0.0.2:80"
+    assert difference((A, B), (A,)) == "1 endpoint, 1 ready; removed 10.0.0.2:80"
+    assert difference((A,), (unready,)) == "1 endpoint, 0 ready; not ready 10.0.0.1:80"
+    assert difference((unready,), (A,)) == "1 endpoint, 1 ready; ready 10.0.0.1:80"
+    assert difference((B,), (leaving,)) == "1 endpoint, 0 ready; not ready 10.0.0.2:80; terminating 10.0.0.2:80"
+    many = [Endpoint(f"10.0.1.{n}", 80) for n in range(9)]
+    assert difference((), many).endswith("10.0.1.3:80, 10.0.1.4:80 and 4 more")

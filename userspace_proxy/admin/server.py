@@ -33,15 +33,16 @@ class Health:
 
     ``families``: whether syncs keep up, by IP family. ``waiting``: why no traffic is to come yet, or any more; "" when
     it may. ``failing``: why the last sync or repair failed and since when; health ends only with a sync that fails for
-    long. ``problems`` are worth a look and no reason to be replaced. ``degraded`` says what is served by a last good
-    state that gets old. ``node_eligible``: whether load balancers may send traffic to this node; None where there is no
-    Node to ask.
+    long. ``problems`` are worth a look and no reason to be replaced; ``findings`` are what `check` finds besides, for
+    clients on this host alone. ``degraded`` says what is served by a last good state that gets old.
+    ``node_eligible``: whether load balancers may send traffic to this node; None where there is no Node to ask.
     """
 
     families: Mapping[str, FamilyHealth]
     waiting: str = ""
     failing: str = ""
     problems: Sequence[str] = ()
+    findings: Sequence[str] = ()
     degraded: Sequence[str] = ()
     node_eligible: bool | None = None
 
@@ -122,14 +123,16 @@ class AdminServer:
         for runner in self._runners:
             await runner.cleanup()
 
-    async def _healthz(self, _request: web.Request) -> web.Response:
+    async def _healthz(self, request: web.Request) -> web.Response:
         """Say whether load balancers may send traffic here."""
         health = self._health()
         is_ready = health.keeps_up and not health.waiting
         is_well = is_ready and health.node_eligible is not False
         status = 503 if not is_well else self._degraded_status if health.degraded else 200
         self.answers["healthz", status] += 1
-        said = {} if health.node_eligible is None else {"nodeEligible": health.node_eligible}
+        said: dict[str, object] = {} if health.node_eligible is None else {"nodeEligible": health.node_eligible}
+        if health.findings and is_loopback(request.remote):
+            said["findings"] = health.findings
         return _answer(health, status, is_ready, said)
 
     async def _livez(self, _request: web.Request) -> web.Response:
@@ -181,6 +184,10 @@ def _answer(health: Health, status: int, healthy: bool, said: Mapping[str, objec
             body[name] = value
     text = msgspec.json.encode(body).decode()
     return web.Response(text=text, status=status, content_type="application/json", headers=_HEADERS)
+
+
+def is_loopback(ip: str | None) -> bool:
+    return ip is not None and (ip == "::1" or ip.removeprefix("::ffff:").startswith("127."))
 
 
 def split_address(address: str, flag: str) -> tuple[str, int]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 from userspace_proxy import api
 from userspace_proxy.control.decode import trigger_time
@@ -14,8 +15,10 @@ from userspace_proxy.control.pacer import Pacer
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import EventType, ObjectEvent, Source, StateSink
+from userspace_proxy.model.endpoint import Endpoint, difference
 from userspace_proxy.model.freshness import FAMILY_NAMES, Freshness
 from userspace_proxy.model.histogram import SYNC_BOUNDS_S, Histogram
+from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import usable_endpoints
 
@@ -25,6 +28,9 @@ _PROGRAMMING_BOUNDS_S = [0.25, 0.5, *range(1, 60), *range(60, 120, 5), *range(12
 
 # Of what a change of a kind is one.
 _CHANGED = {"Service": "service", "EndpointSlice": "endpoint", "Endpoints": "endpoint", "Pod": "endpoint"}
+
+# Of one sync, the changes of so many service ports are logged.
+_CHANGES_LOGGED_MAX = 20
 
 log = logging.getLogger(__name__)
 
@@ -149,10 +155,22 @@ class Controller:
         took_s = time.monotonic() - started_at
         self.durations.observe(took_s)
         log.debug("sync of %d service ports took %.1f ms", len(state.service_ports), took_s * 1000)
+        self._log_changes(state, self._tracker.take_endpoint_changes())
+
+    def _log_changes(self, state: ProxyState, before: Mapping[ServicePortName, tuple[Endpoint, ...]]) -> None:
+        """Log a line for each service port whose endpoints are not what they were *before*; first of all how many."""
         if not self.ready.is_set():
             self.ready.set()
+            services = len({name.service for name in state.service_ports})
             without = sum(not usable_endpoints(known) for known in state.endpoints.values())
-            log.info("ready: service ports %d, without endpoints %d", len(state.service_ports), without)
+            said = "ready: %d Services with %d service ports, %d of them without endpoints"
+            log.info(said, services, len(state.service_ports), without)
+            return
+        changed = {name: was for name, was in before.items() if was != state.endpoints.get(name, ())}
+        for name in islice(changed, _CHANGES_LOGGED_MAX):
+            log.info("%s: %s", name, difference(changed[name], state.endpoints.get(name, ())))
+        if (more := len(changed) - _CHANGES_LOGGED_MAX) > 0:
+            log.info("the endpoints of %d more service ports have changed", more)
 
     def _note_failure(self, error: str, triggers: list[tuple[str, float]]) -> None:
         self._triggers = triggers + self._triggers

@@ -68,6 +68,7 @@ class Tracker:
         self._ports_of: dict[NamespacedName, tuple[ServicePortName, ...]] = {}
         self._service_ports: dict[ServicePortName, ServicePort] = {}
         self._endpoints_of: dict[ServicePortName, tuple[Endpoint, ...]] = {}
+        self._endpoint_changes: dict[ServicePortName, tuple[Endpoint, ...]] = {}
         self._state = ProxyState(node=self._here)
         self._faults: dict[NamespacedName, str] = {}  # until the Service is written anew
         self._blemishes: dict[NamespacedName, str] = {}  # of what is served: a part of it is not, or not as it says
@@ -196,6 +197,11 @@ class Tracker:
 
     # ---- state
 
+    def take_endpoint_changes(self) -> Mapping[ServicePortName, tuple[Endpoint, ...]]:
+        """Return the service ports whose endpoints have changed since the last call, with what these were before."""
+        changes, self._endpoint_changes = self._endpoint_changes, {}
+        return changes
+
     def state(self) -> ProxyState:
         """Return what the cluster wants now; the same object as before where nothing has changed."""
         node = decode.node_of(self.node, self._here)
@@ -299,13 +305,14 @@ class Tracker:
         for port_name in self._ports_of.pop(name, ()):
             if port_name not in service_ports:
                 del self._service_ports[port_name]
-                del self._endpoints_of[port_name]
+                self._endpoint_changes.setdefault(port_name, self._endpoints_of.pop(port_name))
         if service_ports:
             self._ports_of[name] = tuple(service_ports)
         for port_name, service_port in service_ports.items():
             if self._service_ports.get(port_name) != service_port:
                 self._service_ports[port_name] = service_port
             if self._endpoints_of.get(port_name) != endpoints[port_name]:
+                self._endpoint_changes.setdefault(port_name, self._endpoints_of.get(port_name, ()))
                 self._endpoints_of[port_name] = endpoints[port_name]
 
 

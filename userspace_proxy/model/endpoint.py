@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +11,8 @@ Address = tuple[str, int]
 
 Family = Literal[4, 6]
 FAMILIES: tuple[Family, ...] = (4, 6)
+# Of a list of endpoints, so many are named.
+_SHOWN_MAX = 5
 
 
 def family_of(ip: str) -> Family:
@@ -60,3 +63,24 @@ def without_duplicates(endpoints: list[Endpoint]) -> tuple[Endpoint, ...]:
         if known is None or (known.terminating and not endpoint.terminating):
             by_address[endpoint.address] = endpoint
     return tuple(by_address.values())
+
+
+def difference(before: Iterable[Endpoint], after: Iterable[Endpoint]) -> str:
+    """Return in words how the endpoints of a service port have changed: how many there are, and which came and left."""
+    old, new = ({endpoint.address: endpoint for endpoint in known} for known in (before, after))
+    both = [(old[address], endpoint) for address, endpoint in new.items() if address in old]
+    parts = {
+        "added": [endpoint for address, endpoint in new.items() if address not in old],
+        "removed": [endpoint for address, endpoint in old.items() if address not in new],
+        "ready": [now for was, now in both if now.ready and not was.ready],
+        "not ready": [now for was, now in both if was.ready and not now.ready],
+        "terminating": [now for was, now in both if now.terminating and not was.terminating],
+    }
+    ready = sum(endpoint.ready for endpoint in new.values())
+    said = [f"{what} {_listed(endpoints)}" for what, endpoints in parts.items() if endpoints]
+    return "; ".join([f"{len(new)} endpoint{'' if len(new) == 1 else 's'}, {ready} ready", *said])
+
+
+def _listed(endpoints: Sequence[Endpoint]) -> str:
+    more = len(endpoints) - _SHOWN_MAX
+    return ", ".join(map(str, endpoints[:_SHOWN_MAX])) + (f" and {more} more" if more > 0 else "")

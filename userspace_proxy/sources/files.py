@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -84,14 +84,21 @@ class _Change:
 
     gone: list[Manifest] = field(default_factory=list)
     came: list[Manifest] = field(default_factory=list)
+    gone_documents: list[Document] = field(default_factory=list)
+    came_documents: list[Document] = field(default_factory=list)
 
     def replace(self, old: Iterable[_Part], new: Iterable[_Part]) -> None:
+        self.gone_documents += [part.document for part in old]
+        self.came_documents += [part.document for part in new]
         self.gone += [manifest for part in old for manifest in part.manifests]
         self.came += [manifest for part in new for manifest in part.manifests]
 
 
 class FileSource:
-    """Reads *paths* (manifest files, folders of them, ``-`` for stdin, pipes) and watches them."""
+    """Reads *paths* (manifest files, folders of them, ``-`` for stdin, pipes) and watches them.
+
+    ``observe`` is told, in the thread that reads, which documents are gone and which came.
+    """
 
     def __init__(self, paths: Sequence[str]) -> None:
         self._paths = list(dict.fromkeys(path if path == STDIN else str(Path(path)) for path in paths))
@@ -100,6 +107,7 @@ class FileSource:
         self._duplicated: set[ObjectKey] = set()
         self._told: dict[ObjectKey, Manifest] = {}
         self._kept: set[ObjectKey] = set()  # told, not found any more, and maybe only hidden by a fault
+        self.observe: Callable[[Sequence[Document], Sequence[Document]], None] = lambda gone, came: None
         self._problems: dict[str, str] = {}
         self._faults: list[str] = []
         self._skipped_kinds: set[str] = set()
@@ -274,6 +282,8 @@ class FileSource:
     # ---- telling
 
     def _tell(self, change: _Change, faults: list[Problem]) -> list[ObjectEvent]:
+        if change.gone_documents or change.came_documents:
+            self.observe(change.gone_documents, change.came_documents)
         touched = self._hold(change) | dict.fromkeys(self._kept)
         problems = [*faults, *(problem for file in self._files.values() for problem in file.problems)]
         if self._duplicated:

@@ -4,6 +4,6 @@ The rules that `run` refuses objects by are decode's. Here are those of the API 
 refuse by, because what is missing may come later. What follows from a mistake that was named is not named again.
 """
 
-from userspace_proxy.control.lint.linter import Finding, Linter, LintOptions, lint
+from userspace_proxy.control.lint.linter import Finding, Linter, LintOptions, as_findings, lint
 
-__all__ = ["Finding", "LintOptions", "Linter", "lint"]
+__all__ = ["Finding", "LintOptions", "Linter", "as_findings", "lint"]

@@ -54,13 +54,17 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class LintOptions:
-    """What `run` is told that decides what is wrong; ``mode`` is "" where none is known."""
+    """What `run` is told that decides what is wrong.
+
+    ``mode`` is "" where none is known. ``names_unserved``: note which Services no proxy serves.
+    """
 
     cluster_ips: Sequence[Network]
     load_balancer_pool: Sequence[Network] = ()
     proxy_name: str = ""
     source_ip: SourceIP = SourceIP.NODE
     mode: str = ""
+    names_unserved: bool = False
 
 
 class Found(NamedTuple):
@@ -82,20 +86,28 @@ class Linter:
         self._own: dict[Hashable, list[Found]] = {}
         self._shared: dict[Hashable, list[Found]] = {}
         self._concerned: dict[NamespacedName, None] = {}
+        self._changed: dict[Hashable, None] = {}
 
     def add(self, manifest: Manifest) -> None:
         """Take in *manifest*, which was read for a check."""
         key, held = _key(manifest), replace(manifest, plain=None, errors=())
+        if key in self._held:
+            self.remove(manifest)
         self._own[key] = [Found(held, error, is_told) for error, is_told in object_errors(manifest, self._options.mode)]
+        if self._options.names_unserved and isinstance(manifest.object, api.Service):
+            self._own[key] += [Found(held, note) for note in self._unserved(manifest.object)]
         if manifest.kind in WORKLOADS:
             held = with_template(manifest) or held
         self._held[key] = held = replace(held, plain=None)
+        self._changed[key] = None
         self._concerned |= dict.fromkeys(self._index.add(held))
 
     def remove(self, manifest: Manifest) -> None:
         key = _key(manifest)
         self._own.pop(key, None)
-        self._concerned |= dict.fromkeys(self._index.remove(self._held.pop(key)))
+        self._changed[key] = None
+        if (held := self._held.pop(key, None)) is not None:  # else the same object stood twice in one file
+            self._concerned |= dict.fromkeys(self._index.remove(held))
 
     def work(self) -> bool:
         """Look at one Service that a change concerns; return whether there was one."""
@@ -103,6 +115,7 @@ class Linter:
             return False
         name = next(iter(self._concerned))
         del self._concerned[name]
+        self._changed[name] = None
         if found := list(self._of_service(name)):
             self._shared[name] = found
         else:
@@ -114,6 +127,24 @@ class Linter:
         for known in (self._own, self._shared):
             for found in known.values():
                 yield from found
+
+    def take_changed(self) -> dict[Hashable, list[Found]]:
+        """Return what is known of the objects and Services that were looked at since the last call."""
+        changed, self._changed = self._changed, {}
+        return {key: self._own.get(key) or self._shared.get(key) or [] for key in changed}
+
+    def _unserved(self, service: api.Service) -> Iterator[Note]:
+        """Yield why a proxy does not serve *service*, or not as a load balancer."""
+        spec = service.spec
+        if spec is None:
+            return
+        if spec.type == "ExternalName":
+            yield Note("an ExternalName Service is left to DNS; no proxy serves it", field="spec.type")
+        elif "None" in (spec.cluster_ip, *(spec.cluster_ips or ())[:1]):
+            yield Note("a headless Service is left to DNS; no proxy serves it", field="spec.clusterIP")
+        elif decode.wants_load_balancer_ips(service) and not self._options.load_balancer_pool:
+            mend = "give --load-balancer-pool, or status.loadBalancer.ingress"
+            yield Note("it waits for a load balancer's address; the rest of it is served", field="spec.type", mend=mend)
 
     def _of_service(self, name: NamespacedName) -> Iterator[Found]:
         services, pieces = self._index.services.get(name), self._index.pieces.get(name, ())

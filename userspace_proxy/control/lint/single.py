@@ -27,7 +27,7 @@ _MANAGED_BY = "endpointslice.kubernetes.io/managed-by"
 def object_errors(manifest: Manifest, mode: str) -> Iterator[tuple[ConfigError, bool]]:
     """Yield what is wrong with *manifest*, one error a field, and whether `run` says so by itself.
 
-    *mode*: the proxy mode, whose annotations count; "" where none is known.
+    *mode*: the proxy mode, whose annotations count; "" if it is unknown.
     """
     if manifest.kind not in api.KINDS or (manifest.object is None and not manifest.errors):
         if "." not in str((manifest.plain or {}).get("apiVersion")):
@@ -107,8 +107,8 @@ def _service_errors(service: api.Service, mode: str) -> Iterator[ConfigError]:
     for key in service.metadata.annotations or ():
         field = api.below("metadata.annotations", key)
         if key in _MODES_OF and mode and mode not in _MODES_OF[key]:
-            modes = " and ".join(_MODES_OF[key])
-            yield Note(f"it has no effect in {mode} mode", field=field, mend=f"it is for the mode {modes}")
+            mend = f"it is for --proxy-mode {' or '.join(_MODES_OF[key])}"
+            yield Note(f"it has no effect in {mode} mode", field=field, mend=mend)
         elif key.startswith(decode.ANNOTATION_PREFIX) and key not in decode.ANNOTATIONS:
             close = get_close_matches(key, decode.ANNOTATIONS, n=1)
             mend = f"did you mean {close[0]!r}?" if close else f"ours are {', '.join(decode.ANNOTATIONS)}"

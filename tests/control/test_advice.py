@@ -1,0 +1,140 @@
+"""What `run` says of manifests while it serves them: each finding once, also after edits."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from userspace_proxy.control.advice import Advisor
+from userspace_proxy.control.lint import LintOptions
+from userspace_proxy.settings import Settings
+from userspace_proxy.sources.files import FileSource
+
+LOGGER = "userspace_proxy.control.advice"
+WEB = """\
+apiVersion: v1
+kind: Service
+metadata: {name: web}
+spec: {selector: {app: web}, ports: [{port: 80}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: web-1, labels: {app: web}}
+status: {podIP: 10.244.0.2}
+"""
+UNSERVED = """\
+---
+apiVersion: v1
+kind: Service
+metadata: {name: a, annotations: {userspace-proxy/weights: '10.244.0.2=3'}}
+spec: {type: LoadBalancer, selector: {app: web}, ports: [{port: 80}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: b}
+spec: {type: ExternalName, externalName: example.org}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: c}
+spec: {clusterIP: None, ports: [{port: 80}]}
+"""
+
+
+@asynccontextmanager
+async def advised(file: Path, mode: str = "userspace") -> AsyncIterator[Advisor]:
+    """Serve *file* to nobody, and check it as `run` does."""
+    advisor = Advisor(LintOptions(Settings().service_ranges, mode=mode, names_unserved=True))
+    source = FileSource([str(file)])
+    source.observe = advisor.note
+
+    async def follow() -> None:
+        async for _ in source.events():
+            pass
+
+    tasks = [asyncio.create_task(follow()), asyncio.create_task(advisor.run())]
+    try:
+        yield advisor
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not is_so():
+            await asyncio.sleep(0.01)
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == LOGGER]
+
+
+async def test_an_edit_after_which_a_selector_finds_nothing_is_one_warning_and_its_end_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, LOGGER)
+    file = tmp_path / "web.yaml"
+    file.write_text(WEB)
+    async with advised(file) as advisor:
+        file.write_text(WEB.replace("labels: {app: web}", "labels: {app: wbe}"))
+        await until(lambda: bool(said(caplog)))
+        file.write_text("# a line above\n" + file.read_text())
+        await until(lambda: advisor.faults[0].startswith(f"{file}:5: "))
+        file.write_text(WEB)
+        await until(lambda: len(said(caplog)) > 1)
+
+        assert said(caplog) == [
+            f"{file}:4: Service default/web: spec.selector.app: the selector app=web matches no Pod here; "
+            "did you mean 'app: wbe'?",
+            "Service default/web: spec.selector.app: no longer so: the selector app=web matches no Pod here",
+        ]
+        assert [record.levelname for record in caplog.records if record.name == LOGGER] == ["WARNING", "INFO"]
+        assert advisor.faults == []
+
+
+async def test_what_is_not_served_waits_or_has_no_effect_is_one_line_each(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, LOGGER)
+    file = tmp_path / "web.yaml"
+    file.write_text(WEB + UNSERVED)
+    async with advised(file) as advisor:
+        await until(lambda: len(said(caplog)) >= 4)
+
+        assert {line.partition(": ")[2].partition(";")[0] for line in said(caplog)} == {
+            "Service default/a: spec.type: it waits for a load balancer's address",
+            "Service default/a: metadata.annotations.userspace-proxy/weights: it has no effect in userspace mode",
+            "Service default/b: spec.type: an ExternalName Service is left to DNS",
+            "Service default/c: spec.clusterIP: a headless Service is left to DNS",
+        }
+        assert advisor.faults == []
+
+
+async def test_of_many_findings_at_once_some_are_logged_and_the_others_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "many.yaml"
+    file.write_text("---\n".join(WEB.partition("---")[0].replace("web}", f"web-{n}}}", 1) for n in range(30)))
+    caplog.set_level(logging.INFO, LOGGER)
+    async with advised(file):
+        await until(lambda: len(said(caplog)) > 20)
+
+        assert said(caplog)[-1] == "10 more findings; 'userspace-proxy check' shows all"
+
+
+async def test_what_run_refuses_by_itself_is_not_said_twice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, LOGGER)
+    file = tmp_path / "web.yaml"
+    file.write_text(WEB.replace("spec: {", "spec: {clusterIP: none, trafficDistribution: Near, "))
+    async with advised(file):
+        await until(lambda: bool(said(caplog)))
+
+        (line,) = said(caplog)
+        assert "spec.trafficDistribution" in line

@@ -1,0 +1,131 @@
+"""What `check` says, said by `run`: each finding is logged once, when a file is read and after each edit of it.
+
+It is worked out in a thread, beside what is served, and only for what an edit concerns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import Counter, deque
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+from itertools import islice
+
+from userspace_proxy.control.lint import Finding, Linter, LintOptions, as_findings
+from userspace_proxy.control.lint.linter import Found
+from userspace_proxy.sources.documents import Manifest, parse
+from userspace_proxy.sources.lines import Document
+from userspace_proxy.sources.paths import run_in_thread
+
+# Of one look at the files, so many findings are logged one by one; `check` shows all.
+_LOGGED_MAX = 20
+# /healthz lists so many.
+_LISTED_MAX = 100
+
+# A document by its text: where it stands in its file may change with each edit above it.
+_Text = tuple[str, str]
+
+log = logging.getLogger(__name__)
+
+
+class Advisor:
+    """Knows what is wrong with the documents that a source reads. Holds a copy of their objects of its own."""
+
+    def __init__(self, options: LintOptions) -> None:
+        self._linter = Linter(options)
+        self._changes: deque[tuple[Sequence[Document], Sequence[Document]]] = deque()
+        self._changed = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._counts: Counter[_Text] = Counter()
+        self._line_of: dict[_Text, int] = {}
+        self._known: dict[_Text, list[Manifest]] = {}
+        self._told: dict[Hashable, dict[tuple[str, str, str], tuple[Finding, str]]] = {}
+
+    @property
+    def faults(self) -> list[str]:
+        """What is wrong now and `run` would not say otherwise; the first hundred."""
+        found = (told for known in list(self._told.values()) for told in known.values())
+        return [_said(self._placed(*told)) for told in islice((t for t in found if _is_fault(t[0])), _LISTED_MAX)]
+
+    def note(self, gone: Sequence[Document], came: Sequence[Document]) -> None:
+        """Take notice, in any thread, of the documents that a source no longer finds and of those that are new."""
+        self._changes.append((gone, came))
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._changed.set)
+
+    async def run(self) -> None:
+        """Look at what changes, until cancelled."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            try:
+                news, ended = await run_in_thread("lint", self._look)
+            except Exception:
+                log.exception("a bug: manifests cannot be checked; what they say is served all the same")
+                continue
+            for finding in news[:_LOGGED_MAX]:
+                log.log(logging.WARNING if finding.severity == "fault" else logging.INFO, "%s", _said(finding))
+            if (more := len(news) - _LOGGED_MAX) > 0:
+                log.warning("%d more findings; 'userspace-proxy check' shows all", more)
+            for finding in ended[:_LOGGED_MAX]:
+                log.info("%s: %s: no longer so: %s", finding.object, finding.field, finding.problem)
+
+    def _look(self) -> tuple[list[Finding], list[Finding]]:
+        """Return what is newly found, and which faults are no more."""
+        touched: dict[_Text, None] = {}
+        while self._changes:
+            gone, came = self._changes.popleft()
+            for document in gone:
+                self._counts[document.path, document.text] -= 1
+                touched[document.path, document.text] = None
+            for document in came:
+                self._counts[document.path, document.text] += 1
+                self._line_of[document.path, document.text] = document.line
+                touched[document.path, document.text] = None
+        for text in touched:
+            if self._counts[text] <= 0:
+                del self._counts[text]
+                self._line_of.pop(text, None)
+                for manifest in self._known.pop(text, ()):
+                    self._linter.remove(manifest)
+        for text in touched:
+            if self._counts.get(text) and text not in self._known:
+                manifests, _ = parse(Document(text[0], 1, text[1]), for_check=True)
+                for manifest in manifests:
+                    self._linter.add(manifest)
+                self._known[text] = [replace(manifest, plain=None) for manifest in manifests]
+        while self._linter.work():
+            pass
+        return self._compare(self._linter.take_changed())
+
+    def _compare(self, changed: dict[Hashable, list[Found]]) -> tuple[list[Finding], list[Finding]]:
+        news, ended = [], []
+        for key, found in changed.items():
+            now = {
+                (finding.object, finding.field, finding.problem): (finding, each.manifest.place.document.text)
+                for each in found
+                if not each.is_told
+                for finding in as_findings([each])
+            }
+            before = self._told.pop(key, {})
+            news += [self._placed(*told) for said, told in now.items() if said not in before]
+            ended += [told[0] for said, told in before.items() if said not in now and _is_fault(told[0])]
+            if now:
+                self._told[key] = now
+        return news, ended
+
+    def _placed(self, finding: Finding, text: str) -> Finding:
+        """Return *finding*, whose line is that in its document, of *text*, with the line in its file."""
+        above = self._line_of.get((finding.file, text), 1) - 1
+        return replace(finding, line=None if finding.line is None else finding.line + above)
+
+
+def _said(finding: Finding) -> str:
+    said = (finding.where, finding.object, finding.field, "; ".join(filter(None, (finding.problem, finding.mend))))
+    return ": ".join(filter(None, said))
+
+
+def _is_fault(finding: Finding) -> bool:
+    return finding.severity == "fault"
