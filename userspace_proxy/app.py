@@ -102,9 +102,9 @@ class App:
             finally:
                 await succession.decision(running.incumbent)
                 if succession.ending is Ending.HANDED_OVER:
-                    # Nobody is to meet us at the lock any more, nor its name to be ours, while connections drain.
+                    # No caller is to meet us any more, nor the name to be ours, while connections drain.
                     running.incumbent.close()
-                    ground.inheritance.lock.close()
+                    ground.inheritance.name.close()
                     await running.health_checks.close()
                     await running.admin.close()
                 elif succession.ending is Ending.AGAIN:
@@ -151,7 +151,7 @@ class _Running:
             health_timeout_s=2 * settings.sync_period_s,  # as kube-proxy
         )
         present = Present(VERSION, os.getpid(), ground.sources, workers=1 if ground.tables is None else 0)
-        self.incumbent = Incumbent(ground.inheritance.lock, present, self._hand_over_to)
+        self.incumbent = Incumbent(ground.inheritance.member, present, self._hand_over_to)
         self._advisor = None
         if isinstance(ground.source, FileSource):
             self._advisor = Advisor(lint_options(settings))
@@ -229,7 +229,7 @@ class _Running:
     async def _hand_over_to(self, asked: TakeOver, conversation: Conversation) -> None:
         ground = self._ground
         await self._succession.hand_over_to(
-            asked, conversation, self._proxier, ground.plane, ground.inheritance.lock, self.health_checks
+            asked, conversation, self._proxier, ground.plane, ground.inheritance.name, self.health_checks
         )
 
     async def _settle_in(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.plane import LocalPlane
 from userspace_proxy.dataplane.sockets import BACKLOG
 from userspace_proxy.errors import StartError, SyncError
-from userspace_proxy.instance import Inheritance, end_orphans, take_lock
+from userspace_proxy.instance import Inheritance, end_orphans, rehearse, take_lock
 from userspace_proxy.interfaces import DataPlane, KernelTables, ListenerSpec, Source
 from userspace_proxy.model.service import SourceIP
 from userspace_proxy.model.topology import Node
@@ -22,7 +23,7 @@ from userspace_proxy.rules import network
 from userspace_proxy.rules.kernel import choose_language
 from userspace_proxy.settings import Settings
 from userspace_proxy.sources.events import EventRecorder, node_reference
-from userspace_proxy.succession import Succession
+from userspace_proxy.succession import Succession, is_rehearsal
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +71,14 @@ async def take_ground(settings: Settings, succession: Succession, stack: context
         raise StartError(f"--source-ip transparent: clients' addresses cannot be kept on this node: {obstacle}")
     source, sources, events = await open_source(settings, stack)
     state_dir = open_state_dir(settings.state_dir)
+    workers = settings.workers if tables is None else 0
+    if is_rehearsal():
+        await rehearse(sources, settings.take_over, workers)
+        sys.exit()
     if tables is not None:
         await end_orphans()  # no worker's sockets are of use here
-    inheritance = await take_lock(sources, settings.take_over, settings.workers if tables is None else 0)
-    stack.enter_context(contextlib.closing(inheritance.lock))
+    inheritance = await take_lock(sources, settings.take_over, workers)
+    stack.enter_context(contextlib.closing(inheritance))
     try:
         rules = node_rules_of(settings, await first_capture(settings.capture))
     except SyncError as error:

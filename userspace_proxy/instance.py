@@ -1,19 +1,26 @@
-"""One proxy in a network namespace: an abstract unix socket is the lock.
+"""One proxy in a network namespace: the lock is to be a member there, in the role SERVES (dataplane/rendezvous.py).
 
-Abstract names belong to the network namespace, exactly as rules do, and the kernel frees a name when the last
-process that holds it ends: the control process, or workers that serve on without one.
+Only CAP_NET_ADMIN can be one. The control process is, and so are its workers, which serve on without one. A process
+that starts first becomes the only member in the role TAKES_TURN; so two that start at once never both find nobody.
+
+The abstract name @userspace-proxy is no lock: any local user can bind it. It is held, where it is free, because
+versions before this one take it for theirs, and for `ss -xlp` to show.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
 import socket
+import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+import msgspec
 
 from userspace_proxy.dataplane.handover import (
     VERSION,
@@ -27,18 +34,18 @@ from userspace_proxy.dataplane.handover import (
     Taken,
     TakeOver,
     expect,
-    peer,
+    understands,
 )
+from userspace_proxy.dataplane.rendezvous import Caller, Role, join, members, port_of, process_of
 from userspace_proxy.errors import StartError
 
 _NAME = "\0userspace-proxy"
-# Who wants to take over, or to clean up, holds this name meanwhile: two could each get half of the orphans.
-_TURN = "\0userspace-proxy-successor"
 _TURN_TIMEOUT_S = 30.0
 _ANSWER_TIMEOUT_S = 5.0
-# An orphan answers at once; one that does not has died since, and only the lock that it shared with others is left.
+# An orphan answers at once; one that does not hangs, or has just ended.
 _ORPHAN_TIMEOUT_S = 2.0
 _ASK_AGAIN_S = 0.05
+_CALL_AGAIN_S = 0.3
 
 Meeting = tuple[Present, Conversation]
 
@@ -49,11 +56,13 @@ log = logging.getLogger(__name__)
 class Inheritance:
     """The lock; and what was got with it from who served before: listeners, in a conversation with each process.
 
+    ``turn`` and ``member``: this process in both roles. ``name``: the socket that has the abstract name, or has none.
     ``health_checks``: the listeners of health-check node ports, which a control process has.
     """
 
     turn: socket.socket
-    lock: socket.socket
+    member: socket.socket
+    name: socket.socket
     listeners: list[tuple[Inherit, list[socket.socket]]] = field(default_factory=list)
     health_checks: list[socket.socket] = field(default_factory=list)
     conversations: list[Conversation] = field(default_factory=list)
@@ -69,22 +78,24 @@ class Inheritance:
                 log.warning("the process before did not say that it has made way: %s", error or "no answer")
                 await self._release_orphans()
             conversation.close()
-        self.lock.listen(64)  # from now on the kernel tells our credentials to who connects
+        _hold_name(self.name)
         self.turn.close()
 
     async def _release_orphans(self) -> None:
         """Have workers drain whose control process died while it made way: what they hold we have already."""
-        while (meeting := await _next_orphan()) is not None:
-            _, conversation = meeting
-            try:
-                listeners: list[tuple[Inherit, list[socket.socket]]] = []
-                (await _collect(conversation, listeners, [], workers=len(self.conversations))).close()
-                _close(listeners)
-                conversation.send(Taken())
-                expect(await conversation.receive(), Released)
-            except (OSError, TimeoutError) as error:
-                log.warning("a worker of the process before serves on: %s", error or "no answer")
-            conversation.close()
+        with contextlib.suppress(TimeoutError):
+            for present, conversation in await _meet(self.turn, _ORPHAN_TIMEOUT_S, but=self.member):
+                try:
+                    listeners: list[tuple[Inherit, list[socket.socket]]] = []
+                    (await _collect(conversation, listeners, [], workers=len(self.conversations))).close()
+                    _close(listeners)
+                    conversation.send(Taken())
+                    expect(await conversation.receive(), Released)
+                except (OSError, TimeoutError) as error:
+                    log.warning(
+                        "a worker%s of the process before serves on: %s", running_as(present), error or "no answer"
+                    )
+                conversation.close()
 
     def give_back(self) -> None:
         """Let go of everything: the one before goes on."""
@@ -93,8 +104,12 @@ class Inheritance:
         _close(self.listeners)
         for sock in self.health_checks:
             sock.close()
-        self.lock.close()
-        self.turn.close()
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the lock."""
+        for sock in (self.name, self.member, self.turn):
+            sock.close()
 
 
 async def take_lock(sources: Sequence[str], policy: str, workers: int) -> Inheritance:
@@ -108,33 +123,43 @@ async def take_lock(sources: Sequence[str], policy: str, workers: int) -> Inheri
     """
     turn = await _take_turn()
     try:
-        return await _take_lock(turn, sources, policy, workers)
+        if not (meetings := await _who_serves(turn)):
+            with contextlib.ExitStack() as on_error:
+                member = on_error.enter_context(join(Role.SERVES))
+                name = on_error.enter_context(_unnamed())
+                _hold_name(name)
+                on_error.pop_all()
+            turn.close()
+            return Inheritance(turn, member, name)
+        present, _ = meetings[0]
+        if not (why_not := _why_not(present, sources, policy, workers)):
+            return await _take_over(turn, meetings, workers)
+        _end_conversations(meetings)
     except BaseException:
         turn.close()
         raise
+    turn.close()
+    raise StartError(f"{_another(present.pid)}; {why_not}")
 
 
-async def _take_lock(turn: socket.socket, sources: Sequence[str], policy: str, workers: int) -> Inheritance:
-    while True:
-        try:
-            lock = _bind(_NAME)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-        else:
-            turn.close()
-            return Inheritance(turn, lock)
-        if (meeting := await _who_serves()) is None:
-            continue  # it has just ended
-        present, conversation = meeting
-        if why_not := _why_not(present, sources, policy, workers):
-            conversation.close()
-            raise StartError(f"{_another(present.pid)}; {why_not}")
-        return await _take_over(turn, present, conversation, workers)
+async def rehearse(sources: Sequence[str], policy: str, workers: int) -> None:
+    """Make sure that the lock could be taken, once those who serve here have become orphans.
+
+    Raises:
+        StartError: it could not.
+    """
+    with await _take_turn() as turn:
+        meetings = await _who_serves(turn)
+        _end_conversations(meetings)
+        for present, _ in meetings:
+            if present.workers and (
+                why_not := _why_not(msgspec.structs.replace(present, orphan=True), sources, policy, workers)
+            ):
+                raise StartError(why_not)
 
 
 def _why_not(present: Present, sources: Sequence[str], policy: str, workers: int) -> str:
-    if present.version != VERSION:
+    if not understands(present):
         return f"it hands over in version {present.version} and this one takes over in {VERSION}; stop it first"
     if policy == "never" or (present.workers and not workers):
         return "stop it first"
@@ -144,29 +169,31 @@ def _why_not(present: Present, sources: Sequence[str], policy: str, workers: int
     return ""
 
 
-async def _take_over(turn: socket.socket, present: Present, conversation: Conversation, workers: int) -> Inheritance:
+async def _take_over(turn: socket.socket, meetings: Sequence[Meeting], workers: int) -> Inheritance:
     """Collect all that is there: from the control process, or from every worker that has none."""
+    present, _ = meetings[0]
+    if not present.orphan:
+        _end_conversations(meetings[1:])
+        meetings = meetings[:1]
+    elif (missing := present.workers - len(meetings)) > 0:
+        log.warning("%d of %d workers of the proxy before are gone", missing, present.workers)
+    listeners: list[tuple[Inherit, list[socket.socket]]] = []
+    health_checks: list[socket.socket] = []
+    conversations = [conversation for _, conversation in meetings]
+    member = join(Role.SERVES)
     try:
-        listeners: list[tuple[Inherit, list[socket.socket]]] = []
-        health_checks: list[socket.socket] = []
-        lock = await _collect(conversation, listeners, health_checks, workers)
-        inheritance = Inheritance(turn, lock, listeners, health_checks, [conversation])
-        while present.orphan and len(inheritance.conversations) < present.workers:
-            if (meeting := await _next_orphan()) is None:
-                missing = present.workers - len(inheritance.conversations)
-                log.warning("%d of %d workers of the proxy before are gone", missing, present.workers)
-                break
-            _, conversation = meeting
-            inheritance.conversations.append(conversation)
-            (await _collect(conversation, listeners, health_checks, workers)).close()
+        names = [await _collect(conversation, listeners, health_checks, workers) for conversation in conversations]
     except (OSError, TimeoutError) as error:
         # What was collected goes with this process; who gave it notices, and serves on.
-        conversation.close()
+        _end_conversations(meetings)
+        member.close()
         raise StartError(
             f"userspace-proxy{running_as(present)} does not hand over: {error or 'no answer'}; "
             "it serves on (`kill -9` ends a process that hangs, its workers serve on for the next `run`)"
         ) from None
-    return inheritance
+    for name in names[1:]:  # duplicates
+        name.close()
+    return Inheritance(turn, member, names[0], listeners, health_checks, conversations)
 
 
 async def _collect(
@@ -175,13 +202,13 @@ async def _collect(
     health_checks: list[socket.socket],
     workers: int,
 ) -> socket.socket:
-    """Ask for everything: *listeners* and *health_checks* get more, and the lock is returned."""
+    """Ask for everything: *listeners* and *health_checks* get more, and the socket with the name is returned."""
     conversation.send(TakeOver(VERSION, os.getpid(), workers, health_checks=True))
     while True:
         received = await conversation.receive()
         message, descriptors = received
         if isinstance(message, Lock):
-            return socket.socket(fileno=descriptors[0])
+            return socket.socket(fileno=descriptors[0]) if descriptors else _unnamed()
         if isinstance(message, HealthChecks):
             health_checks += [socket.socket(fileno=descriptor) for descriptor in descriptors]
             continue
@@ -201,105 +228,145 @@ async def end_orphans() -> Present | None:
     Raises:
         StartError: somebody is there and does not answer.
     """
-    turn = await _take_turn()
-    try:
-        meeting = await _who_serves()
-        while meeting is not None:
-            present, conversation = meeting
-            if not present.orphan:
+    with await _take_turn() as turn:
+        while meetings := await _who_serves(turn):
+            if not meetings[0][0].orphan:
+                _end_conversations(meetings)
+                return meetings[0][0]
+            for _, conversation in meetings:
+                conversation.send(End())
+                await conversation.ended()
                 conversation.close()
-                return present
-            conversation.send(End())
-            await conversation.ended()
-            conversation.close()
-            meeting = await _next_orphan()
-    finally:
-        turn.close()
     return None
 
 
 # ---- meeting who serves
 
 
-async def _next_orphan() -> Meeting | None:
+async def _who_serves(turn: socket.socket) -> list[Meeting]:
+    """Return who serves in this network namespace: the control process, or all orphans.
+
+    Raises:
+        StartError: a process serves and does not answer.
+    """
     try:
-        return await _meet(_ORPHAN_TIMEOUT_S)
+        return await _meet(turn, _ANSWER_TIMEOUT_S)
     except TimeoutError:
-        return None
+        raise StartError(f"{_another(_first_process(_serving()))} and does not answer; stop it first") from None
 
 
-async def _who_serves() -> Meeting | None:
-    """Return who serves in this network namespace, and a conversation with that process.
-
-    Raises:
-        StartError: somebody is there and does not answer, or is another user's.
-    """
-    try:
-        return await _meet(_ANSWER_TIMEOUT_S)
-    except TimeoutError as error:
-        (pid,) = error.args
-        raise StartError(f"{_another(pid)} and does not answer; stop it first") from None
-
-
-async def _meet(timeout_s: float) -> Meeting | None:
-    """Return who answers at the lock; None where nobody holds it.
+async def _meet(turn: socket.socket, timeout_s: float, but: socket.socket | None = None) -> list[Meeting]:
+    """Return who answers a call, a control process first; nothing where there is no member *but* this process itself.
 
     Raises:
-        TimeoutError: somebody holds it and does not answer; with the process id, 0 where nobody knows.
-        StartError: it is another user's.
+        TimeoutError: there are members, and none answers.
     """
+    ours = {port_of(but)} if but is not None else set()
     give_up_at = time.monotonic() + timeout_s
-    pid = 0
-    while (left_s := give_up_at - time.monotonic()) > 0:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        try:
-            sock.connect(_NAME)
-        except ConnectionRefusedError:
-            sock.close()
-            return None
-        except BlockingIOError:  # its queue is full
-            sock.close()
-            await asyncio.sleep(_ASK_AGAIN_S)
-            continue
-        pid, uid = peer(sock)
-        if uid not in (0, os.geteuid()):
-            sock.close()
-            raise StartError(f"a process of another user holds the socket @{_NAME[1:]} (process {pid}); stop it first")
-        conversation = Conversation(sock)
-        try:
-            return expect(await conversation.receive(left_s), Present), conversation
-        except (OSError, TimeoutError):  # it ends just now, or is of a version that does not speak
-            conversation.close()
-            await asyncio.sleep(_ASK_AGAIN_S)
-    raise TimeoutError(pid)
+    met: list[Meeting] = []
+    with contextlib.closing(Caller(turn)) as caller:
+        while expected := _serving().keys() - ours:
+            if met and (not met[0][0].orphan or len(met) >= min(len(expected), met[0][0].workers)):
+                break
+            if (left_s := give_up_at - time.monotonic()) <= 0:
+                if not met:
+                    raise TimeoutError
+                break
+            with contextlib.suppress(OSError, TimeoutError):
+                caller.call()
+                async with asyncio.timeout(min(_CALL_AGAIN_S, left_s)):
+                    conversation = Conversation(await caller.admitted.get())
+                met.append(await _introduced(conversation, left_s))
+                met.sort(key=lambda meeting: meeting[0].orphan)
+    return met
+
+
+async def _introduced(conversation: Conversation, timeout_s: float) -> Meeting:
+    try:
+        return expect(await conversation.receive(timeout_s), Present), conversation
+    except BaseException:
+        conversation.close()
+        raise
+
+
+def _end_conversations(meetings: Sequence[Meeting]) -> None:
+    for _, conversation in meetings:
+        conversation.close()
 
 
 async def _take_turn() -> socket.socket:
-    """Wait until nobody else takes over or cleans up here, and be who does, until the socket is closed."""
+    """Wait until no other process takes over or cleans up here, and be the one that does, until the socket is closed.
+
+    Each shows itself before it looks: of two at once at least one sees the other. The one with the lower number then
+    stays and looks again, the other one makes room.
+    """
     give_up_at = time.monotonic() + _TURN_TIMEOUT_S
-    while True:
-        try:
-            return _bind(_TURN)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-        if time.monotonic() > give_up_at:
-            raise StartError(
-                f"another process has held the socket @{_TURN[1:]} for {_TURN_TIMEOUT_S:.0f} s, as who takes over or"
-                f" cleans up does; `ss -xlp | grep {_TURN[1:]}` shows which one"
-            )
-        await asyncio.sleep(_ASK_AGAIN_S)
-
-
-def _bind(name: str) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
-        sock.bind(name)
-        sock.listen(64)
-    except OSError:
-        sock.close()
+        turn = join(Role.TAKES_TURN)
+    except PermissionError:
+        raise StartError("CAP_NET_ADMIN is needed in the user namespace that owns this network namespace") from None
+    try:
+        while others := {port: inode for port, inode in members(Role.TAKES_TURN).items() if port != port_of(turn)}:
+            if time.monotonic() > give_up_at:
+                break
+            if makes_room := min(others) < port_of(turn):
+                turn.close()
+            await asyncio.sleep(_ASK_AGAIN_S)
+            if makes_room:
+                turn = join(Role.TAKES_TURN)
+        else:
+            return turn
+    except BaseException:
+        turn.close()
         raise
-    return sock
+    turn.close()
+    pid = _first_process(others)
+    raise StartError(
+        f"another process{f' ({pid})' if pid else ''} has been taking over or cleaning up here"
+        f" for {_TURN_TIMEOUT_S:.0f} s; stop it first"
+    )
+
+
+def _serving() -> dict[int, int]:
+    return members(Role.SERVES, Role.SERVES_ON)
+
+
+def _first_process(found: Mapping[int, int]) -> int:
+    """Return the process of the first member, 0 where it cannot be told: the control process, if there is one."""
+    return process_of(found[min(found)]) if found else 0
+
+
+def _unnamed() -> socket.socket:
+    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+
+
+def _hold_name(sock: socket.socket) -> None:
+    """Bind *sock* to the name, where it is free, and listen, so that the kernel names this process as its holder.
+
+    Nobody is accepted: it costs nothing, however many connect.
+    """
+    try:
+        if not sock.getsockname():
+            sock.bind(_NAME)
+        sock.listen(1)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            log.warning(
+                "%s holds the socket @%s without a proof that it may, and is ignored;"
+                " stop it first if it is userspace-proxy in an older version",
+                _holder(),
+                _NAME[1:],
+            )
+
+
+def _holder() -> str:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
+        try:
+            sock.connect(_NAME)
+        except OSError:  # it does not listen, or its queue is full
+            return "a process"
+        pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return f"process {pid} of user {uid}" if pid else f"a process of user {uid}"
 
 
 def _another(pid: int) -> str:

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -21,6 +22,7 @@ from typing import NoReturn
 
 from userspace_proxy.admin.health_checks import ServiceHealthChecks
 from userspace_proxy.dataplane.handover import Conversation, Incumbent, Inherit, Refused, Released, TakeOver, hand_over
+from userspace_proxy.dataplane.process import answers_to
 from userspace_proxy.dataplane.remote import RemotePlane
 from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.instance import Inheritance
@@ -32,6 +34,9 @@ _REAP_EVERY_S = 1.0
 _DECIDE_S = 2.0
 # Names the descriptors of what outlives a start anew.
 _LEFT = "USERSPACE_PROXY_LISTENERS"
+# Set for a process that is to find out whether a start anew would succeed, and to end.
+_REHEARSAL = "USERSPACE_PROXY_REHEARSAL"
+_REHEARSAL_S = 30.0
 _DRAINING = "; open connections go on here"
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -85,6 +90,7 @@ class Succession:
         self._told_to_go = asyncio.Event()
         self._keeps_on = False  # workers would serve on without us
         self._successors = 0
+        self._rehearsal: asyncio.Task[None] | None = None
         self._is_left = False  # to a new program of ours, which is about to begin
 
     def heed_signals(self) -> None:
@@ -104,11 +110,11 @@ class Succession:
         """
         if not inheritance.conversations:
             if isinstance(plane, RemotePlane):
-                plane.keep_on(inheritance.lock)
+                plane.keep_on(inheritance.name)
             return []
         if not inheritance.listeners:  # the kernel serves until our rules are there
             if isinstance(plane, RemotePlane):
-                plane.keep_on(inheritance.lock)
+                plane.keep_on(inheritance.name)
             await inheritance.taken()
             log.info("taken over from another process; the kernel serves meanwhile")
             return []
@@ -120,7 +126,8 @@ class Succession:
             inheritance.give_back()
             raise StartError(f"what serves now cannot be taken over, it goes on: {error}") from None
         # Before the others stop accepting, so that a death of ours at any moment leaves somebody who serves.
-        plane.keep_on(inheritance.lock)
+        with contextlib.suppress(SyncError):  # a worker has died; the next one is told, too
+            await answers_to(plane.keep_on(inheritance.name))
         self._keeps_on = True
         await inheritance.taken()
         log.info("taken over from another process: %d listeners", len(specs))
@@ -139,7 +146,7 @@ class Succession:
         conversation: Conversation,
         proxier: Proxier,
         plane: DataPlane,
-        lock: socket.socket,
+        name: socket.socket,
         health_checks: ServiceHealthChecks,
     ) -> None:
         """Give all that we have to who *asked*, and end; or refuse."""
@@ -157,7 +164,7 @@ class Succession:
                     await plane.stats()  # brings the latest pins with it
                     listeners = plane.inheritance()
                 checks = health_checks.listeners() if asked.health_checks else ()
-                await hand_over(conversation, listeners, lock, checks)
+                await hand_over(conversation, listeners, name, checks)
                 log.info("handed over to process %d%s", asked.pid, "" if self._kernel_serves else _DRAINING)
                 is_told_to_stop = self.stop.is_set()
                 self.ending = Ending.HANDED_OVER
@@ -196,13 +203,24 @@ class Succession:
 
     def _on_start_anew(self) -> None:
         """Replace this process by a new one of the same command line, which takes over from our workers: an upgrade."""
-        if self.stop.is_set():
-            return
-        if not self._decided.is_set():
-            log.error("SIGUSR2 is not heeded: another process takes over just now")
+        if self.stop.is_set() or self._rehearsal is not None:
             return
         if not self._keeps_on or not self._can_start_anew:
             log.error("SIGUSR2 is not heeded: not ready yet, --workers 0, or the manifests came from stdin")
+            return
+        self._rehearsal = asyncio.create_task(self._start_anew(), name="start anew")
+
+    async def _start_anew(self) -> None:
+        try:
+            obstacle = await _rehearse()
+        finally:
+            self._rehearsal = None
+        if self.stop.is_set():
+            return
+        if not self._decided.is_set():
+            obstacle = "another process takes over just now"
+        if obstacle:
+            log.error("SIGUSR2 is not heeded, this process serves on: %s", obstacle)
             return
         log.info("starting anew; workers serve on meanwhile")
         self.ending = Ending.AGAIN
@@ -212,6 +230,9 @@ class Succession:
 
     async def decision(self, incumbent: Incumbent) -> None:
         """Wait until a hand-over under way has been made, or not."""
+        if self._rehearsal is not None:
+            self._rehearsal.cancel()
+            await asyncio.wait({self._rehearsal})
         try:
             async with asyncio.timeout(_DECIDE_S):
                 await self._decided.wait()
@@ -242,15 +263,50 @@ class Succession:
             signal.pthread_sigmask(signal.SIG_BLOCK, (*_STOPS, signal.SIGUSR2))
 
 
+async def _rehearse() -> str:
+    """Run a new process of the same command line up to the moment before it takes over; return what it fails at."""
+    try:
+        process = subprocess.Popen(  # noqa: ASYNC220 - as workers are started
+            _same_command(),
+            env={**os.environ, _REHEARSAL: "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+    except OSError as error:
+        return f"{sys.executable}: {error.strerror}"
+    reading = asyncio.get_running_loop().run_in_executor(None, process.communicate)
+    try:
+        async with asyncio.timeout(_REHEARSAL_S):
+            _, said = await asyncio.shield(reading)
+    except TimeoutError:
+        return f"the new process is not ready after {_REHEARSAL_S:.0f} s"
+    finally:
+        process.kill()
+        await asyncio.wait({reading})
+    if not process.returncode:
+        return ""
+    lines = said.decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else f"the new process exited {process.returncode}"
+
+
+def is_rehearsal() -> bool:
+    return _REHEARSAL in os.environ
+
+
+def _same_command() -> list[str]:
+    safe_path = [] if sys.flags.safe_path else ["-P"]  # what Python itself imports first is not from here either
+    return [sys.executable, *safe_path, *sys.orig_argv[1:]]
+
+
 def start_anew(listeners: Sequence[socket.socket]) -> NoReturn:
     """Become a new process of the same command line, which finds *listeners* as what `was_left`."""
     flush_log()
     for sock in listeners:
         sock.set_inheritable(True)
     left = {_LEFT: " ".join(str(sock.fileno()) for sock in listeners)} if listeners else {}
-    safe_path = [] if sys.flags.safe_path else ["-P"]  # what Python itself imports first is not from here either
-    command = [sys.executable, *safe_path, *sys.orig_argv[1:]]
-    os.execve(sys.executable, command, {**os.environ, **left})  # noqa: S606 - a list, no shell
+    os.execve(sys.executable, _same_command(), {**os.environ, **left})  # noqa: S606 - a list, no shell
 
 
 def was_left() -> list[socket.socket]:

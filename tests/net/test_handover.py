@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ from userspace_proxy.dataplane.handover import (
     TakeOver,
     expect,
 )
+from userspace_proxy.dataplane.rendezvous import Caller, Role, answer, heard, join
 from userspace_proxy.dataplane.sockets import open_listener
 from userspace_proxy.dataplane.wire import Open
 from userspace_proxy.interfaces import ListenerSpec
@@ -49,7 +51,7 @@ from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortN
 from userspace_proxy.model.service import ServicePort
 
 WEB = "10.96.4.1"
-LOCK = "\0userspace-proxy"
+NAME = "\0userspace-proxy"
 
 
 @pytest.fixture
@@ -388,16 +390,13 @@ def test_a_successor_that_cannot_start_leaves_all_serving(fresh_proxy: Proxy, wo
 # ---- stops and deaths in the midst of it
 
 
-def unix_socket(world: ServiceLab) -> socket.socket:
-    with world.node.inside():
-        return socket.socket(socket.AF_UNIX)
-
-
 async def collected(world: ServiceLab) -> Conversation:
     """Return a conversation with who serves, from which all was taken; we have not said that we serve."""
-    sock = unix_socket(world)
-    sock.connect(LOCK)
-    conversation = Conversation(sock)
+    with world.node.inside():
+        turn, caller = join_and_call()
+    conversation = Conversation(await caller.admitted.get())
+    caller.close()
+    turn.close()
     expect(await conversation.receive(), Present)
     conversation.send(TakeOver(VERSION, os.getpid()))
     while True:
@@ -406,6 +405,13 @@ async def collected(world: ServiceLab) -> Conversation:
             os.close(descriptor)
         if isinstance(message, Lock):
             return conversation
+
+
+def join_and_call() -> tuple[socket.socket, Caller]:
+    turn = join(Role.TAKES_TURN)
+    caller = Caller(turn)
+    caller.call()
+    return turn, caller
 
 
 def test_who_is_told_to_stop_while_it_hands_over_leaves_the_rules_to_its_successor(
@@ -454,16 +460,17 @@ def test_a_successor_that_is_killed_before_the_one_before_has_made_way_leaves_a_
     async def make_no_way() -> None:
         with world.node.inside():
             listener = open_listener(L4Protocol.TCP, spec.proxy_port, 0)
-        with listener, unix_socket(world) as lock:
-            lock.bind(LOCK)
-            lock.listen()
+            member = join(Role.SERVES)
+        with listener, member, socket.socket(socket.AF_UNIX) as name:
             fresh_proxy.start(wait=False)
-            sock, _ = await asyncio.to_thread(lock.accept)
-            conversation = Conversation(sock)
+            while not (calls := list(heard(member))):
+                await asyncio.sleep(0.01)
+            with world.node.inside():
+                conversation = Conversation(await answer(calls[0]))
             conversation.send(Present(VERSION, os.getpid(), [os.path.realpath(fresh_proxy.manifests)]))
             expect(await conversation.receive(), TakeOver)
             conversation.send(Inherit(0, Open([spec], 1)), [listener.fileno()])
-            conversation.send(Lock(), [lock.fileno()])
+            conversation.send(Lock(), [name.fileno()])
             expect(await conversation.receive(), Taken)
             fresh_proxy.stop(signal.SIGKILL)
             conversation.close()
@@ -532,23 +539,6 @@ def test_one_that_serves_other_manifests_takes_over_where_it_is_told_to(
     assert fresh_proxy.process.wait(20) == 0
 
 
-def test_another_user_is_not_given_the_listeners(fresh_proxy: Proxy, world: ServiceLab) -> None:
-    serve_web(fresh_proxy)
-    fresh_proxy.start()
-    ask_as_nobody = """
-import socket
-sock = socket.socket(socket.AF_UNIX)
-sock.settimeout(5)
-sock.connect("\\0userspace-proxy")
-print(sock.recv(100))
-"""
-    if os.geteuid() != 0 or "4294967295" not in Path("/proc/self/uid_map").read_text():
-        pytest.skip("there is one user only in a plain user's namespace")
-    done = world.node.run("setpriv", "--reuid=65534", "--clear-groups", sys.executable, "-c", ask_as_nobody)
-
-    assert done.stdout == "b''\n"
-
-
 def test_what_hangs_is_named_and_what_it_serves_goes_on(fresh_proxy: Proxy, world: ServiceLab) -> None:
     serve_web(fresh_proxy)
     fresh_proxy.start()
@@ -562,3 +552,122 @@ def test_what_hangs_is_named_and_what_it_serves_goes_on(fresh_proxy: Proxy, worl
     assert f"(process {fresh_proxy.process.pid})" in line
     assert "does not answer" in line
     assert answers(world.client, WEB, 80)
+
+
+# ---- strangers: any local user, and root without capabilities
+
+# Holds the names that were ever ours, and says more than enough to each socket that looks like ours.
+STRANGER = """
+import contextlib, os, socket, time
+held = []
+for name in ["userspace-proxy", "userspace-proxy-successor", *(f"userspace-proxy-{n}" for n in range(100))]:
+    with contextlib.suppress(OSError):
+        sock = socket.socket(socket.AF_UNIX)
+        sock.bind("\\0" + name)
+        sock.listen()
+        held.append(sock)
+numbers = []
+for role in (0x75, 0x76, 0x77):
+    for n in range(100):
+        sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
+        sock.bind((role << 24 | n, 0))
+        numbers.append(sock)
+print("ready", flush=True)
+give_up_at = time.monotonic() + 60
+while time.monotonic() < give_up_at:
+    for line in open("/proc/net/unix"):
+        name = line.split()[-1]
+        if name.startswith("@userspace-proxy-") and len(name) > 40:
+            for _ in range(50):
+                with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
+                    sock.setblocking(False)
+                    sock.connect("\\0" + name[1:])
+                    socket.send_fds(sock, [b"0123456789abcdef" * 3], [0])
+    time.sleep(0.005)
+"""
+
+
+@pytest.fixture
+def stranger(world: ServiceLab, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Root without capabilities in the node's network namespace, which was there first."""
+    log = tmp_path / "stranger"
+    command = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", sys.executable, "-c", STRANGER)
+    process = world.node.start(*command, log=log)
+    wait_until(lambda: "ready" in log.read_text(), "the stranger has the names")
+    yield process
+    process.kill()
+    process.wait(20)
+
+
+def test_strangers_that_have_every_name_hinder_neither_run_nor_reload_nor_cleanup(
+    stranger: subprocess.Popen[bytes], fresh_proxy: Proxy, second: Proxy, world: ServiceLab
+) -> None:
+    serve_web(fresh_proxy)
+    fresh_proxy.start()
+    assert fresh_proxy.process is not None
+    with no_request_fails(world):
+        fresh_proxy.process.send_signal(signal.SIGUSR2)
+        wait_until(lambda: fresh_proxy.log().count("ready:") == 2, "it is ready again")
+        second.start()
+        assert fresh_proxy.process.wait(20) == 0
+    line = told(world.node, second, "cleanup")
+    assert second.process is not None
+    assert f"(process {second.process.pid}) is running" in line
+    workers = second.workers()
+    second.stop(signal.SIGKILL)
+    done = world.node.run(*second.command("cleanup"))
+
+    warning = f"process {stranger.pid} of user 0 holds the socket @userspace-proxy without a proof"
+    assert fresh_proxy.log().count(warning) == 2, "once in each of its lives"
+    assert "nothing of userspace-proxy is left" in done.stdout
+    wait_until(lambda: all(map(has_ended, workers)), "its workers have ended")
+    assert stranger.poll() is None
+
+
+def test_two_that_start_at_once_among_strangers_never_both_serve(
+    stranger: subprocess.Popen[bytes], fresh_proxy: Proxy, second: Proxy
+) -> None:
+    serve_web(fresh_proxy)
+    for proxy in (fresh_proxy, second):
+        proxy.start("--take-over", "never", wait=False)
+
+    wait_until(lambda: "ready:" in fresh_proxy.log() + second.log(), "one of them serves")
+    ended = [proxy for proxy in (fresh_proxy, second) if proxy.process and proxy.process.poll() is not None]
+    wait_until(
+        lambda: [proxy for proxy in (fresh_proxy, second) if proxy.process and proxy.process.poll() == 1],
+        "the other one is refused",
+    )
+    assert (fresh_proxy.log() + second.log()).count("ready:") == 1
+    assert len(ended) <= 1
+    assert stranger.poll() is None
+
+
+def test_a_flood_of_connects_to_the_name_meets_nobody(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    serve_web(fresh_proxy)
+    fresh_proxy.start()
+    with world.node.inside():
+        held = [socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) for _ in range(100)]
+    connected = [sock.connect_ex(NAME) for sock in held].count(0)
+
+    assert connected <= 2, "nobody is accepted, so a queue is full at once"
+    assert "is running" in told(world.node, fresh_proxy, "cleanup")
+    for sock in held:
+        sock.close()
+
+
+def test_a_reload_that_cannot_take_over_leaves_the_running_process_as_it_is(
+    fresh_proxy: Proxy, world: ServiceLab
+) -> None:
+    serve_web(fresh_proxy)
+    fresh_proxy.start("--take-over", "never")
+    assert fresh_proxy.process is not None
+    workers = fresh_proxy.workers()
+
+    fresh_proxy.process.send_signal(signal.SIGUSR2)
+    wait_until(lambda: "SIGUSR2 is not heeded, this process serves on: " in fresh_proxy.log(), "it was tried")
+
+    assert fresh_proxy.process.poll() is None
+    assert workers[0] in fresh_proxy.workers()
+    fresh_proxy.serve("web", WEB, POD2)
+    wait_until(lambda: ask(world.client, WEB) == "pod2", "changes are followed still")
+    assert fresh_proxy.stop() == 0

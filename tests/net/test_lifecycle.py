@@ -424,22 +424,6 @@ def test_all_in_one_process_serves_too(fresh_proxy: Proxy, world: ServiceLab) ->
     assert len(fresh_proxy.access_lines()) == 2
 
 
-def test_asking_who_runs_is_answered_however_often(fresh_proxy: Proxy, world: ServiceLab) -> None:
-    serve_web(fresh_proxy)
-    fresh_proxy.start()
-
-    with world.node.inside():
-        # Some ask and never go away.
-        held = [socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(80)]
-        for sock in held:
-            sock.connect("\0userspace-proxy")
-    said = [told(world.node, fresh_proxy, "cleanup") for _ in range(3)]
-
-    assert all("is running" in line for line in said)
-    for sock in held:
-        sock.close()
-
-
 def test_a_closed_terminal_stops_the_proxy_cleanly(fresh_proxy: Proxy, world: ServiceLab) -> None:
     serve_web(fresh_proxy)
     fresh_proxy.start()

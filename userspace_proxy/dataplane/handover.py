@@ -1,16 +1,17 @@
 """How what serves goes from one process to the next: its listeners, and what its pickers have learnt.
 
-Who serves in a network namespace listens at its lock, an abstract unix socket: the control process, or, when that
-has died, each of its workers (orphans). A successor asks there. It is given every listener and the lock itself,
-serves, says so, and only then the one before stops accepting; so at no moment does nobody accept.
+The processes that serve in a network namespace are members there (rendezvous.py): the control process, or, when that
+has died, each of its workers (orphans). A successor calls them. It is given every listener, serves, says so, and only
+then the one before stops accepting; so at no moment does nobody accept.
 
     successor                         who serves
-       connect                 ->
+       Call, to all members    ->
+                               <-     connects; each shows the other that it may
                                <-     Present
        TakeOver                ->
                                <-     Inherit, a frame for some listeners, with their descriptors ...
                                <-     HealthChecks, the same, where they were asked for ...
-                               <-     Lock, with its descriptor
+                               <-     Lock, with the descriptor of the name
        (serves)  Taken         ->
                                <-     Released, and drains
 
@@ -24,7 +25,6 @@ import contextlib
 import itertools
 import os
 import socket
-import struct
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TypeVar
 
@@ -32,9 +32,12 @@ import msgspec
 
 from userspace_proxy.dataplane import wire
 from userspace_proxy.dataplane.channel import DESCRIPTORS_A_FRAME, Channel
+from userspace_proxy.dataplane.rendezvous import Call, answer, heard
 
-# Of these messages. One that is not understood is refused in words, in both directions: upgrade and roll-back.
-VERSION = 2
+# Of these messages and of rendezvous.py, and the oldest that is understood: upgrade and roll-back. Fields that are not
+# known are ignored, and a field that is new has a default. A version that changes more than that says so by OLDEST;
+# then it is refused in words, in both directions. tests/test_versions.py has the other side as it was.
+VERSION = OLDEST = 3
 _ANSWER_TIMEOUT_S = 15.0
 # Who connects and asks nothing costs a descriptor each; the first of more makes way.
 _SILENT_MAX = 8
@@ -43,7 +46,7 @@ _SILENT_MAX = 8
 class Present(msgspec.Struct, frozen=True, tag=True):
     """Who serves. ``worker`` of ``workers`` for an orphan; ``sources``: what is served, to tell the same again.
 
-    No ``workers``: the kernel serves, there is nothing but the lock to hand over.
+    ``oldest``: the oldest version that it understands. No ``workers``: the kernel serves, there are no listeners.
     """
 
     version: int
@@ -52,6 +55,7 @@ class Present(msgspec.Struct, frozen=True, tag=True):
     orphan: bool = False
     worker: int = 0
     workers: int = 1
+    oldest: int = OLDEST
 
 
 class TakeOver(msgspec.Struct, frozen=True, tag=True):
@@ -64,6 +68,7 @@ class TakeOver(msgspec.Struct, frozen=True, tag=True):
     pid: int
     workers: int = 1
     health_checks: bool = False
+    oldest: int = OLDEST
 
 
 class End(msgspec.Struct, frozen=True, tag=True):
@@ -90,7 +95,7 @@ class HealthChecks(msgspec.Struct, frozen=True, tag=True):
 
 
 class Lock(msgspec.Struct, frozen=True, tag=True):
-    """That was all; the lock's descriptor comes with it."""
+    """That was all; the descriptor of the socket that has the name comes with it."""
 
 
 class Released(msgspec.Struct, frozen=True, tag=True):
@@ -151,43 +156,47 @@ class Conversation:
                     os.close(descriptor)
 
 
+def understands(other: Present | TakeOver) -> bool:
+    """Return whether the *other* process speaks a version that this one understands, and the other way round."""
+    return other.oldest <= VERSION and other.version >= OLDEST
+
+
 class Incumbent:
-    """Answers at the lock, for who serves here now."""
+    """Answers the calls of successors, for the process that serves here now, which is *member*."""
 
     def __init__(
         self,
-        lock: socket.socket,
+        member: socket.socket,
         present: Present,
         on_take_over: Callable[[TakeOver, Conversation], Awaitable[None]],
         on_end: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        self._lock = lock
+        self._member = member
         self._present = present
         self._on_take_over = on_take_over
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
-        self._conversations: dict[asyncio.Task[None], None] = {}
+        self._conversations: dict[asyncio.Task[None], str] = {}  # with the name of the caller
         self._heard: asyncio.Task[None] | None = None  # whose wish is being done
         self._closed = False
-        lock.setblocking(False)
-        self._loop.add_reader(lock.fileno(), self._accept)
+        self._loop.add_reader(member.fileno(), self._hear)
 
-    def _accept(self) -> None:
+    def _hear(self) -> None:
+        for call in heard(self._member):
+            if call.name in self._conversations.values():
+                continue
+            silent = [task for task in self._conversations if task is not self._heard]
+            if len(silent) >= _SILENT_MAX:
+                silent[0].cancel()
+            task = asyncio.create_task(self._converse(call), name="answer a call")
+            self._conversations[task] = call.name
+            task.add_done_callback(lambda done: self._conversations.pop(done, None))
+
+    async def _converse(self, call: Call) -> None:
         try:
-            sock, _ = self._lock.accept()
-        except OSError:
+            conversation = Conversation(await answer(call))
+        except (OSError, TimeoutError):  # the caller has gone, or it is not the caller any more
             return
-        if peer(sock)[1] not in (0, os.geteuid()):
-            sock.close()
-            return
-        silent = [task for task in self._conversations if task is not self._heard]
-        if len(silent) >= _SILENT_MAX:
-            silent[0].cancel()
-        task = asyncio.create_task(self._converse(Conversation(sock)), name="at the lock")
-        self._conversations[task] = None
-        task.add_done_callback(lambda done: self._conversations.pop(done, None))
-
-    async def _converse(self, conversation: Conversation) -> None:
         try:
             conversation.send(self._present)
             asked, descriptors = await conversation.receive(timeout_s=60)
@@ -195,33 +204,29 @@ class Incumbent:
                 os.close(descriptor)
             if self._heard is not None:
                 conversation.send(Refused("another process takes it over just now"))
-            elif isinstance(asked, TakeOver) and asked.version != VERSION:
+            elif isinstance(asked, TakeOver) and not understands(asked):
                 conversation.send(Refused(f"it hands over in version {VERSION} and was asked in {asked.version}"))
             else:
                 self._heard = asyncio.current_task()
-                if self._present.orphan:
-                    # Who asks next at the lock, which all orphans share, is to meet another one.
-                    self._loop.remove_reader(self._lock.fileno())
                 if isinstance(asked, TakeOver):
                     await self._on_take_over(asked, conversation)
                 elif isinstance(asked, End) and self._on_end is not None:
                     await self._on_end()
             await conversation.sent()
-        except (OSError, TimeoutError):  # whoever asked has gone, or is not of our kind
+        except (OSError, TimeoutError):  # the successor has gone, or is not of our kind
             pass
         finally:
             if self._heard is asyncio.current_task():
                 self._heard = None
-                if self._present.orphan and not self._closed:
-                    self._loop.add_reader(self._lock.fileno(), self._accept)
             conversation.close()
 
     def close(self) -> None:
-        """Answer no more, but to whom is being served; the lock is the caller's."""
+        """Answer no more, but to whom is being served; and be no member any more."""
         if self._closed:
             return
         self._closed = True
-        self._loop.remove_reader(self._lock.fileno())
+        self._loop.remove_reader(self._member.fileno())
+        self._member.close()
         for task in self._conversations:
             if task is not self._heard:
                 task.cancel()
@@ -235,10 +240,10 @@ class Incumbent:
 async def hand_over(
     conversation: Conversation,
     listeners: Iterable[tuple[Inherit, list[int]]],
-    lock: socket.socket,
+    name: socket.socket,
     health_checks: Sequence[socket.socket] = (),
 ) -> None:
-    """Give *listeners*, *health_checks* and *lock* to the successor and wait until it serves.
+    """Give *listeners*, *health_checks* and *name* to the successor and wait until it serves.
 
     Raises:
         OSError, TimeoutError: it failed; everything is ours still.
@@ -251,17 +256,10 @@ async def hand_over(
         conversation.send(message, descriptors)
         async with asyncio.timeout(_ANSWER_TIMEOUT_S):
             await conversation.sent()  # packets first; and descriptors under way are bounded
-    conversation.send(Lock(), [lock.fileno()])
+    conversation.send(Lock(), [name.fileno()])
     answer, _ = await conversation.receive(timeout_s=60)
     if not isinstance(answer, Taken):
         raise ConnectionError(f"the successor said {type(answer).__name__}")
-
-
-def peer(sock: socket.socket) -> tuple[int, int]:
-    """Return the process and the user at the other end of a unix socket, as the kernel knows them."""
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    pid, uid, _ = struct.unpack("3i", credentials)
-    return pid, uid
 
 
 def expect(received: tuple[Message, list[int]], kind: type[Received]) -> Received:

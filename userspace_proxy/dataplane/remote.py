@@ -43,7 +43,7 @@ class RemotePlane:
         self._specs: dict[ListenerName, ListenerSpec] = {}
         self._backends: dict[ListenerName, Backends] = {}
         self._reserved: dict[int, tuple[socket.socket, ...]] = {}
-        self._lock: socket.socket | None = None
+        self._name: socket.socket | None = None
         self._workers = [
             WorkerProcess(msgspec.structs.replace(settings, worker=index), self._serves, self._replay)
             for index in range(settings.workers)
@@ -73,8 +73,8 @@ class RemotePlane:
     def _replay(self, worker: WorkerProcess) -> list[asyncio.Future[wire.Answer]]:
         """Tell *worker*, which knows nothing yet, all that it has to know."""
         sent = [worker.send(listeners, descriptors) for listeners, descriptors in self._all_of(worker)]
-        if self._lock is not None:
-            worker.send(wire.KeepOn(), [self._lock.fileno()])
+        if self._name is not None:
+            worker.send(wire.KeepOn(), [self._name.fileno()])
         return sent
 
     def _all_of(self, worker: WorkerProcess) -> Iterator[tuple[wire.Open, list[int]]]:
@@ -88,11 +88,13 @@ class RemotePlane:
             )
             yield known, [self._sockets[name][worker.settings.worker].fileno() for name in names]
 
-    def keep_on(self, lock: socket.socket) -> None:
-        """From now on workers serve on, should this process die; a successor finds them at *lock*."""
-        self._lock = lock
-        for worker in self._workers:
-            worker.send(wire.KeepOn(), [lock.fileno()])
+    def keep_on(self, name: socket.socket) -> list[asyncio.Future[wire.Answer]]:
+        """From now on workers serve on, should this process die, and are found by a successor; they have the *name*.
+
+        Each has done so when it answers.
+        """
+        self._name = name
+        return [worker.send(wire.KeepOn(), [name.fileno()]) for worker in self._workers]
 
     async def adopt(self, inherited: Iterable[tuple[Inherit, list[socket.socket]]]) -> list[ListenerSpec]:
         """Serve at the listeners of another process, as it did; return them. Before anything else.

@@ -65,7 +65,7 @@ class Cut(msgspec.Struct, frozen=True, tag=True):
 
 
 class KeepOn(msgspec.Struct, frozen=True, tag=True):
-    """Serve on when the control process is gone. The lock comes with it: at it the next one will ask."""
+    """Serve on when the control process is gone; the next one will call. The socket that has the name comes with it."""
 
 
 class Close(msgspec.Struct, frozen=True, tag=True):

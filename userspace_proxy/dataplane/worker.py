@@ -21,7 +21,7 @@ from dataclasses import replace
 
 import msgspec
 
-from userspace_proxy.dataplane import wire
+from userspace_proxy.dataplane import rendezvous, wire
 from userspace_proxy.dataplane.channel import Channel
 from userspace_proxy.dataplane.handover import (
     VERSION,
@@ -61,7 +61,8 @@ class Worker:
         self._requests: deque[tuple[wire.Request, list[int]]] = deque()
         self._asked = asyncio.Event()
         self._alone = False
-        self._lock: socket.socket | None = None
+        self._name: socket.socket | None = None
+        self._member: socket.socket | None = None
         self._channel = Channel(sock, self._on_frame, self._on_close)
 
     def _on_frame(self, body: bytes, descriptors: list[int]) -> None:
@@ -90,10 +91,12 @@ class Worker:
                     await self._make_way()
                     if isinstance(request, wire.Close):
                         return
-            if self._lock is not None and self._settings.orphan_timeout_s and any(self._plane.held()):
-                await Orphan(self._plane, self._lock, self._settings).serve_on()
+            member, name = self._member, self._name
+            if member and name and self._settings.orphan_timeout_s and any(self._plane.held()):
+                await Orphan(self._plane, member, name, self._settings).serve_on()
             else:
                 log.error("the control process is gone: no new connections, open ones may end")
+                self._let_go()
                 await self._plane.close(self._settings.drain_timeout_s)
         finally:
             news.cancel()
@@ -126,12 +129,24 @@ class Worker:
                     await asyncio.sleep(0)
                 return wire.Stats(replace(plane.totals(), log_lines_dropped=log_lines_dropped()))
             case wire.KeepOn():
-                self._lock = socket.socket(fileno=descriptors[0])
+                self._keep_on(socket.socket(fileno=descriptors[0]))
             case wire.Close(drain_timeout_s, handed_over):
-                if self._lock is not None:
-                    self._lock.close()
+                self._let_go()
                 await plane.close(drain_timeout_s, handed_over=handed_over)
         return wire.Done()
+
+    def _keep_on(self, name: socket.socket) -> None:
+        self._name = name
+        try:
+            # Before it is needed: at no moment of the control process's death is nobody here a member.
+            self._member = rendezvous.join(rendezvous.Role.SERVES_ON)
+        except OSError as error:
+            log.error("should the control process die, this worker ends: %s", error)  # noqa: TRY400
+
+    def _let_go(self) -> None:
+        for sock in (self._member, self._name):
+            if sock is not None:
+                sock.close()
 
     def _open(self, request: wire.Open, descriptors: list[int]) -> wire.Done:
         refused = []
@@ -163,9 +178,12 @@ class Worker:
 class Orphan:
     """A worker whose control process is gone: it serves on as it was told last, until a successor takes over."""
 
-    def __init__(self, plane: LocalPlane, lock: socket.socket, settings: wire.WorkerSettings) -> None:
+    def __init__(
+        self, plane: LocalPlane, member: socket.socket, name: socket.socket, settings: wire.WorkerSettings
+    ) -> None:
         self._plane = plane
-        self._lock = lock
+        self._member = member
+        self._name = name
         self._settings = settings
         self._ending = asyncio.Event()
         self._is_handed_over = False
@@ -180,15 +198,14 @@ class Orphan:
             settings.orphan_timeout_s,
         )
         _let_go_of_pipes()
-        self._lock.listen(64)  # from now on the kernel tells our credentials to who connects
         present = Present(VERSION, os.getpid(), orphan=True, worker=settings.worker, workers=settings.workers)
-        incumbent = Incumbent(self._lock, present, self._hand_over, self._end)
+        incumbent = Incumbent(self._member, present, self._hand_over, self._end)
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._ending.set)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(settings.orphan_timeout_s):
                 await self._ending.wait()
         incumbent.close()
-        self._lock.close()
+        self._name.close()
         if self._is_handed_over:
             log.info("another process has taken over; open connections go on here")
             await self._plane.close(settings.orphan_timeout_s, handed_over=self._is_succeeded)
@@ -197,7 +214,7 @@ class Orphan:
             await self._plane.close(0 if self._is_unwanted else settings.drain_timeout_s)
 
     async def _hand_over(self, asked: TakeOver, conversation: Conversation) -> None:
-        await hand_over(conversation, self._inheritance(), self._lock)
+        await hand_over(conversation, self._inheritance(), self._name)
         conversation.send(Released())
         self._is_handed_over = True
         self._is_succeeded = self._settings.worker < asked.workers

@@ -1,0 +1,248 @@
+"""How processes of ours meet in a network namespace, each of which has proven CAP_NET_ADMIN there.
+
+No name is trusted: any local user can bind an abstract socket. The kernel lets only CAP_NET_ADMIN, in the user
+namespace that owns the network namespace, join this multicast group and send to it. So
+
+- a *member* is a netlink socket in the group. Nobody else can be one, so nobody else can hold the lock, or block it.
+  Membership ends with the last process that has the socket, and /proc/net/netlink lists all members.
+- a *call* is sent to the group. It names a unix socket of the caller and carries two secrets. Who answers sends one
+  of them there, the caller then sends the other. Both have thereby shown that they are in the group.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import hmac
+import secrets
+import socket
+import struct
+import sys
+from collections.abc import Iterator
+from enum import IntEnum
+from pathlib import Path
+
+import msgspec
+
+from userspace_proxy.netlink import attributes, message, messages
+
+# RTNLGRP_IPV4_MROUTE_R, as a bit: rtnetlink_bind() in net/core/rtnetlink.c asks for CAP_NET_ADMIN since Linux 4.13.
+# netlink_sendmsg() asks for it wherever a message of this protocol is for another process.
+_GROUP = 1 << 29
+# linux/sock_diag.h, linux/netlink_diag.h: family, type, protocol, state; then port, its peer and group; inode; cookie.
+_NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _SHOW_GROUPS, _DIAG_GROUPS = 4, 20, 2, 1
+_DIAG_MESSAGE, _DIAG_MESSAGE_BYTES = struct.Struct("=4xIIII"), 28
+_NLM_F_REQUEST, _NLM_F_DUMP, _DONE = 0x1, 0x300, 3
+_DUMP_BYTES = 1 << 16
+_NOOP = 1  # NLMSG_NOOP: other members of the group, and the kernel, skip it
+_SECRET_BYTES = 16
+_DATAGRAM_BYTES = 1 << 12
+_BACKLOG = 1024
+# Strangers can connect to a caller, for the few milliseconds that it calls. Each has so long to show a secret.
+_ADMIT_S = 1.0
+_UNADMITTED_MAX = 32
+_ANSWER_S = 5.0
+_CONNECT_AGAIN_S = 0.02
+
+
+class Role(IntEnum):
+    """What a member does; the first byte of its port number, by which others see it.
+
+    SERVES: a control process. SERVES_ON: a worker, which will without one. TAKES_TURN: a process that takes over or
+    cleans up.
+    """
+
+    SERVES = 0x75
+    SERVES_ON = 0x76
+    TAKES_TURN = 0x77
+
+
+class Call(msgspec.Struct, frozen=True):
+    """*name*: the caller's abstract socket. *by_member*, *by_caller*: the secrets that each has to show there."""
+
+    name: str
+    by_member: bytes
+    by_caller: bytes
+
+
+_calls = msgspec.msgpack.Decoder(Call)
+
+
+def join(role: Role) -> socket.socket:
+    """Return a socket that is a member; raises PermissionError without CAP_NET_ADMIN."""
+    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
+    try:
+        while True:
+            try:
+                sock.bind(((role << 24) + secrets.randbits(24), _GROUP))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:  # too many numbers to be occupied, and none is known before
+                    raise
+            else:
+                return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
+def port_of(member: socket.socket) -> int:
+    number: int = member.getsockname()[0]
+    return number
+
+
+def members(*roles: Role) -> dict[int, int]:
+    """Return the port numbers of this network namespace's members in *roles*, each with its inode."""
+    try:
+        listed = list(_sockets_by_diag())
+    except OSError:
+        listed = list(_sockets_by_proc())
+    return {port: inode for port, groups, inode in listed if groups & _GROUP and port >> 24 in roles}
+
+
+def _sockets_by_diag() -> Iterator[tuple[int, int, int]]:
+    """Yield port number, groups and inode of each netlink socket here; raises OSError without CONFIG_NETLINK_DIAG.
+
+    One walk. /proc/net/netlink begins anew with every page that is read: 15,000 sockets of a stranger take 1.2 s there.
+    """
+    request = struct.pack("=BBHIIII", socket.AF_NETLINK, socket.NETLINK_ROUTE, 0, 0, _SHOW_GROUPS, 0, 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as asked:
+        asked.sendto(message(_SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST | _NLM_F_DUMP, request), (0, 0))
+        while True:
+            for kind, body in messages(asked.recv(_DUMP_BYTES)):
+                if kind == _DONE:
+                    return
+                if kind != _SOCK_DIAG_BY_FAMILY:
+                    raise OSError(errno.EOPNOTSUPP, "netlink sockets cannot be listed")
+                port, _, _, inode = _DIAG_MESSAGE.unpack_from(body)
+                groups = dict(attributes(body[_DIAG_MESSAGE_BYTES:])).get(_DIAG_GROUPS, b"")
+                yield port, int.from_bytes(groups[:4], sys.byteorder), inode
+
+
+def _sockets_by_proc() -> Iterator[tuple[int, int, int]]:
+    with open("/proc/thread-self/net/netlink") as listed:  # noqa: PTH123 - read line by line
+        for line in listed:
+            fields = line.split()
+            if fields[1] == str(socket.NETLINK_ROUTE):
+                yield int(fields[2]), int(fields[3], 16), int(fields[9])
+
+
+def process_of(inode: int) -> int:
+    """Return a process that holds a socket, 0 where none can be seen (another PID namespace)."""
+    for process in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):  # it has just ended, or is another user's
+            for descriptor in (process / "fd").iterdir() if process.name.isdigit() else ():
+                with contextlib.suppress(OSError):  # it has just been closed
+                    if str(descriptor.readlink()) == f"socket:[{inode}]":
+                        return int(process.name)
+    return 0
+
+
+# ---- who is called
+
+
+def heard(member: socket.socket) -> Iterator[Call]:
+    """Yield the calls that have come in."""
+    while True:
+        try:
+            datagram, (sender, _) = member.recvfrom(_DATAGRAM_BYTES)
+        except OSError as error:
+            if error.errno == errno.ENOBUFS:  # some are lost; callers repeat themselves
+                continue
+            return
+        if not sender:  # the kernel speaks to this group, too
+            continue
+        for kind, body in messages(datagram):
+            if kind == _NOOP:
+                with contextlib.suppress(msgspec.DecodeError):
+                    yield _calls.decode(body)
+
+
+async def answer(call: Call) -> socket.socket:
+    """Return a connection with the caller, which has proven itself; raises OSError, TimeoutError."""
+    loop = asyncio.get_running_loop()
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        async with asyncio.timeout(_ANSWER_S):
+            while True:
+                try:
+                    sock.connect(f"\0{call.name}")
+                    break
+                except BlockingIOError:  # strangers fill its queue
+                    await asyncio.sleep(_CONNECT_AGAIN_S)
+            await loop.sock_sendall(sock, call.by_member)
+            # By plain recv: descriptors of somebody unproven are not taken in.
+            if hmac.compare_digest(await loop.sock_recv(sock, _SECRET_BYTES), call.by_caller):
+                return sock
+    except BaseException:
+        sock.close()
+        raise
+    sock.close()
+    raise ConnectionError("the caller is gone, another process has its name")
+
+
+# ---- who calls
+
+
+class Caller:
+    """Calls all members, until closed. Those that answer, and have proven themselves, are put in ``admitted``."""
+
+    def __init__(self, member: socket.socket) -> None:
+        self.admitted: asyncio.Queue[socket.socket] = asyncio.Queue()
+        self._member = member
+        self._call = Call(
+            f"userspace-proxy-{secrets.token_hex(16)}",
+            secrets.token_bytes(_SECRET_BYTES),
+            secrets.token_bytes(_SECRET_BYTES),
+        )
+        self._unadmitted: dict[asyncio.Task[bool], None] = {}
+        self._closed = False
+        self._loop = asyncio.get_running_loop()
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            self._listener.bind(f"\0{self._call.name}")
+            self._listener.listen(_BACKLOG)
+        except OSError:
+            self._listener.close()
+            raise
+        self._loop.add_reader(self._listener.fileno(), self._accept)
+
+    def call(self) -> None:
+        """Call; members that are talking to us already do not heed it."""
+        self._member.sendto(message(_NOOP, 0, msgspec.msgpack.encode(self._call)), (0, _GROUP))
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError:
+            return
+        sock.setblocking(False)
+        if len(self._unadmitted) >= _UNADMITTED_MAX:
+            next(iter(self._unadmitted)).cancel()
+        task = asyncio.create_task(self._is_proven(sock), name="admit")
+        self._unadmitted[task] = None
+        task.add_done_callback(lambda done: self._admit(sock, done))
+
+    async def _is_proven(self, sock: socket.socket) -> bool:
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(_ADMIT_S):
+                if hmac.compare_digest(await self._loop.sock_recv(sock, _SECRET_BYTES), self._call.by_member):
+                    await self._loop.sock_sendall(sock, self._call.by_caller)
+                    return True
+        return False
+
+    def _admit(self, sock: socket.socket, done: asyncio.Task[bool]) -> None:
+        self._unadmitted.pop(done, None)
+        if done.cancelled() or not done.result() or self._closed:
+            sock.close()
+        else:
+            self.admitted.put_nowait(sock)
+
+    def close(self) -> None:
+        self._closed = True
+        self._loop.remove_reader(self._listener.fileno())
+        self._listener.close()
+        for task in self._unadmitted:
+            task.cancel()
+        while not self.admitted.empty():
+            self.admitted.get_nowait().close()
