@@ -525,3 +525,10 @@ def test_scalars_are_what_yaml_says_they_are(text: str, value: object) -> None:
 
     assert manifest.plain is not None
     assert manifest.plain["v"] == value
+
+
+def test_a_name_in_the_first_column_is_said_to_belong_under_metadata() -> None:
+    problem = only_problem("kind: Service\nmetadata:\nname: a\nspec:\n  ports: [{port: 80}]\n")
+
+    assert problem.where == "f:3"
+    assert "belongs under 'metadata'" in problem.error.reason

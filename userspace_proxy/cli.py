@@ -30,7 +30,15 @@ from userspace_proxy.options.rules import (
     proxy_mode,
 )
 from userspace_proxy.options.run import RUN_OPTIONS, settings_from
-from userspace_proxy.options.sources import CLUSTER_IPS, LOAD_BALANCER_POOL, PATHS, PROXY_NAME, SOURCE_IP, SOURCES
+from userspace_proxy.options.sources import (
+    CLUSTER_IPS,
+    HOSTNAME,
+    LOAD_BALANCER_POOL,
+    PATHS,
+    PROXY_NAME,
+    SOURCE_IP,
+    SOURCES,
+)
 from userspace_proxy.printable import printable
 from userspace_proxy.settings import DEFAULT_SERVICE_RANGES, Settings
 
@@ -75,6 +83,7 @@ def run(configuration: Configuration | None, **options: Any) -> None:
 @LOAD_BALANCER_POOL
 @SOURCE_IP
 @PROXY_NAME
+@HOSTNAME
 @click.option(
     "--proxy-mode",
     type=click.Choice(["userspace", *MODES_OF_KERNEL]),
@@ -120,6 +129,7 @@ def check(
         options["service_proxy_name"],
         options["source_ip"],
         proxy_mode or "",
+        options["hostname_override"].strip().lower(),
     )
     findings = lint(manifests, problems, told)
     faults = sum(strict or finding.severity == "fault" for finding in findings)

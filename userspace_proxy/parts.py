@@ -103,6 +103,7 @@ def lint_options(settings: Settings) -> LintOptions:
         settings.service_proxy_name,
         settings.source_ip,
         settings.proxy_mode,
+        settings.node_name,
         names_unserved=True,
     )
 

@@ -39,6 +39,13 @@ CONFIG = click.option(
     callback=_read_configuration,
     help="A KubeProxyConfiguration; flags win over it.",
 )
+HOSTNAME = click.option(
+    "--hostname-override",
+    metavar="NAME",
+    default=DEFAULTS.hostname_override,
+    show_default="the host's name",
+    help="This node's name in the cluster.",
+)
 PROXY_NAME = click.option(
     "--service-proxy-name",
     metavar="NAME",
@@ -58,13 +65,7 @@ SOURCES = together(
     click.option(
         "--in-cluster", is_flag=True, help="The same for the cluster whose pod this is, by its service account."
     ),
-    click.option(
-        "--hostname-override",
-        metavar="NAME",
-        default=DEFAULTS.hostname_override,
-        show_default="the host's name",
-        help="This node's name in the cluster.",
-    ),
+    HOSTNAME,
     PROXY_NAME,
     click.option(
         "--degraded-after",

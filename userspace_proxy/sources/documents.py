@@ -152,7 +152,7 @@ def _problem(place: Place, error: ConfigError, lines: Lines) -> Problem:
     """Return that *error* is in the object at *place*, or what was copied with it that explains the error."""
     document, line = place.document, lines.line_of(place, error.field)
     if not isinstance(error, Note):
-        if not error.field and (found := certain_sign(document.text)):
+        if error.field in ("", "metadata") and (found := certain_sign(document.text)):
             line, error = document.line + found[0], found[1]
         else:
             error = sign_in(lines.row(document, line), error.field) or error
@@ -202,15 +202,15 @@ def _manifest(place: Place, plain: object, *, for_check: bool) -> Manifest:
     kind = plain.get("kind")
     if not isinstance(kind, str) or not kind:
         raise ConfigError("the object has no kind", mend="add 'kind: Service' or whatever it is")
+    if not kind.isalnum():
+        raise ConfigError(f"{kind!r} is no kind", field="kind", mend="write one word, such as Service")
     is_read = kind in api.KINDS and not _is_foreign(plain.get("apiVersion"))
     metadata = plain.get("metadata")
     name = metadata.get("name") if isinstance(metadata, dict) else None
     if not is_read and not isinstance(name, str):  # a Kustomization, a kubeconfig, kubeadm's configuration
         metadata, name = metadata if isinstance(metadata, dict) else {}, ""
     elif not isinstance(metadata, dict) or name is None or name == "":
-        raise _missing_space(metadata) or ConfigError(
-            "the object has no name", field="metadata", mend="add metadata.name"
-        )
+        raise _missing_space(metadata) or _name_outside(plain)
     if not isinstance(name, str):
         raise ConfigError(f"{name!r} is no text", field="metadata.name", mend="put the name in quotes")
     if TEMPLATE.search(name):
@@ -263,6 +263,13 @@ def _as_text(value: object) -> object:
     if value is None:
         return ""
     return str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, int | float) else value
+
+
+def _name_outside(plain: dict[str, Any]) -> ConfigError:
+    if "name" not in plain:
+        return ConfigError("the object has no name", field="metadata", mend="add metadata.name")
+    said = "'name' stands at the top level, but belongs under 'metadata'"
+    return ConfigError(said, field="name", mend="move it there: it begins two columns to the right of 'metadata'")
 
 
 def _missing_space(metadata: object) -> ConfigError | None:

@@ -40,6 +40,7 @@ _SIGNS = [
             "the quotes are typographic ones, which YAML takes as part of the text",
             "write ' or \" in their place, or none",
         ),
+        (r"^\s*(\$ )?(cat\s.*<<|kubectl\s)|^EOF\s*$", "this is a shell command, not YAML", "remove the line"),
         (r"(^|\s)(//|/\*)", "'//' and '/*' begin no comment in YAML", "begin the comment with '#'"),
         (
             r"apiVersion: .*\bkind: .*\bmetadata:",
@@ -49,7 +50,7 @@ _SIGNS = [
     )
 ]
 # Those that are certain wherever they stand outside of a text of several lines.
-_CERTAIN = re.compile("^\\s*(```|~~~|//|(?:- +)*[A-Za-z][\\w./-]*\uff1a)")
+_CERTAIN = re.compile("^\\s*(```|~~~|//|(?:- +)*[A-Za-z][\\w./-]*\uff1a)|^ *[\u00a0\u2002-\u200a\u202f\u3000]")
 _PARENT = re.compile(r"(metadata|spec):\s*$")
 
 

@@ -101,8 +101,8 @@ def test_where_clients_are_served_nothing_is_said(text: str) -> None:
         (SERVICE + SLICE.replace("10.20.1.2]}", "10.20.1.2], conditions: {ready: false}}"), "endpoints", "is ready"),
         (SERVICE + ENDPOINTS.replace("- addresses", "- notReadyAddresses"), "subsets", "no endpoint is ready"),
         (SERVICE, "spec", "nothing here gives it endpoints"),
-        (SELECTING + POD.replace("True", "False"), "spec.selector", "none of the 1 Pods it selects is ready"),
-        (SELECTING + POD.replace("10.20.1.2,", "10.20.1.2, phase: Failed,"), "spec.selector", "have ended"),
+        (SELECTING + POD.replace("True", "False"), "spec.selector", "the Pod it selects is not ready"),
+        (SELECTING + POD.replace("10.20.1.2,", "10.20.1.2, phase: Failed,"), "spec.selector", "has ended"),
         (SELECTING + POD.replace("10.20.1.2", "'fd00::2'"), "spec.selector", "is IPv4 alone"),
         (SELECTING + POD.replace("tier: front", "tier: back"), "spec.selector.tier", "matches no Pod"),
         (SELECTING + POD.replace("app: web, tier: front", "a: b"), "spec.selector", "matches no Pod"),
@@ -171,3 +171,28 @@ def test_an_annotation_without_an_effect_in_the_mode_is_a_note() -> None:
     assert findings(text, LintOptions(OPTIONS.cluster_ips, mode="nftables")) == []
     (found,) = findings(text, LintOptions(OPTIONS.cluster_ips, mode="iptables"))
     assert (found.severity, found.problem) == ("note", "it has no effect in iptables mode")
+
+
+def test_a_service_that_requires_two_families_and_has_one_is_a_note() -> None:
+    (found,) = findings(SERVICE.replace("clusterIP: 10.96.0.9", "ipFamilyPolicy: RequireDualStack") + SLICE)
+
+    assert (found.severity, found.problem) == ("note", "it has IPv4 alone")
+
+
+def test_that_no_endpoint_is_on_this_node_is_a_note_where_a_policy_wants_one() -> None:
+    text = SERVICE.replace("{clusterIP", "{internalTrafficPolicy: Local, clusterIP") + SLICE.replace(
+        "[10.20.1.2]", "[10.20.1.2], nodeName: there"
+    )
+
+    assert findings(text) == findings(text, LintOptions(OPTIONS.cluster_ips, node="there")) == []
+    (found,) = findings(text, LintOptions(OPTIONS.cluster_ips, node="here"))
+    assert (found.severity, found.field) == ("note", "spec.internalTrafficPolicy")
+
+
+def test_a_port_that_cannot_be_proxied_brings_nothing_else() -> None:
+    text = (
+        SERVICE.replace("{name: http, port: 80}, {name: more, port: 81}", "{name: http, port: 80, protocol: SCTP}")
+        + SLICE
+    )
+
+    assert [found.field for found in findings(text)] == ["spec.ports[0].protocol"]

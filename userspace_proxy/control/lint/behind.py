@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from itertools import islice
 
 from userspace_proxy import api
 from userspace_proxy.control import decode
@@ -60,6 +61,8 @@ def refusals(index: Index, manifest: Manifest, service: api.Service, ports: Port
             if error := _of_pods(service, pods, ports):
                 yield manifest, error
             return
+    if pieces and not ports:
+        return
     refused = {at: port for at, (port, known) in ports.items() if not usable_endpoints(known)}
     strange = list(_strange_ports(name, service, pieces))
     is_whole = len(refused) == len(ports)
@@ -97,10 +100,13 @@ def _of_pods(service: api.Service, pods: Sequence[api.Pod], ports: Ports) -> Con
         mend = "add status.podIP to the Pod, as 'kubectl get pod -o yaml' shows it"
         return ConfigError(f"no address is known of {which}", field=field, mend=mend)
     if any(known for _, known in ports.values()):
-        said = f"clients are refused: none of the {len(pods)} Pods it selects is ready"
+        names = (
+            f"none of the {len(pods)} Pods it selects is ready" if len(pods) > 1 else "the Pod it selects is not ready"
+        )
+        said = f"clients are refused: {names}"
         return ConfigError(said, field=field, mend="see their status.conditions, or set publishNotReadyAddresses")
     if all(pod.status and pod.status.phase in ("Succeeded", "Failed") for pod in pods):
-        said = f"clients are refused: all of the {len(pods)} Pods it selects have ended"
+        said = f"clients are refused: each of the {len(pods)} Pods it selects has ended"
         return ConfigError(said, field=field, mend="add Pods that run")
     spec = service.spec
     named = spec is not None and any(decode.target_port(p, pod) is None for p in spec.ports or () for pod in pods)
@@ -130,7 +136,7 @@ def _no_pods(
             if pods := index.selected(namespace, selector, templates=kind):
                 said = f"{said}; {pods[0].metadata.name} in namespace {namespace!r} has these labels"
                 return ConfigError(said, field=field, mend="put both into one namespace")
-    held = list(index.pods_in(name.namespace))
+    held = list(islice(index.pods_in(name.namespace), _CANDIDATES_MAX))
     has_pods = any(manifest.kind == "Pod" for manifest, _ in held)
     for key, value in selector.items():
         # Of what all other labels find. In Pods any value is offered; a workload that is not here may have its own.

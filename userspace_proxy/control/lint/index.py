@@ -26,6 +26,7 @@ class Index:
         self.names_in: dict[str, set[str]] = defaultdict(set)  # a namespace -> the names of its Services
         self.pieces: dict[NamespacedName, list[Manifest]] = defaultdict(list)  # slices and Endpoints, by Service
         self._pods: dict[_LabelKey, list[tuple[Manifest, api.Pod]]] = defaultdict(list)
+        self._in_namespace: dict[str, dict[int, tuple[Manifest, api.Pod]]] = defaultdict(dict)
         self._selecting: dict[_LabelKey, set[NamespacedName]] = defaultdict(set)
 
     def add(self, manifest: Manifest) -> set[NamespacedName]:
@@ -43,6 +44,7 @@ class Index:
         concerned: set[NamespacedName] = set()
         for key, pod in _labelled(manifest):
             self._pods[key].append((manifest, pod))
+            self._in_namespace[manifest.name.namespace][id(manifest)] = manifest, pod
             concerned |= self._selecting.get(key, set())
         return concerned
 
@@ -68,6 +70,7 @@ class Index:
             self._pods[key] = [held for held in self._pods[key] if held[0] is not manifest]
             if not self._pods[key]:
                 del self._pods[key]
+            self._in_namespace[name.namespace].pop(id(manifest), None)
             concerned |= self._selecting.get(key, set())
         return concerned
 
@@ -80,12 +83,12 @@ class Index:
             if (manifest.kind != "Pod") is templates and selector.items() <= (pod.metadata.labels or {}).items()
         ]
 
-    def pods_in(self, namespace: str) -> Iterator[tuple[Manifest, api.Pod]]:
-        """Yield the Pods and templates with labels in *namespace*; one with several labels several times."""
-        return (held for key, pods in self._pods.items() if key[0] == namespace for held in pods)
+    def pods_in(self, namespace: str) -> Iterable[tuple[Manifest, api.Pod]]:
+        """Return the Pods and templates with labels in *namespace*."""
+        return self._in_namespace[namespace].values() if namespace in self._in_namespace else ()
 
     def namespaces(self) -> Iterable[str]:
-        return dict.fromkeys(key[0] for key in self._pods)
+        return (namespace for namespace, held in self._in_namespace.items() if held)
 
 
 def _key(namespace: str, labels: Mapping[str, str]) -> _LabelKey:

@@ -6,7 +6,7 @@ each edit what `check` would.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -18,8 +18,10 @@ from userspace_proxy.control.lint.index import WORKLOADS, Index, with_template
 from userspace_proxy.control.lint.single import object_errors
 from userspace_proxy.control.pools import Network
 from userspace_proxy.errors import ConfigError, Note
+from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import NamespacedName
 from userspace_proxy.model.service import ServicePort, SourceIP
+from userspace_proxy.model.topology import usable_endpoints
 from userspace_proxy.sources.documents import Manifest, Problem, duplicates
 from userspace_proxy.sources.lines import Lines
 from userspace_proxy.sources.pasted import FENCE, sign_in
@@ -56,7 +58,7 @@ class Finding:
 class LintOptions:
     """What `run` is told that decides what is wrong.
 
-    ``mode`` is "" where none is known. ``names_unserved``: note which Services no proxy serves.
+    ``mode`` and ``node`` are "" where none is known. ``names_unserved``: note which Services no proxy serves.
     """
 
     cluster_ips: Sequence[Network]
@@ -64,6 +66,7 @@ class LintOptions:
     proxy_name: str = ""
     source_ip: SourceIP = SourceIP.NODE
     mode: str = ""
+    node: str = ""
     names_unserved: bool = False
 
 
@@ -128,6 +131,25 @@ class Linter:
             for found in known.values():
                 yield from found
 
+    def _partial(
+        self, spec: api.objects.ServiceSpec, ports: Mapping[int, tuple[ServicePort, tuple[Endpoint, ...]]]
+    ) -> Iterator[Note]:
+        """Yield why a Service of *spec* is served by one family alone, or by no endpoint of this node."""
+        families = {":" in ip for port, _ in ports.values() for ip in port.cluster_ips}
+        if spec.ip_family_policy == "RequireDualStack" and len(families) == 1:
+            said = f"it has {'IPv6' if True in families else 'IPv4'} alone"
+            mend = "give --service-cluster-ip-range a range of each family, or state both addresses"
+            yield Note(said, field="spec.ipFamilyPolicy", mend=mend)
+        node = self._options.node
+        for field, policy in (
+            ("spec.internalTrafficPolicy", spec.internal_traffic_policy),
+            ("spec.externalTrafficPolicy", spec.external_traffic_policy),
+        ):
+            known = [endpoint for _, endpoints in ports.values() for endpoint in usable_endpoints(endpoints)]
+            if node and policy == "Local" and known and all(endpoint.node_name != node for endpoint in known):
+                said = f"no endpoint has 'nodeName: {node}': clients to whom this applies get no answer on this node"
+                yield Note(said, field=field, mend="state the node of the endpoints, or see --hostname-override")
+
     def take_changed(self) -> dict[Hashable, list[Found]]:
         """Return what is known of the objects and Services that were looked at since the last call."""
         changed, self._changed = self._changed, {}
@@ -189,6 +211,8 @@ class Linter:
         has_faulty_piece = any(
             not isinstance(found.error, Note) for piece in pieces for found in self._own.get(_key(piece), ())
         )
+        if not faults:
+            yield from (Found(manifest, note) for note in self._partial(service.spec, known))
         for where, why in refusals(self._index, manifest, service, known):
             if why.field not in fields and not (where is not manifest and has_faulty_piece):
                 yield Found(where, why)
