@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import json
 import socket
+import subprocess
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import pytest
+from aiohttp import web
 
+from userspace_proxy.admin import limited
+from userspace_proxy.admin.limited import Seats
 from userspace_proxy.admin.server import AdminServer, Health, is_loopback, split_address
 from userspace_proxy.errors import StartError
 from userspace_proxy.model.freshness import FAMILY_NAMES, FamilyHealth
@@ -282,6 +288,142 @@ async def test_an_address_that_is_not_this_hosts_is_named(address: str) -> None:
     with pytest.raises(StartError, match="this host does not have it"):
         await rig.server.start(address, "")
     await rig.server.close()
+
+
+async def open_half(port: int) -> asyncio.StreamWriter:
+    """Send half of a request."""
+    _, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: a")
+    return writer
+
+
+async def test_half_sent_requests_keep_no_probe_out() -> None:
+    async with running() as rig, contextlib.AsyncExitStack() as stack:
+        for address, path in ((rig.healthz, "/livez"), (rig.metrics, "/metrics")):
+            for _ in range(80):
+                stack.callback((await open_half(int(address.rpartition(":")[2]))).close)
+            assert [(await rig.get(address, path)).status for _ in range(5)] == [200] * 5
+
+
+async def test_a_half_sent_request_ends_with_the_time_for_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limited, "_HEADER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(limited, "_SWEEP_EVERY_S", 0.05)
+    async with running() as rig, asyncio.timeout(10):
+        host, _, port = rig.healthz.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"GET /healthz HTTP/1.1\r\nHost: a")
+        with contextlib.suppress(ConnectionResetError):
+            assert await reader.read() == b""
+        writer.close()
+
+
+def seats_of(seats: Seats, *clients: tuple[str, int], own: str = "192.0.2.1") -> list[bool]:
+    """Connect so often from each of *clients*; return which got a seat."""
+    return [
+        seats.take(cast("web.RequestHandler", FakeHandler()), (client, 1), (own, 2))
+        for client, count in clients
+        for _ in range(count)
+    ]
+
+
+class FakeHandler:
+    """A connection that never ends by itself."""
+
+    def __init__(self) -> None:
+        self.transport: FakeHandler | None = self
+
+    def abort(self) -> None:
+        self.transport = None
+
+
+async def test_the_connections_of_one_client_make_room_for_its_own_only() -> None:
+    seats = Seats()
+    assert all(seats_of(seats, ("198.51.100.1", 100), ("198.51.100.2", 1), ("198.51.100.3", 10)))
+
+    assert Counter(str(seat.client) for seat in seats._seats.values()) == {
+        "198.51.100.1": 16,
+        "198.51.100.2": 1,
+        "198.51.100.3": 10,
+    }
+
+
+async def test_however_many_clients_there_are_some_room_is_for_this_node_alone() -> None:
+    seats = Seats()
+    seats_of(seats, ("127.0.0.1", 3), ("192.0.2.1", 3), ("::1", 1))
+    seats_of(seats, *((f"198.51.100.{number}", 16) for number in range(1, 21)))
+    held = [seat.client for seat in seats._seats.values()]
+
+    assert held.count(None) == 7
+    assert len(held) == 64 + 7
+
+
+async def test_the_addresses_of_one_ipv6_network_share() -> None:
+    seats = Seats()
+    seats_of(seats, *((f"2001:db8::{number}", 1) for number in range(1, 41)), own="2001:db8:1::1")
+
+    assert len(seats._seats) == 16
+
+
+async def test_a_client_whose_requests_are_all_being_answered_gets_no_further_seat() -> None:
+    seats = Seats()
+    seats_of(seats, ("198.51.100.1", 16))
+    for seat in seats._seats.values():
+        seat.asked_at = asyncio.get_running_loop().time()
+
+    assert seats_of(seats, ("198.51.100.1", 1), ("198.51.100.2", 1)) == [False, True]
+
+
+@contextlib.contextmanager
+def own_address(ip: str) -> Iterator[str]:
+    """Give this host *ip*, which is no loopback address, for a while."""
+    subprocess.run(["ip", "address", "add", f"{ip}/32", "dev", "lo"], check=True)
+    try:
+        yield ip
+    finally:
+        subprocess.run(["ip", "address", "del", f"{ip}/32", "dev", "lo"], check=True)
+
+
+async def test_other_hosts_are_told_kube_proxys_fields_and_nothing_else() -> None:
+    rig = Rig()
+    (port,) = free_ports(1)
+    address = f"0.0.0.0:{port}"
+    await rig.server.start(address, "")
+    try:
+        rig.health = Health(LATE, "waits", "nft exited 1", ["secret.yaml:3: a problem"], ["no API"], node_eligible=True)
+        with own_address("192.0.2.77") as ip:
+            answers = [await rig.get(f"{ip}:{port}", path) for path in ("/healthz", "/livez", "/nothing")]
+        own = await rig.get(f"127.0.0.1:{port}", "/healthz")
+    finally:
+        await rig.server.close()
+
+    for answer in answers[:2]:
+        assert set(answer.json) - {"nodeEligible"} == {"lastUpdated", "currentTime", "healthy", "status"}
+    assert not any("Server" in answer.headers for answer in answers)
+    assert own.json["problems"] == ["secret.yaml:3: a problem"]
+    assert "Server" not in own.headers
+
+
+async def test_an_answer_to_nonsense_names_no_version() -> None:
+    async with running() as rig:
+        host, _, port = rig.healthz.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"nonsense\r\n\r\n")
+        answer = await reader.read(10_000)
+        writer.close()
+
+    assert b"aiohttp" not in answer
+    assert b"Python" not in answer
+
+
+async def test_problems_are_told_in_bounded_number_and_size_and_without_control_characters() -> None:
+    async with running() as rig:
+        rig.health = Health(WELL, problems=["\x1b[31m\n\u202e" + "x" * 1_000_000] * 10_000)
+        answer = await rig.get(rig.healthz, "/healthz")
+
+    assert len(answer.text) < 50_000
+    assert len(answer.json["problems"]) == 51
+    assert answer.json["problems"][-1] == "and 9950 more"
+    assert all(problem.isprintable() for problem in answer.json["problems"])
 
 
 async def test_a_slow_client_does_not_hold_up_the_end() -> None:

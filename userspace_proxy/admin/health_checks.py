@@ -14,10 +14,10 @@ import logging
 import socket
 from collections.abc import Callable, Collection, Iterable, Mapping
 
-from aiohttp import hdrs, web
+from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from userspace_proxy.admin.limited import Limited
+from userspace_proxy.admin.limited import Limited, Seats, stay_anonymous
 from userspace_proxy.dataplane.sockets import bind_wildcard
 from userspace_proxy.interfaces import StateSink
 from userspace_proxy.model.health_check import HealthCheck, health_checks
@@ -51,6 +51,7 @@ class ServiceHealthChecks:
         self._addresses = addresses
         self._open: dict[NamespacedName, _Port] = {}
         self._adopted: dict[tuple[str, int], socket.socket] = {}
+        self._seats = Seats()
         self.failures: dict[NamespacedName, str] = {}
 
     async def sync(self, wanted: Mapping[NamespacedName, HealthCheck]) -> None:
@@ -74,7 +75,7 @@ class ServiceHealthChecks:
             del self.failures[service]
 
     async def _try_open(self, service: NamespacedName, check: HealthCheck, addresses: tuple[str, ...]) -> None:
-        port = _Port(service, check, addresses, self._proxy_healthy)
+        port = _Port(service, check, addresses, self._proxy_healthy, self._seats)
         try:
             await port.open(lambda address: self._adopted.pop((address, check.port), None))
         except OSError as error:
@@ -137,7 +138,12 @@ class _Port:
     """One Service's port, at every address that it has."""
 
     def __init__(
-        self, service: NamespacedName, check: HealthCheck, addresses: tuple[str, ...], proxy_healthy: Callable[[], bool]
+        self,
+        service: NamespacedName,
+        check: HealthCheck,
+        addresses: tuple[str, ...],
+        proxy_healthy: Callable[[], bool],
+        seats: Seats,
     ) -> None:
         self._service = service
         self._proxy_healthy = proxy_healthy
@@ -145,9 +151,10 @@ class _Port:
         self.addresses = addresses
         self.local_endpoints = check.local_endpoints
         self.listeners: list[socket.socket] = []
-        app = web.Application(middlewares=[self._answer])  # and no route: every path and method is for it
-        app.on_response_prepare.append(_stay_anonymous)
+        app = web.Application(middlewares=[seats.note, self._answer])  # and no route: every path and method is for it
+        app.on_response_prepare.append(stay_anonymous)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_LAST_ANSWERS_S)
+        self._limited = Limited(self._runner, seats)
         self._loop = asyncio.get_running_loop()
         self._coming: set[asyncio.Task[None]] = set()
 
@@ -190,7 +197,7 @@ class _Port:
 
     async def _meet(self, client: socket.socket) -> None:
         try:
-            await self._loop.connect_accepted_socket(Limited(self._runner), client)
+            await self._loop.connect_accepted_socket(self._limited, client)
         except OSError:
             client.close()
 
@@ -231,11 +238,6 @@ class _Port:
         )
         answer.force_close()
         return answer
-
-
-async def _stay_anonymous(_request: web.Request, answer: web.StreamResponse) -> None:
-    """Say no more than kube-proxy does: not which versions of what run here."""
-    del answer.headers[hdrs.SERVER]
 
 
 def _listen(address: str, port: int) -> socket.socket:

@@ -16,14 +16,17 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from userspace_proxy.admin.limited import Limited
+from userspace_proxy.admin.limited import Limited, Seats, stay_anonymous
 from userspace_proxy.admin.metrics import slis
 from userspace_proxy.errors import StartError
 from userspace_proxy.model.freshness import FamilyHealth
+from userspace_proxy.printable import printable
 
 _HINTS = {errno.EADDRINUSE: "another program has it", errno.EACCES: "a port below 1024 is for root"}
 _HEADERS = {"X-Content-Type-Options": "nosniff"}
 _EXPOSITION = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+# So many problems are told, and so many characters of each.
+_TOLD_MAX, _SHOWN_MAX = 50, 500
 _LATE = "a sync was asked for long ago, and none has been completed since"
 
 
@@ -103,7 +106,9 @@ class AdminServer:
         if not address:
             return
         host, port = split_address(address, flag)
-        app = web.Application()
+        seats = Seats()
+        app = web.Application(middlewares=[seats.note])
+        app.on_response_prepare.append(stay_anonymous)
         for path, handler in routes.items():
             app.router.add_get(path, handler)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
@@ -112,7 +117,7 @@ class AdminServer:
         try:
             # [::] is both families, as in Go; by two sockets, so that IPv4 clients keep addresses of their family.
             hosts = (host, "0.0.0.0") if host == "::" else host  # noqa: S104 - as asked
-            self._servers.append(await asyncio.get_running_loop().create_server(Limited(runner), hosts, port))
+            self._servers.append(await asyncio.get_running_loop().create_server(Limited(runner, seats), hosts, port))
         except OSError as error:
             hint = _HINTS.get(error.errno or 0, "this host does not have it")
             raise StartError(f"{flag} {address} cannot be bound: {hint}; choose another, or '' for none") from None
@@ -130,17 +135,15 @@ class AdminServer:
         is_well = is_ready and health.node_eligible is not False
         status = 503 if not is_well else self._degraded_status if health.degraded else 200
         self.answers["healthz", status] += 1
-        said: dict[str, object] = {} if health.node_eligible is None else {"nodeEligible": health.node_eligible}
-        if health.findings and is_loopback(request.remote):
-            said["findings"] = health.findings
-        return _answer(health, status, is_ready, said)
+        said = {} if health.node_eligible is None else {"nodeEligible": health.node_eligible}
+        return _answer(health, status, is_ready, said, is_open=is_loopback(request.remote))
 
-    async def _livez(self, _request: web.Request) -> web.Response:
+    async def _livez(self, request: web.Request) -> web.Response:
         """Say whether the process does its work; a kubelet replaces one that does not."""
         health = self._health()
         status = 200 if health.keeps_up else 503
         self.answers["livez", status] += 1
-        return _answer(health, status, health.keeps_up, {})
+        return _answer(health, status, health.keeps_up, {}, is_open=is_loopback(request.remote))
 
     async def _ping(self, _request: web.Request) -> web.Response:
         """Say that this address answers, as kube-proxy's does; health is told at the other one."""
@@ -164,8 +167,8 @@ class AdminServer:
         return web.Response(text=self._mode, headers=_HEADERS)
 
 
-def _answer(health: Health, status: int, healthy: bool, said: Mapping[str, object]) -> web.Response:
-    """Return *health* as kube-proxy's JSON, with what it never said."""
+def _answer(health: Health, status: int, healthy: bool, said: Mapping[str, object], *, is_open: bool) -> web.Response:
+    """Return *health* as kube-proxy's JSON; if *is_open* with the reasons, which name objects, files and versions."""
     now = time.time()
     body: dict[str, object] = {
         "lastUpdated": _rfc3339(now if status == 200 else health.updated_at),
@@ -177,11 +180,14 @@ def _answer(health: Health, status: int, healthy: bool, said: Mapping[str, objec
             for family, of_it in health.families.items()
         },
     }
-    if not healthy:
-        body["reason"] = "; ".join(why for why in (health.waiting, health.failing) if why) or _LATE
-    for name in ("failing", "degraded", "problems"):
-        if value := getattr(health, name):
-            body[name] = value
+    if is_open:
+        reason = "; ".join(why for why in (health.waiting, health.failing) if why) or _LATE
+        body |= {"reason": printable(reason, _SHOWN_MAX)} if not healthy else {}
+        body |= {"failing": printable(health.failing, _SHOWN_MAX)} if health.failing else {}
+        for name in ("degraded", "problems", "findings"):
+            told = getattr(health, name)
+            more = [f"and {len(told) - _TOLD_MAX} more"] if len(told) > _TOLD_MAX else []
+            body |= {name: [printable(each, _SHOWN_MAX) for each in told[:_TOLD_MAX]] + more} if told else {}
     text = msgspec.json.encode(body).decode()
     return web.Response(text=text, status=status, content_type="application/json", headers=_HEADERS)
 
