@@ -64,6 +64,8 @@ class Spliced:
     ) -> None:
         client, self.client_socket = tcp_pair(client_buffer_bytes, family)
         self.backend_socket, backend = tcp_pair(backend_buffer_bytes, family)
+        for sock in (self.client_socket, self.backend_socket):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)  # as listeners and dials have it
         self.client, self.backend = End(client), End(backend)
         self.endings: list[str] = []
         self._splicer = splicer

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 import socket
 from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.contract.splicing import ENGINES, Spliced, Workshop, workshop
+from tests.contract.splicing import ENGINES, Spliced, Workshop, difference, workshop
 from tests.ends import End, open_descriptors, settled, until
 
 SIDES = ("client", "backend")
@@ -83,6 +84,61 @@ async def test_an_urgent_byte_arrives_in_its_place_and_nothing_stalls_behind_it(
     await sender.send(b"and go on")
 
     assert await asyncio.wait_for(receiver.receive(19), 20) == b"interrupt!and go on"
+
+
+# Where urgent bytes are among the others: alone, at both ends, in a row, inside of bulk, and around full buffers.
+URGENT_AT = {
+    "alone": ([], [b"!"]),
+    "first": ([b""], [b"!", b"a" * 400_000]),
+    "last": ([b"a" * 400_000], [b"!"]),
+    "in bulk": ([b"a" * 400_000], [b"!", b"b" * 400_000]),
+    "in a row": ([b"a" * 70_000], [b"1", b"2", b"3", b"b" * 70_000, b"4"]),
+    "at a full buffer": ([b"a" * (1 << 16)], [b"!", b"b" * ((1 << 16) - 1), b"?", b"c" * (1 << 17), b"."]),
+    "many": ([b"a" * 200_000], [b"!" if n % 2 else bytes([n]) * 30_011 for n in range(40)]),
+}
+
+
+def sent_urgently(sender: End, byte: bytes) -> bool:
+    try:
+        return sender.sock.send(byte, socket.MSG_OOB) == 1
+    except BlockingIOError:
+        return False
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("closes", [True, False], ids=["then an end", "and no end"])
+@pytest.mark.parametrize("where", URGENT_AT)
+@pytest.mark.parametrize("begins_late", [True, False], ids=["before the engine", "through the engine"])
+async def test_every_byte_of_a_stream_with_urgent_ones_arrives_in_order(
+    shop: Workshop, side: str, closes: bool, where: str, begins_late: bool
+) -> None:
+    """Splicing stops in front of an urgent byte, and says there that the stream is dry, or has ended."""
+    spliced = shop.splice(start=not begins_late, client_buffer_bytes=1 << 20, buffer_bytes=1 << 20)
+    sender, receiver = spliced.ends(side)
+    before, after = URGENT_AT[where]
+    expected = b"".join((*before, *after))
+
+    async def send() -> None:
+        for piece in before:
+            await sender.send(piece)
+        for piece in after:
+            if len(piece) == 1:
+                await until(functools.partial(sent_urgently, sender, piece), "there is room for it")
+            else:
+                await sender.send(piece)
+        if closes:
+            sender.half_close()
+
+    sending = asyncio.ensure_future(send())
+    if begins_late:
+        await settled(lambda: sender.unacknowledged_bytes, quiet_s=0.01)
+        spliced.start()
+    received = await receiver.receive(len(expected))
+    await sending
+
+    assert difference(received, expected) == ""
+    if closes:
+        assert await receiver.receive_all() == (b"", "eof")
 
 
 # ---- slow and stalled readers

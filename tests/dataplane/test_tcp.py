@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.contract.splicing import difference
 from tests.dataplane.world import (
     CLIENT_IP6,
     CLIENT_IPS,
@@ -41,7 +42,7 @@ from tests.dataplane.world import (
 )
 from tests.ends import PATIENCE_S, End, open_descriptors, settled, until
 from userspace_proxy.dataplane.connections import Limits
-from userspace_proxy.dataplane.sockets import open_listener, stream_socket
+from userspace_proxy.dataplane.sockets import open_listener, prepare_listener, stream_socket
 from userspace_proxy.dataplane.tcp import ACCEPTS_A_TURN
 from userspace_proxy.interfaces import Backends, EndpointCounters, ListenerSpec
 from userspace_proxy.model.endpoint import Endpoint
@@ -223,6 +224,31 @@ async def test_the_last_bytes_before_a_half_close_are_not_held_back(plane: Plane
         client.close()
         server.close()
         await all_ended(plane)
+
+
+@pytest.mark.parametrize("speaker", ["client", "backend"])
+async def test_urgent_bytes_arrive_in_their_place(plane: Plane, speaker: str) -> None:
+    """Also the first that a peer sends: a socket that wants them inline too late has dropped it."""
+    bulk = b"x" * 400_000
+    with Listener() as listener:
+        await plane.use(listener.endpoint)
+        for _ in range(6):
+            client = await dial()
+            backend = await listener.accept()
+            sender, receiver = (client, backend) if speaker == "client" else (backend, client)
+            sender.sock.send(b"1", socket.MSG_OOB)
+            receiving = asyncio.ensure_future(receiver.receive_all())
+            await sender.send(bulk)
+            sender.sock.setblocking(True)  # noqa: FBT003
+            await asyncio.to_thread(sender.sock.send, b"2", socket.MSG_OOB)
+            sender.sock.setblocking(False)  # noqa: FBT003
+            await sender.send(bulk)
+            sender.half_close()
+
+            received, how = await receiving
+            assert (difference(received, b"1" + bulk + b"2" + bulk), how) == ("", "eof")
+            client.close()
+            backend.close()
 
 
 # ---- the way in
@@ -513,6 +539,19 @@ async def test_a_dead_peer_ends_its_connection_in_time_while_a_stalled_reader_li
             for pair in ends.values():
                 for end in pair:
                     end.close()
+
+
+@pytest.mark.parametrize("timeout_s", [300.0, 60.0, 30.0, 6.0])
+def test_an_idle_peer_is_given_up_in_time_and_not_before_five_sixths_of_it(timeout_s: float) -> None:
+    with open_listener(L4Protocol.TCP, 0, 30.0) as listener:
+        prepare_listener(listener, timeout_s)  # as a process does that takes the listener over
+
+        assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        idle_s, probe_s, probes = (
+            listener.getsockopt(socket.IPPROTO_TCP, option)
+            for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        )
+        assert (idle_s + probes * probe_s, probes * probe_s) == (timeout_s, timeout_s * 5 / 6)
 
 
 async def fill(writer: End, data: bytes) -> int:

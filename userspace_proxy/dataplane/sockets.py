@@ -23,7 +23,8 @@ _TCP_RTO_MAX_MS = 44  # Linux 6.15; older kernels refuse it, and find some dead 
 _MAPPED = "::ffff:"
 _PACKED4_BYTES = 6
 
-KEEPALIVE_PROBES = 3
+# So many probes in a row have to be lost, and the time between the first and the verdict is what an outage may last.
+_KEEPALIVE_PROBES = 5
 
 # As plain ints: as members of enums they cost a lookup each time they are combined.
 _BLOCKING_STREAM = int(socket.SOCK_STREAM)
@@ -88,7 +89,7 @@ def open_tcp_listener(
     sock = bind_wildcard(socket.SOCK_STREAM, port, shared=shared)
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        keep_alive(sock, dead_peer_timeout_s)
+        prepare_listener(sock, dead_peer_timeout_s)
         if congestion_control:
             _control_congestion(sock, congestion_control)
         sock.listen(BACKLOG)
@@ -96,6 +97,13 @@ def open_tcp_listener(
         sock.close()
         raise
     return sock
+
+
+def prepare_listener(sock: socket.socket, dead_peer_timeout_s: float) -> None:
+    """Set what accepted sockets inherit and what another version or other options may have set otherwise."""
+    # Set on an accepted socket, it would be too late: the urgent byte that came first has been dropped.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+    keep_alive(sock, dead_peer_timeout_s)
 
 
 def open_udp_listener(port: int, *, shared: bool = False) -> socket.socket:
@@ -159,11 +167,12 @@ def keep_alive(sock: SocketType, dead_peer_timeout_s: float) -> None:
     if not dead_peer_timeout_s:
         return
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    probe_s = max(1, int(dead_peer_timeout_s / (2 * KEEPALIVE_PROBES)))
-    idle_s = max(1, int(dead_peer_timeout_s) - KEEPALIVE_PROBES * probe_s)
+    probe_s = max(1, int(dead_peer_timeout_s / (_KEEPALIVE_PROBES + 1)))
+    probes = max(1, min(_KEEPALIVE_PROBES, int(dead_peer_timeout_s) // probe_s - 1))
+    idle_s = max(1, int(dead_peer_timeout_s) - probes * probe_s)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle_s)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, probe_s)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, probes)
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.IPPROTO_TCP, _TCP_RTO_MAX_MS, max(1000, probe_s * 1000))
 
@@ -217,6 +226,8 @@ def stream_socket(address: Address, congestion_control: str = "") -> SocketType:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, OWN_MARK)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
+        # Before the first urgent byte arrives, or a read drops it.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         if congestion_control:
             _control_congestion(sock, congestion_control)
     except BaseException:

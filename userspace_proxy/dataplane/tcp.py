@@ -15,7 +15,14 @@ from userspace_proxy.dataplane.context import PlaneContext, Shared
 from userspace_proxy.dataplane.dial import Dial, DialContext
 from userspace_proxy.dataplane.picker import Pick, Picker
 from userspace_proxy.dataplane.proxy_protocol import header_of
-from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, accept, original_destination, packed, unpacked
+from userspace_proxy.dataplane.sockets import (
+    LOCAL_SHORTAGES,
+    accept,
+    original_destination,
+    packed,
+    prepare_listener,
+    unpacked,
+)
 from userspace_proxy.dataplane.transparent import Transparent
 from userspace_proxy.interfaces import AccessRecord, Backends, ListenerSpec, Splice
 from userspace_proxy.model.endpoint import Address
@@ -49,6 +56,7 @@ class TcpListener:
         self.configure(spec)
         self._sock = sock
         self._family = int(sock.family)
+        prepare_listener(sock, context.limits.dead_peer_timeout_s)  # it may be another process's
         context.poller.accept_from(self._sock, self._accept)
 
     @property

@@ -4,7 +4,8 @@ The rule that keeps bytes safe: what was read and could not be sent is copied ou
 *at once*, and that direction does not read again before it is gone. Everything else here is about
 when a direction may go on.
 
-A reset travels like the data does: bytes that came before it are delivered first.
+A reset travels like the data does: bytes that came before it are delivered first. So does an urgent byte: both sockets
+have SO_OOBINLINE from their beginning, and a read that stops in front of one is followed by another.
 """
 
 from __future__ import annotations
@@ -110,9 +111,6 @@ class Half:
                     self.send_flags = MSG_DONTWAIT
                 else:
                     self.send_flags = _MSG_MORE
-                if events & URGENT and not self.done:
-                    # In its place among the other bytes; the kernel would drop it otherwise.
-                    self.source.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
             if events & _READABLE:
                 if not self.done:
                     self.pump()

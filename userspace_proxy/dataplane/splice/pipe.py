@@ -3,6 +3,9 @@
 A direction that fills a whole buffer becomes bulk: its bytes move from socket to pipe to socket in steps that
 take turns with everything else, until the source is dry. A pipe is held only while bytes are in it, and the
 direction does not read again before they are gone.
+
+splice(2) does not pass an urgent byte: in front of it, it returns EAGAIN, or 0 if the peer has ended its stream
+(tcp_splice_read in net/ipv4/tcp.c). So neither tells anything for certain, and recv(2) is asked.
 """
 
 from __future__ import annotations
@@ -35,35 +38,41 @@ class PipeHalf(Half):
 
     def _bulk_step(self, most_bytes: int) -> bool:
         """Move up to *most_bytes*; return whether there may be more to move now."""
+        self.queued = False
         try:
             more = not self.done and self._move(most_bytes)
         except Exception:
             log.exception(BUG)
             self.cut()
-            more = False
-        if not more:
-            self.queued = False
+            return False
+        if more:
+            self.queued = True
         return more
+
+    def _copy_next(self) -> bool:
+        """Copy in the next turn; return False, as this bulk is over."""
+        self.queued = True
+        self.splice.engine.poller.again(self.go_on)
+        return False
 
     def _move(self, most_bytes: int) -> bool:
         pipes = self.splice.engine.pipes
         pipe = pipes.lend()
         if pipe is None:  # all are in use: copy, as the other engine does
-            self.splice.engine.poller.again(self.go_on)
-            return False
+            return self._copy_next()
         try:
             count = os.splice(self.source.fileno(), pipe.write_end, min(most_bytes, BULK_BYTES), flags=_FLAGS)
         except BlockingIOError:
             pipes.take_back(pipe)
-            return False  # dry: the next edge tells
+            # Dry: the next edge tells. Or in front of an urgent byte of which an edge has told already.
+            return self.to_the_end and self._copy_next()
         except OSError as error:
             pipes.take_back(pipe)
             self.source_failed(error)
             return False
         if not count:
             pipes.take_back(pipe)
-            self.source_ended()
-            return False
+            return self._copy_next()
         pipe.held_bytes = count
         self.pipe, self.stuck = pipe, True
         return self._empty(pipe)
