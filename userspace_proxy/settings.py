@@ -103,7 +103,8 @@ class Settings:
     # kube-proxy's conntrack values: 24 h established, 1 h half-closed. 0 for never.
     idle_timeout_s: float = 86_400.0
     half_closed_timeout_s: float = 3_600.0
-    dead_peer_timeout_s: float = 30.0
+    # As long as conntrack keeps a connection whose peer acknowledges nothing (docs/decisions/dead-peers.md).
+    dead_peer_timeout_s: float = 300.0
     # None: what conntrack has, because a flow that conntrack forgot cannot be answered.
     udp_timeout_s: float | None = None
     udp_flows_per_service: int = 32_768

@@ -25,7 +25,7 @@ from userspace_proxy.model.endpoint import Address
 
 # Kept free for the event loop, rules, admin and file watching.
 RESERVED_DESCRIPTORS = 128
-_SWEEPS_A_LIMIT = 6
+_SWEEPS_A_LIMIT = 12
 # A look at so many connections takes about a millisecond; then traffic has its turn.
 _LOOKS_A_TURN = 500
 _RESUME_S = 0.1
@@ -40,7 +40,7 @@ class Limits:
 
     idle_timeout_s: float = 86_400.0
     half_closed_timeout_s: float = 3_600.0
-    dead_peer_timeout_s: float = 30.0
+    dead_peer_timeout_s: float = 300.0
     connections_per_client: int = 0  # open at once, over all listeners; 0 for any number
     congestion_control: str = ""  # of TCP connections on both sides; "" for the host's
     udp_flows_per_service: int = 32_768
@@ -168,7 +168,7 @@ class Connections:
 
     @property
     def sweep_period_s(self) -> float:
-        """How often `sweep` wants to be called: each connection is looked at six times within the shortest limit."""
+        """How often `sweep` wants to be called: each connection is looked at twelve times within the shortest limit."""
         return min(1.0, self._shortest_limit_s / _SWEEPS_A_LIMIT)
 
     @property

@@ -118,7 +118,7 @@ RUN_OPTIONS = together(
         type=SECONDS,
         default=shown(DEFAULTS.dead_peer_timeout_s),
         show_default=True,
-        help="Ends connections whose peer is gone without a word.",
+        help="Ends connections whose peer has not answered for this long; an outage of five sixths of it is survived.",
     ),
     click.option(
         "--udp-timeout",
