@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tests.fakes import FakeClock
-from userspace_proxy.dataplane.memory import PINS_MAX, Memory
-from userspace_proxy.dataplane.picker import EJECT_S, Picker
+from userspace_proxy.dataplane.memory import EJECT_S, PINS_MAX, REFUSALS_OF_A_CLIENT_MAX, REFUSED_CLIENTS_MAX, Memory
+from userspace_proxy.dataplane.picker import Picker
 from userspace_proxy.model.endpoint import Endpoint
 
 A, B, C, D = (Endpoint(f"10.0.0.{n}", 80) for n in range(1, 5))
@@ -242,6 +242,65 @@ def test_it_says_why(clock: FakeClock) -> None:
     other = picker.pick("c", tried={A.address: True})
 
     assert [choice.why for choice in (first, again, other) if choice] == ["round robin", "affinity", "failover"]
+
+
+# ---- what clients' own dials say
+
+
+def test_a_client_that_is_refused_ejects_an_endpoint_for_itself_alone(clock: FakeClock) -> None:
+    picker = picker_over(A, B, C, clock=clock)
+    for endpoint in (A, B):
+        assert picker.report_failure(endpoint, as_client="refused")
+
+    assert picks(picker, 3, "refused") == [C, C, C]
+    assert set(picks(picker, 3, "other")) == {A, B, C}
+    picker.report_failure(C, as_client="refused")
+    assert None not in picks(picker, 3, "refused"), "better a doubtful one than none"
+
+    clock.now_s += EJECT_S
+    assert set(picks(picker, 3, "refused")) == {A, B, C}
+    picker.report_success(A, as_client="refused")
+    picker.report_failure(B, as_client="refused")
+    clock.now_s += EJECT_S
+    assert set(picks(picker, 2, "refused")) == {A, C}, "the second time lasts for twice as long"
+
+
+def test_a_pinned_client_leaves_an_endpoint_that_refuses_it(clock: FakeClock) -> None:
+    picker = picker_over(A, B, clock=clock, affinity_timeout_s=10)
+    assert [picks(picker, 1, client)[0] for client in ("c", "d")] == [A, B]
+
+    picker.report_failure(A, as_client="c")
+
+    assert [picks(picker, 1, client)[0] for client in ("c", "d")] == [B, B]
+
+
+def test_what_clients_failures_make_us_remember_is_bounded(clock: FakeClock) -> None:
+    memory = Memory(clock)
+    picker = Picker(memory)
+    endpoints = [Endpoint(f"10.2.{n // 250}.{n % 250}", 80) for n in range(2 * REFUSALS_OF_A_CLIENT_MAX)]
+    picker.set_endpoints(endpoints)
+    for endpoint in endpoints:
+        picker.report_failure(endpoint, as_client="one")
+    assert len(memory.refused["one"]) == REFUSALS_OF_A_CLIENT_MAX
+    for number in range(REFUSED_CLIENTS_MAX):
+        picker.report_failure(endpoints[0], as_client=f"c{number}")
+
+    assert len(memory.refused) == REFUSED_CLIENTS_MAX
+    assert "one" not in memory.refused
+
+
+def test_an_ejection_by_another_picker_or_process_is_seen_though_many_are_ejected(clock: FakeClock) -> None:
+    first, second = pickers_over([A, B, C, D], [A, B, C], clock)
+    first.report_failure(A)
+    assert set(picks(second, 4)) == {B, C}
+
+    first.report_failure(B)
+    assert picks(second, 2) == [C, C]
+    second.report_success(A)
+    assert set(picks(first, 6)) == {A, C, D}
+    clock.now_s += EJECT_S
+    assert picks(first, 3).count(B) == 1
+    assert B not in picks(second, 3), "its trial is under way"
 
 
 # ---- both families

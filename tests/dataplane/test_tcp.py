@@ -239,9 +239,9 @@ async def test_urgent_bytes_arrive_in_their_place(plane: Plane, speaker: str) ->
             sender.sock.send(b"1", socket.MSG_OOB)
             receiving = asyncio.ensure_future(receiver.receive_all())
             await sender.send(bulk)
-            sender.sock.setblocking(True)  # noqa: FBT003
+            sender.sock.setblocking(True)
             await asyncio.to_thread(sender.sock.send, b"2", socket.MSG_OOB)
-            sender.sock.setblocking(False)  # noqa: FBT003
+            sender.sock.setblocking(False)
             await sender.send(bulk)
             sender.half_close()
 
@@ -325,6 +325,17 @@ async def test_an_endpoint_whose_packets_vanish_costs_a_quarter_second_once(plan
 
     counters = await plane.counters()
     assert (counters.dial_failures, counters.ejections) == (dialled, 1)
+
+
+async def test_no_client_fails_while_six_adjacent_endpoints_are_silent_and_two_answer(plane: Plane) -> None:
+    silent = [Endpoint(VANISHING_IPS[0], 80 + n) for n in range(6)]
+    with named_backends("a", "b") as (a, b), vanished(VANISHING_IPS[0]):
+        await plane.use(*silent, a.endpoint, b.endpoint)
+
+        assert set(await asyncio.gather(*(ask() for _ in range(8)))) == {"a", "b"}
+        assert {await ask() for _ in range(4)} == {"a", "b"}
+
+    assert (await plane.counters()).failed == 0
 
 
 async def test_without_endpoints_a_client_is_reset(plane: Plane) -> None:

@@ -193,6 +193,31 @@ async def test_a_backend_that_refuses_is_passed_over_and_the_next_sees_the_clien
     assert (counters.dial_failures, counters.retries, counters.ejections) == (1, 1, 1)
 
 
+async def test_a_client_that_all_backends_refuse_ejects_none_for_others(world: ServiceLab) -> None:
+    against = f"ip saddr {CLIENT_IP} tcp dport {PORT} reject with tcp reset"
+    rule = f"table ip deny {{ chain i {{ type filter hook input priority 0; {against}; }}; }}"
+    async with plane_on(world.node) as plane:
+        await use(plane, 0, 1)
+        for pod in world.pods[:2]:
+            pod.run("nft", rule)
+        try:
+            for _ in range(3):
+                with pytest.raises(ConnectionResetError):
+                    await asyncio.to_thread(who, world.client, SERVICE_IP, socket.SOCK_STREAM)
+            for _ in range(4):
+                seen = await asyncio.to_thread(who, world.client, SERVICE_IP, socket.SOCK_STREAM, OTHER_CLIENT_IP)
+                assert seen == OTHER_CLIENT_IP
+        finally:
+            for pod in world.pods[:2]:
+                pod.run("nft", "delete table ip deny")
+        stats = await plane.stats(endpoints_max=100)
+
+    counters = stats.services[TCP.name]
+    assert (counters.failed, counters.ejected) == (3, 0)
+    opened = [stats.endpoints[TCP.name][ServiceLab.pod_ip(pod), PORT].opened for pod in (0, 1)]
+    assert opened == [2, 2], "others have their turns as before"
+
+
 async def test_a_datagram_flow_is_answered_for_long_and_its_socket_is_nobody_elses_after(world: ServiceLab) -> None:
     def converse(source_ip: str) -> list[str]:
         with world.client.inside():

@@ -92,6 +92,7 @@ class Connections:
         self._shed = shed
         self._open: dict[Connection, _Silence | None] = {}  # None: not looked at yet
         self._open_by_client: dict[bytes, int] = {}  # empty where clients have no limit
+        self._races = 0  # dials that are beside another one of their connection
         self._round: list[Connection] = []
         self._part = 1
         self._empty = asyncio.Event()
@@ -147,7 +148,17 @@ class Connections:
         return descriptors <= self._descriptors_left()
 
     def _descriptors_left(self) -> int:
-        return self._most - self._descriptors_used() - 2 * len(self._open)
+        return self._most - self._descriptors_used() - 2 * len(self._open) - self._races
+
+    def begin_race(self) -> bool:
+        """Count in a second dial of one connection; return False where there is no descriptor for it."""
+        if not self.fits(1):
+            return False
+        self._races += 1
+        return True
+
+    def end_race(self) -> None:
+        self._races -= 1
 
     def note_shortage(self, error: OSError) -> None:
         """This host ran out of something. Descriptors: leave new clients in the kernel's queue for a moment."""

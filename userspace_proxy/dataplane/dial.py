@@ -1,7 +1,7 @@
 """One client's way to a backend: pick, connect, and on failure pick another - before any byte is read.
 
-Callback style: no task, no future. A dial that is refused costs nothing and the next endpoint is tried at
-once; a dial that vanishes costs its time-out, and these grow, because a slow network is no dead one.
+Callback style: no task, no future. A dial that is refused costs nothing, and the next endpoint is tried at once. Beside
+a dial that has not answered after RACE_S another one begins, and the first to answer wins.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Callable
 from socket import SocketType
 from typing import NamedTuple, Protocol
 
+from userspace_proxy.dataplane.connections import Connections
 from userspace_proxy.dataplane.picker import Pick, Picker
 from userspace_proxy.dataplane.poller import FAILED, WRITE, Poller
 from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, is_self_connected, stream_socket
@@ -22,12 +22,24 @@ from userspace_proxy.dataplane.transparent import Transparent
 from userspace_proxy.interfaces import Counters
 from userspace_proxy.model.endpoint import Address
 
-# As the historic userspace mode waited. The sum, 3.75 s, is the longest that a client waits for a reset.
-DIAL_TIMEOUTS_S = (0.25, 0.5, 1.0, 2.0)
+# After so long, another endpoint is dialled beside one that has not answered. At most two dials are open: for a third,
+# the older one ends.
+RACE_S = 0.25
+# Once all endpoints were asked, a slow one is asked again, and has 2.3 s, as two are open.
+PATIENCE_S = 1.15
+# A client waits so long for its reset, if no endpoint answers.
+BUDGET_S = 15.0
+# An attempt that fails at so many endpoints ends, too: of thousands, it cannot ask all.
+DIALS_MAX = 128
 
 # A client that was accepted when no descriptor was left for its backend waits this often, this long.
 STARVED_MAX = 100
 STARVED_RETRY_S = 0.1
+
+# Deadlines of a plane, by index.
+RACE, PATIENCE = 0, 1
+# Rounds of an attempt: which endpoints are dialled beside one that has not answered.
+_OPEN, _DOUBTFUL, _SLOW = range(3)
 
 _UNDER_WAY = (errno.EINPROGRESS, 0)
 
@@ -80,8 +92,8 @@ class Deadlines:
 
 
 def deadlines(loop: asyncio.AbstractEventLoop) -> tuple[Deadlines, ...]:
-    """Return one for each of DIAL_TIMEOUTS_S."""
-    return tuple(Deadlines(loop, after_s) for after_s in DIAL_TIMEOUTS_S)
+    """Return those for dials in the first round, and in later ones."""
+    return Deadlines(loop, RACE_S), Deadlines(loop, PATIENCE_S)
 
 
 class DialContext(NamedTuple):
@@ -92,25 +104,36 @@ class DialContext(NamedTuple):
     deadlines: tuple[Deadlines, ...]
     picker: Picker
     counters: Counters
-    on_shortage: Callable[[OSError], None]
+    connections: Connections
     congestion_control: str = ""
     transparent: Transparent | None = None  # where backends see the client's own address
 
 
 class Dial:
-    """Tries endpoints until one connects or none is left."""
+    """Tries endpoints until one connects or none is left.
+
+    1. Each endpoint that is not ejected is dialled: the next one when the last has failed, or is silent for RACE_S.
+       The first of an attempt may be the trial of an ejected one.
+    2. Then ejected ones are, too: at once if all dials have failed, after PATIENCE_S beside one that is open.
+    3. Then those that were merely slow are dialled again, one every PATIENCE_S, as a slow network is no dead one.
+    4. After BUDGET_S or DIALS_MAX it has failed. A deadline is always running while a dial is open.
+    """
 
     __slots__ = (
-        "_attempts",
         "_caller",
         "_context",
+        "_dials",
+        "_first",
+        "_first_failed",
+        "_give_up_at",
         "_header",
+        "_newer",
         "_pick",
+        "_round",
         "_sock",
         "_starved",
         "_timer",
         "_tried",
-        "_waited",
         "client_ip",
     )
 
@@ -123,83 +146,166 @@ class Dial:
         self._context = context
         self._caller = caller
         self._tried: dict[Address, bool] | None = None  # address -> whether trying it again makes sense
-        self._attempts = 0
-        self._waited = 0  # time-outs spent
+        self._dials = 0
+        self._round = _OPEN
+        self._give_up_at = 0.0  # known from the first failure on
+        self._first: Address | None = None  # the endpoint that was chosen first, once one is in trouble
+        self._first_failed = False
         self._starved = 0  # times this host had no descriptor for the backend's socket
-        self._sock: SocketType | None = None
+        self._sock: SocketType | None = None  # to `_pick`; the older one of two
+        self._newer: tuple[SocketType, Pick] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         """Dial until one is under way, connected, or all have failed; the caller may be told before this returns."""
-        while True:
-            tried = self._tried
-            pick = self._context.picker.pick(self.client_ip, tried or ())
-            if pick is None:
-                if tried and any(tried.values()) and self._waited < len(DIAL_TIMEOUTS_S):
-                    # Everybody has been asked, and somebody was merely slow: ask the slow ones once more.
-                    self._tried = {address: again for address, again in tried.items() if not again}
-                    continue
-                self._caller.on_failed("no endpoint could be reached" if tried else "no endpoint")
-                return
-            if self._attempts:
-                self._context.counters.retries += 1
-                pick.counters.retries += 1
-            self._pick = pick
-            if self._connect(pick.endpoint.address):
-                return
+        pick = self._next()
+        if pick is not None:
+            self._dial(pick)
+        elif self._sock is None:
+            self._caller.on_failed("no endpoint could be reached" if self._tried else "no endpoint")
 
-    def _connect(self, address: Address) -> bool:
+    def _dial(self, pick: Pick) -> None:
+        """Dial the endpoint of *pick*; where that fails at once, the next one's turn has come."""
+        following: Pick | None = pick
+        while following is not None:
+            if self._tried is not None:
+                self._context.counters.retries += 1
+                following.counters.retries += 1
+            if self._connect(following):
+                return
+            following = self._next()
+        if self._sock is None:
+            self._caller.on_failed("no endpoint could be reached")
+        else:
+            self._wait()
+
+    def _next(self) -> Pick | None:
+        """Return which endpoint to dial now, None if there is none."""
+        picker, tried = self._context.picker, self._tried
+        if tried is None:
+            return picker.pick(self.client_ip)
+        if self._dials >= DIALS_MAX or self._context.loop.time() >= self._give_up_at:
+            return None
+        alone = self._sock is None
+        pick = picker.pick_another(self.client_ip, tried, doubtful=alone or self._round > _OPEN)
+        if pick is None and (alone or self._round == _SLOW) and any(tried.values()):
+            # All were asked, and some were merely slow: these are asked again, unless they are being asked now.
+            self._round = _SLOW
+            under_way = {one.endpoint.address for _, one in self._open()}
+            self._tried = {address: again for address, again in tried.items() if not again or address in under_way}
+            pick = picker.pick_another(self.client_ip, self._tried, doubtful=True)
+        return pick
+
+    def _connect(self, pick: Pick) -> bool:
         """Begin to connect; False when that failed at once and the next endpoint's turn has come."""
-        context = self._context
+        context, address = self._context, pick.endpoint.address
+        beside = self._sock is not None
+        if beside and not context.connections.begin_race():
+            self._wait()  # there is no descriptor for it: the one that is open goes on alone
+            return True
         try:
             sock = stream_socket(address, context.congestion_control)
         except OSError as error:
-            self._wait_for_descriptors(error)
+            if beside:
+                context.connections.end_race()
+                context.connections.note_shortage(error)
+                self._wait()
+            else:
+                self._wait_for_descriptors(error)
             return True
-        self._attempts += 1
+        self._dials += 1
         transparent = context.transparent
         if transparent is not None and transparent.concerns(self.client_ip, address[0]):
             try:
                 transparent.speak_as(sock, self.client_ip)
             except OSError as error:
-                sock.close()
+                self._drop(sock, beside=beside)
+                self.cut()
                 self._caller.on_failed(f"the client's address cannot be used: {error.strerror}")
                 return True
         try:
             code = sock.connect_ex(address)
             if code in _UNDER_WAY:
-                context.poller.watch(sock, self._on_socket)
+                context.poller.watch(sock, self._on_newer if beside else self._on_socket)
         except OSError as error:
             code = error.errno or errno.EIO
-        if code in _UNDER_WAY:
-            self._sock = sock
-            context.deadlines[self._waited].add(self)
-            return True
+        if code not in _UNDER_WAY:
+            self._drop(sock, beside=beside)
+            self._note_failure(pick, code)
+            return False
+        if beside:
+            self._newer = sock, pick
+        else:
+            self._sock, self._pick = sock, pick
+        if self._tried is None:
+            context.deadlines[RACE].add(self)
+        else:
+            self._tried[address] = True
+            self._wait()
+        return True
+
+    def _drop(self, sock: SocketType, *, beside: bool) -> None:
         sock.close()
-        self._note_failure(code, again=False)
-        return False
+        if beside:
+            self._context.connections.end_race()
+
+    # ---- what becomes of a dial
 
     def _on_socket(self, events: int) -> None:
-        sock = self._sock
-        if sock is None:
-            return
+        if self._sock is not None:
+            self._on_events(self._sock, self._pick, events)
+
+    def _on_newer(self, events: int) -> None:
+        if self._newer is not None:
+            self._on_events(*self._newer, events)
+
+    def _on_events(self, sock: SocketType, pick: Pick, events: int) -> None:
         if events & FAILED:
             # Without an error these were the events of a closed socket whose number this one has (see poller.py).
             if code := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                self._fail(code)
+                self._fail(sock, pick, code)
         elif events & WRITE:
-            context, pick = self._context, self._pick
             if is_self_connected(sock, pick.endpoint.address):
-                self._fail(errno.ECONNREFUSED)
+                self._fail(sock, pick, errno.ECONNREFUSED)
                 return
             if self._header and (code := self._send_header(sock)):
-                self._fail(code)
+                self._fail(sock, pick, code)
                 return
-            context.deadlines[self._waited].remove(self)
-            self._sock = None
-            if context.picker.report_success(pick.endpoint):
-                log.info("endpoint %s takes connections again", pick.endpoint)
-            self._caller.on_connected(sock, pick, events)
+            self._win(sock, pick, events)
+
+    def _win(self, sock: SocketType, pick: Pick, events: int) -> None:
+        context = self._context
+        if self._tried is None:
+            context.deadlines[RACE].remove(self)
+        else:
+            self._wait_no_more()
+        if self._newer is not None:
+            self._end_race(sock)
+        self._sock = None
+        if context.picker.report_success(pick.endpoint, self._name(pick)):
+            log.info("endpoint %s takes connections again", pick.endpoint)
+        if self._first_failed:
+            context.picker.pin(self.client_ip, pick.endpoint)
+        self._caller.on_connected(sock, pick, events)
+
+    def _end_race(self, winner: SocketType) -> None:
+        """Close the one of two dials that *winner* has overtaken."""
+        assert self._newer is not None
+        assert self._sock is not None
+        is_older = winner is self._newer[0]
+        loser, pick = (self._sock, self._pick) if is_older else self._newer
+        self._newer = None
+        self._context.connections.end_race()
+        self._context.poller.close(loser)
+        if is_older and self._context.picker.report_overtaken(pick.endpoint, self._name(pick)):
+            self._note_ejection(pick, errno.ETIMEDOUT)
+
+    def _name(self, pick: Pick) -> str:
+        """Return in whose name the endpoint of *pick* was dialled, "" for this node's."""
+        transparent = self._context.transparent
+        if transparent is None or not transparent.concerns(self.client_ip, pick.endpoint.ip):
+            return ""
+        return self.client_ip
 
     def _send_header(self, sock: SocketType) -> int:
         """Send the header, whole, and return 0; or return why not: then another backend has it from its beginning.
@@ -211,42 +317,81 @@ class Dial:
         except OSError as error:
             return error.errno or errno.EIO
 
-    def _fail(self, code: int) -> None:
-        self._let_go()
-        self._note_failure(code, again=False)
+    def _fail(self, sock: SocketType, pick: Pick, code: int, *, again: bool = False) -> None:
+        """The dial to the endpoint of *pick* has failed; go on with another one."""
+        self._let_go(sock)
+        self._note_failure(pick, code, again=again)
         self.start()
 
     def on_timeout(self) -> None:
-        """What is dialled now has had its time."""
-        self._let_go()
-        self._waited += 1
-        self._note_failure(errno.ETIMEDOUT, again=self._waited < len(DIAL_TIMEOUTS_S))
-        if self._waited < len(DIAL_TIMEOUTS_S):
-            self.start()
-        else:
-            self._caller.on_failed("no endpoint could be reached")
-
-    def _note_failure(self, code: int, *, again: bool) -> None:
-        endpoint = self._pick.endpoint
+        """No dial has answered for a while: begin another one, or wait on."""
+        if self._sock is None:
+            return
+        now = self._context.loop.time()
         if self._tried is None:
+            self._first = self._pick.endpoint.address
+            self._tried = {self._first: True}
+            self._give_up_at = now + BUDGET_S - RACE_S
+        if now >= self._give_up_at:
+            for sock, pick in self._open():
+                self._let_go(sock)
+                self._note_failure(pick, errno.ETIMEDOUT)
+            self._caller.on_failed("no endpoint could be reached")
+            return
+        another = self._next()
+        if another is None and self._round == _DOUBTFUL:
+            self._round = _SLOW
+            another = self._next()
+        if another is None:
+            if self._round == _OPEN:
+                self._round = _DOUBTFUL
+            self._wait(PATIENCE)
+            return
+        if self._newer is not None:
+            sock, pick = self._sock, self._pick
+            self._let_go(sock)
+            self._note_failure(pick, errno.ETIMEDOUT, again=True)
+        self._dial(another)
+
+    def _open(self) -> list[tuple[SocketType, Pick]]:
+        """Return the dials under way, the older one first."""
+        older = [] if self._sock is None else [(self._sock, self._pick)]
+        return older if self._newer is None else [*older, self._newer]
+
+    def _wait(self, how: int = RACE) -> None:
+        """Let `on_timeout` be called later, and not before."""
+        self._wait_no_more()
+        self._context.deadlines[PATIENCE if self._round == _SLOW else how].add(self)
+
+    def _wait_no_more(self) -> None:
+        for deadline in self._context.deadlines:
+            deadline.remove(self)
+
+    def _note_failure(self, pick: Pick, code: int, *, again: bool = False) -> None:
+        endpoint, counters = pick.endpoint, self._context.counters
+        if self._tried is None:
+            self._first = endpoint.address
             self._tried = {}
+            self._give_up_at = self._context.loop.time() + BUDGET_S
         self._tried[endpoint.address] = again
-        counters = self._context.counters
+        self._first_failed = self._first_failed or endpoint.address == self._first
         counters.dial_failures += 1
-        self._pick.counters.dial_failures += 1
+        pick.counters.dial_failures += 1
         if code == errno.EADDRNOTAVAIL:
             counters.port_exhaustions += 1
         if code in LOCAL_SHORTAGES:
-            self._context.on_shortage(OSError(code, f"connecting to {endpoint}: {os.strerror(code)}"))
-            return
-        if self._context.picker.report_failure(endpoint):
-            counters.ejections += 1
-            self._pick.counters.ejections += 1
-            log.info("endpoint %s is passed over for a while: %s", endpoint, os.strerror(code))
+            self._context.connections.note_shortage(OSError(code, f"connecting to {endpoint}: {os.strerror(code)}"))
+        elif self._context.picker.report_failure(endpoint, self._name(pick)):
+            self._note_ejection(pick, code)
+
+    def _note_ejection(self, pick: Pick, code: int) -> None:
+        self._context.counters.ejections += 1
+        pick.counters.ejections += 1
+        log.info("endpoint %s is passed over for a while: %s", pick.endpoint, os.strerror(code))
 
     def _wait_for_descriptors(self, error: OSError) -> None:
         """The client is accepted and unread: it can wait until other connections end."""
-        self._context.on_shortage(error)
+        self._context.connections.note_shortage(error)
         self._starved += 1
         if self._starved > STARVED_MAX:
             self._caller.on_failed("out of descriptors")
@@ -257,10 +402,19 @@ class Dial:
         """Stop without telling the caller."""
         if self._timer is not None:
             self._timer.cancel()
-        self._let_go()
+        for sock, _ in self._open():
+            self._let_go(sock)
 
-    def _let_go(self) -> None:
-        if self._sock is not None:
-            self._context.deadlines[self._waited].remove(self)
-            self._context.poller.close(self._sock)
+    def _let_go(self, sock: SocketType) -> None:
+        """Close the dial of *sock*; the newer one takes the place of the older one."""
+        context = self._context
+        context.poller.close(sock)
+        if self._newer is None:
             self._sock = None
+            self._wait_no_more()
+            return
+        context.connections.end_race()
+        if sock is self._sock:
+            self._sock, self._pick = self._newer
+            context.poller.hand_over(self._sock, self._on_socket)
+        self._newer = None

@@ -6,15 +6,23 @@ a node port is one client all the same, and a backend that refuses one listener'
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from userspace_proxy.interfaces import EndpointCounters
 from userspace_proxy.model.endpoint import Address
 
-# A trial that nobody reports on (the connection attempt was cut) is over after the longest dial there is.
+EJECT_S = 1.0
+EJECT_MAX_S = 60.0
+# A trial that nobody reports on (the connection attempt was cut) is over after so long.
 TRIAL_S = 4.0
+# An endpoint that lets so many dials in a row be overtaken by others, and answers none, is silent.
+OVERTAKEN_MAX = 3
+# What clients whose own dials fail can make us remember.
+REFUSED_CLIENTS_MAX = 1_024
+REFUSALS_OF_A_CLIENT_MAX = 256
 # A client can choose its IPv6 address freely, so what it can make us remember has a bound.
 PINS_MAX = 65_536
 
@@ -33,6 +41,14 @@ class Ejection:
     failures: int
     until: float
     trial_until: float = 0.0
+
+
+class Chooser(Protocol):
+    """A picker, as its memory knows it."""
+
+    def on_ejection(self, address: Address) -> None:
+        """*address* was ejected, for longer than before or anew, or is ejected no more."""
+        ...
 
 
 class PickerMemory(NamedTuple):
@@ -56,16 +72,19 @@ class Memory:
         self._new_pins: dict[str, Pin] | None = None  # kept once somebody asks for news
         self._told_ejected: list[tuple[Address, int, float]] = []
         self._counters: dict[Address, EndpointCounters] = {}
-        self._chosen_from: dict[object, Collection[Address]] = {}  # by picker
+        self._chosen_from: dict[Chooser, Collection[Address]] = {}
+        self._overtaken: dict[Address, int] = {}
+        # By client, the one whose dial failed longest ago first.
+        self.refused: OrderedDict[str, dict[Address, Ejection]] = OrderedDict()
 
     # ---- who shares it
 
-    def share(self, picker: object, addresses: Collection[Address]) -> None:
+    def share(self, picker: Chooser, addresses: Collection[Address]) -> None:
         """From now on *picker* chooses from *addresses*; what no picker chooses from any more starts afresh."""
         self._chosen_from[picker] = addresses
         self._forget_gone()
 
-    def leave(self, picker: object) -> bool:
+    def leave(self, picker: Chooser) -> bool:
         """*picker* chooses no more; return whether it was the last one."""
         self._chosen_from.pop(picker, None)
         self._forget_gone()
@@ -80,6 +99,8 @@ class Memory:
         known = self.addresses()
         for address in [address for address in self.ejected if address not in known]:
             del self.ejected[address]
+        for address in [address for address in self._overtaken if address not in known]:
+            del self._overtaken[address]
         for address in [a for a, counters in self._counters.items() if a not in known and not counters.open]:
             del self._counters[address]
 
@@ -137,6 +158,67 @@ class Memory:
         ejection.trial_until = now + TRIAL_S
         return True
 
+    def eject(self, address: Address) -> bool:
+        """Eject *address*, or for twice as long as the last time; return whether that makes a difference.
+
+        One failure counts once, however many connections met it: those that failed while it was out say nothing new.
+        """
+        now = self.now()
+        ejection = self.ejected.setdefault(address, Ejection(0, now))
+        if not _extend(ejection, now):
+            return False
+        self._tell(address)
+        return True
+
+    def forgive(self, address: Address) -> bool:
+        """Hold nothing against *address* any more; return whether it was ejected."""
+        if self._overtaken:
+            self._overtaken.pop(address, None)
+        if self.ejected.pop(address, None) is None:
+            return False
+        self._tell(address)
+        return True
+
+    def is_silent(self, address: Address) -> bool:
+        """Count a dial to *address* that another one has overtaken; return whether it is one too many."""
+        if address in self.ejected:
+            return True  # that was its trial
+        count = self._overtaken.get(address, 0) + 1
+        if count < OVERTAKEN_MAX:
+            self._overtaken[address] = count
+            return False
+        self._overtaken.pop(address, None)
+        return True
+
+    def _tell(self, address: Address) -> None:
+        for picker in self._chosen_from:
+            picker.on_ejection(address)
+
+    # ---- failures of one client
+
+    def refuse(self, client_ip: str, address: Address) -> bool:
+        """Eject *address* for *client_ip* alone, whose dial failed; return whether that makes a difference.
+
+        A firewall of the endpoint may be against this client.
+        """
+        of_client = self.refused.setdefault(client_ip, {})
+        self.refused.move_to_end(client_ip)
+        now = self.now()
+        ejection = of_client.pop(address, None) or Ejection(0, now)
+        is_new = _extend(ejection, now)
+        of_client[address] = ejection
+        if len(of_client) > REFUSALS_OF_A_CLIENT_MAX:
+            del of_client[next(iter(of_client))]
+        if len(self.refused) > REFUSED_CLIENTS_MAX:
+            self.refused.popitem(last=False)
+        return is_new
+
+    def welcome(self, client_ip: str, address: Address) -> None:
+        """A dial to *address* in the name of *client_ip* succeeded."""
+        of_client = self.refused.get(client_ip)
+        if of_client is not None and of_client.pop(address, None) is not None and not of_client:
+            del self.refused[client_ip]
+
     # ---- what another process should know
 
     def all(self) -> PickerMemory:
@@ -165,3 +247,14 @@ class Memory:
         for address, failures, until in memory.ejected:
             if address in known:
                 self.ejected.setdefault(address, Ejection(failures, until))
+                self._tell(address)
+
+
+def _extend(ejection: Ejection, now: float) -> bool:
+    """Let *ejection*, whose time is up, begin anew for twice as long; return whether it was up."""
+    if ejection.failures and now < ejection.until:
+        return False
+    ejection.failures += 1
+    ejection.until = now + min(EJECT_S * 2 ** (ejection.failures - 1), EJECT_MAX_S)
+    ejection.trial_until = 0.0
+    return True

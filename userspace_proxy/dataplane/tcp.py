@@ -49,7 +49,7 @@ class TcpListener:
             context.deadlines,
             self.picker,
             self.counters,
-            context.connections.note_shortage,
+            context.connections,
             context.limits.congestion_control,
             Transparent(context.tables, self.counters) if spec.transparent else None,
         )

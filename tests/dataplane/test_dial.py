@@ -1,0 +1,290 @@
+"""Dials over a network and a clock that go only when told: every mixture of endpoints, and no wall time."""
+
+from __future__ import annotations
+
+import errno
+import heapq
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from userspace_proxy.dataplane import dial as dial_module
+from userspace_proxy.dataplane.dial import BUDGET_S, DIALS_MAX, RACE_S, Dial, DialContext, deadlines
+from userspace_proxy.dataplane.memory import OVERTAKEN_MAX, Memory
+from userspace_proxy.dataplane.picker import Pick, Picker
+from userspace_proxy.dataplane.poller import FAILED, WRITE
+from userspace_proxy.interfaces import Counters
+from userspace_proxy.model.endpoint import Address, Endpoint
+
+CLIENT = "10.1.0.1"
+
+
+@dataclass
+class Fate:
+    """What becomes of a dial to an endpoint: *code* (0: it answers) after *after_s*; None: nothing, ever."""
+
+    after_s: float | None = None
+    code: int = 0
+
+
+SILENT = Fate()
+NEAR = Fate(0.001)
+
+
+class Network:
+    """Stands for the kernel, the event loop and the poller."""
+
+    def __init__(self, fates: dict[Address, Fate]) -> None:
+        self.fates = fates
+        self.now_s = 1_000.0
+        self.dialled: list[Address] = []
+        self.handlers: dict[FakeSocket, Callable[[int], None]] = {}
+        self.most_open = 0
+        self._steps: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._order = itertools.count()
+
+    def time(self) -> float:
+        return self.now_s
+
+    def call_at(self, at: float, step: Callable[..., None], *arguments: object) -> None:
+        heapq.heappush(self._steps, (at, next(self._order), step, arguments))
+
+    def watch(self, sock: FakeSocket, handler: Callable[[int], None]) -> None:
+        self.handlers[sock] = handler
+        self.most_open = max(self.most_open, len(self.handlers))
+        fate = self.fates[sock.address]
+        if fate.after_s is not None:
+            sock.code = fate.code
+            self.call_at(self.now_s + fate.after_s, self._tell, sock, FAILED if fate.code else WRITE)
+
+    def _tell(self, sock: FakeSocket, events: int) -> None:
+        if sock in self.handlers:
+            self.handlers[sock](events)
+
+    def hand_over(self, sock: FakeSocket, handler: Callable[[int], None]) -> None:
+        self.handlers[sock] = handler
+
+    def close(self, sock: FakeSocket) -> None:
+        del self.handlers[sock]
+
+    def run(self, until: Callable[[], object]) -> None:
+        while not until():
+            self.now_s, _, step, arguments = heapq.heappop(self._steps)
+            step(*arguments)
+
+    # ---- as `Connections`
+
+    races = 0
+
+    def begin_race(self) -> bool:
+        self.races += 1
+        return True
+
+    def end_race(self) -> None:
+        self.races -= 1
+
+    def note_shortage(self, error: OSError) -> None: ...
+
+
+class FakeSocket:
+    def __init__(self, network: Network, address: Address) -> None:
+        self.network, self.address, self.code = network, address, 0
+
+    def connect_ex(self, address: Address) -> int:
+        self.network.dialled.append(address)
+        fate = self.network.fates[address]
+        return fate.code if fate.code and fate.after_s == 0 else errno.EINPROGRESS
+
+    def getsockopt(self, *_: int) -> int:
+        return self.code
+
+    def getsockname(self) -> Address:
+        return "10.0.0.254", 1
+
+    def close(self) -> None: ...
+
+
+class World:
+    """A picker over endpoints with given fates, and dials over them."""
+
+    def __init__(self, *fates: Fate, affinity_timeout_s: int | None = None) -> None:
+        self.endpoints = [Endpoint(f"10.0.{n // 250}.{n % 250 + 1}", 80) for n in range(len(fates))]
+        self.network = Network({e.address: fate for e, fate in zip(self.endpoints, fates, strict=True)})
+        self.memory = Memory(self.network.time, affinity_timeout_s)
+        self.picker = Picker(self.memory)
+        self.picker.set_endpoints(self.endpoints)
+        self.counters = Counters()
+        network: Any = self.network
+        self.context = DialContext(network, network, deadlines(network), self.picker, self.counters, network)
+
+    def attempt(self) -> Attempt:
+        """Dial until an endpoint is connected, or all have failed."""
+        attempt = Attempt(self.network.now_s)
+        ejected = set(self.memory.ejected)
+        before = len(self.network.dialled)
+        Dial(CLIENT, self.context, attempt).start()
+        self.network.run(lambda: attempt.over)
+        if attempt.sock is not None:
+            self.network.close(attempt.sock)
+        attempt.took_s = self.network.now_s - attempt.took_s
+        attempt.dialled = self.network.dialled[before:]
+        attempt.trials = len(ejected & set(attempt.dialled))
+        assert (self.network.handlers, self.network.races) == ({}, 0), "all else is closed"
+        assert self.network.most_open <= 2
+        return attempt
+
+
+@dataclass
+class Attempt:
+    took_s: float
+    pick: Pick | None = None
+    over: bool = False
+    sock: Any = None
+    trials: int = 0
+    dialled: list[Address] = field(default_factory=list)
+
+    def on_connected(self, backend: Any, pick: Pick, told: int) -> None:
+        self.over, self.pick, self.sock = True, pick, backend
+
+    def on_failed(self, reason: str) -> None:
+        self.over = True
+
+
+@pytest.fixture(autouse=True)
+def network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dials get their sockets from the network of the poller that they are watched by."""
+    monkeypatch.setattr(dial_module, "stream_socket", lambda address, _: _Unbound(address))
+
+
+class _Unbound(FakeSocket):
+    """Knows its network once it is dialled."""
+
+    def __init__(self, address: Address) -> None:
+        super().__init__(CURRENT[-1], address)
+
+
+CURRENT: list[Network] = []
+
+
+def world(*fates: Fate, affinity_timeout_s: int | None = None) -> World:
+    made = World(*fates, affinity_timeout_s=affinity_timeout_s)
+    CURRENT[:] = [made.network]
+    return made
+
+
+rejections = st.sampled_from([errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.EACCES, errno.ENETUNREACH])
+failing = st.one_of(
+    st.just(SILENT),
+    st.builds(Fate, st.sampled_from([0, 0.0001, 0.2, 0.4]), rejections),
+)
+answering = st.builds(Fate, st.sampled_from([0.0001, 0.05, 0.2]))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(failing, max_size=20), answering, st.data())
+def test_no_attempt_fails_while_one_endpoint_answers(fates: list[Fate], living: Fate, data: st.DataObject) -> None:
+    at = data.draw(st.integers(0, len(fates)))
+    there = world(*fates[:at], living, *fates[at:])
+
+    for pause_s in data.draw(st.lists(st.sampled_from([0, 0.5, 1, 3, 60]), min_size=3, max_size=8)):
+        there.network.now_s += pause_s
+        attempt = there.attempt()
+
+        assert attempt.pick is not None
+        assert attempt.pick.endpoint == there.endpoints[at]
+        assert attempt.trials <= 1
+        assert attempt.took_s < BUDGET_S
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.one_of(st.just(Fate(2.2)), rejections.map(lambda code: Fate(0.1, code))), max_size=7))
+def test_endpoints_far_away_are_reached_where_there_is_nothing_nearer(fates: list[Fate]) -> None:
+    there = world(*fates, Fate(2.2))
+
+    for _ in range(4):
+        assert there.attempt().pick is not None
+
+
+def test_one_far_away_is_reached_among_seven_that_are_silent() -> None:
+    for at in range(8):
+        there = world(*(Fate(2.2) if n == at else SILENT for n in range(8)))
+
+        assert there.attempt().pick is not None, at
+
+
+def test_half_of_the_endpoints_vanish_and_no_client_notices_for_long() -> None:
+    there = world(*[SILENT] * 4, *[NEAR] * 4)
+
+    waits = []
+    for _ in range(60):
+        waits.append(there.attempt().took_s)
+        there.network.now_s += 0.1
+
+    assert max(waits) < 5 * RACE_S
+    assert sum(wait > RACE_S for wait in waits) < 30
+
+
+def test_the_first_to_answer_wins_and_the_other_one_keeps_its_turns() -> None:
+    there = world(Fate(0.3), NEAR)
+
+    for _ in range(OVERTAKEN_MAX - 1):
+        attempt = there.attempt()
+        assert attempt.pick is not None
+        assert (attempt.pick.endpoint, attempt.pick.why) == (there.endpoints[1], "failover")
+        assert attempt.took_s == pytest.approx(RACE_S + 0.001)
+    assert (there.counters.ejections, there.counters.dial_failures) == (0, 0)
+    assert attempt.dialled[0] == there.endpoints[0].address
+
+
+def test_a_late_first_endpoint_wins_if_it_answers_before_the_second() -> None:
+    there = world(Fate(0.3), Fate(0.2))
+
+    attempt = there.attempt()
+
+    assert attempt.pick is not None
+    assert (attempt.pick.endpoint, len(attempt.dialled)) == (there.endpoints[0], 2)
+    assert not there.memory.ejected
+
+
+def test_a_pin_stays_while_its_endpoint_is_only_slow_and_moves_when_it_fails() -> None:
+    there = world(NEAR, NEAR, affinity_timeout_s=100)
+    first = there.endpoints[0]
+    there.attempt()
+
+    there.network.fates[first.address] = Fate(0.4)
+    attempt = there.attempt()
+    assert attempt.pick is not None
+    assert (attempt.pick.endpoint, there.memory.pins[CLIENT].address) == (there.endpoints[1], first.address)
+
+    there.network.fates[first.address] = Fate(0.001, errno.ECONNREFUSED)
+    there.attempt()
+    assert there.memory.pins[CLIENT].address == there.endpoints[1].address
+
+
+def test_a_pin_stays_where_it_is_when_no_endpoint_answers() -> None:
+    there = world(NEAR, NEAR, affinity_timeout_s=100)
+    there.attempt()
+    for endpoint in there.endpoints:
+        there.network.fates[endpoint.address] = SILENT
+
+    attempt = there.attempt()
+
+    assert attempt.pick is None
+    assert attempt.took_s <= BUDGET_S + 1.25
+    assert there.memory.pins[CLIENT].address == there.endpoints[0].address
+
+
+def test_an_attempt_among_thousands_that_refuse_is_bounded_and_later_ones_find_the_one_that_answers() -> None:
+    there = world(*[Fate(0, errno.EHOSTUNREACH)] * 2_000, NEAR)
+    outcomes = []
+    for _ in range(20):
+        attempt = there.attempt()
+        assert len(attempt.dialled) <= DIALS_MAX
+        outcomes.append(attempt.pick)
+
+    assert outcomes[-1] is not None
