@@ -303,9 +303,7 @@ class Dial:
     def _name(self, pick: Pick) -> str:
         """Return in whose name the endpoint of *pick* was dialled, "" for this node's."""
         transparent = self._context.transparent
-        if transparent is None or not transparent.concerns(self.client_ip, pick.endpoint.ip):
-            return ""
-        return self.client_ip
+        return "" if transparent is None else transparent.name_for(self.client_ip, pick.endpoint.ip)
 
     def _send_header(self, sock: SocketType) -> int:
         """Send the header, whole, and return 0; or return why not: then another backend has it from its beginning.

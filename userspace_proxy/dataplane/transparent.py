@@ -35,6 +35,10 @@ class Transparent:
         """
         return client_ip != backend_ip and not any(map(self._tables.is_local, (client_ip, backend_ip)))
 
+    def name_for(self, client_ip: str, backend_ip: str) -> str:
+        """Return the address that the backend sees in place of this node's: *client_ip*, or "" for none."""
+        return client_ip if self.concerns(client_ip, backend_ip) else ""
+
     def speak_as(self, sock: SocketType, client_ip: str, port: int = 0) -> None:
         """Give *sock*, not connected yet, the address of the client; without *port* that is found when it connects.
 

@@ -160,7 +160,7 @@ class UdpListener:
             try:
                 leased = self._lease(address, key, client_ip)
             except OSError as error:
-                self._hold_against(pick.endpoint, pick.counters, error)
+                self._hold_against(pick.endpoint, pick.counters, error, key)
                 continue
             if leased is None:
                 return None
@@ -248,7 +248,7 @@ class UdpListener:
 
     def answered(self, flow: UdpFlow) -> None:
         flow.answered = True
-        if self.picker.report_success(flow.endpoint):
+        if self.picker.report_success(flow.endpoint, self._name(flow.key, flow.endpoint)):
             log.info("endpoint %s answers again", flow.endpoint)
 
     def not_sent(self, datagrams: int) -> None:
@@ -259,17 +259,22 @@ class UdpListener:
 
     def lose(self, flow: UdpFlow, error: OSError) -> None:
         """The endpoint refused: hold it against it, and end the flow so that the next datagram goes elsewhere."""
-        self._hold_against(flow.endpoint, flow.counters, error)
+        self._hold_against(flow.endpoint, flow.counters, error, flow.key)
         self._end(flow, f"refused: {os.strerror(error.errno or 0)}")
 
-    def _hold_against(self, endpoint: Endpoint, counters: EndpointCounters, error: OSError) -> None:
+    def _name(self, key: bytes, endpoint: Endpoint) -> str:
+        """Return whose address *endpoint* sees in datagrams of the client of *key*, "" for this node's."""
+        transparent = self._transparent
+        return "" if transparent is None else transparent.name_for(client_address(key)[0], endpoint.ip)
+
+    def _hold_against(self, endpoint: Endpoint, counters: EndpointCounters, error: OSError, key: bytes) -> None:
         self.counters.dial_failures += 1
         counters.dial_failures += 1
         if error.errno == errno.EPERM:
             log.debug("%s: a firewall of this host forbids datagrams to %s", self.name, endpoint)
         elif error.errno in LOCAL_SHORTAGES:
             self._context.connections.note_shortage(error)
-        elif self.picker.report_failure(endpoint):
+        elif self.picker.report_failure(endpoint, self._name(key, endpoint)):
             self.counters.ejections += 1
             counters.ejections += 1
             log.info("endpoint %s is passed over for a while: %s", endpoint, error.strerror)
