@@ -50,9 +50,9 @@ format: ## put the code in form
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-contract: ## the tables of docs/contract.md, of userspace_proxy/control/contract.toml
+contract: ## the tables of docs/reference/contract.md, of userspace_proxy/control/contract.toml
 	@tools/setup $(VENV)
-	@$(BIN)/python -m userspace_proxy.control.contract docs/contract.md
+	@$(BIN)/python -m userspace_proxy.control.contract docs/reference/contract.md
 
 drawings: ## docs/drawings/*.svg, of a packet followed in each mode; MODES="ipvs" for some of them
 	@tools/setup $(VENV) nft iptables ip conntrack nginx
@@ -64,7 +64,7 @@ compare: ## all modes side by side, 10 minutes, and a report in compare.html; AR
 	@tools/setup $(VENV) $(BENCH_TOOLS)
 	@exec $(BIN)/userspace-proxy compare --html compare.html $(ARGS)
 
-bench: ## beside HAProxy, nginx and kernel DNAT, 12 minutes; ARGS="--docs docs/performance.md" writes that page's figures
+bench: ## beside HAProxy, nginx and kernel DNAT, 12 minutes; ARGS="--docs docs/explanation/performance.md" writes that page's figures
 	@tools/setup $(VENV) $(BENCH_TOOLS)
 	@timeout 2400 $(BIN)/python -m benchmarks.compare $(ARGS)
 

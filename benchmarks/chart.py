@@ -1,4 +1,4 @@
-"""The chart of docs/performance.md: a panel for each case, a bar for each plane, as SVG without dependencies."""
+"""The chart of docs/explanation/performance.md as SVG: a panel for each case, a bar for each plane."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results as tables: for the terminal, and as Markdown between two marks of docs/performance.md."""
+"""Results as tables: for the terminal, and as Markdown between two marks of docs/explanation/performance.md."""
 
 from __future__ import annotations
 

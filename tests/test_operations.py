@@ -19,9 +19,9 @@ ROOT = Path(__file__).parents[1]
 UNIT = ROOT / "examples" / "systemd" / "userspace-proxy.service"
 MANIFESTS = ROOT / "examples" / "kubernetes"
 PAGES = [
-    ROOT / "docs" / "operations.md",
-    ROOT / "docs" / "kubernetes.md",
-    ROOT / "docs" / "metrics.md",
+    ROOT / "docs" / "explanation" / "operations.md",
+    ROOT / "docs" / "how-to" / "run-in-a-cluster.md",
+    ROOT / "docs" / "reference" / "metrics.md",
     ROOT / "README.md",
 ]
 

@@ -12,7 +12,7 @@ import pytest
 from tests.admin.given import every_metric, exposed
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "metrics.md"
+PAGE = ROOT / "docs" / "reference" / "metrics.md"
 DASHBOARD = json.loads((ROOT / "examples" / "grafana" / "dashboards" / "userspace-proxy.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 TIME_SERIES = {"_bucket", "_sum", "_count"}

@@ -1,4 +1,4 @@
-"""kube-proxy is replaced on a node that has traffic, and comes back: in the order of docs/kubernetes.md, unseen."""
+"""Replacing kube-proxy under traffic and going back fail no request: the order of docs/how-to/run-in-a-cluster.md."""
 
 from __future__ import annotations
 

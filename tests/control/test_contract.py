@@ -23,7 +23,7 @@ from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import Node
 
 TESTS = Path(__file__).parents[1]
-PAGE = TESTS.parent / "docs" / "contract.md"
+PAGE = TESTS.parent / "docs" / "reference" / "contract.md"
 # The kinds that are listed whole; of Pods and Nodes a proxy reads little, and the rest changes with every release.
 MODELS: dict[str, Any] = {
     "Service": models.V1Service,

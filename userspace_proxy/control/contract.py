@@ -1,4 +1,4 @@
-"""What becomes of each field that an object sets, for `check --contract` and docs/contract.md. Pure but for one file.
+"""Say what each field does here, for `check --contract` and docs/reference/contract.md. Pure but for one file.
 
 That file is contract.toml, the one place where it is said. `run` never reads it.
 """
@@ -150,7 +150,7 @@ def _is_left_alone(manifest: Manifest) -> bool:
 
 
 def page(text: str) -> str:
-    """Return *text*, that of docs/contract.md, with the tables that the contract has now."""
+    """Return *text*, that of docs/reference/contract.md, with the tables that the contract has now."""
     return _TABLE.sub(
         lambda found: found[1] + (_table(contract()[found[3]]) if found[2] == "fields" else _refusals(found[3])), text
     )

@@ -1,6 +1,6 @@
 """The table: Services, and what their clients must see. One group for each section of what a kube-proxy must do.
 
-Where kube-proxy's modes differ, one of the two is followed: docs/contract.md says which.
+Where kube-proxy's modes differ, one of the two is followed: docs/reference/contract.md says which.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the API server refuses of the fields that a proxy reads, as tables; docs/contract.md shows them. Pure.
+"""What the API server refuses of the fields that a proxy reads, as tables; docs/reference/contract.md shows them. Pure.
 
 They follow pkg/apis/core/validation and pkg/apis/discovery/validation of Kubernetes 1.36. A rule without a test is one
 that `run` refuses by as well: decode has it.
