@@ -31,7 +31,10 @@ SLICES = "/apis/discovery.k8s.io/v1/endpointslices"
 OLD_SLICES = "/apis/discovery.k8s.io/v1beta1/endpointslices"  # of kube-proxy before 1.21
 NODES = "/api/v1/nodes"
 EVENTS = "/apis/events.k8s.io/v1/namespaces/{namespace}/events"
-_KINDS = {SERVICES: "Service", SLICES: "EndpointSlice", OLD_SLICES: "EndpointSlice", NODES: "Node"}
+SERVICE_CIDRS = "/apis/networking.k8s.io/v1/servicecidrs"
+_KINDS = {SERVICES: "Service", SLICES: "EndpointSlice", OLD_SLICES: "EndpointSlice", NODES: "Node"} | {
+    SERVICE_CIDRS: "ServiceCIDR"
+}
 
 
 class Fault(Enum):

@@ -86,8 +86,8 @@ class WithRoutes:
     """A sink before the proxier: this node has a route to each portal, and forwards nothing that no Service serves.
 
     *ranges*: where cluster IPs are from, as far as that is known. *discarded*: ranges to which no packet is forwarded;
-    with *discards_portals* the same goes for portals outside of these. *sources*: the addresses of this node's own
-    packets to portals, for modes in which endpoints see them.
+    with *discards_portals* the same goes for portals outside of these, without *ranges* for those that the state has.
+    *sources*: the addresses of this node's own packets to portals, for modes in which endpoints see them.
     """
 
     def __init__(
@@ -103,7 +103,8 @@ class WithRoutes:
         self._sink = sink
         self._sources = tuple(sources)
         self._ranges = list(ranges)
-        self._discarded = list(discarded)
+        self._given_discarded = list(discarded)
+        self._discarded = self._given_discarded
         self._discards_portals = discards_portals
         self._now = now
         self._is_first = True
@@ -113,7 +114,10 @@ class WithRoutes:
 
     async def sync(self, state: ProxyState) -> None:
         came, gone = self._note(state)
-        if self._is_first or came or gone:
+        discarded = self._given_discarded + ([] if self._ranges else _networks(state.service_cidrs))
+        is_another = discarded != self._discarded
+        self._discarded = discarded
+        if self._is_first or is_another or came or gone:
             await self._discard(came, gone)
         if routed := {*came, *(self._ranges if self._is_first else ())}:
             # One try: what refuses now (a blackhole route of somebody's, say) is no passing fault.
@@ -168,6 +172,10 @@ class WithRoutes:
 
     def _is_discarded(self, host: Network) -> bool:
         return any(host.network_address in known for known in self._discarded)
+
+
+def _networks(cidrs: Iterable[str]) -> list[Network]:
+    return [ipaddress.ip_network(cidr, strict=False) for cidr in cidrs]
 
 
 def widen_queues(backlog: int) -> None:

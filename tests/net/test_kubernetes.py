@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from tests.apiserver import NODES, SERVICES, SLICES, ApiServerThread
-from tests.net.world import POD1, POD2, Proxy, answers, background_requests, is_refused, told, wait_until
+from tests.apiserver import NODES, SERVICE_CIDRS, SERVICES, SLICES, ApiServerThread
+from tests.net.world import POD1, POD2, Proxy, answers, background_requests, is_refused, told, udp_socket, wait_until
 from tests.sources.test_kubernetes import PROXY_NAME, hold_certificates, kubeconfig, serving_tls
 from userspace_proxy.lab import HTTP_PORT, ServiceLab, ask
+from userspace_proxy.lab.hosts import CLIENT_IP
 
 IP = "10.96.9.1"
 
@@ -108,6 +109,28 @@ def test_what_the_api_says_is_what_clients_reach(cluster: Cluster, world: Servic
     assert cluster.proxy.health()[1]["nodeEligible"] is True
     assert cluster.proxy.metric("userspace_proxy_watch_last_heard_age_seconds", kind="services") < 5
     assert cluster.proxy.stop() == 0
+
+
+def test_what_no_service_has_of_the_clusters_service_cidrs_is_dropped(cluster: Cluster, world: ServiceLab) -> None:
+    """It left the node by its default route otherwise."""
+    cluster.serve("web", IP, POD1)
+    cluster.proxy.start("--proxy-mode", "nftables")
+    cluster.put(SERVICE_CIDRS, {"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/16"]}})
+    rule = "ip daddr 10.96.0.0/16 drop"
+    wait_until(lambda: rule in cluster.proxy.rules_text(), "the rule is there")
+    wait_until(
+        lambda: "blackhole 10.96.0.0/16" in world.node.ip("route", "show", "table", "10778"), "nor is it forwarded"
+    )
+    assert cluster.answers() == {"pod1"}
+    world.node.ip("route", "add", "default", "via", CLIENT_IP)
+    try:
+        with pytest.raises(PermissionError), udp_socket(world.node, "10.96.9.77", 53) as sock:
+            sock.send(b"who")  # EPERM: a rule at OUTPUT drops it
+    finally:
+        world.node.ip("route", "del", "default")
+
+    cluster.api.do(cluster.api.server.delete(SERVICE_CIDRS, "kubernetes", ""))
+    wait_until(lambda: rule not in cluster.proxy.rules_text(), "the rule is gone")
 
 
 def test_no_request_fails_while_the_api_is_gone_and_nothing_is_stale_when_it_is_back(

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.apiserver import NODES, SERVICES, SLICES, ApiServer, Fault, Refusal, api_server
+from tests.apiserver import NODES, SERVICE_CIDRS, SERVICES, SLICES, ApiServer, Fault, Refusal, api_server
 from tests.sources.test_reflector import QUICK
 from userspace_proxy import api
 from userspace_proxy.errors import StartError
@@ -163,6 +163,21 @@ async def test_a_node_that_cannot_be_seen_is_waited_for_only_so_long(server: Api
     server.forbidden.add(NODES)
     async with following(config, node_patience_s=0.1) as told:
         assert told.synced == 1
+
+
+async def test_an_api_without_service_cidrs_or_that_denies_them_is_no_problem(
+    server: ApiServer, config: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.forbidden.add(SERVICE_CIDRS)
+    async with following(config) as told:
+        await told.until(lambda: any(path == SERVICE_CIDRS for path, _ in server.requests))
+        server.forbidden.clear()
+        await server.put(SERVICE_CIDRS, {"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/16"]}})
+        await told.until(lambda: told.names("ServiceCIDR") == ["kubernetes"])
+        assert not told.source.problems
+        assert [watch.kind for watch in told.source.watches] == ["services", "endpointslices", "nodes"]
+
+    assert "servicecidrs cannot be followed" not in caplog.text
 
 
 async def test_only_our_own_node_is_asked_for(server: ApiServer, config: Path) -> None:

@@ -17,6 +17,7 @@ from userspace_proxy.api.objects import (
     ObjectMeta,
     Pod,
     Service,
+    ServiceCIDR,
     ServicePort,
 )
 
@@ -29,6 +30,7 @@ __all__ = [
     "ObjectMeta",
     "Pod",
     "Service",
+    "ServiceCIDR",
     "ServicePort",
     "below",
     "convert",

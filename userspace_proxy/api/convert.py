@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from userspace_proxy.api.objects import Endpoints, EndpointSlice, Node, Pod, Service
+from userspace_proxy.api.objects import Endpoints, EndpointSlice, Node, Pod, Service, ServiceCIDR
 from userspace_proxy.errors import ConfigError
 
 _Wanted = TypeVar("_Wanted")
-KubernetesObject = Service | EndpointSlice | Endpoints | Pod | Node
+KubernetesObject = Service | EndpointSlice | Endpoints | Pod | Node | ServiceCIDR
 
 KINDS: dict[str, type[Service | EndpointSlice | Endpoints | Pod | Node]] = {
     "Service": Service,

@@ -214,3 +214,15 @@ class Node(Struct, rename=_api_name, frozen=True):
     metadata: ObjectMeta
     spec: NodeSpec | None = None
     status: NodeStatus | None = None
+
+
+# ---- ServiceCIDR
+
+
+class ServiceCIDRSpec(Struct, rename=_api_name, frozen=True):
+    cidrs: list[str] | None = None
+
+
+class ServiceCIDR(Struct, rename=_api_name, frozen=True):
+    metadata: ObjectMeta
+    spec: ServiceCIDRSpec | None = None

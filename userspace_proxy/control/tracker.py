@@ -69,6 +69,7 @@ class Tracker:
         self._service_ports: dict[ServicePortName, ServicePort] = {}
         self._endpoints_of: dict[ServicePortName, tuple[Endpoint, ...]] = {}
         self._endpoint_changes: dict[ServicePortName, tuple[Endpoint, ...]] = {}
+        self._service_cidrs: dict[NamespacedName, tuple[str, ...]] = {}
         self._state = ProxyState(node=self._here)
         self._faults: dict[NamespacedName, str] = {}  # until the Service is written anew
         self._blemishes: dict[NamespacedName, str] = {}  # of what is served: a part of it is not, or not as it says
@@ -102,6 +103,8 @@ class Tracker:
                     self._set_pod(event.name, given)
                 case "Node":
                     self._set_node(event.name, given)
+                case "ServiceCIDR":
+                    self._set_service_cidr(event.name, given)
 
     # ---- one kind each; None is a deletion
 
@@ -195,6 +198,11 @@ class Tracker:
         else:
             log.warning("the Node %s was deleted; it stays for us what it was", name.name)  # behaviours Z2
 
+    def _set_service_cidr(self, name: NamespacedName, given: object) -> None:
+        self._service_cidrs.pop(name, None)
+        if isinstance(given, api.ServiceCIDR) and given.spec is not None:
+            self._service_cidrs[name] = tuple(given.spec.cidrs or ())
+
     # ---- state
 
     def take_endpoint_changes(self) -> Mapping[ServicePortName, tuple[Endpoint, ...]]:
@@ -207,6 +215,9 @@ class Tracker:
         node = decode.node_of(self.node, self._here)
         if node != self._state.node:
             self._state = replace(self._state, node=node)
+        service_cidrs = tuple(sorted({cidr for cidrs in self._service_cidrs.values() for cidr in cidrs}))
+        if service_cidrs != self._state.service_cidrs:
+            self._state = replace(self._state, service_cidrs=service_cidrs)
         if not self._changed:
             return self._state
         changed, self._changed = self._changed, set()

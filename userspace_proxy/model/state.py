@@ -16,6 +16,7 @@ from userspace_proxy.model.topology import Node
 class ProxyState:
     """Every service port with its endpoints, and the node they are seen from, at one moment.
 
+    ``service_cidrs``: where the cluster's API says that cluster IPs are from; empty where it does not say so.
     Both mappings are read-only and have the same keys. A value that did not change is the *same object*
     in the next state, so ``is not`` finds what changed and a sync costs what changed.
     """
@@ -23,3 +24,4 @@ class ProxyState:
     service_ports: Mapping[ServicePortName, ServicePort] = field(default_factory=lambda: MappingProxyType({}))
     endpoints: Mapping[ServicePortName, tuple[Endpoint, ...]] = field(default_factory=lambda: MappingProxyType({}))
     node: Node = field(default_factory=Node)
+    service_cidrs: tuple[str, ...] = ()

@@ -37,7 +37,7 @@ class KernelProxier:
     """Holds what is loaded, and brings it to each new state.
 
     ``masquerade_all``: whoever dials a cluster IP is seen by endpoints as this node. ``service_cidrs``: where cluster
-    IPs are from, as far as that is known.
+    IPs are from, where an operator says so; else the state does.
     """
 
     def __init__(
@@ -139,7 +139,8 @@ class KernelProxier:
 
     def _facts(self) -> NodeFacts:
         node = self._plans.state.node
-        return NodeFacts(node, self._rules.detector(node), self._rules.node_ports_on(node), self._service_cidrs)
+        service_cidrs = self._service_cidrs or self._plans.state.service_cidrs
+        return NodeFacts(node, self._rules.detector(node), self._rules.node_ports_on(node), service_cidrs)
 
     async def _forget(self, flows: Mapping[Portal, Answering]) -> None:
         with self.conntrack.timed():

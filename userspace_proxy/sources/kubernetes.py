@@ -1,4 +1,4 @@
-"""A cluster's API as a Source: Services, EndpointSlices and this node's Node, each by a reflector of its own.
+"""A cluster's API as a Source: Services, EndpointSlices, this node's Node and ServiceCIDRs, each by its own reflector.
 
 Only what a node proxy has to know is asked for, by kube-proxy's own selectors.
 """
@@ -22,6 +22,8 @@ _PROXY_NAME_LABEL = "service.kubernetes.io/service-proxy-name"
 _HEADLESS_LABEL = "service.kubernetes.io/headless"
 # kube-proxy waits so long for its Node, and then goes on without (behaviours Z6).
 _NODE_PATIENCE_S = 30.0
+# Not every cluster has it (since Kubernetes 1.33), nor lets every account read it. Nothing waits for it.
+_OPTIONAL = "ServiceCIDR"
 
 Reflectors = Mapping[str, Reflector[Any]]
 _Told = asyncio.Queue[tuple[str, list[Change[Any]] | Exception]]
@@ -40,7 +42,10 @@ def reflectors(
         words: str, path: str, kind: type[api.KubernetesObject], spares: Mapping[str, str] | None = None, **params: str
     ) -> Reflector[Any]:
         decoder = msgspec.json.Decoder(kind)
-        return Reflector(words, path, params, decoder, transport, pace=pace, chance=chance, spares=spares)
+        is_optional = kind is api.ServiceCIDR
+        return Reflector(
+            words, path, params, decoder, transport, pace=pace, chance=chance, spares=spares, is_optional=is_optional
+        )
 
     return {
         "Service": follows(
@@ -57,6 +62,7 @@ def reflectors(
             labelSelector=f"!{_HEADLESS_LABEL}",
         ),
         "Node": follows("nodes", "/api/v1/nodes", api.Node, fieldSelector=f"metadata.name={node_name}"),
+        _OPTIONAL: follows("servicecidrs", "/apis/networking.k8s.io/v1/servicecidrs", api.ServiceCIDR),
     }
 
 
@@ -69,7 +75,7 @@ class KubernetesSource:
 
     @property
     def watches(self) -> Sequence[WatchStats]:
-        return [reflector.stats for reflector in self._reflectors.values()]
+        return [reflector.stats for kind, reflector in self._reflectors.items() if kind != _OPTIONAL]
 
     @property
     def problems(self) -> Mapping[str, str]:
@@ -85,7 +91,7 @@ class KubernetesSource:
             for kind, reflector in self._reflectors.items()
         ]
         patience = asyncio.get_running_loop().call_later(self._node_patience_s, told.put_nowait, ("Node", []))
-        unlisted = set(self._reflectors)
+        unlisted = set(self._reflectors) - {_OPTIONAL}
         try:
             while True:
                 kind, changes = await told.get()

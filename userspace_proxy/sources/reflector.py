@@ -110,6 +110,7 @@ class Reflector(Generic[T]):
     """Yields what there is of one kind, then each change, whatever happens to the connection.
 
     *spares* are parameters that keep away what nobody needs. A server that does not know them is asked without.
+    *is_optional*: a server may refuse it without a warning.
     """
 
     def __init__(
@@ -123,12 +124,14 @@ class Reflector(Generic[T]):
         pace: Pace,
         chance: random.Random,
         spares: Mapping[str, str] | None = None,
+        is_optional: bool = False,
         now: Callable[[], float] = time.time,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._path = path
         self._params = params
         self._spares = dict(spares or {})
+        self._failure_level = logging.DEBUG if is_optional else logging.WARNING
         self._decoder = decoder
         self._transport = transport
         self._pace = pace
@@ -184,7 +187,7 @@ class Reflector(Generic[T]):
             log.info("%s: %s", stats.kind, why)
             return
         if why != stats.why:
-            log.warning("%s cannot be followed, what is known stays: %s", stats.kind, why)
+            log.log(self._failure_level, "%s cannot be followed, what is known stays: %s", stats.kind, why)
         if stats.failing_since is None:
             stats.failing_since = stats.heard_at if self._is_silent and stats.heard_at else self._now()
         stats.why = why
