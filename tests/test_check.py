@@ -645,7 +645,7 @@ def annotated(annotation: str) -> str:
             *(
                 13,
                 "spec.ports[0].targetPort",
-                "'Http' is not a number from 1 to 65535, or a port's name",
+                "'Http' is not a port's number or name",
                 "small letters",
             ),
             id="upper-case target port",
@@ -1248,6 +1248,12 @@ def test_render_takes_the_first_of_an_object_that_stands_twice_and_says_so() -> 
     assert "10.96.0.10" in done.stdout
     assert "10.96.0.77" not in done.stdout
     assert "Service default/web is already at stdin:4" in done.stderr
+
+
+def test_render_passes_over_a_file_of_another_tool() -> None:
+    done = render("-", stdin=GOOD + "---\nreplicaCount: 1\n")
+
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_render_ends_well_where_nothing_is_wrong() -> None:

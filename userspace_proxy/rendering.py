@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from userspace_proxy.control.memory import Memory
 from userspace_proxy.control.tracker import Tracker
-from userspace_proxy.errors import StartError
+from userspace_proxy.errors import Note, StartError
 from userspace_proxy.explain.known import Known, chosen, only
 from userspace_proxy.explain.lines import Explained
 from userspace_proxy.explain.modes import explained, ways
@@ -97,14 +97,15 @@ def _read(settings: Settings) -> _Given:
     manifests, problems = read_once(settings.paths, for_check=False)
     if not manifests and not problems:
         raise StartError(nothing_found(settings.paths))
-    for problem in problems:
+    faults = [problem for problem in problems if not isinstance(problem.error, Note)]
+    for problem in faults:
         log.error("%s", problem)
     tracker.apply(
         ObjectEvent(EventType.SET, manifest.kind, manifest.name, manifest.object, manifest.place)
         for manifest in manifests
         if manifest.object is not None
     )
-    return _Given(tracker.state(), memory, not problems and not tracker.problems)
+    return _Given(tracker.state(), memory, not faults and not tracker.problems)
 
 
 def _redirects(settings: Settings, given: _Given) -> Redirects:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from userspace_proxy import api
 from userspace_proxy.control import decode
-from userspace_proxy.control.lint.api_rules import CONTRADICTIONS, RELATIONS, RULES
+from userspace_proxy.control.lint.api_rules import RULES
+from userspace_proxy.control.lint.relations import CONTRADICTIONS, RELATIONS
 from userspace_proxy.sources.documents import Manifest
 from userspace_proxy.sources.lines import Lines
 

@@ -12,7 +12,8 @@ import yaml
 from tests.control.lint.given import faults as faults_in
 from userspace_proxy import api
 from userspace_proxy.control.lint import Finding
-from userspace_proxy.control.lint.api_rules import RELATIONS, RULES, Rule
+from userspace_proxy.control.lint.api_rules import RULES, Rule
+from userspace_proxy.control.lint.relations import RELATIONS
 
 # Objects that the API server accepts and in which every field of the table stands.
 GOOD: Mapping[str, dict[str, Any]] = {

@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 from userspace_proxy import api
 from userspace_proxy.control import decode
 from userspace_proxy.control.pools import NODE_PORTS
-from userspace_proxy.errors import ConfigError, Note
+from userspace_proxy.errors import ConfigError
 
 _Plain = Mapping[str, Any]
 
-_LABEL_MEND = "use small letters, digits and '-', 63 at most, first and last no '-'"
-_PORT_NAME_MEND = "use small letters, digits and '-', 15 at most, as the Pod's port has them"
-_QUALIFIED_MEND = "use letters, digits, '-', '_' and '.', 63 at most, with a domain and '/' before it or without"
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _SUBDOMAIN = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 # RFC 6335: what a named port may be called.
@@ -45,404 +41,122 @@ class Rule(NamedTuple):
     mend: str = ""
 
 
-class Relation(NamedTuple):
-    """What one field of a spec must not be beside others. ``wrong``: what a spec must say to be refused."""
-
-    field: str
-    demand: str
-    wrong: _Plain
-    is_wrong: Callable[[_Plain], object]
-    mend: str
-
-
 def _one_of(field: str, *names: str) -> Rule:
     wanted = ", ".join(names[:-1]) + f" or {names[-1]}"
     return Rule(field, wanted, names[-1].swapcase(), lambda value: value in names, f"write {wanted}")
 
 
-def _decoded(field: str, demand: str, wrong: object) -> Rule:
-    return Rule(field, demand, wrong)
+# What several fields hold: the demand, a wrong value, the test and the mend of a Rule.
+_NUMBER = ("a number from 1 to 65535", 65_536, decode.is_port, "write a number from 1 to 65535")
+_SYMBOLS = "use letters, digits, '-', '_' and '.', 63 at most"
+_NAME = ("a qualified name", "a b", _QUALIFIED.fullmatch, f"{_SYMBOLS}; a domain and '/' may stand before it")
+_VALUE = ("a label's value", "a b", _LABEL_VALUE.fullmatch, _SYMBOLS)
+_NODE = ("a name (DNS-1123)", "Node_1", _SUBDOMAIN.fullmatch, "use small letters, digits, '-' and '.'")
+_CIDR = ("a range of addresses (CIDR)", "10.1.0.0", decode.is_cidr, "write one such as 10.244.1.0/24")
+_NAMED = ("a label (DNS-1123)", "Http", _LABEL.fullmatch, "use small letters, digits and '-', 63 at most")
+_PORT = ("a port's name", "Http", _PORT_NAME.fullmatch, "use small letters, digits and '-', 15 at most")
+_RANGE = f"a number from {NODE_PORTS.start} to {NODE_PORTS.stop - 1}"
 
 
-def _matching(field: str, demand: str, wrong: str, pattern: re.Pattern[str], mend: str) -> Rule:
-    return Rule(field, demand, wrong, pattern.fullmatch, mend)
+def _is_target_port(value: object) -> object:
+    return not isinstance(value, str) or value.isdigit() or _PORT_NAME.fullmatch(value)
+
+
+def _is_host_name(value: str) -> object:
+    return _SUBDOMAIN.fullmatch(value.removesuffix("."))
 
 
 def _port_rules(field: str) -> tuple[Rule, ...]:
     """Return the rules of a port of an EndpointSlice or of Endpoints."""
     return (
-        _matching(f"{field}.name", "a label (DNS-1123)", "Http", re.compile(f"({_LABEL.pattern})?"), _LABEL_MEND),
+        Rule(f"{field}.name", *_NAMED),
         _one_of(f"{field}.protocol", "TCP", "UDP", "SCTP"),
-        Rule(f"{field}.port", "a number from 1 to 65535", 0, decode.is_port, "write a number from 1 to 65535"),
-        _matching(f"{field}.appProtocol", "a qualified name", "a b", _QUALIFIED, _QUALIFIED_MEND),
+        Rule(f"{field}.port", *_NUMBER),
+        Rule(f"{field}.appProtocol", *_NAME),
+    )
+
+
+def _container_rules(field: str) -> tuple[Rule, ...]:
+    return (
+        Rule(f"{field}.name", *_PORT),
+        _one_of(f"{field}.protocol", "TCP", "UDP", "SCTP"),
+        Rule(f"{field}.containerPort", *_NUMBER),
     )
 
 
 _COMMON = (
-    _matching("metadata.labels.{}", "a qualified name", "a b", _QUALIFIED, _QUALIFIED_MEND),
-    _matching(
-        "metadata.labels.*", "a label's value", "a b", _LABEL_VALUE, "use letters, digits, '-', '_' and '.', 63 at most"
-    ),
-    Rule(
-        "metadata.annotations.{}",
-        "a qualified name",
-        "a b",
-        lambda key: _QUALIFIED.fullmatch(key.lower()),
-        _QUALIFIED_MEND,
-    ),
+    Rule("metadata.labels.{}", *_NAME),
+    Rule("metadata.labels.*", *_VALUE),
+    Rule("metadata.annotations.{}", "a qualified name", "a b", lambda key: _QUALIFIED.fullmatch(key.lower()), _NAME[3]),
 )
-_NODE_NAME = ("a name (DNS-1123)", "Node_1", _SUBDOMAIN, "use small letters, digits, '-' and '.'")
 
 RULES: Mapping[str, tuple[Rule, ...]] = {
     "Service": (
-        _decoded("metadata.name", "a label (DNS-1123)", "My_Web"),
+        Rule("metadata.name", "a label (DNS-1123)", "My_Web"),
         *_COMMON,
-        _decoded("spec.type", "ClusterIP, NodePort, LoadBalancer or ExternalName", "Nodeport"),
-        _matching("spec.selector.{}", "a qualified name", "a b", _QUALIFIED, _QUALIFIED_MEND),
-        _matching(
-            "spec.selector.*",
-            "a label's value",
-            "a b",
-            _LABEL_VALUE,
-            "use letters, digits, '-', '_' and '.', 63 at most",
-        ),
-        _decoded("spec.ports[].name", "a label (DNS-1123), if there are several ports each with its own", "Http"),
-        _decoded("spec.ports[].protocol", "TCP, UDP or SCTP; one number a protocol once", "udp"),
-        _decoded("spec.ports[].port", "a number from 1 to 65535", 65_536),
-        Rule(
-            "spec.ports[].targetPort",
-            "a number from 1 to 65535, or a port's name: 15 characters at most with a letter",
-            "Http",
-            lambda value: not isinstance(value, str) or not value or value.isdigit() or _PORT_NAME.fullmatch(value),
-            _PORT_NAME_MEND,
-        ),
-        Rule(
-            "spec.ports[].nodePort",
-            f"a number from {NODE_PORTS.start} to {NODE_PORTS.stop - 1}, once a protocol",
-            8080,
-            lambda value: not value or value in NODE_PORTS,
-            f"write a number from {NODE_PORTS.start} to {NODE_PORTS.stop - 1}, or leave it out",
-        ),
-        _matching("spec.ports[].appProtocol", "a qualified name", "a b", _QUALIFIED, _QUALIFIED_MEND),
-        _decoded("spec.clusterIP", "an address that a Service can have, or None", "none"),
-        _decoded("spec.clusterIPs", "one address a family, the first that of clusterIP", ["10.96.0.2"]),
+        Rule("spec.type", "ClusterIP, NodePort, LoadBalancer or ExternalName", "Nodeport"),
+        Rule("spec.selector.{}", *_NAME),
+        Rule("spec.selector.*", *_VALUE),
+        Rule("spec.ports[].name", "a label (DNS-1123); of several ports each has its own", "Http"),
+        Rule("spec.ports[].protocol", "TCP, UDP or SCTP; one number a protocol once", "udp"),
+        Rule("spec.ports[].port", "a number from 1 to 65535", 65_536),
+        Rule("spec.ports[].targetPort", "a port's number or name", "Http", _is_target_port, _PORT[3]),
+        Rule("spec.ports[].nodePort", _RANGE, 8080, lambda value: not value or value in NODE_PORTS, f"write {_RANGE}"),
+        Rule("spec.ports[].appProtocol", *_NAME),
+        Rule("spec.clusterIP", "an address that a Service can have, or None", "none"),
+        Rule("spec.clusterIPs", "one address a family, the first that of clusterIP", ["10.96.0.2"]),
         _one_of("spec.ipFamilyPolicy", "SingleStack", "PreferDualStack", "RequireDualStack"),
-        _decoded("spec.ipFamilies", "IPv4 and IPv6, each once, in the order of clusterIPs", ["ipv4"]),
-        _decoded("spec.externalIPs[]", "an address that a Service can have", "127.0.0.1"),
+        Rule("spec.ipFamilies", "IPv4 and IPv6, each once, in the order of clusterIPs", ["ipv4"]),
+        Rule("spec.externalIPs[]", "an address that a Service can have", "127.0.0.1"),
         Rule(
-            "spec.externalName",
-            "a host name",
-            "https://example.org/",
-            lambda value: not value or _SUBDOMAIN.fullmatch(value.removesuffix(".")),
-            "write the host name alone, in small letters: no scheme, port or path",
+            "spec.externalName", "a host name", "http://a.b/", _is_host_name, "write no scheme, port, path or capital"
         ),
-        _decoded("spec.sessionAffinity", "ClientIP or None", "clientIP"),
-        _decoded("spec.internalTrafficPolicy", "Cluster or Local", "local"),
-        _decoded("spec.externalTrafficPolicy", "Cluster or Local", "local"),
+        Rule("spec.sessionAffinity", "ClientIP or None", "clientIP"),
+        Rule("spec.internalTrafficPolicy", "Cluster or Local", "local"),
+        Rule("spec.externalTrafficPolicy", "Cluster or Local", "local"),
         _one_of("spec.trafficDistribution", "PreferClose", "PreferSameZone", "PreferSameNode"),
-        _matching("spec.loadBalancerClass", "a qualified name", "a b", _QUALIFIED, _QUALIFIED_MEND),
-        _decoded("spec.loadBalancerSourceRanges[]", "a range of addresses (CIDR)", "10.1.0.0"),
-        _decoded("spec.healthCheckNodePort", "a node port that no port of the Service has", 70_000),
+        Rule("spec.loadBalancerClass", *_NAME),
+        Rule("spec.loadBalancerSourceRanges[]", "a range of addresses (CIDR)", "10.1.0.0"),
+        Rule("spec.healthCheckNodePort", "a node port that no port of the Service has", 70_000),
         _one_of("status.loadBalancer.ingress[].ipMode", "VIP", "Proxy"),
     ),
     "EndpointSlice": (
         *_COMMON,
         _one_of("addressType", "IPv4", "IPv6", "FQDN"),
-        _matching("endpoints[].nodeName", *_NODE_NAME),
+        Rule("endpoints[].nodeName", *_NODE),
         *_port_rules("ports[]"),
     ),
     "Endpoints": (
         *_COMMON,
-        _matching("subsets[].addresses[].nodeName", *_NODE_NAME),
+        Rule("subsets[].addresses[].nodeName", *_NODE),
         *_port_rules("subsets[].ports[]"),
     ),
     "Pod": (
         *_COMMON,
-        _matching("spec.nodeName", *_NODE_NAME),
-        *(
-            rule
-            for containers in ("containers", "initContainers")
-            for rule in (
-                _matching(f"spec.{containers}[].ports[].name", "a port's name", "Http", _PORT_NAME, _PORT_NAME_MEND),
-                _one_of(f"spec.{containers}[].ports[].protocol", "TCP", "UDP", "SCTP"),
-                Rule(
-                    f"spec.{containers}[].ports[].containerPort",
-                    "a number from 1 to 65535",
-                    65_536,
-                    decode.is_port,
-                    "write a number from 1 to 65535",
-                ),
-            )
-        ),
+        Rule("spec.nodeName", *_NODE),
+        *_container_rules("spec.containers[].ports[]"),
+        *_container_rules("spec.initContainers[].ports[]"),
     ),
     "Node": (
         *_COMMON,
-        *(
-            Rule(
-                f"spec.{field}",
-                "a range of addresses (CIDR)",
-                "10.1.0.0",
-                decode.is_cidr,
-                "write one such as 10.244.1.0/24",
-            )
-            for field in ("podCIDR", "podCIDRs[]")
-        ),
-        _matching("spec.taints[].key", "a qualified name", "a b", _QUALIFIED, _QUALIFIED_MEND),
+        Rule("spec.podCIDR", *_CIDR),
+        Rule("spec.podCIDRs[]", *_CIDR),
+        Rule("spec.taints[].key", *_NAME),
     ),
 }
-
-
-# ---- a Service's fields beside each other
-
-
-def _type(spec: _Plain) -> str:
-    return spec.get("type") or "ClusterIP"
-
-
-def _cluster_ips(spec: _Plain) -> list[Any]:
-    return spec.get("clusterIPs") or [spec["clusterIP"]] if spec.get("clusterIP") else spec.get("clusterIPs") or []
-
-
-def _has_node_port(spec: _Plain) -> bool:
-    return any(port.get("nodePort") for port in spec.get("ports") or ())
-
-
-def _is_set_for_external_name(field: str, spec: _Plain) -> bool:
-    return _type(spec) == "ExternalName" and bool(spec.get(field))
-
-
-def _is_set_without_load_balancer(field: str, spec: _Plain) -> bool:
-    return _type(spec) != "LoadBalancer" and (bool(spec.get(field)) or spec.get(field) is False)
-
-
-_NAME = {"type": "ExternalName", "externalName": "example.org"}
-
-RELATIONS: tuple[Relation, ...] = (
-    Relation(
-        "spec.clusterIP",
-        "a Service of type NodePort or LoadBalancer cannot be headless",
-        {"clusterIP": "None", "type": "NodePort"},
-        lambda s: "None" in _cluster_ips(s)[:1] and _type(s) in ("NodePort", "LoadBalancer"),
-        "leave clusterIP out, or write 'type: ClusterIP'",
-    ),
-    Relation(
-        "spec.clusterIPs",
-        "None stands alone",
-        {"clusterIPs": ["None", "10.96.0.9"]},
-        lambda s: "None" in _cluster_ips(s) and len(_cluster_ips(s)) > 1,
-        "write [None], or addresses alone",
-    ),
-    Relation(
-        "spec.externalName",
-        "a Service of type ExternalName names a host",
-        {"type": "ExternalName"},
-        lambda s: _type(s) == "ExternalName" and not s.get("externalName"),
-        "add externalName, or write another type",
-    ),
-    *(
-        Relation(
-            f"spec.{field}",
-            "a Service of type ExternalName has no addresses",
-            {**_NAME, field: wrong},
-            partial(_is_set_for_external_name, field),
-            "leave it out",
-        )
-        for field, wrong in (
-            ("clusterIP", "10.96.0.9"),
-            ("clusterIPs", ["10.96.0.9"]),
-            ("ipFamilies", ["IPv4"]),
-            ("ipFamilyPolicy", "SingleStack"),
-        )
-    ),
-    Relation(
-        "spec.ports[].nodePort",
-        "a ClusterIP Service has no node ports",
-        {"ports": [{"port": 80, "nodePort": 30080}]},
-        lambda s: _type(s) == "ClusterIP" and _has_node_port(s),
-        "write 'type: NodePort'",
-    ),
-    Relation(
-        "spec.ports[].port",
-        "a load balancer may not lead to 10250, the kubelet's port",
-        {"type": "LoadBalancer", "ports": [{"port": 10250}]},
-        lambda s: _type(s) == "LoadBalancer" and any(port.get("port") == 10250 for port in s.get("ports") or ()),
-        "choose another port",
-    ),
-    Relation(
-        "spec.sessionAffinityConfig",
-        "a Service without session affinity has no configuration of it",
-        {"sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 10}}},
-        lambda s: s.get("sessionAffinityConfig") and s.get("sessionAffinity") != "ClientIP",
-        "write 'sessionAffinity: ClientIP', or leave it out",
-    ),
-    Relation(
-        "spec.ipFamilies",
-        "each family stands once",
-        {"ipFamilies": ["IPv4", "IPv4"]},
-        lambda s: len(set(s.get("ipFamilies") or ())) < len(s.get("ipFamilies") or ()),
-        "write IPv4 and IPv6, or one of them",
-    ),
-    Relation(
-        "spec.ipFamilyPolicy",
-        "SingleStack is one family and one address",
-        {"ipFamilyPolicy": "SingleStack", "ipFamilies": ["IPv4", "IPv6"]},
-        lambda s: (
-            s.get("ipFamilyPolicy") == "SingleStack" and max(len(s.get("ipFamilies") or ()), len(_cluster_ips(s))) > 1
-        ),
-        "write PreferDualStack, or keep one family and one address",
-    ),
-    *(
-        Relation(
-            f"spec.{field}",
-            "it counts for Services of type LoadBalancer alone",
-            {field: wrong},
-            partial(_is_set_without_load_balancer, field),
-            "write 'type: LoadBalancer', or leave it out",
-        )
-        for field, wrong in (
-            ("loadBalancerSourceRanges", ["192.0.2.0/24"]),
-            ("loadBalancerClass", "example.org/lb"),
-            ("allocateLoadBalancerNodePorts", False),
-            ("healthCheckNodePort", 31000),
-        )
-    ),
-    Relation(
-        "spec.healthCheckNodePort",
-        "load balancers are told of endpoints only with externalTrafficPolicy: Local",
-        {"type": "LoadBalancer", "healthCheckNodePort": 31000},
-        lambda s: (
-            s.get("healthCheckNodePort") and _type(s) == "LoadBalancer" and s.get("externalTrafficPolicy") != "Local"
-        ),
-        "write 'externalTrafficPolicy: Local', or leave it out",
-    ),
-    Relation(
-        "spec.healthCheckNodePort",
-        f"it is a number from {NODE_PORTS.start} to {NODE_PORTS.stop - 1}",
-        {"type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": 8080},
-        lambda s: s.get("healthCheckNodePort") and s["healthCheckNodePort"] not in NODE_PORTS,
-        f"write a number from {NODE_PORTS.start} to {NODE_PORTS.stop - 1}, or leave it out",
-    ),
-    Relation(
-        "spec.externalTrafficPolicy",
-        "a Service without node ports and externalIPs has no clients from outside",
-        {"externalTrafficPolicy": "Local"},
-        lambda s: (
-            s.get("externalTrafficPolicy") and _type(s) in ("ClusterIP", "ExternalName") and not s.get("externalIPs")
-        ),
-        "leave it out, or write 'type: NodePort'",
-    ),
-)
-
-
-# What the functions below find, for the docs.
-CONTRADICTIONS: Mapping[str, tuple[tuple[str, str], ...]] = {
-    "EndpointSlice": (
-        ("endpoints[].addresses", "At least one; each of the family that addressType says"),
-        ("ports[].name", "Each once; so only one port has none"),
-    ),
-    "Endpoints": (
-        ("subsets[]", "Has addresses or notReadyAddresses"),
-        ("subsets[].ports[].name", "Each once; so only one port has none"),
-    ),
-    "Pod": (("status.podIPs", "One a family, the first that of podIP"),),
-    "Node": (("spec.podCIDRs", "One a family, the first that of podCIDR"),),
-}
-
-
-# ---- applying them
 
 
 def value_errors(kind: str, plain: _Plain) -> Iterator[ConfigError]:
     """Yield the values in *plain*, an object of *kind*, that the API server refuses and decode does not."""
     for rule in RULES[kind]:
         if rule.is_right is not None:
-            for field, value in _values(plain, rule.field):
+            for field, value in values_at(plain, rule.field):
                 is_of_type = isinstance(value, type(rule.wrong) | str)  # another is refused for that
                 if is_of_type and value != "" and not rule.is_right(value):
                     yield ConfigError(f"{value!r} is not {rule.demand}", field=field, mend=rule.mend)
 
 
-def relation_errors(kind: str, plain: _Plain) -> Iterator[ConfigError]:
-    """Yield what the API server refuses in *plain* though each value by itself is right."""
-    spec = plain.get("spec")
-    if kind == "Service" and isinstance(spec, Mapping):
-        for relation in RELATIONS:
-            if relation.is_wrong(spec):
-                yield ConfigError(relation.demand, field=_first(plain, relation.field), mend=relation.mend)
-        if spec.get("loadBalancerIP") and _type(spec) != "LoadBalancer":
-            said = f"it has no effect in a {_type(spec)} Service"
-            yield Note(said, field="spec.loadBalancerIP", mend="write 'type: LoadBalancer', or leave it out")
-    elif kind == "EndpointSlice":
-        yield from _slice_errors(plain)
-    elif kind == "Endpoints":
-        yield from _endpoints_errors(plain)
-    elif kind in ("Pod", "Node"):
-        field, single = ("status.podIPs", "podIP") if kind == "Pod" else ("spec.podCIDRs", "podCIDR")
-        yield from _one_a_family(plain, field, single)
-
-
-def _slice_errors(plain: _Plain) -> Iterator[ConfigError]:
-    if not plain.get("addressType"):
-        yield ConfigError(
-            "the slice does not say of which family it is", field="addressType", mend="add 'addressType: IPv4'"
-        )
-    family = plain.get("addressType")
-    for index, endpoint in enumerate(plain.get("endpoints") or ()):
-        field = f"endpoints[{index}]"
-        if not endpoint.get("addresses"):
-            yield ConfigError("the endpoint has no address", field=field, mend="add addresses")
-        for at, ip in enumerate(endpoint.get("addresses") or ()):
-            if family in ("IPv4", "IPv6") and decode.is_ip(ip) and (":" in ip) is not (family == "IPv6"):
-                said = f"{ip!r} is no {family} address, which addressType says"
-                yield ConfigError(said, field=f"{field}.addresses[{at}]", mend="write one slice for each family")
-    yield from _unnamed(plain.get("ports") or (), "ports")
-
-
-def _endpoints_errors(plain: _Plain) -> Iterator[ConfigError]:
-    for index, subset in enumerate(plain.get("subsets") or ()):
-        ports = subset.get("ports") or ()
-        yield from _unnamed(ports, f"subsets[{index}].ports")
-        if not (subset.get("addresses") or subset.get("notReadyAddresses")) and not ports:
-            yield ConfigError("the subset is empty", field=f"subsets[{index}]", mend="add addresses and ports")
-        for at, port in enumerate(ports):
-            if port.get("port") is None:
-                yield ConfigError("lacks the field port", field=f"subsets[{index}].ports[{at}]", mend="add port")
-
-
-def _unnamed(ports: Any, field: str) -> Iterator[ConfigError]:
-    """Yield which of *ports* have the name of another, or none though there are several."""
-    first: dict[str, int] = {}
-    for index, port in enumerate(ports):
-        name = port.get("name") or ""
-        if first.setdefault(name, index) != index:
-            said = (
-                f"the name {name!r} is already that of ports[{first[name]}]"
-                if name
-                else "each of several ports has a name"
-            )
-            yield ConfigError(said, field=f"{field}[{index}].name", mend="give each port a name of its own")
-
-
-def _one_a_family(plain: _Plain, field: str, single: str) -> Iterator[ConfigError]:
-    """Yield which of the addresses or ranges at *field* is a second one of its family, or not what *single* says."""
-    section, name = field.split(".")
-    given = (plain.get(section) or {}).get(name) or ()
-    texts = [item.get("ip") if isinstance(item, Mapping) else item for item in given]
-    families: set[bool] = set()
-    for index, text in enumerate(texts):
-        if isinstance(text, str):
-            if (":" in text) in families:
-                yield ConfigError(
-                    f"{text} is a second one of its family", field=f"{field}[{index}]", mend="keep one a family"
-                )
-            families.add(":" in text)
-    alone = plain[section].get(single) if texts else None
-    if alone and texts[0] and alone != texts[0]:
-        said = f"{alone} is not the first of {field}"
-        yield ConfigError(said, field=f"{section}.{single}", mend="write the same in both, or leave one field out")
-
-
-def _values(plain: object, path: str, field: str = "") -> Iterator[tuple[str, Any]]:
+def values_at(plain: object, path: str, field: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (field, value) for each value of *plain* that *path* means."""
     step, _, rest = path.partition(".")
     name, is_list = step.removesuffix("[]"), step.endswith("[]")
@@ -457,11 +171,6 @@ def _values(plain: object, path: str, field: str = "") -> Iterator[tuple[str, An
     for index, item in items:
         at = f"{here}[{index}]" if is_list else here
         if rest:
-            yield from _values(item, rest, at)
+            yield from values_at(item, rest, at)
         elif item is not None:
             yield at, item
-
-
-def _first(plain: _Plain, path: str) -> str:
-    """Return the first field that *path* means and *plain* has, for a relation that is about any of them."""
-    return next((field for field, value in _values(plain, path) if value), path.partition("[]")[0])

@@ -9,7 +9,8 @@ from difflib import get_close_matches
 from userspace_proxy import api
 from userspace_proxy.control import decode
 from userspace_proxy.control.fields import field_errors, is_meant, kind_errors
-from userspace_proxy.control.lint.api_rules import relation_errors, value_errors
+from userspace_proxy.control.lint.api_rules import value_errors
+from userspace_proxy.control.lint.relations import relation_errors
 from userspace_proxy.errors import ConfigError, Note
 from userspace_proxy.sources.documents import Manifest
 
