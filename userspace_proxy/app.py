@@ -121,7 +121,7 @@ class _Running:
         self._settings, self._succession, self._ground = settings, succession, ground
         state_dir = ground.state_dir
         memory = state_dir.load() if state_dir else Memory()
-        allotting = make_allotting(settings, memory)
+        allotting = make_allotting(settings, memory, ground.hosts)
         known_ports = {spec.name.key: spec.proxy_port for spec in ground.inherited}
         ports = make_proxy_ports(settings, {**memory.proxy_ports, **known_ports})
         self.saver = Saver(state_dir, allotting, ports)

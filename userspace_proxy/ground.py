@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from userspace_proxy.control.hosts import Hosts
 from userspace_proxy.control.memory import StateDir
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.plane import LocalPlane
@@ -17,7 +18,15 @@ from userspace_proxy.interfaces import DataPlane, KernelTables, ListenerSpec, So
 from userspace_proxy.model.service import SourceIP
 from userspace_proxy.model.topology import Node
 from userspace_proxy.node_network import first_capture, tune_conntrack, widen_queues
-from userspace_proxy.parts import KERNEL_MODES, conntrack_limits, make_plane, node_rules_of, open_source, open_state_dir
+from userspace_proxy.parts import (
+    KERNEL_MODES,
+    conntrack_limits,
+    look_at_hosts,
+    make_plane,
+    node_rules_of,
+    open_source,
+    open_state_dir,
+)
 from userspace_proxy.proxiers.plans import NodeRules
 from userspace_proxy.rules import network
 from userspace_proxy.rules.kernel import choose_language
@@ -46,6 +55,7 @@ class Ground:
     plane: DataPlane
     inherited: list[ListenerSpec]
     here: Node
+    hosts: Hosts
     obstacle: str
     rules: NodeRules
 
@@ -105,6 +115,7 @@ async def take_ground(settings: Settings, succession: Succession, stack: context
         plane=plane,
         inherited=inherited,
         here=here,
+        hosts=await look_at_hosts(),
         obstacle=obstacle,
         rules=rules,
     )

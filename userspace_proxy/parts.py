@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from userspace_proxy.control.allotments import Allotments, Allotting, Stated
+from userspace_proxy.control.hosts import Hosts
 from userspace_proxy.control.lint import LintOptions
 from userspace_proxy.control.memory import Memory, StateDir
+from userspace_proxy.control.pools import NodePort
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.plane import LocalPlane
 from userspace_proxy.dataplane.remote import RemotePlane
@@ -88,11 +90,17 @@ def node_rules_of(settings: Settings, capture: Capture) -> NodeRules:
     return NodeRules(capture, pods, settings.detect_local_mode == "NodeCIDR", addresses)
 
 
-def make_allotting(settings: Settings, memory: Memory) -> Allotting:
+def make_allotting(settings: Settings, memory: Memory, hosts: Hosts | None = None) -> Allotting:
     """Return who says which Service has which addresses and node ports: a cluster's API, or we ourselves."""
     if settings.follows_cluster:
-        return Stated()
-    return Allotments(settings.service_ranges, memory, settings.load_balancer_pool)
+        return Stated(settings.service_ranges, hosts)
+    return Allotments(settings.service_ranges, memory, settings.load_balancer_pool, hosts)
+
+
+async def look_at_hosts() -> Hosts:
+    """Return what belongs to this node and its neighbours."""
+    addresses, networks = await network.look_at_networks()
+    return Hosts(addresses, networks, lambda: {NodePort(*port) for port in network.listening_ports()})
 
 
 def lint_options(settings: Settings) -> LintOptions:

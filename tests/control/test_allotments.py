@@ -12,7 +12,9 @@ import pytest
 from tests.control.given import World, gone, named, service
 from userspace_proxy.control.allotments import Allotments, Stated
 from userspace_proxy.control.decode import Allotted
+from userspace_proxy.control.hosts import Hosts
 from userspace_proxy.control.memory import Memory
+from userspace_proxy.control.pools import NodePort
 from userspace_proxy.errors import ConfigError
 from userspace_proxy.model.names import L4Protocol
 
@@ -81,6 +83,36 @@ def test_one_number_may_be_stated_for_tcp_and_for_udp() -> None:
     assert node_ports(known, ports=both) == [30_053, 30_053]
     with pytest.raises(ConfigError, match="30053 is already the node port of default/web"):
         node_ports(known, "second", ports=stating(30_053, "UDP"))
+
+
+@pytest.mark.parametrize(
+    ("number", "protocol", "why"),
+    [
+        (22, "TCP", "22 is the port of SSH"),
+        (10_249, "TCP", "10249 is a port of Kubernetes' own components"),
+        (10_256, "TCP", "10256 is a port of Kubernetes' own components"),
+        (30_080, "TCP", "this node listens at TCP port 30080"),
+        (30_053, "UDP", "this node listens at UDP port 30053"),
+    ],
+)
+def test_a_node_port_at_which_the_node_listens_is_refused_and_named(number: int, protocol: str, why: str) -> None:
+    listening = {NodePort("TCP", 30_080), NodePort("UDP", 30_053)}
+    known = Allotments(CLUSTER_IPS, hosts=Hosts(listening=lambda: listening))
+
+    with pytest.raises(ConfigError, match=why) as caught:
+        node_ports(known, ports=stating(number, protocol))
+
+    assert caught.value.field == "spec.ports[0].nodePort"
+
+
+def test_a_node_port_that_a_service_has_stays_its_own_when_a_process_listens_there() -> None:
+    listening: set[NodePort] = set()
+    known = Allotments(CLUSTER_IPS, hosts=Hosts(listening=lambda: listening))
+    node_ports(known, ports=stating(30_080))
+
+    listening.add(NodePort("TCP", 30_080))
+
+    assert node_ports(known, ports=stating(30_080), sessionAffinity="ClientIP") == [30_080]
 
 
 def test_who_states_what_another_states_is_refused_and_keeps_all_it_had() -> None:

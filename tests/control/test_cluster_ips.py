@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from tests.control.given import named, service
-from userspace_proxy.control.allotments import Allotments
+from userspace_proxy.control.allotments import Allotments, Stated
+from userspace_proxy.control.hosts import Hosts
 from userspace_proxy.control.memory import Memory
 from userspace_proxy.errors import ConfigError
 
@@ -170,8 +171,36 @@ def test_a_stated_address_is_taken_as_it_is_in_canonical_form() -> None:
     assert assign(cluster_ips(), "web", clusterIPs=["010.096.000.010", "FD00::1"]) == ("10.96.0.10", "fd00::1")
 
 
-def test_a_stated_address_may_lie_outside_of_every_range() -> None:
-    assert assign(cluster_ips(), "web", clusterIP="172.30.0.1") == ("172.30.0.1",)
+@pytest.mark.parametrize(
+    ("stated", "why"),
+    [
+        ("172.30.0.1", "172.30.0.1 is outside of the Service range 10.96.0.0/16"),
+        ("10.96.0.0", "10.96.0.0 is the network address of"),
+        ("10.96.255.255", "10.96.255.255 is the broadcast address of"),
+        ("10.96.7.7", "10.96.7.7 is an address of this node"),
+        ("10.96.7.8", "10.96.7.8 is in 10.96.7.0/24, a network of this node"),
+    ],
+)
+def test_an_address_that_is_a_hosts_or_no_services_is_refused_from_files_and_reported_from_a_cluster(
+    stated: str, why: str
+) -> None:
+    ranges = [ipaddress.ip_network("10.96.0.0/16")]
+    hosts = Hosts({"10.96.7.7"}, [ipaddress.ip_network("10.96.7.0/24")])
+    web = service(clusterIP=stated)
+
+    with pytest.raises(ConfigError, match=why) as caught:
+        Allotments(ranges, hosts=hosts).assign(named("web"), web)
+    assert caught.value.field == "spec.clusterIP"
+
+    allotted, problems = Stated(ranges, hosts).assign(named("web"), web)
+    assert allotted.cluster_ips == (stated,)
+    assert why in problems[0].reason
+    assert "it is served" in problems[0].mend
+
+
+def test_a_family_without_a_range_has_nothing_to_be_outside_of() -> None:
+    assert assign(cluster_ips(), "web", clusterIP="fd00:96::1") == ("fd00:96::1",)
+    assert Stated().assign(named("web"), service(clusterIP="172.30.0.1"))[1] == []
 
 
 def test_an_address_that_somebody_has_is_refused_with_the_name_of_who() -> None:

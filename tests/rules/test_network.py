@@ -6,6 +6,7 @@ import ipaddress
 import itertools
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,33 @@ def test_the_reserved_ports_of_this_host_are_read() -> None:
 
 
 # ---- addresses
+
+
+async def test_the_addresses_and_networks_of_this_host_are_known() -> None:
+    ip("link", "add", "left", "type", "veth", "peer", "name", "right")
+    ip("address", "add", "192.0.2.9/24", "dev", "left")
+    ip("address", "add", "192.0.2.77/32", "dev", "lo")
+    try:
+        own, networks = await network.look_at_networks()
+        assert {"192.0.2.9", "192.0.2.77"} <= own
+        assert ipaddress.ip_network("192.0.2.0/24") in networks
+        assert ipaddress.ip_network("192.0.2.77/32") not in networks
+    finally:
+        ip("link", "del", "left")
+        ip("address", "del", "192.0.2.77/32", "dev", "lo")
+
+
+def test_the_ports_at_which_this_host_listens_are_known() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as tcp,
+        socket.create_connection(tcp.getsockname()) as client,
+        socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as udp,
+    ):
+        udp.bind(("::1", 0))
+        found = network.listening_ports()
+
+        assert {("TCP", tcp.getsockname()[1]), ("UDP", udp.getsockname()[1])} <= found
+        assert ("TCP", client.getsockname()[1]) not in found
 
 
 @pytest.mark.parametrize("printed", ["exit 1", 'echo \'[{"ifname": "eth0", "addr_info": [{"local": "192.0.2.1"\''])

@@ -14,6 +14,7 @@ from userspace_proxy import api
 from userspace_proxy.control import decode
 from userspace_proxy.control.claims import Claims, Kind, PortalClaims, Wish
 from userspace_proxy.control.decode import Allotted
+from userspace_proxy.control.hosts import Hosts
 from userspace_proxy.control.memory import Memory
 from userspace_proxy.control.pools import AddressRange, Network, NodePort, NodePortRange, Value
 from userspace_proxy.errors import ConfigError
@@ -65,16 +66,24 @@ class Allotting(Protocol):
 
 
 class Stated:
-    """For a cluster: Services have what they state, but for portals that another one has."""
+    """For a cluster: Services have what they state, but for portals that another one has.
+
+    *cluster_ips*: the ranges that cluster IPs are from, as far as that is known. One that should be none is reported.
+    """
 
     changes = 0
 
-    def __init__(self) -> None:
+    def __init__(self, cluster_ips: Sequence[Network] = (), hosts: Hosts | None = None) -> None:
+        self._ranges = cluster_ips
+        self._hosts = hosts or Hosts()
         self._portals = PortalClaims()
 
     def assign(self, name: NamespacedName, service: api.Service) -> tuple[Allotted, list[ConfigError]]:
-        allotted = Allotted(tuple(ip for _, ip in decode.given_cluster_ips(service)))
-        return _without_lost(self._portals, name, service, allotted)
+        given = decode.given_cluster_ips(service)
+        allotted, lost = _without_lost(self._portals, name, service, Allotted(tuple(ip for _, ip in given)))
+        faults = [(field, self._hosts.cluster_ip_fault(ip, self._ranges)) for field, ip in given]
+        mend = "it is served; change --service-cluster-ip-range, or the addresses of this node"
+        return allotted, [*(ConfigError(why, field=field, mend=mend) for field, why in faults if why), *lost]
 
     def make_way(self, services: Mapping[NamespacedName, api.Service]) -> None:
         pass
@@ -99,9 +108,14 @@ class Allotments:
     """For manifests: Services are given what they state none of, the same after every restart."""
 
     def __init__(
-        self, cluster_ips: Sequence[Network], memory: Memory | None = None, load_balancer_pool: Sequence[Network] = ()
+        self,
+        cluster_ips: Sequence[Network],
+        memory: Memory | None = None,
+        load_balancer_pool: Sequence[Network] = (),
+        hosts: Hosts | None = None,
     ) -> None:
         memory = memory or Memory()
+        self._hosts = hosts or Hosts()
         self._cluster_ranges = [AddressRange(network, memory.cluster_ips) for network in cluster_ips]
         self._load_balancer_ranges = [AddressRange(network, memory.load_balancer_ips) for network in load_balancer_pool]
         self._node_ports = {
@@ -184,6 +198,9 @@ class Allotments:
     def _cluster_ip_wishes(self, name: NamespacedName, service: api.Service) -> Iterator[Wish]:
         if given := decode.given_cluster_ips(service):
             for field, ip in given:
+                if why := self._hosts.cluster_ip_fault(ip, [pool.network for pool in self._cluster_ranges]):
+                    mend = "choose another one, leave it out, or change --service-cluster-ip-range"
+                    raise ConfigError(why, field=field, mend=mend)
                 yield Wish(Kind.CLUSTER_IP, f"{name}/IPv{family_of(ip)}", field, ip)
             return
         for pool in self._wanted_ranges(service):
@@ -215,10 +232,18 @@ class Allotments:
             protocol = port.protocol or "TCP"
             if protocol in L4Protocol.__members__ and (port.node_port or decode.wants_node_ports(spec)):
                 key = _node_port_key(ServicePortName(name, port.name or "", L4Protocol(protocol)))
-                yield self._node_port_wish(key, f"spec.ports[{index}].nodePort", protocol, port.node_port)
+                field = f"spec.ports[{index}].nodePort"
+                wish = self._node_port_wish(key, field, protocol, port.node_port)
+                if isinstance(wish.stated, NodePort) and (why := self._node_port_fault(name, wish.stated)):
+                    raise ConfigError(why, field=field, mend="choose another one, or leave it out")
+                yield wish
         if decode.wants_health_check(spec):
             field = "spec.healthCheckNodePort"
             yield self._node_port_wish(_health_check_key(name), field, "TCP", spec.health_check_node_port)
+
+    def _node_port_fault(self, name: NamespacedName, port: NodePort) -> str:
+        is_held = port in self._claims.held(name, Kind.NODE_PORT).values()
+        return "" if is_held else self._hosts.node_port_fault(port)
 
     def _node_port_wish(self, key: str, field: str, protocol: str, stated: int | None) -> Wish:
         value = NodePort(protocol, stated) if stated else None

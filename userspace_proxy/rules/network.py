@@ -245,6 +245,44 @@ async def look_at_addresses() -> Addresses:
     return Addresses(tuple(found), frozenset(device))
 
 
+async def look_at_networks() -> tuple[frozenset[str], tuple[Network, ...]]:
+    """Return this host's own addresses and the networks that it is in, but those of devices that bear portals.
+
+    These are dummy devices: ours, kube-proxy's and that of NodeLocal DNSCache. None where the host cannot be asked.
+    """
+    own: set[str] = set()
+    networks: dict[Network, None] = {}
+    try:
+        links = parsed(await run_tool("ip", "-json", "address", "show"))
+    except SyncError as error:
+        log.warning("this host's networks cannot be looked at: %s", error)
+        return frozenset(), ()
+    for link in links:
+        if {"BROADCAST", "NOARP"} <= set(link.get("flags", ())):
+            continue
+        for address in link.get("addr_info", ()):
+            if address["scope"] != "global" or "local" not in address:
+                continue
+            own.add(address["local"])
+            network = ipaddress.ip_network(f"{address['local']}/{address['prefixlen']}", strict=False)
+            if network.num_addresses > 1:
+                networks[network] = None
+    return frozenset(own), tuple(networks)
+
+
+def listening_ports() -> set[tuple[str, int]]:
+    """Return protocol and number of each port that a process of this network namespace listens at."""
+    found = set()
+    for protocol, state in (("TCP", "0A"), ("UDP", "07")):  # TCP_LISTEN; a UDP socket that is connected to no peer
+        for file in (protocol.lower(), f"{protocol.lower()}6"):
+            with contextlib.suppress(OSError):
+                for line in Path("/proc/net", file).read_text().splitlines()[1:]:
+                    fields = line.split()
+                    if fields[3] == state:
+                        found.add((protocol, int(fields[1].rpartition(":")[2], 16)))
+    return found
+
+
 def unnumbered_interfaces(links: Sequence[dict[str, Any]], routes: Sequence[dict[str, Any]]) -> list[str]:
     """Return the interfaces that carry IPv4 traffic without an IPv4 address of their own (as Calico's do).
 

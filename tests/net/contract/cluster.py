@@ -28,7 +28,7 @@ GATEWAY = {4: "10.244.0.1", 6: "fd00:244::1"}
 # A load balancer that is not the node: it stands beside the router.
 BALANCER = {4: "203.0.127.250", 6: "fd00:203::f:250"}
 CLUSTER_CIDRS = "10.244.0.0/16,fd00:244::/48"
-SERVICE_CIDRS = "10.96.0.0/16,fd00:96::/112"
+SERVICE_CIDRS = "10.96.0.0/16,fd00:96::/108"
 
 WEB, DNS = 8080, 5353  # what Services lead to
 OTHER_WEB, OTHER_DNS = 8081, 5354  # the same, answered by NAME-2

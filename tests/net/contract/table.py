@@ -563,7 +563,7 @@ case(
     type=LB,
     families=DUAL,
     spec={_RANGES: ["192.0.2.0/24"]},
-    expect=("outside vip/4 -> local1", "caller vip/4 -> timeout", "caller,outside,node-1 vip/6 -> local1"),
+    expect=("outside vip/4 -> local1", "caller vip/4 -> timeout", "caller,outside,node-1 vip/6 -> timeout"),
 )
 case(
     "p4-without-endpoints",

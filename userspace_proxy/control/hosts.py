@@ -1,0 +1,51 @@
+"""What belongs to hosts and should be no Service's: addresses, and ports at which this node listens. Pure."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from userspace_proxy.control.pools import Network, NodePort
+
+_SSH = 22
+# kubelet, kube-proxy (10249, 10256: this proxy's own default addresses), controller manager, scheduler.
+_OF_KUBERNETES = range(10_248, 10_260)
+
+
+def nothing_listens() -> Collection[NodePort]:
+    return ()
+
+
+@dataclass(frozen=True, slots=True)
+class Hosts:
+    """The addresses of this node, the networks that it is in, and (asked anew each time) the ports it listens at."""
+
+    addresses: Collection[str] = ()
+    networks: Sequence[Network] = ()
+    listening: Callable[[], Collection[NodePort]] = nothing_listens
+
+    def cluster_ip_fault(self, ip: str, ranges: Sequence[Network]) -> str:
+        """Return why the canonical *ip* should be no cluster IP where these are from *ranges*; "" if it may be."""
+        if ip in self.addresses:
+            return f"{ip} is an address of this node"
+        address = ipaddress.ip_address(ip)
+        if network := next((network for network in self.networks if address in network), None):
+            return f"{ip} is in {network}, a network of this node, and may be another host's"
+        of_family = [known for known in ranges if known.version == address.version]
+        inside = next((known for known in of_family if address in known), None)
+        if inside is None:
+            return f"{ip} is outside of the Service range {', '.join(map(str, of_family))}" if of_family else ""
+        if inside.num_addresses > 2 and address == inside.network_address:
+            return f"{ip} is the network address of the Service range {inside}"
+        if inside.version == 4 and inside.num_addresses > 2 and address == inside.broadcast_address:
+            return f"{ip} is the broadcast address of the Service range {inside}"
+        return ""
+
+    def node_port_fault(self, port: NodePort) -> str:
+        """Return why *port* should be no node port; "" if it may be."""
+        if port.protocol == "TCP" and port.number == _SSH:
+            return f"{port} is the port of SSH"
+        if port.protocol == "TCP" and port.number in _OF_KUBERNETES:
+            return f"{port} is a port of Kubernetes' own components, such as 10249 and 10256 of this proxy"
+        return f"this node listens at {port.protocol} port {port}" if port in self.listening() else ""
