@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from collections.abc import Iterator
@@ -22,10 +23,10 @@ from tests.net.world import (
     is_refused_udp,
     service,
     traces,
+    udp_socket,
     wait_until,
 )
-from userspace_proxy.lab import ServiceLab, ask, connect
-from userspace_proxy.lab.hosts import NODE_IP
+from userspace_proxy.lab import NODE_IP, ServiceLab, ask, connect
 from userspace_proxy.rules.slots import SlotTable
 
 IP = "10.96.7.1"
@@ -229,3 +230,57 @@ def test_a_node_name_that_no_node_has_is_named(proxy: Proxy) -> None:
     proxy.start(*FLAGS, "--hostname-override", "node-7")
 
     wait_until(lambda: "no Node is called node-7" in proxy.log(), "it is said")
+
+
+# ---- UDP flows and the last endpoint
+
+EVERY_MODE = {
+    "nftables": ("--proxy-mode", "nftables"),
+    "iptables": ("--proxy-mode", "iptables"),
+    "userspace, nftables": ("--rules", "nftables"),
+    "userspace, iptables": ("--rules", "iptables"),
+}
+DNS_EVERYWHERE = "  type: NodePort\n  externalIPs: [172.30.7.7]"
+DNS_PORTS = "[{name: dns, port: 53, protocol: UDP, nodePort: 30053}]"
+DNS_IP = "10.96.7.53"
+
+
+@pytest.mark.parametrize("mode", EVERY_MODE)
+def test_a_udp_flow_is_refused_when_its_services_last_endpoint_is_gone(
+    proxy: Proxy, world: ServiceLab, mode: str
+) -> None:
+    """Though its client never stops sending from the same port (kubernetes#139628)."""
+
+    def dns(*pods: str) -> str:
+        return documents(service("dns", DNS_IP, DNS_PORTS, DNS_EVERYWHERE), endpoints("dns", *pods))
+
+    proxy.apply("dns", dns(POD1, POD2))
+    proxy.start(*EVERY_MODE[mode])
+    with contextlib.ExitStack() as stack:
+        socks = {
+            (host.name, ip): stack.enter_context(udp_socket(host, ip, port))
+            for host in (world.client, world.node, world.pods[2])
+            for ip, port in ((DNS_IP, 53), (NODE_IP, 30_053), ("172.30.7.7", 53))
+        }
+        for where, sock in socks.items():
+            sock.send(b"who")
+            assert sock.recv(100) in (b"pod1", b"pod2"), where
+        proxy.apply("dns", dns())
+        left = dict(socks)
+
+        def are_refused() -> bool:
+            for where, sock in list(left.items()):
+                sock.settimeout(0.02)
+                try:
+                    sock.send(b"who")
+                    sock.recv(100)
+                except (ConnectionRefusedError, PermissionError):
+                    del left[where]
+                except TimeoutError:
+                    pass
+            return not left
+
+        try:
+            wait_until(are_refused, "all are refused", 5.0)
+        finally:
+            print(mode, "not refused:", list(left))  # noqa: T201 - pytest shows it where the test failed

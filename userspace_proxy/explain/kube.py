@@ -141,7 +141,8 @@ def _rule(rule: Rule, line: str, known: Known, scanned: _Scanned) -> str:
     if rule.chain in PACKETS_OF:
         asked = _JUMPS.get((rule.table, rule.target), "")
         new = "; new connections only" if rule.get("state") == "NEW" else ""
-        return f"{PACKETS_OF[rule.chain]}{new}: {asked}" if asked else ""
+        what = ", UDP that leaves this node" if "destination type" in rule.negated else ""
+        return f"{PACKETS_OF[rule.chain]}{what}{new}: {asked}" if asked else ""
     if rule.chain.startswith("KUBE-SEP-"):
         return _endpoint(rule, scanned)
     if rule.target.startswith("KUBE-SEP-"):

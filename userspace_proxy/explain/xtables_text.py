@@ -35,7 +35,7 @@ _VALUES = {
     "--set-xmark": "set mark",
     "--reject-with": "answer",
 }
-_NEGATED = {"destination", "source", "interface", "mark", "state"}
+_NEGATED = {"destination", "destination type", "source", "interface", "mark", "state"}
 _FLAGS = {"--rcheck", "--reap", "--rsource", "--set", "--transparent", "--random-fully"}
 _MATCHES = {"tcp", "udp", "comment", "mark", "conntrack", "addrtype", "statistic", "recent", "multiport", "socket"}
 # In the order in which a packet meets them.

@@ -148,9 +148,9 @@ class KernelProxier:
                 self.forgotten[f"IPv{family}"] += count
 
     def _changed_flows(self, changed: Iterable[ServicePortName]) -> dict[Portal, Answering]:
-        """Return which UDP portals have changed, and which endpoints may go on answering for them (behaviours U1).
+        """Return which UDP portals have changed, and which endpoints may go on answering for them.
 
-        Flows of a service port without any such endpoint are left alone; those of one that is gone are not.
+        None where there is no such endpoint: a flow that went on would keep one that is gone (kubernetes#139628).
         """
         stale: dict[Portal, Answering] = {}
         for name in changed:
@@ -161,7 +161,7 @@ class KernelProxier:
                 serving = frozenset(e.address for e in made.serving)
                 after: dict[Portal, Answering] = {route.portal: serving for route in made.routes}
                 self._answering[name] = after
-                stale |= {portal: serving for portal in after if serving and before.get(portal) != serving}
+                stale |= {portal: serving for portal in after if before.get(portal) != serving}
                 before = {portal: wanted for portal, wanted in before.items() if portal not in after}
             stale |= {portal: frozenset() for portal in before if self._claims.holder(portal) is None}
         return stale
@@ -204,7 +204,7 @@ class KernelProxier:
             if self._loaded is None or not await self.keeper.repaired():
                 return
             self.repairs += 1
-            flows = {portal: wanted for held in self._answering.values() for portal, wanted in held.items() if wanted}
+            flows = {portal: wanted for held in self._answering.values() for portal, wanted in held.items()}
             if flows:
                 await self._forget(flows)
             await forget_early_connections(frozenset[Portal]().union(*self._served.values()))

@@ -53,6 +53,7 @@ SHARED = (
 OWN_PREFIXES = ("KUBE-SVC-", "KUBE-SVL-", "KUBE-EXT-", "KUBE-FW-", "KUBE-SEP-")
 
 _NEW = "-m conntrack --ctstate NEW"
+_LEAVING = "-m addrtype ! --dst-type LOCAL"
 
 
 class Jump(NamedTuple):
@@ -78,6 +79,8 @@ JUMPS = (
     _jump("FORWARD", REFUSED_OUTSIDE, "kubernetes externally-visible service portals", _NEW),
     _jump("INPUT", HEALTH_CHECKS, "kubernetes health check service ports"),
     _jump("FORWARD", REFUSED_INSIDE, "kubernetes service portals", _NEW),
+    # Not kube-proxy's: it lets this node's own go on by the default route. A UDP flow would outlive its endpoints so.
+    _jump("OUTPUT", REFUSED_OUTSIDE, "kubernetes externally-visible service portals", f"-p udp {_LEAVING} {_NEW}"),
     _jump("OUTPUT", REFUSED_INSIDE, "kubernetes service portals", _NEW),
     _jump("FORWARD", FORWARD, "kubernetes forwarding rules"),
     _jump("INPUT", FIREWALL, "kubernetes load balancer firewall", _NEW),
