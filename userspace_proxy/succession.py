@@ -96,6 +96,8 @@ class Succession:
     def heed_signals(self) -> None:
         loop = asyncio.get_running_loop()
         for signum in _STOPS:
+            if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
+                continue  # nohup: the terminal may go
             loop.add_signal_handler(signum, self._on_signal, signum)
         loop.add_signal_handler(signal.SIGUSR2, self._on_start_anew)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (*_STOPS, signal.SIGUSR2))  # what came while we started anew

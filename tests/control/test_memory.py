@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,39 @@ def test_a_failure_to_save_is_reported_and_leaves_the_old_file(
         state_dir.save(KNOWN)
 
     assert "cannot be written" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "folder"])
+def test_a_state_file_of_another_kind_is_named_and_not_waited_for(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "allocations.json"
+    with socket.socket(socket.AF_UNIX) as sock:
+        match kind:
+            case "pipe":
+                os.mkfifo(file)
+            case "socket":
+                sock.bind(str(file))
+            case "device":
+                file.symlink_to("/dev/zero")
+            case _:
+                file.mkdir()
+        assert StateDir(tmp_path).load() == Memory()
+
+    assert "not a regular file" in caplog.text
+
+
+def test_a_failure_that_lasts_is_reported_once_and_its_end_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state_dir = StateDir(folder := tmp_path / "state")
+    folder.rmdir()
+    with caplog.at_level(logging.INFO):
+        assert [state_dir.save(KNOWN) for _ in range(3)] == [False] * 3
+        folder.mkdir()
+        assert state_dir.save(KNOWN)
+
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
 
 
 def test_a_folder_that_is_a_file_is_refused_at_once(tmp_path: Path) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import logging
 import os
 import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
+
+from userspace_proxy.errors import ConfigError
+from userspace_proxy.sources.paths import read
 
 log = logging.getLogger(__name__)
 
@@ -37,24 +42,37 @@ class StateDir:
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / _NAME
+        self._failure = ""
+        self._saving = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True, mode=0o755)
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "permission denied", str(folder))
 
     def load(self) -> Memory:
         try:
-            memory = msgspec.json.decode(self._file.read_bytes(), type=Memory)
+            memory = msgspec.json.decode(read(str(self._file)), type=Memory)
             for ip in (*memory.cluster_ips.values(), *memory.load_balancer_ips.values()):
                 ipaddress.ip_address(ip)
         except FileNotFoundError:
             return Memory()
-        except (OSError, msgspec.DecodeError, ValueError) as error:
+        except (OSError, ConfigError, msgspec.DecodeError, ValueError) as error:
             log.warning("%s cannot be used, addresses may move: %s", self._file, error)
             return Memory()
         return memory
 
-    def save(self, memory: Memory) -> None:
-        """Replace the file, whole or not at all; a failure is reported and costs only the memory."""
+    def save(self, memory: Memory) -> bool:
+        """Replace the file, whole or not at all; return whether it was. A failure is reported once."""
+        with self._saving:  # what is saved at the end must not be replaced by what was begun before
+            failure = self._replace(memory)
+        if failure and failure != self._failure:
+            log.warning("%s cannot be written, addresses may move at the next start: %s", self._file, failure)
+        elif self._failure and not failure:
+            log.info("%s can be written again", self._file)
+        self._failure = failure
+        return not failure
+
+    def _replace(self, memory: Memory) -> str:
+        """Write *memory* in place of the file; return why it could not be, or ""."""
         temporary = None
         try:
             # A name of its own: another process may save at the same time, in a container even with our process id.
@@ -66,6 +84,8 @@ class StateDir:
                 os.fsync(out.fileno())
             temporary.replace(self._file)
         except OSError as error:
-            log.warning("%s cannot be written, addresses may move at the next start: %s", self._file, error)
             if temporary is not None:
-                temporary.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+            return error.strerror or str(error)
+        return ""

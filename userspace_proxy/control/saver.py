@@ -1,4 +1,4 @@
-"""When the memory is written: shortly after it changed, and once more at the end."""
+"""When the memory is written: shortly after it changed, again after a failure, and once more at the end."""
 
 from __future__ import annotations
 
@@ -14,30 +14,39 @@ from userspace_proxy.proxiers.proxy_ports import ProxyPorts
 class Saver:
     """Writes what the next process should remember, shortly after it changed, in a thread."""
 
-    def __init__(self, state_dir: StateDir | None, allotting: Allotting, ports: ProxyPorts) -> None:
+    def __init__(
+        self, state_dir: StateDir | None, allotting: Allotting, ports: ProxyPorts, retry_after_s: float = 2.0
+    ) -> None:
         self._state_dir = state_dir
         self._allotting = allotting
         self._ports = ports
-        self._saved = (-1, -1)
+        self._retry_after_s = retry_after_s
+        self._saved = (-1, -1)  # the changes that are in the file
+        self._is_asked = False
         self._wanted = asyncio.Event()
 
     def _changes(self) -> tuple[int, int]:
         return self._allotting.changes, self._ports.changes
 
     def save_soon(self) -> None:
+        self._is_asked = True
         if self._changes() != self._saved:
             self._wanted.set()
 
-    def _take(self) -> Memory:
-        self._saved = self._changes()
+    def _memory(self) -> Memory:
         return msgspec.structs.replace(self._allotting.memory(), proxy_ports=self._ports.memory())
 
     def save(self) -> None:
-        if self._state_dir is not None and self._saved != (-1, -1) and self._changes() != self._saved:
-            self._state_dir.save(self._take())
+        if self._state_dir is not None and self._is_asked and self._changes() != self._saved:
+            self._state_dir.save(self._memory())
 
     async def run(self) -> None:
         while self._state_dir is not None:
             await self._wanted.wait()
             self._wanted.clear()
-            await asyncio.to_thread(self._state_dir.save, self._take())
+            changes = self._changes()
+            if await asyncio.to_thread(self._state_dir.save, self._memory()):
+                self._saved = changes
+            else:  # a full disk, say
+                await asyncio.sleep(self._retry_after_s)
+                self._wanted.set()
