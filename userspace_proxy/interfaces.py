@@ -372,9 +372,9 @@ class ListenerSpec:
 class Counters:
     """What one service port has done so far; plain ints that the hot path adds to and the scrape reads.
 
-    ``refused``: came to the proxy port by another way than a portal; ``limited``: their client had too many open;
-    ``port_exhaustions``: dials that found every local port towards their endpoint in use; ``sources_refused``: those
-    that the kernel did not let speak as their client.
+    ``refused``: came to the proxy port by another way than a portal; ``limited``: their client or service port had too
+    many open; ``port_exhaustions``: dials that found every local port towards their endpoint in use;
+    ``sources_refused``: those that the kernel did not let speak as their client.
     """
 
     accepted: int = 0

@@ -724,6 +724,48 @@ async def test_out_of_descriptors_accepting_pauses_and_everybody_is_served_in_th
         assert process.returncode == 0
 
 
+async def test_a_loop_takes_its_share_of_descriptors_and_unwinds_when_its_client_has_gone() -> None:
+    """An endpoint on another host leads back to its own Service: each connection there makes one more here."""
+    hops = 0
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while piece := await reader.read(1 << 16):
+            writer.write(piece)
+        writer.write_eof()
+
+    async def lead_back(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal hops
+        hops += 1
+        with contextlib.suppress(OSError):
+            onward, to_portal = await asyncio.open_connection(*PORTAL)
+            try:
+                await asyncio.gather(pass_on(reader, to_portal), pass_on(onward, writer))
+            finally:
+                to_portal.transport.abort()
+        writer.transport.abort()
+        hops -= 1
+
+    other_host = await asyncio.start_server(lead_back, "127.0.0.1", 0)
+    with named_backends("a") as (a,):
+        address = [str(part) for part in other_host.sockets[0].getsockname()]
+        command = [sys.executable, "-m", "tests.dataplane.small_plane", *address, a.endpoint.ip, str(a.endpoint.port)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            client = await dial()
+            await until(lambda: hops > 10, "the loop has grown")
+            assert [await ask(OTHER_PORTAL) for _ in range(5)] == ["a"] * 5
+
+            client.close()
+
+            await until(lambda: hops == 0, "the loop has gone", PATIENCE_S)
+            assert await ask(OTHER_PORTAL) == "a"
+            process.stdin.close()
+            process.wait(PATIENCE_S)
+    other_host.close()
+
+
 async def churn(count: int, at_once: int = 16) -> None:
     left = iter(range(count))
 

@@ -41,7 +41,12 @@ _FAMILIES = (
     ("open_connections", "TCP connections open now", "open", False),
     ("failed_connections", "TCP connections reset because no endpoint could be reached", "failed", True),
     ("refused_connections", "TCP connections that came to a proxy port by another way than a portal", "refused", True),
-    ("limited_connections", "TCP connections reset because their client had too many open", "limited", True),
+    (
+        "limited_connections",
+        "TCP connections reset because their client or their Service had too many open",
+        "limited",
+        True,
+    ),
     ("to_backends_bytes", "bytes from clients to backends", "bytes_to_backends", True),
     ("to_clients_bytes", "bytes from backends to clients", "bytes_to_clients", True),
     ("dial_failures", "attempts to reach an endpoint that failed", "dial_failures", True),

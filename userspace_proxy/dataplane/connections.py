@@ -25,6 +25,9 @@ from userspace_proxy.model.endpoint import Address
 
 # Kept free for the event loop, rules, admin and file watching.
 RESERVED_DESCRIPTORS = 128
+# A service port may have so many times the connections that there is room for: 8 of 9 descriptors if it is alone, and
+# always less than all, however many others have as much (dynamic thresholds, Choudhury and Hahne 1998).
+_SHARE = 8
 _SWEEPS_A_LIMIT = 12
 # A look at so many connections takes about a millisecond; then traffic has its turn.
 _LOOKS_A_TURN = 500
@@ -102,6 +105,10 @@ class Connections:
         self.times_paused = 0
         self.shortages = 0
 
+    @property
+    def accepting(self) -> bool:
+        return self._poller.accepting
+
     def __len__(self) -> int:
         return len(self._open)
 
@@ -142,6 +149,19 @@ class Connections:
         if room <= 0:
             self.note_shortage(OSError(errno.EMFILE, "all descriptors are in use"))
         return room
+
+    def share(self, connections_open: int) -> int:
+        """Return how many more connections a service port that has *connections_open* may have; <= 0 for none.
+
+        If there is room for none at all, accepting is paused until there is.
+        """
+        room = self.room()
+        return min(room, _SHARE * room - connections_open)
+
+    def note_crowd(self, name: str) -> None:
+        """The service port *name* has its share of descriptors; its new clients wait."""
+        self.times_paused += 1
+        self.note_shortage(OSError(0, f"{name} has its share of the descriptors"))
 
     def fits(self, descriptors: int) -> bool:
         """Return whether so many more descriptors leave enough for everything else."""

@@ -30,6 +30,10 @@ from userspace_proxy.model.names import ListenerName
 from userspace_proxy.model.service import Portal, portals
 
 ACCEPTS_A_TURN = 32
+# While a service port has its share of descriptors, its clients wait. If no connection ends for so long, they are reset:
+# one of them may be the end of a loop that all these connections are.
+CROWDED_S = 5.0
+_CROWDED_RETRY_S = 0.1
 _NOTHING = (0, 0)
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
@@ -56,6 +60,7 @@ class TcpListener:
         self.configure(spec)
         self._sock = sock
         self._family = int(sock.family)
+        self._crowded_since = self._crowded_at = float("-inf")
         prepare_listener(sock, context.limits.dead_peer_timeout_s)  # it may be another process's
         context.poller.accept_from(self._sock, self._accept)
 
@@ -106,8 +111,13 @@ class TcpListener:
         """Accept a turn's worth; return whether there may be more."""
         context, listener, family = self._context, self._sock, self._family
         connections = context.connections
-        room = connections.room()
-        for _ in range(min(ACCEPTS_A_TURN, room)):
+        share = connections.share(self.counters.open)
+        if share <= 0:
+            if connections.accepting:
+                self._wait_for_share()
+            return False
+        self._crowded_since = float("inf")
+        for _ in range(min(ACCEPTS_A_TURN, share)):
             try:
                 sock, client = accept(listener, family)
             except BlockingIOError:
@@ -118,7 +128,32 @@ class TcpListener:
                     return False
                 continue  # of that one client: it has gone already, or a firewall was against it
             TcpConnection(self, sock, client, context).begin()
-        return room > 0
+        return True
+
+    def _wait_for_share(self) -> None:
+        """Leave new clients in the kernel's queue for a moment; reset them if that lasts."""
+        context, now = self._context, self._context.now()
+        context.connections.note_crowd(str(self.name))
+        if now - self._crowded_at > 2 * CROWDED_S or self._crowded_since > now:
+            self._crowded_since = now
+        self._crowded_at = now
+        if now - self._crowded_since >= CROWDED_S:
+            self._refuse_waiting()
+        context.poller.leave(self._sock)
+        context.loop.call_later(_CROWDED_RETRY_S, self._accept_again)
+
+    def _accept_again(self) -> None:
+        if self._sock.fileno() >= 0:
+            self._context.poller.accept_from(self._sock, self._accept)
+
+    def _refuse_waiting(self) -> None:
+        for _ in range(ACCEPTS_A_TURN):
+            try:
+                client, _ = accept(self._sock, self._family)
+            except OSError:
+                return
+            self.counters.limited += 1
+            reset(client)
 
     def header(self, client: Address, dialled: bytes) -> bytes:
         """Return what backends get before all that *client* sends."""
@@ -130,6 +165,12 @@ class TcpListener:
             return None
         # At a port of every address, or at this very one.
         return self._portals.get(dialled) or self._portals.get(dialled[:2] + bytes(len(dialled) - 2))
+
+
+def reset(client: SocketType) -> None:
+    """Close the socket of *client* with a reset."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+    client.close()
 
 
 class TcpConnection:
@@ -198,8 +239,7 @@ class TcpConnection:
         self._on_end(reason)
 
     def _refuse(self) -> None:
-        self._client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-        self._client.close()
+        reset(self._client)
 
     def _on_end(self, how: str) -> None:
         context, counters = self._context, self._listener.counters
