@@ -573,6 +573,15 @@ async def test_of_an_object_that_stands_twice_the_first_counts_and_the_second_is
         assert not told.source.problems
 
 
+async def test_a_file_of_another_tool_is_no_problem_and_hides_nothing(tmp_path: Path) -> None:
+    (tmp_path / "values.yaml").write_text("replicaCount: 1\n")
+    (tmp_path / "web.yaml").write_text("{{- if .Values.on }}\nkind: Service\n{{- end }}\n---\n" + service("a"))
+
+    async with following(tmp_path) as told:
+        assert told.ports == {"a": 80}
+        assert not told.source.problems
+
+
 def several_ways(folder: Path) -> Sequence[str]:
     return [str(folder), f"{folder}/", f"{folder}/a.yaml", f"{folder}/./a.yaml"]
 

@@ -109,6 +109,7 @@ class FileSource:
         self._kept: set[ObjectKey] = set()  # told, not found any more, and maybe only hidden by a fault
         self.observe: Callable[[Sequence[Document], Sequence[Document]], None] = lambda gone, came: None
         self._problems: dict[str, str] = {}
+        self._notes: set[str] = set()  # those of the problems that are none: files of other tools
         self._faults: list[str] = []
         self._skipped_kinds: set[str] = set()
         self._reading: asyncio.Future[list[ObjectEvent]] | None = None
@@ -119,7 +120,7 @@ class FileSource:
 
     @property
     def problems(self) -> Mapping[str, str]:
-        return self._problems
+        return {where: said for where, said in self._problems.items() if where not in self._notes}
 
     @property
     def watches(self) -> Sequence[WatchStats]:
@@ -370,6 +371,7 @@ class FileSource:
             path = where.rpartition(":")[0] if where not in self._files else where
             log.info("%s: %s", where, "well again" if path in self._files else "no longer there")
         self._problems = now
+        self._notes = {where for where, problem in latest.items() if isinstance(problem.error, Note)}
 
 
 def _common_start(left: str, right: str) -> int:
