@@ -30,7 +30,7 @@ from userspace_proxy.model.names import ListenerName
 from userspace_proxy.model.service import Portal, portals
 
 ACCEPTS_A_TURN = 32
-# While a service port has its share of descriptors, its clients wait. If no connection ends for so long, they are reset:
+# While a service port has its share of descriptors, its clients wait. If none ends for so long, they are reset:
 # one of them may be the end of a loop that all these connections are.
 CROWDED_S = 5.0
 _CROWDED_RETRY_S = 0.1
