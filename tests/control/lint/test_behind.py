@@ -122,6 +122,7 @@ def test_where_clients_are_refused_one_finding_says_why(text: str, field: str, s
     ("text", "field"),
     [
         (SELECTING + DEPLOYMENT, "spec.selector"),
+        (SELECTING + POD.partition("status")[0], "spec.selector"),
         (SELECTING, "spec.selector"),
         (SELECTING + DEPLOYMENT.replace("app: web", "app: webhook"), "spec.selector"),
         (SERVICE + SLICE.replace("[{addresses: [10.20.1.2]}]", "[]"), "endpoints"),

@@ -98,7 +98,7 @@ def _of_pods(service: api.Service, pods: Sequence[api.Pod], ports: Ports) -> Con
     field = "spec.selector"
     if not any(pod_ip_fields(pod) for pod in pods):
         mend = "add status.podIP to the Pod, as 'kubectl get pod -o yaml' shows it"
-        return ConfigError(f"no address is known of {which}", field=field, mend=mend)
+        return Note(f"no address is known of {which}", field=field, mend=mend)  # a cluster would give it one
     if any(known for _, known in ports.values()):
         names = (
             f"none of the {len(pods)} Pods it selects is ready" if len(pods) > 1 else "the Pod it selects is not ready"
