@@ -1,7 +1,8 @@
 """How what backends answer to a client's own address comes to this node's sockets, as nftables text. Pure.
 
 A backend that saw the client's address answers to that address. Where its packets come by this node they are told by
-our socket that is bound to it, marked, and led to a table in which every address is local (network.py).
+our socket that is bound to it, marked, and led to a table in which every address is local (network.py). So are ICMP
+errors: `socket` looks for the socket of the packet that such a message quotes (nf_socket_ipv4.c, extract_icmp4_fields).
 """
 
 from __future__ import annotations
@@ -9,7 +10,10 @@ from __future__ import annotations
 from userspace_proxy.interfaces import OWN_MARK, TRANSPARENT_MARK
 
 BRIDGE_TABLE = "bridge userspace_proxy"
-REPLY_RULE = f"meta l4proto {{ tcp, udp }} socket transparent 1 meta mark set meta mark | {TRANSPARENT_MARK:#x} accept"
+REPLY_RULE = (
+    "meta l4proto { tcp, udp, icmp, ipv6-icmp } socket transparent 1 "
+    f"meta mark set meta mark | {TRANSPARENT_MARK:#x} accept"
+)
 _OWN_AND_TRANSPARENT = OWN_MARK | TRANSPARENT_MARK
 _FLOW_S = 600  # longer than the data plane's keepalive lets a connection be silent
 _FLOWS_MAX = 262_144
