@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from userspace_proxy.rules.kernel import choose_language
 from userspace_proxy.settings import Settings
 from userspace_proxy.sources.events import EventRecorder, node_reference
 from userspace_proxy.succession import Succession, is_rehearsal
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,9 @@ async def take_ground(settings: Settings, succession: Succession, stack: context
         rules = node_rules_of(settings, await first_capture(settings.capture))
     except SyncError as error:
         raise StartError(str(error)) from None
+    if "primary" in rules.node_port_addresses:
+        on = ", ".join(rules.node_ports_on(here)) or "no address"
+        log.info("node ports are served at %s, unless the Node object states other addresses", on)
     widen_queues(BACKLOG)
 
     def tune() -> bool:

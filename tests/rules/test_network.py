@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from userspace_proxy.errors import SyncError
-from userspace_proxy.lab import ip
+from userspace_proxy.lab import Lab, ip
 from userspace_proxy.rules import network
 from userspace_proxy.rules.network import Network, missing_routes, unnumbered_interfaces
 
@@ -206,3 +206,20 @@ async def test_a_host_that_does_not_say_its_addresses_is_not_one_that_has_none(
     with pytest.raises(SyncError):
         await network.look_at_addresses()
     assert await network.host_addresses() == ()
+
+
+async def test_the_addresses_of_the_interface_with_the_default_route_come_first() -> None:
+    with Lab() as lab:
+        host = lab.add("two-legs")
+        for name, given4, given6 in (("bridge", "172.17.0.1", "fd00:17::1"), ("uplink", "192.0.2.7", "fd00:2::7")):
+            host.ip("link", "add", name, "type", "veth", "peer", "name", f"{name}-peer")
+            for end in (name, f"{name}-peer"):
+                host.ip("link", "set", end, "up")
+            host.ip("address", "add", f"{given4}/24", "dev", name)
+            host.ip("address", "add", f"{given6}/64", "dev", name, "nodad")
+        with host.inside():
+            host.ip("route", "add", "default", "via", "192.0.2.1")
+            host.ip("-6", "route", "add", "default", "via", "fd00:2::1")
+            found = await network.host_addresses()
+
+    assert found == ("192.0.2.7", "fd00:2::7", "172.17.0.1", "fd00:17::1")

@@ -217,9 +217,31 @@ async def lacks_addresses() -> bool:
 
 
 async def host_addresses() -> tuple[str, ...]:
-    """Return this host's own addresses, as far as others may know them; none where it cannot be asked."""
+    """Return this host's own addresses, as far as others may know them; none where it cannot be asked.
+
+    Those of the interface with the default route come first, so they are the primary ones, whatever other interfaces
+    (bridges of containers, VPNs) were made earlier.
+    """
     try:
-        return (await look_at_addresses()).host
+        addresses = (await look_at_addresses()).host
+        first: list[str] = []
+        for version in ("-4", "-6"):
+            default = parsed(await run_tool("ip", "-json", version, "route", "show", "default"))
+            for route in sorted(default, key=lambda route: route.get("metric", 0))[:1]:
+                command = (
+                    "ip",
+                    "-json",
+                    version,
+                    "address",
+                    "show",
+                    "scope",
+                    "global",
+                    "dev",
+                    str(route.get("dev", "lo")),
+                )
+                on_it = [a.get("local") for link in parsed(await run_tool(*command)) for a in link.get("addr_info", ())]
+                first += (ip for ip in (route.get("prefsrc"), *on_it) if ip in addresses)
+        return tuple(dict.fromkeys((*first, *addresses)))
     except SyncError as error:
         log.warning("this host's addresses cannot be looked at: %s", error)
         return ()
