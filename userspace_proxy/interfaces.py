@@ -461,8 +461,22 @@ class AccessRecord:
         return self.service_port.protocol
 
 
+# Why a listener cannot be opened begins so where no other port would help, but there may be room later.
+NO_ROOM = "no room"
+
+
 class DataPlane(Protocol):
     """Owns every socket. The same calls, whether it lives in this process or in a worker."""
+
+    @property
+    def failing(self) -> str:
+        """Why part of it or all serves nothing at this moment; "" if all serves."""
+        ...
+
+    @property
+    def unserved(self) -> Mapping[ListenerName, str]:
+        """Open listeners that a new worker had no room for, and why; they are tried again."""
+        ...
 
     async def open(self, specs: Sequence[ListenerSpec]) -> Mapping[ListenerName, str]:
         """Open a listener for each spec, or give the open one its new portals and affinity.

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -358,6 +359,106 @@ async def test_a_worker_that_was_not_told_to_serve_on_ends_with_its_control_proc
 
     assert await asyncio.to_thread(process.wait, 10) == 0
     await plane.close(0)
+
+
+# ---- what a worker cannot take, or no longer hears
+
+
+def many(count: int) -> list[ListenerSpec]:
+    names = [ServicePortName(NamespacedName("many", f"s{n}"), "", L4Protocol.TCP) for n in range(count)]
+    return [ListenerSpec(ServicePort(name, 80, ()), 20_000 + n) for n, name in enumerate(names)]
+
+
+def leave_room(pid: int, descriptors: int) -> None:
+    """Have process *pid* open so many descriptors more, and then some in the gaps."""
+    limit = max(int(each.name) for each in Path(f"/proc/{pid}/fd").iterdir()) + 1 + descriptors
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, resource.prlimit(pid, resource.RLIMIT_NOFILE)[1]))
+
+
+async def test_listeners_for_which_a_worker_has_no_room_are_refused_and_the_others_served(
+    tmp_path: Path, three: tuple[NamedBackend, ...]
+) -> None:
+    async with running("worker", tmp_path) as plane:
+        assert isinstance(plane, RemotePlane)
+        await plane.open([spec()])
+        await plane.update(backends(three[0].endpoint))
+        (pid,) = plane.pids
+        leave_room(pid, 80)
+
+        specs = many(100)
+        refused = await plane.open(specs)
+
+        assert 0 < len(refused) < 100
+        assert set(refused.values()) == {"no room: Too many open files"}
+        assert await ask() == "a"
+        await plane.retire([each.name for each in specs if each.name not in refused])
+        assert await plane.open([each for each in specs if each.name in refused][:20]) == {}, "there is room again"
+        assert (plane.pids, plane.restarts, plane.failing) == ([pid], 0, "")
+
+
+async def test_listeners_for_which_a_new_worker_has_no_room_are_served_when_it_has(
+    tmp_path: Path, three: tuple[NamedBackend, ...]
+) -> None:
+    async with running("worker", tmp_path) as plane:
+        assert isinstance(plane, RemotePlane)
+        specs = many(100)
+        await plane.open([*specs, spec()])
+        await plane.update(backends(three[0].endpoint))
+        (killed,) = plane.pids
+        os.kill(killed, signal.SIGKILL)
+        await until(lambda: plane.pids != [killed], "another one is started")
+        resource.prlimit(plane.pids[0], resource.RLIMIT_NOFILE, (80, 80))
+
+        await until(lambda: bool(plane.unserved), "it has no room for all")
+        assert not plane.failing
+        await plane.retire([each.name for each in specs])
+
+        await until(lambda: not plane.unserved, "it has room")
+        assert await ask() == "a"
+        assert plane.restarts == 1
+
+
+async def test_a_channel_that_breaks_costs_a_worker_its_listeners_and_no_connection() -> None:
+    plane = RemotePlane(WorkerSettings(Limits(), orphan_timeout_s=60))
+    with socket.create_server(("127.0.0.1", 0)) as holding:
+        plane.start()
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(plane.close, 0)
+            await plane.open([spec()])
+            await plane.update(backends(Endpoint(*holding.getsockname())))
+            with await asyncio.to_thread(socket.create_connection, (PORTAL_IP, 80), 20) as client:
+                accepted, _ = await asyncio.to_thread(holding.accept)
+                (before,) = plane.pids
+                channel = plane._workers[0]._channel
+                assert channel is not None
+                channel.send(b"\xc1")  # what msgpack never says
+
+                await until(lambda: plane.pids != [before] and not plane.failing, "another worker serves")
+                with await asyncio.to_thread(socket.create_connection, (PORTAL_IP, 80), 20):
+                    (await asyncio.to_thread(holding.accept))[0].close()
+                with accepted:
+                    accepted.sendall(b"still there")
+                    assert await asyncio.to_thread(client.recv, 100) == b"still there"
+            await until(lambda: not Path(f"/proc/{before}").exists(), "the one before ends with its last connection")
+            assert plane.restarts == 1
+
+
+async def test_a_worker_that_hangs_is_replaced_and_said_to_fail_meanwhile(
+    tmp_path: Path, three: tuple[NamedBackend, ...]
+) -> None:
+    async with running("worker", tmp_path) as plane:
+        assert isinstance(plane, RemotePlane)
+        await plane.open([spec()])
+        await plane.update(backends(three[0].endpoint))
+        (hanging,) = plane.pids
+        os.kill(hanging, signal.SIGSTOP)
+
+        await until(lambda: bool(plane.failing), "it is noticed", 20)
+
+        assert plane.failing == f"worker process {hanging} has not answered for {plane.failing.split()[-4]} s (state T)"
+        assert await ask() == "a"
+        await until(lambda: not plane.failing, "another one serves")
+        assert plane.restarts == 1
 
 
 # ---- several workers

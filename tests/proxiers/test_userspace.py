@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections import Counter
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from errno import EMFILE
 
 import pytest
 
@@ -15,7 +13,7 @@ from tests.proxiers.test_histories import HeldRules
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.plane import LocalPlane
 from userspace_proxy.errors import SyncError
-from userspace_proxy.interfaces import ListenerSpec
+from userspace_proxy.interfaces import NO_ROOM, ListenerSpec
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, ServicePortName
 from userspace_proxy.model.service import Portal, ServicePort
@@ -46,7 +44,7 @@ class FullPlane(LocalPlane):
     """A data plane that has no descriptor left for whoever is called "unlucky"."""
 
     async def open(self, specs: Sequence[ListenerSpec]) -> Mapping[ListenerName, str]:
-        unlucky = {spec.name: os.strerror(EMFILE) for spec in specs if spec.service_port.name.service.name == "unlucky"}
+        unlucky = {spec.name: NO_ROOM for spec in specs if spec.service_port.name.service.name == "unlucky"}
         return {**await super().open([spec for spec in specs if spec.name not in unlucky]), **unlucky}
 
 

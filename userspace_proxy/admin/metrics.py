@@ -28,6 +28,7 @@ class ControlStats(NamedTuple):
     last_sync_at: float
     problems: int
     unopened: int
+    is_plane_failing: bool = False
     sync_failures: int = 0
     sync_failing_s: float = 0.0
     repair_failing_s: float = 0.0
@@ -149,7 +150,13 @@ class _Scrape(Collector):
             ),
             ("accept_pauses", "times accepting was paused for want of descriptors", plane.accept_paused, True),
             ("local_shortages", "times this host ran out of ports, descriptors or memory", plane.local_shortages, True),
-            ("worker_restarts", "times a data-plane process died and was replaced", plane.worker_restarts, True),
+            (
+                "worker_restarts",
+                "times a data-plane process died, hung or could no longer be spoken to, and was replaced",
+                plane.worker_restarts,
+                True,
+            ),
+            ("data_plane_failing", "1 while a data-plane process serves nothing", control.is_plane_failing, False),
             ("service_ports", "service ports that are served", control.service_ports, False),
             ("rule_loads", "rule loads that succeeded", control.rule_loads, True),
             (

@@ -36,9 +36,10 @@ class Health:
 
     ``families``: whether syncs keep up, by IP family. ``waiting``: why no traffic is to come yet, or any more; "" when
     it may. ``failing``: why the last sync or repair failed and since when; health ends only with a sync that fails for
-    long. ``problems`` are worth a look and no reason to be replaced; ``findings`` are what `check` finds besides, for
-    clients on this host alone. ``degraded`` says what is served by a last good state that gets old.
-    ``node_eligible``: whether load balancers may send traffic to this node; None where there is no Node to ask.
+    long. ``stopped``: why the data plane serves nothing at this moment. ``problems`` are worth a look and no reason to
+    be replaced; ``findings`` are what `check` finds besides, for clients on this host alone. ``degraded`` says what is
+    served by a last good state that gets old. ``node_eligible``: whether load balancers may send traffic to this node;
+    None where there is no Node to ask.
     """
 
     families: Mapping[str, FamilyHealth]
@@ -48,11 +49,12 @@ class Health:
     findings: Sequence[str] = ()
     degraded: Sequence[str] = ()
     node_eligible: bool | None = None
+    stopped: str = ""
 
     @property
     def keeps_up(self) -> bool:
         """Whether there is no reason to be replaced."""
-        return all(family.healthy for family in self.families.values())
+        return not self.stopped and all(family.healthy for family in self.families.values())
 
     @property
     def updated_at(self) -> float | None:
@@ -181,7 +183,7 @@ def _answer(health: Health, status: int, healthy: bool, said: Mapping[str, objec
         },
     }
     if is_open:
-        reason = "; ".join(why for why in (health.waiting, health.failing) if why) or _LATE
+        reason = "; ".join(why for why in (health.waiting, health.stopped, health.failing) if why) or _LATE
         body |= {"reason": printable(reason, _SHOWN_MAX)} if not healthy else {}
         body |= {"failing": printable(health.failing, _SHOWN_MAX)} if health.failing else {}
         for name in ("degraded", "problems", "findings"):

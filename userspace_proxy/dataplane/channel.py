@@ -1,43 +1,59 @@
 """Messages and descriptors between two processes over a unix stream socket.
 
 A frame is its length, the number of descriptors that come with it, and a msgpack body. Descriptors travel
-with the first bytes of their frame, so they have arrived when the frame is complete.
+with the first bytes of their frame, so they have arrived when the frame is complete. A descriptor for which the reader
+has no room is lost (MSG_CTRUNC); its frame arrives all the same, and says so.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 _HEADER = struct.Struct("=IH")
 # Little, so that a reader does other things between two frames.
 _READ_BYTES = 1 << 14
 # As many as the kernel takes in one message (SCM_MAX_FD).
 DESCRIPTORS_A_FRAME = 250
-FRAME_MAX_BYTES = 64 << 20
+# Senders split what they say (`wire.fitting`); the bound is for what cannot be split, and against nonsense.
+FRAME_MAX_BYTES = 1 << 30
+# In place of a descriptor that was lost.
+LOST = -1
+# Of this host, at this moment: sent or received a little later. ETOOMANYREFS: too many descriptors are under way.
+_SHORTAGES = {errno.ENOMEM, errno.ENOBUFS, errno.ETOOMANYREFS}
+_SHORTAGE_PAUSE_S = 0.1
 
 
 class Channel:
-    """One end. *on_frame* is called with each frame's body and descriptors; *on_close* once, when the peer is gone."""
+    """One end.
+
+    *on_frame* is called with each frame's body and descriptors, LOST in the place of those that did not arrive.
+    *on_close* is called once, before the peer can notice: the peer is gone, or ``broken`` says why this end broke off.
+    """
 
     def __init__(
         self,
         sock: socket.socket,
         on_frame: Callable[[bytes, list[int]], None],
         on_close: Callable[[], None],
+        frame_max_bytes: int = FRAME_MAX_BYTES,
     ) -> None:
         sock.setblocking(False)
         self._sock = sock
         self._on_frame = on_frame
         self._on_close = on_close
+        self._frame_max_bytes = frame_max_bytes
+        self.broken = ""
         self._loop = asyncio.get_running_loop()
         self._received = bytearray()
-        self._descriptors: deque[int] = deque()
+        # One list for each frame with descriptors: the kernel delivers those of two frames in two reads.
+        self._descriptors: deque[list[int]] = deque()
         self._waiting: deque[tuple[memoryview, Sequence[int]]] = deque()
         self._closed = False
         self._all_sent = asyncio.Event()
@@ -56,22 +72,27 @@ class Channel:
             self._write()
 
     def _write(self) -> None:
-        while self._waiting:
+        while self._waiting and not self._closed:
             data, descriptors = self._waiting[0]
             try:
                 sent = socket.send_fds(self._sock, [data], list(descriptors))
             except BlockingIOError:
                 self._loop.add_writer(self._sock.fileno(), self._write)
                 return
-            except OSError:
-                self.close()
+            except OSError as error:
+                if error.errno in _SHORTAGES:
+                    self._loop.remove_writer(self._sock.fileno())
+                    self._loop.call_later(_SHORTAGE_PAUSE_S, self._write)
+                else:
+                    self.close()
                 return
             if sent == len(data):
                 self._waiting.popleft()
             else:
                 self._waiting[0] = (data[sent:], ())
-        self._loop.remove_writer(self._sock.fileno())
-        self._all_sent.set()
+        if not self._closed:
+            self._loop.remove_writer(self._sock.fileno())
+            self._all_sent.set()
 
     async def sent(self) -> None:
         """Wait until the kernel has all that was sent, or nobody is there to have it."""
@@ -81,33 +102,50 @@ class Channel:
 
     def _read(self) -> None:
         try:
-            data, descriptors, _, _ = socket.recv_fds(self._sock, _READ_BYTES, DESCRIPTORS_A_FRAME)
+            data, descriptors, flags, _ = socket.recv_fds(self._sock, _READ_BYTES, DESCRIPTORS_A_FRAME)
         except BlockingIOError:
             return
-        except OSError:
-            data, descriptors = b"", []
+        except OSError as error:
+            if error.errno in _SHORTAGES:
+                self._loop.remove_reader(self._sock.fileno())
+                self._loop.call_later(_SHORTAGE_PAUSE_S, self._read_on)
+                return
+            data, descriptors, flags = b"", [], 0
         for descriptor in descriptors:
             os.set_inheritable(descriptor, False)  # recv_fds takes MSG_CMSG_CLOEXEC and forgets it
-        self._descriptors += descriptors
+        if descriptors or flags & socket.MSG_CTRUNC:
+            self._descriptors.append(descriptors)
         if not data:
             self.close()
             return
         self._received += data
-        while len(self._received) >= _HEADER.size:
+        while len(self._received) >= _HEADER.size and not self._closed:
             length, count = _HEADER.unpack_from(self._received)
-            if length > FRAME_MAX_BYTES:
-                self.close()
+            if length > self._frame_max_bytes:
+                self.break_off(f"a frame has {length} bytes, more than {self._frame_max_bytes}")
                 return
             end = _HEADER.size + length
             if len(self._received) < end:
                 return
-            if count > len(self._descriptors):
-                # The kernel drops those for which this process has no room: without them all further are others'.
-                self.close()
-                return
+            came: list[int] = []
+            if count:
+                if not self._descriptors or len(self._descriptors[0]) > count:
+                    self.break_off("a frame came without its descriptors")
+                    return
+                came = self._descriptors.popleft()
             body = bytes(self._received[_HEADER.size : end])
             del self._received[:end]
-            self._on_frame(body, [self._descriptors.popleft() for _ in range(count)])
+            self._on_frame(body, came + [LOST] * (count - len(came)))
+
+    def _read_on(self) -> None:
+        if not self._closed:
+            self._loop.add_reader(self._sock.fileno(), self._read)
+
+    def break_off(self, why: str) -> None:
+        """Close this end because nothing that comes can be understood any more."""
+        if not self._closed:
+            self.broken = why
+            self.close()
 
     def close(self) -> None:
         """Close this end; descriptors that belong to no whole frame are closed, too."""
@@ -117,8 +155,14 @@ class Channel:
         self._all_sent.set()
         self._loop.remove_reader(self._sock.fileno())
         self._loop.remove_writer(self._sock.fileno())
-        self._sock.close()
-        for descriptor in self._descriptors:
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
         self._on_close()
+        self._sock.close()
+        for descriptors in self._descriptors:
+            close_descriptors(descriptors)
+
+
+def close_descriptors(descriptors: Iterable[int]) -> None:
+    """Close *descriptors* that came with a frame, but for those that were lost."""
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)

@@ -28,6 +28,8 @@ RESERVED_DESCRIPTORS = 128
 # A service port may have so many times the connections that there is room for: 8 of 9 descriptors if it is alone, and
 # always less than all, however many others have as much (dynamic thresholds, Choudhury and Hahne 1998).
 _SHARE = 8
+# Kept free of listeners, too: those that there are must be able to accept.
+_FOR_CONNECTIONS = 16
 _SWEEPS_A_LIMIT = 12
 # A look at so many connections takes about a millisecond; then traffic has its turn.
 _LOOKS_A_TURN = 500
@@ -301,6 +303,15 @@ def _who(client_ip: str) -> bytes:
     if ":" in client_ip:
         return socket.inet_pton(socket.AF_INET6, client_ip.partition("%")[0])[:8]
     return socket.inet_aton(client_ip)
+
+
+def leaves_room(descriptor: int) -> bool:
+    """Return whether a process that got *descriptor* for a listener has some left for connections and all else.
+
+    The kernel gives the lowest number that is free.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return descriptor < limit - min(RESERVED_DESCRIPTORS, limit // 4) - _FOR_CONNECTIONS
 
 
 def raise_descriptor_limit() -> int:

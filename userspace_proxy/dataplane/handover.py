@@ -31,7 +31,7 @@ from typing import TypeVar
 import msgspec
 
 from userspace_proxy.dataplane import wire
-from userspace_proxy.dataplane.channel import DESCRIPTORS_A_FRAME, Channel
+from userspace_proxy.dataplane.channel import DESCRIPTORS_A_FRAME, LOST, Channel, close_descriptors
 from userspace_proxy.dataplane.rendezvous import Call, answer, heard
 
 # Of these messages and of rendezvous.py, and the oldest that is understood: upgrade and roll-back. Fields that are not
@@ -117,9 +117,16 @@ class Conversation:
 
     def _on_frame(self, body: bytes, descriptors: list[int]) -> None:
         try:
-            self._received.put_nowait((_messages.decode(body), descriptors))
+            message = _messages.decode(body)
         except msgspec.DecodeError:
-            self._channel.close()
+            close_descriptors(descriptors)
+            self._channel.break_off("it says what is not understood")
+            return
+        if LOST in descriptors:
+            close_descriptors(descriptors)
+            self._channel.break_off("no descriptor is left here")
+        else:
+            self._received.put_nowait((message, descriptors))
 
     def send(self, message: Message, descriptors: Iterable[int] = ()) -> None:
         self._channel.send(wire.encode(message), list(descriptors))
@@ -135,7 +142,7 @@ class Conversation:
             received = await self._received.get()
         if received is None:
             self._received.put_nowait(None)
-            raise ConnectionError("the other process is gone")
+            raise ConnectionError(self._channel.broken or "the other process is gone")
         return received
 
     async def ended(self) -> None:

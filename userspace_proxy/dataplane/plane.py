@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from userspace_proxy.dataplane.connections import Connections, Limits, raise_descriptor_limit
+from userspace_proxy.dataplane.connections import Connections, Limits, leaves_room, raise_descriptor_limit
 from userspace_proxy.dataplane.context import PlaneContext, Record, Shared
 from userspace_proxy.dataplane.datagrams import DatagramPoller
 from userspace_proxy.dataplane.groups import open_group
@@ -17,7 +19,7 @@ from userspace_proxy.dataplane.memory import Memory, PickerMemory
 from userspace_proxy.dataplane.netlink import KernelTables
 from userspace_proxy.dataplane.pipes import PipePool
 from userspace_proxy.dataplane.poller import Poller
-from userspace_proxy.dataplane.sockets import reserve_refusing_port
+from userspace_proxy.dataplane.sockets import refusal, reserve_refusing_port
 from userspace_proxy.dataplane.splice.copy import CopySplicer
 from userspace_proxy.dataplane.splice.pipe import PipeSplicer
 from userspace_proxy.dataplane.stats import add_up
@@ -45,6 +47,10 @@ log = logging.getLogger(__name__)
 
 class LocalPlane:
     """A DataPlane whose sockets live in this process. Make it inside the running event loop."""
+
+    # Who could tell would hang with it.
+    failing = ""
+    unserved: Mapping[ListenerName, str] = {}
 
     def __init__(
         self,
@@ -96,7 +102,7 @@ class LocalPlane:
                     (sock,) = open_group(spec.name.protocol, spec.proxy_port, 1, self._context.limits)
                     self.serve(spec, sock)
             except OSError as error:
-                refused[spec.name] = f"port {spec.proxy_port}: {error.strerror}"
+                refused[spec.name] = refusal(spec.proxy_port, error)
             if not count % _OPENED_A_STEP:
                 await asyncio.sleep(0)  # connections go on while thousands of listeners are opened
         return refused
@@ -121,6 +127,8 @@ class LocalPlane:
         shared = self._shared.get(name.service_port) or Shared(Memory(self._context.now))
         shared.memory.set_affinity(spec.service_port.affinity_timeout_s)
         try:
+            if not leaves_room(sock.fileno()):
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))  # noqa: TRY301 - as if it had not come
             if name.protocol is L4Protocol.UDP:
                 self._udp[name] = self._listeners[name] = UdpListener(spec, sock, self._context, shared)
             else:
@@ -155,7 +163,7 @@ class LocalPlane:
         try:
             self._reserved += reserve_refusing_port(port)
         except OSError as error:
-            return f"port {port}: {error.strerror}"
+            return refusal(port, error)
         return ""
 
     async def update(self, backends: Mapping[ListenerName, Backends]) -> None:

@@ -1,4 +1,4 @@
-"""One worker process, seen from the control side: started, asked, and replaced when it dies."""
+"""One worker process, seen from the control side: started, asked, watched, and replaced when it dies or hangs."""
 
 from __future__ import annotations
 
@@ -8,21 +8,29 @@ import logging
 import socket
 import subprocess
 import sys
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 
 import msgspec
 
 from userspace_proxy.dataplane import wire
-from userspace_proxy.dataplane.channel import Channel
+from userspace_proxy.dataplane.channel import Channel, close_descriptors
 from userspace_proxy.dataplane.memory import PINS_MAX, PickerMemory, Pin
+from userspace_proxy.dataplane.watchdog import LOOK_EVERY_S, Watchdog, activity_of
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import ServiceStats
 from userspace_proxy.model.endpoint import Address
-from userspace_proxy.model.names import ServicePortName
+from userspace_proxy.model.names import ListenerName, ServicePortName
 
 _RESPAWN_PAUSE_S = 0.5
+# Until listeners for which a new worker had no room are tried again.
+_ROOM_PAUSE_S = 1.0
 _EXIT_TIMEOUT_S = 5.0
+# A process that dies closes its sockets a moment before its end can be seen; one that is killed ends soon.
+_END_SEEN_S = 0.3
+_KILLED_S = 2.0
+_LOOK_FIRST_S, _LOOK_LAST_S = 0.002, 0.1
 
 log = logging.getLogger(__name__)
 
@@ -56,31 +64,42 @@ class Learnt:
 
 
 class WorkerProcess:
-    """The worker number ``settings.worker``. *replay* sends it all that it should know, after a replacement."""
+    """The worker number ``settings.worker``, replaced when it dies, hangs or can no longer be spoken to.
+
+    *replay* tells a worker all that it should know, or all of some listeners; it returns those that the worker has no
+    room for, and why. ``unserved`` are these, until there is room; ``failing`` says why nothing is served, "" if it is.
+    """
 
     def __init__(
         self,
         settings: wire.WorkerSettings,
         knows: Callable[[ServicePortName], bool],
-        replay: Callable[[WorkerProcess], object],
+        replay: Callable[[WorkerProcess, Collection[ListenerName] | None], Awaitable[Mapping[ListenerName, str]]],
     ) -> None:
         self.settings = settings
         self.learnt = Learnt()
         self.restarts = 0
+        self.failing = ""
+        self.unserved: Mapping[ListenerName, str] = {}
         self._knows = knows
         self._replay = replay
         self._waiting: deque[asyncio.Future[wire.Answer]] = deque()
         self._told: list[ServiceStats] = []  # parts of stats that are not whole yet
         self._channel: Channel | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._replaced: list[subprocess.Popen[bytes]] = []  # those that have not ended yet
         self._closing = False
         self._respawn: asyncio.Task[None] | None = None
+        self._watchdog = Watchdog()
+        self._owes_answer = False
+        self._watch: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Start the process; it serves what it is told from then on. Raises OSError."""
         ours, theirs = socket.socketpair()
         settings = msgspec.json.encode(self.settings).decode()
-        command = [sys.executable, "-P", "-m", "userspace_proxy.dataplane.worker", str(theirs.fileno()), settings]
+        module = "userspace_proxy.dataplane.worker"
+        command = [sys.executable, "-P", "-m", module, str(theirs.fileno()), settings]
         with theirs:
             try:
                 # A session of its own: signals from a terminal are for the control process.
@@ -91,14 +110,27 @@ class WorkerProcess:
                 ours.close()
                 raise
         self._channel = Channel(ours, self._on_frame, self._on_close)
+        self._watchdog = Watchdog()
+        self._owes_answer = False
+        if self._watch is None:
+            self._watch = asyncio.create_task(self._watch_over(), name="watch the worker")
 
     @property
     def pid(self) -> int:
         return self._process.pid if self._process else 0
 
     def _on_frame(self, body: bytes, descriptors: list[int]) -> None:
-        answer = wire.answers.decode(body)
-        if isinstance(answer, wire.News):
+        close_descriptors(descriptors)  # it has none to give
+        try:
+            answer = wire.answers.decode(body)
+        except msgspec.DecodeError as error:
+            if self._channel is not None:
+                self._channel.break_off(f"sent what is no answer ({error})")
+            return
+        if isinstance(answer, wire.Pong):
+            self._owes_answer = False
+            self._watchdog.note_answer()
+        elif isinstance(answer, wire.News):
             for name, memory in answer.memory:
                 if self._knows(name):
                     self.learnt.note(name, memory)
@@ -111,32 +143,71 @@ class WorkerProcess:
             if not waiting.done():
                 waiting.set_result(answer)
 
+    async def _watch_over(self) -> None:
+        """Replace the worker if it hangs."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            self._replaced = [process for process in self._replaced if process.poll() is None]
+            if self._channel is None or self._process is None:
+                continue
+            if not self._owes_answer:
+                self._owes_answer = True
+                self._channel.send(wire.encode(wire.Ping()))
+            elif why := self._watchdog.note_silence(activity_of(self.pid)):
+                self._process.kill()
+                self._channel.break_off(why)
+
     def _on_close(self) -> None:
         # Until another worker is there, requests fail at once: one that waited would take that one's first answer.
-        self._channel = None
+        channel, self._channel = self._channel, None
         self._told = []
         waiting, self._waiting = self._waiting, deque()
         for future in waiting:
             if not future.done():
                 future.set_exception(SyncError("the worker process has ended"))
-        if not self._closing:
-            self._respawn = asyncio.create_task(self._replace(), name="replace the worker")
+        if not self._closing and self._process is not None:
+            broken = channel.broken if channel is not None else ""
+            if broken:
+                # Before it sees that the channel is closed: it lives, and must not take us for dead.
+                self._process.terminate()
+            self.failing = f"worker process {self.pid} {broken or 'has ended'}"
+            self._respawn = asyncio.create_task(self._replace(self._process, broken), name="replace the worker")
 
-    async def _replace(self) -> None:
-        assert self._process is not None
-        code = await asyncio.to_thread(self._process.wait)
+    async def _replace(self, process: subprocess.Popen[bytes], broken: str) -> None:
+        """Start a worker in the place of *process*, whether that ends or not: nobody hears it any more."""
+        if not broken:
+            code = await exit_code(process, _END_SEEN_S)
+            broken = "has closed its channel" if code is None else f"has ended (exit code {code})"
+            if code is None:
+                process.terminate()
+        if process.poll() is None:
+            self._replaced.append(process)
         self.restarts += 1
-        log.error("the worker process has ended (exit code %s); another one takes its listeners", code)
+        log.error("worker process %d %s; another one takes its listeners", process.pid, broken)
         if self.restarts > 1:
             await asyncio.sleep(_RESPAWN_PAUSE_S)  # one that dies at once must not be started all the time
+        told = ""
         while True:
             try:
                 self.start()
                 break
             except OSError as error:
-                log.error("no worker process can be started, trying again: %s", error)  # noqa: TRY400
+                if told != (told := str(error)):
+                    log.error("no worker process can be started, trying again: %s", error)  # noqa: TRY400
                 await asyncio.sleep(_RESPAWN_PAUSE_S)
-        self._replay(self)
+        with contextlib.suppress(SyncError):  # it has ended, too, and is being replaced
+            await self._tell_all()
+
+    async def _tell_all(self) -> None:
+        self.unserved = await self._replay(self, None)
+        self.failing = ""
+        if self.unserved:
+            why = next(iter(self.unserved.values()))
+            log.error("listeners that are not served: %d (%s); trying again", len(self.unserved), why)
+            while self.unserved:
+                await asyncio.sleep(_ROOM_PAUSE_S)
+                self.unserved = await self._replay(self, list(self.unserved))
+            log.info("all listeners are served again")
 
     def send(self, request: wire.Request, descriptors: Sequence[int] = ()) -> asyncio.Future[wire.Answer]:
         """Send *request*; the future has the answer, or SyncError where there is nobody to give one."""
@@ -152,31 +223,55 @@ class WorkerProcess:
     def cut(self) -> None:
         if self._channel is not None:
             self._channel.send(wire.encode(wire.Cut()))
+        for process in self._replaced:
+            process.kill()
 
     def leave(self) -> None:
         """Let it serve on alone."""
-        self._closing = True
-        if self._respawn is not None:
-            self._respawn.cancel()
+        self._end_tasks()
         if self._channel is not None:
             self._channel.close()
 
-    async def close(self, drain_timeout_s: float, *, handed_over: bool) -> None:
-        """Let it drain and end."""
+    def _end_tasks(self) -> None:
         self._closing = True
-        if self._respawn is not None:
-            self._respawn.cancel()
+        for task in (self._respawn, self._watch):
+            if task is not None:
+                task.cancel()
+
+    async def close(self, drain_timeout_s: float, *, handed_over: bool) -> None:
+        """Let it drain and end, and those before it."""
+        self._end_tasks()
+        await asyncio.gather(
+            self._close(drain_timeout_s, handed_over=handed_over),
+            *(_end(process, drain_timeout_s) for process in self._replaced),
+        )
+
+    async def _close(self, drain_timeout_s: float, *, handed_over: bool) -> None:
         with contextlib.suppress(SyncError, TimeoutError):
             async with asyncio.timeout(drain_timeout_s + _EXIT_TIMEOUT_S):
                 await self.send(wire.Close(drain_timeout_s, handed_over))
         if self._channel is not None:
             self._channel.close()
         if self._process is not None:
-            try:
-                await asyncio.to_thread(self._process.wait, _EXIT_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                await asyncio.to_thread(self._process.wait)
+            await _end(self._process, _EXIT_TIMEOUT_S)
+
+
+async def exit_code(process: subprocess.Popen[bytes], timeout_s: float) -> int | None:
+    """Return the exit code of *process*; None if it runs still: in uninterruptible sleep not even SIGKILL ends it."""
+    give_up_at = time.monotonic() + timeout_s
+    pause_s = _LOOK_FIRST_S
+    while (code := process.poll()) is None and time.monotonic() < give_up_at:
+        await asyncio.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LOOK_LAST_S)
+    return code
+
+
+async def _end(process: subprocess.Popen[bytes], timeout_s: float) -> None:
+    """Wait for the end of *process*, and kill it when the time is up."""
+    if await exit_code(process, timeout_s) is None:
+        process.kill()
+        if await exit_code(process, _KILLED_S) is None:
+            log.error("worker process %d does not end, though it was killed", process.pid)
 
 
 async def answers_to(futures: Iterable[asyncio.Future[wire.Answer]]) -> list[wire.Answer]:

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 import msgspec
 
 from userspace_proxy.dataplane import wire
-from userspace_proxy.dataplane.connections import raise_descriptor_limit
+from userspace_proxy.dataplane.connections import leaves_room, raise_descriptor_limit
 from userspace_proxy.dataplane.groups import fit_group, open_group
 from userspace_proxy.dataplane.handover import Inherit
 from userspace_proxy.dataplane.process import WorkerProcess, answers_to
-from userspace_proxy.dataplane.sockets import reserve_refusing_port
+from userspace_proxy.dataplane.sockets import refusal, reserve_refusing_port
 from userspace_proxy.dataplane.stats import add_up, sum_of
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import Backends, ListenerSpec, PlaneStats
@@ -30,8 +31,6 @@ from userspace_proxy.model.names import ListenerName, Scope, ServicePortName
 # So much at once that no packet waits for more than a few milliseconds while the worker takes it in.
 _A_FRAME = 32
 _OPENED_A_FRAME = 16
-
-Item = TypeVar("Item")
 
 
 class RemotePlane:
@@ -64,29 +63,42 @@ class RemotePlane:
         return sum(worker.restarts for worker in self._workers)
 
     @property
+    def failing(self) -> str:
+        return "; ".join(worker.failing for worker in self._workers if worker.failing)
+
+    @property
+    def unserved(self) -> Mapping[ListenerName, str]:
+        return {name: why for worker in self._workers for name, why in worker.unserved.items()}
+
+    @property
     def known_pins(self) -> int:
         """How many clients stay where they are if a worker dies now."""
         return sum(worker.learnt.pins for worker in self._workers)
 
     # ---- what outlives a process
 
-    def _replay(self, worker: WorkerProcess) -> list[asyncio.Future[wire.Answer]]:
-        """Tell *worker*, which knows nothing yet, all that it has to know."""
-        sent = [worker.send(listeners, descriptors) for listeners, descriptors in self._all_of(worker)]
-        if self._name is not None:
+    async def _replay(
+        self, worker: WorkerProcess, names: Collection[ListenerName] | None = None
+    ) -> Mapping[ListenerName, str]:
+        """Tell *worker* all that it has to know, or all of listeners *names*; return those it cannot serve, and why."""
+        if names is None and self._name is not None:
             worker.send(wire.KeepOn(), [self._name.fileno()])
-        return sent
+        specs = [spec for name, spec in self._specs.items() if names is None or name in names]
+        sent = [worker.send(listeners, descriptors) for listeners, descriptors in self._all_of(worker, specs)]
+        return _refused(await answers_to(sent))
 
-    def _all_of(self, worker: WorkerProcess) -> Iterator[tuple[wire.Open, list[int]]]:
-        for part in _parts(self._specs.values(), _OPENED_A_FRAME):
+    def _all_of(self, worker: WorkerProcess, specs: Iterable[ListenerSpec]) -> Iterator[tuple[wire.Open, list[int]]]:
+        def opening(part: list[ListenerSpec]) -> wire.Open:
             names = [spec.name for spec in part]
-            known = wire.Open(
+            return wire.Open(
                 part,
                 len(part),
                 [(name, self._backends[name]) for name in names if name in self._backends],
                 [(name, worker.learnt.memory_of(name)) for name in dict.fromkeys(name.service_port for name in names)],
             )
-            yield known, [self._sockets[name][worker.settings.worker].fileno() for name in names]
+
+        for request in wire.fitting(list(specs), _OPENED_A_FRAME, opening):
+            yield request, [self._sockets[spec.name][worker.settings.worker].fileno() for spec in request.specs]
 
     def keep_on(self, name: socket.socket) -> list[asyncio.Future[wire.Answer]]:
         """From now on workers serve on, should this process die, and are found by a successor; they have the *name*.
@@ -115,13 +127,15 @@ class RemotePlane:
         for name, spec in self._specs.items():
             group = self._sockets[name]
             self._sockets[name] = fit_group(group, name.protocol, spec.proxy_port, len(self._workers), self._limits)
-        await answers_to([future for worker in self._workers for future in self._replay(worker)])
+        for refused in await asyncio.gather(*(self._replay(worker) for worker in self._workers)):
+            for name, why in refused.items():
+                raise SyncError(f"a worker cannot serve {name}: {why}")
         return list(self._specs.values())
 
     def inheritance(self) -> Iterator[tuple[Inherit, list[int]]]:
         """Return all that a successor needs, in parts, with descriptors that stay ours."""
         for worker in self._workers:
-            for listeners, descriptors in self._all_of(worker):
+            for listeners, descriptors in self._all_of(worker, self._specs.values()):
                 yield Inherit(worker.settings.worker, listeners), descriptors
 
     def leave(self) -> None:
@@ -139,24 +153,24 @@ class RemotePlane:
                 known.append(spec)
                 continue
             try:
-                self._sockets[spec.name] = open_group(
-                    spec.name.protocol, spec.proxy_port, len(self._workers), self._limits
-                )
+                group = open_group(spec.name.protocol, spec.proxy_port, len(self._workers), self._limits)
+                if not leaves_room(group[-1].fileno()):
+                    _close(group)
+                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))  # noqa: TRY301 - as if it were so
+                self._sockets[spec.name] = group
                 new.append(spec)
             except OSError as error:
-                refused[spec.name] = f"port {spec.proxy_port}: {error.strerror}"
+                refused[spec.name] = refusal(spec.proxy_port, error)
             if not count % _A_FRAME:
                 await asyncio.sleep(0)
         self._specs.update({spec.name: spec for spec in (*new, *known)})
         sent = []
         for index, worker in enumerate(self._workers):
-            for part in _parts(new, _OPENED_A_FRAME):
-                descriptors = [self._sockets[spec.name][index].fileno() for spec in part]
-                sent.append(worker.send(wire.Open(part, len(part)), descriptors))
-            sent += [worker.send(wire.Open(part, 0)) for part in _parts(known)]
-        for answer in await answers_to(sent):
-            if isinstance(answer, wire.Done):
-                refused.update(answer.refused)
+            for request in wire.fitting(new, _OPENED_A_FRAME, lambda part: wire.Open(part, len(part))):
+                descriptors = [self._sockets[spec.name][index].fileno() for spec in request.specs]
+                sent.append(worker.send(request, descriptors))
+            sent += [worker.send(part) for part in wire.fitting(known, _A_FRAME, lambda part: wire.Open(part, 0))]
+        refused.update(_refused(await answers_to(sent)))
         if len(self._workers) > 1 and refused:
             await self._send_all(wire.Retire([name for name in refused if name in self._specs]))
         for name in refused:
@@ -167,17 +181,17 @@ class RemotePlane:
         try:
             self._reserved[port] = reserve_refusing_port(port)
         except OSError as error:
-            return f"port {port}: {error.strerror}"
+            return refusal(port, error)
         return ""
 
     async def update(self, backends: Mapping[ListenerName, Backends]) -> None:
         self._backends.update({name: given for name, given in backends.items() if name in self._specs})
-        await self._send_all(*(wire.Update(part) for part in _parts(backends.items())))
+        await self._send_all(*wire.fitting(list(backends.items()), _A_FRAME, wire.Update))
 
     async def retire(self, names: Sequence[ListenerName]) -> None:
         for name in names:
             self._forget(name)
-        await self._send_all(*(wire.Retire(part) for part in _parts(names)))
+        await self._send_all(*wire.fitting(names, _A_FRAME, wire.Retire))
 
     async def _send_all(self, *requests: wire.Request) -> list[wire.Answer]:
         return await answers_to([worker.send(request) for request in requests for worker in self._workers])
@@ -192,8 +206,7 @@ class RemotePlane:
         if not self._serves(name.service_port):
             for worker in self._workers:
                 worker.learnt.forget(name.service_port)
-        for sock in self._sockets.pop(name, []):
-            sock.close()
+        _close(self._sockets.pop(name, []))
 
     async def stats(self, endpoints_max: int = 0) -> PlaneStats:
         known = self._known_endpoints()
@@ -233,7 +246,10 @@ class RemotePlane:
             yield from group
 
 
-def _parts(items: Iterable[Item], size: int = _A_FRAME) -> Iterator[list[Item]]:
-    listed = list(items)
-    for start in range(0, len(listed), size):
-        yield listed[start : start + size]
+def _refused(answers: Iterable[wire.Answer]) -> dict[ListenerName, str]:
+    return {name: why for answer in answers if isinstance(answer, wire.Done) for name, why in answer.refused}
+
+
+def _close(group: Iterable[socket.socket]) -> None:
+    for sock in group:
+        sock.close()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from socket import SocketType
 
-from userspace_proxy.interfaces import OWN_MARK
+from userspace_proxy.interfaces import NO_ROOM, OWN_MARK
 from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.names import L4Protocol
 
@@ -42,6 +42,15 @@ LOCAL_SHORTAGES = {
     errno.ENOSPC,  # more sockets in epolls than fs.epoll.max_user_watches
     errno.EAGAIN,
 }
+
+
+# Of these: no other port would help, but there may be room later.
+_ROOM_SHORTAGES = LOCAL_SHORTAGES - {errno.EADDRNOTAVAIL, errno.EADDRINUSE, errno.EAGAIN}
+
+
+def refusal(port: int, error: OSError) -> str:
+    """Return why there is no listener at *port*; the same text for any port where no other would help."""
+    return f"{NO_ROOM if error.errno in _ROOM_SHORTAGES else f'port {port}'}: {error.strerror}"
 
 
 @functools.cache

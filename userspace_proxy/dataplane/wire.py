@@ -5,6 +5,9 @@ Requests are answered in order, so an answer needs no number.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
 import msgspec
 
 from userspace_proxy.dataplane.connections import Limits
@@ -64,6 +67,10 @@ class Cut(msgspec.Struct, frozen=True, tag=True):
     """Done at once, before whatever else was asked (a drain, say), and not answered."""
 
 
+class Ping(msgspec.Struct, frozen=True, tag=True):
+    """Answered with `Pong` at once, before whatever else was asked: the event loop goes round."""
+
+
 class KeepOn(msgspec.Struct, frozen=True, tag=True):
     """Serve on when the control process is gone; the next one will call. The socket that has the name comes with it."""
 
@@ -75,7 +82,7 @@ class Close(msgspec.Struct, frozen=True, tag=True):
     handed_over: bool = False
 
 
-Request = Open | Update | Retire | TellStats | Cut | KeepOn | Close
+Request = Open | Update | Retire | TellStats | Cut | Ping | KeepOn | Close
 
 # ---- worker -> control
 
@@ -99,14 +106,36 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
     services: list[ServiceStats] = []
 
 
+class Pong(msgspec.Struct, frozen=True, tag=True):
+    """No answer to a request in turn: it overtakes them."""
+
+
 class News(msgspec.Struct, frozen=True, tag=True):
     """No answer: what the pickers of service ports have learnt in the last second."""
 
     memory: list[tuple[ServicePortName, PickerMemory]]
 
 
-Answer = Done | StatsPart | Stats | News
+Answer = Done | StatsPart | Stats | Pong | News
 
 requests = msgspec.msgpack.Decoder(Request)
 answers = msgspec.msgpack.Decoder(Answer)
 encode = msgspec.msgpack.encode
+
+# What a message may have, unless it is about a single item: while it is taken in, packets wait.
+FRAME_BYTES = 256 << 10
+
+Item = TypeVar("Item")
+Message = TypeVar("Message", bound=msgspec.Struct)
+
+
+def fitting(items: Sequence[Item], most: int, make: Callable[[list[Item]], Message]) -> Iterator[Message]:
+    """Yield what *make* makes of *items*, so many at once that a message has *most* of them and FRAME_BYTES at most."""
+    for start in range(0, len(items), most):
+        part = list(items[start : start + most])
+        message = make(part)
+        size = len(encode(message)) if len(part) > 1 else 0
+        if size > FRAME_BYTES:
+            yield from fitting(part, max(1, len(part) * FRAME_BYTES // size), make)
+        else:
+            yield message

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import logging
 import os
@@ -22,7 +23,7 @@ from dataclasses import replace
 import msgspec
 
 from userspace_proxy.dataplane import rendezvous, wire
-from userspace_proxy.dataplane.channel import Channel
+from userspace_proxy.dataplane.channel import LOST, Channel, close_descriptors
 from userspace_proxy.dataplane.handover import (
     VERSION,
     Conversation,
@@ -34,7 +35,10 @@ from userspace_proxy.dataplane.handover import (
     hand_over,
 )
 from userspace_proxy.dataplane.plane import LocalPlane
+from userspace_proxy.dataplane.sockets import refusal
+from userspace_proxy.interfaces import NO_ROOM
 from userspace_proxy.logs import AccessLog, configure_logging, drop_count, log_lines_dropped, recorder
+from userspace_proxy.model.names import ListenerName
 
 # At most so much of what pickers learn is lost with a worker.
 _NEWS_PERIOD_S = 1.0
@@ -61,25 +65,44 @@ class Worker:
         self._requests: deque[tuple[wire.Request, list[int]]] = deque()
         self._asked = asyncio.Event()
         self._alone = False
+        self._is_replaced = False
+        self._is_told_to_go = False
         self._name: socket.socket | None = None
         self._member: socket.socket | None = None
         self._channel = Channel(sock, self._on_frame, self._on_close)
 
     def _on_frame(self, body: bytes, descriptors: list[int]) -> None:
-        request = wire.requests.decode(body)
+        try:
+            request = wire.requests.decode(body)
+        except msgspec.DecodeError as error:
+            close_descriptors(descriptors)
+            self._channel.break_off(f"a request is not understood ({error})")
+            return
         if isinstance(request, wire.Cut):
             self._plane.cut()
-            return
-        self._requests.append((request, descriptors))
-        self._asked.set()
+        elif isinstance(request, wire.Ping):
+            self._channel.send(wire.encode(wire.Pong()))
+        else:
+            self._requests.append((request, descriptors))
+            self._asked.set()
 
     def _on_close(self) -> None:
+        self._is_replaced |= bool(self._channel.broken)  # the control process is there, and starts another
+        self._alone = True
+        self._asked.set()
+
+    def _on_sigterm(self) -> None:
+        """Another worker is to take our place; told so twice, cut the connections that drain."""
+        if self._is_told_to_go:
+            self._plane.cut()
+        self._is_told_to_go = self._is_replaced = True
         self._alone = True
         self._asked.set()
 
     async def run(self) -> None:
         """Do what is asked until told to close, or until nobody is left who could ask and nobody comes."""
         news = asyncio.create_task(self._tell_news(), name="news")
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._on_sigterm)
         try:
             while not self._alone:
                 await self._asked.wait()
@@ -92,7 +115,9 @@ class Worker:
                     if isinstance(request, wire.Close):
                         return
             member, name = self._member, self._name
-            if member and name and self._settings.orphan_timeout_s and any(self._plane.held()):
+            if self._is_replaced:
+                await self._make_room()
+            elif member and name and self._settings.orphan_timeout_s and any(self._plane.held()):
                 await Orphan(self._plane, member, name, self._settings).serve_on()
             else:
                 log.error("the control process is gone: no new connections, open ones may end")
@@ -103,6 +128,15 @@ class Worker:
             self._channel.close()
             if self._access_log is not None:
                 self._access_log.close()
+
+    async def _make_room(self) -> None:
+        """Leave the listeners to the worker that is started in our place; open connections may end."""
+        why = f" ({self._channel.broken})" if self._channel.broken else ""
+        log.warning("worker process %d leaves its listeners to another%s; open connections go on", os.getpid(), why)
+        self._let_go()
+        self._channel.close()
+        drain_timeout_s = self._settings.orphan_timeout_s or self._settings.drain_timeout_s
+        await self._plane.close(drain_timeout_s, handed_over=True)
 
     async def _make_way(self) -> None:
         """Packets first; and where there are many, the processor is theirs for a moment, and the next request waits."""
@@ -129,7 +163,10 @@ class Worker:
                     await asyncio.sleep(0)
                 return wire.Stats(replace(plane.totals(), log_lines_dropped=log_lines_dropped()))
             case wire.KeepOn():
-                self._keep_on(socket.socket(fileno=descriptors[0]))
+                if LOST in descriptors:
+                    log.error("should the control process die, this worker ends: no descriptor is left")
+                else:
+                    self._keep_on(socket.socket(fileno=descriptors[0]))
             case wire.Close(drain_timeout_s, handed_over):
                 self._let_go()
                 await plane.close(drain_timeout_s, handed_over=handed_over)
@@ -152,12 +189,14 @@ class Worker:
         refused = []
         backends, memory = dict(request.backends), dict(request.memory)
         for spec, descriptor in zip(request.specs[: request.new], descriptors, strict=True):
+            if descriptor == LOST:
+                refused.append((spec.name, f"{NO_ROOM}: {os.strerror(errno.EMFILE)}"))
+                continue
             try:
-                self._plane.serve(
-                    spec, socket.socket(fileno=descriptor), backends.get(spec.name), memory.get(spec.name.service_port)
-                )
+                sock = socket.socket(fileno=descriptor)
+                self._plane.serve(spec, sock, backends.get(spec.name), memory.get(spec.name.service_port))
             except OSError as error:
-                refused.append((spec.name, f"port {spec.proxy_port}: {error.strerror}"))
+                refused.append((spec.name, refusal(spec.proxy_port, error)))
         for spec in request.specs[request.new :]:
             self._plane.configure(spec)
         gc.freeze()  # these stay for long
@@ -170,8 +209,8 @@ class Worker:
 
     async def _tell_now(self) -> None:
         for news in self._plane.take_news():
-            if news:
-                self._channel.send(wire.encode(wire.News(news)))
+            for part in wire.fitting(news, len(news) or 1, wire.News):
+                self._channel.send(wire.encode(part))
             await asyncio.sleep(0)
 
 
@@ -226,17 +265,19 @@ class Orphan:
         await asyncio.Event().wait()  # the end of this conversation is the end of the process
 
     def _inheritance(self) -> Iterator[tuple[Inherit, list[int]]]:
-        held = list(self._plane.held())
-        for start in range(0, len(held), _HANDED_A_FRAME):
-            part = held[start : start + _HANDED_A_FRAME]
-            service_ports = dict.fromkeys(listener.name.service_port for listener, _ in part)
-            known = wire.Open(
-                [listener.spec for listener, _ in part],
+        held = {listener.name: (listener, backends) for listener, backends in self._plane.held()}
+
+        def known(part: list[ListenerName]) -> wire.Open:
+            return wire.Open(
+                [held[name][0].spec for name in part],
                 len(part),
-                [(listener.name, backends) for listener, backends in part if backends is not None],
-                [(name, self._plane.memory_of(name)) for name in service_ports],
+                [(name, backends) for name in part if (backends := held[name][1]) is not None],
+                [(name, self._plane.memory_of(name)) for name in dict.fromkeys(name.service_port for name in part)],
             )
-            yield Inherit(self._settings.worker, known), [listener.sock.fileno() for listener, _ in part]
+
+        for listeners in wire.fitting(list(held), _HANDED_A_FRAME, known):
+            descriptors = [held[spec.name][0].sock.fileno() for spec in listeners.specs]
+            yield Inherit(self._settings.worker, listeners), descriptors
 
 
 def _let_go_of_pipes() -> None:

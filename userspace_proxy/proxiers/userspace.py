@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
-import os
 from collections.abc import AsyncIterator, Iterable, Mapping, Set
 from dataclasses import replace
 
 from userspace_proxy.errors import SyncError
-from userspace_proxy.interfaces import DROPPED, Backends, Capture, DataPlane, Kernel, ListenerSpec, Redirects
+from userspace_proxy.interfaces import DROPPED, NO_ROOM, Backends, Capture, DataPlane, Kernel, ListenerSpec, Redirects
 from userspace_proxy.model.names import L4Protocol, ListenerName, ServicePortName
 from userspace_proxy.model.service import Portal, portals
 from userspace_proxy.model.state import ProxyState
@@ -33,6 +31,8 @@ from userspace_proxy.rules.conntrack import (
 )
 
 _PORT_TRIES = 64
+# Between two tries to open listeners for which there was no port, descriptor or memory.
+_OPEN_AGAIN_S = 3.0
 # New service ports that are told one by one.
 _TOLD_MAX = 20
 
@@ -165,8 +165,7 @@ class UserspaceProxier:
         """Return the port to try next for a listener that could not be opened; None to give up until the next sync."""
         tried.add(spec.proxy_port)
         self._ports.release(spec.name)
-        # Another port does not help against a want of descriptors.
-        hopeless = len(tried) >= _PORT_TRIES or os.strerror(errno.EMFILE) in why
+        hopeless = len(tried) >= _PORT_TRIES or why.startswith(NO_ROOM)
         port = None if hopeless else self._ports.next_for(spec.name, tried)
         if port is None:
             self._note_unopened(spec.name, why)
@@ -309,7 +308,21 @@ class UserspaceProxier:
 
     async def keep_rules(self) -> None:
         """Load our rules again whenever somebody else removed or changed them. Runs until cancelled."""
-        await self.keeper.keep(self._repair)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.keeper.keep(self._repair), name="repair")
+            group.create_task(self._keep_opening(), name="open again")
+
+    async def _keep_opening(self) -> None:
+        """Try listeners again that could not be opened: there may be room now."""
+        while True:
+            await asyncio.sleep(_OPEN_AGAIN_S)
+            with contextlib.suppress(SyncError):  # the controller tries again what else was to be done
+                await self._open_again()
+
+    async def _open_again(self) -> None:
+        if self.unopened:
+            async with self._lock:  # of which another sync may have had the turn: the state is today's
+                await self._sync(self._plans.state)
 
     async def _repair(self) -> None:
         async with self._lock:
@@ -320,9 +333,7 @@ class UserspaceProxier:
                 await forget_early_connections(new_tcp_portals(Redirects(), self._loaded))
         if is_repaired:
             await asyncio.sleep(REPAIR_PAUSE_S)
-        if self.unopened:
-            async with self._lock:  # of which another sync may have had the turn: the state is today's
-                await self._sync(self._plans.state)
+        await self._open_again()
 
     def cut(self) -> None:
         """End every open connection now; for somebody who will not wait for the drain."""
