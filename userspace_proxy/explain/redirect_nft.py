@@ -134,8 +134,8 @@ _RULES = nft_common.RULES + patterns(
     ),
     (
         r"meta l4proto \{ tcp, udp, icmp, ipv6-icmp \} socket transparent 1 meta mark set meta mark \| 0x1000 accept",
-        "An answer (or ICMP error) to a client whose address a socket of ours speaks with: marked with 0x1000, by which "
-        "routing brings it to this node instead of to the client.",
+        "An answer (or ICMP error) to a client whose address a socket of ours speaks with: marked with 0x1000, by "
+        "which routing brings it to this node instead of to the client.",
     ),
 )
 
