@@ -366,7 +366,8 @@ def test_stdin_is_read_as_a_manifest(fresh_proxy: Proxy, world: ServiceLab) -> N
 
 
 def test_routes_for_clients_on_the_node_are_there_and_go(fresh_proxy: Proxy, world: ServiceLab) -> None:
-    fresh_proxy.apply("far", documents(service("far", "172.30.5.5"), endpoints("far", POD1)))
+    external = service("far", "10.96.4.9", extra='  externalIPs: ["172.30.5.5"]')
+    fresh_proxy.apply("far", documents(external, endpoints("far", POD1)))
     fresh_proxy.start()
 
     assert answers(world.node, "172.30.5.5", 80) == "pod1"
