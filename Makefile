@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # A plain user's PATH lacks the administrator's folders, where nft and ip are.
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: help demo test test-cluster test-ipvs lint format contract drawings soak bench bench-quick bench-scale bench-tables compare test-report wheel lock clean
+.PHONY: help demo test test-cluster test-ipvs lint format reference drawings soak bench bench-quick bench-scale bench-tables compare test-report wheel lock clean
 
 help: ## show what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -50,8 +50,9 @@ format: ## put the code in form
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-contract: ## the tables of docs/reference/contract.md, of userspace_proxy/control/contract.toml
+reference: ## the generated pages of docs/reference: flags, and the fields of the contract
 	@tools/setup $(VENV)
+	@$(BIN)/python -m tools.flags docs/reference/flags.md
 	@$(BIN)/python -m userspace_proxy.control.contract docs/reference/contract.md
 
 drawings: ## docs/drawings/*.svg, of a packet followed in each mode; MODES="ipvs" for some of them

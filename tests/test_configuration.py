@@ -213,7 +213,7 @@ def test_a_field_without_a_meaning_here_is_named(tmp_path: Path, written: str, n
 
 
 def test_the_page_names_every_field_that_is_honoured() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "how-to" / "run-in-a-cluster.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / "reference" / "configuration.md").read_text()
     (table,) = re.findall(r"\| field \| flag \|\n(.*?)\n\n", page, re.DOTALL)
     named = {name for row in table.splitlines() for name in re.findall(r"`([\w.]+)`", row.split("|")[1])}
 

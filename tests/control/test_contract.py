@@ -258,7 +258,7 @@ def test_each_treatment_is_one_of_three_and_is_explained() -> None:
 
 
 def test_the_page_has_the_tables_of_the_contract() -> None:
-    """`make contract` writes them."""
+    """`make reference` writes them."""
     text = PAGE.read_text()
 
     assert re.findall(r"<!-- fields of (\w+) -->", text) == list(contract())
