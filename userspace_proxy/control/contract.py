@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import re
 import sys
+import textwrap
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from userspace_proxy import api
 from userspace_proxy.control import decode
@@ -102,15 +104,25 @@ def left_alone() -> Mapping[str, Clause]:
 
 
 @cache
+def _given() -> Mapping[str, Any]:
+    """Return what contract.toml has."""
+    return tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
+
+
+def _ignored_is_shown_by() -> str:
+    """Return the test of ignored fields that have none of their own."""
+    return str(_given()["ignored_is_shown_by"])
+
+
+@cache
 def _read() -> Mapping[str, tuple[Clause, ...]]:
-    given = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
-    ignored_is_shown_by = given.pop("ignored_is_shown_by")
     return {
         section: tuple(
-            Clause(field, treatment, how, tuple(tests) or (ignored_is_shown_by,))
+            Clause(field, treatment, how, tuple(tests) or (_ignored_is_shown_by(),))
             for field, (treatment, how, *tests) in fields.items()
         )
-        for section, fields in given.items()
+        for section, fields in _given().items()
+        if isinstance(fields, dict)
     }
 
 
@@ -151,9 +163,9 @@ def _is_left_alone(manifest: Manifest) -> bool:
 
 
 def page(text: str) -> str:
-    """Return *text*, that of docs/reference/contract.md, with the tables that the contract has now."""
+    """Return *text*, that of docs/reference/contract.md, with the lists and tables that the contract has now."""
     return _TABLE.sub(
-        lambda found: found[1] + (_table(contract()[found[3]]) if found[2] == "fields" else _refusals(found[3])), text
+        lambda found: found[1] + (_items(contract()[found[3]]) if found[2] == "fields" else _refusals(found[3])), text
     )
 
 
@@ -165,12 +177,21 @@ def _refusals(kind: str) -> str:
     return "".join(f"{row}\n" for row in ["| field | |", "|---|---|", *(f"| `{a}` | {b} |" for a, b in rows)])
 
 
-def _table(terms: Terms) -> str:
-    rows = ["| field | | how, or why not | shown by |", "|---|---|---|---|"]
+def _items(terms: Terms) -> str:
+    """Return an item for each field, with the tests of its own that show it."""
+    items = []
     for clause in terms.clauses.values():
-        tests = ", ".join(f"`{test.removeprefix('tests/')}`" for test in clause.shown_by)
-        rows.append(f"| `{clause.field}` | {clause.treatment} | {clause.how} | {tests} |")
-    return "".join(f"{row}\n" for row in rows)
+        tests = [f"`{test.removeprefix('tests/')}`" for test in clause.shown_by if test != _ignored_is_shown_by()]
+        shown_by = f" Shown by {', '.join(tests)}." if tests else ""
+        items.append(_wrap(f"- `{clause.field}`: *{clause.treatment}*. {clause.how}{shown_by}"))
+    return "".join(f"{item}\n" for item in items)
+
+
+def _wrap(item: str) -> str:
+    """Return *item* in lines of at most 118 characters, unless one piece of code is longer."""
+    whole = re.sub(r"`[^`]*`", lambda code: code[0].replace(" ", "\0"), item)
+    lines = textwrap.wrap(whole, 118, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
+    return "\n".join(lines).replace("\0", " ")
 
 
 if __name__ == "__main__":
