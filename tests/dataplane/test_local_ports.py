@@ -39,6 +39,22 @@ def test_ports_that_another_process_used_rest_too() -> None:
     assert [take(ports, 30) for _ in range(3)] == [101, 102, None]
 
 
+def test_ports_that_another_process_goes_on_to_use_rest_too() -> None:
+    """It is not gone when the first flow begins here; it is when what it had used before is reached."""
+    asked = []
+
+    def look() -> tuple[set[int], float]:
+        asked.append(True)
+        return {100, 101, 102, 104}, 40  # 104 is ours: one cannot see from outside whose it is
+
+    ports = LocalPorts(range(100, 106), 4, {100, 101}, free_at=30, look=look)
+    assert [take(ports, 0) for _ in range(2)] == [104, 105]
+    assert not asked
+    assert [take(ports, 0) for _ in range(2)] == [103, None]
+    assert [take(ports, 40) for _ in range(4)] == [100, 101, 102, None]
+    assert len(asked) == 1
+
+
 def test_the_endpoints_own_port_is_never_used() -> None:
     ports = LocalPorts(range(100, 103), 1, {102}, free_at=5, never=101)
     assert [take(ports, 0) for _ in range(2)] == [100, None]

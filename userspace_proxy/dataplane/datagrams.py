@@ -14,10 +14,11 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import math
 import resource
 import select
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from socket import MSG_PEEK, SocketType
 from typing import NamedTuple, Protocol
 
@@ -212,12 +213,13 @@ class DatagramPoller:
         loop: asyncio.AbstractEventLoop,
         now: Callable[[], float],
         port_rest_s: float,
-        udp_flows: Callable[[], Iterable[tuple[str, Address, int]]],
+        udp_flows: Callable[[], dict[tuple[str, Address], set[int]]],
         share: tuple[int, int] = (0, 1),
     ) -> None:
         """Make it for the worker *share*: which of how many.
 
-        *udp_flows*: the kernel's, by local IP or "", endpoint and local port. It is asked before the first flow.
+        *udp_flows*: the local ports of the kernel's, by local IP or "" and endpoint. It is asked before the first proxy
+        port is served, when the process before still serves, and before flows come to where that one may have gone on.
         """
         self.inbox = Batch()
         self._outbox = Batch()
@@ -233,7 +235,7 @@ class DatagramPoller:
         self._first = first_index(self._ports, ())
         self._destinations: dict[Address, Destination] = {}
         self._udp_flows = udp_flows
-        self._looked_at: float | None = None  # when the kernel was asked which ports others used
+        self._looked_at = -math.inf  # when the kernel was asked which ports others used
         self._used: dict[tuple[str, Address], set[int]] = {}
         self._pruned_at = now()
         loop.add_reader(self._epoll.fileno(), self._turn)
@@ -241,6 +243,8 @@ class DatagramPoller:
     # ---- proxy ports
 
     def serve(self, front: Front) -> None:
+        if self._looked_at == -math.inf:
+            self._look()
         self._epoll.register(front.fd, select.EPOLLIN)
         self._fronts[front.fd] = front
         self.proxy_ports.add(front.proxy_port)
@@ -280,7 +284,7 @@ class DatagramPoller:
         now = self._now()
         ports = destination.ports.get(source)
         if ports is None:
-            ports = destination.ports[source] = self._local_ports(source, address, now)
+            ports = destination.ports[source] = self._local_ports(source, address)
         has_few = destination.has_few(client)
         for _ in range(_TRIES):
             port = ports.take(now, has_few=has_few)
@@ -305,16 +309,25 @@ class DatagramPoller:
             return leased
         return None
 
-    def _local_ports(self, source: str, address: Address, now: float) -> LocalPorts:
-        if self._looked_at is None:
-            self._looked_at = now
-            for ip, endpoint, port in self._udp_flows():
-                self._used.setdefault((ip, endpoint), set()).add(port)
-        taken = self._used.pop((source, address), set())
-        first = first_index(self._ports, taken) if taken else self._first
+    def _local_ports(self, source: str, address: Address) -> LocalPorts:
+        ports, (taken, free_at) = self._ports, self._taken(source, address)
+        first = first_index(ports, taken) if taken else self._first
+
+        def look() -> tuple[Collection[int], float]:
+            if (source, address) not in self._used:  # else another endpoint's ports have come to this before
+                self._look()
+            return self._taken(source, address)
+
         # A socket at the endpoint's own port might be its own peer, where the endpoint is this node's.
-        ports = self._ports
-        return LocalPorts(ports, first, taken, self._looked_at + self._rest_s, never=address[1])
+        return LocalPorts(ports, first, taken, free_at, never=address[1], look=look)
+
+    def _look(self) -> None:
+        self._looked_at = self._now()
+        self._used = self._udp_flows()
+
+    def _taken(self, source: str, address: Address) -> tuple[Collection[int], float]:
+        """Return the ports that were used when the kernel was asked, and when they will have rested."""
+        return self._used.pop((source, address), ()), self._looked_at + self._rest_s
 
     def connect(self, leased: Leased, address: Address) -> None:
         """Connect the socket of *leased*, which is new; raises OSError.
@@ -356,6 +369,8 @@ class DatagramPoller:
         if now - self._pruned_at < self._rest_s:
             return
         self._pruned_at = now
+        if now - self._looked_at >= self._rest_s:
+            self._used = {}
         for address, destination in list(self._destinations.items()):
             for source, ports in list(destination.ports.items()):
                 if ports.is_idle(now):

@@ -9,10 +9,11 @@ share a local port, so each endpoint has the whole range.
 from __future__ import annotations
 
 import heapq
+import itertools
 import random
 from array import array
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 _SYSCTLS = Path("/proc/sys/net/ipv4")
@@ -52,16 +53,24 @@ class LocalPorts:
     """The local ports from one source address towards one endpoint.
 
     *start*: the index in *ports* of the first to use. *taken*: those that another process has used of late; they are
-    free at *free_at*. *never*: one that is not used.
+    free at *free_at*. *never*: one that is not used. *look*: tells *taken* and *free_at* anew. It is asked once, in
+    front of the first of these, as behind the last one the other process may have gone on for a while.
     """
 
-    __slots__ = ("_at", "_free", "_fresh", "_ports", "_reserve", "_resting", "_skipped", "used")
+    __slots__ = ("_at", "_free", "_fresh", "_look", "_ports", "_reserve", "_resting", "_skipped", "used")
 
     def __init__(
-        self, ports: Sequence[int], start: int, taken: Collection[int] = (), free_at: float = 0.0, never: int = 0
+        self,
+        ports: Sequence[int],
+        start: int,
+        taken: Collection[int] = (),
+        free_at: float = 0.0,
+        never: int = 0,
+        look: Callable[[], tuple[Collection[int], float]] | None = None,
     ) -> None:
         self._ports = ports
         self._at = start
+        self._look = look if taken else None
         self._resting = [(free_at, p) for p in ports if p in taken and p != never]  # a heap: when each is free
         self._skipped = {*taken, never}.intersection(ports)
         self._fresh = len(ports) - len(self._skipped)  # so many were not used yet
@@ -84,19 +93,31 @@ class LocalPorts:
             free.append(heapq.heappop(resting)[1])
         if not has_few and self._fresh + len(free) <= self._reserve:
             return None
-        if self._fresh:
-            self._fresh -= 1
-            while True:
-                port = self._ports[self._at]
-                self._at = (self._at + 1) % len(self._ports)
-                if port not in self._skipped:
-                    break
-        elif free:
-            port = free.popleft()
+        while self._fresh:
+            port = self._ports[self._at]
+            if port in self._skipped and self._look is not None:
+                self._skip(*self._look())
+                self._look = None
+                continue
+            self._at = (self._at + 1) % len(self._ports)
+            if port not in self._skipped:
+                self._fresh -= 1
+                break
         else:
-            return None
+            if not free:
+                return None
+            port = free.popleft()
         self.used += 1
         return port
+
+    def _skip(self, taken: Collection[int], free_at: float) -> None:
+        """Let those that were not used yet and are *taken* by another process rest until *free_at*."""
+        ahead = (self._ports[(self._at + step) % len(self._ports)] for step in range(len(self._ports)))
+        for port in itertools.islice((p for p in ahead if p not in self._skipped), self._fresh):
+            if port in taken:
+                heapq.heappush(self._resting, (free_at, port))
+                self._skipped.add(port)
+                self._fresh -= 1
 
     def rest(self, port: int, until: float) -> None:
         """Take *port* back, which `take` returned; it is free again at *until*."""

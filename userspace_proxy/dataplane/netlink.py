@@ -1,7 +1,7 @@
 """Questions to the kernel, by netlink: is this address our own, what did that client dial, which UDP flows are there.
 
 The first two are answered before the request's system call returns, so nobody waits. They are asked for new
-connections of service ports that have to know, and for no others. The third is asked once.
+connections of service ports that have to know, and for no others. The third is asked at the start, and seldom again.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
-from collections.abc import Iterator
+from collections import defaultdict
 
 from userspace_proxy.dataplane.sockets import plain_ip
 from userspace_proxy.model.endpoint import Address
@@ -73,13 +73,14 @@ class KernelTables:
         ip, port = dict(attributes(asked[_TUPLE_IP]))[to], dict(attributes(asked[_TUPLE_PROTO]))[_DESTINATION_PORT]
         return socket.inet_ntop(family, ip), int.from_bytes(port, "big")
 
-    def udp_flows(self) -> Iterator[tuple[str, Address, int]]:
-        """Yield source IP ("" for this host's), destination and source port of each UDP flow that conntrack knows.
+    def udp_flows(self) -> dict[tuple[str, Address], set[int]]:
+        """Return the source ports of the UDP flows that conntrack knows, by source IP ("" for this host's) and
+        destination.
 
         None where it does not tell. An entry outlives the last datagram of its flow by conntrack's time-outs.
         """
         raw = socket.SOCK_RAW | socket.SOCK_CLOEXEC
-        own: dict[str, bool] = {}
+        found: defaultdict[tuple[socket.AddressFamily, bytes, bytes, int], set[int]] = defaultdict(set)
         with contextlib.suppress(OSError), socket.socket(socket.AF_NETLINK, raw, _NETLINK_NETFILTER) as sock:
             sock.settimeout(_DUMP_TIMEOUT_S)
             for family, entry in _ENTRY.items():
@@ -90,12 +91,16 @@ class KernelTables:
                         if len(body) < _NFGENMSG_BYTES + entry.size:
                             continue
                         source, to, protocol, port, to_port = entry.unpack_from(body, _NFGENMSG_BYTES)
-                        if protocol != socket.IPPROTO_UDP:
-                            continue
-                        ip = socket.inet_ntop(family, source)
-                        if ip not in own:
-                            own[ip] = self.is_local(ip)
-                        yield "" if own[ip] else ip, (socket.inet_ntop(family, to), to_port), port
+                        if protocol == socket.IPPROTO_UDP:
+                            found[family, source, to, to_port].add(port)
+        flows: dict[tuple[str, Address], set[int]] = {}
+        own: dict[str, bool] = {}
+        for (family, source, to, to_port), ports in found.items():
+            ip = socket.inet_ntop(family, source)
+            if ip not in own:
+                own[ip] = self.is_local(ip)
+            flows.setdefault(("" if own[ip] else ip, (socket.inet_ntop(family, to), to_port)), set()).update(ports)
+        return flows
 
     def _ask(self, protocol: int, kind: int, question: bytes) -> bytes | None:
         """Return the answer, or None where the kernel has none."""
