@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from benchmarks.results import Figure, Results
 
 _BEGIN, _END = "<!-- figures: written by `make bench` -->", "<!-- /figures -->"
 _NONE = "-"
+_LINE_MAX = 120  # characters
 _FEWEST_CALLS = 0.05  # a unit; rarer ones are housekeeping
 
 _Text = Callable[[Case, float], str]
@@ -97,7 +99,7 @@ def sheets(results: Results) -> Iterator[Sheet]:
             for what, planes_calls in results.system_calls.items()
             for plane, calls in planes_calls.items()
         ]
-        yield Sheet("System calls", ["plane", "per", "calls", "which"], rows)
+        yield Sheet("System calls", ["plane", "per", "calls", "of these"], rows)
     if results.disturbed:
         yield _disturbed(results)
     goals = list(_goal_rows(results))
@@ -117,7 +119,7 @@ def _ratios(
             row.append(_NONE if ratio is None or not own else f"{ratio:.2f}")
         if own:
             rows.append(row)
-    return Sheet(title, ["case", "1.00 is", *planes], rows)
+    return Sheet(title, ["case", "1.00 =", *planes], rows)
 
 
 def _rate_text(case: Case, rate: float) -> str:
@@ -203,9 +205,20 @@ def markdown(results: Results) -> str:
     about = "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in results.machine.items())
     parts = [f"{about}. {results.rounds} rounds of {results.seconds:g} s."]
     for sheet in sheets(results):
-        lines = [f"### {sheet.title}", "", _line(sheet.head), _line(["---"] * len(sheet.head))]
-        parts.append("\n".join(lines + [_line(row) for row in sheet.rows]))
+        parts.append(f"### {sheet.title}\n\n{_table(sheet)}")
     return "\n\n".join(parts)
+
+
+def _table(sheet: Sheet) -> str:
+    """Return *sheet* as a table, or as a list if a row of it would be too long for a line."""
+    lines = [_line(sheet.head), _line(["---"] * len(sheet.head)), *map(_line, sheet.rows)]
+    if max(map(len, lines)) <= _LINE_MAX:
+        return "\n".join(lines)
+    items = (
+        f"- {row[0]}: {', '.join(f'{head} {cell}' for head, cell in zip(sheet.head[1:], row[1:], strict=True))}"
+        for row in sheet.rows
+    )
+    return "\n".join(textwrap.fill(item, _LINE_MAX, subsequent_indent="  ") for item in items)
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -15,6 +15,9 @@ CITED = re.compile(r"behaviours ([A-Z]\d+[a-z]?(?:(?:,| and| to) [A-Z]\d+[a-z]?)
 FILES = re.compile(
     r"(?<![\w/.*-])((?:docs|tests|tools|benchmarks|examples|userspace_proxy)/[\w/.-]+\.(?:py|md|toml|sh|svg|json))\b"
 )
+# In pages about the code, files below userspace_proxy/: such as `dataplane/dial.py`.
+MODULES = re.compile(r"`((?:[a-z_]+/)+[a-z_]+\.py)`")
+ABOUT_CODE = ("docs/decisions", "docs/explanation/architecture.md")
 
 
 def texts() -> list[Path]:
@@ -51,3 +54,18 @@ def test_each_cited_file_of_the_repository_exists(contents: dict[Path, str]) -> 
     cited = {(str(path), name) for path, text in contents.items() for name in FILES.findall(text)}
 
     assert {each for each in cited if not (ROOT / each[1]).exists()} == set()
+
+
+def test_each_module_that_a_page_about_the_code_names_exists(contents: dict[Path, str]) -> None:
+    cited = {
+        (str(path), name)
+        for path, text in contents.items()
+        if str(path).startswith(ABOUT_CODE)
+        for name in MODULES.findall(text)
+    }
+
+    assert cited
+    missing = {
+        each for each in cited if not (ROOT / "userspace_proxy" / each[1]).exists() and not (ROOT / each[1]).exists()
+    }
+    assert missing == set()
