@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # A plain user's PATH lacks the administrator's folders, where nft and ip are.
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: help demo test test-cluster test-ipvs lint format reference drawings soak bench bench-quick bench-scale bench-tables compare test-report wheel lock clean
+.PHONY: help demo test test-cluster test-ipvs lint format reference docs drawings soak bench bench-quick bench-scale bench-tables compare test-report wheel lock clean
 
 help: ## show what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -55,6 +55,11 @@ reference: ## the generated pages of docs/reference: flags, and the fields of th
 	@$(BIN)/python -m tools.flags docs/reference/flags.md
 	@$(BIN)/python -m userspace_proxy.control.contract docs/reference/contract.md
 
+docs: ## the documentation as a site in site/, from docs/ and the lessons; links are checked
+	@tools/setup $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # with --quiet, mkdocs 1.6 lets broken links pass
+
 drawings: ## docs/drawings/*.svg, of a packet followed in each mode; MODES="ipvs" for some of them
 	@tools/setup $(VENV) nft iptables ip conntrack nginx
 	@timeout 120 $(BIN)/python -m userspace_proxy.trace.drawings docs/drawings $(or $(MODES),userspace nftables iptables ipvs)
@@ -86,9 +91,12 @@ wheel: ## dist/*.whl, for pipx install
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean: ## remove what was made here
-	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-lock: ## requirements-dev.txt anew, from the ranges in pyproject.toml
+UV_LOCK = $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
+    --no-emit-index-url --no-emit-find-links --no-header pyproject.toml
+lock: ## requirements-*.txt anew, from the ranges in pyproject.toml
 	@tools/setup $(VENV)
 	@$(BIN)/python -m pip install --quiet uv
-	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev --no-emit-index-url --no-emit-find-links --no-header pyproject.toml -o requirements-dev.txt
+	@$(UV_LOCK) --extra dev -o requirements-dev.txt
+	@$(UV_LOCK) --extra docs --constraint requirements-dev.txt -o requirements-docs.txt

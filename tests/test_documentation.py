@@ -75,8 +75,12 @@ def test_the_page_of_annotations_has_each_of_ours() -> None:
     assert set(re.findall(r"^## `(.*)`$", prose(REFERENCE / "annotations.md"), re.MULTILINE)) == set(ANNOTATIONS)
 
 
-def test_the_index_names_every_page() -> None:
-    index = (ROOT / "docs" / "README.md").read_text()
-    named = {name.removeprefix("docs/") for name in pages() if name.startswith("docs/")}
+def test_the_index_and_the_navigation_of_the_site_name_every_page() -> None:
+    index, site = (ROOT / "docs" / "README.md").read_text(), (ROOT / "mkdocs.yml").read_text()
+    decisions = (ROOT / "docs" / "decisions" / "README.md").read_text()
 
-    assert {name for name in named if not name.startswith("decisions/") and f"({name})" not in index} == {"README.md"}
+    for name in pages():
+        folder, _, page = name.removeprefix("docs/").partition("/")
+        if name.startswith("docs/") and page and page != "README.md":
+            assert f"({page})" in decisions if folder == "decisions" else f"({folder}/{page})" in index, name
+            assert folder == "decisions" or f"{folder}/{page}\n" in site, name
