@@ -28,7 +28,7 @@ test-cluster: ## beside a real control plane: KUBE_BIN=folder with etcd, kube-ap
 	@KUBE_BIN=$(abspath $(KUBE_BIN)) timeout 900 $(BIN)/python -m pytest -m cluster tests/cluster
 
 # Named, as to read all tests takes a minute on an emulated machine. Whatever the bounds of tests, it takes longer there.
-IPVS_TESTS := tests/ipvs tests/net/test_ipvs_mode.py tests/net/test_ipvs_refusals.py tests/net/test_ipvs_load.py tests/net/test_mode_lessons.py tests/net/contract/test_table.py
+IPVS_TESTS := tests/modes/ipvs tests/net/test_ipvs_mode.py tests/net/test_ipvs_refusals.py tests/net/test_ipvs_load.py tests/net/test_mode_lessons.py tests/net/contract/test_table.py
 test-ipvs: ## ipvs mode, in a virtual machine whose kernel has IPVS: 6 minutes where it has to be emulated
 	@tools/setup $(VENV)
 	@VM_TIMEOUT_S=1200 tools/vm $(VENV) env TESTS_PATIENCE=6 $(BIN)/python -m pytest -m ipvs --timeout 600 $(IPVS_TESTS)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from benchmarks.scale import enter_namespaces
+from userspace_proxy.config.settings import Settings
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import KernelTables, NodeFacts, PodDetector, Translation
 from userspace_proxy.lab import Lab
@@ -23,9 +24,8 @@ from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
 from userspace_proxy.model.service import ServicePort, SourceIP
 from userspace_proxy.model.topology import Node
-from userspace_proxy.parts import KERNEL_MODES
-from userspace_proxy.proxiers.plans import plan
-from userspace_proxy.settings import Settings
+from userspace_proxy.modes.plans import plan
+from userspace_proxy.runtime.parts import KERNEL_MODES
 
 _HERE = Node("here", addresses=("192.0.2.1",))
 _PODS = PodDetector(cidrs=("10.244.0.0/16",))

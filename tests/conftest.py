@@ -12,7 +12,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +113,15 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
             *("-addext", "basicConstraints=critical,CA:FALSE"),
         )
     return folder
+
+
+@pytest.fixture(scope="module", name="lab")
+def lab_of_a_module() -> Iterator[lab.Lab]:
+    with lab.Lab() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def host(lab: lab.Lab) -> lab.Host:
+    """A host of its own for rules that are loaded for real."""
+    return lab.add("rules")

@@ -19,14 +19,7 @@ from typing import Any
 import pytest
 
 from userspace_proxy.interfaces import AccessRecord
-from userspace_proxy.logs import (
-    AccessLog,
-    JsonFormatter,
-    TextFormatter,
-    configure_logging,
-    flush_log,
-    require_writable,
-)
+from userspace_proxy.logs import AccessLog, JsonFormatter, TextFormatter, configure_logging, flush_log, require_writable
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
 from userspace_proxy.model.service import Portal
@@ -62,7 +55,7 @@ def until_read(lines: list[str], text: str) -> None:
 
 
 def log_record(message: str, *args: object, exc_info: Any = None) -> logging.LogRecord:
-    return logging.LogRecord("userspace_proxy.app", logging.WARNING, "app.py", 1, message, args, exc_info)
+    return logging.LogRecord("userspace_proxy.runtime.app", logging.WARNING, "app.py", 1, message, args, exc_info)
 
 
 def failure() -> Any:

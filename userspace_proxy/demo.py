@@ -25,16 +25,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from userspace_proxy.errors import StartError
-from userspace_proxy.lab import (
-    Lab,
-    ServiceLab,
-    ask,
-    build_service_lab,
-    connect,
-    enter_namespaces,
-    prepare,
-    start_nginx,
-)
+from userspace_proxy.lab import Lab, ServiceLab, ask, build_service_lab, connect, enter_namespaces, prepare, start_nginx
 
 WEB, STICKY, EMPTY = "10.96.0.10", "10.96.0.11", "10.96.0.12"
 _LOAD_S = 4.0

@@ -28,7 +28,7 @@ from userspace_proxy.lab import ip
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, Scope, ServicePortName
 from userspace_proxy.model.service import ServicePort, portals
-from userspace_proxy.rules import nft
+from userspace_proxy.modes.userspace import nft
 
 NAME = ServicePortName(NamespacedName("shop", "web"), "http", L4Protocol.TCP)
 LISTENER = ListenerName(NAME)
@@ -573,4 +573,4 @@ def test_a_worker_imports_nothing_of_the_control_side() -> None:
     loaded = set(done.stdout.split())
 
     assert not loaded & {"yaml", "aiohttp", "click", "rich", "prometheus_client", "watchfiles"}
-    assert not [name for name in loaded if name.startswith(("userspace_proxy.control", "userspace_proxy.rules"))]
+    assert not [name for name in loaded if name.startswith(("userspace_proxy.control", "userspace_proxy.modes"))]

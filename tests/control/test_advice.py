@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from userspace_proxy.config.settings import Settings
 from userspace_proxy.control.advice import Advisor
 from userspace_proxy.control.lint import LintOptions
-from userspace_proxy.settings import Settings
 from userspace_proxy.sources.files import FileSource
 
 LOGGER = "userspace_proxy.control.advice"

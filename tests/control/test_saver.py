@@ -9,8 +9,8 @@ from pathlib import Path
 
 from userspace_proxy.control.allotments import Stated
 from userspace_proxy.control.memory import Memory, StateDir
+from userspace_proxy.control.proxy_ports import ProxyPorts
 from userspace_proxy.control.saver import Saver
-from userspace_proxy.proxiers.proxy_ports import ProxyPorts
 
 REMEMBERED = {"default/web:/TCP": 12_345}
 

@@ -17,7 +17,7 @@ from userspace_proxy.lab import ip
 from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, ServicePortName
 from userspace_proxy.model.service import ServicePort, SourceIP, portals
-from userspace_proxy.rules import nft
+from userspace_proxy.modes.userspace import nft
 
 TCP_PORT, UDP_PORT, OTHER_PORT = 10_001, 10_002, 10_003
 # A foreign NAT rule leads from here to our proxy port.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.rules.given import UDP, name
-from userspace_proxy.explain.ipvs import explain, lines
-from userspace_proxy.explain.known import Known
+from tests.modes.redirects_given import UDP, name
 from userspace_proxy.model.service import ServicePort
+from userspace_proxy.modes.ipvs.explain import explain, lines
+from userspace_proxy.modes.reasons.known import Known
 
 WEB = ServicePort(name("shop/web:http"), 80, ("10.96.0.1", "fd00:96::1"), node_port=30_080)
 DNS = ServicePort(name("kube-system/dns", UDP), 53, ("10.96.0.10",))

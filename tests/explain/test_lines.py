@@ -11,20 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.rules.given import CASES, REFUSE_PORT, UDP, any_redirects, name
-from tests.rules.given_services import DNS, EVERYTHING, HERE, NEAR4, PODS, any_translation, by_name, translation
-from userspace_proxy import rendering
-from userspace_proxy.explain.known import Known, chosen
-from userspace_proxy.explain.lines import Explained, Line, Way
+from tests.modes.redirects_given import CASES, REFUSE_PORT, UDP, any_redirects, name
+from tests.modes.translations_given import DNS, EVERYTHING, HERE, NEAR4, PODS, any_translation, by_name, translation
+from userspace_proxy.config.settings import Settings
+from userspace_proxy.explain import rendering
 from userspace_proxy.explain.modes import READERS, explained
 from userspace_proxy.interfaces import NodeFacts, PodDetector, Redirects, Translation
 from userspace_proxy.model.endpoint import FAMILIES
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.service import ServicePort
-from userspace_proxy.rules import iptables, kube_kernel, nft
-from userspace_proxy.rules.kube_chains import Manner
-from userspace_proxy.rules.slots import SlotTable
-from userspace_proxy.settings import Settings
+from userspace_proxy.modes.iptables import loader as kube_kernel
+from userspace_proxy.modes.iptables.chains import Manner
+from userspace_proxy.modes.reasons.known import Known, chosen
+from userspace_proxy.modes.reasons.lines import Explained, Line, Way
+from userspace_proxy.modes.slots.slot_table import SlotTable
+from userspace_proxy.modes.userspace import iptables, nft
 
 USERSPACE_NFT, USERSPACE_IPTABLES, IPTABLES, NFTABLES, _ = READERS
 LESSONS = Path(__file__).parents[2] / "examples"

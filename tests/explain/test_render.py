@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import pytest
 
 from tests.explain.given import SHOP, render
-from tests.rules.given import assert_golden
+from tests.modes.redirects_given import assert_golden
 from userspace_proxy.explain.modes import READERS
 from userspace_proxy.lab import Host, Lab
-from userspace_proxy.parts import KERNEL_MODES
+from userspace_proxy.runtime.parts import KERNEL_MODES
 
 WITHOUT_PRIVILEGES = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs")
 WEB = ("-", "--service", "shop/web", "--cluster-cidr", "10.244.0.0/16", "--explain")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.net.world import Proxy, answers, serve_web, wait_until
+from userspace_proxy.host.tool import find_tool
 from userspace_proxy.lab import ServiceLab
-from userspace_proxy.rules.tool import find_tool
 
 # What the control process, a worker and a start anew import: of Python's own, of libraries and of ours.
 MODULES = ["runpy", "msgspec", "uvloop", "aiohttp", "yaml", "prometheus_client", "sitecustomize"]

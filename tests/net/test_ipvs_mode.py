@@ -13,27 +13,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.modes.redirects_given import name
+from tests.modes.translations_given import HERE, NEAR4, PODS, by_name, translation
 from tests.net.ipvs import IpvsProxy, fresh_ipvs_proxy
-from tests.net.world import (
-    POD1,
-    POD2,
-    Proxy,
-    answers,
-    ask_udp,
-    documents,
-    endpoints,
-    is_refused,
-    service,
-    wait_until,
-)
-from tests.rules.given import name
-from tests.rules.given_services import HERE, NEAR4, PODS, by_name, translation
+from tests.net.world import POD1, POD2, Proxy, answers, ask_udp, documents, endpoints, is_refused, service, wait_until
 from userspace_proxy.interfaces import NodeFacts
 from userspace_proxy.lab import NODE_IP, Host, ServiceLab, connect
 from userspace_proxy.model.service import ServicePort
-from userspace_proxy.rules.ipvs_device import device_lines
-from userspace_proxy.rules.ipvs_kernel import IpvsTables
-from userspace_proxy.rules.virtual_device import VirtualDevice
+from userspace_proxy.modes.ipvs.device import device_lines
+from userspace_proxy.modes.ipvs.loader import IpvsTables
+from userspace_proxy.modes.ipvs.virtual_device import VirtualDevice
 
 pytestmark = pytest.mark.ipvs
 

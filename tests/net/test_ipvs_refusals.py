@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.modes.redirects_given import name
+from tests.modes.translations_given import HERE, NEAR4, PODS, by_name, translation
 from tests.net.ipvs import IpvsProxy, fresh_ipvs_proxy
 from tests.net.world import POD1, answers, wait_until
-from tests.rules.given import name
-from tests.rules.given_services import HERE, NEAR4, PODS, by_name, translation
 from userspace_proxy.interfaces import NodeFacts
 from userspace_proxy.lab import Host, ServiceLab
 from userspace_proxy.model.service import ServicePort
-from userspace_proxy.rules.ipvs import IpvsTable
-from userspace_proxy.rules.ipvs_kernel import IpvsTables
+from userspace_proxy.modes.ipvs.loader import IpvsTables
+from userspace_proxy.modes.ipvs.table import IpvsTable
 
 pytestmark = pytest.mark.ipvs
 

@@ -27,7 +27,7 @@ from tests.net.world import (
     wait_until,
 )
 from userspace_proxy.lab import NODE_IP, ServiceLab, ask, connect
-from userspace_proxy.rules.slots import SlotTable
+from userspace_proxy.modes.slots.slot_table import SlotTable
 
 IP = "10.96.7.1"
 NODE_PORTS = "[{name: http, port: 80, nodePort: 30780}, {name: dns, port: 53, nodePort: 30753, protocol: UDP}]"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_examples import EXAMPLES, ONE, THREE, TWO
+from tests.examples.test_examples import EXAMPLES, ONE, THREE, TWO
 
 PODS = {f"{ip}:8080" for ip in (ONE, TWO, THREE)}
 OF_NO_PRIVILEGES = ("--user", "--map-root-user")

@@ -22,7 +22,7 @@ from userspace_proxy.lab.hosts import CLIENT_IP, CLIENT_IP6
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, ServicePortName
 from userspace_proxy.model.service import ServicePort, SourceIP, portals
-from userspace_proxy.rules import nft
+from userspace_proxy.modes.userspace import nft
 
 PORT = 7000
 SERVICE_IP, SERVICE_IP6 = "10.96.200.1", "fd00:96::200:1"

@@ -450,7 +450,7 @@ async def test_who_is_in_no_pod_is_told_so(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_whoever_serves_files_pays_for_none_of_this() -> None:
-    code = "import sys; import userspace_proxy.app, userspace_proxy.cli; print(*sys.modules)"
+    code = "import sys; import userspace_proxy.runtime.app, userspace_proxy.cli; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
     assert "userspace_proxy.sources.files" in loaded

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.trace.given import MODES, hook, leg, recording, story, visit
-from userspace_proxy.trace.netlink import messages
+from userspace_proxy.trace.nftrace import messages
 from userspace_proxy.trace.story import elements_in, flow_of, tell
 from userspace_proxy.trace.values import Ends, Role, Visit
 

@@ -11,10 +11,10 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from tests.rules.given import assert_golden
+from tests.modes.redirects_given import assert_golden
 from tests.trace.given import MODES, recording, story
 from tests.trace.test_ipvs import TEXT
-from userspace_proxy.trace.netlink import Message
+from userspace_proxy.trace.nftrace import Message
 from userspace_proxy.trace.passages import TABLE, legs
 from userspace_proxy.trace.rulebook import Rulebook
 from userspace_proxy.trace.stations import lanes

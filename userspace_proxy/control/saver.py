@@ -8,7 +8,7 @@ import msgspec
 
 from userspace_proxy.control.allotments import Allotting
 from userspace_proxy.control.memory import Memory, StateDir
-from userspace_proxy.proxiers.proxy_ports import ProxyPorts
+from userspace_proxy.control.proxy_ports import ProxyPorts
 
 
 class Saver:

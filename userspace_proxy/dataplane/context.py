@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from userspace_proxy.dataplane.connections import Connections, Limits
+from userspace_proxy.dataplane.conntrack_lookup import KernelTables
 from userspace_proxy.dataplane.datagrams import DatagramPoller
 from userspace_proxy.dataplane.dial import Deadlines, deadlines
 from userspace_proxy.dataplane.memory import Memory
-from userspace_proxy.dataplane.netlink import KernelTables
 from userspace_proxy.dataplane.poller import Poller
 from userspace_proxy.interfaces import AccessRecord, Counters, Splicer
 

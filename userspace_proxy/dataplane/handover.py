@@ -36,7 +36,8 @@ from userspace_proxy.dataplane.rendezvous import Call, answer, heard
 
 # Of these messages and of rendezvous.py, and the oldest that is understood: upgrade and roll-back. Fields that are not
 # known are ignored, and a field that is new has a default. A version that changes more than that says so by OLDEST;
-# then it is refused in words, in both directions. tests/test_versions.py has the other side as it was.
+# then it is refused in words, in both directions.
+# tests/dataplane/test_handover_versions.py has the other side as it was.
 VERSION = OLDEST = 3
 _ANSWER_TIMEOUT_S = 15.0
 # Who connects and asks nothing costs a descriptor each; the first of more makes way.

@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from userspace_proxy.dataplane.connections import Connections, Limits, leaves_room, raise_descriptor_limit
+from userspace_proxy.dataplane.conntrack_lookup import KernelTables
 from userspace_proxy.dataplane.context import PlaneContext, Record, Shared
 from userspace_proxy.dataplane.datagrams import DatagramPoller
 from userspace_proxy.dataplane.groups import open_group
 from userspace_proxy.dataplane.memory import Memory, PickerMemory
-from userspace_proxy.dataplane.netlink import KernelTables
 from userspace_proxy.dataplane.pipes import PipePool
 from userspace_proxy.dataplane.poller import Poller
 from userspace_proxy.dataplane.sockets import refusal, reserve_refusing_port

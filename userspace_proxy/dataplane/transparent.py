@@ -11,7 +11,7 @@ import logging
 import socket
 from socket import SocketType
 
-from userspace_proxy.dataplane.netlink import KernelTables
+from userspace_proxy.dataplane.conntrack_lookup import KernelTables
 from userspace_proxy.interfaces import OWN_MARK, TRANSPARENT_MARK, Counters
 
 # linux/in.h, in6.h

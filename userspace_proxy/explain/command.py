@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from userspace_proxy.explain.lines import Explained
+    from userspace_proxy.modes.reasons.lines import Explained
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 

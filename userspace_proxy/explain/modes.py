@@ -7,9 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from userspace_proxy.explain import ipvs, kube, nft_text, redirect_iptables, redirect_nft, slots, xtables_text
-from userspace_proxy.explain.known import Known
-from userspace_proxy.explain.lines import Explained, Line, Way
+from userspace_proxy.modes.iptables import explain as kube
+from userspace_proxy.modes.ipvs import explain as ipvs
+from userspace_proxy.modes.reasons import nft_text, xtables_text
+from userspace_proxy.modes.reasons.known import Known
+from userspace_proxy.modes.reasons.lines import Explained, Line, Way
+from userspace_proxy.modes.slots import explain as slots
+from userspace_proxy.modes.userspace import explain_iptables as redirect_iptables
+from userspace_proxy.modes.userspace import explain_nft as redirect_nft
 
 # From the rules as text, and what is known of their Services, to lines; with True, to those that some packet needs.
 Reader = Callable[[str, Known, bool], Iterable[Line]]

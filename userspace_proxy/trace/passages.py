@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from userspace_proxy.trace.netlink import Message
+from userspace_proxy.trace.nftrace import Message
 from userspace_proxy.trace.rulebook import Chain, Rulebook
 from userspace_proxy.trace.values import Ends, Hook, Leg, Role, Step, Visit
 

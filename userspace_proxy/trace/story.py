@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from userspace_proxy.trace.ipvs import virtual_server
-from userspace_proxy.trace.netlink import messages
+from userspace_proxy.trace.nftrace import messages
 from userspace_proxy.trace.passages import legs
 from userspace_proxy.trace.rulebook import Rulebook
 from userspace_proxy.trace.values import Ends, Flow, Hook, Leg, Listener, Role, Step, Story, Visit, at

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from userspace_proxy.errors import StartError
+from userspace_proxy.host.tool import find_tool
 from userspace_proxy.lab import inside
-from userspace_proxy.rules.tool import find_tool
-from userspace_proxy.trace.netlink import GROUP_NFTRACE, messages
+from userspace_proxy.trace.nftrace import GROUP_NFTRACE, messages
 from userspace_proxy.trace.passages import FOLLOWED, TABLE
 from userspace_proxy.trace.sockets import listener_at
 from userspace_proxy.trace.story import ANSWERED, Recording, elements_in, tell

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from userspace_proxy.config.settings import Settings
 from userspace_proxy.control.lint import Finding, LintOptions, lint
-from userspace_proxy.settings import Settings
 from userspace_proxy.sources.documents import parse, split
 
 OPTIONS = LintOptions(Settings().service_ranges)

@@ -1,0 +1,30 @@
+"""What goes to the kernel in threads of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from userspace_proxy.host.tool import in_thread
+
+
+async def test_who_is_cancelled_goes_on_when_what_was_under_way_has_ended() -> None:
+    began, may_end, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def load() -> None:
+        began.set()
+        may_end.wait(5)
+        ended.set()
+
+    task = asyncio.create_task(in_thread(load))
+    assert await asyncio.to_thread(began.wait, 5)
+    task.cancel()
+    await asyncio.wait({task}, timeout=0.05)
+    assert not task.done()
+
+    may_end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ended.is_set()

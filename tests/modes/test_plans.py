@@ -1,0 +1,170 @@
+"""What userspace mode makes of a state: listeners, their endpoints, and rules by portal and sender."""
+
+from __future__ import annotations
+
+import pytest
+
+from userspace_proxy.interfaces import DROPPED, PodDetector, Redirects
+from userspace_proxy.model.endpoint import Endpoint
+from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, Scope, ServicePortName
+from userspace_proxy.model.routes import Sender
+from userspace_proxy.model.service import Portal, ServicePort, SourceIP, node_portal
+from userspace_proxy.model.topology import Node
+from userspace_proxy.modes.plans import NodeRules, plan, redirects_to
+
+TCP = L4Protocol.TCP
+NAME = ServicePortName(NamespacedName("shop", "web"), "http", TCP)
+OTHER = ServicePortName(NamespacedName("shop", "api"), "http", TCP)
+CLUSTER, LOCAL = ListenerName(NAME), ListenerName(NAME, Scope.LOCAL)
+HERE = Node("here", addresses=("192.0.2.1", "192.0.2.9", "2001:db8::1"))
+NEAR = Endpoint("10.0.0.1", 80, node_name="here")
+FAR = Endpoint("10.0.0.2", 80, node_name="there")
+FAR6 = Endpoint("fd00::2", 80, node_name="there")
+REFUSE = 29_999
+PODS = NodeRules(pods=PodDetector(cidrs=("10.0.0.0/8",)))
+
+CLUSTER_IP = Portal("10.96.0.1", 80, TCP)
+CLUSTER_IP6 = Portal("fd00:96::1", 80, TCP)
+VIP = Portal("203.0.113.7", 80, TCP)
+NODE_PORT = node_portal(4, 30_080, TCP)
+
+
+def made(
+    *given: ServicePort, of: tuple[Endpoint, ...], rules: NodeRules = PODS, opened: set[ListenerName] | None = None
+) -> Redirects:
+    """Return the rules for *given*, with proxy ports counted from 10,000 in the order of the listeners."""
+    plans = {p.name: plan(p, of, HERE, detects_pods=rules.detects_pods(HERE)) for p in given}
+    wanted = [listener for planned in plans.values() for listener in planned.listeners]
+    ports = {name: 10_000 + n for n, name in enumerate(wanted) if opened is None or name in opened}
+    return redirects_to(ports, plans, REFUSE, rules, HERE)[0]
+
+
+def test_a_service_port_without_policies_has_one_listener_and_no_exceptions() -> None:
+    given = ServicePort(NAME, 80, ("10.96.0.1",), node_port=30_080)
+
+    rules = made(given, of=(NEAR, FAR))
+
+    assert rules.ports == {CLUSTER_IP: 10_000, NODE_PORT: 10_000}
+    assert not rules.exceptions
+
+
+def test_each_family_is_refused_by_itself() -> None:
+    given = ServicePort(NAME, 80, ("10.96.0.1", "fd00:96::1"))
+
+    assert made(given, of=(FAR6,)).ports == {CLUSTER_IP: REFUSE, CLUSTER_IP6: 10_000}
+
+
+def test_with_the_external_policy_local_only_those_inside_meet_endpoints_elsewhere() -> None:
+    given = ServicePort(NAME, 80, ("10.96.0.1",), node_port=30_080, external_local=True)
+
+    rules = made(given, of=(NEAR, FAR))
+
+    cluster, local = rules.ports[CLUSTER_IP], rules.ports[NODE_PORT]
+    assert cluster != local
+    assert rules.exceptions == {Sender.POD: {NODE_PORT: cluster}, Sender.NODE: {NODE_PORT: cluster}}
+
+
+def test_where_no_endpoint_of_the_policy_is_here_packets_are_dropped_and_where_none_is_anywhere_refused() -> None:
+    given = ServicePort(NAME, 80, ("10.96.0.1",), load_balancer_ips=("203.0.113.7",), external_local=True)
+
+    assert made(given, of=(FAR,)).ports == {CLUSTER_IP: 10_000, VIP: DROPPED}
+    assert made(given, of=()).ports == {CLUSTER_IP: REFUSE, VIP: REFUSE}
+
+
+def test_a_listener_stays_though_no_route_leads_there_now() -> None:
+    """So that its proxy port lasts as long as the service port, and with it what conntrack knows."""
+    given = ServicePort(NAME, 80, ("10.96.0.1",), node_port=30_080, external_local=True)
+
+    assert set(plan(given, (), HERE, detects_pods=False).listeners) == {CLUSTER, LOCAL}
+
+
+def test_each_listener_gets_the_endpoints_of_its_scope_and_all_that_flows_may_stay_at() -> None:
+    given = ServicePort(NAME, 80, ("10.96.0.1", "fd00:96::1"), node_port=30_080, external_local=True)
+    leaving = Endpoint("10.0.0.3", 80, ready=False, terminating=True, node_name="there")
+
+    listeners = plan(given, (NEAR, FAR, FAR6, leaving), HERE, detects_pods=False).listeners
+
+    assert listeners[CLUSTER].usable == (NEAR, FAR, FAR6)
+    assert listeners[LOCAL].usable == (NEAR,)
+    assert listeners[LOCAL].serving == (NEAR, FAR, FAR6, leaving)
+
+
+def test_a_portal_whose_listener_could_not_be_opened_is_nobodys() -> None:
+    given = ServicePort(NAME, 80, ("10.96.0.1",), node_port=30_080, external_local=True)
+
+    assert made(given, of=(NEAR,), opened={LOCAL}).ports == {NODE_PORT: 10_001}
+
+
+def test_of_two_that_claim_one_portal_the_first_has_it_for_every_sender() -> None:
+    first = ServicePort(NAME, 80, ("10.96.0.1",), load_balancer_ips=("203.0.113.7",))
+    second = ServicePort(OTHER, 80, ("10.96.0.2",), load_balancer_ips=("203.0.113.7",), external_local=True)
+
+    rules = made(first, second, of=(NEAR,))
+
+    assert rules.names[VIP] == NAME
+    assert rules.ports[VIP] == 10_000
+    assert not rules.exceptions
+
+
+def test_source_ranges_are_about_load_balancer_addresses_alone() -> None:
+    given = ServicePort(
+        NAME, 80, ("10.96.0.1",), 30_080, load_balancer_ips=("203.0.113.7",), source_ranges=("198.51.100.0/24",)
+    )
+
+    assert made(given, of=(NEAR,)).allowed == {VIP: ("198.51.100.0/24",)}
+
+
+def test_ranges_of_one_family_say_nothing_of_the_other() -> None:
+    """P4: kube-proxy knows source ranges by family."""
+    given = ServicePort(
+        NAME,
+        80,
+        ("10.96.0.1", "fd00:96::1"),
+        load_balancer_ips=("203.0.113.7", "2001:db8::7"),
+        source_ranges=("198.51.100.0/24",),
+    )
+
+    assert made(given, of=(NEAR, FAR6)).allowed == {VIP: ("198.51.100.0/24",)}
+
+
+def test_a_range_with_this_node_in_it_allows_the_address_that_the_node_has_there() -> None:
+    """P4."""
+    given = ServicePort(NAME, 80, ("10.96.0.1",), load_balancer_ips=("203.0.113.7",), source_ranges=("192.0.2.0/24",))
+
+    assert made(given, of=(NEAR,)).allowed == {VIP: ("192.0.2.0/24", "203.0.113.7/32")}
+
+
+@pytest.mark.parametrize("detects", [True, False])
+def test_a_transparent_one_keeps_the_address_of_pods_and_without_a_detector_of_everybody(detects: bool) -> None:
+    given = ServicePort(NAME, 80, ("10.96.0.1",), source_ip=SourceIP.TRANSPARENT)
+    replaced, kept = ListenerName(NAME), ListenerName(NAME, transparent=True)
+
+    planned = plan(given, (NEAR,), HERE, detects_pods=detects)
+
+    assert {(route.sender, route.to) for route in planned.routes} == (
+        {(Sender.ANYBODY, replaced), (Sender.POD, kept)}
+        if detects
+        else {(Sender.ANYBODY, kept), (Sender.NODE, replaced)}
+    )
+
+
+def test_primary_node_ports_are_on_the_first_address_of_each_family() -> None:
+    rules = NodeRules(node_port_addresses=("primary",))
+
+    assert set(rules.node_ports_on(HERE)) == {"192.0.2.1/32", "2001:db8::1/128"}
+
+
+def test_pods_may_be_told_by_what_the_node_gives_them_addresses_from() -> None:
+    rules = NodeRules(pods_by_node=True)
+
+    assert rules.detector(HERE) is None
+    assert rules.detector(Node("here", pod_cidrs=("10.0.1.0/24",))) == PodDetector(cidrs=("10.0.1.0/24",))
+
+
+def test_health_checks_are_answered_at_the_addresses_that_node_ports_are_kept_to() -> None:
+    def ips(*cidrs: str) -> tuple[str, ...]:
+        return NodeRules(node_port_addresses=cidrs).node_port_ips(HERE)
+
+    assert ips() == ()
+    assert ips("primary") == ("192.0.2.1", "2001:db8::1")
+    assert ips("192.0.2.8/29", "127.0.0.0/8") == ("192.0.2.9", "127.0.0.1")

@@ -1,0 +1,259 @@
+"""Any history of Services, slices and the node ends where a fresh start on the final objects begins.
+
+The sockets are real; the kernel's side is a stand-in that can be told to refuse, because rules that differ from each
+other are compared in tests/modes, text by text and in a real kernel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import uvloop
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.control.given import put
+from userspace_proxy import api
+from userspace_proxy.control.allotments import Stated
+from userspace_proxy.control.proxy_ports import ProxyPorts
+from userspace_proxy.control.tracker import Tracker
+from userspace_proxy.dataplane.connections import Limits
+from userspace_proxy.dataplane.plane import LocalPlane
+from userspace_proxy.errors import SyncError
+from userspace_proxy.interfaces import Capture, EventType, ObjectEvent, PodDetector, Redirects
+from userspace_proxy.model.endpoint import Address
+from userspace_proxy.model.names import ListenerName, NamespacedName
+from userspace_proxy.model.topology import Node
+from userspace_proxy.modes.plans import NodeRules
+from userspace_proxy.modes.userspace.proxier import UserspaceProxier
+
+_SERVICES = ("web", "dns")
+_RULES = NodeRules(pods=PodDetector(cidrs=("10.0.0.0/8",)))
+
+
+class HeldRules:
+    """A kernel that holds what it is given, or refuses it."""
+
+    language = "none"
+
+    def __init__(self) -> None:
+        self.redirects = Redirects()
+        self.refuses = False
+
+    async def load(self, redirects: Redirects) -> None:
+        if self.refuses:
+            raise SyncError("refused")
+        self.redirects = redirects
+
+    async def reload(self) -> None: ...
+
+    async def remove(self) -> None:
+        self.redirects = Redirects()
+
+    async def is_intact(self) -> bool:
+        return True
+
+    async def watch(self, on_change: Callable[[], None]) -> None: ...
+
+    def unwatch(self) -> None: ...
+
+
+# ---- objects, as the API has them
+
+
+@st.composite
+def services(draw: st.DrawFn) -> api.KubernetesObject:
+    name = draw(st.sampled_from(_SERVICES))
+    number = _SERVICES.index(name) + 1
+    kind = draw(st.sampled_from(["ClusterIP", "NodePort", "LoadBalancer", "ExternalName"]))
+    ports = draw(
+        st.lists(
+            st.tuples(st.sampled_from(["a", "b"]), st.sampled_from(["TCP", "UDP", "SCTP"]), st.sampled_from([53, 80])),
+            min_size=1,
+            max_size=3,
+            unique_by=(lambda port: port[0], lambda port: port[1:]),
+        )
+    )
+    both = [f"10.96.0.{number}", f"fd00:96::{number}"]
+    spec: dict[str, Any] = {
+        "type": kind,
+        "clusterIPs": draw(st.sampled_from([both[:1], both[1:], both, ["None"]])),
+        "ports": [
+            {
+                "name": port_name,
+                "protocol": protocol,
+                "port": port,
+                "nodePort": 30_000 + 100 * number + index if kind in ("NodePort", "LoadBalancer") else None,
+            }
+            for index, (port_name, protocol, port) in enumerate(ports)
+        ],
+        "externalIPs": draw(st.sampled_from([None, [f"198.51.100.{number}"]])),
+        "internalTrafficPolicy": draw(st.sampled_from([None, "Cluster", "Local"])),
+        "externalTrafficPolicy": draw(st.sampled_from([None, "Cluster", "Local"])),
+        "sessionAffinity": draw(st.sampled_from(["None", "ClientIP"])),
+        "loadBalancerSourceRanges": draw(st.sampled_from([None, ["192.0.2.0/24"]])),
+    }
+    annotations = draw(st.sampled_from([None, {"userspace-proxy/source-ip": "transparent"}]))
+    ingress = [{"ip": f"203.0.113.{number}", "ipMode": draw(st.sampled_from([None, "VIP", "Proxy"]))}]
+    status = {"loadBalancer": {"ingress": ingress if kind == "LoadBalancer" else []}}
+    return api.convert(
+        "Service", {"metadata": {"name": name, "annotations": annotations}, "spec": spec, "status": status}
+    )
+
+
+@st.composite
+def slices(draw: st.DrawFn) -> api.KubernetesObject:
+    service, number, address_type = draw(
+        st.tuples(st.sampled_from(_SERVICES), st.integers(1, 2), st.sampled_from(["IPv4", "IPv6"]))
+    )
+    condition = st.sampled_from([None, True, False])
+    endpoints = [
+        {
+            "addresses": [f"10.1.0.{host}" if address_type == "IPv4" else f"fd00:1::{host}"],
+            "conditions": {"ready": draw(condition), "serving": draw(condition), "terminating": draw(condition)},
+            "nodeName": draw(st.sampled_from(["here", "there", None])),
+            "hints": draw(st.sampled_from([None, {"forZones": [{"name": "a"}]}, {"forNodes": [{"name": "here"}]}])),
+        }
+        for host in draw(st.lists(st.integers(1, 4), max_size=4, unique=True))
+    ]
+    plain = {
+        "metadata": {"name": f"{service}-{address_type}-{number}", "labels": {"kubernetes.io/service-name": service}},
+        "addressType": address_type,
+        "endpoints": endpoints,
+        "ports": [{"name": n, "port": 8080, "protocol": p} for n in ("a", "b") for p in ("TCP", "UDP")],
+    }
+    return api.convert("EndpointSlice", plain)
+
+
+@st.composite
+def nodes(draw: st.DrawFn) -> api.KubernetesObject:
+    labels = draw(st.sampled_from([None, {"topology.kubernetes.io/zone": "a"}, {"topology.kubernetes.io/zone": "b"}]))
+    address = draw(st.sampled_from(["192.0.2.1", "192.0.3.1"]))
+    status = {"addresses": [{"type": "InternalIP", "address": address}]}
+    return api.convert("Node", {"metadata": {"name": "here", "labels": labels}, "status": status})
+
+
+Step = tuple[str, Any]
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> list[Step]:
+    written = st.one_of(services(), slices(), slices(), nodes()).map(lambda thing: ("put", thing))
+    steps = st.one_of(
+        written,
+        written,
+        delete := st.tuples(st.just("delete"), st.integers(0, 9)),
+        st.tuples(st.sampled_from(["sync", "sync", "refused sync"]), st.none()),
+    )
+    # What was refused last is what most may be left of.
+    last = [("sync", None), draw(st.one_of(written, delete)), ("refused sync", None)]
+    return [*draw(st.lists(steps, min_size=5, max_size=40)), *last]
+
+
+# ---- what is compared
+
+
+@dataclass
+class Held:
+    """What a proxier has made: every rule by the listener it leads to, every picker by its addresses."""
+
+    rules: object
+    pickers: Mapping[ListenerName, frozenset[Address]]
+
+
+@dataclass
+class Run:
+    """One proxier, on the way."""
+
+    proxier: UserspaceProxier
+    plane: LocalPlane
+    kernel: HeldRules
+    tracker: Tracker
+    objects: dict[tuple[str, NamespacedName], api.KubernetesObject] = field(default_factory=dict)
+
+    def apply(self, *events: ObjectEvent) -> None:
+        for event in events:
+            assert event.name is not None
+            if event.object is not None:
+                self.objects[event.kind, event.name] = event.object
+            else:
+                self.objects.pop((event.kind, event.name))
+        self.tracker.apply(events)
+
+    async def sync(self) -> None:
+        with contextlib.suppress(SyncError):
+            await self.proxier.sync(self.tracker.state())
+
+    def held(self) -> Held:
+        listeners = {listener.spec.proxy_port: listener for listener, _ in self.plane.held()}
+        by_port: dict[int, object] = {port: listener.name for port, listener in listeners.items()}
+        redirects = self.kernel.redirects
+        by_port |= {0: "dropped", redirects.refuse_port: "refused"}
+
+        def named(ports: Mapping[Any, int]) -> Mapping[Any, object]:
+            return {portal: by_port[port] for portal, port in ports.items()}
+
+        return Held(
+            rules=(
+                named(redirects.ports),
+                {sender: named(ports) for sender, ports in redirects.exceptions.items()},
+                dict(redirects.names),
+                dict(redirects.allowed),
+                redirects.node_ports_on,
+                redirects.capture is Capture.REDIRECT,
+            ),
+            pickers={listener.name: frozenset(listener.picker.endpoints) for listener in listeners.values()},
+        )
+
+
+@contextlib.asynccontextmanager
+async def running() -> AsyncIterator[Run]:
+    plane, kernel = LocalPlane(Limits()), HeldRules()
+    proxier = UserspaceProxier(plane, kernel, ProxyPorts(10_000, 29_999, {}), _RULES)
+    try:
+        yield Run(proxier, plane, kernel, Tracker(Stated(), here=Node("here")))
+    finally:
+        await plane.close(0)
+
+
+async def live_through(run: Run, history: list[Step]) -> None:
+    for step, what in history:
+        match step:
+            case "put":
+                run.apply(put(what))
+            case "delete" if deletable := [key for key in run.objects if key[0] != "Node"]:  # a Node stays (Z2)
+                kind, name = deletable[what % len(deletable)]
+                run.apply(ObjectEvent(EventType.DELETE, kind, name))
+            case "sync":
+                await run.sync()
+            case "refused sync":
+                run.kernel.refuses = True
+                await run.sync()
+                run.kernel.refuses = False
+    await run.sync()
+
+
+@pytest.mark.parametrize("factory", [uvloop.new_event_loop, asyncio.new_event_loop], ids=["uvloop", "asyncio"])
+@settings(max_examples=500)
+@given(history=histories())
+def test_any_history_ends_where_a_fresh_start_begins(
+    factory: Callable[[], asyncio.AbstractEventLoop], history: list[Step]
+) -> None:
+    async def check() -> None:
+        async with running() as run:
+            await live_through(run, history)
+            left = run.held()
+            objects = dict(run.objects)
+        async with running() as fresh:
+            fresh.apply(*(put(thing) for thing in objects.values()))
+            await fresh.sync()
+            assert left == fresh.held()
+            assert not run.proxier.unopened
+
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(check())

@@ -1,0 +1,268 @@
+"""Which UDP flows are forgotten when a portal leads elsewhere, and that no other is touched."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator, Mapping
+
+import pytest
+
+from userspace_proxy.interfaces import DROPPED, Redirects
+from userspace_proxy.model.names import L4Protocol
+from userspace_proxy.model.routes import Sender
+from userspace_proxy.model.service import Portal
+from userspace_proxy.netfilter.conntrack import (
+    ANY_IP,
+    Answering,
+    Flow,
+    changed_udp_portals,
+    forget_early_connections,
+    forget_udp_flows,
+    new_tcp_portals,
+    stale_flows,
+)
+from userspace_proxy.netfilter.nfnetlink import delete_flows
+
+DNS = Portal("10.96.0.10", 53, L4Protocol.UDP)
+DNS6 = Portal("fd00:96::10", 53, L4Protocol.UDP)
+NODE_PORT = Portal("0.0.0.0", 30_053, L4Protocol.UDP)
+WEB = Portal("10.96.0.1", 80, L4Protocol.TCP)
+
+
+def by(*ports: int) -> Answering:
+    """Return answers from these local ports, of whichever address."""
+    return frozenset((ANY_IP, port) for port in ports)
+
+
+def flow(
+    asked: str,
+    port: int,
+    answered_from: int,
+    *,
+    client: str = "192.168.50.2",
+    sport: int = 4_000,
+    answered_by: str = "192.168.50.1",
+) -> str:
+    """Return a flow as ``conntrack -L`` prints it: *answered_from* is the port that its replies come from."""
+    return (
+        f"udp      17 29 src={client} dst={asked} sport={sport} dport={port} "
+        f"[UNREPLIED] src={answered_by} dst={client} sport={answered_from} dport={sport} mark=0 use=1"
+    )
+
+
+# ---- what changed
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "changed"),
+    [
+        ({}, {}, {}),
+        ({DNS: 1}, {DNS: 1}, {}),
+        ({}, {DNS: 1}, {DNS: by(1)}),
+        ({DNS: 1}, {DNS: 2}, {DNS: by(2)}),
+        ({DNS: 1}, {}, {DNS: set()}),
+        ({DNS: 1}, {DNS: DROPPED}, {DNS: by(DROPPED)}),
+        ({WEB: 1}, {WEB: 2}, {}),
+        ({WEB: 1}, {}, {}),
+        ({DNS: 1, NODE_PORT: 2}, {DNS: 1, NODE_PORT: 3, DNS6: 1}, {NODE_PORT: by(3), DNS6: by(1)}),
+    ],
+)
+def test_only_udp_portals_that_lead_elsewhere_have_flows_to_forget(
+    old: Mapping[Portal, int], new: Mapping[Portal, int], changed: Mapping[Portal, Answering]
+) -> None:
+    assert changed_udp_portals(Redirects(old), Redirects(new)) == changed
+
+
+def test_a_portal_leads_wherever_some_sender_is_led() -> None:
+    old = Redirects({DNS: 1, NODE_PORT: 1})
+    new = Redirects({DNS: 1, NODE_PORT: 1}, exceptions={Sender.POD: {DNS: 2}, Sender.NODE: {DNS: 3, WEB: 4}})
+
+    assert changed_udp_portals(old, new) == {DNS: by(1, 2, 3)}
+    assert changed_udp_portals(new, old) == {DNS: by(1)}
+
+
+# ---- which flows are stale
+
+
+@pytest.mark.parametrize(
+    ("changed", "line", "stale"),
+    [
+        ({DNS: by(10_002)}, flow("10.96.0.10", 53, 10_001), {("10.96.0.10", 53)}),
+        ({DNS: by(10_002)}, flow("10.96.0.10", 53, 10_002), set()),
+        ({DNS: by(10_002)}, flow("10.96.0.10", 53, 53), {("10.96.0.10", 53)}),
+        ({DNS: set()}, flow("10.96.0.10", 53, 10_001), {("10.96.0.10", 53)}),
+        ({DNS: by(10_002)}, flow("10.96.0.10", 54, 10_001), set()),
+        ({DNS: by(10_002)}, flow("10.96.0.11", 53, 10_001), set()),
+        ({DNS6: by(10_002)}, flow("fd00:96::10", 53, 10_001), {("fd00:96::10", 53)}),
+        ({NODE_PORT: by(10_002)}, flow("192.168.50.1", 30_053, 10_001), {("192.168.50.1", 30_053)}),
+        ({NODE_PORT: by(10_002)}, flow("192.168.50.1", 30_053, 10_002), set()),
+        ({NODE_PORT: by(10_002), DNS: by(10_003)}, flow("10.96.0.10", 53, 10_003), set()),
+    ],
+)
+def test_a_flow_is_stale_when_its_replies_come_from_another_port_than_wanted(
+    changed: Mapping[Portal, Answering], line: str, stale: set[tuple[str, int]]
+) -> None:
+    assert {flow.asked for flow in stale_flows(line, changed)} == stale
+
+
+def test_flows_whose_client_has_the_portals_port_are_not_meant() -> None:
+    assert stale_flows(flow("8.8.8.8", 123, 123, sport=53), {DNS: by(10_002)}) == []
+
+
+def test_in_a_kernel_mode_a_flow_is_stale_when_its_endpoint_serves_no_more() -> None:
+    kept, gone = ("10.1.0.1", 5353), ("10.1.0.2", 5353)
+    listing = "\n".join(
+        flow("10.96.0.10", 53, port, sport=4_000 + n, answered_by=ip)
+        for n, (ip, port) in enumerate([kept, gone, (kept[0], 5354)])
+    )
+
+    stale = stale_flows(listing, {DNS: frozenset({kept})})
+
+    assert [flow.client for flow in stale] == [("192.168.50.2", 4_001), ("192.168.50.2", 4_002)]
+
+
+def test_each_flow_is_named_by_its_client_and_what_it_asked() -> None:
+    listing = "\n".join(flow("10.96.0.10", 53, 10_001, sport=4_000 + n) for n in range(50))
+
+    assert stale_flows(listing, {DNS: by(10_002)}) == [
+        Flow(("192.168.50.2", 4_000 + n), ("10.96.0.10", 53)) for n in range(50)
+    ]
+
+
+@pytest.mark.parametrize(
+    "listing", ["", "\n\n", "conntrack v1.4.7 (conntrack-tools): 0 flow entries have been shown.", "dst=x"]
+)
+def test_what_is_no_flow_is_passed_over(listing: str) -> None:
+    assert stale_flows(listing, {DNS: by(10_002)}) == []
+
+
+# ---- the kernel's own table
+
+
+def conntrack(*arguments: str) -> str:
+    done = subprocess.run(["conntrack", *arguments], capture_output=True, text=True, timeout=10, check=False)
+    return done.stdout
+
+
+def insert(asked: str, port: int, answered_from: int, sport: int, tcp_state: str = "") -> None:
+    """Insert a UDP flow, or a connection in *tcp_state*, which is not translated where *answered_from* is *port*."""
+    client, node = ("fd00:50::2", "fd00:50::1") if ":" in asked else ("192.168.50.2", "192.168.50.1")
+    if tcp_state and answered_from == port:
+        node = asked
+    kind = ["-p", "tcp", "--state", tcp_state] if tcp_state else ["-p", "udp"]
+    there = ["-s", client, "-d", asked, "--sport", str(sport), "--dport", str(port)]
+    back = ["-r", node, "-q", client, "--reply-port-src", str(answered_from), "--reply-port-dst", str(sport)]
+    subprocess.run(["conntrack", "-I", *kind, "-t", "100", *there, *back], capture_output=True, timeout=10, check=True)
+
+
+@pytest.fixture
+def flows() -> Iterator[None]:
+    """Flows to DNS by way of port 10001, and some of others, in this private namespace."""
+    conntrack("-F")
+    for sport in (4_001, 4_002):
+        insert("10.96.0.10", 53, 10_001, sport)
+        insert("fd00:96::10", 53, 10_001, sport)
+    insert("192.168.50.1", 30_053, 10_001, 4_003)
+    insert("8.8.8.8", 53, 53, 4_004)
+    yield
+    conntrack("-F")
+
+
+def asked_for() -> set[tuple[str, str]]:
+    """Return (address, port) of all flows that conntrack knows."""
+    known = set()
+    for family in ("ipv4", "ipv6"):
+        for line in conntrack("-L", "-p", "udp", "-f", family).splitlines():
+            words = [word.partition("=") for word in line.split()]
+            first = {key: value for key, _, value in reversed(words) if key in ("dst", "dport")}
+            known.add((first["dst"], first["dport"]))
+    return known
+
+
+OTHERS = {("192.168.50.1", "30053"), ("8.8.8.8", "53")}
+
+
+@pytest.mark.usefixtures("flows")
+async def test_flows_to_a_changed_portal_are_forgotten_and_no_others() -> None:
+    await forget_udp_flows({DNS: by(10_002)})
+
+    assert asked_for() == {*OTHERS, ("fd00:96::10", "53")}
+
+
+@pytest.mark.usefixtures("flows")
+async def test_as_many_as_there_are_are_forgotten_with_those_that_ended_meanwhile() -> None:
+    for sport in range(5_000, 5_600):
+        insert("10.96.0.10", 53, 10_001, sport)
+    ended = [Flow(("192.168.50.2", sport), ("10.96.0.11", 53)) for sport in range(20)]
+    known = [Flow(("192.168.50.2", sport), ("10.96.0.10", 53)) for sport in (4_001, 4_002, *range(5_000, 5_600))]
+
+    assert delete_flows(L4Protocol.UDP, [*ended, *known]) == len(known)
+    assert asked_for() == {*OTHERS, ("fd00:96::10", "53")}
+
+
+@pytest.mark.usefixtures("flows")
+async def test_both_families_are_looked_at() -> None:
+    await forget_udp_flows({DNS: by(10_002), DNS6: set(), NODE_PORT: by(10_002)})
+
+    assert asked_for() == {("8.8.8.8", "53")}
+
+
+@pytest.mark.usefixtures("flows")
+async def test_flows_that_go_the_right_way_stay() -> None:
+    before = asked_for()
+
+    await forget_udp_flows({DNS: by(10_001), DNS6: by(10_001), NODE_PORT: by(10_001)})
+
+    assert asked_for() == before
+
+
+@pytest.mark.usefixtures("flows")
+async def test_of_one_portals_flows_only_those_to_endpoints_that_are_gone_are_forgotten() -> None:
+    insert("10.96.0.10", 53, 5_353, 4_009)
+
+    await forget_udp_flows({DNS: frozenset({("192.168.50.1", 5_353)})})
+
+    left = [line for line in conntrack("-L", "-p", "udp").splitlines() if "dst=10.96.0.10" in line]
+    assert len(left) == 1
+    assert "sport=4009" in left[0]
+
+
+async def test_where_there_are_no_flows_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    await forget_udp_flows({DNS: by(10_002), DNS6: by(10_002), NODE_PORT: set()})
+
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+# ---- connections that began before their portal was served
+
+
+def test_tcp_portals_are_new_once() -> None:
+    old, new = Redirects({WEB: 1, DNS: 1}), Redirects({WEB: 2, DNS: 1})
+
+    assert new_tcp_portals(Redirects(), new) == {WEB}
+    assert new_tcp_portals(old, new) == set()
+    assert new_tcp_portals(Redirects(), Redirects({}, exceptions={Sender.NODE: {WEB: DROPPED}})) == {WEB}
+
+
+@pytest.fixture
+def connections() -> Iterator[None]:
+    """Unanswered connections to two portals and a node port, translated ones, and one that is established."""
+    conntrack("-F")
+    for sport, answered_from, state in (
+        (4_001, 80, "SYN_SENT"),
+        (4_002, 10_001, "SYN_SENT"),
+        (4_003, 80, "ESTABLISHED"),
+    ):
+        insert("10.96.0.1", 80, answered_from, sport, state)
+    insert("10.96.0.2", 80, 80, 4_004, "SYN_SENT")
+    insert("192.168.50.1", 30_080, 30_080, 4_005, "SYN_SENT")
+    yield
+    conntrack("-F")
+
+
+@pytest.mark.usefixtures("connections")
+async def test_of_connections_to_new_portals_only_untranslated_unanswered_ones_are_deleted() -> None:
+    await forget_early_connections({WEB, Portal("0.0.0.0", 30_080, L4Protocol.TCP)})
+
+    left = conntrack("-L", "-p", "tcp")
+    assert {sport for sport in range(4_001, 4_006) if f"sport={sport} " in left} == {4_002, 4_003, 4_004}

@@ -1,0 +1,117 @@
+"""Discard routes: a packet to a Service address that no Service serves ends here, and is not forwarded.
+
+Clients send packets for Service addresses to this node. While no rule takes them (a Service is gone, the proxy
+restarts), the node would forward them by its default route: out of the interface that they came in by, with an ICMP
+redirect (``ip_forward``, ``ip6_forward`` in the kernel). A client obeys that for minutes and passes this node by.
+
+Two routing rules and one table of ours prevent it. They act on forwarded packets alone: the node's own connect() needs
+a route before any rule translates its packets. Packets that are served are translated before they are routed, by
+whichever proxy. So the discard routes may stay after a stop, for the restart, and get in the way of no other proxy.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from userspace_proxy.errors import SyncError
+from userspace_proxy.host.network import DEAD_ROUTES, ROUTE_PROTOCOL, Network, leading_bits
+from userspace_proxy.host.tool import parsed, run_tool
+
+# A forwarded packet to one of the ranges:
+# 1. follows a route of the main table that is narrower than the range, such as one to a network inside of it;
+# 2. is discarded. `iif lo` stands for what this node itself sends.
+# In the order of their priorities, before the main table (32766) and behind the table of the node's own addresses (0).
+_NARROWER = 10778
+_DISCARD = 10779
+_TABLE = "10778"
+
+
+async def discard(ranges: Collection[Network], addresses: Collection[Network] = ()) -> None:
+    """Discard forwarded packets to *ranges* and *addresses*, and to nothing else. May be repeated.
+
+    Of *addresses*, only those to which nothing but the default route leads: others are known to be somewhere.
+
+    Raises:
+        SyncError: the kernel refused it, for one family or both.
+    """
+    refused = []
+    for version in (4, 6):
+        its_ranges = {network for network in ranges if network.version == version}
+        its_addresses = {network for network in addresses if network.version == version}
+        try:
+            await _discard(version, its_ranges, its_addresses)
+        except SyncError as error:
+            if its_ranges or its_addresses:
+                refused.append(str(error))
+    if refused:
+        raise SyncError("; ".join(dict.fromkeys(refused)))
+
+
+async def remove_discard_routes() -> None:
+    """Remove every discard route and rule, also those of a crashed process. Raises SyncError."""
+    await discard(())
+
+
+async def _discard(version: int, ranges: set[Network], addresses: set[Network]) -> None:
+    rules = parsed(await run_tool("ip", "-json", f"-{version}", "rule", "show"))
+    listed = parsed(
+        await run_tool("ip", "-json", f"-{version}", "route", "show", "table", "all", "proto", ROUTE_PROTOCOL)
+    )
+    held = {_network(route["dst"], version) for route in listed if route.get("table") == _TABLE}
+    wanted = ranges | (await _led_to_by_default(version, addresses) if addresses else set())
+    await _batch(
+        version,
+        *(f"route add blackhole {n} table {_TABLE} proto {ROUTE_PROTOCOL}" for n in _in_order(wanted - held)),
+        *_rule_changes(rules, ranges, discards=bool(wanted)),
+        *(f"route del blackhole {n} table {_TABLE} proto {ROUTE_PROTOCOL}" for n in _in_order(held - wanted)),
+    )
+
+
+def _rule_changes(rules: Iterable[dict[str, Any]], ranges: set[Network], *, discards: bool) -> list[str]:
+    """Return what makes *rules* ours: narrower routes count before anything is discarded."""
+    narrower = {
+        ipaddress.ip_network("/".join(str(rule[key]) for key in ("dst", "dstlen") if key in rule))
+        for rule in rules
+        if rule["priority"] == _NARROWER
+    }
+    wanted = {network for network in ranges if network.prefixlen}
+    is_there = any(rule["priority"] == _DISCARD for rule in rules)
+    return [
+        *(
+            f"rule add priority {_NARROWER} to {n} lookup main suppress_prefixlength {n.prefixlen - 1}"
+            for n in _in_order(wanted - narrower)
+        ),
+        *([f"rule add priority {_DISCARD} not iif lo lookup {_TABLE}"] if discards and not is_there else []),
+        *([f"rule del priority {_DISCARD}"] if is_there and not discards else []),
+        *(f"rule del priority {_NARROWER} to {n}" for n in _in_order(narrower - wanted)),
+    ]
+
+
+async def _led_to_by_default(version: int, addresses: set[Network]) -> set[Network]:
+    """Return those of *addresses* that have a default route and no other one."""
+    listed = parsed(await run_tool("ip", "-json", f"-{version}", "route", "show"))
+    alive = [route["dst"] for route in listed if route.get("type") not in DEAD_ROUTES]
+    if "default" not in alive:
+        return set()
+    covered = {leading_bits(n, n.prefixlen) for n in (_network(dst, version) for dst in alive) if n.prefixlen}
+    return {
+        network
+        for network in addresses
+        if not any(leading_bits(network, length) in covered for length in range(1, network.prefixlen + 1))
+    }
+
+
+def _network(destination: str, version: int) -> Network:
+    everything = "0.0.0.0/0" if version == 4 else "::/0"
+    return ipaddress.ip_network(everything if destination == "default" else destination, strict=False)
+
+
+def _in_order(networks: Iterable[Network]) -> list[Network]:
+    return sorted(networks, key=lambda n: (n.prefixlen, int(n.network_address)))
+
+
+async def _batch(version: int, *lines: str) -> None:
+    if lines:
+        await run_tool("ip", f"-{version}", "-force", "-batch", "-", stdin="".join(f"{line}\n" for line in lines))

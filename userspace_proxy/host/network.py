@@ -1,0 +1,271 @@
+"""What this node's network must offer beside rules: routes that cover cluster IPs, and a private address.
+
+Everything added here carries our own route protocol number or one of our own addresses, so that it can be
+taken away without knowing what a crashed process had added.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from userspace_proxy.errors import SyncError
+from userspace_proxy.host.tool import parsed, run_tool
+from userspace_proxy.model.endpoint import family_of
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+# Unassigned in rt_protos; `ip route show proto 107` lists what is ours.
+ROUTE_PROTOCOL = "107"
+# Destinations with a route that leads nowhere: a connect() to one fails before any rule sees it.
+DEAD_ROUTES = ("unreachable", "blackhole", "prohibit", "throw")
+
+# The private addresses on ``lo``, for Capture.ADDRESS.
+LOCAL_ADDRESS4 = "169.254.77.7"
+LOCAL_ADDRESS6 = "fd00:77::7"
+# The device that has Services' addresses in ipvs mode. They are not the node's own.
+SERVICES_DEVICE = "kube-ipvs0"
+
+log = logging.getLogger(__name__)
+
+
+# ---- routes for clients on this node
+
+
+def missing_routes(wanted: Iterable[Network], routes: Iterable[str]) -> list[Network]:
+    """Return the *wanted* networks that no destination in *routes* covers, widest first, none twice.
+
+    Without a route connect() fails before any rule sees the packet.
+    """
+    # By their leading bits, so that 10,000 addresses cost 10,000 times some 30 look-ups.
+    covered = {leading_bits(n, n.prefixlen) for n in (ipaddress.ip_network(r, strict=False) for r in routes)}
+    missing: list[Network] = []
+    for network in sorted(set(wanted), key=lambda n: (n.version, n.prefixlen, n)):
+        if not any(leading_bits(network, length) in covered for length in range(network.prefixlen + 1)):
+            missing.append(network)
+            covered.add(leading_bits(network, network.prefixlen))
+    return missing
+
+
+def leading_bits(network: Network, length: int) -> tuple[int, int, int]:
+    return network.version, length, int(network.network_address) >> (network.max_prefixlen - length)
+
+
+async def add_routes(networks: Iterable[Network], sources: Iterable[str] = ()) -> list[Network]:
+    """Add a route by way of ``lo`` for each of *networks* that has none; return what was added.
+
+    Of *sources*, addresses of this host, the first of a family is what its own packets there come from.
+    """
+    added = []
+    wanted = list(networks)
+    first = {family_of(ip): f" src {ip}" for ip in reversed(tuple(sources))}
+    for version in (4, 6):
+        family = [n for n in wanted if n.version == version]
+        if not family:
+            continue
+        listed = parsed(await run_tool("ip", "-json", f"-{version}", "route", "show"))
+        everything = "0.0.0.0/0" if version == 4 else "::/0"
+        leading = [r["dst"] for r in listed if r.get("type") not in DEAD_ROUTES]
+        routes = [everything if destination == "default" else destination for destination in leading]
+        missing = missing_routes(family, routes)
+        if missing:
+            source = first.get(4 if version == 4 else 6, "")
+            batch = "".join(f"route add {n} dev lo{source} proto {ROUTE_PROTOCOL}\n" for n in missing)
+            await run_tool("ip", f"-{version}", "-force", "-batch", "-", stdin=batch)
+            added += missing
+    return added
+
+
+async def remove_routes_to(networks: Iterable[Network]) -> None:
+    """Remove the routes of ours to *networks*; another's, and one that is not there, is no error."""
+    wanted = list(networks)
+    for version in (4, 6):
+        batch = "".join(f"route del {n} dev lo proto {ROUTE_PROTOCOL}\n" for n in wanted if n.version == version)
+        if batch:
+            try:
+                await run_tool("ip", f"-{version}", "-force", "-batch", "-", stdin=batch)
+            except SyncError as error:
+                log.debug("some routes were not removed: %s", error)
+
+
+async def remove_routes() -> None:
+    """Take away every route of ours."""
+    for version in ("-4", "-6"):
+        try:
+            await run_tool("ip", version, "route", "flush", "proto", ROUTE_PROTOCOL)
+        except SyncError as error:
+            log.debug("no routes were removed: %s", error)
+
+
+# ---- the private address, where REDIRECT cannot work
+
+
+async def add_local_addresses() -> None:
+    """Put our private addresses on ``lo``; a family that this host lacks is skipped."""
+    for address in (f"{LOCAL_ADDRESS4}/32", f"{LOCAL_ADDRESS6}/128"):
+        try:
+            await run_tool("ip", "address", "replace", address, "dev", "lo")
+        except SyncError as error:
+            log.warning("%s could not be put on lo: %s", address, error)
+
+
+async def remove_local_addresses() -> None:
+    held = await run_tool("ip", "-json", "address", "show", "dev", "lo")
+    for address in (f"{LOCAL_ADDRESS4}/32", f"{LOCAL_ADDRESS6}/128"):
+        if f'"{address.partition("/")[0]}"' in held:
+            await run_tool("ip", "address", "del", address, "dev", "lo")
+
+
+async def lacks_addresses() -> bool:
+    """Return whether this host has no IPv4 address but those of ``lo``."""
+    try:
+        return not parsed(await run_tool("ip", "-json", "-4", "address", "show", "scope", "global"))
+    except SyncError:
+        return False
+
+
+async def host_addresses() -> tuple[str, ...]:
+    """Return this host's own addresses, as far as others may know them; none where it cannot be asked.
+
+    Those of the interface with the default route come first, so they are the primary ones, whatever other interfaces
+    (bridges of containers, VPNs) were made earlier.
+    """
+    try:
+        addresses = (await look_at_addresses()).host
+        first: list[str] = []
+        for version in ("-4", "-6"):
+            default = parsed(await run_tool("ip", "-json", version, "route", "show", "default"))
+            for route in sorted(default, key=lambda route: route.get("metric", 0))[:1]:
+                command = (
+                    "ip",
+                    "-json",
+                    version,
+                    "address",
+                    "show",
+                    "scope",
+                    "global",
+                    "dev",
+                    str(route.get("dev", "lo")),
+                )
+                on_it = [a.get("local") for link in parsed(await run_tool(*command)) for a in link.get("addr_info", ())]
+                first += (ip for ip in (route.get("prefsrc"), *on_it) if ip in addresses)
+        return tuple(dict.fromkeys((*first, *addresses)))
+    except SyncError as error:
+        log.warning("this host's addresses cannot be looked at: %s", error)
+        return ()
+
+
+class Addresses(NamedTuple):
+    """``host``: its own, as far as others may know them; ``device``: those of the device that bears portals."""
+
+    host: tuple[str, ...]
+    device: frozenset[str]
+
+
+async def look_at_addresses() -> Addresses:
+    """Raises SyncError where the host does not say which it has."""
+    found: dict[str, None] = {}
+    device: set[str] = set()
+    for link in parsed(await run_tool("ip", "-json", "address", "show")):
+        for address in link.get("addr_info", ()):
+            if link["ifname"] == SERVICES_DEVICE and address["scope"] != "link":
+                device.add(address["local"])
+            elif link["ifname"] != SERVICES_DEVICE and address["scope"] == "global" and "local" in address:
+                found[address["local"]] = None
+    return Addresses(tuple(found), frozenset(device))
+
+
+async def look_at_networks() -> tuple[frozenset[str], tuple[Network, ...]]:
+    """Return this host's own addresses and the networks that it is in, but those of devices that bear portals.
+
+    These are dummy devices: ours, kube-proxy's and that of NodeLocal DNSCache. None where the host cannot be asked.
+    """
+    own: set[str] = set()
+    networks: dict[Network, None] = {}
+    try:
+        links = parsed(await run_tool("ip", "-json", "address", "show"))
+    except SyncError as error:
+        log.warning("this host's networks cannot be looked at: %s", error)
+        return frozenset(), ()
+    for link in links:
+        if {"BROADCAST", "NOARP"} <= set(link.get("flags", ())):
+            continue
+        for address in link.get("addr_info", ()):
+            if address["scope"] != "global" or "local" not in address:
+                continue
+            own.add(address["local"])
+            network = ipaddress.ip_network(f"{address['local']}/{address['prefixlen']}", strict=False)
+            if network.num_addresses > 1:
+                networks[network] = None
+    return frozenset(own), tuple(networks)
+
+
+def listening_ports() -> set[tuple[str, int]]:
+    """Return protocol and number of each port that a process of this network namespace listens at."""
+    found = set()
+    for protocol, state in (("TCP", "0A"), ("UDP", "07")):  # TCP_LISTEN; a UDP socket that is connected to no peer
+        for file in (protocol.lower(), f"{protocol.lower()}6"):
+            with contextlib.suppress(OSError):
+                for line in Path("/proc/net", file).read_text().splitlines()[1:]:
+                    fields = line.split()
+                    if fields[3] == state:
+                        found.add((protocol, int(fields[1].rpartition(":")[2], 16)))
+    return found
+
+
+def unnumbered_interfaces(links: Sequence[dict[str, Any]], routes: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the interfaces that carry IPv4 traffic without an IPv4 address of their own (as Calico's do).
+
+    REDIRECT sends a packet to the first address of the interface it came in by, and drops it where there
+    is none. *links* and *routes* are what ``ip -json address`` and ``ip -json -4 route`` print. A port of a
+    bridge is no such interface: its packets come in by the bridge.
+    """
+    routed = {route.get("dev") for route in routes}
+    return [
+        link["ifname"]
+        for link in links
+        if link["ifname"] in routed
+        and "LOOPBACK" not in link.get("flags", ())
+        and "master" not in link
+        and not any(a.get("family") == "inet" for a in link.get("addr_info", ()))
+    ]
+
+
+async def find_unnumbered_interfaces() -> list[str]:
+    links = parsed(await run_tool("ip", "-json", "address", "show"))
+    routes = parsed(await run_tool("ip", "-json", "-4", "route", "show", "table", "all"))
+    return unnumbered_interfaces(links, routes)
+
+
+# ---- what conntrack is set to
+
+
+def forwards() -> bool:
+    """Return whether this host forwards packets of either family."""
+    files = ("ipv4/ip_forward", "ipv6/conf/all/forwarding")
+    return any(path.exists() and path.read_text().strip() != "0" for path in (Path("/proc/sys/net") / f for f in files))
+
+
+def reserved_ports() -> frozenset[int]:
+    """Return the ports that are kept for applications here (``ip_local_reserved_ports``); none where unreadable."""
+    found: set[int] = set()
+    with contextlib.suppress(OSError, ValueError):
+        for part in Path("/proc/sys/net/ipv4/ip_local_reserved_ports").read_text().strip().split(","):
+            first, _, last = part.partition("-")
+            found.update(range(int(first), int(last or first) + 1))
+    return frozenset(found)
+
+
+def conntrack_udp_timeouts() -> tuple[float, float]:
+    """Return conntrack's UDP time-outs in seconds: unanswered, answered. The kernel's defaults where unreadable."""
+    folder = Path("/proc/sys/net/netfilter")
+    try:
+        unanswered = float((folder / "nf_conntrack_udp_timeout").read_text())
+        answered = float((folder / "nf_conntrack_udp_timeout_stream").read_text())
+    except (OSError, ValueError):
+        return 30.0, 120.0
+    return unanswered, answered

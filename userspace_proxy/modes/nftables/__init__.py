@@ -1,0 +1,1 @@
+"""Mode nftables: the kernel translates by the maps of `modes/slots`."""

@@ -1,0 +1,1 @@
+"""What rules say in words: shared by the explanations of all modes."""

@@ -1,0 +1,43 @@
+"""What the words mean that explanations use: the kernel's, nft's and our own. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from userspace_proxy.modes.reasons.lines import Line
+
+# In the order in which a packet meets what they mean.
+WORDS: Mapping[str, str] = {
+    "portal": "an address that a client dials: cluster IP, external IP, load balancer IP or node port",
+    "endpoint": "the address and port of one pod that serves",
+    "proxy port": "a local port at which our proxy accepts what was dialled at a portal",
+    "PREROUTING": "the kernel's hook for packets that come in by the network, before it is decided where they go",
+    "INPUT": "the hook for packets to this node itself, after that decision",
+    "FORWARD": "the hook for packets that only pass through this node",
+    "OUTPUT": "the hook for packets that processes of this node send",
+    "POSTROUTING": "the hook for packets that are about to leave",
+    "conntrack": "the kernel's list of open connections, with what was translated; so only first packets are looked up",
+    "NAT": "network address translation: another destination (DNAT) or another sender (SNAT) is written into a packet",
+    "DNAT": "the destination is replaced; conntrack puts it back as the sender of all answers",
+    "REDIRECT": "DNAT to this node itself, at another port (nft: redirect)",
+    "masquerade": (
+        "SNAT with this node's own address: the endpoint answers to this node, which hands it on to the client"
+    ),
+    "mark": "a number that a packet carries inside this kernel, from one rule to the next; it is never sent",
+    "priority": "of a packet: another such number, which traffic shaping reads later (a hook's: who is called first)",
+    "affinity": "a client is led to the same endpoint again (sessionAffinity: ClientIP)",
+    "pin": "what is remembered for affinity: which client, which endpoint, until when",
+    "virtual server": "a portal as ipvs, the kernel's load balancer, knows it",
+}
+_FOUND = {word: re.compile(rf"\b{re.escape(word)}s?\b") for word in WORDS}
+_FOUND["NAT"] = re.compile(r"\b[DS]?NAT\b|\bnat\b")
+_FOUND["DNAT"] = re.compile(r"\bDNAT\b|\bdnat\b")
+_FOUND["REDIRECT"] = re.compile(r"\bREDIRECT\b|\bredirect to\b")
+_FOUND["masquerade"] = re.compile(r"\bmasquerade\b|\bMASQUERADE\b")
+
+
+def words_in(lines: Iterable[Line]) -> dict[str, str]:
+    """Return the words that *lines* use, and what they mean."""
+    text = "\n".join(f"{line.text}\n{line.explanation}" for line in lines)
+    return {word: meaning for word, meaning in WORDS.items() if _FOUND[word].search(text)}

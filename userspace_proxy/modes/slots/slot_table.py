@@ -1,0 +1,262 @@
+"""Kernel mode nftables: which elements translate which packets, and the table that they stand in. Pure.
+
+A packet's portal gives the number of a set of endpoints (portal_table.py); that number and a random slot are looked up
+once more and give the endpoint. So a new connection costs the same however many Services there are, and a change is a
+change of some elements: one for each portal, and a few of the slots, which are spread so that most stay where they are
+(Maglev). A Service has as few slots as do it justice: there are sizes of slot tables, and one rule for all Services of
+one size.
+
+With affinity the number of the endpoint that was chosen is put in the packet's priority, too, and kept as the client's
+pin.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from userspace_proxy.errors import SyncError
+from userspace_proxy.interfaces import Translation
+from userspace_proxy.model.allocation import Allocator
+from userspace_proxy.model.endpoint import FAMILIES, Address, Family
+from userspace_proxy.model.names import L4Protocol, ListenerName, Scope, ServicePortName
+from userspace_proxy.model.routes import Refusal, Route
+from userspace_proxy.model.service import Portal
+from userspace_proxy.modes.slots.portal_table import IP, OURS, PortalTable, add_hairpins
+from userspace_proxy.netfilter.sets import Elements, SetKind, class_id, packed_ip, packed_number, packed_port
+
+# Slots -> for how many endpoints at most. Ten of them are then met with nearly the same chance.
+SIZES: Mapping[int, int] = {16: 8, 256: 128, 4_096: 4_095}
+# What is looked up: 32 bits, shown as tc shows them (major:minor).
+_PINNED = 0x2000_0000
+NUMBER = 0x5FFF_F000  # of the endpoint set, without what is to be done first
+_SEAT = 0xFFF  # of the endpoint in it, 0 for none
+_SETS_MAX = 0x1_FFFF
+_PINS_MAX = 262_144
+
+# A client as pins know it. nft 1.0.6 cannot put more than 16 bytes before a value that is in the packet, too; and its
+# declaration has to name another number of 32 bits, as nft cannot show that of a hash.
+_HASHES = 0xFFFF_FFFF
+_CLIENT: Mapping[Family, str] = {4: "ip saddr", 6: f"jhash ip6 saddr mod {_HASHES} seed 1"}
+
+
+class SlotTable(PortalTable):
+    """The table of mode nftables. ``numbers``: as far as can be, the same after a restart."""
+
+    name = "inet userspace_proxy_nat"
+    hairpin = "ct status dnat "
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = Numbers()
+
+    def kinds_of(self, family: Family) -> Iterator[tuple[str, SetKind]]:
+        address, ip = f"ipv{family}_addr", IP[family]
+        # Of each protocol by itself: nft 1.0.6 lets no rule for several lead to what is in a map that is there already.
+        kinds: list[tuple[str, str, tuple[str, ...]]] = [(f"picks{family}", "meta priority", ("classid",))]
+        for protocol in L4Protocol:
+            endpoint, made_of = f"{ip} daddr . {protocol.lower()} dport", (address, "inet_service")
+            kinds.append((f"slots{family}_{protocol.lower()}", endpoint, made_of))
+            name = f"endpoints{family}_{protocol.lower()}"
+            yield name, SetKind(f"map {name} {{\n\t\ttypeof meta priority : {endpoint}", ("classid",), made_of)
+        for kind, value, of in kinds:
+            for size in SIZES:
+                name = f"{kind}_{size}"
+                header = f"map {name} {{\n\t\ttypeof meta priority . numgen random mod {size} : {value}"
+                yield name, SetKind(header, ("classid", "integer"), of)
+
+    def timeout_kind(self, timeout_s: int) -> SetKind:
+        return SetKind(f"set affinity_{timeout_s} {{\n\t\ttypeof meta priority", ("classid",), is_shared=True)
+
+    def dynamic(self) -> str:
+        return "".join(
+            f"\tmap pins{family} {{\n\t\ttypeof {of} . meta priority : meta priority\n"
+            f"\t\tsize {_PINS_MAX}; flags dynamic,timeout; timeout 3h\n\t}}\n"
+            for family, of in {4: "ip saddr", 6: f"numgen inc mod {_HASHES}"}.items()
+        )
+
+    def chains_of(self, family: Family, timeouts_s: Sequence[int]) -> dict[str, Iterable[str]]:
+        return {f"remembered{family}": _remembered(family, timeouts_s), f"pinned{family}": _pinned(family)}
+
+    def translate(self, family: Family) -> Iterator[str]:
+        yield f"meta priority & {class_id(_PINNED)} == {class_id(_PINNED)} goto pinned{family}"
+        yield f"meta priority set meta priority & {class_id(NUMBER)}"
+        for protocol in map(str.lower, L4Protocol):
+            for size in SIZES:
+                slot = f"meta priority . numgen random mod {size} map @slots{family}_{protocol}_{size}"
+                yield f"meta l4proto {protocol} dnat {IP[family]} to {slot}"
+
+    def number_of(self, portal: Portal, listener: ListenerName, translation: Translation) -> int:
+        number = self.numbers.of_set(listener.service_port, listener.scope)
+        return number | (0 if translation.service_port.affinity_timeout_s is None else _PINNED)
+
+    def mode_elements(self, translation: Translation) -> Elements:
+        return self.slots_for(translation, translation.routes)
+
+    def slots_for(self, translation: Translation, routes: Iterable[Route]) -> Elements:
+        """Return the slots of all sets of endpoints that somebody is led to by *routes*."""
+        found: Elements = {}
+        used = [(r.portal.family, r.to.scope) for r in routes if not isinstance(r.to, Refusal)]
+        for family, scope in dict.fromkeys(used):
+            _add_endpoints(found, translation, scope, family, self.numbers)
+        return found
+
+    def forget(self, before: Translation, after: Translation | None) -> None:
+        self.numbers.forget(before, after)
+
+
+# ---- numbers
+
+
+class Numbers:
+    """The numbers of endpoint sets, and of pinned endpoints in them: as far as can be, the same after a restart."""
+
+    def __init__(self) -> None:
+        self._sets = Allocator(_SETS_MAX)
+        self._seats: dict[tuple[str, Family], Allocator] = {}
+
+    def of_set(self, name: ServicePortName, scope: Scope) -> int:
+        number = self._sets.allocate(ListenerName(name, scope).key)
+        if number is None:
+            raise SyncError(f"more than {_SETS_MAX} sets of endpoints")
+        return OURS | (number + 1) << 12
+
+    def of_endpoints(
+        self, name: ServicePortName, scope: Scope, family: Family, endpoints: Sequence[Address]
+    ) -> dict[Address, int]:
+        """Return the numbers of *endpoints*, up to `_SEAT` of one *family*; who is none of them makes room at need."""
+        of_set, wanted = self.of_set(name, scope), {endpoint: str(endpoint) for endpoint in endpoints}
+        seats = self._seats.setdefault((ListenerName(name, scope).key, family), Allocator(_SEAT))
+        found = {}
+        for endpoint, key in wanted.items():
+            if (seat := seats.allocate(key)) is None:
+                for other in seats.memory().keys() - wanted.values():
+                    seats.release(other)
+                seat = seats.allocate(key)
+            assert seat is not None, "there are no more of them than seats"
+            found[endpoint] = of_set | seat + 1
+        return found
+
+    def forget(self, before: Translation, after: Translation | None) -> None:
+        """Free what *before* had and *after* has not."""
+        name = before.service_port.name
+        for scope in Scope:
+            key = ListenerName(name, scope).key
+            had, has = _addresses(before, scope), set(_addresses(after, scope)) if after else set()
+            if not has:
+                self._sets.release(key)
+            for family in FAMILIES:
+                if not has:
+                    self._seats.pop((key, family), None)
+                elif (seats := self._seats.get((key, family))) is not None:
+                    for endpoint in had:
+                        if endpoint not in has:
+                            seats.release(str(endpoint))
+
+
+def _addresses(translation: Translation, scope: Scope) -> list[Address]:
+    there = translation.reaches.values()
+    return [e.address for reach in there for e in (reach.cluster if scope is Scope.CLUSTER else reach.local)]
+
+
+def spread(endpoints: Sequence[Address], slots: int, weights: Mapping[str, int] | None = None) -> list[Address]:
+    """Return which endpoint each of *slots* (a power of two) leads to.
+
+    Each endpoint asks for slots in an order of its own, in turns (Maglev's table): so all have nearly as many, and when
+    one comes or goes few of the others' slots change hands. *weights*: how many slots a turn an IP asks for, else one;
+    who asks for none has none, unless nobody asks for any. Where all ask for more slots than there are, each has its
+    share, and one at least.
+    """
+    if weights:
+        asks = [weights.get(ip, 1) for ip, _ in endpoints]
+        if (total := sum(asks)) > slots:
+            asks = [ask and max(1, ask * slots // total) for ask in asks]
+        asking = [(endpoint, ask) for endpoint, ask in zip(endpoints, asks, strict=True) if ask]
+        turns: list[Address] = []
+        while asking:  # one after the other, lest the last find none left
+            turns += (endpoint for endpoint, _ in asking)
+            asking = [(endpoint, ask - 1) for endpoint, ask in asking if ask > 1]
+        endpoints = turns or endpoints
+    orders = [_order(endpoint, slots) for endpoint in endpoints]
+    table: list[Address | None] = [None] * slots
+    left = slots
+    while True:
+        for index, (endpoint, (at, step)) in enumerate(zip(endpoints, orders, strict=True)):
+            while table[at] is not None:
+                at = (at + step) % slots
+            table[at] = endpoint
+            left -= 1
+            if not left:
+                return table  # type: ignore[return-value]  # every slot is taken
+            orders[index] = (at, step)
+
+
+@functools.lru_cache(100_000)
+def _order(endpoint: Address, slots: int) -> tuple[int, int]:
+    """Return the first slot that *endpoint* asks for, and how far the next one is: odd, so that it comes to all."""
+    first, step = struct.unpack("=II", hashlib.blake2b(repr(endpoint).encode(), digest_size=8).digest())
+    return first % slots, step % slots | 1
+
+
+def size_for(endpoints: int) -> int:
+    return next((slots for slots, most in SIZES.items() if endpoints <= most), max(SIZES))
+
+
+# ---- elements
+
+
+def _add_endpoints(found: Elements, translation: Translation, scope: Scope, family: Family, numbers: Numbers) -> None:
+    name, timeout_s = translation.service_port.name, translation.service_port.affinity_timeout_s
+    reach = translation.reaches[family]
+    endpoints = [e.address for e in (reach.cluster if scope is Scope.CLUSTER else reach.local)][: max(SIZES.values())]
+    number = packed_number(numbers.of_set(name, scope))
+    weights = dict(translation.service_port.weights)
+    size = size_for(sum(weights.get(ip, 1) for ip, _ in endpoints) if weights else len(endpoints))
+    packed = {address: packed_ip(address[0]) + packed_port(address[1]) for address in endpoints}
+    if timeout_s is None:
+        leads, kind = packed, f"slots{family}_{name.protocol.lower()}"
+    else:
+        seats = numbers.of_endpoints(name, scope, family, endpoints)
+        leads, kind = {a: packed_number(seat) for a, seat in seats.items()}, f"picks{family}"
+        found[f"affinity_{timeout_s}"] = {**found.get(f"affinity_{timeout_s}", {}), number: b""}
+        found.setdefault(f"endpoints{family}_{name.protocol.lower()}", {}).update(
+            (leads[a], packed[a]) for a in endpoints
+        )
+    slots = {
+        number + slot: leads[a] for slot, a in zip(_slot_numbers(size), spread(endpoints, size, weights), strict=True)
+    }
+    found.setdefault(f"{kind}_{size}", {}).update(slots)
+    add_hairpins(found, family, (ip for ip, _ in endpoints))
+
+
+@functools.cache
+def _slot_numbers(size: int) -> tuple[bytes, ...]:
+    return tuple(map(packed_number, range(size)))
+
+
+# ---- rules
+
+
+def _pinned(family: Family) -> Iterator[str]:
+    """Yield how a client that has a pin comes to its endpoint, and one that has none, or no more, to another."""
+    number, seat = f"meta priority & {class_id(NUMBER)}", f"meta priority & {class_id(_SEAT)}"
+    client = f"{_CLIENT[family]} . {number}"
+    yield f"meta priority set {number}"
+    yield f"meta priority set {_CLIENT[family]} . meta priority map @pins{family} jump remembered{family}"
+    yield f"{seat} != 0:0 delete @pins{family} {{ {client} : meta priority }}"
+    yield f"meta priority set {number}"
+    for size in SIZES:
+        slot = f"meta priority . numgen random mod {size} map @picks{family}_{size}"
+        yield f"{seat} == 0:0 meta priority set {slot} goto remembered{family}"
+
+
+def _remembered(family: Family, timeouts_s: Iterable[int]) -> Iterator[str]:
+    """Yield how a pin is made, or lasts from now on again, and its endpoint is met if it is still there."""
+    number = f"meta priority & {class_id(NUMBER)}"
+    for timeout_s in timeouts_s:
+        element = f"{_CLIENT[family]} . {number} timeout {timeout_s}s : meta priority"
+        yield f"{number} @affinity_{timeout_s} update @pins{family} {{ {element} }}"
+    for protocol in map(str.lower, L4Protocol):
+        yield f"meta l4proto {protocol} dnat {IP[family]} to meta priority map @endpoints{family}_{protocol}"

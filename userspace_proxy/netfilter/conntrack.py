@@ -1,0 +1,151 @@
+"""Delete conntrack entries that would go on sending packets to where a portal pointed before.
+
+The kernel decides about NAT once, at the first packet of a flow:
+
+1. UDP: a client that goes on sending keeps that decision alive for ever. So when a portal appears, goes, or gets
+   another port, its old flows are deleted (kubernetes/pkg/proxy/conntrack does the same).
+2. TCP: a SYN that came before its portal was served is not translated, and nothing answers it. Each retransmission,
+   and each later connection from the same source port, follows that entry, for 120 s by default.
+   So when a portal appears, the unanswered and untranslated connections to it are deleted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+from typing import NamedTuple
+
+from userspace_proxy.errors import SyncError
+from userspace_proxy.host.tool import run_tool
+from userspace_proxy.interfaces import Redirects
+from userspace_proxy.model.endpoint import Address, Family, family_of
+from userspace_proxy.model.names import L4Protocol
+from userspace_proxy.model.service import Portal
+from userspace_proxy.netfilter.nfnetlink import delete_flows
+
+# From where a portal's answers come; ANY_IP at a port: from this port of whichever address.
+Answering = Set[Address]
+ANY_IP = ""
+
+log = logging.getLogger(__name__)
+
+
+def changed_udp_portals(old: Redirects, new: Redirects) -> dict[Portal, Answering]:
+    """Return the UDP portals that lead elsewhere in *new*, with the local ports to which they lead now.
+
+    Several, where senders are told from one another.
+    """
+    before, after = udp_ports(old), udp_ports(new)
+    nowhere: Answering = frozenset()
+    return {
+        portal: after.get(portal, nowhere)
+        for portal in {**before, **after}
+        if before.get(portal, nowhere) != after.get(portal, nowhere)
+    }
+
+
+def udp_ports(redirects: Redirects) -> dict[Portal, Answering]:
+    """Return the local ports to which each UDP portal leads."""
+    found: dict[Portal, Answering] = {}
+    for ports in (redirects.ports, *redirects.exceptions.values()):
+        for portal, port in ports.items():
+            if portal.protocol is L4Protocol.UDP:
+                found[portal] = found.get(portal, frozenset()) | {(ANY_IP, port)}
+    return found
+
+
+def new_tcp_portals(old: Redirects, new: Redirects) -> set[Portal]:
+    """Return the TCP portals that *new* has and *old* has not."""
+    before, after = (
+        {portal for ports in (r.ports, *r.exceptions.values()) for portal in ports if portal.protocol is L4Protocol.TCP}
+        for r in (old, new)
+    )
+    return after - before
+
+
+class Flow(NamedTuple):
+    """A UDP flow or a TCP connection, as its client sees it."""
+
+    client: Address
+    asked: Address
+
+
+def stale_flows(listing: str, changed: Mapping[Portal, Answering]) -> list[Flow]:
+    """Return which flows in *listing* to the portals in *changed* do not go where these lead now.
+
+    *listing* is what ``conntrack -L -p udp`` prints: a flow's own addresses, then those of its replies. Answers that
+    come from what was asked mean that no rule was there yet when it began.
+    """
+    by_ip = {(portal.ip, portal.port): wanted for portal, wanted in changed.items() if not portal.is_node_port}
+    by_port = {(portal.family, portal.port): wanted for portal, wanted in changed.items() if portal.is_node_port}
+    stale = []
+    for flow, answering in _flows(listing):
+        wanted = by_ip.get(flow.asked, by_port.get((family_of(flow.asked[0]), flow.asked[1])))
+        if wanted is not None and (answering == flow.asked or not {answering, (ANY_IP, answering[1])} & wanted):
+            stale.append(flow)
+    return stale
+
+
+def untranslated(listing: str, portals: Collection[Portal]) -> list[Flow]:
+    """Return which connections in *listing* (``conntrack -L``) go to *portals* as their clients sent them."""
+    by_ip = {(portal.ip, portal.port) for portal in portals if not portal.is_node_port}
+    by_port = {(portal.family, portal.port) for portal in portals if portal.is_node_port}
+    return [
+        flow
+        for flow, answering in _flows(listing)
+        if answering == flow.asked
+        and (flow.asked in by_ip or (by_port and (family_of(flow.asked[0]), flow.asked[1]) in by_port))
+    ]
+
+
+def _flows(listing: str) -> Iterator[tuple[Flow, Address]]:
+    """Yield the flows in *listing*, each with the address that its replies come from."""
+    for line in listing.splitlines():
+        words = [word.partition("=") for word in line.split()]
+        values = [value for key, _, value in words if key in ("src", "dst", "sport", "dport")]
+        if len(values) >= 8:
+            yield Flow((values[0], int(values[2])), (values[1], int(values[3]))), (values[4], int(values[6]))
+
+
+async def forget_udp_flows(changed: Mapping[Portal, Answering]) -> Counter[Family]:
+    """Delete the flows to the portals in *changed* that do not go where these lead now; return how many.
+
+    Never raises: it warns.
+    """
+    forgotten = Counter[Family]()
+    try:
+        for family in sorted({portal.family for portal in changed}):
+            listing = await run_tool("conntrack", "-L", "-p", "udp", "-f", f"ipv{family}")
+            if flows := await asyncio.to_thread(stale_flows, listing, changed):
+                forgotten[family] = await asyncio.to_thread(delete_flows, L4Protocol.UDP, flows)
+                log.debug("forgot %d UDP flows of %d that went the old way", forgotten[family], len(flows))
+    except (SyncError, OSError) as error:
+        log.warning("stale UDP flows were not forgotten, their clients wait for conntrack's time-out: %s", error)
+    return forgotten
+
+
+async def forget_early_connections(portals: Collection[Portal]) -> None:
+    """Delete unanswered connections that clients began before *portals* (TCP) were served. Never raises: it warns."""
+    try:
+        for family in sorted({portal.family for portal in portals}):
+            listing = await run_tool("conntrack", "-L", "-p", "tcp", "--state", "SYN_SENT", "-f", f"ipv{family}")
+            if flows := await asyncio.to_thread(untranslated, listing, portals):
+                deleted = await asyncio.to_thread(delete_flows, L4Protocol.TCP, flows)
+                log.debug("forgot %d connections that began before their portal was served", deleted)
+    except (SyncError, OSError) as error:
+        log.warning("clients that dialled before a portal was served may wait two minutes: %s", error)
+
+
+async def open_connections(portals: Iterable[Portal]) -> int:
+    """Return how many TCP connections to *portals* the kernel translates; 0 where it cannot be asked."""
+    led_anywhere: dict[Portal, Answering] = dict.fromkeys(portals, frozenset())
+    found = 0
+    try:
+        for family in sorted({portal.family for portal in led_anywhere}):
+            listing = await run_tool("conntrack", "-L", "-p", "tcp", "--state", "ESTABLISHED", "-f", f"ipv{family}")
+            found += len(await asyncio.to_thread(stale_flows, listing, led_anywhere))
+    except SyncError as error:
+        log.debug("open connections cannot be counted: %s", error)
+    return found

@@ -1,0 +1,99 @@
+"""Elements of nftables sets and maps: their bytes, as the kernel has them, and the text that nft shows. Pure."""
+
+from __future__ import annotations
+
+import functools
+import ipaddress
+import socket
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from userspace_proxy.model.endpoint import family_of
+from userspace_proxy.model.names import L4Protocol, ServicePortName
+from userspace_proxy.model.service import Portal
+from userspace_proxy.netfilter.nft_text import comment
+
+# Name of a set or map -> key -> what it is mapped to (b"" in a set).
+Elements = dict[str, dict[bytes, bytes]]
+
+_PROTOCOLS = {L4Protocol.TCP: socket.IPPROTO_TCP, L4Protocol.UDP: socket.IPPROTO_UDP}
+
+
+@dataclass(frozen=True, slots=True)
+class SetKind:
+    """How one set or map is written down: its declaration, and what its keys and values are made of."""
+
+    header: str
+    key: tuple[str, ...]
+    value: tuple[str, ...] = ()
+    is_interval: bool = False
+    names_owner: bool = False  # its elements are commented with the service port's name
+    is_shared: bool = False  # several service ports may have the same element
+
+
+# ---- bytes
+
+packed_number = struct.Struct("=I").pack
+
+
+def packed_port(port: int) -> bytes:
+    return struct.pack("!H2x", port)
+
+
+@functools.lru_cache(100_000)
+def packed_ip(ip: str) -> bytes:
+    return socket.inet_pton(socket.AF_INET if family_of(ip) == 4 else socket.AF_INET6, ip)
+
+
+def packed_portal(portal: Portal) -> bytes:
+    """Return *portal* as a key: address, protocol and port; of a node port without the address."""
+    port = struct.pack("=B3x", _PROTOCOLS[portal.protocol]) + packed_port(portal.port)
+    return port if portal.is_node_port else packed_ip(portal.ip) + port
+
+
+def packed_ranges(portal: Portal, networks: Iterable[str]) -> Iterator[tuple[bytes, bytes]]:
+    """Yield the elements *portal* . network of an interval set: the first key and the last, one behind the other."""
+    key = packed_portal(portal)
+    for text in networks:
+        network = ipaddress.ip_network(text)
+        yield key + network[0].packed + key + network[-1].packed, b""
+
+
+# ---- text
+
+
+def shown(kind: SetKind, key: bytes, value: bytes, owner: ServicePortName) -> str:
+    """Return an element as nft writes it."""
+    said = f' comment "{comment(owner)}"' if kind.names_owner else ""
+    if kind.is_interval:
+        half = len(key) // 2
+        first, last = _fields(kind.key, key[:half]), _fields(kind.key, key[half:])
+        return " . ".join(a if a == b else f"{a}-{b}" for a, b in zip(first, last, strict=True))
+    text = " . ".join(_fields(kind.key, key)) + said
+    return f"{text} : {' . '.join(_fields(kind.value, value))}" if value else text
+
+
+def _fields(types: Iterable[str], packed: bytes) -> list[str]:
+    texts, at = [], 0
+    for field in types:
+        size = 16 if field == "ipv6_addr" else 4
+        part = packed[at : at + size]
+        at += size
+        match field:
+            case "ipv4_addr" | "ipv6_addr":
+                texts.append(socket.inet_ntop(socket.AF_INET if size == 4 else socket.AF_INET6, part))
+            case "inet_proto":
+                texts.append({number: str(protocol).lower() for protocol, number in _PROTOCOLS.items()}[part[0]])
+            case "inet_service":
+                texts.append(str(int.from_bytes(part[:2])))
+            case "classid":
+                texts.append(class_id(struct.unpack("=I", part)[0]))
+            case _:
+                texts.append(str(struct.unpack("=I", part)[0]))
+    return texts
+
+
+def class_id(number: int) -> str:
+    """Return *number* as tc and nft show a packet's priority: major:minor."""
+    return f"{number >> 16:x}:{number & 0xFFFF:x}"

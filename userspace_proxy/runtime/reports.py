@@ -1,0 +1,113 @@
+"""What operators are told: health and metrics, gathered from whoever knows."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+
+from userspace_proxy.admin import metrics as exposition
+from userspace_proxy.admin.health_checks import ServiceHealthChecks
+from userspace_proxy.admin.kernel_modes import KernelModeStats
+from userspace_proxy.admin.kubeproxy import SyncStats
+from userspace_proxy.admin.metrics import SERIES_AN_ENDPOINT, ControlStats
+from userspace_proxy.admin.server import Health
+from userspace_proxy.config.settings import Settings
+from userspace_proxy.control.controller import Controller
+from userspace_proxy.control.decode import is_eligible
+from userspace_proxy.control.tracker import Tracker
+from userspace_proxy.interfaces import DataPlane, Proxier, Source
+from userspace_proxy.logs import log_lines_dropped
+from userspace_proxy.model.locality import without_local_endpoints
+from userspace_proxy.modes.kernel_proxier import KernelProxier
+
+
+class Reports:
+    """Asks them all, each time."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        source: Source,
+        tracker: Tracker,
+        controller: Controller,
+        proxier: Proxier,
+        plane: DataPlane,
+        health_checks: ServiceHealthChecks,
+        is_stopping: Callable[[], bool],
+        findings: Callable[[], Sequence[str]] = list,
+    ) -> None:
+        self._settings = settings
+        self._source = source
+        self._tracker = tracker
+        self._controller = controller
+        self._proxier = proxier
+        self._plane = plane
+        self._health_checks = health_checks
+        self._is_stopping = is_stopping
+        self._findings = findings
+
+    def health(self) -> Health:
+        controller, source, now = self._controller, self._source, time.time()
+        # kube-proxy says nothing here. But who asks wants to send traffic, and a DaemonSet's roll-out to go on.
+        waiting = "" if controller.ready.is_set() else "the first sync is not done"
+        if self._is_stopping():
+            waiting = "the proxy stops"
+        failing = [
+            f"since {time.strftime('%H:%M:%S', time.localtime(each.failing_since))}: {each.error}"
+            for each in (controller, self._proxier.keeper)
+            if each.failing_since is not None
+        ]
+        return Health(
+            controller.freshness.of_families(),
+            waiting,
+            "; ".join(failing),
+            stopped=self._plane.failing,
+            problems=[
+                *source.problems.values(),
+                *self._tracker.problems.values(),
+                *(f"{name}: {why}" for name, why in {**self._proxier.unopened, **self._plane.unserved}.items()),
+                *(f"{service}: {why}" for service, why in self._health_checks.failures.items()),
+            ],
+            findings=self._findings(),
+            degraded=[w.failure() for w in source.watches if w.is_dead(now, self._settings.degraded_after_s)],
+            node_eligible=is_eligible(self._tracker.node) if self._settings.follows_cluster else None,
+        )
+
+    async def metrics(self, answers: Mapping[tuple[str, int], int]) -> AsyncIterator[bytes]:
+        """Return the text of one scrape, in parts; *answers* are those of /healthz and /livez, by status."""
+        controller, proxier, source = self._controller, self._proxier, self._source
+        control = ControlStats(
+            service_ports=proxier.service_ports,
+            rule_loads=proxier.loads,
+            rule_repairs=proxier.repairs,
+            last_sync_at=controller.synced_at or 0.0,
+            problems=len(source.problems) + len(self._tracker.problems),
+            unopened=len({**proxier.unopened, **self._plane.unserved}),
+            is_plane_failing=bool(self._plane.failing),
+            sync_failures=controller.failures,
+            sync_failing_s=_seconds_since(controller.failing_since),
+            repair_failing_s=_seconds_since(proxier.keeper.failing_since),
+        )
+        syncs = SyncStats(
+            controller.durations,
+            controller.programming,
+            synced_at=controller.freshness.updated_at,
+            queued_at=controller.freshness.queued_at,
+            changes=controller.changes,
+            answers=dict(answers),
+            no_local=without_local_endpoints(controller.synced),
+        )
+        plane = await self._plane.stats(self._settings.metrics_endpoint_series // SERIES_AN_ENDPOINT)
+        plane.log_lines_dropped += log_lines_dropped()  # of this process
+        kernel = None
+        if isinstance(proxier, KernelProxier):
+            kernel = KernelModeStats(proxier.mode, proxier.table_loads, proxier.conntrack, proxier.forgotten)
+        parts = exposition.render(plane, control, source.watches, self._settings.degraded_after_s, syncs, kernel)
+        # In a thread: 10,000 Services are 150,000 lines, and changes of endpoints need not wait for these.
+        while (part := await asyncio.to_thread(next, parts, b"")) != b"":
+            yield part
+
+
+def _seconds_since(at: float | None) -> float:
+    return 0.0 if at is None else time.time() - at
