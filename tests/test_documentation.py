@@ -19,11 +19,7 @@ LINE_MAX = 120
 # Inline links and images, link definitions, and addresses in HTML.
 LINK = re.compile(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)$|(?:src|href)=\"([^\"]+)\"", re.MULTILINE)
 # Still to be wrapped.
-LONG = {
-    *("CHANGELOG.md", "README.md", "docs/explanation/architecture.md", "examples/README.md"),
-    "examples/systemd/README.md",
-    *(f"examples/mode-{mode}/README.md" for mode in ("iptables", "ipvs", "nftables", "userspace")),
-}
+LONG = {"CHANGELOG.md", "README.md", "docs/explanation/architecture.md"}
 
 
 def pages() -> list[str]:
