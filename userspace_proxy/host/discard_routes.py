@@ -7,6 +7,8 @@ redirect (``ip_forward``, ``ip6_forward`` in the kernel). A client obeys that fo
 Two routing rules and one table of ours prevent it. They act on forwarded packets alone: the node's own connect() needs
 a route before any rule translates its packets. Packets that are served are translated before they are routed, by
 whichever proxy. So the discard routes may stay after a stop, for the restart, and get in the way of no other proxy.
+
+iptables mode rejects at FORWARD, behind routing. The addresses that it rejects have exceptions in the same table.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ from userspace_proxy.host.tool import parsed, run_tool
 _NARROWER = 10778
 _DISCARD = 10779
 _TABLE = "10778"
+# Above that of an exception, so that an exception to a single address counts first.
+_METRIC = "metric 100"
+_EXCEPTION = {4: "dev lo scope link metric 1", 6: "metric 1"}
 
 
 async def discard(ranges: Collection[Network], addresses: Collection[Network] = ()) -> None:
@@ -51,21 +56,48 @@ async def discard(ranges: Collection[Network], addresses: Collection[Network] = 
 
 async def remove_discard_routes() -> None:
     """Remove every discard route and rule, also those of a crashed process. Raises SyncError."""
+    await except_addresses(())
     await discard(())
+
+
+async def except_addresses(ips: Collection[str]) -> None:
+    """Let forwarded packets to *ips*, and to no other discarded address, reach the rules at FORWARD.
+
+    IPv4 routes them out by ``lo``, so no ICMP redirect is sent. IPv6 rejects such a route: they follow the main table.
+
+    Raises:
+        SyncError: the kernel refused it.
+    """
+    for version in (4, 6):
+        listed = await _listed(version)
+        held = {_network(route["dst"], version) for route in listed if route.get("type") != "blackhole"}
+        wanted = {network for network in map(ipaddress.ip_network, ips) if network.version == version}
+        kind = "" if version == 4 else "throw "
+        route = f"table {_TABLE} proto {ROUTE_PROTOCOL} {_EXCEPTION[version]}"
+        await _batch(
+            version,
+            *(f"route add {kind}{n} {route}" for n in _in_order(wanted - held)),
+            *(f"route del {kind}{n} {route}" for n in _in_order(held - wanted)),
+        )
+
+
+async def _listed(version: int) -> list[dict[str, Any]]:
+    """Return the routes of our table."""
+    listed = parsed(
+        await run_tool("ip", "-json", f"-{version}", "route", "show", "table", "all", "proto", ROUTE_PROTOCOL)
+    )
+    return [route for route in listed if route.get("table") == _TABLE]
 
 
 async def _discard(version: int, ranges: set[Network], addresses: set[Network]) -> None:
     rules = parsed(await run_tool("ip", "-json", f"-{version}", "rule", "show"))
-    listed = parsed(
-        await run_tool("ip", "-json", f"-{version}", "route", "show", "table", "all", "proto", ROUTE_PROTOCOL)
-    )
-    held = {_network(route["dst"], version) for route in listed if route.get("table") == _TABLE}
+    held = {_network(route["dst"], version) for route in await _listed(version) if route.get("type") == "blackhole"}
     wanted = ranges | (await _led_to_by_default(version, addresses) if addresses else set())
     await _batch(
         version,
-        *(f"route add blackhole {n} table {_TABLE} proto {ROUTE_PROTOCOL}" for n in _in_order(wanted - held)),
+        *(f"route add blackhole {n} table {_TABLE} proto {ROUTE_PROTOCOL} {_METRIC}" for n in _in_order(wanted - held)),
         *_rule_changes(rules, ranges, discards=bool(wanted)),
-        *(f"route del blackhole {n} table {_TABLE} proto {ROUTE_PROTOCOL}" for n in _in_order(held - wanted)),
+        *(f"route del blackhole {n} table {_TABLE} proto {ROUTE_PROTOCOL} {_METRIC}" for n in _in_order(held - wanted)),
     )
 
 

@@ -56,7 +56,8 @@ def _in_iptables_mode(probe: Probe) -> str:
         # IPv6 has no route_localnet (behaviours P1); what is dropped for others is dropped here, too.
         return TIMEOUT if probe.given.name == "n2-external-local-without-local" else REFUSED
     if probe.expected == REFUSED and probe.client == NODE and target in ("vip", "externalIP"):
-        return TIMEOUT  # KUBE-EXTERNAL-SERVICES hangs at INPUT and FORWARD, not at OUTPUT (N1a)
+        # KUBE-EXTERNAL-SERVICES hangs at INPUT and FORWARD, and for UDP at OUTPUT, too (N1a).
+        return REFUSED if probe.protocol == "UDP" else TIMEOUT
     if probe.given.name == "p4-without-endpoints" and probe.expected == TIMEOUT:
         return REFUSED  # without endpoints there is no KUBE-FW chain that would keep anybody out (P4)
     return probe.expected

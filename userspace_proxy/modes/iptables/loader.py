@@ -11,12 +11,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from userspace_proxy.errors import SyncError
-from userspace_proxy.host import sysctls
+from userspace_proxy.host import discard_routes, sysctls
 from userspace_proxy.host.tool import in_thread, is_installed
 from userspace_proxy.interfaces import NodeFacts, Translation
 from userspace_proxy.model.endpoint import FAMILIES, Family
 from userspace_proxy.model.loads import Loads
 from userspace_proxy.model.names import ServicePortName
+from userspace_proxy.model.routes import Refusal
 from userspace_proxy.modes.iptables import tables as kube_tables
 from userspace_proxy.modes.iptables.chains import Manner, Rules, node_rules, service_rules
 from userspace_proxy.modes.iptables.tables import Tables
@@ -68,6 +69,8 @@ class IptablesTables:
         self._look = LaterLook()
         self._look_s = 0.0
         self._touched = False
+        self._rejected: dict[ServicePortName, frozenset[str]] = {}  # addresses of portals that are rejected
+        self._are_exceptions_known = False
         self._unheard = False  # something may have happened while our own loads were not listened to
 
     async def prepare(self) -> None:
@@ -123,7 +126,26 @@ class IptablesTables:
         self._touched = False
         if not self._is_node_set:
             self._set_node()
+        await self._except_rejected(translations, changed)
         self._look.after(self._pause_s())
+
+    async def _except_rejected(
+        self, translations: Mapping[ServicePortName, Translation], changed: Collection[ServicePortName]
+    ) -> None:
+        """Let packets to portals that are rejected at FORWARD come so far, instead of being discarded before."""
+        before = set().union(*self._rejected.values())
+        for name in changed:
+            self._rejected.pop(name, None)
+            if name in translations and (ips := _rejected_ips(translations[name])):
+                self._rejected[name] = ips
+        after = set().union(*self._rejected.values())
+        if after == before and self._are_exceptions_known:
+            return
+        try:
+            await discard_routes.except_addresses(after)
+        except SyncError as error:
+            log.warning("clients of Services without endpoints may wait for a time-out: %s", error)
+        self._are_exceptions_known = True
 
     async def _load_family(
         self,
@@ -188,6 +210,8 @@ class IptablesTables:
 
     async def remove(self) -> None:
         self._families, self._is_node_set = [], False
+        self._rejected, self._are_exceptions_known = {}, False
+        await discard_routes.except_addresses(())
         self._is_legacy = is_installed("iptables") and await xtables.is_legacy()
         for family, tool in xtables.families():
             if not is_installed(f"{tool}-save"):
@@ -259,3 +283,7 @@ def text(translations: Mapping[ServicePortName, Translation], facts: NodeFacts, 
         services = {name: service_rules(made, family, here) for name, made in translations.items()}
         said += f"# {tool} --noflush\n{kube_tables.whole(Tables(node_rules(family, here), services), {})}"
     return said
+
+
+def _rejected_ips(made: Translation) -> frozenset[str]:
+    return frozenset(r.portal.ip for r in made.routes if r.to is Refusal.REJECT and not r.portal.is_node_port)
