@@ -13,7 +13,7 @@ import pytest
 from tools.flags import page as flags_page
 from userspace_proxy.control.decode.annotations import ANNOTATIONS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "docs" / "reference"
 LINE_MAX = 120
 # Inline links and images, link definitions, and addresses in HTML.
