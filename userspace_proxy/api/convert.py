@@ -27,6 +27,17 @@ _STEP = re.compile(r"\[(?P<index>\d+)\]|\[\"(?P<quoted>[^\"]*)\"\]|(?P<key>[^.\[
 _NO_SPACE_AFTER_COLON = re.compile(r"(?:- +)*(?P<key>[A-Za-z][\w.-]*):(?P<value>[^\s/]\S*)")
 _NO_SPACE_AFTER_DASH = re.compile(r"-(?P<key>[A-Za-z][\w./-]*):(\s|$)")
 _PORT_PAIR = re.compile(r"(\d{1,5}):(\d{1,5})")
+# What a single value means where a list has mappings.
+_KEYS = {
+    "ports": "port",
+    "addresses": "ip",
+    "notReadyAddresses": "ip",
+    "podIPs": "ip",
+    "ingress": "ip",
+    "forZones": "name",
+    "forNodes": "name",
+    "containers": "name",
+}
 _WORDS = {
     "str": "text",
     "int": "a number",
@@ -123,21 +134,42 @@ def _readable(message: str, plain: object) -> ConfigError:
 
 def _mend(field: str, expected: str, got: str, value: object) -> str:
     match expected, got:
-        case "must be text", "a list" | "a mapping" | "nothing":
-            return ""
+        case "must be text", "nothing":
+            return "write a value, or leave it out"
+        case "must be text", "a list" | "a mapping":
+            values = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+            return (
+                f"write the value alone: {values[0]}"
+                if len(values) == 1 and isinstance(values[0], str)
+                else "write one value"
+            )
         case "must be text", _:
             return "write ClientIP or None" if field.endswith(".sessionAffinity") else "put it in quotes"
         case "must be a list", "a mapping":
             return "begin each item with '- '"
+        case "must be a list", _:
+            return f"write [{value}]" if value is not None else "write its items, each after '- '"
         case "must be a mapping", "a list":
             return "remove the '-'"
+        case "must be a mapping", "nothing":
+            return "write its fields below it, or leave it out"
+        case "must be a mapping", _:
+            if key := _KEYS.get(re.sub(r"\[\d+\]$", "", field).rpartition(".")[2]):
+                pair = _PORT_PAIR.fullmatch(str(value)) if key == "port" else None
+                return f"write {_as_pair(pair)}" if pair else f"write '{key}: {value}'"
+            label, is_pair, text = str(value).partition("=")
+            return f"write '{label}: {text}'" if is_pair else "write its fields below it, each as 'NAME: VALUE'"
         case "must be true or false", "text":
             return "write true or false, without quotes"
         case "must be a number", "text":
             if field.endswith(".port") and (pair := _PORT_PAIR.fullmatch(str(value))):
-                return f"write port: {pair[1]} and targetPort: {pair[2]}"
+                return f"write {_as_pair(pair)}"
             return "write it in digits, without quotes"
     return ""
+
+
+def _as_pair(pair: re.Match[str]) -> str:
+    return f"port: {pair[1]} and targetPort: {pair[2]}"
 
 
 def _glued(value: object, field: str) -> ConfigError | None:

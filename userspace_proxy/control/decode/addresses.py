@@ -40,13 +40,15 @@ def canonical_ip(ip: str, field: str = "") -> str:
         address = ipaddress.ip_address(text)
         return str((address.ipv4_mapped if address.version == 6 else None) or address)
     except ValueError:
+        mend = f"write one such as {_example(field)}, or leave it out"
         if ip.strip().lower() == "none":
-            raise ConfigError(
-                f"{ip!r} is no IP address", field=field, mend="a headless Service has 'None', with a capital N"
-            ) from None
-        raise ConfigError(
-            f"{ip!r} is no IP address", field=field, mend="write one such as 10.96.0.10, or leave it out"
-        ) from None
+            mend = "a headless Service has 'None', with a capital N"
+        raise ConfigError(f"{ip!r} is no IP address", field=field, mend=mend) from None
+
+
+def _example(field: str) -> str:
+    is_from_outside = field.startswith(("spec.externalIPs", "spec.loadBalancerIP", "status.loadBalancer"))
+    return "192.0.2.10" if is_from_outside else "10.96.0.10"
 
 
 def canonical_cidr(cidr: str, field: str = "") -> str:
@@ -94,9 +96,8 @@ def virtual_ip_errors(ip: str, field: str) -> Iterator[ConfigError]:
         yield error
         return
     if special:
-        yield ConfigError(
-            f"{ip!r} is {_named(special)}, which no Service can have", field=field, mend="choose one such as 10.96.0.10"
-        )
+        said = f"{ip!r} is {_named(special)}, which no Service can have"
+        yield ConfigError(said, field=field, mend=f"choose one such as {_example(field)}")
 
 
 def backend_ip_errors(ip: str, field: str) -> Iterator[ConfigError]:

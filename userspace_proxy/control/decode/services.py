@@ -121,6 +121,7 @@ def _cluster_ips_errors(spec: api.objects.ServiceSpec) -> Iterator[ConfigError]:
         if wanted != family and wanted in _FAMILIES:
             mend = f"write {family}, or choose an address that is {wanted}"
             yield ConfigError(f"{ip} is {family}", field=f"spec.ipFamilies[{index}]", mend=mend)
+            break  # the other one is then that of the other address
     if spec.cluster_ips and spec.cluster_ip and canonical_ip(spec.cluster_ip) != canonical_ip(spec.cluster_ips[0]):
         yield ConfigError(
             f"{spec.cluster_ip} is not the first of spec.clusterIPs",
@@ -133,6 +134,10 @@ def _ports_errors(ports: list[api.ServicePort]) -> Iterator[ConfigError]:
     names: dict[str, int] = {}
     numbers: dict[tuple[int, str], int] = {}
     node_ports: dict[tuple[int, str], int] = {}
+    unnamed = [index for index, port in enumerate(ports) if not port.name] if len(ports) > 1 else []
+    if unnamed:
+        said = f"a Service with several ports must name each; {len(unnamed)} of {len(ports)} have no name"
+        yield ConfigError(said, field=f"spec.ports[{unnamed[0]}]", mend="add names, such as 'name: http'")
     for index, port in enumerate(ports):
         field = f"spec.ports[{index}]"
         yield from number_errors(port.port, f"{field}.port")
@@ -143,10 +148,6 @@ def _ports_errors(ports: list[api.ServicePort]) -> Iterator[ConfigError]:
         protocol = port.protocol or "TCP"
         if protocol not in _PROTOCOLS:
             yield ConfigError(f"{protocol!r} is no protocol", field=f"{field}.protocol", mend="write TCP or UDP")
-        if len(ports) > 1 and not port.name:
-            yield ConfigError(
-                "a Service with several ports must name each", field=field, mend="add a name, such as 'name: http'"
-            )
         if port.name:
             if not _LABEL.fullmatch(port.name):
                 yield ConfigError(
