@@ -147,6 +147,12 @@ def test_preferring_two_families_is_content_with_the_one_there_is() -> None:
     assert len(assign(cluster_ips("10.96.0.0/16"), "web", ipFamilyPolicy="PreferDualStack")) == 1
 
 
+def test_two_families_of_which_there_is_one_range_are_served_by_that_one() -> None:
+    (held,) = assign(cluster_ips("10.96.0.0/16"), "web", ipFamilies=["IPv6", "IPv4"])
+
+    assert ipaddress.ip_address(held).version == 4
+
+
 def test_a_family_that_no_range_has_is_refused_not_replaced() -> None:
     with pytest.raises(ConfigError, match="no cluster IP range is IPv6") as caught:
         assign(cluster_ips("10.96.0.0/16"), "web", ipFamilies=["IPv6"])

@@ -212,7 +212,7 @@ class Allotments:
         families = service.spec.ip_families or []
         policy = service.spec.ip_family_policy or ("RequireDualStack" if len(families) > 1 else "SingleStack")
         by_family = {f"IPv{known.family}": known for known in self._cluster_ranges}
-        if families and families[0] not in by_family:
+        if families and not by_family.keys() & set(families):
             raise ConfigError(
                 f"no cluster IP range is {families[0]}",
                 field="spec.ipFamilies[0]",
