@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from userspace_proxy import api
+from userspace_proxy.errors import Note
 from userspace_proxy.interfaces import EventType
 from userspace_proxy.model.names import NamespacedName
 from userspace_proxy.sources.documents import Manifest, Problem, duplicates, parse, split
@@ -502,6 +503,32 @@ def test_a_copy_of_a_file_is_reported_in_few_words() -> None:
     assert len(found) == 11
     assert str(found[0]) == "b:3: metadata.name: Service default/s0 is already at a:3; remove one of them"
     assert "90 more objects are already in a" in str(found[-1])
+
+
+def test_of_files_that_may_be_alternatives_the_second_is_a_note_and_within_one_file_a_fault() -> None:
+    text = "kind: Service\nmetadata: {name: a}\n"
+    texts = {"x": text, "y": text + "---\n" + text}
+    manifests = [m for path, text in texts.items() for document in split(path, text) for m in parse(document)[0]]
+
+    (between,) = duplicates(manifests[:2], may_be_alternatives=True)
+    (within,) = duplicates(manifests[1:], may_be_alternatives=True)
+
+    assert isinstance(between.error, Note)
+    assert (
+        str(between)
+        == "y:2: metadata.name: Service default/a is already at x:2; 'run' serves the first; remove one of them"
+    )
+    assert not isinstance(within.error, Note)
+
+
+def test_the_items_of_a_list_of_one_kind_need_neither_kind_nor_version() -> None:
+    text = "apiVersion: v1\nkind: ServiceList\nitems: [{metadata: {name: a}, spec: {ports: [{port: 80}]}}]\n"
+
+    (found,), problems = parse(Document("f", 1, text), for_check=True)
+
+    assert not problems
+    assert found.plain is not None
+    assert (found.kind, found.plain["apiVersion"]) == ("Service", "v1")
 
 
 def test_brackets_nested_without_end_are_an_error_and_no_crash() -> None:

@@ -180,10 +180,11 @@ def _items(document: Document, plain: Any) -> Iterator[tuple[Place, object]]:
     if not _is_list(plain):
         yield Place(document), plain
         return
-    kind = plain["kind"]
+    # An API server writes neither into the items of a list of one kind.
+    head = {"apiVersion": plain.get("apiVersion"), "kind": plain["kind"].removesuffix("List")}
     for index, item in enumerate(plain.get("items") or ()):
-        if isinstance(item, dict) and "kind" not in item and kind != "List":
-            item = {"kind": kind.removesuffix("List"), **item}
+        if isinstance(item, dict) and "kind" not in item and head["kind"]:
+            item = {**head, **item}
         yield Place(document, f"items[{index}]."), item
 
 
@@ -318,8 +319,11 @@ def _set_aside(plain: Any, field: str) -> bool:
     return True
 
 
-def duplicates(manifests: Iterable[Manifest]) -> list[Problem]:
-    """Return the objects, of kinds a proxy reads, that stand again after *manifests* has had them."""
+def duplicates(manifests: Iterable[Manifest], *, may_be_alternatives: bool = False) -> list[Problem]:
+    """Return the objects, of kinds a proxy reads, that stand again after *manifests* has had them.
+
+    *may_be_alternatives*: an object in two files is a note, as a cluster takes one after the other.
+    """
     first_of: dict[tuple[str, NamespacedName], Manifest] = {}
     pairs: dict[tuple[str, str], list[tuple[Manifest, Manifest]]] = {}
     for manifest in manifests:
@@ -330,12 +334,14 @@ def duplicates(manifests: Iterable[Manifest]) -> list[Problem]:
     lines = Lines()
     problems = []
     for (first_path, path), found in pairs.items():
+        is_note = may_be_alternatives and path != first_path
+        kind, note = (Note, "'run' serves the first; ") if is_note else (ConfigError, "")
         for first, second in found[:_DUPLICATES_MAX]:
             where = f"{first_path}:{lines.line_of(first.place, 'metadata.name')}"
-            error = ConfigError(f"{second} is already at {where}", field="metadata.name", mend="remove one of them")
+            error = kind(f"{second} is already at {where}", field="metadata.name", mend=f"{note}remove one of them")
             line = lines.line_of(second.place, "metadata.name")
             problems.append(Problem(path, line, error, str(second), hides=False))
         if (more := len(found) - _DUPLICATES_MAX) > 0:
-            error = ConfigError(f"{more} more objects are already in {first_path}", mend="remove one")
+            error = kind(f"{more} more objects are already in {first_path}", mend=f"{note}remove one")
             problems.append(Problem(path, None, error, hides=False))
     return problems
