@@ -356,6 +356,21 @@ def test_a_file_with_a_byte_order_mark_is_read(encoding: str, tmp_path: Path) ->
     assert check(tmp_path).output == "9 objects, nothing wrong\n"
 
 
+def test_of_very_many_findings_the_faults_come_first_and_the_others_are_counted() -> None:
+    text = "".join(
+        f"---\napiVersion: v1\nkind: Service\nmetadata: {{name: s{index}}}\nspec: {{selector: {{a: b}}, {rest}}}\n"
+        for index, rest in enumerate(["ports: [{port: 80}]"] * 2 + ["type: x, ports: [{port: 80}]"] * 1_000)
+    )
+
+    result = check("-", stdin=text)
+
+    assert result.exit_code == 1
+    rows = result.stdout.splitlines()
+    assert len(rows) == 1_001
+    assert all("spec.type" in row for row in rows[:-1])
+    assert rows[-1] == "2 more findings; --json lists all"
+
+
 def test_notes_fail_a_check_that_is_strict_alone() -> None:
     lenient, strict = check("-", stdin=TUTORIAL), check("--strict", "-", stdin=TUTORIAL)
 
@@ -465,7 +480,7 @@ def annotated(annotation: str) -> str:
             id="pasted spaces",
         ),
         pytest.param(
-            broken("  - name: http\n", "  -\n"), 12, "spec.ports[0]", "must name each", "add a name", id="unnamed"
+            broken("  - name: http\n", "  -\n"), 12, "spec.ports[0]", "must name each", "add names", id="unnamed"
         ),
         pytest.param(
             broken("  - name: dns\n", "  - name: http\n"),
@@ -965,8 +980,8 @@ spec:
         (8, "spec.selectors"),
         (12, "spec.ports[0].name"),
         (13, "spec.ports[0].nodePort"),
-        (14, "spec.ports[1].port"),
         (14, "spec.ports[1]"),
+        (14, "spec.ports[1].port"),
         (15, "spec.ports[1].protocol"),
         (16, "spec.ports[2].port"),
         (19, "spec.ports[3].name"),
@@ -1056,9 +1071,9 @@ def test_in_a_terminal_problems_are_counted_and_no_line_is_padded(tmp_path: Path
     (tmp_path / "b.yaml").write_text(GOOD)
     (tmp_path / "c.yaml").write_text("<html>\n")
 
-    shown = shown_in_a_terminal(tmp_path, columns=40)
+    shown = shown_in_a_terminal("--strict", tmp_path, columns=40)
 
-    assert f"\x1b[31mService default/web is already at {tmp_path}/a.yaml:4\x1b" in shown
+    assert f"\x1b[33mService default/web is already at {tmp_path}/a.yaml:4\x1b" in shown
     assert "9 problems in 2 files" in shown.splitlines()[-1]
     rows = re.sub(r"\x1b\[[0-9;]*m", "", shown).splitlines()
     assert rows == [row.rstrip() for row in rows]

@@ -138,12 +138,16 @@ def check(
         if with_contract:
             found = {"fields": [asdict(answer) for answer in fields], "findings": found}
         click.echo(json.dumps(found, indent=2))
-    elif sys.stdout.isatty():
-        _show_contract(fields)
-        _show(findings, faults)
     else:
-        for line in (*fields, *findings):
-            click.echo(printable(str(line)))
+        shown = findings if len(findings) <= _SHOWN_MAX else sorted(findings, key=_is_note)[:_SHOWN_MAX]
+        if sys.stdout.isatty():
+            _show_contract(fields)
+            _show(shown, faults)
+        else:
+            for line in (*fields, *shown):
+                click.echo(printable(str(line)))
+        if (more := len(findings) - len(shown)) > 0:
+            click.echo(f"{_count(more, 'more finding')}; --json lists all")
     if faults:
         sys.exit(1)
     if not manifests and not findings:
@@ -172,6 +176,12 @@ def _show(findings: Sequence[Finding], faults: int) -> None:
         console.print(Text(f"{_count(faults, 'problem')} in {files}", "bold"))
 
 
+def _is_note(finding: Finding) -> bool:
+    return finding.severity == "note"
+
+
+# Of the findings of `check`, so many are shown; faults first where there are more.
+_SHOWN_MAX = 1_000
 _COLOURS = {"honoured": "green", "approximated": "yellow", "ignored": "dim", "unknown": "red"}
 
 

@@ -59,7 +59,13 @@ GOOD: Mapping[str, dict[str, Any]] = {
             "annotations": {"a": "b"},
         },
         "addressType": "IPv4",
-        "endpoints": [{"addresses": ["10.244.0.5"], "nodeName": "node-1"}],
+        "endpoints": [
+            {
+                "addresses": ["10.244.0.5"],
+                "nodeName": "node-1",
+                "hints": {"forZones": [{"name": "a"}], "forNodes": [{"name": "node-1"}]},
+            }
+        ],
         "ports": [{"name": "http", "port": 8080, "protocol": "TCP", "appProtocol": "http"}],
     },
     "Endpoints": {
@@ -175,11 +181,27 @@ def test_a_field_that_contradicts_another_is_one_fault(relation: Any) -> None:
         ("EndpointSlice", {"endpoints": [{"addresses": []}]}, "endpoints[0]"),
         ("EndpointSlice", {"ports": [{"port": 1}, {"port": 2}]}, "ports[1].name"),
         ("EndpointSlice", {"ports": [{"name": "a", "port": 1}, {"name": "a", "port": 2}]}, "ports[1].name"),
+        ("EndpointSlice", {"endpoints": [{"addresses": ["10.0.0.1"]}] * 1_001}, "endpoints"),
+        ("EndpointSlice", {"endpoints": [{"addresses": ["10.0.0.1"] * 101}]}, "endpoints[0].addresses"),
+        (
+            "EndpointSlice",
+            {"endpoints": [{"addresses": ["10.0.0.1"], "hints": {"forZones": [{"name": "a"}] * 9}}]},
+            "endpoints[0].hints.forZones",
+        ),
         ("Endpoints", {"subsets": [{}]}, "subsets[0]"),
         (
             "Endpoints",
             {"subsets": [{"addresses": [{"ip": "10.0.0.1"}], "ports": [{"name": "a"}]}]},
             "subsets[0].ports[0]",
+        ),
+        (
+            "Pod",
+            {
+                "spec": {
+                    "containers": [{"ports": [{"containerPort": 1, "name": "a"}, {"containerPort": 2, "name": "a"}]}]
+                }
+            },
+            "spec.containers[0].ports[1].name",
         ),
         ("Pod", {"status": {"podIP": "10.0.0.1", "podIPs": [{"ip": "10.0.0.2"}]}}, "status.podIP"),
         ("Pod", {"status": {"podIPs": [{"ip": "10.0.0.1"}, {"ip": "10.0.0.2"}]}}, "status.podIPs[1]"),

@@ -7,7 +7,9 @@ import ipaddress
 import pytest
 
 from tests.control.lint.given import OPTIONS, faults, findings
-from userspace_proxy.control.lint import LintOptions
+from userspace_proxy.control.lint import Linter, LintOptions
+from userspace_proxy.sources.documents import parse
+from userspace_proxy.sources.lines import Document
 
 SERVICE = """\
 apiVersion: v1
@@ -197,3 +199,68 @@ def test_a_port_that_cannot_be_proxied_brings_nothing_else() -> None:
     )
 
     assert [found.field for found in findings(text)] == ["spec.ports[0].protocol"]
+
+
+@pytest.mark.parametrize(
+    ("piece", "field"),
+    [
+        (ENDPOINTS.replace("name: web", "name: web-endpoints"), "metadata.name"),
+        (SLICE.replace("kubernetes.io/service-name", "k8s.io/service-name"), "metadata.labels"),
+        (ENDPOINTS.replace("{ip: 10.20.1.2}", "10.20.1.2"), "subsets[0].addresses[0]"),
+        (SLICE.replace("[10.20.1.2]", "[{ip: 10.20.1.2}]"), "endpoints[0].addresses[0]"),
+    ],
+)
+def test_a_slice_or_endpoints_that_reach_no_service_are_one_fault_and_not_the_service_too(
+    piece: str, field: str
+) -> None:
+    (found,) = findings(SERVICE + piece)
+
+    assert (found.severity, found.field) == ("fault", field)
+
+
+def test_endpoints_of_another_name_may_be_meant_for_the_one_service_that_has_none() -> None:
+    (found,) = faults(SERVICE + ENDPOINTS.replace("name: web", "name: database"))
+    served = SERVICE.replace("web", "database").replace("10.96.0.9, ", "").replace("clusterIP: ", "")
+
+    assert found.mend == "did you mean 'web', which has no endpoints?"
+    assert [f.field for f in faults(f"{SERVICE}---\n{served}{ENDPOINTS.replace('name: web', 'name: database')}")] == [
+        "spec"
+    ]
+
+
+def test_a_service_without_endpoints_is_named_once_the_faulty_slice_is_gone() -> None:
+    linter = Linter(OPTIONS)
+    (service,), (piece,) = (
+        parse(Document("f", line, text), for_check=True)[0]
+        for line, text in (
+            (1, SERVICE),
+            (5, SLICE.replace("[10.20.1.2]", "[{ip: 10.20.1.2}]")),
+        )
+    )
+    for manifest in (service, piece):
+        linter.add(manifest)
+    while linter.work():
+        pass
+    before = [found.error.field for found in linter.found()]
+
+    linter.remove(piece)
+    while linter.work():
+        pass
+
+    assert before == ["endpoints[0].addresses[0]"]
+    assert [found.error.field for found in linter.found()] == ["spec"]
+
+
+def test_a_label_that_another_service_selects_is_no_misspelt_one() -> None:
+    ad = SELECTING.replace("app: web, tier: front", "app: adservice").replace("name: web", "name: ad")
+    ad = ad.replace("10.96.0.9", "10.96.0.8")
+    cart = SELECTING.replace("app: web, tier: front", "app: cartservice")
+
+    assert faults(f"{cart}---\n{ad}{DEPLOYMENT.replace('app: web, tier: front', 'app: adservice')}") == []
+
+
+def test_a_note_of_a_selector_shows_the_label_of_the_template_that_is_here() -> None:
+    (found,) = findings(SELECTING.replace("app: web, tier: front", "app: shop") + DEPLOYMENT)
+
+    assert found.severity == "note"
+    assert "write 'app: web', as a template here has it" in found.mend

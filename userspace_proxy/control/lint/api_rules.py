@@ -124,6 +124,8 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
         *_COMMON,
         _one_of("addressType", "IPv4", "IPv6", "FQDN"),
         Rule("endpoints[].nodeName", *_NODE),
+        Rule("endpoints[].hints.forZones[].name", *_VALUE),
+        Rule("endpoints[].hints.forNodes[].name", *_NODE),
         *_port_rules("ports[]"),
     ),
     "Endpoints": (

@@ -104,7 +104,7 @@ def _of_pods(service: api.Service, pods: Sequence[api.Pod], ports: Ports) -> Con
             f"none of the {len(pods)} Pods it selects is ready" if len(pods) > 1 else "the Pod it selects is not ready"
         )
         said = f"clients are refused: {names}"
-        return ConfigError(said, field=field, mend="see their status.conditions, or set publishNotReadyAddresses")
+        return ConfigError(said, field=field, mend="see status.conditions there, or set publishNotReadyAddresses")
     if all(pod.status and pod.status.phase in ("Succeeded", "Failed") for pod in pods):
         said = f"clients are refused: each of the {len(pods)} Pods it selects has ended"
         return ConfigError(said, field=field, mend="add Pods that run")
@@ -131,13 +131,14 @@ def _no_pods(
         said = f"{said}; the template of {maker} has these labels, but a proxy makes no Pods of it"
         mend = f"add the Pods, as 'kubectl get pods -o yaml' shows them, or Endpoints named {name.name!r}"
         return Note(said, field=field, mend=mend)
-    for namespace in index.namespaces():
+    for namespace in islice(index.namespaces(), _CANDIDATES_MAX):
         for kind in (False, True):
             if pods := index.selected(namespace, selector, templates=kind):
                 said = f"{said}; {pods[0].metadata.name} in namespace {namespace!r} has these labels"
                 return ConfigError(said, field=field, mend="put both into one namespace")
     held = list(islice(index.pods_in(name.namespace), _CANDIDATES_MAX))
     has_pods = any(manifest.kind == "Pod" for manifest, _ in held)
+    mend = "add Pods with these labels, or mend the selector"
     for key, value in selector.items():
         # Of what all other labels find. In Pods any value is offered; a workload that is not here may have its own.
         near = [
@@ -147,12 +148,16 @@ def _no_pods(
             and all(labels.get(k) == v for k, v in selector.items() if k != key)
         ]
         values = {labels[key] for labels in near if key in labels}
+        if not has_pods:  # what another Service selects is no misspelt name of this one's
+            values = {text for text in values if not index.is_selected(name.namespace, key, text)}
         if match := _closest(value, values, _LIKE) or (has_pods and min(values, default="")):
             return ConfigError(said, field=api.below(field, key), mend=f"did you mean '{key}: {match}'?")
         if match := _closest(key, {label for labels in near for label, text in labels.items() if text == value}):
             return ConfigError(said, field=api.below(field, key), mend=f"did you mean '{match}: {value}'?")
+        if values:
+            mend = f"add Pods with these labels, or write '{key}: {min(values)}', as a template here has it"
     kind_of_error = ConfigError if has_pods else Note
-    return kind_of_error(said, field=field, mend="add Pods with these labels, or mend the selector")
+    return kind_of_error(said, field=field, mend=mend)
 
 
 def _target_port_errors(port: api.ServicePort, index: int, pods: Sequence[api.Pod]) -> Iterator[ConfigError]:
@@ -212,7 +217,8 @@ def orphan_error(index: Index, name: NamespacedName, piece: Manifest) -> ConfigE
 
     def waits(namespace: str, other: str) -> bool:
         service = index.services[NamespacedName(namespace, other)][0].object
-        return not (isinstance(service, api.Service) and service.spec is not None and service.spec.selector)
+        spec = service.spec if isinstance(service, api.Service) else None
+        return not (spec and (spec.selector or spec.type == "ExternalName"))
 
     if elsewhere := sorted(space for space in index.namespaces_of.get(name.name, ()) if waits(space, name.name)):
         mend = f"write 'namespace: {elsewhere[0]}', where the Service {name.name} is"
@@ -222,6 +228,11 @@ def orphan_error(index: Index, name: NamespacedName, piece: Manifest) -> ConfigE
         return ConfigError(said, field=field, mend=f"did you mean {match!r}?")
     if isinstance(piece.object, api.Endpoints) and not piece.object.subsets:
         return None
+    some = islice(names, _CANDIDATES_MAX)
+    idle = (other for other in some if not index.pieces.get(NamespacedName(name.namespace, other)))
+    waiting = list(islice((other for other in idle if waits(name.namespace, other)), 2))
+    if len(waiting) == 1:
+        return ConfigError(said, field=field, mend=f"did you mean {waiting[0]!r}, which has no endpoints?")
     return Note(said, field=field, mend="write the name of its Service, or add the Service")
 
 

@@ -25,6 +25,7 @@ class Index:
         self.namespaces_of: dict[str, set[str]] = defaultdict(set)  # a Service's name -> where there is one
         self.names_in: dict[str, set[str]] = defaultdict(set)  # a namespace -> the names of its Services
         self.pieces: dict[NamespacedName, list[Manifest]] = defaultdict(list)  # slices and Endpoints, by Service
+        self.pieces_in: dict[str, dict[int, Manifest]] = defaultdict(dict)  # by namespace, also those of no Service
         self._pods: dict[_LabelKey, list[tuple[Manifest, api.Pod]]] = defaultdict(list)
         self._in_namespace: dict[str, dict[int, tuple[Manifest, api.Pod]]] = defaultdict(dict)
         self._selecting: dict[_LabelKey, set[NamespacedName]] = defaultdict(set)
@@ -38,7 +39,9 @@ class Index:
             for key in _selector_keys(manifest):
                 self._selecting[key].add(manifest.name)
             return {manifest.name}
-        if (name := _service_of(manifest)) is not None:
+        if manifest.kind in ("Endpoints", "EndpointSlice"):
+            self.pieces_in[manifest.name.namespace][id(manifest)] = manifest
+        if (name := service_of(manifest)) is not None:
             self.pieces[name].append(manifest)
             return {name}
         concerned: set[NamespacedName] = set()
@@ -62,7 +65,8 @@ class Index:
                 if key not in left:
                     self._selecting[key].discard(name)
             return {name}
-        if (of := _service_of(manifest)) is not None:
+        self.pieces_in[name.namespace].pop(id(manifest), None)
+        if (of := service_of(manifest)) is not None:
             self.pieces[of].remove(manifest)
             return {of}
         concerned: set[NamespacedName] = set()
@@ -83,6 +87,10 @@ class Index:
             if (manifest.kind != "Pod") is templates and selector.items() <= (pod.metadata.labels or {}).items()
         ]
 
+    def is_selected(self, namespace: str, label: str, value: str) -> bool:
+        """Return whether the selector of a Service in *namespace* begins with this label, in order of names."""
+        return bool(self._selecting.get((namespace, label, value)))
+
     def pods_in(self, namespace: str) -> Iterable[tuple[Manifest, api.Pod]]:
         """Return the Pods and templates with labels in *namespace*."""
         return self._in_namespace[namespace].values() if namespace in self._in_namespace else ()
@@ -102,7 +110,8 @@ def _selector_keys(manifest: Manifest) -> list[_LabelKey]:
     return [_key(manifest.name.namespace, spec.selector)] if spec is not None and spec.selector else []
 
 
-def _service_of(manifest: Manifest) -> NamespacedName | None:
+def service_of(manifest: Manifest) -> NamespacedName | None:
+    """Return the Service that *manifest*, a slice or Endpoints, belongs to; None where it says none."""
     if isinstance(manifest.object, api.EndpointSlice):
         return decode.service_of(manifest.object, manifest.name.namespace)
     return manifest.name if isinstance(manifest.object, api.Endpoints) else None

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import NamedTuple
 
 from userspace_proxy import api
 from userspace_proxy.control import decode
 from userspace_proxy.control.allotments import Allotments
 from userspace_proxy.control.lint.behind import endpoints_of, orphan_error, refusals
-from userspace_proxy.control.lint.index import WORKLOADS, Index, with_template
+from userspace_proxy.control.lint.index import WORKLOADS, Index, service_of, with_template
 from userspace_proxy.control.lint.single import object_errors
 from userspace_proxy.control.pools import Network
 from userspace_proxy.errors import ConfigError, Note
@@ -26,6 +27,9 @@ from userspace_proxy.sources.documents import Manifest, Problem, duplicates
 from userspace_proxy.sources.lines import Lines
 from userspace_proxy.sources.pasted import FENCE, sign_in
 from userspace_proxy.sources.yaml_faults import TEMPLATE, template_note
+
+# So many slices and Endpoints of a namespace are looked at for one that may be meant for a Service without any.
+_STRAYS_MAX = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,8 @@ class Linter:
         self._shared: dict[Hashable, list[Found]] = {}
         self._concerned: dict[NamespacedName, None] = {}
         self._changed: dict[Hashable, None] = {}
+        # Services without endpoints of which nothing is said, as a faulty slice or Endpoints may be theirs.
+        self._excused: dict[str, dict[NamespacedName, None]] = {}
 
     def add(self, manifest: Manifest) -> None:
         """Take in *manifest*, which was read for a check."""
@@ -111,6 +117,8 @@ class Linter:
         self._changed[key] = None
         if (held := self._held.pop(key, None)) is not None:  # else the same object stood twice in one file
             self._concerned |= dict.fromkeys(self._index.remove(held))
+            if held.kind in ("Endpoints", "EndpointSlice"):
+                self._concerned |= self._excused.pop(held.name.namespace, {})
 
     def work(self) -> bool:
         """Look at one Service that a change concerns; return whether there was one."""
@@ -213,9 +221,25 @@ class Linter:
         )
         if not faults:
             yield from (Found(manifest, note) for note in self._partial(service.spec, known))
+        if not (service.spec.selector or pieces) and self._has_faulty_stray(name.namespace):
+            self._excused.setdefault(name.namespace, {})[name] = None
+            return
         for where, why in refusals(self._index, manifest, service, known):
             if why.field not in fields and not (where is not manifest and has_faulty_piece):
                 yield Found(where, why)
+
+    def _has_faulty_stray(self, namespace: str) -> bool:
+        """Return whether a slice or Endpoints of *namespace* belongs to no Service by a fault that is named there."""
+        for piece in islice(self._index.pieces_in[namespace].values(), _STRAYS_MAX):
+            of = service_of(piece)
+            if of in self._index.services:
+                continue
+            errors = [found.error for found in self._own.get(_key(piece), ())]
+            if of is not None and (error := orphan_error(self._index, of, piece)):
+                errors.append(error)
+            if any(not isinstance(error, Note) for error in errors):
+                return True
+        return False
 
 
 def _key(manifest: Manifest) -> Hashable:
@@ -230,7 +254,8 @@ def lint(manifests: Sequence[Manifest], problems: Iterable[Problem], options: Li
         linter.add(manifest)
     while linter.work():
         pass
-    found = [_of_problem(problem) for problem in [*problems, *duplicates(m for m in manifests if m.object)]]
+    held = (manifest for manifest in manifests if manifest.object)
+    found = [_of_problem(problem) for problem in [*problems, *duplicates(held, may_be_alternatives=True)]]
     return as_findings(linter.found(), found)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,6 +12,10 @@ from userspace_proxy.control.pools import NODE_PORTS
 from userspace_proxy.errors import ConfigError, Note
 
 _Plain = Mapping[str, Any]
+
+_ENDPOINTS_MAX = 1_000
+_ADDRESSES_MAX = 100
+_HINTS_MAX = 8
 
 
 class Relation(NamedTuple):
@@ -166,14 +170,19 @@ RELATIONS: tuple[Relation, ...] = (
 # What the functions below find, for the docs.
 CONTRADICTIONS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "EndpointSlice": (
-        ("endpoints[].addresses", "At least one; each of the family that addressType says"),
+        ("endpoints", f"{_ENDPOINTS_MAX} at most"),
+        ("endpoints[].addresses", f"1 to {_ADDRESSES_MAX}; each of the family that addressType says"),
+        ("endpoints[].hints.forZones, forNodes", f"{_HINTS_MAX} at most each"),
         ("ports[].name", "Each once; so only one port has none"),
     ),
     "Endpoints": (
         ("subsets[]", "Has addresses or notReadyAddresses"),
         ("subsets[].ports[].name", "Each once; so only one port has none"),
     ),
-    "Pod": (("status.podIPs", "One a family, the first that of podIP"),),
+    "Pod": (
+        ("spec.containers[].ports[].name", "Each once in a container, if it has one"),
+        ("status.podIPs", "One a family, the first that of podIP"),
+    ),
     "Node": (("spec.podCIDRs", "One a family, the first that of podCIDR"),),
 }
 
@@ -198,6 +207,9 @@ def relation_errors(kind: str, plain: _Plain) -> Iterator[ConfigError]:
     elif kind in ("Pod", "Node"):
         field, single = ("status.podIPs", "podIP") if kind == "Pod" else ("spec.podCIDRs", "podCIDR")
         yield from _one_a_family(plain, field, single)
+        for part in ("containers", "initContainers") if kind == "Pod" else ():
+            for index, container in enumerate((spec or {}).get(part) or ()):
+                yield from _unnamed(container.get("ports") or (), f"spec.{part}[{index}].ports", may_lack_names=True)
 
 
 def _slice_errors(plain: _Plain) -> Iterator[ConfigError]:
@@ -210,11 +222,22 @@ def _slice_errors(plain: _Plain) -> Iterator[ConfigError]:
         field = f"endpoints[{index}]"
         if not endpoint.get("addresses"):
             yield ConfigError("the endpoint has no address", field=field, mend="add addresses")
+        hints = endpoint.get("hints") or {}
+        yield from _too_many(endpoint.get("addresses"), f"{field}.addresses", _ADDRESSES_MAX)
+        for name in ("forZones", "forNodes"):
+            yield from _too_many(hints.get(name), f"{field}.hints.{name}", _HINTS_MAX)
         for at, ip in enumerate(endpoint.get("addresses") or ()):
             if family in ("IPv4", "IPv6") and decode.is_ip(ip) and (":" in ip) is not (family == "IPv6"):
                 said = f"{ip!r} is no {family} address, which addressType says"
                 yield ConfigError(said, field=f"{field}.addresses[{at}]", mend="write one slice for each family")
+    yield from _too_many(plain.get("endpoints"), "endpoints", _ENDPOINTS_MAX)
     yield from _unnamed(plain.get("ports") or (), "ports")
+
+
+def _too_many(items: Sequence[object] | None, field: str, limit: int) -> Iterator[ConfigError]:
+    if items and len(items) > limit:
+        mend = "spread them over several slices" if limit > _HINTS_MAX else "keep the nearest"
+        yield ConfigError(f"{len(items)} are too many, {limit} are allowed", field=field, mend=mend)
 
 
 def _endpoints_errors(plain: _Plain) -> Iterator[ConfigError]:
@@ -228,12 +251,12 @@ def _endpoints_errors(plain: _Plain) -> Iterator[ConfigError]:
                 yield ConfigError("lacks the field port", field=f"subsets[{index}].ports[{at}]", mend="add port")
 
 
-def _unnamed(ports: Any, field: str) -> Iterator[ConfigError]:
+def _unnamed(ports: Any, field: str, *, may_lack_names: bool = False) -> Iterator[ConfigError]:
     """Yield which of *ports* have the name of another, or none though there are several."""
     first: dict[str, int] = {}
     for index, port in enumerate(ports):
         name = port.get("name") or ""
-        if first.setdefault(name, index) != index:
+        if (name or not may_lack_names) and first.setdefault(name, index) != index:
             said = (
                 f"the name {name!r} is already that of ports[{first[name]}]"
                 if name

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
+from itertools import islice
 
 from userspace_proxy import api
 from userspace_proxy.control import decode
@@ -23,6 +24,8 @@ _MODES_OF = {
 # Set by a controller of several clusters: such a slice belongs to no Service of this one.
 _MULTICLUSTER = "multicluster.kubernetes.io/"
 _MANAGED_BY = "endpointslice.kubernetes.io/managed-by"
+# So much is said of one object.
+_ERRORS_MAX = 50
 
 
 def object_errors(manifest: Manifest, mode: str) -> Iterator[tuple[ConfigError, bool]]:
@@ -35,7 +38,7 @@ def object_errors(manifest: Manifest, mode: str) -> Iterator[tuple[ConfigError, 
             yield from ((error, False) for error in kind_errors(manifest.kind))
         return
     plain = manifest.plain or {}
-    shape = list(field_errors(manifest.kind, plain))
+    shape = list(islice(field_errors(manifest.kind, plain), _ERRORS_MAX + 1))
     unknown: dict[str, list[ConfigError]] = defaultdict(list)
     for error in shape:
         unknown[error.field.rpartition(".")[0]].append(error)
@@ -54,8 +57,12 @@ def object_errors(manifest: Manifest, mode: str) -> Iterator[tuple[ConfigError, 
         *((error, False) for error in (relation_errors(manifest.kind, plain) if is_comparable else ())),
         *((error, False) for error in _own_errors(manifest, mode)),
     ):
-        is_misspelt = any(is_meant(field, error.field.rpartition(".")[2]) for field in shape)
-        if error.field not in named and (error in shape or not is_misspelt):
+        if error.field in named:
+            continue
+        if len(named) == _ERRORS_MAX:
+            yield ConfigError(f"more than {_ERRORS_MAX} fields are wrong", mend="mend those that are named"), False
+            return
+        if error in shape or not any(is_meant(field, error.field.rpartition(".")[2]) for field in shape):
             named.add(error.field)
             yield error, is_told
 
