@@ -53,7 +53,8 @@ def start_userspace_proxy(site: Site, arguments: tuple[str, ...]) -> Path:
     manifests.mkdir(exist_ok=True)
     site.fill_in(_PEERS / "userspace_proxy.yaml", manifests / "bench.yaml")
     command = [sys.executable, "-P", "-m", "userspace_proxy", "run", str(manifests), "--rules", "nftables"]
-    site.start(*command, "--state-dir", str(site.folder / "state"), "--capture", "redirect", *arguments)
+    options = ["--state-dir", str(site.folder / "state"), "--service-cluster-ip-range", site.service_range]
+    site.start(*command, *options, "--capture", "redirect", *arguments)
     site.front_ip = site.service_ip()
     return manifests
 

@@ -80,7 +80,8 @@ def run_command(site: Site, *arguments: str) -> list[str]:
     """Return the command of a mode of ours."""
     command = [sys.executable, "-P", "-m", "userspace_proxy", "run", str(manifests_of(site))]
     # No answer from outside of the node is wanted at these addresses, and no state of another run.
-    return [*command, "--state-dir", str(site.folder / "state"), *arguments]
+    state, services = str(site.folder / "state"), site.service_range
+    return [*command, "--state-dir", state, "--service-cluster-ip-range", services, *arguments]
 
 
 def _start_ours(*arguments: str) -> Callable[[Site], None]:

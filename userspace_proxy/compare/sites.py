@@ -75,6 +75,11 @@ class Site:
         return f"10.{100 + self.net}.{number // 250}.{number % 250 + 1}"
 
     @property
+    def service_range(self) -> str:
+        """The range that cluster IPs of this site are in."""
+        return f"10.{100 + self.net}.0.0/16"
+
+    @property
     def pids(self) -> list[int]:
         """The mode's processes at this moment; none for what the kernel does alone."""
         return [pid for process in self.processes for pid in (process.pid, *children(process.pid))]
