@@ -176,7 +176,7 @@ class Proxy:
     def workers(self) -> list[int]:
         """Return the process ids of the data plane."""
         assert self.process is not None
-        command = ["ps", "-o", "pid=,args=", "--ppid", str(self.process.pid)]
+        command = ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(self.process.pid)]
         listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
         return [int(line.split()[0]) for line in listed if "userspace_proxy.dataplane.worker" in line]
 
