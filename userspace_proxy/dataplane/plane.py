@@ -242,12 +242,16 @@ class LocalPlane:
     def cut(self) -> None:
         self._context.connections.cut_all()
 
+    def leave(self) -> None:
+        """Accept no more: another plane does, at the same sockets."""
+        for listener in self._listeners.values():
+            listener.leave()
+
     async def close(self, drain_timeout_s: float, *, handed_over: bool = False) -> None:
         """Stop. *handed_over*: another plane accepts at the same sockets, and what waits there is for it."""
         try:
             if handed_over:
-                for listener in self._listeners.values():
-                    listener.leave()
+                self.leave()
                 await self._linger(min(drain_timeout_s, _UDP_LINGER_S))
             await self.retire(list(self._listeners))
             await self._context.connections.drain(drain_timeout_s)

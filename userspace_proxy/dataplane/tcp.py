@@ -92,8 +92,9 @@ class TcpListener:
 
     def leave(self) -> None:
         """Accept no more: another process does, at the same socket."""
-        self._context.poller.leave(self._sock)
-        self._sock.close()
+        if self._sock.fileno() >= 0:
+            self._context.poller.leave(self._sock)
+            self._sock.close()
 
     def close(self) -> None:
         """Stop listening; connections of this listener live on, also those that were made but not yet accepted."""

@@ -254,9 +254,11 @@ class Orphan:
 
     async def _hand_over(self, asked: TakeOver, conversation: Conversation) -> None:
         await hand_over(conversation, self._inheritance(), self._name)
-        conversation.send(Released())
         self._is_handed_over = True
         self._is_succeeded = self._settings.worker < asked.workers
+        if self._is_succeeded:
+            self._plane.leave()  # once the successor is ready, its endpoints are meant, not those that are known here
+        conversation.send(Released())
         self._ending.set()
 
     async def _end(self) -> None:
