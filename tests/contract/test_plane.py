@@ -443,6 +443,33 @@ async def test_a_channel_that_breaks_costs_a_worker_its_listeners_and_no_connect
             assert plane.restarts == 1
 
 
+async def test_a_plane_that_is_closed_while_it_opens_listeners_tells_its_worker(
+    three: tuple[NamedBackend, ...],
+) -> None:
+    """The worker would take a channel that breaks for the death of the control process, and serve on."""
+    plane = RemotePlane(WorkerSettings(Limits(), orphan_timeout_s=60))
+    plane.start()
+    await plane.open([spec()])
+    await plane.update(backends(three[0].endpoint))
+    with socket.socket() as name:
+        await asyncio.gather(*plane.keep_on(name))
+    channel = plane._workers[0]._channel
+    assert channel is not None
+    (pid,) = plane.pids
+    os.kill(pid, signal.SIGSTOP)
+    opening = asyncio.create_task(plane.open(many(1000)))
+    await until(lambda: len(channel._waiting) > 1, "the kernel takes no more")
+
+    closing = asyncio.create_task(plane.close(0))
+    await asyncio.sleep(0)
+    os.kill(pid, signal.SIGCONT)
+
+    await asyncio.wait_for(closing, 4)  # the worker would be killed after 5 s
+    assert plane._workers[0]._process is not None
+    assert plane._workers[0]._process.returncode == 0
+    await opening
+
+
 async def test_a_worker_that_hangs_is_replaced_and_said_to_fail_meanwhile(
     tmp_path: Path, three: tuple[NamedBackend, ...]
 ) -> None:

@@ -228,19 +228,24 @@ class WorkerProcess:
 
     def leave(self) -> None:
         """Let it serve on alone."""
-        self._end_tasks()
+        self.end_tasks()
         if self._channel is not None:
             self._channel.close()
 
-    def _end_tasks(self) -> None:
+    def end_tasks(self) -> None:
+        """Watch over it no more, and tell it no more than it is asked for."""
         self._closing = True
         for task in (self._respawn, self._watch):
             if task is not None:
                 task.cancel()
 
+    async def sent(self) -> None:
+        """Wait until the kernel has all that was sent, with its descriptors."""
+        if self._channel is not None:
+            await self._channel.sent()
+
     async def close(self, drain_timeout_s: float, *, handed_over: bool) -> None:
         """Let it drain and end, and those before it."""
-        self._end_tasks()
         await asyncio.gather(
             self._close(drain_timeout_s, handed_over=handed_over),
             *(_end(process, drain_timeout_s) for process in self._replaced),

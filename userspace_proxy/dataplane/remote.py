@@ -31,6 +31,8 @@ from userspace_proxy.model.names import ListenerName, Scope, ServicePortName
 # So much at once that no packet waits for more than a few milliseconds while the worker takes it in.
 _A_FRAME = 32
 _OPENED_A_FRAME = 16
+# A worker that takes nothing for so long is left to itself when it is closed.
+_SENT_S = 2.0
 
 
 class RemotePlane:
@@ -232,6 +234,11 @@ class RemotePlane:
 
     async def close(self, drain_timeout_s: float, *, successors: int = 0) -> None:
         """Let the workers drain and end. So many *successors* accept already, each at the sockets of one worker."""
+        for worker in self._workers:
+            worker.end_tasks()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_SENT_S):  # a closed descriptor cannot be sent
+                await asyncio.gather(*(worker.sent() for worker in self._workers))
         for sock in self._all_sockets():
             sock.close()
         await asyncio.gather(
