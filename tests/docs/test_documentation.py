@@ -12,6 +12,7 @@ import pytest
 
 from tools.flags import page as flags_page
 from userspace_proxy.control.decode.annotations import ANNOTATIONS
+from userspace_proxy.model.service import IPVS_SCHEDULERS, WEIGHT_MAX, SourceIP
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "docs" / "reference"
@@ -67,8 +68,13 @@ def test_the_page_of_flags_is_what_the_command_line_takes() -> None:
     assert (REFERENCE / "flags.md").read_text() == flags_page(), "make reference"
 
 
-def test_the_page_of_annotations_has_each_of_ours() -> None:
-    assert set(re.findall(r"^## `(.*)`$", prose(REFERENCE / "annotations.md"), re.MULTILINE)) == set(ANNOTATIONS)
+def test_the_page_of_annotations_has_each_of_ours_and_its_values() -> None:
+    page = prose(REFERENCE / "annotations.md")
+
+    assert set(re.findall(r"^## `(.*)`$", page, re.MULTILINE)) == set(ANNOTATIONS)
+    for value in (*SourceIP, *IPVS_SCHEDULERS):
+        assert f"`{value}`" in page
+    assert f"from 0 to {WEIGHT_MAX}" in page
 
 
 def test_the_index_and_the_navigation_of_the_site_name_every_page() -> None:
