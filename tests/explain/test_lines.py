@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.modes.redirects_given import CASES, REFUSE_PORT, UDP, any_redirects, name
+from tests.modes.redirects_given import CASES, UDP, any_redirects, name
 from tests.modes.translations_given import DNS, EVERYTHING, HERE, NEAR4, PODS, any_translation, by_name, translation
 from userspace_proxy.config.settings import Settings
 from userspace_proxy.explain import rendering
-from userspace_proxy.explain.modes import READERS, explained
+from userspace_proxy.explain.modes import WAYS, explained
 from userspace_proxy.interfaces import NodeFacts, PodDetector, Redirects, Translation
 from userspace_proxy.model.endpoint import FAMILIES
 from userspace_proxy.model.names import ServicePortName
@@ -27,7 +27,7 @@ from userspace_proxy.modes.reasons.lines import Explained, Line, Way
 from userspace_proxy.modes.slots.slot_table import SlotTable
 from userspace_proxy.modes.userspace import iptables, nft
 
-USERSPACE_NFT, USERSPACE_IPTABLES, IPTABLES, NFTABLES, _ = READERS
+USERSPACE_NFT, USERSPACE_IPTABLES, IPTABLES, NFTABLES, _ = WAYS
 LESSONS = Path(__file__).parents[2] / "examples"
 # The others say how to run it, and have no Service.
 EXAMPLES = sorted({file.parent for file in LESSONS.glob("*/*.yaml")} - {LESSONS / "kubernetes", LESSONS / "grafana"})
@@ -45,19 +45,11 @@ def unexplained(lines: Iterable[Line]) -> list[str]:
     return [line.text for line in lines if not line.explanation and line.text.strip() not in BRACKETS]
 
 
-def restored(redirects: Redirects) -> str:
-    tools = ("iptables-restore", "ip6tables-restore")
-    return "".join(
-        f"# {tool} --noflush\n{iptables.restore(redirects, family, '')}"
-        for family, tool in zip(FAMILIES, tools, strict=True)
-    )
-
-
 def of_redirects(redirects: Redirects, *, is_short: bool = False) -> list[Explained]:
-    known = Known((), REFUSE_PORT)
+    known = Known(())
     return [
-        explained(USERSPACE_NFT, nft.table(redirects), known, is_short=is_short),
-        explained(USERSPACE_IPTABLES, restored(redirects), known, is_short=is_short),
+        explained(USERSPACE_NFT, nft.rules(redirects), known, is_short=is_short),
+        explained(USERSPACE_IPTABLES, iptables.rules(redirects), known, is_short=is_short),
     ]
 
 
@@ -78,7 +70,9 @@ def test_every_line_of_userspace_mode_is_explained_and_left_as_it_is(case: str) 
 
     assert unexplained([*in_nft.lines, *in_iptables.lines]) == []
     assert [line.text for line in in_nft.lines] == nft.table(CASES[case]).splitlines()
-    assert [line.text for line in in_iptables.lines] == restored(CASES[case]).splitlines()
+    text = "\n".join(line.text for line in in_iptables.lines)
+    for family, part in zip(FAMILIES, re.split(r"^# .*\n", text, flags=re.MULTILINE)[1:], strict=True):
+        assert part.splitlines() == iptables.restore(CASES[case], family, "").splitlines()
 
 
 @pytest.mark.parametrize(
@@ -119,15 +113,11 @@ def test_every_line_of_every_lesson_is_explained_in_every_mode(folder: Path) -> 
 @pytest.mark.parametrize(
     ("way", "line"),
     [
-        (USERSPACE_NFT, "\t\tmeta l4proto { tcp, udp } dnat to 192.0.2.1"),
-        (USERSPACE_NFT, "\t\tjump elsewhere"),
         (NFTABLES, "\t\tmeta priority 0:3 drop"),
         (NFTABLES, "\t\tip daddr @cluster_ips4 accept"),
         (IPTABLES, "-A KUBE-SERVICES -p tcp -m length --length 40 -j DROP"),
         (IPTABLES, "-A KUBE-SERVICES -d 10.96.0.1/32 -j LOG"),
         (IPTABLES, "-A KUBE-FORWARD ! -j ACCEPT"),
-        (USERSPACE_IPTABLES, "-A USERSPACE-PROXY -j TPROXY --on-port 5"),
-        (USERSPACE_IPTABLES, "-A SOMEBODY -j THEIRS"),
     ],
 )
 def test_of_a_line_that_is_not_known_nothing_is_said(way: Way, line: str) -> None:

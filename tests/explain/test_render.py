@@ -14,13 +14,13 @@ import pytest
 
 from tests.explain.given import SHOP, render
 from tests.modes.redirects_given import assert_golden
-from userspace_proxy.explain.modes import READERS
+from userspace_proxy.explain.modes import WAYS as ALL_WAYS
 from userspace_proxy.lab import Host, Lab
 from userspace_proxy.runtime.parts import KERNEL_MODES
 
 WITHOUT_PRIVILEGES = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs")
 WEB = ("-", "--service", "shop/web", "--cluster-cidr", "10.244.0.0/16", "--explain")
-WAYS = [way for way in READERS if way.mode == "userspace" or way.mode in KERNEL_MODES]
+WAYS = [way for way in ALL_WAYS if way.mode == "userspace" or way.mode in KERNEL_MODES]
 # A golden file's name -> how the mode is asked for.
 MODES = {
     f"userspace-{way.language}" if way.mode == "userspace" else way.mode: (

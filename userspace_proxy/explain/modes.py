@@ -12,24 +12,11 @@ from userspace_proxy.modes.ipvs import explain as ipvs
 from userspace_proxy.modes.reasons import nft_text, xtables_text
 from userspace_proxy.modes.reasons.known import Known
 from userspace_proxy.modes.reasons.lines import Explained, Line, Way
+from userspace_proxy.modes.rule_line import Rules
 from userspace_proxy.modes.slots import explain as slots
-from userspace_proxy.modes.userspace import explain_iptables as redirect_iptables
-from userspace_proxy.modes.userspace import explain_nft as redirect_nft
 
 # From the rules as text, and what is known of their Services, to lines; with True, to those that some packet needs.
 Reader = Callable[[str, Known, bool], Iterable[Line]]
-
-
-def _userspace_nft(text: str, known: Known, is_short: bool) -> Iterable[Line]:
-    table = nft_text.parse(text)
-    shown = nft_text.without_the_useless(table) if is_short else table
-    return nft_text.write(shown, redirect_nft.explainer(known))
-
-
-def _userspace_iptables(text: str, known: Known, is_short: bool) -> Iterable[Line]:
-    families = xtables_text.parse(text)
-    shown = xtables_text.without_the_useless(families, lambda _: False) if is_short else families
-    return xtables_text.write(shown, redirect_iptables.explainer(known))
 
 
 def _iptables(text: str, known: Known, is_short: bool) -> Iterable[Line]:
@@ -49,24 +36,25 @@ def _ipvs(text: str, known: Known, is_short: bool) -> Iterable[Line]:
 
 
 READERS: Mapping[Way, Reader] = {
-    Way("userspace", "nftables"): _userspace_nft,
-    Way("userspace", "iptables"): _userspace_iptables,
     Way("iptables", "iptables"): _iptables,
     Way("nftables", "nftables"): _nftables,
     Way("ipvs", "ipvsadm"): _ipvs,
 }
+
+WAYS = (Way("userspace", "nftables"), Way("userspace", "iptables"), *READERS)
 
 
 def ways(mode: str, rules: str) -> list[Way]:
     """Return the ways of *mode*, "all" for every one; *rules* is the language of userspace mode."""
     language = "iptables" if rules == "iptables" else "nftables"
     return [
-        way
-        for way in READERS
-        if mode == "all" or (way.mode == mode and (mode != "userspace" or way.language == language))
+        way for way in WAYS if mode == "all" or (way.mode == mode and (mode != "userspace" or way.language == language))
     ]
 
 
-def explained(way: Way, text: str, known: Known, *, is_short: bool) -> Explained:
-    """Return *text*, which was rendered for *way*, with what its lines do. *is_short*: without what nobody needs."""
-    return Explained(way, tuple(READERS[way](text, known, is_short)))
+def explained(way: Way, rules: Rules | str, known: Known, *, is_short: bool) -> Explained:
+    """Return the lines of *rules* with their reasons. *is_short*: without lines that affect no packet to a Service."""
+    if isinstance(rules, str):
+        return Explained(way, tuple(READERS[way](rules, known, is_short)))
+    shown = rules.without_unused() if is_short else rules
+    return Explained(way, tuple(line.explained(known) for line in shown.lines()))

@@ -15,7 +15,6 @@ from userspace_proxy.errors import Note, StartError
 from userspace_proxy.explain.modes import explained, ways
 from userspace_proxy.host import network
 from userspace_proxy.interfaces import Capture, EventType, ObjectEvent, Redirects
-from userspace_proxy.model.endpoint import FAMILIES
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import Node
@@ -24,6 +23,7 @@ from userspace_proxy.modes.ipvs import table as ipvs
 from userspace_proxy.modes.plans import planned_redirects
 from userspace_proxy.modes.reasons.known import Known, chosen, only
 from userspace_proxy.modes.reasons.lines import Explained
+from userspace_proxy.modes.rule_line import Rules
 from userspace_proxy.modes.slots.slot_table import SlotTable
 from userspace_proxy.modes.userspace import iptables, nft
 from userspace_proxy.runtime.parts import (
@@ -60,7 +60,8 @@ def render(settings: Settings) -> tuple[str, bool]:
     if settings.proxy_mode in KERNEL_MODES:
         warn_unless_forwarding()
     given = _read(settings)
-    return _rules(settings, given), given.is_well
+    rules = _rules(settings, given)
+    return rules if isinstance(rules, str) else rules.text(), given.is_well
 
 
 def explain(settings: Settings, service: str = "") -> tuple[list[Explained], bool]:
@@ -77,12 +78,12 @@ def explain(settings: Settings, service: str = "") -> tuple[list[Explained], boo
             names = chosen(service, service_ports)
         except ValueError as error:
             raise StartError(f"--service: {error}") from None
-    known = Known(service_ports, _redirects(settings, given).refuse_port)
+    known = Known(service_ports)
     found = []
     for way in ways(settings.proxy_mode, settings.rules):
         if way.mode == "userspace" or way.mode in KERNEL_MODES:
-            text = _rules(replace(settings, proxy_mode=way.mode, rules=way.language), given, names)
-            found.append(explained(way, text, known, is_short=bool(service)))
+            rules = _rules(replace(settings, proxy_mode=way.mode, rules=way.language), given, names)
+            found.append(explained(way, rules, known, is_short=bool(service)))
     return found, given.is_well
 
 
@@ -115,7 +116,7 @@ def _shown_capture(settings: Settings) -> Capture:
     return Capture.ADDRESS if settings.capture == "address" else Capture.REDIRECT
 
 
-def _rules(settings: Settings, given: _Given, names: Set[ServicePortName] | None = None) -> str:
+def _rules(settings: Settings, given: _Given, names: Set[ServicePortName] | None = None) -> Rules | str:
     """Return the rules of one mode, of the service ports *names* only where these are given."""
     if settings.proxy_mode in KERNEL_MODES:
         tables = KERNEL_MODES[settings.proxy_mode](settings)
@@ -132,9 +133,4 @@ def _rules(settings: Settings, given: _Given, names: Set[ServicePortName] | None
     redirects = _redirects(settings, given)
     if names is not None:
         redirects = only(redirects, names)
-    if settings.rules != "iptables":
-        return nft.table(redirects)
-    return "".join(
-        f"# {tool} --noflush\n{iptables.restore(redirects, family, '')}"
-        for family, tool in zip(FAMILIES, ("iptables-restore", "ip6tables-restore"), strict=True)
-    )
+    return iptables.rules(redirects) if settings.rules == "iptables" else nft.rules(redirects)

@@ -17,8 +17,7 @@ _T = TypeVar("_T")
 class Known:
     """Says of an address and port in a rule what portal it is."""
 
-    def __init__(self, service_ports: Iterable[ServicePort], refuse_port: int = 0) -> None:
-        self.refuse_port = str(refuse_port)  # in userspace mode; nobody listens there
+    def __init__(self, service_ports: Iterable[ServicePort]) -> None:
         self.names: dict[ServicePortName, ServicePort] = {}
         self._names_at: dict[str, set[ServicePortName]] = {}
         self._portals: dict[tuple[str, int, str], tuple[str, ServicePortName]] = {}
@@ -29,6 +28,10 @@ class Known:
                 kind = _kind(portal, inside, balanced)
                 self._portals.setdefault(_key(portal), (kind, service_port.name))
                 self._names_at.setdefault(portal.ip, set()).add(service_port.name)
+
+    def portal_words(self, portal: Portal) -> str:
+        """Return *portal* in words, with its kind where it is known."""
+        return self.portal("" if portal.is_node_port else portal.ip, str(portal.port), portal.protocol)
 
     def portal(self, ip: str, port: str, protocol: str) -> str:
         """Return a portal in words; *ip* is "" for a node port."""

@@ -8,51 +8,56 @@ A change of some portals is a change of some elements; nothing else is touched.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 from userspace_proxy.host.network import LOCAL_ADDRESS4, LOCAL_ADDRESS6
-from userspace_proxy.interfaces import DROPPED, OWN_MARK, Capture, Redirects
+from userspace_proxy.interfaces import DROPPED, OWN_MARK, TRANSPARENT_MARK, Capture, Redirects
 from userspace_proxy.model.endpoint import FAMILIES, Family
+from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.routes import Sender
 from userspace_proxy.model.service import Portal
+from userspace_proxy.modes.nft_blocks import (
+    CHAIN_REASONS,
+    FORWARD_TYPE,
+    NO_LOOP,
+    RESTRICTED_REASON,
+    SENT,
+    TABLE_REASON,
+    Block,
+    NftTable,
+    from_pods,
+)
+from userspace_proxy.modes.reasons.known import Known
+from userspace_proxy.modes.rule_line import Reason, RuleLine
 from userspace_proxy.modes.userspace.transparent_replies import REPLY_RULE
-from userspace_proxy.netfilter.nft_text import FORWARD_HOOK, NO_LOOP, comment, is_everything, merged, pod_cidrs
+from userspace_proxy.netfilter.nft_text import comment, is_everything, merged
 
 TABLE = "inet userspace_proxy"
 _BASE_RULES = 3  # the jumps of the chains that the kernel calls, and NO_LOOP
 _IP: Mapping[Family, str] = {4: "ip", 6: "ip6"}
+_LOCAL_ADDRESSES: Mapping[Family, str] = {4: LOCAL_ADDRESS4, 6: LOCAL_ADDRESS6}
 # In the order in which they are asked for; what their sets are called.
 _SENDERS = {Sender.NODE: "_for_node", Sender.POD: "_for_pods", Sender.ANYBODY: ""}
 
 
 def table(redirects: Redirects) -> str:
     """Return the script that replaces our table, whole, whether or not there is one."""
+    return rules(redirects).text()
+
+
+def rules(redirects: Redirects) -> NftTable:
+    """Return the lines of `table`, each with its reason."""
     sets = _sets(redirects)
-    declared = "".join(_declared(name, header, sets.get(name, {})) for name, header in _HEADERS.items())
-    chains = "".join(_chain(name, rules) for name, rules in _chains(redirects).items())
-    return f"""\
-table {TABLE}
-delete table {TABLE}
-table {TABLE} {{
-{declared}\
-	chain prerouting {{
-		type nat hook prerouting priority -105; policy accept;
-		jump services
-	}}
-	chain output {{
-		type nat hook output priority -105; policy accept;
-		meta mark & {OWN_MARK:#x} == 0 jump services
-	}}
-	chain replies {{
-		type filter hook prerouting priority -150; policy accept;
-	}}
-	chain forward {{
-		{FORWARD_HOOK}
-		{NO_LOOP}
-	}}
-{chains}\
-}}
-"""
+    chains = _chains(redirects)
+    return NftTable(
+        _BEFORE,
+        [
+            *(block._replace(items=list(sets.get(name, {}).values())) for name, block in _SETS.items()),
+            *_BASE_CHAINS,
+            *(_block(name, rules) for name, rules in chains.items()),
+        ],
+    )
 
 
 def change(old: Redirects, new: Redirects) -> str:
@@ -61,10 +66,10 @@ def change(old: Redirects, new: Redirects) -> str:
     old_chains = _chains(old)
     for name, rules in _chains(new).items():
         if rules != old_chains[name]:
-            lines += [f"flush chain {TABLE} {name}", f"table {TABLE} {{", _chain(name, rules) + "}"]
+            lines += [f"flush chain {TABLE} {name}", f"table {TABLE} {{", _block(name, rules).text() + "}"]
     gone, came = _difference(old, new)
     lines += [f"delete element {TABLE} {name} {{ {key} }}" for name, keys in gone.items() for key in keys]
-    lines += [f"add element {TABLE} {name} {{ {e} }}" for name, keys in came.items() for e in keys.values()]
+    lines += [f"add element {TABLE} {name} {{ {e.text} }}" for name, keys in came.items() for e in keys.values()]
     return "\n".join([*lines, ""]) if lines else ""
 
 
@@ -81,69 +86,148 @@ def removal() -> str:
 # ---- chains
 
 
-def _chains(redirects: Redirects) -> dict[str, list[str]]:
+_NAT_REASON = (
+    "Called for the first packet of each connection only; conntrack does the same to all later ones. -105 is before "
+    "other NAT (-100). Accept: what no rule leads elsewhere goes its usual way."
+)
+_BEFORE = (
+    RuleLine(f"table {TABLE}", "Makes sure that our table is there, so that the next line has one to delete."),
+    RuleLine(
+        f"delete table {TABLE}",
+        "Away with what it held: nft applies all of this as one transaction, so no packet meets a gap.",
+    ),
+    RuleLine(f"table {TABLE} {{", TABLE_REASON),
+)
+_REASONS = CHAIN_REASONS | {
+    "replies": "Packets that come in, before conntrack's NAT: answers that endpoints give to clients' own addresses.",
+    "services": "Packets to Services, in the order in which they are looked up; the first rule that matches ends it.",
+}
+
+
+def _base_chain(name: str, hook: str, reason: str, *rules: RuleLine) -> Block:
+    return Block("chain", name, _REASONS[name], (RuleLine(hook, reason),), rules)
+
+
+# The chains that the kernel calls. Their rules do not depend on redirects.
+_BASE_CHAINS = (
+    _base_chain(
+        "prerouting",
+        "type nat hook prerouting priority -105; policy accept;",
+        _NAT_REASON,
+        RuleLine("jump services", "On to the chain services."),
+    ),
+    _base_chain(
+        "output",
+        "type nat hook output priority -105; policy accept;",
+        _NAT_REASON,
+        RuleLine(
+            f"meta mark & {OWN_MARK:#x} == 0 jump services",
+            "On to the chain services, but not for what our proxy itself sends: its sockets mark their packets with "
+            f"{OWN_MARK:#x}, so a dial to an endpoint never comes back to us.",
+        ),
+    ),
+    _base_chain(
+        "replies",
+        "type filter hook prerouting priority -150; policy accept;",
+        "Called for every packet that comes in, before NAT.",
+    ),
+    Block("chain", "forward", _REASONS["forward"], (FORWARD_TYPE,), (NO_LOOP,)),
+)
+_REPLY = RuleLine(
+    REPLY_RULE,
+    "An answer (or ICMP error) to a client whose address a socket of ours speaks with: marked with "
+    f"{TRANSPARENT_MARK:#x}, by which routing brings it to this node instead of to the client.",
+)
+
+
+def _chains(redirects: Redirects) -> dict[str, list[RuleLine]]:
     """Return the rules that depend on *redirects*. A NAT chain sees the first packet of a connection, and no other."""
     return {
-        "services": [f"meta nfproto ipv{family} jump services{family}" for family in FAMILIES],
+        "services": [
+            RuleLine(f"meta nfproto ipv{family} jump services{family}", f"IPv{family} has rules of its own.")
+            for family in FAMILIES
+        ],
         **{f"services{family}": list(_services(redirects, family)) for family in FAMILIES},
-        "replies": [REPLY_RULE] if redirects.transparent else [],
+        "replies": [_REPLY] if redirects.transparent else [],
         **{f"node_ports{family}": list(_node_ports(redirects, family)) for family in FAMILIES},
     }
 
 
-def _services(redirects: Redirects, family: Family) -> Iterator[str]:
+def _services(redirects: Redirects, family: Family) -> Iterator[RuleLine]:
     ip = _IP[family]
     portal = f"{ip} daddr . meta l4proto . th dport"
     if redirects.allowed:
-        yield f"{portal} @restricted{family} {portal} . {ip} saddr != @allowed{family} drop"
+        yield RuleLine(
+            f"{portal} @restricted{family} {portal} . {ip} saddr != @allowed{family} drop",
+            "Is the portal one of @restricted, and the sender in none of the networks of @allowed? "
+            "Dropped, without an answer.",
+        )
     yield from _lookups(redirects, family, portal, f"service_ips{family}")
     # Behind the services' own addresses, as one of these may be this node's.
-    where = f"{ip} daddr {{ {', '.join(on)} }} " if (on := node_port_addresses(redirects, family)) else ""
-    yield f"{where}fib daddr type local jump node_ports{family}"
+    on = ", ".join(node_port_addresses(redirects, family))
+    yield RuleLine(
+        f"{f'{ip} daddr {{ {on} }} ' if on else ''}fib daddr type local jump node_ports{family}",
+        f"Packets to {f'one of {on}' if on else 'an address'} of this node: see whether it is a node port. Behind the "
+        "Services' own addresses.",
+    )
     if redirects.refuse_port:
         # What comes to a proxy port itself is led to where nobody listens, and the kernel refuses it.
         guarded = "meta l4proto { tcp, udp } meta l4proto . th dport @proxy_ports"
-        yield f"fib daddr type local {guarded} {_leads(redirects, family)}{redirects.refuse_port}"
+        yield RuleLine(
+            f"fib daddr type local {guarded} {_leads(redirects, family)}{redirects.refuse_port}",
+            f"Who dials a proxy port of this node directly is led to port {redirects.refuse_port}, at which nobody "
+            "listens, so that the kernel refuses: a proxy port is reached by its portals only.",
+        )
 
 
-def _node_ports(redirects: Redirects, family: Family) -> Iterator[str]:
+def _node_ports(redirects: Redirects, family: Family) -> Iterator[RuleLine]:
     yield from _lookups(redirects, family, "meta l4proto . th dport", f"node_ports{family}")
 
 
-def _lookups(redirects: Redirects, family: Family, key: str, name: str) -> Iterator[str]:
+def _lookups(redirects: Redirects, family: Family, key: str, name: str) -> Iterator[RuleLine]:
     """Yield the rules that look *key* up for each sender; a NAT chain drops for good, as nothing else sees the packet.
 
     `meta l4proto` has to be matched in the rule that translates.
     """
+    here = "this node itself"
+    if redirects.capture is Capture.ADDRESS:
+        here = f"{_LOCAL_ADDRESSES[family]}, an address of ours on lo,"
     for sender, suffix in _SENDERS.items():
-        for who in _matches(sender, redirects, family):
-            yield f"{who}{key} @dropped_{name}{suffix} drop"
-            yield f"{who}meta l4proto {{ tcp, udp }} {_leads(redirects, family)}{key} map @{name}{suffix}"
+        for match, who in _matches(sender, redirects, family):
+            yield RuleLine(
+                f"{match}{key} @dropped_{name}{suffix} drop",
+                f"Packets{f' {who}' if who else ''} to a portal in @dropped_{name}{suffix} are dropped, without an "
+                "answer.",
+            )
+            yield RuleLine(
+                f"{match}meta l4proto {{ tcp, udp }} {_leads(redirects, family)}{key} map @{name}{suffix}",
+                f"{f'Packets {who}' if who else 'TCP and UDP packets'} whose destination, protocol and port are a key "
+                f"of @{name}{suffix} go to {here} at the proxy port that stands there. What is not found goes on to "
+                "the next rule.",
+            )
 
 
-def _matches(sender: Sender, redirects: Redirects, family: Family) -> Iterator[str]:
-    """Yield what matches *sender*; nothing where it meets what everybody meets."""
+def _matches(sender: Sender, redirects: Redirects, family: Family) -> Iterator[tuple[str, str]]:
+    """Yield what matches *sender*, and that in words; nothing where it meets what everybody meets."""
     if sender is Sender.ANYBODY:
-        yield ""
+        yield "", ""
     elif not redirects.exceptions.get(sender):
         return
     elif sender is Sender.NODE:
-        yield "fib saddr type local "
-    elif redirects.pods is not None:
-        if redirects.pods.interface:
-            yield f'iifname "{redirects.pods.interface}" '
-        elif cidrs := pod_cidrs(redirects.pods, family):
-            yield f"{_IP[family]} saddr {{ {', '.join(cidrs)} }} "
+        yield "fib saddr type local ", "sent by this node itself"
+    elif (pods := from_pods(redirects.pods, family))[0]:
+        yield pods
 
 
 def _leads(redirects: Redirects, family: Family) -> str:
     if redirects.capture is Capture.ADDRESS:
-        return f"dnat {_IP[family]} to {LOCAL_ADDRESS4 if family == 4 else LOCAL_ADDRESS6} :"
+        return f"dnat {_IP[family]} to {_LOCAL_ADDRESSES[family]} :"
     return "redirect to :"
 
 
-def _chain(name: str, rules: Iterable[str]) -> str:
-    return f"\tchain {name} {{\n" + "".join(f"\t\t{rule}\n" for rule in rules) + "\t}\n"
+def _block(name: str, rules: Sequence[RuleLine]) -> Block:
+    reason = _REASONS[name.rstrip("46")] if name != "services" else "The Services, for whatever comes in or leaves."
+    return Block("chain", name, reason, items=rules)
 
 
 # ---- what iptables.py needs too
@@ -165,25 +249,58 @@ def restricted(redirects: Redirects, family: Family) -> Iterator[tuple[Portal, t
 # ---- sets and maps
 
 
-def _headers() -> Iterator[tuple[str, str]]:
-    port = "inet_proto . inet_service"
+def _set_blocks() -> Iterator[Block]:
+    port, port_words = "inet_proto . inet_service", "protocol . port"
     for family in FAMILIES:
         address = f"ipv{family}_addr"
-        for name, key in ((f"service_ips{family}", f"{address} . {port}"), (f"node_ports{family}", port)):
-            for suffix in reversed(_SENDERS.values()):
-                yield f"{name}{suffix}", f"map {name}{suffix} {{\n\t\ttype {key} : inet_service"
-                yield f"dropped_{name}{suffix}", f"set dropped_{name}{suffix} {{\n\t\ttype {key}"
-        yield f"restricted{family}", f"set restricted{family} {{\n\t\ttype {address} . {port}"
-        header = f"set allowed{family} {{\n\t\ttype {address} . {port} . {address}; flags interval"
-        yield f"allowed{family}", header
-    comment = 'comment "reached through the maps only, never directly"'
-    yield "proxy_ports", f"set proxy_ports {{\n\t\t{comment}\n\t\ttype {port}"
+        address_words = f"address . {port_words}"
+        for name, what, key, key_words in (
+            (f"service_ips{family}", "addresses of Services", f"{address} . {port}", address_words),
+            (f"node_ports{family}", "node ports", port, port_words),
+        ):
+            for sender in reversed(_SENDERS):
+                suffix, sent = _SENDERS[sender], SENT[sender]
+                first = " Asked before the map for everybody." if suffix else ""
+                yield Block(
+                    "map",
+                    f"{name}{suffix}",
+                    f"Where packets{sent} to {what} (IPv{family}) go: portal -> proxy port. One look-up, however many "
+                    f"Services there are.{first}",
+                    (RuleLine(f"type {key} : inet_service", f"Key: {key_words}; value: the proxy port."),),
+                )
+                yield Block(
+                    "set",
+                    f"dropped_{name}{suffix}",
+                    f"Packets{sent} to these {what} (IPv{family}) are dropped: their traffic policy wants endpoints of "
+                    "this node, and it has none.",
+                    (RuleLine(f"type {key}", f"An element is {key_words}."),),
+                )
+        declared = RuleLine(f"type {address} . {port}", f"An element is {address_words}.")
+        yield Block("set", f"restricted{family}", RESTRICTED_REASON, (declared,))
+        declared = RuleLine(
+            f"type {address} . {port} . {address}; flags interval",
+            f"An element is {address_words} . network of the sender.",
+        )
+        reason = "From where these may be dialled: portal . network of the sender."
+        yield Block("set", f"allowed{family}", reason, (declared,))
+    yield Block(
+        "set",
+        "proxy_ports",
+        "The local ports at which our proxy listens.",
+        (
+            RuleLine(
+                'comment "reached through the maps only, never directly"',
+                "A note for who reads the rules in the kernel.",
+            ),
+            RuleLine(f"type {port}", f"An element is {port_words}."),
+        ),
+    )
 
 
-_HEADERS = dict(_headers())
+_SETS = {block.name: block for block in _set_blocks()}
 
-# Name of a set -> key -> the element, as it is written down.
-_Sets = dict[str, dict[str, str]]
+# Name of a set -> key -> the element.
+_Sets = dict[str, dict[str, RuleLine]]
 
 
 def _sets(redirects: Redirects) -> _Sets:
@@ -208,12 +325,16 @@ def _difference(old: Redirects, new: Redirects) -> tuple[_Sets, _Sets]:
                     said = f' comment "{comment(name)}"' if name else ""
                     value = f" : {port}" if port != DROPPED else ""
                     key = _key(portal)
-                    elements.setdefault(_place(sender, portal, port), {})[key] = f"{key}{said}{value}"
-    for sets_before, sets_after in ((_ranges(old), _ranges(new)), (_guarded(old), _guarded(new))):
+                    reason = partial(_redirected, portal, sender, port, redirects.refuse_port)
+                    elements.setdefault(_place(sender, portal, port), {})[key] = RuleLine(
+                        f"{key}{said}{value}", reason, name
+                    )
+    for elements_of in (_ranges, _guarded):
+        sets_before, sets_after = elements_of(old), elements_of(new)
         for place in {**sets_before, **sets_after}:
             keys_before, keys_after = sets_before.get(place, {}), sets_after.get(place, {})
-            gone[place] = {key: key for key in keys_before if key not in keys_after}
-            came[place] = {key: key for key in keys_after if key not in keys_before}
+            for elements, keys, other_keys in ((gone, keys_before, keys_after), (came, keys_after, keys_before)):
+                elements[place] = {key: RuleLine(key, *keys[key]) for key in keys if key not in other_keys}
     return gone, came
 
 
@@ -231,27 +352,46 @@ def _key(portal: Portal) -> str:
     return port if portal.is_node_port else f"{portal.ip} . {port}"
 
 
-def _ranges(redirects: Redirects) -> _Sets:
-    sets: _Sets = {}
+def _redirected(portal: Portal, sender: Sender, port: int, refuse_port: int, known: Known) -> str:
+    packets = f"Packets{SENT[sender]} to {known.portal_words(portal)}"
+    if port == DROPPED:
+        return f"{packets} are dropped."
+    if port == refuse_port:
+        return (
+            f"{packets} are led to port {port}, at which nobody listens: no endpoint is there, and the kernel refuses "
+            "at once."
+        )
+    return f"{packets} are led to our proxy port {port}."
+
+
+# Name of a set -> key -> its reason, and whose it is.
+_Keys = dict[str, dict[str, tuple[Reason, ServicePortName | None]]]
+
+
+def _ranges(redirects: Redirects) -> _Keys:
+    sets: _Keys = {}
     for family in FAMILIES:
         for portal, networks in restricted(redirects, family):
-            key = _key(portal)
-            sets.setdefault(f"restricted{family}", {})[key] = key
-            allowed = {f"{key} . {network}": f"{key} . {network}" for network in networks}
+            key, name = _key(portal), redirects.names.get(portal)
+            reason = partial(_dialled, portal, "the networks in @allowed only")
+            sets.setdefault(f"restricted{family}", {})[key] = reason, name
+            allowed = {f"{key} . {network}": (partial(_dialled, portal, network), name) for network in networks}
             sets.setdefault(f"allowed{family}", {}).update(allowed)
     return sets
 
 
-def _guarded(redirects: Redirects) -> _Sets:
+def _dialled(portal: Portal, source: str, known: Known) -> str:
+    words = known.portal_words(portal)
+    return f"{words[0].upper()}{words[1:]} may be dialled from {source}."
+
+
+def _guarded(redirects: Redirects) -> _Keys:
     levels = (_ports(redirects, sender) for sender in reversed(_SENDERS))
     ports = {(portal.protocol, port): None for level in levels for portal, port in level.items() if port != DROPPED}
-    return {"proxy_ports": {(key := f"{protocol.lower()} . {port}"): key for protocol, port in ports}}
-
-
-def _declared(name: str, header: str, elements: Mapping[str, str]) -> str:
-    return f"\t{header}{_listed(elements.values())}\n\t}}\n"
-
-
-def _listed(elements: Iterable[str]) -> str:
-    text = ",\n\t\t\t".join(elements)
-    return f"\n\t\telements = {{\n\t\t\t{text} }}" if text else ""
+    reason, refused = "A proxy port: it may not be dialled directly.", "The port at which nobody listens."
+    return {
+        "proxy_ports": {
+            f"{protocol.lower()} . {port}": (refused if port == redirects.refuse_port else reason, None)
+            for protocol, port in ports
+        }
+    }

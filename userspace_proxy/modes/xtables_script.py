@@ -1,0 +1,158 @@
+"""Input of iptables-restore as tables with their chains and rules, and the words that all such rules use. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from userspace_proxy.model.names import ServicePortName
+from userspace_proxy.modes.reasons.known import host
+from userspace_proxy.modes.rule_line import Reason, RuleLine
+from userspace_proxy.netfilter.xtables import OUT_BY_LO
+
+TOOLS = ("# iptables-restore --noflush", "# ip6tables-restore --noflush")
+_TABLES = {
+    "mangle": (
+        "The table mangle: before NAT. What is to be dropped meets its end here, as iptables forbids that in NAT."
+    ),
+    "nat": (
+        "The table nat: rules see the first packet of each connection only; conntrack does the same to all later ones."
+    ),
+    "filter": "The table filter: what may pass.",
+}
+_MAKES = " (A line with a colon makes a chain, or empties it.)"
+_COMMIT = RuleLine("COMMIT", "The end of this table: the kernel takes all of it at once, or nothing.")
+
+# In the order in which a packet meets them.
+BUILT_IN = {
+    "PREROUTING": "PREROUTING (what comes in by the network, before routing)",
+    "INPUT": "INPUT (what is for this node itself)",
+    "FORWARD": "FORWARD (what passes through this node)",
+    "OUTPUT": "OUTPUT (what processes of this node send)",
+    "POSTROUTING": "POSTROUTING (what is about to leave, after routing)",
+}
+ANSWERS = {
+    "tcp-reset": "a TCP reset: `connection refused`",
+    "icmp-port-unreachable": "ICMP port unreachable: `connection refused`",
+    "icmp6-port-unreachable": "ICMPv6 port unreachable",
+}
+LOOPS_REASON = (
+    "Packets to cluster IPs that nobody serves, about to leave by lo, where a node without a default route sends them."
+)
+NO_LOOP_REASON = (
+    "They would come in again, round after round, until their TTL is used up. Their sender gets ICMP host unreachable: "
+    "`no route to host`."
+)
+
+IsKept = Callable[[str], bool]
+
+
+def chain(name: str, reason: Reason = "", service: ServicePortName | None = None) -> RuleLine:
+    """Return the line that makes the chain *name*, or empties it."""
+    return RuleLine(f":{name} - [0:0]", reason, service)
+
+
+class Section(NamedTuple):
+    """A table of one family: its chains, then its rules, then COMMIT."""
+
+    table: str
+    chains: Sequence[RuleLine]
+    rules: Sequence[RuleLine]
+
+    def lines(self) -> Iterator[RuleLine]:
+        yield RuleLine(f"*{self.table}", _TABLES[self.table])
+        for number, line in enumerate(self.chains):
+            yield line if number else line._replace(reason=_and_makes(line.reason))
+        yield from self.rules
+        yield _COMMIT
+
+    def text(self) -> str:
+        return "".join(f"{line.text}\n" for line in self.lines())
+
+
+def _and_makes(reason: Reason) -> Reason:
+    if isinstance(reason, str):
+        return f"{reason}{_MAKES if reason else ''}"
+    return lambda known: f"{reason(known)}{_MAKES}"
+
+
+class XtablesScript(NamedTuple):
+    """What the tools of both families read. ``is_kept``: of chains without rules that have a use nevertheless."""
+
+    families: Sequence[tuple[str, Sequence[Section]]]  # the comment that names the tool, and its input
+    is_kept: IsKept = lambda _: False
+
+    def lines(self) -> Iterator[RuleLine]:
+        for tool, sections in self.families:
+            yield RuleLine(tool, f"IPv{6 if '6' in tool else 4}. --noflush: what others have in these tables stays.")
+            for section in sections:
+                yield from section.lines()
+
+    def text(self) -> str:
+        return "".join(f"{line.text}\n" for line in self.lines())
+
+    def without_unused(self) -> XtablesScript:
+        """Return the script without empty chains and rules that lead there; a family in which nothing is served goes.
+
+        What is left stands in the order in which packets meet it.
+        """
+        left = []
+        for tool, given in self.families:
+            sections = [_used(section, self.is_kept) for section in given]
+            if any(_serves(rule.text) for section in sections for rule in section.rules):
+                left.append((tool, [section for section in sections if section.rules]))
+        return self._replace(families=left)
+
+
+def _used(section: Section, is_kept: IsKept) -> Section:
+    rules = [rule for rule in section.rules if f" {OUT_BY_LO} " not in rule.text]
+    names = {line.text[1:].split()[0]: line for line in section.chains}
+    while True:
+        empty = names.keys() - {_chain_of(rule) for rule in rules}
+        led_to = [rule for rule in rules if _target(rule) not in empty]
+        callers = {*map(_target, led_to), *BUILT_IN}
+        left = [rule for rule in led_to if _chain_of(rule) in callers]
+        if left == rules:
+            break
+        rules = left
+    order = {name: number for number, name in enumerate(_called(rules))}
+    used = [name for name in names if name not in empty or is_kept(name)]
+    used.sort(key=lambda name: order.get(name, -1))
+    rules.sort(key=lambda rule: order[_chain_of(rule)])
+    return Section(section.table, [names[name] for name in used], rules)
+
+
+def _called(rules: Sequence[RuleLine]) -> list[str]:
+    """Return the chains in the order in which packets come to them; what is one chain's stays in its order."""
+    calls: dict[str, list[str]] = {}
+    for rule in rules:
+        calls.setdefault(_chain_of(rule), []).append(_target(rule))
+    found: dict[str, None] = dict.fromkeys(name for name in BUILT_IN if name in calls)
+    left = list(reversed(found))
+    while left:
+        name = left.pop()
+        found.setdefault(name)
+        left += [to for to in reversed(calls[name]) if to in calls and to not in found]
+    return list(found)
+
+
+def _chain_of(rule: RuleLine) -> str:
+    return rule.text.split(maxsplit=2)[1]
+
+
+def _target(rule: RuleLine) -> str:
+    return rule.text.rpartition(" -j ")[2].split()[0] if " -j " in rule.text else ""
+
+
+def _serves(rule: str) -> bool:
+    """Return whether *rule* is about a port of a Service."""
+    return re.search(r"--dport \d+", rule) is not None
+
+
+# ---- words
+
+
+def at_own_address(network: str = "") -> str:
+    """Return in words which packets to this node's own addresses are meant, all or those in *network*."""
+    return f"Packets to an address of this node{f' in {host(network)}' if network else ''}"
