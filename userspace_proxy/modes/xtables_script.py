@@ -48,7 +48,7 @@ NO_LOOP_REASON = (
 IsKept = Callable[[str], bool]
 
 
-def chain(name: str, reason: Reason = "", service: ServicePortName | None = None) -> RuleLine:
+def new_chain(name: str, reason: Reason = "", service: ServicePortName | None = None) -> RuleLine:
     """Return the line that makes the chain *name*, or empties it."""
     return RuleLine(f":{name} - [0:0]", reason, service)
 

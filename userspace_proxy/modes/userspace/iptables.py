@@ -29,7 +29,7 @@ from userspace_proxy.modes.xtables_script import (
     Section,
     XtablesScript,
     at_own_address,
-    chain,
+    new_chain,
 )
 from userspace_proxy.netfilter.nft_text import pod_cidrs
 from userspace_proxy.netfilter.xtables import NO_LOOP, OUT_BY_LO
@@ -102,7 +102,7 @@ def _sections(redirects: Redirects, family: Family, saved: str) -> list[Section]
         "filter": (*_guards(redirects, family), *_no_loops(family)),
     }
     return [
-        Section(table, list(map(chain, chains, chains.values())), [*_missing_jumps(table, saved), *rules[table]])
+        Section(table, list(map(new_chain, chains, chains.values())), [*_missing_jumps(table, saved), *rules[table]])
         for table, chains in _CHAINS.items()
     ]
 
