@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.control.lint.given import faults
+from tests.control.lint.given import faults, findings
 
 SERVICE = """\
 apiVersion: v1
@@ -78,3 +78,23 @@ def test_of_an_object_that_is_wrong_all_over_fifty_fields_are_named() -> None:
 
     assert len(found) == 51
     assert found[0].problem == "more than 50 fields are wrong"
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        (ENDPOINTS.replace("10.244.0.9", "10.96.0.11"), "subsets[0].addresses[0].ip"),
+        (SLICE.replace("10.244.0.9", "10.96.0.11"), "endpoints[0].addresses[0]"),
+    ],
+)
+def test_an_endpoint_at_an_address_of_the_service_range_is_a_fault(text: str, field: str) -> None:
+    (found,) = faults(text)
+
+    assert found.field == field
+    assert found.problem.startswith("10.96.0.11 is of the Service range 10.96.0.0/16")
+
+
+def test_a_second_address_of_an_endpoint_is_a_note() -> None:
+    found = findings(SERVICE.replace("selector: {app: web}\n  ", "") + "---\n" + SLICE.replace("9]", "9, 10.244.0.10]"))
+
+    assert [(f.severity, f.field) for f in found] == [("note", "endpoints[0].addresses[1]")]

@@ -102,7 +102,8 @@ class Linter:
         key, held = _key(manifest), replace(manifest, plain=None, errors=())
         if key in self._held:
             self.remove(manifest)
-        self._own[key] = [Found(held, error, is_told) for error, is_told in object_errors(manifest, self._options.mode)]
+        errors = object_errors(manifest, self._options.mode, self._options.cluster_ips)
+        self._own[key] = [Found(held, error, is_told) for error, is_told in errors]
         if self._options.names_unserved and isinstance(manifest.object, api.Service):
             self._own[key] += [Found(held, note) for note in self._unserved(manifest.object)]
         if manifest.kind in WORKLOADS:

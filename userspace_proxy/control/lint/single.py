@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
+from ipaddress import ip_address
 from itertools import islice
 
 from userspace_proxy import api
@@ -12,6 +13,7 @@ from userspace_proxy.control import decode
 from userspace_proxy.control.fields import field_errors, is_meant, kind_errors
 from userspace_proxy.control.lint.api_rules import value_errors
 from userspace_proxy.control.lint.relations import relation_errors
+from userspace_proxy.control.pools import Network
 from userspace_proxy.errors import ConfigError, Note
 from userspace_proxy.sources.documents import Manifest
 
@@ -28,10 +30,10 @@ _MANAGED_BY = "endpointslice.kubernetes.io/managed-by"
 _ERRORS_MAX = 50
 
 
-def object_errors(manifest: Manifest, mode: str) -> Iterator[tuple[ConfigError, bool]]:
+def object_errors(manifest: Manifest, mode: str, cluster_ips: Sequence[Network]) -> Iterator[tuple[ConfigError, bool]]:
     """Yield what is wrong with *manifest*, one error a field, and whether `run` says so by itself.
 
-    *mode*: the proxy mode, whose annotations count; "" if it is unknown.
+    *mode*: the proxy mode, whose annotations count; "" if it is unknown. *cluster_ips*: the Service ranges.
     """
     if manifest.kind not in api.KINDS or (manifest.object is None and not manifest.errors):
         if "." not in str((manifest.plain or {}).get("apiVersion")):
@@ -55,7 +57,7 @@ def object_errors(manifest: Manifest, mode: str) -> Iterator[tuple[ConfigError, 
         *((error, True) for error in (*mistyped, *refused)),
         *((error, False) for error in by_value),
         *((error, False) for error in (relation_errors(manifest.kind, plain) if is_comparable else ())),
-        *((error, False) for error in _own_errors(manifest, mode)),
+        *((error, False) for error in _own_errors(manifest, mode, cluster_ips)),
     ):
         if error.field in named:
             continue
@@ -83,12 +85,12 @@ def _decode_errors(manifest: Manifest, *, is_misshapen: bool) -> Iterator[Config
                 yield error
 
 
-def _own_errors(manifest: Manifest, mode: str) -> Iterator[ConfigError]:
+def _own_errors(manifest: Manifest, mode: str, cluster_ips: Sequence[Network]) -> Iterator[ConfigError]:
     match manifest.object:
         case api.Service() as service:
             yield from _service_errors(service, mode)
         case api.EndpointSlice() as piece:
-            yield from _slice_errors(piece)
+            yield from _slice_errors(piece, cluster_ips)
         case api.Endpoints() as endpoints:
             for index, subset in enumerate(endpoints.subsets or ()):
                 for part, addresses in (
@@ -96,7 +98,7 @@ def _own_errors(manifest: Manifest, mode: str) -> Iterator[ConfigError]:
                     ("notReadyAddresses", subset.not_ready_addresses),
                 ):
                     for at, address in enumerate(addresses or ()):
-                        yield from decode.backend_ip_errors(address.ip, f"subsets[{index}].{part}[{at}].ip")
+                        yield from _backend_errors(address.ip, f"subsets[{index}].{part}[{at}].ip", cluster_ips)
         case api.Pod() as pod:
             for field, ip in pod_ip_fields(pod):
                 yield from decode.backend_ip_errors(ip, field)
@@ -123,10 +125,14 @@ def _service_errors(service: api.Service, mode: str) -> Iterator[ConfigError]:
             yield ConfigError(f"there is no annotation {key!r}", field=field, mend=mend)
 
 
-def _slice_errors(piece: api.EndpointSlice) -> Iterator[ConfigError]:
+def _slice_errors(piece: api.EndpointSlice, cluster_ips: Sequence[Network]) -> Iterator[ConfigError]:
     for index, endpoint in enumerate(piece.endpoints or ()):
         for at, ip in enumerate(endpoint.addresses or ()) if piece.address_type in ("IPv4", "IPv6") else ():
-            yield from decode.backend_ip_errors(ip, f"endpoints[{index}].addresses[{at}]")
+            field = f"endpoints[{index}].addresses[{at}]"
+            yield from _backend_errors(ip, field, cluster_ips)
+            if at == 1:
+                mend = "write an endpoint for each address"
+                yield Note("of an endpoint's addresses a proxy uses only the first", field=field, mend=mend)
     if piece.address_type == "FQDN":
         mend = "write IPv4 or IPv6; a proxy reads no others"
         yield Note("'FQDN' cannot be proxied, the slice is skipped", field="addressType", mend=mend)
@@ -135,6 +141,17 @@ def _slice_errors(piece: api.EndpointSlice) -> Iterator[ConfigError]:
     if not labels.get(decode.SERVICE_NAME_LABEL) and not is_elsewhere:
         said = f"the label {decode.SERVICE_NAME_LABEL} is missing, so it belongs to no Service"
         yield ConfigError(said, field="metadata.labels", mend=f"add '{decode.SERVICE_NAME_LABEL}: NAME'")
+
+
+def _backend_errors(ip: str, field: str, cluster_ips: Sequence[Network]) -> Iterator[ConfigError]:
+    errors = list(decode.backend_ip_errors(ip, field))
+    yield from errors
+    if errors:
+        return
+    address = ip_address(decode.canonical_ip(ip))
+    if network := next((known for known in cluster_ips if address in known), None):
+        said = f"{ip} is of the Service range {network}; a proxy does not forward from one Service to another"
+        yield ConfigError(said, field=field, mend="write the addresses of Pods or hosts")
 
 
 def pod_ip_fields(pod: api.Pod) -> list[tuple[str, str]]:
