@@ -94,6 +94,14 @@ def test_an_endpoint_at_an_address_of_the_service_range_is_a_fault(text: str, fi
     assert found.problem.startswith("10.96.0.11 is of the Service range 10.96.0.0/16")
 
 
+def test_an_endpoint_on_the_loopback_device_is_served_here_and_a_note() -> None:
+    found = findings(
+        SERVICE.replace("selector: {app: web}\n  ", "") + "---\n" + ENDPOINTS.replace("10.244.0.9", "127.0.0.1")
+    )
+
+    assert [(f.severity, f.field) for f in found] == [("note", "subsets[0].addresses[0].ip")]
+
+
 def test_a_second_address_of_an_endpoint_is_a_note() -> None:
     found = findings(SERVICE.replace("selector: {app: web}\n  ", "") + "---\n" + SLICE.replace("9]", "9, 10.244.0.10]"))
 

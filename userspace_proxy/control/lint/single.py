@@ -149,6 +149,9 @@ def _backend_errors(ip: str, field: str, cluster_ips: Sequence[Network]) -> Iter
     if errors:
         return
     address = ip_address(decode.canonical_ip(ip))
+    if address.is_loopback:
+        mend = "write another address of the host for use in a cluster"
+        yield Note("the API server refuses a loopback address; 'run' serves it on this host", field=field, mend=mend)
     if network := next((known for known in cluster_ips if address in known), None):
         said = f"{ip} is of the Service range {network}; a proxy does not forward from one Service to another"
         yield ConfigError(said, field=field, mend="write the addresses of Pods or hosts")
