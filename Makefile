@@ -15,10 +15,10 @@ help: ## show what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
 
 demo: ## a Service, three backends, one killed under load: in private namespaces, without root
-	@tools/setup $(VENV) nft ip nginx
+	@PACKAGES=run tools/setup $(VENV) nft ip nginx
 	@exec $(BIN)/userspace-proxy demo
 
-test: ## all checks and all tests, as root and as a plain user alike
+test: ## all checks and all tests, as root and as a plain user alike: under eight minutes on two cores
 	@tools/setup $(VENV) nft iptables ip conntrack nginx haproxy wrk iperf3 openssl
 	@tools/test $(VENV)
 
@@ -99,4 +99,5 @@ lock: ## requirements-*.txt anew, from the ranges in pyproject.toml
 	@tools/setup $(VENV)
 	@$(BIN)/python -m pip install --quiet uv
 	@$(UV_LOCK) --extra dev -o requirements-dev.txt
+	@$(UV_LOCK) --no-annotate --constraint requirements-dev.txt -o requirements.txt
 	@$(UV_LOCK) --extra docs --constraint requirements-dev.txt -o requirements-docs.txt

@@ -20,7 +20,7 @@ LINE_MAX = 120
 # Inline links and images, link definitions, and addresses in HTML.
 LINK = re.compile(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)$|(?:src|href)=\"([^\"]+)\"", re.MULTILINE)
 # Still to be wrapped.
-LONG = {"CHANGELOG.md", "README.md", "docs/explanation/architecture.md"}
+LONG = {"docs/explanation/architecture.md"}
 
 
 def pages() -> list[str]:
