@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 
+from tests.compare.given import whole_run
 from userspace_proxy.compare.page import page
-from userspace_proxy.compare.results import from_json
 
 pytestmark = pytest.mark.browser
 
-RUN = Path(__file__).parent.parent / "compare" / "run.json"
 SCHEMES = {"dark": 0, "light": 1}  # of Blink
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 _LEAST_LETTER_PX = 9.5
@@ -54,7 +53,7 @@ frame.onload = () => {
 
 @pytest.fixture(scope="module")
 def report() -> str:
-    return page(from_json(RUN.read_bytes())).decode()
+    return page(whole_run()).decode()
 
 
 def seen_in_chromium(report: str, folder: Path, size: tuple[int, int], scheme: str) -> dict[str, Any]:
