@@ -348,6 +348,23 @@ async def test_requests_fail_while_there_is_no_worker_and_what_they_said_is_in_f
         assert (counters.endpoints, counters.accepted) == (1, 1), "each answer belongs to its question"
 
 
+async def test_listeners_that_are_opened_while_there_is_no_worker_are_served_by_the_next(
+    tmp_path: Path, three: tuple[NamedBackend, ...]
+) -> None:
+    async with running("worker", tmp_path) as plane:
+        assert isinstance(plane, RemotePlane)
+        os.kill(plane.pids[0], signal.SIGSTOP)  # so that it answers neither
+        opening = asyncio.create_task(plane.open([spec()]))
+        await asyncio.sleep(0)
+        os.kill(plane.pids[0], signal.SIGKILL)
+
+        assert await opening == {}, "not refused: else it would be tried at another port, and rules would lead there"
+
+        await until(lambda: plane.restarts == 1 and not plane.failing, "another worker serves")
+        await plane.update(backends(three[0].endpoint))
+        assert await ask() == "a"
+
+
 async def test_a_worker_that_was_not_told_to_serve_on_ends_with_its_control_process() -> None:
     plane = RemotePlane(WorkerSettings(Limits(), orphan_timeout_s=60))
     plane.start()

@@ -172,7 +172,8 @@ class RemotePlane:
                 descriptors = [self._sockets[spec.name][index].fileno() for spec in request.specs]
                 sent.append(worker.send(request, descriptors))
             sent += [worker.send(part) for part in wire.fitting(known, _A_FRAME, lambda part: wire.Open(part, 0))]
-        refused.update(_refused(await answers_to(sent)))
+        # A worker that has ended meanwhile refuses none: the next one is given all of them.
+        refused.update(_refused(await asyncio.gather(*sent, return_exceptions=True)))
         if len(self._workers) > 1 and refused:
             await self._send_all(wire.Retire([name for name in refused if name in self._specs]))
         for name in refused:
@@ -253,7 +254,7 @@ class RemotePlane:
             yield from group
 
 
-def _refused(answers: Iterable[wire.Answer]) -> dict[ListenerName, str]:
+def _refused(answers: Iterable[object]) -> dict[ListenerName, str]:
     return {name: why for answer in answers if isinstance(answer, wire.Done) for name, why in answer.refused}
 
 
