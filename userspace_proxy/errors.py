@@ -1,18 +1,18 @@
-"""The errors that somebody catches by name. Every other failure is a bug and keeps its traceback."""
+"""Errors that are caught by name. Any other exception is a bug and keeps its traceback."""
 
 from __future__ import annotations
 
 from userspace_proxy.printable import printable
 
-# Of a name, a value or a tool's answer, so much is shown.
+# Characters shown of a name, a value or the output of a tool.
 _SHOWN_MAX = 1_000
 
 
 class ConfigError(Exception):
-    """Something a user wrote is wrong: says what, in which field, and how to mend it.
+    """Invalid user input: what is wrong, in which field, and how to fix it.
 
-    ``field`` is a path such as ``spec.ports[0].port`` ("" for the whole object); whoever knows the
-    origin of the object turns it into ``file:line``.
+    ``field`` is a path such as ``spec.ports[0].port``, or "" for the whole object. Code that knows the origin of the
+    object turns it into ``file:line``.
     """
 
     def __init__(self, reason: str, *, field: str = "", mend: str = "") -> None:
@@ -27,12 +27,12 @@ class ConfigError(Exception):
 
 
 class Note(ConfigError):  # noqa: N818
-    """Something about a manifest that is no fault: it is incomplete here, or has no effect."""
+    """A remark on a manifest that is no error: a part is missing here or has no effect."""
 
 
 class SyncError(Exception):
-    """The kernel, or the tool that speaks to it, refused; what was in force before still is."""
+    """The kernel or a tool refused a change. The previous state stays in force."""
 
 
 class StartError(Exception):
-    """The proxy cannot run here: no privilege, a port taken, another instance. One line for stderr."""
+    """The proxy cannot start here (missing privilege, port in use, another instance). Shown as one line on stderr."""

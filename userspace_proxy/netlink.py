@@ -1,4 +1,4 @@
-"""Netlink messages and their attributes, as bytes: what everything that speaks to the kernel has in common. Pure."""
+"""Encode and decode netlink messages and their attributes. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def message(kind: int, flags: int, body: bytes) -> bytes:
 
 
 def messages(datagram: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield the kind and the body of each message in *datagram*; one that is cut off ends it."""
+    """Yield kind and body of each message in *datagram*. A truncated header ends the iteration."""
     at = 0
     while at + HEADER_BYTES <= len(datagram):
         length, kind, *_ = _HEADER.unpack_from(datagram, at)
@@ -31,7 +31,7 @@ def attribute(kind: int, value: bytes) -> bytes:
 
 
 def attributes(packed: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield the attributes in *packed* by their kind."""
+    """Yield kind and value of each attribute in *packed*."""
     at = 0
     while at + _ATTRIBUTE.size <= len(packed):
         length, kind = _ATTRIBUTE.unpack_from(packed, at)

@@ -1,4 +1,4 @@
-"""Outside text made safe to print: one line, no escape sequences, no password in a URL. Pure."""
+"""Make text from outside safe to print: one line, no escape sequences, no password in a URL. Pure."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _SHORTENED = "... ({} characters)"
 
 
 def brief(text: str, most: int = 0) -> str:
-    """Return *text* with stars for a URL's user and password, and at most *most* characters of it; 0: all."""
+    """Return *text* with user and password in URLs masked, cut to *most* characters; 0 does not cut."""
     if "@" in text:
         text = _USER_INFO.sub("***@", text)
     return text[:most] + _SHORTENED.format(len(text)) if most and len(text) > most else text
 
 
 def printable(text: str, most: int = 0) -> str:
-    """Return *text* with what could not be printed in one line escaped as in Python (``\\n``, ``\\x1b``, ``\\u202e``).
+    """Return *text* as `brief` does, with unprintable characters escaped as in Python.
 
-    It is `brief`, too.
+    For example ``\\n``, ``\\x1b`` and ``\\u202e``.
     """
     text = brief(text, most)
     if text.isascii() and text.isprintable():

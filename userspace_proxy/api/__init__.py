@@ -1,4 +1,4 @@
-"""What the API says: typed structs of the kinds we read, shared by every source."""
+"""Kubernetes objects as typed structs, shared by every source."""
 
 from userspace_proxy.api.convert import (
     KINDS,

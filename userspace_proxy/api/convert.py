@@ -1,4 +1,4 @@
-"""Plain values (from YAML or JSON) -> typed structs, with errors that name the field."""
+"""Convert plain values (from YAML or JSON) to typed structs, with errors that name the field."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _STEP = re.compile(r"\[(?P<index>\d+)\]|\[\"(?P<quoted>[^\"]*)\"\]|(?P<key>[^.\[
 _NO_SPACE_AFTER_COLON = re.compile(r"(?:- +)*(?P<key>[A-Za-z][\w.-]*):(?P<value>[^\s/]\S*)")
 _NO_SPACE_AFTER_DASH = re.compile(r"-(?P<key>[A-Za-z][\w./-]*):(\s|$)")
 _PORT_PAIR = re.compile(r"(\d{1,5}):(\d{1,5})")
-# What a single value means where a list has mappings.
+# The field that a single value stands for, in lists whose items are mappings.
 _KEYS = {
     "ports": "port",
     "addresses": "ip",
@@ -53,13 +53,13 @@ def convert(kind: str, plain: object) -> KubernetesObject:
     """Return *plain* as the struct of *kind* (a key of KINDS).
 
     Raises:
-        ConfigError: a value has the wrong type, or a field that cannot be done without is missing.
+        ConfigError: a value has the wrong type, or a required field is missing.
     """
     return convert_to(KINDS[kind], plain)
 
 
 def convert_to(wanted: type[_Wanted], plain: object, decode: Callable[[type, object], object] | None = None) -> _Wanted:
-    """Return *plain* as *wanted*; *decode* makes values of types that are not msgspec's.
+    """Return *plain* as *wanted*. *decode* converts to types that msgspec does not know.
 
     Raises:
         ConfigError: as for `convert`.
@@ -74,7 +74,7 @@ def convert_to(wanted: type[_Wanted], plain: object, decode: Callable[[type, obj
 
 
 def below(field: str, key: object) -> str:
-    """Return the path of *key* below *field*, quoted where the key itself holds dots: ``labels["a.b/c"]``."""
+    """Return the path of *key* in *field*, quoted if the key contains dots or brackets: ``labels["a.b/c"]``."""
     text = str(key)
     if re.search(r"[.\[\]]", text) or not text:
         return f'{field}["{text}"]'
@@ -82,7 +82,7 @@ def below(field: str, key: object) -> str:
 
 
 def steps(field: str) -> list[str | int]:
-    """Return the keys and indexes of which the path *field* consists."""
+    """Split the path *field* into its keys and indexes."""
     return [
         int(step["index"]) if step["index"] else step["key"] if step["quoted"] is None else step["quoted"]
         for step in _STEP.finditer(field)
@@ -93,9 +93,9 @@ def steps(field: str) -> list[str | int]:
 
 
 def space_error(text: str, field: str = "") -> ConfigError | None:
-    """Return that *text*, the value of *field*, lacks the space after its key's ':' or '-', if it does.
+    """Return an error if *text*, the value of *field*, lacks the space after the ':' or '-' of its key; else None.
 
-    Without *field* the key stands for it.
+    If *field* is empty, the error names the key instead.
     """
     if match := _NO_SPACE_AFTER_DASH.match(text):
         mend = f"write '- {match['key']}:'"
@@ -107,9 +107,9 @@ def space_error(text: str, field: str = "") -> ConfigError | None:
 
 
 def key_space_error(key: object, field: str) -> ConfigError | None:
-    """Return that in *key*, which stands in a mapping as the whole of *field*, a space is missing, if it is.
+    """Return an error if *key*, the whole of a mapping's key at *field*, lacks a space; else None.
 
-    So YAML reads ``-port: 80`` (the key ``-port``) and ``{port:80}`` (the key ``port:80``).
+    YAML reads ``-port: 80`` as the key ``-port``, and ``{port:80}`` as the key ``port:80``.
     """
     return space_error(str(key), field) or space_error(f"{key}:", field)
 
@@ -120,7 +120,7 @@ def _readable(message: str, plain: object) -> ConfigError:
     reason = message[: place.start()] if place else message
     if missing := re.fullmatch(r"Object missing required field `(.*)`", reason):
         return ConfigError(f"lacks the field {missing[1]}", field=field, mend=f"add {missing[1]}")
-    # A null is never what somebody means to write, so it is not offered.
+    # Null is never the intended value, so the message does not offer it.
     reason = re.sub(r"`([^`]*)`", lambda types: _in_words(types[1]), reason).replace("Expected ", "must be ")
     expected, _, got = reason.partition(", got ")
     if field.endswith("[...]"):
@@ -173,7 +173,7 @@ def _as_pair(pair: re.Match[str]) -> str:
 
 
 def _glued(value: object, field: str) -> ConfigError | None:
-    """Return that *value*, which should be a mapping or a list, is none because a space is missing, if so."""
+    """Return an error if *value* is no mapping or list because a space is missing; else None."""
     if isinstance(value, dict):
         return next((error for key in value if (error := key_space_error(key, field))), None)
     return space_error(value, field) if isinstance(value, str) else None
@@ -186,7 +186,7 @@ def _in_words(types: str) -> str:
 
 
 def _wrong_label(field: str, plain: object) -> ConfigError:
-    """Return what is wrong in a mapping of texts to texts; the message says no key, so it is looked up."""
+    """Return the error for a mapping whose values must be text. msgspec's message lacks the key, so look it up."""
     key, value = next(((k, v) for k, v in _mapping_at(plain, field).items() if not isinstance(v, str)), ("", None))
     parent = field.rpartition(".")[2]
     if isinstance(value, dict | list):
@@ -197,7 +197,7 @@ def _wrong_label(field: str, plain: object) -> ConfigError:
         return ConfigError(f"{key!r} under {parent!r} must be text, not a {got}", field=below(field, key), mend=mend)
     if value is None and (glued := key_space_error(key, below(field, key))):
         return glued
-    # The value is not shown: YAML has made 1.1 of 1.10 and true of yes.
+    # Do not show the value: YAML may have changed it (1.10 to 1.1, yes to true).
     got = "nothing" if value is None else "true or false" if isinstance(value, bool) else "a number"
     mend = "put the value in quotes" if value is not None else 'write "" where no value is meant'
     return ConfigError(f"the value of {key!r} must be text, not {got}", field=below(field, key), mend=mend)

@@ -1,7 +1,7 @@
-"""The fields that a proxy reads of each kind; all others are skipped.
+"""The fields of each Kubernetes kind that the proxy reads. Other fields are skipped.
 
-Go sends ``null`` for an empty list, so every field may be None. Nothing is checked here but types:
-what makes sense is decided in control/decode.py.
+Go encodes an empty list as ``null``, so every field may be None. Only types are checked here; control/decode
+validates the values.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class EndpointConditions(Struct, rename=_api_name, frozen=True):
 
 
 class Hint(Struct, rename=_api_name, frozen=True):
-    """A zone or node, by its name, for which an endpoint is meant."""
+    """The name of a zone or node that an endpoint is assigned to."""
 
     name: str | None = None
 

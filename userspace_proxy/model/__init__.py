@@ -1,1 +1,1 @@
-"""What the cluster wants: immutable values, pure functions, the standard library only."""
+"""Desired state as immutable values and pure functions. Imports the standard library only."""

@@ -1,7 +1,7 @@
-"""Choosing numbers (proxy ports, cluster IPs) that are the same after every restart.
+"""Allocate numbers (proxy ports, cluster IPs) that stay the same after a restart.
 
-A key's first candidate is its hash, the next ones follow it; a remembered number goes first. So most
-keys keep their number even where nothing could be remembered.
+The first candidate for a key is its remembered number, then the hash of the key, then the numbers after the hash.
+Most keys therefore keep their number even if the memory is lost.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 
 
 class Allocator:
-    """Hands out numbers in ``[0, size)``, each to one key; knows nothing of what they stand for.
+    """Allocates numbers in ``[0, size)``, each to one key. The meaning of a number is up to the caller.
 
-    ``changes`` counts takes and releases: who wants to remember them sees by it that there is something new.
+    ``changes`` counts allocations and releases. A caller that saves `memory` compares it to see whether to save again.
     """
 
     def __init__(self, size: int, remembered: Mapping[str, int] | None = None) -> None:
@@ -27,7 +27,7 @@ class Allocator:
         self._promised = set(self._remembered.values())
 
     def candidates(self, key: str) -> Iterator[int]:
-        """Yield the free numbers for *key* in the order to try them; numbers promised to other keys come last."""
+        """Yield the free numbers for *key* in the order to try them; numbers remembered for other keys come last."""
         remembered = self._remembered.get(key)
         if remembered is not None and remembered not in self._key_of:
             yield remembered
@@ -44,7 +44,7 @@ class Allocator:
         yield from promised
 
     def take(self, key: str, number: int) -> bool:
-        """Give *number* to *key*; False where another key holds it."""
+        """Allocate *number* to *key*. Return False if another key holds it."""
         holder = self._key_of.get(number)
         if holder is not None:
             return holder == key
@@ -59,7 +59,7 @@ class Allocator:
         return True
 
     def allocate(self, key: str) -> int | None:
-        """Return the number of *key*, giving it one if it has none; None when all are taken."""
+        """Return the number of *key*, allocating one if needed, or None if all numbers are taken."""
         held = self._number_of.get(key)
         if held is not None:
             return held
@@ -69,20 +69,20 @@ class Allocator:
         return None
 
     def release(self, key: str) -> None:
-        """Free the number of *key*; it is still remembered, should the key come back."""
+        """Free the number of *key*. The number stays remembered in case the key returns."""
         number = self._number_of.pop(key, None)
         if number is None:
             return
         self.changes += 1
         del self._key_of[number]
-        if len(self._remembered) > 2 * self.size:  # names that come and go must not grow this for ever
+        if len(self._remembered) > 2 * self.size:  # bounds the memory if names keep changing
             forgotten = next(k for k in self._remembered if k not in self._number_of)
             self._promised.discard(self._remembered.pop(forgotten))
 
     def holder(self, number: int) -> str | None:
-        """Return the key that holds *number*."""
+        """Return the key that holds *number*, or None if it is free."""
         return self._key_of.get(number)
 
     def memory(self) -> dict[str, int]:
-        """Return what the next process should remember: every number that is held now."""
+        """Return every number held now, for the next process to remember."""
         return dict(self._number_of)

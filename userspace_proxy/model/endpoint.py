@@ -11,7 +11,7 @@ Address = tuple[str, int]
 
 Family = Literal[4, 6]
 FAMILIES: tuple[Family, ...] = (4, 6)
-# Of a list of endpoints, so many are named.
+# Endpoints named in one description; the rest are counted.
 _SHOWN_MAX = 5
 
 
@@ -22,11 +22,11 @@ def family_of(ip: str) -> Family:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One address behind a service port, with what the API says of it.
+    """One address behind a service port, with its conditions from the API.
 
-    ``ip`` is canonical text (sockets take text, and 100,000 endpoints are cheap that way).
-    ``ready``: takes new traffic. ``serving``: answers, whatever ``ready`` says. ``terminating``: on its way out.
-    ``zone_hints``, ``node_hints``: for whom the slice controller meant it; empty where it said nothing.
+    ``ip`` is canonical text: sockets take text, and it keeps 100,000 endpoints cheap.
+    ``ready``: takes new traffic. ``serving``: answers requests, even if not ready. ``terminating``: is shutting down.
+    ``zone_hints``, ``node_hints``: the zones and nodes that the slice controller assigns it to; empty without hints.
     """
 
     ip: str
@@ -40,7 +40,7 @@ class Endpoint:
 
     @property
     def address(self) -> Address:
-        """Where to connect; two endpoints with one address are one backend."""
+        """The address to connect to. Endpoints with equal addresses are the same backend."""
         return self.ip, self.port
 
     def __str__(self) -> str:
@@ -53,9 +53,9 @@ def join_address(ip: str, port: int) -> str:
 
 
 def without_duplicates(endpoints: list[Endpoint]) -> tuple[Endpoint, ...]:
-    """Return *endpoints* with each address once, in the order given.
+    """Return *endpoints* with each address once, in the given order.
 
-    Of two with one address the one that is not terminating wins: a pod's IP was used again (behaviours S9).
+    Of two with the same address, prefer the one that is not terminating: the pod's IP was reused (behaviours S9).
     """
     by_address: dict[Address, Endpoint] = {}
     for endpoint in endpoints:
@@ -66,7 +66,7 @@ def without_duplicates(endpoints: list[Endpoint]) -> tuple[Endpoint, ...]:
 
 
 def difference(before: Iterable[Endpoint], after: Iterable[Endpoint]) -> str:
-    """Return in words how the endpoints of a service port have changed: how many there are, and which came and left."""
+    """Describe how endpoints changed: how many there are, and which were added, removed or changed condition."""
     old, new = ({endpoint.address: endpoint for endpoint in known} for known in (before, after))
     both = [(old[address], endpoint) for address, endpoint in new.items() if address in old]
     parts = {

@@ -1,4 +1,4 @@
-"""Whether syncs keep up with what is asked for, by IP family: kube-proxy's rule. Pure."""
+"""Tell whether syncs keep up with queued changes, per IP family, by kube-proxy's rule. Pure."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ FAMILY_NAMES = ("IPv4", "IPv6")
 
 
 class FamilyHealth(NamedTuple):
-    """``updated_at``: wall-clock second of the last sync that succeeded, None before the first."""
+    """Health of one IP family. ``updated_at``: wall-clock second of the last successful sync, None before the first."""
 
     healthy: bool
     updated_at: float | None
 
 
 class Freshness:
-    """Unhealthy is who was asked for something *timeout_s* ago and has completed nothing since (behaviours Z1).
+    """Unhealthy if a queued change has waited longer than *timeout_s* for a successful sync (behaviours Z1).
 
-    Nothing asked: healthy, however long ago the last sync was. What is asked while a sync runs waits for the next
-    one, from the moment when it was asked. *now* goes evenly; *wall* is what people read.
+    Healthy while no change is queued, however old the last sync is. A change queued during a sync waits for the next
+    sync, and its wait starts when it is queued. *now* is a monotonic clock; *wall* gives the times shown to users.
     """
 
     def __init__(
@@ -32,32 +32,33 @@ class Freshness:
         self._timeout_s = timeout_s
         self._now = now
         self._wall = wall
-        self._waiting: dict[str, float] = {}  # family -> since when the oldest wish waits that no sync has taken up
-        self._under_way: dict[str, float] = {}  # the same of those that a sync has taken up
-        self.queued_at: dict[str, float] = {}  # wall-clock seconds of the latest wish
+        self._waiting: dict[str, float] = {}  # family -> when its oldest change was queued; no sync has begun since
+        self._under_way: dict[str, float] = {}  # the same for changes in the running sync
+        self.queued_at: dict[str, float] = {}  # family -> wall-clock second of the latest queued change
         self.updated_at: dict[str, float] = {}
 
     def note_queued(self, families: Iterable[str] = FAMILY_NAMES) -> None:
-        """Something of *families* was asked for."""
+        """Note that a change of *families* is queued."""
         now, at = self._now(), self._wall()
         for family in families:
             self._waiting.setdefault(family, now)
             self.queued_at[family] = at
 
     def note_begin(self) -> None:
-        """A sync takes up all that was asked for until now."""
+        """Note that a sync begins. It covers every change queued so far."""
         self._under_way, self._waiting = self._waiting, {}
 
     def note_end(self, *, succeeded: bool) -> None:
-        """That sync has ended; one that failed leaves its wishes waiting, as old as they are."""
+        """Note that the sync ended. If it failed, its changes stay queued with their original times."""
         if succeeded:
             self.updated_at = dict.fromkeys(FAMILY_NAMES, self._wall())
         else:
-            self._waiting |= self._under_way  # the older of two
+            self._waiting |= self._under_way  # of two times, the running sync's is the older
         self._under_way = {}
 
     def of_families(self) -> dict[str, FamilyHealth]:
-        oldest = self._waiting | self._under_way  # what is under way waits for longer
+        """Return the health of each IP family now."""
+        oldest = self._waiting | self._under_way  # of two times, the running sync's is the older
         latest = self._now() - self._timeout_s
         return {
             family: FamilyHealth(family not in oldest or oldest[family] > latest, self.updated_at.get(family))

@@ -1,4 +1,4 @@
-"""What health-check node ports say: how many endpoints of a Service are on this node."""
+"""Compute the answers of health-check node ports: the number of a Service's endpoints on this node."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from userspace_proxy.model.state import ProxyState
 
 @dataclass(frozen=True, slots=True)
 class HealthCheck:
-    """The port at which load balancers ask for a Service, and what they are told."""
+    """The health-check node port of one Service, and the number of endpoints to report there."""
 
     port: int
     local_endpoints: int
 
 
 def health_checks(state: ProxyState) -> dict[NamespacedName, HealthCheck]:
-    """Return what is to be told of each Service that has a health-check node port and keeps external traffic local.
+    """Return the health check of each Service with a health-check node port and ``externalTrafficPolicy: Local``.
 
-    Counted are the ready endpoints on this node, by IP: two ports of a pod are one, and so are the two families of a
-    dual-stack pod. Those that serve while they terminate take traffic and are not counted: load balancers are to leave.
+    The count is of ready endpoints on this node, by IP: two ports of a pod count once, and so do the two families of a
+    dual-stack pod. Endpoints that serve while terminating take traffic but do not count: load balancers must leave.
     """
     ports: dict[NamespacedName, int] = {}
     local: dict[NamespacedName, set[str]] = {}
@@ -34,6 +34,6 @@ def health_checks(state: ProxyState) -> dict[NamespacedName, HealthCheck]:
 
 
 def _largest_family(ips: set[str]) -> int:
-    """Return how many of *ips* are of one family: as kube-proxy, which is one proxy for each, would count."""
+    """Return the larger of the counts per IP family, as kube-proxy (one proxier per family) would report."""
     ipv6 = sum(":" in ip for ip in ips)
     return max(ipv6, len(ips) - ipv6)

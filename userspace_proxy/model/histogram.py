@@ -1,4 +1,4 @@
-"""How often something took how long. Pure."""
+"""A histogram of durations. Pure."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 
-# kube-proxy's bounds for what a sync takes, so that its dashboards fit.
+# kube-proxy's bounds for the duration of a sync, so that its dashboards fit.
 SYNC_BOUNDS_S = [0.001 * 2**n for n in range(15)]
 
 
 class Histogram:
-    """Counts durations below each of some bounds."""
+    """Counts durations by upper bound."""
 
     def __init__(self, bounds_s: Sequence[float]) -> None:
         self._bounds_s = tuple(bounds_s)
@@ -30,12 +30,12 @@ class Histogram:
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Observe how long what is within takes, unless it raises."""
+        """Observe the duration of the block, unless it raises."""
         began = time.monotonic()
         yield
         self.observe(time.monotonic() - began)
 
     def buckets(self) -> list[tuple[str, float]]:
-        """Return (bound, how many took no longer), as Prometheus has them; the last bound is none."""
+        """Return (upper bound, number of durations up to it), as Prometheus expects; the last bound is ``+Inf``."""
         names = [*(f"{bound:g}" for bound in self._bounds_s), "+Inf"]
         return list(zip(names, accumulate(self._counts), strict=True))

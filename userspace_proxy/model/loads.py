@@ -1,4 +1,4 @@
-"""What loading the rules of a kernel mode has come to: plain numbers that loads add to and a scrape reads."""
+"""Counters for the rule loads of a kernel mode: loads add to them, a scrape reads them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from userspace_proxy.model.histogram import SYNC_BOUNDS_S, Histogram
 
 @dataclass(slots=True)
 class Loads:
-    """Of one IP family, or of both where one load is for both.
+    """Rule loads of one IP family, or of both if one load covers both.
 
-    ``whole``, ``changes``: how long it took to load everything, and only what differed. ``refused``: loads that the
-    kernel refused, ``refused_changes`` of them of what differed. ``rules``: how many are wanted, by table, where their
-    number grows with the Services; ``written``: how many the last load has written.
+    ``whole``, ``changes``: durations of full loads, and of loads that write only what changed. ``refused``: loads that
+    the kernel refused; ``refused_changes``: those that wrote only what changed. ``rules``: desired rules by table, for
+    tables that grow with the number of Services. ``written``: rules written by the last load, by table.
     """
 
     whole: Histogram = field(default_factory=lambda: Histogram(SYNC_BOUNDS_S))
@@ -28,7 +28,7 @@ class Loads:
 
     @contextmanager
     def of(self, *, everything: bool) -> Iterator[None]:
-        """Time the load within; what it raises is a refusal."""
+        """Time the load in the block. An exception counts as a refused load."""
         try:
             with (self.whole if everything else self.changes).timed():
                 yield

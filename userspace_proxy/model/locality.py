@@ -1,4 +1,4 @@
-"""Whose traffic must stay on this node and cannot. Pure."""
+"""Find service ports whose traffic must stay on this node but has no endpoint here. Pure."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ POLICIES = ("internal", "external")
 
 
 def without_local_endpoints(state: ProxyState) -> Mapping[tuple[str, str], int]:
-    """Return, by policy and IP family, how many service ports have endpoints, but none here, where the policy is Local.
+    """Return, by policy and IP family, the number of service ports with policy Local that have endpoints but none here.
 
-    Those without any endpoint are not counted (kube-proxy: TestNoEndpointsMetric, behaviours 8).
+    Service ports without any endpoint are not counted (kube-proxy: TestNoEndpointsMetric, behaviours 8).
     """
     counts = Counter(dict.fromkeys(product(POLICIES, ("IPv4", "IPv6")), 0))
     for name, service_port in state.service_ports.items():

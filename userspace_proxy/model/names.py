@@ -1,7 +1,7 @@
-"""Names: of objects, of service ports, and of the listeners that serve them.
+"""Names of objects, of service ports, and of their listeners.
 
-A service port is known by its service, its port's *name* and its protocol - not by its number: one
-number may serve TCP and UDP, and a renumbered port is still the same port.
+A service port is identified by its Service, its port's *name* and its protocol. The port number is not part of it:
+one number may serve TCP and UDP, and a port keeps its identity when its number changes.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 
 class L4Protocol(StrEnum):
-    """The transport protocols that can be proxied (SCTP cannot: it is refused where it is decoded)."""
+    """The supported transport protocols. Decoding rejects SCTP."""
 
     TCP = "TCP"
     UDP = "UDP"
 
-    # Enum's own is written in Python, and every look-up of a service port's name asks for it.
+    # Enum.__hash__ is written in Python and slow; every look-up by a service port's name calls it.
     __hash__ = str.__hash__
 
 
@@ -31,7 +31,7 @@ class NamespacedName(NamedTuple):
 
 
 class ObjectReference(NamedTuple):
-    """An object that something is said about; ``uid`` where it is known."""
+    """The object that an Event or log line is about; ``uid`` is "" if unknown."""
 
     kind: str
     name: NamespacedName
@@ -42,7 +42,7 @@ class ObjectReference(NamedTuple):
 
 
 class ServicePortName(NamedTuple):
-    """One port of one Service, shown as kube-proxy does: ``namespace/name:port_name``."""
+    """One port of one Service, shown as in kube-proxy: ``namespace/name:port_name``."""
 
     service: NamespacedName
     port_name: str
@@ -53,16 +53,17 @@ class ServicePortName(NamedTuple):
 
 
 class Scope(StrEnum):
-    """Which endpoints of a service port are meant: those of the cluster, or those of this node (policy Local)."""
+    """Which endpoints of a service port are used: all in the cluster, or those on this node (policy Local)."""
 
     CLUSTER = "cluster"
     LOCAL = "local"
 
 
 class ListenerName(NamedTuple):
-    """What serves one set of a service port's endpoints: a proxy port of its own, as UDP cannot tell what was dialled.
+    """Names the listener for one set of a service port's endpoints.
 
-    ``transparent``: the endpoints see the client's own address; else this node's.
+    Each listener has its own proxy port, because a UDP socket does not learn the address that the client dialled.
+    ``transparent``: endpoints see the client's address instead of this node's.
     """
 
     service_port: ServicePortName
@@ -75,7 +76,7 @@ class ListenerName(NamedTuple):
 
     @property
     def key(self) -> str:
-        """A text that is unique to this listener: ``namespace/name:port_name[@local][@transparent]/PROTOCOL``."""
+        """A unique text for this listener: ``namespace/name:port_name[@local][@transparent]/PROTOCOL``."""
         scope = "" if self.scope is Scope.CLUSTER else f"@{self.scope}"
         transparent = "@transparent" if self.transparent else ""
         service, port_name, protocol = self.service_port

@@ -1,6 +1,6 @@
-"""Where each client of a service port is led: to a listener, or to a refusal (kube-proxy's policies, as one table).
+"""Map each kind of client of a service port to a listener or a refusal: kube-proxy's traffic policies, as one table.
 
-What a client dials and where it comes from decide; nobody's bytes are looked at.
+The decision depends only on the dialled portal and the sender, never on the content of a packet.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from userspace_proxy.model.topology import Reach
 
 
 class Sender(Enum):
-    """Where a packet comes from. A route for POD or NODE goes before the one for ANYBODY.
+    """Where a packet comes from. A route for POD or NODE takes precedence over the route for ANYBODY.
 
-    POD: what the pod detector takes for a pod of this node; NODE: a process of the node itself.
+    POD: the pod detector matches it as a pod of this node. NODE: a process on the node itself.
     """
 
     ANYBODY = "anybody"
@@ -27,14 +27,17 @@ class Sender(Enum):
 
 
 class Refusal(Enum):
-    """REJECT: the kernel says no, as nobody is there. DROP: silence, as somebody is there, but not on this node."""
+    """How a packet is refused.
+
+    REJECT: with an error, because there are no endpoints. DROP: silently, because all endpoints are on other nodes.
+    """
 
     REJECT = "reject"
     DROP = "drop"
 
 
 class Route(NamedTuple):
-    """What becomes of packets from *sender* to *portal*."""
+    """What happens to packets from *sender* to *portal*."""
 
     portal: Portal
     sender: Sender
@@ -42,16 +45,16 @@ class Route(NamedTuple):
 
 
 def routes(service_port: ServicePort, family: Family, reach: Reach, *, detects_pods: bool) -> Iterator[Route]:
-    """Yield the routes of *service_port* in *family*, whose endpoints are *reach*; ANYBODY's is the first of a portal.
+    """Yield the routes of *service_port* in *family* with the endpoints *reach*; ANYBODY's is the first of each portal.
 
-    With the policy Local a client from outside meets the endpoints of this node alone, as it dialled this node for
-    the sake of its own address; pods and the node itself meet all (the short circuit of KEP-1669).
+    With policy Local, an external client reaches only endpoints on this node, which see its address. Pods and the node
+    itself reach all endpoints (the short circuit of KEP-1669).
 
-    *detects_pods*: pods can be told from others. Only then are others' addresses replaced at cluster IPs, and pods
-    short-circuited. The client's address is kept where the endpoint's answer comes back by way of this node.
+    *detects_pods*: a pod detector is configured. Only then are the addresses of clients other than pods replaced at
+    cluster IPs, and pods short-circuited. The client's address is kept if replies pass through this node.
     """
     for_anybody: dict[Portal, ListenerName | Refusal] = {}
-    for portal, sender, listener in _leads(service_port, family, detects_pods=detects_pods):
+    for portal, sender, listener in _targets(service_port, family, detects_pods=detects_pods):
         to: ListenerName | Refusal = listener
         if not (reach.cluster if listener.scope is Scope.CLUSTER else reach.local):
             to = Refusal.DROP if reach.has_any else Refusal.REJECT
@@ -63,14 +66,15 @@ def routes(service_port: ServicePort, family: Family, reach: Reach, *, detects_p
 
 
 def listeners(service_port: ServicePort, *, detects_pods: bool) -> tuple[ListenerName, ...]:
-    """Return every listener to which some client of *service_port* is led, or would be if there were endpoints."""
-    leads = (lead for f in service_port.families for lead in _leads(service_port, f, detects_pods=detects_pods))
-    return tuple(dict.fromkeys(listener for _, _, listener in leads))
+    """Return every listener that clients of *service_port* may be routed to, whether or not it has endpoints."""
+    targets = (each for f in service_port.families for each in _targets(service_port, f, detects_pods=detects_pods))
+    return tuple(dict.fromkeys(listener for _, _, listener in targets))
 
 
-def _leads(
+def _targets(
     service_port: ServicePort, family: Family, *, detects_pods: bool
 ) -> Iterator[tuple[Portal, Sender, ListenerName]]:
+    """Yield the listener for each portal and sender, before endpoints are considered."""
     replaced = ListenerName(service_port.name)
     kept = replaced._replace(transparent=service_port.source_ip is SourceIP.TRANSPARENT)
     internal = Scope.LOCAL if service_port.internal_local else Scope.CLUSTER

@@ -1,4 +1,4 @@
-"""Service ports, and the portals at which clients find them."""
+"""Service ports, and the portals at which clients reach them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ANY_ADDRESS: dict[Family, str] = {4: "0.0.0.0", 6: "::"}  # noqa: S104 - nothin
 
 @dataclass(frozen=True, slots=True)
 class Portal:
-    """One address a client may dial: a virtual IP and port, or (with ``0.0.0.0`` or ``::``) a port on every node IP."""
+    """One address that clients may dial: a virtual IP and port, or a port on every node IP (``0.0.0.0`` or ``::``)."""
 
     ip: str
     port: int
@@ -33,12 +33,16 @@ class Portal:
 
 
 def node_portal(family: Family, port: int, protocol: L4Protocol) -> Portal:
-    """Return the portal that is *port* on every address of this node."""
+    """Return the portal for *port* on every address of this node."""
     return Portal(_ANY_ADDRESS[family], port, protocol)
 
 
 class SourceIP(StrEnum):
-    """Whose address an endpoint sees: this node's, the client's in a PROXY header before all bytes, or the client's."""
+    """The source address that endpoints see.
+
+    NODE: this node's. PROXY_PROTOCOL_V1, PROXY_PROTOCOL_V2: this node's, with the client's in a header before the first
+    byte. TRANSPARENT: the client's.
+    """
 
     NODE = "node"
     PROXY_PROTOCOL_V1 = "proxy-protocol-v1"
@@ -46,24 +50,24 @@ class SourceIP(StrEnum):
     TRANSPARENT = "transparent"
 
 
-# What a kernel may know (net/netfilter/ipvs), newest last.
+# Schedulers that a kernel may offer (net/netfilter/ipvs), newest last.
 IPVS_SCHEDULERS = ("rr", "wrr", "lc", "wlc", "lblc", "lblcr", "dh", "sh", "sed", "nq", "fo", "ovf", "mh", "twos")
 
 Weights = tuple[tuple[str, int], ...]
-"""Endpoints' IPs, and how much of the new connections each gets."""
+"""Endpoint IPs with their relative shares of new connections."""
 WEIGHT_MAX = 100
 
 
 @dataclass(frozen=True, slots=True)
 class ServicePort:
-    """One port of a Service with all that decides where its traffic comes from and goes to.
+    """One port of a Service, with every field that decides where its traffic comes from and goes to.
 
-    ``affinity_timeout_s`` is None without ``sessionAffinity: ClientIP``; ``node_port`` and ``health_check_node_port``
-    are 0 where there is none. ``load_balancer_ips`` are those that this node answers for (ipMode VIP);
-    ``source_ranges`` are the CIDRs that may dial these, everybody where there are none. ``internal_local``,
-    ``external_local``: the traffic policy Local, for who comes by a cluster IP and for who comes another way.
-    ``ipvs_scheduler``: "" for the node's default; ``weights``: of endpoints that do not have the weight 1. Of meaning
-    in some kernel modes only.
+    ``affinity_timeout_s`` is None without ``sessionAffinity: ClientIP``. ``node_port`` and ``health_check_node_port``
+    are 0 if unset. ``load_balancer_ips``: those that this node answers for (ipMode VIP). ``source_ranges``: the CIDRs
+    that may dial these; empty allows all. ``internal_local``, ``external_local``: traffic policy Local, for clients of
+    a cluster IP and for clients of the other portals.
+    ``ipvs_scheduler``: "" for the node's default. ``weights``: of endpoints with a weight other than 1. Both apply in
+    some kernel modes only.
     """
 
     name: ServicePortName
@@ -87,24 +91,24 @@ class ServicePort:
 
     @property
     def is_externally_accessible(self) -> bool:
-        """Whether it may be dialled at anything but its cluster IPs."""
+        """Whether it has a portal other than its cluster IPs."""
         return bool(self.node_port or self.load_balancer_ips or self.external_ips)
 
 
 def internal_portals(service_port: ServicePort) -> Iterator[Portal]:
-    """Yield where clients inside the cluster dial *service_port*."""
+    """Yield the portals for clients inside the cluster."""
     for ip in service_port.cluster_ips:
         yield Portal(ip, service_port.port, service_port.name.protocol)
 
 
 def load_balancer_portals(service_port: ServicePort) -> Iterator[Portal]:
-    """Yield what a load balancer leads to this node as it was dialled; `source_ranges` are about these alone."""
+    """Yield the portals at load balancer IPs; `source_ranges` apply to these alone."""
     for ip in service_port.load_balancer_ips:
         yield Portal(ip, service_port.port, service_port.name.protocol)
 
 
 def external_portals(service_port: ServicePort) -> Iterator[Portal]:
-    """Yield where clients outside of the cluster dial *service_port*; `external_local` is about these."""
+    """Yield the portals for clients outside the cluster; `external_local` applies to these."""
     protocol = service_port.name.protocol
     for ip in service_port.external_ips:
         yield Portal(ip, service_port.port, protocol)
@@ -115,5 +119,5 @@ def external_portals(service_port: ServicePort) -> Iterator[Portal]:
 
 
 def portals(service_port: ServicePort) -> tuple[Portal, ...]:
-    """Return every address at which clients may dial *service_port*, cluster IPs first, each once."""
+    """Return every portal of *service_port*, cluster IPs first, without duplicates."""
     return tuple(dict.fromkeys((*internal_portals(service_port), *external_portals(service_port))))

@@ -1,4 +1,4 @@
-"""One consistent picture of what the cluster wants."""
+"""Desired state: one consistent snapshot of all service ports and endpoints."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from userspace_proxy.model.topology import Node
 
 @dataclass(frozen=True, slots=True)
 class ProxyState:
-    """Every service port with its endpoints, and the node they are seen from, at one moment.
+    """All service ports with their endpoints, and the node that the proxy runs on, at one moment.
 
-    ``service_cidrs``: where the cluster's API says that cluster IPs are from; empty where it does not say so.
-    Both mappings are read-only and have the same keys. A value that did not change is the *same object*
-    in the next state, so ``is not`` finds what changed and a sync costs what changed.
+    ``service_cidrs``: the cluster IP ranges that the API states; empty if it states none.
+    Both mappings are read-only and have the same keys. An unchanged value is the *same object* in the next state, so
+    ``is not`` finds the changes and the cost of a sync follows the number of changes.
     """
 
     service_ports: Mapping[ServicePortName, ServicePort] = field(default_factory=lambda: MappingProxyType({}))

@@ -1,4 +1,4 @@
-"""Which endpoints may take traffic: the ready ones, those of this node, those that are meant for its zone."""
+"""Choose the endpoints that may take traffic, by readiness, node and topology hints."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from userspace_proxy.model.service import ServicePort
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What decides on endpoints here: this node's name ("": no endpoint is local), its zone, its own addresses.
+    """The facts about this node that endpoint selection needs.
 
-    ``addresses`` are canonical, the primary one of each family first. ``pod_cidrs``: what its pods have theirs from.
+    ``name``: if "", no endpoint is local. ``addresses``: canonical, the primary one of each family first.
+    ``pod_cidrs``: the ranges of its pods' addresses.
     """
 
     name: str = ""
@@ -25,9 +26,9 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """The endpoints of one service port that new traffic may go to, by traffic policy (kube-proxy: topology.go).
+    """The endpoints of one service port that new traffic may use, by traffic policy (kube-proxy: topology.go).
 
-    ``has_any``: somewhere in the cluster there is one that may take traffic, though perhaps none of this node.
+    ``has_any``: some endpoint in the cluster may take traffic, perhaps on another node.
     """
 
     cluster: tuple[Endpoint, ...] = ()
@@ -36,10 +37,10 @@ class Reach:
 
 
 def reach(service_port: ServicePort, endpoints: Iterable[Endpoint], node: Node) -> Reach:
-    """Return which of *endpoints*, all of one family, the clients of *service_port* may reach from *node*.
+    """Return which of *endpoints*, all of one family, clients of *service_port* may reach from *node*.
 
-    Cluster: the ready ones that are meant for this node or zone; local: the ready ones on this node, whatever the
-    hints say. Where there are none, those that still serve while they terminate (KEP-1669), hinted or not.
+    Cluster: ready endpoints that hints assign to this node or zone. Local: ready endpoints on this node; hints do not
+    apply. If there are none, endpoints that still serve while terminating (KEP-1669); hints do not apply to these.
     """
     known = tuple(endpoints)
     external_local = service_port.external_local and service_port.is_externally_accessible
@@ -48,7 +49,7 @@ def reach(service_port: ServicePort, endpoints: Iterable[Endpoint], node: Node) 
     cluster: tuple[Endpoint, ...] = ()
     local: tuple[Endpoint, ...] = ()
     if uses_cluster:
-        cluster = meant_for(node, usable_endpoints(known))
+        cluster = apply_hints(node, usable_endpoints(known))
     has_any = bool(cluster)
     if uses_local:
         has_any = has_any or bool(usable_endpoints(known))
@@ -60,17 +61,17 @@ def reach(service_port: ServicePort, endpoints: Iterable[Endpoint], node: Node) 
 def usable_endpoints(endpoints: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
     """Return the endpoints that may take new traffic.
 
-    Ready ones; if there are none, those still serving while they terminate (KEP-1669).
+    Ready endpoints; if there are none, endpoints that still serve while terminating (KEP-1669).
     """
     known = tuple(endpoints)
     return tuple(e for e in known if e.ready) or tuple(e for e in known if e.serving and e.terminating)
 
 
-def meant_for(node: Node, usable: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:
-    """Return those of *usable* that their hints mean for *node*: for it by name, else for its zone, else all.
+def apply_hints(node: Node, usable: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:
+    """Return those of *usable* that hints assign to *node*: by node name, else by zone, else all.
 
-    A kind of hint counts only where every ready endpoint has it, and one of them names this node or zone (KEP-2433,
-    KEP-3015). Endpoints that are not ready are a last resort, and taken whatever their hints say.
+    A kind of hint applies only if every endpoint has it and at least one names this node or zone (KEP-2433, KEP-3015).
+    Hints do not apply to endpoints that are not ready.
     """
     if not all(e.ready for e in usable):
         return usable
@@ -83,5 +84,5 @@ def meant_for(node: Node, usable: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:
 
 
 def serving_endpoints(endpoints: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
-    """Return the endpoints whose existing UDP flows may stay where they are (behaviours U1)."""
+    """Return the endpoints whose existing UDP flows may stay (behaviours U1)."""
     return tuple(e for e in endpoints if e.serving)
