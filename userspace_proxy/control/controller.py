@@ -82,6 +82,11 @@ class Controller:
         self._started_at = time.time()
         self._triggers: list[tuple[str, float]] = []  # family and time of what no sync has brought yet
 
+    def sync_again(self) -> None:
+        """Sync soon, though no source told anything: this host has changed."""
+        if self.attempted.is_set():
+            self._changed.set()
+
     async def run(self) -> None:
         """Run until cancelled."""
         async with asyncio.TaskGroup() as group:

@@ -85,6 +85,12 @@ class Tracker:
         """This node, as the latest state has it."""
         return self._state.node
 
+    def see_addresses(self, addresses: tuple[str, ...]) -> bool:
+        """Take *addresses* for this host's own from now on; return whether they differ from those before."""
+        differs = addresses != self._here.addresses
+        self._here = replace(self._here, addresses=addresses)
+        return differs
+
     def apply(self, events: Iterable[ObjectEvent]) -> None:
         """Note what *events* say."""
         for event in events:

@@ -31,7 +31,7 @@ from userspace_proxy.modes.userspace.loader import KERNELS
 from userspace_proxy.modes.userspace.proxier import UserspaceProxier
 from userspace_proxy.runtime.cleanup import remove_others, require_net_admin
 from userspace_proxy.runtime.lifecycle import Ending, Succession, children, reap, start_anew, was_left
-from userspace_proxy.runtime.node_network import WithRoutes, leave_network, watch_network
+from userspace_proxy.runtime.node_network import WithRoutes, follow_addresses, leave_network, watch_network
 from userspace_proxy.runtime.node_setup import Ground, take_ground
 from userspace_proxy.runtime.parts import (
     KERNEL_MODES,
@@ -192,6 +192,7 @@ class _Running:
         }
         if self._advisor is not None:
             jobs["advise"] = self._advisor.run()
+        jobs["follow-addresses"] = follow_addresses(self._tracker, self._controller.sync_again)
         if isinstance(proxier, UserspaceProxier):
             jobs["watch-network"] = watch_network(settings.capture, proxier)
         async with asyncio.TaskGroup() as group:

@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 
+from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.errors import SyncError
 from userspace_proxy.host import discard_routes, network, sysctls
 from userspace_proxy.host.network import Network
@@ -27,6 +28,8 @@ from userspace_proxy.modes.userspace.proxier import UserspaceProxier
 from userspace_proxy.netfilter.notices import NetworkNotices
 
 _SETTLE_S = 0.2
+# Pods come and go, and each brings notices: to look takes some tens of milliseconds of CPU.
+_ADDRESSES_SETTLE_S = 1.0
 # Linux forgets a redirect after so long (RT_GC_TIMEOUT in net/ipv4/route.c).
 _REDIRECT_LASTS_S = 300.0
 
@@ -78,6 +81,23 @@ async def watch_network(asked: str, proxier: UserspaceProxier) -> None:
                 except SyncError as error:
                     log.error("capture could not be changed: %s", error)  # noqa: TRY400
                     await asyncio.sleep(_SETTLE_S)
+    finally:
+        notices.close()
+
+
+async def follow_addresses(tracker: Tracker, sync_again: Callable[[], None]) -> None:
+    """Tell *tracker* this host's addresses whenever they or the default route have changed. Runs until cancelled."""
+    changed = asyncio.Event()
+    notices = NetworkNotices(changed.set)
+    try:
+        while True:
+            await changed.wait()
+            await asyncio.sleep(_ADDRESSES_SETTLE_S)
+            changed.clear()
+            addresses = await network.host_addresses()
+            if addresses and tracker.see_addresses(addresses):
+                log.info("this host's addresses are %s now", ", ".join(addresses))
+                sync_again()
     finally:
         notices.close()
 
