@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from userspace_proxy.modes.iptables import explain as kube
 from userspace_proxy.modes.ipvs import explain as ipvs
-from userspace_proxy.modes.reasons import nft_text, xtables_text
+from userspace_proxy.modes.reasons import nft_text
 from userspace_proxy.modes.reasons.known import Known
 from userspace_proxy.modes.reasons.lines import Explained, Line, Way
 from userspace_proxy.modes.rule_line import Rules
@@ -17,12 +16,6 @@ from userspace_proxy.modes.slots import explain as slots
 
 # From the rules as text, and what is known of their Services, to lines; with True, to those that some packet needs.
 Reader = Callable[[str, Known, bool], Iterable[Line]]
-
-
-def _iptables(text: str, known: Known, is_short: bool) -> Iterable[Line]:
-    families = xtables_text.parse(text)
-    explain = kube.explainer(families, known)
-    return xtables_text.write(kube.what_is_met(families) if is_short else families, explain)
 
 
 def _nftables(text: str, known: Known, is_short: bool) -> Iterable[Line]:
@@ -36,12 +29,11 @@ def _ipvs(text: str, known: Known, is_short: bool) -> Iterable[Line]:
 
 
 READERS: Mapping[Way, Reader] = {
-    Way("iptables", "iptables"): _iptables,
     Way("nftables", "nftables"): _nftables,
     Way("ipvs", "ipvsadm"): _ipvs,
 }
 
-WAYS = (Way("userspace", "nftables"), Way("userspace", "iptables"), *READERS)
+WAYS = (Way("userspace", "nftables"), Way("userspace", "iptables"), Way("iptables", "iptables"), *READERS)
 
 
 def ways(mode: str, rules: str) -> list[Way]:

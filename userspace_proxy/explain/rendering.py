@@ -128,7 +128,7 @@ def _rules(settings: Settings, given: _Given, names: Set[ServicePortName] | None
             host_ips = facts.node.addresses or asyncio.run(network.host_addresses())
             return ipvs.text(translations.values(), facts, host_ips, settings.ipvs_scheduler)
         if settings.proxy_mode == "iptables":
-            return kube_kernel.text(translations, facts, manner_of(settings))
+            return kube_kernel.rules(translations, facts, manner_of(settings))
         return SlotTable().text(facts, translations.values())
     redirects = _redirects(settings, given)
     if names is not None:

@@ -45,8 +45,6 @@ NO_LOOP_REASON = (
     "`no route to host`."
 )
 
-IsKept = Callable[[str], bool]
-
 
 def new_chain(name: str, reason: Reason = "", service: ServicePortName | None = None) -> RuleLine:
     """Return the line that makes the chain *name*, or empties it."""
@@ -78,10 +76,14 @@ def _and_makes(reason: Reason) -> Reason:
 
 
 class XtablesScript(NamedTuple):
-    """What the tools of both families read. ``is_kept``: of chains without rules that have a use nevertheless."""
+    """What the tools of both families read.
+
+    ``is_dead``: whether no packet can match a rule. ``is_kept``: of chains without rules that have a use nevertheless.
+    """
 
     families: Sequence[tuple[str, Sequence[Section]]]  # the comment that names the tool, and its input
-    is_kept: IsKept = lambda _: False
+    is_dead: Callable[[RuleLine], bool] = lambda _: False
+    is_kept: Callable[[str], bool] = lambda _: False
 
     def lines(self) -> Iterator[RuleLine]:
         for tool, sections in self.families:
@@ -99,28 +101,27 @@ class XtablesScript(NamedTuple):
         """
         left = []
         for tool, given in self.families:
-            sections = [_used(section, self.is_kept) for section in given]
+            sections = [self._used(section) for section in given]
             if any(_serves(rule.text) for section in sections for rule in section.rules):
                 left.append((tool, [section for section in sections if section.rules]))
         return self._replace(families=left)
 
-
-def _used(section: Section, is_kept: IsKept) -> Section:
-    rules = [rule for rule in section.rules if f" {OUT_BY_LO} " not in rule.text]
-    names = {line.text[1:].split()[0]: line for line in section.chains}
-    while True:
-        empty = names.keys() - {_chain_of(rule) for rule in rules}
-        led_to = [rule for rule in rules if _target(rule) not in empty]
-        callers = {*map(_target, led_to), *BUILT_IN}
-        left = [rule for rule in led_to if _chain_of(rule) in callers]
-        if left == rules:
-            break
-        rules = left
-    order = {name: number for number, name in enumerate(_called(rules))}
-    used = [name for name in names if name not in empty or is_kept(name)]
-    used.sort(key=lambda name: order.get(name, -1))
-    rules.sort(key=lambda rule: order[_chain_of(rule)])
-    return Section(section.table, [names[name] for name in used], rules)
+    def _used(self, section: Section) -> Section:
+        rules = [rule for rule in section.rules if f" {OUT_BY_LO} " not in rule.text and not self.is_dead(rule)]
+        names = {line.text[1:].split()[0]: line for line in section.chains}
+        while True:
+            empty = names.keys() - {_chain_of(rule) for rule in rules}
+            led_to = [rule for rule in rules if _target(rule) not in empty]
+            callers = {*map(_target, led_to), *BUILT_IN}
+            left = [rule for rule in led_to if _chain_of(rule) in callers]
+            if left == rules:
+                break
+            rules = left
+        order = {name: number for number, name in enumerate(_called(rules))}
+        used = [name for name in names if name not in empty or self.is_kept(name)]
+        used.sort(key=lambda name: order.get(name, -1))
+        rules.sort(key=lambda rule: order[_chain_of(rule)])
+        return Section(section.table, [names[name] for name in used], rules)
 
 
 def _called(rules: Sequence[RuleLine]) -> list[str]:

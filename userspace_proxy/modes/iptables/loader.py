@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections import Counter
@@ -19,8 +20,22 @@ from userspace_proxy.model.loads import Loads
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.routes import Refusal
 from userspace_proxy.modes.iptables import tables as kube_tables
-from userspace_proxy.modes.iptables.chains import Manner, Rules, node_rules, service_rules
+from userspace_proxy.modes.iptables.chains import (
+    LOCALNET,
+    NODE_PORTS,
+    SHARED,
+    Chain,
+    Manner,
+    Rules,
+    node_lines,
+    node_rules,
+    own_chains,
+    service_lines,
+    service_rules,
+)
 from userspace_proxy.modes.iptables.tables import Tables
+from userspace_proxy.modes.rule_line import RuleLine
+from userspace_proxy.modes.xtables_script import TOOLS, XtablesScript, new_chain
 from userspace_proxy.netfilter import xtables
 from userspace_proxy.netfilter.notices import LaterLook, RuleNotices, call_often, quiet
 
@@ -275,14 +290,25 @@ def _said(how: Manner, translations: Mapping[ServicePortName, Translation], fami
     return replace(how, says_endpoints=endpoints <= _SAID_MAX)
 
 
-def text(translations: Mapping[ServicePortName, Translation], facts: NodeFacts, how: Manner) -> str:
+def rules(translations: Mapping[ServicePortName, Translation], facts: NodeFacts, how: Manner) -> XtablesScript:
     """Return what is loaded for *translations* where nothing is yet, for the tools of both families. Pure."""
-    said = ""
-    for family, tool in zip(FAMILIES, ("iptables-restore", "ip6tables-restore"), strict=True):
+    made = {chain: new_chain(chain.name, reason) for chain, reason in SHARED.items()}
+    made.update(itertools.chain.from_iterable(own_chains(each).items() for each in translations.values()))
+    families, has_node_ports = [], False
+    for family, tool in zip(FAMILIES, TOOLS, strict=True):
         here = replace(_said(how, translations, family), pods=facts.pods, node_ports_on=facts.node_ports_on)
-        services = {name: service_rules(made, family, here) for name, made in translations.items()}
-        said += f"# {tool} --noflush\n{kube_tables.whole(Tables(node_rules(family, here), services), {})}"
-    return said
+        lines: dict[Chain, list[RuleLine]] = {chain: [] for chain in SHARED}
+        of_services = (service_lines(each, family, here) for each in translations.values())
+        for found in (*of_services, node_lines(family, here)):
+            for chain, of_chain in found.items():
+                lines.setdefault(chain, []).extend(of_chain)
+        has_node_ports |= bool(lines[NODE_PORTS])
+        families.append((tool, [kube_tables.section(table, lines, made) for table in kube_tables.TABLES]))
+
+    def is_dead(rule: RuleLine) -> bool:
+        return not has_node_ports and rule.text.startswith(f"-A {LOCALNET.name} ")
+
+    return XtablesScript(families, is_dead, kube_tables.MARK.__eq__)
 
 
 def _rejected_ips(made: Translation) -> frozenset[str]:

@@ -24,6 +24,8 @@ from userspace_proxy.modes.iptables.chains import (
     Chain,
     Rules,
 )
+from userspace_proxy.modes.rule_line import RuleLine
+from userspace_proxy.modes.xtables_script import Section, new_chain
 
 MARK = "USERSPACE-PROXY-OWNS-KUBE"
 TABLES = ("filter", "nat")
@@ -158,6 +160,17 @@ def whole(wanted: Tables, saved: Saved, chains_at_once: int | None = None, notes
         lines = [*first, *(f":{c.name} - [0:0]" for c in stale), *_written(last, chains), *_jumps_to_make(saved, table)]
         text += _block(table, [*lines, *(f"-X {chain.name}" for chain in stale if chain not in led_to)])
     return text
+
+
+def section(table: str, rules: Mapping[Chain, Sequence[RuleLine]], made: Mapping[Chain, RuleLine]) -> Section:
+    """Return what `whole` writes of *table* where nothing is yet. *made*: the lines that make chains."""
+    mark = "Says by being there that the chains named KUBE-... in this table are ours, and no kube-proxy's."
+    of_table = [chain for chain in rules if chain.table == table]
+    chains = [chain for chain in of_table if chain in _SHARED]
+    chains += sorted((chain for chain in of_table if chain not in _SHARED), key=_depth)
+    lines = [line._replace(text=f"-A {chain.name} {line.text}") for chain in chains for line in rules[chain]]
+    jumps = [RuleLine(f"-I {j.source} {j.rule}", j.reason) for j in JUMPS if j.chain.table == table]
+    return Section(table, [new_chain(MARK, mark), *(made[chain] for chain in chains)], [*lines, *jumps])
 
 
 def counts(rules: Rules) -> Counter[str]:
