@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from dataclasses import replace
 
 import pytest
 
@@ -264,3 +265,32 @@ def test_a_note_of_a_selector_shows_the_label_of_the_template_that_is_here() -> 
 
     assert found.severity == "note"
     assert "write 'app: web', as a template here has it" in found.mend
+
+
+PAIR = """\
+apiVersion: v1
+kind: Service
+metadata: {name: a}
+spec: {FIRST selector: {app: web}, ports: [{port: 80}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: b}
+spec: {SECOND selector: {app: web}, ports: [{port: 80}]}
+"""
+
+
+def test_a_service_that_states_an_address_has_it_wherever_it_stands() -> None:
+    options = replace(OPTIONS, cluster_ips=[ipaddress.ip_network("10.96.0.0/29")])
+    # Any of these may be given to the first one.
+    texts = [PAIR.replace("FIRST", "").replace("SECOND", f"clusterIP: 10.96.0.{last},") for last in range(1, 7)]
+
+    assert [faults(text + POD, options) for text in texts] == [[]] * 6
+
+
+def test_a_service_that_loses_an_external_address_to_a_later_one_is_named() -> None:
+    text = PAIR.replace("FIRST", "externalIPs: [10.96.0.50],").replace("SECOND", "clusterIP: 10.96.0.50,")
+
+    (found,) = faults(text + POD)
+
+    assert (found.line, found.field) == (4, "spec.externalIPs[0]")

@@ -122,17 +122,31 @@ class Linter:
                 self._concerned |= self._excused.pop(held.name.namespace, {})
 
     def work(self) -> bool:
-        """Look at one Service that a change concerns; return whether there was one."""
-        if not self._concerned:
-            return False
-        name = next(iter(self._concerned))
-        del self._concerned[name]
+        """Look at the Services that changes concern; return whether there were any.
+
+        As for `run`, those that state addresses and ports go before those that are given some. Services that lost
+        something to another one are left for the next call.
+        """
+        names, self._concerned = self._concerned, {}
+        present: dict[NamespacedName, api.Service] = {}
+        for name in names:
+            service = next((manifest.object for manifest in self._index.services.get(name, ())), None)
+            if isinstance(service, api.Service) and decode.is_proxied(service, self._options.proxy_name):
+                present[name] = service
+            else:  # what leaves goes first, so that addresses are free
+                self._look_at(name)
+        self._allotments.make_way(present)
+        for name, _ in sorted(present.items(), key=lambda item: self._allotments.first(*item)):
+            self._look_at(name)
+        self._concerned |= dict.fromkeys(self._allotments.take_evicted())
+        return bool(names)
+
+    def _look_at(self, name: NamespacedName) -> None:
         self._changed[name] = None
         if found := list(self._of_service(name)):
             self._shared[name] = found
         else:
             self._shared.pop(name, None)
-        return True
 
     def found(self) -> Iterator[Found]:
         """Yield all that is known."""
