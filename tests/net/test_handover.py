@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -653,6 +654,23 @@ def test_a_flood_of_connects_to_the_name_meets_nobody(fresh_proxy: Proxy, world:
     assert "is running" in told(world.node, fresh_proxy, "cleanup")
     for sock in held:
         sock.close()
+
+
+def test_a_worker_that_hangs_is_replaced_before_the_control_process_starts_anew(
+    fresh_proxy: Proxy, world: ServiceLab
+) -> None:
+    """A new control process could not take over from it, and nothing would serve any more."""
+    serve_web(fresh_proxy)
+    fresh_proxy.start()
+    assert fresh_proxy.process is not None
+    os.kill(fresh_proxy.workers()[0], signal.SIGSTOP)
+
+    fresh_proxy.process.send_signal(signal.SIGUSR2)
+
+    said = re.compile("SIGUSR2 is not heeded, this process serves on: worker process|taken over from another process")
+    wait_until(lambda: said.search(fresh_proxy.log()), "the worker is replaced")
+    wait_until(lambda: answers(world.client, WEB, 80), "it is served again")
+    assert fresh_proxy.stop() == 0
 
 
 def test_a_reload_that_cannot_take_over_leaves_the_running_process_as_it_is(

@@ -37,6 +37,8 @@ _LEFT = "USERSPACE_PROXY_LISTENERS"
 # Set for a process that is to find out whether a start anew would succeed, and to end.
 _REHEARSAL = "USERSPACE_PROXY_REHEARSAL"
 _REHEARSAL_S = 30.0
+# Longer than it takes to replace a worker that hangs.
+_WORKERS_ANSWER_S = 10.0
 _DRAINING = "; open connections go on here"
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -89,6 +91,7 @@ class Succession:
         self._hurried = False
         self._told_to_go = asyncio.Event()
         self._keeps_on = False  # workers would serve on without us
+        self._plane: DataPlane | None = None
         self._successors = 0
         self._rehearsal: asyncio.Task[None] | None = None
         self._is_left = False  # to a new program of ours, which is about to begin
@@ -110,6 +113,7 @@ class Succession:
         Raises:
             StartError: they cannot be taken over; who served before goes on.
         """
+        self._plane = plane
         if not inheritance.conversations:
             if isinstance(plane, RemotePlane):
                 plane.keep_on(inheritance.name)
@@ -214,7 +218,7 @@ class Succession:
 
     async def _start_anew(self) -> None:
         try:
-            obstacle = await _rehearse()
+            obstacle = await _rehearse() or await self._ask_workers()
         finally:
             self._rehearsal = None
         if self.stop.is_set():
@@ -227,6 +231,17 @@ class Succession:
         log.info("starting anew; workers serve on meanwhile")
         self.ending = Ending.AGAIN
         self.stop.set()
+
+    async def _ask_workers(self) -> str:
+        """Return why the new process would find no worker that hands over; "" if all answer."""
+        if not isinstance(self._plane, RemotePlane):
+            return ""
+        try:
+            async with asyncio.timeout(_WORKERS_ANSWER_S):
+                await self._plane.stats()
+        except TimeoutError:
+            return "a worker does not answer"
+        return self._plane.failing
 
     # ---- the end
 
