@@ -1,7 +1,8 @@
-"""Write docs/reference/flags.md, the flags of every command, from the command line itself (`make reference`)."""
+"""Write docs/reference/flags.md, and the table of fields in configuration.md, from the code (`make reference`)."""
 
 from __future__ import annotations
 
+import re
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import click
 
 from userspace_proxy.cli import commands
+from userspace_proxy.config.settings import SETTINGS
 
 _HEAD = """\
 # Command line
@@ -31,16 +33,34 @@ def _section(name: str, command: click.Command) -> Iterator[str]:
     yield f"```\n{' '.join([context.info_name or '', *command.collect_usage_pieces(context)])}\n```\n"
     for paragraph in (command.help or "").split("\n\n"):
         yield textwrap.fill(" ".join(paragraph.split()), 118) + "\n"
-    for option in command.params:
+    topic = ""
+    for option in sorted(command.params, key=lambda param: hasattr(param, "group")):
         record = option.get_help_record(context) if isinstance(option, click.Option) else None
         if record is not None:
+            if topic != (topic := getattr(option, "group", "")):
+                yield f"\n{topic}:\n"
             flag, said = record
-            said = said.replace("  [default:", " [default:")
             yield textwrap.fill(
                 f"- `{flag}`: {said}", 118, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
             )
+    if command.epilog:
+        yield f"\nExamples:\n\n```\n{textwrap.dedent(command.epilog)}```"
     yield ""
 
 
+def with_fields(text: str) -> str:
+    """Return the page *text* with its table of a KubeProxyConfiguration's fields as the settings have them."""
+    rows = (
+        f"| `{path}` | `{setting.flag.split(', ')[-1]}` | {', '.join(modes) or 'all'} |\n"
+        for setting in SETTINGS.values()
+        for path, modes in setting.fields.items()
+    )
+    head = "| field | flag | modes |\n|---|---|---|\n"
+    return re.sub(r"\| field \| flag .*?\n\n", lambda _: f"{head}{''.join(rows)}\n", text, flags=re.DOTALL)
+
+
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(page())
+    reference = Path(sys.argv[1])
+    (reference / "flags.md").write_text(page())
+    configuration = reference / "configuration.md"
+    configuration.write_text(with_fields(configuration.read_text()))

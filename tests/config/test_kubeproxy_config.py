@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
-import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ from typing import Any
 import click
 import pytest
 
+from tools.flags import with_fields
 from userspace_proxy.cli import commands
-from userspace_proxy.cli.options.run import settings_from
-from userspace_proxy.config.kubeproxy_config import HONOURED, Configuration, read_configuration
-from userspace_proxy.config.settings import Settings
+from userspace_proxy.cli.run import settings_from
+from userspace_proxy.config.kubeproxy_config import Configuration, read_configuration
+from userspace_proxy.config.settings import SETTINGS, Settings
 from userspace_proxy.errors import StartError
 
 HEAD = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
@@ -214,11 +214,10 @@ def test_a_field_without_a_meaning_here_is_named(tmp_path: Path, written: str, n
 
 def test_the_page_names_every_field_that_is_honoured() -> None:
     page = (Path(__file__).parents[2] / "docs" / "reference" / "configuration.md").read_text()
-    (table,) = re.findall(r"\| field \| flag \|\n(.*?)\n\n", page, re.DOTALL)
-    named = {name for row in table.splitlines() for name in re.findall(r"`([\w.]+)`", row.split("|")[1])}
 
-    # `bindAddress` is honoured in part; the periods depend on the mode.
-    assert named == HONOURED | {"bindAddress", "iptables.syncPeriod", "iptables.minSyncPeriod"}
+    assert page == with_fields(page), "make reference"
+    for setting in SETTINGS.values():
+        assert all(f"| `{path}` |" in page for path in setting.fields)
 
 
 def test_the_mode_and_its_section_count(tmp_path: Path) -> None:
@@ -236,7 +235,7 @@ def test_the_mode_and_its_section_count(tmp_path: Path) -> None:
         ("clusterCidr: 10.0.0.0/8", 3, "clusterCidr: 'clusterCidr' is not known; did you mean clusterCIDR?"),
         ("conntrack:\n  maxPerCor: 1", 4, "conntrack.maxPerCor: 'maxPerCor' is not known; did you mean maxPerCore?"),
         ("conntrack:\n  min: many", 4, "conntrack.min: must be a number, not text; write it in digits"),
-        ("conntrack:\n  min: -1", 4, "conntrack.min: -1 is less than nothing"),
+        ("conntrack:\n  min: -1", 4, "conntrack.min: -1 is not in the range; write 0 or more"),
         ("iptables:\n  syncPeriod: 30", 4, "iptables.syncPeriod: must be a duration, not 30; write such as 30s"),
         ("iptables:\n  syncPeriod: -5s", 4, "iptables.syncPeriod: '-5s' is no duration"),
         ("iptables:\n  syncPeriod: 5 s", 4, "iptables.syncPeriod: '5 s' is no duration"),
@@ -246,6 +245,7 @@ def test_the_mode_and_its_section_count(tmp_path: Path) -> None:
         ("detectLocalMode: Bridge", 3, "detectLocalMode: 'Bridge' is not known; write one of ClusterCIDR, NodeCIDR"),
         ("bindAddress: here", 3, "bindAddress: 'here' does not appear to be an IPv4 or IPv6 address"),
         ("logging: {format: xml}", 3, "logging.format: 'xml' is not known; write one of text, json"),
+        ("mode: iptables\niptables: {masqueradeBit: 32}", 4, "iptables.masqueradeBit: 32 is not in the range"),
         ("mode: a\nmode: b", 4, "stands twice"),
         ("\tmode: a", 3, "a tab is used for indentation"),
     ],

@@ -14,6 +14,7 @@ import yaml
 
 from tests.admin.given import every_metric
 from userspace_proxy.cli import commands
+from userspace_proxy.cli.options import settings_of
 
 ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "examples" / "systemd" / "userspace-proxy.service"
@@ -49,9 +50,9 @@ def test_the_daemon_sets_start_what_the_command_line_takes(variant: str, health_
     (container,) = pod["containers"]
     command, *arguments = container["args"]
 
-    given = commands.commands[command].make_context(command, list(arguments)).params
-    assert (given["in_cluster"], given["hostname_override"]) == (True, "$(NODE_NAME)")
-    assert given["healthz_bind_address"].endswith(f":{health_port}")
+    given = settings_of(commands.commands[command].make_context(command, list(arguments)).params)
+    assert (given.in_cluster, given.hostname_override) == (True, "$(NODE_NAME)")
+    assert given.healthz_bind_address.endswith(f":{health_port}")
     assert {container[probe]["httpGet"]["port"] for probe in ("livenessProbe", "readinessProbe")} == {health_port}
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["NET_ADMIN"]}
     assert container["securityContext"]["readOnlyRootFilesystem"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,9 +19,8 @@ import yaml
 
 from userspace_proxy import api
 from userspace_proxy.config import values
-from userspace_proxy.config.settings import HEALTHZ_PORT, METRICS_PORT
+from userspace_proxy.config.settings import HEALTHZ_PORT, KERNEL_MODES, METRICS_PORT, fields_in
 from userspace_proxy.errors import ConfigError, StartError
-from userspace_proxy.model.service import IPVS_SCHEDULERS
 from userspace_proxy.sources.documents import split
 from userspace_proxy.sources.lines import Lines, Place
 from userspace_proxy.sources.paths import UNREADABLE, is_stream, read, read_stream
@@ -30,8 +29,6 @@ from userspace_proxy.sources.yaml_values import plain_value
 
 _GROUP, _VERSION, _KIND = "kubeproxy.config.k8s.io", "v1alpha1", "KubeProxyConfiguration"
 _INITIALISMS = {"arp": "ARP", "cidr": "CIDR", "cidrs": "CIDRs", "dsr": "DSR", "ip": "IP"}
-# klog's level for debugging.
-_DEBUG = 4
 
 
 def _go_name(name: str) -> str:
@@ -230,69 +227,6 @@ def _type_at(parent: str) -> type[msgspec.Struct]:
 # ---- understanding
 
 
-def _text(text: str) -> str:
-    return text
-
-
-def _one_of(*known: str) -> Callable[[str], str]:
-    def choose(text: str) -> str:
-        if text not in known:
-            raise ValueError(f"{text!r} is not known; write one of {', '.join(known)}")
-        return text
-
-    return choose
-
-
-def _not_negative(number: int) -> int:
-    if number < 0:
-        raise ValueError(f"{number} is less than nothing; write 0 to leave alone what the kernel has")
-    return number
-
-
-# Field -> what it is called in Settings, and how its value gets there.
-_MEANINGS: dict[str, tuple[str, Callable[[Any], object]]] = {
-    "clientConnection.kubeconfig": ("kubeconfig", Path),
-    "hostnameOverride": ("hostname_override", _text),
-    "healthzBindAddress": ("healthz_bind_address", lambda text: values.with_port(text, HEALTHZ_PORT)),
-    "metricsBindAddress": ("metrics_bind_address", lambda text: values.with_port(text, METRICS_PORT)),
-    "clusterCIDR": ("cluster_cidrs", values.networks),
-    "detectLocalMode": (
-        "detect_local_mode",
-        _one_of("ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix"),
-    ),
-    "detectLocal.bridgeInterface": ("pod_bridge_interface", values.interface_name),
-    "detectLocal.interfaceNamePrefix": ("pod_interface_name_prefix", values.interface_name),
-    "nodePortAddresses": ("nodeport_addresses", values.node_port_addresses),
-    "portRange": ("proxy_port_range", values.port_range),
-    "udpIdleTimeout": ("udp_timeout_s", float),
-    "conntrack.maxPerCore": ("conntrack_max_per_core", _not_negative),
-    "conntrack.min": ("conntrack_min", _not_negative),
-    "conntrack.tcpEstablishedTimeout": ("conntrack_tcp_timeout_established_s", float),
-    "conntrack.tcpCloseWaitTimeout": ("conntrack_tcp_timeout_close_wait_s", float),
-    "conntrack.tcpBeLiberal": ("conntrack_tcp_be_liberal", bool),
-    "conntrack.udpTimeout": ("conntrack_udp_timeout_s", float),
-    "conntrack.udpStreamTimeout": ("conntrack_udp_timeout_stream_s", float),
-    "logging.format": ("log_format", _one_of("text", "json")),
-    "logging.verbosity": ("verbose", lambda level: level >= _DEBUG),
-}
-# The same where the mode is asked for.
-_MODE: dict[str, tuple[str, Callable[[Any], object]]] = {"mode": ("proxy_mode", str)}
-_OF_MODES: dict[str, dict[str, tuple[str, Callable[[Any], object]]]] = {
-    "nftables": _MODE | {"nftables.masqueradeAll": ("masquerade_all", bool)},
-    "iptables": _MODE
-    | {
-        "iptables.masqueradeAll": ("masquerade_all", bool),
-        "iptables.masqueradeBit": ("masquerade_bit", int),
-        "iptables.localhostNodePorts": ("localhost_nodeports", bool),
-    },
-    "ipvs": _MODE
-    | {
-        "iptables.masqueradeAll": ("masquerade_all", bool),
-        "ipvs.scheduler": ("ipvs_scheduler", _one_of(*IPVS_SCHEDULERS)),
-        "ipvs.strictARP": ("ipvs_strict_arp", bool),
-    },
-}
-HONOURED = frozenset(_MEANINGS).union(*_OF_MODES.values())
 # What is so here whether it is asked for or not.
 _AS_WE_DO: list[tuple[str, object]] = [
     ("mode", "userspace"),
@@ -310,20 +244,14 @@ def understand(config: KubeProxyConfiguration) -> Configuration:
         ConfigError: a value makes no sense.
     """
     understood = Configuration()
-    # The periods of the mode that is asked for are those meant for this proxy.
-    section = config.mode if config.mode in ("ipvs", "nftables") else "iptables"
-    meanings = _MEANINGS | {
-        f"{section}.syncPeriod": ("sync_period_s", float),
-        f"{section}.minSyncPeriod": ("min_sync_period_s", float),
-    }
-    meanings |= _OF_MODES.get(config.mode or "", {})
+    meanings = fields_in(config.mode if config.mode in KERNEL_MODES else "userspace")
     for path, value in _set_fields(config):
         try:
             if (path, value) in _AS_WE_DO:
                 continue
             if path in meanings:
-                name, convert = meanings[path]
-                understood.settings[name] = convert(value)
+                name, kind = meanings[path]
+                understood.settings[name] = kind.decode(value)
             elif path == "bindAddress" and (address := ipaddress.ip_address(value)).is_unspecified:
                 if address.version == 6:
                     understood.settings.setdefault("healthz_bind_address", f"[::]:{HEALTHZ_PORT}")

@@ -41,6 +41,28 @@ def seconds(text: str) -> float:
     return number
 
 
+def go_duration(seconds: float) -> str:
+    """Return *seconds* as Go writes a duration: ``24h0m0s``, ``1m30s``, ``50ms``, ``0s``."""
+    if 0 < seconds < 1:
+        return f"{seconds * 1000:g}ms"
+    minutes, rest = divmod(seconds, 60)
+    hours, minutes = divmod(int(minutes), 60)
+    text = f"{rest:g}s"
+    if hours or minutes:
+        text = f"{minutes}m{text}"
+    return f"{hours}h{text}" if hours else text
+
+
+def short_duration(seconds: float) -> str:
+    """Return *seconds* as a person writes them: 24h, 30s, 50ms."""
+    if not seconds:
+        return "0"
+    for unit, size in (("h", 3600), ("s", 1)):
+        if seconds >= size and seconds % size == 0:
+            return f"{seconds / size:g}{unit}"
+    return f"{seconds * 1000:g}ms"
+
+
 def networks(text: str) -> tuple[Network, ...]:
     """Return the ranges of *text* (10.96.0.0/16,fd00::/108): one for each IP family at most."""
     found = tuple(_network(part.strip()) for part in text.split(","))

@@ -1,0 +1,22 @@
+"""`userspace-proxy cleanup`: remove every rule, route and address of the proxy from this network namespace."""
+
+from __future__ import annotations
+
+import click
+
+from userspace_proxy.cli.options import fail
+from userspace_proxy.errors import StartError, SyncError
+
+
+@click.command()
+def cleanup() -> None:
+    """Remove every rule, route and address of ours, whatever crashed. Nothing else is touched."""
+    import asyncio
+
+    from userspace_proxy.runtime import cleanup as removal
+
+    try:
+        asyncio.run(removal.remove_all())
+    except (StartError, SyncError) as error:
+        fail(error)
+    click.echo("nothing of userspace-proxy is left in this network namespace")

@@ -1,0 +1,21 @@
+"""`userspace-proxy demo`: a Service and its failing endpoints, in private namespaces."""
+
+from __future__ import annotations
+
+import click
+
+from userspace_proxy.cli.options import fail
+from userspace_proxy.errors import StartError
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print only the result, as JSON")
+def demo(*, as_json: bool) -> None:
+    """Show what the proxy does, in private namespaces: no root, no cluster, nothing left behind."""
+    from userspace_proxy import demo as show
+
+    try:
+        show.enter(["--json"] if as_json else [])
+        show.run(as_json=as_json)
+    except StartError as error:
+        fail(error)

@@ -1,1 +1,0 @@
-"""The options of commands that serve: names, values, help. Names are kube-proxy's where the meaning is the same."""

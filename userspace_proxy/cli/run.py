@@ -1,0 +1,100 @@
+"""`userspace-proxy run`: flags over a configuration file over defaults, then serve."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from userspace_proxy.cli.options import GroupedCommand, fail, setting_options, settings_of
+from userspace_proxy.config.settings import Settings
+from userspace_proxy.errors import StartError, SyncError
+
+if TYPE_CHECKING:
+    from userspace_proxy.config.kubeproxy_config import Configuration
+
+log = logging.getLogger(__name__)
+
+_EXAMPLES = """\
+  Serve the manifests of a folder:
+    userspace-proxy run manifests/
+  Serve the cluster of this pod, in nftables mode:
+    userspace-proxy run --in-cluster --proxy-mode nftables
+  Serve as kube-proxy is configured:
+    userspace-proxy run --config /var/lib/kube-proxy/config.conf
+"""
+
+
+def _read_configuration(ctx: click.Context, _: click.Parameter, path: Path | None) -> Configuration | None:
+    """Make what the file says the defaults of the other flags, so that what is given on the command line wins."""
+    if path is None:
+        return None
+    from userspace_proxy.config.kubeproxy_config import read_configuration
+
+    try:
+        configuration = read_configuration(path)
+    except StartError as error:
+        fail(error)
+    ctx.default_map = {name: value for name, value in configuration.settings.items() if name != "kubeconfig"}
+    return configuration
+
+
+@click.command(cls=GroupedCommand, params=setting_options("run"), epilog=_EXAMPLES)
+@click.argument("paths", nargs=-1, metavar="[PATH...]")
+@click.option(
+    "--config",
+    "configuration",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    is_eager=True,
+    callback=_read_configuration,
+    help="Read a KubeProxyConfiguration; flags win over it",
+)
+def run(configuration: Configuration | None, **options: Any) -> None:
+    """Serve Services on this node: those in PATH... (manifest files, folders of them, - for stdin), or a cluster's."""
+    from userspace_proxy.logs import configure_logging
+    from userspace_proxy.runtime import app
+
+    settings = settings_from(configuration, options)
+    configure_logging(settings.log_format, verbose=settings.verbose)
+    if configuration is not None and configuration.named:
+        log.warning("--config: no meaning here, and nothing done about it: %s", ", ".join(configuration.named))
+    try:
+        app.run(settings)
+    except* (StartError, SyncError) as errors:
+        fail(_first(errors))
+
+
+def settings_from(configuration: Configuration | None, options: dict[str, Any]) -> Settings:
+    """Return what the command line says, over what the file says, over the defaults."""
+    if configuration is not None and not (options["paths"] or options["kubeconfig"] or options["in_cluster"]):
+        # As kube-proxy: a file is for a cluster, and without a kubeconfig for the one whose pod this is.
+        options["kubeconfig"] = configuration.settings.get("kubeconfig")
+        options["in_cluster"] = options["kubeconfig"] is None
+    settings = settings_of(options)
+    _check(settings)
+    return settings
+
+
+def _check(settings: Settings) -> None:
+    """Raise a usage error unless exactly one source is given, with the flags that other flags need."""
+    given = {"PATH...": settings.paths, "--kubeconfig": settings.kubeconfig, "--in-cluster": settings.in_cluster}
+    chosen = [name for name, value in given.items() if value]
+    if len(chosen) != 1:
+        got = f", not {' and '.join(chosen)}" if chosen else ""
+        raise click.UsageError(f"give one of PATH..., --kubeconfig FILE and --in-cluster{got}")
+    if settings.min_sync_period_s > settings.sync_period_s:
+        raise click.UsageError("--min-sync-period must not be longer than --sync-period")
+    if settings.detect_local_mode == "BridgeInterface" and not settings.pod_bridge_interface:
+        raise click.UsageError("--detect-local-mode BridgeInterface needs --pod-bridge-interface NAME")
+    if settings.detect_local_mode == "InterfaceNamePrefix" and not settings.pod_interface_name_prefix:
+        raise click.UsageError("--detect-local-mode InterfaceNamePrefix needs --pod-interface-name-prefix NAME")
+
+
+def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

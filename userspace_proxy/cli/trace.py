@@ -1,0 +1,40 @@
+"""`userspace-proxy trace`: follow a real packet through the hooks, chains and rules of this node."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from userspace_proxy.cli.options import Value, fail
+from userspace_proxy.config.kinds import DURATION
+from userspace_proxy.errors import StartError
+
+
+@click.command()
+@click.argument("portal", metavar="IP:PORT[/udp]")
+@click.option("--udp", is_flag=True, help="Same as /udp after the port")
+@click.option("--wait", is_flag=True, help="Follow the next packet of another client, instead of sending one")
+@click.option(
+    "--timeout", "timeout_s", type=Value(DURATION), default="30s", help="Time to wait for the packet (default 30s)"
+)
+@click.option("--from", "client_ip", metavar="IP", default="", help="Wait for a packet from this address")
+@click.option(
+    "--from-pod", metavar="PID|NAME", help="Send the packet from the network namespace of a process, or a named one"
+)
+@click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Draw the packet's path to this file")
+@click.option("--wide", is_flag=True, help="Draw packets side by side, for a wide screen")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON")
+def trace(portal: str, *, udp: bool, svg: Path | None, wide: bool, as_json: bool, **whence: Any) -> None:
+    """Show which hooks, chains and rules a real packet to a portal meets here, as the kernel tells it."""
+    from userspace_proxy.trace import command
+
+    try:
+        request = command.request(f"{portal.removesuffix('/udp')}/udp" if udp else portal, **whence)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    try:
+        command.run(request, as_json=as_json, svg=svg, wide=wide, say=lambda text: click.echo(text, err=True))
+    except StartError as error:
+        fail(error)
