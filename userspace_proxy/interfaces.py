@@ -1,4 +1,7 @@
-"""The seams. A mode, a rule language, an engine or a source is one class with these few methods."""
+"""The Protocols between parts, and the values that cross them.
+
+A mode, a rule language, a splice engine or a source is one class with the few methods of its Protocol.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +29,11 @@ from userspace_proxy.model.service import Portal, ServicePort
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import Node, Reach
 
-# ---- where wishes come from
+# ---- sources of desired state
 
 
 class EventType(Enum):
-    """SET: here is the latest of this object. DELETE: it is gone. SYNCED: all that was there at the start was told."""
+    """SET: the latest version of an object. DELETE: the object is gone. SYNCED: the initial list is complete."""
 
     SET = "set"
     DELETE = "delete"
@@ -38,16 +41,16 @@ class EventType(Enum):
 
 
 class Origin(Protocol):
-    """Where an object was written, for error messages."""
+    """The place where an object is defined, for error messages."""
 
     def where(self, field: str = "") -> str:
-        """Return the place of *field* (a path such as ``spec.ports[0].port``): ``file:line`` for files."""
+        """Return the place of *field* (a path such as ``spec.ports[0].port``); for files, ``file:line``."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectEvent:
-    """One object's latest state; ``kind``, ``name`` and ``origin`` are None for SYNCED only."""
+    """One change of one object. ``kind``, ``name`` and ``origin`` are set for every type but SYNCED."""
 
     type: EventType
     kind: str = ""
@@ -58,10 +61,10 @@ class ObjectEvent:
 
 @dataclass(slots=True)
 class WatchStats:
-    """How well a source hears of one kind: wall-clock seconds, and counts since the start.
+    """The state of a source's watch on one kind. Times are wall-clock seconds; counts start at the process's start.
 
-    ``heard_at``: when the last word came, None before the first. ``failing_since``: since when it is not as it
-    should be, None when it is; ``why`` says how.
+    ``heard_at``: time of the last event or bookmark, None before the first. ``failing_since``: when the watch began to
+    fail, None while it works. ``why``: the reason.
     """
 
     kind: str
@@ -74,131 +77,134 @@ class WatchStats:
     expired: int = 0
 
     def is_dead(self, now: float, after_s: float) -> bool:
-        """Return whether it has been failing for longer than *after_s*."""
+        """Return whether the watch has failed for longer than *after_s*."""
         return self.failing_since is not None and now - self.failing_since > after_s
 
     def failure(self) -> str:
-        """Return what is wrong, and since when."""
+        """Return the failure as text: what fails, since when and why."""
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.failing_since))
         return f"{self.kind} cannot be followed since {since}: {self.why}"
 
 
 class Source(Protocol):
-    """Tells what the cluster wants: every object once, then SYNCED once, then each change, for ever.
+    """Yields every object once, then SYNCED once, then each change, until cancelled.
 
-    A batch belongs together and is applied at once. A source never raises for what it reads: it
-    reports, keeps the last good version, and goes on.
+    The events of one batch belong together and are applied at once. A source never raises because of its input: it
+    reports the problem, keeps the last good version, and continues.
     """
 
     def events(self) -> AsyncIterator[Sequence[ObjectEvent]]: ...
 
     @property
     def problems(self) -> Mapping[str, str]:
-        """What cannot be read now: place -> what is wrong. Empty when all is well."""
+        """Inputs that cannot be read now: place -> reason. Empty if there are none."""
         ...
 
     @property
     def watches(self) -> Sequence[WatchStats]:
-        """How well each kind is heard, where somebody has to be listened to; empty for files."""
+        """The state of the watch on each kind. Empty for files."""
         ...
 
 
-# ---- what makes a state true
+# ---- sinks of desired state
 
 
 class Recorder(Protocol):
-    """Tells people what they should know of an object: an Event of the cluster's, or a line of the log."""
+    """Reports on an object to users: by an Event in the cluster, or by a line in the log."""
 
     def normal(self, regarding: ObjectReference, reason: str, note: str) -> None:
-        """Say *note*; nothing is wrong. *reason* is a word in capitals and lower case: ``Starting``."""
+        """Report *note* as normal. *reason* is one word in CamelCase, such as ``Starting``."""
         ...
 
     def warn(self, regarding: ObjectReference, reason: str, note: str, *, is_logged: bool = False) -> None:
-        """Say that somebody should look. May be called again for what has been said: it is told once.
+        """Report *note* as a warning. A repeated call with the same warning reports it once.
 
-        *is_logged*: the log has it already.
+        *is_logged*: the caller has logged it already.
         """
         ...
 
 
 class StateSink(Protocol):
-    """Takes each new state."""
+    """Applies each new desired state."""
 
     async def sync(self, state: ProxyState) -> None:
-        """Make *state* true, comparing it with what is held, so that a failed sync can be repeated.
+        """Apply *state*, comparing it with the current state, so that a failed sync can be repeated.
 
         Raises:
-            SyncError: refused; what was in force before still is.
+            SyncError: the state was refused; the previous one stays in force.
         """
         ...
 
 
 class Retrying(Protocol):
-    """What is tried again until it can be done."""
+    """An operation that is retried until it succeeds."""
 
     @property
     def error(self) -> str:
-        """Why it cannot be done, "" where it can."""
+        """The last error, "" after success."""
         ...
 
     @property
     def failing_since(self) -> float | None:
-        """Since which wall-clock second."""
+        """The wall-clock second of the first failure since the last success."""
         ...
 
 
 class Proxier(StateSink, Protocol):
-    """A mode: userspace, or one in which the kernel serves."""
+    """Applies desired state in one mode: in userspace, or by kernel rules."""
 
     @property
     def service_ports(self) -> int:
-        """How many are held."""
+        """The number of service ports that are held."""
         ...
 
     @property
     def unopened(self) -> Mapping[ListenerName, str]:
-        """Listeners that could not be opened, and why."""
+        """Listeners that could not be opened, each with the reason."""
         ...
 
     @property
     def loads(self) -> int:
-        """How often rules were loaded."""
+        """The number of rule loads."""
         ...
 
     @property
     def repairs(self) -> int:
-        """How often rules were loaded again as somebody else had changed them."""
+        """The number of times rules were loaded again because another program changed them."""
         ...
 
     @property
     def keeper(self) -> Retrying:
-        """Who does so."""
+        """The retry state of these repairs."""
         ...
 
     async def keep_rules(self) -> None:
-        """Load our rules again whenever somebody else removed or changed them. Runs until cancelled."""
+        """Load the rules again whenever another program removes or changes them. Runs until cancelled."""
         ...
 
     def paused(self) -> AbstractAsyncContextManager[None]:
-        """Return a block during which nothing is changed."""
+        """Return a context manager; within its block nothing is changed."""
         ...
 
     async def close(self, drain_timeout_s: float) -> None:
-        """Take the rules away, then stop serving; open connections get *drain_timeout_s* to end."""
+        """Remove the rules, then stop serving. Open connections get *drain_timeout_s* to end."""
         ...
 
 
 # ---- rules in the kernel
 
-# The mark on our own packets to backends, which rules pass by. One bit, none of those that kube-proxy (0x4000,
-# 0x8000), Cilium (0x0f00) and Calico (0xffff0000) use.
+# Mark on our packets to backends; the rules skip them. One bit, used neither by kube-proxy (0x4000, 0x8000) nor by
+# Cilium (0x0f00) or Calico (0xffff0000).
 OWN_MARK = 0x2000
-# Set beside OWN_MARK on our packets that carry a client's own address; alone, on what backends answer to these.
+# With OWN_MARK: our packets that carry a client's address. Alone: the replies of backends to these.
 TRANSPARENT_MARK = 0x1000
 
 
 class Capture(Enum):
-    """How packets to a portal come to us: REDIRECT to the incoming interface's address, or DNAT to one on ``lo``."""
+    """How packets to a portal reach the proxy port.
+
+    REDIRECT: at the address of the incoming interface. ADDRESS: by DNAT to an address on ``lo``.
+    """
 
     REDIRECT = "redirect"
     ADDRESS = "address"
@@ -206,29 +212,29 @@ class Capture(Enum):
 
 @dataclass(frozen=True, slots=True)
 class PodDetector:
-    """Tells who is a pod: by its address being in one of ``cidrs``, or by the interface that it comes in by.
+    """Tells whether a packet comes from a pod: its source is in one of ``cidrs``, or it arrives at ``interface``.
 
-    ``interface`` is a name; with ``*`` at its end it is the beginning of names. One of the two is given.
+    ``interface`` is a name, or a prefix of names if it ends with ``*``. One of the two fields is set.
     """
 
     cidrs: tuple[str, ...] = ()
     interface: str = ""
 
 
-# In place of a proxy port: such packets are dropped.
+# Value in place of a proxy port: packets are dropped.
 DROPPED = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Redirects:
-    """The rules of userspace mode: for each portal the local port its packets go to, or DROPPED.
+    """The rules of userspace mode: the proxy port for each portal, or DROPPED.
 
-    ``exceptions``: what goes before ``ports`` for senders that are told from others. ``allowed``: the CIDRs from which
-    these portals may be dialled; who comes from elsewhere is dropped. ``node_ports_on``: the CIDRs of the node's own
-    addresses at which node ports are served; where a family has none in it, all are.
-    ``transparent``: some listener carries its clients' own addresses to backends, whose answers are to come to us.
-    ``refuse_port`` is a port at which nobody listens: portals without endpoints go there, and the
-    kernel answers for itself - a reset for TCP, port unreachable for UDP.
+    ``exceptions``: take precedence over ``ports`` for packets of these senders. ``allowed``: the CIDRs that may dial
+    these portals; packets from elsewhere are dropped. ``node_ports_on``: CIDRs of node addresses that serve node
+    ports; all addresses of a family serve them if it has no CIDR here.
+    ``transparent``: some listener uses its clients' addresses towards backends, so replies must be routed to this host.
+    ``refuse_port``: a port without a listener. Packets to portals without endpoints go there, and the kernel refuses
+    them: with a reset for TCP, with port unreachable for UDP.
     """
 
     ports: Mapping[Portal, int] = field(default_factory=dict)
@@ -243,50 +249,48 @@ class Redirects:
 
 
 class LoadedRules(Protocol):
-    """Our rules in the kernel, whatever they say."""
+    """Our rules in the kernel."""
 
     async def reload(self) -> None:
-        """Load the held rules again, whole; for when somebody else changed or removed them."""
+        """Load all held rules again, after another program changed or removed them."""
         ...
 
     async def remove(self) -> None:
-        """Take away every rule of ours, whoever of us loaded it. Nothing there is no error."""
+        """Remove all rules of this program, including those of other processes. No error if there are none."""
         ...
 
     async def is_intact(self) -> bool:
-        """Return whether the rules in the kernel still are what was loaded."""
+        """Return whether the kernel still has the rules that were loaded."""
         ...
 
     async def watch(self, on_change: Callable[[], None]) -> None:
-        """Call *on_change* when somebody else may have changed our rules, until `unwatch`."""
+        """Call *on_change* whenever another program may have changed the rules, until `unwatch`."""
         ...
 
     def unwatch(self) -> None: ...
 
 
 class Kernel(LoadedRules, Protocol):
-    """Holds the rules of userspace mode in one rule language."""
+    """Holds the rules of userspace mode, in one rule language."""
 
     language: str
 
     async def load(self, redirects: Redirects) -> None:
-        """Make *redirects* the rules in force, at the cost of what changed.
+        """Put *redirects* in force. The cost follows the number of changes.
 
         Raises:
-            SyncError: the kernel refused; the rules before are still in force, with iptables in each table and family
-                that was refused.
+            SyncError: the kernel refused; the previous rules stay (iptables: in each refused table and family).
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Translation:
-    """What the kernel does with packets to one service port, in a kernel mode.
+    """The kernel's treatment of packets to one service port, in a kernel mode.
 
-    ``routes``: for each portal that is this service port's, by sender; ANYBODY's first. A listener stands for the
-    endpoints of its scope in ``reaches``; with ``transparent`` these see the client's address, else this node's.
-    ``allowed``: who may dial these portals, where that is not everybody. ``serving``: the endpoints whose UDP flows may
-    stay.
+    ``routes``: for each portal of the service port, by sender; ANYBODY's first. A listener in a route stands for the
+    endpoints of its scope in ``reaches``. With ``transparent`` these see the client's address, else this node's.
+    ``allowed``: the CIDRs that may dial these portals, if restricted. ``serving``: endpoints whose UDP flows may stay.
     """
 
     service_port: ServicePort
@@ -298,9 +302,9 @@ class Translation:
 
 @dataclass(frozen=True, slots=True)
 class NodeFacts:
-    """What the rules of a kernel mode say of this node, whatever its Services.
+    """The facts about this node that the rules of a kernel mode need, independent of Services.
 
-    ``node_ports_on`` as in Redirects. ``service_cidrs``: where cluster IPs are from, as far as that is known.
+    ``node_ports_on`` as in Redirects. ``service_cidrs``: the known cluster IP ranges.
     """
 
     node: Node = field(default_factory=Node)
@@ -310,7 +314,7 @@ class NodeFacts:
 
 
 class KernelTables(LoadedRules, Protocol):
-    """Holds the rules of one kernel mode. ``loads``: by IP family, what came of loading them, where that is counted."""
+    """Holds the rules of one kernel mode. ``loads``: counters of rule loads by IP family, if the mode counts them."""
 
     mode: str
 
@@ -318,10 +322,10 @@ class KernelTables(LoadedRules, Protocol):
     def loads(self) -> Mapping[str, Loads]: ...
 
     async def prepare(self) -> None:
-        """Make ready for the first load. Another of ours may serve this node still: what is his is not touched.
+        """Prepare for the first load. A running instance may still serve this node: leave its rules untouched.
 
         Raises:
-            SyncError: this host cannot have these rules, or somebody else has; nothing was changed.
+            SyncError: this host does not support these rules, or another program owns them; nothing was changed.
         """
         ...
 
@@ -331,12 +335,12 @@ class KernelTables(LoadedRules, Protocol):
         changed: Collection[ServicePortName],
         facts: NodeFacts,
     ) -> None:
-        """Make *translations* true, all or nothing, at the cost of *changed*: those that came, differ, or went.
+        """Put *translations* in force, all or none. The cost follows *changed*: the added, changed and removed ones.
 
-        What was changed when a load was refused is in *changed* of the next, too.
+        After a refused load, the caller passes its *changed* to the next load, too.
 
         Raises:
-            SyncError: the kernel refused; the rules before are still in force.
+            SyncError: the kernel refused; the previous rules stay in force.
         """
         ...
 
@@ -345,9 +349,9 @@ class KernelTables(LoadedRules, Protocol):
 
 
 class Backends(NamedTuple):
-    """The endpoints of one listener: those that may take new traffic, and those whose UDP flows may stay.
+    """The endpoints of one listener: ``usable`` for new traffic, ``serving`` for UDP flows that may stay.
 
-    Of both families; a client meets those of its own.
+    Contains both IP families. A client only gets endpoints of its own family.
     """
 
     usable: tuple[Endpoint, ...]
@@ -356,7 +360,7 @@ class Backends(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ListenerSpec:
-    """A service port, the local port at which the data plane accepts its traffic, and which part of it."""
+    """A service port, the local port that accepts its traffic, and the scope of its endpoints."""
 
     service_port: ServicePort
     proxy_port: int
@@ -370,11 +374,11 @@ class ListenerSpec:
 
 @dataclass(slots=True)
 class Counters:
-    """What one service port has done so far; plain ints that the hot path adds to and the scrape reads.
+    """Counters of one service port: plain ints that the hot path increments and a scrape reads.
 
-    ``refused``: came to the proxy port by another way than a portal; ``limited``: their client or service port had too
-    many open; ``port_exhaustions``: dials that found every local port towards their endpoint in use;
-    ``sources_refused``: those that the kernel did not let speak as their client.
+    ``refused``: connections to the proxy port that did not come by a portal. ``limited``: connections refused because
+    their client or service port had too many open. ``port_exhaustions``: dials for which every local port towards the
+    endpoint was in use. ``sources_refused``: dials for which the kernel refused the client's address as source.
     """
 
     accepted: int = 0
@@ -400,10 +404,10 @@ class Counters:
 
 @dataclass(slots=True)
 class EndpointCounters:
-    """What one endpoint of a service port has had so far; plain ints, too.
+    """Counters of one endpoint of a service port: plain ints, as in `Counters`.
 
-    ``opened``, ``open``: TCP connections to it, or UDP flows. ``retries``: clients that came to it after another one
-    had failed them.
+    ``opened``, ``open``: TCP connections or UDP flows to the endpoint. ``retries``: those that came after another
+    endpoint had failed.
     """
 
     opened: int = 0
@@ -416,7 +420,7 @@ class EndpointCounters:
 
 
 class ServiceStats(NamedTuple):
-    """The counters of one service port, and of its endpoints where these are wanted."""
+    """The counters of one service port, and of its endpoints if requested."""
 
     name: ServicePortName
     counters: Counters
@@ -427,8 +431,8 @@ class ServiceStats(NamedTuple):
 class PlaneStats:
     """The data plane's counters at one moment.
 
-    ``endpoints``: of all endpoints, and of those that are gone while connections to them are open; empty where they
-    are too many, and ``hidden_endpoints`` says how many.
+    ``endpoints``: all endpoints, and removed ones that still have open connections. If there are too many, it is empty
+    and ``hidden_endpoints`` has their number.
     """
 
     services: Mapping[ServicePortName, Counters]
@@ -444,7 +448,7 @@ class PlaneStats:
 
 @dataclass(frozen=True, slots=True)
 class AccessRecord:
-    """One connection or flow that has ended. ``why``: the reason for this endpoint; ``how``: how it ended."""
+    """One ended connection or flow. ``why``: the reason for the choice of endpoint. ``how``: how it ended."""
 
     service_port: ServicePortName
     client: Address
@@ -461,57 +465,57 @@ class AccessRecord:
         return self.service_port.protocol
 
 
-# Why a listener cannot be opened begins so where no other port would help, but there may be room later.
+# Prefix of the reason if a listener cannot be opened on any port now, but may be later.
 NO_ROOM = "no room"
 
 
 class DataPlane(Protocol):
-    """Owns every socket. The same calls, whether it lives in this process or in a worker."""
+    """Owns every socket, in this process or in worker processes."""
 
     @property
     def failing(self) -> str:
-        """Why part of it or all serves nothing at this moment; "" if all serves."""
+        """The reason why the data plane, or part of it, serves nothing now; "" if all of it serves."""
         ...
 
     @property
     def unserved(self) -> Mapping[ListenerName, str]:
-        """Open listeners that a new worker had no room for, and why; they are tried again."""
+        """Open listeners that a new worker had no room for, each with the reason. They are retried."""
         ...
 
     async def open(self, specs: Sequence[ListenerSpec]) -> Mapping[ListenerName, str]:
-        """Open a listener for each spec, or give the open one its new portals and affinity.
+        """Open a listener for each spec. Give listeners that are already open their new portals and affinity.
 
-        Returns why not, for each that could not be opened: the reason as text.
+        Returns the reason for each listener that could not be opened.
         """
         ...
 
     async def reserve(self, port: int) -> str:
-        """Hold *port* so that the kernel refuses whoever dials it; return why that cannot be ("" when held)."""
+        """Hold *port* so that the kernel refuses its clients. Return the reason on failure, "" on success."""
         ...
 
     async def update(self, backends: Mapping[ListenerName, Backends]) -> None:
-        """Give listeners their endpoints, from the next connection and datagram on."""
+        """Give listeners their endpoints, effective from the next connection or datagram."""
         ...
 
     async def retire(self, names: Sequence[ListenerName]) -> None:
-        """Close these listeners; their open connections live on until they end or are drained."""
+        """Close these listeners. Their open connections continue until they end or are drained."""
         ...
 
     async def stats(self, endpoints_max: int = 0) -> PlaneStats:
-        """Return what was counted; of the endpoints too, unless there are more than *endpoints_max*."""
+        """Return all counters. Includes those of endpoints, unless there are more than *endpoints_max*."""
         ...
 
     def cut(self) -> None:
-        """End every open connection now, with resets."""
+        """Reset every open connection now."""
         ...
 
     async def close(self, drain_timeout_s: float) -> None:
-        """Close every listener, give open connections *drain_timeout_s* to end, cut the rest."""
+        """Close every listener, give open connections *drain_timeout_s* to end, and reset the rest."""
         ...
 
 
 class Splice(Protocol):
-    """One connection in an engine's hands."""
+    """One connection that a splice engine serves."""
 
     @property
     def bytes_to_backend(self) -> int: ...
@@ -521,31 +525,31 @@ class Splice(Protocol):
 
     @property
     def half_closed(self) -> bool:
-        """One direction has ended, the other goes on."""
+        """Whether one direction has ended while the other continues."""
         ...
 
     @property
     def sockets(self) -> tuple[SocketType, SocketType]:
-        """The client's and the backend's socket, for looking at only."""
+        """The client's and the backend's socket, for inspection only."""
         ...
 
     def cut(self, reason: str) -> None:
-        """End it now, with a reset to both sides; ``on_end`` is called before this returns."""
+        """Reset both sides now; ``on_end`` is called before this returns."""
         ...
 
 
 class Splicer(Protocol):
-    """An engine: moves bytes between two connected non-blocking sockets until both directions have ended."""
+    """A splice engine: moves bytes between two connected sockets until both directions have ended."""
 
     def start(
         self, client: SocketType, backend: SocketType, on_end: Callable[[str], None], told: int | None = None
     ) -> Splice:
-        """Take over both sockets; close them and call *on_end* with how it ended, exactly once, after this returned.
+        """Take ownership of both sockets; when the connection ends, close them and call *on_end* once.
 
-        *told*: the poller watches the backend's socket already, and these events of it were told to the handler
-        before. The sockets may be blocking ones.
+        *on_end* gets how it ended, and is never called before this returns. *told*: the poller already watches the
+        backend's socket, and these events of it were delivered to its handler before. The sockets may be blocking.
 
         Raises:
-            OSError: this host has no room for it; *on_end* is not called, and the sockets are still the caller's.
+            OSError: this host lacks resources; *on_end* is not called, and the caller still owns the sockets.
         """
         ...

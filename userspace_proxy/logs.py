@@ -1,7 +1,7 @@
-"""How log lines and access-log lines look: text for people, JSON for machines; and how they leave this process.
+"""Format log and access-log lines (text for people, JSON for machines), and write them from threads.
 
-Lines are written by threads. A full pipe, a terminal that is stopped or a disk that hangs must never hold up an event
-loop: lines that do not fit are dropped and counted.
+A full pipe, a stopped terminal or a hanging disk must never block an event loop. Lines that do not fit into the queue
+are dropped and counted.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from userspace_proxy.printable import brief, printable
 
 log = logging.getLogger(__name__)
 
-# Lines that wait for a slow disk; more are dropped and counted, because a client must not wait for a log.
+# Queued lines; more are dropped and counted, because a client must not wait for a log.
 _WAITING_MAX = 10_000
-# What the kernel writes to a pipe whole (PIPE_BUF): lines of two processes are not mixed.
+# PIPE_BUF: the kernel writes as much to a pipe atomically, so that lines of two processes do not mix.
 _WRITE_BYTES = 4096
-# After so long without a drop a writer has recovered.
+# A writer has recovered after this time without a drop.
 _RECOVERY_S = 0.5
-# How long the end of a process waits for lines to be written, and how long while none is.
+# At process exit: the longest wait for queued lines, and the longest wait without progress.
 _FLUSH_TIMEOUT_S = 4.0
 _STALLED_S = 0.8
 _STDOUT, _STDERR = 1, 2
 
 
 class LineWriter:
-    """Writes lines from a thread of its own; `put` never waits.
+    """Writes lines from its own thread; `put` never blocks.
 
-    *descriptor* returns where to write, or raises OSError; it is asked for each write. *on_drop* is called with the
-    reason when lines begin to be dropped, *on_recovery* with their number when lines are written again.
+    *descriptor* returns the descriptor to write to, or raises OSError; it is called before each write. *on_drop* is
+    called with the reason when lines begin to be dropped, *on_recovery* with their number when writing works again.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class LineWriter:
         return self._not_taken + self._not_written
 
     def put(self, line: bytes) -> None:
-        """Have *line* written, with its newline; drop it if too many wait."""
+        """Queue *line*, which includes its newline. Drop it if the queue is full."""
         if self._waiting.qsize() < _WAITING_MAX:
             self._waiting.put(line)
         else:
@@ -80,7 +80,7 @@ class LineWriter:
             self._note_drop("it takes lines too slowly")
 
     def flush(self) -> bool:
-        """Wait until all lines so far are written or dropped; return False if that does not come about soon."""
+        """Wait until all queued lines are written or dropped. Return False if that takes too long."""
         done = threading.Event()
         self._waiting.put(done)
         give_up_at = time.monotonic() + _FLUSH_TIMEOUT_S
@@ -92,14 +92,14 @@ class LineWriter:
         return True
 
     def close(self) -> bool:
-        """The same, and end the thread."""
+        """Flush as `flush` does, and end the thread."""
         flushed = self.flush()
         self._waiting.put(None)
         return flushed
 
     @property
     def waiting(self) -> int:
-        """How many lines are neither written nor dropped."""
+        """The number of lines neither written nor dropped yet."""
         return self._waiting.qsize()
 
     def _note_drop(self, reason: str) -> None:
@@ -141,7 +141,7 @@ class LineWriter:
                 return
 
     def _write(self, lines: Sequence[bytes]) -> bool:
-        """Write *lines* and return True, or count those that were not written whole."""
+        """Write *lines* and return True. On failure, count the lines not completely written and return False."""
         data = memoryview(b"".join(lines))
         try:
             descriptor = self._descriptor()
@@ -151,7 +151,7 @@ class LineWriter:
             while data:
                 try:
                     data = data[os.write(descriptor, data) :]
-                except BlockingIOError:  # whoever shares it with us has made it so
+                except BlockingIOError:  # another process that shares the descriptor made it non-blocking
                     poll = select.poll()
                     poll.register(descriptor, select.POLLOUT)
                     poll.poll()
@@ -170,7 +170,7 @@ class LineWriter:
 
 
 class _TextToWriter(io.RawIOBase):
-    """The end of a text stream whose lines a `LineWriter` writes to stderr."""
+    """Raw end of a text stream; a `LineWriter` writes its lines to stderr."""
 
     def __init__(self, writer: LineWriter) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ class _TextToWriter(io.RawIOBase):
         return os.isatty(_STDERR)
 
 
-# Characters of one message that are logged.
+# Logged characters of one message.
 _LINE_MAX = 4_000
 
 
@@ -223,12 +223,12 @@ _stderr: LineWriter | None = None
 
 
 def configure_logging(log_format: str, *, verbose: bool = False) -> None:
-    """Send the program's log, and whatever else is written to stderr, there by a thread.
+    """Send the program's log, and everything else written to stderr, through a writer thread.
 
-    DEBUG (a line for each connection) only when *verbose*.
+    DEBUG (a line for each connection) only if *verbose*.
     """
     global _stderr
-    # Where it is closed, its number may be that of a socket.
+    # If stderr is closed, its descriptor number may belong to a socket.
     descriptor = _STDERR if sys.stderr is not None else os.open(os.devnull, os.O_WRONLY)
     _stderr = LineWriter(
         "log",
@@ -253,25 +253,28 @@ def configure_logging(log_format: str, *, verbose: bool = False) -> None:
 
 
 def flush_log() -> None:
-    """Wait until what was logged is written, for a moment; before this process ends or becomes another."""
+    """Wait briefly until queued log lines are written.
+
+    Call it before this process exits or executes another program.
+    """
     if _stderr is not None:
         _stderr.flush()
 
 
 def log_lines_dropped() -> int:
-    """Return how many lines of this process's log were dropped."""
+    """Return the number of dropped lines of this process's log."""
     return _stderr.dropped if _stderr is not None else 0
 
 
 class _File:
-    """A file that is opened when needed, and anew when it was moved away (logrotate)."""
+    """A file opened on demand, and reopened after it was renamed (logrotate)."""
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._descriptor = -1
 
     def descriptor(self) -> int:
-        """Return the descriptor of the file that has the name now; raises OSError."""
+        """Return a descriptor of the file that has the path now; raises OSError."""
         if self._descriptor >= 0:
             with contextlib.suppress(OSError):
                 if os.path.samestat(os.fstat(self._descriptor), os.stat(self._path)):  # noqa: PTH116 - for each write
@@ -287,7 +290,7 @@ class _File:
 
 
 def _open(path: str) -> int:
-    """Return a descriptor to append to *path*; OSError where it cannot be written, or is a FIFO without a reader."""
+    """Return a descriptor to append to *path*; raises OSError if it is not writable or is a FIFO without a reader."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO's open waits for a reader
     descriptor = os.open(path, flags, 0o666)
     os.set_blocking(descriptor, True)
@@ -300,12 +303,12 @@ def require_writable(target: str) -> None:
         try:
             os.close(_open(target))
         except OSError as error:
-            if error.errno != errno.ENXIO:  # a FIFO, whose reader may come
+            if error.errno != errno.ENXIO:  # a FIFO whose reader may come later
                 raise
 
 
 class AccessLog:
-    """Writes a line for each connection and flow that ended, from a thread of its own."""
+    """Writes a line for each ended connection and flow, from its own thread."""
 
     def __init__(self, target: str, log_format: str) -> None:
         self._target = target
@@ -326,7 +329,7 @@ class AccessLog:
         self._writer.put(self._render(record).encode(errors="backslashreplace") + b"\n")
 
     def close(self) -> None:
-        """Write what waits, and close the file; give up on what cannot be written."""
+        """Write the queued lines and close the file. Give up on lines that cannot be written."""
         if self._writer.close():
             self._file.close()
         else:
@@ -334,12 +337,12 @@ class AccessLog:
 
 
 def drop_count(access_log: AccessLog | None) -> Callable[[], int]:
-    """Return what tells how many lines were dropped so far."""
+    """Return a function that returns the number of access-log lines dropped so far."""
     return lambda: access_log.dropped if access_log is not None else 0
 
 
 def recorder(access_log: AccessLog | None, *, verbose: bool) -> Callable[[AccessRecord], None] | None:
-    """Return what takes the record of each connection that has ended; None where nobody wants it."""
+    """Return the function that records each ended connection, or None if nothing is to be recorded."""
     if not verbose:
         return access_log.write if access_log else None
 

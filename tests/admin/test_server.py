@@ -19,7 +19,7 @@ import pytest
 from aiohttp import web
 
 from userspace_proxy.admin import limited
-from userspace_proxy.admin.limited import Seats
+from userspace_proxy.admin.limited import ConnectionSlots
 from userspace_proxy.admin.server import AdminServer, Health, is_loopback, split_address
 from userspace_proxy.errors import StartError
 from userspace_proxy.model.freshness import FAMILY_NAMES, FamilyHealth
@@ -101,7 +101,7 @@ async def test_one_family_that_does_not_keep_up_is_no_health(path: str) -> None:
     assert (answer.status, answer.json["healthy"]) == (503, False)
     assert [answer.json["status"][family]["healthy"] for family in FAMILY_NAMES] == [True, False]
     assert answer.json["lastUpdated"] == UPDATED, "the newest real update of all families"
-    assert "none has been completed" in answer.json["reason"]
+    assert "no sync has succeeded" in answer.json["reason"]
 
 
 async def test_a_sync_that_fails_is_told_at_once_and_is_a_reason_to_leave_only_when_it_lasts() -> None:
@@ -317,10 +317,10 @@ async def test_a_half_sent_request_ends_with_the_time_for_headers(monkeypatch: p
         writer.close()
 
 
-def seats_of(seats: Seats, *clients: tuple[str, int], own: str = "192.0.2.1") -> list[bool]:
-    """Connect so often from each of *clients*; return which got a seat."""
+def slots_of(slots: ConnectionSlots, *clients: tuple[str, int], own: str = "192.0.2.1") -> list[bool]:
+    """Connect so often from each of *clients*; return which got a slot."""
     return [
-        seats.take(cast("web.RequestHandler", FakeHandler()), (client, 1), (own, 2))
+        slots.take(cast("web.RequestHandler", FakeHandler()), (client, 1), (own, 2))
         for client, count in clients
         for _ in range(count)
     ]
@@ -337,10 +337,10 @@ class FakeHandler:
 
 
 async def test_the_connections_of_one_client_make_room_for_its_own_only() -> None:
-    seats = Seats()
-    assert all(seats_of(seats, ("198.51.100.1", 100), ("198.51.100.2", 1), ("198.51.100.3", 10)))
+    slots = ConnectionSlots()
+    assert all(slots_of(slots, ("198.51.100.1", 100), ("198.51.100.2", 1), ("198.51.100.3", 10)))
 
-    assert Counter(str(seat.client) for seat in seats._seats.values()) == {
+    assert Counter(str(slot.client) for slot in slots._slots.values()) == {
         "198.51.100.1": 16,
         "198.51.100.2": 1,
         "198.51.100.3": 10,
@@ -348,29 +348,29 @@ async def test_the_connections_of_one_client_make_room_for_its_own_only() -> Non
 
 
 async def test_however_many_clients_there_are_some_room_is_for_this_node_alone() -> None:
-    seats = Seats()
-    seats_of(seats, ("127.0.0.1", 3), ("192.0.2.1", 3), ("::1", 1))
-    seats_of(seats, *((f"198.51.100.{number}", 16) for number in range(1, 21)))
-    held = [seat.client for seat in seats._seats.values()]
+    slots = ConnectionSlots()
+    slots_of(slots, ("127.0.0.1", 3), ("192.0.2.1", 3), ("::1", 1))
+    slots_of(slots, *((f"198.51.100.{number}", 16) for number in range(1, 21)))
+    held = [slot.client for slot in slots._slots.values()]
 
     assert held.count(None) == 7
     assert len(held) == 64 + 7
 
 
 async def test_the_addresses_of_one_ipv6_network_share() -> None:
-    seats = Seats()
-    seats_of(seats, *((f"2001:db8::{number}", 1) for number in range(1, 41)), own="2001:db8:1::1")
+    slots = ConnectionSlots()
+    slots_of(slots, *((f"2001:db8::{number}", 1) for number in range(1, 41)), own="2001:db8:1::1")
 
-    assert len(seats._seats) == 16
+    assert len(slots._slots) == 16
 
 
-async def test_a_client_whose_requests_are_all_being_answered_gets_no_further_seat() -> None:
-    seats = Seats()
-    seats_of(seats, ("198.51.100.1", 16))
-    for seat in seats._seats.values():
-        seat.asked_at = asyncio.get_running_loop().time()
+async def test_a_client_whose_requests_are_all_being_answered_gets_no_further_slot() -> None:
+    slots = ConnectionSlots()
+    slots_of(slots, ("198.51.100.1", 16))
+    for slot in slots._slots.values():
+        slot.request_at = asyncio.get_running_loop().time()
 
-    assert seats_of(seats, ("198.51.100.1", 1), ("198.51.100.2", 1)) == [False, True]
+    assert slots_of(slots, ("198.51.100.1", 1), ("198.51.100.2", 1)) == [False, True]
 
 
 @contextlib.contextmanager

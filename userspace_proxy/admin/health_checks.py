@@ -1,7 +1,7 @@
-"""Health-check node ports: load balancers ask there whether this node has endpoints of a Service (behaviours H1-H4).
+"""Health-check node ports: load balancers query here whether this node has endpoints of a Service (behaviours H1-H4).
 
-They are open to everybody on purpose. A connection is for one answer: nobody holds one idle, and none is left to be
-cut when the port closes or another process takes over.
+The ports are open to all clients on purpose. A connection carries one response. So no client holds one idle, and none
+is left to be reset when the port closes or another process takes over.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from userspace_proxy.admin.limited import Limited, Seats, stay_anonymous
+from userspace_proxy.admin.limited import ConnectionSlots, LimitedFactory, remove_server_header
 from userspace_proxy.dataplane.sockets import bind_wildcard
 from userspace_proxy.interfaces import StateSink
 from userspace_proxy.model.health_check import HealthCheck, health_checks
@@ -34,10 +34,10 @@ log = logging.getLogger(__name__)
 
 
 class ServiceHealthChecks:
-    """Keeps a port open for each Service that wants one.
+    """Keeps the health-check node port of each Service open.
 
-    *addresses*: where; asked for when something is to be opened, none for every address. *on_failure* is told once of
-    each Service whose port cannot be opened, and again when the reason changes; ``failures`` has those that last.
+    *addresses* is called when a port is to be opened; if it returns none, ports are open at every address. *on_failure*
+    is called once for each port that cannot be opened, and again if the reason changes. ``failures``: the current ones.
     """
 
     def __init__(
@@ -51,14 +51,15 @@ class ServiceHealthChecks:
         self._addresses = addresses
         self._open: dict[NamespacedName, _Port] = {}
         self._adopted: dict[tuple[str, int], socket.socket] = {}
-        self._seats = Seats()
+        self._slots = ConnectionSlots()
         self.failures: dict[NamespacedName, str] = {}
 
     async def sync(self, wanted: Mapping[NamespacedName, HealthCheck]) -> None:
-        """Open, close and set what is said. Ports are closed first: what one Service gave up another may have.
+        """Open, close and update ports to match *wanted*.
 
-        kube-proxy sets ports and counts one after the other, so that a new port says 0 for a moment; here it never
-        says less than there is. What cannot be opened is tried again at the next sync.
+        Ports are closed first, so that another Service can take them. kube-proxy opens ports first and sets counts
+        later, so that a new port reports 0 for a moment. Here a port never reports too few. A port that cannot be
+        opened is retried at the next sync.
         """
         addresses = (tuple(self._addresses()) if wanted else ()) or _EVERYWHERE
         for service, port in list(self._open.items()):
@@ -75,7 +76,7 @@ class ServiceHealthChecks:
             del self.failures[service]
 
     async def _try_open(self, service: NamespacedName, check: HealthCheck, addresses: tuple[str, ...]) -> None:
-        port = _Port(service, check, addresses, self._proxy_healthy, self._seats)
+        port = _Port(service, check, addresses, self._proxy_healthy, self._slots)
         try:
             await port.open(lambda address: self._adopted.pop((address, check.port), None))
         except OSError as error:
@@ -91,11 +92,11 @@ class ServiceHealthChecks:
     # ---- from one process to the next
 
     def listeners(self) -> list[socket.socket]:
-        """Return what a successor is to `adopt`; duplicates of them keep who asks waiting while nobody answers."""
+        """Return the sockets for a successor to `adopt`. While it holds them, clients wait in the accept queue."""
         return [sock for port in self._open.values() for sock in port.listeners]
 
     def adopt(self, listeners: Iterable[socket.socket]) -> None:
-        """Take over *listeners*, for the first sync: it answers at those that are wanted and closes the others."""
+        """Take over *listeners*. The first sync serves those that are wanted and closes the others."""
         for sock in listeners:
             address, port = sock.getsockname()[:2]
             everywhere = ipaddress.ip_address(address).is_unspecified
@@ -106,7 +107,7 @@ class ServiceHealthChecks:
             self._adopted.pop(key).close()
 
     async def close(self) -> None:
-        """Listen no more, and answer those who are connected already."""
+        """Stop listening, and answer the clients that are already connected."""
         self._close_adopted()
         ports = list(self._open.values())
         self._open.clear()
@@ -116,14 +117,14 @@ class ServiceHealthChecks:
             return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LAST_ANSWERS_S):
-                while any(port.has_clients for port in ports):  # noqa: ASYNC110 - aiohttp tells of no end
+                while any(port.has_clients for port in ports):  # noqa: ASYNC110 - aiohttp has no event for it
                     await asyncio.sleep(_LOOK_EVERY_S)
         for port in ports:
             await port.close()
 
 
 class WithHealthChecks:
-    """A sink around the proxier: load balancers hear of endpoints once traffic can go to them."""
+    """A sink around the proxier: updates health checks only after traffic can reach the endpoints."""
 
     def __init__(self, sink: StateSink, checks: ServiceHealthChecks) -> None:
         self._sink = sink
@@ -135,7 +136,7 @@ class WithHealthChecks:
 
 
 class _Port:
-    """One Service's port, at every address that it has."""
+    """The health-check node port of one Service, at all its addresses."""
 
     def __init__(
         self,
@@ -143,7 +144,7 @@ class _Port:
         check: HealthCheck,
         addresses: tuple[str, ...],
         proxy_healthy: Callable[[], bool],
-        seats: Seats,
+        slots: ConnectionSlots,
     ) -> None:
         self._service = service
         self._proxy_healthy = proxy_healthy
@@ -151,18 +152,19 @@ class _Port:
         self.addresses = addresses
         self.local_endpoints = check.local_endpoints
         self.listeners: list[socket.socket] = []
-        app = web.Application(middlewares=[seats.note, self._answer])  # and no route: every path and method is for it
-        app.on_response_prepare.append(stay_anonymous)
+        # No routes: the middleware answers every path and method.
+        app = web.Application(middlewares=[slots.note, self._answer])
+        app.on_response_prepare.append(remove_server_header)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_LAST_ANSWERS_S)
-        self._limited = Limited(self._runner, seats)
+        self._limited = LimitedFactory(self._runner, slots)
         self._loop = asyncio.get_running_loop()
-        self._coming: set[asyncio.Task[None]] = set()
+        self._connecting: set[asyncio.Task[None]] = set()
 
     async def open(self, find_adopted: Callable[[str], socket.socket | None]) -> None:
         """Listen at every address.
 
         Raises:
-            OSError: one cannot be had; nothing is open.
+            OSError: one address cannot be bound; none stays open.
         """
         try:
             for address in self.addresses:
@@ -174,28 +176,31 @@ class _Port:
         except BaseException:
             await self.close()
             raise
-        log.info("%s: health checks are answered at port %d", self._service, self.number)
+        log.info("%s: serving health checks at port %d", self._service, self.number)
 
     def _watch(self, listener: socket.socket) -> None:
         if listener in self.listeners:
             self._loop.add_reader(listener.fileno(), self._accept, listener)
 
     def _accept(self, listener: socket.socket) -> None:
-        """Accept one client. Not by `create_server`: whom asyncio has just accepted is reset when the server closes."""
+        """Accept one client.
+
+        `create_server` cannot do this: its close resets clients that asyncio has just accepted.
+        """
         try:
             client, _ = listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):  # another process was faster; or the client has gone
+        except (BlockingIOError, ConnectionAbortedError):  # another process accepted it, or the client is gone
             return
         except OSError as error:
-            log.warning("%s: health checks wait: %s", self._service, error.strerror)
+            log.warning("%s: cannot accept health checks, retrying: %s", self._service, error.strerror)
             self._loop.remove_reader(listener.fileno())
             self._loop.call_later(_PAUSE_S, self._watch, listener)
             return
-        coming = asyncio.create_task(self._meet(client), name="health check")
-        self._coming.add(coming)
-        coming.add_done_callback(self._coming.discard)
+        task = asyncio.create_task(self._connect(client), name="health check")
+        self._connecting.add(task)
+        task.add_done_callback(self._connecting.discard)
 
-    async def _meet(self, client: socket.socket) -> None:
+    async def _connect(self, client: socket.socket) -> None:
         try:
             await self._loop.connect_accepted_socket(self._limited, client)
         except OSError:
@@ -209,14 +214,14 @@ class _Port:
 
     @property
     def has_clients(self) -> bool:
-        return bool(self._coming) or (self._runner.server is not None and bool(self._runner.server.connections))
+        return bool(self._connecting) or (self._runner.server is not None and bool(self._runner.server.connections))
 
     async def close(self) -> None:
         self.stop_listening()
-        await asyncio.gather(*self._coming)
+        await asyncio.gather(*self._connecting)
         if self._runner.server is not None:
             for connection in self._runner.server.connections:
-                connection.force_close()  # who is still about to ask; an answer is with the kernel as it is given
+                connection.force_close()  # sent no request yet; complete responses are with the kernel
         await self._runner.cleanup()
 
     @web.middleware

@@ -1,4 +1,4 @@
-"""Metrics that kube-proxy has in one of its modes only, by its own names, where we have the like."""
+"""Metrics of kernel modes, under kube-proxy's names where the meaning is the same."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _SYNC = "kubeproxy_sync_proxy_rules"
 
 @dataclass(frozen=True, slots=True)
 class KernelModeStats:
-    """What a kernel mode tells, by IP family; no ``loads`` where the mode counts none.
+    """Counters of a kernel mode, by IP family. ``loads`` is empty if the mode counts none.
 
-    ``conntrack``: how long it took to look for stale UDP flows, of both families; ``forgotten``: how many were found.
+    ``conntrack``: durations of searches for stale UDP flows, for both families. ``forgotten``: stale flows deleted.
     """
 
     mode: str
@@ -28,7 +28,7 @@ class KernelModeStats:
 
 
 class KernelModeMetrics(Collector):
-    """One scrape of them."""
+    """Collects `KernelModeStats` for one scrape."""
 
     def __init__(self, stats: KernelModeStats) -> None:
         self._stats = stats
@@ -42,10 +42,10 @@ class KernelModeMetrics(Collector):
             "sync_partial_proxy_rules", "loads of what differed", {f: each.changes for f, each in loads.items()}
         )
         conntrack = dict.fromkeys(loads, self._stats.conntrack)
-        yield _durations("conntrack_reconciler_sync", "looks for stale UDP flows, of both IP families", conntrack)
+        yield _durations("conntrack_reconciler_sync", "searches for stale UDP flows, of both IP families", conntrack)
         yield _by_family(
             "kubeproxy_conntrack_reconciler_deleted_entries",
-            "stale UDP flows that conntrack was made to forget",
+            "stale UDP flows deleted from conntrack",
             {family: self._stats.forgotten.get(family, 0) for family in loads},
         )
         yield from self._of_iptables() if self._stats.mode == "iptables" else self._of_nftables()
@@ -53,7 +53,7 @@ class KernelModeMetrics(Collector):
     def _of_iptables(self) -> Iterator[Metric]:
         loads = self._stats.loads
         for name, text, rules in (
-            ("total", "rules that are wanted", {family: each.rules for family, each in loads.items()}),
+            ("total", "desired rules", {family: each.rules for family, each in loads.items()}),
             ("last", "rules that the last load wrote", {family: each.written for family, each in loads.items()}),
         ):
             gauge = GaugeMetricFamily(f"{_SYNC}_iptables_{name}", text, labels=["table", "ip_family"])

@@ -1,4 +1,4 @@
-"""Metrics by kube-proxy's own names, where the meaning is the same: its dashboards and alerts go on working."""
+"""Metrics under kube-proxy's names where the meaning is the same, so that its dashboards and alerts keep working."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from userspace_proxy.model.histogram import Histogram
 
 
 class ChangeStats(Protocol):
-    """Changes that were heard of: all of them, and those that no sync has brought yet."""
+    """Counts of changes: all, and those that no sync has applied yet."""
 
     @property
     def total(self) -> int: ...
@@ -24,11 +24,12 @@ class ChangeStats(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SyncStats:
-    """What kube-proxy tells of its syncs: durations, and wall-clock seconds of the last one and the last wish for one.
+    """The data of kube-proxy's sync metrics.
 
-    ``programming``, ``synced_at``, ``queued_at``: by IP family. ``programming``: from the change of a pod until traffic
-    follows it. ``changes``: of a service, of an endpoint. ``answers``: by path and status. ``no_local``: by policy and
-    family, the service ports whose traffic has no endpoint on this node where it must stay on it.
+    ``synced_at``, ``queued_at``: wall-clock seconds of the last sync and of the last queued change, by IP family.
+    ``programming``: time from the change of a pod until traffic follows it, by IP family. ``changes``: of Services and
+    endpoints. ``answers``: by path and status. ``no_local``: service ports with policy Local that have no endpoint on
+    this node, by policy and family.
     """
 
     durations: Histogram
@@ -41,7 +42,7 @@ class SyncStats:
 
 
 class KubeProxyMetrics(Collector):
-    """One scrape of them."""
+    """Collects `SyncStats` for one scrape."""
 
     def __init__(self, stats: SyncStats) -> None:
         self._stats = stats
@@ -65,7 +66,7 @@ class KubeProxyMetrics(Collector):
         yield programming
         for name, text, at in (
             ("last_timestamp_seconds", "when the last sync succeeded", stats.synced_at),
-            ("last_queued_timestamp_seconds", "when a sync was last wished for", stats.queued_at),
+            ("last_queued_timestamp_seconds", "when a change was last queued for a sync", stats.queued_at),
         ):
             moments = GaugeMetricFamily(f"kubeproxy_sync_proxy_rules_{name}", text, labels=["ip_family"])
             for family in stats.programming:
@@ -73,8 +74,8 @@ class KubeProxyMetrics(Collector):
             yield moments
         for what, changes in stats.changes.items():
             name, of_what = f"kubeproxy_sync_proxy_rules_{what}_changes", f"changes of {what}s"
-            yield CounterMetricFamily(name, f"{of_what} that were heard of", value=changes.total)
-            yield GaugeMetricFamily(f"{name}_pending", f"{of_what} that no sync has brought yet", value=changes.pending)
+            yield CounterMetricFamily(name, f"{of_what} received", value=changes.total)
+            yield GaugeMetricFamily(f"{name}_pending", f"{of_what} that no sync has applied yet", value=changes.pending)
         no_local = GaugeMetricFamily(
             "kubeproxy_sync_proxy_rules_no_local_endpoints_total",
             "service ports with endpoints, none of them on this node, where traffic must stay on it",

@@ -1,6 +1,6 @@
-"""What clients of an HTTP port that is open to everybody can make us hold, and get to see.
+"""Limit the connections that clients of a public HTTP port can hold, and the details that responses disclose.
 
-Half-sent requests and idle connections make room for whoever comes next, so that no client keeps probes out.
+Half-sent requests and idle connections are evicted for new ones, so that no client can lock out health probes.
 """
 
 from __future__ import annotations
@@ -15,125 +15,125 @@ import aiohttp.web_response
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
-# Of this node itself (loopback and kubelet's probes), and as many of all others.
+# Limit for connections of this node (loopback and the kubelet's probes), and again for those of all other hosts.
 _CONNECTIONS_MAX = 64
-# Of these, from one other address; of IPv6 from one /64.
+# Limit for connections of one other client: an IPv4 address or an IPv6 /64.
 _SHARE = 16
 _HEADER_TIMEOUT_S = 5.0
 _CONNECTION_LIFE_S = 30.0
-# An answer that takes longer makes room, too.
+# A connection whose response takes longer may be evicted, too.
 _ANSWER_S = 5.0
 _SWEEP_EVERY_S = 1.0
 
-# An answer to a request that cannot be read passes no hook of ours, and would name versions.
+# Responses to malformed requests skip `remove_server_header`, so the default must not disclose versions either.
 aiohttp.web_response.SERVER_SOFTWARE = "userspace-proxy"  # type: ignore[attr-defined]
 
 
-async def stay_anonymous(_request: web.Request, answer: web.StreamResponse) -> None:
-    """Say no more than kube-proxy does: not which versions of what run here."""
+async def remove_server_header(_request: web.Request, answer: web.StreamResponse) -> None:
+    """Remove the Server header: like kube-proxy, do not disclose software versions."""
     del answer.headers[hdrs.SERVER]
 
 
 @dataclass(slots=True)
-class _Seat:
-    """One connection. ``asked_at``: when its request came, while that is answered."""
+class _Slot:
+    """One connection. ``request_at``: when the request that is being answered arrived."""
 
     handler: web.RequestHandler
     client: object  # None: this node
     since: float
-    asked_at: float | None = None
-    has_asked: bool = False
+    request_at: float | None = None
+    has_sent_request: bool = False
 
-    def may_leave(self, now: float) -> bool:
-        return self.asked_at is None or now - self.asked_at > _ANSWER_S
+    def is_evictable(self, now: float) -> bool:
+        return self.request_at is None or now - self.request_at > _ANSWER_S
 
     def is_overdue(self, now: float) -> bool:
         age_s = now - self.since
-        return age_s > _CONNECTION_LIFE_S or (not self.has_asked and age_s > _HEADER_TIMEOUT_S)
+        return age_s > _CONNECTION_LIFE_S or (not self.has_sent_request and age_s > _HEADER_TIMEOUT_S)
 
     def end(self) -> None:
         if self.handler.transport is not None:
-            self.handler.transport.abort()  # to close is to wait for a client that does not read
+            self.handler.transport.abort()  # close() would wait for a client that does not read
 
 
-class Seats:
-    """The connections of one address, or of several that share."""
+class ConnectionSlots:
+    """The connections of one address, or of several that share the limits."""
 
     def __init__(self) -> None:
-        self._seats: dict[web.RequestHandler, _Seat] = {}
+        self._slots: dict[web.RequestHandler, _Slot] = {}
         self._is_sweeping = False
 
     def take(self, handler: web.RequestHandler, peer: Any, own: Any) -> bool:
-        """Give a seat to *handler*, of a connection from *peer* to *own*; return False if there is none."""
-        client = None if _is_near(peer, own) else _network(peer)
+        """Give a slot to *handler*, for a connection from *peer* to *own*. Return False if none is free."""
+        client = None if _is_from_this_node(peer, own) else _client_key(peer)
         loop = asyncio.get_running_loop()
-        seats = [seat for seat in self._seats.values() if seat.handler.transport is not None]
-        rivals = [seat for seat in seats if (seat.client is None) == (client is None)]
-        theirs = [seat for seat in rivals if seat.client == client] if client is not None else []
-        crowd = theirs if len(theirs) >= _SHARE else rivals if len(rivals) >= _CONNECTIONS_MAX else []
-        if crowd and not self._make_room(crowd, loop.time()):
+        slots = [slot for slot in self._slots.values() if slot.handler.transport is not None]
+        rivals = [slot for slot in slots if (slot.client is None) == (client is None)]
+        theirs = [slot for slot in rivals if slot.client == client] if client is not None else []
+        candidates = theirs if len(theirs) >= _SHARE else rivals if len(rivals) >= _CONNECTIONS_MAX else []
+        if candidates and not self._make_room(candidates, loop.time()):
             return False
-        self._seats[handler] = _Seat(handler, client, loop.time())
+        self._slots[handler] = _Slot(handler, client, loop.time())
         if not self._is_sweeping:
             self._is_sweeping = True
             loop.call_later(_SWEEP_EVERY_S, self._sweep, loop)
         return True
 
-    def _make_room(self, crowd: Collection[_Seat], now: float) -> bool:
-        """End the connection of *crowd* that has been there for longest and that nothing is lost with."""
-        leaving = next((seat for seat in crowd if seat.may_leave(now)), None)
-        if leaving is None:
+    def _make_room(self, candidates: Collection[_Slot], now: float) -> bool:
+        """Evict the oldest connection of *candidates* that loses no response. Return False if there is none."""
+        evicted = next((slot for slot in candidates if slot.is_evictable(now)), None)
+        if evicted is None:
             return False
-        del self._seats[leaving.handler]
-        leaving.end()
+        del self._slots[evicted.handler]
+        evicted.end()
         return True
 
     def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
         now = loop.time()
-        for handler, seat in list(self._seats.items()):
-            if seat.is_overdue(now):
-                seat.end()
+        for handler, slot in list(self._slots.items()):
+            if slot.is_overdue(now):
+                slot.end()
             if handler.transport is None:
-                del self._seats[handler]
-        self._is_sweeping = bool(self._seats)
+                del self._slots[handler]
+        self._is_sweeping = bool(self._slots)
         if self._is_sweeping:
             loop.call_later(_SWEEP_EVERY_S, self._sweep, loop)
 
     @web.middleware
     async def note(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Note that a request is being answered."""
-        seat = self._seats.get(request.protocol)
-        if seat is None:
+        """Middleware: note that a request is being answered."""
+        slot = self._slots.get(request.protocol)
+        if slot is None:
             return await handler(request)
-        seat.asked_at, seat.has_asked = asyncio.get_running_loop().time(), True
+        slot.request_at, slot.has_sent_request = asyncio.get_running_loop().time(), True
         try:
             return await handler(request)
         finally:
-            seat.asked_at = None
+            slot.request_at = None
 
 
-class Limited:
-    """Makes the protocol of a new connection, if there is a seat for it."""
+class LimitedFactory:
+    """Protocol factory: makes the protocol of a new connection, which is aborted if no slot is free."""
 
-    def __init__(self, runner: web.AppRunner, seats: Seats) -> None:
+    def __init__(self, runner: web.AppRunner, slots: ConnectionSlots) -> None:
         self._runner = runner
-        self._seats = seats
+        self._slots = slots
 
     def __call__(self) -> asyncio.BaseProtocol:
         assert self._runner.server is not None
-        return _Newcomer(self._runner.server(), self._seats)
+        return _NewConnection(self._runner.server(), self._slots)
 
 
-class _Newcomer(asyncio.Protocol):
-    """Finds out who connects, and leaves the rest to *handler*."""
+class _NewConnection(asyncio.Protocol):
+    """Takes a slot for the connection, then passes it to *handler*."""
 
-    def __init__(self, handler: web.RequestHandler, seats: Seats) -> None:
+    def __init__(self, handler: web.RequestHandler, slots: ConnectionSlots) -> None:
         self._handler = handler
-        self._seats = seats
+        self._slots = slots
 
     def connection_made(self, transport: Any) -> None:
         peer, own = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
-        if not peer or not own or not self._seats.take(self._handler, peer, own):
+        if not peer or not own or not self._slots.take(self._handler, peer, own):
             transport.abort()
             return
         transport.set_protocol(self._handler)
@@ -146,14 +146,15 @@ def _address(name: Any) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     return mapped or address
 
 
-def _is_near(peer: Any, own: Any) -> bool:
-    """Return whether a connection from *peer* to *own* is one of this node with itself.
+def _is_from_this_node(peer: Any, own: Any) -> bool:
+    """Return whether a connection from *peer* to *own* comes from this node.
 
-    No other host can come from the address that it connects to.
+    No other host can have the address that it connects to as its own.
     """
     return _address(peer).is_loopback or _address(peer) == _address(own)
 
 
-def _network(peer: Any) -> object:
+def _client_key(peer: Any) -> object:
+    """Return the key of a client: its IPv4 address, or the /64 of its IPv6 address."""
     address = _address(peer)
     return address if address.version == 4 else int(address) >> 64

@@ -1,4 +1,4 @@
-"""Prometheus metrics: the data plane adds ints, a scrape collects them here."""
+"""Prometheus metrics. The data plane increments ints; a scrape collects them here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from userspace_proxy.model.names import ServicePortName
 
 
 class ControlStats(NamedTuple):
-    """What the control side tells of itself."""
+    """The state of the control process."""
 
     service_ports: int
     rule_loads: int
@@ -34,7 +34,7 @@ class ControlStats(NamedTuple):
     repair_failing_s: float = 0.0
 
 
-# Metric -> what it says, its Counters field, and whether it only goes up.
+# Metric name, help text, field of Counters, and whether it only rises.
 _FAMILIES = (
     ("endpoints", "endpoints that may take new traffic, as the cluster says", "endpoints", False),
     ("ejected_endpoints", "of these, the ones passed over now because they failed", "ejected", False),
@@ -52,17 +52,17 @@ _FAMILIES = (
     ("to_clients_bytes", "bytes from backends to clients", "bytes_to_clients", True),
     ("dial_failures", "attempts to reach an endpoint that failed", "dial_failures", True),
     ("port_exhaustions", "attempts for which every local port was in use", "port_exhaustions", True),
-    ("refused_sources", "dials that the kernel did not let speak as their client", "sources_refused", True),
+    ("refused_sources", "dials for which the kernel refused the client's address as source", "sources_refused", True),
     ("retries", "attempts after the first one of a connection or flow", "retries", True),
     ("ejections", "times an endpoint was passed over for a while", "ejections", True),
     ("affinity_pins", "clients that stay with an endpoint, by sessionAffinity", "pins", False),
     ("udp_flows", "UDP flows begun", "flows_total", True),
     ("udp_open_flows", "UDP flows now", "flows", False),
-    ("udp_evicted_flows", "UDP flows that made way for others", "flows_evicted", True),
-    ("udp_dropped_datagrams", "datagrams that could not be passed on", "datagrams_dropped", True),
+    ("udp_evicted_flows", "UDP flows evicted to make room for others", "flows_evicted", True),
+    ("udp_dropped_datagrams", "datagrams dropped because they could not be forwarded", "datagrams_dropped", True),
 )
 _LABELS = ("namespace", "service", "port", "protocol")
-# The same of each endpoint, by the fields of EndpointCounters.
+# The same for each endpoint, with fields of EndpointCounters.
 _ENDPOINT_FAMILIES = (
     ("connections", "TCP connections to an endpoint", "opened", True),
     ("open_connections", "TCP connections to an endpoint that are open now", "open", False),
@@ -74,25 +74,25 @@ _ENDPOINT_FAMILIES = (
     ("udp_flows", "UDP flows to an endpoint", "opened", True),
     ("udp_open_flows", "UDP flows to an endpoint now", "open", False),
 )
-# What Prometheus keeps for one endpoint: all of these but the two of the other protocol.
+# Time series of one endpoint: all of these but the two of the other protocol.
 SERIES_AN_ENDPOINT = len(_ENDPOINT_FAMILIES) - 2
 
 
-# Of each kind that a cluster's API is asked for.
+# Metrics for each kind that is watched at the API.
 _WATCH_FAMILIES: tuple[tuple[str, str, Callable[[WatchStats, float], float], bool], ...] = (
-    ("events", "events heard of a kind", lambda watch, _: watch.events, True),
-    ("restarts", "times a watch of a kind ended and was begun again", lambda watch, _: watch.restarts, True),
-    ("relists", "times all of a kind was listed", lambda watch, _: watch.relists, True),
-    ("expired", "times the API server no longer knew what we knew last (410)", lambda watch, _: watch.expired, True),
+    ("events", "events received for a kind", lambda watch, _: watch.events, True),
+    ("restarts", "times a watch of a kind was restarted", lambda watch, _: watch.restarts, True),
+    ("relists", "times all objects of a kind were listed", lambda watch, _: watch.relists, True),
+    ("expired", "times the resource version of a watch had expired (410)", lambda watch, _: watch.expired, True),
     (
         "last_heard_age_seconds",
-        "since the API server last said something of a kind; a bookmark every minute is usual",
+        "seconds since the last event or bookmark of a kind; a bookmark every minute is usual",
         lambda watch, now: float("inf") if watch.heard_at is None else now - watch.heard_at,
         False,
     ),
     (
         "failing_seconds",
-        "for so long a kind could not be followed; 0 when it can",
+        "seconds for which the watch of a kind has failed; 0 while it works",
         lambda watch, now: 0.0 if watch.failing_since is None else now - watch.failing_since,
         False,
     ),
@@ -134,7 +134,7 @@ class _Scrape(Collector):
             yield family
         yield GaugeMetricFamily(
             "userspace_proxy_degraded",
-            "1 when a kind could not be followed for longer than --degraded-after",
+            "1 when the watch of a kind has failed for longer than --degraded-after",
             value=any(watch.is_dead(now, self._degraded_after_s) for watch in self._watches),
         )
 
@@ -148,11 +148,11 @@ class _Scrape(Collector):
                 plane.hidden_endpoints,
                 False,
             ),
-            ("accept_pauses", "times accepting was paused for want of descriptors", plane.accept_paused, True),
+            ("accept_pauses", "times accepting was paused because descriptors were short", plane.accept_paused, True),
             ("local_shortages", "times this host ran out of ports, descriptors or memory", plane.local_shortages, True),
             (
                 "worker_restarts",
-                "times a data-plane process died, hung or could no longer be spoken to, and was replaced",
+                "times a data-plane process died, hung or broke its channel, and was replaced",
                 plane.worker_restarts,
                 True,
             ),
@@ -167,15 +167,15 @@ class _Scrape(Collector):
             ),
             (
                 "rule_repair_failing_seconds",
-                "for so long rules have not been as they should be, and could not be loaded again; 0 when they are",
+                "seconds for which changed rules could not be loaded again; 0 while rules are intact",
                 control.repair_failing_s,
                 False,
             ),
             ("last_sync_timestamp_seconds", "when the last sync succeeded", control.last_sync_at, False),
-            ("sync_failures", "syncs that failed; what was in force stayed", control.sync_failures, True),
+            ("sync_failures", "syncs that failed; the previous state stayed in force", control.sync_failures, True),
             (
                 "sync_failing_seconds",
-                "for so long every sync has failed; 0 when none has",
+                "seconds for which every sync has failed; 0 after a successful sync",
                 control.sync_failing_s,
                 False,
             ),
@@ -204,7 +204,7 @@ def _labels(name: ServicePortName) -> tuple[str, ...]:
 def _values(
     counted: Iterable[tuple[tuple[str, ...], Counters | EndpointCounters]], name: str, field: str
 ) -> Iterator[tuple[tuple[str, ...], int]]:
-    """Yield labels and value; what only TCP or only UDP can have is not shown for the other."""
+    """Yield labels and value of each metric, except metrics of TCP for UDP and of UDP for TCP."""
     for labels, counters in counted:
         if ("connections" in name and labels[3] == "UDP") or (name.startswith("udp_") and labels[3] == "TCP"):
             continue
@@ -237,7 +237,7 @@ def render(
     syncs: SyncStats | None = None,
     kernel: KernelModeStats | None = None,
 ) -> Iterator[bytes]:
-    """Return the text of one scrape, metric by metric: all of it at once is 16 MB for 10,000 Services."""
+    """Yield the text of one scrape, metric by metric: for 10,000 Services the whole is 16 MB."""
     collectors: list[Collector] = [_Scrape(plane, control, watches, degraded_after_s)]
     if syncs is not None:
         collectors.append(KubeProxyMetrics(syncs))
@@ -249,7 +249,7 @@ def render(
 
 
 def slis(families: Mapping[str, FamilyHealth]) -> bytes:
-    """Return what /metrics/slis tells: the health of every Kubernetes component has one name there."""
+    """Return the body of /metrics/slis: health under the metric name that all Kubernetes components share."""
     registry = CollectorRegistry(auto_describe=False)
     health = Gauge("kubernetes_healthcheck", "1 when this check is passed", ["name", "type"], registry=registry)
     for family, of_it in families.items():

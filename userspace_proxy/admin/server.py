@@ -1,6 +1,6 @@
-"""/healthz and /livez for load balancers and kubelets, /metrics for Prometheus.
+"""Serve /healthz and /livez for load balancers and kubelets, and /metrics for Prometheus.
 
-Two addresses, as kube-proxy has them: health on every address, all else on loopback (behaviours Z1-Z5).
+Two addresses, as in kube-proxy: health on every address, the rest on loopback (behaviours Z1-Z5).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from userspace_proxy.admin.limited import Limited, Seats, stay_anonymous
+from userspace_proxy.admin.limited import ConnectionSlots, LimitedFactory, remove_server_header
 from userspace_proxy.admin.metrics import slis
 from userspace_proxy.errors import StartError
 from userspace_proxy.model.freshness import FamilyHealth
@@ -25,21 +25,20 @@ from userspace_proxy.printable import printable
 _HINTS = {errno.EADDRINUSE: "another program has it", errno.EACCES: "a port below 1024 is for root"}
 _HEADERS = {"X-Content-Type-Options": "nosniff"}
 _EXPOSITION = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-# So many problems are told, and so many characters of each.
+# Problems shown, and characters of each.
 _TOLD_MAX, _SHOWN_MAX = 50, 500
-_LATE = "a sync was asked for long ago, and none has been completed since"
+_LATE = "a change has been queued for long, and no sync has succeeded since"
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What is known of our work.
+    """The health of this process and its data plane.
 
-    ``families``: whether syncs keep up, by IP family. ``waiting``: why no traffic is to come yet, or any more; "" when
-    it may. ``failing``: why the last sync or repair failed and since when; health ends only with a sync that fails for
-    long. ``stopped``: why the data plane serves nothing at this moment. ``problems`` are worth a look and no reason to
-    be replaced; ``findings`` are what `check` finds besides, for clients on this host alone. ``degraded`` says what is
-    served by a last good state that gets old. ``node_eligible``: whether load balancers may send traffic to this node;
-    None where there is no Node to ask.
+    ``families``: whether syncs keep up, by IP family. ``waiting``: why this node must get no traffic yet, or any more;
+    "" if it may. ``failing``: the failure of the last sync or repair, and since when; it makes the process unhealthy
+    only if it lasts. ``stopped``: why the data plane serves nothing now. ``problems``: need attention but are no reason
+    for a restart. ``findings``: further results of `check`, shown to local clients only. ``degraded``: what is served
+    from an old state. ``node_eligible``: whether load balancers may use this node; None if the Node is unknown.
     """
 
     families: Mapping[str, FamilyHealth]
@@ -53,7 +52,7 @@ class Health:
 
     @property
     def keeps_up(self) -> bool:
-        """Whether there is no reason to be replaced."""
+        """Whether there is no reason to restart the process."""
         return not self.stopped and all(family.healthy for family in self.families.values())
 
     @property
@@ -82,10 +81,10 @@ class AdminServer:
         self._servers: list[asyncio.Server] = []
 
     async def start(self, healthz_address: str, metrics_address: str) -> None:
-        """Bind both addresses; "" for none.
+        """Bind both addresses. An address of "" is skipped.
 
         Raises:
-            StartError: one is taken or cannot be bound.
+            StartError: an address is invalid or cannot be bound.
         """
         if healthz_address and healthz_address == metrics_address:
             raise StartError(
@@ -108,18 +107,20 @@ class AdminServer:
         if not address:
             return
         host, port = split_address(address, flag)
-        seats = Seats()
-        app = web.Application(middlewares=[seats.note])
-        app.on_response_prepare.append(stay_anonymous)
+        slots = ConnectionSlots()
+        app = web.Application(middlewares=[slots.note])
+        app.on_response_prepare.append(remove_server_header)
         for path, handler in routes.items():
             app.router.add_get(path, handler)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
         await runner.setup()
         self._runners.append(runner)
         try:
-            # [::] is both families, as in Go; by two sockets, so that IPv4 clients keep addresses of their family.
+            # [::] means both families, as in Go. Two sockets, so that IPv4 clients keep IPv4 addresses.
             hosts = (host, "0.0.0.0") if host == "::" else host  # noqa: S104 - as asked
-            self._servers.append(await asyncio.get_running_loop().create_server(Limited(runner, seats), hosts, port))
+            self._servers.append(
+                await asyncio.get_running_loop().create_server(LimitedFactory(runner, slots), hosts, port)
+            )
         except OSError as error:
             hint = _HINTS.get(error.errno or 0, "this host does not have it")
             raise StartError(f"{flag} {address} cannot be bound: {hint}; choose another, or '' for none") from None
@@ -131,7 +132,7 @@ class AdminServer:
             await runner.cleanup()
 
     async def _healthz(self, request: web.Request) -> web.Response:
-        """Say whether load balancers may send traffic here."""
+        """Answer whether load balancers may send traffic to this node."""
         health = self._health()
         is_ready = health.keeps_up and not health.waiting
         is_well = is_ready and health.node_eligible is not False
@@ -141,14 +142,14 @@ class AdminServer:
         return _answer(health, status, is_ready, said, is_open=is_loopback(request.remote))
 
     async def _livez(self, request: web.Request) -> web.Response:
-        """Say whether the process does its work; a kubelet replaces one that does not."""
+        """Answer whether the process works; the kubelet restarts one that does not."""
         health = self._health()
         status = 200 if health.keeps_up else 503
         self.answers["livez", status] += 1
         return _answer(health, status, health.keeps_up, {}, is_open=is_loopback(request.remote))
 
     async def _ping(self, _request: web.Request) -> web.Response:
-        """Say that this address answers, as kube-proxy's does; health is told at the other one."""
+        """Answer "ok" as kube-proxy does at this address; the real health is at the other address."""
         return web.Response(text="ok", headers=_HEADERS)
 
     async def _get_metrics(self, request: web.Request) -> web.StreamResponse:
@@ -170,7 +171,10 @@ class AdminServer:
 
 
 def _answer(health: Health, status: int, healthy: bool, said: Mapping[str, object], *, is_open: bool) -> web.Response:
-    """Return *health* as kube-proxy's JSON; if *is_open* with the reasons, which name objects, files and versions."""
+    """Return *health* as kube-proxy's JSON.
+
+    If *is_open*, include the reasons, which contain names of objects and files, and versions.
+    """
     now = time.time()
     body: dict[str, object] = {
         "lastUpdated": _rfc3339(now if status == 200 else health.updated_at),
@@ -202,11 +206,11 @@ def split_address(address: str, flag: str) -> tuple[str, int]:
     """Return host and port of ``127.0.0.1:10249``, ``[::1]:10249`` or ``:10249``.
 
     Raises:
-        StartError: it is none of these.
+        StartError: *address* has none of these forms.
     """
     host, colon, port = address.rpartition(":")
     if not colon or not (port.isascii() and port.isdigit()):
-        raise StartError(f"{flag} {address!r} is no address and port; write it as 127.0.0.1:10249 is written")
+        raise StartError(f"{flag} {address!r} is no address and port; write it like 127.0.0.1:10249")
     if int(port) > 65_535:
         raise StartError(f"{flag} {address!r}: {port} is not a port; the highest is 65535")
     return host.strip("[]") or "0.0.0.0", int(port)  # noqa: S104 - ":10256" means every address, as in Go
