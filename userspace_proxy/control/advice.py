@@ -1,6 +1,6 @@
-"""What `check` says, said by `run`: each finding is logged once, when a file is read and after each edit of it.
+"""Logs the findings of `check` during `run`: each one once, when a file is read and after each edit.
 
-It is worked out in a thread, beside what is served, and only for what an edit concerns.
+Checks run in a thread beside the traffic, and only for documents that an edit concerns.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from userspace_proxy.sources.documents import Manifest, parse
 from userspace_proxy.sources.lines import Document
 from userspace_proxy.sources.paths import run_in_thread
 
-# Of one look at the files, so many findings are logged one by one; `check` shows all.
+# At most this many findings are logged for one change of the files; `check` shows all.
 _LOGGED_MAX = 20
-# /healthz lists so many.
+# At most this many faults are listed by /healthz.
 _LISTED_MAX = 100
 
-# A document by its text: where it stands in its file may change with each edit above it.
+# Path and text identify a document. Its line may change with each edit above it.
 _Text = tuple[str, str]
 
 log = logging.getLogger(__name__)
 
 
 class Advisor:
-    """Knows what is wrong with the documents that a source reads. Holds a copy of their objects of its own."""
+    """Checks the documents that a source reads, on its own copy of their objects."""
 
     def __init__(self, options: LintOptions) -> None:
         self._linter = Linter(options)
@@ -45,18 +45,18 @@ class Advisor:
 
     @property
     def faults(self) -> list[str]:
-        """What is wrong now and `run` would not say otherwise; the first hundred."""
+        """The current faults that `run` does not report elsewhere; at most a hundred."""
         found = (told for known in list(self._told.values()) for told in known.values())
         return [_said(self._placed(*told)) for told in islice((t for t in found if _is_fault(t[0])), _LISTED_MAX)]
 
     def note(self, gone: Sequence[Document], came: Sequence[Document]) -> None:
-        """Take notice, in any thread, of the documents that a source no longer finds and of those that are new."""
+        """Queue a check of documents that disappeared and of new ones. Thread-safe."""
         self._changes.append((gone, came))
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self._changed.set)
 
     async def run(self) -> None:
-        """Look at what changes, until cancelled."""
+        """Check changed documents until cancelled."""
         while True:
             await self._changed.wait()
             self._changed.clear()
@@ -73,7 +73,7 @@ class Advisor:
                 log.info("%s: %s: no longer so: %s", finding.object, finding.field, finding.problem)
 
     def _look(self) -> tuple[list[Finding], list[Finding]]:
-        """Return what is newly found, and which faults are no more."""
+        """Check the queued documents; return the new findings, and the faults that are fixed."""
         touched: dict[_Text, None] = {}
         while self._changes:
             gone, came = self._changes.popleft()
@@ -117,7 +117,7 @@ class Advisor:
         return news, ended
 
     def _placed(self, finding: Finding, text: str) -> Finding:
-        """Return *finding*, whose line is that in its document, of *text*, with the line in its file."""
+        """Return *finding* with its line counted in the file; it was counted in its document, *text*."""
         above = self._line_of.get((finding.file, text), 1) - 1
         return replace(finding, line=None if finding.line is None else finding.line + above)
 

@@ -1,7 +1,7 @@
-"""Cluster IPs, node ports and load balancer IPs: what Services state of them, and what they are given. Pure.
+"""Cluster IPs, node ports and load balancer IPs of Services: stated and allocated ones. Pure.
 
-For manifests we are what gives them, as the API server and a load balancer's controller are in a cluster. There
-nothing is given, and what the API says counts.
+With manifests as the source, this proxy allocates, as the API server and a load balancer controller do in a cluster.
+With a cluster as the source, nothing is allocated: what the API states counts.
 """
 
 from __future__ import annotations
@@ -25,50 +25,51 @@ _LOAD_BALANCER_IP = "spec.loadBalancerIP"
 
 
 class Allotting(Protocol):
-    """Says which Service has what."""
+    """Assigns addresses and ports to Services."""
 
     def assign(self, name: NamespacedName, service: api.Service) -> tuple[Allotted, list[ConfigError]]:
-        """Return what *name* has from now on, and why it lacks what it can be served without.
+        """Assign values to *name*; return them, and an error for each missing value it can be served without.
 
         Raises:
-            ConfigError: it cannot have it. What *name* had before stays its own.
+            ConfigError: a value that it needs is not available. *name* keeps what it had before.
         """
         ...
 
     def make_way(self, services: Mapping[NamespacedName, api.Service]) -> None:
-        """Let those of *services* move that state other things than they have; all at once, and before `assign`."""
+        """Move Services to the values they now state, all at once. Call it before `assign`."""
         ...
 
     def first(self, name: NamespacedName, service: api.Service) -> int:
-        """Return when *name* is to be assigned among others."""
+        """Return the rank of *name* in the order of assignment; lower ranks are assigned first."""
         ...
 
     def held(self, name: NamespacedName) -> Allotted:
-        """Return what *name* has now."""
+        """Return the values that *name* holds."""
         ...
 
     def release(self, name: NamespacedName) -> None:
-        """Free what *name* has."""
+        """Release all values of *name*."""
         ...
 
     def take_evicted(self) -> set[NamespacedName]:
-        """Return who has lost something since the last call, and is to be assigned anew."""
+        """Return the Services that lost or gained a value since the last call. They must be assigned again."""
         ...
 
     @property
     def changes(self) -> int:
-        """How often anything was taken or freed: who wants to remember it sees by it that there is something new."""
+        """The number of values taken and released; a new number means that `memory` must be saved again."""
         ...
 
     def memory(self) -> Memory:
-        """Return what was allocated, for the next process."""
+        """Return the allocated values, which the next process loads."""
         ...
 
 
 class Stated:
-    """For a cluster: Services have what they state, but for portals that another one has.
+    """For a cluster: Services get the values they state, except portals that another Service gets.
 
-    *cluster_ips*: the ranges that cluster IPs are from, as far as that is known. One that should be none is reported.
+    *cluster_ips*: the ranges of cluster IPs, if known. A cluster IP that conflicts with them or with a host is
+    reported.
     """
 
     changes = 0
@@ -92,7 +93,7 @@ class Stated:
         return 0
 
     def held(self, name: NamespacedName) -> Allotted:
-        raise AssertionError("nobody is refused anything")
+        raise AssertionError("assign never raises here, so there is no earlier value to fall back to")
 
     def release(self, name: NamespacedName) -> None:
         self._portals.release(name)
@@ -105,7 +106,7 @@ class Stated:
 
 
 class Allotments:
-    """For manifests: Services are given what they state none of, the same after every restart."""
+    """For manifests: values that Services do not state are allocated, and stay the same after a restart."""
 
     def __init__(
         self,
@@ -138,9 +139,9 @@ class Allotments:
         )
 
     def first(self, name: NamespacedName, service: api.Service) -> int:
-        """Return when *name* is to be assigned among others: who had something, who states it, who wants it.
+        """Return the rank of *name* in the order of assignment: remembered values, then stated, then the others.
 
-        So that a Service keeps its address after a restart, whoever states it now.
+        This way a Service keeps its allocated address after a restart, even if another Service states it now.
         """
         try:
             wishes = self._wishes(name, service)
@@ -162,7 +163,7 @@ class Allotments:
                 try:
                     wishes[name] = self._wishes(name, service)
                 except ConfigError:
-                    continue  # it is told when it is assigned
+                    continue  # `assign` reports it
         self._claims.make_way(wishes)
 
     def held(self, name: NamespacedName) -> Allotted:
@@ -184,7 +185,7 @@ class Allotments:
         evicted, self._claims.evicted = self._claims.evicted, set()
         return evicted | self._portals.take_evicted()
 
-    # ---- what a Service wishes for
+    # ---- the values that a Service requests
 
     def _wishes(self, name: NamespacedName, service: api.Service) -> list[Wish]:
         cluster_ips = list(self._cluster_ip_wishes(name, service))
@@ -263,7 +264,7 @@ class Allotments:
                 yield Wish(Kind.LOAD_BALANCER_IP, key, _LOAD_BALANCER_IP, ip, pool, optional=True, mend=mend)
 
     def _load_balancer_ip(self, service: api.Service) -> tuple[str | None, list[ConfigError]]:
-        """Return which address of the pool *service* states, and why it cannot have the one that it does."""
+        """Return the pool address that *service* states, or None; and the error if it states one outside the pool."""
         given = ((service.spec.load_balancer_ip if service.spec else None) or "").strip()
         if not given or not self._load_balancer_ranges or not decode.wants_load_balancer_ips(service):
             return None, []
@@ -280,7 +281,7 @@ class Allotments:
 def _without_lost(
     claims: PortalClaims, name: NamespacedName, service: api.Service, allotted: Allotted
 ) -> tuple[Allotted, list[ConfigError]]:
-    """Return *allotted* with the portals that other Services have, and a problem for each."""
+    """Return *allotted* with the portals that other Services get marked as lost, and a problem for each."""
     stated = decode.stated_portals(service, allotted)
     created = service.metadata.creation_timestamp
     lost = claims.claim(name, decode.own_portals(service, allotted), stated, created)
@@ -308,13 +309,13 @@ def _health_check_key(name: NamespacedName) -> str:
 
 
 def _port_key(key: str) -> decode.PortKey:
-    """Return the name and protocol of the port that `_node_port_key` was made of."""
+    """Return the port name and protocol from a key of `_node_port_key`."""
     name, _, protocol = key.rpartition("/")
     return name.partition(":")[2], protocol
 
 
 def _of_protocol(protocol: L4Protocol, remembered: Mapping[str, int]) -> dict[str, Value]:
-    """Return those of *remembered* that are numbers of *protocol*; health checks are TCP."""
+    """Return the *remembered* numbers of *protocol*; health check ports are TCP."""
     return {
         key: NodePort(protocol, number)
         for key, number in remembered.items()

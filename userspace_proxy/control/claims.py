@@ -1,6 +1,6 @@
-"""Who has what only one can have: values that are stated, and values that are allocated. Pure.
+"""Exclusive values of Services: stated ones and allocated ones. Pure.
 
-What a Service has stays its own until it wishes for something else and can have it.
+A Service keeps its value until it requests another one that is available.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ class Kind(Enum):
     LOAD_BALANCER_IP = "load balancer IP"
 
 
-# Who states one of these gets it, though it was allocated to another one, who is given the next.
-# A cluster IP is in many a client's cache, and stays where it is, as in Kubernetes.
+# For these kinds a stated value takes precedence over an allocated one: the Service it was allocated to gets another.
+# An allocated cluster IP does not move, because clients cache it. Kubernetes does the same.
 _STATED_WINS = {Kind.NODE_PORT, Kind.LOAD_BALANCER_IP}
 
 
 class Wish(NamedTuple):
-    """One thing that a Service wants to have: what it states, or else any of *pool*.
+    """A value that a Service needs: the one it states, or any value of *pool*.
 
-    ``key`` is what it is remembered by, and nobody else's. ``field`` is where it is, or could be, stated.
-    ``optional``: without it the rest is served; *mend* says what helps when the pool is used up.
+    ``key`` identifies the value across restarts and is unique to this Service. ``field`` is the field that states the
+    value, or could. If an ``optional`` value is not available, the Service is served without it. ``mend`` says what to
+    change when the pool is used up.
     """
 
     kind: Kind
@@ -49,7 +50,11 @@ class _Held(NamedTuple):
 
 
 class Claims:
-    """Knows who has what. ``changes`` counts takes and releases, ``evicted`` who has lost what he was given."""
+    """Records which Service holds each value.
+
+    ``changes`` counts values taken and released. ``evicted``: Services that lost an allocated value to a Service that
+    states it.
+    """
 
     def __init__(self, pools: Iterable[Pool]) -> None:
         self._pools = tuple(pools)
@@ -62,11 +67,11 @@ class Claims:
         return name in self._held
 
     def held(self, name: NamespacedName, kind: Kind) -> dict[str, Value]:
-        """Return key -> value of what *name* has of *kind*, in the order in which it was wished for."""
+        """Return key -> value of the *kind* that *name* holds, in the order requested."""
         return {key: held.value for key, held in self._held.get(name, {}).items() if held.kind is kind}
 
     def allocated(self, kind: Kind) -> dict[str, Value]:
-        """Return key -> value of what was allocated, for the next process to remember."""
+        """Return key -> value for all allocated values of *kind*, which the next process loads."""
         return {
             key: held.value
             for holdings in self._held.values()
@@ -75,10 +80,10 @@ class Claims:
         }
 
     def assign(self, name: NamespacedName, wishes: Sequence[Wish]) -> list[ConfigError]:
-        """Give *name* what it wishes for, and nothing else; return why it lacks what is optional.
+        """Give *name* exactly the values in *wishes*; return an error for each optional one that is not available.
 
         Raises:
-            ConfigError: another one has it, or the pool is used up. What *name* had before stays its own.
+            ConfigError: another Service holds a required value, or the pool is used up. *name* keeps what it held before.
         """
         before = dict(self._held.get(name, {}))
         wanted = {wish.key: wish for wish in wishes}
@@ -100,7 +105,7 @@ class Claims:
             for key, held in before.items():
                 self._take(name, key, held)
             raise
-        # In the order wished for, which tells the first family from the second.
+        # The order requested is kept, because it tells the primary IP family from the secondary.
         holdings = self._held.pop(name, {})
         if ordered := {key: holdings[key] for key in wanted if key in holdings}:
             self._held[name] = ordered
@@ -109,7 +114,7 @@ class Claims:
     def _take_all(self, name: NamespacedName, wishes: Sequence[Wish]) -> list[ConfigError]:
         problems = []
         missing = [wish for wish in wishes if wish.key not in self._held.get(name, {})]
-        for wish in sorted(missing, key=lambda wish: wish.stated is None):  # so that it is not given what it states
+        for wish in sorted(missing, key=lambda wish: wish.stated is None):  # no pool may allocate a stated one
             error = self._conflict(name, wish)
             value = wish.stated
             if value is None and wish.pool is not None and (value := wish.pool.allocate(wish.key)) is None:
@@ -123,7 +128,7 @@ class Claims:
         return problems
 
     def _conflict(self, name: NamespacedName, wish: Wish) -> ConfigError | None:
-        """Return that what *wish* states is already somebody's, if it is, and stays that."""
+        """Return an error if another holder keeps the value that *wish* states, else None."""
         if wish.stated is None or wish.stated not in self._holders:
             return None
         holder, _, held = self._holding(wish.stated)
@@ -137,9 +142,9 @@ class Claims:
         return next((holder, key, held) for key, held in self._held[holder].items() if held.value == value)
 
     def make_way(self, wishes: Mapping[NamespacedName, Sequence[Wish]]) -> None:
-        """Let those who wish for other values than they have move, where nobody stays on the new ones.
+        """Move Services to the values they now state, if every current holder gives its value up.
 
-        All at once, so that values can be passed on, or swapped, within one change.
+        All moves happen at once, so that one change can pass values on or swap them.
         """
         leaves: dict[NamespacedName, list[str]] = {}
         for name, its_wishes in wishes.items():
@@ -149,7 +154,7 @@ class Claims:
                 leaves[name] = gone
         moves = {name: [w for w in wishes[name] if w.stated is not None and not w.optional] for name in leaves}
         while blocked := self._blocked(moves, leaves):
-            for name in blocked:  # it stays where it is, and so may block others
+            for name in blocked:  # a blocked Service keeps its values, and may block others
                 del moves[name]
         for name in moves:
             self._drop(name, leaves[name])
@@ -161,7 +166,7 @@ class Claims:
     def _blocked(
         self, moves: Mapping[NamespacedName, Sequence[Wish]], leaves: Mapping[NamespacedName, Sequence[str]]
     ) -> list[NamespacedName]:
-        """Return those of *moves* that want what somebody stays on, or what one before them wants."""
+        """Return the Services of *moves* that state a value which its holder keeps or an earlier Service claims."""
         left = {self._held[name][key].value for name in moves for key in leaves[name]}
         claims: dict[Value, NamespacedName] = {}
         blocked = []
@@ -178,7 +183,7 @@ class Claims:
     # ---- one value
 
     def _take(self, name: NamespacedName, key: str, held: _Held) -> None:
-        if held.value in self._holders:  # who states it wins
+        if held.value in self._holders:  # a stated value takes precedence over an allocated one
             holder, its_key, _ = self._holding(held.value)
             self._drop(holder, [its_key])
             self.evicted.add(holder)
@@ -200,7 +205,7 @@ class Claims:
             self._held.pop(name, None)
 
     def release(self, name: NamespacedName) -> None:
-        """Free what *name* has; what was allocated is remembered, should it come back."""
+        """Release all values of *name*; allocated ones are reserved for it if it comes back."""
         self._drop(name, list(self._held.get(name, {})))
 
 
@@ -215,25 +220,29 @@ def _pool_key(name: NamespacedName, key: str, held: _Held) -> str:
 
 
 class PortalClaims:
-    """Decides which Service has a portal that several state. ``evicted``: Services whose part of that has changed.
+    """Decides which Service gets a portal that several Services state.
 
-    A cluster IP's owner always has its portals. Of Services that state one as an external or load balancer IP, the one
-    has it that had it before, if *remembered* is given; then the oldest; then the first by name.
+    Order of precedence:
+    1. The Service that has the portal at its own cluster IP.
+    2. The Service that held it before, if *remembered* is given.
+    3. The oldest Service, then the first by name.
+
+    ``evicted``: Services that gained or lost a portal because of another Service.
     """
 
     def __init__(self, remembered: Mapping[str, str] | None = None) -> None:
         self._remembered = None if remembered is None else dict(remembered)
         self._owners: dict[Portal, NamespacedName] = {}  # of cluster IPs
-        self._claimants: dict[Portal, dict[NamespacedName, str]] = {}  # with the time of their creation
+        self._claimants: dict[Portal, dict[NamespacedName, str]] = {}  # with their creation time
         self._portals: dict[NamespacedName, tuple[frozenset[Portal], frozenset[Portal]]] = {}
-        self._holders: dict[Portal, NamespacedName] = {}  # of those with claimants
+        self._holders: dict[Portal, NamespacedName] = {}  # for portals with claimants
         self.evicted: set[NamespacedName] = set()
         self.changes = 0
 
     def claim(
         self, name: NamespacedName, own: Iterable[Portal], external: Iterable[Portal], created: str | None
     ) -> dict[Portal, NamespacedName]:
-        """Let *name* state just these portals; return those of *external* that another Service has, and which one."""
+        """Set the portals that *name* states; return those of *external* that other Services get, and which ones."""
         owned, stated = frozenset(own), frozenset(external)
         before_owned, before_stated = self._portals.get(name, (frozenset(), frozenset()))
         for portal in before_owned - owned:
@@ -243,7 +252,7 @@ class PortalClaims:
             self._claimants[portal].pop(name)
         self._owners.update(dict.fromkeys(owned, name))
         for portal in stated:
-            self._claimants.setdefault(portal, {})[name] = created or "~"  # behind every time
+            self._claimants.setdefault(portal, {})[name] = created or "~"  # sorts after every timestamp
         if owned or stated:
             self._portals[name] = owned, stated
         else:
@@ -258,12 +267,12 @@ class PortalClaims:
         self.claim(name, (), (), None)
 
     def lost(self, name: NamespacedName) -> frozenset[Portal]:
-        """Return the portals that *name* states and another Service has."""
+        """Return the portals that *name* states but another Service gets."""
         _, stated = self._portals.get(name, (frozenset(), frozenset()))
         return frozenset(portal for portal in stated if self._holders[portal] != name)
 
     def _settle(self, portal: Portal, name: NamespacedName) -> None:
-        """Decide on *portal* anew; if that changes something for others than *name*, they are evicted."""
+        """Decide which Service gets *portal*, and mark others than *name* as evicted if their share changes."""
         before = self._holders.pop(portal, None)
         claimants = self._claimants[portal]
         if not claimants:
@@ -278,14 +287,14 @@ class PortalClaims:
             self.evicted |= {it for it in (before, after) if it in claimants and it != name}
 
     def take_evicted(self) -> set[NamespacedName]:
-        """Return the Services to work out anew. What they have by now is remembered as theirs."""
+        """Return the Services that must be assigned again, and remember the current holders of all portals."""
         if self._remembered is not None:
             self._remembered |= self.memory()
         evicted, self.evicted = self.evicted, set()
         return evicted
 
     def memory(self) -> dict[str, str]:
-        """Return portal -> Service, for the next process."""
+        """Return portal -> Service, which the next process loads."""
         return {portal_key(portal): str(holder) for portal, holder in self._holders.items()}
 
 

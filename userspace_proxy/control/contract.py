@@ -1,6 +1,6 @@
-"""Say what each field does here, for `check --contract` and docs/reference/contract.md. Pure but for one file.
+"""The contract: how the proxy treats each API field, for `check --contract` and docs/reference/contract.md.
 
-That file is contract.toml, the one place where it is said. `run` never reads it.
+Every statement is in contract.toml, and only there. `run` never reads it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from userspace_proxy.sources.documents import Manifest
 from userspace_proxy.sources.lines import Lines
 
 _TABLE = re.compile(r"(<!-- (fields|refusals) of (\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
-# What an object is, and what makes it one of ours.
+# Fields that identify an object, or decide whether this proxy serves it.
 _IDENTITY = re.compile(r"apiVersion$|kind$|metadata\.|spec\.(type|clusterIPs?)$")
 
 
 @dataclass(frozen=True, slots=True)
 class Clause:
-    """What is done about one field. ``treatment``: honoured, approximated, ignored; unknown where there is none such.
+    """How one field is treated: honoured, approximated, ignored, or unknown if the API has no such field.
 
-    ``field`` is as in ``spec.ports[].port``, with ``*`` for any other key, and with a value where it is about that one.
-    ``shown_by``: the tests that show it.
+    ``field`` has the form ``spec.ports[].port``. ``*`` stands for any other key. A clause about one value names it:
+    ``field: value``. ``shown_by``: the tests that prove it.
     """
 
     field: str
@@ -43,7 +43,7 @@ class Clause:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What becomes of a field where an object sets it."""
+    """How a field that a manifest sets is treated, and where it is set."""
 
     file: str
     line: int
@@ -64,11 +64,15 @@ class Terms:
         self.clauses = {clause.field: clause for clause in clauses}
 
     def of(self, plain: Mapping[str, object]) -> Iterator[tuple[str, Clause]]:
-        """Yield (field, clause) for each field that *plain* sets; null and what is empty sets none."""
+        """Yield (field, clause) for each field that *plain* sets; skip null and empty values."""
         yield from self._below("", "", plain)
 
     def _below(self, general: str, field: str, value: object) -> Iterator[tuple[str, Clause]]:
-        """Go through *value*, which is at *field*; *general* is that as clauses have it."""
+        """Yield the clauses for *value* and the values inside it.
+
+        *field* is its path with indexes (``spec.ports[0]``), *general* the same path as clauses write it
+        (``spec.ports[]``).
+        """
         if value is None:
             return
         if clause := self.clauses.get(f"{general}: {value}") or self.clauses.get(general):
@@ -99,18 +103,18 @@ def contract() -> Mapping[str, Terms]:
 
 @cache
 def left_alone() -> Mapping[str, Clause]:
-    """Return what is said of objects that are not served, by kind."""
+    """Return, by kind, the clause for the fields of objects that this proxy does not serve."""
     return {clause.field: clause for clause in _read()["left_alone"]}
 
 
 @cache
 def _given() -> Mapping[str, Any]:
-    """Return what contract.toml has."""
+    """Return the content of contract.toml."""
     return tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
 
 
 def _ignored_is_shown_by() -> str:
-    """Return the test of ignored fields that have none of their own."""
+    """Return the test that covers ignored fields without a test of their own."""
     return str(_given()["ignored_is_shown_by"])
 
 
@@ -127,7 +131,7 @@ def _read() -> Mapping[str, tuple[Clause, ...]]:
 
 
 def answers(manifests: Sequence[Manifest]) -> list[Answer]:
-    """Return what becomes of each field of *manifests*, read for a check, in the order written."""
+    """Return how each field of *manifests* is treated, in the order written. They must be read with ``for_check``."""
     lines = Lines()
     return [
         Answer(
@@ -145,7 +149,7 @@ def answers(manifests: Sequence[Manifest]) -> list[Answer]:
 
 
 def _clauses(manifest: Manifest) -> Iterator[tuple[str, Clause]]:
-    """Yield (field, clause) for each field of *manifest*, if it is of a kind that is read."""
+    """Yield (field, clause) for each field of *manifest*; nothing for a kind that the proxy does not read."""
     if manifest.kind not in contract():
         return
     for field, clause in contract()[manifest.kind].of(manifest.plain or {}):
@@ -163,14 +167,14 @@ def _is_left_alone(manifest: Manifest) -> bool:
 
 
 def page(text: str) -> str:
-    """Return *text*, that of docs/reference/contract.md, with the lists and tables that the contract has now."""
+    """Return *text*, the page docs/reference/contract.md, with its lists and tables generated anew."""
     return _TABLE.sub(
         lambda found: found[1] + (_items(contract()[found[3]]) if found[2] == "fields" else _refusals(found[3])), text
     )
 
 
 def _refusals(kind: str) -> str:
-    """Return the table of what the API server refuses of *kind*."""
+    """Return a Markdown table of what the API server rejects in *kind*."""
     rows = [(rule.field, f"{rule.demand[0].upper()}{rule.demand[1:]}") for rule in RULES[kind]]
     rows += [(each.field, f"{each.demand[0].upper()}{each.demand[1:]}.") for each in RELATIONS if kind == "Service"]
     rows += [(field, f"{demand}.") for field, demand in CONTRADICTIONS.get(kind, ())]
@@ -178,7 +182,7 @@ def _refusals(kind: str) -> str:
 
 
 def _items(terms: Terms) -> str:
-    """Return an item for each field, with the tests of its own that show it."""
+    """Return a Markdown list with one item for each field and the tests written for it."""
     items = []
     for clause in terms.clauses.values():
         tests = [f"`{test.removeprefix('tests/')}`" for test in clause.shown_by if test != _ignored_is_shown_by()]
@@ -188,7 +192,7 @@ def _items(terms: Terms) -> str:
 
 
 def _wrap(item: str) -> str:
-    """Return *item* in lines of at most 118 characters, unless one piece of code is longer."""
+    """Return *item* wrapped at 118 characters; inline code is never broken."""
     whole = re.sub(r"`[^`]*`", lambda code: code[0].replace(" ", "\0"), item)
     lines = textwrap.wrap(whole, 118, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
     return "\n".join(lines).replace("\0", " ")

@@ -1,4 +1,4 @@
-"""The loop: events -> tracker -> pacer -> sink. The last good state stays in force whatever fails."""
+"""The control loop: source -> tracker -> pacer -> sink. After a failure, the last good state stays in force."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _ASK_AGAIN_S = 1.0
 # kube-proxy's bounds, so that its dashboards fit.
 _PROGRAMMING_BOUNDS_S = [0.25, 0.5, *range(1, 60), *range(60, 120, 5), *range(120, 301, 30)]
 
-# Of what a change of a kind is one.
+# API kind -> the label under which a change of it is counted.
 _CHANGED = {"Service": "service", "EndpointSlice": "endpoint", "Endpoints": "endpoint", "Pod": "endpoint"}
 
-# Of one sync, the changes of so many service ports are logged.
+# At most this many changed service ports are logged for one sync.
 _CHANGES_LOGGED_MAX = 20
 
 log = logging.getLogger(__name__)
@@ -37,19 +37,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Changes:
-    """How many there were, and how many of them no sync has brought yet."""
+    """Counts changes: in total, and those that no successful sync has applied yet."""
 
     total: int = 0
     pending: int = 0
 
 
 class Controller:
-    """Owns the way from a source to a sink.
+    """Applies what a source reports to a sink, and retries until it succeeds.
 
-    ``synced_at``: wall-clock second of the last sync that succeeded, None before the first; ``synced``: its state.
-    ``error``: why the last sync failed, "" if it did not; ``failing_since`` since when. ``durations``: of syncs that
-    succeeded; ``programming``: by IP family, from what made a controller write an EndpointSlice until it was in force.
-    ``changes``: heard of Services and of their endpoints.
+    ``synced_at``: wall-clock second of the last successful sync, None before the first; ``synced``: its state.
+    ``error``: the message of the last sync if it failed, else ""; ``failing_since``: when the failures began.
+    ``durations``: how long successful syncs took. ``programming``: by IP family, from the change that made a controller
+    write an EndpointSlice until it was in force. ``changes``: counts for Services and for their endpoints.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Controller:
         self.durations = Histogram(SYNC_BOUNDS_S)
         self.programming = {family: Histogram(_PROGRAMMING_BOUNDS_S) for family in FAMILY_NAMES}
         self._started_at = time.time()
-        self._triggers: list[tuple[str, float]] = []  # family and time of what no sync has brought yet
+        self._triggers: list[tuple[str, float]] = []  # family and time of changes that no sync has applied yet
 
     def sync_again(self) -> None:
         """Sync soon, though no source told anything: this host has changed."""
@@ -101,11 +101,11 @@ class Controller:
                     self._tracker.apply(events)
                     self._note(events)
                     synced = synced or any(event.type is EventType.SYNCED for event in events)
-                    if synced:  # never before: a half-read state would take away what the other half serves
+                    if synced:  # not before SYNCED: a partial state would remove Services that are served
                         self._changed.set()
                         self.freshness.note_queued({family for event in events for family in _families(event)})
             except Exception:
-                log.exception("a bug: the source failed; what is in force stays, and it is asked again")
+                log.exception("a bug: the source failed; the state in force stays, and the source is started again")
             await asyncio.sleep(_ASK_AGAIN_S)
 
     def _note(self, events: Iterable[ObjectEvent]) -> None:
@@ -115,7 +115,7 @@ class Controller:
                 self.changes[told].pending += 1
             if isinstance(event.object, api.EndpointSlice) and event.object.address_type in self.programming:
                 at = trigger_time(event.object)
-                if at is not None and at > self._started_at:  # what was before us we could not bring
+                if at is not None and at > self._started_at:  # changes from before the start would distort the latency
                     self._triggers.append((event.object.address_type, at))
 
     async def _sync_for_ever(self) -> None:
@@ -136,12 +136,12 @@ class Controller:
             await self._sink.sync(state)
         except SyncError as error:
             if self.error != str(error):
-                log.error("the rules could not be loaded, what was in force stays: %s", error)  # noqa: TRY400
+                log.error("the rules could not be loaded; the previous state stays in force: %s", error)  # noqa: TRY400
             self._note_failure(str(error), triggers)
             return
         except Exception as error:
             if self.error != repr(error):
-                log.exception("a bug: a sync failed, what was in force stays")
+                log.exception("a bug: a sync failed; the previous state stays in force")
             self._note_failure(repr(error), triggers)
             return
         self._pacer.note_end(succeeded=True)
@@ -163,7 +163,7 @@ class Controller:
         self._log_changes(state, self._tracker.take_endpoint_changes())
 
     def _log_changes(self, state: ProxyState, before: Mapping[ServicePortName, tuple[Endpoint, ...]]) -> None:
-        """Log a line for each service port whose endpoints are not what they were *before*; first of all how many."""
+        """Log the service ports whose endpoints differ from *before*; after the first sync, log totals instead."""
         if not self.ready.is_set():
             self.ready.set()
             services = len({name.service for name in state.service_ports})
@@ -188,7 +188,7 @@ class Controller:
 
 
 def _families(event: ObjectEvent) -> tuple[str, ...]:
-    """Return the IP families whose traffic *event* may change; of what is gone nothing is known but its name."""
+    """Return the IP families whose traffic *event* may change: all families for a deletion, which has no object."""
     if isinstance(event.object, api.EndpointSlice):
         return tuple(family for family in FAMILY_NAMES if family == event.object.address_type)
     return FAMILY_NAMES

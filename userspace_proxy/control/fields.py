@@ -1,6 +1,6 @@
-"""Which kinds and fields there are: names what does not exist, or stands in the wrong place. Pure.
+"""The kinds and fields of the API: reports misspelt and misplaced ones. Pure.
 
-A proxy skips what it does not know, as the API's own readers do; `check` says that it was skipped.
+`run` skips unknown fields, as Kubernetes clients do; `check` reports them.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from typing import Any
 from userspace_proxy import api
 from userspace_proxy.errors import ConfigError
 
-# A field's own fields; None where any may follow. What a list holds is described as if it stood there itself.
+# Field name -> the fields below it, or None if any may follow. The fields of list items are given as if there were no
+# list.
 _Tree = Mapping[str, "_Tree | None"]
 
 _CLOSE = 0.7
 _CLOSE_KIND = 0.85
 _VERSIONS = {"EndpointSlice": ("discovery.k8s.io/v1", "discovery.k8s.io/v1beta1")}
 _SUBDOMAIN = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
-# What a Pod calls by another name than a Service.
+# Fields that a Pod spells differently from a Service.
 _NAMES_OF_PODS = {"containerPort": "targetPort", "hostPort": "nodePort"}
 _SERVICE_TYPES = ("ClusterIP", "NodePort", "LoadBalancer", "ExternalName")
 
@@ -67,21 +68,21 @@ _FIELDS: Mapping[str, _Tree] = {
         **_TOP,
         "subsets": {"addresses": _ENDPOINT_ADDRESS, "notReadyAddresses": _ENDPOINT_ADDRESS, "ports": _ENDPOINT_PORT},
     },
-    # Of these a proxy reads little, and the rest of them changes with every release.
+    # The proxy reads few of these fields, and Kubernetes adds some with every release.
     "Pod": {**_TOP, **_leaves("spec status")},
     "Node": {**_TOP, **_leaves("spec status")},
 }
 
 
 def kind_errors(kind: str) -> Iterator[ConfigError]:
-    """Yield that *kind* is misspelt, which a proxy would skip as one that is not its own."""
+    """Yield an error if *kind* looks like a misspelt one, which `run` would skip."""
     match = _closest(kind, api.KINDS, cutoff=_CLOSE_KIND)
     if match and kind not in api.KINDS:
         yield ConfigError(f"{kind!r} is no kind that a proxy reads", field="kind", mend=f"did you mean {match}?")
 
 
 def field_errors(kind: str, plain: Mapping[str, Any]) -> Iterator[ConfigError]:
-    """Yield what is wrong in the head of *plain*, an object of *kind*, and each field that stands where none exists."""
+    """Yield the errors in the head of *plain*, an object of *kind*, and its unknown and misplaced fields."""
     yield from _head_errors(kind, plain)
     tree = _FIELDS[kind]
     yield from _unknown(kind, tree, tree, plain, "")
@@ -95,7 +96,7 @@ def _head_errors(kind: str, plain: Mapping[str, Any]) -> Iterator[ConfigError]:
     if version not in versions:
         said = f"{version!r} has no {kind}" if version is not None else "the apiVersion is missing"
         yield ConfigError(said, field="apiVersion", mend=f"write 'apiVersion: {versions[0]}'")
-    if kind == "Service":  # of those decode knows the rules
+    if kind == "Service":  # decode checks the names of Services
         return
     for key in ("name", "namespace"):
         name = plain["metadata"].get(key)
@@ -136,7 +137,7 @@ def _unknown_field(kind: str, whole: _Tree, tree: _Tree, key: str, here: str) ->
 
 
 def is_meant(unknown: ConfigError, name: str) -> bool:
-    """Return whether the field *name* is what stands there misspelt, as *unknown*, one of `field_errors`, says."""
+    """Return whether *unknown*, an error of `field_errors`, is a misspelt *name*."""
     key = unknown.field.rpartition(".")[2]
     return repr(name) in unknown.mend or key.strip("-\u00a0").partition(":")[0] == name
 
@@ -169,11 +170,11 @@ def _columns(home: str) -> str:
 
 
 def _fields_under_selector(whole: _Tree, plain: Mapping[str, Any]) -> Iterator[ConfigError]:
-    """Yield the fields that were indented into the selector, where every text passes for a label."""
+    """Yield the fields indented into the selector by mistake, where any key is a valid label."""
     spec = plain.get("spec")
     selector = spec.get("selector") if isinstance(spec, dict) else None
     for key, value in selector.items() if isinstance(selector, dict) else ():
-        # A label may well be called name or type: only what cannot be meant as one is named.
+        # Labels may be called name or type. Report only keys that cannot be meant as labels.
         is_field = any(name.isupper() for name in str(key)) and key in set(_all_names(whole))
         if isinstance(value, str) and (is_field or (key == "type" and value in _SERVICE_TYPES)):
             yield _misplaced(key, api.below("spec.selector", key), list(_homes(whole, key)))
@@ -186,7 +187,7 @@ def _closest(key: str, names: Iterable[str], cutoff: float = _CLOSE) -> str | No
 
 
 def _homes(tree: _Tree, key: str, field: str = "") -> Iterator[str]:
-    """Yield the fields below which *key* exists; with ``[]`` where these are lists."""
+    """Yield the paths below which *key* exists; a list's path ends in ``[]``."""
     if key in tree:
         yield field
     for name, subtree in tree.items():

@@ -1,4 +1,4 @@
-"""What belongs to hosts and should be no Service's: addresses, and ports at which this node listens. Pure."""
+"""Addresses and ports that hosts use, and that no Service should get. Pure."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def nothing_listens() -> Collection[NodePort]:
 
 @dataclass(frozen=True, slots=True)
 class Hosts:
-    """The addresses of this node, the networks that it is in, and (asked anew each time) the ports it listens at."""
+    """This node's addresses, the networks it is attached to, and a function that lists its listening ports."""
 
     addresses: Collection[str] = ()
     networks: Sequence[Network] = ()
     listening: Callable[[], Collection[NodePort]] = nothing_listens
 
     def cluster_ip_fault(self, ip: str, ranges: Sequence[Network]) -> str:
-        """Return why the canonical *ip* should be no cluster IP where these are from *ranges*; "" if it may be."""
+        """Return why *ip* (canonical) should not be a cluster IP from *ranges*, or "" if it may be."""
         if ip in self.addresses:
             return f"{ip} is an address of this node"
         address = ipaddress.ip_address(ip)
@@ -43,7 +43,7 @@ class Hosts:
         return ""
 
     def node_port_fault(self, port: NodePort) -> str:
-        """Return why *port* should be no node port; "" if it may be."""
+        """Return why *port* should not be a node port, or "" if it may be."""
         if port.protocol == "TCP" and port.number == _SSH:
             return f"{port} is the port of SSH"
         if port.protocol == "TCP" and port.number in _OF_KUBERNETES:

@@ -1,4 +1,4 @@
-"""What the next process should know of this one: what it allocated, in one small file."""
+"""Allocations that survive a restart, in one small file."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _NAME = "allocations.json"
 
 
 class Memory(msgspec.Struct, rename="camel", frozen=True):
-    """The file's content: by whom it is remembered -> what it is.
+    """The content of the file: key -> allocated value.
 
-    ``cluster_ips``: "namespace/name/IPv4" -> IP, ``load_balancer_ips`` likewise; ``node_ports``:
-    "namespace/name:port_name/TCP" -> number; ``proxy_ports``: a listener's key -> port; ``external_portals``:
-    "IP:port/TCP" -> "namespace/name" of the Service that has it.
+    ``cluster_ips`` and ``load_balancer_ips``: "namespace/name/IPv4" -> IP. ``node_ports``:
+    "namespace/name:port_name/TCP" -> number. ``proxy_ports``: a listener's key -> port. ``external_portals``:
+    "IP:port/TCP" -> "namespace/name" of the Service that gets it.
     """
 
     version: int = 1
@@ -38,7 +38,7 @@ class Memory(msgspec.Struct, rename="camel", frozen=True):
 
 
 class StateDir:
-    """A folder that outlives the process. Losing it, or finding nonsense in it, costs stable numbers and no traffic."""
+    """A folder that outlives the process. If it is lost or corrupt, addresses and ports may change."""
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / _NAME
@@ -61,8 +61,8 @@ class StateDir:
         return memory
 
     def save(self, memory: Memory) -> bool:
-        """Replace the file, whole or not at all; return whether it was. A failure is reported once."""
-        with self._saving:  # what is saved at the end must not be replaced by what was begun before
+        """Replace the file atomically; return whether that succeeded. A repeated failure is logged once."""
+        with self._saving:  # an older save must not overwrite the last one
             failure = self._replace(memory)
         if failure and failure != self._failure:
             log.warning("%s cannot be written, addresses may move at the next start: %s", self._file, failure)
@@ -72,10 +72,10 @@ class StateDir:
         return not failure
 
     def _replace(self, memory: Memory) -> str:
-        """Write *memory* in place of the file; return why it could not be, or ""."""
+        """Replace the file with *memory*; return the error text, or "" on success."""
         temporary = None
         try:
-            # A name of its own: another process may save at the same time, in a container even with our process id.
+            # A unique name: another process may save at the same time, in a container even with the same process id.
             descriptor, name = tempfile.mkstemp(dir=self._file.parent, prefix=f"{_NAME}.")
             temporary = Path(name)
             with open(descriptor, "wb") as out:  # noqa: PTH123 - a descriptor

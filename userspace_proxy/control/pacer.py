@@ -1,4 +1,4 @@
-"""How often to sync: changes are gathered for a moment, and a failed sync is tried again, later and later. Pure."""
+"""Decides when to sync: collects changes for a moment, and retries a failed sync with exponential back-off. Pure."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 GATHER_S = 0.005
 _RETRY_S = 0.25
-# Enough for any longest pause; without an end, a night of failures would be more than a float can hold.
+# Bounds the exponent: a night of failures would otherwise overflow a float.
 _DOUBLINGS_MAX = 32
 
 
 class Pacer:
-    """Says how long to wait before the next sync."""
+    """Computes the delay before the next sync."""
 
     def __init__(self, now: Callable[[], float], min_period_s: float, max_retry_s: float) -> None:
         self._now = now
@@ -21,12 +21,12 @@ class Pacer:
         self._failures = 0
 
     def note_end(self, *, succeeded: bool) -> None:
-        """A sync has ended."""
+        """Record the end of a sync."""
         self._ended_at = self._now()
         self._failures = 0 if succeeded else self._failures + 1
 
     def delay_s(self) -> float:
-        """Return how long the next sync has to wait: for other changes, for the minimum period, or for a retry."""
+        """Return the seconds until the next sync: to collect changes, the minimum period or the retry back-off."""
         pause_s = self._min_period_s
         if self._failures:
             doublings = min(self._failures - 1, _DOUBLINGS_MAX)

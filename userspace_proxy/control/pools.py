@@ -1,4 +1,4 @@
-"""What Services are given that state none: addresses out of a range, node ports. Pure."""
+"""Pools of addresses and node ports, allocated to Services that state none. Pure."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 # kube-apiserver's default.
 NODE_PORTS = range(30_000, 32_768)
-# Of these the first ones are left for numbers that people choose, as in Kubernetes (KEP-3668).
+# The first 86 are allocated to no Service: they are left for numbers that users choose, as in Kubernetes (KEP-3668).
 _CHOSEN_NODE_PORTS = 86
-# More than any cluster has; an IPv6 range holds more than can be walked.
+# Larger than any cluster needs; an IPv6 range is too large to walk.
 _NUMBERS_MAX = 1 << 20
 
 
 class NodePort(NamedTuple):
-    """A port of this node; TCP and UDP may use one number each for themselves (behaviours P2)."""
+    """A port of this node. TCP and UDP numbers are independent (behaviours P2)."""
 
     protocol: str
     number: int
@@ -30,12 +30,12 @@ class NodePort(NamedTuple):
         return str(self.number)
 
 
-# What only one Service can have.
+# An exclusive value: only one Service can hold it.
 Value = str | NodePort
 
 
 class Pool(ABC):
-    """Hands out values, each to one key."""
+    """Allocates values, each to one key."""
 
     def __init__(self, size: int, remembered: Mapping[str, Value]) -> None:
         numbers = {key: number for key, value in remembered.items() if (number := self._number_of(value)) is not None}
@@ -43,31 +43,31 @@ class Pool(ABC):
 
     @abstractmethod
     def _number_of(self, value: Value) -> int | None:
-        """Return which one of the pool *value* is; None where it is of another kind."""
+        """Return the index of *value* in the pool, or None if it is of another kind."""
 
     @abstractmethod
     def _value_of(self, number: int) -> Value: ...
 
     def take(self, key: str, value: Value) -> None:
-        """Give *value* to *key*, if it is one that could be allocated."""
+        """Allocate *value* to *key*, if the pool contains it."""
         number = self._number_of(value)
         if number is not None and 0 <= number < self._allocator.size:
             self._allocator.take(key, number)
 
     def allocate(self, key: str) -> Value | None:
-        """Return the value of *key*, giving it one if it has none; None when all are taken."""
+        """Return the value of *key*, allocating one if it has none; None if all are taken."""
         number = self._allocator.allocate(key)
         return None if number is None else self._value_of(number)
 
     def release(self, key: str, value: Value) -> None:
-        """Free *value*, if *key* has it; it is remembered, should it come back."""
+        """Release *value*, if *key* holds it; it stays reserved in case *key* comes back."""
         number = self._number_of(value)
         if number is not None and self._allocator.holder(number) == key:
             self._allocator.release(key)
 
 
 class AddressRange(Pool):
-    """One range of addresses. Its first part is left for those that people choose, as in Kubernetes (KEP-3070)."""
+    """One address range. Its first part is left for addresses that users choose, as in Kubernetes (KEP-3070)."""
 
     def __init__(self, network: Network, remembered: Mapping[str, Value]) -> None:
         self.network = network

@@ -1,4 +1,4 @@
-"""The numbers for proxy ports: which listener has which, the same after every restart. Pure."""
+"""Allocates proxy ports: each listener gets the same port after every restart. Pure."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from userspace_proxy.model.allocation import Allocator
 from userspace_proxy.model.names import L4Protocol, ListenerName
 
 _REFUSING = "nobody listens"
-# Where other parts of Kubernetes listen: kubelet, kube-proxy, controller manager and scheduler; containerd's streams.
+# Ports of other Kubernetes components: kubelet, kube-proxy, controller manager and scheduler; containerd's streaming
+# port.
 KUBERNETES_PORTS = frozenset((*range(10_248, 10_260), 10_010))
 
 
 class ProxyPorts:
-    """The numbers for proxy ports: an allocator for each protocol over one range, without those that are *reserved*."""
+    """Allocates proxy ports from one range for each protocol, except *reserved* ones."""
 
     def __init__(
         self, first: int, last: int, remembered: Mapping[str, int], reserved: Collection[int] = KUBERNETES_PORTS
@@ -32,18 +33,18 @@ class ProxyPorts:
         return sum(allocator.changes for allocator in self._allocators.values())
 
     def memory(self) -> dict[str, int]:
-        """Return key -> port, for the next process."""
+        """Return key -> port, which the next process loads."""
         held = {}
         for allocator in self._allocators.values():
             held.update({key: number + self._first for key, number in allocator.memory().items()})
         return held
 
     def next_for(self, name: ListenerName, refused: set[int]) -> int | None:
-        """Take the next port to try for *name*, but none of *refused*; None when there is none left."""
+        """Allocate the next port to try for *name* that is not in *refused*; return None if there is none left."""
         return self._take(self._allocators[name.protocol], name.key, refused)
 
     def next_refusing(self, refused: set[int]) -> int | None:
-        """Take a port for both protocols, at which nobody shall listen."""
+        """Allocate a port for both protocols that has no listener, so that connections to it are refused."""
         tcp, udp = self._allocators[L4Protocol.TCP], self._allocators[L4Protocol.UDP]
         port = self._take(tcp, f"{_REFUSING}/TCP", refused)
         if port is not None and not udp.take(f"{_REFUSING}/UDP", port - self._first):
@@ -59,7 +60,7 @@ class ProxyPorts:
         return None
 
     def hold(self, name: ListenerName, port: int) -> None:
-        """Know that *name* has *port*, wherever it got it."""
+        """Record that *name* uses *port*, which it may have from a predecessor."""
         if self._first <= port <= self._last:
             self._allocators[name.protocol].take(name.key, port - self._first)
 

@@ -1,4 +1,4 @@
-"""When the memory is written: shortly after it changed, again after a failure, and once more at the end."""
+"""Saves allocations: shortly after a change, again after a failure, and once when the process ends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from userspace_proxy.control.proxy_ports import ProxyPorts
 
 
 class Saver:
-    """Writes what the next process should remember, shortly after it changed, in a thread."""
+    """Writes the allocations that the next process needs, in a thread, shortly after they change."""
 
     def __init__(
         self, state_dir: StateDir | None, allotting: Allotting, ports: ProxyPorts, retry_after_s: float = 2.0
@@ -21,7 +21,7 @@ class Saver:
         self._allotting = allotting
         self._ports = ports
         self._retry_after_s = retry_after_s
-        self._saved = (-1, -1)  # the changes that are in the file
+        self._saved = (-1, -1)  # the counts of changes that the file contains
         self._is_asked = False
         self._wanted = asyncio.Event()
 
@@ -47,6 +47,6 @@ class Saver:
             changes = self._changes()
             if await asyncio.to_thread(self._state_dir.save, self._memory()):
                 self._saved = changes
-            else:  # a full disk, say
+            else:  # for example a full disk
                 await asyncio.sleep(self._retry_after_s)
                 self._wanted.set()

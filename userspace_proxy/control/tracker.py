@@ -1,8 +1,8 @@
-"""The latest of every object -> ProxyState. Pure.
+"""Keeps the latest version of every object and computes ProxyState. Pure.
 
-An event marks the Services it concerns; `state` works those out anew and shares everything else with the
-state before, so that the cost is that of the change. Which of the endpoints this node may use is not decided here:
-that is model/topology.py, and a Node that changes costs nothing here.
+An event marks the Services it concerns. `state` recomputes those and shares everything else with the previous state, so
+the cost depends on the change only. model/topology.py decides which endpoints this node may use; a changed Node
+therefore costs nothing here.
 """
 
 from __future__ import annotations
@@ -24,19 +24,18 @@ from userspace_proxy.model.service import ServicePort, SourceIP
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import Node
 
-# A namespace with one label and its value: what Services are found by when a Pod changes, and the other way round.
+# Namespace, label and value: the index from a Pod to the Services that select it, and back.
 LabelKey = tuple[str, str, str]
 
 log = logging.getLogger(__name__)
 
 
 class Tracker:
-    """Takes events, gives states.
+    """Turns events into states.
 
-    One bad object never stops the others: it is reported, and its last good version stays.
-
-    *here*: this node's name, and what it is where no Node object says so. *source_ip*: what its Services have that
-    say nothing of it. *transparent_obstacle*: why none here can be transparent, if that is so.
+    An invalid object never stops the others: it is reported, and its last good version stays in force. *here*: this
+    node, used as far as there is no Node object. *source_ip*: default for Services without that annotation.
+    *transparent_obstacle*: why Services here cannot be transparent, or "".
     """
 
     def __init__(
@@ -52,10 +51,10 @@ class Tracker:
         self._here = here or Node()
         self._source_ip = source_ip
         self._transparent_obstacle = transparent_obstacle
-        self.node: api.Node | None = None  # ours, as it was seen last
+        self.node: api.Node | None = None  # the latest Node object of this node
         self.knows_other_nodes = False
-        self._services: dict[NamespacedName, api.Service] = {}  # the latest that makes sense by itself
-        self._served: dict[NamespacedName, api.Service] = {}  # the latest that makes sense among the others
+        self._services: dict[NamespacedName, api.Service] = {}  # the latest version that is valid by itself
+        self._served: dict[NamespacedName, api.Service] = {}  # the latest version without conflicts with others
         self._origins: dict[NamespacedName, Origin] = {}
         self._slices: dict[NamespacedName, dict[NamespacedName, api.EndpointSlice]] = defaultdict(dict)
         self._service_of_slice: dict[NamespacedName, NamespacedName] = {}
@@ -71,18 +70,18 @@ class Tracker:
         self._endpoint_changes: dict[ServicePortName, tuple[Endpoint, ...]] = {}
         self._service_cidrs: dict[NamespacedName, tuple[str, ...]] = {}
         self._state = ProxyState(node=self._here)
-        self._faults: dict[NamespacedName, str] = {}  # until the Service is written anew
-        self._blemishes: dict[NamespacedName, str] = {}  # of what is served: a part of it is not, or not as it says
-        self._conflicts: dict[NamespacedName, str] = {}  # looked at again with every change
+        self._faults: dict[NamespacedName, str] = {}  # until the Service object changes
+        self._blemishes: dict[NamespacedName, str] = {}  # problems in a part of a Service that is served
+        self._conflicts: dict[NamespacedName, str] = {}  # checked again with every change
 
     @property
     def problems(self) -> Mapping[NamespacedName, str]:
-        """The Services that could not be taken as they are written: name -> where and why."""
+        """Service -> location and reason, for Services that are not served exactly as written."""
         return {**self._blemishes, **self._conflicts, **self._faults}
 
     @property
     def here(self) -> Node:
-        """This node, as the latest state has it."""
+        """This node in the latest state."""
         return self._state.node
 
     def see_addresses(self, addresses: tuple[str, ...]) -> bool:
@@ -92,7 +91,7 @@ class Tracker:
         return differs
 
     def apply(self, events: Iterable[ObjectEvent]) -> None:
-        """Note what *events* say."""
+        """Record *events*. `state` then returns their effect."""
         for event in events:
             if event.type is EventType.SYNCED:
                 continue
@@ -112,7 +111,7 @@ class Tracker:
                 case "ServiceCIDR":
                     self._set_service_cidr(event.name, given)
 
-    # ---- one kind each; None is a deletion
+    # ---- one method for each kind; None is a deletion
 
     def _set_service(self, name: NamespacedName, given: object, origin: Origin | None) -> None:
         if isinstance(given, api.Service):
@@ -148,7 +147,7 @@ class Tracker:
         problems[name] = said
 
     def _find_by_labels(self, name: NamespacedName) -> None:
-        """See to it that *name* is found by the selectors of its latest version and of the one that is served."""
+        """Index *name* by the selectors of its latest version and of the served one."""
         versions = (self._services.get(name), self._served.get(name))
         selectors = [v.spec.selector for v in versions if v is not None and v.spec is not None and v.spec.selector]
         keys = tuple(dict.fromkeys(_label_key(name.namespace, selector) for selector in selectors))
@@ -202,7 +201,7 @@ class Tracker:
         if isinstance(given, api.Node):
             self.node = given
         else:
-            log.warning("the Node %s was deleted; it stays for us what it was", name.name)  # behaviours Z2
+            log.warning("the Node %s was deleted; its last version stays in use", name.name)  # behaviours Z2
 
     def _set_service_cidr(self, name: NamespacedName, given: object) -> None:
         self._service_cidrs.pop(name, None)
@@ -212,12 +211,12 @@ class Tracker:
     # ---- state
 
     def take_endpoint_changes(self) -> Mapping[ServicePortName, tuple[Endpoint, ...]]:
-        """Return the service ports whose endpoints have changed since the last call, with what these were before."""
+        """Return the previous endpoints of each service port whose endpoints changed since the last call."""
         changes, self._endpoint_changes = self._endpoint_changes, {}
         return changes
 
     def state(self) -> ProxyState:
-        """Return what the cluster wants now; the same object as before where nothing has changed."""
+        """Return the desired state; the same object as before if nothing has changed."""
         node = decode.node_of(self.node, self._here)
         if node != self._state.node:
             self._state = replace(self._state, node=node)
@@ -227,9 +226,9 @@ class Tracker:
         if not self._changed:
             return self._state
         changed, self._changed = self._changed, set()
-        changed |= self._conflicts.keys()  # what stood in their way may be gone
+        changed |= self._conflicts.keys()  # the cause of a conflict may be gone
         present: dict[NamespacedName, api.Service] = {}
-        for name in changed:  # who leaves goes first, so that addresses are free
+        for name in changed:  # removed Services first, so that their addresses are free
             service = self._services.get(name)
             if service is None or not decode.is_proxied(service, self._proxy_name):
                 self._withdraw(name)
@@ -265,7 +264,7 @@ class Tracker:
         except ConfigError as error:
             good = self._served.get(name)
             self._report(self._conflicts, name, [error], self._origins.get(name), kept=good is not None)
-            if good is not None:  # it goes on, and follows its endpoints
+            if good is not None:  # the last good version stays, with current endpoints
                 self._serve(name, good, self._allotting.held(name))
             return
         if lacking:
@@ -281,23 +280,23 @@ class Tracker:
             self._find_by_labels(name)
 
     def _serve(self, name: NamespacedName, service: api.Service, allotted: decode.Allotted) -> list[ConfigError]:
-        """Work out the ports of *service* and their endpoints; return what is wrong with parts of it."""
+        """Compute the ports of *service* and their endpoints; return the problems of its parts."""
         ports, problems = decode.service_ports(name, service, allotted, self._source_ip, self._transparent_obstacle)
         sources = self._endpoint_sources(name, service)
-        service_ports = {port.name: port for port in ports.values() if port.cluster_ips}  # else it is skipped (S1)
+        service_ports = {port.name: port for port in ports.values() if port.cluster_ips}  # S1
         self._replace(name, service_ports, {n: decode.endpoints_of(p, sources) for n, p in service_ports.items()})
         return problems
 
     def _endpoint_sources(self, name: NamespacedName, service: api.Service) -> list[decode.EndpointsByPort]:
-        """Return where the endpoints of *service* are stated: in the Pods it selects, else in slices and Endpoints.
+        """Return the endpoints of *service* from the Pods it selects, or else from its slices and Endpoints.
 
-        A Service with a selector whose Pods are not here, but whose slices are, comes from a dump of a
-        cluster: there the slices are what its controller made of the Pods.
+        A dump of a cluster may hold a Service with a selector and its slices, but no Pods. The controller made those
+        slices from the Pods, so they are used.
         """
         pods = self.selected_pods(name, service)
         if pods:
             return [decode.from_pods(service, pods)]
-        # By name, so that the order in which they were told of changes nothing.
+        # Sorted by name, so that the order of events has no effect.
         pieces = [piece for _, piece in sorted(self._slices.get(name, {}).items())]
         sources = [decode.from_slices(pieces)] if pieces else []
         if name in self._endpoints:
@@ -305,7 +304,7 @@ class Tracker:
         return sources
 
     def selected_pods(self, name: NamespacedName, service: api.Service) -> list[api.Pod]:
-        """Return the Pods whose labels match the selector of *service*, by name; none where it has no selector."""
+        """Return the Pods that *service* selects, sorted by name; none if it has no selector."""
         selector = service.spec.selector if service.spec else None
         if not selector:
             return []
@@ -318,7 +317,7 @@ class Tracker:
         service_ports: Mapping[ServicePortName, ServicePort],
         endpoints: Mapping[ServicePortName, tuple[Endpoint, ...]],
     ) -> None:
-        """Put in what is different and take out what is gone; what is equal stays the same object."""
+        """Replace changed ports and endpoints and remove old ones; equal values stay the same objects."""
         for port_name in self._ports_of.pop(name, ()):
             if port_name not in service_ports:
                 del self._service_ports[port_name]
@@ -334,7 +333,7 @@ class Tracker:
 
 
 def _label_key(namespace: str, selector: Mapping[str, str]) -> LabelKey:
-    """Return one label that every match must have: the first in order of names."""
+    """Return the first label of *selector* by name, which every selected Pod must have."""
     label = min(selector)
     return namespace, label, selector[label]
 

@@ -1,7 +1,6 @@
-"""API structs -> model values. Pure; what makes no sense is refused with the field and the mend.
+"""Decodes API structs into model values. Pure; each rejected value is reported with its field and how to fix it.
 
-A ConfigError that is *raised* refuses the whole object; one that is *returned* is about a part of it, and the
-other parts go on.
+A ConfigError that is *raised* rejects the whole object. One that is *returned* rejects a part of it; the rest is used.
 """
 
 from userspace_proxy.control.decode.addresses import (

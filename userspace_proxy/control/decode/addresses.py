@@ -1,4 +1,4 @@
-"""Addresses and port numbers as people write them -> canonical ones, or why they are none. Pure."""
+"""Parses addresses and port numbers into canonical form, or reports why they are invalid. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from userspace_proxy.errors import ConfigError
 
 _NUMBER = re.compile(r"[0-9]{1,9}")
-# Canonical addresses that the API refuses as those of Services and endpoints; a match is ten times cheaper than asking
+# Canonical addresses that the API rejects for Services and endpoints. A regular expression is ten times faster than
 # `ipaddress`.
 _SPECIAL_IP = re.compile(
     r"(?P<unspecified>0\.0\.0\.0\Z|::\Z)|(?P<broadcast>255\.255\.255\.255\Z)|(?P<loopback>127\.|::1\Z)"
@@ -19,20 +19,20 @@ _SPECIAL_IP = re.compile(
 
 
 def canonical_ip(ip: str, field: str = "") -> str:
-    """Return *ip* in canonical form; zeros in front are read as decimal, as older manifests write them.
+    """Return *ip* in canonical form; leading zeros are read as decimal, as in older manifests.
 
-    An IPv4 address written as IPv6 (``::ffff:10.96.0.10``) is the IPv4 address, as it is for Kubernetes. A zone
-    (``fe80::1%eth0``) is refused: it means something on one host only, and no rule could match it.
+    An IPv4 address written as IPv6 (``::ffff:10.96.0.10``) becomes the IPv4 address, as in Kubernetes. A zone
+    (``fe80::1%eth0``) is rejected: it has a meaning on one host only, and no rule could match it.
 
     Raises:
-        ConfigError: it is no IP address.
+        ConfigError: *ip* is not an IP address.
     """
     try:
         socket.inet_pton(socket.AF_INET, ip)
     except (OSError, ValueError):
         pass
     else:
-        return ip  # it takes canonical IPv4 only, and is fifteen times faster than what follows
+        return ip  # inet_pton accepts canonical IPv4 only, and is fifteen times faster than `ipaddress`
     text = _without_zeros(ip.strip())
     if "%" in text:
         raise ConfigError(f"{ip!r} has a zone", field=field, mend="write the address alone")
@@ -52,13 +52,13 @@ def _example(field: str) -> str:
 
 
 def canonical_cidr(cidr: str, field: str = "") -> str:
-    """Return *cidr* in canonical form, without the bits of a host; zeros and zones are read as in `canonical_ip`.
+    """Return *cidr* in canonical form, with host bits cleared; zeros and zones are treated as in `canonical_ip`.
 
     Raises:
-        ConfigError: it is no range of addresses.
+        ConfigError: *cidr* is not an address range.
     """
     text = _without_zeros(cidr.strip())
-    if "%" in text:  # what stands behind it may be any text, and rules would have it
+    if "%" in text:  # any text may follow the %, and it would end up in the rules
         raise ConfigError(f"{cidr!r} has a zone", field=field, mend="write the range alone")
     try:
         network = ipaddress.ip_network(text, strict=False)
@@ -71,7 +71,7 @@ def canonical_cidr(cidr: str, field: str = "") -> str:
 
 
 def mapped_cidr(cidr: str) -> str | None:
-    """Return the IPv4 range that *cidr*, written as IPv6 (``::ffff:10.0.0.0/104``), is; None if it is none."""
+    """Return the IPv4 range that the IPv4-mapped *cidr* (``::ffff:10.0.0.0/104``) stands for, else None."""
     if not cidr.startswith("::ffff:"):
         return None
     network = ipaddress.IPv6Network(cidr)
@@ -81,7 +81,7 @@ def mapped_cidr(cidr: str) -> str | None:
 
 
 def _without_zeros(text: str) -> str:
-    """Return *text*, an IPv4 address or CIDR, without zeros in front of numbers; anything else as it is."""
+    """Return *text* without leading zeros in its numbers if it is an IPv4 address or CIDR, else unchanged."""
     if "." not in text or ":" in text:
         return text
     ip, slash, length = text.partition("/")
@@ -89,7 +89,7 @@ def _without_zeros(text: str) -> str:
 
 
 def virtual_ip_errors(ip: str, field: str) -> Iterator[ConfigError]:
-    """Yield why *ip* is no address that a Service can have for its own, if it is none."""
+    """Yield an error if *ip* is not a valid address for a Service."""
     try:
         special = _SPECIAL_IP.match(canonical_ip(ip, field))
     except ConfigError as error:
@@ -101,7 +101,7 @@ def virtual_ip_errors(ip: str, field: str) -> Iterator[ConfigError]:
 
 
 def backend_ip_errors(ip: str, field: str) -> Iterator[ConfigError]:
-    """Yield why *ip* is no address of a backend, if it is none."""
+    """Yield an error if *ip* is not a valid address for a backend."""
     mend = "write the backend's address, such as 10.244.0.2"
     try:
         special = _no_backend(canonical_ip(ip, field))
@@ -115,10 +115,9 @@ def backend_ip_errors(ip: str, field: str) -> Iterator[ConfigError]:
 
 
 def _no_backend(ip: str) -> re.Match[str] | None:
-    """Return why the canonical *ip* is none of a backend.
+    """Return the match that makes *ip* (canonical) invalid for a backend, or None if it is valid.
 
-    The API refuses loopback addresses, too. Here they are allowed: who tries a proxy on one host with manifests of
-    his own has his backends there.
+    Loopback addresses are valid here, though the API rejects them: on a single test host, backends listen there.
     """
     special = _SPECIAL_IP.match(ip)
     return None if special and special.lastgroup == "loopback" else special
@@ -146,7 +145,7 @@ def _reads(read: Callable[[str], str], text: str) -> bool:
 
 
 def backend_ip(ip: str) -> str | None:
-    """Return *ip* in canonical form; None where it is none that a backend can have."""
+    """Return *ip* in canonical form, or None if it is not a valid address for a backend."""
     try:
         canonical = canonical_ip(ip)
     except ConfigError:
@@ -155,7 +154,7 @@ def backend_ip(ip: str) -> str | None:
 
 
 def as_number(target: int | str | None) -> int | None:
-    """Return a targetPort that is a number, in quotes or not; None for a name, and where there is none."""
+    """Return a numeric targetPort, quoted or not, or None if it is a name or missing."""
     if isinstance(target, str):
         return int(target) if _NUMBER.fullmatch(target) else None
     return target
@@ -166,6 +165,6 @@ def is_port(port: int | None) -> bool:
 
 
 def number_errors(port: int, field: str) -> Iterator[ConfigError]:
-    """Yield why *port* is no port number, if it is none."""
+    """Yield an error if *port* is not a port number."""
     if not is_port(port):
         yield ConfigError(f"{port} is not a port", field=field, mend="write a number from 1 to 65535")

@@ -1,4 +1,4 @@
-"""Annotations of ours on a Service: whose address endpoints see, how IPVS chooses, what endpoints weigh. Pure."""
+"""This proxy's annotations on a Service: source IP, IPVS scheduler and endpoint weights. Pure."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _Stated = TypeVar("_Stated")
 
 
 def stated_source_ip(service: api.Service) -> tuple[SourceIP | None, list[ConfigError]]:
-    """Return what the annotation of *service* says, None where it says nothing that makes sense."""
+    """Return the source IP setting that *service* states, or None if it states none or an invalid one."""
     mend = f"write one of {', '.join(SourceIP)}; until then the node's default applies"
     return _stated(service, SOURCE_IP, SourceIP, "says no source IP", mend)
 
 
 def stated_scheduler(service: api.Service) -> tuple[str | None, list[ConfigError]]:
-    """Return by which scheduler IPVS is to choose among the endpoints of *service*."""
+    """Return the IPVS scheduler that *service* states, or None if it states none or an unknown one."""
 
     def read(text: str) -> str:
         if text not in IPVS_SCHEDULERS:
@@ -42,7 +42,7 @@ def stated_scheduler(service: api.Service) -> tuple[str | None, list[ConfigError
 
 
 def stated_weights(service: api.Service) -> tuple[Weights | None, list[ConfigError]]:
-    """Return how much of the new connections single endpoints of *service* get, by IP; others have the weight 1."""
+    """Return the weights that *service* states, by endpoint IP; endpoints that are not listed have weight 1."""
 
     def read(text: str) -> Weights:
         found = {}

@@ -1,4 +1,4 @@
-"""EndpointSlices, Endpoints and Pods -> endpoints. Pure; what is incomplete is passed over."""
+"""Decodes EndpointSlices, Endpoints and Pods into endpoints. Pure; incomplete entries are skipped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from userspace_proxy.model.names import NamespacedName
 from userspace_proxy.model.service import ServicePort
 
 SERVICE_NAME_LABEL = "kubernetes.io/service-name"
-# Whoever sets it says that no proxy is to serve it (behaviours S3).
+# Slices with this label are not for proxies (behaviours S3).
 _HEADLESS_LABEL = "service.kubernetes.io/headless"
 _TRIGGER_TIME = "endpoints.kubernetes.io/last-change-trigger-time"
 
@@ -24,7 +24,7 @@ EndpointsByPort = Mapping[PortKey, list[Endpoint]]
 
 
 def trigger_time(piece: api.EndpointSlice) -> float | None:
-    """Return when the change happened that made the controller write *piece*: wall-clock seconds; None if unknown."""
+    """Return the wall-clock second of the change that made the controller write *piece*, or None if unknown."""
     try:
         return datetime.fromisoformat((piece.metadata.annotations or {})[_TRIGGER_TIME]).timestamp()
     except (KeyError, ValueError):
@@ -32,14 +32,14 @@ def trigger_time(piece: api.EndpointSlice) -> float | None:
 
 
 def service_of(piece: api.EndpointSlice, namespace: str) -> NamespacedName | None:
-    """Return the Service that an EndpointSlice belongs to; None where it says none, or is not for proxies (S3, S4)."""
+    """Return the Service of *piece*, or None if it names none or is not for proxies (behaviours S3, S4)."""
     labels = piece.metadata.labels or {}
     name = labels.get(SERVICE_NAME_LABEL)
     return NamespacedName(namespace, name) if name and _HEADLESS_LABEL not in labels else None
 
 
 def from_slices(slices: Iterable[api.EndpointSlice]) -> EndpointsByPort:
-    """Return the endpoints of one Service's *slices*; what is incomplete is passed over (behaviours S4, S6)."""
+    """Return the endpoints of one Service's *slices*, without incomplete entries (behaviours S4, S6)."""
     found: dict[PortKey, list[Endpoint]] = defaultdict(list)
     for piece in slices:
         if piece.address_type not in ("IPv4", "IPv6"):
@@ -74,7 +74,7 @@ def _named(hints: Sequence[api.objects.Hint] | None) -> frozenset[str]:
 
 @lru_cache(maxsize=1024)
 def _shared(names: tuple[str, ...]) -> frozenset[str]:
-    """Return *names* as a set; one for all the endpoints of a zone, of which there may be 100,000."""
+    """Return *names* as a set that equal calls share: a zone may have 100,000 endpoints."""
     return frozenset(names)
 
 
@@ -93,7 +93,7 @@ def from_endpoints(given: api.Endpoints) -> EndpointsByPort:
 
 
 def from_pods(service: api.Service, pods: Iterable[api.Pod]) -> EndpointsByPort:
-    """Return the endpoints that the endpoints controller would make of the *pods* that *service* selects."""
+    """Return the endpoints that Kubernetes' endpoints controller would derive from the selected *pods*."""
     spec = service.spec
     assert spec is not None
     found: dict[PortKey, list[Endpoint]] = defaultdict(list)
@@ -115,7 +115,7 @@ def from_pods(service: api.Service, pods: Iterable[api.Pod]) -> EndpointsByPort:
 
 
 def pod_ips(pod: api.Pod) -> list[str]:
-    """Return the addresses of *pod*, one a family; none while it has no status."""
+    """Return the addresses of *pod*, one for each IP family; none if it has no status yet."""
     status = pod.status
     if status is None:
         return []
@@ -124,9 +124,9 @@ def pod_ips(pod: api.Pod) -> list[str]:
 
 
 def is_ready(pod: api.Pod) -> bool:
-    """Return whether *pod* has the condition Ready; one that states no conditions at all is taken to be.
+    """Return whether *pod* is Ready; a pod without any conditions counts as ready.
 
-    A kubelet always states conditions; a manifest written by hand that gives a podIP means "it is there".
+    A kubelet always sets conditions. A manifest written by hand that gives only a podIP means that the pod is running.
     """
     conditions = pod.status.conditions if pod.status else None
     if conditions is None:
@@ -135,7 +135,7 @@ def is_ready(pod: api.Pod) -> bool:
 
 
 def target_port(port: api.ServicePort, pod: api.Pod) -> int | None:
-    """Return the number of *port*'s target in *pod*; None when it names a port that the pod does not have."""
+    """Return the port number that *port* targets in *pod*, or None if the pod has no port of that name."""
     wanted = port.target_port
     if wanted is None or wanted in (0, ""):
         return port.port
@@ -153,15 +153,15 @@ def offered_ports(pod: api.Pod) -> list[api.objects.ContainerPort]:
     spec = pod.spec
     if spec is None:
         return []
-    # Of the init containers only sidecars (restartPolicy: Always) are there when traffic comes.
+    # Of the init containers, only sidecars (restartPolicy: Always) still run when traffic arrives.
     sidecars = [c for c in spec.init_containers or () if c.restart_policy == "Always"]
     return [port for container in [*(spec.containers or ()), *sidecars] for port in container.ports or ()]
 
 
 def endpoints_of(service_port: ServicePort, sources: Iterable[EndpointsByPort]) -> tuple[Endpoint, ...]:
-    """Return the endpoints of *service_port* out of *sources*: same port name and protocol, each address once.
+    """Return the endpoints in *sources* for *service_port*: same port name and protocol, without duplicates.
 
-    Only families that the Service itself has: a dual-stack pod is one endpoint of a single-stack Service.
+    Only IP families of the Service count: a dual-stack pod is one endpoint of a single-stack Service.
     """
     families = {":" in ip for ip in service_port.cluster_ips}
     key = (service_port.name.port_name, str(service_port.name.protocol))

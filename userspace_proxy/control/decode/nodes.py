@@ -1,4 +1,4 @@
-"""Node -> what of it decides on traffic here. Pure."""
+"""Decodes a Node: the parts that affect traffic on this node. Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LEAVING_TAINT = "ToBeDeletedByClusterAutoscaler"
 
 
 def node_of(given: api.Node | None, fallback: Node) -> Node:
-    """Return what *given*, the object of this node, says; what it does not say (or where it is None) is *fallback*."""
+    """Return this node as *given* describes it; *fallback* fills what is missing, or everything if *given* is None."""
     if given is None:
         return fallback
     return Node(
@@ -26,7 +26,7 @@ def node_of(given: api.Node | None, fallback: Node) -> Node:
 
 
 def _addresses(node: api.Node) -> Iterator[str]:
-    """Yield its addresses as kube-proxy goes through them: internal ones before external ones."""
+    """Yield the addresses of *node* in kube-proxy's order: internal before external."""
     given = (node.status.addresses if node.status else None) or ()
     for kind in ("InternalIP", "ExternalIP"):
         for item in given:
@@ -38,7 +38,7 @@ def _addresses(node: api.Node) -> Iterator[str]:
 
 
 def _pod_cidrs(node: api.Node) -> Iterator[str]:
-    """Yield the ranges that the addresses of *node*'s pods are from; none where it has not been given one (yet)."""
+    """Yield the pod CIDRs of *node*; none if it has not been assigned any yet."""
     spec = node.spec
     for cidr in (spec.pod_cidrs or [spec.pod_cidr or ""]) if spec else ():
         try:
@@ -48,7 +48,7 @@ def _pod_cidrs(node: api.Node) -> Iterator[str]:
 
 
 def is_eligible(node: api.Node | None) -> bool:
-    """Return whether load balancers may send traffic to *node*: it is known and not about to go (behaviours Z2)."""
+    """Return whether load balancers may use *node*: it is known and not being removed (behaviours Z2)."""
     if node is None:
         return False
     taints = (node.spec.taints if node.spec else None) or ()

@@ -1,4 +1,4 @@
-"""Service -> service ports. Pure; a bad value is returned as a problem, and what it does not concern goes on."""
+"""Decodes a Service into service ports. Pure; an invalid part is returned as a problem, and the rest is used."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortN
 from userspace_proxy.model.service import Portal, ServicePort, SourceIP
 
 AFFINITY_TIMEOUT_S = 10_800
-_EVERYBODY: Mapping[Family, str] = {4: "0.0.0.0/0", 6: "::/0"}
-# Packets never come from these.
-_NOBODY: Mapping[Family, str] = {4: "0.0.0.0/32", 6: "::/128"}
+_ALL_CLIENTS: Mapping[Family, str] = {4: "0.0.0.0/0", 6: "::/0"}
+# No packet has a source address in these ranges.
+_NO_CLIENT: Mapping[Family, str] = {4: "0.0.0.0/32", 6: "::/128"}
 
-# By what a port of a Service is known, and an EndpointSlice's port matched with it: name and protocol (behaviours S6).
+# Name and protocol: identifies a port of a Service, and matches an EndpointSlice's port with it (behaviours S6).
 PortKey = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Allotted:
-    """The cluster IPs of a Service, and what it was given of that which it states none of.
+    """The cluster IPs of a Service, and the values allocated for fields it leaves empty.
 
-    ``lost``: portals that it states as external or load balancer IPs, and that another Service has.
+    ``lost``: external and load balancer portals that the Service states, but another Service gets.
     """
 
     cluster_ips: tuple[str, ...] = ()
@@ -49,10 +49,10 @@ def service_ports(
     source_ip: SourceIP = SourceIP.NODE,
     transparent_obstacle: str = "",
 ) -> tuple[dict[int, ServicePort], list[ConfigError]]:
-    """Return the ports of a checked *service* by their index in ``spec.ports``, and what is wrong with the others.
+    """Return the ports of a checked *service* by index in ``spec.ports``, and the problems of its other parts.
 
-    *source_ip* is this node's default, for Services whose annotation says nothing, or nothing that makes sense.
-    *transparent_obstacle*: why this node can carry no client's address to a backend; "" where it can.
+    *source_ip* is this node's default, for Services without a valid annotation. *transparent_obstacle*: why this node
+    cannot keep client addresses, or "" if it can.
     """
     spec = service.spec
     assert spec is not None
@@ -65,7 +65,8 @@ def service_ports(
     if annotated is SourceIP.TRANSPARENT and transparent_obstacle:
         problems.append(_not_here(transparent_obstacle))
         annotated = None
-    # The Service has no other families, whatever it lists (behaviours S5).
+    # The families of the cluster IPs are the families of the Service; addresses of another one are skipped (behaviours
+    # S5).
     families = set(map(family_of, allotted.cluster_ips))
     external_ips = tuple(ip for _, ip in _external_ips(spec) if family_of(ip) in families)
     load_balancer_ips = tuple(ip for ip in load_balancer_ips or allotted.load_balancer_ips if family_of(ip) in families)
@@ -109,7 +110,7 @@ def own_portals(service: api.Service, allotted: Allotted) -> Iterator[Portal]:
 
 
 def stated_portals(service: api.Service, allotted: Allotted) -> dict[Portal, str]:
-    """Return the portals at external and load balancer IPs of a checked *service*, with the fields that state these."""
+    """Return portal -> the field that states it, for the external and load balancer IPs of a checked *service*."""
     spec = service.spec
     assert spec is not None
     families = set(map(family_of, allotted.cluster_ips))
@@ -133,11 +134,11 @@ def port_key(port: api.ServicePort) -> PortKey:
     return port.name or "", port.protocol or "TCP"
 
 
-# ---- what a spec says, and what it wants
+# ---- what a spec states, and what it needs
 
 
 def stated_cluster_ips(spec: api.objects.ServiceSpec) -> list[tuple[str, str]]:
-    """Return (field, IP as written) for each cluster IP that *spec* states and has an IP family for (behaviours S5)."""
+    """Return (field, IP as written) for each stated cluster IP, as many as *spec* has IP families (behaviours S5)."""
     if spec.cluster_ips:
         fields = [(f"spec.clusterIPs[{index}]", ip) for index, ip in enumerate(spec.cluster_ips)]
     else:
@@ -152,25 +153,28 @@ def given_cluster_ips(service: api.Service) -> list[tuple[str, str]]:
 
 
 def has_node_ports(spec: api.objects.ServiceSpec) -> bool:
-    """Return whether *spec* is of a type with node ports; another type frees them at once (behaviours S8)."""
+    """Return whether the type of *spec* has node ports; a change to another type frees them (behaviours S8)."""
     return spec.type in ("NodePort", "LoadBalancer")
 
 
 def wants_node_ports(spec: api.objects.ServiceSpec) -> bool:
-    """Return whether each port of *spec* is to have a node port, stated or not (behaviours P6)."""
+    """Return whether every port of *spec* needs a node port, stated or allocated (behaviours P6)."""
     return has_node_ports(spec) and not (
         spec.type == "LoadBalancer" and spec.allocate_load_balancer_node_ports is False
     )
 
 
 def wants_load_balancer_ips(service: api.Service) -> bool:
-    """Return whether *service* is to have load balancer IPs, and nobody has given it any, or is to (by its class)."""
+    """Return whether load balancer IPs must be allocated for *service*.
+
+    Not if it has a load balancer class or an ingress status: another load balancer is then responsible.
+    """
     spec = service.spec
     return spec is not None and spec.type == "LoadBalancer" and not (spec.load_balancer_class or ingress(service))
 
 
 def wants_health_check(spec: api.objects.ServiceSpec) -> bool:
-    """Return whether load balancers ask this node how many endpoints *spec* has here (behaviours H1)."""
+    """Return whether *spec* has a health check port that reports its local endpoints (behaviours H1)."""
     return spec.type == "LoadBalancer" and spec.external_traffic_policy == "Local"
 
 
@@ -185,10 +189,10 @@ def affinity_timeout_s(spec: api.objects.ServiceSpec) -> int | None:
 def _source_ranges(
     spec: api.objects.ServiceSpec, families: Set[Family], load_balancer_ips: Iterable[str]
 ) -> tuple[tuple[str, ...], list[ConfigError]]:
-    """Return the CIDRs that may dial the load balancer IPs, and what is wrong with them; none where all may.
+    """Return the CIDRs that may dial the load balancer IPs, and their problems; no CIDRs if all clients may.
 
-    Where ranges are given, a family without one lets in nobody: that is one range, which holds no client. kube-proxy
-    lets in everybody there.
+    If ranges are given but a family has none, no client of that family may dial: it gets a range that matches nothing.
+    kube-proxy admits all clients of that family.
     """
     given = [
         (f"spec.loadBalancerSourceRanges[{index}]", cidr.strip())
@@ -210,14 +214,14 @@ def _source_ranges(
     for family in sorted(dialled):
         if not ranges[family]:
             said = f"no range is IPv{family}, so no client may dial the load balancer IPs of that family"
-            mend = f"add one, such as {_EVERYBODY[family]} for all clients"
+            mend = f"add one, such as {_ALL_CLIENTS[family]} for all clients"
             problems.append(ConfigError(said, field="spec.loadBalancerSourceRanges", mend=mend))
     return (
         tuple(
             cidr
             for family, its in ranges.items()
             if not any(cidr.endswith("/0") for cidr in its)
-            for cidr in its or {_NOBODY[family]: None}
+            for cidr in its or {_NO_CLIENT[family]: None}
         ),
         problems,
     )
@@ -249,15 +253,15 @@ def _external_ips(spec: api.objects.ServiceSpec) -> Iterator[tuple[int, str]]:
 
 
 def ingress(service: api.Service) -> list[api.objects.LoadBalancerIngress]:
-    """Return where load balancers say that *service* is to be found."""
+    """Return the addresses at which load balancers publish *service*."""
     status = service.status.load_balancer if service.status else None
     return (status.ingress if status else None) or []
 
 
 def _load_balancer_ips(service: api.Service) -> tuple[tuple[str, ...], list[ConfigError]]:
-    """Return the IPs at which a load balancer leads its clients to us, and what is wrong with the others.
+    """Return the load balancer IPs whose traffic arrives here, and the problems of the others.
 
-    With ipMode Proxy it dials the nodes itself, and clients are to go to it and not to us (behaviours P3).
+    With ipMode Proxy the load balancer dials the nodes itself, and clients must go through it (behaviours P3).
     """
     found: dict[str, None] = {}
     problems = []

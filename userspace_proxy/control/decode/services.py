@@ -1,4 +1,4 @@
-"""What makes a Service unusable as a whole, each with its field and the mend. Pure."""
+"""Checks that reject a whole Service, each with its field and how to fix it. Pure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from userspace_proxy.control.decode.service_ports import affinity_timeout_s, sta
 from userspace_proxy.errors import ConfigError
 from userspace_proxy.model.endpoint import family_of
 
-# Whoever sets it says which other proxy is to serve it (behaviours S2).
+# Names the proxy that serves the Service instead of the default one (behaviours S2).
 _PROXY_NAME_LABEL = "service.kubernetes.io/service-proxy-name"
 AFFINITY_TIMEOUT_MAX_S = 86_400
 
@@ -29,7 +29,7 @@ _FAMILIES = ("IPv4", "IPv6")
 
 
 def is_proxied(service: api.Service, proxy_name: str = "") -> bool:
-    """Return whether the proxy of *proxy_name* ("" for the one without a name) serves *service* (behaviours S1, S2)."""
+    """Return whether the proxy named *proxy_name* ("" for the default one) serves *service* (behaviours S1, S2)."""
     spec = service.spec
     if spec is None or spec.type == "ExternalName":
         return False
@@ -39,13 +39,13 @@ def is_proxied(service: api.Service, proxy_name: str = "") -> bool:
 
 
 def check_service(service: api.Service, proxy_name: str = "") -> None:
-    """Raise ConfigError for the first thing that makes *service* unusable as a whole."""
+    """Raise the first error that rejects the whole *service*."""
     if error := next(service_errors(service, proxy_name), None):
         raise error
 
 
 def service_errors(service: api.Service, proxy_name: str = "") -> Iterator[ConfigError]:
-    """Yield everything that makes *service* unusable as a whole."""
+    """Yield every error that rejects the whole *service*."""
     name, spec = service.metadata.name, service.spec
     if not _LABEL.fullmatch(name):
         yield ConfigError(f"{name!r} is not a valid name", field="metadata.name", mend=_as_label(name))
@@ -73,7 +73,7 @@ def service_errors(service: api.Service, proxy_name: str = "") -> Iterator[Confi
             yield from virtual_ip_errors(ip, f"spec.externalIPs[{index}]")
     yield from _policy_errors(spec)
     for index, cidr in enumerate(spec.load_balancer_source_ranges or ()):
-        if cidr.strip():  # one that is left out would let in everybody
+        if cidr.strip():  # a range that is dropped would admit all clients
             yield from _cidr_errors(cidr, f"spec.loadBalancerSourceRanges[{index}]")
 
 
@@ -115,13 +115,13 @@ def _cluster_ips_errors(spec: api.objects.ServiceSpec) -> Iterator[ConfigError]:
         ip = canonical_ip(given)
         family = f"IPv{family_of(ip)}"
         if family in families:
-            yield ConfigError(f"{ip} is a second one of its family", field=field, mend="keep one a family")
+            yield ConfigError(f"{ip} is a second one of its family", field=field, mend="keep one address for each family")
         families.add(family)
         wanted = spec.ip_families[index] if spec.ip_families else family
         if wanted != family and wanted in _FAMILIES:
             mend = f"write {family}, or choose an address that is {wanted}"
             yield ConfigError(f"{ip} is {family}", field=f"spec.ipFamilies[{index}]", mend=mend)
-            break  # the other one is then that of the other address
+            break  # the other entry has the same cause
     if spec.cluster_ips and spec.cluster_ip and canonical_ip(spec.cluster_ip) != canonical_ip(spec.cluster_ips[0]):
         yield ConfigError(
             f"{spec.cluster_ip} is not the first of spec.clusterIPs",
