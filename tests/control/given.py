@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from userspace_proxy import api
-from userspace_proxy.control.allotments import Allotments
-from userspace_proxy.control.decode import Allotted
+from userspace_proxy.control.allocations import ManifestAllocations
+from userspace_proxy.control.decode import Allocation
 from userspace_proxy.control.memory import Memory
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.errors import ConfigError
@@ -138,14 +138,14 @@ def gone(kind: str, name: str) -> ObjectEvent:
     return ObjectEvent(EventType.DELETE, kind, named(name))
 
 
-class WatchedAllotments(Allotments):
+class WatchedAllocations(ManifestAllocations):
     """Notes which Services were worked out."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.worked_out: list[str] = []
 
-    def assign(self, name: NamespacedName, service: api.Service) -> tuple[Allotted, list[ConfigError]]:
+    def assign(self, name: NamespacedName, service: api.Service) -> tuple[Allocation, list[ConfigError]]:
         self.worked_out.append(name.name)
         return super().assign(name, service)
 
@@ -162,8 +162,8 @@ class World:
     ) -> None:
         networks = [ipaddress.ip_network(text) for text in ranges or ("10.96.0.0/16",)]
         pool = [ipaddress.ip_network(text) for text in load_balancer_pool]
-        self.allotments = WatchedAllotments(networks, Memory(cluster_ips=remembered or {}), pool)
-        self.tracker = Tracker(self.allotments, here=here)
+        self.allocations = WatchedAllocations(networks, Memory(cluster_ips=remembered or {}), pool)
+        self.tracker = Tracker(self.allocations, here=here)
         self.state = ProxyState()
 
     def tell(self, *things: api.KubernetesObject | ObjectEvent) -> ProxyState:
@@ -174,9 +174,9 @@ class World:
 
     def worked_out_for(self, *things: api.KubernetesObject | ObjectEvent) -> set[str]:
         """Apply *things* and return the Services that were worked out anew."""
-        self.allotments.worked_out.clear()
+        self.allocations.worked_out.clear()
         self.tell(*things)
-        return set(self.allotments.worked_out)
+        return set(self.allocations.worked_out)
 
     def port(self, name: str = "web", port: str = "", protocol: L4Protocol = L4Protocol.TCP) -> ServicePort:
         return self.state.service_ports[port_named(name, port, protocol)]

@@ -10,22 +10,22 @@ from typing import Any
 import pytest
 
 from tests.control.given import named, service
-from userspace_proxy.control.allotments import Allotments, Stated
+from userspace_proxy.control.allocations import ManifestAllocations, StatedAllocations
 from userspace_proxy.control.hosts import Hosts
 from userspace_proxy.control.memory import Memory
 from userspace_proxy.errors import ConfigError
 
 
-def cluster_ips(*ranges: str, remembered: Mapping[str, str] | None = None) -> Allotments:
+def cluster_ips(*ranges: str, remembered: Mapping[str, str] | None = None) -> ManifestAllocations:
     networks = [ipaddress.ip_network(text) for text in ranges or ("10.96.0.0/16",)]
-    return Allotments(networks, Memory(cluster_ips=remembered or {}))
+    return ManifestAllocations(networks, Memory(cluster_ips=remembered or {}))
 
 
-def assign(known: Allotments, name: str, **spec: Any) -> tuple[str, ...]:
+def assign(known: ManifestAllocations, name: str, **spec: Any) -> tuple[str, ...]:
     return known.assign(named(name), service(name, **spec))[0].cluster_ips
 
 
-def held_by(known: Allotments, name: str) -> tuple[str, ...]:
+def held_by(known: ManifestAllocations, name: str) -> tuple[str, ...]:
     return known.held(named(name)).cluster_ips
 
 
@@ -195,18 +195,18 @@ def test_an_address_that_is_a_hosts_or_no_services_is_refused_from_files_and_rep
     web = service(clusterIP=stated)
 
     with pytest.raises(ConfigError, match=why) as caught:
-        Allotments(ranges, hosts=hosts).assign(named("web"), web)
+        ManifestAllocations(ranges, hosts=hosts).assign(named("web"), web)
     assert caught.value.field == "spec.clusterIP"
 
-    allotted, problems = Stated(ranges, hosts).assign(named("web"), web)
-    assert allotted.cluster_ips == (stated,)
+    allocation, problems = StatedAllocations(ranges, hosts).assign(named("web"), web)
+    assert allocation.cluster_ips == (stated,)
     assert why in problems[0].reason
     assert "it is served" in problems[0].mend
 
 
 def test_a_family_without_a_range_has_nothing_to_be_outside_of() -> None:
     assert assign(cluster_ips(), "web", clusterIP="fd00:96::1") == ("fd00:96::1",)
-    assert Stated().assign(named("web"), service(clusterIP="172.30.0.1"))[1] == []
+    assert StatedAllocations().assign(named("web"), service(clusterIP="172.30.0.1"))[1] == []
 
 
 def test_an_address_that_somebody_has_is_refused_with_the_name_of_who() -> None:
@@ -295,10 +295,10 @@ def test_a_remembered_address_that_cannot_be_given_any_more_is_replaced(ip: str)
 # ---- moving
 
 
-def move(known: Allotments, **stated: str) -> dict[str, tuple[str, ...]]:
+def move(known: ManifestAllocations, **stated: str) -> dict[str, tuple[str, ...]]:
     """Let each service state a new address, all in one change; return what each has then."""
     wishes = {named(name): service(name, clusterIP=ip) for name, ip in stated.items()}
-    known.make_way(wishes)
+    known.apply_moves(wishes)
     for name, wish in wishes.items():
         try:
             known.assign(name, wish)

@@ -15,7 +15,7 @@ import pytest
 
 from tests.control.given import SYNCED, endpoint_slice, gone, port_named, put, service
 from userspace_proxy import api
-from userspace_proxy.control.allotments import Allotments
+from userspace_proxy.control.allocations import ManifestAllocations
 from userspace_proxy.control.controller import Controller
 from userspace_proxy.control.pacer import Pacer
 from userspace_proxy.control.tracker import Tracker
@@ -78,7 +78,7 @@ class FakeSink:
 class Rig:
     def __init__(self, after_sync: Callable[[], None] = lambda: None, health_timeout_s: float = 60.0) -> None:
         self.source, self.sink = FakeSource(), FakeSink()
-        self.tracker = Tracker(Allotments([ipaddress.ip_network("10.96.0.0/16")]))
+        self.tracker = Tracker(ManifestAllocations([ipaddress.ip_network("10.96.0.0/16")]))
         pacer = Pacer(asyncio.get_running_loop().time, min_period_s=0, max_retry_s=0.01)
         self.controller = Controller(self.source, self.tracker, self.sink, pacer, after_sync, health_timeout_s)
 
@@ -231,7 +231,7 @@ async def test_what_failed_is_shown_while_it_fails_and_since_when(caplog: pytest
         assert rig.controller.failing_since == since
         said = [record for record in caplog.records if record.levelno == logging.ERROR]
         assert len(said) == 1
-        assert "what was in force stays: no privilege" in said[0].getMessage()
+        assert "the previous state stays in force: no privilege" in said[0].getMessage()
 
         rig.sink.refusal = ""
         await rig.until(rig.controller.ready.is_set)

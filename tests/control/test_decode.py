@@ -26,7 +26,7 @@ def refusal(given: api.Service) -> ConfigError:
 
 def ports_of(given: api.Service) -> list[ServicePort]:
     decode.check_service(given)
-    found, _ = decode.service_ports(named("web"), given, decode.Allotted(("10.96.0.1",)))
+    found, _ = decode.service_ports(named("web"), given, decode.Allocation(("10.96.0.1",)))
     return list(found.values())
 
 
@@ -324,7 +324,7 @@ def test_an_sctp_port_is_named_and_the_other_ports_are_served() -> None:
     given = service(ports=[{"port": 1, "name": "s", "protocol": "SCTP"}, {"port": 2, "name": "t"}])
     decode.check_service(given)
 
-    found, problems = decode.service_ports(named("web"), given, decode.Allotted(("10.96.0.1",)))
+    found, problems = decode.service_ports(named("web"), given, decode.Allocation(("10.96.0.1",)))
 
     assert {index: port.port for index, port in found.items()} == {1: 2}
     assert [problem.field for problem in problems] == ["spec.ports[0].protocol"]
@@ -340,7 +340,7 @@ def port_of(*cluster_ips: str, source_ip: SourceIP = SourceIP.NODE, **given: Any
     made = service(**given)
     decode.check_service(made)
     found, problems = decode.service_ports(
-        named("web"), made, decode.Allotted(cluster_ips or ("10.96.0.1",)), source_ip
+        named("web"), made, decode.Allocation(cluster_ips or ("10.96.0.1",)), source_ip
     )
     assert all(problem.mend for problem in problems)
     return found[0], [problem.field for problem in problems]
@@ -441,7 +441,7 @@ def test_a_mapped_range_is_mended_as_the_ipv4_range_that_it_stands_for() -> None
     ranges = ["192.0.2.0/24", "::ffff:10.0.0.0/104"]
     given = service(type="LoadBalancer", loadBalancerSourceRanges=ranges)
 
-    _, problems = decode.service_ports(named("web"), given, decode.Allotted(("10.96.0.1",)))
+    _, problems = decode.service_ports(named("web"), given, decode.Allocation(("10.96.0.1",)))
 
     assert [(problem.field, problem.mend) for problem in problems] == [
         ("spec.loadBalancerSourceRanges[1]", "write 10.0.0.0/8")
@@ -510,9 +510,9 @@ def test_what_a_service_does_not_state_it_has_as_it_was_given() -> None:
         externalTrafficPolicy="Local",
         ports=[{"port": 53, "name": "a"}, {"port": 53, "name": "b", "protocol": "UDP"}],
     )
-    allotted = decode.Allotted(("10.96.0.1",), {("a", "TCP"): 30_100, ("b", "UDP"): 30_200}, (VIP,), 30_300)
+    allocation = decode.Allocation(("10.96.0.1",), {("a", "TCP"): 30_100, ("b", "UDP"): 30_200}, (VIP,), 30_300)
 
-    found, _ = decode.service_ports(named("web"), given, allotted)
+    found, _ = decode.service_ports(named("web"), given, allocation)
 
     assert [p.node_port for p in found.values()] == [30_100, 30_200]
     assert {(p.load_balancer_ips, p.health_check_node_port) for p in found.values()} == {((VIP,), 30_300)}
@@ -546,7 +546,7 @@ def test_of_two_ports_only_the_one_that_a_header_cannot_be_sent_to_goes_without(
     ports = [{"port": 53, "name": "udp", "protocol": "UDP"}, {"port": 53, "name": "tcp"}]
     given = service(**annotated("proxy-protocol-v1", ports=ports))
 
-    found, problems = decode.service_ports(named("web"), given, decode.Allotted(("10.96.0.1",)))
+    found, problems = decode.service_ports(named("web"), given, decode.Allocation(("10.96.0.1",)))
 
     assert [port.source_ip for port in found.values()] == [SourceIP.NODE, SourceIP.PROXY_PROTOCOL_V1]
     assert len(problems) == 1
@@ -854,7 +854,7 @@ def test_a_container_port_that_is_no_port_gives_no_endpoint(number: int) -> None
 
 
 def port_with(*cluster_ips: str) -> ServicePort:
-    return decode.service_ports(named("web"), service(), decode.Allotted(cluster_ips))[0][0]
+    return decode.service_ports(named("web"), service(), decode.Allocation(cluster_ips))[0][0]
 
 
 def test_one_address_in_several_slices_is_one_endpoint() -> None:

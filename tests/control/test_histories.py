@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.control.given import endpoint_slice, endpoints, gone, node, pod, put, service
-from userspace_proxy.control.allotments import Allotments, Allotting, Stated
+from userspace_proxy.control.allocations import Allocations, ManifestAllocations, StatedAllocations
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.interfaces import EventType, ObjectEvent
 from userspace_proxy.model.names import NamespacedName
@@ -131,8 +131,8 @@ EVENTS = st.one_of(
 HISTORIES = st.lists(st.lists(EVENTS, min_size=1, max_size=6), min_size=2, max_size=8)
 
 
-def after(history: History, allotting: Allotting) -> Tracker:
-    tracker = Tracker(allotting, here=HERE)
+def after(history: History, allocations: Allocations) -> Tracker:
+    tracker = Tracker(allocations, here=HERE)
     for batch in history:
         tracker.apply(batch)
         tracker.state()
@@ -155,7 +155,7 @@ def test_a_history_leaves_what_a_fresh_start_finds(history: History, chance: Any
     chance.shuffle(present)
 
     lived, fresh = (
-        after(batches, Stated() if in_cluster else Allotments(CLUSTER_IPS, None, POOL))
+        after(batches, StatedAllocations() if in_cluster else ManifestAllocations(CLUSTER_IPS, None, POOL))
         for batches in (history, [present])
     )
 
@@ -168,10 +168,10 @@ def test_a_history_leaves_what_a_fresh_start_finds(history: History, chance: Any
 @given(history=HISTORIES)
 @settings(max_examples=100)
 def test_a_restart_moves_nothing_and_what_is_told_again_is_nothing_new(history: History) -> None:
-    first = Allotments(CLUSTER_IPS, None, POOL)
+    first = ManifestAllocations(CLUSTER_IPS, None, POOL)
     lived = after(history, first)
 
-    again = after([what_is_there(history)], Allotments(CLUSTER_IPS, first.memory(), POOL))
+    again = after([what_is_there(history)], ManifestAllocations(CLUSTER_IPS, first.memory(), POOL))
     assert dict(again.state().service_ports) == dict(lived.state().service_ports)
 
     before = lived.state()

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from userspace_proxy.control.allotments import Stated
+from userspace_proxy.control.allocations import StatedAllocations
 from userspace_proxy.control.memory import Memory, StateDir
 from userspace_proxy.control.proxy_ports import ProxyPorts
 from userspace_proxy.control.saver import Saver
@@ -15,7 +15,7 @@ from userspace_proxy.control.saver import Saver
 REMEMBERED = {"default/web:/TCP": 12_345}
 
 
-class Remembering(Stated):
+class Remembering(StatedAllocations):
     """Has allocated something that is to be remembered."""
 
     changes = 1

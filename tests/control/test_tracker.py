@@ -22,7 +22,7 @@ from tests.control.given import (
     service,
 )
 from userspace_proxy import api
-from userspace_proxy.control.allotments import Stated
+from userspace_proxy.control.allocations import StatedAllocations
 from userspace_proxy.control.memory import Memory
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.interfaces import EventType, ObjectEvent
@@ -280,7 +280,7 @@ def test_add_and_delete_in_one_batch_is_nothing() -> None:
     world.tell(put(service()), gone("Service", "web"))
 
     assert not world.state.service_ports
-    assert world.allotments.memory() == Memory()
+    assert world.allocations.memory() == Memory()
 
 
 # ---- what did not change is the same object
@@ -539,7 +539,7 @@ def test_a_version_that_is_refused_is_told_of_and_not_what_was_wrong_with_the_on
 
 def test_in_a_cluster_a_service_without_a_cluster_ip_is_not_there_and_nobody_is_given_one() -> None:
     """S1."""
-    tracker = Tracker(Stated())
+    tracker = Tracker(StatedAllocations())
 
     tracker.apply([put(service("without", externalIPs=["1.2.3.4"])), put(service("web", clusterIP="10.96.0.1"))])
 
@@ -547,7 +547,7 @@ def test_in_a_cluster_a_service_without_a_cluster_ip_is_not_there_and_nobody_is_
 
 
 def test_in_a_cluster_two_services_may_share_what_the_api_lets_them_share() -> None:
-    tracker = Tracker(Stated())
+    tracker = Tracker(StatedAllocations())
     shared: dict[str, Any] = {"type": "LoadBalancer", "ingress": [{"ip": "203.0.113.1"}]}
 
     tracker.apply(
@@ -714,7 +714,7 @@ def test_after_a_restart_every_service_has_its_address_in_whatever_order_it_come
         before.tell(service(name))
     held = {name: before.ips(name) for name in names}
 
-    after = World("10.0.0.0/28", remembered=before.allotments.memory().cluster_ips)
+    after = World("10.0.0.0/28", remembered=before.allocations.memory().cluster_ips)
     after.tell(*(service(name) for name in reversed(names)))
 
     assert {name: after.ips(name) for name in names} == held
@@ -725,7 +725,7 @@ def test_a_new_service_cannot_take_the_address_of_one_that_had_it_before_the_res
     before.tell(service("old"))
     (ip,) = before.ips("old")
 
-    after = World(remembered=before.allotments.memory().cluster_ips)
+    after = World(remembered=before.allocations.memory().cluster_ips)
     after.tell(service("a-new", clusterIP=ip), service("old"))
 
     assert after.ips("old") == (ip,)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from userspace_proxy.config.settings import Settings
-from userspace_proxy.control.allotments import Allotments
+from userspace_proxy.control.allocations import ManifestAllocations
 from userspace_proxy.control.lint import LintOptions, lint
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.dataplane.proxy_protocol import header_v1
@@ -62,7 +62,7 @@ WHAT_IS_SERVED = {
 async def load(folders: Sequence[Path], node: str = "") -> tuple[ProxyState, list[str]]:
     """Return what `run` would serve of *folders* on *node*, and what it would complain of."""
     source = FileSource([str(folder) for folder in folders])
-    tracker = Tracker(Allotments([CLUSTER_IP_RANGE]), here=Node(node))
+    tracker = Tracker(ManifestAllocations([CLUSTER_IP_RANGE]), here=Node(node))
     async for events in source.events():
         tracker.apply(events)
         if any(event.type is EventType.SYNCED for event in events):

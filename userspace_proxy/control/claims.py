@@ -26,8 +26,8 @@ class Kind(Enum):
 _STATED_WINS = {Kind.NODE_PORT, Kind.LOAD_BALANCER_IP}
 
 
-class Wish(NamedTuple):
-    """A value that a Service needs: the one it states, or any value of *pool*.
+class ValueRequest(NamedTuple):
+    """A request of a Service for a value: the one it states, or any value of *pool*.
 
     ``key`` identifies the value across restarts and is unique to this Service. ``field`` is the field that states the
     value, or could. If an ``optional`` value is not available, the Service is served without it. ``mend`` says what to
@@ -79,27 +79,27 @@ class Claims:
             if held.kind is kind and held.allocated
         }
 
-    def assign(self, name: NamespacedName, wishes: Sequence[Wish]) -> list[ConfigError]:
-        """Give *name* exactly the values in *wishes*; return an error for each optional one that is not available.
+    def assign(self, name: NamespacedName, requests: Sequence[ValueRequest]) -> list[ConfigError]:
+        """Give *name* exactly the values in *requests*; return an error for each optional one that is not available.
 
         Raises:
-            ConfigError: another Service holds a required value, or the pool is used up. *name* keeps what it held before.
+            ConfigError: another Service holds a required value, or the pool is used up. Nothing was changed.
         """
         before = dict(self._held.get(name, {}))
-        wanted = {wish.key: wish for wish in wishes}
+        wanted = {request.key: request for request in requests}
         kept = [key for key, held in before.items() if _is_met(wanted.get(key), held)]
         if kept == list(before) == list(wanted):
             return []
-        for wish in wishes:
+        for request in requests:
             if (
-                not wish.optional
-                and self._holders.get(wish.stated or "") != name
-                and (error := self._conflict(name, wish))
+                not request.optional
+                and self._holders.get(request.stated or "") != name
+                and (error := self._conflict(name, request))
             ):
                 raise error
         self._drop(name, before.keys() - kept)
         try:
-            problems = self._take_all(name, wishes)
+            problems = self._take_all(name, requests)
         except ConfigError:
             self.release(name)
             for key, held in before.items():
@@ -111,71 +111,71 @@ class Claims:
             self._held[name] = ordered
         return problems
 
-    def _take_all(self, name: NamespacedName, wishes: Sequence[Wish]) -> list[ConfigError]:
+    def _take_all(self, name: NamespacedName, requests: Sequence[ValueRequest]) -> list[ConfigError]:
         problems = []
-        missing = [wish for wish in wishes if wish.key not in self._held.get(name, {})]
-        for wish in sorted(missing, key=lambda wish: wish.stated is None):  # no pool may allocate a stated one
-            error = self._conflict(name, wish)
-            value = wish.stated
-            if value is None and wish.pool is not None and (value := wish.pool.allocate(wish.key)) is None:
-                error = ConfigError(f"{wish.pool} is used up", field=wish.field, mend=wish.mend)
-            if error is not None and not wish.optional:
+        missing = [request for request in requests if request.key not in self._held.get(name, {})]
+        for request in sorted(missing, key=lambda request: request.stated is None):  # no pool may allocate a stated one
+            error = self._conflict(name, request)
+            value = request.stated
+            if value is None and request.pool is not None and (value := request.pool.allocate(request.key)) is None:
+                error = ConfigError(f"{request.pool} is used up", field=request.field, mend=request.mend)
+            if error is not None and not request.optional:
                 raise error
             if error is not None:
                 problems.append(error)
             elif value is not None:
-                self._take(name, wish.key, _Held(wish.kind, value, allocated=wish.stated is None))
+                self._take(name, request.key, _Held(request.kind, value, allocated=request.stated is None))
         return problems
 
-    def _conflict(self, name: NamespacedName, wish: Wish) -> ConfigError | None:
-        """Return an error if another holder keeps the value that *wish* states, else None."""
-        if wish.stated is None or wish.stated not in self._holders:
+    def _conflict(self, name: NamespacedName, request: ValueRequest) -> ConfigError | None:
+        """Return an error if another holder keeps the value that *request* states, else None."""
+        if request.stated is None or request.stated not in self._holders:
             return None
-        holder, _, held = self._holding(wish.stated)
+        holder, _, held = self._holding(request.stated)
         if holder != name and held.allocated and held.kind in _STATED_WINS:
             return None
-        said = f"{wish.stated} is already the {held.kind.value} of {holder}"
-        return ConfigError(said, field=wish.field, mend="choose another one, or none")
+        said = f"{request.stated} is already the {held.kind.value} of {holder}"
+        return ConfigError(said, field=request.field, mend="choose another one, or none")
 
     def _holding(self, value: Value) -> tuple[NamespacedName, str, _Held]:
         holder = self._holders[value]
         return next((holder, key, held) for key, held in self._held[holder].items() if held.value == value)
 
-    def make_way(self, wishes: Mapping[NamespacedName, Sequence[Wish]]) -> None:
+    def apply_moves(self, requests: Mapping[NamespacedName, Sequence[ValueRequest]]) -> None:
         """Move Services to the values they now state, if every current holder gives its value up.
 
         All moves happen at once, so that one change can pass values on or swap them.
         """
         leaves: dict[NamespacedName, list[str]] = {}
-        for name, its_wishes in wishes.items():
-            wanted = {wish.key: wish for wish in its_wishes}
+        for name, own_requests in requests.items():
+            wanted = {request.key: request for request in own_requests}
             holdings = self._held.get(name, {})
             if gone := [key for key, held in holdings.items() if not _is_met(wanted.get(key), held)]:
                 leaves[name] = gone
-        moves = {name: [w for w in wishes[name] if w.stated is not None and not w.optional] for name in leaves}
+        moves = {name: [w for w in requests[name] if w.stated is not None and not w.optional] for name in leaves}
         while blocked := self._blocked(moves, leaves):
             for name in blocked:  # a blocked Service keeps its values, and may block others
                 del moves[name]
         for name in moves:
             self._drop(name, leaves[name])
         for name, stated in moves.items():
-            for wish in stated:
-                if wish.stated is not None and self._holders.get(wish.stated) != name:
-                    self._take(name, wish.key, _Held(wish.kind, wish.stated, allocated=False))
+            for request in stated:
+                if request.stated is not None and self._holders.get(request.stated) != name:
+                    self._take(name, request.key, _Held(request.kind, request.stated, allocated=False))
 
     def _blocked(
-        self, moves: Mapping[NamespacedName, Sequence[Wish]], leaves: Mapping[NamespacedName, Sequence[str]]
+        self, moves: Mapping[NamespacedName, Sequence[ValueRequest]], leaves: Mapping[NamespacedName, Sequence[str]]
     ) -> list[NamespacedName]:
         """Return the Services of *moves* that state a value which its holder keeps or an earlier Service claims."""
         left = {self._held[name][key].value for name in moves for key in leaves[name]}
         claims: dict[Value, NamespacedName] = {}
         blocked = []
         for name, stated in sorted(moves.items()):
-            for wish in stated:
-                assert wish.stated is not None
-                own = self._holders.get(wish.stated) == name
-                taken = not own and wish.stated not in left and self._conflict(name, wish) is not None
-                if taken or claims.setdefault(wish.stated, name) != name:
+            for request in stated:
+                assert request.stated is not None
+                own = self._holders.get(request.stated) == name
+                taken = not own and request.stated not in left and self._conflict(name, request) is not None
+                if taken or claims.setdefault(request.stated, name) != name:
                     blocked.append(name)
                     break
         return blocked
@@ -209,10 +209,10 @@ class Claims:
         self._drop(name, list(self._held.get(name, {})))
 
 
-def _is_met(wish: Wish | None, held: _Held) -> bool:
-    if wish is None:
+def _is_met(request: ValueRequest | None, held: _Held) -> bool:
+    if request is None:
         return False
-    return held.allocated if wish.stated is None else held.value == wish.stated
+    return held.allocated if request.stated is None else held.value == request.stated
 
 
 def _pool_key(name: NamespacedName, key: str, held: _Held) -> str:

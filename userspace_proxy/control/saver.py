@@ -6,7 +6,7 @@ import asyncio
 
 import msgspec
 
-from userspace_proxy.control.allotments import Allotting
+from userspace_proxy.control.allocations import Allocations
 from userspace_proxy.control.memory import Memory, StateDir
 from userspace_proxy.control.proxy_ports import ProxyPorts
 
@@ -15,10 +15,10 @@ class Saver:
     """Writes the allocations that the next process needs, in a thread, shortly after they change."""
 
     def __init__(
-        self, state_dir: StateDir | None, allotting: Allotting, ports: ProxyPorts, retry_after_s: float = 2.0
+        self, state_dir: StateDir | None, allocations: Allocations, ports: ProxyPorts, retry_after_s: float = 2.0
     ) -> None:
         self._state_dir = state_dir
-        self._allotting = allotting
+        self._allocations = allocations
         self._ports = ports
         self._retry_after_s = retry_after_s
         self._saved = (-1, -1)  # the counts of changes that the file contains
@@ -26,7 +26,7 @@ class Saver:
         self._wanted = asyncio.Event()
 
     def _changes(self) -> tuple[int, int]:
-        return self._allotting.changes, self._ports.changes
+        return self._allocations.changes, self._ports.changes
 
     def save_soon(self) -> None:
         self._is_asked = True
@@ -34,7 +34,7 @@ class Saver:
             self._wanted.set()
 
     def _memory(self) -> Memory:
-        return msgspec.structs.replace(self._allotting.memory(), proxy_ports=self._ports.memory())
+        return msgspec.structs.replace(self._allocations.memory(), proxy_ports=self._ports.memory())
 
     def save(self) -> None:
         if self._state_dir is not None and self._is_asked and self._changes() != self._saved:

@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 from userspace_proxy import api
 from userspace_proxy.control import decode
-from userspace_proxy.control.allotments import Allotting
+from userspace_proxy.control.allocations import Allocations
 from userspace_proxy.errors import ConfigError
 from userspace_proxy.interfaces import EventType, ObjectEvent, Origin
 from userspace_proxy.model.endpoint import Endpoint
@@ -40,13 +40,13 @@ class Tracker:
 
     def __init__(
         self,
-        allotting: Allotting,
+        allocations: Allocations,
         proxy_name: str = "",
         here: Node | None = None,
         source_ip: SourceIP = SourceIP.NODE,
         transparent_obstacle: str = "",
     ) -> None:
-        self._allotting = allotting
+        self._allocations = allocations
         self._proxy_name = proxy_name
         self._here = here or Node()
         self._source_ip = source_ip
@@ -234,15 +234,17 @@ class Tracker:
                 self._withdraw(name)
             else:
                 present[name] = service
-        self._allotting.make_way(present)
+        self._allocations.apply_moves(present)
         while present:
-            for name, service in sorted(present.items(), key=lambda item: (self._allotting.first(*item), item[0])):
+            for name, service in sorted(present.items(), key=lambda item: (self._allocations.first(*item), item[0])):
                 try:
                     self._work_out(name, service)
                 except Exception as error:
                     log.exception("a bug: Service %s cannot be worked out; what it had stays", name)
                     self._conflicts[name] = f"{name}: {error!r}"
-            present = {name: self._services[name] for name in self._allotting.take_evicted() if name in self._services}
+            present = {
+                name: self._services[name] for name in self._allocations.take_evicted() if name in self._services
+            }
         self._state = replace(
             self._state,
             service_ports=MappingProxyType(dict(self._service_ports)),
@@ -251,7 +253,7 @@ class Tracker:
         return self._state
 
     def _withdraw(self, name: NamespacedName) -> None:
-        self._allotting.release(name)
+        self._allocations.release(name)
         self._conflicts.pop(name, None)
         self._blemishes.pop(name, None)
         if self._served.pop(name, None) is not None:
@@ -260,18 +262,18 @@ class Tracker:
 
     def _work_out(self, name: NamespacedName, service: api.Service) -> None:
         try:
-            allotted, lacking = self._allotting.assign(name, service)
+            allocation, lacking = self._allocations.assign(name, service)
         except ConfigError as error:
             good = self._served.get(name)
             self._report(self._conflicts, name, [error], self._origins.get(name), kept=good is not None)
             if good is not None:  # the last good version stays, with current endpoints
-                self._serve(name, good, self._allotting.held(name))
+                self._serve(name, good, self._allocations.held(name))
             return
         if lacking:
             self._report(self._conflicts, name, lacking, self._origins.get(name), kept=False)
         else:
             self._conflicts.pop(name, None)
-        if problems := self._serve(name, service, allotted):
+        if problems := self._serve(name, service, allocation):
             self._report(self._blemishes, name, problems, self._origins.get(name), kept=False)
         else:
             self._blemishes.pop(name, None)
@@ -279,9 +281,9 @@ class Tracker:
             self._served[name] = service
             self._find_by_labels(name)
 
-    def _serve(self, name: NamespacedName, service: api.Service, allotted: decode.Allotted) -> list[ConfigError]:
+    def _serve(self, name: NamespacedName, service: api.Service, allocation: decode.Allocation) -> list[ConfigError]:
         """Compute the ports of *service* and their endpoints; return the problems of its parts."""
-        ports, problems = decode.service_ports(name, service, allotted, self._source_ip, self._transparent_obstacle)
+        ports, problems = decode.service_ports(name, service, allocation, self._source_ip, self._transparent_obstacle)
         sources = self._endpoint_sources(name, service)
         service_ports = {port.name: port for port in ports.values() if port.cluster_ips}  # S1
         self._replace(name, service_ports, {n: decode.endpoints_of(p, sources) for n, p in service_ports.items()})

@@ -70,7 +70,7 @@ class Front(Protocol):
         """The endpoint of *flow* refused."""
         ...
 
-    def make_way(self, flow: UdpFlow, destination: Destination, source: str, *, if_rested: bool) -> Leased | None:
+    def apply_moves(self, flow: UdpFlow, destination: Destination, source: str, *, if_rested: bool) -> Leased | None:
         """End *flow* for another one, which goes to *destination*; return its socket where that has rested."""
         ...
 

@@ -28,7 +28,7 @@ from userspace_proxy.modes.slots.slot_table import SlotTable
 from userspace_proxy.modes.userspace import iptables, nft
 from userspace_proxy.runtime.parts import (
     KERNEL_MODES,
-    make_allotting,
+    make_allocations,
     make_kernel_proxier,
     make_proxy_ports,
     manner_of,
@@ -92,7 +92,7 @@ def _read(settings: Settings) -> _Given:
     if settings.state_dir is not None:
         state_dir = open_state_dir(settings.state_dir)
     memory = state_dir.load() if state_dir else Memory()
-    tracker = Tracker(make_allotting(settings, memory), here=Node(settings.node_name), source_ip=settings.source_ip)
+    tracker = Tracker(make_allocations(settings, memory), here=Node(settings.node_name), source_ip=settings.source_ip)
     manifests, problems = read_once(settings.paths, for_check=False)
     if not manifests and not problems:
         raise StartError(nothing_found(settings.paths))

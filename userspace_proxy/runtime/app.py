@@ -36,7 +36,7 @@ from userspace_proxy.runtime.node_setup import Ground, take_ground
 from userspace_proxy.runtime.parts import (
     KERNEL_MODES,
     lint_options,
-    make_allotting,
+    make_allocations,
     make_kernel_proxier,
     make_proxy_ports,
     warn_unless_forwarding,
@@ -117,12 +117,12 @@ class _Running:
         self._settings, self._succession, self._ground = settings, succession, ground
         state_dir = ground.state_dir
         memory = state_dir.load() if state_dir else Memory()
-        allotting = make_allotting(settings, memory, ground.hosts)
+        allocations = make_allocations(settings, memory, ground.hosts)
         known_ports = {spec.name.key: spec.proxy_port for spec in ground.inherited}
         ports = make_proxy_ports(settings, {**memory.proxy_ports, **known_ports})
-        self.saver = Saver(state_dir, allotting, ports)
+        self.saver = Saver(state_dir, allocations, ports)
         self._tracker = Tracker(
-            allotting, settings.service_proxy_name, ground.here, settings.source_ip, ground.obstacle
+            allocations, settings.service_proxy_name, ground.here, settings.source_ip, ground.obstacle
         )
         self._proxier = self._make_proxier(ports)
         self.health_checks = ServiceHealthChecks(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from userspace_proxy.config.settings import DEFAULT_STATE_DIR, Settings
-from userspace_proxy.control.allotments import Allotments, Allotting, Stated
+from userspace_proxy.control.allocations import Allocations, ManifestAllocations, StatedAllocations
 from userspace_proxy.control.hosts import Hosts
 from userspace_proxy.control.lint import LintOptions
 from userspace_proxy.control.memory import Memory, StateDir
@@ -84,11 +84,11 @@ def node_rules_of(settings: Settings, capture: Capture) -> NodeRules:
     return NodeRules(capture, pods, settings.detect_local_mode == "NodeCIDR", addresses)
 
 
-def make_allotting(settings: Settings, memory: Memory, hosts: Hosts | None = None) -> Allotting:
+def make_allocations(settings: Settings, memory: Memory, hosts: Hosts | None = None) -> Allocations:
     """Return who says which Service has which addresses and node ports: a cluster's API, or we ourselves."""
     if settings.follows_cluster:
-        return Stated(settings.service_ranges, hosts)
-    return Allotments(settings.service_ranges, memory, settings.load_balancer_pool, hosts)
+        return StatedAllocations(settings.service_ranges, hosts)
+    return ManifestAllocations(settings.service_ranges, memory, settings.load_balancer_pool, hosts)
 
 
 async def look_at_hosts() -> Hosts:

@@ -35,7 +35,7 @@ from userspace_proxy.control.decode.endpoints import (
 )
 from userspace_proxy.control.decode.nodes import is_eligible, node_of
 from userspace_proxy.control.decode.service_ports import (
-    Allotted,
+    Allocation,
     PortKey,
     given_cluster_ips,
     has_node_ports,
@@ -57,7 +57,7 @@ __all__ = [
     "SERVICE_NAME_LABEL",
     "SOURCE_IP",
     "WEIGHTS",
-    "Allotted",
+    "Allocation",
     "EndpointsByPort",
     "PortKey",
     "backend_ip_errors",

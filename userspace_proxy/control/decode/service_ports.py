@@ -29,7 +29,7 @@ PortKey = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
-class Allotted:
+class Allocation:
     """The cluster IPs of a Service, and the values allocated for fields it leaves empty.
 
     ``lost``: external and load balancer portals that the Service states, but another Service gets.
@@ -45,7 +45,7 @@ class Allotted:
 def service_ports(
     name: NamespacedName,
     service: api.Service,
-    allotted: Allotted,
+    allocation: Allocation,
     source_ip: SourceIP = SourceIP.NODE,
     transparent_obstacle: str = "",
 ) -> tuple[dict[int, ServicePort], list[ConfigError]]:
@@ -67,20 +67,22 @@ def service_ports(
         annotated = None
     # The families of the cluster IPs are the families of the Service; addresses of another one are skipped (behaviours
     # S5).
-    families = set(map(family_of, allotted.cluster_ips))
+    families = set(map(family_of, allocation.cluster_ips))
     external_ips = tuple(ip for _, ip in _external_ips(spec) if family_of(ip) in families)
-    load_balancer_ips = tuple(ip for ip in load_balancer_ips or allotted.load_balancer_ips if family_of(ip) in families)
+    load_balancer_ips = tuple(
+        ip for ip in load_balancer_ips or allocation.load_balancer_ips if family_of(ip) in families
+    )
     ranges, ranges_problems = _source_ranges(spec, families, load_balancer_ips)
     problems += ranges_problems
     health_check_node_port = 0
     if wants_health_check(spec):
-        health_check_node_port = spec.health_check_node_port or allotted.health_check_node_port
+        health_check_node_port = spec.health_check_node_port or allocation.health_check_node_port
     for index, port in enumerate(spec.ports or ()):
         protocol = port.protocol or "TCP"
         if protocol not in L4Protocol.__members__:
             problems.append(_unproxied(protocol, index, others=len(spec.ports or ()) > 1))
             continue
-        lost = {portal.ip for portal in allotted.lost if (portal.port, portal.protocol) == (port.port, protocol)}
+        lost = {portal.ip for portal in allocation.lost if (portal.port, portal.protocol) == (port.port, protocol)}
         wanted = annotated or source_ip
         if protocol == "UDP" and wanted is SourceIP.PROXY_PROTOCOL_V1:
             problems.append(_no_header_of_udp(port))
@@ -88,8 +90,8 @@ def service_ports(
         found[index] = ServicePort(
             name=ServicePortName(name, port.name or "", L4Protocol(protocol)),
             port=port.port,
-            cluster_ips=allotted.cluster_ips,
-            node_port=(port.node_port or allotted.node_ports.get(port_key(port), 0)) if has_node_ports(spec) else 0,
+            cluster_ips=allocation.cluster_ips,
+            node_port=(port.node_port or allocation.node_ports.get(port_key(port), 0)) if has_node_ports(spec) else 0,
             external_ips=tuple(ip for ip in external_ips if ip not in lost) if lost else external_ips,
             affinity_timeout_s=affinity_timeout_s(spec),
             load_balancer_ips=tuple(ip for ip in load_balancer_ips if ip not in lost) if lost else load_balancer_ips,
@@ -104,20 +106,20 @@ def service_ports(
     return found, problems
 
 
-def own_portals(service: api.Service, allotted: Allotted) -> Iterator[Portal]:
+def own_portals(service: api.Service, allocation: Allocation) -> Iterator[Portal]:
     """Yield the portals at the cluster IPs of a checked *service*."""
-    return _portals(service, allotted.cluster_ips)
+    return _portals(service, allocation.cluster_ips)
 
 
-def stated_portals(service: api.Service, allotted: Allotted) -> dict[Portal, str]:
+def stated_portals(service: api.Service, allocation: Allocation) -> dict[Portal, str]:
     """Return portal -> the field that states it, for the external and load balancer IPs of a checked *service*."""
     spec = service.spec
     assert spec is not None
-    families = set(map(family_of, allotted.cluster_ips))
+    families = set(map(family_of, allocation.cluster_ips))
     fields = {ip: f"spec.externalIPs[{index}]" for index, ip in _external_ips(spec)}
     of_ingress, _ = _load_balancer_ips(service)
     fields |= {ip: "status.loadBalancer.ingress" for ip in of_ingress if ip not in fields}
-    fields |= {ip: "spec.loadBalancerIP" for ip in allotted.load_balancer_ips if not of_ingress and ip not in fields}
+    fields |= {ip: "spec.loadBalancerIP" for ip in allocation.load_balancer_ips if not of_ingress and ip not in fields}
     ips = [ip for ip in fields if family_of(ip) in families]
     return {portal: fields[portal.ip] for portal in _portals(service, ips)}
 

@@ -115,7 +115,7 @@ def _cluster_ips_errors(spec: api.objects.ServiceSpec) -> Iterator[ConfigError]:
         ip = canonical_ip(given)
         family = f"IPv{family_of(ip)}"
         if family in families:
-            yield ConfigError(f"{ip} is a second one of its family", field=field, mend="keep one address for each family")
+            yield ConfigError(f"{ip} is a second one of its family", field=field, mend="keep one for each family")
         families.add(family)
         wanted = spec.ip_families[index] if spec.ip_families else family
         if wanted != family and wanted in _FAMILIES:

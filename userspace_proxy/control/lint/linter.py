@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from userspace_proxy import api
 from userspace_proxy.control import decode
-from userspace_proxy.control.allotments import Allotments
+from userspace_proxy.control.allocations import ManifestAllocations
 from userspace_proxy.control.lint.behind import endpoints_of, orphan_error, refusals
 from userspace_proxy.control.lint.index import WORKLOADS, Index, service_of, with_template
 from userspace_proxy.control.lint.single import object_errors
@@ -87,7 +87,7 @@ class Linter:
 
     def __init__(self, options: LintOptions) -> None:
         self._options = options
-        self._allotments = Allotments(options.cluster_ips, None, options.load_balancer_pool)
+        self._allocations = ManifestAllocations(options.cluster_ips, None, options.load_balancer_pool)
         self._index = Index()
         self._held: dict[Hashable, Manifest] = {}
         self._own: dict[Hashable, list[Found]] = {}
@@ -194,7 +194,7 @@ class Linter:
     def _of_service(self, name: NamespacedName) -> Iterator[Found]:
         services, pieces = self._index.services.get(name), self._index.pieces.get(name, ())
         if not services:
-            self._allotments.release(name)
+            self._allocations.release(name)
             for piece in pieces:
                 if error := orphan_error(self._index, name, piece):
                     yield Found(piece, error)
@@ -204,19 +204,19 @@ class Linter:
         if not isinstance(service, api.Service) or service.spec is None:
             return
         if not decode.is_proxied(service, self._options.proxy_name):
-            self._allotments.release(name)
+            self._allocations.release(name)
             return
         faults = [found.error for found in self._own[_key(manifest)] if not isinstance(found.error, Note)]
         fields = {error.field for error in faults}
-        allotted = decode.Allotted()
+        allocation = decode.Allocation()
         conflicts: list[ConfigError] = []
         ports: dict[int, ServicePort] = {}
         try:
-            allotted, conflicts = self._allotments.assign(name, service)
+            allocation, conflicts = self._allocations.assign(name, service)
         except ConfigError as error:
             conflicts = [error]
         try:
-            ports, problems = decode.service_ports(name, service, allotted, self._options.source_ip)
+            ports, problems = decode.service_ports(name, service, allocation, self._options.source_ip)
             conflicts += problems
         except ConfigError as error:
             conflicts.append(error)
@@ -227,9 +227,9 @@ class Linter:
         # What follows from a fault is not said: of a selector that is wrong nothing, of other faults what Pods show.
         if any(field.startswith("spec.selector") for field in fields):
             return
-        if (faults or not allotted.cluster_ips) and not service.spec.selector:
+        if (faults or not allocation.cluster_ips) and not service.spec.selector:
             return
-        known = endpoints_of(self._index, name, service, {} if faults or not allotted.cluster_ips else ports)
+        known = endpoints_of(self._index, name, service, {} if faults or not allocation.cluster_ips else ports)
         # A slice or Endpoints with a fault of its own says by that why it gives nothing.
         has_faulty_piece = any(
             not isinstance(found.error, Note) for piece in pieces for found in self._own.get(_key(piece), ())

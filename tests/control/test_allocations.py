@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.control.given import World, gone, named, service
-from userspace_proxy.control.allotments import Allotments, Stated
-from userspace_proxy.control.decode import Allotted
+from userspace_proxy.control.allocations import ManifestAllocations, StatedAllocations
+from userspace_proxy.control.decode import Allocation
 from userspace_proxy.control.hosts import Hosts
 from userspace_proxy.control.memory import Memory
 from userspace_proxy.control.pools import NodePort
@@ -24,15 +24,15 @@ DUAL = {"ipFamilyPolicy": "RequireDualStack"}
 UDP = L4Protocol.UDP
 
 
-def allotments(memory: Memory | None = None) -> Allotments:
-    return Allotments(CLUSTER_IPS, memory, POOL)
+def allocations(memory: Memory | None = None) -> ManifestAllocations:
+    return ManifestAllocations(CLUSTER_IPS, memory, POOL)
 
 
-def assign(known: Allotments, name: str = "web", **spec: Any) -> Allotted:
+def assign(known: ManifestAllocations, name: str = "web", **spec: Any) -> Allocation:
     return known.assign(named(name), service(name, **spec))[0]
 
 
-def node_ports(known: Allotments, name: str = "web", **spec: Any) -> list[int]:
+def node_ports(known: ManifestAllocations, name: str = "web", **spec: Any) -> list[int]:
     return list(assign(known, name, **{"type": "NodePort", **spec}).node_ports.values())
 
 
@@ -47,7 +47,7 @@ def stating(number: int, protocol: str = "TCP") -> list[dict[str, Any]]:
 def test_every_port_that_states_none_is_given_a_node_port(kind: str) -> None:
     ports = [{"port": 80, "name": "a"}, {"port": 81, "name": "b", "nodePort": 30_001}, {"port": 82, "name": "c"}]
 
-    given = assign(allotments(), type=kind, ports=ports).node_ports
+    given = assign(allocations(), type=kind, ports=ports).node_ports
 
     assert list(given) == [("a", "TCP"), ("b", "TCP"), ("c", "TCP")]
     assert given["b", "TCP"] == 30_001
@@ -66,18 +66,18 @@ def test_every_port_that_states_none_is_given_a_node_port(kind: str) -> None:
 )
 def test_who_wants_none_is_given_none(spec: dict[str, Any]) -> None:
     """P6."""
-    assert not assign(allotments(), **spec).node_ports
+    assert not assign(allocations(), **spec).node_ports
 
 
 def test_a_node_port_that_is_stated_is_there_though_none_is_to_be_allocated() -> None:
-    given = assign(allotments(), type="LoadBalancer", allocateLoadBalancerNodePorts=False, ports=stating(30_080))
+    given = assign(allocations(), type="LoadBalancer", allocateLoadBalancerNodePorts=False, ports=stating(30_080))
 
     assert given.node_ports == {("", "TCP"): 30_080}
 
 
 def test_one_number_may_be_stated_for_tcp_and_for_udp() -> None:
     """P2."""
-    known = allotments()
+    known = allocations()
     both = [{**stating(30_053)[0], "name": "tcp"}, {**stating(30_053, "UDP")[0], "name": "udp"}]
 
     assert node_ports(known, ports=both) == [30_053, 30_053]
@@ -97,7 +97,7 @@ def test_one_number_may_be_stated_for_tcp_and_for_udp() -> None:
 )
 def test_a_node_port_at_which_the_node_listens_is_refused_and_named(number: int, protocol: str, why: str) -> None:
     listening = {NodePort("TCP", 30_080), NodePort("UDP", 30_053)}
-    known = Allotments(CLUSTER_IPS, hosts=Hosts(listening=lambda: listening))
+    known = ManifestAllocations(CLUSTER_IPS, hosts=Hosts(listening=lambda: listening))
 
     with pytest.raises(ConfigError, match=why) as caught:
         node_ports(known, ports=stating(number, protocol))
@@ -107,7 +107,7 @@ def test_a_node_port_at_which_the_node_listens_is_refused_and_named(number: int,
 
 def test_a_node_port_that_a_service_has_stays_its_own_when_a_process_listens_there() -> None:
     listening: set[NodePort] = set()
-    known = Allotments(CLUSTER_IPS, hosts=Hosts(listening=lambda: listening))
+    known = ManifestAllocations(CLUSTER_IPS, hosts=Hosts(listening=lambda: listening))
     node_ports(known, ports=stating(30_080))
 
     listening.add(NodePort("TCP", 30_080))
@@ -116,7 +116,7 @@ def test_a_node_port_that_a_service_has_stays_its_own_when_a_process_listens_the
 
 
 def test_who_states_what_another_states_is_refused_and_keeps_all_it_had() -> None:
-    known = allotments()
+    known = allocations()
     node_ports(known, "first", ports=stating(30_080))
     before = assign(known, "second", type="NodePort", clusterIP="10.96.0.5", ports=stating(30_081))
 
@@ -129,7 +129,7 @@ def test_who_states_what_another_states_is_refused_and_keeps_all_it_had() -> Non
 
 
 def test_who_states_what_another_was_given_gets_it_and_the_other_gets_the_next() -> None:
-    known = allotments()
+    known = allocations()
     (given,) = node_ports(known, "given")
 
     assert node_ports(known, "states", ports=stating(given)) == [given]
@@ -140,7 +140,7 @@ def test_who_states_what_another_was_given_gets_it_and_the_other_gets_the_next()
 
 def test_a_node_port_is_free_at_once_when_the_type_changes() -> None:
     """S8."""
-    known = allotments()
+    known = allocations()
     node_ports(known, ports=stating(30_080))
 
     assert not assign(known, type="ClusterIP", ports=stating(30_080)).node_ports
@@ -148,14 +148,14 @@ def test_a_node_port_is_free_at_once_when_the_type_changes() -> None:
 
 
 def test_an_allocated_node_port_stays_when_the_service_changes_otherwise() -> None:
-    known = allotments()
+    known = allocations()
     before = node_ports(known)
 
     assert node_ports(known, ports=[{"port": 81}], sessionAffinity="ClientIP") == before
 
 
 def test_a_port_that_is_added_moves_no_other() -> None:
-    known = allotments()
+    known = allocations()
     one, two = ({"port": 80, "name": "a"}, {"port": 81, "name": "b"})
     before = assign(known, type="NodePort", ports=[one]).node_ports
 
@@ -165,7 +165,7 @@ def test_a_port_that_is_added_moves_no_other() -> None:
 
 
 def test_when_all_are_taken_a_service_is_refused_and_nothing_of_it_stays() -> None:
-    known = allotments()
+    known = allocations()
     many = [{"port": n + 1, "name": f"p{n}"} for n in range(2_682)]
     node_ports(known, "all", ports=many)
 
@@ -180,7 +180,7 @@ def test_when_all_are_taken_a_service_is_refused_and_nothing_of_it_stays() -> No
 
 
 def test_a_load_balancer_that_asks_for_health_is_given_a_port_to_ask_at() -> None:
-    known = allotments()
+    known = allocations()
     spec = {"type": "LoadBalancer", "externalTrafficPolicy": "Local"}
 
     given = assign(known, **spec)
@@ -193,7 +193,7 @@ def test_a_load_balancer_that_asks_for_health_is_given_a_port_to_ask_at() -> Non
 
 
 def test_a_health_check_is_answered_at_no_other_services_node_port() -> None:
-    known = allotments()
+    known = allocations()
     node_ports(known, "first", ports=stating(30_010))
 
     with pytest.raises(ConfigError, match="30010 is already the node port of default/first") as caught:
@@ -210,7 +210,7 @@ def test_a_health_check_is_answered_at_no_other_services_node_port() -> None:
     [({}, [4]), ({"ipFamilies": ["IPv6"]}, [6]), (DUAL, [4, 6]), ({"clusterIPs": ["fd00::9", "10.96.0.9"]}, [4, 6])],
 )
 def test_a_load_balancer_gets_an_ip_of_each_of_its_families(spec: dict[str, Any], families: list[int]) -> None:
-    ips = assign(allotments(), type="LoadBalancer", **spec).load_balancer_ips
+    ips = assign(allocations(), type="LoadBalancer", **spec).load_balancer_ips
 
     assert sorted(ipaddress.ip_address(ip).version for ip in ips) == families
     assert all(any(ipaddress.ip_address(ip) in network for network in POOL) for ip in ips)
@@ -218,29 +218,29 @@ def test_a_load_balancer_gets_an_ip_of_each_of_its_families(spec: dict[str, Any]
 
 @pytest.mark.parametrize("kind", ["ClusterIP", "NodePort"])
 def test_another_service_gets_none(kind: str) -> None:
-    assert assign(allotments(), type=kind, loadBalancerIP="203.0.113.5").load_balancer_ips == ()
+    assert assign(allocations(), type=kind, loadBalancerIP="203.0.113.5").load_balancer_ips == ()
 
 
 @pytest.mark.parametrize("ingress", [[{"ip": "198.51.100.1"}], [{"hostname": "lb.example.org"}]])
 def test_who_has_been_given_an_ip_by_somebody_else_gets_none(ingress: list[dict[str, Any]]) -> None:
-    assert assign(allotments(), type="LoadBalancer", ingress=ingress).load_balancer_ips == ()
+    assert assign(allocations(), type="LoadBalancer", ingress=ingress).load_balancer_ips == ()
 
 
 def test_a_service_of_another_load_balancers_class_gets_none() -> None:
-    assert assign(allotments(), type="LoadBalancer", loadBalancerClass="example.org/lb").load_balancer_ips == ()
-    assert len(assign(allotments(), type="LoadBalancer", loadBalancerClass="").load_balancer_ips) == 1
+    assert assign(allocations(), type="LoadBalancer", loadBalancerClass="example.org/lb").load_balancer_ips == ()
+    assert len(assign(allocations(), type="LoadBalancer", loadBalancerClass="").load_balancer_ips) == 1
 
 
 def test_without_a_pool_nobody_gets_one_and_nothing_is_wrong() -> None:
-    known = Allotments(CLUSTER_IPS)
+    known = ManifestAllocations(CLUSTER_IPS)
 
-    allotted, problems = known.assign(named("web"), service(type="LoadBalancer", loadBalancerIP="203.0.113.5"))
+    allocation, problems = known.assign(named("web"), service(type="LoadBalancer", loadBalancerIP="203.0.113.5"))
 
-    assert (allotted.load_balancer_ips, problems) == ((), [])
+    assert (allocation.load_balancer_ips, problems) == ((), [])
 
 
 def test_who_states_one_of_the_pool_gets_that_one_though_another_was_given_it() -> None:
-    known = allotments()
+    known = allocations()
     (given,) = assign(known, "given", type="LoadBalancer").load_balancer_ips
 
     assert assign(known, "states", type="LoadBalancer", loadBalancerIP=given).load_balancer_ips == (given,)
@@ -258,26 +258,26 @@ def test_who_states_one_of_the_pool_gets_that_one_though_another_was_given_it() 
     ],
 )
 def test_who_cannot_have_the_one_it_states_is_served_without_and_told_why(stated: str, words: str) -> None:
-    known = allotments()
+    known = allocations()
     assign(known, "first", type="LoadBalancer", loadBalancerIP="203.0.113.9")
 
-    allotted, problems = known.assign(named("web"), service(type="LoadBalancer", loadBalancerIP=stated))
+    allocation, problems = known.assign(named("web"), service(type="LoadBalancer", loadBalancerIP=stated))
 
-    assert allotted.load_balancer_ips == ()
-    assert len(allotted.cluster_ips) == len(allotted.node_ports) == 1
+    assert allocation.load_balancer_ips == ()
+    assert len(allocation.cluster_ips) == len(allocation.node_ports) == 1
     assert [problem.field for problem in problems] == ["spec.loadBalancerIP"]
     assert words in str(problems[0])
 
 
 def test_when_the_pool_is_used_up_a_service_is_served_without() -> None:
-    known = allotments()
+    known = allocations()
     for n in range(14):
         assert assign(known, f"s{n}", type="LoadBalancer").load_balancer_ips
 
-    allotted, problems = known.assign(named("web"), service(type="LoadBalancer"))
+    allocation, problems = known.assign(named("web"), service(type="LoadBalancer"))
 
-    assert allotted.cluster_ips
-    assert allotted.load_balancer_ips == ()
+    assert allocation.cluster_ips
+    assert allocation.load_balancer_ips == ()
     assert "203.0.113.0/28 is used up" in str(problems[0])
 
 
@@ -293,16 +293,16 @@ MANY: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("remembers", [True, False])
 def test_after_a_restart_all_is_as_it_was(remembers: bool) -> None:
-    before = allotments()
+    before = allocations()
     held = {name: assign(before, name, **spec) for name, spec in MANY.items()}
 
-    after = allotments(before.memory() if remembers else None)
+    after = allocations(before.memory() if remembers else None)
 
     assert {name: assign(after, name, **spec) for name, spec in reversed(MANY.items())} == dict(reversed(held.items()))
 
 
 def test_only_what_was_allocated_is_remembered_by_names_that_no_two_share() -> None:
-    known = allotments()
+    known = allocations()
     assign(known, "stated", type="LoadBalancer", loadBalancerIP="203.0.113.5", ports=stating(30_080))
     web = assign(known, type="LoadBalancer", externalTrafficPolicy="Local")
 
@@ -317,7 +317,7 @@ def test_only_what_was_allocated_is_remembered_by_names_that_no_two_share() -> N
 
 def test_the_numbers_are_the_same_in_every_release() -> None:
     """Written down: a change here moves the node ports and addresses of everybody who keeps no state."""
-    given = assign(allotments(), type="LoadBalancer")
+    given = assign(allocations(), type="LoadBalancer")
 
     assert (given.node_ports, given.load_balancer_ips) == ({("", "TCP"): 31_225}, ("203.0.113.13",))
 
@@ -328,8 +328,8 @@ def test_the_numbers_are_the_same_in_every_release() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_nobody_has_what_another_has_and_pools_forget_nothing(seed: int) -> None:
     chance = random.Random(seed)
-    known = Allotments([ipaddress.ip_network("10.96.0.0/27")], None, [ipaddress.ip_network("203.0.113.0/29")])
-    held: dict[str, Allotted] = {}
+    known = ManifestAllocations([ipaddress.ip_network("10.96.0.0/27")], None, [ipaddress.ip_network("203.0.113.0/29")])
+    held: dict[str, Allocation] = {}
     for _ in range(200):
         name = f"s{chance.randrange(8)}"
         if chance.random() < 0.2:
@@ -343,7 +343,7 @@ def test_nobody_has_what_another_has_and_pools_forget_nothing(seed: int) -> None
                 "loadBalancerIP": chance.choice([None, f"203.0.113.{chance.randrange(1, 7)}"]),
                 "externalTrafficPolicy": chance.choice(["Local", "Cluster"]),
             }
-            known.make_way({named(name): service(name, **spec)})
+            known.apply_moves({named(name): service(name, **spec)})
             with contextlib.suppress(ConfigError):
                 assign(known, name, **spec)
         held = {f"s{n}": known.held(named(f"s{n}")) for n in range(8)}
@@ -370,7 +370,7 @@ def test_nobody_has_what_another_has_and_pools_forget_nothing(seed: int) -> None
 def test_in_a_cluster_services_have_what_the_api_says_and_nothing_else() -> None:
     given = service(type="LoadBalancer", clusterIPs=["10.96.0.1", "fd00::1"], ipFamilies=["IPv4", "IPv6"])
 
-    assert Stated().assign(named("web"), given) == (Allotted(("10.96.0.1", "fd00::1")), [])
+    assert StatedAllocations().assign(named("web"), given) == (Allocation(("10.96.0.1", "fd00::1")), [])
 
 
 # ---- through the tracker

@@ -12,8 +12,8 @@ from typing import Protocol
 
 from userspace_proxy import api
 from userspace_proxy.control import decode
-from userspace_proxy.control.claims import Claims, Kind, PortalClaims, Wish
-from userspace_proxy.control.decode import Allotted
+from userspace_proxy.control.claims import Claims, Kind, PortalClaims, ValueRequest
+from userspace_proxy.control.decode import Allocation
 from userspace_proxy.control.hosts import Hosts
 from userspace_proxy.control.memory import Memory
 from userspace_proxy.control.pools import AddressRange, Network, NodePort, NodePortRange, Value
@@ -24,10 +24,10 @@ from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortN
 _LOAD_BALANCER_IP = "spec.loadBalancerIP"
 
 
-class Allotting(Protocol):
+class Allocations(Protocol):
     """Assigns addresses and ports to Services."""
 
-    def assign(self, name: NamespacedName, service: api.Service) -> tuple[Allotted, list[ConfigError]]:
+    def assign(self, name: NamespacedName, service: api.Service) -> tuple[Allocation, list[ConfigError]]:
         """Assign values to *name*; return them, and an error for each missing value it can be served without.
 
         Raises:
@@ -35,7 +35,7 @@ class Allotting(Protocol):
         """
         ...
 
-    def make_way(self, services: Mapping[NamespacedName, api.Service]) -> None:
+    def apply_moves(self, services: Mapping[NamespacedName, api.Service]) -> None:
         """Move Services to the values they now state, all at once. Call it before `assign`."""
         ...
 
@@ -43,7 +43,7 @@ class Allotting(Protocol):
         """Return the rank of *name* in the order of assignment; lower ranks are assigned first."""
         ...
 
-    def held(self, name: NamespacedName) -> Allotted:
+    def held(self, name: NamespacedName) -> Allocation:
         """Return the values that *name* holds."""
         ...
 
@@ -65,7 +65,7 @@ class Allotting(Protocol):
         ...
 
 
-class Stated:
+class StatedAllocations:
     """For a cluster: Services get the values they state, except portals that another Service gets.
 
     *cluster_ips*: the ranges of cluster IPs, if known. A cluster IP that conflicts with them or with a host is
@@ -79,20 +79,20 @@ class Stated:
         self._hosts = hosts or Hosts()
         self._portals = PortalClaims()
 
-    def assign(self, name: NamespacedName, service: api.Service) -> tuple[Allotted, list[ConfigError]]:
+    def assign(self, name: NamespacedName, service: api.Service) -> tuple[Allocation, list[ConfigError]]:
         given = decode.given_cluster_ips(service)
-        allotted, lost = _without_lost(self._portals, name, service, Allotted(tuple(ip for _, ip in given)))
+        allocation, lost = _without_lost(self._portals, name, service, Allocation(tuple(ip for _, ip in given)))
         faults = [(field, self._hosts.cluster_ip_fault(ip, self._ranges)) for field, ip in given]
         mend = "it is served; change --service-cluster-ip-range, or the addresses of this node"
-        return allotted, [*(ConfigError(why, field=field, mend=mend) for field, why in faults if why), *lost]
+        return allocation, [*(ConfigError(why, field=field, mend=mend) for field, why in faults if why), *lost]
 
-    def make_way(self, services: Mapping[NamespacedName, api.Service]) -> None:
+    def apply_moves(self, services: Mapping[NamespacedName, api.Service]) -> None:
         pass
 
     def first(self, name: NamespacedName, service: api.Service) -> int:
         return 0
 
-    def held(self, name: NamespacedName) -> Allotted:
+    def held(self, name: NamespacedName) -> Allocation:
         raise AssertionError("assign never raises here, so there is no earlier value to fall back to")
 
     def release(self, name: NamespacedName) -> None:
@@ -105,7 +105,7 @@ class Stated:
         return Memory()
 
 
-class Allotments:
+class ManifestAllocations:
     """For manifests: values that Services do not state are allocated, and stay the same after a restart."""
 
     def __init__(
@@ -144,32 +144,32 @@ class Allotments:
         This way a Service keeps its allocated address after a restart, even if another Service states it now.
         """
         try:
-            wishes = self._wishes(name, service)
+            requests = self._requests(name, service)
         except ConfigError:
             return 2
-        if any(wish.stated is None and wish.key in self._remembered for wish in wishes):
+        if any(request.stated is None and request.key in self._remembered for request in requests):
             return 0
-        return 1 if any(wish.stated is not None for wish in wishes) else 2
+        return 1 if any(request.stated is not None for request in requests) else 2
 
-    def assign(self, name: NamespacedName, service: api.Service) -> tuple[Allotted, list[ConfigError]]:
-        problems = self._claims.assign(name, self._wishes(name, service))
-        allotted, lost = _without_lost(self._portals, name, service, self.held(name))
-        return allotted, [*problems, *self._load_balancer_ip(service)[1], *lost]
+    def assign(self, name: NamespacedName, service: api.Service) -> tuple[Allocation, list[ConfigError]]:
+        problems = self._claims.assign(name, self._requests(name, service))
+        allocation, lost = _without_lost(self._portals, name, service, self.held(name))
+        return allocation, [*problems, *self._load_balancer_ip(service)[1], *lost]
 
-    def make_way(self, services: Mapping[NamespacedName, api.Service]) -> None:
-        wishes = {}
+    def apply_moves(self, services: Mapping[NamespacedName, api.Service]) -> None:
+        requests = {}
         for name, service in services.items():
             if self._claims.has_any(name):
                 try:
-                    wishes[name] = self._wishes(name, service)
+                    requests[name] = self._requests(name, service)
                 except ConfigError:
                     continue  # `assign` reports it
-        self._claims.make_way(wishes)
+        self._claims.apply_moves(requests)
 
-    def held(self, name: NamespacedName) -> Allotted:
+    def held(self, name: NamespacedName) -> Allocation:
         ports = self._claims.held(name, Kind.NODE_PORT)
         health_check = _health_check_key(name)
-        return Allotted(
+        return Allocation(
             cluster_ips=tuple(_texts(self._claims.held(name, Kind.CLUSTER_IP)).values()),
             node_ports={_port_key(key): number for key, number in _numbers(ports).items() if key != health_check},
             load_balancer_ips=tuple(_texts(self._claims.held(name, Kind.LOAD_BALANCER_IP)).values()),
@@ -187,26 +187,26 @@ class Allotments:
 
     # ---- the values that a Service requests
 
-    def _wishes(self, name: NamespacedName, service: api.Service) -> list[Wish]:
-        cluster_ips = list(self._cluster_ip_wishes(name, service))
-        families = [_family(wish) for wish in cluster_ips]
+    def _requests(self, name: NamespacedName, service: api.Service) -> list[ValueRequest]:
+        cluster_ips = list(self._cluster_ip_requests(name, service))
+        families = [_family(request) for request in cluster_ips]
         return [
             *cluster_ips,
-            *self._node_port_wishes(name, service),
-            *self._load_balancer_wishes(name, service, families),
+            *self._node_port_requests(name, service),
+            *self._load_balancer_requests(name, service, families),
         ]
 
-    def _cluster_ip_wishes(self, name: NamespacedName, service: api.Service) -> Iterator[Wish]:
+    def _cluster_ip_requests(self, name: NamespacedName, service: api.Service) -> Iterator[ValueRequest]:
         if given := decode.given_cluster_ips(service):
             for field, ip in given:
                 if why := self._hosts.cluster_ip_fault(ip, [pool.network for pool in self._cluster_ranges]):
                     mend = "choose another one, leave it out, or change --service-cluster-ip-range"
                     raise ConfigError(why, field=field, mend=mend)
-                yield Wish(Kind.CLUSTER_IP, f"{name}/IPv{family_of(ip)}", field, ip)
+                yield ValueRequest(Kind.CLUSTER_IP, f"{name}/IPv{family_of(ip)}", field, ip)
             return
         for pool in self._wanted_ranges(service):
             key, mend = f"{name}/IPv{pool.family}", "widen --service-cluster-ip-range"
-            yield Wish(Kind.CLUSTER_IP, key, "spec.clusterIP", pool=pool, mend=mend)
+            yield ValueRequest(Kind.CLUSTER_IP, key, "spec.clusterIP", pool=pool, mend=mend)
 
     def _wanted_ranges(self, service: api.Service) -> list[AddressRange]:
         assert service.spec is not None
@@ -224,7 +224,7 @@ class Allotments:
             wanted += [known for known in self._cluster_ranges if known not in wanted]
         return wanted if policy != "SingleStack" else wanted[:1]
 
-    def _node_port_wishes(self, name: NamespacedName, service: api.Service) -> Iterator[Wish]:
+    def _node_port_requests(self, name: NamespacedName, service: api.Service) -> Iterator[ValueRequest]:
         spec = service.spec
         assert spec is not None
         if not decode.has_node_ports(spec):
@@ -234,26 +234,28 @@ class Allotments:
             if protocol in L4Protocol.__members__ and (port.node_port or decode.wants_node_ports(spec)):
                 key = _node_port_key(ServicePortName(name, port.name or "", L4Protocol(protocol)))
                 field = f"spec.ports[{index}].nodePort"
-                wish = self._node_port_wish(key, field, protocol, port.node_port)
-                if isinstance(wish.stated, NodePort) and (why := self._node_port_fault(name, wish.stated)):
+                request = self._node_port_request(key, field, protocol, port.node_port)
+                if isinstance(request.stated, NodePort) and (why := self._node_port_fault(name, request.stated)):
                     raise ConfigError(why, field=field, mend="choose another one, or leave it out")
-                yield wish
+                yield request
         if decode.wants_health_check(spec):
             field = "spec.healthCheckNodePort"
-            yield self._node_port_wish(_health_check_key(name), field, "TCP", spec.health_check_node_port)
+            yield self._node_port_request(_health_check_key(name), field, "TCP", spec.health_check_node_port)
 
     def _node_port_fault(self, name: NamespacedName, port: NodePort) -> str:
         is_held = port in self._claims.held(name, Kind.NODE_PORT).values()
         return "" if is_held else self._hosts.node_port_fault(port)
 
-    def _node_port_wish(self, key: str, field: str, protocol: str, stated: int | None) -> Wish:
+    def _node_port_request(self, key: str, field: str, protocol: str, stated: int | None) -> ValueRequest:
         value = NodePort(protocol, stated) if stated else None
         pool = self._node_ports[L4Protocol(protocol)]
-        return Wish(Kind.NODE_PORT, key, field, value, pool, mend="state one outside of that range, or free some")
+        return ValueRequest(
+            Kind.NODE_PORT, key, field, value, pool, mend="state one outside of that range, or free some"
+        )
 
-    def _load_balancer_wishes(
+    def _load_balancer_requests(
         self, name: NamespacedName, service: api.Service, families: Sequence[Family]
-    ) -> Iterator[Wish]:
+    ) -> Iterator[ValueRequest]:
         stated, problems = self._load_balancer_ip(service)
         if problems or not decode.wants_load_balancer_ips(service):
             return
@@ -261,7 +263,7 @@ class Allotments:
             if pool.family in families:
                 key, mend = f"{name}/load-balancer/IPv{pool.family}", "widen --load-balancer-pool"
                 ip = stated if stated is not None and stated in pool else None
-                yield Wish(Kind.LOAD_BALANCER_IP, key, _LOAD_BALANCER_IP, ip, pool, optional=True, mend=mend)
+                yield ValueRequest(Kind.LOAD_BALANCER_IP, key, _LOAD_BALANCER_IP, ip, pool, optional=True, mend=mend)
 
     def _load_balancer_ip(self, service: api.Service) -> tuple[str | None, list[ConfigError]]:
         """Return the pool address that *service* states, or None; and the error if it states one outside the pool."""
@@ -279,12 +281,12 @@ class Allotments:
 
 
 def _without_lost(
-    claims: PortalClaims, name: NamespacedName, service: api.Service, allotted: Allotted
-) -> tuple[Allotted, list[ConfigError]]:
-    """Return *allotted* with the portals that other Services get marked as lost, and a problem for each."""
-    stated = decode.stated_portals(service, allotted)
+    claims: PortalClaims, name: NamespacedName, service: api.Service, allocation: Allocation
+) -> tuple[Allocation, list[ConfigError]]:
+    """Return *allocation* with the portals that other Services get marked as lost, and a problem for each."""
+    stated = decode.stated_portals(service, allocation)
     created = service.metadata.creation_timestamp
-    lost = claims.claim(name, decode.own_portals(service, allotted), stated, created)
+    lost = claims.claim(name, decode.own_portals(service, allocation), stated, created)
     problems = [
         ConfigError(
             f"{portal} is served for {holder}, and not for this Service",
@@ -293,11 +295,11 @@ def _without_lost(
         )
         for portal, holder in sorted(lost.items(), key=lambda item: (stated[item[0]], str(item[0])))
     ]
-    return replace(allotted, lost=frozenset(lost)), problems
+    return replace(allocation, lost=frozenset(lost)), problems
 
 
-def _family(wish: Wish) -> Family:
-    return wish.pool.family if isinstance(wish.pool, AddressRange) else family_of(str(wish.stated))
+def _family(request: ValueRequest) -> Family:
+    return request.pool.family if isinstance(request.pool, AddressRange) else family_of(str(request.stated))
 
 
 def _node_port_key(name: ServicePortName) -> str:
