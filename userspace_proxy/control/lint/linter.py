@@ -135,10 +135,10 @@ class Linter:
                 present[name] = service
             else:  # what leaves goes first, so that addresses are free
                 self._look_at(name)
-        self._allotments.make_way(present)
-        for name, _ in sorted(present.items(), key=lambda item: self._allotments.first(*item)):
+        self._allocations.apply_moves(present)
+        for name, _ in sorted(present.items(), key=lambda item: self._allocations.first(*item)):
             self._look_at(name)
-        self._concerned |= dict.fromkeys(self._allotments.take_evicted())
+        self._concerned |= dict.fromkeys(self._allocations.take_evicted())
         return bool(names)
 
     def _look_at(self, name: NamespacedName) -> None:
