@@ -91,7 +91,7 @@ def written(path: Path, log_format: str, *records: AccessRecord) -> list[str]:
 def test_a_line_of_json_is_one_object_that_says_all() -> None:
     line = json.loads(JsonFormatter().format(log_record("%s is ready", "web")))
 
-    assert (line["level"], line["logger"], line["message"]) == ("warning", "app", "web is ready")
+    assert (line["level"], line["logger"], line["message"]) == ("warning", "runtime.app", "web is ready")
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"])
 
 

@@ -455,5 +455,5 @@ def test_addresses_are_read_as_go_programs_read_them(address: str, split: tuple[
     "address", ["10249", "127.0.0.1", "127.0.0.1:", "127.0.0.1:http", ":65536", ":-1", ":²", "[::1]"]
 )
 def test_what_is_no_address_is_refused_with_an_example(address: str) -> None:
-    with pytest.raises(StartError, match=r"--flag .* (write it as 127\.0\.0\.1:10249|65536 is not a port)"):
+    with pytest.raises(StartError, match=r"--flag .* (write it like 127\.0\.0\.1:10249|65536 is not a port)"):
         split_address(address, "--flag")
