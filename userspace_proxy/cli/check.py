@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 def check(
     paths: tuple[str, ...], *, proxy_mode: str | None, strict: bool, with_contract: bool, as_json: bool, **options: Any
 ) -> None:
-    """Say what is wrong with the manifests in PATH..., where, and how to mend it; exit 1 if anything is.
+    """Report what is wrong with the manifests in PATH..., where, and how to correct it.
 
-    A fault is what the API server refuses, and what leaves clients of a Service without an endpoint. A note is what is
-    incomplete here, or has no effect.
+    A fault is refused by the API server, or leaves clients of a Service without an endpoint; the exit code is then 1.
+    A note is incomplete here, or has no effect.
     """
     from dataclasses import asdict
 

@@ -10,7 +10,7 @@ from userspace_proxy.errors import StartError, SyncError
 
 @click.command()
 def cleanup() -> None:
-    """Remove every rule, route and address of ours, whatever crashed. Nothing else is touched."""
+    """Remove every rule, route and address of the proxy, also after a crash, and change nothing else."""
     import asyncio
 
     from userspace_proxy.runtime import cleanup as removal

@@ -65,7 +65,7 @@ def compare(
     json_file: Path | None,
     html_file: Path | None,
 ) -> None:
-    """Measure all modes side by side on this machine, and say what that means: no root, nothing left behind."""
+    """Measure all modes side by side on this machine, and explain the result. Needs no root."""
     from userspace_proxy.compare import command
 
     if duration_s is not None and duration_s <= 0:

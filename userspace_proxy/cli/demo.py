@@ -11,7 +11,7 @@ from userspace_proxy.errors import StartError
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print only the result, as JSON")
 def demo(*, as_json: bool) -> None:
-    """Show what the proxy does, in private namespaces: no root, no cluster, nothing left behind."""
+    """Show what the proxy does, in private namespaces. Needs no root and no cluster."""
     from userspace_proxy import demo as show
 
     try:

@@ -32,7 +32,7 @@ _MODE_OR_ALL = replace(_MODE, kind=one_of(*MODE_NAMES, "all", metavar="MODE"), h
 @click.option("--explain", "with_explanations", is_flag=True, help="Print what each line does, and why")
 @click.option("--json", "as_json", is_flag=True, help="Print a list of {mode, language, words, lines}, explained")
 def render(paths: tuple[str, ...], *, service: str, with_explanations: bool, as_json: bool, **options: Any) -> None:
-    """Print the rules that `run` would load for PATH..., and install nothing; exit 1 if anything is wrong there."""
+    """Print the rules that `run` would load for PATH..., and load nothing. Exit 1 if a manifest is wrong."""
     from userspace_proxy.explain import rendering
     from userspace_proxy.logs import configure_logging
 

@@ -53,7 +53,7 @@ def _read_configuration(ctx: click.Context, _: click.Parameter, path: Path | Non
     help="Read a KubeProxyConfiguration; flags win over it",
 )
 def run(configuration: Configuration | None, **options: Any) -> None:
-    """Serve Services on this node: those in PATH... (manifest files, folders of them, - for stdin), or a cluster's."""
+    """Serve Services on this node: from manifests in PATH... (files, folders, - for stdin), or from a cluster."""
     from userspace_proxy.logs import configure_logging
     from userspace_proxy.runtime import app
 

@@ -27,7 +27,7 @@ from userspace_proxy.errors import StartError
 @click.option("--wide", is_flag=True, help="Draw packets side by side, for a wide screen")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON")
 def trace(portal: str, *, udp: bool, svg: Path | None, wide: bool, as_json: bool, **whence: Any) -> None:
-    """Show which hooks, chains and rules a real packet to a portal meets here, as the kernel tells it."""
+    """Show the hooks, chains and rules that a real packet to a portal meets on this node."""
     from userspace_proxy.trace import command
 
     try:

@@ -1,4 +1,4 @@
-"""A KubeProxyConfiguration file -> settings: what has the same meaning here is honoured, the rest is named.
+"""Read a KubeProxyConfiguration: fields with the same meaning here become settings, other fields are reported.
 
 As in Go, what is null or its type's zero value is not set; only where Go has a pointer is a zero a value (that one
 is None by default here).

@@ -187,7 +187,7 @@ class Settings:
         "Local ports that rules redirect to", field="portRange", commands=_RENDER)
     # None: the default folder if it can be written, else nothing is stored.
     state_dir: Path | None = _setting(Group.ADDRESSES, "--state-dir", None, FOLDER,
-        "Stores allocated addresses and ports", shown=f"{DEFAULT_STATE_DIR}", commands=_RENDER)
+        "Folder that keeps allocated addresses", shown=f"{DEFAULT_STATE_DIR}", commands=_RENDER)
 
     # None: kube-proxy's value in its place (see `conntrack_limits`).
     conntrack_max_per_core: int | None = _setting(Group.CONNTRACK, "--conntrack-max-per-core", None, number(0),

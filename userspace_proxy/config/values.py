@@ -1,6 +1,6 @@
-"""Text -> values that flags and configuration files share: durations, ranges of addresses and of ports.
+"""Texts of flags and configuration files as values: durations, ranges of addresses and of ports.
 
-Whoever is given nonsense raises ValueError, which says what would be right.
+Each function raises ValueError for a wrong text, and says what to write instead.
 """
 
 from __future__ import annotations
