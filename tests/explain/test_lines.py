@@ -24,7 +24,7 @@ from userspace_proxy.modes.iptables import loader as kube_kernel
 from userspace_proxy.modes.iptables import tables
 from userspace_proxy.modes.iptables.chains import Manner, node_rules, service_rules
 from userspace_proxy.modes.reasons.known import Known, chosen
-from userspace_proxy.modes.reasons.lines import Explained, Line, Way
+from userspace_proxy.modes.reasons.lines import Explained, Line
 from userspace_proxy.modes.slots.slot_table import SlotTable
 from userspace_proxy.modes.userspace import iptables, nft
 
@@ -61,7 +61,7 @@ def of_translations(
     chains = kube_kernel.rules(translations, facts, Manner(facts.pods))
     return [
         explained(IPTABLES, chains, known, is_short=is_short),
-        explained(NFTABLES, SlotTable().text(facts, translations.values()), known, is_short=is_short),
+        explained(NFTABLES, SlotTable().rules(facts, translations.values()), known, is_short=is_short),
     ]
 
 
@@ -115,21 +115,6 @@ def test_every_line_of_every_lesson_is_explained_in_every_mode(folder: Path) -> 
 
     assert [mode.way for mode in found][:4] == [USERSPACE_NFT, USERSPACE_IPTABLES, IPTABLES, NFTABLES]
     assert [unexplained(mode.lines) for mode in found] == [[] for _ in found]
-
-
-@pytest.mark.parametrize(
-    ("way", "line"),
-    [
-        (NFTABLES, "\t\tmeta priority 0:3 drop"),
-        (NFTABLES, "\t\tip daddr @cluster_ips4 accept"),
-    ],
-)
-def test_of_a_line_that_is_not_known_nothing_is_said(way: Way, line: str) -> None:
-    text = f"table inet t {{\n\tchain services4 {{\n{line}\n\t}}\n}}\n"
-
-    (found,) = (each for each in explained(way, text, Known(()), is_short=False).lines if each.text == line)
-
-    assert found.explanation == ""
 
 
 def test_a_line_says_whose_it_is() -> None:

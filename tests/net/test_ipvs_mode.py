@@ -341,7 +341,7 @@ def test_beside_another_of_ours_that_serves_it_changes_nothing_of_the_node(
 
 
 def test_whatever_step_was_the_last_of_who_was_killed_the_device_is_ours(proxy: IpvsProxy, world: ServiceLab) -> None:
-    made = device_lines(set(), ["10.96.9.26"], is_new=True)
+    made = [line.text for line in device_lines(set(), ["10.96.9.26"], is_new=True)]
     for taken in range(1, len(made) + 1):
         world.node.run("ip", "-batch", "-", stdin="".join(f"{line}\n" for line in made[:taken]))
         with world.node.inside():

@@ -19,7 +19,7 @@ from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import Node
 from userspace_proxy.modes.iptables import loader as kube_kernel
-from userspace_proxy.modes.ipvs import table as ipvs
+from userspace_proxy.modes.ipvs import rules as ipvs
 from userspace_proxy.modes.plans import planned_redirects
 from userspace_proxy.modes.reasons.known import Known, chosen, only
 from userspace_proxy.modes.reasons.lines import Explained
@@ -60,8 +60,7 @@ def render(settings: Settings) -> tuple[str, bool]:
     if settings.proxy_mode in KERNEL_MODES:
         warn_unless_forwarding()
     given = _read(settings)
-    rules = _rules(settings, given)
-    return rules if isinstance(rules, str) else rules.text(), given.is_well
+    return _rules(settings, given).text(), given.is_well
 
 
 def explain(settings: Settings, service: str = "") -> tuple[list[Explained], bool]:
@@ -116,7 +115,7 @@ def _shown_capture(settings: Settings) -> Capture:
     return Capture.ADDRESS if settings.capture == "address" else Capture.REDIRECT
 
 
-def _rules(settings: Settings, given: _Given, names: Set[ServicePortName] | None = None) -> Rules | str:
+def _rules(settings: Settings, given: _Given, names: Set[ServicePortName] | None = None) -> Rules:
     """Return the rules of one mode, of the service ports *names* only where these are given."""
     if settings.proxy_mode in KERNEL_MODES:
         tables = KERNEL_MODES[settings.proxy_mode](settings)
@@ -126,10 +125,10 @@ def _rules(settings: Settings, given: _Given, names: Set[ServicePortName] | None
         translations = {name: translations[name] for name in given.state.service_ports if name in wanted}
         if settings.proxy_mode == "ipvs":
             host_ips = facts.node.addresses or asyncio.run(network.host_addresses())
-            return ipvs.text(translations.values(), facts, host_ips, settings.ipvs_scheduler)
+            return ipvs.rules(translations.values(), facts, host_ips, settings.ipvs_scheduler)
         if settings.proxy_mode == "iptables":
             return kube_kernel.rules(translations, facts, manner_of(settings))
-        return SlotTable().text(facts, translations.values())
+        return SlotTable().rules(facts, translations.values())
     redirects = _redirects(settings, given)
     if names is not None:
         redirects = only(redirects, names)

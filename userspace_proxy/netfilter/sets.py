@@ -22,14 +22,23 @@ _PROTOCOLS = {L4Protocol.TCP: socket.IPPROTO_TCP, L4Protocol.UDP: socket.IPPROTO
 
 @dataclass(frozen=True, slots=True)
 class SetKind:
-    """How one set or map is written down: its declaration, and what its keys and values are made of."""
+    """How one set or map is written down: its declaration, and what its keys and values are made of.
 
-    header: str
+    ``reason`` says in words what the set is for, ``parts`` what an element of it is.
+    """
+
+    declared: str
     key: tuple[str, ...]
     value: tuple[str, ...] = ()
+    reason: str = ""
+    parts: str = ""
     is_interval: bool = False
     names_owner: bool = False  # its elements are commented with the service port's name
     is_shared: bool = False  # several service ports may have the same element
+
+    @property
+    def word(self) -> str:
+        return "map" if self.value else "set"
 
 
 # ---- bytes
@@ -66,15 +75,21 @@ def packed_ranges(portal: Portal, networks: Iterable[str]) -> Iterator[tuple[byt
 def shown(kind: SetKind, key: bytes, value: bytes, owner: ServicePortName) -> str:
     """Return an element as nft writes it."""
     said = f' comment "{comment(owner)}"' if kind.names_owner else ""
-    if kind.is_interval:
-        half = len(key) // 2
-        first, last = _fields(kind.key, key[:half]), _fields(kind.key, key[half:])
-        return " . ".join(a if a == b else f"{a}-{b}" for a, b in zip(first, last, strict=True))
-    text = " . ".join(_fields(kind.key, key)) + said
-    return f"{text} : {' . '.join(_fields(kind.value, value))}" if value else text
+    text = " . ".join(key_fields(kind, key)) + said
+    return f"{text} : {' . '.join(fields(kind.value, value))}" if value else text
 
 
-def _fields(types: Iterable[str], packed: bytes) -> list[str]:
+def key_fields(kind: SetKind, key: bytes) -> list[str]:
+    """Return the parts of *key* as nft shows them, those of an interval as ``first-last``."""
+    if not kind.is_interval:
+        return fields(kind.key, key)
+    half = len(key) // 2
+    first, last = fields(kind.key, key[:half]), fields(kind.key, key[half:])
+    return [a if a == b else f"{a}-{b}" for a, b in zip(first, last, strict=True)]
+
+
+def fields(types: Iterable[str], packed: bytes) -> list[str]:
+    """Return the parts of *packed* as nft shows them."""
     texts, at = [], 0
     for field in types:
         size = 16 if field == "ipv6_addr" else 4

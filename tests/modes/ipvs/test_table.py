@@ -29,6 +29,7 @@ from userspace_proxy.model.service import Portal, ServicePort
 from userspace_proxy.modes.ipvs.desired import Wanted
 from userspace_proxy.modes.ipvs.device import device_lines
 from userspace_proxy.modes.ipvs.genetlink import TICKS_A_SECOND, read, without_counts
+from userspace_proxy.modes.ipvs.rules import rules
 from userspace_proxy.modes.ipvs.table import (
     Connections,
     IpvsTable,
@@ -41,7 +42,6 @@ from userspace_proxy.modes.ipvs.table import (
     endings,
     node_port_ips,
     steps,
-    text,
     virtual_ips,
     virtual_servers,
 )
@@ -66,7 +66,7 @@ SCTP 0A600001:0050 rr
 
 
 def test_all_of_it_reads_as_written_down() -> None:
-    assert_golden("ipvs-everything.txt", text(EVERYTHING.values(), FACTS, HERE.addresses, "rr"))
+    assert_golden("ipvs-everything.txt", rules(EVERYTHING.values(), FACTS, HERE.addresses, "rr").text())
 
 
 def test_the_kernel_takes_every_element_of_the_table(lab: Lab) -> None:
@@ -264,7 +264,8 @@ def test_whatever_changes_it_ends_at_what_is_wanted_and_no_tcp_endpoint_goes_bef
 
 
 def test_the_device_loses_addresses_before_it_gets_others() -> None:
-    assert device_lines({"10.96.0.1", "10.96.0.2"}, ["10.96.0.2", "fd00::1"], is_new=False) == [
+    lines = device_lines({"10.96.0.1", "10.96.0.2"}, ["10.96.0.2", "fd00::1"], is_new=False)
+    assert [line.text for line in lines] == [
         "address del 10.96.0.1/32 dev kube-ipvs0",
         "address replace fd00::1/128 nodad dev kube-ipvs0",
     ]

@@ -18,9 +18,10 @@ from userspace_proxy.model.endpoint import Address, Endpoint, Family, family_of,
 from userspace_proxy.model.names import L4Protocol, ListenerName, Scope
 from userspace_proxy.model.routes import Refusal
 from userspace_proxy.model.service import Portal
-from userspace_proxy.modes.ipvs.device import device_lines
-from userspace_proxy.modes.slots.portal_table import IP, OURS, add_hairpins
-from userspace_proxy.modes.slots.slot_table import NUMBER, SlotTable
+from userspace_proxy.modes.rule_line import RuleLine
+from userspace_proxy.modes.slots.packet_number import ENDPOINT_SET, OURS
+from userspace_proxy.modes.slots.portal_table import IP, add_hairpins
+from userspace_proxy.modes.slots.slot_table import SlotTable
 from userspace_proxy.netfilter.nft_text import merged
 from userspace_proxy.netfilter.sets import Elements, SetKind, class_id, packed_ip, packed_portal
 
@@ -41,20 +42,30 @@ class IpvsTable(SlotTable):
 
     def kinds_of(self, family: Family) -> Iterator[tuple[str, SetKind]]:
         yield from super().kinds_of(family)
-        keys = {"virtual_ips": (f"ipv{family}_addr",), "health_checks": ("inet_proto", "inet_service")}
-        for kind, key in keys.items():
-            name = f"{kind}{family}"
-            yield name, SetKind(f"set {name} {{\n\t\ttype {' . '.join(key)}", key, is_shared=True)
+        reason, parts = "All load balancer IPs and external IPs, whatever the port.", "An element is an address."
+        address = f"ipv{family}_addr"
+        yield f"virtual_ips{family}", SetKind(f"type {address}", (address,), (), reason, parts, is_shared=True)
+        reason = "Ports at which this node answers health checks of load balancers."
+        declared, key = "type inet_proto . inet_service", ("inet_proto", "inet_service")
+        parts = "An element is protocol . port."
+        yield f"health_checks{family}", SetKind(declared, key, (), reason, parts, is_shared=True)
 
-    def refused(self, family: Family, facts: NodeFacts) -> Iterator[str]:
+    def refused(self, family: Family, facts: NodeFacts) -> Iterator[RuleLine]:
         """Load balancer IPs and external IPs are this node's own here: its other servers are not to be met by them."""
         ip = IP[family]
         own = ", ".join(own_ip for own_ip in facts.node.addresses if family_of(own_ip) == family)
         others = f"{ip} daddr != {{ {own} }} " if own else ""
-        yield f"{ip} daddr @virtual_ips{family} {others}meta l4proto . th dport != @health_checks{family} goto refuse"
+        yield RuleLine(
+            f"{ip} daddr @virtual_ips{family} {others}meta l4proto . th dport != @health_checks{family} goto refuse",
+            "A load balancer IP or an external IP, here this node's own, at a port that no Service has there: refused "
+            "at once, so that this node's own servers are not met by it; health checks are.",
+        )
 
-    def translate(self, family: Family) -> Iterator[str]:
-        yield f"meta priority & {class_id(NUMBER)} == {class_id(OURS)} accept"
+    def translate(self, family: Family) -> Iterator[RuleLine]:
+        yield RuleLine(
+            f"meta priority & {class_id(ENDPOINT_SET)} == {class_id(OURS)} accept",
+            "Of no set here: a virtual server leads it on, as IPVS sees it at INPUT, or at OUTPUT after us.",
+        )
         yield from super().translate(family)
 
     def number_of(self, portal: Portal, listener: ListenerName, translation: Translation) -> int:
@@ -277,37 +288,3 @@ def after(present: VirtualServers, taken: Iterable[Step]) -> None:
             weights.pop(endpoint, None)
         else:
             weights[endpoint] = weight
-
-
-# ---- texts
-
-
-def text(translations: Iterable[Translation], facts: NodeFacts, host_ips: Iterable[str], scheduler: str) -> str:
-    """Return all of mode ipvs for *translations*, each part for the tool that its first line names. Pure."""
-    translations = list(translations)
-    host_ips = tuple(host_ips)
-    node_ips = node_port_ips(facts, host_ips)
-    servers: VirtualServers = {}
-    ips: dict[str, None] = {}
-    for translation in translations:
-        servers |= virtual_servers(translation, node_ips, scheduler)
-        ips |= dict.fromkeys(sorted(virtual_ips(translation), key=lambda ip: (":" in ip, ip)))
-    device = "\n".join(device_lines(set(), ips, is_new=True))
-    return (
-        f"# nft -f -\n{IpvsTable().text(at_host(facts, host_ips), translations)}"
-        f"# ip -batch -\n{device}\n"
-        f"# ipvsadm --restore\n{restore(servers)}"
-    )
-
-
-def restore(servers: Mapping[Portal, VirtualServer]) -> str:
-    """Return *servers* as ``ipvsadm --restore`` reads them."""
-    lines = []
-    for portal, server in servers.items():
-        at = f"-{portal.protocol[0].lower()} {join_address(portal.ip, portal.port)}"
-        affinity = ""
-        if server.affinity_timeout_s is not None:
-            affinity = f" -p {server.affinity_timeout_s}"
-        lines.append(f"-A {at} -s {server.scheduler}{affinity} -b flag-3")
-        lines += [f"-a {at} -r {join_address(*e)} -m -w {weight}" for e, weight in server.weights.items()]
-    return "".join(f"{line}\n" for line in lines)

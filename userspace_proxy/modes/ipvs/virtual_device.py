@@ -37,7 +37,7 @@ class VirtualDevice:
             self.ips = set()
         lines = device_lines(self.ips, sorted(wanted), is_new=is_new)
         if lines:
-            await run_tool("ip", "-batch", "-", stdin="".join(f"{line}\n" for line in lines))
+            await run_tool("ip", "-batch", "-", stdin="".join(f"{line.text}\n" for line in lines))
         self.ips = wanted
 
     async def remove(self) -> None:

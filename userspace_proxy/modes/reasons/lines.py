@@ -1,9 +1,7 @@
-"""Lines of rules with what is said of them; and how patterns say it."""
+"""Explained lines: what `render --explain` prints."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,19 +30,3 @@ class Explained:
 
     way: Way
     lines: tuple[Line, ...]
-
-
-Says = str | Callable[[re.Match[str]], str]
-Patterns = tuple[tuple[re.Pattern[str], Says], ...]
-
-
-def patterns(*rows: tuple[str, Says]) -> Patterns:
-    return tuple((re.compile(pattern), says) for pattern, says in rows)
-
-
-def said_of(text: str, known: Iterable[tuple[re.Pattern[str], Says]]) -> str:
-    """Return what the first of *known* that matches all of *text* says; "" where none does."""
-    for pattern, says in known:
-        if (match := pattern.fullmatch(text)) is not None:
-            return says if isinstance(says, str) else says(match)
-    return ""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import Translation
@@ -24,15 +24,14 @@ from userspace_proxy.model.endpoint import FAMILIES, Address, Family
 from userspace_proxy.model.names import L4Protocol, ListenerName, Scope, ServicePortName
 from userspace_proxy.model.routes import Refusal, Route
 from userspace_proxy.model.service import Portal
-from userspace_proxy.modes.slots.portal_table import IP, OURS, PortalTable, add_hairpins
+from userspace_proxy.modes.nft_blocks import Block
+from userspace_proxy.modes.rule_line import RuleLine
+from userspace_proxy.modes.slots.packet_number import ENDPOINT_SET, OURS, PINNED, SEAT
+from userspace_proxy.modes.slots.portal_table import IP, PortalTable, add_hairpins
 from userspace_proxy.netfilter.sets import Elements, SetKind, class_id, packed_ip, packed_number, packed_port
 
 # Slots -> for how many endpoints at most. Ten of them are then met with nearly the same chance.
 SIZES: Mapping[int, int] = {16: 8, 256: 128, 4_096: 4_095}
-# What is looked up: 32 bits, shown as tc shows them (major:minor).
-_PINNED = 0x2000_0000
-NUMBER = 0x5FFF_F000  # of the endpoint set, without what is to be done first
-_SEAT = 0xFFF  # of the endpoint in it, 0 for none
 _SETS_MAX = 0x1_FFFF
 _PINS_MAX = 262_144
 
@@ -40,6 +39,42 @@ _PINS_MAX = 262_144
 # declaration has to name another number of 32 bits, as nft cannot show that of a hash.
 _HASHES = 0xFFFF_FFFF
 _CLIENT: Mapping[Family, str] = {4: "ip saddr", 6: f"jhash ip6 saddr mod {_HASHES} seed 1"}
+
+
+_SLOTS = (
+    "Set of endpoints . a number below {size} drawn by chance -> endpoint. Each endpoint has nearly as many of the "
+    "{size} slots, so all are met with nearly the same chance (Maglev)."
+)
+_PICKS = (
+    "Services with affinity: set of endpoints . a number below {size} drawn by chance -> the endpoint's own number, "
+    "which the pin remembers. Each endpoint has nearly as many of the {size} slots (Maglev)."
+)
+
+
+def _pins(family: Family, client: str, key: str) -> Block:
+    return Block(
+        "map",
+        f"pins{family}",
+        "The pins of clients (affinity): client . set of endpoints -> the endpoint's number. The kernel fills it by "
+        "itself.",
+        (
+            RuleLine(f"typeof {client} . meta priority : meta priority", key),
+            RuleLine(
+                f"size {_PINS_MAX}; flags dynamic,timeout; timeout 3h",
+                f"Rules may add to it (dynamic), up to {_PINS_MAX} pins; each ends by itself (timeout).",
+            ),
+        ),
+    )
+
+
+_PINS = (
+    _pins(4, "ip saddr", "Key: the client's address . the set's number; value: the endpoint's."),
+    _pins(
+        6,
+        f"numgen inc mod {_HASHES}",
+        "Key: a hash of the client's address (IPv6 addresses are too long for this key) . the set's number.",
+    ),
+)
 
 
 class SlotTable(PortalTable):
@@ -55,42 +90,62 @@ class SlotTable(PortalTable):
     def kinds_of(self, family: Family) -> Iterator[tuple[str, SetKind]]:
         address, ip = f"ipv{family}_addr", IP[family]
         # Of each protocol by itself: nft 1.0.6 lets no rule for several lead to what is in a map that is there already.
-        kinds: list[tuple[str, str, tuple[str, ...]]] = [(f"picks{family}", "meta priority", ("classid",))]
+        kinds: list[tuple[str, str, tuple[str, ...], str, str]] = [
+            (f"picks{family}", "meta priority", ("classid",), _PICKS, "the endpoint's number")
+        ]
         for protocol in L4Protocol:
             endpoint, made_of = f"{ip} daddr . {protocol.lower()} dport", (address, "inet_service")
-            kinds.append((f"slots{family}_{protocol.lower()}", endpoint, made_of))
-            name = f"endpoints{family}_{protocol.lower()}"
-            yield name, SetKind(f"map {name} {{\n\t\ttypeof meta priority : {endpoint}", ("classid",), made_of)
-        for kind, value, of in kinds:
+            name = f"slots{family}_{protocol.lower()}"
+            kinds.append((name, endpoint, made_of, _SLOTS, "the endpoint's address . port"))
+            yield (
+                f"endpoints{family}_{protocol.lower()}",
+                SetKind(
+                    f"typeof meta priority : {endpoint}",
+                    ("classid",),
+                    made_of,
+                    "The endpoints that pins lead to: an endpoint's number -> its address and port.",
+                    "Key: an endpoint's number; value: address . port.",
+                ),
+            )
+        for kind, value, of, reason, value_words in kinds:
             for size in SIZES:
-                name = f"{kind}_{size}"
-                header = f"map {name} {{\n\t\ttypeof meta priority . numgen random mod {size} : {value}"
-                yield name, SetKind(header, ("classid", "integer"), of)
+                declared = f"typeof meta priority . numgen random mod {size} : {value}"
+                parts = f"Key: the set's number . slot; value: {value_words}."
+                yield f"{kind}_{size}", SetKind(declared, ("classid", "integer"), of, reason.format(size=size), parts)
 
     def timeout_kind(self, timeout_s: int) -> SetKind:
-        return SetKind(f"set affinity_{timeout_s} {{\n\t\ttypeof meta priority", ("classid",), is_shared=True)
+        reason = f"Sets of endpoints whose clients keep their endpoint for {timeout_s} s."
+        parts = "An element is a set's number."
+        return SetKind("typeof meta priority", ("classid",), (), reason, parts, is_shared=True)
 
-    def dynamic(self) -> str:
-        return "".join(
-            f"\tmap pins{family} {{\n\t\ttypeof {of} . meta priority : meta priority\n"
-            f"\t\tsize {_PINS_MAX}; flags dynamic,timeout; timeout 3h\n\t}}\n"
-            for family, of in {4: "ip saddr", 6: f"numgen inc mod {_HASHES}"}.items()
-        )
+    def dynamic(self) -> tuple[Block, ...]:
+        return _PINS
 
-    def chains_of(self, family: Family, timeouts_s: Sequence[int]) -> dict[str, Iterable[str]]:
+    def unmatched(self, values: Set[int]) -> set[RuleLine]:
+        no_pins = not any(value & PINNED for value in values)
+        return super().unmatched(values) | ({_to_pinned(family) for family in FAMILIES} if no_pins else set())
+
+    def chains_of(self, family: Family, timeouts_s: Sequence[int]) -> dict[str, Iterable[RuleLine]]:
         return {f"remembered{family}": _remembered(family, timeouts_s), f"pinned{family}": _pinned(family)}
 
-    def translate(self, family: Family) -> Iterator[str]:
-        yield f"meta priority & {class_id(_PINNED)} == {class_id(_PINNED)} goto pinned{family}"
-        yield f"meta priority set meta priority & {class_id(NUMBER)}"
-        for protocol in map(str.lower, L4Protocol):
+    def translate(self, family: Family) -> Iterator[RuleLine]:
+        yield _to_pinned(family)
+        yield RuleLine(
+            f"meta priority set meta priority & {class_id(ENDPOINT_SET)}",
+            "Leave only the set's number of what the packet carries: that is what is looked up next.",
+        )
+        for protocol in L4Protocol:
             for size in SIZES:
-                slot = f"meta priority . numgen random mod {size} map @slots{family}_{protocol}_{size}"
-                yield f"meta l4proto {protocol} dnat {IP[family]} to {slot}"
+                slot = f"meta priority . numgen random mod {size} map @slots{family}_{protocol.lower()}_{size}"
+                yield RuleLine(
+                    f"meta l4proto {protocol.lower()} dnat {IP[family]} to {slot}",
+                    f"{protocol}: draw a slot below {size} and look up set . slot: the endpoint found becomes the "
+                    "packet's destination (DNAT). A set that is not in this map has another size: the next rule.",
+                )
 
     def number_of(self, portal: Portal, listener: ListenerName, translation: Translation) -> int:
         number = self.numbers.of_set(listener.service_port, listener.scope)
-        return number | (0 if translation.service_port.affinity_timeout_s is None else _PINNED)
+        return number | (0 if translation.service_port.affinity_timeout_s is None else PINNED)
 
     def mode_elements(self, translation: Translation) -> Elements:
         return self.slots_for(translation, translation.routes)
@@ -126,9 +181,9 @@ class Numbers:
     def of_endpoints(
         self, name: ServicePortName, scope: Scope, family: Family, endpoints: Sequence[Address]
     ) -> dict[Address, int]:
-        """Return the numbers of *endpoints*, up to `_SEAT` of one *family*; who is none of them makes room at need."""
+        """Return the numbers of *endpoints*, up to `SEAT` of one *family*; who is none of them makes room at need."""
         of_set, wanted = self.of_set(name, scope), {endpoint: str(endpoint) for endpoint in endpoints}
-        seats = self._seats.setdefault((ListenerName(name, scope).key, family), Allocator(_SEAT))
+        seats = self._seats.setdefault((ListenerName(name, scope).key, family), Allocator(SEAT))
         found = {}
         for endpoint, key in wanted.items():
             if (seat := seats.allocate(key)) is None:
@@ -239,24 +294,55 @@ def _slot_numbers(size: int) -> tuple[bytes, ...]:
 # ---- rules
 
 
-def _pinned(family: Family) -> Iterator[str]:
+def _to_pinned(family: Family) -> RuleLine:
+    bit = class_id(PINNED)
+    return RuleLine(
+        f"meta priority & {bit} == {bit} goto pinned{family}",
+        f"The bit {bit} says: the Service has affinity. On to the chain pinned.",
+    )
+
+
+def _pinned(family: Family) -> Iterator[RuleLine]:
     """Yield how a client that has a pin comes to its endpoint, and one that has none, or no more, to another."""
-    number, seat = f"meta priority & {class_id(NUMBER)}", f"meta priority & {class_id(_SEAT)}"
+    number, seat = f"meta priority & {class_id(ENDPOINT_SET)}", f"meta priority & {class_id(SEAT)}"
     client = f"{_CLIENT[family]} . {number}"
-    yield f"meta priority set {number}"
-    yield f"meta priority set {_CLIENT[family]} . meta priority map @pins{family} jump remembered{family}"
-    yield f"{seat} != 0:0 delete @pins{family} {{ {client} : meta priority }}"
-    yield f"meta priority set {number}"
+    to_number = RuleLine(
+        f"meta priority set {number}",
+        "Leave only the set's number of what the packet carries: that is what is looked up next.",
+    )
+    yield to_number
+    yield RuleLine(
+        f"meta priority set {_CLIENT[family]} . meta priority map @pins{family} jump remembered{family}",
+        "Has this client a pin in this set? Then take the endpoint's number from it, renew the pin, and go there.",
+    )
+    yield RuleLine(
+        f"{seat} != 0:0 delete @pins{family} {{ {client} : meta priority }}",
+        "Came back although there was a pin: its endpoint is gone. So is the pin, now.",
+    )
+    yield to_number
     for size in SIZES:
         slot = f"meta priority . numgen random mod {size} map @picks{family}_{size}"
-        yield f"{seat} == 0:0 meta priority set {slot} goto remembered{family}"
+        yield RuleLine(
+            f"{seat} == 0:0 meta priority set {slot} goto remembered{family}",
+            f"No pin was found: draw a slot below {size}, look up the endpoint's number, and have it remembered. A set "
+            "that is not in this map has another size: the next rule.",
+        )
 
 
-def _remembered(family: Family, timeouts_s: Iterable[int]) -> Iterator[str]:
+def _remembered(family: Family, timeouts_s: Iterable[int]) -> Iterator[RuleLine]:
     """Yield how a pin is made, or lasts from now on again, and its endpoint is met if it is still there."""
-    number = f"meta priority & {class_id(NUMBER)}"
+    number = f"meta priority & {class_id(ENDPOINT_SET)}"
     for timeout_s in timeouts_s:
         element = f"{_CLIENT[family]} . {number} timeout {timeout_s}s : meta priority"
-        yield f"{number} @affinity_{timeout_s} update @pins{family} {{ {element} }}"
-    for protocol in map(str.lower, L4Protocol):
-        yield f"meta l4proto {protocol} dnat {IP[family]} to meta priority map @endpoints{family}_{protocol}"
+        yield RuleLine(
+            f"{number} @affinity_{timeout_s} update @pins{family} {{ {element} }}",
+            f"For a set in @affinity_{timeout_s}: make the client's pin, or renew it. It lasts for {timeout_s} s from "
+            "this connection on.",
+        )
+    for protocol in L4Protocol:
+        yield RuleLine(
+            f"meta l4proto {protocol.lower()} dnat {IP[family]} to meta priority map "
+            f"@endpoints{family}_{protocol.lower()}",
+            f"{protocol}: the address and port of the endpoint with this number become the packet's destination "
+            "(DNAT).",
+        )

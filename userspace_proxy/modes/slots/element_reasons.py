@@ -1,0 +1,89 @@
+"""What the elements of the sets and maps of a `PortalTable` say, in words. Pure."""
+
+from __future__ import annotations
+
+import struct
+from functools import partial
+
+from userspace_proxy.model.endpoint import join_address
+from userspace_proxy.model.routes import Sender
+from userspace_proxy.modes.nft_blocks import SENT
+from userspace_proxy.modes.reasons.known import Known
+from userspace_proxy.modes.rule_line import Reason
+from userspace_proxy.modes.slots.packet_number import DROPPED, ENDPOINT_SET, MASQUERADED, OURS, PINNED, REJECTED
+from userspace_proxy.netfilter.sets import Elements, SetKind, class_id, fields, key_fields
+
+
+def leads(name: str) -> bool:
+    """Return whether the map *name* has the numbers that packets to portals get."""
+    return name.startswith(("services", "node_ports"))
+
+
+def unpacked(number: bytes) -> int:
+    return int(struct.unpack("=I", number)[0])
+
+
+def element_reason(name: str, kind: SetKind, key: bytes, value: bytes, found: Elements) -> Reason:
+    """Return what an element of the set or map *name* says. *found*: all elements of the table."""
+    parts, to = key_fields(kind, key), fields(kind.value, value)
+    if leads(name):
+        sender = Sender.NODE if name.endswith("_for_node") else Sender.POD if name.endswith("_for_pods") else None
+        sent = SENT[sender] if sender is not None else ""
+        return partial(_led, parts, sent, unpacked(value))
+    match name.partition("_")[0].rstrip("46"), parts, to:
+        case "slots", [_, slot], [ip, port]:
+            return f"Slot {slot}: {join_address(ip, int(port))}."
+        case "picks", [_, slot], [seat]:
+            return partial(_pick, slot, seat, value, found)
+        case "endpoints", [seat], [ip, port]:
+            return f"The number {seat} is the endpoint {join_address(ip, int(port))}."
+        case "hairpins", [ip, _], _:
+            return f"{ip} that dialled a Service and was led to itself."
+        case "cluster", [ip], _:
+            return f"{ip} is a cluster IP."
+        case "virtual", [ip], _:
+            return f"{ip} is a load balancer IP or an external IP."
+        case "health", _, _:
+            return "A port for health checks."
+        case "affinity", [number], _:
+            timeout_s = name.rpartition("_")[2]
+            return f"Clients of the endpoint set {number} keep their endpoint for {timeout_s} s."
+        case "restricted", _, _:
+            return partial(_dialled, parts, "by senders in @allowed only")
+        case "allowed", [*portal, source], _:
+            return partial(_dialled, portal, f"from {source}")
+    raise AssertionError(f"no reason for an element of {name}")
+
+
+def _portal(parts: list[str], known: Known) -> str:
+    *address, protocol, port = parts
+    return known.portal("".join(address), port, protocol)
+
+
+def _led(parts: list[str], sent: str, number: int, known: Known) -> str:
+    packets = f"Packets{sent} to {_portal(parts, known)}"
+    if number == REJECTED:
+        return f"{packets} are refused at once: there is no endpoint."
+    if number == DROPPED:
+        return f"{packets} are dropped: no endpoint of this node may take them."
+    of_set = number & ENDPOINT_SET
+    what = f"the virtual server there ({class_id(OURS)})" if of_set == OURS else f"the endpoint set {class_id(of_set)}"
+    told = [f"{packets} are for {what}"]
+    if number & MASQUERADED:
+        told.append(f"{class_id(MASQUERADED)}: endpoints see this node's address, not the client's")
+    if number & PINNED:
+        told.append(f"{class_id(PINNED)}: with affinity")
+    return f"{'; '.join(told)}."
+
+
+def _pick(slot: str, seat: str, number: bytes, found: Elements, _: Known) -> str:
+    for name, endpoints in found.items():
+        if name.startswith("endpoints") and number in endpoints:
+            ip, port = fields((f"ipv{name[len('endpoints')]}_addr", "inet_service"), endpoints[number])
+            return f"Slot {slot}: endpoint {seat}, {join_address(ip, int(port))}."
+    return f"Slot {slot}: endpoint {seat}."
+
+
+def _dialled(parts: list[str], whom: str, known: Known) -> str:
+    words = _portal(parts, known)
+    return f"{words[0].upper()}{words[1:]} may be dialled {whom}."
