@@ -1,1 +1,1 @@
-"""Sockets: accept, pick, dial, splice. Owns every descriptor that clients and backends touch."""
+"""The data plane: accept, pick, dial, splice. Owns every socket of clients and backends."""

@@ -1,8 +1,8 @@
-"""The set of open connections: how many may be, which have been silent too long, and the drain.
+"""The set of open connections: its limits, its timeouts and the drain.
 
-Idle, half-closed and dead-peer time-outs need no timer for each connection. A sweep walks over a part
-of the set every second, so that each connection is looked at several times within the shortest limit;
-silence is seen in the byte counters, which did not move since the last look.
+Idle, half-closed and dead-peer timeouts need no timer for each connection. A sweep visits a part of the set every
+second, so that it visits each connection several times within the shortest timeout. A connection is silent if its byte
+counters have not moved since the last visit.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from userspace_proxy.dataplane.sockets import keep_alive
 from userspace_proxy.interfaces import Splice
 from userspace_proxy.model.endpoint import Address
 
-# Kept free for the event loop, rules, admin and file watching.
+# Descriptors reserved for the event loop, rules, admin and file watching.
 RESERVED_DESCRIPTORS = 128
-# A service port may have so many times the connections that there is room for: 8 of 9 descriptors if it is alone, and
-# always less than all, however many others have as much (dynamic thresholds, Choudhury and Hahne 1998).
+# A service port may hold this multiple of the free connections: 8 of 9 descriptors if it is alone, and always less
+# than all, however many others hold as much (dynamic thresholds, Choudhury and Hahne 1998).
 _SHARE = 8
-# Kept free of listeners, too: those that there are must be able to accept.
+# Also kept free of listeners, so that existing listeners can accept.
 _FOR_CONNECTIONS = 16
 _SWEEPS_A_LIMIT = 12
-# A look at so many connections takes about a millisecond; then traffic has its turn.
+# Visiting this number takes about a millisecond; then traffic gets its turn.
 _LOOKS_A_TURN = 500
 _RESUME_S = 0.1
 _COMPLAIN_EVERY_S = 10.0
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """When the data plane gives something up (seconds, 0 for never), and what it lets its clients have."""
+    """Timeouts of the data plane (seconds, 0 for never), and the limits for its clients."""
 
     idle_timeout_s: float = 86_400.0
     half_closed_timeout_s: float = 3_600.0
@@ -68,11 +68,11 @@ class Connection(Protocol):
 
 @dataclass(slots=True)
 class _Silence:
-    """What the last looks at one connection saw, of both sides where it is a list: client, backend."""
+    """The results of the sweep's visits to one connection. Lists have one item per side: client, backend."""
 
     since: float
     moved_bytes: int = -1
-    # Both peers had acknowledged everything at this state of bytes and half-close: nothing to ask until it changes.
+    # Bytes and half-close state at which both peers had acknowledged all; no check is needed until they change.
     answered_at: tuple[int, bool] | None = None
     unanswered_since: list[float | None] = field(default_factory=lambda: [None, None])
 
@@ -95,9 +95,9 @@ class Connections:
         self._now = now
         self._descriptors_used = descriptors_used
         self._shed = shed
-        self._open: dict[Connection, _Silence | None] = {}  # None: not looked at yet
-        self._open_by_client: dict[bytes, int] = {}  # empty where clients have no limit
-        self._races = 0  # dials that are beside another one of their connection
+        self._open: dict[Connection, _Silence | None] = {}  # None: not visited yet
+        self._open_by_client: dict[bytes, int] = {}  # empty if clients have no limit
+        self._races = 0  # second dials of a connection that is already being dialled
         self._round: list[Connection] = []
         self._part = 1
         self._empty = asyncio.Event()
@@ -115,14 +115,14 @@ class Connections:
         return len(self._open)
 
     def add(self, connection: Connection) -> bool:
-        """Count *connection* in; return False where its client has as many as it may."""
+        """Add *connection*. Return False if its client has reached its limit."""
         if self._limits.connections_per_client and not self._admit(connection.client[0]):
             return False
         self._open[connection] = None
         return True
 
     def remove(self, connection: Connection) -> None:
-        """Forget *connection*, which `add` took."""
+        """Remove *connection*, which `add` accepted."""
         del self._open[connection]
         if self._limits.connections_per_client:
             self._dismiss(connection.client[0])
@@ -130,7 +130,7 @@ class Connections:
             self._empty.set()
 
     def _admit(self, client_ip: str) -> bool:
-        client = _who(client_ip)
+        client = _client_key(client_ip)
         count = self._open_by_client.get(client, 0)
         if count >= self._limits.connections_per_client:
             return False
@@ -138,7 +138,7 @@ class Connections:
         return True
 
     def _dismiss(self, client_ip: str) -> None:
-        client = _who(client_ip)
+        client = _client_key(client_ip)
         self._open_by_client[client] -= 1
         if not self._open_by_client[client]:
             del self._open_by_client[client]
@@ -146,34 +146,34 @@ class Connections:
     # ---- room
 
     def room(self) -> int:
-        """Return how many more connections there are descriptors for; if none, accepting is paused until there are."""
+        """Return for how many more connections there are descriptors. If none, pause accepting until there are."""
         room = self._descriptors_left() // 2
         if room <= 0:
             self.note_shortage(OSError(errno.EMFILE, "all descriptors are in use"))
         return room
 
     def share(self, connections_open: int) -> int:
-        """Return how many more connections a service port that has *connections_open* may have; <= 0 for none.
+        """Return how many more connections a service port with *connections_open* may have; <= 0 for none.
 
-        If there is room for none at all, accepting is paused until there is.
+        If no descriptor is left for any connection, accepting is paused until there is one.
         """
         room = self.room()
         return min(room, _SHARE * room - connections_open)
 
     def note_crowd(self, name: str) -> None:
-        """The service port *name* has its share of descriptors; its new clients wait."""
+        """Note that the service port *name* has used up its share of descriptors; its new clients wait."""
         self.times_paused += 1
-        self.note_shortage(OSError(0, f"{name} has its share of the descriptors"))
+        self.note_shortage(OSError(0, f"{name} has used up its share of descriptors"))
 
     def fits(self, descriptors: int) -> bool:
-        """Return whether so many more descriptors leave enough for everything else."""
+        """Return whether *descriptors* more leave enough for everything else."""
         return descriptors <= self._descriptors_left()
 
     def _descriptors_left(self) -> int:
         return self._most - self._descriptors_used() - 2 * len(self._open) - self._races
 
     def begin_race(self) -> bool:
-        """Count in a second dial of one connection; return False where there is no descriptor for it."""
+        """Count a second dial of one connection. Return False if there is no descriptor for it."""
         if not self.fits(1):
             return False
         self._races += 1
@@ -183,7 +183,7 @@ class Connections:
         self._races -= 1
 
     def note_shortage(self, error: OSError) -> None:
-        """This host ran out of something. Descriptors: leave new clients in the kernel's queue for a moment."""
+        """Note that this host is short of a resource. If it is descriptors or memory, pause accepting for a moment."""
         self.shortages += 1
         if self._now() - self._complained_at > _COMPLAIN_EVERY_S:
             self._complained_at = self._now()
@@ -201,7 +201,7 @@ class Connections:
 
     @property
     def sweep_period_s(self) -> float:
-        """How often `sweep` wants to be called: each connection is looked at twelve times within the shortest limit."""
+        """The period for `sweep`: it visits each connection twelve times within the shortest timeout."""
         return min(1.0, self._shortest_limit_s / _SWEEPS_A_LIMIT)
 
     @property
@@ -211,7 +211,7 @@ class Connections:
         return min((limit for limit in given if limit), default=60.0)
 
     async def sweep(self) -> None:
-        """Look at the next part of the connections, and cut those that have been silent for too long."""
+        """Visit the next part of the connections, and cut those that have been silent for too long."""
         if not self._round:
             self._round = list(self._open)
             parts = max(1, round(self._shortest_limit_s / _SWEEPS_A_LIMIT / self.sweep_period_s))
@@ -231,8 +231,8 @@ class Connections:
         silence = self._open[connection]
         if silence is None:
             silence = self._open[connection] = _Silence(now)
-            # Its client's socket has this from the listener. Most connections end before they are looked at, and
-            # are spared the system calls.
+            # The client's socket inherits keepalive from the listener. Most connections end before their first visit
+            # and save these system calls.
             keep_alive(splice.sockets[1], self._limits.dead_peer_timeout_s)
         reason = self._too_long(splice, silence, now)
         if reason:
@@ -254,7 +254,7 @@ class Connections:
         return self._dead_peer(splice, silence, now)
 
     def _dead_peer(self, splice: Splice, silence: _Silence, now: float) -> str:
-        # Two looks' distance less than the limit, so that the limit is kept and not exceeded.
+        # Two sweep periods less than the limit, so that it is never exceeded.
         limit_s = self._limits.dead_peer_timeout_s * (1 - 2 / _SWEEPS_A_LIMIT)
         owes_nothing = True
         for side, sock in enumerate(splice.sockets):
@@ -273,7 +273,7 @@ class Connections:
         return ""
 
     def count_bytes(self) -> Iterator[None]:
-        """Bring the byte counters up to date, in parts."""
+        """Update the byte counters of all connections, yielding between parts."""
         looked_at = list(self._open)
         for start in range(0, len(looked_at), _LOOKS_A_TURN):
             for connection in looked_at[start : start + _LOOKS_A_TURN]:
@@ -283,7 +283,7 @@ class Connections:
     # ---- drain
 
     async def drain(self, timeout_s: float) -> None:
-        """Wait until all connections have ended, *timeout_s* at most; cut those that are left."""
+        """Wait until all connections have ended, for at most *timeout_s*; then cut the rest."""
         if self._open:
             self._empty.clear()
             log.info("draining %d connections for up to %.3g s", len(self._open), timeout_s)
@@ -298,24 +298,24 @@ class Connections:
             connection.cut("cut: the proxy stops")
 
 
-def _who(client_ip: str) -> bytes:
-    """Return what counts as one client: an IPv4 address, or a /64 of IPv6, in which a client chooses freely."""
+def _client_key(client_ip: str) -> bytes:
+    """Return the key of one client: an IPv4 address, or the /64 of an IPv6 address, which a client chooses freely."""
     if ":" in client_ip:
         return socket.inet_pton(socket.AF_INET6, client_ip.partition("%")[0])[:8]
     return socket.inet_aton(client_ip)
 
 
 def leaves_room(descriptor: int) -> bool:
-    """Return whether a process that got *descriptor* for a listener has some left for connections and all else.
+    """Return whether enough descriptors are left after a listener got *descriptor*.
 
-    The kernel gives the lowest number that is free.
+    The kernel always assigns the lowest free number, so the number tells how many are in use.
     """
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return descriptor < limit - min(RESERVED_DESCRIPTORS, limit // 4) - _FOR_CONNECTIONS
 
 
 def raise_descriptor_limit() -> int:
-    """Raise the soft limit of descriptors to the hard one; return it."""
+    """Raise the soft limit of descriptors to the hard limit, and return it."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

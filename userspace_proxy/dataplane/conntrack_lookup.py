@@ -1,7 +1,7 @@
-"""Questions to the kernel, by netlink: is this address our own, what did that client dial, which UDP flows are there.
+"""Queries to the kernel by netlink: is an address local, what did a client dial, which UDP flows exist.
 
-The first two are answered before the request's system call returns, so nobody waits. They are asked for new
-connections of service ports that have to know, and for no others. The third is asked at the start, and seldom again.
+The kernel answers the first two within the system call, so they do not block. They are made only for new connections
+of service ports that need them. The third is made at the start, and rarely later.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _NFGENMSG_BYTES = 4
 _ANSWER_BYTES = 4096
 _DUMP_BYTES = 1 << 17
 _DUMP_TIMEOUT_S = 5.0
-# The original direction of an entry of conntrack, which comes first (ctnetlink_fill_info): source, destination,
-# protocol and ports, each behind the header of its attribute.
+# The original direction of a conntrack entry, which comes first (ctnetlink_fill_info): source, destination,
+# protocol and ports, each after its attribute header.
 _ENTRY = {
     socket.AF_INET: struct.Struct("!12x4s4x4s8xB3x4xH2x4xH"),
     socket.AF_INET6: struct.Struct("!12x16s4x16s8xB3x4xH2x4xH"),
@@ -41,22 +41,22 @@ _ENTRY = {
 
 
 class KernelTables:
-    """The kernel's routes and its NAT, of the network namespace where the first question is asked."""
+    """The routes and conntrack entries of the network namespace in which the first query is made."""
 
     def __init__(self) -> None:
-        self._sockets: dict[int, socket.socket] = {}  # by protocol, opened when there is something to ask
+        self._sockets: dict[int, socket.socket] = {}  # by protocol, opened at the first query
 
     def is_local(self, ip: str) -> bool:
-        """Return whether *ip* is an address of this host, so that what is sent there never leaves it."""
+        """Return whether *ip* is an address of this host, so that packets to it never leave the host."""
         family, packed = _packed(ip)
         route = _RTMSG.pack(family, 8 * len(packed), 0, 0, 0, 0, 0, 0, 0) + attribute(_RTA_DST, packed)
         answer = self._ask(_NETLINK_ROUTE, _RTM_GETROUTE, route)
         return answer is not None and answer[_ROUTE_TYPE_AT] == _RTN_LOCAL
 
     def dialled_by(self, client: Address, reached: Address) -> Address:
-        """Return what the UDP *client* dialled that *reached* this address: that itself where there was no NAT."""
+        """Return the address that the UDP *client* dialled to arrive at *reached*; without NAT, *reached* itself."""
         family, source = _packed(reached[0])
-        # The kernel finds a flow by its answers, which go from here to the client.
+        # Look up by the reply direction, which goes from *reached* to the client.
         to = _IP_DESTINATION[family]
         ips = attribute(to - 1, source) + attribute(to, _packed(client[0])[1])
         ports = (
@@ -74,10 +74,9 @@ class KernelTables:
         return socket.inet_ntop(family, ip), int.from_bytes(port, "big")
 
     def udp_flows(self) -> dict[tuple[str, Address], set[int]]:
-        """Return the source ports of the UDP flows that conntrack knows, by source IP ("" for this host's) and
-        destination.
+        """Return the source ports of UDP flows in conntrack, by source IP ("" for this host's) and destination.
 
-        None where it does not tell. An entry outlives the last datagram of its flow by conntrack's time-outs.
+        Empty if the kernel does not list them. An entry outlives the last datagram of its flow by conntrack's timeouts.
         """
         raw = socket.SOCK_RAW | socket.SOCK_CLOEXEC
         found: defaultdict[tuple[socket.AddressFamily, bytes, bytes, int], set[int]] = defaultdict(set)
@@ -103,7 +102,7 @@ class KernelTables:
         return flows
 
     def _ask(self, protocol: int, kind: int, question: bytes) -> bytes | None:
-        """Return the answer, or None where the kernel has none."""
+        """Return the answer to a query, or None if the kernel has none."""
         try:
             sock = self._sockets.get(protocol) or self._open(protocol)
             sock.send(_HEADER.pack(_HEADER.size + len(question), kind, _REQUEST, 0, 0) + question)

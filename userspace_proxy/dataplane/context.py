@@ -1,4 +1,4 @@
-"""What every listener of a plane shares."""
+"""The objects that all listeners of a data plane share."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from userspace_proxy.dataplane.memory import Memory
 from userspace_proxy.dataplane.poller import Poller
 from userspace_proxy.interfaces import AccessRecord, Counters, Splicer
 
-# Takes what the access log says of one connection or flow that has ended.
+# Called with the access record of each ended connection or flow.
 Record = Callable[[AccessRecord], None]
 
 
 @dataclass(frozen=True, slots=True)
 class PlaneContext:
-    """The plane's pollers, engine, set of connections, limits and clock."""
+    """The data plane's pollers, splice engine, open connections, limits and clock."""
 
     poller: Poller
     datagrams: DatagramPoller
@@ -39,7 +39,7 @@ class PlaneContext:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What the listeners of one service port have in common."""
+    """The state that the listeners of one service port share."""
 
     memory: Memory
     counters: Counters = field(default_factory=Counters)

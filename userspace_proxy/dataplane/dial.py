@@ -1,7 +1,7 @@
-"""One client's way to a backend: pick, connect, and on failure pick another - before any byte is read.
+"""Find a backend for one client: pick, connect, and on failure pick another, before any byte is read.
 
-Callback style: no task, no future. A dial that is refused costs nothing, and the next endpoint is tried at once. Beside
-a dial that has not answered after RACE_S another one begins, and the first to answer wins.
+Written with callbacks: no task and no future. A refused dial is followed by the next one at once. If a dial has not
+answered after RACE_S, a second one begins beside it, and the first to answer wins.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from userspace_proxy.dataplane.transparent import Transparent
 from userspace_proxy.interfaces import Counters
 from userspace_proxy.model.endpoint import Address
 
-# After so long, another endpoint is dialled beside one that has not answered. At most two dials are open: for a third,
-# the older one ends.
+# A second endpoint is dialled if the first has not answered for this long. At most two dials are open: a third ends
+# the older one.
 RACE_S = 0.25
-# Once all endpoints were asked, a slow one is asked again, and has 2.3 s, as two are open.
+# After all endpoints were dialled, slow ones are dialled again at this interval. Each gets 2.3 s, as two are open.
 PATIENCE_S = 1.15
-# A client waits so long for its reset, if no endpoint answers.
+# A client is reset after this time if no endpoint answers.
 BUDGET_S = 15.0
-# An attempt that fails at so many endpoints ends, too: of thousands, it cannot ask all.
+# The most dials for one client; it cannot try all of thousands of endpoints.
 DIALS_MAX = 128
 
-# A client that was accepted when no descriptor was left for its backend waits this often, this long.
+# If no descriptor is left for a backend socket, an accepted client waits this often, this long.
 STARVED_MAX = 100
 STARVED_RETRY_S = 0.1
 
-# Deadlines of a plane, by index.
+# Indexes into the deadlines of a data plane.
 RACE, PATIENCE = 0, 1
-# Rounds of an attempt: which endpoints are dialled beside one that has not answered.
+# Rounds of an attempt: the kind of endpoints to dial beside one that has not answered.
 _OPEN, _DOUBTFUL, _SLOW = range(3)
 
 _UNDER_WAY = (errno.EINPROGRESS, 0)
@@ -47,22 +47,22 @@ log = logging.getLogger(__name__)
 
 
 class Caller(Protocol):
-    """Who wants a backend."""
+    """The connection that needs a backend."""
 
     def on_connected(self, backend: SocketType, pick: Pick, told: int) -> None:
-        """Take over *backend*, which the poller watches; *told* are the events that it has told already."""
+        """Take over *backend*, which the poller watches. *told*: the events that its handler has already received."""
         ...
 
     def on_failed(self, reason: str) -> None: ...
 
 
 class Deadlines:
-    """Calls `Dial.on_timeout` of those that were not removed in time; one timer for all that wait equally long."""
+    """Calls `Dial.on_timeout` of each dial not removed in time. One timer serves all dials with the same timeout."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, after_s: float) -> None:
         self._loop = loop
         self._after_s = after_s
-        self._until: dict[Dial, float] = {}  # in the order of time, as everybody waits equally long
+        self._until: dict[Dial, float] = {}  # in order of time, because all timeouts are equal
         self._armed = False
 
     def add(self, dial: Dial) -> None:
@@ -92,12 +92,12 @@ class Deadlines:
 
 
 def deadlines(loop: asyncio.AbstractEventLoop) -> tuple[Deadlines, ...]:
-    """Return those for dials in the first round, and in later ones."""
+    """Return the deadlines of the first round, and those of later rounds."""
     return Deadlines(loop, RACE_S), Deadlines(loop, PATIENCE_S)
 
 
 class DialContext(NamedTuple):
-    """What all dials of one listener share."""
+    """The objects that all dials of one listener share."""
 
     poller: Poller
     loop: asyncio.AbstractEventLoop
@@ -106,17 +106,17 @@ class DialContext(NamedTuple):
     counters: Counters
     connections: Connections
     congestion_control: str = ""
-    transparent: Transparent | None = None  # where backends see the client's own address
+    transparent: Transparent | None = None  # set if backends see the client's own address
 
 
 class Dial:
-    """Tries endpoints until one connects or none is left.
+    """Dials endpoints until one connects or none is left.
 
-    1. Each endpoint that is not ejected is dialled: the next one when the last has failed, or is silent for RACE_S.
-       The first of an attempt may be the trial of an ejected one.
-    2. Then ejected ones are, too: at once if all dials have failed, after PATIENCE_S beside one that is open.
-    3. Then those that were merely slow are dialled again, one every PATIENCE_S, as a slow network is no dead one.
-    4. After BUDGET_S or DIALS_MAX it has failed. A deadline is always running while a dial is open.
+    1. Dial each endpoint that is not ejected: the next one when the last has failed or has been silent for RACE_S.
+       The first dial of an attempt may be the trial of an ejected endpoint.
+    2. Dial ejected endpoints: at once if all dials have failed, after PATIENCE_S beside an open dial.
+    3. Dial slow endpoints again, one every PATIENCE_S: the network may be slow, not the endpoint dead.
+    4. Fail after BUDGET_S or DIALS_MAX. While a dial is open, a deadline is always set.
     """
 
     __slots__ = (
@@ -140,16 +140,16 @@ class Dial:
     _pick: Pick
 
     def __init__(self, client_ip: str, context: DialContext, caller: Caller, header: bytes = b"") -> None:
-        """*header* is what a backend gets before all that the client sends."""
+        """Make it. *header*: bytes that the backend gets before those of the client."""
         self.client_ip = client_ip
         self._header = header
         self._context = context
         self._caller = caller
-        self._tried: dict[Address, bool] | None = None  # address -> whether trying it again makes sense
+        self._tried: dict[Address, bool] | None = None  # address -> whether to dial it again
         self._dials = 0
         self._round = _OPEN
         self._give_up_at = 0.0  # known from the first failure on
-        self._first: Address | None = None  # the endpoint that was chosen first, once one is in trouble
+        self._first: Address | None = None  # the endpoint that was chosen first; set at the first failure or timeout
         self._first_failed = False
         self._starved = 0  # times this host had no descriptor for the backend's socket
         self._sock: SocketType | None = None  # to `_pick`; the older one of two
@@ -157,7 +157,7 @@ class Dial:
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """Dial until one is under way, connected, or all have failed; the caller may be told before this returns."""
+        """Dial until a dial is under way or connected, or all have failed. May call the caller before it returns."""
         pick = self._next()
         if pick is not None:
             self._dial(pick)
@@ -165,7 +165,7 @@ class Dial:
             self._caller.on_failed("no endpoint could be reached" if self._tried else "no endpoint")
 
     def _dial(self, pick: Pick) -> None:
-        """Dial the endpoint of *pick*; where that fails at once, the next one's turn has come."""
+        """Dial the endpoint of *pick*. If it fails at once, continue with the next ones."""
         following: Pick | None = pick
         while following is not None:
             if self._tried is not None:
@@ -180,7 +180,7 @@ class Dial:
             self._wait()
 
     def _next(self) -> Pick | None:
-        """Return which endpoint to dial now, None if there is none."""
+        """Return the endpoint to dial now, or None if there is none."""
         picker, tried = self._context.picker, self._tried
         if tried is None:
             return picker.pick(self.client_ip)
@@ -189,7 +189,7 @@ class Dial:
         alone = self._sock is None
         pick = picker.pick_another(self.client_ip, tried, doubtful=alone or self._round > _OPEN)
         if pick is None and (alone or self._round == _SLOW) and any(tried.values()):
-            # All were asked, and some were merely slow: these are asked again, unless they are being asked now.
+            # All were dialled, and some were only slow: dial these again, unless their dial is still open.
             self._round = _SLOW
             under_way = {one.endpoint.address for _, one in self._open()}
             self._tried = {address: again for address, again in tried.items() if not again or address in under_way}
@@ -197,11 +197,11 @@ class Dial:
         return pick
 
     def _connect(self, pick: Pick) -> bool:
-        """Begin to connect; False when that failed at once and the next endpoint's turn has come."""
+        """Begin to connect. Return False if that failed at once and the next endpoint is to be dialled."""
         context, address = self._context, pick.endpoint.address
         beside = self._sock is not None
         if beside and not context.connections.begin_race():
-            self._wait()  # there is no descriptor for it: the one that is open goes on alone
+            self._wait()  # no descriptor is left: the open dial continues alone
             return True
         try:
             sock = stream_socket(address, context.congestion_control)
@@ -249,7 +249,7 @@ class Dial:
         if beside:
             self._context.connections.end_race()
 
-    # ---- what becomes of a dial
+    # ---- results of a dial
 
     def _on_socket(self, events: int) -> None:
         if self._sock is not None:
@@ -261,7 +261,7 @@ class Dial:
 
     def _on_events(self, sock: SocketType, pick: Pick, events: int) -> None:
         if events & FAILED:
-            # Without an error these were the events of a closed socket whose number this one has (see poller.py).
+            # Without an error, these are events of a closed socket that had the same number (see poller.py).
             if code := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 self._fail(sock, pick, code)
         elif events & WRITE:
@@ -278,7 +278,7 @@ class Dial:
         if self._tried is None:
             context.deadlines[RACE].remove(self)
         else:
-            self._wait_no_more()
+            self._clear_deadlines()
         if self._newer is not None:
             self._end_race(sock)
         self._sock = None
@@ -289,7 +289,7 @@ class Dial:
         self._caller.on_connected(sock, pick, events)
 
     def _end_race(self, winner: SocketType) -> None:
-        """Close the one of two dials that *winner* has overtaken."""
+        """Close the dial that *winner* has overtaken."""
         assert self._newer is not None
         assert self._sock is not None
         is_older = winner is self._newer[0]
@@ -301,14 +301,14 @@ class Dial:
             self._note_ejection(pick, errno.ETIMEDOUT)
 
     def _name(self, pick: Pick) -> str:
-        """Return in whose name the endpoint of *pick* was dialled, "" for this node's."""
+        """Return the client's address if the endpoint of *pick* sees it, "" if it sees this node's."""
         transparent = self._context.transparent
         return "" if transparent is None else transparent.name_for(self.client_ip, pick.endpoint.ip)
 
     def _send_header(self, sock: SocketType) -> int:
-        """Send the header, whole, and return 0; or return why not: then another backend has it from its beginning.
+        """Send the whole header and return 0, or return the error. A retry sends it from the start to another backend.
 
-        There is room for it: nothing was sent yet.
+        The send buffer is empty, so there is room for it.
         """
         try:
             return 0 if sock.send(self._header) == len(self._header) else errno.ENOBUFS
@@ -316,13 +316,13 @@ class Dial:
             return error.errno or errno.EIO
 
     def _fail(self, sock: SocketType, pick: Pick, code: int, *, again: bool = False) -> None:
-        """The dial to the endpoint of *pick* has failed; go on with another one."""
-        self._let_go(sock)
+        """Note that the dial to the endpoint of *pick* failed, and continue with another one."""
+        self._close(sock)
         self._note_failure(pick, code, again=again)
         self.start()
 
     def on_timeout(self) -> None:
-        """No dial has answered for a while: begin another one, or wait on."""
+        """No dial has answered in time: begin another one, or wait longer."""
         if self._sock is None:
             return
         now = self._context.loop.time()
@@ -332,7 +332,7 @@ class Dial:
             self._give_up_at = now + BUDGET_S - RACE_S
         if now >= self._give_up_at:
             for sock, pick in self._open():
-                self._let_go(sock)
+                self._close(sock)
                 self._note_failure(pick, errno.ETIMEDOUT)
             self._caller.on_failed("no endpoint could be reached")
             return
@@ -347,21 +347,21 @@ class Dial:
             return
         if self._newer is not None:
             sock, pick = self._sock, self._pick
-            self._let_go(sock)
+            self._close(sock)
             self._note_failure(pick, errno.ETIMEDOUT, again=True)
         self._dial(another)
 
     def _open(self) -> list[tuple[SocketType, Pick]]:
-        """Return the dials under way, the older one first."""
+        """Return the open dials, the older one first."""
         older = [] if self._sock is None else [(self._sock, self._pick)]
         return older if self._newer is None else [*older, self._newer]
 
     def _wait(self, how: int = RACE) -> None:
-        """Let `on_timeout` be called later, and not before."""
-        self._wait_no_more()
+        """Set the deadline for the next `on_timeout`, replacing the current one."""
+        self._clear_deadlines()
         self._context.deadlines[PATIENCE if self._round == _SLOW else how].add(self)
 
-    def _wait_no_more(self) -> None:
+    def _clear_deadlines(self) -> None:
         for deadline in self._context.deadlines:
             deadline.remove(self)
 
@@ -388,7 +388,7 @@ class Dial:
         log.info("endpoint %s is passed over for a while: %s", pick.endpoint, os.strerror(code))
 
     def _wait_for_descriptors(self, error: OSError) -> None:
-        """The client is accepted and unread: it can wait until other connections end."""
+        """Retry later: the client is accepted but unread, so it can wait until other connections end."""
         self._context.connections.note_shortage(error)
         self._starved += 1
         if self._starved > STARVED_MAX:
@@ -397,19 +397,19 @@ class Dial:
         self._timer = self._context.loop.call_later(STARVED_RETRY_S, self.start)
 
     def cut(self) -> None:
-        """Stop without telling the caller."""
+        """Stop without calling the caller."""
         if self._timer is not None:
             self._timer.cancel()
         for sock, _ in self._open():
-            self._let_go(sock)
+            self._close(sock)
 
-    def _let_go(self, sock: SocketType) -> None:
-        """Close the dial of *sock*; the newer one takes the place of the older one."""
+    def _close(self, sock: SocketType) -> None:
+        """Close the dial of *sock*. If it was the older one, the newer one takes its place."""
         context = self._context
         context.poller.close(sock)
         if self._newer is None:
             self._sock = None
-            self._wait_no_more()
+            self._clear_deadlines()
             return
         context.connections.end_race()
         if sock is self._sock:

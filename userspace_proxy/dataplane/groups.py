@@ -1,7 +1,7 @@
-"""One port, several sockets, one for each worker; the kernel leads a client to always the same one.
+"""Open one socket for each worker on the same port; the kernel sends each client always to the same socket.
 
-SO_REUSEPORT alone spreads by address *and port* of the client, so two connections of one client would meet two
-workers, and each would pin the client to an endpoint of its own choice. A small classic BPF program in the kernel
+SO_REUSEPORT alone spreads by the client's address *and port*. Two connections of one client would then reach two
+workers, and each worker would pin the client to another endpoint. So a small classic BPF program in the kernel
 chooses by the client's address alone.
 """
 
@@ -18,21 +18,21 @@ from userspace_proxy.dataplane.sockets import open_listener
 from userspace_proxy.model.names import L4Protocol
 
 _SO_ATTACH_REUSEPORT_CBPF = 51
-# linux/bpf_common.h. Loads at this offset count from the network header, wherever the program starts to read.
+# linux/bpf_common.h. Offsets from here on count from the network header, wherever the program starts to read.
 _NETWORK_HEADER = 0xFFF00000
 _LOAD_WORD, _LOAD_BYTE, _TO_X, _RETURN = 0x20, 0x30, 0x07, 0x16
 _JUMP, _JUMP_EQUAL = 0x05, 0x15
 _SHIFT_RIGHT, _MULTIPLY, _REMAINDER, _XOR_X = 0x74, 0x24, 0x94, 0xAC
 _IP4_SOURCE, _IP6_SOURCE = 12, 8
-# Spreads neighbouring addresses (Knuth's multiplicative hash: 2^32 by the golden ratio).
+# Knuth's multiplicative hash (2^32 divided by the golden ratio) spreads neighbouring addresses.
 _SPREAD, _SPREAD_SHIFT = 0x9E3779B1, 16
 
 
 def open_group(protocol: L4Protocol, port: int, count: int, limits: Limits) -> list[socket.socket]:
-    """Return *count* sockets of one proxy port, of which a client meets always the same.
+    """Return *count* sockets of one proxy port. Each client always reaches the same one.
 
     Raises:
-        OSError: the port is taken, or there is no descriptor left.
+        OSError: the port is taken, or no descriptor is left.
     """
     return fit_group([], protocol, port, count, limits)
 
@@ -40,16 +40,16 @@ def open_group(protocol: L4Protocol, port: int, count: int, limits: Limits) -> l
 def fit_group(
     group: Sequence[socket.socket], protocol: L4Protocol, port: int, count: int, limits: Limits
 ) -> list[socket.socket]:
-    """Return *group* with so many sockets more, or closed, that it has *count*.
+    """Return *group* with sockets opened or closed so that there are *count*.
 
     Raises:
-        OSError: the port is taken, or there is no descriptor left; *group* is as it was.
+        OSError: the port is taken, or no descriptor is left; *group* is unchanged.
     """
     fitting = list(group[:count])
     with contextlib.ExitStack() as on_error:
         while len(fitting) < count:
             if fitting:
-                # Not before the first is bound: a port which another program has is to be refused.
+                # Only after the first socket is bound: a port that another program has must be refused.
                 fitting[0].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             sock = open_listener(
                 protocol, port, limits.dead_peer_timeout_s, limits.congestion_control, shared=bool(fitting)
@@ -72,7 +72,7 @@ def _choose_by_client_address(sock: socket.socket, count: int) -> None:
 
 
 def _program(count: int) -> list[tuple[int, int, int, int]]:
-    """Return the instructions: code, jump if true, jump if false, operand."""
+    """Return the BPF instructions: code, jump if true, jump if false, operand."""
     words = [_NETWORK_HEADER + _IP6_SOURCE + 4 * index for index in range(4)]
     folded = [(_LOAD_WORD, 0, 0, words[0])]
     for word in words[1:]:

@@ -1,9 +1,9 @@
-"""Which local port a UDP flow gets: the one that has rested for longest, and none too early. Pure, but for the range.
+"""Choose local ports for UDP flows: the port that has rested longest, and none too early. Pure, but for the port range.
 
-An answer finds its socket by addresses and ports alone. A late answer to an ended flow therefore reaches the flow
-that has the same local port towards the same endpoint by then. So local ports are chosen here, not by the kernel, and
-rest after the last datagram of their flow. Sockets with SO_REUSEPORT that are connected to different endpoints may
-share a local port, so each endpoint has the whole range.
+The kernel finds a reply's socket by addresses and ports alone. A late reply to an ended flow therefore reaches the
+flow that has the same local port towards the same endpoint by then. So local ports are chosen here instead of by the
+kernel, and rest after the last datagram of their flow. Sockets with SO_REUSEPORT that are connected to different
+endpoints may share a local port, so each endpoint has the whole range.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pathlib import Path
 
 _SYSCTLS = Path("/proc/sys/net/ipv4")
 _DEFAULT_RANGE = "32768 60999"
-# This part of the ports is for clients that have few flows, and other programs of the node find some there, too.
+# The last 1/32 of the ports is reserved for clients with few flows. It also leaves some to other programs.
 _RESERVED_PART = 32
 
 
 def local_ports(share: tuple[int, int] = (0, 1)) -> array[int]:
-    """Return the local ports that are ours to choose from: those from which the kernel would choose.
+    """Return the local ports to choose from: the kernel's ephemeral range, without reserved ports.
 
-    *share*: which worker of how many; no two of them have a port in common.
+    *share*: (worker, workers); no two workers have a port in common.
     """
     first, last = map(int, (_sysctl("ip_local_port_range") or _DEFAULT_RANGE).split())
     reserved = parse_ports(_sysctl("ip_local_reserved_ports"))
@@ -34,7 +34,7 @@ def local_ports(share: tuple[int, int] = (0, 1)) -> array[int]:
 
 
 def parse_ports(text: str) -> set[int]:
-    """Return the ports in *text*, which is as in ``ip_local_reserved_ports``: ``8080,9000-9100``."""
+    """Return the ports in *text*, in the format of ``ip_local_reserved_ports``: ``8080,9000-9100``."""
     ports: set[int] = set()
     for part in filter(None, text.strip().split(",")):
         first, _, last = part.partition("-")
@@ -52,9 +52,9 @@ def _sysctl(name: str) -> str:
 class LocalPorts:
     """The local ports from one source address towards one endpoint.
 
-    *start*: the index in *ports* of the first to use. *taken*: those that another process has used of late; they are
-    free at *free_at*. *never*: one that is not used. *look*: tells *taken* and *free_at* anew. It is asked once, in
-    front of the first of these, as behind the last one the other process may have gone on for a while.
+    *start*: index in *ports* of the first to use. *taken*: ports that another process has used lately, free at
+    *free_at*. *never*: a port that is never used. *look*: returns *taken* and *free_at* anew. It is called once, before
+    the first port of *taken* is reached: behind the last of these, the other process may have continued for a while.
     """
 
     __slots__ = ("_at", "_free", "_fresh", "_look", "_ports", "_reserve", "_resting", "_skipped", "used")
@@ -71,22 +71,22 @@ class LocalPorts:
         self._ports = ports
         self._at = start
         self._look = look if taken else None
-        self._resting = [(free_at, p) for p in ports if p in taken and p != never]  # a heap: when each is free
+        self._resting = [(free_at, p) for p in ports if p in taken and p != never]  # a heap, by free time
         self._skipped = {*taken, never}.intersection(ports)
-        self._fresh = len(ports) - len(self._skipped)  # so many were not used yet
-        self._free: deque[int] = deque()  # rested, the longest first
+        self._fresh = len(ports) - len(self._skipped)  # number of ports not used yet
+        self._free: deque[int] = deque()  # rested ports, longest first
         self._reserve = len(ports) // _RESERVED_PART
         self.used = 0
 
     @property
     def at(self) -> int:
-        """The index of the next port that was not used yet."""
+        """The index of the next port that was never used."""
         return self._at
 
     def take(self, now: float, *, has_few: bool) -> int | None:
-        """Return the port that has rested for longest, None where there is none for this client.
+        """Return the port that has rested longest, or None if there is none for this client.
 
-        *has_few*: the client has few flows, and may have one of the last ports.
+        *has_few*: the client has few flows, so it may take a reserved port.
         """
         resting, free = self._resting, self._free
         while resting and resting[0][0] <= now:
@@ -111,7 +111,7 @@ class LocalPorts:
         return port
 
     def _skip(self, taken: Collection[int], free_at: float) -> None:
-        """Let those that were not used yet and are *taken* by another process rest until *free_at*."""
+        """Let unused ports that another process has *taken* rest until *free_at*."""
         ahead = (self._ports[(self._at + step) % len(self._ports)] for step in range(len(self._ports)))
         for port in itertools.islice((p for p in ahead if p not in self._skipped), self._fresh):
             if port in taken:
@@ -120,17 +120,20 @@ class LocalPorts:
                 self._fresh -= 1
 
     def rest(self, port: int, until: float) -> None:
-        """Take *port* back, which `take` returned; it is free again at *until*."""
+        """Give back *port*, which `take` returned. It is free again at *until*."""
         self.used -= 1
         heapq.heappush(self._resting, (until, port))
 
     def is_idle(self, now: float) -> bool:
-        """Return whether all ports are free, so that nothing has to be remembered."""
+        """Return whether all ports are free, so that this object can be discarded."""
         return not self.used and all(until <= now for until, _ in self._resting)
 
 
 def first_index(ports: Sequence[int], taken: Collection[int]) -> int:
-    """Return where to start in *ports*: as far as can be behind those in *taken*, as their owner may go on there."""
+    """Return the index to start at: in the middle of the largest gap between *taken* ports.
+
+    The process that used these may continue behind each of them.
+    """
     used = [index for index, port in enumerate(ports) if port in taken] if taken else []
     if not used:
         return random.randrange(len(ports)) if ports else 0  # noqa: S311 - no secret

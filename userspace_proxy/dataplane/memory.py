@@ -1,7 +1,7 @@
-"""What the pickers of one service port know together: where clients are pinned, and which endpoints are ejected.
+"""The state that the pickers of one service port share: client pins and ejected endpoints.
 
-A service port may have several listeners, one for each set of endpoints; a client that comes by a cluster IP and by
-a node port is one client all the same, and a backend that refuses one listener's dial refuses the other's.
+A service port may have several listeners, one for each set of endpoints. A client that uses the cluster IP and the
+node port is still one client, and an endpoint that refuses one listener's dial also refuses another's.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from userspace_proxy.model.endpoint import Address
 
 EJECT_S = 1.0
 EJECT_MAX_S = 60.0
-# A trial that nobody reports on (the connection attempt was cut) is over after so long.
+# A trial without a result (the connection attempt was cut) ends after this time.
 TRIAL_S = 4.0
-# An endpoint that lets so many dials in a row be overtaken by others, and answers none, is silent.
+# An endpoint is silent after this number of dials in a row that other endpoints overtook.
 OVERTAKEN_MAX = 3
-# What clients whose own dials fail can make us remember.
+# Bounds for the memory that clients with failing dials can use.
 REFUSED_CLIENTS_MAX = 1_024
 REFUSALS_OF_A_CLIENT_MAX = 256
-# A client can choose its IPv6 address freely, so what it can make us remember has a bound.
+# Bound for pins: a client can choose its IPv6 address freely.
 PINS_MAX = 65_536
 
 
 class Pin(NamedTuple):
-    """Where a client stays, and until when (monotonic seconds, the same in every process of this host)."""
+    """The endpoint of a pinned client, and its expiry in monotonic seconds (equal in every process of this host)."""
 
     address: Address
     expires_at: float
@@ -36,7 +36,7 @@ class Pin(NamedTuple):
 
 @dataclass(slots=True)
 class Ejection:
-    """What is held against one endpoint. Its *trial* is the one connection that may see whether it is back."""
+    """The ejection of one endpoint. Its *trial* is the one connection that may test whether the endpoint works."""
 
     failures: int
     until: float
@@ -44,17 +44,17 @@ class Ejection:
 
 
 class Chooser(Protocol):
-    """A picker, as its memory knows it."""
+    """A picker, as its memory sees it."""
 
     def on_ejection(self, address: Address) -> None:
-        """*address* was ejected, for longer than before or anew, or is ejected no more."""
+        """Note that the ejection of *address* has begun, changed or ended."""
         ...
 
 
 class PickerMemory(NamedTuple):
-    """What pickers know beside their endpoints, for those that take their place.
+    """Pins and ejections, for pickers in another process.
 
-    Ejections are (address, failures, until), all of them; pins are (client IP, pin), those that are new.
+    ``ejected``: (address, failures, until) of every ejection. ``pins``: (client IP, pin), all or the new ones.
     """
 
     pins: list[tuple[str, Pin]]
@@ -69,29 +69,29 @@ class Memory:
         self.affinity_timeout_s = affinity_timeout_s
         self.ejected: dict[Address, Ejection] = {}
         self._pins: dict[str, Pin] = {}  # least recently used first
-        self._new_pins: dict[str, Pin] | None = None  # kept once somebody asks for news
+        self._new_pins: dict[str, Pin] | None = None  # kept after the first `take_news`
         self._told_ejected: list[tuple[Address, int, float]] = []
         self._counters: dict[Address, EndpointCounters] = {}
         self._chosen_from: dict[Chooser, Collection[Address]] = {}
         self._overtaken: dict[Address, int] = {}
-        # By client, the one whose dial failed longest ago first.
+        # Ejections for one client alone, by client; the client whose dial failed longest ago comes first.
         self.refused: OrderedDict[str, dict[Address, Ejection]] = OrderedDict()
 
-    # ---- who shares it
+    # ---- pickers
 
     def share(self, picker: Chooser, addresses: Collection[Address]) -> None:
-        """From now on *picker* chooses from *addresses*; what no picker chooses from any more starts afresh."""
+        """Register *picker* with its *addresses*. The state of addresses that no picker has any more is dropped."""
         self._chosen_from[picker] = addresses
         self._forget_gone()
 
     def leave(self, picker: Chooser) -> bool:
-        """*picker* chooses no more; return whether it was the last one."""
+        """Unregister *picker*. Return whether it was the last one."""
         self._chosen_from.pop(picker, None)
         self._forget_gone()
         return not self._chosen_from
 
     def addresses(self) -> Collection[Address]:
-        """Return all that any picker chooses from, each once."""
+        """Return the addresses of all pickers, without duplicates."""
         known = list(self._chosen_from.values())
         return known[0] if len(known) == 1 else set().union(*known)
 
@@ -104,17 +104,17 @@ class Memory:
         for address in [a for a, counters in self._counters.items() if a not in known and not counters.open]:
             del self._counters[address]
 
-    # ---- what is counted
+    # ---- counters
 
     def counters_of(self, address: Address) -> EndpointCounters:
-        """Return where everybody counts what the endpoint at *address* gets."""
+        """Return the shared counters of the endpoint at *address*."""
         counters = self._counters.get(address)
         if counters is None:
             counters = self._counters[address] = EndpointCounters()
         return counters
 
     def counters(self) -> list[tuple[Address, EndpointCounters]]:
-        """Return what each endpoint has had; one that is gone is told of until its last connection has ended."""
+        """Return the counters of each endpoint. A removed endpoint is included until its last connection ends."""
         self._forget_gone()
         return list(self._counters.items())
 
@@ -125,13 +125,13 @@ class Memory:
         return self._pins
 
     def set_affinity(self, timeout_s: int | None) -> None:
-        """Switch client-IP affinity on (seconds), off (None), or to another timeout; pins end with it."""
+        """Set the timeout of client-IP affinity in seconds, or None to disable it and drop all pins."""
         if timeout_s is None:
             self._pins.clear()
         self.affinity_timeout_s = timeout_s
 
     def take_pin(self, client_ip: str) -> Pin | None:
-        """Return the pin of *client_ip*, which is no more: who picks pins anew."""
+        """Remove and return the pin of *client_ip*; the picker adds it anew, as the most recently used one."""
         return self._pins.pop(client_ip, None)
 
     def pin(self, client_ip: str, pin: Pin) -> None:
@@ -149,7 +149,7 @@ class Memory:
     # ---- ejections
 
     def is_open(self, address: Address, now: float) -> bool:
-        """Whether *address* may be chosen; the first to ask after its time is up has the trial."""
+        """Return whether *address* may be chosen. After the ejection time, the first caller gets the trial."""
         ejection = self.ejected.get(address)
         if ejection is None:
             return True
@@ -159,9 +159,9 @@ class Memory:
         return True
 
     def eject(self, address: Address) -> bool:
-        """Eject *address*, or for twice as long as the last time; return whether that makes a difference.
+        """Eject *address*, for twice as long as the last time. Return whether this starts a new ejection.
 
-        One failure counts once, however many connections met it: those that failed while it was out say nothing new.
+        Failures during an ejection do not count: those connections began before it.
         """
         now = self.now()
         ejection = self.ejected.setdefault(address, Ejection(0, now))
@@ -171,7 +171,7 @@ class Memory:
         return True
 
     def forgive(self, address: Address) -> bool:
-        """Hold nothing against *address* any more; return whether it was ejected."""
+        """End the ejection of *address*. Return whether it was ejected."""
         if self._overtaken:
             self._overtaken.pop(address, None)
         if self.ejected.pop(address, None) is None:
@@ -180,7 +180,7 @@ class Memory:
         return True
 
     def is_silent(self, address: Address) -> bool:
-        """Count a dial to *address* that another one has overtaken; return whether it is one too many."""
+        """Count a dial to *address* that another one overtook. Return whether the endpoint counts as silent now."""
         if address in self.ejected:
             return True  # that was its trial
         count = self._overtaken.get(address, 0) + 1
@@ -197,9 +197,9 @@ class Memory:
     # ---- failures of one client
 
     def refuse(self, client_ip: str, address: Address) -> bool:
-        """Eject *address* for *client_ip* alone, whose dial failed; return whether that makes a difference.
+        """Eject *address* for *client_ip* alone, after its dial failed. Return whether this is a new ejection.
 
-        A firewall of the endpoint may be against this client.
+        The endpoint's firewall may refuse only this client.
         """
         of_client = self.refused.setdefault(client_ip, {})
         self.refused.move_to_end(client_ip)
@@ -214,22 +214,22 @@ class Memory:
         return is_new
 
     def welcome(self, client_ip: str, address: Address) -> None:
-        """A dial to *address* in the name of *client_ip* succeeded."""
+        """Note a successful dial to *address* from *client_ip*: end the ejection for this client."""
         of_client = self.refused.get(client_ip)
         if of_client is not None and of_client.pop(address, None) is not None and not of_client:
             del self.refused[client_ip]
 
-    # ---- what another process should know
+    # ---- exchange with other processes
 
     def all(self) -> PickerMemory:
-        """Return all that was learnt and still counts."""
+        """Return all pins and ejections."""
         return PickerMemory(list(self._pins.items()), self._ejections())
 
     def _ejections(self) -> list[tuple[Address, int, float]]:
         return [(address, held.failures, held.until) for address, held in self.ejected.items()]
 
     def take_news(self) -> PickerMemory | None:
-        """Return what was learnt since the last call; None where there is nothing."""
+        """Return the pins and ejections that are new since the last call, or None if there are none."""
         ejected = self._ejections()
         pins: Iterable[tuple[str, Pin]] = (self._pins if self._new_pins is None else self._new_pins).items()
         news = PickerMemory(list(pins), ejected)
@@ -240,7 +240,7 @@ class Memory:
         return news
 
     def remember(self, memory: PickerMemory) -> None:
-        """Know what another process's pickers of the same service port knew."""
+        """Add the pins and ejections of another process's pickers of the same service port."""
         if self.affinity_timeout_s is not None:
             self._pins = {**dict(memory.pins), **self._pins}
         known = self.addresses()
@@ -251,7 +251,7 @@ class Memory:
 
 
 def _extend(ejection: Ejection, now: float) -> bool:
-    """Let *ejection*, whose time is up, begin anew for twice as long; return whether it was up."""
+    """Start *ejection* again, for twice as long, if its time is over. Return whether it was over."""
     if ejection.failures and now < ejection.until:
         return False
     ejection.failures += 1

@@ -1,8 +1,8 @@
-"""Telling a dead peer from one that has merely stopped reading.
+"""Tell a dead peer from one that has stopped reading.
 
-A living peer acknowledges whatever reaches it, even while its window is closed; a dead one acknowledges
-nothing. TCP_USER_TIMEOUT does not know the difference (it kills a reader whose window stays closed), so the
-kernel's own record, TCP_INFO, is read instead.
+A live peer acknowledges every segment, even while its window is closed; a dead peer acknowledges none.
+TCP_USER_TIMEOUT cannot tell them apart: it also ends the connection of a reader whose window stays closed. So the
+kernel's TCP_INFO is read instead.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ _UNSENT_AT = 144
 
 
 class Answer(Enum):
-    """What is known of a peer. NOTHING_ASKED: it has acknowledged all there is, and keepalive does the rest."""
+    """Result of `last_answer`.
+
+    NOTHING_ASKED: the peer has acknowledged all data, so keepalive does the check. SOME: the peer has answered lately,
+    or is not asked for an answer. NONE: the peer does not answer.
+    """
 
     NOTHING_ASKED = "nothing asked"
     SOME = "some"
@@ -28,8 +32,9 @@ class Answer(Enum):
 
 
 def last_answer(sock: socket.SocketType, waiting_s: float) -> Answer:
-    """Return NONE when *sock* asks its peer for a sign of life - it sends data again, or probes a closed window -
-    and has had none for the last *waiting_s* seconds.
+    """Return NONE if the peer of *sock* owes an answer and has sent none for *waiting_s* seconds.
+
+    It owes an answer to a retransmission or to a probe of its closed window.
     """
     try:
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES)

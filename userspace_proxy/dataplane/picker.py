@@ -1,13 +1,13 @@
-"""Which endpoint takes the next connection: round robin, client-IP affinity, and passing over what fails.
+"""Choose the endpoint for the next connection: round robin, client-IP affinity, outlier ejection.
 
-Pure: no socket, no clock of its own. The API says which endpoints are ready; what our own dials say
-comes in through `report_failure` and `report_success`, and ejects an endpoint for a while.
+Pure: no socket and no clock of its own. The API tells which endpoints are ready. `report_failure` and
+`report_success` bring in the results of our dials; failures eject an endpoint for a while.
 
-The rotation is exact: n picks over n endpoints are one each, in order, and an endpoint that comes or
-goes moves nobody else's turn. Each family has its own, and a client meets endpoints of its own family.
+The rotation is exact: n picks over n endpoints give each endpoint one, in order. An endpoint that is added or removed
+does not change the order of the others. Each family has its own rotation, and a client gets endpoints of its family.
 
-Sets of endpoints are integers, a bit for each. So a choice among thousands, of which thousands are ejected, is a few
-operations on a thousand bytes.
+Sets of endpoints are integers with one bit for each endpoint. A choice among thousands of endpoints, with thousands
+ejected, is therefore a few operations on a thousand bytes.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from userspace_proxy.dataplane.memory import TRIAL_S, Memory, Pin
 from userspace_proxy.interfaces import EndpointCounters
 from userspace_proxy.model.endpoint import Address, Endpoint
 
-# From the third endpoint on, an attempt leaps over this part of the rotation: adjacent endpoints may fail together.
+# From the third endpoint on, a connection's next attempt skips this part of the rotation, because adjacent endpoints
+# may fail together.
 _LEAP = 0.382
 _ADJACENT_MAX = 2
 
 
 class Pick(NamedTuple):
-    """An endpoint, why it was chosen, in one or two words for the access log, and where to count what it gets."""
+    """A chosen endpoint, the reason in one or two words for the access log, and the endpoint's counters."""
 
     endpoint: Endpoint
     why: str
@@ -34,16 +35,17 @@ class Pick(NamedTuple):
 
 
 class _Rotation:
-    """The endpoints of one family, and whose turn it is."""
+    """The endpoints of one family, and the position in their round robin."""
 
     __slots__ = ("_due", "_index", "_memory", "_next", "_open", "_turns", "endpoints")
 
     def __init__(self, memory: Memory) -> None:
         self.endpoints: list[Endpoint] = []
-        self._turns: list[Pick] = []  # of the endpoints, in the same order: made once, not for every connection
+        self._turns: list[Pick] = []  # for each endpoint; made once, not for every connection
         self._next = 0
         self._memory = memory
-        # Made once it is wanted: where each address is, which endpoints are not ejected, and when which has its trial.
+        # Made on first use: the index of each address, the bits of endpoints not ejected, and a heap of the times at
+        # which ejected ones are due for a trial.
         self._index: dict[Address, int] | None = None
         self._open = 0
         self._due: list[tuple[float, Address]] = []
@@ -63,7 +65,7 @@ class _Rotation:
         self._index = None
 
     def index(self) -> dict[Address, int]:
-        """Return where each address is."""
+        """Return the index of each address."""
         index = self._index
         if index is None:
             index = self._index = {endpoint.address: at for at, endpoint in enumerate(self.endpoints)}
@@ -74,7 +76,7 @@ class _Rotation:
         return index
 
     def on_ejection(self, address: Address) -> None:
-        """Take note of how *address* fares now."""
+        """Update the bits for *address*, whose ejection has begun, changed or ended."""
         at = None if self._index is None else self._index.get(address)
         if at is None:
             return
@@ -86,12 +88,12 @@ class _Rotation:
             heapq.heappush(self._due, (ejection.until, address))
 
     def has_another(self, address: Address) -> bool:
-        """Return whether any endpoint but this one is not ejected."""
+        """Return whether another endpoint than *address* is not ejected."""
         at = self.index().get(address)
         return bool(self._open if at is None else self._open & ~(1 << at))
 
     def take(self, client_ip: str, tried: Collection[Address], *, doubtful: bool = True) -> Pick | None:
-        """Return whose turn it is, and turn on."""
+        """Return the next endpoint in the rotation and advance it."""
         memory, count = self._memory, len(self._turns)
         if not memory.ejected and not tried and not memory.refused:
             if not count:
@@ -131,7 +133,7 @@ class _Rotation:
         return endpoints
 
     def _trial(self, now: float, refused: Collection[Address]) -> Address | None:
-        """Return the ejected endpoint whose time has been up for longest, unless it is one of *refused*."""
+        """Return the ejected endpoint that has been due longest for a trial, or None; never one of *refused*."""
         due, ejected = self._due, self._memory.ejected
         while due and due[0][0] <= now:
             until, address = due[0]
@@ -150,7 +152,7 @@ class _Rotation:
 
 
 def _following(endpoints: int, at: int) -> int:
-    """Return the first of *endpoints*, which are not none, from *at* on, round and round."""
+    """Return the index of the first set bit of *endpoints* from *at* on, wrapping around. *endpoints* is not 0."""
     later = endpoints >> at
     if later:
         return at + (later & -later).bit_length() - 1
@@ -158,7 +160,7 @@ def _following(endpoints: int, at: int) -> int:
 
 
 class Picker:
-    """The endpoints of one listener; who is pinned and who is ejected is in *memory*, for all of its service port."""
+    """Chooses among the endpoints of one listener. *memory* holds the service port's pins and ejections."""
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
@@ -166,14 +168,14 @@ class Picker:
         self._rotations = _Rotation(memory), _Rotation(memory)  # IPv4, IPv6
         memory.share(self, self._endpoints)
 
-    # ---- what the cluster says
+    # ---- endpoints from the API
 
     @property
     def endpoints(self) -> Mapping[Address, Endpoint]:
         return self._endpoints
 
     def set_endpoints(self, usable: Sequence[Endpoint]) -> None:
-        """Replace the endpoints. Those that stay keep their place in the rotation; new ones join at its end."""
+        """Replace the endpoints. Endpoints that stay keep their place in the rotation; new ones join at its end."""
         self._endpoints = {endpoint.address: endpoint for endpoint in usable}
         for is_ipv6, rotation in enumerate(self._rotations):
             rotation.replace({a: endpoint for a, endpoint in self._endpoints.items() if (":" in a[0]) == is_ipv6})
@@ -182,10 +184,10 @@ class Picker:
     # ---- choosing
 
     def pick(self, client_ip: str, tried: Collection[Address] = ()) -> Pick | None:
-        """Return the endpoint for a new connection of *client_ip*, or None when there is none left to try.
+        """Return the endpoint for a new connection of *client_ip*, or None if none is left to try.
 
-        *tried* are the addresses that already failed this very connection: they are never chosen again,
-        while an ejected one may be, if nothing else is left - better a doubtful endpoint than none.
+        *tried*: addresses that already failed for this connection; they are never chosen again. An ejected endpoint is
+        chosen if no other is left.
         """
         memory = self._memory
         timeout_s = memory.affinity_timeout_s
@@ -204,14 +206,14 @@ class Picker:
         return choice
 
     def pick_another(self, client_ip: str, tried: Collection[Address], *, doubtful: bool) -> Pick | None:
-        """Return another endpoint for a connection whose first one has not answered; its client's pin stays.
+        """Return another endpoint for a connection whose first one has not answered. The client's pin does not change.
 
-        *doubtful*: an ejected one, if there is no other.
+        *doubtful*: choose an ejected endpoint if no other is left.
         """
         return self._rotations[":" in client_ip].take(client_ip, tried, doubtful=doubtful)
 
     def pin(self, client_ip: str, endpoint: Endpoint) -> None:
-        """Let *client_ip* come to *endpoint* from now on, where clients are pinned."""
+        """Pin *client_ip* to *endpoint*, if the service port has affinity."""
         memory = self._memory
         if memory.affinity_timeout_s is not None:
             now = memory.now()
@@ -223,16 +225,16 @@ class Picker:
         refused = self._memory.refused.get(client_ip)
         return refused is not None and address in refused and self._memory.now() < refused[address].until
 
-    # ---- what our own dials say
+    # ---- results of dials
 
     def on_ejection(self, address: Address) -> None:
         self._rotations[":" in address[0]].on_ejection(address)
 
     def report_failure(self, endpoint: Endpoint, as_client: str = "") -> bool:
-        """Hold a failed dial against *endpoint*; return whether it is ejected by this.
+        """Count a failed dial to *endpoint*. Return whether this ejects it.
 
-        The time doubles with each failure, from EJECT_S to EJECT_MAX_S. *as_client*: whose address it saw, if not this
-        node's; then the failure counts for this client alone.
+        The ejection time doubles with each failure, from EJECT_S to EJECT_MAX_S. *as_client*: the client's address if
+        the endpoint sees it instead of this node's; the failure then counts for this client alone.
         """
         address = endpoint.address
         if address not in self._endpoints:
@@ -241,15 +243,15 @@ class Picker:
         if as_client:
             return memory.refuse(as_client, address)
         if address not in memory.ejected and not self._rotations[":" in endpoint.ip].has_another(address):
-            return False  # never the last one: with nothing left to choose, ejecting helps nobody
+            return False  # never eject the last one: no other is left to choose
         return memory.eject(address)
 
     def report_overtaken(self, endpoint: Endpoint, as_client: str = "") -> bool:
-        """Another endpoint has answered before *endpoint*; return whether it is ejected, as this goes on and on."""
+        """Note that another endpoint answered before *endpoint*. Return whether this ejects it, after several cases."""
         return self._memory.is_silent(endpoint.address) and self.report_failure(endpoint, as_client)
 
     def report_success(self, endpoint: Endpoint, as_client: str = "") -> bool:
-        """*endpoint* took a connection: all is forgiven. Return whether it was ejected until now."""
+        """Note that *endpoint* accepted a connection, which ends its ejection. Return whether it was ejected."""
         if as_client:
             self._memory.welcome(as_client, endpoint.address)
         return self._memory.forgive(endpoint.address)

@@ -1,4 +1,4 @@
-"""Pipes for splice(2): pooled, because making one costs more than moving a megabyte through it."""
+"""A pool of pipes for splice(2): making a pipe costs more than moving a megabyte through it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import fcntl
 import os
 
 PIPE_BYTES = 1 << 20
-# The kernel lets a user have 64 MiB of them before it makes them small (fs.pipe-user-pages-soft).
+# The kernel shrinks a user's pipes beyond 64 MiB in total (fs.pipe-user-pages-soft).
 PIPES_MAX = 48
 
 
 class Pipe:
-    """Two descriptors, and how many bytes are between them."""
+    """A pipe, with the number of bytes in it."""
 
     __slots__ = ("held_bytes", "read_end", "write_end")
 
@@ -28,7 +28,7 @@ class Pipe:
 
 
 class PipePool:
-    """Lends empty pipes; at most PIPES_MAX are out or waiting."""
+    """Lends empty pipes. At most PIPES_MAX are lent or idle."""
 
     def __init__(self) -> None:
         self._idle: list[Pipe] = []
@@ -39,7 +39,7 @@ class PipePool:
         return 2 * self._made
 
     def lend(self) -> Pipe | None:
-        """Return an empty pipe, or None where there can be no more: then bytes are copied."""
+        """Return an empty pipe, or None at the limit; the caller then copies."""
         if self._idle:
             return self._idle.pop()
         if self._made >= PIPES_MAX:
@@ -52,7 +52,10 @@ class PipePool:
         return pipe
 
     def take_back(self, pipe: Pipe) -> None:
-        """Keep *pipe* for the next one; one that still holds bytes must never meet another connection: it is closed."""
+        """Return *pipe* to the pool.
+
+        A pipe that still holds bytes is closed: they must never reach another connection.
+        """
         if pipe.held_bytes:
             self._made -= 1
             pipe.close()
@@ -60,7 +63,7 @@ class PipePool:
             self._idle.append(pipe)
 
     def shed(self) -> None:
-        """Close the pipes that nobody uses: descriptors are short."""
+        """Close the idle pipes, because descriptors are short."""
         while self._idle:
             self._made -= 1
             self._idle.pop().close()

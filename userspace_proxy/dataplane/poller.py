@@ -1,17 +1,15 @@
 """A private edge-triggered epoll inside the asyncio loop.
 
-asyncio's own readers cost a Handle, a dictionary and two epoll_ctl calls for every change of interest.
-Here a socket is registered once, for everything, edge-triggered; its handler is called with the event
-mask and must go on until the kernel says EAGAIN (or ask for `again`). The epoll descriptor itself is
-one reader of the event loop, so asyncio code lives beside it.
+asyncio's own readers cost a Handle, a dictionary and two epoll_ctl calls for every change of interest. Here a socket
+is registered once, for all events, edge-triggered. Its handler gets the event mask and must continue until EAGAIN, or
+ask for `again`. The epoll descriptor itself is one reader of the event loop, so asyncio code runs beside it.
 
-A closed socket is not taken out of the epoll: the kernel does that when the last descriptor of it is gone. That is
-at once, but for a tool that a thread of this process is just starting: until it executes, the child holds copies of
-all descriptors, and a socket that we have closed may still have events - under a number that is another socket's by
-then. So a handler must bear events of which nothing is true. Edge-triggered ones are a hint to look, and who looks
-gets the kernel's answer.
+Handlers must tolerate false events. A closed socket is not removed from the epoll; the kernel removes it with its last
+descriptor. That is usually at once. But a child process that a thread is just starting holds copies of all
+descriptors until it executes. Until then, a closed socket may still report events under a number that belongs to
+another socket by now. An edge-triggered event is therefore a hint: the handler asks the kernel.
 
-Listeners have an epoll of their own (level-triggered), so that accepting can be paused in one call.
+Listeners have their own level-triggered epoll, so that one call pauses all accepting.
 """
 
 from __future__ import annotations
@@ -27,15 +25,15 @@ Handler = Callable[[int], None]
 
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
-# The peer will send no more (or there is no more connection): read on until the kernel confirms it.
+# The peer sends no more, or the connection is gone: read on until the kernel confirms it.
 HANGUP = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 FAILED = select.EPOLLERR | select.EPOLLHUP
-# TCP urgent data: a read stops in front of it, though there is more.
+# TCP urgent data: a read stops before it, although more bytes follow.
 URGENT = select.EPOLLPRI
 
 _CONNECTION_MASK = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLPRI | select.EPOLLET
 _EVENTS_A_TURN = 256
-# A bulk step's share, alone and beside other traffic.
+# Bytes of a bulk step, alone and beside other traffic.
 BULK_BYTES = 1 << 20
 BULK_SHARED_BYTES = 256 << 10
 
@@ -43,13 +41,13 @@ log = logging.getLogger(__name__)
 
 
 class Poller:
-    """Calls handlers as sockets become ready. Not thread-safe: it belongs to the loop's thread."""
+    """Calls handlers when sockets are ready. Not thread-safe: use it in the loop's thread only."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._handlers: dict[int, Handler] = {}
         self._in_turn = False
-        # How many messages were moved, counted by who moves them: whoever sees it rise makes way for more.
+        # Number of messages moved, counted by the code that moves them. While it rises, bulk work yields.
         self.messages = 0
         self._messages_seen = 0
         self._acceptors: dict[int, Callable[[], None]] = {}
@@ -66,9 +64,9 @@ class Poller:
     # ---- connections
 
     def watch(self, sock: SocketType, handler: Handler) -> None:
-        """Call *handler* with the events of *sock*; the first call comes as soon as anything is possible.
+        """Call *handler* with the events of *sock*, first as soon as it is readable or writable.
 
-        Also gives a watched socket another handler, which is then told everything anew.
+        For a watched socket, replace the handler; the new one gets all current events again.
         """
         fd = sock.fileno()
         if fd in self._handlers:
@@ -78,14 +76,14 @@ class Poller:
         self._handlers[fd] = handler
 
     def hand_over(self, sock: SocketType, handler: Handler) -> None:
-        """Give a watched socket another handler, which is told only what is new: what the old one was told, tell it."""
+        """Replace the handler of a watched socket; the new one gets only new events."""
         self._handlers[sock.fileno()] = handler
 
     def close(self, sock: SocketType) -> None:
-        """Stop watching *sock* and close it at the end of this turn.
+        """Stop watching *sock*, and close it at the end of this turn.
 
-        Not at once: the kernel would give its number to the next socket, and events of the old one that
-        are still in this turn's list would reach the new one's handler.
+        Closing it at once would be wrong: the kernel would give its number to the next socket, and remaining events of
+        the old socket in this turn would reach the new one's handler.
         """
         fd = sock.fileno()
         if fd < 0:
@@ -96,16 +94,15 @@ class Poller:
         self._closing.append(sock)
 
     def again(self, step: Callable[[], None]) -> None:
-        """Call *step* in the next turn: for a socket that may have more, after others had their chance."""
+        """Call *step* in the next turn: for a socket that may have more to read, after the others had their turn."""
         if not self._again:
             self._loop.call_soon(self._take_again)
         self._again.append(step)
 
     def in_bulk(self, step: Callable[[int], bool]) -> None:
-        """Call *step* with how many bytes it may move, again and again in turn with others, until it returns False.
+        """Call *step* with the bytes it may move, in turn with others, until it returns False.
 
-        Between two such steps every small event is handled, so that a transfer delays nobody's message by
-        more than one step.
+        Between two steps every small event is handled, so a bulk transfer delays a message by one step at most.
         """
         if not self._bulk:
             self._loop.call_soon(self._bulk_turn)
@@ -114,7 +111,7 @@ class Poller:
     def _bulk_turn(self) -> None:
         if self._stopped:
             return
-        step = self._bulk[0]  # stays there, so that bulk that begins meanwhile does not begin a second round of turns
+        step = self._bulk[0]  # stays queued, so that bulk that begins in this turn does not schedule a second one
         more = False
         try:
             self._turn()
@@ -132,7 +129,7 @@ class Poller:
             self._loop.call_soon(self._bulk_turn)
 
     def _turn(self) -> None:
-        """Handle what is ready."""
+        """Handle all ready events."""
         handler_of = self._handlers.get
         ready = self._connections.poll(0, _EVENTS_A_TURN)
         self._in_turn = True
@@ -163,17 +160,17 @@ class Poller:
     # ---- listeners
 
     def accept_from(self, sock: SocketType, acceptor: Callable[[], None]) -> None:
-        """Call *acceptor* whenever *sock* (a listener, or an unconnected UDP socket) has something."""
+        """Call *acceptor* whenever *sock* (a listener or an unconnected UDP socket) is readable."""
         self._acceptors[sock.fileno()] = acceptor
         self._listeners.register(sock.fileno(), select.EPOLLIN)
 
     def leave(self, sock: SocketType) -> None:
-        """Accept no more from *sock*; the caller closes it."""
+        """Stop accepting from *sock*; the caller closes it."""
         if self._acceptors.pop(sock.fileno(), None) is not None:
             self._listeners.unregister(sock.fileno())
 
     def pause_accepting(self) -> None:
-        """Leave new connections in the kernel's queues until `resume_accepting`."""
+        """Leave new connections in the kernel's accept queues until `resume_accepting`."""
         if self._accepting:
             self._accepting = False
             self._loop.remove_reader(self._listeners.fileno())
@@ -198,7 +195,7 @@ class Poller:
                 log.exception("a bug: accepting failed")
 
     def stop(self) -> None:
-        """Close what waits to be closed, and both epolls. Steps and resumptions that were asked for come to nothing."""
+        """Close the pending sockets and both epolls. Scheduled steps are dropped."""
         if self._stopped:
             return
         self._stopped = True

@@ -1,7 +1,7 @@
-"""PROXY headers: who dialled, and what, in front of everything that a backend is sent. Pure.
+"""PROXY protocol headers: tell a backend the client's address and the dialled address. Pure.
 
 The protocol is HAProxy's, https://www.haproxy.org/download/3.0/doc/proxy-protocol.txt: version 1 is a line of text,
-version 2 is binary and has a form for datagrams.
+version 2 is binary and also covers datagrams.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ from userspace_proxy.model.names import L4Protocol
 from userspace_proxy.model.service import SourceIP
 
 Header = Callable[[Address, Address], bytes]
-"""Makes a header of the client's address and the one that it dialled, which are of one family."""
+"""Returns the header for a client's address and the address that it dialled, both of one family."""
 
 _SIGNATURE_AND_PROXY = b"\r\n\r\n\0\r\nQUIT\n\x21"
 
 
 def header_v1(client: Address, dialled: Address) -> bytes:
-    """Return the header of a TCP connection as version 1 writes it."""
+    """Return the version 1 header of a TCP connection."""
     family = 6 if ":" in client[0] else 4
     return f"PROXY TCP{family} {_bare(client[0])} {dialled[0]} {client[1]} {dialled[1]}\r\n".encode()
 
 
 def header_v2(client: Address, dialled: Address) -> bytes:
-    """Return the header of a TCP connection as version 2 writes it."""
+    """Return the version 2 header of a TCP connection."""
     return _version_2(client, dialled, transport=1)
 
 
 def datagram_header_v2(client: Address, dialled: Address) -> bytes:
-    """Return what goes in front of each datagram of *client*."""
+    """Return the version 2 header for each datagram of *client*."""
     return _version_2(client, dialled, transport=2)
 
 
 def header_of(source_ip: SourceIP, protocol: L4Protocol) -> Header | None:
-    """Return what makes the headers of a service port, or None where it has none."""
+    """Return the function that makes a service port's headers, or None if it has none."""
     if source_ip is SourceIP.PROXY_PROTOCOL_V2:
         return datagram_header_v2 if protocol is L4Protocol.UDP else header_v2
     if source_ip is SourceIP.PROXY_PROTOCOL_V1 and protocol is L4Protocol.TCP:
@@ -56,5 +56,5 @@ def _version_2(client: Address, dialled: Address, transport: int) -> bytes:
 
 
 def _bare(ip: str) -> str:
-    """Return a link-local address without the name of its link, which means nothing elsewhere."""
+    """Return *ip* without the zone of a link-local address, which means nothing on another host."""
     return ip.partition("%")[0]

@@ -1,4 +1,4 @@
-"""Making sockets: listeners for both families, backend sockets, and the options that both sides share."""
+"""Open sockets: listeners for both families, backend sockets, and the options of both."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _TCP_RTO_MAX_MS = 44  # Linux 6.15; older kernels refuse it, and find some dead 
 _MAPPED = "::ffff:"
 _PACKED4_BYTES = 6
 
-# So many probes in a row have to be lost, and the time between the first and the verdict is what an outage may last.
+# A peer is dead after this number of lost probes; an outage may last from the first to the last.
 _KEEPALIVE_PROBES = 5
 
-# As plain ints: as members of enums they cost a lookup each time they are combined.
+# Plain ints: combining enum members costs a look-up each time.
 _BLOCKING_STREAM = int(socket.SOCK_STREAM)
 _STREAM = _BLOCKING_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 _DATAGRAM = int(socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
 
-# Not the endpoint's fault: this host has no port, descriptor or memory left for the connection.
+# Shortages of this host (ports, descriptors or memory); the endpoint is not at fault.
 LOCAL_SHORTAGES = {
     errno.EADDRNOTAVAIL,
     errno.EADDRINUSE,
@@ -44,18 +44,18 @@ LOCAL_SHORTAGES = {
 }
 
 
-# Of these: no other port would help, but there may be room later.
+# Those of LOCAL_SHORTAGES for which another port does not help, but a later try may.
 _ROOM_SHORTAGES = LOCAL_SHORTAGES - {errno.EADDRNOTAVAIL, errno.EADDRINUSE, errno.EAGAIN}
 
 
 def refusal(port: int, error: OSError) -> str:
-    """Return why there is no listener at *port*; the same text for any port where no other would help."""
+    """Return why there is no listener at *port*. The text omits the port if any other port would fail alike."""
     return f"{NO_ROOM if error.errno in _ROOM_SHORTAGES else f'port {port}'}: {error.strerror}"
 
 
 @functools.cache
 def has_ipv6() -> bool:
-    """Return whether this host can make IPv6 sockets; where not, listeners serve IPv4 alone."""
+    """Return whether this host can open IPv6 sockets. If not, listeners serve IPv4 alone."""
     try:
         socket.socket(socket.AF_INET6, socket.SOCK_STREAM).close()
     except OSError as error:
@@ -68,10 +68,10 @@ def has_ipv6() -> bool:
 def bind_wildcard(kind: socket.SocketKind, port: int, *, shared: bool = False) -> socket.socket:
     """Return a non-blocking socket bound to *port* on every address of both families.
 
-    *shared*: beside other sockets of ours at that port, which allow it.
+    *shared*: bind beside our other sockets at that port, which must have SO_REUSEPORT.
 
     Raises:
-        OSError: the port is taken, or there is no descriptor left.
+        OSError: the port is taken, or no descriptor is left.
     """
     family = socket.AF_INET6 if has_ipv6() else socket.AF_INET
     sock = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
@@ -79,8 +79,8 @@ def bind_wildcard(kind: socket.SocketKind, port: int, *, shared: bool = False) -
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         if kind == socket.SOCK_STREAM:
-            # A dead proxy's connections in TIME_WAIT must not keep the next one from its port. (For UDP the
-            # same option would let two processes share the port, and one of them go hungry.)
+            # Connections of a dead proxy in TIME_WAIT must not block the port for the next one. For UDP, this option
+            # would let two processes share the port, and one of them would get no datagrams.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if shared:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -94,7 +94,7 @@ def bind_wildcard(kind: socket.SocketKind, port: int, *, shared: bool = False) -
 def open_tcp_listener(
     port: int, dead_peer_timeout_s: float, congestion_control: str = "", *, shared: bool = False
 ) -> socket.socket:
-    """Return a listening socket; what is set on it, accepted sockets inherit."""
+    """Return a listening socket. Accepted sockets inherit its options."""
     sock = bind_wildcard(socket.SOCK_STREAM, port, shared=shared)
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -109,14 +109,14 @@ def open_tcp_listener(
 
 
 def prepare_listener(sock: socket.socket, dead_peer_timeout_s: float) -> None:
-    """Set what accepted sockets inherit and what another version or other options may have set otherwise."""
-    # Set on an accepted socket, it would be too late: the urgent byte that came first has been dropped.
+    """Set the inherited options that a listener of another version, or with other settings, may lack."""
+    # On an accepted socket it would be too late: an urgent byte that arrived before is already dropped.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
     keep_alive(sock, dead_peer_timeout_s)
 
 
 def open_udp_listener(port: int, *, shared: bool = False) -> socket.socket:
-    """Return a socket for datagrams that says with each which address it came to."""
+    """Return a UDP socket that reports the destination address of each datagram."""
     sock = bind_wildcard(socket.SOCK_DGRAM, port, shared=shared)
     try:
         try:
@@ -141,12 +141,12 @@ def open_listener(
     *,
     shared: bool = False,
 ) -> socket.socket:
-    """Return the socket of a proxy port; *shared*: one more of its group.
+    """Return the socket of a proxy port. *shared*: one more socket of its group.
 
-    *congestion_control*: the name of what its connections use; "": the host's.
+    *congestion_control*: the algorithm for its connections; "" for the host's default.
 
     Raises:
-        OSError: the port is taken, there is no descriptor left, or no such congestion control for us.
+        OSError: the port is taken, no descriptor is left, or the congestion control is not available.
     """
     if protocol is L4Protocol.UDP:
         return open_udp_listener(port, shared=shared)
@@ -154,24 +154,24 @@ def open_listener(
 
 
 def reserve_refusing_port(port: int) -> tuple[socket.socket, socket.socket]:
-    """Hold *port* so that whoever dials it is refused by the kernel itself.
+    """Hold *port* so that the kernel refuses its clients.
 
-    TCP: bound, never listening, so a SYN is answered by a reset. UDP: bound and connected to a peer that
-    never sends, so that nobody else's datagram finds a socket and the kernel answers port unreachable.
+    TCP: bound but never listening, so a SYN gets a reset. UDP: bound and connected to a peer that never sends, so other
+    datagrams match no socket and get port unreachable.
     """
     with contextlib.ExitStack() as on_error:
         tcp = on_error.enter_context(bind_wildcard(socket.SOCK_STREAM, port))
         udp = on_error.enter_context(bind_wildcard(socket.SOCK_DGRAM, port))
-        # Not ::1: where IPv6 is switched off by sysctl (Docker's containers) :: can be bound and ::1 not reached.
+        # Not ::1: if IPv6 is disabled by sysctl (Docker's containers), :: can be bound but ::1 not reached.
         udp.connect((f"{_MAPPED}127.0.0.1" if udp.family == socket.AF_INET6 else "127.0.0.1", 9))
         on_error.pop_all()
     return tcp, udp
 
 
 def keep_alive(sock: SocketType, dead_peer_timeout_s: float) -> None:
-    """Have the kernel notice within *dead_peer_timeout_s* (0: never) that an idle peer is gone.
+    """Let the kernel detect within *dead_peer_timeout_s* that an idle peer is dead; 0 disables it.
 
-    Not TCP_USER_TIMEOUT: it also kills a living peer that has merely stopped reading.
+    TCP_USER_TIMEOUT is no alternative: it also ends the connection of a live peer that has stopped reading.
     """
     if not dead_peer_timeout_s:
         return
@@ -187,10 +187,10 @@ def keep_alive(sock: SocketType, dead_peer_timeout_s: float) -> None:
 
 
 def datagram_socket(address: Address, port: int, bind: Callable[[SocketType, int], None]) -> SocketType:
-    """Return a non-blocking UDP socket of the family of *address*, not connected yet, with *bind* at the local *port*.
+    """Return a non-blocking UDP socket of the family of *address*, with *bind* at the local *port*, not connected yet.
 
-    It is marked, so that rules pass it by: an endpoint that is a portal itself would lead back to us, for ever. Others
-    that are connected to other endpoints may have the same port.
+    OWN_MARK makes rules skip it: otherwise an endpoint that is itself a portal would loop back to the proxy. Sockets
+    that are connected to other endpoints may share the port.
     """
     sock = SocketType(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, _DATAGRAM, 0)
     try:
@@ -204,7 +204,7 @@ def datagram_socket(address: Address, port: int, bind: Callable[[SocketType, int
 
 
 def bind_anywhere(sock: SocketType, port: int) -> None:
-    """Bind *sock* to *port*; its address is found when it connects."""
+    """Bind *sock* to *port*; connect() chooses the address."""
     sock.bind(("", port))
 
 
@@ -213,7 +213,7 @@ def _control_congestion(sock: SocketType, name: str) -> None:
 
 
 def knows_congestion_control(name: str) -> bool:
-    """Return whether this host has it, and lets us use it."""
+    """Return whether this host has the congestion control *name* and lets this process use it."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
         try:
             _control_congestion(sock, name)
@@ -223,19 +223,17 @@ def knows_congestion_control(name: str) -> bool:
 
 
 def stream_socket(address: Address, congestion_control: str = "") -> SocketType:
-    """Return a non-blocking TCP socket of the family of *address*, not connected yet; marked as `datagram_socket` does.
+    """Return a non-blocking TCP socket of the family of *address*, with OWN_MARK, not connected yet.
 
-    It does not acknowledge the end of the handshake by itself, which saves a packet: the first bytes sent do, or
-    TCP_QUICKACK.
-
-    A plain one, without the Python around it that `socket.socket` is.
+    It delays the last ACK of the handshake, which saves a packet: the first bytes sent carry it, or TCP_QUICKACK sends
+    it. It is a plain `_socket.socket`, without the Python wrapper of `socket.socket`.
     """
     sock = SocketType(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, _STREAM, 0)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, OWN_MARK)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
-        # Before the first urgent byte arrives, or a read drops it.
+        # Set before the first urgent byte arrives; otherwise a read drops the byte.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         if congestion_control:
             _control_congestion(sock, congestion_control)
@@ -246,9 +244,9 @@ def stream_socket(address: Address, congestion_control: str = "") -> SocketType:
 
 
 def accept(listener: socket.socket, family: int) -> tuple[SocketType, Address]:
-    """Return the next client's socket and its address. A plain socket, as of `stream_socket`; a blocking one.
+    """Return the next client's blocking socket and its address. A plain `_socket.socket`, as in `stream_socket`.
 
-    What `listener.accept` adds to this is a class around the socket; what a non-blocking one adds, a system call.
+    `listener.accept` would add a wrapper class; a non-blocking socket would add a system call.
     """
     fd, address = listener._accept()  # type: ignore[attr-defined]  # noqa: SLF001
     return SocketType(family, _BLOCKING_STREAM, 0, fd), (plain_ip(address[0]), address[1])
@@ -257,8 +255,8 @@ def accept(listener: socket.socket, family: int) -> tuple[SocketType, Address]:
 def is_self_connected(sock: SocketType, address: Address) -> bool:
     """Return whether *sock*, connected to *address*, is its own peer.
 
-    It happens where nobody listens at a local address and the kernel happens to choose the dialled port as
-    the source port: both ends are then the same socket, and what is sent comes back.
+    This happens if nothing listens at a local address and the kernel chooses the dialled port as source port (TCP
+    simultaneous open, RFC 9293). Both ends are then the same socket, and it receives what it sends.
     """
     return address[1] >= _lowest_ephemeral_port() and sock.getsockname()[:2] == address
 
@@ -272,14 +270,14 @@ def _lowest_ephemeral_port() -> int:
 
 
 def plain_ip(ip: str) -> str:
-    """Return ``10.0.0.1`` for the ``::ffff:10.0.0.1`` that an IPv6 socket calls an IPv4 client."""
+    """Return *ip* with an IPv4-mapped address (``::ffff:10.0.0.1``) as plain IPv4 (``10.0.0.1``)."""
     return ip[len(_MAPPED) :] if ip.startswith(_MAPPED) and "." in ip else ip
 
 
 def original_destination(sock: SocketType, client_ip: str) -> bytes | None:
-    """Return what *client_ip* dialled before any NAT on this host, as `packed` does; None where conntrack knows none.
+    """Return the address that the client dialled before NAT on this host, as `packed`; None if conntrack has no entry.
 
-    A connection without NAT has its own local address as its original destination.
+    Without NAT, the original destination is the local address of the connection.
     """
     try:
         if ":" in client_ip:
@@ -291,11 +289,11 @@ def original_destination(sock: SocketType, client_ip: str) -> bytes | None:
 
 
 def unpacked(address: bytes) -> Address:
-    """Return the address that `packed` wrote."""
+    """Return the address that `packed` encoded."""
     family = socket.AF_INET6 if len(address) > _PACKED4_BYTES else socket.AF_INET
     return socket.inet_ntop(family, address[2:]), int.from_bytes(address[:2], "big")
 
 
 def packed(ip: str, port: int) -> bytes:
-    """Return port and IP as the kernel writes them."""
+    """Return port and IP in the kernel's byte layout."""
     return port.to_bytes(2, "big") + socket.inet_pton(socket.AF_INET6 if ":" in ip else socket.AF_INET, ip)

@@ -1,4 +1,4 @@
-"""Counters of several listeners, or of several workers, as those of one. Pure."""
+"""Add up the counters of several listeners or workers. Pure."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from userspace_proxy.interfaces import Counters, EndpointCounters, PlaneStats, S
 from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.names import ServicePortName
 
-# The same for everybody who counts; all others are added up.
+# Equal in every worker, so the maximum is taken; all other counters are added up.
 _ALIKE = {"endpoints", "ejected"}
 
 Counted = TypeVar("Counted", Counters, EndpointCounters, PlaneStats)
 
 
 def add_up(told: Iterable[ServiceStats], totals: PlaneStats, hidden_endpoints: int) -> PlaneStats:
-    """Return *totals* with what was *told* of service ports and their endpoints."""
+    """Return *totals* with the counters of service ports and endpoints in *told* added up."""
     services: dict[ServicePortName, Counters] = {}
     endpoints: dict[ServicePortName, dict[Address, EndpointCounters]] = {}
     for name, counters, of_endpoints in told:
@@ -31,7 +31,7 @@ def add_up(told: Iterable[ServiceStats], totals: PlaneStats, hidden_endpoints: i
 
 
 def sum_of(first: Counted, *others: Counted) -> Counted:
-    """Return all of them added up; the mappings of the first."""
+    """Return the sum of all given counters. Mappings are those of *first*."""
     return replace(
         first,
         **{

@@ -1,7 +1,7 @@
-"""One TCP listener: accept, pick, dial, splice.
+"""One TCP listener: accept, pick an endpoint, dial it, splice.
 
-The client is not read until a backend is connected, so a failed dial can be repeated elsewhere without
-losing a byte, and a slow backend pushes back on the client through the kernel.
+No byte is read from the client before a backend is connected. A failed dial can therefore be retried on another
+endpoint, and a slow backend pushes back on the client through the kernel.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from userspace_proxy.model.names import ListenerName
 from userspace_proxy.model.service import Portal, portals
 
 ACCEPTS_A_TURN = 32
-# While a service port has its share of descriptors, its clients wait. If none ends for so long, they are reset:
-# one of them may be the end of a loop that all these connections are.
+# A service port that has used up its share of descriptors lets new clients wait. If no connection ends for this time,
+# they are reset: one of them may belong to a loop through the proxy that all these connections are part of.
 CROWDED_S = 5.0
 _CROWDED_RETRY_S = 0.1
 _NOTHING = (0, 0)
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 class TcpListener:
-    """One proxy port of a TCP service port."""
+    """The listener at one proxy port of a TCP service port."""
 
     def __init__(self, spec: ListenerSpec, sock: socket.socket, context: PlaneContext, shared: Shared) -> None:
         self.counters = shared.counters
@@ -61,7 +61,7 @@ class TcpListener:
         self._sock = sock
         self._family = int(sock.family)
         self._crowded_since = self._crowded_at = float("-inf")
-        prepare_listener(sock, context.limits.dead_peer_timeout_s)  # it may be another process's
+        prepare_listener(sock, context.limits.dead_peer_timeout_s)  # it may come from another process
         context.poller.accept_from(self._sock, self._accept)
 
     @property
@@ -74,7 +74,7 @@ class TcpListener:
 
     @property
     def sock(self) -> socket.socket:
-        """The listening socket; for handing it on."""
+        """The listening socket, to be passed to another process."""
         return self._sock
 
     @property
@@ -82,7 +82,7 @@ class TcpListener:
         return self._dialing
 
     def configure(self, spec: ListenerSpec) -> None:
-        """Take new portals; the proxy port stays."""
+        """Apply new portals and affinity. The proxy port stays."""
         self._spec = spec
         self._portals = {packed(portal.ip, portal.port): portal for portal in portals(spec.service_port)}
         self._header_of = header_of(spec.service_port.source_ip, spec.name.protocol)
@@ -91,13 +91,13 @@ class TcpListener:
         self.picker.set_endpoints(backends.usable)
 
     def leave(self) -> None:
-        """Accept no more: another process does, at the same socket."""
+        """Stop accepting: another process accepts at the same socket."""
         if self._sock.fileno() >= 0:
             self._context.poller.leave(self._sock)
             self._sock.close()
 
     def close(self) -> None:
-        """Stop listening; connections of this listener live on, also those that were made but not yet accepted."""
+        """Stop listening. Open connections continue; those in the accept queue are accepted first."""
         if self._sock.fileno() < 0:
             return
         self._context.poller.leave(self._sock)
@@ -109,7 +109,7 @@ class TcpListener:
         self._accept_some()
 
     def _accept_some(self) -> bool:
-        """Accept a turn's worth; return whether there may be more."""
+        """Accept up to a turn's number of connections. Return whether there may be more."""
         context, listener, family = self._context, self._sock, self._family
         connections = context.connections
         share = connections.share(self.counters.open)
@@ -127,12 +127,12 @@ class TcpListener:
                 if error.errno in LOCAL_SHORTAGES:
                     connections.note_shortage(error)
                     return False
-                continue  # of that one client: it has gone already, or a firewall was against it
+                continue  # an error of this client alone: it is gone, or a firewall blocked it
             TcpConnection(self, sock, client, context).begin()
         return True
 
     def _wait_for_share(self) -> None:
-        """Leave new clients in the kernel's queue for a moment; reset them if that lasts."""
+        """Leave new clients in the accept queue for a moment. Reset them if the shortage lasts."""
         context, now = self._context, self._context.now()
         context.connections.note_crowd(str(self.name))
         if now - self._crowded_at > 2 * CROWDED_S or self._crowded_since > now:
@@ -157,14 +157,14 @@ class TcpListener:
             reset(client)
 
     def header(self, client: Address, dialled: bytes) -> bytes:
-        """Return what backends get before all that *client* sends."""
+        """Return the PROXY protocol header that backends get before the bytes of *client*; b"" for none."""
         return self._header_of(client, unpacked(dialled)) if self._header_of else b""
 
     def portal_of(self, dialled: bytes | None) -> Portal | None:
-        """Return the portal that is *dialled*, or None when it is none of ours."""
+        """Return the portal at the address *dialled*, or None if it is not a portal of this service port."""
         if dialled is None:
             return None
-        # At a port of every address, or at this very one.
+        # A portal at this very address, or a node port on every address.
         return self._portals.get(dialled) or self._portals.get(dialled[:2] + bytes(len(dialled) - 2))
 
 
@@ -175,7 +175,7 @@ def reset(client: SocketType) -> None:
 
 
 class TcpConnection:
-    """One client, from accept to end."""
+    """One client's connection, from accept to end."""
 
     __slots__ = (
         "_client",
@@ -207,7 +207,7 @@ class TcpConnection:
         dialled = original_destination(self._client, self.client[0])
         self._portal = portal = listener.portal_of(dialled)
         if dialled is None or portal is None:
-            # Somebody found the proxy port itself: the guard rule refuses that, unless a foreign DNAT led here.
+            # The client dialled the proxy port itself. The guard rule refuses that, unless a foreign DNAT led here.
             listener.counters.refused += 1
             self._refuse()
             return
@@ -266,7 +266,7 @@ class TcpConnection:
             )
 
     def count_bytes(self) -> None:
-        """Add what has passed since the last time to the counters: a connection may be open for days."""
+        """Add the bytes moved since the last call to the counters; a connection may stay open for days."""
         splice, pick = self._splice, self._pick
         if splice is None or pick is None:
             return
@@ -279,15 +279,15 @@ class TcpConnection:
         of_endpoint.bytes_to_backends += to_backend - before_to_backend
         of_endpoint.bytes_to_clients += to_client - before_to_client
 
-    # ---- looked at by the sweep, ended by the drain
+    # ---- for the sweep and the drain
 
     @property
     def splice(self) -> Splice | None:
-        """None while the backend is being dialled."""
+        """The splice, or None while the backend is being dialled."""
         return self._splice
 
     def cut(self, reason: str) -> None:
-        """End now, with resets."""
+        """Reset both sides now."""
         if self._splice is not None:
             self._splice.cut(reason)
         elif self._dial is not None:

@@ -1,7 +1,8 @@
-"""Sockets that speak to a backend as the client: it sees the client's own address in place of this node's.
+"""Dial backends from the client's own address instead of this node's.
 
-Answers come back to such a socket where this host's routes lead them to itself (see the rules); what else decides
-is here. Where it may not be, nothing is sent: an endpoint that was promised its clients' addresses gets no other.
+Replies reach such a socket if the routes of this host lead them back here (see the rules). This module decides for
+which connections that works. If the kernel refuses the address, nothing is sent: an endpoint that should see its
+clients' addresses must never see another one.
 """
 
 from __future__ import annotations
@@ -21,30 +22,31 @@ log = logging.getLogger(__name__)
 
 
 class Transparent:
-    """What one listener needs to speak as its clients."""
+    """Sets the client's address on the backend sockets of one listener."""
 
     def __init__(self, tables: KernelTables, counters: Counters) -> None:
         self._tables = tables
         self._counters = counters
 
     def concerns(self, client_ip: str, backend_ip: str) -> bool:
-        """Return whether the backend is to see the address of this client.
+        """Return whether the backend is to see this client's address.
 
-        Not where it is the backend itself, whose answers would not pass this host (behaviours M3), and not where one
-        of the two is this host's own address: what it answers to the client goes straight there, never to us.
+        Two cases keep this node's address, because the reply would not pass this host: 1. The client is the backend
+        itself (hairpin, behaviours M3). 2. The client or the backend has an address of this host: the reply goes
+        straight to the client, not to the proxy.
         """
         return client_ip != backend_ip and not any(map(self._tables.is_local, (client_ip, backend_ip)))
 
     def name_for(self, client_ip: str, backend_ip: str) -> str:
-        """Return the address that the backend sees in place of this node's: *client_ip*, or "" for none."""
+        """Return the client's address if the backend sees it, "" if the backend sees this node's."""
         return client_ip if self.concerns(client_ip, backend_ip) else ""
 
     def speak_as(self, sock: SocketType, client_ip: str, port: int = 0) -> None:
-        """Give *sock*, not connected yet, the address of the client; without *port* that is found when it connects.
+        """Bind *sock*, not connected yet, to the client's address; without *port*, connect() chooses one.
 
         Raises:
-            OSError: we have not the right to (CAP_NET_ADMIN), or it means nothing to backends, as a link-local
-                address does; it is counted.
+            OSError: CAP_NET_ADMIN is missing, or the address means nothing to backends, as a link-local one. Counted,
+                unless *port* is in use.
         """
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, OWN_MARK | TRANSPARENT_MARK)
@@ -57,8 +59,8 @@ class Transparent:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise
-            # Said aloud once, as it goes on until somebody mends it.
+            # A warning only once: the cause lasts until it is fixed.
             level = logging.DEBUG if self._counters.sources_refused else logging.WARNING
             self._counters.sources_refused += 1
-            log.log(level, "nothing is sent to backends in the name of %s: %s", client_ip, error.strerror)
+            log.log(level, "cannot send to backends from the client's address %s: %s", client_ip, error.strerror)
             raise

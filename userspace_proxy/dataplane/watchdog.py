@@ -1,8 +1,7 @@
-"""Whether a worker that does not answer hangs, or has only not had its turn. Pure, but for `activity_of`.
+"""Decide whether a silent worker hangs or only waits for CPU. Pure, but for `activity_of`.
 
-An answer takes a turn of the event loop. A process that is ready to run, or does something, may be late for hours on a
-busy machine and is no better off replaced; one that is stopped, sleeps or waits for a disk without any sign of life
-does not come back by itself.
+An answer takes one turn of the worker's event loop. A process that runs or is ready to run may be late on a busy
+machine, and replacing it does not help. One that is stopped, or sleeps without progress, does not recover by itself.
 """
 
 from __future__ import annotations
@@ -11,25 +10,25 @@ import contextlib
 from pathlib import Path
 from typing import NamedTuple
 
-# Looks are counted, not seconds: a process that was itself stopped has not looked meanwhile.
+# Looks are counted instead of seconds: a control process that was stopped itself has not looked in that time.
 LOOK_EVERY_S = 0.5
 _STILL_LOOKS = 10
 _BUSY_LOOKS = 120
 _STOPPED = "tT"
 _RUNNING = "R"
-# In /proc/PID/stat, behind the name: minor and major faults, user and system time (proc_pid_stat(5)).
+# Fields of /proc/PID/stat after the name: minor and major faults, user and system time (proc_pid_stat(5)).
 _PROGRESS_FIELDS = (7, 9, 11, 12)
 
 
 class Activity(NamedTuple):
-    """What the kernel tells of a process: its state as a letter, and numbers that rise when it does something."""
+    """The kernel's view of a process: its state as a letter, and counters that rise while it runs."""
 
     state: str
     progress: tuple[int, ...]
 
 
 def activity_of(pid: int) -> Activity | None:
-    """Return what process *pid* does; None where /proc does not tell."""
+    """Return the activity of process *pid*, or None if /proc does not have it."""
     folder = Path("/proc", str(pid))
     try:
         fields = (folder / "stat").read_text().rpartition(")")[2].split()
@@ -37,17 +36,17 @@ def activity_of(pid: int) -> Activity | None:
         return None
     progress = [int(fields[index]) for index in _PROGRESS_FIELDS]
     with contextlib.suppress(OSError, IndexError):  # a kernel without CONFIG_SCHED_INFO
-        progress.append(int((folder / "schedstat").read_text().split()[0]))  # nanoseconds, where those are hundredths
+        progress.append(int((folder / "schedstat").read_text().split()[0]))  # in nanoseconds; the others are in ticks
     return Activity(fields[0], tuple(progress))
 
 
 class Watchdog:
-    """Counts looks at one worker since it was heard last."""
+    """Counts the looks at one worker since its last answer."""
 
     def __init__(self) -> None:
         self._has_answered = False
         self.note_answer()
-        self._has_answered = False  # it begins by reading its modules, perhaps from a slow disk
+        self._has_answered = False  # a new worker first loads its modules, perhaps from a slow disk
 
     def note_answer(self) -> None:
         self._has_answered = True
@@ -56,7 +55,7 @@ class Watchdog:
         self._before: Activity | None = None
 
     def note_silence(self, activity: Activity | None) -> str:
-        """Take note of a look at a worker that owes an answer; return why it is to be replaced, "" if it is not."""
+        """Note a look at a worker that owes an answer. Return why to replace it, or "" to wait on."""
         self._silent_looks += 1
         is_still = (
             activity is not None

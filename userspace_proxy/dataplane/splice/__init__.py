@@ -1,1 +1,1 @@
-"""Engines: each moves bytes between two connected sockets, and keeps every one of them in order."""
+"""Splice engines: each moves bytes between two connected sockets, in order and without loss."""
