@@ -1,5 +1,5 @@
-"""Rules, explained line by line. Pure but for `command.py` and `terminal.py`.
+"""Rules with their reasons, line by line, as text, JSON or in colours. Pure but for `terminal.py` and `rendering.py`.
 
-What is said of a line is read off the line, as it is loaded; so an explanation cannot claim what the line does not say.
-A line that nobody here knows stays without one.
+A reason is written where its line is written, in the renderer of a mode (`modes.rule_line.RuleLine`). No text
+is parsed.
 """

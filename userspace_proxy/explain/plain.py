@@ -6,8 +6,8 @@ import json
 import textwrap
 from collections.abc import Iterator, Sequence
 
+from userspace_proxy.explain.words import words_in
 from userspace_proxy.modes.reasons.lines import Explained, Line
-from userspace_proxy.modes.reasons.words import words_in
 
 _WIDTH = 118
 _TAB = 4

@@ -12,8 +12,8 @@ from rich.text import Text
 from rich.theme import Theme
 
 from userspace_proxy.explain.plain import opens_block
+from userspace_proxy.explain.words import words_in
 from userspace_proxy.modes.reasons.lines import Explained, Line
-from userspace_proxy.modes.reasons.words import words_in
 
 SIDE_BY_SIDE_COLUMNS = 160
 _TAB = 2
