@@ -33,9 +33,12 @@ def proxy(
     """A proxy that runs for all tests of a module; each brings its own Services."""
     rules, loop = request.param
     running = Proxy(world, tmp_path_factory.mktemp("proxy"), rules, loop)
-    running.start()
-    yield running
-    assert running.stop() == 0, running.log()
+    try:
+        running.start()
+        yield running
+        assert running.stop() == 0, running.log()
+    finally:
+        running.end()
 
 
 @pytest.fixture
@@ -43,7 +46,4 @@ def fresh_proxy(world: ServiceLab, tmp_path: Path) -> Iterator[Proxy]:
     """A proxy that its test starts, kills and starts again."""
     one = Proxy(world, tmp_path)
     yield one
-    if one.process is not None and one.process.poll() is None:
-        one.process.kill()
-        one.process.wait(20)
-    world.node.run(*one.command("cleanup"))
+    one.end()

@@ -133,7 +133,7 @@ class Proxy:
         if wait:
             self.wait_ready()
 
-    def wait_ready(self, timeout_s: float = 20.0) -> None:
+    def wait_ready(self, timeout_s: float = 60.0) -> None:
         def is_ready() -> bool:
             assert self.process is not None
             assert self.process.poll() is None, f"the proxy ended: {self.log()}"
@@ -172,6 +172,13 @@ class Proxy:
         if self.process.poll() is None:
             self.process.send_signal(signum)
         return self.process.wait(timeout_s * PATIENCE)
+
+    def end(self) -> None:
+        """Leave nothing of it on the node, whatever state it is in: tests that follow start another one there."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait(20)
+        self.node.run(*self.command("cleanup"), timeout_s=60 * PATIENCE)
 
     def workers(self) -> list[int]:
         """Return the process ids of the data plane."""

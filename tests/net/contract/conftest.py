@@ -163,9 +163,12 @@ def proxy(
     made = ApiContractProxy if request.param.follows_api else ContractProxy
     running = made(cluster, tmp_path_factory.mktemp("contract"), request.param)
     running.give(*(given for given, _ in CASES))
-    running.start()
-    yield running
-    running.close()
+    try:
+        running.start()
+        yield running
+        running.close()
+    finally:
+        running.end()
 
 
 @pytest.fixture(scope="session")
