@@ -1,7 +1,7 @@
-"""`userspace-proxy demo`: a client, a node and three nginx backends in private namespaces, and what the proxy does.
+"""The `demo` command: shows what the proxy does for a client, a node and three nginx backends in private namespaces.
 
-No root is needed where user namespaces are allowed. When the command's first process ends, however it ends,
-the kernel takes all of it away.
+Where user namespaces are allowed, it needs no root. When the command's first process ends, the kernel removes
+everything.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ spec:
 
 
 def enter(arguments: list[str]) -> None:
-    """Replace this process by the demo inside of namespaces of its own, unless it is there already.
+    """Replace this process by the demo in new namespaces, unless it already runs in them.
 
     Raises:
         StartError: namespaces are forbidden here, or a tool is missing.
@@ -59,7 +59,7 @@ def enter(arguments: list[str]) -> None:
 
 
 def run(*, as_json: bool) -> None:
-    """Show it all; raises StartError where something does not come up."""
+    """Run the whole demo. Raises StartError if a part of it does not start."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     prepare()
     console = Console(stderr=as_json, quiet=as_json, highlight=False)
@@ -140,7 +140,7 @@ class _Demo:
         )
         return proxy
 
-    # ---- what is shown
+    # ---- demonstrations
 
     def _show_rules(self) -> None:
         listed = self._world.node.run("nft", "list", "map", "inet", "userspace_proxy", "service_ips4").stdout
@@ -161,7 +161,7 @@ class _Demo:
         self._console.print(f"The access log says why: {line}", style="dim", soft_wrap=True)
 
     def _last_line_of_the_access_log(self, expected: int) -> str:
-        """Return it once *expected* lines are there: a thread of the proxy writes them."""
+        """Return the last line once *expected* lines exist; a thread of the proxy writes them."""
         give_up_at = time.monotonic() + 2
         while len(lines := (self._folder / "access").read_text().splitlines()) < expected:
             if time.monotonic() > give_up_at:
@@ -246,7 +246,7 @@ class _Demo:
 
 
 class _Load:
-    """Clients that ask again and again until told to stop."""
+    """Clients that send requests until they are stopped."""
 
     def __init__(self, world: ServiceLab) -> None:
         self._client = world.client
@@ -271,7 +271,7 @@ class _Load:
 
     @contextlib.contextmanager
     def between_requests(self) -> Iterator[None]:
-        """Hold every client where it has no request under way."""
+        """Pause every client between two requests."""
         with contextlib.ExitStack() as stack:
             for lock in self._asking:
                 stack.enter_context(lock)
@@ -284,4 +284,4 @@ class _Load:
                     self.answers[ask(self._client, WEB)] += 1
                 except OSError as error:
                     self.errors.append(error)
-            time.sleep(0)  # a lock is not fair: let the one who waits for it have it
+            time.sleep(0)  # locks are not fair: yield to a waiting thread

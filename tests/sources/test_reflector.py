@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tests.apiserver import SERVICES, ApiServer, Fault, Refusal, api_server
 from userspace_proxy import api
-from userspace_proxy.sources.login import Answer
+from userspace_proxy.sources.login import StreamedResponse
 from userspace_proxy.sources.reflector import Pace, Reflector
 from userspace_proxy.sources.transport import Response
 
@@ -60,7 +60,7 @@ class PlainTransport:
         except aiohttp.ClientError as error:
             raise ConnectionError(str(error)) from error
         async with answer:
-            yield Answer(answer)
+            yield StreamedResponse(answer)
 
 
 class Follower:

@@ -15,7 +15,7 @@ from userspace_proxy.errors import StartError
 from userspace_proxy.printable import printable
 
 if TYPE_CHECKING:
-    from userspace_proxy.control.contract import Answer
+    from userspace_proxy.control.contract import FieldTreatment
     from userspace_proxy.control.lint import Finding
 
 
@@ -49,7 +49,7 @@ def check(
     """
     from dataclasses import asdict
 
-    from userspace_proxy.control.contract import answers
+    from userspace_proxy.control.contract import field_treatments
     from userspace_proxy.control.lint import LintOptions, lint
     from userspace_proxy.sources.files import nothing_found, read_once
 
@@ -57,7 +57,7 @@ def check(
         manifests, problems = read_once(paths)
     except StartError as error:
         fail(error)
-    fields = answers(manifests) if with_contract else []
+    fields = field_treatments(manifests) if with_contract else []
     settings = settings_of(options)
     told = LintOptions(
         settings.service_ranges,
@@ -121,7 +121,7 @@ _SHOWN_MAX = 1_000
 _COLOURS = {"honoured": "green", "approximated": "yellow", "ignored": "dim", "unknown": "red"}
 
 
-def _show_contract(fields: Sequence[Answer]) -> None:
+def _show_contract(fields: Sequence[FieldTreatment]) -> None:
     """Print what becomes of *fields*, a table for each object, for a terminal."""
     from itertools import groupby
 

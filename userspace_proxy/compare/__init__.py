@@ -1,1 +1,1 @@
-"""`userspace-proxy compare`: every mode side by side on this machine, and what that says about the textbooks."""
+"""The `compare` command: measures every mode on this machine and judges the claims of textbooks by the results."""

@@ -1,4 +1,4 @@
-"""The loads that are repeated in rounds: each runs over one mode and returns what it did and what it cost."""
+"""The loads that are repeated in rounds: each runs over one mode and returns its rate and its cost."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from userspace_proxy.compare.sites import Site
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """``unit``: what is counted, one of so many as ``unit_size`` says."""
+    """One load that is repeated in rounds. ``unit``: the unit that its figures count."""
 
     name: str
     title: str
@@ -21,9 +21,9 @@ class Case:
 
 
 def _measured(site: Site, unit_size: float, load: Callable[[], Done]) -> tuple[Done, dict[str, float]]:
-    """Return what was done, with its rate and what one unit of it cost, by the names that results have.
+    """Run *load*; return what was done, and the rate and the cost of one unit, by the names used in results.
 
-    Raises StartError where it was not done, or mostly not.
+    Raises StartError if nothing, or too little, succeeded.
     """
     pids = site.pids
     proxy_before, machine_before, switches_before = process_cpu_s(pids), machine_cpu_s(), context_switches(pids)

@@ -1,7 +1,7 @@
-"""Charts as SVG text: bars with their spread, lines over the number of Services, and what clients saw over time.
+"""Charts as SVG text: bars with spread, lines over the number of Services, and failures over time.
 
-Every colour is a class or a variable of the page's style sheet (light and dark), every chart as wide as a
-phone, so that its letters stay readable there. Hovering over a mark shows its figures.
+Every colour is a class or a variable of the page's style sheet (light and dark). Every chart is as wide as a phone, so
+that its text stays readable there. Hovering over a mark shows its figures.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Bar:
 
 
 def short(value: float) -> str:
-    """Return *value* with three digits at most, as a person writes it: 12,300, 1.25, 0.031."""
+    """Return *value* with at most three significant digits: 12,300, 1.25, 0.031."""
     if not value:
         return "0"
     size = abs(value)
@@ -45,7 +45,7 @@ def short(value: float) -> str:
 
 
 def bars(rows: Sequence[Bar], text: Text, label: str) -> str:
-    """Return horizontal bars, one a row; a thin line shows the spread of the rounds."""
+    """Return horizontal bars, one in each row; a thin line shows the spread of the rounds."""
     room = WIDTH - _LABEL - _VALUE
     most = max((row.figure.high for row in rows), default=0.0) or 1.0
     height = len(rows) * _ROW + 4
@@ -126,7 +126,7 @@ def lines(rows: Sequence[Line], text: Text, label: str, *, is_log: bool) -> str:
 
 
 def _apart(ends: list[tuple[float, Line]]) -> list[tuple[float, Line]]:
-    """Push labels apart that would cover each other."""
+    """Move overlapping labels apart."""
     placed: list[tuple[float, Line]] = []
     for at, row in sorted(ends, key=lambda end: end[0]):
         placed.append((max(at, placed[-1][0] + 14) if placed else at, row))
@@ -135,7 +135,7 @@ def _apart(ends: list[tuple[float, Line]]) -> list[tuple[float, Line]]:
 
 
 def _marks(most: float) -> list[float]:
-    most = most if most > 0 else 1  # what is below nothing is drawn as nothing
+    most = most if most > 0 else 1  # draw negative values as zero
     step = 10 ** math.floor(math.log10(most))
     step = next(s for s in (step / 5, step / 2, step, step * 2, step * 5) if most / s <= 5)
     return [index * step for index in range(math.ceil(most / step) + 1)]
@@ -152,7 +152,7 @@ def _size(size: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """One mode's clients over time: shares (0 to 1) of requests that were slow and that failed, by bucket."""
+    """One mode's clients over time: the shares (0 to 1) of slow and of failed requests, by bucket."""
 
     mode: str
     title: str
@@ -161,12 +161,12 @@ class Lane:
 
 
 def lane_is_half(rows: Sequence[Lane]) -> bool:
-    """Return whether a lane's height is half of the requests rather than all: never more were slow or failed."""
+    """Return whether a lane's full height means half of the requests; true if no larger share was slow or failed."""
     return all(a + b <= _HALF for row in rows for a, b in zip(row.slow, row.failed, strict=True))
 
 
 def lanes(rows: Sequence[Lane], bucket_s: float, event_s: float, told_s: float, label: str) -> str:
-    """Return a lane for each mode; the height of a mark is the share of that moment's requests."""
+    """Return one lane for each mode; a mark's height is its share of the requests in that bucket."""
     top, foot = 22, 30
     height = top + len(rows) * (_LANE + _LANE_GAP) + foot
     room = WIDTH - _LABEL - 8

@@ -1,7 +1,7 @@
-"""What textbooks say about the modes, and what this machine says to it: pure functions from results to words.
+"""Judges the claims of textbooks about the modes by this machine's results: pure functions from results to text.
 
-A claim is judged by figures of this run alone, with the rule of `judge`. Kernel modes are those that took
-part; where none did, the direct way stands in for what a kernel mode could reach at best, and it is said.
+Only figures of this run count, by the rule of `judge`. Kernel modes are the ones that took part. If none did, direct
+connections replace them as the upper bound, and the text says so.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ RULINGS: dict[Ruling, str] = {
     "undecided": "undecided",
     "unmeasured": "not measured",
 }
-_ENOUGH_S = 1.0  # a change that reaches traffic within a second is good enough to live with
-_VISIBLE = 0.02  # a share of failed requests that somebody would notice
-_MATTERS = 1.1  # a ratio below it is no reason to choose a mode
+_ENOUGH_S = 1.0  # a change that takes effect within a second is fast enough
+_VISIBLE = 0.02  # a share of failed requests that users notice
+_MATTERS = 1.1  # a smaller ratio is no reason to choose a mode
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A ruling with the figures that led to it, one sentence each."""
+    """A ruling and the figures it is based on, one sentence each."""
 
     ruling: Ruling
     words: tuple[str, ...]
@@ -54,7 +54,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """``text``: as textbooks put it; ``how``: how the figures were taken."""
+    """One claim. ``text``: the textbook's words; ``how``: how the figures were measured."""
 
     name: str
     title: str
@@ -82,7 +82,7 @@ def _userspace_is_slow(results: Results) -> Verdict:
 
 
 def _slow_or_not(slower: int, others_decided: Sequence[bool]) -> Ruling:
-    """What is undecided speaks neither for the claim nor against it, and most that was measured has to be for it."""
+    """Return the ruling: true only if most measured figures are decided and show userspace to be slower."""
     if slower:
         return "partly" if any(others_decided) else "holds" if slower > len(others_decided) else "undecided"
     return "fails" if all(others_decided) else "undecided"
@@ -129,7 +129,7 @@ def _copies(results: Results) -> Verdict:
     if rate is not None:
         words.append(f"One flow over {kernel.title} has {times(rate)} the throughput of userspace.")
     engines = compare(results, cases.BULK_1, USERSPACE_COPY, USERSPACE, "proxy_cpu_s")
-    # What it costs the machine decides: the direct way, which tells the noise, has no process.
+    # Compare the machine's CPU time: direct connections, which give the noise, have no proxy process.
     choice = compare(results, cases.BULK_1, USERSPACE_COPY, USERSPACE, "machine_cpu_s")
     if engines is not None and choice is not None:
         words.append(
@@ -157,7 +157,7 @@ def _no_extra_hop(results: Results) -> Verdict:
             compared = compare(results, case, mode.name, DIRECT, name)
             if compared is not None:
                 parts.append(f"{what} {times(compared)}")
-                if mode.name == IPTABLES:  # the others stand beside what the claim is about
+                if mode.name == IPTABLES:  # the claim is about iptables; other modes are context
                     seen.append(compared)
         if parts:
             words.append(f"{mode.title}, beside the direct way: {'; '.join(parts)}.")
@@ -174,7 +174,7 @@ def _no_extra_hop(results: Results) -> Verdict:
 
 
 def _missing(results: Results, name: str) -> tuple[str, ...]:
-    """Say why the mode *name* did not take part."""
+    """Return the reason why the mode *name* did not take part."""
     reasons = [f"{mode.title}: {mode.reason}." for mode in results.modes if mode.name == name and mode.reason]
     return tuple(reasons) or (f"{name} was not asked for.",)
 

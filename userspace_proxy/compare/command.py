@@ -1,7 +1,7 @@
-"""`userspace-proxy compare`: build the hosts, start every mode, measure for the stated time, hand over the results.
+"""Runs a comparison: builds the hosts, starts every mode, measures for the stated time, and returns the results.
 
-What is counted once comes first; the loads that are repeated in rounds then fill the time that is left, every
-mode in another order each round, so that a machine which gets slower gets slower for all of them.
+Single measurements come first. Repeated loads fill the remaining time, with the modes in a different order each round.
+A machine that slows down therefore slows all modes.
 """
 
 from __future__ import annotations
@@ -58,17 +58,17 @@ TOOLS = {
     "sysctl": "procps",
 }
 _SETTLE_S = 0.02
-_RUN_OVERHEAD_S = 0.3  # around each load: connections are forgotten, wrk starts and ends
+_RUN_OVERHEAD_S = 0.3  # around each load: to clear conntrack, and to start and end wrk
 _LEAST_LOAD_S, _MOST_LOAD_S = 0.1, 2.0
-_SERVICES_SHARE = 0.35  # of the time, at most
+_SERVICES_SHARE = 0.35  # the maximum share of the total time
 
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """How far a comparison goes: ``rounds`` of each load, as many as fit; ``events`` of each kind.
+    """How thorough a comparison is: the maximum ``rounds`` of each load, and the ``events`` of each kind.
 
-    ``calls_s`` system calls are counted, ``dial_s`` new connections are made. ``engines``: whether both run every load,
-    or the copying one large transfers only, where alone it differs.
+    ``calls_s``: how long system calls are counted; ``dial_s``: how long new connections are made. ``engines``: run
+    every load with both engines. Otherwise the copying engine runs large transfers only, where the engines differ.
     """
 
     rounds: int
@@ -85,7 +85,7 @@ _FULL = Depth(rounds=7, events=3, calls_s=1.0, dial_s=1.0, sizes=SIZES, engines=
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked for: no *modes* and no *cases* are all of them."""
+    """The options of a comparison; empty *modes* or *cases* select all."""
 
     duration_s: float = DEFAULT_S
     modes: Sequence[str] = ()
@@ -101,14 +101,14 @@ class Request:
 
 
 def enter(arguments: Sequence[str]) -> None:
-    """Go on in namespaces of its own; raises StartError where they are forbidden or a tool is missing."""
+    """Continue this process in new namespaces. Raises StartError if they are forbidden or a tool is missing."""
     enter_namespaces(arguments, TOOLS)
 
 
 def run(request: Request, json_file: Path | None, html_file: Path | None) -> None:
-    """Compare, write what is wanted, print the tables. Raises StartError where it cannot."""
+    """Compare the modes, write the requested files and print the tables. Raises StartError on failure."""
     with ExitStack() as stack:
-        # Opened first: /run will be another one, and nobody wants to learn after ten minutes that a folder is missing.
+        # Open the files first: /run is replaced later, and a missing folder should not be found after ten minutes.
         writers = []
         for path, content in ((json_file, to_json), (html_file, page)):
             if path is not None:
@@ -125,7 +125,7 @@ def run(request: Request, json_file: Path | None, html_file: Path | None) -> Non
 
 
 def measure(request: Request) -> Results:
-    """Compare; nothing is left when it returns or raises. Raises StartError where something does not come up."""
+    """Compare the modes; removes everything before it returns or raises. Raises StartError if a part does not start."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     prepare()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -141,7 +141,7 @@ def measure(request: Request) -> Results:
 
 @contextmanager
 def _progress(duration_s: float) -> Iterator[Callable[[str], None]]:
-    """Show on a terminal what is measured now; drawn only between two measurements, so that it costs them nothing."""
+    """Show the current measurement on a terminal; updates only between measurements, so that it costs them nothing."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(
@@ -188,7 +188,7 @@ class _Comparison:
 
     def _start_modes(self) -> None:
         for mode in MODES:
-            # What everything is compared with takes part always, and twice: the difference is the noise.
+            # The reference, direct connections, always takes part, and twice: the difference is the noise.
             if self._request.modes and mode.name not in (DIRECT, DIRECT_AGAIN, *self._request.modes):
                 continue
             self._say(f"starting {mode.title}")
@@ -198,7 +198,7 @@ class _Comparison:
                 raise StartError(f"the direct way did not start: {reason}")
 
     def _start(self, mode: Mode) -> str | None:
-        """Start *mode* on a node of its own; return why not, if not."""
+        """Start *mode* on its own node; return the reason if it did not start, else None."""
         site = self._sites.add(mode.name)
         try:
             mode.start(site)
@@ -209,7 +209,7 @@ class _Comparison:
         self._running[mode] = site
         return None
 
-    # ---- what is counted once
+    # ---- single measurements
 
     def _count_system_calls(self) -> None:
         if counter() is None:
@@ -255,7 +255,7 @@ class _Comparison:
 
     def _add_services(self) -> None:
         modes = [mode for mode in self._running if mode.ours and mode.name != USERSPACE_COPY]
-        # What the others leave of the time is iptables's, which is said to need the most.
+        # iptables comes last: it needs the most time and gets what the others leave.
         modes.sort(key=lambda mode: mode.name == IPTABLES)
         direct = next(site for mode, site in self._running.items() if mode.name == DIRECT)
         depth = self._request.depth
@@ -271,9 +271,9 @@ class _Comparison:
                     self._say(f"{size:,} Services: {mode.title}")
             except MISHAPS as error:
                 self._note(f"{mode.title}: after {size:,} Services: {reason_of(error)}")
-            site.kill()  # its node is its own: nothing there disturbs what follows
+            site.kill()  # the mode has its own node, so this disturbs nothing later
 
-    # ---- what is repeated in rounds
+    # ---- repeated loads
 
     def _run_rounds(self) -> None:
         names = [name for group, members in LOADS.items() if self._request.wants(group) for name in members]
@@ -315,7 +315,10 @@ class _Comparison:
 
 
 def _plan(left_s: float, runs: int, wanted_rounds: int) -> tuple[int, float]:
-    """Return how many rounds and how long a load, so that *runs* a round fit into *left_s*: rounds before length."""
+    """Return (rounds, seconds of a load) that fit into *left_s* with *runs* loads in a round.
+
+    More rounds take precedence over longer loads.
+    """
     least_s = runs * (_LEAST_LOAD_S + _RUN_OVERHEAD_S)
     rounds = max(1, min(wanted_rounds, int(left_s / least_s)))
     load_s = left_s / (rounds * runs) - _RUN_OVERHEAD_S

@@ -1,7 +1,7 @@
-"""What a client sees when one pod of three dies, falls silent, or leaves: all modes at the same moment.
+"""Measures what clients see when one pod of three dies, falls silent, or leaves, for all modes at the same time.
 
-Clients come at a fixed rate whether answers come or not, each with a connection of its own, to every mode in
-turn; so one event in one pod is what all modes have to cope with.
+Clients arrive at a fixed rate, whether answers come or not. Each uses a new connection, to every mode in turn. One
+event in one pod therefore affects all modes alike.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from userspace_proxy.compare.sites import MISHAPS, PEERS, TRIO_PODS, Site, Sites
 from userspace_proxy.errors import StartError
 from userspace_proxy.lab import ask
 
-RATE = 60.0  # clients a second and mode
+RATE = 60.0  # new clients each second, for each mode
 BUCKET_S = 0.1
 SLOW_S = 0.1
-PATIENCE_S = 1.0  # after which a client gives up
+PATIENCE_S = 1.0  # a client gives up after this time
 _EVENT_S = 1.0
 _VICTIM = 1
 _RECOVERED_WITHIN_S = 20.0
@@ -34,7 +34,10 @@ _OTHERS = [index for index in range(TRIO_PODS) if index != _VICTIM]
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """``told_after_s``: how long the cluster needs to notice (a readiness probe), and tells every mode."""
+    """One kind of failure.
+
+    ``told_after_s``: the time that a cluster needs to notice it (a readiness probe) and to notify every mode.
+    """
 
     name: str
     title: str
@@ -44,7 +47,7 @@ class Event:
 
     @property
     def what(self) -> str:
-        """What happens, in a few words."""
+        """A short description of the event."""
         return self.title.partition(":")[0]
 
     @property
@@ -57,7 +60,7 @@ def _kill(sites: Sites) -> None:
 
 
 def _leave(sites: Sites) -> None:
-    sites.trio_servers[_VICTIM].send_signal(signal.SIGQUIT)  # nginx: no new connections, the old ones to their end
+    sites.trio_servers[_VICTIM].send_signal(signal.SIGQUIT)  # nginx: accepts no new connections and finishes open ones
 
 
 def _restart(sites: Sites) -> None:
@@ -82,7 +85,7 @@ EVENTS: tuple[Event, ...] = (
 
 @dataclass
 class _Tally:
-    """One mode's answers, by the bucket in which their requests began."""
+    """One mode's answers, by the bucket in which the request began."""
 
     addresses: Iterator[tuple[str, int]]
     good: list[int]
@@ -92,7 +95,7 @@ class _Tally:
 
 @dataclass
 class _Clients:
-    """Clients of all modes in one loop; sockets are made in the namespace that the calling thread is in."""
+    """Runs the clients of all modes in one loop; sockets belong to the calling thread's network namespace."""
 
     tallies: list[_Tally]
     length_s: float
@@ -117,7 +120,7 @@ class _Clients:
     def _begin(self, tally: _Tally, due_at: float) -> None:
         sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         self._open[sock.fileno()] = (sock, tally, due_at, False)
-        sock.connect_ex(next(tally.addresses))  # what goes wrong at once is reported by the poll, too
+        sock.connect_ex(next(tally.addresses))  # poll() reports immediate errors, too
         self._poll.register(sock.fileno(), select.EPOLLOUT)
 
     def _go_on(self, fd: int, events: int, started_at: float) -> None:
@@ -150,9 +153,9 @@ class _Clients:
 def watch(
     sites: Sites, running: Mapping[Mode, Site], event: Event, number: int, note: Callable[[str], None]
 ) -> list[Timeline]:
-    """Let *event* happen while clients ask, and undo it; return what each mode's clients saw.
+    """Trigger *event* while clients send requests, then undo it; return what each mode's clients saw.
 
-    A mode that cannot be told of it goes to *note*: what its clients saw says nothing.
+    A mode that cannot be notified is reported to *note* and has no result.
     """
     buckets = int(event.length_s / BUCKET_S) + 1
     tallies = {
@@ -196,10 +199,10 @@ def watch(
 
 
 def wait_until_all_answer(mode: Mode, site: Site) -> None:
-    """Wait until each of the three pods answers through *mode*: one that is still passed over could not fail.
+    """Wait until all three pods answer through *mode*: an ejected pod could not fail.
 
     Raises:
-        StartError: they do not, so that nothing could be learnt.
+        StartError: they do not answer, so the event would show nothing.
     """
     give_up_at = time.monotonic() + _RECOVERED_WITHIN_S
     seen: set[str] = set()

@@ -1,10 +1,11 @@
-"""How figures of several rounds are summed up, and when a difference between two modes is one.
+"""Summarises figures of several rounds, and decides whether two modes differ.
 
-Two modes are compared by their ratio within each round: what disturbs a whole round disturbs both. The same
-mode measured twice gives the noise; what the direct way has none of (CPU and context switches of a proxy) has none that
-is known, and is never decided. A difference is decided where the median ratio is further from 1 than
-the noise, and the ratios of all rounds agree on which side of 1 they are.
-Everything else is undecided, and is called so. The spread is that of all rounds: it says what to expect of the next.
+1. Two modes are compared by their ratio within each round, because a disturbance of a whole round affects both.
+2. The noise is the difference between two runs of direct connections. For figures that these do not have (CPU time and
+   context switches of a proxy) the noise is unknown, and no difference is decided.
+3. A difference is decided if the median ratio is further from 1 than the noise, and the ratios of all rounds are on the
+   same side of 1. Otherwise it is undecided.
+4. The spread covers all rounds. It shows what to expect from the next round.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from dataclasses import dataclass
 from userspace_proxy.compare.modes import DIRECT, DIRECT_AGAIN
 from userspace_proxy.compare.results import Results
 
-# So many agree by chance in 25 % of all cases, five in 6 %, seven in 2 %.
+# Three rounds agree by chance in 25 % of all cases, five in 6 %, seven in 2 %.
 _FEWEST_ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """The median of the rounds, and the spread: their lowest and highest."""
+    """The median of the rounds, and their lowest and highest value."""
 
     median: float
     low: float
@@ -32,9 +33,9 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One mode by another: the median ratio with its spread, the noise as a ratio above 1, whether it is decided.
+    """The ratio of two modes: median and spread, the noise (a ratio above 1), and whether the difference is decided.
 
-    ``noise``: None where it is unknown.
+    ``noise``: None if unknown.
     """
 
     ratio: Figure
@@ -43,7 +44,7 @@ class Comparison:
 
 
 def summed_up(values: Sequence[float]) -> Figure | None:
-    """Return the figure of *values*; None if there are none."""
+    """Return the median and the spread of *values*, or None if there are none."""
     return Figure(statistics.median(values), min(values), max(values)) if values else None
 
 
@@ -52,16 +53,16 @@ def figure(results: Results, case: str, mode: str, name: str) -> Figure | None:
 
 
 def noise(results: Results, case: str, name: str) -> float | None:
-    """Return how far the same mode is from itself: the larger of both directions, as a median ratio (1 is none).
+    """Return the noise: the median ratio of two runs of direct connections, in the larger direction (1: no noise).
 
-    None where that is unknown: the direct way was not measured twice, or has nothing of the figure.
+    None if unknown: there was no second run, or direct connections do not have this figure.
     """
     ratios = _ratios(results, case, DIRECT, DIRECT_AGAIN, name)
     return math.exp(statistics.median(abs(math.log(ratio)) for ratio in ratios)) if ratios else None
 
 
 def compare(results: Results, case: str, mode: str, reference: str, name: str) -> Comparison | None:
-    """Compare one figure of two modes; None where a round with both is missing."""
+    """Compare one figure of two modes; return None if no round has both."""
     ratios = _ratios(results, case, mode, reference, name)
     ratio = summed_up(ratios)
     if ratio is None:
@@ -78,6 +79,6 @@ def _ratios(results: Results, case: str, mode: str, reference: str, name: str) -
 
 
 def shares(good: Sequence[int], slow: Sequence[int], failed: Sequence[int]) -> tuple[float, float]:
-    """Return which share of requests failed, and which was slow."""
+    """Return the shares of failed and of slow requests."""
     total = sum(good) + sum(slow) + sum(failed)
     return (sum(failed) / total, sum(slow) / total) if total else (0.0, 0.0)

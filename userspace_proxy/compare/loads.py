@@ -1,7 +1,7 @@
-"""What clients do: wrk for requests, iperf3 for bytes, and in this process clients that come one after another.
+"""Client loads: wrk for requests, iperf3 for bytes, and sequential clients in this process.
 
-Each makes its sockets on the client's host and returns what was done in which time. They are the tools that people
-have at hand, so that whoever doubts a figure can ask again.
+Each load opens its sockets on the client's host, and returns what it did and how long it took. wrk and iperf3 are
+common tools, so that readers can check the figures.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ REQUEST_AND_CLOSE = b"GET / HTTP/1.0\r\n\r\n"
 _TIMEOUT_S = 10
 _LEAST_BULK_S = 0.4
 _AGAIN_S = 0.5
-_FAILED_SHARE = 0.01  # of a load's requests, at most
+_FAILED_SHARE = 0.01  # the maximum share of a load's requests
 _WRK_SCRIPT = Path(__file__).parent / "peers" / "wrk.lua"
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What a load has done: requests, datagrams or bytes."""
+    """The result of a load: its requests, datagrams or bytes."""
 
     units: float
     seconds: float
@@ -43,18 +43,18 @@ class Done:
 
 
 class _Client:
-    """A tool on the client's host that says what it did when it is stopped: its own durations are in whole seconds."""
+    """A load tool on the client's host that reports when stopped; its own duration option takes whole seconds only."""
 
     def __init__(self, site: Site, *command: str) -> None:
         self._tool = command[0]
-        # iperf3 keeps there what it sends; a container's own folder for such may be read-only.
+        # iperf3 keeps its payload in TMPDIR; a container's default may be read-only.
         environment = {**os.environ, "TMPDIR": str(site.folder)}
         self._process = subprocess.Popen(
             site.client.command(*command), stdout=subprocess.PIPE, text=True, env=environment
         )
 
     def stop(self, meanwhile: Callable[[], object] = lambda: None) -> Done:
-        """End it, calling *meanwhile* until it has ended (within 100 ms), and return what it did."""
+        """Stop the tool and return its result; call *meanwhile* until it has ended (within 100 ms)."""
         self._process.send_signal(signal.SIGINT)
         give_up_at = time.monotonic() + _TIMEOUT_S
         while self._process.poll() is None:
@@ -66,7 +66,7 @@ class _Client:
         return self._parse(self._process.communicate()[0])
 
     def kill(self) -> None:
-        """End it at once, if it has not ended."""
+        """Kill the tool if it still runs."""
         if self._process.poll() is None:
             self._process.kill()
             self._process.communicate()
@@ -76,7 +76,7 @@ class _Client:
 
 
 class Wrk(_Client):
-    """wrk with *connections*."""
+    """wrk with a number of connections."""
 
     def __init__(self, site: Site, connections: int, *, close: bool = False) -> None:
         header = ["-H", "Connection: close"] if close else []
@@ -84,7 +84,7 @@ class Wrk(_Client):
         super().__init__(site, "wrk", "-t1", f"-c{connections}", "-d60s", "-s", str(_WRK_SCRIPT), *header, url)
 
     def _parse(self, output: str) -> Done:
-        """Read the line that peers/wrk.lua prints: requests, microseconds, and latencies in microseconds."""
+        """Parse the line that peers/wrk.lua prints: requests, microseconds, and latencies in microseconds."""
         done = re.search(r"^done (\d+) (\d+) ([\d.]+) ([\d.]+) ([\d.]+) (\d+)$", output, re.MULTILINE)
         if done is None:
             raise StartError(f"wrk said: {output.strip()}")
@@ -93,14 +93,14 @@ class Wrk(_Client):
 
 
 class Iperf(_Client):
-    """iperf3 with so many *flows*, from the pod to the client, as answers go."""
+    """iperf3 with a number of flows, in the direction from the pod to the client."""
 
     def __init__(self, site: Site, flows: int) -> None:
         where = ("-c", site.front_ip, "-p", str(BULK))
         super().__init__(site, "iperf3", *where, "-R", "-P", str(flows), "-t", "60", "-J")
 
     def _parse(self, output: str) -> Done:
-        """Read what it received. That it was interrupted it calls an error, too."""
+        """Parse the bytes received. iperf3 reports its interruption as an error; that is expected."""
         try:
             said = msgspec.json.decode(output)
             received = said["end"]["sum_received"]
@@ -112,7 +112,7 @@ class Iperf(_Client):
 
 
 def run_for(seconds: float, client: Wrk | Iperf) -> Done:
-    """Let *client*, which has just been started, load for so long; it is ended whatever happens."""
+    """Let *client*, just started, run for *seconds*, then stop it; it is killed on any error."""
     try:
         time.sleep(seconds)
         return client.stop()
@@ -121,25 +121,25 @@ def run_for(seconds: float, client: Wrk | Iperf) -> Done:
 
 
 def bulk_for(seconds: float, site: Site, flows: int) -> Done:
-    """Have *flows* of iperf3 for so long, or for as long as it takes it to begin."""
+    """Run iperf3 with *flows* for *seconds*, or longer if it needs more time to begin."""
     return run_for(max(seconds, _LEAST_BULK_S), Iperf(site, flows))
 
 
 def or_again(measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """Return what *measure* finds with iperf3, in a second try if the first fails: nothing that one cost is in it."""
+    """Return the result of *measure*, which uses iperf3; retry once, without any cost of the failed attempt."""
     try:
         return measure()
-    except StartError:  # its server takes one at a time, and may not have seen the end of the one before
+    except StartError:  # the iperf3 server takes one client, and may still hold the previous one
         time.sleep(_AGAIN_S)
         return measure()
 
 
 def served(done: Done) -> Done:
-    """Return *done*, if it was.
+    """Return *done* if the load succeeded.
 
     Raises:
-        StartError: nothing was answered, or too much failed: wrk counts answers that are errors as requests, and
-            whoever fails at once would look fast.
+        StartError: nothing was answered, or too many requests failed. wrk counts error answers as requests, so a
+            mode that fails fast would look fast.
     """
     if not done.units:
         raise StartError("nothing was answered")
@@ -149,7 +149,7 @@ def served(done: Done) -> Done:
 
 
 def one_after_another(site: Site, addresses: Sequence[tuple[str, int]], seconds: float) -> list[float]:
-    """Dial *addresses* in turn, each with one request, for so long; return how long each took, in ms, sorted."""
+    """Send one request to each of *addresses* in turn, for *seconds*; return the sorted durations in ms."""
     took, turn, now = [], 0, time.monotonic()
     end_at = now + seconds
     with site.client.inside():

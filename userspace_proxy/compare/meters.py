@@ -1,4 +1,4 @@
-"""What a run cost: processor time and context switches of processes, processor time of the machine, memory."""
+"""Measures cost: CPU time and context switches of processes, CPU time of the machine, and memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 _CPUCLOCK_SCHED = 2  # linux/posix-timers.h
 _IDLE, _IOWAIT, _STEAL = 3, 4, 7  # columns of /proc/stat
-_CUTIME, _CSTIME = 13, 14  # fields of /proc/PID/stat behind the name, which may have spaces in it
+_CUTIME, _CSTIME = 13, 14  # fields of /proc/PID/stat after the name, which may contain spaces
 _TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
 
 
@@ -26,10 +26,10 @@ def children(pid: int) -> list[int]:
 
 
 def process_cpu_s(pids: Sequence[int]) -> float:
-    """Return what these processes have used so far, user and system, every thread of theirs, and the tools they ran.
+    """Return the CPU time (user and system) of *pids* so far: of all threads, and of the tools they ran.
 
-    The same as utime + stime in /proc/PID/stat, which counts in steps of 10 ms: too coarse for short runs. Those of
-    children that have ended and were waited for (a tool that loaded rules) are known from there alone.
+    /proc/PID/stat counts utime + stime in steps of 10 ms, which is too coarse for short runs. Only the time of ended
+    child processes (tools that loaded rules) comes from there.
     """
     total = 0.0
     for pid in pids:
@@ -41,7 +41,7 @@ def process_cpu_s(pids: Sequence[int]) -> float:
 
 
 def machine_cpu_s() -> float:
-    """Return what all processors have been busy with so far, the kernel's own work (softirqs) included."""
+    """Return the busy time of all CPUs so far, including the kernel's own work (softirqs)."""
     columns = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     return (
         sum(ticks for column, ticks in enumerate(columns) if column not in (_IDLE, _IOWAIT, _STEAL)) / _TICKS_A_SECOND
@@ -49,10 +49,10 @@ def machine_cpu_s() -> float:
 
 
 def context_switches(pids: Sequence[int]) -> int:
-    """Return how often these processes' threads were put to sleep or set aside so far."""
+    """Return the number of context switches, voluntary and involuntary, of these processes' threads so far."""
     total = 0
     for pid in pids:
-        with contextlib.suppress(OSError):  # it, or a thread of it, has ended meanwhile
+        with contextlib.suppress(OSError):  # the process or a thread has ended
             for task in Path(f"/proc/{pid}/task").iterdir():
                 for line in (task / "status").read_text().splitlines():
                     if "ctxt_switches:" in line:
@@ -71,14 +71,14 @@ def pss_kib(pids: Sequence[int]) -> int:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Return the value that *share* (0 to 1) of *values* do not exceed; 0 if there are none."""
+    """Return the value that a *share* (0 to 1) of *values* does not exceed; 0 if there are none."""
     ordered = sorted(values)
-    rank = math.ceil(round(share * len(ordered), 6))  # 0.07 * 100 is a little more than 7
+    rank = math.ceil(round(share * len(ordered), 6))  # 0.07 * 100 is slightly more than 7
     return ordered[max(rank, 1) - 1] if ordered else 0.0
 
 
 def machine() -> dict[str, str]:
-    """Describe where this runs, as far as figures depend on it."""
+    """Return the properties of this machine that affect the figures."""
     model = "unknown"
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,7 +1,7 @@
-"""The modes that are compared: what stands between client and pod, how each is started, and whose work it is.
+"""The compared modes: what is between client and pod, how it is started, and whether it is a mode of this proxy.
 
-A mode of ours is ``userspace-proxy run --proxy-mode X`` on the mode's own node. What this machine or this
-build lacks says so itself when it is started; `Mode.missing` only asks for tools.
+A mode of this proxy is ``userspace-proxy run --proxy-mode X`` on its own node. It reports itself at its start what this
+machine or build lacks; `Mode.missing` only checks for tools.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _SETTLE_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """One thing to compare. ``ours``: a mode of userspace-proxy, which serves manifests.
+    """One mode to compare. ``ours``: a mode of this proxy, which serves manifests.
 
-    ``tell`` makes the mode know that of the three pods only those numbered are endpoints.
+    ``tell`` makes the mode use only the numbered ones of the three pods as endpoints.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Mode:
     ours: bool = False
 
     def missing(self) -> str | None:
-        """Return what this machine lacks for the mode, None if nothing is known to be missing."""
+        """Return what this machine lacks for the mode, or None if nothing is known to be missing."""
         for tool, package in self.tools:
             if shutil.which(tool) is None:
                 return f"{tool} is not installed (package {package})"
@@ -49,7 +49,7 @@ class Mode:
         return None
 
     def trio_addresses(self, site: Site, alive: Iterable[int]) -> list[tuple[str, int]]:
-        """Return what a client dials in turn to reach the three pods."""
+        """Return the addresses that a client dials in turn to reach the three pods."""
         if self.kind == "none":
             return [(site.trio_ips[index], 8080) for index in alive]
         if self.ours:
@@ -65,21 +65,21 @@ def _start_direct(site: Site) -> None:
 
 
 def _tell_nobody(_: Site, __: Iterable[int]) -> None:
-    """There is nobody to tell: clients dial pods themselves."""
+    """Do nothing: clients dial the pods themselves."""
 
 
 # ---- ours
 
 
 def manifests_of(site: Site) -> Path:
-    """Return the folder whose manifests the mode serves."""
+    """Return the manifest folder that the mode serves."""
     return site.folder / "manifests"
 
 
 def run_command(site: Site, *arguments: str) -> list[str]:
-    """Return the command of a mode of ours."""
+    """Return the command line that starts a mode of this proxy."""
     command = [sys.executable, "-P", "-m", "userspace_proxy", "run", str(manifests_of(site))]
-    # No answer from outside of the node is wanted at these addresses, and no state of another run.
+    # The range keeps unserved addresses on this node; the state folder excludes the state of other runs.
     state, services = str(site.folder / "state"), site.service_range
     return [*command, "--state-dir", state, "--service-cluster-ip-range", services, *arguments]
 
@@ -101,7 +101,7 @@ def _start_ours(*arguments: str) -> Callable[[Site], None]:
 
 
 def _reason(site: Site, code: int | None, arguments: tuple[str, ...]) -> str:
-    """Say in a line why a mode of ours did not start: its own last one, or that this build does not know it."""
+    """Return why a mode of this proxy did not start: its last log line, or that this build does not have it."""
     if code == _USAGE_ERROR:
         return f"this build has no {' '.join(arguments)}"
     return (site.log().splitlines() or ["it did not start, and did not say why"])[-1].removeprefix("userspace-proxy: ")
@@ -122,7 +122,7 @@ def _start_haproxy(site: Site) -> None:
 
 
 def _tell_haproxy(site: Site, alive: Iterable[int]) -> None:
-    """Say it at HAProxy's control socket, as ingress controllers do."""
+    """Set the servers' state through HAProxy's control socket, as ingress controllers do."""
     ready = set(alive)
     for index in range(len(site.trio_ips)):
         with socket.socket(socket.AF_UNIX) as control:

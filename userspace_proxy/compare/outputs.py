@@ -1,4 +1,4 @@
-"""Files that are written at the end of a long run: whole, or as they were before it."""
+"""Output files of a long run: replaced as a whole at its end, or left unchanged."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def output(path: Path) -> Iterator[Callable[[bytes], object]]:
-    """Yield what writes all of *path* at once; unless it is called the file stays what it was.
+    """Yield a function that writes all of *path* at once; if it is not called, the file stays unchanged.
 
-    The folder is held: whatever lies over its path later, the file is written where it was asked for.
+    The folder is opened at the beginning, so a later mount over its path has no effect.
 
     Raises:
-        OSError: it cannot be written there, which is found out at the beginning.
+        OSError: it cannot be written; raised at the beginning.
     """
-    if path.exists() and not path.is_file():  # a pipe or a terminal: nothing there could be lost
+    if path.exists() and not path.is_file():  # a pipe or a terminal: there is no old content to keep
         with path.open("wb") as file:
             yield file.write
         return
-    target = path.resolve()  # what a link leads to is written, and the link stays
+    target = path.resolve()  # write to a link's target and keep the link
     if target.exists():
-        target.open("ab").close()  # may it be written?
+        target.open("ab").close()  # raises if it is not writable
     temporary = f".{target.name}.new"
     folder = os.open(target.parent, os.O_PATH | os.O_DIRECTORY)
     try:
@@ -38,7 +38,7 @@ def output(path: Path) -> Iterator[Callable[[bytes], object]]:
                 except OSError as error:
                     if error.errno != errno.EBUSY:
                         raise
-                    target.write_bytes(content)  # a file that is a mount of its own cannot be replaced
+                    target.write_bytes(content)  # a mount point cannot be replaced
 
             yield write
     finally:

@@ -1,4 +1,4 @@
-"""The report: one HTML file with everything in it, made from results alone."""
+"""The report: one self-contained HTML file, made from results alone."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ def page(results: Results) -> bytes:
 
 
 def _shown(results: Results) -> list[ModeRun]:
-    """Return the modes that charts show: the second run of the direct way is for the noise alone."""
+    """Return the modes for charts, without the second run of direct connections, which only gives the noise."""
     return [mode for mode in results.ran() if mode.name != DIRECT_AGAIN]
 
 
-# ---- in short
+# ---- summary
 
 
 def _tiles(results: Results) -> Iterator[str]:
@@ -106,7 +106,7 @@ def _tiles(results: Results) -> Iterator[str]:
 
 
 def _scores(results: Results) -> Iterator[str]:
-    """Three lists: where the kernel wins, where userspace does, and what this machine could not decide."""
+    """Yield three lists: kernel modes better, userspace better, and undecided."""
     found = list(points(results))
     kernel = [p for p in found if p.comparison.decided and p.comparison.ratio.median > 1]
     ours = [p for p in found if p.comparison.decided and p.comparison.ratio.median < 1]
@@ -136,7 +136,7 @@ def _point(point: Point, ratio: float) -> str:
 
 
 def _outages(results: Results) -> Iterator[tuple[str, str, float, float]]:
-    """Yield event, kernel mode, and which share of requests failed there and in userspace."""
+    """Yield event, kernel mode, and the shares of failed requests there and in userspace."""
     others = kernel_modes(results)
     for event in EVENT_NAMES:
         ours = timelines_of(results, event, USERSPACE)
@@ -265,7 +265,7 @@ def _failure_panels(results: Results) -> Iterator[str]:
 
 
 def _shares_over_time(seen: Sequence[Timeline]) -> tuple[list[float], list[float]]:
-    """Return for each bucket which share of all rounds' requests was slow, and which failed."""
+    """Return, for each bucket, the shares of slow and of failed requests over all rounds."""
     slow, failed = [], []
     for bucket in range(min(len(timeline.good) for timeline in seen)):
         counts = [sum(getattr(timeline, kind)[bucket] for timeline in seen) for kind in ("good", "slow", "failed")]

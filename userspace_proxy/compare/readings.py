@@ -1,4 +1,4 @@
-"""What claims, tables and charts read out of results: userspace beside the best kernel mode, sizes, outages."""
+"""Values derived from results for claims, tables and charts: userspace against the best kernel mode, sizes, outages."""
 
 from __future__ import annotations
 
@@ -15,44 +15,44 @@ EVENT_NAMES = {"dies": "dies", "silent": "falls silent", "leaves": "is deleted"}
 
 
 def percent(share: float) -> str:
-    """Return *share* as a percentage; never 0 % for what is not nothing."""
+    """Return *share* as a percentage; never 0 % for a value above zero."""
     return f"{share:.0%}" if share in (0, 1) or share >= 0.095 else f"{share:.1%}"
 
 
 def times(comparison: Comparison) -> str:
-    """Return the ratio with its spread, or that it is undecided, or could not be decided."""
+    """Return the ratio with its spread, marked as undecided, or as undecidable without a known noise."""
     ratio = comparison.ratio
     undecided = "" if comparison.decided else ", noise unknown" if comparison.noise is None else ", undecided"
     return f"{ratio.median:.2f} times ({ratio.low:.2f} to {ratio.high:.2f}{undecided})"
 
 
 def noise_text(noise: float | None) -> str:
-    """Return the noise as a ratio above 1; a dash where it is unknown."""
+    """Return the noise as a ratio above 1, or a dash if it is unknown."""
     return "-" if noise is None else f"{noise:.2f}"
 
 
 def title_of(results: Results, mode: str) -> str:
-    """Return how *mode* is called in words."""
+    """Return the title of *mode*."""
     return next((run.title for run in results.modes if run.name == mode), mode)
 
 
 def kernel_modes(results: Results) -> list[ModeRun]:
-    """Return the kernel modes that took part; the direct way where there are none."""
+    """Return the kernel modes that took part, or direct connections if there are none."""
     ran = [mode for mode in results.ran() if mode.kind == "kernel"]
     return ran or [mode for mode in results.ran() if mode.name == DIRECT]
 
 
 def stand_in(results: Results) -> tuple[str, ...]:
-    """Return the sentence that says so where the direct way stands in for kernel modes."""
+    """Return a sentence that says so if direct connections replace the kernel modes, else nothing."""
     if any(mode.kind == "kernel" for mode in results.ran()):
         return ()
     return ("No kernel mode took part: the direct way, without any Service, stands for the best that one could do.",)
 
 
 def best_kernel(results: Results, case: str, name: str, *, more_is_better: bool) -> ModeRun | None:
-    """Return the kernel mode with the best median; None where none was measured.
+    """Return the kernel mode with the best median, or None if none was measured.
 
-    A median of nothing is no best one: no ratio could be told of it.
+    A median of zero is skipped, because it allows no ratio.
     """
     measured = [(figure(results, case, mode.name, name), mode) for mode in kernel_modes(results)]
     known = [(found.median, index, mode) for index, (found, mode) in enumerate(measured) if found and found.median]
@@ -66,7 +66,7 @@ def best_kernel(results: Results, case: str, name: str, *, more_is_better: bool)
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One thing in which userspace and the best kernel mode were compared; above 1 the kernel mode is better."""
+    """One figure compared between userspace and the best kernel mode; above 1 the kernel mode is better."""
 
     what: str
     kernel: str
@@ -86,7 +86,7 @@ _POINTS = (
 
 
 def points(results: Results) -> Iterator[Point]:
-    """Yield in what userspace was compared with the best kernel mode."""
+    """Yield the comparisons of userspace with the best kernel mode."""
     for case, name, more_is_better, what in _POINTS:
         kernel = best_kernel(results, case, name, more_is_better=more_is_better)
         if kernel is None:
@@ -107,21 +107,21 @@ def sizes_of(results: Results, mode: str, name: str) -> dict[int, float]:
 
 
 def growth(by_size: dict[int, float]) -> float:
-    """Return how much more it is at the largest size than at the smallest."""
+    """Return the difference between the values at the largest and at the smallest size."""
     return by_size[max(by_size)] - by_size[min(by_size)]
 
 
 def lookup_noise_us(results: Results, mode: str) -> float:
-    """Return what a growth of *mode*'s new connections must exceed to be one.
+    """Return the noise, in microseconds, that a growth of *mode*'s connection time must exceed to count.
 
-    That is how far apart the middle half of the turns lay, at the number of Services where they did most: of fifteen
-    turns some three times the error of what their medians differ by.
+    It is the largest interquartile range of the turns at any number of Services. With fifteen turns, that is about
+    three times the error of a difference of medians.
     """
     return max(sizes_of(results, mode, "spread_us").values(), default=0.0)
 
 
 def outage(timelines: Sequence[Timeline]) -> tuple[float, float]:
-    """Return which shares of requests failed and were slow, from the event until a second after all were told."""
+    """Return the shares of failed and slow requests, from the event until a second after all modes were notified."""
     good, slow, failed = [], [], []
     for line in timelines:
         first, last = int(line.event_s / line.bucket_s), int((line.told_s + 1.0) / line.bucket_s)

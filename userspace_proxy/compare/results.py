@@ -1,4 +1,4 @@
-"""What was measured, as it is written to JSON and read again: raw figures of each round, nothing derived."""
+"""The results as written to JSON and read again: raw figures of each round, nothing derived."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Kind = Literal["none", "kernel", "proxy"]
 
 @dataclass(frozen=True, slots=True)
 class ModeRun:
-    """A mode, and why it did not take part if it did not. ``kind``: who carries the bytes."""
+    """A mode, and the reason if it did not take part. ``kind``: what carries the bytes."""
 
     name: str
     title: str
@@ -24,7 +24,7 @@ class ModeRun:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One load over one mode in one round. Figures are named with their units, e.g. ``p99_ms``."""
+    """One load over one mode in one round. Names of figures end in their units, e.g. ``p99_ms``."""
 
     case: str
     mode: str
@@ -34,10 +34,10 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """What clients saw over time while one pod of three failed: counts of requests, one for each bucket.
+    """What clients saw while one pod of three failed: counts of requests, one for each bucket.
 
-    A request belongs to the bucket in which it began. ``event_s``: when the pod failed; ``told_s``: when the
-    mode was told that the endpoint is gone.
+    A request belongs to the bucket in which it began. ``event_s``: when the pod failed. ``told_s``: when the mode was
+    notified that the endpoint is gone.
     """
 
     event: str
@@ -53,7 +53,7 @@ class Timeline:
 
 @dataclass
 class Results:
-    """All of one comparison. ``notes``: what could not be measured here, and why."""
+    """The results of one comparison. ``notes``: what could not be measured, and why."""
 
     version: str
     taken_at: str
@@ -85,7 +85,7 @@ def to_json(results: Results) -> bytes:
 
 
 def from_json(data: bytes) -> Results:
-    """Read what `to_json` wrote. Raises msgspec.ValidationError where it is something else."""
+    """Parse the output of `to_json`. Raises msgspec.ValidationError for any other data."""
     results = msgspec.json.decode(data, type=Results)
     if results.schema != SCHEMA:
         raise msgspec.ValidationError(f"schema is {results.schema}; this version reads {SCHEMA}")

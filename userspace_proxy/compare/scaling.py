@@ -1,7 +1,7 @@
-"""What a mode costs by the number of Services: rules, time to load them and to change one, a new connection.
+"""Measures cost by number of Services: rules, time to load all and to change one, and a new connection.
 
-Each mode of ours has a node for this alone. Services are added to those that are there already; the clock
-runs from the moment when their manifests lie in the folder until a client is answered by the last one.
+Each mode of this proxy has a separate node for this. Services are added to the existing ones. The time counts from when
+their manifests are in the folder until the last one answers a client.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from userspace_proxy.errors import StartError
 from userspace_proxy.lab import HTTP_PORT, ask
 
 SIZES = (10, 100, 1_000, 5_000, 10_000)
-_FIRST = 10  # Services before it are the ones of the loads
+_FIRST = 10  # Services with lower numbers belong to the loads
 _PROBE = 9  # the Service whose endpoint changes
 _TURNS = 15
-_DIALLED = 20  # Services that new connections go to, spread over all
+_DIALLED = 20  # number of dialled Services, spread over all
 _CHANGES = 5
 _ANSWER_TIMEOUT_S = 0.25
 _LOAD_TIMEOUT_S = 120.0
 _POLL_S = 0.002
-_TELLING = 1_000  # Services from which on the time to load says something about that of more
+_TELLING = 1_000  # from this number of Services on, the load time predicts that of more
 
 _SERVICE = """\
 apiVersion: v1
@@ -50,9 +50,9 @@ endpoints: [{endpoints}]
 def scale(
     mode: Mode, site: Site, direct: Site, sizes: Sequence[int], seconds: float, budget_s: float
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """Yield the size and its figures, for as many *sizes* as *budget_s* allows; *site* is new and the mode's own.
+    """Yield (size, figures) for as many *sizes* as *budget_s* allows; *site* is new and used for this mode only.
 
-    New connections are measured in turns with those over *direct*, where there are no Services: for *seconds* each.
+    New connections are measured in turns with connections over *direct*, which has no Services, for *seconds* each.
     """
     mode.start(site)
     site.wait_until_it_serves()
@@ -84,13 +84,13 @@ def _measure(site: Site, size: int, direct: Site, seconds: float) -> dict[str, f
     spread = [(site.service_ip(_FIRST + index * (size - 1) // (_DIALLED - 1)), 80) for index in range(_DIALLED)]
     dialled, without = [], []
     for turn in range(_TURNS):
-        first = turn * _DIALLED // _TURNS  # a turn may be too short for all of them
+        first = turn * _DIALLED // _TURNS  # a turn may be too short to dial all of them
         in_turn = [*spread[first:], *spread[:first]]
         dialled.append(statistics.median(one_after_another(site, in_turn, seconds / _TURNS)))
         without.append(
             statistics.median(one_after_another(direct, [(direct.trio_ips[0], HTTP_PORT)], seconds / _TURNS))
         )
-    # Turn by turn, so that a machine which gets slower for a while adds nothing.
+    # Compare turn by turn, so that a temporarily slow machine affects both.
     added = [(here - there) * 1000 for here, there in zip(dialled, without, strict=True)]
     lower, _, upper = statistics.quantiles(added, n=4)
     return {
@@ -112,10 +112,10 @@ def _change(site: Site, turn: int) -> float:
 
 
 def count_rules(site: Site) -> int:
-    """Return how many rules the node has, in nftables and in the older tables of iptables."""
+    """Return the number of rules on the node, in nftables and in legacy iptables tables."""
     listed = site.node.run("nft", "-a", "list", "ruleset", timeout_s=60).stdout
     containers = ("table ", "chain ", "set ", "map ")
-    own = 1  # that of node.rules
+    own = 1  # the rule of node.rules
     count = sum(" # handle " in line and not line.lstrip().startswith(containers) for line in listed.splitlines()) - own
     version = site.node.run("iptables", "--version", check=False).stdout
     if "legacy" in version:

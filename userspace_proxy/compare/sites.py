@@ -1,7 +1,7 @@
-"""The hosts of the comparison: one client, the pods, and for each mode a node of its own between them.
+"""The hosts of a comparison: one client, the pods, and one node for each mode between them.
 
-A node a mode means: a mode's connection tracking, its rules, its ports in TIME_WAIT and its addresses as
-the backends see them meet no other mode's. The pods behind it all are the same for every mode.
+Separate nodes keep the modes apart: conntrack, rules, ports in TIME_WAIT, and the source addresses that backends see.
+All modes share the same pods.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ PEERS = Path(__file__).parent / "peers"
 TRIO_PODS = 3
 _START_TIMEOUT_S = 20.0
 _KILL_TIMEOUT_S = 10.0
-# What may go wrong with one mode: it becomes a note, and the others are measured.
+# Errors that affect one mode only: it gets a note, and the others are measured.
 MISHAPS = (StartError, OSError, subprocess.SubprocessError)
 
 
 def reason_of(error: Exception) -> str:
-    """Say what went wrong; of a tool that failed, in the tool's own words."""
+    """Return the reason for *error*; for a failed tool, the tool's own message."""
     if not isinstance(error, subprocess.CalledProcessError):
         return str(error)
     words = (error.stderr or error.stdout or "").strip() or f"exit code {error.returncode}"
@@ -40,10 +40,10 @@ def reason_of(error: Exception) -> str:
 
 @dataclass(eq=False)
 class Site:
-    """One mode's node, with what runs there.
+    """One mode's node and its processes.
 
-    ``pod_ip`` is where the pod for loads is seen from this node, ``trio_ips`` are three more pods, of which
-    one is going to fail. ``front_ip`` is the address that clients dial; ``processes`` those of the mode.
+    ``pod_ip``: the address of the load pod from this node. ``trio_ips``: three more pods, one of which will fail.
+    ``front_ip``: the address that clients dial. ``processes``: the processes of the mode.
     """
 
     name: str
@@ -71,21 +71,21 @@ class Site:
         return tuple(f"10.{self.net}.{3 + index}.2" for index in range(TRIO_PODS))
 
     def service_ip(self, number: int = 0) -> str:
-        """Return the cluster IP of Service *number*; 0 is the one for loads, 1 the one of the three pods."""
+        """Return the cluster IP of Service *number*: 0 is for loads, 1 for the three pods."""
         return f"10.{100 + self.net}.{number // 250}.{number % 250 + 1}"
 
     @property
     def service_range(self) -> str:
-        """The range that cluster IPs of this site are in."""
+        """The range of this site's cluster IPs."""
         return f"10.{100 + self.net}.0.0/16"
 
     @property
     def pids(self) -> list[int]:
-        """The mode's processes at this moment; none for what the kernel does alone."""
+        """The mode's current processes; none for modes that run in the kernel alone."""
         return [pid for process in self.processes for pid in (process.pid, *children(process.pid))]
 
     def fill_in(self, template: Path, target: Path | None = None, **values: object) -> Path:
-        """Fill in *template* with this site's addresses and return where the result lies."""
+        """Fill in *template* with this site's addresses; return the path of the result."""
         trio = {f"trio{index}_ip": ip for index, ip in enumerate(self.trio_ips)}
         addresses = {"pod_ip": self.pod_ip, "service_ip": self.service_ip(), "trio_ip": self.service_ip(1), **trio}
         return fill_in(template, target or self.folder / template.name, **addresses, **values)
@@ -97,7 +97,7 @@ class Site:
         return process
 
     def stop(self, timeout_s: float = 30.0) -> None:
-        """End the mode's processes, as the user would."""
+        """Stop the mode's processes with SIGTERM, as a user would."""
         for process in self.processes:
             process.terminate()
         for process in self.processes:
@@ -105,7 +105,7 @@ class Site:
         self.processes.clear()
 
     def kill(self) -> None:
-        """End all that runs on the mode's node, at once: a worker outlives the process that started it."""
+        """Kill all processes on the mode's node, including workers that outlive their parent."""
         give_up_at = time.monotonic() + _KILL_TIMEOUT_S
         while (pids := ip("netns", "pids", self.node.name).split()) and time.monotonic() < give_up_at:
             for pid in pids:
@@ -117,7 +117,7 @@ class Site:
         self.processes.clear()
 
     def wait_until_it_serves(self) -> None:
-        """Wait for the mode's first answer. Raises StartError with its own words where none comes."""
+        """Wait for the mode's first answer. Raises StartError with its log if none comes."""
         give_up_at = time.monotonic() + _START_TIMEOUT_S
         while True:
             try:
@@ -135,7 +135,7 @@ class Site:
         return log.read_text()[-2000:].strip() if log.exists() else ""
 
     def forget_connections(self) -> None:
-        """Empty this node's connection tracking (its own, nobody else's), so that each run starts alike."""
+        """Clear this node's conntrack table (no other node's), so that each run starts alike."""
         self.node.run("conntrack", "-F")
 
 
@@ -155,14 +155,14 @@ class Sites:
             self._prepare_host(host)
 
     def _prepare_host(self, host: Host) -> None:
-        # What many short connections need: room in the backlog, and few of them kept in TIME_WAIT.
+        # Settings for many short connections: long queues, and few connections in TIME_WAIT.
         knobs = ["net.core.somaxconn=4096", "net.ipv4.tcp_max_syn_backlog=4096", "net.ipv4.tcp_max_tw_buckets=16384"]
         if self._congestion:
             knobs.append(f"net.ipv4.tcp_congestion_control={self._congestion}")
         host.run("sysctl", "-qw", *knobs)
 
     def add(self, name: str) -> Site:
-        """Make the node for the mode called *name*."""
+        """Add the node for the mode called *name*."""
         self._count += 1
         net = self._count
         node = self._lab.add(f"node{net}")
@@ -186,14 +186,14 @@ class Sites:
         return site
 
     def start_backends(self) -> None:
-        """Start what answers in the pod: nginx for small answers, iperf3 for bytes."""
+        """Start the pod's servers: nginx for small answers, iperf3 for bytes."""
         self.start_nginx("small", SMALL)
         iperf3 = ("env", f"TMPDIR={self._folder}", "iperf3", "-s", "-p", str(BULK))
         self.pod.start(*iperf3, log=self._folder / "backends.log")
         self._wait_for_pod(BULK, lambda: connect(self.pod, "127.0.0.1", BULK).close())
 
     def start_nginx(self, name: str, port: int) -> None:
-        """Start a server in the pod that has small answers, and all of the hosts' folder."""
+        """Start an nginx server in the pod: it serves small answers, and all files of the hosts' folder."""
         target = self._folder / f"{name}.conf"
         config = fill_in(PEERS / "backend.conf", target, folder=self._folder, server=name, port=port)
         self.pod.start("nginx", "-p", str(self._folder), "-c", str(config), log=self._folder / "backends.log")
@@ -213,27 +213,27 @@ class Sites:
                 return
 
     def start_trio(self) -> None:
-        """Start a server in each of the three pods of which one is going to fail."""
+        """Start a server in each of the three pods, one of which will fail."""
         self.trio_servers = [start_nginx(pod, self._folder) for pod in self.trio]
 
     def restart_trio(self, index: int) -> None:
-        """Bring the server of one of the three back, if it has ended."""
+        """Restart the server of one of the three pods, if it has ended."""
         if self.trio_servers[index].poll() is not None:
             self.trio_servers[index] = start_nginx(self.trio[index], self._folder)
 
 
 def fill_in(template: Path, target: Path, **values: object) -> Path:
     """Write *template* to *target* with its ``$name`` placeholders replaced; return *target*."""
-    # nginx has variables with a dollar as well: what is not ours stays.
+    # nginx also uses variables with a dollar: leave unknown names unchanged.
     text = string.Template(template.read_text()).safe_substitute({key: str(value) for key, value in values.items()})
-    temporary = target.with_name(f".{target.name}.new")  # whoever watches the folder sees it whole or not at all
+    temporary = target.with_name(f".{target.name}.new")  # a watcher of the folder sees the whole file or none
     temporary.write_text(text)
     temporary.replace(target)
     return target
 
 
 def load_stream_module() -> str | None:
-    """Return the line with which nginx finds its stream module, empty where it is built in; None if there is none."""
+    """Return the nginx directive that loads its stream module, "" if it is built in, or None if there is none."""
     nginx = shutil.which("nginx")
     if nginx is None:
         return None

@@ -1,4 +1,7 @@
-"""System calls of a mode's processes, counted by strace (which slows them: nothing else is read meanwhile) or perf."""
+"""Counts system calls of a mode's processes with strace or perf.
+
+strace slows the processes, so nothing else is measured meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,13 @@ from userspace_proxy.compare.sites import Site
 from userspace_proxy.errors import StartError
 
 _ATTACH_S = 0.1
-# Few, so that those which are only half done at the end do not show in the figures.
+# Few connections, so that unfinished requests at the end do not distort the figures.
 _CONNECTIONS = 16
 _TIMEOUT_S = 10
 
 
 def calls_per_request(site: Site, seconds: float, *, close: bool = False) -> dict[str, float]:
-    """Return the calls per request of keep-alive connections, or of a connection per request, by name."""
+    """Return calls per request, by name; over keep-alive connections, or with *close* over a connection each."""
 
     return _counted(site, lambda: served(run_for(seconds, Wrk(site, _CONNECTIONS, close=close))).units)
 
@@ -32,7 +35,7 @@ def calls_per_mb(site: Site, seconds: float) -> dict[str, float]:
 
 
 def counter() -> str | None:
-    """Return the tool that counts here: strace, which names calls, or perf, which needs root; None if there is none."""
+    """Return strace (names each call), perf (needs root), or None if neither can be used."""
     return next((tool for tool in ("strace", "perf") if shutil.which(tool)), None)
 
 
@@ -52,7 +55,7 @@ def _counted(site: Site, load: Callable[[], float]) -> dict[str, float]:
             raise StartError(f"{tool} may not look here: {_last_line(log)}")
         units = load()
     finally:
-        has_reported = _end(counting)  # whatever happened: all later loads would be slowed
+        has_reported = _end(counting)  # always: otherwise it would slow all later loads
     if not has_reported:
         raise StartError(f"{tool} does not end")
     counts = (_parse_strace if tool == "strace" else _parse_perf)(report.read_text())
@@ -60,7 +63,7 @@ def _counted(site: Site, load: Callable[[], float]) -> dict[str, float]:
 
 
 def _end(counting: subprocess.Popen[bytes]) -> bool:
-    """End the tool; return whether it did so by itself, with a report of what it counted."""
+    """Stop the tool; return whether it ended by itself and wrote its report."""
     counting.send_signal(signal.SIGINT)
     try:
         counting.wait(_TIMEOUT_S)
@@ -76,7 +79,7 @@ def _last_line(log: Path) -> str:
 
 
 def _parse_strace(report: str) -> Counter[str]:
-    """Read the table of ``strace -c``: share, seconds, microseconds a call, calls, errors where there are any, name."""
+    """Parse the table of ``strace -c``: share, seconds, microseconds for each call, calls, errors (optional), name."""
     counts: Counter[str] = Counter()
     for line in report.splitlines():
         words = line.split()
@@ -86,7 +89,7 @@ def _parse_strace(report: str) -> Counter[str]:
 
 
 def _parse_perf(report: str) -> Counter[str]:
-    """Read the line of ``perf stat -x,``: how many, unit, event; without names all calls are one."""
+    """Parse the line of ``perf stat -x,``: count, unit, event; it has no names, so all calls count as one."""
     counts: Counter[str] = Counter()
     for line in report.splitlines():
         count, _, rest = line.partition(",")

@@ -1,4 +1,4 @@
-"""All figures as tables of text, for the terminal, a pipe and the end of the report."""
+"""All figures as text tables, for the terminal, a pipe and the end of the report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from userspace_proxy.compare.scaling import SIZES
 
 _NONE = "-"
 _PIPE_WIDTH = 170
-# Case, figure, factor to the unit shown, what is shown.
+# Case, figure, factor to the displayed unit, label.
 _ROWS = (
     (cases.KEEPALIVE_1, "p50_ms", 1, "request p50, ms"),
     (cases.KEEPALIVE_1, "p99_ms", 1, "request p99, ms"),
@@ -59,7 +59,7 @@ class Sheet:
 
 
 def sheets(results: Results) -> Iterator[Sheet]:
-    """Yield the tables that *results* have figures for."""
+    """Yield the tables for which *results* have figures."""
     modes = [mode for mode in results.ran() if mode.name != DIRECT_AGAIN]
     rows = []
     for case, name, factor, what in _ROWS:
@@ -109,7 +109,7 @@ def _services(results: Results) -> Iterator[Sheet]:
 
 
 def print_all(results: Results) -> None:
-    """Print tables, verdicts and what is missing to stdout: coloured on a terminal, plain in a pipe."""
+    """Print tables, verdicts and missing parts to stdout: coloured on a terminal, plain in a pipe."""
     console = Console(highlight=False, width=None if Console().is_terminal else _PIPE_WIDTH)
     for sheet in sheets(results):
         table = Table(title=sheet.title, title_justify="left", title_style="bold", box=None, pad_edge=False)

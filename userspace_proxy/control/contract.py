@@ -42,7 +42,7 @@ class Clause:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class FieldTreatment:
     """How a field that a manifest sets is treated, and where it is set."""
 
     file: str
@@ -130,11 +130,11 @@ def _read() -> Mapping[str, tuple[Clause, ...]]:
     }
 
 
-def answers(manifests: Sequence[Manifest]) -> list[Answer]:
+def field_treatments(manifests: Sequence[Manifest]) -> list[FieldTreatment]:
     """Return how each field of *manifests* is treated, in the order written. They must be read with ``for_check``."""
     lines = Lines()
     return [
-        Answer(
+        FieldTreatment(
             manifest.place.document.path,
             lines.line_of(manifest.place, field),
             str(manifest),

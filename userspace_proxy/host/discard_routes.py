@@ -28,7 +28,7 @@ from userspace_proxy.host.tool import parsed, run_tool
 _NARROWER = 10778
 _DISCARD = 10779
 _TABLE = "10778"
-# Above that of an exception, so that an exception to a single address counts first.
+# A higher metric than an exception's, so that an exception for a single address takes precedence.
 _METRIC = "metric 100"
 _EXCEPTION = {4: "dev lo scope link metric 1", 6: "metric 1"}
 
@@ -82,7 +82,7 @@ async def except_addresses(ips: Collection[str]) -> None:
 
 
 async def _listed(version: int) -> list[dict[str, Any]]:
-    """Return the routes of our table."""
+    """Return the routes in the table of discard routes."""
     listed = parsed(
         await run_tool("ip", "-json", f"-{version}", "route", "show", "table", "all", "proto", ROUTE_PROTOCOL)
     )
@@ -102,7 +102,10 @@ async def _discard(version: int, ranges: set[Network], addresses: set[Network]) 
 
 
 def _rule_changes(rules: Iterable[dict[str, Any]], ranges: set[Network], *, discards: bool) -> list[str]:
-    """Return what makes *rules* ours: narrower routes count before anything is discarded."""
+    """Return the `ip rule` commands that turn *rules* into the wanted ones.
+
+    Routes narrower than a range are looked up before anything is discarded.
+    """
     narrower = {
         ipaddress.ip_network("/".join(str(rule[key]) for key in ("dst", "dstlen") if key in rule))
         for rule in rules
@@ -122,7 +125,7 @@ def _rule_changes(rules: Iterable[dict[str, Any]], ranges: set[Network], *, disc
 
 
 async def _led_to_by_default(version: int, addresses: set[Network]) -> set[Network]:
-    """Return those of *addresses* that have a default route and no other one."""
+    """Return those of *addresses* that only the default route covers."""
     listed = parsed(await run_tool("ip", "-json", f"-{version}", "route", "show"))
     alive = [route["dst"] for route in listed if route.get("type") not in DEAD_ROUTES]
     if "default" not in alive:

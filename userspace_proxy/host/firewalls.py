@@ -1,6 +1,7 @@
-"""Firewalls of others in the way of Services' traffic.
+"""Finds firewalls of other programs that block Services' traffic.
 
-Redirected traffic arrives at INPUT like any packet for this node; what the kernel translates by itself passes FORWARD.
+Redirected traffic passes INPUT like any packet for this node. Traffic that the kernel translates by itself passes
+FORWARD.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ log = logging.getLogger(__name__)
 
 Hook = Literal["input", "forward"]
 
-# What iptables on nf_tables makes: only its own tool can read all of its rules, and refuses chains with foreign ones.
+# The chains of iptables on nf_tables. Only iptables can read all rules in them; it rejects chains with foreign rules.
 _OF_IPTABLES = [(family, "filter", chain) for family in ("ip", "ip6") for chain in ("INPUT", "FORWARD")]
-# Bridges of Docker: what is accepted there is its containers' traffic, not that of pods.
+# Docker's bridges: a rule that accepts traffic there concerns containers, not pods.
 _CONTAINER_BRIDGE = re.compile(r"(docker\d+|br-)")
 
 
 def blocking_chains(ruleset: dict[str, Any], hook: Hook = "input") -> list[str]:
-    """Return the nftables chains at *hook* that drop what no rule accepts, and accept nothing for its NAT status.
+    """Return the nftables chains at *hook* that drop by default and accept no translated traffic.
 
-    A forward chain that accepts new connections of any kind may accept those to endpoints, too: it is not returned.
-    *ruleset* is what ``nft --json list ruleset`` prints; a chain is returned as ``family table chain``.
+    A forward chain that accepts new connections of any kind may accept those to endpoints too, so it is not returned.
+    *ruleset* is the output of ``nft --json list ruleset``. Chains are returned as ``family table chain``.
     """
     items = ruleset.get("nftables", [])
     chains = [item["chain"] for item in items if "chain" in item]
@@ -61,10 +62,10 @@ def _may_accept_new(expressions: list[dict[str, Any]]) -> bool:
 
 
 def blocks(rules: str, hook: Hook = "input") -> bool:
-    """Return whether iptables drops at *hook* what no rule accepts, and accepts nothing for its NAT status.
+    """Return whether iptables drops by default at *hook* and accepts no translated traffic.
 
-    As with `blocking_chains`, a rule that accepts new connections may let those to endpoints pass FORWARD. *rules* is
-    what ``iptables -S`` prints.
+    As in `blocking_chains`, a rule that accepts new connections may accept those to endpoints at FORWARD. *rules* is
+    the output of ``iptables -S``.
     """
     lines, chain = rules.splitlines(), hook.upper()
     ends = (f"-P {chain} DROP", f"-A {chain} -j DROP", f"-A {chain} -j REJECT")
@@ -79,12 +80,12 @@ def blocks(rules: str, hook: Hook = "input") -> bool:
 def _may_accept_new_by_iptables(rule: str) -> bool:
     chain = rule.split()[1]
     is_of_states = "state " in rule and "NEW" not in rule
-    # KUBE-FORWARD accepts what is masqueraded, which not all traffic is.
+    # KUBE-FORWARD accepts masqueraded traffic only, and not all Service traffic is masqueraded.
     return not (is_of_states or chain in ("INPUT", "OUTPUT", "KUBE-FORWARD") or _CONTAINER_BRIDGE.search(rule))
 
 
 async def find_blocking_firewall(hook: Hook = "input") -> list[str]:
-    """Return what on this node would drop Services' traffic at *hook*, each with the command that mends it."""
+    """Return the firewalls that drop Services' traffic at *hook*, each with a command that lets it pass."""
     found = []
     if is_installed("nft"):
         listed = parsed(await run_tool("nft", "--json", "--terse", "list", "ruleset")) or {}

@@ -1,7 +1,7 @@
-"""What this node's network must offer beside rules: routes that cover cluster IPs, and a private address.
+"""Network settings of this node besides rules: routes that cover cluster IPs, and a private address.
 
-Everything added here carries our own route protocol number or one of our own addresses, so that it can be
-taken away without knowing what a crashed process had added.
+Everything added here carries this proxy's route protocol number or one of its own addresses. Cleanup can therefore find
+what a crashed process left.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from userspace_proxy.model.endpoint import family_of
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-# Unassigned in rt_protos; `ip route show proto 107` lists what is ours.
+# Unassigned in rt_protos; `ip route show proto 107` lists the routes of this proxy.
 ROUTE_PROTOCOL = "107"
-# Destinations with a route that leads nowhere: a connect() to one fails before any rule sees it.
+# Types of routes that forward nothing: connect() to such a destination fails before any rule sees a packet.
 DEAD_ROUTES = ("unreachable", "blackhole", "prohibit", "throw")
 
 # The private addresses on ``lo``, for Capture.ADDRESS.
 LOCAL_ADDRESS4 = "169.254.77.7"
 LOCAL_ADDRESS6 = "fd00:77::7"
-# The device that has Services' addresses in ipvs mode. They are not the node's own.
+# The device that holds Services' addresses in ipvs mode. They are not addresses of the node itself.
 SERVICES_DEVICE = "kube-ipvs0"
 
 log = logging.getLogger(__name__)
@@ -37,11 +37,11 @@ log = logging.getLogger(__name__)
 
 
 def missing_routes(wanted: Iterable[Network], routes: Iterable[str]) -> list[Network]:
-    """Return the *wanted* networks that no destination in *routes* covers, widest first, none twice.
+    """Return the *wanted* networks that no destination in *routes* covers, widest first, without duplicates.
 
-    Without a route connect() fails before any rule sees the packet.
+    Without a route, connect() fails before any rule sees the packet.
     """
-    # By their leading bits, so that 10,000 addresses cost 10,000 times some 30 look-ups.
+    # Look up leading bits: 10,000 addresses cost 10,000 times some 30 look-ups.
     covered = {leading_bits(n, n.prefixlen) for n in (ipaddress.ip_network(r, strict=False) for r in routes)}
     missing: list[Network] = []
     for network in sorted(set(wanted), key=lambda n: (n.version, n.prefixlen, n)):
@@ -56,9 +56,10 @@ def leading_bits(network: Network, length: int) -> tuple[int, int, int]:
 
 
 async def add_routes(networks: Iterable[Network], sources: Iterable[str] = ()) -> list[Network]:
-    """Add a route by way of ``lo`` for each of *networks* that has none; return what was added.
+    """Add a route through ``lo`` for each of *networks* that has none; return the networks added.
 
-    Of *sources*, addresses of this host, the first of a family is what its own packets there come from.
+    *sources* are addresses of this host. The first of each family is the source address of the host's packets to
+    *networks*.
     """
     added = []
     wanted = list(networks)
@@ -81,7 +82,7 @@ async def add_routes(networks: Iterable[Network], sources: Iterable[str] = ()) -
 
 
 async def remove_routes_to(networks: Iterable[Network]) -> None:
-    """Remove the routes of ours to *networks*; another's, and one that is not there, is no error."""
+    """Remove this proxy's routes to *networks*; a missing route, or one of another program, is no error."""
     wanted = list(networks)
     for version in (4, 6):
         batch = "".join(f"route del {n} dev lo proto {ROUTE_PROTOCOL}\n" for n in wanted if n.version == version)
@@ -93,7 +94,7 @@ async def remove_routes_to(networks: Iterable[Network]) -> None:
 
 
 async def remove_routes() -> None:
-    """Take away every route of ours."""
+    """Remove every route of this proxy."""
     for version in ("-4", "-6"):
         try:
             await run_tool("ip", version, "route", "flush", "proto", ROUTE_PROTOCOL)
@@ -105,7 +106,7 @@ async def remove_routes() -> None:
 
 
 async def add_local_addresses() -> None:
-    """Put our private addresses on ``lo``; a family that this host lacks is skipped."""
+    """Add the private addresses to ``lo``; skip a family that this host does not have."""
     for address in (f"{LOCAL_ADDRESS4}/32", f"{LOCAL_ADDRESS6}/128"):
         try:
             await run_tool("ip", "address", "replace", address, "dev", "lo")
@@ -121,7 +122,7 @@ async def remove_local_addresses() -> None:
 
 
 async def lacks_addresses() -> bool:
-    """Return whether this host has no IPv4 address but those of ``lo``."""
+    """Return whether this host has no IPv4 address except those of ``lo``."""
     try:
         return not parsed(await run_tool("ip", "-json", "-4", "address", "show", "scope", "global"))
     except SyncError:
@@ -129,10 +130,10 @@ async def lacks_addresses() -> bool:
 
 
 async def host_addresses() -> tuple[str, ...]:
-    """Return this host's own addresses, as far as others may know them; none where it cannot be asked.
+    """Return this host's global addresses; none if they cannot be listed.
 
-    Those of the interface with the default route come first, so they are the primary ones, whatever other interfaces
-    (bridges of containers, VPNs) were made earlier.
+    Addresses of the interface with the default route come first. They are the primary ones, even if other interfaces
+    (container bridges, VPNs) are older.
     """
     try:
         addresses = (await look_at_addresses()).host
@@ -160,14 +161,14 @@ async def host_addresses() -> tuple[str, ...]:
 
 
 class Addresses(NamedTuple):
-    """``host``: its own, as far as others may know them; ``device``: those of the device that bears portals."""
+    """``host``: global addresses of this host; ``device``: addresses of the device that holds Services' addresses."""
 
     host: tuple[str, ...]
     device: frozenset[str]
 
 
 async def look_at_addresses() -> Addresses:
-    """Raises SyncError where the host does not say which it has."""
+    """Return the addresses of this host. Raises SyncError if they cannot be listed."""
     found: dict[str, None] = {}
     device: set[str] = set()
     for link in parsed(await run_tool("ip", "-json", "address", "show")):
@@ -180,9 +181,9 @@ async def look_at_addresses() -> Addresses:
 
 
 async def look_at_networks() -> tuple[frozenset[str], tuple[Network, ...]]:
-    """Return this host's own addresses and the networks that it is in, but those of devices that bear portals.
+    """Return this host's addresses and the networks it is attached to; none if they cannot be listed.
 
-    These are dummy devices: ours, kube-proxy's and that of NodeLocal DNSCache. None where the host cannot be asked.
+    Dummy devices are skipped: those of this proxy, kube-proxy and NodeLocal DNSCache hold Services' addresses.
     """
     own: set[str] = set()
     networks: dict[Network, None] = {}
@@ -205,7 +206,7 @@ async def look_at_networks() -> tuple[frozenset[str], tuple[Network, ...]]:
 
 
 def listening_ports() -> set[tuple[str, int]]:
-    """Return protocol and number of each port that a process of this network namespace listens at."""
+    """Return (protocol, port number) for each port with a listener in this network namespace."""
     found = set()
     for protocol, state in (("TCP", "0A"), ("UDP", "07")):  # TCP_LISTEN; a UDP socket that is connected to no peer
         for file in (protocol.lower(), f"{protocol.lower()}6"):
@@ -218,11 +219,11 @@ def listening_ports() -> set[tuple[str, int]]:
 
 
 def unnumbered_interfaces(links: Sequence[dict[str, Any]], routes: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the interfaces that carry IPv4 traffic without an IPv4 address of their own (as Calico's do).
+    """Return the interfaces that carry IPv4 traffic but have no IPv4 address (as with Calico).
 
-    REDIRECT sends a packet to the first address of the interface it came in by, and drops it where there
-    is none. *links* and *routes* are what ``ip -json address`` and ``ip -json -4 route`` print. A port of a
-    bridge is no such interface: its packets come in by the bridge.
+    REDIRECT sends a packet to the first address of the interface it arrived at. If there is none, it drops the packet.
+    *links* and *routes* are the output of ``ip -json address`` and ``ip -json -4 route``. Bridge ports are skipped:
+    their packets arrive at the bridge.
     """
     routed = {route.get("dev") for route in routes}
     return [
@@ -241,7 +242,7 @@ async def find_unnumbered_interfaces() -> list[str]:
     return unnumbered_interfaces(links, routes)
 
 
-# ---- what conntrack is set to
+# ---- kernel settings
 
 
 def forwards() -> bool:
@@ -251,7 +252,7 @@ def forwards() -> bool:
 
 
 def reserved_ports() -> frozenset[int]:
-    """Return the ports that are kept for applications here (``ip_local_reserved_ports``); none where unreadable."""
+    """Return the ports reserved for applications (``ip_local_reserved_ports``); none if unreadable."""
     found: set[int] = set()
     with contextlib.suppress(OSError, ValueError):
         for part in Path("/proc/sys/net/ipv4/ip_local_reserved_ports").read_text().strip().split(","):
@@ -261,7 +262,7 @@ def reserved_ports() -> frozenset[int]:
 
 
 def conntrack_udp_timeouts() -> tuple[float, float]:
-    """Return conntrack's UDP time-outs in seconds: unanswered, answered. The kernel's defaults where unreadable."""
+    """Return conntrack's UDP time-outs in seconds: (unanswered, answered); the kernel's defaults if unreadable."""
     folder = Path("/proc/sys/net/netfilter")
     try:
         unanswered = float((folder / "nf_conntrack_udp_timeout").read_text())

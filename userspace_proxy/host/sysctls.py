@@ -1,7 +1,7 @@
-"""What the kernel must be set to on a proxy's node: room in conntrack and its time-outs, and long enough queues.
+"""Kernel settings of a proxy's node: size and time-outs of conntrack, and the length of accept queues.
 
-As kube-proxy does it, with one difference: a kernel that refuses (a read-only /proc/sys, a namespace of a container)
-stops nobody from serving. What could not be set is returned, for somebody to look at.
+As in kube-proxy, with one difference: a kernel that rejects a setting (a read-only /proc/sys, a container's namespace)
+does not stop the proxy. The caller gets the rejected settings and reports them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NamedTuple
 _PROC = Path("/proc/sys")
 _NETFILTER = _PROC / "net/netfilter"
 _HASH_SIZE = Path("/sys/module/nf_conntrack/parameters/hashsize")
-# However many cores there are (kubernetes/kubernetes#137002): an entry is 300 bytes, and nobody has them all at once.
+# An upper bound for any number of cores (kubernetes/kubernetes#137002): an entry takes 300 bytes.
 _SCALED_MAX = 1_048_576
 _ENTRIES_A_BUCKET = 4
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ConntrackLimits:
-    """What conntrack is to be set to; 0 leaves alone what there is."""
+    """Conntrack settings; 0 leaves the kernel's value unchanged."""
 
     max_per_core: int = 0
     min_entries: int = 0
@@ -43,7 +43,7 @@ KUBE_PROXY = ConntrackLimits(
 
 
 class Sysctl(NamedTuple):
-    """One value of the kernel; ``at_least``: a larger one is as well."""
+    """One kernel setting; with ``at_least`` a larger value also satisfies it."""
 
     path: Path
     value: int
@@ -57,9 +57,9 @@ class Sysctl(NamedTuple):
 
 
 def conntrack_sysctls(limits: ConntrackLimits, cores: int) -> list[Sysctl]:
-    """Return what *limits* mean on a node with so many *cores*.
+    """Return the settings that *limits* require on a node with *cores* cores.
 
-    Room that somebody has made beyond what is wanted is never taken away (kubernetes/kubernetes#142035).
+    A larger table that an operator has configured is never reduced (kubernetes/kubernetes#142035).
     """
     wanted = []
     if limits.max_per_core:
@@ -80,22 +80,22 @@ def conntrack_sysctls(limits: ConntrackLimits, cores: int) -> list[Sysctl]:
 
 
 def knows_conntrack() -> bool:
-    """Return whether conntrack is loaded; rules that translate addresses load it."""
+    """Return whether the conntrack module is loaded; NAT rules load it."""
     return (_NETFILTER / "nf_conntrack_max").exists()
 
 
 def queue_sysctl(backlog: int) -> Sysctl:
-    """Return what lets a listener's queue be *backlog* long; the kernel cuts longer ones down without a word."""
+    """Return the setting that permits an accept queue of *backlog*; the kernel silently truncates longer ones."""
     return Sysctl(_PROC / "net/core/somaxconn", backlog, at_least=True)
 
 
 def can_apply(wanted: Sysctl) -> bool:
-    """Return whether what is *wanted* is so, or may be set; nothing is."""
+    """Return whether *wanted* holds already or could be set; changes nothing."""
     return wanted.is_met_by(int(wanted.path.read_text())) or os.access(wanted.path, os.W_OK)
 
 
 def apply(wanted: Iterable[Sysctl]) -> list[str]:
-    """Set what is *wanted* and is not so; return what the kernel refused, each in a few words."""
+    """Apply the settings in *wanted* that do not hold yet; return a message for each one the kernel rejected."""
     refused = []
     for sysctl in wanted:
         held: int | str = "unknown"

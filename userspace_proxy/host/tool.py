@@ -1,4 +1,4 @@
-"""Running the system's own tools (nft, iptables-restore, ip, conntrack), never through a shell."""
+"""Runs system tools (nft, iptables-restore, ip, conntrack), never through a shell."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ _Result = TypeVar("_Result")
 
 
 def is_installed(tool: str) -> bool:
-    """Return whether *tool* is found."""
+    """Return whether *tool* is installed."""
     return find_tool(tool) is not None
 
 
 def find_tool(tool: str) -> str | None:
-    """Return where *tool* is, also where PATH lacks the administrator's folders; None if it is not installed.
+    """Return the path of *tool*, also if PATH lacks the sbin folders, or None if it is not installed.
 
-    Never one of the current folder, whatever PATH says: it runs with our privileges.
+    Relative entries of PATH are skipped: the tool runs with this process's privileges.
     """
     folders = absolute_entries(os.environ.get("PATH", os.defpath))
     return shutil.which(tool, path=f"{folders}:/usr/sbin:/sbin:/usr/local/sbin".lstrip(":"))
 
 
 async def run_tool(tool: str, *arguments: str, stdin: str = "") -> str:
-    """Run *tool* and return what it printed.
+    """Run *tool* and return its standard output.
 
     Raises:
-        SyncError: it is not installed (says in which package it is), failed (its first words), or hung.
+        SyncError: it is not installed (names the package), failed (gives its first error line), or timed out.
     """
     path = find_tool(tool)
     if path is None:
@@ -56,7 +56,7 @@ async def run_tool(tool: str, *arguments: str, stdin: str = "") -> str:
     try:
         # In a thread: uvloop's own subprocesses raise when a tool ends before it has read its input.
         done = await in_thread(_run, [path, *arguments], stdin.encode())
-    except (OSError, RuntimeError) as error:  # no descriptor, no memory, no thread
+    except (OSError, RuntimeError) as error:  # out of descriptors, memory or threads
         raise SyncError(f"{tool} could not be started: {error}") from error
     except subprocess.TimeoutExpired:
         raise SyncError(f"{tool} has not answered for {_TIMEOUT_S:.0f} s") from None
@@ -66,7 +66,10 @@ async def run_tool(tool: str, *arguments: str, stdin: str = "") -> str:
 
 
 async def in_thread(call: Callable[..., _Result], *arguments: object) -> _Result:
-    """Call *call* in a thread. Who is cancelled is so when it has ended: a load under way cannot be taken back."""
+    """Run *call* in a thread and return its result; cancellation waits until it ends.
+
+    A load under way cannot be undone.
+    """
     running = asyncio.get_running_loop().run_in_executor(None, call, *arguments)
     try:
         return await asyncio.shield(running)
@@ -76,12 +79,12 @@ async def in_thread(call: Callable[..., _Result], *arguments: object) -> _Result
 
 
 def _run(command: list[str], stdin: bytes) -> subprocess.CompletedProcess[bytes]:
-    # A process group of its own: Ctrl-C is for us, and must not end a removal half-way.
+    # Use a separate process group, so that Ctrl-C does not end a removal half-way.
     return subprocess.run(command, input=stdin, capture_output=True, timeout=_TIMEOUT_S, check=False, process_group=0)
 
 
 def _reason(stderr: str) -> str:
-    """Return the line of *stderr* that says why, with a hint where the usual cause is known."""
+    """Return the line of *stderr* that gives the reason, with a hint for missing privileges."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     said = next(
         (line for line in lines if any(word in line for word in ("rror", "denied", "FATAL", "failed"))),
@@ -93,8 +96,8 @@ def _reason(stderr: str) -> str:
 
 
 def parsed(text: str) -> Any:
-    """Return what a tool printed as JSON; it prints nothing for an empty list. Raises SyncError."""
+    """Return *text*, JSON printed by a tool, as Python values; [] if it is empty. Raises SyncError."""
     try:
         return json.loads(text) if text.strip() else []
     except ValueError as error:
-        raise SyncError(f"a tool printed what is no JSON: {error}") from None
+        raise SyncError(f"a tool printed invalid JSON: {error}") from None

@@ -1,4 +1,4 @@
-"""Hosts, servers and clients of our own on this machine, for the demo and the tests."""
+"""Virtual hosts, servers and clients on this machine, for the demo and the tests."""
 
 from userspace_proxy.lab.clients import ask, connect
 from userspace_proxy.lab.hosts import (

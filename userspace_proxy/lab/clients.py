@@ -1,4 +1,4 @@
-"""Clients on lab hosts: sockets of this process that live in another network namespace."""
+"""Clients on lab hosts: sockets of this process in another network namespace."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from userspace_proxy.lab.hosts import Host
 def connect(
     host: Host, ip: str, port: int, timeout_s: float = 5.0, kind: socket.SocketKind = socket.SOCK_STREAM
 ) -> socket.socket:
-    """Return a connection from *host*; for UDP, a socket that hears nobody but *ip* and *port*. Raises OSError."""
+    """Return a socket on *host*, connected to *ip* and *port*. Raises OSError."""
     with host.inside():
         sock = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, kind)
     sock.settimeout(timeout_s)
@@ -23,7 +23,7 @@ def connect(
 
 
 def ask(host: Host, ip: str, port: int = 80, timeout_s: float = 5.0) -> str:
-    """GET / on a connection of its own; return the body: who answered. Raises OSError."""
+    """Send GET / on a new connection and return the body, the name of the server. Raises OSError."""
     with connect(host, ip, port, timeout_s) as sock:
         sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
         received = b""

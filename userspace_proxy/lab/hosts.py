@@ -1,8 +1,8 @@
-"""Hosts of our own on this machine: network namespaces with veth pairs between them.
+"""Virtual hosts on this machine: network namespaces with veth pairs between them.
 
-Used by `demo` and by the tests. Everything happens inside of namespaces that belong to one process tree
-(`command_in_namespaces`): when its first process ends, however it ends, the kernel takes all of it away.
-No privileges are needed where unprivileged user namespaces are allowed.
+Used by `demo` and by the tests. Everything runs in namespaces of one process tree (`command_in_namespaces`). When its
+first process ends, the kernel removes everything. Where unprivileged user namespaces are allowed, no privileges are
+needed.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def command_in_namespaces(command: Sequence[str]) -> list[str]:
-    """Return *command* with what runs it in network, mount and process namespaces of its own.
+    """Return a command that runs *command* in its own network, mount and process namespaces.
 
     Raises:
-        StartError: this machine forbids it to this user, or lacks `unshare`.
+        StartError: this machine forbids it to this user, or `unshare` is missing.
     """
     if shutil.which("unshare") is None:
         raise StartError("unshare is not installed; install the package util-linux")
@@ -57,9 +57,9 @@ def command_in_namespaces(command: Sequence[str]) -> list[str]:
 
 
 def enter_namespaces(arguments: Sequence[str], tools: Mapping[str, str]) -> None:
-    """Replace this process by ``userspace-proxy ARGUMENTS`` in namespaces of its own, unless it is there already.
+    """Replace this process by ``userspace-proxy ARGUMENTS`` in new namespaces, unless it already runs in them.
 
-    *tools* are those that it needs, with their packages. What is inside ends with it, by the kernel.
+    *tools* maps each required tool to its package. The kernel ends all processes inside with the first one.
 
     Raises:
         StartError: namespaces are forbidden here, or a tool is missing.
@@ -71,8 +71,8 @@ def enter_namespaces(arguments: Sequence[str], tools: Mapping[str, str]) -> None
     if os.environ.get(_INSIDE):
         return
     command = command_in_namespaces([sys.executable, "-P", "-m", "userspace_proxy", *arguments])
-    # Ctrl-C reaches the command itself, which cleans up and ends. `unshare` does not pass on a SIGTERM: it is killed,
-    # and with it, by the kernel, all that is inside.
+    # Ctrl-C reaches the command inside, which cleans up and ends. `unshare` does not pass on SIGTERM. It dies, and the
+    # kernel then ends all processes inside.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with subprocess.Popen(command, env={**os.environ, _INSIDE: "1"}) as inside:
         signal.signal(signal.SIGTERM, lambda *_: inside.kill())
@@ -81,16 +81,16 @@ def enter_namespaces(arguments: Sequence[str], tools: Mapping[str, str]) -> None
 
 
 def prepare() -> None:
-    """Make this process's own /run, where `ip netns` keeps names and iptables its lock. Call once, inside."""
+    """Mount a private /run, where `ip netns` keeps names and iptables its lock. Call it once, inside the namespaces."""
     os.environ["PATH"] = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # a plain user's lacks them
-    os.environ.pop(_INSIDE, None)  # whoever is started from here enters namespaces of its own
+    os.environ.pop(_INSIDE, None)  # child commands enter their own namespaces
     _check(_libc.mount(b"tmpfs", b"/run", b"tmpfs", 0, None), "mounting a /run of our own")
     _NETNS_FOLDER.mkdir()
     ip("link", "set", "lo", "up")
 
 
 def ip(*arguments: str) -> str:
-    """Run ``ip`` in the namespace this thread is in; raises CalledProcessError with its words."""
+    """Run ``ip`` in this thread's network namespace and return its output. Raises CalledProcessError."""
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True, timeout=_TOOL_TIMEOUT_S, check=False)
     if done.returncode:
         raise subprocess.CalledProcessError(done.returncode, done.args, done.stdout, done.stderr)
@@ -99,7 +99,7 @@ def ip(*arguments: str) -> str:
 
 @contextlib.contextmanager
 def inside(namespace: Path) -> Iterator[None]:
-    """Sockets that this thread makes in the block belong to a network *namespace*; raises OSError."""
+    """Create this thread's sockets in the network *namespace* during the block. Raises OSError."""
     with open("/proc/thread-self/ns/net") as here, open(namespace) as there:  # noqa: PTH123 - descriptors
         _setns(there.fileno())
         try:
@@ -120,13 +120,13 @@ class Host:
         return ip("-n", self.name, *arguments)
 
     def command(self, *command: str) -> list[str]:
-        """Return *command* as it is run on this host."""
+        """Return the command line that runs *command* on this host."""
         return ["ip", "netns", "exec", self.name, *command]
 
     def run(
         self, *command: str, timeout_s: float = _TOOL_TIMEOUT_S, check: bool = True, stdin: str | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """Run *command* on this host to its end."""
+        """Run *command* on this host and wait for its end."""
         return subprocess.run(
             self.command(*command), capture_output=True, text=True, timeout=timeout_s, check=check, input=stdin
         )
@@ -134,7 +134,7 @@ class Host:
     def start(
         self, *command: str, log: Path | None = None, env: Mapping[str, str] | None = None
     ) -> subprocess.Popen[bytes]:
-        """Start *command* on this host; it is killed with the lab at the latest."""
+        """Start *command* on this host; it ends with the lab at the latest."""
         with contextlib.ExitStack() as stack:
             out = stack.enter_context(log.open("ab")) if log else subprocess.DEVNULL
             process = subprocess.Popen(
@@ -145,7 +145,7 @@ class Host:
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
-        """Sockets that this thread makes in the block belong to this host, for as long as they live."""
+        """Create this thread's sockets on this host during the block; they stay there."""
         with inside(_NETNS_FOLDER / self.name):
             yield
 
@@ -155,7 +155,7 @@ class Host:
             Path("/proc/sys/net", knob).write_text(f"{value}\n")
 
     def stop_all(self) -> None:
-        """End what was started here."""
+        """End all processes started on this host."""
         for process in self.processes:
             if process.poll() is None:
                 process.kill()
@@ -174,7 +174,7 @@ def _check(result: int, doing: str) -> None:
 
 
 class Lab:
-    """Hosts and the links between them; a context manager that takes all of it away."""
+    """Hosts and links; a context manager that removes them at its end."""
 
     def __init__(self) -> None:
         self.hosts: dict[str, Host] = {}
@@ -191,20 +191,20 @@ class Lab:
         self.hosts.clear()
 
     def add(self, name: str) -> Host:
-        """Make a host with nothing but ``lo``."""
+        """Add a host that has only ``lo``."""
         ip("netns", "add", name)
         host = self.hosts[name] = Host(name)
         host.ip("link", "set", "lo", "up")
         # Duplicate address detection would keep IPv6 addresses unusable for two seconds.
         for knob in ("all", "default"):
             host.set_knob(f"ipv6/conf/{knob}/accept_dad", 0)
-        # The kernel answers a burst of refused datagrams with a few ICMP messages a second, which looks like silence.
+        # The kernel limits ICMP messages. A burst of refused datagrams would otherwise look unanswered.
         host.set_knob("ipv4/icmp_ratelimit", 0)
         host.set_knob("ipv6/icmp/ratelimit", 0)
         return host
 
     def link(self, left: Host, left_device: str, right: Host, right_device: str) -> None:
-        """Lay a cable: a veth pair, both ends up, without addresses."""
+        """Connect two hosts with a veth pair; both ends are up and have no addresses."""
         left.ip("link", "add", left_device, "type", "veth", "peer", "name", right_device, "netns", right.name)
         left.ip("link", "set", left_device, "up")
         right.ip("link", "set", right_device, "up")
@@ -212,7 +212,7 @@ class Lab:
 
 @dataclass(frozen=True)
 class ServiceLab:
-    """The lab that most lessons need: a client beside a node, and pods on a bridge of the node.
+    """The usual lab: a client next to a node, and pods on a bridge of the node.
 
     client 192.168.50.2, fd00:50::2  -  node 192.168.50.1, fd00:50::1; pods 10.244.0.2 ... and fd00:244::2 ...
     """
@@ -236,11 +236,11 @@ CLIENT_IP, CLIENT_IP6 = "192.168.50.2", "fd00:50::2"
 
 
 def build_service_lab(lab: Lab, pods: int) -> ServiceLab:
-    """Build a `ServiceLab` with so many *pods* in *lab*."""
+    """Build a `ServiceLab` with *pods* pods in *lab*."""
     client, node = lab.add("client"), lab.add("node")
     lab.link(client, "eth0", node, "eth0")
     for knob in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
-        node.set_knob(knob, 1)  # as every node of a cluster; a namespace has what the machine happens to have
+        node.set_knob(knob, 1)  # as on cluster nodes; a namespace inherits the machine's value
     for host, address4, address6 in ((client, CLIENT_IP, CLIENT_IP6), (node, NODE_IP, NODE_IP6)):
         host.ip("address", "add", f"{address4}/24", "dev", "eth0")
         host.ip("address", "add", f"{address6}/64", "dev", "eth0", "nodad")

@@ -14,7 +14,7 @@ from userspace_proxy.lab.hosts import Host
 HTTP_PORT = 8080
 _START_TIMEOUT_S = 5.0
 
-# One process, no root needed, nothing written outside of its own folder.
+# One process, without root; it writes only to its own folder.
 _NGINX = """\
 daemon off; master_process off; user root; pid {folder}/nginx.pid; error_log stderr error;
 events {{ worker_connections 512; }}
@@ -28,10 +28,10 @@ http {{
 
 
 def start_nginx(pod: Host, folder: Path) -> subprocess.Popen[bytes]:
-    """Start nginx in *pod*, at HTTP_PORT; it answers every request with the pod's name.
+    """Start nginx in *pod* at HTTP_PORT; it answers every request with the pod's name.
 
     Raises:
-        StartError: nginx is not installed, or does not answer.
+        StartError: nginx is not installed or does not answer.
     """
     if not (shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")):
         raise StartError("nginx is not installed; install the package nginx-light")

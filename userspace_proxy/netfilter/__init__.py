@@ -1,1 +1,1 @@
-"""Rule languages: pure text in nft.py and iptables.py; the kernel is touched in kernel.py and network.py alone."""
+"""Netfilter access shared by several modes: sets, rule text, conntrack and the kernel's notices."""

@@ -25,7 +25,7 @@ from userspace_proxy.model.names import L4Protocol
 from userspace_proxy.model.service import Portal
 from userspace_proxy.netfilter.nfnetlink import delete_flows
 
-# From where a portal's answers come; ANY_IP at a port: from this port of whichever address.
+# The addresses that replies of a portal come from; (ANY_IP, port) matches that port of any address.
 Answering = Set[Address]
 ANY_IP = ""
 
@@ -33,9 +33,9 @@ log = logging.getLogger(__name__)
 
 
 def changed_udp_portals(old: Redirects, new: Redirects) -> dict[Portal, Answering]:
-    """Return the UDP portals that lead elsewhere in *new*, with the local ports to which they lead now.
+    """Return the UDP portals whose destination differs between *old* and *new*, with the local ports they now lead to.
 
-    Several, where senders are told from one another.
+    A portal has several ports if clients are treated differently by source address.
     """
     before, after = udp_ports(old), udp_ports(new)
     nowhere: Answering = frozenset()
@@ -57,7 +57,7 @@ def udp_ports(redirects: Redirects) -> dict[Portal, Answering]:
 
 
 def new_tcp_portals(old: Redirects, new: Redirects) -> set[Portal]:
-    """Return the TCP portals that *new* has and *old* has not."""
+    """Return the TCP portals that are in *new* but not in *old*."""
     before, after = (
         {portal for ports in (r.ports, *r.exceptions.values()) for portal in ports if portal.protocol is L4Protocol.TCP}
         for r in (old, new)
@@ -66,17 +66,17 @@ def new_tcp_portals(old: Redirects, new: Redirects) -> set[Portal]:
 
 
 class Flow(NamedTuple):
-    """A UDP flow or a TCP connection, as its client sees it."""
+    """A UDP flow or TCP connection: the client's address and the address it dialled."""
 
     client: Address
     asked: Address
 
 
 def stale_flows(listing: str, changed: Mapping[Portal, Answering]) -> list[Flow]:
-    """Return which flows in *listing* to the portals in *changed* do not go where these lead now.
+    """Return the flows in *listing* to portals in *changed* that do not follow the current destination.
 
-    *listing* is what ``conntrack -L -p udp`` prints: a flow's own addresses, then those of its replies. Answers that
-    come from what was asked mean that no rule was there yet when it began.
+    *listing* is the output of ``conntrack -L -p udp``: a flow's addresses, then those of its replies. Replies from the
+    dialled address itself mean that the flow began before a rule existed.
     """
     by_ip = {(portal.ip, portal.port): wanted for portal, wanted in changed.items() if not portal.is_node_port}
     by_port = {(portal.family, portal.port): wanted for portal, wanted in changed.items() if portal.is_node_port}
@@ -89,7 +89,7 @@ def stale_flows(listing: str, changed: Mapping[Portal, Answering]) -> list[Flow]
 
 
 def untranslated(listing: str, portals: Collection[Portal]) -> list[Flow]:
-    """Return which connections in *listing* (``conntrack -L``) go to *portals* as their clients sent them."""
+    """Return the connections in *listing* (``conntrack -L``) to *portals* that were not translated."""
     by_ip = {(portal.ip, portal.port) for portal in portals if not portal.is_node_port}
     by_port = {(portal.family, portal.port) for portal in portals if portal.is_node_port}
     return [
@@ -101,7 +101,7 @@ def untranslated(listing: str, portals: Collection[Portal]) -> list[Flow]:
 
 
 def _flows(listing: str) -> Iterator[tuple[Flow, Address]]:
-    """Yield the flows in *listing*, each with the address that its replies come from."""
+    """Yield each flow in *listing* with the address that its replies come from."""
     for line in listing.splitlines():
         words = [word.partition("=") for word in line.split()]
         values = [value for key, _, value in words if key in ("src", "dst", "sport", "dport")]
@@ -110,9 +110,9 @@ def _flows(listing: str) -> Iterator[tuple[Flow, Address]]:
 
 
 async def forget_udp_flows(changed: Mapping[Portal, Answering]) -> Counter[Family]:
-    """Delete the flows to the portals in *changed* that do not go where these lead now; return how many.
+    """Delete flows to portals in *changed* that do not follow the current destination; return how many, by family.
 
-    Never raises: it warns.
+    Never raises: failures are logged.
     """
     forgotten = Counter[Family]()
     try:
@@ -127,7 +127,10 @@ async def forget_udp_flows(changed: Mapping[Portal, Answering]) -> Counter[Famil
 
 
 async def forget_early_connections(portals: Collection[Portal]) -> None:
-    """Delete unanswered connections that clients began before *portals* (TCP) were served. Never raises: it warns."""
+    """Delete unanswered connections that began before *portals* (TCP) were served.
+
+    Never raises: failures are logged.
+    """
     try:
         for family in sorted({portal.family for portal in portals}):
             listing = await run_tool("conntrack", "-L", "-p", "tcp", "--state", "SYN_SENT", "-f", f"ipv{family}")
@@ -139,7 +142,7 @@ async def forget_early_connections(portals: Collection[Portal]) -> None:
 
 
 async def open_connections(portals: Iterable[Portal]) -> int:
-    """Return how many TCP connections to *portals* the kernel translates; 0 where it cannot be asked."""
+    """Return the number of established TCP connections to *portals* that the kernel translates; 0 if unknown."""
     led_anywhere: dict[Portal, Answering] = dict.fromkeys(portals, frozenset())
     found = 0
     try:

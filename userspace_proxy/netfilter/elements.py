@@ -1,4 +1,4 @@
-"""Changing elements of nftables sets by netlink, in one transaction: fifty times as fast as by the nft tool."""
+"""Changes elements of nftables sets over netlink, in one transaction: fifty times as fast as the nft tool."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _INET = 1
 _REQUEST, _ACK, _CREATE = 0x1, 0x4, 0x400
 _ERROR = 2
 _SO_SNDBUFFORCE = 32
-# Attributes: of a list, of an element in it, of a value.
+# Netlink attributes of an element list, of an element in it, and of a value.
 _TABLE, _SET, _ELEMENTS = 1, 2, 3
 _KEY, _DATA, _USERDATA, _KEY_END = 1, 2, 6, 10
 _LIST_ELEMENT, _VALUE = 1, 1
@@ -29,7 +29,7 @@ _TIMEOUT_S = 30.0
 
 
 class Transaction:
-    """What is to become of elements of one table (of the family inet); nothing happens before `commit`."""
+    """Collects changes to the elements of one table (family inet); `commit` applies them."""
 
     def __init__(self, table: str) -> None:
         self._table = attribute(_TABLE, table.split()[1].encode() + b"\0")
@@ -57,10 +57,10 @@ class Transaction:
         self._messages.append(_message(kind, _REQUEST | _CREATE, _INET, 0, header + elements))
 
     def commit(self, channel: Channel) -> None:
-        """Do all of it, or nothing. Blocks for as long as the kernel takes, some microseconds for each element.
+        """Apply all changes, or none. Blocks while the kernel works, some microseconds for each element.
 
         Raises:
-            SyncError: the kernel refused.
+            SyncError: the kernel refused; nothing was changed.
         """
         if not self._messages:
             return
@@ -78,7 +78,7 @@ class Transaction:
 
 
 def element(key: bytes, value: bytes = b"", comment: str = "", *, is_interval: bool = False) -> bytes:
-    """Return an element for `Transaction`; the key of an interval is its first and its last, one behind the other."""
+    """Return an encoded element for `Transaction`; an interval's key is its first key followed by its last."""
     if is_interval:
         half = len(key) // 2
         inner = _data(_KEY, key[:half]) + _data(_KEY_END, key[half:])
@@ -93,7 +93,7 @@ def element(key: bytes, value: bytes = b"", comment: str = "", *, is_interval: b
 
 
 def _data(kind: int, value: bytes) -> bytes:
-    size = len(value)  # always of whole words
+    size = len(value)  # always a multiple of four
     return struct.pack("=HHHH", 8 + size, kind | NESTED, 4 + size, _VALUE) + value
 
 
@@ -104,7 +104,7 @@ def _message(kind: int, flags: int, family: int, resource: int, attributes: byte
 
 
 def _chunks(elements: Iterable[bytes]) -> Iterator[bytes]:
-    """Join *elements* to lists that are no longer than an attribute may be."""
+    """Join *elements* into lists that fit into one attribute."""
     found: list[bytes] = []
     size = 0
     for one in elements:
@@ -118,7 +118,7 @@ def _chunks(elements: Iterable[bytes]) -> Iterator[bytes]:
 
 
 class Channel:
-    """A netlink socket that stays open from one transaction to the next: to close it takes the kernel 10 ms."""
+    """A netlink socket that stays open between transactions: closing it takes the kernel 10 ms."""
 
     def __init__(self) -> None:
         self._sock: socket.socket | None = None
@@ -129,10 +129,10 @@ class Channel:
             self._sock = None
 
     def send(self, batch: bytes, last: int) -> None:
-        """Send *batch*, and wait until the kernel has answered the message with the number *last*.
+        """Send *batch* and wait for the kernel's answer to message number *last*.
 
         Raises:
-            OSError: it refused.
+            OSError: the kernel refused.
         """
         try:
             sock = self._open(len(batch))
@@ -140,7 +140,7 @@ class Channel:
             while not self._is_answered(sock.recv(1 << 17), last):
                 pass
         except OSError:
-            self.close()  # and with it what else there is to be read
+            self.close()  # discards unread answers as well
             raise
 
     def _open(self, size: int) -> socket.socket:
@@ -151,7 +151,7 @@ class Channel:
         room = size + (1 << 17)
         try:
             self._sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, room)
-        except PermissionError:  # root of a user namespace alone: net.core.wmem_max is the limit
+        except PermissionError:  # root in a user namespace only: net.core.wmem_max is the limit
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, room)
         return self._sock
 

@@ -1,4 +1,4 @@
-"""What tools do too slowly: nft reads a whole table to list one chain, conntrack starts for each deletion."""
+"""Netlink requests that are too slow with tools: nft reads a whole table; conntrack starts anew for each deletion."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _TIMEOUT_S = 5.0
 
 
 def count_rules(table: str) -> int:
-    """Return how many rules *table* (``family name``) has in all of its chains; 0 where there is no such table.
+    """Return the number of rules in all chains of *table* (``family name``); 0 if there is no such table.
 
     Raises:
-        OSError: the kernel did not say.
+        OSError: the kernel refused the request.
     """
     family, _, bare_name = table.partition(" ")
     body = struct.pack("=BBH", _FAMILIES[family], 0, 0) + attribute(_ATTR_TABLE, bare_name.encode() + b"\0")
@@ -50,7 +50,7 @@ def count_rules(table: str) -> int:
 
 
 def delete_flows(protocol: L4Protocol, flows: Iterable[tuple[Address, Address]]) -> int:
-    """Delete *flows* of *protocol* (client, what it asked) from conntrack; return how many there were.
+    """Delete *flows* (client, dialled address) of *protocol* from conntrack; return how many existed.
 
     Raises:
         OSError: the kernel refused.
@@ -63,7 +63,7 @@ def delete_flows(protocol: L4Protocol, flows: Iterable[tuple[Address, Address]])
             sock.send(b"".join(part))
             for _ in part:
                 code = -struct.unpack_from("=i", sock.recv(4096), 16)[0]
-                if code not in (0, errno.ENOENT):  # some have just ended by themselves
+                if code not in (0, errno.ENOENT):  # ENOENT: the flow has ended meanwhile
                     raise OSError(code, f"deleting {protocol} flows from conntrack")
                 deleted += not code
     return deleted

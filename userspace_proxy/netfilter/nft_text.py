@@ -1,4 +1,4 @@
-"""Parts of nftables text that the tables of several modes have in common. Pure."""
+"""Text shared by the nftables tables of several modes. Pure."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from userspace_proxy.interfaces import PodDetector
 from userspace_proxy.model.endpoint import Family, family_of
 from userspace_proxy.model.names import ServicePortName
 
-# What nobody serves goes where `network.add_routes` leads it: out by lo, in again, and so on until its TTL is used up.
-# Who sent it is told what he would be told then. IPv6 makes no such loops, nor do packets of this node's own.
-FORWARD_HOOK = "type filter hook forward priority 10; policy accept;"  # others may have refused it before, at 0
+# Reject packets to Service addresses that no rule translates. The route of `network.add_routes` would send them out
+# through lo and in again, until their TTL is used up. The client gets the same ICMP error as then. IPv6 packets and
+# packets of this node itself do not loop.
+FORWARD_HOOK = "type filter hook forward priority 10; policy accept;"  # after filters at priority 0
 NO_LOOP = 'oif "lo" reject with icmpx type host-unreachable'
 
-_COMMENT_BYTES_MAX = 127  # and a zero behind it
-_PORT_NAME_SHOWN = 24  # more than the 15 that a container's port name may have
+_COMMENT_BYTES_MAX = 127  # followed by a zero byte
+_PORT_NAME_SHOWN = 24  # longer than the 15 characters of a container port's name
 
 
 def comment(name: ServicePortName) -> str:
-    """Return ``namespace/name:port`` in the 128 bytes that nft allows; what is too long gives way to a hash.
+    """Return ``namespace/name:port``, shortened with a hash if it exceeds the 128 bytes that nft allows.
 
-    The longest legal names need 191 bytes, and one comment too long fails the whole transaction. The Service's
-    own name is always there, whole, and so is a port name of the usual length: people search for them.
+    The longest legal names need 191 bytes, and one comment that is too long fails the whole transaction. The Service's
+    name and a port name of usual length always stay complete: users search for them.
     """
     text = str(name)
     if len(text) <= _COMMENT_BYTES_MAX:
@@ -39,7 +40,7 @@ def pod_cidrs(pods: PodDetector, family: Family) -> tuple[str, ...]:
 
 
 def merged(cidrs: Iterable[str], family: Family) -> tuple[str, ...]:
-    """Return the networks of *family* in *cidrs* without overlap, which a set of intervals refuses."""
+    """Return the networks of *family* in *cidrs*, merged so that none overlap, as interval sets require."""
     networks = (ipaddress.ip_network(cidr, strict=False) for cidr in cidrs if family_of(cidr) == family)
     return tuple(map(str, ipaddress.collapse_addresses(networks)))  # type: ignore[type-var]
 

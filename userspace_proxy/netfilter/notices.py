@@ -1,7 +1,7 @@
-"""The kernel's own notices that somebody changed rules (nfnetlink multicast group 7) or the network (rtnetlink).
+"""Kernel notices that another program changed rules (nfnetlink multicast group 7) or the network (rtnetlink).
 
-Those of rules come within milliseconds, for nft and for iptables on nf_tables. Our own loads make them too, by the
-thousand, so the group is left while we load (`paused`) and the caller checks once afterwards.
+Notices about rules arrive within milliseconds, for nft and for iptables on nf_tables. Loads by this process cause
+thousands of them. So it leaves the group while it loads (`paused`), and the caller checks once afterwards.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class _Notices:
-    """A netlink socket in the event loop."""
+    """A netlink socket read by the event loop."""
 
     def __init__(self, protocol: int, groups: int, on_change: Callable[[], None]) -> None:
         self._on_change = on_change
@@ -48,7 +48,7 @@ class _Notices:
                 datagram = self._sock.recv(1 << 17)
             except BlockingIOError:
                 break
-            except OSError as error:  # ENOBUFS: notices were lost, so anything may have happened
+            except OSError as error:  # ENOBUFS: notices were lost, so assume a change
                 log.debug("notices were lost: %s", error)
                 noted = True
                 continue
@@ -57,12 +57,12 @@ class _Notices:
             self._on_change()
 
     def concerns_us(self, datagram: bytes) -> bool:
-        """Return whether *datagram* is worth a call; subclasses look closer."""
+        """Return whether *datagram* requires a call of ``on_change``. Subclasses filter."""
         return bool(datagram)
 
 
 class RuleNotices(_Notices):
-    """Calls *on_change* when a transaction of somebody else touched one of *tables*."""
+    """Calls *on_change* when another program changes one of *tables*."""
 
     def __init__(self, tables: Collection[str], on_change: Callable[[], None]) -> None:
         self._tables = {name.encode() for name in tables}
@@ -72,7 +72,7 @@ class RuleNotices(_Notices):
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Hear nothing while we load rules ourselves, several at once perhaps."""
+        """Ignore notices while this process loads rules; may be nested."""
         if not self._pauses:
             self._sock.setsockopt(_SOL_NETLINK, _DROP_MEMBERSHIP, _GROUP_NFTABLES)
         self._pauses += 1
@@ -80,7 +80,7 @@ class RuleNotices(_Notices):
             yield
         finally:
             self._pauses -= 1
-            if not self._pauses and self._sock.fileno() >= 0:  # closed meanwhile, when the proxy stops
+            if not self._pauses and self._sock.fileno() >= 0:  # closed if the proxy stops meanwhile
                 self._sock.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, _GROUP_NFTABLES)
 
     def concerns_us(self, datagram: bytes) -> bool:
@@ -88,7 +88,7 @@ class RuleNotices(_Notices):
 
 
 def quiet(notices: RuleNotices | None) -> contextlib.AbstractContextManager[None]:
-    """Return what to load rules in: *notices* are paused, where there are any."""
+    """Return a context in which *notices*, if any, are paused."""
     return notices.paused() if notices is not None else contextlib.nullcontext()
 
 
@@ -100,7 +100,10 @@ class NetworkNotices(_Notices):
 
 
 class LaterLook:
-    """Calls *on_change* when loads have ended for a while: nothing is heard during one, and a look takes its time."""
+    """Calls *on_change* once no load has run for a while.
+
+    A check is needed because notices are ignored during a load. It is delayed because it takes time.
+    """
 
     def __init__(self) -> None:
         self._on_change: Callable[[], None] | None = None
@@ -110,7 +113,7 @@ class LaterLook:
         self._on_change = on_change
 
     def after(self, pause_s: float) -> None:
-        """Look in *pause_s*, unless it is to be later by then."""
+        """Schedule the check in *pause_s*; a later call replaces an earlier one."""
         if self._timer is not None:
             self._timer.cancel()
         if self._on_change is not None:
@@ -122,18 +125,18 @@ class LaterLook:
 
 
 async def call_often(pause_s: Callable[[], float], call: Callable[[], None]) -> None:
-    """Call *call* again and again, for what sends no notices. Runs until cancelled."""
+    """Call *call* repeatedly, for changes that send no notices. Runs until cancelled."""
     while True:
         await asyncio.sleep(pause_s())
         call()
 
 
 def tables_in(datagram: bytes) -> Iterator[bytes]:
-    """Yield the name of the table that each nf_tables message in *datagram* is about."""
+    """Yield the table name of each nf_tables message in *datagram*."""
     at = 0
     while at + 20 <= len(datagram):
         length, kind = struct.unpack_from("=IH", datagram, at)
-        if length < 20 or at + length > len(datagram):  # cut off
+        if length < 20 or at + length > len(datagram):  # truncated
             return
         if kind >> 8 == _SUBSYSTEM_NFTABLES and kind & 0xFF != _NEWGEN:
             size, attribute = struct.unpack_from("=HH", datagram, at + 20) if length >= 24 else (0, 0)

@@ -1,4 +1,4 @@
-"""Elements of nftables sets and maps: their bytes, as the kernel has them, and the text that nft shows. Pure."""
+"""Encodes elements of nftables sets and maps as the kernel's bytes and as nft's text. Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from userspace_proxy.model.names import L4Protocol, ServicePortName
 from userspace_proxy.model.service import Portal
 from userspace_proxy.netfilter.nft_text import comment
 
-# Name of a set or map -> key -> what it is mapped to (b"" in a set).
+# Set or map name -> key -> value (b"" in a set).
 Elements = dict[str, dict[bytes, bytes]]
 
 _PROTOCOLS = {L4Protocol.TCP: socket.IPPROTO_TCP, L4Protocol.UDP: socket.IPPROTO_UDP}
@@ -22,9 +22,9 @@ _PROTOCOLS = {L4Protocol.TCP: socket.IPPROTO_TCP, L4Protocol.UDP: socket.IPPROTO
 
 @dataclass(frozen=True, slots=True)
 class SetKind:
-    """How one set or map is written down: its declaration, and what its keys and values are made of.
+    """One set or map: its declaration and the types of its keys and values.
 
-    ``reason`` says in words what the set is for, ``parts`` what an element of it is.
+    ``reason``: the purpose of the set in words. ``parts``: the meaning of an element.
     """
 
     declared: str
@@ -33,8 +33,8 @@ class SetKind:
     reason: str = ""
     parts: str = ""
     is_interval: bool = False
-    names_owner: bool = False  # its elements are commented with the service port's name
-    is_shared: bool = False  # several service ports may have the same element
+    names_owner: bool = False  # elements carry the service port's name as a comment
+    is_shared: bool = False  # several service ports may share an element
 
     @property
     def word(self) -> str:
@@ -56,13 +56,13 @@ def packed_ip(ip: str) -> bytes:
 
 
 def packed_portal(portal: Portal) -> bytes:
-    """Return *portal* as a key: address, protocol and port; of a node port without the address."""
+    """Return *portal* as a key: address, protocol and port; a node port's key has no address."""
     port = struct.pack("=B3x", _PROTOCOLS[portal.protocol]) + packed_port(portal.port)
     return port if portal.is_node_port else packed_ip(portal.ip) + port
 
 
 def packed_ranges(portal: Portal, networks: Iterable[str]) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the elements *portal* . network of an interval set: the first key and the last, one behind the other."""
+    """Yield the elements (*portal*, network) of an interval set; each key is the first followed by the last."""
     key = packed_portal(portal)
     for text in networks:
         network = ipaddress.ip_network(text)
@@ -73,7 +73,7 @@ def packed_ranges(portal: Portal, networks: Iterable[str]) -> Iterator[tuple[byt
 
 
 def shown(kind: SetKind, key: bytes, value: bytes, owner: ServicePortName) -> str:
-    """Return an element as nft writes it."""
+    """Return an element in nft's syntax."""
     said = f' comment "{comment(owner)}"' if kind.names_owner else ""
     text = " . ".join(key_fields(kind, key)) + said
     return f"{text} : {' . '.join(fields(kind.value, value))}" if value else text
@@ -110,5 +110,5 @@ def fields(types: Iterable[str], packed: bytes) -> list[str]:
 
 
 def class_id(number: int) -> str:
-    """Return *number* as tc and nft show a packet's priority: major:minor."""
+    """Return *number* in the notation of tc and nft for a packet's priority: major:minor."""
     return f"{number >> 16:x}:{number & 0xFFFF:x}"

@@ -1,4 +1,4 @@
-"""The tools of iptables: which there are, of which kind, and what rules are in the kernel."""
+"""Runs the iptables tools: which ones are installed, of which variant, and the rules in the kernel."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import re
 from userspace_proxy.host.tool import is_installed, run_tool
 from userspace_proxy.model.endpoint import Family
 
-# From here on it knows --random-fully.
+# First version with --random-fully.
 _RANDOM_FULLY = (1, 6, 2)
 
-# What nothing serves is not forwarded out by lo, as in nft_text.NO_LOOP.
+# Reject packets that would loop through lo, as nft_text.NO_LOOP does.
 OUT_BY_LO = "-o lo"
 NO_LOOP = "-j REJECT --reject-with icmp-host-unreachable"
 
 
 def families() -> list[tuple[Family, str]]:
-    """Return the families whose rules can be changed, with what the names of their tools begin with."""
+    """Return the address families with iptables tools installed, each with the prefix of its tools' names."""
     return [(4, "iptables"), (6, "ip6tables")] if is_installed("ip6tables-save") else [(4, "iptables")]
 
 
 async def is_legacy() -> bool:
-    """Return whether it has a way into the kernel of its own, which sends no notices, instead of nf_tables."""
+    """Return whether iptables is the legacy variant, which does not use nf_tables and sends no notices."""
     return "nf_tables" not in await run_tool("iptables", "--version")
 
 
@@ -35,10 +35,10 @@ async def save(prefix: str) -> str:
 
 
 async def restore(prefix: str, script: str) -> None:
-    """Load *script*, which is one transaction for each table in it, beside what is there.
+    """Load *script* without flushing other rules; each table in it is one transaction.
 
     Raises:
-        SyncError: the kernel refused a transaction; those before it are in force.
+        SyncError: the kernel refused a transaction; earlier ones are in force.
     """
     if script:
         await run_tool(f"{prefix}-restore", "--noflush", "-w", "5", stdin=script)

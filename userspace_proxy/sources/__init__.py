@@ -1,1 +1,1 @@
-"""Where wishes come from, one file per Source."""
+"""Sources of the desired state, one file for each Source."""

@@ -1,4 +1,4 @@
-"""What an API server says, as far as whoever follows it looks: pages of lists, watch events, refusals."""
+"""Messages of an API server, reduced to the fields that a reflector reads: list pages, watch events, errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Item(msgspec.Struct):
 
 
 class ObjectList(msgspec.Struct):
-    """A list, or a page of one; ``metadata.continue_`` asks for the next."""
+    """A list or a page of one; ``metadata.continue_`` is the token for the next page."""
 
     metadata: Meta
     items: list[msgspec.Raw] | None = None
@@ -38,19 +38,19 @@ class WatchEvent(msgspec.Struct):
 
 
 class Cause(msgspec.Struct):
-    """One of the causes of a refusal, by a word for programs."""
+    """One cause of an error, as a machine-readable reason."""
 
     reason: str | None = None
 
 
 class Details(msgspec.Struct):
-    """What a refusal says beyond its message."""
+    """Details of an error beyond its message."""
 
     causes: list[Cause] | None = None
 
 
 class Status(msgspec.Struct):
-    """A refusal."""
+    """An error answer."""
 
     message: str | None = None
     code: int | None = None
@@ -64,6 +64,6 @@ STATUS = msgspec.json.Decoder(Status)
 
 
 def name_and_version(raw: msgspec.Raw) -> tuple[NamespacedName, int]:
-    """Return whose object *raw* is, and its version."""
+    """Return the name and the resource version of the object *raw*."""
     meta = ITEM.decode(raw).metadata
     return NamespacedName(meta.namespace or "", meta.name), int(meta.resource_version)

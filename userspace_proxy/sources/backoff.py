@@ -1,4 +1,4 @@
-"""How long to wait before the API is asked again. Pure, chance injected."""
+"""Retry delays for the API server. Pure; randomness is injected."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ _DOUBLINGS_MAX = 16
 class FollowError(Exception):
     """A list or a watch has failed.
 
-    ``longest_s`` bounds the wait: it tells one sort of failure from another. ``retry_after_s`` is what the server
-    asked for. ``at_once``: the first of its class in a row needs no wait, because what is asked next is something else.
+    ``longest_s`` is the maximum delay; failures with different maxima are separate series. ``retry_after_s`` is the
+    delay that the server requested. ``at_once``: the first failure of its class in a series is retried without delay,
+    because the next request differs.
     """
 
     def __init__(self, reason: str, longest_s: float, *, retry_after_s: float = 0.0, at_once: bool = False) -> None:
@@ -24,16 +25,16 @@ class FollowError(Exception):
 
 @dataclass(slots=True)
 class Backoff:
-    """Doubles from ``first_s``, with jitter, so that a thousand nodes do not come back in step."""
+    """Exponential back-off from ``first_s``, with jitter, so that many nodes do not retry at the same time."""
 
     first_s: float
     chance: random.Random
     _failures: int = 0
     _longest_s: float = 0.0
-    _spared: set[type[FollowError]] = field(default_factory=set)  # what needed no wait in this row
+    _spared: set[type[FollowError]] = field(default_factory=set)  # classes already retried without delay in this series
 
     def delay_s(self, failure: FollowError) -> float:
-        """Return how long to wait after *failure*; one of another sort begins a new row."""
+        """Return the delay in seconds after *failure*; a failure with another maximum begins a new series."""
         if failure.at_once and type(failure) not in self._spared:
             self._spared.add(type(failure))
             return 0.0
@@ -44,6 +45,6 @@ class Backoff:
         return failure.retry_after_s + whole_s * self.chance.uniform(0.5, 1.0)
 
     def reset(self) -> None:
-        """All went well."""
+        """Begin a new series after a success."""
         self._failures = 0
         self._spared.clear()

@@ -1,7 +1,7 @@
-"""YAML text -> objects, each with the place it was written at. No files are touched here.
+"""Decodes YAML text into objects, each with its position. Reads no files.
 
-A text is split at its ``---`` lines and each document is parsed by itself: a broken one harms no other,
-and one whose text did not change is not parsed again (10,000 Services: 4 ms instead of seconds).
+A text is split at its ``---`` lines, and each document is parsed alone. A broken document therefore harms no other, and
+an unchanged one is not parsed again (10,000 Services: 4 ms instead of seconds).
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from userspace_proxy.sources.yaml_values import plain_value
 
 _SEPARATOR = re.compile(r"^---(?=\s|$)", re.MULTILINE)
 _CLUSTER_WIDE = {"Node"}
-# Wrong values that are set aside in one object so that the next one shows.
+# At most this many wrong values of one object are set aside to find the next one.
 _TYPE_ERRORS_MAX = 50
-# The port that a pair as Docker writes it (80:8080) gives to clients.
+# A port pair as Docker writes it (80:8080); the first is the port for clients.
 _PORT_PAIR = re.compile(r"(\d{1,5}):\d{1,5}")
-# So many objects of one document that cannot be read are shown one by one.
+# At most this many unreadable objects of one document are reported one by one.
 _PROBLEMS_MAX = 100
-# So many duplicates between two files are shown one by one; more are a copy of the file.
+# At most this many duplicates between two files are reported one by one; more mean a copy of the file.
 _DUPLICATES_MAX = 10
 
 log = logging.getLogger(__name__)
@@ -46,10 +46,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """One object as written; ``object`` is None for a kind that a proxy does not read.
+    """One object of a document; ``object`` is None for a kind that the proxy does not read.
 
-    Read for checks, it has its plain form as well, and ``errors`` are the values of a wrong type: what is
-    left without those is the ``object`` (None where that is too little).
+    With ``for_check``, ``plain`` holds the values as written and ``errors`` the ones of a wrong type. ``object`` is
+    then built without those, or None if that is not possible.
     """
 
     kind: str
@@ -65,10 +65,9 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something that cannot be used, and where; ``line`` is None where a whole file is meant.
+    """An unusable part of the input and its position; ``line`` is None for a whole file.
 
-    ``object`` is its kind and name, where these are known. ``hides`` says that an object may stand there that
-    cannot be read for it.
+    ``object``: kind and name, if known. ``hides``: the fault may hide an object that still exists.
     """
 
     path: str
@@ -86,9 +85,9 @@ class Problem:
 
 
 def split(path: str, text: str, line: int = 1, start: int = 0) -> Iterator[Document]:
-    """Yield the documents of *text* that hold anything but comments and directives.
+    """Yield the documents of *text*; skip those with nothing but comments and directives.
 
-    *line* and *start* say where in its file *text* begins.
+    *line* and *start* are the position of *text* in its file.
     """
     starts = [0, *(match.start() for match in _SEPARATOR.finditer(text))]
     for here, end in zip(starts, [*starts[1:], len(text)], strict=True):
@@ -104,14 +103,14 @@ def _has_content(row: str) -> bool:
 
 
 def parse(document: Document, *, for_check: bool = False) -> tuple[list[Manifest], list[Problem]]:
-    """Return the objects of *document*, Lists unpacked, and what is wrong with the others.
+    """Return the objects of *document* (Lists unpacked) and its problems.
 
-    Of keys that stand twice in a mapping YAML takes the last; that is a problem, too. *for_check* wants all
-    that can be said (see Manifest), also of objects that follow each other without a separator.
+    If a mapping repeats a key, YAML uses the last one; that is reported as a problem. *for_check* collects everything
+    that can be reported (see Manifest), also for objects without a separator between them.
     """
     try:
         return _parse(document, for_check=for_check)
-    except Exception as error:  # one document that nobody thought of must not stop the others
+    except Exception as error:  # an unexpected document must not stop the others
         log.exception("a bug: %s:%d: the document cannot be read", document.path, document.line)
         said = ConfigError(f"a bug: {error!r}", mend="please report it, with this document")
         return [], [Problem(document.path, document.line, said)]
@@ -149,7 +148,7 @@ def _parse(document: Document, *, for_check: bool) -> tuple[list[Manifest], list
 
 
 def _problem(place: Place, error: ConfigError, lines: Lines) -> Problem:
-    """Return that *error* is in the object at *place*, or what was copied with it that explains the error."""
+    """Return *error* as a problem of the object at *place*, or the copying mistake that explains it."""
     document, line = place.document, lines.line_of(place, error.field)
     if not isinstance(error, Note):
         if error.field in ("", "metadata") and (found := certain_sign(document.text)):
@@ -160,7 +159,7 @@ def _problem(place: Place, error: ConfigError, lines: Lines) -> Problem:
 
 
 def _parse_pieces(document: Document, begins: list[int]) -> tuple[list[Manifest], list[Problem]]:
-    """Return what *document* were if a separator stood before each line of *begins*, and that none does."""
+    """Parse *document* as if it had separators before the lines *begins*; report that they are missing."""
     manifests: list[Manifest] = []
     problems = [Problem(document.path, document.line + line, new_object_error()) for line in begins[:_PROBLEMS_MAX]]
     for piece in document.cut(begins):
@@ -180,7 +179,7 @@ def _items(document: Document, plain: Any) -> Iterator[tuple[Place, object]]:
     if not _is_list(plain):
         yield Place(document), plain
         return
-    # An API server writes neither into the items of a list of one kind.
+    # In a list of one kind, an API server omits apiVersion and kind of the items.
     head = {"apiVersion": plain.get("apiVersion"), "kind": plain["kind"].removesuffix("List")}
     for index, item in enumerate(plain.get("items") or ()):
         if isinstance(item, dict) and "kind" not in item and head["kind"]:
@@ -196,7 +195,7 @@ def _manifest(place: Place, plain: object, *, for_check: bool) -> Manifest:
         raise html or ConfigError(
             "this is no Kubernetes object", mend="it must be a mapping with apiVersion, kind and metadata"
         )
-    if _is_list(plain):  # no tool writes one
+    if _is_list(plain):  # no known tool writes nested Lists
         raise ConfigError(
             "a List inside of a List is not read", field="kind", mend="write its items into the outer one"
         )
@@ -232,7 +231,10 @@ def _manifest(place: Place, plain: object, *, for_check: bool) -> Manifest:
 
 
 def _is_of_another_tool(plain: object) -> bool:
-    """Return whether *plain* lacks all that makes a Kubernetes object: Helm values, docker-compose, CI, Ansible."""
+    """Return whether *plain* is a file of another tool: Helm values, docker-compose, CI, Ansible.
+
+    Such a file has no field of a Kubernetes object.
+    """
     if isinstance(plain, list):
         return all(isinstance(item, dict) and _is_of_another_tool(item) for item in plain)
     if not isinstance(plain, dict) or any(api.key_space_error(key, "") for key in plain):
@@ -242,7 +244,7 @@ def _is_of_another_tool(plain: object) -> bool:
 
 
 def _as_v1(piece: dict[str, Any]) -> dict[str, Any]:
-    """Return a slice of v1beta1 as one of v1, which has a field of its own for the node."""
+    """Return *piece*, a v1beta1 EndpointSlice, as v1, which has its own field for the node name."""
     endpoints = piece.get("endpoints")
     if not isinstance(endpoints, list) or not all(isinstance(endpoint, dict) for endpoint in endpoints):
         return piece
@@ -260,7 +262,7 @@ def _annotations(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_text(value: object) -> object:
-    """Return the value of an annotation as the API's own reader has it: a number or null is text, too."""
+    """Return an annotation's value as the API reads it: numbers, booleans and null become text."""
     if value is None:
         return ""
     return str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, int | float) else value
@@ -279,20 +281,20 @@ def _missing_space(metadata: object) -> ConfigError | None:
 
 
 def _is_foreign(version: object) -> bool:
-    """Return whether *version* is that of somebody's own resources, such as a Knative Service."""
+    """Return whether *version* belongs to a custom resource, such as a Knative Service."""
     group = version.partition("/")[0] if isinstance(version, str) and "/" in version else ""
     return "." in group and not group.endswith(".k8s.io")
 
 
 def _convert_what_can_be(kind: str, plain: dict[str, Any]) -> tuple[api.KubernetesObject | None, list[ConfigError]]:
-    """Return *plain* as the struct of *kind* without the values of a wrong type, and these."""
+    """Return *plain* converted to *kind* without its values of a wrong type, and an error for each of those."""
     errors: list[ConfigError] = []
     while len(errors) < _TYPE_ERRORS_MAX:
         try:
             return api.convert(kind, plain), errors
         except ConfigError as error:
             if any(error.field == earlier.field.rpartition(".")[0] for earlier in errors):
-                return None, errors  # it lacks what was set aside
+                return None, errors  # a required value was set aside
             plain = plain if errors else copy.deepcopy(plain)
             errors.append(error)
             if not _set_aside(plain, error.field):
@@ -301,13 +303,13 @@ def _convert_what_can_be(kind: str, plain: dict[str, Any]) -> tuple[api.Kubernet
 
 
 def _set_aside(plain: Any, field: str) -> bool:
-    """Take the value of *field* out of *plain*, or mend it where it is clear what is meant; return whether it was."""
+    """Remove the value of *field* from *plain*, or correct it if its meaning is clear; return whether it was found."""
     *parents, last = api.steps(field) or [""]
     for step in parents:
         plain = plain[step]
     if not isinstance(plain, dict):
         return False
-    # A key that YAML has made a number or a truth value is found by its text, too.
+    # YAML may have read the key as a number or a boolean; compare its text.
     key = next((key for key in plain if str(key) == last), None)
     if key is None:
         return False
@@ -320,9 +322,9 @@ def _set_aside(plain: Any, field: str) -> bool:
 
 
 def duplicates(manifests: Iterable[Manifest], *, may_be_alternatives: bool = False) -> list[Problem]:
-    """Return the objects, of kinds a proxy reads, that stand again after *manifests* has had them.
+    """Return a problem for each object that *manifests* contains a second time.
 
-    *may_be_alternatives*: an object in two files is a note, as a cluster takes one after the other.
+    *may_be_alternatives*: duplicates in different files are only a note, because a user may apply either file.
     """
     first_of: dict[tuple[str, NamespacedName], Manifest] = {}
     pairs: dict[tuple[str, str], list[tuple[Manifest, Manifest]]] = {}

@@ -1,7 +1,7 @@
-"""Events: what people should know of an object, told to the cluster (events.k8s.io/v1) and to the log.
+"""Reports Events on objects to the cluster (events.k8s.io/v1) and to the log.
 
-Whoever says something never waits and never fails for it. What is said is told in the background, once, and not too
-often; what the API server does not take is lost.
+The caller never waits and never fails. Events are sent in the background, once and at a limited rate. An Event that the
+API server rejects is lost.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ CONTROLLER = "userspace-proxy"
 _ACTION = "Proxy"
 _WAITING_MAX = 100
 _KNOWN_MAX = 1_000
-# What is said again within so long is counted only.
+# An Event that is repeated within this time is only counted.
 _QUIET_S = 300.0
-# As client-go's: a burst, then few. Ten thousand bad Services times a thousand nodes would be felt by the API server.
+# As in client-go: a burst, then a low rate. Ten thousand bad Services on a thousand nodes would overload the API
+# server.
 _BURST = 25
 _REFILL_S = 10.0
 _TRIES = 8
@@ -51,7 +52,7 @@ class _Said(NamedTuple):
 
 @dataclass(slots=True)
 class _Told:
-    """How often something was said; ``name`` is that of its Event, "" before there is one."""
+    """How often an Event was reported; ``name`` is the name of its API object, "" before there is one."""
 
     count: int = 0
     at: float = float("-inf")
@@ -59,7 +60,7 @@ class _Told:
 
 
 class EventRecorder:
-    """A `Recorder`. *write* sends a method, a path and a body to the API server; without one there is only the log."""
+    """Records Events and logs them. *write*, if given, sends a method, a path and a body to the API server."""
 
     def __init__(
         self,
@@ -86,7 +87,7 @@ class EventRecorder:
             log.warning("%s: %s: %s", regarding, reason, note)
 
     def _say(self, said: _Said) -> bool:
-        """Have *said* told; return False if it was only a little while ago."""
+        """Queue *said*; return False if it was reported a short time ago."""
         told = self._told.setdefault(said, _Told())
         self._told.move_to_end(said)
         while len(self._told) > _KNOWN_MAX:
@@ -103,7 +104,7 @@ class EventRecorder:
         return True
 
     async def run(self) -> None:
-        """Tell the API server what is said, until cancelled."""
+        """Send queued Events to the API server, until cancelled."""
         if self._write is None:
             return
         tokens, filled_at = float(_BURST), self._now()
@@ -124,7 +125,7 @@ class EventRecorder:
         for _ in range(_TRIES):
             try:
                 status = await self._tell_once(write, said, told)
-            except Exception as error:  # noqa: BLE001 - plugins of a kubeconfig fail in every way; no Event is worth an end
+            except Exception as error:  # noqa: BLE001 - plugins of a kubeconfig raise anything
                 status, why = 0, str(error) or type(error).__name__
             else:
                 why = f"status {status}"
@@ -173,10 +174,10 @@ def _event(said: _Said, name: NamespacedName, instance: str) -> dict[str, object
 
 
 def _timestamp() -> str:
-    """Return the time as the API wants it: with microseconds, even where there are none."""
+    """Return the current time in the API's format, which always has microseconds."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def node_reference(name: str) -> ObjectReference:
-    """Return the Node *name*; its uid is its name, as a kubelet's and kube-proxy's Events have it."""
+    """Return a reference to the Node *name*, with its name as uid, as kubelet and kube-proxy do."""
     return ObjectReference("Node", NamespacedName("", name), name)

@@ -1,7 +1,7 @@
-"""Manifests in files, folders and stdin as a Source, read again when they change.
+"""A Source that reads manifests from files, folders and stdin, and again when they change.
 
-What cannot be read is reported and its last good version goes on: an object is deleted only when the place
-that held it was read without a fault and does not hold it any more.
+A file that cannot be read is reported, and its last good version stays in force. An object is deleted only if its file
+was read without a fault and no longer contains it.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from userspace_proxy.sources.paths import (
     watched_folders,
 )
 
-# An editor writes, renames and touches in one go; more than that is waited for only in `run`'s own pace.
+# Changes within this time are read together: an editor writes, renames and touches in one go.
 _SETTLE_MS = 25
 _LOOK_AGAIN_MS = 1_000
 _BATCH = 2_000
-# Of what is newly wrong at one look, and of what is well again, so many lines are logged.
+# At most this many new problems, and this many solved ones, are logged for one read.
 _LOGGED_MAX = 100
 
 ObjectKey = tuple[str, NamespacedName]
@@ -48,14 +48,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Part:
-    """One document and what it holds."""
+    """One document, its objects and its problems."""
 
     document: Document
     manifests: list[Manifest]
     problems: list[Problem]
 
     def at(self, document: Document) -> _Part:
-        """Return the same objects at another place: for messages, because for the tracker nothing has changed."""
+        """Return the same objects at the position of *document*.
+
+        Only messages need the position; for the tracker nothing has changed.
+        """
         return _Part(document, [replace(m, place=replace(m.place, document=document)) for m in self.manifests], [])
 
     def moved(self, lines: int, offset: int) -> _Part:
@@ -66,7 +69,7 @@ class _Part:
 
 @dataclass(slots=True)
 class _File:
-    """What is known of one file: how it looked, its text, and the documents in it, in order."""
+    """One file as last read: its stat values, its text, and its documents in order."""
 
     seen: tuple[int, ...] = ()
     text: str = ""
@@ -80,7 +83,7 @@ class _File:
 
 @dataclass(slots=True)
 class _Change:
-    """The manifests that a look at the files no longer found, and those that it found anew."""
+    """Manifests and documents that disappeared from the files, and new ones."""
 
     gone: list[Manifest] = field(default_factory=list)
     came: list[Manifest] = field(default_factory=list)
@@ -97,19 +100,19 @@ class _Change:
 class FileSource:
     """Reads *paths* (manifest files, folders of them, ``-`` for stdin, pipes) and watches them.
 
-    ``observe`` is told, in the thread that reads, which documents are gone and which came.
+    ``observe`` is called in the reading thread with documents that disappeared and new ones.
     """
 
     def __init__(self, paths: Sequence[str]) -> None:
         self._paths = list(dict.fromkeys(path if path == STDIN else str(Path(path)) for path in paths))
         self._files: dict[str, _File] = {}
-        self._holders: dict[ObjectKey, list[Manifest]] = {}  # more than one: duplicates
+        self._holders: dict[ObjectKey, list[Manifest]] = {}  # several manifests: duplicates
         self._duplicated: set[ObjectKey] = set()
         self._told: dict[ObjectKey, Manifest] = {}
-        self._kept: set[ObjectKey] = set()  # told, not found any more, and maybe only hidden by a fault
+        self._kept: set[ObjectKey] = set()  # reported, no longer found, but a fault may hide them
         self.observe: Callable[[Sequence[Document], Sequence[Document]], None] = lambda gone, came: None
         self._problems: dict[str, str] = {}
-        self._notes: set[str] = set()  # those of the problems that are none: files of other tools
+        self._notes: set[str] = set()  # problems that are only notes: files of other tools
         self._faults: list[str] = []
         self._skipped_kinds: set[str] = set()
         self._reading: asyncio.Future[list[ObjectEvent]] | None = None
@@ -131,7 +134,7 @@ class FileSource:
         watch = asyncio.create_task(self._watch(changed), name="watch files")
         watch.add_done_callback(lambda _: changed.set())
         try:
-            await asyncio.sleep(0)  # the watch stands before the first look, so that nothing falls between
+            await asyncio.sleep(0)  # start the watch before the first read, so that no change is missed
             await self._read_streams()
             async for batch in self._read_in_batches():
                 yield batch
@@ -149,14 +152,14 @@ class FileSource:
             await asyncio.gather(watch, return_exceptions=True)
 
     async def _watch(self, changed: asyncio.Event) -> None:
-        """Set *changed* whenever something in the folders of our paths has changed, and once a second.
+        """Set *changed* on each change in the watched folders, and once a second.
 
-        The second look finds what no watch tells: the target of a link that lies elsewhere, a folder that was
-        made anew, a file on a network share. It goes on by itself where the watch ends.
+        The periodic read finds changes without a notification: a link's target elsewhere, a folder made anew, a file on
+        a network share. It continues if the watch fails.
         """
         try:
             await self._watch_folders(changed)
-        except Exception as error:  # noqa: BLE001 - too many watches on this machine, a file name that is not UTF-8
+        except Exception as error:  # noqa: BLE001 - too many watches, or a file name that is not UTF-8
             log.warning("files cannot be watched (%s), they are looked at once a second", _innermost(error))
         while True:
             await asyncio.sleep(_LOOK_AGAIN_MS / 1000)
@@ -169,7 +172,7 @@ class FileSource:
         folders = {str(folder) for path in watched for folder in watched_folders(path)}
         if not folders:
             return
-        # Folders, not files: an editor puts a new file in place of the old one, and kubelet swaps a symlink.
+        # Watch folders, not files: an editor replaces the file, and kubelet swaps a symlink.
         async for _ in awatch(
             *folders,
             step=_SETTLE_MS,
@@ -182,7 +185,7 @@ class FileSource:
             changed.set()
 
     async def _read_streams(self) -> None:
-        """Wait for the end of every stream. Whoever is stopped meanwhile reads on the next time."""
+        """Wait until every stream ends. If cancelled, the next call continues."""
         for path in self._stream_paths - self._streams.keys():
             self._streams[path] = begin_to_read_stream(path)
         if self._streams:
@@ -191,10 +194,14 @@ class FileSource:
     # ---- reading
 
     async def _read_in_batches(self) -> AsyncGenerator[Sequence[ObjectEvent]]:
-        """Read what has changed, in a thread: a large file takes seconds, in which signals and probes are heeded."""
+        """Yield the events of changed files, in batches.
+
+        Files are read in a thread: a large one takes seconds, and the event loop must answer signals and probes
+        meanwhile.
+        """
         if self._reading is None:
             self._reading = run_in_thread("read files", self._read)
-        await asyncio.wait([self._reading])  # whoever is stopped meanwhile takes what was read the next time
+        await asyncio.wait([self._reading])  # if cancelled here, the next call takes the result
         reading, self._reading = self._reading, None
         events = reading.result()
         for start in range(0, len(events), _BATCH):
@@ -202,7 +209,7 @@ class FileSource:
             await asyncio.sleep(0)
 
     def _read(self) -> list[ObjectEvent]:
-        """Read what has changed; return the events that follow from it."""
+        """Read changed files; return the resulting events."""
         faults: list[Problem] = []
         present: dict[str, None] = {}
         change: _Change | None = None
@@ -231,7 +238,7 @@ class FileSource:
         return self._tell(change or _Change(), faults)
 
     def _text_if_changed(self, path: str) -> str | None:
-        """Return what *path* holds if it looks different from before."""
+        """Return the text of *path* if it has changed since the last read, else None."""
         known = self._files.get(path)
         if path in self._stream_paths:
             text = self._streams[path].result()
@@ -246,15 +253,15 @@ class FileSource:
         text = read(path)
         file = self._files.setdefault(path, _File())
         if file.text and not text and not file.emptied:
-            file.emptied = True  # somebody empties it to write it anew; if it stays so, the next look believes it
+            file.emptied = True  # a writer may have truncated it; the next read accepts an empty file
             return None
         file.seen, file.emptied = seen, False
         return text
 
     def _take(self, file: _File, path: str, text: str, change: _Change) -> None:
-        """Parse what differs between the text before and *text*: all documents before and behind it stay."""
+        """Parse the changed part of *text*; unchanged documents at the start and the end are kept."""
         old = file.parts
-        # A document is the same only if the separator behind it is, too; a faulty one is read again.
+        # A document is unchanged only if the separator after it is, too. A document with problems is parsed again.
         same = _common_start(file.text, text) - len("--- ")
         head = 0
         while head < len(old) and old[head].document.end <= same and not old[head].problems:
@@ -280,7 +287,7 @@ class FileSource:
             change.replace(old[tail:], moved)
         file.text, file.parts = text, [*old[:head], *middle, *moved]
 
-    # ---- telling
+    # ---- events
 
     def _tell(self, change: _Change, faults: list[Problem]) -> list[ObjectEvent]:
         if change.gone_documents or change.came_documents:
@@ -308,7 +315,7 @@ class FileSource:
         return events
 
     def _hold(self, change: _Change) -> dict[ObjectKey, None]:
-        """Note who holds which object now; return the objects that *change* is about, in the order written."""
+        """Update which manifests define each object; return the objects in *change*, in the order written."""
         touched: dict[ObjectKey, None] = {}
         for manifest in change.gone:
             if manifest.object is not None:
@@ -339,7 +346,7 @@ class FileSource:
         return touched
 
     def _may_still_be_there(self, manifest: Manifest) -> bool:
-        """Return whether the file that held *manifest* has a fault now that may hide it."""
+        """Return whether a fault in the file of *manifest* may hide it."""
         path = STDIN if manifest.place.document.path == "stdin" else manifest.place.document.path
         file = self._files.get(path)
         return file is not None and any(problem.hides for problem in file.problems)
@@ -355,7 +362,7 @@ class FileSource:
             )
 
     def _report(self, problems: Iterable[Problem]) -> None:
-        """Log what is newly wrong and what is well again; keep the rest for health and metrics."""
+        """Log new and solved problems; keep the current ones for health and metrics."""
         latest = {problem.where: problem for problem in problems}
         now = {where: str(problem) for where, problem in latest.items()}
         news = [where for where, said in now.items() if self._problems.get(where) != said]
@@ -375,7 +382,7 @@ class FileSource:
 
 
 def _common_start(left: str, right: str) -> int:
-    """Return how many characters at their start *left* and *right* share."""
+    """Return the length of the common prefix of *left* and *right*."""
     low, high = 0, min(len(left), len(right))
     while low < high:
         middle = (low + high + 1) // 2
@@ -387,7 +394,7 @@ def _common_start(left: str, right: str) -> int:
 
 
 def _common_end(left: str, right: str) -> int:
-    """Return how many characters at their end *left* and *right* share."""
+    """Return the length of the common suffix of *left* and *right*."""
     low, high = 0, min(len(left), len(right))
     while low < high:
         middle = (low + high + 1) // 2
@@ -399,7 +406,7 @@ def _common_end(left: str, right: str) -> int:
 
 
 def _innermost(error: Exception) -> BaseException:
-    """Return what *error* is about: the library that watches raises groups."""
+    """Return the first single exception in *error*: watchfiles raises exception groups."""
     inner: BaseException = error
     while isinstance(inner, BaseExceptionGroup):
         inner = inner.exceptions[0]
@@ -407,12 +414,12 @@ def _innermost(error: Exception) -> BaseException:
 
 
 def read_once(paths: Sequence[str], *, for_check: bool = True) -> tuple[list[Manifest], list[Problem]]:
-    """Read *paths* once, with all that `check` wants to know; else as `run` does.
+    """Read *paths* once, and return all that `check` needs, or without *for_check* what `run` would serve.
 
-    That is: only what can be used as it is, and of an object that stands twice the first.
+    `run` uses only valid objects, and the first of each set of duplicates.
 
     Raises:
-        StartError: a path names nothing that could be read.
+        StartError: a path does not exist or cannot be read.
     """
     manifests: list[Manifest] = []
     problems: list[Problem] = []
@@ -439,12 +446,12 @@ def _text(name: str) -> str:
 
 
 def nothing_found(paths: Sequence[str]) -> str:
-    """Return what to say where *paths* hold no object and no fault."""
+    """Return the message for *paths* that contain no object and no fault."""
     return f"no object found in {', '.join('stdin' if path == STDIN else path for path in paths)}"
 
 
 def _all_files(paths: Sequence[str]) -> Iterable[str]:
-    """Return the files that *paths* stand for, each once."""
+    """Return the files that *paths* stand for, without duplicates."""
     for path in paths:
         check_path(path)
     try:

@@ -1,6 +1,6 @@
-"""A cluster's API as a Source: Services, EndpointSlices, this node's Node and ServiceCIDRs, each by its own reflector.
+"""A Source that follows Services, EndpointSlices, this node's Node and ServiceCIDRs, each with its own reflector.
 
-Only what a node proxy has to know is asked for, by kube-proxy's own selectors.
+Requests use kube-proxy's selectors, so they return only what a node proxy needs.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from userspace_proxy.sources.transport import Transport
 
 _PROXY_NAME_LABEL = "service.kubernetes.io/service-proxy-name"
 _HEADLESS_LABEL = "service.kubernetes.io/headless"
-# kube-proxy waits so long for its Node, and then goes on without (behaviours Z6).
+# As long as kube-proxy waits for its Node before it starts without it (behaviours Z6).
 _NODE_PATIENCE_S = 30.0
-# Not every cluster has it (since Kubernetes 1.33), nor lets every account read it. Nothing waits for it.
+# ServiceCIDR exists since Kubernetes 1.33, and some accounts may not read it. Readiness does not depend on it.
 _OPTIONAL = "ServiceCIDR"
 
 Reflectors = Mapping[str, Reflector[Any]]
@@ -32,9 +32,10 @@ _Told = asyncio.Queue[tuple[str, list[Change[Any]] | Exception]]
 def reflectors(
     transport: Transport, node_name: str, service_proxy_name: str, pace: Pace, chance: random.Random
 ) -> Reflectors:
-    """Return who follows which kind.
+    """Return a reflector for each kind.
 
-    With *service_proxy_name* exactly the Services that name it; without, those that name no proxy (behaviours S2).
+    With *service_proxy_name*, it follows only Services that name this proxy; without it, Services that name none
+    (behaviours S2).
     """
     whose = f"{_PROXY_NAME_LABEL}={service_proxy_name}" if service_proxy_name else f"!{_PROXY_NAME_LABEL}"
 
@@ -67,7 +68,7 @@ def reflectors(
 
 
 class KubernetesSource:
-    """Tells what a cluster's API says. Whatever fails is a problem, and what was told stays."""
+    """Reports the objects of a cluster's API. A failure becomes a problem, and reported objects stay in force."""
 
     def __init__(self, following: Reflectors, node_patience_s: float = _NODE_PATIENCE_S) -> None:
         self._reflectors = following
@@ -114,14 +115,14 @@ class KubernetesSource:
             async with contextlib.aclosing(reflector.changes()) as batches:
                 async for changes in batches:
                     told.put_nowait((kind, changes))
-        except Exception as bug:  # noqa: BLE001 - raised by whoever reads what is told
+        except Exception as bug:  # noqa: BLE001 - `events` raises it
             told.put_nowait((kind, bug))
 
 
 def _event(kind: str, change: Change[Any]) -> ObjectEvent:
     given = change.object
     if isinstance(given, api.Service) and (given.spec is None or given.spec.cluster_ip in (None, "", "None")):
-        given = None  # the API gives every Service that is to be proxied its address (behaviours S1)
+        given = None  # a Service that is to be proxied always has an IP here (behaviours S1)
     if given is None:
         return ObjectEvent(EventType.DELETE, kind, change.name)
     return ObjectEvent(EventType.SET, kind, change.name, given)

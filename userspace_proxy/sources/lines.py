@@ -1,6 +1,6 @@
-"""Where things are written: documents in files, objects in documents, and the lines of an object's fields.
+"""Positions: documents in files, objects in documents, and the lines of an object's fields.
 
-Lines inside of a document are worked out only when something there is wrong; it is read anew for that.
+Lines within a document are computed only to report a problem, by parsing the document again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Document:
         return self.start + len(self.text)
 
     def cut(self, lines: list[int]) -> list[Document]:
-        """Return it in pieces, of which each but the first begins at one of *lines*, counted from 0."""
+        """Return the document in pieces; each piece but the first begins at one of *lines*, counted from 0."""
         rows = self.text.splitlines(keepends=True)
         starts = [0, *lines]
         texts = ["".join(rows[a:b]) for a, b in zip(starts, [*lines, len(rows)], strict=True)]
@@ -43,7 +43,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """An object inside of a document: the whole of it, or an item of a List (``items[3].``)."""
+    """An object in a document: all of it, or an item of a List (``items[3].``)."""
 
     document: Document
     prefix: str = ""
@@ -54,7 +54,7 @@ class Place:
 
 
 class Lines:
-    """Finds the lines of fields; keeps the last few documents as trees."""
+    """Finds the lines of fields. The trees of the last two documents are cached."""
 
     def __init__(self) -> None:
         self._tree = lru_cache(maxsize=2)(_tree)

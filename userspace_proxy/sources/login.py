@@ -1,7 +1,7 @@
-"""Asks an API server, logged in by a kubeconfig or by the service account of the pod we run in.
+"""Sends requests to an API server, with the login of a kubeconfig or of the pod's service account.
 
-kubernetes_asyncio does the login and makes the HTTP client; what comes is handed on as bytes. Importing it costs
-0.4 s and 40 MB, so it is imported by whoever needs a cluster, and by nobody else.
+kubernetes_asyncio provides login and HTTP client; answers are passed on as bytes. Importing it costs 0.4 s and 40 MB,
+so only functions that need a cluster import it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from userspace_proxy.sources.transport import Response
 from userspace_proxy.sources.yaml_faults import describe
 from userspace_proxy.sources.yaml_values import plain_value
 
-# A peer that is gone without a word is noticed after half a minute; the reflector notices one that only says nothing.
+# Keepalive detects a vanished peer after half a minute. The reflector detects a peer that stays silent.
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
 _USER_TIMEOUT_MS = 30_000
-# The reflector has its own idea of how long an answer may take, and a watch has no end.
+# No total time-out: the reflector has its own time-outs, and a watch has no end.
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10.0)
 _WRITE_TIMEOUT = aiohttp.ClientTimeout(total=10.0)
 
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False, slots=True)
 class _Session:
-    """One login: where the server is, the HTTP client with its certificates, and who is using it."""
+    """One login: the server's address, an HTTP client with its certificates, and the number of current users."""
 
     configuration: Any  # a kubernetes_asyncio.client.Configuration
     client: Any  # its RESTClientObject
@@ -50,13 +50,13 @@ class _Session:
     is_refused: bool = False
 
     async def authorization(self) -> dict[str, str]:
-        """Return the header that says who we are; a service account's token is read again every minute."""
+        """Return the authorization header; a service account's token is read again every minute."""
         token = await self.configuration.get_api_key_with_prefix("BearerToken")
         return {"Authorization": token.strip()} if token else {}
 
 
-class Answer:
-    """A `Response` out of aiohttp's."""
+class StreamedResponse:
+    """Adapts an aiohttp response to `Response`."""
 
     def __init__(self, answer: aiohttp.ClientResponse) -> None:
         self._answer = answer
@@ -72,7 +72,7 @@ class Answer:
 
 
 class ApiTransport:
-    """A `Transport` of the API server that *kubeconfig* names, or, without one, of the cluster this pod is in."""
+    """A `Transport` to the API server of *kubeconfig*, or without one, of the cluster that runs this pod."""
 
     def __init__(self, kubeconfig: Path | None) -> None:
         self._kubeconfig = kubeconfig
@@ -83,7 +83,7 @@ class ApiTransport:
         """Log in; return the server's URL.
 
         Raises:
-            StartError: the kubeconfig is not there or makes no sense; or we are in no pod.
+            StartError: the kubeconfig is missing or invalid, or this process does not run in a pod.
         """
         where = f"--kubeconfig {self._kubeconfig}" if self._kubeconfig else "--in-cluster"
         if self._kubeconfig and not self._kubeconfig.is_file():
@@ -100,20 +100,21 @@ class ApiTransport:
 
             await self._session.client.close()
             self._session = None
-            # Certificates that the kubeconfig holds. The library removes them when Python ends, which execve() skips.
+            # Temporary files with certificates from the kubeconfig. The library removes them at exit, which execve()
+            # skips.
             _cleanup_temp_files()
 
     @contextlib.asynccontextmanager
     async def get(self, path: str, params: Mapping[str, str]) -> AsyncGenerator[Response]:
         async with self._request("GET", path, _TIMEOUT, query_params=dict(params)) as answer:
             _watch_peer(answer)
-            yield Answer(answer)
+            yield StreamedResponse(answer)
 
     async def write(self, method: str, path: str, body: Mapping[str, object]) -> int:
         """Send *body*; return the status of the answer.
 
         Raises:
-            OSError: nobody answered, or too late.
+            OSError: no answer arrived in time.
         """
         kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
         async with self._request(method, path, _WRITE_TIMEOUT, body=dict(body), content_type=kind) as answer:
@@ -139,7 +140,7 @@ class ApiTransport:
                     **details,
                 )
             except aiohttp.ClientError as error:
-                # Perhaps the authority that signs the server's certificate is another one now.
+                # The certificate authority of the server may have changed.
                 session.is_refused = session.is_refused or isinstance(error, aiohttp.ClientSSLError)
                 raise ConnectionError(_said(error)) from error
             session.is_refused = session.is_refused or answer.status == 401
@@ -150,7 +151,7 @@ class ApiTransport:
             await self._close_if_left(session)
 
     async def _now(self) -> _Session:
-        """Return the session to use: the one there is, unless it was refused.
+        """Return the current session, or log in again if the server refused it.
 
         Raises:
             OSError: the login failed.
@@ -186,14 +187,14 @@ class ApiTransport:
                 _refuse_broken_url(url)
             return _Session(configuration, RESTClientObject(configuration))
         except Exception as error:
-            # Files and plugins of others fail in every way, AssertionError and TypeError among them.
+            # Foreign files and plugins raise anything, AssertionError and TypeError among them.
             raise ConnectionError(f"no login: {error or type(error).__name__}") from error
 
 
 def _refuse_unreadable(kubeconfig: Path) -> None:
-    """Raise ConnectionError if reading *kubeconfig*, or a file that it names, might not end.
+    """Raise ConnectionError if reading *kubeconfig*, or a file it names, might not end.
 
-    The library that logs in reads it again, without any bound and with a parser that recurses.
+    The login library reads them without a size limit and with a recursive parser.
     """
     try:
         text = read(str(kubeconfig))
@@ -214,7 +215,7 @@ def _refuse_unreadable(kubeconfig: Path) -> None:
 
 
 def _refuse_broken_url(url: str | None) -> None:
-    """Raise ConnectionError for a URL that cannot be read; the library would say it with any password in it."""
+    """Raise ConnectionError for an invalid URL; the library's own error would contain its password."""
     try:
         yarl.URL(url or "").port  # noqa: B018 - read only when it is asked for
     except ValueError:

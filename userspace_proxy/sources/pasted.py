@@ -1,6 +1,6 @@
-"""Signs that a text was copied from a web page, a chat or a word processor: in words, with the line and the fix.
+"""Finds signs that a text was copied from a web page, a chat or a word processor; gives line and fix.
 
-Such a sign is looked for only where something is wrong: in a comment or an annotation it does no harm.
+Only text that already has a fault is searched: in comments and annotations such signs do no harm.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ FENCE = "a Markdown fence is not YAML"
 _ROW_MAX = 1_000
 _COMMENT = re.compile(r"(^|\s)#.*")
 _TAG = r"</?(html|head|body|div|span|p|br|pre|code|a|table|t[rdh]|li|ul)(\s[^>]*)?/?>"
-# What shows it in a row, what it is, and how to mend it. A placeholder such as <name> is no HTML.
+# Pattern in a line, problem, fix. A placeholder such as <name> is not HTML.
 _SIGNS = [
     (re.compile(pattern, re.IGNORECASE), said, mend)
     for pattern, said, mend in (
@@ -49,19 +49,19 @@ _SIGNS = [
         ),
     )
 ]
-# Those that are certain wherever they stand outside of a text of several lines.
+# Signs that are certain anywhere outside a multi-line text.
 _CERTAIN = re.compile("^\\s*(```|~~~|//|(?:- +)*[A-Za-z][\\w./-]*\uff1a)|^ *[\u00a0\u2002-\u200a\u202f\u3000]")
 _PARENT = re.compile(r"(metadata|spec):\s*$")
 
 
 def sign_in(row: str, field: str = "") -> ConfigError | None:
-    """Return what in *row*, in which something is wrong, comes from copying; None if nothing does."""
+    """Return the copying mistake in *row*, a line with a fault, or None."""
     row = _COMMENT.sub("", row[:_ROW_MAX])
     return next((ConfigError(said, field=field, mend=mend) for sign, said, mend in _SIGNS if sign.search(row)), None)
 
 
 def certain_sign(text: str) -> tuple[int, ConfigError] | None:
-    """Return the first line of *text*, from 0, that is certainly no YAML because of how it was copied, and why."""
+    """Return the first line of *text* (from 0) that copying has certainly broken, and the error, or None."""
     for line, row in enumerate(text.splitlines()):
         if _CERTAIN.match(row) and (error := sign_in(row)):
             return line, error
@@ -69,7 +69,7 @@ def certain_sign(text: str) -> tuple[int, ConfigError] | None:
 
 
 def lost_indentation(text: str) -> tuple[int, ConfigError] | None:
-    """Return in which line of *text* the indentation is missing, if every line of an object begins in column one."""
+    """Return the line of *text* where indentation is missing, if all lines of an object begin in column one."""
     rows = [
         (line, row) for line, row in enumerate(text.splitlines()) if row.strip() and not row.startswith(("#", "---"))
     ]

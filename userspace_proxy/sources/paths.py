@@ -1,7 +1,7 @@
-"""The paths a user names: which files they stand for, what these hold, and which folders to watch for them.
+"""Paths that users name: the files they stand for, their content, and the folders to watch.
 
-Only a regular file is read again and again, because only its reading always ends: a pipe is a stream, read once,
-where it may take its time, and a device is refused.
+Only regular files are read repeatedly, because reading them always ends. A pipe is a stream and is read once. A device
+is rejected.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from userspace_proxy.sources.documents import Problem
 STDIN = "-"
 _ENDINGS = (".yaml", ".yml", ".json")
 _FOLDERS_SHOWN = 3
-# 10,000 Services with their slices are 6 MB; what is so much larger is something else.
+# 10,000 Services with their slices take 6 MB; a file of this size is something else.
 _SIZE_MAX_BYTES = 256 * 1024 * 1024
-# 10,000 Services with their slices are 20,000.
+# 10,000 Services with their slices are 20,000 documents.
 _DOCUMENTS_MAX = 100_000
 _CHUNK_BYTES = 1024 * 1024
 _Result = TypeVar("_Result")
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 def check_path(path: str) -> None:
-    """Raise StartError when *path* names nothing that could be read."""
+    """Raise StartError if *path* does not exist or cannot be read."""
     if path == STDIN:
         if sys.stdin is None:
             raise StartError("stdin is closed")
@@ -63,12 +63,12 @@ def _warn_of_nothing(folder: str) -> None:
 
 
 def is_stream(path: str) -> bool:
-    """Return whether *path* can be read only once: stdin, or a pipe such as a shell makes of ``<(command)``."""
+    """Return whether *path* can be read only once: stdin, or a pipe as the shell makes for ``<(command)``."""
     return path == STDIN or Path(path).is_fifo()
 
 
 def expand(path: str) -> Iterator[str]:
-    """Yield the manifest files that *path* stands for: itself, or the files right in a folder, by name.
+    """Yield the manifest files of *path*: itself, or the files directly in a folder, sorted by name.
 
     Raises:
         OSError: it cannot be read.
@@ -86,10 +86,10 @@ def expand(path: str) -> Iterator[str]:
 
 
 def watched_folders(path: str) -> list[Path]:
-    """Return the folders in which a change of *path* shows: its own, and that of what a link leads to.
+    """Return the folders where a change of *path* is visible: its own, and the folder of a link's target.
 
     Raises:
-        OSError: a link leads nowhere, in a circle say.
+        OSError: a link is broken, for example circular.
         RuntimeError: the same, before Python 3.13.
     """
     given, real = Path(path), Path(path).resolve()
@@ -98,32 +98,32 @@ def watched_folders(path: str) -> list[Path]:
     return list({given.absolute().parent, real.parent})
 
 
-# ---- what they hold
+# ---- content
 
 
 def shown(path: str) -> str:
-    """Return *path* as it stands in messages; bytes of a name that are not UTF-8 are written as ``\\xff``."""
+    """Return *path* for messages; bytes of a name that are not UTF-8 are escaped as ``\\xff``."""
     return "stdin" if path == STDIN else os.fsencode(path).decode(errors="backslashreplace")
 
 
 def read(path: str) -> str:
-    """Return the text of the file *path*, at once.
+    """Return the text of the regular file *path*, without blocking on a pipe.
 
     Raises:
-        OSError, UnicodeDecodeError, ConfigError: it cannot be read, is no text, or no file to read.
+        OSError, UnicodeDecodeError, ConfigError: it cannot be read, is not text, or is not a regular file.
     """
     if shown(path) != path:
         raise ConfigError("cannot be read: its name is not UTF-8 text", mend="rename it")
-    # A FIFO is not even opened: whoever writes to it would take us for its reader.
+    # Do not open a FIFO: its writer would take this process for the reader.
     _refuse_what_never_ends(Path(path).stat())
-    # Not to wait at one that was put in its place meanwhile, either.
+    # Do not block either if a FIFO has replaced the file since.
     with open(path, "rb", opener=_open_without_waiting) as file:
         _refuse_what_never_ends(os.fstat(file.fileno()))
         return decoded(file.read())
 
 
 def decoded(data: bytes) -> str:
-    """Return the text of *data*: UTF-8, or UTF-16 with a byte order mark as Windows tools write it.
+    """Return *data* as text: UTF-8, or UTF-16 with a byte order mark, as Windows tools write it.
 
     Raises:
         UnicodeDecodeError: it is neither.
@@ -155,13 +155,13 @@ def _too_large() -> ConfigError:
 
 
 def read_stream(path: str) -> str:
-    """Return all of the stream *path*, when its writer has ended; reads it by the descriptor, past any buffer.
+    """Return the whole stream *path*, once its writer has closed it; unbuffered.
 
     Raises:
-        OSError, UnicodeDecodeError, ConfigError: it cannot be read, is no text, or is too much.
+        OSError, UnicodeDecodeError, ConfigError: it cannot be read, is not text, or is too large.
     """
     descriptor = os.dup(sys.stdin.fileno()) if path == STDIN else os.open(path, os.O_RDONLY)
-    # No buffered reader: a thread that waits in one holds a lock, at which the interpreter's end would abort.
+    # Unbuffered: a thread that blocks in a buffered reader holds a lock, and the interpreter would abort at exit.
     with open(descriptor, "rb", buffering=0) as stream:  # noqa: PTH123 - a descriptor
         chunks = []
         size = 0
@@ -174,10 +174,10 @@ def read_stream(path: str) -> str:
 
 
 def read_stdin() -> str:
-    """Return all of stdin, at once, by way of its buffer.
+    """Return all of stdin through its buffer; blocks until it ends.
 
     Raises:
-        OSError, UnicodeDecodeError, ConfigError: it cannot be read, is no text, or is too much.
+        OSError, UnicodeDecodeError, ConfigError: it cannot be read, is not text, or is too large.
     """
     data = sys.stdin.buffer.read(_SIZE_MAX_BYTES + 1)
     if len(data) > _SIZE_MAX_BYTES:
@@ -186,7 +186,7 @@ def read_stdin() -> str:
 
 
 def run_in_thread(name: str, work: Callable[[], _Result]) -> asyncio.Future[_Result]:
-    """Return what *work* will return or raise, without holding up the event loop, or our end."""
+    """Run *work* in a daemon thread; return a future of its result. It delays neither the event loop nor the exit."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[_Result] = loop.create_future()
 
@@ -195,10 +195,10 @@ def run_in_thread(name: str, work: Callable[[], _Result]) -> asyncio.Future[_Res
             settle = functools.partial(_settle, future.set_result, work())
         except Exception as error:  # noqa: BLE001 - raised where the future is asked
             settle = functools.partial(_settle, future.set_exception, error)
-        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(settle)
 
-    # A thread of its own, because one of a pool is waited for at the end.
+    # Not in a pool: the interpreter waits for pool threads at exit.
     threading.Thread(target=run, name=name, daemon=True).start()
     return future
 
@@ -209,7 +209,7 @@ def _settle(how: Callable[[Any], None], outcome: object) -> None:
 
 
 def begin_to_read_stream(path: str) -> asyncio.Future[str | Exception]:
-    """Return what `read_stream` will return or raise."""
+    """Run `read_stream` in a thread; return a future of its text or its error."""
 
     def work() -> str | Exception:
         try:
@@ -221,7 +221,7 @@ def begin_to_read_stream(path: str) -> asyncio.Future[str | Exception]:
 
 
 def unreadable(path: str, error: OSError | UnicodeDecodeError | ConfigError) -> Problem:
-    """Return what to say of *path*, the reading of which ended with *error*."""
+    """Return a Problem for *path*, whose reading raised *error*."""
     if isinstance(error, ConfigError):
         return Problem(shown(path), None, error)
     if isinstance(error, OSError):

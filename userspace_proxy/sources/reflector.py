@@ -1,6 +1,6 @@
-"""Follows one kind of the Kubernetes API: list, watch, and again, for ever. No client library is known here.
+"""Follows one kind of the Kubernetes API: list and watch, repeatedly. Independent of the client library.
 
-What was told changes only by what the API says: silence, a broken answer or a late one leaves it as it is.
+Only an answer of the API changes the known objects. Silence, a broken answer or a late one leaves them unchanged.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from userspace_proxy.sources.versions import Versions
 
 T = TypeVar("T")
 
-# An object has 1.5 MiB at most in etcd, and JSON writes it longer.
+# etcd limits an object to 1.5 MiB; its JSON form is longer.
 _LINE_MAX_BYTES = 16 << 20
 _PAGE_OBJECTS = 500
 _REASON_MAX_BYTES = 64 << 10
@@ -37,65 +37,66 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How long things may take, in seconds; client-go's values where it has them."""
+    """Time limits and delays in seconds; client-go's values where it has them."""
 
-    # An API server says something at least once a minute (a bookmark).
+    # An API server sends a bookmark at least once a minute.
     silence_s: float = 90.0
-    # Until an answer begins, and between the parts of a list.
+    # Maximum time until an answer begins, and between the parts of a list.
     answer_s: float = 30.0
-    # After so long the server is asked to end a watch, so that nodes spread over API servers; each watch has its own.
+    # Range for the requested duration of a watch. Random, so that nodes spread over the API servers.
     watch_s: tuple[int, int] = (300, 600)
-    # A watch that stood so long was a good one.
+    # A watch that lasts this long counts as a success.
     good_s: float = 5.0
-    # The first retry comes after half of this, or a little more; then twice as late each time, up to ...
+    # The first retry follows after 0.5 to 1 times this delay. The delay doubles up to a maximum, which depends on the
+    # failure:
     retry_s: float = 0.8
-    refused_max_s: float = 30.0  # ... where the server says no
-    unreachable_max_s: float = 4.0  # ... where nobody answers: knocking costs nobody much, and being late costs us
-    cut_max_s: float = 2.0  # ... where an answer began and was cut off
-    # An orderly end is followed by the next watch within this.
+    refused_max_s: float = 30.0  # the server rejects the request
+    unreachable_max_s: float = 4.0  # no answer: retries are cheap, and late news is costly
+    cut_max_s: float = 2.0  # the connection broke during an answer
+    # The maximum delay before the next watch after a regular end.
     again_s: float = 0.2
 
 
 class Change(NamedTuple, Generic[T]):
-    """The latest of one object; None when it is gone."""
+    """The latest version of one object, or None if it was deleted."""
 
     name: NamespacedName
     object: T | None
 
 
 class _Page(NamedTuple):
-    """What a page of a list says of the list: at which version it is, and where it goes on; "" at its end."""
+    """The list version of a page, and the token for the next page ("" on the last)."""
 
     version: int
     more: str
 
 
 class _ExpiredError(FollowError):
-    """The version asked for is not, or not yet, in the server's history."""
+    """The server's history does not contain the requested version (any more, or yet)."""
 
 
 class _NoWatchListError(FollowError):
-    """The server does not tell what is there by a watch (before Kubernetes 1.32, or switched off)."""
+    """The server cannot stream the initial list in a watch (before Kubernetes 1.32, or disabled)."""
 
 
 class _UnknownFieldError(FollowError):
-    """The server cannot choose objects by that field."""
+    """The server does not support that field selector."""
 
 
 class _SilenceError(FollowError):
-    """The connection stands and nothing comes. A new one is no proof that this is over, a word is."""
+    """The connection is open but silent. Only a message ends this state, not a new connection."""
 
 
 @dataclass(slots=True)
 class _Found(Generic[T]):
-    """What a list, or a watch that begins with one, has shown so far."""
+    """The objects found so far by a list, or by a watch that begins with one."""
 
-    versions: dict[NamespacedName, int] = field(default_factory=dict)  # also of what was deleted meanwhile
+    versions: dict[NamespacedName, int] = field(default_factory=dict)  # including objects deleted meanwhile
     objects: dict[NamespacedName, T] = field(default_factory=dict)
     deleted: set[NamespacedName] = field(default_factory=set)
 
     def sees(self, name: NamespacedName, version: int) -> bool:
-        """Note a version of *name*; return whether it is later than what was seen of it."""
+        """Record *version* of *name*; return whether it is newer than the known one."""
         if version <= self.versions.get(name, -1):
             return False
         self.versions[name] = version
@@ -107,10 +108,10 @@ class _Found(Generic[T]):
 
 
 class Reflector(Generic[T]):
-    """Yields what there is of one kind, then each change, whatever happens to the connection.
+    """Yields all objects of one kind, then each change, and recovers from every connection failure.
 
-    *spares* are parameters that keep away what nobody needs. A server that does not know them is asked without.
-    *is_optional*: a server may refuse it without a warning.
+    *spares*: parameters that exclude unneeded objects. If the server does not know them, requests omit them.
+    *is_optional*: failures are logged at DEBUG level.
     """
 
     def __init__(
@@ -140,16 +141,16 @@ class Reflector(Generic[T]):
         self._sleep = sleep
         self._backoff = Backoff(pace.retry_s, chance)
         self._told = Versions()
-        self._version: int | None = None  # to watch on from; None: all must be listed
-        self._found: _Found[T] | None = None  # while all is listed
-        self._lists_next = False  # by LIST, because a watch did not do it
+        self._version: int | None = None  # to continue watching from; None: list everything first
+        self._found: _Found[T] | None = None  # during a list
+        self._lists_next = False  # with LIST, because the watch failed to do it
         self._is_silent = False
-        self._asks_version = False  # before it watches on: the server may be another one, or have another past
+        self._asks_version = False  # check it before watching: the server or its history may have changed
         self.stats = WatchStats(kind)
         self.problems: dict[NamespacedName, str] = {}
 
     async def changes(self) -> AsyncGenerator[list[Change[T]]]:
-        """Yield changes for ever; the first batch is all that is there, and may be empty."""
+        """Yield batches of changes, without end; the first holds all objects and may be empty."""
         self._told.forget()
         self._version, self._asks_version = None, False
         while True:
@@ -205,10 +206,10 @@ class Reflector(Generic[T]):
     # ---- one watch
 
     async def _follow(self) -> AsyncGenerator[list[Change[T]]]:
-        """Yield what one watch says until it ends; where all must be listed, that first.
+        """Yield the changes of one watch until it ends, and the initial list first if needed.
 
         Raises:
-            FollowError: it cannot go on.
+            FollowError: the watch failed.
         """
         if self._version is None and self._lists_next:
             yield await self._list()
@@ -228,14 +229,12 @@ class Reflector(Generic[T]):
                             self._read(line, changes)
                             self._note_word()
                     except (msgspec.MsgspecError, ValueError) as error:
-                        failure = FollowError(
-                            f"what the server sends makes no sense: {error}", self._pace.refused_max_s
-                        )
+                        failure = FollowError(f"the server sent an invalid answer: {error}", self._pace.refused_max_s)
                     except FollowError as error:
                         failure = error
                     if changes or (was_listing and self._found is None):
                         yield changes
-                    if failure is not None:  # what came before it counts
+                    if failure is not None:  # changes before the failure are valid
                         raise failure
             except _SilenceError as silence:
                 if self._found is None:
@@ -263,7 +262,7 @@ class Reflector(Generic[T]):
         return params | {"resourceVersion": str(self._version)}
 
     def _read(self, line: bytes, changes: list[Change[T]]) -> None:
-        """Take one event: into what was found while all is listed, else into *changes*."""
+        """Apply one event: to the initial list while it is incomplete, else to *changes*."""
         event = EVENT.decode(line)
         match event.type:
             case "ADDED" | "MODIFIED" | "DELETED":
@@ -305,12 +304,13 @@ class Reflector(Generic[T]):
         self._version = version
 
     async def _check_version(self, version: int) -> None:
-        """Ask which version the server is at: one that watches from a later one is told nothing, and no error either.
+        """Check that the server's version is not older than *version*.
 
-        That is so where etcd was restored from a backup (seen with Kubernetes 1.20 and 1.36).
+        A server that watches from a version in its future sends nothing, not even an error. This happens after etcd is
+        restored from a backup (seen with Kubernetes 1.20 and 1.36).
 
         Raises:
-            FollowError: it is at an older one, or could not be asked.
+            FollowError: its version is older, or the request failed.
         """
         try:
             async with asyncio.timeout(self._pace.answer_s):
@@ -325,14 +325,14 @@ class Reflector(Generic[T]):
     # ---- one list
 
     async def _list(self) -> list[Change[T]]:
-        """Return what differs between what was told and what is there.
+        """List all objects; return the changes since the last report.
 
         Raises:
             FollowError: it could not be listed.
         """
         try:
             return await self._list_by(_PAGE_OBJECTS)
-        except _ExpiredError:  # while we read its pages
+        except _ExpiredError:  # the version expired between two pages
             return await self._list_by(0)
         except _UnknownFieldError:
             self._spares.clear()
@@ -365,7 +365,7 @@ class Reflector(Generic[T]):
                     self._find(found, *name_and_version(item), item)
             return _Page(int(page.metadata.resource_version), page.metadata.continue_ or "")
         except (msgspec.MsgspecError, ValueError) as error:
-            raise FollowError(f"what the server sends makes no sense: {error}", self._pace.refused_max_s) from None
+            raise FollowError(f"the server sent an invalid answer: {error}", self._pace.refused_max_s) from None
 
     def _find(self, found: _Found[T], name: NamespacedName, version: int, raw: msgspec.Raw) -> None:
         if found.sees(name, version) and (made := self._decode(name, raw)) is not None:
@@ -381,7 +381,7 @@ class Reflector(Generic[T]):
         return [*changes, *(Change[T](name, None) for name in gone)]
 
     def _decode(self, name: NamespacedName, raw: msgspec.Raw) -> T | None:
-        """Return the object; None where it makes no sense, and then its last good version stays."""
+        """Return the decoded object, or None if it is invalid; its last good version then stays in force."""
         try:
             made = self._decoder.decode(raw)
         except msgspec.MsgspecError as error:
@@ -397,10 +397,10 @@ class Reflector(Generic[T]):
 
     @contextlib.asynccontextmanager
     async def _answer(self, params: Mapping[str, str]) -> AsyncGenerator[Response]:
-        """Ask, and yield the answer if it is a good one.
+        """Send a GET request and yield the answer if its status is 200.
 
         Raises:
-            FollowError: it is none.
+            FollowError: there is no answer, or its status is an error.
         """
         async with contextlib.AsyncExitStack() as stack:
             try:
@@ -415,7 +415,7 @@ class Reflector(Generic[T]):
             yield response
 
     async def _status(self, response: Response) -> Status:
-        """Return what the server says of its refusal, as far as that can be read."""
+        """Return the error details in the body of *response*, as far as they can be read."""
         body = bytearray()
         with contextlib.suppress(FollowError):
             async for chunk in self._chunks(response):
@@ -442,10 +442,10 @@ class Reflector(Generic[T]):
         return FollowError(said, longest_s, retry_after_s=retry_after_s, at_once=code == 401)
 
     async def _chunks(self, response: Response) -> AsyncGenerator[bytes]:
-        """Yield the body as it comes.
+        """Yield the chunks of the body as they arrive.
 
         Raises:
-            FollowError: it was cut off, or nothing came for too long.
+            FollowError: the connection broke, or was silent for too long.
         """
         chunks = response.chunks()
         while True:

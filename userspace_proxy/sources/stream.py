@@ -1,10 +1,10 @@
-"""Lines out of the chunks of a stream. Pure."""
+"""Splits a stream of chunks into lines. Pure."""
 
 from __future__ import annotations
 
 
 class LineSplitter:
-    """Takes a stream chunk by chunk, however it is cut; a line that has no end yet waits for it."""
+    """Splits chunks into lines; an incomplete line is kept for the next chunk."""
 
     def __init__(self, longest_bytes: int) -> None:
         self._longest_bytes = longest_bytes
@@ -12,10 +12,10 @@ class LineSplitter:
         self._begun_bytes = 0
 
     def lines(self, chunk: bytes) -> list[bytes]:
-        """Return the lines that end in *chunk*, without their ends and without empty ones.
+        """Return the lines that end in *chunk*, without line ends and empty lines.
 
         Raises:
-            ValueError: one is too long; the stream is of no more use.
+            ValueError: a line is too long; the stream cannot be used further.
         """
         head, newline, rest = chunk.partition(b"\n")
         self._begun_bytes += len(head)

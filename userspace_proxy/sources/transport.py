@@ -1,4 +1,4 @@
-"""How the Kubernetes API is asked, whatever client does it: one GET, whose answer comes bit by bit."""
+"""Interface to the Kubernetes API, independent of the client: a GET request with a streamed answer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class Response(Protocol):
-    """An answer whose body comes bit by bit."""
+    """An HTTP answer with a streamed body."""
 
     @property
     def status(self) -> int: ...
@@ -17,21 +17,21 @@ class Response(Protocol):
     def headers(self) -> Mapping[str, str]: ...
 
     def chunks(self) -> AsyncIterator[bytes]:
-        """Yield the body as it comes, in pieces that are not empty.
+        """Yield the non-empty chunks of the body as they arrive.
 
         Raises:
-            OSError: it was cut off.
+            OSError: the connection broke.
         """
         ...
 
 
 class Transport(Protocol):
-    """Asks the API server, logged in."""
+    """Sends authenticated requests to the API server."""
 
     def get(self, path: str, params: Mapping[str, str]) -> AbstractAsyncContextManager[Response]:
-        """Ask for *path*; after an answer 401, with credentials that were read again.
+        """Send a GET request for *path*. After an answer 401, the next request reads the credentials again.
 
         Raises:
-            OSError: nobody answers, or there are no credentials.
+            OSError: no answer arrived, or there are no credentials.
         """
         ...

@@ -1,4 +1,4 @@
-"""What is wrong with a YAML text as such, in words for people, and in which of its lines (from 0)."""
+"""Explains faults in YAML text in plain words, with their line (from 0)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from userspace_proxy.errors import ConfigError, Note
 from userspace_proxy.sources.pasted import certain_sign, sign_in
 from userspace_proxy.sources.yaml_values import Node, UnreadableValue, compose
 
-# What Helm, Jinja, ERB or envsubst replace.
+# Placeholders of Helm, Jinja, ERB and envsubst.
 TEMPLATE = re.compile(r"\{\{|\{%|<%|\$\{")
 _KEY = re.compile(r"\s*(?:- +)*([\w./-]+):(\s|$)")
-# Of a line, so much is looked at to say what is wrong in it.
+# Only this many characters of a line are examined.
 _ROW_MAX = 1_000
 _NUMERIC_FIELDS = ("port", "targetPort", "nodePort", "containerPort", "timeoutSeconds")
 
@@ -24,7 +24,7 @@ _NUMERIC_FIELDS = ("port", "targetPort", "nodePort", "containerPort", "timeoutSe
 
 
 def describe(text: str, error: yaml.YAMLError) -> tuple[int, ConfigError]:
-    """Return in which line of *text* the mistake behind *error* stands, and what it is."""
+    """Return the line of the mistake that caused *error*, and its explanation."""
     rows = [row[:_ROW_MAX] for row in text.splitlines()]
     line = min(line_of(text, error), max(len(rows) - 1, 0))
     row = rows[line] if rows else ""
@@ -57,7 +57,7 @@ def describe(text: str, error: yaml.YAMLError) -> tuple[int, ConfigError]:
 
 
 def line_of(text: str, error: yaml.YAMLError) -> int:
-    """Return the line at which reading *text* ended with *error*."""
+    """Return the line of *text* where parsing stopped with *error*."""
     if isinstance(error, yaml.reader.ReaderError):
         return text.count("\n", 0, error.position)
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
@@ -70,7 +70,7 @@ def template_note(field: str = "") -> Note:
 
 
 def html_error(text: str) -> ConfigError | None:
-    """Return that *text* is HTML, if it is."""
+    """Return an error if *text* is HTML, else None."""
     start = text.lstrip("- \n\t")
     if start.startswith("<") and not start.startswith(("<<", "<%")):
         return ConfigError("this is HTML, not a manifest", mend="fetch the raw file, not the page that shows it")
@@ -88,13 +88,13 @@ def _field(row: str) -> str:
 
 
 def _context(error: yaml.YAMLError, words: str) -> int | None:
-    """Return the line in which what libyaml was doing, which *words* are part of, began."""
+    """Return the line where libyaml's current construct began, if *words* occur in its description, else None."""
     mark = getattr(error, "context_mark", None)
     return mark.line if mark and words in (getattr(error, "context", None) or "") else None
 
 
 def _unclosed_quote(rows: list[str], error: yaml.YAMLError) -> int | None:
-    """Return the line in which a quote was opened that only the end of *rows*, or another text's quote, closes."""
+    """Return the line of an opening quote that is closed only by another text's quote or not at all."""
     if (line := _context(error, "quoted scalar")) is not None and "unexpected" in _problem(error):
         return line
     mark = getattr(error, "problem_mark", None)
@@ -108,7 +108,7 @@ def _unclosed_quote(rows: list[str], error: yaml.YAMLError) -> int | None:
 
 
 def _special_sign(row: str, error: yaml.YAMLError) -> str:
-    """Return the sign with which a value begins that has a meaning of its own there; "" if that is not the matter."""
+    """Return the YAML indicator that a value wrongly begins with, or "" if that is not the fault."""
     mark = getattr(error, "problem_mark", None)
     said = _problem(error)
     if mark is None:
@@ -130,7 +130,10 @@ def _of_special_sign(sign: str, field: str) -> ConfigError:
 
 
 def _missing_space(rows: list[str], line: int, error: yaml.YAMLError) -> tuple[int, ConfigError] | None:
-    """Return in which line around *line* the space after ':' or '-' is missing; YAML stumbles in the next one often."""
+    """Return the line near *line* that lacks the space after ':' or '-', and the error, or None.
+
+    YAML often reports this fault in the following line.
+    """
     above = next((index for index in range(line - 1, -1, -1) if rows[index].strip()), line)
     key = _context(error, "simple key")
     for index in (line if key is None else key, line, above):
@@ -139,13 +142,13 @@ def _missing_space(rows: list[str], line: int, error: yaml.YAMLError) -> tuple[i
     return None
 
 
-# ---- keys that stand twice
+# ---- duplicate keys
 
 
 def keys_that_stand_twice(text: str) -> tuple[list[int], list[tuple[int, ConfigError]]]:
-    """Return the lines in which a new object begins without a separator; and the other keys that stand twice.
+    """Return the lines where a new object begins without a separator, and the other duplicate keys with their errors.
 
-    Those with their line and what to say of them. *text* is one YAML document that can be read.
+    *text* is one YAML document that can be parsed.
     """
     root = compose(text)
     begins = _lines_of_new_objects(root)
@@ -170,7 +173,7 @@ def _lines_of_new_objects(root: Node | None) -> list[int]:
 
 
 def _repeated_keys(root: Node | None) -> Iterator[tuple[int, ConfigError]]:
-    visited: set[int] = set()  # an alias stands for a node that was looked at
+    visited: set[int] = set()  # aliases repeat nodes that were visited
     waiting = [(root, "")]
     while waiting:
         node, field = waiting.pop()

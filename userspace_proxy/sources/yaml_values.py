@@ -1,7 +1,7 @@
-"""YAML text -> plain values, as Kubernetes reads it. Nothing here knows of files or of objects.
+"""Parses YAML text into plain values as Kubernetes does. Independent of files and objects.
 
-A document is read event by event: libyaml's own way to make a tree recurses in C, where deep nesting ends the process.
-What one document may cost is bounded by `Budget`, whatever it holds.
+Documents are read event by event, because libyaml's tree builder recurses in C and deep nesting would crash the
+process. `Budget` bounds the cost of any document.
 """
 
 from __future__ import annotations
@@ -27,26 +27,27 @@ _WORDS = {
 _SCALARS = {f"tag:yaml.org,2002:{name}": words for name, words in _WORDS.items()}
 _IMPLICIT = {f"tag:yaml.org,2002:{name}" for name in ("int", "float", "bool", "null")}
 _MERGE = "tag:yaml.org,2002:merge"
-# No object of Kubernetes is nested half so deep.
+# More than twice the depth of any Kubernetes object.
 DEPTH_MAX = 100
-# Of a document's characters, with so many more for each value. 10,000 Services with their slices in one List: 20 MiB.
+# Maximum size of a document: its characters, plus a constant for each value. 10,000 Services with their slices in one
+# List take 20 MiB.
 _SIZE_MAX = 64 * 1024 * 1024
 _VALUE_SIZE = 32
-# What aliases repeat, counted in the same way: for each character of the document, and in all.
+# Maximum size repeated by aliases: for each character of the document, and in total.
 _REPEATED_RATIO = 200
 _REPEATED_MAX = 16 * 1024 * 1024
-# A number of more characters than this fits nowhere.
+# No number has more characters.
 _NUMBER_MAX = 128
-# libyaml compares each directive with all before it.
+# libyaml compares each directive with all earlier ones.
 _DIRECTIVES_MAX = 100
 _DIRECTIVE = re.compile(r"^%", re.MULTILINE)
 _NO_KEY, _MERGED = object(), object()
 
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where it is built in
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C loader, if it is available
 
 
 class UnreadableValue(yaml.error.MarkedYAMLError):
-    """The YAML is well formed, but cannot be read: it is over a bound, or a value is not what its tag says."""
+    """Well-formed YAML that is rejected: it exceeds a limit, or a value does not match its tag."""
 
     def __init__(self, problem: str, mark: Any, mend: str = "") -> None:
         super().__init__(problem=problem, problem_mark=mark)
@@ -54,10 +55,10 @@ class UnreadableValue(yaml.error.MarkedYAMLError):
 
 
 def plain_value(text: str) -> tuple[object, bool]:
-    """Return what *text*, one YAML document, says (None: nothing), and whether a key stands twice in a mapping.
+    """Return the value of *text*, one YAML document (None if empty), and whether a mapping has a duplicate key.
 
     Raises:
-        yaml.YAMLError: it is broken, or over a bound; `yaml_faults.describe` has the words.
+        yaml.YAMLError: it is broken or exceeds a limit; `yaml_faults.describe` explains it.
     """
     _refuse_size(text)
     loader = _Loader(text)
@@ -77,7 +78,7 @@ def _refuse_size(text: str) -> None:
 
 @lru_cache(maxsize=8192)
 def _short_plain_tag(text: str) -> str:
-    if ":" in text:  # YAML 1.1 has numbers to the base 60, so that 53:53 were 3233; Kubernetes has none
+    if ":" in text:  # YAML 1.1 reads 53:53 as a base-60 number (3233); Kubernetes does not
         return _TEXT
     for tag, pattern in yaml.SafeLoader.yaml_implicit_resolvers.get(text[:1], ()):
         if (tag in _IMPLICIT or tag == _MERGE) and pattern.match(text):
@@ -86,13 +87,13 @@ def _short_plain_tag(text: str) -> str:
 
 
 def _plain_tag(text: str) -> str:
-    """Return the tag of *text* written without quotes. Manifests say the same few words again and again."""
+    """Return the tag of the unquoted *text*. Short texts are cached, because manifests repeat a few words."""
     return _short_plain_tag(text) if len(text) <= _NUMBER_MAX else _short_plain_tag.__wrapped__(text)
 
 
 @dataclass(slots=True)
 class Budget:
-    """What one document may still cost: ``repeated`` by aliases, ``size`` by what is written."""
+    """The remaining cost allowed for one document: ``repeated`` by aliases, ``size`` in all."""
 
     repeated: int
     size: int = _SIZE_MAX
@@ -105,7 +106,7 @@ class _Anchored(NamedTuple):
 
 @dataclass(slots=True)
 class _Collection:
-    """A mapping or a sequence that is being read."""
+    """A mapping or sequence while it is read."""
 
     values: dict[object, object] | list[object]
     event: Any
@@ -115,14 +116,14 @@ class _Collection:
 
 
 class _Builder:
-    """Makes plain values of a loader's events."""
+    """Builds plain values from a loader's events."""
 
     def __init__(self, loader: Any, budget: Budget) -> None:
         self._next = loader.get_event
         self._budget = budget
-        self._size = 0  # of all values until here, those that aliases repeat included
-        self._anchors: dict[str, _Anchored | None] = {}  # None: what it stands for has not ended
-        self.keys_were_lost = False  # to others of their mapping
+        self._size = 0  # of all values so far, including repetitions by aliases
+        self._anchors: dict[str, _Anchored | None] = {}  # None: its value is still being read
+        self.keys_were_lost = False  # a duplicate key replaced an earlier one
 
     def document(self) -> object:
         self._next()  # the stream's start
@@ -137,12 +138,12 @@ class _Builder:
         return value
 
     def _value(self) -> object:
-        """Return the next value with all that is in it.
+        """Return the next value, with everything nested in it.
 
-        Half of the time that reading manifests takes is spent here.
+        The hot loop: half of the time for reading manifests is spent here.
         """
-        here: Any = None  # the _Collection, if any
-        values: Any = None  # those of `here`
+        here: Any = None  # the current _Collection, if any
+        values: Any = None  # the values of `here`
         above: list[_Collection] = []
         next_event, size_max = self._next, self._budget.size + self._budget.repeated
         value: object
@@ -192,7 +193,7 @@ class _Builder:
                 return value
 
     def _begin(self, event: Any, here: _Collection | None, depth: int) -> _Collection:
-        """Return the collection that begins with *event* in *here*, at *depth*."""
+        """Return the new collection that *event* begins inside *here*, at *depth*."""
         if depth >= DEPTH_MAX:
             raise UnreadableValue(f"it is nested more than {DEPTH_MAX} deep", event.start_mark, "nest it less")
         is_mapping = type(event) is MappingStartEvent
@@ -215,7 +216,7 @@ class _Builder:
         return value
 
     def _repeated(self, alias: Any) -> object:
-        """Return what *alias* stands for."""
+        """Return the value of *alias*, and charge its size to the budget."""
         if alias.anchor not in self._anchors:
             raise _undefined(alias)
         anchored = self._anchors[alias.anchor]
@@ -229,7 +230,10 @@ class _Builder:
         return anchored.value
 
     def _merge(self, here: _Collection, value: object, event: Any) -> None:
-        """Note that *value* is merged into *here*: of several the first counts; what *here* has itself, before any."""
+        """Record that *value* is merged into *here*.
+
+        The first of several mappings takes precedence. Keys of *here* itself take precedence over all.
+        """
         here.key = _NO_KEY
         for mapping in value[::-1] if isinstance(value, list) else [value]:
             if not isinstance(mapping, dict):
@@ -244,12 +248,12 @@ def _undefined(alias: Any) -> yaml.YAMLError:
 
 
 def _is_of_another_tool(tag: str) -> bool:
-    """Return whether *tag* is one such as !vault or !Ref: Kubernetes reads the value without it."""
+    """Return whether *tag* is a local one such as !vault or !Ref; Kubernetes ignores those."""
     return tag.startswith("!")
 
 
 def _key(key: object) -> str:
-    """Return *key* as text: in JSON, which the API server reads, every key is text."""
+    """Return *key* as text, because the API server reads JSON, where every key is text."""
     return str(key).lower() if isinstance(key, bool) else "null" if key is None else str(key)
 
 
@@ -267,11 +271,11 @@ def _unknown_tag(event: Any) -> yaml.YAMLError:
 
 
 def _scalar(tag: str, event: Any) -> object:
-    """Return the value of a scalar that is no text."""
+    """Return the value of a scalar with a tag other than text."""
     if tag not in _SCALARS:
         raise _unknown_tag(event)
     text = event.value
-    # The library's own constructors fail in every way: ValueError, KeyError, AttributeError.
+    # PyYAML's constructors raise anything: ValueError, KeyError, AttributeError.
     with contextlib.suppress(Exception):
         if len(text) <= _NUMBER_MAX:
             return _short_scalar(tag, text)
@@ -287,15 +291,15 @@ def _short_scalar(tag: str, text: str) -> object:
     return yaml.constructor.SafeConstructor().construct_object(yaml.ScalarNode(tag, text))
 
 
-# ---- where things are written
+# ---- positions
 
 
 @dataclass(slots=True)
 class Node:
-    """A value and the line at which it begins, from 0.
+    """A value and its first line (from 0).
 
-    ``text``: of a scalar; ``items``: of a sequence; ``pairs``: of a mapping. ``is_flow``: it is written in brackets.
-    ``first``: the first pair of each key, made at the first look-up.
+    ``text``: of a scalar; ``items``: of a sequence; ``pairs``: of a mapping. ``is_flow``: written in brackets.
+    ``first``: key -> its first pair, built at the first look-up.
     """
 
     line: int
@@ -307,17 +311,17 @@ class Node:
     first: dict[str | None, tuple[Node, Node]] | None = None
 
     def pair(self, key: str) -> tuple[Node, Node] | None:
-        """Return *key* and its value, if this is a mapping that has it."""
+        """Return the first pair of *key*, or None."""
         if self.first is None:
             self.first = {pair[0].text: pair for pair in reversed(self.pairs or ())}
         return self.first.get(key)
 
 
 def compose(text: str) -> Node | None:
-    """Return *text*, one YAML document, as a tree of nodes; None for an empty one. An alias is its anchor's node.
+    """Return *text*, one YAML document, as a tree, or None if it is empty. An alias yields its anchor's node.
 
     Raises:
-        yaml.YAMLError: it is broken.
+        yaml.YAMLError: it is broken or exceeds a limit.
     """
     _refuse_size(text)
     loader = _Loader(text)

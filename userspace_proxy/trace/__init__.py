@@ -1,1 +1,1 @@
-"""A packet's way: which hooks, chains and rules the kernel says that it met, as a tree and as a drawing."""
+"""Traces a packet through the kernel's hooks, chains and rules, and shows its path as a tree or a drawing."""

@@ -1,4 +1,4 @@
-"""`userspace-proxy trace`: a portal as text -> a request; what was seen -> a tree, JSON, a drawing."""
+"""The `trace` command: parses its arguments, follows a packet, and prints a tree or JSON, or writes a drawing."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from userspace_proxy.trace.story import Recording, tell
 from userspace_proxy.trace.text import show
 from userspace_proxy.trace.tracer import Request, follow
 
-_UNBOUNDED = 10_000  # columns: whoever reads from a pipe cuts lines as he likes
+_UNBOUNDED = 10_000  # columns: lines in a pipe are not wrapped
 _NETNS_FOLDER = Path("/run/netns")
 
 
 def request(portal: str, *, wait: bool, timeout_s: float, client_ip: str, from_pod: str | None) -> Request:
-    """Return what the command line asks for; raises ValueError that says what is wrong there."""
+    """Return the request that the command line states. Raises ValueError with the fault in it."""
     if from_pod and (wait or client_ip):
         raise ValueError("--from-pod sends the packet itself: it goes with neither --wait nor --from")
     asked, _, protocol = portal.partition("/")
@@ -44,7 +44,7 @@ def request(portal: str, *, wait: bool, timeout_s: float, client_ip: str, from_p
 
 
 def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    if "%" in text:  # what stands behind it may be any text, and a rule would have it
+    if "%" in text:  # any text may follow the %, and it would end up in a rule
         raise ValueError(f"{text!r} has a zone")
     return ipaddress.ip_address(text)
 
@@ -60,7 +60,7 @@ def _client(text: str, family: int) -> str:
 
 
 def _namespace(text: str) -> Path:
-    """Return the network namespace of a process (its number), or the one that `ip netns` knows by that name."""
+    """Return the network namespace of a process (by its id), or a named one of `ip netns`."""
     path = Path(f"/proc/{text}/ns/net") if text.isdigit() else _NETNS_FOLDER / text
     if not path.exists():
         raise ValueError(f"--from-pod: there is no {'process' if text.isdigit() else 'network namespace'} {text}")
@@ -68,13 +68,13 @@ def _namespace(text: str) -> Path:
 
 
 def run(request: Request, *, as_json: bool, svg: Path | None, wide: bool, say: Callable[[str], None]) -> None:
-    """Follow a packet and show its way.
+    """Follow a packet and show its path.
 
     Raises:
         StartError: packets cannot be traced here, or the file cannot be written.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the table goes in every case
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the nftables table is always removed
     try:
         recording = follow(request, on_ready=lambda: _say_what_is_awaited(request, say))
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
-"""`make drawings`: each mode's rules at work in private namespaces, one packet of a client followed, and drawn.
+"""`make drawings`: traces and draws one client packet for each mode, in private namespaces.
 
-A mode that this kernel or this build does not have is passed over, with a line that says so. Another machine's kernel
-may have it: ``--print ipvs`` there prints what it said, and that file here, in place of a mode, is drawn.
+A mode that this kernel or build lacks is skipped with a message. On a machine that has it, ``--print ipvs`` prints the
+recording. The file with it can be given here in place of a mode.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from userspace_proxy.trace.story import Recording, tell
 from userspace_proxy.trace.svg import drawing
 from userspace_proxy.trace.tracer import Request, follow
 
-PORTAL, PORT = "10.96.0.11", 80  # of examples/cluster-ip
+PORTAL, PORT = "10.96.0.11", 80  # the portal of examples/cluster-ip
 _EXAMPLE = Path("examples/cluster-ip")
 _START_TIMEOUT_S, _PACKET_TIMEOUT_S = 20.0, 10.0
 _USAGE_ERROR = 2
@@ -35,7 +35,7 @@ class _NoSuchModeError(Exception):
 
 
 def record(world: ServiceLab, folder: Path, mode: str, *arguments: str) -> Recording:
-    """Run *mode* on the node, with nothing but the example's Service, and follow the first packet of the client."""
+    """Run *mode* on the node with the example's Service, and follow the client's first packet."""
     with _proxy(world, folder, mode, *arguments), world.node.inside():
         client = threading.Thread(target=ask, args=(world.client, PORTAL, PORT))
         request = Request(PORTAL, PORT, "tcp", awaited_s=_PACKET_TIMEOUT_S)
@@ -91,10 +91,10 @@ def _draw(mode: str, recording: Recording, folder: Path) -> str:
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("modes", nargs=-1, required=True)
-@click.option("--print", "printed", is_flag=True, help="Print what the kernel said, and draw nothing.")
+@click.option("--print", "printed", is_flag=True, help="Print the recording as JSON; draw nothing.")
 @click.option("--inside", is_flag=True, hidden=True)
 def main(folder: Path, modes: tuple[str, ...], *, printed: bool, inside: bool) -> None:
-    """Draw a packet's way in each of MODES (names, or files that --print made) into FOLDER."""
+    """Draw a packet's path in each of MODES (names, or files written by --print) into FOLDER."""
     try:
         if not inside:
             command = [sys.executable, "-P", "-m", "userspace_proxy.trace.drawings", *sys.argv[1:], "--inside"]

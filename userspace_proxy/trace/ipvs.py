@@ -1,4 +1,4 @@
-"""What /proc/net/ip_vs says, read. Pure."""
+"""Parses /proc/net/ip_vs. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SERVER = re.compile(r"\s+->\s+(\[?[0-9A-Fa-f:.]+\]?):([0-9A-Fa-f]{4})\s+(\S+)\s
 
 
 def virtual_servers(text: str) -> list[VirtualServer]:
-    """Return the virtual servers in *text*: addresses are in hexadecimal there (IPv6 in brackets), as are ports."""
+    """Return the virtual servers in *text*, which writes ports and IPv4 addresses in hexadecimal."""
     found: list[VirtualServer] = []
     for line in text.splitlines():
         if service := _SERVICE.match(line):
@@ -28,7 +28,7 @@ def virtual_servers(text: str) -> list[VirtualServer]:
 
 
 def virtual_server(text: str, protocol: str, ip: str, port: int) -> VirtualServer | None:
-    """Return the one that serves this portal, None if there is none."""
+    """Return the virtual server of this portal, or None."""
     wanted = (protocol, ip, port)
     return next((one for one in virtual_servers(text) if (one.protocol, one.ip, one.port) == wanted), None)
 

@@ -1,7 +1,7 @@
-"""What the kernel says of traced packets (nfnetlink group 9), decoded. Pure.
+"""Decodes the kernel's trace messages (nfnetlink group 9). Pure.
 
-`nft monitor trace` reads the same messages, but prints rules that iptables wrote as blanks; here a rule is a
-number, and `rulebook` has its words.
+`nft monitor trace` reads the same messages but cannot print rules that iptables wrote. Here a rule is identified by its
+handle, and `rulebook` has its text.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _UNREACHABLE = {(1, 3): "ICMP unreachable", (58, 1): "ICMPv6 unreachable"}
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One thing that happened to one packet: a rule matched, a chain came to its end, or the policy decided.
+    """One trace event of one packet: a rule matched, a chain ended, or the policy decided.
 
-    ``ends`` and ``what`` are there where a base chain begins.
+    ``ends`` and ``what`` are set where a base chain begins.
     """
 
     packet: int
@@ -54,7 +54,7 @@ class Message:
 
 
 def messages(datagram: bytes) -> Iterator[Message]:
-    """Yield the trace messages in a *datagram* of the group; whatever else is in it is passed over."""
+    """Yield the trace messages in *datagram*; other messages are skipped."""
     for kind, body in netlink.messages(datagram):
         if kind == _MSG_TRACE:
             yield _message(_FAMILIES.get(body[0], str(body[0])), dict(attributes(body[_NFGENMSG_BYTES:])))

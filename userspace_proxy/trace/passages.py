@@ -1,7 +1,7 @@
-"""Messages of the kernel -> legs: which packet is which, and where it went from hook to hook. Pure.
+"""Groups the kernel's trace messages into legs: one packet each, from hook to hook. Pure.
 
-The rules of our own table say why a packet is followed, by the chain that they stand in; our chains after all
-others at a hook say that it came so far, and with which addresses.
+The chain of a rule in the tracer's table says why a packet is followed. The tracer's last chain at each hook proves
+that the packet passed the hook, and with which addresses.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _UNKNOWN = "a rule that was replaced meanwhile"
 
 @dataclass(slots=True)
 class _Passage:
-    """One packet in one base chain, with all that happened to it there."""
+    """One packet in one base chain, with its trace messages there."""
 
     packet: int
     begin: Message
@@ -69,32 +69,33 @@ class _Leg:
     hooks: list[_Hook] = field(default_factory=list)
 
     def hook(self, name: str, begin: Message) -> _Hook:
-        """Return the hook that the packet is at, a new one where the last one is behind it."""
+        """Return the packet's current hook; add one if the previous hook is finished."""
         if not self.hooks or self.hooks[-1].is_over or self.hooks[-1].name != name:
-            if self.hooks and not self.hooks[-1].is_over and begin.ends is not None:  # IPVS had it in between
+            if self.hooks and not self.hooks[-1].is_over and begin.ends is not None:  # IPVS changed it in between
                 self.now = begin.ends
             self.hooks.append(_Hook(name, self.now, (begin.iif, begin.oif)))
         return self.hooks[-1]
 
     def goes_on(self, name: str, passage: _Passage) -> bool:
-        """Return whether *passage*, at the hook *name*, is where this packet comes next."""
+        """Return whether *passage*, at the hook *name*, continues this packet's path."""
         if not self.hooks:
             return False
         last, ends = self.hooks[-1], passage.ends
         if name == last.name and not last.is_over:
             return self.now == ends
-        if last.name == "POSTROUTING" and last.devices[1] != passage.begin.iif:  # the loopback device alone comes back
+        if last.name == "POSTROUTING" and last.devices[1] != passage.begin.iif:  # only loopback returns
             return False
         if last.is_over:
             return self.now == ends and name in _NEXT[last.name]
-        # IPVS takes packets away at INPUT, and sends them on from OUTPUT with another receiver.
+        # IPVS takes packets at INPUT and re-sends them from OUTPUT to another destination.
         return last.name == "INPUT" and name == "OUTPUT" and self.now.sender == ends.sender
 
 
 def legs(told: Iterable[Message], rulebook: Rulebook, devices: Mapping[int, str]) -> tuple[Leg, ...]:
-    """Return the ways of the packets that were followed, in the order in which these began.
+    """Return the paths of the followed packets, in order of their beginning.
 
-    The kernel's number of a packet is not enough: some change on their way, others belong to one packet after another.
+    The kernel's packet id is not enough: a packet's id may change on its path, and several packets may share one in
+    turn.
     """
     found: list[_Leg] = []
     current: dict[int, _Leg] = {}
@@ -165,12 +166,12 @@ def _visit(passage: _Passage, after: Ends | None, rulebook: Rulebook) -> Visit:
 
 
 class _Walk:
-    """From rule to rule through a base chain and those that it jumps to, counting rules that did not match."""
+    """Walks from rule to rule through a base chain and the chains it jumps to; counts rules that did not match."""
 
     def __init__(self, base: Chain, rulebook: Rulebook) -> None:
         self._rulebook = rulebook
         self._family, self._table = base.family, base.table
-        self._stack: list[tuple[Chain, int]] = [(base, 0)]  # with how many rules of it are behind
+        self._stack: list[tuple[Chain, int]] = [(base, 0)]  # each chain with the number of rules passed
         self._skipped = 0
 
     def steps(self, told: Iterable[Message]) -> Iterator[Step]:
@@ -179,7 +180,7 @@ class _Walk:
                 yield self._step(message)
 
     def rest(self) -> int:
-        """Return how many rules did not match after the last step."""
+        """Return the number of rules that did not match after the last step."""
         while self._stack:
             self._leave()
         return self._skipped
@@ -199,7 +200,7 @@ class _Walk:
         text = chain.rules.get(message.handle, _UNKNOWN)
         step = Step(message.chain, text, message.verdict, message.to, self._skipped, depth=depth)
         self._skipped = 0
-        # After a goto or a return nobody comes back to the rest of this chain.
+        # After a goto or return, the rest of this chain is not evaluated.
         over = message.verdict in ("goto", "return")
         self._stack.append((chain, len(chain.rules) if over else at + 1))
         if message.to:

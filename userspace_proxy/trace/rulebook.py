@@ -1,7 +1,7 @@
-"""The words of every rule on this host, by the number that the kernel traces it under. Pure.
+"""Maps rule handles, which trace messages contain, to the text of each rule on this host. Pure.
 
-nft numbers rules. Rules that iptables wrote have numbers as well, but nft 1.0 prints half of their words as
-blanks: those are taken from iptables-save, where the same chain has as many rules in the same order.
+nft 1.0 omits parts of rules that iptables wrote. Their text is taken from iptables-save, which lists the same rules of
+a chain in the same order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _COUNTERS = re.compile(r"counter packets \d+ bytes \d+ ")
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """One chain: its rules' texts by number, in order; for a base chain also at which hook it stands, and as what."""
+    """One chain: rule handle -> text, in order; a base chain also has its type, hook and priority."""
 
     family: str
     table: str
@@ -32,7 +32,7 @@ class Chain:
 
 
 class Rulebook:
-    """Every chain of a host, of ``nft --handle --terse list ruleset`` and, by family, of iptables-save."""
+    """All chains of a host, from ``nft --handle --terse list ruleset`` and, by family, iptables-save."""
 
     def __init__(self, nft: str, saved: Mapping[str, str]) -> None:
         words = {family: _saved_rules(text) for family, text in saved.items()}
@@ -42,7 +42,7 @@ class Rulebook:
         }
 
     def chain(self, family: str, table: str, name: str) -> Chain:
-        """Return a chain; one that nobody knows is empty."""
+        """Return a chain; an unknown chain is empty."""
         return self._chains.get((family, table, name), Chain(family, table, name, {}))
 
 
@@ -64,7 +64,7 @@ def _chains(nft: str) -> list[Chain]:
 
 
 def _saved_rules(text: str) -> dict[tuple[str, str], list[str]]:
-    """Return the rules in what iptables-save printed, by table and chain."""
+    """Return the rules in the output of iptables-save, by table and chain."""
     found: dict[tuple[str, str], list[str]] = {}
     table = ""
     for line in text.splitlines():

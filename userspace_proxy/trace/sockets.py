@@ -1,4 +1,4 @@
-"""Which process has a socket at a local port: /proc, read."""
+"""Finds the process with a socket at a local port, from /proc."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LISTENS = {"tcp": "0A", "udp": "07"}
 
 
 def listener_at(protocol: str, port: int, proc: Path = Path("/proc")) -> Listener | None:
-    """Return who takes what comes to *port*: a worker of ours before the process that made its sockets."""
+    """Return the process that listens at *port*; a worker of this proxy before the process that created its sockets."""
     inodes = set(_inodes(protocol, port, proc))
     found = [(pid, command) for pid, command in _owners(inodes, proc)] if inodes else []
     found.sort(key=lambda owner: (_WORKER not in owner[1], owner[0]))
@@ -39,6 +39,6 @@ def _inodes(protocol: str, port: int, proc: Path) -> Iterator[str]:
 def _owners(inodes: Iterable[str], proc: Path) -> Iterator[tuple[int, str]]:
     wanted = {f"socket:[{inode}]" for inode in inodes}
     for folder in proc.glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile, or is not ours to look at
+        with contextlib.suppress(OSError):  # the process has ended, or may not be inspected
             if any(str(fd.readlink()) in wanted for fd in (folder / "fd").iterdir()):
                 yield int(folder.name), (folder / "cmdline").read_text().replace("\0", " ")

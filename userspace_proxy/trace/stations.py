@@ -1,4 +1,4 @@
-"""A story as both views show it: for each packet a lane of stations, with what is said at each. Pure."""
+"""Prepares a trace for display: a lane of stations for each packet, with lines for each station. Pure."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from userspace_proxy.trace.values import Ends, Hook, Leg, Listener, Role, Step, 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One thing that is said at a station.
+    """One line of text at a station.
 
-    ``kind`` is chain, rule, decides (the rule that does), element (what its map holds), skipped, change or note;
-    ``depth`` is 0 for what is said of a hook, 1 for rules of its base chain, more for those that they lead to.
+    ``kind`` is chain, rule, decides (the rule that decides), element (the looked-up map element), skipped, change or
+    note. ``depth`` is 0 for lines about a hook, 1 for rules of its base chain, and more for chains that these jump to.
     """
 
     kind: str
@@ -25,7 +25,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Station:
-    """Where the packet is: a hook of the kernel, IPVS, a process, or outside (``kind``)."""
+    """A place on the packet's path: a hook of the kernel, IPVS, a process, or outside (``kind``)."""
 
     kind: str
     title: str
@@ -35,7 +35,7 @@ class Station:
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """One packet's way."""
+    """One packet's path."""
 
     title: str
     aside: str
@@ -59,7 +59,7 @@ _HOOKS = {
 
 
 def lanes(story: Story, *, folded: bool) -> tuple[Lane, ...]:
-    """Return the lanes of *story*; *folded*, without the chains that had nothing to say to the packet."""
+    """Return the lanes of *story*; *folded* omits the chains that had no effect on the packet."""
     return tuple(_lane(leg, story, folded=folded) for leg in story.legs)
 
 
@@ -122,7 +122,7 @@ def _nothing_done(visit: Visit) -> str:
 
 
 def _did_nothing(visit: Visit) -> bool:
-    """Return whether *visit* only led from chain to chain and let the packet go as it was."""
+    """Return whether *visit* only jumped between chains and left the packet unchanged."""
     led = all(step.verdict in ("jump", "goto", "return") for step in visit.steps)
     noted = any(step.element or " set " in step.rule for step in visit.steps)
     return led and not noted and visit.by_policy and visit.end == "accept" and visit.after == visit.before
@@ -143,7 +143,7 @@ def _change(hook: Hook, leg: Leg, story: Story) -> Iterator[Line]:
     was, now = hook.before, hook.after
     assert now is not None
     if story.ipvs is not None and _is_by_ipvs(hook, now, leg):
-        return  # it has a station of its own
+        return  # IPVS has its own station
     by = "" if _is_by_rule(hook) else f"{_unseen_hand(hook, leg, story)}: "
     if was.receiver != now.receiver:
         yield Line("change", f"{by}{was.receiver} became {now.receiver}")
@@ -156,19 +156,19 @@ def _is_by_rule(hook: Hook) -> bool:
 
 
 def _is_by_ipvs(hook: Hook, now: Ends, leg: Leg) -> bool:
-    """Return whether IPVS sent a client's packet elsewhere: it stands at INPUT, and at OUTPUT for this host's own."""
+    """Return whether IPVS changed a client packet's destination: at INPUT, or at OUTPUT for this host's own packets."""
     is_there = hook.name in ("INPUT", "OUTPUT") and leg.role is Role.CLIENT
     return is_there and hook.before.receiver != now.receiver and not _is_by_rule(hook)
 
 
 def _unseen_hand(hook: Hook, leg: Leg, story: Story) -> str:
-    """Say what changes addresses where no rule was seen to do it."""
+    """Return what changes addresses although no traced rule does."""
     if leg.role is not Role.ANSWER:
         return "rules that cannot be traced"
     return "IPVS" if story.ipvs is not None and hook.name in ("FORWARD", "OUTPUT") else "conntrack"
 
 
-# ---- what else there is
+# ---- other stations
 
 
 def _ipvs(server: VirtualServer, was: Ends, now: Ends) -> Station:
@@ -226,5 +226,5 @@ def _process(listener: Listener | None, ends: Ends, story: Story) -> Station:
 
 
 def count(number: int, thing: str) -> str:
-    """Return *number* of *thing*, in words."""
+    """Return *number* and *thing*, with a plural s."""
     return f"{number} {thing}{'' if number == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""A recording of what was seen -> the story that it tells. Pure."""
+"""Interprets a recording: builds the packets' paths and one sentence about the outcome. Pure."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ ANSWERED = "answered"
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """Everything that was heard and looked up while a packet was followed, as it was said.
+    """The raw data of one trace, as the kernel and the tools wrote it.
 
-    ``datagrams`` are the kernel's own, in hexadecimal; ``saved`` is iptables-save's text by family; ``elements`` has
-    what sets and maps hold for the packet, by `Element.key`; ``probe`` is what the sender itself noticed.
+    ``datagrams``: the kernel's messages in hexadecimal. ``saved``: output of iptables-save by family. ``elements``: the
+    set and map elements looked up for the packet, by `Element.key`. ``probe``: the result that the sending socket saw.
     """
 
     ip: str
@@ -44,7 +44,7 @@ class Recording:
 
 @dataclass(frozen=True, slots=True)
 class Element:
-    """What a rule looks up for a packet: the element of a set or map."""
+    """A set or map element that a rule looks up for a packet."""
 
     family: str
     table: str
@@ -57,7 +57,7 @@ class Element:
 
 
 def tell(recording: Recording) -> Story:
-    """Return what *recording* says."""
+    """Return the interpretation of *recording*."""
     told = [message for text in recording.datagrams for message in messages(bytes.fromhex(text))]
     rulebook = Rulebook(recording.nft, recording.saved)
     seen = _of_one_connection(legs(told, rulebook, recording.devices), at(recording.ip, recording.port))
@@ -77,7 +77,7 @@ def tell(recording: Recording) -> Story:
 
 
 def _of_one_connection(seen: tuple[Leg, ...], portal: str) -> tuple[Leg, ...]:
-    """Return the first client's leg, with what followed from it: its answer, and what the proxy dialled then."""
+    """Return the first client's leg and what belongs to it: the proxy's dials and the answer."""
     client = next((leg for leg in seen if leg.role is Role.CLIENT), None)
     if client is None:
         return ()
@@ -85,14 +85,14 @@ def _of_one_connection(seen: tuple[Leg, ...], portal: str) -> tuple[Leg, ...]:
     back = (portal, client.first.sender)
     answers = [leg for leg in later if leg.role is Role.ANSWER]
     answer = next((leg for leg in answers if (leg.last.sender, leg.last.receiver) == back), None)
-    if answer is None:  # what says that nothing can be reached comes from somebody else
+    if answer is None:  # an ICMP unreachable comes from another address
         answer = next((leg for leg in answers if leg.last.destination == client.first.source), None)
     dials = _dials(later) if _is_delivered(client) else []
     return (client, *dials, *([answer] if answer is not None else []))
 
 
 def _dials(later: tuple[Leg, ...]) -> list[Leg]:
-    """Return the proxy's dials, up to the first that was accepted: those behind it are another client's."""
+    """Return the proxy's dials up to the first successful one; later dials belong to other clients."""
     found: list[Leg] = []
     for leg in later:
         if leg.role is Role.DIAL and not any(before.answered.startswith("SYN") for before in found):
@@ -107,11 +107,11 @@ def _is_delivered(leg: Leg) -> bool:
     return leg.hooks[-1].name == "INPUT" and leg.hooks[-1].after is not None
 
 
-# ---- what maps say
+# ---- map elements
 
 
 def elements_in(story: Story) -> Iterator[Element]:
-    """Yield what the rules that matched looked up, where the packet's own fields say what that is."""
+    """Yield the elements that matching rules look up by the packet's own fields."""
     for leg in story.legs:
         for hook in leg.hooks:
             for visit in hook.visits:
@@ -146,11 +146,11 @@ def _with_elements(leg: Leg, protocol: str, known: Mapping[str, str]) -> Leg:
     return replace(leg, hooks=tuple(hook_of(hook) for hook in leg.hooks))
 
 
-# ---- what conntrack says
+# ---- conntrack
 
 
 def flow_of(listing: str, wanted: Ends) -> Flow | None:
-    """Return the flow that *wanted* began, out of what ``conntrack -L`` printed."""
+    """Return the flow in *listing* (``conntrack -L``) whose original direction is *wanted*."""
     for line in listing.splitlines():
         words = [word.partition("=") for word in line.split()]
         values = [value for key, _, value in words if key in ("src", "dst", "sport", "dport")]
@@ -163,16 +163,16 @@ def flow_of(listing: str, wanted: Ends) -> Flow | None:
     return None
 
 
-# ---- how it ended
+# ---- outcome
 
 
 def deciding(visit: Visit) -> Step | None:
-    """Return the rule that ended the packet's way through *visit*, None where the policy did."""
+    """Return the rule that decided in *visit*, or None if the policy did."""
     return visit.steps[-1] if visit.steps and not visit.by_policy else None
 
 
 def with_outcome(story: Story, probe: str = "") -> Story:
-    """Return *story* with its end in one sentence."""
+    """Return *story* with its outcome as one sentence."""
     return replace(story, outcome=_outcome(story, probe))
 
 
@@ -184,7 +184,7 @@ def _outcome(story: Story, probe: str) -> str:
 
 
 def _stopped(client: Leg) -> str:
-    """Say what kept the packet, "" where nothing did."""
+    """Return what stopped the packet, or "" if nothing did."""
     last = client.hooks[-1]
     if last.after is None:
         for visit in last.visits:

@@ -1,6 +1,6 @@
-"""A story as one SVG file: light and dark, as wide as a phone or (lanes side by side) as a projector. Pure.
+"""Draws a trace as one SVG file, light and dark; as wide as a phone, or with lanes side by side. Pure.
 
-Nothing is loaded from elsewhere, so it is the same in a page, in a slide and in ten years.
+The file loads no other resource, so it looks the same in a page, in a slide and in ten years.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ WIDTH = 460
 _EDGE, _PAD, _GAP, _INDENT = 12, 12, 20, 12
 _SIZES = {"title": 16, "lane": 14, "ends": 12, "station": 13, "aside": 11, "mono": 11, "outcome": 13}
 _MONO = {"ends", "mono"}
-# How wide a letter is, in parts of its height: every usual font's are narrower on average.
+# Maximum average width of a character relative to the font size, for all usual fonts.
 _MONO_EM, _TEXT_EM, _BOLD_EM = 0.605, 0.58, 0.66
 _BOLD_CAPITALS_EM = 0.75
 _BOLD = {"title", "lane", "station", "outcome"}
-# An option of iptables and its value are not to be torn apart.
+# Keep an iptables option and its value on one line.
 _OPTION = re.compile(r"(?<=\s)(!|--?[\w-]+) (?=[^-\s])")
 _GLUE = "\u00a0"
 _STYLE = Path(__file__).with_name("drawing.css")
@@ -32,13 +32,13 @@ _STYLE = Path(__file__).with_name("drawing.css")
 
 @dataclass(slots=True)
 class _Sheet:
-    """What is drawn so far, and how far down it goes."""
+    """The elements drawn so far, and the vertical position of the next one."""
 
     parts: list[str] = field(default_factory=list)
     y: float = _EDGE
 
     def text(self, words: str, x: float, size: str, kind: str, room: float, hang: int = 0) -> None:
-        """Write *words* below, on as many lines as it takes for them to fit in *room*."""
+        """Append *words*, wrapped to the width *room*."""
         height = _SIZES[size]
         columns = max(12, int(room / (height * _em(size))))
         for line in _wrapped(words, columns, hang):
@@ -50,13 +50,13 @@ class _Sheet:
             )
 
     def box(self, kind: str, top: float, left: float = _EDGE, right: float = WIDTH - _EDGE) -> str:
-        """Return a box from *top* to where the sheet ends, to be put under what is in it."""
+        """Return a box from *top* to the current position; insert it before its content."""
         return (
             f'<rect class="{kind}" x="{left:g}" y="{top:g}" width="{right - left:g}" height="{self.y - top:g}" rx="6"/>'
         )
 
     def arrow(self) -> None:
-        """Lead on to what comes below."""
+        """Append an arrow to the next element."""
         x, top = _EDGE + 16, self.y
         self.y += _GAP
         self.parts.append(f'<path class="arrow" d="M{x} {top:g}V{self.y - 5:g}"/>')
@@ -74,10 +74,10 @@ def _wrapped(words: str, columns: int, hang: int) -> list[str]:
 
 
 def drawing(story: Story, title: str = "", *, wide: bool = False) -> str:
-    """Return *story* drawn, with *title* above it; *wide*, each packet's lane beside the one before."""
+    """Return *story* as SVG with *title* above it; *wide* draws the lanes side by side."""
     heading = title or f"A packet's way to {story.portal}"
     shown = lanes(story, folded=True)
-    # Dials that failed stand above the one that served, in one column.
+    # Failed dials share a column with the successful one below them.
     columns = [list(group) for _, group in groupby(shown, lambda lane: lane.title)] if wide else [list(shown)]
     width = max(1, len(columns)) * WIDTH
     sheet = _Sheet()

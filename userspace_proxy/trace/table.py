@@ -1,4 +1,4 @@
-"""Our own nftables table: it asks the kernel to trace a few packets, and vanishes with the process that made it."""
+"""The tracer's nftables table: it makes the kernel trace a few packets, and disappears with its process."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from userspace_proxy.trace.passages import AFTER, AT, TABLE
 
 _HOOKS = ("prerouting", "input", "forward", "output", "postrouting")
 _TIMEOUT_S = 5.0
-# Before every other rule (iptables' raw is at -300), but answers are known only after conntrack (-200). IPVS takes
-# packets away at 98.
+# Priorities: before every other rule (iptables' raw table is at -300). Answers are recognised only after conntrack
+# (-200). IPVS takes packets at 98.
 _FIRST, _AFTER_CONNTRACK, _BEFORE_IPVS, _LAST = -350, -199, 90, 300
 _DIALS, _ANSWERS = 4, 16
 _RULES = 8
@@ -24,7 +24,7 @@ _RULES = 8
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Which packet to follow: to *ip* and *port*, and where told only one from that address or local port."""
+    """The packet to follow: to *ip* and *port*, optionally from one client address or local port."""
 
     ip: str
     port: int
@@ -34,10 +34,10 @@ class Wanted:
 
 
 def commands(wanted: Wanted) -> str:
-    """Return what makes the table, a command a line.
+    """Return the nft commands that create the table, one on each line.
 
-    Each rule follows a few packets and then no more for a day. What a proxy of ours dials (it marks its packets), and
-    what comes back, is followed only once a client's packet was there: that is what the sets are for.
+    Each rule traces a few packets and then none for a day. The proxy's dials (recognised by its packet mark) and their
+    replies are traced only after a client's packet arrived; the sets record that.
     """
     ip = "ip6" if ":" in wanted.ip else "ip"
     tcp = wanted.protocol == "tcp"
@@ -55,7 +55,7 @@ def commands(wanted: Wanted) -> str:
     dialled = f"{ip} saddr . {wanted.protocol} sport . {wanted.protocol} dport @dialled"
     answering = f"{'ipv6_addr' if ip == 'ip6' else 'ipv4_addr'} . inet_service . inet_service"
     reply = f"{dialled} {back} {_few(_DIALS)} meta nftrace set 1"
-    # In this order, for nft 1.0 does not know otherwise what ports are.
+    # nft 1.0 needs this order to know the type of the ports.
     asked = f"ct direction reply ct original {ip} daddr {wanted.ip}"
     ports = f"meta l4proto {wanted.protocol} ct original proto-dst {wanted.port}"
     answer = f"{asked} {ports} {back} {_few(_ANSWERS)} meta nftrace set 1"
@@ -90,10 +90,10 @@ def _rules(name: str, hook: str, priority: int, *rules: str) -> list[str]:
 
 @contextlib.contextmanager
 def tracing(nft: str, wanted: Wanted) -> Iterator[None]:
-    """Have the kernel trace what is *wanted* during the block.
+    """Make the kernel trace *wanted* during the block.
 
-    The table belongs to the socket of a child process that ends with its input: so it is gone even if this process is
-    killed. The child has a process group of its own: Ctrl-C is for us.
+    The table belongs to the socket of a child process, which ends when its input closes. It is therefore removed even
+    if this process is killed. The child has its own process group, so that Ctrl-C does not reach it.
 
     Raises:
         StartError: the kernel or nft refused, with the reason.
@@ -130,7 +130,7 @@ def _wait_until_loaded(child: subprocess.Popen[str]) -> None:
 
 
 def _wait_until_gone() -> None:
-    """The kernel takes the table away a moment after its owner has ended."""
+    """Wait for the kernel to remove the table, which happens shortly after its owner ends."""
     give_up_at = time.monotonic() + _TIMEOUT_S
     while _loaded() and time.monotonic() < give_up_at:
         time.sleep(0.01)

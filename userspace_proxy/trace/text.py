@@ -1,4 +1,4 @@
-"""A story as a tree for a terminal: colours where there is one, plain text in a pipe."""
+"""Prints a trace as a tree: with colours on a terminal, as plain text in a pipe."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _tree(lane: Lane) -> Tree:
     tree = Tree(Text.assemble((lane.title, "bold"), f"  {lane.aside}"), guide_style="dim")
     for station in lane.stations:
         title = Text.assemble((station.title, _TITLES[station.kind]), (f"  {station.aside}", "dim"))
-        branches = [tree.add(title)]  # the one that a line of each depth grows from
+        branches = [tree.add(title)]  # the branch for lines of each depth
         for line in station.lines:
             del branches[line.depth + 1 :]
             branches.append(branches[-1].add(_line(line)))

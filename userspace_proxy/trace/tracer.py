@@ -1,4 +1,4 @@
-"""Following one packet: send or await it, hear what the kernel says of it, look up all that this names."""
+"""Follows one packet: sends or awaits it, receives the kernel's trace messages, and looks up what they name."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ _NETLINK_NETFILTER, _SOL_NETLINK, _ADD_MEMBERSHIP = 12, 270, 1
 _BUFFER_BYTES = 4 << 20
 _DATAGRAM_BYTES = 1 << 17
 _CONNECT_S, _DATAGRAM_S = 2.0, 1.0
-# So long after the last message of the kernel the story is over; longer while the proxy waits for a backend, as it then
-# tries another one. In no case longer than that after the first.
+# The trace ends this long after the last message. The limit is longer while the proxy waits for a backend, because it
+# may try another one. _AT_MOST_S limits the time after the first message.
 _QUIET_S, _DIAL_S, _AT_MOST_S = 0.25, 2.5, 10.0
 _TOOL_TIMEOUT_S = 30.0
 _LEGACY = Path("/proc/thread-self/net/ip_tables_names")
-_NOTHING = b"\n"  # what a datagram says: servers that do not understand it show by their silence that it came
+_NOTHING = b"\n"  # payload of a datagram; a server that cannot parse it stays silent
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to follow, and who sends it: this command, where told from another network namespace, or somebody else."""
+    """The packet to follow, and its sender: this command (optionally from *namespace*), or another client."""
 
     ip: str
     port: int
     protocol: str
-    awaited_s: float = 0.0  # 0: the command sends it
+    awaited_s: float = 0.0  # 0: this command sends the packet
     client_ip: str = ""
     namespace: Path | None = None
 
 
 def follow(request: Request, on_ready: Callable[[], None] = lambda: None) -> Recording:
-    """Return what became of one packet; ``on_ready`` is called once the next one will be followed.
+    """Trace one packet and return the recording; ``on_ready`` is called once tracing is active.
 
     Raises:
         StartError: this process may not trace, or lacks a tool.
@@ -84,7 +84,7 @@ def _socket(request: Request) -> socket.socket:
             sock = socket.socket(family, kind)
     except OSError as error:
         raise StartError(f"no packet can be sent from {request.namespace}: {error.strerror}") from None
-    sock.bind(("", 0))  # so that its port is known before it sends
+    sock.bind(("", 0))  # binds early: the rules need its port
     return sock
 
 
@@ -97,20 +97,20 @@ def _send(sock: socket.socket, request: Request) -> str:
             sock.send(_NOTHING)
             sock.recv(1)
     except (ConnectionError, TimeoutError, PermissionError):
-        return ""  # the kernel has told more of that
+        return ""  # trace messages have the details
     except OSError as error:
         return f"no packet left: {(error.strerror or str(error)).lower()}"
     return ANSWERED
 
 
-# ---- what the kernel says
+# ---- trace messages
 
 
 @contextlib.contextmanager
 def _listening() -> Iterator[socket.socket]:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
-        sock.bind((0, 0))  # whoever has no address of its own hears nothing
+        sock.bind((0, 0))  # an unbound socket receives nothing
         try:
             sock.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, GROUP_NFTRACE)
         except PermissionError:
@@ -119,12 +119,12 @@ def _listening() -> Iterator[socket.socket]:
 
 
 def _hear(ear: socket.socket, awaited_s: float) -> list[bytes]:
-    """Return what is said until nothing more of our packets comes; the first word may take *awaited_s*.
+    """Return the kernel's datagrams until no more arrive for the followed packets; the first may take *awaited_s*.
 
-    Somebody else may trace other packets meanwhile: they are heard, and told apart later.
+    Traces by other programs may mix in; they are separated later.
     """
     heard: list[bytes] = []
-    dials = 0  # of the proxy that nobody has answered yet
+    dials = 0  # dials of the proxy without a reply so far
     over_at = time.monotonic() + max(awaited_s, _QUIET_S)
     give_up_at = over_at + _AT_MOST_S
     while (left_s := min(over_at, give_up_at) - time.monotonic()) > 0:
@@ -134,7 +134,7 @@ def _hear(ear: socket.socket, awaited_s: float) -> list[bytes]:
         except TimeoutError:
             break
         except OSError as error:
-            if error.errno != errno.ENOBUFS:  # some of what was said is lost: others are traced, too
+            if error.errno != errno.ENOBUFS:  # ENOBUFS: messages were lost, because other packets are traced too
                 raise
             continue
         ours = [message for message in messages(datagram) if message.table == TABLE]
@@ -147,7 +147,7 @@ def _hear(ear: socket.socket, awaited_s: float) -> list[bytes]:
     return heard
 
 
-# ---- what it names
+# ---- look-ups
 
 
 def _look_up(recording: Recording, nft: str) -> Recording:
@@ -181,7 +181,7 @@ def _look_up(recording: Recording, nft: str) -> Recording:
 
 
 def _element(listed: str) -> str:
-    """Return the element in what ``nft get element`` printed, without the map around it."""
+    """Return the element in the output of ``nft get element``, without the map around it."""
     _, begins, rest = listed.partition("elements = { ")
     return " ".join(rest.partition(" }\n")[0].split()) if begins else ""
 

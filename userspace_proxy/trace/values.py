@@ -1,7 +1,7 @@
-"""What is known of a packet's way, as values: nothing here reads, asks or draws.
+"""The values of a trace: packets, hooks, chains and rules. No I/O.
 
-A `Story` has a leg for each packet that was followed. A `Leg` goes through hooks, at each hook through the
-base chains that stand there (`Visit`), in each chain from rule to rule (`Step`).
+A `Story` has a leg for each followed packet. A `Leg` passes hooks. A hook has base chains (`Visit`), and a chain has
+matching rules (`Step`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from enum import Enum
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """From where to where a packet goes; ports are 0 where a protocol has none."""
+    """Source and destination of a packet; ports are 0 for a protocol without ports."""
 
     source: str
     source_port: int
@@ -32,7 +32,7 @@ class Ends:
 
 
 def at(ip: str, port: int) -> str:
-    """Return an address and a port as people write them."""
+    """Return an address and a port in the usual notation."""
     if not port:
         return ip
     return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
@@ -49,10 +49,10 @@ class Role(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One rule that matched, and ``skipped`` before it in the same chain that did not.
+    """One rule that matched, and the number of rules ``skipped`` before it in the same chain.
 
-    ``rule`` is its text in the words of the language it was written in; ``element`` what a map that it asks
-    has for this packet. ``verdict`` is continue, jump, goto, return, accept or drop; ``to`` where a jump leads.
+    ``rule``: its text in nft's or iptables' syntax. ``element``: the map element it looked up for this packet.
+    ``verdict``: continue, jump, goto, return, accept or drop. ``to``: the target of a jump.
     """
 
     chain: str
@@ -66,10 +66,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """One base chain at a hook, and what became of the packet there.
+    """One base chain at a hook, and its effect on the packet.
 
-    ``end`` is accept or drop; ``by_policy`` where no rule decided. ``skipped`` counts the rules that did not
-    match after the last step, wherever the packet came by.
+    ``end``: accept or drop. ``by_policy``: no rule decided. ``skipped``: rules that did not match after the last step,
+    in all chains passed.
     """
 
     family: str
@@ -86,7 +86,7 @@ class Visit:
 
 @dataclass(frozen=True, slots=True)
 class Hook:
-    """One place in the kernel where packets meet rules; ``after`` is None for a packet that went no further."""
+    """One hook of the kernel; ``after`` is None if the packet went no further."""
 
     name: str
     devices: tuple[str, str]
@@ -97,9 +97,9 @@ class Hook:
 
 @dataclass(frozen=True, slots=True)
 class Leg:
-    """One packet's way through this host; ``what`` says which packet it is: SYN, SYN+ACK, RST, a datagram.
+    """One packet's path through this host.
 
-    ``answered``: what came back, of a dial.
+    ``what``: the kind of packet (SYN, SYN+ACK, RST, datagram). ``answered``: for a dial, the kind of its reply.
     """
 
     role: Role
@@ -118,7 +118,7 @@ class Leg:
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """The process that has a socket where the rules led to."""
+    """The process that listens where the rules sent the packet."""
 
     pid: int
     name: str
@@ -128,7 +128,7 @@ class Listener:
 
 @dataclass(frozen=True, slots=True)
 class VirtualServer:
-    """A portal as IPVS knows it, with its real servers (address and port, forwarding method, weight)."""
+    """A virtual server of IPVS with its real servers (address, port, forwarding method, weight)."""
 
     protocol: str
     ip: str
@@ -147,7 +147,7 @@ class RealServer:
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """What conntrack remembers: the packets of a connection, and those that it expects to come back."""
+    """A conntrack entry: the packets of a connection and the expected replies."""
 
     state: str
     original: Ends
@@ -156,7 +156,7 @@ class Flow:
 
 @dataclass(frozen=True, slots=True)
 class Story:
-    """All that was seen of one packet to ``portal``, and of what followed from it."""
+    """The trace of one packet to ``portal`` and of the packets it caused."""
 
     portal: str
     protocol: str
@@ -168,10 +168,10 @@ class Story:
     notes: tuple[str, ...] = ()
 
     def leg(self, role: Role) -> Leg | None:
-        """Return the first leg in that *role*."""
+        """Return the first leg with that *role*, or None."""
         return next((leg for leg in self.legs if leg.role is role), None)
 
     @property
     def dial(self) -> Leg | None:
-        """The proxy's own connection that serves the client: of several dials the last."""
+        """The proxy's connection that serves the client: the last of its dials."""
         return next((leg for leg in reversed(self.legs) if leg.role is Role.DIAL), None)
