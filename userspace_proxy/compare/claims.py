@@ -82,7 +82,7 @@ def _userspace_is_slow(results: Results) -> Verdict:
 
 
 def _slow_or_not(slower: int, others_decided: Sequence[bool]) -> Ruling:
-    """Return the ruling: true only if most measured figures are decided and show userspace to be slower."""
+    """Return the ruling: undecided figures support neither side, and most figures must support the claim."""
     if slower:
         return "partly" if any(others_decided) else "holds" if slower > len(others_decided) else "undecided"
     return "fails" if all(others_decided) else "undecided"
