@@ -27,10 +27,11 @@ from tests.ends import open_descriptors, until
 from tests.fakes import FakeClock
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.datagrams import DatagramPoller, Leased
+from userspace_proxy.dataplane.groups import open_group
 from userspace_proxy.interfaces import Backends as PlaneBackends
 from userspace_proxy.interfaces import EndpointCounters, ListenerSpec
 from userspace_proxy.model.endpoint import Address, Endpoint
-from userspace_proxy.model.names import Scope
+from userspace_proxy.model.names import L4Protocol, Scope
 
 # The idle time-out is not what is tested with it: it only makes the plane look at its flows 60 times a second.
 OFTEN = 0.1
@@ -380,6 +381,26 @@ async def test_another_process_uses_no_port_that_has_not_rested(backends: Backen
             counters = await plane.counters(UDP_NAME)
             await until(lambda: counters.port_exhaustions == 1, "all four are in use or rest")
         assert len(set(used)) == 4
+
+
+async def test_a_proxy_port_that_is_taken_over_is_read_once_the_process_before_has_made_way(
+    backends: Backends, clients: Clients
+) -> None:
+    """Both would choose local ports, and neither would know which the other has chosen just now."""
+    a, _ = backends
+    async with running_plane() as plane:
+        spec = next(spec for spec in plane.specs if spec.name.protocol is L4Protocol.UDP)
+        await plane.local.retire([spec.name])
+        (sock,) = open_group(L4Protocol.UDP, UDP_PORT, 1, Limits())
+        plane.local.serve(spec, sock, PlaneBackends((a.endpoint,), (a.endpoint,)), waits=True)
+        clients[0].ask()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert (await plane.counters(UDP_NAME)).flows == 0
+
+        plane.local.begin()
+
+        assert (await a.receive())[0] == b"who"
 
 
 async def test_a_refusal_of_an_ended_flow_is_not_held_against_the_next(

@@ -219,7 +219,7 @@ class DatagramPoller:
         """Make it for the worker *share*: which of how many.
 
         *udp_flows*: the local ports of the kernel's, by local IP or "" and endpoint. It is asked before the first proxy
-        port is served, when the process before still serves, and before flows come to where that one may have gone on.
+        port is served, and before flows come to where the process before may have gone on.
         """
         self.inbox = Batch()
         self._outbox = Batch()
@@ -243,6 +243,9 @@ class DatagramPoller:
     # ---- proxy ports
 
     def serve(self, front: Front) -> None:
+        """Read from *front*, if that is not done already."""
+        if front.fd in self._fronts:
+            return
         if self._looked_at == -math.inf:
             self._look()
         self._epoll.register(front.fd, select.EPOLLIN)

@@ -16,6 +16,9 @@ then the one before stops accepting; so at no moment does nobody accept.
                                <-     Released, and drains
 
 Until `Taken` the one before goes on as if nobody had asked, should the successor fail.
+
+UDP listeners are read by the successor from `Released` on: which local ports rest is known only when the process before
+begins no more flows. Datagrams wait in the socket meanwhile.
 """
 
 from __future__ import annotations

@@ -121,8 +121,13 @@ class LocalPlane:
         sock: socket.socket,
         backends: Backends | None = None,
         memory: PickerMemory | None = None,
+        *,
+        waits: bool = False,
     ) -> None:
-        """Serve *spec* at *sock*, which is ours from now on; it is closed where that cannot be (OSError)."""
+        """Serve *spec* at *sock*, which is ours from now on; it is closed where that cannot be (OSError).
+
+        *waits*: for UDP, only once told to `begin`.
+        """
         name = spec.name
         shared = self._shared.get(name.service_port) or Shared(Memory(self._context.now))
         shared.memory.set_affinity(spec.service_port.affinity_timeout_s)
@@ -130,7 +135,10 @@ class LocalPlane:
             if not leaves_room(sock.fileno()):
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))  # noqa: TRY301 - as if it had not come
             if name.protocol is L4Protocol.UDP:
-                self._udp[name] = self._listeners[name] = UdpListener(spec, sock, self._context, shared)
+                listener = UdpListener(spec, sock, self._context, shared)
+                if not waits:
+                    self._datagrams.serve(listener)
+                self._udp[name] = self._listeners[name] = listener
             else:
                 self._listeners[name] = TcpListener(spec, sock, self._context, shared)
         except OSError:
@@ -241,6 +249,11 @@ class LocalPlane:
 
     def cut(self) -> None:
         self._context.connections.cut_all()
+
+    def begin(self) -> None:
+        """Read from the UDP listeners that wait."""
+        for listener in self._udp.values():
+            self._datagrams.serve(listener)
 
     def leave(self) -> None:
         """Accept no more: another plane does, at the same sockets."""

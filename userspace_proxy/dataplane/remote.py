@@ -45,6 +45,7 @@ class RemotePlane:
         self._backends: dict[ListenerName, Backends] = {}
         self._reserved: dict[int, tuple[socket.socket, ...]] = {}
         self._name: socket.socket | None = None
+        self._waits = False  # for the process before to make way
         self._workers = [
             WorkerProcess(msgspec.structs.replace(settings, worker=index), self._serves, self._replay)
             for index in range(settings.workers)
@@ -97,6 +98,7 @@ class RemotePlane:
                 len(part),
                 [(name, self._backends[name]) for name in names if name in self._backends],
                 [(name, worker.learnt.memory_of(name)) for name in dict.fromkeys(name.service_port for name in names)],
+                waits=self._waits,
             )
 
         for request in wire.fitting(list(specs), _OPENED_A_FRAME, opening):
@@ -113,6 +115,8 @@ class RemotePlane:
     async def adopt(self, inherited: Iterable[tuple[Inherit, list[socket.socket]]]) -> list[ListenerSpec]:
         """Serve at the listeners of another process, as it did; return them. Before anything else.
 
+        UDP only once that process does no more, and this one was told to `begin`.
+
         Raises:
             OSError, SyncError: that cannot be.
         """
@@ -126,6 +130,7 @@ class RemotePlane:
             for service_port, memory in given.memory:
                 for worker in self._workers:
                     worker.learnt.note(service_port, memory)
+        self._waits = True
         for name, spec in self._specs.items():
             group = self._sockets[name]
             self._sockets[name] = fit_group(group, name.protocol, spec.proxy_port, len(self._workers), self._limits)
@@ -133,6 +138,12 @@ class RemotePlane:
             for name, why in refused.items():
                 raise SyncError(f"a worker cannot serve {name}: {why}")
         return list(self._specs.values())
+
+    def begin(self) -> None:
+        """Read from UDP listeners, too: the process before has made way."""
+        self._waits = False
+        for worker in self._workers:
+            worker.send(wire.Begin())
 
     def inheritance(self) -> Iterator[tuple[Inherit, list[int]]]:
         """Return all that a successor needs, in parts, with descriptors that stay ours."""

@@ -45,7 +45,6 @@ class UdpListener:
         self.touch = self._flows.move_to_end
         self._sock = sock
         self._datagrams = context.datagrams
-        self._datagrams.serve(self)
 
     @property
     def name(self) -> ListenerName:

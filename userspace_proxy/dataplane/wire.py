@@ -41,12 +41,18 @@ class Open(msgspec.Struct, frozen=True, tag=True):
 
     For the worker that takes another's place *backends* and *memory* are what that one knew: both are there before
     the first client is accepted. Listeners of one service port share its memory.
+    *waits*: UDP listeners are not read before `Begin`.
     """
 
     specs: list[ListenerSpec]
     new: int
     backends: list[tuple[ListenerName, Backends]] = []
     memory: list[tuple[ServicePortName, PickerMemory]] = []
+    waits: bool = False
+
+
+class Begin(msgspec.Struct, frozen=True, tag=True):
+    """Read from UDP listeners that wait: the process before does no more, and which local ports it used is known."""
 
 
 class Update(msgspec.Struct, frozen=True, tag=True):
@@ -82,7 +88,7 @@ class Close(msgspec.Struct, frozen=True, tag=True):
     handed_over: bool = False
 
 
-Request = Open | Update | Retire | TellStats | Cut | Ping | KeepOn | Close
+Request = Open | Begin | Update | Retire | TellStats | Cut | Ping | KeepOn | Close
 
 # ---- worker -> control
 

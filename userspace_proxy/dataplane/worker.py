@@ -114,6 +114,7 @@ class Worker:
                     await self._make_way()
                     if isinstance(request, wire.Close):
                         return
+            self._plane.begin()  # should the control process have died before it could say so
             member, name = self._member, self._name
             if self._is_replaced:
                 await self._make_room()
@@ -150,6 +151,8 @@ class Worker:
         match request:
             case wire.Open():
                 return self._open(request, descriptors)
+            case wire.Begin():
+                plane.begin()
             case wire.Update(backends):
                 await plane.update(dict(backends))
                 gc.freeze()  # these stay for long
@@ -194,7 +197,8 @@ class Worker:
                 continue
             try:
                 sock = socket.socket(fileno=descriptor)
-                self._plane.serve(spec, sock, backends.get(spec.name), memory.get(spec.name.service_port))
+                known = backends.get(spec.name), memory.get(spec.name.service_port)
+                self._plane.serve(spec, sock, *known, waits=request.waits)
             except OSError as error:
                 refused.append((spec.name, refusal(spec.proxy_port, error)))
         for spec in request.specs[request.new :]:

@@ -136,6 +136,7 @@ class Succession:
             await answers_to(plane.keep_on(inheritance.name))
         self._keeps_on = True
         await inheritance.taken()
+        plane.begin()
         log.info("taken over from another process: %d listeners", len(specs))
         return specs
 
