@@ -1,4 +1,4 @@
-"""What is known of the Services whose rules are explained: whose a portal is, and of which kind; who is asked for."""
+"""What is known of the Services whose rules are explained: the kinds of their portals; and which are asked for."""
 
 from __future__ import annotations
 
@@ -15,19 +15,14 @@ _T = TypeVar("_T")
 
 
 class Known:
-    """Says of an address and port in a rule what portal it is."""
+    """Says of a portal in a rule of which kind it is."""
 
     def __init__(self, service_ports: Iterable[ServicePort]) -> None:
-        self.names: dict[ServicePortName, ServicePort] = {}
-        self._names_at: dict[str, set[ServicePortName]] = {}
-        self._portals: dict[tuple[str, int, str], tuple[str, ServicePortName]] = {}
+        self._kinds: dict[tuple[str, int, str], str] = {}
         for service_port in service_ports:
-            self.names[service_port.name] = service_port
             inside, balanced = set(internal_portals(service_port)), set(load_balancer_portals(service_port))
             for portal in portals(service_port):
-                kind = _kind(portal, inside, balanced)
-                self._portals.setdefault(_key(portal), (kind, service_port.name))
-                self._names_at.setdefault(portal.ip, set()).add(service_port.name)
+                self._kinds.setdefault(_key(portal), _kind(portal, inside, balanced))
 
     def portal_words(self, portal: Portal) -> str:
         """Return *portal* in words, with its kind where it is known."""
@@ -35,24 +30,12 @@ class Known:
 
     def portal(self, ip: str, port: str, protocol: str) -> str:
         """Return a portal in words; *ip* is "" for a node port."""
-        kind, _ = self._portals.get((ip, int(port), protocol.upper()), ("", None))
+        kind = self._kinds.get((ip, int(port), protocol.upper()), "")
         if not ip:
             return f"the node port {port} ({protocol.upper()})"
-        if not kind and ("", int(port), protocol.upper()) in self._portals:
+        if not kind and ("", int(port), protocol.upper()) in self._kinds:
             kind = "node port"  # at one address of the node
         return f"{f'the {kind} ' if kind else ''}{join_address(ip, int(port))} ({protocol.upper()})"
-
-    def owner(self, ip: str, port: str, protocol: str) -> str:
-        """Return the service port whose portal this is, "" where nobody's."""
-        for at in (ip, ""):
-            if found := self._portals.get((at, int(port), protocol.upper())):
-                return str(found[1])
-        return ""
-
-    def owner_of(self, ip: str) -> str:
-        """Return the service port that alone has portals at *ip*, "" where several have."""
-        names = self._names_at.get(ip, set())
-        return str(next(iter(names))) if len(names) == 1 else ""
 
 
 def _kind(portal: Portal, inside: Collection[Portal], balanced: Collection[Portal]) -> str:
