@@ -17,6 +17,7 @@ from userspace_proxy.control.memory import Memory
 from userspace_proxy.control.pools import NodePort
 from userspace_proxy.errors import ConfigError
 from userspace_proxy.model.names import L4Protocol
+from userspace_proxy.model.service import Portal
 
 CLUSTER_IPS = [ipaddress.ip_network("10.96.0.0/16"), ipaddress.ip_network("fd00::/112")]
 POOL = [ipaddress.ip_network("203.0.113.0/28"), ipaddress.ip_network("2001:db8::/120")]
@@ -103,6 +104,55 @@ def test_a_node_port_at_which_the_node_listens_is_refused_and_named(number: int,
         node_ports(known, ports=stating(number, protocol))
 
     assert caught.value.field == "spec.ports[0].nodePort"
+
+
+@pytest.mark.parametrize("number", [22, 10_249, 10_256])
+def test_a_health_check_node_port_that_is_reserved_is_refused_and_named(number: int) -> None:
+    with pytest.raises(ConfigError, match=f"healthCheckNodePort: {number} is ") as caught:
+        assign(allocations(), type="LoadBalancer", externalTrafficPolicy="Local", healthCheckNodePort=number)
+
+    assert caught.value.field == "spec.healthCheckNodePort"
+
+
+@pytest.mark.parametrize(
+    ("number", "protocol", "why"),
+    [
+        (22, "TCP", "22 is the port of SSH"),
+        (10_256, "TCP", "10256 is a port of Kubernetes' own components"),
+        (80, "TCP", "this node listens at TCP port 80"),
+        (53, "UDP", "this node listens at UDP port 53"),
+    ],
+)
+@pytest.mark.parametrize("ip", ["192.0.2.1", "2001:db8:1::1"])
+@pytest.mark.parametrize("is_external_ip", [True, False])
+def test_a_port_of_the_node_is_not_taken_by_an_external_or_load_balancer_ip_that_is_the_nodes(
+    number: int, protocol: str, why: str, ip: str, is_external_ip: bool
+) -> None:
+    listening = {NodePort("TCP", 80), NodePort("UDP", 53)}
+    known = ManifestAllocations(CLUSTER_IPS, hosts=Hosts({"192.0.2.1", "2001:db8:1::1"}, listening=lambda: listening))
+    ports = [{"port": number, "protocol": protocol, "name": "taken"}, {"port": 8080, "name": "free"}]
+    both: Any = {"ports": ports, **DUAL}
+    if is_external_ip:
+        web = service("web", externalIPs=[ip, "203.0.113.9"], **both)
+    else:
+        web = service("web", type="LoadBalancer", ingress=[{"ip": ip}, {"ip": "203.0.113.9"}], **both)
+
+    allocation, (problem,) = known.assign(named("web"), web)
+
+    assert problem.field == ("spec.externalIPs[0]" if is_external_ip else "status.loadBalancer.ingress")
+    assert f"{ip} is an address of this node, and {why}" in str(problem)
+    assert allocation.lost == known.held(named("web")).lost == {Portal(ip, number, L4Protocol(protocol))}
+
+
+def test_a_portal_at_an_address_of_the_node_stays_a_services_own_when_a_process_listens_there() -> None:
+    listening: set[NodePort] = set()
+    known = ManifestAllocations(CLUSTER_IPS, hosts=Hosts({"192.0.2.1"}, listening=lambda: listening))
+    assign(known, externalIPs=["192.0.2.1"])
+
+    listening.add(NodePort("TCP", 80))
+
+    assert not assign(known, externalIPs=["192.0.2.1"], sessionAffinity="ClientIP").lost
+    assert assign(known, "other", externalIPs=["192.0.2.1"]).lost
 
 
 def test_a_node_port_that_a_service_has_stays_its_own_when_a_process_listens_there() -> None:

@@ -6,7 +6,7 @@ With a cluster as the source, nothing is allocated: what the API states counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -14,12 +14,13 @@ from userspace_proxy import api
 from userspace_proxy.control import decode
 from userspace_proxy.control.claims import Claims, Kind, PortalClaims, ValueRequest
 from userspace_proxy.control.decode import Allocation
-from userspace_proxy.control.hosts import Hosts
+from userspace_proxy.control.hosts import Hosts, reserved_port_fault
 from userspace_proxy.control.memory import Memory
 from userspace_proxy.control.pools import AddressRange, Network, NodePort, NodePortRange, Value
 from userspace_proxy.errors import ConfigError
 from userspace_proxy.model.endpoint import Family, family_of
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
+from userspace_proxy.model.service import Portal
 
 _LOAD_BALANCER_IP = "spec.loadBalancerIP"
 
@@ -153,7 +154,7 @@ class ManifestAllocations:
 
     def assign(self, name: NamespacedName, service: api.Service) -> tuple[Allocation, list[ConfigError]]:
         problems = self._claims.assign(name, self._requests(name, service))
-        allocation, lost = _without_lost(self._portals, name, service, self.held(name))
+        allocation, lost = _without_lost(self._portals, name, service, self.held(name), self._hosts.portal_fault)
         return allocation, [*problems, *self._load_balancer_ip(service)[1], *lost]
 
     def apply_moves(self, services: Mapping[NamespacedName, api.Service]) -> None:
@@ -240,7 +241,11 @@ class ManifestAllocations:
                 yield request
         if decode.wants_health_check(spec):
             field = "spec.healthCheckNodePort"
-            yield self._node_port_request(_health_check_key(name), field, "TCP", spec.health_check_node_port)
+            request = self._node_port_request(_health_check_key(name), field, "TCP", spec.health_check_node_port)
+            # Whether this node listens there is not asked: a predecessor does, until it has handed over.
+            if isinstance(request.stated, NodePort) and (why := reserved_port_fault(request.stated)):
+                raise ConfigError(why, field=field, mend="choose another one, or leave it out")
+            yield request
 
     def _node_port_fault(self, name: NamespacedName, port: NodePort) -> str:
         is_held = port in self._claims.held(name, Kind.NODE_PORT).values()
@@ -281,21 +286,27 @@ class ManifestAllocations:
 
 
 def _without_lost(
-    claims: PortalClaims, name: NamespacedName, service: api.Service, allocation: Allocation
+    claims: PortalClaims,
+    name: NamespacedName,
+    service: api.Service,
+    allocation: Allocation,
+    fault: Callable[[Portal], str] = lambda _: "",
 ) -> tuple[Allocation, list[ConfigError]]:
-    """Return *allocation* with the portals that other Services get marked as lost, and a problem for each."""
+    """Return *allocation* with the portals marked as lost that other Services get or that have a *fault*.
+
+    Also return a problem for each. A portal that the Service has stays its own.
+    """
     stated = decode.stated_portals(service, allocation)
+    had = claims.stated(name)
+    why_not = {portal: why for portal in stated if portal not in had and (why := fault(portal))}
     created = service.metadata.creation_timestamp
-    lost = claims.claim(name, decode.own_portals(service, allocation), stated, created)
+    lost = claims.claim(name, decode.own_portals(service, allocation), stated, created, refused=why_not)
+    why_not |= {portal: f"{portal} is served for {holder}, and not for this Service" for portal, holder in lost.items()}
     problems = [
-        ConfigError(
-            f"{portal} is served for {holder}, and not for this Service",
-            field=stated[portal],
-            mend="choose another address or port",
-        )
-        for portal, holder in sorted(lost.items(), key=lambda item: (stated[item[0]], str(item[0])))
+        ConfigError(why, field=stated[portal], mend="choose another address or port")
+        for portal, why in sorted(why_not.items(), key=lambda item: (stated[item[0]], str(item[0])))
     ]
-    return replace(allocation, lost=frozenset(lost)), problems
+    return replace(allocation, lost=frozenset(why_not)), problems
 
 
 def _family(request: ValueRequest) -> Family:

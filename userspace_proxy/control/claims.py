@@ -235,15 +235,27 @@ class PortalClaims:
         self._owners: dict[Portal, NamespacedName] = {}  # of cluster IPs
         self._claimants: dict[Portal, dict[NamespacedName, str]] = {}  # with their creation time
         self._portals: dict[NamespacedName, tuple[frozenset[Portal], frozenset[Portal]]] = {}
+        self._refused: dict[NamespacedName, frozenset[Portal]] = {}
         self._holders: dict[Portal, NamespacedName] = {}  # for portals with claimants
         self.evicted: set[NamespacedName] = set()
         self.changes = 0
 
     def claim(
-        self, name: NamespacedName, own: Iterable[Portal], external: Iterable[Portal], created: str | None
+        self,
+        name: NamespacedName,
+        own: Iterable[Portal],
+        external: Iterable[Portal],
+        created: str | None,
+        refused: Iterable[Portal] = (),
     ) -> dict[Portal, NamespacedName]:
-        """Set the portals that *name* states; return those of *external* that other Services get, and which ones."""
-        owned, stated = frozenset(own), frozenset(external)
+        """Set the portals that *name* states; return those of *external* that other Services get, and which ones.
+
+        *refused*: those of *external* that no Service is to have.
+        """
+        self._refused.pop(name, None)
+        if lost := frozenset(refused):
+            self._refused[name] = lost
+        owned, stated = frozenset(own), frozenset(external) - lost
         before_owned, before_stated = self._portals.get(name, (frozenset(), frozenset()))
         for portal in before_owned - owned:
             if self._owners.get(portal) == name:
@@ -267,9 +279,13 @@ class PortalClaims:
         self.claim(name, (), (), None)
 
     def lost(self, name: NamespacedName) -> frozenset[Portal]:
-        """Return the portals that *name* states but another Service gets."""
-        _, stated = self._portals.get(name, (frozenset(), frozenset()))
-        return frozenset(portal for portal in stated if self._holders[portal] != name)
+        """Return the portals that *name* states but does not get."""
+        to_others = (portal for portal in self.stated(name) if self._holders[portal] != name)
+        return self._refused.get(name, frozenset()).union(to_others)
+
+    def stated(self, name: NamespacedName) -> frozenset[Portal]:
+        """Return the external portals that *name* states and that were not refused."""
+        return self._portals.get(name, (frozenset(), frozenset()))[1]
 
     def _settle(self, portal: Portal, name: NamespacedName) -> None:
         """Decide which Service gets *portal*, and mark others than *name* as evicted if their share changes."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from userspace_proxy.control.pools import Network, NodePort
+from userspace_proxy.model.service import Portal
 
 _SSH = 22
 # kubelet, kube-proxy (10249, 10256: this proxy's own default addresses), controller manager, scheduler.
@@ -42,10 +43,24 @@ class Hosts:
             return f"{ip} is the broadcast address of the Service range {inside}"
         return ""
 
+    def portal_fault(self, portal: Portal) -> str:
+        """Return why *portal*, at an external or load balancer IP, would take traffic of this node, or ""."""
+        if portal.ip not in self.addresses:
+            return ""
+        why = self.node_port_fault(NodePort(portal.protocol, portal.port))
+        return why and f"{portal.ip} is an address of this node, and {why}"
+
     def node_port_fault(self, port: NodePort) -> str:
         """Return why *port* should not be a node port, or "" if it may be."""
-        if port.protocol == "TCP" and port.number == _SSH:
-            return f"{port} is the port of SSH"
-        if port.protocol == "TCP" and port.number in _OF_KUBERNETES:
-            return f"{port} is a port of Kubernetes' own components, such as 10249 and 10256 of this proxy"
+        if why := reserved_port_fault(port):
+            return why
         return f"this node listens at {port.protocol} port {port}" if port in self.listening() else ""
+
+
+def reserved_port_fault(port: NodePort) -> str:
+    """Return which program of a node *port* is reserved for, or ""."""
+    if port.protocol == "TCP" and port.number == _SSH:
+        return f"{port} is the port of SSH"
+    if port.protocol == "TCP" and port.number in _OF_KUBERNETES:
+        return f"{port} is a port of Kubernetes' own components, such as 10249 and 10256 of this proxy"
+    return ""
