@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
 from benchmarks.scale import enter_namespaces
@@ -24,8 +25,8 @@ from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
 from userspace_proxy.model.service import ServicePort, SourceIP
 from userspace_proxy.model.topology import Node
+from userspace_proxy.modes import MODES
 from userspace_proxy.modes.plans import plan
-from userspace_proxy.runtime.parts import KERNEL_MODES
 
 _HERE = Node("here", addresses=("192.0.2.1",))
 _PODS = PodDetector(cidrs=("10.244.0.0/16",))
@@ -41,6 +42,11 @@ def translation(number: int, *endpoints: Endpoint) -> Translation:
 
 def endpoint(number: int, index: int) -> Endpoint:
     return Endpoint(f"10.{244 + index}.{number // 250 % 250}.{number % 250 + 1}", 8080)
+
+
+def _make_tables_of(mode: str) -> Callable[[Settings], KernelTables]:
+    make: Callable[[Settings], KernelTables] = import_module(f"userspace_proxy.modes.{mode}.mode").make_tables
+    return make
 
 
 async def measure(make: Callable[[Settings], KernelTables], services: int) -> dict[str, Any]:
@@ -73,7 +79,7 @@ async def measure(make: Callable[[Settings], KernelTables], services: int) -> di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--services", type=int, default=10_000)
-    parser.add_argument("--modes", default=",".join(KERNEL_MODES))
+    parser.add_argument("--modes", default=",".join(mode.name for mode in MODES.values() if mode.kernel_serves))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -85,7 +91,7 @@ def main() -> None:
                 host = lab.add(f"{mode}{turn}")
                 with host.inside(), asyncio.Runner() as runner:  # a loop of its own, whose threads are then of the host
                     try:
-                        found = runner.run(measure(KERNEL_MODES[mode], arguments.services))
+                        found = runner.run(measure(_make_tables_of(mode), arguments.services))
                     except SyncError as error:
                         if turn == 0:
                             print(f"{mode}: {error}", file=sys.stderr)

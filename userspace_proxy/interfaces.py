@@ -6,12 +6,12 @@ A mode, a rule language, a splice engine or a source is one class with the few m
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import Enum
 from socket import SocketType
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from userspace_proxy.api import KubernetesObject
 from userspace_proxy.model.endpoint import Address, Endpoint, Family
@@ -28,6 +28,9 @@ from userspace_proxy.model.routes import Route, Sender
 from userspace_proxy.model.service import Portal, ServicePort
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import Node, Reach
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
 
 # ---- sources of desired state
 
@@ -178,8 +181,12 @@ class Proxier(StateSink, Protocol):
         """The retry state of these repairs."""
         ...
 
-    async def keep_rules(self) -> None:
-        """Load the rules again whenever another program removes or changes them. Runs until cancelled."""
+    def metrics(self) -> Iterable[Metric]:
+        """Return the metrics of this mode that other modes do not have."""
+        ...
+
+    async def run(self) -> None:
+        """Keep the state true, e.g. load rules again that another program changed. Runs until cancelled."""
         ...
 
     def paused(self) -> AbstractAsyncContextManager[None]:
@@ -320,6 +327,10 @@ class KernelTables(LoadedRules, Protocol):
 
     @property
     def loads(self) -> Mapping[str, Loads]: ...
+
+    def metrics(self) -> Iterable[Metric]:
+        """Return the metrics of these tables that no other kernel mode has."""
+        ...
 
     async def prepare(self) -> None:
         """Prepare for the first load. A running instance may still serve this node: leave its rules untouched.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from userspace_proxy.admin.kernel_modes import KernelModeStats
 from userspace_proxy.admin.kubeproxy import SyncStats
 from userspace_proxy.admin.metrics import ControlStats, render
 from userspace_proxy.control.controller import Changes
@@ -14,6 +13,8 @@ from userspace_proxy.model.freshness import FAMILY_NAMES
 from userspace_proxy.model.histogram import Histogram
 from userspace_proxy.model.loads import Loads
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
+from userspace_proxy.modes.iptables.metrics import iptables_metrics
+from userspace_proxy.modes.kernel_metrics import kernel_metrics, refused_loads
 
 
 class Exposed(NamedTuple):
@@ -48,10 +49,10 @@ def every_metric() -> str:
                 watches,
                 1.0,
                 syncs,
-                KernelModeStats(mode, loads, Histogram([1.0])),
+                [*kernel_metrics(loads, Histogram([1.0]), {}), *own],
             )
         ).decode()
-        for mode in ("iptables", "nftables")
+        for own in (iptables_metrics(loads), [refused_loads("nftables_sync_failures", loads)])
     ]
     return "".join(scrapes)
 

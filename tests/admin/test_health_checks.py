@@ -34,7 +34,7 @@ class Rig:
 
     async def sync(self, **wanted: tuple[int, int]) -> None:
         names = {"a": A, "b": B, "c": C, "d": D}
-        await self.checks.sync({names[name]: HealthCheck(*check) for name, check in wanted.items()})
+        await self.checks.serve({names[name]: HealthCheck(*check) for name, check in wanted.items()})
 
 
 @contextlib.asynccontextmanager
@@ -319,7 +319,7 @@ async def test_nobody_is_refused_while_one_process_hands_over_to_the_next() -> N
         while not done.is_set():
             statuses.append((await ask(port)).status)
 
-    await rig.checks.sync(wanted)
+    await rig.checks.serve(wanted)
     async with asyncio.TaskGroup() as group:
         for port in (*ports.values(), *ports.values()):
             group.create_task(probe(port))
@@ -328,7 +328,7 @@ async def test_nobody_is_refused_while_one_process_hands_over_to_the_next() -> N
             successor.adopt(duplicates(rig.checks.listeners()))
             await rig.checks.close()
             await asyncio.sleep(0.02)  # it reads what there is to serve; who asks waits
-            await successor.sync(wanted)
+            await successor.serve(wanted)
             rig.checks = successor
             await asyncio.sleep(0.02)
         done.set()

@@ -80,7 +80,7 @@ class Rig:
         self.source, self.sink = FakeSource(), FakeSink()
         self.tracker = Tracker(ManifestAllocations([ipaddress.ip_network("10.96.0.0/16")]))
         pacer = Pacer(asyncio.get_running_loop().time, min_period_s=0, max_retry_s=0.01)
-        self.controller = Controller(self.source, self.tracker, self.sink, pacer, after_sync, health_timeout_s)
+        self.controller = Controller(self.source, self.tracker, [self.sink], pacer, after_sync, health_timeout_s)
 
     @property
     def healthy(self) -> dict[str, bool]:
@@ -364,7 +364,7 @@ async def test_a_source_that_fails_is_asked_again_and_what_was_told_stays() -> N
 
     rig = Rig()
     rig.source = source = FailingOnce()
-    rig.controller = Controller(source, rig.tracker, rig.sink, Pacer(lambda: 0.0, 0, 0.01))
+    rig.controller = Controller(source, rig.tracker, [rig.sink], Pacer(lambda: 0.0, 0, 0.01))
     running = asyncio.create_task(rig.controller.run())
     source.tell(service("a"), SYNCED)
     await rig.sink.called(1)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from userspace_proxy.runtime.lifecycle import Succession
+from userspace_proxy.runtime.lifecycle import Lifecycle
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.05, 0.1, 0.2, 0.4])
@@ -36,13 +36,13 @@ def wait_until_it_runs(pid: int) -> None:
 
 async def test_a_hang_up_that_is_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    succession = Succession(drain_timeout_s=0, orphan_timeout_s=0, can_start_anew=False, is_kept_running=False)
+    lifecycle = Lifecycle(drain_timeout_s=0, orphan_timeout_s=0, can_restart=False, is_supervised=False)
     try:
-        succession.heed_signals()
+        lifecycle.install_signal_handlers()
         signal.raise_signal(signal.SIGHUP)
         await asyncio.sleep(0.01)
 
-        assert not succession.stop.is_set()
+        assert not lifecycle.stop.is_set()
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         loop = asyncio.get_running_loop()

@@ -19,7 +19,6 @@ from aiohttp.typedefs import Handler
 
 from userspace_proxy.admin.limited import ConnectionSlots, LimitedFactory, remove_server_header
 from userspace_proxy.dataplane.sockets import bind_wildcard
-from userspace_proxy.interfaces import StateSink
 from userspace_proxy.model.health_check import HealthCheck, health_checks
 from userspace_proxy.model.names import NamespacedName
 from userspace_proxy.model.state import ProxyState
@@ -34,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class ServiceHealthChecks:
-    """Keeps the health-check node port of each Service open.
+    """A state sink: keeps the health-check node port of each Service open.
 
     *addresses* is called when a port is to be opened; if it returns none, ports are open at every address. *on_failure*
     is called once for each port that cannot be opened, and again if the reason changes. ``failures``: the current ones.
@@ -54,7 +53,11 @@ class ServiceHealthChecks:
         self._slots = ConnectionSlots()
         self.failures: dict[NamespacedName, str] = {}
 
-    async def sync(self, wanted: Mapping[NamespacedName, HealthCheck]) -> None:
+    async def sync(self, state: ProxyState) -> None:
+        """Answer for the endpoints of *state*. Sync it behind the proxier: traffic can reach them by then."""
+        await self.serve(health_checks(state))
+
+    async def serve(self, wanted: Mapping[NamespacedName, HealthCheck]) -> None:
         """Open, close and update ports to match *wanted*.
 
         Ports are closed first, so that another Service can take them. kube-proxy opens ports first and sets counts
@@ -121,18 +124,6 @@ class ServiceHealthChecks:
                     await asyncio.sleep(_LOOK_EVERY_S)
         for port in ports:
             await port.close()
-
-
-class WithHealthChecks:
-    """A sink around the proxier: updates health checks only after traffic can reach the endpoints."""
-
-    def __init__(self, sink: StateSink, checks: ServiceHealthChecks) -> None:
-        self._sink = sink
-        self._checks = checks
-
-    async def sync(self, state: ProxyState) -> None:
-        await self._sink.sync(state)
-        await self._checks.sync(health_checks(state))
 
 
 class _Port:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -11,7 +12,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from userspace_proxy import __version__
-from userspace_proxy.admin.kernel_modes import KernelModeMetrics, KernelModeStats
 from userspace_proxy.admin.kubeproxy import KubeProxyMetrics, SyncStats
 from userspace_proxy.interfaces import Counters, EndpointCounters, PlaneStats, WatchStats
 from userspace_proxy.model.endpoint import join_address
@@ -235,17 +235,17 @@ def render(
     watches: Sequence[WatchStats] = (),
     degraded_after_s: float = 0.0,
     syncs: SyncStats | None = None,
-    kernel: KernelModeStats | None = None,
+    of_mode: Iterable[Metric] = (),
 ) -> Iterator[bytes]:
-    """Yield the text of one scrape, metric by metric: for 10,000 Services the whole is 16 MB."""
+    """Yield the text of one scrape, metric by metric: for 10,000 Services the whole is 16 MB.
+
+    *of_mode*: the metrics of the proxy mode in use that other modes do not have.
+    """
     collectors: list[Collector] = [_Scrape(plane, control, watches, degraded_after_s)]
     if syncs is not None:
         collectors.append(KubeProxyMetrics(syncs))
-    if kernel is not None:
-        collectors.append(KernelModeMetrics(kernel))
-    for collector in collectors:
-        for family in collector.collect():
-            yield generate_latest(_Alone(family))
+    for family in itertools.chain(*(collector.collect() for collector in collectors), of_mode):
+        yield generate_latest(_Alone(family))
 
 
 def slis(families: Mapping[str, FamilyHealth]) -> bytes:

@@ -17,6 +17,7 @@ from pathlib import Path
 from userspace_proxy.compare.results import Kind
 from userspace_proxy.compare.sites import PEERS, TRIO, Site, load_stream_module
 from userspace_proxy.errors import StartError
+from userspace_proxy.modes import MODES as PROXY_MODES
 
 DIRECT, DIRECT_AGAIN, HAPROXY, NGINX = "direct", "direct again", "haproxy", "nginx"
 USERSPACE, USERSPACE_COPY, IPTABLES, NFTABLES, IPVS = "userspace", "userspace-copy", "iptables", "nftables", "ipvs"
@@ -157,10 +158,11 @@ def _ours(name: str, title: str, kind: Kind, *arguments: str) -> Mode:
 MODES: tuple[Mode, ...] = (
     Mode(DIRECT, "direct (no Service)", "none", _start_direct, _tell_nobody),
     Mode(DIRECT_AGAIN, "direct, once more", "none", _start_direct, _tell_nobody),
-    _ours(NFTABLES, "nftables", "kernel", "--proxy-mode", "nftables"),
-    _ours(IPTABLES, "iptables", "kernel", "--proxy-mode", "iptables"),
-    _ours(IPVS, "ipvs", "kernel", "--proxy-mode", "ipvs"),
-    _ours(USERSPACE, "userspace", "proxy"),
+    # Modes in which the kernel serves, then those in which a process does.
+    *(
+        _ours(mode.name, mode.name, "kernel" if mode.kernel_serves else "proxy", "--proxy-mode", mode.name)
+        for mode in sorted(PROXY_MODES.values(), key=lambda mode: not mode.kernel_serves)
+    ),
     _ours(USERSPACE_COPY, "userspace, copying", "proxy", "--splice", "copy"),
     Mode(HAPROXY, "HAProxy", "proxy", _start_haproxy, _tell_haproxy, tools=(("haproxy", "haproxy"),)),
     Mode(NGINX, "nginx stream", "proxy", _start_nginx, _tell_nginx),

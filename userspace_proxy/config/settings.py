@@ -34,13 +34,14 @@ from userspace_proxy.config.kinds import (
 )
 from userspace_proxy.config.values import Network, NodePortAddress
 from userspace_proxy.model.service import IPVS_SCHEDULERS, SourceIP
+from userspace_proxy.modes import MODES
 
 HEALTHZ_PORT, METRICS_PORT = 10_256, 10_249
 DEFAULT_STATE_DIR = Path("/var/lib/userspace-proxy")
 # kubeadm's default range, which the tutorials use.
 DEFAULT_SERVICE_RANGES: tuple[Network, ...] = (ipaddress.IPv4Network("10.96.0.0/16"),)
-KERNEL_MODES = ("nftables", "iptables", "ipvs")
-MODE_NAMES = ("userspace", *KERNEL_MODES)
+MODE_NAMES = tuple(MODES)
+KERNEL_MODES = tuple(mode.name for mode in MODES.values() if mode.kernel_serves)
 
 _T = TypeVar("_T")
 

@@ -1,11 +1,11 @@
-"""The control loop: source -> tracker -> pacer -> sink. After a failure, the last good state stays in force."""
+"""The control loop: source -> tracker -> pacer -> state sinks, in order. After a failure, the last good state stays."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -44,7 +44,7 @@ class Changes:
 
 
 class Controller:
-    """Applies what a source reports to a sink, and retries until it succeeds.
+    """Applies what a source reports to the state sinks, in order, and retries until it succeeds.
 
     ``synced_at``: wall-clock second of the last successful sync, None before the first; ``synced``: its state.
     ``error``: the message of the last sync if it failed, else ""; ``failing_since``: when the failures began.
@@ -56,14 +56,14 @@ class Controller:
         self,
         source: Source,
         tracker: Tracker,
-        sink: StateSink,
+        sinks: Sequence[StateSink],
         pacer: Pacer,
         after_sync: Callable[[], None] = lambda: None,
         health_timeout_s: float = 60.0,
     ) -> None:
         self._source = source
         self._tracker = tracker
-        self._sink = sink
+        self._sinks = sinks
         self._pacer = pacer
         self._after_sync = after_sync
         self._changed = asyncio.Event()
@@ -133,7 +133,8 @@ class Controller:
         self.freshness.note_begin()
         try:
             state = self._tracker.state()
-            await self._sink.sync(state)
+            for sink in self._sinks:
+                await sink.sync(state)
         except SyncError as error:
             if self.error != str(error):
                 log.error("the rules could not be loaded; the previous state stays in force: %s", error)  # noqa: TRY400

@@ -28,14 +28,15 @@ import contextlib
 import itertools
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
 import msgspec
 
 from userspace_proxy.dataplane import wire
 from userspace_proxy.dataplane.channel import DESCRIPTORS_A_FRAME, LOST, Channel, close_descriptors
 from userspace_proxy.dataplane.rendezvous import Call, answer, heard
+from userspace_proxy.interfaces import DataPlane, ListenerSpec
 
 # Of these messages and of rendezvous.py, and the oldest that is understood: upgrade and roll-back. Fields that are not
 # known are ignored, and a field that is new has a default. A version that changes more than that says so by OLDEST;
@@ -170,6 +171,53 @@ class Conversation:
 def understands(other: Present | TakeOver) -> bool:
     """Return whether the *other* process speaks a version that this one understands, and the other way round."""
     return other.oldest <= VERSION and other.version >= OLDEST
+
+
+class HandoverPlane(DataPlane, Protocol):
+    """A data plane, and what a hand-over needs of it.
+
+    Only listeners in worker processes can be handed over and outlive this process. The in-process plane answers that
+    it cannot.
+    """
+
+    @property
+    def handover_obstacle(self) -> str:
+        """Why its listeners cannot be handed over; "" if they can, and the workers can serve on without this process.
+
+        If they cannot: `adopt` raises, `inheritance` yields nothing, and `keep_on` and `leave` do nothing.
+        """
+        ...
+
+    def keep_on(self, name: socket.socket) -> Sequence[asyncio.Future[wire.Answer]]:
+        """From now on workers serve on, should this process die, and are found by a successor; they have the *name*.
+
+        Each has done so when it answers.
+        """
+        ...
+
+    async def adopt(self, inherited: Iterable[tuple[Inherit, list[socket.socket]]]) -> list[ListenerSpec]:
+        """Serve at the listeners of another process, as it did; return them. Before anything else.
+
+        Raises:
+            OSError, SyncError: that cannot be.
+        """
+        ...
+
+    def begin(self) -> None:
+        """Read from adopted UDP listeners. After the predecessor has yielded."""
+        ...
+
+    def inheritance(self) -> Iterator[tuple[Inherit, list[int]]]:
+        """Yield all that a successor needs, in parts, with descriptors that stay ours."""
+        ...
+
+    def leave(self) -> None:
+        """End, and let the workers serve on alone, if they were told to `keep_on`."""
+        ...
+
+    async def close(self, drain_timeout_s: float, *, successors: int = 0) -> None:
+        """As `DataPlane.close`. So many *successors* accept already, each at the sockets of one worker."""
+        ...
 
 
 class Incumbent:

@@ -9,7 +9,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from userspace_proxy.dataplane.connections import Connections, Limits, leaves_room, raise_descriptor_limit
 from userspace_proxy.dataplane.conntrack_lookup import KernelTables
@@ -25,8 +26,13 @@ from userspace_proxy.dataplane.splice.pipe import PipeSplicer
 from userspace_proxy.dataplane.stats import add_up
 from userspace_proxy.dataplane.tcp import TcpListener
 from userspace_proxy.dataplane.udp import UdpListener
+from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import Backends, ListenerSpec, PlaneStats, ServiceStats, Splicer
 from userspace_proxy.model.names import L4Protocol, ListenerName, Scope, ServicePortName
+
+if TYPE_CHECKING:
+    from userspace_proxy.dataplane import wire
+    from userspace_proxy.dataplane.handover import Inherit
 
 _OPENED_A_STEP = 128
 _SERVICE_PORTS_A_STEP = 256
@@ -255,16 +261,32 @@ class LocalPlane:
         for listener in self._udp.values():
             self._datagrams.serve(listener)
 
-    def leave(self) -> None:
+    def stop_accepting(self) -> None:
         """Accept no more: another plane does, at the same sockets."""
         for listener in self._listeners.values():
             listener.leave()
 
-    async def close(self, drain_timeout_s: float, *, handed_over: bool = False) -> None:
-        """Stop. *handed_over*: another plane accepts at the same sockets, and what waits there is for it."""
+    # ---- a hand-over, of which only worker processes are capable
+
+    handover_obstacle = "it has no workers (--workers 0)"
+
+    def keep_on(self, name: socket.socket) -> Sequence[asyncio.Future[wire.Answer]]:
+        return ()
+
+    async def adopt(self, inherited: Iterable[tuple[Inherit, list[socket.socket]]]) -> list[ListenerSpec]:
+        raise SyncError(self.handover_obstacle)
+
+    def inheritance(self) -> Iterator[tuple[Inherit, list[int]]]:
+        return iter(())
+
+    def leave(self) -> None:
+        pass
+
+    async def close(self, drain_timeout_s: float, *, successors: int = 0) -> None:
+        """Stop. With *successors*, another plane accepts at the same sockets, and what waits there is for it."""
         try:
-            if handed_over:
-                self.leave()
+            if successors:
+                self.stop_accepting()
                 await self._linger(min(drain_timeout_s, _UDP_LINGER_S))
             await self.retire(list(self._listeners))
             await self._context.connections.drain(drain_timeout_s)

@@ -80,6 +80,8 @@ class RemotePlane:
 
     # ---- what outlives a process
 
+    handover_obstacle = ""
+
     async def _replay(
         self, worker: WorkerProcess, names: Collection[ListenerName] | None = None
     ) -> Mapping[ListenerName, str]:

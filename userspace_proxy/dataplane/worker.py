@@ -137,7 +137,7 @@ class Worker:
         self._let_go()
         self._channel.close()
         drain_timeout_s = self._settings.orphan_timeout_s or self._settings.drain_timeout_s
-        await self._plane.close(drain_timeout_s, handed_over=True)
+        await self._plane.close(drain_timeout_s, successors=1)
 
     async def _make_way(self) -> None:
         """Packets first; and where there are many, the processor is theirs for a moment, and the next request waits."""
@@ -172,7 +172,7 @@ class Worker:
                     self._keep_on(socket.socket(fileno=descriptors[0]))
             case wire.Close(drain_timeout_s, handed_over):
                 self._let_go()
-                await plane.close(drain_timeout_s, handed_over=handed_over)
+                await plane.close(drain_timeout_s, successors=int(handed_over))
         return wire.Done()
 
     def _keep_on(self, name: socket.socket) -> None:
@@ -251,7 +251,7 @@ class Orphan:
         self._name.close()
         if self._is_handed_over:
             log.info("another process has taken over; open connections go on here")
-            await self._plane.close(settings.orphan_timeout_s, handed_over=self._is_succeeded)
+            await self._plane.close(settings.orphan_timeout_s, successors=int(self._is_succeeded))
         else:
             log.info("ending: no more connections")
             await self._plane.close(0 if self._is_unwanted else settings.drain_timeout_s)
@@ -261,7 +261,8 @@ class Orphan:
         self._is_handed_over = True
         self._is_succeeded = self._settings.worker < asked.workers
         if self._is_succeeded:
-            self._plane.leave()  # once the successor is ready, its endpoints are meant, not those that are known here
+            # Once the successor is ready, its endpoints are meant, not those that are known here.
+            self._plane.stop_accepting()
         conversation.send(Released())
         self._ending.set()
 

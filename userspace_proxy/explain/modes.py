@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
+from userspace_proxy.modes import MODES
 from userspace_proxy.modes.reasons.known import Known
 from userspace_proxy.modes.reasons.lines import Explained, Way
 from userspace_proxy.modes.rule_line import Rules
 
-WAYS = (
-    Way("userspace", "nftables"),
-    Way("userspace", "iptables"),
-    Way("iptables", "iptables"),
-    Way("nftables", "nftables"),
-    Way("ipvs", "ipvsadm"),
-)
-
-
-def ways(mode: str, rules: str) -> list[Way]:
-    """Return the ways of *mode*, "all" for every one; *rules* is the language of userspace mode."""
-    language = "iptables" if rules == "iptables" else "nftables"
-    return [
-        way for way in WAYS if mode == "all" or (way.mode == mode and (mode != "userspace" or way.language == language))
-    ]
+WAYS = tuple(Way(mode.name, language) for mode in MODES.values() for language in mode.languages)
 
 
 def explained(way: Way, rules: Rules, known: Known, *, is_short: bool) -> Explained:

@@ -1,1 +1,25 @@
-"""Modes: each makes a ProxyState true in its own way."""
+"""The modes. A mode is added here, in one line; its folder holds everything else that is specific to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from userspace_proxy.modes.iptables.mode import MODE as _IPTABLES
+from userspace_proxy.modes.ipvs.mode import MODE as _IPVS
+from userspace_proxy.modes.mode import Mode
+from userspace_proxy.modes.nftables.mode import MODE as _NFTABLES
+from userspace_proxy.modes.userspace.mode import MODE as _USERSPACE
+
+# In the order in which they are shown.
+MODES: Mapping[str, Mode] = MappingProxyType(
+    {
+        mode.name: mode
+        for mode in (
+            _USERSPACE,
+            _IPTABLES,
+            _NFTABLES,
+            _IPVS,
+        )
+    }
+)

@@ -10,18 +10,20 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import replace
+
+from prometheus_client.core import Metric
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import KernelTables, NodeFacts, Translation
 from userspace_proxy.model.histogram import SYNC_BOUNDS_S, Histogram
-from userspace_proxy.model.loads import Loads
 from userspace_proxy.model.names import L4Protocol, ListenerName, ServicePortName
 from userspace_proxy.model.routes import Refusal
 from userspace_proxy.model.service import Portal, SourceIP, internal_portals, load_balancer_portals
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import serving_endpoints
+from userspace_proxy.modes.kernel_metrics import kernel_metrics
 from userspace_proxy.modes.plans import NodeRules, Plan, Plans, allowed_to_dial
 from userspace_proxy.modes.repairs import REPAIR_PAUSE_S, Keeper
 from userspace_proxy.netfilter.conntrack import Answering, forget_early_connections, forget_udp_flows, open_connections
@@ -68,14 +70,11 @@ class KernelProxier:
         self.conntrack = Histogram(SYNC_BOUNDS_S)  # looks for stale UDP flows
         self.forgotten = Counter[str]()  # such flows, by IP family
 
-    @property
-    def mode(self) -> str:
-        return self._tables.mode
-
-    @property
-    def table_loads(self) -> Mapping[str, Loads]:
-        """Return what came of loading the tables, by IP family."""
-        return self._tables.loads
+    def metrics(self) -> Iterator[Metric]:
+        """Yield the metrics that this mode has and others have not."""
+        if self._tables.loads:
+            yield from kernel_metrics(self._tables.loads, self.conntrack, self.forgotten)
+            yield from self._tables.metrics()
 
     @property
     def service_ports(self) -> int:
@@ -195,7 +194,7 @@ class KernelProxier:
         async with self._lock:
             yield
 
-    async def keep_rules(self) -> None:
+    async def run(self) -> None:
         """Load our rules again whenever somebody else removed or changed them. Runs until cancelled."""
         await self.keeper.keep(self._repair)
 

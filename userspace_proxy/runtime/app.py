@@ -1,4 +1,8 @@
-"""The composition root: the only file that knows who is who. Start order, stop order."""
+"""The composition root: the parts of a running proxy, and the order in which they start and stop.
+
+Read it from top to bottom: `App.run` is the life of the process, `Proxy.__init__` the list of parts. What is specific
+to a mode is asked of the mode (`modes/__init__.py`), never decided here.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import socket
 from collections.abc import Callable, Coroutine
 
 from userspace_proxy import __version__
-from userspace_proxy.admin.health_checks import ServiceHealthChecks, WithHealthChecks
+from userspace_proxy.admin.health_checks import ServiceHealthChecks
 from userspace_proxy.admin.server import AdminServer
 from userspace_proxy.config.configz import configz
 from userspace_proxy.config.settings import Settings
@@ -19,28 +23,19 @@ from userspace_proxy.control.advice import Advisor
 from userspace_proxy.control.controller import Controller
 from userspace_proxy.control.memory import Memory
 from userspace_proxy.control.pacer import Pacer
-from userspace_proxy.control.proxy_ports import ProxyPorts
 from userspace_proxy.control.saver import Saver
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.dataplane.handover import VERSION, Conversation, Incumbent, Present, TakeOver
 from userspace_proxy.errors import SyncError
-from userspace_proxy.host.firewalls import Hook, find_blocking_firewall
-from userspace_proxy.interfaces import Proxier
+from userspace_proxy.host.firewalls import find_blocking_firewall
 from userspace_proxy.model.names import NamespacedName, ObjectReference
-from userspace_proxy.modes.userspace.loader import KERNELS
-from userspace_proxy.modes.userspace.proxier import UserspaceProxier
+from userspace_proxy.modes import MODES
+from userspace_proxy.modes.mode import Mode, ProxierRequest
 from userspace_proxy.runtime.cleanup import remove_others, require_net_admin
-from userspace_proxy.runtime.lifecycle import Ending, Succession, children, reap, start_anew, was_left
-from userspace_proxy.runtime.node_network import WithRoutes, follow_addresses, leave_network, watch_network
-from userspace_proxy.runtime.node_setup import Ground, take_ground
-from userspace_proxy.runtime.parts import (
-    KERNEL_MODES,
-    lint_options,
-    make_allocations,
-    make_kernel_proxier,
-    make_proxy_ports,
-    warn_unless_forwarding,
-)
+from userspace_proxy.runtime.desired_state import lint_options, make_allocations, make_proxy_ports
+from userspace_proxy.runtime.lifecycle import Ending, Lifecycle, child_processes, kept_listeners, reap, restart_with
+from userspace_proxy.runtime.node_network import NodeRoutes, follow_addresses, leave_network
+from userspace_proxy.runtime.node_setup import NodeSetup, set_up_node
 from userspace_proxy.runtime.reports import Reports
 from userspace_proxy.sources.events import node_reference
 from userspace_proxy.sources.files import FileSource
@@ -63,158 +58,155 @@ def run(settings: Settings) -> None:
     app = App(settings)
     with asyncio.Runner(loop_factory=factory) as runner:
         runner.run(app.run())
-    if app.succession.ending is Ending.AGAIN:
-        start_anew(app.left)
+    if app.lifecycle.ending is Ending.RESTART:
+        restart_with(app.kept_listeners)
 
 
 class App:
-    """One running proxy. ``succession``: how it ends. ``left``: listeners for who is started anew in its place."""
+    """The life of one process. ``kept_listeners``: those that stay open while it restarts in place."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self.left: list[socket.socket] = []
-        self.succession = Succession(
+        self._mode = MODES[settings.proxy_mode]
+        self.kept_listeners: list[socket.socket] = []
+        self.lifecycle = Lifecycle(
             drain_timeout_s=settings.drain_timeout_s,
             orphan_timeout_s=settings.orphan_timeout_s,
-            can_start_anew="-" not in settings.paths,
-            is_kept_running=settings.in_cluster,
-            kernel_serves=settings.proxy_mode in KERNEL_MODES,
+            can_restart="-" not in settings.paths,
+            is_supervised=settings.in_cluster,
+            kernel_serves=self._mode.kernel_serves,
         )
 
     async def run(self) -> None:
-        settings, succession = self._settings, self.succession
+        """Start, serve, and stop in the reverse order."""
+        lifecycle = self.lifecycle
         require_net_admin()
-        left, listeners = children(), was_left()
-        succession.heed_signals()
+        draining, listeners = child_processes(), kept_listeners()
+        lifecycle.install_signal_handlers()
         async with contextlib.AsyncExitStack() as stack:
-            ground = await take_ground(settings, succession, stack)
-            running = _Running(settings, succession, ground)
-            stack.push_async_callback(running.health_checks.close)
-            running.health_checks.adopt(listeners + ground.inheritance.health_checks)
-            stack.callback(running.incumbent.close)
-            stack.push_async_callback(running.admin.close)
+            node = await set_up_node(self._settings, self._mode, lifecycle, stack)
+            proxy = Proxy(self._settings, self._mode, node, lifecycle)
+            stack.push_async_callback(proxy.health_checks.close)
+            proxy.health_checks.adopt(listeners + node.lock.health_checks)
+            stack.callback(proxy.incumbent.close)
+            stack.push_async_callback(proxy.admin.close)
             try:
-                await running.serve(left)
+                await proxy.serve(draining)
             finally:
-                await succession.decision(running.incumbent)
-                if succession.ending is Ending.HANDED_OVER:
-                    # No caller is to meet us any more, nor the name to be ours, while connections drain.
-                    running.incumbent.close()
-                    ground.inheritance.name.close()
-                    await running.health_checks.close()
-                    await running.admin.close()
-                elif succession.ending is Ending.AGAIN:
-                    self.left = [sock.dup() for sock in running.health_checks.listeners()]
-                running.saver.save()
-                await succession.end(ground.plane, running.take_away)
+                await lifecycle.wait_for_handover(proxy.incumbent)
+                if lifecycle.ending is Ending.HANDED_OVER:
+                    # While connections drain, no caller may reach this process, nor may it hold the name.
+                    proxy.incumbent.close()
+                    node.lock.name.close()
+                    await proxy.health_checks.close()
+                    await proxy.admin.close()
+                elif lifecycle.ending is Ending.RESTART:
+                    self.kept_listeners = [sock.dup() for sock in proxy.health_checks.listeners()]
+                proxy.saver.save()
+                await lifecycle.end(node.plane, proxy.remove_rules)
         log.info("stopped")
 
 
-class _Running:
-    """Who is who in a running proxy, from wishes to rules."""
+class Proxy:
+    """The parts of a running proxy, from desired state to rules."""
 
-    def __init__(self, settings: Settings, succession: Succession, ground: Ground) -> None:
-        self._settings, self._succession, self._ground = settings, succession, ground
-        state_dir = ground.state_dir
-        memory = state_dir.load() if state_dir else Memory()
-        allocations = make_allocations(settings, memory, ground.hosts)
-        known_ports = {spec.name.key: spec.proxy_port for spec in ground.inherited}
-        ports = make_proxy_ports(settings, {**memory.proxy_ports, **known_ports})
-        self.saver = Saver(state_dir, allocations, ports)
+    def __init__(self, settings: Settings, mode: Mode, node: NodeSetup, lifecycle: Lifecycle) -> None:
+        self._settings, self._mode, self._node, self._lifecycle = settings, mode, node, lifecycle
+        # What is allocated, and remembered over restarts.
+        memory = node.state_dir.load() if node.state_dir else Memory()
+        inherited_ports = {spec.name.key: spec.proxy_port for spec in node.inherited}
+        allocations = make_allocations(settings, memory, node.hosts)
+        ports = make_proxy_ports(settings, {**memory.proxy_ports, **inherited_ports})
+        self.saver = Saver(node.state_dir, allocations, ports)
+        # Objects to desired state.
         self._tracker = Tracker(
-            allocations, settings.service_proxy_name, ground.here, settings.source_ip, ground.obstacle
+            allocations,
+            settings.service_proxy_name,
+            node.node,
+            settings.source_ip,
+            node.prepared.transparent_obstacle,
         )
-        self._proxier = self._make_proxier(ports)
-        self.health_checks = ServiceHealthChecks(
-            self._is_serving,
-            lambda service, why: self._warn_of(service, "FailedToStartServiceHealthcheck", why),
-            lambda: ground.rules.node_port_ips(self._tracker.here),
-        )
-        addresses = () if ground.tables is None else ground.here.addresses
-        routed = WithRoutes(
-            self._proxier,
+        # Desired state made true: sinks, in order.
+        routes = NodeRoutes(
             settings.service_ranges,
-            addresses,
+            node.node.addresses if mode.kernel_serves else (),
             discarded=(*settings.service_ranges, *settings.load_balancer_pool),
             discards_portals=not settings.follows_cluster,
         )
+        self._proxier = node.prepared.make_proxier(ProxierRequest(node.plane, ports, node.rules, node.inherited))
+        self.health_checks = ServiceHealthChecks(
+            self._is_healthy,
+            lambda service, why: self._warn_of(service, "FailedToStartServiceHealthcheck", why),
+            lambda: node.rules.node_port_ips(self._tracker.here),
+        )
         self._controller = Controller(
-            ground.source,
+            node.source,
             self._tracker,
-            WithHealthChecks(routed, self.health_checks),
+            (routes, self._proxier, self.health_checks),
             Pacer(asyncio.get_running_loop().time, settings.min_sync_period_s, settings.sync_period_s),
             after_sync=self._after_sync,
             health_timeout_s=2 * settings.sync_period_s,  # as kube-proxy
         )
-        present = Present(VERSION, os.getpid(), ground.sources, workers=1 if ground.tables is None else 0)
-        self.incumbent = Incumbent(ground.inheritance.member, present, self._hand_over_to)
+        # Hand-over to a successor.
+        present = Present(VERSION, os.getpid(), node.sources, workers=0 if mode.kernel_serves else 1)
+        self.incumbent = Incumbent(node.lock.member, present, self._hand_over_to)
+        lifecycle.cut = node.plane.cut
+        # For operators: findings of manifests, health, metrics.
         self._advisor = None
-        if isinstance(ground.source, FileSource):
+        if isinstance(node.source, FileSource):
             self._advisor = Advisor(lint_options(settings))
-            ground.source.observe = self._advisor.note
+            node.source.observe = self._advisor.note
         reports = Reports(
             settings,
-            ground.source,
+            node.source,
             self._tracker,
             self._controller,
             self._proxier,
-            ground.plane,
+            node.plane,
             self.health_checks,
-            succession.stop.is_set,
+            lifecycle.stop.is_set,
             lambda: self._advisor.faults if self._advisor is not None else [],
         )
         self.admin = AdminServer(
             reports.health, reports.metrics, settings.proxy_mode, configz(settings), settings.degraded_status
         )
-        succession.cut = ground.plane.cut
 
-    def _make_proxier(self, ports: ProxyPorts) -> Proxier:
-        ground = self._ground
-        if ground.tables is not None:
-            warn_unless_forwarding()
-            return make_kernel_proxier(ground.tables, self._settings, ground.rules)
-        proxier = UserspaceProxier(ground.plane, KERNELS[ground.language](), ports, ground.rules)
-        proxier.adopt(ground.inherited)
-        return proxier
-
-    async def serve(self, left: set[int]) -> None:
-        """Serve until it is time to end. *left*: processes that drain from before a start anew."""
-        settings, ground, proxier = self._settings, self._ground, self._proxier
+    async def serve(self, draining: set[int]) -> None:
+        """Serve until the process is to end. *draining*: workers from before a restart in place."""
+        settings, node = self._settings, self._node
         await self.admin.start(settings.healthz_bind_address, settings.metrics_bind_address)
         jobs: dict[str, Coroutine[object, object, None]] = {
             "controller": self._controller.run(),
-            "events": ground.events.run(),
-            "keep-rules": proxier.keep_rules(),
+            "events": node.events.run(),
+            "proxier": self._proxier.run(),
             "saver": self.saver.run(),
-            "settle-in": self._settle_in(),
-            "note-ready": self._succession.note_ready(self._controller.ready, ground.plane),
-            "reap": reap(left),
+            "follow-addresses": follow_addresses(self._tracker, self._controller.sync_again),
+            "first-sync": self._after_first_sync(),
+            "note-ready": self._lifecycle.note_ready(self._controller.ready, node.plane),
+            "reap": reap(draining),
         }
         if self._advisor is not None:
             jobs["advise"] = self._advisor.run()
-        jobs["follow-addresses"] = follow_addresses(self._tracker, self._controller.sync_again)
-        if isinstance(proxier, UserspaceProxier):
-            jobs["watch-network"] = watch_network(settings.capture, proxier)
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(job, name=name) for name, job in jobs.items()]
-            ground.events.normal(node_reference(settings.node_name), "Starting", f"userspace-proxy {__version__}")
-            await self._succession.stop.wait()
+            node.events.normal(node_reference(settings.node_name), "Starting", f"userspace-proxy {__version__}")
+            await self._lifecycle.stop.wait()
             for task in tasks:
                 task.cancel()
 
-    async def take_away(self) -> None:
-        """Drain connections and leave no rule behind, unless the kernel is to serve on by them."""
-        if self._ground.tables is not None and self._succession.ending is not Ending.STOP:
+    async def remove_rules(self) -> None:
+        """Drain connections and remove every rule, unless the kernel is to serve on by them."""
+        if self._mode.kernel_serves and self._lifecycle.ending is not Ending.STOP:
             return
         await self._proxier.close(self._settings.drain_timeout_s)
         await leave_network()
 
-    def _is_serving(self) -> bool:
-        """Whether load balancers may count on this node; who hands over says so to the last."""
-        return self._controller.failing_since is None and self._succession.ending is not Ending.STOP
+    def _is_healthy(self) -> bool:
+        """Return whether the node is ready for load balancers. Stays true during a hand-over."""
+        return self._controller.failing_since is None and self._lifecycle.ending is not Ending.STOP
 
     def _warn_of(self, service: NamespacedName, reason: str, note: str) -> None:
-        self._ground.events.warn(ObjectReference("Service", service), reason, note, is_logged=True)
+        self._node.events.warn(ObjectReference("Service", service), reason, note, is_logged=True)
 
     def _after_sync(self) -> None:
         self.saver.save_soon()
@@ -224,15 +216,14 @@ class _Running:
             self._warn_of(name.service_port.service, "NotServed", why)
 
     async def _hand_over_to(self, asked: TakeOver, conversation: Conversation) -> None:
-        ground = self._ground
-        await self._succession.hand_over_to(
-            asked, conversation, self._proxier, ground.plane, ground.inheritance.name, self.health_checks
+        node = self._node
+        await self._lifecycle.hand_over_to(
+            asked, conversation, self._proxier, node.plane, node.lock.name, self.health_checks
         )
 
-    async def _settle_in(self) -> None:
-        """What is worth doing once, after the first sync."""
-        settings = self._settings
-        mode, language = settings.proxy_mode, self._ground.language
+    async def _after_first_sync(self) -> None:
+        """Do once what can wait until the first sync."""
+        settings, node = self._settings, self._node
         await self._controller.attempted.wait()
         # What is there now stays for long: the collector need not walk over it again and again.
         gc.freeze()
@@ -245,13 +236,12 @@ class _Running:
                 "no Node is called %s: no endpoint is local and no zone known; name this node with --hostname-override",
                 settings.node_name,
             )
-        if not self._ground.is_tuned:
-            self._ground.tune()  # the rules have loaded conntrack
+        if not node.is_tuned:
+            node.tune_conntrack()  # the rules have loaded conntrack
         with contextlib.suppress(SyncError):
-            await remove_others(mode, language)
-        if mode == "ipvs":  # requests pass INPUT before they are translated, and FORWARD sees answers alone
+            await remove_others(self._mode, node.prepared)
+        if (hook := self._mode.firewall_hook) is None:
             return
-        hook: Hook = "forward" if mode in KERNEL_MODES else "input"
         what = "forwarded traffic" if hook == "forward" else "redirected traffic"
         with contextlib.suppress(SyncError, ValueError):
             for found in await find_blocking_firewall(hook):

@@ -1,10 +1,11 @@
-"""One proxy in a network namespace: the lock is to be a member there, in the role SERVES (dataplane/rendezvous.py).
+"""One instance of the proxy in a network namespace: the lock is to be a member there (dataplane/rendezvous.py).
 
-Only CAP_NET_ADMIN can be one. The control process is, and so are its workers, which serve on without one. A process
-that starts first becomes the only member in the role TAKES_TURN; so two that start at once never both find nobody.
+The control process is a member in the role SERVES, and so are workers that serve without a control process (orphans).
+Only a process with CAP_NET_ADMIN can be one. A process that starts first becomes the only member in the role
+TAKES_TURN, so two processes that start at once never both find the lock free.
 
-The abstract name @userspace-proxy is no lock: any local user can bind it. It is held, where it is free, because
-versions before this one take it for theirs, and for `ss -xlp` to show.
+The abstract name @userspace-proxy is no lock, as any local user can bind it. It is held if it is free, because earlier
+versions take it for the lock, and for `ss -xlp` to show.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Inheritance:
-    """The lock; and what was got with it from who served before: listeners, in a conversation with each process.
+class InstanceLock:
+    """The lock, and the listeners that the predecessor handed over with it, in a conversation with each process.
 
     ``turn`` and ``member``: this process in both roles. ``name``: the socket that has the abstract name, or has none.
     ``health_checks``: the listeners of health-check node ports, which a control process has.
@@ -68,7 +69,7 @@ class Inheritance:
     conversations: list[Conversation] = field(default_factory=list)
 
     async def taken(self) -> None:
-        """Say that we serve now, and wait until the one before has made way."""
+        """Say that this process serves now, and wait until the predecessor has yielded."""
         for conversation in self.conversations:
             conversation.send(Taken())
         for conversation in self.conversations:
@@ -82,9 +83,9 @@ class Inheritance:
         self.turn.close()
 
     async def _release_orphans(self) -> None:
-        """Have workers drain whose control process died while it made way: what they hold we have already."""
+        """Have workers drain whose control process died while it yielded: this process has their listeners already."""
         with contextlib.suppress(TimeoutError):
-            for present, conversation in await _meet(self.turn, _ORPHAN_TIMEOUT_S, but=self.member):
+            for present, conversation in await _call_members(self.turn, _ORPHAN_TIMEOUT_S, but=self.member):
                 try:
                     listeners: list[tuple[Inherit, list[socket.socket]]] = []
                     (await _collect(conversation, listeners, [], workers=len(self.conversations))).close()
@@ -98,7 +99,7 @@ class Inheritance:
                 conversation.close()
 
     def give_back(self) -> None:
-        """Let go of everything: the one before goes on."""
+        """Give everything up: the predecessor serves on."""
         for conversation in self.conversations:
             conversation.close()
         _close(self.listeners)
@@ -107,58 +108,59 @@ class Inheritance:
         self.close()
 
     def close(self) -> None:
-        """Let go of the lock."""
+        """Release the lock."""
         for sock in (self.name, self.member, self.turn):
             sock.close()
 
 
-async def take_lock(sources: Sequence[str], policy: str, workers: int) -> Inheritance:
-    """Return the lock; with it, where somebody serves already, that one's listeners for so many *workers*.
+async def take_lock(sources: Sequence[str], policy: str, workers: int) -> InstanceLock:
+    """Return the lock; if another instance serves, with its listeners for so many *workers*.
 
-    Without workers of our own only a proxy without any is taken over from: one whose mode has the kernel serve.
-    *policy*: "always" takes over; "auto" does so from orphans and from who serves the same *sources*; "never" refuses.
+    Without workers, only an instance without any can be taken over from: one in a mode in which the kernel serves.
+    *policy*: "always" takes over; "auto" only from orphans and from an instance that serves the same *sources*;
+    "never" refuses.
 
     Raises:
-        StartError: somebody serves who must not be, or cannot be, taken over from.
+        StartError: another instance serves that must not be, or cannot be, taken over from.
     """
     turn = await _take_turn()
     try:
-        if not (meetings := await _who_serves(turn)):
+        if not (meetings := await _find_running(turn)):
             with contextlib.ExitStack() as on_error:
                 member = on_error.enter_context(join(Role.SERVES))
                 name = on_error.enter_context(_unnamed())
                 _hold_name(name)
                 on_error.pop_all()
             turn.close()
-            return Inheritance(turn, member, name)
+            return InstanceLock(turn, member, name)
         present, _ = meetings[0]
-        if not (why_not := _why_not(present, sources, policy, workers)):
+        if not (obstacle := _take_over_obstacle(present, sources, policy, workers)):
             return await _take_over(turn, meetings, workers)
         _end_conversations(meetings)
     except BaseException:
         turn.close()
         raise
     turn.close()
-    raise StartError(f"{_another(present.pid)}; {why_not}")
+    raise StartError(f"{_running_text(present.pid)}; {obstacle}")
 
 
-async def rehearse(sources: Sequence[str], policy: str, workers: int) -> None:
-    """Make sure that the lock could be taken, once those who serve here have become orphans.
+async def check_take_over(sources: Sequence[str], policy: str, workers: int) -> None:
+    """Check that the lock can be taken once the workers that serve here have become orphans.
 
     Raises:
-        StartError: it could not.
+        StartError: it cannot.
     """
     with await _take_turn() as turn:
-        meetings = await _who_serves(turn)
+        meetings = await _find_running(turn)
         _end_conversations(meetings)
         for present, _ in meetings:
             if present.workers and (
-                why_not := _why_not(msgspec.structs.replace(present, orphan=True), sources, policy, workers)
+                obstacle := _take_over_obstacle(msgspec.structs.replace(present, orphan=True), sources, policy, workers)
             ):
-                raise StartError(why_not)
+                raise StartError(obstacle)
 
 
-def _why_not(present: Present, sources: Sequence[str], policy: str, workers: int) -> str:
+def _take_over_obstacle(present: Present, sources: Sequence[str], policy: str, workers: int) -> str:
     if not understands(present):
         return f"it hands over in version {present.version} and this one takes over in {VERSION}; stop it first"
     if policy == "never" or (present.workers and not workers):
@@ -169,8 +171,8 @@ def _why_not(present: Present, sources: Sequence[str], policy: str, workers: int
     return ""
 
 
-async def _take_over(turn: socket.socket, meetings: Sequence[Meeting], workers: int) -> Inheritance:
-    """Collect all that is there: from the control process, or from every worker that has none."""
+async def _take_over(turn: socket.socket, meetings: Sequence[Meeting], workers: int) -> InstanceLock:
+    """Collect all listeners: from the control process, or from every worker if there is none."""
     present, _ = meetings[0]
     if not present.orphan:
         _end_conversations(meetings[1:])
@@ -193,7 +195,7 @@ async def _take_over(turn: socket.socket, meetings: Sequence[Meeting], workers: 
         ) from None
     for name in names[1:]:  # duplicates
         name.close()
-    return Inheritance(turn, member, names[0], listeners, health_checks, conversations)
+    return InstanceLock(turn, member, names[0], listeners, health_checks, conversations)
 
 
 async def _collect(
@@ -223,13 +225,13 @@ def _close(listeners: Sequence[tuple[Inherit, list[socket.socket]]]) -> None:
 
 
 async def end_orphans() -> Present | None:
-    """End every worker that serves without a control process; return the control process, if one is there.
+    """End every worker that serves without a control process; return the control process, or None.
 
     Raises:
-        StartError: somebody is there and does not answer.
+        StartError: a member is there and does not answer.
     """
     with await _take_turn() as turn:
-        while meetings := await _who_serves(turn):
+        while meetings := await _find_running(turn):
             if not meetings[0][0].orphan:
                 _end_conversations(meetings)
                 return meetings[0][0]
@@ -240,23 +242,23 @@ async def end_orphans() -> Present | None:
     return None
 
 
-# ---- meeting who serves
+# ---- finding the instance that serves
 
 
-async def _who_serves(turn: socket.socket) -> list[Meeting]:
-    """Return who serves in this network namespace: the control process, or all orphans.
+async def _find_running(turn: socket.socket) -> list[Meeting]:
+    """Return the instance that serves in this network namespace: its control process, or all orphans.
 
     Raises:
         StartError: a process serves and does not answer.
     """
     try:
-        return await _meet(turn, _ANSWER_TIMEOUT_S)
+        return await _call_members(turn, _ANSWER_TIMEOUT_S)
     except TimeoutError:
-        raise StartError(f"{_another(_first_process(_serving()))} and does not answer; stop it first") from None
+        raise StartError(f"{_running_text(_first_process(_serving()))} and does not answer; stop it first") from None
 
 
-async def _meet(turn: socket.socket, timeout_s: float, but: socket.socket | None = None) -> list[Meeting]:
-    """Return who answers a call, a control process first; nothing where there is no member *but* this process itself.
+async def _call_members(turn: socket.socket, timeout_s: float, but: socket.socket | None = None) -> list[Meeting]:
+    """Return the members that answer a call, a control process first; none if only *but*, this process, is a member.
 
     Raises:
         TimeoutError: there are members, and none answers.
@@ -295,10 +297,10 @@ def _end_conversations(meetings: Sequence[Meeting]) -> None:
 
 
 async def _take_turn() -> socket.socket:
-    """Wait until no other process takes over or cleans up here, and be the one that does, until the socket is closed.
+    """Wait until no other process takes over or cleans up here; return a socket that keeps others from it.
 
-    Each shows itself before it looks: of two at once at least one sees the other. The one with the lower number then
-    stays and looks again, the other one makes room.
+    Each process joins before it looks: of two at once at least one sees the other. The one with the lower number then
+    stays and looks again, the other one leaves.
     """
     give_up_at = time.monotonic() + _TURN_TIMEOUT_S
     try:
@@ -309,10 +311,10 @@ async def _take_turn() -> socket.socket:
         while others := {port: inode for port, inode in members(Role.TAKES_TURN).items() if port != port_of(turn)}:
             if time.monotonic() > give_up_at:
                 break
-            if makes_room := min(others) < port_of(turn):
+            if yields := min(others) < port_of(turn):
                 turn.close()
             await asyncio.sleep(_ASK_AGAIN_S)
-            if makes_room:
+            if yields:
                 turn = join(Role.TAKES_TURN)
         else:
             return turn
@@ -332,7 +334,7 @@ def _serving() -> dict[int, int]:
 
 
 def _first_process(found: Mapping[int, int]) -> int:
-    """Return the process of the first member, 0 where it cannot be told: the control process, if there is one."""
+    """Return the process of the first member: the control process, if there is one; 0 if it is unknown."""
     return process_of(found[min(found)]) if found else 0
 
 
@@ -341,9 +343,9 @@ def _unnamed() -> socket.socket:
 
 
 def _hold_name(sock: socket.socket) -> None:
-    """Bind *sock* to the name, where it is free, and listen, so that the kernel names this process as its holder.
+    """Bind *sock* to the name, if it is free, and listen, so that the kernel names this process as its holder.
 
-    Nobody is accepted: it costs nothing, however many connect.
+    No client is accepted, so it costs nothing however many connect.
     """
     try:
         if not sock.getsockname():
@@ -369,10 +371,10 @@ def _holder() -> str:
     return f"process {pid} of user {uid}" if pid else f"a process of user {uid}"
 
 
-def _another(pid: int) -> str:
+def _running_text(pid: int) -> str:
     return f"another userspace-proxy runs in this network namespace{f' (process {pid})' if pid else ''}"
 
 
 def running_as(present: Present) -> str:
-    """Return `` (process 4711)`` where that can be told."""
+    """Return `` (process 4711)``, or "" if the process is unknown."""
     return f" (process {present.pid})" if present.pid else ""

@@ -1,7 +1,7 @@
-"""From one process to the next: taking over, handing over, starting anew, and how this process ends.
+"""The life of this process: signals, taking over from a predecessor, handing over to a successor, restart, end.
 
-At every moment somebody accepts: who hands over stops when its successor has said that it serves, and who ends without
-a decision (a crash) leaves its workers serving.
+At every moment a process accepts connections: this one stops when its successor has said that it serves. If this
+process ends without a decision (a crash), its workers serve on.
 """
 
 from __future__ import annotations
@@ -15,28 +15,35 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import NoReturn
 
 from userspace_proxy.admin.health_checks import ServiceHealthChecks
-from userspace_proxy.dataplane.handover import Conversation, Incumbent, Inherit, Refused, Released, TakeOver, hand_over
+from userspace_proxy.dataplane.handover import (
+    Conversation,
+    HandoverPlane,
+    Incumbent,
+    Refused,
+    Released,
+    TakeOver,
+    hand_over,
+)
 from userspace_proxy.dataplane.process import answers_to
-from userspace_proxy.dataplane.remote import RemotePlane
 from userspace_proxy.errors import StartError, SyncError
-from userspace_proxy.interfaces import DataPlane, ListenerSpec, Proxier
+from userspace_proxy.interfaces import ListenerSpec, Proxier
 from userspace_proxy.logs import flush_log
-from userspace_proxy.runtime.instance_lock import Inheritance
+from userspace_proxy.runtime.instance_lock import InstanceLock
 
 _REAP_EVERY_S = 1.0
-# Who is told to stop while it hands over waits so long for the successor to begin, or not.
+# How long a process that is told to stop during a hand-over waits for the successor to serve.
 _DECIDE_S = 2.0
-# Names the descriptors of what outlives a start anew.
-_LEFT = "USERSPACE_PROXY_LISTENERS"
-# Set for a process that is to find out whether a start anew would succeed, and to end.
-_REHEARSAL = "USERSPACE_PROXY_REHEARSAL"
-_REHEARSAL_S = 30.0
+# Environment of the new program: the descriptors of listeners that outlive a restart in place.
+_KEPT_LISTENERS = "USERSPACE_PROXY_LISTENERS"
+# Set for a process that finds out whether a restart in place would succeed, and ends. Other versions know it so.
+_DRY_RUN = "USERSPACE_PROXY_REHEARSAL"
+_DRY_RUN_S = 30.0
 # Longer than it takes to replace a worker that hangs.
 _WORKERS_ANSWER_S = 10.0
 _DRAINING = "; open connections go on here"
@@ -46,21 +53,23 @@ log = logging.getLogger(__name__)
 
 
 class Ending(Enum):
-    """STOP: rules away, connections drained. LEFT: the rules stay, by which the kernel serves on. HANDED_OVER: another
-    process serves. AGAIN: this one is started anew.
+    """How this process ends.
+
+    STOP: rules are removed and connections drained. RULES_STAY: the kernel serves on. HANDED_OVER: a successor serves.
+    RESTART: this process becomes a new program of the same command line.
     """
 
     STOP = "stop"
-    LEFT = "left"
+    RULES_STAY = "rules stay"
     HANDED_OVER = "handed over"
-    AGAIN = "again"
+    RESTART = "restart"
 
 
-class Succession:
-    """Who served before, who serves after, and what ends this process.
+class Lifecycle:
+    """The predecessor of this process, its successor, and what ends it.
 
-    ``ending``: how it ends, once that is known; ``stop`` is set with it. ``cut``: ends what drains, once there is a
-    plane.
+    ``ending``: how it ends, once that is known; ``stop`` is set with it. ``cut``: resets the connections that drain,
+    once there is a data plane.
     """
 
     def __init__(
@@ -68,110 +77,104 @@ class Succession:
         *,
         drain_timeout_s: float,
         orphan_timeout_s: float,
-        can_start_anew: bool,
-        is_kept_running: bool,
+        can_restart: bool,
+        is_supervised: bool,
         kernel_serves: bool = False,
     ) -> None:
-        """*is_kept_running*: somebody (a kubelet) starts anew whoever of us ends by himself.
+        """*is_supervised*: a supervisor (a kubelet) starts this process again when it ends by itself.
 
-        *kernel_serves*: in a kernel mode nobody misses us, from the first load on; there are no listeners to hand over.
+        *kernel_serves*: traffic goes on without this process from the first load on; there are no listeners.
         """
         self._drain_timeout_s = drain_timeout_s
         self._orphan_timeout_s = orphan_timeout_s
-        self._can_start_anew = can_start_anew
-        self._is_kept_running = is_kept_running
+        self._can_restart = can_restart
+        self._is_supervised = is_supervised
         self._kernel_serves = kernel_serves
         self.stop = asyncio.Event()
         self.cut: Callable[[], None] | None = None
         self.ending: Ending | None = None
-        self._made_way = asyncio.Event()
+        self._yielded = asyncio.Event()
         self._released = asyncio.Event()
-        self._decided = asyncio.Event()  # not while we hand over: the successor may serve already, or never
+        self._decided = asyncio.Event()  # cleared during a hand-over: the successor may serve already, or never
         self._decided.set()
-        self._hurried = False
-        self._told_to_go = asyncio.Event()
-        self._keeps_on = False  # workers would serve on without us
-        self._plane: DataPlane | None = None
+        self._drain_is_bounded = False
+        self._told_to_stop = asyncio.Event()
+        self._serves_on_alone = False  # traffic goes on if this process ends now
+        self._plane: HandoverPlane | None = None
         self._successors = 0
-        self._rehearsal: asyncio.Task[None] | None = None
-        self._is_left = False  # to a new program of ours, which is about to begin
+        self._dry_run: asyncio.Task[None] | None = None
+        self._is_replaced = False  # by a new program, which is about to begin
 
-    def heed_signals(self) -> None:
+    def install_signal_handlers(self) -> None:
         loop = asyncio.get_running_loop()
         for signum in _STOPS:
             if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
                 continue  # nohup: the terminal may go
             loop.add_signal_handler(signum, self._on_signal, signum)
-        loop.add_signal_handler(signal.SIGUSR2, self._on_start_anew)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*_STOPS, signal.SIGUSR2))  # what came while we started anew
+        loop.add_signal_handler(signal.SIGUSR2, self._on_restart)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*_STOPS, signal.SIGUSR2))  # blocked during a restart in place
 
-    # ---- the one before
+    # ---- the predecessor
 
-    async def inherit(self, plane: DataPlane, inheritance: Inheritance) -> list[ListenerSpec]:
-        """Serve at the listeners of whoever served before; return them.
+    async def take_over(self, plane: HandoverPlane, lock: InstanceLock) -> list[ListenerSpec]:
+        """Serve at the listeners of the predecessor, if there is one; return them.
 
         Raises:
-            StartError: they cannot be taken over; who served before goes on.
+            StartError: they cannot be taken over; the predecessor serves on.
         """
         self._plane = plane
-        if not inheritance.conversations:
-            if isinstance(plane, RemotePlane):
-                plane.keep_on(inheritance.name)
+        if not lock.conversations:
+            plane.keep_on(lock.name)
             return []
-        if not inheritance.listeners:  # the kernel serves until our rules are there
-            if isinstance(plane, RemotePlane):
-                plane.keep_on(inheritance.name)
-            await inheritance.taken()
+        if not lock.listeners:  # the kernel serves until our rules are there
+            plane.keep_on(lock.name)
+            await lock.taken()
             log.info("taken over from another process; the kernel serves meanwhile")
             return []
-        assert isinstance(plane, RemotePlane), "no other asks for it"
         try:
-            specs = await plane.adopt(inheritance.listeners)
+            specs = await plane.adopt(lock.listeners)
         except (OSError, SyncError) as error:
             plane.leave()
-            inheritance.give_back()
+            lock.give_back()
             raise StartError(f"what serves now cannot be taken over, it goes on: {error}") from None
-        # Before the others stop accepting, so that a death of ours at any moment leaves somebody who serves.
+        # Before the predecessor stops accepting: if this process dies at any moment, some workers serve on.
         with contextlib.suppress(SyncError):  # a worker has died; the next one is told, too
-            await answers_to(plane.keep_on(inheritance.name))
-        self._keeps_on = True
-        await inheritance.taken()
+            await answers_to(plane.keep_on(lock.name))
+        self._serves_on_alone = True
+        await lock.taken()
         plane.begin()
         log.info("taken over from another process: %d listeners", len(specs))
         return specs
 
-    async def note_ready(self, ready: asyncio.Event, plane: DataPlane) -> None:
-        """From now on there is something that is better left serving than taken away, should we fail."""
+    async def note_ready(self, ready: asyncio.Event, plane: HandoverPlane) -> None:
+        """Once *ready*, let traffic go on if this process fails, where it can."""
         await ready.wait()
-        self._keeps_on = self._kernel_serves or isinstance(plane, RemotePlane)
+        self._serves_on_alone = self._kernel_serves or not plane.handover_obstacle
 
-    # ---- the one after
+    # ---- the successor
 
     async def hand_over_to(
         self,
         asked: TakeOver,
         conversation: Conversation,
         proxier: Proxier,
-        plane: DataPlane,
+        plane: HandoverPlane,
         name: socket.socket,
         health_checks: ServiceHealthChecks,
     ) -> None:
-        """Give all that we have to who *asked*, and end; or refuse."""
-        if not isinstance(plane, RemotePlane) and not self._kernel_serves:
-            conversation.send(Refused("it has no workers (--workers 0); stop it first"))
+        """Give everything to the process that *asked*, and end; or refuse."""
+        if plane.handover_obstacle and not self._kernel_serves:
+            conversation.send(Refused(f"{plane.handover_obstacle}; stop it first"))
             return
-        if self.stop.is_set() or not self._keeps_on:
+        if self.stop.is_set() or not self._serves_on_alone:
             conversation.send(Refused("it just begins or ends; try again"))
             return
         self._decided.clear()
         async with proxier.paused():
             try:
-                listeners: Iterable[tuple[Inherit, list[int]]] = ()
-                if isinstance(plane, RemotePlane):
-                    await plane.stats()  # brings the latest pins with it
-                    listeners = plane.inheritance()
+                await plane.stats()  # brings the latest pins with it
                 checks = health_checks.listeners() if asked.health_checks else ()
-                await hand_over(conversation, listeners, name, checks)
+                await hand_over(conversation, plane.inheritance(), name, checks)
                 log.info("handed over to process %d%s", asked.pid, "" if self._kernel_serves else _DRAINING)
                 is_told_to_stop = self.stop.is_set()
                 self.ending = Ending.HANDED_OVER
@@ -181,47 +184,47 @@ class Succession:
                 self._decided.set()
             if is_told_to_stop:
                 self._on_signal(signal.SIGTERM)
-            await self._made_way.wait()
+            await self._yielded.wait()
         conversation.send(Released())
         await conversation.sent()
         self._released.set()
 
     def _on_signal(self, signum: signal.Signals) -> None:
-        if self._is_left:  # too late for us: it waits, blocked, for the new program
+        if self._is_replaced:  # too late for this program: the signal waits, blocked, for the new one
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
             return
-        self._told_to_go.set()
-        if not self.stop.is_set() or self.ending is Ending.AGAIN:
+        self._told_to_stop.set()
+        if not self.stop.is_set() or self.ending is Ending.RESTART:
             # A service manager's stop is often the first half of a restart. kube-proxy leaves its rules, too.
             if self._kernel_serves and signum is signal.SIGTERM:
                 log.info("stopping: rules stay and the kernel serves on; `userspace-proxy cleanup` removes them")
-                self.ending = Ending.LEFT
+                self.ending = Ending.RULES_STAY
             else:
                 log.info("stopping: rules away, then up to %.3g s for open connections", self._drain_timeout_s)
                 self.ending = Ending.STOP
             self.stop.set()
-        elif self.cut is not None and self.ending is Ending.HANDED_OVER and not self._hurried:
+        elif self.cut is not None and self.ending is Ending.HANDED_OVER and not self._drain_is_bounded:
             log.info("up to %.3g s more for open connections", self._drain_timeout_s)
             asyncio.get_running_loop().call_later(self._drain_timeout_s, self.cut)
-            self._hurried = True
+            self._drain_is_bounded = True
         elif self.cut is not None:
             log.info("cutting the connections that are left")
             self.cut()
 
-    def _on_start_anew(self) -> None:
-        """Replace this process by a new one of the same command line, which takes over from our workers: an upgrade."""
-        if self.stop.is_set() or self._rehearsal is not None:
+    def _on_restart(self) -> None:
+        """Restart in place, for an upgrade: the new program of the same command line takes over from our workers."""
+        if self.stop.is_set() or self._dry_run is not None:
             return
-        if not self._keeps_on or not self._can_start_anew:
+        if not self._serves_on_alone or not self._can_restart:
             log.error("SIGUSR2 is not heeded: not ready yet, --workers 0, or the manifests came from stdin")
             return
-        self._rehearsal = asyncio.create_task(self._start_anew(), name="start anew")
+        self._dry_run = asyncio.create_task(self._restart(), name="restart")
 
-    async def _start_anew(self) -> None:
+    async def _restart(self) -> None:
         try:
-            obstacle = await _rehearse() or await self._ask_workers()
+            obstacle = await _run_dry() or await self._ask_workers()
         finally:
-            self._rehearsal = None
+            self._dry_run = None
         if self.stop.is_set():
             return
         if not self._decided.is_set():
@@ -230,12 +233,12 @@ class Succession:
             log.error("SIGUSR2 is not heeded, this process serves on: %s", obstacle)
             return
         log.info("starting anew; workers serve on meanwhile")
-        self.ending = Ending.AGAIN
+        self.ending = Ending.RESTART
         self.stop.set()
 
     async def _ask_workers(self) -> str:
         """Return why the new process would find no worker that hands over; "" if all answer."""
-        if not isinstance(self._plane, RemotePlane):
+        if self._plane is None:
             return ""
         try:
             async with asyncio.timeout(_WORKERS_ANSWER_S):
@@ -246,47 +249,46 @@ class Succession:
 
     # ---- the end
 
-    async def decision(self, incumbent: Incumbent) -> None:
-        """Wait until a hand-over under way has been made, or not."""
-        if self._rehearsal is not None:
-            self._rehearsal.cancel()
-            await asyncio.wait({self._rehearsal})
+    async def wait_for_handover(self, incumbent: Incumbent) -> None:
+        """Wait until a hand-over under way has succeeded or failed."""
+        if self._dry_run is not None:
+            self._dry_run.cancel()
+            await asyncio.wait({self._dry_run})
         try:
             async with asyncio.timeout(_DECIDE_S):
                 await self._decided.wait()
         except TimeoutError:
             incumbent.give_up()
 
-    async def end(self, plane: DataPlane, take_away: Callable[[], Awaitable[None]]) -> None:
-        """End as it was decided; without a decision this is a crash, and what serves goes on where it can.
+    async def end(self, plane: HandoverPlane, remove_rules: Callable[[], Awaitable[None]]) -> None:
+        """End as decided. Without a decision this is a crash, and traffic goes on if it can.
 
-        *take_away* drains connections and leaves no rule behind.
+        *remove_rules* drains connections and removes every rule.
         """
         if self.ending is Ending.HANDED_OVER:
-            self._made_way.set()
-            if isinstance(plane, RemotePlane):
-                await plane.close(self._orphan_timeout_s, successors=self._successors)
+            self._yielded.set()
+            await plane.close(self._orphan_timeout_s, successors=self._successors)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_DECIDE_S):
                     await self._released.wait()
-            if self._is_kept_running:  # who starts us anew would take back what we gave
-                await self._told_to_go.wait()
-        elif self.ending is not Ending.STOP and self._keeps_on and isinstance(plane, RemotePlane):
+            if self._is_supervised:  # a supervisor that starts us again would take everything back
+                await self._told_to_stop.wait()
+        elif self.ending is not Ending.STOP and self._serves_on_alone and not plane.handover_obstacle:
             plane.leave()
         else:
-            await take_away()
-        if self.ending is Ending.AGAIN:
-            self._is_left = True
-            # Until the new program can heed them; a stop that came just now would else kill it unheard.
+            await remove_rules()
+        if self.ending is Ending.RESTART:
+            self._is_replaced = True
+            # Until the new program has its handlers: a signal that came just now would kill it.
             signal.pthread_sigmask(signal.SIG_BLOCK, (*_STOPS, signal.SIGUSR2))
 
 
-async def _rehearse() -> str:
-    """Run a new process of the same command line up to the moment before it takes over; return what it fails at."""
+async def _run_dry() -> str:
+    """Run the same command line up to the moment before it takes over; return why it fails, "" if it does not."""
     try:
         process = subprocess.Popen(  # noqa: ASYNC220 - as workers are started
             _same_command(),
-            env={**os.environ, _REHEARSAL: "1"},
+            env={**os.environ, _DRY_RUN: "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -296,10 +298,10 @@ async def _rehearse() -> str:
         return f"{sys.executable}: {error.strerror}"
     reading = asyncio.get_running_loop().run_in_executor(None, process.communicate)
     try:
-        async with asyncio.timeout(_REHEARSAL_S):
+        async with asyncio.timeout(_DRY_RUN_S):
             _, said = await asyncio.shield(reading)
     except TimeoutError:
-        return f"the new process is not ready after {_REHEARSAL_S:.0f} s"
+        return f"the new process is not ready after {_DRY_RUN_S:.0f} s"
     finally:
         process.kill()
         await asyncio.wait({reading})
@@ -309,8 +311,8 @@ async def _rehearse() -> str:
     return lines[-1] if lines else f"the new process exited {process.returncode}"
 
 
-def is_rehearsal() -> bool:
-    return _REHEARSAL in os.environ
+def is_dry_run() -> bool:
+    return _DRY_RUN in os.environ
 
 
 def _same_command() -> list[str]:
@@ -318,38 +320,38 @@ def _same_command() -> list[str]:
     return [sys.executable, *safe_path, *sys.orig_argv[1:]]
 
 
-def start_anew(listeners: Sequence[socket.socket]) -> NoReturn:
-    """Become a new process of the same command line, which finds *listeners* as what `was_left`."""
+def restart_with(listeners: Sequence[socket.socket]) -> NoReturn:
+    """Become a new process of the same command line, which finds *listeners* by `kept_listeners`."""
     flush_log()
     for sock in listeners:
         sock.set_inheritable(True)
-    left = {_LEFT: " ".join(str(sock.fileno()) for sock in listeners)} if listeners else {}
-    os.execve(sys.executable, _same_command(), {**os.environ, **left})  # noqa: S606 - a list, no shell
+    kept = {_KEPT_LISTENERS: " ".join(str(sock.fileno()) for sock in listeners)} if listeners else {}
+    os.execve(sys.executable, _same_command(), {**os.environ, **kept})  # noqa: S606 - a list, no shell
 
 
-def was_left() -> list[socket.socket]:
-    """Return the listeners from before a start anew: nobody who asked meanwhile was refused."""
-    left = [socket.socket(fileno=int(number)) for number in os.environ.pop(_LEFT, "").split()]
-    for sock in left:
+def kept_listeners() -> list[socket.socket]:
+    """Return the listeners from before a restart in place: they were open all the time."""
+    kept = [socket.socket(fileno=int(number)) for number in os.environ.pop(_KEPT_LISTENERS, "").split()]
+    for sock in kept:
         sock.set_inheritable(False)
-    return left
+    return kept
 
 
-# ---- what drains from before a start anew
+# ---- workers from before a restart in place, which drain
 
 
-def children() -> set[int]:
-    """Return the processes that are children of ours, from before a start anew: what drains there ends some time."""
+def child_processes() -> set[int]:
+    """Return the children of this process; at the start they are workers from before a restart in place."""
     try:
         return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
     except OSError:  # a kernel without CONFIG_PROC_CHILDREN
         return set()
 
 
-async def reap(left: set[int]) -> None:
-    """Wait for them, so that nothing is left of them."""
-    while left:
-        left = {pid for pid in left if _is_running_child(pid)}
+async def reap(pids: set[int]) -> None:
+    """Wait until the children *pids* have ended, so that no zombie is left."""
+    while pids:
+        pids = {pid for pid in pids if _is_running_child(pid)}
         await asyncio.sleep(_REAP_EVERY_S)
 
 

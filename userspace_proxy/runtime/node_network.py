@@ -1,8 +1,8 @@
-"""How this node's network is made to bring traffic here: capture, routes to cluster IPs, limits of the kernel.
+"""This node's network: routes to portals, discard routes, limits of the kernel.
 
-What is added is taken away by ``leave_network`` without knowing what it was: a crashed process cannot tell. Discard
-routes stay for the next start, and `cleanup` removes them. Limits stay as they are set, as kube-proxy's do: others rely
-on them by then.
+``leave_network`` removes what was added without knowing what it was: a crashed process cannot tell. Discard routes stay
+for the next start, and `cleanup` removes them. Limits stay as they are set, as kube-proxy's do: other programs rely on
+them by then.
 """
 
 from __future__ import annotations
@@ -20,69 +20,17 @@ from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.errors import SyncError
 from userspace_proxy.host import discard_routes, network, sysctls
 from userspace_proxy.host.network import Network
-from userspace_proxy.interfaces import Capture, StateSink
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.service import ServicePort
 from userspace_proxy.model.state import ProxyState
-from userspace_proxy.modes.userspace.proxier import UserspaceProxier
 from userspace_proxy.netfilter.notices import NetworkNotices
 
-_SETTLE_S = 0.2
 # Pods come and go, and each brings notices: to look takes some tens of milliseconds of CPU.
 _ADDRESSES_SETTLE_S = 1.0
 # Linux forgets a redirect after so long (RT_GC_TIMEOUT in net/ipv4/route.c).
 _REDIRECT_LASTS_S = 300.0
 
 log = logging.getLogger(__name__)
-
-
-async def first_capture(asked: str) -> Capture:
-    """Return how to capture where *asked* is "auto", "redirect" or "address", after what it needs was put on ``lo``."""
-    if await network.lacks_addresses():
-        # The kernel has no source for a local client's packets to a cluster IP, unless we give it one.
-        await network.add_local_addresses()
-    if asked == "redirect":
-        return Capture.REDIRECT
-    if asked == "auto" and not await _unnumbered():
-        return Capture.REDIRECT
-    await network.add_local_addresses()
-    return Capture.ADDRESS
-
-
-async def _unnumbered() -> list[str]:
-    try:
-        found = await network.find_unnumbered_interfaces()
-    except SyncError as error:
-        log.warning("interfaces cannot be looked at, traffic is captured by REDIRECT: %s", error)
-        return []
-    if found:
-        log.info(
-            "%s has no IPv4 address, so REDIRECT cannot work there; capturing with a private address on lo instead",
-            ", ".join(found[:3]),
-        )
-    return found
-
-
-async def watch_network(asked: str, proxier: UserspaceProxier) -> None:
-    """Change to a private address as soon as an interface comes up at which REDIRECT cannot work."""
-    if asked != "auto":
-        return
-    changed = asyncio.Event()
-    notices = NetworkNotices(changed.set)
-    try:
-        while proxier.capture is Capture.REDIRECT:
-            await changed.wait()
-            await asyncio.sleep(_SETTLE_S)
-            changed.clear()
-            if await _unnumbered():
-                await network.add_local_addresses()
-                try:
-                    await proxier.set_capture(Capture.ADDRESS)
-                except SyncError as error:
-                    log.error("capture could not be changed: %s", error)  # noqa: TRY400
-                    await asyncio.sleep(_SETTLE_S)
-    finally:
-        notices.close()
 
 
 async def follow_addresses(tracker: Tracker, sync_again: Callable[[], None]) -> None:
@@ -102,8 +50,10 @@ async def follow_addresses(tracker: Tracker, sync_again: Callable[[], None]) -> 
         notices.close()
 
 
-class WithRoutes:
-    """A sink before the proxier: this node has a route to each portal, and forwards nothing that no Service serves.
+class NodeRoutes:
+    """A state sink: this node has a route to each portal, and forwards nothing that no Service serves.
+
+    Sync it before the proxier: a local client needs a route before its packets are translated.
 
     *ranges*: where cluster IPs are from, as far as that is known. *discarded*: ranges to which no packet is forwarded;
     with *discards_portals* the same goes for portals outside of these, without *ranges* for those that the state has.
@@ -112,7 +62,6 @@ class WithRoutes:
 
     def __init__(
         self,
-        sink: StateSink,
         ranges: Iterable[Network],
         sources: Iterable[str] = (),
         *,
@@ -120,7 +69,6 @@ class WithRoutes:
         discards_portals: bool = False,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._sink = sink
         self._sources = tuple(sources)
         self._ranges = list(ranges)
         self._given_discarded = list(discarded)
@@ -148,7 +96,6 @@ class WithRoutes:
         if gone:
             await network.remove_routes_to(gone)
         self._is_first = False
-        await self._sink.sync(state)
 
     def _note(self, state: ProxyState) -> tuple[set[Network], set[Network]]:
         """Count who uses which address outside of the ranges; return those with a first user, and those without any."""
@@ -199,7 +146,7 @@ def _networks(cidrs: Iterable[str]) -> list[Network]:
 
 
 def widen_queues(backlog: int) -> None:
-    """Have the kernel let a listener's queue be *backlog* long."""
+    """Let a listener's accept queue be *backlog* long."""
     for refused in sysctls.apply([sysctls.queue_sysctl(backlog)]):
         log.warning("clients that come all at once may wait for a second or more: %s", refused)
 
@@ -215,7 +162,7 @@ def tune_conntrack(limits: sysctls.ConntrackLimits, warn: Callable[[str], None])
 
 
 async def leave_network() -> None:
-    """Take away the routes and addresses that were added here, as far as the kernel lets us.
+    """Remove the routes and addresses that were added here, as far as the kernel allows it.
 
     Discard routes stay: until the next start no packet for a Service is to be sent on by the default route.
     """

@@ -1,4 +1,4 @@
-"""What a proxy runs on: the node, taken from whoever served it before, and what was found and left there."""
+"""Make this node ready to be served, and take it over from the process that served it before."""
 
 from __future__ import annotations
 
@@ -7,122 +7,160 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from userspace_proxy.config.settings import Settings
 from userspace_proxy.control.hosts import Hosts
 from userspace_proxy.control.memory import StateDir
-from userspace_proxy.dataplane.connections import Limits
-from userspace_proxy.dataplane.plane import LocalPlane
+from userspace_proxy.control.pools import NodePort
+from userspace_proxy.dataplane.handover import HandoverPlane
 from userspace_proxy.dataplane.sockets import BACKLOG
 from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.host import network
-from userspace_proxy.interfaces import DataPlane, KernelTables, ListenerSpec, Source
+from userspace_proxy.host.capture import choose_capture
+from userspace_proxy.host.sysctls import KUBE_PROXY, ConntrackLimits
+from userspace_proxy.interfaces import Capture, ListenerSpec, PodDetector, Source
 from userspace_proxy.model.service import SourceIP
 from userspace_proxy.model.topology import Node
+from userspace_proxy.modes.mode import Mode, PreparedMode
 from userspace_proxy.modes.plans import NodeRules
-from userspace_proxy.modes.userspace.loader import choose_language
-from userspace_proxy.modes.userspace.transparent_replies import transparent_obstacles
-from userspace_proxy.runtime.instance_lock import Inheritance, end_orphans, rehearse, take_lock
-from userspace_proxy.runtime.lifecycle import Succession, is_rehearsal
-from userspace_proxy.runtime.node_network import first_capture, tune_conntrack, widen_queues
-from userspace_proxy.runtime.parts import (
-    KERNEL_MODES,
-    conntrack_limits,
-    look_at_hosts,
-    make_plane,
-    node_rules_of,
-    open_source,
-    open_state_dir,
-)
+from userspace_proxy.runtime.data_plane import make_plane
+from userspace_proxy.runtime.desired_state import open_source, open_state_dir
+from userspace_proxy.runtime.instance_lock import InstanceLock, check_take_over, end_orphans, take_lock
+from userspace_proxy.runtime.lifecycle import Lifecycle, is_dry_run
+from userspace_proxy.runtime.node_network import tune_conntrack, widen_queues
 from userspace_proxy.sources.events import EventRecorder, node_reference
+
+_Number = TypeVar("_Number", int, float)
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Ground:
-    """What a running proxy stands on: the node, ours to serve from now on, and what was left there.
+class NodeSetup:
+    """The node, ours to serve from now on.
 
-    ``tables``: of a kernel mode, None in userspace mode; ``language``: of the rules then. ``obstacle``: why clients'
-    addresses cannot be kept here. ``tune``: sets conntrack; ``is_tuned``: it could.
+    ``sources``: the identity of ``source``. ``inherited``: the listeners of the predecessor, which ``plane`` serves
+    already. ``tune_conntrack`` sets conntrack's limits; ``is_tuned``: it was loaded, and they are set.
     """
 
-    tables: KernelTables | None
-    language: str
+    prepared: PreparedMode
     source: Source
     sources: list[str]
     events: EventRecorder
     state_dir: StateDir | None
-    inheritance: Inheritance
-    tune: Callable[[], bool]
+    lock: InstanceLock
+    tune_conntrack: Callable[[], bool]
     is_tuned: bool
-    plane: DataPlane
+    plane: HandoverPlane
     inherited: list[ListenerSpec]
-    here: Node
+    node: Node
     hosts: Hosts
-    obstacle: str
     rules: NodeRules
 
 
-async def take_ground(settings: Settings, succession: Succession, stack: contextlib.AsyncExitStack) -> Ground:
-    """Make the node ours to serve, from whoever served it before.
+async def set_up_node(
+    settings: Settings, mode: Mode, lifecycle: Lifecycle, stack: contextlib.AsyncExitStack
+) -> NodeSetup:
+    """Take the node over, from the process that served it before, if there is one.
 
     Raises:
-        StartError: it cannot be.
+        StartError: that cannot be; the predecessor serves on.
     """
-    make_tables = KERNEL_MODES.get(settings.proxy_mode)
-    tables = make_tables(settings) if make_tables is not None else None
-    # Whatever can say no is asked before the one who serves makes way.
+    # 1. Every check that can fail, before the predecessor yields.
     try:
-        if tables is not None:
-            await tables.prepare()
-        language = choose_language(settings.rules) if tables is None else ""
-        obstacle = "; ".join(await transparent_obstacles(language)) if tables is None else ""
-        here = Node(settings.node_name, addresses=await network.host_addresses())
+        prepared = await mode.prepare(settings)
+        node = Node(settings.node_name, addresses=await network.host_addresses())
     except SyncError as error:
         raise StartError(str(error)) from None
-    if obstacle and settings.source_ip is SourceIP.TRANSPARENT:
+    if (obstacle := prepared.transparent_obstacle) and settings.source_ip is SourceIP.TRANSPARENT:
         raise StartError(f"--source-ip transparent: clients' addresses cannot be kept on this node: {obstacle}")
     source, sources, events = await open_source(settings, stack)
     state_dir = open_state_dir(settings.state_dir)
-    workers = settings.workers if tables is None else 0
-    if is_rehearsal():
-        await rehearse(sources, settings.take_over, workers)
+    workers = 0 if mode.kernel_serves else settings.workers
+    if is_dry_run():
+        await check_take_over(sources, settings.take_over, workers)
         sys.exit()
-    if tables is not None:
+    # 2. The lock, and with it the listeners of the predecessor.
+    if mode.kernel_serves:
         await end_orphans()  # no worker's sockets are of use here
-    inheritance = await take_lock(sources, settings.take_over, workers)
-    stack.enter_context(contextlib.closing(inheritance))
+    lock = await take_lock(sources, settings.take_over, workers)
+    stack.enter_context(contextlib.closing(lock))
+    # 3. The node's addresses and limits.
     try:
-        rules = node_rules_of(settings, await first_capture(settings.capture))
+        rules = node_rules(settings, mode, await choose_capture(settings.capture))
     except SyncError as error:
         raise StartError(str(error)) from None
     if "primary" in rules.node_port_addresses:
-        on = ", ".join(rules.node_ports_on(here)) or "no address"
+        on = ", ".join(rules.node_ports_on(node)) or "no address"
         log.info("node ports are served at %s, unless the Node object states other addresses", on)
     widen_queues(BACKLOG)
 
     def tune() -> bool:
-        node = node_reference(settings.node_name)
-        return tune_conntrack(conntrack_limits(settings), lambda note: events.warn(node, "FailedToSetConntrack", note))
+        reference = node_reference(settings.node_name)
+        return tune_conntrack(
+            conntrack_limits(settings), lambda note: events.warn(reference, "FailedToSetConntrack", note)
+        )
 
     is_tuned = tune()  # before the plane, which takes over conntrack's time-outs of UDP
-    plane = make_plane(settings, stack) if tables is None else LocalPlane(Limits())  # nothing to open
-    inherited = await succession.inherit(plane, inheritance)
-    return Ground(
-        tables=tables,
-        language=language,
+    # 4. The data plane, which serves at the predecessor's listeners from now on.
+    plane = make_plane(settings, mode, stack)
+    inherited = await lifecycle.take_over(plane, lock)
+    return NodeSetup(
+        prepared=prepared,
         source=source,
         sources=sources,
         events=events,
         state_dir=state_dir,
-        inheritance=inheritance,
-        tune=tune,
+        lock=lock,
+        tune_conntrack=tune,
         is_tuned=is_tuned,
         plane=plane,
         inherited=inherited,
-        here=here,
+        node=node,
         hosts=await look_at_hosts(),
-        obstacle=obstacle,
         rules=rules,
+    )
+
+
+def node_rules(settings: Settings, mode: Mode, capture: Capture) -> NodeRules:
+    """Return what rules say of this node: which senders are its pods, and where node ports are served."""
+    interfaces = {
+        "BridgeInterface": settings.pod_bridge_interface,
+        "InterfaceNamePrefix": f"{settings.pod_interface_name_prefix}*",
+    }
+    pods = None
+    if interface := interfaces.get(settings.detect_local_mode):
+        pods = PodDetector(interface=interface)
+    elif settings.detect_local_mode == "ClusterCIDR" and settings.cluster_cidrs:
+        pods = PodDetector(cidrs=tuple(map(str, settings.cluster_cidrs)))
+    addresses = tuple(map(str, settings.nodeport_addresses)) or mode.node_port_addresses
+    return NodeRules(capture, pods, settings.detect_local_mode == "NodeCIDR", addresses)
+
+
+async def look_at_hosts() -> Hosts:
+    """Return what belongs to this node and its neighbours."""
+    addresses, networks = await network.look_at_networks()
+    return Hosts(addresses, networks, lambda: {NodePort(*port) for port in network.listening_ports()})
+
+
+def conntrack_limits(settings: Settings) -> ConntrackLimits:
+    """Return the limits to set in conntrack.
+
+    Without flags: kube-proxy's, if this process is in its place. They are left alone beside kube-proxy, which has set
+    them, and with manifest files: a user who tries a few files does not expect the computer to change.
+    """
+    usual = KUBE_PROXY if settings.follows_cluster and not settings.service_proxy_name else ConntrackLimits()
+
+    def chosen(given: _Number | None, otherwise: _Number) -> _Number:
+        return otherwise if given is None else given
+
+    return ConntrackLimits(
+        max_per_core=chosen(settings.conntrack_max_per_core, usual.max_per_core),
+        min_entries=chosen(settings.conntrack_min, usual.min_entries),
+        tcp_established_s=chosen(settings.conntrack_tcp_timeout_established_s, usual.tcp_established_s),
+        tcp_close_wait_s=chosen(settings.conntrack_tcp_timeout_close_wait_s, usual.tcp_close_wait_s),
+        tcp_be_liberal=settings.conntrack_tcp_be_liberal,
+        udp_s=settings.conntrack_udp_timeout_s,
+        udp_stream_s=settings.conntrack_udp_timeout_stream_s,
     )

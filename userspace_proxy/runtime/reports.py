@@ -1,4 +1,4 @@
-"""What operators are told: health and metrics, gathered from whoever knows."""
+"""Health and metrics, gathered from all parts of a running proxy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 from userspace_proxy.admin import metrics as exposition
 from userspace_proxy.admin.health_checks import ServiceHealthChecks
-from userspace_proxy.admin.kernel_modes import KernelModeStats
 from userspace_proxy.admin.kubeproxy import SyncStats
 from userspace_proxy.admin.metrics import SERIES_AN_ENDPOINT, ControlStats
 from userspace_proxy.admin.server import Health
@@ -19,11 +18,10 @@ from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.interfaces import DataPlane, Proxier, Source
 from userspace_proxy.logs import log_lines_dropped
 from userspace_proxy.model.locality import without_local_endpoints
-from userspace_proxy.modes.kernel_proxier import KernelProxier
 
 
 class Reports:
-    """Asks them all, each time."""
+    """Asks every part at each scrape."""
 
     def __init__(
         self,
@@ -100,10 +98,8 @@ class Reports:
         )
         plane = await self._plane.stats(self._settings.metrics_endpoint_series // SERIES_AN_ENDPOINT)
         plane.log_lines_dropped += log_lines_dropped()  # of this process
-        kernel = None
-        if isinstance(proxier, KernelProxier):
-            kernel = KernelModeStats(proxier.mode, proxier.table_loads, proxier.conntrack, proxier.forgotten)
-        parts = exposition.render(plane, control, source.watches, self._settings.degraded_after_s, syncs, kernel)
+        degraded_after_s = self._settings.degraded_after_s
+        parts = exposition.render(plane, control, source.watches, degraded_after_s, syncs, proxier.metrics())
         # In a thread: 10,000 Services are 150,000 lines, and changes of endpoints need not wait for these.
         while (part := await asyncio.to_thread(next, parts, b"")) != b"":
             yield part

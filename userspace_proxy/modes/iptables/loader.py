@@ -7,9 +7,11 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from prometheus_client.core import Metric
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.host import discard_routes, sysctls
@@ -33,6 +35,7 @@ from userspace_proxy.modes.iptables.chains import (
     service_lines,
     service_rules,
 )
+from userspace_proxy.modes.iptables.metrics import iptables_metrics
 from userspace_proxy.modes.iptables.tables import Tables
 from userspace_proxy.modes.rule_line import RuleLine
 from userspace_proxy.modes.xtables_script import TOOLS, XtablesScript, new_chain
@@ -209,6 +212,9 @@ class IptablesTables:
     @property
     def loads(self) -> Mapping[str, Loads]:
         return {f"IPv{each.family}": each.loads for each in self._families}
+
+    def metrics(self) -> Iterator[Metric]:
+        return iptables_metrics(self.loads)
 
     @property
     def _at_once(self) -> int | None:

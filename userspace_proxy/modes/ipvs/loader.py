@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from errno import EINVAL, ENOENT, ESRCH
 from pathlib import Path
 from typing import TypeVar
+
+from prometheus_client.core import Metric
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.host import network, sysctls
@@ -93,6 +95,9 @@ class IpvsTables:
         self._poll: asyncio.Task[None] | None = None
         self._is_due = False
         self._look_s = 0.0
+
+    def metrics(self) -> Iterator[Metric]:
+        return iter(())
 
     async def prepare(self) -> None:
         await self._rules.prepare()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+
+from prometheus_client.core import Metric
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.host.tool import in_thread, is_installed, run_tool
@@ -12,6 +14,7 @@ from userspace_proxy.interfaces import NodeFacts, Translation
 from userspace_proxy.model.freshness import FAMILY_NAMES
 from userspace_proxy.model.loads import Loads
 from userspace_proxy.model.names import ServicePortName
+from userspace_proxy.modes.kernel_metrics import refused_loads
 from userspace_proxy.modes.slots.portal_table import PortalTable
 from userspace_proxy.netfilter.elements import Channel, Transaction, element
 from userspace_proxy.netfilter.nfnetlink import count_rules
@@ -42,6 +45,9 @@ class ElementTables:
         self._on_change: Callable[[], None] | None = None
         self._touched = False
         self._is_loading = False
+
+    def metrics(self) -> Iterator[Metric]:
+        yield refused_loads("nftables_sync_failures", self.loads)
 
     async def prepare(self) -> None:
         if not is_installed("nft"):

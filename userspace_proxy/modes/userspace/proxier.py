@@ -12,6 +12,8 @@ import logging
 from collections.abc import AsyncIterator, Iterable, Mapping, Set
 from dataclasses import replace
 
+from prometheus_client.core import Metric
+
 from userspace_proxy.control.proxy_ports import ProxyPorts
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import DROPPED, NO_ROOM, Backends, Capture, DataPlane, Kernel, ListenerSpec, Redirects
@@ -20,6 +22,7 @@ from userspace_proxy.model.service import Portal, portals
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.modes.plans import NodeRules, Plan, Plans, redirects_to
 from userspace_proxy.modes.repairs import REPAIR_PAUSE_S, Keeper
+from userspace_proxy.modes.userspace.capture import watch_interfaces
 from userspace_proxy.netfilter.conntrack import (
     ANY_IP,
     Answering,
@@ -42,11 +45,21 @@ log = logging.getLogger(__name__)
 class UserspaceProxier:
     """Holds what is open and what is loaded, and brings both to each new state."""
 
-    def __init__(self, plane: DataPlane, kernel: Kernel, ports: ProxyPorts, rules: NodeRules) -> None:
+    def __init__(
+        self,
+        plane: DataPlane,
+        kernel: Kernel,
+        ports: ProxyPorts,
+        rules: NodeRules,
+        *,
+        watches_interfaces: bool = False,
+    ) -> None:
+        """*watches_interfaces*: change how packets are captured where REDIRECT cannot work."""
         self._plane = plane
         self._kernel = kernel
         self._ports = ports
         self._rules = rules
+        self._watches_interfaces = watches_interfaces
         self._lock = asyncio.Lock()
         self._plans = Plans()
         self._opened: dict[ListenerName, ListenerSpec] = {}
@@ -97,7 +110,7 @@ class UserspaceProxier:
         self._told.difference_update(self._plans.gone)
         changed = self._plans.unfinished
         await self._open(changed)
-        self._losing |= self._who_loses(changed)
+        self._losing |= self._losing_endpoints(changed)
         emptied = await self._give_usable(changed)
         gone = [name for name in self._opened if not self._is_wanted(name)]
         if self._outdated:
@@ -106,7 +119,7 @@ class UserspaceProxier:
         self._tell_new(changed)
         await self._retire(gone)
         if strayed := self._losing & self._strayed:
-            await self._call_back(strayed)
+            await self._forget_strayed_flows(strayed)
         self._losing.clear()
         self._plans.finish()
 
@@ -240,7 +253,7 @@ class UserspaceProxier:
         opened = (self._opened.get(name) for name in self._plans.held[service_port].listeners)
         return {(ANY_IP, spec.proxy_port) for spec in opened if spec is not None}
 
-    def _who_loses(self, changed: Iterable[Plan]) -> set[ServicePortName]:
+    def _losing_endpoints(self, changed: Iterable[Plan]) -> set[ServicePortName]:
         """Return the UDP service ports of *changed* of which some endpoint serves no more."""
         return {
             name.service_port
@@ -251,7 +264,7 @@ class UserspaceProxier:
             and not {e.address for e in held.serving} <= {e.address for e in backends.serving}
         }
 
-    async def _call_back(self, names: Set[ServicePortName]) -> None:
+    async def _forget_strayed_flows(self, names: Set[ServicePortName]) -> None:
         """Have the flows of *names* follow the policy of today: some endpoint to which they might stray is gone."""
         if self._loaded is not None:
             known = udp_ports(self._loaded)
@@ -306,11 +319,16 @@ class UserspaceProxier:
             self._rules = before
             raise
 
-    async def keep_rules(self) -> None:
-        """Load our rules again whenever somebody else removed or changed them. Runs until cancelled."""
+    def metrics(self) -> Iterable[Metric]:
+        return ()
+
+    async def run(self) -> None:
+        """Load our rules again when others changed them, open what could not be opened. Runs until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self.keeper.keep(self._repair), name="repair")
             group.create_task(self._keep_opening(), name="open again")
+            if self._watches_interfaces:
+                group.create_task(watch_interfaces(self), name="watch interfaces")
 
     async def _keep_opening(self) -> None:
         """Try listeners again that could not be opened: there may be room now."""
@@ -341,14 +359,14 @@ class UserspaceProxier:
 
     async def close(self, drain_timeout_s: float) -> None:
         async with self._lock:
-            await self._lead_nobody_here()
+            await self._remove_redirects()
             await self._plane.close(drain_timeout_s)
             try:
                 await self._kernel.remove()
             except SyncError as error:
                 log.error("rules were left behind (`userspace-proxy cleanup` removes them): %s", error)  # noqa: TRY400
 
-    async def _lead_nobody_here(self) -> None:
+    async def _remove_redirects(self) -> None:
         """Take the redirects away, but not yet the chains they stand in.
 
         With its last NAT chain the kernel stops translating *open* connections too, and they are to be drained.

@@ -1,0 +1,46 @@
+"""Mode iptables: the kernel leads packets on, by kube-proxy's chains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from userspace_proxy.modes.kernel_mode import kernel_mode
+from userspace_proxy.modes.mode import ModeSettings
+
+if TYPE_CHECKING:
+    from userspace_proxy.interfaces import KernelTables, NodeFacts, Translation
+    from userspace_proxy.model.names import ServicePortName
+    from userspace_proxy.modes.iptables.chains import Manner
+    from userspace_proxy.modes.rule_line import Rules
+
+
+def make_tables(settings: ModeSettings) -> KernelTables:
+    from userspace_proxy.modes.iptables.loader import IptablesTables
+
+    return IptablesTables(_manner(settings))
+
+
+def _manner(settings: ModeSettings) -> Manner:
+    from userspace_proxy.modes.iptables.chains import Manner
+
+    return Manner(
+        masquerade_bit=settings.masquerade_bit,
+        localhost_node_ports=settings.localhost_nodeports,
+        drops_invalid=not settings.conntrack_tcp_be_liberal,
+    )
+
+
+def _rules(translations: Mapping[ServicePortName, Translation], facts: NodeFacts, settings: ModeSettings) -> Rules:
+    from userspace_proxy.modes.iptables import loader
+
+    return loader.rules(translations, facts, _manner(settings))
+
+
+MODE = kernel_mode(
+    "iptables",
+    "the kernel serves, by kube-proxy's iptables chains",
+    make_tables,
+    _rules,
+    language="iptables",
+)

@@ -1,0 +1,65 @@
+"""Mode userspace: rules redirect packets to listeners of this proxy, which accepts, dials an endpoint and splices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from userspace_proxy.modes.mode import Mode, ModeSettings, PreparedMode, ProxierRequest, Removal, RenderRequest
+
+if TYPE_CHECKING:
+    from userspace_proxy.interfaces import Proxier
+    from userspace_proxy.modes.rule_line import Rules
+
+
+async def _prepare(settings: ModeSettings) -> PreparedMode:
+    from userspace_proxy.modes.userspace.loader import KERNELS, choose_language
+    from userspace_proxy.modes.userspace.transparent_replies import transparent_obstacles
+
+    language = choose_language(settings.rules)
+
+    def make_proxier(request: ProxierRequest) -> Proxier:
+        from userspace_proxy.modes.userspace.proxier import UserspaceProxier
+
+        kernel = KERNELS[language]()
+        proxier = UserspaceProxier(
+            request.plane, kernel, request.ports, request.rules, watches_interfaces=settings.capture == "auto"
+        )
+        proxier.adopt(request.inherited)
+        return proxier
+
+    return PreparedMode(
+        make_proxier,
+        transparent_obstacle="; ".join(await transparent_obstacles(language)),
+        # Not what brings answers here, which both languages share.
+        leftovers=tuple(make().remove_rules for other, make in KERNELS.items() if other != language),
+    )
+
+
+def _removals(_: ModeSettings) -> Sequence[Removal]:
+    from userspace_proxy.modes.userspace.loader import KERNELS
+
+    return tuple(make().remove for make in KERNELS.values())
+
+
+def _render(request: RenderRequest) -> Rules:
+    from userspace_proxy.modes.plans import planned_redirects
+    from userspace_proxy.modes.reasons.known import only
+    from userspace_proxy.modes.userspace import iptables, nft
+
+    redirects = planned_redirects(request.state, request.ports, request.rules)
+    if request.names is not None:
+        redirects = only(redirects, request.names)
+    return iptables.rules(redirects) if request.language == "iptables" else nft.rules(redirects)
+
+
+MODE = Mode(
+    name="userspace",
+    description="this proxy serves, by sockets of its own",
+    kernel_serves=False,
+    prepare=_prepare,
+    removals=_removals,
+    languages=("nftables", "iptables"),
+    render=_render,
+    firewall_hook="input",
+)
