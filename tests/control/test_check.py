@@ -678,7 +678,12 @@ def annotated(annotation: str) -> str:
         pytest.param(
             GOOD
             + "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: x}\naddressType: IPv4\n",
-            *(80, "metadata.labels", "kubernetes.io/service-name is missing", "kubernetes.io/service-name: NAME"),
+            *(
+                80,
+                'metadata.labels["kubernetes.io/service-name"]',
+                "kubernetes.io/service-name is missing",
+                "kubernetes.io/service-name: NAME",
+            ),
             id="a slice without the label",
         ),
         pytest.param(

@@ -42,6 +42,14 @@ def test_what_is_whole_has_nothing_to_name() -> None:
         *(
             pytest.param(SERVICE.replace(old, new), line, said, mend, id=f"{said}: {new!r}")
             for line, old, new, said, mend in (
+                (
+                    1,
+                    "apiVersion: v1\nkind: Service",
+                    "$ cat web.yaml\napiVersion: v1\nkind: Service",
+                    "shell command",
+                    "remove",
+                ),
+                (10, "  - port", "  \u2013 port", "dash is a typographic one", "write '-'"),
                 (6, "  clusterIP", "\u00a0\u00a0clusterIP", "non-breaking space", "anew"),
                 (11, "    target", "  \u00a0 target", "non-breaking space", "anew"),
                 (10, "port: 80\n", "port:\u00a080\n", "non-breaking space", "anew"),
@@ -97,3 +105,10 @@ def test_a_copied_text_is_one_finding(text: str, line: int, said: str, mend: str
 )
 def test_in_comments_and_annotations_anything_may_stand(old: str, new: str) -> None:
     assert findings(SERVICE.replace(old, new)) == []
+
+
+def test_numbers_of_lines_that_were_copied_too_are_named() -> None:
+    rows = SERVICE.partition("---")[0].splitlines()
+    (found,) = findings("".join(f"{number:3}  {row}\n" for number, row in enumerate(rows, 1)))
+
+    assert (found.severity, found.problem) == ("fault", "the lines are numbered")

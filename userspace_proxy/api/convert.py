@@ -165,6 +165,8 @@ def _mend(field: str, expected: str, got: str, value: object) -> str:
             if field.endswith(".port") and (pair := _PORT_PAIR.fullmatch(str(value))):
                 return f"write {_as_pair(pair)}"
             return "write it in digits, without quotes"
+        case "must be a number", "a number with a fraction":
+            return "write it without a fraction"
     return ""
 
 

@@ -21,8 +21,8 @@ _CLOSE = 0.7
 _CLOSE_KIND = 0.85
 _VERSIONS = {"EndpointSlice": ("discovery.k8s.io/v1", "discovery.k8s.io/v1beta1")}
 _SUBDOMAIN = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
-# Fields that a Pod spells differently from a Service.
-_NAMES_OF_PODS = {"containerPort": "targetPort", "hostPort": "nodePort"}
+# Fields that other kinds spell differently.
+_NAMES_ELSEWHERE = {"containerPort": ("targetPort", "port"), "hostPort": ("nodePort",), "targetPort": ("port",)}
 _SERVICE_TYPES = ("ClusterIP", "NodePort", "LoadBalancer", "ExternalName")
 
 
@@ -93,7 +93,8 @@ def field_errors(kind: str, plain: Mapping[str, Any]) -> Iterator[ConfigError]:
 def _head_errors(kind: str, plain: Mapping[str, Any]) -> Iterator[ConfigError]:
     versions = _VERSIONS.get(kind, ("v1",))
     version = plain.get("apiVersion")
-    if version not in versions:
+    is_misspelt = version is None and any(str(key).lower() == "apiversion" for key in plain)
+    if version not in versions and not is_misspelt:
         said = f"{version!r} has no {kind}" if version is not None else "the apiVersion is missing"
         yield ConfigError(said, field="apiVersion", mend=f"write 'apiVersion: {versions[0]}'")
     if kind == "Service":  # decode checks the names of Services
@@ -125,8 +126,10 @@ def _unknown_field(kind: str, whole: _Tree, tree: _Tree, key: str, here: str) ->
     if homes := list(_homes(whole, key)):
         return _misplaced(key, here, homes)
     a_kind = f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind}"
-    meant = _NAMES_OF_PODS.get(key, "")
-    if match := meant if meant in tree else _closest(key, tree):
+    if here == "spec":
+        return ConfigError(f"{a_kind} has no field 'spec'", field=here, mend="move what is in it to the top level")
+    meant = next((name for name in _NAMES_ELSEWHERE.get(key, ()) if name in tree), None)
+    if match := meant or _closest(key, tree):
         return ConfigError(f"{a_kind} has no field {key!r} here", field=here, mend=f"did you mean {match!r}?")
     if match := _closest(key, _all_names(whole)):
         homes = list(_homes(whole, match))

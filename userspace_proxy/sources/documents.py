@@ -19,7 +19,7 @@ from userspace_proxy import api
 from userspace_proxy.errors import ConfigError, Note
 from userspace_proxy.model.names import NamespacedName
 from userspace_proxy.sources.lines import Document, Lines, Place
-from userspace_proxy.sources.pasted import certain_sign, lost_indentation, sign_in
+from userspace_proxy.sources.pasted import NUMBERED, certain_sign, lost_indentation, sign_in
 from userspace_proxy.sources.yaml_faults import (
     TEMPLATE,
     describe,
@@ -237,7 +237,7 @@ def _is_of_another_tool(plain: object) -> bool:
     """
     if isinstance(plain, list):
         return all(isinstance(item, dict) and _is_of_another_tool(item) for item in plain)
-    if not isinstance(plain, dict) or any(api.key_space_error(key, "") for key in plain):
+    if not isinstance(plain, dict) or any(api.key_space_error(key, "") or NUMBERED.match(str(key)) for key in plain):
         return False
     names = {str(key).lower() for key in plain}
     return not names & {"kind", "metadata", "spec"} and not ("apiversion" in names and "version" not in names)
@@ -269,6 +269,8 @@ def _as_text(value: object) -> object:
 
 
 def _name_outside(plain: dict[str, Any]) -> ConfigError:
+    if isinstance(plain.get("metadata"), list):
+        return ConfigError("must be a mapping, not a list", field="metadata", mend="remove the '-'")
     if "name" not in plain:
         return ConfigError("the object has no name", field="metadata", mend="add metadata.name")
     said = "'name' stands at the top level, but belongs under 'metadata'"

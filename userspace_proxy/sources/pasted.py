@@ -11,6 +11,8 @@ from itertools import pairwise
 from userspace_proxy.errors import ConfigError
 
 FENCE = "a Markdown fence is not YAML"
+# The number of a line, copied with what stands in it.
+NUMBERED = re.compile(r"^\s*\d+[.:|]?\s+(apiVersion|kind|metadata|spec)\b")
 _ROW_MAX = 1_000
 _COMMENT = re.compile(r"(^|\s)#.*")
 _TAG = r"</?(html|head|body|div|span|p|br|pre|code|a|table|t[rdh]|li|ul)(\s[^>]*)?/?>"
@@ -40,7 +42,9 @@ _SIGNS = [
             "the quotes are typographic ones, which YAML takes as part of the text",
             "write ' or \" in their place, or none",
         ),
-        (r"^\s*(\$ )?(cat\s.*<<|kubectl\s)|^EOF\s*$", "this is a shell command, not YAML", "remove the line"),
+        (r"^\s*(cat\s.*<<|kubectl\s)|^\$ |^EOF\s*$", "this is a shell command, not YAML", "remove the line"),
+        (NUMBERED.pattern, "the lines are numbered", "copy the text without the numbers"),
+        ("^\\s*[\u2013\u2014]\\s", "the dash is a typographic one, which YAML takes as part of the text", "write '-'"),
         (r"(^|\s)(//|/\*)", "'//' and '/*' begin no comment in YAML", "begin the comment with '#'"),
         (
             r"apiVersion: .*\bkind: .*\bmetadata:",
@@ -50,7 +54,9 @@ _SIGNS = [
     )
 ]
 # Signs that are certain anywhere outside a multi-line text.
-_CERTAIN = re.compile("^\\s*(```|~~~|//|(?:- +)*[A-Za-z][\\w./-]*\uff1a)|^ *[\u00a0\u2002-\u200a\u202f\u3000]")
+_CERTAIN = re.compile(
+    f"{NUMBERED.pattern}|^\\$ |^\\s*(```|~~~|//|(?:- +)*[A-Za-z][\\w./-]*\uff1a)|^ *[\u00a0\u2002-\u200a\u202f\u3000]"
+)
 _PARENT = re.compile(r"(metadata|spec):\s*$")
 
 

@@ -162,6 +162,15 @@ def test_a_value_that_the_api_refuses_is_one_fault_at_its_field(kind: str, rule:
     assert found[0].mend
 
 
+@pytest.mark.parametrize(
+    ("kind", "rule"), [(kind, rule) for kind, rules in RULES.items() for rule in rules if isinstance(rule.wrong, int)]
+)
+def test_a_number_in_quotes_is_one_fault_at_its_field(kind: str, rule: Rule) -> None:
+    given, field = broken(kind, rule._replace(wrong="30080"))
+
+    assert [finding.field for finding in faults(given)] == [field]
+
+
 @pytest.mark.parametrize("relation", RELATIONS, ids=lambda relation: f"{relation.field}: {relation.demand}")
 def test_a_field_that_contradicts_another_is_one_fault(relation: Any) -> None:
     given = copy.deepcopy(SERVICE_ALONE)
@@ -178,7 +187,7 @@ def test_a_field_that_contradicts_another_is_one_fault(relation: Any) -> None:
     [
         ("EndpointSlice", {"addressType": "IPv6"}, "endpoints[0].addresses[0]"),
         ("EndpointSlice", {"addressType": None}, "addressType"),
-        ("EndpointSlice", {"endpoints": [{"addresses": []}]}, "endpoints[0]"),
+        ("EndpointSlice", {"endpoints": [{"addresses": []}]}, "endpoints[0].addresses"),
         ("EndpointSlice", {"ports": [{"port": 1}, {"port": 2}]}, "ports[1].name"),
         ("EndpointSlice", {"ports": [{"name": "a", "port": 1}, {"name": "a", "port": 2}]}, "ports[1].name"),
         ("EndpointSlice", {"endpoints": [{"addresses": ["10.0.0.1"]}] * 1_001}, "endpoints"),
@@ -192,7 +201,7 @@ def test_a_field_that_contradicts_another_is_one_fault(relation: Any) -> None:
         (
             "Endpoints",
             {"subsets": [{"addresses": [{"ip": "10.0.0.1"}], "ports": [{"name": "a"}]}]},
-            "subsets[0].ports[0]",
+            "subsets[0].ports[0].port",
         ),
         (
             "Pod",

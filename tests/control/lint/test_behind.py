@@ -206,7 +206,11 @@ def test_a_port_that_cannot_be_proxied_brings_nothing_else() -> None:
     ("piece", "field"),
     [
         (ENDPOINTS.replace("name: web", "name: web-endpoints"), "metadata.name"),
-        (SLICE.replace("kubernetes.io/service-name", "k8s.io/service-name"), "metadata.labels"),
+        (
+            SLICE.replace("kubernetes.io/service-name", "k8s.io/service-name"),
+            'metadata.labels["kubernetes.io/service-name"]',
+        ),
+        (ENDPOINTS.replace("kind: Endpoints", "kind: Endpoint"), "kind"),
         (ENDPOINTS.replace("{ip: 10.20.1.2}", "10.20.1.2"), "subsets[0].addresses[0]"),
         (SLICE.replace("[10.20.1.2]", "[{ip: 10.20.1.2}]"), "endpoints[0].addresses[0]"),
     ],

@@ -36,6 +36,13 @@ subsets: [{addresses: [{ip: 10.244.0.9}], ports: [{port: 8080}]}]
         (SERVICE.replace("{port: 80}", "80"), "spec.ports[0]", "write 'port: 80'"),
         (SERVICE.replace("{port: 80}", '"80:8080"'), "spec.ports[0]", "write port: 80 and targetPort: 8080"),
         (SERVICE.replace("{app: web}", "app=web"), "spec.selector", "write 'app: web'"),
+        (SLICE.replace("8080", '"8080"'), "ports[0].port", "without quotes"),
+        (SLICE.replace("addresses:", "address:"), "endpoints[0].address", "did you mean 'addresses'?"),
+        (ENDPOINTS.replace("port: ", "targetPort: "), "subsets[0].ports[0].targetPort", "did you mean 'port'?"),
+        (SLICE.replace("addressType", "spec:\n  addressType"), "spec", "move what is in it to the top level"),
+        (SLICE.replace("EndpointSlice", "EndpointSlices"), "kind", "did you mean EndpointSlice?"),
+        (SERVICE.replace("apiVersion", "apiversion"), "apiversion", "did you mean 'apiVersion'?"),
+        (SERVICE.replace("{name: web}", "[{name: web}]"), "metadata", "remove the '-'"),
         (SLICE.replace("[10.244.0.9]", "10.244.0.9"), "endpoints[0].addresses", "write [10.244.0.9]"),
         (SLICE.replace("[10.244.0.9]", "[{ip: 10.244.0.9}]"), "endpoints[0].addresses[0]", "alone: 10.244.0.9"),
         (

@@ -153,7 +153,7 @@ def value_errors(kind: str, plain: _Plain) -> Iterator[ConfigError]:
     for rule in RULES[kind]:
         if rule.is_right is not None:
             for field, value in values_at(plain, rule.field):
-                is_of_type = isinstance(value, type(rule.wrong) | str)  # another is refused for that
+                is_of_type = isinstance(value, type(rule.wrong))  # another is refused for that
                 if is_of_type and value != "" and not rule.is_right(value):
                     yield ConfigError(f"{value!r} is not {rule.demand}", field=field, mend=rule.mend)
 

@@ -106,7 +106,8 @@ def _of_pods(service: api.Service, pods: Sequence[api.Pod], ports: Ports) -> Con
         said = f"clients are refused: {names}"
         return ConfigError(said, field=field, mend="see status.conditions there, or set publishNotReadyAddresses")
     if all(pod.status and pod.status.phase in ("Succeeded", "Failed") for pod in pods):
-        said = f"clients are refused: each of the {len(pods)} Pods it selects has ended"
+        which = f"each of the {len(pods)} Pods it selects" if len(pods) > 1 else "the Pod it selects"
+        said = f"clients are refused: {which} has ended"
         return ConfigError(said, field=field, mend="add Pods that run")
     spec = service.spec
     named = spec is not None and any(decode.target_port(p, pod) is None for p in spec.ports or () for pod in pods)

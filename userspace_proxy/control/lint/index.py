@@ -39,7 +39,7 @@ class Index:
             for key in _selector_keys(manifest):
                 self._selecting[key].add(manifest.name)
             return {manifest.name}
-        if manifest.kind in ("Endpoints", "EndpointSlice"):
+        if is_piece(manifest):
             self.pieces_in[manifest.name.namespace][id(manifest)] = manifest
         if (name := service_of(manifest)) is not None:
             self.pieces[name].append(manifest)
@@ -108,6 +108,11 @@ def _key(namespace: str, labels: Mapping[str, str]) -> _LabelKey:
 def _selector_keys(manifest: Manifest) -> list[_LabelKey]:
     spec = manifest.object.spec if isinstance(manifest.object, api.Service) else None
     return [_key(manifest.name.namespace, spec.selector)] if spec is not None and spec.selector else []
+
+
+def is_piece(manifest: Manifest) -> bool:
+    """Return whether *manifest* is a slice or Endpoints, its kind misspelt or not."""
+    return manifest.kind.lower().startswith("endpoint")
 
 
 def service_of(manifest: Manifest) -> NamespacedName | None:

@@ -15,7 +15,7 @@ from userspace_proxy import api
 from userspace_proxy.control import decode
 from userspace_proxy.control.allocations import ManifestAllocations
 from userspace_proxy.control.lint.behind import endpoints_of, orphan_error, refusals
-from userspace_proxy.control.lint.index import WORKLOADS, Index, service_of, with_template
+from userspace_proxy.control.lint.index import WORKLOADS, Index, is_piece, service_of, with_template
 from userspace_proxy.control.lint.single import object_errors
 from userspace_proxy.control.pools import Network
 from userspace_proxy.errors import ConfigError, Note
@@ -118,7 +118,7 @@ class Linter:
         self._changed[key] = None
         if (held := self._held.pop(key, None)) is not None:  # else the same object stood twice in one file
             self._concerned |= dict.fromkeys(self._index.remove(held))
-            if held.kind in ("Endpoints", "EndpointSlice"):
+            if is_piece(held):
                 self._concerned |= self._excused.pop(held.name.namespace, {})
 
     def work(self) -> bool:

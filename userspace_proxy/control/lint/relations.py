@@ -221,7 +221,7 @@ def _slice_errors(plain: _Plain) -> Iterator[ConfigError]:
     for index, endpoint in enumerate(plain.get("endpoints") or ()):
         field = f"endpoints[{index}]"
         if not endpoint.get("addresses"):
-            yield ConfigError("the endpoint has no address", field=field, mend="add addresses")
+            yield ConfigError("the endpoint has no address", field=f"{field}.addresses", mend="add addresses")
         hints = endpoint.get("hints") or {}
         yield from _too_many(endpoint.get("addresses"), f"{field}.addresses", _ADDRESSES_MAX)
         for name in ("forZones", "forNodes"):
@@ -248,7 +248,7 @@ def _endpoints_errors(plain: _Plain) -> Iterator[ConfigError]:
             yield ConfigError("the subset is empty", field=f"subsets[{index}]", mend="add addresses and ports")
         for at, port in enumerate(ports):
             if port.get("port") is None:
-                yield ConfigError("lacks the field port", field=f"subsets[{index}].ports[{at}]", mend="add port")
+                yield ConfigError("there is no port", field=f"subsets[{index}].ports[{at}].port", mend="add port")
 
 
 def _unnamed(ports: Any, field: str, *, may_lack_names: bool = False) -> Iterator[ConfigError]:

@@ -36,7 +36,8 @@ def object_errors(manifest: Manifest, mode: str, cluster_ips: Sequence[Network])
     *mode*: the proxy mode, whose annotations count; "" if it is unknown. *cluster_ips*: the Service ranges.
     """
     if manifest.kind not in api.KINDS or (manifest.object is None and not manifest.errors):
-        if "." not in str((manifest.plain or {}).get("apiVersion")):
+        version = str((manifest.plain or {}).get("apiVersion"))
+        if "." not in version or version.startswith("discovery.k8s.io/"):
             yield from ((error, False) for error in kind_errors(manifest.kind))
         return
     plain = manifest.plain or {}
@@ -48,7 +49,7 @@ def object_errors(manifest: Manifest, mode: str, cluster_ips: Sequence[Network])
     by_value = list(value_errors(manifest.kind, plain))
     refused = list(_decode_errors(manifest, is_misshapen=bool(shape or mistyped)))
     # Values that are wrong in themselves contradict others for no other reason.
-    is_comparable = not manifest.errors and not any(
+    is_comparable = not (manifest.errors or any(error.field == "spec" for error in shape)) and not any(
         error.field.startswith(("spec", "status")) and "ports[" not in error.field for error in (*by_value, *refused)
     )
     named: set[str] = set()
@@ -140,7 +141,8 @@ def _slice_errors(piece: api.EndpointSlice, cluster_ips: Sequence[Network]) -> I
     is_elsewhere = any(key.startswith(_MULTICLUSTER) or key == _MANAGED_BY for key in labels)
     if not labels.get(decode.SERVICE_NAME_LABEL) and not is_elsewhere:
         said = f"the label {decode.SERVICE_NAME_LABEL} is missing, so it belongs to no Service"
-        yield ConfigError(said, field="metadata.labels", mend=f"add '{decode.SERVICE_NAME_LABEL}: NAME'")
+        field = api.below("metadata.labels", decode.SERVICE_NAME_LABEL)
+        yield ConfigError(said, field=field, mend=f"add '{decode.SERVICE_NAME_LABEL}: NAME'")
 
 
 def _backend_errors(ip: str, field: str, cluster_ips: Sequence[Network]) -> Iterator[ConfigError]:
