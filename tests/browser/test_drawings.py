@@ -8,7 +8,7 @@ from string import Template
 import pytest
 
 from tests.browser.test_report import SCHEMES, contrast, in_chromium, luminance
-from tests.trace.given import MODES, story
+from tests.trace.given import MODES, trace
 from userspace_proxy.trace.svg import drawing
 
 pytestmark = pytest.mark.browser
@@ -36,7 +36,7 @@ document.body.innerHTML = "<pre>" + JSON.stringify({texts, paper: look(svg.query
 def test_a_drawing_keeps_its_words_in_their_boxes_and_can_be_read(
     tmp_path: Path, mode: str, scheme: str, *, wide: bool
 ) -> None:
-    svg = drawing(story(mode), wide=wide)
+    svg = drawing(trace(mode), wide=wide)
 
     seen = in_chromium(Template(_PAGE).substitute(svg=svg), tmp_path, scheme)
 

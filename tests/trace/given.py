@@ -6,8 +6,8 @@ from pathlib import Path
 
 import msgspec
 
-from userspace_proxy.trace.story import Recording, tell
-from userspace_proxy.trace.values import Hook, Leg, Role, Story, Visit
+from userspace_proxy.trace.analysis import Recording, analyse
+from userspace_proxy.trace.values import Hook, Leg, PacketTrace, Role, Visit
 
 _RECORDED = Path(__file__).parent / "recorded"
 MODES = ("userspace", "userspace-iptables", "nftables", "iptables", "ipvs")
@@ -17,12 +17,12 @@ def recording(mode: str) -> Recording:
     return msgspec.json.decode((_RECORDED / f"{mode}.json").read_bytes(), type=Recording)
 
 
-def story(mode: str) -> Story:
-    return tell(recording(mode))
+def trace(mode: str) -> PacketTrace:
+    return analyse(recording(mode))
 
 
 def leg(mode: str, role: Role) -> Leg:
-    found = story(mode).leg(role)
+    found = trace(mode).leg(role)
     assert found is not None
     return found
 

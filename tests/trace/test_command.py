@@ -10,15 +10,15 @@ import pytest
 
 from userspace_proxy.trace.command import request
 from userspace_proxy.trace.table import Wanted, commands
-from userspace_proxy.trace.tracer import Request
+from userspace_proxy.trace.tracer import TraceRequest
 
 PLAIN: dict[str, Any] = {"wait": False, "timeout_s": 30.0, "client_ip": "", "from_pod": None}
 
 
 def test_a_portal_is_an_address_a_port_and_perhaps_a_protocol() -> None:
-    assert request("10.96.0.11:80", **PLAIN) == Request("10.96.0.11", 80, "tcp")
-    assert request("10.96.0.53:53/udp", **PLAIN) == Request("10.96.0.53", 53, "udp")
-    assert request("[FD00:96::1]:80", **PLAIN) == Request("fd00:96::1", 80, "tcp")
+    assert request("10.96.0.11:80", **PLAIN) == TraceRequest("10.96.0.11", 80, "tcp")
+    assert request("10.96.0.53:53/udp", **PLAIN) == TraceRequest("10.96.0.53", 53, "udp")
+    assert request("[FD00:96::1]:80", **PLAIN) == TraceRequest("fd00:96::1", 80, "tcp")
 
 
 @pytest.mark.parametrize(

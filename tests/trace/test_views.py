@@ -12,30 +12,30 @@ import pytest
 from rich.console import Console
 
 from tests.modes.redirects_given import assert_golden
-from tests.trace.given import MODES, recording, story
+from tests.trace.given import MODES, recording, trace
 from tests.trace.test_ipvs import TEXT
+from userspace_proxy.trace.analysis import analyse, with_outcome
+from userspace_proxy.trace.lanes import lanes
+from userspace_proxy.trace.legs import TABLE, legs
 from userspace_proxy.trace.nftrace import Message
-from userspace_proxy.trace.passages import TABLE, legs
 from userspace_proxy.trace.rulebook import Rulebook
-from userspace_proxy.trace.stations import lanes
-from userspace_proxy.trace.story import tell, with_outcome
 from userspace_proxy.trace.svg import WIDTH, drawing
 from userspace_proxy.trace.text import show
-from userspace_proxy.trace.values import Ends, Story
+from userspace_proxy.trace.values import Ends, PacketTrace
 
 SVG = "{http://www.w3.org/2000/svg}"
 _MONO_EM, _BOLD_EM = 0.6, 0.62
 
 
 def drawn(mode: str, *, wide: bool = False) -> ElementTree.Element:
-    return ElementTree.fromstring(drawing(story(mode), wide=wide))  # noqa: S314 - our own
+    return ElementTree.fromstring(drawing(trace(mode), wide=wide))  # noqa: S314 - our own
 
 
 def words(svg: ElementTree.Element) -> str:
     return " ".join("".join(text.itertext()).strip() for text in svg.iter(f"{SVG}text"))
 
 
-def plain(told: Story, width: int = 10_000) -> str:
+def plain(told: PacketTrace, width: int = 10_000) -> str:
     console = Console(file=io.StringIO(), width=width, highlight=False)
     show(told, console)
     assert isinstance(console.file, io.StringIO)
@@ -47,7 +47,7 @@ def plain(told: Story, width: int = 10_000) -> str:
 def test_a_drawing_has_every_station_with_what_is_said_there(mode: str, *, wide: bool) -> None:
     shown = words(drawn(mode, wide=wide))
 
-    for lane in lanes(story(mode), folded=True):
+    for lane in lanes(trace(mode), folded=True):
         for station in lane.stations:
             assert station.title in shown
             for line in station.lines:
@@ -79,7 +79,7 @@ def test_nothing_of_a_drawing_is_below_its_edge_or_covers_what_came_before(mode:
 
 
 def test_a_drawing_says_in_words_what_it_shows_and_loads_nothing() -> None:
-    text = drawing(story("iptables"))
+    text = drawing(trace("iptables"))
     svg = ElementTree.fromstring(text)  # noqa: S314
 
     title, described = svg.find(f"{SVG}title"), svg.find(f"{SVG}desc")
@@ -93,16 +93,16 @@ def test_a_drawing_says_in_words_what_it_shows_and_loads_nothing() -> None:
 
 
 def test_a_drawing_stays_as_it_is() -> None:
-    assert_golden("trace-userspace.svg", drawing(story("userspace"), "Mode userspace"))
+    assert_golden("trace-userspace.svg", drawing(trace("userspace"), "Mode userspace"))
 
 
 def test_a_tree_stays_as_it_is() -> None:
-    assert_golden("trace-iptables.txt", plain(story("iptables")))
+    assert_golden("trace-iptables.txt", plain(trace("iptables")))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_in_a_pipe_a_tree_is_plain_and_every_rule_is_on_one_line(mode: str) -> None:
-    told = story(mode)
+    told = trace(mode)
     shown = plain(told)
 
     assert "\x1b" not in shown
@@ -113,7 +113,7 @@ def test_in_a_pipe_a_tree_is_plain_and_every_rule_is_on_one_line(mode: str) -> N
 
 
 def test_words_from_outside_cannot_break_out_of_a_drawing() -> None:
-    told = story("nftables")
+    told = trace("nftables")
     nasty = replace(told, notes=('<script>alert("&")</script>',), outcome="a < b & c")
 
     svg = ElementTree.fromstring(drawing(nasty))  # noqa: S314
@@ -162,8 +162,8 @@ def test_ipvs_stands_behind_output_for_packets_of_the_host_itself() -> None:
     assert not lane.stations[1].lines
 
 
-def through_ipvs() -> Story:
-    """Return the story of a kernel with IPVS, which takes packets at INPUT and sends them from OUTPUT."""
+def through_ipvs() -> PacketTrace:
+    """Return the trace of a kernel with IPVS, which takes packets at INPUT and sends them from OUTPUT."""
     asked, sent = Ends("192.168.50.2", 4711, "10.96.0.11", 80), Ends("192.168.50.2", 4711, "10.244.0.3", 8080)
     back, shown = Ends("10.244.0.3", 8080, "192.168.50.2", 4711), Ends("10.96.0.11", 80, "192.168.50.2", 4711)
     there = [("client_in", asked), ("after_prerouting", asked), ("at_input", asked)]
@@ -172,14 +172,14 @@ def through_ipvs() -> Story:
     return of_messages([*there, *on, *answer])
 
 
-def of_messages(seen: list[tuple[str, Ends]]) -> Story:
+def of_messages(seen: list[tuple[str, Ends]]) -> PacketTrace:
     told, asked = [], seen[0]
     for chain, ends in seen:
         is_first = (chain, ends) == asked or chain == "answer_in"
         told += said_at(chain, ends, handle=1 if is_first else 0)
     way = legs(told, Rulebook("", {}), {2: "eth0"})
     bare = replace(recording("nftables"), datagrams=[], ip_vs=TEXT)
-    return with_outcome(replace(tell(bare), legs=way))
+    return with_outcome(replace(analyse(bare), legs=way))
 
 
 def said_at(chain: str, ends: Ends, handle: int) -> list[Message]:

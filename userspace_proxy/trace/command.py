@@ -11,15 +11,15 @@ import msgspec
 from rich.console import Console
 
 from userspace_proxy.errors import StartError
-from userspace_proxy.trace.story import Recording, tell
+from userspace_proxy.trace.analysis import Recording, analyse
 from userspace_proxy.trace.text import show
-from userspace_proxy.trace.tracer import Request, follow
+from userspace_proxy.trace.tracer import TraceRequest, follow
 
 _UNBOUNDED = 10_000  # columns: lines in a pipe are not wrapped
 _NETNS_FOLDER = Path("/run/netns")
 
 
-def request(portal: str, *, wait: bool, timeout_s: float, client_ip: str, from_pod: str | None) -> Request:
+def request(portal: str, *, wait: bool, timeout_s: float, client_ip: str, from_pod: str | None) -> TraceRequest:
     """Return the request that the command line states. Raises ValueError with the fault in it."""
     if from_pod and (wait or client_ip):
         raise ValueError("--from-pod sends the packet itself: it goes with neither --wait nor --from")
@@ -33,7 +33,7 @@ def request(portal: str, *, wait: bool, timeout_s: float, client_ip: str, from_p
         raise ValueError(f"{portal!r} is no portal; write 10.96.0.11:80, 10.96.0.53:53/udp or [fd00::1]:80") from None
     if not 0 < number < 1 << 16:
         raise ValueError(f"{number} is no port; they go from 1 to 65535")
-    return Request(
+    return TraceRequest(
         ip=str(address),
         port=number,
         protocol=protocol.lower() or "tcp",
@@ -67,7 +67,7 @@ def _namespace(text: str) -> Path:
     return path
 
 
-def run(request: Request, *, as_json: bool, svg: Path | None, wide: bool, say: Callable[[str], None]) -> None:
+def run(request: TraceRequest, *, as_json: bool, svg: Path | None, wide: bool, say: Callable[[str], None]) -> None:
     """Follow a packet and show its path.
 
     Raises:
@@ -82,7 +82,7 @@ def run(request: Request, *, as_json: bool, svg: Path | None, wide: bool, say: C
     _show(recording, as_json=as_json, svg=svg, wide=wide)
 
 
-def _say_what_is_awaited(request: Request, say: Callable[[str], None]) -> None:
+def _say_what_is_awaited(request: TraceRequest, say: Callable[[str], None]) -> None:
     if request.awaited_s:
         who = f"from {request.client_ip} " if request.client_ip else ""
         what = f"next {request.protocol.upper()} packet {who}to {request.ip} port {request.port}"
@@ -90,18 +90,18 @@ def _say_what_is_awaited(request: Request, say: Callable[[str], None]) -> None:
 
 
 def _show(recording: Recording, *, as_json: bool, svg: Path | None, wide: bool) -> None:
-    story = tell(recording)
-    if not story.legs:
-        raise StartError(story.outcome)
+    trace = analyse(recording)
+    if not trace.legs:
+        raise StartError(trace.outcome)
     if svg is not None:
         from userspace_proxy.trace.svg import drawing
 
         try:
-            svg.write_text(drawing(story, wide=wide))
+            svg.write_text(drawing(trace, wide=wide))
         except OSError as error:
             raise StartError(f"{svg}: {error.strerror}") from None
     if as_json:
-        print(msgspec.json.format(msgspec.json.encode(story)).decode())  # noqa: T201 - this is the output
+        print(msgspec.json.format(msgspec.json.encode(trace)).decode())  # noqa: T201 - this is the output
     else:
         console = Console(highlight=False)
-        show(story, console if console.is_terminal else Console(highlight=False, width=_UNBOUNDED))
+        show(trace, console if console.is_terminal else Console(highlight=False, width=_UNBOUNDED))

@@ -20,9 +20,9 @@ import msgspec
 
 from userspace_proxy.errors import StartError
 from userspace_proxy.lab import Lab, ServiceLab, ask, build_service_lab, command_in_namespaces, prepare, start_nginx
-from userspace_proxy.trace.story import Recording, tell
+from userspace_proxy.trace.analysis import Recording, analyse
 from userspace_proxy.trace.svg import drawing
-from userspace_proxy.trace.tracer import Request, follow
+from userspace_proxy.trace.tracer import TraceRequest, follow
 
 PORTAL, PORT = "10.96.0.11", 80  # the portal of examples/cluster-ip
 _EXAMPLE = Path("examples/cluster-ip")
@@ -38,7 +38,7 @@ def record(world: ServiceLab, folder: Path, mode: str, *arguments: str) -> Recor
     """Run *mode* on the node with the example's Service, and follow the client's first packet."""
     with _proxy(world, folder, mode, *arguments), world.node.inside():
         client = threading.Thread(target=ask, args=(world.client, PORTAL, PORT))
-        request = Request(PORTAL, PORT, "tcp", awaited_s=_PACKET_TIMEOUT_S)
+        request = TraceRequest(PORTAL, PORT, "tcp", awaited_s=_PACKET_TIMEOUT_S)
         try:
             return follow(request, on_ready=client.start)
         finally:
@@ -79,13 +79,13 @@ def _recorded(mode: str) -> Recording:
 
 
 def _draw(mode: str, recording: Recording, folder: Path) -> str:
-    story = tell(recording)
-    if not story.legs:
-        raise StartError(f"{mode}: {story.outcome}")
-    title = f"Mode {mode}: a packet to {story.portal}"
-    (folder / f"{mode}.svg").write_text(drawing(story, title))
-    (folder / f"{mode}-wide.svg").write_text(drawing(story, title, wide=True))
-    return story.outcome
+    trace = analyse(recording)
+    if not trace.legs:
+        raise StartError(f"{mode}: {trace.outcome}")
+    title = f"Mode {mode}: a packet to {trace.portal}"
+    (folder / f"{mode}.svg").write_text(drawing(trace, title))
+    (folder / f"{mode}-wide.svg").write_text(drawing(trace, title, wide=True))
+    return trace.outcome
 
 
 @click.command()

@@ -13,8 +13,8 @@ from itertools import groupby
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from userspace_proxy.trace.stations import Lane, Line, Station, lanes
-from userspace_proxy.trace.values import Story
+from userspace_proxy.trace.lanes import Lane, Line, Station, lanes
+from userspace_proxy.trace.values import PacketTrace
 
 WIDTH = 460
 _EDGE, _PAD, _GAP, _INDENT = 12, 12, 20, 12
@@ -73,10 +73,10 @@ def _wrapped(words: str, columns: int, hang: int) -> list[str]:
     return [line.replace(_GLUE, " ") for line in lines]
 
 
-def drawing(story: Story, title: str = "", *, wide: bool = False) -> str:
-    """Return *story* as SVG with *title* above it; *wide* draws the lanes side by side."""
-    heading = title or f"A packet's way to {story.portal}"
-    shown = lanes(story, folded=True)
+def drawing(trace: PacketTrace, title: str = "", *, wide: bool = False) -> str:
+    """Return *trace* as SVG with *title* above it; *wide* draws the lanes side by side."""
+    heading = title or f"A packet's way to {trace.portal}"
+    shown = lanes(trace, folded=True)
     # Failed dials share a column with the successful one below them.
     columns = [list(group) for _, group in groupby(shown, lambda lane: lane.title)] if wide else [list(shown)]
     width = max(1, len(columns)) * WIDTH
@@ -91,13 +91,13 @@ def drawing(story: Story, title: str = "", *, wide: bool = False) -> str:
         sheet.parts.append("</g>")
         bottom = max(bottom, sheet.y)
     sheet.y = bottom
-    _draw_outcome(sheet, story, width - 2 * _EDGE)
+    _draw_outcome(sheet, trace, width - 2 * _EDGE)
     height = sheet.y + _EDGE
     return "".join(
         (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height:g}" width="{width}" '
             f'height="{height:g}" role="img" aria-labelledby="t d">\n',
-            f'<title id="t">{escape(heading)}</title>\n<desc id="d">{escape(_described(story))}</desc>\n',
+            f'<title id="t">{escape(heading)}</title>\n<desc id="d">{escape(_described(trace))}</desc>\n',
             f"<style>{_STYLE.read_text()}</style>\n",
             f'<rect class="paper" width="{width}" height="{height:g}" rx="10"/>\n',
             "\n".join(sheet.parts),
@@ -151,22 +151,22 @@ def _draw_line(sheet: _Sheet, line: Line) -> None:
     sheet.text(words, left + (6 if line.kind == "element" else 0), "mono", line.kind, room, hang=2)
 
 
-def _draw_outcome(sheet: _Sheet, story: Story, room: float) -> None:
+def _draw_outcome(sheet: _Sheet, trace: PacketTrace, room: float) -> None:
     sheet.y += 16
-    if story.flow is not None:
+    if trace.flow is not None:
         sheet.text("What conntrack remembers", _EDGE, "lane", "lane", room)
-        sheet.text(f"there  {story.flow.original}", _EDGE, "ends", "dim", room, hang=7)
-        sheet.text(f"back   {story.flow.reply}", _EDGE, "ends", "dim", room, hang=7)
+        sheet.text(f"there  {trace.flow.original}", _EDGE, "ends", "dim", room, hang=7)
+        sheet.text(f"back   {trace.flow.reply}", _EDGE, "ends", "dim", room, hang=7)
         sheet.y += 8
-    sheet.text(story.outcome, _EDGE, "outcome", "outcome", room)
-    for note in story.notes:
+    sheet.text(trace.outcome, _EDGE, "outcome", "outcome", room)
+    for note in trace.notes:
         sheet.text(note, _EDGE, "aside", "dim", room)
 
 
-def _described(story: Story) -> str:
-    return ". ".join((story.outcome, *_words(story))).replace("..", ".")
+def _described(trace: PacketTrace) -> str:
+    return ". ".join((trace.outcome, *_words(trace))).replace("..", ".")
 
 
-def _words(story: Story) -> Iterator[str]:
-    for lane in lanes(story, folded=True):
+def _words(trace: PacketTrace) -> Iterator[str]:
+    for lane in lanes(trace, folded=True):
         yield f"{lane.title}, {lane.aside}: {', '.join(station.title for station in lane.stations)}"

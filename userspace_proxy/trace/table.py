@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from userspace_proxy.errors import StartError
 from userspace_proxy.interfaces import OWN_MARK
 from userspace_proxy.netfilter.nfnetlink import count_rules
-from userspace_proxy.trace.passages import AFTER, AT, TABLE
+from userspace_proxy.trace.legs import AFTER, AT, TABLE
 
 _HOOKS = ("prerouting", "input", "forward", "output", "postrouting")
 _TIMEOUT_S = 5.0

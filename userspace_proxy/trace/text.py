@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
-from userspace_proxy.trace.stations import Lane, Line, lanes
-from userspace_proxy.trace.values import Story
+from userspace_proxy.trace.lanes import Lane, Line, lanes
+from userspace_proxy.trace.values import PacketTrace
 
 _STYLES = {
     "chain": "cyan",
@@ -27,16 +27,16 @@ _TITLES = {
 }
 
 
-def show(story: Story, console: Console) -> None:
-    """Print *story* on *console*."""
-    for lane in lanes(story, folded=False):
+def show(trace: PacketTrace, console: Console) -> None:
+    """Print *trace* on *console*."""
+    for lane in lanes(trace, folded=False):
         console.print(_tree(lane))
-    if story.flow is not None:
-        flow = f"conntrack: {story.flow.original}, answers {story.flow.reply}"
-        console.print(Text(f"{flow}  {story.flow.state}".rstrip(), "dim"))
-    for note in story.notes:
+    if trace.flow is not None:
+        flow = f"conntrack: {trace.flow.original}, answers {trace.flow.reply}"
+        console.print(Text(f"{flow}  {trace.flow.state}".rstrip(), "dim"))
+    for note in trace.notes:
         console.print(Text(note, "yellow"))
-    console.print(Text(story.outcome, "bold"))
+    console.print(Text(trace.outcome, "bold"))
 
 
 def _tree(lane: Lane) -> Tree:

@@ -14,12 +14,12 @@ from pathlib import Path
 from userspace_proxy.errors import StartError
 from userspace_proxy.host.tool import find_tool
 from userspace_proxy.lab import inside
+from userspace_proxy.trace.analysis import ANSWERED, Recording, analyse, elements_in
+from userspace_proxy.trace.legs import FOLLOWED, TABLE
 from userspace_proxy.trace.nftrace import GROUP_NFTRACE, messages
-from userspace_proxy.trace.passages import FOLLOWED, TABLE
 from userspace_proxy.trace.sockets import listener_at
-from userspace_proxy.trace.story import ANSWERED, Recording, elements_in, tell
 from userspace_proxy.trace.table import Wanted, tracing
-from userspace_proxy.trace.values import Role, Story
+from userspace_proxy.trace.values import PacketTrace, Role
 
 _NETLINK_NETFILTER, _SOL_NETLINK, _ADD_MEMBERSHIP = 12, 270, 1
 _BUFFER_BYTES = 4 << 20
@@ -34,7 +34,7 @@ _NOTHING = b"\n"  # payload of a datagram; a server that cannot parse it stays s
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class TraceRequest:
     """The packet to follow, and its sender: this command (optionally from *namespace*), or another client."""
 
     ip: str
@@ -45,7 +45,7 @@ class Request:
     namespace: Path | None = None
 
 
-def follow(request: Request, on_ready: Callable[[], None] = lambda: None) -> Recording:
+def follow(request: TraceRequest, on_ready: Callable[[], None] = lambda: None) -> Recording:
     """Trace one packet and return the recording; ``on_ready`` is called once tracing is active.
 
     Raises:
@@ -76,7 +76,7 @@ def _tool(name: str) -> str:
 # ---- the packet
 
 
-def _socket(request: Request) -> socket.socket:
+def _socket(request: TraceRequest) -> socket.socket:
     family = socket.AF_INET6 if ":" in request.ip else socket.AF_INET
     kind = socket.SOCK_STREAM if request.protocol == "tcp" else socket.SOCK_DGRAM
     try:
@@ -88,7 +88,7 @@ def _socket(request: Request) -> socket.socket:
     return sock
 
 
-def _send(sock: socket.socket, request: Request) -> str:
+def _send(sock: socket.socket, request: TraceRequest) -> str:
     """Send the first packet; return ANSWERED, "" for no answer, or why none could be sent."""
     sock.settimeout(_CONNECT_S if request.protocol == "tcp" else _DATAGRAM_S)
     try:
@@ -163,12 +163,12 @@ def _look_up(recording: Recording, nft: str) -> Recording:
         ip_vs=_read(Path("/proc/thread-self/net/ip_vs")),
         notes=_notes(),
     )
-    story = tell(recording)
-    client = story.leg(Role.CLIENT)
+    trace = analyse(recording)
+    client = trace.leg(Role.CLIENT)
     if client is None:
         return recording
-    elements = {element.key: "" for element in elements_in(story)}
-    for element in elements_in(story):
+    elements = {element.key: "" for element in elements_in(trace)}
+    for element in elements_in(trace):
         where = (element.family, element.table, element.name)
         elements[element.key] = _element(_output(nft, "get", "element", *where, f"{{ {element.wanted} }}"))
     is_delivered = client.hooks[-1].name == "INPUT"
@@ -176,7 +176,7 @@ def _look_up(recording: Recording, nft: str) -> Recording:
         recording,
         elements=elements,
         listener=listener_at(recording.protocol, client.last.destination_port) if is_delivered else None,
-        conntrack=_conntrack(story),
+        conntrack=_conntrack(trace),
     )
 
 
@@ -186,15 +186,15 @@ def _element(listed: str) -> str:
     return " ".join(rest.partition(" }\n")[0].split()) if begins else ""
 
 
-def _conntrack(story: Story) -> str:
-    client = story.leg(Role.CLIENT)
+def _conntrack(trace: PacketTrace) -> str:
+    client = trace.leg(Role.CLIENT)
     path = find_tool("conntrack")
     if client is None or path is None:
         return ""
     ends = client.first
     family = "ipv6" if ":" in ends.source else "ipv4"
     wanted = ["--orig-src", ends.source, "--orig-dst", ends.destination]
-    return _output(path, "-L", "-f", family, "-p", story.protocol, *wanted)
+    return _output(path, "-L", "-f", family, "-p", trace.protocol, *wanted)
 
 
 def _notes() -> list[str]:

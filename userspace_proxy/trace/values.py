@@ -1,7 +1,7 @@
 """The values of a trace: packets, hooks, chains and rules. No I/O.
 
-A `Story` has a leg for each followed packet. A `Leg` passes hooks. A hook has base chains (`Visit`), and a chain has
-matching rules (`Step`).
+A `PacketTrace` has a leg for each followed packet. A `Leg` passes hooks. A hook has base chains (`Visit`), and a chain
+has matching rules (`Step`).
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class Flow:
 
 
 @dataclass(frozen=True, slots=True)
-class Story:
+class PacketTrace:
     """The trace of one packet to ``portal`` and of the packets it caused."""
 
     portal: str

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from userspace_proxy.trace.ipvs import virtual_server
+from userspace_proxy.trace.legs import legs
 from userspace_proxy.trace.nftrace import messages
-from userspace_proxy.trace.passages import legs
 from userspace_proxy.trace.rulebook import Rulebook
-from userspace_proxy.trace.values import Ends, Flow, Hook, Leg, Listener, Role, Step, Story, Visit, at
+from userspace_proxy.trace.values import Ends, Flow, Hook, Leg, Listener, PacketTrace, Role, Step, Visit, at
 
 _ASKED = re.compile(r"(ip6? daddr \. )?meta l4proto \. th dport (?:map )?@(\w+)")
 _STATES = re.compile(r"\b(SYN_SENT|SYN_RECV|ESTABLISHED|FIN_WAIT|CLOSE_WAIT|LAST_ACK|TIME_WAIT|CLOSE)\b")
@@ -56,13 +56,13 @@ class Element:
         return f"{self.family} {self.table} {self.name} {self.wanted}"
 
 
-def tell(recording: Recording) -> Story:
+def analyse(recording: Recording) -> PacketTrace:
     """Return the interpretation of *recording*."""
     told = [message for text in recording.datagrams for message in messages(bytes.fromhex(text))]
     rulebook = Rulebook(recording.nft, recording.saved)
     seen = _of_one_connection(legs(told, rulebook, recording.devices), at(recording.ip, recording.port))
     shown = tuple(_with_elements(leg, recording.protocol, recording.elements) for leg in seen)
-    story = Story(
+    trace = PacketTrace(
         portal=at(recording.ip, recording.port),
         protocol=recording.protocol,
         legs=shown,
@@ -70,10 +70,10 @@ def tell(recording: Recording) -> Story:
         ipvs=virtual_server(recording.ip_vs, recording.protocol, recording.ip, recording.port),
         notes=tuple(recording.notes),
     )
-    client = story.leg(Role.CLIENT)
+    client = trace.leg(Role.CLIENT)
     if client is not None:
-        story = replace(story, flow=flow_of(recording.conntrack, client.first))
-    return with_outcome(story, recording.probe)
+        trace = replace(trace, flow=flow_of(recording.conntrack, client.first))
+    return with_outcome(trace, recording.probe)
 
 
 def _of_one_connection(seen: tuple[Leg, ...], portal: str) -> tuple[Leg, ...]:
@@ -110,13 +110,13 @@ def _is_delivered(leg: Leg) -> bool:
 # ---- map elements
 
 
-def elements_in(story: Story) -> Iterator[Element]:
+def elements_in(trace: PacketTrace) -> Iterator[Element]:
     """Yield the elements that matching rules look up by the packet's own fields."""
-    for leg in story.legs:
+    for leg in trace.legs:
         for hook in leg.hooks:
             for visit in hook.visits:
                 for step in visit.steps:
-                    element = _element(step, visit, story.protocol)
+                    element = _element(step, visit, trace.protocol)
                     if element is not None:
                         yield element
 
@@ -171,16 +171,16 @@ def deciding(visit: Visit) -> Step | None:
     return visit.steps[-1] if visit.steps and not visit.by_policy else None
 
 
-def with_outcome(story: Story, probe: str = "") -> Story:
-    """Return *story* with its outcome as one sentence."""
-    return replace(story, outcome=_outcome(story, probe))
+def with_outcome(trace: PacketTrace, probe: str = "") -> PacketTrace:
+    """Return *trace* with its outcome as one sentence."""
+    return replace(trace, outcome=_outcome(trace, probe))
 
 
-def _outcome(story: Story, probe: str) -> str:
-    client, answer = story.leg(Role.CLIENT), story.leg(Role.ANSWER)
+def _outcome(trace: PacketTrace, probe: str) -> str:
+    client, answer = trace.leg(Role.CLIENT), trace.leg(Role.ANSWER)
     if client is None:
         return probe or "no packet came"
-    return _stopped(client) or _went_on(client, answer, story, probe)
+    return _stopped(client) or _went_on(client, answer, trace, probe)
 
 
 def _stopped(client: Leg) -> str:
@@ -199,14 +199,14 @@ def _stopped(client: Leg) -> str:
     return ""
 
 
-def _went_on(client: Leg, answer: Leg | None, story: Story, probe: str) -> str:
+def _went_on(client: Leg, answer: Leg | None, trace: PacketTrace, probe: str) -> str:
     was, became = client.first, client.last
     if was.receiver == became.receiver:
         changed = f"no rule translated {was.receiver}: the packet went on as it was"
     else:
         changed = f"{was.receiver} became {became.receiver}"
-    if story.dial is not None:
-        dials = [leg.last.receiver for leg in story.legs if leg.role is Role.DIAL]
+    if trace.dial is not None:
+        dials = [leg.last.receiver for leg in trace.legs if leg.role is Role.DIAL]
         changed += f", the proxy, which dialled {' and then '.join(dials)}"
     if answer is None and probe == ANSWERED:
         return f"{changed}; it was answered by packets that were not seen here"

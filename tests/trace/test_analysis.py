@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from tests.trace.given import MODES, hook, leg, recording, story, visit
+from tests.trace.given import MODES, hook, leg, recording, trace, visit
+from userspace_proxy.trace.analysis import analyse, elements_in, flow_of
 from userspace_proxy.trace.nftrace import messages
-from userspace_proxy.trace.story import elements_in, flow_of, tell
 from userspace_proxy.trace.values import Ends, Role, Visit
 
 FORWARDED = ["PREROUTING", "FORWARD", "POSTROUTING"]
@@ -20,7 +20,7 @@ def rules_of(one: Visit) -> list[str]:
 
 
 def test_in_userspace_mode_a_packet_comes_to_the_proxy_which_dials_and_answers() -> None:
-    told = story("userspace")
+    told = trace("userspace")
 
     assert [(one.role, one.what, [at.name for at in one.hooks]) for one in told.legs] == [
         (Role.CLIENT, "SYN", ["PREROUTING", "INPUT"]),
@@ -80,7 +80,7 @@ def test_kube_proxys_chains_lead_from_the_service_to_the_endpoint() -> None:
 
 @pytest.mark.parametrize("mode", ["nftables", "iptables"])
 def test_in_kernel_modes_a_packet_is_forwarded_and_its_answer_gets_the_portals_address_back(mode: str) -> None:
-    told = story(mode)
+    told = trace(mode)
     client, answer = leg(mode, Role.CLIENT), leg(mode, Role.ANSWER)
 
     assert [one.name for one in client.hooks] == FORWARDED
@@ -96,7 +96,7 @@ def test_in_kernel_modes_a_packet_is_forwarded_and_its_answer_gets_the_portals_a
 
 
 def test_ipvs_takes_the_packet_between_input_and_output_and_no_rule_decides() -> None:
-    told = story("ipvs")
+    told = trace("ipvs")
     client = leg("ipvs", Role.CLIENT)
 
     assert [one.name for one in client.hooks] == ["PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"]
@@ -110,7 +110,7 @@ def test_ipvs_takes_the_packet_between_input_and_output_and_no_rule_decides() ->
 
 @pytest.mark.parametrize("mode", MODES)
 def test_conntrack_has_the_flow_that_was_seen(mode: str) -> None:
-    told = story(mode)
+    told = trace(mode)
 
     assert told.flow is not None
     assert told.flow.original == leg(mode, Role.CLIENT).first
@@ -119,10 +119,10 @@ def test_conntrack_has_the_flow_that_was_seen(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_our_own_table_is_no_part_of_the_story(mode: str) -> None:
-    tables = {visit.table for one in story(mode).legs for at in one.hooks for visit in at.visits}
+    tables = {visit.table for one in trace(mode).legs for at in one.hooks for visit in at.visits}
 
     assert "userspace_proxy_trace" not in tables
-    assert all("nftrace" not in step.rule for one in story(mode).legs for at in one.hooks for visit in at.visits
+    assert all("nftrace" not in step.rule for one in trace(mode).legs for at in one.hooks for visit in at.visits
                for step in visit.steps)  # fmt: skip
 
 
@@ -143,13 +143,13 @@ def test_a_packet_that_was_not_seen_again_is_said_to_be_lost_where_it_was_seen_l
 
     cut = replace(whole, datagrams=[text for text in whole.datagrams if not is_after_forwarding(text)])
 
-    assert tell(cut).outcome.startswith("no route: after PREROUTING this host had nowhere to send it")
+    assert analyse(cut).outcome.startswith("no route: after PREROUTING this host had nowhere to send it")
 
 
 def test_nothing_heard_is_no_story() -> None:
-    assert tell(replace(recording("nftables"), datagrams=[])).outcome == "no packet came"
+    assert analyse(replace(recording("nftables"), datagrams=[])).outcome == "no packet came"
     silent = replace(recording("nftables"), datagrams=[], probe="no packet left: network is unreachable")
-    assert tell(silent).outcome == "no packet left: network is unreachable"
+    assert analyse(silent).outcome == "no packet left: network is unreachable"
 
 
 def test_what_is_cut_off_or_somebody_elses_is_passed_over() -> None:
@@ -161,7 +161,7 @@ def test_what_is_cut_off_or_somebody_elses_is_passed_over() -> None:
 
 
 def test_maps_are_asked_for_what_the_packet_was_before_the_rule() -> None:
-    assert {element.key for element in elements_in(story("userspace"))} == {
+    assert {element.key for element in elements_in(trace("userspace"))} == {
         "inet userspace_proxy service_ips4 10.96.0.11 . tcp . 80"
     }
 

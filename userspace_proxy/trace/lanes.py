@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from userspace_proxy.trace.story import deciding
-from userspace_proxy.trace.values import Ends, Hook, Leg, Listener, Role, Step, Story, VirtualServer, Visit, at
+from userspace_proxy.trace.analysis import deciding
+from userspace_proxy.trace.values import Ends, Hook, Leg, Listener, PacketTrace, Role, Step, VirtualServer, Visit, at
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,24 +58,24 @@ _HOOKS = {
 }
 
 
-def lanes(story: Story, *, folded: bool) -> tuple[Lane, ...]:
-    """Return the lanes of *story*; *folded* omits the chains that had no effect on the packet."""
-    return tuple(_lane(leg, story, folded=folded) for leg in story.legs)
+def lanes(trace: PacketTrace, *, folded: bool) -> tuple[Lane, ...]:
+    """Return the lanes of *trace*; *folded* omits the chains that had no effect on the packet."""
+    return tuple(_lane(leg, trace, folded=folded) for leg in trace.legs)
 
 
-def _lane(leg: Leg, story: Story, *, folded: bool) -> Lane:
+def _lane(leg: Leg, trace: PacketTrace, *, folded: bool) -> Lane:
     stations = []
     for hook, later in zip(leg.hooks, (*leg.hooks[1:], None), strict=True):
-        stations.append(_hook(hook, leg, story, folded=folded))
+        stations.append(_hook(hook, leg, trace, folded=folded))
         now = hook.after or (later.before if later is not None else None)
-        if story.ipvs is not None and now is not None and _is_by_ipvs(hook, now, leg):
-            stations.append(_ipvs(story.ipvs, hook.before, now))
-    stations.insert(0, _start(leg, story))
+        if trace.ipvs is not None and now is not None and _is_by_ipvs(hook, now, leg):
+            stations.append(_ipvs(trace.ipvs, hook.before, now))
+    stations.insert(0, _start(leg, trace))
     last = leg.hooks[-1]
     if last.after is not None:
-        stations.append(_end(leg, last, story))
+        stations.append(_end(leg, last, trace))
     aside = (
-        f"{story.protocol.upper()} {leg.what}" if story.protocol == "tcp" else f"a {story.protocol.upper()} datagram"
+        f"{trace.protocol.upper()} {leg.what}" if trace.protocol == "tcp" else f"a {trace.protocol.upper()} datagram"
     )
     if leg.what.startswith("ICMP"):
         aside = leg.what
@@ -85,10 +85,10 @@ def _lane(leg: Leg, story: Story, *, folded: bool) -> Lane:
 # ---- hooks
 
 
-def _hook(hook: Hook, leg: Leg, story: Story, *, folded: bool) -> Station:
+def _hook(hook: Hook, leg: Leg, trace: PacketTrace, *, folded: bool) -> Station:
     lines = [line for visit in hook.visits for line in _visit(visit, folded=folded)]
     if hook.after is not None:
-        lines += _change(hook, leg, story)
+        lines += _change(hook, leg, trace)
     iif, oif = hook.devices
     devices = " ".join(word for word in (f"in {iif}" if iif else "", f"out {oif}" if oif else "") if word)
     meaning = _HOOKS.get(hook.name, "")
@@ -139,12 +139,12 @@ def _step(step: Step, *, decides: bool) -> Iterator[Line]:
         yield Line("note", f"a random one of {slots[1]} slots", depth + 1)
 
 
-def _change(hook: Hook, leg: Leg, story: Story) -> Iterator[Line]:
+def _change(hook: Hook, leg: Leg, trace: PacketTrace) -> Iterator[Line]:
     was, now = hook.before, hook.after
     assert now is not None
-    if story.ipvs is not None and _is_by_ipvs(hook, now, leg):
+    if trace.ipvs is not None and _is_by_ipvs(hook, now, leg):
         return  # IPVS has its own station
-    by = "" if _is_by_rule(hook) else f"{_unseen_hand(hook, leg, story)}: "
+    by = "" if _is_by_rule(hook) else f"{_unseen_hand(hook, leg, trace)}: "
     if was.receiver != now.receiver:
         yield Line("change", f"{by}{was.receiver} became {now.receiver}")
     if was.sender != now.sender:
@@ -161,11 +161,11 @@ def _is_by_ipvs(hook: Hook, now: Ends, leg: Leg) -> bool:
     return is_there and hook.before.receiver != now.receiver and not _is_by_rule(hook)
 
 
-def _unseen_hand(hook: Hook, leg: Leg, story: Story) -> str:
+def _unseen_hand(hook: Hook, leg: Leg, trace: PacketTrace) -> str:
     """Return what changes addresses although no traced rule does."""
     if leg.role is not Role.ANSWER:
         return "rules that cannot be traced"
-    return "IPVS" if story.ipvs is not None and hook.name in ("FORWARD", "OUTPUT") else "conntrack"
+    return "IPVS" if trace.ipvs is not None and hook.name in ("FORWARD", "OUTPUT") else "conntrack"
 
 
 # ---- other stations
@@ -180,21 +180,21 @@ def _ipvs(server: VirtualServer, was: Ends, now: Ends) -> Station:
     return Station("ipvs", "IPVS", asked, (*lines, Line("change", f"{was.receiver} became {now.receiver}")))
 
 
-def _start(leg: Leg, story: Story) -> Station:
+def _start(leg: Leg, trace: PacketTrace) -> Station:
     is_local = leg.hooks[0].name == "OUTPUT"
     if leg.role is Role.CLIENT:
         where = "a process on this host" if is_local else f"by {leg.hooks[0].devices[0]}"
         return Station("outside", "the client", f"{leg.first.sender}, {where}")
-    if is_local and story.listener is not None:
-        return Station("process", story.listener.name, leg.first.sender)
+    if is_local and trace.listener is not None:
+        return Station("process", trace.listener.name, leg.first.sender)
     return Station("outside", "this host" if is_local else "the backend", leg.first.sender)
 
 
-def _end(leg: Leg, last: Hook, story: Story) -> Station:
+def _end(leg: Leg, last: Hook, trace: PacketTrace) -> Station:
     assert last.after is not None
     if last.name == "INPUT":
         if leg.role is Role.CLIENT:
-            return _process(story.listener, last.after, story)
+            return _process(trace.listener, last.after, trace)
         end = "the backend" if leg.role is Role.DIAL else "the client"
         return Station("outside", end, f"{last.after.receiver}, a process on this host", _answered(leg))
     if last.name == "PREROUTING":
@@ -214,14 +214,14 @@ def _answered(leg: Leg) -> tuple[Line, ...]:
     )
 
 
-def _process(listener: Listener | None, ends: Ends, story: Story) -> Station:
+def _process(listener: Listener | None, ends: Ends, trace: PacketTrace) -> Station:
     if listener is None:
         return Station("stop", "nobody", f"no process listens at port {ends.destination_port}")
     name = f"{listener.name} (process {listener.pid})" if listener.pid else listener.name
     if not listener.is_ours:
         return Station("process", name, f"port {listener.port}")
-    does = "accept, pick, dial, splice" if story.protocol == "tcp" else "receive, pick, send on"
-    lines = [Line("note", f"second connection: {story.dial.first}")] if story.dial is not None else []
+    does = "accept, pick, dial, splice" if trace.protocol == "tcp" else "receive, pick, send on"
+    lines = [Line("note", f"second connection: {trace.dial.first}")] if trace.dial is not None else []
     return Station("process", name, f"port {listener.port}: {does}", tuple(lines))
 
 

@@ -34,7 +34,7 @@ _UNKNOWN = "a rule that was replaced meanwhile"
 
 
 @dataclass(slots=True)
-class _Passage:
+class _MessageGroup:
     """One packet in one base chain, with its trace messages there."""
 
     packet: int
@@ -56,7 +56,7 @@ class _Hook:
     name: str
     before: Ends
     devices: tuple[int, int]
-    passages: list[_Passage] = field(default_factory=list)
+    groups: list[_MessageGroup] = field(default_factory=list)
     after: Ends | None = None
     is_over: bool = False
 
@@ -76,14 +76,14 @@ class _Leg:
             self.hooks.append(_Hook(name, self.now, (begin.iif, begin.oif)))
         return self.hooks[-1]
 
-    def goes_on(self, name: str, passage: _Passage) -> bool:
-        """Return whether *passage*, at the hook *name*, continues this packet's path."""
+    def goes_on(self, name: str, group: _MessageGroup) -> bool:
+        """Return whether *group*, at the hook *name*, continues this packet's path."""
         if not self.hooks:
             return False
-        last, ends = self.hooks[-1], passage.ends
+        last, ends = self.hooks[-1], group.ends
         if name == last.name and not last.is_over:
             return self.now == ends
-        if last.name == "POSTROUTING" and last.devices[1] != passage.begin.iif:  # only loopback returns
+        if last.name == "POSTROUTING" and last.devices[1] != group.begin.iif:  # only loopback returns
             return False
         if last.is_over:
             return self.now == ends and name in _NEXT[last.name]
@@ -99,44 +99,44 @@ def legs(told: Iterable[Message], rulebook: Rulebook, devices: Mapping[int, str]
     """
     found: list[_Leg] = []
     current: dict[int, _Leg] = {}
-    for passage in _passages(told):
-        name = _hook_name(passage, rulebook)
-        again = next((leg for leg in found if leg.goes_on(name, passage)), None)
+    for group in _groups(told):
+        name = _hook_name(group, rulebook)
+        again = next((leg for leg in found if leg.goes_on(name, group)), None)
         if again is not None:
-            current[passage.packet] = again
-        elif passage.is_ours and passage.begin.chain in FOLLOWED and passage.has_matched:
-            leg = current[passage.packet] = _Leg(FOLLOWED[passage.begin.chain], passage.begin.what, passage.ends)
+            current[group.packet] = again
+        elif group.is_ours and group.begin.chain in FOLLOWED and group.has_matched:
+            leg = current[group.packet] = _Leg(FOLLOWED[group.begin.chain], group.begin.what, group.ends)
             found.append(leg)
-        if passage.packet in current:
-            _follow(current[passage.packet], name, passage)
+        if group.packet in current:
+            _follow(current[group.packet], name, group)
     return tuple(_finished(leg, rulebook, devices) for leg in found)
 
 
-def _hook_name(passage: _Passage, rulebook: Rulebook) -> str:
-    begin = passage.begin
-    if not passage.is_ours:
+def _hook_name(group: _MessageGroup, rulebook: Rulebook) -> str:
+    begin = group.begin
+    if not group.is_ours:
         return rulebook.chain(begin.family, begin.table, begin.chain).hook.upper() or "?"
     if begin.chain in FOLLOWED:
         return "PREROUTING" if begin.chain.endswith("_in") else "OUTPUT"
     return begin.chain.partition("_")[2].upper()
 
 
-def _follow(leg: _Leg, name: str, passage: _Passage) -> None:
-    hook = leg.hook(name, passage.begin)
-    if not passage.is_ours:
-        hook.passages.append(passage)
-    elif passage.begin.chain.startswith(AFTER):
-        hook.after = leg.now = passage.ends
-        hook.devices = (passage.begin.iif, passage.begin.oif)
+def _follow(leg: _Leg, name: str, group: _MessageGroup) -> None:
+    hook = leg.hook(name, group.begin)
+    if not group.is_ours:
+        hook.groups.append(group)
+    elif group.begin.chain.startswith(AFTER):
+        hook.after = leg.now = group.ends
+        hook.devices = (group.begin.iif, group.begin.oif)
         hook.is_over = True
 
 
-def _passages(told: Iterable[Message]) -> list[_Passage]:
-    found: list[_Passage] = []
-    current: dict[int, _Passage] = {}
+def _groups(told: Iterable[Message]) -> list[_MessageGroup]:
+    found: list[_MessageGroup] = []
+    current: dict[int, _MessageGroup] = {}
     for message in told:
         if message.ends is not None:
-            current[message.packet] = _Passage(message.packet, message, message.ends)
+            current[message.packet] = _MessageGroup(message.packet, message, message.ends)
             found.append(current[message.packet])
         if message.packet in current:
             current[message.packet].told.append(message)
@@ -146,23 +146,23 @@ def _passages(told: Iterable[Message]) -> list[_Passage]:
 def _finished(leg: _Leg, rulebook: Rulebook, devices: Mapping[int, str]) -> Leg:
     hooks = []
     for hook in leg.hooks:
-        ends = [*(passage.ends for passage in hook.passages[1:]), hook.after]
-        visits = tuple(_visit(*pair, rulebook) for pair in zip(hook.passages, ends, strict=False))
+        ends = [*(group.ends for group in hook.groups[1:]), hook.after]
+        visits = tuple(_visit(*pair, rulebook) for pair in zip(hook.groups, ends, strict=False))
         iif, oif = (devices.get(index, f"device {index}") if index else "" for index in hook.devices)
         hooks.append(Hook(hook.name, (iif, oif), visits, hook.before, hook.after))
     return Leg(leg.role, leg.what, tuple(hooks))
 
 
-def _visit(passage: _Passage, after: Ends | None, rulebook: Rulebook) -> Visit:
-    begin = passage.begin
+def _visit(group: _MessageGroup, after: Ends | None, rulebook: Rulebook) -> Visit:
+    begin = group.begin
     base = rulebook.chain(begin.family, begin.table, begin.chain)
     walk = _Walk(base, rulebook)
-    steps = tuple(walk.steps(passage.told))
-    last = passage.told[-1]
+    steps = tuple(walk.steps(group.told))
+    last = group.told[-1]
     by_policy = last.kind == "policy" or last.verdict not in ("accept", "drop", "stolen", "queue")
     end = last.verdict if not by_policy or last.kind == "policy" else "accept"
     skipped = walk.rest() if by_policy else 0
-    return Visit(begin.family, begin.table, begin.chain, base.kind, steps, end, by_policy, skipped, passage.ends, after)
+    return Visit(begin.family, begin.table, begin.chain, base.kind, steps, end, by_policy, skipped, group.ends, after)
 
 
 class _Walk:
