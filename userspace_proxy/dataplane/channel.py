@@ -1,8 +1,8 @@
 """Messages and descriptors between two processes over a unix stream socket.
 
-A frame is its length, the number of descriptors that come with it, and a msgpack body. Descriptors travel
-with the first bytes of their frame, so they have arrived when the frame is complete. A descriptor for which the reader
-has no room is lost (MSG_CTRUNC); its frame arrives all the same, and says so.
+A frame is its length, the number of its descriptors, and a msgpack body. Descriptors travel with the first bytes of
+their frame, so they have arrived when the frame is complete. A descriptor for which the reader has no room is lost
+(MSG_CTRUNC). Its frame still arrives, with LOST in place of the descriptor.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 _HEADER = struct.Struct("=IH")
-# Little, so that a reader does other things between two frames.
+# Small, so that a reader does other work between two frames.
 _READ_BYTES = 1 << 14
-# As many as the kernel takes in one message (SCM_MAX_FD).
+# Below the kernel's limit for one message (253, SCM_MAX_FD).
 DESCRIPTORS_A_FRAME = 250
-# Senders split what they say (`wire.fitting`); the bound is for what cannot be split, and against nonsense.
+# Senders split messages (`wire.fitting`). This bound is for messages that cannot be split, and against garbage.
 FRAME_MAX_BYTES = 1 << 30
 # In place of a descriptor that was lost.
 LOST = -1
-# Of this host, at this moment: sent or received a little later. ETOOMANYREFS: too many descriptors are under way.
+# Temporary shortages of this host: retried a little later. ETOOMANYREFS: too many descriptors are in flight.
 _SHORTAGES = {errno.ENOMEM, errno.ENOBUFS, errno.ETOOMANYREFS}
 _SHORTAGE_PAUSE_S = 0.1
 
 
 class Channel:
-    """One end.
+    """One end of the channel.
 
-    *on_frame* is called with each frame's body and descriptors, LOST in the place of those that did not arrive.
-    *on_close* is called once, before the peer can notice: the peer is gone, or ``broken`` says why this end broke off.
+    *on_frame* is called with each frame's body and descriptors, with LOST for each one that did not arrive. *on_close*
+    is called once, before the peer can notice: the peer is gone, or ``broken`` says why this end broke off.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Channel:
         self.broken = ""
         self._loop = asyncio.get_running_loop()
         self._received = bytearray()
-        # One list for each frame with descriptors: the kernel delivers those of two frames in two reads.
+        # One list per frame with descriptors: the kernel delivers those of two frames in two reads.
         self._descriptors: deque[list[int]] = deque()
         self._waiting: deque[tuple[memoryview, Sequence[int]]] = deque()
         self._closed = False
@@ -63,7 +63,7 @@ class Channel:
     # ---- out
 
     def send(self, body: bytes, descriptors: Sequence[int] = ()) -> None:
-        """Send a frame; what the kernel does not take now goes out as it can, in order. Nothing once closed."""
+        """Send a frame. The rest that the kernel cannot accept now follows later, in order. No effect once closed."""
         if self._closed:
             return
         self._all_sent.clear()
@@ -95,7 +95,7 @@ class Channel:
             self._all_sent.set()
 
     async def sent(self) -> None:
-        """Wait until the kernel has all that was sent, or nobody is there to have it."""
+        """Wait until the kernel has accepted all frames, or the channel is closed."""
         await self._all_sent.wait()
 
     # ---- in
@@ -112,7 +112,7 @@ class Channel:
                 return
             data, descriptors, flags = b"", [], 0
         for descriptor in descriptors:
-            os.set_inheritable(descriptor, False)  # recv_fds takes MSG_CMSG_CLOEXEC and forgets it
+            os.set_inheritable(descriptor, False)  # recv_fds ignores its flags, so no MSG_CMSG_CLOEXEC
         if descriptors or flags & socket.MSG_CTRUNC:
             self._descriptors.append(descriptors)
         if not data:
@@ -142,13 +142,13 @@ class Channel:
             self._loop.add_reader(self._sock.fileno(), self._read)
 
     def break_off(self, why: str) -> None:
-        """Close this end because nothing that comes can be understood any more."""
+        """Close this end, because the incoming data cannot be understood."""
         if not self._closed:
             self.broken = why
             self.close()
 
     def close(self) -> None:
-        """Close this end; descriptors that belong to no whole frame are closed, too."""
+        """Close this end, and the descriptors that belong to no complete frame."""
         if self._closed:
             return
         self._closed = True
@@ -162,7 +162,7 @@ class Channel:
 
 
 def close_descriptors(descriptors: Iterable[int]) -> None:
-    """Close *descriptors* that came with a frame, but for those that were lost."""
+    """Close the *descriptors* of a frame, except lost ones."""
     for descriptor in descriptors:
         with contextlib.suppress(OSError):
             os.close(descriptor)

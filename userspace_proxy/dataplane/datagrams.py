@@ -1,12 +1,11 @@
-"""The UDP sockets of a plane, in a level-triggered epoll of their own.
+"""The UDP sockets of a data plane, in their own level-triggered epoll.
 
-Level-triggered, because one call for each datagram is then enough: what is left in a socket is reported
-again by the next poll, which is made anyway, while edge-triggered a socket has to be read until it says
-EAGAIN. Answers are gathered, and leave for the clients of a proxy port in one call.
+Level-triggered, because one system call per datagram is then enough: the next poll, which is made anyway, reports the
+remaining datagrams. An edge-triggered socket must be read until EAGAIN. Replies are collected and leave for the clients
+of a proxy port in one call.
 
-A flow's socket is bound to a local port that is chosen here (`local_ports.py`) and connected to one endpoint for as
-long as it is open. A flow that makes way for another to the same endpoint, and has been silent for as long as a port
-rests, leaves it its socket.
+A flow's socket is bound to a local port chosen here (`local_ports.py`) and stays connected to one endpoint. If a flow
+is evicted for another flow to the same endpoint, and has been silent for as long as a port rests, its socket is reused.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ from userspace_proxy.model.endpoint import Address
 
 _EVENTS_A_POLL = 256
 _POLLS_A_TURN = 4
-# The kernel needs microseconds from its lookup of a socket to the socket's queue, unless a hypervisor stops it there.
+# From the socket look-up to the socket's queue the kernel needs microseconds, unless a hypervisor stops it there.
 _REST_MIN_S = 0.03
-# This part of all descriptors is not for UDP flows, so that TCP clients find some.
+# UDP flows may not use this part (1/8) of all descriptors, so that some are left for TCP clients.
 _SPARE_PART = 8
-# A client with fewer flows than this may have one of the last ports towards an endpoint.
+# A client with fewer flows than this may get one of the last ports towards an endpoint.
 _FEW_FLOWS = 64
-# Other programs may have some of our ports.
+# Attempts to bind; other programs may hold some of the ports.
 _TRIES = 16
 
 log = logging.getLogger(__name__)
@@ -45,7 +44,7 @@ _nowhere = bytearray(1)
 
 
 class Front(Protocol):
-    """Where the clients of a proxy port are: the owner of flows."""
+    """The client side of a proxy port, which owns flows."""
 
     @property
     def fd(self) -> int: ...
@@ -55,19 +54,19 @@ class Front(Protocol):
 
     @property
     def touch(self) -> Callable[[bytes], None]:
-        """Makes the flow with this key the most recently used one."""
+        """Function that makes the flow with a key the most recently used one."""
         ...
 
     def receive(self) -> None:
-        """Take what waits at the proxy port."""
+        """Read the datagrams that wait at the proxy port."""
         ...
 
     def answered(self, flow: UdpFlow) -> None:
-        """The endpoint of *flow* has answered for the first time."""
+        """Note the first reply of the endpoint of *flow*."""
         ...
 
     def lose(self, flow: UdpFlow, error: OSError) -> None:
-        """The endpoint of *flow* refused."""
+        """Note that the endpoint of *flow* refused, and end the flow."""
         ...
 
     def apply_moves(self, flow: UdpFlow, destination: Destination, source: str, *, if_rested: bool) -> Leased | None:
@@ -75,25 +74,25 @@ class Front(Protocol):
         ...
 
     def not_sent(self, datagrams: int) -> None:
-        """So many answers were not taken by the kernel."""
+        """Note that the kernel did not accept *datagrams* replies."""
         ...
 
 
 class Destination:
-    """One endpoint: the local ports towards it, and whose flows have them.
+    """One endpoint: the local ports towards it, and the flows that use them, by client.
 
-    Where flows have to make way, the client that asks gives up its own if it has at least its share of all; else the
-    client with the most does.
+    If a flow must be evicted, the asking client loses one of its own if it has at least an equal share; otherwise
+    the client with the most flows does.
     """
 
     __slots__ = ("_biggest", "_flows", "clients", "ports")
 
     def __init__(self) -> None:
-        self.ports: dict[str, LocalPorts] = {}  # by the flows' source
-        # The flows of each client: those that were used since they were put there are put to the end when found.
+        self.ports: dict[str, LocalPorts] = {}  # by source address of the flows
+        # The flows of each client. A flow used since it was queued moves to the end when `oldest` meets it.
         self.clients: dict[bytes, OrderedDict[UdpFlow, None]] = {}
         self._flows = 0
-        self._biggest: OrderedDict[UdpFlow, None] = OrderedDict()  # of a client that began a flow, the most
+        self._biggest: OrderedDict[UdpFlow, None] = OrderedDict()  # of the client with most flows
 
     def join(self, flow: UdpFlow) -> None:
         client = client_of(flow.key)
@@ -118,9 +117,9 @@ class Destination:
         return flows is None or len(flows) < _FEW_FLOWS
 
     def oldest(self, client: bytes, *, by_asking: bool = False) -> UdpFlow | None:
-        """Return the flow that makes way for one of *client*: the one that was idle for longest.
+        """Return the flow to evict for *client*: the one idle for longest.
 
-        *by_asking*: answers are no use of a flow. So flows that wait for one are not ended sooner than answered ones.
+        *by_asking*: replies do not count as use. So flows that wait for a reply are not evicted before answered ones.
         """
         flows = self.clients.get(client)
         if flows is None or len(flows) * len(self.clients) < self._flows:
@@ -136,7 +135,7 @@ class Destination:
 
 
 class Leased(NamedTuple):
-    """A connected socket and its local port, for one flow."""
+    """A bound socket and its local port, for one flow."""
 
     destination: Destination
     source: str
@@ -145,11 +144,12 @@ class Leased(NamedTuple):
 
 
 class UdpFlow:
-    """One client's conversation with one endpoint. ``front`` is None once it has ended.
+    """The datagrams between one client and one endpoint. ``front`` is None once the flow has ended.
 
-    ``header`` goes in front of each datagram to the endpoint; mostly it is empty. ``counted``: the bytes, to the
-    backend and to the client, that counters know of. ``source``: the client's IP where the endpoint sees that, else "".
-    ``queued_at`` and ``queued_bytes``: when it was put where it is among its client's flows, and what it had sent.
+    ``header`` precedes each datagram to the endpoint; usually it is empty. ``counted``: bytes to the backend and to the
+    client that are in the counters already. ``source``: the client's IP if the endpoint sees it, else "".
+    ``queued_at``, ``queued_bytes``: time of last use and bytes sent, when the flow was last queued among its client's
+    flows.
     """
 
     __slots__ = (
@@ -198,7 +198,7 @@ class UdpFlow:
         self.answered = False
 
     def send(self, datagram: memoryview) -> None:
-        """Send *datagram* to the endpoint; raises OSError."""
+        """Send *datagram* with its header to the endpoint; raises OSError."""
         if self.header:
             self.sock.sendmsg((self.header, datagram))
         else:
@@ -206,7 +206,7 @@ class UdpFlow:
 
 
 class DatagramPoller:
-    """Reads fronts and flows as they become ready. Not thread-safe: it belongs to the loop's thread."""
+    """Reads fronts and flows when they are ready. Not thread-safe: use it in the loop's thread only."""
 
     def __init__(
         self,
@@ -216,10 +216,11 @@ class DatagramPoller:
         udp_flows: Callable[[], dict[tuple[str, Address], set[int]]],
         share: tuple[int, int] = (0, 1),
     ) -> None:
-        """Make it for the worker *share*: which of how many.
+        """Make it. *share*: (worker, workers).
 
-        *udp_flows*: the local ports of the kernel's, by local IP or "" and endpoint. It is asked before the first proxy
-        port is served, and before flows come to where the process before may have gone on.
+        *udp_flows* returns the local ports of the UDP flows in conntrack, by local IP (or "") and endpoint. It is
+        called before the first proxy port is served and again before new flows reach ports at
+        which the predecessor may have continued.
         """
         self.inbox = Batch()
         self._outbox = Batch()
@@ -235,7 +236,7 @@ class DatagramPoller:
         self._first = first_index(self._ports, ())
         self._destinations: dict[Address, Destination] = {}
         self._udp_flows = udp_flows
-        self._looked_at = -math.inf  # when the kernel was asked which ports others used
+        self._looked_at = -math.inf  # when conntrack was last read
         self._used: dict[tuple[str, Address], set[int]] = {}
         self._pruned_at = now()
         loop.add_reader(self._epoll.fileno(), self._turn)
@@ -253,7 +254,7 @@ class DatagramPoller:
         self.proxy_ports.add(front.proxy_port)
 
     def leave(self, front: Front) -> None:
-        """Read no more from *front*, whose owner closes it."""
+        """Stop reading from *front*, whose owner closes it."""
         if self._fronts.pop(front.fd, None) is not None:
             self._epoll.unregister(front.fd)
             self.proxy_ports.discard(front.proxy_port)
@@ -261,11 +262,11 @@ class DatagramPoller:
     # ---- sockets of flows
 
     def __len__(self) -> int:
-        """How many flows there are."""
+        """Return the number of flows."""
         return len(self._flows)
 
     def towards(self, address: Address) -> Destination:
-        """Return what is known of the endpoint at *address*."""
+        """Return the state of the endpoint at *address*."""
         destination = self._destinations.get(address)
         if destination is None:
             destination = self._destinations[address] = Destination()
@@ -279,10 +280,10 @@ class DatagramPoller:
         source: str,
         bind: Callable[[SocketType, int], None] = bind_anywhere,
     ) -> Leased | None:
-        """Return a socket that *bind* gave a rested port, not connected yet; None where no port is free.
+        """Return an unconnected socket that *bind* bound to a rested port, or None if no port is free.
 
         Raises:
-            OSError: none could be opened.
+            OSError: no socket could be opened or bound.
         """
         now = self._now()
         ports = destination.ports.get(source)
@@ -293,7 +294,7 @@ class DatagramPoller:
             port = ports.take(now, has_few=has_few)
             if port is None:
                 return None
-            if port in self.proxy_ports:  # several workers share it by the same option as flows do
+            if port in self.proxy_ports:  # workers share proxy ports by SO_REUSEPORT, as flows do
                 ports.rest(port, now + self._rest_s)
                 continue
             try:
@@ -317,11 +318,11 @@ class DatagramPoller:
         first = first_index(ports, taken) if taken else self._first
 
         def look() -> tuple[Collection[int], float]:
-            if (source, address) not in self._used:  # else another endpoint's ports have come to this before
+            if (source, address) not in self._used:  # else another endpoint's ports have caused the read already
                 self._look()
             return self._taken(source, address)
 
-        # A socket at the endpoint's own port might be its own peer, where the endpoint is this node's.
+        # Never the endpoint's own port: if the endpoint is on this node, the socket could be its own peer.
         return LocalPorts(ports, first, taken, free_at, never=address[1], look=look)
 
     def _look(self) -> None:
@@ -329,24 +330,24 @@ class DatagramPoller:
         self._used = self._udp_flows()
 
     def _taken(self, source: str, address: Address) -> tuple[Collection[int], float]:
-        """Return the ports that were used when the kernel was asked, and when they will have rested."""
+        """Return the ports in use at the last look at conntrack, and the time when they will have rested."""
         return self._used.pop((source, address), ()), self._looked_at + self._rest_s
 
     def connect(self, leased: Leased, address: Address) -> None:
-        """Connect the socket of *leased*, which is new; raises OSError.
+        """Connect the new socket of *leased* and discard what it has received; raises OSError.
 
-        Until then, anybody's datagrams to its port came to it, as those for ended flows towards other endpoints.
+        Before connect(), it receives datagrams from any sender, such as late replies to ended flows of other endpoints.
         """
         leased.sock.connect(address)
         _drain(leased.sock)
 
     def begin(self, flow: UdpFlow) -> None:
-        """Carry the answers that come to *flow*."""
+        """Forward the replies that arrive at *flow*."""
         self._flows[flow.sock.fileno()] = flow
         flow.destination.join(flow)
 
     def has_rested(self, flow: UdpFlow, destination: Destination, source: str) -> bool:
-        """Return whether the socket of *flow* may go to another one, to *destination* and with *source*, at once."""
+        """Return whether the socket of *flow* may be reused at once for a flow to *destination* from *source*."""
         return (
             flow.destination is destination
             and flow.source == source
@@ -355,20 +356,20 @@ class DatagramPoller:
         )
 
     def end(self, flow: UdpFlow, *, keep: bool = False) -> None:
-        """Carry no more answers; close the socket, and let its port rest. *keep*: not where it is for another flow."""
+        """Stop forwarding replies. Close the socket and let its port rest, unless *keep*: another flow reuses it."""
         flow.front = None
         flow.destination.leave(flow)
         if not keep:
             self.close(flow, flow.last_at)
 
     def close(self, leased: Leased | UdpFlow, last_at: float) -> None:
-        """Close the socket of *leased*, whose port rests from *last_at* on."""
+        """Close the socket of *leased*. Its port rests from *last_at* on."""
         self._flows.pop(leased.sock.fileno(), None)
         leased.sock.close()
         leased.destination.ports[leased.source].rest(leased.port, last_at + self._rest_s)
 
     def expire(self, now: float) -> None:
-        """Forget the endpoints towards which every port has rested."""
+        """Drop the state of endpoints whose ports have all rested."""
         if now - self._pruned_at < self._rest_s:
             return
         self._pruned_at = now
@@ -378,7 +379,7 @@ class DatagramPoller:
             for source, ports in list(destination.ports.items()):
                 if ports.is_idle(now):
                     if not source:
-                        self._first = ports.at  # go on where its flows were
+                        self._first = ports.at  # continue behind its flows
                     del destination.ports[source]
             if not destination.ports and not destination.clients:
                 del self._destinations[address]
@@ -418,7 +419,7 @@ class DatagramPoller:
             except BlockingIOError:
                 continue
             except OSError as error:
-                # Too long: the way has become narrower than an earlier datagram; the kernel knows now.
+                # EMSGSIZE: the path MTU has shrunk since an earlier datagram. The kernel has noted the new one.
                 if error.errno != errno.EMSGSIZE:
                     front.lose(flow, error)
                 continue
@@ -431,7 +432,7 @@ class DatagramPoller:
                 front.answered(flow)
         if front is not None:
             self._send(front, count)
-        # Answers first: a new flow may end the one that was idle for longest, and not while an answer to it waits.
+        # Replies first: a new flow may evict the flow idle for longest, but not while a reply to it waits.
         for each in asked:
             each.receive()
 
@@ -447,7 +448,7 @@ class DatagramPoller:
 
 
 def _is_empty(sock: SocketType) -> bool:
-    """Return whether *sock* has received nothing that was not read: no datagram, and no error."""
+    """Return whether *sock* has neither a datagram nor an error to read."""
     try:
         sock.recv_into(_nowhere, 1, MSG_PEEK)
     except BlockingIOError:
@@ -458,7 +459,7 @@ def _is_empty(sock: SocketType) -> bool:
 
 
 def _drain(sock: SocketType) -> None:
-    """Throw away the datagrams in *sock*; raises OSError where it has received an error."""
+    """Discard the datagrams in *sock*; raises OSError if it has an error."""
     while True:
         try:
             sock.recv_into(_nowhere)

@@ -1,8 +1,8 @@
-"""Many datagrams of an unconnected socket in one system call: recvmmsg and sendmmsg, which Python does not have.
+"""Receive and send many datagrams in one system call: recvmmsg and sendmmsg, which Python lacks.
 
-A peer is a record: its address and the control message that says which of our addresses it asked, as the
-kernel gave them. Nothing in it is parsed for a datagram: as it is, it is the key of a flow, and turned
-round (`reply_record`) it says where and from which address an answer leaves.
+A record holds a peer's address and the control message with the local address of the datagram, as the kernel wrote
+them. Nothing is parsed per datagram: the record itself is the key of a flow. `reply_record` turns it into the record
+that tells the kernel where a reply goes and from which local address it leaves.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from userspace_proxy.model.endpoint import Address
 MESSAGES = 32
 DATAGRAM_BYTES = 65_536
 
-_SOCKADDR_BYTES = 28  # struct sockaddr_in6; an IPv4 socket leaves its end empty
+_SOCKADDR_BYTES = 28  # struct sockaddr_in6; an IPv4 socket leaves the end unused
 _CONTROL_AT = 32  # control messages are aligned to 8
 _CONTROL_BYTES = socket.CMSG_SPACE(20)  # struct in6_pktinfo; struct in_pktinfo is shorter
 _RECORD_BYTES = _CONTROL_AT + _CONTROL_BYTES
@@ -55,10 +55,10 @@ class _Mmsghdr(ctypes.Structure):
 
 
 class Batch:
-    """Room for MESSAGES datagrams, with their records."""
+    """Buffers for MESSAGES datagrams and their records."""
 
     def __init__(self) -> None:
-        # Not a bytearray, which would be written to, and be resident, from its beginning to its end.
+        # mmap instead of a bytearray: pages that are never used take no memory.
         self._memory = mmap.mmap(-1, MESSAGES * DATAGRAM_BYTES)
         everything = memoryview(self._memory)
         self.room = [everything[start : start + DATAGRAM_BYTES] for start in range(0, len(everything), DATAGRAM_BYTES)]
@@ -80,28 +80,28 @@ class Batch:
         self._lengths = memoryview(self._iovecs).cast("B").cast("P")[1::2]
 
     def receive(self, fd: int) -> Iterable[tuple[bytes, int, memoryview]]:
-        """Return what waits at the socket *fd*: record, length and (until the next call) content of each datagram."""
+        """Return record, length and content (valid until the next call) of each datagram at the socket *fd*."""
         received = _recvmmsg(fd, self._first, MESSAGES, socket.MSG_DONTWAIT, None)
         if received <= 0:
             return ()
         found = zip(
             _RECORDS[received].unpack_from(self._records), self._counts[:received].tolist(), self.room, strict=False
         )
-        self._header_bytes[:] = self._unused_headers  # the kernel has noted in them how much of the room it used
+        self._header_bytes[:] = self._unused_headers  # the kernel has overwritten the buffer lengths
         return found
 
     def address(self, index: int, record: bytes, length: int) -> None:
-        """Say to whom, and as what, the first *length* bytes of ``room[index]`` go."""
+        """Set the *record* (destination and source) for the first *length* bytes of ``room[index]``."""
         start = index * _RECORD_BYTES
         self._records[start : start + _RECORD_BYTES] = record
         self._lengths[index] = length
 
     def send(self, fd: int, count: int) -> int:
-        """Send the first *count* from the socket *fd*, in order; return how many the kernel refused."""
+        """Send the first *count* datagrams from the socket *fd*, in order. Return how many the kernel refused."""
         sent = max(0, _sendmmsg(fd, self._first, count, socket.MSG_DONTWAIT))
         refused = 0
         while sent < count:
-            # It stopped in front of one that it refuses, and says so only where that one is the first.
+            # sendmmsg stops before a refused datagram, and reports an error only if that one is the first.
             header = ctypes.c_void_p(ctypes.addressof(self._headers[sent]))
             more = _sendmmsg(fd, header, count - sent, socket.MSG_DONTWAIT)
             refused += more <= 0
@@ -121,14 +121,14 @@ def client_address(record: bytes) -> Address:
 
 
 def client_of(record: bytes) -> bytes:
-    """Return what counts as one client: the IPv4 address of the peer of *record*, or its /64 of IPv6."""
+    """Return the key of the client: the IPv4 address of the peer of *record*, or the /64 of its IPv6 address."""
     if not record.startswith(_INET6):
         return record[4:8]
     return record[8:24] if record.startswith(_MAPPED, 8) else record[8:16]
 
 
 def asked_ip(record: bytes) -> str:
-    """Return which of our addresses the peer of *record* asked, as the kernel delivered it."""
+    """Return the local address that the datagram of *record* arrived at."""
     info = record[_PKTINFO_AT:]
     if not record.startswith(_INET6):
         return socket.inet_ntoa(info[8:12])
@@ -136,12 +136,12 @@ def asked_ip(record: bytes) -> str:
 
 
 def anybody_like(record: bytes) -> str:
-    """Return the unspecified IP of the family of the peer of *record*: for who need not know more of it."""
+    """Return the unspecified IP of the peer's family, for callers that need only the family."""
     return "::" if record.startswith(_INET6) and not record.startswith(_MAPPED, 8) else "0.0.0.0"  # noqa: S104
 
 
 def reply_record(record: bytes) -> bytes:
-    """Return the record for an answer to the peer of *record*: it leaves from the address that was asked."""
+    """Return the record for a reply to the peer of *record*, sent from the address that its datagram arrived at."""
     if record.startswith(_INET6):  # struct in6_pktinfo: address, interface (which a link-local address needs)
         return record if record.startswith(_LINK_LOCAL, _PKTINFO_AT) else record[:_INTERFACE6_AT] + _NO_INTERFACE
     # struct in_pktinfo: interface, local address, destination

@@ -201,13 +201,13 @@ class LocalPlane:
             listener = self._listeners.pop(name, None)
             if listener is not None:
                 if (udp := self._udp.pop(name, None)) is not None:
-                    udp.close(self._heir(name, names))
+                    udp.close(self._replacement_of(name, names))
                 else:
                     listener.close()
                 if self._shared[name.service_port].memory.leave(listener.picker):
                     del self._shared[name.service_port]
 
-    def _heir(self, name: ListenerName, retired: Sequence[ListenerName]) -> UdpListener | None:
+    def _replacement_of(self, name: ListenerName, retired: Sequence[ListenerName]) -> UdpListener | None:
         """Return who may go on with the flows of *name*: where the traffic policy changed, its clients are led there.
 
         What the endpoints see does not change; else a flow begins anew.

@@ -1,8 +1,8 @@
-"""One UDP listener: a flow for each client, with a backend socket of its own until it ends.
+"""One UDP listener: a flow for each client, with its own backend socket until it ends.
 
-A backend may answer twice, or late. A flow's socket is connected to one backend, and its local port has rested before
-another flow has it, so such an answer reaches the client that asked or nobody. Replies leave from the address that the
-client's datagram came to (pktinfo): any other would miss the kernel's NAT entry.
+A backend may reply twice, or late. A flow's socket is connected to one backend, and its local port rests before another
+flow gets it. So such a reply reaches the client that asked, or is dropped. Replies leave from the address that the
+client's datagram arrived at (pktinfo); any other address would miss the kernel's NAT entry.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.names import ListenerName
 from userspace_proxy.model.service import portals
 
-# Not the endpoint's fault: there is no room now, or the datagram is too long for this way and shorter ones go on.
+# Errors that drop the datagram but do not count against the endpoint: no buffer space now, or longer than the
+# path MTU (shorter datagrams pass).
 _DROPPED = {errno.EAGAIN, errno.EMSGSIZE}
 
 log = logging.getLogger(__name__)
 
 
 class UdpListener:
-    """One proxy port of a UDP service port, and its flows, least recently used first."""
+    """One proxy port of a UDP service port, with its flows, least recently used first."""
 
     def __init__(self, spec: ListenerSpec, sock: socket.socket, context: PlaneContext, shared: Shared) -> None:
         self.counters = shared.counters
@@ -56,7 +57,7 @@ class UdpListener:
 
     @property
     def sock(self) -> socket.socket:
-        """The proxy port's socket; for handing it on."""
+        """The proxy port's socket, to be passed to another process."""
         return self._sock
 
     @property
@@ -74,20 +75,20 @@ class UdpListener:
         self._knows_clients = affinity or spec.transparent or self._header_of is not None
 
     def update(self, backends: Backends) -> None:
-        """Take new endpoints; flows whose endpoint serves no more end, and their next datagram starts anew."""
+        """Apply new endpoints. Flows end if their endpoint no longer serves; their next datagram begins a new flow."""
         self.picker.set_endpoints(backends.usable)
         self._serving = frozenset(e.address for e in backends.serving)
         for flow in [f for f in self._flows.values() if f.endpoint.address not in self._serving]:
             self._end(flow, "endpoint gone")
 
     def leave(self) -> None:
-        """Read no more from clients: another process does, at the same socket. Answers are still passed on."""
+        """Stop reading from clients: another process reads from the same socket. Replies are still forwarded."""
         self._datagrams.leave(self)
 
-    def close(self, heir: UdpListener | None = None) -> None:
-        """Serve no more. *heir*, of the same service port, goes on with the flows whose endpoint serves it too."""
+    def close(self, replacement: UdpListener | None = None) -> None:
+        """Close the listener. *replacement*, of the same service port, takes over flows to endpoints that it serves."""
         for flow in list(self._flows.values()):
-            if heir is not None and heir.take_over(flow):
+            if replacement is not None and replacement.take_over(flow):
                 del self._flows[flow.key]
             else:
                 self._end(flow, "service gone")
@@ -95,7 +96,7 @@ class UdpListener:
         self._sock.close()
 
     def take_over(self, flow: UdpFlow) -> bool:
-        """Go on with *flow*, whose client is led here from now on; return whether that can be."""
+        """Take over *flow* from a listener that closes. Return False if that is not possible."""
         flows = self._flows
         if flow.endpoint.address not in self._serving or flow.key in flows:
             return False
@@ -121,17 +122,18 @@ class UdpListener:
                 if flow.header:
                     flow.send(room[:length])
                 else:
-                    flow.sock.send(room[:length])  # a call less, for nearly all
+                    flow.sock.send(room[:length])  # saves a call for nearly all flows
             except OSError as error:
-                self._send_anew(flow, room[:length], error, now)
+                self._resend(flow, room[:length], error, now)
                 continue
             flow.last_at = now
             flow.bytes_to_backend += length
 
-    def _send_anew(self, flow: UdpFlow, datagram: memoryview, error: OSError, now: float) -> None:
-        """Give *datagram*, which *flow* could not send, to another flow where that is right."""
+    def _resend(self, flow: UdpFlow, datagram: memoryview, error: OSError, now: float) -> None:
+        """Send *datagram*, which *flow* failed to send, by another flow if possible; otherwise count it as dropped."""
         if error.errno not in _DROPPED:
-            # What was refused is an earlier datagram of this flow; this one was not sent and can go elsewhere.
+            # The error belongs to an earlier datagram of this flow. This one was not sent and can go to another
+            # endpoint.
             self.lose(flow, error)
             again = self._begin(flow.key, now, len(datagram))
             if again is not None:
@@ -146,7 +148,7 @@ class UdpListener:
         self.counters.datagrams_dropped += 1
 
     def _begin(self, key: bytes, now: float, length: int) -> UdpFlow | None:
-        """Open a flow, for a datagram of *length*, to the picked endpoint, or to the next one where there is no way."""
+        """Open a flow for a datagram of *length* bytes, to the picked endpoint or the next one that can be reached."""
         flows, datagrams, counters = self._flows, self._datagrams, self.counters
         client_ip = client_address(key)[0] if self._knows_clients else anybody_like(key)
         tried: dict[Address, bool] = {}
@@ -175,20 +177,23 @@ class UdpListener:
         return None
 
     def _header(self, key: bytes) -> bytes:
-        """Return what goes in front of each datagram of this client."""
+        """Return the PROXY protocol header for each datagram of this client."""
         assert self._header_of is not None
         client = client_address(key)
         return self._header_of(client, self._context.tables.dialled_by(client, (asked_ip(key), self._spec.proxy_port)))
 
     def _lease(self, address: Address, key: bytes, client_ip: str) -> Leased | None:
-        """Return a socket that is connected to *address*; None where this host has none for this client now.
+        """Return a socket connected to *address*, or None if this host has none for the client now.
+
+        At the flow limit, or short of descriptors, a flow is evicted first. Without a free port, a flow is evicted only
+        if it has been silent for as long as a port rests.
 
         Raises:
-            OSError: there is no way to *address*.
+            OSError: *address* cannot be reached.
         """
         datagrams = self._datagrams
         if address[1] in datagrams.proxy_ports and self._context.tables.is_local(address[0]):
-            raise ConnectionRefusedError(errno.ECONNREFUSED, "it is a proxy port, which would lead to itself for ever")
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "the endpoint is a proxy port: an endless loop")
         destination, client = datagrams.towards(address), client_of(key)
         transparent, source, bind = self._transparent, "", bind_anywhere
         if transparent is not None and transparent.concerns(client_ip, address[0]):
@@ -209,7 +214,8 @@ class UdpListener:
                 self._context.connections.note_shortage(error)
             return None
         if leased is None:
-            # Every port is in use or rests; a flow that has been silent for as long as that leaves its socket.
+            # Every port is in use or rests. Evict a flow that has been silent as long as a port rests, and reuse its
+            # socket.
             oldest = destination.oldest(client)
             if oldest is not None and oldest.front is not None:
                 leased = oldest.front.apply_moves(oldest, destination, source, if_rested=True)
@@ -257,12 +263,12 @@ class UdpListener:
     # ---- endings
 
     def lose(self, flow: UdpFlow, error: OSError) -> None:
-        """The endpoint refused: hold it against it, and end the flow so that the next datagram goes elsewhere."""
+        """Count a failure of the endpoint of *flow* and end the flow; the next datagram uses another endpoint."""
         self._hold_against(flow.endpoint, flow.counters, error, flow.key)
         self._end(flow, f"refused: {os.strerror(error.errno or 0)}")
 
     def _name(self, key: bytes, endpoint: Endpoint) -> str:
-        """Return whose address *endpoint* sees in datagrams of the client of *key*, "" for this node's."""
+        """Return the client's address if *endpoint* sees it, "" if it sees this node's."""
         transparent = self._transparent
         return "" if transparent is None else transparent.name_for(client_address(key)[0], endpoint.ip)
 
@@ -279,7 +285,7 @@ class UdpListener:
             log.info("endpoint %s is passed over for a while: %s", endpoint, error.strerror)
 
     def count_bytes(self) -> None:
-        """Bring the byte counters up to date."""
+        """Update the byte counters of all flows."""
         for flow in self._flows.values():
             self._count_bytes(flow)
 
@@ -291,14 +297,14 @@ class UdpListener:
             counters.bytes_to_clients += flow.bytes_to_client - to_client
 
     def expire(self, now: float) -> None:
-        """End flows that were idle for as long as conntrack would keep them."""
+        """End flows idle for longer than their timeout, which follows conntrack's."""
         limits = self._context.limits
         shortest = min(limits.udp_timeout_s, limits.udp_stream_timeout_s)
         expired = []
         for flow in self._flows.values():
             idle_s = now - flow.last_at
             if idle_s < shortest:
-                break  # in order of use: all that follow are younger
+                break  # in order of use: the rest were used later
             if idle_s >= (limits.udp_stream_timeout_s if flow.answered else limits.udp_timeout_s):
                 expired.append(flow)
         for flow in expired:

@@ -1,4 +1,4 @@
-"""What the control process and a worker say to each other: small immutable messages, as msgpack.
+"""The messages between the control process and a worker: small and immutable, encoded as msgpack.
 
 Requests are answered in order, so an answer needs no number.
 """
@@ -17,13 +17,13 @@ from userspace_proxy.model.names import ListenerName, ServicePortName
 
 
 class WorkerSettings(msgspec.Struct, frozen=True):
-    """What a worker is told when it is started."""
+    """The settings of a worker at its start."""
 
     limits: Limits
-    # Which one of how many.
+    # The index of this worker, and the number of workers.
     worker: int = 0
     workers: int = 1
-    # How long it serves on when the control process is gone, and what open connections get when that is over.
+    # How long it serves without a control process, and the drain timeout after that.
     orphan_timeout_s: float = 0.0
     drain_timeout_s: float = 5.0
     splice: str = "auto"
@@ -37,10 +37,10 @@ class WorkerSettings(msgspec.Struct, frozen=True):
 
 
 class Open(msgspec.Struct, frozen=True, tag=True):
-    """Serve these. A descriptor comes with each of the first *new* of them; the others are configured anew.
+    """Serve these listeners. A descriptor comes with each of the first *new* specs; the others are reconfigured.
 
-    For the worker that takes another's place *backends* and *memory* are what that one knew: both are there before
-    the first client is accepted. Listeners of one service port share its memory.
+    A replacement for a worker also gets that worker's *backends* and *memory*, before it accepts the first client.
+    Listeners of one service port share its memory.
     *waits*: UDP listeners are not read before `Begin`.
     """
 
@@ -64,25 +64,25 @@ class Retire(msgspec.Struct, frozen=True, tag=True):
 
 
 class TellStats(msgspec.Struct, frozen=True, tag=True):
-    """Answered with `Stats`. *endpoints*: theirs too."""
+    """Answered with `Stats`. *endpoints*: include counters of endpoints."""
 
     endpoints: bool = False
 
 
 class Cut(msgspec.Struct, frozen=True, tag=True):
-    """Done at once, before whatever else was asked (a drain, say), and not answered."""
+    """Reset all connections at once, before other queued requests (a drain, for example). Not answered."""
 
 
 class Ping(msgspec.Struct, frozen=True, tag=True):
-    """Answered with `Pong` at once, before whatever else was asked: the event loop goes round."""
+    """Answered with `Pong` at once, before other queued requests: shows that the event loop runs."""
 
 
 class KeepOn(msgspec.Struct, frozen=True, tag=True):
-    """Serve on when the control process is gone; the next one will call. The socket that has the name comes with it."""
+    """Keep serving if the control process dies, until a successor calls. The socket bound to the name comes with it."""
 
 
 class Close(msgspec.Struct, frozen=True, tag=True):
-    """Stop. *handed_over*: others accept at the same sockets already, so only open connections are left to do."""
+    """Stop. *handed_over*: others already accept at the same sockets, so only open connections are drained."""
 
     drain_timeout_s: float
     handed_over: bool = False
@@ -94,30 +94,33 @@ Request = Open | Begin | Update | Retire | TellStats | Cut | Ping | KeepOn | Clo
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
-    """The answer to every request but `TellStats`; *refused* says which listeners could not be served, and why."""
+    """Answer to every request but `TellStats`. *refused*: listeners that could not be served, with reasons."""
 
     refused: list[tuple[ListenerName, str]] = []
 
 
 class StatsPart(msgspec.Struct, frozen=True, tag=True):
-    """No answer yet: some of what `Stats` is the end of."""
+    """A part of the answer to `TellStats`; `Stats` comes last."""
 
     services: list[ServiceStats]
 
 
 class Stats(msgspec.Struct, frozen=True, tag=True):
-    """*services* came before, in parts, so that no packet waits for all of them."""
+    """The end of the answer to `TellStats`.
+
+    *services* are sent before, as `StatsPart`, so that no packet waits for all of them.
+    """
 
     rest: PlaneStats
     services: list[ServiceStats] = []
 
 
 class Pong(msgspec.Struct, frozen=True, tag=True):
-    """No answer to a request in turn: it overtakes them."""
+    """Answer to `Ping`. It may overtake answers to queued requests."""
 
 
 class News(msgspec.Struct, frozen=True, tag=True):
-    """No answer: what the pickers of service ports have learnt in the last second."""
+    """Sent without a request: pins and ejections that pickers have learnt in the last second."""
 
     memory: list[tuple[ServicePortName, PickerMemory]]
 
@@ -128,7 +131,7 @@ requests = msgspec.msgpack.Decoder(Request)
 answers = msgspec.msgpack.Decoder(Answer)
 encode = msgspec.msgpack.encode
 
-# What a message may have, unless it is about a single item: while it is taken in, packets wait.
+# Size limit for a message about several items: packets wait while it is decoded.
 FRAME_BYTES = 256 << 10
 
 Item = TypeVar("Item")
@@ -136,7 +139,10 @@ Message = TypeVar("Message", bound=msgspec.Struct)
 
 
 def fitting(items: Sequence[Item], most: int, make: Callable[[list[Item]], Message]) -> Iterator[Message]:
-    """Yield what *make* makes of *items*, so many at once that a message has *most* of them and FRAME_BYTES at most."""
+    """Yield messages that *make* makes of parts of *items*, each with at most *most* items and FRAME_BYTES.
+
+    A message about one item may be longer.
+    """
     for start in range(0, len(items), most):
         part = list(items[start : start + most])
         message = make(part)

@@ -1,11 +1,10 @@
 """The copy engine: recv into one shared buffer, send from it.
 
-The rule that keeps bytes safe: what was read and could not be sent is copied out of the shared buffer
-*at once*, and that direction does not read again before it is gone. Everything else here is about
-when a direction may go on.
+One rule keeps bytes safe: bytes that were read but not sent are copied out of the shared buffer *at once*, and that
+direction does not read again before they are sent. The rest of this module decides when a direction may continue.
 
-A reset travels like the data does: bytes that came before it are delivered first. So does an urgent byte: both sockets
-have SO_OOBINLINE from their beginning, and a read that stops in front of one is followed by another.
+A reset is forwarded in order: bytes that came before it are delivered first. So is an urgent byte: both sockets have
+SO_OOBINLINE from the start, and a read that stops before an urgent byte is followed by another read.
 """
 
 from __future__ import annotations
@@ -26,9 +25,10 @@ from userspace_proxy.dataplane.pipes import Pipe, PipePool
 from userspace_proxy.dataplane.poller import FAILED, HANGUP, READ, URGENT, WRITE, Poller
 
 BUFFER_BYTES = 64 * 1024
-# After so many full reads another connection gets its turn.
+# After this many full reads another connection gets its turn.
 READS_A_TURN = 8
-# How often a reset looks whether the bytes before it have left our send buffer (nothing tells): at first, and at last.
+# First and longest interval of the check whether the bytes before a reset have left the send buffer. The kernel has
+# no event for that.
 _RESET_POLL_S = 0.01
 _RESET_POLL_MAX_S = 1.0
 
@@ -50,10 +50,9 @@ _view = memoryview(_buffer)
 class Half:
     """One direction, from ``source`` to ``sink``.
 
-    ``stuck``: there are bytes that were read but not yet sent; ``pending`` has them, or, where an engine keeps them in
-    one, ``pipe``.
-    ``to_the_end``: a short read does not mean that there is no more. ``queued``: it goes on in another turn.
-    ``send_flags``: with MSG_MORE once the source has told its end: the last bytes and the end leave as one packet.
+    ``stuck``: some bytes were read but not sent yet. They are in ``pending``, or in ``pipe`` in the pipe engine.
+    ``to_the_end``: a short read does not mean that the socket is drained. ``queued``: it continues in a later turn.
+    ``send_flags``: with MSG_MORE after the source's FIN, so that the last bytes and our FIN leave in one packet.
     """
 
     __slots__ = (
@@ -71,7 +70,7 @@ class Half:
         "to_the_end",
     )
 
-    # Both are taken away at the connection's end (see `part`): no cycle is left for the garbage collector to find.
+    # Deleted at the connection's end (see `part`), so that no reference cycle is left for the garbage collector.
     opposite: Half
     splice: CopySplice
 
@@ -89,10 +88,10 @@ class Half:
         self.moved_bytes = 0
 
     def on_first_events(self, events: int) -> None:
-        """The client's socket is watched from now on, and a backend was dialled with `stream_socket`.
+        """Begin to watch the client's socket, after the backend was dialled with `stream_socket`.
 
-        The last packet of its handshake is held back, to leave with the client's first bytes. Where there are none yet
-        it must leave now: the backend may be who speaks first, and it is to see that the client has gone.
+        The last ACK of the backend's handshake is held back to leave with the client's first bytes. If there are none
+        yet, it must leave now: the backend may speak first, or must see that the client has gone.
         """
         self.splice.engine.poller.hand_over(self.source, self.on_socket)
         if not events & READ or events & FAILED:
@@ -100,7 +99,7 @@ class Half:
         self.on_socket(events)
 
     def on_socket(self, events: int) -> None:
-        """The source has something to read; or it takes bytes again, being the sink of the opposite direction."""
+        """Handle events of the source: read it, or send to it as the sink of the opposite direction."""
         try:
             writing = self.opposite
             if events & WRITE and writing.stuck:
@@ -121,14 +120,14 @@ class Half:
             self.cut()
 
     def pump(self) -> None:
-        """Move what is there, until the source is dry, the sink is full, or others must have their turn."""
+        """Move bytes until the source is drained, the sink is full, or the turn is over."""
         if self.stuck or self.done or self.queued:
             return
         source, sink = self.source, self.sink
         reads = 0
         while True:
             try:
-                # Not every socket is a non-blocking one: to make it that is a system call.
+                # Some sockets are blocking: making them non-blocking would cost a system call.
                 count = source.recv_into(_buffer, 0, MSG_DONTWAIT)
             except BlockingIOError:
                 return
@@ -153,7 +152,7 @@ class Half:
             if count != BUFFER_BYTES:
                 self.splice.engine.poller.messages += 1
                 if not self.to_the_end:
-                    return  # a short read: the kernel has no more, and tells when it has
+                    return  # a short read: the socket is drained, and an edge reports new bytes
             elif self.take_bulk():
                 return
             reads += 1
@@ -171,11 +170,11 @@ class Half:
             self.cut()
 
     def take_bulk(self) -> bool:
-        """Return whether another way than copying is taken for a direction that fills whole buffers."""
+        """Return whether the engine moves this direction, which fills whole buffers, in another way than by copying."""
         return False
 
     def flush(self) -> None:
-        """Send what is pending; when all is gone, read on."""
+        """Send the pending bytes. When all are sent, read on."""
         pending = memoryview(self.pending)
         while pending:
             try:
@@ -193,7 +192,7 @@ class Half:
         self.pump()
 
     def drop(self) -> None:
-        """Forget what was read and not sent."""
+        """Discard bytes that were read but not sent."""
         self.pending = b""
         self.stuck = False
 
@@ -213,7 +212,7 @@ class Half:
                 self.sink_failed(error)
 
     def source_failed(self, error: OSError) -> None:
-        """The source was reset: nothing can go back to it either."""
+        """Handle a reset of the source: no byte can be sent back to it either."""
         splice = self.splice
         splice.note_broken(self.source, error)
         self.done = self.opposite.done = True
@@ -221,7 +220,7 @@ class Half:
         splice.reset(splice.broken, self.sink)
 
     def sink_failed(self, error: OSError) -> None:
-        """The sink was reset. What it sent before that is still in its receive queue, and is delivered."""
+        """Handle a reset of the sink. Bytes that it sent before are still in its receive queue and are delivered."""
         splice, opposite = self.splice, self.opposite
         splice.note_broken(self.sink, error)
         self.done = True
@@ -233,26 +232,26 @@ class Half:
             opposite.pump()
 
     def _look_for_reset(self) -> None:
-        """A source that had already ended (half-closed) has more to say: that can only be a reset."""
+        """Check for a reset: another event of a source that has already ended (half-closed) can only be that."""
         code = self.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
             self.source_failed(OSError(code, ""))
 
     def part(self) -> None:
-        """The connection has ended."""
+        """Detach from the ended connection."""
         self.done = True
         if self.stuck:
             self.drop()
         del self.opposite, self.splice
 
     def cut(self) -> None:
-        """After an exception that nobody foresaw: no connection may be left hanging."""
+        """Cut the connection after an unexpected exception, so that it does not hang."""
         if hasattr(self, "splice"):
             self.splice.cut("a bug")
 
 
 class CopySplicer:
-    """Starts a `CopySplice` for each pair of sockets."""
+    """Starts a `CopySplice` for each connection."""
 
     half: type[Half] = Half
 
@@ -270,7 +269,7 @@ class CopySplicer:
 
 
 class CopySplice:
-    """One connection: two halves, and how they end."""
+    """One connection: its two directions, and how they end."""
 
     __slots__ = ("_down", "_ended", "_on_end", "_up", "broken", "engine")
 
@@ -279,7 +278,7 @@ class CopySplice:
     ) -> None:
         self.engine = engine
         self._on_end = on_end
-        self.broken = ""  # why this connection cannot end well, once that is known
+        self.broken = ""  # the first error of the connection, "" while there is none
         self._ended = False
         self._up = up = engine.half(client, backend, self)
         self._down = down = engine.half(backend, client, self)
@@ -292,7 +291,7 @@ class CopySplice:
         poller.watch(up.source, up.on_socket if told is None else up.on_first_events)
         if told is not None:
             poller.hand_over(down.source, down.on_socket)
-            if told & ~WRITE:  # a backend that spoke first: nothing will tell of these bytes again
+            if told & ~WRITE:  # the backend spoke first: no edge will report these bytes again
                 poller.again(lambda: None if down.done else down.on_socket(told))
 
     @property
@@ -309,13 +308,13 @@ class CopySplice:
 
     @property
     def sockets(self) -> tuple[SocketType, SocketType]:
-        """The client's and the backend's socket; for looking at, not for reading or writing."""
+        """The client's and the backend's socket, for inspection only."""
         return self._up.source, self._down.source
 
     # ---- endings
 
     def note_broken(self, sock: SocketType, error: OSError) -> None:
-        """Remember the first thing that went wrong; it was at *sock*."""
+        """Record the first error of the connection, which occurred at *sock*."""
         if not self.broken:
             side = "client" if sock is self._up.source else "backend"
             self.broken = f"{side} is dead" if error.errno in _DEAD else f"reset by {side}"
@@ -324,9 +323,9 @@ class CopySplice:
         self.close(reason, abortive=True)
 
     def reset(self, how: str, towards: SocketType, wait_s: float = _RESET_POLL_S) -> None:
-        """End with a reset, once the bytes before it have left our send buffer towards *towards*.
+        """Reset both sides after the bytes before it have left the send buffer towards *towards*.
 
-        A reader may take its time for them: who never reads is a matter of time-outs, as it is without a reset.
+        A slow reader may take its time. A reader that never reads is left to the timeouts, as without a reset.
         """
         if self._ended:
             return
@@ -350,7 +349,7 @@ class CopySplice:
 
 
 def _unsent_bytes(sock: SocketType) -> int:
-    """Bytes handed to the kernel that the peer has not acknowledged; 0 when the connection is gone."""
+    """Return the bytes in the send buffer that the peer has not acknowledged; 0 if the connection is gone."""
     count = array.array("i", [0])
     try:
         if sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE:

@@ -1,11 +1,11 @@
-"""The pipe engine: small messages are copied, bulk goes through splice(2) without coming to this process.
+"""The pipe engine: copies small messages, and moves bulk data with splice(2) inside the kernel.
 
-A direction that fills a whole buffer becomes bulk: its bytes move from socket to pipe to socket in steps that
-take turns with everything else, until the source is dry. A pipe is held only while bytes are in it, and the
-direction does not read again before they are gone.
+A direction that fills a whole buffer becomes bulk. Its bytes move from socket to pipe to socket in steps, in turn with
+other work, until the source is drained. A pipe is held only while it contains bytes, and the direction does not read
+again before the pipe is empty.
 
-splice(2) does not pass an urgent byte: in front of it, it returns EAGAIN, or 0 if the peer has ended its stream
-(tcp_splice_read in net/ipv4/tcp.c). So neither tells anything for certain, and recv(2) is asked.
+splice(2) does not pass an urgent byte. Before one, it returns EAGAIN, or 0 if the peer has ended its stream
+(tcp_splice_read in net/ipv4/tcp.c). Neither result is certain, so recv(2) decides.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from userspace_proxy.dataplane.splice.copy import BUG, CopySplicer, Half
 
 log = logging.getLogger(__name__)
 
-# Never SPLICE_F_MORE: the kernel would wait for more before it sends the last part.
+# Never SPLICE_F_MORE: the kernel would hold back the last part to wait for more.
 _FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 
 
 class PipeHalf(Half):
-    """One direction that is copied or spliced, as its bytes come."""
+    """One direction that is copied or spliced, depending on its traffic."""
 
     __slots__ = ()
 
     def take_bulk(self) -> bool:
         for sock in (self.source, self.sink):
             if sock.gettimeout() is None:
-                sock.setblocking(False)  # splice(2) has no flag that does this for sockets
+                sock.setblocking(False)  # splice(2) has no such flag for sockets
         self.queued = True
         self.splice.engine.poller.in_bulk(self._bulk_step)
         return True
 
     def _bulk_step(self, most_bytes: int) -> bool:
-        """Move up to *most_bytes*; return whether there may be more to move now."""
+        """Move up to *most_bytes*. Return whether there may be more to move now."""
         self.queued = False
         try:
             more = not self.done and self._move(most_bytes)
@@ -50,7 +50,7 @@ class PipeHalf(Half):
         return more
 
     def _copy_next(self) -> bool:
-        """Copy in the next turn; return False, as this bulk is over."""
+        """Copy in the next turn. Return False, because this bulk transfer is over."""
         self.queued = True
         self.splice.engine.poller.again(self.go_on)
         return False
@@ -58,13 +58,13 @@ class PipeHalf(Half):
     def _move(self, most_bytes: int) -> bool:
         pipes = self.splice.engine.pipes
         pipe = pipes.lend()
-        if pipe is None:  # all are in use: copy, as the other engine does
+        if pipe is None:  # all are in use: copy
             return self._copy_next()
         try:
             count = os.splice(self.source.fileno(), pipe.write_end, min(most_bytes, BULK_BYTES), flags=_FLAGS)
         except BlockingIOError:
             pipes.take_back(pipe)
-            # Dry: the next edge tells. Or in front of an urgent byte of which an edge has told already.
+            # Drained: the next edge reports new bytes. Or before an urgent byte whose edge was reported already: copy.
             return self.to_the_end and self._copy_next()
         except OSError as error:
             pipes.take_back(pipe)
@@ -78,7 +78,7 @@ class PipeHalf(Half):
         return self._empty(pipe)
 
     def _empty(self, pipe: Pipe) -> bool:
-        """Send what is in *pipe*; return whether all of it is gone, and the pipe given back."""
+        """Send the content of *pipe*. Return whether all was sent and the pipe was given back."""
         while pipe.held_bytes:
             try:
                 sent = os.splice(pipe.read_end, self.sink.fileno(), pipe.held_bytes, flags=_FLAGS)
@@ -106,6 +106,6 @@ class PipeHalf(Half):
 
 
 class PipeSplicer(CopySplicer):
-    """Starts a splice of two `PipeHalf` for each pair of sockets; they share the pipes."""
+    """Starts a splice of two `PipeHalf` for each connection; all share one pool of pipes."""
 
     half = PipeHalf
