@@ -69,8 +69,11 @@ class Front(Protocol):
         """Note that the endpoint of *flow* refused, and end the flow."""
         ...
 
-    def apply_moves(self, flow: UdpFlow, destination: Destination, source: str, *, if_rested: bool) -> Leased | None:
-        """End *flow* for another one, which goes to *destination*; return its socket where that has rested."""
+    def evict(self, flow: UdpFlow, destination: Destination, source: str, *, if_rested: bool) -> Leased | None:
+        """End *flow* to make room for another flow to *destination*. Return its socket if that can be reused at once.
+
+        *if_rested*: do nothing unless the socket can be reused.
+        """
         ...
 
     def not_sent(self, datagrams: int) -> None:

@@ -1,24 +1,24 @@
-"""How what serves goes from one process to the next: its listeners, and what its pickers have learnt.
+"""Hand over the listeners, and what pickers have learnt, from one process to its successor.
 
-The processes that serve in a network namespace are members there (rendezvous.py): the control process, or, when that
-has died, each of its workers (orphans). A successor calls them. It is given every listener, serves, says so, and only
-then the one before stops accepting; so at no moment does nobody accept.
+The serving processes of a network namespace are members there (rendezvous.py): the control process or, if that has
+died, each of its workers (orphans). A successor calls them. It gets every listener, serves, and says so. Only then
+does the predecessor stop accepting, so that at every moment a process accepts.
 
-    successor                         who serves
+    successor                         predecessor
        Call, to all members    ->
-                               <-     connects; each shows the other that it may
+                               <-     connects; each proves its right to the other
                                <-     Present
        TakeOver                ->
                                <-     Inherit, a frame for some listeners, with their descriptors ...
-                               <-     HealthChecks, the same, where they were asked for ...
+                               <-     HealthChecks, likewise, if requested ...
                                <-     Lock, with the descriptor of the name
        (serves)  Taken         ->
                                <-     Released, and drains
 
-Until `Taken` the one before goes on as if nobody had asked, should the successor fail.
+Until `Taken` the predecessor serves as before, in case the successor fails.
 
-UDP listeners are read by the successor from `Released` on: which local ports rest is known only when the process before
-begins no more flows. Datagrams wait in the socket meanwhile.
+The successor reads UDP listeners from `Released` on: which local ports rest is known only after the predecessor begins
+no more flows. Datagrams wait in the sockets meanwhile.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from userspace_proxy.dataplane.channel import DESCRIPTORS_A_FRAME, LOST, Channel
 from userspace_proxy.dataplane.rendezvous import Call, answer, heard
 from userspace_proxy.interfaces import DataPlane, ListenerSpec
 
-# Of these messages and of rendezvous.py, and the oldest that is understood: upgrade and roll-back. Fields that are not
-# known are ignored, and a field that is new has a default. A version that changes more than that says so by OLDEST;
-# then it is refused in words, in both directions.
-# tests/dataplane/test_handover_versions.py has the other side as it was.
+# Version of these messages and of rendezvous.py, and the oldest version understood, for upgrade and roll-back. Unknown
+# fields are ignored, and a new field has a default. A larger change raises OLDEST; a handover between such versions is
+# refused with a message, in both directions. tests/dataplane/test_handover_versions.py has the other side as it was.
 VERSION = OLDEST = 3
 _ANSWER_TIMEOUT_S = 15.0
-# Who connects and asks nothing costs a descriptor each; the first of more makes way.
+# Each silent caller costs a descriptor; the oldest of more than these is cut.
 _SILENT_MAX = 8
 
 
 class Present(msgspec.Struct, frozen=True, tag=True):
-    """Who serves. ``worker`` of ``workers`` for an orphan; ``sources``: what is served, to tell the same again.
+    """The serving process. ``worker`` of ``workers``, for an orphan. ``sources``: where its state comes from.
 
-    ``oldest``: the oldest version that it understands. No ``workers``: the kernel serves, there are no listeners.
+    ``oldest``: the oldest version that it understands. ``workers`` is 0 if the kernel serves and there are no
+    listeners.
     """
 
     version: int
@@ -64,9 +64,10 @@ class Present(msgspec.Struct, frozen=True, tag=True):
 
 
 class TakeOver(msgspec.Struct, frozen=True, tag=True):
-    """*workers*: how many will accept; sockets of workers beyond that number are closed, once they are empty.
+    """Request to take over. *workers*: how many will accept; sockets of further workers are closed once empty.
 
-    *health_checks*: whether those are taken, too; who does not know of them would let them hang.
+    *health_checks*: take over health-check listeners, too. A version that does not know them would leave clients
+    hanging.
     """
 
     version: int
@@ -77,7 +78,7 @@ class TakeOver(msgspec.Struct, frozen=True, tag=True):
 
 
 class End(msgspec.Struct, frozen=True, tag=True):
-    """To an orphan: end now, nobody comes any more."""
+    """Request to an orphan to stop now, because no successor will come."""
 
 
 class Taken(msgspec.Struct, frozen=True, tag=True):
@@ -96,11 +97,11 @@ class Inherit(msgspec.Struct, frozen=True, tag=True):
 
 
 class HealthChecks(msgspec.Struct, frozen=True, tag=True):
-    """Listeners of health-check node ports; the sockets say themselves which."""
+    """Listeners of health-check node ports. The sockets themselves tell their ports."""
 
 
 class Lock(msgspec.Struct, frozen=True, tag=True):
-    """That was all; the descriptor of the socket that has the name comes with it."""
+    """The last part. The descriptor of the socket bound to the name comes with it."""
 
 
 class Released(msgspec.Struct, frozen=True, tag=True):
@@ -114,7 +115,7 @@ _messages = msgspec.msgpack.Decoder(Message)
 
 
 class Conversation:
-    """Messages with descriptors, one after the other, with one peer."""
+    """Exchange of messages and descriptors with one peer."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._received: asyncio.Queue[tuple[Message, list[int]] | None] = asyncio.Queue()
@@ -125,7 +126,7 @@ class Conversation:
             message = _messages.decode(body)
         except msgspec.DecodeError:
             close_descriptors(descriptors)
-            self._channel.break_off("it says what is not understood")
+            self._channel.break_off("it sent an unknown message")
             return
         if LOST in descriptors:
             close_descriptors(descriptors)
@@ -141,7 +142,7 @@ class Conversation:
 
         Raises:
             ConnectionError: the peer is gone.
-            TimeoutError: it says nothing.
+            TimeoutError: no message came in time.
         """
         async with asyncio.timeout(timeout_s):
             received = await self._received.get()
@@ -151,13 +152,13 @@ class Conversation:
         return received
 
     async def ended(self) -> None:
-        """Wait until the peer is gone, for as long as an answer may take."""
+        """Wait until the peer is gone, at most as long as an answer may take."""
         with contextlib.suppress(ConnectionError, TimeoutError):
             while True:
                 await self.receive()
 
     async def sent(self) -> None:
-        """Wait until the kernel has all that was sent."""
+        """Wait until the kernel has accepted all messages."""
         await self._channel.sent()
 
     def close(self) -> None:
@@ -169,7 +170,7 @@ class Conversation:
 
 
 def understands(other: Present | TakeOver) -> bool:
-    """Return whether the *other* process speaks a version that this one understands, and the other way round."""
+    """Return whether this process and the *other* one understand each other's version."""
     return other.oldest <= VERSION and other.version >= OLDEST
 
 
@@ -221,7 +222,7 @@ class HandoverPlane(DataPlane, Protocol):
 
 
 class Incumbent:
-    """Answers the calls of successors, for the process that serves here now, which is *member*."""
+    """Answers the calls of successors for the serving process, which *member* represents."""
 
     def __init__(
         self,
@@ -236,7 +237,7 @@ class Incumbent:
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._conversations: dict[asyncio.Task[None], str] = {}  # with the name of the caller
-        self._heard: asyncio.Task[None] | None = None  # whose wish is being done
+        self._heard: asyncio.Task[None] | None = None  # whose request is being served
         self._closed = False
         self._loop.add_reader(member.fileno(), self._hear)
 
@@ -254,15 +255,15 @@ class Incumbent:
     async def _converse(self, call: Call) -> None:
         try:
             conversation = Conversation(await answer(call))
-        except (OSError, TimeoutError):  # the caller has gone, or it is not the caller any more
+        except (OSError, TimeoutError):  # the caller is gone, or another process has its name
             return
         try:
             conversation.send(self._present)
             asked, descriptors = await conversation.receive(timeout_s=60)
-            for descriptor in descriptors:  # nobody has asked for any
+            for descriptor in descriptors:  # none are expected
                 os.close(descriptor)
             if self._heard is not None:
-                conversation.send(Refused("another process takes it over just now"))
+                conversation.send(Refused("another process is taking over now"))
             elif isinstance(asked, TakeOver) and not understands(asked):
                 conversation.send(Refused(f"it hands over in version {VERSION} and was asked in {asked.version}"))
             else:
@@ -272,7 +273,7 @@ class Incumbent:
                 elif isinstance(asked, End) and self._on_end is not None:
                     await self._on_end()
             await conversation.sent()
-        except (OSError, TimeoutError):  # the successor has gone, or is not of our kind
+        except (OSError, TimeoutError):  # the successor is gone, or is another program
             pass
         finally:
             if self._heard is asyncio.current_task():
@@ -280,7 +281,7 @@ class Incumbent:
             conversation.close()
 
     def close(self) -> None:
-        """Answer no more, but to whom is being served; and be no member any more."""
+        """Stop answering calls and leave the group. A request that is being served continues."""
         if self._closed:
             return
         self._closed = True
@@ -291,7 +292,7 @@ class Incumbent:
                 task.cancel()
 
     def give_up(self) -> None:
-        """Serve on without whoever is being served just now."""
+        """Cancel the request that is being served, and serve on."""
         if self._heard is not None:
             self._heard.cancel()
 
@@ -302,10 +303,10 @@ async def hand_over(
     name: socket.socket,
     health_checks: Sequence[socket.socket] = (),
 ) -> None:
-    """Give *listeners*, *health_checks* and *name* to the successor and wait until it serves.
+    """Send *listeners*, *health_checks* and *name* to the successor and wait until it serves.
 
     Raises:
-        OSError, TimeoutError: it failed; everything is ours still.
+        OSError, TimeoutError: it failed; this process still owns everything.
     """
     checks = [sock.fileno() for sock in health_checks]
     parts = [
@@ -314,7 +315,7 @@ async def hand_over(
     for message, descriptors in itertools.chain[tuple[Message, list[int]]](listeners, parts):
         conversation.send(message, descriptors)
         async with asyncio.timeout(_ANSWER_TIMEOUT_S):
-            await conversation.sent()  # packets first; and descriptors under way are bounded
+            await conversation.sent()  # lets packets through, and bounds the descriptors in flight
     conversation.send(Lock(), [name.fileno()])
     answer, _ = await conversation.receive(timeout_s=60)
     if not isinstance(answer, Taken):
@@ -322,7 +323,7 @@ async def hand_over(
 
 
 def expect(received: tuple[Message, list[int]], kind: type[Received]) -> Received:
-    """Return the message of *received*, which has to be a *kind*; raises ConnectionError where it is not."""
+    """Return the message of *received* if it is a *kind*; otherwise raise ConnectionError."""
     message, descriptors = received
     if isinstance(message, kind):
         return message

@@ -1,4 +1,4 @@
-"""The data plane in this process: listeners by name, and what they share."""
+"""The data plane in this process: listeners by name, and the objects that they share."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 _OPENED_A_STEP = 128
 _SERVICE_PORTS_A_STEP = 256
 _FLOWS_A_STEP = 128
-# How long the one before waits for answers to datagrams that it has passed on.
+# How long a predecessor waits for replies to datagrams that it has forwarded.
 _UDP_LINGER_S = 5.0
 _LINGER_POLL_S = 0.1
 
 
-# Engines by the name that `--splice` gives them.
+# Splice engines, by their names in `--splice`.
 SPLICERS: dict[str, Callable[[Poller, asyncio.AbstractEventLoop, PipePool], Splicer]] = {
     "auto": PipeSplicer,
     "copy": lambda poller, loop, _: CopySplicer(poller, loop),
@@ -52,9 +52,9 @@ log = logging.getLogger(__name__)
 
 
 class LocalPlane:
-    """A DataPlane whose sockets live in this process. Make it inside the running event loop."""
+    """A DataPlane with its sockets in this process. Create it inside the running event loop."""
 
-    # Who could tell would hang with it.
+    # Always "": code that could report a hang would hang with it.
     failing = ""
     unserved: Mapping[ListenerName, str] = {}
 
@@ -69,8 +69,8 @@ class LocalPlane:
     ) -> None:
         """Make it.
 
-        *lines_dropped*: how many of the records given to *record* were not written. *share*: which worker of how many;
-        no two choose the same local ports for UDP flows.
+        *lines_dropped* returns how many records given to *record* were not written. *share*: (worker, workers); no two
+        workers choose the same local ports for UDP flows.
         """
         raise_descriptor_limit()
         loop = asyncio.get_running_loop()
@@ -110,11 +110,11 @@ class LocalPlane:
             except OSError as error:
                 refused[spec.name] = refusal(spec.proxy_port, error)
             if not count % _OPENED_A_STEP:
-                await asyncio.sleep(0)  # connections go on while thousands of listeners are opened
+                await asyncio.sleep(0)  # let traffic run while thousands of listeners are opened
         return refused
 
     def configure(self, spec: ListenerSpec) -> bool:
-        """Give the listener of *spec* its new portals and affinity; return whether there is one."""
+        """Give the listener of *spec* its new portals and affinity. Return False if there is no such listener."""
         known = self._listeners.get(spec.name)
         if known is not None:
             known.configure(spec)
@@ -130,9 +130,9 @@ class LocalPlane:
         *,
         waits: bool = False,
     ) -> None:
-        """Serve *spec* at *sock*, which is ours from now on; it is closed where that cannot be (OSError).
+        """Serve *spec* at *sock*, which this plane owns from now on. On failure, close it and raise OSError.
 
-        *waits*: for UDP, only once told to `begin`.
+        *waits*: a UDP listener is not read before `begin`.
         """
         name = spec.name
         shared = self._shared.get(name.service_port) or Shared(Memory(self._context.now))
@@ -158,22 +158,22 @@ class LocalPlane:
 
     @property
     def messages(self) -> int:
-        """How many small messages have passed so far."""
+        """The number of small messages moved so far."""
         return self._poller.messages
 
     def take_news(self) -> Iterator[list[tuple[ServicePortName, PickerMemory]]]:
-        """Return what pickers have learnt since the last call, in parts that take a fraction of a millisecond each."""
+        """Yield what pickers have learnt since the last call, in parts that take a fraction of a millisecond each."""
         known = list(self._shared.items())
         for start in range(0, len(known), _SERVICE_PORTS_A_STEP):
             part = known[start : start + _SERVICE_PORTS_A_STEP]
             yield [(name, learnt) for name, shared in part if (learnt := shared.memory.take_news()) is not None]
 
     def memory_of(self, name: ServicePortName) -> PickerMemory:
-        """Return all that the pickers of a service port with listeners have learnt."""
+        """Return all pins and ejections of a service port with listeners."""
         return self._shared[name].memory.all()
 
     async def reserve(self, port: int) -> str:
-        """Hold *port* so that the kernel refuses whoever dials it; return why not ("" when held)."""
+        """Hold *port* so that the kernel refuses its clients. Return the reason on failure, "" on success."""
         try:
             self._reserved += reserve_refusing_port(port)
         except OSError as error:
@@ -191,7 +191,7 @@ class LocalPlane:
             listener.update(backends)
 
     def held(self) -> Iterator[tuple[TcpListener | UdpListener, Backends | None]]:
-        """Return every listener with the endpoints that it was given: what another plane needs to take its place."""
+        """Yield every listener with its endpoints, for another data plane that takes over."""
         for name, listener in self._listeners.items():
             yield listener, self._backends.get(name)
 
@@ -208,9 +208,9 @@ class LocalPlane:
                     del self._shared[name.service_port]
 
     def _replacement_of(self, name: ListenerName, retired: Sequence[ListenerName]) -> UdpListener | None:
-        """Return who may go on with the flows of *name*: where the traffic policy changed, its clients are led there.
+        """Return the listener that takes over the UDP flows of *name* after a change of traffic policy, or None.
 
-        What the endpoints see does not change; else a flow begins anew.
+        It differs in scope only, so endpoints see the same source address; otherwise flows begin anew.
         """
         others = (
             ListenerName(name.service_port, scope, name.transparent) for scope in Scope if scope is not name.scope
@@ -223,7 +223,7 @@ class LocalPlane:
         return add_up(itertools.chain.from_iterable(parts), self.totals(), known if known > endpoints_max else 0)
 
     def take_stats(self, *, endpoints: bool) -> Iterator[list[ServiceStats]]:
-        """Return what every service port has counted, in parts that take a fraction of a millisecond each."""
+        """Yield the counters of every service port, in parts that take a fraction of a millisecond each."""
         for _ in self._context.connections.count_bytes():
             yield []
         for listener in list(self._udp.values()):
@@ -243,7 +243,7 @@ class LocalPlane:
         yield part
 
     def totals(self) -> PlaneStats:
-        """Return what is counted for the plane as a whole."""
+        """Return the counters of the data plane as a whole."""
         connections = self._context.connections
         return PlaneStats(
             services={},
@@ -318,4 +318,4 @@ class LocalPlane:
                     listener.expire(now)
                 self._datagrams.expire(now)
             except Exception:
-                log.exception("a bug: this look for silent connections found nothing")
+                log.exception("a bug: a sweep for silent connections and idle flows failed")

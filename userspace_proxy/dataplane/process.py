@@ -1,4 +1,4 @@
-"""One worker process, seen from the control side: started, asked, watched, and replaced when it dies or hangs."""
+"""One worker process, seen from the control process: start it, send requests, and replace it if it dies or hangs."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.names import ListenerName, ServicePortName
 
 _RESPAWN_PAUSE_S = 0.5
-# Until listeners for which a new worker had no room are tried again.
+# Pause before listeners that a new worker had no room for are retried.
 _ROOM_PAUSE_S = 1.0
 _EXIT_TIMEOUT_S = 5.0
-# A process that dies closes its sockets a moment before its end can be seen; one that is killed ends soon.
+# A dying process closes its sockets a moment before its exit is visible; a killed one exits soon.
 _END_SEEN_S = 0.3
 _KILLED_S = 2.0
 _LOOK_FIRST_S, _LOOK_LAST_S = 0.002, 0.1
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 class Learnt:
-    """What the pickers of one worker have told; it is given to the one that takes the worker's place."""
+    """Pins and ejections that the pickers of one worker have reported, kept for its replacement."""
 
     def __init__(self) -> None:
         self._pins: dict[ServicePortName, dict[str, Pin]] = {}
@@ -64,10 +64,10 @@ class Learnt:
 
 
 class WorkerProcess:
-    """The worker number ``settings.worker``, replaced when it dies, hangs or can no longer be spoken to.
+    """The worker with index ``settings.worker``, replaced when it dies, hangs or breaks its channel.
 
-    *replay* tells a worker all that it should know, or all of some listeners; it returns those that the worker has no
-    room for, and why. ``unserved`` are these, until there is room; ``failing`` says why nothing is served, "" if it is.
+    *replay* tells a worker its whole state, or that of some listeners. It returns those that the worker has no room
+    for, with reasons. ``unserved`` has these until there is room. ``failing``: why nothing is served, "" if it is.
     """
 
     def __init__(
@@ -84,10 +84,10 @@ class WorkerProcess:
         self._knows = knows
         self._replay = replay
         self._waiting: deque[asyncio.Future[wire.Answer]] = deque()
-        self._told: list[ServiceStats] = []  # parts of stats that are not whole yet
+        self._told: list[ServiceStats] = []  # parts of stats until the answer is complete
         self._channel: Channel | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._replaced: list[subprocess.Popen[bytes]] = []  # those that have not ended yet
+        self._replaced: list[subprocess.Popen[bytes]] = []  # replaced processes that have not exited yet
         self._closing = False
         self._respawn: asyncio.Task[None] | None = None
         self._watchdog = Watchdog()
@@ -95,14 +95,14 @@ class WorkerProcess:
         self._watch: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Start the process; it serves what it is told from then on. Raises OSError."""
+        """Start the process; raises OSError. It then serves what it is told to."""
         ours, theirs = socket.socketpair()
         settings = msgspec.json.encode(self.settings).decode()
         module = "userspace_proxy.dataplane.worker"
         command = [sys.executable, "-P", "-m", module, str(theirs.fileno()), settings]
         with theirs:
             try:
-                # A session of its own: signals from a terminal are for the control process.
+                # Its own session: signals from a terminal are for the control process.
                 self._process = subprocess.Popen(
                     command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
                 )
@@ -120,12 +120,12 @@ class WorkerProcess:
         return self._process.pid if self._process else 0
 
     def _on_frame(self, body: bytes, descriptors: list[int]) -> None:
-        close_descriptors(descriptors)  # it has none to give
+        close_descriptors(descriptors)  # workers send none
         try:
             answer = wire.answers.decode(body)
         except msgspec.DecodeError as error:
             if self._channel is not None:
-                self._channel.break_off(f"sent what is no answer ({error})")
+                self._channel.break_off(f"sent an invalid answer ({error})")
             return
         if isinstance(answer, wire.Pong):
             self._owes_answer = False
@@ -158,7 +158,7 @@ class WorkerProcess:
                 self._channel.break_off(why)
 
     def _on_close(self) -> None:
-        # Until another worker is there, requests fail at once: one that waited would take that one's first answer.
+        # Until there is another worker, requests fail at once: a waiting one would take that worker's first answer.
         channel, self._channel = self._channel, None
         self._told = []
         waiting, self._waiting = self._waiting, deque()
@@ -168,13 +168,13 @@ class WorkerProcess:
         if not self._closing and self._process is not None:
             broken = channel.broken if channel is not None else ""
             if broken:
-                # Before it sees that the channel is closed: it lives, and must not take us for dead.
+                # Before the worker notices the closed channel: it lives, and must not take this process for dead.
                 self._process.terminate()
             self.failing = f"worker process {self.pid} {broken or 'has ended'}"
             self._respawn = asyncio.create_task(self._replace(self._process, broken), name="replace the worker")
 
     async def _replace(self, process: subprocess.Popen[bytes], broken: str) -> None:
-        """Start a worker in the place of *process*, whether that ends or not: nobody hears it any more."""
+        """Start a worker in place of *process*, even if that does not exit: its channel is closed."""
         if not broken:
             code = await exit_code(process, _END_SEEN_S)
             broken = "has closed its channel" if code is None else f"has ended (exit code {code})"
@@ -185,7 +185,7 @@ class WorkerProcess:
         self.restarts += 1
         log.error("worker process %d %s; another one takes its listeners", process.pid, broken)
         if self.restarts > 1:
-            await asyncio.sleep(_RESPAWN_PAUSE_S)  # one that dies at once must not be started all the time
+            await asyncio.sleep(_RESPAWN_PAUSE_S)  # back off, in case workers die at once
         told = ""
         while True:
             try:
@@ -195,7 +195,7 @@ class WorkerProcess:
                 if told != (told := str(error)):
                     log.error("no worker process can be started, trying again: %s", error)  # noqa: TRY400
                 await asyncio.sleep(_RESPAWN_PAUSE_S)
-        with contextlib.suppress(SyncError):  # it has ended, too, and is being replaced
+        with contextlib.suppress(SyncError):  # the new worker has ended, too, and is being replaced
             await self._tell_all()
 
     async def _tell_all(self) -> None:
@@ -203,14 +203,14 @@ class WorkerProcess:
         self.failing = ""
         if self.unserved:
             why = next(iter(self.unserved.values()))
-            log.error("listeners that are not served: %d (%s); trying again", len(self.unserved), why)
+            log.error("no room for %d listeners (%s); retrying", len(self.unserved), why)
             while self.unserved:
                 await asyncio.sleep(_ROOM_PAUSE_S)
                 self.unserved = await self._replay(self, list(self.unserved))
             log.info("all listeners are served again")
 
     def send(self, request: wire.Request, descriptors: Sequence[int] = ()) -> asyncio.Future[wire.Answer]:
-        """Send *request*; the future has the answer, or SyncError where there is nobody to give one."""
+        """Send *request*. The returned future gets the answer, or SyncError if there is no worker."""
         future: asyncio.Future[wire.Answer] = asyncio.get_running_loop().create_future()
         if self._channel is None:
             future.set_exception(SyncError("there is no worker process"))
@@ -227,25 +227,25 @@ class WorkerProcess:
             process.kill()
 
     def leave(self) -> None:
-        """Let it serve on alone."""
+        """Let the worker serve alone."""
         self.end_tasks()
         if self._channel is not None:
             self._channel.close()
 
     def end_tasks(self) -> None:
-        """Watch over it no more, and tell it no more than it is asked for."""
+        """Stop watching, replacing and replaying."""
         self._closing = True
         for task in (self._respawn, self._watch):
             if task is not None:
                 task.cancel()
 
     async def sent(self) -> None:
-        """Wait until the kernel has all that was sent, with its descriptors."""
+        """Wait until the kernel has accepted all that was sent, with its descriptors."""
         if self._channel is not None:
             await self._channel.sent()
 
     async def close(self, drain_timeout_s: float, *, handed_over: bool) -> None:
-        """Let it drain and end, and those before it."""
+        """Let this worker, and the replaced ones that still run, drain and exit."""
         await asyncio.gather(
             self._close(drain_timeout_s, handed_over=handed_over),
             *(_end(process, drain_timeout_s) for process in self._replaced),
@@ -262,7 +262,7 @@ class WorkerProcess:
 
 
 async def exit_code(process: subprocess.Popen[bytes], timeout_s: float) -> int | None:
-    """Return the exit code of *process*; None if it runs still: in uninterruptible sleep not even SIGKILL ends it."""
+    """Return the exit code of *process*, or None if it still runs: SIGKILL does not end uninterruptible sleep."""
     give_up_at = time.monotonic() + timeout_s
     pause_s = _LOOK_FIRST_S
     while (code := process.poll()) is None and time.monotonic() < give_up_at:
@@ -272,19 +272,19 @@ async def exit_code(process: subprocess.Popen[bytes], timeout_s: float) -> int |
 
 
 async def _end(process: subprocess.Popen[bytes], timeout_s: float) -> None:
-    """Wait for the end of *process*, and kill it when the time is up."""
+    """Wait for *process* to exit; kill it after *timeout_s*."""
     if await exit_code(process, timeout_s) is None:
         process.kill()
         if await exit_code(process, _KILLED_S) is None:
-            log.error("worker process %d does not end, though it was killed", process.pid)
+            log.error("worker process %d has been killed but does not exit", process.pid)
 
 
 async def answers_to(futures: Iterable[asyncio.Future[wire.Answer]]) -> list[wire.Answer]:
-    """Return the answers to several requests; raises SyncError where one is not answered."""
+    """Return the answers to several requests; raises SyncError if one is not answered."""
     return await asyncio.gather(*futures)
 
 
 def _retrieve(future: asyncio.Future[wire.Answer]) -> None:
-    """A request that nobody waits for may fail without a word."""
+    """Mark the future's exception as seen: a request without a waiting caller may fail silently."""
     if not future.cancelled():
         future.exception()

@@ -1,8 +1,8 @@
-"""DataPlane for the control side: the same calls, sent to one worker process or several.
+"""The DataPlane of the control process: forwards each call to one or more worker processes.
 
-This side opens the listeners and keeps a duplicate of each, with all that the workers were told. So a worker that
-dies is replaced by one that serves at once at the same sockets: only its own open connections are lost, and
-clients that were waiting to be accepted never notice. A successor of this process gets the same.
+The control process opens the listeners and keeps a duplicate of each, with everything that the workers were told. A
+worker that dies is replaced by one that serves at once at the same sockets. Only its open connections are lost, and
+clients in the accept queue notice nothing. A successor of the control process gets the same.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import Backends, ListenerSpec, PlaneStats
 from userspace_proxy.model.names import ListenerName, Scope, ServicePortName
 
-# So much at once that no packet waits for more than a few milliseconds while the worker takes it in.
+# Items per frame: packets wait at most a few milliseconds while the worker applies one.
 _A_FRAME = 32
 _OPENED_A_FRAME = 16
-# A worker that takes nothing for so long is left to itself when it is closed.
+# A worker that does not read for this time is abandoned at close.
 _SENT_S = 2.0
 
 
 class RemotePlane:
-    """Worker processes, and what is needed to replace them. Make it inside the running event loop, then `start`."""
+    """Worker processes, and the state to replace them. Create it inside the running event loop, then call `start`."""
 
     def __init__(self, settings: wire.WorkerSettings) -> None:
         self._limits = settings.limits
@@ -75,17 +75,17 @@ class RemotePlane:
 
     @property
     def known_pins(self) -> int:
-        """How many clients stay where they are if a worker dies now."""
+        """The number of pins that survive if a worker dies now."""
         return sum(worker.learnt.pins for worker in self._workers)
 
-    # ---- what outlives a process
+    # ---- state that outlives a process
 
     handover_obstacle = ""
 
     async def _replay(
         self, worker: WorkerProcess, names: Collection[ListenerName] | None = None
     ) -> Mapping[ListenerName, str]:
-        """Tell *worker* all that it has to know, or all of listeners *names*; return those it cannot serve, and why."""
+        """Tell *worker* its whole state, or that of the listeners *names*. Return those it cannot serve and why."""
         if names is None and self._name is not None:
             worker.send(wire.KeepOn(), [self._name.fileno()])
         specs = [spec for name, spec in self._specs.items() if names is None or name in names]
@@ -107,22 +107,24 @@ class RemotePlane:
             yield request, [self._sockets[spec.name][worker.settings.worker].fileno() for spec in request.specs]
 
     def keep_on(self, name: socket.socket) -> list[asyncio.Future[wire.Answer]]:
-        """From now on workers serve on, should this process die, and are found by a successor; they have the *name*.
+        """Let workers serve on if this process dies, until a successor finds them by *name*.
 
-        Each has done so when it answers.
+        Each returned future ends when its worker is ready to do so.
         """
         self._name = name
         return [worker.send(wire.KeepOn(), [name.fileno()]) for worker in self._workers]
 
     async def adopt(self, inherited: Iterable[tuple[Inherit, list[socket.socket]]]) -> list[ListenerSpec]:
-        """Serve at the listeners of another process, as it did; return them. Before anything else.
+        """Take over the listeners of another process and serve them as it did; return them.
+
+        Call it before anything else.
 
         UDP only once that process does no more, and this one was told to `begin`.
 
         Raises:
-            OSError, SyncError: that cannot be.
+            OSError, SyncError: they cannot be taken over.
         """
-        # By worker, so that where fewer serve from now on it is the last one's sockets that are closed, as told.
+        # In order of workers: if there are fewer workers now, the sockets of the last ones are closed, as announced.
         for inherit, sockets in sorted(inherited, key=lambda part: part[0].worker):
             given = inherit.listeners
             for spec, sock in zip(given.specs, sockets, strict=True):
@@ -148,13 +150,13 @@ class RemotePlane:
             worker.send(wire.Begin())
 
     def inheritance(self) -> Iterator[tuple[Inherit, list[int]]]:
-        """Return all that a successor needs, in parts, with descriptors that stay ours."""
+        """Yield the state for a successor, in parts, with descriptors that this process keeps."""
         for worker in self._workers:
             for listeners, descriptors in self._all_of(worker, self._specs.values()):
                 yield Inherit(worker.settings.worker, listeners), descriptors
 
     def leave(self) -> None:
-        """End, and let the workers serve on alone, if they were told to `keep_on`."""
+        """Leave the workers to serve alone, if `keep_on` was called."""
         for worker in self._workers:
             worker.leave()
 
@@ -236,7 +238,7 @@ class RemotePlane:
         return replace(stats, worker_restarts=self.restarts)
 
     def _known_endpoints(self) -> int:
-        """Return how many there are; of the sets of one service port the largest nearly always has them all."""
+        """Return the number of endpoints. Of one service port's sets, the largest nearly always has them all."""
         known: dict[ServicePortName, int] = {}
         for name, backends in self._backends.items():
             known[name.service_port] = max(known.get(name.service_port, 0), len(backends.usable))
@@ -247,7 +249,7 @@ class RemotePlane:
             worker.cut()
 
     async def close(self, drain_timeout_s: float, *, successors: int = 0) -> None:
-        """Let the workers drain and end. So many *successors* accept already, each at the sockets of one worker."""
+        """Let the workers drain and exit. New workers already accept at the sockets of the first *successors* ones."""
         for worker in self._workers:
             worker.end_tasks()
         with contextlib.suppress(TimeoutError):

@@ -1,12 +1,12 @@
-"""How processes of ours meet in a network namespace, each of which has proven CAP_NET_ADMIN there.
+"""Let processes of this program find each other in a network namespace, each proving CAP_NET_ADMIN there.
 
-No name is trusted: any local user can bind an abstract socket. The kernel lets only CAP_NET_ADMIN, in the user
-namespace that owns the network namespace, join this multicast group and send to it. So
+No socket name is trusted: any local user can bind an abstract socket. The kernel requires CAP_NET_ADMIN, in the user
+namespace that owns the network namespace, to join this multicast group and to send to it. Therefore:
 
-- a *member* is a netlink socket in the group. Nobody else can be one, so nobody else can hold the lock, or block it.
-  Membership ends with the last process that has the socket, and /proc/net/netlink lists all members.
-- a *call* is sent to the group. It names a unix socket of the caller and carries two secrets. Who answers sends one
-  of them there, the caller then sends the other. Both have thereby shown that they are in the group.
+- A *member* is a netlink socket in the group. No process without CAP_NET_ADMIN can be one, so none can hold or block
+  the lock. Membership ends with the last process that has the socket, and /proc/net/netlink lists all members.
+- A *call* is sent to the group. It names a unix socket of the caller and carries two secrets. A member answers by
+  sending one of them there; the caller then sends the other. Both have thereby proven to be in the group.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _NOOP = 1  # NLMSG_NOOP: other members of the group, and the kernel, skip it
 _SECRET_BYTES = 16
 _DATAGRAM_BYTES = 1 << 12
 _BACKLOG = 1024
-# Strangers can connect to a caller, for the few milliseconds that it calls. Each has so long to show a secret.
+# Any process can connect to a caller during the few milliseconds of its call. Each has this time to send the secret.
 _ADMIT_S = 1.0
 _UNADMITTED_MAX = 32
 _ANSWER_S = 5.0
@@ -47,9 +47,9 @@ _CONNECT_AGAIN_S = 0.02
 
 
 class Role(IntEnum):
-    """What a member does; the first byte of its port number, by which others see it.
+    """The role of a member, in the first byte of its port number, where others see it.
 
-    SERVES: a control process. SERVES_ON: a worker, which will without one. TAKES_TURN: a process that takes over or
+    SERVES: a control process. SERVES_ON: a worker, ready to serve without one. TAKES_TURN: a process that takes over or
     cleans up.
     """
 
@@ -59,7 +59,7 @@ class Role(IntEnum):
 
 
 class Call(msgspec.Struct, frozen=True):
-    """*name*: the caller's abstract socket. *by_member*, *by_caller*: the secrets that each has to show there."""
+    """A call. *name*: the caller's abstract socket. *by_member*, *by_caller*: the secret that each must send there."""
 
     name: str
     by_member: bytes
@@ -70,14 +70,14 @@ _calls = msgspec.msgpack.Decoder(Call)
 
 
 def join(role: Role) -> socket.socket:
-    """Return a socket that is a member; raises PermissionError without CAP_NET_ADMIN."""
+    """Return a new member socket; raises PermissionError without CAP_NET_ADMIN."""
     sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
     try:
         while True:
             try:
                 sock.bind(((role << 24) + secrets.randbits(24), _GROUP))
             except OSError as error:
-                if error.errno != errno.EADDRINUSE:  # too many numbers to be occupied, and none is known before
+                if error.errno != errno.EADDRINUSE:  # a random number cannot be occupied on purpose: retry
                     raise
             else:
                 return sock
@@ -92,7 +92,7 @@ def port_of(member: socket.socket) -> int:
 
 
 def members(*roles: Role) -> dict[int, int]:
-    """Return the port numbers of this network namespace's members in *roles*, each with its inode."""
+    """Return the port numbers of the members in *roles* of this network namespace, each with its inode."""
     try:
         listed = list(_sockets_by_diag())
     except OSError:
@@ -101,9 +101,10 @@ def members(*roles: Role) -> dict[int, int]:
 
 
 def _sockets_by_diag() -> Iterator[tuple[int, int, int]]:
-    """Yield port number, groups and inode of each netlink socket here; raises OSError without CONFIG_NETLINK_DIAG.
+    """Yield port number, groups and inode of each netlink socket; raises OSError without CONFIG_NETLINK_DIAG.
 
-    One walk. /proc/net/netlink begins anew with every page that is read: 15,000 sockets of a stranger take 1.2 s there.
+    One pass over the sockets. /proc/net/netlink restarts with every page read: another user's 15,000 sockets take 1.2
+    s.
     """
     request = struct.pack("=BBHIIII", socket.AF_NETLINK, socket.NETLINK_ROUTE, 0, 0, _SHOW_GROUPS, 0, 0)
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as asked:
@@ -128,7 +129,7 @@ def _sockets_by_proc() -> Iterator[tuple[int, int, int]]:
 
 
 def process_of(inode: int) -> int:
-    """Return a process that holds a socket, 0 where none can be seen (another PID namespace)."""
+    """Return the PID of a process that holds the socket *inode*, or 0 if none is visible (another PID namespace)."""
     for process in Path("/proc").iterdir():
         with contextlib.suppress(OSError):  # it has just ended, or is another user's
             for descriptor in (process / "fd").iterdir() if process.name.isdigit() else ():
@@ -138,19 +139,19 @@ def process_of(inode: int) -> int:
     return 0
 
 
-# ---- who is called
+# ---- members
 
 
 def heard(member: socket.socket) -> Iterator[Call]:
-    """Yield the calls that have come in."""
+    """Yield the calls received so far."""
     while True:
         try:
             datagram, (sender, _) = member.recvfrom(_DATAGRAM_BYTES)
         except OSError as error:
-            if error.errno == errno.ENOBUFS:  # some are lost; callers repeat themselves
+            if error.errno == errno.ENOBUFS:  # some calls are lost; callers repeat them
                 continue
             return
-        if not sender:  # the kernel speaks to this group, too
+        if not sender:  # a message from the kernel
             continue
         for kind, body in messages(datagram):
             if kind == _NOOP:
@@ -168,10 +169,10 @@ async def answer(call: Call) -> socket.socket:
                 try:
                     sock.connect(f"\0{call.name}")
                     break
-                except BlockingIOError:  # strangers fill its queue
+                except BlockingIOError:  # other processes fill its accept queue
                     await asyncio.sleep(_CONNECT_AGAIN_S)
             await loop.sock_sendall(sock, call.by_member)
-            # By plain recv: descriptors of somebody unproven are not taken in.
+            # A plain recv takes no descriptors, which an unproven peer could send.
             if hmac.compare_digest(await loop.sock_recv(sock, _SECRET_BYTES), call.by_caller):
                 return sock
     except BaseException:
@@ -181,11 +182,11 @@ async def answer(call: Call) -> socket.socket:
     raise ConnectionError("the caller is gone, another process has its name")
 
 
-# ---- who calls
+# ---- callers
 
 
 class Caller:
-    """Calls all members, until closed. Those that answer, and have proven themselves, are put in ``admitted``."""
+    """Calls all members until closed, and puts those that have answered and proven themselves in ``admitted``."""
 
     def __init__(self, member: socket.socket) -> None:
         self.admitted: asyncio.Queue[socket.socket] = asyncio.Queue()
@@ -208,7 +209,7 @@ class Caller:
         self._loop.add_reader(self._listener.fileno(), self._accept)
 
     def call(self) -> None:
-        """Call; members that are talking to us already do not heed it."""
+        """Send the call. Members that already talk to this caller ignore it."""
         self._member.sendto(message(_NOOP, 0, msgspec.msgpack.encode(self._call)), (0, _GROUP))
 
     def _accept(self) -> None:

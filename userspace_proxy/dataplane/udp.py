@@ -205,7 +205,7 @@ class UdpListener:
             oldest = destination.oldest(client, by_asking=by_asking)
             if oldest is None or oldest.front is not self:
                 oldest = next(iter(self._flows.values()), None)
-            if oldest is not None and (left := self.apply_moves(oldest, destination, source)) is not None:
+            if oldest is not None and (left := self.evict(oldest, destination, source)) is not None:
                 return left
         try:
             leased = datagrams.open(destination, address, client, source, bind)
@@ -218,7 +218,7 @@ class UdpListener:
             # socket.
             oldest = destination.oldest(client)
             if oldest is not None and oldest.front is not None:
-                leased = oldest.front.apply_moves(oldest, destination, source, if_rested=True)
+                leased = oldest.front.evict(oldest, destination, source, if_rested=True)
             if leased is None:
                 self._note_exhaustion(address)
             return leased
@@ -229,9 +229,7 @@ class UdpListener:
             raise
         return leased
 
-    def apply_moves(
-        self, flow: UdpFlow, destination: Destination, source: str, *, if_rested: bool = False
-    ) -> Leased | None:
+    def evict(self, flow: UdpFlow, destination: Destination, source: str, *, if_rested: bool = False) -> Leased | None:
         rested = self._datagrams.has_rested(flow, destination, source)
         if if_rested and not rested:
             return None

@@ -1,7 +1,7 @@
-"""The worker process: a plane behind a socketpair. Started by `RemotePlane`, never by a person.
+"""The worker process: a data plane behind a socketpair. Only `RemotePlane` starts it.
 
-It knows nothing of manifests, rules or Kubernetes, and imports nothing that does: control work, however long,
-happens in another process and stands in no packet's way.
+It knows nothing of manifests, rules or Kubernetes, and imports nothing that does. Control work happens in another
+process and never delays a packet.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ from userspace_proxy.interfaces import NO_ROOM
 from userspace_proxy.logs import AccessLog, configure_logging, drop_count, log_lines_dropped, recorder
 from userspace_proxy.model.names import ListenerName
 
-# At most so much of what pickers learn is lost with a worker.
+# Period of `News`: a dying worker loses at most this much of what its pickers have learnt.
 _NEWS_PERIOD_S = 1.0
 _HANDED_A_FRAME = 16
-# Between two requests, while packets flow: thousands of Services at once must not take a processor for themselves.
+# Pause between two requests under traffic: changes of thousands of Services must not occupy a processor.
 _PAUSE_S = 0.001
-# What ends leaves no cycles behind, so there is nothing to find but what a bug leaves; a look at everything there is
-# would stop all packets, 50 ms for 10,000 Services. The first number is how many objects more call for a look.
+# Ended connections leave no reference cycles, so collections find nothing unless there is a bug. A full collection
+# would stop all packets, for 50 ms with 10,000 Services. The first number: allocations between two collections.
 _GC_THRESHOLDS = (100_000, 20, 100)
 
 log = logging.getLogger(__name__)
 
 
 class Worker:
-    """One plane, told what to do by frames; when nobody is left who could, it serves on for a successor to find."""
+    """Serves one data plane, controlled by frames. If the control process dies, it waits for a successor."""
 
     def __init__(self, sock: socket.socket, settings: wire.WorkerSettings) -> None:
         self._settings = settings
@@ -87,12 +87,12 @@ class Worker:
             self._asked.set()
 
     def _on_close(self) -> None:
-        self._is_replaced |= bool(self._channel.broken)  # the control process is there, and starts another
+        self._is_replaced |= bool(self._channel.broken)  # the control process lives, and starts another worker
         self._alone = True
         self._asked.set()
 
     def _on_sigterm(self) -> None:
-        """Another worker is to take our place; told so twice, cut the connections that drain."""
+        """Leave the listeners to another worker. A second SIGTERM cuts the draining connections."""
         if self._is_told_to_go:
             self._plane.cut()
         self._is_told_to_go = self._is_replaced = True
@@ -100,7 +100,7 @@ class Worker:
         self._asked.set()
 
     async def run(self) -> None:
-        """Do what is asked until told to close, or until nobody is left who could ask and nobody comes."""
+        """Handle requests until closed, or until the control process is gone and no successor comes."""
         news = asyncio.create_task(self._tell_news(), name="news")
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._on_sigterm)
         try:
@@ -111,7 +111,7 @@ class Worker:
                     request, descriptors = self._requests.popleft()
                     answer = await self._do(request, descriptors)
                     self._channel.send(wire.encode(answer))
-                    await self._make_way()
+                    await self._yield_to_traffic()
                     if isinstance(request, wire.Close):
                         return
             self._plane.begin()  # should the control process have died before it could say so
@@ -121,7 +121,7 @@ class Worker:
             elif member and name and self._settings.orphan_timeout_s and any(self._plane.held()):
                 await Orphan(self._plane, member, name, self._settings).serve_on()
             else:
-                log.error("the control process is gone: no new connections, open ones may end")
+                log.error("the control process is gone: accepting no new connections, draining open ones")
                 self._let_go()
                 await self._plane.close(self._settings.drain_timeout_s)
         finally:
@@ -131,16 +131,18 @@ class Worker:
                 self._access_log.close()
 
     async def _make_room(self) -> None:
-        """Leave the listeners to the worker that is started in our place; open connections may end."""
+        """Leave the listeners to the worker that replaces this one, and drain open connections."""
         why = f" ({self._channel.broken})" if self._channel.broken else ""
-        log.warning("worker process %d leaves its listeners to another%s; open connections go on", os.getpid(), why)
+        log.warning(
+            "worker process %d leaves its listeners to a new worker%s and drains its connections", os.getpid(), why
+        )
         self._let_go()
         self._channel.close()
         drain_timeout_s = self._settings.orphan_timeout_s or self._settings.drain_timeout_s
         await self._plane.close(drain_timeout_s, successors=1)
 
-    async def _make_way(self) -> None:
-        """Packets first; and where there are many, the processor is theirs for a moment, and the next request waits."""
+    async def _yield_to_traffic(self) -> None:
+        """Let packets be handled first. Under much traffic, the next request also waits for a moment."""
         before = self._plane.messages
         await asyncio.sleep(0)
         if self._requests and self._plane.messages != before:
@@ -167,7 +169,7 @@ class Worker:
                 return wire.Stats(replace(plane.totals(), log_lines_dropped=log_lines_dropped()))
             case wire.KeepOn():
                 if LOST in descriptors:
-                    log.error("should the control process die, this worker ends: no descriptor is left")
+                    log.error("this worker will stop if the control process dies: no descriptor is left")
                 else:
                     self._keep_on(socket.socket(fileno=descriptors[0]))
             case wire.Close(drain_timeout_s, handed_over):
@@ -178,10 +180,10 @@ class Worker:
     def _keep_on(self, name: socket.socket) -> None:
         self._name = name
         try:
-            # Before it is needed: at no moment of the control process's death is nobody here a member.
+            # Join before it is needed, so that there always is a member, also while the control process dies.
             self._member = rendezvous.join(rendezvous.Role.SERVES_ON)
         except OSError as error:
-            log.error("should the control process die, this worker ends: %s", error)  # noqa: TRY400
+            log.error("this worker will stop if the control process dies: %s", error)  # noqa: TRY400
 
     def _let_go(self) -> None:
         for sock in (self._member, self._name):
@@ -219,7 +221,7 @@ class Worker:
 
 
 class Orphan:
-    """A worker whose control process is gone: it serves on as it was told last, until a successor takes over."""
+    """A worker without a control process: serves its last state until a successor takes over."""
 
     def __init__(
         self, plane: LocalPlane, member: socket.socket, name: socket.socket, settings: wire.WorkerSettings
@@ -236,7 +238,7 @@ class Orphan:
     async def serve_on(self) -> None:
         settings = self._settings
         log.error(
-            "the control process is gone: serving on with what is known, for up to %.6g s;"
+            "the control process is gone: serving the last known state for up to %.6g s;"
             " `userspace-proxy run` takes over, `userspace-proxy cleanup` ends it",
             settings.orphan_timeout_s,
         )
@@ -269,7 +271,7 @@ class Orphan:
     async def _end(self) -> None:
         self._is_unwanted = True
         self._ending.set()
-        await asyncio.Event().wait()  # the end of this conversation is the end of the process
+        await asyncio.Event().wait()  # the peer waits for the end of this process
 
     def _inheritance(self) -> Iterator[tuple[Inherit, list[int]]]:
         held = {listener.name: (listener, backends) for listener, backends in self._plane.held()}
@@ -288,7 +290,7 @@ class Orphan:
 
 
 def _let_go_of_pipes() -> None:
-    """Whoever reads what the dead control process printed waits for its end; a file or the journal we keep."""
+    """Replace stdout and stderr by /dev/null if they are pipes, so that their readers see an end. Keep files."""
     with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 - for its descriptor
         for descriptor in (1, 2):
             with contextlib.suppress(OSError):
