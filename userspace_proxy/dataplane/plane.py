@@ -257,7 +257,7 @@ class LocalPlane:
         self._context.connections.cut_all()
 
     def begin(self) -> None:
-        """Read from the UDP listeners that wait."""
+        """Start to read the UDP listeners that were opened with *waits*."""
         for listener in self._udp.values():
             self._datagrams.serve(listener)
 
