@@ -262,11 +262,11 @@ class LocalPlane:
             self._datagrams.serve(listener)
 
     def stop_accepting(self) -> None:
-        """Accept no more: another plane does, at the same sockets."""
+        """Stop accepting: another data plane accepts at the same sockets."""
         for listener in self._listeners.values():
             listener.leave()
 
-    # ---- a hand-over, of which only worker processes are capable
+    # ---- handover, which only worker processes support
 
     handover_obstacle = "it has no workers (--workers 0)"
 
@@ -283,7 +283,7 @@ class LocalPlane:
         pass
 
     async def close(self, drain_timeout_s: float, *, successors: int = 0) -> None:
-        """Stop. With *successors*, another plane accepts at the same sockets, and what waits there is for it."""
+        """Drain and stop. With *successors*, another data plane already accepts at the same sockets."""
         try:
             if successors:
                 self.stop_accepting()

@@ -238,7 +238,7 @@ class Orphan:
     async def serve_on(self) -> None:
         settings = self._settings
         log.error(
-            "the control process is gone: serving the last known state for up to %.6g s;"
+            "the control process is gone: serving on with the last known state, for up to %.6g s;"
             " `userspace-proxy run` takes over, `userspace-proxy cleanup` ends it",
             settings.orphan_timeout_s,
         )
