@@ -32,14 +32,14 @@ async def test_workers_whose_control_process_dies_while_it_makes_way_are_made_to
     member = join(Role.SERVES_ON)
     released = []
 
-    async def apply_moves(asked: TakeOver, conversation: Conversation) -> None:
+    async def make_way(asked: TakeOver, conversation: Conversation) -> None:
         await hand_over(conversation, [], first.name)
         released.append(asked.pid)
         conversation.send(Released())
         orphan.close()
         first.close()
 
-    orphan = Incumbent(member, Present(VERSION, 2, orphan=True), apply_moves)
+    orphan = Incumbent(member, Present(VERSION, 2, orphan=True), make_way)
     await successor.taken()
 
     assert len(released) == 1
