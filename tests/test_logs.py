@@ -127,6 +127,7 @@ def test_text_of_others_stays_in_its_line_and_reaches_no_terminal() -> None:
     [
         ("https://user:secret@10.0.0.1:6443/x", "https://***@10.0.0.1:6443/x"),
         ("https://user:se@cret@host", "https://***@host"),
+        ("https:/user:secret@host/x.yaml", "https:/***@host/x.yaml"),
         ("https://10.0.0.1:6443/a@b", "https://10.0.0.1:6443/a@b"),
     ],
 )

@@ -7,14 +7,15 @@ import unicodedata
 
 # Control and format characters (escape sequences, direction marks), surrogates, line and paragraph separators.
 _UNPRINTABLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-_USER_INFO = re.compile(r"(?<=://)[^/\s'\"]*@")
+# A path that was a URL has one slash there.
+_USER_INFO = re.compile(r"(?<=:/)(/?)[^/\s'\"]*@")
 _SHORTENED = "... ({} characters)"
 
 
 def brief(text: str, most: int = 0) -> str:
     """Return *text* with user and password in URLs masked, cut to *most* characters; 0 does not cut."""
     if "@" in text:
-        text = _USER_INFO.sub("***@", text)
+        text = _USER_INFO.sub(r"\1***@", text)
     return text[:most] + _SHORTENED.format(len(text)) if most and len(text) > most else text
 
 

@@ -437,6 +437,25 @@ async def test_a_password_in_the_url_of_a_server_is_shown_nowhere(tmp_path: Path
     assert "ret" not in said
 
 
+async def test_a_user_in_the_url_of_a_server_comes_before_a_token(tmp_path: Path) -> None:
+    async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        sent = (await reader.readuntil(b"\r\n\r\n")).decode()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        writer.close()
+        requests.append(sent)
+
+    requests: list[str] = []
+    async with await asyncio.start_server(respond, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        transport = ApiTransport(kubeconfig(tmp_path, f"http://user:sec%40ret@127.0.0.1:{port}", {"token": "t"}))
+        await transport.open()
+        async with transport.get("/api", {}) as response:
+            assert response.status == 200
+        await transport.close()
+
+    assert f"Authorization: Basic {base64.b64encode(b'user:sec@ret').decode()}\r\n" in requests[0]
+
+
 async def test_a_kubeconfig_that_is_not_there_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(StartError, match="no such file"):
         await ApiTransport(tmp_path / "nothing").open()

@@ -50,7 +50,12 @@ class _Session:
     is_refused: bool = False
 
     async def authorization(self) -> dict[str, str]:
-        """Return the authorization header; a service account's token is read again every minute."""
+        """Return the authorization header; a service account's token is read again every minute.
+
+        A user in the server's URL comes before the token, as in client-go; aiohttp refuses to send both.
+        """
+        if yarl.URL(self.configuration.host).raw_user is not None:
+            return {}
         token = await self.configuration.get_api_key_with_prefix("BearerToken")
         return {"Authorization": token.strip()} if token else {}
 
