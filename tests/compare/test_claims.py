@@ -7,8 +7,8 @@ import pytest
 from tests.compare.given import add_rounds, results_of
 from userspace_proxy.compare import cases
 from userspace_proxy.compare.claims import CLAIMS, Verdict
+from userspace_proxy.compare.derived import outage
 from userspace_proxy.compare.modes import DIRECT, DIRECT_AGAIN, IPTABLES, IPVS, NFTABLES, USERSPACE, USERSPACE_COPY
-from userspace_proxy.compare.readings import outage
 from userspace_proxy.compare.results import ModeRun, Results, Sample, Timeline
 
 QUIET = {DIRECT: [100.0, 100.0, 100.0], DIRECT_AGAIN: [101.0, 99.0, 100.0]}

@@ -9,7 +9,7 @@ import pytest
 
 from tests.compare.given import put_tool
 from userspace_proxy.compare.cases import Case
-from userspace_proxy.compare.command import Request, _Comparison
+from userspace_proxy.compare.command import ComparisonRequest, _Comparison
 from userspace_proxy.compare.failures import Event, watch
 from userspace_proxy.compare.modes import DIRECT, HAPROXY, NGINX, Mode
 from userspace_proxy.compare.sites import Site, Sites
@@ -46,7 +46,7 @@ def mode(name: str, tell_error: Exception | None = None) -> Mode:
 
 
 def comparison(site: Site, *modes: Mode) -> _Comparison:
-    one = _Comparison(Request(modes=("none",)), BareSites(site), lambda _: None)
+    one = _Comparison(ComparisonRequest(modes=("none",)), BareSites(site), lambda _: None)
     one._running.update((each, site) for each in modes)
     return one
 

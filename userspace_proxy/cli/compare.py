@@ -73,6 +73,6 @@ def compare(
     default_s = command.QUICK_S if quick else command.DEFAULT_S
     try:
         command.enter(sys.argv[1:])
-        command.run(command.Request(duration_s or default_s, modes, cases), json_file, html_file)
+        command.run(command.ComparisonRequest(duration_s or default_s, modes, cases), json_file, html_file)
     except StartError as error:
         fail(error)

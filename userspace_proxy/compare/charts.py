@@ -73,7 +73,7 @@ def bars(rows: Sequence[Bar], text: Text, label: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class SizeLine:
     """One mode's figures by number of Services."""
 
     mode: str
@@ -81,7 +81,7 @@ class Line:
     points: Mapping[int, float]
 
 
-def lines(rows: Sequence[Line], text: Text, label: str, *, is_log: bool) -> str:
+def lines(rows: Sequence[SizeLine], text: Text, label: str, *, is_log: bool) -> str:
     """Return lines over the number of Services (logarithmic), labelled at their ends."""
     sizes = sorted({size for row in rows for size in row.points})
     values = [value for row in rows for value in row.points.values() if value > 0 or not is_log]
@@ -125,9 +125,9 @@ def lines(rows: Sequence[Line], text: Text, label: str, *, is_log: bool) -> str:
     return "".join(parts)
 
 
-def _apart(ends: list[tuple[float, Line]]) -> list[tuple[float, Line]]:
+def _apart(ends: list[tuple[float, SizeLine]]) -> list[tuple[float, SizeLine]]:
     """Move overlapping labels apart."""
-    placed: list[tuple[float, Line]] = []
+    placed: list[tuple[float, SizeLine]] = []
     for at, row in sorted(ends, key=lambda end: end[0]):
         placed.append((max(at, placed[-1][0] + 14) if placed else at, row))
     over = placed[-1][0] - (_HEIGHT - _BOTTOM) if placed else 0
@@ -151,7 +151,7 @@ def _size(size: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Lane:
+class FailureLane:
     """One mode's clients over time: the shares (0 to 1) of slow and of failed requests, by bucket."""
 
     mode: str
@@ -160,12 +160,12 @@ class Lane:
     failed: Sequence[float]
 
 
-def lane_is_half(rows: Sequence[Lane]) -> bool:
+def lane_is_half(rows: Sequence[FailureLane]) -> bool:
     """Return whether a lane's full height means half of the requests; true if no larger share was slow or failed."""
     return all(a + b <= _HALF for row in rows for a, b in zip(row.slow, row.failed, strict=True))
 
 
-def lanes(rows: Sequence[Lane], bucket_s: float, event_s: float, told_s: float, label: str) -> str:
+def lanes(rows: Sequence[FailureLane], bucket_s: float, event_s: float, told_s: float, label: str) -> str:
     """Return one lane for each mode; a mark's height is its share of the requests in that bucket."""
     top, foot = 22, 30
     height = top + len(rows) * (_LANE + _LANE_GAP) + foot

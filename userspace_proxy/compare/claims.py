@@ -12,9 +12,7 @@ from typing import Literal
 
 from userspace_proxy.compare import cases
 from userspace_proxy.compare.charts import short
-from userspace_proxy.compare.judge import compare, figure
-from userspace_proxy.compare.modes import DIRECT, HAPROXY, IPTABLES, IPVS, NFTABLES, USERSPACE, USERSPACE_COPY
-from userspace_proxy.compare.readings import (
+from userspace_proxy.compare.derived import (
     EVENT_NAMES,
     best_kernel,
     growth,
@@ -29,6 +27,8 @@ from userspace_proxy.compare.readings import (
     times,
     title_of,
 )
+from userspace_proxy.compare.judge import compare, figure
+from userspace_proxy.compare.modes import DIRECT, HAPROXY, IPTABLES, IPVS, NFTABLES, USERSPACE, USERSPACE_COPY
 from userspace_proxy.compare.results import Results
 
 Ruling = Literal["holds", "partly", "fails", "undecided", "unmeasured"]

@@ -84,7 +84,7 @@ _FULL = Depth(rounds=7, events=3, calls_s=1.0, dial_s=1.0, sizes=SIZES, engines=
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class ComparisonRequest:
     """The options of a comparison; empty *modes* or *cases* select all."""
 
     duration_s: float = DEFAULT_S
@@ -105,7 +105,7 @@ def enter(arguments: Sequence[str]) -> None:
     enter_namespaces(arguments, TOOLS)
 
 
-def run(request: Request, json_file: Path | None, html_file: Path | None) -> None:
+def run(request: ComparisonRequest, json_file: Path | None, html_file: Path | None) -> None:
     """Compare the modes, write the requested files and print the tables. Raises StartError on failure."""
     with ExitStack() as stack:
         # Open the files first: /run is replaced later, and a missing folder should not be found after ten minutes.
@@ -124,7 +124,7 @@ def run(request: Request, json_file: Path | None, html_file: Path | None) -> Non
         Console(stderr=True, soft_wrap=True).print(f"written: {path}", highlight=False, markup=False)
 
 
-def measure(request: Request) -> Results:
+def measure(request: ComparisonRequest) -> Results:
     """Compare the modes; removes everything before it returns or raises. Raises StartError if a part does not start."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     prepare()
@@ -158,7 +158,7 @@ def _progress(duration_s: float) -> Iterator[Callable[[str], None]]:
 
 
 class _Comparison:
-    def __init__(self, request: Request, sites: Sites, say: Callable[[str], None]) -> None:
+    def __init__(self, request: ComparisonRequest, sites: Sites, say: Callable[[str], None]) -> None:
         self._request = request
         self._sites = sites
         self._say = say

@@ -8,12 +8,9 @@ from html import escape
 from pathlib import Path
 
 from userspace_proxy.compare import cases
-from userspace_proxy.compare.charts import Bar, Lane, Line, bars, lane_is_half, lanes, lines, short
+from userspace_proxy.compare.charts import Bar, FailureLane, SizeLine, bars, lane_is_half, lanes, lines, short
 from userspace_proxy.compare.claims import CLAIMS, RULINGS, Claim
-from userspace_proxy.compare.failures import EVENTS
-from userspace_proxy.compare.judge import Figure, figure
-from userspace_proxy.compare.modes import DIRECT_AGAIN, USERSPACE
-from userspace_proxy.compare.readings import (
+from userspace_proxy.compare.derived import (
     EVENT_NAMES,
     Point,
     growth,
@@ -26,6 +23,9 @@ from userspace_proxy.compare.readings import (
     sizes_of,
     timelines_of,
 )
+from userspace_proxy.compare.failures import EVENTS
+from userspace_proxy.compare.judge import Figure, figure
+from userspace_proxy.compare.modes import DIRECT_AGAIN, USERSPACE
 from userspace_proxy.compare.results import ModeRun, Results, Timeline
 from userspace_proxy.compare.scaling import SIZES
 from userspace_proxy.compare.tables import Sheet, sheets
@@ -233,7 +233,7 @@ def _hop_panels(results: Results) -> Iterator[str]:
 def _line_panel(
     results: Results, name: str, title: str, small: str, text: Callable[[float], str], *, is_log: bool
 ) -> str:
-    rows = [Line(m.name, m.title, found) for m in _shown(results) if (found := sizes_of(results, m.name, name))]
+    rows = [SizeLine(m.name, m.title, found) for m in _shown(results) if (found := sizes_of(results, m.name, name))]
     return _panel(title, small, lines(rows, text, title, is_log=is_log))
 
 
@@ -255,7 +255,7 @@ def _failure_panels(results: Results) -> Iterator[str]:
         for mode in _shown(results):
             if seen := timelines_of(results, event.name, mode.name):
                 first = seen[0]
-                rows.append(Lane(mode.name, mode.title, *_shares_over_time(seen)))
+                rows.append(FailureLane(mode.name, mode.title, *_shares_over_time(seen)))
         if first is not None:
             title, _, small = event.title.partition(": ")
             svg = lanes(rows, first.bucket_s, first.event_s, first.told_s, title)

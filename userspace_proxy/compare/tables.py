@@ -11,9 +11,9 @@ from rich.table import Table
 from userspace_proxy.compare import cases
 from userspace_proxy.compare.charts import short
 from userspace_proxy.compare.claims import CLAIMS, RULINGS
+from userspace_proxy.compare.derived import EVENT_NAMES, noise_text, outage, percent, sizes_of, timelines_of
 from userspace_proxy.compare.judge import figure, noise
 from userspace_proxy.compare.modes import DIRECT_AGAIN
-from userspace_proxy.compare.readings import EVENT_NAMES, noise_text, outage, percent, sizes_of, timelines_of
 from userspace_proxy.compare.results import Results
 from userspace_proxy.compare.scaling import SIZES
 
