@@ -247,7 +247,7 @@ class DatagramPoller:
     # ---- proxy ports
 
     def serve(self, front: Front) -> None:
-        """Read from *front*, if that is not done already."""
+        """Begin to read from *front*; no effect if it is read already."""
         if front.fd in self._fronts:
             return
         if self._looked_at == -math.inf:

@@ -95,7 +95,7 @@ class WorkerProcess:
         self._watch: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Start the process; raises OSError. It then serves what it is told to."""
+        """Start the process, which then accepts requests; raises OSError."""
         ours, theirs = socket.socketpair()
         settings = msgspec.json.encode(self.settings).decode()
         module = "userspace_proxy.dataplane.worker"

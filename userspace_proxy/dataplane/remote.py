@@ -45,7 +45,7 @@ class RemotePlane:
         self._backends: dict[ListenerName, Backends] = {}
         self._reserved: dict[int, tuple[socket.socket, ...]] = {}
         self._name: socket.socket | None = None
-        self._waits = False  # for the process before to make way
+        self._waits = False  # for the predecessor to stop reading
         self._workers = [
             WorkerProcess(msgspec.structs.replace(settings, worker=index), self._serves, self._replay)
             for index in range(settings.workers)
@@ -144,7 +144,7 @@ class RemotePlane:
         return list(self._specs.values())
 
     def begin(self) -> None:
-        """Read from UDP listeners, too: the process before has made way."""
+        """Begin to read from UDP listeners: the predecessor has stopped reading them."""
         self._waits = False
         for worker in self._workers:
             worker.send(wire.Begin())

@@ -52,7 +52,7 @@ class Open(msgspec.Struct, frozen=True, tag=True):
 
 
 class Begin(msgspec.Struct, frozen=True, tag=True):
-    """Read from UDP listeners that wait: the process before does no more, and which local ports it used is known."""
+    """Begin to read from waiting UDP listeners: the predecessor has stopped, and its local ports are known."""
 
 
 class Update(msgspec.Struct, frozen=True, tag=True):
