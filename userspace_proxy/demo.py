@@ -180,7 +180,7 @@ class _Demo:
         self._say(
             "A backend is killed under load",
             f"{_CLIENTS} clients, a new connection for each request; half-way pod2's nginx is killed with -9.\n"
-            "At a moment when it holds no request: what a dying process had accepted, nobody can send again.",
+            "At a moment when it holds no request: a request that a dying process has accepted is lost.",
         )
         load = _Load(self._world)
         with Progress(

@@ -95,7 +95,7 @@ def _two_switches(results: Results) -> Verdict:
         return Verdict("unmeasured", ("The loads that count context switches were not run.",))
     words = [
         f"One connection: {short(alone.median)} context switches a request (request and answer each wake the "
-        f"process). 64 connections: {short(many.median)}, because one wake-up serves whoever is ready.",
+        f"process). 64 connections: {short(many.median)}, because one wake-up serves all ready connections.",
     ]
     calls = sum(results.figures("calls-request", USERSPACE, name)[1] for name in _call_names(results, "calls-request"))
     if calls:

@@ -294,7 +294,7 @@ def _modes(results: Results) -> str:
         (mode.title, _KINDS[mode.kind], "took part" if mode.reason is None else f"not measured: {mode.reason}")
         for mode in results.modes
     ]
-    sheet = Sheet("", ("mode", "who carries the bytes", "here"), rows)
+    sheet = Sheet("", ("mode", "bytes carried by", "here"), rows)
     notes = "".join(f"<li>{escape(note)}</li>" for note in results.notes)
     return _table(sheet, "words") + (f"<h3>What else was not measured</h3><ul>{notes}</ul>" if notes else "")
 

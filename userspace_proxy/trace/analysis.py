@@ -213,6 +213,6 @@ def _went_on(client: Leg, answer: Leg | None, trace: PacketTrace, probe: str) ->
     if answer is None:
         return f"{changed}; nothing came back in time"
     if answer.what.startswith(("RST", "ICMP")):
-        nobody = f"; nobody listens at port {became.destination_port}" if _is_delivered(client) else ""
-        return f"{changed}; the answer was {answer.what}, refused{nobody}"
+        unserved = f"; nobody listens at port {became.destination_port}" if _is_delivered(client) else ""
+        return f"{changed}; the answer was {answer.what}, refused{unserved}"
     return f"{changed}; the answer was {'a datagram' if answer.what == 'datagram' else answer.what}"

@@ -84,8 +84,8 @@ def run(request: TraceRequest, *, as_json: bool, svg: Path | None, wide: bool, s
 
 def _say_what_is_awaited(request: TraceRequest, say: Callable[[str], None]) -> None:
     if request.awaited_s:
-        who = f"from {request.client_ip} " if request.client_ip else ""
-        what = f"next {request.protocol.upper()} packet {who}to {request.ip} port {request.port}"
+        sender = f"from {request.client_ip} " if request.client_ip else ""
+        what = f"next {request.protocol.upper()} packet {sender}to {request.ip} port {request.port}"
         say(f"waiting {request.awaited_s:g} s for the {what}; Ctrl-C ends that")
 
 

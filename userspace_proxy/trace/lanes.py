@@ -199,10 +199,10 @@ def _end(leg: Leg, last: Hook, trace: PacketTrace) -> Station:
         return Station("outside", end, f"{last.after.receiver}, a process on this host", _answered(leg))
     if last.name == "PREROUTING":
         return Station("stop", "nowhere", "no route from here")
-    who = {Role.ANSWER: "the client", Role.DIAL: "the backend"}.get(leg.role)
-    if who is None:
-        who = "the backend" if leg.first.receiver != leg.last.receiver else "as it was"
-    return Station("outside", who, f"{last.after.receiver}, by {last.devices[1] or 'no device'}", _answered(leg))
+    place = {Role.ANSWER: "the client", Role.DIAL: "the backend"}.get(leg.role)
+    if place is None:
+        place = "the backend" if leg.first.receiver != leg.last.receiver else "as it was"
+    return Station("outside", place, f"{last.after.receiver}, by {last.devices[1] or 'no device'}", _answered(leg))
 
 
 def _answered(leg: Leg) -> tuple[Line, ...]:
