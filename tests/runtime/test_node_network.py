@@ -15,7 +15,7 @@ from userspace_proxy.runtime.node_network import follow_addresses
 
 async def test_the_primary_address_is_that_of_the_default_route_also_when_it_moves() -> None:
     with Lab() as lab:
-        host, router = lab.add("host"), lab.add("router")
+        host, router = lab.add("moving"), lab.add("gateways")
         for number in (1, 2):
             lab.link(host, f"eth{number}", router, f"eth{number}")
             host.ip("address", "add", f"10.{number}.0.1/24", "dev", f"eth{number}")
