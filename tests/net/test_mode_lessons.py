@@ -41,7 +41,11 @@ def test_in_userspace_mode_no_client_sees_that_a_backend_died() -> None:
 
     assert web == dict.fromkeys(PODS, 10)
     [victim] = cart
-    assert web_then == web_told == dict.fromkeys(PODS - {victim}, 15)
+    for told in (web_then, web_told):
+        # 15 each, unless the dead one has had a trial meanwhile: its request then goes to the next one, out of turn.
+        assert told.keys() == PODS - {victim}
+        assert told.total() == 30
+        assert max(told.values()) <= 18
     [successor] = cart_then
     assert successor in PODS - {victim}
     assert cart_told == {successor: 6}

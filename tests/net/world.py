@@ -139,7 +139,10 @@ class Proxy:
             assert self.process.poll() is None, f"the proxy ended: {self.log()}"
             return "ready:" in self.log()
 
-        wait_until(is_ready, "the proxy is ready", timeout_s)
+        try:
+            wait_until(is_ready, "the proxy is ready", timeout_s)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; its log: {self.log()}") from None
 
     def log(self) -> str:
         return self.log_file.read_text()
