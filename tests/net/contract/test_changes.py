@@ -192,7 +192,7 @@ def test_a_client_that_dialled_before_its_service_was_there_is_served_from_the_s
     caller, address = proxy.cluster.places["caller"].host, (service.cluster_ip(4), 80)
 
     def answer_to_port(port: int) -> str:
-        with socket_at(caller, port) as sock, contextlib.suppress(TimeoutError):
+        with socket_at(caller, port) as sock, contextlib.suppress(TimeoutError, ConnectionRefusedError):
             sock.settimeout(0.3)  # less than until a SYN is sent again
             sock.connect(address)
             return sock.recv(100).decode().split()[0]
