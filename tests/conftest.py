@@ -65,6 +65,7 @@ class HostScheduling(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> HostScheduling:
+    config.option.loadscopereorder = False  # in the order of pytest_collection_modifyitems, not by the number of tests
     return HostScheduling(config, log)
 
 
@@ -76,8 +77,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put tests with hosts first: they wait most, and others fill the time."""
-    items.sort(key=lambda item: not item.nodeid.startswith("tests/net/"))
+    """Put the modules that take longest first, so that no worker has one of them left when all others are done."""
+    items.sort(key=lambda item: not item.nodeid.startswith(("tests/net/", "tests/modes/userspace/test_histories")))
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
