@@ -60,7 +60,7 @@ def test_a_pod_at_an_interface_without_address_is_served(
     assert ask(world.client, "fd00:96::5") == ask(world.node, "fd00:96::5") == "pod1"
     assert ask(world.node, "127.0.0.1", 30080) == ask(world.client, "192.168.50.1", 30080) == "pod1"
     assert is_refused(world.client, "192.168.50.1", serving.proxy_port("default/web:http"))
-    assert "cali1 has no IPv4 address" in serving.log()
+    serving.wait_logged("cali1 has no IPv4 address")
     serving.stop()
     assert "169.254.77.7" not in world.node.ip("address")
 

@@ -65,7 +65,7 @@ def test_a_backend_that_comes_back_gets_its_turns_again(proxy: Proxy, world: Ser
     wait_until(lambda: ask(world.client, "10.96.3.2") == "pod3", "the trial succeeds", 5.0)
 
     assert Counter(ask(world.client, "10.96.3.2") for _ in range(10)) == {"pod1": 5, "pod3": 5}
-    assert "takes connections again" in proxy.log()
+    proxy.wait_logged("takes connections again")
 
 
 def test_an_affine_client_whose_backend_failed_is_pinned_to_another(

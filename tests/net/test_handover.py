@@ -112,7 +112,7 @@ def test_who_cannot_serve_as_he_is_told_leaves_the_one_who_serves_alone(
     finally:
         world.node.set_knob("ipv4/conf/all/src_valid_mark", 0)
 
-    assert "clients' addresses cannot be kept" in second.log()
+    second.wait_logged("clients' addresses cannot be kept")
     assert fresh_proxy.process is not None
     assert fresh_proxy.process.poll() is None
     fresh_proxy.serve("web", WEB, POD2)
@@ -199,7 +199,7 @@ def test_starting_anew_in_place_keeps_the_process_id_and_every_request(fresh_pro
         wait_until(lambda: fresh_proxy.log().count("ready:") == 2, "it is ready again")
 
     assert fresh_proxy.process.poll() is None
-    assert "starting anew" in fresh_proxy.log()
+    fresh_proxy.wait_logged("starting anew")
     wait_until(lambda: fresh_proxy.workers() not in ([], [worker]), "another worker serves")
     wait_until(lambda: not Path(f"/proc/{worker}").exists(), "the worker before has ended and was waited for")
     assert fresh_proxy.stop() == 0
@@ -303,7 +303,7 @@ def test_orphans_are_taken_over_from_although_one_of_them_has_died(fresh_proxy: 
     with no_request_fails(world):
         fresh_proxy.start("--workers", "3")
 
-    assert "1 of 3 workers of the proxy before are gone" in fresh_proxy.log()
+    fresh_proxy.wait_logged("1 of 3 workers of the proxy before are gone")
     wait_until(lambda: all(map(has_ended, workers)), "the workers before have ended")
 
 
@@ -383,7 +383,7 @@ def test_a_successor_that_cannot_start_leaves_all_serving(fresh_proxy: Proxy, wo
         assert fresh_proxy.process is not None
         assert fresh_proxy.process.wait(20) == 1
 
-    assert "another program has it" in fresh_proxy.log()
+    fresh_proxy.wait_logged("another program has it")
     fresh_proxy.start()
     assert answers(world.client, WEB, 80)
 
@@ -479,7 +479,7 @@ def test_a_successor_that_is_killed_before_the_one_before_has_made_way_leaves_a_
     asyncio.run(make_no_way())
 
     wait_until(lambda: "the control process is gone" in fresh_proxy.log(), "its worker has noticed")
-    assert "serving on" in fresh_proxy.log()
+    fresh_proxy.wait_logged("serving on")
 
 
 @pytest.mark.parametrize("after_s", [0.0, 0.01, 0.1, 0.3])

@@ -192,7 +192,7 @@ def test_beside_another_kube_proxy_it_says_what_to_do_and_touches_nothing(
 
     assert proxy.process is not None
     assert proxy.process.wait(20) == 1
-    assert "stop it and run `kube-proxy --cleanup`, or use --proxy-mode nftables" in proxy.log()
+    proxy.wait_logged("stop it and run `kube-proxy --cleanup`, or use --proxy-mode nftables")
     world.node.run(*proxy.command("cleanup"))
     assert [line for line in proxy.saved().splitlines() if line.startswith("-A")] == before
     world.node.run("iptables", "-t", "nat", "-F", "KUBE-SERVICES")

@@ -148,7 +148,7 @@ def test_schedulers_that_this_kernel_lacks_are_replaced(proxy: IpvsProxy, world:
     proxy.start("--ipvs-scheduler", "twos")
 
     assert "-A -t 10.96.9.25:80 -s rr -b flag-3" in proxy.servers()
-    assert "this kernel has no scheduler twos; rr chooses in its place" in proxy.log()
+    proxy.wait_logged("this kernel has no scheduler twos; rr chooses in its place")
     assert answers(world.client, "10.96.9.25", 80) == "pod1"
 
 
@@ -189,7 +189,7 @@ def test_others_virtual_servers_are_left_alone_and_one_that_is_in_the_way_is_nam
     proxy.give("web", "10.96.9.7", POD1)
     proxy.start()
 
-    assert "10.96.9.7:80 is not served: there is a virtual server of somebody else's" in proxy.log()
+    proxy.wait_logged("10.96.9.7:80 is not served: there is a virtual server of somebody else's")
     assert ask_udp(world.client, "10.96.9.7") == "pod1"
     proxy.give("late", "10.96.9.23", POD1)
     wait_until(lambda: "10.96.9.23:80 is not served" in proxy.log(), "who comes to want one is named, too")
@@ -260,7 +260,7 @@ def test_an_endpoint_that_ipvs_refuses_keeps_nobody_else_from_being_served(proxy
 
     assert answers(world.client, "10.96.9.17", 80) == "pod2"
     assert answers(world.client, "10.96.9.18", 80) == "pod1"
-    assert f"add {broadcast}:8080 at TCP 10.96.9.17:80: IPVS has no such endpoints" in proxy.log()
+    proxy.wait_logged(f"add {broadcast}:8080 at TCP 10.96.9.17:80: IPVS has no such endpoints")
 
 
 def test_ipvs_is_looked_at_by_the_clock_and_not_after_each_change(world: ServiceLab) -> None:
@@ -318,7 +318,7 @@ def test_beside_kube_proxys_own_device_it_says_what_to_do_and_touches_nothing(
 
     assert proxy.process is not None
     assert proxy.process.wait(60) == 1
-    assert "kube-ipvs0 is somebody else's (kube-proxy in ipvs mode?): stop it" in proxy.log()
+    proxy.wait_logged("kube-ipvs0 is somebody else's (kube-proxy in ipvs mode?): stop it")
     world.node.run(*proxy.command("cleanup"))
     assert "kube-ipvs0" in world.node.ip("link", "show")
     world.node.ip("link", "del", "kube-ipvs0")
@@ -334,7 +334,7 @@ def test_beside_another_of_ours_that_serves_it_changes_nothing_of_the_node(
 
     assert proxy.process is not None
     assert proxy.process.wait(60) == 1
-    assert "another userspace-proxy runs in this network namespace" in proxy.log()
+    proxy.wait_logged("another userspace-proxy runs in this network namespace")
     knobs = ("ipv4/vs/conntrack", *STRICT_ARP)
     assert [world.node.run("cat", f"/proc/sys/net/{knob}").stdout.strip() for knob in knobs] == ["0", "0", "0"]
     assert other.stop() == 0

@@ -304,7 +304,7 @@ def test_it_runs_as_a_kube_proxy_configuration_says(cluster: Cluster, tmp_path: 
     assert cluster.answers() == {"pod1"}
     assert 20_000 <= cluster.proxy.proxy_port("default/web") <= 20_009
     assert cluster.proxy.health()[1]["nodeEligible"] is True
-    assert "nothing done about it: ipvs.scheduler" in cluster.proxy.log()
+    cluster.proxy.wait_logged("nothing done about it: ipvs.scheduler")
     file = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established"
     assert int(cluster.world.node.run("cat", file).stdout) == 7_200
 

@@ -327,7 +327,7 @@ def test_a_manifest_that_is_broken_at_the_start_is_named_and_the_rest_is_served(
     fresh_proxy.start()
 
     assert answers(world.client, "10.96.4.1", 80)
-    assert "broken.yaml:2: " in fresh_proxy.log()
+    fresh_proxy.wait_logged("broken.yaml:2: ")
     status, body = fresh_proxy.get("/healthz", 10256)
     assert status == 200
     assert "broken.yaml:2" in json.loads(body)["problems"][0]
@@ -411,7 +411,7 @@ def test_a_worker_that_is_killed_under_load_fails_its_own_connections_alone(
 
     failed = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
     assert len(failed) <= 1, "only the request that was in its hands"
-    assert "another one takes its listeners" in fresh_proxy.log()
+    fresh_proxy.wait_logged("another one takes its listeners")
     assert fresh_proxy.metric("userspace_proxy_worker_restarts_total") == 1
     assert ask_udp(world.client, "10.96.4.1") in ("pod1", "pod2")
 

@@ -144,6 +144,10 @@ class Proxy:
         except AssertionError as error:
             raise AssertionError(f"{error}; its log: {self.log()}") from None
 
+    def wait_logged(self, text: str) -> None:
+        """Wait until the log has *text*: a thread writes it, behind what it tells of."""
+        wait_until(lambda: text in self.log(), f"the log says {text!r}")
+
     def log(self) -> str:
         return self.log_file.read_text()
 

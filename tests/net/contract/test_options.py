@@ -108,4 +108,4 @@ def test_a_source_that_is_no_such_thing_is_refused_and_the_service_is_served(
     proxy.give(service)
 
     proxy.expect(service, "caller clusterIP -> local1 as node")
-    assert "transparnet" in proxy.log()
+    proxy.wait_logged("transparnet")
