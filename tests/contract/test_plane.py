@@ -387,8 +387,12 @@ def many(count: int) -> list[ListenerSpec]:
 
 
 def leave_room(pid: int, descriptors: int) -> None:
-    """Have process *pid* open so many descriptors more, and then some in the gaps."""
-    limit = max(int(each.name) for each in Path(f"/proc/{pid}/fd").iterdir()) + 1 + descriptors
+    """Have process *pid* open so many *descriptors* more. Its channel may have a high number, with gaps below it."""
+    used = {int(each.name) for each in Path(f"/proc/{pid}/fd").iterdir()}
+    limit = 0
+    while descriptors:
+        descriptors -= limit not in used
+        limit += 1
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, resource.prlimit(pid, resource.RLIMIT_NOFILE)[1]))
 
 
