@@ -246,6 +246,8 @@ async def test_real_servers_understand_it(
     command = server(tmp_path, f"[{ip}]" if ":" in ip else ip, endpoint.port)
     await plane.tell_sources_by(version)
     await plane.use(endpoint)
+    # A connection that conntrack knows from before would have the kernel give this one another source port.
+    subprocess.run(["conntrack", "-F"], capture_output=True, timeout=10, check=True)
     with serving(*command, at=endpoint.address):
         client = await dial(portal)
         await client.send(b"GET / HTTP/1.1\r\nHost: web\r\nConnection: close\r\n\r\n")
