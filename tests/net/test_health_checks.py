@@ -34,12 +34,8 @@ def serve(proxy: Proxy, *pods: str, policy: str = "Local", conditions: str = "{}
 
 
 def probe(world: ServiceLab) -> tuple[int, int]:
-    """Return the status and the count that a load balancer is told.
-
-    The answer may take as long as a process takes to start on a busy machine: while one process replaces another, the
-    queue of the listener holds the probe.
-    """
-    with connect(world.client, NODE_IP, PORT, 20) as sock:
+    """Return the status and the count that a load balancer is told."""
+    with connect(world.client, NODE_IP, PORT, 5) as sock:
         sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: node\r\n\r\n")
         answer = b""
         while part := sock.recv(4096):
