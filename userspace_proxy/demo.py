@@ -208,7 +208,7 @@ class _Demo:
             table.add_row(name, str(count))
         table.add_row("failed", str(len(load.errors)), style="bold green" if not load.errors else "bold red")
         self._console.print(table)
-        said = next((line for line in self._log.read_text().splitlines() if "passed over" in line), "")
+        said = next((line for line in self._log.read_text().splitlines() if "is ejected" in line), "")
         self._console.print(f"The proxy's log: {said}", style="dim", soft_wrap=True)
         self._results["failover"] = {"answers": dict(load.answers), "failed": len(load.errors)}
         if load.errors:

@@ -1,4 +1,4 @@
-"""The picker's promises: exact turns, pins that slide, and passing over what fails."""
+"""The picker's promises: exact turns, pins that slide, and ejection of endpoints that fail."""
 
 from __future__ import annotations
 

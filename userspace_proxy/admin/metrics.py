@@ -37,7 +37,7 @@ class ControlStats(NamedTuple):
 # Metric name, help text, field of Counters, and whether it only rises.
 _FAMILIES = (
     ("endpoints", "endpoints that may take new traffic, as the cluster says", "endpoints", False),
-    ("ejected_endpoints", "of these, the ones passed over now because they failed", "ejected", False),
+    ("ejected_endpoints", "of these, the ones that are ejected now because they failed", "ejected", False),
     ("connections", "TCP connections accepted for a service port", "accepted", True),
     ("open_connections", "TCP connections open now", "open", False),
     ("failed_connections", "TCP connections reset because no endpoint could be reached", "failed", True),
@@ -54,7 +54,7 @@ _FAMILIES = (
     ("port_exhaustions", "attempts for which every local port was in use", "port_exhaustions", True),
     ("refused_sources", "dials for which the kernel refused the client's address as source", "sources_refused", True),
     ("retries", "attempts after the first one of a connection or flow", "retries", True),
-    ("ejections", "times an endpoint was passed over for a while", "ejections", True),
+    ("ejections", "times an endpoint was ejected for a while", "ejections", True),
     ("affinity_pins", "clients that stay with an endpoint, by sessionAffinity", "pins", False),
     ("udp_flows", "UDP flows begun", "flows_total", True),
     ("udp_open_flows", "UDP flows now", "flows", False),
@@ -70,7 +70,7 @@ _ENDPOINT_FAMILIES = (
     ("to_clients_bytes", "bytes from an endpoint to clients", "bytes_to_clients", True),
     ("dial_failures", "attempts to reach an endpoint that failed", "dial_failures", True),
     ("retries", "attempts to reach an endpoint after another one had failed", "retries", True),
-    ("ejections", "times an endpoint was passed over for a while", "ejections", True),
+    ("ejections", "times an endpoint was ejected for a while", "ejections", True),
     ("udp_flows", "UDP flows to an endpoint", "opened", True),
     ("udp_open_flows", "UDP flows to an endpoint now", "open", False),
 )

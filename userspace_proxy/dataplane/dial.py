@@ -385,7 +385,7 @@ class Dial:
     def _note_ejection(self, pick: Pick, code: int) -> None:
         self._context.counters.ejections += 1
         pick.counters.ejections += 1
-        log.info("endpoint %s is passed over for a while: %s", pick.endpoint, os.strerror(code))
+        log.info("endpoint %s is ejected for a while: %s", pick.endpoint, os.strerror(code))
 
     def _wait_for_descriptors(self, error: OSError) -> None:
         """Retry later: the client is accepted but unread, so it can wait until other connections end."""

@@ -280,7 +280,7 @@ class UdpListener:
         elif self.picker.report_failure(endpoint, self._name(key, endpoint)):
             self.counters.ejections += 1
             counters.ejections += 1
-            log.info("endpoint %s is passed over for a while: %s", endpoint, error.strerror)
+            log.info("endpoint %s is ejected for a while: %s", endpoint, error.strerror)
 
     def count_bytes(self) -> None:
         """Update the byte counters of all flows."""

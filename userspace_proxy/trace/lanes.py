@@ -209,9 +209,7 @@ def _answered(leg: Leg) -> tuple[Line, ...]:
     if leg.role is not Role.DIAL:
         return ()
     said = leg.answered or "nothing in time"
-    return (
-        Line("note", f"answers {said}" if said.startswith(("SYN", "datagram")) else f"answers {said}: passed over"),
-    )
+    return (Line("note", f"answers {said}" if said.startswith(("SYN", "datagram")) else f"answers {said}: skipped"),)
 
 
 def _process(listener: Listener | None, ends: Ends, trace: PacketTrace) -> Station:
