@@ -1,7 +1,7 @@
 """10,000 Services of two endpoints each in the tables of every kernel mode: the whole load, one change, removal.
 
 Run it with `make bench-tables`. Only the tables are measured: from what is wanted of each Service, which is known by
-then, until the kernel has it. In namespaces of its own; a mode that this kernel lacks is skipped, with a line that says so.
+then, until the kernel has it. In namespaces of its own. A mode that this kernel lacks is skipped, and a line says so.
 """
 
 from __future__ import annotations
