@@ -18,9 +18,9 @@ import msgspec
 import yaml
 
 from userspace_proxy import api
-from userspace_proxy.config import values
 from userspace_proxy.config.settings import HEALTHZ_PORT, KERNEL_MODES, METRICS_PORT, fields_in
 from userspace_proxy.errors import ConfigError, StartError
+from userspace_proxy.model.duration import duration
 from userspace_proxy.sources.documents import split
 from userspace_proxy.sources.lines import Lines, Place
 from userspace_proxy.sources.paths import UNREADABLE, is_stream, read, read_stream
@@ -206,7 +206,7 @@ def _decode_duration(wanted: type, value: object) -> Duration:
     assert wanted is Duration, wanted
     if not isinstance(value, str):
         raise ValueError(f"must be a duration, not {value!r}; write such as 30s, 1m30s")  # noqa: TRY004 - msgspec's way
-    return Duration(values.duration(value))
+    return Duration(duration(value))
 
 
 def _refuse_unknown(parent: str, name: str) -> NoReturn:
