@@ -13,14 +13,13 @@ pin.
 from __future__ import annotations
 
 import functools
-import hashlib
-import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import Translation
 from userspace_proxy.model.allocation import Allocator
 from userspace_proxy.model.endpoint import FAMILIES, Address, Family
+from userspace_proxy.model.maglev import slot_table
 from userspace_proxy.model.names import L4Protocol, ListenerName, Scope, ServicePortName
 from userspace_proxy.model.routes import Refusal, Route
 from userspace_proxy.model.service import Portal
@@ -216,45 +215,6 @@ def _addresses(translation: Translation, scope: Scope) -> list[Address]:
     return [e.address for reach in there for e in (reach.cluster if scope is Scope.CLUSTER else reach.local)]
 
 
-def spread(endpoints: Sequence[Address], slots: int, weights: Mapping[str, int] | None = None) -> list[Address]:
-    """Return which endpoint each of *slots* (a power of two) leads to.
-
-    Each endpoint asks for slots in an order of its own, in turns (Maglev's table): so all have nearly as many, and when
-    one comes or goes few of the others' slots change hands. *weights*: how many slots a turn an IP asks for, else one;
-    who asks for none has none, unless nobody asks for any. Where all ask for more slots than there are, each has its
-    share, and one at least.
-    """
-    if weights:
-        asks = [weights.get(ip, 1) for ip, _ in endpoints]
-        if (total := sum(asks)) > slots:
-            asks = [ask and max(1, ask * slots // total) for ask in asks]
-        asking = [(endpoint, ask) for endpoint, ask in zip(endpoints, asks, strict=True) if ask]
-        turns: list[Address] = []
-        while asking:  # one after the other, lest the last find none left
-            turns += (endpoint for endpoint, _ in asking)
-            asking = [(endpoint, ask - 1) for endpoint, ask in asking if ask > 1]
-        endpoints = turns or endpoints
-    orders = [_order(endpoint, slots) for endpoint in endpoints]
-    table: list[Address | None] = [None] * slots
-    left = slots
-    while True:
-        for index, (endpoint, (at, step)) in enumerate(zip(endpoints, orders, strict=True)):
-            while table[at] is not None:
-                at = (at + step) % slots
-            table[at] = endpoint
-            left -= 1
-            if not left:
-                return table  # type: ignore[return-value]  # every slot is taken
-            orders[index] = (at, step)
-
-
-@functools.lru_cache(100_000)
-def _order(endpoint: Address, slots: int) -> tuple[int, int]:
-    """Return the first slot that *endpoint* asks for, and how far the next one is: odd, so that it comes to all."""
-    first, step = struct.unpack("=II", hashlib.blake2b(repr(endpoint).encode(), digest_size=8).digest())
-    return first % slots, step % slots | 1
-
-
 def size_for(endpoints: int) -> int:
     return next((slots for slots, most in SIZES.items() if endpoints <= most), max(SIZES))
 
@@ -279,10 +239,8 @@ def _add_endpoints(found: Elements, translation: Translation, scope: Scope, fami
         found.setdefault(f"endpoints{family}_{name.protocol.lower()}", {}).update(
             (leads[a], packed[a]) for a in endpoints
         )
-    slots = {
-        number + slot: leads[a] for slot, a in zip(_slot_numbers(size), spread(endpoints, size, weights), strict=True)
-    }
-    found.setdefault(f"{kind}_{size}", {}).update(slots)
+    table = zip(_slot_numbers(size), slot_table(endpoints, size, weights), strict=True)
+    found.setdefault(f"{kind}_{size}", {}).update((number + slot, leads[address]) for slot, address in table)
     add_hairpins(found, family, (ip for ip, _ in endpoints))
 
 
