@@ -171,6 +171,29 @@ def test_a_number_in_quotes_is_one_fault_at_its_field(kind: str, rule: Rule) -> 
     assert [finding.field for finding in faults(given)] == [field]
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"type": "LoadBalancer", "ports": [{"port": 10250}]},
+        {"clusterIP": "None", "ipFamilies": ["IPv4", "IPv6"], "selector": None},
+        {"ipFamilyPolicy": "PreferDualStack", "clusterIP": "10.96.0.9", "clusterIPs": ["10.96.0.9", "fd00:10:96::9"]},
+        {"type": "LoadBalancer", "loadBalancerSourceRanges": [" 192.0.2.0/24 "]},
+    ],
+    ids=str,
+)
+def test_a_combination_of_fields_that_the_api_accepts_is_no_fault(spec: dict[str, Any]) -> None:
+    given = copy.deepcopy(SERVICE_ALONE)
+    given["spec"].update(spec)
+
+    assert faults(given) == []
+
+
+def test_two_ports_of_endpoints_may_have_one_name() -> None:
+    ports = [{"name": "dns", "port": 53, "protocol": "UDP"}, {"name": "dns", "port": 53, "protocol": "TCP"}]
+
+    assert faults({**GOOD["Endpoints"], "subsets": [{"addresses": [{"ip": "10.0.0.1"}], "ports": ports}]}) == []
+
+
 @pytest.mark.parametrize("relation", RELATIONS, ids=lambda relation: f"{relation.field}: {relation.demand}")
 def test_a_field_that_contradicts_another_is_one_fault(relation: Any) -> None:
     given = copy.deepcopy(SERVICE_ALONE)
@@ -194,10 +217,20 @@ def test_a_field_that_contradicts_another_is_one_fault(relation: Any) -> None:
         ("EndpointSlice", {"endpoints": [{"addresses": ["10.0.0.1"] * 101}]}, "endpoints[0].addresses"),
         (
             "EndpointSlice",
-            {"endpoints": [{"addresses": ["10.0.0.1"], "hints": {"forZones": [{"name": "a"}] * 9}}]},
+            {"endpoints": [{"addresses": ["10.0.0.1"], "hints": {"forZones": [{"name": z} for z in "abcdefghi"]}}]},
             "endpoints[0].hints.forZones",
         ),
+        (
+            "EndpointSlice",
+            {"endpoints": [{"addresses": ["10.0.0.1"], "hints": {"forZones": [{"name": "a"}] * 2}}]},
+            "endpoints[0].hints.forZones[1].name",
+        ),
         ("Endpoints", {"subsets": [{}]}, "subsets[0]"),
+        (
+            "Endpoints",
+            {"subsets": [{"addresses": [{"ip": "10.0.0.1"}], "ports": [{"port": 1}, {"name": "b", "port": 2}]}]},
+            "subsets[0].ports[0].name",
+        ),
         (
             "Endpoints",
             {"subsets": [{"addresses": [{"ip": "10.0.0.1"}], "ports": [{"name": "a"}]}]},

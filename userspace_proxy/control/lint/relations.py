@@ -40,6 +40,20 @@ def _has_node_port(spec: _Plain) -> bool:
     return any(port.get("nodePort") for port in spec.get("ports") or ())
 
 
+def _is_dialled_from_outside(spec: _Plain) -> bool:
+    return _type(spec) in ("NodePort", "LoadBalancer") or (_type(spec) == "ClusterIP" and bool(spec.get("externalIPs")))
+
+
+def _is_single_stack(spec: _Plain) -> bool:
+    """Return whether *spec* says SingleStack, or nothing, which means it unless the Service has no selector or IP."""
+    is_dual_by_default = "None" in _cluster_ips(spec) and not spec.get("selector")
+    return (spec.get("ipFamilyPolicy") or "SingleStack") == "SingleStack" and not is_dual_by_default
+
+
+def _has_two_families(spec: _Plain) -> bool:
+    return len(set(spec.get("ipFamilies") or ())) > 1 or len(set(_cluster_ips(spec)) - {"None"}) > 1
+
+
 def _is_set_for_external_name(field: str, spec: _Plain) -> bool:
     return _type(spec) == "ExternalName" and bool(spec.get(field))
 
@@ -61,9 +75,16 @@ RELATIONS: tuple[Relation, ...] = (
     Relation(
         "spec.clusterIPs",
         "None stands alone",
-        {"clusterIPs": ["None", "10.96.0.9"]},
+        {"clusterIP": "None", "clusterIPs": ["None", "10.96.0.9"]},
         lambda s: "None" in _cluster_ips(s) and len(_cluster_ips(s)) > 1,
         "write [None], or addresses alone",
+    ),
+    Relation(
+        "spec.clusterIPs",
+        "it stands beside clusterIP, and its first address is the same",
+        {"clusterIPs": ["10.96.0.9"]},
+        lambda s: s.get("clusterIPs") and not s.get("clusterIP") and _type(s) != "ExternalName",
+        "add clusterIP with the first of these addresses",
     ),
     Relation(
         "spec.externalName",
@@ -95,17 +116,10 @@ RELATIONS: tuple[Relation, ...] = (
         "write 'type: NodePort'",
     ),
     Relation(
-        "spec.ports[].port",
-        "a load balancer may not lead to 10250, the kubelet's port",
-        {"type": "LoadBalancer", "ports": [{"port": 10250}]},
-        lambda s: _type(s) == "LoadBalancer" and any(port.get("port") == 10250 for port in s.get("ports") or ()),
-        "choose another port",
-    ),
-    Relation(
         "spec.sessionAffinityConfig",
         "a Service without session affinity has no configuration of it",
         {"sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 10}}},
-        lambda s: s.get("sessionAffinityConfig") and s.get("sessionAffinity") != "ClientIP",
+        lambda s: s.get("sessionAffinityConfig") is not None and s.get("sessionAffinity") != "ClientIP",
         "write 'sessionAffinity: ClientIP', or leave it out",
     ),
     Relation(
@@ -117,11 +131,9 @@ RELATIONS: tuple[Relation, ...] = (
     ),
     Relation(
         "spec.ipFamilyPolicy",
-        "SingleStack is one family and one address",
-        {"ipFamilyPolicy": "SingleStack", "ipFamilies": ["IPv4", "IPv6"]},
-        lambda s: (
-            s.get("ipFamilyPolicy") == "SingleStack" and max(len(s.get("ipFamilies") or ()), len(_cluster_ips(s))) > 1
-        ),
+        "SingleStack, the default, is one family and one address",
+        {"ipFamilies": ["IPv4", "IPv6"]},
+        lambda s: _is_single_stack(s) and _has_two_families(s),
         "write PreferDualStack, or keep one family and one address",
     ),
     *(
@@ -159,9 +171,7 @@ RELATIONS: tuple[Relation, ...] = (
         "spec.externalTrafficPolicy",
         "a Service without node ports and externalIPs has no clients from outside",
         {"externalTrafficPolicy": "Local"},
-        lambda s: (
-            s.get("externalTrafficPolicy") and _type(s) in ("ClusterIP", "ExternalName") and not s.get("externalIPs")
-        ),
+        lambda s: s.get("externalTrafficPolicy") and not _is_dialled_from_outside(s),
         "leave it out, or write 'type: NodePort'",
     ),
 )
@@ -172,12 +182,12 @@ CONTRADICTIONS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "EndpointSlice": (
         ("endpoints", f"{_ENDPOINTS_MAX} at most"),
         ("endpoints[].addresses", f"1 to {_ADDRESSES_MAX}; each of the family that addressType says"),
-        ("endpoints[].hints.forZones, forNodes", f"{_HINTS_MAX} at most each"),
+        ("endpoints[].hints.forZones, forNodes", f"{_HINTS_MAX} at most each, no name twice"),
         ("ports[].name", "Each once; so only one port has none"),
     ),
     "Endpoints": (
         ("subsets[]", "Has addresses or notReadyAddresses"),
-        ("subsets[].ports[].name", "Each once; so only one port has none"),
+        ("subsets[].ports[].name", "Each of several ports has one"),
     ),
     "Pod": (
         ("spec.containers[].ports[].name", "Each once in a container, if it has one"),
@@ -209,7 +219,7 @@ def relation_errors(kind: str, plain: _Plain) -> Iterator[ConfigError]:
         yield from _one_a_family(plain, field, single)
         for part in ("containers", "initContainers") if kind == "Pod" else ():
             for index, container in enumerate((spec or {}).get(part) or ()):
-                yield from _unnamed(container.get("ports") or (), f"spec.{part}[{index}].ports", may_lack_names=True)
+                yield from _repeated(container.get("ports") or (), f"spec.{part}[{index}].ports")
 
 
 def _slice_errors(plain: _Plain) -> Iterator[ConfigError]:
@@ -226,12 +236,13 @@ def _slice_errors(plain: _Plain) -> Iterator[ConfigError]:
         yield from _too_many(endpoint.get("addresses"), f"{field}.addresses", _ADDRESSES_MAX)
         for name in ("forZones", "forNodes"):
             yield from _too_many(hints.get(name), f"{field}.hints.{name}", _HINTS_MAX)
+            yield from _repeated(hints.get(name) or (), f"{field}.hints.{name}")
         for at, ip in enumerate(endpoint.get("addresses") or ()):
             if family in ("IPv4", "IPv6") and decode.is_ip(ip) and (":" in ip) is not (family == "IPv6"):
                 said = f"{ip!r} is no {family} address, which addressType says"
                 yield ConfigError(said, field=f"{field}.addresses[{at}]", mend="write one slice for each family")
     yield from _too_many(plain.get("endpoints"), "endpoints", _ENDPOINTS_MAX)
-    yield from _unnamed(plain.get("ports") or (), "ports")
+    yield from _repeated(plain.get("ports") or (), "ports", is_name_needed=True)
 
 
 def _too_many(items: Sequence[object] | None, field: str, limit: int) -> Iterator[ConfigError]:
@@ -243,26 +254,24 @@ def _too_many(items: Sequence[object] | None, field: str, limit: int) -> Iterato
 def _endpoints_errors(plain: _Plain) -> Iterator[ConfigError]:
     for index, subset in enumerate(plain.get("subsets") or ()):
         ports = subset.get("ports") or ()
-        yield from _unnamed(ports, f"subsets[{index}].ports")
         if not (subset.get("addresses") or subset.get("notReadyAddresses")) and not ports:
             yield ConfigError("the subset is empty", field=f"subsets[{index}]", mend="add addresses and ports")
         for at, port in enumerate(ports):
             if port.get("port") is None:
                 yield ConfigError("there is no port", field=f"subsets[{index}].ports[{at}].port", mend="add port")
+            if len(ports) > 1 and not port.get("name"):
+                said, field = "each of several ports has a name", f"subsets[{index}].ports[{at}].name"
+                yield ConfigError(said, field=field, mend="add name")
 
 
-def _unnamed(ports: Any, field: str, *, may_lack_names: bool = False) -> Iterator[ConfigError]:
-    """Yield which of *ports* have the name of another, or none though there are several."""
+def _repeated(items: Sequence[_Plain], field: str, *, is_name_needed: bool = False) -> Iterator[ConfigError]:
+    """Yield which of *items* have the name of another; if *is_name_needed*, no name counts as a name."""
     first: dict[str, int] = {}
-    for index, port in enumerate(ports):
-        name = port.get("name") or ""
-        if (name or not may_lack_names) and first.setdefault(name, index) != index:
-            said = (
-                f"the name {name!r} is already that of ports[{first[name]}]"
-                if name
-                else "each of several ports has a name"
-            )
-            yield ConfigError(said, field=f"{field}[{index}].name", mend="give each port a name of its own")
+    for index, item in enumerate(items):
+        name = item.get("name") or ""
+        if (name or is_name_needed) and first.setdefault(name, index) != index:
+            said = f"the name {name!r} is already that of [{first[name]}]" if name else "two ports have no name"
+            yield ConfigError(said, field=f"{field}[{index}].name", mend="give each a name of its own")
 
 
 def _one_a_family(plain: _Plain, field: str, single: str) -> Iterator[ConfigError]:
