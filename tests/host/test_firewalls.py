@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
-from typing import get_args
 
 import pytest
 
-from userspace_proxy.host.firewalls import Hook, blocking_chains, blocks, find_blocking_firewall
+from userspace_proxy.host.firewalls import (
+    DIALLED,
+    FORWARDED,
+    REDIRECTED,
+    REPLIES,
+    Passage,
+    blocking_chains,
+    blocks,
+    find_blocking_firewall,
+)
 from userspace_proxy.lab import Host
 
 
-def blocking(host: Host, script: str, hook: Hook = "input") -> list[str]:
+def blocking(host: Host, script: str, passage: Passage = REDIRECTED) -> list[str]:
     """Load *script*, as a firewall would, and return the chains that block."""
     host.run("nft", "-f", "-", stdin=script)
     try:
-        return blocking_chains(json.loads(host.run("nft", "--json", "--terse", "list", "ruleset").stdout), hook)
+        return blocking_chains(json.loads(host.run("nft", "--json", "--terse", "list", "ruleset").stdout), passage)
     finally:
         host.run("nft", "delete", "table", "inet", "fw")
 
@@ -93,7 +101,7 @@ def test_an_iptables_firewall_is_read_in_its_own_words(rules: str, blocked: bool
 def test_a_forward_chain_blocks_unless_it_may_accept_connections_to_endpoints(
     host: Host, rules: str, blocked: bool
 ) -> None:
-    assert blocking(host, firewall(rules, hook="forward"), "forward") == ["inet fw c"] * blocked
+    assert blocking(host, firewall(rules, hook="forward"), FORWARDED) == ["inet fw c"] * blocked
 
 
 _DOCKER = "-P FORWARD DROP\n-A FORWARD -o docker0 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT\n"
@@ -112,25 +120,59 @@ _DOCKER = "-P FORWARD DROP\n-A FORWARD -o docker0 -m conntrack --ctstate RELATED
     ],
 )
 def test_so_does_forward_of_iptables(rules: str, blocked: bool) -> None:
-    assert blocks(rules, "forward") is blocked
+    assert blocks(rules, FORWARDED) is blocked
+
+
+@pytest.mark.parametrize(
+    ("passage", "rules", "blocked"),
+    [
+        (DIALLED, "", True),
+        (DIALLED, "iif lo accept; ct state established accept; tcp dport 22 accept;", True),
+        (DIALLED, "ct status dnat accept;", True),
+        (DIALLED, "ip daddr 10.96.0.0/16 accept;", False),
+        (DIALLED, 'iifname "cni0" accept;', False),
+        (REPLIES, "", True),
+        (REPLIES, "ct status dnat accept;", True),
+        (REPLIES, "ct state established,related accept;", False),
+        (REPLIES, "ip saddr 10.244.0.0/16 accept;", False),
+    ],
+)
+def test_a_chain_blocks_what_ipvs_translates_unless_it_accepts_the_untranslated_packets(
+    host: Host, passage: Passage, rules: str, blocked: bool
+) -> None:
+    assert blocking(host, firewall(rules, hook=passage.hook), passage) == ["inet fw c"] * blocked
+
+
+@pytest.mark.parametrize(
+    ("passage", "rules", "blocked"),
+    [
+        (DIALLED, "-P INPUT DROP\n-A INPUT -i lo -j ACCEPT\n-A INPUT -p tcp -m tcp --dport 22 -j ACCEPT\n", True),
+        (DIALLED, "-P INPUT DROP\n-A INPUT -d 10.96.0.0/16 -j ACCEPT\n", False),
+        (REPLIES, _DOCKER, True),
+        (REPLIES, f"{_DOCKER}-A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT\n", False),
+    ],
+)
+def test_so_do_input_and_forward_of_iptables(passage: Passage, rules: str, blocked: bool) -> None:
+    assert blocks(rules, passage) is blocked
 
 
 @pytest.mark.parametrize("tool", ["iptables", "ip6tables"])
-@pytest.mark.parametrize("hook", get_args(Hook))
+@pytest.mark.parametrize("passage", [REDIRECTED, FORWARDED, DIALLED, REPLIES], ids=lambda passage: passage.traffic)
 async def test_an_iptables_firewall_is_named_with_a_mend_that_leaves_it_usable(
-    host: Host, tool: str, hook: Hook
+    host: Host, tool: str, passage: Passage
 ) -> None:
     """iptables refuses a chain of its own that holds rules written by nft; so the mend must be its own."""
-    chain = hook.upper()
+    chain = passage.hook.upper()
+    service_range = "10.96.0.0/16" if tool == "iptables" else "fd00:10:96::/108"
     with host.inside():
         host.run(tool, "-P", chain, "DROP")
-        (found,) = await find_blocking_firewall(hook)
+        (found,) = await find_blocking_firewall(passage, service_range)
         mend = found.split("`")[1]
         assert mend.startswith(f"{tool} -I {chain}")
         host.run(*mend.split())
 
-        assert await find_blocking_firewall(hook) == []
-        assert "--ctstate DNAT" in host.run(tool, "-S", chain).stdout
+        assert await find_blocking_firewall(passage, service_range) == []
+        assert passage.iptables.format(range=service_range) in host.run(tool, "-S", chain).stdout
         host.run(tool, "-F", chain)
         host.run(tool, "-P", chain, "ACCEPT")
 

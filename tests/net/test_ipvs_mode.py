@@ -410,3 +410,28 @@ def test_another_mode_leaves_no_trace_of_this_one_nor_this_of_another(proxy: Ipv
     proxy.start()
     wait_until(lambda: "userspace_proxy_nat" not in world.node.run("nft", "list", "tables").stdout, "its table is gone")
     assert answers(world.client, "10.96.9.11", 80) == "pod1"
+
+
+@pytest.mark.parametrize(
+    ("hook", "rules", "passes"),
+    [
+        ("forward", "", False),
+        ("forward", "ct state established accept;", True),
+        ("forward", "ct status dnat accept;", False),
+        ("input", "ct state established accept; ct status dnat accept;", False),
+        ("input", "ip daddr 10.96.0.0/16 accept;", True),
+    ],
+)
+def test_a_firewall_has_to_accept_requests_at_input_and_replies_at_forward(
+    proxy: IpvsProxy, world: ServiceLab, hook: str, rules: str, passes: bool
+) -> None:
+    proxy.give("web", "10.96.9.12", POD1)
+    proxy.start()
+    assert answers(world.client, "10.96.9.12", 80) == "pod1"
+    chain = f"type filter hook {hook} priority 0; policy drop; {rules}"
+    world.node.run("nft", "-f", "-", stdin=f"table inet fw {{ chain c {{ {chain} }}; }}")
+    try:
+        with contextlib.nullcontext() if passes else pytest.raises(OSError):
+            connect(world.client, "10.96.9.12", 80, timeout_s=3).close()
+    finally:
+        world.node.run("nft", "delete", "table", "inet", "fw")

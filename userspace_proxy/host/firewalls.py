@@ -1,7 +1,7 @@
 """Finds firewalls of other programs that block Services' traffic.
 
-Redirected traffic passes INPUT like any packet for this node. Traffic that the kernel translates by itself passes
-FORWARD.
+Redirected traffic passes INPUT like any packet for this node. Traffic that NAT rules translate passes FORWARD. Of
+traffic that IPVS translates, requests pass INPUT with the address that the client dialled, and replies pass FORWARD.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.host.tool import is_installed, parsed, run_tool
@@ -18,21 +18,45 @@ log = logging.getLogger(__name__)
 
 Hook = Literal["input", "forward"]
 
+
+class Passage(NamedTuple):
+    """Traffic of Services that passes the firewall of a node at ``hook``.
+
+    ``nft`` and ``iptables``: the match of a rule that accepts this traffic. ``sign``: a word in every such rule.
+    """
+
+    traffic: str
+    hook: Hook
+    nft: str
+    iptables: str
+    sign: str
+
+
+REDIRECTED = Passage("redirected traffic", "input", "ct status dnat", "-m conntrack --ctstate DNAT", "dnat")
+FORWARDED = Passage("forwarded traffic", "forward", "ct status dnat", "-m conntrack --ctstate DNAT", "dnat")
+# Before IPVS translates a request, only its address tells that it is for a Service.
+DIALLED = Passage("requests to Services", "input", "{family} daddr {range}", "-d {range}", "")
+REPLIES = Passage(
+    "replies of endpoints", "forward", "ct state established", "-m conntrack --ctstate ESTABLISHED", "established"
+)
+
 # The chains of iptables on nf_tables. Only iptables can read all rules in them; it rejects chains with foreign rules.
 _OF_IPTABLES = [(family, "filter", chain) for family in ("ip", "ip6") for chain in ("INPUT", "FORWARD")]
 # Docker's bridges: a rule that accepts traffic there concerns containers, not pods.
 _CONTAINER_BRIDGE = re.compile(r"(docker\d+|br-)")
+# A rule that accepts by address or interface may be meant for Services; one that accepts by port alone is not.
+_ADDRESS = re.compile(r'addr"|"iif(name)?"(?!.*"lo")| -[sd] | -i (?!lo )|^-A \w+ -j ACCEPT')
 
 
-def blocking_chains(ruleset: dict[str, Any], hook: Hook = "input") -> list[str]:
-    """Return the nftables chains at *hook* that drop by default and accept no translated traffic.
+def blocking_chains(ruleset: dict[str, Any], passage: Passage = REDIRECTED) -> list[str]:
+    """Return the nftables chains at the hook of *passage* that drop by default and accept none of its traffic.
 
     A forward chain that accepts new connections of any kind may accept those to endpoints too, so it is not returned.
     *ruleset* is the output of ``nft --json list ruleset``. Chains are returned as ``family table chain``.
     """
     items = ruleset.get("nftables", [])
     chains = [item["chain"] for item in items if "chain" in item]
-    hooked = {(c["family"], c["table"], c["name"]): c.get("policy") for c in chains if c.get("hook") == hook}
+    hooked = {(c["family"], c["table"], c["name"]): c.get("policy") for c in chains if c.get("hook") == passage.hook}
     rules: dict[tuple[str, str, str], list[list[dict[str, Any]]]] = {chain: [] for chain in hooked}
     for rule in (item["rule"] for item in items if "rule" in item):
         rules.setdefault((rule["family"], rule["table"], rule["chain"]), []).append(rule.get("expr", []))
@@ -41,8 +65,11 @@ def blocking_chains(ruleset: dict[str, Any], hook: Hook = "input") -> list[str]:
         for chain, policy in sorted(hooked.items())
         if chain not in _OF_IPTABLES
         and (policy == "drop" or any(map(_drops_everything, rules[chain])))
-        and not any(map(_accepts_translated, rules[chain]))
-        and not (hook == "forward" and any(_may_accept_new(r) for c in rules if c[:2] == chain[:2] for r in rules[c]))
+        and not any(_accepts(rule, passage) for rule in rules[chain])
+        and not (
+            passage.hook == "forward"
+            and any(_may_accept_new(rule) for at in rules if at[:2] == chain[:2] for rule in rules[at])
+        )
     ]
 
 
@@ -51,29 +78,32 @@ def _drops_everything(expressions: list[dict[str, Any]]) -> bool:
     return bool(kinds & {"drop", "reject"}) and kinds <= {"drop", "reject", "counter", "log"}
 
 
-def _accepts_translated(expressions: list[dict[str, Any]]) -> bool:
-    return any("accept" in e for e in expressions) and "dnat" in json.dumps(expressions).lower()
+def _accepts(expressions: list[dict[str, Any]], passage: Passage) -> bool:
+    said = json.dumps(expressions).lower()
+    is_meant = passage.sign in said if passage.sign else _may_accept_new(expressions) and _ADDRESS.search(said)
+    return any("accept" in e for e in expressions) and bool(is_meant)
 
 
 def _may_accept_new(expressions: list[dict[str, Any]]) -> bool:
     said = json.dumps(expressions)
-    is_of_states = '"state"' in said and '"new"' not in said
+    is_of_states = '"dnat"' in said or ('"state"' in said and '"new"' not in said)
     return any("accept" in e for e in expressions) and not is_of_states and not _CONTAINER_BRIDGE.search(said)
 
 
-def blocks(rules: str, hook: Hook = "input") -> bool:
-    """Return whether iptables drops by default at *hook* and accepts no translated traffic.
+def blocks(rules: str, passage: Passage = REDIRECTED) -> bool:
+    """Return whether iptables drops by default at the hook of *passage* and accepts none of its traffic.
 
     As in `blocking_chains`, a rule that accepts new connections may accept those to endpoints at FORWARD. *rules* is
     the output of ``iptables -S``.
     """
-    lines, chain = rules.splitlines(), hook.upper()
+    lines, chain = rules.splitlines(), passage.hook.upper()
     ends = (f"-P {chain} DROP", f"-A {chain} -j DROP", f"-A {chain} -j REJECT")
-    accepts = [line for line in lines if line.endswith("-j ACCEPT")]
+    accepts = [line for line in lines if line.endswith("-j ACCEPT") and not _CONTAINER_BRIDGE.search(line)]
+    sign = re.compile(passage.sign.upper()) if passage.sign else _ADDRESS
     return (
         any(line.startswith(ends) for line in lines)
-        and not any("DNAT" in line for line in accepts)
-        and not (hook == "forward" and any(map(_may_accept_new_by_iptables, accepts)))
+        and not any(sign.search(line) for line in accepts)
+        and not (passage.hook == "forward" and any(map(_may_accept_new_by_iptables, accepts)))
     )
 
 
@@ -81,29 +111,28 @@ def _may_accept_new_by_iptables(rule: str) -> bool:
     chain = rule.split()[1]
     is_of_states = "state " in rule and "NEW" not in rule
     # KUBE-FORWARD accepts masqueraded traffic only, and not all Service traffic is masqueraded.
-    return not (is_of_states or chain in ("INPUT", "OUTPUT", "KUBE-FORWARD") or _CONTAINER_BRIDGE.search(rule))
+    return not (is_of_states or chain in ("INPUT", "OUTPUT", "KUBE-FORWARD"))
 
 
-async def find_blocking_firewall(hook: Hook = "input") -> list[str]:
-    """Return the firewalls that drop Services' traffic at *hook*, each with a command that lets it pass."""
+async def find_blocking_firewall(passage: Passage = REDIRECTED, service_range: str = "") -> list[str]:
+    """Return the firewalls that drop the traffic of *passage*, each with a command that lets it pass."""
     found = []
+    family = "ip6" if ":" in service_range else "ip"
+    nft, iptables = (text.format(family=family, range=service_range) for text in (passage.nft, passage.iptables))
     if is_installed("nft"):
         listed = parsed(await run_tool("nft", "--json", "--terse", "list", "ruleset")) or {}
         found += [
-            f"nftables chain '{chain}' drops what no rule accepts; `nft insert rule {chain} ct status dnat accept` "
-            "lets it pass"
-            for chain in blocking_chains(listed, hook)
+            f"nftables chain '{chain}' drops what no rule accepts; `nft insert rule {chain} {nft} accept` lets it pass"
+            for chain in blocking_chains(listed, passage)
         ]
     for tool in ("iptables", "ip6tables"):
         try:
-            blocked = is_installed(tool) and blocks(await run_tool(tool, "-S"), hook)
+            blocked = is_installed(tool) and blocks(await run_tool(tool, "-S"), passage)
         except SyncError as error:
             log.debug("the rules of %s cannot be looked at: %s", tool, error)
             continue
         if blocked:
-            chain = hook.upper()
-            found.append(
-                f"{tool} {chain} drops what no rule accepts; `{tool} -I {chain} -m conntrack --ctstate DNAT -j ACCEPT` "
-                "lets it pass"
-            )
+            chain = passage.hook.upper()
+            mend = f"{tool} -I {chain} {iptables} -j ACCEPT"
+            found.append(f"{tool} {chain} drops what no rule accepts; `{mend}` lets it pass")
     return found

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from userspace_proxy.host.firewalls import FORWARDED, Passage
 from userspace_proxy.modes.mode import Mode, ModeSettings, PreparedMode, ProxierRequest, Removal, RenderRequest
 
 if TYPE_CHECKING:
-    from userspace_proxy.host.firewalls import Hook
     from userspace_proxy.interfaces import KernelTables, NodeFacts, Translation
     from userspace_proxy.model.names import ServicePortName
     from userspace_proxy.modes.kernel_proxier import KernelProxier
@@ -29,7 +29,7 @@ def kernel_mode(
     rules: MakeRules,
     *,
     language: str,
-    firewall_hook: Hook | None = "forward",
+    firewall_passages: tuple[Passage, ...] = (FORWARDED,),
     node_port_addresses: tuple[str, ...] = (),
 ) -> Mode:
     """Return a mode whose tables in the kernel are what *make_tables* makes."""
@@ -62,7 +62,7 @@ def kernel_mode(
         removals=removals,
         languages=(language,),
         render=render,
-        firewall_hook=firewall_hook,
+        firewall_passages=firewall_passages,
         node_port_addresses=node_port_addresses,
     )
 

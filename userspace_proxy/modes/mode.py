@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from userspace_proxy.control.proxy_ports import ProxyPorts
-    from userspace_proxy.host.firewalls import Hook
+    from userspace_proxy.host.firewalls import Passage
     from userspace_proxy.interfaces import DataPlane, ListenerSpec, Proxier
     from userspace_proxy.model.names import ServicePortName
     from userspace_proxy.model.state import ProxyState
@@ -90,8 +90,8 @@ class Mode:
     no workers, and SIGTERM leaves the rules. ``prepare`` checks what the host has to have, and raises SyncError if it
     lacks something. ``removals`` remove everything that the mode leaves on a host, whichever process put it there.
     ``languages``: the rule languages that it is rendered in, the usual one first. ``render``
-    returns the rules with the reason of each line. ``firewall_hook``: where a foreign firewall can drop what this mode
-    leads on, None if it sees too little of that. ``node_port_addresses``: where node ports are served unless a setting
+    returns the rules with the reason of each line. ``firewall_passages``: where a foreign firewall can drop the
+    traffic of Services. ``node_port_addresses``: where node ports are served unless a setting
     says so. Which settings apply in a mode is in their table (`config/settings.py`).
     """
 
@@ -102,7 +102,7 @@ class Mode:
     removals: Callable[[ModeSettings], Sequence[Removal]]
     languages: tuple[str, ...]
     render: Callable[[RenderRequest], Rules]
-    firewall_hook: Hook | None = None
+    firewall_passages: tuple[Passage, ...] = ()
     node_port_addresses: tuple[str, ...] = ()
 
     def languages_for(self, asked: str) -> tuple[str, ...]:

@@ -240,9 +240,7 @@ class Proxy:
             node.tune_conntrack()  # the rules have loaded conntrack
         with contextlib.suppress(SyncError):
             await remove_others(self._mode, node.prepared)
-        if (hook := self._mode.firewall_hook) is None:
-            return
-        what = "forwarded traffic" if hook == "forward" else "redirected traffic"
         with contextlib.suppress(SyncError, ValueError):
-            for found in await find_blocking_firewall(hook):
-                log.warning("a firewall on this node drops %s: %s", what, found)
+            for passage in self._mode.firewall_passages:
+                for found in await find_blocking_firewall(passage, str(settings.service_ranges[0])):
+                    log.warning("a firewall on this node drops %s: %s", passage.traffic, found)

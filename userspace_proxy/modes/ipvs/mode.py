@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from userspace_proxy.host.firewalls import DIALLED, REPLIES
 from userspace_proxy.modes.kernel_mode import kernel_mode
 from userspace_proxy.modes.mode import ModeSettings
 
@@ -35,6 +36,5 @@ MODE = kernel_mode(
     make_tables,
     _rules,
     language="ipvsadm",
-    # Requests pass INPUT before they are translated, and FORWARD sees answers alone.
-    firewall_hook=None,
+    firewall_passages=(DIALLED, REPLIES),
 )

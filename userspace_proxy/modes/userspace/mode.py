@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from userspace_proxy.host.firewalls import REDIRECTED
 from userspace_proxy.modes.mode import Mode, ModeSettings, PreparedMode, ProxierRequest, Removal, RenderRequest
 
 if TYPE_CHECKING:
@@ -61,5 +62,5 @@ MODE = Mode(
     removals=_removals,
     languages=("nftables", "iptables"),
     render=_render,
-    firewall_hook="input",
+    firewall_passages=(REDIRECTED,),
 )
