@@ -390,6 +390,7 @@ class Counters:
     ``refused``: connections to the proxy port that did not come by a portal. ``limited``: connections refused because
     their client or service port had too many open. ``port_exhaustions``: dials for which every local port towards the
     endpoint was in use. ``sources_refused``: dials for which the kernel refused the client's address as source.
+    ``unanswered``: connections that a backend reset before it sent a byte.
     """
 
     accepted: int = 0
@@ -404,6 +405,7 @@ class Counters:
     limited: int = 0
     port_exhaustions: int = 0
     sources_refused: int = 0
+    unanswered: int = 0
     flows: int = 0
     flows_total: int = 0
     flows_evicted: int = 0
@@ -525,6 +527,12 @@ class DataPlane(Protocol):
         ...
 
 
+# How a connection ended if the backend reset it while the client was open and no byte had come from the backend.
+UNANSWERED = "reset by backend before it sent a byte"
+# Called with an error number, and bytes that were read from the client but not sent.
+OnUnused = Callable[[int, bytes], None]
+
+
 class Splice(Protocol):
     """One connection that a splice engine serves."""
 
@@ -553,12 +561,21 @@ class Splicer(Protocol):
     """A splice engine: moves bytes between two connected sockets until both directions have ended."""
 
     def start(
-        self, client: SocketType, backend: SocketType, on_end: Callable[[str], None], told: int | None = None
+        self,
+        client: SocketType,
+        backend: SocketType,
+        on_end: Callable[[str], None],
+        told: int | None = None,
+        on_unused: OnUnused | None = None,
+        unsent: bytes = b"",
     ) -> Splice:
         """Take ownership of both sockets; when the connection ends, close them and call *on_end* once.
 
         *on_end* gets how it ended, and is never called before this returns. *told*: the poller already watches the
         backend's socket, and these events of it were delivered to its handler before. The sockets may be blocking.
+        *on_unused* is called instead of *on_end* if the backend's connection breaks while the client is open and no
+        byte has passed. The client's socket is then the caller's again, muted in the poller.
+        *unsent*: bytes of the client that the backend gets first.
 
         Raises:
             OSError: this host lacks resources; *on_end* is not called, and the caller still owns the sockets.

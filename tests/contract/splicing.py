@@ -13,7 +13,7 @@ from userspace_proxy.dataplane.pipes import PipePool
 from userspace_proxy.dataplane.poller import Poller
 from userspace_proxy.dataplane.splice.copy import CopySplicer
 from userspace_proxy.dataplane.splice.pipe import PipeSplicer
-from userspace_proxy.interfaces import Splice, Splicer
+from userspace_proxy.interfaces import OnUnused, Splice, Splicer
 
 # What each side sends, from its beginning.
 STREAM = random.Random(3).randbytes(4_000_000)
@@ -71,8 +71,9 @@ class Spliced:
         self._splicer = splicer
         self._splice: Splice | None = None
 
-    def start(self) -> None:
-        self._splice = self._splicer.start(self.client_socket, self.backend_socket, self.endings.append)
+    def start(self, on_unused: OnUnused | None = None, told: int | None = None) -> None:
+        ends = self.client_socket, self.backend_socket
+        self._splice = self._splicer.start(*ends, self.endings.append, told, on_unused)
 
     @property
     def splice(self) -> Splice:

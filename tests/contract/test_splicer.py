@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import random
 import socket
@@ -11,9 +12,13 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tests.contract.splicing import ENGINES, Spliced, Workshop, difference, workshop
-from tests.ends import End, open_descriptors, settled, until
+from tests.ends import End, open_descriptors, settled, tcp_pair, until
+from userspace_proxy.dataplane.poller import WRITE
+from userspace_proxy.interfaces import UNANSWERED
 
 SIDES = ("client", "backend")
+# How a connection ends that one side resets before it has sent a byte.
+RESET_BY = {"client": "reset by client", "backend": UNANSWERED}
 # More than one read takes, less than the kernel's buffers on both ways.
 SOME = random.Random(1).randbytes(300_000)
 MUCH = random.Random(2).randbytes(8_000_000)
@@ -252,7 +257,68 @@ async def test_a_reset_passes_as_a_reset(shop: Workshop, side: str) -> None:
     first.reset()
 
     assert await second.receive_all() == (b"", "reset")
-    assert await spliced.ended() == f"reset by {side}"
+    assert await spliced.ended() == RESET_BY[side]
+
+
+async def test_a_client_whose_backend_resets_before_a_byte_has_passed_is_given_back(shop: Workshop) -> None:
+    spliced = shop.splice(start=False)
+    unused: list[tuple[int, bytes]] = []
+    spliced.start(lambda code, unsent: unused.append((code, unsent)))
+    spliced.backend.reset()
+
+    await until(lambda: bool(unused), "the client is given back")
+    assert unused == [(errno.ECONNRESET, b"")]
+    await until(lambda: spliced.backend_socket.fileno() == -1, "the backend's socket is closed")
+    another, backend = tcp_pair()
+    shop.poller.watch(another, lambda _: None)
+    shop.splicer.start(spliced.client_socket, another, spliced.endings.append, WRITE)
+    await spliced.client.send(b"question")
+    assert await End(backend).receive(8) == b"question"
+    spliced.client.close()
+    backend.close()
+    assert await spliced.ended() == "closed"
+
+
+async def test_bytes_that_a_reset_backend_was_not_sent_are_given_back_and_the_next_backend_gets_them(
+    shop: Workshop,
+) -> None:
+    spliced = shop.splice(start=False)
+    unused: list[tuple[int, bytes]] = []
+    shop.poller.watch(spliced.backend_socket, lambda _: None)
+    await spliced.client.send(b"question")
+    await asyncio.sleep(0.01)  # the backend's socket tells that it is writable
+    spliced.start(lambda code, unsent: unused.append((code, unsent)), WRITE)
+    spliced.backend.reset()  # the client's bytes are read first, and the send fails
+
+    await until(lambda: bool(unused), "the client is given back")
+    assert unused == [(errno.ECONNRESET, b"question")]
+    another, backend = tcp_pair()
+    shop.poller.watch(another, lambda _: None)
+    shop.splicer.start(spliced.client_socket, another, spliced.endings.append, WRITE, None, b"question")
+    await spliced.client.send(b" and more")
+    assert await End(backend).receive(17) == b"question and more"
+    spliced.client.close()
+    backend.close()
+    assert await spliced.ended() == "closed"
+
+
+@pytest.mark.parametrize("before", ["a byte to the backend", "a byte to the client", "the client's end"])
+async def test_no_client_is_given_back_once_something_has_passed(shop: Workshop, before: str) -> None:
+    spliced = shop.splice(start=False)
+    spliced.start(lambda code, unsent: pytest.fail("given back"))
+    if before == "a byte to the backend":
+        await spliced.client.send(b"x")
+        assert await spliced.backend.receive(1) == b"x"
+    elif before == "a byte to the client":
+        await spliced.backend.send(b"x")
+        assert await spliced.client.receive(1) == b"x"
+    else:
+        spliced.client.half_close()
+        assert await spliced.backend.receive_all() == (b"", "eof")
+    spliced.backend.reset()
+
+    assert await spliced.client.receive_all() == (b"", "reset")
+    assert await spliced.ended() == (UNANSWERED if before == "a byte to the backend" else "reset by backend")
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -320,7 +386,7 @@ async def test_a_reset_of_a_stalled_reader_reaches_the_writer(shop: Workshop, si
     reader.reset()
 
     assert await writer.receive_all() == (b"", "reset")
-    assert await spliced.ended() == f"reset by {side}"
+    assert await spliced.ended() == RESET_BY[side]
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -18,6 +18,7 @@ from userspace_proxy.dataplane.dial import BUDGET_S, DIALS_MAX, RACE_S, Dial, Di
 from userspace_proxy.dataplane.memory import OVERTAKEN_MAX, Memory
 from userspace_proxy.dataplane.picker import Pick, Picker
 from userspace_proxy.dataplane.poller import FAILED, WRITE
+from userspace_proxy.dataplane.suspects import Suspects
 from userspace_proxy.interfaces import Counters
 from userspace_proxy.model.endpoint import Address, Endpoint
 
@@ -120,7 +121,9 @@ class World:
         self.picker.set_endpoints(self.endpoints)
         self.counters = Counters()
         network: Any = self.network
-        self.context = DialContext(network, network, deadlines(network), self.picker, self.counters, network)
+        self.context = DialContext(
+            network, network, deadlines(network), self.picker, self.counters, network, Suspects()
+        )
 
     def attempt(self) -> Attempt:
         """Dial until an endpoint is connected, or all have failed."""

@@ -7,8 +7,10 @@ import contextlib
 import os
 import resource
 import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -41,12 +43,15 @@ from tests.dataplane.world import (
     vanished,
 )
 from tests.ends import PATIENCE_S, End, open_descriptors, settled, until
+from tests.fakes import FakeClock
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.sockets import open_listener, prepare_listener, stream_socket
+from userspace_proxy.dataplane.suspects import PROOF_S, RESETS_MAX
 from userspace_proxy.dataplane.tcp import ACCEPTS_A_TURN
-from userspace_proxy.interfaces import Backends, EndpointCounters, ListenerSpec
+from userspace_proxy.interfaces import UNANSWERED, Backends, EndpointCounters, ListenerSpec
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import L4Protocol
+from userspace_proxy.model.service import SourceIP
 
 DEAD_PEER_S = 3.0
 
@@ -185,6 +190,152 @@ async def test_where_there_are_more_endpoints_than_are_wanted_none_is_told_of(pl
         {NAME: 2, UDP_NAME: 2},
         0,
     )
+
+
+# ---- endpoints that accept and fail
+
+
+class ResettingBackend:
+    """Accepts each connection and resets it at once, from a thread of its own."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self.endpoint = Endpoint(*self._listener.getsockname()[:2])
+        self.accepted = 0
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            self.accepted += 1
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.close()
+
+    def __enter__(self) -> ResettingBackend:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join(5)
+        self._listener.close()
+
+
+@pytest.mark.parametrize("source_ip", [SourceIP.NODE, SourceIP.PROXY_PROTOCOL_V1])
+async def test_a_client_that_has_not_spoken_never_notices_an_endpoint_that_accepts_and_resets(
+    plane: Plane, source_ip: SourceIP
+) -> None:
+    await plane.tell_sources_by(source_ip)
+    with ResettingBackend() as bad, Listener() as good:
+        await plane.use(bad.endpoint, good.endpoint)
+        client = await dial()
+        backend = await good.accept()
+        if source_ip is SourceIP.PROXY_PROTOCOL_V1:
+            assert (await backend.receive(8)).startswith(b"PROXY")
+            backend.receive_now()
+        await client.send(b"question")
+        assert await backend.receive(8) == b"question"
+        client.close()
+        backend.close()
+        await all_ended(plane)
+        counters = await plane.counters()
+        of_bad = (await plane.of_endpoints())[bad.endpoint.address]
+
+    assert (counters.failed, counters.unanswered, counters.dial_failures, counters.ejections) == (0, 0, 1, 1)
+    assert (of_bad.dial_failures, of_bad.open, counters.open) == (1, 0, 0)
+    assert [(record.why, record.endpoint) for record in plane.records] == [("failover", good.endpoint)]
+
+
+async def test_a_client_is_reset_if_every_endpoint_accepts_and_resets(plane: Plane) -> None:
+    with ResettingBackend() as one, ResettingBackend() as two:
+        await plane.use(one.endpoint, two.endpoint)
+        client = await dial()
+        assert await client.receive_all() == (b"", "reset")
+        client.close()
+        await all_ended(plane)
+
+    assert (one.accepted, two.accepted) == (1, 1)
+    assert [record.how for record in plane.records] == ["no endpoint could be reached"]
+
+
+async def test_a_request_that_an_endpoint_resets_is_never_sent_twice_and_later_ones_are_spared() -> None:
+    """The first client has sent its bytes when the reset comes. Later ones wait until the endpoint has proved itself.
+
+    Each trial after an ejection is such a wait, and ends with a reset again.
+    """
+    clock = FakeClock()
+    async with running_plane(now=clock) as plane:
+        with ResettingBackend() as bad, named_backends("a") as (good,):
+            await plane.use(bad.endpoint, good.endpoint)
+            answers = []
+            for _ in range(12):
+                client = await dial()
+                await client.send(b"question")
+                answers.append(await client.receive_all())
+                client.close()
+                clock.now_s += 1
+            counters = await plane.counters()
+
+    assert answers.count((b"", "reset")) == 1, "the first"
+    assert answers.count((b"a", "eof")) + answers.count((b"a", "reset")) == 11
+    assert (counters.unanswered, counters.failed) == (1, 0)
+    assert counters.ejections >= 2
+    assert [record.how for record in plane.records if record.endpoint == bad.endpoint] == [UNANSWERED]
+
+
+async def ask_and_reset(bad: Listener) -> None:
+    client = await dial()
+    backend = await bad.accept()
+    await client.send(b"question")
+    await backend.receive(8)
+    backend.reset()
+    assert await client.receive_all() == (b"", "reset")
+    client.close()
+
+
+async def test_a_suspect_gets_no_byte_before_it_has_proved_itself(plane: Plane) -> None:
+    with Listener() as listener:
+        await plane.use(listener.endpoint)
+        await ask_and_reset(listener)
+        began = time.monotonic()
+        client = await dial()
+        await client.send(b"question")
+        backend = await listener.accept()
+        assert await backend.receive(8) == b"question"
+        assert time.monotonic() - began > PROOF_S * 0.9
+        client.close()
+        backend.close()
+
+
+async def test_an_endpoint_that_resets_late_is_ejected_after_three_connections_in_a_row(plane: Plane) -> None:
+    with Listener() as bad, named_backends("a") as (good,):
+        await plane.use(bad.endpoint, good.endpoint)
+        for count in (1, 2):
+            await ask_and_reset(bad)
+            assert (await plane.counters()).ejections == 0, count
+            assert await ask() == "a"
+        client = await dial()
+        backend = await bad.accept()
+        await backend.send(b"welcome")
+        assert await client.receive(7) == b"welcome"
+        backend.reset()
+        assert await client.receive_all() == (b"", "reset")
+        client.close()
+        assert await ask() == "a"
+        for count in range(1, RESETS_MAX + 1):
+            await ask_and_reset(bad)
+            assert (await plane.counters()).ejections == (count == RESETS_MAX)
+            assert await ask() == "a"
+
+
+async def test_a_backend_that_accepts_and_closes_has_answered_with_nothing(plane: Plane) -> None:
+    with named_backends("", "a") as (empty, other):
+        await plane.use(empty.endpoint, other.endpoint)
+        assert [await ask() for _ in range(4)] == ["", "a", "", "a"]
+        assert (await plane.counters()).dial_failures == 0
 
 
 # ---- who speaks first

@@ -41,6 +41,7 @@ _FAMILIES = (
     ("connections", "TCP connections accepted for a service port", "accepted", True),
     ("open_connections", "TCP connections open now", "open", False),
     ("failed_connections", "TCP connections reset because no endpoint could be reached", "failed", True),
+    ("unanswered_connections", "TCP connections that a backend reset before it sent a byte", "unanswered", True),
     ("refused_connections", "TCP connections that came to a proxy port by another way than a portal", "refused", True),
     (
         "limited_connections",

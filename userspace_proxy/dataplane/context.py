@@ -12,6 +12,7 @@ from userspace_proxy.dataplane.datagrams import DatagramPoller
 from userspace_proxy.dataplane.dial import Deadlines, deadlines
 from userspace_proxy.dataplane.memory import Memory
 from userspace_proxy.dataplane.poller import Poller
+from userspace_proxy.dataplane.suspects import Suspects
 from userspace_proxy.interfaces import AccessRecord, Counters, Splicer
 
 # Called with the access record of each ended connection or flow.
@@ -43,3 +44,4 @@ class Shared:
 
     memory: Memory
     counters: Counters = field(default_factory=Counters)
+    suspects: Suspects = field(default_factory=Suspects)

@@ -16,8 +16,9 @@ from typing import NamedTuple, Protocol
 
 from userspace_proxy.dataplane.connections import Connections
 from userspace_proxy.dataplane.picker import Pick, Picker
-from userspace_proxy.dataplane.poller import FAILED, WRITE, Poller
+from userspace_proxy.dataplane.poller import FAILED, HANGUP, READ, WRITE, Poller
 from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, is_self_connected, stream_socket
+from userspace_proxy.dataplane.suspects import PROOF_S, Suspects
 from userspace_proxy.dataplane.transparent import Transparent
 from userspace_proxy.interfaces import Counters
 from userspace_proxy.model.endpoint import Address
@@ -37,11 +38,13 @@ STARVED_MAX = 100
 STARVED_RETRY_S = 0.1
 
 # Indexes into the deadlines of a data plane.
-RACE, PATIENCE = 0, 1
+RACE, PATIENCE, PROOF = range(3)
 # Rounds of an attempt: the kind of endpoints to dial beside one that has not answered.
 _OPEN, _DOUBTFUL, _SLOW = range(3)
 
 _UNDER_WAY = (errno.EINPROGRESS, 0)
+# Events of a backend that has sent bytes, or its end.
+_SPOKE = READ | HANGUP
 
 log = logging.getLogger(__name__)
 
@@ -92,8 +95,8 @@ class Deadlines:
 
 
 def deadlines(loop: asyncio.AbstractEventLoop) -> tuple[Deadlines, ...]:
-    """Return the deadlines of the first round, and those of later rounds."""
-    return Deadlines(loop, RACE_S), Deadlines(loop, PATIENCE_S)
+    """Return the deadlines of the first round, those of later rounds, and those of connected suspects."""
+    return Deadlines(loop, RACE_S), Deadlines(loop, PATIENCE_S), Deadlines(loop, PROOF_S)
 
 
 class DialContext(NamedTuple):
@@ -105,8 +108,23 @@ class DialContext(NamedTuple):
     picker: Picker
     counters: Counters
     connections: Connections
+    suspects: Suspects
     congestion_control: str = ""
     transparent: Transparent | None = None  # set if backends see the client's own address
+
+    def seen_client(self, client_ip: str, pick: Pick) -> str:
+        """Return *client_ip* if the endpoint of *pick* sees it, "" if it sees this node's address."""
+        return "" if self.transparent is None else self.transparent.name_for(client_ip, pick.endpoint.ip)
+
+    def hold_against(self, pick: Pick, client_ip: str, code: int) -> None:
+        """Count a failure of *pick*'s endpoint towards its ejection."""
+        if self.picker.report_failure(pick.endpoint, self.seen_client(client_ip, pick)):
+            self.note_ejection(pick, code)
+
+    def note_ejection(self, pick: Pick, code: int) -> None:
+        self.counters.ejections += 1
+        pick.counters.ejections += 1
+        log.info("endpoint %s is ejected for a while: %s", pick.endpoint, os.strerror(code))
 
 
 class Dial:
@@ -117,6 +135,8 @@ class Dial:
     2. Dial ejected endpoints: at once if all dials have failed, after PATIENCE_S beside an open dial.
     3. Dial slow endpoints again, one every PATIENCE_S: the network may be slow, not the endpoint dead.
     4. Fail after BUDGET_S or DIALS_MAX. While a dial is open, a deadline is always set.
+
+    A connected suspect has to prove itself first: not to reset the connection for PROOF_S, or to send a byte.
     """
 
     __slots__ = (
@@ -129,6 +149,7 @@ class Dial:
         "_header",
         "_newer",
         "_pick",
+        "_proving",
         "_round",
         "_sock",
         "_starved",
@@ -154,6 +175,7 @@ class Dial:
         self._starved = 0  # times this host had no descriptor for the backend's socket
         self._sock: SocketType | None = None  # to `_pick`; the older one of two
         self._newer: tuple[SocketType, Pick] | None = None
+        self._proving: dict[SocketType, int] | None = None  # connected suspects, with the events so far
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
@@ -163,6 +185,11 @@ class Dial:
             self._dial(pick)
         elif self._sock is None:
             self._caller.on_failed("no endpoint could be reached" if self._tried else "no endpoint")
+
+    def resume(self, pick: Pick, code: int) -> None:
+        """Dial another endpoint: the connection to that of *pick* broke with error *code* before a byte passed."""
+        self._note_failure(pick, code)
+        self.start()
 
     def _dial(self, pick: Pick) -> None:
         """Dial the endpoint of *pick*. If it fails at once, continue with the next ones."""
@@ -264,6 +291,9 @@ class Dial:
             # Without an error, these are events of a closed socket that had the same number (see poller.py).
             if code := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 self._fail(sock, pick, code)
+        elif self._proving is not None and sock in self._proving:
+            if events & _SPOKE:
+                self._win(sock, pick, events | self._proving[sock])
         elif events & WRITE:
             if is_self_connected(sock, pick.endpoint.address):
                 self._fail(sock, pick, errno.ECONNREFUSED)
@@ -271,18 +301,31 @@ class Dial:
             if self._header and (code := self._send_header(sock)):
                 self._fail(sock, pick, code)
                 return
-            self._win(sock, pick, events)
+            if self._context.suspects and pick.endpoint.address in self._context.suspects and not events & _SPOKE:
+                self._let_prove(sock, events)
+            else:
+                self._win(sock, pick, events)
+
+    def _let_prove(self, sock: SocketType, events: int) -> None:
+        """Send nothing to the connected suspect for PROOF_S: it may reset the connection."""
+        # The ACK that `stream_socket` holds back; the endpoint accepts the connection when it arrives.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        if self._proving is None:
+            self._proving = {}
+            self._context.deadlines[PROOF].add(self)
+        self._proving[sock] = events
 
     def _win(self, sock: SocketType, pick: Pick, events: int) -> None:
         context = self._context
-        if self._tried is None:
+        if self._tried is None and self._proving is None:
             context.deadlines[RACE].remove(self)
         else:
             self._clear_deadlines()
+            self._proving = None
         if self._newer is not None:
             self._end_race(sock)
         self._sock = None
-        if context.picker.report_success(pick.endpoint, self._name(pick)):
+        if context.picker.report_success(pick.endpoint, context.seen_client(self.client_ip, pick)):
             log.info("endpoint %s takes connections again", pick.endpoint)
         if self._first_failed:
             context.picker.pin(self.client_ip, pick.endpoint)
@@ -295,15 +338,11 @@ class Dial:
         is_older = winner is self._newer[0]
         loser, pick = (self._sock, self._pick) if is_older else self._newer
         self._newer = None
-        self._context.connections.end_race()
-        self._context.poller.close(loser)
-        if is_older and self._context.picker.report_overtaken(pick.endpoint, self._name(pick)):
-            self._note_ejection(pick, errno.ETIMEDOUT)
-
-    def _name(self, pick: Pick) -> str:
-        """Return the client's address if the endpoint of *pick* sees it, "" if it sees this node's."""
-        transparent = self._context.transparent
-        return "" if transparent is None else transparent.name_for(self.client_ip, pick.endpoint.ip)
+        context = self._context
+        context.connections.end_race()
+        context.poller.close(loser)
+        if is_older and context.picker.report_overtaken(pick.endpoint, context.seen_client(self.client_ip, pick)):
+            context.note_ejection(pick, errno.ETIMEDOUT)
 
     def _send_header(self, sock: SocketType) -> int:
         """Send the whole header and return 0, or return the error. A retry sends it from the start to another backend.
@@ -323,6 +362,10 @@ class Dial:
 
     def on_timeout(self) -> None:
         """No dial has answered in time: begin another one, or wait longer."""
+        for sock, pick in self._open():
+            if self._proving is not None and sock in self._proving:
+                self._win(sock, pick, self._proving[sock])
+                return
         if self._sock is None:
             return
         now = self._context.loop.time()
@@ -379,13 +422,8 @@ class Dial:
             counters.port_exhaustions += 1
         if code in LOCAL_SHORTAGES:
             self._context.connections.note_shortage(OSError(code, f"connecting to {endpoint}: {os.strerror(code)}"))
-        elif self._context.picker.report_failure(endpoint, self._name(pick)):
-            self._note_ejection(pick, code)
-
-    def _note_ejection(self, pick: Pick, code: int) -> None:
-        self._context.counters.ejections += 1
-        pick.counters.ejections += 1
-        log.info("endpoint %s is ejected for a while: %s", pick.endpoint, os.strerror(code))
+        else:
+            self._context.hold_against(pick, self.client_ip, code)
 
     def _wait_for_descriptors(self, error: OSError) -> None:
         """Retry later: the client is accepted but unread, so it can wait until other connections end."""
@@ -407,6 +445,8 @@ class Dial:
         """Close the dial of *sock*. If it was the older one, the newer one takes its place."""
         context = self._context
         context.poller.close(sock)
+        if self._proving is not None and self._proving.pop(sock, None) is not None and not self._proving:
+            self._proving = None
         if self._newer is None:
             self._sock = None
             self._clear_deadlines()

@@ -40,6 +40,10 @@ BULK_SHARED_BYTES = 256 << 10
 log = logging.getLogger(__name__)
 
 
+def _ignore(events: int) -> None:
+    pass
+
+
 class Poller:
     """Calls handlers when sockets are ready. Not thread-safe: use it in the loop's thread only."""
 
@@ -78,6 +82,10 @@ class Poller:
     def hand_over(self, sock: SocketType, handler: Handler) -> None:
         """Replace the handler of a watched socket; the new one gets only new events."""
         self._handlers[sock.fileno()] = handler
+
+    def mute(self, sock: SocketType) -> None:
+        """Drop the events of a watched socket until `watch`, whose handler gets all current events again."""
+        self._handlers[sock.fileno()] = _ignore
 
     def close(self, sock: SocketType) -> None:
         """Stop watching *sock*, and close it at the end of this turn.

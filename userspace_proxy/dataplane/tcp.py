@@ -6,9 +6,11 @@ endpoint, and a slow backend pushes back on the client through the kernel.
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 import struct
+from dataclasses import dataclass
 from socket import SocketType
 
 from userspace_proxy.dataplane.context import PlaneContext, Shared
@@ -24,7 +26,7 @@ from userspace_proxy.dataplane.sockets import (
     unpacked,
 )
 from userspace_proxy.dataplane.transparent import Transparent
-from userspace_proxy.interfaces import AccessRecord, Backends, ListenerSpec, Splice
+from userspace_proxy.interfaces import UNANSWERED, AccessRecord, Backends, ListenerSpec, Splice
 from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.names import ListenerName
 from userspace_proxy.model.service import Portal, portals
@@ -46,6 +48,7 @@ class TcpListener:
     def __init__(self, spec: ListenerSpec, sock: socket.socket, context: PlaneContext, shared: Shared) -> None:
         self.counters = shared.counters
         self.picker = Picker(shared.memory)
+        self._shared = shared
         self._context = context
         self._dialing = DialContext(
             context.poller,
@@ -54,6 +57,7 @@ class TcpListener:
             self.picker,
             self.counters,
             context.connections,
+            shared.suspects,
             context.limits.congestion_control,
             Transparent(context.tables, self.counters) if spec.transparent else None,
         )
@@ -89,6 +93,7 @@ class TcpListener:
 
     def update(self, backends: Backends) -> None:
         self.picker.set_endpoints(backends.usable)
+        self._shared.suspects.forget_gone(self._shared.memory.addresses())
 
     def leave(self) -> None:
         """Stop accepting: another process accepts at the same socket."""
@@ -156,9 +161,19 @@ class TcpListener:
             self.counters.limited += 1
             reset(client)
 
-    def header(self, client: Address, dialled: bytes) -> bytes:
+    def note_answer(self, pick: Pick) -> None:
+        """Note that the endpoint of *pick* has sent bytes to a client."""
+        if self._shared.suspects:
+            self._shared.suspects.note_answer(pick.endpoint.address)
+
+    def note_reset(self, pick: Pick) -> bool:
+        """Note that the endpoint of *pick* has reset a connection before it sent a byte. Return whether to eject it."""
+        address = pick.endpoint.address
+        return address in self.picker.endpoints and self._shared.suspects.note_reset(address)
+
+    def header(self, client: Address, dialled: bytes | None) -> bytes:
         """Return the PROXY protocol header that backends get before the bytes of *client*; b"" for none."""
-        return self._header_of(client, unpacked(dialled)) if self._header_of else b""
+        return self._header_of(client, unpacked(dialled)) if self._header_of and dialled else b""
 
     def portal_of(self, dialled: bytes | None) -> Portal | None:
         """Return the portal at the address *dialled*, or None if it is not a portal of this service port."""
@@ -174,6 +189,14 @@ def reset(client: SocketType) -> None:
     client.close()
 
 
+@dataclass(slots=True)
+class _Past:
+    """What few connections need: the dial that goes on after a useless one, and bytes that were not sent then."""
+
+    dial: Dial
+    unsent: bytes = b""
+
+
 class TcpConnection:
     """One client's connection, from accept to end."""
 
@@ -183,6 +206,7 @@ class TcpConnection:
         "_counted",
         "_dial",
         "_listener",
+        "_past",
         "_pick",
         "_portal",
         "_splice",
@@ -201,6 +225,7 @@ class TcpConnection:
         self._splice: Splice | None = None
         self._pick: Pick | None = None
         self._counted = _NOTHING
+        self._past: _Past | None = None
 
     def begin(self) -> None:
         listener = self._listener
@@ -218,16 +243,22 @@ class TcpConnection:
             return
         counters.accepted += 1
         counters.open += 1
-        self._dial = dial = Dial(self.client[0], listener.dialing, self, listener.header(self.client, dialled))
+        self._dial = dial = self._new_dial(dialled)
         dial.start()
+
+    def _new_dial(self, dialled: bytes | None) -> Dial:
+        listener = self._listener
+        return Dial(self.client[0], listener.dialing, self, listener.header(self.client, dialled))
 
     def on_connected(self, backend: SocketType, pick: Pick, told: int) -> None:
         self._dial = None
         self._pick = pick
         pick.counters.opened += 1
         pick.counters.open += 1
+        unsent = b"" if self._past is None else self._past.unsent
         try:
-            self._splice = self._context.splicer.start(self._client, backend, self._on_end, told)
+            splicer = self._context.splicer
+            self._splice = splicer.start(self._client, backend, self._on_end, told, self._on_unused, unsent)
         except OSError as error:
             self._context.poller.close(backend)
             self._context.connections.note_shortage(error)
@@ -240,16 +271,36 @@ class TcpConnection:
         self._on_end(reason)
 
     def _refuse(self) -> None:
-        reset(self._client)
+        self._client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        self._context.poller.close(self._client)
+
+    def _on_unused(self, code: int, unsent: bytes) -> None:
+        """Dial another endpoint: the chosen one broke the connection before a byte passed."""
+        pick, listener = self._pick, self._listener
+        assert pick is not None
+        pick.counters.open -= 1
+        self._splice = self._pick = None
+        listener.note_reset(pick)
+        if self._past is None:
+            self._past = _Past(self._new_dial(original_destination(self._client, self.client[0])))
+        self._past.unsent = unsent
+        self._dial = self._past.dial
+        self._dial.resume(pick, code)
 
     def _on_end(self, how: str) -> None:
         context, counters = self._context, self._listener.counters
         context.connections.remove(self)
         counters.open -= 1
-        if self._pick is not None:
-            self._pick.counters.open -= 1
+        if (pick := self._pick) is not None:
+            pick.counters.open -= 1
             self.count_bytes()
             self._splice = None
+            if self._counted[1]:
+                self._listener.note_answer(pick)
+            elif how is UNANSWERED:
+                counters.unanswered += 1
+                if self._listener.note_reset(pick):
+                    self._listener.dialing.hold_against(pick, self.client[0], errno.ECONNRESET)
         if context.access_log is not None:
             context.access_log(
                 AccessRecord(

@@ -3,6 +3,9 @@
 One rule keeps bytes safe: bytes that were read but not sent are copied out of the shared buffer *at once*, and that
 direction does not read again before they are sent. The rest of this module decides when a direction may continue.
 
+If the backend resets the connection before a byte has passed in either direction, the client's socket goes back to the
+caller, which may dial another backend.
+
 A reset is forwarded in order: bytes that came before it are delivered first. So is an urgent byte: both sockets have
 SO_OOBINLINE from the start, and a read that stops before an urgent byte is followed by another read.
 """
@@ -23,6 +26,7 @@ from socket import MSG_DONTWAIT, SocketType
 
 from userspace_proxy.dataplane.pipes import Pipe, PipePool
 from userspace_proxy.dataplane.poller import FAILED, HANGUP, READ, URGENT, WRITE, Poller
+from userspace_proxy.interfaces import UNANSWERED, OnUnused
 
 BUFFER_BYTES = 64 * 1024
 # After this many full reads another connection gets its turn.
@@ -142,6 +146,7 @@ class Half:
             except BlockingIOError:
                 sent = 0
             except OSError as error:
+                self.pending = bytes(_view[:count])
                 self.sink_failed(error)
                 return
             self.moved_bytes += sent
@@ -183,7 +188,7 @@ class Half:
                 self.pending = bytes(pending)
                 return
             except OSError as error:
-                self.drop()
+                self.pending = bytes(pending)
                 self.sink_failed(error)
                 return
             self.moved_bytes += sent
@@ -214,6 +219,8 @@ class Half:
     def source_failed(self, error: OSError) -> None:
         """Handle a reset of the source: no byte can be sent back to it either."""
         splice = self.splice
+        if splice.gives_client_back(self.source, error):
+            return
         splice.note_broken(self.source, error)
         self.done = self.opposite.done = True
         self.opposite.drop()
@@ -222,6 +229,8 @@ class Half:
     def sink_failed(self, error: OSError) -> None:
         """Handle a reset of the sink. Bytes that it sent before are still in its receive queue and are delivered."""
         splice, opposite = self.splice, self.opposite
+        if splice.gives_client_back(self.sink, error):
+            return
         splice.note_broken(self.sink, error)
         self.done = True
         self.drop()
@@ -261,37 +270,52 @@ class CopySplicer:
         self.pipes = pipes or PipePool()
 
     def start(
-        self, client: SocketType, backend: SocketType, on_end: Callable[[str], None], told: int | None = None
+        self,
+        client: SocketType,
+        backend: SocketType,
+        on_end: Callable[[str], None],
+        told: int | None = None,
+        on_unused: OnUnused | None = None,
+        unsent: bytes = b"",
     ) -> CopySplice:
-        splice = CopySplice(client, backend, self, on_end)
-        splice.start(told)
+        splice = CopySplice(client, backend, self, on_end, on_unused)
+        splice.start(told, unsent)
         return splice
 
 
 class CopySplice:
     """One connection: its two directions, and how they end."""
 
-    __slots__ = ("_down", "_ended", "_on_end", "_up", "broken", "engine")
+    __slots__ = ("_down", "_ended", "_is_unanswered", "_on_end", "_on_unused", "_up", "broken", "engine")
 
     def __init__(
-        self, client: SocketType, backend: SocketType, engine: CopySplicer, on_end: Callable[[str], None]
+        self,
+        client: SocketType,
+        backend: SocketType,
+        engine: CopySplicer,
+        on_end: Callable[[str], None],
+        on_unused: OnUnused | None,
     ) -> None:
         self.engine = engine
         self._on_end = on_end
+        self._on_unused = on_unused
         self.broken = ""  # the first error of the connection, "" while there is none
         self._ended = False
+        self._is_unanswered = False  # the backend has reset it while the client was open
         self._up = up = engine.half(client, backend, self)
         self._down = down = engine.half(backend, client, self)
         up.opposite, down.opposite = down, up
 
-    def start(self, told: int | None) -> None:
+    def start(self, told: int | None, unsent: bytes) -> None:
         poller, up, down = self.engine.poller, self._up, self._down
         if told is None:
             poller.watch(down.source, down.on_socket)
         poller.watch(up.source, up.on_socket if told is None else up.on_first_events)
         if told is not None:
             poller.hand_over(down.source, down.on_socket)
-            if told & ~WRITE:  # the backend spoke first: no edge will report these bytes again
+            if unsent:
+                up.pending, up.stuck = unsent, True
+            if told & ~WRITE or unsent:  # the backend spoke first: no edge will report these bytes again
                 poller.again(lambda: None if down.done else down.on_socket(told))
 
     @property
@@ -317,7 +341,28 @@ class CopySplice:
         """Record the first error of the connection, which occurred at *sock*."""
         if not self.broken:
             side = "client" if sock is self._up.source else "backend"
-            self.broken = f"{side} is dead" if error.errno in _DEAD else f"reset by {side}"
+            is_dead = error.errno in _DEAD
+            self.broken = f"{side} is dead" if is_dead else f"reset by {side}"
+            self._is_unanswered = side == "backend" and not (is_dead or self._up.done)
+
+    def gives_client_back(self, broken: SocketType, error: OSError) -> bool:
+        """Return the client's socket to the caller if *broken* is the backend's, by a reset, and no byte has passed.
+
+        The caller may dial again then: no byte was sent to the backend, so none can arrive twice.
+        """
+        up, down, on_unused = self._up, self._down, self._on_unused
+        if on_unused is None or broken is not down.source or error.errno in _DEAD or up.done or self._ended:
+            return False
+        if up.moved_bytes or down.moved_bytes or down.stuck:
+            return False
+        self._ended = True
+        self.engine.poller.mute(up.source)
+        self.engine.poller.close(down.source)
+        unsent = up.pending
+        up.part()
+        down.part()
+        on_unused(error.errno or errno.ECONNRESET, unsent)
+        return True
 
     def cut(self, reason: str) -> None:
         self.close(reason, abortive=True)
@@ -333,7 +378,7 @@ class CopySplice:
             again = functools.partial(self.reset, how, towards, min(2 * wait_s, _RESET_POLL_MAX_S))
             self.engine.loop.call_later(wait_s, again)
         else:
-            self.close(how, abortive=True)
+            self.close(UNANSWERED if self._is_unanswered and not self._down.moved_bytes else how, abortive=True)
 
     def close(self, how: str, *, abortive: bool = False) -> None:
         if self._ended:
