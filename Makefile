@@ -53,7 +53,7 @@ format: ## put the code in form
 reference: ## the generated pages of docs/reference: flags, and the fields of the contract
 	@tools/setup $(VENV)
 	@$(BIN)/python -m tools.flags docs/reference
-	@$(BIN)/python -m userspace_proxy.control.contract docs/reference/contract.md
+	@$(BIN)/python -m tools.contract docs/reference/contract.md
 
 docs: ## the documentation as a site in site/, from docs/ and the lessons; links are checked
 	@tools/setup $(VENV)

@@ -16,8 +16,9 @@ from kubernetes_asyncio.client import models
 
 from tests.control.given import World, endpoints, pod, service
 from tests.net.contract.table import every_probe
+from tools.contract import page
 from userspace_proxy import api
-from userspace_proxy.control.contract import Clause, contract, left_alone, page
+from userspace_proxy.control.contract import Clause, contract, left_alone
 from userspace_proxy.control.fields import field_errors
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import Node

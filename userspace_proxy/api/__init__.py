@@ -20,22 +20,3 @@ from userspace_proxy.api.objects import (
     ServiceCIDR,
     ServicePort,
 )
-
-__all__ = [
-    "KINDS",
-    "EndpointSlice",
-    "Endpoints",
-    "KubernetesObject",
-    "Node",
-    "ObjectMeta",
-    "Pod",
-    "Service",
-    "ServiceCIDR",
-    "ServicePort",
-    "below",
-    "convert",
-    "convert_to",
-    "key_space_error",
-    "space_error",
-    "steps",
-]

@@ -6,8 +6,6 @@ Every statement is in contract.toml, and only there. `run` never reads it.
 from __future__ import annotations
 
 import re
-import sys
-import textwrap
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +15,9 @@ from typing import Any
 
 from userspace_proxy import api
 from userspace_proxy.control import decode
-from userspace_proxy.control.lint.api_rules import RULES
-from userspace_proxy.control.lint.relations import CONTRADICTIONS, RELATIONS
 from userspace_proxy.sources.documents import Manifest
 from userspace_proxy.sources.lines import Lines
 
-_TABLE = re.compile(r"(<!-- (fields|refusals) of (\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 # Fields that identify an object, or decide whether this proxy serves it.
 _IDENTITY = re.compile(r"apiVersion$|kind$|metadata\.|spec\.(type|clusterIPs?)$")
 
@@ -113,7 +108,7 @@ def _given() -> Mapping[str, Any]:
     return tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
 
 
-def _ignored_is_shown_by() -> str:
+def ignored_is_shown_by() -> str:
     """Return the test that covers ignored fields without a test of their own."""
     return str(_given()["ignored_is_shown_by"])
 
@@ -122,7 +117,7 @@ def _ignored_is_shown_by() -> str:
 def _read() -> Mapping[str, tuple[Clause, ...]]:
     return {
         section: tuple(
-            Clause(field, treatment, how, tuple(tests) or (_ignored_is_shown_by(),))
+            Clause(field, treatment, how, tuple(tests) or (ignored_is_shown_by(),))
             for field, (treatment, how, *tests) in fields.items()
         )
         for section, fields in _given().items()
@@ -164,40 +159,3 @@ def _is_left_alone(manifest: Manifest) -> bool:
         case api.EndpointSlice() as piece:
             return decode.service_of(piece, manifest.name.namespace) is None
     return False
-
-
-def page(text: str) -> str:
-    """Return *text*, the page docs/reference/contract.md, with its lists and tables generated anew."""
-    return _TABLE.sub(
-        lambda found: found[1] + (_items(contract()[found[3]]) if found[2] == "fields" else _refusals(found[3])), text
-    )
-
-
-def _refusals(kind: str) -> str:
-    """Return a Markdown table of what the API server rejects in *kind*."""
-    rows = [(rule.field, f"{rule.demand[0].upper()}{rule.demand[1:]}") for rule in RULES[kind]]
-    rows += [(each.field, f"{each.demand[0].upper()}{each.demand[1:]}.") for each in RELATIONS if kind == "Service"]
-    rows += [(field, f"{demand}.") for field, demand in CONTRADICTIONS.get(kind, ())]
-    return "".join(f"{row}\n" for row in ["| field | |", "|---|---|", *(f"| `{a}` | {b} |" for a, b in rows)])
-
-
-def _items(terms: Terms) -> str:
-    """Return a Markdown list with one item for each field and the tests written for it."""
-    items = []
-    for clause in terms.clauses.values():
-        tests = [f"`{test.removeprefix('tests/')}`" for test in clause.shown_by if test != _ignored_is_shown_by()]
-        shown_by = f" Shown by {', '.join(tests)}." if tests else ""
-        items.append(_wrap(f"- `{clause.field}`: *{clause.treatment}*. {clause.how}{shown_by}"))
-    return "".join(f"{item}\n" for item in items)
-
-
-def _wrap(item: str) -> str:
-    """Return *item* wrapped at 118 characters; inline code is never broken."""
-    whole = re.sub(r"`[^`]*`", lambda code: code[0].replace(" ", "\0"), item)
-    lines = textwrap.wrap(whole, 118, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
-    return "\n".join(lines).replace("\0", " ")
-
-
-if __name__ == "__main__":
-    _file = Path(sys.argv[1])
-    _file.write_text(page(_file.read_text()))

@@ -5,5 +5,3 @@ refuse by, because what is missing may come later. What follows from a mistake t
 """
 
 from userspace_proxy.control.lint.linter import Finding, Linter, LintOptions, as_findings, lint
-
-__all__ = ["Finding", "LintOptions", "Linter", "as_findings", "lint"]
