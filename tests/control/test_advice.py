@@ -6,13 +6,13 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from userspace_proxy.config.settings import Settings
+from tests.control.lint.given import OPTIONS
 from userspace_proxy.control.advice import Advisor
-from userspace_proxy.control.lint import LintOptions
 from userspace_proxy.sources.files import FileSource
 
 LOGGER = "userspace_proxy.control.advice"
@@ -49,7 +49,7 @@ spec: {clusterIP: None, ports: [{port: 80}]}
 @asynccontextmanager
 async def advised(file: Path, mode: str = "userspace") -> AsyncIterator[Advisor]:
     """Serve *file* to nobody, and check it as `run` does."""
-    advisor = Advisor(LintOptions(Settings().service_ranges, mode=mode, names_unserved=True))
+    advisor = Advisor(replace(OPTIONS, mode=mode, names_unserved=True))
     source = FileSource([str(file)])
     source.observe = advisor.note
 

@@ -50,7 +50,9 @@ def check(
     from dataclasses import asdict
 
     from userspace_proxy.control.contract import field_treatments
+    from userspace_proxy.control.decode import ANNOTATION_PREFIX
     from userspace_proxy.control.lint import LintOptions, lint
+    from userspace_proxy.modes import annotation_modes
     from userspace_proxy.sources.files import nothing_found, read_once
 
     try:
@@ -66,6 +68,7 @@ def check(
         settings.source_ip,
         proxy_mode or "",
         settings.hostname_override.strip().lower(),
+        annotation_modes=annotation_modes(ANNOTATION_PREFIX),
     )
     findings = lint(manifests, problems, told)
     faults = sum(strict or finding.severity == "fault" for finding in findings)

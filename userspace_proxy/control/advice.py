@@ -13,8 +13,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from itertools import islice
 
-from userspace_proxy.control.lint import Finding, Linter, LintOptions, as_findings
-from userspace_proxy.control.lint.linter import Found
+from userspace_proxy.control.lint import Diagnostic, Finding, Linter, LintOptions, as_findings
 from userspace_proxy.sources.documents import Manifest, parse
 from userspace_proxy.sources.lines import Document
 from userspace_proxy.sources.paths import run_in_thread
@@ -100,13 +99,13 @@ class Advisor:
             pass
         return self._compare(self._linter.take_changed())
 
-    def _compare(self, changed: dict[Hashable, list[Found]]) -> tuple[list[Finding], list[Finding]]:
+    def _compare(self, changed: dict[Hashable, list[Diagnostic]]) -> tuple[list[Finding], list[Finding]]:
         news, ended = [], []
         for key, found in changed.items():
             now = {
                 (finding.object, finding.field, finding.problem): (finding, each.manifest.place.document.text)
                 for each in found
-                if not each.is_told
+                if not each.is_reported
                 for finding in as_findings([each])
             }
             before = self._told.pop(key, {})

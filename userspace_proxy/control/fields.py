@@ -20,7 +20,7 @@ _Tree = Mapping[str, "_Tree | None"]
 _CLOSE = 0.7
 _CLOSE_KIND = 0.85
 _VERSIONS = {"EndpointSlice": ("discovery.k8s.io/v1", "discovery.k8s.io/v1beta1")}
-_SUBDOMAIN = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+SUBDOMAIN = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 # Fields that other kinds spell differently.
 _NAMES_ELSEWHERE = {"containerPort": ("targetPort", "port"), "hostPort": ("nodePort",), "targetPort": ("port",)}
 _SERVICE_TYPES = ("ClusterIP", "NodePort", "LoadBalancer", "ExternalName")
@@ -101,7 +101,7 @@ def _head_errors(kind: str, plain: Mapping[str, Any]) -> Iterator[ConfigError]:
         return
     for key in ("name", "namespace"):
         name = plain["metadata"].get(key)
-        if isinstance(name, str) and not _SUBDOMAIN.fullmatch(name):
+        if isinstance(name, str) and not SUBDOMAIN.fullmatch(name):
             suggestion = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.") or "web"
             mend = f"use small letters, digits, '-' and '.', such as {suggestion!r}"
             yield ConfigError(f"{name!r} is not a valid name", field=f"metadata.{key}", mend=mend)

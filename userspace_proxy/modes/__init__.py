@@ -23,3 +23,9 @@ MODES: Mapping[str, Mode] = MappingProxyType(
         )
     }
 )
+
+
+def annotation_modes(prefix: str) -> Mapping[str, tuple[str, ...]]:
+    """Return annotation (with *prefix*) -> the names of the modes that honour it."""
+    names = dict.fromkeys(name for mode in MODES.values() for name in mode.annotations)
+    return {f"{prefix}{name}": tuple(m.name for m in MODES.values() if name in m.annotations) for name in names}

@@ -30,6 +30,7 @@ def kernel_mode(
     *,
     language: str,
     firewall_passages: tuple[Passage, ...] = (FORWARDED,),
+    annotations: tuple[str, ...] = (),
     node_port_addresses: tuple[str, ...] = (),
 ) -> Mode:
     """Return a mode whose tables in the kernel are what *make_tables* makes."""
@@ -63,6 +64,7 @@ def kernel_mode(
         languages=(language,),
         render=render,
         firewall_passages=firewall_passages,
+        annotations=annotations,
         node_port_addresses=node_port_addresses,
     )
 

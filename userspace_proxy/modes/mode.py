@@ -91,8 +91,9 @@ class Mode:
     lacks something. ``removals`` remove everything that the mode leaves on a host, whichever process put it there.
     ``languages``: the rule languages that it is rendered in, the usual one first. ``render``
     returns the rules with the reason of each line. ``firewall_passages``: where a foreign firewall can drop the
-    traffic of Services. ``node_port_addresses``: where node ports are served unless a setting
-    says so. Which settings apply in a mode is in their table (`config/settings.py`).
+    traffic of Services. ``annotations``: those of Services that this mode honours, without their prefix.
+    ``node_port_addresses``: where node ports are served unless a setting says so. Which settings apply in a mode is in
+    their table (`config/settings.py`).
     """
 
     name: str
@@ -103,6 +104,7 @@ class Mode:
     languages: tuple[str, ...]
     render: Callable[[RenderRequest], Rules]
     firewall_passages: tuple[Passage, ...] = ()
+    annotations: tuple[str, ...] = ()
     node_port_addresses: tuple[str, ...] = ()
 
     def languages_for(self, asked: str) -> tuple[str, ...]:

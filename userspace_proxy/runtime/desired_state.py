@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from userspace_proxy.config.settings import DEFAULT_STATE_DIR, Settings
+from userspace_proxy.control import decode
 from userspace_proxy.control.allocations import Allocations, ManifestAllocations, StatedAllocations
 from userspace_proxy.control.hosts import Hosts
 from userspace_proxy.control.lint import LintOptions
@@ -18,6 +19,7 @@ from userspace_proxy.control.proxy_ports import KUBERNETES_PORTS, ProxyPorts
 from userspace_proxy.errors import StartError
 from userspace_proxy.host import network
 from userspace_proxy.interfaces import Source
+from userspace_proxy.modes import annotation_modes
 from userspace_proxy.sources.events import EventRecorder
 from userspace_proxy.sources.files import FileSource
 
@@ -75,7 +77,7 @@ def make_proxy_ports(settings: Settings, remembered: Mapping[str, int]) -> Proxy
 
 
 def lint_options(settings: Settings) -> LintOptions:
-    """Return by which rules manifests are checked while they are served."""
+    """Return the options of the checks that `run` makes."""
     return LintOptions(
         settings.service_ranges,
         settings.load_balancer_pool,
@@ -84,4 +86,5 @@ def lint_options(settings: Settings) -> LintOptions:
         settings.proxy_mode,
         settings.node_name,
         names_unserved=True,
+        annotation_modes=annotation_modes(decode.ANNOTATION_PREFIX),
     )

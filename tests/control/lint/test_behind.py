@@ -172,8 +172,8 @@ def test_an_annotation_without_an_effect_in_the_mode_is_a_note() -> None:
     text = SERVICE.replace("{name: web}", "{name: web, annotations: {userspace-proxy/weights: '10.20.1.2=3'}}") + SLICE
 
     assert findings(text) == []
-    assert findings(text, LintOptions(OPTIONS.cluster_ips, mode="nftables")) == []
-    (found,) = findings(text, LintOptions(OPTIONS.cluster_ips, mode="iptables"))
+    assert findings(text, replace(OPTIONS, mode="nftables")) == []
+    (found,) = findings(text, replace(OPTIONS, mode="iptables"))
     assert (found.severity, found.problem) == ("note", "it has no effect in iptables mode")
 
 
@@ -246,14 +246,14 @@ def test_a_service_without_endpoints_is_named_once_the_faulty_slice_is_gone() ->
         linter.add(manifest)
     while linter.work():
         pass
-    before = [found.error.field for found in linter.found()]
+    before = [found.error.field for found in linter.diagnostics()]
 
     linter.remove(piece)
     while linter.work():
         pass
 
     assert before == ["endpoints[0].addresses[0]"]
-    assert [found.error.field for found in linter.found()] == ["spec"]
+    assert [found.error.field for found in linter.diagnostics()] == ["spec"]
 
 
 def test_a_label_that_another_service_selects_is_no_misspelt_one() -> None:

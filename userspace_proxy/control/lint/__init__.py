@@ -1,7 +1,9 @@
-"""What is wrong with manifests, of each by itself and of one with another: for `check`, and for `run`'s log. Pure.
+"""Finds what is wrong with manifests, one by one and together: for `check`, and for the log of `run`. Pure.
 
-The rules that `run` refuses objects by are decode's. Here are those of the API server, and those that `run` cannot
-refuse by, because what is missing may come later. What follows from a mistake that was named is not named again.
+`decode` has the rules by which `run` rejects objects. Here are the rules of the API server, and those by which `run`
+cannot reject an object, because what is missing may come later. The consequences of a mistake are not named.
 """
 
-from userspace_proxy.control.lint.linter import Finding, Linter, LintOptions, as_findings, lint
+from userspace_proxy.control.lint.findings import Diagnostic, Finding, as_findings
+from userspace_proxy.control.lint.linter import Linter, lint
+from userspace_proxy.control.lint.options import LintOptions

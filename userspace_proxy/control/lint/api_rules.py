@@ -1,7 +1,7 @@
-"""What the API server refuses of the fields that a proxy reads, as tables; docs/reference/contract.md shows them. Pure.
+"""The API server's rules for the fields that a proxy reads, as tables; docs/reference/contract.md shows them. Pure.
 
-They follow pkg/apis/core/validation and pkg/apis/discovery/validation of Kubernetes 1.36. A rule without a test is one
-that `run` refuses by as well: decode has it.
+They follow pkg/apis/core/validation and pkg/apis/discovery/validation of Kubernetes. A rule without a test is one that
+decode checks, so `run` rejects the object as well.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 from userspace_proxy import api
 from userspace_proxy.control import decode
+from userspace_proxy.control.fields import SUBDOMAIN
 from userspace_proxy.control.pools import NODE_PORTS
 from userspace_proxy.errors import ConfigError
 
 _Plain = Mapping[str, Any]
 
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
-_SUBDOMAIN = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
-# RFC 6335: what a named port may be called.
+# RFC 6335: the name of a port.
 _PORT_NAME = re.compile(r"(?=.{1,15}$)(?=.*[a-z])[a-z0-9]+(-[a-z0-9]+)*")
 _LABEL_VALUE = re.compile(r"(?=.{0,63}$)([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?")
 _QUALIFIED = re.compile(
@@ -28,10 +28,11 @@ _QUALIFIED = re.compile(
 
 
 class Rule(NamedTuple):
-    """What values of one field are refused.
+    """What the API server demands of the values of one field.
 
-    ``field``: as in ``spec.ports[].port``; ``.*`` means each value of a mapping, ``.{}`` each key. ``demand``: what the
-    API server wants, for people. ``wrong``: a value that it refuses. ``is_right``: None where decode finds it.
+    ``field``: such as ``spec.ports[].port``; ``.*`` means each value of a mapping, ``.{}`` each key. ``demand``: for
+    people. ``wrong``: an example of a value that is refused. ``is_right``: the test of a value, or None if decode
+    has it. ``mend``: how to repair a wrong value.
     """
 
     field: str
@@ -46,12 +47,12 @@ def _one_of(field: str, *names: str) -> Rule:
     return Rule(field, wanted, names[-1].swapcase(), lambda value: value in names, f"write {wanted}")
 
 
-# What several fields hold: the demand, a wrong value, the test and the mend of a Rule.
+# The demand, a wrong value, the test and the mend of rules for several fields.
 _NUMBER = ("a number from 1 to 65535", 65_536, decode.is_port, "write a number from 1 to 65535")
 _SYMBOLS = "use letters, digits, '-', '_' and '.', 63 at most"
 _NAME = ("a qualified name", "a b", _QUALIFIED.fullmatch, f"{_SYMBOLS}; a domain and '/' may stand before it")
 _VALUE = ("a label's value", "a b", _LABEL_VALUE.fullmatch, _SYMBOLS)
-_NODE = ("a name (DNS-1123)", "Node_1", _SUBDOMAIN.fullmatch, "use small letters, digits, '-' and '.'")
+_NODE = ("a name (DNS-1123)", "Node_1", SUBDOMAIN.fullmatch, "use small letters, digits, '-' and '.'")
 _CIDR = ("a range of addresses (CIDR)", "10.1.0.0", decode.is_cidr, "write one such as 10.244.1.0/24")
 _NAMED = ("a label (DNS-1123)", "Http", _LABEL.fullmatch, "use small letters, digits and '-', 63 at most")
 _PORT = ("a port's name", "Http", _PORT_NAME.fullmatch, "use small letters, digits and '-', 15 at most")
@@ -63,24 +64,15 @@ def _is_target_port(value: object) -> object:
 
 
 def _is_host_name(value: str) -> object:
-    return _SUBDOMAIN.fullmatch(value.removesuffix("."))
+    return SUBDOMAIN.fullmatch(value.removesuffix("."))
 
 
-def _port_rules(field: str) -> tuple[Rule, ...]:
-    """Return the rules of a port of an EndpointSlice or of Endpoints."""
+def _port_rules(field: str, name: tuple[Any, ...] = _NAMED, number: str = "port") -> tuple[Rule, ...]:
+    """Return the rules of a port of an EndpointSlice, of Endpoints or of a container."""
     return (
-        Rule(f"{field}.name", *_NAMED),
+        Rule(f"{field}.name", *name),
         _one_of(f"{field}.protocol", "TCP", "UDP", "SCTP"),
-        Rule(f"{field}.port", *_NUMBER),
-        Rule(f"{field}.appProtocol", *_NAME),
-    )
-
-
-def _container_rules(field: str) -> tuple[Rule, ...]:
-    return (
-        Rule(f"{field}.name", *_PORT),
-        _one_of(f"{field}.protocol", "TCP", "UDP", "SCTP"),
-        Rule(f"{field}.containerPort", *_NUMBER),
+        Rule(f"{field}.{number}", *_NUMBER),
     )
 
 
@@ -127,17 +119,19 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
         Rule("endpoints[].hints.forZones[].name", *_VALUE),
         Rule("endpoints[].hints.forNodes[].name", *_NODE),
         *_port_rules("ports[]"),
+        Rule("ports[].appProtocol", *_NAME),
     ),
     "Endpoints": (
         *_COMMON,
         Rule("subsets[].addresses[].nodeName", *_NODE),
         *_port_rules("subsets[].ports[]"),
+        Rule("subsets[].ports[].appProtocol", *_NAME),
     ),
     "Pod": (
         *_COMMON,
         Rule("spec.nodeName", *_NODE),
-        *_container_rules("spec.containers[].ports[]"),
-        *_container_rules("spec.initContainers[].ports[]"),
+        *_port_rules("spec.containers[].ports[]", _PORT, "containerPort"),
+        *_port_rules("spec.initContainers[].ports[]", _PORT, "containerPort"),
     ),
     "Node": (
         *_COMMON,
@@ -149,30 +143,31 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
 
 
 def value_errors(kind: str, plain: _Plain) -> Iterator[ConfigError]:
-    """Yield the values in *plain*, an object of *kind*, that the API server refuses and decode does not."""
+    """Yield an error for each value in *plain*, an object of *kind*, that the API server refuses and decode accepts."""
     for rule in RULES[kind]:
-        if rule.is_right is not None:
-            for field, value in values_at(plain, rule.field):
-                is_of_type = isinstance(value, type(rule.wrong))  # another is refused for that
-                if is_of_type and value != "" and not rule.is_right(value):
-                    yield ConfigError(f"{value!r} is not {rule.demand}", field=field, mend=rule.mend)
+        for field, value in values_at(plain, rule.field) if rule.is_right is not None else ():
+            is_of_type = isinstance(value, type(rule.wrong))  # a wrong type is an error of its own
+            if rule.is_right is not None and is_of_type and value != "" and not rule.is_right(value):
+                yield ConfigError(f"{value!r} is not {rule.demand}", field=field, mend=rule.mend)
 
 
 def values_at(plain: object, path: str, field: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (field, value) for each value of *plain* that *path* means."""
+    """Yield (field, value) for each value in *plain* that *path*, as in `Rule`, stands for."""
     step, _, rest = path.partition(".")
-    name, is_list = step.removesuffix("[]"), step.endswith("[]")
-    if not isinstance(plain, Mapping):
-        return
-    if name in ("*", "{}"):
-        for key, value in plain.items():
-            yield api.below(field, key), key if name == "{}" else value
-        return
-    value, here = plain.get(name), api.below(field, name)
-    items = enumerate(value) if is_list and isinstance(value, list) else () if is_list else [(-1, value)]
-    for index, item in items:
-        at = f"{here}[{index}]" if is_list else here
+    for here, value in _children(plain, step, field) if isinstance(plain, Mapping) else ():
         if rest:
-            yield from values_at(item, rest, at)
-        elif item is not None:
-            yield at, item
+            yield from values_at(value, rest, here)
+        elif value is not None:
+            yield here, value
+
+
+def _children(plain: _Plain, step: str, field: str) -> Iterator[tuple[str, Any]]:
+    if step in ("*", "{}"):
+        yield from ((api.below(field, key), key if step == "{}" else value) for key, value in plain.items())
+        return
+    name = step.removesuffix("[]")
+    value, here = plain.get(name), api.below(field, name)
+    if name == step:
+        yield here, value
+    elif isinstance(value, list):
+        yield from ((f"{here}[{index}]", item) for index, item in enumerate(value))

@@ -1,4 +1,4 @@
-"""What is wrong with one object, whatever is beside it. Pure."""
+"""The errors in one object by itself. Pure."""
 
 from __future__ import annotations
 
@@ -12,62 +12,60 @@ from userspace_proxy import api
 from userspace_proxy.control import decode
 from userspace_proxy.control.fields import field_errors, is_meant, kind_errors
 from userspace_proxy.control.lint.api_rules import value_errors
+from userspace_proxy.control.lint.options import LintOptions
 from userspace_proxy.control.lint.relations import relation_errors
 from userspace_proxy.control.pools import Network
 from userspace_proxy.errors import ConfigError, Note
 from userspace_proxy.sources.documents import Manifest
 
-# In which modes our annotations have an effect.
-_MODES_OF = {
-    decode.SOURCE_IP: ("userspace",),
-    decode.IPVS_SCHEDULER: ("ipvs",),
-    decode.WEIGHTS: ("nftables", "ipvs"),
-}
 # Set by a controller of several clusters: such a slice belongs to no Service of this one.
 _MULTICLUSTER = "multicluster.kubernetes.io/"
 _MANAGED_BY = "endpointslice.kubernetes.io/managed-by"
-# So much is said of one object.
+# At most this many errors are named for one object.
 _ERRORS_MAX = 50
 
 
-def object_errors(manifest: Manifest, mode: str, cluster_ips: Sequence[Network]) -> Iterator[tuple[ConfigError, bool]]:
-    """Yield what is wrong with *manifest*, one error a field, and whether `run` says so by itself.
-
-    *mode*: the proxy mode, whose annotations count; "" if it is unknown. *cluster_ips*: the Service ranges.
-    """
+def object_errors(manifest: Manifest, options: LintOptions) -> Iterator[tuple[ConfigError, bool]]:
+    """Yield the errors of *manifest*, one for each field, and whether `run` reports it by itself."""
     if manifest.kind not in api.KINDS or (manifest.object is None and not manifest.errors):
         version = str((manifest.plain or {}).get("apiVersion"))
         if "." not in version or version.startswith("discovery.k8s.io/"):
             yield from ((error, False) for error in kind_errors(manifest.kind))
         return
-    plain = manifest.plain or {}
-    shape = list(islice(field_errors(manifest.kind, plain), _ERRORS_MAX + 1))
-    unknown: dict[str, list[ConfigError]] = defaultdict(list)
-    for error in shape:
-        unknown[error.field.rpartition(".")[0]].append(error)
-    mistyped = [error for error in manifest.errors if not _follows(error, unknown[error.field])]
-    by_value = list(value_errors(manifest.kind, plain))
-    refused = list(_decode_errors(manifest, is_misshapen=bool(shape or mistyped)))
-    # Values that are wrong in themselves contradict others for no other reason.
-    is_comparable = not (manifest.errors or any(error.field == "spec" for error in shape)) and not any(
-        error.field.startswith(("spec", "status")) and "ports[" not in error.field for error in (*by_value, *refused)
-    )
+    shape = list(islice(field_errors(manifest.kind, manifest.plain or {}), _ERRORS_MAX + 1))
     named: set[str] = set()
-    for error, is_told in (
-        *((error, False) for error in shape),
-        *((error, True) for error in (*mistyped, *refused)),
-        *((error, False) for error in by_value),
-        *((error, False) for error in (relation_errors(manifest.kind, plain) if is_comparable else ())),
-        *((error, False) for error in _own_errors(manifest, mode, cluster_ips)),
-    ):
-        if error.field in named:
+    for error, is_reported in _all_errors(manifest, shape, options):
+        key = error.field.rpartition(".")[2]
+        if error.field in named or (error not in shape and any(is_meant(unknown, key) for unknown in shape)):
             continue
         if len(named) == _ERRORS_MAX:
             yield ConfigError(f"more than {_ERRORS_MAX} fields are wrong", mend="mend those that are named"), False
             return
-        if error in shape or not any(is_meant(field, error.field.rpartition(".")[2]) for field in shape):
-            named.add(error.field)
-            yield error, is_told
+        named.add(error.field)
+        yield error, is_reported
+
+
+def _all_errors(
+    manifest: Manifest, shape: Sequence[ConfigError], options: LintOptions
+) -> Iterator[tuple[ConfigError, bool]]:
+    """Yield *shape*, the errors in the names of fields, then those in types, values and their relations."""
+    kind, plain = manifest.kind, manifest.plain or {}
+    unknown: dict[str, list[ConfigError]] = defaultdict(list)
+    for error in shape:
+        unknown[error.field.rpartition(".")[0]].append(error)
+    mistyped = [error for error in manifest.errors if not _follows(error, unknown[error.field])]
+    by_value = list(value_errors(kind, plain))
+    refused = list(_decode_errors(manifest, is_misshapen=bool(shape or mistyped)))
+    yield from ((error, False) for error in shape)
+    yield from ((error, True) for error in (*mistyped, *refused))
+    yield from ((error, False) for error in by_value)
+    # A value that is wrong by itself contradicts others for that reason alone.
+    is_wrong = any(
+        error.field.startswith(("spec", "status")) and "ports[" not in error.field for error in (*by_value, *refused)
+    )
+    if not (manifest.errors or is_wrong or any(error.field == "spec" for error in shape)):
+        yield from ((error, False) for error in relation_errors(kind, plain))
+    yield from ((error, False) for error in _own_errors(manifest, options))
 
 
 def _follows(error: ConfigError, unknown: Sequence[ConfigError]) -> bool:
@@ -86,26 +84,29 @@ def _decode_errors(manifest: Manifest, *, is_misshapen: bool) -> Iterator[Config
                 yield error
 
 
-def _own_errors(manifest: Manifest, mode: str, cluster_ips: Sequence[Network]) -> Iterator[ConfigError]:
+def _own_errors(manifest: Manifest, options: LintOptions) -> Iterator[ConfigError]:
     match manifest.object:
         case api.Service() as service:
-            yield from _service_errors(service, mode)
+            yield from _service_errors(service)
+            for key in service.metadata.annotations or ():
+                yield from _annotation_errors(key, options)
         case api.EndpointSlice() as piece:
-            yield from _slice_errors(piece, cluster_ips)
+            yield from _slice_errors(piece, options.cluster_ips)
         case api.Endpoints() as endpoints:
             for index, subset in enumerate(endpoints.subsets or ()):
-                for part, addresses in (
-                    ("addresses", subset.addresses),
-                    ("notReadyAddresses", subset.not_ready_addresses),
+                both = (("addresses", subset.addresses), ("notReadyAddresses", subset.not_ready_addresses))
+                for field, ip in (
+                    (f"subsets[{index}].{part}[{at}].ip", address.ip)
+                    for part, addresses in both
+                    for at, address in enumerate(addresses or ())
                 ):
-                    for at, address in enumerate(addresses or ()):
-                        yield from _backend_errors(address.ip, f"subsets[{index}].{part}[{at}].ip", cluster_ips)
+                    yield from _backend_errors(ip, field, options.cluster_ips)
         case api.Pod() as pod:
             for field, ip in pod_ip_fields(pod):
                 yield from decode.backend_ip_errors(ip, field)
 
 
-def _service_errors(service: api.Service, mode: str) -> Iterator[ConfigError]:
+def _service_errors(service: api.Service) -> Iterator[ConfigError]:
     spec = service.spec
     if spec is None:
         return
@@ -115,15 +116,19 @@ def _service_errors(service: api.Service, mode: str) -> Iterator[ConfigError]:
         if isinstance(port.target_port, str) and port.target_port.isdigit():
             said, mend = f"{port.target_port!r} in quotes is a name, which needs a letter", "write it without quotes"
             yield ConfigError(said, field=f"spec.ports[{index}].targetPort", mend=f"{mend}: {port.target_port}")
-    for key in service.metadata.annotations or ():
-        field = api.below("metadata.annotations", key)
-        if key in _MODES_OF and mode and mode not in _MODES_OF[key]:
-            mend = f"it is for --proxy-mode {' or '.join(_MODES_OF[key])}"
-            yield Note(f"it has no effect in {mode} mode", field=field, mend=mend)
-        elif key.startswith(decode.ANNOTATION_PREFIX) and key not in decode.ANNOTATIONS:
-            close = get_close_matches(key, decode.ANNOTATIONS, n=1)
-            mend = f"did you mean {close[0]!r}?" if close else f"ours are {', '.join(decode.ANNOTATIONS)}"
-            yield ConfigError(f"there is no annotation {key!r}", field=field, mend=mend)
+
+
+def _annotation_errors(key: str, options: LintOptions) -> Iterator[ConfigError]:
+    """Yield that the annotation *key* has no effect in the mode, or that there is none of this name."""
+    field = api.below("metadata.annotations", key)
+    modes = options.annotation_modes.get(key, ())
+    if modes and options.mode and options.mode not in modes:
+        mend = f"it is for --proxy-mode {' or '.join(modes)}"
+        yield Note(f"it has no effect in {options.mode} mode", field=field, mend=mend)
+    elif key.startswith(decode.ANNOTATION_PREFIX) and key not in decode.ANNOTATIONS:
+        close = get_close_matches(key, decode.ANNOTATIONS, n=1)
+        mend = f"did you mean {close[0]!r}?" if close else f"ours are {', '.join(decode.ANNOTATIONS)}"
+        yield ConfigError(f"there is no annotation {key!r}", field=field, mend=mend)
 
 
 def _slice_errors(piece: api.EndpointSlice, cluster_ips: Sequence[Network]) -> Iterator[ConfigError]:

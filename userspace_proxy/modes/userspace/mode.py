@@ -63,4 +63,5 @@ MODE = Mode(
     languages=("nftables", "iptables"),
     render=_render,
     firewall_passages=(REDIRECTED,),
+    annotations=("source-ip",),
 )
