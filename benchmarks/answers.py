@@ -1,6 +1,6 @@
-"""Wait until an address accepts connections, 60 s at most: ``python answers.py IP PORT``.
+"""Wait at most 60 s until an address answers: ``python answers.py IP PORT``.
 
-A process of its own, so that the waiting costs the measuring process nothing.
+It is a separate process, so that waiting does not disturb the measuring process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The cases: each runs one load over one plane and returns what it did and what it cost."""
+"""The cases: the loads of `userspace-proxy compare` with small answers, and more of bytes, datagrams and memory."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks.loads import UDP, UDP_ONCE, Bulk, Datagrams, Idle
-from benchmarks.planes import HAPROXY, NGINX, Plane
-from userspace_proxy.compare.loads import Done, Wrk, run_for
-from userspace_proxy.compare.meters import machine_cpu_s, process_cpu_s, pss_kib
-from userspace_proxy.compare.sites import Site
+from userspace_proxy.compare.cases import Case, measured, requests
+from userspace_proxy.compare.loads import LoadResult, Wrk
+from userspace_proxy.compare.meters import pss_kib
+from userspace_proxy.compare.modes import HAPROXY, NGINX, ComparedMode
+from userspace_proxy.compare.nodes import ModeNode
 
+Figures = dict[str, float]
 _IDLE_CONNECTIONS = 5_000
 _WARM_UP_CONNECTIONS = 200
 _BULK_WARM_UP_S = 0.1
@@ -19,97 +21,67 @@ _BESIDE_CONNECTIONS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """One load over one plane. Rates are per second, in the case's unit; costs are processor seconds per unit."""
+class BenchCase(Case):
+    """``unit_size``: the number of counted things in a unit. ``reference``: the plane whose figure is 1."""
 
-    rate: float
-    proxy_cpu_s: float = 0.0
-    machine_cpu_s: float = 0.0
-    p99_ms: float = 0.0
-    failed: int = 0
-    beside: float = 0.0  # bytes a second that flowed at the same time
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """``unit``: what a rate counts, one of so many as ``unit_size`` says. ``reference``: whose figure is 1."""
-
-    name: str
-    title: str
-    unit: str
-    run: Callable[[Site, float], Run]
     unit_size: float = 1.0
     udp: bool = False
     reference: str = HAPROXY
 
-    def can_run(self, plane: Plane) -> bool:
+    def can_run(self, plane: ComparedMode) -> bool:
         return plane.udp or not self.udp
 
 
-def _measured(site: Site, unit_size: float, load: Callable[[], Done]) -> Run:
-    proxy_before, machine_before = process_cpu_s(site.pids), machine_cpu_s()
-    done = load()
-    proxy_s, machine_s = process_cpu_s(site.pids) - proxy_before, machine_cpu_s() - machine_before
-    units = done.units / unit_size or 1e-9
-    return Run(units / done.seconds, proxy_s / units, machine_s / units, done.p99_ms, done.failed)
-
-
-def _requests(connections: int, *, close: bool = False) -> Callable[[Site, float], Run]:
-    return lambda site, seconds: _measured(site, 1, lambda: run_for(seconds, Wrk(site, connections, close=close)))
-
-
-def _bulk(flows: int) -> Callable[[Site, float], Run]:
-    def run(site: Site, seconds: float) -> Run:
-        with Bulk(site, flows) as bulk:
+def _bulk(flows: int) -> Callable[[ModeNode, float], Figures]:
+    def run(node: ModeNode, seconds: float) -> Figures:
+        with Bulk(node, flows) as bulk:
             bulk.read(_BULK_WARM_UP_S)
-            return _measured(site, 1e9, lambda: bulk.read(seconds))
+            return measured(node, 1e9, lambda: bulk.read(seconds))[1]
 
     return run
 
 
-def _small_beside_bulk(site: Site, seconds: float) -> Run:
-    with Bulk(site, 2) as bulk:
+def _small_beside_bulk(node: ModeNode, seconds: float) -> Figures:
+    with Bulk(node, 2) as bulk:
         bulk.read(_BULK_WARM_UP_S)
-        flowed = 0.0
 
-        def load() -> Done:
-            nonlocal flowed
-            wrk = Wrk(site, _BESIDE_CONNECTIONS)
-            read = bulk.read(seconds)
-            flowed = read.units / read.seconds
+        def load() -> LoadResult:
+            wrk = Wrk(node, _BESIDE_CONNECTIONS)
+            bulk.read(seconds)
             return wrk.stop(meanwhile=lambda: bulk.read(0.01))
 
-        run = _measured(site, 1, load)
-    return Run(run.rate, 0.0, 0.0, run.p99_ms, run.failed, beside=flowed)
+        done, figures = measured(node, 1, load)
+    # The CPU time is that of both loads, so it says nothing about one request.
+    return {"rate": figures["rate"], "p99_ms": done.p99_ms, "failed": done.failed}
 
 
-def _datagrams(port: int, *, once: bool) -> Callable[[Site, float], Run]:
-    def run(site: Site, seconds: float) -> Run:
-        with Datagrams(site, port, 32, once=once) as datagrams:
-            return _measured(site, 1, lambda: datagrams.exchange(seconds))
+def _datagrams(port: int, *, once: bool) -> Callable[[ModeNode, float], Figures]:
+    def run(node: ModeNode, seconds: float) -> Figures:
+        with Datagrams(node, port, 32, once=once) as datagrams:
+            figures = measured(node, 1, lambda: datagrams.exchange(seconds))[1]
+            return {**figures, "failed": datagrams.lost}
 
     return run
 
 
-CASES: tuple[Case, ...] = (
-    Case("keepalive-64", "keep-alive, 64 connections", "requests", _requests(64)),
-    Case("keepalive-1", "keep-alive, 1 connection", "requests", _requests(1)),
-    Case("new-connection", "new connection per request", "connections", _requests(64, close=True)),
-    Case("bulk-1", "bulk, 1 flow", "GB", _bulk(1), unit_size=1e9),
-    Case("bulk-8", "bulk, 8 flows", "GB", _bulk(8), unit_size=1e9),
-    Case("small-beside-bulk", "small requests beside 2 bulk flows", "requests", _small_beside_bulk),
-    Case("udp-32", "UDP, 32 flows", "datagrams", _datagrams(UDP, once=False), udp=True, reference=NGINX),
-    Case(
-        "udp-new", "UDP, a new flow per datagram", "flows", _datagrams(UDP_ONCE, once=True), udp=True, reference=NGINX
-    ),
-)
+CASES: tuple[BenchCase, ...] = (
+    BenchCase("keepalive-64", "keep-alive, 64 connections", "requests", requests(64)),
+    BenchCase("keepalive-1", "keep-alive, 1 connection", "requests", requests(1)),
+    BenchCase("new-connection", "new connection per request", "connections", requests(64, close=True)),
+    BenchCase("bulk-1", "bulk, 1 flow", "GB", _bulk(1), unit_size=1e9),
+    BenchCase("bulk-8", "bulk, 8 flows", "GB", _bulk(8), unit_size=1e9),
+    BenchCase("small-beside-bulk", "small requests beside 2 bulk flows", "requests", _small_beside_bulk),
+    BenchCase("udp-32", "UDP, 32 flows", "datagrams", _datagrams(UDP, once=False), udp=True, reference=NGINX),
+    BenchCase("udp-new", "UDP, a new flow per datagram", "flows", _datagrams(UDP_ONCE, once=True), udp=True,
+              reference=NGINX),
+)  # fmt: skip
 
 
-def idle_memory_kib(site: Site) -> float:
+def idle_memory_kib(node: ModeNode) -> float:
     """Return the user memory of one idle connection that has had one answer, in KiB."""
-    with Idle(site, _WARM_UP_CONNECTIONS):
+    with Idle(node, _WARM_UP_CONNECTIONS):
         pass
     time.sleep(0.1)
-    before = pss_kib(site.pids)
-    with Idle(site, _IDLE_CONNECTIONS):
-        return (pss_kib(site.pids) - before) / _IDLE_CONNECTIONS
+    before = pss_kib(node.pids)
+    with Idle(node, _IDLE_CONNECTIONS):
+        return (pss_kib(node.pids) - before) / _IDLE_CONNECTIONS

@@ -1,20 +1,21 @@
-"""What clients do beyond the loads of `userspace-proxy compare`: bulk, datagrams, idle connections, a fixed rate.
+"""Loads beyond those of `userspace-proxy compare`: bulk, datagrams, idle connections, a fixed rate.
 
-Each makes its sockets on the client's host, in this process, and returns what was done in which time. Bulk is read with
-MSG_TRUNC (the kernel counts the bytes and throws them away), so that the proxy is what limits, not the client.
+Each opens its sockets on the client's host, in this process. Bulk is read with MSG_TRUNC: the kernel counts the bytes
+and discards them, so that the proxy is the bottleneck and not the client.
 """
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
-from userspace_proxy.compare.loads import REQUEST, Done
-from userspace_proxy.compare.sites import BULK, SMALL, Site
+from userspace_proxy.compare.loads import REQUEST, LoadResult
+from userspace_proxy.compare.nodes import BULK, SMALL, ModeNode
 from userspace_proxy.lab import connect
 
 UDP, UDP_ONCE = 9053, 9054
@@ -24,6 +25,7 @@ _READ_BYTES = 1 << 20
 _ANSWER_END = b"ok\n"
 _DATAGRAM = bytes(64)
 _LOST_AFTER_S = 0.1
+_LOOK_S = 0.02
 
 
 # ---- bytes
@@ -32,13 +34,13 @@ _LOST_AFTER_S = 0.1
 class Bulk:
     """Readers of an endless answer; a context manager."""
 
-    def __init__(self, site: Site, flows: int) -> None:
+    def __init__(self, node: ModeNode, flows: int) -> None:
         self._buffer = bytearray(_READ_BYTES)
         self._poll = select.epoll()
         self._received: dict[int, int] = {}
         self._socks = {}
         for _ in range(flows):
-            sock = connect(site.client, site.front_ip, BULK)
+            sock = connect(node.client, node.front_ip, BULK)
             sock.sendall(_BULK_REQUEST * 2)
             sock.setblocking(False)
             self._socks[sock.fileno()] = sock
@@ -53,14 +55,14 @@ class Bulk:
             sock.close()
         self._poll.close()
 
-    def read(self, seconds: float) -> Done:
-        """Read for so long."""
+    def read(self, seconds: float) -> LoadResult:
+        """Read for *seconds*."""
         total, started_at = 0, time.monotonic()
         end_at = started_at + seconds
         while (now := time.monotonic()) < end_at:
             for fd, _ in self._poll.poll(end_at - now):
                 total += self._read_from(fd)
-        return Done(total, time.monotonic() - started_at)
+        return LoadResult(total, time.monotonic() - started_at)
 
     def _read_from(self, fd: int) -> int:
         sock = self._socks[fd]
@@ -73,7 +75,7 @@ class Bulk:
         before = self._received[fd]
         after = self._received[fd] = before + count
         if after // BULK_FILE_BYTES != before // BULK_FILE_BYTES:
-            sock.send(_BULK_REQUEST)  # the next answer is asked for before this one ends
+            sock.send(_BULK_REQUEST)  # request the next answer before this one ends
         return count
 
 
@@ -81,19 +83,19 @@ class Bulk:
 
 
 class Datagrams:
-    """So many flows, one datagram of each under way; with *once*, a flow has one datagram only. A context manager."""
+    """Flows with one datagram in flight each; with *once*, a flow has only one datagram. A context manager."""
 
-    _ports = 1024  # where source ports of single-datagram flows have come to; a port returns after all the others
+    _ports = 1024  # the last source port of a single-datagram flow; a port is used again after all others
 
-    def __init__(self, site: Site, port: int, flows: int, *, once: bool) -> None:
-        self._site = site
-        self._address = (site.front_ip, port)
+    def __init__(self, node: ModeNode, port: int, flows: int, *, once: bool) -> None:
+        self._node = node
+        self._address = (node.front_ip, port)
         self._once = once
         self._poll = select.epoll()
         self._sent_at: dict[socket.socket, float] = {}
         self._socks: dict[int, socket.socket] = {}
-        self._lost = 0
-        with site.client.inside():
+        self.lost = 0
+        with node.client.inside():
             for _ in range(flows):
                 self._open()
 
@@ -121,12 +123,12 @@ class Datagrams:
         sock.close()
         self._open()
 
-    def exchange(self, seconds: float) -> Done:
-        """Ask and be answered for so long."""
-        with self._site.client.inside():
+    def exchange(self, seconds: float) -> LoadResult:
+        """Send datagrams and count answers for *seconds*."""
+        with self._node.client.inside():
             return self._exchange(seconds)
 
-    def _exchange(self, seconds: float) -> Done:
+    def _exchange(self, seconds: float) -> LoadResult:
         answered, buffer = 0, bytearray(2048)
         started_at = now = time.monotonic()
         end_at, look_at = started_at + seconds, started_at + _LOST_AFTER_S
@@ -143,13 +145,13 @@ class Datagrams:
             now = time.monotonic()
             if now >= look_at:
                 look_at = now + _LOST_AFTER_S
-                self._ask_again(now - _LOST_AFTER_S)
-        return Done(answered, time.monotonic() - started_at, failed=self._lost)
+                self._resend(now - _LOST_AFTER_S)
+        return LoadResult(answered, time.monotonic() - started_at)
 
-    def _ask_again(self, before: float) -> None:
+    def _resend(self, before: float) -> None:
         for sock, sent_at in list(self._sent_at.items()):
             if sent_at < before:
-                self._lost += 1
+                self.lost += 1
                 if self._once:
                     self._replace(sock)
                 else:
@@ -161,12 +163,12 @@ class Datagrams:
 
 
 class Idle:
-    """Connections that have had one answer and stay; a context manager."""
+    """Connections that stay open after one answer; a context manager."""
 
-    def __init__(self, site: Site, connections: int) -> None:
+    def __init__(self, node: ModeNode, connections: int) -> None:
         self._socks = []
         for start in range(0, connections, 100):
-            part = [connect(site.client, site.front_ip, SMALL) for _ in range(min(100, connections - start))]
+            part = [connect(node.client, node.front_ip, SMALL) for _ in range(min(100, connections - start))]
             self._socks += part
             for sock in part:
                 sock.sendall(REQUEST)
@@ -181,49 +183,64 @@ class Idle:
             sock.close()
 
 
-def latencies_at(site: Site, rate: float, connections: int, until: Callable[[], bool]) -> list[float]:
-    """Send *rate* requests a second whether answers come or not; return how long each took, in milliseconds.
+class _OpenLoop:
+    """Connections that send requests when they are due, whether answers come or not.
 
-    The clock of a request starts when it was due, also where no connection was free then: a plane that
-    stops for a moment pays for every request that had to wait.
+    The time of a request starts when it is due, even if no connection is free then: a plane that stops for a moment
+    is charged for every request that had to wait.
     """
-    socks = [connect(site.client, site.front_ip, SMALL) for _ in range(connections)]
-    by_fd = {sock.fileno(): sock for sock in socks}
-    due_at_of: dict[int, float] = {}
-    took: list[float] = []
-    waiting: deque[float] = deque()
-    free = list(by_fd)
-    poll = select.epoll()
-    for fd in free:
-        poll.register(fd, select.EPOLLIN)
-    buffer = bytearray(4096)
-    view = memoryview(buffer)
-    due_at = look_at = time.monotonic()
-    try:
+
+    def __init__(self, socks: Sequence[socket.socket]) -> None:
+        self.took_ms: list[float] = []
+        self._by_fd = {sock.fileno(): sock for sock in socks}
+        self._free = list(self._by_fd)
+        self._waiting: deque[float] = deque()
+        self._due_at_of: dict[int, float] = {}
+        self._buffer = bytearray(4096)
+        self.poll = select.epoll()
+        for fd in self._free:
+            self.poll.register(fd, select.EPOLLIN)
+
+    def send(self, due_at: float) -> None:
+        """Send a request that is due, or queue it."""
+        self._waiting.append(due_at)
+        self._send_waiting()
+
+    def _send_waiting(self) -> None:
+        while self._waiting and self._free:
+            fd = self._free.pop()
+            self._due_at_of[fd] = self._waiting.popleft()
+            self._by_fd[fd].send(REQUEST)
+
+    def receive(self, until: float) -> None:
+        """Receive what comes until then, once."""
+        # select and not epoll, whose time-outs are whole milliseconds.
+        if not select.select([self.poll], [], [], max(0.0, until - time.monotonic()))[0]:
+            return
+        for fd, _ in self.poll.poll(0):
+            count = self._by_fd[fd].recv_into(self._buffer)
+            if not count:
+                raise ConnectionError("the plane closed a connection")
+            if self._buffer[:count].endswith(_ANSWER_END):
+                self.took_ms.append((time.monotonic() - self._due_at_of.pop(fd)) * 1000)
+                self._free.append(fd)
+        self._send_waiting()
+
+
+def latencies_at(node: ModeNode, rate: float, connections: int, until: Callable[[], bool]) -> list[float]:
+    """Send *rate* requests a second whether answers come or not; return how long each took, in milliseconds."""
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(connect(node.client, node.front_ip, SMALL)) for _ in range(connections)]
+        loop = _OpenLoop(socks)
+        stack.callback(loop.poll.close)
+        due_at = look_at = time.monotonic()
         while True:
             now = time.monotonic()
             if now >= look_at:
-                look_at = now + 0.02
+                look_at = now + _LOOK_S
                 if until():
-                    return took
+                    return loop.took_ms
             while due_at <= now:
-                waiting.append(due_at)
+                loop.send(due_at)
                 due_at += 1 / rate
-            while waiting and free:
-                fd = free.pop()
-                due_at_of[fd] = waiting.popleft()
-                by_fd[fd].send(REQUEST)
-            # select and not epoll, whose time-outs are whole milliseconds.
-            if not select.select([poll], [], [], max(0.0, due_at - time.monotonic()))[0]:
-                continue
-            for fd, _ in poll.poll(0):
-                count = by_fd[fd].recv_into(buffer)
-                if not count:
-                    raise ConnectionError(f"{site.name} closed a connection")
-                if view[:count].tobytes().endswith(_ANSWER_END):
-                    took.append((time.monotonic() - due_at_of.pop(fd)) * 1000)
-                    free.append(fd)
-    finally:
-        for sock in socks:
-            sock.close()
-        poll.close()
+            loop.receive(due_at)

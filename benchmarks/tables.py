@@ -1,13 +1,14 @@
 """10,000 Services of two endpoints each in the tables of every kernel mode: the whole load, one change, removal.
 
-Run it with `make bench-tables`. Only the tables are measured: from what is wanted of each Service, which is known by
-then, until the kernel has it. In namespaces of its own. A mode that this kernel lacks is skipped, and a line says so.
+Run it with `make bench-tables`. It measures only the tables: from the desired state of each Service until the kernel
+has it. It runs in private namespaces. A mode that this kernel lacks is skipped with a message.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import statistics
 import sys
@@ -16,11 +17,10 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
-from benchmarks.scale import enter_namespaces
 from userspace_proxy.config.settings import Settings
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import KernelTables, NodeFacts, PodDetector, Translation
-from userspace_proxy.lab import Lab
+from userspace_proxy.lab import Host, Lab, enter_namespaces, prepare
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
 from userspace_proxy.model.service import ServicePort, SourceIP
@@ -50,7 +50,7 @@ def _make_tables_of(mode: str) -> Callable[[Settings], KernelTables]:
 
 
 async def measure(make: Callable[[Settings], KernelTables], services: int) -> dict[str, Any]:
-    """Return seconds and milliseconds by what was done."""
+    """Return the seconds of a whole load and of removal, and the milliseconds of a change."""
     tables, facts = make(Settings()), NodeFacts(_HERE, _PODS)
     wanted = [translation(n, endpoint(n, 0), endpoint(n, 1)) for n in range(services)]
     by_name: Mapping[ServicePortName, Translation] = {made.service_port.name: made for made in wanted}
@@ -76,6 +76,12 @@ async def measure(make: Callable[[Settings], KernelTables], services: int) -> di
     return {"load_s": load_s, **change, "removal_s": removal_s}
 
 
+def measure_on(host: Host, mode: str, services: int) -> dict[str, Any]:
+    """Measure *mode* on *host*; the new event loop starts its threads there."""
+    with host.inside(), asyncio.Runner() as runner:
+        return runner.run(measure(_make_tables_of(mode), services))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--services", type=int, default=10_000)
@@ -83,19 +89,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    enter_namespaces("benchmarks.tables")
+    enter_namespaces(sys.argv[1:], {}, module="benchmarks.tables")
+    prepare()
     results: dict[str, list[dict[str, Any]]] = {}
     with Lab() as lab:
-        for turn in range(arguments.rounds):
-            for mode in arguments.modes.split(","):
-                host = lab.add(f"{mode}{turn}")
-                with host.inside(), asyncio.Runner() as runner:  # a loop of its own, whose threads are then of the host
-                    try:
-                        found = runner.run(measure(_make_tables_of(mode), arguments.services))
-                    except SyncError as error:
-                        if turn == 0:
-                            print(f"{mode}: {error}", file=sys.stderr)
-                        continue
+        for turn, mode in itertools.product(range(arguments.rounds), arguments.modes.split(",")):
+            try:
+                found = measure_on(lab.add(f"{mode}{turn}"), mode, arguments.services)
+            except SyncError as error:
+                print(f"{mode}: {error}", file=sys.stderr)
+            else:
                 results.setdefault(mode, []).append(found)
     if arguments.json:
         print(json.dumps(results, indent=1))

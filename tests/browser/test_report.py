@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.compare.given import whole_run
+from tests.compare.made_results import whole_run
 from userspace_proxy.compare.page import page
 
 pytestmark = pytest.mark.browser

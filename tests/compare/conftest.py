@@ -1,18 +1,34 @@
-"""A node of a mode, with nothing on it."""
+"""A node of a mode, with nothing on it; tools that print what a test wants."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from userspace_proxy.compare.sites import Site
+from userspace_proxy.compare.nodes import ModeNode
 from userspace_proxy.lab import Lab
+
+PutTool = Callable[[str, str], None]
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    """A site whose node is linked to nothing; what runs there ends with the test."""
+def node(tmp_path: Path) -> Iterator[ModeNode]:
+    """A node that is linked to nothing; its processes end with the test."""
     with Lab() as lab:
-        yield Site("bare", lab.add("node"), lab.add("client"), 1, tmp_path, front_ip="127.0.0.1")
+        yield ModeNode("bare", lab.add("node"), lab.add("client"), 1, tmp_path, front_ip="127.0.0.1")
+
+
+@pytest.fixture
+def put_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PutTool:
+    """Put a shell script on PATH in the place of a tool: ``put_tool(name, script)``."""
+
+    def put(name: str, script: str) -> None:
+        tool = tmp_path / name
+        tool.write_text(f"#!/bin/sh\n{script}\n")
+        tool.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    return put

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.compare.given import put_tool
+from tests.compare.conftest import PutTool
 from userspace_proxy.compare import cases
 from userspace_proxy.compare.cases import CASES, Case
-from userspace_proxy.compare.sites import Site
+from userspace_proxy.compare.nodes import ModeNode
 from userspace_proxy.compare.syscalls import calls_per_request
 from userspace_proxy.errors import StartError
 
@@ -23,17 +23,15 @@ def case_of(name: str) -> Case:
     return next(case for case in CASES if case.name == name)
 
 
-def put_wrk(folder: Path, monkeypatch: pytest.MonkeyPatch, requests: int, failed: int) -> None:
+def put_wrk(put_tool: PutTool, requests: int, failed: int) -> None:
     said = f"done {requests} 200000 10.0 20.0 30.0 {failed}"
-    put_tool(folder, monkeypatch, "wrk", f"trap 'echo {said}; exit 0' INT\n{UNTIL_STOPPED}")
+    put_tool("wrk", f"trap 'echo {said}; exit 0' INT\n{UNTIL_STOPPED}")
 
 
-def test_a_failed_request_of_hundreds_is_no_failed_load(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    put_wrk(tmp_path, monkeypatch, requests=1000, failed=10)
+def test_a_failed_request_of_hundreds_is_no_failed_load(node: ModeNode, tmp_path: Path, put_tool: PutTool) -> None:
+    put_wrk(put_tool, requests=1000, failed=10)
 
-    figures = case_of(cases.KEEPALIVE_64).run(site, LOAD_S)
+    figures = case_of(cases.KEEPALIVE_64).run(node, LOAD_S)
 
     assert figures["rate"] == 5000
     assert figures["failed"] == 10
@@ -44,38 +42,36 @@ def test_a_failed_request_of_hundreds_is_no_failed_load(
     [(1000, 1000, "1,000 failures at 1,000 requests"), (1000, 11, "11 failures at"), (0, 64, "nothing was answered")],
 )
 def test_a_load_that_failed_is_named_and_has_no_figures(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, requests: int, failed: int, said: str
+    node: ModeNode, tmp_path: Path, put_tool: PutTool, requests: int, failed: int, said: str
 ) -> None:
-    put_wrk(tmp_path, monkeypatch, requests, failed)
+    put_wrk(put_tool, requests, failed)
 
     with pytest.raises(StartError, match=said):
-        case_of(cases.NEW_64).run(site, LOAD_S)
+        case_of(cases.NEW_64).run(node, LOAD_S)
 
 
-def test_system_calls_of_failing_are_not_counted(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put_wrk(tmp_path, monkeypatch, requests=1000, failed=1000)
+def test_system_calls_of_failing_are_not_counted(node: ModeNode, tmp_path: Path, put_tool: PutTool) -> None:
+    put_wrk(put_tool, requests=1000, failed=1000)
     report = tmp_path / "calls"
-    put_tool(tmp_path, monkeypatch, "strace", f"trap 'echo {COUNTED} > {report}; exit 0' INT\n{UNTIL_STOPPED}")
+    put_tool("strace", f"trap 'echo {COUNTED} > {report}; exit 0' INT\n{UNTIL_STOPPED}")
 
     with pytest.raises(StartError, match="1,000 failures"):
-        calls_per_request(site, LOAD_S)
+        calls_per_request(node, LOAD_S)
 
 
 def test_what_a_first_try_of_iperf3_cost_is_not_in_the_figures_of_the_second(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    node: ModeNode, tmp_path: Path, put_tool: PutTool
 ) -> None:
     (tmp_path / "said").write_text('{"end": {"sum_received": {"bytes": 1000000000, "seconds": 1.0}}}')
     put_tool(
-        tmp_path,
-        monkeypatch,
         "iperf3",
         f"""cd {tmp_path}
 if test -e first; then : > second; trap 'cat said; exit 0' INT; else : > first; trap 'echo busy; exit 1' INT; fi
 {UNTIL_STOPPED}""",
     )
-    site.start("sh", "-c", "while :; do :; done")  # uses all of a processor, all the time
+    node.start("sh", "-c", "while :; do :; done")  # uses all of a processor, all the time
 
-    figures = case_of(cases.BULK_1).run(site, LOAD_S)
+    figures = case_of(cases.BULK_1).run(node, LOAD_S)
 
     second_took_s = time.time() - (tmp_path / "second").stat().st_mtime
     assert figures["rate"] == 1.0

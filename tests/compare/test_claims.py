@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from tests.compare.given import add_rounds, results_of
+from tests.compare.made_results import add_rounds, results_of
 from userspace_proxy.compare import cases
 from userspace_proxy.compare.claims import CLAIMS, Verdict
 from userspace_proxy.compare.derived import outage
-from userspace_proxy.compare.modes import DIRECT, DIRECT_AGAIN, IPTABLES, IPVS, NFTABLES, USERSPACE, USERSPACE_COPY
-from userspace_proxy.compare.results import ModeRun, Results, Sample, Timeline
+from userspace_proxy.compare.modes import IPTABLES, IPVS, NFTABLES, USERSPACE, USERSPACE_COPY
+from userspace_proxy.compare.results import DIRECT, DIRECT_AGAIN, ModeRun, Results, Sample, Timeline
 
 QUIET = {DIRECT: [100.0, 100.0, 100.0], DIRECT_AGAIN: [101.0, 99.0, 100.0]}
 CONTRARY = [100.0, 300.0, 50.0]  # rounds that do not agree with QUIET's on which is more
@@ -28,7 +28,7 @@ def test_where_the_kernel_is_faster_userspace_is_called_slow_and_the_ratio_is_sa
     assert "nftables is better in requests a second, 64 connections: 2.00 times (2.00 to 2.02)." in said.words
 
 
-def test_where_no_kernel_mode_took_part_the_direct_way_stands_for_it_and_that_is_said() -> None:
+def test_direct_connections_stand_in_where_no_kernel_mode_took_part_and_that_is_said() -> None:
     said = verdict("slow", results_of(cases.KEEPALIVE_64, "rate", {USERSPACE: [50.0, 50.0, 50.0], **QUIET}))
 
     assert said.ruling == "holds"
@@ -99,7 +99,7 @@ def test_whether_iptables_has_a_hop_is_judged_by_iptables_alone(iptables: float,
     said = verdict("hop", results)
 
     assert said.ruling == ruling
-    assert any(sentence.startswith("ipvs, beside the direct way") for sentence in said.words)
+    assert any(sentence.startswith("ipvs, compared with direct connections") for sentence in said.words)
 
 
 def test_without_iptables_nothing_is_said_about_its_hop() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.compare.given import results_of
+from tests.compare.made_results import results_of
 from userspace_proxy.compare.judge import Figure, compare, figure, noise, summed_up
-from userspace_proxy.compare.modes import DIRECT, DIRECT_AGAIN, NFTABLES, USERSPACE, USERSPACE_COPY
+from userspace_proxy.compare.modes import NFTABLES, USERSPACE, USERSPACE_COPY
+from userspace_proxy.compare.results import DIRECT, DIRECT_AGAIN
 
 
 def judged(ours: list[float], kernel: list[float], again: list[float]) -> tuple[float, bool]:

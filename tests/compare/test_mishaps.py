@@ -2,52 +2,54 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 from collections.abc import Iterable
 
 import pytest
 
-from tests.compare.given import put_tool
+from tests.compare.conftest import PutTool
 from userspace_proxy.compare.cases import Case
-from userspace_proxy.compare.command import ComparisonRequest, _Comparison
+from userspace_proxy.compare.command import Comparison, ComparisonRequest
 from userspace_proxy.compare.failures import Event, watch
-from userspace_proxy.compare.modes import DIRECT, HAPROXY, NGINX, Mode
-from userspace_proxy.compare.sites import Site, Sites
+from userspace_proxy.compare.modes import HAPROXY, NGINX, ComparedMode
+from userspace_proxy.compare.nodes import CompareLab, ModeNode
+from userspace_proxy.compare.results import DIRECT
 from userspace_proxy.errors import StartError
 from userspace_proxy.lab import ip
 
 
-class BareSites(Sites):
+class BareLab(CompareLab):
     """The hosts of the comparison, of which there is one, that all modes share."""
 
-    def __init__(self, site: Site) -> None:
-        self.client = site.client
-        self._site = site
+    def __init__(self, node: ModeNode) -> None:
+        self.client = node.client
+        self._node = node
 
-    def add(self, _: str) -> Site:
-        return self._site
+    def add(self, _: str) -> ModeNode:
+        return self._node
 
 
-class UnreachableSite(Site):
+class UnreachableNode(ModeNode):
     def wait_until_it_serves(self) -> None:
         raise StartError(f"{self.name} does not serve")
 
 
-def no_start(_: Site) -> None:
+def no_start(_: ModeNode) -> None:
     """It runs already, if it does."""
 
 
-def mode(name: str, tell_error: Exception | None = None) -> Mode:
-    def tell(_: Site, __: Iterable[int]) -> None:
+def mode(name: str, tell_error: Exception | None = None) -> ComparedMode:
+    def tell(_: ModeNode, __: Iterable[int]) -> None:
         if tell_error is not None:
             raise tell_error
 
-    return Mode(name, name, "proxy", no_start, tell)
+    return ComparedMode(name, name, "proxy", no_start, tell)
 
 
-def comparison(site: Site, *modes: Mode) -> _Comparison:
-    one = _Comparison(ComparisonRequest(modes=("none",)), BareSites(site), lambda _: None)
-    one._running.update((each, site) for each in modes)
+def comparison(node: ModeNode, *modes: ComparedMode) -> Comparison:
+    one = Comparison(ComparisonRequest(modes=("none",)), BareLab(node), lambda _: None)
+    one.session.running.update((each, node) for each in modes)
     return one
 
 
@@ -57,16 +59,16 @@ RELOAD = subprocess.CalledProcessError(1, ["nginx", "-s", "reload"], "", "invali
 
 @pytest.mark.parametrize("error", [REFUSED, RELOAD], ids=["HAProxy is dead", "nginx does not reload"])
 def test_a_mode_that_cannot_be_told_has_no_timeline_and_the_event_is_undone_for_the_others(
-    site: Site, error: Exception
+    node: ModeNode, error: Exception
 ) -> None:
     undone: list[bool] = []
     noted: list[str] = []
     event = Event(
         "dies", "a pod dies: its port refuses", 0.0, happen=lambda _: None, undo=lambda _: undone.append(True)
     )
-    running = {mode(HAPROXY, tell_error=error): site, mode(NGINX): site}
+    running = {mode(HAPROXY, tell_error=error): node, mode(NGINX): node}
 
-    timelines = watch(BareSites(site), running, event, 1, noted.append)
+    timelines = watch(BareLab(node), running, event, 1, noted.append)
 
     assert [line.mode for line in timelines] == [NGINX]
     assert undone == [True]
@@ -76,42 +78,42 @@ def test_a_mode_that_cannot_be_told_has_no_timeline_and_the_event_is_undone_for_
 
 
 def test_a_mode_whose_connections_cannot_be_forgotten_is_left_out_of_the_round(
-    site: Site, monkeypatch: pytest.MonkeyPatch
+    node: ModeNode, put_tool: PutTool
 ) -> None:
-    put_tool(site.folder, monkeypatch, "conntrack", "echo no netlink >&2; exit 1")
+    put_tool("conntrack", "echo no netlink >&2; exit 1")
     case = Case("load", "a load", "requests", lambda _, __: {"rate": 1.0})
     broken = mode(HAPROXY)
-    one = comparison(site, broken)
+    one = comparison(node, broken)
 
-    one._run_once(case, [broken], 1, 0.1)
+    one.session.run_round(1, {case: [broken]}, random.Random(1), 0.1)
 
-    assert one._results.samples == []
-    assert one._results.notes == ["haproxy, a load, round 1: ip netns exec node conntrack -F: no netlink"]
-
-
-def test_where_no_mode_answers_no_pod_is_let_fail(site: Site) -> None:
-    one = comparison(site)
-
-    one._let_pods_fail()
-
-    assert one._results.timelines == []
+    assert one.session.results.samples == []
+    assert one.session.results.notes == ["haproxy, a load, round 1: ip netns exec node conntrack -F: no netlink"]
 
 
-def test_without_the_direct_way_nothing_is_compared_and_the_reason_is_said(site: Site) -> None:
-    unreachable = UnreachableSite(DIRECT, site.node, site.client, 1, site.folder)
+def test_where_no_mode_answers_no_pod_is_let_fail(node: ModeNode) -> None:
+    one = comparison(node)
 
-    with pytest.raises(StartError, match="the direct way did not start: direct does not serve"):
-        comparison(unreachable)._start_modes()
+    one.let_pods_fail()
+
+    assert one.session.results.timelines == []
 
 
-def test_a_mode_that_does_not_start_leaves_no_worker_behind(site: Site) -> None:
-    def start(site: Site) -> None:
-        process = site.start("sh", "-c", f"sleep 300 & : > {site.folder}/started; exit 1")
+def test_without_the_direct_way_nothing_is_compared_and_the_reason_is_said(node: ModeNode) -> None:
+    unreachable = UnreachableNode(DIRECT, node.host, node.client, 1, node.folder)
+
+    with pytest.raises(StartError, match="direct connections did not start: direct does not serve"):
+        comparison(unreachable).start_modes()
+
+
+def test_a_mode_that_does_not_start_leaves_no_worker_behind(node: ModeNode) -> None:
+    def start(node: ModeNode) -> None:
+        process = node.start("sh", "-c", f"sleep 300 & : > {node.folder}/started; exit 1")
         process.wait(20)
         raise StartError("it did not start")
 
-    broken = Mode(HAPROXY, HAPROXY, "proxy", start, lambda _, __: None)
+    broken = ComparedMode(HAPROXY, HAPROXY, "proxy", start, lambda _, __: None)
 
-    assert comparison(site)._start(broken) == "it did not start"
+    assert comparison(node).session.start(broken) == "it did not start"
 
-    assert ip("netns", "pids", site.node.name) == ""
+    assert ip("netns", "pids", node.host.name) == ""

@@ -9,9 +9,9 @@ from xml.etree import ElementTree
 import msgspec
 import pytest
 
-from tests.compare.given import whole_run
-from userspace_proxy.compare.charts import short
+from tests.compare.made_results import whole_run
 from userspace_proxy.compare.claims import CLAIMS, RULINGS
+from userspace_proxy.compare.derived import short
 from userspace_proxy.compare.page import page
 from userspace_proxy.compare.results import Results, from_json, to_json
 from userspace_proxy.compare.tables import sheets
@@ -80,11 +80,31 @@ def test_what_did_not_take_part_is_named_with_the_reason(report: str, results: R
 
 
 def test_the_noise_of_what_the_direct_way_has_none_of_is_a_dash(results: Results) -> None:
-    noise = {row[0]: row[-1] for row in next(sheets(results)).rows}
+    noise = {row[0].value: row[-1].value for row in next(sheets(results)).rows}
 
     assert noise["proxy CPU a request, µs"] == "-"
     assert noise["context switches a request, 1 connection"] == "-"
     assert float(noise["requests/s"]) > 1
+
+
+def test_each_tile_names_its_subject(report: str) -> None:
+    tiles = re.findall(r'<div class="tile"><h3>(.*?)</h3><b>(.*?)</b><span>(.*?)</span>', report)
+
+    assert [subject for subject, _, _ in tiles] == [
+        "Requests a second, kept connections",
+        "Throughput of one large transfer",
+        "Time for a new connection",
+        "Failed requests when one Pod of three died",
+    ]
+    assert all("userspace" in words for _, _, words in tiles)
+
+
+def test_it_closes_with_what_to_choose(report: str) -> None:
+    last = report.rpartition("<section")[2]
+
+    assert "So choose ..." in last
+    assert "<li>userspace, where a failed request costs more than microseconds: when a Pod died, 0%" in last
+    assert "<li>iptables only for few Services: with 5,000 of them" in last
 
 
 def test_json_is_read_as_it_was_written(results: Results) -> None:

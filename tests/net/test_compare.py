@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 from userspace_proxy.compare import cases
-from userspace_proxy.compare.modes import DIRECT, DIRECT_AGAIN, USERSPACE
-from userspace_proxy.compare.results import from_json
+from userspace_proxy.compare.modes import USERSPACE
+from userspace_proxy.compare.results import DIRECT, DIRECT_AGAIN, from_json
 
 COMPARE = [sys.executable, "-m", "userspace_proxy", "compare", "--modes", "userspace"]
 

@@ -6,14 +6,11 @@ A machine that slows down therefore slows all modes.
 
 from __future__ import annotations
 
-import gc
 import random
-import resource
 import signal
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,16 +24,16 @@ from userspace_proxy.compare import cases
 from userspace_proxy.compare.cases import Case
 from userspace_proxy.compare.failures import EVENTS, Event, wait_until_all_answer, watch
 from userspace_proxy.compare.meters import machine
-from userspace_proxy.compare.modes import DIRECT, DIRECT_AGAIN, IPTABLES, MODES, USERSPACE_COPY, Mode
+from userspace_proxy.compare.modes import IPTABLES, MODES, USERSPACE_COPY, ComparedMode
+from userspace_proxy.compare.nodes import CompareLab
 from userspace_proxy.compare.outputs import output
 from userspace_proxy.compare.page import page
-from userspace_proxy.compare.results import ModeRun, Results, Sample, to_json
+from userspace_proxy.compare.results import DIRECT, DIRECT_AGAIN, Results, to_json
 from userspace_proxy.compare.scaling import SIZES, scale
-from userspace_proxy.compare.sites import MISHAPS, Site, Sites, reason_of
-from userspace_proxy.compare.syscalls import calls_per_mb, calls_per_request, counter
+from userspace_proxy.compare.session import Session, compare_lab, reason_of
 from userspace_proxy.compare.tables import print_all
 from userspace_proxy.errors import StartError
-from userspace_proxy.lab import Lab, enter_namespaces, prepare
+from userspace_proxy.lab import enter_namespaces
 
 LATENCY, RATES, THROUGHPUT = "latency", "rates", "throughput"
 SYSTEM_CALLS, SERVICES, FAILURES = "system-calls", "services", "failures"
@@ -57,7 +54,6 @@ TOOLS = {
     "conntrack": "conntrack",
     "sysctl": "procps",
 }
-_SETTLE_S = 0.02
 _RUN_OVERHEAD_S = 0.3  # around each load: to clear conntrack, and to start and end wrk
 _LEAST_LOAD_S, _MOST_LOAD_S = 0.1, 2.0
 _SERVICES_SHARE = 0.35  # the maximum share of the total time
@@ -127,12 +123,9 @@ def run(request: ComparisonRequest, json_file: Path | None, html_file: Path | No
 def measure(request: ComparisonRequest) -> Results:
     """Compare the modes; removes everything before it returns or raises. Raises StartError if a part does not start."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    prepare()
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
-        with tempfile.TemporaryDirectory(dir="/run") as folder, Lab() as lab, _progress(request.duration_s) as say:
-            return _Comparison(request, Sites(lab, Path(folder)), say).run()
+        with compare_lab() as lab, _progress(request.duration_s) as say:
+            return Comparison(request, lab, say).run()
     except subprocess.SubprocessError as error:
         raise StartError(reason_of(error)) from None
     except KeyboardInterrupt:
@@ -157,161 +150,96 @@ def _progress(duration_s: float) -> Iterator[Callable[[str], None]]:
         yield say
 
 
-class _Comparison:
-    def __init__(self, request: ComparisonRequest, sites: Sites, say: Callable[[str], None]) -> None:
+class Comparison:
+    """One run of `compare`: starts the modes and measures what *request* asks for, within its duration."""
+
+    def __init__(self, request: ComparisonRequest, lab: CompareLab, say: Callable[[str], None]) -> None:
         self._request = request
-        self._sites = sites
-        self._say = say
         self._end_at = time.monotonic() + request.duration_s
-        self._running: dict[Mode, Site] = {}
         taken_at = datetime.now(UTC).isoformat(timespec="seconds")
-        self._results = Results(__version__, taken_at, machine(), request.duration_s, 0, 0.0, [])
+        results = Results(__version__, taken_at, machine(), request.duration_s, 0, 0.0, [])
+        self.session = Session(lab, results, say)
 
     def run(self) -> Results:
-        self._sites.start_backends()
-        self._sites.start_trio()
-        self._start_modes()
+        self.session.lab.start_backends()
+        self.session.lab.start_trio()
+        self.start_modes()
         if self._request.wants(SYSTEM_CALLS):
-            self._count_system_calls()
+            self.session.count_system_calls(self._request.depth.calls_s)
         if self._request.wants(FAILURES):
-            self._let_pods_fail()
+            self.let_pods_fail()
         if self._request.wants(SERVICES):
             self._add_services()
         self._run_rounds()
-        return self._results
+        return self.session.results
 
-    def _note(self, what: str) -> None:
-        if what not in self._results.notes:
-            self._results.notes.append(what)
-
-    # ---- modes
-
-    def _start_modes(self) -> None:
+    def start_modes(self) -> None:
+        """Start the selected modes, and direct connections: the reference always takes part, and twice."""
         for mode in MODES:
-            # The reference, direct connections, always takes part, and twice: the difference is the noise.
             if self._request.modes and mode.name not in (DIRECT, DIRECT_AGAIN, *self._request.modes):
                 continue
-            self._say(f"starting {mode.title}")
-            reason = mode.missing() or self._start(mode)
-            self._results.modes.append(ModeRun(mode.name, mode.title, mode.kind, mode.ours, reason))
+            reason = self.session.start(mode)
             if mode.name == DIRECT and reason:
-                raise StartError(f"the direct way did not start: {reason}")
+                raise StartError(f"direct connections did not start: {reason}")
 
-    def _start(self, mode: Mode) -> str | None:
-        """Start *mode* on its own node; return the reason if it did not start, else None."""
-        site = self._sites.add(mode.name)
-        try:
-            mode.start(site)
-            site.wait_until_it_serves()
-        except MISHAPS as error:
-            site.kill()
-            return reason_of(error)
-        self._running[mode] = site
-        return None
-
-    # ---- single measurements
-
-    def _count_system_calls(self) -> None:
-        if counter() is None:
-            self._note("system calls were not counted: neither strace nor perf is installed (package strace)")
-            return
-        seconds = self._request.depth.calls_s
-        for mode, site in self._running.items():
-            if not site.processes:
-                continue
-            self._say(f"system calls: {mode.title}")
-            try:
-                for what, calls in (
-                    ("request", calls_per_request(site, seconds)),
-                    ("connection", calls_per_request(site, seconds, close=True)),
-                    ("mb", calls_per_mb(site, seconds)),
-                ):
-                    self._results.samples.append(Sample(f"calls-{what}", mode.name, 1, calls))
-            except MISHAPS as error:
-                self._note(f"system calls of {mode.title} were not counted: {reason_of(error)}")
-
-    def _let_pods_fail(self) -> None:
+    def let_pods_fail(self) -> None:
+        """Let each event happen, as often as the depth says."""
         for number in range(1, self._request.depth.events + 1):
             for event in EVENTS:
-                self._say(f"{event.what} (round {number} of {self._request.depth.events})")
-                try:
+                self.session.say(f"{event.what} (round {number} of {self._request.depth.events})")
+                with self.session.noting(f"{event.what}, round {number}"):
                     self._let_one_fail(event, number)
-                except MISHAPS as error:
-                    self._note(f"{event.what}, round {number}: {reason_of(error)}")
 
     def _let_one_fail(self, event: Event, number: int) -> None:
         able = {}
-        for mode, site in self._running.items():
-            if mode.name == DIRECT_AGAIN:
-                continue
-            try:
-                wait_until_all_answer(mode, site)
-            except StartError as error:
-                self._note(f"failing pods, round {number}: {error}")
-            else:
-                able[mode] = site
+        for mode, node in self.session.running.items():
+            if mode.name != DIRECT_AGAIN:
+                with self.session.noting(f"failing pods, round {number}"):
+                    wait_until_all_answer(mode, node)
+                    able[mode] = node
         if able:
-            self._results.timelines += watch(self._sites, able, event, number, self._note)
+            self.session.results.timelines += watch(self.session.lab, able, event, number, self.session.note)
 
     def _add_services(self) -> None:
-        modes = [mode for mode in self._running if mode.ours and mode.name != USERSPACE_COPY]
+        session, depth = self.session, self._request.depth
+        modes = [mode for mode in session.running if mode.ours and mode.name != USERSPACE_COPY]
         # iptables comes last: it needs the most time and gets what the others leave.
         modes.sort(key=lambda mode: mode.name == IPTABLES)
-        direct = next(site for mode, site in self._running.items() if mode.name == DIRECT)
-        depth = self._request.depth
+        direct = next(node for mode, node in session.running.items() if mode.name == DIRECT)
         end_at = time.monotonic() + _SERVICES_SHARE * self._request.duration_s
         for index, mode in enumerate(modes):
             share_s = (end_at - time.monotonic()) / (len(modes) - index)
-            self._say(f"10 to 10,000 Services: {mode.title}")
-            site = self._sites.add(f"{mode.name} with many Services")
-            size = 0
-            try:
-                for size, figures in scale(mode, site, direct, depth.sizes, depth.dial_s, share_s):
-                    self._results.samples.append(Sample(f"services-{size}", mode.name, 1, figures))
-                    self._say(f"{size:,} Services: {mode.title}")
-            except MISHAPS as error:
-                self._note(f"{mode.title}: after {size:,} Services: {reason_of(error)}")
-            site.kill()  # the mode has its own node, so this disturbs nothing later
-
-    # ---- repeated loads
+            session.say(f"10 to 10,000 Services: {mode.title}")
+            node = session.lab.add(f"{mode.name} with many Services")
+            done = [0]
+            with session.noting(lambda mode=mode, done=done: f"{mode.title}: after {done[-1]:,} Services"):  # type: ignore[misc]
+                for size, figures in scale(mode, node, direct, depth.sizes, depth.dial_s, share_s):
+                    done.append(size)
+                    session.add(f"services-{size}", mode, 1, figures)
+                    session.say(f"{size:,} Services: {mode.title}")
+            node.kill()  # the mode has its own node, so this disturbs nothing later
 
     def _run_rounds(self) -> None:
         names = [name for group, members in LOADS.items() if self._request.wants(group) for name in members]
-        loads = [case for case in cases.CASES if case.name in names]
-        if not loads:
+        runs = {case: self._modes_of(case) for case in cases.CASES if case.name in names}
+        if not runs:
             return
-        runs = {case: self._modes_of(case) for case in loads}
-        a_round = sum(map(len, runs.values()))
-        rounds, load_s = _plan(self._end_at - time.monotonic(), a_round, self._request.depth.rounds)
-        self._results.load_s = load_s
+        left_s = self._end_at - time.monotonic()
+        rounds, load_s = _plan(left_s, sum(map(len, runs.values())), self._request.depth.rounds)
+        self.session.results.load_s = load_s
         order = random.Random(self._request.seed)  # noqa: S311 - no secret
         longest_s = 0.0
         for number in range(1, rounds + 1):
             started_at = time.monotonic()
             if started_at + longest_s > self._end_at and number > 1:
                 break
-            for case, modes in runs.items():
-                self._say(f"round {number} of {rounds}: {case.title}")
-                self._run_once(case, order.sample(modes, len(modes)), number, load_s)
-            self._results.rounds = number
+            self.session.run_round(number, runs, order, load_s)
             longest_s = max(longest_s, time.monotonic() - started_at)
 
-    def _modes_of(self, case: Case) -> list[Mode]:
+    def _modes_of(self, case: Case) -> list[ComparedMode]:
         is_bulk = case.name in LOADS[THROUGHPUT]
-        return [m for m in self._running if m.name != USERSPACE_COPY or is_bulk or self._request.depth.engines]
-
-    def _run_once(self, case: Case, modes: Iterable[Mode], number: int, load_s: float) -> None:
-        for mode in modes:
-            site = self._running[mode]
-            try:
-                site.forget_connections()
-                gc.collect()
-                time.sleep(_SETTLE_S)
-                figures = case.run(site, load_s)
-            except MISHAPS as error:
-                self._note(f"{mode.title}, {case.title}, round {number}: {reason_of(error)}")
-                continue
-            self._results.samples.append(Sample(case.name, mode.name, number, figures))
+        all_engines = is_bulk or self._request.depth.engines
+        return [mode for mode in self.session.running if mode.name != USERSPACE_COPY or all_engines]
 
 
 def _plan(left_s: float, runs: int, wanted_rounds: int) -> tuple[int, float]:

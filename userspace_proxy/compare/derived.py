@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from userspace_proxy.compare import cases
-from userspace_proxy.compare.judge import Comparison, compare, figure, shares
-from userspace_proxy.compare.modes import DIRECT, USERSPACE
-from userspace_proxy.compare.results import ModeRun, Results, Timeline
+from userspace_proxy.compare.judge import Comparison, Figure, compare, figure, shares, summed_up
+from userspace_proxy.compare.modes import USERSPACE
+from userspace_proxy.compare.results import DIRECT, ModeRun, Results, Timeline
 from userspace_proxy.compare.scaling import SIZES
 
 EVENT_NAMES = {"dies": "dies", "silent": "falls silent", "leaves": "is deleted"}
+
+
+def short(value: float) -> str:
+    """Return *value* with at most three significant digits: 12,300, 1.25, 0.031."""
+    if not value:
+        return "0"
+    size = abs(value)
+    if size >= 100:
+        digits = max(0, int(math.log10(size)) - 2)
+        return f"{round(value / 10**digits) * 10**digits:,}"
+    text = f"{value:.1f}" if size >= 10 else f"{value:.2f}" if size >= 1 else f"{float(f'{value:.2g}'):.5f}"
+    return text.rstrip("0").rstrip(".")
 
 
 def percent(share: float) -> str:
@@ -46,7 +59,7 @@ def stand_in(results: Results) -> tuple[str, ...]:
     """Return a sentence that says so if direct connections replace the kernel modes, else nothing."""
     if any(mode.kind == "kernel" for mode in results.ran()):
         return ()
-    return ("No kernel mode took part: the direct way, without any Service, stands for the best that one could do.",)
+    return ("No kernel mode took part. Direct connections, without any Service, stand for the best that one could do.",)
 
 
 def best_kernel(results: Results, case: str, name: str, *, more_is_better: bool) -> ModeRun | None:
@@ -73,12 +86,13 @@ class Point:
     comparison: Comparison
 
 
+RATE_POINT, BULK_POINT = "requests a second, 64 connections", "throughput of one flow"
 _POINTS = (
     (cases.KEEPALIVE_1, "p50_ms", False, "latency of a request, one connection"),
-    (cases.KEEPALIVE_64, "rate", True, "requests a second, 64 connections"),
+    (cases.KEEPALIVE_64, "rate", True, RATE_POINT),
     (cases.NEW_1, "p50_ms", False, "latency of a new connection with a request"),
     (cases.NEW_64, "rate", True, "new connections a second"),
-    (cases.BULK_1, "rate", True, "throughput of one flow"),
+    (cases.BULK_1, "rate", True, BULK_POINT),
     (cases.BULK_8, "rate", True, "throughput of 8 flows"),
     (cases.KEEPALIVE_64, "machine_cpu_s", False, "CPU of the whole machine per request"),
     (cases.BULK_1, "machine_cpu_s", False, "CPU of the whole machine per GB"),
@@ -106,18 +120,37 @@ def sizes_of(results: Results, mode: str, name: str) -> dict[int, float]:
     return {size: rounds[1] for size, rounds in found.items() if rounds}
 
 
-def growth(by_size: dict[int, float]) -> float:
-    """Return the difference between the values at the largest and at the smallest size."""
-    return by_size[max(by_size)] - by_size[min(by_size)]
+@dataclass(frozen=True, slots=True)
+class LookupGrowth:
+    """How much longer a new connection takes with the most Services than with the fewest, in microseconds.
 
-
-def lookup_noise_us(results: Results, mode: str) -> float:
-    """Return the noise, in microseconds, that a growth of *mode*'s connection time must exceed to count.
-
-    It is the largest interquartile range of the turns at any number of Services. With fifteen turns, that is about
-    three times the error of a difference of medians.
+    The noise is the largest interquartile range of the turns at any number of Services. With fifteen turns, that is
+    about three times the error of a difference of medians. ``by_size`` is empty if fewer than two sizes were measured.
     """
-    return max(sizes_of(results, mode, "spread_us").values(), default=0.0)
+
+    title: str
+    by_size: dict[int, float]
+    noise_us: float
+
+    @property
+    def more_us(self) -> float:
+        return self.by_size[max(self.by_size)] - self.by_size[min(self.by_size)] if self.by_size else 0.0
+
+    @property
+    def is_visible(self) -> bool:
+        return self.more_us > self.noise_us
+
+
+def lookup_growth(results: Results, mode: ModeRun) -> LookupGrowth:
+    """Return the growth of *mode*'s time for a new connection."""
+    added = sizes_of(results, mode.name, "added_us")
+    noise_us = max(sizes_of(results, mode.name, "spread_us").values(), default=0.0)
+    return LookupGrowth(mode.title, added if len(added) > 1 else {}, noise_us)
+
+
+def calls_of(results: Results, case: str, mode: str) -> Figure | None:
+    """Return the number of system calls of *mode* in *case*, or None if they were not counted."""
+    return summed_up([sum(s.figures.values()) for s in results.samples if (s.case, s.mode) == (case, mode)])
 
 
 def outage(timelines: Sequence[Timeline]) -> tuple[float, float]:
@@ -133,3 +166,17 @@ def outage(timelines: Sequence[Timeline]) -> tuple[float, float]:
 
 def timelines_of(results: Results, event: str, mode: str) -> list[Timeline]:
     return [line for line in results.timelines if line.event == event and line.mode == mode]
+
+
+def outages(results: Results) -> Iterator[tuple[str, str, float, float]]:
+    """Yield event, best kernel mode, and the shares of failed requests there and in userspace."""
+    for event in EVENT_NAMES:
+        ours = timelines_of(results, event, USERSPACE)
+        seen = [
+            (outage(timelines)[0], mode.title)
+            for mode in kernel_modes(results)
+            if (timelines := timelines_of(results, event, mode.name))
+        ]
+        if ours and seen:
+            lost, title = min(seen)
+            yield event, title, lost, outage(ours)[0]

@@ -6,19 +6,20 @@ event in one pod therefore affects all modes alike.
 
 from __future__ import annotations
 
-import select
+import asyncio
+import contextlib
 import signal
-import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import cycle
 
 from userspace_proxy.compare.loads import REQUEST_AND_CLOSE
-from userspace_proxy.compare.modes import Mode
+from userspace_proxy.compare.modes import ComparedMode
+from userspace_proxy.compare.nodes import PEERS, TRIO_PODS, CompareLab, ModeNode
 from userspace_proxy.compare.results import Timeline
-from userspace_proxy.compare.sites import MISHAPS, PEERS, TRIO_PODS, Site, Sites, reason_of
+from userspace_proxy.compare.session import MODE_ERRORS, reason_of
 from userspace_proxy.errors import StartError
 from userspace_proxy.lab import ask
 
@@ -42,8 +43,8 @@ class Event:
     name: str
     title: str
     told_after_s: float
-    happen: Callable[[Sites], None]
-    undo: Callable[[Sites], None]
+    happen: Callable[[CompareLab], None]
+    undo: Callable[[CompareLab], None]
 
     @property
     def what(self) -> str:
@@ -55,25 +56,25 @@ class Event:
         return _EVENT_S + self.told_after_s + 1.5
 
 
-def _kill(sites: Sites) -> None:
-    sites.trio_servers[_VICTIM].send_signal(signal.SIGKILL)
+def _kill(lab: CompareLab) -> None:
+    lab.trio_servers[_VICTIM].send_signal(signal.SIGKILL)
 
 
-def _leave(sites: Sites) -> None:
-    sites.trio_servers[_VICTIM].send_signal(signal.SIGQUIT)  # nginx: accepts no new connections and finishes open ones
+def _leave(lab: CompareLab) -> None:
+    lab.trio_servers[_VICTIM].send_signal(signal.SIGQUIT)  # nginx: accepts no new connections and finishes open ones
 
 
-def _restart(sites: Sites) -> None:
-    sites.trio_servers[_VICTIM].wait(5)
-    sites.restart_trio(_VICTIM)
+def _restart(lab: CompareLab) -> None:
+    lab.trio_servers[_VICTIM].wait(5)
+    lab.restart_trio(_VICTIM)
 
 
-def _fall_silent(sites: Sites) -> None:
-    sites.trio[_VICTIM].run("nft", "-f", str(PEERS / "silence.rules"))
+def _fall_silent(lab: CompareLab) -> None:
+    lab.trio[_VICTIM].run("nft", "-f", str(PEERS / "silence.rules"))
 
 
-def _speak(sites: Sites) -> None:
-    sites.trio[_VICTIM].run("nft", "delete", "table", "inet", "silence")
+def _speak(lab: CompareLab) -> None:
+    lab.trio[_VICTIM].run("nft", "delete", "table", "inet", "silence")
 
 
 EVENTS: tuple[Event, ...] = (
@@ -93,65 +94,35 @@ class _Tally:
     failed: list[int]
 
 
-@dataclass
-class _Clients:
-    """Runs the clients of all modes in one loop; sockets belong to the calling thread's network namespace."""
+async def _send_requests(tallies: Sequence[_Tally], started_at: float, length_s: float) -> None:
+    """Start clients at a fixed rate for *length_s*, each to the next mode; end when all of them have ended."""
+    gap_s = 1 / (RATE * len(tallies))
+    async with asyncio.TaskGroup() as clients:
+        for number in range(int(length_s / gap_s)):
+            due_s = number * gap_s
+            await asyncio.sleep(started_at + due_s - time.monotonic())
+            clients.create_task(
+                _send_request(tallies[number % len(tallies)], started_at + due_s, int(due_s / BUCKET_S))
+            )
 
-    tallies: list[_Tally]
-    length_s: float
-    _poll: select.epoll = field(default_factory=select.epoll)
-    _open: dict[int, tuple[socket.socket, _Tally, float, bool]] = field(default_factory=dict)
 
-    def run(self, started_at: float) -> None:
-        turns = cycle(self.tallies)
-        gap_s = 1 / (RATE * len(self.tallies))
-        due_at, last_at = started_at, started_at + self.length_s
-        while due_at < last_at or self._open:
-            now = time.monotonic()
-            while due_at <= now and due_at < last_at:
-                self._begin(next(turns), due_at)
-                due_at += gap_s
-            wait_s = max(0.0, min(due_at, now + 0.05) - time.monotonic()) if due_at < last_at else 0.05
-            for fd, events in self._poll.poll(wait_s):
-                self._go_on(fd, events, started_at)
-            self._give_up(started_at)
-        self._poll.close()
-
-    def _begin(self, tally: _Tally, due_at: float) -> None:
-        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        self._open[sock.fileno()] = (sock, tally, due_at, False)
-        sock.connect_ex(next(tally.addresses))  # poll() reports immediate errors, too
-        self._poll.register(sock.fileno(), select.EPOLLOUT)
-
-    def _go_on(self, fd: int, events: int, started_at: float) -> None:
-        sock, tally, due_at, asked = self._open[fd]
-        try:
-            if not asked:
-                sock.send(REQUEST_AND_CLOSE)
-                self._open[fd] = (sock, tally, due_at, True)
-                self._poll.modify(fd, select.EPOLLIN)
-                return
-            is_answered = sock.recv(4096).startswith(b"HTTP/1.1 200")
-        except OSError:
-            is_answered = False
-        self._end(fd, started_at, is_answered=is_answered)
-
-    def _give_up(self, started_at: float) -> None:
-        before = time.monotonic() - PATIENCE_S
-        for fd in [fd for fd, (_, _, due_at, _) in self._open.items() if due_at < before]:
-            self._end(fd, started_at, is_answered=False)
-
-    def _end(self, fd: int, started_at: float, *, is_answered: bool) -> None:
-        sock, tally, due_at, _ = self._open.pop(fd)
-        self._poll.unregister(fd)
-        sock.close()
-        took_s = time.monotonic() - due_at
-        counts = tally.failed if not is_answered else tally.slow if took_s > SLOW_S else tally.good
-        counts[int((due_at - started_at) / BUCKET_S)] += 1
+async def _send_request(tally: _Tally, due_at: float, bucket: int) -> None:
+    answer = b""
+    with contextlib.suppress(OSError):
+        async with asyncio.timeout(PATIENCE_S):
+            reader, writer = await asyncio.open_connection(*next(tally.addresses))
+            try:
+                writer.write(REQUEST_AND_CLOSE)
+                answer = await reader.read(4096)
+            finally:
+                writer.transport.abort()
+    is_slow = time.monotonic() - due_at > SLOW_S
+    counts = tally.slow if is_slow else tally.good
+    (counts if answer.startswith(b"HTTP/1.1 200") else tally.failed)[bucket] += 1
 
 
 def watch(
-    sites: Sites, running: Mapping[Mode, Site], event: Event, number: int, note: Callable[[str], None]
+    lab: CompareLab, running: Mapping[ComparedMode, ModeNode], event: Event, number: int, note: Callable[[str], None]
 ) -> list[Timeline]:
     """Trigger *event* while clients send requests, then undo it; return what each mode's clients saw.
 
@@ -159,22 +130,22 @@ def watch(
     """
     buckets = int(event.length_s / BUCKET_S) + 1
     tallies = {
-        mode: _Tally(cycle(mode.trio_addresses(site, range(TRIO_PODS))), *([0] * buckets for _ in range(3)))
-        for mode, site in running.items()
+        mode: _Tally(cycle(mode.trio_addresses(node, range(TRIO_PODS))), *([0] * buckets for _ in range(3)))
+        for mode, node in running.items()
     }
 
-    untold: dict[Mode, str] = {}
+    untold: dict[ComparedMode, str] = {}
 
     def tell(alive: Iterable[int]) -> None:
-        for mode, site in running.items():
+        for mode, node in running.items():
             try:
-                mode.tell(site, alive)
-            except MISHAPS as error:
+                mode.tell(node, alive)
+            except MODE_ERRORS as error:
                 untold[mode] = reason_of(error)
 
     def happen() -> None:
         time.sleep(max(0.0, started_at + _EVENT_S - time.monotonic()))
-        event.happen(sites)
+        event.happen(lab)
         time.sleep(event.told_after_s)
         tell(_OTHERS)
 
@@ -182,10 +153,10 @@ def watch(
         with ThreadPoolExecutor(1, "event") as beside:
             started_at = time.monotonic() + 0.05
             happened = beside.submit(happen)
-            with sites.client.inside():
-                _Clients(list(tallies.values()), event.length_s).run(started_at)
+            with lab.client.inside():
+                asyncio.run(_send_requests(list(tallies.values()), started_at, event.length_s))
     finally:
-        event.undo(sites)
+        event.undo(lab)
         tell(range(TRIO_PODS))
     happened.result()
     for mode, reason in untold.items():
@@ -198,7 +169,7 @@ def watch(
     ]
 
 
-def wait_until_all_answer(mode: Mode, site: Site) -> None:
+def wait_until_all_answer(mode: ComparedMode, node: ModeNode) -> None:
     """Wait until all three pods answer through *mode*: an ejected pod could not fail.
 
     Raises:
@@ -206,9 +177,9 @@ def wait_until_all_answer(mode: Mode, site: Site) -> None:
     """
     give_up_at = time.monotonic() + _RECOVERED_WITHIN_S
     seen: set[str] = set()
-    for ip, port in cycle(mode.trio_addresses(site, range(TRIO_PODS))):
+    for ip, port in cycle(mode.trio_addresses(node, range(TRIO_PODS))):
         try:
-            seen.add(ask(site.client, ip, port, timeout_s=0.5))
+            seen.add(ask(node.client, ip, port, timeout_s=0.5))
         except OSError:
             time.sleep(0.02)
         if len(seen) == TRIO_PODS:

@@ -15,8 +15,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from userspace_proxy.compare.modes import DIRECT, DIRECT_AGAIN
-from userspace_proxy.compare.results import Results
+from userspace_proxy.compare.results import DIRECT, DIRECT_AGAIN, Results
 
 # Three rounds agree by chance in 25 % of all cases, five in 6 %, seven in 2 %.
 _FEWEST_ROUNDS = 3
@@ -57,23 +56,24 @@ def noise(results: Results, case: str, name: str) -> float | None:
 
     None if unknown: there was no second run, or direct connections do not have this figure.
     """
-    ratios = _ratios(results, case, DIRECT, DIRECT_AGAIN, name)
-    return math.exp(statistics.median(abs(math.log(ratio)) for ratio in ratios)) if ratios else None
+    found = ratios(results, case, DIRECT, DIRECT_AGAIN, name)
+    return math.exp(statistics.median(abs(math.log(ratio)) for ratio in found)) if found else None
 
 
 def compare(results: Results, case: str, mode: str, reference: str, name: str) -> Comparison | None:
     """Compare one figure of two modes; return None if no round has both."""
-    ratios = _ratios(results, case, mode, reference, name)
-    ratio = summed_up(ratios)
+    found = ratios(results, case, mode, reference, name)
+    ratio = summed_up(found)
     if ratio is None:
         return None
     around = noise(results, case, name)
-    rounds_agree = len(ratios) >= _FEWEST_ROUNDS and (min(ratios) > 1 or max(ratios) < 1)
+    rounds_agree = len(found) >= _FEWEST_ROUNDS and (min(found) > 1 or max(found) < 1)
     is_beyond = around is not None and abs(math.log(ratio.median)) > math.log(around)
     return Comparison(ratio, around, rounds_agree and is_beyond)
 
 
-def _ratios(results: Results, case: str, mode: str, reference: str, name: str) -> list[float]:
+def ratios(results: Results, case: str, mode: str, reference: str, name: str) -> list[float]:
+    """Return the figure *name* of *mode* divided by that of *reference*, for each round that has both."""
     figures, others = results.figures(case, mode, name), results.figures(case, reference, name)
     return [value / others[n] for n, value in figures.items() if value > 0 and others.get(n, 0) > 0]
 

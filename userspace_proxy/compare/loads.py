@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from userspace_proxy.compare.sites import BULK, SMALL, Site
+from userspace_proxy.compare.nodes import BULK, SMALL, ModeNode
 from userspace_proxy.errors import StartError
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: compare\r\n\r\n"
@@ -31,7 +31,7 @@ _WRK_SCRIPT = Path(__file__).parent / "peers" / "wrk.lua"
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class LoadResult:
     """The result of a load: its requests, datagrams or bytes."""
 
     units: float
@@ -45,15 +45,15 @@ class Done:
 class _Client:
     """A load tool on the client's host that reports when stopped; its own duration option takes whole seconds only."""
 
-    def __init__(self, site: Site, *command: str) -> None:
+    def __init__(self, node: ModeNode, *command: str) -> None:
         self._tool = command[0]
         # iperf3 keeps its payload in TMPDIR; a container's default may be read-only.
-        environment = {**os.environ, "TMPDIR": str(site.folder)}
+        environment = {**os.environ, "TMPDIR": str(node.folder)}
         self._process = subprocess.Popen(
-            site.client.command(*command), stdout=subprocess.PIPE, text=True, env=environment
+            node.client.command(*command), stdout=subprocess.PIPE, text=True, env=environment
         )
 
-    def stop(self, meanwhile: Callable[[], object] = lambda: None) -> Done:
+    def stop(self, meanwhile: Callable[[], object] = lambda: None) -> LoadResult:
         """Stop the tool and return its result; call *meanwhile* until it has ended (within 100 ms)."""
         self._process.send_signal(signal.SIGINT)
         give_up_at = time.monotonic() + _TIMEOUT_S
@@ -71,47 +71,47 @@ class _Client:
             self._process.kill()
             self._process.communicate()
 
-    def _parse(self, output: str) -> Done:
+    def _parse(self, output: str) -> LoadResult:
         raise NotImplementedError
 
 
 class Wrk(_Client):
     """wrk with a number of connections."""
 
-    def __init__(self, site: Site, connections: int, *, close: bool = False) -> None:
+    def __init__(self, node: ModeNode, connections: int, *, close: bool = False) -> None:
         header = ["-H", "Connection: close"] if close else []
-        url = f"http://{site.front_ip}:{SMALL}/"
-        super().__init__(site, "wrk", "-t1", f"-c{connections}", "-d60s", "-s", str(_WRK_SCRIPT), *header, url)
+        url = f"http://{node.front_ip}:{SMALL}/"
+        super().__init__(node, "wrk", "-t1", f"-c{connections}", "-d60s", "-s", str(_WRK_SCRIPT), *header, url)
 
-    def _parse(self, output: str) -> Done:
+    def _parse(self, output: str) -> LoadResult:
         """Parse the line that peers/wrk.lua prints: requests, microseconds, and latencies in microseconds."""
         done = re.search(r"^done (\d+) (\d+) ([\d.]+) ([\d.]+) ([\d.]+) (\d+)$", output, re.MULTILINE)
         if done is None:
             raise StartError(f"wrk said: {output.strip()}")
         requests, took_us, p50_us, p99_us, p999_us, failed = (float(word) for word in done.groups())
-        return Done(requests, took_us / 1e6, p50_us / 1000, p99_us / 1000, p999_us / 1000, int(failed))
+        return LoadResult(requests, took_us / 1e6, p50_us / 1000, p99_us / 1000, p999_us / 1000, int(failed))
 
 
 class Iperf(_Client):
     """iperf3 with a number of flows, in the direction from the pod to the client."""
 
-    def __init__(self, site: Site, flows: int) -> None:
-        where = ("-c", site.front_ip, "-p", str(BULK))
-        super().__init__(site, "iperf3", *where, "-R", "-P", str(flows), "-t", "60", "-J")
+    def __init__(self, node: ModeNode, flows: int) -> None:
+        where = ("-c", node.front_ip, "-p", str(BULK))
+        super().__init__(node, "iperf3", *where, "-R", "-P", str(flows), "-t", "60", "-J")
 
-    def _parse(self, output: str) -> Done:
+    def _parse(self, output: str) -> LoadResult:
         """Parse the bytes received. iperf3 reports its interruption as an error; that is expected."""
         try:
             said = msgspec.json.decode(output)
             received = said["end"]["sum_received"]
             if not received["bytes"]:
                 raise StartError("iperf3 was stopped before it began")
-            return Done(received["bytes"], received["seconds"])
+            return LoadResult(received["bytes"], received["seconds"])
         except (msgspec.DecodeError, KeyError):
             raise StartError(f"iperf3 said: {output.strip()[-500:]}") from None
 
 
-def run_for(seconds: float, client: Wrk | Iperf) -> Done:
+def run_for(seconds: float, client: Wrk | Iperf) -> LoadResult:
     """Let *client*, just started, run for *seconds*, then stop it; it is killed on any error."""
     try:
         time.sleep(seconds)
@@ -120,9 +120,9 @@ def run_for(seconds: float, client: Wrk | Iperf) -> Done:
         client.kill()
 
 
-def bulk_for(seconds: float, site: Site, flows: int) -> Done:
+def bulk_for(seconds: float, node: ModeNode, flows: int) -> LoadResult:
     """Run iperf3 with *flows* for *seconds*, or longer if it needs more time to begin."""
-    return run_for(max(seconds, _LEAST_BULK_S), Iperf(site, flows))
+    return run_for(max(seconds, _LEAST_BULK_S), Iperf(node, flows))
 
 
 def or_again(measure: Callable[[], dict[str, float]]) -> dict[str, float]:
@@ -134,7 +134,7 @@ def or_again(measure: Callable[[], dict[str, float]]) -> dict[str, float]:
         return measure()
 
 
-def served(done: Done) -> Done:
+def served(done: LoadResult) -> LoadResult:
     """Return *done* if the load succeeded.
 
     Raises:
@@ -148,11 +148,11 @@ def served(done: Done) -> Done:
     return done
 
 
-def one_after_another(site: Site, addresses: Sequence[tuple[str, int]], seconds: float) -> list[float]:
+def one_after_another(node: ModeNode, addresses: Sequence[tuple[str, int]], seconds: float) -> list[float]:
     """Send one request to each of *addresses* in turn, for *seconds*; return the sorted durations in ms."""
     took, turn, now = [], 0, time.monotonic()
     end_at = now + seconds
-    with site.client.inside():
+    with node.client.inside():
         while now < end_at:
             with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
                 sock.settimeout(2.0)

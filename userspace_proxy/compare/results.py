@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 
 SCHEMA = 1
+DIRECT, DIRECT_AGAIN = "direct", "direct again"  # clients dial the Pods themselves: the reference, taken twice
 Kind = Literal["none", "kernel", "proxy"]
 
 
@@ -70,6 +71,10 @@ class Results:
     def ran(self) -> list[ModeRun]:
         """Return the modes that took part."""
         return [mode for mode in self.modes if mode.reason is None]
+
+    def shown(self) -> list[ModeRun]:
+        """Return them without the second run of direct connections, which only gives the noise."""
+        return [mode for mode in self.ran() if mode.name != DIRECT_AGAIN]
 
     def figures(self, case: str, mode: str, figure: str) -> dict[int, float]:
         """Return *figure* by round, for the rounds that have it."""

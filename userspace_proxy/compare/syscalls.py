@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from userspace_proxy.compare.loads import Wrk, bulk_for, or_again, run_for, served
-from userspace_proxy.compare.sites import Site
+from userspace_proxy.compare.nodes import ModeNode
 from userspace_proxy.errors import StartError
 
 _ATTACH_S = 0.1
@@ -23,15 +23,15 @@ _CONNECTIONS = 16
 _TIMEOUT_S = 10
 
 
-def calls_per_request(site: Site, seconds: float, *, close: bool = False) -> dict[str, float]:
+def calls_per_request(node: ModeNode, seconds: float, *, close: bool = False) -> dict[str, float]:
     """Return calls per request, by name; over keep-alive connections, or with *close* over a connection each."""
 
-    return _counted(site, lambda: served(run_for(seconds, Wrk(site, _CONNECTIONS, close=close))).units)
+    return _counted(node, lambda: served(run_for(seconds, Wrk(node, _CONNECTIONS, close=close))).units)
 
 
-def calls_per_mb(site: Site, seconds: float) -> dict[str, float]:
+def calls_per_mb(node: ModeNode, seconds: float) -> dict[str, float]:
     """Return the calls per megabyte of one bulk flow, by name."""
-    return or_again(lambda: _counted(site, lambda: bulk_for(seconds, site, 1).units / 1e6))
+    return or_again(lambda: _counted(node, lambda: bulk_for(seconds, node, 1).units / 1e6))
 
 
 def counter() -> str | None:
@@ -39,16 +39,16 @@ def counter() -> str | None:
     return next((tool for tool in ("strace", "perf") if shutil.which(tool)), None)
 
 
-def _counted(site: Site, load: Callable[[], float]) -> dict[str, float]:
-    tool, report, log = counter(), site.folder / "calls", site.folder / "calls.log"
+def _counted(node: ModeNode, load: Callable[[], float]) -> dict[str, float]:
+    tool, report, log = counter(), node.folder / "calls", node.folder / "calls.log"
     for file in (report, log):
         file.unlink(missing_ok=True)
-    pids = list(map(str, site.pids))
+    pids = list(map(str, node.pids))
     if tool == "strace":
         command = ["strace", "-c", "-f", "-o", str(report), *(f"--attach={pid}" for pid in pids)]
     else:
         command = ["perf", "stat", "-x,", "-e", "raw_syscalls:sys_enter", "-o", str(report), "-p", ",".join(pids)]
-    counting = site.node.start(*command, log=log)
+    counting = node.host.start(*command, log=log)
     try:
         time.sleep(_ATTACH_S)
         if counting.poll() is not None:

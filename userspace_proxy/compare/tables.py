@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
 from userspace_proxy.compare import cases
-from userspace_proxy.compare.charts import short
-from userspace_proxy.compare.claims import CLAIMS, RULINGS
-from userspace_proxy.compare.derived import EVENT_NAMES, noise_text, outage, percent, sizes_of, timelines_of
-from userspace_proxy.compare.judge import figure, noise
-from userspace_proxy.compare.modes import DIRECT_AGAIN
+from userspace_proxy.compare.claims import CLAIMS, RULINGS, choices
+from userspace_proxy.compare.derived import EVENT_NAMES, noise_text, outage, percent, short, sizes_of, timelines_of
+from userspace_proxy.compare.judge import Figure, figure, noise
 from userspace_proxy.compare.results import Results
 from userspace_proxy.compare.scaling import SIZES
 
 _NONE = "-"
 _PIPE_WIDTH = 170
+_STYLES = {"holds": "green", "fails": "red", "partly": "yellow"}
+_RARE = 0.05  # calls a unit; fewer are housekeeping
 # Case, figure, factor to the displayed unit, label.
 _ROWS = (
     (cases.KEEPALIVE_1, "p50_ms", 1, "request p50, ms"),
@@ -45,90 +46,128 @@ _SIZE_ROWS = (
     ("load_s", "time to load, s"),
     ("change_ms", "time to change one, ms"),
     ("new_connection_ms", "new connection, ms"),
-    ("added_us", "beyond the direct way, µs"),
+    ("added_us", "more than a direct connection, µs"),
 )
+_UNITS = {"calls-request": "request", "calls-connection": "connection", "calls-mb": "megabyte"}
+
+
+class Cell(NamedTuple):
+    """A value, and the spread of its rounds."""
+
+    value: str
+    spread: str = ""
+
+
+def cells(*values: str) -> list[Cell]:
+    """Return *values* as cells without a spread."""
+    return [Cell(value) for value in values]
 
 
 @dataclass(frozen=True, slots=True)
 class Sheet:
-    """One table."""
+    """One table; its first ``words`` columns, and those without a figure, are words."""
 
     title: str
     head: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[Cell]]
+    words: int = 1
 
 
 def sheets(results: Results) -> Iterator[Sheet]:
     """Yield the tables for which *results* have figures."""
-    modes = [mode for mode in results.ran() if mode.name != DIRECT_AGAIN]
+    for make in (_loads, calls_sheet, _services, _outages):
+        sheet = make(results)
+        if sheet.rows:
+            yield sheet
+
+
+def _loads(results: Results) -> Sheet:
     rows = []
     for case, name, factor, what in _ROWS:
-        found = [figure(results, case, mode.name, name) for mode in modes]
+        found = [figure(results, case, mode.name, name) for mode in results.shown()]
         if any(found):
-            cells = [
-                f"{short(f.median * factor)} ({short(f.low * factor)} to {short(f.high * factor)})" if f else _NONE
-                for f in found
-            ]
-            rows.append([what, *cells, noise_text(noise(results, case, name))])
-    if rows:
-        yield Sheet("Loads", ["", *(mode.title for mode in modes), "noise"], rows)
-    yield from _calls(results)
-    yield from _services(results)
+            of_modes = [_cell(each, factor) for each in found]
+            rows.append([Cell(what), *of_modes, Cell(noise_text(noise(results, case, name)))])
+    return Sheet("Loads", ["", *(mode.title for mode in results.shown()), "noise"], rows)
+
+
+def _cell(found: Figure | None, factor: float) -> Cell:
+    if found is None:
+        return Cell(_NONE)
+    return Cell(short(found.median * factor), f"{short(found.low * factor)} to {short(found.high * factor)}")
+
+
+def calls_sheet(results: Results) -> Sheet:
+    """Return the system calls of each mode, for each unit of work."""
+    titles = {mode.name: mode.title for mode in results.modes}
     rows = []
-    for event, what in EVENT_NAMES.items():
-        seen = [timelines_of(results, event, mode.name) for mode in modes]
-        if any(seen):
-            told = [outage(timelines) if timelines else None for timelines in seen]
-            rows.append([f"a Pod {what}: failed", *(percent(each[0]) if each else _NONE for each in told)])
-            rows.append([f"a Pod {what}: slow", *(percent(each[1]) if each else _NONE for each in told)])
-    if rows:
-        yield Sheet("Requests while one Pod of three fails", ["", *(mode.title for mode in modes)], rows)
+    for case, unit in _UNITS.items():
+        for sample in (sample for sample in results.samples if sample.case == case):
+            which = ", ".join(f"{name} {short(count)}" for name, count in sample.figures.items() if count >= _RARE)
+            rows.append(cells(titles[sample.mode], unit, short(sum(sample.figures.values())), which))
+    return Sheet("System calls", ["", "per", "calls", "which"], rows, words=2)
 
 
-def _calls(results: Results) -> Iterator[Sheet]:
-    rows = []
-    for sample in results.samples:
-        kind, _, unit = sample.case.partition("-")
-        if kind == "calls":
-            which = ", ".join(f"{name} {short(count)}" for name, count in sample.figures.items() if count >= 0.05)
-            title = next(mode.title for mode in results.modes if mode.name == sample.mode)
-            rows.append([title, unit.replace("mb", "megabyte"), short(sum(sample.figures.values())), which])
-    if rows:
-        yield Sheet("System calls", ["", "per", "calls", "which"], sorted(rows, key=lambda row: row[1], reverse=True))
-
-
-def _services(results: Results) -> Iterator[Sheet]:
+def _services(results: Results) -> Sheet:
     rows = []
     for mode in results.ran():
         for name, what in _SIZE_ROWS:
-            by_size = sizes_of(results, mode.name, name)
-            if by_size:
-                rows.append([mode.title, what, *(short(by_size[size]) if size in by_size else _NONE for size in SIZES)])
-    if rows:
-        yield Sheet("By the number of Services", ["", "", *(f"{size:,}" for size in SIZES)], rows)
+            if by_size := sizes_of(results, mode.name, name):
+                of_sizes = (short(by_size[size]) if size in by_size else _NONE for size in SIZES)
+                rows.append(cells(mode.title, what, *of_sizes))
+    return Sheet("By the number of Services", ["", "", *(f"{size:,}" for size in SIZES)], rows, words=2)
+
+
+def _outages(results: Results) -> Sheet:
+    modes, rows = results.shown(), []
+    for event, what in EVENT_NAMES.items():
+        seen = [timelines_of(results, event, mode.name) for mode in modes]
+        shares = [outage(timelines) if timelines else None for timelines in seen]
+        if any(seen):
+            rows.append(cells(f"a Pod {what}: failed", *(percent(each[0]) if each else _NONE for each in shares)))
+            rows.append(cells(f"a Pod {what}: slow", *(percent(each[1]) if each else _NONE for each in shares)))
+    return Sheet("Requests while one Pod of three fails", ["", *(mode.title for mode in modes)], rows)
+
+
+# ---- printing
+
+
+def stdout(pipe_width: int = _PIPE_WIDTH) -> Console:
+    """Return the console for stdout: coloured on a terminal, plain and *pipe_width* columns wide in a pipe."""
+    return Console(highlight=False, width=None if Console().is_terminal else pipe_width)
+
+
+def print_sheet(console: Console, sheet: Sheet) -> None:
+    """Print *sheet*, with the spread of a value below it."""
+    table = Table(title=sheet.title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.min_width = len(sheet.title)
+    for index, head in enumerate(sheet.head):
+        is_words = index < sheet.words or head == "which"
+        table.add_column(head, justify="left" if is_words else "right", overflow="fold")
+    for row in sheet.rows:
+        table.add_row(*("\n".join(filter(None, cell)) for cell in row))
+    console.print(table)
+    console.print()
 
 
 def print_all(results: Results) -> None:
-    """Print tables, verdicts and missing parts to stdout: coloured on a terminal, plain in a pipe."""
-    console = Console(highlight=False, width=None if Console().is_terminal else _PIPE_WIDTH)
+    """Print tables, verdicts, missing parts and advice to stdout."""
+    console = stdout()
     for sheet in sheets(results):
-        table = Table(title=sheet.title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-        for index, head in enumerate(sheet.head):
-            is_words = index == 0 or head in ("", "per", "which")
-            table.add_column(head, justify="left" if is_words else "right", overflow="fold")
-        for row in sheet.rows:
-            table.add_row(*(cell.replace(" (", "\n").rstrip(")") if sheet.title == "Loads" else cell for cell in row))
-        console.print(table)
-        console.print()
+        print_sheet(console, sheet)
     for claim in CLAIMS:
         verdict = claim.judge(results)
-        style = {"holds": "green", "fails": "red", "partly": "yellow"}.get(verdict.ruling, "dim")
+        style = _STYLES.get(verdict.ruling, "dim")
         console.print(f"[bold]{claim.title}[/bold]: [{style}]{RULINGS[verdict.ruling]}[/{style}]", soft_wrap=True)
-        for sentence in verdict.words:
-            console.print(f"  {sentence}", soft_wrap=True, markup=False)
+        _print_lines(console, "  ", verdict.words)
     console.print()
-    for mode in results.modes:
-        if mode.reason is not None:
-            console.print(f"not measured: {mode.title}: {mode.reason}", soft_wrap=True, markup=False)
-    for note in results.notes:
-        console.print(f"note: {note}", soft_wrap=True, markup=False)
+    missing = [f"{mode.title}: {mode.reason}" for mode in results.modes if mode.reason]
+    _print_lines(console, "not measured: ", missing)
+    _print_lines(console, "note: ", results.notes)
+    console.print("So choose ...", style="bold")
+    _print_lines(console, "  ", choices(results))
+
+
+def _print_lines(console: Console, prefix: str, lines: Sequence[str]) -> None:
+    for line in lines:
+        console.print(f"{prefix}{line}", soft_wrap=True, markup=False)

@@ -1,4 +1,4 @@
-"""Virtual hosts, servers and clients on this machine, for the demo and the tests."""
+"""Virtual hosts, servers and clients on this machine, for the demo, the comparison and the tests."""
 
 from userspace_proxy.lab.clients import ask, connect
 from userspace_proxy.lab.hosts import (
@@ -16,7 +16,7 @@ from userspace_proxy.lab.hosts import (
     ip,
     prepare,
 )
-from userspace_proxy.lab.servers import HTTP_PORT, start_nginx
+from userspace_proxy.lab.servers import HTTP_PORT, last_line, service, start_nginx, start_proxy, wait_until
 
 __all__ = [
     "CLIENT_IP",
@@ -34,6 +34,10 @@ __all__ = [
     "enter_namespaces",
     "inside",
     "ip",
+    "last_line",
     "prepare",
+    "service",
     "start_nginx",
+    "start_proxy",
+    "wait_until",
 ]

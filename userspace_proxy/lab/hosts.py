@@ -1,8 +1,7 @@
 """Virtual hosts on this machine: network namespaces with veth pairs between them.
 
-Used by `demo` and by the tests. Everything runs in namespaces of one process tree (`command_in_namespaces`). When its
-first process ends, the kernel removes everything. Where unprivileged user namespaces are allowed, no privileges are
-needed.
+Everything runs in the namespaces of one process tree (`command_in_namespaces`). When its first process ends, the kernel
+removes everything. Where unprivileged user namespaces are allowed, no privileges are needed.
 """
 
 from __future__ import annotations
@@ -40,24 +39,24 @@ def command_in_namespaces(command: Sequence[str]) -> list[str]:
     ways = [["unshare", "--user", "--map-root-user", *namespaces]]
     if os.geteuid() == 0:
         ways.insert(0, ["unshare", *namespaces])
-    said = []
+    errors = []
     for way in ways:
         tried = subprocess.run([*way, "true"], capture_output=True, text=True, timeout=_TOOL_TIMEOUT_S, check=False)
         if not tried.returncode:
             return [*way, *command]
-        said.append(tried.stderr.strip())
-    mend = (
-        "this root has not the rights; run it outside of the chroot, or start the container with "
+        errors.append(tried.stderr.strip())
+    advice = (
+        "this root lacks the capabilities; run it outside of the chroot, or start the container with "
         "--cap-add SYS_ADMIN --cap-add NET_ADMIN --security-opt apparmor=unconfined"
         if os.geteuid() == 0
-        else "run it as root, or let users have them: sysctl kernel.unprivileged_userns_clone=1 "
+        else "run it as root, or allow them to users: sysctl kernel.unprivileged_userns_clone=1 "
         "user.max_user_namespaces=10000 (on Ubuntu also kernel.apparmor_restrict_unprivileged_userns=0)"
     )
-    raise StartError(f"namespaces are forbidden here ({said[0]}); {mend}")
+    raise StartError(f"namespaces are forbidden here ({errors[0]}); {advice}")
 
 
-def enter_namespaces(arguments: Sequence[str], tools: Mapping[str, str]) -> None:
-    """Replace this process by ``userspace-proxy ARGUMENTS`` in new namespaces, unless it already runs in them.
+def enter_namespaces(arguments: Sequence[str], tools: Mapping[str, str], module: str = "userspace_proxy") -> None:
+    """Replace this process by ``python -m MODULE ARGUMENTS`` in new namespaces, unless it already runs in them.
 
     *tools* maps each required tool to its package. The kernel ends all processes inside with the first one.
 
@@ -67,10 +66,10 @@ def enter_namespaces(arguments: Sequence[str], tools: Mapping[str, str]) -> None
     os.environ["PATH"] = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # a plain user's lacks them
     for tool, package in tools.items():
         if shutil.which(tool) is None:
-            raise StartError(f"{arguments[0]} needs {tool}; install the package {package}")
+            raise StartError(f"{tool} is not installed; install the package {package}")
     if os.environ.get(_INSIDE):
         return
-    command = command_in_namespaces([sys.executable, "-P", "-m", "userspace_proxy", *arguments])
+    command = command_in_namespaces([sys.executable, "-P", "-m", module, *arguments])
     # Ctrl-C reaches the command inside, which cleans up and ends. `unshare` does not pass on SIGTERM. It dies, and the
     # kernel then ends all processes inside.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -84,7 +83,7 @@ def prepare() -> None:
     """Mount a private /run, where `ip netns` keeps names and iptables its lock. Call it once, inside the namespaces."""
     os.environ["PATH"] = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # a plain user's lacks them
     os.environ.pop(_INSIDE, None)  # child commands enter their own namespaces
-    _check(_libc.mount(b"tmpfs", b"/run", b"tmpfs", 0, None), "mounting a /run of our own")
+    _check(_libc.mount(b"tmpfs", b"/run", b"tmpfs", 0, None), "mounting a private /run")
     _NETNS_FOLDER.mkdir()
     ip("link", "set", "lo", "up")
 
@@ -148,6 +147,14 @@ class Host:
         """Create this thread's sockets on this host during the block; they stay there."""
         with inside(_NETNS_FOLDER / self.name):
             yield
+
+    def add_addresses(self, device: str, *addresses: str, gateways: Sequence[str] = ()) -> None:
+        """Give *device* the *addresses* with their subnets (/24 or /64), and this host default routes by *gateways*."""
+        for address in addresses:
+            length = ["64", "nodad"] if ":" in address else ["24"]
+            self.ip("address", "add", f"{address}/{length[0]}", "dev", device, *length[1:])
+        for gateway in gateways:
+            self.ip("-6" if ":" in gateway else "-4", "route", "add", "default", "via", gateway)
 
     def set_knob(self, knob: str, value: object) -> None:
         """Set ``/proc/sys/net/KNOB`` of this host."""
@@ -233,6 +240,7 @@ class ServiceLab:
 
 NODE_IP, NODE_IP6 = "192.168.50.1", "fd00:50::1"
 CLIENT_IP, CLIENT_IP6 = "192.168.50.2", "fd00:50::2"
+_BRIDGE = "10.244.0.1", "fd00:244::1"
 
 
 def build_service_lab(lab: Lab, pods: int) -> ServiceLab:
@@ -241,23 +249,16 @@ def build_service_lab(lab: Lab, pods: int) -> ServiceLab:
     lab.link(client, "eth0", node, "eth0")
     for knob in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
         node.set_knob(knob, 1)  # as on cluster nodes; a namespace inherits the machine's value
-    for host, address4, address6 in ((client, CLIENT_IP, CLIENT_IP6), (node, NODE_IP, NODE_IP6)):
-        host.ip("address", "add", f"{address4}/24", "dev", "eth0")
-        host.ip("address", "add", f"{address6}/64", "dev", "eth0", "nodad")
-    client.ip("route", "add", "default", "via", NODE_IP)
-    client.ip("-6", "route", "add", "default", "via", NODE_IP6)
+    client.add_addresses("eth0", CLIENT_IP, CLIENT_IP6, gateways=(NODE_IP, NODE_IP6))
+    node.add_addresses("eth0", NODE_IP, NODE_IP6)
     node.ip("link", "add", "cni0", "type", "bridge")
     node.ip("link", "set", "cni0", "up")
-    node.ip("address", "add", "10.244.0.1/24", "dev", "cni0")
-    node.ip("address", "add", "fd00:244::1/64", "dev", "cni0", "nodad")
+    node.add_addresses("cni0", *_BRIDGE)
     hosts = []
     for index in range(pods):
         pod = lab.add(f"pod{index + 1}")
-        lab.link(pod, "eth0", node, f"pod{index + 1}")
-        node.ip("link", "set", f"pod{index + 1}", "master", "cni0")
-        pod.ip("address", "add", f"{ServiceLab.pod_ip(index)}/24", "dev", "eth0")
-        pod.ip("address", "add", f"{ServiceLab.pod_ip6(index)}/64", "dev", "eth0", "nodad")
-        pod.ip("route", "add", "default", "via", "10.244.0.1")
-        pod.ip("-6", "route", "add", "default", "via", "fd00:244::1")
+        lab.link(pod, "eth0", node, pod.name)
+        node.ip("link", "set", pod.name, "master", "cni0")
+        pod.add_addresses("eth0", ServiceLab.pod_ip(index), ServiceLab.pod_ip6(index), gateways=_BRIDGE)
         hosts.append(pod)
     return ServiceLab(lab, client, node, tuple(hosts))

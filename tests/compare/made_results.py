@@ -1,15 +1,11 @@
-"""Results of one load, made by hand; tools that say what a test wants."""
+"""Results made by hand: of one load, and of a whole run."""
 
 from __future__ import annotations
 
-import os
 import random
-from pathlib import Path
 
-import pytest
-
-from userspace_proxy.compare.modes import DIRECT, DIRECT_AGAIN, IPTABLES, IPVS, NFTABLES, USERSPACE, USERSPACE_COPY
-from userspace_proxy.compare.results import Kind, ModeRun, Results, Sample, Timeline
+from userspace_proxy.compare.modes import IPTABLES, IPVS, NFTABLES, USERSPACE, USERSPACE_COPY
+from userspace_proxy.compare.results import DIRECT, DIRECT_AGAIN, Kind, ModeRun, Results, Sample, Timeline
 
 KINDS: dict[str, Kind] = {
     DIRECT: "none",
@@ -39,15 +35,7 @@ def add_rounds(results: Results, case: str, figure: str, rounds: dict[str, list[
     ]
 
 
-def put_tool(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, script: str) -> None:
-    """Have a *script* of the shell on PATH in the place of a tool."""
-    tool = folder / name
-    tool.write_text(f"#!/bin/sh\n{script}\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-
-
-# Beside a mode's name: its part of the direct way's rate, and its CPU for a request in microseconds.
+# For each mode: its share of the rate of direct connections, and its CPU for a request in microseconds.
 _SPEEDS = {
     DIRECT: (1.0, 0.0),
     DIRECT_AGAIN: (0.97, 0.0),
@@ -59,7 +47,7 @@ _SPEEDS = {
     "nginx": (0.5, 14.5),
 }
 
-# Case, rate of the direct way, connections.
+# Case, rate of direct connections, connections.
 _LOADS = (("keepalive-1", 18e3, 1), ("new-1", 5e3, 1), ("keepalive-64", 38e3, 64), ("new-64", 9e3, 64))
 
 
@@ -72,12 +60,7 @@ def whole_run() -> Results:
     run = Results("0.1.0", "2026-01-01T00:00:00+00:00", machine, 120.0, 3, 0.2, modes)
     for name, (speed, cpu_us) in _SPEEDS.items():
         for number in (1, 2, 3):
-            for case, rate, clients in (
-                ("keepalive-1", 18e3, 1),
-                ("new-1", 5e3, 1),
-                ("keepalive-64", 38e3, 64),
-                ("new-64", 9e3, 64),
-            ):
+            for case, rate, clients in _LOADS:
                 rate *= speed * chance.uniform(0.95, 1.05)
                 latency = {f"{at}_ms": clients / rate * 1e3 * n for at, n in (("p50", 1), ("p99", 2), ("p999", 4))}
                 costs = {
