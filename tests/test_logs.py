@@ -128,10 +128,14 @@ def test_text_of_others_stays_in_its_line_and_reaches_no_terminal() -> None:
         ("https://user:secret@10.0.0.1:6443/x", "https://***@10.0.0.1:6443/x"),
         ("https://user:se@cret@host", "https://***@host"),
         ("https:/user:secret@host/x.yaml", "https:/***@host/x.yaml"),
+        ("https://host:6443/x?access_token=secret&watch=1: refused", "https://host:6443/x?***: refused"),
+        ("'https://host?token=se:c.ret', to be tried again", "'https://host?***', to be tried again"),
+        ("https://host/?secret, http:/host/x.yaml?a=b?c", "https://host/?***, http:/host/x.yaml?***"),
+        ("is it 10.0.0.1:80? a?b=c", "is it 10.0.0.1:80? a?b=c"),
         ("https://10.0.0.1:6443/a@b", "https://10.0.0.1:6443/a@b"),
     ],
 )
-def test_a_password_in_a_url_is_not_logged(url: str, shown: str) -> None:
+def test_a_password_or_query_in_a_url_is_not_logged(url: str, shown: str) -> None:
     assert TextFormatter().format(log_record("following %s", url)).endswith(f"following {shown}")
     assert json.loads(JsonFormatter().format(log_record("following %s", url)))["message"] == f"following {shown}"
 

@@ -1,4 +1,4 @@
-"""Make text from outside safe to print: one line, no escape sequences, no password in a URL. Pure."""
+"""Make text from outside safe to print: one line, no escape sequences, no secret in a URL. Pure."""
 
 from __future__ import annotations
 
@@ -9,13 +9,20 @@ import unicodedata
 _UNPRINTABLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 # A path that was a URL has one slash there.
 _USER_INFO = re.compile(r"(?<=:/)(/?)[^/\s'\"]*@")
+# A word, and behind its question mark the rest of the word, without punctuation at its end. In linear time.
+_QUERY = re.compile(r"(?<![^\s'\"?])([^\s'\"?]++)\?[^\s'\"]*[^\s'\":,.;)\]]")
 _SHORTENED = "... ({} characters)"
 
 
 def brief(text: str, most: int = 0) -> str:
-    """Return *text* with user and password in URLs masked, cut to *most* characters; 0 does not cut."""
+    """Return *text* with users, passwords and queries in URLs masked, cut to *most* characters; 0 does not cut.
+
+    A query is masked as a whole: no list knows every name that a secret has.
+    """
     if "@" in text:
         text = _USER_INFO.sub(r"\1***@", text)
+    if "?" in text and ":/" in text:
+        text = _QUERY.sub(lambda found: f"{found[1]}?***" if ":/" in found[1] else found[0], text)
     return text[:most] + _SHORTENED.format(len(text)) if most and len(text) > most else text
 
 

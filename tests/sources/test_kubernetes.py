@@ -425,8 +425,16 @@ async def test_a_kubeconfig_that_names_a_pipe_is_refused_and_not_waited_for(tmp_
         await ApiTransport(tmp_path / "kubeconfig").open()
 
 
-@pytest.mark.parametrize("server", ["http://user:secret@127.0.0.1:1", "http://user:sec/ret@127.0.0.1:1"])
-async def test_a_password_in_the_url_of_a_server_is_shown_nowhere(tmp_path: Path, server: str) -> None:
+@pytest.mark.parametrize(
+    "server",
+    [
+        "http://user:secret@127.0.0.1:1",
+        "http://user:sec/ret@127.0.0.1:1",
+        "http://127.0.0.1:1/?token=secret",
+        "http://127.0.0.1:1/?secret",
+    ],
+)
+async def test_a_password_or_token_in_the_url_of_a_server_is_shown_nowhere(tmp_path: Path, server: str) -> None:
     transport = ApiTransport(kubeconfig(tmp_path, server))
     try:
         said = await transport.open()
