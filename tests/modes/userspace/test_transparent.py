@@ -15,7 +15,7 @@ from userspace_proxy.lab.hosts import CLIENT_IP, CLIENT_IP6, build_service_lab
 from userspace_proxy.modes.userspace import transparent_replies as answers
 from userspace_proxy.modes.userspace.loader import KERNELS, IptablesKernel, NftKernel
 
-PORT = 9_000
+PORT, CLOSED_PORT = 9_000, 9_001
 # Says who asked, for each message, over TCP and UDP.
 _BACKEND = """
 import socket, threading
@@ -65,7 +65,7 @@ def kernel(request: pytest.FixtureRequest) -> NftKernel | IptablesKernel:
     return made
 
 
-def dial_as(client_ip: str, ip: str, kind: socket.SocketKind) -> socket.socket:
+def dial_as(client_ip: str, ip: str, kind: socket.SocketKind, port: int = PORT) -> socket.socket:
     """Return a connection from this host with the client's address, as the data plane makes it."""
     is_ip6 = ":" in client_ip
     sock = socket.socket(socket.AF_INET6 if is_ip6 else socket.AF_INET, kind)
@@ -77,7 +77,7 @@ def dial_as(client_ip: str, ip: str, kind: socket.SocketKind) -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, OWN_MARK | TRANSPARENT_MARK)
     try:
         sock.bind((client_ip, 0))
-        sock.connect((ip, PORT))
+        sock.connect((ip, port))
     except BaseException:
         sock.close()
         raise
@@ -112,6 +112,26 @@ async def test_backends_see_and_answer_the_clients_own_address(
 
         await kernel.remove()
         assert [seen_by_backend(*pair) for pair in PAIRS] == [""] * 4
+
+
+@pytest.mark.parametrize("bridge_netfilter", [0, 1])
+async def test_an_icmp_error_of_a_backend_reaches_the_flow_that_it_is_about_and_no_other(
+    world: ServiceLab, kernel: NftKernel | IptablesKernel, bridge_netfilter: int
+) -> None:
+    for language in ("iptables", "ip6tables"):
+        world.node.set_knob(f"bridge/bridge-nf-call-{language}", bridge_netfilter)
+    with world.node.inside():
+        await kernel.load(TRANSPARENT)
+        assert await kernel.is_intact()
+        for pair in PAIRS:
+            with dial_as(*pair, socket.SOCK_DGRAM, CLOSED_PORT) as sock, pytest.raises(ConnectionRefusedError):
+                said(sock)
+        with (
+            connect(world.pods[1], POD1, CLOSED_PORT, 0.5, socket.SOCK_DGRAM) as sock,
+            pytest.raises(ConnectionRefusedError),
+        ):
+            said(sock)  # of a pod's own
+        await kernel.remove()
 
 
 async def test_strict_filters_for_the_way_back_do_no_harm(

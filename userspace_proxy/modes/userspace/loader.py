@@ -216,10 +216,13 @@ class _Answers:
         if not redirects.transparent or (self._are_brought and not anew):
             return
         await answers.add_transparent_routes()
-        try:
-            await run_tool("nft", "-f", "-", stdin=answers.bridge_table())
-        except SyncError as error:  # a host without bridges can do without it
-            log.warning("backends on a bridge cannot answer transparent clients beside them: %s", error)
+        for errors in (True, False):
+            try:
+                await run_tool("nft", "-f", "-", stdin=answers.bridge_table(errors=errors))
+                break
+            except SyncError as error:  # a host without bridges can do without it
+                what = "tell of errors to" if errors else "answer"
+                log.warning("backends on a bridge cannot %s transparent clients beside them: %s", what, error)
         self._are_brought = True
 
     async def after(self, redirects: Redirects) -> None:
@@ -239,4 +242,5 @@ class _Answers:
 
 def _is_bridge_table_intact(redirects: Redirects) -> bool:
     """Return whether it is as it should be; not there at all where this kernel refused it, which was said."""
-    return not redirects.transparent or count_rules(answers.BRIDGE_TABLE) in (0, answers.BRIDGE_RULES)
+    rules, errors = answers.BRIDGE_RULES, answers.BRIDGE_ERROR_RULES
+    return not redirects.transparent or count_rules(answers.BRIDGE_TABLE) in (0, rules, rules + errors)

@@ -25,18 +25,27 @@ REPLY_RULE = (
 _OWN_AND_TRANSPARENT = OWN_MARK | TRANSPARENT_MARK
 _FLOW_S = 600  # longer than the data plane's keepalive lets a connection be silent
 _FLOWS_MAX = 262_144
-BRIDGE_RULES = 4
+BRIDGE_RULES, BRIDGE_ERROR_RULES = 4, 2
 _IP = {4: "ip", 6: "ip6"}
+# ICMP errors, and the bit of the source port in a packet of ours (behind an IP header without options) and in one that
+# an ICMP error quotes (behind the error's own header of 8 bytes). The destination port follows.
+_ERRORS = {
+    4: ("icmp type { destination-unreachable, time-exceeded, parameter-problem }", 160, 224),
+    6: ("icmpv6 type { destination-unreachable, packet-too-big, time-exceeded, parameter-problem }", 320, 384),
+}
 
 log = logging.getLogger(__name__)
 
 
-def bridge_table() -> str:
+def bridge_table(*, errors: bool = True) -> str:
     """Return the script that brings answers up to us that a bridge would carry straight to a client on it.
 
     What we send notes the flow and the bridge's own address; what comes back on such a flow is sent to that address.
     No other frame is touched: what the two send each other directly stays on the bridge. Loaded again, it keeps the
     flows that it knows. (nft 1.0.6 cannot note an address behind a concatenated key, hence a set and a map.)
+
+    *errors*: bring up ICMP errors that a backend sends about such a flow, too. The ports that they quote have no names
+    in nft, and sets of plain numbers are not known to every version of it.
     """
     sets, chains = "", {"output": "", "prerouting": ""}
     size = f"flags dynamic,timeout; timeout {_FLOW_S}s; size {_FLOWS_MAX}"
@@ -49,11 +58,18 @@ def bridge_table() -> str:
         back = f"{ip} saddr . meta l4proto . th sport . {ip} daddr . th dport"
         chains["output"] += (
             f"\t\tmeta mark & {_OWN_AND_TRANSPARENT:#x} == {_OWN_AND_TRANSPARENT:#x} meta l4proto {{ tcp, udp }} "
-            f"update @flows{family} {{ {there} }} update @bridges{family} {{ {ip} daddr : ether saddr }}\n"
+            f"update @flows{family} {{ {there} }} update @bridges{family} {{ {ip} daddr : ether saddr }}"
         )
-        chains["prerouting"] += (
-            f"\t\t{back} @flows{family} ether daddr set {ip} saddr map @bridges{family} meta pkttype set host accept\n"
-        )
+        up = f"ether daddr set {ip} saddr map @bridges{family} meta pkttype set host accept\n"
+        chains["prerouting"] += f"\t\t{back} @flows{family} {up}"
+        if errors:
+            is_error, sent, quoted = _ERRORS[family]
+            told = f"{ip} saddr . @th,{quoted + 16},16 . {ip} daddr . @th,{quoted},16"
+            sets += f"\tset told{family} {{\n\t\ttypeof {told}; {size}\n\t}}\n"
+            note = f"{ip} daddr . @nh,{sent + 16},16 . {ip} saddr . @nh,{sent},16"
+            chains["output"] += f" update @told{family} {{ {note} }}"
+            chains["prerouting"] += f"\t\t{is_error} {told} @told{family} {up}"
+        chains["output"] += "\n"
     return f"""\
 table {BRIDGE_TABLE} {{
 {sets}\
@@ -150,7 +166,7 @@ async def transparent_obstacles(language: str) -> list[str]:
         obstacles += await _refused(
             "backends on a bridge cannot answer clients beside them; nft and its rules for bridges are needed",
             ("nft", "--check", "-f", "-"),
-            bridge_table(),
+            bridge_table(errors=False),
         )
     if on := _interfaces_that_validate_marks():
         obstacles.append(f"answers are taken for forged; set net.ipv4.conf.*.src_valid_mark to 0 for {', '.join(on)}")
