@@ -27,6 +27,8 @@ VALUES = {
     "A-B": "700-777",
     "CIDR[,CIDR]": "10.7.0.0/16",
     "CIDR,...": "10.7.0.0/16",
+    "[ADDRESS]": "10.96.0.7",
+    "DOMAIN": "seven.example",
 }
 
 
@@ -62,6 +64,15 @@ def test_help_has_one_line_for_each_setting_and_the_reference_has_an_item(comman
             flag = setting.flag.rpartition("--")[2]
             assert len([row for row in rows if re.search(rf"[\]-]{flag} ", row) and setting.help in row]) == 1, flag
             assert f"{flag} {setting.kind.metavar}".rstrip() in reference
+
+
+@pytest.mark.parametrize("arguments", [["--dns", "a.yaml"], ["a.yaml", "--dns"], ["a.yaml", "--dns", "--verbose"]])
+def test_dns_without_an_address_is_at_the_tenth_of_each_range(arguments: list[str]) -> None:
+    ranges = ["--service-cluster-ip-range", "10.96.0.0/16,fd00::/112"]
+    options = commands.commands["run"].make_context("run", [*arguments, *ranges]).params
+    told = settings_from(options.pop("configuration"), options)
+
+    assert (told.paths, told.dns_addresses) == (("a.yaml",), ("10.96.0.10", "fd00::a"))
 
 
 def test_examples_stand_at_the_end_of_help_as_they_are_written() -> None:

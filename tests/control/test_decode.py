@@ -609,12 +609,13 @@ def test_a_slice_belongs_to_the_service_its_label_names_in_its_namespace() -> No
     assert decode.service_of(endpoint_slice(of="web"), "default") == named("web")
 
 
-@pytest.mark.parametrize(
-    "piece",
-    [endpoint_slice(of=None), endpoint_slice(of=""), endpoint_slice(labels={"service.kubernetes.io/headless": ""})],
-)
-def test_a_slice_without_that_label_or_marked_headless_belongs_to_none(piece: api.EndpointSlice) -> None:
+@pytest.mark.parametrize("piece", [endpoint_slice(of=None), endpoint_slice(of="")])
+def test_a_slice_without_that_label_belongs_to_none(piece: api.EndpointSlice) -> None:
     assert decode.service_of(piece, "default") is None
+
+
+def test_a_slice_that_is_marked_headless_has_no_endpoints_for_a_proxy() -> None:
+    assert not decode.from_slices([endpoint_slice("10.244.0.1", labels={"service.kubernetes.io/headless": ""})])
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,7 @@ class SessionAffinityConfig(Struct, rename=_api_name, frozen=True):
 
 class ServiceSpec(Struct, rename=_api_name, frozen=True):
     type: str | None = None
+    external_name: str | None = None
     selector: dict[str, str] | None = None
     cluster_ip: str | None = None
     cluster_ips: list[str] | None = None
@@ -108,6 +109,7 @@ class EndpointHints(Struct, rename=_api_name, frozen=True):
 class SliceEndpoint(Struct, rename=_api_name, frozen=True):
     addresses: list[str] | None = None
     conditions: EndpointConditions | None = None
+    hostname: str | None = None
     node_name: str | None = None
     hints: EndpointHints | None = None
 
@@ -132,6 +134,7 @@ class EndpointSlice(Struct, rename=_api_name, frozen=True):
 
 class EndpointAddress(Struct, rename=_api_name, frozen=True):
     ip: str
+    hostname: str | None = None
     node_name: str | None = None
 
 
@@ -163,6 +166,8 @@ class Container(Struct, rename=_api_name, frozen=True):
 class PodSpec(Struct, rename=_api_name, frozen=True):
     containers: list[Container] | None = None
     init_containers: list[Container] | None = None
+    hostname: str | None = None
+    subdomain: str | None = None
     node_name: str | None = None
 
 

@@ -17,6 +17,9 @@ HELP_WIDTH = 120
 _NARROW_COLUMN, _WIDE_COLUMN = 30, 48  # where texts begin in help
 
 
+_BARE = {setting.flag: setting.kind for setting in SETTINGS.values() if setting.kind.bare}
+
+
 def fail(message: object) -> NoReturn:
     click.echo(f"userspace-proxy: {printable(str(message))}", err=True)
     sys.exit(1)
@@ -67,6 +70,17 @@ class SettingOption(click.Option):
 
 class GroupedCommand(click.Command):
     """A command whose help shows flags by topic, and examples at the end, as they are written."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse *args*. A flag that needs no value takes the next argument only if that can be its value."""
+        for flag, kind in _BARE.items():
+            if flag in args:
+                at = args.index(flag)
+                try:
+                    kind.read("".join(args[at + 1 : at + 2]))
+                except ValueError:
+                    args = [*args[:at], f"{flag}={kind.bare}", *args[at + 1 :]]
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         topics: dict[str, list[tuple[str, str]]] = {"Options": []}

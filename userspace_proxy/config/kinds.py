@@ -17,7 +17,8 @@ class Kind:
 
     ``metavar`` is "" for a switch. ``read`` turns a flag's text into the value or raises ValueError; ``show`` writes
     the value as help does. ``from_field`` and ``to_field`` do the same for the field of a KubeProxyConfiguration,
-    which holds numbers, lists and durations in seconds; without them it is written as the flag is.
+    which holds numbers, lists and durations in seconds; without them it is written as the flag is. ``bare``: the text
+    that a flag without a value stands for, "" if it needs one.
     """
 
     metavar: str
@@ -26,6 +27,7 @@ class Kind:
     from_field: Callable[[Any], object] | None = None
     to_field: Callable[[Any], object] | None = None
     known: tuple[str, ...] = ()
+    bare: str = ""
 
     def decode(self, value: object) -> object:
         """Return the value that a field holds. Raises ValueError."""
@@ -81,6 +83,11 @@ FILE = Kind("FILE", Path)
 FOLDER = Kind("FOLDER", Path)
 OUTPUT = Kind("FILE", str)
 DURATION = Kind("DURATION", values.seconds, values.short_duration, float, values.go_duration)
+DOMAIN = Kind("DOMAIN", values.domain)
+AUTO = ("auto",)
+DNS_ADDRESSES = Kind(
+    "[ADDRESS]", lambda text: AUTO if text == AUTO[0] else values.addresses(text), ",".join, bare=AUTO[0]
+)
 NETWORKS = Kind("CIDR[,CIDR]", values.networks, _show_networks)
 PORT_RANGE = Kind("A-B", values.port_range, lambda ports: "-".join(map(str, ports)))
 INTERFACE = Kind("NAME", values.interface_name)

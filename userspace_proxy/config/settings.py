@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from userspace_proxy.config.kinds import (
+    AUTO,
+    DNS_ADDRESSES,
+    DOMAIN,
     DURATION,
     FILE,
     FOLDER,
@@ -38,6 +41,8 @@ from userspace_proxy.modes import MODES
 
 HEALTHZ_PORT, METRICS_PORT = 10_256, 10_249
 DEFAULT_STATE_DIR = Path("/var/lib/userspace-proxy")
+# The address of cluster DNS in each range, as in kubeadm.
+_DNS_HOST = 10
 # kubeadm's default range, which the tutorials use.
 DEFAULT_SERVICE_RANGES: tuple[Network, ...] = (ipaddress.IPv4Network("10.96.0.0/16"),)
 MODE_NAMES = tuple(MODES)
@@ -57,6 +62,7 @@ class Group(StrEnum):
     SYNC = "Sync, stop and handover"
     TCP = "Connections"
     UDP = "UDP flows"
+    DNS = "Names"
     ADMIN = "Health and metrics"
     PROCESS = "Processes and logs"
 
@@ -251,6 +257,12 @@ class Settings:
     udp_port_rest_s: float = _setting(Group.UDP, "--udp-port-rest", 30.0, DURATION,
         "Pause before a local port is reused, so that late replies are dropped")
 
+    # Off: a node of a cluster has a DNS server. Pods of kubeadm's clusters ask the tenth address of the range.
+    dns: tuple[str, ...] = _setting(Group.DNS, "--dns", (), DNS_ADDRESSES,
+        "Answer queries for names of Services, at the range's tenth address or at ADDRESS")
+    cluster_domain: str = _setting(Group.DNS, "--cluster-domain", "cluster.local", DOMAIN,
+        "Domain of the names of Services")
+
     # kube-proxy's addresses: health for load balancers on every address, metrics on loopback.
     healthz_bind_address: str = _setting(
         Group.ADMIN, "--healthz-bind-address", f"0.0.0.0:{HEALTHZ_PORT}", address(HEALTHZ_PORT),
@@ -289,6 +301,11 @@ class Settings:
     def service_ranges(self) -> tuple[Network, ...]:
         """The ranges of cluster IPs, or () if they are not known."""
         return self.service_cluster_ip_ranges or (() if self.follows_cluster else DEFAULT_SERVICE_RANGES)
+
+    @property
+    def dns_addresses(self) -> tuple[str, ...]:
+        """The addresses at which cluster DNS answers; () for none."""
+        return tuple(str(known[_DNS_HOST]) for known in self.service_ranges) if self.dns == AUTO else self.dns
 
     @property
     def node_name(self) -> str:

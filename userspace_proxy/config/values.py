@@ -17,6 +17,7 @@ NodePortAddress = Network | Literal["primary"]
 
 _INTERFACE_NAME_SIZE = 16  # IFNAMSIZ, with the byte that ends it
 _INTERFACE_NAME = re.compile(r"[^\s/\"'\\;{}#]+")  # the kernel would take more; rules are text
+_DOMAIN = re.compile(r"(?=.{1,190}$)[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?(\.[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)*")
 _KEYWORDS = {"localhost": ("127.0.0.0/8", "::1/128"), "all": ("0.0.0.0/0", "::/0")}
 
 
@@ -59,6 +60,22 @@ def networks(text: str) -> tuple[Network, ...]:
     if len({network.version for network in found}) != len(found):
         raise ValueError("one range for each IP family at most")
     return found
+
+
+def addresses(text: str) -> tuple[str, ...]:
+    """Return the IP addresses of *text*, canonical: 10.96.0.10,fd00::a."""
+    try:
+        return tuple(str(ipaddress.ip_address(part.strip())) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{text!r} is no IP address; write such as 10.96.0.10, or two with a comma") from None
+
+
+def domain(text: str) -> str:
+    """Return *text*, the name of a domain, in lower case and without its final dot."""
+    name = text.lower().rstrip(".")
+    if not _DOMAIN.fullmatch(name):
+        raise ValueError(f"{text!r} is no domain; write such as cluster.local")
+    return name
 
 
 def node_port_addresses(texts: list[str]) -> tuple[NodePortAddress, ...]:

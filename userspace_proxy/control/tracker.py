@@ -18,6 +18,7 @@ from userspace_proxy.control import decode
 from userspace_proxy.control.allocations import Allocations
 from userspace_proxy.errors import ConfigError
 from userspace_proxy.interfaces import EventType, ObjectEvent, Origin
+from userspace_proxy.model.dns_names import ServiceNames
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import NamespacedName, ServicePortName
 from userspace_proxy.model.service import ServicePort, SourceIP
@@ -35,7 +36,7 @@ class Tracker:
 
     An invalid object never stops the others: it is reported, and its last good version stays in force. *here*: this
     node, used as far as there is no Node object. *source_ip*: default for Services without that annotation.
-    *transparent_obstacle*: why Services here cannot be transparent, or "".
+    *transparent_obstacle*: why Services here cannot be transparent, or "". *has_names*: states have what DNS says, too.
     """
 
     def __init__(
@@ -45,12 +46,16 @@ class Tracker:
         here: Node | None = None,
         source_ip: SourceIP = SourceIP.NODE,
         transparent_obstacle: str = "",
+        *,
+        has_names: bool = False,
     ) -> None:
         self._allocations = allocations
         self._proxy_name = proxy_name
         self._here = here or Node()
         self._source_ip = source_ip
         self._transparent_obstacle = transparent_obstacle
+        self._has_names = has_names
+        self._names: dict[NamespacedName, ServiceNames] = {}
         self.node: api.Node | None = None  # the latest Node object of this node
         self.knows_other_nodes = False
         self._services: dict[NamespacedName, api.Service] = {}  # the latest version that is valid by itself
@@ -236,6 +241,7 @@ class Tracker:
                 present[name] = service
         self._allocations.apply_moves(present)
         while present:
+            changed |= present.keys()
             for name, service in sorted(present.items(), key=lambda item: (self._allocations.first(*item), item[0])):
                 try:
                     self._work_out(name, service)
@@ -250,7 +256,35 @@ class Tracker:
             service_ports=MappingProxyType(dict(self._service_ports)),
             endpoints=MappingProxyType(dict(self._endpoints_of)),
         )
+        if self._has_names:
+            for name in changed:
+                self._name(name)
+            self._state = replace(self._state, names=MappingProxyType(dict(self._names)))
         return self._state
+
+    def _name(self, name: NamespacedName) -> None:
+        """Work out what DNS says of *name*; an equal value stays the same object."""
+        names = None
+        if (service := self._services.get(name)) is not None:
+            names = self._names_of(name, service)
+        if names is None:
+            self._names.pop(name, None)
+        elif names != self._names.get(name):
+            self._names[name] = names
+
+    def _names_of(self, name: NamespacedName, service: api.Service) -> ServiceNames | None:
+        if target := decode.external_name(service):
+            return ServiceNames(external_name=target)
+        if decode.is_headless(service):
+            pieces = [piece for _, piece in sorted(self._slices.get(name, {}).items())]
+            pods = self.selected_pods(name, service)
+            return decode.headless_names(service, pods, pieces, self._endpoints.get(name))
+        if decode.is_proxied(service, self._proxy_name):
+            served = self._served.get(name, service)
+            ips = next((self._service_ports[port].cluster_ips for port in self._ports_of.get(name, ())), ())
+        else:
+            served, ips = service, decode.valid_cluster_ips(service)  # another proxy serves it
+        return decode.cluster_ip_names(served, ips) if ips else None
 
     def _withdraw(self, name: NamespacedName) -> None:
         self._allocations.release(name)

@@ -94,12 +94,35 @@ async def remove_routes_to(networks: Iterable[Network]) -> None:
 
 
 async def remove_routes() -> None:
-    """Remove every route of this proxy."""
+    """Remove every route of this proxy, and with them the addresses of `add_own_address`."""
     for version in ("-4", "-6"):
-        try:
-            await run_tool("ip", version, "route", "flush", "proto", ROUTE_PROTOCOL)
-        except SyncError as error:
-            log.debug("no routes were removed: %s", error)
+        for table in ("main", "local"):
+            try:
+                await run_tool("ip", version, "route", "flush", "table", table, "proto", ROUTE_PROTOCOL)
+            except SyncError as error:
+                log.debug("no routes were removed: %s", error)
+
+
+async def add_own_address(ip: str) -> None:
+    """Have this host take packets to *ip* for its own, as if a device had the address. Raises SyncError.
+
+    A route says it, which bears this proxy's number, so that no device is needed and a crashed process leaves nothing
+    that cannot be found. It is among the routes of the host's own addresses, before every other table.
+    """
+    await run_tool(
+        "ip",
+        f"-{family_of(ip)}",
+        "route",
+        "replace",
+        "local",
+        ip,
+        "dev",
+        "lo",
+        "table",
+        "local",
+        "proto",
+        ROUTE_PROTOCOL,
+    )
 
 
 # ---- the private address, where REDIRECT cannot work

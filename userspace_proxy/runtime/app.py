@@ -125,6 +125,7 @@ class Proxy:
             node.node,
             settings.source_ip,
             node.prepared.transparent_obstacle,
+            has_names=node.dns is not None,
         )
         # Desired state made true: sinks, in order.
         routes = NodeRoutes(
@@ -142,7 +143,7 @@ class Proxy:
         self._controller = Controller(
             node.source,
             self._tracker,
-            (routes, self._proxier, self.health_checks),
+            (routes, self._proxier, self.health_checks, *([node.dns] if node.dns else ())),
             Pacer(asyncio.get_running_loop().time, settings.min_sync_period_s, settings.sync_period_s),
             after_sync=self._after_sync,
             health_timeout_s=2 * settings.sync_period_s,  # as kube-proxy
@@ -185,6 +186,8 @@ class Proxy:
             "note-ready": self._lifecycle.note_ready(self._controller.ready, node.plane),
             "reap": reap(draining),
         }
+        if node.dns is not None:
+            jobs["dns"] = node.dns.run()
         if self._advisor is not None:
             jobs["advise"] = self._advisor.run()
         async with asyncio.TaskGroup() as group:

@@ -15,6 +15,7 @@ from userspace_proxy.control.memory import StateDir
 from userspace_proxy.control.pools import NodePort
 from userspace_proxy.dataplane.handover import HandoverPlane
 from userspace_proxy.dataplane.sockets import BACKLOG
+from userspace_proxy.dns.sink import ClusterDns
 from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.host import network
 from userspace_proxy.host.capture import choose_capture
@@ -24,6 +25,7 @@ from userspace_proxy.model.service import SourceIP
 from userspace_proxy.model.topology import Node
 from userspace_proxy.modes.mode import Mode, PreparedMode
 from userspace_proxy.modes.plans import NodeRules
+from userspace_proxy.runtime.cluster_dns import make_dns
 from userspace_proxy.runtime.data_plane import make_plane
 from userspace_proxy.runtime.desired_state import open_source, open_state_dir
 from userspace_proxy.runtime.instance_lock import InstanceLock, check_take_over, end_orphans, take_lock
@@ -57,6 +59,7 @@ class NodeSetup:
     node: Node
     hosts: Hosts
     rules: NodeRules
+    dns: ClusterDns | None
 
 
 async def set_up_node(
@@ -105,6 +108,7 @@ async def set_up_node(
     is_tuned = tune()  # before the plane, which takes over conntrack's time-outs of UDP
     # 4. The data plane, which serves at the predecessor's listeners from now on.
     plane = make_plane(settings, mode, stack)
+    dns = await make_dns(settings, stack)
     inherited = await lifecycle.take_over(plane, lock)
     return NodeSetup(
         prepared=prepared,
@@ -120,6 +124,7 @@ async def set_up_node(
         node=node,
         hosts=await look_at_hosts(),
         rules=rules,
+        dns=dns,
     )
 
 

@@ -33,6 +33,13 @@ from userspace_proxy.control.decode.endpoints import (
     target_port,
     trigger_time,
 )
+from userspace_proxy.control.decode.names import (
+    cluster_ip_names,
+    external_name,
+    headless_names,
+    is_headless,
+    valid_cluster_ips,
+)
 from userspace_proxy.control.decode.nodes import is_eligible, node_of
 from userspace_proxy.control.decode.service_ports import (
     Allocation,

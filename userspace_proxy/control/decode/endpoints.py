@@ -32,17 +32,16 @@ def trigger_time(piece: api.EndpointSlice) -> float | None:
 
 
 def service_of(piece: api.EndpointSlice, namespace: str) -> NamespacedName | None:
-    """Return the Service of *piece*, or None if it names none or is not for proxies (behaviours S3, S4)."""
-    labels = piece.metadata.labels or {}
-    name = labels.get(SERVICE_NAME_LABEL)
-    return NamespacedName(namespace, name) if name and _HEADLESS_LABEL not in labels else None
+    """Return the Service of *piece*, or None if it names none (behaviours S4)."""
+    name = (piece.metadata.labels or {}).get(SERVICE_NAME_LABEL)
+    return NamespacedName(namespace, name) if name else None
 
 
 def from_slices(slices: Iterable[api.EndpointSlice]) -> EndpointsByPort:
-    """Return the endpoints of one Service's *slices*, without incomplete entries (behaviours S4, S6)."""
+    """Return the endpoints of one Service's *slices* for proxies, without incomplete entries (behaviours S3-S6)."""
     found: dict[PortKey, list[Endpoint]] = defaultdict(list)
     for piece in slices:
-        if piece.address_type not in ("IPv4", "IPv6"):
+        if piece.address_type not in ("IPv4", "IPv6") or _HEADLESS_LABEL in (piece.metadata.labels or {}):
             continue
         for port in piece.ports or ():
             if port.port is None or not is_port(port.port):

@@ -370,8 +370,9 @@ def _services(family: Family, facts: NodeFacts, refused: Iterable[RuleLine]) -> 
     yield from refused
     if cidrs := ", ".join(merged(facts.service_cidrs, family)):
         yield RuleLine(
-            f"{ip} daddr {{ {cidrs} }} drop",
-            f"An address out of {cidrs}, where cluster IPs come from, that no Service has: dropped.",
+            f"{ip} daddr {{ {cidrs} }} fib daddr type != local drop",
+            f"An address out of {cidrs}, where cluster IPs come from, that no Service has: dropped, unless it is "
+            "this node's own, as that of cluster DNS is.",
         )
     match, words = _at_node_ports(family, facts)
     yield RuleLine(f"{match} jump node_ports{family}", f"Packets to {words}: see whether it is a node port.")

@@ -1,0 +1,110 @@
+"""Decodes what cluster DNS says of a Service. Pure; incomplete entries are skipped."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from userspace_proxy import api
+from userspace_proxy.control.decode.addresses import backend_ip, is_port
+from userspace_proxy.control.decode.endpoints import is_ready, pod_ips, target_port
+from userspace_proxy.control.decode.service_ports import stated_cluster_ips
+from userspace_proxy.model.dns_names import DnsHost, HostGroup, NamedPort, ServiceNames
+from userspace_proxy.model.endpoint import family_of
+
+_HEADLESS = "None"
+_Groups = dict[tuple[NamedPort, ...], dict[DnsHost, None]]
+
+
+def is_headless(service: api.Service) -> bool:
+    spec = service.spec
+    return spec is not None and _HEADLESS in (spec.cluster_ip, *(spec.cluster_ips or ())[:1])
+
+
+def external_name(service: api.Service) -> str:
+    """Return the name that *service* stands for, without a final dot; "" if it is no ExternalName Service."""
+    spec = service.spec
+    return (spec.external_name or "").rstrip(".") if spec is not None and spec.type == "ExternalName" else ""
+
+
+def valid_cluster_ips(service: api.Service) -> tuple[str, ...]:
+    """Return the cluster IPs that *service* states, without invalid ones."""
+    stated = stated_cluster_ips(service.spec) if service.spec else []
+    return tuple(ip for _, given in stated if (ip := backend_ip(given)) is not None)
+
+
+def cluster_ip_names(service: api.Service, cluster_ips: tuple[str, ...]) -> ServiceNames:
+    ports = service.spec.ports if service.spec else None
+    return ServiceNames(cluster_ips, _named_ports((port.name, port.protocol, port.port) for port in ports or ()))
+
+
+def headless_names(
+    service: api.Service,
+    pods: Sequence[api.Pod],
+    slices: Iterable[api.EndpointSlice],
+    endpoints: api.Endpoints | None,
+) -> ServiceNames:
+    """Return the names of the headless *service*: from its *pods*, or else from its *slices* and *endpoints*.
+
+    An endpoint counts if it is ready, or if the Service publishes addresses that are not.
+    """
+    spec = service.spec
+    publishes_all = spec is not None and bool(spec.publish_not_ready_addresses)
+    groups: _Groups = defaultdict(dict)
+    if pods:
+        _add_pods(groups, service, pods, publishes_all=publishes_all)
+    else:
+        for piece in slices:
+            hosts = groups[_named_ports((port.name, port.protocol, port.port) for port in piece.ports or ())]
+            for item in piece.endpoints or ():
+                ready = item.conditions is None or item.conditions.ready is not False
+                if piece.address_type in ("IPv4", "IPv6") and item.addresses and (ready or publishes_all):
+                    _add(hosts, item.hostname, item.addresses[0])
+        for subset in (endpoints.subsets if endpoints else None) or ():
+            hosts = groups[_named_ports((port.name, port.protocol, port.port) for port in subset.ports or ())]
+            unready = subset.not_ready_addresses if publishes_all else None
+            for address in (*(subset.addresses or ()), *(unready or ())):
+                _add(hosts, address.hostname, address.ip)
+    return ServiceNames(groups=tuple(HostGroup(ports, tuple(hosts)) for ports, hosts in groups.items() if hosts))
+
+
+def _add_pods(groups: _Groups, service: api.Service, pods: Iterable[api.Pod], *, publishes_all: bool) -> None:
+    """Add *pods* as the endpoints controller does, which gives a hostname only below the pod's subdomain."""
+    spec = service.spec
+    assert spec is not None
+    for pod in pods:
+        if pod.status and pod.status.phase in ("Succeeded", "Failed"):
+            continue
+        if not publishes_all and (not is_ready(pod) or pod.metadata.deletion_timestamp is not None):
+            continue
+        ports = _named_ports((port.name, port.protocol, target_port(port, pod)) for port in spec.ports or ())
+        has_hostname = pod.spec is not None and pod.spec.subdomain == service.metadata.name
+        for ip in _of_families(spec, pod_ips(pod)):
+            _add(groups[ports], pod.spec.hostname if pod.spec and has_hostname else None, ip)
+
+
+def _of_families(spec: api.objects.ServiceSpec, ips: list[str]) -> list[str]:
+    """Return those of a pod's *ips* that a Service has: without families of its own, the pod's first."""
+    if spec.ip_family_policy in ("PreferDualStack", "RequireDualStack"):
+        return ips
+    if not spec.ip_families:
+        return ips[:1]
+    return [ip for ip in ips if f"IPv{family_of(ip)}" in spec.ip_families]
+
+
+def _add(hosts: dict[DnsHost, None], hostname: str | None, given: str) -> None:
+    if (ip := backend_ip(given)) is not None:
+        hosts[DnsHost(hostname or dashed(ip), ip)] = None
+
+
+def dashed(ip: str) -> str:
+    """Return the hostname of an endpoint that has none of its own: its address with dashes, as CoreDNS has it."""
+    return ip.replace(".", "-").replace(":", "-")
+
+
+def _named_ports(given: Iterable[tuple[str | None, str | None, int | None]]) -> tuple[NamedPort, ...]:
+    return tuple(
+        NamedPort(name, protocol or "TCP", number)
+        for name, protocol, number in given
+        if name and number is not None and is_port(number)
+    )

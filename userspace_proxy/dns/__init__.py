@@ -1,0 +1,1 @@
+"""Cluster DNS: answers to the names of Services, in a process of its own."""

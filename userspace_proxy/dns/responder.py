@@ -1,0 +1,114 @@
+"""Answers to questions about the cluster domain, packed once and kept until what they say changes. No I/O."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from userspace_proxy.dns import messages
+from userspace_proxy.dns.messages import (
+    ANY,
+    AUTHORITATIVE,
+    CNAME,
+    NOERROR,
+    NXDOMAIN,
+    SRV,
+    Answer,
+    Question,
+    Record,
+    pack_answer,
+)
+from userspace_proxy.dns.zone import Labels, Zone
+from userspace_proxy.model.dns_names import ServiceNames
+from userspace_proxy.model.names import NamespacedName
+
+_CACHED_MAX = 16_384
+_CACHED_MAX_BYTES = 32 << 20
+# Between the first records of answers that have only a part of all: a prime, so that each gets its turn.
+_STEP = 997
+
+
+class Alias(Exception):  # noqa: N818 - no error
+    """The name stands for ``target``, whose records are to be in the answer, too."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__(target)
+        self.target = target
+
+
+class Responder:
+    """Answers from a zone. ``is_synced``: the zone is complete; until then a name that is not there may exist.
+
+    ``cut``: answers that lack records because there were too many for a message. ``hits``, ``misses``: of the cache.
+    """
+
+    def __init__(self, zone: Zone) -> None:
+        self.zone = zone
+        self.is_synced = False
+        self.cut = 0
+        self.hits = 0
+        self.misses = 0
+        self._answers: dict[bytes, Answer] = {}
+        self._bytes = 0
+        self._keys_of: dict[Labels, list[bytes]] = defaultdict(list)  # by what `Zone.owner` returns
+
+    def update(self, services: Iterable[tuple[NamespacedName, ServiceNames | None]]) -> None:
+        """Take over what *services* are called now."""
+        for name, names in services:
+            for owner in self.zone.set(name, names):
+                for key in self._keys_of.pop(owner, ()):
+                    self._answers.pop(key, None)
+
+    def answer(self, question: Question) -> Answer | None:
+        """Return the answer to *question*, or None if its name is not in the cluster domain.
+
+        Raises:
+            Alias: the name is that of an ExternalName Service.
+        """
+        key = question.key
+        known = self._answers.get(key)
+        if known is None:
+            self.misses += 1
+            name = question.labels()
+            if (known := self._work_out(name, question.type)) is None:
+                return None
+            self._keep(key, self.zone.owner(name), known)
+        else:
+            self.hits += 1
+        if known.surplus:
+            self.cut += 1
+            return messages.fitting(known, self.cut * _STEP % len(known.surplus))
+        return known
+
+    def _keep(self, key: bytes, owner: Labels, answer: Answer) -> None:
+        self._bytes += len(answer.body) + sum(map(len, answer.surplus))
+        if len(self._answers) >= _CACHED_MAX or self._bytes > _CACHED_MAX_BYTES:
+            self._answers.clear()
+            self._keys_of.clear()
+            self._bytes = 0
+        self._answers[key] = answer
+        self._keys_of[owner].append(key)
+
+    def _work_out(self, name: Labels, kind: int) -> Answer | None:
+        values = self.zone.find(name)
+        if values is None:
+            if name not in self.zone:
+                return None
+            return self._negative(NXDOMAIN)
+        if CNAME in values and kind not in (CNAME, ANY):
+            raise Alias(str(values[CNAME][0]))
+        kinds = values if kind == ANY else [kind]
+        answers = [Record("", each, value) for each in kinds for value in values.get(each, ())]
+        if not answers:
+            return self._negative(NOERROR)
+        targets = dict.fromkeys(r.value[3] for r in answers if r.type == SRV)  # type: ignore[misc]
+        additionals = [
+            Record(target, each, ip)
+            for target in targets
+            for each, ips in (self.zone.find(tuple(target.lower().split("."))) or {}).items()
+            for ip in ips
+        ]
+        return pack_answer(NOERROR, AUTHORITATIVE, answers, additionals=additionals)
+
+    def _negative(self, rcode: int) -> Answer:
+        return pack_answer(rcode, AUTHORITATIVE, authorities=[self.zone.soa])

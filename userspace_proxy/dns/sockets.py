@@ -1,0 +1,67 @@
+"""The sockets of cluster DNS."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+from collections.abc import Iterable, Sequence
+
+from userspace_proxy.dataplane.sockets import IP_PKTINFO
+from userspace_proxy.errors import StartError
+
+PORT = 53
+_IP_FREEBIND, _IPV6_FREEBIND = 15, 78  # linux/in.h, linux/in6.h
+_BACKLOG = 512
+_BUFFER_BYTES = 4 << 20
+_MENDS = {
+    errno.EACCES: "port 53 needs CAP_NET_BIND_SERVICE: give it, or run with sudo,"
+    " or allow users the port (sysctl net.ipv4.ip_unprivileged_port_start=53)",
+    errno.EADDRINUSE: "another program listens there (ss -lnup 'sport = 53'); stop it, or choose another --dns address",
+}
+
+
+def open_sockets(addresses: Iterable[str], inherited: Sequence[socket.socket] = ()) -> list[socket.socket]:
+    """Return a UDP and a TCP socket for each of *addresses*: *inherited* ones, and new ones for the rest.
+
+    Inherited sockets of other addresses are closed.
+
+    Raises:
+        StartError: one cannot be opened; all are closed.
+    """
+    found: list[socket.socket] = []
+    known = {(sock.type, sock.getsockname()[0]): sock for sock in inherited}
+    try:
+        for ip in addresses:
+            for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
+                found.append(known.pop((kind, ip)) if (kind, ip) in known else _open(kind, ip))
+    except OSError as error:
+        for sock in found:
+            sock.close()
+        mend = _MENDS.get(error.errno or 0, error.strerror)
+        raise StartError(f"--dns {ip}: {mend}") from None
+    finally:
+        for sock in known.values():
+            sock.close()
+    return found
+
+
+def _open(kind: socket.SocketKind, ip: str) -> socket.socket:
+    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+    with contextlib.ExitStack() as on_error:
+        sock = on_error.enter_context(socket.socket(family, kind | socket.SOCK_NONBLOCK))
+        # A process that took over from nobody (the one before was killed) serves beside what the other has left.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+        else:
+            sock.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
+            sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
+        sock.bind((ip, PORT))
+        if kind == socket.SOCK_STREAM:
+            sock.listen(_BACKLOG)
+        on_error.pop_all()
+    return sock

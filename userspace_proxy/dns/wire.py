@@ -1,0 +1,64 @@
+"""Messages between the control process and the DNS process."""
+
+from __future__ import annotations
+
+import msgspec
+
+from userspace_proxy.model.dns_names import ServiceNames
+from userspace_proxy.model.names import NamespacedName
+
+
+class DnsSettings(msgspec.Struct, frozen=True):
+    """Settings of the DNS process. ``upstream``: servers for other names; if None, those of ``resolv_conf``."""
+
+    domain: str
+    addresses: tuple[str, ...]
+    upstream: tuple[str, ...] | None = None
+    resolv_conf: str = "/etc/resolv.conf"
+    orphan_timeout_s: float = 0.0
+    loop: str = "uvloop"
+    log_format: str = "text"
+    verbose: bool = False
+
+
+class Sockets(msgspec.Struct, frozen=True, tag=True):
+    """The sockets to serve at; their descriptors come with it."""
+
+
+class Names(msgspec.Struct, frozen=True, tag=True):
+    """What some Services are called now; None: no more."""
+
+    services: list[tuple[NamespacedName, ServiceNames | None]]
+
+
+class Synced(msgspec.Struct, frozen=True, tag=True):
+    """All Services that there were at the start have been told."""
+
+
+class Clients(msgspec.Struct, frozen=True, tag=True):
+    """The networks whose clients may ask for names outside of the cluster domain."""
+
+    networks: list[str]
+
+
+class Ask(msgspec.Struct, frozen=True, tag=True):
+    """Ask for counts, and whether the process still answers."""
+
+
+class Close(msgspec.Struct, frozen=True, tag=True):
+    """Serve for so many seconds more, then end."""
+
+    after_s: float = 0.0
+
+
+Request = Sockets | Names | Synced | Clients | Ask | Close
+
+
+class Counts(msgspec.Struct, frozen=True):
+    """The answer to `Ask`.
+
+    ``requests``: by transport, IP family, type and response code. ``totals``: counters by name.
+    """
+
+    requests: list[tuple[str, str, str, str, int]] = []
+    totals: dict[str, int] = {}

@@ -1,0 +1,157 @@
+"""The records of the cluster domain, by the Kubernetes DNS specification 1.1.0. Pure.
+
+A name that exists has a mapping from record types to values, which may be empty: NODATA. A name that does not has None:
+NXDOMAIN. Names are tuples of labels in lower case.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+
+from userspace_proxy.dns.messages import AAAA, CNAME, NS, PTR, SOA, SRV, TTL_S, TXT, A, Record, Srv, Values
+from userspace_proxy.model.dns_names import DnsHost, HostGroup, ServiceNames
+from userspace_proxy.model.endpoint import family_of
+from userspace_proxy.model.names import NamespacedName
+
+SPECIFICATION = "1.1.0"
+_REFRESH_S, _RETRY_S, _EXPIRE_S = 7_200, 1_800, 86_400
+_PRIORITY, _WEIGHT = 0, 100
+
+Labels = tuple[str, ...]
+_NO_VALUES: Values = {}
+
+
+class Zone:
+    """The names under *domain*. *addresses*: those of this server, for the record ``ns.dns``."""
+
+    def __init__(self, domain: str, addresses: Iterable[str]) -> None:
+        self.domain = domain
+        self.origin: Labels = tuple(domain.split("."))
+        self._own = _addresses(addresses)
+        self._services: dict[Labels, ServiceNames] = {}
+        self._namespaces: Counter[str] = Counter()
+        self._reverse: dict[Labels, dict[str, None]] = defaultdict(dict)
+
+    def __contains__(self, name: Labels) -> bool:
+        return name[-len(self.origin) :] == self.origin
+
+    @property
+    def soa(self) -> Record:
+        """The record that every negative answer carries."""
+        times = (1, _REFRESH_S, _RETRY_S, _EXPIRE_S, TTL_S)
+        return Record(self.domain, SOA, (f"ns.dns.{self.domain}", f"hostmaster.{self.domain}", times))
+
+    # ---- changes
+
+    def set(self, service: NamespacedName, names: ServiceNames | None) -> Iterator[Labels]:
+        """Replace what *service* is called; None removes it. Yield the names below which answers may differ."""
+        key = (service.name.lower(), service.namespace.lower())
+        before = self._services.pop(key, None)
+        if before is not None:
+            self._namespaces[key[1]] -= 1
+            for reverse, target in self._pointers(key, before):
+                self._reverse[reverse].pop(target, None)
+                if not self._reverse[reverse]:
+                    del self._reverse[reverse]
+                yield reverse
+        if names is not None:
+            self._services[key] = names
+            self._namespaces[key[1]] += 1
+            for reverse, target in self._pointers(key, names):
+                self._reverse[reverse][target] = None
+                yield reverse
+        yield self.owner((*key, "svc", *self.origin))
+        if (before is None) != (names is None):
+            yield (key[1], "svc", *self.origin)
+            yield (key[1], "pod", *self.origin)
+
+    def owner(self, name: Labels) -> Labels:
+        """Return the name that `set` yields if the answer for *name* may have changed."""
+        return name[-len(self.origin) - 3 :] if name in self else name
+
+    def _pointers(self, key: Labels, names: ServiceNames) -> Iterator[tuple[Labels, str]]:
+        base = ".".join((*key, "svc", self.domain))
+        for ip in names.cluster_ips:
+            yield reverse_name(ip), base
+        for group in names.groups:
+            for hostname, ip in group.hosts:
+                yield reverse_name(ip), f"{hostname}.{base}"
+
+    # ---- look-ups
+
+    def find(self, name: Labels) -> Values | None:
+        """Return the records of *name*, or None if it does not exist."""
+        if name not in self:
+            targets = self._reverse.get(name)
+            return None if targets is None else {PTR: list(targets)}
+        match name[: -len(self.origin)]:
+            case ():
+                return {SOA: [self.soa.value], NS: [f"ns.dns.{self.domain}"]}
+            case ("dns-version",):
+                return {TXT: [SPECIFICATION]}
+            case ("ns", "dns"):
+                return self._own
+            case ("svc",) | ("pod",) | ("dns",):
+                return _NO_VALUES
+            case (namespace, "svc" | "pod"):
+                return _NO_VALUES if self._namespaces[namespace] > 0 else None
+            case (dashed, _, "pod"):
+                return _pod(dashed)
+            case (*below, service, namespace, "svc"):
+                names = self._services.get((service, namespace))
+                return None if names is None else self._of_service(tuple(below), f"{service}.{namespace}.svc", names)
+        return None
+
+    def _of_service(self, below: Labels, base: str, names: ServiceNames) -> Values | None:
+        target = f"{base}.{self.domain}"
+        if not below:
+            if names.external_name:
+                return {CNAME: [names.external_name]}
+            if not names.is_headless:
+                return _addresses(names.cluster_ips)
+            # The specification has it so: a headless Service without ready endpoints does not exist.
+            return _addresses(ip for group in names.groups for _, ip in group.hosts) or None
+        match below:
+            case (hostname,) if not hostname.startswith("_"):
+                hosts = (host for group in names.groups for host in group.hosts)
+                return _addresses(ip for known, ip in hosts if known.lower() == hostname) or None
+            case (protocol,):
+                return _NO_VALUES if any(_servers(names, protocol, target)) else None
+            case (port, protocol):
+                found = [server for label, server in _servers(names, protocol, target) if label == port]
+                return {SRV: found} if found else None
+        return None
+
+
+def _servers(names: ServiceNames, protocol: str, target: str) -> Iterator[tuple[str, Srv]]:
+    """Yield the label of each port of *protocol*, and what its SRV records hold."""
+    groups = names.groups or (HostGroup(names.ports, (DnsHost("", ""),)),)
+    for ports, hosts in groups:
+        for port in ports:
+            if f"_{port.protocol}".lower() == protocol:
+                for hostname in dict.fromkeys(hostname for hostname, _ in hosts):
+                    server = f"{hostname}.{target}" if hostname else target
+                    yield f"_{port.name}".lower(), (_PRIORITY, _WEIGHT, port.number, server)
+
+
+def reverse_name(ip: str) -> Labels:
+    return tuple(ipaddress.ip_address(ip).reverse_pointer.split("."))
+
+
+def _addresses(ips: Iterable[str]) -> Values:
+    found: dict[int, list[str]] = {}
+    for ip in dict.fromkeys(ips):
+        found.setdefault(A if family_of(ip) == 4 else AAAA, []).append(ip)
+    return found
+
+
+def _pod(dashed: str) -> Values | None:
+    """Return the address that the name of a pod states, whether there is such a pod or not, as kube-dns did."""
+    for separator in (".", ":"):
+        try:
+            return _addresses([str(ipaddress.ip_address(dashed.replace("-", separator)))])
+        except ValueError:
+            continue
+    return None
