@@ -307,6 +307,21 @@ def test_orphans_are_taken_over_from_although_one_of_them_has_died(fresh_proxy: 
     wait_until(lambda: all(map(has_ended, workers)), "the workers before have ended")
 
 
+def test_an_orphan_that_hangs_is_ended_by_the_next_run(fresh_proxy: Proxy, world: ServiceLab) -> None:
+    """The other one is taken over from, and what the kernel leads to the sockets of the first is served again."""
+    serve_web(fresh_proxy)
+    fresh_proxy.start("--workers", "2")
+    workers = fresh_proxy.workers()
+    os.kill(workers[0], signal.SIGSTOP)
+    fresh_proxy.stop(signal.SIGKILL)
+
+    fresh_proxy.start("--workers", "2")
+
+    assert f"worker process {workers[0]} has not answered for" in fresh_proxy.log()
+    wait_until(lambda: all(map(has_ended, workers)), "the workers before have ended")
+    assert all(ask(world.client, WEB) for _ in range(10))
+
+
 def test_any_number_of_workers_follows_any_other(fresh_proxy: Proxy, world: ServiceLab) -> None:
     serve_web(fresh_proxy)
     fresh_proxy.start("--workers", "1")

@@ -39,6 +39,7 @@ from userspace_proxy.dataplane.handover import (
 )
 from userspace_proxy.dataplane.rendezvous import Caller, Role, join, members, port_of, process_of
 from userspace_proxy.errors import StartError
+from userspace_proxy.runtime.hung_workers import end_hung_worker
 
 _NAME = "\0userspace-proxy"
 _TURN_TIMEOUT_S = 30.0
@@ -248,10 +249,23 @@ async def end_orphans() -> Present | None:
 async def _find_running(turn: socket.socket) -> list[Meeting]:
     """Return the instance that serves in this network namespace: its control process, or all orphans.
 
+    Orphans that hang are ended.
+
     Raises:
         StartError: a process serves and does not answer.
     """
+    met: list[Meeting] = []
+    with contextlib.suppress(TimeoutError):
+        met = await _call_members(turn, _ANSWER_TIMEOUT_S if members(Role.SERVES) else _ORPHAN_TIMEOUT_S)
+        if not met or not met[0][0].orphan or len(met) >= len(members(Role.SERVES_ON)):
+            return met
+    _end_conversations(met)
+    met_as = {present.pid for present, _ in met}
     try:
+        if members(Role.SERVES):
+            raise TimeoutError  # noqa: TRY301 - a control process that hangs is named
+        silent = [inode for inode in members(Role.SERVES_ON).values() if process_of(inode) not in met_as]
+        await asyncio.gather(*map(end_hung_worker, silent))
         return await _call_members(turn, _ANSWER_TIMEOUT_S)
     except TimeoutError:
         raise StartError(f"{_running_text(_first_process(_serving()))} and does not answer; stop it first") from None
