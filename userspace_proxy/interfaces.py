@@ -413,18 +413,20 @@ class Counters:
     pins: int = 0
     endpoints: int = 0
     ejected: int = 0
+    starting: int = 0
 
 
 @dataclass(slots=True)
 class EndpointCounters:
     """Counters of one endpoint of a service port: plain ints, as in `Counters`.
 
-    ``opened``, ``open``: TCP connections or UDP flows to the endpoint. ``retries``: those that came after another
-    endpoint had failed.
+    ``opened``, ``open``: TCP connections or UDP flows to the endpoint. ``dialling``: TCP connections that may become
+    open. ``retries``: those that came after another endpoint had failed.
     """
 
     opened: int = 0
     open: int = 0
+    dialling: int = 0
     bytes_to_backends: int = 0
     bytes_to_clients: int = 0
     dial_failures: int = 0

@@ -138,6 +138,7 @@ class World:
         attempt.dialled = self.network.dialled[before:]
         attempt.trials = len(ejected & set(attempt.dialled))
         assert (self.network.handlers, self.network.races) == ({}, 0), "all else is closed"
+        assert not any(counters.dialling for _, counters in self.memory.counters()), "no dial is counted for ever"
         assert self.network.most_open <= 2
         return attempt
 

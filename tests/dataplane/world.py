@@ -16,7 +16,7 @@ from userspace_proxy.interfaces import AccessRecord, Backends, Counters, Endpoin
 from userspace_proxy.lab import ip
 from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, ServicePortName
-from userspace_proxy.model.service import ServicePort, SourceIP, portals
+from userspace_proxy.model.service import Balance, ServicePort, SourceIP, Weights, portals
 from userspace_proxy.modes.userspace import nft
 
 TCP_PORT, UDP_PORT, OTHER_PORT = 10_001, 10_002, 10_003
@@ -162,6 +162,17 @@ class Plane:
     async def tell_sources_by(self, source_ip: SourceIP) -> None:
         """Let endpoints learn of their clients in this way from now on."""
         self.specs = [replace(s, service_port=replace(s.service_port, source_ip=source_ip)) for s in self.specs]
+        assert await self.local.open(self.specs) == {}
+
+    async def balance(self, balance: Balance, weights: Weights = (), slow_start_s: float = 0.0) -> None:
+        """Choose endpoints by this algorithm from now on."""
+        self.specs = [
+            replace(
+                spec,
+                service_port=replace(spec.service_port, balance=balance, weights=weights, slow_start_s=slow_start_s),
+            )
+            for spec in self.specs
+        ]
         assert await self.local.open(self.specs) == {}
 
     async def counters(self, name: ServicePortName = NAME) -> Counters:

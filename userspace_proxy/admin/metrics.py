@@ -38,6 +38,7 @@ class ControlStats(NamedTuple):
 _FAMILIES = (
     ("endpoints", "endpoints that may take new traffic, as the cluster says", "endpoints", False),
     ("ejected_endpoints", "of these, the ones that are ejected now because they failed", "ejected", False),
+    ("slow_start_endpoints", "endpoints in slow start, which get a part of their connections", "starting", False),
     ("connections", "TCP connections accepted for a service port", "accepted", True),
     ("open_connections", "TCP connections open now", "open", False),
     ("failed_connections", "TCP connections reset because no endpoint could be reached", "failed", True),
@@ -67,6 +68,7 @@ _LABELS = ("namespace", "service", "port", "protocol")
 _ENDPOINT_FAMILIES = (
     ("connections", "TCP connections to an endpoint", "opened", True),
     ("open_connections", "TCP connections to an endpoint that are open now", "open", False),
+    ("open_dials", "attempts to reach an endpoint that are under way", "dialling", False),
     ("to_backends_bytes", "bytes from clients to an endpoint", "bytes_to_backends", True),
     ("to_clients_bytes", "bytes from an endpoint to clients", "bytes_to_clients", True),
     ("dial_failures", "attempts to reach an endpoint that failed", "dial_failures", True),

@@ -260,6 +260,7 @@ class Dial:
             self._drop(sock, beside=beside)
             self._note_failure(pick, code)
             return False
+        pick.counters.dialling += 1
         if beside:
             self._newer = sock, pick
         else:
@@ -325,6 +326,7 @@ class Dial:
         if self._newer is not None:
             self._end_race(sock)
         self._sock = None
+        pick.counters.dialling -= 1
         if context.picker.report_success(pick.endpoint, context.seen_client(self.client_ip, pick)):
             log.info("endpoint %s takes connections again", pick.endpoint)
         if self._first_failed:
@@ -339,6 +341,7 @@ class Dial:
         loser, pick = (self._sock, self._pick) if is_older else self._newer
         self._newer = None
         context = self._context
+        pick.counters.dialling -= 1
         context.connections.end_race()
         context.poller.close(loser)
         if is_older and context.picker.report_overtaken(pick.endpoint, context.seen_client(self.client_ip, pick)):
@@ -356,7 +359,7 @@ class Dial:
 
     def _fail(self, sock: SocketType, pick: Pick, code: int, *, again: bool = False) -> None:
         """Note that the dial to the endpoint of *pick* failed, and continue with another one."""
-        self._close(sock)
+        self._close(sock, pick)
         self._note_failure(pick, code, again=again)
         self.start()
 
@@ -375,7 +378,7 @@ class Dial:
             self._give_up_at = now + BUDGET_S - RACE_S
         if now >= self._give_up_at:
             for sock, pick in self._open():
-                self._close(sock)
+                self._close(sock, pick)
                 self._note_failure(pick, errno.ETIMEDOUT)
             self._caller.on_failed("no endpoint could be reached")
             return
@@ -390,7 +393,7 @@ class Dial:
             return
         if self._newer is not None:
             sock, pick = self._sock, self._pick
-            self._close(sock)
+            self._close(sock, pick)
             self._note_failure(pick, errno.ETIMEDOUT, again=True)
         self._dial(another)
 
@@ -438,12 +441,13 @@ class Dial:
         """Stop without calling the caller."""
         if self._timer is not None:
             self._timer.cancel()
-        for sock, _ in self._open():
-            self._close(sock)
+        for sock, pick in self._open():
+            self._close(sock, pick)
 
-    def _close(self, sock: SocketType) -> None:
+    def _close(self, sock: SocketType, pick: Pick) -> None:
         """Close the dial of *sock*. If it was the older one, the newer one takes its place."""
         context = self._context
+        pick.counters.dialling -= 1
         context.poller.close(sock)
         if self._proving is not None and self._proving.pop(sock, None) is not None and not self._proving:
             self._proving = None

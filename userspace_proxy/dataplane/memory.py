@@ -1,4 +1,4 @@
-"""The state that the pickers of one service port share: client pins and ejected endpoints.
+"""The state that the pickers of one service port share: client pins, ejected endpoints, and endpoints in slow start.
 
 A service port may have several listeners, one for each set of endpoints. A client that uses the cluster IP and the
 node port is still one client, and an endpoint that refuses one listener's dial also refuses another's.
@@ -20,6 +20,8 @@ EJECT_MAX_S = 60.0
 TRIAL_S = 4.0
 # An endpoint is silent after this number of dials in a row that other endpoints overtook.
 OVERTAKEN_MAX = 3
+# The share of its usual connections that an endpoint gets at the beginning of its slow start.
+SLOW_START_SHARE = 0.1
 # Bounds for the memory that clients with failing dials can use.
 REFUSED_CLIENTS_MAX = 1_024
 REFUSALS_OF_A_CLIENT_MAX = 256
@@ -74,15 +76,23 @@ class Memory:
         self._counters: dict[Address, EndpointCounters] = {}
         self._chosen_from: dict[Chooser, Collection[Address]] = {}
         self._overtaken: dict[Address, int] = {}
+        self.slow_start_s = 0.0
+        self.starting: dict[Address, float] = {}  # the time since which an endpoint is in slow start; oldest first
         # Ejections for one client alone, by client; the client whose dial failed longest ago comes first.
         self.refused: OrderedDict[str, dict[Address, Ejection]] = OrderedDict()
 
     # ---- pickers
 
     def share(self, picker: Chooser, addresses: Collection[Address]) -> None:
-        """Register *picker* with its *addresses*. The state of addresses that no picker has any more is dropped."""
+        """Register *picker* with its *addresses*. The state of addresses that no picker has any more is dropped.
+
+        New addresses start slowly, unless there was none before: the first endpoints have nothing to ramp up beside.
+        """
+        known = set(self.addresses()) if self.slow_start_s else ()
         self._chosen_from[picker] = addresses
         self._forget_gone()
+        if known:
+            self.starting.update(dict.fromkeys((a for a in addresses if a not in known), self.now()))
 
     def leave(self, picker: Chooser) -> bool:
         """Unregister *picker*. Return whether it was the last one."""
@@ -99,6 +109,8 @@ class Memory:
         known = self.addresses()
         for address in [address for address in self.ejected if address not in known]:
             del self.ejected[address]
+        for address in [address for address in self.starting if address not in known]:
+            del self.starting[address]
         for address in [address for address in self._overtaken if address not in known]:
             del self._overtaken[address]
         for address in [a for a, counters in self._counters.items() if a not in known and not counters.open]:
@@ -176,6 +188,9 @@ class Memory:
             self._overtaken.pop(address, None)
         if self.ejected.pop(address, None) is None:
             return False
+        if self.slow_start_s:
+            self.starting.pop(address, None)
+            self.starting[address] = self.now()
         self._tell(address)
         return True
 
@@ -193,6 +208,25 @@ class Memory:
     def _tell(self, address: Address) -> None:
         for picker in self._chosen_from:
             picker.on_ejection(address)
+
+    # ---- slow start
+
+    def set_slow_start(self, slow_start_s: float) -> None:
+        """Set how long the share of a new or recovered endpoint grows; 0 disables slow start."""
+        self.slow_start_s = slow_start_s
+        self.end_slow_starts(self.now())
+
+    def end_slow_starts(self, now: float) -> None:
+        """Forget the slow starts that are over."""
+        while self.starting:
+            address, since = next(iter(self.starting.items()))
+            if now - since < self.slow_start_s:
+                return
+            del self.starting[address]
+
+    def share_of(self, since: float, now: float) -> float:
+        """Return the share (0 to 1) of its usual connections for an endpoint whose slow start began at *since*."""
+        return min(1.0, max(SLOW_START_SHARE, (now - since) / self.slow_start_s)) if self.slow_start_s else 1.0
 
     # ---- failures of one client
 

@@ -1,13 +1,9 @@
-"""Choose the endpoint for the next connection: round robin, client-IP affinity, outlier ejection.
+"""Choose the endpoint for the next connection: affinity, trials of ejected endpoints, then a balancing algorithm.
 
 Pure: no socket and no clock of its own. The API tells which endpoints are ready. `report_failure` and
 `report_success` bring in the results of our dials; failures eject an endpoint for a while.
 
-The rotation is exact: n picks over n endpoints give each endpoint one, in order. An endpoint that is added or removed
-does not change the order of the others. Each family has its own rotation, and a client gets endpoints of its family.
-
-Sets of endpoints are integers with one bit for each endpoint. A choice among thousands of endpoints, with thousands
-ejected, is therefore a few operations on a thousand bytes.
+Each family has its own endpoints and its own balancer, and a client gets endpoints of its family.
 """
 
 from __future__ import annotations
@@ -16,14 +12,11 @@ import heapq
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
+from userspace_proxy.dataplane.balancing import ALGORITHMS, Balancer, Candidates, Member
 from userspace_proxy.dataplane.memory import TRIAL_S, Memory, Pin
 from userspace_proxy.interfaces import EndpointCounters
 from userspace_proxy.model.endpoint import Address, Endpoint
-
-# From the third endpoint on, a connection's next attempt skips this part of the rotation, because adjacent endpoints
-# may fail together.
-_LEAP = 0.382
-_ADJACENT_MAX = 2
+from userspace_proxy.model.service import Balance, Weights
 
 
 class Pick(NamedTuple):
@@ -34,58 +27,66 @@ class Pick(NamedTuple):
     counters: EndpointCounters
 
 
-class _Rotation:
-    """The endpoints of one family, and the position in their round robin."""
+class _Family:
+    """The endpoints of one IP family that take new connections, by index, and the balancer that chooses among them."""
 
-    __slots__ = ("_due", "_index", "_memory", "_next", "_open", "_turns", "endpoints")
+    __slots__ = ("_balancer", "_due", "_index", "_memory", "_open", "_picks", "_slow_starts")
 
     def __init__(self, memory: Memory) -> None:
-        self.endpoints: list[Endpoint] = []
-        self._turns: list[Pick] = []  # for each endpoint; made once, not for every connection
-        self._next = 0
         self._memory = memory
-        # Made on first use: the index of each address, the bits of endpoints not ejected, and a heap of the times at
-        # which ejected ones are due for a trial.
+        self._balancer = ALGORITHMS[Balance.ROUND_ROBIN]()
+        self._picks: list[Pick] = []  # for each endpoint; made once, not for every connection
+        # Made on first use: the index of each address, the bits of endpoints not ejected, a heap of the times at which
+        # ejected ones are due for a trial, and the bits of endpoints in slow start by the time of its beginning.
         self._index: dict[Address, int] | None = None
         self._open = 0
         self._due: list[tuple[float, Address]] = []
+        self._slow_starts: dict[float, int] = {}
 
-    def replace(self, wanted: dict[Address, Endpoint]) -> None:
+    def set_balancer(self, balancer: Balancer) -> None:
+        """Choose by *balancer* after the next `replace`."""
+        self._balancer = balancer
+
+    def replace(self, wanted: Mapping[Address, Endpoint], weights: Mapping[str, int]) -> None:
+        """Replace the endpoints. Those that stay keep their order; new ones come last.
+
+        An endpoint with weight 0 takes no new connections, unless every weight is 0.
+        """
         counters = {address: self._memory.counters_of(address) for address in wanted}
-        kept: list[Endpoint] = []
-        turn = 0
-        for index, endpoint in enumerate(self.endpoints):
-            if (stays := wanted.pop(endpoint.address, None)) is not None:
-                kept.append(stays)
-                if index < self._next:
-                    turn += 1
-        self.endpoints = kept + list(wanted.values())
-        self._turns = [Pick(e, "round robin", counters[e.address]) for e in self.endpoints]
-        self._next = turn if turn < len(self.endpoints) else 0
+        taking = {address: endpoint for address, endpoint in wanted.items() if weights.get(endpoint.ip, 1)}
+        if not taking:
+            taking, weights = dict(wanted), {}
+        kept = [endpoint for pick in self._picks if (endpoint := taking.pop(pick.endpoint.address, None)) is not None]
+        endpoints = kept + list(taking.values())
+        self._picks = [Pick(e, self._balancer.why, counters[e.address]) for e in endpoints]
+        self._balancer.replace([Member(e.address, weights.get(e.ip, 1), counters[e.address]) for e in endpoints])
         self._index = None
 
     def index(self) -> dict[Address, int]:
         """Return the index of each address."""
         index = self._index
         if index is None:
-            index = self._index = {endpoint.address: at for at, endpoint in enumerate(self.endpoints)}
+            index = self._index = {pick.endpoint.address: at for at, pick in enumerate(self._picks)}
             self._open = (1 << len(index)) - 1
             self._due = []
-            for address in self._memory.ejected:
+            self._slow_starts = {}
+            for address in (*self._memory.ejected, *self._memory.starting):
                 self.on_ejection(address)
         return index
 
     def on_ejection(self, address: Address) -> None:
-        """Update the bits for *address*, whose ejection has begun, changed or ended."""
+        """Note that the ejection of *address* has begun, changed or ended, which may begin its slow start."""
         at = None if self._index is None else self._index.get(address)
         if at is None:
             return
         ejection = self._memory.ejected.get(address)
-        if ejection is None:
-            self._open |= 1 << at
-        else:
+        if ejection is not None:
             self._open &= ~(1 << at)
             heapq.heappush(self._due, (ejection.until, address))
+            return
+        self._open |= 1 << at
+        if (since := self._memory.starting.get(address)) is not None:
+            self._slow_starts[since] = self._slow_starts.get(since, 0) | 1 << at
 
     def has_another(self, address: Address) -> bool:
         """Return whether another endpoint than *address* is not ejected."""
@@ -93,15 +94,11 @@ class _Rotation:
         return bool(self._open if at is None else self._open & ~(1 << at))
 
     def take(self, client_ip: str, tried: Collection[Address], *, doubtful: bool = True) -> Pick | None:
-        """Return the next endpoint in the rotation and advance it."""
-        memory, count = self._memory, len(self._turns)
-        if not memory.ejected and not tried and not memory.refused:
-            if not count:
-                return None
-            index = self._next
-            self._next = index + 1 if index + 1 < count else 0
-            return self._turns[index]
-        if not count:
+        """Return the endpoint for a new connection of *client_ip*, as `Picker.pick` does without affinity."""
+        memory = self._memory
+        if not memory.ejected and not tried and not memory.refused and not memory.starting:
+            return self._picks[self._balancer.pick(client_ip)] if self._picks else None
+        if not self._picks:
             return None
         now = memory.now()
         refused = memory.refused.get(client_ip)
@@ -109,21 +106,27 @@ class _Rotation:
         if not tried and memory.ejected:
             trial = self._trial(now, refused or ())
             if trial is not None:
-                return self._choose(index_of[trial], "trial")
-        untried = self._without((1 << count) - 1, tried)
+                its_turn = self._balancer.pick_among(client_ip, Candidates(1 << index_of[trial]))
+                return self._picks[its_turn]._replace(why="trial")
+        untried = self._without((1 << len(self._picks)) - 1, tried)
         candidates = untried & self._open
         if refused:
             candidates = self._without(candidates, [a for a, ejection in refused.items() if now < ejection.until])
-        if candidates:
-            leap = 0 if len(tried) < _ADJACENT_MAX else int(count * _LEAP)
-            index = _following(candidates, (self._next + leap) % count)
-            return self._choose(index, "failover" if tried else "round robin")
-        return self._choose(_following(untried, self._next), "last resort") if untried and doubtful else None
+        if not candidates and not (untried and doubtful):
+            return None
+        slow_starts = self._shares(now) if memory.starting else ()
+        chosen = Candidates(candidates or untried, slow_starts, len(tried) if candidates else 0)
+        pick = self._picks[self._balancer.pick_among(client_ip, chosen)]
+        if candidates and not tried:
+            return pick
+        return pick._replace(why="failover" if candidates else "last resort")
 
-    def _choose(self, index: int, why: str) -> Pick:
-        self._next = (index + 1) % len(self._turns)
-        turn = self._turns[index]
-        return turn if why == turn.why else Pick(turn.endpoint, why, turn.counters)
+    def _shares(self, now: float) -> list[tuple[float, int]]:
+        """Return the current share of the endpoints in slow start. Forget those that have their whole share."""
+        self._memory.end_slow_starts(now)
+        shares = {since: self._memory.share_of(since, now) for since in self._slow_starts}
+        self._slow_starts = {since: bits for since, bits in self._slow_starts.items() if shares[since] < 1}
+        return [(shares[since], bits) for since, bits in self._slow_starts.items()]
 
     def _without(self, endpoints: int, addresses: Collection[Address]) -> int:
         index_of = self.index()
@@ -151,21 +154,14 @@ class _Rotation:
         return None
 
 
-def _following(endpoints: int, at: int) -> int:
-    """Return the index of the first set bit of *endpoints* from *at* on, wrapping around. *endpoints* is not 0."""
-    later = endpoints >> at
-    if later:
-        return at + (later & -later).bit_length() - 1
-    return (endpoints & -endpoints).bit_length() - 1
-
-
 class Picker:
     """Chooses among the endpoints of one listener. *memory* holds the service port's pins and ejections."""
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
         self._endpoints: dict[Address, Endpoint] = {}
-        self._rotations = _Rotation(memory), _Rotation(memory)  # IPv4, IPv6
+        self._families = _Family(memory), _Family(memory)  # IPv4, IPv6
+        self._balancing: tuple[Balance, Weights] = Balance.ROUND_ROBIN, ()
         memory.share(self, self._endpoints)
 
     # ---- endpoints from the API
@@ -175,11 +171,26 @@ class Picker:
         return self._endpoints
 
     def set_endpoints(self, usable: Sequence[Endpoint]) -> None:
-        """Replace the endpoints. Endpoints that stay keep their place in the rotation; new ones join at its end."""
+        """Replace the endpoints. Those that stay keep their order; new ones come last."""
         self._endpoints = {endpoint.address: endpoint for endpoint in usable}
-        for is_ipv6, rotation in enumerate(self._rotations):
-            rotation.replace({a: endpoint for a, endpoint in self._endpoints.items() if (":" in a[0]) == is_ipv6})
         self._memory.share(self, self._endpoints)
+        self._replace()
+
+    def balance(self, balance: Balance | None, weights: Weights) -> None:
+        """Choose by another algorithm, or by other weights, from the next connection on. Pins stay."""
+        wanted = balance or Balance.ROUND_ROBIN, weights
+        if wanted == self._balancing:
+            return
+        if wanted[0] is not self._balancing[0]:
+            for family in self._families:
+                family.set_balancer(ALGORITHMS[wanted[0]]())
+        self._balancing = wanted
+        self._replace()
+
+    def _replace(self) -> None:
+        weights = dict(self._balancing[1])
+        for is_ipv6, family in enumerate(self._families):
+            family.replace({a: e for a, e in self._endpoints.items() if (":" in a[0]) == is_ipv6}, weights)
 
     # ---- choosing
 
@@ -192,7 +203,7 @@ class Picker:
         memory = self._memory
         timeout_s = memory.affinity_timeout_s
         if timeout_s is None:
-            return self._rotations[":" in client_ip].take(client_ip, tried)
+            return self._families[":" in client_ip].take(client_ip, tried)
         now = memory.now()
         pin = memory.take_pin(client_ip)
         if pin is not None and pin.expires_at > now and pin.address not in tried:
@@ -200,7 +211,7 @@ class Picker:
             if pinned is not None and not self._is_refused(client_ip, pin.address) and memory.is_open(pin.address, now):
                 memory.pin(client_ip, Pin(pin.address, now + timeout_s))
                 return Pick(pinned, "affinity", memory.counters_of(pin.address))
-        choice = self._rotations[":" in client_ip].take(client_ip, tried)
+        choice = self._families[":" in client_ip].take(client_ip, tried)
         if choice is not None:
             self.pin(client_ip, choice.endpoint)
         return choice
@@ -210,7 +221,7 @@ class Picker:
 
         *doubtful*: choose an ejected endpoint if no other is left.
         """
-        return self._rotations[":" in client_ip].take(client_ip, tried, doubtful=doubtful)
+        return self._families[":" in client_ip].take(client_ip, tried, doubtful=doubtful)
 
     def pin(self, client_ip: str, endpoint: Endpoint) -> None:
         """Pin *client_ip* to *endpoint*, if the service port has affinity."""
@@ -228,7 +239,7 @@ class Picker:
     # ---- results of dials
 
     def on_ejection(self, address: Address) -> None:
-        self._rotations[":" in address[0]].on_ejection(address)
+        self._families[":" in address[0]].on_ejection(address)
 
     def report_failure(self, endpoint: Endpoint, as_client: str = "") -> bool:
         """Count a failed dial to *endpoint*. Return whether this ejects it.
@@ -242,7 +253,7 @@ class Picker:
         memory = self._memory
         if as_client:
             return memory.refuse(as_client, address)
-        if address not in memory.ejected and not self._rotations[":" in endpoint.ip].has_another(address):
+        if address not in memory.ejected and not self._families[":" in endpoint.ip].has_another(address):
             return False  # never eject the last one: no other is left to choose
         return memory.eject(address)
 

@@ -18,6 +18,7 @@ from userspace_proxy.dataplane.context import PlaneContext, Record, Shared
 from userspace_proxy.dataplane.datagrams import DatagramPoller
 from userspace_proxy.dataplane.groups import open_group
 from userspace_proxy.dataplane.memory import Memory, PickerMemory
+from userspace_proxy.dataplane.picker import Picker
 from userspace_proxy.dataplane.pipes import PipePool
 from userspace_proxy.dataplane.poller import Poller
 from userspace_proxy.dataplane.sockets import refusal, reserve_refusing_port
@@ -29,6 +30,7 @@ from userspace_proxy.dataplane.udp import UdpListener
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import Backends, ListenerSpec, PlaneStats, ServiceStats, Splicer
 from userspace_proxy.model.names import L4Protocol, ListenerName, Scope, ServicePortName
+from userspace_proxy.model.service import ServicePort
 
 if TYPE_CHECKING:
     from userspace_proxy.dataplane import wire
@@ -118,7 +120,7 @@ class LocalPlane:
         known = self._listeners.get(spec.name)
         if known is not None:
             known.configure(spec)
-            self._shared[spec.name.service_port].memory.set_affinity(spec.service_port.affinity_timeout_s)
+            _configure_picker(known.picker, self._shared[spec.name.service_port].memory, spec.service_port)
         return known is not None
 
     def serve(
@@ -136,21 +138,22 @@ class LocalPlane:
         """
         name = spec.name
         shared = self._shared.get(name.service_port) or Shared(Memory(self._context.now))
-        shared.memory.set_affinity(spec.service_port.affinity_timeout_s)
         try:
             if not leaves_room(sock.fileno()):
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))  # noqa: TRY301 - as if it had not come
+            listener: TcpListener | UdpListener
             if name.protocol is L4Protocol.UDP:
-                listener = UdpListener(spec, sock, self._context, shared)
+                listener = self._udp[name] = UdpListener(spec, sock, self._context, shared)
                 if not waits:
                     self._datagrams.serve(listener)
-                self._udp[name] = self._listeners[name] = listener
             else:
-                self._listeners[name] = TcpListener(spec, sock, self._context, shared)
+                listener = TcpListener(spec, sock, self._context, shared)
         except OSError:
             sock.close()
             raise
+        self._listeners[name] = listener
         self._shared[name.service_port] = shared
+        _configure_picker(listener.picker, shared.memory, spec.service_port)
         if backends is not None:
             self._give(name, backends)
         if memory is not None:
@@ -235,6 +238,8 @@ class LocalPlane:
             counters, memory = shared.counters, shared.memory
             counters.pins, counters.endpoints = len(memory.pins), len(memory.addresses())
             counters.ejected = len(memory.ejected)
+            memory.end_slow_starts(self._context.now())
+            counters.starting = len(memory.starting)
             part.append(ServiceStats(name, counters, memory.counters() if endpoints else []))
             steps += 1 + len(part[-1].endpoints)
             if steps >= _SERVICE_PORTS_A_STEP:
@@ -319,3 +324,9 @@ class LocalPlane:
                 self._datagrams.expire(now)
             except Exception:
                 log.exception("a bug: a sweep for silent connections and idle flows failed")
+
+
+def _configure_picker(picker: Picker, memory: Memory, service_port: ServicePort) -> None:
+    memory.set_affinity(service_port.affinity_timeout_s)
+    memory.set_slow_start(service_port.slow_start_s)
+    picker.balance(service_port.balance, service_port.weights)

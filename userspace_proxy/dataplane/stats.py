@@ -10,8 +10,8 @@ from userspace_proxy.interfaces import Counters, EndpointCounters, PlaneStats, S
 from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.names import ServicePortName
 
-# Equal in every worker, so the maximum is taken; all other counters are added up.
-_ALIKE = {"endpoints", "ejected"}
+# About the same in every worker, so the maximum is taken; all other counters are added up.
+_ALIKE = {"endpoints", "ejected", "starting"}
 
 Counted = TypeVar("Counted", Counters, EndpointCounters, PlaneStats)
 

@@ -23,7 +23,7 @@ from userspace_proxy.dataplane.transparent import Transparent
 from userspace_proxy.interfaces import AccessRecord, Backends, EndpointCounters, ListenerSpec
 from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.names import ListenerName
-from userspace_proxy.model.service import portals
+from userspace_proxy.model.service import Balance, portals
 
 # Errors that drop the datagram but do not count against the endpoint: no buffer space now, or longer than the
 # path MTU (shorter datagrams pass).
@@ -71,8 +71,8 @@ class UdpListener:
     def configure(self, spec: ListenerSpec) -> None:
         self._spec = spec
         self._header_of = header_of(spec.service_port.source_ip, spec.name.protocol)
-        affinity = spec.service_port.affinity_timeout_s is not None
-        self._knows_clients = affinity or spec.transparent or self._header_of is not None
+        by_client = spec.service_port.affinity_timeout_s is not None or spec.service_port.balance is Balance.SOURCE_HASH
+        self._knows_clients = by_client or spec.transparent or self._header_of is not None
 
     def update(self, backends: Backends) -> None:
         """Apply new endpoints. Flows end if their endpoint no longer serves; their next datagram begins a new flow."""

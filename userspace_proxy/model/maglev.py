@@ -47,5 +47,5 @@ def slot_table(endpoints: Sequence[Address], slots: int, weights: Mapping[str, i
 @functools.lru_cache(100_000)
 def _order(endpoint: Address, slots: int) -> tuple[int, int]:
     """Return the first slot that *endpoint* takes, and the step to the next one: odd, so that it reaches all slots."""
-    first, step = struct.unpack("=II", hashlib.blake2b(repr(endpoint).encode(), digest_size=8).digest())
+    first, step = struct.unpack("<II", hashlib.blake2b(repr(endpoint).encode(), digest_size=8).digest())
     return first % slots, step % slots | 1

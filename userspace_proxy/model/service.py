@@ -50,6 +50,15 @@ class SourceIP(StrEnum):
     TRANSPARENT = "transparent"
 
 
+class Balance(StrEnum):
+    """The algorithm that chooses an endpoint for a new connection or flow."""
+
+    ROUND_ROBIN = "round-robin"
+    LEAST_CONNECTIONS = "least-connections"
+    RANDOM = "random"
+    SOURCE_HASH = "source-hash"
+
+
 # Schedulers that a kernel may offer (net/netfilter/ipvs), newest last.
 IPVS_SCHEDULERS = ("rr", "wrr", "lc", "wlc", "lblc", "lblcr", "dh", "sh", "sed", "nq", "fo", "ovf", "mh", "twos")
 
@@ -66,8 +75,9 @@ class ServicePort:
     are 0 if unset. ``load_balancer_ips``: those that this node answers for (ipMode VIP). ``source_ranges``: the CIDRs
     that may dial these; empty allows all. ``internal_local``, ``external_local``: traffic policy Local, for clients of
     a cluster IP and for clients of the other portals.
-    ``ipvs_scheduler``: "" for the node's default. ``weights``: of endpoints with a weight other than 1. Both apply in
-    some kernel modes only.
+    ``ipvs_scheduler``: "" for the node's default. ``weights``: of endpoints with a weight other than 1. ``balance``:
+    None if the Service states none; each mode has its default. ``slow_start_s``: how long the share of an endpoint
+    that is new or has recovered grows; 0 for no slow start. Each applies in some modes only.
     """
 
     name: ServicePortName
@@ -84,6 +94,8 @@ class ServicePort:
     source_ip: SourceIP = SourceIP.NODE
     ipvs_scheduler: str = ""
     weights: Weights = ()
+    balance: Balance | None = None
+    slow_start_s: float = 0.0
 
     @property
     def families(self) -> tuple[Family, ...]:

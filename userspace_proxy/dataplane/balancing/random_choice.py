@@ -1,0 +1,39 @@
+"""Random: each endpoint with a probability in proportion to its weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from random import choices
+
+from userspace_proxy.dataplane.balancing.balancer import Candidates, Member, indexes
+
+# Draws among all endpoints, before the candidates are listed for a draw.
+_DRAWS = 8
+
+
+class RandomChoice:
+    """Has no state: several workers, and several nodes, balance as one does."""
+
+    why = "random"
+
+    def __init__(self) -> None:
+        self._weights: list[int] = []
+        self._cumulative: list[int] = []
+        self._all = range(0)
+
+    def replace(self, members: Sequence[Member]) -> None:
+        self._weights = [member.weight for member in members]
+        self._cumulative = list(accumulate(self._weights))
+        self._all = range(len(members))
+
+    def pick(self, client_ip: str) -> int:
+        return choices(self._all, cum_weights=self._cumulative)[0]  # noqa: S311 - no secret
+
+    def pick_among(self, client_ip: str, candidates: Candidates) -> int:
+        bits = candidates.admitted()
+        for _ in range(_DRAWS):
+            if bits >> (index := self.pick(client_ip)) & 1:
+                return index
+        left = list(indexes(bits))
+        return choices(left, [self._weights[index] for index in left])[0]  # noqa: S311 - no secret
