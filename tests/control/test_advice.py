@@ -31,7 +31,7 @@ UNSERVED = """\
 ---
 apiVersion: v1
 kind: Service
-metadata: {name: a, annotations: {userspace-proxy/weights: '10.244.0.2=3'}}
+metadata: {name: a, annotations: {userspace-proxy/ipvs-scheduler: lc}}
 spec: {type: LoadBalancer, selector: {app: web}, ports: [{port: 80}]}
 ---
 apiVersion: v1
@@ -108,9 +108,10 @@ async def test_what_is_not_served_waits_or_has_no_effect_is_one_line_each(
     async with advised(file) as advisor:
         await until(lambda: len(said(caplog)) >= 4)
 
+        annotation = "metadata.annotations.userspace-proxy/ipvs-scheduler"
         assert {line.partition(": ")[2].partition(";")[0] for line in said(caplog)} == {
             "Service default/a: spec.type: it waits for a load balancer's address",
-            "Service default/a: metadata.annotations.userspace-proxy/weights: it has no effect in userspace mode",
+            f"Service default/a: {annotation}: it has no effect in userspace mode",
             "Service default/b: spec.type: an ExternalName Service is left to DNS",
             "Service default/c: spec.clusterIP: a headless Service is left to DNS",
         }

@@ -12,7 +12,7 @@ from userspace_proxy.control import decode
 from userspace_proxy.errors import ConfigError
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import L4Protocol, ServicePortName
-from userspace_proxy.model.service import ServicePort, SourceIP
+from userspace_proxy.model.service import Balance, ServicePort, SourceIP
 from userspace_proxy.model.topology import Node
 
 TCP_PORT = ("", "TCP")
@@ -564,6 +564,21 @@ def test_annotations_of_kernel_modes_are_read_or_refused_by_name() -> None:
         assert read(scheduler, written) == (
             *("", ()),
             ["metadata.annotations.userspace-proxy/ipvs-scheduler", "metadata.annotations.userspace-proxy/weights"],
+        )
+
+
+def test_balancing_is_read_or_refused_by_name() -> None:
+    def read(balance: str, slow_start: str) -> tuple[Balance | None, float, list[str]]:
+        stated = {"userspace-proxy/balance": balance, "userspace-proxy/slow-start": slow_start}
+        found, problems = port_of(annotations=stated)
+        return found.balance, found.slow_start_s, problems
+
+    for word in Balance:
+        assert read(word, "1m30s") == (word, 90.0, [])
+    for balance, slow_start in (("leastconn", "30"), ("", ""), ("Random", "-1s")):
+        assert read(balance, slow_start) == (
+            *(None, 0.0),
+            ["metadata.annotations.userspace-proxy/balance", "metadata.annotations.userspace-proxy/slow-start"],
         )
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tools.flags import page as flags_page
 from userspace_proxy.control.decode.annotations import ANNOTATIONS
-from userspace_proxy.model.service import IPVS_SCHEDULERS, WEIGHT_MAX, SourceIP
+from userspace_proxy.model.service import IPVS_SCHEDULERS, WEIGHT_MAX, Balance, SourceIP
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "docs" / "reference"
@@ -72,7 +72,7 @@ def test_the_page_of_annotations_has_each_of_ours_and_its_values() -> None:
     page = prose(REFERENCE / "annotations.md")
 
     assert set(re.findall(r"^## `(.*)`$", page, re.MULTILINE)) == set(ANNOTATIONS)
-    for value in (*SourceIP, *IPVS_SCHEDULERS):
+    for value in (*SourceIP, *Balance, *IPVS_SCHEDULERS):
         assert f"`{value}`" in page
     assert f"from 0 to {WEIGHT_MAX}" in page
 

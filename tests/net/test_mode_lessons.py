@@ -1,4 +1,4 @@
-"""The lessons about modes, played as they are written: what becomes of clients when a backend dies is what they say."""
+"""Lessons, played as they are written: what becomes of clients is what they say."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OF_NO_PRIVILEGES = ("--user", "--map-root-user")
 ROOT = ()
 
 
-def play(lesson: str, who: tuple[str, ...]) -> list[Counter[str]]:
+def play(lesson: str, who: tuple[str, ...], rows_of_dials: int = 6) -> list[Counter[str]]:
     """Return how often each answer came to each of the lesson's rows of dials."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     command = ["unshare", *who, "--pid", "--fork", "--kill-child", str(EXAMPLES / "play.sh"), lesson]
@@ -32,7 +32,7 @@ def play(lesson: str, who: tuple[str, ...]) -> list[Counter[str]]:
             rows.append(Counter())
         elif found := re.fullmatch(r" +(\d+) (10\.244\.0\.\d:8080|failed)", line):
             rows[-1][found[2]] += int(found[1])
-    assert len(rows) == 6, done.stdout
+    assert len(rows) == rows_of_dials, done.stdout
     return rows
 
 
@@ -70,3 +70,11 @@ def test_in_a_kernel_mode_clients_fail_until_the_rules_are_told_that_a_backend_d
     assert cart_then == {"failed": 6}
     assert set(web_told) == PODS - {victim}
     assert len(set(cart_told) & (PODS - {victim})) == len(cart_told) == 1
+
+
+def test_balancing_is_as_its_lesson_says() -> None:
+    turns, fewest, *hashed = play("balance", OF_NO_PRIVILEGES, rows_of_dials=4)
+
+    assert turns == {f"{ONE}:8080": 5, f"{TWO}:8080": 3, f"{THREE}:8080": 1}
+    assert fewest == {f"{TWO}:8080": 3, f"{THREE}:8080": 3}
+    assert all(list(of_client.values()) == [6] for of_client in hashed)

@@ -91,7 +91,8 @@ class Mode:
     lacks something. ``removals`` remove everything that the mode leaves on a host, whichever process put it there.
     ``languages``: the rule languages that it is rendered in, the usual one first. ``render``
     returns the rules with the reason of each line. ``firewall_passages``: where a foreign firewall can drop the
-    traffic of Services. ``annotations``: those of Services that this mode honours, without their prefix.
+    traffic of Services. ``annotations``: those of Services that this mode honours, without their prefix;
+    ``name: value`` for one value.
     ``node_port_addresses``: where node ports are served unless a setting says so. Which settings apply in a mode is in
     their table (`config/settings.py`).
     """

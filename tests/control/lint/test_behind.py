@@ -177,6 +177,28 @@ def test_an_annotation_without_an_effect_in_the_mode_is_a_note() -> None:
     assert (found.severity, found.problem) == ("note", "it has no effect in iptables mode")
 
 
+@pytest.mark.parametrize(
+    ("annotation", "modes"),
+    [
+        ("balance: round-robin", {"userspace", "ipvs"}),
+        ("balance: least-connections", {"userspace", "ipvs"}),
+        ("balance: source-hash", {"userspace", "ipvs"}),
+        ("balance: random", {"userspace", "iptables", "nftables", "ipvs"}),
+        ("slow-start: 30s", {"userspace"}),
+    ],
+)
+def test_balancing_that_a_mode_does_not_honour_is_a_note(annotation: str, modes: set[str]) -> None:
+    text = SERVICE.replace("{name: web}", f"{{name: web, annotations: {{userspace-proxy/{annotation}}}}}") + SLICE
+
+    silent = {
+        mode
+        for mode in ("userspace", "iptables", "nftables", "ipvs")
+        if findings(text, replace(OPTIONS, mode=mode)) == []
+    }
+
+    assert silent == modes
+
+
 def test_a_service_that_requires_two_families_and_has_one_is_a_note() -> None:
     (found,) = findings(SERVICE.replace("clusterIP: 10.96.0.9", "ipFamilyPolicy: RequireDualStack") + SLICE)
 

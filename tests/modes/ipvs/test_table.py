@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -25,7 +26,7 @@ from userspace_proxy.interfaces import NodeFacts, Translation
 from userspace_proxy.lab import Lab
 from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.names import ServicePortName
-from userspace_proxy.model.service import Portal, ServicePort
+from userspace_proxy.model.service import Balance, Portal, ServicePort
 from userspace_proxy.modes.ipvs.desired import Wanted
 from userspace_proxy.modes.ipvs.device import device_lines
 from userspace_proxy.modes.ipvs.genetlink import TICKS_A_SECOND, read, without_counts
@@ -130,6 +131,20 @@ def test_annotations_choose_the_scheduler_and_the_weights() -> None:
     assert virtual_servers(made, ())[WEB] == VirtualServer("wrr", None, {NEAR4.address: 3, FAR4.address: 1})
     assert virtual_servers(made, (), "lc", missing={"wrr"})[WEB].scheduler == "lc"
     assert virtual_servers(made, (), "lc", missing={"wrr", "lc"})[WEB].scheduler == "rr"
+
+
+@pytest.mark.parametrize(
+    ("balance", "scheduler"), list(zip(Balance, ("wrr", "wlc", "twos", "mh"), strict=True)), ids=list(Balance)
+)
+def test_a_balancing_algorithm_is_a_scheduler_unless_another_one_is_annotated(balance: Balance, scheduler: str) -> None:
+    service_port = ServicePort(name("ns/a"), 80, ("10.96.0.1",), balance=balance)
+
+    def chosen(service_port: ServicePort, missing: Collection[str] = ()) -> str:
+        return virtual_servers(translation(service_port, NEAR4), (), "lc", missing)[WEB].scheduler
+
+    assert chosen(service_port) == scheduler
+    assert chosen(service_port, {scheduler}) == "lc"
+    assert chosen(replace(service_port, ipvs_scheduler="sed")) == "sed"
 
 
 def test_endpoints_that_all_have_the_weight_0_have_all_the_same() -> None:

@@ -16,7 +16,9 @@ from userspace_proxy.control.decode.addresses import (
 from userspace_proxy.control.decode.annotations import (
     ANNOTATION_PREFIX,
     ANNOTATIONS,
+    BALANCE,
     IPVS_SCHEDULER,
+    SLOW_START,
     SOURCE_IP,
     WEIGHTS,
 )

@@ -1,4 +1,4 @@
-"""This proxy's annotations on a Service: source IP, IPVS scheduler and endpoint weights. Pure."""
+"""This proxy's annotations on a Service: source IP, balancing and IPVS scheduler. Pure."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from typing import TypeVar
 from userspace_proxy import api
 from userspace_proxy.control.decode.addresses import canonical_ip
 from userspace_proxy.errors import ConfigError
-from userspace_proxy.model.service import IPVS_SCHEDULERS, WEIGHT_MAX, SourceIP, Weights
+from userspace_proxy.model.duration import duration
+from userspace_proxy.model.service import IPVS_SCHEDULERS, WEIGHT_MAX, Balance, SourceIP, Weights
 
 ANNOTATION_PREFIX = "userspace-proxy/"
 SOURCE_IP = f"{ANNOTATION_PREFIX}source-ip"
 IPVS_SCHEDULER = f"{ANNOTATION_PREFIX}ipvs-scheduler"
 WEIGHTS = f"{ANNOTATION_PREFIX}weights"
-ANNOTATIONS = (SOURCE_IP, IPVS_SCHEDULER, WEIGHTS)
+BALANCE = f"{ANNOTATION_PREFIX}balance"
+SLOW_START = f"{ANNOTATION_PREFIX}slow-start"
+ANNOTATIONS = (SOURCE_IP, BALANCE, WEIGHTS, SLOW_START, IPVS_SCHEDULER)
 SOURCE_IP_FIELD = api.below("metadata.annotations", SOURCE_IP)
 
 _WEIGHT = re.compile(r"\s*(?P<ip>[^=\s]+)\s*=\s*(?P<weight>\d{1,3})\s*")
@@ -27,6 +30,18 @@ def stated_source_ip(service: api.Service) -> tuple[SourceIP | None, list[Config
     """Return the source IP setting that *service* states, or None if it states none or an invalid one."""
     mend = f"write one of {', '.join(SourceIP)}; until then the node's default applies"
     return _stated(service, SOURCE_IP, SourceIP, "says no source IP", mend)
+
+
+def stated_balance(service: api.Service) -> tuple[Balance | None, list[ConfigError]]:
+    """Return the balancing algorithm that *service* states, or None if it states none or an unknown one."""
+    mend = f"write one of {', '.join(Balance)}; until then the mode's default applies"
+    return _stated(service, BALANCE, Balance, "is no balancing algorithm", mend)
+
+
+def stated_slow_start(service: api.Service) -> tuple[float | None, list[ConfigError]]:
+    """Return the seconds of slow start that *service* states, or None if it states none or no duration."""
+    mend = "write a duration such as 30s; until then new endpoints get their whole share at once"
+    return _stated(service, SLOW_START, duration, "is no duration", mend)
 
 
 def stated_scheduler(service: api.Service) -> tuple[str | None, list[ConfigError]]:

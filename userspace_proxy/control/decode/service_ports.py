@@ -10,7 +10,9 @@ from userspace_proxy import api
 from userspace_proxy.control.decode.addresses import canonical_cidr, canonical_ip, mapped_cidr, virtual_ip_errors
 from userspace_proxy.control.decode.annotations import (
     SOURCE_IP_FIELD,
+    stated_balance,
     stated_scheduler,
+    stated_slow_start,
     stated_source_ip,
     stated_weights,
 )
@@ -61,7 +63,12 @@ def service_ports(
     annotated, annotation_problems = stated_source_ip(service)
     scheduler, scheduler_problems = stated_scheduler(service)
     weights, weights_problems = stated_weights(service)
-    problems += [*annotation_problems, *scheduler_problems, *weights_problems]
+    balance, balance_problems = stated_balance(service)
+    slow_start_s, slow_start_problems = stated_slow_start(service)
+    problems += [
+        *(*annotation_problems, *scheduler_problems, *weights_problems),
+        *(*balance_problems, *slow_start_problems),
+    ]
     if annotated is SourceIP.TRANSPARENT and transparent_obstacle:
         problems.append(_not_here(transparent_obstacle))
         annotated = None
@@ -102,6 +109,8 @@ def service_ports(
             source_ip=wanted,
             ipvs_scheduler=scheduler or "",
             weights=weights or (),
+            balance=balance,
+            slow_start_s=slow_start_s or 0.0,
         )
     return found, problems
 

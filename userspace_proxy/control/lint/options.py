@@ -14,7 +14,7 @@ class LintOptions:
     """The options of `run` that decide what is wrong.
 
     ``mode`` and ``node`` are "" if they are not known. ``names_unserved``: note which Services no proxy serves.
-    ``annotation_modes``: annotation of this proxy -> the modes that honour it.
+    ``annotation_modes``: annotation of this proxy, or ``annotation: value`` -> the modes that honour it.
     """
 
     cluster_ips: Sequence[Network]

@@ -88,8 +88,8 @@ def _own_errors(manifest: Manifest, options: LintOptions) -> Iterator[ConfigErro
     match manifest.object:
         case api.Service() as service:
             yield from _service_errors(service)
-            for key in service.metadata.annotations or ():
-                yield from _annotation_errors(key, options)
+            for key, value in (service.metadata.annotations or {}).items():
+                yield from _annotation_errors(key, value, options)
         case api.EndpointSlice() as piece:
             yield from _slice_errors(piece, options.cluster_ips)
         case api.Endpoints() as endpoints:
@@ -118,10 +118,10 @@ def _service_errors(service: api.Service) -> Iterator[ConfigError]:
             yield ConfigError(said, field=f"spec.ports[{index}].targetPort", mend=f"{mend}: {port.target_port}")
 
 
-def _annotation_errors(key: str, options: LintOptions) -> Iterator[ConfigError]:
+def _annotation_errors(key: str, value: str, options: LintOptions) -> Iterator[ConfigError]:
     """Yield that the annotation *key* has no effect in the mode, or that there is none of this name."""
     field = api.below("metadata.annotations", key)
-    modes = options.annotation_modes.get(key, ())
+    modes = (*options.annotation_modes.get(key, ()), *options.annotation_modes.get(f"{key}: {value}", ()))
     if modes and options.mode and options.mode not in modes:
         mend = f"it is for --proxy-mode {' or '.join(modes)}"
         yield Note(f"it has no effect in {options.mode} mode", field=field, mend=mend)

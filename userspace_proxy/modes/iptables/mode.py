@@ -43,4 +43,5 @@ MODE = kernel_mode(
     make_tables,
     _rules,
     language="iptables",
+    annotations=("balance: random",),
 )

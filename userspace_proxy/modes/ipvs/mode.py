@@ -37,5 +37,5 @@ MODE = kernel_mode(
     _rules,
     language="ipvsadm",
     firewall_passages=(DIALLED, REPLIES),
-    annotations=("ipvs-scheduler", "weights"),
+    annotations=("balance", "ipvs-scheduler", "weights"),
 )

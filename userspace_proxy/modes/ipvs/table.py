@@ -17,7 +17,7 @@ from userspace_proxy.interfaces import NodeFacts, Translation
 from userspace_proxy.model.endpoint import Address, Endpoint, Family, family_of, join_address
 from userspace_proxy.model.names import L4Protocol, ListenerName, Scope
 from userspace_proxy.model.routes import Refusal
-from userspace_proxy.model.service import Portal
+from userspace_proxy.model.service import Balance, Portal
 from userspace_proxy.modes.rule_line import RuleLine
 from userspace_proxy.modes.slots.packet_number import ENDPOINT_SET, OURS
 from userspace_proxy.modes.slots.portal_table import IP, add_hairpins
@@ -28,6 +28,14 @@ from userspace_proxy.netfilter.sets import Elements, SetKind, class_id, packed_i
 # How ours are told from others' (ipvsadm shows flag-3): no scheduler of the kernel's gives it a meaning.
 OWN_FLAG = 0x20
 DEFAULT_SCHEDULER = "rr"
+# Those that heed weights. The kernel has no plain random: of two drawn at random, twos takes the one with fewer
+# connections.
+_SCHEDULER_OF = {
+    Balance.ROUND_ROBIN: "wrr",
+    Balance.LEAST_CONNECTIONS: "wlc",
+    Balance.RANDOM: "twos",
+    Balance.SOURCE_HASH: "mh",
+}
 
 
 class IpvsTable(SlotTable):
@@ -115,7 +123,8 @@ def virtual_servers(
     """
     service_port = translation.service_port
     given = dict(service_port.weights)
-    asked = (service_port.ipvs_scheduler, scheduler, DEFAULT_SCHEDULER)
+    of_balance = _SCHEDULER_OF[service_port.balance] if service_port.balance else ""
+    asked = (service_port.ipvs_scheduler, of_balance, scheduler, DEFAULT_SCHEDULER)
     chosen = next((each for each in asked if each and each not in missing), DEFAULT_SCHEDULER)
     found: VirtualServers = {}
     for portal, scope in _scopes(translation).items():

@@ -34,5 +34,5 @@ MODE = kernel_mode(
     _rules,
     language="nftables",
     node_port_addresses=("primary",),  # as kube-proxy does in this mode
-    annotations=("weights",),
+    annotations=("balance: random", "weights"),
 )

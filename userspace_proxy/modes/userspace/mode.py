@@ -63,5 +63,5 @@ MODE = Mode(
     languages=("nftables", "iptables"),
     render=_render,
     firewall_passages=(REDIRECTED,),
-    annotations=("source-ip",),
+    annotations=("source-ip", "balance", "weights", "slow-start"),
 )
