@@ -13,9 +13,9 @@ from itertools import islice
 from userspace_proxy import api
 from userspace_proxy.control import decode
 from userspace_proxy.control.allocations import ManifestAllocations
-from userspace_proxy.control.lint.behind import endpoints_of, orphan_error, refusals
 from userspace_proxy.control.lint.findings import Diagnostic, Finding, as_findings
 from userspace_proxy.control.lint.index import WORKLOADS, Index, is_piece, service_of, with_template
+from userspace_proxy.control.lint.no_endpoints import endpoints_of, orphan_error, refusals
 from userspace_proxy.control.lint.options import LintOptions
 from userspace_proxy.control.lint.single import object_errors
 from userspace_proxy.errors import ConfigError, Note
