@@ -9,7 +9,7 @@ from typing import Any
 from userspace_proxy import api
 from userspace_proxy.control.allocations import ManifestAllocations
 from userspace_proxy.control.decode import Allocation
-from userspace_proxy.control.memory import Memory
+from userspace_proxy.control.memory import SavedAllocations
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.errors import ConfigError
 from userspace_proxy.interfaces import EventType, ObjectEvent
@@ -162,7 +162,7 @@ class World:
     ) -> None:
         networks = [ipaddress.ip_network(text) for text in ranges or ("10.96.0.0/16",)]
         pool = [ipaddress.ip_network(text) for text in load_balancer_pool]
-        self.allocations = WatchedAllocations(networks, Memory(cluster_ips=remembered or {}), pool)
+        self.allocations = WatchedAllocations(networks, SavedAllocations(cluster_ips=remembered or {}), pool)
         self.tracker = Tracker(self.allocations, here=here)
         self.state = ProxyState()
 

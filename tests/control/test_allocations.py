@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from tests.control.given import World, gone, named, service
-from userspace_proxy.control.allocations import ManifestAllocations, StatedAllocations
+from userspace_proxy.control.allocations import Allocations, ManifestAllocations
 from userspace_proxy.control.decode import Allocation
 from userspace_proxy.control.hosts import Hosts
-from userspace_proxy.control.memory import Memory
+from userspace_proxy.control.memory import SavedAllocations
 from userspace_proxy.control.pools import NodePort
 from userspace_proxy.errors import ConfigError
 from userspace_proxy.model.names import L4Protocol
@@ -25,7 +25,7 @@ DUAL = {"ipFamilyPolicy": "RequireDualStack"}
 UDP = L4Protocol.UDP
 
 
-def allocations(memory: Memory | None = None) -> ManifestAllocations:
+def allocations(memory: SavedAllocations | None = None) -> ManifestAllocations:
     return ManifestAllocations(CLUSTER_IPS, memory, POOL)
 
 
@@ -410,7 +410,7 @@ def test_nobody_has_what_another_has_and_pools_forget_nothing(seed: int) -> None
         assert len(values) == len(set(values))
     for n in range(8):
         known.release(named(f"s{n}"))
-    assert known.memory() == Memory()
+    assert known.memory() == SavedAllocations()
     assert [pool._allocator.memory() for pool in known._claims._pools] == [{}] * 4
 
 
@@ -420,7 +420,7 @@ def test_nobody_has_what_another_has_and_pools_forget_nothing(seed: int) -> None
 def test_in_a_cluster_services_have_what_the_api_says_and_nothing_else() -> None:
     given = service(type="LoadBalancer", clusterIPs=["10.96.0.1", "fd00::1"], ipFamilies=["IPv4", "IPv6"])
 
-    assert StatedAllocations().assign(named("web"), given) == (Allocation(("10.96.0.1", "fd00::1")), [])
+    assert Allocations().assign(named("web"), given) == (Allocation(("10.96.0.1", "fd00::1")), [])
 
 
 # ---- through the tracker

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from tests.control.given import named, service
-from userspace_proxy.control.allocations import ManifestAllocations, StatedAllocations
+from userspace_proxy.control.allocations import Allocations, ManifestAllocations
 from userspace_proxy.control.hosts import Hosts
-from userspace_proxy.control.memory import Memory
+from userspace_proxy.control.memory import SavedAllocations
 from userspace_proxy.errors import ConfigError
 
 
 def cluster_ips(*ranges: str, remembered: Mapping[str, str] | None = None) -> ManifestAllocations:
     networks = [ipaddress.ip_network(text) for text in ranges or ("10.96.0.0/16",)]
-    return ManifestAllocations(networks, Memory(cluster_ips=remembered or {}))
+    return ManifestAllocations(networks, SavedAllocations(cluster_ips=remembered or {}))
 
 
 def assign(known: ManifestAllocations, name: str, **spec: Any) -> tuple[str, ...]:
@@ -198,7 +198,7 @@ def test_an_address_that_is_a_hosts_or_no_services_is_refused_from_files_and_rep
         ManifestAllocations(ranges, hosts=hosts).assign(named("web"), web)
     assert caught.value.field == "spec.clusterIP"
 
-    allocation, problems = StatedAllocations(ranges, hosts).assign(named("web"), web)
+    allocation, problems = Allocations(ranges, hosts).assign(named("web"), web)
     assert allocation.cluster_ips == (stated,)
     assert why in problems[0].reason
     assert "it is served" in problems[0].mend
@@ -206,7 +206,7 @@ def test_an_address_that_is_a_hosts_or_no_services_is_refused_from_files_and_rep
 
 def test_a_family_without_a_range_has_nothing_to_be_outside_of() -> None:
     assert assign(cluster_ips(), "web", clusterIP="fd00:96::1") == ("fd00:96::1",)
-    assert StatedAllocations().assign(named("web"), service(clusterIP="172.30.0.1"))[1] == []
+    assert Allocations().assign(named("web"), service(clusterIP="172.30.0.1"))[1] == []
 
 
 def test_an_address_that_somebody_has_is_refused_with_the_name_of_who() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.control.given import endpoint_slice, endpoints, gone, node, pod, put, service
-from userspace_proxy.control.allocations import Allocations, ManifestAllocations, StatedAllocations
+from userspace_proxy.control.allocations import Allocations, ManifestAllocations
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.interfaces import EventType, ObjectEvent
 from userspace_proxy.model.names import NamespacedName
@@ -155,7 +155,7 @@ def test_a_history_leaves_what_a_fresh_start_finds(history: History, chance: Any
     chance.shuffle(present)
 
     lived, fresh = (
-        after(batches, StatedAllocations() if in_cluster else ManifestAllocations(CLUSTER_IPS, None, POOL))
+        after(batches, Allocations() if in_cluster else ManifestAllocations(CLUSTER_IPS, None, POOL))
         for batches in (history, [present])
     )
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from userspace_proxy.control.memory import Memory, StateDir
+from userspace_proxy.control.memory import SavedAllocations, StateDir
 
-KNOWN = Memory(cluster_ips={"default/web/IPv4": "10.96.3.4"}, proxy_ports={"default/web:/TCP": 12_345})
+KNOWN = SavedAllocations(cluster_ips={"default/web/IPv4": "10.96.3.4"}, proxy_ports={"default/web:/TCP": 12_345})
 
 
 def test_what_was_saved_is_loaded_by_the_next_process(tmp_path: Path) -> None:
@@ -23,7 +23,7 @@ def test_what_was_saved_is_loaded_by_the_next_process(tmp_path: Path) -> None:
 def test_a_new_folder_remembers_nothing_and_complains_of_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert StateDir(tmp_path / "a" / "b").load() == Memory()
+    assert StateDir(tmp_path / "a" / "b").load() == SavedAllocations()
     assert not caplog.records
 
 
@@ -31,9 +31,9 @@ def test_saving_replaces_what_was_there_and_leaves_nothing_else(tmp_path: Path) 
     state_dir = StateDir(tmp_path)
     state_dir.save(KNOWN)
 
-    state_dir.save(Memory())
+    state_dir.save(SavedAllocations())
 
-    assert state_dir.load() == Memory()
+    assert state_dir.load() == SavedAllocations()
     assert [path.name for path in tmp_path.iterdir()] == ["allocations.json"]
 
 
@@ -60,7 +60,7 @@ def test_nonsense_in_the_file_is_named_and_costs_only_the_memory(
 ) -> None:
     (tmp_path / "allocations.json").write_bytes(content)
 
-    assert StateDir(tmp_path).load() == Memory()
+    assert StateDir(tmp_path).load() == SavedAllocations()
     assert "allocations.json cannot be used" in caplog.text
 
 
@@ -97,7 +97,7 @@ def test_a_state_file_of_another_kind_is_named_and_not_waited_for(
                 file.symlink_to("/dev/zero")
             case _:
                 file.mkdir()
-        assert StateDir(tmp_path).load() == Memory()
+        assert StateDir(tmp_path).load() == SavedAllocations()
 
     assert "not a regular file" in caplog.text
 

@@ -9,8 +9,8 @@ import pytest
 
 from tests.control.given import World, endpoint_slice, gone, named, port_named, service
 from userspace_proxy import api
-from userspace_proxy.control.allocations import ManifestAllocations, StatedAllocations
-from userspace_proxy.control.memory import Memory
+from userspace_proxy.control.allocations import Allocations, ManifestAllocations
+from userspace_proxy.control.memory import SavedAllocations
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.model.state import ProxyState
 
@@ -22,7 +22,7 @@ class Cluster(World):
     """Services as an API server has them."""
 
     def __init__(self) -> None:
-        self.tracker = Tracker(StatedAllocations())
+        self.tracker = Tracker(Allocations())
         self.state = ProxyState()
 
 
@@ -90,7 +90,7 @@ def test_from_files_the_service_that_had_an_external_ip_keeps_it_also_after_a_re
 
     after = World()
     after.allocations = ManifestAllocations(  # type: ignore[assignment]
-        [], Memory(external_portals=known.allocations.memory().external_portals)
+        [], SavedAllocations(external_portals=known.allocations.memory().external_portals)
     )
     after.tracker = Tracker(after.allocations)
     after.tell(external("b", "10.96.0.1"), external("a", "10.96.0.2"))

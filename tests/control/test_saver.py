@@ -7,21 +7,21 @@ import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from userspace_proxy.control.allocations import StatedAllocations
-from userspace_proxy.control.memory import Memory, StateDir
+from userspace_proxy.control.allocations import Allocations
+from userspace_proxy.control.memory import SavedAllocations, StateDir
 from userspace_proxy.control.proxy_ports import ProxyPorts
 from userspace_proxy.control.saver import Saver
 
 REMEMBERED = {"default/web:/TCP": 12_345}
 
 
-class Remembering(StatedAllocations):
+class Remembering(Allocations):
     """Has allocated something that is to be remembered."""
 
     changes = 1
 
-    def memory(self) -> Memory:
-        return Memory(node_ports=REMEMBERED)
+    def memory(self) -> SavedAllocations:
+        return SavedAllocations(node_ports=REMEMBERED)
 
 
 @contextlib.asynccontextmanager

@@ -22,8 +22,8 @@ from tests.control.given import (
     service,
 )
 from userspace_proxy import api
-from userspace_proxy.control.allocations import StatedAllocations
-from userspace_proxy.control.memory import Memory
+from userspace_proxy.control.allocations import Allocations
+from userspace_proxy.control.memory import SavedAllocations
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.interfaces import EventType, ObjectEvent
 from userspace_proxy.model.names import L4Protocol
@@ -280,7 +280,7 @@ def test_add_and_delete_in_one_batch_is_nothing() -> None:
     world.tell(put(service()), gone("Service", "web"))
 
     assert not world.state.service_ports
-    assert world.allocations.memory() == Memory()
+    assert world.allocations.memory() == SavedAllocations()
 
 
 # ---- what did not change is the same object
@@ -539,7 +539,7 @@ def test_a_version_that_is_refused_is_told_of_and_not_what_was_wrong_with_the_on
 
 def test_in_a_cluster_a_service_without_a_cluster_ip_is_not_there_and_nobody_is_given_one() -> None:
     """S1."""
-    tracker = Tracker(StatedAllocations())
+    tracker = Tracker(Allocations())
 
     tracker.apply([put(service("without", externalIPs=["1.2.3.4"])), put(service("web", clusterIP="10.96.0.1"))])
 
@@ -547,7 +547,7 @@ def test_in_a_cluster_a_service_without_a_cluster_ip_is_not_there_and_nobody_is_
 
 
 def test_in_a_cluster_two_services_may_share_what_the_api_lets_them_share() -> None:
-    tracker = Tracker(StatedAllocations())
+    tracker = Tracker(Allocations())
     shared: dict[str, Any] = {"type": "LoadBalancer", "ingress": [{"ip": "203.0.113.1"}]}
 
     tracker.apply(

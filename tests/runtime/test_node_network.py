@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from tests.ends import until
-from userspace_proxy.control.allocations import StatedAllocations
+from userspace_proxy.control.allocations import Allocations
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.host.network import host_addresses
 from userspace_proxy.lab import Lab
@@ -21,7 +21,7 @@ async def test_the_primary_address_is_that_of_the_default_route_also_when_it_mov
             host.ip("address", "add", f"10.{number}.0.1/24", "dev", f"eth{number}")
         host.ip("route", "add", "default", "via", "10.2.0.254")
         with host.inside():
-            tracker = Tracker(StatedAllocations(), here=Node("host", addresses=await host_addresses()))
+            tracker = Tracker(Allocations(), here=Node("host", addresses=await host_addresses()))
             assert tracker.state().node.addresses == ("10.2.0.1", "10.1.0.1")
             synced = asyncio.Event()
             following = asyncio.create_task(follow_addresses(tracker, synced.set))

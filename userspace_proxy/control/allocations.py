@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 from userspace_proxy import api
 from userspace_proxy.control import decode
-from userspace_proxy.control.claims import Claims, Kind, PortalClaims, ValueRequest
+from userspace_proxy.control.claims import PortalClaims, ValueClaims, ValueKind, ValueRequest
 from userspace_proxy.control.decode import Allocation
 from userspace_proxy.control.hosts import Hosts, reserved_port_fault
-from userspace_proxy.control.memory import Memory
+from userspace_proxy.control.memory import SavedAllocations
 from userspace_proxy.control.pools import AddressRange, Network, NodePort, NodePortRange, Value
 from userspace_proxy.errors import ConfigError
 from userspace_proxy.model.endpoint import Family, family_of
@@ -25,55 +24,12 @@ from userspace_proxy.model.service import Portal
 _LOAD_BALANCER_IP = "spec.loadBalancerIP"
 
 
-class Allocations(Protocol):
-    """Assigns addresses and ports to Services."""
+class Allocations:
+    """Assigns addresses and ports to Services: the values they state, except portals that another Service gets.
 
-    def assign(self, name: NamespacedName, service: api.Service) -> tuple[Allocation, list[ConfigError]]:
-        """Assign values to *name*; return them, and an error for each missing value it can be served without.
-
-        Raises:
-            ConfigError: a value that it needs is not available. *name* keeps what it had before.
-        """
-        ...
-
-    def apply_moves(self, services: Mapping[NamespacedName, api.Service]) -> None:
-        """Move Services to the values they now state, all at once. Call it before `assign`."""
-        ...
-
-    def first(self, name: NamespacedName, service: api.Service) -> int:
-        """Return the rank of *name* in the order of assignment; lower ranks are assigned first."""
-        ...
-
-    def held(self, name: NamespacedName) -> Allocation:
-        """Return the values that *name* holds."""
-        ...
-
-    def release(self, name: NamespacedName) -> None:
-        """Release all values of *name*."""
-        ...
-
-    def take_evicted(self) -> set[NamespacedName]:
-        """Return the Services that lost or gained a value since the last call. They must be assigned again."""
-        ...
-
-    @property
-    def changes(self) -> int:
-        """The number of values taken and released; a new number means that `memory` must be saved again."""
-        ...
-
-    def memory(self) -> Memory:
-        """Return the allocated values, which the next process loads."""
-        ...
-
-
-class StatedAllocations:
-    """For a cluster: Services get the values they state, except portals that another Service gets.
-
-    *cluster_ips*: the ranges of cluster IPs, if known. A cluster IP that conflicts with them or with a host is
-    reported.
+    This class is for a cluster, where every value is stated. *cluster_ips*: the ranges of cluster IPs, if known. A
+    cluster IP that conflicts with them or with a host is reported.
     """
-
-    changes = 0
 
     def __init__(self, cluster_ips: Sequence[Network] = (), hosts: Hosts | None = None) -> None:
         self._ranges = cluster_ips
@@ -81,6 +37,11 @@ class StatedAllocations:
         self._portals = PortalClaims()
 
     def assign(self, name: NamespacedName, service: api.Service) -> tuple[Allocation, list[ConfigError]]:
+        """Assign values to *name*; return them, and an error for each missing value it can be served without.
+
+        Raises:
+            ConfigError: a value that it needs is not available. *name* keeps what it had before.
+        """
         given = decode.given_cluster_ips(service)
         allocation, lost = _without_lost(self._portals, name, service, Allocation(tuple(ip for _, ip in given)))
         faults = [(field, self._hosts.cluster_ip_fault(ip, self._ranges)) for field, ip in given]
@@ -88,54 +49,64 @@ class StatedAllocations:
         return allocation, [*(ConfigError(why, field=field, mend=mend) for field, why in faults if why), *lost]
 
     def apply_moves(self, services: Mapping[NamespacedName, api.Service]) -> None:
-        pass
+        """Move Services to the values they now state, all at once. Call it before `assign`."""
 
     def first(self, name: NamespacedName, service: api.Service) -> int:
+        """Return the rank of *name* in the order of assignment; lower ranks are assigned first."""
         return 0
 
     def held(self, name: NamespacedName) -> Allocation:
+        """Return the values that *name* holds."""
         raise AssertionError("assign never raises here, so there is no earlier value to fall back to")
 
     def release(self, name: NamespacedName) -> None:
+        """Release all values of *name*."""
         self._portals.release(name)
 
     def take_evicted(self) -> set[NamespacedName]:
+        """Return the Services that lost or gained a value since the last call. They must be assigned again."""
         return self._portals.take_evicted()
 
-    def memory(self) -> Memory:
-        return Memory()
+    @property
+    def changes(self) -> int:
+        """The number of values taken and released; a new number means that `memory` must be saved again."""
+        return 0
+
+    def memory(self) -> SavedAllocations:
+        """Return the allocated values, which the next process loads."""
+        return SavedAllocations()
 
 
-class ManifestAllocations:
+class ManifestAllocations(Allocations):
     """For manifests: values that Services do not state are allocated, and stay the same after a restart."""
 
     def __init__(
         self,
         cluster_ips: Sequence[Network],
-        memory: Memory | None = None,
+        memory: SavedAllocations | None = None,
         load_balancer_pool: Sequence[Network] = (),
         hosts: Hosts | None = None,
     ) -> None:
-        memory = memory or Memory()
-        self._hosts = hosts or Hosts()
+        super().__init__(cluster_ips, hosts)
+        memory = memory or SavedAllocations()
         self._cluster_ranges = [AddressRange(network, memory.cluster_ips) for network in cluster_ips]
         self._load_balancer_ranges = [AddressRange(network, memory.load_balancer_ips) for network in load_balancer_pool]
         self._node_ports = {
             protocol: NodePortRange(protocol, _of_protocol(protocol, memory.node_ports)) for protocol in L4Protocol
         }
         self._remembered = {*memory.cluster_ips, *memory.load_balancer_ips, *memory.node_ports}
-        self._claims = Claims([*self._cluster_ranges, *self._load_balancer_ranges, *self._node_ports.values()])
+        self._claims = ValueClaims([*self._cluster_ranges, *self._load_balancer_ranges, *self._node_ports.values()])
         self._portals = PortalClaims(memory.external_portals)
 
     @property
     def changes(self) -> int:
         return self._claims.changes + self._portals.changes
 
-    def memory(self) -> Memory:
-        return Memory(
-            cluster_ips=_texts(self._claims.allocated(Kind.CLUSTER_IP)),
-            load_balancer_ips=_texts(self._claims.allocated(Kind.LOAD_BALANCER_IP)),
-            node_ports=_numbers(self._claims.allocated(Kind.NODE_PORT)),
+    def memory(self) -> SavedAllocations:
+        return SavedAllocations(
+            cluster_ips=_texts(self._claims.allocated(ValueKind.CLUSTER_IP)),
+            load_balancer_ips=_texts(self._claims.allocated(ValueKind.LOAD_BALANCER_IP)),
+            node_ports=_numbers(self._claims.allocated(ValueKind.NODE_PORT)),
             external_portals=self._portals.memory(),
         )
 
@@ -168,23 +139,23 @@ class ManifestAllocations:
         self._claims.apply_moves(requests)
 
     def held(self, name: NamespacedName) -> Allocation:
-        ports = self._claims.held(name, Kind.NODE_PORT)
+        ports = self._claims.held(name, ValueKind.NODE_PORT)
         health_check = _health_check_key(name)
         return Allocation(
-            cluster_ips=tuple(_texts(self._claims.held(name, Kind.CLUSTER_IP)).values()),
+            cluster_ips=tuple(_texts(self._claims.held(name, ValueKind.CLUSTER_IP)).values()),
             node_ports={_port_key(key): number for key, number in _numbers(ports).items() if key != health_check},
-            load_balancer_ips=tuple(_texts(self._claims.held(name, Kind.LOAD_BALANCER_IP)).values()),
+            load_balancer_ips=tuple(_texts(self._claims.held(name, ValueKind.LOAD_BALANCER_IP)).values()),
             health_check_node_port=_numbers(ports).get(health_check, 0),
             lost=self._portals.lost(name),
         )
 
     def release(self, name: NamespacedName) -> None:
         self._claims.release(name)
-        self._portals.release(name)
+        super().release(name)
 
     def take_evicted(self) -> set[NamespacedName]:
         evicted, self._claims.evicted = self._claims.evicted, set()
-        return evicted | self._portals.take_evicted()
+        return evicted | super().take_evicted()
 
     # ---- the values that a Service requests
 
@@ -200,14 +171,14 @@ class ManifestAllocations:
     def _cluster_ip_requests(self, name: NamespacedName, service: api.Service) -> Iterator[ValueRequest]:
         if given := decode.given_cluster_ips(service):
             for field, ip in given:
-                if why := self._hosts.cluster_ip_fault(ip, [pool.network for pool in self._cluster_ranges]):
+                if why := self._hosts.cluster_ip_fault(ip, self._ranges):
                     mend = "choose another one, leave it out, or change --service-cluster-ip-range"
                     raise ConfigError(why, field=field, mend=mend)
-                yield ValueRequest(Kind.CLUSTER_IP, f"{name}/IPv{family_of(ip)}", field, ip)
+                yield ValueRequest(ValueKind.CLUSTER_IP, f"{name}/IPv{family_of(ip)}", field, ip)
             return
         for pool in self._wanted_ranges(service):
             key, mend = f"{name}/IPv{pool.family}", "widen --service-cluster-ip-range"
-            yield ValueRequest(Kind.CLUSTER_IP, key, "spec.clusterIP", pool=pool, mend=mend)
+            yield ValueRequest(ValueKind.CLUSTER_IP, key, "spec.clusterIP", pool=pool, mend=mend)
 
     def _wanted_ranges(self, service: api.Service) -> list[AddressRange]:
         assert service.spec is not None
@@ -230,33 +201,29 @@ class ManifestAllocations:
         assert spec is not None
         if not decode.has_node_ports(spec):
             return
+        held = self._claims.held(name, ValueKind.NODE_PORT).values()
+
+        def fault(port: NodePort) -> str:
+            return "" if port in held else self._hosts.node_port_fault(port)
+
         for index, port in enumerate(spec.ports or ()):
             protocol = port.protocol or "TCP"
             if protocol in L4Protocol.__members__ and (port.node_port or decode.wants_node_ports(spec)):
                 key = _node_port_key(ServicePortName(name, port.name or "", L4Protocol(protocol)))
-                field = f"spec.ports[{index}].nodePort"
-                request = self._node_port_request(key, field, protocol, port.node_port)
-                if isinstance(request.stated, NodePort) and (why := self._node_port_fault(name, request.stated)):
-                    raise ConfigError(why, field=field, mend="choose another one, or leave it out")
-                yield request
+                yield self._node_port_request(key, f"spec.ports[{index}].nodePort", protocol, port.node_port, fault)
         if decode.wants_health_check(spec):
-            field = "spec.healthCheckNodePort"
-            request = self._node_port_request(_health_check_key(name), field, "TCP", spec.health_check_node_port)
             # Whether this node listens there is not asked: a predecessor does, until it has handed over.
-            if isinstance(request.stated, NodePort) and (why := reserved_port_fault(request.stated)):
-                raise ConfigError(why, field=field, mend="choose another one, or leave it out")
-            yield request
+            key, field, stated = _health_check_key(name), "spec.healthCheckNodePort", spec.health_check_node_port
+            yield self._node_port_request(key, field, "TCP", stated, reserved_port_fault)
 
-    def _node_port_fault(self, name: NamespacedName, port: NodePort) -> str:
-        is_held = port in self._claims.held(name, Kind.NODE_PORT).values()
-        return "" if is_held else self._hosts.node_port_fault(port)
-
-    def _node_port_request(self, key: str, field: str, protocol: str, stated: int | None) -> ValueRequest:
+    def _node_port_request(
+        self, key: str, field: str, protocol: str, stated: int | None, fault: Callable[[NodePort], str]
+    ) -> ValueRequest:
         value = NodePort(protocol, stated) if stated else None
-        pool = self._node_ports[L4Protocol(protocol)]
-        return ValueRequest(
-            Kind.NODE_PORT, key, field, value, pool, mend="state one outside of that range, or free some"
-        )
+        if value is not None and (why := fault(value)):
+            raise ConfigError(why, field=field, mend="choose another one, or leave it out")
+        pool, mend = self._node_ports[L4Protocol(protocol)], "state one outside of that range, or free some"
+        return ValueRequest(ValueKind.NODE_PORT, key, field, value, pool, mend=mend)
 
     def _load_balancer_requests(
         self, name: NamespacedName, service: api.Service, families: Sequence[Family]
@@ -268,7 +235,9 @@ class ManifestAllocations:
             if pool.family in families:
                 key, mend = f"{name}/load-balancer/IPv{pool.family}", "widen --load-balancer-pool"
                 ip = stated if stated is not None and stated in pool else None
-                yield ValueRequest(Kind.LOAD_BALANCER_IP, key, _LOAD_BALANCER_IP, ip, pool, optional=True, mend=mend)
+                yield ValueRequest(
+                    ValueKind.LOAD_BALANCER_IP, key, _LOAD_BALANCER_IP, ip, pool, optional=True, mend=mend
+                )
 
     def _load_balancer_ip(self, service: api.Service) -> tuple[str | None, list[ConfigError]]:
         """Return the pool address that *service* states, or None; and the error if it states one outside the pool."""

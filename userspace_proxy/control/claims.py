@@ -15,7 +15,7 @@ from userspace_proxy.model.names import NamespacedName
 from userspace_proxy.model.service import Portal
 
 
-class Kind(Enum):
+class ValueKind(Enum):
     CLUSTER_IP = "cluster IP"
     NODE_PORT = "node port"
     LOAD_BALANCER_IP = "load balancer IP"
@@ -23,7 +23,7 @@ class Kind(Enum):
 
 # For these kinds a stated value takes precedence over an allocated one: the Service it was allocated to gets another.
 # An allocated cluster IP does not move, because clients cache it. Kubernetes does the same.
-_STATED_WINS = {Kind.NODE_PORT, Kind.LOAD_BALANCER_IP}
+_STATED_WINS = {ValueKind.NODE_PORT, ValueKind.LOAD_BALANCER_IP}
 
 
 class ValueRequest(NamedTuple):
@@ -34,7 +34,7 @@ class ValueRequest(NamedTuple):
     change when the pool is used up.
     """
 
-    kind: Kind
+    kind: ValueKind
     key: str
     field: str
     stated: Value | None = None
@@ -44,12 +44,12 @@ class ValueRequest(NamedTuple):
 
 
 class _Held(NamedTuple):
-    kind: Kind
+    kind: ValueKind
     value: Value
     allocated: bool
 
 
-class Claims:
+class ValueClaims:
     """Records which Service holds each value.
 
     ``changes`` counts values taken and released. ``evicted``: Services that lost an allocated value to a Service that
@@ -66,11 +66,11 @@ class Claims:
     def has_any(self, name: NamespacedName) -> bool:
         return name in self._held
 
-    def held(self, name: NamespacedName, kind: Kind) -> dict[str, Value]:
+    def held(self, name: NamespacedName, kind: ValueKind) -> dict[str, Value]:
         """Return key -> value of the *kind* that *name* holds, in the order requested."""
         return {key: held.value for key, held in self._held.get(name, {}).items() if held.kind is kind}
 
-    def allocated(self, kind: Kind) -> dict[str, Value]:
+    def allocated(self, kind: ValueKind) -> dict[str, Value]:
         """Return key -> value for all allocated values of *kind*, which the next process loads."""
         return {
             key: held.value

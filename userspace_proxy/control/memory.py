@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 _NAME = "allocations.json"
 
 
-class Memory(msgspec.Struct, rename="camel", frozen=True):
+class SavedAllocations(msgspec.Struct, rename="camel", frozen=True):
     """The content of the file: key -> allocated value.
 
     ``cluster_ips`` and ``load_balancer_ips``: "namespace/name/IPv4" -> IP. ``node_ports``:
@@ -48,19 +48,19 @@ class StateDir:
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "permission denied", str(folder))
 
-    def load(self) -> Memory:
+    def load(self) -> SavedAllocations:
         try:
-            memory = msgspec.json.decode(read(str(self._file)), type=Memory)
+            memory = msgspec.json.decode(read(str(self._file)), type=SavedAllocations)
             for ip in (*memory.cluster_ips.values(), *memory.load_balancer_ips.values()):
                 ipaddress.ip_address(ip)
         except FileNotFoundError:
-            return Memory()
+            return SavedAllocations()
         except (OSError, ConfigError, msgspec.DecodeError, ValueError) as error:
             log.warning("%s cannot be used, addresses may move: %s", self._file, error)
-            return Memory()
+            return SavedAllocations()
         return memory
 
-    def save(self, memory: Memory) -> bool:
+    def save(self, memory: SavedAllocations) -> bool:
         """Replace the file atomically; return whether that succeeded. A repeated failure is logged once."""
         with self._saving:  # an older save must not overwrite the last one
             failure = self._replace(memory)
@@ -71,7 +71,7 @@ class StateDir:
         self._failure = failure
         return not failure
 
-    def _replace(self, memory: Memory) -> str:
+    def _replace(self, memory: SavedAllocations) -> str:
         """Replace the file with *memory*; return the error text, or "" on success."""
         temporary = None
         try:

@@ -7,7 +7,7 @@ import asyncio
 import msgspec
 
 from userspace_proxy.control.allocations import Allocations
-from userspace_proxy.control.memory import Memory, StateDir
+from userspace_proxy.control.memory import SavedAllocations, StateDir
 from userspace_proxy.control.proxy_ports import ProxyPorts
 
 
@@ -33,7 +33,7 @@ class Saver:
         if self._changes() != self._saved:
             self._wanted.set()
 
-    def _memory(self) -> Memory:
+    def _memory(self) -> SavedAllocations:
         return msgspec.structs.replace(self._allocations.memory(), proxy_ports=self._ports.memory())
 
     def save(self) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from userspace_proxy.config.settings import Settings
-from userspace_proxy.control.memory import Memory
+from userspace_proxy.control.memory import SavedAllocations
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.errors import Note, StartError
 from userspace_proxy.explain.modes import explained
@@ -30,7 +30,7 @@ class _Given(NamedTuple):
     """What the paths say once; ``is_well``: all of it was understood."""
 
     state: ProxyState
-    memory: Memory
+    memory: SavedAllocations
     is_well: bool
 
 
@@ -78,7 +78,7 @@ def _read(settings: Settings) -> _Given:
     state_dir = None
     if settings.state_dir is not None:
         state_dir = open_state_dir(settings.state_dir)
-    memory = state_dir.load() if state_dir else Memory()
+    memory = state_dir.load() if state_dir else SavedAllocations()
     tracker = Tracker(make_allocations(settings, memory), here=Node(settings.node_name), source_ip=settings.source_ip)
     manifests, problems = read_once(settings.paths, for_check=False)
     if not manifests and not problems:

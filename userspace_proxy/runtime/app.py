@@ -21,7 +21,7 @@ from userspace_proxy.config.configz import configz
 from userspace_proxy.config.settings import Settings
 from userspace_proxy.control.advice import Advisor
 from userspace_proxy.control.controller import Controller
-from userspace_proxy.control.memory import Memory
+from userspace_proxy.control.memory import SavedAllocations
 from userspace_proxy.control.pacer import Pacer
 from userspace_proxy.control.saver import Saver
 from userspace_proxy.control.tracker import Tracker
@@ -113,7 +113,7 @@ class Proxy:
     def __init__(self, settings: Settings, mode: Mode, node: NodeSetup, lifecycle: Lifecycle) -> None:
         self._settings, self._mode, self._node, self._lifecycle = settings, mode, node, lifecycle
         # What is allocated, and remembered over restarts.
-        memory = node.state_dir.load() if node.state_dir else Memory()
+        memory = node.state_dir.load() if node.state_dir else SavedAllocations()
         inherited_ports = {spec.name.key: spec.proxy_port for spec in node.inherited}
         allocations = make_allocations(settings, memory, node.hosts)
         ports = make_proxy_ports(settings, {**memory.proxy_ports, **inherited_ports})

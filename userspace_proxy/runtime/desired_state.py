@@ -11,10 +11,10 @@ from pathlib import Path
 
 from userspace_proxy.config.settings import DEFAULT_STATE_DIR, Settings
 from userspace_proxy.control import decode
-from userspace_proxy.control.allocations import Allocations, ManifestAllocations, StatedAllocations
+from userspace_proxy.control.allocations import Allocations, ManifestAllocations
 from userspace_proxy.control.hosts import Hosts
 from userspace_proxy.control.lint import LintOptions
-from userspace_proxy.control.memory import Memory, StateDir
+from userspace_proxy.control.memory import SavedAllocations, StateDir
 from userspace_proxy.control.proxy_ports import KUBERNETES_PORTS, ProxyPorts
 from userspace_proxy.errors import StartError
 from userspace_proxy.host import network
@@ -63,10 +63,10 @@ def open_state_dir(folder: Path | None) -> StateDir | None:
         return None
 
 
-def make_allocations(settings: Settings, memory: Memory, hosts: Hosts | None = None) -> Allocations:
+def make_allocations(settings: Settings, memory: SavedAllocations, hosts: Hosts | None = None) -> Allocations:
     """Return what gives Services their addresses and node ports: a cluster's API, or this process."""
     if settings.follows_cluster:
-        return StatedAllocations(settings.service_ranges, hosts)
+        return Allocations(settings.service_ranges, hosts)
     return ManifestAllocations(settings.service_ranges, memory, settings.load_balancer_pool, hosts)
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from tests.control.given import put
 from userspace_proxy import api
-from userspace_proxy.control.allocations import StatedAllocations
+from userspace_proxy.control.allocations import Allocations
 from userspace_proxy.control.proxy_ports import ProxyPorts
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.dataplane.connections import Limits
@@ -216,7 +216,7 @@ async def running() -> AsyncIterator[Run]:
     plane, kernel = LocalPlane(Limits()), HeldRules()
     proxier = UserspaceProxier(plane, kernel, ProxyPorts(10_000, 29_999, {}), _RULES)
     try:
-        yield Run(proxier, plane, kernel, Tracker(StatedAllocations(), here=Node("here")))
+        yield Run(proxier, plane, kernel, Tracker(Allocations(), here=Node("here")))
     finally:
         await plane.close(0)
 
