@@ -13,7 +13,7 @@ from tools.flags import page
 from userspace_proxy.cli import commands
 from userspace_proxy.cli.options import HELP_WIDTH
 from userspace_proxy.cli.run import settings_from
-from userspace_proxy.config.kubeproxy_config import KubeProxyConfiguration
+from userspace_proxy.config.kubeproxy_config import CONFIGURATION
 from userspace_proxy.config.settings import SETTINGS, Settings
 
 # The metavar of a kind -> a value that is no setting's default.
@@ -85,7 +85,7 @@ def test_examples_stand_at_the_end_of_help_as_they_are_written() -> None:
 
 @pytest.mark.parametrize("path", [path for setting in SETTINGS.values() for path in setting.fields])
 def test_every_field_of_the_table_is_one_of_a_kube_proxy_configuration(path: str) -> None:
-    section: object = KubeProxyConfiguration(api_version="", kind="")
+    section: object = CONFIGURATION(apiVersion="", kind="")
     for name in path.split("."):
         assert isinstance(section, msgspec.Struct)
         known = {field.encode_name: field.name for field in msgspec.structs.fields(section)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,123 +28,92 @@ from userspace_proxy.sources.yaml_faults import describe, keys_that_stand_twice
 from userspace_proxy.sources.yaml_values import plain_value
 
 _GROUP, _VERSION, _KIND = "kubeproxy.config.k8s.io", "v1alpha1", "KubeProxyConfiguration"
-_INITIALISMS = {"arp": "ARP", "cidr": "CIDR", "cidrs": "CIDRs", "dsr": "DSR", "ip": "IP"}
-
-
-def _go_name(name: str) -> str:
-    first, *rest = name.split("_")
-    return first + "".join(_INITIALISMS.get(word) or word.capitalize() for word in rest)
 
 
 class Duration(float):
     """Seconds, from a text such as 1m30s."""
 
 
-class _Section(msgspec.Struct, rename=_go_name, forbid_unknown_fields=True, frozen=True):
-    pass
+# Kind of field -> type and default. Only a field that is a pointer in Go tells zero from unset.
+_KINDS: Mapping[str, tuple[Any, Any]] = {
+    "text": (str | None, ""),
+    "switch": (bool | None, False),
+    "number": (int | None, 0),
+    "time": (Duration | None, Duration(0)),
+    "texts": (list[str] | None, None),
+    "switch_pointer": (bool | None, None),
+    "number_pointer": (int | None, None),
+    "time_pointer": (Duration | None, None),
+}
 
 
-class ClientConnection(_Section, frozen=True):
-    kubeconfig: str | None = ""
-    accept_content_types: str | None = ""
-    content_type: str | None = ""
-    qps: float | None = 0
-    burst: int | None = 0
+def _section(name: str, *others: tuple[Any, ...], **names: str) -> Any:
+    """Return the struct *name*: its fields by kind, and *others* with their types and defaults."""
+    fields = [(field, *_KINDS[kind]) for kind, listed in names.items() for field in listed.split()]
+    return msgspec.defstruct(name, [*others, *fields], forbid_unknown_fields=True, frozen=True)
 
 
-class Logging(_Section, frozen=True):
-    format: str | None = ""
-    verbosity: int | None = 0
-    # Of how lines get to where they are logged: kube-proxy writes these into the file it prints, set or not.
-    flush_frequency: int | str | None = 0
-    vmodule: list[Any] | None = None
-    options: dict[str, Any] | None = None
-    sanitization: bool | None = False  # before 1.24
-
-
-class Conntrack(_Section, frozen=True):
-    max_per_core: int | None = None
-    min: int | None = None
-    tcp_established_timeout: Duration | None = None
-    tcp_close_wait_timeout: Duration | None = None
-    tcp_be_liberal: bool | None = False
-    udp_timeout: Duration | None = Duration(0)
-    udp_stream_timeout: Duration | None = Duration(0)
-    max: int | None = None  # before 1.18
-
-
-class DetectLocal(_Section, frozen=True):
-    bridge_interface: str | None = ""
-    interface_name_prefix: str | None = ""
-
-
-class IPTables(_Section, frozen=True):
-    masquerade_bit: int | None = None
-    masquerade_all: bool | None = False
-    localhost_node_ports: bool | None = None
-    snat_node_internal_ip: bool | None = None
-    sync_period: Duration | None = Duration(0)
-    min_sync_period: Duration | None = Duration(0)
-
-
-class NFTables(_Section, frozen=True):
-    masquerade_bit: int | None = None
-    masquerade_all: bool | None = False
-    sync_period: Duration | None = Duration(0)
-    min_sync_period: Duration | None = Duration(0)
-
-
-class IPVS(_Section, frozen=True):
-    sync_period: Duration | None = Duration(0)
-    min_sync_period: Duration | None = Duration(0)
-    scheduler: str | None = ""
-    exclude_cidrs: list[str] | None = None
-    strict_arp: bool | None = False
-    tcp_timeout: Duration | None = Duration(0)
-    tcp_fin_timeout: Duration | None = Duration(0)
-    udp_timeout: Duration | None = Duration(0)
-
-
-class Winkernel(_Section, frozen=True):
-    network_name: str | None = ""
-    source_vip: str | None = ""
-    enable_dsr: bool | None = False
-    root_hns_endpoint_name: str | None = ""
-    forward_health_check_vip: bool | None = False
-
-
-class KubeProxyConfiguration(_Section, frozen=True):
-    """All fields of kubeproxy.config.k8s.io/v1alpha1, those included that it had once."""
-
-    api_version: str
-    kind: str
-    feature_gates: dict[str, bool] | None = None
-    client_connection: ClientConnection | None = ClientConnection()
-    logging: Logging | None = Logging()
-    hostname_override: str | None = ""
-    bind_address: str | None = ""
-    healthz_bind_address: str | None = ""
-    metrics_bind_address: str | None = ""
-    bind_address_hard_fail: bool | None = False
-    enable_profiling: bool | None = False
-    show_hidden_metrics_for_version: str | None = ""
-    mode: str | None = ""
-    iptables: IPTables | None = IPTables()
-    ipvs: IPVS | None = IPVS()
-    nftables: NFTables | None = NFTables()
-    winkernel: Winkernel | None = Winkernel()
-    detect_local_mode: str | None = ""
-    detect_local: DetectLocal | None = DetectLocal()
-    cluster_cidr: str | None = msgspec.field(default="", name="clusterCIDR")
-    node_port_addresses: list[str] | None = None
-    oom_score_adj: int | None = None
-    conntrack: Conntrack | None = Conntrack()
-    config_sync_period: Duration | None = Duration(0)
-    port_range: str | None = ""
-    windows_run_as_service: bool | None = False
-    # Of the userspace mode that was.
-    udp_idle_timeout: Duration | None = Duration(0)
-    resource_container: str | None = ""
+_SECTIONS: Mapping[str, Any] = {
+    "clientConnection": _section(
+        "ClientConnection",
+        ("qps", float | None, 0),
+        text="kubeconfig acceptContentTypes contentType",
+        number="burst",
+    ),
+    # The last three say how lines are written. kube-proxy prints them, set or not. sanitization: before 1.24.
+    "logging": _section(
+        "Logging",
+        ("flushFrequency", int | str | None, 0),
+        ("vmodule", list[Any] | None, None),
+        ("options", dict[str, Any] | None, None),
+        text="format",
+        number="verbosity",
+        switch="sanitization",
+    ),
+    "iptables": _section(
+        "IPTables",
+        number_pointer="masqueradeBit",
+        switch="masqueradeAll",
+        switch_pointer="localhostNodePorts snatNodeInternalIP",
+        time="syncPeriod minSyncPeriod",
+    ),
+    "ipvs": _section(
+        "IPVS",
+        text="scheduler",
+        texts="excludeCIDRs",
+        switch="strictARP",
+        time="syncPeriod minSyncPeriod tcpTimeout tcpFinTimeout udpTimeout",
+    ),
+    "nftables": _section(
+        "NFTables", number_pointer="masqueradeBit", switch="masqueradeAll", time="syncPeriod minSyncPeriod"
+    ),
+    "winkernel": _section(
+        "Winkernel", text="networkName sourceVip rootHnsEndpointName", switch="enableDSR forwardHealthCheckVip"
+    ),
+    "detectLocal": _section("DetectLocal", text="bridgeInterface interfaceNamePrefix"),
+    # max: before 1.18.
+    "conntrack": _section(
+        "Conntrack",
+        number_pointer="maxPerCore min max",
+        time_pointer="tcpEstablishedTimeout tcpCloseWaitTimeout",
+        switch="tcpBeLiberal",
+        time="udpTimeout udpStreamTimeout",
+    ),
+}
+# All fields of kubeproxy.config.k8s.io/v1alpha1, and former ones.
+CONFIGURATION = _section(
+    _KIND,
+    ("apiVersion", str),
+    ("kind", str),
+    ("featureGates", dict[str, bool] | None, None),
+    *((name, section | None, section()) for name, section in _SECTIONS.items()),
+    text="hostnameOverride bindAddress healthzBindAddress metricsBindAddress showHiddenMetricsForVersion mode "
+    "detectLocalMode clusterCIDR portRange resourceContainer",
+    switch="bindAddressHardFail enableProfiling windowsRunAsService",
+    texts="nodePortAddresses",
+    number_pointer="oomScoreAdj",
+    time="configSyncPeriod udpIdleTimeout",
+)
 
 
 @dataclass(slots=True)
@@ -178,7 +147,7 @@ def read_configuration(path: Path) -> Configuration:
     for line, said in twice:
         raise StartError(f"{path}:{document.line + line}: {said}")
     try:
-        return understand(_decode(plain))
+        return _understood(_decode(plain))
     except ConfigError as error:
         raise StartError(f"{path}:{Lines().line_of(Place(document), error.field)}: {error}") from None
 
@@ -186,7 +155,7 @@ def read_configuration(path: Path) -> Configuration:
 # ---- decoding
 
 
-def _decode(plain: object) -> KubeProxyConfiguration:
+def _decode(plain: object) -> msgspec.Struct:
     if not isinstance(plain, dict):
         raise ConfigError("this is no KubeProxyConfiguration", mend=f"begin with 'kind: {_KIND}'")
     kind, version = plain.get("kind"), plain.get("apiVersion")
@@ -195,7 +164,7 @@ def _decode(plain: object) -> KubeProxyConfiguration:
     if version != f"{_GROUP}/{_VERSION}":
         raise ConfigError(f"{version!r} is not known", field="apiVersion", mend=f"write {_GROUP}/{_VERSION}")
     try:
-        return api.convert_to(KubeProxyConfiguration, plain, _decode_duration)
+        return api.convert_to(CONFIGURATION, plain, _decode_duration)  # type: ignore[no-any-return]
     except ConfigError as error:
         if unknown := re.fullmatch(r"Object contains unknown field (.*)", error.reason):
             _refuse_unknown(error.field, unknown[1])
@@ -210,18 +179,11 @@ def _decode_duration(wanted: type, value: object) -> Duration:
 
 
 def _refuse_unknown(parent: str, name: str) -> NoReturn:
-    known = [f.encode_name for f in msgspec.structs.fields(_type_at(parent))]
+    section = _SECTIONS[parent] if parent else CONFIGURATION  # there is one level of sections
+    known = section.__struct_fields__
     close = [n for n in known if n.lower() == name.lower()] or difflib.get_close_matches(name, known, n=1)
     mend = f"did you mean {close[0]}?" if close else f"known here are {', '.join(sorted(known))}"
     raise ConfigError(f"{name!r} is not known", field=api.below(parent, name), mend=mend)
-
-
-def _type_at(parent: str) -> type[msgspec.Struct]:
-    """Return the struct at the path *parent*; there is one level of them."""
-    found: Any = KubeProxyConfiguration
-    if parent:
-        found = type(next(f.default for f in msgspec.structs.fields(found) if f.encode_name == parent))
-    return found  # type: ignore[no-any-return]
 
 
 # ---- understanding
@@ -237,7 +199,7 @@ _AS_WE_DO: list[tuple[str, object]] = [
 ]
 
 
-def understand(config: KubeProxyConfiguration) -> Configuration:
+def _understood(config: Any) -> Configuration:
     """Return the settings that *config* means.
 
     Raises:
@@ -268,7 +230,7 @@ def _set_fields(section: msgspec.Struct, parent: str = "") -> Iterator[tuple[str
     """Yield the fields that are set, each with its path."""
     for known in msgspec.structs.fields(section):
         value = getattr(section, known.name)
-        path = api.below(parent, known.encode_name)
+        path = api.below(parent, known.name)
         if known.required or value is None or value in (known.default, [], {}):
             continue
         if isinstance(value, msgspec.Struct):
