@@ -25,7 +25,6 @@ from userspace_proxy.sources.yaml_faults import (
     describe,
     html_error,
     keys_that_stand_twice,
-    new_object_error,
     template_note,
 )
 from userspace_proxy.sources.yaml_values import plain_value
@@ -128,19 +127,20 @@ def _parse(document: Document, *, for_check: bool) -> tuple[list[Manifest], list
     if begins and for_check:
         return _parse_pieces(document, begins)
     manifests: list[Manifest] = []
-    problems: list[Problem] = []
-    lines = Lines()
+    rejected: list[tuple[Place, ConfigError]] = []
     for place, item in _items(document, plain) if plain is not None else ():
         try:
             manifests.append(_manifest(place, item, for_check=for_check))
         except ConfigError as error:
-            if len(problems) == _PROBLEMS_MAX:
-                said = ConfigError(f"more than {_PROBLEMS_MAX} objects of this document cannot be read")
-                problems.append(Problem(document.path, document.line, said))
-            elif len(problems) < _PROBLEMS_MAX:
-                problems.append(_problem(place, error, lines))
+            if len(rejected) <= _PROBLEMS_MAX:
+                rejected.append((place, error))
+    lines = Lines()
+    problems = [_problem(place, error, lines) for place, error in rejected[:_PROBLEMS_MAX]]
+    if len(rejected) > _PROBLEMS_MAX:
+        said = ConfigError(f"more than {_PROBLEMS_MAX} objects of this document cannot be read")
+        problems.append(Problem(document.path, document.line, said))
     owner = str(manifests[0]) if len(manifests) == 1 else ""
-    problems += [Problem(document.path, document.line + line, new_object_error()) for line in begins[:_PROBLEMS_MAX]]
+    problems += _missing_separators(document, begins)
     problems += [
         Problem(document.path, document.line + line, error, owner, hides=False) for line, error in twice[:_PROBLEMS_MAX]
     ]
@@ -160,13 +160,14 @@ def _problem(place: Place, error: ConfigError, lines: Lines) -> Problem:
 
 def _parse_pieces(document: Document, begins: list[int]) -> tuple[list[Manifest], list[Problem]]:
     """Parse *document* as if it had separators before the lines *begins*; report that they are missing."""
-    manifests: list[Manifest] = []
-    problems = [Problem(document.path, document.line + line, new_object_error()) for line in begins[:_PROBLEMS_MAX]]
-    for piece in document.cut(begins):
-        found, wrong = parse(piece, for_check=True)
-        manifests += found
-        problems += wrong
-    return manifests, problems
+    pieces = [parse(piece, for_check=True) for piece in document.cut(begins)]
+    manifests = [manifest for found, _ in pieces for manifest in found]
+    return manifests, [*_missing_separators(document, begins), *(problem for _, wrong in pieces for problem in wrong)]
+
+
+def _missing_separators(document: Document, begins: list[int]) -> list[Problem]:
+    error = ConfigError("a new object begins here", mend="put '---' on a line before it")
+    return [Problem(document.path, document.line + line, error) for line in begins[:_PROBLEMS_MAX]]
 
 
 def _is_list(plain: object) -> bool:
@@ -188,33 +189,15 @@ def _items(document: Document, plain: Any) -> Iterator[tuple[Place, object]]:
 
 
 def _manifest(place: Place, plain: object, *, for_check: bool) -> Manifest:
-    if _is_of_another_tool(plain):
-        raise Note("this is no Kubernetes object, but a file of another tool; it is skipped")
-    if not isinstance(plain, dict):
-        html = html_error(place.document.text) if not place.prefix else None
-        raise html or ConfigError(
-            "this is no Kubernetes object", mend="it must be a mapping with apiVersion, kind and metadata"
-        )
-    if _is_list(plain):  # no known tool writes nested Lists
-        raise ConfigError(
-            "a List inside of a List is not read", field="kind", mend="write its items into the outer one"
-        )
-    kind = plain.get("kind")
-    if not isinstance(kind, str) or not kind:
-        raise ConfigError("the object has no kind", mend="add 'kind: Service' or whatever it is")
-    if not kind.isalnum():
-        raise ConfigError(f"{kind!r} is no kind", field="kind", mend="write one word, such as Service")
+    """Return *plain*, the value at *place*, as a manifest.
+
+    Raises:
+        ConfigError: it is no Kubernetes object, or has no kind or name, or has a value of a wrong type.
+    """
+    plain = _object(place, plain)
+    kind = _kind(plain)
     is_read = kind in api.KINDS and not _is_foreign(plain.get("apiVersion"))
-    metadata = plain.get("metadata")
-    name = metadata.get("name") if isinstance(metadata, dict) else None
-    if not is_read and not isinstance(name, str):  # a Kustomization, a kubeconfig, kubeadm's configuration
-        metadata, name = metadata if isinstance(metadata, dict) else {}, ""
-    elif not isinstance(metadata, dict) or name is None or name == "":
-        raise _missing_space(metadata) or _name_outside(plain)
-    if not isinstance(name, str):
-        raise ConfigError(f"{name!r} is no text", field="metadata.name", mend="put the name in quotes")
-    if TEMPLATE.search(name):
-        raise template_note()
+    metadata, name = _metadata_and_name(plain, is_read=is_read)
     namespace = "" if kind in _CLUSTER_WIDE else metadata.get("namespace") or "default"
     full_name = NamespacedName(str(namespace), name)
     if not is_read:
@@ -228,6 +211,44 @@ def _manifest(place: Place, plain: object, *, for_check: bool) -> Manifest:
         known, errors = _convert_what_can_be(kind, plain)
         return Manifest(kind, full_name, known, plain, place, tuple(errors))
     return Manifest(kind, full_name, api.convert(kind, plain), None, place)
+
+
+def _object(place: Place, plain: object) -> dict[str, Any]:
+    """Return *plain* if it may be a single Kubernetes object, else raise ConfigError."""
+    if _is_of_another_tool(plain):
+        raise Note("this is no Kubernetes object, but a file of another tool; it is skipped")
+    if not isinstance(plain, dict):
+        html = html_error(place.document.text) if not place.prefix else None
+        mend = "it must be a mapping with apiVersion, kind and metadata"
+        raise html or ConfigError("this is no Kubernetes object", mend=mend)
+    if _is_list(plain):  # no known tool writes nested Lists
+        mend = "write its items into the outer one"
+        raise ConfigError("a List inside of a List is not read", field="kind", mend=mend)
+    return plain
+
+
+def _kind(plain: dict[str, Any]) -> str:
+    kind = plain.get("kind")
+    if not isinstance(kind, str) or not kind:
+        raise ConfigError("the object has no kind", mend="add 'kind: Service' or whatever it is")
+    if not kind.isalnum():
+        raise ConfigError(f"{kind!r} is no kind", field="kind", mend="write one word, such as Service")
+    return kind
+
+
+def _metadata_and_name(plain: dict[str, Any], *, is_read: bool) -> tuple[dict[str, Any], str]:
+    """Return the metadata of *plain* and the name in it; only objects of a kind that is read need a name."""
+    metadata = plain.get("metadata")
+    name = metadata.get("name") if isinstance(metadata, dict) else None
+    if not is_read and not isinstance(name, str):  # a Kustomization, a kubeconfig, kubeadm's configuration
+        return metadata if isinstance(metadata, dict) else {}, ""
+    if not isinstance(metadata, dict) or name is None or name == "":
+        raise _missing_space(metadata) or _name_outside(plain)
+    if not isinstance(name, str):
+        raise ConfigError(f"{name!r} is no text", field="metadata.name", mend="put the name in quotes")
+    if TEMPLATE.search(name):
+        raise template_note()
+    return metadata, name
 
 
 def _is_of_another_tool(plain: object) -> bool:

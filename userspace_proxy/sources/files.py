@@ -89,6 +89,7 @@ class _Change:
     came: list[Manifest] = field(default_factory=list)
     gone_documents: list[Document] = field(default_factory=list)
     came_documents: list[Document] = field(default_factory=list)
+    is_empty: bool = True  # no file was read or removed
 
     def replace(self, old: Iterable[_Part], new: Iterable[_Part]) -> None:
         self.gone_documents += [part.document for part in old]
@@ -211,14 +212,8 @@ class FileSource:
     def _read(self) -> list[ObjectEvent]:
         """Read changed files; return the resulting events."""
         faults: list[Problem] = []
-        present: dict[str, None] = {}
-        change: _Change | None = None
-        for path in self._paths:
-            try:
-                present.update(dict.fromkeys([path] if path in self._stream_paths else expand(path)))
-            except OSError as error:
-                faults.append(unreadable(path, error))
-                present.update(dict.fromkeys(known for known in self._files if Path(known).is_relative_to(path)))
+        change = _Change()
+        present = self._present(faults)
         for path in present:
             try:
                 text = self._text_if_changed(path)
@@ -226,16 +221,27 @@ class FileSource:
                 faults.append(unreadable(path, error))
                 continue
             if text is not None:
-                change = change or _Change()
+                change.is_empty = False
                 self._take(self._files[path], shown(path), text, change)
-        for path in self._files.keys() - present.keys():
-            change = change or _Change()
+        for path in self._files.keys() - present:
+            change.is_empty = False
             change.replace(self._files.pop(path).parts, ())
         said = [str(fault) for fault in faults]
-        if change is None and said == self._faults:
+        if change.is_empty and said == self._faults:
             return []
         self._faults = said
-        return self._tell(change or _Change(), faults)
+        return self._tell(change, faults)
+
+    def _present(self, faults: list[Problem]) -> dict[str, None]:
+        """Return the files that exist now; files of a folder that cannot be read count as existing."""
+        present: dict[str, None] = {}
+        for path in self._paths:
+            try:
+                present |= dict.fromkeys([path] if path in self._stream_paths else expand(path))
+            except OSError as error:
+                faults.append(unreadable(path, error))
+                present |= dict.fromkeys(known for known in self._files if Path(known).is_relative_to(path))
+        return present
 
     def _text_if_changed(self, path: str) -> str | None:
         """Return the text of *path* if it has changed since the last read, else None."""
@@ -267,7 +273,7 @@ class FileSource:
         while head < len(old) and old[head].document.end <= same and not old[head].problems:
             head += 1
         first = old[head - 1].document.end if head else 0
-        same = len(file.text) - _common_end(file.text[first:], text[first:])
+        same = len(file.text) - _common_start(file.text[first:][::-1], text[first:][::-1])
         tail = len(old)
         while tail > head and old[tail - 1].document.start > same and not old[tail - 1].problems:
             tail -= 1
@@ -297,52 +303,47 @@ class FileSource:
         if self._duplicated:
             problems += duplicates(m for key in sorted(self._duplicated) for m in self._holders[key])
         self._report(problems)
-        events = []
-        for key in touched:
-            told = self._told.get(key)
-            if key in self._holders:
-                wanted = self._holders[key][0]
-                self._kept.discard(key)
-                self._told[key] = wanted
-                if told is None or told.object is not wanted.object:
-                    events.append(ObjectEvent(EventType.SET, wanted.kind, wanted.name, wanted.object, wanted.place))
-            elif told is not None and self._may_still_be_there(told):
-                self._kept.add(key)
-            elif told is not None:
-                del self._told[key]
-                self._kept.discard(key)
-                events.append(ObjectEvent(EventType.DELETE, key[0], key[1]))
-        return events
+        return [event for key in touched if (event := self._event(key)) is not None]
+
+    def _event(self, key: ObjectKey) -> ObjectEvent | None:
+        """Return the event by which the tracker learns of the object *key*, or None if nothing has changed."""
+        told = self._told.get(key)
+        if key in self._holders:
+            latest = self._told[key] = self._holders[key][0]
+            self._kept.discard(key)
+            if told is None or told.object is not latest.object:
+                return ObjectEvent(EventType.SET, latest.kind, latest.name, latest.object, latest.place)
+        elif told is not None and self._may_still_be_there(told):
+            self._kept.add(key)
+        elif told is not None:
+            del self._told[key]
+            self._kept.discard(key)
+            return ObjectEvent(EventType.DELETE, *key)
+        return None
 
     def _hold(self, change: _Change) -> dict[ObjectKey, None]:
         """Update which manifests define each object; return the objects in *change*, in the order written."""
         touched: dict[ObjectKey, None] = {}
-        for manifest in change.gone:
-            if manifest.object is not None:
-                key = (manifest.kind, manifest.name)
-                touched[key] = None
-                left = [held for held in self._holders[key] if held is not manifest]
-                if left:
-                    self._holders[key] = left
-                else:
-                    del self._holders[key]
+        gone = [manifest for manifest in change.gone if manifest.object is not None]
+        for manifest in gone:
+            key = (manifest.kind, manifest.name)
+            touched[key] = None
+            self._holders[key] = [held for held in self._holders[key] if held is not manifest]
         for manifest in change.came:
             if manifest.object is None:
                 self._skip(manifest)
-                continue
-            key = (manifest.kind, manifest.name)
-            touched[key] = None
-            self._holders.setdefault(key, []).append(manifest)
+            else:
+                key = (manifest.kind, manifest.name)
+                touched[key] = None
+                self._holders.setdefault(key, []).append(manifest)
         order = {path: index for index, path in enumerate(self._files)}
         for key in touched:
-            holders = self._holders.get(key, ())
-            if len(holders) > 1:
+            self._duplicated.discard(key)
+            if len(holders := self._holders[key]) > 1:
                 self._duplicated.add(key)
-                self._holders[key] = sorted(
-                    holders, key=lambda m: (order.get(m.place.document.path, -1), m.place.document.line)
-                )
-            else:
-                self._duplicated.discard(key)
+                holders.sort(key=lambda m: (order.get(m.place.document.path, -1), m.place.document.line))
+            elif not holders:
+                del self._holders[key]
         return touched
 
     def _may_still_be_there(self, manifest: Manifest) -> bool:
@@ -354,12 +355,8 @@ class FileSource:
     def _skip(self, manifest: Manifest) -> None:
         if manifest.kind not in self._skipped_kinds:
             self._skipped_kinds.add(manifest.kind)
-            log.info(
-                "%s: kind %s is skipped; a proxy reads %s",
-                manifest.place.where("kind"),
-                manifest.kind,
-                ", ".join(api.KINDS),
-            )
+            where, kinds = manifest.place.where("kind"), ", ".join(api.KINDS)
+            log.info("%s: kind %s is skipped; a proxy reads %s", where, manifest.kind, kinds)
 
     def _report(self, problems: Iterable[Problem]) -> None:
         """Log new and solved problems; keep the current ones for health and metrics."""
@@ -387,18 +384,6 @@ def _common_start(left: str, right: str) -> int:
     while low < high:
         middle = (low + high + 1) // 2
         if left[low:middle] == right[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def _common_end(left: str, right: str) -> int:
-    """Return the length of the common suffix of *left* and *right*."""
-    low, high = 0, min(len(left), len(right))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if left[len(left) - middle : len(left) - low] == right[len(right) - middle : len(right) - low]:
             low = middle
         else:
             high = middle - 1

@@ -13,7 +13,7 @@ import yaml
 
 from userspace_proxy import api
 from userspace_proxy.sources.yaml_faults import describe
-from userspace_proxy.sources.yaml_values import Node, compose
+from userspace_proxy.sources.yaml_values import YamlNode, compose
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Lines:
         return document.line + line
 
 
-def _tree(document: Document) -> Node | None:
+def _tree(document: Document) -> YamlNode | None:
     return compose(document.text)
 
 
@@ -88,7 +88,7 @@ def _rows(document: Document) -> list[str]:
     return document.text.splitlines()
 
 
-def _child(node: Node | None, step: int | str) -> tuple[int, Node] | None:
+def _child(node: YamlNode | None, step: int | str) -> tuple[int, YamlNode] | None:
     """Return the line at which *step* below *node* starts, and its node."""
     if node is not None and node.items is not None and isinstance(step, int) and step < len(node.items):
         return node.items[step].line, node.items[step]

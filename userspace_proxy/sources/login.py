@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -209,14 +209,23 @@ def _refuse_unreadable(kubeconfig: Path) -> None:
         raise ConnectionError(f"no login: line {line + 1}: {said}") from None
     except UNREADABLE as error:
         raise ConnectionError(f"no login: {getattr(error, 'strerror', None) or error}") from None
-    for kind, entry in (("clusters", "cluster"), ("users", "user")):
-        listed = plain.get(kind) if isinstance(plain, dict) else None
+    for field, path in _named_files(plain):
+        if (file := kubeconfig.parent / path).exists() and not file.is_file():
+            raise ConnectionError(f"no login: {field} {path!r} is not a regular file")
+
+
+def _named_files(kubeconfig: object) -> Iterator[tuple[str, str]]:
+    """Yield (field, path) for each file that *kubeconfig* names."""
+    for section, entry in (("clusters", "cluster"), ("users", "user")):
+        listed = _get(kubeconfig, section)
         for item in listed if isinstance(listed, list) else ():
-            named = item.get(entry) if isinstance(item, dict) else None
             for field in _FILES:
-                path = named.get(field) if isinstance(named, dict) else None
-                if isinstance(path, str) and (file := kubeconfig.parent / path).exists() and not file.is_file():
-                    raise ConnectionError(f"no login: {field} {path!r} is not a regular file")
+                if isinstance(path := _get(_get(item, entry), field), str):
+                    yield field, path
+
+
+def _get(mapping: object, key: str) -> object:
+    return mapping.get(key) if isinstance(mapping, dict) else None
 
 
 def _refuse_broken_url(url: str | None) -> None:

@@ -10,7 +10,7 @@ import yaml
 from userspace_proxy import api
 from userspace_proxy.errors import ConfigError, Note
 from userspace_proxy.sources.pasted import certain_sign, sign_in
-from userspace_proxy.sources.yaml_values import Node, UnreadableValue, compose
+from userspace_proxy.sources.yaml_values import UnreadableValue, YamlNode, compose
 
 # Placeholders of Helm, Jinja, ERB and envsubst.
 TEMPLATE = re.compile(r"\{\{|\{%|<%|\$\{")
@@ -155,11 +155,7 @@ def keys_that_stand_twice(text: str) -> tuple[list[int], list[tuple[int, ConfigE
     return begins, [] if begins else list(_repeated_keys(root))
 
 
-def new_object_error() -> ConfigError:
-    return ConfigError("a new object begins here", mend="put '---' on a line before it")
-
-
-def _lines_of_new_objects(root: Node | None) -> list[int]:
+def _lines_of_new_objects(root: YamlNode | None) -> list[int]:
     if root is None or root.pairs is None or root.is_flow:
         return []
     lines = []
@@ -172,24 +168,25 @@ def _lines_of_new_objects(root: Node | None) -> list[int]:
     return lines
 
 
-def _repeated_keys(root: Node | None) -> Iterator[tuple[int, ConfigError]]:
+def _repeated_keys(root: YamlNode | None) -> Iterator[tuple[int, ConfigError]]:
     visited: set[int] = set()  # aliases repeat nodes that were visited
     waiting = [(root, "")]
     while waiting:
         node, field = waiting.pop()
-        if node is None or id(node) in visited:
-            continue
-        visited.add(id(node))
-        waiting += [(item, f"{field}[{index}]") for index, item in enumerate(node.items or ())]
-        firsts: dict[str, Node] = {}
-        for key, value in node.pairs or ():
-            assert key.text is not None, "a document with other keys cannot be read"
-            here = api.below(field, key.text)
-            first = firsts.setdefault(key.text, key)
-            if first is not key and not key.is_merge:
-                above = key.line - first.line
-                lines = "line" if above == 1 else "lines"
-                said = f"{key.text!r} stands twice, {above} {lines} apart, and only this one counts"
-                mend = "join the two" if value.text is None else "remove one of them"
-                yield key.line, ConfigError(said, field=here, mend=mend)
-            waiting.append((value, here))
+        if node is not None and id(node) not in visited:
+            visited.add(id(node))
+            waiting += [(item, f"{field}[{index}]") for index, item in enumerate(node.items or ())]
+            waiting += [(value, api.below(field, key.text)) for key, value in node.pairs or ()]
+            yield from _repeated_keys_of(node, field)
+
+
+def _repeated_keys_of(node: YamlNode, field: str) -> Iterator[tuple[int, ConfigError]]:
+    firsts: dict[str | None, YamlNode] = {}
+    for key, value in node.pairs or ():
+        first = firsts.setdefault(key.text, key)
+        if first is not key and not key.is_merge:
+            above = key.line - first.line
+            said = f"{key.text!r} stands twice, {above} {'line' if above == 1 else 'lines'} apart"
+            mend = "join the two" if value.text is None else "remove one of them"
+            error = ConfigError(f"{said}, and only this one counts", field=api.below(field, key.text), mend=mend)
+            yield key.line, error

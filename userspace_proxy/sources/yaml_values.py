@@ -111,6 +111,7 @@ class _Collection:
     values: dict[object, object] | list[object]
     event: Any
     size_before: int
+    is_mapping: bool
     key: object = _NO_KEY
     merged: list[dict[object, object]] = field(default_factory=list)
 
@@ -142,55 +143,63 @@ class _Builder:
 
         The hot loop: half of the time for reading manifests is spent here.
         """
-        here: Any = None  # the current _Collection, if any
-        values: Any = None  # the values of `here`
+        here: _Collection | None = None  # the innermost collection that is being read
         above: list[_Collection] = []
         next_event, size_max = self._next, self._budget.size + self._budget.repeated
-        value: object
         while True:
             event = next_event()
             kind = type(event)
             if kind is ScalarEvent:
-                text = value = event.value
-                self._size += _VALUE_SIZE + len(text)
-                if (tag := event.tag or (event.implicit[0] and _plain_tag(text))) and tag != _TEXT and tag[0] != "!":
-                    if tag == _MERGE and type(values) is dict and here.key is _NO_KEY:
-                        here.key = _MERGED
-                        continue
-                    if event.tag or tag != _MERGE:
-                        value = _scalar(tag, event)
-                if event.anchor:
-                    self._anchors[event.anchor] = _Anchored(value, _VALUE_SIZE + len(text))
+                value = self._read_scalar(event, here)
             elif kind is MappingStartEvent or kind is SequenceStartEvent:
                 if here is not None:
                     above.append(here)
                 here = self._begin(event, here, len(above))
-                values = here.values
                 continue
             elif kind is AliasEvent:
                 value = self._repeated(event)
             else:  # a collection's end
+                assert here is not None
                 value = self._end(here)
                 here = above.pop() if above else None
-                values = here.values if here is not None else None
             if self._size > size_max:
                 raise UnreadableValue("one document holds too many values", event.start_mark, "split it with '---'")
-            if type(values) is dict:
-                if here.key is _NO_KEY:
-                    if type(value) in (dict, list):
-                        raise _no_text_as_key(event)
-                    here.key = value if type(value) is str else _key(value)
-                elif here.key is _MERGED:
-                    self._merge(here, value, event)
-                else:
-                    key, here.key = here.key, _NO_KEY
-                    if key in values:
-                        self.keys_were_lost = True
-                    values[key] = value
-            elif values is not None:
-                values.append(value)
-            else:
+            if here is None:
                 return value
+            if here.is_mapping:
+                self._put(here, value, event)
+            else:
+                here.values.append(value)  # type: ignore[union-attr]
+
+    def _read_scalar(self, event: Any, here: _Collection | None) -> object:
+        """Return the value of a scalar, or _MERGED for a merge key of the mapping *here*."""
+        text = event.value
+        size = _VALUE_SIZE + len(text)
+        self._size += size
+        tag = event.tag or (event.implicit[0] and _plain_tag(text))
+        value: object = text
+        if tag and tag != _TEXT and tag[0] != "!":
+            if tag == _MERGE and here is not None and here.is_mapping and here.key is _NO_KEY:
+                return _MERGED
+            if event.tag or tag != _MERGE:
+                value = _scalar(tag, event)
+        if event.anchor:
+            self._anchors[event.anchor] = _Anchored(value, size)
+        return value
+
+    def _put(self, here: _Collection, value: object, event: Any) -> None:
+        """Take *value* as the next key of the mapping *here*, or as the value of its last key."""
+        if here.key is _NO_KEY:
+            if type(value) in (dict, list):
+                raise _no_text_as_key(event)
+            here.key = value if type(value) is str or value is _MERGED else _key(value)
+        elif here.key is _MERGED:
+            self._merge(here, value, event)
+        else:
+            key, here.key = here.key, _NO_KEY
+            if key in here.values:
+                self.keys_were_lost = True
+            here.values[key] = value  # type: ignore[call-overload]
 
     def _begin(self, event: Any, here: _Collection | None, depth: int) -> _Collection:
         """Return the new collection that *event* begins inside *here*, at *depth*."""
@@ -199,13 +208,13 @@ class _Builder:
         is_mapping = type(event) is MappingStartEvent
         if event.tag not in (None, _MAPPING if is_mapping else _SEQUENCE) and not _is_of_another_tool(event.tag):
             raise _unknown_tag(event)
-        if here is not None and type(here.values) is dict and here.key is _NO_KEY:
+        if here is not None and here.is_mapping and here.key is _NO_KEY:
             raise _no_text_as_key(event)
         if event.anchor:
             self._anchors[event.anchor] = None
         size_before = self._size
         self._size += _VALUE_SIZE
-        return _Collection({} if is_mapping else [], event, size_before)
+        return _Collection({} if is_mapping else [], event, size_before, is_mapping)
 
     def _end(self, here: _Collection) -> object:
         value = here.values
@@ -295,7 +304,7 @@ def _short_scalar(tag: str, text: str) -> object:
 
 
 @dataclass(slots=True)
-class Node:
+class YamlNode:
     """A value and its first line (from 0).
 
     ``text``: of a scalar; ``items``: of a sequence; ``pairs``: of a mapping. ``is_flow``: written in brackets.
@@ -304,20 +313,20 @@ class Node:
 
     line: int
     text: str | None = None
-    items: list[Node] | None = None
-    pairs: list[tuple[Node, Node]] | None = None
+    items: list[YamlNode] | None = None
+    pairs: list[tuple[YamlNode, YamlNode]] | None = None
     is_merge: bool = False
     is_flow: bool = False
-    first: dict[str | None, tuple[Node, Node]] | None = None
+    first: dict[str | None, tuple[YamlNode, YamlNode]] | None = None
 
-    def pair(self, key: str) -> tuple[Node, Node] | None:
+    def pair(self, key: str) -> tuple[YamlNode, YamlNode] | None:
         """Return the first pair of *key*, or None."""
         if self.first is None:
             self.first = {pair[0].text: pair for pair in reversed(self.pairs or ())}
         return self.first.get(key)
 
 
-def compose(text: str) -> Node | None:
+def compose(text: str) -> YamlNode | None:
     """Return *text*, one YAML document, as a tree, or None if it is empty. An alias yields its anchor's node.
 
     Raises:
@@ -334,13 +343,13 @@ def compose(text: str) -> Node | None:
         loader.dispose()
 
 
-def _node(loader: Any, event: Any, anchors: dict[str, Node], depth: int) -> Node:
+def _node(loader: Any, event: Any, anchors: dict[str, YamlNode], depth: int) -> YamlNode:
     line = event.start_mark.line
     if isinstance(event, AliasEvent):
         if event.anchor not in anchors:
             raise _undefined(event)
         return anchors[event.anchor]
-    node = Node(line)
+    node = YamlNode(line)
     if event.anchor:
         anchors[event.anchor] = node
     if isinstance(event, ScalarEvent):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 
@@ -18,6 +18,8 @@ SERVICE_NAME_LABEL = "kubernetes.io/service-name"
 # Slices with this label are not for proxies (behaviours S3).
 _HEADLESS_LABEL = "service.kubernetes.io/headless"
 _TRIGGER_TIME = "endpoints.kubernetes.io/last-change-trigger-time"
+
+_NO_CONDITIONS, _NO_HINTS = api.objects.EndpointConditions(), api.objects.EndpointHints()
 
 # The endpoints of one Service.
 EndpointsByPort = Mapping[PortKey, list[Endpoint]]
@@ -41,30 +43,29 @@ def from_slices(slices: Iterable[api.EndpointSlice]) -> EndpointsByPort:
     """Return the endpoints of one Service's *slices* for proxies, without incomplete entries (behaviours S3-S6)."""
     found: dict[PortKey, list[Endpoint]] = defaultdict(list)
     for piece in slices:
-        if piece.address_type not in ("IPv4", "IPv6") or _HEADLESS_LABEL in (piece.metadata.labels or {}):
-            continue
-        for port in piece.ports or ():
-            if port.port is None or not is_port(port.port):
-                continue
-            endpoints = found[port.name or "", port.protocol or "TCP"]
-            for item in piece.endpoints or ():
-                ip = backend_ip(item.addresses[0]) if item.addresses else None
-                if ip is None:
-                    continue
-                conditions, hints = item.conditions, item.hints
-                endpoints.append(
-                    Endpoint(
-                        ip=ip,
-                        port=port.port,
-                        ready=conditions is None or conditions.ready is not False,
-                        serving=conditions is None or conditions.serving is not False,
-                        terminating=conditions is not None and conditions.terminating is True,
-                        node_name=item.node_name,
-                        zone_hints=_named(hints.for_zones) if hints else frozenset(),
-                        node_hints=_named(hints.for_nodes) if hints else frozenset(),
-                    )
-                )
+        is_for_proxies = piece.address_type in ("IPv4", "IPv6") and _HEADLESS_LABEL not in (piece.metadata.labels or {})
+        for port in piece.ports or () if is_for_proxies else ():
+            if port.port is not None and is_port(port.port):
+                found[port.name or "", port.protocol or "TCP"].extend(_slice_endpoints(piece, port.port))
     return found
+
+
+def _slice_endpoints(piece: api.EndpointSlice, port: int) -> Iterator[Endpoint]:
+    for item in piece.endpoints or ():
+        ip = backend_ip(item.addresses[0]) if item.addresses else None
+        if ip is None:
+            continue
+        conditions, hints = item.conditions or _NO_CONDITIONS, item.hints or _NO_HINTS
+        yield Endpoint(
+            ip=ip,
+            port=port,
+            ready=conditions.ready is not False,
+            serving=conditions.serving is not False,
+            terminating=conditions.terminating is True,
+            node_name=item.node_name,
+            zone_hints=_named(hints.for_zones),
+            node_hints=_named(hints.for_nodes),
+        )
 
 
 def _named(hints: Sequence[api.objects.Hint] | None) -> frozenset[str]:
@@ -80,14 +81,13 @@ def _shared(names: tuple[str, ...]) -> frozenset[str]:
 def from_endpoints(given: api.Endpoints) -> EndpointsByPort:
     """Return the endpoints of an Endpoints object, the older form of EndpointSlices."""
     found: dict[PortKey, list[Endpoint]] = defaultdict(list)
-    for subset in given.subsets or ():
-        for port in subset.ports or ():
-            endpoints = found[port.name or "", port.protocol or "TCP"]
+    for subset, port in ((part, port) for part in given.subsets or () for port in part.ports or ()):
+        if port.port is not None and is_port(port.port):
             for addresses, ready in ((subset.addresses, True), (subset.not_ready_addresses, False)):
-                for address in addresses or ():
-                    ip = backend_ip(address.ip)
-                    if port.port is not None and is_port(port.port) and ip is not None:
-                        endpoints.append(Endpoint(ip, port.port, ready, ready, node_name=address.node_name))
+                known = ((backend_ip(address.ip), address.node_name) for address in addresses or ())
+                found[port.name or "", port.protocol or "TCP"] += [
+                    Endpoint(ip, port.port, ready, ready, node_name=node) for ip, node in known if ip is not None
+                ]
     return found
 
 

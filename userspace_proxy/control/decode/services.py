@@ -56,15 +56,13 @@ def service_errors(service: api.Service, proxy_name: str = "") -> Iterator[Confi
         yield ConfigError("the Service has no spec", mend="add spec.ports")
         return
     if spec.type is not None and spec.type not in _TYPES:
-        yield ConfigError(
-            f"{spec.type!r} is no Service type", field="spec.type", mend=f"write one of {', '.join(_TYPES)}"
-        )
+        mend = f"write one of {', '.join(_TYPES)}"
+        yield ConfigError(f"{spec.type!r} is no Service type", field="spec.type", mend=mend)
     if not is_proxied(service, proxy_name):
         return
     if not spec.ports:
-        yield ConfigError(
-            "the Service has no ports", field="spec", mend="add spec.ports, a list with at least one port"
-        )
+        mend = "add spec.ports, a list with at least one port"
+        yield ConfigError("the Service has no ports", field="spec", mend=mend)
     yield from _ports_errors(spec.ports or [])
     yield from _affinity_errors(spec)
     yield from _cluster_ips_errors(spec)
@@ -74,7 +72,10 @@ def service_errors(service: api.Service, proxy_name: str = "") -> Iterator[Confi
     yield from _policy_errors(spec)
     for index, cidr in enumerate(spec.load_balancer_source_ranges or ()):
         if cidr.strip():  # a range that is dropped would admit all clients
-            yield from _cidr_errors(cidr, f"spec.loadBalancerSourceRanges[{index}]")
+            try:
+                canonical_cidr(cidr, f"spec.loadBalancerSourceRanges[{index}]")
+            except ConfigError as error:
+                yield error
 
 
 def _policy_errors(spec: api.objects.ServiceSpec) -> Iterator[ConfigError]:
@@ -91,13 +92,6 @@ def _policy_errors(spec: api.objects.ServiceSpec) -> Iterator[ConfigError]:
             if port.node_port == number and (port.protocol or "TCP") == "TCP":
                 said = f"{number} is already the node port of ports[{index}]"
                 yield ConfigError(said, field=field, mend="choose another one, or leave it out")
-
-
-def _cidr_errors(cidr: str, field: str) -> Iterator[ConfigError]:
-    try:
-        canonical_cidr(cidr, field)
-    except ConfigError as error:
-        yield error
 
 
 def _cluster_ips_errors(spec: api.objects.ServiceSpec) -> Iterator[ConfigError]:
@@ -123,70 +117,53 @@ def _cluster_ips_errors(spec: api.objects.ServiceSpec) -> Iterator[ConfigError]:
             yield ConfigError(f"{ip} is {family}", field=f"spec.ipFamilies[{index}]", mend=mend)
             break  # the other entry has the same cause
     if spec.cluster_ips and spec.cluster_ip and canonical_ip(spec.cluster_ip) != canonical_ip(spec.cluster_ips[0]):
-        yield ConfigError(
-            f"{spec.cluster_ip} is not the first of spec.clusterIPs",
-            field="spec.clusterIP",
-            mend="write the same address in both, or leave one field out",
-        )
+        said, mend = "is not the first of spec.clusterIPs", "write the same address in both, or leave one field out"
+        yield ConfigError(f"{spec.cluster_ip} {said}", field="spec.clusterIP", mend=mend)
 
 
 def _ports_errors(ports: list[api.ServicePort]) -> Iterator[ConfigError]:
-    names: dict[str, int] = {}
-    numbers: dict[tuple[int, str], int] = {}
-    node_ports: dict[tuple[int, str], int] = {}
     unnamed = [index for index, port in enumerate(ports) if not port.name] if len(ports) > 1 else []
     if unnamed:
         said = f"a Service with several ports must name each; {len(unnamed)} of {len(ports)} have no name"
         yield ConfigError(said, field=f"spec.ports[{unnamed[0]}]", mend="add names, such as 'name: http'")
+    first: dict[tuple[str, object], int] = {}
     for index, port in enumerate(ports):
-        field = f"spec.ports[{index}]"
-        yield from number_errors(port.port, f"{field}.port")
-        if (target := as_number(port.target_port)) is not None and port.target_port != 0:  # 0: the same as port
-            yield from number_errors(target, f"{field}.targetPort")
-        if port.node_port:
-            yield from number_errors(port.node_port, f"{field}.nodePort")
-        protocol = port.protocol or "TCP"
-        if protocol not in _PROTOCOLS:
-            yield ConfigError(f"{protocol!r} is no protocol", field=f"{field}.protocol", mend="write TCP or UDP")
-        if port.name:
-            if not _LABEL.fullmatch(port.name):
-                yield ConfigError(
-                    f"{port.name!r} is not a valid name", field=f"{field}.name", mend=_as_label(port.name)
-                )
-            if (first := names.setdefault(port.name, index)) != index:
-                yield ConfigError(
-                    f"the name {port.name!r} is already that of ports[{first}]",
-                    field=f"{field}.name",
-                    mend="give each port a name of its own",
-                )
-        if (first := numbers.setdefault((port.port, protocol), index)) != index:
-            yield ConfigError(
-                f"{protocol} port {port.port} is already ports[{first}]",
-                field=f"{field}.port",
-                mend="remove one of them",
-            )
-        if port.node_port and (first := node_ports.setdefault((port.node_port, protocol), index)) != index:
-            yield ConfigError(
-                f"{protocol} node port {port.node_port} is already that of ports[{first}]",
-                field=f"{field}.nodePort",
-                mend="give each port a node port of its own",
-            )
+        field, protocol = f"spec.ports[{index}]", port.protocol or "TCP"
+        yield from _port_errors(port, protocol, field)
+        for part, value, said, mend in (
+            ("name", port.name, f"the name {port.name!r} is already that of", "give each port a name of its own"),
+            ("port", (port.port, protocol), f"{protocol} port {port.port} is already", "remove one of them"),
+            (
+                "nodePort",
+                (port.node_port, protocol) if port.node_port else None,
+                f"{protocol} node port {port.node_port} is already that of",
+                "give each port a node port of its own",
+            ),
+        ):
+            if value and (other := first.setdefault((part, value), index)) != index:
+                yield ConfigError(f"{said} ports[{other}]", field=f"{field}.{part}", mend=mend)
+
+
+def _port_errors(port: api.ServicePort, protocol: str, field: str) -> Iterator[ConfigError]:
+    yield from number_errors(port.port, f"{field}.port")
+    if (target := as_number(port.target_port)) is not None and port.target_port != 0:  # 0: the same as port
+        yield from number_errors(target, f"{field}.targetPort")
+    if port.node_port:
+        yield from number_errors(port.node_port, f"{field}.nodePort")
+    if protocol not in _PROTOCOLS:
+        yield ConfigError(f"{protocol!r} is no protocol", field=f"{field}.protocol", mend="write TCP or UDP")
+    if port.name and not _LABEL.fullmatch(port.name):
+        yield ConfigError(f"{port.name!r} is not a valid name", field=f"{field}.name", mend=_as_label(port.name))
 
 
 def _affinity_errors(spec: api.objects.ServiceSpec) -> Iterator[ConfigError]:
     if spec.session_affinity not in (None, "", "None", "ClientIP"):
-        yield ConfigError(
-            f"{spec.session_affinity!r} is no session affinity",
-            field="spec.sessionAffinity",
-            mend="write ClientIP or None",
-        )
+        said = f"{spec.session_affinity!r} is no session affinity"
+        yield ConfigError(said, field="spec.sessionAffinity", mend="write ClientIP or None")
     timeout_s = affinity_timeout_s(spec)
     if timeout_s is not None and not 1 <= timeout_s <= AFFINITY_TIMEOUT_MAX_S:
-        yield ConfigError(
-            f"{timeout_s} s is out of range",
-            field="spec.sessionAffinityConfig.clientIP.timeoutSeconds",
-            mend=f"write a number from 1 to {AFFINITY_TIMEOUT_MAX_S}",
-        )
+        field, mend = "spec.sessionAffinityConfig.clientIP.timeoutSeconds", "write a number from 1 to"
+        yield ConfigError(f"{timeout_s} s is out of range", field=field, mend=f"{mend} {AFFINITY_TIMEOUT_MAX_S}")
 
 
 def _as_label(name: str) -> str:
