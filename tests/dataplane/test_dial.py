@@ -55,6 +55,9 @@ class Network:
     def call_at(self, at: float, step: Callable[..., None], *arguments: object) -> None:
         heapq.heappush(self._steps, (at, next(self._order), step, arguments))
 
+    def call_later(self, after_s: float, step: Callable[..., None], *arguments: object) -> None:
+        self.call_at(self.now_s + after_s, step, *arguments)
+
     def watch(self, sock: FakeSocket, handler: Callable[[int], None]) -> None:
         self.handlers[sock] = handler
         self.most_open = max(self.most_open, len(self.handlers))
@@ -283,12 +286,21 @@ def test_a_pin_stays_where_it_is_when_no_endpoint_answers() -> None:
     assert there.memory.pins[CLIENT].address == there.endpoints[0].address
 
 
-def test_an_attempt_among_thousands_that_refuse_is_bounded_and_later_ones_find_the_one_that_answers() -> None:
-    there = world(*[Fate(0, errno.EHOSTUNREACH)] * 2_000, NEAR)
-    outcomes = []
-    for _ in range(20):
-        attempt = there.attempt()
-        assert len(attempt.dialled) <= DIALS_MAX
-        outcomes.append(attempt.pick)
+@pytest.mark.parametrize("after_s", [0, 0.0001])
+def test_the_first_client_finds_the_one_endpoint_that_answers_among_thousands_that_refuse(after_s: float) -> None:
+    there = world(*[Fate(after_s, errno.EHOSTUNREACH)] * 2_000, NEAR)
 
-    assert outcomes[-1] is not None
+    attempt = there.attempt()
+
+    assert attempt.pick is not None
+    assert len(attempt.dialled) == len(set(attempt.dialled)) > DIALS_MAX
+
+
+def test_thousands_of_endpoints_that_refuse_cost_each_a_dial_and_each_client_no_more_than_its_bound() -> None:
+    there = world(*[Fate(0, errno.EHOSTUNREACH)] * 2_000)
+    for _ in range(5):
+        ejected = len(there.memory.ejected)
+        attempt = there.attempt()
+
+        assert attempt.pick is None
+        assert len(attempt.dialled) <= len(there.memory.ejected) - ejected + DIALS_MAX

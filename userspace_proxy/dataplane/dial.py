@@ -30,8 +30,11 @@ RACE_S = 0.25
 PATIENCE_S = 1.15
 # A client is reset after this time if no endpoint answers.
 BUDGET_S = 15.0
-# The most dials for one client; it cannot try all of thousands of endpoints.
+# The most dials for one client that eject no endpoint: not every client tries all of thousands of ejected endpoints.
+# A dial that ejects one costs no more than one for each endpoint and ejection, however many clients there are.
 DIALS_MAX = 128
+# Dials that fail at once are made this often before others have their turn.
+_DIALS_A_TURN = 8
 
 # If no descriptor is left for a backend socket, an accepted client waits this often, this long.
 STARVED_MAX = 100
@@ -116,10 +119,13 @@ class DialContext(NamedTuple):
         """Return *client_ip* if the endpoint of *pick* sees it, "" if it sees this node's address."""
         return "" if self.transparent is None else self.transparent.name_for(client_ip, pick.endpoint.ip)
 
-    def hold_against(self, pick: Pick, client_ip: str, code: int) -> None:
-        """Count a failure of *pick*'s endpoint towards its ejection."""
-        if self.picker.report_failure(pick.endpoint, self.seen_client(client_ip, pick)):
-            self.note_ejection(pick, code)
+    def hold_against(self, pick: Pick, client_ip: str, code: int) -> bool:
+        """Count a failure of *pick*'s endpoint towards its ejection. Return whether this ejects it for all clients."""
+        seen_client = self.seen_client(client_ip, pick)
+        if not self.picker.report_failure(pick.endpoint, seen_client):
+            return False
+        self.note_ejection(pick, code)
+        return not seen_client
 
     def note_ejection(self, pick: Pick, code: int) -> None:
         self.counters.ejections += 1
@@ -134,7 +140,7 @@ class Dial:
        The first dial of an attempt may be the trial of an ejected endpoint.
     2. Dial ejected endpoints: at once if all dials have failed, after PATIENCE_S beside an open dial.
     3. Dial slow endpoints again, one every PATIENCE_S: the network may be slow, not the endpoint dead.
-    4. Fail after BUDGET_S or DIALS_MAX. While a dial is open, a deadline is always set.
+    4. Fail after BUDGET_S, or DIALS_MAX dials that ejected nothing. While a dial is open, a deadline is always set.
 
     A connected suspect has to prove itself first: not to reset the connection for PROOF_S, or to send a byte.
     """
@@ -194,13 +200,18 @@ class Dial:
     def _dial(self, pick: Pick) -> None:
         """Dial the endpoint of *pick*. If it fails at once, continue with the next ones."""
         following: Pick | None = pick
+        turn = 0
         while following is not None:
+            turn += 1
             if self._tried is not None:
                 self._context.counters.retries += 1
                 following.counters.retries += 1
             if self._connect(following):
                 return
-            following = self._next()
+            if turn == _DIALS_A_TURN and self._sock is None:
+                self._timer = self._context.loop.call_later(0, self.start)
+                return
+            following = self._next() if turn < _DIALS_A_TURN else None
         if self._sock is None:
             self._caller.on_failed("no endpoint could be reached")
         else:
@@ -425,8 +436,10 @@ class Dial:
             counters.port_exhaustions += 1
         if code in LOCAL_SHORTAGES:
             self._context.connections.note_shortage(OSError(code, f"connecting to {endpoint}: {os.strerror(code)}"))
-        else:
-            self._context.hold_against(pick, self.client_ip, code)
+        elif self._context.hold_against(pick, self.client_ip, code):
+            self._dials -= 1
+            if len(self._tried) > DIALS_MAX:
+                del self._tried[endpoint.address]  # its ejection keeps it from being dialled again
 
     def _wait_for_descriptors(self, error: OSError) -> None:
         """Retry later: the client is accepted but unread, so it can wait until other connections end."""
