@@ -1,13 +1,15 @@
 """The `demo` command: shows what the proxy does for a client, a node and three nginx backends in private namespaces.
 
-Where user namespaces are allowed, it needs no root. When the command's first process ends, the kernel removes
-everything.
+Its output fits a terminal of 80 columns and 24 lines. Where user namespaces are allowed, it needs no root. When the
+command's first process ends, the kernel removes everything.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,32 +23,31 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.syntax import Syntax
 from rich.table import Table
 
 from userspace_proxy.errors import StartError
-from userspace_proxy.lab import Lab, ServiceLab, ask, build_service_lab, connect, enter_namespaces, prepare, start_nginx
+from userspace_proxy.lab import (
+    Lab,
+    ServiceLab,
+    ask,
+    build_service_lab,
+    connect,
+    enter_namespaces,
+    prepare,
+    service,
+    start_nginx,
+    start_proxy,
+    wait_until,
+)
 
 WEB, STICKY, EMPTY = "10.96.0.10", "10.96.0.11", "10.96.0.12"
-_LOAD_S = 4.0
+_KERNEL_MODE = "nftables"
+_WIDTH = 80
+_LOAD_S = 2.0
 _CLIENTS = 4
-
-_SLICE = """\
-apiVersion: discovery.k8s.io/v1
-kind: EndpointSlice
-metadata: {{name: {name}-1, labels: {{kubernetes.io/service-name: {name}}}}}
-addressType: IPv4
-ports: [{{port: 8080}}]
-endpoints: [{endpoints}]
-"""
-_SERVICE = """\
-apiVersion: v1
-kind: Service
-metadata: {{name: {name}}}
-spec:
-  clusterIP: {ip}
-  ports: [{{port: 80}}]{extra}
-"""
+_VICTIM = 1  # the pod whose server is killed
+_RULE = re.compile(rf"{re.escape(WEB)} \. tcp \. 80 .*: \d+")  # the last number is a port of the proxy
+_CHOICE = re.compile(r"\S+ -> \S+ -> \S+ \([^)]*\)")
 
 
 def enter(arguments: list[str]) -> None:
@@ -63,6 +64,7 @@ def run(*, as_json: bool) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     prepare()
     console = Console(stderr=as_json, quiet=as_json, highlight=False)
+    console = console if console.is_terminal else Console(quiet=as_json, highlight=False, width=_WIDTH)
     try:
         with tempfile.TemporaryDirectory(dir="/run") as folder, Lab() as lab:
             results = _Demo(console, build_service_lab(lab, pods=3), Path(folder)).run()
@@ -80,142 +82,69 @@ class _Demo:
         self._console = console
         self._world = world
         self._folder = folder
-        self._manifests = folder / "manifests"
-        self._log = folder / "log"
+        self._servers = [start_nginx(pod, folder) for pod in world.pods]
         self._results: dict[str, Any] = {}
 
     def run(self) -> dict[str, Any]:
-        self._say(
-            "A client, a node, and three nginx pods behind it",
-            "client 192.168.50.2 -- node 192.168.50.1 -- pod1 10.244.0.2, pod2 10.244.0.3, pod3 10.244.0.4",
-        )
-        servers = [start_nginx(pod, self._folder) for pod in self._world.pods]
+        self._show("client 192.168.50.2 - node 192.168.50.1 - three nginx pods 10.244.0.2 to .4")
         self._write_manifests()
-        proxy = self._start_proxy()
-        self._show_rules()
+        proxy = self._start("userspace")
+        self._show_rule()
         self._show_round_robin()
         self._show_affinity()
-        self._show_failover(servers)
         self._show_refusal()
-        self._show_stop(proxy)
+        ours = self._kill_under_load("userspace")
+        choice = self._last_failover()
+        self._stop(proxy)
+        theirs = self._kill_in_kernel_mode()
+        self._show_failures(ours, theirs, choice)
+        self._show("\nTry next: rules explained, all modes measured, a failover of your own", "bold cyan")
+        command = _command()
+        self._show(f"  {command} render examples/cluster-ip --explain")
+        self._show(f"  {command} compare --quick --html report.html")
+        self._show("  less docs/tutorial/first-failover.md")
+        if ours.errors:
+            raise StartError(f"{len(ours.errors)} requests failed in userspace mode, the first with: {ours.errors[0]}")
         return self._results
 
-    def _say(self, title: str, text: str = "") -> None:
-        self._console.print()
-        self._console.print(title, style="bold cyan", soft_wrap=True)
-        if text:
-            self._console.print(text, style="dim", soft_wrap=True)
-
-    # ---- set-up
+    def _show(self, text: str, style: str = "") -> None:
+        self._console.print(text, style=style, soft_wrap=True, markup=False)
 
     def _write_manifests(self) -> None:
-        self._manifests.mkdir()
-        pods = ", ".join(f"{{addresses: [{ServiceLab.pod_ip(index)}]}}" for index in range(3))
-        affinity = "\n  sessionAffinity: ClientIP"
-        for name, ip, extra, endpoints in (
-            ("web", WEB, "", pods),
-            ("sticky", STICKY, affinity, pods),
-            ("empty", EMPTY, "", ""),
-        ):
-            manifest = (
-                _SERVICE.format(name=name, ip=ip, extra=extra) + "---\n" + _SLICE.format(name=name, endpoints=endpoints)
-            )
-            (self._manifests / f"{name}.yaml").write_text(manifest)
-        self._say("The manifest of web", "sticky is the same with sessionAffinity: ClientIP; empty has no endpoints")
-        self._show_code((self._manifests / "web.yaml").read_text(), "yaml")
-
-    def _start_proxy(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-P", "-m", "userspace_proxy", "run", str(self._manifests)]
-        arguments = ["--state-dir", str(self._folder / "state"), "--access-log", str(self._folder / "access")]
-        started_at = time.monotonic()
-        proxy = self._world.node.start(*command, *arguments, log=self._log)
-        while "ready:" not in self._log.read_text():
-            if proxy.poll() is not None or time.monotonic() > started_at + 10:
-                raise StartError(f"the proxy did not start: {self._log.read_text().strip()}")
-            time.sleep(0.01)
-        self._results["ready_s"] = round(time.monotonic() - started_at, 3)
-        self._say(
-            f"$ userspace-proxy run manifests/        (ready after {self._results['ready_s']:.2f} s)",
-            "On the node; it needs CAP_NET_ADMIN and nothing else.",
+        pods = [ServiceLab.pod_ip(index) for index in range(3)]
+        (self._folder / "web.yaml").write_text(
+            service("web", WEB, pods)
+            + service("sticky", STICKY, pods, options="sessionAffinity: ClientIP")
+            + service("empty", EMPTY, [])
         )
+
+    def _start(self, mode: str) -> subprocess.Popen[bytes]:
+        started_at = time.monotonic()
+        arguments = ("--proxy-mode", mode, "--access-log", str(self._folder / "access"))
+        proxy = start_proxy(self._world.node, self._folder / "web.yaml", self._folder / mode, *arguments)
+        if mode == "userspace":
+            self._results["ready_s"] = round(time.monotonic() - started_at, 3)
+            self._show(f"$ userspace-proxy run manifests/    ready after {self._results['ready_s']:.2f} s")
         return proxy
 
-    # ---- demonstrations
+    # ---- one Service after the other
 
-    def _show_rules(self) -> None:
+    def _show_rule(self) -> None:
         listed = self._world.node.run("nft", "list", "map", "inet", "userspace_proxy", "service_ips4").stdout
-        chain = self._world.node.run("nft", "list", "chain", "inet", "userspace_proxy", "services4").stdout
-        rule = next(line.strip() for line in chain.splitlines() if "map @service_ips4" in line)
-        self._say("The rules: one lookup leads each cluster IP to the proxy port of its Service")
-        self._show_code(f"{rule}\n{listed}", "text")
+        rule = _RULE.search(listed)
+        self._show(f"{'rule':12} {rule[0] if rule else 'missing'}")
 
     def _show_round_robin(self) -> None:
-        seen = [ask(self._world.client, WEB) for _ in range(9)]
-        self._results["round_robin"] = seen
-        self._say(
-            "Round robin: nine requests from the client",
-            "$ for i in 1 2 3 4 5 6 7 8 9; do curl http://10.96.0.10; done",
-        )
-        self._console.print("  ".join(seen))
-        line = self._last_line_of_the_access_log(len(seen))
-        self._console.print(f"The access log says why: {line}", style="dim", soft_wrap=True)
-
-    def _last_line_of_the_access_log(self, expected: int) -> str:
-        """Return the last line once *expected* lines exist; a thread of the proxy writes them."""
-        give_up_at = time.monotonic() + 2
-        while len(lines := (self._folder / "access").read_text().splitlines()) < expected:
-            if time.monotonic() > give_up_at:
-                raise StartError("the access log stays empty")
-            time.sleep(0.01)
-        return lines[-1]
+        seen = self._results["round_robin"] = [ask(self._world.client, WEB) for _ in range(9)]
+        self._show(f"{'round robin':12} {' '.join(seen)}")
 
     def _show_affinity(self) -> None:
-        seen = {host.name: [ask(host, STICKY) for _ in range(4)] for host in (self._world.client, self._world.pods[0])}
-        self._results["affinity"] = seen
-        self._say("Affinity: each client stays where it was put", "$ curl http://10.96.0.11      (4 times each)")
-        for name, answers in seen.items():
-            self._console.print(f"{name:8} {'  '.join(answers)}")
-
-    def _show_failover(self, servers: list[subprocess.Popen[bytes]]) -> None:
-        self._say(
-            "A backend is killed under load",
-            f"{_CLIENTS} clients, a new connection for each request; half-way pod2's nginx is killed with -9.\n"
-            "At a moment when it holds no request: a request that a dying process has accepted is lost.",
-        )
-        load = _Load(self._world)
-        with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[done]} requests"),
-            console=self._console,
-        ) as progress:
-            bar = progress.add_task("load", total=_LOAD_S, done=0)
-            started_at = time.monotonic()
-            killed = False
-            load.start()
-            while (elapsed_s := time.monotonic() - started_at) < _LOAD_S:
-                if not killed and elapsed_s > _LOAD_S / 2:
-                    with load.between_requests():
-                        servers[1].kill()
-                        servers[1].wait(5)
-                    killed = True
-                progress.update(bar, completed=elapsed_s, done=load.done)
-                time.sleep(0.05)
-            load.stop()
-            progress.update(bar, completed=_LOAD_S, done=load.done)
-        table = Table("answered by", "requests", box=None, header_style="bold")
-        for name, count in sorted(load.answers.items()):
-            table.add_row(name, str(count))
-        table.add_row("failed", str(len(load.errors)), style="bold green" if not load.errors else "bold red")
-        self._console.print(table)
-        said = next((line for line in self._log.read_text().splitlines() if "is ejected" in line), "")
-        self._console.print(f"The proxy's log: {said}", style="dim", soft_wrap=True)
-        self._results["failover"] = {"answers": dict(load.answers), "failed": len(load.errors)}
-        if load.errors:
-            raise StartError(f"{len(load.errors)} requests failed, the first with: {load.errors[0]}")
+        hosts = (self._world.client, self._world.pods[0])
+        seen = self._results["affinity"] = {host.name: [ask(host, STICKY) for _ in range(4)] for host in hosts}
+        each = "; ".join(f"from {name}: {' '.join(answers)}" for name, answers in seen.items())
+        self._show(f"{'affinity':12} {each}")
 
     def _show_refusal(self) -> None:
-        self._say("No endpoints: refused at once, never accepted and dropped", f"$ curl http://{EMPTY}")
         started_at = time.monotonic()
         try:
             connect(self._world.client, EMPTY, 80).close()
@@ -224,41 +153,101 @@ class _Demo:
             outcome = (error.strerror or str(error)).lower()
         took_ms = (time.monotonic() - started_at) * 1000
         self._results["no_endpoints"] = outcome
-        self._console.print(f"{outcome}, after {took_ms:.1f} ms")
+        self._show(f"{'no endpoints':12} {outcome} after {took_ms:.1f} ms")
 
-    def _show_stop(self, proxy: subprocess.Popen[bytes]) -> None:
+    # ---- a backend dies
+
+    def _kill_under_load(self, mode: str) -> _Load:
+        load = _Load(self._world)
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]} requests"))
+        with Progress(
+            *columns, console=self._console, transient=True, disable=not self._console.is_terminal
+        ) as progress:
+            bar = progress.add_task(f"{mode} mode: pod2 is killed half-way", total=_LOAD_S, done=0)
+            started_at = time.monotonic()
+            load.start()
+            while (elapsed_s := time.monotonic() - started_at) < _LOAD_S:
+                if elapsed_s > _LOAD_S / 2 and self._servers[_VICTIM].poll() is None:
+                    load.kill(self._servers[_VICTIM])
+                progress.update(bar, completed=elapsed_s, done=load.done)
+                time.sleep(0.05)
+            load.stop()
+        return load
+
+    def _last_failover(self) -> str:
+        """Return the choice of a failover as the access log tells it; a thread of the proxy writes the log."""
+
+        def found() -> list[str]:
+            return [line for line in (self._folder / "access").read_text().splitlines() if "(failover)" in line]
+
+        wait_until(found, "the access log names no failover", timeout_s=5)
+        choice = _CHOICE.search(found()[-1])
+        return choice[0] if choice else ""
+
+    def _kill_in_kernel_mode(self) -> _Load:
+        self._servers[_VICTIM] = start_nginx(self._world.pods[_VICTIM], self._folder)
+        proxy = self._start(_KERNEL_MODE)
+        load = self._kill_under_load(_KERNEL_MODE)
+        proxy.send_signal(signal.SIGINT)
+        proxy.wait(15)
+        return load
+
+    def _show_failures(self, ours: _Load, theirs: _Load, choice: str) -> None:
+        self._show(f"\n{_CLIENTS} clients, a new connection for each request; pod2 is killed half-way", "bold cyan")
+        table = Table("mode", *(pod.name for pod in self._world.pods), "failed after it", box=None, header_style="bold")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for mode, load in (("userspace", ours), (_KERNEL_MODE, theirs)):
+            answers = (f"{load.answers[pod.name]:,}" for pod in self._world.pods)
+            style = "bold red" if load.errors else "bold green"
+            table.add_row(mode, *answers, f"{len(load.errors):,} ({load.failed_share:.0%})", style=style)
+        self._console.print(table)
+        self._show(f"In userspace mode the proxy dials another pod. The access log says so:\n  {choice}")
+        self._show(f"In {_KERNEL_MODE} mode the kernel uses the dead pod until the endpoint is removed.")
+        self._results["failover"] = {"answers": dict(ours.answers), "failed": len(ours.errors)}
+        self._results["kernel_mode"] = {
+            "mode": _KERNEL_MODE,
+            "answers": dict(theirs.answers),
+            "failed": len(theirs.errors),
+            "failed_share": round(theirs.failed_share, 3),
+        }
+
+    def _stop(self, proxy: subprocess.Popen[bytes]) -> None:
         proxy.send_signal(signal.SIGTERM)
         code = proxy.wait(15)
-        left = self._world.node.run("nft", "list", "ruleset").stdout + self._world.node.ip(
-            "route", "show", "proto", "107"
-        )
-        self._results["stop"] = {"exit_code": code, "rules_left": bool(left.strip())}
-        self._say("SIGTERM: rules away, listeners closed, connections drained")
-        self._console.print(f"exit code {code}; rules and routes left behind: {left.strip() or 'none'}")
-        self._console.print()
-        self._console.print("All of it happened in private namespaces; they end with this command.", style="dim")
+        rules = self._world.node.run("nft", "list", "ruleset").stdout
+        routes = self._world.node.ip("route", "show", "proto", "107")
+        left = (rules + routes).strip()
+        self._results["stop"] = {"exit_code": code, "rules_left": bool(left)}
+        self._show(f"{'SIGTERM':12} exit code {code}; rules and routes left: {left or 'none'}")
 
-    def _show_code(self, text: str, language: str) -> None:
-        if self._console.is_terminal:
-            self._console.print(Syntax(text.rstrip(), language, theme="ansi_dark", background_color="default"))
-        else:
-            self._console.print(text.rstrip(), soft_wrap=True, markup=False)
+
+def _command() -> str:
+    """Return the command as a user of this checkout types it."""
+    command = Path(sys.executable).with_name("userspace-proxy")
+    return os.path.relpath(command) if command.is_relative_to(Path.cwd()) else "userspace-proxy"
 
 
 class _Load:
-    """Clients that send requests until they are stopped."""
+    """Clients that send requests until they are stopped. ``errors``: those after the server was killed."""
 
     def __init__(self, world: ServiceLab) -> None:
         self._client = world.client
         self._stopped = threading.Event()
         self._asking = [threading.Lock() for _ in range(_CLIENTS)]
         self._threads = [threading.Thread(target=self._ask_on, args=(lock,), daemon=True) for lock in self._asking]
+        self._done_before = 0
         self.answers: Counter[str] = Counter()
         self.errors: list[OSError] = []
 
     @property
     def done(self) -> int:
         return self.answers.total() + len(self.errors)
+
+    @property
+    def failed_share(self) -> float:
+        """The share of the requests after the server was killed that failed."""
+        return len(self.errors) / max(1, self.done - self._done_before)
 
     def start(self) -> None:
         for thread in self._threads:
@@ -269,8 +258,15 @@ class _Load:
         for thread in self._threads:
             thread.join(10)
 
+    def kill(self, server: subprocess.Popen[bytes]) -> None:
+        """Kill *server* while it holds no request: a request that a dying process has accepted is lost in any mode."""
+        with self._between_requests():
+            self._done_before = self.done
+            server.kill()
+            server.wait(5)
+
     @contextlib.contextmanager
-    def between_requests(self) -> Iterator[None]:
+    def _between_requests(self) -> Iterator[None]:
         """Pause every client between two requests."""
         with contextlib.ExitStack() as stack:
             for lock in self._asking:

@@ -25,18 +25,23 @@ def test_the_demo_serves_fails_over_refuses_and_leaves_nothing() -> None:
     assert seen["affinity"] == {"client": ["pod1"] * 4, "pod1": ["pod2"] * 4}
     assert seen["failover"]["failed"] == 0
     assert set(seen["failover"]["answers"]) == {"pod1", "pod2", "pod3"}
+    assert seen["kernel_mode"]["mode"] == "nftables"
+    assert seen["kernel_mode"]["failed"] > 0
     assert seen["no_endpoints"] == "connection refused"
     assert seen["stop"] == {"exit_code": 0, "rules_left": False}
     assert {*Path("/run/netns").iterdir()} == left_before
 
 
-def test_in_a_pipe_it_is_plain_text() -> None:
+def test_in_a_pipe_it_is_plain_text_that_fits_a_terminal_of_80_by_24() -> None:
     done = run()
 
+    lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout
-    assert "Round robin" in done.stdout
-    assert "failed" in done.stdout
+    assert len(lines) <= 24, done.stdout
+    assert max(map(len, lines)) <= 80, done.stdout
+    assert lines[-4].startswith("Try next")
+    assert any(line.startswith(" nftables") and "%)" in line for line in lines), done.stdout
 
 
 def test_where_namespaces_are_forbidden_it_says_so_and_how_to_go_on(tmp_path: Path) -> None:
@@ -55,7 +60,7 @@ def test_where_namespaces_are_forbidden_it_says_so_and_how_to_go_on(tmp_path: Pa
 def test_sigterm_ends_the_demo_and_all_that_is_in_it() -> None:
     with subprocess.Popen(DEMO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as demo:
         assert demo.stdout is not None
-        while "Round robin" not in demo.stdout.readline():
+        while "round robin" not in demo.stdout.readline():
             assert demo.poll() is None
 
         demo.terminate()
