@@ -6,6 +6,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 import click
@@ -27,22 +28,25 @@ def page() -> str:
     return "\n".join([_HEAD, *sections])
 
 
+def _options(command: click.Command) -> list[click.Option]:
+    """Return the options of *command*, those of a group behind the others."""
+    options = [param for param in command.params if isinstance(param, click.Option)]
+    return sorted(options, key=lambda option: hasattr(option, "group"))
+
+
 def _section(name: str, command: click.Command) -> Iterator[str]:
     context = click.Context(command, info_name=f"userspace-proxy {name}", max_content_width=10_000)
     yield f"## {name}\n"
     yield f"```\n{' '.join([context.info_name or '', *command.collect_usage_pieces(context)])}\n```\n"
     for paragraph in (command.help or "").split("\n\n"):
         yield textwrap.fill(" ".join(paragraph.split()), 118) + "\n"
-    topic = ""
-    for option in sorted(command.params, key=lambda param: hasattr(param, "group")):
-        record = option.get_help_record(context) if isinstance(option, click.Option) else None
-        if record is not None:
-            if topic != (topic := getattr(option, "group", "")):
-                yield f"\n{topic}:\n"
-            flag, said = record
-            yield textwrap.fill(
-                f"- `{flag}`: {said}", 118, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
-            )
+    for topic, options in groupby(_options(command), key=lambda option: getattr(option, "group", "")):
+        records = [record for option in options if (record := option.get_help_record(context)) is not None]
+        if topic and records:
+            yield f"\n{topic}:\n"
+        for flag, help_text in records:
+            item = f"- `{flag}`: {help_text}"
+            yield textwrap.fill(item, 118, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
     if command.epilog:
         yield f"\nExamples:\n\n```\n{textwrap.dedent(command.epilog)}```"
     yield ""

@@ -8,7 +8,7 @@ from string import Template
 import pytest
 
 from tests.browser.test_report import SCHEMES, contrast, in_chromium, luminance
-from tests.trace.given import MODES, trace
+from tests.trace.recordings import MODES, trace
 from userspace_proxy.trace.svg import drawing
 
 pytestmark = pytest.mark.browser

@@ -306,7 +306,8 @@ def test_drawings_are_made_of_each_mode_that_is_there(tmp_path: Path) -> None:
 
     assert done.returncode == 0, done.stderr
     assert "userspace: 10.96.0.11:80 became 192.168.50.1:" in done.stdout
-    assert done.stderr == "no-such-mode: not drawn, this build has no mode no-such-mode\n"
+    assert done.stderr.startswith("no-such-mode: not drawn, the proxy did not start: ")
+    assert done.stderr.count("\n") == 1
     assert sorted(file.name for file in tmp_path.iterdir()) == ["userspace-wide.svg", "userspace.svg"]
     for file in tmp_path.iterdir():
         ElementTree.parse(file)  # noqa: S314 - our own

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from tests.trace.given import MODES, hook, leg, recording, trace, visit
+from tests.trace.recordings import MODES, hook, leg, recording, trace, visit
 from userspace_proxy.trace.analysis import analyse, elements_in, flow_of
 from userspace_proxy.trace.nftrace import messages
-from userspace_proxy.trace.values import Ends, Role, Visit
+from userspace_proxy.trace.values import Ends, PacketRole, Visit
 
 FORWARDED = ["PREROUTING", "FORWARD", "POSTROUTING"]
 SENT = ["OUTPUT", "POSTROUTING"]
@@ -23,9 +23,9 @@ def test_in_userspace_mode_a_packet_comes_to_the_proxy_which_dials_and_answers()
     told = trace("userspace")
 
     assert [(one.role, one.what, [at.name for at in one.hooks]) for one in told.legs] == [
-        (Role.CLIENT, "SYN", ["PREROUTING", "INPUT"]),
-        (Role.DIAL, "SYN", SENT),
-        (Role.ANSWER, "SYN+ACK", SENT),
+        (PacketRole.CLIENT, "SYN", ["PREROUTING", "INPUT"]),
+        (PacketRole.DIAL, "SYN", SENT),
+        (PacketRole.ANSWER, "SYN+ACK", SENT),
     ]
     assert told.listener is not None
     assert told.listener.name == "userspace-proxy worker"
@@ -38,7 +38,7 @@ def test_in_userspace_mode_a_packet_comes_to_the_proxy_which_dials_and_answers()
 
 
 def test_the_deciding_rule_is_told_with_what_its_map_holds_and_what_was_passed_by() -> None:
-    decided = visit(hook(leg("userspace", Role.CLIENT), "PREROUTING"), "inet userspace_proxy prerouting")
+    decided = visit(hook(leg("userspace", PacketRole.CLIENT), "PREROUTING"), "inet userspace_proxy prerouting")
 
     last = decided.steps[-1]
 
@@ -59,13 +59,13 @@ def test_rules_of_iptables_are_told_as_iptables_save_prints_them() -> None:
             '-m comment --comment "default/my-service cluster IP" -m tcp --dport 80 -j KUBE-',
         ),
     ):
-        steps = visit(hook(leg(mode, Role.CLIENT), "PREROUTING"), "ip nat PREROUTING").steps
+        steps = visit(hook(leg(mode, PacketRole.CLIENT), "PREROUTING"), "ip nat PREROUTING").steps
         (named,) = [step.rule for step in steps if words in step.rule]
         assert named.startswith(f"-A {chain} -d 10.96.0.11/32 -p tcp ")
 
 
 def test_kube_proxys_chains_lead_from_the_service_to_the_endpoint() -> None:
-    client = leg("iptables", Role.CLIENT)
+    client = leg("iptables", PacketRole.CLIENT)
     steps = visit(hook(client, "PREROUTING"), "ip nat PREROUTING").steps
 
     assert [step.chain[:9] for step in steps] == ["PREROUTIN", "KUBE-SERV", "KUBE-SVC-", "KUBE-SEP-"]
@@ -81,11 +81,11 @@ def test_kube_proxys_chains_lead_from_the_service_to_the_endpoint() -> None:
 @pytest.mark.parametrize("mode", ["nftables", "iptables"])
 def test_in_kernel_modes_a_packet_is_forwarded_and_its_answer_gets_the_portals_address_back(mode: str) -> None:
     told = trace(mode)
-    client, answer = leg(mode, Role.CLIENT), leg(mode, Role.ANSWER)
+    client, answer = leg(mode, PacketRole.CLIENT), leg(mode, PacketRole.ANSWER)
 
     assert [one.name for one in client.hooks] == FORWARDED
     assert [one.name for one in answer.hooks] == FORWARDED
-    assert told.leg(Role.DIAL) is None
+    assert told.leg(PacketRole.DIAL) is None
     assert told.listener is None
     pod = client.last.receiver
     assert told.outcome == f"10.96.0.11:80 became {pod}; the answer was SYN+ACK"
@@ -97,14 +97,14 @@ def test_in_kernel_modes_a_packet_is_forwarded_and_its_answer_gets_the_portals_a
 
 def test_ipvs_takes_the_packet_between_input_and_output_and_no_rule_decides() -> None:
     told = trace("ipvs")
-    client = leg("ipvs", Role.CLIENT)
+    client = leg("ipvs", PacketRole.CLIENT)
 
     assert [one.name for one in client.hooks] == ["PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"]
     assert hook(client, "INPUT").after is None
     assert hook(client, "OUTPUT").before.receiver == client.last.receiver
     assert told.ipvs is not None
     assert told.ipvs.scheduler == "rr"
-    assert client.last.receiver in [f"{real.ip}:{real.port}" for real in told.ipvs.real_servers]
+    assert client.last.receiver in told.ipvs.weights
     assert told.outcome == f"10.96.0.11:80 became {client.last.receiver}; the answer was SYN+ACK"
 
 
@@ -113,8 +113,8 @@ def test_conntrack_has_the_flow_that_was_seen(mode: str) -> None:
     told = trace(mode)
 
     assert told.flow is not None
-    assert told.flow.original == leg(mode, Role.CLIENT).first
-    assert told.flow.reply == leg(mode, Role.ANSWER).first
+    assert told.flow.original == leg(mode, PacketRole.CLIENT).first
+    assert told.flow.reply == leg(mode, PacketRole.ANSWER).first
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -131,7 +131,7 @@ def test_a_packet_whose_number_changes_on_its_way_is_still_one_packet() -> None:
     answering = {message.packet for message in told if message.what == "SYN+ACK"}
 
     assert len(answering) > 1
-    assert [one.name for one in leg("nftables", Role.ANSWER).hooks] == FORWARDED
+    assert [one.name for one in leg("nftables", PacketRole.ANSWER).hooks] == FORWARDED
 
 
 def test_a_packet_that_was_not_seen_again_is_said_to_be_lost_where_it_was_seen_last() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from userspace_proxy.trace.command import request
-from userspace_proxy.trace.table import Wanted, commands
+from userspace_proxy.trace.table import PacketFilter, commands
 from userspace_proxy.trace.tracer import TraceRequest
 
 PLAIN: dict[str, Any] = {"wait": False, "timeout_s": 30.0, "client_ip": "", "from_pod": None}
@@ -57,7 +57,7 @@ def test_a_pod_is_named_by_a_process_in_it() -> None:
 
 
 def test_every_rule_of_the_table_follows_a_bounded_number_of_packets() -> None:
-    for wanted in (Wanted("10.96.0.11", 80, "tcp"), Wanted("fd00::1", 53, "udp", "fd00::2", 4711)):
+    for wanted in (PacketFilter("10.96.0.11", 80, "tcp"), PacketFilter("fd00::1", 53, "udp", "fd00::2", 4711)):
         lines = commands(wanted).splitlines()
 
         assert lines[0] == "add table inet userspace_proxy_trace { flags owner; }"

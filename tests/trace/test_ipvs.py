@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from userspace_proxy.trace.ipvs import virtual_server, virtual_servers
-from userspace_proxy.trace.values import RealServer, VirtualServer
+from userspace_proxy.trace.analysis import Recording, ipvs_server
+from userspace_proxy.trace.values import IpvsServer
 
-TEXT = """\
+LISTING = """\
 IP Virtual Server version 1.2.1 (size=4096)
 Prot LocalAddress:Port Scheduler Flags
   -> RemoteAddress:Port Forward Weight ActiveConn InActConn
@@ -20,26 +20,18 @@ FWM  00000001 wlc
 """
 
 
-def test_a_virtual_server_has_its_scheduler_and_its_real_servers() -> None:
-    assert virtual_server(TEXT, "tcp", "10.96.0.11", 80) == VirtualServer(
-        "tcp",
-        "10.96.0.11",
-        80,
-        "rr",
-        (RealServer("10.244.0.3", 8080, "Masq", 1), RealServer("10.244.0.2", 8080, "Masq", 0)),
-    )
+def server(protocol: str, ip: str, port: int) -> IpvsServer | None:
+    return ipvs_server(Recording(ip, port, protocol, [], "", {}, {}, ip_vs=LISTING))
 
 
-def test_protocols_families_and_ports_are_told_apart() -> None:
-    assert virtual_server(TEXT, "udp", "10.96.0.11", 80) is None
-    assert virtual_server(TEXT, "tcp", "10.96.0.11", 81) is None
-    six = virtual_server(TEXT, "tcp", "fd00:96::1", 80)
-    assert six is not None
-    assert (six.scheduler, six.real_servers) == ("sh", (RealServer("fd00:244::2", 8080, "Masq", 100),))
-    dns = virtual_server(TEXT, "udp", "10.96.0.10", 53)
-    assert dns is not None
-    assert dns.real_servers == (RealServer("10.244.0.4", 5353, "Masq", 1),)
+def test_a_portal_has_its_scheduler_and_the_weights_of_its_real_servers() -> None:
+    weights = {"10.244.0.3:8080": 1, "10.244.0.2:8080": 0}
+
+    assert server("tcp", "10.96.0.11", 80) == IpvsServer("TCP 10.96.0.11:80", "rr", weights)
 
 
-def test_a_kernel_without_ipvs_has_none() -> None:
-    assert virtual_servers("") == []
+def test_protocols_families_and_ports_are_distinguished() -> None:
+    assert server("udp", "10.96.0.11", 80) is None
+    assert server("tcp", "10.96.0.11", 81) is None
+    assert server("tcp", "fd00:96::1", 80) == IpvsServer("TCP [fd00:96::1]:80", "sh", {"[fd00:244::2]:8080": 100})
+    assert server("udp", "10.96.0.10", 53) == IpvsServer("UDP 10.96.0.10:53", "rr", {"10.244.0.4:5353": 1})

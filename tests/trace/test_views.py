@@ -12,12 +12,13 @@ import pytest
 from rich.console import Console
 
 from tests.modes.redirects_given import assert_golden
-from tests.trace.given import MODES, recording, trace
-from tests.trace.test_ipvs import TEXT
+from tests.trace.recordings import MODES, recording, trace
+from tests.trace.test_ipvs import LISTING
 from userspace_proxy.trace.analysis import analyse, with_outcome
-from userspace_proxy.trace.lanes import lanes
+from userspace_proxy.trace.elements import Elements
 from userspace_proxy.trace.legs import TABLE, legs
 from userspace_proxy.trace.nftrace import Message
+from userspace_proxy.trace.paths import packet_paths
 from userspace_proxy.trace.rulebook import Rulebook
 from userspace_proxy.trace.svg import WIDTH, drawing
 from userspace_proxy.trace.text import show
@@ -47,10 +48,10 @@ def plain(told: PacketTrace, width: int = 10_000) -> str:
 def test_a_drawing_has_every_station_with_what_is_said_there(mode: str, *, wide: bool) -> None:
     shown = words(drawn(mode, wide=wide))
 
-    for lane in lanes(trace(mode), folded=True):
-        for station in lane.stations:
-            assert station.title in shown
-            for line in station.lines:
+    for path in packet_paths(trace(mode), folded=True):
+        for stage in path.stages:
+            assert stage.title in shown
+            for line in stage.lines:
                 assert line.text in re.sub(r"\s+", " ", shown)
 
 
@@ -70,7 +71,7 @@ def test_nothing_of_a_drawing_is_below_its_edge_or_covers_what_came_before(mode:
     svg = drawn(mode)
     height = float(svg.attrib["height"])
     lines = [float(text.attrib["y"]) for text in svg.iter(f"{SVG}text") if "text-anchor" not in text.attrib]
-    boxes = [rect for rect in svg.iter(f"{SVG}rect") if rect.attrib["class"].startswith("station")]
+    boxes = [rect for rect in svg.iter(f"{SVG}rect") if rect.attrib["class"].startswith("stage")]
 
     assert lines == sorted(lines)
     assert all(after - before >= 11 for before, after in itertools.pairwise(lines))
@@ -123,15 +124,15 @@ def test_words_from_outside_cannot_break_out_of_a_drawing() -> None:
 
 
 def test_ipvs_stands_between_input_and_the_second_output() -> None:
-    lane, *_ = lanes(through_ipvs(), folded=True)
-    ipvs = next(station for station in lane.stations if station.kind == "ipvs")
+    path, *_ = packet_paths(through_ipvs(), folded=True)
+    ipvs = next(stage for stage in path.stages if stage.kind == "ipvs")
 
     titles = ["the client", "PREROUTING", "INPUT", "IPVS", "OUTPUT", "POSTROUTING", "the backend"]
-    assert [station.title for station in lane.stations] == titles
+    assert [stage.title for stage in path.stages] == titles
     assert ipvs.aside == "TCP 10.96.0.11:80, scheduler rr"
     assert [line.text for line in ipvs.lines] == [
-        "10.244.0.3:8080, Masq, weight 1",
-        "10.244.0.2:8080, Masq, weight 0",
+        "10.244.0.3:8080, weight 1",
+        "10.244.0.2:8080, weight 0",
         "10.96.0.11:80 became 10.244.0.3:8080",
     ]
     assert "IPVS" in plain(through_ipvs())
@@ -139,8 +140,8 @@ def test_ipvs_stands_between_input_and_the_second_output() -> None:
 
 
 def test_what_ipvs_did_is_nobody_elses_doing() -> None:
-    changes = [line.text for lane in lanes(through_ipvs(), folded=True) for station in lane.stations
-               for line in station.lines if line.kind == "change"]  # fmt: skip
+    changes = [line.text for path in packet_paths(through_ipvs(), folded=True) for stage in path.stages
+               for line in stage.lines if line.kind == "change"]  # fmt: skip
 
     assert changes == ["10.96.0.11:80 became 10.244.0.3:8080", "IPVS: sender 10.244.0.3:8080 became 10.96.0.11:80"]
     assert through_ipvs().outcome == "10.96.0.11:80 became 10.244.0.3:8080; the answer was SYN+ACK"
@@ -150,16 +151,16 @@ def test_ipvs_stands_behind_output_for_packets_of_the_host_itself() -> None:
     asked, sent = Ends("192.168.50.2", 4711, "10.96.0.11", 80), Ends("192.168.50.2", 4711, "10.244.0.3", 8080)
     seen = [("client_out", asked), ("dial_out", sent), ("after_output", sent), ("after_postrouting", sent)]
 
-    (lane,) = lanes(of_messages(seen), folded=True)
+    (path,) = packet_paths(of_messages(seen), folded=True)
 
-    assert [station.title for station in lane.stations] == [
+    assert [stage.title for stage in path.stages] == [
         "the client",
         "OUTPUT",
         "IPVS",
         "POSTROUTING",
         "the backend",
     ]
-    assert not lane.stations[1].lines
+    assert not path.stages[1].lines
 
 
 def through_ipvs() -> PacketTrace:
@@ -177,8 +178,8 @@ def of_messages(seen: list[tuple[str, Ends]]) -> PacketTrace:
     for chain, ends in seen:
         is_first = (chain, ends) == asked or chain == "answer_in"
         told += said_at(chain, ends, handle=1 if is_first else 0)
-    way = legs(told, Rulebook("", {}), {2: "eth0"})
-    bare = replace(recording("nftables"), datagrams=[], ip_vs=TEXT)
+    way = legs(told, Rulebook("", {}), {2: "eth0"}, Elements("tcp", {}))
+    bare = replace(recording("nftables"), datagrams=[], ip_vs=LISTING)
     return with_outcome(replace(analyse(bare), legs=way))
 
 

@@ -208,13 +208,17 @@ def _lookup_grows(results: Results) -> Verdict:
     if IPVS not in grown:
         words.append("ipvs was not measured, so nothing is known about it.")
     if IPTABLES not in grown:
-        ran = any(mode.name == IPTABLES for mode in results.ran())
-        reason = ("iptables was measured with too few Services.",) if ran else _missing(results, IPTABLES)
-        return Verdict("undecided" if ran else "unmeasured", (*words, *reason))
+        return Verdict(*_without_iptables(results, words))
     if not grown[IPTABLES].is_visible:
         return Verdict("undecided", tuple(words))
-    others = any(name in grown and grown[name].is_visible for name in (NFTABLES, IPVS))
+    others = any(grown[name].is_visible for name in (NFTABLES, IPVS) if name in grown)
     return Verdict("partly" if others else "holds", tuple(words))
+
+
+def _without_iptables(results: Results, words: Sequence[str]) -> tuple[Ruling, tuple[str, ...]]:
+    if any(mode.name == IPTABLES for mode in results.ran()):
+        return "undecided", (*words, "iptables was measured with too few Services.")
+    return "unmeasured", (*words, *_missing(results, IPTABLES))
 
 
 def _orders_of_magnitude(results: Results) -> Verdict:

@@ -95,20 +95,27 @@ def _tiles(results: Results) -> Iterator[_Tile]:
     ):
         if what in by_what:
             kernel, compared = by_what[what].kernel, by_what[what].comparison
-            undecided = "" if compared.decided else "; undecided"
-            words = f"{kernel} does {compared.ratio.median:.2f} times what userspace does{undecided}"
-            yield _Tile(subject, f"{compared.ratio.median:.1f} times", words)
-    grown = sorted((lookup_growth(results, mode) for mode in results.shown()), key=lambda each: -each.more_us)
-    if measured := [each for each in grown if each.by_size]:
-        worst, *others = measured
-        beside = "".join(f"; {each.title} {each.more_us:+.0f} µs" for each in others)
-        words = f"{worst.title} with {max(worst.by_size):,} Services, compared with {min(worst.by_size):,}{beside}"
-        undecided = "" if worst.is_visible else "; undecided"
-        yield _Tile("Time for a new connection", f"{worst.more_us:+.0f} µs", words + undecided)
+            words = f"{kernel} does {compared.ratio.median:.2f} times what userspace does"
+            yield _Tile(subject, f"{compared.ratio.median:.1f} times", words + _undecided(compared.decided))
+    yield from _growth_tile(results)
     for event, title, lost, kept in outages(results):
         if event == "dies":
             words = f"{title} lost {percent(lost)}, userspace {percent(kept)}"
             yield _Tile("Failed requests when one Pod of three died", f"{percent(lost)} or {percent(kept)}", words)
+
+
+def _growth_tile(results: Results) -> Iterator[_Tile]:
+    growths = (lookup_growth(results, mode) for mode in results.shown())
+    measured = sorted((each for each in growths if each.by_size), key=lambda each: -each.more_us)
+    if measured:
+        worst, *others = measured
+        beside = "".join(f"; {each.title} {each.more_us:+.0f} µs" for each in others)
+        words = f"{worst.title} with {max(worst.by_size):,} Services, compared with {min(worst.by_size):,}{beside}"
+        yield _Tile("Time for a new connection", f"{worst.more_us:+.0f} µs", words + _undecided(worst.is_visible))
+
+
+def _undecided(decided: object) -> str:
+    return "" if decided else "; undecided"
 
 
 def _scores(results: Results) -> Iterator[tuple[str, list[_Tile]]]:

@@ -121,12 +121,18 @@ def _services(results: Results) -> Sheet:
 def _outages(results: Results) -> Sheet:
     modes, rows = results.shown(), []
     for event, what in EVENT_NAMES.items():
-        seen = [timelines_of(results, event, mode.name) for mode in modes]
-        shares = [outage(timelines) if timelines else None for timelines in seen]
-        if any(seen):
-            rows.append(cells(f"a Pod {what}: failed", *(percent(each[0]) if each else _NONE for each in shares)))
-            rows.append(cells(f"a Pod {what}: slow", *(percent(each[1]) if each else _NONE for each in shares)))
+        shares = [_shares(results, event, mode.name) for mode in modes]
+        if set(shares) != {(_NONE, _NONE)}:
+            rows.append(cells(f"a Pod {what}: failed", *(failed for failed, _ in shares)))
+            rows.append(cells(f"a Pod {what}: slow", *(slow for _, slow in shares)))
     return Sheet("Requests while one Pod of three fails", ["", *(mode.title for mode in modes)], rows)
+
+
+def _shares(results: Results, event: str, mode: str) -> tuple[str, str]:
+    """Return the shares of failed and of slow requests, or dashes."""
+    timelines = timelines_of(results, event, mode)
+    failed, slow = outage(timelines)
+    return (percent(failed), percent(slow)) if timelines else (_NONE, _NONE)
 
 
 # ---- printing

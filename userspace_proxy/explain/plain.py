@@ -14,21 +14,21 @@ _TAB = 4
 
 
 def as_text(found: Sequence[Explained], *, explains: bool) -> str:
-    """Return *found* one below the other; all but the rules themselves are comments."""
-    lines: list[str] = []
+    """Return *found* one below the other; everything but the rules is a comment."""
+    parts = ["\n".join(_of_mode(mode, explains=explains, has_title=len(found) > 1)) for mode in found]
     if explains:
-        for word, meaning in words_in(line for mode in found for line in mode.lines).items():
-            lines += _comment(f"{word}: {meaning}", "")
-        lines.append("")
-    for mode in found:
-        if len(found) > 1:
-            lines.append(f"# ---- {mode.way} {'-' * (_WIDTH - 8 - len(str(mode.way)))}")
-        for line in mode.lines:
-            if explains and opens_block(line):
-                lines.append("")
-            lines += _explained(line) if explains else [line.text]
-        lines.append("")
-    return "\n".join(lines[:-1]) + "\n"
+        meanings = words_in(line for mode in found for line in mode.lines).items()
+        parts.insert(0, "\n".join(part for word, meaning in meanings for part in _comment(f"{word}: {meaning}", "")))
+    return "\n\n".join(parts) + "\n"
+
+
+def _of_mode(mode: Explained, *, explains: bool, has_title: bool) -> Iterator[str]:
+    if has_title:
+        yield f"# ---- {mode.way} {'-' * (_WIDTH - 8 - len(str(mode.way)))}"
+    for line in mode.lines:
+        if explains and opens_block(line):
+            yield ""
+        yield from _explained(line) if explains else [line.text]
 
 
 def opens_block(line: Line) -> bool:

@@ -1,8 +1,9 @@
-"""What `render` prints: the rules that `run` would load, and what each line of them does. Nothing is installed."""
+"""Renders the rules that `run` would load, with a reason for each line. Nothing is loaded."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -27,51 +28,56 @@ log = logging.getLogger(__name__)
 
 
 class _Given(NamedTuple):
-    """What the paths say once; ``is_well``: all of it was understood."""
+    """The state in the manifests; ``is_complete``: all of them were understood."""
 
     state: ProxyState
     memory: SavedAllocations
-    is_well: bool
+    is_complete: bool
 
 
 def render(settings: Settings) -> tuple[str, bool]:
-    """Return the rules that `run` would load for *settings*, in the language asked for; installs nothing.
+    """Return the rules that `run` would load for *settings*; load nothing.
 
-    Also returns whether all was well; what was not is logged, as `run` does.
+    Also returns whether all manifests were understood. Mistakes are logged, as `run` does.
 
     Raises:
-        StartError: a path cannot be read, or nothing is in any.
+        StartError: a path cannot be read, or there are no manifests.
     """
     mode = MODES[settings.proxy_mode]
     if mode.kernel_serves:
         warn_unless_forwarding()
     given = _read(settings)
     (language,) = mode.languages_for(settings.rules)
-    return mode.render(_requested(settings, given, mode, language)).text(), given.is_well
+    return mode.render(_requested(settings, given, mode, language)).text(), given.is_complete
 
 
 def explain(settings: Settings, service: str = "") -> tuple[list[Explained], bool]:
-    """Return what `render` does with what each line does; with the mode "all" for every mode; or for *service* only.
+    """Return the rules of `render` with a reason for each line; with the mode "all" those of every mode.
+
+    With *service*, only the rules of that Service. Also returns whether all manifests were understood.
 
     Raises:
-        StartError: as `render`; or *service* is none.
+        StartError: as `render`; or there is no such Service.
     """
     given = _read(settings)
     service_ports = given.state.service_ports.values()
-    names = None
-    if service:
-        try:
-            names = chosen(service, service_ports)
-        except ValueError as error:
-            raise StartError(f"--service: {error}") from None
+    try:
+        names = chosen(service, service_ports) if service else None
+    except ValueError as error:
+        raise StartError(f"--service: {error}") from None
     known = Known(service_ports)
     is_all = settings.proxy_mode == "all"
+    modes = MODES.values() if is_all else (MODES[settings.proxy_mode],)
     found = []
-    for mode in MODES.values() if is_all else (MODES[settings.proxy_mode],):
-        for language in mode.languages_for("all" if is_all else settings.rules):
-            rules = mode.render(replace(_requested(settings, given, mode, language), names=names))
-            found.append(explained(Way(mode.name, language), rules, known, is_short=bool(service)))
-    return found, given.is_well
+    for mode, language in _ways(modes, "all" if is_all else settings.rules):
+        rules = mode.render(replace(_requested(settings, given, mode, language), names=names))
+        found.append(explained(Way(mode.name, language), rules, known, is_short=bool(service)))
+    return found, given.is_complete
+
+
+def _ways(modes: Iterable[Mode], rules: str) -> Iterator[tuple[Mode, str]]:
+    """Yield each of *modes* with each of its rule languages that *rules* selects."""
+    return ((mode, language) for mode in modes for language in mode.languages_for(rules))
 
 
 def _read(settings: Settings) -> _Given:

@@ -70,9 +70,9 @@ def wait_until(
             reason = str(error)
         has_ended = process is not None and process.poll() is not None
         if has_ended or time.monotonic() > started_at + timeout_s:
-            reason = last_line(log) if log is not None and last_line(log) else reason
-            raise StartError(f"{what}: {reason or 'timed out'}")
+            break
         time.sleep(poll_s)
+    raise StartError(f"{what}: {(log and last_line(log)) or reason or 'timed out'}")
 
 
 def last_line(log: Path) -> str:

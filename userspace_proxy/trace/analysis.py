@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from userspace_proxy.trace.ipvs import virtual_server
+from userspace_proxy.model.names import L4Protocol
+from userspace_proxy.model.service import Portal
+from userspace_proxy.modes.ipvs import genetlink
+from userspace_proxy.trace.elements import Element, Elements, element_of
 from userspace_proxy.trace.legs import legs
 from userspace_proxy.trace.nftrace import messages
 from userspace_proxy.trace.rulebook import Rulebook
-from userspace_proxy.trace.values import Ends, Flow, Hook, Leg, Listener, PacketTrace, Role, Step, Visit, at
+from userspace_proxy.trace.values import (
+    ConntrackEntry,
+    Ends,
+    IpvsServer,
+    Leg,
+    Listener,
+    MatchedRule,
+    PacketRole,
+    PacketTrace,
+    Visit,
+    at,
+)
 
-_ASKED = re.compile(r"(ip6? daddr \. )?meta l4proto \. th dport (?:map )?@(\w+)")
 _STATES = re.compile(r"\b(SYN_SENT|SYN_RECV|ESTABLISHED|FIN_WAIT|CLOSE_WAIT|LAST_ACK|TIME_WAIT|CLOSE)\b")
 
 
@@ -42,35 +55,21 @@ class Recording:
     notes: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class Element:
-    """A set or map element that a rule looks up for a packet."""
-
-    family: str
-    table: str
-    name: str
-    wanted: str
-
-    @property
-    def key(self) -> str:
-        return f"{self.family} {self.table} {self.name} {self.wanted}"
-
-
 def analyse(recording: Recording) -> PacketTrace:
     """Return the interpretation of *recording*."""
     told = [message for text in recording.datagrams for message in messages(bytes.fromhex(text))]
     rulebook = Rulebook(recording.nft, recording.saved)
-    seen = _of_one_connection(legs(told, rulebook, recording.devices), at(recording.ip, recording.port))
-    shown = tuple(_with_elements(leg, recording.protocol, recording.elements) for leg in seen)
+    elements = Elements(recording.protocol, recording.elements)
+    seen = legs(told, rulebook, recording.devices, elements)
     trace = PacketTrace(
         portal=at(recording.ip, recording.port),
         protocol=recording.protocol,
-        legs=shown,
+        legs=_of_one_connection(seen, at(recording.ip, recording.port)),
         listener=recording.listener,
-        ipvs=virtual_server(recording.ip_vs, recording.protocol, recording.ip, recording.port),
+        ipvs=ipvs_server(recording),
         notes=tuple(recording.notes),
     )
-    client = trace.leg(Role.CLIENT)
+    client = trace.leg(PacketRole.CLIENT)
     if client is not None:
         trace = replace(trace, flow=flow_of(recording.conntrack, client.first))
     return with_outcome(trace, recording.probe)
@@ -78,12 +77,12 @@ def analyse(recording: Recording) -> PacketTrace:
 
 def _of_one_connection(seen: tuple[Leg, ...], portal: str) -> tuple[Leg, ...]:
     """Return the first client's leg and what belongs to it: the proxy's dials and the answer."""
-    client = next((leg for leg in seen if leg.role is Role.CLIENT), None)
+    client = next((leg for leg in seen if leg.role is PacketRole.CLIENT), None)
     if client is None:
         return ()
     later = seen[seen.index(client) + 1 :]
     back = (portal, client.first.sender)
-    answers = [leg for leg in later if leg.role is Role.ANSWER]
+    answers = [leg for leg in later if leg.role is PacketRole.ANSWER]
     answer = next((leg for leg in answers if (leg.last.sender, leg.last.receiver) == back), None)
     if answer is None:  # an ICMP unreachable comes from another address
         answer = next((leg for leg in answers if leg.last.destination == client.first.source), None)
@@ -95,9 +94,9 @@ def _dials(later: tuple[Leg, ...]) -> list[Leg]:
     """Return the proxy's dials up to the first successful one; later dials belong to other clients."""
     found: list[Leg] = []
     for leg in later:
-        if leg.role is Role.DIAL and not any(before.answered.startswith("SYN") for before in found):
+        if leg.role is PacketRole.DIAL and not any(before.answered.startswith("SYN") for before in found):
             back = (leg.last.receiver, leg.last.sender)
-            replies = (one for one in later if one.role is Role.REPLY)
+            replies = (one for one in later if one.role is PacketRole.REPLY)
             reply = next((one for one in replies if (one.first.sender, one.first.receiver) == back), None)
             found.append(replace(leg, answered=reply.what if reply is not None else ""))
     return found
@@ -107,49 +106,28 @@ def _is_delivered(leg: Leg) -> bool:
     return leg.hooks[-1].name == "INPUT" and leg.hooks[-1].after is not None
 
 
-# ---- map elements
-
-
 def elements_in(trace: PacketTrace) -> Iterator[Element]:
     """Yield the elements that matching rules look up by the packet's own fields."""
-    for leg in trace.legs:
-        for hook in leg.hooks:
-            for visit in hook.visits:
-                for step in visit.steps:
-                    element = _element(step, visit, trace.protocol)
-                    if element is not None:
-                        yield element
+    visits = [visit for leg in trace.legs for hook in leg.hooks for visit in hook.visits]
+    for visit in visits:
+        found = (element_of(step.rule, visit.family, visit.table, visit.before, trace.protocol) for step in visit.steps)
+        yield from (element for element in found if element is not None)
 
 
-def _element(step: Step, visit: Visit, protocol: str) -> Element | None:
-    asked = _ASKED.search(step.rule)
-    if asked is None:
+# ---- IPVS and conntrack
+
+
+def ipvs_server(recording: Recording) -> IpvsServer | None:
+    """Return the virtual server of the portal, or None if IPVS has none."""
+    portal = Portal(recording.ip, recording.port, L4Protocol(recording.protocol.upper()))
+    server = genetlink.read(recording.ip_vs).servers.get(portal)
+    if server is None:
         return None
-    ends = visit.before
-    wanted = f"{protocol} . {ends.destination_port}"
-    if asked[1]:
-        wanted = f"{ends.destination} . {wanted}"
-    return Element(visit.family, visit.table, asked[2], wanted)
+    weights = {at(*address): weight for address, weight in server.weights.items()}
+    return IpvsServer(f"{portal.protocol} {at(portal.ip, portal.port)}", server.scheduler, weights)
 
 
-def _with_elements(leg: Leg, protocol: str, known: Mapping[str, str]) -> Leg:
-    def step_of(step: Step, visit: Visit) -> Step:
-        element = _element(step, visit, protocol)
-        return replace(step, element=known.get(element.key, "")) if element is not None else step
-
-    def visit_of(visit: Visit) -> Visit:
-        return replace(visit, steps=tuple(step_of(step, visit) for step in visit.steps))
-
-    def hook_of(hook: Hook) -> Hook:
-        return replace(hook, visits=tuple(visit_of(visit) for visit in hook.visits))
-
-    return replace(leg, hooks=tuple(hook_of(hook) for hook in leg.hooks))
-
-
-# ---- conntrack
-
-
-def flow_of(listing: str, wanted: Ends) -> Flow | None:
+def flow_of(listing: str, wanted: Ends) -> ConntrackEntry | None:
     """Return the flow in *listing* (``conntrack -L``) whose original direction is *wanted*."""
     for line in listing.splitlines():
         words = [word.partition("=") for word in line.split()]
@@ -159,14 +137,14 @@ def flow_of(listing: str, wanted: Ends) -> Flow | None:
         original, reply = (Ends(s, int(p), d, int(q)) for s, d, p, q in (values[:4], values[4:8]))
         if original == wanted:
             state = _STATES.search(line)
-            return Flow(state[1] if state else "", original, reply)
+            return ConntrackEntry(state[1] if state else "", original, reply)
     return None
 
 
 # ---- outcome
 
 
-def deciding(visit: Visit) -> Step | None:
+def deciding(visit: Visit) -> MatchedRule | None:
     """Return the rule that decided in *visit*, or None if the policy did."""
     return visit.steps[-1] if visit.steps and not visit.by_policy else None
 
@@ -177,7 +155,7 @@ def with_outcome(trace: PacketTrace, probe: str = "") -> PacketTrace:
 
 
 def _outcome(trace: PacketTrace, probe: str) -> str:
-    client, answer = trace.leg(Role.CLIENT), trace.leg(Role.ANSWER)
+    client, answer = trace.leg(PacketRole.CLIENT), trace.leg(PacketRole.ANSWER)
     if client is None:
         return probe or "no packet came"
     return _stopped(client) or _went_on(client, answer, trace, probe)
@@ -187,16 +165,19 @@ def _stopped(client: Leg) -> str:
     """Return what stopped the packet, or "" if nothing did."""
     last = client.hooks[-1]
     if last.after is None:
-        for visit in last.visits:
-            if visit.end == "drop":
-                step = deciding(visit)
-                by = f"the rule {step.rule!r} in {step.chain}" if step else f"the policy of {visit.chain}"
-                verb = "refused" if step and "reject" in step.rule.lower() else "dropped"
-                return f"{verb} at {last.name} by {by}"
-        return f"it was not seen again after {last.name}"
+        dropped = next((visit for visit in last.visits if visit.end == "drop"), None)
+        return _dropped(last.name, dropped) if dropped else f"it was not seen again after {last.name}"
     if last.name == "PREROUTING":
         return "no route: after PREROUTING this host had nowhere to send it (net.ipv4.ip_forward? rp_filter?)"
     return ""
+
+
+def _dropped(hook: str, visit: Visit) -> str:
+    step = deciding(visit)
+    if step is None:
+        return f"dropped at {hook} by the policy of {visit.chain}"
+    verb = "refused" if "reject" in step.rule.lower() else "dropped"
+    return f"{verb} at {hook} by the rule {step.rule!r} in {step.chain}"
 
 
 def _went_on(client: Leg, answer: Leg | None, trace: PacketTrace, probe: str) -> str:
@@ -206,7 +187,7 @@ def _went_on(client: Leg, answer: Leg | None, trace: PacketTrace, probe: str) ->
     else:
         changed = f"{was.receiver} became {became.receiver}"
     if trace.dial is not None:
-        dials = [leg.last.receiver for leg in trace.legs if leg.role is Role.DIAL]
+        dials = [leg.last.receiver for leg in trace.legs if leg.role is PacketRole.DIAL]
         changed += f", the proxy, which dialled {' and then '.join(dials)}"
     if answer is None and probe == ANSWERED:
         return f"{changed}; it was answered by packets that were not seen here"

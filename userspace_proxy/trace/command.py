@@ -23,24 +23,30 @@ def request(portal: str, *, wait: bool, timeout_s: float, client_ip: str, from_p
     """Return the request that the command line states. Raises ValueError with the fault in it."""
     if from_pod and (wait or client_ip):
         raise ValueError("--from-pod sends the packet itself: it goes with neither --wait nor --from")
-    asked, _, protocol = portal.partition("/")
-    ip, _, port = asked.rpartition(":")
-    if protocol.lower() not in ("", "tcp", "udp"):
-        raise ValueError(f"{protocol!r} is neither tcp nor udp")
-    try:
-        address, number = _address(ip.strip("[]")), int(port)
-    except ValueError:
-        raise ValueError(f"{portal!r} is no portal; write 10.96.0.11:80, 10.96.0.53:53/udp or [fd00::1]:80") from None
-    if not 0 < number < 1 << 16:
-        raise ValueError(f"{number} is no port; they go from 1 to 65535")
+    address, port, protocol = _portal(portal)
     return TraceRequest(
         ip=str(address),
-        port=number,
-        protocol=protocol.lower() or "tcp",
+        port=port,
+        protocol=protocol,
         awaited_s=timeout_s if wait or client_ip else 0.0,
         client_ip=_client(client_ip, address.version) if client_ip else "",
         namespace=_namespace(from_pod) if from_pod else None,
     )
+
+
+def _portal(text: str) -> tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int, str]:
+    """Return address, port and protocol of ``IP:PORT[/PROTOCOL]``."""
+    address, _, protocol = text.partition("/")
+    ip, _, port = address.rpartition(":")
+    if protocol.lower() not in ("", "tcp", "udp"):
+        raise ValueError(f"{protocol!r} is neither tcp nor udp")
+    try:
+        found, number = _address(ip.strip("[]")), int(port)
+    except ValueError:
+        raise ValueError(f"{text!r} is no portal; write 10.96.0.11:80, 10.96.0.53:53/udp or [fd00::1]:80") from None
+    if not 0 < number < 1 << 16:
+        raise ValueError(f"{number} is no port; ports are 1 to 65535")
+    return found, number, protocol.lower() or "tcp"
 
 
 def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:

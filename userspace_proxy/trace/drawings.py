@@ -6,73 +6,56 @@ recording. The file with it can be given here in place of a mode.
 
 from __future__ import annotations
 
-import contextlib
-import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import msgspec
 
 from userspace_proxy.errors import StartError
-from userspace_proxy.lab import Lab, ServiceLab, ask, build_service_lab, command_in_namespaces, prepare, start_nginx
+from userspace_proxy.lab import (
+    Lab,
+    ServiceLab,
+    ask,
+    build_service_lab,
+    enter_namespaces,
+    prepare,
+    start_nginx,
+    start_proxy,
+)
 from userspace_proxy.trace.analysis import Recording, analyse
 from userspace_proxy.trace.svg import drawing
 from userspace_proxy.trace.tracer import TraceRequest, follow
 
 PORTAL, PORT = "10.96.0.11", 80  # the portal of examples/cluster-ip
 _EXAMPLE = Path("examples/cluster-ip")
-_START_TIMEOUT_S, _PACKET_TIMEOUT_S = 20.0, 10.0
-_USAGE_ERROR = 2
-
-
-class _NoSuchModeError(Exception):
-    """This machine or this build does not have the mode."""
+_STOP_TIMEOUT_S, _PACKET_TIMEOUT_S = 20.0, 10.0
 
 
 def record(world: ServiceLab, folder: Path, mode: str, *arguments: str) -> Recording:
-    """Run *mode* on the node with the example's Service, and follow the client's first packet."""
-    with _proxy(world, folder, mode, *arguments), world.node.inside():
-        client = threading.Thread(target=ask, args=(world.client, PORTAL, PORT))
-        request = TraceRequest(PORTAL, PORT, "tcp", awaited_s=_PACKET_TIMEOUT_S)
-        try:
-            return follow(request, on_ready=client.start)
-        finally:
-            client.join()
+    """Run *mode* on the node with the example's Service, and follow the client's first packet.
 
-
-@contextlib.contextmanager
-def _proxy(world: ServiceLab, folder: Path, mode: str, *arguments: str) -> Iterator[None]:
-    log = folder / f"{mode}.log"
-    log.write_text("")
-    command = [sys.executable, "-P", "-m", "userspace_proxy", "run", str(_EXAMPLE), "--proxy-mode", mode, *arguments]
-    proxy = world.node.start(*command, "--state-dir", str(folder / mode), log=log)
+    Raises:
+        StartError: this machine or this build does not have the mode.
+    """
+    proxy = start_proxy(world.node, _EXAMPLE, folder / f"{mode}.log", "--proxy-mode", mode, *arguments)
+    client = threading.Thread(target=ask, args=(world.client, PORTAL, PORT))
+    request = TraceRequest(PORTAL, PORT, "tcp", awaited_s=_PACKET_TIMEOUT_S)
     try:
-        give_up_at = time.monotonic() + _START_TIMEOUT_S
-        while "ready:" not in log.read_text():
-            if proxy.poll() is not None or time.monotonic() > give_up_at:
-                raise _NoSuchModeError(_reason(proxy, mode, log.read_text()))
-            time.sleep(0.02)
-        yield
+        with world.node.inside():
+            recording = follow(request, on_ready=client.start)
+        client.join()
+        return recording
     finally:
         proxy.terminate()
-        proxy.wait(_START_TIMEOUT_S)
-
-
-def _reason(proxy: subprocess.Popen[bytes], mode: str, log: str) -> str:
-    if proxy.poll() == _USAGE_ERROR:
-        return f"this build has no mode {mode}"
-    return (log.strip().splitlines() or ["it did not start"])[-1].removeprefix("userspace-proxy: ")
+        proxy.wait(_STOP_TIMEOUT_S)
 
 
 def _recorded(mode: str) -> Recording:
     with tempfile.TemporaryDirectory(dir="/run") as temporary, Lab() as lab:
         world = build_service_lab(lab, pods=3)
-        world.node.set_knob("ipv4/ip_forward", 1)
         for pod in world.pods:
             start_nginx(pod, Path(temporary))
         return record(world, Path(temporary), mode)
@@ -92,13 +75,10 @@ def _draw(mode: str, recording: Recording, folder: Path) -> str:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("modes", nargs=-1, required=True)
 @click.option("--print", "printed", is_flag=True, help="Print the recording as JSON; draw nothing.")
-@click.option("--inside", is_flag=True, hidden=True)
-def main(folder: Path, modes: tuple[str, ...], *, printed: bool, inside: bool) -> None:
+def main(folder: Path, modes: tuple[str, ...], *, printed: bool) -> None:
     """Draw a packet's path in each of MODES (names, or files written by --print) into FOLDER."""
     try:
-        if not inside:
-            command = [sys.executable, "-P", "-m", "userspace_proxy.trace.drawings", *sys.argv[1:], "--inside"]
-            sys.exit(subprocess.run(command_in_namespaces(command), check=False).returncode)
+        enter_namespaces(sys.argv[1:], {}, module="userspace_proxy.trace.drawings")
         prepare()
         for mode in modes:
             _make(mode, folder, printed=printed)
@@ -111,7 +91,7 @@ def _make(mode: str, folder: Path, *, printed: bool) -> None:
     try:
         is_file = file.suffix == ".json"
         recording = msgspec.json.decode(file.read_bytes(), type=Recording) if is_file else _recorded(mode)
-    except _NoSuchModeError as error:
+    except StartError as error:
         click.echo(f"{mode}: not drawn, {error}", err=True)
         return
     if printed:

@@ -9,18 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from userspace_proxy.trace.elements import Elements
 from userspace_proxy.trace.nftrace import Message
-from userspace_proxy.trace.rulebook import Chain, Rulebook
-from userspace_proxy.trace.values import Ends, Hook, Leg, Role, Step, Visit
+from userspace_proxy.trace.rulebook import ChainRules, Rulebook
+from userspace_proxy.trace.values import Ends, Hook, Leg, MatchedRule, PacketRole, Visit
 
 TABLE = "userspace_proxy_trace"
 FOLLOWED = {
-    "client_in": Role.CLIENT,
-    "client_out": Role.CLIENT,
-    "dial_out": Role.DIAL,
-    "reply_in": Role.REPLY,
-    "answer_in": Role.ANSWER,
-    "answer_out": Role.ANSWER,
+    "client_in": PacketRole.CLIENT,
+    "client_out": PacketRole.CLIENT,
+    "dial_out": PacketRole.DIAL,
+    "reply_in": PacketRole.REPLY,
+    "answer_in": PacketRole.ANSWER,
+    "answer_out": PacketRole.ANSWER,
 }
 AFTER, AT = "after_", "at_"
 _NEXT = {
@@ -63,7 +64,7 @@ class _Hook:
 
 @dataclass(slots=True)
 class _Leg:
-    role: Role
+    role: PacketRole
     what: str
     now: Ends
     hooks: list[_Hook] = field(default_factory=list)
@@ -91,7 +92,9 @@ class _Leg:
         return last.name == "INPUT" and name == "OUTPUT" and self.now.sender == ends.sender
 
 
-def legs(told: Iterable[Message], rulebook: Rulebook, devices: Mapping[int, str]) -> tuple[Leg, ...]:
+def legs(
+    told: Iterable[Message], rulebook: Rulebook, devices: Mapping[int, str], elements: Elements
+) -> tuple[Leg, ...]:
     """Return the paths of the followed packets, in order of their beginning.
 
     The kernel's packet id is not enough: a packet's id may change on its path, and several packets may share one in
@@ -109,7 +112,7 @@ def legs(told: Iterable[Message], rulebook: Rulebook, devices: Mapping[int, str]
             found.append(leg)
         if group.packet in current:
             _follow(current[group.packet], name, group)
-    return tuple(_finished(leg, rulebook, devices) for leg in found)
+    return tuple(_finished(leg, rulebook, devices, elements) for leg in found)
 
 
 def _hook_name(group: _MessageGroup, rulebook: Rulebook) -> str:
@@ -143,20 +146,20 @@ def _groups(told: Iterable[Message]) -> list[_MessageGroup]:
     return found
 
 
-def _finished(leg: _Leg, rulebook: Rulebook, devices: Mapping[int, str]) -> Leg:
+def _finished(leg: _Leg, rulebook: Rulebook, devices: Mapping[int, str], elements: Elements) -> Leg:
     hooks = []
     for hook in leg.hooks:
         ends = [*(group.ends for group in hook.groups[1:]), hook.after]
-        visits = tuple(_visit(*pair, rulebook) for pair in zip(hook.groups, ends, strict=False))
+        visits = tuple(_visit(*pair, rulebook, elements) for pair in zip(hook.groups, ends, strict=False))
         iif, oif = (devices.get(index, f"device {index}") if index else "" for index in hook.devices)
         hooks.append(Hook(hook.name, (iif, oif), visits, hook.before, hook.after))
     return Leg(leg.role, leg.what, tuple(hooks))
 
 
-def _visit(group: _MessageGroup, after: Ends | None, rulebook: Rulebook) -> Visit:
+def _visit(group: _MessageGroup, after: Ends | None, rulebook: Rulebook, elements: Elements) -> Visit:
     begin = group.begin
     base = rulebook.chain(begin.family, begin.table, begin.chain)
-    walk = _Walk(base, rulebook)
+    walk = _Walk(base, rulebook, elements, group.ends)
     steps = tuple(walk.steps(group.told))
     last = group.told[-1]
     by_policy = last.kind == "policy" or last.verdict not in ("accept", "drop", "stolen", "queue")
@@ -168,13 +171,13 @@ def _visit(group: _MessageGroup, after: Ends | None, rulebook: Rulebook) -> Visi
 class _Walk:
     """Walks from rule to rule through a base chain and the chains it jumps to; counts rules that did not match."""
 
-    def __init__(self, base: Chain, rulebook: Rulebook) -> None:
-        self._rulebook = rulebook
+    def __init__(self, base: ChainRules, rulebook: Rulebook, elements: Elements, ends: Ends) -> None:
+        self._rulebook, self._elements, self._ends = rulebook, elements, ends
         self._family, self._table = base.family, base.table
-        self._stack: list[tuple[Chain, int]] = [(base, 0)]  # each chain with the number of rules passed
+        self._stack: list[tuple[ChainRules, int]] = [(base, 0)]  # each chain with the number of rules passed
         self._skipped = 0
 
-    def steps(self, told: Iterable[Message]) -> Iterator[Step]:
+    def steps(self, told: Iterable[Message]) -> Iterator[MatchedRule]:
         for message in told:
             if message.kind == "rule":
                 yield self._step(message)
@@ -189,7 +192,7 @@ class _Walk:
         chain, behind = self._stack.pop()
         self._skipped += max(0, len(chain.rules) - behind)
 
-    def _step(self, message: Message) -> Step:
+    def _step(self, message: Message) -> MatchedRule:
         while len(self._stack) > 1 and self._stack[-1][0].name != message.chain:
             self._leave()
         chain, behind = self._stack.pop()
@@ -198,7 +201,8 @@ class _Walk:
         self._skipped += max(0, at - behind)
         depth = len(self._stack)
         text = chain.rules.get(message.handle, _UNKNOWN)
-        step = Step(message.chain, text, message.verdict, message.to, self._skipped, depth=depth)
+        element = self._elements.text(text, self._family, self._table, self._ends)
+        step = MatchedRule(message.chain, text, message.verdict, message.to, self._skipped, element, depth)
         self._skipped = 0
         # After a goto or return, the rest of this chain is not evaluated.
         over = message.verdict in ("goto", "return")

@@ -19,7 +19,7 @@ _COUNTERS = re.compile(r"counter packets \d+ bytes \d+ ")
 
 
 @dataclass(frozen=True, slots=True)
-class Chain:
+class ChainRules:
     """One chain: rule handle -> text, in order; a base chain also has its type, hook and priority."""
 
     family: str
@@ -41,13 +41,13 @@ class Rulebook:
             for chain in _chains(nft)
         }
 
-    def chain(self, family: str, table: str, name: str) -> Chain:
+    def chain(self, family: str, table: str, name: str) -> ChainRules:
         """Return a chain; an unknown chain is empty."""
-        return self._chains.get((family, table, name), Chain(family, table, name, {}))
+        return self._chains.get((family, table, name), ChainRules(family, table, name, {}))
 
 
-def _chains(nft: str) -> list[Chain]:
-    found: list[Chain] = []
+def _chains(nft: str) -> list[ChainRules]:
+    found: list[ChainRules] = []
     rules: dict[int, str] = {}
     family = table = ""
     for line in nft.splitlines():
@@ -55,7 +55,7 @@ def _chains(nft: str) -> list[Chain]:
             family, table = begins[1], begins[2]
         elif begins := _CHAIN.match(line):
             rules = {}
-            found.append(Chain(family, table, begins[1], rules))
+            found.append(ChainRules(family, table, begins[1], rules))
         elif base := _BASE.match(line):
             found[-1] = replace(found[-1], kind=base[1], hook=base[2], priority=base[3])
         elif found and (rule := _RULE.match(line)):
@@ -75,7 +75,7 @@ def _saved_rules(text: str) -> dict[tuple[str, str], list[str]]:
     return found
 
 
-def _in_words(chain: Chain, saved: Mapping[tuple[str, str], list[str]]) -> Chain:
+def _in_words(chain: ChainRules, saved: Mapping[tuple[str, str], list[str]]) -> ChainRules:
     words = saved.get((chain.table, chain.name), [])
     if not words or len(words) != len(chain.rules):
         return chain

@@ -23,7 +23,7 @@ _RULES = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class PacketFilter:
     """The packet to follow: to *ip* and *port*, optionally from one client address or local port."""
 
     ip: str
@@ -33,7 +33,7 @@ class Wanted:
     client_port: int = 0
 
 
-def commands(wanted: Wanted) -> str:
+def commands(wanted: PacketFilter) -> str:
     """Return the nft commands that create the table, one on each line.
 
     Each rule traces a few packets and then none for a day. The proxy's dials (recognised by its packet mark) and their
@@ -89,7 +89,7 @@ def _rules(name: str, hook: str, priority: int, *rules: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def tracing(nft: str, wanted: Wanted) -> Iterator[None]:
+def tracing(nft: str, wanted: PacketFilter) -> Iterator[None]:
     """Make the kernel trace *wanted* during the block.
 
     The table belongs to the socket of a child process, which ends when its input closes. It is therefore removed even

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
-from userspace_proxy.trace.lanes import Lane, Line, lanes
+from userspace_proxy.trace.paths import PacketPath, StageLine, packet_paths
 from userspace_proxy.trace.values import PacketTrace
 
 _STYLES = {
@@ -29,8 +29,8 @@ _TITLES = {
 
 def show(trace: PacketTrace, console: Console) -> None:
     """Print *trace* on *console*."""
-    for lane in lanes(trace, folded=False):
-        console.print(_tree(lane))
+    for path in packet_paths(trace, folded=False):
+        console.print(_tree(path))
     if trace.flow is not None:
         flow = f"conntrack: {trace.flow.original}, answers {trace.flow.reply}"
         console.print(Text(f"{flow}  {trace.flow.state}".rstrip(), "dim"))
@@ -39,17 +39,17 @@ def show(trace: PacketTrace, console: Console) -> None:
     console.print(Text(trace.outcome, "bold"))
 
 
-def _tree(lane: Lane) -> Tree:
-    tree = Tree(Text.assemble((lane.title, "bold"), f"  {lane.aside}"), guide_style="dim")
-    for station in lane.stations:
-        title = Text.assemble((station.title, _TITLES[station.kind]), (f"  {station.aside}", "dim"))
+def _tree(path: PacketPath) -> Tree:
+    tree = Tree(Text.assemble((path.title, "bold"), f"  {path.aside}"), guide_style="dim")
+    for stage in path.stages:
+        title = Text.assemble((stage.title, _TITLES[stage.kind]), (f"  {stage.aside}", "dim"))
         branches = [tree.add(title)]  # the branch for lines of each depth
-        for line in station.lines:
+        for line in stage.lines:
             del branches[line.depth + 1 :]
             branches.append(branches[-1].add(_line(line)))
     return tree
 
 
-def _line(line: Line) -> Text:
+def _line(line: StageLine) -> Text:
     mark = "= " if line.kind == "element" else ""
     return Text(f"{mark}{line.text}", _STYLES[line.kind])

@@ -18,8 +18,8 @@ from userspace_proxy.trace.analysis import ANSWERED, Recording, analyse, element
 from userspace_proxy.trace.legs import FOLLOWED, TABLE
 from userspace_proxy.trace.nftrace import GROUP_NFTRACE, messages
 from userspace_proxy.trace.sockets import listener_at
-from userspace_proxy.trace.table import Wanted, tracing
-from userspace_proxy.trace.values import PacketTrace, Role
+from userspace_proxy.trace.table import PacketFilter, tracing
+from userspace_proxy.trace.values import PacketRole, PacketTrace
 
 _NETLINK_NETFILTER, _SOL_NETLINK, _ADD_MEMBERSHIP = 12, 270, 1
 _BUFFER_BYTES = 4 << 20
@@ -57,7 +57,7 @@ def follow(request: TraceRequest, on_ready: Callable[[], None] = lambda: None) -
         ear = stack.enter_context(_listening())
         probe = stack.enter_context(_socket(request)) if not request.awaited_s else None
         port = probe.getsockname()[1] if probe is not None else 0
-        wanted = Wanted(request.ip, request.port, request.protocol, request.client_ip, port)
+        wanted = PacketFilter(request.ip, request.port, request.protocol, request.client_ip, port)
         stack.enter_context(tracing(nft, wanted))
         on_ready()
         said = _send(probe, request) if probe is not None else ""
@@ -127,24 +127,31 @@ def _hear(ear: socket.socket, awaited_s: float) -> list[bytes]:
     dials = 0  # dials of the proxy without a reply so far
     over_at = time.monotonic() + max(awaited_s, _QUIET_S)
     give_up_at = over_at + _AT_MOST_S
-    while (left_s := min(over_at, give_up_at) - time.monotonic()) > 0:
-        ear.settimeout(left_s)
-        try:
-            datagram = ear.recv(_DATAGRAM_BYTES)
-        except TimeoutError:
-            break
-        except OSError as error:
-            if error.errno != errno.ENOBUFS:  # ENOBUFS: messages were lost, because other packets are traced too
-                raise
-            continue
+    while (datagram := _receive(ear, min(over_at, give_up_at))) is not None:
         ours = [message for message in messages(datagram) if message.table == TABLE]
         if heard or ours:
             heard.append(datagram)
         if ours:
             roles = [FOLLOWED.get(message.chain) for message in ours if message.kind == "rule"]
-            dials += roles.count(Role.DIAL) - roles.count(Role.REPLY)
+            dials += roles.count(PacketRole.DIAL) - roles.count(PacketRole.REPLY)
             over_at = time.monotonic() + (_DIAL_S if dials > 0 else _QUIET_S)
     return heard
+
+
+def _receive(ear: socket.socket, until: float) -> bytes | None:
+    """Return the next datagram, b"" if messages were lost because other packets are traced too, or None at the end."""
+    left_s = until - time.monotonic()
+    if left_s <= 0:
+        return None
+    ear.settimeout(left_s)
+    try:
+        return ear.recv(_DATAGRAM_BYTES)
+    except TimeoutError:
+        return None
+    except OSError as error:
+        if error.errno != errno.ENOBUFS:
+            raise
+        return b""
 
 
 # ---- look-ups
@@ -164,7 +171,7 @@ def _look_up(recording: Recording, nft: str) -> Recording:
         notes=_notes(),
     )
     trace = analyse(recording)
-    client = trace.leg(Role.CLIENT)
+    client = trace.leg(PacketRole.CLIENT)
     if client is None:
         return recording
     elements = {element.key: "" for element in elements_in(trace)}
@@ -187,7 +194,7 @@ def _element(listed: str) -> str:
 
 
 def _conntrack(trace: PacketTrace) -> str:
-    client = trace.leg(Role.CLIENT)
+    client = trace.leg(PacketRole.CLIENT)
     path = find_tool("conntrack")
     if client is None or path is None:
         return ""

@@ -1,7 +1,7 @@
 """The values of a trace: packets, hooks, chains and rules. No I/O.
 
 A `PacketTrace` has a leg for each followed packet. A `Leg` passes hooks. A hook has base chains (`Visit`), and a chain
-has matching rules (`Step`).
+has matching rules (`MatchedRule`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def at(ip: str, port: int) -> str:
     return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
 
 
-class Role(Enum):
+class PacketRole(Enum):
     """Why a packet was followed."""
 
     CLIENT = "client"  # the first packet of a client's connection
@@ -48,7 +48,7 @@ class Role(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class MatchedRule:
     """One rule that matched, and the number of rules ``skipped`` before it in the same chain.
 
     ``rule``: its text in nft's or iptables' syntax. ``element``: the map element it looked up for this packet.
@@ -76,7 +76,7 @@ class Visit:
     table: str
     chain: str
     kind: str
-    steps: tuple[Step, ...]
+    steps: tuple[MatchedRule, ...]
     end: str
     by_policy: bool
     skipped: int
@@ -102,7 +102,7 @@ class Leg:
     ``what``: the kind of packet (SYN, SYN+ACK, RST, datagram). ``answered``: for a dial, the kind of its reply.
     """
 
-    role: Role
+    role: PacketRole
     what: str
     hooks: tuple[Hook, ...]
     answered: str = ""
@@ -127,26 +127,16 @@ class Listener:
 
 
 @dataclass(frozen=True, slots=True)
-class VirtualServer:
-    """A virtual server of IPVS with its real servers (address, port, forwarding method, weight)."""
+class IpvsServer:
+    """A virtual server of IPVS: its portal (protocol and address), scheduler, and the weight of each real server."""
 
-    protocol: str
-    ip: str
-    port: int
+    portal: str
     scheduler: str
-    real_servers: tuple[RealServer, ...]
+    weights: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
-class RealServer:
-    ip: str
-    port: int
-    forwarding: str
-    weight: int
-
-
-@dataclass(frozen=True, slots=True)
-class Flow:
+class ConntrackEntry:
     """A conntrack entry: the packets of a connection and the expected replies."""
 
     state: str
@@ -162,16 +152,16 @@ class PacketTrace:
     protocol: str
     legs: tuple[Leg, ...]
     listener: Listener | None = None
-    ipvs: VirtualServer | None = None
-    flow: Flow | None = None
+    ipvs: IpvsServer | None = None
+    flow: ConntrackEntry | None = None
     outcome: str = ""
     notes: tuple[str, ...] = ()
 
-    def leg(self, role: Role) -> Leg | None:
+    def leg(self, role: PacketRole) -> Leg | None:
         """Return the first leg with that *role*, or None."""
         return next((leg for leg in self.legs if leg.role is role), None)
 
     @property
     def dial(self) -> Leg | None:
         """The proxy's connection that serves the client: the last of its dials."""
-        return next((leg for leg in reversed(self.legs) if leg.role is Role.DIAL), None)
+        return next((leg for leg in reversed(self.legs) if leg.role is PacketRole.DIAL), None)

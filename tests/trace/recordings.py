@@ -1,4 +1,4 @@
-"""What the kernel said of packets in each mode, recorded by ``python -m userspace_proxy.trace.drawings --print``."""
+"""The kernel's trace messages in each mode, recorded by ``python -m userspace_proxy.trace.drawings --print``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from userspace_proxy.trace.analysis import Recording, analyse
-from userspace_proxy.trace.values import Hook, Leg, PacketTrace, Role, Visit
+from userspace_proxy.trace.values import Hook, Leg, PacketRole, PacketTrace, Visit
 
 _RECORDED = Path(__file__).parent / "recorded"
 MODES = ("userspace", "userspace-iptables", "nftables", "iptables", "ipvs")
@@ -21,7 +21,7 @@ def trace(mode: str) -> PacketTrace:
     return analyse(recording(mode))
 
 
-def leg(mode: str, role: Role) -> Leg:
+def leg(mode: str, role: PacketRole) -> Leg:
     found = trace(mode).leg(role)
     assert found is not None
     return found
