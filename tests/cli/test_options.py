@@ -28,6 +28,7 @@ VALUES = {
     "CIDR[,CIDR]": "10.7.0.0/16",
     "CIDR,...": "10.7.0.0/16",
     "[ADDRESS]": "10.96.0.7",
+    "ADDRESS,...": "10.7.0.7",
     "DOMAIN": "seven.example",
 }
 

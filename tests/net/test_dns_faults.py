@@ -1,19 +1,184 @@
-"""Cluster DNS when a process ends: nothing is left, and names are answered again."""
+"""Cluster DNS when a process ends, or is followed by another one."""
 
 from __future__ import annotations
 
-from tests.net.test_dns import ARGUMENTS, WEB
-from tests.net.world import Proxy
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import threading
+from pathlib import Path
+
+import dns.rcode
+
+from tests.net.test_dns import ARGUMENTS, CLUSTER, SERVER, WEB, asked, found
+from tests.net.world import Proxy, wait_until
+from userspace_proxy.lab import ServiceLab
+
+NAME = f"web.default{CLUSTER}"
 
 
-def test_a_crashed_proxy_leaves_nothing_that_cleanup_does_not_remove(fresh_proxy: Proxy) -> None:
-    proxy = fresh_proxy
+def dns_processes(proxy: Proxy) -> list[int]:
+    """Return the ids of the DNS processes on the proxy's node."""
+    command = ["ip", "netns", "pids", proxy.node.name]
+    pids = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    ids = []
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it has just ended
+            if b"userspace_proxy.dns.server" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                ids.append(int(pid))
+    return ids
+
+
+def started(proxy: Proxy, *more: str) -> Proxy:
     proxy.apply("web", WEB)
+    proxy.start(*ARGUMENTS, *more)
+    assert found(asked(proxy.node, NAME)) == ["10.96.0.11"]
+    return proxy
+
+
+class Asking:
+    """Asks for one name again and again; ``wrong`` has the answers that were not the right one."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self.wrong: list[str] = []
+        self.count = 0
+        self._ends = threading.Event()
+        self._proxy = proxy
+        self._thread = threading.Thread(target=self._ask)
+
+    def _ask(self) -> None:
+        while not self._ends.is_set():
+            try:
+                answer = asked(self._proxy.node, NAME)
+                if found(answer) != ["10.96.0.11"]:
+                    self.wrong.append(dns.rcode.to_text(answer.rcode()))
+            except OSError as error:
+                self.wrong.append(repr(error))
+            self.count += 1
+
+    def __enter__(self) -> Asking:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ends.set()
+        self._thread.join()
+
+
+def test_the_process_has_no_capabilities(fresh_proxy: Proxy) -> None:
+    (pid,) = dns_processes(started(fresh_proxy))
+
+    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    assert {int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
+    assert status["NoNewPrivs"] == "1"
+
+
+def test_a_process_that_dies_is_replaced_and_no_query_is_lost(fresh_proxy: Proxy) -> None:
+    proxy = started(fresh_proxy)
+    (before,) = dns_processes(proxy)
+
+    with Asking(proxy) as asking:
+        os.kill(before, signal.SIGKILL)
+        wait_until(lambda: dns_processes(proxy) not in ([], [before]), "there is another one")
+        count = asking.count
+        wait_until(lambda: asking.count > count + 3, "it answers")
+
+    assert asking.wrong == []
+
+
+def test_a_successor_serves_on_without_a_wrong_answer(fresh_proxy: Proxy, world: ServiceLab, tmp_path: Path) -> None:
+    proxy = started(fresh_proxy)
+    (before,) = dns_processes(proxy)
+    successor = Proxy(world, tmp_path)
+
+    with Asking(proxy) as asking:
+        successor.start(*ARGUMENTS)
+        wait_until(lambda: before not in dns_processes(proxy), "the process before has ended")
+        count = asking.count
+        wait_until(lambda: asking.count > count + 3, "the successor's answers")
+
+    assert asking.wrong == []
+    assert proxy.process is not None
+    assert proxy.process.wait(20) == 0
+    assert successor.stop() == 0
+    assert dns_processes(proxy) == []
+
+
+def test_a_restart_in_place_serves_on_without_a_wrong_answer(fresh_proxy: Proxy) -> None:
+    proxy = started(fresh_proxy)
+    (before,) = dns_processes(proxy)
+    assert proxy.process is not None
+
+    with Asking(proxy) as asking:
+        proxy.process.send_signal(signal.SIGUSR2)
+        wait_until(lambda: dns_processes(proxy) and before not in dns_processes(proxy), "the process before has ended")
+        count = asking.count
+        wait_until(lambda: asking.count > count + 3, "it answers")
+
+    assert asking.wrong == []
+    assert proxy.stop() == 0
+
+
+def test_names_outlive_the_control_process_until_there_is_another_one(fresh_proxy: Proxy) -> None:
+    proxy = started(fresh_proxy)
+    (before,) = dns_processes(proxy)
+    assert proxy.process is not None
+
+    proxy.process.kill()
+    proxy.process.wait(20)
+    assert found(asked(proxy.node, NAME)) == ["10.96.0.11"]
+
     proxy.start(*ARGUMENTS)
+    wait_until(lambda: before not in dns_processes(proxy), "the process before has ended")
+    assert found(asked(proxy.node, NAME)) == ["10.96.0.11"]
+
+
+def test_cleanup_after_a_crash_leaves_no_process_and_no_address(fresh_proxy: Proxy) -> None:
+    proxy = started(fresh_proxy)
     assert proxy.process is not None
     proxy.process.kill()
     proxy.process.wait(20)
 
     proxy.node.run(*proxy.command("cleanup"))
 
+    assert [proxy.node.ip(f"-{family}", "route", "show", "table", "local", "proto", "107") for family in (4, 6)] == [
+        "",
+        "",
+    ]
+    wait_until(lambda: dns_processes(proxy) == [], "the DNS process has ended")
+
+
+def test_an_address_that_a_service_has_is_refused(fresh_proxy: Proxy) -> None:
+    proxy = fresh_proxy
+    proxy.apply("web", WEB.replace("10.96.0.11", SERVER))
+    proxy.start(*ARGUMENTS, wait=False)
+    assert proxy.process is not None
+
+    assert proxy.process.wait(30) == 1
+    assert f"--dns {SERVER}: Service default/web has this address; choose another one" in proxy.log()
     assert not proxy.node.ip("route", "show", "table", "local", "proto", "107")
+
+
+def test_a_service_does_not_get_the_address_of_cluster_dns(fresh_proxy: Proxy) -> None:
+    proxy = started(fresh_proxy)
+
+    proxy.apply("other", WEB.replace("10.96.0.11", SERVER).replace("web", "other"))
+
+    proxy.wait_logged(f"{SERVER} is the address of cluster DNS (--dns)")
+    assert found(asked(proxy.node, NAME)) == ["10.96.0.11"]
+
+
+def test_a_port_that_another_program_has_is_named(fresh_proxy: Proxy) -> None:
+    proxy = fresh_proxy
+    with proxy.node.inside():
+        other = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        other.bind(("0.0.0.0", 53))
+    with other:
+        proxy.apply("web", WEB)
+        proxy.start(*ARGUMENTS, wait=False)
+        assert proxy.process is not None
+
+        assert proxy.process.wait(30) == 1
+    assert f"--dns {SERVER}: another program listens there" in proxy.log()

@@ -83,6 +83,7 @@ FILE = Kind("FILE", Path)
 FOLDER = Kind("FOLDER", Path)
 OUTPUT = Kind("FILE", str)
 DURATION = Kind("DURATION", values.seconds, values.short_duration, float, values.go_duration)
+ADDRESSES = Kind("ADDRESS,...", values.addresses, ",".join)
 DOMAIN = Kind("DOMAIN", values.domain)
 AUTO = ("auto",)
 DNS_ADDRESSES = Kind(

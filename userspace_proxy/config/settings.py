@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from userspace_proxy.config.kinds import (
+    ADDRESSES,
     AUTO,
     DNS_ADDRESSES,
     DOMAIN,
@@ -262,6 +263,9 @@ class Settings:
         "Answer queries for names of Services, at the range's tenth address or at ADDRESS")
     cluster_domain: str = _setting(Group.DNS, "--cluster-domain", "cluster.local", DOMAIN,
         "Domain of the names of Services")
+    # (): the servers of resolv.conf, read again when it changes.
+    dns_upstream: tuple[str, ...] = _setting(Group.DNS, "--dns-upstream", (), ADDRESSES,
+        "Servers for other names, for this node and its pods", shown="those of /etc/resolv.conf")
 
     # kube-proxy's addresses: health for load balancers on every address, metrics on loopback.
     healthz_bind_address: str = _setting(

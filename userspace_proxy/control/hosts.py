@@ -20,16 +20,22 @@ def nothing_listens() -> Collection[NodePort]:
 
 @dataclass(frozen=True, slots=True)
 class Hosts:
-    """This node's addresses, the networks it is attached to, and a function that lists its listening ports."""
+    """This node's addresses, the networks it is attached to, and a function that lists its listening ports.
+
+    ``dns``: the addresses of cluster DNS, once no Service held them.
+    """
 
     addresses: Collection[str] = ()
     networks: Sequence[Network] = ()
     listening: Callable[[], Collection[NodePort]] = nothing_listens
+    dns: Collection[str] = ()
 
     def cluster_ip_fault(self, ip: str, ranges: Sequence[Network]) -> str:
         """Return why *ip* (canonical) should not be a cluster IP from *ranges*, or "" if it may be."""
         if ip in self.addresses:
             return f"{ip} is an address of this node"
+        if ip in self.dns:
+            return f"{ip} is the address of cluster DNS (--dns)"
         address = ipaddress.ip_address(ip)
         if network := next((network for network in self.networks if address in network), None):
             return f"{ip} is in {network}, a network of this node, and may be another host's"

@@ -11,6 +11,7 @@ does the predecessor stop accepting, so that at every moment a process accepts.
        TakeOver                ->
                                <-     Inherit, a frame for some listeners, with their descriptors ...
                                <-     HealthChecks, likewise, if requested ...
+                               <-     ClusterDns, if requested
                                <-     Lock, with the descriptor of the name
        (serves)  Taken         ->
                                <-     Released, and drains
@@ -67,13 +68,14 @@ class TakeOver(msgspec.Struct, frozen=True, tag=True):
     """Request to take over. *workers*: how many will accept; sockets of further workers are closed once empty.
 
     *health_checks*: take over health-check listeners, too. A version that does not know them would leave clients
-    hanging.
+    hanging. *cluster_dns*: likewise.
     """
 
     version: int
     pid: int
     workers: int = 1
     health_checks: bool = False
+    cluster_dns: bool = False
     oldest: int = OLDEST
 
 
@@ -100,6 +102,10 @@ class HealthChecks(msgspec.Struct, frozen=True, tag=True):
     """Listeners of health-check node ports. The sockets themselves tell their ports."""
 
 
+class ClusterDns(msgspec.Struct, frozen=True, tag=True):
+    """Sockets of cluster DNS, and the channel to the process that serves at them."""
+
+
 class Lock(msgspec.Struct, frozen=True, tag=True):
     """The last part. The descriptor of the socket bound to the name comes with it."""
 
@@ -108,7 +114,7 @@ class Released(msgspec.Struct, frozen=True, tag=True):
     """Admin addresses and the state folder are free."""
 
 
-Message = Present | TakeOver | End | Taken | Refused | Inherit | HealthChecks | Lock | Released
+Message = Present | TakeOver | End | Taken | Refused | Inherit | HealthChecks | ClusterDns | Lock | Released
 Received = TypeVar("Received")
 
 _messages = msgspec.msgpack.Decoder(Message)
@@ -302,16 +308,19 @@ async def hand_over(
     listeners: Iterable[tuple[Inherit, list[int]]],
     name: socket.socket,
     health_checks: Sequence[socket.socket] = (),
+    cluster_dns: Sequence[socket.socket] = (),
 ) -> None:
-    """Send *listeners*, *health_checks* and *name* to the successor and wait until it serves.
+    """Send *listeners*, *health_checks*, *cluster_dns* and *name* to the successor and wait until it serves.
 
     Raises:
         OSError, TimeoutError: it failed; this process still owns everything.
     """
     checks = [sock.fileno() for sock in health_checks]
-    parts = [
+    parts: list[tuple[Message, list[int]]] = [
         (HealthChecks(), checks[at : at + DESCRIPTORS_A_FRAME]) for at in range(0, len(checks), DESCRIPTORS_A_FRAME)
     ]
+    if cluster_dns:
+        parts.append((ClusterDns(), [sock.fileno() for sock in cluster_dns]))
     for message, descriptors in itertools.chain[tuple[Message, list[int]]](listeners, parts):
         conversation.send(message, descriptors)
         async with asyncio.timeout(_ANSWER_TIMEOUT_S):

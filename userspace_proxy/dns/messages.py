@@ -13,32 +13,11 @@ from typing import NamedTuple
 
 import dnslib
 
-A, NS, CNAME, SOA, PTR, TXT, AAAA, SRV, OPT, HTTPS, ANY = 1, 2, 5, 6, 12, 16, 28, 33, 41, 65, 255
-TYPE_NAMES = {
-    A: "A",
-    NS: "NS",
-    CNAME: "CNAME",
-    SOA: "SOA",
-    PTR: "PTR",
-    TXT: "TXT",
-    AAAA: "AAAA",
-    SRV: "SRV",
-    HTTPS: "HTTPS",
-    ANY: "ANY",
-}
+A, NS, CNAME, SOA, PTR, TXT, AAAA, SRV, ANY = 1, 2, 5, 6, 12, 16, 28, 33, 255
 INTERNET = 1
 # Of every record of the cluster domain. Resolvers keep negative answers as long.
 TTL_S = 5
 NOERROR, FORMERR, SERVFAIL, NXDOMAIN, NOTIMP, REFUSED, BADVERS = 0, 1, 2, 3, 4, 5, 16
-RCODE_NAMES = {
-    NOERROR: "NOERROR",
-    FORMERR: "FORMERR",
-    SERVFAIL: "SERVFAIL",
-    NXDOMAIN: "NXDOMAIN",
-    NOTIMP: "NOTIMP",
-    REFUSED: "REFUSED",
-    BADVERS: "BADVERS",
-}
 # Bits of the header's flags.
 QR, AUTHORITATIVE, TRUNCATED, RECURSION_DESIRED, RECURSION_AVAILABLE = 0x8000, 0x400, 0x200, 0x100, 0x80
 _OPCODE = 0x7800
@@ -51,7 +30,7 @@ EDNS_BYTES = 1_232
 _NAME_MAX_BYTES, _LABEL_MAX_BYTES = 255, 63
 # Room for records behind the longest question, with EDNS.
 BODY_MAX_BYTES = MESSAGE_MAX_BYTES - HEADER.size - _NAME_MAX_BYTES - 4 - 11
-_RCODE_MASK = 0xF
+RCODE_MASK = 0xF
 _ECHOED = RECURSION_DESIRED | 0x10  # CD, of RFC 4035
 # The record OPT of RFC 6891: the root, its type; size, high bits of the code, version, flags and length.
 _OPT, _OPT_REST, _OPT_BYTES = b"\0\0\x29", struct.Struct("!HBBHH"), 11
@@ -73,6 +52,15 @@ class Record(NamedTuple):
     owner: str
     type: int
     value: Value
+
+
+def type_name(kind: int) -> str:
+    """Return the name of a type, or "other": a client may ask for 65,536 of them."""
+    return str(dnslib.QTYPE.forward.get(kind, "other"))
+
+
+def rcode_name(rcode: int) -> str:
+    return str(dnslib.RCODE.forward.get(rcode, rcode))
 
 
 class Question(NamedTuple):
@@ -157,16 +145,17 @@ def pack_answer(
     answers: Sequence[Record] = (),
     authorities: Sequence[Record] = (),
     additionals: Sequence[Record] = (),
+    packed_answers: Sequence[bytes] = (),
 ) -> Answer:
     """Return an answer with these records. *additionals* are left out if they do not fit."""
-    packed = [pack_record(record) for record in (*answers, *authorities)]
+    packed = [*map(pack_record, answers), *packed_answers, *map(pack_record, authorities)]
     body = b"".join(packed)
     if len(body) > BODY_MAX_BYTES:
         return Answer(rcode, flags, surplus=tuple(packed))
     more = b"".join(map(pack_record, additionals))
     if len(body) + len(more) > BODY_MAX_BYTES:
         more, additionals = b"", ()
-    return Answer(rcode, flags, (len(answers), len(authorities), len(additionals)), body + more)
+    return Answer(rcode, flags, (len(answers) + len(packed_answers), len(authorities), len(additionals)), body + more)
 
 
 def fitting(answer: Answer, first: int) -> Answer:
@@ -184,14 +173,71 @@ def reply(question: Question, answer: Answer, limit_bytes: int) -> bytes:
     rcode, flags, (answers, authorities, additionals), body, surplus = answer
     edns = b""
     if question.edns_bytes is not None:
-        edns = _ANSWER_OPT if rcode <= _RCODE_MASK else _ANSWER_OPT[:5] + bytes([rcode >> 4]) + _ANSWER_OPT[6:]
+        edns = _ANSWER_OPT if rcode <= RCODE_MASK else _ANSWER_OPT[:5] + bytes([rcode >> 4]) + _ANSWER_OPT[6:]
     if surplus or HEADER.size + len(question.text) + len(body) + len(edns) > limit_bytes:
         flags, body, answers, authorities, additionals = flags | TRUNCATED, b"", 0, 0, 0
-    flags |= QR | question.flags & _ECHOED | rcode & _RCODE_MASK
+    flags |= QR | question.flags & _ECHOED | rcode & RCODE_MASK
     head = HEADER.pack(
         question.id, flags, 1 if question.text else 0, answers, authorities, additionals + (1 if edns else 0)
     )
     return b"".join((head, question.text, body, edns))
+
+
+def name_text(name: str) -> bytes:
+    """Return *name* as a message has it. Raises ValueError if it is too long."""
+    buffer = _Buffer()
+    try:
+        buffer.encode_name(name)
+    except dnslib.DNSError as error:
+        raise ValueError(f"{name!r} is no name") from error
+    return bytes(buffer.data)
+
+
+# ---- answers of other servers
+
+
+def relay(question: Question, message: bytes, limit_bytes: int) -> bytes:
+    """Return the answer *message* of another server, which has no OPT, as one to *question*."""
+    counts, body = struct.unpack_from("!3H", message, 6), message[HEADER.size + len(question.text) :]
+    answer = Answer(message[3] & RCODE_MASK, RECURSION_AVAILABLE, counts, body)
+    return reply(question, answer, limit_bytes)
+
+
+def ttl_places(message: bytes) -> list[int]:
+    """Return where *message* has the TTL of each record. Raises ValueError if it cannot be read."""
+    places = []
+    try:
+        _, _, questions, *counts = HEADER.unpack_from(message)
+        at = HEADER.size
+        for index in range(questions + sum(counts)):
+            while length := message[at]:
+                if length > _LABEL_MAX_BYTES:  # a pointer
+                    at += 1
+                    break
+                at += 1 + length
+            at += 1
+            if index < questions:
+                at += 4
+            else:
+                places.append(at + 4)
+                at += 10 + int.from_bytes(message[at + 8 : at + 10], "big")
+    except (IndexError, struct.error):
+        raise ValueError("the message is cut off") from None
+    if at > len(message):
+        raise ValueError("the message is cut off")
+    return places
+
+
+def answer_records(message: bytes) -> list[bytes]:
+    """Return the records of the answer section of *message*, each packed so that it can stand anywhere.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        return [_packed(record) for record in dnslib.DNSRecord.parse(message).rr]
+    except Exception as error:  # the library raises whatever it comes across
+        raise ValueError("the message cannot be read") from error
 
 
 # ---- records, by the library
@@ -208,15 +254,20 @@ class _Buffer(dnslib.DNSBuffer):  # type: ignore[misc]  # has no types
 def pack_record(record: Record, ttl_s: int = TTL_S) -> bytes:
     """Return *record* as bytes that can stand anywhere in a message behind its question."""
     owner, kind, value = record
+    packed = _packed(dnslib.RR(owner or ".", kind, INTERNET, ttl_s, _rdata(kind, value)))
+    return packed if owner else _SAME_NAME + packed[1:]
+
+
+def _packed(record: dnslib.RR) -> bytes:
     buffer = _Buffer()
-    dnslib.RR(owner or ".", kind, INTERNET, ttl_s, _rdata(kind, value)).pack(buffer)
-    return bytes(buffer.data) if owner else _SAME_NAME + bytes(buffer.data[1:])
+    record.pack(buffer)
+    return bytes(buffer.data)
 
 
 def _rdata(kind: int, value: Value) -> dnslib.RD:
     match value:
         case str():
-            made: dnslib.RD = getattr(dnslib, TYPE_NAMES[kind])(value)
+            made: dnslib.RD = getattr(dnslib, type_name(kind))(value)
             return made
         case (int(priority), int(weight), int(port), str(target)):
             return dnslib.SRV(priority, weight, port, target)

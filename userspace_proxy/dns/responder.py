@@ -12,6 +12,7 @@ from userspace_proxy.dns.messages import (
     CNAME,
     NOERROR,
     NXDOMAIN,
+    SERVFAIL,
     SRV,
     Answer,
     Question,
@@ -24,15 +25,17 @@ from userspace_proxy.model.names import NamespacedName
 
 _CACHED_MAX = 16_384
 _CACHED_MAX_BYTES = 32 << 20
+_ALIASES_MAX = 8
 # Between the first records of answers that have only a part of all: a prime, so that each gets its turn.
 _STEP = 997
 
 
 class Alias(Exception):  # noqa: N818 - no error
-    """The name stands for ``target``, whose records are to be in the answer, too."""
+    """The answer goes on outside of the cluster domain: at ``target``, behind the CNAME ``records``."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, records: list[Record], target: str) -> None:
         super().__init__(target)
+        self.records = records
         self.target = target
 
 
@@ -63,16 +66,19 @@ class Responder:
         """Return the answer to *question*, or None if its name is not in the cluster domain.
 
         Raises:
-            Alias: the name is that of an ExternalName Service.
+            Alias: the answer goes on at a name that is not.
         """
         key = question.key
         known = self._answers.get(key)
         if known is None:
             self.misses += 1
             name = question.labels()
-            if (known := self._work_out(name, question.type)) is None:
+            if name not in self.zone and self.zone.find(name) is None:
                 return None
-            self._keep(key, self.zone.owner(name), known)
+            known, names = self._work_out(name, question.type)
+            if known.rcode == NXDOMAIN and not self.is_synced:
+                return Answer(SERVFAIL)
+            self._keep(key, map(self.zone.owner, names), known)
         else:
             self.hits += 1
         if known.surplus:
@@ -80,35 +86,41 @@ class Responder:
             return messages.fitting(known, self.cut * _STEP % len(known.surplus))
         return known
 
-    def _keep(self, key: bytes, owner: Labels, answer: Answer) -> None:
+    def _keep(self, key: bytes, owners: Iterable[Labels], answer: Answer) -> None:
         self._bytes += len(answer.body) + sum(map(len, answer.surplus))
         if len(self._answers) >= _CACHED_MAX or self._bytes > _CACHED_MAX_BYTES:
             self._answers.clear()
             self._keys_of.clear()
             self._bytes = 0
         self._answers[key] = answer
-        self._keys_of[owner].append(key)
+        for owner in owners:
+            self._keys_of[owner].append(key)
 
-    def _work_out(self, name: Labels, kind: int) -> Answer | None:
+    def _work_out(self, name: Labels, kind: int) -> tuple[Answer, list[Labels]]:
+        """Return the answer, and the names that it depends on."""
+        records: list[Record] = []
+        names = [name]
+        owner = ""
         values = self.zone.find(name)
+        while values and CNAME in values and kind not in (CNAME, ANY):
+            target = str(values[CNAME][0])
+            records.append(Record(owner, CNAME, target))
+            owner, name = target, tuple(target.lower().split("."))
+            if name not in self.zone or len(records) > _ALIASES_MAX:
+                raise Alias(records, target)
+            names.append(name)
+            values = self.zone.find(name)
         if values is None:
-            if name not in self.zone:
-                return None
-            return self._negative(NXDOMAIN)
-        if CNAME in values and kind not in (CNAME, ANY):
-            raise Alias(str(values[CNAME][0]))
+            return pack_answer(NXDOMAIN, AUTHORITATIVE, records, [self.zone.soa]), names
         kinds = values if kind == ANY else [kind]
-        answers = [Record("", each, value) for each in kinds for value in values.get(each, ())]
-        if not answers:
-            return self._negative(NOERROR)
-        targets = dict.fromkeys(r.value[3] for r in answers if r.type == SRV)  # type: ignore[misc]
+        found = [Record(owner, each, value) for each in kinds for value in values.get(each, ())]
+        if not found:
+            return pack_answer(NOERROR, AUTHORITATIVE, records, [self.zone.soa]), names
+        targets = dict.fromkeys(record.value[3] for record in found if record.type == SRV)  # type: ignore[misc]
         additionals = [
             Record(target, each, ip)
             for target in targets
             for each, ips in (self.zone.find(tuple(target.lower().split("."))) or {}).items()
             for ip in ips
         ]
-        return pack_answer(NOERROR, AUTHORITATIVE, answers, additionals=additionals)
-
-    def _negative(self, rcode: int) -> Answer:
-        return pack_answer(rcode, AUTHORITATIVE, authorities=[self.zone.soa])
+        return pack_answer(NOERROR, AUTHORITATIVE, records + found, additionals=additionals), names

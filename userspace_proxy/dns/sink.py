@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -17,6 +17,7 @@ from userspace_proxy.dataplane.channel import Channel, close_descriptors
 from userspace_proxy.dataplane.process import exit_code
 from userspace_proxy.dataplane.watchdog import LOOK_EVERY_S, Watchdog, activity_of
 from userspace_proxy.dns import wire
+from userspace_proxy.errors import StartError
 from userspace_proxy.model.dns_names import ServiceNames
 from userspace_proxy.model.names import NamespacedName
 from userspace_proxy.model.state import ProxyState
@@ -37,15 +38,28 @@ log = logging.getLogger(__name__)
 class ClusterDns:
     """A state sink: the DNS process answers by the names of the latest state.
 
-    The process is replaced if it dies or hangs; ``restarts`` counts that. ``counts``: its counters, with those of
-    processes before it.
+    The process is replaced if it dies or hangs; ``restarts`` counts that. *predecessors*: channels to DNS processes
+    that serve at the same sockets; they end once this one can answer for every Service. *pods*: ranges of this node's
+    pods, whose clients may ask for all names. ``held``: the addresses, once it is certain that no Service has them.
     """
 
-    def __init__(self, settings: wire.DnsSettings, sockets: Sequence[socket.socket]) -> None:
+    def __init__(
+        self,
+        settings: wire.DnsSettings,
+        sockets: Sequence[socket.socket],
+        predecessors: Sequence[socket.socket] = (),
+        pods: Iterable[str] = (),
+    ) -> None:
         self._settings = settings
         self._sockets = sockets
-        self._told: Mapping[NamespacedName, ServiceNames] = {}
+        self._predecessors = list(predecessors)
+        self._pods = tuple(pods)
+        self._state = ProxyState()
+        self._clients = wire.Clients([])
         self._is_synced = False
+        self._conflict = ""
+        self.held: set[str] = set()
+        self._ours: socket.socket | None = None
         self._channel: Channel | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -55,7 +69,7 @@ class ClusterDns:
 
     def start(self) -> None:
         """Start the process, and tell it all there is; raises OSError."""
-        ours, theirs = socket.socketpair()
+        self._ours, theirs = socket.socketpair()
         with theirs:
             settings = msgspec.json.encode(self._settings).decode()
             command = [sys.executable, "-P", "-m", _MODULE, str(theirs.fileno()), settings]
@@ -65,22 +79,39 @@ class ClusterDns:
                     command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
                 )
             except BaseException:
-                ours.close()
+                self._ours.close()
                 raise
-        self._channel = Channel(ours, self._on_frame, self._on_close)
-        self._send(wire.Sockets(), [sock.fileno() for sock in self._sockets])
-        self._tell(self._told.items())
+        self._channel = Channel(self._ours, self._on_frame, self._on_close)
+        self._send(self._clients)
+        self._tell(self._state.names.items())
         if self._is_synced:
             self._send(wire.Synced())
+        # With a predecessor, queries are for that until this process has all names.
+        if self._is_synced or not self._predecessors:
+            self._give_sockets()
+
+    def _give_sockets(self) -> None:
+        self._send(wire.Sockets(), [sock.fileno() for sock in self._sockets])
 
     async def sync(self, state: ProxyState) -> None:
         """Tell the process what has changed since the last sync."""
-        told, self._told = self._told, state.names
+        told, self._state = self._state.names, state
+        clients = wire.Clients([*self._pods, *state.node.pod_cidrs, *state.node.addresses, *self._settings.addresses])
+        if clients != self._clients:
+            self._clients = clients
+            self._send(clients)
         self._tell((name, names) for name, names in state.names.items() if told.get(name) is not names)
         self._tell((name, None) for name in told.keys() - state.names.keys())
         if not self._is_synced:
+            self._conflict = _conflict(state, self._settings.addresses)
+            self.held.update(() if self._conflict else self._settings.addresses)
             self._is_synced = True
             self._send(wire.Synced())
+            if self._predecessors:
+                self._give_sockets()
+                await self.counts()  # it has read all of this, and answers
+                end_processes(self._predecessors)
+                self._predecessors.clear()
 
     def _tell(self, changes: _Changes) -> None:
         part: list[tuple[NamespacedName, ServiceNames | None]] = []
@@ -129,11 +160,17 @@ class ClusterDns:
             await asyncio.sleep(_RESPAWN_PAUSE_S)
 
     async def run(self) -> None:
-        """Replace the process if it hangs. Runs until cancelled."""
+        """Replace the process if it hangs. Runs until cancelled.
+
+        Raises:
+            StartError: a Service of the first state has an address of this server.
+        """
         watched, watchdog = self._process, Watchdog()
         owed: asyncio.Future[wire.Counts] | None = None
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
+            if self._conflict:
+                raise StartError(self._conflict)
             if watched is not self._process:
                 watched, watchdog, owed = self._process, Watchdog(), None
             if self._channel is None or watched is None:
@@ -163,19 +200,41 @@ class ClusterDns:
 
     # ---- the end
 
-    def listeners(self) -> Sequence[socket.socket]:
-        """Return the sockets, for a successor."""
-        return self._sockets
+    def inheritance(self) -> list[socket.socket]:
+        """Return what a successor needs: the sockets, and the channel to the process, which serves on meanwhile."""
+        return [*self._sockets, *([self._ours] if self._ours is not None and self._channel is not None else ())]
+
+    def leave(self) -> None:
+        """Let the process serve on: a successor has the channel to it, and ends it."""
+        self._closing = True
+        if self._channel is not None:
+            self._channel.close()
 
     async def close(self) -> None:
-        """End the process, unless it serves on."""
-        self._closing = True
+        """End the process, unless a successor does."""
+        self._send(wire.Close())
+        is_left, self._closing = self._closing, True
         for task in self._tasks:
             task.cancel()
-        self._send(wire.Close())
-        if self._process is not None and await exit_code(self._process, _EXIT_TIMEOUT_S) is None:
+        end_processes(self._predecessors)
+        if self._process is not None and not is_left and await exit_code(self._process, _EXIT_TIMEOUT_S) is None:
             self._process.kill()
         if self._channel is not None:
             self._channel.close()
         for sock in self._sockets:
             sock.close()
+
+
+def _conflict(state: ProxyState, addresses: Iterable[str]) -> str:
+    for name, service_port in state.service_ports.items():
+        if taken := set(addresses) & {*service_port.cluster_ips, *service_port.external_ips}:
+            return f"--dns {taken.pop()}: Service {name.service} has this address; choose another one"
+    return ""
+
+
+def end_processes(channels: Iterable[socket.socket]) -> None:
+    """Tell the DNS processes at the other ends of *channels* to end, and close these."""
+    for sock in channels:
+        channel = Channel(sock, lambda _body, _descriptors: None, lambda: None)
+        channel.send(_encoder.encode(wire.Close()))
+        channel.close()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
+import os
 import socket
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from userspace_proxy.dataplane.sockets import IP_PKTINFO
 from userspace_proxy.errors import StartError
@@ -65,3 +68,28 @@ def _open(kind: socket.SocketKind, ip: str) -> socket.socket:
             sock.listen(_BACKLOG)
         on_error.pop_all()
     return sock
+
+
+def is_of_dns(sock: socket.socket) -> bool:
+    """Return whether *sock* belongs to cluster DNS: a socket at its port, or the channel to its process."""
+    return sock.family == socket.AF_UNIX or sock.getsockname()[1] == PORT
+
+
+def is_alone(sockets: Iterable[socket.socket]) -> bool:
+    """Return whether *sockets* are the only ones at their addresses, and their addresses are still this host's."""
+    ours = [sock for sock in sockets if sock.type == socket.SOCK_DGRAM]
+    inodes = {str(os.fstat(sock.fileno()).st_ino) for sock in ours}
+    rows = [line.split() for file in ("udp", "udp6") for line in Path("/proc/net", file).read_text().splitlines()[1:]]
+    places = {row[1] for row in rows if row[9] in inodes}
+    return sum(row[1] in places for row in rows) == len(ours) and all(_is_own(sock.getsockname()[0]) for sock in ours)
+
+
+def _is_own(ip: str) -> bool:
+    if ":" in ip:  # a route makes it this host's, but bind() does not ask for routes
+        return f"{int(ipaddress.ip_address(ip)):032x} 80 " in Path("/proc/net/ipv6_route").read_text()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.bind((ip, 0))
+        except OSError:
+            return False
+    return True

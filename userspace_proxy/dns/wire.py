@@ -46,9 +46,7 @@ class Ask(msgspec.Struct, frozen=True, tag=True):
 
 
 class Close(msgspec.Struct, frozen=True, tag=True):
-    """Serve for so many seconds more, then end."""
-
-    after_s: float = 0.0
+    """End: another process serves at the sockets, or none is to."""
 
 
 Request = Sockets | Names | Synced | Clients | Ask | Close

@@ -12,7 +12,7 @@ import gc
 import logging
 import os
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 
 from userspace_proxy import __version__
 from userspace_proxy.admin.health_checks import ServiceHealthChecks
@@ -26,7 +26,9 @@ from userspace_proxy.control.pacer import Pacer
 from userspace_proxy.control.saver import Saver
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.dataplane.handover import VERSION, Conversation, Incumbent, Present, TakeOver
-from userspace_proxy.errors import SyncError
+from userspace_proxy.dns.sink import ClusterDns
+from userspace_proxy.dns.sockets import is_of_dns
+from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.host.firewalls import find_blocking_firewall
 from userspace_proxy.model.names import NamespacedName, ObjectReference
 from userspace_proxy.modes import MODES
@@ -84,10 +86,11 @@ class App:
         draining, listeners = child_processes(), kept_listeners()
         lifecycle.install_signal_handlers()
         async with contextlib.AsyncExitStack() as stack:
-            node = await set_up_node(self._settings, self._mode, lifecycle, stack)
+            of_dns = [sock for sock in listeners if is_of_dns(sock)]
+            node = await set_up_node(self._settings, self._mode, lifecycle, of_dns, stack)
             proxy = Proxy(self._settings, self._mode, node, lifecycle)
             stack.push_async_callback(proxy.health_checks.close)
-            proxy.health_checks.adopt(listeners + node.lock.health_checks)
+            proxy.health_checks.adopt([sock for sock in listeners if sock not in of_dns] + node.lock.health_checks)
             stack.callback(proxy.incumbent.close)
             stack.push_async_callback(proxy.admin.close)
             try:
@@ -100,8 +103,13 @@ class App:
                     node.lock.name.close()
                     await proxy.health_checks.close()
                     await proxy.admin.close()
+                    if node.dns is not None:
+                        node.dns.leave()
                 elif lifecycle.ending is Ending.RESTART:
-                    self.kept_listeners = [sock.dup() for sock in proxy.health_checks.listeners()]
+                    of_dns = node.dns.inheritance() if node.dns is not None else []
+                    self.kept_listeners = [sock.dup() for sock in (*proxy.health_checks.listeners(), *of_dns)]
+                    if node.dns is not None:
+                        node.dns.leave()
                 proxy.saver.save()
                 await lifecycle.end(node.plane, proxy.remove_rules)
         log.info("stopped")
@@ -187,7 +195,7 @@ class Proxy:
             "reap": reap(draining),
         }
         if node.dns is not None:
-            jobs["dns"] = node.dns.run()
+            jobs["dns"] = self._watch_dns(node.dns)
         if self._advisor is not None:
             jobs["advise"] = self._advisor.run()
         async with asyncio.TaskGroup() as group:
@@ -221,8 +229,18 @@ class Proxy:
     async def _hand_over_to(self, asked: TakeOver, conversation: Conversation) -> None:
         node = self._node
         await self._lifecycle.hand_over_to(
-            asked, conversation, self._proxier, node.plane, node.lock.name, self.health_checks
+            asked, conversation, self._proxier, node.plane, node.lock.name, self.health_checks, self._dns_inheritance
         )
+
+    def _dns_inheritance(self) -> Sequence[socket.socket]:
+        return self._node.dns.inheritance() if self._node.dns is not None else ()
+
+    async def _watch_dns(self, dns: ClusterDns) -> None:
+        try:
+            await dns.run()
+        except StartError:
+            self._lifecycle.ending = Ending.STOP  # nothing is to stay behind
+            raise
 
     async def _after_first_sync(self) -> None:
         """Do once what can wait until the first sync."""

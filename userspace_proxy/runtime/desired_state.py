@@ -37,10 +37,17 @@ async def open_source(settings: Settings, stack: contextlib.AsyncExitStack) -> t
     transport = ApiTransport(settings.kubeconfig)
     stack.push_async_callback(transport.close)
     url = await transport.open()
-    following = reflectors(transport, settings.node_name, settings.service_proxy_name, Pace(), random.Random())  # noqa: S311 - jitter
+    jitter = random.Random()  # noqa: S311
+    following = reflectors(
+        transport, settings.node_name, settings.service_proxy_name, Pace(), jitter, for_dns=bool(settings.dns)
+    )
     log.info("following %s as node %s", url, settings.node_name)
     whose = f" for {settings.service_proxy_name}" if settings.service_proxy_name else ""
-    return KubernetesSource(following), [f"{url}{whose}"], EventRecorder(transport.write, settings.node_name)
+    return (
+        KubernetesSource(following, for_dns=bool(settings.dns)),
+        [f"{url}{whose}"],
+        EventRecorder(transport.write, settings.node_name),
+    )
 
 
 def _identity(paths: Iterable[str]) -> list[str]:

@@ -25,6 +25,7 @@ import msgspec
 
 from userspace_proxy.dataplane.handover import (
     VERSION,
+    ClusterDns,
     Conversation,
     End,
     HealthChecks,
@@ -59,7 +60,8 @@ class InstanceLock:
     """The lock, and the listeners that the predecessor handed over with it, in a conversation with each process.
 
     ``turn`` and ``member``: this process in both roles. ``name``: the socket that has the abstract name, or has none.
-    ``health_checks``: the listeners of health-check node ports, which a control process has.
+    ``health_checks``, ``cluster_dns``: the sockets of health-check node ports and of cluster DNS, which a control
+    process has.
     """
 
     turn: socket.socket
@@ -67,6 +69,7 @@ class InstanceLock:
     name: socket.socket
     listeners: list[tuple[Inherit, list[socket.socket]]] = field(default_factory=list)
     health_checks: list[socket.socket] = field(default_factory=list)
+    cluster_dns: list[socket.socket] = field(default_factory=list)
     conversations: list[Conversation] = field(default_factory=list)
 
     async def taken(self) -> None:
@@ -89,7 +92,7 @@ class InstanceLock:
             for present, conversation in await _call_members(self.turn, _ORPHAN_TIMEOUT_S, but=self.member):
                 try:
                     listeners: list[tuple[Inherit, list[socket.socket]]] = []
-                    (await _collect(conversation, listeners, [], workers=len(self.conversations))).close()
+                    (await _collect(conversation, listeners, [], [], workers=len(self.conversations))).close()
                     _close(listeners)
                     conversation.send(Taken())
                     expect(await conversation.receive(), Released)
@@ -104,7 +107,7 @@ class InstanceLock:
         for conversation in self.conversations:
             conversation.close()
         _close(self.listeners)
-        for sock in self.health_checks:
+        for sock in (*self.health_checks, *self.cluster_dns):
             sock.close()
         self.close()
 
@@ -182,10 +185,11 @@ async def _take_over(turn: socket.socket, meetings: Sequence[Meeting], workers: 
         log.warning("%d of %d workers of the proxy before are gone", missing, present.workers)
     listeners: list[tuple[Inherit, list[socket.socket]]] = []
     health_checks: list[socket.socket] = []
+    cluster_dns: list[socket.socket] = []
     conversations = [conversation for _, conversation in meetings]
     member = join(Role.SERVES)
     try:
-        names = [await _collect(conversation, listeners, health_checks, workers) for conversation in conversations]
+        names = [await _collect(each, listeners, health_checks, cluster_dns, workers) for each in conversations]
     except (OSError, TimeoutError) as error:
         # What was collected goes with this process; who gave it notices, and serves on.
         _end_conversations(meetings)
@@ -196,17 +200,18 @@ async def _take_over(turn: socket.socket, meetings: Sequence[Meeting], workers: 
         ) from None
     for name in names[1:]:  # duplicates
         name.close()
-    return InstanceLock(turn, member, names[0], listeners, health_checks, conversations)
+    return InstanceLock(turn, member, names[0], listeners, health_checks, cluster_dns, conversations)
 
 
 async def _collect(
     conversation: Conversation,
     listeners: list[tuple[Inherit, list[socket.socket]]],
     health_checks: list[socket.socket],
+    cluster_dns: list[socket.socket],
     workers: int,
 ) -> socket.socket:
-    """Ask for everything: *listeners* and *health_checks* get more, and the socket with the name is returned."""
-    conversation.send(TakeOver(VERSION, os.getpid(), workers, health_checks=True))
+    """Ask for everything, which is added to the lists; return the socket with the name."""
+    conversation.send(TakeOver(VERSION, os.getpid(), workers, health_checks=True, cluster_dns=True))
     while True:
         received = await conversation.receive()
         message, descriptors = received
@@ -214,6 +219,9 @@ async def _collect(
             return socket.socket(fileno=descriptors[0]) if descriptors else _unnamed()
         if isinstance(message, HealthChecks):
             health_checks += [socket.socket(fileno=descriptor) for descriptor in descriptors]
+            continue
+        if isinstance(message, ClusterDns):
+            cluster_dns += [socket.socket(fileno=descriptor) for descriptor in descriptors]
             continue
         inherit = expect(received, Inherit)
         listeners.append((inherit, [socket.socket(fileno=descriptor) for descriptor in descriptors]))

@@ -161,6 +161,7 @@ class Lifecycle:
         plane: HandoverPlane,
         name: socket.socket,
         health_checks: ServiceHealthChecks,
+        cluster_dns: Callable[[], Sequence[socket.socket]],
     ) -> None:
         """Give everything to the process that *asked*, and end; or refuse."""
         if plane.handover_obstacle and not self._kernel_serves:
@@ -174,7 +175,8 @@ class Lifecycle:
             try:
                 await plane.stats()  # brings the latest pins with it
                 checks = health_checks.listeners() if asked.health_checks else ()
-                await hand_over(conversation, plane.inheritance(), name, checks)
+                names = cluster_dns() if asked.cluster_dns else ()
+                await hand_over(conversation, plane.inheritance(), name, checks, names)
                 log.info("handed over to process %d%s", asked.pid, "" if self._kernel_serves else _DRAINING)
                 is_told_to_stop = self.stop.is_set()
                 self.ending = Ending.HANDED_OVER

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from userspace_proxy.config.settings import Settings
@@ -63,9 +64,15 @@ class NodeSetup:
 
 
 async def set_up_node(
-    settings: Settings, mode: Mode, lifecycle: Lifecycle, stack: contextlib.AsyncExitStack
+    settings: Settings,
+    mode: Mode,
+    lifecycle: Lifecycle,
+    of_dns: Sequence[socket.socket],
+    stack: contextlib.AsyncExitStack,
 ) -> NodeSetup:
     """Take the node over, from the process that served it before, if there is one.
+
+    *of_dns*: sockets of cluster DNS from before a restart in place.
 
     Raises:
         StartError: that cannot be; the predecessor serves on.
@@ -108,7 +115,7 @@ async def set_up_node(
     is_tuned = tune()  # before the plane, which takes over conntrack's time-outs of UDP
     # 4. The data plane, which serves at the predecessor's listeners from now on.
     plane = make_plane(settings, mode, stack)
-    dns = await make_dns(settings, stack)
+    dns = await make_dns(settings, rules, [*of_dns, *lock.cluster_dns], stack)
     inherited = await lifecycle.take_over(plane, lock)
     return NodeSetup(
         prepared=prepared,
@@ -122,7 +129,7 @@ async def set_up_node(
         plane=plane,
         inherited=inherited,
         node=node,
-        hosts=await look_at_hosts(),
+        hosts=replace(await look_at_hosts(), dns=dns.held if dns is not None else ()),
         rules=rules,
         dns=dns,
     )

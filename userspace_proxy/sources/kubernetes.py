@@ -30,12 +30,18 @@ _Told = asyncio.Queue[tuple[str, list[Change[Any]] | Exception]]
 
 
 def reflectors(
-    transport: Transport, node_name: str, service_proxy_name: str, pace: Pace, chance: random.Random
+    transport: Transport,
+    node_name: str,
+    service_proxy_name: str,
+    pace: Pace,
+    chance: random.Random,
+    *,
+    for_dns: bool = False,
 ) -> Reflectors:
     """Return a reflector for each kind.
 
     With *service_proxy_name*, it follows only Services that name this proxy; without it, Services that name none
-    (behaviours S2).
+    (behaviours S2). *for_dns*: with headless Services and their slices, which no proxy serves.
     """
     whose = f"{_PROXY_NAME_LABEL}={service_proxy_name}" if service_proxy_name else f"!{_PROXY_NAME_LABEL}"
 
@@ -54,13 +60,13 @@ def reflectors(
             "/api/v1/services",
             api.Service,
             labelSelector=whose,
-            spares={"fieldSelector": "spec.clusterIP!=None"},  # known since Kubernetes 1.31
+            spares=None if for_dns else {"fieldSelector": "spec.clusterIP!=None"},  # known since Kubernetes 1.31
         ),
         "EndpointSlice": follows(
             "endpointslices",
             "/apis/discovery.k8s.io/v1/endpointslices",
             api.EndpointSlice,
-            labelSelector=f"!{_HEADLESS_LABEL}",
+            labelSelector="" if for_dns else f"!{_HEADLESS_LABEL}",
         ),
         "Node": follows("nodes", "/api/v1/nodes", api.Node, fieldSelector=f"metadata.name={node_name}"),
         _OPTIONAL: follows("servicecidrs", "/apis/networking.k8s.io/v1/servicecidrs", api.ServiceCIDR),
@@ -68,10 +74,16 @@ def reflectors(
 
 
 class KubernetesSource:
-    """Reports the objects of a cluster's API. A failure becomes a problem, and reported objects stay in force."""
+    """Reports the objects of a cluster's API. A failure becomes a problem, and reported objects stay in force.
 
-    def __init__(self, following: Reflectors, node_patience_s: float = _NODE_PATIENCE_S) -> None:
+    *for_dns*: with Services that no proxy serves.
+    """
+
+    def __init__(
+        self, following: Reflectors, node_patience_s: float = _NODE_PATIENCE_S, *, for_dns: bool = False
+    ) -> None:
         self._reflectors = following
+        self._for_dns = for_dns
         self._node_patience_s = node_patience_s
 
     @property
@@ -99,7 +111,7 @@ class KubernetesSource:
                 if isinstance(changes, Exception):
                     raise changes
                 if changes:
-                    yield [_event(kind, change) for change in changes]
+                    yield [self._event(kind, change) for change in changes]
                 if kind in unlisted:
                     unlisted.remove(kind)
                     if not unlisted:
@@ -118,11 +130,17 @@ class KubernetesSource:
         except Exception as bug:  # noqa: BLE001 - `events` raises it
             told.put_nowait((kind, bug))
 
+    def _event(self, kind: str, change: Change[Any]) -> ObjectEvent:
+        given = change.object
+        if isinstance(given, api.Service) and not self._is_wanted(given):
+            given = None
+        if given is None:
+            return ObjectEvent(EventType.DELETE, kind, change.name)
+        return ObjectEvent(EventType.SET, kind, change.name, given)
 
-def _event(kind: str, change: Change[Any]) -> ObjectEvent:
-    given = change.object
-    if isinstance(given, api.Service) and (given.spec is None or given.spec.cluster_ip in (None, "", "None")):
-        given = None  # a Service that is to be proxied always has an IP here (behaviours S1)
-    if given is None:
-        return ObjectEvent(EventType.DELETE, kind, change.name)
-    return ObjectEvent(EventType.SET, kind, change.name, given)
+    def _is_wanted(self, service: api.Service) -> bool:
+        """Return whether *service* is proxied, which always has an IP here (behaviours S1), or has a name."""
+        if (spec := service.spec) is None:
+            return False
+        has_name = spec.cluster_ip == "None" or bool(spec.external_name)
+        return (self._for_dns and has_name) or spec.cluster_ip not in (None, "", "None")

@@ -1,0 +1,172 @@
+"""Ask other servers for names outside of the cluster domain.
+
+What one client, or the world, can make this process hold is bounded: equal questions are asked once, the number of
+questions under way has a limit, and so has the cache. A forwarding loop therefore ends in a time-out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import socket
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from userspace_proxy.dns.messages import HEADER, NOERROR, NXDOMAIN, RCODE_MASK, RECURSION_DESIRED, TRUNCATED, ttl_places
+
+# All tries together: below the two seconds after which clients ask again.
+_TRIES_S = 1.7
+_SERVERS_MAX = 3  # as the C library (MAXNS in resolv.h)
+_UNDER_WAY_MAX = 1_000
+_CACHED_MAX, _CACHED_BYTES = 4_096, 4_096
+# As the Corefile of kubeadm.
+_CACHED_S = 30
+_LOOK_EVERY_S = 5.0
+_PORT = 53
+_HINFO_INTERNET = b"\0\x0d\0\1"
+
+log = logging.getLogger(__name__)
+
+
+class _Cached(NamedTuple):
+    message: bytes
+    ttl_places: Sequence[int]
+    stored_at: float
+    expires_at: float
+
+
+class Upstream:
+    """The servers for other names: *servers*, or those of the file *resolv_conf*; never one of *own*.
+
+    ``probe``: a question that only this process asks. Whoever hears it should set ``loops``.
+    """
+
+    def __init__(self, servers: Sequence[str] | None, resolv_conf: str, own: Sequence[str]) -> None:
+        self._given = servers
+        self._resolv_conf = Path(resolv_conf)
+        self._own = own
+        self._servers: list[str] = []
+        self._under_way: dict[bytes, asyncio.Task[bytes | None]] = {}
+        self._cache: dict[bytes, _Cached] = {}
+        self.probe = b""
+        self.loops = False
+        self.totals = {"forwarded": 0, "forward_failures": 0, "forward_refused": 0, "forward_hits": 0}
+
+    async def run(self) -> None:
+        """Follow the file, and look for loops. Runs until cancelled."""
+        read: Sequence[str] | None = None
+        while True:
+            found = (
+                self._given if self._given is not None else await asyncio.to_thread(_read_servers, self._resolv_conf)
+            )
+            if found != read:
+                read = found
+                self._servers = [ip for ip in found if ip not in self._own][:_SERVERS_MAX]
+                self.loops = False
+                log.info("names outside of the cluster domain are asked at %s", ", ".join(self._servers) or "no server")
+                label = secrets.token_hex(16).encode()
+                self.probe = bytes([len(label)]) + label + b"\0" + _HINFO_INTERNET
+                await self.ask(self.probe)
+                if self.loops:
+                    log.error("other names are not asked for: the servers %s ask this one", ", ".join(self._servers))
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+    async def ask(self, text: bytes) -> bytes | None:
+        """Return the answer to the question *text*, or None if no server gives one. Its header has another id."""
+        key = text[:-4].lower() + text[-4:]
+        if (cached := self._cached(key)) is not None:
+            self.totals["forward_hits"] += 1
+            return cached
+        task = self._under_way.get(key)
+        if task is None:
+            if len(self._under_way) >= _UNDER_WAY_MAX or self.loops or not self._servers:
+                self.totals["forward_refused"] += 1
+                return None
+            self.totals["forwarded"] += 1
+            task = self._under_way[key] = asyncio.create_task(self._ask(text, key), name="ask upstream")
+            task.add_done_callback(lambda _: self._under_way.pop(key, None))
+        return await asyncio.shield(task)
+
+    async def _ask(self, text: bytes, key: bytes) -> bytes | None:
+        servers = list(self._servers) * (2 if len(self._servers) == 1 else 1)
+        answer = None
+        for server in servers:
+            with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
+                async with asyncio.timeout(_TRIES_S / len(servers)):
+                    answer = await _exchange(server, text)
+                if answer[3] & RCODE_MASK in (NOERROR, NXDOMAIN):
+                    self._keep(key, answer)
+                    return answer
+            if self._servers[:1] == [server]:  # the next one is asked first from now on
+                self._servers.append(self._servers.pop(0))
+        self.totals["forward_failures"] += answer is None
+        return answer
+
+    def _keep(self, key: bytes, answer: bytes) -> None:
+        with contextlib.suppress(ValueError):
+            places = ttl_places(answer)
+            ttl_s = min((int.from_bytes(answer[at : at + 4], "big") for at in places), default=0)
+            if ttl_s and len(answer) <= _CACHED_BYTES:
+                if len(self._cache) >= _CACHED_MAX:
+                    self._cache.clear()
+                now = time.monotonic()
+                self._cache[key] = _Cached(answer, places, now, now + min(ttl_s, _CACHED_S))
+
+    def _cached(self, key: bytes) -> bytes | None:
+        """Return the answer that is kept for *key*, with the time that it has been kept taken off its TTLs."""
+        if (cached := self._cache.get(key)) is None:
+            return None
+        now = time.monotonic()
+        if now >= cached.expires_at:
+            del self._cache[key]
+            return None
+        message, age_s = bytearray(cached.message), int(now - cached.stored_at)
+        for at in cached.ttl_places:
+            message[at : at + 4] = (int.from_bytes(message[at : at + 4], "big") - age_s).to_bytes(4, "big")
+        return bytes(message)
+
+
+async def _exchange(server: str, text: bytes) -> bytes:
+    """Ask *server* by UDP, and by TCP if the answer is too long for that. Each query has a port and an id of its own.
+
+    Raises:
+        OSError, IncompleteReadError: the server cannot be asked.
+    """
+    query = HEADER.pack(secrets.randbits(16), RECURSION_DESIRED, 1, 0, 0, 0) + text
+    loop = asyncio.get_running_loop()
+    with socket.socket(socket.AF_INET6 if ":" in server else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.setblocking(False)
+        sock.connect((server, _PORT))
+        await loop.sock_sendall(sock, query)
+        while not _is_answer(answer := await loop.sock_recv(sock, 1 << 16), query):
+            pass
+    if not answer[2] & TRUNCATED >> 8:
+        return answer
+    reader, writer = await asyncio.open_connection(server, _PORT)
+    try:
+        writer.write(len(query).to_bytes(2, "big") + query)
+        answer = await reader.readexactly(int.from_bytes(await reader.readexactly(2), "big"))
+    finally:
+        writer.close()
+    if not _is_answer(answer, query):
+        raise ConnectionError("the answer is to another question")
+    return answer
+
+
+def _is_answer(message: bytes, query: bytes) -> bool:
+    end = len(query)
+    same = message[HEADER.size : end].lower() == query[HEADER.size :].lower()
+    return same and message[:2] == query[:2] and message[2] >> 7 == 1 and len(message) >= end
+
+
+def _read_servers(resolv_conf: Path) -> list[str]:
+    try:
+        lines: Iterable[str] = resolv_conf.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    words = [line.split() for line in lines]
+    return [each[1] for each in words if len(each) > 1 and each[0] == "nameserver"]
