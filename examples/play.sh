@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Play a lesson about a mode or about balancing: `examples/play.sh mode-iptables` runs the commands of its README as they
-# stand there, and shows each before what it says. In a network of its own, on a copy of the manifests: nothing is left behind.
+# Play a lesson: `examples/play.sh mode-iptables` runs the commands of its README as they stand there, and shows each
+# before what it says. In a network of its own, on a copy of the manifests: nothing is left behind.
 set -eu
 cd "$(dirname "$0")/.."
 lesson=${1:-}
 case $lesson in
-mode-* | balance) [ -f "examples/$lesson/README.md" ] || lesson= ;;
+mode-* | balance | health-check) [ -f "examples/$lesson/README.md" ] || lesson= ;;
 *) lesson= ;;
 esac
 if [ -z "$lesson" ]; then
-  echo "usage: examples/play.sh mode-userspace | mode-iptables | mode-nftables | mode-ipvs | balance" >&2
+  echo "usage: examples/play.sh mode-userspace | mode-iptables | mode-nftables | mode-ipvs | balance | health-check" >&2
   exit 2
 fi
 PATH=$PATH:$PWD/.venv/bin:/usr/sbin:/sbin

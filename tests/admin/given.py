@@ -15,6 +15,7 @@ from userspace_proxy.model.loads import Loads
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
 from userspace_proxy.modes.iptables.metrics import iptables_metrics
 from userspace_proxy.modes.kernel_metrics import kernel_metrics, refused_loads
+from userspace_proxy.probes.metrics import ProbeStats, probe_metrics
 
 
 class Exposed(NamedTuple):
@@ -52,7 +53,10 @@ def every_metric() -> str:
                 [*kernel_metrics(loads, Histogram([1.0]), {}), *own],
             )
         ).decode()
-        for own in (iptables_metrics(loads), [refused_loads("nftables_sync_failures", loads)])
+        for own in (
+            iptables_metrics(loads),
+            [refused_loads("nftables_sync_failures", loads), *probe_metrics(ProbeStats(), {names[0]: 0})],
+        )
     ]
     return "".join(scrapes)
 

@@ -40,6 +40,7 @@ WHAT_IS_SERVED = {
         "10.96.0.15:80/TCP": [f"{TWO}:8080", f"{THREE}:8080"],
     },
     "affinity": {"10.96.0.16:80/TCP": [f"{ONE}:8080", f"{TWO}:8080", f"{THREE}:8080"]},
+    "health-check": {"10.96.0.22:80/TCP": [f"{ONE}:8080", f"{TWO}:8080", f"{THREE}:8080"]},
     "failover": {"10.96.0.17:80/TCP": [f"{ONE}:8080", f"{TWO}:8080", f"{THREE}:8080"]},
     "traffic-policy": {
         "10.96.0.18:80/TCP": [f"{ONE}:8080", f"{TWO}:8080", f"{THREE}:8080"],

@@ -46,6 +46,7 @@ class Changes:
 class Controller:
     """Applies what a source reports to the state sinks, in order, and retries until it succeeds.
 
+    *filtered*: what sinks get of a desired state, such as its healthy endpoints.
     ``synced_at``: wall-clock second of the last successful sync, None before the first; ``synced``: its state.
     ``error``: the message of the last sync if it failed, else ""; ``failing_since``: when the failures began.
     ``durations``: how long successful syncs took. ``programming``: by IP family, from the change that made a controller
@@ -60,12 +61,15 @@ class Controller:
         pacer: Pacer,
         after_sync: Callable[[], None] = lambda: None,
         health_timeout_s: float = 60.0,
+        filtered: Callable[[ProxyState], ProxyState] = lambda state: state,
     ) -> None:
         self._source = source
         self._tracker = tracker
         self._sinks = sinks
         self._pacer = pacer
         self._after_sync = after_sync
+        self._filtered = filtered
+        self._is_complete = False  # the source has reported every object
         self._changed = asyncio.Event()
         self.ready = asyncio.Event()
         self.attempted = asyncio.Event()
@@ -83,8 +87,8 @@ class Controller:
         self._triggers: list[tuple[str, float]] = []  # family and time of changes that no sync has applied yet
 
     def sync_again(self) -> None:
-        """Sync soon, though no source told anything: this host has changed."""
-        if self.attempted.is_set():
+        """Sync soon, although no source reported a change: this host or the health of an endpoint has changed."""
+        if self._is_complete:
             self._changed.set()
 
     async def run(self) -> None:
@@ -94,14 +98,13 @@ class Controller:
             group.create_task(self._sync_for_ever(), name="sync")
 
     async def _follow(self) -> None:
-        synced = False
         while True:
             try:
                 async for events in self._source.events():
                     self._tracker.apply(events)
                     self._note(events)
-                    synced = synced or any(event.type is EventType.SYNCED for event in events)
-                    if synced:  # not before SYNCED: a partial state would remove Services that are served
+                    self._is_complete |= any(event.type is EventType.SYNCED for event in events)
+                    if self._is_complete:  # not before SYNCED: a partial state would remove Services that are served
                         self._changed.set()
                         self.freshness.note_queued({family for event in events for family in _families(event)})
             except Exception:
@@ -132,7 +135,8 @@ class Controller:
         taken = {told: changes.pending for told, changes in self.changes.items()}
         self.freshness.note_begin()
         try:
-            state = self._tracker.state()
+            desired = self._tracker.state()
+            state = self._filtered(desired)
             for sink in self._sinks:
                 await sink.sync(state)
         except SyncError as error:
@@ -161,7 +165,7 @@ class Controller:
         took_s = time.monotonic() - started_at
         self.durations.observe(took_s)
         log.debug("sync of %d service ports took %.1f ms", len(state.service_ports), took_s * 1000)
-        self._log_changes(state, self._tracker.take_endpoint_changes())
+        self._log_changes(desired, self._tracker.take_endpoint_changes())
 
     def _log_changes(self, state: ProxyState, before: Mapping[ServicePortName, tuple[Endpoint, ...]]) -> None:
         """Log the service ports whose endpoints differ from *before*; after the first sync, log totals instead."""

@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from userspace_proxy.model.endpoint import Family, family_of, join_address
 from userspace_proxy.model.names import L4Protocol, ServicePortName
+from userspace_proxy.model.probe import ProbeSpec
 
 _ANY_ADDRESS: dict[Family, str] = {4: "0.0.0.0", 6: "::"}  # noqa: S104 - nothing is bound
 
@@ -78,6 +79,7 @@ class ServicePort:
     ``ipvs_scheduler``: "" for the node's default. ``weights``: of endpoints with a weight other than 1. ``balance``:
     None if the Service states none; each mode has its default. ``slow_start_s``: how long the share of an endpoint
     that is new or has recovered grows; 0 for no slow start. Each applies in some modes only.
+    ``probe``: the active health check of its endpoints, or None.
     """
 
     name: ServicePortName
@@ -96,6 +98,7 @@ class ServicePort:
     weights: Weights = ()
     balance: Balance | None = None
     slow_start_s: float = 0.0
+    probe: ProbeSpec | None = None
 
     @property
     def families(self) -> tuple[Family, ...]:

@@ -33,6 +33,7 @@ from userspace_proxy.host.firewalls import find_blocking_firewall
 from userspace_proxy.model.names import NamespacedName, ObjectReference
 from userspace_proxy.modes import MODES
 from userspace_proxy.modes.mode import Mode, ProxierRequest
+from userspace_proxy.probes.filter import HealthFilter
 from userspace_proxy.runtime.cleanup import remove_others, require_net_admin
 from userspace_proxy.runtime.desired_state import lint_options, make_allocations, make_proxy_ports
 from userspace_proxy.runtime.lifecycle import Ending, Lifecycle, child_processes, kept_listeners, reap, restart_with
@@ -135,6 +136,7 @@ class Proxy:
             node.prepared.transparent_obstacle,
             has_names=node.dns is not None,
         )
+        self._health_filter = HealthFilter(lambda: self._controller.sync_again(), self._warn_of)
         # Desired state made true: sinks, in order.
         routes = NodeRoutes(
             settings.service_ranges,
@@ -155,6 +157,7 @@ class Proxy:
             Pacer(asyncio.get_running_loop().time, settings.min_sync_period_s, settings.sync_period_s),
             after_sync=self._after_sync,
             health_timeout_s=2 * settings.sync_period_s,  # as kube-proxy
+            filtered=self._health_filter.apply,
         )
         # Hand-over to a successor.
         present = Present(VERSION, os.getpid(), node.sources, workers=0 if mode.kernel_serves else 1)
@@ -173,6 +176,7 @@ class Proxy:
             self._proxier,
             node.plane,
             self.health_checks,
+            self._health_filter,
             lifecycle.stop.is_set,
             lambda: self._advisor.faults if self._advisor is not None else [],
         )
@@ -204,6 +208,7 @@ class Proxy:
             await self._lifecycle.stop.wait()
             for task in tasks:
                 task.cancel()
+        self._health_filter.close()
 
     async def remove_rules(self) -> None:
         """Drain connections and remove every rule, unless the kernel is to serve on by them."""

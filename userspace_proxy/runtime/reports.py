@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
@@ -18,6 +19,7 @@ from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.interfaces import DataPlane, Proxier, Source
 from userspace_proxy.logs import log_lines_dropped
 from userspace_proxy.model.locality import without_local_endpoints
+from userspace_proxy.probes.filter import HealthFilter
 
 
 class Reports:
@@ -32,6 +34,7 @@ class Reports:
         proxier: Proxier,
         plane: DataPlane,
         health_checks: ServiceHealthChecks,
+        health_filter: HealthFilter,
         is_stopping: Callable[[], bool],
         findings: Callable[[], Sequence[str]] = list,
     ) -> None:
@@ -42,6 +45,7 @@ class Reports:
         self._proxier = proxier
         self._plane = plane
         self._health_checks = health_checks
+        self._health_filter = health_filter
         self._is_stopping = is_stopping
         self._findings = findings
 
@@ -99,7 +103,8 @@ class Reports:
         plane = await self._plane.stats(self._settings.metrics_endpoint_series // SERIES_AN_ENDPOINT)
         plane.log_lines_dropped += log_lines_dropped()  # of this process
         degraded_after_s = self._settings.degraded_after_s
-        parts = exposition.render(plane, control, source.watches, degraded_after_s, syncs, proxier.metrics())
+        of_others = itertools.chain(proxier.metrics(), self._health_filter.metrics())
+        parts = exposition.render(plane, control, source.watches, degraded_after_s, syncs, of_others)
         # In a thread: 10,000 Services are 150,000 lines, and changes of endpoints need not wait for these.
         while (part := await asyncio.to_thread(next, parts, b"")) != b"":
             yield part

@@ -17,6 +17,7 @@ from userspace_proxy.control.decode.annotations import (
     ANNOTATION_PREFIX,
     ANNOTATIONS,
     BALANCE,
+    HEALTH_CHECK,
     IPVS_SCHEDULER,
     SLOW_START,
     SOURCE_IP,

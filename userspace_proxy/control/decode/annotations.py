@@ -1,4 +1,4 @@
-"""This proxy's annotations on a Service: source IP, balancing and IPVS scheduler. Pure."""
+"""This proxy's annotations on a Service: source IP, balancing, IPVS scheduler and health check. Pure."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import TypeVar
 
 from userspace_proxy import api
 from userspace_proxy.control.decode.addresses import canonical_ip
+from userspace_proxy.control.decode.probes import read_probe
 from userspace_proxy.errors import ConfigError
 from userspace_proxy.model.duration import duration
+from userspace_proxy.model.probe import ProbeSpec
 from userspace_proxy.model.service import IPVS_SCHEDULERS, WEIGHT_MAX, Balance, SourceIP, Weights
 
 ANNOTATION_PREFIX = "userspace-proxy/"
@@ -18,7 +20,8 @@ IPVS_SCHEDULER = f"{ANNOTATION_PREFIX}ipvs-scheduler"
 WEIGHTS = f"{ANNOTATION_PREFIX}weights"
 BALANCE = f"{ANNOTATION_PREFIX}balance"
 SLOW_START = f"{ANNOTATION_PREFIX}slow-start"
-ANNOTATIONS = (SOURCE_IP, BALANCE, WEIGHTS, SLOW_START, IPVS_SCHEDULER)
+HEALTH_CHECK = f"{ANNOTATION_PREFIX}health-check"
+ANNOTATIONS = (SOURCE_IP, BALANCE, WEIGHTS, SLOW_START, IPVS_SCHEDULER, HEALTH_CHECK)
 SOURCE_IP_FIELD = api.below("metadata.annotations", SOURCE_IP)
 
 _WEIGHT = re.compile(r"\s*(?P<ip>[^=\s]+)\s*=\s*(?P<weight>\d{1,3})\s*")
@@ -73,6 +76,17 @@ def stated_weights(service: api.Service) -> tuple[Weights | None, list[ConfigErr
 
     mend = f"write such as '10.244.0.5=3, 10.244.0.6=1', weights up to {WEIGHT_MAX}; until then all weigh the same"
     return _stated(service, WEIGHTS, read, "says no weights", mend)
+
+
+def stated_probe(service: api.Service) -> tuple[ProbeSpec | None, list[ConfigError]]:
+    """Return the health check that *service* states, or None if it states none or an invalid one."""
+    given = (service.metadata.annotations or {}).get(HEALTH_CHECK)
+    try:
+        return (None if given is None else read_probe(given)), []
+    except ValueError as error:
+        mend = "write such as 'http path=/healthz interval=2s fall=3'; until then its endpoints are not probed"
+        field = api.below("metadata.annotations", HEALTH_CHECK)
+        return None, [ConfigError(f"{given!r} is no health check: {error}", field=field, mend=mend)]
 
 
 def _stated(

@@ -11,6 +11,7 @@ from userspace_proxy.control.decode.addresses import canonical_cidr, canonical_i
 from userspace_proxy.control.decode.annotations import (
     SOURCE_IP_FIELD,
     stated_balance,
+    stated_probe,
     stated_scheduler,
     stated_slow_start,
     stated_source_ip,
@@ -65,9 +66,10 @@ def service_ports(
     weights, weights_problems = stated_weights(service)
     balance, balance_problems = stated_balance(service)
     slow_start_s, slow_start_problems = stated_slow_start(service)
+    probe, probe_problems = stated_probe(service)
     problems += [
         *(*annotation_problems, *scheduler_problems, *weights_problems),
-        *(*balance_problems, *slow_start_problems),
+        *(*balance_problems, *slow_start_problems, *probe_problems),
     ]
     if annotated is SourceIP.TRANSPARENT and transparent_obstacle:
         problems.append(_not_here(transparent_obstacle))
@@ -111,6 +113,7 @@ def service_ports(
             weights=weights or (),
             balance=balance,
             slow_start_s=slow_start_s or 0.0,
+            probe=probe,
         )
     return found, problems
 

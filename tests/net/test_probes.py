@@ -1,0 +1,136 @@
+"""Active health checks in every mode: endpoints that fail their probes get no traffic, and get it again."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.net.ipvs import fresh_ipvs_proxy
+from tests.net.world import (
+    POD1,
+    POD2,
+    Proxy,
+    answers,
+    ask_udp,
+    documents,
+    endpoints,
+    is_refused,
+    service,
+    udp_socket,
+    wait_until,
+)
+from userspace_proxy.lab import Host, ServiceLab
+
+IP = "10.96.12.1"
+CHECK_PORT = 9_999
+CHECK = f"tcp port={CHECK_PORT} interval=100ms rise=1 fall=1"
+POD_IPS = ("--detect-local-mode", "ClusterCIDR", "--cluster-cidr", "10.244.0.0/16")
+MODES = ["userspace", "nftables", "iptables", pytest.param("ipvs", marks=pytest.mark.ipvs)]
+
+
+class Switch:
+    """What the probes of one pod find: a port that listens, or one that refuses."""
+
+    def __init__(self, pod: Host) -> None:
+        self._pod = pod
+        self._listener: socket.socket | None = None
+        self.turn_on()
+
+    def turn_on(self) -> None:
+        with self._pod.inside():
+            self._listener = socket.create_server(("0.0.0.0", CHECK_PORT))
+
+    def turn_off(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+        self._listener = None
+
+
+@pytest.fixture
+def switches(world: ServiceLab) -> Iterator[tuple[Switch, Switch]]:
+    made = Switch(world.pods[0]), Switch(world.pods[1])
+    yield made
+    for switch in made:
+        switch.turn_off()
+
+
+def checked(name: str, cluster_ip: str, check: str) -> str:
+    """Return a Service with a health check and the two pods as its endpoints."""
+    plain = service(name, cluster_ip).replace(
+        f"name: {name}", f'name: {name}, annotations: {{userspace-proxy/health-check: "{check}"}}', 1
+    )
+    return documents(plain, endpoints(name, POD1, POD2))
+
+
+@contextlib.contextmanager
+def proxy_in(mode: str, world: ServiceLab, folder: Path) -> Iterator[Proxy]:
+    if mode == "ipvs":
+        with fresh_ipvs_proxy(world, folder) as in_ipvs_mode:
+            yield in_ipvs_mode
+        return
+    proxy = Proxy(world, folder)
+    try:
+        yield proxy
+    finally:
+        proxy.end()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_endpoint_that_is_unhealthy_gets_no_traffic_in_any_mode(
+    mode: str, world: ServiceLab, tmp_path: Path, switches: tuple[Switch, Switch]
+) -> None:
+    one, two = switches
+    with proxy_in(mode, world, tmp_path) as proxy:
+        proxy.apply("web", checked("web", IP, CHECK))
+        proxy.apply("strict", checked("strict", "10.96.12.2", f"{CHECK} panic=off"))
+        proxy.start("--proxy-mode", mode, *POD_IPS)
+
+        def only(*names: str) -> None:
+            seen: set[str] = set()
+
+            def is_so() -> bool:
+                seen.clear()
+                seen.update(answers(world.client, IP, 80) for _ in range(12))
+                return seen == set(names)
+
+            wait_until(is_so, f"{names} answer")
+
+        only("pod1", "pod2")
+        with udp_socket(world.client, IP, 53, timeout_s=0.2) as flow:
+
+            def flow_finds() -> str:
+                with contextlib.suppress(OSError):
+                    flow.send(b"who")
+                    return flow.recv(100).decode()
+                return ""
+
+            wait_until(flow_finds, "the flow has an endpoint")
+            loads = proxy.metric("userspace_proxy_rule_loads_total")
+            first = flow_finds()
+            (one if first == "pod1" else two).turn_off()
+            left = "pod2" if first == "pod1" else "pod1"
+            only(left)
+            wait_until(lambda: flow_finds() == left, "the flow follows")
+            assert {ask_udp(world.client, IP) for _ in range(4)} == {left}
+            if mode == "userspace":
+                assert proxy.metric("userspace_proxy_rule_loads_total") == loads
+        unhealthy = ("userspace_proxy_unhealthy_endpoints", {"service": "web", "port": "http"})
+        assert proxy.metric(unhealthy[0], **unhealthy[1]) == 1
+
+        for switch in switches:
+            switch.turn_off()
+        only("pod1", "pod2")
+        wait_until(lambda: is_refused(world.client, "10.96.12.2", 80), "panic=off refuses")
+        proxy.wait_logged("every IPv4 endpoint of default/strict:http is unhealthy; none is used, by panic=off")
+        proxy.wait_logged("every IPv4 endpoint of default/web:http is unhealthy; all are used")
+
+        one.turn_on()
+        only("pod1")
+        assert answers(world.client, "10.96.12.2", 80) == "pod1"
+        proxy.wait_logged(f"endpoint {POD1}:{CHECK_PORT} is healthy: tcp: it answers again")
+        two.turn_on()
+        only("pod1", "pod2")

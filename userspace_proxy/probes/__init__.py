@@ -1,0 +1,1 @@
+"""Active health checks: probes of endpoints, the verdicts on them, and desired state without unhealthy endpoints."""

@@ -1,0 +1,182 @@
+"""Desired state without its unhealthy endpoints, for every mode alike."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from prometheus_client.core import Metric
+
+from userspace_proxy.model.endpoint import FAMILIES, Address, Endpoint, Family, family_of, join_address
+from userspace_proxy.model.names import NamespacedName, ServicePortName
+from userspace_proxy.model.probe import EndpointHealth, ProbeSpec
+from userspace_proxy.model.service import ServicePort
+from userspace_proxy.model.state import ProxyState
+from userspace_proxy.probes.metrics import probe_metrics
+from userspace_proxy.probes.prober import Prober, Target
+
+# Bound for the memory and the sockets that Services can make this node use. It has time for 1,000 probes a second.
+TARGETS_MAX = 20_000
+_USERS_SHOWN_MAX = 3
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Checked:
+    """A service port with a health check: what was given, its targets by endpoint address, and what is left of it."""
+
+    service_port: ServicePort
+    given: tuple[Endpoint, ...]
+    node_name: str
+    targets: dict[Address, Target]
+    healthy: tuple[Endpoint, ...] = ()
+    all_unhealthy: frozenset[Family] = frozenset()
+    is_outdated: bool = True
+
+    def is_of(self, service_port: ServicePort, given: tuple[Endpoint, ...], node_name: str) -> bool:
+        return self.service_port is service_port and self.given is given and self.node_name == node_name
+
+
+class HealthFilter:
+    """Probes the endpoints of Services with a health check, and takes unhealthy ones out of desired state.
+
+    *on_change*: called when desired state is to be filtered again. *warn*: called with the Service, a reason in
+    CamelCase and a note if all endpoints of a service port are unhealthy.
+    """
+
+    def __init__(
+        self,
+        on_change: Callable[[], None],
+        warn: Callable[[NamespacedName, str, str], None] = lambda _service, _reason, _note: None,
+    ) -> None:
+        self._on_change = on_change
+        self._warn = warn
+        self._prober = Prober(self._note_verdict)
+        self._targets: dict[tuple[Address, ProbeSpec], Target] = {}
+        self._checked: dict[ServicePortName, _Checked] = {}
+        self._is_full = False
+
+    def close(self) -> None:
+        """Stop all probes. The last verdicts stay."""
+        self._prober.close()
+
+    def apply(self, desired: ProxyState) -> ProxyState:
+        """Return *desired* without unhealthy endpoints, and probe what its service ports want from now on.
+
+        An unhealthy endpoint is as good as removed: traffic policies, hints and the fall-back to terminating endpoints
+        apply to the others. If all endpoints of a service port and an IP family are unhealthy, all of them are used,
+        unless ``panic=off``.
+        """
+        wanted = {name: port for name, port in desired.service_ports.items() if port.probe is not None}
+        for name in self._checked.keys() - wanted.keys():
+            self._leave(name, self._checked.pop(name).targets)
+        if not wanted:
+            return desired
+        endpoints = dict(desired.endpoints)
+        for name, service_port in wanted.items():
+            known, given = self._checked.get(name), endpoints[name]
+            if known is None or not known.is_of(service_port, given, desired.node.name):
+                known = self._check(service_port, given, desired.node.name)
+            if known.is_outdated:
+                self._filter(known)
+            endpoints[name] = known.healthy
+        return replace(desired, endpoints=MappingProxyType(endpoints))
+
+    def health(self, name: ServicePortName) -> Mapping[Address, EndpointHealth]:
+        """Return the health of the endpoints of *name* that are probed."""
+        known = self._checked.get(name)
+        return {address: target.health for address, target in known.targets.items()} if known else {}
+
+    # ---- what is probed
+
+    def _check(self, service_port: ServicePort, given: tuple[Endpoint, ...], node_name: str) -> _Checked:
+        """Probe those of *given* that may take traffic from this node; the state of known targets stays."""
+        assert service_port.probe is not None
+        name, probe = service_port.name, service_port.probe
+        spec = replace(probe, panic=True)  # it concerns the verdicts' use, not the probes
+        is_local = service_port.internal_local and not service_port.is_externally_accessible
+        before = self._checked.get(name)
+        targets: dict[Address, Target] = {}
+        for endpoint in given:
+            is_usable = endpoint.ready or (endpoint.serving and endpoint.terminating)
+            if not is_usable or (is_local and endpoint.node_name != node_name):
+                continue
+            key = (endpoint.ip, probe.port or endpoint.port), spec
+            if key not in self._targets:
+                if self._is_at_limit():
+                    continue
+                self._targets[key] = self._prober.add(*key)
+            target = targets[endpoint.address] = self._targets[key]
+            target.users.add(name)
+        if before is not None:
+            kept = set(targets.values())
+            self._leave(name, {address: t for address, t in before.targets.items() if t not in kept})
+        checked = self._checked[name] = _Checked(service_port, given, node_name, targets)
+        if before is not None:
+            checked.all_unhealthy = before.all_unhealthy
+        return checked
+
+    def _is_at_limit(self) -> bool:
+        was_full, self._is_full = self._is_full, len(self._targets) >= TARGETS_MAX
+        if self._is_full and not was_full:
+            log.warning("more than %d endpoints are to be probed; the others count as healthy", TARGETS_MAX)
+        return self._is_full
+
+    def _leave(self, name: ServicePortName, targets: Mapping[Address, Target]) -> None:
+        for target in set(targets.values()):
+            target.users.discard(name)
+            if not target.users:
+                del self._targets[target.address, target.spec]
+                self._prober.remove(target)
+
+    # ---- verdicts
+
+    def _note_verdict(self, target: Target) -> None:
+        for name in target.users:
+            self._checked[name].is_outdated = True
+        shown = ", ".join(map(str, sorted(target.users)[:_USERS_SHOWN_MAX]))
+        more = len(target.users) - _USERS_SHOWN_MAX
+        log.log(
+            logging.INFO if target.is_healthy else logging.WARNING,
+            "%s%s: endpoint %s is %s: %s",
+            shown,
+            f" and {more} more" if more > 0 else "",
+            join_address(*target.address),
+            target.health.condition,
+            target.health.reason,
+        )
+        self._on_change()
+
+    def _filter(self, known: _Checked) -> None:
+        """Work out the endpoints of *known* that are left; without unhealthy ones they stay the same object."""
+        known.is_outdated = False
+        unhealthy = {address for address, target in known.targets.items() if not target.is_healthy}
+        probed = {family: {a for a in known.targets if family_of(a[0]) == family} for family in FAMILIES}
+        all_unhealthy = frozenset(family for family, its in probed.items() if its and its <= unhealthy)
+        probe = known.service_port.probe
+        panics = all_unhealthy if probe is not None and probe.panic else frozenset()
+        known.healthy = known.given
+        if any(family_of(ip) not in panics for ip, _ in unhealthy):
+            known.healthy = tuple(e for e in known.given if e.address not in unhealthy or family_of(e.ip) in panics)
+        self._tell_all_unhealthy(known, all_unhealthy, "none is used, by panic=off" if not panics else "all are used")
+
+    def _tell_all_unhealthy(self, known: _Checked, families: frozenset[Family], effect: str) -> None:
+        before, known.all_unhealthy = known.all_unhealthy, families
+        name = known.service_port.name
+        for family in sorted(families - before):
+            note = f"every IPv{family} endpoint of {name} is unhealthy; {effect}"
+            log.warning("%s", note)
+            self._warn(name.service, "EndpointsUnhealthy", note)
+        for family in sorted(before - families):
+            log.info("an IPv%d endpoint of %s is healthy again", family, name)
+
+    def metrics(self) -> list[Metric]:
+        """Return the metrics of all probes and verdicts now."""
+        unhealthy = {
+            name: sum(not target.is_healthy for target in known.targets.values())
+            for name, known in self._checked.items()
+        }
+        return list(probe_metrics(self._prober.stats, unhealthy))
