@@ -25,7 +25,7 @@ def refusal(kind: str, text: str) -> ConfigError:
 # ---- what is taken
 
 
-def test_a_service_is_read_with_all_that_a_proxy_cares_for() -> None:
+def test_every_field_of_a_service_that_the_proxy_reads_is_converted() -> None:
     given = service("""
         apiVersion: v1
         kind: Service
@@ -60,7 +60,7 @@ def test_a_service_is_read_with_all_that_a_proxy_cares_for() -> None:
     ]
 
 
-def test_a_pod_is_read_with_all_that_a_proxy_cares_for() -> None:
+def test_every_field_of_a_pod_that_the_proxy_reads_is_converted() -> None:
     given = api.convert(
         "Pod",
         yaml.safe_load("""
@@ -104,7 +104,7 @@ def test_a_pod_is_read_with_all_that_a_proxy_cares_for() -> None:
         ("Node", "{metadata: {name: a}, spec: {podCIDR: 10.0.0.0/24}}"),
     ],
 )
-def test_null_is_taken_wherever_go_would_send_it(kind: str, text: str) -> None:
+def test_null_is_accepted_wherever_go_encodes_it(kind: str, text: str) -> None:
     assert type(api.convert(kind, yaml.safe_load(text))).__name__ == kind
 
 
@@ -189,7 +189,7 @@ def test_a_label_that_yaml_takes_for_something_else_is_named_with_its_mend(value
     assert "quotes" in error.mend or '""' in error.mend
 
 
-def test_a_selector_of_a_deployment_is_told_from_that_of_a_service() -> None:
+def test_matchlabels_in_a_service_is_named_with_its_fix() -> None:
     error = refusal("Service", "{metadata: {name: a}, spec: {selector: {matchLabels: {app: web}}}}")
 
     assert error.field == "spec.selector.matchLabels"
@@ -212,7 +212,7 @@ def test_a_label_with_dots_in_its_name_can_be_found_again() -> None:
         [],
     ],
 )
-def test_a_path_that_is_written_is_read_as_it_was_meant(path: list[str | int]) -> None:
+def test_a_written_path_is_split_into_its_steps(path: list[str | int]) -> None:
     field = ""
     for step in path:
         field = f"{field}[{step}]" if isinstance(step, int) else below(field, step)

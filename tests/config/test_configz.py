@@ -14,7 +14,7 @@ from userspace_proxy.config.settings import MODE_NAMES, Settings, fields_in
 from userspace_proxy.config.values import go_duration, networks, node_port_addresses
 
 
-def test_the_settings_in_force_are_told_by_the_names_that_kube_proxy_has_for_them() -> None:
+def test_configz_has_kube_proxys_names_of_settings() -> None:
     told = configz(Settings(sync_period_s=90.0, metrics_bind_address="127.0.0.1:1", proxy_port_range=(100, 200)))
 
     config = told["kubeproxy.config.k8s.io"]
@@ -36,7 +36,7 @@ def test_of_a_mode_its_own_fields_are_told() -> None:
 
 
 @pytest.mark.parametrize("mode", MODE_NAMES)
-def test_what_is_told_means_the_same_when_it_is_read_back(tmp_path: Path, mode: str) -> None:
+def test_configz_read_as_a_configuration_gives_the_same_settings(tmp_path: Path, mode: str) -> None:
     set_of_modes: dict[str, Any] = {
         "masquerade_all": True,
         "masquerade_bit": 3,

@@ -250,7 +250,7 @@ def test_the_mode_and_its_section_count(tmp_path: Path) -> None:
         ("\tmode: a", 3, "a tab is used for indentation"),
     ],
 )
-def test_what_is_wrong_is_said_with_line_field_and_mend(tmp_path: Path, written: str, line: int, said: str) -> None:
+def test_a_fault_is_named_with_line_field_and_fix(tmp_path: Path, written: str, line: int, said: str) -> None:
     with pytest.raises(StartError) as refused:
         read(tmp_path, HEAD + written)
 
@@ -329,7 +329,7 @@ def test_a_file_without_a_kubeconfig_means_the_cluster_whose_pod_this_is(tmp_pat
     assert settings("--config", str(file)).in_cluster
 
 
-def test_a_file_for_nobody_to_read_is_refused_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_file_is_refused_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         settings("--config", str(tmp_path / "none.yaml"))
 

@@ -1,4 +1,4 @@
-"""Objects as a user writes them, in few words."""
+"""Objects in few words, a tracker with shorthands, and the findings of `check` on a text."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from userspace_proxy import api
+from userspace_proxy.config.settings import Settings
 from userspace_proxy.control.allocations import ManifestAllocations
-from userspace_proxy.control.decode import Allocation
+from userspace_proxy.control.decode import ANNOTATION_PREFIX, Allocation
+from userspace_proxy.control.lint import Finding, LintOptions, lint
 from userspace_proxy.control.memory import SavedAllocations
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.errors import ConfigError
@@ -18,9 +20,14 @@ from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortN
 from userspace_proxy.model.service import ServicePort
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import Node
+from userspace_proxy.modes import annotation_modes
+from userspace_proxy.sources.documents import parse, split
 
 SYNCED = ObjectEvent(EventType.SYNCED)
 HTTP = [{"port": 80}]
+
+
+OPTIONS = LintOptions(Settings().service_ranges, annotation_modes=annotation_modes(ANNOTATION_PREFIX))
 
 
 def named(name: str) -> NamespacedName:
@@ -195,3 +202,16 @@ class World:
 
     def addresses(self, name: str = "web", port: str = "") -> list[str]:
         return [str(endpoint) for endpoint in self.endpoints(name, port)]
+
+
+def findings(text: str, options: LintOptions = OPTIONS) -> list[Finding]:
+    manifests, problems = [], []
+    for document in split("f", text):
+        found, wrong = parse(document, for_check=True)
+        manifests += found
+        problems += wrong
+    return lint(manifests, problems, options)
+
+
+def faults(text: str, options: LintOptions = OPTIONS) -> list[Finding]:
+    return [finding for finding in findings(text, options) if finding.severity == "fault"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.control.lint.given import OPTIONS
+from tests.control.given import OPTIONS
 from userspace_proxy.control.advice import Advisor
 from userspace_proxy.sources.files import FileSource
 
@@ -76,7 +76,7 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == LOGGER]
 
 
-async def test_an_edit_after_which_a_selector_finds_nothing_is_one_warning_and_its_end_is_told(
+async def test_a_selector_that_matches_nothing_after_an_edit_is_one_warning_and_its_end_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, LOGGER)
@@ -99,7 +99,7 @@ async def test_an_edit_after_which_a_selector_finds_nothing_is_one_warning_and_i
         assert advisor.faults == []
 
 
-async def test_what_is_not_served_waits_or_has_no_effect_is_one_line_each(
+async def test_unserved_and_waiting_services_and_ignored_annotations_are_one_line_each(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, LOGGER)
@@ -130,7 +130,7 @@ async def test_of_many_findings_at_once_some_are_logged_and_the_others_counted(
         assert said(caplog)[-1] == "10 more findings; 'userspace-proxy check' shows all"
 
 
-async def test_what_run_refuses_by_itself_is_not_said_twice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_fault_that_run_reports_is_not_reported_twice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, LOGGER)
     file = tmp_path / "web.yaml"
     file.write_text(WEB.replace("spec: {", "spec: {clusterIP: none, trafficDistribution: Near, "))

@@ -65,7 +65,7 @@ def test_every_port_that_states_none_is_given_a_node_port(kind: str) -> None:
         {"type": "NodePort", "ports": [{"port": 80, "protocol": "SCTP"}]},
     ],
 )
-def test_who_wants_none_is_given_none(spec: dict[str, Any]) -> None:
+def test_a_load_balancer_without_node_ports_is_allocated_none(spec: dict[str, Any]) -> None:
     """P6."""
     assert not assign(allocations(), **spec).node_ports
 
@@ -165,7 +165,7 @@ def test_a_node_port_that_a_service_has_stays_its_own_when_a_process_listens_the
     assert node_ports(known, ports=stating(30_080), sessionAffinity="ClientIP") == [30_080]
 
 
-def test_who_states_what_another_states_is_refused_and_keeps_all_it_had() -> None:
+def test_a_service_that_states_a_value_another_states_is_refused_and_keeps_what_it_had() -> None:
     known = allocations()
     node_ports(known, "first", ports=stating(30_080))
     before = assign(known, "second", type="NodePort", clusterIP="10.96.0.5", ports=stating(30_081))
@@ -178,7 +178,7 @@ def test_who_states_what_another_states_is_refused_and_keeps_all_it_had() -> Non
     assert assign(known, "third", clusterIP="10.96.0.6").cluster_ips == ("10.96.0.6",)
 
 
-def test_who_states_what_another_was_given_gets_it_and_the_other_gets_the_next() -> None:
+def test_a_stated_node_port_is_taken_from_the_service_it_was_allocated_to() -> None:
     known = allocations()
     (given,) = node_ports(known, "given")
 
@@ -204,7 +204,7 @@ def test_an_allocated_node_port_stays_when_the_service_changes_otherwise() -> No
     assert node_ports(known, ports=[{"port": 81}], sessionAffinity="ClientIP") == before
 
 
-def test_a_port_that_is_added_moves_no_other() -> None:
+def test_a_new_port_leaves_the_node_ports_of_others() -> None:
     known = allocations()
     one, two = ({"port": 80, "name": "a"}, {"port": 81, "name": "b"})
     before = assign(known, type="NodePort", ports=[one]).node_ports
@@ -229,7 +229,7 @@ def test_when_all_are_taken_a_service_is_refused_and_nothing_of_it_stays() -> No
 # ---- health check node ports
 
 
-def test_a_load_balancer_that_asks_for_health_is_given_a_port_to_ask_at() -> None:
+def test_a_load_balancer_service_of_policy_local_is_allocated_a_health_check_node_port() -> None:
     known = allocations()
     spec = {"type": "LoadBalancer", "externalTrafficPolicy": "Local"}
 
@@ -267,12 +267,12 @@ def test_a_load_balancer_gets_an_ip_of_each_of_its_families(spec: dict[str, Any]
 
 
 @pytest.mark.parametrize("kind", ["ClusterIP", "NodePort"])
-def test_another_service_gets_none(kind: str) -> None:
+def test_a_service_of_another_type_gets_no_load_balancer_ip(kind: str) -> None:
     assert assign(allocations(), type=kind, loadBalancerIP="203.0.113.5").load_balancer_ips == ()
 
 
 @pytest.mark.parametrize("ingress", [[{"ip": "198.51.100.1"}], [{"hostname": "lb.example.org"}]])
-def test_who_has_been_given_an_ip_by_somebody_else_gets_none(ingress: list[dict[str, Any]]) -> None:
+def test_a_service_with_an_ingress_ip_is_allocated_no_load_balancer_ip(ingress: list[dict[str, Any]]) -> None:
     assert assign(allocations(), type="LoadBalancer", ingress=ingress).load_balancer_ips == ()
 
 
@@ -281,7 +281,7 @@ def test_a_service_of_another_load_balancers_class_gets_none() -> None:
     assert len(assign(allocations(), type="LoadBalancer", loadBalancerClass="").load_balancer_ips) == 1
 
 
-def test_without_a_pool_nobody_gets_one_and_nothing_is_wrong() -> None:
+def test_without_a_pool_no_load_balancer_ip_is_allocated_and_nothing_is_reported() -> None:
     known = ManifestAllocations(CLUSTER_IPS)
 
     allocation, problems = known.assign(named("web"), service(type="LoadBalancer", loadBalancerIP="203.0.113.5"))
@@ -289,7 +289,7 @@ def test_without_a_pool_nobody_gets_one_and_nothing_is_wrong() -> None:
     assert (allocation.load_balancer_ips, problems) == ((), [])
 
 
-def test_who_states_one_of_the_pool_gets_that_one_though_another_was_given_it() -> None:
+def test_a_stated_load_balancer_ip_is_taken_from_the_service_it_was_allocated_to() -> None:
     known = allocations()
     (given,) = assign(known, "given", type="LoadBalancer").load_balancer_ips
 
@@ -307,7 +307,9 @@ def test_who_states_one_of_the_pool_gets_that_one_though_another_was_given_it() 
         ("203.0.113.9", "already the load balancer IP of default/first"),
     ],
 )
-def test_who_cannot_have_the_one_it_states_is_served_without_and_told_why(stated: str, words: str) -> None:
+def test_a_service_whose_stated_load_balancer_ip_is_taken_is_served_without_it_and_reported(
+    stated: str, words: str
+) -> None:
     known = allocations()
     assign(known, "first", type="LoadBalancer", loadBalancerIP="203.0.113.9")
 
@@ -342,7 +344,7 @@ MANY: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("remembers", [True, False])
-def test_after_a_restart_all_is_as_it_was(remembers: bool) -> None:
+def test_after_a_restart_every_service_has_its_values_again(remembers: bool) -> None:
     before = allocations()
     held = {name: assign(before, name, **spec) for name, spec in MANY.items()}
 
@@ -351,7 +353,7 @@ def test_after_a_restart_all_is_as_it_was(remembers: bool) -> None:
     assert {name: assign(after, name, **spec) for name, spec in reversed(MANY.items())} == dict(reversed(held.items()))
 
 
-def test_only_what_was_allocated_is_remembered_by_names_that_no_two_share() -> None:
+def test_only_allocated_values_are_saved_under_unique_keys() -> None:
     known = allocations()
     assign(known, "stated", type="LoadBalancer", loadBalancerIP="203.0.113.5", ports=stating(30_080))
     web = assign(known, type="LoadBalancer", externalTrafficPolicy="Local")
@@ -376,7 +378,7 @@ def test_the_numbers_are_the_same_in_every_release() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_nobody_has_what_another_has_and_pools_forget_nothing(seed: int) -> None:
+def test_no_value_has_two_holders_and_pools_forget_nothing(seed: int) -> None:
     chance = random.Random(seed)
     known = ManifestAllocations([ipaddress.ip_network("10.96.0.0/27")], None, [ipaddress.ip_network("203.0.113.0/29")])
     held: dict[str, Allocation] = {}
@@ -426,7 +428,7 @@ def test_in_a_cluster_services_have_what_the_api_says_and_nothing_else() -> None
 # ---- through the tracker
 
 
-def test_whose_node_port_is_taken_by_one_that_states_it_has_another_in_the_same_state() -> None:
+def test_a_service_that_loses_an_allocated_node_port_gets_another_in_the_same_state() -> None:
     world = World()
     world.tell(service(type="NodePort"))
     number = world.port().node_port
@@ -452,7 +454,7 @@ def test_node_ports_can_be_swapped_in_one_change() -> None:
     assert world.problems == []
 
 
-def test_who_was_refused_a_node_port_has_it_as_soon_as_it_is_free() -> None:
+def test_a_refused_node_port_is_assigned_once_it_is_free() -> None:
     world = World()
     world.tell(service("first", type="NodePort", ports=stating(30_001)))
     world.tell(service("second", type="NodePort", ports=stating(30_001)))

@@ -874,7 +874,7 @@ def test_a_missing_separator_is_one_finding_and_hides_no_object() -> None:
     }
 
 
-def test_a_container_port_in_a_service_is_a_target_port_and_the_port_is_still_missing() -> None:
+def test_containerport_in_a_service_is_taken_for_targetport_and_the_missing_port_is_named_too() -> None:
     first, second = findings(broken("  ports: [{port: 5432}]", "  ports: [{containerPort: 5432}]"))
 
     assert (first["field"], first["mend"]) == ("spec.ports[0].containerPort", "did you mean 'targetPort'?")
@@ -1153,15 +1153,13 @@ def test_in_a_terminal_the_contract_is_a_table_for_each_object(tmp_path: Path) -
         (GOOD.replace("{kubernetes.io/service-name: cache}", "{}"), "endpoints[0].addresses", "ignored"),
     ],
 )
-def test_with_contract_an_object_that_is_left_alone_and_a_value_that_is_not_served_are_told(
-    text: str, field: str, treatment: str
-) -> None:
+def test_contract_names_objects_and_values_that_are_not_served(text: str, field: str, treatment: str) -> None:
     told = json.loads(check("--contract", "--json", "-", stdin=text).stdout)
 
     assert [each["treatment"] for each in told["fields"] if each["field"] == field] == [treatment]
 
 
-def test_whoever_runs_does_not_read_the_contract() -> None:
+def test_run_does_not_load_the_contract() -> None:
     code = "import sys; import userspace_proxy.runtime.app, userspace_proxy.cli; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
@@ -1270,7 +1268,7 @@ def test_render_takes_the_first_of_an_object_that_stands_twice_and_says_so() -> 
     assert "Service default/web is already at stdin:4" in done.stderr
 
 
-def test_render_passes_over_a_file_of_another_tool() -> None:
+def test_render_skips_a_file_of_another_tool() -> None:
     done = render("-", stdin=GOOD + "---\nreplicaCount: 1\n")
 
     assert (done.returncode, done.stderr) == (0, "")
@@ -1309,7 +1307,7 @@ def test_a_document_that_contains_itself_is_a_finding_and_hides_no_other() -> No
     ]
 
 
-def test_an_endpoint_at_no_address_of_a_backend_is_named() -> None:
+def test_an_address_that_no_backend_can_have_is_a_fault() -> None:
     found = findings(GOOD.replace("[{ip: 10.0.0.1}]", "[{ip: 0.0.0.0}]").replace("[10.0.0.2]", "[224.0.0.1]"))
 
     assert [finding["field"] for finding in found] == ["subsets[0].addresses[0].ip", "endpoints[0].addresses[0]"]

@@ -41,14 +41,14 @@ def test_a_service_that_states_none_gets_one_of_the_range_and_keeps_it() -> None
     assert assign(known, "web") == first
 
 
-def test_without_memory_a_service_has_the_same_address_after_a_restart() -> None:
+def test_without_a_state_file_a_service_has_the_same_address_after_a_restart() -> None:
     before, after = cluster_ips(), cluster_ips()
     held = {name: assign(before, name) for name in ("a", "b", "c")}
 
     assert {name: assign(after, name) for name in ("c", "b", "a")} == held
 
 
-def test_with_memory_it_is_the_same_even_in_a_range_where_all_is_taken() -> None:
+def test_with_saved_allocations_a_service_keeps_its_address_in_an_exhausted_range() -> None:
     before = cluster_ips("10.0.0.0/28")
     names = [f"s{n}" for n in range(14)]
     held = {name: assign(before, name) for name in names}
@@ -58,7 +58,7 @@ def test_with_memory_it_is_the_same_even_in_a_range_where_all_is_taken() -> None
     assert {name: assign(after, name) for name in reversed(names)} == held
 
 
-def test_the_network_and_broadcast_addresses_are_nobodys() -> None:
+def test_the_network_and_broadcast_addresses_are_never_allocated() -> None:
     known = cluster_ips("10.0.0.0/28")
 
     held = {assign(known, f"s{n}")[0] for n in range(14)}
@@ -69,7 +69,7 @@ def test_the_network_and_broadcast_addresses_are_nobodys() -> None:
 @pytest.mark.parametrize(
     ("network", "room"), [("10.0.0.7/32", 1), ("10.0.0.6/31", 1), ("10.0.0.4/30", 2), ("fd00::/127", 1)]
 )
-def test_the_smallest_ranges_work_as_far_as_they_go(network: str, room: int) -> None:
+def test_the_smallest_ranges_allocate_their_few_addresses(network: str, room: int) -> None:
     known = cluster_ips(network)
     held = [assign(known, f"s{n}")[0] for n in range(room)]
 
@@ -79,7 +79,7 @@ def test_the_smallest_ranges_work_as_far_as_they_go(network: str, room: int) -> 
         assign(known, "one-too-many")
 
 
-def test_the_first_addresses_of_a_range_are_left_to_those_who_choose_theirs() -> None:
+def test_the_first_addresses_of_a_range_are_left_for_stated_ones() -> None:
     known = cluster_ips("10.96.0.0/24")
 
     held = [ipaddress.IPv4Address(assign(known, f"s{n}")[0]) for n in range(200)]
@@ -91,7 +91,7 @@ def test_a_huge_ipv6_range_costs_nothing() -> None:
     assert ipaddress.ip_address(assign(cluster_ips("fd00::/64"), "web")[0]) in ipaddress.ip_network("fd00::/64")
 
 
-def test_a_range_that_is_used_up_says_so_and_who_had_an_address_keeps_it() -> None:
+def test_an_exhausted_range_is_reported_and_holders_keep_their_addresses() -> None:
     known = cluster_ips("10.0.0.4/30", "fd00::/127")
     had = assign(known, "had")
     assign(known, "takes-the-only-ipv6", ipFamilies=["IPv6"])
@@ -209,7 +209,7 @@ def test_a_family_without_a_range_has_nothing_to_be_outside_of() -> None:
     assert Allocations().assign(named("web"), service(clusterIP="172.30.0.1"))[1] == []
 
 
-def test_an_address_that_somebody_has_is_refused_with_the_name_of_who() -> None:
+def test_a_taken_address_is_refused_with_the_name_of_its_holder() -> None:
     known = cluster_ips()
     assign(known, "first", clusterIP="10.96.0.5")
 
@@ -236,7 +236,7 @@ def test_a_stated_address_is_never_allocated_to_another() -> None:
         assign(known, "wants-one-too")
 
 
-def test_who_is_refused_another_address_keeps_the_one_before() -> None:
+def test_a_service_that_is_refused_another_address_keeps_the_one_before() -> None:
     known = cluster_ips()
     assign(known, "first", clusterIP="10.96.0.5")
     assign(known, "second", clusterIP="10.96.0.6")
@@ -264,7 +264,7 @@ def test_an_address_that_is_left_can_be_had_by_others() -> None:
     assert assign(known, "other", clusterIP="10.96.0.5") == ("10.96.0.5",)
 
 
-def test_only_what_was_allocated_is_remembered() -> None:
+def test_only_allocated_values_are_saved() -> None:
     known = cluster_ips()
     assign(known, "stated", clusterIP="10.96.0.5")
     (ip,) = assign(known, "allocated")
@@ -275,7 +275,7 @@ def test_only_what_was_allocated_is_remembered() -> None:
 # ---- order
 
 
-def test_who_had_an_address_comes_first_then_who_states_one_then_the_others() -> None:
+def test_remembered_addresses_are_assigned_before_stated_and_stated_before_allocated_ones() -> None:
     known = cluster_ips(remembered={"default/had/IPv4": "10.96.9.9"})
     wishes = {"wants": service(), "states": service(clusterIP="10.96.0.5"), "had": service()}
 
@@ -323,14 +323,14 @@ def test_addresses_can_be_passed_on_in_a_row() -> None:
     assert moved == {"a": ("10.96.0.2",), "b": ("10.96.0.3",), "c": ("10.96.0.4",)}
 
 
-def test_where_one_of_a_row_cannot_move_nobody_behind_it_does() -> None:
+def test_a_chain_of_moves_stops_if_one_of_them_is_blocked() -> None:
     known = cluster_ips()
     move(known, stays="10.96.0.9", a="10.96.0.1", b="10.96.0.2")
 
     assert move(known, a="10.96.0.2", b="10.96.0.9") == {"a": ("10.96.0.1",), "b": ("10.96.0.2",)}
 
 
-def test_of_two_that_want_one_free_address_one_gets_it_and_the_other_stays() -> None:
+def test_of_two_services_that_state_one_free_address_one_gets_it_and_the_other_keeps_its_own() -> None:
     known = cluster_ips()
     move(known, a="10.96.0.1", b="10.96.0.2")
 
@@ -338,7 +338,7 @@ def test_of_two_that_want_one_free_address_one_gets_it_and_the_other_stays() -> 
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_whoever_moves_no_address_has_two_holders_and_nobody_loses_all(seed: int) -> None:
+def test_no_address_has_two_holders_after_any_moves(seed: int) -> None:
     chance = random.Random(seed)
     known = cluster_ips("10.0.0.0/28")
     names = [f"s{n}" for n in range(8)]

@@ -111,7 +111,7 @@ def test_every_field_that_the_api_has_is_listed_and_known_to_check(kind: str, pa
 
 
 @pytest.mark.parametrize(("kind", "path"), [(kind, path) for kind, read in READ.items() for path in sorted(read)])
-def test_every_field_that_is_read_is_one_that_counts(kind: str, path: str) -> None:
+def test_every_field_that_is_read_is_honoured_or_approximated(kind: str, path: str) -> None:
     # One type is that of the metadata of all kinds, and one that of both sorts of containers.
     is_shared = path.startswith("metadata.") or path == "spec.containers[].restartPolicy"
 
@@ -131,7 +131,7 @@ def test_fields_of_services_and_slices_are_named_one_by_one() -> None:
 @pytest.mark.parametrize(
     ("kind", "clause"), CLAUSES, ids=lambda given: given if isinstance(given, str) else given.field
 )
-def test_what_counts_is_read(kind: str, clause: Clause) -> None:
+def test_fields_that_matter_are_read(kind: str, clause: Clause) -> None:
     if clause.treatment == "ignored" or clause.field in ("apiVersion", "kind"):  # these say which type is read
         return
     field = re.sub(r"^(metadata\.(?:labels|annotations)).*", r"\1.any", clause.field)

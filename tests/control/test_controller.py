@@ -102,7 +102,7 @@ class Rig:
                 await task
 
 
-async def test_nothing_is_synced_before_all_that_was_there_is_told() -> None:
+async def test_nothing_is_synced_before_the_initial_list_is_complete() -> None:
     async with Rig().running() as rig:
         rig.source.tell(service())
         rig.source.tell(endpoint_slice("10.0.0.1"))
@@ -117,7 +117,7 @@ async def test_nothing_is_synced_before_all_that_was_there_is_told() -> None:
         assert [str(e) for e in rig.sink.states[0].endpoints[port_named("web")]] == ["10.0.0.1:8080"]
 
 
-async def test_from_the_change_of_a_pod_to_its_traffic_is_measured_when_a_sync_has_brought_it() -> None:
+async def test_the_programming_latency_of_an_endpoint_change_is_measured() -> None:
     async with Rig().running() as rig:
         before = datetime.fromtimestamp(time.time() - 60, UTC).isoformat()
         rig.source.tell(triggered(before), SYNCED)  # an old change: nobody could have brought it
@@ -149,7 +149,7 @@ async def test_an_empty_cluster_is_synced_too() -> None:
         assert rig.sink.states == [ProxyState()]
 
 
-async def test_ready_is_said_after_the_first_sync_that_succeeded() -> None:
+async def test_ready_is_logged_after_the_first_successful_sync() -> None:
     async with Rig().running() as rig:
         rig.sink.gate.clear()
         rig.source.tell(service(), SYNCED)
@@ -192,7 +192,7 @@ async def test_changes_that_come_together_are_synced_together() -> None:
         assert len(rig.sink.states) <= 3
 
 
-async def test_what_changes_during_a_sync_is_synced_after_it() -> None:
+async def test_a_change_during_a_sync_is_synced_after_it() -> None:
     async with Rig().running() as rig:
         rig.sink.gate.clear()
         rig.source.tell(service("a"), SYNCED)
@@ -219,7 +219,7 @@ async def test_a_failed_sync_is_repeated_with_the_same_state_until_it_succeeds()
         assert all(state is rig.sink.states[0] for state in rig.sink.states)
 
 
-async def test_what_failed_is_shown_while_it_fails_and_since_when(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_failure_is_reported_with_its_start_while_it_lasts(caplog: pytest.LogCaptureFixture) -> None:
     async with Rig().running() as rig:
         rig.sink.refusal = "no privilege"
         rig.source.tell(service(), SYNCED)
@@ -240,7 +240,7 @@ async def test_what_failed_is_shown_while_it_fails_and_since_when(caplog: pytest
         assert rig.controller.failing_since is None
 
 
-async def test_what_is_asked_for_has_to_be_brought_in_time_and_a_failure_alone_is_no_illness() -> None:
+async def test_a_failure_makes_a_proxy_unhealthy_only_after_the_timeout() -> None:
     rig = Rig(health_timeout_s=0.3)
     async with rig.running():
         rig.source.tell(service())
@@ -262,7 +262,7 @@ async def test_what_is_asked_for_has_to_be_brought_in_time_and_a_failure_alone_i
         assert rig.controller.error == ""
 
 
-async def test_changes_are_counted_and_pending_until_a_sync_has_brought_them() -> None:
+async def test_changes_are_counted_and_pending_until_a_sync_applies_them() -> None:
     async with Rig().running() as rig:
         services, endpoints = rig.controller.changes["service"], rig.controller.changes["endpoint"]
         rig.source.tell(service("a"), service("b"), endpoint_slice("10.0.0.1"), SYNCED)
@@ -322,7 +322,7 @@ async def test_nothing_is_synced_again_while_nothing_changes() -> None:
         assert rig.controller.syncs == len(rig.sink.states) == 1
 
 
-async def test_who_wants_to_know_of_each_success_is_called_for_no_failure() -> None:
+async def test_the_callback_after_a_sync_is_called_for_successes_only() -> None:
     calls: list[int] = []
     rig = Rig(after_sync=lambda: calls.append(len(rig.sink.states)))
     async with rig.running():
@@ -337,7 +337,7 @@ async def test_who_wants_to_know_of_each_success_is_called_for_no_failure() -> N
         assert calls == [len(rig.sink.states)]
 
 
-async def test_a_failure_that_nobody_foresaw_ends_the_loop_and_keeps_its_traceback() -> None:
+async def test_an_unexpected_failure_is_logged_with_its_traceback() -> None:
     def broken() -> None:
         raise ZeroDivisionError
 

@@ -45,7 +45,7 @@ def ports_of(given: api.Service) -> list[ServicePort]:
         {"type": "ExternalName", "ports": []},
     ],
 )
-def test_headless_services_and_external_names_are_fine_and_none_of_our_business(spec: dict[str, Any]) -> None:
+def test_headless_and_external_name_services_are_skipped_without_a_problem(spec: dict[str, Any]) -> None:
     given = service(**spec)
 
     decode.check_service(given)
@@ -57,7 +57,7 @@ def test_a_service_for_another_proxy_is_left_to_it(value: str) -> None:
     assert not decode.is_proxied(service(labels={"service.kubernetes.io/service-proxy-name": value}))
 
 
-def test_a_proxy_with_a_name_serves_what_names_it_and_nothing_else() -> None:
+def test_a_named_proxy_serves_only_the_services_that_name_it() -> None:
     named = [service(labels={"service.kubernetes.io/service-proxy-name": name}) for name in ("mine", "other", "")]
 
     assert [decode.is_proxied(given, "mine") for given in [*named, service()]] == [True, False, False, False]
@@ -80,7 +80,7 @@ def test_a_node_that_is_about_to_go_is_not_eligible(plain: dict[str, Any], eligi
     assert decode.is_eligible(given) is eligible
 
 
-def test_a_node_that_nobody_has_seen_is_not_eligible() -> None:
+def test_an_unknown_node_is_not_eligible() -> None:
     assert not decode.is_eligible(None)
 
 
@@ -184,7 +184,7 @@ def test_a_service_with_or_without_a_cluster_ip_is_served(cluster_ip: str | None
         (service(clusterIP="10.96.0.1", ipFamilies=["IPv6"]), "spec.ipFamilies[0]", "write IPv4"),
     ],
 )
-def test_what_makes_no_sense_is_refused_with_its_field_and_a_mend(given: api.Service, field: str, words: str) -> None:
+def test_an_invalid_value_is_refused_with_its_field_and_a_fix(given: api.Service, field: str, words: str) -> None:
     error = refusal(given)
 
     assert error.field == field
@@ -236,7 +236,7 @@ def test_an_address_has_one_form_however_it_is_written(written: str, canonical: 
 
 
 @pytest.mark.parametrize("written", ["", "10..0.1", "10.96.0.", ".10.96.0", "10.96.0", "::g", "1.2.3.4.5", "None"])
-def test_what_is_no_address_is_not_made_into_one(written: str) -> None:
+def test_a_text_that_is_no_address_is_rejected(written: str) -> None:
     with pytest.raises(ConfigError, match="no IP address"):
         decode.canonical_ip(written)
 
@@ -244,7 +244,7 @@ def test_what_is_no_address_is_not_made_into_one(written: str) -> None:
 @pytest.mark.parametrize(
     "ip", ["240.0.0.1", "0.0.0.1", "255.255.255.254", "12.7.0.1", "223.0.0.1", "22.4.0.1", "ff::1", "fec0::1", "::2"]
 )
-def test_an_address_that_only_looks_special_is_taken(ip: str) -> None:
+def test_an_address_similar_to_a_special_one_is_accepted(ip: str) -> None:
     decode.check_service(service(clusterIP=ip, externalIPs=[ip]))
     assert not list(decode.backend_ip_errors(ip, "ip"))
 
@@ -253,7 +253,7 @@ NO_BACKENDS = ["0.0.0.0", "::", "224.0.0.1", "ff02::1", "169.254.0.1", "fe80::1"
 
 
 @pytest.mark.parametrize("ip", NO_BACKENDS)
-def test_an_address_that_no_backend_can_have_is_passed_over_and_named_by_a_check(ip: str) -> None:
+def test_an_address_that_no_backend_can_have_is_skipped_and_named_by_check(ip: str) -> None:
     family = "IPv6" if ":" in ip else "IPv4"
     older = endpoints({"addresses": [{"ip": ip}], "ports": [{"port": 80}]})
 
@@ -274,7 +274,7 @@ def test_a_backend_may_be_on_this_host(ip: str) -> None:
 # ---- ports of a Service
 
 
-def test_a_service_port_says_all_that_the_manifest_says() -> None:
+def test_a_service_port_has_every_field_of_the_manifest() -> None:
     found = ports_of(
         service(
             type="LoadBalancer",
@@ -356,7 +356,9 @@ def port_of(*cluster_ips: str, source_ip: SourceIP = SourceIP.NODE, **given: Any
         ({"internalTrafficPolicy": "", "externalTrafficPolicy": None}, False, False),
     ],
 )
-def test_a_policy_is_local_where_it_says_so(spec: dict[str, Any], internal_local: bool, external_local: bool) -> None:
+def test_a_traffic_policy_is_local_only_if_stated(
+    spec: dict[str, Any], internal_local: bool, external_local: bool
+) -> None:
     found, _ = port_of(**spec)
 
     assert (found.internal_local, found.external_local) == (internal_local, external_local)
@@ -376,7 +378,7 @@ def test_a_policy_is_local_where_it_says_so(spec: dict[str, Any], internal_local
         ([{"ip": "2001:db8::1"}], ()),
     ],
 )
-def test_a_load_balancers_ip_is_ours_unless_it_dials_us_itself(
+def test_ingress_ips_are_served_unless_their_mode_is_proxy(
     ingress: list[dict[str, Any]] | None, ips: tuple[str, ...]
 ) -> None:
     """P3, S5, P7."""
@@ -428,7 +430,7 @@ def test_both_families_have_source_ranges_of_their_own() -> None:
 
 @pytest.mark.parametrize("written", ["2001:db8::/32", "::/0", "::ffff:10.0.0.0/104", "::ffff:0:0/96"])
 @pytest.mark.parametrize("ingress", [[], [{"ip": VIP}]])
-def test_source_ranges_that_hold_no_client_let_in_nobody_and_say_so(
+def test_source_ranges_that_contain_no_client_admit_none_and_are_reported(
     written: str, ingress: list[dict[str, str]]
 ) -> None:
     found, problems = port_of(type="LoadBalancer", loadBalancerSourceRanges=[written], ingress=ingress)
@@ -448,7 +450,7 @@ def test_a_mapped_range_is_mended_as_the_ipv4_range_that_it_stands_for() -> None
     ]
 
 
-def test_a_family_of_load_balancer_ips_without_a_range_lets_in_nobody() -> None:
+def test_a_family_of_load_balancer_ips_without_source_range_admits_no_client() -> None:
     both: dict[str, Any] = {"type": "LoadBalancer", "loadBalancerSourceRanges": ["192.0.2.0/24"]}
 
     found, problems = port_of("10.96.0.1", "fd00::1", **both, ingress=[{"ip": VIP}, {"ip": "2001:db8::7"}])
@@ -459,7 +461,7 @@ def test_a_family_of_load_balancer_ips_without_a_range_lets_in_nobody() -> None:
     assert problems == [], "there is nothing to dial in the other family"
 
 
-def test_what_a_service_lists_of_a_family_that_it_has_not_is_not_its_own() -> None:
+def test_addresses_of_a_family_that_a_service_lacks_are_skipped() -> None:
     """S5."""
     given: dict[str, Any] = {"externalIPs": ["1.2.3.4", " ", "2001:db8::4"]}
 
@@ -497,14 +499,14 @@ def test_a_cluster_ip_counts_where_there_is_a_family_for_it(spec: dict[str, Any]
         ({"type": "ClusterIP", "externalTrafficPolicy": "Local"}, 0),
     ],
 )
-def test_load_balancers_ask_for_health_only_where_endpoints_of_this_node_alone_are_used(
+def test_only_load_balancer_services_of_policy_local_have_a_health_check_port(
     spec: dict[str, Any], number: int
 ) -> None:
     """H1."""
     assert port_of(**spec, healthCheckNodePort=31_000)[0].health_check_node_port == number
 
 
-def test_what_a_service_does_not_state_it_has_as_it_was_given() -> None:
+def test_a_service_gets_its_allocated_values_for_fields_that_it_does_not_state() -> None:
     given = service(
         type="LoadBalancer",
         externalTrafficPolicy="Local",
@@ -527,7 +529,7 @@ UDP = [{"port": 53, "protocol": "UDP"}]
 
 @pytest.mark.parametrize("default", [SourceIP.NODE, SourceIP.TRANSPARENT])
 @pytest.mark.parametrize("written", SourceIP)
-def test_an_annotation_says_whose_address_endpoints_see(written: SourceIP, default: SourceIP) -> None:
+def test_the_source_ip_annotation_selects_the_address_that_endpoints_see(written: SourceIP, default: SourceIP) -> None:
     assert port_of(source_ip=default, **annotated(written)) == (port_of(source_ip=written)[0], [])
     assert port_of(source_ip=default)[0].source_ip is default
 
@@ -542,7 +544,7 @@ def test_an_annotation_that_cannot_be_followed_is_named_and_the_nodes_default_ap
     assert problems == ["metadata.annotations.userspace-proxy/source-ip"]
 
 
-def test_of_two_ports_only_the_one_that_a_header_cannot_be_sent_to_goes_without() -> None:
+def test_only_the_udp_port_of_a_service_goes_without_proxy_protocol_v1() -> None:
     ports = [{"port": 53, "name": "udp", "protocol": "UDP"}, {"port": 53, "name": "tcp"}]
     given = service(**annotated("proxy-protocol-v1", ports=ports))
 
@@ -587,7 +589,7 @@ def test_balancing_is_read_or_refused_by_name() -> None:
 HERE = Node("here", addresses=("192.0.2.1",))
 
 
-def test_a_node_says_its_zone_its_addresses_and_its_pods_ranges() -> None:
+def test_a_node_gives_its_zone_its_addresses_and_its_pod_cidrs() -> None:
     given = node(
         "here",
         ("Hostname", "here.example.org"),
@@ -606,7 +608,7 @@ def test_a_node_says_its_zone_its_addresses_and_its_pods_ranges() -> None:
 
 
 @pytest.mark.parametrize("given", [None, api.Node(api.ObjectMeta(name="here")), node("here")])
-def test_what_no_node_says_is_what_the_host_has(given: api.Node | None) -> None:
+def test_without_a_node_object_the_facts_of_the_host_are_used(given: api.Node | None) -> None:
     assert decode.node_of(given, HERE) == HERE
 
 
@@ -644,7 +646,7 @@ def test_a_slice_that_is_marked_headless_has_no_endpoints_for_a_proxy() -> None:
         ({"ready": False, "serving": False, "terminating": True}, False, False, True),
     ],
 )
-def test_what_a_slice_leaves_out_is_assumed_to_be_well(
+def test_missing_conditions_of_a_slice_count_as_ready(
     conditions: dict[str, bool] | None, ready: bool, serving: bool, terminating: bool
 ) -> None:
     piece = endpoint_slice({"addresses": ["10.0.0.1"], "conditions": conditions, "nodeName": "n"})
@@ -661,7 +663,7 @@ def test_what_a_slice_leaves_out_is_assumed_to_be_well(
         ({"forNodes": [{"name": "n"}, {"name": None}]}, set(), {"n"}),
     ],
 )
-def test_an_endpoint_is_meant_for_whom_its_hints_name(
+def test_endpoints_are_used_by_the_zones_and_nodes_that_their_hints_name(
     hints: dict[str, Any] | None, zones: set[str], nodes: set[str]
 ) -> None:
     """C6."""
@@ -709,11 +711,11 @@ def test_the_first_address_of_an_endpoint_counts() -> None:
         api.EndpointSlice(api.ObjectMeta(name="x")),
     ],
 )
-def test_what_is_incomplete_in_a_slice_is_passed_over(piece: api.EndpointSlice) -> None:
+def test_incomplete_entries_of_a_slice_are_skipped(piece: api.EndpointSlice) -> None:
     assert not any(decode.from_slices([piece]).values())
 
 
-def test_what_is_incomplete_harms_nothing_beside_it() -> None:
+def test_an_incomplete_object_harms_no_other() -> None:
     piece = endpoint_slice("nonsense", {"addresses": None}, "10.0.0.2", ports=[{"port": 0}, {"port": 8080}])
 
     assert [str(e) for e in decode.from_slices([piece])[TCP_PORT]] == ["10.0.0.2:8080"]
@@ -722,7 +724,7 @@ def test_what_is_incomplete_harms_nothing_beside_it() -> None:
 # ---- Endpoints, the older form
 
 
-def test_endpoints_say_who_is_ready_by_the_list_they_are_in() -> None:
+def test_endpoints_in_the_list_of_not_ready_addresses_are_not_ready() -> None:
     given = endpoints(
         {
             "addresses": [{"ip": "10.0.0.1", "nodeName": "n"}],
@@ -747,7 +749,7 @@ def test_subsets_with_other_ports_are_added_up() -> None:
 
 
 @pytest.mark.parametrize("port", [None, 0, -5, 65_536])
-def test_endpoints_without_a_usable_port_are_passed_over(port: int | None) -> None:
+def test_endpoints_without_a_usable_port_are_skipped(port: int | None) -> None:
     given = endpoints(
         {"addresses": [{"ip": "10.0.0.1"}], "ports": [{"port": port}]}, {"addresses": None, "ports": None}
     )
@@ -826,7 +828,7 @@ def test_a_named_target_port_is_looked_up_in_each_pod() -> None:
     assert [str(e) for e in found] == ["10.0.0.1:8080", "10.0.0.2:9090"]
 
 
-def test_a_named_target_port_means_the_one_with_the_same_protocol() -> None:
+def test_a_named_target_port_matches_by_protocol_too() -> None:
     given = pod(ports=[{"name": "dns", "containerPort": 53, "protocol": "UDP"}, {"name": "dns", "containerPort": 5353}])
     web = service(ports=[{"port": 53, "targetPort": "dns", "protocol": "UDP", "name": "dns"}])
 

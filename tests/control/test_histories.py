@@ -167,7 +167,7 @@ def test_a_history_leaves_what_a_fresh_start_finds(history: History, chance: Any
 
 @given(history=HISTORIES)
 @settings(max_examples=100)
-def test_a_restart_moves_nothing_and_what_is_told_again_is_nothing_new(history: History) -> None:
+def test_a_restart_moves_no_address_and_repeated_events_change_nothing(history: History) -> None:
     first = ManifestAllocations(CLUSTER_IPS, None, POOL)
     lived = after(history, first)
 

@@ -20,9 +20,7 @@ def test_what_was_saved_is_loaded_by_the_next_process(tmp_path: Path) -> None:
     assert StateDir(tmp_path / "state").load() == KNOWN
 
 
-def test_a_new_folder_remembers_nothing_and_complains_of_nothing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_new_state_folder_is_empty_and_logs_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert StateDir(tmp_path / "a" / "b").load() == SavedAllocations()
     assert not caplog.records
 
@@ -55,7 +53,7 @@ def test_saving_replaces_what_was_there_and_leaves_nothing_else(tmp_path: Path) 
         b'{"externalPortals": {"203.0.113.8:80/TCP": 7}}',
     ],
 )
-def test_nonsense_in_the_file_is_named_and_costs_only_the_memory(
+def test_an_invalid_state_file_is_reported_and_ignored(
     tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "allocations.json").write_bytes(content)

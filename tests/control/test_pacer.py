@@ -32,7 +32,7 @@ def test_a_change_long_after_the_last_sync_goes_at_once(clock: FakeClock) -> Non
     assert pacer.delay_s() == GATHER_S
 
 
-def test_failures_double_the_wait_up_to_the_longest(clock: FakeClock) -> None:
+def test_failures_double_the_delay_up_to_the_maximum(clock: FakeClock) -> None:
     pacer = Pacer(clock, min_period_s=0, max_retry_s=30)
     waits = []
     for _ in range(10):
@@ -50,7 +50,7 @@ def test_a_failure_is_never_retried_faster_than_the_period_allows(clock: FakeClo
     assert pacer.delay_s() == pytest.approx(10)
 
 
-def test_success_ends_the_waiting(clock: FakeClock) -> None:
+def test_a_success_resets_the_retry_delay(clock: FakeClock) -> None:
     pacer = Pacer(clock, min_period_s=0, max_retry_s=30)
     for succeeded in (False, False, False, True):
         pacer.note_end(succeeded=succeeded)
@@ -58,7 +58,7 @@ def test_success_ends_the_waiting(clock: FakeClock) -> None:
     assert pacer.delay_s() == GATHER_S
 
 
-def test_a_weekend_of_failures_is_still_retried(clock: FakeClock) -> None:
+def test_the_retry_delay_stays_finite_after_very_many_failures(clock: FakeClock) -> None:
     pacer = Pacer(clock, min_period_s=0, max_retry_s=30)
     for _ in range(10_000):
         pacer.note_end(succeeded=False)

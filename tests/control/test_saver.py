@@ -35,7 +35,7 @@ async def saving(folder: Path, retry_after_s: float) -> AsyncIterator[Saver]:
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_what_could_not_be_written_is_written_when_it_can_be(tmp_path: Path) -> None:
+async def test_a_failed_save_is_repeated_until_it_succeeds(tmp_path: Path) -> None:
     folder = tmp_path / "state"
     async with saving(folder, 0.01) as saver, asyncio.timeout(20):
         folder.rmdir()
@@ -48,7 +48,7 @@ async def test_what_could_not_be_written_is_written_when_it_can_be(tmp_path: Pat
     assert StateDir(folder).load().node_ports == REMEMBERED
 
 
-async def test_what_could_not_be_written_is_tried_once_more_at_the_end(tmp_path: Path) -> None:
+async def test_a_failed_save_is_repeated_at_the_end(tmp_path: Path) -> None:
     folder = tmp_path / "state"
     async with saving(folder, 1_000) as saver:
         folder.rmdir()

@@ -85,7 +85,7 @@ def test_every_port_has_its_own_endpoints() -> None:
 
 
 @pytest.mark.parametrize("kind", ["slice", "endpoints"])
-def test_a_service_without_a_selector_takes_what_bears_its_name(kind: str) -> None:
+def test_a_service_without_a_selector_takes_the_slices_and_endpoints_of_its_name(kind: str) -> None:
     world = World()
     given: api.KubernetesObject = (
         endpoint_slice("10.0.0.1", "10.0.0.2")
@@ -98,7 +98,7 @@ def test_a_service_without_a_selector_takes_what_bears_its_name(kind: str) -> No
     assert world.addresses() == ["10.0.0.1:8080", "10.0.0.2:8080"]
 
 
-def test_pods_that_are_selected_count_before_slices_that_tell_of_them() -> None:
+def test_selected_pods_take_precedence_over_slices() -> None:
     world = World()
 
     world.tell(service(**SELECTING), endpoint_slice("10.0.0.9"), pod())
@@ -217,7 +217,7 @@ def test_a_slice_marked_headless_takes_its_endpoints_away() -> None:
 
 
 @pytest.mark.parametrize("kind", ["Service", "EndpointSlice", "Endpoints", "Pod", "Node"])
-def test_to_delete_what_was_never_there_changes_nothing(kind: str) -> None:
+def test_deleting_an_unknown_object_changes_nothing(kind: str) -> None:
     world = World()
     before = world.tell(service(**SELECTING), pod())
 
@@ -249,7 +249,7 @@ def test_a_deleted_service_is_gone_and_back_with_its_address_and_endpoints_when_
         service(labels={"service.kubernetes.io/service-proxy-name": "other"}),
     ],
 )
-def test_a_service_that_becomes_none_of_our_business_goes_and_may_come_back(other: api.Service) -> None:
+def test_a_service_that_is_no_longer_proxied_is_removed_and_may_come_back(other: api.Service) -> None:
     """S2, S8."""
     world = World()
     world.tell(service(clusterIP="10.96.0.5"), endpoint_slice("10.0.0.1"))
@@ -273,7 +273,7 @@ def test_ports_that_are_renamed_added_and_removed_follow_the_manifest() -> None:
     assert world.state.endpoints.keys() == world.state.service_ports.keys()
 
 
-def test_add_and_delete_in_one_batch_is_nothing() -> None:
+def test_an_object_added_and_deleted_in_one_batch_changes_nothing() -> None:
     """S10."""
     world = World()
 
@@ -286,7 +286,7 @@ def test_add_and_delete_in_one_batch_is_nothing() -> None:
 # ---- what did not change is the same object
 
 
-def test_where_nothing_happened_the_state_is_the_same_object() -> None:
+def test_the_state_is_the_same_object_if_nothing_changed() -> None:
     world = World()
     before = world.tell(service())
 
@@ -306,7 +306,7 @@ def test_only_what_changed_is_another_object() -> None:
     assert after.service_ports[db] is before.service_ports[db]
 
 
-def test_an_object_told_again_as_it_was_changes_no_value() -> None:
+def test_a_repeated_event_changes_no_value() -> None:
     world = World()
     things = (service(**SELECTING), pod(), service("db"), endpoint_slice("10.0.0.1", of="db"))
     before = world.tell(*things)
@@ -317,7 +317,7 @@ def test_an_object_told_again_as_it_was_changes_no_value() -> None:
     assert all(after.endpoints[name] is value for name, value in before.endpoints.items())
 
 
-def test_a_state_that_was_given_out_never_changes() -> None:
+def test_a_returned_state_never_changes() -> None:
     world = World()
     before = world.tell(service(), endpoint_slice("10.0.0.1"))
 
@@ -366,7 +366,7 @@ def test_a_service_concerns_itself_only() -> None:
     assert world.worked_out_for(gone("Service", "s4")) == set()
 
 
-def test_what_was_deleted_is_not_kept_anywhere() -> None:
+def test_a_deleted_object_leaves_nothing_in_memory() -> None:
     world = World()
     things = (service(**SELECTING), pod(), endpoint_slice("10.0.0.1"), endpoints({"addresses": [{"ip": "10.0.0.1"}]}))
     world.tell(*things)
@@ -384,7 +384,7 @@ def test_what_was_deleted_is_not_kept_anywhere() -> None:
 HERE = Node("here", addresses=("192.0.2.1",))
 
 
-def test_until_its_node_is_seen_a_proxy_knows_its_name_and_what_the_host_says() -> None:
+def test_before_its_node_object_a_proxy_uses_the_name_and_addresses_of_the_host() -> None:
     world = World(here=HERE)
 
     world.tell(node("other", zone="zone-b"), SYNCED)
@@ -392,7 +392,7 @@ def test_until_its_node_is_seen_a_proxy_knows_its_name_and_what_the_host_says() 
     assert world.state.node == HERE
 
 
-def test_a_state_knows_what_its_node_says_of_itself() -> None:
+def test_a_state_has_the_facts_of_its_node() -> None:
     world = World(here=HERE)
 
     world.tell(node("here", ("InternalIP", "10.0.0.1"), zone="zone-a", pod_cidrs=["10.244.0.0/24"]))
@@ -420,7 +420,7 @@ def test_a_node_that_changes_gives_a_new_state_of_the_same_services(changed: api
     assert world.state.endpoints is before.endpoints
 
 
-def test_what_a_node_says_of_other_things_changes_nothing() -> None:
+def test_other_fields_of_a_node_change_nothing() -> None:
     world = World(here=HERE)
     before = world.tell(service(), node("here", zone="zone-a"))
 
@@ -482,7 +482,7 @@ def test_a_bad_service_is_reported_and_harms_no_other() -> None:
         api.Node(api.ObjectMeta(name="other")),
     ],
 )
-def test_whatever_is_told_the_others_are_served_before_and_after(given: api.KubernetesObject) -> None:
+def test_a_bad_object_leaves_every_other_service_as_it_was(given: api.KubernetesObject) -> None:
     world = World()
     world.tell(given, service(**SELECTING), pod())
     assert world.addresses() == ["10.244.0.1:80"]
@@ -498,7 +498,7 @@ def test_whatever_is_told_the_others_are_served_before_and_after(given: api.Kube
 ANNOTATION = "userspace-proxy/source-ip"
 
 
-def test_what_is_wrong_with_a_part_of_a_service_is_shown_as_long_as_it_is_there_and_the_rest_is_served() -> None:
+def test_a_problem_of_a_part_is_reported_while_it_lasts_and_the_rest_is_served() -> None:
     world = World()
     ports = [{"port": 80, "name": "web"}, {"port": 81, "name": "sctp", "protocol": "SCTP"}]
 
@@ -516,7 +516,7 @@ def test_what_is_wrong_with_a_part_of_a_service_is_shown_as_long_as_it_is_there_
     assert world.port("web", "web").source_ip is SourceIP.TRANSPARENT
 
 
-def test_a_blemish_goes_with_the_service_and_when_it_is_none_of_ours_any_more() -> None:
+def test_a_problem_of_a_part_ends_when_the_service_is_deleted_or_not_proxied() -> None:
     world = World()
     for end in (gone("Service", "web"), service(clusterIP="None", annotations={ANNOTATION: "mine"})):
         world.tell(service(annotations={ANNOTATION: "mine"}))
@@ -526,7 +526,7 @@ def test_a_blemish_goes_with_the_service_and_when_it_is_none_of_ours_any_more() 
         assert world.problems == []
 
 
-def test_a_version_that_is_refused_is_told_of_and_not_what_was_wrong_with_the_one_before() -> None:
+def test_a_rejected_version_is_reported_instead_of_the_problems_of_the_one_before() -> None:
     world = World()
     world.tell(service(annotations={ANNOTATION: "mine"}, **SELECTING))
 
@@ -537,7 +537,7 @@ def test_a_version_that_is_refused_is_told_of_and_not_what_was_wrong_with_the_on
     assert "0 is not a port" in said
 
 
-def test_in_a_cluster_a_service_without_a_cluster_ip_is_not_there_and_nobody_is_given_one() -> None:
+def test_in_a_cluster_a_service_without_a_cluster_ip_is_not_served_and_none_is_allocated() -> None:
     """S1."""
     tracker = Tracker(Allocations())
 
@@ -572,7 +572,7 @@ def test_the_last_good_version_of_a_service_goes_on_and_follows_its_pods() -> No
     assert len(world.problems) == 1
 
 
-def test_a_problem_is_shown_until_the_object_is_mended_whatever_else_happens() -> None:
+def test_a_problem_is_reported_until_the_object_is_repaired() -> None:
     world = World()
     world.tell(service(), bad())
 
@@ -592,7 +592,7 @@ def test_a_problem_goes_with_the_object() -> None:
     assert world.problems == []
 
 
-def test_a_problem_says_where_and_what_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_problem_names_the_place_and_what_is_still_served(caplog: pytest.LogCaptureFixture) -> None:
     world = World()
     event = ObjectEvent(EventType.SET, "Service", named("web"), service(ports=[{"port": 0}]), At())
     world.tell(event)
@@ -675,7 +675,7 @@ def test_two_services_swap_their_addresses_in_one_batch() -> None:
     assert world.problems == []
 
 
-def test_who_asks_for_a_taken_address_keeps_its_last_good_version_which_follows_its_pods() -> None:
+def test_a_service_that_states_a_taken_address_keeps_its_last_good_version_with_current_endpoints() -> None:
     world = World()
     world.tell(service("first", clusterIP="10.96.0.5"), service(clusterIP="10.96.0.6", **SELECTING), pod())
 

@@ -24,7 +24,7 @@ def test_each_key_gets_a_number_of_its_own_until_all_are_taken() -> None:
     assert allocator.allocate("one too many") is None
 
 
-def test_without_memory_a_key_gets_the_same_number_whoever_was_there_before() -> None:
+def test_without_saved_allocations_a_key_gets_the_same_number_independent_of_others() -> None:
     alone, crowded = Allocator(1 << 16), Allocator(1 << 16)
     for n in range(20):
         crowded.allocate(f"other{n}")
@@ -39,7 +39,7 @@ def test_the_numbers_are_the_same_in_every_release() -> None:
     assert [allocator.allocate(key) for key in ("default/web/IPv4", "default/dns/IPv4")] == [29_388, 26_632]
 
 
-def test_what_is_remembered_comes_back_in_any_order() -> None:
+def test_saved_allocations_are_restored_in_any_order() -> None:
     before = Allocator(8)
     held = {key: before.allocate(key) for key in "abcdefgh"}
 
@@ -48,21 +48,21 @@ def test_what_is_remembered_comes_back_in_any_order() -> None:
     assert {key: after.allocate(key) for key in "hgfedcba"} == held
 
 
-def test_a_promised_number_goes_to_another_key_only_when_no_other_is_left() -> None:
+def test_a_reserved_number_is_given_to_another_key_only_if_no_other_is_left() -> None:
     allocator = Allocator(3, {"absent": 1})
 
     assert {allocator.allocate("a"), allocator.allocate("b")} == {0, 2}
     assert allocator.allocate("c") == 1
 
 
-def test_who_comes_back_to_a_number_that_was_given_away_gets_another() -> None:
+def test_a_key_whose_number_was_given_away_gets_another() -> None:
     allocator = Allocator(2, {"late": 0})
     allocator.take("early", 0)
 
     assert allocator.allocate("late") == 1
 
 
-def test_a_released_number_is_free_and_still_its_old_keys_first_choice() -> None:
+def test_a_released_number_is_free_and_reserved_for_its_former_key() -> None:
     allocator = Allocator(50)
     number = allocator.allocate("a")
     assert number is not None
@@ -99,14 +99,14 @@ def test_remembered_numbers_outside_of_a_smaller_range_are_forgotten() -> None:
     assert allocator.allocate("a") in range(3)
 
 
-def test_two_keys_that_remember_one_number_do_not_share_it() -> None:
+def test_two_keys_with_the_same_remembered_number_get_different_ones() -> None:
     allocator = Allocator(4, {"a": 2, "b": 2})
 
     assert allocator.allocate("a") == 2
     assert allocator.allocate("b") in (0, 1, 3)
 
 
-def test_changes_count_what_is_worth_saving_and_nothing_else() -> None:
+def test_the_count_of_changes_follows_saved_values_only() -> None:
     allocator = Allocator(4)
     allocator.allocate("a")
     after_one = allocator.changes
@@ -118,12 +118,12 @@ def test_changes_count_what_is_worth_saving_and_nothing_else() -> None:
     assert allocator.changes == 1
 
 
-def test_there_is_nothing_to_allocate_from_an_empty_range() -> None:
+def test_an_empty_range_allocates_nothing() -> None:
     with pytest.raises(ValueError, match="nothing to allocate"):
         Allocator(0)
 
 
-def test_keys_that_come_and_go_for_ever_do_not_fill_the_memory() -> None:
+def test_reservations_of_released_keys_are_bounded() -> None:
     allocator = Allocator(8)
     for n in range(1_000):
         allocator.allocate(f"key{n}")
@@ -133,7 +133,7 @@ def test_keys_that_come_and_go_for_ever_do_not_fill_the_memory() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_whatever_happens_no_number_has_two_keys_and_a_restart_changes_none(seed: int) -> None:
+def test_no_number_has_two_keys_and_a_restart_changes_none(seed: int) -> None:
     chance = random.Random(seed)
     allocator = Allocator(30)
     for _ in range(400):

@@ -36,11 +36,11 @@ def test_of_two_with_one_address_the_one_that_stays_counts(terminating_first: bo
     assert without_duplicates(given) == (A,)
 
 
-def test_nothing_stays_nothing() -> None:
+def test_no_endpoints_are_without_duplicates() -> None:
     assert without_duplicates([]) == ()
 
 
-def test_a_change_of_endpoints_is_said_in_one_line() -> None:
+def test_a_change_of_endpoints_is_described_in_one_line() -> None:
     unready, leaving = replace(A, ready=False), replace(B, ready=False, terminating=True)
 
     assert difference((), (A, B)) == "2 endpoints, 2 ready; added 10.0.0.1:80, 10.0.0.2:80"

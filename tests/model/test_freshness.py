@@ -27,7 +27,7 @@ class Rig:
         return tuple(health.healthy for health in self.freshness.of_families().values())
 
 
-def test_who_was_asked_for_nothing_is_healthy_for_ever() -> None:
+def test_a_proxy_without_queued_changes_stays_healthy() -> None:
     rig = Rig()
     rig.later(1_000_000)
     assert rig.healthy == (True, True)
@@ -39,7 +39,7 @@ def test_who_was_asked_for_nothing_is_healthy_for_ever() -> None:
     assert rig.healthy == (True, True)
 
 
-def test_a_wish_may_wait_for_less_than_the_time_out() -> None:
+def test_a_queued_change_is_healthy_until_the_timeout() -> None:
     rig = Rig()
     rig.freshness.note_queued()
     rig.later(TIMEOUT_S - 0.001)
@@ -50,7 +50,7 @@ def test_a_wish_may_wait_for_less_than_the_time_out() -> None:
     assert rig.healthy == (False, False)
 
 
-def test_the_oldest_wish_counts_however_many_come_after_it() -> None:
+def test_the_oldest_queued_change_decides_health() -> None:
     rig = Rig()
     for _ in range(7):
         rig.freshness.note_queued()
@@ -59,7 +59,7 @@ def test_the_oldest_wish_counts_however_many_come_after_it() -> None:
     assert rig.healthy == (False, False)
 
 
-def test_failed_syncs_leave_a_wish_as_old_as_it_is() -> None:
+def test_failed_syncs_keep_the_age_of_a_queued_change() -> None:
     rig = Rig()
     rig.freshness.note_queued()
     for _ in range(6):
@@ -70,7 +70,7 @@ def test_failed_syncs_leave_a_wish_as_old_as_it_is() -> None:
     assert rig.healthy == (False, False)
 
 
-def test_a_sync_that_never_ends_is_no_health() -> None:
+def test_a_sync_that_hangs_makes_a_proxy_unhealthy() -> None:
     rig = Rig()
     rig.freshness.note_queued()
     rig.freshness.note_begin()
@@ -80,7 +80,7 @@ def test_a_sync_that_never_ends_is_no_health() -> None:
     assert rig.healthy == (False, False)
 
 
-def test_a_sync_that_succeeds_heals_and_the_next_wish_has_its_own_time() -> None:
+def test_a_successful_sync_restores_health_and_the_next_change_has_its_own_age() -> None:
     rig = Rig()
     rig.freshness.note_queued()
     rig.later(TIMEOUT_S * 2)
@@ -93,7 +93,7 @@ def test_a_sync_that_succeeds_heals_and_the_next_wish_has_its_own_time() -> None
     assert rig.healthy == (True, True)
 
 
-def test_a_wish_that_comes_while_a_sync_runs_waits_for_the_next_one() -> None:
+def test_a_change_during_a_sync_is_queued_for_the_next_one() -> None:
     rig = Rig()
     rig.freshness.note_queued()
     rig.freshness.note_begin()
@@ -107,7 +107,7 @@ def test_a_wish_that_comes_while_a_sync_runs_waits_for_the_next_one() -> None:
     assert rig.healthy == (False, False)
 
 
-def test_a_wish_that_comes_while_a_failing_sync_runs_makes_the_older_one_no_younger() -> None:
+def test_a_change_during_a_failing_sync_keeps_the_age_of_the_oldest_one() -> None:
     rig = Rig()
     rig.freshness.note_queued()
     rig.freshness.note_begin()
@@ -120,7 +120,7 @@ def test_a_wish_that_comes_while_a_failing_sync_runs_makes_the_older_one_no_youn
     assert rig.healthy == (False, False)
 
 
-def test_each_family_has_its_own_wishes() -> None:
+def test_each_family_has_its_own_queued_changes() -> None:
     rig = Rig()
     rig.freshness.note_queued(["IPv6"])
 
@@ -129,7 +129,7 @@ def test_each_family_has_its_own_wishes() -> None:
     assert rig.healthy == (True, False)
 
 
-def test_when_is_told_by_the_clock_that_people_read() -> None:
+def test_times_are_reported_by_the_wall_clock() -> None:
     rig = Rig()
     assert [health.updated_at for health in rig.freshness.of_families().values()] == [None, None]
 
@@ -142,7 +142,7 @@ def test_when_is_told_by_the_clock_that_people_read() -> None:
     assert tuple(rig.freshness.of_families()) == FAMILY_NAMES
 
 
-def test_a_clock_that_is_set_changes_no_health() -> None:
+def test_setting_the_wall_clock_does_not_change_health() -> None:
     rig = Rig()
     rig.freshness.note_queued()
 

@@ -38,11 +38,11 @@ def elsewhere(ip: str) -> Endpoint:
 
 
 @pytest.mark.parametrize("options", [{"health_check_node_port": 0}, {"external_local": False}])
-def test_only_services_with_such_a_port_and_the_policy_local_are_asked_about(options: dict[str, Any]) -> None:
+def test_only_services_with_a_health_check_node_port_and_policy_local_are_listed(options: dict[str, Any]) -> None:
     assert health_checks(state(here("10.0.0.1"), **options)) == {}
 
 
-def test_nothing_is_asked_about_where_there_are_no_services() -> None:
+def test_without_services_no_health_is_counted() -> None:
     assert health_checks(ProxyState()) == {}
 
 

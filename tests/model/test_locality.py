@@ -43,9 +43,9 @@ def test_a_service_port_is_counted_where_its_endpoints_are_all_elsewhere(
     assert counts(*endpoints, internal=internal, external=external) == counted
 
 
-def test_nobody_can_come_from_outside_where_there_is_no_way() -> None:
+def test_a_service_port_without_external_portals_is_not_counted_for_external_traffic() -> None:
     assert counts(THERE, internal=False, external=True, node_port=0) == {}
 
 
-def test_without_any_service_port_all_are_told_as_none() -> None:
+def test_an_empty_state_has_counts_of_zero() -> None:
     assert list(without_local_endpoints(ProxyState()).values()) == [0, 0, 0, 0]

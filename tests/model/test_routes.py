@@ -89,7 +89,7 @@ POD, NODE, ANYBODY = Sender.POD, Sender.NODE, Sender.ANYBODY
         pytest.param({**ITP, **ETP}, ANYBODY, NEAR_M, NEAR, id="external, both Local"),
     ],
 )
-def test_policy_and_sender_decide_whom_a_client_meets_and_whose_address_is_seen(
+def test_policy_and_sender_select_the_endpoints_and_the_source_address(
     policy: Mapping[str, Any], sender: Sender, at_cluster_ip: str, from_outside: str
 ) -> None:
     assert becomes_of(sender, CLUSTER_IP, policy) == at_cluster_ip
@@ -107,7 +107,7 @@ def test_policy_and_sender_decide_whom_a_client_meets_and_whose_address_is_seen(
         pytest.param(ITP, POD, NEAR, ALL_M, id="pod, iTP Local"),
     ],
 )
-def test_where_pods_cannot_be_told_nobodys_address_is_replaced_at_cluster_ips_and_no_pod_is_short_circuited(
+def test_without_a_pod_detector_no_address_is_replaced_at_cluster_ips_and_no_pod_is_short_circuited(
     policy: Mapping[str, Any], sender: Sender, at_cluster_ip: str, from_outside: str
 ) -> None:
     """M1. The node's own address is the node's, whoever sends."""
@@ -121,7 +121,7 @@ def test_where_pods_cannot_be_told_nobodys_address_is_replaced_at_cluster_ips_an
 @pytest.mark.parametrize("policy", [CLUSTER, ETP, ITP])
 @pytest.mark.parametrize("portal", [CLUSTER_IP, *FROM_OUTSIDE])
 @pytest.mark.parametrize("sender", Sender)
-def test_where_nobody_is_anywhere_everybody_is_refused(
+def test_a_service_port_without_endpoints_is_rejected(
     policy: Mapping[str, Any], portal: Portal, sender: Sender
 ) -> None:
     """N1."""
@@ -139,7 +139,7 @@ def test_where_nobody_is_anywhere_everybody_is_refused(
         pytest.param(ETP, ANYBODY, "R m", DROP, id="eTP Local, external"),
     ],
 )
-def test_where_somebody_is_but_not_here_local_traffic_is_dropped(
+def test_traffic_of_policy_local_is_dropped_if_all_endpoints_are_elsewhere(
     policy: Mapping[str, Any], sender: Sender, at_cluster_ip: str, from_outside: str
 ) -> None:
     """N2."""
@@ -178,7 +178,7 @@ def ep(name: str) -> Endpoint:
         pytest.param((), REJECT, REJECT, REJECT, id="all are gone"),
     ],
 )
-def test_while_endpoints_terminate_they_serve_whom_no_ready_one_does(
+def test_terminating_endpoints_serve_if_none_is_ready(
     endpoints: tuple[str, ...], pod_at_cluster_ip: str, external_if_local: str, external_if_cluster: str
 ) -> None:
     given = list(map(ep, endpoints))
@@ -212,7 +212,7 @@ def test_only_a_transparent_service_has_transparent_listeners(policy: Mapping[st
     assert not any(listener.transparent for listener in listeners(given, detects_pods=True))
 
 
-def test_without_policies_one_route_for_everybody_and_one_listener_are_enough() -> None:
+def test_without_policies_a_portal_has_one_route_and_one_listener() -> None:
     given = service_port(CLUSTER, SourceIP.NODE)
 
     found = list(routes(given, 4, reach(given, [LOCAL], HERE), detects_pods=True))

@@ -32,7 +32,7 @@ def test_a_service_port_is_dialled_at_each_of_its_addresses_and_at_its_node_port
     )
 
 
-def test_who_comes_from_outside_dials_anything_but_the_cluster_ips() -> None:
+def test_external_portals_are_all_but_the_cluster_ips() -> None:
     port = ServicePort(
         NAME, 80, ("10.96.0.1",), node_port=30_080, external_ips=("1.2.3.4",), load_balancer_ips=("5.6.7.8",)
     )

@@ -20,29 +20,29 @@ GONE = Endpoint("10.0.0.5", 80, ready=False, serving=False, terminating=True)
 PUBLISHED = Endpoint("10.0.0.6", 80, ready=True, serving=False, terminating=True)
 
 
-def test_while_one_is_ready_only_ready_ones_take_traffic() -> None:
+def test_only_ready_endpoints_take_traffic_if_there_are_any() -> None:
     assert usable_endpoints([LEAVING, READY, STARTING, UNREADY_SERVING, GONE]) == (READY,)
 
 
-def test_when_none_is_ready_those_that_still_serve_while_they_end_take_it() -> None:
+def test_if_none_is_ready_endpoints_that_serve_while_terminating_take_traffic() -> None:
     assert usable_endpoints([LEAVING, STARTING, UNREADY_SERVING, GONE]) == (LEAVING,)
 
 
-def test_one_that_neither_is_ready_nor_ends_never_takes_traffic() -> None:
+def test_an_endpoint_that_is_neither_ready_nor_terminating_takes_no_traffic() -> None:
     """C4."""
     assert usable_endpoints([STARTING, UNREADY_SERVING, GONE]) == ()
 
 
-def test_ready_counts_whatever_else_is_said() -> None:
+def test_a_ready_endpoint_takes_traffic_independent_of_other_conditions() -> None:
     assert usable_endpoints([PUBLISHED, LEAVING]) == (PUBLISHED,)
 
 
-def test_flows_may_stay_wherever_something_still_answers() -> None:
+def test_udp_flows_may_stay_with_endpoints_that_still_serve() -> None:
     """U1: whatever `ready` and `terminating` say."""
     assert serving_endpoints([READY, LEAVING, STARTING, UNREADY_SERVING, GONE]) == (READY, LEAVING, UNREADY_SERVING)
 
 
-def test_an_iterator_is_read_once_and_still_falls_back() -> None:
+def test_usable_endpoints_of_an_iterator_fall_back_too() -> None:
     assert usable_endpoints(iter([LEAVING, STARTING])) == (LEAVING,)
 
 
@@ -158,7 +158,7 @@ FOR_NODES = (ep(1, "here", "zone-a", "here"), ep(2, "other", "zone-a", "other"),
         pytest.param(BOTH, HERE, (ep(1, "here", **STARTING_UP),), set(), set(), False, id="neither R nor S nor T"),
     ],
 )
-def test_which_endpoints_can_be_reached_by_which_policy(
+def test_traffic_policies_select_the_reachable_endpoints(
     policy: Mapping[str, Any],
     node: Node,
     endpoints: tuple[Endpoint, ...],

@@ -47,7 +47,7 @@ def test_documents_begin_at_their_separator_and_know_their_line() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "---\n", "# words\n---\n---\n# more\n", "%YAML 1.1\n---\n", "---\n...\n"])
-def test_what_holds_no_content_is_no_document(text: str) -> None:
+def test_a_part_without_content_is_no_document(text: str) -> None:
     assert list(split("f", text)) == []
 
 
@@ -210,7 +210,7 @@ def test_a_long_or_unprintable_name_is_shown_shortened_in_one_line() -> None:
     assert str(problem).isprintable()
 
 
-def test_a_document_that_nobody_thought_of_is_a_problem_with_a_trace_and_stops_nobody(
+def test_an_unexpected_exception_for_a_document_is_logged_and_stops_no_other(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     document = Document("f", 7, None)  # type: ignore[arg-type]  # stands for a bug of ours
@@ -234,7 +234,7 @@ def test_a_kind_that_ends_in_list_but_has_no_items_is_an_object() -> None:
     assert only_manifest("kind: IPAllowList\nmetadata: {name: x}\nitems: {a: b}\n").object is None
 
 
-def test_a_service_of_somebody_elses_api_is_not_ours() -> None:
+def test_a_service_of_another_api_group_is_skipped() -> None:
     assert only_manifest("apiVersion: serving.knative.dev/v1\n" + SERVICE).object is None
     assert only_manifest("apiVersion: v1\n" + SERVICE).object is not None
 
@@ -305,7 +305,7 @@ def test_a_text_that_is_no_manifest_is_told_apart_with_its_line(text: str, line:
 
 
 @pytest.mark.parametrize("text", ["[" * 2_000 + "]" * 2_000, "{kind: " * 2_000 + "}" * 2_000])
-def test_a_text_that_is_nested_a_thousand_times_harms_nobody(text: str) -> None:
+def test_deep_nesting_is_a_problem_and_no_crash(text: str) -> None:
     assert only_problem(text).where == "f:1"
 
 

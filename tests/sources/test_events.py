@@ -50,7 +50,7 @@ async def until(is_so: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_the_api_server_takes_what_is_said_of_a_node_and_of_a_service(
+async def test_the_api_server_accepts_events_on_a_node_and_on_a_service(
     server: ApiServer, recorder: EventRecorder
 ) -> None:
     recorder.normal(NODE, "Starting", "userspace-proxy 1")
@@ -67,7 +67,7 @@ async def test_the_api_server_takes_what_is_said_of_a_node_and_of_a_service(
     assert second["reportingInstance"] == "userspace-proxy-node-1"
 
 
-async def test_what_is_said_again_is_told_once_and_counted_later(
+async def test_a_repeated_event_is_sent_once_and_counted_later(
     server: ApiServer, recorder: EventRecorder, clock: FakeClock
 ) -> None:
     for _ in range(5):
@@ -81,7 +81,7 @@ async def test_what_is_said_again_is_told_once_and_counted_later(
     assert len(server.events) == 1
 
 
-async def test_an_event_that_the_server_has_forgotten_is_made_anew(
+async def test_an_event_that_the_server_deleted_is_created_again(
     server: ApiServer, recorder: EventRecorder, clock: FakeClock
 ) -> None:
     recorder.warn(SERVICE, "BadAnnotation", "no such thing")
@@ -104,7 +104,7 @@ async def test_a_server_that_is_away_or_busy_is_asked_again(server: ApiServer, r
     assert recorder.lost == 0
 
 
-async def test_what_may_not_be_told_is_lost_and_the_next_is_told(
+async def test_an_event_that_the_server_rejects_is_lost_and_the_next_is_sent(
     server: ApiServer, recorder: EventRecorder, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.forbidden.add(EVENTS.format(namespace="shop"))
@@ -117,7 +117,9 @@ async def test_what_may_not_be_told_is_lost_and_the_next_is_told(
     assert "Events are lost, only the log has them: status 403" in caplog.text
 
 
-async def test_a_flood_is_told_in_part_and_holds_nobody_up(server: ApiServer, recorder: EventRecorder) -> None:
+async def test_a_flood_of_events_is_sent_in_part_and_blocks_no_caller(
+    server: ApiServer, recorder: EventRecorder
+) -> None:
     for number in range(1_000):
         recorder.warn(ObjectReference("Service", NamespacedName("shop", f"web-{number}")), "BadAnnotation", "")
     assert recorder.lost == 900, "so many are waiting, the others are in the log"
@@ -134,7 +136,7 @@ async def test_a_long_note_is_cut_between_characters(server: ApiServer, recorder
     assert server.events[0]["note"] == "é" * 512
 
 
-async def test_without_a_cluster_the_log_has_it_once(caplog: pytest.LogCaptureFixture) -> None:
+async def test_without_a_cluster_an_event_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     recorder = EventRecorder()
     with caplog.at_level(logging.INFO):
         recorder.warn(SERVICE, "BadAnnotation", "no such thing")

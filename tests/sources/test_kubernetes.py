@@ -132,7 +132,7 @@ def config(server: ApiServer, tmp_path: Path) -> Path:
 # ---- what is told
 
 
-async def test_all_kinds_are_told_and_then_once_that_they_were(server: ApiServer, config: Path) -> None:
+async def test_every_kind_is_listed_before_synced_is_yielded_once(server: ApiServer, config: Path) -> None:
     await server.put(SERVICES, service("web"))
     await server.put(SLICES, endpoint_slice("web-1"))
     await server.put(NODES, node("node-1"))
@@ -204,9 +204,7 @@ async def test_services_of_other_proxies_and_headless_ones_are_left_out(server: 
         await told.until(lambda: told.names("Service") == [])
 
 
-async def test_an_api_that_cannot_choose_services_by_cluster_ip_is_asked_without(
-    server: ApiServer, config: Path
-) -> None:
+async def test_an_api_that_lacks_the_cluster_ip_selector_is_asked_without_it(server: ApiServer, config: Path) -> None:
     """Before Kubernetes 1.31; found with a real 1.20."""
     server.knows_watch_list = server.knows_cluster_ip_field = False
     await server.put(SERVICES, service("ours"))
@@ -233,7 +231,7 @@ async def test_an_older_api_server_behind_the_same_address_may_answer_the_next_w
         await told.until(lambda: not told.source.problems)
 
 
-async def test_a_proxy_with_a_name_is_told_exactly_the_services_that_name_it(server: ApiServer, config: Path) -> None:
+async def test_a_named_proxy_follows_exactly_the_services_that_name_it(server: ApiServer, config: Path) -> None:
     for name in ("mine", "other"):
         await server.put(SERVICES, service(name, proxy=name))
     await server.put(SERVICES, service("unnamed"))
@@ -245,7 +243,7 @@ async def test_a_proxy_with_a_name_is_told_exactly_the_services_that_name_it(ser
 # ---- what goes wrong
 
 
-async def test_an_api_that_is_down_is_a_problem_with_a_time_and_nothing_is_taken_back(
+async def test_an_api_that_is_down_is_a_problem_with_a_time_and_deletes_nothing(
     server: ApiServer, config: Path
 ) -> None:
     await server.put(SERVICES, service("web"))
@@ -260,7 +258,7 @@ async def test_an_api_that_is_down_is_a_problem_with_a_time_and_nothing_is_taken
         assert told.synced == 1
 
 
-async def test_one_kind_that_fails_stops_no_other(server: ApiServer, config: Path) -> None:
+async def test_a_failing_watch_of_one_kind_stops_no_other(server: ApiServer, config: Path) -> None:
     async with following(config) as told:
         server.forbidden.add(SLICES)
         server.cut()
@@ -269,7 +267,7 @@ async def test_one_kind_that_fails_stops_no_other(server: ApiServer, config: Pat
         await told.until(lambda: told.names("Service") == ["web"])
 
 
-async def test_a_bug_in_one_reflector_is_not_silence(server: ApiServer, config: Path) -> None:
+async def test_a_bug_in_one_reflector_is_raised(server: ApiServer, config: Path) -> None:
     transport = ApiTransport(config)
     await transport.open()
     following_ = reflectors(transport, "node-1", "", QUICK, random.Random(1))
@@ -390,7 +388,7 @@ async def test_credentials_that_are_refused_for_long_are_a_problem(server: ApiSe
         await told.until(lambda: "401 Unauthorized" in told.source.problems.get("services", ""))
 
 
-async def test_a_server_that_asks_for_patience_is_followed_afterwards(server: ApiServer, config: Path) -> None:
+async def test_a_server_that_sends_retry_after_is_followed_afterwards(server: ApiServer, config: Path) -> None:
     server.refusals += [Refusal(429, {"Retry-After": "0"})] * 3
     async with following(config) as told:
         assert told.synced == 1
@@ -469,14 +467,14 @@ async def test_a_kubeconfig_that_is_not_there_is_refused_at_once(tmp_path: Path)
         await ApiTransport(tmp_path / "nothing").open()
 
 
-async def test_who_is_in_no_pod_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_in_cluster_outside_of_a_pod_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
 
     with pytest.raises(StartError, match="--in-cluster: no login: Service host/port is not set"):
         await ApiTransport(None).open()
 
 
-def test_whoever_serves_files_pays_for_none_of_this() -> None:
+def test_serving_files_imports_no_cluster_library() -> None:
     code = "import sys; import userspace_proxy.runtime.app, userspace_proxy.cli; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.control.lint.given import findings
+from tests.control.given import findings
 
 SERVICE = """\
 apiVersion: v1
@@ -27,7 +27,7 @@ status: {podIP: 10.244.0.5}
 LOST = "".join(row.lstrip(" ") for row in SERVICE.partition("---")[0].splitlines(keepends=True))
 
 
-def test_what_is_whole_has_nothing_to_name() -> None:
+def test_a_correct_text_has_no_sign_of_copying() -> None:
     assert findings(SERVICE) == []
 
 

@@ -150,7 +150,7 @@ async def server(request: pytest.FixtureRequest) -> AsyncIterator[ApiServer]:
 # ---- all well
 
 
-async def test_what_is_there_comes_first_and_at_once(server: ApiServer) -> None:
+async def test_the_first_batch_holds_all_objects(server: ApiServer) -> None:
     for index in range(5):
         await server.put(SERVICES, service(f"s{index}", index + 1))
 
@@ -160,12 +160,12 @@ async def test_what_is_there_comes_first_and_at_once(server: ApiServer) -> None:
         assert follower.reflector.stats.failing_since is None
 
 
-async def test_an_empty_cluster_is_told_as_such(server: ApiServer) -> None:
+async def test_an_empty_cluster_yields_synced(server: ApiServer) -> None:
     async with following(server) as follower:
         assert (follower.batches, follower.ports) == (1, {})
 
 
-async def test_each_change_is_told(server: ApiServer) -> None:
+async def test_each_change_is_yielded(server: ApiServer) -> None:
     async with following(server) as follower:
         await server.put(SERVICES, service("a"))
         await server.put(SERVICES, service("b"))
@@ -176,7 +176,7 @@ async def test_each_change_is_told(server: ApiServer) -> None:
         assert follower.told == [("a", 80), ("b", 80), ("a", 81), ("b", None)]
 
 
-async def test_who_is_selected_no_more_is_gone(server: ApiServer) -> None:
+async def test_a_pod_that_is_no_longer_selected_is_no_endpoint(server: ApiServer) -> None:
     async with following(server, {"labelSelector": "!other-proxy"}) as follower:
         await server.put(SERVICES, service("a"))
         await follower.until(lambda: follower.ports == {"a": 80})
@@ -192,7 +192,7 @@ async def test_objects_of_five_megabytes_pass(server: ApiServer) -> None:
         await follower.until(lambda: follower.ports == {"big": 80})
 
 
-async def test_a_watch_that_the_server_ends_in_order_is_followed_by_the_next_from_there(server: ApiServer) -> None:
+async def test_a_watch_that_ends_regularly_is_continued_at_its_last_version(server: ApiServer) -> None:
     async with following(server) as follower:
         await server.put(SERVICES, service("a"))
         await follower.until(lambda: follower.ports == {"a": 80})
@@ -204,7 +204,7 @@ async def test_a_watch_that_the_server_ends_in_order_is_followed_by_the_next_fro
         assert follower.told == [("a", 80), ("b", 80)]
 
 
-async def test_there_is_never_more_than_one_watch(server: ApiServer) -> None:
+async def test_a_reflector_has_at_most_one_watch(server: ApiServer) -> None:
     async with following(server) as follower:
         for index in range(6):
             server.faults.append(Fault.RESET if index % 2 else Fault.END)
@@ -218,7 +218,7 @@ async def test_there_is_never_more_than_one_watch(server: ApiServer) -> None:
 
 
 @pytest.mark.parametrize("fault", list(Fault))
-async def test_after_any_fault_what_was_told_is_true_again(server: ApiServer, fault: Fault) -> None:
+async def test_a_reflector_recovers_from_any_fault(server: ApiServer, fault: Fault) -> None:
     await server.put(SERVICES, service("a"))
     await server.put(SERVICES, service("b"))
     async with following(server) as follower:
@@ -231,7 +231,7 @@ async def test_after_any_fault_what_was_told_is_true_again(server: ApiServer, fa
         assert follower.ports == {"a": 81, "c": 80}
 
 
-async def test_what_was_deleted_while_nobody_heard_is_deleted_by_the_next_list(server: ApiServer) -> None:
+async def test_an_object_deleted_while_disconnected_is_deleted_by_the_next_list(server: ApiServer) -> None:
     await server.put(SERVICES, service("a"))
     await server.put(SERVICES, service("b"))
     async with following(server) as follower:
@@ -244,7 +244,7 @@ async def test_what_was_deleted_while_nobody_heard_is_deleted_by_the_next_list(s
         assert follower.reflector.stats.relists == 2
 
 
-async def test_a_server_that_is_gone_for_a_while_costs_nothing_that_was_told(server: ApiServer) -> None:
+async def test_a_lost_server_deletes_no_object(server: ApiServer) -> None:
     await server.put(SERVICES, service("a"))
     async with following(server) as follower:
         await server.stop()
@@ -258,7 +258,7 @@ async def test_a_server_that_is_gone_for_a_while_costs_nothing_that_was_told(ser
         await follower.until(lambda: follower.reflector.stats.failing_since is None)
 
 
-async def test_a_server_that_is_there_and_says_nothing_is_noticed(server: ApiServer) -> None:
+async def test_a_silent_watch_is_detected(server: ApiServer) -> None:
     async with following(server) as follower:
         server.bookmark_s = 60.0
         server.cut()
@@ -274,7 +274,7 @@ async def test_a_server_that_is_there_and_says_nothing_is_noticed(server: ApiSer
         assert stats.failing_since is None
 
 
-async def test_a_server_that_takes_connections_and_answers_nothing_is_noticed(server: ApiServer) -> None:
+async def test_a_server_that_never_answers_is_detected(server: ApiServer) -> None:
     server.is_frozen = True
     async with following(server, listed=False) as follower:
         await follower.until(lambda: "does not answer" in follower.reflector.stats.why)
@@ -283,7 +283,7 @@ async def test_a_server_that_takes_connections_and_answers_nothing_is_noticed(se
 
 
 @pytest.mark.parametrize("status", [401, 403, 429, 500, 503])
-async def test_a_refusal_is_overcome_and_said(server: ApiServer, status: int) -> None:
+async def test_a_refused_request_is_retried_and_logged(server: ApiServer, status: int) -> None:
     async with following(server) as follower:
         server.refusals += [Refusal(status)] * 4
         server.cut()
@@ -300,7 +300,7 @@ async def test_a_server_that_names_a_time_is_not_asked_before_it(server: ApiServ
         await follower.until(lambda: max(follower.waits) >= QUICK.refused_max_s)
 
 
-async def test_credentials_that_expire_are_told_from_a_server_that_is_down(server: ApiServer) -> None:
+async def test_expired_credentials_are_distinguished_from_a_server_that_is_down(server: ApiServer) -> None:
     """The first 401 is answered at once: the transport has read its credentials again by then."""
     server.token = "first"
     async with following(server, listed=False) as follower:
@@ -370,7 +370,7 @@ async def test_an_object_that_makes_no_sense_stops_no_other_and_keeps_its_last_g
         await follower.until(lambda: not follower.reflector.problems)
 
 
-async def test_who_asks_anew_is_told_all_once_more(server: ApiServer) -> None:
+async def test_a_second_reader_gets_every_object_again(server: ApiServer) -> None:
     await server.put(SERVICES, service("a"))
     async with following(server) as follower:
         await server.put(SERVICES, service("b"))
@@ -428,7 +428,7 @@ async def live_through(server: ApiServer, history: list[tuple[str, Any]]) -> Non
 @pytest.mark.parametrize("factory", [uvloop.new_event_loop, asyncio.new_event_loop], ids=["uvloop", "asyncio"])
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(history=histories(), watch_list=st.booleans(), seed=st.integers(0, 99))
-def test_any_history_ends_with_the_truth(
+def test_any_history_of_faults_ends_with_the_servers_objects(
     factory: Callable[[], asyncio.AbstractEventLoop], history: list[tuple[str, Any]], watch_list: bool, seed: int
 ) -> None:
     async def check() -> None:

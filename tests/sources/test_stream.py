@@ -12,7 +12,7 @@ from userspace_proxy.sources.stream import LineSplitter
 
 
 @given(st.binary().map(lambda stream: stream + b"\n"), st.lists(st.integers(0, 60)))
-def test_however_a_stream_is_cut_the_same_lines_come_out(stream: bytes, cuts: list[int]) -> None:
+def test_lines_do_not_depend_on_the_chunks_of_a_stream(stream: bytes, cuts: list[int]) -> None:
     edges = [0, *sorted(cuts), len(stream)]
     splitter = LineSplitter(1_000)
 

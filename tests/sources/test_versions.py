@@ -12,7 +12,7 @@ A, B = NamespacedName("default", "a"), NamespacedName("default", "b")
 
 
 @given(st.data())
-def test_any_order_and_any_repetition_of_writes_ends_with_the_last_of_each(data: st.DataObject) -> None:
+def test_reordered_and_repeated_writes_end_with_the_latest_versions(data: st.DataObject) -> None:
     kinds = data.draw(st.lists(st.tuples(st.sampled_from([A, B]), st.booleans()), min_size=1, max_size=8))
     writes = [(version, name, lives) for version, (name, lives) in enumerate(kinds, start=10)]
     heard = data.draw(st.permutations(writes + data.draw(st.lists(st.sampled_from(writes)))))
@@ -38,7 +38,7 @@ def test_a_list_tells_what_differs_and_what_is_gone() -> None:
     assert told.replace({A: 7, B: 8}, 9) == ([A, B], [])
 
 
-def test_what_a_list_or_a_bookmark_covers_is_old() -> None:
+def test_versions_covered_by_a_list_or_a_bookmark_are_old() -> None:
     told = Versions()
     told.replace({}, 5)
     assert not told.sets(A, 5)
@@ -58,7 +58,7 @@ def test_a_cluster_restored_from_a_backup_begins_at_older_versions() -> None:
     assert told.sets(A, 101)
 
 
-def test_what_was_forgotten_is_told_again() -> None:
+def test_forgotten_versions_are_reported_again() -> None:
     told = Versions()
     told.replace({A: 1, B: 2}, 5)
     told.forget()

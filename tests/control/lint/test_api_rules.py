@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.control.lint.given import faults as faults_in
+from tests.control.given import faults as faults_in
 from userspace_proxy import api
 from userspace_proxy.control.lint import Finding
 from userspace_proxy.control.lint.api_rules import RULES, Rule

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.control.lint.given import OPTIONS, faults, findings
+from tests.control.given import OPTIONS, faults, findings
 from userspace_proxy.control.lint import Linter, LintOptions
 from userspace_proxy.sources.documents import parse
 from userspace_proxy.sources.lines import Document
@@ -84,7 +84,7 @@ spec:
         SLICE.lstrip("-\n").replace("kubernetes.io/service-name: web", "multicluster.kubernetes.io/service-name: web"),
     ],
 )
-def test_where_clients_are_served_nothing_is_said(text: str) -> None:
+def test_a_served_service_has_no_finding(text: str) -> None:
     assert findings(text) == []
 
 
@@ -144,7 +144,7 @@ def test_what_is_only_incomplete_here_is_a_note(text: str, field: str) -> None:
     assert (found.severity, found.field) == ("note", field)
 
 
-def test_a_fault_of_a_service_brings_none_that_follows_from_it() -> None:
+def test_the_consequences_of_a_fault_are_not_named() -> None:
     text = SERVICE.replace("name: http, port: 80", "name: http, port: 80, protocol: tcp") + SLICE
 
     assert [found.field for found in faults(text)] == ["spec.ports[0].protocol"]
@@ -215,7 +215,7 @@ def test_that_no_endpoint_is_on_this_node_is_a_note_where_a_policy_wants_one() -
     assert (found.severity, found.field) == ("note", "spec.internalTrafficPolicy")
 
 
-def test_a_port_that_cannot_be_proxied_brings_nothing_else() -> None:
+def test_a_port_that_cannot_be_proxied_is_one_finding() -> None:
     text = (
         SERVICE.replace("{name: http, port: 80}, {name: more, port: 81}", "{name: http, port: 80, protocol: SCTP}")
         + SLICE

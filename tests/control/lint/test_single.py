@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.control.lint.given import faults, findings
+from tests.control.given import faults, findings
 
 SERVICE = """\
 apiVersion: v1
