@@ -189,7 +189,12 @@ def _refuse_unknown(parent: str, name: str) -> NoReturn:
 # ---- understanding
 
 
-# What is so here whether it is asked for or not.
+# Defaults of addresses to listen at if bindAddress is "::".
+_IPV6_ADDRESSES = (
+    ("healthz_bind_address", f"[::]:{HEALTHZ_PORT}"),
+    ("metrics_bind_address", f"[::1]:{METRICS_PORT}"),
+)
+# Values that are always in force here.
 _AS_WE_DO: list[tuple[str, object]] = [
     ("mode", "userspace"),
     ("iptables.localhostNodePorts", True),
@@ -200,7 +205,7 @@ _AS_WE_DO: list[tuple[str, object]] = [
 
 
 def _understood(config: Any) -> Configuration:
-    """Return the settings that *config* means.
+    """Return the settings with the meaning of the fields of *config*.
 
     Raises:
         ConfigError: a value makes no sense.
@@ -208,16 +213,15 @@ def _understood(config: Any) -> Configuration:
     understood = Configuration()
     meanings = fields_in(config.mode if config.mode in KERNEL_MODES else "userspace")
     for path, value in _set_fields(config):
+        if (path, value) in _AS_WE_DO:
+            continue
         try:
-            if (path, value) in _AS_WE_DO:
-                continue
             if path in meanings:
                 name, kind = meanings[path]
                 understood.settings[name] = kind.decode(value)
             elif path == "bindAddress" and (address := ipaddress.ip_address(value)).is_unspecified:
-                if address.version == 6:
-                    understood.settings.setdefault("healthz_bind_address", f"[::]:{HEALTHZ_PORT}")
-                    understood.settings.setdefault("metrics_bind_address", f"[::1]:{METRICS_PORT}")
+                for name, at in _IPV6_ADDRESSES if address.version == 6 else ():
+                    understood.settings.setdefault(name, at)
             else:
                 understood.named.append(f"{path}: {value!r}" if isinstance(value, str) else path)
         except ValueError as error:

@@ -73,24 +73,13 @@ class Advisor:
 
     def _look(self) -> tuple[list[Finding], list[Finding]]:
         """Check the queued documents; return the new findings, and the faults that are fixed."""
-        touched: dict[_Text, None] = {}
-        while self._changes:
-            gone, came = self._changes.popleft()
-            for document in gone:
-                self._counts[document.path, document.text] -= 1
-                touched[document.path, document.text] = None
-            for document in came:
-                self._counts[document.path, document.text] += 1
-                self._line_of[document.path, document.text] = document.line
-                touched[document.path, document.text] = None
-        for text in touched:
+        for text in self._take_changes():
             if self._counts[text] <= 0:
                 del self._counts[text]
                 self._line_of.pop(text, None)
                 for manifest in self._known.pop(text, ()):
                     self._linter.remove(manifest)
-        for text in touched:
-            if self._counts.get(text) and text not in self._known:
+            elif text not in self._known:
                 manifests, _ = parse(Document(text[0], 1, text[1]), for_check=True)
                 for manifest in manifests:
                     self._linter.add(manifest)
@@ -98,6 +87,19 @@ class Advisor:
         while self._linter.work():
             pass
         return self._compare(self._linter.take_changed())
+
+    def _take_changes(self) -> list[_Text]:
+        """Count the queued documents; return those that changed, disappeared ones first."""
+        touched: dict[_Text, None] = {}
+        while self._changes:
+            gone, came = self._changes.popleft()
+            for document, step in (*((each, -1) for each in gone), *((each, 1) for each in came)):
+                text = document.path, document.text
+                touched[text] = None
+                self._counts[text] += step
+                if step > 0:
+                    self._line_of[text] = document.line
+        return sorted(touched, key=lambda text: self._counts[text] > 0)
 
     def _compare(self, changed: dict[Hashable, list[Diagnostic]]) -> tuple[list[Finding], list[Finding]]:
         news, ended = [], []

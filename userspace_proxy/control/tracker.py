@@ -16,6 +16,7 @@ from types import MappingProxyType
 from userspace_proxy import api
 from userspace_proxy.control import decode
 from userspace_proxy.control.allocations import Allocations
+from userspace_proxy.control.label_index import LabelIndex
 from userspace_proxy.errors import ConfigError
 from userspace_proxy.interfaces import EventType, ObjectEvent, Origin
 from userspace_proxy.model.dns_names import ServiceNames
@@ -24,9 +25,6 @@ from userspace_proxy.model.names import NamespacedName, ServicePortName
 from userspace_proxy.model.service import ServicePort, SourceIP
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import Node
-
-# Namespace, label and value: the index from a Pod to the Services that select it, and back.
-LabelKey = tuple[str, str, str]
 
 log = logging.getLogger(__name__)
 
@@ -65,9 +63,7 @@ class Tracker:
         self._service_of_slice: dict[NamespacedName, NamespacedName] = {}
         self._endpoints: dict[NamespacedName, api.Endpoints] = {}
         self._pods: dict[NamespacedName, api.Pod] = {}
-        self._pods_by_label: dict[LabelKey, dict[NamespacedName, api.Pod]] = defaultdict(dict)
-        self._selecting: dict[LabelKey, set[NamespacedName]] = defaultdict(set)
-        self._label_keys_of: dict[NamespacedName, tuple[LabelKey, ...]] = {}
+        self._pods_by_label = LabelIndex[api.Pod]()
         self._changed: set[NamespacedName] = set()
         self._ports_of: dict[NamespacedName, tuple[ServicePortName, ...]] = {}
         self._service_ports: dict[ServicePortName, ServicePort] = {}
@@ -132,7 +128,7 @@ class Tracker:
             self._services.pop(name, None)
             self._origins.pop(name, None)
         self._faults.pop(name, None)
-        self._find_by_labels(name)
+        self._index_selectors(name)
         self._changed.add(name)
 
     def _report(
@@ -151,19 +147,11 @@ class Tracker:
             log.error("%s%s", said, "; its last good version goes on serving" if kept else "")
         problems[name] = said
 
-    def _find_by_labels(self, name: NamespacedName) -> None:
+    def _index_selectors(self, name: NamespacedName) -> None:
         """Index *name* by the selectors of its latest version and of the served one."""
         versions = (self._services.get(name), self._served.get(name))
         selectors = [v.spec.selector for v in versions if v is not None and v.spec is not None and v.spec.selector]
-        keys = tuple(dict.fromkeys(_label_key(name.namespace, selector) for selector in selectors))
-        for key in self._label_keys_of.pop(name, ()):
-            self._selecting[key].discard(name)
-            if not self._selecting[key]:
-                del self._selecting[key]
-        for key in keys:
-            self._selecting[key].add(name)
-        if keys:
-            self._label_keys_of[name] = keys
+        self._pods_by_label.set_selectors(name, selectors)
 
     def _set_slice(self, name: NamespacedName, given: object) -> None:
         before = self._service_of_slice.pop(name, None)
@@ -187,17 +175,11 @@ class Tracker:
         self._changed.add(name)
 
     def _set_pod(self, name: NamespacedName, given: object) -> None:
-        before = self._pods.pop(name, None)
-        for key in _label_keys(name.namespace, before):
-            self._pods_by_label[key].pop(name, None)
-            if not self._pods_by_label[key]:
-                del self._pods_by_label[key]
-            self._changed |= self._selecting.get(key, set())
+        if (before := self._pods.pop(name, None)) is not None:
+            self._changed |= self._pods_by_label.remove(name, name.namespace, before.metadata.labels or {})
         if isinstance(given, api.Pod):
             self._pods[name] = given
-            for key in _label_keys(name.namespace, given):
-                self._pods_by_label[key][name] = given
-                self._changed |= self._selecting.get(key, set())
+            self._changed |= self._pods_by_label.add(name, name.namespace, given.metadata.labels or {}, given)
 
     def _set_node(self, name: NamespacedName, given: object) -> None:
         if name.name != self._here.name:
@@ -230,6 +212,20 @@ class Tracker:
             self._state = replace(self._state, service_cidrs=service_cidrs)
         if not self._changed:
             return self._state
+        changed = self._work_out_changed()
+        self._state = replace(
+            self._state,
+            service_ports=MappingProxyType(dict(self._service_ports)),
+            endpoints=MappingProxyType(dict(self._endpoints_of)),
+        )
+        if self._has_names:
+            for name in changed:
+                self._name(name)
+            self._state = replace(self._state, names=MappingProxyType(dict(self._names)))
+        return self._state
+
+    def _work_out_changed(self) -> set[NamespacedName]:
+        """Compute the Services that changes concern anew; return their names."""
         changed, self._changed = self._changed, set()
         changed |= self._conflicts.keys()  # the cause of a conflict may be gone
         present: dict[NamespacedName, api.Service] = {}
@@ -251,16 +247,7 @@ class Tracker:
             present = {
                 name: self._services[name] for name in self._allocations.take_evicted() if name in self._services
             }
-        self._state = replace(
-            self._state,
-            service_ports=MappingProxyType(dict(self._service_ports)),
-            endpoints=MappingProxyType(dict(self._endpoints_of)),
-        )
-        if self._has_names:
-            for name in changed:
-                self._name(name)
-            self._state = replace(self._state, names=MappingProxyType(dict(self._names)))
-        return self._state
+        return changed
 
     def _name(self, name: NamespacedName) -> None:
         """Work out what DNS says of *name*; an equal value stays the same object."""
@@ -291,7 +278,7 @@ class Tracker:
         self._conflicts.pop(name, None)
         self._blemishes.pop(name, None)
         if self._served.pop(name, None) is not None:
-            self._find_by_labels(name)
+            self._index_selectors(name)
         self._replace(name, {}, {})
 
     def _work_out(self, name: NamespacedName, service: api.Service) -> None:
@@ -313,7 +300,7 @@ class Tracker:
             self._blemishes.pop(name, None)
         if self._served.get(name) is not service:
             self._served[name] = service
-            self._find_by_labels(name)
+            self._index_selectors(name)
 
     def _serve(self, name: NamespacedName, service: api.Service, allocation: decode.Allocation) -> list[ConfigError]:
         """Compute the ports of *service* and their endpoints; return the problems of its parts."""
@@ -344,8 +331,9 @@ class Tracker:
         selector = service.spec.selector if service.spec else None
         if not selector:
             return []
-        candidates = self._pods_by_label.get(_label_key(name.namespace, selector), {})
-        return [pod for _, pod in sorted(candidates.items()) if selector.items() <= (pod.metadata.labels or {}).items()]
+        candidates = self._pods_by_label.candidates(name.namespace, selector).values()
+        selected = [pod for pod in candidates if selector.items() <= (pod.metadata.labels or {}).items()]
+        return sorted(selected, key=lambda pod: pod.metadata.name)
 
     def _replace(
         self,
@@ -366,14 +354,3 @@ class Tracker:
             if self._endpoints_of.get(port_name) != endpoints[port_name]:
                 self._endpoint_changes.setdefault(port_name, self._endpoints_of.get(port_name, ()))
                 self._endpoints_of[port_name] = endpoints[port_name]
-
-
-def _label_key(namespace: str, selector: Mapping[str, str]) -> LabelKey:
-    """Return the first label of *selector* by name, which every selected Pod must have."""
-    label = min(selector)
-    return namespace, label, selector[label]
-
-
-def _label_keys(namespace: str, pod: api.Pod | None) -> list[LabelKey]:
-    labels = pod.metadata.labels if pod else None
-    return [(namespace, label, value) for label, value in (labels or {}).items()]
