@@ -97,20 +97,22 @@ def from_pods(service: api.Service, pods: Iterable[api.Pod]) -> EndpointsByPort:
     assert spec is not None
     found: dict[PortKey, list[Endpoint]] = defaultdict(list)
     for pod in pods:
-        ips = pod_ips(pod)
-        if not ips or (pod.status and pod.status.phase in ("Succeeded", "Failed")):
-            continue
+        ips = pod_ips(pod) if not has_ended(pod) else []
         answers = is_ready(pod)
         terminating = pod.metadata.deletion_timestamp is not None
         ready = (answers and not terminating) or bool(spec.publish_not_ready_addresses)
-        for port in spec.ports or ():
-            number = target_port(port, pod)
-            if number is None:
-                continue
-            endpoints = found[port_key(port)]
-            node = pod.spec.node_name if pod.spec else None
-            endpoints.extend(Endpoint(ip, number, ready, answers or ready, terminating, node) for ip in ips)
+        node = pod.spec.node_name if pod.spec else None
+        for port in spec.ports or () if ips else ():
+            if (number := target_port(port, pod)) is not None:
+                found[port_key(port)] += [
+                    Endpoint(ip, number, ready, answers or ready, terminating, node) for ip in ips
+                ]
     return found
+
+
+def has_ended(pod: api.Pod) -> bool:
+    """Return whether the containers of *pod* have ended for good."""
+    return pod.status is not None and pod.status.phase in ("Succeeded", "Failed")
 
 
 def pod_ips(pod: api.Pod) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from userspace_proxy import api
 from userspace_proxy.control.decode.addresses import backend_ip, is_port
-from userspace_proxy.control.decode.endpoints import is_ready, pod_ips, target_port
+from userspace_proxy.control.decode.endpoints import has_ended, is_ready, pod_ips, target_port
 from userspace_proxy.control.decode.service_ports import stated_cluster_ips
 from userspace_proxy.model.dns_names import DnsHost, HostGroup, NamedPort, ServiceNames
 from userspace_proxy.model.endpoint import family_of
@@ -55,17 +55,26 @@ def headless_names(
         _add_pods(groups, service, pods, publishes_all=publishes_all)
     else:
         for piece in slices:
-            hosts = groups[_named_ports((port.name, port.protocol, port.port) for port in piece.ports or ())]
-            for item in piece.endpoints or ():
-                ready = item.conditions is None or item.conditions.ready is not False
-                if piece.address_type in ("IPv4", "IPv6") and item.addresses and (ready or publishes_all):
-                    _add(hosts, item.hostname, item.addresses[0])
+            _add_slice(groups, piece, publishes_all=publishes_all)
         for subset in (endpoints.subsets if endpoints else None) or ():
-            hosts = groups[_named_ports((port.name, port.protocol, port.port) for port in subset.ports or ())]
             unready = subset.not_ready_addresses if publishes_all else None
             for address in (*(subset.addresses or ()), *(unready or ())):
-                _add(hosts, address.hostname, address.ip)
+                _add(groups[_ports_of(subset.ports)], address.hostname, address.ip)
     return ServiceNames(groups=tuple(HostGroup(ports, tuple(hosts)) for ports, hosts in groups.items() if hosts))
+
+
+def _add_slice(groups: _Groups, piece: api.EndpointSlice, *, publishes_all: bool) -> None:
+    if piece.address_type not in ("IPv4", "IPv6"):
+        return
+    hosts = groups[_ports_of(piece.ports)]
+    for item in piece.endpoints or ():
+        ready = item.conditions is None or item.conditions.ready is not False
+        if item.addresses and (ready or publishes_all):
+            _add(hosts, item.hostname, item.addresses[0])
+
+
+def _ports_of(ports: Sequence[api.objects.EndpointPort] | None) -> tuple[NamedPort, ...]:
+    return _named_ports((port.name, port.protocol, port.port) for port in ports or ())
 
 
 def _add_pods(groups: _Groups, service: api.Service, pods: Iterable[api.Pod], *, publishes_all: bool) -> None:
@@ -73,9 +82,8 @@ def _add_pods(groups: _Groups, service: api.Service, pods: Iterable[api.Pod], *,
     spec = service.spec
     assert spec is not None
     for pod in pods:
-        if pod.status and pod.status.phase in ("Succeeded", "Failed"):
-            continue
-        if not publishes_all and (not is_ready(pod) or pod.metadata.deletion_timestamp is not None):
+        is_published = publishes_all or (is_ready(pod) and pod.metadata.deletion_timestamp is None)
+        if has_ended(pod) or not is_published:
             continue
         ports = _named_ports((port.name, port.protocol, target_port(port, pod)) for port in spec.ports or ())
         has_hostname = pod.spec is not None and pod.spec.subdomain == service.metadata.name

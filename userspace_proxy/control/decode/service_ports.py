@@ -77,15 +77,11 @@ def service_ports(
     # The families of the cluster IPs are the families of the Service; addresses of another one are skipped (behaviours
     # S5).
     families = set(map(family_of, allocation.cluster_ips))
-    external_ips = tuple(ip for _, ip in _external_ips(spec) if family_of(ip) in families)
-    load_balancer_ips = tuple(
-        ip for ip in load_balancer_ips or allocation.load_balancer_ips if family_of(ip) in families
-    )
+    external_ips = _of_families(families, (ip for _, ip in _external_ips(spec)))
+    load_balancer_ips = _of_families(families, load_balancer_ips or allocation.load_balancer_ips)
     ranges, ranges_problems = _source_ranges(spec, families, load_balancer_ips)
     problems += ranges_problems
-    health_check_node_port = 0
-    if wants_health_check(spec):
-        health_check_node_port = spec.health_check_node_port or allocation.health_check_node_port
+    health_check = spec.health_check_node_port or allocation.health_check_node_port if wants_health_check(spec) else 0
     for index, port in enumerate(spec.ports or ()):
         protocol = port.protocol or "TCP"
         if protocol not in L4Protocol.__members__:
@@ -101,13 +97,13 @@ def service_ports(
             port=port.port,
             cluster_ips=allocation.cluster_ips,
             node_port=(port.node_port or allocation.node_ports.get(port_key(port), 0)) if has_node_ports(spec) else 0,
-            external_ips=tuple(ip for ip in external_ips if ip not in lost) if lost else external_ips,
+            external_ips=_without(lost, external_ips),
             affinity_timeout_s=affinity_timeout_s(spec),
-            load_balancer_ips=tuple(ip for ip in load_balancer_ips if ip not in lost) if lost else load_balancer_ips,
+            load_balancer_ips=_without(lost, load_balancer_ips),
             source_ranges=ranges,
             internal_local=spec.internal_traffic_policy == "Local",
             external_local=spec.external_traffic_policy == "Local",
-            health_check_node_port=health_check_node_port,
+            health_check_node_port=health_check,
             source_ip=wanted,
             ipvs_scheduler=scheduler or "",
             weights=weights or (),
@@ -116,6 +112,14 @@ def service_ports(
             probe=probe,
         )
     return found, problems
+
+
+def _of_families(families: Set[Family], ips: Iterable[str]) -> tuple[str, ...]:
+    return tuple(ip for ip in ips if family_of(ip) in families)
+
+
+def _without(lost: Set[str], ips: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(ip for ip in ips if ip not in lost) if lost else ips
 
 
 def own_portals(service: api.Service, allocation: Allocation) -> Iterator[Portal]:
@@ -132,8 +136,7 @@ def stated_portals(service: api.Service, allocation: Allocation) -> dict[Portal,
     of_ingress, _ = _load_balancer_ips(service)
     fields |= {ip: "status.loadBalancer.ingress" for ip in of_ingress if ip not in fields}
     fields |= {ip: "spec.loadBalancerIP" for ip in allocation.load_balancer_ips if not of_ingress and ip not in fields}
-    ips = [ip for ip in fields if family_of(ip) in families]
-    return {portal: fields[portal.ip] for portal in _portals(service, ips)}
+    return {portal: fields[portal.ip] for portal in _portals(service, _of_families(families, fields))}
 
 
 def _portals(service: api.Service, ips: Iterable[str]) -> Iterator[Portal]:

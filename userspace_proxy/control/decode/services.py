@@ -46,12 +46,10 @@ def check_service(service: api.Service, proxy_name: str = "") -> None:
 
 def service_errors(service: api.Service, proxy_name: str = "") -> Iterator[ConfigError]:
     """Yield every error that rejects the whole *service*."""
-    name, spec = service.metadata.name, service.spec
-    if not _LABEL.fullmatch(name):
-        yield ConfigError(f"{name!r} is not a valid name", field="metadata.name", mend=_as_label(name))
-    namespace = service.metadata.namespace
-    if namespace and not _LABEL.fullmatch(namespace):
-        yield ConfigError(f"{namespace!r} is not a valid name", field="metadata.namespace", mend=_as_label(namespace))
+    metadata, spec = service.metadata, service.spec
+    for field, name in (("metadata.name", metadata.name), ("metadata.namespace", metadata.namespace or "default")):
+        if not _LABEL.fullmatch(name):
+            yield ConfigError(f"{name!r} is not a valid name", field=field, mend=_as_label(name))
     if spec is None:
         yield ConfigError("the Service has no spec", mend="add spec.ports")
         return
@@ -66,16 +64,21 @@ def service_errors(service: api.Service, proxy_name: str = "") -> Iterator[Confi
     yield from _ports_errors(spec.ports or [])
     yield from _affinity_errors(spec)
     yield from _cluster_ips_errors(spec)
+    yield from _policy_errors(spec)
+    yield from _outside_errors(spec)
+
+
+def _outside_errors(spec: api.objects.ServiceSpec) -> Iterator[ConfigError]:
+    """Yield the errors in external IPs and source ranges; empty texts are skipped."""
     for index, ip in enumerate(spec.external_ips or ()):
         if ip.strip():
             yield from virtual_ip_errors(ip, f"spec.externalIPs[{index}]")
-    yield from _policy_errors(spec)
     for index, cidr in enumerate(spec.load_balancer_source_ranges or ()):
-        if cidr.strip():  # a range that is dropped would admit all clients
-            try:
+        try:
+            if cidr.strip():  # without an invalid range all clients would be admitted
                 canonical_cidr(cidr, f"spec.loadBalancerSourceRanges[{index}]")
-            except ConfigError as error:
-                yield error
+        except ConfigError as error:
+            yield error
 
 
 def _policy_errors(spec: api.objects.ServiceSpec) -> Iterator[ConfigError]:
@@ -104,21 +107,24 @@ def _cluster_ips_errors(spec: api.objects.ServiceSpec) -> Iterator[ConfigError]:
     if errors := [error for field, given in [*both, *fields] for error in virtual_ip_errors(given, field)]:
         yield from errors
         return
-    families: set[str] = set()
-    for index, (field, given) in enumerate(fields):
-        ip = canonical_ip(given)
-        family = f"IPv{family_of(ip)}"
-        if family in families:
-            yield ConfigError(f"{ip} is a second one of its family", field=field, mend="keep one for each family")
-        families.add(family)
-        wanted = spec.ip_families[index] if spec.ip_families else family
-        if wanted != family and wanted in _FAMILIES:
-            mend = f"write {family}, or choose an address that is {wanted}"
-            yield ConfigError(f"{ip} is {family}", field=f"spec.ipFamilies[{index}]", mend=mend)
-            break  # the other entry has the same cause
+    yield from _families_errors(spec, [(field, canonical_ip(given)) for field, given in fields])
     if spec.cluster_ips and spec.cluster_ip and canonical_ip(spec.cluster_ip) != canonical_ip(spec.cluster_ips[0]):
         said, mend = "is not the first of spec.clusterIPs", "write the same address in both, or leave one field out"
         yield ConfigError(f"{spec.cluster_ip} {said}", field="spec.clusterIP", mend=mend)
+
+
+def _families_errors(spec: api.objects.ServiceSpec, ips: list[tuple[str, str]]) -> Iterator[ConfigError]:
+    """Yield which of *ips* (with their fields) repeats a family, or has another one than ipFamilies says."""
+    families = [f"IPv{family_of(ip)}" for _, ip in ips]
+    for index, (field, ip) in enumerate(ips):
+        family = families[index]
+        if family in families[:index]:
+            yield ConfigError(f"{ip} is a second one of its family", field=field, mend="keep one for each family")
+        stated = spec.ip_families[index] if spec.ip_families else family
+        if stated != family and stated in _FAMILIES:
+            mend = f"write {family}, or choose an address that is {stated}"
+            yield ConfigError(f"{ip} is {family}", field=f"spec.ipFamilies[{index}]", mend=mend)
+            break  # the other entry has the same cause
 
 
 def _ports_errors(ports: list[api.ServicePort]) -> Iterator[ConfigError]:
