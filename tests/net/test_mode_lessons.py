@@ -78,3 +78,11 @@ def test_balancing_is_as_its_lesson_says() -> None:
     assert turns == {f"{ONE}:8080": 5, f"{TWO}:8080": 3, f"{THREE}:8080": 1}
     assert fewest == {f"{TWO}:8080": 3, f"{THREE}:8080": 3}
     assert all(list(of_client.values()) == [6] for of_client in hashed)
+
+
+def test_probes_notice_a_backend_that_hangs_and_that_it_goes_on() -> None:
+    before, hanging, after = play("health-check", OF_NO_PRIVILEGES, rows_of_dials=3)
+
+    assert before == after == dict.fromkeys(PODS, 3)
+    assert hanging.keys() == PODS - {f"{TWO}:8080"}
+    assert hanging.total() == 9
