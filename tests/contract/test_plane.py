@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from userspace_proxy.interfaces import Backends, DataPlane, ListenerSpec, Redire
 from userspace_proxy.lab import ip
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, Scope, ServicePortName
+from userspace_proxy.model.probe import EndpointCondition
 from userspace_proxy.model.service import ServicePort, portals
 from userspace_proxy.modes.userspace import nft
 
@@ -178,6 +180,25 @@ async def test_counters_tell_what_happened(kind: str, tmp_path: Path, three: tup
     assert (answered.opened, answered.open, answered.retries, answered.bytes_to_clients) == (1, 0, 1, 1)
     assert (counters.accepted, counters.open, counters.endpoints, counters.ejected) == (1, 0, 2, 1)
     assert (counters.dial_failures, counters.retries, counters.bytes_to_clients) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("kind", PLANES)
+async def test_an_endpoint_that_failed_dials_eject_is_told_with_time_and_reason(
+    kind: str, tmp_path: Path, three: tuple[NamedBackend, ...]
+) -> None:
+    refusing, began_at = refusing_endpoint(), time.time()
+    async with running(kind, tmp_path) as plane:
+        await plane.open([spec()])
+        await plane.update(backends(refusing, three[0].endpoint))
+        assert plane.ejected(NAME) == {}
+        assert await ask() == "a"
+        await until(lambda: bool(plane.ejected(NAME)), "the ejection is told")
+        ((address, health),) = plane.ejected(NAME).items()
+
+    assert address == refusing.address
+    assert health.condition is EndpointCondition.EJECTED
+    assert began_at - 0.1 <= health.since <= time.time()
+    assert health.reason == "dials failed, 1 in a row"
 
 
 @pytest.mark.parametrize("kind", PLANES)

@@ -8,6 +8,7 @@ import ipaddress
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import msgspec
@@ -76,11 +77,18 @@ class FakeSink:
 
 
 class Rig:
-    def __init__(self, after_sync: Callable[[], None] = lambda: None, health_timeout_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        after_sync: Callable[[], None] = lambda: None,
+        health_timeout_s: float = 60.0,
+        filtered: Callable[[ProxyState], ProxyState] = lambda state: state,
+    ) -> None:
         self.source, self.sink = FakeSource(), FakeSink()
         self.tracker = Tracker(ManifestAllocations([ipaddress.ip_network("10.96.0.0/16")]))
         pacer = Pacer(asyncio.get_running_loop().time, min_period_s=0, max_retry_s=0.01)
-        self.controller = Controller(self.source, self.tracker, [self.sink], pacer, after_sync, health_timeout_s)
+        self.controller = Controller(
+            self.source, self.tracker, [self.sink], pacer, after_sync, health_timeout_s, filtered
+        )
 
     @property
     def healthy(self) -> dict[str, bool]:
@@ -115,6 +123,39 @@ async def test_nothing_is_synced_before_the_initial_list_is_complete() -> None:
         await rig.sink.called(1)
 
         assert [str(e) for e in rig.sink.states[0].endpoints[port_named("web")]] == ["10.0.0.1:8080"]
+
+
+async def test_a_sync_that_is_asked_for_during_the_first_one_is_made() -> None:
+    async with Rig().running() as rig:
+        rig.controller.sync_again()
+        await asyncio.sleep(0.02)
+        assert not rig.sink.states, "the list is not complete"
+
+        rig.sink.gate.clear()
+        rig.source.tell(service(), SYNCED)
+        await rig.sink.called(1)
+        rig.controller.sync_again()
+        rig.sink.gate.set()
+        await rig.sink.called(2)
+
+
+async def test_sinks_get_what_is_left_of_the_desired_state_and_the_log_tells_of_all_of_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def without_endpoints(state: ProxyState) -> ProxyState:
+        return replace(state, endpoints=dict.fromkeys(state.endpoints, ()))
+
+    caplog.set_level(logging.INFO)
+    async with Rig(filtered=without_endpoints).running() as rig:
+        rig.source.tell(service(), SYNCED)
+        await rig.sink.called(1)
+        rig.source.tell(endpoint_slice("10.0.0.1"))
+        await rig.sink.called(2)
+        await rig.until(lambda: rig.controller.syncs == 2)
+
+        assert rig.sink.states[1].endpoints == {port_named("web"): ()}
+        assert [str(e) for e in rig.controller.desired.endpoints[port_named("web")]] == ["10.0.0.1:8080"]
+    assert "default/web: 1 endpoint, 1 ready; added 10.0.0.1:8080" in caplog.messages
 
 
 async def test_the_programming_latency_of_an_endpoint_change_is_measured() -> None:

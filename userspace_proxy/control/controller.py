@@ -47,7 +47,8 @@ class Controller:
     """Applies what a source reports to the state sinks, in order, and retries until it succeeds.
 
     *filtered*: what sinks get of a desired state, such as its healthy endpoints.
-    ``synced_at``: wall-clock second of the last successful sync, None before the first; ``synced``: its state.
+    ``synced_at``: wall-clock second of the last successful sync, None before the first; ``synced``: its state;
+    ``desired``: the same before it was filtered.
     ``error``: the message of the last sync if it failed, else ""; ``failing_since``: when the failures began.
     ``durations``: how long successful syncs took. ``programming``: by IP family, from the change that made a controller
     write an EndpointSlice until it was in force. ``changes``: counts for Services and for their endpoints.
@@ -74,7 +75,7 @@ class Controller:
         self.ready = asyncio.Event()
         self.attempted = asyncio.Event()
         self.synced_at: float | None = None
-        self.synced = ProxyState()
+        self.synced = self.desired = ProxyState()
         self.failing_since: float | None = None
         self.error = ""
         self.syncs = 0
@@ -153,7 +154,7 @@ class Controller:
         self.freshness.note_end(succeeded=True)
         for told, count in taken.items():
             self.changes[told].pending -= count
-        self.synced = state
+        self.synced, self.desired = state, desired
         if self.error:
             log.info("the rules could be loaded again")
         self.error, self.failing_since = "", None

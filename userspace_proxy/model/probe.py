@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
+
+from userspace_proxy.model.endpoint import Address, Endpoint
 
 
 class ProbeKind(StrEnum):
@@ -60,3 +63,17 @@ class EndpointHealth(NamedTuple):
     condition: EndpointCondition
     since: float = 0.0
     reason: str = ""
+
+
+HEALTHY = EndpointHealth(EndpointCondition.HEALTHY)
+
+
+def endpoint_health(
+    endpoints: Iterable[Endpoint],
+    probed: Mapping[Address, EndpointHealth],
+    ejected: Mapping[Address, EndpointHealth],
+) -> dict[Address, EndpointHealth]:
+    """Return the one health of each of *endpoints*: unhealthy by probes, else ejected by dials, else healthy."""
+    unhealthy = {address: health for address, health in probed.items() if health.condition is not HEALTHY.condition}
+    known = {**probed, **ejected, **unhealthy}
+    return {endpoint.address: known.get(endpoint.address, HEALTHY) for endpoint in endpoints}

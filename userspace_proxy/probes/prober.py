@@ -20,7 +20,7 @@ from collections.abc import Callable
 from userspace_proxy.dataplane.poller import Poller
 from userspace_proxy.model.endpoint import Address, join_address
 from userspace_proxy.model.names import ServicePortName
-from userspace_proxy.model.probe import EndpointCondition, EndpointHealth, ProbeSpec
+from userspace_proxy.model.probe import HEALTHY, EndpointCondition, EndpointHealth, ProbeSpec
 from userspace_proxy.probes.attempt import Attempt, Result
 from userspace_proxy.probes.metrics import ProbeStats
 
@@ -48,7 +48,7 @@ class Target:
     def __init__(self, address: Address, spec: ProbeSpec, due_at: float) -> None:
         self.address, self.spec, self.due_at = address, spec, due_at
         self.users: set[ServicePortName] = set()
-        self.health = EndpointHealth(EndpointCondition.HEALTHY)
+        self.health = HEALTHY
         self.attempt: Attempt | None = None
         self.started_at = self.deadline = 0.0
         self._against = spec.fall - 1  # results in a row that contradict the verdict

@@ -18,7 +18,10 @@ from userspace_proxy.control.decode import is_eligible
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.interfaces import DataPlane, Proxier, Source
 from userspace_proxy.logs import log_lines_dropped
+from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.locality import without_local_endpoints
+from userspace_proxy.model.names import ServicePortName
+from userspace_proxy.model.probe import EndpointHealth, endpoint_health
 from userspace_proxy.probes.filter import HealthFilter
 
 
@@ -75,6 +78,11 @@ class Reports:
             degraded=[w.failure() for w in source.watches if w.is_dead(now, self._settings.degraded_after_s)],
             node_eligible=is_eligible(self._tracker.node) if self._settings.follows_cluster else None,
         )
+
+    def endpoint_health(self, name: ServicePortName) -> dict[Address, EndpointHealth]:
+        """Return the health of each endpoint of *name*: whether it gets new traffic, since when and why."""
+        endpoints = self._controller.desired.endpoints.get(name, ())
+        return endpoint_health(endpoints, self._health_filter.health(name), self._plane.ejected(name))
 
     async def metrics(self, answers: Mapping[tuple[str, int], int]) -> AsyncIterator[bytes]:
         """Return the text of one scrape, in parts; *answers* are those of /healthz and /livez, by status."""
