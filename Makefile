@@ -62,7 +62,7 @@ docs: ## the documentation as a site in site/, from docs/ and the lessons; links
 
 drawings: ## docs/drawings/*.svg, of a packet followed in each mode; MODES="ipvs" for some of them
 	@tools/setup $(VENV) nft iptables ip conntrack nginx
-	@timeout 120 $(BIN)/python -m userspace_proxy.trace.drawings docs/drawings $(or $(MODES),userspace nftables iptables ipvs)
+	@timeout 120 $(BIN)/python -m tools.drawings docs/drawings $(or $(MODES),userspace nftables iptables ipvs)
 
 BENCH_TOOLS := nft iptables ip conntrack nginx nginx-stream haproxy wrk iperf3 strace
 

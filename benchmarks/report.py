@@ -84,7 +84,7 @@ def _ours() -> list[str]:
 
 
 def _ratios(results: Results, title: str, planes: Sequence[str], name: str, text: _Text) -> Sheet:
-    """Return ratios to the reference of each case, whose own figure is in the second column."""
+    """Return ratios to the reference of each case. The second column has the reference's own figure."""
     rows = []
     for case in CASES:
         own = figure(results, case.name, case.reference, name)

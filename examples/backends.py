@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Backends for the lessons: addresses on this host's ``lo`` that answer whoever asks with ``address:port``.
+"""Backends for the lessons: addresses on this host's ``lo`` that answer each request with ``address:port``.
 
-Without arguments the three Pods of the lessons. The addresses go away again when this ends.
+Without arguments, these are the three Pods of the lessons. The addresses are removed at the end.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from socketserver import BaseRequestHandler, ThreadingUDPServer
 
 POD_IPS = ["10.244.0.2", "10.244.0.3", "10.244.0.4"]
 HTTP_PORTS = [8080, 8081, 9090]
-PROXIED_PORT = 8082  # expects a PROXY header, version 1, and tells it
+PROXIED_PORT = 8082  # expects a PROXY header, version 1, and repeats it in the answer
 UDP_PORT = 9000
 
 

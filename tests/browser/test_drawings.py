@@ -33,7 +33,7 @@ document.body.innerHTML = "<pre>" + JSON.stringify({texts, paper: look(svg.query
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("wide", [False, True], ids=["column", "side by side"])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_drawing_keeps_its_words_in_their_boxes_and_can_be_read(
+def test_the_text_of_a_drawing_is_inside_its_box_and_readable(
     tmp_path: Path, mode: str, scheme: str, *, wide: bool
 ) -> None:
     svg = drawing(trace(mode), wide=wide)

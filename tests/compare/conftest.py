@@ -1,4 +1,4 @@
-"""A node of a mode, with nothing on it; tools that print what a test wants."""
+"""Fixtures: a bare node of a mode, and shell scripts in the place of tools."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A load that failed has no figures: they would be those of failing, which is fast and costs little."""
+"""A failed load has no figures: failing is fast and cheap, so they would mislead."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def put_wrk(put_tool: PutTool, requests: int, failed: int) -> None:
     put_tool("wrk", f"trap 'echo {said}; exit 0' INT\n{UNTIL_STOPPED}")
 
 
-def test_a_failed_request_of_hundreds_is_no_failed_load(node: ModeNode, tmp_path: Path, put_tool: PutTool) -> None:
+def test_a_load_with_one_percent_of_failed_requests_has_figures(
+    node: ModeNode, tmp_path: Path, put_tool: PutTool
+) -> None:
     put_wrk(put_tool, requests=1000, failed=10)
 
     figures = case_of(cases.KEEPALIVE_64).run(node, LOAD_S)
@@ -41,7 +43,7 @@ def test_a_failed_request_of_hundreds_is_no_failed_load(node: ModeNode, tmp_path
     ("requests", "failed", "said"),
     [(1000, 1000, "1,000 failures at 1,000 requests"), (1000, 11, "11 failures at"), (0, 64, "nothing was answered")],
 )
-def test_a_load_that_failed_is_named_and_has_no_figures(
+def test_a_load_with_more_failed_requests_has_no_figures(
     node: ModeNode, tmp_path: Path, put_tool: PutTool, requests: int, failed: int, said: str
 ) -> None:
     put_wrk(put_tool, requests, failed)
@@ -50,7 +52,7 @@ def test_a_load_that_failed_is_named_and_has_no_figures(
         case_of(cases.NEW_64).run(node, LOAD_S)
 
 
-def test_system_calls_of_failing_are_not_counted(node: ModeNode, tmp_path: Path, put_tool: PutTool) -> None:
+def test_system_calls_of_a_failed_load_are_not_counted(node: ModeNode, tmp_path: Path, put_tool: PutTool) -> None:
     put_wrk(put_tool, requests=1000, failed=1000)
     report = tmp_path / "calls"
     put_tool("strace", f"trap 'echo {COUNTED} > {report}; exit 0' INT\n{UNTIL_STOPPED}")
@@ -59,7 +61,7 @@ def test_system_calls_of_failing_are_not_counted(node: ModeNode, tmp_path: Path,
         calls_per_request(node, LOAD_S)
 
 
-def test_what_a_first_try_of_iperf3_cost_is_not_in_the_figures_of_the_second(
+def test_the_cost_of_a_failed_attempt_of_iperf3_is_not_counted(
     node: ModeNode, tmp_path: Path, put_tool: PutTool
 ) -> None:
     (tmp_path / "said").write_text('{"end": {"sum_received": {"bytes": 1000000000, "seconds": 1.0}}}')

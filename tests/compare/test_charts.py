@@ -1,4 +1,4 @@
-"""Charts are drawn of whatever was measured."""
+"""Charts: values, positions and labels."""
 
 from __future__ import annotations
 

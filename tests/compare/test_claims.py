@@ -1,4 +1,4 @@
-"""What textbooks say is judged by the figures alone."""
+"""Claims are judged by the figures alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def verdict(claim: str, results: Results) -> Verdict:
     return next(each for each in CLAIMS if each.name == claim).judge(results)
 
 
-def test_where_the_kernel_is_faster_userspace_is_called_slow_and_the_ratio_is_said() -> None:
+def test_userspace_is_slow_if_the_kernel_is_faster() -> None:
     rounds = {NFTABLES: [90.0, 91.0, 92.0], USERSPACE: [45.0, 45.0, 46.0], **QUIET}
     said = verdict("slow", results_of(cases.KEEPALIVE_64, "rate", rounds))
 
@@ -28,7 +28,7 @@ def test_where_the_kernel_is_faster_userspace_is_called_slow_and_the_ratio_is_sa
     assert "nftables is better in requests a second, 64 connections: 2.00 times (2.00 to 2.02)." in said.words
 
 
-def test_direct_connections_stand_in_where_no_kernel_mode_took_part_and_that_is_said() -> None:
+def test_direct_connections_replace_missing_kernel_modes() -> None:
     said = verdict("slow", results_of(cases.KEEPALIVE_64, "rate", {USERSPACE: [50.0, 50.0, 50.0], **QUIET}))
 
     assert said.ruling == "holds"
@@ -41,14 +41,14 @@ def test_a_difference_in_the_noise_is_undecided() -> None:
     assert verdict("slow", results_of(cases.KEEPALIVE_64, "rate", rounds)).ruling == "undecided"
 
 
-def test_a_kernel_mode_with_a_latency_of_nothing_is_not_the_best() -> None:
+def test_a_kernel_mode_with_a_latency_of_zero_is_not_the_best() -> None:
     rounds = {NFTABLES: [0.5] * 3, IPTABLES: [0.0] * 3, USERSPACE: [1.0] * 3, **QUIET}
     said = verdict("slow", results_of(cases.KEEPALIVE_1, "p50_ms", rounds))
 
     assert "nftables is better in latency of a request, one connection: 2.00 times (2.00 to 2.00)." in said.words
 
 
-def test_userspace_is_not_slow_only_where_every_point_is_decided_and_none_counts() -> None:
+def test_userspace_is_not_slow_if_all_differences_are_decided_and_small() -> None:
     three_percent = {NFTABLES: [103.0] * 3, USERSPACE: [100.0] * 3, DIRECT: [100.0] * 3, DIRECT_AGAIN: [100.0] * 3}
     results = results_of(cases.BULK_1, "rate", three_percent)
 
@@ -59,7 +59,7 @@ def test_userspace_is_not_slow_only_where_every_point_is_decided_and_none_counts
     assert verdict("slow", results).ruling == "undecided"
 
 
-def test_what_is_undecided_speaks_not_against_slowness_that_most_points_show() -> None:
+def test_undecided_figures_do_not_contradict_most_others() -> None:
     results = results_of(cases.KEEPALIVE_64, "rate", {NFTABLES: [90.0] * 3, USERSPACE: [45.0] * 3, **QUIET})
     add_rounds(results, cases.NEW_64, "rate", {NFTABLES: CONTRARY, USERSPACE: [90.0] * 3, **QUIET})
     assert verdict("slow", results).ruling == "undecided", "one of two"
@@ -73,9 +73,7 @@ def test_what_is_undecided_speaks_not_against_slowness_that_most_points_show() -
 
 
 @pytest.mark.parametrize(("copying_s", "ruling"), [(130.0, "partly"), (101.0, "holds")])
-def test_bytes_are_copied_by_choice_where_an_engine_that_copies_costs_the_machine_more(
-    copying_s: float, ruling: str
-) -> None:
+def test_copying_is_a_choice_if_the_copying_engine_costs_more(copying_s: float, ruling: str) -> None:
     rounds = {NFTABLES: [50.0] * 3, USERSPACE: [100.0] * 3, USERSPACE_COPY: [copying_s] * 3, **QUIET}
     results = results_of(cases.BULK_1, "machine_cpu_s", rounds)
     none = {DIRECT: [0.0] * 3, DIRECT_AGAIN: [0.0] * 3}
@@ -91,7 +89,7 @@ def test_bytes_are_copied_by_choice_where_an_engine_that_copies_costs_the_machin
     ("iptables", "ipvs", "ruling"),
     [(100.0, 120.0, "holds"), (120.0, 100.0, "partly")],
 )
-def test_whether_iptables_has_a_hop_is_judged_by_iptables_alone(iptables: float, ipvs: float, ruling: str) -> None:
+def test_the_claim_about_hops_is_judged_by_iptables_alone(iptables: float, ipvs: float, ruling: str) -> None:
     results = results_of("none", "none", {IPTABLES: [], IPVS: [], DIRECT: [], DIRECT_AGAIN: []})
     for case, figure in HOP:
         add_rounds(results, case, figure, {IPTABLES: [iptables] * 3, IPVS: [ipvs] * 3, **QUIET})
@@ -102,7 +100,7 @@ def test_whether_iptables_has_a_hop_is_judged_by_iptables_alone(iptables: float,
     assert any(sentence.startswith("ipvs, compared with direct connections") for sentence in said.words)
 
 
-def test_without_iptables_nothing_is_said_about_its_hop() -> None:
+def test_the_claim_about_hops_is_unmeasured_without_iptables() -> None:
     results = results_of("none", "none", {IPVS: [], DIRECT: [], DIRECT_AGAIN: []})
     for case, figure in HOP:
         add_rounds(results, case, figure, {IPVS: [120.0] * 3, **QUIET})
@@ -115,7 +113,7 @@ def test_without_iptables_nothing_is_said_about_its_hop() -> None:
     [([150.0] * 3, "holds"), (CONTRARY, "undecided"), ([50.0] * 3, "fails")],
     ids=["better", "undecided", "worse"],
 )
-def test_ipvs_is_not_best_only_where_it_is_decidedly_worse(last: list[float], ruling: str) -> None:
+def test_ipvs_is_not_the_best_if_it_is_decidedly_worse(last: list[float], ruling: str) -> None:
     results = results_of("none", "none", {IPVS: [], IPTABLES: [], NFTABLES: [], DIRECT: [], DIRECT_AGAIN: []})
     for case, ipvs in ((cases.KEEPALIVE_64, [150.0] * 3), (cases.NEW_64, last)):
         add_rounds(results, case, "rate", {IPVS: ipvs, IPTABLES: [90.0] * 3, NFTABLES: [90.0] * 3, **QUIET})
@@ -132,7 +130,7 @@ def test_ipvs_is_not_best_only_where_it_is_decidedly_worse(last: list[float], ru
         ({10: 5.0, 1_000: 70.0, 5_000: 1_500.0}, "fails"),
     ],
 )
-def test_a_number_of_services_that_was_not_tried_is_not_too_large(change_ms: dict[int, float], ruling: str) -> None:
+def test_an_untried_number_of_services_is_not_too_large(change_ms: dict[int, float], ruling: str) -> None:
     results = results_of("none", "none", {USERSPACE: []})
     for size, each_ms in change_ms.items():
         results.samples.append(Sample(f"services-{size}", USERSPACE, 1, {"change_ms": each_ms, "load_s": 0.1}))
@@ -141,7 +139,7 @@ def test_a_number_of_services_that_was_not_tried_is_not_too_large(change_ms: dic
 
 
 @pytest.mark.parametrize(("last_us", "ruling"), [(150.0, "holds"), (9.0, "undecided")])
-def test_iptables_is_o_n_where_a_new_connection_gets_slower_with_more_services(last_us: float, ruling: str) -> None:
+def test_iptables_is_o_n_if_connections_slow_down_with_more_services(last_us: float, ruling: str) -> None:
     results = results_of("none", "none", {})
     results.modes += [ModeRun(name, name, "kernel", ours=True) for name in (IPTABLES, NFTABLES)]
     for size, iptables_us in ((10, 6.0), (10_000, last_us)):
@@ -164,7 +162,7 @@ def test_an_outage_is_counted_from_the_event_until_a_second_after_modes_were_tol
 
 
 @pytest.mark.parametrize(("ours", "ruling"), [([0] * 8, "holds"), ([0, 0, 1, 1, 0, 0, 0, 0], "fails")])
-def test_a_dead_pod_costs_the_kernel_modes_requests_and_userspace_none(ours: list[int], ruling: str) -> None:
+def test_a_dead_pod_costs_requests_in_kernel_modes_only(ours: list[int], ruling: str) -> None:
     results = results_of("none", "none", {NFTABLES: [], USERSPACE: []})
     results.timelines += [timeline(NFTABLES, [0, 0, 1, 1, 0, 0, 0, 0]), timeline(USERSPACE, ours)]
 
@@ -172,7 +170,7 @@ def test_a_dead_pod_costs_the_kernel_modes_requests_and_userspace_none(ours: lis
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.name)
-def test_a_claim_about_nothing_measured_is_called_unmeasured(claim: object) -> None:
+def test_a_claim_without_figures_is_unmeasured(claim: object) -> None:
     name = next(each.name for each in CLAIMS if each is claim)
 
     said = verdict(name, results_of("none", "none", {}))

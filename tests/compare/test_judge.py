@@ -1,4 +1,4 @@
-"""A difference is called one only where the rounds agree on it and it is beyond what one mode differs from itself."""
+"""A difference is decided if all rounds agree on it and it exceeds the noise."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_rounds_that_agree_decide() -> None:
     assert is_decided
 
 
-def test_a_round_that_was_disturbed_for_both_modes_counts_as_any_other() -> None:
+def test_a_round_that_was_disturbed_for_both_modes_counts() -> None:
     assert judged([50, 10, 49], [100, 20, 98], [101, 99, 100]) == (2.0, True)
 
 
@@ -32,7 +32,7 @@ def test_rounds_that_disagree_are_undecided() -> None:
     assert not judged([50, 120, 49], [100, 99, 101], [101, 99, 100])[1]
 
 
-def test_a_difference_within_what_one_mode_differs_from_itself_is_undecided() -> None:
+def test_a_difference_within_the_noise_is_undecided() -> None:
     assert not judged([90, 91, 92], [100, 101, 102], [150, 60, 120])[1]
 
 
@@ -51,13 +51,13 @@ def test_the_spread_is_that_of_all_rounds() -> None:
     assert summed_up([]) is None
 
 
-def test_noise_is_how_far_the_direct_way_is_from_itself_in_either_direction() -> None:
+def test_noise_is_the_ratio_of_both_runs_of_direct_connections() -> None:
     results = results_of("load", "rate", {DIRECT: [100, 100, 100], DIRECT_AGAIN: [125, 80, 100]})
 
     assert noise(results, "load", "rate") == pytest.approx(1.25)
 
 
-def test_where_the_direct_way_has_none_of_a_figure_its_noise_is_unknown_and_nothing_is_decided() -> None:
+def test_nothing_is_decided_if_direct_connections_lack_the_figure() -> None:
     none = {DIRECT: [0.0] * 3, DIRECT_AGAIN: [0.0] * 3}
     rounds = {USERSPACE: [1.0] * 3, USERSPACE_COPY: [2.0] * 3, **none}
     results = results_of("load", "proxy_cpu_s", rounds)

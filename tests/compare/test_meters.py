@@ -1,4 +1,4 @@
-"""What processes cost is all that they cost."""
+"""The CPU time of processes includes that of their tools; percentiles."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from userspace_proxy.compare.meters import percentile, process_cpu_s
 _TICKS_S = 0.02  # of user and of system time, as /proc rounds them
 
 
-def test_a_tool_that_was_waited_for_counts_as_its_callers() -> None:
+def test_the_cpu_time_of_an_ended_tool_counts_for_its_caller() -> None:
     cpu_before, children_before = process_cpu_s([os.getpid()]), children_s()
 
     subprocess.run([sys.executable, "-c", "sum(range(20_000_000))"], check=True)

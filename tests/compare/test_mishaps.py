@@ -58,9 +58,7 @@ RELOAD = subprocess.CalledProcessError(1, ["nginx", "-s", "reload"], "", "invali
 
 
 @pytest.mark.parametrize("error", [REFUSED, RELOAD], ids=["HAProxy is dead", "nginx does not reload"])
-def test_a_mode_that_cannot_be_told_has_no_timeline_and_the_event_is_undone_for_the_others(
-    node: ModeNode, error: Exception
-) -> None:
+def test_a_mode_that_cannot_be_told_of_an_event_has_no_timeline(node: ModeNode, error: Exception) -> None:
     undone: list[bool] = []
     noted: list[str] = []
     event = Event(
@@ -77,9 +75,7 @@ def test_a_mode_that_cannot_be_told_has_no_timeline_and_the_event_is_undone_for_
     assert "refused" in noted[0] or "invalid configuration" in noted[0]
 
 
-def test_a_mode_whose_connections_cannot_be_forgotten_is_left_out_of_the_round(
-    node: ModeNode, put_tool: PutTool
-) -> None:
+def test_a_mode_whose_conntrack_entries_cannot_be_deleted_skips_the_round(node: ModeNode, put_tool: PutTool) -> None:
     put_tool("conntrack", "echo no netlink >&2; exit 1")
     case = Case("load", "a load", "requests", lambda _, __: {"rate": 1.0})
     broken = mode(HAPROXY)
@@ -91,7 +87,7 @@ def test_a_mode_whose_connections_cannot_be_forgotten_is_left_out_of_the_round(
     assert one.session.results.notes == ["haproxy, a load, round 1: ip netns exec node conntrack -F: no netlink"]
 
 
-def test_where_no_mode_answers_no_pod_is_let_fail(node: ModeNode) -> None:
+def test_no_pod_fails_if_no_mode_answers(node: ModeNode) -> None:
     one = comparison(node)
 
     one.let_pods_fail()
@@ -99,7 +95,7 @@ def test_where_no_mode_answers_no_pod_is_let_fail(node: ModeNode) -> None:
     assert one.session.results.timelines == []
 
 
-def test_without_the_direct_way_nothing_is_compared_and_the_reason_is_said(node: ModeNode) -> None:
+def test_nothing_is_compared_without_direct_connections(node: ModeNode) -> None:
     unreachable = UnreachableNode(DIRECT, node.host, node.client, 1, node.folder)
 
     with pytest.raises(StartError, match="direct connections did not start: direct does not serve"):

@@ -1,4 +1,4 @@
-"""What is asked for as a file is written whole, or stays what it was."""
+"""An output file is replaced as a whole, or keeps its content."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def names_in(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir()]
 
 
-def test_a_file_is_what_it_was_until_it_is_written_whole(tmp_path: Path) -> None:
+def test_a_file_keeps_its_content_until_it_is_replaced(tmp_path: Path) -> None:
     report = tmp_path / "report.html"
     report.write_bytes(b"the last one")
 
@@ -28,7 +28,7 @@ def test_a_file_is_what_it_was_until_it_is_written_whole(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("before", [b"the last one", None], ids=["there", "not there"])
-def test_a_file_that_nothing_was_written_to_stays_as_it_was(tmp_path: Path, before: bytes | None) -> None:
+def test_a_file_is_unchanged_if_nothing_is_written(tmp_path: Path, before: bytes | None) -> None:
     report = tmp_path / "report.html"
     if before is not None:
         report.write_bytes(before)
@@ -40,7 +40,7 @@ def test_a_file_that_nothing_was_written_to_stays_as_it_was(tmp_path: Path, befo
     assert before is None or report.read_bytes() == before
 
 
-def test_a_link_stays_one(tmp_path: Path) -> None:
+def test_a_link_is_kept(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "report.html").symlink_to("there/report.html")
 
@@ -51,7 +51,7 @@ def test_a_link_stays_one(tmp_path: Path) -> None:
     assert (tmp_path / "there" / "report.html").read_bytes() == b"the new one"
 
 
-def test_a_file_that_is_a_mount_is_written_in_its_place(tmp_path: Path) -> None:
+def test_a_mounted_file_is_written_in_place(tmp_path: Path) -> None:
     for name in ("outside", "report.html"):
         (tmp_path / name).touch()
     subprocess.run(["mount", "--bind", tmp_path / "outside", tmp_path / "report.html"], check=True)
@@ -64,7 +64,7 @@ def test_a_file_that_is_a_mount_is_written_in_its_place(tmp_path: Path) -> None:
     assert (tmp_path / "outside").read_bytes() == b"the new one"
 
 
-def test_what_is_no_file_is_written_to_as_it_is(tmp_path: Path) -> None:
+def test_a_pipe_is_written_directly(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
 
@@ -75,7 +75,7 @@ def test_what_is_no_file_is_written_to_as_it_is(tmp_path: Path) -> None:
     os.close(reader)
 
 
-def test_a_folder_that_has_become_another_one_meanwhile_is_still_meant(tmp_path: Path) -> None:
+def test_a_later_mount_over_the_folder_has_no_effect(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
 
     with output(tmp_path / "run" / "report.html") as write:
@@ -88,7 +88,7 @@ def test_a_folder_that_has_become_another_one_meanwhile_is_still_meant(tmp_path:
 
 
 @pytest.mark.parametrize("name", ["missing/report.html", ""], ids=["in no folder", "a folder"])
-def test_a_path_that_cannot_be_written_is_refused_before_anything_is_done(tmp_path: Path, name: str) -> None:
+def test_an_unwritable_path_is_refused_at_the_beginning(tmp_path: Path, name: str) -> None:
     with pytest.raises(OSError), output(tmp_path / name):
         pytest.fail("it was taken")
 

@@ -1,4 +1,4 @@
-"""The report of a real run: one file, whole, with every claim, and what was not measured."""
+"""The report: one valid file with every claim, and the modes that were not measured."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_each_claim_has_a_verdict(report: str) -> None:
         assert any(f">{words}</span>" in section for words in RULINGS.values())
 
 
-def test_what_did_not_take_part_is_named_with_the_reason(report: str, results: Results) -> None:
+def test_a_mode_that_did_not_take_part_is_named_with_the_reason(report: str, results: Results) -> None:
     missing = [mode for mode in results.modes if mode.reason]
 
     assert missing
@@ -79,12 +79,12 @@ def test_what_did_not_take_part_is_named_with_the_reason(report: str, results: R
         assert f"not measured: {mode.reason}" in report
 
 
-def test_the_noise_of_what_the_direct_way_has_none_of_is_a_dash(results: Results) -> None:
+def test_unknown_noise_is_a_dash(results: Results) -> None:
     noise = {row[0].value: row[-1].value for row in next(sheets(results)).rows}
 
-    assert noise["proxy CPU a request, µs"] == "-"
-    assert noise["context switches a request, 1 connection"] == "-"
-    assert float(noise["requests/s"]) > 1
+    assert noise["CPU of the proxy a request, µs"] == "-"
+    assert noise["Context switches a request, 1 connection"] == "-"
+    assert float(noise["Requests a second"]) > 1
 
 
 def test_each_tile_names_its_subject(report: str) -> None:

@@ -1,4 +1,4 @@
-"""Whatever happens while system calls are counted, nothing is left that slows what is measured next."""
+"""The tool that counts system calls always ends, as it slows the processes that it traces."""
 
 from __future__ import annotations
 

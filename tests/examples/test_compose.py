@@ -57,7 +57,7 @@ def test_there_are_three_backends_a_proxy_and_a_client(services: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["proxy", "client"])
-def test_what_changes_routes_or_rules_may_do_that_and_nothing_else(compose_file: Any, name: str) -> None:
+def test_only_containers_that_change_routes_or_rules_have_net_admin(compose_file: Any, name: str) -> None:
     service = compose_file["services"][name]
 
     assert service["cap_drop"] == ["ALL"]
@@ -95,7 +95,7 @@ def test_the_client_reaches_cluster_ips_by_way_of_the_proxy(compose_file: Any) -
     assert client["depends_on"] == {name: {"condition": "service_healthy"} for name in ("proxy", *BACKENDS)}
 
 
-def test_every_address_is_its_own_and_in_the_subnet(compose_file: Any, services: Any) -> None:
+def test_every_address_is_unique_and_in_the_subnet(compose_file: Any, services: Any) -> None:
     [config] = compose_file["networks"]["pods"]["ipam"]["config"]
     subnet = ipaddress.ip_network(config["subnet"])
     addresses = [ipaddress.ip_address(address_of(service)) for service in services.values()]
@@ -114,7 +114,7 @@ def test_images_are_pinned(compose_file: Any, dockerfile: str) -> None:
         assert tag != "latest", image
 
 
-def test_every_file_that_is_mounted_is_there_and_read_only(services: Any) -> None:
+def test_every_mounted_file_exists_and_is_read_only(services: Any) -> None:
     for service in services.values():
         for mount in service["volumes"]:
             source, _, mode = mount.split(":")
@@ -128,7 +128,7 @@ def test_every_container_that_serves_has_a_health_check(compose_file: Any, docke
         assert "http://127.0.0.1:8080/" in compose_file["services"][name]["healthcheck"]["test"]
 
 
-def test_what_the_image_is_made_of_is_there_and_sent_to_the_engine(dockerfile: str) -> None:
+def test_every_source_of_the_image_exists_and_is_in_the_build_context(dockerfile: str) -> None:
     sent = {line[1:] for line in (PROJECT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     copied = {
         source
@@ -150,14 +150,14 @@ def base_images(dockerfile: str) -> list[str]:
     return [image for image, _ in stages(dockerfile) if image not in named]
 
 
-def test_the_proxys_image_has_nothing_of_the_comparison(compose_file: Any, dockerfile: str) -> None:
+def test_the_proxys_image_does_not_contain_the_comparisons_tools(compose_file: Any, dockerfile: str) -> None:
     built = {name: service["build"] for name, service in compose_file["services"].items() if "build" in service}
 
     assert built == {name: {"context": ".", "target": name} for name in ("proxy", "compare")}
     assert stages(dockerfile)[-2:] == [("proxy", "compare"), ("proxy", "")]
 
 
-def test_the_comparison_starts_by_its_profile_alone_with_what_namespaces_take_and_no_more(compose_file: Any) -> None:
+def test_the_comparison_has_its_profile_and_only_the_capabilities_it_needs(compose_file: Any) -> None:
     service = compose_file["services"]["compare"]
 
     assert service["profiles"] == ["compare"]
@@ -182,7 +182,7 @@ def test_the_comparison_writes_its_report_where_a_folder_is_mounted(compose_file
 # ---- where containers differ from other hosts
 
 
-def test_a_port_can_be_held_where_ipv6_is_switched_off_as_in_containers() -> None:
+def test_a_port_is_reserved_if_ipv6_is_disabled_as_in_containers() -> None:
     with Lab() as lab:
         host = lab.add("container")
         for knob in ("all", "lo"):
@@ -267,7 +267,7 @@ def composed() -> Iterator[Composed]:
 
 
 @pytest.mark.timeout(600)
-def test_containers_take_turns_and_no_request_fails_while_a_backend_is_stopped(composed: Composed) -> None:
+def test_containers_are_balanced_and_no_request_fails_while_a_backend_is_stopped(composed: Composed) -> None:
     [before] = composed.next_rounds(1)
     composed.run("stop", "backend-2")
     [without] = composed.next_rounds(1)

@@ -1,4 +1,4 @@
-"""Every lesson is what `run` takes as it is, and what its README promises stands in its manifests."""
+"""Every lesson is served as it is, and its manifests match its README."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ async def test_the_affinity_lesson_lasts_as_long_as_its_readme_says() -> None:
         ("topology", "node-2", [ONE, TWO, THREE], []),
     ],
 )
-async def test_which_endpoints_a_node_leads_to_is_as_the_lesson_says(
+async def test_a_node_uses_the_endpoints_that_the_lesson_states(
     lesson: str, node: str, everybody: list[str], outside: list[str]
 ) -> None:
     state, _ = await load([EXAMPLES / lesson], node)
@@ -146,7 +146,7 @@ async def test_which_endpoints_a_node_leads_to_is_as_the_lesson_says(
     assert [[endpoint.ip for endpoint in which] for which in (found.cluster, found.local)] == [everybody, outside]
 
 
-async def test_the_backends_of_the_source_lesson_tell_the_header_that_it_asks_for() -> None:
+async def test_the_backends_of_the_source_lesson_repeat_the_header() -> None:
     state, _ = await load([EXAMPLES / "source-ip"])
     backends = runpy.run_path(str(EXAMPLES / "backends.py"))
 
@@ -162,5 +162,5 @@ async def test_the_backends_of_the_source_lesson_tell_the_header_that_it_asks_fo
     assert said[-1].endswith(" PROXY TCP4 192.0.2.9 10.96.0.21 4321 80")
 
 
-def test_what_says_how_to_run_it_is_in_nobodys_way() -> None:
+def test_readme_and_other_files_of_a_lesson_are_skipped() -> None:
     assert lint(*read_once([str(folder) for folder in EXAMPLES.iterdir() if folder.is_dir()]), OPTIONS) == []

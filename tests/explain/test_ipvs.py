@@ -79,7 +79,7 @@ ROUND_ROBIN = "each new connection goes to the next endpoint (rr: round robin)."
         ),
     ],
 )
-def test_a_line_says_what_it_does_and_whose_it_is(
+def test_a_line_has_its_effect_and_its_service(
     service_port: ServicePort, ip: str, port: int, server: VirtualServer, line: str, reason: str
 ) -> None:
     lines = list(server_lines(Portal(ip, port, service_port.name.protocol), server, service_port.name))

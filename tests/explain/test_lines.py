@@ -66,7 +66,7 @@ def of_translations(
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_line_of_userspace_mode_is_explained_and_left_as_it_is(case: str) -> None:
+def test_every_line_of_userspace_mode_is_explained_and_unchanged(case: str) -> None:
     in_nft, in_iptables = of_redirects(CASES[case])
 
     assert unexplained([*in_nft.lines, *in_iptables.lines]) == []
@@ -85,7 +85,7 @@ def test_every_line_of_userspace_mode_is_explained_and_left_as_it_is(case: str) 
         NodeFacts(HERE, PodDetector(cidrs=("10.244.0.0/24", "10.245.0.0/24"))),
     ],
 )
-def test_every_line_of_kernel_modes_is_explained_and_left_as_it_is(facts: NodeFacts) -> None:
+def test_every_line_of_kernel_modes_is_explained_and_unchanged(facts: NodeFacts) -> None:
     chains, table = of_translations(EVERYTHING, facts)
 
     assert unexplained([*chains.lines, *table.lines]) == []
@@ -99,7 +99,7 @@ def test_every_line_of_kernel_modes_is_explained_and_left_as_it_is(facts: NodeFa
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_whatever_the_services_are_no_line_stays_unexplained(seed: int) -> None:
+def test_every_line_is_explained_for_any_services(seed: int) -> None:
     chance = random.Random(seed)
     services = by_name(any_translation(chance, number) for number in range(5))
     pods = chance.choice((None, PODS, PodDetector(interface="veth*")))
@@ -117,7 +117,7 @@ def test_every_line_of_every_lesson_is_explained_in_every_mode(folder: Path) -> 
     assert [unexplained(mode.lines) for mode in found] == [[] for _ in found]
 
 
-def test_a_line_says_whose_it_is() -> None:
+def test_a_line_names_its_service() -> None:
     chains, table = of_translations(EVERYTHING, NodeFacts(HERE, PODS))
     owners = set(map(str, EVERYTHING))
 
@@ -127,7 +127,7 @@ def test_a_line_says_whose_it_is() -> None:
     assert {line.service for line in table.lines if " . 0 : " in line.text} <= owners
 
 
-def test_chances_are_told_as_fractions_and_of_whom() -> None:
+def test_probabilities_are_explained_as_fractions() -> None:
     lines = rendering.explain(Settings(paths=(str(LESSONS / "cluster-ip"),), proxy_mode="iptables"))[0][0].lines
 
     said = [line.explanation for line in lines if "10.96.0.11" not in line.text and line.text.startswith("-A KUBE-SVC")]
@@ -143,7 +143,7 @@ def test_chances_are_told_as_fractions_and_of_whom() -> None:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_left_out_is_only_what_leads_to_nothing(seed: int) -> None:
+def test_only_unused_lines_are_omitted(seed: int) -> None:
     chance = random.Random(seed)
     services = by_name(any_translation(chance, number) for number in range(chance.randrange(1, 3)))
     redirects, facts = any_redirects(chance), NodeFacts(HERE, chance.choice((None, PODS)))
@@ -182,7 +182,7 @@ def test_a_service_of_one_family_and_protocol_is_shown_without_the_others() -> N
         ("office/web:80", {"office/web"}),
     ],
 )
-def test_a_service_is_known_by_its_name_and_what_else_is_said(wanted: str, found: set[str]) -> None:
+def test_a_service_is_selected_by_name_namespace_and_port(wanted: str, found: set[str]) -> None:
     assert set(map(str, chosen(wanted, SERVICE_PORTS))) == found
 
 
@@ -194,6 +194,6 @@ def test_a_service_is_known_by_its_name_and_what_else_is_said(wanted: str, found
         ("web", "'web' may be any of office/web, shop/web"),
     ],
 )
-def test_a_name_that_means_no_service_or_several_is_refused(wanted: str, reason: str) -> None:
+def test_an_unknown_or_ambiguous_service_is_refused(wanted: str, reason: str) -> None:
     with pytest.raises(ValueError, match=re.escape(reason)):
         chosen(wanted, SERVICE_PORTS)

@@ -1,4 +1,4 @@
-"""`userspace-proxy render` as a process: one Service, every mode, explained, by anybody; and tools still read it."""
+"""`userspace-proxy render` as a process: one Service, every mode, explained, without privileges; tools read it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.explain.given import SHOP, render
+from tests.explain.shop import SHOP, render
 from tests.modes.redirects_given import assert_golden
 from userspace_proxy.explain.modes import WAYS
 from userspace_proxy.lab import Host, Lab
@@ -36,7 +36,7 @@ def host() -> Iterator[Host]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_one_service_explained_reads_as_written_down(mode: str) -> None:
+def test_the_explanation_of_one_service_equals_its_golden_file(mode: str) -> None:
     done = render(*WEB, *MODES[mode])
 
     assert (done.returncode, done.stderr) == (0, "")
@@ -45,7 +45,7 @@ def test_one_service_explained_reads_as_written_down(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("wanted", [WEB, ("-", "--explain"), ("-", "--service", "dns")])
-def test_what_is_shown_of_a_mode_is_what_its_tool_loads(mode: str, wanted: tuple[str, ...], host: Host) -> None:
+def test_the_shown_rules_are_loadable_by_their_tool(mode: str, wanted: tuple[str, ...], host: Host) -> None:
     text = render(*wanted, *MODES[mode]).stdout
 
     if "table inet" in text:
@@ -61,7 +61,7 @@ def test_what_is_shown_of_a_mode_is_what_its_tool_loads(mode: str, wanted: tuple
         assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_nobody_needs_privileges_to_have_every_mode_explained() -> None:
+def test_every_mode_is_explained_without_privileges() -> None:
     done = render("-", "--explain", "--proxy-mode", "all", before=WITHOUT_PRIVILEGES)
 
     assert (done.returncode, done.stderr) == (0, "")
@@ -70,7 +70,7 @@ def test_nobody_needs_privileges_to_have_every_mode_explained() -> None:
     assert int(may.stdout.split()[1], 16) == 0
 
 
-def test_json_has_each_line_with_what_it_does_and_whose_it_is() -> None:
+def test_json_has_each_line_with_its_explanation_and_service() -> None:
     modes = json.loads(render("-", "--service", "shop/web", "--proxy-mode", "all", "--json").stdout)
 
     assert [(mode["mode"], mode["language"]) for mode in modes] == list(WAYS)
@@ -84,7 +84,7 @@ def test_json_has_each_line_with_what_it_does_and_whose_it_is() -> None:
     assert "DNAT" in modes[2]["words"]
 
 
-def test_without_the_new_flags_all_rules_are_printed_as_ever() -> None:
+def test_without_flags_all_rules_are_printed_without_reasons() -> None:
     whole = render("-").stdout
 
     assert whole.startswith(
@@ -94,7 +94,7 @@ def test_without_the_new_flags_all_rules_are_printed_as_ever() -> None:
     assert all(name in whole for name in ("shop/web:http", "shop/dns:dns", "office/web"))
 
 
-def test_a_service_that_is_not_there_is_said_in_one_line() -> None:
+def test_a_missing_service_is_reported_in_one_line() -> None:
     done = render("-", "--service", "db")
 
     assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""What is shown of one Service is all that its packets need: loaded, it serves."""
+"""The rules that are shown for one Service serve it when they are loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.explain.given import render
+from tests.explain.shop import render
 from userspace_proxy.lab import NODE_IP, Host, Lab, ServiceLab, ask, build_service_lab, start_nginx
 
 WEB = ("-", "--service", "shop/web", "--cluster-cidr", "10.244.0.0/16", "--explain")

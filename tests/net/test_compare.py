@@ -1,4 +1,4 @@
-"""`compare` measures, writes what it saw, and leaves nothing behind."""
+"""`compare` measures, writes its results, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_short_run_has_sane_figures_and_a_report(tmp_path: Path) -> None:
     assert {*Path("/run/netns").iterdir()} == left_before
 
 
-def test_ctrl_c_ends_it_and_all_that_is_in_it_and_the_last_report_stays(tmp_path: Path) -> None:
+def test_ctrl_c_ends_it_and_keeps_the_last_report(tmp_path: Path) -> None:
     report = tmp_path / "report.html"
     report.write_text("the last one")
     command = [*COMPARE, "--duration", "60s", "--html", str(report), "--json", str(tmp_path / "run.json")]

@@ -1,4 +1,4 @@
-"""`demo` shows what it says, as root and as a plain user, and leaves nothing behind."""
+"""`demo` shows balancing, failover and refusal, fits a small terminal, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_in_a_pipe_it_is_plain_text_that_fits_a_terminal_of_80_by_24() -> None:
     assert any(line.startswith(" nftables") and "%)" in line for line in lines), done.stdout
 
 
-def test_where_namespaces_are_forbidden_it_says_so_and_how_to_go_on(tmp_path: Path) -> None:
+def test_forbidden_namespaces_are_reported_with_advice(tmp_path: Path) -> None:
     # The kernel makes no user namespaces for a process whose root is not the root of its mount namespace.
     forbid = 'mount --rbind / "$0" && exec chroot "$0" setpriv --bounding-set=-all --inh-caps=-all "$@"'
     isolated = ["unshare", "--mount", "sh", "-c", forbid, str(tmp_path), "env", "-C", str(Path.cwd()), *DEMO]
@@ -57,7 +57,7 @@ def test_where_namespaces_are_forbidden_it_says_so_and_how_to_go_on(tmp_path: Pa
     assert "run it outside of the chroot" in done.stderr
 
 
-def test_sigterm_ends_the_demo_and_all_that_is_in_it() -> None:
+def test_sigterm_ends_the_demo_and_its_processes() -> None:
     with subprocess.Popen(DEMO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as demo:
         assert demo.stdout is not None
         while "round robin" not in demo.stdout.readline():

@@ -109,7 +109,7 @@ def test_from_the_node_and_from_a_pod_the_rule_and_the_endpoint_are_named(proxy:
         assert story["outcome"].endswith("the answer was SYN+ACK")
 
 
-def test_somebody_elses_next_packet_is_waited_for_and_drawn(
+def test_the_next_packet_of_another_client_is_followed_and_drawn(
     proxy: tuple[Proxy, str], world: ServiceLab, tmp_path: Path
 ) -> None:
     one, rule = proxy
@@ -150,21 +150,21 @@ def test_a_service_without_endpoints_is_refused_by_a_rule_that_is_named(proxy: t
 
     assert "refused" in story["outcome"]
     by_a_rule = "refused at" in story["outcome"] and "reject" in story["outcome"].lower()
-    assert by_a_rule or "nobody listens at port" in story["outcome"]
+    assert by_a_rule or "no process listens at port" in story["outcome"]
 
 
 @in_userspace_mode
-def test_datagrams_that_nobody_takes_are_told_to_be_refused(userspace: Proxy) -> None:
+def test_refused_datagrams_are_reported(userspace: Proxy) -> None:
     userspace.apply("void", documents(service("void", "10.96.12.5"), endpoints("void")))
     wait_until(lambda: "default/void:dns" in userspace.rules_text(), "the empty Service is known")
 
     story = traced(userspace, "10.96.12.5:53/udp", "--from-pod", "client")
 
-    assert "the answer was ICMP unreachable, refused; nobody listens at port" in story["outcome"]
+    assert "the answer was ICMP unreachable, refused; no process listens at port" in story["outcome"]
 
 
 @in_userspace_mode
-def test_a_portal_that_nobody_serves_is_told_to_be_translated_by_nothing(userspace: Proxy) -> None:
+def test_an_unserved_portal_is_translated_by_no_rule(userspace: Proxy) -> None:
     own = traced(userspace, "10.96.12.99:80")
     clients = traced(userspace, "10.96.12.99:80", "--from-pod", "client")
 
@@ -177,7 +177,7 @@ def test_a_portal_that_nobody_serves_is_told_to_be_translated_by_nothing(userspa
 
 
 @in_userspace_mode
-def test_what_drops_a_packet_is_named(userspace: Proxy) -> None:
+def test_the_rule_that_drops_a_packet_is_named(userspace: Proxy) -> None:
     userspace.node.run("nft", "-f", "-", stdin=(
         "table inet wall { chain forbidden { type filter hook input priority 0; ip saddr 192.168.50.2 drop; }\n}\n"
     ))  # fmt: skip
@@ -267,7 +267,7 @@ def test_nothing_is_left_behind_however_it_ends(userspace: Proxy, signum: signal
 
 
 @in_userspace_mode
-def test_a_packet_that_never_comes_is_said_to(userspace: Proxy) -> None:
+def test_a_missing_packet_is_reported(userspace: Proxy) -> None:
     done = userspace.node.run(
         *userspace.command("trace", f"{WEB}:80", "--wait", "--timeout", "200ms"), check=False, timeout_s=20
     )
@@ -277,7 +277,7 @@ def test_a_packet_that_never_comes_is_said_to(userspace: Proxy) -> None:
 
 
 @in_userspace_mode
-def test_without_the_right_to_it_one_line_says_what_to_do(userspace: Proxy) -> None:
+def test_missing_capabilities_are_reported_in_one_line(userspace: Proxy) -> None:
     line = told(
         userspace.node, userspace, "trace", f"{WEB}:80", prefix=("setpriv", "--bounding-set=-all", "--inh-caps=-all")
     )
@@ -286,7 +286,7 @@ def test_without_the_right_to_it_one_line_says_what_to_do(userspace: Proxy) -> N
 
 
 @in_userspace_mode
-def test_two_traces_at_once_do_not_meet(userspace: Proxy) -> None:
+def test_a_second_trace_at_once_is_refused(userspace: Proxy) -> None:
     command = userspace.node.command(*userspace.command("trace", f"{WEB}:80", "--wait"))
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as first:
         assert first.stderr is not None
@@ -299,8 +299,8 @@ def test_two_traces_at_once_do_not_meet(userspace: Proxy) -> None:
         first.communicate(timeout=10)
 
 
-def test_drawings_are_made_of_each_mode_that_is_there(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "userspace_proxy.trace.drawings", str(tmp_path), "userspace", "no-such-mode"]
+def test_each_available_mode_is_drawn(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tools.drawings", str(tmp_path), "userspace", "no-such-mode"]
 
     done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
 
@@ -313,8 +313,8 @@ def test_drawings_are_made_of_each_mode_that_is_there(tmp_path: Path) -> None:
         ElementTree.parse(file)  # noqa: S314 - our own
 
 
-def test_what_another_machines_kernel_said_is_drawn_here(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "userspace_proxy.trace.drawings", str(tmp_path)]
+def test_a_recording_of_another_machine_is_drawn(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tools.drawings", str(tmp_path)]
     said = subprocess.run([*command, "nftables", "--print"], capture_output=True, timeout=50, check=True).stdout
     assert not list(tmp_path.iterdir())
     (tmp_path / "theirs.json").write_bytes(said)

@@ -1,4 +1,4 @@
-"""The kernel's trace messages in each mode, recorded by ``python -m userspace_proxy.trace.drawings --print``."""
+"""The kernel's trace messages in each mode, recorded by ``python -m tools.drawings --print``."""
 
 from __future__ import annotations
 

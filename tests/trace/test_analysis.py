@@ -1,4 +1,4 @@
-"""What the kernel said, read: which hooks, chains and rules, what changed, and what that means."""
+"""Recordings are interpreted: hooks, chains, rules, translations, and the outcome."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_in_userspace_mode_a_packet_comes_to_the_proxy_which_dials_and_answers()
     )
 
 
-def test_the_deciding_rule_is_told_with_what_its_map_holds_and_what_was_passed_by() -> None:
+def test_the_deciding_rule_has_its_map_element_and_the_skipped_rules() -> None:
     decided = visit(hook(leg("userspace", PacketRole.CLIENT), "PREROUTING"), "inet userspace_proxy prerouting")
 
     last = decided.steps[-1]
@@ -50,7 +50,7 @@ def test_the_deciding_rule_is_told_with_what_its_map_holds_and_what_was_passed_b
     assert decided.after.receiver == "192.168.50.1:12162"
 
 
-def test_rules_of_iptables_are_told_as_iptables_save_prints_them() -> None:
+def test_rules_of_iptables_have_the_text_of_iptables_save() -> None:
     for mode, chain, words in (
         ("userspace-iptables", "USERSPACE-PROXY", '--comment "default/my-service" -j REDIRECT --to-ports 12162'),
         (
@@ -79,7 +79,7 @@ def test_kube_proxys_chains_lead_from_the_service_to_the_endpoint() -> None:
 
 
 @pytest.mark.parametrize("mode", ["nftables", "iptables"])
-def test_in_kernel_modes_a_packet_is_forwarded_and_its_answer_gets_the_portals_address_back(mode: str) -> None:
+def test_kernel_modes_forward_the_packet_and_translate_its_answer(mode: str) -> None:
     told = trace(mode)
     client, answer = leg(mode, PacketRole.CLIENT), leg(mode, PacketRole.ANSWER)
 
@@ -109,7 +109,7 @@ def test_ipvs_takes_the_packet_between_input_and_output_and_no_rule_decides() ->
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_conntrack_has_the_flow_that_was_seen(mode: str) -> None:
+def test_the_conntrack_entry_matches_the_packets(mode: str) -> None:
     told = trace(mode)
 
     assert told.flow is not None
@@ -118,7 +118,7 @@ def test_conntrack_has_the_flow_that_was_seen(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_our_own_table_is_no_part_of_the_story(mode: str) -> None:
+def test_the_tracers_own_table_is_not_shown(mode: str) -> None:
     tables = {visit.table for one in trace(mode).legs for at in one.hooks for visit in at.visits}
 
     assert "userspace_proxy_trace" not in tables
@@ -134,7 +134,7 @@ def test_a_packet_whose_number_changes_on_its_way_is_still_one_packet() -> None:
     assert [one.name for one in leg("nftables", PacketRole.ANSWER).hooks] == FORWARDED
 
 
-def test_a_packet_that_was_not_seen_again_is_said_to_be_lost_where_it_was_seen_last() -> None:
+def test_a_lost_packet_is_reported_with_its_last_hook() -> None:
     whole = recording("nftables")
 
     def is_after_forwarding(text: str) -> bool:
@@ -143,16 +143,16 @@ def test_a_packet_that_was_not_seen_again_is_said_to_be_lost_where_it_was_seen_l
 
     cut = replace(whole, datagrams=[text for text in whole.datagrams if not is_after_forwarding(text)])
 
-    assert analyse(cut).outcome.startswith("no route: after PREROUTING this host had nowhere to send it")
+    assert analyse(cut).outcome.startswith("no route: after PREROUTING this host found no route")
 
 
-def test_nothing_heard_is_no_story() -> None:
+def test_without_trace_messages_no_packet_came() -> None:
     assert analyse(replace(recording("nftables"), datagrams=[])).outcome == "no packet came"
     silent = replace(recording("nftables"), datagrams=[], probe="no packet left: network is unreachable")
     assert analyse(silent).outcome == "no packet left: network is unreachable"
 
 
-def test_what_is_cut_off_or_somebody_elses_is_passed_over() -> None:
+def test_incomplete_and_foreign_messages_are_skipped() -> None:
     (first, *_) = recording("nftables").datagrams
 
     assert list(messages(bytes.fromhex(first)[:10])) == []
@@ -160,13 +160,13 @@ def test_what_is_cut_off_or_somebody_elses_is_passed_over() -> None:
     assert list(messages(bytes(64))) == []
 
 
-def test_maps_are_asked_for_what_the_packet_was_before_the_rule() -> None:
+def test_map_elements_are_looked_up_by_the_packet_before_the_rule() -> None:
     assert {element.key for element in elements_in(trace("userspace"))} == {
         "inet userspace_proxy service_ips4 10.96.0.11 . tcp . 80"
     }
 
 
-def test_the_flow_is_found_among_others() -> None:
+def test_the_conntrack_entry_is_found_among_others() -> None:
     listing = (
         "tcp      6 431999 ESTABLISHED src=10.0.0.1 dst=10.0.0.2 sport=1 dport=2 src=10.0.0.2 dst=10.0.0.1 sport=2 "
         "dport=1 [ASSURED] mark=0 use=1\n"

@@ -1,4 +1,4 @@
-"""What the command line asks for, and what it cannot mean."""
+"""The arguments of `trace`, valid and invalid."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from userspace_proxy.trace.tracer import TraceRequest
 PLAIN: dict[str, Any] = {"wait": False, "timeout_s": 30.0, "client_ip": "", "from_pod": None}
 
 
-def test_a_portal_is_an_address_a_port_and_perhaps_a_protocol() -> None:
+def test_a_portal_is_an_address_a_port_and_an_optional_protocol() -> None:
     assert request("10.96.0.11:80", **PLAIN) == TraceRequest("10.96.0.11", 80, "tcp")
     assert request("10.96.0.53:53/udp", **PLAIN) == TraceRequest("10.96.0.53", 53, "udp")
     assert request("[FD00:96::1]:80", **PLAIN) == TraceRequest("fd00:96::1", 80, "tcp")
@@ -35,7 +35,7 @@ def test_a_portal_is_an_address_a_port_and_perhaps_a_protocol() -> None:
         ("10.96.0.11:80", {"from_pod": "1", "wait": True}, "it goes with neither --wait nor --from"),
     ],
 )
-def test_what_cannot_be_meant_is_said_in_one_line(portal: str, options: dict[str, Any], said: str) -> None:
+def test_invalid_arguments_are_reported_in_one_line(portal: str, options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError) as error:
         request(portal, **{**PLAIN, **options})
 

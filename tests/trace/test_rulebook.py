@@ -38,14 +38,14 @@ COMMIT
 """
 
 
-def test_a_base_chain_knows_its_hook_and_what_it_is() -> None:
+def test_a_base_chain_has_a_hook_a_type_and_a_priority() -> None:
     chain = Rulebook(NFT, {}).chain("inet", "mine", "input")
 
     assert (chain.hook, chain.kind, chain.priority) == ("input", "filter", "filter + 10")
     assert dict(chain.rules) == {8: 'tcp dport 22 accept comment "the one # handle 5"'}
 
 
-def test_rules_of_iptables_are_in_its_own_words() -> None:
+def test_rules_of_iptables_are_taken_from_iptables_save() -> None:
     chain = Rulebook(NFT, {"ip": SAVED}).chain("ip", "nat", "KUBE-SERVICES")
 
     assert dict(chain.rules) == {
@@ -54,7 +54,7 @@ def test_rules_of_iptables_are_in_its_own_words() -> None:
     }
 
 
-def test_words_that_cannot_belong_to_these_rules_are_not_used() -> None:
+def test_iptables_save_is_ignored_if_the_number_of_rules_differs() -> None:
     one_less = SAVED.replace("-A KUBE-SERVICES -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS\n", "")
 
     chain = Rulebook(NFT, {"ip": one_less, "inet": SAVED}).chain("ip", "nat", "KUBE-SERVICES")
@@ -65,5 +65,5 @@ def test_words_that_cannot_belong_to_these_rules_are_not_used() -> None:
     ]
 
 
-def test_a_chain_that_nobody_knows_is_empty() -> None:
+def test_an_unknown_chain_is_empty() -> None:
     assert dict(Rulebook(NFT, {}).chain("ip", "nat", "GONE").rules) == {}

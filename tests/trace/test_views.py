@@ -1,4 +1,4 @@
-"""The tree and the drawing: everything is said, nothing sticks out, and what is drawn stays as it is."""
+"""The tree and the drawing are complete, fit their width, and equal their golden files."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def plain(told: PacketTrace, width: int = 10_000) -> str:
 
 @pytest.mark.parametrize("wide", [False, True], ids=["column", "side by side"])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_drawing_has_every_station_with_what_is_said_there(mode: str, *, wide: bool) -> None:
+def test_a_drawing_has_every_stage_with_its_lines(mode: str, *, wide: bool) -> None:
     shown = words(drawn(mode, wide=wide))
 
     for path in packet_paths(trace(mode), folded=True):
@@ -56,7 +56,7 @@ def test_a_drawing_has_every_station_with_what_is_said_there(mode: str, *, wide:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_no_text_of_a_drawing_is_wider_than_what_it_stands_in(mode: str) -> None:
+def test_no_text_of_a_drawing_is_wider_than_its_box(mode: str) -> None:
     for text in drawn(mode).iter(f"{SVG}text"):
         said, size, x = "".join(text.itertext()), float(text.attrib["font-size"]), float(text.attrib["x"])
         wide = len(said) * size * (_MONO_EM if "mono" in text.attrib["class"] else _BOLD_EM)
@@ -67,7 +67,7 @@ def test_no_text_of_a_drawing_is_wider_than_what_it_stands_in(mode: str) -> None
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_nothing_of_a_drawing_is_below_its_edge_or_covers_what_came_before(mode: str) -> None:
+def test_no_part_of_a_drawing_overlaps_another_or_the_edge(mode: str) -> None:
     svg = drawn(mode)
     height = float(svg.attrib["height"])
     lines = [float(text.attrib["y"]) for text in svg.iter(f"{SVG}text") if "text-anchor" not in text.attrib]
@@ -79,7 +79,7 @@ def test_nothing_of_a_drawing_is_below_its_edge_or_covers_what_came_before(mode:
     assert max(lines) < height
 
 
-def test_a_drawing_says_in_words_what_it_shows_and_loads_nothing() -> None:
+def test_a_drawing_has_a_description_and_loads_nothing() -> None:
     text = drawing(trace("iptables"))
     svg = ElementTree.fromstring(text)  # noqa: S314
 
@@ -93,11 +93,11 @@ def test_a_drawing_says_in_words_what_it_shows_and_loads_nothing() -> None:
     assert not re.search(r"url\(|@import|href|http(?!://www\.w3\.org/2000/svg)", text)
 
 
-def test_a_drawing_stays_as_it_is() -> None:
+def test_a_drawing_equals_its_golden_file() -> None:
     assert_golden("trace-userspace.svg", drawing(trace("userspace"), "Mode userspace"))
 
 
-def test_a_tree_stays_as_it_is() -> None:
+def test_a_tree_equals_its_golden_file() -> None:
     assert_golden("trace-iptables.txt", plain(trace("iptables")))
 
 
@@ -113,7 +113,7 @@ def test_in_a_pipe_a_tree_is_plain_and_every_rule_is_on_one_line(mode: str) -> N
     assert max(len(line) for line in plain(told, width=60).splitlines()) <= 60
 
 
-def test_words_from_outside_cannot_break_out_of_a_drawing() -> None:
+def test_text_in_a_drawing_is_escaped() -> None:
     told = trace("nftables")
     nasty = replace(told, notes=('<script>alert("&")</script>',), outcome="a < b & c")
 
@@ -123,7 +123,7 @@ def test_words_from_outside_cannot_break_out_of_a_drawing() -> None:
     assert not list(svg.iter(f"{SVG}script"))
 
 
-def test_ipvs_stands_between_input_and_the_second_output() -> None:
+def test_ipvs_is_shown_between_input_and_output() -> None:
     path, *_ = packet_paths(through_ipvs(), folded=True)
     ipvs = next(stage for stage in path.stages if stage.kind == "ipvs")
 
@@ -139,7 +139,7 @@ def test_ipvs_stands_between_input_and_the_second_output() -> None:
     assert "IPVS" in words(ElementTree.fromstring(drawing(through_ipvs())))  # noqa: S314
 
 
-def test_what_ipvs_did_is_nobody_elses_doing() -> None:
+def test_changes_by_ipvs_are_attributed_to_ipvs() -> None:
     changes = [line.text for path in packet_paths(through_ipvs(), folded=True) for stage in path.stages
                for line in stage.lines if line.kind == "change"]  # fmt: skip
 
@@ -147,7 +147,7 @@ def test_what_ipvs_did_is_nobody_elses_doing() -> None:
     assert through_ipvs().outcome == "10.96.0.11:80 became 10.244.0.3:8080; the answer was SYN+ACK"
 
 
-def test_ipvs_stands_behind_output_for_packets_of_the_host_itself() -> None:
+def test_ipvs_is_shown_after_output_for_local_packets() -> None:
     asked, sent = Ends("192.168.50.2", 4711, "10.96.0.11", 80), Ends("192.168.50.2", 4711, "10.244.0.3", 8080)
     seen = [("client_out", asked), ("dial_out", sent), ("after_output", sent), ("after_postrouting", sent)]
 

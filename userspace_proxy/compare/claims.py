@@ -74,6 +74,11 @@ class Panel:
     kinds: tuple[Kind, ...] = ("none", "kernel", "proxy")
     is_log: bool = False
 
+    @property
+    def label(self) -> str:
+        """The title with the unit."""
+        return f"{self.title}, {self.unit}" if self.unit else self.title
+
     def text(self, value: float) -> str:
         return f"{short(value * self.factor)} {self.unit}".rstrip()
 

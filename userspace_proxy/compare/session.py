@@ -18,7 +18,7 @@ from userspace_proxy.compare.cases import Case, run_case
 from userspace_proxy.compare.modes import ComparedMode
 from userspace_proxy.compare.nodes import CompareLab, ModeNode
 from userspace_proxy.compare.results import ModeRun, Results, Sample
-from userspace_proxy.compare.syscalls import calls_per_mb, calls_per_request, counter
+from userspace_proxy.compare.syscalls import calls_per_mb, calls_per_request, has_counter
 from userspace_proxy.errors import StartError
 from userspace_proxy.lab import Lab, prepare
 
@@ -87,8 +87,8 @@ class Session:
 
     def count_system_calls(self, seconds: float, *, bulk: bool = True) -> None:
         """Count the system calls of each mode that has a process, for *seconds* a load; with *bulk* of bytes, too."""
-        if counter() is None:
-            self.note("system calls were not counted: neither strace nor perf is installed (package strace)")
+        if not has_counter():
+            self.note("system calls were not counted: strace is not installed (package strace)")
             return
         for mode, node in self.running.items():
             if not node.processes:

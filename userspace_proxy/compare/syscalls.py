@@ -1,4 +1,4 @@
-"""Counts system calls of a mode's processes with strace or perf.
+"""Counts system calls of a mode's processes with strace.
 
 strace slows the processes, so nothing else is measured meanwhile.
 """
@@ -11,11 +11,11 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 from userspace_proxy.compare.loads import Wrk, bulk_for, or_again, run_for, served
 from userspace_proxy.compare.nodes import ModeNode
 from userspace_proxy.errors import StartError
+from userspace_proxy.lab import last_line
 
 _ATTACH_S = 0.1
 # Few connections, so that unfinished requests at the end do not distort the figures.
@@ -34,32 +34,28 @@ def calls_per_mb(node: ModeNode, seconds: float) -> dict[str, float]:
     return or_again(lambda: _counted(node, lambda: bulk_for(seconds, node, 1).units / 1e6))
 
 
-def counter() -> str | None:
-    """Return strace (names each call), perf (needs root), or None if neither can be used."""
-    return next((tool for tool in ("strace", "perf") if shutil.which(tool)), None)
+def has_counter() -> bool:
+    """Return whether system calls can be counted here."""
+    return shutil.which("strace") is not None
 
 
 def _counted(node: ModeNode, load: Callable[[], float]) -> dict[str, float]:
-    tool, report, log = counter(), node.folder / "calls", node.folder / "calls.log"
+    report, log = node.folder / "calls", node.folder / "calls.log"
     for file in (report, log):
         file.unlink(missing_ok=True)
-    pids = list(map(str, node.pids))
-    if tool == "strace":
-        command = ["strace", "-c", "-f", "-o", str(report), *(f"--attach={pid}" for pid in pids)]
-    else:
-        command = ["perf", "stat", "-x,", "-e", "raw_syscalls:sys_enter", "-o", str(report), "-p", ",".join(pids)]
-    counting = node.host.start(*command, log=log)
+    counting = node.host.start(
+        "strace", "-c", "-f", "-o", str(report), *(f"--attach={pid}" for pid in node.pids), log=log
+    )
     try:
         time.sleep(_ATTACH_S)
         if counting.poll() is not None:
-            raise StartError(f"{tool} may not look here: {_last_line(log)}")
+            raise StartError(f"strace cannot attach here: {last_line(log) or 'no message'}")
         units = load()
     finally:
         has_reported = _end(counting)  # always: otherwise it would slow all later loads
     if not has_reported:
-        raise StartError(f"{tool} does not end")
-    counts = (_parse_strace if tool == "strace" else _parse_perf)(report.read_text())
-    return {name: count / units for name, count in counts.most_common()}
+        raise StartError("strace does not end")
+    return {name: count / units for name, count in _parse(report.read_text()).most_common()}
 
 
 def _end(counting: subprocess.Popen[bytes]) -> bool:
@@ -74,25 +70,11 @@ def _end(counting: subprocess.Popen[bytes]) -> bool:
     return True
 
 
-def _last_line(log: Path) -> str:
-    return (log.read_text().strip().splitlines() or ["it said nothing"])[-1]
-
-
-def _parse_strace(report: str) -> Counter[str]:
+def _parse(report: str) -> Counter[str]:
     """Parse the table of ``strace -c``: share, seconds, microseconds for each call, calls, errors (optional), name."""
     counts: Counter[str] = Counter()
     for line in report.splitlines():
         words = line.split()
         if len(words) >= 5 and words[3].isdigit() and words[-1] != "total":
             counts[words[-1]] += int(words[3])
-    return counts
-
-
-def _parse_perf(report: str) -> Counter[str]:
-    """Parse the line of ``perf stat -x,``: count, unit, event; it has no names, so all calls count as one."""
-    counts: Counter[str] = Counter()
-    for line in report.splitlines():
-        count, _, rest = line.partition(",")
-        if count.isdigit() and "sys_enter" in rest:
-            counts["all"] += int(count)
     return counts

@@ -9,7 +9,6 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from userspace_proxy.compare import cases
 from userspace_proxy.compare.claims import CLAIMS, RULINGS, choices
 from userspace_proxy.compare.derived import EVENT_NAMES, noise_text, outage, percent, short, sizes_of, timelines_of
 from userspace_proxy.compare.judge import Figure, figure, noise
@@ -20,34 +19,9 @@ _NONE = "-"
 _PIPE_WIDTH = 170
 _STYLES = {"holds": "green", "fails": "red", "partly": "yellow"}
 _RARE = 0.05  # calls a unit; fewer are housekeeping
-# Case, figure, factor to the displayed unit, label.
-_ROWS = (
-    (cases.KEEPALIVE_1, "p50_ms", 1, "request p50, ms"),
-    (cases.KEEPALIVE_1, "p99_ms", 1, "request p99, ms"),
-    (cases.KEEPALIVE_1, "p999_ms", 1, "request p99.9, ms"),
-    (cases.NEW_1, "p50_ms", 1, "new connection p50, ms"),
-    (cases.NEW_1, "p99_ms", 1, "new connection p99, ms"),
-    (cases.NEW_1, "p999_ms", 1, "new connection p99.9, ms"),
-    (cases.KEEPALIVE_64, "rate", 1, "requests/s"),
-    (cases.NEW_64, "rate", 1, "new connections/s"),
-    (cases.BULK_1, "rate", 1, "GB/s, 1 flow"),
-    (cases.BULK_8, "rate", 1, "GB/s, 8 flows"),
-    (cases.KEEPALIVE_64, "proxy_cpu_s", 1e6, "proxy CPU a request, µs"),
-    (cases.KEEPALIVE_64, "machine_cpu_s", 1e6, "machine CPU a request, µs"),
-    (cases.NEW_64, "proxy_cpu_s", 1e6, "proxy CPU a connection, µs"),
-    (cases.NEW_64, "machine_cpu_s", 1e6, "machine CPU a connection, µs"),
-    (cases.BULK_1, "proxy_cpu_s", 1, "proxy CPU a GB, s"),
-    (cases.BULK_1, "machine_cpu_s", 1, "machine CPU a GB, s"),
-    (cases.KEEPALIVE_1, "switches", 1, "context switches a request, 1 connection"),
-    (cases.KEEPALIVE_64, "switches", 1, "context switches a request, 64 connections"),
-)
-_SIZE_ROWS = (
-    ("rules", "rules"),
-    ("load_s", "time to load, s"),
-    ("change_ms", "time to change one, ms"),
-    ("new_connection_ms", "new connection, ms"),
-    ("added_us", "more than a direct connection, µs"),
-)
+# The figures of the charts, each once.
+_LOADS = tuple({(p.case, p.figure): p for claim in CLAIMS for p in claim.bars if p.figure}.values())
+_SIZES = tuple(panel for claim in CLAIMS for panel in claim.lines)
 _UNITS = {"calls-request": "request", "calls-connection": "connection", "calls-mb": "megabyte"}
 
 
@@ -83,11 +57,11 @@ def sheets(results: Results) -> Iterator[Sheet]:
 
 def _loads(results: Results) -> Sheet:
     rows = []
-    for case, name, factor, what in _ROWS:
-        found = [figure(results, case, mode.name, name) for mode in results.shown()]
+    for panel in _LOADS:
+        found = [figure(results, panel.case, mode.name, panel.figure) for mode in results.shown()]
         if any(found):
-            of_modes = [_cell(each, factor) for each in found]
-            rows.append([Cell(what), *of_modes, Cell(noise_text(noise(results, case, name)))])
+            of_modes = [_cell(each, panel.factor) for each in found]
+            rows.append([Cell(panel.label), *of_modes, Cell(noise_text(noise(results, panel.case, panel.figure)))])
     return Sheet("Loads", ["", *(mode.title for mode in results.shown()), "noise"], rows)
 
 
@@ -111,10 +85,10 @@ def calls_sheet(results: Results) -> Sheet:
 def _services(results: Results) -> Sheet:
     rows = []
     for mode in results.ran():
-        for name, what in _SIZE_ROWS:
-            if by_size := sizes_of(results, mode.name, name):
+        for panel in _SIZES:
+            if by_size := sizes_of(results, mode.name, panel.figure):
                 of_sizes = (short(by_size[size]) if size in by_size else _NONE for size in SIZES)
-                rows.append(cells(mode.title, what, *of_sizes))
+                rows.append(cells(mode.title, panel.label, *of_sizes))
     return Sheet("By the number of Services", ["", "", *(f"{size:,}" for size in SIZES)], rows, words=2)
 
 

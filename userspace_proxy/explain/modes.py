@@ -1,4 +1,4 @@
-"""Every mode that can be shown, in this order, and its rules with their reasons. Pure."""
+"""The modes in the order in which `render` shows them, and their rules with their reasons. Pure."""
 
 from __future__ import annotations
 

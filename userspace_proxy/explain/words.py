@@ -1,4 +1,4 @@
-"""What the words mean that explanations use: the kernel's, nft's and our own. Pure."""
+"""A glossary for explanations: terms of the kernel, of nft and of this project. Pure."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Iterable, Mapping
 
 from userspace_proxy.modes.reasons.lines import Line
 
-# In the order in which a packet meets what they mean.
+# In the order in which a packet meets them.
 WORDS: Mapping[str, str] = {
     "portal": "an address that a client dials: cluster IP, external IP, load balancer IP or node port",
     "endpoint": "the address and port of one pod that serves",
-    "proxy port": "a local port at which our proxy accepts what was dialled at a portal",
-    "PREROUTING": "the kernel's hook for packets that come in by the network, before it is decided where they go",
-    "INPUT": "the hook for packets to this node itself, after that decision",
+    "proxy port": "a local port at which the proxy accepts connections to a portal",
+    "PREROUTING": "the kernel's hook for packets that arrive, before the routing decision",
+    "INPUT": "the hook for packets to this node itself, after the routing decision",
     "FORWARD": "the hook for packets that only pass through this node",
     "OUTPUT": "the hook for packets that processes of this node send",
     "POSTROUTING": "the hook for packets that are about to leave",
-    "conntrack": "the kernel's list of open connections, with what was translated; so only first packets are looked up",
+    "conntrack": "the kernel's list of connections and their translations; NAT rules see only first packets",
     "NAT": "network address translation: another destination (DNAT) or another sender (SNAT) is written into a packet",
     "DNAT": "the destination is replaced; conntrack puts it back as the sender of all answers",
     "REDIRECT": "DNAT to this node itself, at another port (nft: redirect)",
@@ -25,10 +25,10 @@ WORDS: Mapping[str, str] = {
         "SNAT with this node's own address: the endpoint answers to this node, which hands it on to the client"
     ),
     "mark": "a number that a packet carries inside this kernel, from one rule to the next; it is never sent",
-    "priority": "of a packet: another such number, which traffic shaping reads later (a hook's: who is called first)",
+    "priority": "of a packet: another such number, for traffic shaping; of a chain: its place in the order at its hook",
     "affinity": "a client is led to the same endpoint again (sessionAffinity: ClientIP)",
-    "pin": "what is remembered for affinity: which client, which endpoint, until when",
-    "virtual server": "a portal as ipvs, the kernel's load balancer, knows it",
+    "pin": "an entry for affinity: a client, its endpoint, and when it expires",
+    "virtual server": "a portal in ipvs, the kernel's load balancer",
 }
 _FOUND = {word: re.compile(rf"\b{re.escape(word)}s?\b") for word in WORDS}
 _FOUND["NAT"] = re.compile(r"\b[DS]?NAT\b|\bnat\b")

@@ -57,10 +57,10 @@ class Recording:
 
 def analyse(recording: Recording) -> PacketTrace:
     """Return the interpretation of *recording*."""
-    told = [message for text in recording.datagrams for message in messages(bytes.fromhex(text))]
+    trace_messages = [message for text in recording.datagrams for message in messages(bytes.fromhex(text))]
     rulebook = Rulebook(recording.nft, recording.saved)
     elements = Elements(recording.protocol, recording.elements)
-    seen = legs(told, rulebook, recording.devices, elements)
+    seen = legs(trace_messages, rulebook, recording.devices, elements)
     trace = PacketTrace(
         portal=at(recording.ip, recording.port),
         protocol=recording.protocol,
@@ -127,15 +127,15 @@ def ipvs_server(recording: Recording) -> IpvsServer | None:
     return IpvsServer(f"{portal.protocol} {at(portal.ip, portal.port)}", server.scheduler, weights)
 
 
-def flow_of(listing: str, wanted: Ends) -> ConntrackEntry | None:
-    """Return the flow in *listing* (``conntrack -L``) whose original direction is *wanted*."""
+def flow_of(listing: str, original: Ends) -> ConntrackEntry | None:
+    """Return the flow in *listing* (``conntrack -L``) whose original direction is *original*."""
     for line in listing.splitlines():
         words = [word.partition("=") for word in line.split()]
         values = [value for key, _, value in words if key in ("src", "dst", "sport", "dport")]
         if len(values) < 8:
             continue
-        original, reply = (Ends(s, int(p), d, int(q)) for s, d, p, q in (values[:4], values[4:8]))
-        if original == wanted:
+        there, reply = (Ends(s, int(p), d, int(q)) for s, d, p, q in (values[:4], values[4:8]))
+        if there == original:
             state = _STATES.search(line)
             return ConntrackEntry(state[1] if state else "", original, reply)
     return None
@@ -168,7 +168,7 @@ def _stopped(client: Leg) -> str:
         dropped = next((visit for visit in last.visits if visit.end == "drop"), None)
         return _dropped(last.name, dropped) if dropped else f"it was not seen again after {last.name}"
     if last.name == "PREROUTING":
-        return "no route: after PREROUTING this host had nowhere to send it (net.ipv4.ip_forward? rp_filter?)"
+        return "no route: after PREROUTING this host found no route (net.ipv4.ip_forward? rp_filter?)"
     return ""
 
 
@@ -194,6 +194,6 @@ def _went_on(client: Leg, answer: Leg | None, trace: PacketTrace, probe: str) ->
     if answer is None:
         return f"{changed}; nothing came back in time"
     if answer.what.startswith(("RST", "ICMP")):
-        unserved = f"; nobody listens at port {became.destination_port}" if _is_delivered(client) else ""
+        unserved = f"; no process listens at port {became.destination_port}" if _is_delivered(client) else ""
         return f"{changed}; the answer was {answer.what}, refused{unserved}"
     return f"{changed}; the answer was {'a datagram' if answer.what == 'datagram' else answer.what}"

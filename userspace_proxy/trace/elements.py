@@ -17,11 +17,11 @@ class Element(NamedTuple):
     family: str
     table: str
     name: str
-    wanted: str
+    key_text: str
 
     @property
     def key(self) -> str:
-        return f"{self.family} {self.table} {self.name} {self.wanted}"
+        return f"{self.family} {self.table} {self.name} {self.key_text}"
 
 
 def element_of(rule: str, family: str, table: str, ends: Ends, protocol: str) -> Element | None:

@@ -41,7 +41,7 @@ class _MessageGroup:
     packet: int
     begin: Message
     ends: Ends
-    told: list[Message] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
 
     @property
     def is_ours(self) -> bool:
@@ -49,7 +49,7 @@ class _MessageGroup:
 
     @property
     def has_matched(self) -> bool:
-        return any(message.kind == "rule" for message in self.told)
+        return any(message.kind == "rule" for message in self.messages)
 
 
 @dataclass(slots=True)
@@ -93,7 +93,7 @@ class _Leg:
 
 
 def legs(
-    told: Iterable[Message], rulebook: Rulebook, devices: Mapping[int, str], elements: Elements
+    messages: Iterable[Message], rulebook: Rulebook, devices: Mapping[int, str], elements: Elements
 ) -> tuple[Leg, ...]:
     """Return the paths of the followed packets, in order of their beginning.
 
@@ -102,7 +102,7 @@ def legs(
     """
     found: list[_Leg] = []
     current: dict[int, _Leg] = {}
-    for group in _groups(told):
+    for group in _groups(messages):
         name = _hook_name(group, rulebook)
         again = next((leg for leg in found if leg.goes_on(name, group)), None)
         if again is not None:
@@ -134,15 +134,15 @@ def _follow(leg: _Leg, name: str, group: _MessageGroup) -> None:
         hook.is_over = True
 
 
-def _groups(told: Iterable[Message]) -> list[_MessageGroup]:
+def _groups(messages: Iterable[Message]) -> list[_MessageGroup]:
     found: list[_MessageGroup] = []
     current: dict[int, _MessageGroup] = {}
-    for message in told:
+    for message in messages:
         if message.ends is not None:
             current[message.packet] = _MessageGroup(message.packet, message, message.ends)
             found.append(current[message.packet])
         if message.packet in current:
-            current[message.packet].told.append(message)
+            current[message.packet].messages.append(message)
     return found
 
 
@@ -160,8 +160,8 @@ def _visit(group: _MessageGroup, after: Ends | None, rulebook: Rulebook, element
     begin = group.begin
     base = rulebook.chain(begin.family, begin.table, begin.chain)
     walk = _Walk(base, rulebook, elements, group.ends)
-    steps = tuple(walk.steps(group.told))
-    last = group.told[-1]
+    steps = tuple(walk.steps(group.messages))
+    last = group.messages[-1]
     by_policy = last.kind == "policy" or last.verdict not in ("accept", "drop", "stolen", "queue")
     end = last.verdict if not by_policy or last.kind == "policy" else "accept"
     skipped = walk.rest() if by_policy else 0
@@ -177,8 +177,8 @@ class _Walk:
         self._stack: list[tuple[ChainRules, int]] = [(base, 0)]  # each chain with the number of rules passed
         self._skipped = 0
 
-    def steps(self, told: Iterable[Message]) -> Iterator[MatchedRule]:
-        for message in told:
+    def steps(self, messages: Iterable[Message]) -> Iterator[MatchedRule]:
+        for message in messages:
             if message.kind == "rule":
                 yield self._step(message)
 

@@ -60,27 +60,27 @@ def messages(datagram: bytes) -> Iterator[Message]:
             yield _message(_FAMILIES.get(body[0], str(body[0])), dict(attributes(body[_NFGENMSG_BYTES:])))
 
 
-def _message(family: str, told: dict[int, bytes]) -> Message:
+def _message(family: str, fields: dict[int, bytes]) -> Message:
     verdict, to = "", ""
-    if _VERDICT in told:
-        parts = dict(attributes(told[_VERDICT]))
+    if _VERDICT in fields:
+        parts = dict(attributes(fields[_VERDICT]))
         verdict = _VERDICTS.get(struct.unpack("!i", parts[_VERDICT_CODE])[0], "?")
         to = _text(parts.get(_VERDICT_CHAIN, b""))
-    elif _POLICY in told:
-        verdict = _VERDICTS.get(struct.unpack("!i", told[_POLICY])[0], "?")
-    kind, handle = _TYPES.get(_number(told, _TYPE), "?"), _number(told, _HANDLE)
-    ends, what = _packet(told.get(_NETWORK, b""), told.get(_TRANSPORT, b""))
+    elif _POLICY in fields:
+        verdict = _VERDICTS.get(struct.unpack("!i", fields[_POLICY])[0], "?")
+    kind, handle = _TYPES.get(_number(fields, _TYPE), "?"), _number(fields, _HANDLE)
+    ends, what = _packet(fields.get(_NETWORK, b""), fields.get(_TRANSPORT, b""))
     return Message(
-        packet=_number(told, _ID),
+        packet=_number(fields, _ID),
         family=family,
-        table=_text(told[_TABLE]),
-        chain=_text(told[_CHAIN]),
+        table=_text(fields[_TABLE]),
+        chain=_text(fields[_CHAIN]),
         kind="end" if kind == "rule" and not handle else kind,
         handle=handle,
         verdict=verdict,
         to=to,
-        iif=_number(told, _IIF),
-        oif=_number(told, _OIF),
+        iif=_number(fields, _IIF),
+        oif=_number(fields, _OIF),
         ends=ends,
         what=what,
     )
@@ -106,8 +106,8 @@ def _what(protocol: int, transport: bytes) -> str:
     return _UNREACHABLE.get((protocol, transport[0] if transport else 0), "packet")
 
 
-def _number(told: dict[int, bytes], key: int) -> int:
-    return int.from_bytes(told.get(key, b""), "big")
+def _number(fields: dict[int, bytes], key: int) -> int:
+    return int.from_bytes(fields.get(key, b""), "big")
 
 
 def _text(packed: bytes) -> str:

@@ -127,7 +127,7 @@ def _nothing_done(visit: Visit) -> str:
     passed = sum(step.skipped for step in visit.steps) + visit.skipped
     if visit.steps:
         rest = f", {passed} did not match" if passed else ""
-        return f"{count(len(visit.steps), 'rule')} led nowhere{rest}"
+        return f"{count(len(visit.steps), 'rule')} had no effect{rest}"
     said = f"{count(passed, 'rule')} did not match" if passed else "no rules"
     return said if visit.end == "accept" else f"{said}, policy {visit.end}"
 
@@ -206,10 +206,10 @@ def _end(leg: Leg, last: Hook, trace: PacketTrace) -> Stage:
         end = "the backend" if leg.role is PacketRole.DIAL else "the client"
         return Stage("outside", end, f"{last.after.receiver}, a process on this host", _answered(leg))
     if last.name == "PREROUTING":
-        return Stage("stop", "nowhere", "no route from here")
+        return Stage("stop", "no route", "this host does not know where to send it")
     place = {PacketRole.ANSWER: "the client", PacketRole.DIAL: "the backend"}.get(leg.role)
     if place is None:
-        place = "the backend" if leg.first.receiver != leg.last.receiver else "as it was"
+        place = "the backend" if leg.first.receiver != leg.last.receiver else "the destination"
     return Stage("outside", place, f"{last.after.receiver}, by {last.devices[1] or 'no device'}", _answered(leg))
 
 
@@ -223,7 +223,7 @@ def _answered(leg: Leg) -> tuple[StageLine, ...]:
 
 def _process(listener: Listener | None, ends: Ends, trace: PacketTrace) -> Stage:
     if listener is None:
-        return Stage("stop", "nobody", f"no process listens at port {ends.destination_port}")
+        return Stage("stop", "no process", f"nothing listens at port {ends.destination_port}")
     name = f"{listener.name} (process {listener.pid})" if listener.pid else listener.name
     if not listener.is_ours:
         return Stage("process", name, f"port {listener.port}")

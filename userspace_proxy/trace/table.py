@@ -33,31 +33,31 @@ class PacketFilter:
     client_port: int = 0
 
 
-def commands(wanted: PacketFilter) -> str:
+def commands(packet: PacketFilter) -> str:
     """Return the nft commands that create the table, one on each line.
 
     Each rule traces a few packets and then none for a day. The proxy's dials (recognised by its packet mark) and their
     replies are traced only after a client's packet arrived; the sets record that.
     """
-    ip = "ip6" if ":" in wanted.ip else "ip"
-    tcp = wanted.protocol == "tcp"
-    match = [f"{ip} daddr {wanted.ip} {wanted.protocol} dport {wanted.port}"]
-    if wanted.client_ip:
-        match.append(f"{ip} saddr {wanted.client_ip}")
-    if wanted.client_port:
-        match.append(f"{wanted.protocol} sport {wanted.client_port}")
+    ip = "ip6" if ":" in packet.ip else "ip"
+    tcp = packet.protocol == "tcp"
+    match = [f"{ip} daddr {packet.ip} {packet.protocol} dport {packet.port}"]
+    if packet.client_ip:
+        match.append(f"{ip} saddr {packet.client_ip}")
+    if packet.client_port:
+        match.append(f"{packet.protocol} sport {packet.client_port}")
     first = "tcp flags & (syn | ack) == syn" if tcp else ""
     client = f"{' '.join(match)} {first} {_few(1)} add @begun {{ meta l4proto }} meta nftrace set 1"
     back = "tcp flags & (syn | rst) != 0" if tcp else ""
     ours = f"meta mark & {OWN_MARK:#x} == {OWN_MARK:#x} meta l4proto @begun {first} {_few(_DIALS)}"
-    ends = f"{{ {ip} daddr . {wanted.protocol} dport . {wanted.protocol} sport }}"
+    ends = f"{{ {ip} daddr . {packet.protocol} dport . {packet.protocol} sport }}"
     dial = f"{ours} add @dialled {ends} meta nftrace set 1"
-    dialled = f"{ip} saddr . {wanted.protocol} sport . {wanted.protocol} dport @dialled"
+    dialled = f"{ip} saddr . {packet.protocol} sport . {packet.protocol} dport @dialled"
     answering = f"{'ipv6_addr' if ip == 'ip6' else 'ipv4_addr'} . inet_service . inet_service"
     reply = f"{dialled} {back} {_few(_DIALS)} meta nftrace set 1"
     # nft 1.0 needs this order to know the type of the ports.
-    asked = f"ct direction reply ct original {ip} daddr {wanted.ip}"
-    ports = f"meta l4proto {wanted.protocol} ct original proto-dst {wanted.port}"
+    asked = f"ct direction reply ct original {ip} daddr {packet.ip}"
+    ports = f"meta l4proto {packet.protocol} ct original proto-dst {packet.port}"
     answer = f"{asked} {ports} {back} {_few(_ANSWERS)} meta nftrace set 1"
     unreachable = f"{asked} meta l4proto {'icmpv6' if ip == 'ip6' else 'icmp'} {_few(_ANSWERS)} meta nftrace set 1"
     lines = [
@@ -89,8 +89,8 @@ def _rules(name: str, hook: str, priority: int, *rules: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def tracing(nft: str, wanted: PacketFilter) -> Iterator[None]:
-    """Make the kernel trace *wanted* during the block.
+def tracing(nft: str, packet: PacketFilter) -> Iterator[None]:
+    """Make the kernel trace *packet* during the block.
 
     The table belongs to the socket of a child process, which ends when its input closes. It is therefore removed even
     if this process is killed. The child has its own process group, so that Ctrl-C does not reach it.
@@ -107,7 +107,7 @@ def tracing(nft: str, wanted: PacketFilter) -> Iterator[None]:
         assert child.stdin is not None
         try:
             with contextlib.suppress(BrokenPipeError):
-                child.stdin.write(commands(wanted))
+                child.stdin.write(commands(packet))
                 child.stdin.flush()
             _wait_until_loaded(child)
             yield

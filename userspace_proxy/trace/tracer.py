@@ -57,8 +57,8 @@ def follow(request: TraceRequest, on_ready: Callable[[], None] = lambda: None) -
         ear = stack.enter_context(_listening())
         probe = stack.enter_context(_socket(request)) if not request.awaited_s else None
         port = probe.getsockname()[1] if probe is not None else 0
-        wanted = PacketFilter(request.ip, request.port, request.protocol, request.client_ip, port)
-        stack.enter_context(tracing(nft, wanted))
+        packet = PacketFilter(request.ip, request.port, request.protocol, request.client_ip, port)
+        stack.enter_context(tracing(nft, packet))
         on_ready()
         said = _send(probe, request) if probe is not None else ""
         heard = _hear(ear, request.awaited_s)
@@ -177,7 +177,7 @@ def _look_up(recording: Recording, nft: str) -> Recording:
     elements = {element.key: "" for element in elements_in(trace)}
     for element in elements_in(trace):
         where = (element.family, element.table, element.name)
-        elements[element.key] = _element(_output(nft, "get", "element", *where, f"{{ {element.wanted} }}"))
+        elements[element.key] = _element(_output(nft, "get", "element", *where, f"{{ {element.key_text} }}"))
     is_delivered = client.hooks[-1].name == "INPUT"
     return replace(
         recording,
@@ -200,8 +200,8 @@ def _conntrack(trace: PacketTrace) -> str:
         return ""
     ends = client.first
     family = "ipv6" if ":" in ends.source else "ipv4"
-    wanted = ["--orig-src", ends.source, "--orig-dst", ends.destination]
-    return _output(path, "-L", "-f", family, "-p", trace.protocol, *wanted)
+    filters = ["--orig-src", ends.source, "--orig-dst", ends.destination]
+    return _output(path, "-L", "-f", family, "-p", trace.protocol, *filters)
 
 
 def _notes() -> list[str]:

@@ -78,7 +78,7 @@ def _draw(mode: str, recording: Recording, folder: Path) -> str:
 def main(folder: Path, modes: tuple[str, ...], *, printed: bool) -> None:
     """Draw a packet's path in each of MODES (names, or files written by --print) into FOLDER."""
     try:
-        enter_namespaces(sys.argv[1:], {}, module="userspace_proxy.trace.drawings")
+        enter_namespaces(sys.argv[1:], {}, module="tools.drawings")
         prepare()
         for mode in modes:
             _make(mode, folder, printed=printed)
