@@ -391,7 +391,10 @@ class Counters:
     ``refused``: connections to the proxy port that did not come by a portal. ``limited``: connections refused because
     their client or service port had too many open. ``port_exhaustions``: dials for which every local port towards the
     endpoint was in use. ``sources_refused``: dials for which the kernel refused the client's address as source.
-    ``unanswered``: connections that a backend reset before it sent a byte.
+    ``unanswered``: connections that a backend reset before it sent a byte. ``closed_by_removal``, ``closed_by_age``:
+    connections that ended by the Service's policy. ``waiting``: connections that wait for an endpoint now;
+    ``waits_released``, ``waits_expired``, ``waits_abandoned``: those for which one came, none came in time, or whose
+    client left.
     """
 
     accepted: int = 0
@@ -407,6 +410,12 @@ class Counters:
     port_exhaustions: int = 0
     sources_refused: int = 0
     unanswered: int = 0
+    closed_by_removal: int = 0
+    closed_by_age: int = 0
+    waiting: int = 0
+    waits_released: int = 0
+    waits_expired: int = 0
+    waits_abandoned: int = 0
     flows: int = 0
     flows_total: int = 0
     flows_evicted: int = 0
@@ -561,6 +570,10 @@ class Splice(Protocol):
 
     def cut(self, reason: str) -> None:
         """Reset both sides now; ``on_end`` is called before this returns."""
+        ...
+
+    def close(self, how: str) -> None:
+        """End both sides with a FIN now; ``on_end`` is called before this returns."""
         ...
 
 

@@ -12,7 +12,7 @@ from userspace_proxy.control import decode
 from userspace_proxy.errors import ConfigError
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import L4Protocol, ServicePortName
-from userspace_proxy.model.service import Balance, ServicePort, SourceIP
+from userspace_proxy.model.service import Balance, ConnectionPolicy, ServicePort, SourceIP
 from userspace_proxy.model.topology import Node
 
 TCP_PORT = ("", "TCP")
@@ -582,6 +582,50 @@ def test_balancing_is_read_or_refused_by_name() -> None:
             *(None, 0.0),
             ["metadata.annotations.userspace-proxy/balance", "metadata.annotations.userspace-proxy/slow-start"],
         )
+
+
+@pytest.mark.parametrize(
+    ("removal", "age", "wait", "policy"),
+    [
+        ("keep", "0", "0", ConnectionPolicy()),
+        ("reset", "1h", "30s", ConnectionPolicy(0.0, 3600.0, None, 30.0)),
+        ("drain=30s", "1h, force=5m", "1m30s", ConnectionPolicy(30.0, 3600.0, 300.0, 90.0)),
+        ("drain = 500ms", " 90m ,force=0", "250ms", ConnectionPolicy(0.5, 5400.0, 0.0, 0.25)),
+    ],
+)
+def test_a_connection_policy_is_read(removal: str, age: str, wait: str, policy: ConnectionPolicy) -> None:
+    found, problems = port_of(annotations=_policy(removal, age, wait))
+
+    assert (found.connections, problems) == (policy, [])
+
+
+def _policy(removal: str, age: str, wait: str) -> dict[str, str]:
+    stated = {"on-endpoint-removal": removal, "max-connection-age": age, "wait-for-endpoints": wait}
+    return {f"userspace-proxy/{name}": text for name, text in stated.items()}
+
+
+@pytest.mark.parametrize(
+    ("removal", "age", "wait"),
+    [
+        ("", "", ""),
+        ("drain", "1 hour", "soon"),
+        ("drain=", "1h,", "-1s"),
+        ("drain=10", "1h, 5m", "30"),
+        ("force=5m", "force=5m", "9999999h"),
+        ("reset=1s", "1h, force=5m, force=6m", "1e9s"),
+    ],
+)
+def test_a_connection_policy_is_read_or_refused_by_name(removal: str, age: str, wait: str) -> None:
+    found, problems = port_of(annotations=_policy(removal, age, wait))
+
+    assert found.connections == ConnectionPolicy()
+    assert problems == [f"metadata.annotations.{name}" for name in _policy(removal, age, wait)]
+
+
+def test_a_connection_policy_is_of_tcp_alone() -> None:
+    found, problems = port_of(annotations=_policy("reset", "1h", "30s"), ports=UDP)
+
+    assert (found.connections, problems) == (ConnectionPolicy(), [])
 
 
 # ---- Nodes

@@ -16,7 +16,7 @@ from userspace_proxy.interfaces import AccessRecord, Backends, Counters, Endpoin
 from userspace_proxy.lab import ip
 from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, ServicePortName
-from userspace_proxy.model.service import Balance, ServicePort, SourceIP, Weights, portals
+from userspace_proxy.model.service import Balance, ConnectionPolicy, ServicePort, SourceIP, Weights, portals
 from userspace_proxy.modes.userspace import nft
 
 TCP_PORT, UDP_PORT, OTHER_PORT = 10_001, 10_002, 10_003
@@ -173,6 +173,12 @@ class Plane:
             )
             for spec in self.specs
         ]
+        assert await self.local.open(self.specs) == {}
+
+    async def apply(self, policy: ConnectionPolicy) -> None:
+        """Let the TCP service port have *policy* from now on."""
+        tcp, udp = self.specs
+        self.specs = [replace(tcp, service_port=replace(tcp.service_port, connections=policy)), udp]
         assert await self.local.open(self.specs) == {}
 
     async def counters(self, name: ServicePortName = NAME) -> Counters:

@@ -7,8 +7,8 @@ import pytest
 from userspace_proxy.interfaces import DROPPED, PodDetector, Redirects
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, Scope, ServicePortName
-from userspace_proxy.model.routes import Sender
-from userspace_proxy.model.service import Portal, ServicePort, SourceIP, node_portal
+from userspace_proxy.model.routes import Refusal, Sender
+from userspace_proxy.model.service import ConnectionPolicy, Portal, ServicePort, SourceIP, node_portal
 from userspace_proxy.model.topology import Node
 from userspace_proxy.modes.plans import NodeRules, plan, redirects_to
 
@@ -52,6 +52,14 @@ def test_each_family_is_refused_by_itself() -> None:
     given = ServicePort(NAME, 80, ("10.96.0.1", "fd00:96::1"))
 
     assert made(given, of=(FAR6,)).ports == {CLUSTER_IP: REFUSE, CLUSTER_IP6: 10_000}
+
+
+def test_clients_that_may_wait_are_led_to_the_empty_listener_but_not_in_kernel_modes() -> None:
+    given = ServicePort(NAME, 80, ("10.96.0.1",), connections=ConnectionPolicy(wait_s=30.0))
+
+    assert made(given, of=()).ports == {CLUSTER_IP: 10_000}
+    kernel = plan(given, (), HERE, detects_pods=True, source_ip=SourceIP.TRANSPARENT)
+    assert {route.to for route in kernel.routes} == {Refusal.REJECT}
 
 
 def test_with_the_external_policy_local_only_those_inside_meet_endpoints_elsewhere() -> None:

@@ -43,6 +43,12 @@ _FAMILIES = (
     ("open_connections", "TCP connections open now", "open", False),
     ("failed_connections", "TCP connections reset because no endpoint could be reached", "failed", True),
     ("unanswered_connections", "TCP connections that a backend reset before it sent a byte", "unanswered", True),
+    ("removal_closed_connections", "TCP connections ended by on-endpoint-removal", "closed_by_removal", True),
+    ("age_closed_connections", "TCP connections ended by max-connection-age", "closed_by_age", True),
+    ("waiting_connections", "TCP connections that wait for an endpoint now", "waiting", False),
+    ("waits_released_connections", "TCP connections for which an endpoint came", "waits_released", True),
+    ("waits_expired_connections", "TCP connections for which no endpoint came in time", "waits_expired", True),
+    ("waits_abandoned_connections", "TCP connections whose client left while it waited", "waits_abandoned", True),
     ("refused_connections", "TCP connections that came to a proxy port by another way than a portal", "refused", True),
     (
         "limited_connections",

@@ -114,6 +114,10 @@ class Connections:
     def __len__(self) -> int:
         return len(self._open)
 
+    def __iter__(self) -> Iterator[Connection]:
+        """Yield every connection, oldest first."""
+        return iter(self._open)
+
     def add(self, connection: Connection) -> bool:
         """Add *connection*. Return False if its client has reached its limit."""
         if self._limits.connections_per_client and not self._admit(connection.client[0]):

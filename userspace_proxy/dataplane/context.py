@@ -10,6 +10,7 @@ from userspace_proxy.dataplane.connections import Connections, Limits
 from userspace_proxy.dataplane.conntrack_lookup import KernelTables
 from userspace_proxy.dataplane.datagrams import DatagramPoller
 from userspace_proxy.dataplane.dial import Deadlines, deadlines
+from userspace_proxy.dataplane.lifetimes import Keeper, Lifetimes
 from userspace_proxy.dataplane.memory import Memory
 from userspace_proxy.dataplane.poller import Poller
 from userspace_proxy.dataplane.suspects import Suspects
@@ -33,15 +34,18 @@ class PlaneContext:
     access_log: Record | None
     tables: KernelTables = field(default_factory=KernelTables)
     deadlines: tuple[Deadlines, ...] = field(init=False)
+    keeper: Keeper = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "deadlines", deadlines(self.loop))
+        object.__setattr__(self, "keeper", Keeper(self.now))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Shared:
-    """The state that the listeners of one service port share."""
+    """The state that the listeners of one service port share. ``lifetimes``: once it has a `ConnectionPolicy`."""
 
     memory: Memory
     counters: Counters = field(default_factory=Counters)
     suspects: Suspects = field(default_factory=Suspects)
+    lifetimes: Lifetimes | None = None

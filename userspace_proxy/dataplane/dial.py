@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import socket
+from collections.abc import Collection
 from socket import SocketType
 from typing import NamedTuple, Protocol
 
@@ -44,6 +45,8 @@ STARVED_RETRY_S = 0.1
 RACE, PATIENCE, PROOF = range(3)
 # Rounds of an attempt: the kind of endpoints to dial beside one that has not answered.
 _OPEN, _DOUBTFUL, _SLOW = range(3)
+
+NO_ENDPOINT = "no endpoint"
 
 _UNDER_WAY = (errno.EINPROGRESS, 0)
 # Events of a backend that has sent bytes, or its end.
@@ -190,12 +193,20 @@ class Dial:
         if pick is not None:
             self._dial(pick)
         elif self._sock is None:
-            self._caller.on_failed("no endpoint could be reached" if self._tried else "no endpoint")
+            self._caller.on_failed("no endpoint could be reached" if self._tried else NO_ENDPOINT)
 
     def resume(self, pick: Pick, code: int) -> None:
         """Dial another endpoint: the connection to that of *pick* broke with error *code* before a byte passed."""
         self._note_failure(pick, code)
         self.start()
+
+    def leave_endpoints(self, addresses: Collection[Address]) -> None:
+        """Give up the dials to *addresses*, which were removed, and dial another endpoint if none is left."""
+        left = [(sock, pick) for sock, pick in self._open() if pick.endpoint.address in addresses]
+        for sock, pick in left:
+            self._close(sock, pick)
+        if left and self._sock is None:
+            self.start()
 
     def _dial(self, pick: Pick) -> None:
         """Dial the endpoint of *pick*. If it fails at once, continue with the next ones."""

@@ -15,7 +15,10 @@ from enum import Enum
 _BYTES = 148
 _RETRANSMITS, _PROBES = 2, 3
 _UNACKED_AND_LAST_ACK_RECV = struct.Struct("=I28xI")
+_ESTABLISHED = 1  # linux/net/tcp_states.h
 _UNACKED_AT = 24
+_SENT_AND_RECEIVED_MS = struct.Struct("=I4xI")
+_LAST_DATA_AT = 44
 _UNSENT_AT = 144
 
 
@@ -29,6 +32,36 @@ class Answer(Enum):
     NOTHING_ASKED = "nothing asked"
     SOME = "some"
     NONE = "none"
+
+
+def has_left(sock: socket.SocketType) -> bool:
+    """Return whether the peer of *sock* has ended or reset the connection."""
+    try:
+        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != _ESTABLISHED
+    except OSError:
+        return True
+
+
+def silence(client: socket.SocketType, backend: socket.SocketType) -> tuple[float, bool]:
+    """Return for how many seconds no data has passed between both peers, and whether the client has spoken last.
+
+    The time is 0.0 while a peer has not acknowledged all data. The kernel's clock has steps of some milliseconds; if
+    both have spoken in the same step, the backend counts as the last.
+    """
+    silences = []
+    for sock in (client, backend):
+        try:
+            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES)
+        except OSError:
+            return 0.0, False
+        (unacked,) = struct.unpack_from("=I", info, _UNACKED_AT)
+        (unsent,) = struct.unpack_from("=I", info, _UNSENT_AT)
+        if unacked or unsent:
+            return 0.0, False
+        silences.append(_SENT_AND_RECEIVED_MS.unpack_from(info, _LAST_DATA_AT))
+    (to_client, from_client), (to_backend, from_backend) = silences
+    is_asked = from_client < from_backend or to_backend < to_client
+    return min(to_client, from_client, to_backend, from_backend) / 1000, is_asked
 
 
 def last_answer(sock: socket.SocketType, waiting_s: float) -> Answer:

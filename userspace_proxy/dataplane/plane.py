@@ -245,6 +245,7 @@ class LocalPlane:
             counters.ejected = len(memory.ejected)
             memory.end_slow_starts(self._context.now())
             counters.starting = len(memory.starting)
+            counters.waiting = len(shared.lifetimes.waiting) if shared.lifetimes is not None else 0
             part.append(ServiceStats(name, counters, memory.counters() if endpoints else []))
             steps += 1 + len(part[-1].endpoints)
             if steps >= _SERVICE_PORTS_A_STEP:
@@ -302,6 +303,7 @@ class LocalPlane:
             await self._context.connections.drain(drain_timeout_s)
         finally:
             self._context.connections.cut_all()
+            self._context.keeper.stop()
             self._sweeper.cancel()
             for sock in self._reserved:
                 sock.close()

@@ -10,12 +10,16 @@ import errno
 import logging
 import socket
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass
 from socket import SocketType
 
 from userspace_proxy.dataplane.context import PlaneContext, Shared
-from userspace_proxy.dataplane.dial import Dial, DialContext
+from userspace_proxy.dataplane.dial import NO_ENDPOINT, Dial, DialContext
+from userspace_proxy.dataplane.lifetimes import Lifetimes, idle_units
+from userspace_proxy.dataplane.peers import has_left
 from userspace_proxy.dataplane.picker import Pick, Picker
+from userspace_proxy.dataplane.poller import HANGUP
 from userspace_proxy.dataplane.proxy_protocol import header_of
 from userspace_proxy.dataplane.sockets import (
     LOCAL_SHORTAGES,
@@ -29,7 +33,7 @@ from userspace_proxy.dataplane.transparent import Transparent
 from userspace_proxy.interfaces import UNANSWERED, AccessRecord, Backends, ListenerSpec, Splice
 from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.names import ListenerName
-from userspace_proxy.model.service import Portal, portals
+from userspace_proxy.model.service import ConnectionPolicy, Portal, portals
 
 ACCEPTS_A_TURN = 32
 # A service port that has used up its share of descriptors lets new clients wait. If no connection ends for this time,
@@ -48,7 +52,7 @@ class TcpListener:
     def __init__(self, spec: ListenerSpec, sock: socket.socket, context: PlaneContext, shared: Shared) -> None:
         self.counters = shared.counters
         self.picker = Picker(shared.memory)
-        self._shared = shared
+        self.shared = shared
         self._context = context
         self._dialing = DialContext(
             context.poller,
@@ -90,10 +94,22 @@ class TcpListener:
         self._spec = spec
         self._portals = {packed(portal.ip, portal.port): portal for portal in portals(spec.service_port)}
         self._header_of = header_of(spec.service_port.source_ip, spec.name.protocol)
+        policy, shared, context = spec.service_port.connections, self.shared, self._context
+        if shared.lifetimes is None and policy != ConnectionPolicy():
+            known = (c for c in context.connections if isinstance(c, TcpConnection) and c.listener.shared is shared)
+            shared.lifetimes = Lifetimes(context.keeper, context.poller, self.counters, known)
+        if shared.lifetimes is not None:
+            shared.lifetimes.set_policy(policy)
 
     def update(self, backends: Backends) -> None:
+        before, shared = self.picker.endpoints, self.shared
         self.picker.set_endpoints(backends.usable)
-        self._shared.suspects.forget_gone(self._shared.memory.addresses())
+        known = shared.memory.addresses()
+        shared.suspects.forget_gone(known)
+        if shared.lifetimes is not None:
+            shared.lifetimes.on_endpoints(before, known, backends)
+            if backends.usable:
+                shared.lifetimes.release()
 
     def leave(self) -> None:
         """Stop accepting: another process accepts at the same socket."""
@@ -109,6 +125,9 @@ class TcpListener:
         while self._accept_some():
             pass
         self._sock.close()
+        if self.shared.lifetimes is not None:
+            for connection in [c for c in self.shared.lifetimes.waiting if c.listener is self]:
+                connection.end_wait("service gone")
 
     def _accept(self) -> None:
         self._accept_some()
@@ -163,13 +182,13 @@ class TcpListener:
 
     def note_answer(self, pick: Pick) -> None:
         """Note that the endpoint of *pick* has sent bytes to a client."""
-        if self._shared.suspects:
-            self._shared.suspects.note_answer(pick.endpoint.address)
+        if self.shared.suspects:
+            self.shared.suspects.note_answer(pick.endpoint.address)
 
     def note_reset(self, pick: Pick) -> bool:
         """Note that the endpoint of *pick* has reset a connection before it sent a byte. Return whether to eject it."""
         address = pick.endpoint.address
-        return address in self.picker.endpoints and self._shared.suspects.note_reset(address)
+        return address in self.picker.endpoints and self.shared.suspects.note_reset(address)
 
     def header(self, client: Address, dialled: bytes | None) -> bytes:
         """Return the PROXY protocol header that backends get before the bytes of *client*; b"" for none."""
@@ -191,9 +210,10 @@ def reset(client: SocketType) -> None:
 
 @dataclass(slots=True)
 class _Past:
-    """What few connections need: the dial that goes on after a useless one, and bytes that were not sent then."""
+    """What only few connections have: a wait, a dial that goes on after a useless one, and bytes not sent by then."""
 
-    dial: Dial
+    has_waited: bool = False
+    dial: Dial | None = None
     unsent: bytes = b""
 
 
@@ -205,21 +225,21 @@ class TcpConnection:
         "_context",
         "_counted",
         "_dial",
-        "_listener",
         "_past",
         "_pick",
         "_portal",
         "_splice",
-        "_started_at",
         "client",
+        "listener",
+        "started_at",
     )
 
     def __init__(self, listener: TcpListener, sock: SocketType, client: Address, context: PlaneContext) -> None:
         self.client = client
         self._client = sock
-        self._listener = listener
+        self.listener = listener
         self._context = context
-        self._started_at = context.now()
+        self.started_at = context.now()
         self._portal: Portal | None = None
         self._dial: Dial | None = None
         self._splice: Splice | None = None
@@ -228,7 +248,7 @@ class TcpConnection:
         self._past: _Past | None = None
 
     def begin(self) -> None:
-        listener = self._listener
+        listener = self.listener
         dialled = original_destination(self._client, self.client[0])
         self._portal = portal = listener.portal_of(dialled)
         if dialled is None or portal is None:
@@ -243,11 +263,13 @@ class TcpConnection:
             return
         counters.accepted += 1
         counters.open += 1
+        if (lifetimes := listener.shared.lifetimes) is not None:
+            lifetimes.add(self)
         self._dial = dial = self._new_dial(dialled)
         dial.start()
 
     def _new_dial(self, dialled: bytes | None) -> Dial:
-        listener = self._listener
+        listener = self.listener
         return Dial(self.client[0], listener.dialing, self, listener.header(self.client, dialled))
 
     def on_connected(self, backend: SocketType, pick: Pick, told: int) -> None:
@@ -266,7 +288,15 @@ class TcpConnection:
 
     def on_failed(self, reason: str) -> None:
         self._dial = None
-        self._listener.counters.failed += 1
+        lifetimes = self.listener.shared.lifetimes
+        if reason is NO_ENDPOINT and lifetimes is not None and lifetimes.wait(self):
+            try:
+                self._context.poller.watch(self._client, self._on_events_of_waiting)
+            except OSError as error:
+                self._context.connections.note_shortage(error)
+            else:
+                return
+        self.listener.counters.failed += 1
         self._refuse()
         self._on_end(reason)
 
@@ -276,45 +306,73 @@ class TcpConnection:
 
     def _on_unused(self, code: int, unsent: bytes) -> None:
         """Dial another endpoint: the chosen one broke the connection before a byte passed."""
-        pick, listener = self._pick, self._listener
+        pick, listener = self._pick, self.listener
         assert pick is not None
         pick.counters.open -= 1
         self._splice = self._pick = None
         listener.note_reset(pick)
-        if self._past is None:
-            self._past = _Past(self._new_dial(original_destination(self._client, self.client[0])))
-        self._past.unsent = unsent
-        self._dial = self._past.dial
+        past = self._past = self._past or _Past()
+        if past.dial is None:
+            past.dial = self._new_dial(original_destination(self._client, self.client[0]))
+        past.unsent = unsent
+        self._dial = past.dial
         self._dial.resume(pick, code)
 
+    # ---- while there is no endpoint
+
+    def _on_events_of_waiting(self, events: int) -> None:
+        """End the wait of a client that leaves. A client that has closed its sending side cannot be told from it."""
+        if events & HANGUP and has_left(self._client):
+            self.listener.counters.waits_abandoned += 1
+            self._refuse()
+            self._on_end("client left while it waited for an endpoint")
+
+    def end_wait(self, how: str) -> None:
+        """Reset the waiting client."""
+        self.on_failed(how)
+
+    def dial(self) -> None:
+        """Dial an endpoint now that there is one."""
+        self.listener.counters.waits_released += 1
+        self._past = _Past(has_waited=True)
+        self._context.poller.mute(self._client)
+        self._dial = dial = self._new_dial(original_destination(self._client, self.client[0]))
+        dial.start()
+
     def _on_end(self, how: str) -> None:
-        context, counters = self._context, self._listener.counters
+        context, counters = self._context, self.listener.counters
         context.connections.remove(self)
+        if (lifetimes := self.listener.shared.lifetimes) is not None:
+            lifetimes.remove(self)
         counters.open -= 1
         if (pick := self._pick) is not None:
             pick.counters.open -= 1
             self.count_bytes()
             self._splice = None
             if self._counted[1]:
-                self._listener.note_answer(pick)
+                self.listener.note_answer(pick)
             elif how is UNANSWERED:
                 counters.unanswered += 1
-                if self._listener.note_reset(pick):
-                    self._listener.dialing.hold_against(pick, self.client[0], errno.ECONNRESET)
+                if self.listener.note_reset(pick):
+                    self.listener.dialing.hold_against(pick, self.client[0], errno.ECONNRESET)
         if context.access_log is not None:
             context.access_log(
                 AccessRecord(
-                    service_port=self._listener.name.service_port,
+                    service_port=self.listener.name.service_port,
                     client=self.client,
                     portal=self._portal,
                     endpoint=self._pick.endpoint if self._pick else None,
-                    why=self._pick.why if self._pick else "",
+                    why=self._why(),
                     bytes_to_backend=self._counted[0],
                     bytes_to_client=self._counted[1],
-                    duration_s=context.now() - self._started_at,
+                    duration_s=context.now() - self.started_at,
                     how=how,
                 )
             )
+
+    def _why(self) -> str:
+        why = self._pick.why if self._pick else ""
+        return f"{why}, after a wait" if why and self._past and self._past.has_waited else why
 
     def count_bytes(self) -> None:
         """Add the bytes moved since the last call to the counters; a connection may stay open for days."""
@@ -324,13 +382,27 @@ class TcpConnection:
         to_backend, to_client = splice.bytes_to_backend, splice.bytes_to_client
         before_to_backend, before_to_client = self._counted
         self._counted = to_backend, to_client
-        counters, of_endpoint = self._listener.counters, pick.counters
+        counters, of_endpoint = self.listener.counters, pick.counters
         counters.bytes_to_backends += to_backend - before_to_backend
         counters.bytes_to_clients += to_client - before_to_client
         of_endpoint.bytes_to_backends += to_backend - before_to_backend
         of_endpoint.bytes_to_clients += to_client - before_to_client
 
-    # ---- for the sweep and the drain
+    # ---- for the sweep, the drain and the policy
+
+    def leave_endpoints(self, addresses: Collection[Address], *, at_once: bool) -> None:
+        """End the connection if its endpoint is one of *addresses*. If that is still being dialled, dial another.
+
+        *at_once*: by a reset; otherwise an idle connection ends with a FIN.
+        """
+        if self._dial is not None:
+            self._dial.leave_endpoints(addresses)
+        elif self._splice is not None and self._pick and self._pick.endpoint.address in addresses:
+            self.listener.counters.closed_by_removal += 1
+            if not at_once and idle_units(self._splice):
+                self._splice.close("closed by on-endpoint-removal")
+            else:
+                self._splice.cut("reset by on-endpoint-removal")
 
     @property
     def splice(self) -> Splice | None:
@@ -344,5 +416,8 @@ class TcpConnection:
         elif self._dial is not None:
             self._dial.cut()
             self._dial = None
+            self._refuse()
+            self._on_end(reason)
+        elif (lifetimes := self.listener.shared.lifetimes) is not None and self in lifetimes.waiting:
             self._refuse()
             self._on_end(reason)

@@ -50,6 +50,8 @@ def routes(service_port: ServicePort, family: Family, reach: Reach, *, detects_p
     With policy Local, an external client reaches only endpoints on this node, which see its address. Pods and the node
     itself reach all endpoints (the short circuit of KEP-1669).
 
+    Clients of a service port without any endpoint go to its listener if they may wait there.
+
     *detects_pods*: a pod detector is configured. Only then are the addresses of clients other than pods replaced at
     cluster IPs, and pods short-circuited. The client's address is kept if replies pass through this node.
     """
@@ -57,7 +59,10 @@ def routes(service_port: ServicePort, family: Family, reach: Reach, *, detects_p
     for portal, sender, listener in _targets(service_port, family, detects_pods=detects_pods):
         to: ListenerName | Refusal = listener
         if not (reach.cluster if listener.scope is Scope.CLUSTER else reach.local):
-            to = Refusal.DROP if reach.has_any else Refusal.REJECT
+            if reach.has_any:
+                to = Refusal.DROP
+            elif not service_port.connections.wait_s:
+                to = Refusal.REJECT
         if sender is Sender.ANYBODY:
             for_anybody[portal] = to
         elif for_anybody[portal] == to:

@@ -69,6 +69,21 @@ WEIGHT_MAX = 100
 
 
 @dataclass(frozen=True, slots=True)
+class ConnectionPolicy:
+    """When open TCP connections are closed, and how long new ones wait for an endpoint, in userspace mode.
+
+    ``drain_s``: how long connections continue whose endpoint is removed; None for as long as they last, 0 for a reset
+    at once. ``max_age_s``: the age from which an idle connection is closed; 0 for none. ``force_s``: how long after
+    that a busy one is reset; None for never. ``wait_s``: how long new connections wait if there is no endpoint.
+    """
+
+    drain_s: float | None = None
+    max_age_s: float = 0.0
+    force_s: float | None = None
+    wait_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class ServicePort:
     """One port of a Service, with every field that decides where its traffic comes from and goes to.
 
@@ -79,7 +94,7 @@ class ServicePort:
     ``ipvs_scheduler``: "" for the node's default. ``weights``: of endpoints with a weight other than 1. ``balance``:
     None if the Service states none; each mode has its default. ``slow_start_s``: how long the share of an endpoint
     that is new or has recovered grows; 0 for no slow start. Each applies in some modes only.
-    ``probe``: the active health check of its endpoints, or None.
+    ``probe``: the active health check of its endpoints, or None. ``connections``: in userspace mode, for TCP.
     """
 
     name: ServicePortName
@@ -99,6 +114,7 @@ class ServicePort:
     balance: Balance | None = None
     slow_start_s: float = 0.0
     probe: ProbeSpec | None = None
+    connections: ConnectionPolicy = ConnectionPolicy()
 
     @property
     def families(self) -> tuple[Family, ...]:

@@ -14,7 +14,7 @@ from userspace_proxy.interfaces import DROPPED, Backends, Capture, PodDetector, 
 from userspace_proxy.model.endpoint import Endpoint, Family, family_of
 from userspace_proxy.model.names import ListenerName, Scope, ServicePortName
 from userspace_proxy.model.routes import Refusal, Route, Sender, listeners, routes
-from userspace_proxy.model.service import Portal, ServicePort, SourceIP, load_balancer_portals
+from userspace_proxy.model.service import ConnectionPolicy, Portal, ServicePort, SourceIP, load_balancer_portals
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import Node, Reach, reach, serving_endpoints
 
@@ -46,7 +46,9 @@ def plan(
     source_ip: SourceIP | None = None,
 ) -> Plan:
     """Return what *service_port* takes on *node*, with *source_ip* in place of its own where that is given. Pure."""
-    routed = service_port if source_ip is None else replace(service_port, source_ip=source_ip)
+    routed = service_port
+    if source_ip is not None:  # of a kernel mode, in which no client can wait
+        routed = replace(service_port, source_ip=source_ip, connections=ConnectionPolicy())
     found: list[Route] = []
     usable: dict[Scope, tuple[Endpoint, ...]] = dict.fromkeys(Scope, ())
     reaches: dict[Family, Reach] = {}

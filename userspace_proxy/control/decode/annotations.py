@@ -1,4 +1,4 @@
-"""This proxy's annotations on a Service: source IP, balancing, IPVS scheduler and health check. Pure."""
+"""This proxy's annotations on a Service: source IP, balancing, health check and how long connections live. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from userspace_proxy.control.decode.probes import read_probe
 from userspace_proxy.errors import ConfigError
 from userspace_proxy.model.duration import duration
 from userspace_proxy.model.probe import ProbeSpec
-from userspace_proxy.model.service import IPVS_SCHEDULERS, WEIGHT_MAX, Balance, SourceIP, Weights
+from userspace_proxy.model.service import IPVS_SCHEDULERS, WEIGHT_MAX, Balance, ConnectionPolicy, SourceIP, Weights
 
 ANNOTATION_PREFIX = "userspace-proxy/"
 SOURCE_IP = f"{ANNOTATION_PREFIX}source-ip"
@@ -21,10 +21,25 @@ WEIGHTS = f"{ANNOTATION_PREFIX}weights"
 BALANCE = f"{ANNOTATION_PREFIX}balance"
 SLOW_START = f"{ANNOTATION_PREFIX}slow-start"
 HEALTH_CHECK = f"{ANNOTATION_PREFIX}health-check"
-ANNOTATIONS = (SOURCE_IP, BALANCE, WEIGHTS, SLOW_START, IPVS_SCHEDULER, HEALTH_CHECK)
+ON_ENDPOINT_REMOVAL = f"{ANNOTATION_PREFIX}on-endpoint-removal"
+MAX_CONNECTION_AGE = f"{ANNOTATION_PREFIX}max-connection-age"
+WAIT_FOR_ENDPOINTS = f"{ANNOTATION_PREFIX}wait-for-endpoints"
+ANNOTATIONS = (
+    SOURCE_IP,
+    BALANCE,
+    WEIGHTS,
+    SLOW_START,
+    IPVS_SCHEDULER,
+    HEALTH_CHECK,
+    ON_ENDPOINT_REMOVAL,
+    MAX_CONNECTION_AGE,
+    WAIT_FOR_ENDPOINTS,
+)
 SOURCE_IP_FIELD = api.below("metadata.annotations", SOURCE_IP)
 
 _WEIGHT = re.compile(r"\s*(?P<ip>[^=\s]+)\s*=\s*(?P<weight>\d{1,3})\s*")
+
+_DURATION_MAX_S = 365 * 86_400.0
 
 _Stated = TypeVar("_Stated")
 
@@ -87,6 +102,49 @@ def stated_probe(service: api.Service) -> tuple[ProbeSpec | None, list[ConfigErr
         mend = "write such as 'http path=/healthz interval=2s fall=3'; until then its endpoints are not probed"
         field = api.below("metadata.annotations", HEALTH_CHECK)
         return None, [ConfigError(f"{given!r} is no health check: {error}", field=field, mend=mend)]
+
+
+def stated_connection_policy(service: api.Service) -> tuple[ConnectionPolicy, list[ConfigError]]:
+    """Return how long connections of *service* wait and live. An invalid part is reported and has its default."""
+
+    def read_removal(text: str) -> float | None:
+        if text == "keep":
+            return None
+        return 0.0 if text == "reset" else _setting(text, "drain")
+
+    def read_age(text: str) -> tuple[float, float | None]:
+        age, comma, force = text.partition(",")
+        return _limited(age.strip()), _setting(force.strip(), "force") if comma else None
+
+    drain_s, problems = _stated(
+        service, ON_ENDPOINT_REMOVAL, read_removal, "is no way to treat connections of a removed endpoint",
+        "write keep, reset, or such as drain=30s; until then they are kept",
+    )  # fmt: skip
+    age, age_problems = _stated(
+        service, MAX_CONNECTION_AGE, read_age, "is no age of connections",
+        "write such as '1h', or '1h, force=5m'; until then connections of any age are kept",
+    )  # fmt: skip
+    wait_s, wait_problems = _stated(
+        service, WAIT_FOR_ENDPOINTS, _limited, "is no time for which connections can wait",
+        "write such as 30s; until then they are refused while there is no endpoint",
+    )  # fmt: skip
+    max_age_s, force_s = age or (0.0, None)
+    return ConnectionPolicy(drain_s, max_age_s, force_s, wait_s or 0.0), problems + age_problems + wait_problems
+
+
+def _limited(text: str) -> float:
+    """Return the seconds of the duration *text*, which is a year at most."""
+    if (seconds := duration(text)) > _DURATION_MAX_S:
+        raise ValueError(text)
+    return seconds
+
+
+def _setting(text: str, name: str) -> float:
+    """Return the seconds of *text*, such as ``drain=30s``."""
+    key, _, value = text.partition("=")
+    if key.strip() != name:
+        raise ValueError(text)
+    return _limited(value.strip())
 
 
 def _stated(

@@ -11,6 +11,7 @@ from userspace_proxy.control.decode.addresses import canonical_cidr, canonical_i
 from userspace_proxy.control.decode.annotations import (
     SOURCE_IP_FIELD,
     stated_balance,
+    stated_connection_policy,
     stated_probe,
     stated_scheduler,
     stated_slow_start,
@@ -20,7 +21,7 @@ from userspace_proxy.control.decode.annotations import (
 from userspace_proxy.errors import ConfigError
 from userspace_proxy.model.endpoint import Family, family_of
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
-from userspace_proxy.model.service import Portal, ServicePort, SourceIP
+from userspace_proxy.model.service import ConnectionPolicy, Portal, ServicePort, SourceIP
 
 AFFINITY_TIMEOUT_S = 10_800
 _ALL_CLIENTS: Mapping[Family, str] = {4: "0.0.0.0/0", 6: "::/0"}
@@ -67,9 +68,10 @@ def service_ports(
     balance, balance_problems = stated_balance(service)
     slow_start_s, slow_start_problems = stated_slow_start(service)
     probe, probe_problems = stated_probe(service)
+    policy, policy_problems = stated_connection_policy(service)
     problems += [
         *(*annotation_problems, *scheduler_problems, *weights_problems),
-        *(*balance_problems, *slow_start_problems, *probe_problems),
+        *(*balance_problems, *slow_start_problems, *probe_problems, *policy_problems),
     ]
     if annotated is SourceIP.TRANSPARENT and transparent_obstacle:
         problems.append(_not_here(transparent_obstacle))
@@ -110,6 +112,7 @@ def service_ports(
             balance=balance,
             slow_start_s=slow_start_s or 0.0,
             probe=probe,
+            connections=policy if protocol == "TCP" else ConnectionPolicy(),
         )
     return found, problems
 

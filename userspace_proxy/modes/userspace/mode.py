@@ -63,5 +63,13 @@ MODE = Mode(
     languages=("nftables", "iptables"),
     render=_render,
     firewall_passages=(REDIRECTED,),
-    annotations=("source-ip", "balance", "weights", "slow-start"),
+    annotations=(
+        "source-ip",
+        "balance",
+        "weights",
+        "slow-start",
+        "on-endpoint-removal",
+        "max-connection-age",
+        "wait-for-endpoints",
+    ),
 )
