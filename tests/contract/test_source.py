@@ -43,14 +43,14 @@ class Told:
         self.source = source
         self.events: list[ObjectEvent] = []
         self.ports: dict[str, int] = {}
-        self._told = asyncio.Event()
+        self._reported = asyncio.Event()
 
     async def follow(self) -> None:
         async with contextlib.aclosing(self.source.events()) as batches:
             async for batch in batches:
                 for event in batch:
                     self._take(event)
-                self._told.set()
+                self._reported.set()
 
     def _take(self, event: ObjectEvent) -> None:
         self.events.append(event)
@@ -66,8 +66,8 @@ class Told:
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(PATIENCE_S):
             while not condition():
-                await self._told.wait()
-                self._told.clear()
+                await self._reported.wait()
+                self._reported.clear()
 
     def since(self, mark: int) -> list[tuple[EventType, str]]:
         return [(event.type, event.name.name if event.name else "") for event in self.events[mark:]]
@@ -630,8 +630,8 @@ def test_after_any_edits_what_was_told_is_what_a_fresh_reader_finds(tmp_path: Pa
     assert [part.document for part in source._files[str(file)].parts] == [
         part.document for part in fresh._files[str(file)].parts
     ]
-    assert {key: (manifest.object, manifest.place) for key, manifest in source._told.items()} == {
-        key: (manifest.object, manifest.place) for key, manifest in fresh._told.items()
+    assert {key: (manifest.object, manifest.place) for key, manifest in source._reported.items()} == {
+        key: (manifest.object, manifest.place) for key, manifest in fresh._reported.items()
     }
 
 

@@ -40,13 +40,14 @@ class Advisor:
         self._counts: Counter[_Text] = Counter()
         self._line_of: dict[_Text, int] = {}
         self._known: dict[_Text, list[Manifest]] = {}
-        self._told: dict[Hashable, dict[tuple[str, str, str], tuple[Finding, str]]] = {}
+        self._reported: dict[Hashable, dict[tuple[str, str, str], tuple[Finding, str]]] = {}
 
     @property
     def faults(self) -> list[str]:
         """The current faults that `run` does not report elsewhere; at most a hundred."""
-        found = (told for known in list(self._told.values()) for told in known.values())
-        return [_said(self._placed(*told)) for told in islice((t for t in found if _is_fault(t[0])), _LISTED_MAX)]
+        reported = (pair for pairs in list(self._reported.values()) for pair in pairs.values())
+        faults = (pair for pair in reported if _is_fault(pair[0]))
+        return [_text(self._placed(*pair)) for pair in islice(faults, _LISTED_MAX)]
 
     def note(self, gone: Sequence[Document], came: Sequence[Document]) -> None:
         """Queue a check of documents that disappeared and of new ones. Thread-safe."""
@@ -65,7 +66,7 @@ class Advisor:
                 log.exception("a bug: manifests cannot be checked; what they say is served all the same")
                 continue
             for finding in news[:_LOGGED_MAX]:
-                log.log(logging.WARNING if finding.severity == "fault" else logging.INFO, "%s", _said(finding))
+                log.log(logging.WARNING if finding.severity == "fault" else logging.INFO, "%s", _text(finding))
             if (more := len(news) - _LOGGED_MAX) > 0:
                 log.warning("%d more findings; 'userspace-proxy check' shows all", more)
             for finding in ended[:_LOGGED_MAX]:
@@ -103,18 +104,18 @@ class Advisor:
 
     def _compare(self, changed: dict[Hashable, list[Diagnostic]]) -> tuple[list[Finding], list[Finding]]:
         news, ended = [], []
-        for key, found in changed.items():
+        for key, diagnostics in changed.items():
             now = {
                 (finding.object, finding.field, finding.problem): (finding, each.manifest.place.document.text)
-                for each in found
+                for each in diagnostics
                 if not each.is_reported
                 for finding in as_findings([each])
             }
-            before = self._told.pop(key, {})
-            news += [self._placed(*told) for said, told in now.items() if said not in before]
-            ended += [told[0] for said, told in before.items() if said not in now and _is_fault(told[0])]
+            before = self._reported.pop(key, {})
+            news += [self._placed(*found) for what, found in now.items() if what not in before]
+            ended += [found[0] for what, found in before.items() if what not in now and _is_fault(found[0])]
             if now:
-                self._told[key] = now
+                self._reported[key] = now
         return news, ended
 
     def _placed(self, finding: Finding, text: str) -> Finding:
@@ -123,9 +124,9 @@ class Advisor:
         return replace(finding, line=None if finding.line is None else finding.line + above)
 
 
-def _said(finding: Finding) -> str:
-    said = (finding.where, finding.object, finding.field, "; ".join(filter(None, (finding.problem, finding.mend))))
-    return ": ".join(filter(None, said))
+def _text(finding: Finding) -> str:
+    problem = "; ".join(filter(None, (finding.problem, finding.mend)))
+    return ": ".join(filter(None, (finding.where, finding.object, finding.field, problem)))
 
 
 def _is_fault(finding: Finding) -> bool:

@@ -72,24 +72,24 @@ class Tracker:
         self._service_cidrs: dict[NamespacedName, tuple[str, ...]] = {}
         self._state = ProxyState(node=self._here)
         self._faults: dict[NamespacedName, str] = {}  # until the Service object changes
-        self._blemishes: dict[NamespacedName, str] = {}  # problems in a part of a Service that is served
+        self._partial_problems: dict[NamespacedName, str] = {}  # problems in a part of a Service that is served
         self._conflicts: dict[NamespacedName, str] = {}  # checked again with every change
 
     @property
     def problems(self) -> Mapping[NamespacedName, str]:
         """Service -> location and reason, for Services that are not served exactly as written."""
-        return {**self._blemishes, **self._conflicts, **self._faults}
+        return {**self._partial_problems, **self._conflicts, **self._faults}
 
     @property
     def here(self) -> Node:
         """This node in the latest state."""
         return self._state.node
 
-    def see_addresses(self, addresses: tuple[str, ...]) -> bool:
+    def update_addresses(self, addresses: tuple[str, ...]) -> bool:
         """Take *addresses* for this host's own from now on; return whether they differ from those before."""
-        differs = addresses != self._here.addresses
+        has_changed = addresses != self._here.addresses
         self._here = replace(self._here, addresses=addresses)
-        return differs
+        return has_changed
 
     def apply(self, events: Iterable[ObjectEvent]) -> None:
         """Record *events*. `state` then returns their effect."""
@@ -212,7 +212,7 @@ class Tracker:
             self._state = replace(self._state, service_cidrs=service_cidrs)
         if not self._changed:
             return self._state
-        changed = self._work_out_changed()
+        changed = self._update_changed()
         self._state = replace(
             self._state,
             service_ports=MappingProxyType(dict(self._service_ports)),
@@ -220,11 +220,11 @@ class Tracker:
         )
         if self._has_names:
             for name in changed:
-                self._name(name)
+                self._update_names(name)
             self._state = replace(self._state, names=MappingProxyType(dict(self._names)))
         return self._state
 
-    def _work_out_changed(self) -> set[NamespacedName]:
+    def _update_changed(self) -> set[NamespacedName]:
         """Compute the Services that changes concern anew; return their names."""
         changed, self._changed = self._changed, set()
         changed |= self._conflicts.keys()  # the cause of a conflict may be gone
@@ -232,7 +232,7 @@ class Tracker:
         for name in changed:  # removed Services first, so that their addresses are free
             service = self._services.get(name)
             if service is None or not decode.is_proxied(service, self._proxy_name):
-                self._withdraw(name)
+                self._remove_service(name)
             else:
                 present[name] = service
         self._allocations.apply_moves(present)
@@ -240,7 +240,7 @@ class Tracker:
             changed |= present.keys()
             for name, service in sorted(present.items(), key=lambda item: (self._allocations.first(*item), item[0])):
                 try:
-                    self._work_out(name, service)
+                    self._update_service(name, service)
                 except Exception as error:
                     log.exception("a bug: Service %s cannot be worked out; what it had stays", name)
                     self._conflicts[name] = f"{name}: {error!r}"
@@ -249,7 +249,7 @@ class Tracker:
             }
         return changed
 
-    def _name(self, name: NamespacedName) -> None:
+    def _update_names(self, name: NamespacedName) -> None:
         """Work out what DNS says of *name*; an equal value stays the same object."""
         names = None
         if (service := self._services.get(name)) is not None:
@@ -273,31 +273,31 @@ class Tracker:
             served, ips = service, decode.valid_cluster_ips(service)  # another proxy serves it
         return decode.cluster_ip_names(served, ips) if ips else None
 
-    def _withdraw(self, name: NamespacedName) -> None:
+    def _remove_service(self, name: NamespacedName) -> None:
         self._allocations.release(name)
         self._conflicts.pop(name, None)
-        self._blemishes.pop(name, None)
+        self._partial_problems.pop(name, None)
         if self._served.pop(name, None) is not None:
             self._index_selectors(name)
         self._replace(name, {}, {})
 
-    def _work_out(self, name: NamespacedName, service: api.Service) -> None:
+    def _update_service(self, name: NamespacedName, service: api.Service) -> None:
         try:
-            allocation, lacking = self._allocations.assign(name, service)
+            allocation, missing = self._allocations.assign(name, service)
         except ConfigError as error:
             good = self._served.get(name)
             self._report(self._conflicts, name, [error], self._origins.get(name), kept=good is not None)
             if good is not None:  # the last good version stays, with current endpoints
                 self._serve(name, good, self._allocations.held(name))
             return
-        if lacking:
-            self._report(self._conflicts, name, lacking, self._origins.get(name), kept=False)
+        if missing:
+            self._report(self._conflicts, name, missing, self._origins.get(name), kept=False)
         else:
             self._conflicts.pop(name, None)
         if problems := self._serve(name, service, allocation):
-            self._report(self._blemishes, name, problems, self._origins.get(name), kept=False)
+            self._report(self._partial_problems, name, problems, self._origins.get(name), kept=False)
         else:
-            self._blemishes.pop(name, None)
+            self._partial_problems.pop(name, None)
         if self._served.get(name) is not service:
             self._served[name] = service
             self._index_selectors(name)

@@ -43,7 +43,7 @@ async def follow_addresses(tracker: Tracker, sync_again: Callable[[], None]) -> 
             await asyncio.sleep(_ADDRESSES_SETTLE_S)
             changed.clear()
             addresses = await network.host_addresses()
-            if addresses and tracker.see_addresses(addresses):
+            if addresses and tracker.update_addresses(addresses):
                 log.info("this host's addresses are %s now", ", ".join(addresses))
                 sync_again()
     finally:

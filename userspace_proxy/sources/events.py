@@ -43,7 +43,7 @@ Write = Callable[[str, str, Mapping[str, object]], Awaitable[int]]
 log = logging.getLogger(__name__)
 
 
-class _Said(NamedTuple):
+class _Event(NamedTuple):
     type: str
     regarding: ObjectReference
     reason: str
@@ -51,7 +51,7 @@ class _Said(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Told:
+class _Record:
     """How often an Event was reported; ``name`` is the name of its API object, "" before there is one."""
 
     count: int = 0
@@ -74,31 +74,31 @@ class EventRecorder:
         self._retry_first_s = retry_first_s
         self._instance = f"{CONTROLLER}-{node_name or socket.gethostname()}"[:_INSTANCE_MAX]
         self._now = now
-        self._told: OrderedDict[_Said, _Told] = OrderedDict()
-        self._waiting: asyncio.Queue[_Said] = asyncio.Queue(_WAITING_MAX)
+        self._records: OrderedDict[_Event, _Record] = OrderedDict()
+        self._waiting: asyncio.Queue[_Event] = asyncio.Queue(_WAITING_MAX)
         self.lost = 0
 
     def normal(self, regarding: ObjectReference, reason: str, note: str) -> None:
-        if self._say(_Said("Normal", regarding, reason, note)):
+        if self._queue(_Event("Normal", regarding, reason, note)):
             log.info("%s: %s: %s", regarding, reason, note)
 
     def warn(self, regarding: ObjectReference, reason: str, note: str, *, is_logged: bool = False) -> None:
-        if self._say(_Said("Warning", regarding, reason, note)) and not is_logged:
+        if self._queue(_Event("Warning", regarding, reason, note)) and not is_logged:
             log.warning("%s: %s: %s", regarding, reason, note)
 
-    def _say(self, said: _Said) -> bool:
-        """Queue *said*; return False if it was reported a short time ago."""
-        told = self._told.setdefault(said, _Told())
-        self._told.move_to_end(said)
-        while len(self._told) > _KNOWN_MAX:
-            self._told.popitem(last=False)
-        told.count += 1
-        if self._now() - told.at < _QUIET_S:
+    def _queue(self, event: _Event) -> bool:
+        """Queue *event*; return False if it was reported a short time ago."""
+        record = self._records.setdefault(event, _Record())
+        self._records.move_to_end(event)
+        while len(self._records) > _KNOWN_MAX:
+            self._records.popitem(last=False)
+        record.count += 1
+        if self._now() - record.at < _QUIET_S:
             return False
-        told.at = self._now()
+        record.at = self._now()
         if self._write is not None:
             try:
-                self._waiting.put_nowait(said)
+                self._waiting.put_nowait(event)
             except asyncio.QueueFull:
                 self.lost += 1
         return True
@@ -109,22 +109,22 @@ class EventRecorder:
             return
         tokens, filled_at = float(_BURST), self._now()
         while True:
-            said = await self._waiting.get()
+            event = await self._waiting.get()
             tokens = min(_BURST, tokens + (self._now() - filled_at) / _REFILL_S)
             filled_at = self._now()
             if tokens < 1:
                 await asyncio.sleep((1 - tokens) * _REFILL_S)
             tokens -= 1
-            if not await self._tell(self._write, said):
+            if not await self._send(self._write, event):
                 self.lost += 1
 
-    async def _tell(self, write: Write, said: _Said) -> bool:
-        told = self._told.get(said) or _Told(count=1)
+    async def _send(self, write: Write, event: _Event) -> bool:
+        record = self._records.get(event) or _Record(count=1)
         backoff = Backoff(self._retry_first_s, random.Random())  # noqa: S311 - jitter
         why = ""
         for _ in range(_TRIES):
             try:
-                status = await self._tell_once(write, said, told)
+                status = await self._send_once(write, event, record)
             except Exception as error:  # noqa: BLE001 - plugins of a kubeconfig raise anything
                 status, why = 0, str(error) or type(error).__name__
             else:
@@ -137,36 +137,36 @@ class EventRecorder:
         log.log(logging.DEBUG if self.lost else logging.WARNING, "Events are lost, only the log has them: %s", why)
         return False
 
-    async def _tell_once(self, write: Write, said: _Said, told: _Told) -> int:
-        namespace = said.regarding.name.namespace or "default"
+    async def _send_once(self, write: Write, event: _Event, record: _Record) -> int:
+        namespace = event.regarding.name.namespace or "default"
         path = f"/apis/events.k8s.io/v1/namespaces/{namespace}/events"
-        if told.name:
-            series = {"series": {"count": told.count, "lastObservedTime": _timestamp()}}
-            status = await write("PATCH", f"{path}/{told.name}", series)
+        if record.name:
+            series = {"series": {"count": record.count, "lastObservedTime": _timestamp()}}
+            status = await write("PATCH", f"{path}/{record.name}", series)
             if status != 404:
                 return status
-        name = f"{said.regarding.name.name[: _NAME_MAX - 17]}.{time.time_ns():x}"
-        status = await write("POST", path, _event(said, NamespacedName(namespace, name), self._instance))
+        name = f"{event.regarding.name.name[: _NAME_MAX - 17]}.{time.time_ns():x}"
+        status = await write("POST", path, _body(event, NamespacedName(namespace, name), self._instance))
         if 200 <= status < 300:
-            told.name = name
+            record.name = name
         return status
 
 
-def _event(said: _Said, name: NamespacedName, instance: str) -> dict[str, object]:
-    regarding = {"apiVersion": "v1", "kind": said.regarding.kind, "name": said.regarding.name.name}
-    if said.regarding.name.namespace:
-        regarding["namespace"] = said.regarding.name.namespace
-    if said.regarding.uid:
-        regarding["uid"] = said.regarding.uid
+def _body(event: _Event, name: NamespacedName, instance: str) -> dict[str, object]:
+    regarding = {"apiVersion": "v1", "kind": event.regarding.kind, "name": event.regarding.name.name}
+    if event.regarding.name.namespace:
+        regarding["namespace"] = event.regarding.name.namespace
+    if event.regarding.uid:
+        regarding["uid"] = event.regarding.uid
     return {
         "apiVersion": "events.k8s.io/v1",
         "kind": "Event",
         "metadata": {"namespace": name.namespace, "name": name.name},
         "eventTime": _timestamp(),
-        "type": said.type,
-        "reason": said.reason,
+        "type": event.type,
+        "reason": event.reason,
         "action": _ACTION,
-        "note": said.note.encode()[:_NOTE_MAX_BYTES].decode(errors="ignore"),
+        "note": event.note.encode()[:_NOTE_MAX_BYTES].decode(errors="ignore"),
         "regarding": regarding,
         "reportingController": CONTROLLER,
         "reportingInstance": instance,

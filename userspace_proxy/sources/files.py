@@ -109,8 +109,8 @@ class FileSource:
         self._files: dict[str, _File] = {}
         self._holders: dict[ObjectKey, list[Manifest]] = {}  # several manifests: duplicates
         self._duplicated: set[ObjectKey] = set()
-        self._told: dict[ObjectKey, Manifest] = {}
-        self._kept: set[ObjectKey] = set()  # reported, no longer found, but a fault may hide them
+        self._reported: dict[ObjectKey, Manifest] = {}
+        self._possibly_hidden: set[ObjectKey] = set()  # reported, no longer found, but a fault may hide them
         self.observe: Callable[[Sequence[Document], Sequence[Document]], None] = lambda gone, came: None
         self._problems: dict[str, str] = {}
         self._notes: set[str] = set()  # problems that are only notes: files of other tools
@@ -230,7 +230,7 @@ class FileSource:
         if change.is_empty and said == self._faults:
             return []
         self._faults = said
-        return self._tell(change, faults)
+        return self._events_of(change, faults)
 
     def _present(self, faults: list[Problem]) -> dict[str, None]:
         """Return the files that exist now; files of a folder that cannot be read count as existing."""
@@ -295,10 +295,10 @@ class FileSource:
 
     # ---- events
 
-    def _tell(self, change: _Change, faults: list[Problem]) -> list[ObjectEvent]:
+    def _events_of(self, change: _Change, faults: list[Problem]) -> list[ObjectEvent]:
         if change.gone_documents or change.came_documents:
             self.observe(change.gone_documents, change.came_documents)
-        touched = self._hold(change) | dict.fromkeys(self._kept)
+        touched = self._update_holders(change) | dict.fromkeys(self._possibly_hidden)
         problems = [*faults, *(problem for file in self._files.values() for problem in file.problems)]
         if self._duplicated:
             problems += duplicates(m for key in sorted(self._duplicated) for m in self._holders[key])
@@ -307,21 +307,21 @@ class FileSource:
 
     def _event(self, key: ObjectKey) -> ObjectEvent | None:
         """Return the event by which the tracker learns of the object *key*, or None if nothing has changed."""
-        told = self._told.get(key)
+        reported = self._reported.get(key)
         if key in self._holders:
-            latest = self._told[key] = self._holders[key][0]
-            self._kept.discard(key)
-            if told is None or told.object is not latest.object:
+            latest = self._reported[key] = self._holders[key][0]
+            self._possibly_hidden.discard(key)
+            if reported is None or reported.object is not latest.object:
                 return ObjectEvent(EventType.SET, latest.kind, latest.name, latest.object, latest.place)
-        elif told is not None and self._may_still_be_there(told):
-            self._kept.add(key)
-        elif told is not None:
-            del self._told[key]
-            self._kept.discard(key)
+        elif reported is not None and self._may_still_be_there(reported):
+            self._possibly_hidden.add(key)
+        elif reported is not None:
+            del self._reported[key]
+            self._possibly_hidden.discard(key)
             return ObjectEvent(EventType.DELETE, *key)
         return None
 
-    def _hold(self, change: _Change) -> dict[ObjectKey, None]:
+    def _update_holders(self, change: _Change) -> dict[ObjectKey, None]:
         """Update which manifests define each object; return the objects in *change*, in the order written."""
         touched: dict[ObjectKey, None] = {}
         gone = [manifest for manifest in change.gone if manifest.object is not None]

@@ -26,7 +26,7 @@ _NODE_PATIENCE_S = 30.0
 _OPTIONAL = "ServiceCIDR"
 
 Reflectors = Mapping[str, Reflector[Any]]
-_Told = asyncio.Queue[tuple[str, list[Change[Any]] | Exception]]
+_Batches = asyncio.Queue[tuple[str, list[Change[Any]] | Exception]]
 
 
 def reflectors(
@@ -43,15 +43,19 @@ def reflectors(
     With *service_proxy_name*, it follows only Services that name this proxy; without it, Services that name none
     (behaviours S2). *for_dns*: with headless Services and their slices, which no proxy serves.
     """
-    whose = f"{_PROXY_NAME_LABEL}={service_proxy_name}" if service_proxy_name else f"!{_PROXY_NAME_LABEL}"
+    selector = f"{_PROXY_NAME_LABEL}={service_proxy_name}" if service_proxy_name else f"!{_PROXY_NAME_LABEL}"
 
     def follows(
-        words: str, path: str, kind: type[api.KubernetesObject], spares: Mapping[str, str] | None = None, **params: str
+        plural: str,
+        path: str,
+        kind: type[api.KubernetesObject],
+        filters: Mapping[str, str] | None = None,
+        **params: str,
     ) -> Reflector[Any]:
         decoder = msgspec.json.Decoder(kind)
         is_optional = kind is api.ServiceCIDR
         return Reflector(
-            words, path, params, decoder, transport, pace=pace, chance=chance, spares=spares, is_optional=is_optional
+            plural, path, params, decoder, transport, pace=pace, chance=chance, filters=filters, is_optional=is_optional
         )
 
     return {
@@ -59,8 +63,8 @@ def reflectors(
             "services",
             "/api/v1/services",
             api.Service,
-            labelSelector=whose,
-            spares=None if for_dns else {"fieldSelector": "spec.clusterIP!=None"},  # known since Kubernetes 1.31
+            labelSelector=selector,
+            filters=None if for_dns else {"fieldSelector": "spec.clusterIP!=None"},  # known since Kubernetes 1.31
         ),
         "EndpointSlice": follows(
             "endpointslices",
@@ -98,16 +102,16 @@ class KubernetesSource:
         return found
 
     async def events(self) -> AsyncGenerator[Sequence[ObjectEvent]]:
-        told: _Told = asyncio.Queue()
+        batches: _Batches = asyncio.Queue()
         tasks = [
-            asyncio.create_task(self._follow(kind, reflector, told), name=f"follow {kind}")
+            asyncio.create_task(self._follow(kind, reflector, batches), name=f"follow {kind}")
             for kind, reflector in self._reflectors.items()
         ]
-        patience = asyncio.get_running_loop().call_later(self._node_patience_s, told.put_nowait, ("Node", []))
+        patience = asyncio.get_running_loop().call_later(self._node_patience_s, batches.put_nowait, ("Node", []))
         unlisted = set(self._reflectors) - {_OPTIONAL}
         try:
             while True:
-                kind, changes = await told.get()
+                kind, changes = await batches.get()
                 if isinstance(changes, Exception):
                     raise changes
                 if changes:
@@ -122,13 +126,13 @@ class KubernetesSource:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _follow(self, kind: str, reflector: Reflector[Any], told: _Told) -> None:
+    async def _follow(self, kind: str, reflector: Reflector[Any], batches: _Batches) -> None:
         try:
-            async with contextlib.aclosing(reflector.changes()) as batches:
-                async for changes in batches:
-                    told.put_nowait((kind, changes))
+            async with contextlib.aclosing(reflector.changes()) as changes:
+                async for batch in changes:
+                    batches.put_nowait((kind, batch))
         except Exception as bug:  # noqa: BLE001 - `events` raises it
-            told.put_nowait((kind, bug))
+            batches.put_nowait((kind, bug))
 
     def _event(self, kind: str, change: Change[Any]) -> ObjectEvent:
         given = change.object

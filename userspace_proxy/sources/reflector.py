@@ -110,7 +110,7 @@ class _Found(Generic[T]):
 class Reflector(Generic[T]):
     """Yields all objects of one kind, then each change, and recovers from every connection failure.
 
-    *spares*: parameters that exclude unneeded objects. If the server does not know them, requests omit them.
+    *filters*: parameters that exclude unneeded objects. If the server does not know them, requests omit them.
     *is_optional*: failures are logged at DEBUG level.
     """
 
@@ -124,14 +124,14 @@ class Reflector(Generic[T]):
         *,
         pace: Pace,
         chance: random.Random,
-        spares: Mapping[str, str] | None = None,
+        filters: Mapping[str, str] | None = None,
         is_optional: bool = False,
         now: Callable[[], float] = time.time,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._path = path
         self._params = params
-        self._spares = dict(spares or {})
+        self._filters = dict(filters or {})
         self._failure_level = logging.DEBUG if is_optional else logging.WARNING
         self._decoder = decoder
         self._transport = transport
@@ -140,7 +140,7 @@ class Reflector(Generic[T]):
         self._now = now
         self._sleep = sleep
         self._backoff = Backoff(pace.retry_s, chance)
-        self._told = Versions()
+        self._reported = Versions()
         self._version: int | None = None  # to continue watching from; None: list everything first
         self._found: _Found[T] | None = None  # during a list
         self._lists_next = False  # with LIST, because the watch failed to do it
@@ -151,7 +151,7 @@ class Reflector(Generic[T]):
 
     async def changes(self) -> AsyncGenerator[list[Change[T]]]:
         """Yield batches of changes, without end; the first holds all objects and may be empty."""
-        self._told.forget()
+        self._reported.forget()
         self._version, self._asks_version = None, False
         while True:
             began_at = self._now()
@@ -172,19 +172,19 @@ class Reflector(Generic[T]):
                 await self._sleep(self._chance.uniform(0.0, self._pace.again_s))
             else:
                 delay_s = self._backoff.delay_s(failure)
-                self._note(failure, is_serious=delay_s > 0)
+                self._note(failure, is_delayed=delay_s > 0)
                 await self._sleep(delay_s)
 
-    def _note(self, failure: FollowError, *, is_serious: bool) -> None:
+    def _note(self, failure: FollowError, *, is_delayed: bool) -> None:
         if isinstance(failure, _ExpiredError):
             self._version = None
             self.stats.expired += 1
         elif isinstance(failure, _UnknownFieldError):
-            self._spares.clear()
+            self._filters.clear()
         self._lists_next = isinstance(failure, _NoWatchListError)
         self._is_silent = isinstance(failure, _SilenceError)
         stats, why = self.stats, str(failure)
-        if not is_serious:
+        if not is_delayed:
             log.info("%s: %s", stats.kind, why)
             return
         if why != stats.why:
@@ -193,15 +193,15 @@ class Reflector(Generic[T]):
             stats.failing_since = stats.heard_at if self._is_silent and stats.heard_at else self._now()
         stats.why = why
 
-    def _note_well(self) -> None:
+    def _note_success(self) -> None:
         if self.stats.failing_since is not None:
             log.info("%s are followed again", self.stats.kind)
         self.stats.failing_since, self.stats.why = None, ""
 
-    def _note_word(self) -> None:
+    def _note_message(self) -> None:
         self.stats.heard_at = self._now()
         self._is_silent = False
-        self._note_well()
+        self._note_success()
 
     # ---- one watch
 
@@ -218,7 +218,7 @@ class Reflector(Generic[T]):
         self._found = None if self._version is not None else _Found()
         splitter = LineSplitter(_LINE_MAX_BYTES)
         async with self._answer(self._watch_params()) as response:
-            stands = asyncio.get_running_loop().call_later(self._pace.good_s, self._stands)
+            stands = asyncio.get_running_loop().call_later(self._pace.good_s, self._note_lasting)
             try:
                 async for chunk in self._chunks(response):
                     was_listing = self._found is not None
@@ -227,7 +227,7 @@ class Reflector(Generic[T]):
                     try:
                         for line in splitter.lines(chunk):
                             self._read(line, changes)
-                            self._note_word()
+                            self._note_message()
                     except (msgspec.MsgspecError, ValueError) as error:
                         failure = FollowError(f"the server sent an invalid answer: {error}", self._pace.refused_max_s)
                     except FollowError as error:
@@ -245,14 +245,14 @@ class Reflector(Generic[T]):
         if self._found is not None:
             raise _NoWatchListError("a watch ended before it had told what is there", self._pace.cut_max_s)
 
-    def _stands(self) -> None:
+    def _note_lasting(self) -> None:
         if not self._is_silent:
-            self._note_well()
+            self._note_success()
 
     def _watch_params(self) -> dict[str, str]:
         params = {
             **self._params,
-            **self._spares,
+            **self._filters,
             "watch": "1",
             "allowWatchBookmarks": "true",
             "timeoutSeconds": str(self._chance.randint(*self._pace.watch_s)),
@@ -283,9 +283,9 @@ class Reflector(Generic[T]):
     def _change(self, event: WatchEvent, name: NamespacedName, version: int, changes: list[Change[T]]) -> None:
         if event.type == "DELETED":
             self.problems.pop(name, None)
-            if self._told.deletes(name, version):
+            if self._reported.deletes(name, version):
                 changes.append(Change(name, None))
-        elif self._told.sets(name, version):
+        elif self._reported.sets(name, version):
             made = self._decode(name, event.object)
             if made is not None:
                 changes.append(Change(name, made))
@@ -300,7 +300,7 @@ class Reflector(Generic[T]):
             return
         if version < (self._version or 0):
             raise _ExpiredError("the server's history is older than what it told before", self._pace.refused_max_s)
-        self._told.covers(version)
+        self._reported.covers(version)
         self._version = version
 
     async def _check_version(self, version: int) -> None:
@@ -314,7 +314,7 @@ class Reflector(Generic[T]):
         """
         try:
             async with asyncio.timeout(self._pace.answer_s):
-                page = await self._page({**self._params, **self._spares, "limit": "1"}, None)
+                page = await self._page({**self._params, **self._filters, "limit": "1"}, None)
         except TimeoutError:
             raise FollowError("the server does not answer", self._pace.unreachable_max_s) from None
         if page.version < version:
@@ -335,15 +335,15 @@ class Reflector(Generic[T]):
         except _ExpiredError:  # the version expired between two pages
             return await self._list_by(0)
         except _UnknownFieldError:
-            self._spares.clear()
+            self._filters.clear()
             return await self._list()
 
     async def _list_by(self, page_objects: int) -> list[Change[T]]:
         found = self._found = _Found()
-        params = {**self._params, **self._spares} | ({"limit": str(page_objects)} if page_objects else {})
+        params = {**self._params, **self._filters} | ({"limit": str(page_objects)} if page_objects else {})
         while True:
             version, more = await self._page(params, found)
-            self._note_word()
+            self._note_message()
             if not more:
                 return self._replace(found, version)
             params["continue"] = more
@@ -373,7 +373,7 @@ class Reflector(Generic[T]):
 
     def _replace(self, found: _Found[T], version: int) -> list[Change[T]]:
         present = found.present()
-        news, gone = self._told.replace(present, version)
+        news, gone = self._reported.replace(present, version)
         self._version = version
         self.stats.relists += 1
         self.problems = {name: said for name, said in self.problems.items() if name in present}
@@ -433,7 +433,7 @@ class Reflector(Generic[T]):
         causes = (status.details.causes if status.details else None) or ()
         if code == 410 or any(cause.reason == "ResourceVersionTooLarge" for cause in causes):
             return _ExpiredError(said, longest_s, at_once=True)
-        if code == 400 and self._spares and (self._found is None or self._lists_next):
+        if code == 400 and self._filters and (self._found is None or self._lists_next):
             return _UnknownFieldError(said, longest_s, at_once=True)
         if self._found is not None and code in (400, 422):
             return _NoWatchListError(said, longest_s, at_once=True)
