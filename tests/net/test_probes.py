@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,7 @@ from tests.net.world import (
 from userspace_proxy.lab import Host, ServiceLab
 
 IP = "10.96.12.1"
-CHECK_PORT = 9_999
+CHECK_PORT, PRIMARY_PORT = 9_999, 8_008
 CHECK = f"tcp port={CHECK_PORT} interval=100ms rise=1 fall=1"
 POD_IPS = ("--detect-local-mode", "ClusterCIDR", "--cluster-cidr", "10.244.0.0/16")
 MODES = ["userspace", "nftables", "iptables", pytest.param("ipvs", marks=pytest.mark.ipvs)]
@@ -58,12 +60,12 @@ def switches(world: ServiceLab) -> Iterator[tuple[Switch, Switch]]:
         switch.turn_off()
 
 
-def checked(name: str, cluster_ip: str, check: str) -> str:
-    """Return a Service with a health check and the two pods as its endpoints."""
+def checked(name: str, cluster_ip: str, check: str, slices: str = "") -> str:
+    """Return a Service with a health check, and its endpoints: *slices*, or else two pods."""
     plain = service(name, cluster_ip).replace(
         f"name: {name}", f'name: {name}, annotations: {{userspace-proxy/health-check: "{check}"}}', 1
     )
-    return documents(plain, endpoints(name, POD1, POD2))
+    return documents(plain, slices or endpoints(name, POD1, POD2))
 
 
 @contextlib.contextmanager
@@ -134,3 +136,71 @@ def test_an_endpoint_that_is_unhealthy_gets_no_traffic_in_any_mode(
         proxy.wait_logged(f"endpoint {POD1}:{CHECK_PORT} is healthy: tcp: it answers again")
         two.turn_on()
         only("pod1", "pod2")
+
+
+class Role(threading.Thread):
+    """A server of one pod that answers 200 at /primary while it is the primary, 503 otherwise, and elsewhere its name.
+
+    ``served``: the number of requests of clients.
+    """
+
+    def __init__(self, pod: Host) -> None:
+        super().__init__(daemon=True)
+        role = self
+        self.is_primary = False
+        self.served = 0
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                is_probe = self.path == "/primary"
+                role.served += not is_probe
+                self.send_response(200 if role.is_primary or not is_probe else 503)
+                self.send_header("Content-Length", str(len(pod.name)))
+                self.end_headers()
+                self.wfile.write(pod.name.encode())
+
+            def log_message(self, *_: object) -> None: ...
+
+        with pod.inside():
+            self._server = ThreadingHTTPServer(("0.0.0.0", PRIMARY_PORT), Handler)
+        self.start()
+
+    def run(self) -> None:
+        self._server.serve_forever(poll_interval=0.05)
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self.join()
+
+
+def test_traffic_follows_the_one_server_that_says_that_it_is_the_primary(world: ServiceLab, tmp_path: Path) -> None:
+    roles = [Role(pod) for pod in world.pods]
+    check = "http path=/primary status=200 interval=200ms timeout=100ms rise=1 fall=1 panic=off"
+    with contextlib.ExitStack() as stack:
+        for role in roles:
+            stack.callback(role.close)
+        proxy = stack.enter_context(proxy_in("userspace", world, tmp_path))
+        ips = [ServiceLab.pod_ip(index) for index in range(3)]
+        proxy.apply("db", checked("db", "10.96.12.3", check, endpoints("db", *ips, http_port=PRIMARY_PORT)))
+        proxy.start()
+
+        def unhealthy() -> float:
+            return proxy.metric("userspace_proxy_unhealthy_endpoints", service="db", port="http")
+
+        def served_by() -> set[int]:
+            """Ask a few times; return the servers that saw a request."""
+            before = [role.served for role in roles]
+            for _ in range(6):
+                answers(world.client, "10.96.12.3", 80)
+            return {at for at, role in enumerate(roles) if role.served != before[at]}
+
+        for index in (0, 1, 0):
+            before = [role for role in roles if role.is_primary]
+            roles[index].is_primary = True
+            for role in before:
+                role.is_primary = False
+            wait_until(lambda: unhealthy() == 2 and served_by() == {index}, f"server {index} alone serves")  # noqa: B023
+            assert served_by() == {index}
