@@ -30,6 +30,8 @@ WEB_PORT = 8090
 # Each old pod and its successor.
 ROLLOUT = {"local1": "local3", "remote1": "remote2", "local2": "local4"}
 CONNECTIONS = 8
+# Requests of one load.
+ENOUGH = 1_000
 # What a preStop hook sleeps, and how long a slice may lag behind a process that is gone.
 PRE_STOP_S = 0.6
 STALE_S = 0.2
@@ -67,7 +69,7 @@ class Load:
         self._process.send_signal(signal.SIGINT)
         out = self._process.communicate(timeout=20)[0]
         done = int(re.findall(r"(\d+) requests in", out)[0])
-        assert done > 1000, out
+        assert done > ENOUGH, out
         lost = dict.fromkeys(("connect", "read", "write", "timeout"), 0)
         lost |= {kind: int(n) for kind, n in re.findall(r"(connect|read|write|timeout) (\d+)", out)}
         return lost | {"refused": sum(map(int, re.findall(r"Non-2xx or 3xx responses: (\d+)", out)))}
@@ -235,6 +237,11 @@ def test_a_pod_that_is_gone_but_listed_as_ready_fails_no_request_that_begins_the
     """Nobody had found out before that it refuses, as the requests of a rollout would have."""
     deployment.signal("local1", signal.SIGTERM).wait(20)
 
-    lost = Load(proxy.cluster.places["outside"], PRIMARY[4], deployment.service.node_port, seconds=2).lost()
+    load = Load(proxy.cluster.places["outside"], PRIMARY[4], deployment.service.node_port, seconds=2)
+    name = deployment.service.name
+    wait_until(
+        lambda: proxy.metric("userspace_proxy_connections_total", service=name) > 1.1 * ENOUGH, "there were enough", 60
+    )
+    lost = load.lost()
 
     assert sum(lost.values()) == 0, lost
