@@ -19,7 +19,7 @@ from typing import Any
 
 from userspace_proxy.config.settings import Settings
 from userspace_proxy.errors import SyncError
-from userspace_proxy.interfaces import KernelTables, NodeFacts, PodDetector, Translation
+from userspace_proxy.interfaces import KernelRules, NodeFacts, PodDetector, RuleUpdate, Translation
 from userspace_proxy.lab import Host, Lab, enter_namespaces, prepare
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
@@ -44,12 +44,12 @@ def endpoint(number: int, index: int) -> Endpoint:
     return Endpoint(f"10.{244 + index}.{number // 250 % 250}.{number % 250 + 1}", 8080)
 
 
-def _make_tables_of(mode: str) -> Callable[[Settings], KernelTables]:
-    make: Callable[[Settings], KernelTables] = import_module(f"userspace_proxy.modes.{mode}.mode").make_tables
+def _make_tables_of(mode: str) -> Callable[[Settings], KernelRules]:
+    make: Callable[[Settings], KernelRules] = import_module(f"userspace_proxy.modes.{mode}.mode").make_tables
     return make
 
 
-async def measure(make: Callable[[Settings], KernelTables], services: int) -> dict[str, Any]:
+async def measure(make: Callable[[Settings], KernelRules], services: int) -> dict[str, Any]:
     """Return the seconds of a whole load and of removal, and the milliseconds of a change."""
     tables, facts = make(Settings()), NodeFacts(_HERE, _PODS)
     wanted = [translation(n, endpoint(n, 0), endpoint(n, 1)) for n in range(services)]
@@ -57,7 +57,7 @@ async def measure(make: Callable[[Settings], KernelTables], services: int) -> di
     await tables.prepare()
     try:
         began = time.perf_counter()
-        await tables.load(by_name, set(by_name), facts)
+        await tables.load(RuleUpdate(by_name, set(by_name), facts))
         load_s = time.perf_counter() - began
         changes_ms = []
         for turn in range(_CHANGES):
@@ -65,7 +65,7 @@ async def measure(make: Callable[[Settings], KernelTables], services: int) -> di
             changed = translation(number, endpoint(number, 0), *([endpoint(number, 2)] if turn % 2 else []))
             by_name = {**by_name, changed.service_port.name: changed}
             began = time.perf_counter()
-            await tables.load(by_name, {changed.service_port.name}, facts)
+            await tables.load(RuleUpdate(by_name, {changed.service_port.name}, facts))
             changes_ms.append((time.perf_counter() - began) * 1000)
     finally:
         began = time.perf_counter()

@@ -178,7 +178,7 @@ class Proxier(StateSink, Protocol):
         ...
 
     @property
-    def keeper(self) -> Retrying:
+    def repairer(self) -> Retrying:
         """The retry state of these repairs."""
         ...
 
@@ -321,7 +321,18 @@ class NodeFacts:
     service_cidrs: tuple[str, ...] = ()
 
 
-class KernelTables(LoadedRules, Protocol):
+class RuleUpdate(NamedTuple):
+    """The desired content of a kernel mode's tables.
+
+    ``changed``: the added, changed and removed service ports since the last load that succeeded.
+    """
+
+    translations: Mapping[ServicePortName, Translation]
+    changed: Collection[ServicePortName]
+    facts: NodeFacts
+
+
+class KernelRules(LoadedRules, Protocol):
     """Holds the rules of one kernel mode. ``loads``: counters of rule loads by IP family, if the mode counts them."""
 
     mode: str
@@ -341,15 +352,8 @@ class KernelTables(LoadedRules, Protocol):
         """
         ...
 
-    async def load(
-        self,
-        translations: Mapping[ServicePortName, Translation],
-        changed: Collection[ServicePortName],
-        facts: NodeFacts,
-    ) -> None:
-        """Put *translations* in force, all or none. The cost follows *changed*: the added, changed and removed ones.
-
-        After a refused load, the caller passes its *changed* to the next load, too.
+    async def load(self, update: RuleUpdate) -> None:
+        """Put *update* in force, all or nothing. The cost follows ``update.changed``.
 
         Raises:
             SyncError: the kernel refused; the previous rules stay in force.

@@ -1,18 +1,30 @@
-"""Encode and decode netlink messages and their attributes. Pure."""
+"""Netlink: messages and attributes as bytes, and the exchange of requests and answers with the kernel.
+
+The layout is that of linux/netlink.h.
+"""
 
 from __future__ import annotations
 
+import os
+import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+ROUTE, NETFILTER, GENERIC = 0, 12, 16
+REQUEST, ACK, DUMP, CREATE = 0x1, 0x4, 0x300, 0x400
+ERROR, DONE = 2, 3
+NESTED = 0x8000
 HEADER_BYTES = 16
+RECEIVED_BYTES = 1 << 17
 _HEADER = struct.Struct("=IHHII")
 _ATTRIBUTE = struct.Struct("=HH")
-NESTED = 0x8000
+_ANSWER = struct.Struct("=i8xI")  # the error, then the header of the request with its number
+_SENT_AT_ONCE = 128
 
 
-def message(kind: int, flags: int, body: bytes) -> bytes:
-    return _HEADER.pack(HEADER_BYTES + len(body), kind, flags, 1, 0) + body
+def message(kind: int, flags: int, body: bytes, number: int = 1) -> bytes:
+    """Return a netlink message. The kernel's answer refers to *number*."""
+    return _HEADER.pack(HEADER_BYTES + len(body), kind, flags, number, 0) + body
 
 
 def messages(datagram: bytes) -> Iterator[tuple[int, bytes]]:
@@ -37,3 +49,46 @@ def attributes(packed: bytes) -> Iterator[tuple[int, bytes]]:
         length, kind = _ATTRIBUTE.unpack_from(packed, at)
         yield kind & ~NESTED, packed[at + _ATTRIBUTE.size : at + length]
         at += max(_ATTRIBUTE.size, length + -length % 4)
+
+
+def open_socket(protocol: int, timeout_s: float) -> socket.socket:
+    """Return a blocking netlink socket. Its calls raise TimeoutError after *timeout_s*."""
+    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
+    sock.settimeout(timeout_s)
+    return sock
+
+
+def answer(body: bytes) -> tuple[int, int]:
+    """Return the errno in the *body* of an ERROR message (0 for success) and the number of the request."""
+    code, number = _ANSWER.unpack_from(body)
+    return -code, number
+
+
+def dump(sock: socket.socket, request: bytes) -> Iterator[tuple[int, bytes]]:
+    """Send *request*, which asks for a list, and yield kind and body of each message of the answer.
+
+    Raises:
+        OSError: the kernel refused the request.
+    """
+    sock.send(request)
+    while True:
+        for kind, body in messages(sock.recv(RECEIVED_BYTES)):
+            if kind == DONE:
+                return
+            if kind == ERROR:
+                code, _ = answer(body)
+                raise OSError(code, os.strerror(code))
+            yield kind, body
+
+
+def send_all(sock: socket.socket, requests: Sequence[bytes]) -> Iterator[int]:
+    """Send *requests*, which have the flag ACK; yield the errno of each, 0 for success."""
+    for start in range(0, len(requests), _SENT_AT_ONCE):
+        part = requests[start : start + _SENT_AT_ONCE]
+        sock.send(b"".join(part))
+        left = len(part)
+        while left:
+            for kind, body in messages(sock.recv(RECEIVED_BYTES)):
+                if kind == ERROR:
+                    left -= 1
+                    yield answer(body)[0]

@@ -9,14 +9,14 @@ from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.service import Portal, ServicePort
 from userspace_proxy.modes.ipvs.device import device_lines
 from userspace_proxy.modes.ipvs.rules import server_lines
-from userspace_proxy.modes.ipvs.table import VirtualServer
+from userspace_proxy.modes.ipvs.table import VirtualServerSpec
 from userspace_proxy.modes.reasons.known import Known
 
 WEB = ServicePort(name("shop/web:http"), 80, ("10.96.0.1", "fd00:96::1"), node_port=30_080)
 DNS = ServicePort(name("kube-system/dns", UDP), 53, ("10.96.0.10",))
 KNOWN = Known((WEB, DNS))
 ENDPOINT: Address = ("10.244.0.2", 8080)
-FLAG = " flag-3 means nothing to the scheduler; it tells ours from others'."
+FLAG = " flag-3 marks it as ours; no scheduler reads it."
 ROUND_ROBIN = "each new connection goes to the next endpoint (rr: round robin)."
 
 
@@ -27,7 +27,7 @@ ROUND_ROBIN = "each new connection goes to the next endpoint (rr: round robin)."
             WEB,
             "10.96.0.1",
             80,
-            VirtualServer(),
+            VirtualServerSpec(),
             "-A -t 10.96.0.1:80 -s rr -b flag-3",
             f"A virtual server for the cluster IP 10.96.0.1:80 (TCP): {ROUND_ROBIN}{FLAG}",
         ),
@@ -35,7 +35,7 @@ ROUND_ROBIN = "each new connection goes to the next endpoint (rr: round robin)."
             DNS,
             "10.96.0.10",
             53,
-            VirtualServer(),
+            VirtualServerSpec(),
             "-A -u 10.96.0.10:53 -s rr -b flag-3",
             f"A virtual server for the cluster IP 10.96.0.10:53 (UDP): {ROUND_ROBIN}{FLAG}",
         ),
@@ -43,16 +43,16 @@ ROUND_ROBIN = "each new connection goes to the next endpoint (rr: round robin)."
             WEB,
             "fd00:96::1",
             80,
-            VirtualServer(affinity_timeout_s=10_800),
+            VirtualServerSpec(affinity_timeout_s=10_800),
             "-A -t [fd00:96::1]:80 -s rr -p 10800 -b flag-3",
-            f"A virtual server for the cluster IP [fd00:96::1]:80 (TCP): {ROUND_ROBIN} Affinity: a client meets the "
-            f"same endpoint again until it has been away for 10800 s (-p: persistent).{FLAG}",
+            f"A virtual server for the cluster IP [fd00:96::1]:80 (TCP): {ROUND_ROBIN} Affinity: a client keeps its "
+            f"endpoint until it has been silent for 10800 s (-p: persistent).{FLAG}",
         ),
         (
             WEB,
             "192.168.50.1",
             30_080,
-            VirtualServer("sh"),
+            VirtualServerSpec("sh"),
             "-A -t 192.168.50.1:30080 -s sh -b flag-3",
             "A virtual server for the node port 192.168.50.1:30080 (TCP): a hash of the client's address chooses the "
             f"endpoint (sh).{FLAG}",
@@ -61,26 +61,26 @@ ROUND_ROBIN = "each new connection goes to the next endpoint (rr: round robin)."
             WEB,
             "10.96.0.1",
             80,
-            VirtualServer(weights={ENDPOINT: 1}),
+            VirtualServerSpec(weights={ENDPOINT: 1}),
             "-a -t 10.96.0.1:80 -r 10.244.0.2:8080 -m -w 1",
-            "10.244.0.2:8080 is an endpoint of the cluster IP 10.96.0.1:80 (TCP); the packet's destination becomes the "
-            "endpoint's address and port (-m: masquerading, which is NAT); weight 1: its share beside the others', "
-            "where the scheduler asks for weights.",
+            "10.244.0.2:8080 is an endpoint of the cluster IP 10.96.0.1:80 (TCP). Its address and port replace the "
+            "packet's destination (-m: masquerading, which is NAT); weight 1: its share, with schedulers that use "
+            "weights.",
         ),
         (
             WEB,
             "10.96.0.1",
             80,
-            VirtualServer(weights={ENDPOINT: 0}),
+            VirtualServerSpec(weights={ENDPOINT: 0}),
             "-a -t 10.96.0.1:80 -r 10.244.0.2:8080 -m -w 0",
-            "10.244.0.2:8080 is an endpoint of the cluster IP 10.96.0.1:80 (TCP); the packet's destination becomes the "
-            "endpoint's address and port (-m: masquerading, which is NAT); weight 0: no new connections, open ones go "
-            "on.",
+            "10.244.0.2:8080 is an endpoint of the cluster IP 10.96.0.1:80 (TCP). Its address and port replace the "
+            "packet's destination (-m: masquerading, which is NAT); weight 0: it gets no new connections, and "
+            "open ones continue.",
         ),
     ],
 )
 def test_a_line_has_its_effect_and_its_service(
-    service_port: ServicePort, ip: str, port: int, server: VirtualServer, line: str, reason: str
+    service_port: ServicePort, ip: str, port: int, server: VirtualServerSpec, line: str, reason: str
 ) -> None:
     lines = list(server_lines(Portal(ip, port, service_port.name.protocol), server, service_port.name))
 
@@ -93,17 +93,16 @@ def test_the_device_and_its_addresses_are_explained() -> None:
     assert [(line.text, line.explanation) for line in lines] == [
         (
             "link add kube-ipvs0 up group 10777 type dummy",
-            "A device that leads nowhere: kube-ipvs0 only holds addresses of Services. kube-proxy makes one of this "
-            "name, too; the group says that it is ours.",
+            "A dummy device, kube-ipvs0, which only holds the addresses of Services. kube-proxy has one of the same "
+            "name; the group marks this one as ours.",
         ),
         (
             "address replace 10.96.0.1/32 dev kube-ipvs0",
-            "10.96.0.1 becomes an address of this node, at the device kube-ipvs0, so that packets to it come to INPUT, "
-            "where ipvs looks at them.",
+            "Make 10.96.0.1 an address of this node, so that packets to it reach INPUT, where IPVS handles them.",
         ),
         (
             "address replace fd00:96::1/128 nodad dev kube-ipvs0",
-            "fd00:96::1 becomes an address of this node, at the device kube-ipvs0, so that packets to it come to "
-            "INPUT, where ipvs looks at them. Nobody else is asked for it (nodad).",
+            "Make fd00:96::1 an address of this node, so that packets to it reach INPUT, where IPVS handles them. "
+            "nodad: do not ask other hosts whether they have it.",
         ),
     ]

@@ -22,7 +22,7 @@ from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.service import ServicePort
 from userspace_proxy.modes.iptables import loader as kube_kernel
 from userspace_proxy.modes.iptables import tables
-from userspace_proxy.modes.iptables.chains import Manner, node_rules, service_rules
+from userspace_proxy.modes.iptables.chains import ChainOptions, node_rules, service_rules
 from userspace_proxy.modes.reasons.known import Known, chosen
 from userspace_proxy.modes.reasons.lines import Explained, Line
 from userspace_proxy.modes.slots.slot_table import SlotTable
@@ -58,7 +58,7 @@ def of_translations(
     translations: Mapping[ServicePortName, Translation], facts: NodeFacts, *, is_short: bool = False
 ) -> list[Explained]:
     known = Known(made.service_port for made in translations.values())
-    chains = kube_kernel.rules(translations, facts, Manner(facts.pods))
+    chains = kube_kernel.rules(translations, facts, ChainOptions(facts.pods))
     return [
         explained(IPTABLES, chains, known, is_short=is_short),
         explained(NFTABLES, SlotTable().rules(facts, translations.values()), known, is_short=is_short),
@@ -89,9 +89,9 @@ def test_every_line_of_kernel_modes_is_explained_and_unchanged(facts: NodeFacts)
     chains, table = of_translations(EVERYTHING, facts)
 
     assert unexplained([*chains.lines, *table.lines]) == []
-    whole = kube_kernel.rules(EVERYTHING, facts, Manner(facts.pods)).families
+    whole = kube_kernel.rules(EVERYTHING, facts, ChainOptions(facts.pods)).families
     for family, (_, sections) in zip(FAMILIES, whole, strict=True):
-        how = Manner(facts.pods, node_ports_on=facts.node_ports_on)
+        how = ChainOptions(facts.pods, node_ports_on=facts.node_ports_on)
         services = {name: service_rules(made, family, how) for name, made in EVERYTHING.items()}
         loaded = tables.whole(tables.Tables(node_rules(family, how), services), {})
         assert "".join(section.text() for section in sections) == loaded
@@ -133,9 +133,9 @@ def test_probabilities_are_explained_as_fractions() -> None:
     said = [line.explanation for line in lines if "10.96.0.11" not in line.text and line.text.startswith("-A KUBE-SVC")]
 
     assert said == [
-        "One of 3 endpoints by chance, the first: 10.244.0.2:8080 with probability 1/3.",
-        "The next: 10.244.0.3:8080 with probability 1/2 of those who came here, which is 1 in 3 of all.",
-        "One of 3 endpoints by chance, the last: who was not led elsewhere by now goes to 10.244.0.4:8080, 1 in 3.",
+        "One of 3 endpoints at random, the first: 10.244.0.2:8080 with probability 1/3.",
+        "The next: 10.244.0.3:8080 with probability 1/2 of the packets that are left, 1 in 3 of all.",
+        "One of 3 endpoints at random, the last: all packets that are left go to 10.244.0.4:8080, 1 in 3.",
     ]
 
 

@@ -79,7 +79,7 @@ def test_json_has_each_line_with_its_explanation_and_service() -> None:
         assert {line["service"] for line in mode["lines"]} == {"", "shop/web:http"}
     led = next(line for line in modes[0]["lines"] if "10.96.0.1 " in line["text"])
     assert re.fullmatch(
-        r"Packets to the cluster IP 10.96.0.1:80 \(TCP\) are led to our proxy port \d+\.", led["explanation"]
+        r"Packets to the cluster IP 10.96.0.1:80 \(TCP\) go to our proxy port \d+\.", led["explanation"]
     )
     assert "DNAT" in modes[2]["words"]
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from userspace_proxy.errors import SyncError
-from userspace_proxy.modes.repairs import Keeper
+from userspace_proxy.modes.repairs import RuleRepairer
 
 RETRY_S = 0.02
 _BOUND_S = 5.0
@@ -51,15 +51,15 @@ class FakeRules:
 
 
 @contextlib.asynccontextmanager
-async def kept(rules: FakeRules, retry_s: float = RETRY_S) -> AsyncIterator[Keeper]:
-    keeper = Keeper(rules, retry_s)
+async def kept(rules: FakeRules, retry_s: float = RETRY_S) -> AsyncIterator[RuleRepairer]:
+    repairer = RuleRepairer(rules, retry_s)
 
     async def repair() -> None:
-        await keeper.repaired()
+        await repairer.repair()
 
     async with asyncio.TaskGroup() as group:
-        task = group.create_task(keeper.keep(repair))
-        yield keeper
+        task = group.create_task(repairer.run(repair))
+        yield repairer
         task.cancel()
 
 
@@ -70,31 +70,31 @@ def said(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
 async def test_a_refusal_is_named_once_and_so_is_its_end(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     rules = FakeRules("no room")
-    async with kept(rules) as keeper:
+    async with kept(rules) as repairer:
         for _ in range(3):
             await rules.reloaded()
-        assert (keeper.error, keeper.failing_since is None) == ("no room", False)
+        assert (repairer.error, repairer.failing_since is None) == ("no room", False)
         rules.refusal = "no such module"
         for _ in range(2):
             await rules.reloaded()
         rules.refusal = ""
         await rules.reloaded()
-        assert (keeper.error, keeper.failing_since) == ("", None)
+        assert (repairer.error, repairer.failing_since) == ("", None)
 
     assert said(caplog) == [
-        ("WARNING", "our rules were removed or changed by somebody else; loading them again"),
+        ("WARNING", "our rules were removed or changed by another program; loading them again"),
         ("ERROR", "no room"),
         ("ERROR", "no such module"),
-        ("INFO", "our rules are as they should be again"),
+        ("INFO", "our rules are as they were loaded again"),
     ]
 
 
 async def test_a_bug_in_a_repair_ends_nothing_and_is_told_with_where_it_is(caplog: pytest.LogCaptureFixture) -> None:
     rules = FakeRules(KeyError("a bug"))
-    async with kept(rules) as keeper:
+    async with kept(rules) as repairer:
         for _ in range(2):
             await rules.reloaded()
-        assert keeper.error == "KeyError('a bug')"
+        assert repairer.error == "KeyError('a bug')"
         rules.refusal = ""
         await rules.reloaded()
 
@@ -113,10 +113,10 @@ async def test_who_refuses_is_asked_less_and_less_often() -> None:
 
 async def test_a_load_that_succeeds_meanwhile_is_looked_at_at_once() -> None:
     rules = FakeRules("no room")
-    async with kept(rules, retry_s=60) as keeper:
+    async with kept(rules, retry_s=60) as repairer:
         await rules.reloaded()
         rules.refusal = ""
-        keeper.look_now()
+        repairer.check_now()
         await rules.reloaded()
 
-        assert keeper.error == ""
+        assert repairer.error == ""

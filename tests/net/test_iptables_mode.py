@@ -114,7 +114,7 @@ def test_foreign_flushes_are_repaired(proxy: KernelProxy, world: ServiceLab) -> 
     world.node.run("nft", "flush", "ruleset")
 
     wait_until(lambda: answers(world.client, "10.96.9.3", 80) == "pod1", "they are back")
-    wait_until(lambda: "changed by somebody else" in proxy.log(), "it is said")
+    wait_until(lambda: "changed by another program" in proxy.log(), "it is said")
 
 
 def test_ctrl_c_takes_all_away_and_so_does_cleanup_after_another_end(proxy: KernelProxy, world: ServiceLab) -> None:

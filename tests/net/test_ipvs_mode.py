@@ -17,12 +17,11 @@ from tests.modes.redirects_given import name
 from tests.modes.translations_given import HERE, NEAR4, PODS, by_name, translation
 from tests.net.ipvs import IpvsProxy, fresh_ipvs_proxy
 from tests.net.world import POD1, POD2, Proxy, answers, ask_udp, documents, endpoints, is_refused, service, wait_until
-from userspace_proxy.interfaces import NodeFacts
+from userspace_proxy.interfaces import NodeFacts, RuleUpdate
 from userspace_proxy.lab import NODE_IP, Host, ServiceLab, connect
 from userspace_proxy.model.service import ServicePort
-from userspace_proxy.modes.ipvs.device import device_lines
+from userspace_proxy.modes.ipvs.device import VirtualDevice, device_lines
 from userspace_proxy.modes.ipvs.loader import IpvsTables
-from userspace_proxy.modes.ipvs.virtual_device import VirtualDevice
 
 pytestmark = pytest.mark.ipvs
 
@@ -78,7 +77,7 @@ def test_affinity_lasts_as_long_as_it_says_and_is_not_taken_for_somebody_elses_c
     # It is looked at once a second, and once after each load.
     proxy.give("more", "10.96.9.13", POD1)
     wait_until(lambda: answers(world.client, "10.96.9.13", 80) == "pod1", "the next load is in force")
-    assert "changed by somebody else" not in proxy.log()
+    assert "changed by another program" not in proxy.log()
 
 
 def test_an_open_connection_stays_with_an_endpoint_that_leaves_and_others_go_elsewhere(
@@ -189,7 +188,7 @@ def test_others_virtual_servers_are_left_alone_and_one_that_is_in_the_way_is_nam
     proxy.give("web", "10.96.9.7", POD1)
     proxy.start()
 
-    proxy.wait_logged("10.96.9.7:80 is not served: there is a virtual server of somebody else's")
+    proxy.wait_logged("10.96.9.7:80 is not served: another program has a virtual server there")
     assert ask_udp(world.client, "10.96.9.7") == "pod1"
     proxy.give("late", "10.96.9.23", POD1)
     wait_until(lambda: "10.96.9.23:80 is not served" in proxy.log(), "who comes to want one is named, too")
@@ -269,7 +268,9 @@ def test_ipvs_is_looked_at_by_the_clock_and_not_after_each_change(world: Service
         await tables.prepare()
         await tables.watch(asked.set)
         try:
-            await tables.load(by_name([translation(ServicePort(name("ns/a"), 80, ("10.96.9.22",)), NEAR4)]), (), FACTS)
+            await tables.load(
+                RuleUpdate(by_name([translation(ServicePort(name("ns/a"), 80, ("10.96.9.22",)), NEAR4)]), (), FACTS)
+            )
             assert asked.is_set()
             world.node.run("ipvsadm", "-C")
             assert await tables.is_intact()
@@ -318,7 +319,7 @@ def test_beside_kube_proxys_own_device_it_says_what_to_do_and_touches_nothing(
 
     assert proxy.process is not None
     assert proxy.process.wait(60) == 1
-    proxy.wait_logged("kube-ipvs0 is somebody else's (kube-proxy in ipvs mode?): stop it")
+    proxy.wait_logged("kube-ipvs0 belongs to another program (kube-proxy in ipvs mode?): stop it")
     world.node.run(*proxy.command("cleanup"))
     assert "kube-ipvs0" in world.node.ip("link", "show")
     world.node.ip("link", "del", "kube-ipvs0")

@@ -13,7 +13,7 @@ from tests.modes.redirects_given import name
 from tests.modes.translations_given import HERE, NEAR4, PODS, by_name, translation
 from tests.net.ipvs import IpvsProxy, fresh_ipvs_proxy
 from tests.net.world import POD1, answers, wait_until
-from userspace_proxy.interfaces import NodeFacts
+from userspace_proxy.interfaces import NodeFacts, RuleUpdate
 from userspace_proxy.lab import Host, ServiceLab
 from userspace_proxy.model.service import ServicePort
 from userspace_proxy.modes.ipvs.loader import IpvsTables
@@ -22,7 +22,7 @@ from userspace_proxy.modes.ipvs.table import IpvsTable
 pytestmark = pytest.mark.ipvs
 
 REFUSED = "IPVS refused: add server (rr) at TCP 10.96.9.30:80: No such file or directory"
-WELL_AGAIN = "our rules are as they should be again"
+WELL_AGAIN = "our rules are as they were loaded again"
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_a_load_that_is_refused_for_long_is_named_once_and_so_is_its_end(proxy: 
     wait_until(lambda: answers(world.client, "10.96.9.30", 80) == "pod1", "it is served when it can be", 30)
     wait_until(lambda: "the rules could be loaded again" in proxy.log(), "that is said")
     assert proxy.log().count(REFUSED) == 1
-    assert "changed by somebody else" not in proxy.log()
+    assert "changed by another program" not in proxy.log()
 
 
 def test_a_repair_that_is_refused_for_long_is_named_once_and_so_is_its_end(proxy: IpvsProxy, world: ServiceLab) -> None:
@@ -77,7 +77,7 @@ def test_a_repair_that_is_refused_for_long_is_named_once_and_so_is_its_end(proxy
     assert len(after) == 1
     wait_until(lambda: answers(world.client, "10.96.9.30", 80) == "pod1", "it is served when it can be", 30)
     wait_until(lambda: WELL_AGAIN in proxy.log(), "that is said")
-    assert "changed by somebody else" not in proxy.log().partition("IPVS refused")[2]
+    assert "changed by another program" not in proxy.log().partition("IPVS refused")[2]
     assert proxy.metric("userspace_proxy_rule_repair_failing_seconds") == 0
 
 
@@ -92,7 +92,7 @@ def test_only_what_was_changed_is_loaded_again(world: ServiceLab) -> None:
         await tables.prepare()
         try:
             web = translation(ServicePort(name("ns/a"), 80, ("10.96.9.32",)), NEAR4)
-            await tables.load(by_name([web]), (), NodeFacts(HERE, PODS))
+            await tables.load(RuleUpdate(by_name([web]), (), NodeFacts(HERE, PODS)))
             before = rules(), world.node.run("ipvsadm", "-Sn").stdout
 
             world.node.run("ipvsadm", "-C")

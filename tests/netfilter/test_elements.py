@@ -10,13 +10,13 @@ import pytest
 CHANGE = """
 import socket, subprocess
 from userspace_proxy.errors import SyncError
-from userspace_proxy.netfilter.elements import Channel, Transaction, element
+from userspace_proxy.netfilter.elements import NftSocket, Transaction, element
 
 subprocess.run(["nft", "table inet a { set s { type ipv4_addr; }; }"], check=True)
 transaction = Transaction("inet a")
 transaction.add("s", [element(socket.inet_aton(f"10.{n >> 16}.{n >> 8 & 255}.{n & 255}")) for n in range(COUNT)])
 try:
-    transaction.commit(Channel())
+    transaction.commit(NftSocket())
 except SyncError as error:
     print(error)
 else:

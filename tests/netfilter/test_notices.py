@@ -9,7 +9,7 @@ import struct
 import pytest
 
 from userspace_proxy.lab import Lab
-from userspace_proxy.netfilter.notices import RuleNotices, quiet, tables_in
+from userspace_proxy.netfilter.notices import RuleWatch, tables_in
 
 NFTABLES, NEWTABLE, NEWSETELEM, NEWGEN = 10, 0, 12, 15
 OF_NETFILTER = struct.pack("=BBH", 2, 0, 0)
@@ -88,9 +88,10 @@ async def test_pauses_may_overlap_and_nothing_is_heard_until_the_last_has_ended(
     host = lab.add(f"overheard{len(lab.hosts)}")  # one for each event loop
     heard = asyncio.Event()
     with host.inside():
-        notices = RuleNotices({"nat"}, heard.set)
-    with quiet(notices):
-        with quiet(notices):
+        watch = RuleWatch()
+        watch.listen({"nat"}, heard.set)
+    with watch.quiet():
+        with watch.quiet():
             pass
         host.run("nft", "add", "table", "ip", "nat")
         await asyncio.sleep(0.1)
@@ -98,4 +99,4 @@ async def test_pauses_may_overlap_and_nothing_is_heard_until_the_last_has_ended(
     host.run("nft", "add", "chain", "ip", "nat", "more")
     async with asyncio.timeout(20):
         await heard.wait()
-    notices.close()
+    watch.stop()

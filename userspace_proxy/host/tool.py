@@ -65,6 +65,15 @@ async def run_tool(tool: str, *arguments: str, stdin: str = "") -> str:
     return done.stdout.decode(errors="replace")
 
 
+async def load_nft(script: str) -> None:
+    """Apply *script*, in nft's language, as one transaction.
+
+    Raises:
+        SyncError: the kernel refused it; nothing was changed.
+    """
+    await run_tool("nft", "-f", "-", stdin=script)
+
+
 async def in_thread(call: Callable[..., _Result], *arguments: object) -> _Result:
     """Run *call* in a thread and return its result; cancellation waits until it ends.
 

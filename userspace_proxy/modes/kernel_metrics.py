@@ -1,6 +1,6 @@
 """Metrics of kernel modes, under kube-proxy's names where the meaning is the same.
 
-What one mode alone has is yielded by its tables (`KernelTables.metrics`).
+What one mode alone has is yielded by its tables (`KernelRules.metrics`).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from userspace_proxy.host.firewalls import FORWARDED, Passage
 from userspace_proxy.modes.mode import Mode, ModeSettings, PreparedMode, ProxierRequest, Removal, RenderRequest
 
 if TYPE_CHECKING:
-    from userspace_proxy.interfaces import KernelTables, NodeFacts, Translation
+    from userspace_proxy.interfaces import KernelRules, NodeFacts, Translation
     from userspace_proxy.model.names import ServicePortName
     from userspace_proxy.modes.kernel_proxier import KernelProxier
     from userspace_proxy.modes.plans import NodeRules
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 def kernel_mode(
     name: str,
     description: str,
-    make_tables: Callable[[ModeSettings], KernelTables],
+    make_tables: Callable[[ModeSettings], KernelRules],
     rules: MakeRules,
     *,
     language: str,
@@ -77,7 +77,7 @@ def warn_unless_forwarding() -> None:
         log.warning("this node forwards no packets (sysctl net.ipv4.ip_forward): only its own processes are served")
 
 
-def _make_proxier(tables: KernelTables, settings: ModeSettings, rules: NodeRules) -> KernelProxier:
+def _make_proxier(tables: KernelRules, settings: ModeSettings, rules: NodeRules) -> KernelProxier:
     from userspace_proxy.modes.kernel_proxier import KernelProxier
 
     cidrs = tuple(map(str, settings.service_ranges))

@@ -1,7 +1,7 @@
-"""Kernel modes: the kernel itself leads each packet to an endpoint, by the tables of one mode.
+"""Kernel modes: the kernel itself translates packets to endpoints, by the rules of one mode.
 
-A service port is served as if it were transparent: the model says for whom the client's address is kept and for whom
-it has to be this node's (masquerade). Nothing of ours stands in a packet's way; what is held here is what is loaded.
+Every service port is planned as transparent: the model decides whose packets keep the client's address and whose are
+masqueraded. No packet passes this process, so it holds only the rules that are loaded.
 """
 
 from __future__ import annotations
@@ -10,160 +10,149 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from prometheus_client.core import Metric
 
 from userspace_proxy.errors import SyncError
-from userspace_proxy.interfaces import KernelTables, NodeFacts, Translation
+from userspace_proxy.interfaces import KernelRules, NodeFacts, RuleUpdate, Translation
 from userspace_proxy.model.histogram import SYNC_BOUNDS_S, Histogram
 from userspace_proxy.model.names import L4Protocol, ListenerName, ServicePortName
-from userspace_proxy.model.routes import Refusal
-from userspace_proxy.model.service import Portal, SourceIP, internal_portals, load_balancer_portals
+from userspace_proxy.model.routes import Refusal, Route
+from userspace_proxy.model.service import Portal, ServicePort, SourceIP, internal_portals, load_balancer_portals
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import serving_endpoints
+from userspace_proxy.modes.base_proxier import BaseProxier, log_served
 from userspace_proxy.modes.kernel_metrics import kernel_metrics
-from userspace_proxy.modes.plans import NodeRules, Plan, Plans, allowed_to_dial
-from userspace_proxy.modes.repairs import REPAIR_PAUSE_S, Keeper
+from userspace_proxy.modes.plans import NodeRules, Plan, allowed_to_dial
+from userspace_proxy.modes.portal_owners import PortalOwners
 from userspace_proxy.netfilter.conntrack import Answering, forget_early_connections, forget_udp_flows, open_connections
 
-# New service ports that are told one by one.
-_TOLD_MAX = 20
-_DRAIN_LOOK_S = 0.2
+_DRAIN_CHECK_S = 0.2
 
 log = logging.getLogger(__name__)
 
 
-class KernelProxier:
-    """Holds what is loaded, and brings it to each new state.
+class KernelProxier(BaseProxier):
+    """Applies each state to the rules of one kernel mode.
 
-    ``masquerade_all``: whoever dials a cluster IP is seen by endpoints as this node. ``service_cidrs``: where cluster
-    IPs are from, where an operator says so; else the state does.
+    ``masquerade_all``: endpoints see this node's address in all packets to cluster IPs. ``service_cidrs``: the cluster
+    IP ranges, if an operator states them; else those of the state.
     """
 
     def __init__(
         self,
-        tables: KernelTables,
+        kernel: KernelRules,
         rules: NodeRules,
         *,
         masquerade_all: bool = False,
         service_cidrs: tuple[str, ...] = (),
     ) -> None:
-        self._tables = tables
-        self._rules = rules
+        super().__init__(kernel, rules, SourceIP.TRANSPARENT)
+        self._kernel = kernel
         self._masquerade_all = masquerade_all
         self._service_cidrs = service_cidrs
-        self._lock = asyncio.Lock()
-        self._plans = Plans(SourceIP.TRANSPARENT)
-        self._claims = Claims()
+        self._owners = PortalOwners()
         self._translations: dict[ServicePortName, Translation] = {}
-        # Of UDP, what is in force: which answers are right, by portal.
+        # The endpoints that may answer for each UDP portal, and the TCP portals, as loaded.
         self._answering: dict[ServicePortName, dict[Portal, Answering]] = {}
-        self._served: dict[ServicePortName, frozenset[Portal]] = {}  # TCP
-        self._unloaded: set[ServicePortName] = set()  # whose translations differ from what is loaded
+        self._served: dict[ServicePortName, frozenset[Portal]] = {}
+        self._unloaded: set[ServicePortName] = set()  # service ports whose translations differ from the loaded ones
         self._loaded: NodeFacts | None = None
-        self.unopened: Mapping[ListenerName, str] = {}  # there is nothing to open
-        self.loads = 0
-        self.keeper = Keeper(tables)
-        self.repairs = 0
-        self.conntrack = Histogram(SYNC_BOUNDS_S)  # looks for stale UDP flows
-        self.forgotten = Counter[str]()  # such flows, by IP family
+        self._conntrack = Histogram(SYNC_BOUNDS_S)  # searches for stale UDP flows
+        self._forgotten = Counter[str]()  # deleted UDP flows, by IP family
 
     def metrics(self) -> Iterator[Metric]:
-        """Yield the metrics that this mode has and others have not."""
-        if self._tables.loads:
-            yield from kernel_metrics(self._tables.loads, self.conntrack, self.forgotten)
-            yield from self._tables.metrics()
-
-    @property
-    def service_ports(self) -> int:
-        return len(self._plans.held)
+        if self._kernel.loads:
+            yield from kernel_metrics(self._kernel.loads, self._conntrack, self._forgotten)
+            yield from self._kernel.metrics()
 
     async def sync(self, state: ProxyState) -> None:
         async with self._lock:
             _, facts = self.translated(state)
             changed = self._unloaded
             if changed or facts != self._loaded:
-                await self._tables.load(self._translations, changed, facts)
+                await self._kernel.load(RuleUpdate(self._translations, changed, facts))
                 self.loads += 1
-                self.keeper.look_now()
+                self.repairer.check_now()
             self._unloaded = set()
             self._loaded = facts
             self._plans.finish()
-            self._tell_new()
+            self._log_new()
             if stale := self._changed_flows(changed):
                 await self._forget(stale)
             if new := self._new_tcp_portals(changed):
                 await forget_early_connections(new)
 
     def translated(self, state: ProxyState) -> tuple[Mapping[ServicePortName, Translation], NodeFacts]:
-        """Return what would be loaded for *state*; nothing is."""
+        """Return what a sync would load for *state*. Loads nothing."""
         self._plans.update(state, self._rules)
         self._translate()
-        return self._translations, self._facts()
+        node = self._plans.state.node
+        service_cidrs = self._service_cidrs or self._plans.state.service_cidrs
+        facts = NodeFacts(node, self._rules.detector(node), self._rules.node_ports_on(node), service_cidrs)
+        return self._translations, facts
 
     def _translate(self) -> None:
-        """Make the translations of what is unfinished anew, and of those who come to portals that others gave up."""
+        """Update the translations of unfinished plans, and of service ports that gained a portal."""
         gone, plans = self._plans.gone, self._plans.unfinished
         changed = {plan.service_port.name for plan in plans} | set(gone)
         for name in gone:
-            changed |= self._claims.give_up(name)
+            changed |= self._owners.give_up(name)
             self._translations.pop(name, None)
         for plan in plans:
-            changed |= self._claims.claim(plan.service_port.name, {route.portal for route in plan.routes})
+            changed |= self._owners.claim(plan.service_port.name, {route.portal for route in plan.routes})
         for name in changed:
             if (planned := self._plans.held.get(name)) is not None:
                 self._translations[name] = self._translation(planned)
         self._unloaded |= changed
 
     def _translation(self, plan: Plan) -> Translation:
-        name, service_port = plan.service_port.name, plan.service_port
-        routes = [route for route in plan.routes if self._claims.holder(route.portal) == name]
+        service_port = plan.service_port
+        routes = tuple(route for route in plan.routes if self._is_owner(service_port, route.portal))
         if self._masquerade_all:
             internal = set(internal_portals(service_port))
-            routes = [
-                route._replace(to=route.to._replace(transparent=False))
-                if route.portal in internal and isinstance(route.to, ListenerName)
-                else route
-                for route in routes
-            ]
-        allowed = {}
-        if service_port.source_ranges:
-            for portal in load_balancer_portals(service_port):
-                if self._claims.holder(portal) == name:
-                    allowed[portal] = allowed_to_dial(service_port, portal, self._plans.state.node)
-        allowed = {portal: cidrs for portal, cidrs in allowed.items() if cidrs}
-        return Translation(service_port, tuple(routes), plan.reaches, allowed, serving_endpoints(plan.endpoints))
+            routes = tuple(_masqueraded(route) if route.portal in internal else route for route in routes)
+        allowed = {
+            portal: cidrs
+            for portal in (load_balancer_portals(service_port) if service_port.source_ranges else ())
+            if self._is_owner(service_port, portal)
+            and (cidrs := allowed_to_dial(service_port, portal, self._plans.state.node))
+        }
+        return Translation(service_port, routes, plan.reaches, allowed, serving_endpoints(plan.endpoints))
 
-    def _facts(self) -> NodeFacts:
-        node = self._plans.state.node
-        service_cidrs = self._service_cidrs or self._plans.state.service_cidrs
-        return NodeFacts(node, self._rules.detector(node), self._rules.node_ports_on(node), service_cidrs)
+    def _is_owner(self, service_port: ServicePort, portal: Portal) -> bool:
+        return self._owners.owner(portal) == service_port.name
 
     async def _forget(self, flows: Mapping[Portal, Answering]) -> None:
-        with self.conntrack.timed():
+        with self._conntrack.timed():
             for family, count in (await forget_udp_flows(flows)).items():
-                self.forgotten[f"IPv{family}"] += count
+                self._forgotten[f"IPv{family}"] += count
 
     def _changed_flows(self, changed: Iterable[ServicePortName]) -> dict[Portal, Answering]:
-        """Return which UDP portals have changed, and which endpoints may go on answering for them.
+        """Return the UDP portals of *changed* that differ, each with the endpoints that may go on answering for it.
 
-        None where there is no such endpoint: a flow that went on would keep one that is gone (kubernetes#139628).
+        Without any such endpoint all flows are stale: they would keep a deleted endpoint (kubernetes#139628).
         """
         stale: dict[Portal, Answering] = {}
         for name in changed:
             if name.protocol is not L4Protocol.UDP:
                 continue
-            before = self._answering.pop(name, {})
-            if (made := self._translations.get(name)) is not None:
-                serving = frozenset(e.address for e in made.serving)
-                after: dict[Portal, Answering] = {route.portal: serving for route in made.routes}
+            before, after = self._answering.pop(name, {}), self._answers(self._translations.get(name))
+            if after:
                 self._answering[name] = after
-                stale |= {portal: serving for portal in after if before.get(portal) != serving}
-                before = {portal: wanted for portal, wanted in before.items() if portal not in after}
-            stale |= {portal: frozenset() for portal in before if self._claims.holder(portal) is None}
+            stale |= {portal: serving for portal, serving in after.items() if before.get(portal) != serving}
+            gone = before.keys() - after.keys()
+            stale |= {portal: frozenset() for portal in gone if self._owners.owner(portal) is None}
         return stale
+
+    @staticmethod
+    def _answers(made: Translation | None) -> dict[Portal, Answering]:
+        if made is None:
+            return {}
+        serving = frozenset(endpoint.address for endpoint in made.serving)
+        return {route.portal: serving for route in made.routes}
 
     def _new_tcp_portals(self, changed: Iterable[ServicePortName]) -> set[Portal]:
         """Return the TCP portals of *changed* that were not served before."""
@@ -176,115 +165,55 @@ class KernelProxier:
                     new |= after - before
         return new
 
-    def _tell_new(self) -> None:
-        """Say what is served from now on: the addresses are news where they were allocated."""
-        new = self._claims.new
-        for name in sorted(new)[:_TOLD_MAX]:
-            made = self._translations[name]
-            shown = ", ".join(dict.fromkeys(str(route.portal) for route in made.routes))
-            endpoints = sum(len(set(there.cluster + there.local)) for there in made.reaches.values())
-            log.info("%s: %s %s -> %d endpoints", name, name.protocol, shown, endpoints)
-        if len(new) > _TOLD_MAX:
-            log.info("... and %d more service ports", len(new) - _TOLD_MAX)
-        self._claims.new.clear()
+    def _log_new(self) -> None:
+        new = self._owners.new
+        log_served((_served(self._translations[name]) for name in sorted(new)), len(new))
+        new.clear()
 
-    @contextlib.asynccontextmanager
-    async def paused(self) -> AsyncIterator[None]:
-        """Nothing is loaded or repaired meanwhile."""
-        async with self._lock:
-            yield
+    def _is_loaded(self) -> bool:
+        return self._loaded is not None
 
-    async def run(self) -> None:
-        """Load our rules again whenever somebody else removed or changed them. Runs until cancelled."""
-        await self.keeper.keep(self._repair)
-
-    async def _repair(self) -> None:
-        async with self._lock:
-            if self._loaded is None or not await self.keeper.repaired():
-                return
-            self.repairs += 1
-            flows = {portal: wanted for held in self._answering.values() for portal, wanted in held.items()}
-            if flows:
-                await self._forget(flows)
-            await forget_early_connections(frozenset[Portal]().union(*self._served.values()))
-        await asyncio.sleep(REPAIR_PAUSE_S)
+    async def _forget_all_flows(self) -> None:
+        flows = {portal: serving for held in self._answering.values() for portal, serving in held.items()}
+        if flows:
+            await self._forget(flows)
+        await forget_early_connections(frozenset[Portal]().union(*self._served.values()))
 
     async def close(self, drain_timeout_s: float) -> None:
-        """Take the rules away; while connections are open, which stop with them, whoever is new is refused."""
+        """Remove the rules. While open connections drain, which need the rules, refuse new ones."""
         async with self._lock:
             try:
                 if self._loaded is not None:
                     await self._drain(drain_timeout_s, self._loaded)
             except SyncError as error:
                 log.warning("open connections are not waited for: %s", error)
-            try:
-                await self._tables.remove()
-            except SyncError as error:
-                log.error("rules were left behind (`userspace-proxy cleanup` removes them): %s", error)  # noqa: TRY400
+            await self._remove_rules()
 
     async def _drain(self, timeout_s: float, facts: NodeFacts) -> None:
         portals = {route.portal for made in self._translations.values() for route in made.routes}
         portals = {portal for portal in portals if portal.protocol is L4Protocol.TCP}
         if not timeout_s or not await open_connections(portals):
-            return  # with thousands of Services it takes seconds to refuse them all
+            return  # refusing takes seconds with thousands of Services
         refusing = {name: _refusing(made) for name, made in self._translations.items()}
-        await self._tables.load(refusing, set(refusing), facts)
+        await self._kernel.load(RuleUpdate(refusing, set(refusing), facts))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while await open_connections(portals):  # noqa: ASYNC110 - the kernel tells nobody
-                    await asyncio.sleep(_DRAIN_LOOK_S)
+                while await open_connections(portals):  # noqa: ASYNC110 - the kernel sends no notices
+                    await asyncio.sleep(_DRAIN_CHECK_S)
+
+
+def _served(made: Translation) -> str:
+    name = made.service_port.name
+    portals = ", ".join(dict.fromkeys(str(route.portal) for route in made.routes))
+    endpoints = sum(len(set(there.cluster + there.local)) for there in made.reaches.values())
+    return f"{name}: {name.protocol} {portals} -> {endpoints} endpoints"
+
+
+def _masqueraded(route: Route) -> Route:
+    return route._replace(to=route.to._replace(transparent=False)) if isinstance(route.to, ListenerName) else route
 
 
 def _refusing(made: Translation) -> Translation:
-    """Return *made* with its portals refused: nobody waits in vain there, or meets a server of this node's own."""
-    routes = (
-        route._replace(to=Refusal.REJECT) if isinstance(route.to, ListenerName) else route for route in made.routes
-    )
+    """Return *made* with all portals refused: no client waits for an answer, or reaches a server of this node."""
+    routes = (r._replace(to=Refusal.REJECT) if isinstance(r.to, ListenerName) else r for r in made.routes)
     return replace(made, routes=tuple(routes))
-
-
-class Claims:
-    """Whose portal is whose: of several who claim one, the first has it, and the next when that one gives it up.
-
-    ``new``: who has claimed for the first time, for whoever wants to tell; he clears it.
-    """
-
-    def __init__(self) -> None:
-        self._claimants: dict[Portal, list[ServicePortName]] = {}
-        self._portals: dict[ServicePortName, set[Portal]] = {}
-        self.new: set[ServicePortName] = set()
-
-    def holder(self, portal: Portal) -> ServicePortName | None:
-        claimants = self._claimants.get(portal)
-        return claimants[0] if claimants else None
-
-    def claim(self, name: ServicePortName, portals: set[Portal]) -> set[ServicePortName]:
-        """Let *name* claim just *portals*; return who else has come to one of those that it gave up."""
-        before = self._portals.get(name)
-        if before is None:
-            self.new.add(name)
-            before = set()
-        self._portals[name] = portals
-        for portal in portals - before:
-            claimants = self._claimants.setdefault(portal, [])
-            claimants.append(name)
-            if len(claimants) > 1:
-                log.warning("%s is claimed by %s and by %s; the first has it", portal, claimants[0], name)
-        return self._leave(name, before - portals)
-
-    def give_up(self, name: ServicePortName) -> set[ServicePortName]:
-        """Let *name* claim nothing; return who has come to a portal by it."""
-        self.new.discard(name)
-        return self._leave(name, self._portals.pop(name, set()))
-
-    def _leave(self, name: ServicePortName, portals: Iterable[Portal]) -> set[ServicePortName]:
-        heirs = set()
-        for portal in portals:
-            claimants = self._claimants[portal]
-            was_holder = claimants[0] == name
-            claimants.remove(name)
-            if not claimants:
-                del self._claimants[portal]
-            elif was_holder:
-                heirs.add(claimants[0])
-        return heirs

@@ -1,17 +1,17 @@
-"""A table of nftables as blocks: sets, maps and chains with their elements and rules. Pure."""
+"""An nftables table as blocks: sets, maps and chains with their elements and rules. Pure."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from userspace_proxy.interfaces import PodDetector
 from userspace_proxy.model.endpoint import Family
 from userspace_proxy.model.routes import Sender
 from userspace_proxy.modes.rule_line import Reason, RuleLine
-from userspace_proxy.netfilter.nft_text import FORWARD_HOOK, pod_cidrs
-from userspace_proxy.netfilter.nft_text import NO_LOOP as _NO_LOOP
+from userspace_proxy.netfilter import nft_text
+from userspace_proxy.netfilter.sets import SetKind
 
 _FAMILY = re.compile(r"[a-z]([46])(?:_|$)")
 _LOOKUPS = re.compile(r"(?<!!= )@(\w+)")
@@ -47,7 +47,7 @@ class Block(NamedTuple):
         return match[1] if match else ""
 
     def lines(self) -> Iterator[RuleLine]:
-        """Yield the block as nft reads it inside a table."""
+        """Yield the lines of the block, as nft reads them inside a table."""
         yield RuleLine(f"\t{self.kind} {self.name} {{", self.reason)
         for line in self.head:
             yield line.indented("\t\t")
@@ -62,7 +62,7 @@ class Block(NamedTuple):
         yield RuleLine("\t}")
 
     def text(self) -> str:
-        """Return what `lines` yields as one text; a loader needs no reasons."""
+        """Return the text of `lines`, without the cost of reasons."""
         separator = "\n\t\t" if self.is_chain else ",\n\t\t\t"
         items = separator.join(line.text for line in self.items)
         if items:
@@ -72,7 +72,7 @@ class Block(NamedTuple):
 
 
 class NftTable(NamedTuple):
-    """A whole table. ``before``: its lines up to its bracket. ``is_dead``: whether no packet can match a rule."""
+    """A whole table. ``before``: its lines up to the bracket. ``is_dead``: whether a rule can match no packet."""
 
     before: tuple[RuleLine, ...]
     blocks: Sequence[Block]
@@ -98,14 +98,11 @@ class NftTable(NamedTuple):
 
 
 def _used(blocks: list[Block]) -> Iterator[Block]:
-    """Yield the blocks that are not plainly unused. Their removal may make others unused."""
-    rules = [line.text for block in blocks if block.is_chain for line in block.items]
-    sets = [block for block in blocks if not block.is_chain]
+    """Yield the blocks that are not obviously unused. Without the others, more blocks may be unused."""
+    chains, sets = [b for b in blocks if b.is_chain], [b for b in blocks if not b.is_chain]
+    rules = [line.text for block in chains for line in block.items]
     empty = {block.name for block in sets if _is_empty(block, rules)}
-    # A packet that goes to a chain without rules is done: that is an effect. After a jump it comes back.
-    used = {block.name for block in blocks if block.is_chain and any(_EFFECT.search(rule.text) for rule in block.items)}
-    used |= {name for rule in rules for name in _GOTOS.findall(rule)}
-    used &= {block.name for block in blocks if block.is_chain and block.head} | set(_CALLS.findall("\n".join(rules)))
+    used = _used_chains(chains, rules)
     families = "".join({block.family for block in sets if block.items})
 
     def is_dead(rule: str) -> bool:
@@ -118,28 +115,35 @@ def _used(blocks: list[Block]) -> Iterator[Block]:
     named = set(_NAMES.findall("\n".join(rule for rule in rules if not is_dead(rule))))
     for block in blocks:
         is_useful = block.name in used if block.is_chain else block.name not in empty or block.name in named
-        if is_useful and block.family in families:  # "", which is for both, is in any
+        if is_useful and block.family in families:  # "", for both families, is in any string
             yield _without(block, lambda rule: is_dead(rule.text))
 
 
+def _used_chains(chains: Sequence[Block], rules: Sequence[str]) -> set[str]:
+    """Return the chains that have an effect and are called, by the kernel or by a rule.
+
+    A goto to an empty chain has an effect, because the packet does not come back from there.
+    """
+    effective = {chain.name for chain in chains if any(_EFFECT.search(rule.text) for rule in chain.items)}
+    effective |= {name for rule in rules for name in _GOTOS.findall(rule)}
+    return effective & ({chain.name for chain in chains if chain.head} | set(_CALLS.findall("\n".join(rules))))
+
+
 def _in_order(blocks: list[Block]) -> list[Block]:
-    """Return *blocks*, chains behind all else and in the order in which packets come to them."""
+    """Return *blocks* with the chains last, in the order in which packets reach them."""
     chains = {block.name: block for block in blocks if block.is_chain and not block.head}
-    found: dict[str, None] = {}
+    found: dict[str, Block] = {}
     left = [block for block in reversed(blocks) if block.is_chain and block.head]
-    ordered = [block for block in blocks if not block.is_chain]
     while left:
         block = left.pop()
-        if block.name not in found or block.head:
-            ordered.append(block)
-        found.setdefault(block.name)
+        found.setdefault(block.name, block)
         called = [chains[name] for line in block.items for name in _CALLS.findall(line.text)]
         left += [each for each in reversed(called) if each.name not in found]
-    return ordered
+    return [*(block for block in blocks if not block.is_chain), *found.values()]
 
 
 def _is_empty(block: Block, rules: Iterable[str]) -> bool:
-    """Return whether a set has no element, and no rule that adds one."""
+    """Return whether a set has no elements, and no rule adds any."""
     return not block.items and not any(f"update @{block.name} " in rule for rule in rules)
 
 
@@ -149,35 +153,74 @@ def _without(block: Block, is_dead: IsDead) -> Block:
     return block._replace(items=[line for line in block.items if not is_dead(line)])
 
 
-# ---- what the tables of several modes have in common
+# ---- parts of the tables of several modes
 
-# Whose packets are meant, by Sender.
+IP: Mapping[Family, str] = {4: "ip", 6: "ip6"}
+# In the order in which their maps are looked up: the end of a map's name, and the packets meant.
+SENDERS = {Sender.NODE: "_for_node", Sender.POD: "_for_pods", Sender.ANYBODY: ""}
 SENT = {Sender.NODE: " sent by this node itself", Sender.POD: " sent by pods", Sender.ANYBODY: ""}
 CHAIN_REASONS = {
-    "prerouting": "PREROUTING: what comes in by the network (from other hosts, and from this node's pods).",
-    "output": "OUTPUT: what processes of this node itself send; this never passes PREROUTING.",
-    "input": "INPUT: what is for this node itself.",
-    "forward": "FORWARD: what passes through this node.",
+    "prerouting": "PREROUTING: packets that arrive from the network (other hosts, and this node's pods).",
+    "output": "OUTPUT: packets that processes of this node send. They do not pass PREROUTING.",
+    "input": "INPUT: packets to this node itself.",
+    "forward": "FORWARD: packets that pass through this node.",
     "node_ports": "Packets to an address of this node: is it a node port?",
 }
-TABLE_REASON = (
-    "Our table, for IPv4 and IPv6 (inet). All that is ours stands in it; other tables of the node are left alone."
-)
-RESTRICTED_REASON = "Portals that not everybody may dial (loadBalancerSourceRanges)."
-FORWARD_TYPE = RuleLine(FORWARD_HOOK, "Called for every packet that passes through.")
+TABLE_REASON = "Our table, for IPv4 and IPv6 (inet). It holds everything of ours; other tables stay as they are."
 NO_LOOP = RuleLine(
-    _NO_LOOP,
-    "A packet to a cluster IP that nobody serves, about to leave by lo, where a node without a default route sends it: "
-    "it would come in again, round after round, until its TTL is used up. Its sender is told that nobody is there.",
+    nft_text.NO_LOOP,
+    "An unserved packet to a cluster IP would leave by lo, where a node without a default route sends it, and come in "
+    "again until its TTL ends. Its sender gets ICMP host unreachable instead.",
 )
+FORWARD_BLOCK = Block(
+    "chain",
+    "forward",
+    CHAIN_REASONS["forward"],
+    (RuleLine(nft_text.FORWARD_HOOK, "Called for every packet that passes through."),),
+    (NO_LOOP,),
+)
+
+
+def nat_hook(hook: str, priority: int) -> RuleLine:
+    """Return the line that has the kernel call a chain at *hook* before other destination NAT."""
+    return RuleLine(
+        f"type nat hook {hook} priority {priority}; policy accept;",
+        "Called for the first packet of each connection; conntrack treats all later ones the same. "
+        f"{priority} is before other NAT (-100). Packets that no rule translates pass (accept).",
+    )
+
+
+def set_block(name: str, kind: SetKind, items: Sequence[RuleLine] = ()) -> Block:
+    return Block(kind.word, name, kind.reason, (RuleLine(kind.declared, kind.parts),), items)
+
+
+def restriction_kinds(family: Family) -> Iterator[tuple[str, SetKind]]:
+    """Yield the sets of portals that only some clients may dial, and of the networks of these clients."""
+    key = (f"ipv{family}_addr", "inet_proto", "inet_service")
+    reason = "Portals that only some clients may dial (loadBalancerSourceRanges)."
+    parts = "An element is address . protocol . port."
+    declared = f"type {' . '.join(key)}"
+    yield f"restricted{family}", SetKind(declared, key, (), reason, parts, names_owner=True)
+    reason, parts = "The clients of these: portal . network.", "An element is address . protocol . port . network."
+    declared, with_network = f"{declared} . {key[0]}; flags interval", (*key, key[0])
+    yield f"allowed{family}", SetKind(declared, with_network, (), reason, parts, is_interval=True)
+
+
+def restriction(family: Family) -> RuleLine:
+    """Return the rule that drops packets to restricted portals from other clients."""
+    portal = f"{IP[family]} daddr . meta l4proto . th dport"
+    return RuleLine(
+        f"{portal} @restricted{family} {portal} . {IP[family]} saddr != @allowed{family} drop",
+        "A portal in @restricted, and a client in none of the networks in @allowed: dropped without an answer.",
+    )
 
 
 def from_pods(pods: PodDetector | None, family: Family) -> tuple[str, str]:
-    """Return what matches packets of pods, and that in words; twice "" where pods cannot be told from others."""
+    """Return what matches packets of pods, and the same in words; twice "" without a pod detector."""
     if pods is None:
         return "", ""
     if pods.interface:
-        return f'iifname "{pods.interface}" ', f'that come in by "{pods.interface}" (pods)'
-    if not (cidrs := ", ".join(pod_cidrs(pods, family))):
+        return f'iifname "{pods.interface}" ', f'that arrive at "{pods.interface}" (pods)'
+    if not (cidrs := ", ".join(nft_text.pod_cidrs(pods, family))):
         return "", ""
-    return f"{'ip' if family == 4 else 'ip6'} saddr {{ {cidrs} }} ", f"sent from {cidrs} (pods)"
+    return f"{IP[family]} saddr {{ {cidrs} }} ", f"sent from {cidrs} (pods)"

@@ -1,4 +1,4 @@
-"""Keeping our rules as they were loaded, whoever changes or removes them: the same for every mode."""
+"""Load our rules again when another program has changed or removed them: the same for every mode."""
 
 from __future__ import annotations
 
@@ -11,86 +11,89 @@ from collections.abc import Awaitable, Callable
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import LoadedRules
 
-# A notice is the first of several; and whoever changes rules all the time is not answered all the time.
+# Notices come in bursts: wait for the end of one. The pause after a repair limits what another program can cost.
 _SETTLE_S = 0.05
 REPAIR_PAUSE_S = 0.3
-# The longest pause after a repair that was refused, too; each is twice as long as the one before.
-_LOOK_EVERY_S = 30.0
+# The longest pause between checks. After a refused repair, each pause is twice the one before, up to this one.
+_CHECK_EVERY_S = 30.0
 _RETRY_S = 1.0
 
 log = logging.getLogger(__name__)
 
 
-class Keeper:
+class RuleRepairer:
     """Keeps *rules* as they were loaded.
 
-    ``error``: why that cannot be done, "" where it can; ``failing_since``: since which wall-clock second.
+    ``error``: why a repair failed, "" if it did not; ``failing_since``: the wall-clock second of the first failure.
     """
 
     def __init__(self, rules: LoadedRules, retry_s: float = _RETRY_S) -> None:
-        """*retry_s*: the pause after the first repair that was refused."""
+        """*retry_s*: the pause after the first refused repair."""
         self._rules = rules
         self._retry_s = retry_s
         self.error = ""
         self.failing_since: float | None = None
         self._is_loaded = asyncio.Event()
 
-    def look_now(self) -> None:
-        """Do not wait for the next try, if a repair was refused: rules have been loaded since."""
+    def check_now(self) -> None:
+        """End the pause after a refused repair: rules have been loaded since."""
         self._is_loaded.set()
 
-    async def keep(self, repair: Callable[[], Awaitable[None]]) -> None:
-        """Call *repair* whenever somebody else may have changed the rules. Runs until cancelled."""
+    async def run(self, repair: Callable[[], Awaitable[None]]) -> None:
+        """Call *repair* whenever another program may have changed the rules. Runs until cancelled."""
         changed = asyncio.Event()
         await self._rules.watch(changed.set)
         pause_s = self._retry_s
         try:
             while True:
-                try:
-                    async with asyncio.timeout(_LOOK_EVERY_S):
-                        await changed.wait()
+                if await _is_set_within(_CHECK_EVERY_S, changed):
                     await asyncio.sleep(_SETTLE_S)
-                except TimeoutError:
-                    pass
                 changed.clear()
                 self._is_loaded.clear()
                 try:
                     await repair()
-                except Exception as error:  # noqa: BLE001 - whatever it is, what is in force stays, as in a sync
+                except Exception as error:  # noqa: BLE001 - as in a sync, the rules in force stay
                     self._note_failure(error)
                     changed.set()
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(pause_s):
-                            await self._is_loaded.wait()
-                    pause_s = min(2 * pause_s, _LOOK_EVERY_S)
+                    await _is_set_within(pause_s, self._is_loaded)
+                    pause_s = min(2 * pause_s, _CHECK_EVERY_S)
                 else:
                     self._note_success()
                     pause_s = self._retry_s
         finally:
             self._rules.unwatch()
 
-    async def repaired(self) -> bool:
-        """Load the rules again unless they are as they were loaded; return whether that was necessary.
+    async def repair(self) -> bool:
+        """Load the rules again if they are not as they were loaded; return whether that was necessary.
 
         Raises:
-            SyncError: they are not, and the kernel refused.
+            SyncError: the kernel refused.
         """
         if await self._rules.is_intact():
             return False
         if not self.error:
-            log.warning("our rules were removed or changed by somebody else; loading them again")
+            log.warning("our rules were removed or changed by another program; loading them again")
         await self._rules.reload()
         return True
 
     def _note_failure(self, failure: Exception) -> None:
         error = str(failure) if isinstance(failure, SyncError) else repr(failure)
         if error != self.error:
-            a_bug = None if isinstance(failure, SyncError) else failure
-            log.error("our rules are not as they should be, and cannot be loaded again: %s", error, exc_info=a_bug)
+            bug = None if isinstance(failure, SyncError) else failure
+            log.error("our rules were changed, and cannot be loaded again: %s", error, exc_info=bug)
         self.error = error
         self.failing_since = self.failing_since or time.time()
 
     def _note_success(self) -> None:
         if self.error:
-            log.info("our rules are as they should be again")
+            log.info("our rules are as they were loaded again")
         self.error, self.failing_since = "", None
+
+
+async def _is_set_within(timeout_s: float, event: asyncio.Event) -> bool:
+    """Wait until *event* is set, for at most *timeout_s*; return whether it is."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+            return True
+    return False

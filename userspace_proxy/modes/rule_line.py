@@ -1,6 +1,6 @@
-"""Lines of rules, each with its reason: what `render` joins and `render --explain` prints. Pure.
+"""Lines of rules, each with its reason, for `render` and `render --explain`. Pure.
 
-A reason may be a callable. It is called only for an explanation, so loading rules does not pay for words.
+A reason may be a callable. It is called only for an explanation, so that loads do not pay for it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Reason = str | Callable[[Known], str]
 
 
 class RuleLine(NamedTuple):
-    """A line as its tool reads it. ``reason`` is "" for brackets; ``service``: whose it is, None for all Services'."""
+    """A line as its tool reads it. ``reason`` is "" for brackets. ``service``: its owner, None if all share it."""
 
     text: str
     reason: Reason = ""
@@ -35,7 +35,7 @@ class Rules(Protocol):
     """All rules of one mode, in one language."""
 
     def lines(self) -> Iterator[RuleLine]:
-        """Yield every line, in the order in which tools read them."""
+        """Yield every line, in the order in which the tools read them."""
         ...
 
     def text(self) -> str:

@@ -1,4 +1,4 @@
-"""Input of iptables-restore as tables with their chains and rules, and the words that all such rules use. Pure."""
+"""Input of iptables-restore as tables with chains and rules, and the reasons that several modes use. Pure."""
 
 from __future__ import annotations
 
@@ -13,24 +13,20 @@ from userspace_proxy.netfilter.xtables import OUT_BY_LO
 
 TOOLS = ("# iptables-restore --noflush", "# ip6tables-restore --noflush")
 _TABLES = {
-    "mangle": (
-        "The table mangle: before NAT. What is to be dropped meets its end here, as iptables forbids that in NAT."
-    ),
-    "nat": (
-        "The table nat: rules see the first packet of each connection only; conntrack does the same to all later ones."
-    ),
-    "filter": "The table filter: what may pass.",
+    "mangle": "The table mangle, before NAT: packets are dropped here, because iptables forbids that in NAT.",
+    "nat": "The table nat: rules see the first packet of a connection; conntrack treats all later ones the same.",
+    "filter": "The table filter: which packets may pass.",
 }
-_MAKES = " (A line with a colon makes a chain, or empties it.)"
-_COMMIT = RuleLine("COMMIT", "The end of this table: the kernel takes all of it at once, or nothing.")
+_MAKES = " (A line with a colon creates a chain, or empties it.)"
+_COMMIT = RuleLine("COMMIT", "The end of this table: the kernel applies all of it at once, or nothing.")
 
-# In the order in which a packet meets them.
+# In the order in which a packet passes them.
 BUILT_IN = {
-    "PREROUTING": "PREROUTING (what comes in by the network, before routing)",
-    "INPUT": "INPUT (what is for this node itself)",
-    "FORWARD": "FORWARD (what passes through this node)",
-    "OUTPUT": "OUTPUT (what processes of this node send)",
-    "POSTROUTING": "POSTROUTING (what is about to leave, after routing)",
+    "PREROUTING": "PREROUTING (packets from the network, before routing)",
+    "INPUT": "INPUT (packets to this node itself)",
+    "FORWARD": "FORWARD (packets that pass through this node)",
+    "OUTPUT": "OUTPUT (packets that processes of this node send)",
+    "POSTROUTING": "POSTROUTING (packets about to leave, after routing)",
 }
 ANSWERS = {
     "tcp-reset": "a TCP reset: `connection refused`",
@@ -38,16 +34,13 @@ ANSWERS = {
     "icmp6-port-unreachable": "ICMPv6 port unreachable",
 }
 LOOPS_REASON = (
-    "Packets to cluster IPs that nobody serves, about to leave by lo, where a node without a default route sends them."
+    "Unserved packets to cluster IPs that would leave by lo, where a node without a default route sends them."
 )
-NO_LOOP_REASON = (
-    "They would come in again, round after round, until their TTL is used up. Their sender gets ICMP host unreachable: "
-    "`no route to host`."
-)
+NO_LOOP_REASON = "They would come in again until their TTL ends. Reject with ICMP host unreachable: `no route to host`."
 
 
 def new_chain(name: str, reason: Reason = "", service: ServicePortName | None = None) -> RuleLine:
-    """Return the line that makes the chain *name*, or empties it."""
+    """Return the line that creates the chain *name*, or empties it."""
     return RuleLine(f":{name} - [0:0]", reason, service)
 
 
@@ -76,9 +69,9 @@ def _and_makes(reason: Reason) -> Reason:
 
 
 class XtablesScript(NamedTuple):
-    """What the tools of both families read.
+    """Input for the tools of both families.
 
-    ``is_dead``: whether no packet can match a rule. ``is_kept``: of chains without rules that have a use nevertheless.
+    ``is_dead``: whether a rule can match no packet. ``is_kept``: whether a chain without rules is needed.
     """
 
     families: Sequence[tuple[str, Sequence[Section]]]  # the comment that names the tool, and its input
@@ -87,7 +80,7 @@ class XtablesScript(NamedTuple):
 
     def lines(self) -> Iterator[RuleLine]:
         for tool, sections in self.families:
-            yield RuleLine(tool, f"IPv{6 if '6' in tool else 4}. --noflush: what others have in these tables stays.")
+            yield RuleLine(tool, f"IPv{6 if '6' in tool else 4}. --noflush: other rules in these tables stay.")
             for section in sections:
                 yield from section.lines()
 
@@ -95,9 +88,9 @@ class XtablesScript(NamedTuple):
         return "".join(f"{line.text}\n" for line in self.lines())
 
     def without_unused(self) -> XtablesScript:
-        """Return the script without empty chains and rules that lead there; a family in which nothing is served goes.
+        """Return the script without empty chains and rules that jump there, and without families that serve nothing.
 
-        What is left stands in the order in which packets meet it.
+        The rest is in the order in which packets reach it.
         """
         left = []
         for tool, given in self.families:
@@ -125,7 +118,7 @@ class XtablesScript(NamedTuple):
 
 
 def _called(rules: Sequence[RuleLine]) -> list[str]:
-    """Return the chains in the order in which packets come to them; what is one chain's stays in its order."""
+    """Return the chains in the order in which packets reach them."""
     calls: dict[str, list[str]] = {}
     for rule in rules:
         calls.setdefault(_chain_of(rule), []).append(_target(rule))
@@ -155,5 +148,5 @@ def _serves(rule: str) -> bool:
 
 
 def at_own_address(network: str = "") -> str:
-    """Return in words which packets to this node's own addresses are meant, all or those in *network*."""
+    """Return "Packets to an address of this node", or to those in *network*."""
     return f"Packets to an address of this node{f' in {host(network)}' if network else ''}"

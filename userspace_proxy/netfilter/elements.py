@@ -8,19 +8,19 @@ import socket
 import struct
 from collections.abc import Iterable, Iterator
 
+from userspace_proxy import netlink
 from userspace_proxy.errors import SyncError
+from userspace_proxy.netfilter.nfnetlink import ATTR_TABLE, FAMILIES, NFTABLES
 from userspace_proxy.netlink import NESTED, attribute
 
-_NETLINK_NETFILTER = 12
-_SUBSYSTEM_NFTABLES = 10
 _BATCH_BEGIN, _BATCH_END = 16, 17
-_NEWSETELEM, _DELSETELEM = _SUBSYSTEM_NFTABLES << 8 | 12, _SUBSYSTEM_NFTABLES << 8 | 14
-_INET = 1
-_REQUEST, _ACK, _CREATE = 0x1, 0x4, 0x400
-_ERROR = 2
+_NEWSETELEM, _DELSETELEM = NFTABLES | 12, NFTABLES | 14
+_HEADER = struct.Struct("=BBH")  # family, version, subsystem of a batch in network byte order
+_OF_TABLE = _HEADER.pack(FAMILIES["inet"], 0, 0)
+_OF_BATCH = _HEADER.pack(0, 0, socket.htons(NFTABLES >> 8))
 _SO_SNDBUFFORCE = 32
 # Netlink attributes of an element list, of an element in it, and of a value.
-_TABLE, _SET, _ELEMENTS = 1, 2, 3
+_SET, _ELEMENTS = 2, 3
 _KEY, _DATA, _USERDATA, _KEY_END = 1, 2, 6, 10
 _LIST_ELEMENT, _VALUE = 1, 1
 _LIST_BYTES_MAX = 60_000
@@ -32,8 +32,8 @@ class Transaction:
     """Collects changes to the elements of one table (family inet); `commit` applies them."""
 
     def __init__(self, table: str) -> None:
-        self._table = attribute(_TABLE, table.split()[1].encode() + b"\0")
-        self._messages: list[bytes] = []
+        self._table = _OF_TABLE + attribute(ATTR_TABLE, table.split()[1].encode() + b"\0")
+        self._changes: list[tuple[int, bytes]] = []
         self._headers: dict[str, bytes] = {}
 
     def flush(self, name: str) -> None:
@@ -54,24 +54,24 @@ class Transaction:
         header = self._headers.get(name)
         if header is None:
             header = self._headers[name] = self._table + attribute(_SET, name.encode() + b"\0")
-        self._messages.append(_message(kind, _REQUEST | _CREATE, _INET, 0, header + elements))
+        self._changes.append((kind, header + elements))
 
-    def commit(self, channel: Channel) -> None:
+    def commit(self, sock: NftSocket) -> None:
         """Apply all changes, or none. Blocks while the kernel works, some microseconds for each element.
 
         Raises:
             SyncError: the kernel refused; nothing was changed.
         """
-        if not self._messages:
+        if not self._changes:
             return
-        last = len(self._messages)
-        batch = [_message(_BATCH_BEGIN, _REQUEST, 0, _SUBSYSTEM_NFTABLES, b"")]
-        for number, message in enumerate(self._messages, 1):
-            flags = _REQUEST | _CREATE | (_ACK if number == last else 0)
-            batch.append(message[:6] + struct.pack("=HI", flags, number) + message[12:])
-        batch.append(_message(_BATCH_END, _REQUEST, 0, _SUBSYSTEM_NFTABLES, b""))
+        last = len(self._changes)
+        batch = [netlink.message(_BATCH_BEGIN, netlink.REQUEST, _OF_BATCH)]
+        for number, (kind, body) in enumerate(self._changes, 1):
+            flags = netlink.REQUEST | netlink.CREATE | (netlink.ACK if number == last else 0)
+            batch.append(netlink.message(kind, flags, body, number))
+        batch.append(netlink.message(_BATCH_END, netlink.REQUEST, _OF_BATCH))
         try:
-            channel.send(b"".join(batch), last)
+            sock.send(b"".join(batch), last)
         except OSError as error:
             mend = "; more fit with a larger sysctl net.core.wmem_max" if error.errno == errno.EMSGSIZE else ""
             raise SyncError(f"elements could not be changed: {error.strerror or error}{mend}") from error
@@ -97,12 +97,6 @@ def _data(kind: int, value: bytes) -> bytes:
     return struct.pack("=HHHH", 8 + size, kind | NESTED, 4 + size, _VALUE) + value
 
 
-def _message(kind: int, flags: int, family: int, resource: int, attributes: bytes) -> bytes:
-    return struct.pack("=IHHIIBBH", 20 + len(attributes), kind, flags, 0, 0, family, 0, socket.htons(resource)) + (
-        attributes
-    )
-
-
 def _chunks(elements: Iterable[bytes]) -> Iterator[bytes]:
     """Join *elements* into lists that fit into one attribute."""
     found: list[bytes] = []
@@ -117,7 +111,7 @@ def _chunks(elements: Iterable[bytes]) -> Iterator[bytes]:
         yield b"".join(found)
 
 
-class Channel:
+class NftSocket:
     """A netlink socket that stays open between transactions: closing it takes the kernel 10 ms."""
 
     def __init__(self) -> None:
@@ -137,7 +131,7 @@ class Channel:
         try:
             sock = self._open(len(batch))
             sock.sendto(batch, (0, 0))
-            while not self._is_answered(sock.recv(1 << 17), last):
+            while not _is_answered(sock.recv(netlink.RECEIVED_BYTES), last):
                 pass
         except OSError:
             self.close()  # discards unread answers as well
@@ -145,9 +139,7 @@ class Channel:
 
     def _open(self, size: int) -> socket.socket:
         if self._sock is None:
-            kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
-            self._sock = socket.socket(socket.AF_NETLINK, kind, _NETLINK_NETFILTER)
-            self._sock.settimeout(_TIMEOUT_S)
+            self._sock = netlink.open_socket(netlink.NETFILTER, _TIMEOUT_S)
         room = size + (1 << 17)
         try:
             self._sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, room)
@@ -155,15 +147,14 @@ class Channel:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, room)
         return self._sock
 
-    @staticmethod
-    def _is_answered(datagram: bytes, last: int) -> bool:
-        at = 0
-        while at + 20 <= len(datagram):
-            length, kind, _, number, _, code = struct.unpack_from("=IHHIIi", datagram, at)
-            if kind == _ERROR:
-                if code:
-                    raise OSError(-code, os.strerror(-code))
-                if number == last:
-                    return True
-            at += (length + 3) & ~3
-        return False
+
+def _is_answered(datagram: bytes, last: int) -> bool:
+    """Return whether *datagram* answers message number *last*. Raises OSError if the kernel refused any message."""
+    for kind, body in netlink.messages(datagram):
+        if kind == netlink.ERROR:
+            code, number = netlink.answer(body)
+            if code:
+                raise OSError(code, os.strerror(code))
+            if number == last:
+                return True
+    return False

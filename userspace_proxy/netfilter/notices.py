@@ -1,7 +1,7 @@
 """Kernel notices that another program changed rules (nfnetlink multicast group 7) or the network (rtnetlink).
 
-Notices about rules arrive within milliseconds, for nft and for iptables on nf_tables. Loads by this process cause
-thousands of them. So it leaves the group while it loads (`paused`), and the caller checks once afterwards.
+Notices are sent for nftables, and for iptables on nf_tables. Loads by this process cause thousands of them. So it
+leaves the group while it loads (`RuleWatch.quiet`), and a check follows afterwards.
 """
 
 from __future__ import annotations
@@ -9,19 +9,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 import struct
 from collections.abc import Callable, Collection, Iterator
 
-_NETLINK_NETFILTER = 12
-_NETLINK_ROUTE = 0
+from userspace_proxy import netlink
+from userspace_proxy.netfilter.nfnetlink import ATTR_TABLE, NFTABLES
+
 _GROUPS_LINK_ADDRESS_ROUTE = 0x1 | 0x10 | 0x40
 _SOL_NETLINK = 270
 _ADD_MEMBERSHIP, _DROP_MEMBERSHIP = 1, 2
 _GROUP_NFTABLES = 7
-_SUBSYSTEM_NFTABLES = 10
-_NEWGEN = 15
-_ATTR_TABLE = 1  # the first attribute of every message about a table, chain, rule, set or element
+_NEWGEN = NFTABLES | 15
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +30,7 @@ class _Notices:
     def __init__(self, protocol: int, groups: int, on_change: Callable[[], None]) -> None:
         self._on_change = on_change
         self._loop = asyncio.get_running_loop()
-        kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-        self._sock = socket.socket(socket.AF_NETLINK, kind, protocol)
+        self._sock = netlink.open_socket(protocol, 0)  # non-blocking
         self._sock.bind((0, groups))
         self._loop.add_reader(self._sock.fileno(), self._read)
 
@@ -45,7 +42,7 @@ class _Notices:
         noted = False
         while True:
             try:
-                datagram = self._sock.recv(1 << 17)
+                datagram = self._sock.recv(netlink.RECEIVED_BYTES)
             except BlockingIOError:
                 break
             except OSError as error:  # ENOBUFS: notices were lost, so assume a change
@@ -67,7 +64,7 @@ class RuleNotices(_Notices):
     def __init__(self, tables: Collection[str], on_change: Callable[[], None]) -> None:
         self._tables = {name.encode() for name in tables}
         self._pauses = 0
-        super().__init__(_NETLINK_NETFILTER, 0, on_change)
+        super().__init__(netlink.NETFILTER, 0, on_change)
         self._sock.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, _GROUP_NFTABLES)
 
     @contextlib.contextmanager
@@ -87,59 +84,79 @@ class RuleNotices(_Notices):
         return any(table in self._tables for table in tables_in(datagram))
 
 
-def quiet(notices: RuleNotices | None) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which *notices*, if any, are paused."""
-    return notices.paused() if notices is not None else contextlib.nullcontext()
-
-
 class NetworkNotices(_Notices):
     """Calls *on_change* when interfaces, addresses or IPv4 routes of this host change."""
 
     def __init__(self, on_change: Callable[[], None]) -> None:
-        super().__init__(_NETLINK_ROUTE, _GROUPS_LINK_ADDRESS_ROUTE, on_change)
+        super().__init__(netlink.ROUTE, _GROUPS_LINK_ADDRESS_ROUTE, on_change)
 
 
-class LaterLook:
-    """Calls *on_change* once no load has run for a while.
+class RuleWatch:
+    """Calls a function when another program may have changed our rules: by the kernel's notices, or by polling.
 
-    A check is needed because notices are ignored during a load. It is delayed because it takes time.
+    ``is_touched``: a notice has come since the holder of the rules last cleared it.
     """
 
     def __init__(self) -> None:
+        self.is_touched = False
         self._on_change: Callable[[], None] | None = None
+        self._notices: RuleNotices | None = None
+        self._pause_s: Callable[[], float] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
-    def begin(self, on_change: Callable[[], None]) -> None:
-        self._on_change = on_change
+    @property
+    def is_polling(self) -> bool:
+        return self._pause_s is not None
 
-    def after(self, pause_s: float) -> None:
-        """Schedule the check in *pause_s*; a later call replaces an earlier one."""
+    def listen(self, tables: Collection[str], on_change: Callable[[], None]) -> None:
+        """Call *on_change* when another program changes one of the nftables *tables*, until `stop`."""
+
+        def on_notice() -> None:
+            self.is_touched = True
+            on_change()
+
+        self._on_change = on_change
+        self._notices = RuleNotices(tables, on_notice)
+
+    def poll(self, pause_s: Callable[[], float], on_change: Callable[[], None]) -> None:
+        """Call *on_change* again and again, for rules whose changes send no notices, until `stop`."""
+
+        def due() -> None:
+            self._call_in(pause_s(), due)
+            on_change()
+
+        self._pause_s = pause_s
+        self._call_in(pause_s(), due)
+
+    def check_after(self, pause_s: float) -> None:
+        """Call the function of `listen` in *pause_s*: notices are ignored during a load. A later call replaces it."""
+        if self._on_change is not None:
+            self._call_in(pause_s, self._on_change)
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Ignore notices within the block, which loads rules."""
+        with self._notices.paused() if self._notices is not None else contextlib.nullcontext():
+            yield
+
+    def stop(self) -> None:
+        self._on_change = self._pause_s = None
         if self._timer is not None:
             self._timer.cancel()
-        if self._on_change is not None:
-            self._timer = asyncio.get_running_loop().call_later(pause_s, self._on_change)
+        if self._notices is not None:
+            self._notices.close()
+            self._notices = None
 
-    def end(self) -> None:
-        self._on_change = None
-        self.after(0)
-
-
-async def call_often(pause_s: Callable[[], float], call: Callable[[], None]) -> None:
-    """Call *call* repeatedly, for changes that send no notices. Runs until cancelled."""
-    while True:
-        await asyncio.sleep(pause_s())
-        call()
+    def _call_in(self, pause_s: float, call: Callable[[], None]) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(pause_s, call)
 
 
 def tables_in(datagram: bytes) -> Iterator[bytes]:
     """Yield the table name of each nf_tables message in *datagram*."""
-    at = 0
-    while at + 20 <= len(datagram):
-        length, kind = struct.unpack_from("=IH", datagram, at)
-        if length < 20 or at + length > len(datagram):  # truncated
-            return
-        if kind >> 8 == _SUBSYSTEM_NFTABLES and kind & 0xFF != _NEWGEN:
-            size, attribute = struct.unpack_from("=HH", datagram, at + 20) if length >= 24 else (0, 0)
-            if attribute == _ATTR_TABLE:
-                yield datagram[at + 24 : at + 20 + size].rstrip(b"\0")
-        at += (length + 3) & ~3
+    for kind, body in netlink.messages(datagram):
+        if kind & 0xFF00 == NFTABLES and kind != _NEWGEN and len(body) >= 8:
+            size, attribute = struct.unpack_from("=HH", body, 4)
+            if attribute == ATTR_TABLE and 4 + size <= len(body):
+                yield body[8 : 4 + size].rstrip(b"\0")

@@ -20,6 +20,11 @@ def families() -> list[tuple[Family, str]]:
     return [(4, "iptables"), (6, "ip6tables")] if is_installed("ip6tables-save") else [(4, "iptables")]
 
 
+def installed_families() -> list[tuple[Family, str]]:
+    """Return those of `families` whose rules can be read, so that leftovers can be removed."""
+    return [(family, tool) for family, tool in families() if is_installed(f"{tool}-save")]
+
+
 async def is_legacy() -> bool:
     """Return whether iptables is the legacy variant, which does not use nf_tables and sends no notices."""
     return "nf_tables" not in await run_tool("iptables", "--version")

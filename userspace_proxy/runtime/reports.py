@@ -60,7 +60,7 @@ class Reports:
             waiting = "the proxy stops"
         failing = [
             f"since {time.strftime('%H:%M:%S', time.localtime(each.failing_since))}: {each.error}"
-            for each in (controller, self._proxier.keeper)
+            for each in (controller, self._proxier.repairer)
             if each.failing_since is not None
         ]
         return Health(
@@ -97,7 +97,7 @@ class Reports:
             is_plane_failing=bool(self._plane.failing),
             sync_failures=controller.failures,
             sync_failing_s=_seconds_since(controller.failing_since),
-            repair_failing_s=_seconds_since(proxier.keeper.failing_since),
+            repair_failing_s=_seconds_since(proxier.repairer.failing_since),
         )
         syncs = SyncStats(
             controller.durations,

@@ -28,7 +28,7 @@ from tests.modes.translations_given import (
     translation,
 )
 from userspace_proxy.errors import SyncError
-from userspace_proxy.interfaces import NodeFacts, PodDetector, Translation
+from userspace_proxy.interfaces import NodeFacts, PodDetector, RuleUpdate, Translation
 from userspace_proxy.lab import Host, Lab
 from userspace_proxy.model.endpoint import FAMILIES, Endpoint, Family
 from userspace_proxy.model.names import L4Protocol, ServicePortName
@@ -38,8 +38,8 @@ from userspace_proxy.modes.iptables.chains import (
     MARK_MASQ,
     NODE_PORTS,
     SERVICES,
-    Chain,
-    Manner,
+    ChainKey,
+    ChainOptions,
     chain_hash,
     node_rules,
     probability,
@@ -50,16 +50,16 @@ from userspace_proxy.modes.iptables.tables import Tables
 from userspace_proxy.netfilter import xtables
 
 FACTS = NodeFacts(HERE, PODS)
-HOW = Manner(PODS)
+HOW = ChainOptions(PODS)
 CASES = {
     "everything": HOW,
-    "by-interface": Manner(
+    "by-interface": ChainOptions(
         PodDetector(interface="cali*"),
         node_ports_on=("192.168.50.1/32", "10.0.0.0/8", "fd00:50::/64"),
         localhost_node_ports=False,
         masquerade_bit=3,
         random_fully=False,
-        says_endpoints=False,
+        names_endpoints=False,
     ),
 }
 # What a kubelet of before 1.25 and others have at a node; all of it is theirs.
@@ -88,7 +88,7 @@ COMMIT
 """
 
 
-def tables_of(translations: dict[ServicePortName, Translation], family: Family = 4, how: Manner = HOW) -> Tables:
+def tables_of(translations: dict[ServicePortName, Translation], family: Family = 4, how: ChainOptions = HOW) -> Tables:
     services = {known: service_rules(made, family, how) for known, made in translations.items()}
     return Tables(node_rules(family, how), services)
 
@@ -139,17 +139,17 @@ def test_the_rules_read_as_written_down(case: str, family: Family) -> None:
 
 
 def test_who_is_masqueraded_where_nobody_or_everybody_is_told_from_others() -> None:
-    svc = Chain("nat", f"KUBE-SVC-{chain_hash(WEB.name)}")
+    svc = ChainKey("nat", f"KUBE-SVC-{chain_hash(WEB.name)}")
 
-    def masqueraded(made: Translation, how: Manner) -> list[str]:
+    def masqueraded(made: Translation, how: ChainOptions) -> list[str]:
         return [rule for rule in service_rules(made, 4, how)[svc] if rule.endswith(MARK_MASQ.name)]
 
     plain = translation(replace(WEB, load_balancer_ips=(), cluster_ips=WEB.cluster_ips[:1]), NEAR4)
     all_replaced = replace(plain, routes=tuple(r._replace(to=r.to._replace(transparent=False)) for r in plain.routes))  # type: ignore[union-attr]
     here = '-d 10.96.0.1/32 -p tcp -m comment --comment "shop/web:http cluster IP" -m tcp --dport 80'
-    two = Manner(PodDetector(cidrs=("10.244.0.0/24", "10.245.0.0/24")))
+    two = ChainOptions(PodDetector(cidrs=("10.244.0.0/24", "10.245.0.0/24")))
 
-    assert masqueraded(translation(WEB, NEAR4, detects_pods=False), Manner()) == []
+    assert masqueraded(translation(WEB, NEAR4, detects_pods=False), ChainOptions()) == []
     assert masqueraded(plain, HOW) == [f"! -s 10.244.0.0/24 {here} -j KUBE-MARK-MASQ"]
     assert masqueraded(all_replaced, HOW) == [f"{here} -j KUBE-MARK-MASQ"]
     assert masqueraded(plain, two) == [f"{here} -j KUBE-MARK-MASQ"]
@@ -211,7 +211,7 @@ def loader(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Loader]:
             host.run(prefix, "-t", table, f"-{flag}")
 
 
-def in_any_order(chains: dict[Chain, tuple[str, ...]]) -> dict[Chain, tuple[str, ...]]:
+def in_any_order(chains: dict[ChainKey, tuple[str, ...]]) -> dict[ChainKey, tuple[str, ...]]:
     return {chain: tuple(sorted(rules)) for chain, rules in chains.items()}
 
 
@@ -353,7 +353,7 @@ async def test_it_is_intact_until_somebody_touches_it_and_again_when_reloaded(cl
     tables = IptablesTables()
     touched: list[None] = []
     with clean.inside():
-        await tables.load(EVERYTHING, set(EVERYTHING), FACTS)
+        await tables.load(RuleUpdate(EVERYTHING, set(EVERYTHING), FACTS))
         await tables.watch(lambda: touched.append(None))
         for touch in (
             ("iptables", "-t", "nat", "-F"),
@@ -364,7 +364,7 @@ async def test_it_is_intact_until_somebody_touches_it_and_again_when_reloaded(cl
             assert await tables.is_intact()
 
             clean.run(*touch)
-            tables._notices._read()  # type: ignore[union-attr]
+            tables._watch._notices._read()  # type: ignore[union-attr]
 
             assert touched, touch
             assert not await tables.is_intact(), touch
@@ -379,11 +379,11 @@ async def test_it_is_intact_until_somebody_touches_it_and_again_when_reloaded(cl
 async def test_rules_of_others_beside_ours_are_no_reason_to_load_again(clean: Host) -> None:
     tables = IptablesTables()
     with clean.inside():
-        await tables.load(EVERYTHING, set(EVERYTHING), FACTS)
+        await tables.load(RuleUpdate(EVERYTHING, set(EVERYTHING), FACTS))
         await tables.watch(lambda: None)
         clean.run("iptables", "-A", "FORWARD", "-p", "tcp", "-j", "ACCEPT")
         clean.run("iptables", "-t", "nat", "-N", "DOCKER")
-        tables._notices._read()  # type: ignore[union-attr]
+        tables._watch._notices._read()  # type: ignore[union-attr]
 
         assert await tables.is_intact()
         tables.unwatch()
@@ -393,12 +393,12 @@ async def test_only_what_changed_is_loaded(clean: Host) -> None:
     tables = IptablesTables()
     web = by_name([translation(WEB, NEAR4)])
     with clean.inside():
-        await tables.load(EVERYTHING | web, set(EVERYTHING), FACTS)
+        await tables.load(RuleUpdate(EVERYTHING | web, set(EVERYTHING), FACTS))
         clean.run("iptables", "-t", "nat", "-Z")
         clean.run("iptables", "-t", "nat", "-A", f"KUBE-SVC-{chain_hash(LOCAL.name)}", "-j", "RETURN")
         web = by_name([translation(WEB, NEAR4, FAR4)])
 
-        await tables.load(EVERYTHING | web, set(web), FACTS)
+        await tables.load(RuleUpdate(EVERYTHING | web, set(web), FACTS))
 
         saved = clean.run("iptables-save", "-t", "nat").stdout
     assert f"-A KUBE-SVC-{chain_hash(LOCAL.name)} -j RETURN" in saved, "a chain that did not change was written"
@@ -413,7 +413,7 @@ async def test_a_look_that_fails_leaves_it_unknown_whether_all_is_there(
 
     tables = IptablesTables()
     with clean.inside():
-        await tables.load(EVERYTHING, set(EVERYTHING), FACTS)
+        await tables.load(RuleUpdate(EVERYTHING, set(EVERYTHING), FACTS))
         with monkeypatch.context() as broken:
             broken.setattr(xtables, "save", fails)
             with pytest.raises(SyncError, match="busy"):
@@ -429,7 +429,7 @@ async def test_rules_are_counted_by_table_without_counting_all(clean: Host, fami
     web, more = by_name([translation(WEB, NEAR4)]), by_name([translation(WEB, *ALL)])
     with clean.inside():
         for wanted in (EVERYTHING, EVERYTHING | web, EVERYTHING | more, web, {}):
-            await tables.load(wanted, {*EVERYTHING, *web}, FACTS)
+            await tables.load(RuleUpdate(wanted, {*EVERYTHING, *web}, FACTS))
 
             saved = kube_tables.read(clean.run("iptables-save" if family == 4 else "ip6tables-save").stdout)
             mine = {c: rules for c, rules in saved.items() if kube_tables.is_ours(c) and c.name != kube_tables.MARK}
@@ -440,11 +440,11 @@ async def test_loads_of_everything_and_of_changes_are_counted_apart(clean: Host)
     tables = IptablesTables()
     web = by_name([translation(WEB, NEAR4)])
     with clean.inside():
-        await tables.load(EVERYTHING, set(EVERYTHING), FACTS)
+        await tables.load(RuleUpdate(EVERYTHING, set(EVERYTHING), FACTS))
         loads = tables.loads["IPv4"]
         assert loads.written["nat"] > 20
 
-        await tables.load(EVERYTHING | web, set(web), FACTS)
+        await tables.load(RuleUpdate(EVERYTHING | web, set(web), FACTS))
 
     assert (loads.whole.count, loads.changes.count, loads.refused) == (1, 1, 0)
     assert loads.written["nat"] < 10, "a change does not write the rules of others"
@@ -453,16 +453,16 @@ async def test_loads_of_everything_and_of_changes_are_counted_apart(clean: Host)
 async def test_a_refused_change_is_made_good_by_the_next_load(clean: Host) -> None:
     tables = IptablesTables()
     with clean.inside():
-        await tables.load(EVERYTHING, set(EVERYTHING), FACTS)
+        await tables.load(RuleUpdate(EVERYTHING, set(EVERYTHING), FACTS))
         bad = by_name([translation(replace(WEB, affinity_timeout_s=-1), *ALL)])
 
         with pytest.raises(SyncError, match="iptables-restore"):
-            await tables.load(EVERYTHING | bad, set(bad), FACTS)
+            await tables.load(RuleUpdate(EVERYTHING | bad, set(bad), FACTS))
 
         loads = tables.loads["IPv4"]
         assert (loads.refused, loads.refused_changes) == (2, 1), "the change, and then the whole"
-        await tables.load(EVERYTHING, set(bad), FACTS)
-        tables._touched = True
+        await tables.load(RuleUpdate(EVERYTHING, set(bad), FACTS))
+        tables._watch.is_touched = True
         assert await tables.is_intact()
 
 
@@ -479,28 +479,28 @@ async def test_beside_another_kube_proxy_it_does_not_begin(clean: Host) -> None:
 
 async def test_a_chain_of_ours_to_which_another_leads_keeps_nothing_from_being_loaded(clean: Host) -> None:
     changed = WEB.name
-    chain = Chain("nat", f"KUBE-SVC-{chain_hash(changed)}")
+    chain = ChainKey("nat", f"KUBE-SVC-{chain_hash(changed)}")
     rest = {each: made for each, made in EVERYTHING.items() if each != changed}
     with clean.inside():
         tables = IptablesTables()
-        await tables.load(EVERYTHING, set(EVERYTHING), FACTS)
+        await tables.load(RuleUpdate(EVERYTHING, set(EVERYTHING), FACTS))
         clean.run("iptables", "-t", "nat", "-A", "PREROUTING", "-d", "198.51.100.1", "-j", chain.name)
 
-        await tables.load(rest, {changed}, FACTS)
+        await tables.load(RuleUpdate(rest, {changed}, FACTS))
 
         there = kube_tables.read(clean.run("iptables-save").stdout)
         assert there[chain] == ()
         assert kube_tables.is_loaded(tables_of(rest), there)
-        await tables.load(EVERYTHING, {changed}, FACTS)
+        await tables.load(RuleUpdate(EVERYTHING, {changed}, FACTS))
         assert kube_tables.read(clean.run("iptables-save").stdout)[chain]
 
 
 async def test_route_localnet_is_off_again_also_where_a_successor_had_to_load_after_a_flush(clean: Host) -> None:
     with clean.inside():
         clean.run("sysctl", "-w", "net.ipv4.conf.all.route_localnet=0")
-        await IptablesTables().load(EVERYTHING, set(EVERYTHING), FACTS)
+        await IptablesTables().load(RuleUpdate(EVERYTHING, set(EVERYTHING), FACTS))
         successor = IptablesTables()
-        await successor.load(EVERYTHING, set(EVERYTHING), FACTS)
+        await successor.load(RuleUpdate(EVERYTHING, set(EVERYTHING), FACTS))
         clean.run("nft", "flush", "ruleset")
         await successor.reload()
 
@@ -520,7 +520,7 @@ async def test_route_localnet_is_as_it_was_when_all_is_taken_away(clean: Host) -
             tables = IptablesTables()
             await tables.prepare()
             assert is_localnet_routed(clean) == was_on, "the node may be another's to serve yet"
-            await tables.load(EVERYTHING, set(EVERYTHING), FACTS)
+            await tables.load(RuleUpdate(EVERYTHING, set(EVERYTHING), FACTS))
             assert is_localnet_routed(clean)
 
             await IptablesTables().remove()  # as `cleanup` does, after a crash
@@ -545,7 +545,7 @@ async def test_the_older_iptables_sends_no_notices_and_is_looked_at(legacy: Host
     tables = IptablesTables()
     looked = asyncio.Event()
     with legacy.inside():
-        await tables.load(EVERYTHING, set(EVERYTHING), FACTS)
+        await tables.load(RuleUpdate(EVERYTHING, set(EVERYTHING), FACTS))
         await tables.watch(looked.set)
         assert await tables.is_intact()
         legacy.run("iptables-legacy", "-t", "nat", "-F", "KUBE-SERVICES")
@@ -570,7 +570,7 @@ async def test_a_kernel_without_ipv6_serves_the_rest(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     tables = IptablesTables()
     with clean.inside():
-        await tables.load(EVERYTHING, set(EVERYTHING), FACTS)
+        await tables.load(RuleUpdate(EVERYTHING, set(EVERYTHING), FACTS))
         assert "KUBE-SVC-" in clean.run("iptables-save").stdout
 
         await tables.remove()

@@ -22,27 +22,29 @@ from tests.modes.translations_given import (
     by_name,
     translation,
 )
-from userspace_proxy.interfaces import NodeFacts, Translation
+from userspace_proxy.interfaces import NodeFacts, RuleUpdate, Translation
 from userspace_proxy.lab import Lab
 from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.service import Balance, Portal, ServicePort
-from userspace_proxy.modes.ipvs.desired import Wanted
+from userspace_proxy.modes.ipvs.changes import (
+    ConnectionCounts,
+    ServerChange,
+    Verb,
+    record,
+    removals_when_idle,
+    server_changes,
+)
+from userspace_proxy.modes.ipvs.desired import DesiredServers
 from userspace_proxy.modes.ipvs.device import device_lines
 from userspace_proxy.modes.ipvs.genetlink import TICKS_A_SECOND, read, without_counts
 from userspace_proxy.modes.ipvs.rules import rules
 from userspace_proxy.modes.ipvs.table import (
-    Connections,
     IpvsTable,
-    Step,
-    Verb,
-    VirtualServer,
     VirtualServers,
-    after,
+    VirtualServerSpec,
     at_host,
-    endings,
     node_port_ips,
-    steps,
     virtual_ips,
     virtual_servers,
 )
@@ -75,7 +77,7 @@ def test_the_kernel_takes_every_element_of_the_table(lab: Lab) -> None:
     ours, theirs, facts = lab.add("ipvs-netlink"), lab.add("ipvs-text"), at_host(FACTS, HERE.addresses)
     with ours.inside(), asyncio.Runner() as runner:  # a loop of its own, whose threads are then of the host
         tables = ElementTables("ipvs", IpvsTable())
-        runner.run(tables.load(by_name(EVERYTHING.values()), (), facts))
+        runner.run(tables.load(RuleUpdate(by_name(EVERYTHING.values()), (), facts)))
         tables.unwatch()
     theirs.run("nft", "-f", "-", stdin=IpvsTable().text(facts, EVERYTHING.values()))
 
@@ -128,7 +130,7 @@ def test_annotations_choose_the_scheduler_and_the_weights() -> None:
     service_port = ServicePort(name("ns/a"), 80, ("10.96.0.1",), ipvs_scheduler="wrr", weights=((NEAR4.ip, 3),))
     made = translation(service_port, NEAR4, FAR4)
 
-    assert virtual_servers(made, ())[WEB] == VirtualServer("wrr", None, {NEAR4.address: 3, FAR4.address: 1})
+    assert virtual_servers(made, ())[WEB] == VirtualServerSpec("wrr", None, {NEAR4.address: 3, FAR4.address: 1})
     assert virtual_servers(made, (), "lc", missing={"wrr"})[WEB].scheduler == "lc"
     assert virtual_servers(made, (), "lc", missing={"wrr", "lc"})[WEB].scheduler == "rr"
 
@@ -169,7 +171,7 @@ def test_an_external_ip_that_is_a_node_ports_address_too_has_it_and_leaves_it_to
     by_node_port = translation(ServicePort(name("ns/a"), 80, ("10.96.0.1",), node_port=30_080), NEAR4)
     by_ip = translation(ServicePort(name("ns/b"), 30_080, ("10.96.0.2",), external_ips=("192.0.2.1",)), FAR4)
     both, met = by_name([by_node_port, by_ip]), Portal("192.0.2.1", 30_080, TCP)
-    wanted = Wanted()
+    wanted = DesiredServers()
 
     def endpoints_after(given: Mapping[ServicePortName, Translation]) -> list[Address]:
         wanted.change(both, given, ("192.0.2.1",), "rr")
@@ -187,7 +189,7 @@ def test_an_external_ip_that_is_a_node_ports_address_too_has_it_and_leaves_it_to
 
 def test_an_address_is_wanted_until_the_last_service_port_gives_it_up() -> None:
     tcp, udp = (translation(ServicePort(name("ns/a", p), 53, ("10.96.0.1",)), NEAR4) for p in (TCP, UDP))
-    both, wanted = by_name([tcp, udp]), Wanted()
+    both, wanted = by_name([tcp, udp]), DesiredServers()
     for given, ips in ((both, {"10.96.0.1"}), (by_name([udp]), {"10.96.0.1"}), ({}, set())):
         wanted.change(both, given, (), "rr")
 
@@ -198,61 +200,71 @@ def test_an_address_is_wanted_until_the_last_service_port_gives_it_up() -> None:
 
 
 def test_who_comes_is_there_before_who_goes_has_gone() -> None:
-    taken = list(steps({WEB: VirtualServer(weights={A: 1})}, {WEB: (now := VirtualServer(weights={B: 1}))}))
+    taken = list(
+        server_changes({WEB: VirtualServerSpec(weights={A: 1})}, {WEB: (now := VirtualServerSpec(weights={B: 1}))})
+    )
 
-    assert taken == [Step(Verb.ADD, WEB, now, B, 1), Step(Verb.SET, WEB, now, A, 0)]
+    assert taken == [ServerChange(Verb.ADD, WEB, now, B, 1), ServerChange(Verb.SET, WEB, now, A, 0)]
 
 
 def test_udp_endpoints_go_at_once_so_that_their_flows_find_another() -> None:
-    taken = list(steps({DNS: VirtualServer(weights={A: 1})}, {DNS: (now := VirtualServer(weights={B: 1}))}))
+    taken = list(
+        server_changes({DNS: VirtualServerSpec(weights={A: 1})}, {DNS: (now := VirtualServerSpec(weights={B: 1}))})
+    )
 
-    assert taken == [Step(Verb.ADD, DNS, now, B, 1), Step(Verb.DELETE, DNS, now, A)]
+    assert taken == [ServerChange(Verb.ADD, DNS, now, B, 1), ServerChange(Verb.DELETE, DNS, now, A)]
 
 
 def test_an_endpoint_goes_when_its_last_connection_has_ended() -> None:
-    present = {WEB: VirtualServer(weights={A: 0, B: 1})}
-    wanted = {WEB: VirtualServer(weights={B: 1})}
+    present = {WEB: VirtualServerSpec(weights={A: 0, B: 1})}
+    wanted = {WEB: VirtualServerSpec(weights={B: 1})}
 
-    assert list(endings(present, wanted, {(WEB, A): Connections(1, 0)})) == []
-    assert list(endings(present, wanted, {(WEB, A): Connections(0, 1)})) == []
-    assert list(endings(present, wanted, {(WEB, B): Connections(1, 0)})) == [Step(Verb.DELETE, WEB, present[WEB], A)]
+    assert list(removals_when_idle(present, wanted, {(WEB, A): ConnectionCounts(1, 0)})) == []
+    assert list(removals_when_idle(present, wanted, {(WEB, A): ConnectionCounts(0, 1)})) == []
+    assert list(removals_when_idle(present, wanted, {(WEB, B): ConnectionCounts(1, 0)})) == [
+        ServerChange(Verb.DELETE, WEB, present[WEB], A)
+    ]
 
 
 def test_a_server_that_nobody_wants_goes_when_no_established_connection_is_left() -> None:
-    present = {WEB: VirtualServer(weights={A: 0, B: 0})}
+    present = {WEB: VirtualServerSpec(weights={A: 0, B: 0})}
 
-    assert list(endings(present, {}, {(WEB, A): Connections(1, 0)})) == []
-    assert list(endings(present, {}, {(WEB, A): Connections(0, 9)})) == [Step(Verb.DELETE, WEB, present[WEB])]
+    assert list(removals_when_idle(present, {}, {(WEB, A): ConnectionCounts(1, 0)})) == []
+    assert list(removals_when_idle(present, {}, {(WEB, A): ConnectionCounts(0, 9)})) == [
+        ServerChange(Verb.DELETE, WEB, present[WEB])
+    ]
 
 
 def test_an_endpoint_that_comes_back_while_it_leaves_gets_its_weight_again() -> None:
-    present = {WEB: VirtualServer(weights={A: 0, B: 1})}
+    present = {WEB: VirtualServerSpec(weights={A: 0, B: 1})}
 
-    assert list(steps(present, {WEB: (now := VirtualServer(weights={A: 1, B: 1}))})) == [Step(Verb.SET, WEB, now, A, 1)]
+    assert list(server_changes(present, {WEB: (now := VirtualServerSpec(weights={A: 1, B: 1}))})) == [
+        ServerChange(Verb.SET, WEB, now, A, 1)
+    ]
 
 
-def walk(present: VirtualServers, wanted: Mapping[Portal, VirtualServer]) -> None:
-    after(present, list(steps(present, wanted)))
+def walk(present: VirtualServers, wanted: Mapping[Portal, VirtualServerSpec]) -> None:
+    record(present, list(server_changes(present, wanted)))
 
 
 def test_many_endpoints_at_many_portals_are_noted_and_none_copied_for_each_step() -> None:
-    many = VirtualServer(weights={(f"10.244.{n // 250}.{n % 250}", 8080): 1 for n in range(4_000)})
+    many = VirtualServerSpec(weights={(f"10.244.{n // 250}.{n % 250}", 8080): 1 for n in range(4_000)})
     wanted = {Portal(f"203.0.113.{n}", 80, TCP): many for n in range(5)}
     present = VirtualServers()
     held: list[Mapping[Address, int]] = []
 
-    def noting() -> Iterator[Step]:
-        for step in list(steps(present, wanted)):
+    def noting() -> Iterator[ServerChange]:
+        for step in list(server_changes(present, wanted)):
             yield step
             weights = present[step.portal].weights
             if not any(weights is each for each in held):
                 held.append(weights)
 
-    after(present, noting())
+    record(present, noting())
 
     assert present == wanted
     assert len(held) <= 2 * len(wanted), "one of each server when it was made, one with what was added to it"
-    after(present, [Step(Verb.SET, Portal("203.0.113.1", 80, TCP), many, ("10.244.0.1", 8080), 0)])
+    record(present, [ServerChange(Verb.SET, Portal("203.0.113.1", 80, TCP), many, ("10.244.0.1", 8080), 0)])
     assert [server.weights["10.244.0.1", 8080] for server in present.values()] == [1, 0, 1, 1, 1]
 
 
@@ -273,9 +285,9 @@ def test_whatever_changes_it_ends_at_what_is_wanted_and_no_tcp_endpoint_goes_bef
             taking = {endpoint: weight for endpoint, weight in present[portal].weights.items() if weight}
             assert taking == {endpoint: weight for endpoint, weight in server.weights.items() if weight}
         if chance.random() < 0.5:
-            after(present, list(endings(present, wanted, {})))
+            record(present, list(removals_when_idle(present, wanted, {})))
             assert present == wanted
-        assert not list(steps(present, wanted))
+        assert not list(server_changes(present, wanted))
 
 
 def test_the_device_loses_addresses_before_it_gets_others() -> None:
@@ -309,11 +321,11 @@ def test_what_the_kernel_lists_is_understood() -> None:
 
     dns6 = Portal("fd00:96::a", 53, UDP)
     assert listing.servers == {
-        WEB: VirtualServer("wlc", 10_800, {A: 1, B: 0}),
-        dns6: VirtualServer("rr", None, {("fd00:244::2", 5353): 3}),
+        WEB: VirtualServerSpec("wlc", 10_800, {A: 1, B: 0}),
+        dns6: VirtualServerSpec("rr", None, {("fd00:244::2", 5353): 3}),
     }
     assert listing.connections == {
-        (WEB, A): Connections(2, 3),
-        (WEB, B): Connections(0, 0),
-        (dns6, ("fd00:244::2", 5353)): Connections(0, 0),
+        (WEB, A): ConnectionCounts(2, 3),
+        (WEB, B): ConnectionCounts(0, 0),
+        (dns6, ("fd00:244::2", 5353)): ConnectionCounts(0, 0),
     }

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.modes.redirects_given import assert_golden, name
-from userspace_proxy.interfaces import NodeFacts, PodDetector, Translation
+from userspace_proxy.interfaces import NodeFacts, PodDetector, RuleUpdate, Translation
 from userspace_proxy.lab import Host, Lab
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import L4Protocol, ServicePortName
@@ -141,7 +141,7 @@ def load(
 ) -> None:
     # A loop of its own, whose threads are then of the host.
     with host.inside(), asyncio.Runner() as runner:
-        runner.run(tables.load(made, changed, FACTS))
+        runner.run(tables.load(RuleUpdate(made, changed, FACTS)))
         tables.unwatch()
 
 

@@ -56,11 +56,13 @@ async def test_looking_costs_the_same_however_many_services_there_are(
     rows = [(f"10.96.{n // 250}.{n % 250}", 80, name(f"ns/s{n}"), 10_000 + n) for n in range(10_000)]
     heard = []
 
+    messages = netlink.messages
+
     def counted(datagram: bytes) -> Iterator[tuple[int, bytes]]:
         heard.append(len(datagram))
-        return netlink.messages(datagram)
+        return messages(datagram)
 
-    monkeypatch.setattr("userspace_proxy.netfilter.nfnetlink.messages", counted)
+    monkeypatch.setattr("userspace_proxy.netlink.messages", counted)
     bytes_heard = []
     with host.inside():
         for several in (rows[:10], rows):

@@ -88,7 +88,7 @@ async def test_a_repair_that_tries_to_open_once_more_leaves_what_is_newer_in_for
 
 
 @pytest.mark.parametrize("is_refused", [False, True])
-async def test_flows_that_strayed_are_called_back_also_where_the_first_load_was_refused(
+async def test_flows_that_with_old_flows_are_called_back_also_where_the_first_load_was_refused(
     monkeypatch: pytest.MonkeyPatch, is_refused: bool
 ) -> None:
     forgotten: list[Portal] = []
@@ -102,7 +102,7 @@ async def test_flows_that_strayed_are_called_back_also_where_the_first_load_was_
     rules, plane = HeldRules(), LocalPlane(Limits())
     async with running(rules, plane) as proxier:
         await proxier.sync(state({dns: [ONE, OTHER]}))
-        proxier._strayed = {dns.name}  # a policy has changed, and its flows were let stay
+        proxier._with_old_flows = {dns.name}  # a policy has changed, and its flows were let stay
         forgotten.clear()
         after = state({dns: [ONE], new: [ONE]})
         rules.refuses = is_refused

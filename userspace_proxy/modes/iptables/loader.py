@@ -1,13 +1,11 @@
-"""``--proxy-mode iptables``: kube-proxy's chains in the kernel, loaded at the cost of what changed."""
+"""``--proxy-mode iptables``: load kube-proxy's chains into the kernel. The cost follows what changed."""
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import logging
-import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,39 +14,26 @@ from prometheus_client.core import Metric
 from userspace_proxy.errors import SyncError
 from userspace_proxy.host import discard_routes, sysctls
 from userspace_proxy.host.tool import in_thread, is_installed
-from userspace_proxy.interfaces import NodeFacts, Translation
+from userspace_proxy.interfaces import NodeFacts, RuleUpdate, Translation
 from userspace_proxy.model.endpoint import FAMILIES, Family
 from userspace_proxy.model.loads import Loads
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.routes import Refusal
+from userspace_proxy.modes.iptables import chains as kube_chains
 from userspace_proxy.modes.iptables import tables as kube_tables
-from userspace_proxy.modes.iptables.chains import (
-    LOCALNET,
-    NODE_PORTS,
-    SHARED,
-    Chain,
-    Manner,
-    Rules,
-    node_lines,
-    node_rules,
-    own_chains,
-    service_lines,
-    service_rules,
-)
+from userspace_proxy.modes.iptables.chains import LOCALNET, NODE_PORTS, SHARED, ChainKey, ChainOptions, ChainRules
 from userspace_proxy.modes.iptables.metrics import iptables_metrics
 from userspace_proxy.modes.iptables.tables import Tables
 from userspace_proxy.modes.rule_line import RuleLine
+from userspace_proxy.modes.xtables_rules import XtablesRules, all_or_first_error
 from userspace_proxy.modes.xtables_script import TOOLS, XtablesScript, new_chain
 from userspace_proxy.netfilter import xtables
-from userspace_proxy.netfilter.notices import LaterLook, RuleNotices, call_often, quiet
 
-# Of more endpoints rules do not say which they lead to, as with kube-proxy: it is a third of what is loaded.
-_SAID_MAX = 1000
-# So many changes at once are loaded as all is.
+# With more endpoints, rules have no comment that names their endpoint, as in kube-proxy: a third of the text.
+_COMMENTS_MAX = 1000
+# With more changes than this, a load compares all rules instead.
 _CHANGED_MAX = 300
 _CHAINS_AT_ONCE = 500
-# How often iptables-legacy is looked at, which sends no notices; and how much of the time at most, as a look is long.
-_POLL_S, _POLL_SHARE = 0.7, 0.05
 _ROUTE_LOCALNET = sysctls.Sysctl(Path("/proc/sys/net/ipv4/conf/all/route_localnet"), 1)
 _LOCALNET_NOTE = "route_localnet was off"
 
@@ -57,104 +42,100 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Family:
-    """What is wanted of one family, and what is loaded: None where that is not known.
+    """The desired and the loaded rules of one IP family. ``loaded``: None if unknown.
 
-    ``counts``: how many ``rules`` there are, by table.
+    ``counts``: the number of ``rules`` in each table.
     """
 
     family: Family
     tool: str
-    how: Manner | None = None
-    rules: dict[ServicePortName, Rules] = field(default_factory=dict)
+    options: ChainOptions | None = None
+    rules: dict[ServicePortName, ChainRules] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     loaded: Tables | None = None
     loads: Loads = field(default_factory=Loads)
 
+    def update(self, update: RuleUpdate, options: ChainOptions) -> Collection[ServicePortName]:
+        """Set the desired rules; return the service ports whose rules may differ from the loaded ones."""
+        translations = update.translations
+        names = update.changed if self.options == options else {*self.rules, *translations}
+        for name in names:
+            if before := self.rules.pop(name, None):
+                self.counts.subtract(kube_tables.counts(before))
+            made = translations.get(name)
+            if made is not None and (rules := kube_chains.service_rules(made, self.family, options)):
+                self.rules[name] = rules
+                self.counts.update(kube_tables.counts(rules))
+        self.options = options
+        return names
 
-class IptablesTables:
-    """kube-proxy's chains, through ``iptables-restore``: a transaction for each table of each family."""
+
+class IptablesTables(XtablesRules):
+    """kube-proxy's chains, loaded by ``iptables-restore`` in one transaction for each table and IP family."""
 
     mode = "iptables"
 
-    def __init__(self, how: Manner | None = None) -> None:
-        self._how = how or Manner()
+    def __init__(self, options: ChainOptions | None = None) -> None:
+        super().__init__(kube_tables.TABLES)
+        self._options = options or ChainOptions()
         self._families: list[_Family] = []
         self._is_legacy = False
         self._is_node_set = False
         self._notes: list[str] = []
-        self._notices: RuleNotices | None = None
-        self._poll: asyncio.Task[None] | None = None
-        self._look = LaterLook()
-        self._look_s = 0.0
-        self._touched = False
         self._rejected: dict[ServicePortName, frozenset[str]] = {}  # addresses of portals that are rejected
         self._are_exceptions_known = False
-        self._unheard = False  # something may have happened while our own loads were not listened to
+        self._is_unheard = False  # notices during loads of our own were ignored
 
     async def prepare(self) -> None:
-        """Find out what there is; nothing is changed.
+        """Read this host's rules and settings. Changes nothing.
 
         Raises:
-            SyncError: iptables is not installed; or the chains of these names are somebody else's.
+            SyncError: iptables is not installed, or another program owns chains of these names.
         """
         self._is_legacy = await xtables.is_legacy()
-        how = replace(self._how, random_fully=await xtables.knows_random_fully())
+        options = replace(self._options, random_fully=await xtables.knows_random_fully())
         families = []
         for family, tool in xtables.families():
-            try:
-                saved = kube_tables.read(await xtables.save(tool))
-            except SyncError as error:
-                if family == 4:
-                    raise
-                log.warning("IPv6 is not served: %s", error)  # a kernel may be without it
+            saved = await _saved(family, tool)
+            if saved is None:
+                log.warning("IPv6 is not served")
                 continue
-            if reason := kube_tables.foreign(saved, node_rules(family, how)):
+            if reason := kube_tables.foreign(saved, kube_chains.node_rules(family, options)):
                 raise SyncError(reason)
             families.append(_Family(family, tool))
             if family == 4 and kube_tables.is_noted(_LOCALNET_NOTE, saved):
-                self._notes = [_LOCALNET_NOTE]  # by the process before; whoever flushes our rules must not lose it
-        if how.localhost_node_ports:
+                self._notes = [_LOCALNET_NOTE]  # by the previous process; must survive a flush of our rules
+        if options.localhost_node_ports:
             if not sysctls.can_apply(_ROUTE_LOCALNET):
-                log.warning("node ports are not served at 127.0.0.1: %s cannot be made 1 here", _ROUTE_LOCALNET)
-                how = replace(how, localhost_node_ports=False)
+                log.warning("node ports are not served at 127.0.0.1: %s cannot be set to 1 here", _ROUTE_LOCALNET)
+                options = replace(options, localhost_node_ports=False)
             elif _ROUTE_LOCALNET.path.read_text().strip() == "0":
                 self._notes = [_LOCALNET_NOTE]
-        self._how, self._families = how, families
+        self._options, self._families = options, families
 
     def _set_node(self) -> None:
-        """Set the node to what the mode needs: once it is noted how it was, and rules guard what this opens."""
-        if self._how.localhost_node_ports and (refused := sysctls.apply([_ROUTE_LOCALNET])):
+        """Set route_localnet. Call it after a load: the rules note its value and guard 127.0.0.0/8."""
+        if self._options.localhost_node_ports and (refused := sysctls.apply([_ROUTE_LOCALNET])):
             log.warning("node ports are not served at 127.0.0.1: %s", refused[0])
         self._is_node_set = True
 
-    async def load(
-        self,
-        translations: Mapping[ServicePortName, Translation],
-        changed: Collection[ServicePortName],
-        facts: NodeFacts,
-    ) -> None:
+    async def load(self, update: RuleUpdate) -> None:
         if not self._families:
             await self.prepare()
-        how = replace(self._how, pods=facts.pods, node_ports_on=facts.node_ports_on)
-        done = await asyncio.gather(
-            *(self._load_family(each, translations, changed, how) for each in self._families), return_exceptions=True
-        )
-        for error in filter(None, done):
-            raise error
-        self._touched = False
+        await all_or_first_error(self._load_family(each, update) for each in self._families)
+        self._watch.is_touched = False
         if not self._is_node_set:
             self._set_node()
-        await self._except_rejected(translations, changed)
-        self._look.after(self._pause_s())
+        await self._except_rejected(update)
+        self._check_later()
 
-    async def _except_rejected(
-        self, translations: Mapping[ServicePortName, Translation], changed: Collection[ServicePortName]
-    ) -> None:
-        """Let packets to portals that are rejected at FORWARD come so far, instead of being discarded before."""
+    async def _except_rejected(self, update: RuleUpdate) -> None:
+        """Exempt rejected portals from the discard routes: their packets must reach the REJECT rules at FORWARD."""
         before = set().union(*self._rejected.values())
-        for name in changed:
+        for name in update.changed:
             self._rejected.pop(name, None)
-            if name in translations and (ips := _rejected_ips(translations[name])):
+            made = update.translations.get(name)
+            if made is not None and (ips := _rejected_ips(made)):
                 self._rejected[name] = ips
         after = set().union(*self._rejected.values())
         if after == before and self._are_exceptions_known:
@@ -165,49 +146,33 @@ class IptablesTables:
             log.warning("clients of Services without endpoints may wait for a time-out: %s", error)
         self._are_exceptions_known = True
 
-    async def _load_family(
-        self,
-        each: _Family,
-        translations: Mapping[ServicePortName, Translation],
-        changed: Collection[ServicePortName],
-        how: Manner,
-    ) -> None:
-        how = _said(how, translations, each.family)
-        names = changed if each.how == how else {*each.rules, *translations}
-        for name in names:
-            if before := each.rules.pop(name, None):
-                each.counts.subtract(kube_tables.counts(before))
-            if (made := translations.get(name)) is not None and (rules := service_rules(made, each.family, how)):
-                each.rules[name] = rules
-                each.counts.update(kube_tables.counts(rules))
-        each.how = how
-        wanted = Tables(node_rules(each.family, how), dict(each.rules))
-        each.loads.rules = each.counts + kube_tables.counts(wanted.node)
-        loaded, each.loaded = each.loaded, None  # unknown until the kernel has said yes
-        with quiet(self._notices):
-            self._unheard = True
-            if loaded is None or self._touched or len(names) > _CHANGED_MAX:
-                await self._load_whole(each, wanted)
+    async def _load_family(self, each: _Family, update: RuleUpdate) -> None:
+        options = _options_for(self._options, update.translations, update.facts, each.family)
+        names = each.update(update, options)
+        desired = Tables(kube_chains.node_rules(each.family, options), dict(each.rules))
+        each.loads.rules = each.counts + kube_tables.counts(desired.node)
+        loaded, each.loaded = each.loaded, None  # unknown until the kernel has accepted the load
+        with self._watch.quiet():
+            self._is_unheard = True
+            if loaded is None or self._watch.is_touched or len(names) > _CHANGED_MAX:
+                await self._load_all(each, desired)
             else:
                 try:
                     with each.loads.of(everything=False):
-                        await self._restore(each, kube_tables.change(loaded, wanted, names))
+                        await _restore(each, kube_tables.change(loaded, desired, names))
                 except SyncError as error:
-                    log.warning("the change was refused (%s); loading all that differs", error)
-                    await self._load_whole(each, wanted)
-        each.loaded = wanted
+                    log.warning("the change was refused (%s); loading everything that differs", error)
+                    await self._load_all(each, desired)
+        each.loaded = desired
 
-    async def _load_whole(self, each: _Family, wanted: Tables) -> None:
+    async def _load_all(self, each: _Family, desired: Tables) -> None:
+        """Compare all rules with those in the kernel, and load the difference."""
         saved = kube_tables.read(await xtables.save(each.tool))
-        if reason := kube_tables.foreign(saved, wanted.node):
+        if reason := kube_tables.foreign(saved, desired.node):
             raise SyncError(reason)
         notes = self._notes if each.family == 4 else []
         with each.loads.of(everything=True):
-            await self._restore(each, kube_tables.whole(wanted, saved, self._at_once, notes))
-
-    async def _restore(self, each: _Family, script: str) -> None:
-        await xtables.restore(each.tool, script)
-        each.loads.written = await in_thread(kube_tables.written, script)  # 20 MB, after a whole load
+            await _restore(each, kube_tables.whole(desired, saved, self._at_once, notes))
 
     @property
     def loads(self) -> Mapping[str, Loads]:
@@ -223,91 +188,79 @@ class IptablesTables:
     async def reload(self) -> None:
         for each in self._families:
             if each.loaded is not None:
-                with quiet(self._notices):
-                    self._unheard = True
-                    await self._load_whole(each, each.loaded)
-        self._touched = False
-        self._look.after(self._pause_s())
+                with self._watch.quiet():
+                    self._is_unheard = True
+                    await self._load_all(each, each.loaded)
+        self._watch.is_touched = False
+        self._check_later()
 
     async def remove(self) -> None:
         self._families, self._is_node_set = [], False
         self._rejected, self._are_exceptions_known = {}, False
         await discard_routes.except_addresses(())
         self._is_legacy = is_installed("iptables") and await xtables.is_legacy()
-        for family, tool in xtables.families():
-            if not is_installed(f"{tool}-save"):
+        for family, tool in xtables.installed_families():
+            if (saved := await _saved(family, tool)) is None:
                 continue
-            try:
-                saved = kube_tables.read(await xtables.save(tool))
-            except SyncError as error:
-                if family == 4:
-                    raise
-                log.debug("no IPv6 rules are here: %s", error)
-                continue
-            with quiet(self._notices):
+            with self._watch.quiet():
                 await xtables.restore(tool, kube_tables.removal(saved, self._at_once))
             if kube_tables.is_noted(_LOCALNET_NOTE, saved):
                 sysctls.apply([_ROUTE_LOCALNET._replace(value=0)])
 
     async def is_intact(self) -> bool:
-        if not self._touched and not self._unheard and not self._is_legacy:
+        if not self._watch.is_touched and not self._is_unheard and not self._is_legacy:
             return True
-        began = time.monotonic()
-        self._touched = self._unheard = False
+        return await super().is_intact()
+
+    async def _are_loaded(self) -> bool:
+        is_touched = self._watch.is_touched = self._is_unheard = False
         for each in self._families:
             if each.loaded is not None:
                 try:
                     saved = await in_thread(kube_tables.read, await xtables.save(each.tool))
                 except SyncError:
-                    self._touched = True  # as it is not known
+                    self._watch.is_touched = True  # unknown
                     raise
-                self._touched |= not kube_tables.is_loaded(each.loaded, saved)
-        self._look_s = time.monotonic() - began
-        return not self._touched
-
-    async def watch(self, on_change: Callable[[], None]) -> None:
-        def on_notice() -> None:
-            self._touched = True
-            on_change()
-
-        if await xtables.is_legacy():
-            self._poll = asyncio.create_task(call_often(self._pause_s, on_change), name="rules-poll")
-        else:
-            self._notices = RuleNotices(kube_tables.TABLES, on_notice)
-            self._look.begin(on_change)
-            self._look.after(self._pause_s())
-
-    def _pause_s(self) -> float:
-        return max(_POLL_S, self._look_s / _POLL_SHARE)
-
-    def unwatch(self) -> None:
-        self._look.end()
-        if self._notices is not None:
-            self._notices.close()
-            self._notices = None
-        if self._poll is not None:
-            self._poll.cancel()
-            self._poll = None
+                is_touched |= not kube_tables.is_loaded(each.loaded, saved)
+        self._watch.is_touched |= is_touched
+        return not self._watch.is_touched
 
 
-def _said(how: Manner, translations: Mapping[ServicePortName, Translation], family: Family) -> Manner:
+async def _saved(family: Family, tool: str) -> kube_tables.Saved | None:
+    """Return the rules in the kernel, or None if it has no IPv6."""
+    try:
+        return kube_tables.read(await xtables.save(tool))
+    except SyncError as error:
+        if family == 4:
+            raise
+        log.debug("%s cannot be used: %s", tool, error)
+        return None
+
+
+async def _restore(each: _Family, script: str) -> None:
+    await xtables.restore(each.tool, script)
+    each.loads.written = await in_thread(kube_tables.written, script)  # up to 20 MB
+
+
+def _options_for(
+    options: ChainOptions, translations: Mapping[ServicePortName, Translation], facts: NodeFacts, family: Family
+) -> ChainOptions:
+    """Return *options* with what the node and the number of endpoints of *family* decide."""
     reaches = (made.reaches[family] for made in translations.values() if family in made.reaches)
     endpoints = sum(len(there.cluster) + len(there.local) for there in reaches)
-    return replace(how, says_endpoints=endpoints <= _SAID_MAX)
+    names_endpoints = endpoints <= _COMMENTS_MAX
+    return replace(options, pods=facts.pods, node_ports_on=facts.node_ports_on, names_endpoints=names_endpoints)
 
 
-def rules(translations: Mapping[ServicePortName, Translation], facts: NodeFacts, how: Manner) -> XtablesScript:
-    """Return what is loaded for *translations* where nothing is yet, for the tools of both families. Pure."""
+def rules(
+    translations: Mapping[ServicePortName, Translation], facts: NodeFacts, options: ChainOptions
+) -> XtablesScript:
+    """Return what a first load writes for *translations*, for the tools of both families. Pure."""
     made = {chain: new_chain(chain.name, reason) for chain, reason in SHARED.items()}
-    made.update(itertools.chain.from_iterable(own_chains(each).items() for each in translations.values()))
+    made.update(itertools.chain.from_iterable(kube_chains.own_chains(each).items() for each in translations.values()))
     families, has_node_ports = [], False
     for family, tool in zip(FAMILIES, TOOLS, strict=True):
-        here = replace(_said(how, translations, family), pods=facts.pods, node_ports_on=facts.node_ports_on)
-        lines: dict[Chain, list[RuleLine]] = {chain: [] for chain in SHARED}
-        of_services = (service_lines(each, family, here) for each in translations.values())
-        for found in (*of_services, node_lines(family, here)):
-            for chain, of_chain in found.items():
-                lines.setdefault(chain, []).extend(of_chain)
+        lines = _lines(translations, family, _options_for(options, translations, facts, family))
         has_node_ports |= bool(lines[NODE_PORTS])
         families.append((tool, [kube_tables.section(table, lines, made) for table in kube_tables.TABLES]))
 
@@ -315,6 +268,17 @@ def rules(translations: Mapping[ServicePortName, Translation], facts: NodeFacts,
         return not has_node_ports and rule.text.startswith(f"-A {LOCALNET.name} ")
 
     return XtablesScript(families, is_dead, kube_tables.MARK.__eq__)
+
+
+def _lines(
+    translations: Mapping[ServicePortName, Translation], family: Family, options: ChainOptions
+) -> dict[ChainKey, list[RuleLine]]:
+    lines: dict[ChainKey, list[RuleLine]] = {chain: [] for chain in SHARED}
+    of_services = (kube_chains.service_lines(each, family, options) for each in translations.values())
+    for found in (*of_services, kube_chains.node_lines(family, options)):
+        for chain, of_chain in found.items():
+            lines.setdefault(chain, []).extend(of_chain)
+    return lines
 
 
 def _rejected_ips(made: Translation) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""Mode iptables: the kernel leads packets on, by kube-proxy's chains."""
+"""Mode iptables: the kernel translates packets, by kube-proxy's chains."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from userspace_proxy.modes.kernel_mode import kernel_mode
 from userspace_proxy.modes.mode import ModeSettings
 
 if TYPE_CHECKING:
-    from userspace_proxy.interfaces import KernelTables, NodeFacts, Translation
+    from userspace_proxy.interfaces import KernelRules, NodeFacts, Translation
     from userspace_proxy.model.names import ServicePortName
-    from userspace_proxy.modes.iptables.chains import Manner
+    from userspace_proxy.modes.iptables.chains import ChainOptions
     from userspace_proxy.modes.rule_line import Rules
 
 
-def make_tables(settings: ModeSettings) -> KernelTables:
+def make_tables(settings: ModeSettings) -> KernelRules:
     from userspace_proxy.modes.iptables.loader import IptablesTables
 
-    return IptablesTables(_manner(settings))
+    return IptablesTables(_options(settings))
 
 
-def _manner(settings: ModeSettings) -> Manner:
-    from userspace_proxy.modes.iptables.chains import Manner
+def _options(settings: ModeSettings) -> ChainOptions:
+    from userspace_proxy.modes.iptables.chains import ChainOptions
 
-    return Manner(
+    return ChainOptions(
         masquerade_bit=settings.masquerade_bit,
         localhost_node_ports=settings.localhost_nodeports,
         drops_invalid=not settings.conntrack_tcp_be_liberal,
@@ -34,7 +34,7 @@ def _manner(settings: ModeSettings) -> Manner:
 def _rules(translations: Mapping[ServicePortName, Translation], facts: NodeFacts, settings: ModeSettings) -> Rules:
     from userspace_proxy.modes.iptables import loader
 
-    return loader.rules(translations, facts, _manner(settings))
+    return loader.rules(translations, facts, _options(settings))
 
 
 MODE = kernel_mode(

@@ -1,12 +1,12 @@
-"""kube-proxy's chains as input of iptables-restore, and whose they are. Pure.
+"""kube-proxy's chains as input of iptables-restore, and which of the chains in the kernel belong to us. Pure.
 
-Others have chains of these names, too: a kube-proxy, a kubelet. So ours are known by a chain beside them that nobody
-else has (`MARK`); it says what was there before it. Tables without it are never touched, but to put it there.
+kube-proxy and the kubelet have chains of the same names. An empty chain beside ours (`MARK`) marks a table whose
+KUBE-... chains are ours; comments in it record the chains that were there before. An unmarked table is only marked,
+never changed otherwise.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +21,8 @@ from userspace_proxy.modes.iptables.chains import (
     POSTROUTING,
     SERVICES,
     SHARED,
-    Chain,
-    Rules,
+    ChainKey,
+    ChainRules,
 )
 from userspace_proxy.modes.rule_line import RuleLine
 from userspace_proxy.modes.xtables_script import Section, new_chain
@@ -31,79 +31,81 @@ MARK = "USERSPACE-PROXY-OWNS-KUBE"
 TABLES = ("filter", "nat")
 
 _SHARED = frozenset(SHARED)
-# The chains of a service port, from where packets leave it to where they come in.
-_INWARDS = ("KUBE-SEP-", "KUBE-SVC-", "KUBE-SVL-", "KUBE-EXT-", "KUBE-FW-")
-# To delete a rule, iptables looks for it from the top; from so many on it is cheaper to write a chain anew.
+# The chains of a service port. Each stands behind those to which its rules jump.
+_DEPTHS = ("KUBE-SEP-", "KUBE-SVC-", "KUBE-SVL-", "KUBE-EXT-", "KUBE-FW-")
+# To delete a rule, iptables searches from the top. From this number on, writing the chain anew is cheaper.
 _DELETED_MAX = 100
 
-Saved = Mapping[Chain, tuple[str, ...]]
-"""What iptables-save printed: the rules of every chain that there is, without ``-A CHAIN``."""
+Saved = Mapping[ChainKey, tuple[str, ...]]
+"""The output of iptables-save: the rules of every chain, without ``-A CHAIN``."""
 
 
-class Found(NamedTuple):
-    """A chain of a name in `SHARED` that was there before us, and is to be left as it was."""
+class ForeignChain(NamedTuple):
+    """A chain with a name in `SHARED` that was there before ours. Our removal restores this state."""
 
     name: str
-    empty: bool
-    jumped: bool
+    is_empty: bool
+    has_jump: bool
 
     def __str__(self) -> str:
-        state = "empty" if self.empty else "filled"
-        return f"{self.name} was here before, {state}, {'led to' if self.jumped else 'not led to'}"
+        state = "empty" if self.is_empty else "filled"
+        return f"{self.name} was here before, {state}, {'led to' if self.has_jump else 'not led to'}"
 
 
 def read(saved: str) -> Saved:
-    """Return the chains and rules in what iptables-save printed."""
+    """Return the chains and rules in the output of iptables-save."""
     table = ""
-    chains: dict[Chain, list[str]] = {}
+    chains: dict[ChainKey, list[str]] = {}
     for line in saved.splitlines():
         if line.startswith("*"):
             table = line[1:]
         elif line.startswith(":"):
-            chains[Chain(table, line[1:].split(" ", 1)[0])] = []
+            chains[ChainKey(table, line[1:].split(" ", 1)[0])] = []
         elif line.startswith("-A "):
             _, name, *rule = line.split(" ", 2)
-            chains[Chain(table, name)].append(rule[0] if rule else "")
+            chains[ChainKey(table, name)].append(rule[0] if rule else "")
     return {chain: tuple(rules) for chain, rules in chains.items()}
 
 
 def is_marked(saved: Saved, table: str) -> bool:
-    return Chain(table, MARK) in saved
+    return ChainKey(table, MARK) in saved
 
 
-def is_ours(chain: Chain) -> bool:
-    """Return whether *chain* is one that we make; told by its name alone."""
+def is_ours(chain: ChainKey) -> bool:
+    """Return whether *chain* has the name of one of our chains."""
     return chain.name == MARK or chain in _SHARED or (chain.table == "nat" and chain.name.startswith(OWN_PREFIXES))
 
 
-def foreign(saved: Saved, wanted: Rules) -> str:
-    """Return why our chains cannot be loaded beside what is in *saved*, "" where they can. *wanted*: of `SHARED`."""
-    for table in TABLES:
-        if is_marked(saved, table):
-            continue
-        services = Chain(table, SERVICES.name)
-        own = next((c for c in saved if c.table == table and c.name.startswith(OWN_PREFIXES)), None)
-        if own is not None or saved.get(services):
+def foreign(saved: Saved, desired: ChainRules) -> str:
+    """Return why our chains cannot be loaded beside those in *saved*, "" if they can. *desired*: rules of `SHARED`."""
+    obstacles = (_foreign_in(table, saved, desired) for table in TABLES if not is_marked(saved, table))
+    return next(filter(None, obstacles), "")
+
+
+def _foreign_in(table: str, saved: Saved, desired: ChainRules) -> str:
+    services = ChainKey(table, SERVICES.name)
+    own = next((c for c in saved if c.table == table and c.name.startswith(OWN_PREFIXES)), None)
+    if own is not None or saved.get(services):
+        return (
+            f"kube-proxy's rules are here ({(own or services).name} in the table {table}): stop it and run "
+            "`kube-proxy --cleanup`, or use --proxy-mode nftables"
+        )
+    for chain in (chain for chain in SHARED if chain.table == table):
+        rules = saved.get(chain)
+        if rules and rules != desired.get(chain) and not _is_leftover(chain, saved):
             return (
-                f"kube-proxy's rules are here ({(own or services).name} in the table {table}): stop it and run "
-                "`kube-proxy --cleanup`, or use --proxy-mode nftables"
+                f"the chain {chain.name} in the table {table} belongs to another program, and its rules differ from "
+                f"ours; remove it (`iptables -t {table} -F {chain.name}`), or use --proxy-mode nftables"
             )
-        for chain in SHARED:
-            rules = saved.get(chain)
-            if chain.table == table and rules and rules != wanted.get(chain) and not _is_leftover(chain, saved):
-                return (
-                    f"the chain {chain.name} in the table {table} is somebody else's, with other rules than ours; "
-                    f"remove it (`iptables -t {table} -F {chain.name}`), or use --proxy-mode nftables"
-                )
     return ""
 
 
-def _is_leftover(chain: Chain, saved: Saved) -> bool:
-    """Return whether `kube-proxy --cleanup` has left *chain*: it takes the jumps to this one away, not the chain."""
+def _is_leftover(chain: ChainKey, saved: Saved) -> bool:
+    """Return whether *chain* is the one that `kube-proxy --cleanup` leaves: it removes only the jumps to it."""
     return chain == FIREWALL and not _referrers(chain, saved)
 
 
-def _referrers(chain: Chain, saved: Saved) -> list[Chain]:
+def _referrers(chain: ChainKey, saved: Saved) -> list[ChainKey]:
     return [c for c, rules in saved.items() if c.table == chain.table and any(_target(r) == chain.name for r in rules)]
 
 
@@ -117,54 +119,62 @@ def _target(rule: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """All that is wanted of one family: by whom a rule is wanted, and what."""
+    """The desired rules of one family: those of the node, and those of each service port."""
 
-    node: Rules
-    services: Mapping[ServicePortName, Rules] = field(default_factory=dict)
+    node: ChainRules
+    services: Mapping[ServicePortName, ChainRules] = field(default_factory=dict)
 
-    def chains(self) -> dict[Chain, tuple[str, ...]]:
-        """Return all of it; the node's rules are the last of a chain."""
-        gathered: dict[Chain, list[str]] = {chain: [] for chain in SHARED}
+    def chains(self) -> dict[ChainKey, tuple[str, ...]]:
+        """Return the rules of every chain. The node's rules are the last of a chain."""
+        gathered: dict[ChainKey, list[str]] = {chain: [] for chain in SHARED}
         for rules in (*self.services.values(), self.node):
             for chain, lines in rules.items():
                 gathered.setdefault(chain, []).extend(lines)
         return {chain: tuple(lines) for chain, lines in gathered.items()}
 
 
-def whole(wanted: Tables, saved: Saved, chains_at_once: int | None = None, notes: Iterable[str] = ()) -> str:
-    """Return the input that makes our chains those of *wanted*, whatever of ours is in *saved*; "" where that is so.
+def whole(desired: Tables, saved: Saved, chains_at_once: int | None = None, notes: Iterable[str] = ()) -> str:
+    """Return the input that turns our chains in *saved* into *desired*; "" if they are equal.
 
-    *notes* are written beside our mark in the filter table. What is as it should be is left alone. With
-    *chains_at_once* the chains of service ports come in transactions of so many, before those that lead to them:
-    iptables on nf_tables takes a time that grows with the square of what is in one.
+    Chains that need no change are left out. *notes* are recorded in the mark of the filter table. With
+    *chains_at_once*, chains of service ports come in transactions of that size, before the chains that jump to them:
+    the time of iptables on nf_tables grows with the square of a transaction's size.
     """
-    chains = wanted.chains()
+    chains = desired.chains()
+    notes = tuple(notes)
+    return "".join(
+        _whole_table(table, chains, saved, chains_at_once, notes if table == "filter" else ()) for table in TABLES
+    )
+
+
+def _whole_table(table: str, chains: ChainRules, saved: Saved, chains_at_once: int | None, notes: Sequence[str]) -> str:
+    is_marked_already = is_marked(saved, table)
+    first = [] if is_marked_already else [f":{MARK} - [0:0]"]
+    to_note = [*(() if is_marked_already else map(str, _present_before(saved, table))), *notes]
+    held = saved.get(ChainKey(table, MARK), ())
+    first += (f"-A {MARK} {rule}" for rule in map(_noted, to_note) if rule not in held)
+    ours = [c for c in saved if c.table == table and is_ours(c)]
+    stale = [c for c in ours if is_marked_already and c not in chains and c.name != MARK]
+    # A chain to which other programs jump cannot be deleted, and would fail the transaction: only flush it.
+    kept = set(_used_by_others(ours, saved)) if stale else set()
+    to_write = [c for c in chains if c.table == table and not (is_marked_already and saved.get(c) == chains[c])]
+    own = sorted((c for c in to_write if c not in _SHARED), key=_depth)
+    parts = list(_parts(own, chains_at_once or len(own) or 1)) or [[]]
     text = ""
-    for table in TABLES:
-        marked = is_marked(saved, table)
-        first = [] if marked else [f":{MARK} - [0:0]"]
-        said = [*(() if marked else map(str, _find(saved, table))), *(notes if table == "filter" else ())]
-        first += (f"-A {MARK} {rule}" for rule in map(_noted, said) if rule not in saved.get(Chain(table, MARK), ()))
-        stale = [c for c in saved if marked and c.table == table and is_ours(c) and c not in chains and c.name != MARK]
-        # To where others lead by now cannot be deleted, and would keep all else from being loaded: it is emptied.
-        led_to = set(_used_by_others([c for c in saved if c.table == table and is_ours(c)], saved)) if stale else set()
-        anew = [c for c in chains if c.table == table and not (marked and saved.get(c) == chains[c])]
-        own = sorted((c for c in anew if c not in _SHARED), key=_depth)
-        parts = [own] if chains_at_once is None else list(_parts(own, chains_at_once))
-        if len(parts) > 1:
-            # The end of all ways stands before those that lead there.
-            text += _block(table, [*first, *_written([c for c in anew if c == MARK_MASQ], chains)])
-            text += "".join(_block(table, [*_written(part, chains)]) for part in parts[:-1])
-            first, parts = [], parts[-1:]
-        last = [*(c for c in anew if c in _SHARED), *itertools.chain(*parts)]
-        lines = [*first, *(f":{c.name} - [0:0]" for c in stale), *_written(last, chains), *_jumps_to_make(saved, table)]
-        text += _block(table, [*lines, *(f"-X {chain.name}" for chain in stale if chain not in led_to)])
-    return text
+    if len(parts) > 1:
+        # The chain to which all others jump comes first.
+        text += _block(table, [*first, *_written([c for c in to_write if c == MARK_MASQ], chains)])
+        text += "".join(_block(table, [*_written(part, chains)]) for part in parts[:-1])
+        first = []
+    last = [*(c for c in to_write if c in _SHARED), *parts[-1]]
+    flushed = (f":{c.name} - [0:0]" for c in stale)
+    deleted = (f"-X {chain.name}" for chain in stale if chain not in kept)
+    return text + _block(table, [*first, *flushed, *_written(last, chains), *_jumps_to_make(saved, table), *deleted])
 
 
-def section(table: str, rules: Mapping[Chain, Sequence[RuleLine]], made: Mapping[Chain, RuleLine]) -> Section:
-    """Return what `whole` writes of *table* where nothing is yet. *made*: the lines that make chains."""
-    mark = "Says by being there that the chains named KUBE-... in this table are ours, and no kube-proxy's."
+def section(table: str, rules: Mapping[ChainKey, Sequence[RuleLine]], made: Mapping[ChainKey, RuleLine]) -> Section:
+    """Return the text of `whole` for *table* on a host without our chains. *made*: the lines that create chains."""
+    mark = "Marks the chains named KUBE-... in this table as this proxy's, not kube-proxy's."
     of_table = [chain for chain in rules if chain.table == table]
     chains = [chain for chain in of_table if chain in _SHARED]
     chains += sorted((chain for chain in of_table if chain not in _SHARED), key=_depth)
@@ -173,8 +183,8 @@ def section(table: str, rules: Mapping[Chain, Sequence[RuleLine]], made: Mapping
     return Section(table, [new_chain(MARK, mark), *(made[chain] for chain in chains)], [*lines, *jumps])
 
 
-def counts(rules: Rules) -> Counter[str]:
-    """Return how many *rules* there are in each table."""
+def counts(rules: ChainRules) -> Counter[str]:
+    """Return the number of *rules* in each table."""
     counted = Counter[str]()
     for chain, lines in rules.items():
         counted[chain.table] += len(lines)
@@ -182,7 +192,7 @@ def counts(rules: Rules) -> Counter[str]:
 
 
 def written(script: str) -> Counter[str]:
-    """Return how many rules *script* adds to each table."""
+    """Return the number of rules that *script* adds to each table."""
     table = ""
     counted = Counter[str]()
     for line in script.splitlines():
@@ -192,14 +202,13 @@ def written(script: str) -> Counter[str]:
     return counted
 
 
-def is_loaded(wanted: Tables, saved: Saved) -> bool:
-    """Return whether all of *wanted* is in *saved*, and nothing else of ours; rules of services may be in any order."""
-    chains = wanted.chains()
-    for chain, rules in chains.items():
+def is_loaded(desired: Tables, saved: Saved) -> bool:
+    """Return whether *saved* has all of *desired* and no other chains of ours. Services may stand in any order."""
+    for chain, rules in desired.chains().items():
         there = saved.get(chain)
-        if there is None or (
-            there != rules and not (chain in _SHARED and _is_same(there, rules, wanted.node.get(chain, ())))
-        ):
+        if there == rules:
+            continue
+        if there is None or chain not in _SHARED or not _is_same(there, rules, desired.node.get(chain, ())):
             return False
     return not any(_jumps_to_make(saved, table) or not is_marked(saved, table) for table in TABLES)
 
@@ -208,63 +217,74 @@ def _is_same(there: tuple[str, ...], rules: tuple[str, ...], last: tuple[str, ..
     return sorted(there) == sorted(rules) and there[len(there) - len(last) :] == last
 
 
-def _depth(chain: Chain) -> int:
-    """Return a number that is smaller than that of the chains from which rules lead to *chain*."""
-    return next((n for n, prefix in enumerate(_INWARDS) if chain.name.startswith(prefix)), 0)
+def _depth(chain: ChainKey) -> int:
+    """Return a number that is smaller than those of the chains that jump to *chain*."""
+    return next((n for n, prefix in enumerate(_DEPTHS) if chain.name.startswith(prefix)), 0)
 
 
-def _parts(chains: list[Chain], most: int) -> Iterator[list[Chain]]:
-    for start in range(0, len(chains), most):
-        yield chains[start : start + most]
+def _parts(chains: Sequence[ChainKey], size: int) -> Iterator[Sequence[ChainKey]]:
+    for start in range(0, len(chains), size):
+        yield chains[start : start + size]
 
 
-def _written(chains: Collection[Chain], rules: Rules) -> Iterator[str]:
+def _written(chains: Collection[ChainKey], rules: ChainRules) -> Iterator[str]:
     yield from (f":{chain.name} - [0:0]" for chain in chains)
     yield from (f"-A {chain.name} {rule}" for chain in chains for rule in rules[chain])
 
 
+class _Changes:
+    """Gathers the lines of `change`, by table: first the chains to create or flush, then the rules."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, tuple[list[str], list[str]]] = {table: ([], []) for table in TABLES}
+
+    def rewrite(self, chain: ChainKey, rules: Iterable[str]) -> None:
+        self._lines[chain.table][0].append(f":{chain.name} - [0:0]")
+        self.add(chain, (f"-A {chain.name} {rule}" for rule in rules))
+
+    def add(self, chain: ChainKey, lines: Iterable[str]) -> None:
+        self._lines[chain.table][1].extend(lines)
+
+    def text(self) -> str:
+        return "".join(_block(table, [*flushed, *rules]) for table, (flushed, rules) in self._lines.items())
+
+
 def change(before: Tables, after: Tables, names: Iterable[ServicePortName]) -> str:
-    """Return the input that makes *before*, which is loaded, *after*; "" where there is nothing to do.
+    """Return the input that turns *before*, which is loaded, into *after*; "" if they are equal.
 
-    Only service ports in *names* differ, and perhaps the node.
+    Apart from the node's rules, only those of the service ports *names* differ.
     """
-    lines: dict[str, tuple[list[str], list[str]]] = {table: ([], []) for table in TABLES}
-
-    def rewrite(chain: Chain, rules: Iterable[str]) -> None:
-        flushed, made = lines[chain.table]
-        flushed.append(f":{chain.name} - [0:0]")
-        made.extend(f"-A {chain.name} {rule}" for rule in rules)
-
-    gone: list[Chain] = []
-    removed: dict[Chain, list[str]] = {}
-    added: dict[Chain, list[str]] = {}
+    changes = _Changes()
+    gone: list[ChainKey] = []
+    shared: dict[ChainKey, tuple[list[str], list[str]]] = {}  # chain -> rules to delete, rules to insert
     for chain, old, new in _differences(before, after, names):
         if chain in _SHARED:
-            removed.setdefault(chain, []).extend(rule for rule in old if rule not in new)
-            added.setdefault(chain, []).extend(rule for rule in new if rule not in old)
-        elif new:
-            rewrite(chain, new)
+            deleted, inserted = shared.setdefault(chain, ([], []))
+            deleted += (rule for rule in old if rule not in new)
+            inserted += (rule for rule in new if rule not in old)
         else:
-            rewrite(chain, ())
-            gone.append(chain)
-    anew = {c for c in SHARED if before.node.get(c) != after.node.get(c) or len(removed.get(c, ())) > _DELETED_MAX}
-    chains = after.chains() if anew else {}
-    for chain in anew:
-        rewrite(chain, chains[chain])
-    for chain in removed.keys() - anew:
-        _, made = lines[chain.table]
-        made.extend(f"-D {chain.name} {rule}" for rule in removed[chain])
-        made.extend(f"-I {chain.name} {rule}" for rule in added[chain])
+            changes.rewrite(chain, new)
+            if not new:
+                gone.append(chain)
+    rewritten = {chain for chain in SHARED if before.node.get(chain) != after.node.get(chain)}
+    rewritten |= {chain for chain, (deleted, _) in shared.items() if len(deleted) > _DELETED_MAX}
+    chains = after.chains() if rewritten else {}
+    for chain in rewritten:
+        changes.rewrite(chain, chains[chain])
+    for chain in shared.keys() - rewritten:
+        deleted, inserted = shared[chain]
+        changes.add(chain, (f"-D {chain.name} {rule}" for rule in deleted))
+        changes.add(chain, (f"-I {chain.name} {rule}" for rule in inserted))
     for chain in gone:
-        lines[chain.table][1].append(f"-X {chain.name}")
-    return "".join(_block(table, [*flushed, *made]) for table, (flushed, made) in lines.items())
+        changes.add(chain, [f"-X {chain.name}"])
+    return changes.text()
 
 
 def _differences(
     before: Tables, after: Tables, names: Iterable[ServicePortName]
-) -> Iterator[tuple[Chain, tuple[str, ...], tuple[str, ...]]]:
-    """Yield what one service port wanted of a chain, and what it wants, where that is not the same."""
-    nothing: Rules = {}
+) -> Iterator[tuple[ChainKey, tuple[str, ...], tuple[str, ...]]]:
+    """Yield the old and the new rules of one service port in one chain, where they differ."""
+    nothing: ChainRules = {}
     for name in names:
         old, new = before.services.get(name, nothing), after.services.get(name, nothing)
         for chain in dict.fromkeys((*old, *new)):
@@ -273,85 +293,88 @@ def _differences(
 
 
 def _jumps_to_make(saved: Saved, table: str) -> list[str]:
-    """Return what puts our jumps where they belong; one that is there stays where it is, as kube-proxy does."""
+    """Return the lines that insert missing jumps. A jump that is there keeps its place, as in kube-proxy."""
     jumps = [jump for jump in JUMPS if jump.chain.table == table]
-    return [f"-I {j.source} {j.rule}" for j in jumps if j.rule not in saved.get(Chain(table, j.source), ())]
+    return [f"-I {j.source} {j.rule}" for j in jumps if j.rule not in saved.get(ChainKey(table, j.source), ())]
 
 
-# ---- what was there before
+# ---- chains that were there before ours
 
 
 def _noted(text: str) -> str:
-    """Return the rule beside our mark that says *text*."""
+    """Return the rule that records *text* in our mark."""
     return f'-m comment --comment "{text}"'
 
 
 def is_noted(text: str, saved: Saved) -> bool:
-    """Return whether *text* was one of the notes that were loaded."""
-    return any(_noted(text) in saved.get(Chain(table, MARK), ()) for table in TABLES)
+    """Return whether *text* is recorded in our mark."""
+    return any(_noted(text) in saved.get(ChainKey(table, MARK), ()) for table in TABLES)
 
 
-def _find(saved: Saved, table: str) -> Iterator[Found]:
-    """Yield what is in *saved* that is not ours, though it has such a name."""
+def _present_before(saved: Saved, table: str) -> Iterator[ForeignChain]:
+    """Yield the chains of other programs in *saved* whose names are in `SHARED`."""
     for chain in SHARED:
         if chain.table == table and chain in saved:
             is_empty = not saved[chain] or _is_leftover(chain, saved)
-            yield Found(chain.name, is_empty, bool(_referrers(chain, saved)))
+            yield ForeignChain(chain.name, is_empty, bool(_referrers(chain, saved)))
 
 
-def _found(saved: Saved, table: str) -> dict[str, Found]:
-    """Return what our mark says that was there before it."""
+def _recorded(saved: Saved, table: str) -> dict[str, ForeignChain]:
+    """Return the chains that were there before ours, as our mark records them."""
     found = {}
-    for rule in saved.get(Chain(table, MARK), ()):
-        name, _, said = rule.partition('"')[2].partition(" ")
-        if said.startswith("was here before"):
-            found[name] = Found(name, ", empty," in said, not said.endswith('not led to"'))
+    for rule in saved.get(ChainKey(table, MARK), ()):
+        name, _, text = rule.partition('"')[2].partition(" ")
+        if text.startswith("was here before"):
+            found[name] = ForeignChain(name, ", empty," in text, not text.endswith('not led to"'))
     return found
 
 
 def removal(saved: Saved, chains_at_once: int | None = None) -> str:
-    """Return the input that takes away all that is ours in *saved*; "" where nothing is.
+    """Return the input that removes everything of ours in *saved*; "" if there is nothing.
 
-    What was there before us stays as it was then; and so does, with its rules, what somebody else leads to by now.
-    *chains_at_once* as in `whole`.
+    A chain that was there before ours gets its earlier state back. A chain to which other programs jump stays, with
+    its rules. *chains_at_once* as in `whole`.
     """
-    text = ""
-    for table in TABLES:
-        if not is_marked(saved, table):
-            continue
-        found = _found(saved, table)
-        mine = [chain for chain in saved if chain.table == table and is_ours(chain)]
-        kept = {c for c in mine if c.name in found} | set(_used_by_others(mine, saved))
-        as_is = {c for c in kept & {MARK_MASQ, POSTROUTING} if c.name not in found or not found[c.name].empty}
-        shared = [chain for chain in mine if chain in _SHARED]
-        lines = [f":{chain.name} - [0:0]" for chain in shared if chain not in as_is and chain != MARK_MASQ]
-        for jump in JUMPS:
-            was = found.get(jump.chain.name)
-            if jump.chain.table == table and not (was is not None and was.jumped):
-                there = saved.get(Chain(table, jump.source), ())
-                lines += [f"-D {jump.source} {jump.rule}"] * there.count(jump.rule)
-        text += _block(table, lines)
-        own = sorted((c for c in mine if c not in _SHARED and c.name != MARK), key=_depth, reverse=True)
-        for part in _parts(own, chains_at_once or len(own) or 1):
-            text += _block(table, [*(f":{c.name} - [0:0]" for c in part), *(f"-X {c.name}" for c in part)])
-        last = [c for c in (*shared, Chain(table, MARK)) if c not in kept]
-        flushed = [c for c in (MARK_MASQ, Chain(table, MARK)) if c in mine and c not in as_is]
-        text += _block(table, [*(f":{c.name} - [0:0]" for c in flushed), *(f"-X {chain.name}" for chain in last)])
-    return text
+    return "".join(_removal_from(table, saved, chains_at_once) for table in TABLES if is_marked(saved, table))
 
 
-def _used_by_others(mine: Collection[Chain], saved: Saved) -> Iterator[Chain]:
-    """Yield those of *mine*, chains of one table, to which rules lead that are not ours."""
-    jumps = {(Chain(jump.chain.table, jump.source), jump.rule) for jump in JUMPS}
+def _removal_from(table: str, saved: Saved, chains_at_once: int | None) -> str:
+    recorded = _recorded(saved, table)
+    mine = [chain for chain in saved if chain.table == table and is_ours(chain)]
+    mark = ChainKey(table, MARK)
+    kept = {c for c in mine if c.name in recorded} | set(_used_by_others(mine, saved))
+    unchanged = {c for c in kept & {MARK_MASQ, POSTROUTING} if c.name not in recorded or not recorded[c.name].is_empty}
+    shared = [chain for chain in mine if chain in _SHARED]
+    jumps: list[str] = []
+    for jump in (jump for jump in JUMPS if jump.chain.table == table):
+        before = recorded.get(jump.chain.name)
+        if before is None or not before.has_jump:
+            there = saved.get(ChainKey(table, jump.source), ())
+            jumps += [f"-D {jump.source} {jump.rule}"] * there.count(jump.rule)
+    # 1. Shared chains and jumps to them. 2. Chains of service ports, from the outside in. 3. Chains without callers.
+    text = _block(table, [*_flushed(c for c in shared if c not in unchanged and c != MARK_MASQ), *jumps])
+    own = sorted((c for c in mine if c not in _SHARED and c != mark), key=_depth, reverse=True)
+    for part in _parts(own, chains_at_once or len(own) or 1):
+        text += _block(table, [*_flushed(part), *(f"-X {c.name}" for c in part)])
+    flushed = _flushed(c for c in (MARK_MASQ, mark) if c in mine and c not in unchanged)
+    return text + _block(table, [*flushed, *(f"-X {chain.name}" for chain in (*shared, mark) if chain not in kept)])
+
+
+def _flushed(chains: Iterable[ChainKey]) -> Iterator[str]:
+    return (f":{chain.name} - [0:0]" for chain in chains)
+
+
+def _used_by_others(mine: Collection[ChainKey], saved: Saved) -> Iterator[ChainKey]:
+    """Yield those of *mine*, chains of one table, to which rules of other programs jump."""
+    jumps = {(ChainKey(jump.chain.table, jump.source), jump.rule) for jump in JUMPS}
     by_name = {chain.name: chain for chain in mine}
     table = next((chain.table for chain in mine), "")
-    for source, rules in saved.items():
-        if source.table == table and source.name not in by_name:
-            for rule in rules:
-                if (chain := by_name.get(_target(rule))) is not None and (source, rule) not in jumps:
-                    yield chain
+    others = ((c, rules) for c, rules in saved.items() if c.table == table and c.name not in by_name)
+    for source, rule in ((source, rule) for source, rules in others for rule in rules):
+        if (chain := by_name.get(_target(rule))) is not None and (source, rule) not in jumps:
+            yield chain
 
 
 def _block(table: str, lines: Sequence[str]) -> str:
-    """Return *lines* as a transaction; "" where there are none."""
+    """Return *lines* as one transaction; "" if there are none."""
     return "".join(f"{line}\n" for line in (f"*{table}", *lines, "COMMIT")) if lines else ""

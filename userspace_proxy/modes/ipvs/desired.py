@@ -1,4 +1,4 @@
-"""What all service ports together want in ipvs mode: virtual servers and addresses, at the cost of changes. Pure."""
+"""The desired virtual servers and addresses of all service ports together. The cost follows the changes. Pure."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from userspace_proxy.model.service import Portal
 from userspace_proxy.modes.ipvs.table import VirtualServers, virtual_ips, virtual_servers
 
 
-class Wanted:
-    """``servers``: all that are wanted; ``ips``: how many service ports want each address of a portal's.
+class DesiredServers:
+    """``servers``: all desired virtual servers. ``ips``: the number of service ports with each portal address.
 
-    A node port of one service port and an external IP of another may meet at an address of this node: the external IP
-    has it, as nftables looks up whole portals first.
+    A node port of one service port and an external IP of another can be the same address and port. The external IP
+    takes precedence, as in the nftables rules, which look up whole portals first.
     """
 
     def __init__(self) -> None:
@@ -34,12 +34,12 @@ class Wanted:
         scheduler: str,
         missing: Collection[str] = (),
     ) -> set[Portal]:
-        """Know of *names* that they want what they have in *translations*; return the portals that this is about."""
+        """Replace the virtual servers of *names* by those in *translations*; return the portals concerned."""
         names, node_ips = list(names), tuple(node_ips)
-        touched: set[Portal] = set()
+        portals: set[Portal] = set()
         for name in names:
-            if (was := self.translations.pop(name, None)) is not None:
-                touched |= self._give_up(was)
+            if (before := self.translations.pop(name, None)) is not None:
+                portals |= self._remove(before)
         for name in names:
             if (made := translations.get(name)) is not None:
                 self.translations[name] = made
@@ -47,26 +47,26 @@ class Wanted:
                 for portal in servers:
                     self._layer(made, portal)[portal] = servers[portal]
                 self.ips.update(virtual_ips(made))
-                touched |= servers.keys()
-        for portal in touched:
+                portals |= servers.keys()
+        for portal in portals:
             server = self._at_portals.get(portal) or self._at_node_ports.get(portal)
             if server is None:
                 self.servers.pop(portal, None)
             else:
                 self.servers[portal] = server
-        return touched
+        return portals
 
-    def _give_up(self, was: Translation) -> set[Portal]:
-        servers = self._of.pop(was.service_port.name)
+    def _remove(self, before: Translation) -> set[Portal]:
+        servers = self._of.pop(before.service_port.name)
         for portal in servers:
-            del self._layer(was, portal)[portal]
-        for ip in virtual_ips(was):
-            self.ips[ip] -= 1
+            del self._layer(before, portal)[portal]
+        self.ips.subtract(virtual_ips(before))
+        for ip in virtual_ips(before):
             if not self.ips[ip]:
                 del self.ips[ip]
         return set(servers)
 
     def _layer(self, translation: Translation, portal: Portal) -> VirtualServers:
-        """Return where *portal* is held: one of *translation*'s own, or an address of the node's with a node port."""
+        """Return where *portal* belongs: to the portals of *translation*, or to node ports at a node's address."""
         is_own = any(route.portal == portal for route in translation.routes)
         return self._at_portals if is_own else self._at_node_ports

@@ -1,7 +1,7 @@
-"""IPVS itself: what it has is read from /proc, one read however much it is; changes go by generic netlink.
+"""Read IPVS's virtual servers from /proc, and change them by generic netlink. Blocks: call it in threads.
 
-By our own messages, many to a call: a library made for it (pyroute2) takes fifty times as long for each, which is
-seconds for thousands of Services. Everything here blocks, and is called in threads.
+One read of /proc lists everything. Changes are our own messages, many to a system call: a library for it (pyroute2)
+takes fifty times as long for each, which is seconds for thousands of Services.
 """
 
 from __future__ import annotations
@@ -12,20 +12,22 @@ import re
 import socket
 import struct
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from userspace_proxy import netlink
 from userspace_proxy.model.endpoint import Address, family_of
 from userspace_proxy.model.names import L4Protocol
 from userspace_proxy.model.service import Portal
-from userspace_proxy.modes.ipvs.table import OWN_FLAG, Connections, Step, Verb, VirtualServer, VirtualServers
+from userspace_proxy.modes.ipvs.changes import ConnectionCounts, ServerChange, Verb
+from userspace_proxy.modes.ipvs.table import OWN_FLAG, VirtualServers, VirtualServerSpec
 from userspace_proxy.netfilter.sets import packed_ip
-from userspace_proxy.netlink import attribute, attributes, message, messages
+from userspace_proxy.netlink import attribute, attributes
 
 _LISTING = Path("/proc/net/ip_vs")
-# The kernel's timer tick (HZ, a matter of its build) is the resolution of its coarse clocks.
+# The kernel's timer tick (HZ, set when it is built) is the resolution of its coarse clocks.
 _CLOCK_MONOTONIC_COARSE = 6
 TICKS_A_SECOND = round(1 / time.clock_getres(_CLOCK_MONOTONIC_COARSE))
 _COUNTS = re.compile(r"^(  -> \S+ +\S+ +\d+).*$", re.MULTILINE)
@@ -36,10 +38,8 @@ _ONE_CLIENT: Mapping[int, bytes] = {4: b"\xff" * 4, 6: struct.pack("=I", 128)}
 _PERSISTENT = 0x1
 _MASQUERADING = 0
 
-_NETLINK_GENERIC = 16
-_REQUEST, _ACK, _DUMP, _CREATE = 0x1, 0x4, 0x300, 0x400
+# linux/genetlink.h
 _CONTROLLER, _GET_FAMILY, _FAMILY_ID, _FAMILY_NAME = 0x10, 3, 1, 2
-_ERROR, _DONE = 2, 3
 # linux/ip_vs.h
 _SERVICE, _DEST = 1, 2
 _GET_SERVICE = 4
@@ -48,16 +48,15 @@ _OF_ENDPOINT = {Verb.ADD: 5, Verb.SET: 6, Verb.DELETE: 7}
 _SVC_AF, _SVC_PROTOCOL, _SVC_ADDR, _SVC_PORT = 1, 2, 3, 4
 _SVC_SCHEDULER, _SVC_FLAGS, _SVC_TIMEOUT, _SVC_NETMASK = 6, 7, 8, 9
 _DEST_ADDR, _DEST_PORT, _DEST_FORWARD, _DEST_WEIGHT, _DEST_MOST, _DEST_LEAST, _DEST_AF = 1, 2, 3, 4, 5, 6, 11
-_AT_ONCE = 128
 _TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What the kernel has, whoever made it. ``connections``: how many each endpoint has."""
+    """All virtual servers in the kernel, also those of other programs. ``connections``: the counts of each endpoint."""
 
     servers: VirtualServers = field(default_factory=dict)
-    connections: Mapping[tuple[Portal, Address], Connections] = field(default_factory=dict)
+    connections: Mapping[tuple[Portal, Address], ConnectionCounts] = field(default_factory=dict)
 
 
 def is_loaded() -> bool:
@@ -66,51 +65,50 @@ def is_loaded() -> bool:
 
 
 def printed() -> str:
-    """Return what the kernel prints of IPVS; nothing where it has none."""
+    """Return the kernel's listing as text; "" without IPVS."""
     return _LISTING.read_text() if is_loaded() else ""
 
 
 def listing() -> Listing:
-    """Return what IPVS has; nothing where the kernel has no IPVS."""
+    """Return the kernel's listing; empty without IPVS."""
     return read(printed())
 
 
 def without_counts(text: str) -> str:
-    """Return *text*, as `printed`, without how many connections there are: the same until somebody changes a server.
+    """Return *text*, a listing, without the numbers of connections: equal until a virtual server changes.
 
-    A tenth of the time that it takes to read it.
+    Takes a tenth of the time of `read`.
     """
     return _COUNTS.sub(r"\1", text)
 
 
 def read(text: str) -> Listing:
-    """Read what the kernel has `printed`; virtual servers by mark, and SCTP, are left out.
+    """Parse *text*, a listing. Virtual servers for packet marks and of SCTP are skipped.
 
-    It is told seconds of affinity by netlink, and prints ticks there.
+    The kernel takes an affinity time-out in seconds, and prints it in ticks.
     """
     servers: VirtualServers = {}
-    connections: dict[tuple[Portal, Address], Connections] = {}
+    connections: dict[tuple[Portal, Address], ConnectionCounts] = {}
     portal: Portal | None = None
     weights: dict[Address, int] = {}
-    for line in text.splitlines():
-        words = line.split()
-        if not words or words[0] in ("IP", "Prot") or words[1] == "RemoteAddress:Port":
+    for words in map(str.split, text.splitlines()):
+        if len(words) < 2 or words[0] in ("IP", "Prot") or words[1] == "RemoteAddress:Port":
             continue
         if words[0] != "->":
-            portal = Portal(*_address(words[1]), L4Protocol(words[0])) if words[0] in L4Protocol.__members__ else None
-            if portal is not None:
+            portal, weights = None, {}
+            if words[0] in L4Protocol.__members__:
+                portal = Portal(*_address(words[1]), L4Protocol(words[0]))
                 ticks = int(words[words.index("persistent") + 1]) if "persistent" in words else None
-                weights = {}
-                servers[portal] = VirtualServer(words[2], ticks and ticks // TICKS_A_SECOND, weights)
+                servers[portal] = VirtualServerSpec(words[2], ticks and ticks // TICKS_A_SECOND, weights)
         elif portal is not None:
             endpoint = _address(words[1])
             weights[endpoint] = int(words[3])
-            connections[portal, endpoint] = Connections(int(words[4]), int(words[5]))
+            connections[portal, endpoint] = ConnectionCounts(int(words[4]), int(words[5]))
     return Listing(servers, connections)
 
 
 def _address(text: str) -> Address:
-    """Read ``0A600001:0050`` or ``[fd00:0000:...]:0050``."""
+    """Parse ``0A600001:0050`` or ``[fd00:0000:...]:0050``."""
     ip, _, port = text.rpartition(":")
     if ip.startswith("["):
         return str(ipaddress.IPv6Address(ip.strip("[]"))), int(port, 16)
@@ -121,65 +119,66 @@ def _address(text: str) -> Address:
 
 
 def own_portals() -> set[Portal]:
-    """Return the portals of the virtual servers that are ours by their flag.
+    """Return the portals of the virtual servers that have our flag.
 
     Raises:
-        OSError: this kernel has no IPVS, or does not say.
+        OSError: this kernel has no IPVS, or refused.
     """
-    protocols = {number: protocol for protocol, number in _PROTOCOLS.items()}
     found = set()
-    with _socket() as sock:
-        kind = _family(sock)
-        sock.send(message(kind, _REQUEST | _DUMP, _command(_GET_SERVICE)))
-        for body in _answers(sock):
-            server = dict(attributes(dict(attributes(body[4:]))[_SERVICE]))
-            protocol = protocols.get(*struct.unpack("=H", server.get(_SVC_PROTOCOL, b"\0\0")))
-            flags, _mask = struct.unpack("=II", server[_SVC_FLAGS])
-            # Those by mark have no address, and of other protocols there are none of ours.
-            if flags & OWN_FLAG and _SVC_ADDR in server and protocol is not None:
-                family = struct.unpack("=H", server[_SVC_AF])[0]
-                size = 4 if family == socket.AF_INET else 16
-                ip = socket.inet_ntop(family, server[_SVC_ADDR][:size])
-                port = int.from_bytes(server[_SVC_PORT][:2])
-                found.add(Portal(ip, port, protocol))
+    with netlink.open_socket(netlink.GENERIC, _TIMEOUT_S) as sock:
+        request = netlink.message(_find_ipvs(sock), netlink.REQUEST | netlink.DUMP, _command(_GET_SERVICE))
+        for _, body in netlink.dump(sock, request):
+            if (portal := _own_portal(dict(attributes(dict(attributes(body[4:]))[_SERVICE])))) is not None:
+                found.add(portal)
     return found
 
 
-class Taken(NamedTuple):
-    """What came of steps: which were done, and which were refused, and why."""
+def _own_portal(server: Mapping[int, bytes]) -> Portal | None:
+    """Return the portal of a virtual server with our flag; None for others, which may have no address."""
+    protocols = {number: protocol for protocol, number in _PROTOCOLS.items()}
+    protocol = protocols.get(*struct.unpack("=H", server.get(_SVC_PROTOCOL, b"\0\0")))
+    flags, _mask = struct.unpack("=II", server[_SVC_FLAGS])
+    if not flags & OWN_FLAG or _SVC_ADDR not in server or protocol is None:
+        return None
+    family = struct.unpack("=H", server[_SVC_AF])[0]
+    ip = socket.inet_ntop(family, server[_SVC_ADDR][: 4 if family == socket.AF_INET else 16])
+    return Portal(ip, int.from_bytes(server[_SVC_PORT][:2]), protocol)
 
-    done: list[Step]
-    refused: list[tuple[Step, OSError]]
+
+class ChangeResults(NamedTuple):
+    """The changes that were done, and those that the kernel refused, with its error."""
+
+    done: list[ServerChange]
+    refused: list[tuple[ServerChange, OSError]]
 
 
-def take(steps: Sequence[Step]) -> Taken:
-    """Take *steps*; those for endpoints whose virtual server was refused are left out: it is somebody else's.
+def apply(changes: Sequence[ServerChange]) -> ChangeResults:
+    """Apply *changes*. Skip endpoints whose virtual server was refused: it belongs to another program.
 
     Raises:
         OSError: this kernel has no IPVS, or does not answer.
     """
-    taken = Taken([], [])
-    with _socket() as sock:
-        kind = _family(sock)
-
-        def take_each(these: Sequence[Step]) -> None:
-            for start in range(0, len(these), _AT_ONCE):
-                part = these[start : start + _AT_ONCE]
-                sock.send(b"".join(message(kind, _REQUEST | _ACK | _CREATE, _body(step)) for step in part))
-                for step, code in zip(part, _codes(sock, len(part)), strict=True):
-                    if code:
-                        taken.refused.append((step, OSError(code, os.strerror(code))))
-                    else:
-                        taken.done.append(step)
-
-        take_each([step for step in steps if step.is_beginning])
-        without = {step.portal for step, _ in taken.refused}
-        take_each([step for step in steps if not step.is_beginning and step.portal not in without])
-    return taken
+    results = ChangeResults([], [])
+    with netlink.open_socket(netlink.GENERIC, _TIMEOUT_S) as sock:
+        kind = _find_ipvs(sock)
+        _apply(sock, kind, [change for change in changes if change.comes_first], results)
+        without = {change.portal for change, _ in results.refused}
+        _apply(sock, kind, [c for c in changes if not c.comes_first and c.portal not in without], results)
+    return results
 
 
-def _body(step: Step) -> bytes:
-    verb, portal, server, endpoint, weight = step
+def _apply(sock: socket.socket, kind: int, changes: Sequence[ServerChange], results: ChangeResults) -> None:
+    flags = netlink.REQUEST | netlink.ACK | netlink.CREATE
+    requests = [netlink.message(kind, flags, _body(change)) for change in changes]
+    for change, code in zip(changes, netlink.send_all(sock, requests), strict=True):
+        if code:
+            results.refused.append((change, OSError(code, os.strerror(code))))
+        else:
+            results.done.append(change)
+
+
+def _body(change: ServerChange) -> bytes:
+    verb, portal, server, endpoint, weight = change
     family = portal.family
     key = (
         attribute(_SVC_AF, struct.pack("=H", _NUMBER_OF[family]))
@@ -209,37 +208,12 @@ def _command(number: int) -> bytes:
     return struct.pack("=BBH", number, 1, 0)
 
 
-def _socket() -> socket.socket:
-    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_GENERIC)
-    sock.settimeout(_TIMEOUT_S)
-    return sock
-
-
-def _family(sock: socket.socket) -> int:
-    """Return the number by which the kernel knows IPVS at the moment."""
-    body = struct.pack("=BBH", _GET_FAMILY, 1, 0) + attribute(_FAMILY_NAME, b"IPVS\0")
-    sock.send(message(_CONTROLLER, _REQUEST, body))
-    for kind, answer in messages(sock.recv(1 << 16)):
-        if kind == _ERROR:
-            raise OSError(-struct.unpack_from("=i", answer)[0], "this kernel has no IPVS")
+def _find_ipvs(sock: socket.socket) -> int:
+    """Return the message type that the kernel has given to IPVS."""
+    body = _command(_GET_FAMILY) + attribute(_FAMILY_NAME, b"IPVS\0")
+    sock.send(netlink.message(_CONTROLLER, netlink.REQUEST, body))
+    for kind, answer in netlink.messages(sock.recv(netlink.RECEIVED_BYTES)):
+        if kind == netlink.ERROR:
+            raise OSError(netlink.answer(answer)[0], "this kernel has no IPVS")
         return int(struct.unpack("=H", dict(attributes(answer[4:]))[_FAMILY_ID])[0])
-    raise OSError("the kernel does not say whether it has IPVS")
-
-
-def _answers(sock: socket.socket) -> Iterator[bytes]:
-    """Yield the bodies of a dump."""
-    while True:
-        for kind, body in messages(sock.recv(1 << 17)):
-            if kind == _DONE:
-                return
-            if kind == _ERROR:
-                raise OSError(-struct.unpack_from("=i", body)[0], "listing virtual servers")
-            yield body
-
-
-def _codes(sock: socket.socket, count: int) -> list[int]:
-    """Return what the kernel answered *count* messages: 0, or why it refused."""
-    codes: list[int] = []
-    while len(codes) < count:
-        codes += [-struct.unpack_from("=i", body)[0] for kind, body in messages(sock.recv(1 << 17)) if kind == _ERROR]
-    return codes
+    raise OSError("the kernel does not answer whether it has IPVS")

@@ -1,4 +1,4 @@
-"""All of mode ipvs as lines for its tools: nft, ``ip -batch`` and ``ipvsadm --restore``. Pure."""
+"""The rules of ipvs mode as input of its tools: nft, ``ip -batch`` and ``ipvsadm --restore``. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from userspace_proxy.model.service import Portal
 from userspace_proxy.modes.ipvs.device import device_lines
 from userspace_proxy.modes.ipvs.table import (
     IpvsTable,
-    VirtualServer,
+    VirtualServerSpec,
     at_host,
     node_port_ips,
     virtual_ips,
@@ -25,32 +25,29 @@ from userspace_proxy.modes.rule_line import RuleLine
 
 _SCHEDULERS = {
     "rr": "each new connection goes to the next endpoint (rr: round robin)",
-    "wrr": "each new connection goes to the next endpoint, more often to those of more weight (wrr)",
-    "lc": "a new connection goes to the endpoint that has fewest (lc: least connections)",
-    "wlc": "a new connection goes to the endpoint that has fewest for its weight (wlc)",
-    "lblc": "as wlc, but one destination keeps its endpoint while that is not overloaded (lblc)",
-    "lblcr": "as lblc, with a set of endpoints for one destination (lblcr)",
-    "dh": "a hash of the destination's address chooses the endpoint (dh)",
+    "wrr": "each new connection goes to the next endpoint, more often to those with more weight (wrr)",
+    "lc": "a new connection goes to the endpoint with the fewest connections (lc: least connections)",
+    "wlc": "a new connection goes to the endpoint with the fewest connections for its weight (wlc)",
+    "lblc": "as wlc, but a destination keeps its endpoint until that is overloaded (lblc)",
+    "lblcr": "as lblc, with a set of endpoints for each destination (lblcr)",
+    "dh": "a hash of the destination address chooses the endpoint (dh)",
     "sh": "a hash of the client's address chooses the endpoint (sh)",
-    "sed": "a new connection goes to where it is expected to wait least (sed)",
+    "sed": "a new connection goes to the endpoint with the shortest expected delay (sed)",
     "nq": "a new connection goes to an idle endpoint, else as with sed (nq: never queue)",
-    "fo": "all go to the endpoint of the highest weight (fo: failover)",
-    "ovf": "all go to the endpoint of the highest weight, what is more than its weight to the next (ovf: overflow)",
-    "mh": "a hash of the client's address chooses the endpoint, by Maglev's table (mh)",
-    "twos": "of two endpoints drawn by chance, the one with fewer connections for its weight (twos)",
+    "fo": "all connections go to the endpoint with the highest weight (fo: failover)",
+    "ovf": "connections go to the endpoint with the highest weight, above that number to the next (ovf: overflow)",
+    "mh": "a hash of the client's address chooses the endpoint in Maglev's table (mh)",
+    "twos": "of two random endpoints, the one with fewer connections for its weight (twos)",
 }
-_NFT = RuleLine(
-    "# nft -f -", "First nftables, which sees packets before ipvs does: who may dial, who is refused or masqueraded."
+_NFT = RuleLine("# nft -f -", "First nftables, which sees packets before IPVS: it restricts, refuses and masquerades.")
+_IP = RuleLine("# ip -batch -", "Then Services' addresses become addresses of this node: packets to them reach INPUT.")
+_IPVSADM = RuleLine(
+    "# ipvsadm --restore", "Then the virtual servers, which translate the packets that nftables accepts."
 )
-_IP = RuleLine(
-    "# ip -batch -",
-    "Then the addresses of Services: this node's own, so that packets to them come to INPUT.",
-)
-_IPVSADM = RuleLine("# ipvsadm --restore", "Then the virtual servers: who is led on by nftables meets one of them.")
 
 
 class IpvsRules(NamedTuple):
-    """The table of nftables, then what `ip` and `ipvsadm` read."""
+    """The nftables table, then the input of `ip` and `ipvsadm`."""
 
     table: NftTable
     others: tuple[RuleLine, ...]
@@ -68,12 +65,12 @@ class IpvsRules(NamedTuple):
 
 
 def rules(translations: Iterable[Translation], facts: NodeFacts, host_ips: Iterable[str], scheduler: str) -> IpvsRules:
-    """Return all of mode ipvs for *translations*, each part for the tool that its first line names."""
+    """Return the rules for *translations*. The first line of each part names its tool."""
     translations = list(translations)
     host_ips = tuple(host_ips)
     node_ips = node_port_ips(facts, host_ips)
-    servers: dict[Portal, tuple[VirtualServer, ServicePortName]] = {}
-    owners: dict[str, set[ServicePortName]] = {}  # of addresses
+    servers: dict[Portal, tuple[VirtualServerSpec, ServicePortName]] = {}
+    owners: dict[str, set[ServicePortName]] = {}  # the service ports of each address
     for translation in translations:
         name = translation.service_port.name
         servers |= {at: (each, name) for at, each in virtual_servers(translation, node_ips, scheduler).items()}
@@ -81,16 +78,16 @@ def rules(translations: Iterable[Translation], facts: NodeFacts, host_ips: Itera
             owners.setdefault(ip, set()).add(name)
     of_servers = (line for at, (server, name) in servers.items() for line in server_lines(at, server, name))
     device, *addresses = device_lines(set(), owners, is_new=True)
-    alone = [next(iter(names)) if len(names) == 1 else None for names in owners.values()]
-    addresses = [line._replace(service=owner) for line, owner in zip(addresses, alone, strict=True)]
+    only = [next(iter(names)) if len(names) == 1 else None for names in owners.values()]
+    addresses = [line._replace(service=owner) for line, owner in zip(addresses, only, strict=True)]
     return IpvsRules(
         IpvsTable().rules(at_host(facts, host_ips), translations),
         (_IP, device, *addresses, _IPVSADM, *of_servers),
     )
 
 
-def server_lines(portal: Portal, server: VirtualServer, name: ServicePortName) -> Iterator[RuleLine]:
-    """Yield a virtual server and its endpoints as ``ipvsadm --restore`` reads them."""
+def server_lines(portal: Portal, server: VirtualServerSpec, name: ServicePortName) -> Iterator[RuleLine]:
+    """Yield a virtual server and its endpoints as input of ``ipvsadm --restore``."""
     at = f"-{portal.protocol[0].lower()} {join_address(portal.ip, portal.port)}"
     affinity = f" -p {server.affinity_timeout_s}" if server.affinity_timeout_s is not None else ""
     yield RuleLine(f"-A {at} -s {server.scheduler}{affinity} -b flag-3", partial(_server, portal, server), name)
@@ -99,25 +96,25 @@ def server_lines(portal: Portal, server: VirtualServer, name: ServicePortName) -
         yield RuleLine(f"-a {at} -r {ip_port} -m -w {weight}", partial(_endpoint, portal, ip_port, weight), name)
 
 
-def _server(portal: Portal, server: VirtualServer, known: Known) -> str:
+def _server(portal: Portal, server: VirtualServerSpec, known: Known) -> str:
     how = _SCHEDULERS.get(server.scheduler, f"the scheduler {server.scheduler} chooses the endpoint")
     affinity = ""
     if server.affinity_timeout_s is not None:
         affinity = (
-            " Affinity: a client meets the same endpoint again until it has been away for "
+            " Affinity: a client keeps its endpoint until it has been silent for "
             f"{server.affinity_timeout_s} s (-p: persistent)."
         )
     return (
-        f"A virtual server for {known.portal_words(portal)}: {how}.{affinity} flag-3 means nothing to the scheduler; "
-        "it tells ours from others'."
+        f"A virtual server for {known.portal_words(portal)}: {how}.{affinity} flag-3 marks it as ours; no scheduler "
+        "reads it."
     )
 
 
 def _endpoint(portal: Portal, endpoint: str, weight: int, known: Known) -> str:
-    share = "weight 0: no new connections, open ones go on"
+    share = "weight 0: it gets no new connections, and open ones continue"
     if weight:
-        share = f"weight {weight}: its share beside the others', where the scheduler asks for weights"
+        share = f"weight {weight}: its share, with schedulers that use weights"
     return (
-        f"{endpoint} is an endpoint of {known.portal_words(portal)}; the packet's destination becomes the endpoint's "
-        f"address and port (-m: masquerading, which is NAT); {share}."
+        f"{endpoint} is an endpoint of {known.portal_words(portal)}. Its address and port replace the packet's "
+        f"destination (-m: masquerading, which is NAT); {share}."
     )

@@ -9,12 +9,12 @@ from userspace_proxy.modes.kernel_mode import kernel_mode
 from userspace_proxy.modes.mode import ModeSettings
 
 if TYPE_CHECKING:
-    from userspace_proxy.interfaces import KernelTables, NodeFacts, Translation
+    from userspace_proxy.interfaces import KernelRules, NodeFacts, Translation
     from userspace_proxy.model.names import ServicePortName
     from userspace_proxy.modes.rule_line import Rules
 
 
-def make_tables(_: ModeSettings) -> KernelTables:
+def make_tables(_: ModeSettings) -> KernelRules:
     from userspace_proxy.modes.slots.element_tables import ElementTables
     from userspace_proxy.modes.slots.slot_table import SlotTable
 

@@ -1,1 +1,1 @@
-"""What rules say in words: shared by the explanations of all modes."""
+"""Parts of the reasons of rules that all modes use."""

@@ -1,4 +1,4 @@
-"""What is known of the Services whose rules are explained: the kinds of their portals; and which are asked for."""
+"""The kinds of portals, for explanations, and the choice of the Services to explain."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _T = TypeVar("_T")
 
 
 class Known:
-    """Says of a portal in a rule of which kind it is."""
+    """Puts portals in words, with their kind: cluster IP, external IP, load balancer IP or node port."""
 
     def __init__(self, service_ports: Iterable[ServicePort]) -> None:
         self._kinds: dict[tuple[str, int, str], str] = {}
@@ -25,7 +25,7 @@ class Known:
                 self._kinds.setdefault(_key(portal), _kind(portal, inside, balanced))
 
     def portal_words(self, portal: Portal) -> str:
-        """Return *portal* in words, with its kind where it is known."""
+        """Return *portal* in words, with its kind if it is known."""
         return self.portal("" if portal.is_node_port else portal.ip, str(portal.port), portal.protocol)
 
     def portal(self, ip: str, port: str, protocol: str) -> str:
@@ -49,10 +49,10 @@ def _key(portal: Portal) -> tuple[str, int, str]:
 
 
 def chosen(wanted: str, service_ports: Iterable[ServicePort]) -> set[ServicePortName]:
-    """Return the service ports that ``[namespace/]name[:port]`` means, the port by its name or its number.
+    """Return the service ports that *wanted*, ``[namespace/]name[:port]``, means. The port is a name or a number.
 
     Raises:
-        ValueError: none, or Services of several namespaces.
+        ValueError: there is none, or Services of several namespaces match.
     """
     service_ports = list(service_ports)
     service, _, port = wanted.partition(":")
@@ -74,7 +74,7 @@ def chosen(wanted: str, service_ports: Iterable[ServicePort]) -> set[ServicePort
 
 
 def only(redirects: Redirects, names: Collection[ServicePortName]) -> Redirects:
-    """Return what of *redirects* is for *names*."""
+    """Return the part of *redirects* for *names*."""
 
     def kept(of: Mapping[Portal, _T]) -> dict[Portal, _T]:
         return {portal: value for portal, value in of.items() if redirects.names.get(portal) in names}
@@ -88,6 +88,6 @@ def only(redirects: Redirects, names: Collection[ServicePortName]) -> Redirects:
 
 
 def host(cidr: str) -> str:
-    """Return *cidr* as an address where it is one."""
+    """Return *cidr*, without its length if it is a single address."""
     address, _, bits = cidr.partition("/")
     return address if bits in ("", "32" if family_of(address) == 4 else "128") else cidr

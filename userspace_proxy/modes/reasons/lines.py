@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Line(NamedTuple):
-    """A line as its tool reads it. ``explanation`` is "" for brackets; ``service``: whose it is, "" for everybody's."""
+    """A line as its tool reads it. ``explanation`` is "" for brackets. ``service``: its owner, "" if all share it."""
 
     text: str
     explanation: str = ""

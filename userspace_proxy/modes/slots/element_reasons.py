@@ -1,4 +1,4 @@
-"""What the elements of the sets and maps of a `PortalTable` say, in words. Pure."""
+"""The reasons of the elements in the sets and maps of a `PortalTable`. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from userspace_proxy.netfilter.sets import Elements, SetKind, class_id, fields, 
 
 
 def leads(name: str) -> bool:
-    """Return whether the map *name* has the numbers that packets to portals get."""
+    """Return whether the map *name* holds the numbers of portals."""
     return name.startswith(("services", "node_ports"))
 
 
@@ -24,7 +24,7 @@ def unpacked(number: bytes) -> int:
 
 
 def element_reason(name: str, kind: SetKind, key: bytes, value: bytes, found: Elements) -> Reason:
-    """Return what an element of the set or map *name* says. *found*: all elements of the table."""
+    """Return the reason of an element of the set or map *name*. *found*: all elements of the table."""
     parts, to = key_fields(kind, key), fields(kind.value, value)
     if leads(name):
         sender = Sender.NODE if name.endswith("_for_node") else Sender.POD if name.endswith("_for_pods") else None
@@ -33,23 +33,23 @@ def element_reason(name: str, kind: SetKind, key: bytes, value: bytes, found: El
     match name.partition("_")[0].rstrip("46"), parts, to:
         case "slots", [_, slot], [ip, port]:
             return f"Slot {slot}: {join_address(ip, int(port))}."
-        case "picks", [_, slot], [seat]:
-            return partial(_pick, slot, seat, value, found)
-        case "endpoints", [seat], [ip, port]:
-            return f"The number {seat} is the endpoint {join_address(ip, int(port))}."
+        case "picks", [_, slot], [number]:
+            return partial(_pick, slot, number, value, found)
+        case "endpoints", [number], [ip, port]:
+            return f"The number {number} is the endpoint {join_address(ip, int(port))}."
         case "hairpins", [ip, _], _:
-            return f"{ip} that dialled a Service and was led to itself."
+            return f"{ip} dialled a Service and was chosen itself."
         case "cluster", [ip], _:
             return f"{ip} is a cluster IP."
         case "virtual", [ip], _:
             return f"{ip} is a load balancer IP or an external IP."
         case "health", _, _:
-            return "A port for health checks."
+            return "A health check node port."
         case "affinity", [number], _:
             timeout_s = name.rpartition("_")[2]
             return f"Clients of the endpoint set {number} keep their endpoint for {timeout_s} s."
         case "restricted", _, _:
-            return partial(_dialled, parts, "by senders in @allowed only")
+            return partial(_dialled, parts, "only from the networks in @allowed")
         case "allowed", [*portal, source], _:
             return partial(_dialled, portal, f"from {source}")
     raise AssertionError(f"no reason for an element of {name}")
@@ -63,25 +63,25 @@ def _portal(parts: list[str], known: Known) -> str:
 def _led(parts: list[str], sent: str, number: int, known: Known) -> str:
     packets = f"Packets{sent} to {_portal(parts, known)}"
     if number == REJECTED:
-        return f"{packets} are refused at once: there is no endpoint."
+        return f"{packets} are refused at once: there are no endpoints."
     if number == DROPPED:
-        return f"{packets} are dropped: no endpoint of this node may take them."
+        return f"{packets} are dropped: traffic policy Local, and no endpoint on this node."
     of_set = number & ENDPOINT_SET
     what = f"the virtual server there ({class_id(OURS)})" if of_set == OURS else f"the endpoint set {class_id(of_set)}"
     told = [f"{packets} are for {what}"]
     if number & MASQUERADED:
-        told.append(f"{class_id(MASQUERADED)}: endpoints see this node's address, not the client's")
+        told.append(f"{class_id(MASQUERADED)}: masquerade, so endpoints see this node's address")
     if number & PINNED:
         told.append(f"{class_id(PINNED)}: with affinity")
     return f"{'; '.join(told)}."
 
 
-def _pick(slot: str, seat: str, number: bytes, found: Elements, _: Known) -> str:
+def _pick(slot: str, shown: str, number: bytes, found: Elements, _: Known) -> str:
     for name, endpoints in found.items():
         if name.startswith("endpoints") and number in endpoints:
             ip, port = fields((f"ipv{name[len('endpoints')]}_addr", "inet_service"), endpoints[number])
-            return f"Slot {slot}: endpoint {seat}, {join_address(ip, int(port))}."
-    return f"Slot {slot}: endpoint {seat}."
+            return f"Slot {slot}: endpoint {shown}, {join_address(ip, int(port))}."
+    return f"Slot {slot}: endpoint {shown}."
 
 
 def _dialled(parts: list[str], whom: str, known: Known) -> str:

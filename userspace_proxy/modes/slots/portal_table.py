@@ -1,34 +1,25 @@
-"""What nftables does with packets to portals where the kernel leads them on: a table of ours, in whatever mode. Pure.
+"""The nftables table of kernel modes: which packets are refused, dropped, masqueraded or translated. Pure.
 
-A packet's address and port are looked up once, by who sends it, and give a number, which it carries in its *priority*
-(nothing reads that before the packet leaves, when we take it away again). The number says what becomes of it: refused,
-dropped, or led on - and whether its sender's address is to be replaced. How it is led on is a mode's own (`translate`).
+A look-up of a packet's destination, one for each kind of sender, yields a number. The packet carries it in its
+*priority*, which nothing reads before the packet leaves, when it is cleared. The number says whether the packet is
+refused, dropped or translated, and whether it is masqueraded. How it is translated is the mode's own (`translate`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 
 from userspace_proxy.interfaces import NodeFacts, Translation
-from userspace_proxy.model.endpoint import FAMILIES, Family
-from userspace_proxy.model.names import ListenerName, ServicePortName
-from userspace_proxy.model.routes import Refusal, Sender
+from userspace_proxy.model.endpoint import FAMILIES, Endpoint, Family
+from userspace_proxy.model.names import ListenerName, Scope, ServicePortName
+from userspace_proxy.model.routes import Refusal
 from userspace_proxy.model.service import Portal, internal_portals
-from userspace_proxy.modes.nft_blocks import (
-    CHAIN_REASONS,
-    FORWARD_TYPE,
-    NO_LOOP,
-    RESTRICTED_REASON,
-    SENT,
-    TABLE_REASON,
-    Block,
-    NftTable,
-    from_pods,
-)
+from userspace_proxy.modes import nft_blocks
+from userspace_proxy.modes.nft_blocks import IP, NO_LOOP, SENDERS, SENT, Block, NftTable, nat_hook, set_block
 from userspace_proxy.modes.rule_line import RuleLine
 from userspace_proxy.modes.slots.element_reasons import element_reason, leads, unpacked
 from userspace_proxy.modes.slots.packet_number import DROPPED, MASQUERADED, OURS, REJECTED, REJECTED_AT_INPUT
-from userspace_proxy.netfilter.nft_text import merged
+from userspace_proxy.netfilter.nft_text import is_everything, merged
 from userspace_proxy.netfilter.sets import (
     Elements,
     SetKind,
@@ -42,65 +33,56 @@ from userspace_proxy.netfilter.sets import (
 
 MASQUERADE_MARK = 0x4000
 
-IP: Mapping[Family, str] = {4: "ip", 6: "ip6"}
-_SENDERS = {Sender.NODE: "_for_node", Sender.POD: "_for_pods", Sender.ANYBODY: ""}
-
-_NAT_REASON = (
-    "Called for the first packet of each connection only; conntrack does the same to all later ones. -104 is before "
-    "other NAT (-100). Accept: what no rule leads elsewhere goes its usual way."
-)
 _HOOKS = {
-    # Before foreign NAT at -100, behind the NAT of userspace mode's table, should both be there for a moment.
-    "prerouting": RuleLine("type nat hook prerouting priority -104; policy accept;", _NAT_REASON),
-    "output": RuleLine("type nat hook output priority -104; policy accept;", _NAT_REASON),
+    # Before other NAT at -100, and after the NAT of userspace mode's table, in case both are there for a moment.
+    "prerouting": nat_hook("prerouting", -104),
+    "output": nat_hook("output", -104),
     "input": RuleLine(
-        "type filter hook input priority 0; policy accept;", "Called for every packet that is for this node itself."
+        "type filter hook input priority 0; policy accept;", "Called for every packet to this node itself."
     ),
-    "forward": FORWARD_TYPE,
     "postrouting": RuleLine(
         "type nat hook postrouting priority 99; policy accept;",
-        "Called for the first packet of each connection only, before other source NAT (100).",
+        "Called for the first packet of each connection, before other source NAT (100).",
     ),
 }
-_REASONS = CHAIN_REASONS | {
-    "refuse": "Packets that nobody may serve: an answer at once, so that clients need not wait.",
-    "remembered": "Keeps the pin, and leads to the endpoint whose number the packet has.",
-    "pinned": "Services with affinity: the endpoint of the client's pin, else one by chance.",
-    "translate": "What becomes of a packet whose number was found.",
-    "services": "Packets to Services, in the order in which they are looked up.",
-    "from_node": "What goes before the rest for processes of this node itself.",
-    "postrouting": "POSTROUTING: what is about to leave, after routing; here senders' addresses are replaced.",
+_REASONS = nft_blocks.CHAIN_REASONS | {
+    "refuse": "Refused packets: an immediate answer, so that clients need not wait.",
+    "remembered": "Stores the pin, and translates to the endpoint whose number the packet carries.",
+    "pinned": "Services with affinity: the endpoint of the client's pin, else a random one.",
+    "translate": "Decides by the number that was found.",
+    "services": "Packets to Services, in the order of the look-ups.",
+    "from_node": "Packets of processes of this node itself, before the chain services.",
+    "postrouting": "POSTROUTING: packets about to leave, after routing; source addresses are replaced here.",
 }
 
 
 class PortalTable:
-    """Our table in one mode: its sets and maps, its rules, and which elements a translation is in it."""
+    """Our table in one mode. It has the sets and maps, the rules, and the elements for a translation.
+
+    A mode overrides the methods up to `forget`.
+    """
 
     name: str  # family and name
-
-    # ---- what a mode says
+    hairpin = ""  # what a rule matches beside the addresses, to recognise hairpin packets
 
     def kinds_of(self, family: Family) -> Iterator[tuple[str, SetKind]]:
-        """Yield the sets and maps of *family* that are this mode's own."""
+        """Yield the sets and maps of *family* that only this mode has."""
         return iter(())
 
     def chains_of(self, family: Family, timeouts_s: Sequence[int]) -> dict[str, Iterable[RuleLine]]:
-        """Return the chains of *family* behind ``translate``, each before those that lead to it."""
+        """Return the chains of *family* behind ``translate``, each before its callers."""
         return {}
 
     def translate(self, family: Family) -> Iterator[RuleLine]:
-        """Yield the rules for packets that are led on."""
+        """Yield the rules for packets that are neither refused nor dropped."""
         return iter(())
 
     def refused(self, family: Family, facts: NodeFacts) -> Iterator[RuleLine]:
-        """Yield the rules for packets to addresses of portals at ports that nobody has, beside cluster IPs."""
+        """Yield the rules that refuse more than unserved ports of cluster IPs."""
         return iter(())
 
-    # What tells packets that were led back to their own sender, beside its address.
-    hairpin = ""
-
     def dynamic(self) -> tuple[Block, ...]:
-        """Return the declarations of what the kernel fills by itself."""
+        """Return the sets and maps that the kernel fills by itself."""
         return ()
 
     def unmatched(self, values: Set[int]) -> set[RuleLine]:
@@ -109,19 +91,19 @@ class PortalTable:
         return found if any(value & MASQUERADED for value in values) else found | {_TO_MASQUERADE}
 
     def timeout_kind(self, timeout_s: int) -> SetKind | None:
-        """Return what holds whose affinity lasts for *timeout_s*, None where that is no business of this table."""
+        """Return the set of endpoint sets whose affinity lasts *timeout_s*, or None if this mode needs none."""
         return None
 
     def number_of(self, portal: Portal, listener: ListenerName, translation: Translation) -> int:
-        """Return the number that leads packets to *portal* to the endpoints that *listener* stands for."""
+        """Return the number that sends packets to *portal* to the endpoints of *listener*."""
         return OURS
 
     def mode_elements(self, translation: Translation) -> Elements:
-        """Return the elements of *translation* that are this mode's own."""
+        """Return the elements of *translation* in the sets and maps that only this mode has."""
         return {}
 
     def forget(self, before: Translation, after: Translation | None) -> None:
-        """Free the numbers that *before* had and *after* has not."""
+        """Release the numbers of *before* that *after* does not need."""
 
     # ---- sets and maps
 
@@ -135,7 +117,7 @@ class PortalTable:
             yield from _address_kinds(family)
 
     def kind_of(self, name: str) -> SetKind:
-        """Return how the set or map *name* is written down."""
+        """Return the declaration and types of the set or map *name*."""
         if name.startswith("affinity_"):
             kind = self.timeout_kind(int(name.removeprefix("affinity_")))
             assert kind is not None
@@ -143,28 +125,25 @@ class PortalTable:
         return self._kinds[name]
 
     def set_names(self, timeouts_s: Iterable[int]) -> list[str]:
-        """Return the sets and maps whose elements are ours to add, where affinity may last for *timeouts_s*."""
+        """Return the sets and maps that we fill. *timeouts_s*: the durations of affinity in use."""
         return [*self._kinds, *(f"affinity_{t}" for t in sorted(timeouts_s) if self.timeout_kind(t))]
 
     def elements(self, translation: Translation) -> Elements:
-        """Return what is looked up for one service port."""
+        """Return the elements of one service port."""
         found: Elements = {}
         for portal, sender, to in translation.routes:
             if isinstance(to, Refusal):
                 value = REJECTED if to is Refusal.REJECT else DROPPED
             else:
                 value = self.number_of(portal, to, translation) | (0 if to.transparent else MASQUERADED)
-            kind = "node_ports" if portal.is_node_port else "services"
-            found.setdefault(f"{kind}{portal.family}{_SENDERS[sender]}", {})[packed_portal(portal)] = packed_number(
-                value
-            )
+            name = f"{'node_ports' if portal.is_node_port else 'services'}{portal.family}{SENDERS[sender]}"
+            found.setdefault(name, {})[packed_portal(portal)] = packed_number(value)
         for name, own in self.mode_elements(translation).items():
             found.setdefault(name, {}).update(own)
         for portal in internal_portals(translation.service_port):
             found.setdefault(f"cluster_ips{portal.family}", {})[packed_ip(portal.ip)] = b""
         for portal, cidrs in translation.allowed.items():
-            networks = merged(cidrs, portal.family)
-            if networks not in (("0.0.0.0/0",), ("::/0",)):
+            if not is_everything(networks := merged(cidrs, portal.family)):
                 found.setdefault(f"restricted{portal.family}", {})[packed_portal(portal)] = b""
                 found.setdefault(f"allowed{portal.family}", {}).update(packed_ranges(portal, networks))
         return found
@@ -172,21 +151,21 @@ class PortalTable:
     # ---- texts
 
     def skeleton(self, facts: NodeFacts, timeouts_s: Iterable[int], *, is_there: bool = False) -> str:
-        """Return the script that makes our table without elements, or replaces the rules of one that is there.
+        """Return the script that creates our table without elements, or replaces the rules of an existing one.
 
-        What stands in its sets and maps stays there, what the kernel put in among it. *is_there*: it is refused where
-        the table is not, as somebody has removed it with what stood in it.
+        Existing elements stay, those that the kernel added, too. *is_there*: the kernel refuses the script if another
+        program has removed the table with its elements.
         """
         timeouts_s = sorted(timeouts_s)
         chains = self._chains(facts, timeouts_s)
         empty = (chain._replace(items=()) for chain in chains)
-        sets = (self._block(name) for name in self.set_names(timeouts_s))
+        sets = (set_block(name, self.kind_of(name)) for name in self.set_names(timeouts_s))
         held = f"flush table {self.name}\n" if is_there else ""
         declared = NftTable(self._before, [*sets, *self.dynamic(), *empty]).text()
         return f"{held}{declared}flush table {self.name}\n{NftTable(self._before, chains).text()}"
 
     def text(self, facts: NodeFacts, translations: Iterable[Translation]) -> str:
-        """Return our whole table as one script, to be read, or loaded where there is none."""
+        """Return our whole table as one script."""
         return self.rules(facts, translations).text()
 
     def rules(self, facts: NodeFacts, translations: Iterable[Translation]) -> NftTable:
@@ -199,33 +178,30 @@ class PortalTable:
             for name, of_set in self.elements(translation).items():
                 found.setdefault(name, {}).update(of_set)
                 owners.update(((name, key), translation.service_port.name) for key in of_set)
-        sets = []
-        for name in self.set_names(timeouts_s):
-            kind, lines = self.kind_of(name), []
-            for key, value in found.get(name, {}).items():
-                owner = None if kind.is_shared and not name.startswith("affinity_") else owners[name, key]
-                text = shown(kind, key, value, owners[name, key])
-                lines.append(RuleLine(text, element_reason(name, kind, key, value, found), owner))
-            sets.append(self._block(name)._replace(items=lines))
+        sets = [self._explained_set(name, found, owners) for name in self.set_names(timeouts_s)]
         numbers = {number for name, of_set in found.items() if leads(name) for number in map(unpacked, of_set.values())}
         blocks = [*sets, *self.dynamic(), *self._chains(facts, sorted(timeouts_s))]
         return NftTable(self._before, blocks, self.unmatched(numbers).__contains__)
 
+    def _explained_set(self, name: str, found: Elements, owners: Mapping[tuple[str, bytes], ServicePortName]) -> Block:
+        kind, lines = self.kind_of(name), []
+        is_shared = kind.is_shared and not name.startswith("affinity_")
+        for key, value in found.get(name, {}).items():
+            owner = owners[name, key]
+            reason = element_reason(name, kind, key, value, found)
+            lines.append(RuleLine(shown(kind, key, value, owner), reason, None if is_shared else owner))
+        return set_block(name, kind, lines)
+
     @property
     def _before(self) -> tuple[RuleLine, ...]:
-        return (RuleLine(f"table {self.name} {{", TABLE_REASON),)
-
-    def _block(self, name: str) -> Block:
-        """Return the declaration of the set or map *name*."""
-        kind = self.kind_of(name)
-        return Block(kind.word, name, kind.reason, (RuleLine(kind.declared, kind.parts),))
+        return (RuleLine(f"table {self.name} {{", nft_blocks.TABLE_REASON),)
 
     def removal(self) -> str:
-        """Return the script that removes our table; it succeeds where there is none."""
+        """Return the script that removes our table. It succeeds if there is none."""
         return f"table {self.name}\ndelete table {self.name}\n"
 
     def rules_in(self, facts: NodeFacts, timeouts_s: Iterable[int]) -> int:
-        """Return how many rules the table has."""
+        """Return the number of rules in the table."""
         return sum(len(chain.items) for chain in self._chains(facts, sorted(timeouts_s)))
 
     def _chains(self, facts: NodeFacts, timeouts_s: Sequence[int]) -> list[Block]:
@@ -248,59 +224,64 @@ class PortalTable:
             "input": [
                 RuleLine(
                     f'iif "lo" meta priority {class_id(REJECTED_AT_INPUT)} reject with icmpx type port-unreachable',
-                    "The number that the chain refuse gives what this node sends to itself: ICMP port unreachable.",
+                    "UDP packets of this node to itself that the chain refuse gave this number: ICMP port unreachable.",
                 )
             ],
             "forward": [NO_LOOP],
             "postrouting": [
                 RuleLine(
                     f"meta priority & {own} == {own} meta priority set none",
-                    "The packet is about to leave: take our number away again, lest a traffic shaper (tc) reads it as "
-                    "a class.",
+                    "The packet is about to leave: clear our number, which traffic shapers (tc) would read as a class.",
                 ),
                 RuleLine(
                     f"meta mark & {mark} == {mark} meta mark set meta mark & {0xFFFF_FFFF ^ MASQUERADE_MARK:#x}"
                     " masquerade fully-random",
-                    f"Marked with {mark}: take the mark away, and replace the sender's address by this node's "
-                    "(masquerade), at a port drawn by chance.",
+                    f"Packets with the mark {mark}: clear it, and replace the source address with this node's "
+                    "(masquerade), at a random port.",
                 ),
                 *(
                     RuleLine(
                         f"{self.hairpin}{ip} saddr . {ip} daddr @hairpins{family} masquerade fully-random",
-                        "An endpoint that dialled its own Service and met itself: without another sender's address it "
-                        "would answer itself directly, past us, and not know the answer.",
+                        "Hairpin: an endpoint dialled its own Service and was chosen. With its own source address it "
+                        "would reply to itself directly, untranslated.",
                     )
                     for family, ip in IP.items()
                 ),
             ],
         }
+        hooks = _HOOKS | {"forward": nft_blocks.FORWARD_BLOCK.head[0]}
         return [
-            Block("chain", name, _REASONS[name.rstrip("46")], (_HOOKS[name],) if name in _HOOKS else (), list(rules))
+            Block("chain", name, _REASONS[name.rstrip("46")], (hooks[name],) if name in hooks else (), list(rules))
             for name, rules in chains.items()
         ]
 
 
 def add_hairpins(found: Elements, family: Family, ips: Iterable[str]) -> None:
-    """Add to *found* that who is led back to himself is masqueraded: he would not know the answer for one."""
+    """Add to *found* the elements for hairpin packets of *ips*, which must be masqueraded."""
     found.setdefault(f"hairpins{family}", {}).update((packed_ip(ip) * 2, b"") for ip in ips)
+
+
+def endpoints_of(translation: Translation, family: Family, scope: Scope) -> Collection[Endpoint]:
+    """Return the endpoints of *translation* in one family and scope."""
+    reach = translation.reaches[family]
+    return reach.cluster if scope is Scope.CLUSTER else reach.local
 
 
 def _portal_kinds(family: Family) -> Iterator[tuple[str, SetKind]]:
     address, port = f"ipv{family}_addr", ("inet_proto", "inet_service")
-    for sender in reversed(_SENDERS):
+    for sender in reversed(SENDERS):
         for kind, what, key, words in (
             ("services", "addresses of Services", (address, *port), "address . protocol . port"),
             ("node_ports", "node ports", port, "protocol . port"),
         ):
-            first = " Asked before the map for everybody." if _SENDERS[sender] else ""
+            first = " Looked up before the map for all senders." if SENDERS[sender] else ""
             yield (
-                f"{kind}{family}{_SENDERS[sender]}",
+                f"{kind}{family}{SENDERS[sender]}",
                 SetKind(
                     f"type {' . '.join(key)} : classid",
                     key,
                     ("classid",),
-                    f"Packets{SENT[sender]} to {what} (IPv{family}): portal -> a number that says what becomes of the "
-                    f"packet.{first}",
+                    f"Packets{SENT[sender]} to {what} (IPv{family}): portal -> a number that says what happens.{first}",
                     f"Key: {words}; value: a number of 32 bits, shown as xxxx:xxxx.",
                     names_owner=True,
                 ),
@@ -308,109 +289,91 @@ def _portal_kinds(family: Family) -> Iterator[tuple[str, SetKind]]:
 
 
 def _address_kinds(family: Family) -> Iterator[tuple[str, SetKind]]:
-    address, portal = f"ipv{family}_addr", (f"ipv{family}_addr", "inet_proto", "inet_service")
-    reason = "Endpoints beside themselves: who dials its own Service and is chosen itself."
+    address = f"ipv{family}_addr"
+    reason = "Hairpin packets: an endpoint dialled its own Service and was chosen."
     parts = "An element is sender . destination, after DNAT."
     pair = (address, address)
     yield f"hairpins{family}", SetKind(f"type {address} . {address}", pair, (), reason, parts, is_shared=True)
-    reason, parts = "All cluster IPs, whatever the port.", "An element is an address."
+    reason, parts = "All cluster IPs, at any port.", "An element is an address."
     yield f"cluster_ips{family}", SetKind(f"type {address}", (address,), (), reason, parts, is_shared=True)
-    parts = "An element is address . protocol . port."
-    declared = f"type {' . '.join(portal)}"
-    yield f"restricted{family}", SetKind(declared, portal, (), RESTRICTED_REASON, parts, names_owner=True)
-    reason = "From where these may be dialled: portal . addresses of senders."
-    parts = "An element is address . protocol . port . addresses of senders, from - to."
-    declared = f"{declared} . {address}; flags interval"
-    yield f"allowed{family}", SetKind(declared, (*portal, address), (), reason, parts, is_interval=True)
+    yield from nft_blocks.restriction_kinds(family)
 
 
 # ---- rules
 
 _REFUSE = (
-    # The reset itself, where this node dials an address of its own: it comes by here, too.
     RuleLine(
         "tcp flags & rst == rst accept",
-        "The reset itself, where this node refuses what it dialled at an address of its own: let it pass.",
+        "The reset itself passes here, too, if this node dialled one of its own addresses: accept it.",
     ),
     RuleLine("meta l4proto tcp reject with tcp reset", "TCP: a reset; the client sees `connection refused`."),
     # A reject at OUTPUT makes sendto() fail with EPERM; at INPUT the sender gets ECONNREFUSED.
     RuleLine(
         f'oif "lo" fib daddr type local meta priority set {class_id(REJECTED_AT_INPUT)} accept',
-        "UDP from this node to an address of its own: let it pass with this number, which INPUT rejects. Rejected "
-        "here, its sender would see `operation not permitted` in place of `connection refused`.",
+        "UDP from this node to one of its own addresses: INPUT rejects packets with this number. Rejected here, the "
+        "sender would see `operation not permitted` instead of `connection refused`.",
     ),
-    RuleLine("reject with icmpx type port-unreachable", "Else (UDP): ICMP port unreachable."),
+    RuleLine("reject with icmpx type port-unreachable", "Otherwise (UDP): ICMP port unreachable."),
 )
-# What a packet's number says first, in every mode.
 _TO_REFUSE = RuleLine(
     f"meta priority {class_id(REJECTED)} goto refuse",
-    f"The number {class_id(REJECTED)} says: no endpoint is there. Refused at once.",
+    f"The number {class_id(REJECTED)} means: the Service has no endpoints. Refused at once.",
 )
 _TO_DROP = RuleLine(
     f"meta priority {class_id(DROPPED)} drop",
-    f"The number {class_id(DROPPED)} says: the traffic policy wants endpoints of this node, and it has none. Dropped.",
+    f"The number {class_id(DROPPED)} means: traffic policy Local, and no endpoint on this node. Dropped.",
 )
 _TO_MASQUERADE = RuleLine(
     f"meta priority & {class_id(MASQUERADED)} == {class_id(MASQUERADED)} "
     f"meta mark set meta mark | {MASQUERADE_MARK:#x}",
-    f"The bit {class_id(MASQUERADED)} says: the sender's address is to be replaced by this node's, so that answers "
-    f"come back here. Marked with {MASQUERADE_MARK:#x}; POSTROUTING does it.",
+    f"The bit {class_id(MASQUERADED)} means masquerade: POSTROUTING replaces the source address of packets with the "
+    f"mark {MASQUERADE_MARK:#x}, so that replies come back to this node.",
 )
 
 
 def _services(family: Family, facts: NodeFacts, refused: Iterable[RuleLine]) -> Iterator[RuleLine]:
     ip = IP[family]
-    yield _restricts(family)
+    yield nft_blocks.restriction(family)
     yield from _lookups(f"{ip} daddr . meta l4proto . th dport", f"services{family}", family, facts)
-    # The other ports of a cluster IP are nobody's, nor is an address that no Service has.
     yield RuleLine(
         f"{ip} daddr @cluster_ips{family} goto refuse",
-        "A cluster IP at a port that no Service has there: refused at once.",
+        "A cluster IP at a port without a Service: refused at once.",
     )
     yield from refused
     if cidrs := ", ".join(merged(facts.service_cidrs, family)):
         yield RuleLine(
             f"{ip} daddr {{ {cidrs} }} fib daddr type != local drop",
-            f"An address out of {cidrs}, where cluster IPs come from, that no Service has: dropped, unless it is "
-            "this node's own, as that of cluster DNS is.",
+            f"An address in {cidrs}, the range of cluster IPs, without a Service: dropped, unless it is an address of "
+            "this node, such as that of cluster DNS.",
         )
     match, words = _at_node_ports(family, facts)
-    yield RuleLine(f"{match} jump node_ports{family}", f"Packets to {words}: see whether it is a node port.")
-
-
-def _restricts(family: Family) -> RuleLine:
-    ip = IP[family]
-    portal = f"{ip} daddr . meta l4proto . th dport"
-    return RuleLine(
-        f"{portal} @restricted{family} {portal} . {ip} saddr != @allowed{family} drop",
-        "Is the portal one of @restricted, and the sender none of @allowed? Dropped, without an answer.",
-    )
+    yield RuleLine(f"{match} jump node_ports{family}", f"Packets to {words}: is it a node port?")
 
 
 def _from_node(family: Family, facts: NodeFacts) -> Iterator[RuleLine]:
-    """Yield what goes before the rest for processes of the node itself."""
-    yield _restricts(family)
+    """Yield the rules for packets of this node itself, before those for all senders."""
+    yield nft_blocks.restriction(family)
     yield _lookup("", f"{IP[family]} daddr . meta l4proto . th dport", f"services{family}_for_node", family, "")
     match, words = _at_node_ports(family, facts)
     yield _lookup(f"{match} ", "meta l4proto . th dport", f"node_ports{family}_for_node", family, f" to {words}")
 
 
 def _at_node_ports(family: Family, facts: NodeFacts) -> tuple[str, str]:
-    """Return what matches the node's own addresses with node ports, and that in words.
+    """Return what matches the node addresses that serve node ports, and the same in words.
 
-    Never loopback, which the kernel does not route.
+    Loopback is left out: the kernel routes no packet with a loopback address.
     """
     ip, loopback = IP[family], {4: "127.0.0.0/8", 6: "::1"}[family]
     here = f"fib daddr type local {ip} daddr != {loopback}"
     networks = merged(facts.node_ports_on, family)
-    if networks in ((), ("0.0.0.0/0",), ("::/0",)):
-        return here, "an address of this node (but loopback)"
+    if not networks or is_everything(networks):
+        return here, "an address of this node (except loopback)"
     on = ", ".join(networks)
-    return f"{ip} daddr {{ {on} }} {here}", f"an address of this node that is one of {on}"
+    return f"{ip} daddr {{ {on} }} {here}", f"an address of this node in {on}"
 
 
 def _lookups(key: str, name: str, family: Family, facts: NodeFacts) -> Iterator[RuleLine]:
-    match, words = from_pods(facts.pods, family)
+    match, words = nft_blocks.from_pods(facts.pods, family)
     if match:
         yield _lookup(match, key, f"{name}_for_pods", family, f" {words}")
     yield _lookup("", key, name, family, "")
@@ -419,6 +382,6 @@ def _lookups(key: str, name: str, family: Family, facts: NodeFacts) -> Iterator[
 def _lookup(match: str, key: str, name: str, family: Family, which: str) -> RuleLine:
     return RuleLine(
         f"{match}meta priority set {key} map @{name} goto translate{family}",
-        f"Packets{which} whose portal is in @{name} take the number that stands there (into their priority, which is "
-        "free until the packet leaves), and go on with it to the chain translate. Others: the next rule.",
+        f"Packets{which} whose portal is in @{name} get the number found there as their priority, and continue in the "
+        "chain translate. Others: the next rule.",
     )

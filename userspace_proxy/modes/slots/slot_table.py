@@ -1,13 +1,11 @@
-"""Kernel mode nftables: which elements translate which packets, and the table that they stand in. Pure.
+"""The nftables table of nftables mode: which elements translate which packets. Pure.
 
-A packet's portal gives the number of a set of endpoints (portal_table.py); that number and a random slot are looked up
-once more and give the endpoint. So a new connection costs the same however many Services there are, and a change is a
-change of some elements: one for each portal, and a few of the slots, which are spread so that most stay where they are
-(Maglev). A Service has as few slots as do it justice: there are sizes of slot tables, and one rule for all Services of
-one size.
+A packet's portal yields the number of an endpoint set (portal_table.py). That number with a random slot yields the
+endpoint in a second look-up. So a new connection costs the same however many Services there are, and a change of
+endpoints changes few elements: Maglev's table leaves most slots as they are. There are slot tables of several sizes,
+with one rule each; a Service uses the smallest one that gives its endpoints nearly equal shares.
 
-With affinity the number of the endpoint that was chosen is put in the packet's priority, too, and kept as the client's
-pin.
+With affinity, the number of the chosen endpoint is put in the packet's priority, too, and stored as the client's pin.
 """
 
 from __future__ import annotations
@@ -23,30 +21,30 @@ from userspace_proxy.model.maglev import slot_table
 from userspace_proxy.model.names import L4Protocol, ListenerName, Scope, ServicePortName
 from userspace_proxy.model.routes import Refusal, Route
 from userspace_proxy.model.service import Portal
-from userspace_proxy.modes.nft_blocks import Block
+from userspace_proxy.modes.nft_blocks import IP, Block
 from userspace_proxy.modes.rule_line import RuleLine
-from userspace_proxy.modes.slots.packet_number import ENDPOINT_SET, OURS, PINNED, SEAT
-from userspace_proxy.modes.slots.portal_table import IP, PortalTable, add_hairpins
+from userspace_proxy.modes.slots.packet_number import ENDPOINT, ENDPOINT_SET, OURS, PINNED
+from userspace_proxy.modes.slots.portal_table import PortalTable, add_hairpins, endpoints_of
 from userspace_proxy.netfilter.sets import Elements, SetKind, class_id, packed_ip, packed_number, packed_port
 
-# Slots -> for how many endpoints at most. Ten of them are then met with nearly the same chance.
+# Slots -> the most endpoints for that number. Even then the chances of endpoints are nearly equal.
 SIZES: Mapping[int, int] = {16: 8, 256: 128, 4_096: 4_095}
 _SETS_MAX = 0x1_FFFF
 _PINS_MAX = 262_144
 
-# A client as pins know it. nft 1.0.6 cannot put more than 16 bytes before a value that is in the packet, too; and its
-# declaration has to name another number of 32 bits, as nft cannot show that of a hash.
+# The key of a client in pins. In nft 1.0.6 at most 16 bytes can stand before a value from the packet, so IPv6 addresses
+# are hashed. The declaration names another number of 32 bits, because nft cannot print the type of a hash.
 _HASHES = 0xFFFF_FFFF
 _CLIENT: Mapping[Family, str] = {4: "ip saddr", 6: f"jhash ip6 saddr mod {_HASHES} seed 1"}
 
 
 _SLOTS = (
-    "Set of endpoints . a number below {size} drawn by chance -> endpoint. Each endpoint has nearly as many of the "
-    "{size} slots, so all are met with nearly the same chance (Maglev)."
+    "Endpoint set . random number below {size} -> endpoint. Each endpoint has nearly the same share of the {size} "
+    "slots (Maglev), in proportion to its weight."
 )
 _PICKS = (
-    "Services with affinity: set of endpoints . a number below {size} drawn by chance -> the endpoint's own number, "
-    "which the pin remembers. Each endpoint has nearly as many of the {size} slots (Maglev)."
+    "Services with affinity: endpoint set . random number below {size} -> the endpoint's number, which the pin stores. "
+    "Each endpoint has nearly the same share of the {size} slots (Maglev), in proportion to its weight."
 )
 
 
@@ -54,20 +52,19 @@ def _pins(family: Family, client: str, key: str) -> Block:
     return Block(
         "map",
         f"pins{family}",
-        "The pins of clients (affinity): client . set of endpoints -> the endpoint's number. The kernel fills it by "
-        "itself.",
+        "The pins of clients (affinity): client . endpoint set -> the endpoint's number. The kernel fills this map.",
         (
             RuleLine(f"typeof {client} . meta priority : meta priority", key),
             RuleLine(
                 f"size {_PINS_MAX}; flags dynamic,timeout; timeout 3h",
-                f"Rules may add to it (dynamic), up to {_PINS_MAX} pins; each ends by itself (timeout).",
+                f"Rules add up to {_PINS_MAX} pins (dynamic), and each expires by itself (timeout).",
             ),
         ),
     )
 
 
 _PINS = (
-    _pins(4, "ip saddr", "Key: the client's address . the set's number; value: the endpoint's."),
+    _pins(4, "ip saddr", "Key: the client's address . the set's number; value: the endpoint's number."),
     _pins(
         6,
         f"numgen inc mod {_HASHES}",
@@ -77,18 +74,18 @@ _PINS = (
 
 
 class SlotTable(PortalTable):
-    """The table of mode nftables. ``numbers``: as far as can be, the same after a restart."""
+    """The table of nftables mode."""
 
     name = "inet userspace_proxy_nat"
     hairpin = "ct status dnat "
 
     def __init__(self) -> None:
         super().__init__()
-        self.numbers = Numbers()
+        self.numbers = EndpointNumbers()
 
     def kinds_of(self, family: Family) -> Iterator[tuple[str, SetKind]]:
         address, ip = f"ipv{family}_addr", IP[family]
-        # Of each protocol by itself: nft 1.0.6 lets no rule for several lead to what is in a map that is there already.
+        # One map for each protocol: nft 1.0.6 refuses a rule for several protocols over a map that exists already.
         kinds: list[tuple[str, str, tuple[str, ...], str, str]] = [
             (f"picks{family}", "meta priority", ("classid",), _PICKS, "the endpoint's number")
         ]
@@ -102,7 +99,7 @@ class SlotTable(PortalTable):
                     f"typeof meta priority : {endpoint}",
                     ("classid",),
                     made_of,
-                    "The endpoints that pins lead to: an endpoint's number -> its address and port.",
+                    "The endpoints of pins: an endpoint's number -> its address and port.",
                     "Key: an endpoint's number; value: address . port.",
                 ),
             )
@@ -113,7 +110,7 @@ class SlotTable(PortalTable):
                 yield f"{kind}_{size}", SetKind(declared, ("classid", "integer"), of, reason.format(size=size), parts)
 
     def timeout_kind(self, timeout_s: int) -> SetKind:
-        reason = f"Sets of endpoints whose clients keep their endpoint for {timeout_s} s."
+        reason = f"Endpoint sets whose clients keep their endpoint for {timeout_s} s."
         parts = "An element is a set's number."
         return SetKind("typeof meta priority", ("classid",), (), reason, parts, is_shared=True)
 
@@ -131,15 +128,15 @@ class SlotTable(PortalTable):
         yield _to_pinned(family)
         yield RuleLine(
             f"meta priority set meta priority & {class_id(ENDPOINT_SET)}",
-            "Leave only the set's number of what the packet carries: that is what is looked up next.",
+            "Keep only the set's number in the packet's priority, for the next look-up.",
         )
         for protocol in L4Protocol:
             for size in SIZES:
                 slot = f"meta priority . numgen random mod {size} map @slots{family}_{protocol.lower()}_{size}"
                 yield RuleLine(
                     f"meta l4proto {protocol.lower()} dnat {IP[family]} to {slot}",
-                    f"{protocol}: draw a slot below {size} and look up set . slot: the endpoint found becomes the "
-                    "packet's destination (DNAT). A set that is not in this map has another size: the next rule.",
+                    f"{protocol}: a random slot below {size}; the endpoint found for set . slot becomes the packet's "
+                    "destination (DNAT). A set that is not in this map has another size: the next rule.",
                 )
 
     def number_of(self, portal: Portal, listener: ListenerName, translation: Translation) -> int:
@@ -150,7 +147,7 @@ class SlotTable(PortalTable):
         return self.slots_for(translation, translation.routes)
 
     def slots_for(self, translation: Translation, routes: Iterable[Route]) -> Elements:
-        """Return the slots of all sets of endpoints that somebody is led to by *routes*."""
+        """Return the slots of all endpoint sets that *routes* use."""
         found: Elements = {}
         used = [(r.portal.family, r.to.scope) for r in routes if not isinstance(r.to, Refusal)]
         for family, scope in dict.fromkeys(used):
@@ -164,55 +161,58 @@ class SlotTable(PortalTable):
 # ---- numbers
 
 
-class Numbers:
-    """The numbers of endpoint sets, and of pinned endpoints in them: as far as can be, the same after a restart."""
+class EndpointNumbers:
+    """The numbers of endpoint sets, and of endpoints in sets with affinity.
+
+    They depend on names where possible, so that a restart changes few of them.
+    """
 
     def __init__(self) -> None:
         self._sets = Allocator(_SETS_MAX)
-        self._seats: dict[tuple[str, Family], Allocator] = {}
+        self._endpoints: dict[tuple[str, Family], Allocator] = {}
 
     def of_set(self, name: ServicePortName, scope: Scope) -> int:
         number = self._sets.allocate(ListenerName(name, scope).key)
         if number is None:
-            raise SyncError(f"more than {_SETS_MAX} sets of endpoints")
+            raise SyncError(f"more than {_SETS_MAX} endpoint sets")
         return OURS | (number + 1) << 12
 
     def of_endpoints(
         self, name: ServicePortName, scope: Scope, family: Family, endpoints: Sequence[Address]
     ) -> dict[Address, int]:
-        """Return the numbers of *endpoints*, up to `SEAT` of one *family*; who is none of them makes room at need."""
-        of_set, wanted = self.of_set(name, scope), {endpoint: str(endpoint) for endpoint in endpoints}
-        seats = self._seats.setdefault((ListenerName(name, scope).key, family), Allocator(SEAT))
+        """Return the numbers of *endpoints*, of which there are at most `ENDPOINT` in one *family*.
+
+        Numbers of other endpoints are released if there are not enough.
+        """
+        of_set, desired = self.of_set(name, scope), {endpoint: str(endpoint) for endpoint in endpoints}
+        numbers = self._endpoints.setdefault((ListenerName(name, scope).key, family), Allocator(ENDPOINT))
         found = {}
-        for endpoint, key in wanted.items():
-            if (seat := seats.allocate(key)) is None:
-                for other in seats.memory().keys() - wanted.values():
-                    seats.release(other)
-                seat = seats.allocate(key)
-            assert seat is not None, "there are no more of them than seats"
-            found[endpoint] = of_set | seat + 1
+        for endpoint, key in desired.items():
+            if (number := numbers.allocate(key)) is None:
+                for other in numbers.memory().keys() - desired.values():
+                    numbers.release(other)
+                number = numbers.allocate(key)
+            assert number is not None, "more endpoints than numbers"
+            found[endpoint] = of_set | number + 1
         return found
 
     def forget(self, before: Translation, after: Translation | None) -> None:
-        """Free what *before* had and *after* has not."""
-        name = before.service_port.name
+        """Release the numbers of *before* that *after* does not need."""
         for scope in Scope:
-            key = ListenerName(name, scope).key
-            had, has = _addresses(before, scope), set(_addresses(after, scope)) if after else set()
-            if not has:
+            key = ListenerName(before.service_port.name, scope).key
+            desired = _addresses(after, scope) if after else set()
+            if not desired:
                 self._sets.release(key)
-            for family in FAMILIES:
-                if not has:
-                    self._seats.pop((key, family), None)
-                elif (seats := self._seats.get((key, family))) is not None:
-                    for endpoint in had:
-                        if endpoint not in has:
-                            seats.release(str(endpoint))
+                for family in FAMILIES:
+                    self._endpoints.pop((key, family), None)
+            gone = _addresses(before, scope) - desired
+            for numbers in filter(None, (self._endpoints.get((key, family)) for family in FAMILIES)):
+                for endpoint in gone:
+                    numbers.release(str(endpoint))
 
 
-def _addresses(translation: Translation, scope: Scope) -> list[Address]:
-    there = translation.reaches.values()
-    return [e.address for reach in there for e in (reach.cluster if scope is Scope.CLUSTER else reach.local)]
+def _addresses(translation: Translation, scope: Scope) -> set[Address]:
+    return {e.address for family in translation.reaches for e in endpoints_of(translation, family, scope)}
 
 
 def size_for(endpoints: int) -> int:
@@ -222,25 +222,26 @@ def size_for(endpoints: int) -> int:
 # ---- elements
 
 
-def _add_endpoints(found: Elements, translation: Translation, scope: Scope, family: Family, numbers: Numbers) -> None:
+def _add_endpoints(
+    found: Elements, translation: Translation, scope: Scope, family: Family, numbers: EndpointNumbers
+) -> None:
+    """Add to *found* the elements of one endpoint set: slots, hairpins, and with affinity its endpoints' numbers."""
     name, timeout_s = translation.service_port.name, translation.service_port.affinity_timeout_s
-    reach = translation.reaches[family]
-    endpoints = [e.address for e in (reach.cluster if scope is Scope.CLUSTER else reach.local)][: max(SIZES.values())]
+    endpoints = [e.address for e in endpoints_of(translation, family, scope)][: max(SIZES.values())]
     number = packed_number(numbers.of_set(name, scope))
     weights = dict(translation.service_port.weights)
     size = size_for(sum(weights.get(ip, 1) for ip, _ in endpoints) if weights else len(endpoints))
     packed = {address: packed_ip(address[0]) + packed_port(address[1]) for address in endpoints}
     if timeout_s is None:
-        leads, kind = packed, f"slots{family}_{name.protocol.lower()}"
+        targets, kind = packed, f"slots{family}_{name.protocol.lower()}"
     else:
-        seats = numbers.of_endpoints(name, scope, family, endpoints)
-        leads, kind = {a: packed_number(seat) for a, seat in seats.items()}, f"picks{family}"
+        of_endpoints = numbers.of_endpoints(name, scope, family, endpoints)
+        targets, kind = {a: packed_number(own) for a, own in of_endpoints.items()}, f"picks{family}"
         found[f"affinity_{timeout_s}"] = {**found.get(f"affinity_{timeout_s}", {}), number: b""}
-        found.setdefault(f"endpoints{family}_{name.protocol.lower()}", {}).update(
-            (leads[a], packed[a]) for a in endpoints
-        )
+        by_number = found.setdefault(f"endpoints{family}_{name.protocol.lower()}", {})
+        by_number.update((targets[a], packed[a]) for a in endpoints)
     table = zip(_slot_numbers(size), slot_table(endpoints, size, weights), strict=True)
-    found.setdefault(f"{kind}_{size}", {}).update((number + slot, leads[address]) for slot, address in table)
+    found.setdefault(f"{kind}_{size}", {}).update((number + slot, targets[a]) for slot, a in table)
     add_hairpins(found, family, (ip for ip, _ in endpoints))
 
 
@@ -256,51 +257,48 @@ def _to_pinned(family: Family) -> RuleLine:
     bit = class_id(PINNED)
     return RuleLine(
         f"meta priority & {bit} == {bit} goto pinned{family}",
-        f"The bit {bit} says: the Service has affinity. On to the chain pinned.",
+        f"The bit {bit} means affinity: continue in the chain pinned.",
     )
 
 
 def _pinned(family: Family) -> Iterator[RuleLine]:
-    """Yield how a client that has a pin comes to its endpoint, and one that has none, or no more, to another."""
-    number, seat = f"meta priority & {class_id(ENDPOINT_SET)}", f"meta priority & {class_id(SEAT)}"
-    client = f"{_CLIENT[family]} . {number}"
-    to_number = RuleLine(
-        f"meta priority set {number}",
-        "Leave only the set's number of what the packet carries: that is what is looked up next.",
+    """Yield the rules for affinity: to the endpoint of the client's pin, else to a random one."""
+    of_set, of_endpoint = f"meta priority & {class_id(ENDPOINT_SET)}", f"meta priority & {class_id(ENDPOINT)}"
+    client = f"{_CLIENT[family]} . {of_set}"
+    keep_set = RuleLine(
+        f"meta priority set {of_set}", "Keep only the set's number in the packet's priority, for the next look-up."
     )
-    yield to_number
+    yield keep_set
     yield RuleLine(
         f"meta priority set {_CLIENT[family]} . meta priority map @pins{family} jump remembered{family}",
-        "Has this client a pin in this set? Then take the endpoint's number from it, renew the pin, and go there.",
+        "Has the client a pin in this set? Then take the endpoint's number from it, renew the pin, and go there.",
     )
     yield RuleLine(
-        f"{seat} != 0:0 delete @pins{family} {{ {client} : meta priority }}",
-        "Came back although there was a pin: its endpoint is gone. So is the pin, now.",
+        f"{of_endpoint} != 0:0 delete @pins{family} {{ {client} : meta priority }}",
+        "The packet came back, so the endpoint of the pin is gone: delete the pin.",
     )
-    yield to_number
+    yield keep_set
     for size in SIZES:
         slot = f"meta priority . numgen random mod {size} map @picks{family}_{size}"
         yield RuleLine(
-            f"{seat} == 0:0 meta priority set {slot} goto remembered{family}",
-            f"No pin was found: draw a slot below {size}, look up the endpoint's number, and have it remembered. A set "
+            f"{of_endpoint} == 0:0 meta priority set {slot} goto remembered{family}",
+            f"No pin: a random slot below {size} yields an endpoint's number, which the chain remembered stores. A set "
             "that is not in this map has another size: the next rule.",
         )
 
 
 def _remembered(family: Family, timeouts_s: Iterable[int]) -> Iterator[RuleLine]:
-    """Yield how a pin is made, or lasts from now on again, and its endpoint is met if it is still there."""
-    number = f"meta priority & {class_id(ENDPOINT_SET)}"
+    """Yield the rules that store or renew a pin, and translate to its endpoint if that still exists."""
+    of_set = f"meta priority & {class_id(ENDPOINT_SET)}"
     for timeout_s in timeouts_s:
-        element = f"{_CLIENT[family]} . {number} timeout {timeout_s}s : meta priority"
+        element = f"{_CLIENT[family]} . {of_set} timeout {timeout_s}s : meta priority"
         yield RuleLine(
-            f"{number} @affinity_{timeout_s} update @pins{family} {{ {element} }}",
-            f"For a set in @affinity_{timeout_s}: make the client's pin, or renew it. It lasts for {timeout_s} s from "
-            "this connection on.",
+            f"{of_set} @affinity_{timeout_s} update @pins{family} {{ {element} }}",
+            f"For a set in @affinity_{timeout_s}: store the client's pin, or renew it, for {timeout_s} s from now.",
         )
     for protocol in L4Protocol:
+        endpoints = f"@endpoints{family}_{protocol.lower()}"
         yield RuleLine(
-            f"meta l4proto {protocol.lower()} dnat {IP[family]} to meta priority map "
-            f"@endpoints{family}_{protocol.lower()}",
-            f"{protocol}: the address and port of the endpoint with this number become the packet's destination "
-            "(DNAT).",
+            f"meta l4proto {protocol.lower()} dnat {IP[family]} to meta priority map {endpoints}",
+            f"{protocol}: the endpoint with this number becomes the packet's destination (DNAT).",
         )

@@ -1,64 +1,56 @@
-"""Our rules in the kernel: one class a rule language. Loads are all or nothing.
+"""Load the rules of userspace mode into the kernel: one class for each rule language.
 
-A Kernel compares with *what it holds*, so a load that was refused can simply be asked for again.
+Each class compares the new rules with those it holds. A refused load makes them unknown, so the next one loads all.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable
 
 from userspace_proxy.errors import SyncError
-from userspace_proxy.host.tool import is_installed, run_tool
+from userspace_proxy.host.tool import is_installed, load_nft
 from userspace_proxy.interfaces import Redirects
 from userspace_proxy.model.endpoint import Family
-from userspace_proxy.modes.userspace import iptables, nft
-from userspace_proxy.modes.userspace import transparent_replies as answers
+from userspace_proxy.modes.userspace import iptables, nft, transparent_replies
+from userspace_proxy.modes.xtables_rules import XtablesRules, all_or_first_error
 from userspace_proxy.netfilter import xtables
 from userspace_proxy.netfilter.nfnetlink import count_rules
-from userspace_proxy.netfilter.notices import LaterLook, RuleNotices, call_often, quiet
-
-# How often iptables-legacy is looked at, which sends no notices.
-_POLL_S = 0.7
-_LOOK_AFTER_S = 1.0
+from userspace_proxy.netfilter.notices import RuleWatch
 
 log = logging.getLogger(__name__)
 
 
 class NftKernel:
-    """Rules through ``nft -f``: one transaction for both families."""
+    """Rules loaded by ``nft -f``, in one transaction for both families."""
 
     language = "nftables"
 
     def __init__(self) -> None:
         self._held: Redirects | None = None
-        self._answers = _Answers()
-        self._notices: RuleNotices | None = None
-        self._on_change: Callable[[], None] | None = None
-        self._touched = False
+        self._replies = _ReplyRoutes()
+        self._watch = RuleWatch()
 
     async def load(self, redirects: Redirects) -> None:
-        held, self._held = self._held, None  # unknown until the kernel has said yes
-        with quiet(self._notices):
-            await self._answers.before(redirects, anew=held is None or self._touched)
-            if held is None or self._touched:
-                await run_tool("nft", "-f", "-", stdin=nft.table(redirects))
+        held, self._held = self._held, None  # unknown until the kernel has accepted the load
+        with self._watch.quiet():
+            await self._replies.add(redirects, again=held is None or self._watch.is_touched)
+            if held is None or self._watch.is_touched:
+                await load_nft(nft.table(redirects))
             elif script := nft.change(held, redirects):
                 try:
-                    await run_tool("nft", "-f", "-", stdin=script)
+                    await load_nft(script)
                 except SyncError as error:
                     log.warning("the change was refused (%s); loading the whole table", error)
-                    await run_tool("nft", "-f", "-", stdin=nft.table(redirects))
-            await self._answers.after(redirects)
+                    await load_nft(nft.table(redirects))
+            await self._replies.remove_unused(redirects)
         self._held = redirects
-        self._touched = False
-        if self._on_change is not None:
-            self._on_change()  # have a look soon: nothing was heard while we loaded
+        self._watch.is_touched = False
+        self._watch.check_after(0)
 
     async def reload(self) -> None:
         if (held := self._held) is not None:
-            self._touched = True
+            self._watch.is_touched = True
             try:
                 await self.load(held)
             except SyncError:
@@ -67,16 +59,16 @@ class NftKernel:
 
     async def remove(self) -> None:
         await self.remove_rules()
-        await self._answers.let_pass()
+        await self._replies.remove()
 
     async def remove_rules(self) -> None:
         self._held = None
         if is_installed("nft"):
-            with quiet(self._notices):
-                await run_tool("nft", "-f", "-", stdin=nft.removal())
+            with self._watch.quiet():
+                await load_nft(nft.removal())
 
     async def is_intact(self) -> bool:
-        if self._touched or self._held is None:
+        if self._watch.is_touched or self._held is None:
             return False
         try:
             return count_rules(nft.TABLE) == nft.rules_in(self._held) and _is_bridge_table_intact(self._held)
@@ -85,56 +77,42 @@ class NftKernel:
             return False
 
     async def watch(self, on_change: Callable[[], None]) -> None:
-        def on_notice() -> None:
-            self._touched = True
-            on_change()
-
-        self._on_change = on_change
-        self._notices = RuleNotices({nft.TABLE.split()[1]}, on_notice)
+        self._watch.listen({nft.TABLE.split()[1]}, on_change)
 
     def unwatch(self) -> None:
-        self._on_change = None
-        if self._notices is not None:
-            self._notices.close()
-            self._notices = None
+        self._watch.stop()
 
 
-class IptablesKernel:
-    """Rules through ``iptables-restore``: one transaction for each table of each family."""
+class IptablesKernel(XtablesRules):
+    """Rules loaded by ``iptables-restore``, in one transaction for each table of each family."""
 
     language = "iptables"
 
     def __init__(self) -> None:
+        super().__init__(("mangle", "nat", "filter"))
         self._held: Redirects | None = None
-        self._answers = _Answers()
+        self._replies = _ReplyRoutes()
         self._loaded: dict[int, tuple[str, ...]] = {}
-        self._look = LaterLook()
-        self._notices: RuleNotices | None = None
-        self._poll: asyncio.Task[None] | None = None
 
     async def load(self, redirects: Redirects) -> None:
         if redirects == self._held:
             return
         held, self._held = self._held, None
-        with quiet(self._notices):
-            await self._answers.before(redirects, anew=held is None)
-            done = await asyncio.gather(
-                *(self._load_family(redirects, family, prefix) for family, prefix in xtables.families()),
-                return_exceptions=True,
-            )
-            await self._answers.after(redirects)
-        for error in filter(None, done):
-            raise error
+        with self._watch.quiet():
+            await self._replies.add(redirects, again=held is None)
+            try:
+                await all_or_first_error(self._load_family(redirects, *each) for each in xtables.families())
+            finally:
+                await self._replies.remove_unused(redirects)
         self._held = redirects
-        self._look.after(_LOOK_AFTER_S)
+        self._check_later()
 
-    async def _load_family(self, redirects: Redirects, family: Family, prefix: str) -> None:
-        saved = await xtables.save(prefix)
-        script = iptables.restore(redirects, family, saved)
-        await xtables.restore(prefix, script)
-        loaded = iptables.ours(await xtables.save(prefix))
+    async def _load_family(self, redirects: Redirects, family: Family, tool: str) -> None:
+        script = iptables.restore(redirects, family, await xtables.save(tool))
+        await xtables.restore(tool, script)
+        loaded = iptables.ours(await xtables.save(tool))
         if len(loaded) != iptables.rules_in(script):
-            raise SyncError(f"{prefix}: somebody else changed rules while ours were loaded")
+            raise SyncError(f"{tool}: another program changed rules while ours were loaded")
         self._loaded[family] = loaded
 
     async def reload(self) -> None:
@@ -148,41 +126,21 @@ class IptablesKernel:
 
     async def remove(self) -> None:
         await self.remove_rules()
-        with quiet(self._notices):
-            await self._answers.let_pass()
+        with self._watch.quiet():
+            await self._replies.remove()
 
     async def remove_rules(self) -> None:
         self._held = None
         self._loaded = {}
-        with quiet(self._notices):
-            for _, prefix in xtables.families():
-                if not is_installed(f"{prefix}-save"):
-                    continue
-                script = iptables.removal(await xtables.save(prefix))
-                await xtables.restore(prefix, script)
+        with self._watch.quiet():
+            for _, tool in xtables.installed_families():
+                await xtables.restore(tool, iptables.removal(await xtables.save(tool)))
 
-    async def is_intact(self) -> bool:
-        for family, prefix in xtables.families():
-            if iptables.ours(await xtables.save(prefix)) != self._loaded.get(family):
+    async def _are_loaded(self) -> bool:
+        for family, tool in xtables.families():
+            if iptables.ours(await xtables.save(tool)) != self._loaded.get(family):
                 return False
         return True
-
-    async def watch(self, on_change: Callable[[], None]) -> None:
-        if await xtables.is_legacy():
-            self._poll = asyncio.create_task(call_often(lambda: _POLL_S, on_change), name="rules-poll")
-        else:
-            self._notices = RuleNotices({"mangle", "nat", "filter"}, on_change)
-            self._look.begin(on_change)
-            self._look.after(_LOOK_AFTER_S)
-
-    def unwatch(self) -> None:
-        self._look.end()
-        if self._notices is not None:
-            self._notices.close()
-            self._notices = None
-        if self._poll is not None:
-            self._poll.cancel()
-            self._poll = None
 
 
 KERNELS: dict[str, type[NftKernel | IptablesKernel]] = {"nftables": NftKernel, "iptables": IptablesKernel}
@@ -190,10 +148,10 @@ _TOOLS = {"nftables": "nft", "iptables": "iptables-restore"}
 
 
 def choose_language(asked: str) -> str:
-    """Return the rule language to use: *asked*, or for "auto" nftables where it is installed, else iptables.
+    """Return the rule language to use: *asked*, or for "auto" nftables if it is installed, else iptables.
 
     Raises:
-        SyncError: its tool is not installed; says which package has it.
+        SyncError: its tool is not installed; the message names the package.
     """
     if asked in _TOOLS:
         if not is_installed(_TOOLS[asked]):
@@ -205,42 +163,42 @@ def choose_language(asked: str) -> str:
     raise SyncError("neither nft nor iptables-restore is installed; install the package nftables")
 
 
-class _Answers:
-    """What backends answer to clients' own addresses: brought to this node, or passed by, whatever was before us."""
+class _ReplyRoutes:
+    """Routes and bridge rules that bring replies to clients' own addresses to this node, as long as they are needed."""
 
     def __init__(self) -> None:
-        self._are_brought: bool | None = None
+        self._are_there: bool | None = None  # None: unknown
 
-    async def before(self, redirects: Redirects, *, anew: bool) -> None:
-        """See to it before rules are loaded that no answer is lost; *anew*: somebody else may have changed it."""
-        if not redirects.transparent or (self._are_brought and not anew):
+    async def add(self, redirects: Redirects, *, again: bool) -> None:
+        """Add them before the rules of *redirects* are loaded. *again*: another program may have removed them."""
+        if not redirects.transparent or (self._are_there and not again):
             return
-        await answers.add_transparent_routes()
+        await transparent_replies.add_transparent_routes()
         for errors in (True, False):
             try:
-                await run_tool("nft", "-f", "-", stdin=answers.bridge_table(errors=errors))
+                await load_nft(transparent_replies.bridge_table(errors=errors))
                 break
-            except SyncError as error:  # a host without bridges can do without it
-                what = "tell of errors to" if errors else "answer"
-                log.warning("backends on a bridge cannot %s transparent clients beside them: %s", what, error)
-        self._are_brought = True
+            except SyncError as error:  # a host without bridges needs none
+                what = "send ICMP errors to" if errors else "answer"
+                log.warning("backends on the same bridge as a transparent client cannot %s it: %s", what, error)
+        self._are_there = True
 
-    async def after(self, redirects: Redirects) -> None:
-        """Take away what is not needed with the rules that are loaded now."""
-        if not redirects.transparent and self._are_brought is not False:
-            await self.let_pass()
+    async def remove_unused(self, redirects: Redirects) -> None:
+        """Remove them if the loaded rules of *redirects* do not need them."""
+        if not redirects.transparent and self._are_there is not False:
+            await self.remove()
 
-    async def let_pass(self) -> None:
-        await answers.remove_transparent_routes()
+    async def remove(self) -> None:
+        await transparent_replies.remove_transparent_routes()
         if is_installed("nft"):
             try:
-                await run_tool("nft", "-f", "-", stdin=answers.bridge_removal())
+                await load_nft(transparent_replies.bridge_removal())
             except SyncError as error:
-                log.debug("this kernel has no rules for bridges to remove: %s", error)
-        self._are_brought = False
+                log.debug("this kernel has no bridge rules to remove: %s", error)
+        self._are_there = False
 
 
 def _is_bridge_table_intact(redirects: Redirects) -> bool:
-    """Return whether it is as it should be; not there at all where this kernel refused it, which was said."""
-    rules, errors = answers.BRIDGE_RULES, answers.BRIDGE_ERROR_RULES
-    return not redirects.transparent or count_rules(answers.BRIDGE_TABLE) in (0, rules, rules + errors)
+    """Return whether the bridge table is complete, or absent because the kernel refused it."""
+    rules, errors = transparent_replies.BRIDGE_RULES, transparent_replies.BRIDGE_ERROR_RULES
+    return not redirects.transparent or count_rules(transparent_replies.BRIDGE_TABLE) in (0, rules, rules + errors)

@@ -1,9 +1,8 @@
 """Redirects as nftables text. Pure.
 
-One table of ours holds everything: maps from portal to proxy port, looked up in one step however many services
-there are, hooked before other NAT (priority -105 runs before -100). For each sender that is told from others there
-are maps of its own, and sets of what is dropped, before those for everybody.
-A change of some portals is a change of some elements; nothing else is touched.
+One table of ours holds everything: maps from portal to proxy port, looked up in one step however many services there
+are, hooked before other NAT (priority -105 runs before -100). Senders that are treated differently have maps and sets
+of their own, which are looked up first. A change of some portals changes some elements, and nothing else.
 """
 
 from __future__ import annotations
@@ -14,59 +13,46 @@ from functools import partial
 from userspace_proxy.host.network import LOCAL_ADDRESS4, LOCAL_ADDRESS6
 from userspace_proxy.interfaces import DROPPED, OWN_MARK, TRANSPARENT_MARK, Capture, Redirects
 from userspace_proxy.model.endpoint import FAMILIES, Family
-from userspace_proxy.model.names import ServicePortName
+from userspace_proxy.model.names import L4Protocol, ServicePortName
 from userspace_proxy.model.routes import Sender
 from userspace_proxy.model.service import Portal
-from userspace_proxy.modes.nft_blocks import (
-    CHAIN_REASONS,
-    FORWARD_TYPE,
-    NO_LOOP,
-    RESTRICTED_REASON,
-    SENT,
-    TABLE_REASON,
-    Block,
-    NftTable,
-    from_pods,
-)
+from userspace_proxy.modes import nft_blocks
+from userspace_proxy.modes.nft_blocks import IP, SENDERS, SENT, Block, NftTable
 from userspace_proxy.modes.reasons.known import Known
-from userspace_proxy.modes.rule_line import Reason, RuleLine
+from userspace_proxy.modes.rule_line import RuleLine
 from userspace_proxy.modes.userspace.transparent_replies import REPLY_RULE
 from userspace_proxy.netfilter.nft_text import comment, is_everything, merged
 
 TABLE = "inet userspace_proxy"
-_BASE_RULES = 3  # the jumps of the chains that the kernel calls, and NO_LOOP
-_IP: Mapping[Family, str] = {4: "ip", 6: "ip6"}
+_BASE_RULES = 3  # those of _BASE_CHAINS
 _LOCAL_ADDRESSES: Mapping[Family, str] = {4: LOCAL_ADDRESS4, 6: LOCAL_ADDRESS6}
-# In the order in which they are asked for; what their sets are called.
-_SENDERS = {Sender.NODE: "_for_node", Sender.POD: "_for_pods", Sender.ANYBODY: ""}
 
 
 def table(redirects: Redirects) -> str:
-    """Return the script that replaces our table, whole, whether or not there is one."""
+    """Return the script that creates our table or replaces it."""
     return rules(redirects).text()
 
 
 def rules(redirects: Redirects) -> NftTable:
     """Return the lines of `table`, each with its reason."""
-    sets = _sets(redirects)
-    chains = _chains(redirects)
+    sets = _difference(Redirects(), redirects)[1]
     return NftTable(
         _BEFORE,
         [
             *(block._replace(items=list(sets.get(name, {}).values())) for name, block in _SETS.items()),
             *_BASE_CHAINS,
-            *(_block(name, rules) for name, rules in chains.items()),
+            *(_chain(name, rules) for name, rules in _chains(redirects).items()),
         ],
     )
 
 
 def change(old: Redirects, new: Redirects) -> str:
-    """Return the script that makes *new* of *old*, at the cost of what differs; "" where nothing does."""
+    """Return the script that turns *old* into *new*; "" if they are equal. The cost follows the differences."""
     lines = []
     old_chains = _chains(old)
     for name, rules in _chains(new).items():
         if rules != old_chains[name]:
-            lines += [f"flush chain {TABLE} {name}", f"table {TABLE} {{", _block(name, rules).text() + "}"]
+            lines += [f"flush chain {TABLE} {name}", f"table {TABLE} {{", _chain(name, rules).text() + "}"]
     gone, came = _difference(old, new)
     lines += [f"delete element {TABLE} {name} {{ {key} }}" for name, keys in gone.items() for key in keys]
     lines += [f"add element {TABLE} {name} {{ {e.text} }}" for name, keys in came.items() for e in keys.values()]
@@ -74,74 +60,70 @@ def change(old: Redirects, new: Redirects) -> str:
 
 
 def rules_in(redirects: Redirects) -> int:
-    """Return how many rules our table has once *redirects* are loaded."""
+    """Return the number of rules in our table once *redirects* are loaded."""
     return _BASE_RULES + sum(map(len, _chains(redirects).values()))
 
 
 def removal() -> str:
-    """Return the script that removes our table; it succeeds where there is none."""
+    """Return the script that removes our table. It succeeds if there is none."""
     return f"table {TABLE}\ndelete table {TABLE}\n"
 
 
 # ---- chains
 
 
-_NAT_REASON = (
-    "Called for the first packet of each connection only; conntrack does the same to all later ones. -105 is before "
-    "other NAT (-100). Accept: what no rule leads elsewhere goes its usual way."
-)
 _BEFORE = (
-    RuleLine(f"table {TABLE}", "Makes sure that our table is there, so that the next line has one to delete."),
-    RuleLine(
-        f"delete table {TABLE}",
-        "Away with what it held: nft applies all of this as one transaction, so no packet meets a gap.",
-    ),
-    RuleLine(f"table {TABLE} {{", TABLE_REASON),
+    RuleLine(f"table {TABLE}", "Creates our table if it is missing, so that the next line can delete it."),
+    RuleLine(f"delete table {TABLE}", "Deletes the old rules. nft applies everything here as one transaction."),
+    RuleLine(f"table {TABLE} {{", nft_blocks.TABLE_REASON),
 )
-_REASONS = CHAIN_REASONS | {
-    "replies": "Packets that come in, before conntrack's NAT: answers that endpoints give to clients' own addresses.",
-    "services": "Packets to Services, in the order in which they are looked up; the first rule that matches ends it.",
+_REASONS = nft_blocks.CHAIN_REASONS | {
+    "replies": "Arriving packets before conntrack's NAT: replies of endpoints to clients' own addresses.",
+    "services": "Packets to Services, in the order of the look-ups. The first rule that matches decides.",
 }
-
-
-def _base_chain(name: str, hook: str, reason: str, *rules: RuleLine) -> Block:
-    return Block("chain", name, _REASONS[name], (RuleLine(hook, reason),), rules)
-
-
-# The chains that the kernel calls. Their rules do not depend on redirects.
 _BASE_CHAINS = (
-    _base_chain(
+    Block(
+        "chain",
         "prerouting",
-        "type nat hook prerouting priority -105; policy accept;",
-        _NAT_REASON,
-        RuleLine("jump services", "On to the chain services."),
+        _REASONS["prerouting"],
+        (nft_blocks.nat_hook("prerouting", -105),),
+        (RuleLine("jump services", "On to the chain services."),),
     ),
-    _base_chain(
+    Block(
+        "chain",
         "output",
-        "type nat hook output priority -105; policy accept;",
-        _NAT_REASON,
-        RuleLine(
-            f"meta mark & {OWN_MARK:#x} == 0 jump services",
-            "On to the chain services, but not for what our proxy itself sends: its sockets mark their packets with "
-            f"{OWN_MARK:#x}, so a dial to an endpoint never comes back to us.",
+        _REASONS["output"],
+        (nft_blocks.nat_hook("output", -105),),
+        (
+            RuleLine(
+                f"meta mark & {OWN_MARK:#x} == 0 jump services",
+                "On to the chain services, except for packets of our proxy. Its sockets mark them with "
+                f"{OWN_MARK:#x}, so that a dial to an endpoint never comes back to the proxy.",
+            ),
         ),
     ),
-    _base_chain(
+    Block(
+        "chain",
         "replies",
-        "type filter hook prerouting priority -150; policy accept;",
-        "Called for every packet that comes in, before NAT.",
+        _REASONS["replies"],
+        (
+            RuleLine(
+                "type filter hook prerouting priority -150; policy accept;",
+                "Called for every packet that arrives, before NAT.",
+            ),
+        ),
     ),
-    Block("chain", "forward", _REASONS["forward"], (FORWARD_TYPE,), (NO_LOOP,)),
+    nft_blocks.FORWARD_BLOCK,
 )
 _REPLY = RuleLine(
     REPLY_RULE,
-    "An answer (or ICMP error) to a client whose address a socket of ours speaks with: marked with "
-    f"{TRANSPARENT_MARK:#x}, by which routing brings it to this node instead of to the client.",
+    "A reply (or ICMP error) to a client whose address one of our sockets uses. The mark "
+    f"{TRANSPARENT_MARK:#x} has it routed to this node instead of the client.",
 )
 
 
 def _chains(redirects: Redirects) -> dict[str, list[RuleLine]]:
-    """Return the rules that depend on *redirects*. A NAT chain sees the first packet of a connection, and no other."""
+    """Return the rules that depend on *redirects*."""
     return {
         "services": [
             RuleLine(f"meta nfproto ipv{family} jump services{family}", f"IPv{family} has rules of its own.")
@@ -149,98 +131,90 @@ def _chains(redirects: Redirects) -> dict[str, list[RuleLine]]:
         ],
         **{f"services{family}": list(_services(redirects, family)) for family in FAMILIES},
         "replies": [_REPLY] if redirects.transparent else [],
-        **{f"node_ports{family}": list(_node_ports(redirects, family)) for family in FAMILIES},
+        **{
+            f"node_ports{family}": list(_lookups(redirects, family, "meta l4proto . th dport", f"node_ports{family}"))
+            for family in FAMILIES
+        },
     }
 
 
 def _services(redirects: Redirects, family: Family) -> Iterator[RuleLine]:
-    ip = _IP[family]
-    portal = f"{ip} daddr . meta l4proto . th dport"
+    ip = IP[family]
     if redirects.allowed:
-        yield RuleLine(
-            f"{portal} @restricted{family} {portal} . {ip} saddr != @allowed{family} drop",
-            "Is the portal one of @restricted, and the sender in none of the networks of @allowed? "
-            "Dropped, without an answer.",
-        )
-    yield from _lookups(redirects, family, portal, f"service_ips{family}")
-    # Behind the services' own addresses, as one of these may be this node's.
+        yield nft_blocks.restriction(family)
+    yield from _lookups(redirects, family, f"{ip} daddr . meta l4proto . th dport", f"service_ips{family}")
     on = ", ".join(node_port_addresses(redirects, family))
     yield RuleLine(
         f"{f'{ip} daddr {{ {on} }} ' if on else ''}fib daddr type local jump node_ports{family}",
-        f"Packets to {f'one of {on}' if on else 'an address'} of this node: see whether it is a node port. Behind the "
-        "Services' own addresses.",
+        f"Packets to {f'one of {on}' if on else 'an address'} of this node: is it a node port? Services' own addresses "
+        "take precedence, because one of them may be this node's.",
     )
     if redirects.refuse_port:
-        # What comes to a proxy port itself is led to where nobody listens, and the kernel refuses it.
         guarded = "meta l4proto { tcp, udp } meta l4proto . th dport @proxy_ports"
         yield RuleLine(
-            f"fib daddr type local {guarded} {_leads(redirects, family)}{redirects.refuse_port}",
-            f"Who dials a proxy port of this node directly is led to port {redirects.refuse_port}, at which nobody "
-            "listens, so that the kernel refuses: a proxy port is reached by its portals only.",
+            f"fib daddr type local {guarded} {_redirect(redirects, family)}{redirects.refuse_port}",
+            f"Packets sent directly to a proxy port of this node go to port {redirects.refuse_port}. It has no "
+            "listener, so the kernel refuses them: proxy ports are only reached through portals.",
         )
 
 
-def _node_ports(redirects: Redirects, family: Family) -> Iterator[RuleLine]:
-    yield from _lookups(redirects, family, "meta l4proto . th dport", f"node_ports{family}")
-
-
 def _lookups(redirects: Redirects, family: Family, key: str, name: str) -> Iterator[RuleLine]:
-    """Yield the rules that look *key* up for each sender; a NAT chain drops for good, as nothing else sees the packet.
+    """Yield the rules that look up *key* for each sender.
 
-    `meta l4proto` has to be matched in the rule that translates.
+    A drop in a NAT chain is enough, as the packet is the first of its connection. `meta l4proto` has to be matched in
+    the rule that translates.
     """
-    here = "this node itself"
+    here = "this node"
     if redirects.capture is Capture.ADDRESS:
         here = f"{_LOCAL_ADDRESSES[family]}, an address of ours on lo,"
-    for sender, suffix in _SENDERS.items():
-        for match, who in _matches(sender, redirects, family):
+    for sender, suffix in SENDERS.items():
+        for match, which in _matches(sender, redirects, family):
             yield RuleLine(
                 f"{match}{key} @dropped_{name}{suffix} drop",
-                f"Packets{f' {who}' if who else ''} to a portal in @dropped_{name}{suffix} are dropped, without an "
+                f"Packets{f' {which}' if which else ''} to a portal in @dropped_{name}{suffix}: dropped without an "
                 "answer.",
             )
             yield RuleLine(
-                f"{match}meta l4proto {{ tcp, udp }} {_leads(redirects, family)}{key} map @{name}{suffix}",
-                f"{f'Packets {who}' if who else 'TCP and UDP packets'} whose destination, protocol and port are a key "
-                f"of @{name}{suffix} go to {here} at the proxy port that stands there. What is not found goes on to "
-                "the next rule.",
+                f"{match}meta l4proto {{ tcp, udp }} {_redirect(redirects, family)}{key} map @{name}{suffix}",
+                f"{f'Packets {which}' if which else 'TCP and UDP packets'} whose destination, protocol and port are in "
+                f"@{name}{suffix} go to {here} at the proxy port found there. Others: the next rule.",
             )
 
 
 def _matches(sender: Sender, redirects: Redirects, family: Family) -> Iterator[tuple[str, str]]:
-    """Yield what matches *sender*, and that in words; nothing where it meets what everybody meets."""
+    """Yield what matches packets of *sender*, and the same in words; nothing if it has no maps of its own."""
     if sender is Sender.ANYBODY:
         yield "", ""
     elif not redirects.exceptions.get(sender):
         return
     elif sender is Sender.NODE:
         yield "fib saddr type local ", "sent by this node itself"
-    elif (pods := from_pods(redirects.pods, family))[0]:
+    elif (pods := nft_blocks.from_pods(redirects.pods, family))[0]:
         yield pods
 
 
-def _leads(redirects: Redirects, family: Family) -> str:
+def _redirect(redirects: Redirects, family: Family) -> str:
     if redirects.capture is Capture.ADDRESS:
-        return f"dnat {_IP[family]} to {_LOCAL_ADDRESSES[family]} :"
+        return f"dnat {IP[family]} to {_LOCAL_ADDRESSES[family]} :"
     return "redirect to :"
 
 
-def _block(name: str, rules: Sequence[RuleLine]) -> Block:
-    reason = _REASONS[name.rstrip("46")] if name != "services" else "The Services, for whatever comes in or leaves."
+def _chain(name: str, rules: Sequence[RuleLine]) -> Block:
+    reason = _REASONS[name.rstrip("46")] if name != "services" else "Packets to Services, from either hook."
     return Block("chain", name, reason, items=rules)
 
 
-# ---- what iptables.py needs too
+# ---- shared with iptables.py
 
 
 def node_port_addresses(redirects: Redirects, family: Family) -> tuple[str, ...]:
-    """Return the networks of own addresses at which node ports are served; empty for all."""
+    """Return the networks of node addresses that serve node ports; empty for all."""
     networks = merged(redirects.node_ports_on, family)
     return () if is_everything(networks) else networks
 
 
 def restricted(redirects: Redirects, family: Family) -> Iterator[tuple[Portal, tuple[str, ...]]]:
-    """Yield the portals that not everybody may dial, and the networks from which they may be dialled."""
+    """Yield the portals that only some clients may dial, and the networks of these clients."""
     for portal, cidrs in redirects.allowed.items():
         if portal.family == family and not is_everything(networks := merged(cidrs, family)):
             yield portal, networks
@@ -252,46 +226,35 @@ def restricted(redirects: Redirects, family: Family) -> Iterator[tuple[Portal, t
 def _set_blocks() -> Iterator[Block]:
     port, port_words = "inet_proto . inet_service", "protocol . port"
     for family in FAMILIES:
-        address = f"ipv{family}_addr"
-        address_words = f"address . {port_words}"
         for name, what, key, key_words in (
-            (f"service_ips{family}", "addresses of Services", f"{address} . {port}", address_words),
+            (f"service_ips{family}", "addresses of Services", f"ipv{family}_addr . {port}", f"address . {port_words}"),
             (f"node_ports{family}", "node ports", port, port_words),
         ):
-            for sender in reversed(_SENDERS):
-                suffix, sent = _SENDERS[sender], SENT[sender]
-                first = " Asked before the map for everybody." if suffix else ""
+            for sender in reversed(SENDERS):
+                suffix, sent = SENDERS[sender], SENT[sender]
+                first = " Looked up before the map for all senders." if suffix else ""
                 yield Block(
                     "map",
                     f"{name}{suffix}",
-                    f"Where packets{sent} to {what} (IPv{family}) go: portal -> proxy port. One look-up, however many "
-                    f"Services there are.{first}",
+                    f"Packets{sent} to {what} (IPv{family}): portal -> proxy port. One look-up, however many Services "
+                    f"there are.{first}",
                     (RuleLine(f"type {key} : inet_service", f"Key: {key_words}; value: the proxy port."),),
                 )
                 yield Block(
                     "set",
                     f"dropped_{name}{suffix}",
-                    f"Packets{sent} to these {what} (IPv{family}) are dropped: their traffic policy wants endpoints of "
-                    "this node, and it has none.",
+                    f"Packets{sent} to these {what} (IPv{family}) are dropped: the traffic policy is Local, and this "
+                    "node has no endpoint.",
                     (RuleLine(f"type {key}", f"An element is {key_words}."),),
                 )
-        declared = RuleLine(f"type {address} . {port}", f"An element is {address_words}.")
-        yield Block("set", f"restricted{family}", RESTRICTED_REASON, (declared,))
-        declared = RuleLine(
-            f"type {address} . {port} . {address}; flags interval",
-            f"An element is {address_words} . network of the sender.",
-        )
-        reason = "From where these may be dialled: portal . network of the sender."
-        yield Block("set", f"allowed{family}", reason, (declared,))
+        for name, kind in nft_blocks.restriction_kinds(family):
+            yield nft_blocks.set_block(name, kind)
     yield Block(
         "set",
         "proxy_ports",
         "The local ports at which our proxy listens.",
         (
-            RuleLine(
-                'comment "reached through the maps only, never directly"',
-                "A note for who reads the rules in the kernel.",
-            ),
+            RuleLine('comment "reached through the maps only, never directly"', "A note for readers of the rules."),
             RuleLine(f"type {port}", f"An element is {port_words}."),
         ),
     )
@@ -303,47 +266,47 @@ _SETS = {block.name: block for block in _set_blocks()}
 _Sets = dict[str, dict[str, RuleLine]]
 
 
-def _sets(redirects: Redirects) -> _Sets:
-    return _difference(Redirects(), redirects)[1]
-
-
 def _difference(old: Redirects, new: Redirects) -> tuple[_Sets, _Sets]:
     """Return the elements that are in *old* only, and those in *new* only."""
     gone: _Sets = {}
     came: _Sets = {}
-    for sender in _SENDERS:
-        before, after = _ports(old, sender), _ports(new, sender)
-        # An element that differs in its comment alone is replaced too: the comment says whose it is.
-        for elements, redirects, ports, others, other_names in (
-            (gone, old, before, after, new.names),
-            (came, new, after, before, old.names),
-        ):
-            names = redirects.names
-            for portal, port in ports.items():
-                name = names.get(portal)
-                if others.get(portal) != port or name != other_names.get(portal):
-                    said = f' comment "{comment(name)}"' if name else ""
-                    value = f" : {port}" if port != DROPPED else ""
-                    key = _key(portal)
-                    reason = partial(_redirected, portal, sender, port, redirects.refuse_port)
-                    elements.setdefault(_place(sender, portal, port), {})[key] = RuleLine(
-                        f"{key}{said}{value}", reason, name
-                    )
-    for elements_of in (_ranges, _guarded):
-        sets_before, sets_after = elements_of(old), elements_of(new)
-        for place in {**sets_before, **sets_after}:
-            keys_before, keys_after = sets_before.get(place, {}), sets_after.get(place, {})
-            for elements, keys, other_keys in ((gone, keys_before, keys_after), (came, keys_after, keys_before)):
-                elements[place] = {key: RuleLine(key, *keys[key]) for key in keys if key not in other_keys}
+    for sender in SENDERS:
+        _add_other_ports(gone, old, new, sender)
+        _add_other_ports(came, new, old, sender)
+    before, after = _ranges(old), _ranges(new)
+    for name in {**before, **after}:
+        gone[name] = _other(before.get(name, {}), after.get(name, {}))
+        came[name] = _other(after.get(name, {}), before.get(name, {}))
+    gone["proxy_ports"] = _other_proxy_ports(old, new)
+    came["proxy_ports"] = _other_proxy_ports(new, old)
     return gone, came
+
+
+def _add_other_ports(elements: _Sets, these: Redirects, those: Redirects, sender: Sender) -> None:
+    """Add the elements for ports in *these* that are not in *those*, or have another owner, which the comment names."""
+    others = _ports(those, sender)
+    for portal, port in _ports(these, sender).items():
+        name = these.names.get(portal)
+        if others.get(portal) != port or name != those.names.get(portal):
+            text = f' comment "{comment(name)}"' if name else ""
+            value = f" : {port}" if port != DROPPED else ""
+            key = _key(portal)
+            reason = partial(_redirected, portal, sender, port, these.refuse_port)
+            elements.setdefault(_set_name(sender, portal, port), {})[key] = RuleLine(
+                f"{key}{text}{value}", reason, name
+            )
+
+
+def _other(these: Mapping[str, RuleLine], those: Mapping[str, RuleLine]) -> dict[str, RuleLine]:
+    return {key: line for key, line in these.items() if key not in those}
 
 
 def _ports(redirects: Redirects, sender: Sender) -> Mapping[Portal, int]:
     return redirects.ports if sender is Sender.ANYBODY else redirects.exceptions.get(sender, {})
 
 
-def _place(sender: Sender, portal: Portal, port: int) -> str:
-    name = f"{'node_ports' if portal.is_node_port else 'service_ips'}{portal.family}{_SENDERS[sender]}"
+def _set_name(sender: Sender, portal: Portal, port: int) -> str:
+    name = f"{'node_ports' if portal.is_node_port else 'service_ips'}{portal.family}{SENDERS[sender]}"
     return f"dropped_{name}" if port == DROPPED else name
 
 
@@ -357,41 +320,43 @@ def _redirected(portal: Portal, sender: Sender, port: int, refuse_port: int, kno
     if port == DROPPED:
         return f"{packets} are dropped."
     if port == refuse_port:
-        return (
-            f"{packets} are led to port {port}, at which nobody listens: no endpoint is there, and the kernel refuses "
-            "at once."
-        )
-    return f"{packets} are led to our proxy port {port}."
+        return f"{packets} go to port {port}, which has no listener: there are no endpoints, and the kernel refuses."
+    return f"{packets} go to our proxy port {port}."
 
 
-# Name of a set -> key -> its reason, and whose it is.
-_Keys = dict[str, dict[str, tuple[Reason, ServicePortName | None]]]
-
-
-def _ranges(redirects: Redirects) -> _Keys:
-    sets: _Keys = {}
+def _ranges(redirects: Redirects) -> _Sets:
+    sets: _Sets = {}
     for family in FAMILIES:
         for portal, networks in restricted(redirects, family):
             key, name = _key(portal), redirects.names.get(portal)
-            reason = partial(_dialled, portal, "the networks in @allowed only")
-            sets.setdefault(f"restricted{family}", {})[key] = reason, name
-            allowed = {f"{key} . {network}": (partial(_dialled, portal, network), name) for network in networks}
-            sets.setdefault(f"allowed{family}", {}).update(allowed)
+            line = _dialled(key, portal, "the networks in @allowed only", name)
+            sets.setdefault(f"restricted{family}", {})[key] = line
+            allowed = sets.setdefault(f"allowed{family}", {})
+            for network in networks:
+                allowed[f"{key} . {network}"] = _dialled(f"{key} . {network}", portal, network, name)
     return sets
 
 
-def _dialled(portal: Portal, source: str, known: Known) -> str:
-    words = known.portal_words(portal)
-    return f"{words[0].upper()}{words[1:]} may be dialled from {source}."
+def _dialled(text: str, portal: Portal, source: str, name: ServicePortName | None) -> RuleLine:
+    def reason(known: Known) -> str:
+        words = known.portal_words(portal)
+        return f"{words[0].upper()}{words[1:]} may be dialled from {source}."
+
+    return RuleLine(text, reason, name)
 
 
-def _guarded(redirects: Redirects) -> _Keys:
-    levels = (_ports(redirects, sender) for sender in reversed(_SENDERS))
-    ports = {(portal.protocol, port): None for level in levels for portal, port in level.items() if port != DROPPED}
-    reason, refused = "A proxy port: it may not be dialled directly.", "The port at which nobody listens."
-    return {
-        "proxy_ports": {
-            f"{protocol.lower()} . {port}": (refused if port == redirects.refuse_port else reason, None)
-            for protocol, port in ports
-        }
-    }
+def _other_proxy_ports(these: Redirects, those: Redirects) -> dict[str, RuleLine]:
+    """Return the elements of the set of proxy ports that are in *these* but not in *those*."""
+    others, elements = _proxy_ports(those), {}
+    for protocol, port in _proxy_ports(these):
+        if (protocol, port) not in others:
+            is_refusing = port == these.refuse_port
+            reason = "The port without a listener." if is_refusing else "A proxy port: not to be dialled directly."
+            key = f"{protocol.lower()} . {port}"
+            elements[key] = RuleLine(key, reason)
+    return elements
+
+
+def _proxy_ports(redirects: Redirects) -> dict[tuple[L4Protocol, int], None]:
+    levels = (_ports(redirects, sender) for sender in reversed(SENDERS))
+    return {(portal.protocol, port): None for level in levels for portal, port in level.items() if port != DROPPED}

@@ -1,7 +1,7 @@
-"""Userspace mode: listeners for each service port, and rules that lead its portals there.
+"""Userspace mode: listeners for each service port, and rules that redirect its portals to them.
 
-Always in this order: open, load, retire. So no rule ever points at a port nobody listens on, and a refused
-load leaves the old rules *and* the old listeners serving.
+Always in this order: open, load, retire. So no rule ever points at a port without a listener, and a refused load leaves
+the old rules and the old listeners serving.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Iterable, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import replace
 
 from prometheus_client.core import Metric
@@ -18,10 +18,11 @@ from userspace_proxy.control.proxy_ports import ProxyPorts
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import DROPPED, NO_ROOM, Backends, Capture, DataPlane, Kernel, ListenerSpec, Redirects
 from userspace_proxy.model.names import L4Protocol, ListenerName, ServicePortName
-from userspace_proxy.model.service import Portal, portals
+from userspace_proxy.model.service import Portal, ServicePort, portals
 from userspace_proxy.model.state import ProxyState
-from userspace_proxy.modes.plans import NodeRules, Plan, Plans, redirects_to
-from userspace_proxy.modes.repairs import REPAIR_PAUSE_S, Keeper
+from userspace_proxy.modes.base_proxier import BaseProxier, log_served
+from userspace_proxy.modes.plans import NodeRules, Plan, redirects_to
+from userspace_proxy.modes.portal_owners import warn_of_claim
 from userspace_proxy.modes.userspace.capture import watch_interfaces
 from userspace_proxy.netfilter.conntrack import (
     ANY_IP,
@@ -34,16 +35,14 @@ from userspace_proxy.netfilter.conntrack import (
 )
 
 _PORT_TRIES = 64
-# Between two tries to open listeners for which there was no port, descriptor or memory.
+# The pause between attempts to open listeners for which there was no port, descriptor or memory.
 _OPEN_AGAIN_S = 3.0
-# New service ports that are told one by one.
-_TOLD_MAX = 20
 
 log = logging.getLogger(__name__)
 
 
-class UserspaceProxier:
-    """Holds what is open and what is loaded, and brings both to each new state."""
+class UserspaceProxier(BaseProxier):
+    """Applies each state to listeners and rules."""
 
     def __init__(
         self,
@@ -54,50 +53,32 @@ class UserspaceProxier:
         *,
         watches_interfaces: bool = False,
     ) -> None:
-        """*watches_interfaces*: change how packets are captured where REDIRECT cannot work."""
+        """*watches_interfaces*: change the way of capture when REDIRECT cannot work at an interface."""
+        super().__init__(kernel, rules)
         self._plane = plane
         self._kernel = kernel
         self._ports = ports
-        self._rules = rules
         self._watches_interfaces = watches_interfaces
-        self._lock = asyncio.Lock()
-        self._plans = Plans()
         self._opened: dict[ListenerName, ListenerSpec] = {}
         self._given: dict[ListenerName, Backends] = {}
         self._loaded: Redirects | None = None
-        self._outdated = True  # until a load has succeeded, however often it is refused
+        self._is_outdated = True  # the rules, until a load succeeds
         self._claimed: dict[Portal, ServicePortName] = {}
-        self._told: set[ServicePortName] = set()
-        self._strayed: set[ServicePortName] = set()  # flows of theirs may go where no policy leads any more
-        self._losing: set[ServicePortName] = set()  # UDP, some endpoint serves no more, since the last finished sync
+        self._logged: set[ServicePortName] = set()
+        self._with_old_flows: set[ServicePortName] = set()  # their UDP flows may follow an earlier traffic policy
+        self._losing: set[ServicePortName] = set()  # UDP service ports that lost an endpoint since the last sync
         self._refuse_port = 0
-        self.unopened: dict[ListenerName, str] = {}
-        self.loads = 0
-        self.keeper = Keeper(kernel)
-        self.repairs = 0
-
-    @property
-    def service_ports(self) -> int:
-        return len(self._plans.held)
 
     @property
     def capture(self) -> Capture:
         return self._rules.capture
 
-    # ---- from one process to the next
-
     def adopt(self, specs: Iterable[ListenerSpec]) -> None:
-        """Take these for opened: the data plane has them from the process before. Before the first sync."""
+        """Take over listeners that the data plane has from the previous process. Call it before the first sync."""
         for spec in specs:
             self._opened[spec.name] = spec
             self._ports.hold(spec.name, spec.proxy_port)
-        self._told.update(name.service_port for name in self._opened)
-
-    @contextlib.asynccontextmanager
-    async def paused(self) -> AsyncIterator[None]:
-        """Change nothing while the block runs."""
-        async with self._lock:
-            yield
+        self._logged.update(name.service_port for name in self._opened)
 
     # ---- sync
 
@@ -106,67 +87,58 @@ class UserspaceProxier:
             await self._sync(state)
 
     async def _sync(self, state: ProxyState) -> None:
-        self._outdated |= self._plans.update(state, self._rules)
-        self._told.difference_update(self._plans.gone)
+        self._is_outdated |= self._plans.update(state, self._rules)
+        self._logged.difference_update(self._plans.gone)
         changed = self._plans.unfinished
         await self._open(changed)
         self._losing |= self._losing_endpoints(changed)
         emptied = await self._give_usable(changed)
-        gone = [name for name in self._opened if not self._is_wanted(name)]
-        if self._outdated:
+        gone = [name for name in self._opened if not self._is_planned(name)]
+        if self._is_outdated:
             await self._load(self._losing)
-        await self._give(emptied)  # now that nobody is led there any more
-        self._tell_new(changed)
+        await self._give(emptied)  # the rules send no more clients to these
+        self._log_new(changed)
         await self._retire(gone)
-        if strayed := self._losing & self._strayed:
-            await self._forget_strayed_flows(strayed)
+        if with_old_flows := self._losing & self._with_old_flows:
+            await self._forget_old_flows(with_old_flows)
         self._losing.clear()
         self._plans.finish()
 
-    def _is_wanted(self, name: ListenerName) -> bool:
+    def _is_planned(self, name: ListenerName) -> bool:
         planned = self._plans.held.get(name.service_port)
         return planned is not None and name in planned.listeners
 
-    def _tell_new(self, changed: Iterable[Plan]) -> None:
-        """Say what is served from now on: the addresses are news where they were allocated."""
+    def _log_new(self, changed: Iterable[Plan]) -> None:
         new = [
-            p for p in changed if p.service_port.name not in self._told and any(n in self._opened for n in p.listeners)
+            plan
+            for plan in changed
+            if plan.service_port.name not in self._logged and any(name in self._opened for name in plan.listeners)
         ]
-        for planned in new[:_TOLD_MAX]:
-            name = planned.service_port.name
-            shown = ", ".join(dict.fromkeys(map(str, portals(planned.service_port))))
-            for listener, backends in planned.listeners.items():
-                if (spec := self._opened.get(listener)) is not None:
-                    port, usable = spec.proxy_port, len(backends.usable)
-                    log.info("%s: %s %s -> proxy port %d -> %d endpoints", listener, name.protocol, shown, port, usable)
-        if len(new) > _TOLD_MAX:
-            log.info("... and %d more service ports", len(new) - _TOLD_MAX)
-        self._told.update(planned.service_port.name for planned in new)
+        log_served((line for plan in new for line in self._served(plan)), len(new))
+        self._logged.update(plan.service_port.name for plan in new)
+
+    def _served(self, plan: Plan) -> Iterator[str]:
+        addresses = ", ".join(dict.fromkeys(map(str, portals(plan.service_port))))
+        for name, backends in plan.listeners.items():
+            if (spec := self._opened.get(name)) is not None:
+                to = f"proxy port {spec.proxy_port} -> {len(backends.usable)} endpoints"
+                yield f"{name}: {name.protocol} {addresses} -> {to}"
 
     async def _open(self, changed: Iterable[Plan]) -> None:
-        """Open or configure the listeners of *changed*, and those that could not be opened before."""
+        """Open or configure the listeners of *changed*, and retry those that could not be opened."""
         if not self._refuse_port:
             await self._reserve_refuse_port()
-        wanted = {name: planned.service_port for planned in changed for name in planned.listeners}
-        wanted |= {n: self._plans.held[n.service_port].service_port for n in self.unopened if self._is_wanted(n)}
-        specs = []
-        for name, service_port in wanted.items():
-            held = self._opened.get(name)
-            if held is not None and held.service_port == service_port:
-                continue
-            port = held.proxy_port if held else self._ports.next_for(name, set())
-            if port is None:
-                self._note_unopened(name, "no proxy port is left; widen --proxy-port-range")
-            else:
-                specs.append(ListenerSpec(service_port, port, name.scope, name.transparent))
-        self._outdated |= bool(specs)
+        planned = {name: plan.service_port for plan in changed for name in plan.listeners}
+        planned |= {n: self._plans.held[n.service_port].service_port for n in self.unopened if self._is_planned(n)}
+        specs = [spec for name, service_port in planned.items() if (spec := self._spec(name, service_port))]
+        self._is_outdated |= bool(specs)
         tried: dict[ListenerName, set[int]] = {}
         while specs:
             refused = await self._plane.open(specs)
-            opened = [spec for spec in specs if spec.name not in refused]
-            for spec in opened:
-                self._opened[spec.name] = spec
-                self.unopened.pop(spec.name, None)
+            for spec in specs:
+                if spec.name not in refused:
+                    self._opened[spec.name] = spec
+                    self.unopened.pop(spec.name, None)
             specs = [
                 replace(spec, proxy_port=port)
                 for spec in specs
@@ -174,8 +146,19 @@ class UserspaceProxier:
                 and (port := self._another_port(spec, refused[spec.name], tried.setdefault(spec.name, set())))
             ]
 
+    def _spec(self, name: ListenerName, service_port: ServicePort) -> ListenerSpec | None:
+        """Return the listener to open or configure; None if it is open as it should be, or there is no port for it."""
+        held = self._opened.get(name)
+        if held is not None and held.service_port == service_port:
+            return None
+        port = held.proxy_port if held else self._ports.next_for(name, set())
+        if port is None:
+            self._note_unopened(name, "no proxy port is left; widen --proxy-port-range")
+            return None
+        return ListenerSpec(service_port, port, name.scope, name.transparent)
+
     def _another_port(self, spec: ListenerSpec, why: str, tried: set[int]) -> int | None:
-        """Return the port to try next for a listener that could not be opened; None to give up until the next sync."""
+        """Return the next port to try for a listener that was refused, or None to give up until the next sync."""
         tried.add(spec.proxy_port)
         self._ports.release(spec.name)
         hopeless = len(tried) >= _PORT_TRIES or why.startswith(NO_ROOM)
@@ -204,10 +187,10 @@ class UserspaceProxier:
         raise SyncError(f"no port of --proxy-port-range can be held ({why}); choose another range")
 
     async def _give_usable(self, changed: Iterable[Plan]) -> dict[ListenerName, Backends]:
-        """Give the data plane the endpoints of *changed*; return what it is to be given once the rules are loaded.
+        """Give the data plane the endpoints of *changed*; return those to give once the rules are loaded.
 
-        Listeners that have none left keep what they have until the rules refuse for them: nobody is accepted only to
-        be reset.
+        A listener without endpoints keeps its old ones until the rules refuse its clients: otherwise it would accept
+        clients only to reset them.
         """
         given: dict[ListenerName, Backends] = {}
         emptied: dict[ListenerName, Backends] = {}
@@ -227,15 +210,15 @@ class UserspaceProxier:
         redirects = self._redirects()
         if redirects != self._loaded:
             await self._replace(redirects, losing)
-        self._outdated = False
+        self._is_outdated = False
 
     async def _replace(self, redirects: Redirects, losing: Set[ServicePortName]) -> None:
         await self._kernel.load(redirects)
         self.loads += 1
-        self.keeper.look_now()
+        self.repairer.check_now()
         before, self._loaded = self._loaded, redirects
         changed = {
-            portal: ports if redirects.names.get(portal) in losing else ports | self._let_stay(portal)
+            portal: ports if redirects.names.get(portal) in losing else ports | self._kept_flows(portal)
             for portal, ports in changed_udp_portals(before or Redirects(), redirects).items()
         }
         if changed:
@@ -243,18 +226,18 @@ class UserspaceProxier:
         if new := new_tcp_portals(before or Redirects(), redirects):
             await forget_early_connections(new)
 
-    def _let_stay(self, portal: Portal) -> Answering:
-        """Return where flows to *portal* may stay, though the policy of today leads new ones elsewhere (U3)."""
+    def _kept_flows(self, portal: Portal) -> Answering:
+        """Return where old flows to *portal* may go on, though the present traffic policy sends new ones elsewhere."""
         assert self._loaded is not None
         if self._loaded.ports.get(portal) in (None, DROPPED, self._refuse_port):
             return frozenset()
         service_port = self._loaded.names[portal]
-        self._strayed.add(service_port)
+        self._with_old_flows.add(service_port)
         opened = (self._opened.get(name) for name in self._plans.held[service_port].listeners)
         return {(ANY_IP, spec.proxy_port) for spec in opened if spec is not None}
 
     def _losing_endpoints(self, changed: Iterable[Plan]) -> set[ServicePortName]:
-        """Return the UDP service ports of *changed* of which some endpoint serves no more."""
+        """Return the UDP service ports of *changed* that lost an endpoint."""
         return {
             name.service_port
             for planned in changed
@@ -264,14 +247,14 @@ class UserspaceProxier:
             and not {e.address for e in held.serving} <= {e.address for e in backends.serving}
         }
 
-    async def _forget_strayed_flows(self, names: Set[ServicePortName]) -> None:
-        """Have the flows of *names* follow the policy of today: some endpoint to which they might stray is gone."""
+    async def _forget_old_flows(self, names: Set[ServicePortName]) -> None:
+        """Delete the flows of *names* that follow an earlier traffic policy: an endpoint that they may use is gone."""
         if self._loaded is not None:
             known = udp_ports(self._loaded)
             served = (self._plans.held[name].service_port for name in names if name in self._plans.held)
-            asked = (portal for service_port in served for portal in portals(service_port))
-            await forget_udp_flows({portal: known[portal] for portal in asked if portal in known})
-        self._strayed -= names
+            dialled = (portal for service_port in served for portal in portals(service_port))
+            await forget_udp_flows({portal: known[portal] for portal in dialled if portal in known})
+        self._with_old_flows -= names
 
     def _redirects(self) -> Redirects:
         opened = {name: spec.proxy_port for name, spec in self._opened.items()}
@@ -279,16 +262,16 @@ class UserspaceProxier:
             opened, self._plans.held, self._refuse_port, self._rules, self._plans.state.node
         )
         if self._loaded is not None and self._loaded.transparent:
-            # Open connections may outlive the last transparent listener, and answers to them have to come to us.
+            # Open connections may outlive the last transparent listener, and need their replies.
             redirects = replace(redirects, transparent=True)
         for portal, name in claimed.items():
             if self._claimed.get(portal) != name:
-                log.warning("%s is claimed by %s and by %s; the first has it", portal, redirects.names[portal], name)
+                warn_of_claim(portal, redirects.names[portal], name)
         self._claimed = claimed
         return redirects
 
     async def _retire(self, gone: list[ListenerName]) -> None:
-        for name in [name for name in self.unopened if not self._is_wanted(name)]:
+        for name in [name for name in self.unopened if not self._is_planned(name)]:
             del self.unopened[name]
         if not gone:
             return
@@ -298,84 +281,75 @@ class UserspaceProxier:
             self._given.pop(name, None)
             self._ports.release(name)
 
-    # ---- what happens without a new state
+    # ---- changes without a new state
 
     async def set_capture(self, capture: Capture) -> None:
-        """Lead packets to us in another way, from now on.
+        """Change the way of capture.
 
         Raises:
-            SyncError: refused; the way before is still in force.
+            SyncError: refused; the old way is still in force.
         """
         async with self._lock:
-            await self._change_rules(replace(self._rules, capture=capture))
-
-    async def _change_rules(self, rules: NodeRules) -> None:
-        before, self._rules = self._rules, rules
-        if self._loaded is None:
-            return
-        try:
-            await self._load()
-        except SyncError:
-            self._rules = before
-            raise
+            before, self._rules = self._rules, replace(self._rules, capture=capture)
+            if self._loaded is None:
+                return
+            try:
+                await self._load()
+            except SyncError:
+                self._rules = before
+                raise
 
     def metrics(self) -> Iterable[Metric]:
         return ()
 
     async def run(self) -> None:
-        """Load our rules again when others changed them, open what could not be opened. Runs until cancelled."""
+        """Repair our rules, and open listeners that could not be opened before. Runs until cancelled."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self.keeper.keep(self._repair), name="repair")
+            group.create_task(super().run(), name="repair")
             group.create_task(self._keep_opening(), name="open again")
             if self._watches_interfaces:
                 group.create_task(watch_interfaces(self), name="watch interfaces")
 
     async def _keep_opening(self) -> None:
-        """Try listeners again that could not be opened: there may be room now."""
+        """Retry listeners that could not be opened: there may be room now."""
         while True:
             await asyncio.sleep(_OPEN_AGAIN_S)
-            with contextlib.suppress(SyncError):  # the controller tries again what else was to be done
+            with contextlib.suppress(SyncError):  # the controller retries the rest of the sync
                 await self._open_again()
 
     async def _open_again(self) -> None:
         if self.unopened:
-            async with self._lock:  # of which another sync may have had the turn: the state is today's
+            async with self._lock:
                 await self._sync(self._plans.state)
 
     async def _repair(self) -> None:
-        async with self._lock:
-            is_repaired = self._loaded is not None and await self.keeper.repaired()
-            if is_repaired and self._loaded is not None:
-                self.repairs += 1
-                await forget_udp_flows(changed_udp_portals(Redirects(), self._loaded))
-                await forget_early_connections(new_tcp_portals(Redirects(), self._loaded))
-        if is_repaired:
-            await asyncio.sleep(REPAIR_PAUSE_S)
+        await super()._repair()
         await self._open_again()
 
-    def cut(self) -> None:
-        """End every open connection now; for somebody who will not wait for the drain."""
-        self._plane.cut()
+    def _is_loaded(self) -> bool:
+        return self._loaded is not None
+
+    async def _forget_all_flows(self) -> None:
+        if self._loaded is not None:
+            await forget_udp_flows(changed_udp_portals(Redirects(), self._loaded))
+            await forget_early_connections(new_tcp_portals(Redirects(), self._loaded))
 
     async def close(self, drain_timeout_s: float) -> None:
         async with self._lock:
             await self._remove_redirects()
             await self._plane.close(drain_timeout_s)
-            try:
-                await self._kernel.remove()
-            except SyncError as error:
-                log.error("rules were left behind (`userspace-proxy cleanup` removes them): %s", error)  # noqa: TRY400
+            await self._remove_rules()
 
     async def _remove_redirects(self) -> None:
-        """Take the redirects away, but not yet the chains they stand in.
+        """Remove the redirects, but not the chains that hold them.
 
-        With its last NAT chain the kernel stops translating *open* connections too, and they are to be drained.
+        Without any NAT chain the kernel stops translating open connections too, which have to drain.
         """
         if self._loaded is None:
             return
         try:
             await self._kernel.load(Redirects(capture=self._loaded.capture, transparent=self._loaded.transparent))
         except SyncError as error:
-            log.error("redirects could not be taken away: %s", error)  # noqa: TRY400
+            log.error("redirects could not be removed: %s", error)  # noqa: TRY400
             return
         await forget_udp_flows(changed_udp_portals(self._loaded, Redirects()))
