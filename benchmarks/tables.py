@@ -19,13 +19,14 @@ from typing import Any
 
 from userspace_proxy.config.settings import Settings
 from userspace_proxy.errors import SyncError
-from userspace_proxy.interfaces import KernelRules, NodeFacts, PodDetector, RuleUpdate, Translation
+from userspace_proxy.interfaces import PodDetector
 from userspace_proxy.lab import Host, Lab, enter_namespaces, prepare
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
 from userspace_proxy.model.service import ServicePort, SourceIP
 from userspace_proxy.model.topology import Node
 from userspace_proxy.modes import MODES
+from userspace_proxy.modes.kernel_rules import KernelRules, NodeFacts, RuleUpdate, Translation
 from userspace_proxy.modes.plans import plan
 
 _HERE = Node("here", addresses=("192.0.2.1",))
@@ -45,7 +46,7 @@ def endpoint(number: int, index: int) -> Endpoint:
 
 
 def _make_tables_of(mode: str) -> Callable[[Settings], KernelRules]:
-    make: Callable[[Settings], KernelRules] = import_module(f"userspace_proxy.modes.{mode}.mode").make_tables
+    make: Callable[[Settings], KernelRules] = import_module(f"userspace_proxy.modes.{mode}.mode").make_rules
     return make
 
 

@@ -6,7 +6,7 @@ A mode, a rule language, a splice engine or a source is one class with the few m
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -14,8 +14,7 @@ from socket import SocketType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from userspace_proxy.api import KubernetesObject
-from userspace_proxy.model.endpoint import Address, Endpoint, Family
-from userspace_proxy.model.loads import Loads
+from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.names import (
     L4Protocol,
     ListenerName,
@@ -25,10 +24,9 @@ from userspace_proxy.model.names import (
     ServicePortName,
 )
 from userspace_proxy.model.probe import EndpointHealth
-from userspace_proxy.model.routes import Route, Sender
+from userspace_proxy.model.routes import Sender
 from userspace_proxy.model.service import Portal, ServicePort
 from userspace_proxy.model.state import ProxyState
-from userspace_proxy.model.topology import Node, Reach
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -288,75 +286,6 @@ class Kernel(LoadedRules, Protocol):
 
         Raises:
             SyncError: the kernel refused; the previous rules stay (iptables: in each refused table and family).
-        """
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Translation:
-    """The kernel's treatment of packets to one service port, in a kernel mode.
-
-    ``routes``: for each portal of the service port, by sender; ANYBODY's first. A listener in a route stands for the
-    endpoints of its scope in ``reaches``. With ``transparent`` these see the client's address, else this node's.
-    ``allowed``: the CIDRs that may dial these portals, if restricted. ``serving``: endpoints whose UDP flows may stay.
-    """
-
-    service_port: ServicePort
-    routes: tuple[Route, ...]
-    reaches: Mapping[Family, Reach]
-    allowed: Mapping[Portal, tuple[str, ...]] = field(default_factory=dict)
-    serving: tuple[Endpoint, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class NodeFacts:
-    """The facts about this node that the rules of a kernel mode need, independent of Services.
-
-    ``node_ports_on`` as in Redirects. ``service_cidrs``: the known cluster IP ranges.
-    """
-
-    node: Node = field(default_factory=Node)
-    pods: PodDetector | None = None
-    node_ports_on: tuple[str, ...] = ()
-    service_cidrs: tuple[str, ...] = ()
-
-
-class RuleUpdate(NamedTuple):
-    """The desired content of a kernel mode's tables.
-
-    ``changed``: the added, changed and removed service ports since the last load that succeeded.
-    """
-
-    translations: Mapping[ServicePortName, Translation]
-    changed: Collection[ServicePortName]
-    facts: NodeFacts
-
-
-class KernelRules(LoadedRules, Protocol):
-    """Holds the rules of one kernel mode. ``loads``: counters of rule loads by IP family, if the mode counts them."""
-
-    mode: str
-
-    @property
-    def loads(self) -> Mapping[str, Loads]: ...
-
-    def metrics(self) -> Iterable[Metric]:
-        """Return the metrics of these tables that no other kernel mode has."""
-        ...
-
-    async def prepare(self) -> None:
-        """Prepare for the first load. A running instance may still serve this node: leave its rules untouched.
-
-        Raises:
-            SyncError: this host does not support these rules, or another program owns them; nothing was changed.
-        """
-        ...
-
-    async def load(self, update: RuleUpdate) -> None:
-        """Put *update* in force, all or nothing. The cost follows ``update.changed``.
-
-        Raises:
-            SyncError: the kernel refused; the previous rules stay in force.
         """
         ...
 

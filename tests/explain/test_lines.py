@@ -16,13 +16,14 @@ from tests.modes.translations_given import DNS, EVERYTHING, HERE, NEAR4, PODS, a
 from userspace_proxy.config.settings import Settings
 from userspace_proxy.explain import rendering
 from userspace_proxy.explain.modes import WAYS, explained
-from userspace_proxy.interfaces import NodeFacts, PodDetector, Redirects, Translation
+from userspace_proxy.interfaces import PodDetector, Redirects
 from userspace_proxy.model.endpoint import FAMILIES
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.service import ServicePort
 from userspace_proxy.modes.iptables import loader as kube_kernel
 from userspace_proxy.modes.iptables import tables
 from userspace_proxy.modes.iptables.chains import ChainOptions, node_rules, service_rules
+from userspace_proxy.modes.kernel_rules import NodeFacts, Translation
 from userspace_proxy.modes.reasons.known import Known, chosen
 from userspace_proxy.modes.reasons.lines import Explained, Line
 from userspace_proxy.modes.slots.slot_table import SlotTable

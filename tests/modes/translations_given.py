@@ -6,11 +6,12 @@ import random
 from collections.abc import Iterable
 
 from tests.modes.redirects_given import TCP, UDP, name
-from userspace_proxy.interfaces import PodDetector, Translation
+from userspace_proxy.interfaces import PodDetector
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.service import ServicePort, SourceIP, load_balancer_portals
 from userspace_proxy.model.topology import Node, serving_endpoints
+from userspace_proxy.modes.kernel_rules import Translation
 from userspace_proxy.modes.plans import allowed_to_dial, plan
 
 HERE = Node("here", addresses=("192.168.50.1", "fd00:50::1"))

@@ -17,11 +17,11 @@ from tests.modes.redirects_given import name
 from tests.modes.translations_given import HERE, NEAR4, PODS, by_name, translation
 from tests.net.ipvs import IpvsProxy, fresh_ipvs_proxy
 from tests.net.world import POD1, POD2, Proxy, answers, ask_udp, documents, endpoints, is_refused, service, wait_until
-from userspace_proxy.interfaces import NodeFacts, RuleUpdate
 from userspace_proxy.lab import NODE_IP, Host, ServiceLab, connect
 from userspace_proxy.model.service import ServicePort
 from userspace_proxy.modes.ipvs.device import VirtualDevice, device_lines
 from userspace_proxy.modes.ipvs.loader import IpvsTables
+from userspace_proxy.modes.kernel_rules import NodeFacts, RuleUpdate
 
 pytestmark = pytest.mark.ipvs
 

@@ -13,11 +13,11 @@ from tests.modes.redirects_given import name
 from tests.modes.translations_given import HERE, NEAR4, PODS, by_name, translation
 from tests.net.ipvs import IpvsProxy, fresh_ipvs_proxy
 from tests.net.world import POD1, answers, wait_until
-from userspace_proxy.interfaces import NodeFacts, RuleUpdate
 from userspace_proxy.lab import Host, ServiceLab
 from userspace_proxy.model.service import ServicePort
 from userspace_proxy.modes.ipvs.loader import IpvsTables
 from userspace_proxy.modes.ipvs.table import IpvsTable
+from userspace_proxy.modes.kernel_rules import NodeFacts, RuleUpdate
 
 pytestmark = pytest.mark.ipvs
 

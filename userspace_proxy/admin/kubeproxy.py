@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client.core import Metric
 
+from userspace_proxy.admin.families import by_family, durations, family, single
 from userspace_proxy.model.histogram import Histogram
 
 
@@ -41,52 +41,33 @@ class SyncStats:
     no_local: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
 
-class KubeProxyMetrics(Collector):
-    """Collects `SyncStats` for one scrape."""
-
-    def __init__(self, stats: SyncStats) -> None:
-        self._stats = stats
-
-    def collect(self) -> Iterator[Metric]:
-        stats = self._stats
-        durations = HistogramMetricFamily(
-            "kubeproxy_sync_proxy_rules_duration_seconds",
-            "how long a sync took; one sync is for both IP families",
-            labels=["ip_family"],
-        )
-        programming = HistogramMetricFamily(
-            "kubeproxy_network_programming_duration_seconds",
-            "from the change of a pod or a Service until traffic follows it",
-            labels=["ip_family"],
-        )
-        for family, histogram in stats.programming.items():
-            durations.add_metric([family], stats.durations.buckets(), stats.durations.total_s)
-            programming.add_metric([family], histogram.buckets(), histogram.total_s)
-        yield durations
-        yield programming
-        for name, text, at in (
-            ("last_timestamp_seconds", "when the last sync succeeded", stats.synced_at),
-            ("last_queued_timestamp_seconds", "when a change was last queued for a sync", stats.queued_at),
-        ):
-            moments = GaugeMetricFamily(f"kubeproxy_sync_proxy_rules_{name}", text, labels=["ip_family"])
-            for family in stats.programming:
-                moments.add_metric([family], at.get(family, 0.0))
-            yield moments
-        for what, changes in stats.changes.items():
-            name, of_what = f"kubeproxy_sync_proxy_rules_{what}_changes", f"changes of {what}s"
-            yield CounterMetricFamily(name, f"{of_what} received", value=changes.total)
-            yield GaugeMetricFamily(f"{name}_pending", f"{of_what} that no sync has applied yet", value=changes.pending)
-        no_local = GaugeMetricFamily(
-            "kubeproxy_sync_proxy_rules_no_local_endpoints_total",
-            "service ports with endpoints, none of them on this node, where traffic must stay on it",
-            labels=["traffic_policy", "ip_family"],
-        )
-        for (policy, family), count in stats.no_local.items():
-            no_local.add_metric([policy, family], count)
-        yield no_local
-        for path in ("healthz", "livez"):
-            answered = CounterMetricFamily(f"kubeproxy_proxy_{path}", f"answers at /{path}", labels=["code"])
-            for (of, status), count in stats.answers.items():
-                if of == path:
-                    answered.add_metric([str(status)], count)
-            yield answered
+def kubeproxy_metrics(stats: SyncStats) -> Iterator[Metric]:
+    """Yield the metrics of *stats* for one scrape."""
+    prefix = "kubeproxy_sync_proxy_rules"
+    of_both = dict.fromkeys(stats.programming, stats.durations)
+    yield durations(f"{prefix}_duration_seconds", "how long a sync took; one sync is for both IP families", of_both)
+    yield durations(
+        "kubeproxy_network_programming_duration_seconds",
+        "from the change of a pod or a Service until traffic follows it",
+        stats.programming,
+    )
+    for name, text, at in (
+        ("last_timestamp_seconds", "when the last sync succeeded", stats.synced_at),
+        ("last_queued_timestamp_seconds", "when a change was last queued for a sync", stats.queued_at),
+    ):
+        seconds = {ip_family: at.get(ip_family, 0.0) for ip_family in stats.programming}
+        yield by_family(f"{prefix}_{name}", text, seconds, rises=False)
+    for what, changes in stats.changes.items():
+        name, of_what = f"{prefix}_{what}_changes", f"changes of {what}s"
+        yield single(name, f"{of_what} received", changes.total, rises=True)
+        yield single(f"{name}_pending", f"{of_what} that no sync has applied yet", changes.pending, rises=False)
+    yield family(
+        f"{prefix}_no_local_endpoints_total",
+        "service ports with endpoints, none of them on this node, where traffic must stay on it",
+        ("traffic_policy", "ip_family"),
+        stats.no_local.items(),
+        rises=False,
+    )
+    for path in ("healthz", "livez"):
+        answers = [((str(status),), count) for (of, status), count in stats.answers.items() if of == path]
+        yield family(f"kubeproxy_proxy_{path}", f"answers at /{path}", ("code",), answers, rises=True)

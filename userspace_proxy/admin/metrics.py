@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from userspace_proxy import __version__
-from userspace_proxy.admin.kubeproxy import KubeProxyMetrics, SyncStats
+from userspace_proxy.admin.families import family, single
+from userspace_proxy.admin.kubeproxy import SyncStats, kubeproxy_metrics
 from userspace_proxy.interfaces import Counters, EndpointCounters, PlaneStats, WatchStats
 from userspace_proxy.model.endpoint import join_address
 from userspace_proxy.model.freshness import FamilyHealth
@@ -50,12 +52,7 @@ _FAMILIES = (
     ("waits_expired_connections", "TCP connections for which no endpoint came in time", "waits_expired", True),
     ("waits_abandoned_connections", "TCP connections whose client left while it waited", "waits_abandoned", True),
     ("refused_connections", "TCP connections that came to a proxy port by another way than a portal", "refused", True),
-    (
-        "limited_connections",
-        "TCP connections reset because their client or their Service had too many open",
-        "limited",
-        True,
-    ),
+    ("limited_connections", "TCP connections reset because their client or Service had too many", "limited", True),
     ("to_backends_bytes", "bytes from clients to backends", "bytes_to_backends", True),
     ("to_clients_bytes", "bytes from backends to clients", "bytes_to_clients", True),
     ("dial_failures", "attempts to reach an endpoint that failed", "dial_failures", True),
@@ -87,123 +84,82 @@ _ENDPOINT_FAMILIES = (
 SERIES_AN_ENDPOINT = len(_ENDPOINT_FAMILIES) - 2
 
 
-# Metrics for each kind that is watched at the API.
-_WATCH_FAMILIES: tuple[tuple[str, str, Callable[[WatchStats, float], float], bool], ...] = (
-    ("events", "events received for a kind", lambda watch, _: watch.events, True),
-    ("restarts", "times a watch of a kind was restarted", lambda watch, _: watch.restarts, True),
-    ("relists", "times all objects of a kind were listed", lambda watch, _: watch.relists, True),
-    ("expired", "times the resource version of a watch had expired (410)", lambda watch, _: watch.expired, True),
+# Of the whole proxy: fields of PlaneStats.
+_PLANE_METRICS = (
+    ("connections_open_all", "TCP connections open now, all service ports", "connections_open", False),
     (
-        "last_heard_age_seconds",
-        "seconds since the last event or bookmark of a kind; a bookmark every minute is usual",
-        lambda watch, now: float("inf") if watch.heard_at is None else now - watch.heard_at,
+        "hidden_endpoints",
+        "endpoints without metrics: more than --metrics-endpoint-series",
+        "hidden_endpoints",
         False,
     ),
-    (
-        "failing_seconds",
-        "seconds for which the watch of a kind has failed; 0 while it works",
-        lambda watch, now: 0.0 if watch.failing_since is None else now - watch.failing_since,
-        False,
-    ),
+    ("accept_pauses", "times accepting was paused because descriptors were short", "accept_paused", True),
+    ("local_shortages", "times this host ran out of ports, descriptors or memory", "local_shortages", True),
+    ("worker_restarts", "times a data-plane process died or hung, and was replaced", "worker_restarts", True),
+    ("access_log_lines_dropped", "access-log lines that were not written", "access_lines_dropped", True),
+    ("log_lines_dropped", "log lines dropped because stderr did not take them", "log_lines_dropped", True),
+)
+# Fields of ControlStats.
+_CONTROL_METRICS = (
+    ("data_plane_failing", "1 while a data-plane process serves nothing", "is_plane_failing", False),
+    ("service_ports", "service ports that are served", "service_ports", False),
+    ("rule_loads", "rule loads that succeeded", "rule_loads", True),
+    ("rule_repairs", "rule loads because another program had changed rules", "rule_repairs", True),
+    ("rule_repair_failing_seconds", "seconds for which repairs of rules have failed", "repair_failing_s", False),
+    ("last_sync_timestamp_seconds", "when the last sync succeeded", "last_sync_at", False),
+    ("sync_failures", "syncs that failed; the previous state stayed in force", "sync_failures", True),
+    ("sync_failing_seconds", "seconds for which every sync has failed", "sync_failing_s", False),
+    ("object_problems", "objects and files that cannot be used as they are", "problems", False),
+    ("unopened_service_ports", "service ports without a listener", "unopened", False),
+)
+# For each kind that is watched at the API: fields of WatchStats.
+_WATCH_METRICS = (
+    ("events", "events received for a kind", "events"),
+    ("restarts", "times a watch of a kind was restarted", "restarts"),
+    ("relists", "times all objects of a kind were listed", "relists"),
+    ("expired", "times the resource version of a watch had expired (410)", "expired"),
 )
 
 
-class _Scrape(Collector):
-    def __init__(
-        self, plane: PlaneStats, control: ControlStats, watches: Sequence[WatchStats], degraded_after_s: float
-    ) -> None:
-        self._plane = plane
-        self._control = control
-        self._watches = watches
-        self._degraded_after_s = degraded_after_s
+def _plane_metrics(plane: PlaneStats) -> Iterator[Metric]:
+    services = [(_labels(name), counters) for name, counters in plane.services.items()]
+    for name, text, field, rises in _FAMILIES:
+        yield family(f"userspace_proxy_{name}", text, _LABELS, _values(services, name, field), rises=rises)
+    endpoints = [
+        ((*_labels(name), join_address(*address)), counters)
+        for name, of_service_port in plane.endpoints.items()
+        for address, counters in of_service_port.items()
+    ]
+    for name, text, field, rises in _ENDPOINT_FAMILIES:
+        values = _values(endpoints, name, field)
+        yield family(f"userspace_proxy_endpoint_{name}", text, (*_LABELS, "endpoint"), values, rises=rises)
 
-    def collect(self) -> Iterator[Metric]:
-        services = [(_labels(name), counters) for name, counters in self._plane.services.items()]
-        for name, text, field, rises in _FAMILIES:
-            yield _family(f"userspace_proxy_{name}", text, _LABELS, _values(services, name, field), rises=rises)
-        endpoints = [
-            ((*labels, join_address(*address)), counters)
-            for labels, of_it in ((_labels(name), of_it) for name, of_it in self._plane.endpoints.items())
-            for address, counters in of_it.items()
-        ]
-        for name, text, field, rises in _ENDPOINT_FAMILIES:
-            values = _values(endpoints, name, field)
-            yield _family(f"userspace_proxy_endpoint_{name}", text, (*_LABELS, "endpoint"), values, rises=rises)
-        yield from self._single()
-        if self._watches:
-            yield from self._of_watches(time.time())
 
-    def _of_watches(self, now: float) -> Iterator[Metric]:
-        for name, text, value, rises in _WATCH_FAMILIES:
-            family = (CounterMetricFamily if rises else GaugeMetricFamily)(
-                f"userspace_proxy_watch_{name}", text, labels=["kind"]
-            )
-            for watch in self._watches:
-                family.add_metric([watch.kind], value(watch, now))
-            yield family
-        yield GaugeMetricFamily(
-            "userspace_proxy_degraded",
-            "1 when the watch of a kind has failed for longer than --degraded-after",
-            value=any(watch.is_dead(now, self._degraded_after_s) for watch in self._watches),
-        )
+def _single_metrics(stats: PlaneStats | ControlStats, rows: Iterable[tuple[str, str, str, bool]]) -> Iterator[Metric]:
+    for name, text, field, rises in rows:
+        yield single(f"userspace_proxy_{name}", text, getattr(stats, field), rises=rises)
 
-    def _single(self) -> Iterator[Metric]:
-        plane, control = self._plane, self._control
-        for name, text, value, rises in (
-            ("connections_open_all", "TCP connections open now, all service ports", plane.connections_open, False),
-            (
-                "hidden_endpoints",
-                "endpoints without metrics of their own, because there are more than --metrics-endpoint-series allows",
-                plane.hidden_endpoints,
-                False,
-            ),
-            ("accept_pauses", "times accepting was paused because descriptors were short", plane.accept_paused, True),
-            ("local_shortages", "times this host ran out of ports, descriptors or memory", plane.local_shortages, True),
-            (
-                "worker_restarts",
-                "times a data-plane process died, hung or broke its channel, and was replaced",
-                plane.worker_restarts,
-                True,
-            ),
-            ("data_plane_failing", "1 while a data-plane process serves nothing", control.is_plane_failing, False),
-            ("service_ports", "service ports that are served", control.service_ports, False),
-            ("rule_loads", "rule loads that succeeded", control.rule_loads, True),
-            (
-                "rule_repairs",
-                "times rules were loaded again because somebody else changed them",
-                control.rule_repairs,
-                True,
-            ),
-            (
-                "rule_repair_failing_seconds",
-                "seconds for which changed rules could not be loaded again; 0 while rules are intact",
-                control.repair_failing_s,
-                False,
-            ),
-            ("last_sync_timestamp_seconds", "when the last sync succeeded", control.last_sync_at, False),
-            ("sync_failures", "syncs that failed; the previous state stayed in force", control.sync_failures, True),
-            (
-                "sync_failing_seconds",
-                "seconds for which every sync has failed; 0 after a successful sync",
-                control.sync_failing_s,
-                False,
-            ),
-            ("object_problems", "objects and files that cannot be used as they are", control.problems, False),
-            ("unopened_service_ports", "service ports without a listener", control.unopened, False),
-            (
-                "access_log_lines_dropped",
-                "access-log lines dropped because they could not be written, or not fast enough",
-                plane.access_lines_dropped,
-                True,
-            ),
-            ("log_lines_dropped", "log lines dropped because stderr did not take them", plane.log_lines_dropped, True),
-        ):
-            family = (CounterMetricFamily if rises else GaugeMetricFamily)(f"userspace_proxy_{name}", text)
-            family.add_metric([], value)
-            yield family
-        info = GaugeMetricFamily("userspace_proxy_build_info", "the version that runs", labels=["version"])
-        info.add_metric([__version__], 1)
-        yield info
+
+def _watch_metrics(watches: Sequence[WatchStats], degraded_after_s: float, now: float) -> Iterator[Metric]:
+    def of_kinds(name: str, text: str, value: Callable[[WatchStats], float], *, rises: bool = False) -> Metric:
+        values = (((watch.kind,), value(watch)) for watch in watches)
+        return family(f"userspace_proxy_watch_{name}", text, ("kind",), values, rises=rises)
+
+    for name, text, field in _WATCH_METRICS:
+        yield of_kinds(name, text, attrgetter(field), rises=True)
+    yield of_kinds(
+        "last_heard_age_seconds",
+        "seconds since the last event or bookmark of a kind; a bookmark every minute is usual",
+        lambda watch: float("inf") if watch.heard_at is None else now - watch.heard_at,
+    )
+    yield of_kinds(
+        "failing_seconds",
+        "seconds for which the watch of a kind has failed; 0 while it works",
+        lambda watch: 0.0 if watch.failing_since is None else now - watch.failing_since,
+    )
+    text = "1 when the watch of a kind has failed for longer than --degraded-after"
+    is_degraded = any(watch.is_dead(now, degraded_after_s) for watch in watches)
+    yield single("userspace_proxy_degraded", text, is_degraded, rises=False)
 
 
 def _labels(name: ServicePortName) -> tuple[str, ...]:
@@ -220,22 +176,12 @@ def _values(
         yield labels, getattr(counters, field)
 
 
-def _family(
-    name: str, text: str, labels: Sequence[str], values: Iterable[tuple[Sequence[str], int]], *, rises: bool
-) -> CounterMetricFamily | GaugeMetricFamily:
-    make: Callable[..., CounterMetricFamily | GaugeMetricFamily] = CounterMetricFamily if rises else GaugeMetricFamily
-    family = make(name, text, labels=labels)
-    for of_one, value in values:
-        family.add_metric(of_one, value)
-    return family
-
-
-class _Alone(Collector):
-    def __init__(self, family: Metric) -> None:
-        self._family = family
+class _OneFamily(Collector):
+    def __init__(self, metric: Metric) -> None:
+        self._metric = metric
 
     def collect(self) -> Iterator[Metric]:
-        yield self._family
+        yield self._metric
 
 
 def render(
@@ -248,20 +194,26 @@ def render(
 ) -> Iterator[bytes]:
     """Yield the text of one scrape, metric by metric: for 10,000 Services the whole is 16 MB.
 
-    *of_mode*: the metrics of the proxy mode in use that other modes do not have.
+    *of_mode*: the metrics that only the proxy mode in use has.
     """
-    collectors: list[Collector] = [_Scrape(plane, control, watches, degraded_after_s)]
-    if syncs is not None:
-        collectors.append(KubeProxyMetrics(syncs))
-    for family in itertools.chain(*(collector.collect() for collector in collectors), of_mode):
-        yield generate_latest(_Alone(family))
+    metrics = itertools.chain(
+        _plane_metrics(plane),
+        _single_metrics(plane, _PLANE_METRICS),
+        _single_metrics(control, _CONTROL_METRICS),
+        [family("userspace_proxy_build_info", "the running version", ("version",), [((__version__,), 1)], rises=False)],
+        _watch_metrics(watches, degraded_after_s, time.time()) if watches else (),
+        kubeproxy_metrics(syncs) if syncs is not None else (),
+        of_mode,
+    )
+    for metric in metrics:
+        yield generate_latest(_OneFamily(metric))
 
 
 def slis(families: Mapping[str, FamilyHealth]) -> bytes:
     """Return the body of /metrics/slis: health under the metric name that all Kubernetes components share."""
     registry = CollectorRegistry(auto_describe=False)
     health = Gauge("kubernetes_healthcheck", "1 when this check is passed", ["name", "type"], registry=registry)
-    for family, of_it in families.items():
+    for ip_family, of_it in families.items():
         for kind in ("healthz", "livez"):
-            health.labels(f"sync-{family}", kind).set(of_it.healthy)
+            health.labels(f"sync-{ip_family}", kind).set(of_it.healthy)
     return generate_latest(registry)

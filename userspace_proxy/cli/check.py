@@ -78,15 +78,7 @@ def check(
             found = {"fields": [asdict(answer) for answer in fields], "findings": found}
         click.echo(json.dumps(found, indent=2))
     else:
-        shown = findings if len(findings) <= _SHOWN_MAX else sorted(findings, key=_is_note)[:_SHOWN_MAX]
-        if sys.stdout.isatty():
-            _show_contract(fields)
-            _show(shown, faults)
-        else:
-            for line in (*fields, *shown):
-                click.echo(printable(str(line)))
-        if (more := len(findings) - len(shown)) > 0:
-            click.echo(f"{_count(more, 'more finding')}; --json lists all")
+        _print(fields, findings, faults)
     if faults:
         sys.exit(1)
     if not manifests and not findings:
@@ -94,6 +86,21 @@ def check(
     if not as_json:
         notes = f", {_count(len(findings), 'note')}" if findings else ""
         click.echo(f"{_count(len(manifests), 'object')}, nothing wrong{notes}")
+
+
+def _print(fields: Sequence[FieldTreatment], findings: Sequence[Finding], faults: int) -> None:
+    """Print *fields* and the first *findings*, faults before notes if there are more."""
+    shown = findings
+    if len(findings) > _SHOWN_MAX:
+        shown = sorted(findings, key=lambda finding: finding.severity == "note")[:_SHOWN_MAX]
+    if sys.stdout.isatty():
+        _show_contract(fields)
+        _show(shown, faults)
+    else:
+        for line in (*fields, *shown):
+            click.echo(printable(str(line)))
+    if (more := len(findings) - len(shown)) > 0:
+        click.echo(f"{_count(more, 'more finding')}; --json lists all")
 
 
 def _show(findings: Sequence[Finding], faults: int) -> None:
@@ -115,11 +122,6 @@ def _show(findings: Sequence[Finding], faults: int) -> None:
         console.print(Text(f"{_count(faults, 'problem')} in {files}", "bold"))
 
 
-def _is_note(finding: Finding) -> bool:
-    return finding.severity == "note"
-
-
-# Of the findings of `check`, so many are shown; faults first where there are more.
 _SHOWN_MAX = 1_000
 _COLOURS = {"honoured": "green", "approximated": "yellow", "ignored": "dim", "unknown": "red"}
 

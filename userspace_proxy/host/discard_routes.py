@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from userspace_proxy.errors import SyncError
-from userspace_proxy.host.network import DEAD_ROUTES, ROUTE_PROTOCOL, Network, leading_bits
+from userspace_proxy.host.network import DEAD_ROUTES, ROUTE_PROTOCOL, Network, leading_bits, run_batch
 from userspace_proxy.host.tool import parsed, run_tool
 
 # A forwarded packet to one of the ranges:
@@ -74,7 +74,7 @@ async def except_addresses(ips: Collection[str]) -> None:
         wanted = {network for network in map(ipaddress.ip_network, ips) if network.version == version}
         kind = "" if version == 4 else "throw "
         route = f"table {_TABLE} proto {ROUTE_PROTOCOL} {_EXCEPTION[version]}"
-        await _batch(
+        await run_batch(
             version,
             *(f"route add {kind}{n} {route}" for n in _in_order(wanted - held)),
             *(f"route del {kind}{n} {route}" for n in _in_order(held - wanted)),
@@ -93,7 +93,7 @@ async def _discard(version: int, ranges: set[Network], addresses: set[Network]) 
     rules = parsed(await run_tool("ip", "-json", f"-{version}", "rule", "show"))
     held = {_network(route["dst"], version) for route in await _listed(version) if route.get("type") == "blackhole"}
     wanted = ranges | (await _led_to_by_default(version, addresses) if addresses else set())
-    await _batch(
+    await run_batch(
         version,
         *(f"route add blackhole {n} table {_TABLE} proto {ROUTE_PROTOCOL} {_METRIC}" for n in _in_order(wanted - held)),
         *_rule_changes(rules, ranges, discards=bool(wanted)),
@@ -145,8 +145,3 @@ def _network(destination: str, version: int) -> Network:
 
 def _in_order(networks: Iterable[Network]) -> list[Network]:
     return sorted(networks, key=lambda n: (n.prefixlen, int(n.network_address)))
-
-
-async def _batch(version: int, *lines: str) -> None:
-    if lines:
-        await run_tool("ip", f"-{version}", "-force", "-batch", "-", stdin="".join(f"{line}\n" for line in lines))

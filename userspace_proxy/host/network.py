@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.host.tool import parsed, run_tool
-from userspace_proxy.model.endpoint import family_of
+from userspace_proxy.model.endpoint import FAMILIES, family_of
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -62,35 +62,37 @@ async def add_routes(networks: Iterable[Network], sources: Iterable[str] = ()) -
     *networks*.
     """
     added = []
-    wanted = list(networks)
-    first = {family_of(ip): f" src {ip}" for ip in reversed(tuple(sources))}
-    for version in (4, 6):
-        family = [n for n in wanted if n.version == version]
-        if not family:
+    desired = list(networks)
+    source = {family_of(ip): f" src {ip}" for ip in reversed(tuple(sources))}
+    for family in FAMILIES:
+        if not (of_family := [n for n in desired if n.version == family]):
             continue
-        listed = parsed(await run_tool("ip", "-json", f"-{version}", "route", "show"))
-        everything = "0.0.0.0/0" if version == 4 else "::/0"
-        leading = [r["dst"] for r in listed if r.get("type") not in DEAD_ROUTES]
-        routes = [everything if destination == "default" else destination for destination in leading]
-        missing = missing_routes(family, routes)
-        if missing:
-            source = first.get(4 if version == 4 else 6, "")
-            batch = "".join(f"route add {n} dev lo{source} proto {ROUTE_PROTOCOL}\n" for n in missing)
-            await run_tool("ip", f"-{version}", "-force", "-batch", "-", stdin=batch)
+        listed = parsed(await run_tool("ip", "-json", f"-{family}", "route", "show"))
+        alive = [route["dst"] for route in listed if route.get("type") not in DEAD_ROUTES]
+        everything = "0.0.0.0/0" if family == 4 else "::/0"
+        if missing := missing_routes(of_family, (everything if to == "default" else to for to in alive)):
+            lines = (f"route add {n} dev lo{source.get(family, '')} proto {ROUTE_PROTOCOL}" for n in missing)
+            await run_batch(family, *lines)
             added += missing
     return added
 
 
+async def run_batch(family: int, *lines: str) -> None:
+    """Run *lines* as commands of ``ip`` for one family. A refused line does not stop the others. Raises SyncError."""
+    if lines:
+        await run_tool("ip", f"-{family}", "-force", "-batch", "-", stdin="".join(f"{line}\n" for line in lines))
+
+
 async def remove_routes_to(networks: Iterable[Network]) -> None:
     """Remove this proxy's routes to *networks*; a missing route, or one of another program, is no error."""
-    wanted = list(networks)
-    for version in (4, 6):
-        batch = "".join(f"route del {n} dev lo proto {ROUTE_PROTOCOL}\n" for n in wanted if n.version == version)
-        if batch:
-            try:
-                await run_tool("ip", f"-{version}", "-force", "-batch", "-", stdin=batch)
-            except SyncError as error:
-                log.debug("some routes were not removed: %s", error)
+    gone = list(networks)
+    for family in FAMILIES:
+        try:
+            await run_batch(
+                family, *(f"route del {n} dev lo proto {ROUTE_PROTOCOL}" for n in gone if n.version == family)
+            )
+        except SyncError as error:
+            log.debug("some routes were not removed: %s", error)
 
 
 async def remove_routes() -> None:
@@ -164,18 +166,9 @@ async def host_addresses() -> tuple[str, ...]:
         for version in ("-4", "-6"):
             default = parsed(await run_tool("ip", "-json", version, "route", "show", "default"))
             for route in sorted(default, key=lambda route: route.get("metric", 0))[:1]:
-                command = (
-                    "ip",
-                    "-json",
-                    version,
-                    "address",
-                    "show",
-                    "scope",
-                    "global",
-                    "dev",
-                    str(route.get("dev", "lo")),
-                )
-                on_it = [a.get("local") for link in parsed(await run_tool(*command)) for a in link.get("addr_info", ())]
+                where = ("scope", "global", "dev", str(route.get("dev", "lo")))
+                listed = parsed(await run_tool("ip", "-json", version, "address", "show", *where))
+                on_it = [a.get("local") for link in listed for a in link.get("addr_info", ())]
                 first += (ip for ip in (route.get("prefsrc"), *on_it) if ip in addresses)
         return tuple(dict.fromkeys((*first, *addresses)))
     except SyncError as error:

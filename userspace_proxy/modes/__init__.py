@@ -1,4 +1,4 @@
-"""The modes. A mode is added here, in one line; its folder holds everything else that is specific to it."""
+"""The modes. A mode is added here in one line; its folder holds everything else that is specific to it."""
 
 from __future__ import annotations
 

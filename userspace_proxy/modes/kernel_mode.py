@@ -1,23 +1,19 @@
-"""What modes share in which the kernel serves: each is tables in the kernel, held by one `KernelProxier`."""
+"""What the modes share in which the kernel translates packets: one `KernelProxier` over the rules of the mode."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from userspace_proxy.host.firewalls import FORWARDED, Passage
 from userspace_proxy.modes.mode import Mode, ModeSettings, PreparedMode, ProxierRequest, Removal, RenderRequest
 
 if TYPE_CHECKING:
-    from userspace_proxy.interfaces import KernelRules, NodeFacts, Translation
-    from userspace_proxy.model.names import ServicePortName
     from userspace_proxy.modes.kernel_proxier import KernelProxier
+    from userspace_proxy.modes.kernel_rules import KernelRules
     from userspace_proxy.modes.plans import NodeRules
     from userspace_proxy.modes.rule_line import Rules
-
-# From translations by service port, and facts of the node, to rules.
-MakeRules = Callable[["Mapping[ServicePortName, Translation]", "NodeFacts", ModeSettings], "Rules"]
 
 log = logging.getLogger(__name__)
 
@@ -25,35 +21,33 @@ log = logging.getLogger(__name__)
 def kernel_mode(
     name: str,
     description: str,
-    make_tables: Callable[[ModeSettings], KernelRules],
-    rules: MakeRules,
+    make_rules: Callable[[ModeSettings], KernelRules],
     *,
     language: str,
     firewall_passages: tuple[Passage, ...] = (FORWARDED,),
     annotations: tuple[str, ...] = (),
     node_port_addresses: tuple[str, ...] = (),
 ) -> Mode:
-    """Return a mode whose tables in the kernel are what *make_tables* makes."""
+    """Return a mode with the rules of *make_rules*."""
 
     async def prepare(settings: ModeSettings) -> PreparedMode:
-        tables = make_tables(settings)
-        await tables.prepare()
+        kernel = make_rules(settings)
+        await kernel.prepare()
 
         def make_proxier(request: ProxierRequest) -> KernelProxier:
             warn_unless_forwarding()
-            return _make_proxier(tables, settings, request.rules)
+            return _make_proxier(kernel, settings, request.rules)
 
         return PreparedMode(make_proxier)
 
     def removals(settings: ModeSettings) -> Sequence[Removal]:
-        return (make_tables(settings).remove,)
+        return (make_rules(settings).remove,)
 
     def render(request: RenderRequest) -> Rules:
-        proxier = _make_proxier(make_tables(request.settings), request.settings, request.rules)
-        translations, facts = proxier.translated(request.state)
-        wanted = translations.keys() if request.names is None else translations.keys() & request.names
-        chosen = {name: translations[name] for name in request.state.service_ports if name in wanted}
-        return rules(chosen, facts, request.settings)
+        kernel = make_rules(request.settings)
+        translations, facts = _make_proxier(kernel, request.settings, request.rules).translated(request.state)
+        names = translations.keys() if request.names is None else translations.keys() & request.names
+        return kernel.rules({name: translations[name] for name in request.state.service_ports if name in names}, facts)
 
     return Mode(
         name=name,
@@ -77,8 +71,8 @@ def warn_unless_forwarding() -> None:
         log.warning("this node forwards no packets (sysctl net.ipv4.ip_forward): only its own processes are served")
 
 
-def _make_proxier(tables: KernelRules, settings: ModeSettings, rules: NodeRules) -> KernelProxier:
+def _make_proxier(kernel: KernelRules, settings: ModeSettings, rules: NodeRules) -> KernelProxier:
     from userspace_proxy.modes.kernel_proxier import KernelProxier
 
     cidrs = tuple(map(str, settings.service_ranges))
-    return KernelProxier(tables, rules, masquerade_all=settings.masquerade_all, service_cidrs=cidrs)
+    return KernelProxier(kernel, rules, masquerade_all=settings.masquerade_all, service_cidrs=cidrs)

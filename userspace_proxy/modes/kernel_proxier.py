@@ -16,7 +16,6 @@ from dataclasses import replace
 from prometheus_client.core import Metric
 
 from userspace_proxy.errors import SyncError
-from userspace_proxy.interfaces import KernelRules, NodeFacts, RuleUpdate, Translation
 from userspace_proxy.model.histogram import SYNC_BOUNDS_S, Histogram
 from userspace_proxy.model.names import L4Protocol, ListenerName, ServicePortName
 from userspace_proxy.model.routes import Refusal, Route
@@ -25,6 +24,7 @@ from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import serving_endpoints
 from userspace_proxy.modes.base_proxier import BaseProxier, log_served
 from userspace_proxy.modes.kernel_metrics import kernel_metrics
+from userspace_proxy.modes.kernel_rules import KernelRules, NodeFacts, RuleUpdate, Translation
 from userspace_proxy.modes.plans import NodeRules, Plan, allowed_to_dial
 from userspace_proxy.modes.portal_owners import PortalOwners
 from userspace_proxy.netfilter.conntrack import Answering, forget_early_connections, forget_udp_flows, open_connections

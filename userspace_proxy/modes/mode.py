@@ -1,6 +1,6 @@
-"""What a mode is: one object with everything that differs between modes. Each mode's folder has one, as `MODE`.
+"""A mode is one object with everything that differs between modes. Each mode's folder has one, named `MODE`.
 
-To list modes must cost nothing: a mode's `mode.py` imports the rest of its code inside the functions that need it.
+Listing the modes must be cheap: a mode's `mode.py` imports the rest of its code inside the functions that need it.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class ModeSettings(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ProxierRequest:
-    """What a proxier is made of.
+    """The parts that a proxier gets.
 
-    ``plane``, ``ports`` and ``inherited`` (the listeners of a predecessor) matter to modes that open listeners.
+    ``plane``, ``ports`` and ``inherited`` (the listeners of a predecessor) are for modes that open listeners.
     """
 
     plane: DataPlane
@@ -59,10 +59,10 @@ class ProxierRequest:
 
 @dataclass(frozen=True, slots=True)
 class PreparedMode:
-    """A mode that this host can have. Nothing has been changed on the host.
+    """A mode that this host supports. Nothing has been changed on the host.
 
     ``transparent_obstacle``: why endpoints cannot see clients' addresses here, "" if they can. ``leftovers`` remove
-    rules of this mode that were loaded in another rule language than the one that is used now.
+    rules of this mode in other rule languages than the one in use.
     """
 
     make_proxier: Callable[[ProxierRequest], Proxier]
@@ -72,7 +72,7 @@ class PreparedMode:
 
 @dataclass(frozen=True, slots=True)
 class RenderRequest:
-    """What to render: the rules for ``state`` in ``language``; of service ports ``names`` only, unless that is None."""
+    """The rules to render: for ``state`` in ``language``. ``names``: only these service ports, None for all."""
 
     settings: ModeSettings
     state: ProxyState
@@ -87,14 +87,12 @@ class Mode:
     """Everything that is specific to one mode.
 
     ``description``: one line for the command line's help. ``kernel_serves``: traffic never enters this process; it has
-    no workers, and SIGTERM leaves the rules. ``prepare`` checks what the host has to have, and raises SyncError if it
-    lacks something. ``removals`` remove everything that the mode leaves on a host, whichever process put it there.
-    ``languages``: the rule languages that it is rendered in, the usual one first. ``render``
-    returns the rules with the reason of each line. ``firewall_passages``: where a foreign firewall can drop the
-    traffic of Services. ``annotations``: those of Services that this mode honours, without their prefix;
-    ``name: value`` for one value.
-    ``node_port_addresses``: where node ports are served unless a setting says so. Which settings apply in a mode is in
-    their table (`config/settings.py`).
+    no workers, and SIGTERM leaves the rules. ``prepare`` checks whether the host supports the mode; it raises SyncError
+    if not. ``removals`` remove everything that the mode leaves on a host, also after a crash. ``languages``: the rule
+    languages in which it can be rendered, the default first. ``render`` returns the rules, each line with its reason.
+    ``firewall_passages``: where a firewall of another program can drop traffic of Services. ``annotations``: those that
+    this mode honours, without their prefix; ``name: value`` for one value. ``node_port_addresses``: the addresses that
+    serve node ports by default. The table of settings (`config/settings.py`) says which settings apply in a mode.
     """
 
     name: str
@@ -109,7 +107,7 @@ class Mode:
     node_port_addresses: tuple[str, ...] = ()
 
     def languages_for(self, asked: str) -> tuple[str, ...]:
-        """Return the language to render for `--rules` *asked*, or every one for "all"."""
+        """Return the language to render for `--rules` *asked*; all of them for "all"."""
         if asked == "all":
             return self.languages
         return (asked,) if asked in self.languages else self.languages[:1]

@@ -1,12 +1,12 @@
-"""What a mode makes of a state: for each service port its routes, and the listeners that they lead to. Pure.
+"""Plan each service port of a state: its routes, and the listeners that these name. Pure.
 
-Userspace mode opens the listeners; a kernel mode takes a listener's name for a set of endpoints.
+Userspace mode opens the listeners. In kernel modes, a listener's name stands for a set of endpoints.
 """
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from userspace_proxy.control.proxy_ports import ProxyPorts
@@ -21,9 +21,9 @@ from userspace_proxy.model.topology import Node, Reach, reach, serving_endpoints
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What one service port takes: listeners with their endpoints, and routes that lead clients to them.
+    """The listeners of one service port with their endpoints, and the routes of its clients to them.
 
-    Made of `service_port`, `endpoints` and the node; where these are the same objects, so is the plan.
+    Depends on ``service_port``, ``endpoints`` and the node only.
     """
 
     service_port: ServicePort
@@ -33,7 +33,7 @@ class Plan:
     reaches: Mapping[Family, Reach]
 
     def is_of(self, service_port: ServicePort, endpoints: tuple[Endpoint, ...]) -> bool:
-        """Return whether it was made of just these."""
+        """Return whether the plan was made from these objects."""
         return self.service_port is service_port and self.endpoints is endpoints
 
 
@@ -45,9 +45,9 @@ def plan(
     detects_pods: bool,
     source_ip: SourceIP | None = None,
 ) -> Plan:
-    """Return what *service_port* takes on *node*, with *source_ip* in place of its own where that is given. Pure."""
+    """Return the plan of *service_port* on *node*. *source_ip* overrides that of the service port."""
     routed = service_port
-    if source_ip is not None:  # of a kernel mode, in which no client can wait
+    if source_ip is not None:  # of a kernel mode, which cannot hold connections
         routed = replace(service_port, source_ip=source_ip, connections=ConnectionPolicy())
     found: list[Route] = []
     usable: dict[Scope, tuple[Endpoint, ...]] = dict.fromkeys(Scope, ())
@@ -64,10 +64,11 @@ def plan(
 
 @dataclass(frozen=True, slots=True)
 class NodeRules:
-    """What rules say of this node, whatever its Services: the way of capture, who is a pod, where node ports are.
+    """The settings of rules that do not depend on Services.
 
-    ``pods`` tells pods; with ``pods_by_node`` those are pods whose address is in one of the node's own pod CIDRs.
-    ``node_port_addresses``: CIDRs, and ``primary`` for the first address of each family; all where there are none.
+    ``pods`` detects packets of pods. With ``pods_by_node``, the node's pod CIDRs do so instead.
+    ``node_port_addresses``: CIDRs, and ``primary`` for the first address of each family. All addresses serve node ports
+    if it is empty.
     """
 
     capture: Capture = Capture.REDIRECT
@@ -84,13 +85,13 @@ class NodeRules:
         return self.detector(node) is not None
 
     def node_port_ips(self, node: Node) -> tuple[str, ...]:
-        """Return the addresses of *node* at which node ports are served; none for all."""
+        """Return the addresses of *node* that serve node ports; empty for all."""
         on = [ipaddress.ip_network(cidr, strict=False) for cidr in self.node_ports_on(node)]
         own = (*node.addresses, "127.0.0.1", "::1")
         return tuple(ip for ip in own if any(ipaddress.ip_address(ip) in network for network in on))
 
     def node_ports_on(self, node: Node) -> tuple[str, ...]:
-        """Return the CIDRs of *node*'s own addresses at which node ports are served; none for all."""
+        """Return the CIDRs of the addresses of *node* that serve node ports; empty for all."""
         primary = {family_of(ip): ip for ip in reversed(node.addresses)}
         own = tuple(f"{ip}/{32 if family == 4 else 128}" for family, ip in primary.items())
         found = (own if given == "primary" else (given,) for given in self.node_port_addresses)
@@ -98,13 +99,13 @@ class NodeRules:
 
 
 class Plans:
-    """The plans for a state, brought to each new one at the cost of what changed.
+    """The plans for the desired state. The cost of an update follows the changes.
 
-    What changed stays unfinished until `finish`, over however many states: so a sync that failed is repeated.
-    ``source_ip``: whose address endpoints see, whatever service ports say of it.
+    Changed plans stay unfinished until `finish`, over several states if a sync fails, so that it can be repeated.
     """
 
     def __init__(self, source_ip: SourceIP | None = None) -> None:
+        """*source_ip*: overrides that of every service port."""
         self._source_ip = source_ip
         self.state = ProxyState()
         self.held: dict[ServicePortName, Plan] = {}
@@ -112,12 +113,12 @@ class Plans:
         self._gone: dict[ServicePortName, None] = {}
 
     def update(self, state: ProxyState, rules: NodeRules) -> bool:
-        """Make plans anew for what changed; return whether that is more than endpoints of service ports that have some.
+        """Plan the changed service ports; return whether the rules of userspace mode change, too.
 
-        Then rules have to be changed in userspace mode too.
+        They do not if endpoints change, unless a service port gets its first one or loses its last one.
         """
         before, detects_pods = self.state, rules.detects_pods(state.node)
-        is_another = state.node != before.node
+        is_other = state.node != before.node
         for name in self._suspects(state):
             service_port, endpoints, held = state.service_ports[name], state.endpoints[name], self.held.get(name)
             if held is None or not held.is_of(service_port, endpoints) or state.node is not before.node:
@@ -125,18 +126,18 @@ class Plans:
                 self.held[name] = made
                 self._unfinished[name] = None
                 self._gone.pop(name, None)
-                is_another |= held is None or held.routes != made.routes or held.service_port != made.service_port
-        is_one_gone = len(self.held) != len(state.service_ports)  # all of these are held by now
-        for name in [name for name in self.held if name not in state.service_ports] if is_one_gone else ():
+                is_other |= held is None or held.routes != made.routes or held.service_port != made.service_port
+        is_removed = len(self.held) != len(state.service_ports)
+        for name in [name for name in self.held if name not in state.service_ports] if is_removed else ():
             del self.held[name]
             self._unfinished.pop(name, None)
             self._gone[name] = None
-            is_another = True
+            is_other = True
         self.state = state
-        return is_another
+        return is_other
 
     def _suspects(self, state: ProxyState) -> list[ServicePortName]:
-        """Return whose plans may have to be made anew: names are looked up only if their order is new."""
+        """Return the service ports whose plans may be outdated."""
         if state.node is not self.state.node or len(self.held) != len(state.service_ports):
             return list(state.service_ports)
         given = zip(state.service_ports.items(), state.endpoints.values(), self.held.values(), strict=True)
@@ -148,16 +149,16 @@ class Plans:
 
     @property
     def unfinished(self) -> list[Plan]:
-        """The plans of which something is still to be done."""
+        """The new and changed plans that no sync has finished."""
         return [self.held[name] for name in self._unfinished]
 
     @property
     def gone(self) -> list[ServicePortName]:
-        """The service ports that were planned, and are to be taken away."""
+        """The removed service ports that no sync has finished."""
         return list(self._gone)
 
     def finish(self) -> None:
-        """Know that all of it is done."""
+        """Note that a sync has applied all plans."""
         self._unfinished.clear()
         self._gone.clear()
 
@@ -169,52 +170,41 @@ def redirects_to(
     rules: NodeRules,
     node: Node,
 ) -> tuple[Redirects, dict[Portal, ServicePortName]]:
-    """Return the rules that make the routes of *plans* true, with *opened* (listener -> proxy port). Pure.
+    """Return the rules for the routes of *plans* to *opened* (listener -> proxy port), and rejected claims. Pure.
 
-    Portals without endpoints are led to *refuse_port*, and those of listeners that could not be opened nowhere. Of
-    two with one portal the first has it; the second part says who else claimed one.
+    Portals without endpoints go to *refuse_port*. Portals of listeners that could not be opened have no rule. If two
+    service ports claim a portal, the first one has it; the second part of the result names the other one.
     """
-    ports: dict[Portal, int] = {}
-    exceptions: dict[Sender, dict[Portal, int]] = {}
-    allowed: dict[Portal, tuple[str, ...]] = {}
     names: dict[Portal, ServicePortName] = {}
     claimed: dict[Portal, ServicePortName] = {}
+    levels: dict[Sender, dict[Portal, int]] = {}
+    allowed: dict[Portal, tuple[str, ...]] = {}
     refused = {Refusal.REJECT: refuse_port, Refusal.DROP: DROPPED}
     for name, planned in plans.items():
         for portal, sender, to in planned.routes:
             port = refused[to] if isinstance(to, Refusal) else opened.get(to)
-            if port is None:
-                continue
-            if names.setdefault(portal, name) is not name:
+            if port is not None and names.setdefault(portal, name) is name:
+                levels.setdefault(sender, {})[portal] = port
+            elif port is not None:
                 claimed[portal] = name
-            elif sender is Sender.ANYBODY:
-                ports[portal] = port
-            else:
-                exceptions.setdefault(sender, {})[portal] = port
-        if planned.service_port.source_ranges:
-            for portal in load_balancer_portals(planned.service_port):
-                if names.get(portal) is name and (cidrs := allowed_to_dial(planned.service_port, portal, node)):
-                    allowed[portal] = cidrs
-    return (
-        Redirects(
-            ports,
-            names,
-            refuse_port,
-            rules.capture,
-            exceptions,
-            allowed,
-            rules.node_ports_on(node),
-            rules.detector(node),
-            any(listener.transparent for listener in opened),
-        ),
-        claimed,
-    )
+        own = (p for p in _restricted_portals(planned.service_port) if names.get(p) is name)
+        allowed |= {p: cidrs for p in own if (cidrs := allowed_to_dial(planned.service_port, p, node))}
+    ports = levels.pop(Sender.ANYBODY, {})
+    on, pods = rules.node_ports_on(node), rules.detector(node)
+    transparent = any(listener.transparent for listener in opened)
+    made = Redirects(ports, names, refuse_port, rules.capture, levels, allowed, on, pods, transparent)
+    return made, claimed
+
+
+def _restricted_portals(service_port: ServicePort) -> Iterable[Portal]:
+    return load_balancer_portals(service_port) if service_port.source_ranges else ()
 
 
 def allowed_to_dial(service_port: ServicePort, portal: Portal, node: Node) -> tuple[str, ...]:
-    """Return who may dial *portal*, nobody in particular for all: ranges of the other family say nothing of it.
+    """Return the CIDRs that may dial *portal*; empty for all. Ranges of the other family do not restrict it.
 
-    Where this node may, its address there may be the sender's, and so may dial, too (P4).
+    If this node may dial, so may the portal's own address, which this node may use as source (kube-proxy's chain
+    KUBE-FW has the same exception).
     """
     ranges = tuple(text for text in service_port.source_ranges if family_of(text) == portal.family)
     networks = [ipaddress.ip_network(text) for text in ranges]
@@ -224,7 +214,7 @@ def allowed_to_dial(service_port: ServicePort, portal: Portal, node: Node) -> tu
 
 
 def planned_redirects(state: ProxyState, ports: ProxyPorts, rules: NodeRules) -> Redirects:
-    """Return the rules for *state* as if every port were free; nothing is opened or loaded."""
+    """Return the rules for *state* as if every port were free. Opens and loads nothing."""
     refuse_port = ports.next_refusing(set()) or 0
     plans = {
         name: plan(service_port, state.endpoints[name], state.node, detects_pods=rules.detects_pods(state.node))

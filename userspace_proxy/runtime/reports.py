@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from userspace_proxy.admin import metrics as exposition
 from userspace_proxy.admin.health_checks import ServiceHealthChecks
@@ -25,76 +26,64 @@ from userspace_proxy.model.probe import EndpointHealth, endpoint_health
 from userspace_proxy.probes.filter import HealthFilter
 
 
+@dataclass(frozen=True, slots=True)
 class Reports:
-    """Asks every part at each scrape."""
+    """Asks every part at each scrape. ``findings``: the faults that `check` finds in the manifests."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        source: Source,
-        tracker: Tracker,
-        controller: Controller,
-        proxier: Proxier,
-        plane: DataPlane,
-        health_checks: ServiceHealthChecks,
-        health_filter: HealthFilter,
-        is_stopping: Callable[[], bool],
-        findings: Callable[[], Sequence[str]] = list,
-    ) -> None:
-        self._settings = settings
-        self._source = source
-        self._tracker = tracker
-        self._controller = controller
-        self._proxier = proxier
-        self._plane = plane
-        self._health_checks = health_checks
-        self._health_filter = health_filter
-        self._is_stopping = is_stopping
-        self._findings = findings
+    settings: Settings
+    source: Source
+    tracker: Tracker
+    controller: Controller
+    proxier: Proxier
+    plane: DataPlane
+    health_checks: ServiceHealthChecks
+    health_filter: HealthFilter
+    is_stopping: Callable[[], bool]
+    findings: Callable[[], Sequence[str]] = list
 
     def health(self) -> Health:
-        controller, source, now = self._controller, self._source, time.time()
-        # kube-proxy says nothing here. But who asks wants to send traffic, and a DaemonSet's roll-out to go on.
+        controller, source, now = self.controller, self.source, time.time()
+        # Unlike kube-proxy: a load balancer must not send traffic yet, and a DaemonSet's roll-out must wait.
         waiting = "" if controller.ready.is_set() else "the first sync is not done"
-        if self._is_stopping():
+        if self.is_stopping():
             waiting = "the proxy stops"
         failing = [
             f"since {time.strftime('%H:%M:%S', time.localtime(each.failing_since))}: {each.error}"
-            for each in (controller, self._proxier.repairer)
+            for each in (controller, self.proxier.repairer)
             if each.failing_since is not None
         ]
         return Health(
             controller.freshness.of_families(),
             waiting,
             "; ".join(failing),
-            stopped=self._plane.failing,
+            stopped=self.plane.failing,
             problems=[
                 *source.problems.values(),
-                *self._tracker.problems.values(),
-                *(f"{name}: {why}" for name, why in {**self._proxier.unopened, **self._plane.unserved}.items()),
-                *(f"{service}: {why}" for service, why in self._health_checks.failures.items()),
+                *self.tracker.problems.values(),
+                *(f"{name}: {why}" for name, why in {**self.proxier.unopened, **self.plane.unserved}.items()),
+                *(f"{service}: {why}" for service, why in self.health_checks.failures.items()),
             ],
-            findings=self._findings(),
-            degraded=[w.failure() for w in source.watches if w.is_dead(now, self._settings.degraded_after_s)],
-            node_eligible=is_eligible(self._tracker.node) if self._settings.follows_cluster else None,
+            findings=self.findings(),
+            degraded=[w.failure() for w in source.watches if w.is_dead(now, self.settings.degraded_after_s)],
+            node_eligible=is_eligible(self.tracker.node) if self.settings.follows_cluster else None,
         )
 
     def endpoint_health(self, name: ServicePortName) -> dict[Address, EndpointHealth]:
         """Return the health of each endpoint of *name*: whether it gets new traffic, since when and why."""
-        endpoints = self._controller.desired.endpoints.get(name, ())
-        return endpoint_health(endpoints, self._health_filter.health(name), self._plane.ejected(name))
+        endpoints = self.controller.desired.endpoints.get(name, ())
+        return endpoint_health(endpoints, self.health_filter.health(name), self.plane.ejected(name))
 
     async def metrics(self, answers: Mapping[tuple[str, int], int]) -> AsyncIterator[bytes]:
-        """Return the text of one scrape, in parts; *answers* are those of /healthz and /livez, by status."""
-        controller, proxier, source = self._controller, self._proxier, self._source
+        """Yield the text of one scrape. *answers*: counts of the answers of /healthz and /livez, by status."""
+        controller, proxier, source = self.controller, self.proxier, self.source
         control = ControlStats(
             service_ports=proxier.service_ports,
             rule_loads=proxier.loads,
             rule_repairs=proxier.repairs,
             last_sync_at=controller.synced_at or 0.0,
-            problems=len(source.problems) + len(self._tracker.problems),
-            unopened=len({**proxier.unopened, **self._plane.unserved}),
-            is_plane_failing=bool(self._plane.failing),
+            problems=len(source.problems) + len(self.tracker.problems),
+            unopened=len({**proxier.unopened, **self.plane.unserved}),
+            is_plane_failing=bool(self.plane.failing),
             sync_failures=controller.failures,
             sync_failing_s=_seconds_since(controller.failing_since),
             repair_failing_s=_seconds_since(proxier.repairer.failing_since),
@@ -108,10 +97,10 @@ class Reports:
             answers=dict(answers),
             no_local=without_local_endpoints(controller.synced),
         )
-        plane = await self._plane.stats(self._settings.metrics_endpoint_series // SERIES_AN_ENDPOINT)
+        plane = await self.plane.stats(self.settings.metrics_endpoint_series // SERIES_AN_ENDPOINT)
         plane.log_lines_dropped += log_lines_dropped()  # of this process
-        degraded_after_s = self._settings.degraded_after_s
-        of_others = itertools.chain(proxier.metrics(), self._health_filter.metrics())
+        degraded_after_s = self.settings.degraded_after_s
+        of_others = itertools.chain(proxier.metrics(), self.health_filter.metrics())
         parts = exposition.render(plane, control, source.watches, degraded_after_s, syncs, of_others)
         # In a thread: 10,000 Services are 150,000 lines, and changes of endpoints need not wait for these.
         while (part := await asyncio.to_thread(next, parts, b"")) != b"":

@@ -28,7 +28,7 @@ from tests.modes.translations_given import (
     translation,
 )
 from userspace_proxy.errors import SyncError
-from userspace_proxy.interfaces import NodeFacts, PodDetector, RuleUpdate, Translation
+from userspace_proxy.interfaces import PodDetector
 from userspace_proxy.lab import Host, Lab
 from userspace_proxy.model.endpoint import FAMILIES, Endpoint, Family
 from userspace_proxy.model.names import L4Protocol, ServicePortName
@@ -47,6 +47,7 @@ from userspace_proxy.modes.iptables.chains import (
 )
 from userspace_proxy.modes.iptables.loader import IptablesTables
 from userspace_proxy.modes.iptables.tables import Tables
+from userspace_proxy.modes.kernel_rules import NodeFacts, RuleUpdate, Translation
 from userspace_proxy.netfilter import xtables
 
 FACTS = NodeFacts(HERE, PODS)

@@ -22,7 +22,6 @@ from tests.modes.translations_given import (
     by_name,
     translation,
 )
-from userspace_proxy.interfaces import NodeFacts, RuleUpdate, Translation
 from userspace_proxy.lab import Lab
 from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.names import ServicePortName
@@ -48,6 +47,7 @@ from userspace_proxy.modes.ipvs.table import (
     virtual_ips,
     virtual_servers,
 )
+from userspace_proxy.modes.kernel_rules import NodeFacts, RuleUpdate, Translation
 from userspace_proxy.modes.slots.element_tables import ElementTables
 
 FACTS = NodeFacts(HERE, PODS)

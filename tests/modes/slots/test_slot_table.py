@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 from tests.modes.redirects_given import assert_golden, name
-from userspace_proxy.interfaces import NodeFacts, PodDetector, RuleUpdate, Translation
+from userspace_proxy.interfaces import PodDetector
 from userspace_proxy.lab import Host, Lab
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import L4Protocol, ServicePortName
 from userspace_proxy.model.service import ServicePort, SourceIP, load_balancer_portals
 from userspace_proxy.model.topology import Node
+from userspace_proxy.modes.kernel_rules import NodeFacts, RuleUpdate, Translation
 from userspace_proxy.modes.plans import plan
 from userspace_proxy.modes.slots import slot_table as slots
 from userspace_proxy.modes.slots.element_tables import ElementTables

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-from userspace_proxy.interfaces import PodDetector, Translation
+from userspace_proxy.interfaces import PodDetector
 from userspace_proxy.model.endpoint import Endpoint, Family, family_of, join_address
 from userspace_proxy.model.names import L4Protocol, ListenerName, ServicePortName
 from userspace_proxy.model.service import Portal, internal_portals, node_portal
 from userspace_proxy.modes import xtables_script as xtables
+from userspace_proxy.modes.kernel_rules import Translation
 from userspace_proxy.modes.reasons.known import Known, host
 from userspace_proxy.modes.rule_line import Reason, RuleLine
 from userspace_proxy.netfilter.nft_text import is_everything

@@ -14,7 +14,6 @@ from prometheus_client.core import Metric
 from userspace_proxy.errors import SyncError
 from userspace_proxy.host import discard_routes, sysctls
 from userspace_proxy.host.tool import in_thread, is_installed
-from userspace_proxy.interfaces import NodeFacts, RuleUpdate, Translation
 from userspace_proxy.model.endpoint import FAMILIES, Family
 from userspace_proxy.model.loads import Loads
 from userspace_proxy.model.names import ServicePortName
@@ -24,7 +23,8 @@ from userspace_proxy.modes.iptables import tables as kube_tables
 from userspace_proxy.modes.iptables.chains import LOCALNET, NODE_PORTS, SHARED, ChainKey, ChainOptions, ChainRules
 from userspace_proxy.modes.iptables.metrics import iptables_metrics
 from userspace_proxy.modes.iptables.tables import Tables
-from userspace_proxy.modes.rule_line import RuleLine
+from userspace_proxy.modes.kernel_rules import NodeFacts, RuleUpdate, Translation
+from userspace_proxy.modes.rule_line import RuleLine, Rules
 from userspace_proxy.modes.xtables_rules import XtablesRules, all_or_first_error
 from userspace_proxy.modes.xtables_script import TOOLS, XtablesScript, new_chain
 from userspace_proxy.netfilter import xtables
@@ -85,6 +85,9 @@ class IptablesTables(XtablesRules):
         self._rejected: dict[ServicePortName, frozenset[str]] = {}  # addresses of portals that are rejected
         self._are_exceptions_known = False
         self._is_unheard = False  # notices during loads of our own were ignored
+
+    def rules(self, translations: Mapping[ServicePortName, Translation], facts: NodeFacts) -> Rules:
+        return rules(translations, facts, self._options)
 
     async def prepare(self) -> None:
         """Read this host's rules and settings. Changes nothing.

@@ -148,28 +148,35 @@ def whole(desired: Tables, saved: Saved, chains_at_once: int | None = None, note
 
 
 def _whole_table(table: str, chains: ChainRules, saved: Saved, chains_at_once: int | None, notes: Sequence[str]) -> str:
-    is_marked_already = is_marked(saved, table)
-    first = [] if is_marked_already else [f":{MARK} - [0:0]"]
-    to_note = [*(() if is_marked_already else map(str, _present_before(saved, table))), *notes]
-    held = saved.get(ChainKey(table, MARK), ())
-    first += (f"-A {MARK} {rule}" for rule in map(_noted, to_note) if rule not in held)
+    is_ready = is_marked(saved, table)
+    first = list(_mark_lines(table, saved, notes))
     ours = [c for c in saved if c.table == table and is_ours(c)]
-    stale = [c for c in ours if is_marked_already and c not in chains and c.name != MARK]
+    stale = [c for c in ours if is_ready and c not in chains and c.name != MARK]
     # A chain to which other programs jump cannot be deleted, and would fail the transaction: only flush it.
     kept = set(_used_by_others(ours, saved)) if stale else set()
-    to_write = [c for c in chains if c.table == table and not (is_marked_already and saved.get(c) == chains[c])]
+    to_write = [c for c in chains if c.table == table and not (is_ready and saved.get(c) == chains[c])]
     own = sorted((c for c in to_write if c not in _SHARED), key=_depth)
-    parts = list(_parts(own, chains_at_once or len(own) or 1)) or [[]]
+    *parts, last_part = list(_parts(own, chains_at_once or len(own) or 1)) or [[]]
     text = ""
-    if len(parts) > 1:
+    if parts:
         # The chain to which all others jump comes first.
-        text += _block(table, [*first, *_written([c for c in to_write if c == MARK_MASQ], chains)])
-        text += "".join(_block(table, [*_written(part, chains)]) for part in parts[:-1])
+        text = _block(table, [*first, *_written([c for c in to_write if c == MARK_MASQ], chains)])
+        text += "".join(_block(table, [*_written(part, chains)]) for part in parts)
         first = []
-    last = [*(c for c in to_write if c in _SHARED), *parts[-1]]
-    flushed = (f":{c.name} - [0:0]" for c in stale)
+    last = _written([*(c for c in to_write if c in _SHARED), *last_part], chains)
     deleted = (f"-X {chain.name}" for chain in stale if chain not in kept)
-    return text + _block(table, [*first, *flushed, *_written(last, chains), *_jumps_to_make(saved, table), *deleted])
+    return text + _block(table, [*first, *_flushed(stale), *last, *_jumps_to_make(saved, table), *deleted])
+
+
+def _mark_lines(table: str, saved: Saved, notes: Sequence[str]) -> Iterator[str]:
+    """Yield the lines that create the mark of *table*, and record in it what was there before and *notes*."""
+    if is_ready := is_marked(saved, table):
+        to_note = list(notes)
+    else:
+        yield f":{MARK} - [0:0]"
+        to_note = [*map(str, _present_before(saved, table)), *notes]
+    held = saved[ChainKey(table, MARK)] if is_ready else ()
+    yield from (f"-A {MARK} {rule}" for rule in map(_noted, to_note) if rule not in held)
 
 
 def section(table: str, rules: Mapping[ChainKey, Sequence[RuleLine]], made: Mapping[ChainKey, RuleLine]) -> Section:
@@ -233,20 +240,20 @@ def _written(chains: Collection[ChainKey], rules: ChainRules) -> Iterator[str]:
 
 
 class _Changes:
-    """Gathers the lines of `change`, by table: first the chains to create or flush, then the rules."""
+    """The lines of `change` for one table: chains to create or flush, then rules, then chains to delete."""
 
     def __init__(self) -> None:
-        self._lines: dict[str, tuple[list[str], list[str]]] = {table: ([], []) for table in TABLES}
+        self.flushed: list[str] = []
+        self.rules: list[str] = []
+        self.deleted: list[str] = []
 
     def rewrite(self, chain: ChainKey, rules: Iterable[str]) -> None:
-        self._lines[chain.table][0].append(f":{chain.name} - [0:0]")
-        self.add(chain, (f"-A {chain.name} {rule}" for rule in rules))
+        self.flushed.append(f":{chain.name} - [0:0]")
+        self.rules += (f"-A {chain.name} {rule}" for rule in rules)
 
-    def add(self, chain: ChainKey, lines: Iterable[str]) -> None:
-        self._lines[chain.table][1].extend(lines)
-
-    def text(self) -> str:
-        return "".join(_block(table, [*flushed, *rules]) for table, (flushed, rules) in self._lines.items())
+    def replace(self, chain: ChainKey, old: Iterable[str], new: Iterable[str]) -> None:
+        self.rules += (f"-D {chain.name} {rule}" for rule in old)
+        self.rules += (f"-I {chain.name} {rule}" for rule in new)
 
 
 def change(before: Tables, after: Tables, names: Iterable[ServicePortName]) -> str:
@@ -254,30 +261,32 @@ def change(before: Tables, after: Tables, names: Iterable[ServicePortName]) -> s
 
     Apart from the node's rules, only those of the service ports *names* differ.
     """
-    changes = _Changes()
-    gone: list[ChainKey] = []
-    shared: dict[ChainKey, tuple[list[str], list[str]]] = {}  # chain -> rules to delete, rules to insert
-    for chain, old, new in _differences(before, after, names):
+    changes = {table: _Changes() for table in TABLES}
+    shared = _add_own_chains(changes, _differences(before, after, names))
+    rewritten = {chain for chain in SHARED if before.node.get(chain) != after.node.get(chain)}
+    rewritten |= {chain for chain, (deleted, _) in shared.items() if len(deleted) > _DELETED_MAX}
+    chains = after.chains() if rewritten else {}
+    for chain in rewritten:
+        changes[chain.table].rewrite(chain, chains[chain])
+    for chain in shared.keys() - rewritten:
+        changes[chain.table].replace(chain, *shared[chain])
+    return "".join(_block(table, [*c.flushed, *c.rules, *c.deleted]) for table, c in changes.items())
+
+
+def _add_own_chains(
+    changes: Mapping[str, _Changes], differences: Iterable[tuple[ChainKey, tuple[str, ...], tuple[str, ...]]]
+) -> dict[ChainKey, tuple[list[str], list[str]]]:
+    """Add to *changes* what differs in chains of service ports; return rules to delete and insert in shared ones."""
+    shared: dict[ChainKey, tuple[list[str], list[str]]] = {}
+    for chain, old, new in differences:
         if chain in _SHARED:
             deleted, inserted = shared.setdefault(chain, ([], []))
             deleted += (rule for rule in old if rule not in new)
             inserted += (rule for rule in new if rule not in old)
         else:
-            changes.rewrite(chain, new)
-            if not new:
-                gone.append(chain)
-    rewritten = {chain for chain in SHARED if before.node.get(chain) != after.node.get(chain)}
-    rewritten |= {chain for chain, (deleted, _) in shared.items() if len(deleted) > _DELETED_MAX}
-    chains = after.chains() if rewritten else {}
-    for chain in rewritten:
-        changes.rewrite(chain, chains[chain])
-    for chain in shared.keys() - rewritten:
-        deleted, inserted = shared[chain]
-        changes.add(chain, (f"-D {chain.name} {rule}" for rule in deleted))
-        changes.add(chain, (f"-I {chain.name} {rule}" for rule in inserted))
-    for chain in gone:
-        changes.add(chain, [f"-X {chain.name}"])
-    return changes.text()
+            changes[chain.table].rewrite(chain, new)
+            changes[chain.table].deleted += () if new else (f"-X {chain.name}",)
+    return shared
 
 
 def _differences(
@@ -345,19 +354,23 @@ def _removal_from(table: str, saved: Saved, chains_at_once: int | None) -> str:
     kept = {c for c in mine if c.name in recorded} | set(_used_by_others(mine, saved))
     unchanged = {c for c in kept & {MARK_MASQ, POSTROUTING} if c.name not in recorded or not recorded[c.name].is_empty}
     shared = [chain for chain in mine if chain in _SHARED]
-    jumps: list[str] = []
-    for jump in (jump for jump in JUMPS if jump.chain.table == table):
-        before = recorded.get(jump.chain.name)
-        if before is None or not before.has_jump:
-            there = saved.get(ChainKey(table, jump.source), ())
-            jumps += [f"-D {jump.source} {jump.rule}"] * there.count(jump.rule)
-    # 1. Shared chains and jumps to them. 2. Chains of service ports, from the outside in. 3. Chains without callers.
-    text = _block(table, [*_flushed(c for c in shared if c not in unchanged and c != MARK_MASQ), *jumps])
     own = sorted((c for c in mine if c not in _SHARED and c != mark), key=_depth, reverse=True)
+    # 1. Shared chains and jumps to them. 2. Chains of service ports, from the outside in. 3. Chains without callers.
+    flushed = _flushed(c for c in shared if c not in unchanged and c != MARK_MASQ)
+    text = _block(table, [*flushed, *_jumps_to_remove(saved, table, recorded)])
     for part in _parts(own, chains_at_once or len(own) or 1):
         text += _block(table, [*_flushed(part), *(f"-X {c.name}" for c in part)])
     flushed = _flushed(c for c in (MARK_MASQ, mark) if c in mine and c not in unchanged)
     return text + _block(table, [*flushed, *(f"-X {chain.name}" for chain in (*shared, mark) if chain not in kept)])
+
+
+def _jumps_to_remove(saved: Saved, table: str, recorded: Mapping[str, ForeignChain]) -> Iterator[str]:
+    """Yield the lines that delete our jumps, except those that were there before ours."""
+    for jump in (jump for jump in JUMPS if jump.chain.table == table):
+        before = recorded.get(jump.chain.name)
+        if before is None or not before.has_jump:
+            there = saved.get(ChainKey(table, jump.source), ())
+            yield from [f"-D {jump.source} {jump.rule}"] * there.count(jump.rule)
 
 
 def _flushed(chains: Iterable[ChainKey]) -> Iterator[str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
-from userspace_proxy.interfaces import Translation
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.service import Portal
 from userspace_proxy.modes.ipvs.table import VirtualServers, virtual_ips, virtual_servers
+from userspace_proxy.modes.kernel_rules import Translation
 
 
 class DesiredServers:

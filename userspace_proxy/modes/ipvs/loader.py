@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,14 +16,15 @@ from prometheus_client.core import Metric
 from userspace_proxy.errors import SyncError
 from userspace_proxy.host import network, sysctls
 from userspace_proxy.host.tool import in_thread, is_installed, run_tool
-from userspace_proxy.interfaces import NodeFacts, RuleUpdate
 from userspace_proxy.model.loads import Loads
+from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.service import Portal
 from userspace_proxy.modes.ipvs import genetlink
 from userspace_proxy.modes.ipvs.changes import ServerChange, Verb, record, removals_when_idle, server_changes
 from userspace_proxy.modes.ipvs.desired import DesiredServers
 from userspace_proxy.modes.ipvs.device import DEVICE, VirtualDevice
 from userspace_proxy.modes.ipvs.genetlink import Listing
+from userspace_proxy.modes.ipvs.rules import rules
 from userspace_proxy.modes.ipvs.table import (
     DEFAULT_SCHEDULER,
     IpvsTable,
@@ -31,6 +33,8 @@ from userspace_proxy.modes.ipvs.table import (
     at_host,
     node_port_ips,
 )
+from userspace_proxy.modes.kernel_rules import NodeFacts, RuleUpdate, Translation
+from userspace_proxy.modes.rule_line import Rules
 from userspace_proxy.modes.slots.element_tables import ElementTables
 from userspace_proxy.netfilter.notices import NetworkNotices, RuleWatch
 
@@ -100,6 +104,10 @@ class IpvsTables:
         self._watch = RuleWatch()
         self._is_due = False
         self._check_s = 0.0
+
+    def rules(self, translations: Mapping[ServicePortName, Translation], facts: NodeFacts) -> Rules:
+        host_ips = facts.node.addresses or asyncio.run(network.host_addresses())
+        return rules(translations.values(), facts, host_ips, self._scheduler)
 
     def metrics(self) -> Iterator[Metric]:
         return iter(())

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
-from userspace_proxy.interfaces import NodeFacts, Translation
 from userspace_proxy.model.endpoint import join_address
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.service import Portal
@@ -19,6 +18,7 @@ from userspace_proxy.modes.ipvs.table import (
     virtual_ips,
     virtual_servers,
 )
+from userspace_proxy.modes.kernel_rules import NodeFacts, Translation
 from userspace_proxy.modes.nft_blocks import NftTable
 from userspace_proxy.modes.reasons.known import Known
 from userspace_proxy.modes.rule_line import RuleLine

@@ -11,11 +11,11 @@ import ipaddress
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from userspace_proxy.interfaces import NodeFacts, Translation
 from userspace_proxy.model.endpoint import Address, Family, family_of
 from userspace_proxy.model.names import L4Protocol, ListenerName, Scope
 from userspace_proxy.model.routes import Refusal
 from userspace_proxy.model.service import Balance, Portal
+from userspace_proxy.modes.kernel_rules import NodeFacts, Translation
 from userspace_proxy.modes.nft_blocks import IP
 from userspace_proxy.modes.rule_line import RuleLine
 from userspace_proxy.modes.slots.packet_number import ENDPOINT_SET, OURS

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from prometheus_client.core import Metric
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.host.tool import in_thread, is_installed, load_nft
-from userspace_proxy.interfaces import NodeFacts, RuleUpdate, Translation
 from userspace_proxy.model.freshness import FAMILY_NAMES
 from userspace_proxy.model.loads import Loads
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.modes.kernel_metrics import refused_loads
+from userspace_proxy.modes.kernel_rules import NodeFacts, RuleUpdate, Translation
+from userspace_proxy.modes.rule_line import Rules
 from userspace_proxy.modes.slots.portal_table import PortalTable
 from userspace_proxy.netfilter.elements import NftSocket, Transaction, element
 from userspace_proxy.netfilter.nfnetlink import count_rules
@@ -45,6 +46,9 @@ class ElementTables:
         self._timeouts_s: frozenset[int] = frozenset()
         self._watch = RuleWatch()
         self._is_loading = False
+
+    def rules(self, translations: Mapping[ServicePortName, Translation], facts: NodeFacts) -> Rules:
+        return self.table.rules(facts, translations.values())
 
     def metrics(self) -> Iterator[Metric]:
         yield refused_loads("nftables_sync_failures", self.loads)
@@ -142,8 +146,8 @@ class ElementTables:
         changed: Collection[ServicePortName],
     ) -> Counter[_Element]:
         """Add the changes of *changed* to *transaction*, deletions first. Return the change of each shared use."""
-        deleted: dict[str, list[bytes]] = {}
-        added: dict[str, list[bytes]] = {}
+        deleted: defaultdict[str, list[bytes]] = defaultdict(list)
+        added: defaultdict[str, list[bytes]] = defaultdict(list)
         uses = Counter[_Element]()
         for owner in changed:
             before, after = self._elements(self._held.get(owner)), self._elements(translations.get(owner))
@@ -153,14 +157,12 @@ class ElementTables:
                     uses.subtract((name, key) for key in old)
                     uses.update((name, key) for key in new)
                 else:
-                    deleted.setdefault(name, []).extend(_packed(kind, dict.fromkeys(_other(old, new), b"")))
-                    added.setdefault(name, []).extend(_packed(kind, _other(new, old), owner))
+                    deleted[name] += _packed(kind, dict.fromkeys(_other(old, new), b""))
+                    added[name] += _packed(kind, _other(new, old), owner)
         for (name, key), more in uses.items():
             had = self._uses[name, key]
-            if not had and more > 0:
-                added.setdefault(name, []).append(element(key))
-            elif had and had + more == 0:
-                deleted.setdefault(name, []).append(element(key))
+            if bool(had) != bool(had + more):
+                (deleted if had else added)[name].append(element(key))
         for name, elements in deleted.items():
             transaction.delete(name, elements)
         for name, elements in added.items():

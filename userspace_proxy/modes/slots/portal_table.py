@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 
-from userspace_proxy.interfaces import NodeFacts, Translation
 from userspace_proxy.model.endpoint import FAMILIES, Endpoint, Family
 from userspace_proxy.model.names import ListenerName, Scope, ServicePortName
 from userspace_proxy.model.routes import Refusal
 from userspace_proxy.model.service import Portal, internal_portals
 from userspace_proxy.modes import nft_blocks
+from userspace_proxy.modes.kernel_rules import NodeFacts, Translation
 from userspace_proxy.modes.nft_blocks import IP, NO_LOOP, SENDERS, SENT, Block, NftTable, nat_hook, set_block
 from userspace_proxy.modes.rule_line import RuleLine
 from userspace_proxy.modes.slots.element_reasons import element_reason, leads, unpacked

@@ -14,13 +14,13 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from userspace_proxy.errors import SyncError
-from userspace_proxy.interfaces import Translation
 from userspace_proxy.model.allocation import Allocator
 from userspace_proxy.model.endpoint import FAMILIES, Address, Family
 from userspace_proxy.model.maglev import slot_table
 from userspace_proxy.model.names import L4Protocol, ListenerName, Scope, ServicePortName
 from userspace_proxy.model.routes import Refusal, Route
 from userspace_proxy.model.service import Portal
+from userspace_proxy.modes.kernel_rules import Translation
 from userspace_proxy.modes.nft_blocks import IP, Block
 from userspace_proxy.modes.rule_line import RuleLine
 from userspace_proxy.modes.slots.packet_number import ENDPOINT, ENDPOINT_SET, OURS, PINNED

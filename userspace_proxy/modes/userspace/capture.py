@@ -1,4 +1,4 @@
-"""Change how packets are captured as soon as an interface comes up at which REDIRECT cannot work."""
+"""Change the way of capture when an interface comes up at which REDIRECT cannot work."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class Capturing(Protocol):
-    """A proxier whose way of capture can be changed."""
+    """A proxier with a way of capture that can be changed."""
 
     @property
     def capture(self) -> Capture: ...
@@ -27,7 +27,7 @@ class Capturing(Protocol):
 
 
 async def watch_interfaces(proxier: Capturing) -> None:
-    """Have *proxier* capture with a private address once an interface has none of its own. Ends when it does."""
+    """Switch *proxier* to a private address as soon as an interface without an IPv4 address comes up; then return."""
     changed = asyncio.Event()
     notices = NetworkNotices(changed.set)
     try:

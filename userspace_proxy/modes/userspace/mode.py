@@ -1,4 +1,4 @@
-"""Mode userspace: rules redirect packets to listeners of this proxy, which accepts, dials an endpoint and splices."""
+"""Userspace mode: rules redirect packets to listeners of this proxy, which accepts, dials an endpoint and splices."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def _prepare(settings: ModeSettings) -> PreparedMode:
     return PreparedMode(
         make_proxier,
         transparent_obstacle="; ".join(await transparent_obstacles(language)),
-        # Not what brings answers here, which both languages share.
+        # Reply routes stay: both languages share them.
         leftovers=tuple(make().remove_rules for other, make in KERNELS.items() if other != language),
     )
 

@@ -1,8 +1,8 @@
-"""How what backends answer to a client's own address comes to this node's sockets, as nftables text. Pure.
+"""Bring the replies of backends to a client's own address to the sockets of this node, by nftables rules and routes.
 
-A backend that saw the client's address answers to that address. Where its packets come by this node they are told by
-our socket that is bound to it, marked, and led to a table in which every address is local (network.py). So are ICMP
-errors: `socket` looks for the socket of the packet that such a message quotes (nf_socket_ipv4.c, extract_icmp4_fields).
+A backend that sees the client's address replies to it. If the reply passes this node, nftables finds our socket with
+that address and marks the packet. A routing rule sends marked packets to a table in which every address is local. ICMP
+errors are found by the packet that they quote (nf_socket_ipv4.c, extract_icmp4_fields).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ REPLY_RULE = (
     f"meta mark set meta mark | {TRANSPARENT_MARK:#x} accept"
 )
 _OWN_AND_TRANSPARENT = OWN_MARK | TRANSPARENT_MARK
-_FLOW_S = 600  # longer than the data plane's keepalive lets a connection be silent
+_FLOW_S = 600  # longer than a connection stays silent with the data plane's keepalive
 _FLOWS_MAX = 262_144
 BRIDGE_RULES, BRIDGE_ERROR_RULES = 4, 2
 _IP = {4: "ip", 6: "ip6"}
@@ -38,14 +38,14 @@ log = logging.getLogger(__name__)
 
 
 def bridge_table(*, errors: bool = True) -> str:
-    """Return the script that brings answers up to us that a bridge would carry straight to a client on it.
+    """Return the script that diverts replies to this node which a bridge would carry directly to a client on it.
 
-    What we send notes the flow and the bridge's own address; what comes back on such a flow is sent to that address.
-    No other frame is touched: what the two send each other directly stays on the bridge. Loaded again, it keeps the
-    flows that it knows. (nft 1.0.6 cannot note an address behind a concatenated key, hence a set and a map.)
+    Packets of ours add their flow and the bridge's own address to sets. Replies on these flows get that address as
+    destination; other frames stay on the bridge. The sets survive when the script is loaded again. (nft 1.0.6 cannot
+    store an address behind a concatenated key, hence a set and a map.)
 
-    *errors*: bring up ICMP errors that a backend sends about such a flow, too. The ports that they quote have no names
-    in nft, and sets of plain numbers are not known to every version of it.
+    *errors*: divert ICMP errors of backends about these flows, too. The ports that they quote have no names in nft, and
+    some versions of it do not support sets of plain numbers.
     """
     sets, chains = "", {"output": "", "prerouting": ""}
     size = f"flags dynamic,timeout; timeout {_FLOW_S}s; size {_FLOWS_MAX}"
@@ -94,13 +94,13 @@ table {BRIDGE_TABLE} {{
 
 
 def bridge_removal() -> str:
-    """Return the script that removes it; a script of its own, as not every kernel knows rules for bridges."""
+    """Return the script that removes the bridge table. It is separate, as not every kernel supports bridge rules."""
     return f"table {BRIDGE_TABLE}\ndelete table {BRIDGE_TABLE}\n"
 
 
-# ---- routes for answers to a client's own address
+# ---- routes for replies to a client's own address
 
-# Where packets with TRANSPARENT_MARK, and without OWN_MARK, are for this node, whatever their address.
+# Packets with TRANSPARENT_MARK and without OWN_MARK are for this node, whatever their destination.
 _TRANSPARENT_RULE = (
     *("priority", "10777", "fwmark", f"{TRANSPARENT_MARK:#x}/{OWN_MARK | TRANSPARENT_MARK:#x}"),
     *("lookup", "10777"),
@@ -109,10 +109,10 @@ _TRANSPARENT_ROUTE = ("local", "default", "dev", "lo", "table", "10777", "proto"
 
 
 async def add_transparent_routes() -> None:
-    """Lead marked answers to this node's own sockets. May be repeated.
+    """Route marked replies to this node's own sockets. May be repeated.
 
     Raises:
-        SyncError: refused for IPv4; a host without IPv6 is none the worse.
+        SyncError: refused for IPv4. Without IPv6, only a warning is logged.
     """
     for version in ("-4", "-6"):
         try:
@@ -126,7 +126,7 @@ async def add_transparent_routes() -> None:
 
 
 async def remove_transparent_routes() -> None:
-    """Take these away, whoever of us added them."""
+    """Remove these routes, also those of other processes of this proxy."""
     for version in ("-4", "-6"):
         try:
             while parsed(await run_tool("ip", "-json", version, "rule", "show", *_TRANSPARENT_RULE)):
@@ -138,9 +138,9 @@ async def remove_transparent_routes() -> None:
 
 
 async def transparent_obstacles(language: str) -> list[str]:
-    """Return why this node cannot carry clients' own addresses to backends, each with what would mend it.
+    """Return why backends cannot see clients' own addresses on this node, each obstacle with its remedy.
 
-    *language* is that of the rules. Strict ``rp_filter`` does no harm: answers come by the way to their backend.
+    *language*: the rule language. Strict ``rp_filter`` is no obstacle: replies arrive by the route to their backend.
     """
     obstacles = []
     try:
@@ -150,26 +150,28 @@ async def transparent_obstacles(language: str) -> list[str]:
         obstacles.append(f"sockets cannot take a client's address ({error}); run with CAP_NET_ADMIN")
     if language == "nftables":
         obstacles += await _refused(
-            "this kernel cannot tell packets for our sockets; load the module nft_socket",
+            "this kernel cannot match packets of our sockets; load the module nft_socket",
             ("nft", "--check", "-f", "-"),
             "table inet userspace_proxy_check { chain c { "
             f"type filter hook prerouting priority -150; {REPLY_RULE}; }}; }}",
         )
     else:
         obstacles += await _refused(
-            "this kernel cannot tell packets for our sockets; load the module xt_socket",
+            "this kernel cannot match packets of our sockets; load the module xt_socket",
             ("iptables-restore", "--test", "--noflush", "-w", "5"),
             "*mangle\n:USERSPACE-PROXY-CHECK - [0:0]\n"
             "-A USERSPACE-PROXY-CHECK -m socket --transparent -j RETURN\nCOMMIT\n",
         )
     if parsed(await run_tool("ip", "-json", "link", "show", "type", "bridge")):
         obstacles += await _refused(
-            "backends on a bridge cannot answer clients beside them; nft and its rules for bridges are needed",
+            "backends cannot answer clients on the same bridge; nft and a kernel with bridge rules are needed",
             ("nft", "--check", "-f", "-"),
             bridge_table(errors=False),
         )
     if on := _interfaces_that_validate_marks():
-        obstacles.append(f"answers are taken for forged; set net.ipv4.conf.*.src_valid_mark to 0 for {', '.join(on)}")
+        obstacles.append(
+            f"the kernel drops replies as forged; set net.ipv4.conf.*.src_valid_mark to 0 for {', '.join(on)}"
+        )
     return obstacles
 
 
@@ -182,6 +184,6 @@ async def _refused(what: str, command: Sequence[str], script: str) -> list[str]:
 
 
 def _interfaces_that_validate_marks() -> list[str]:
-    """Return where the way back to a packet's source is looked for by its mark, which leads to this node alone."""
+    """Return the interfaces that check a packet's source with its mark, which routes every address to this node."""
     knobs = Path("/proc/sys/net/ipv4/conf").glob("*/src_valid_mark")
     return sorted(knob.parent.name for knob in knobs if knob.read_text().strip() != "0")
