@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from userspace_proxy.compare.charts import Bar, Bars, Lines, SizeLine
+from userspace_proxy.compare.charts import Bar, BarChart, LineChart, SizeLine
 from userspace_proxy.compare.derived import short
 from userspace_proxy.compare.judge import Figure
 from userspace_proxy.compare.page import draw
@@ -17,7 +17,7 @@ MODE = ModeRun("nftables", "nftables", "kernel", ours=True)
 
 @pytest.mark.parametrize("points", [{10: -3.0, 1_000: -1.5}, {10: 0.0, 1_000: 0.0}], ids=["negative", "zero"])
 def test_lines_without_a_positive_value_are_drawn_at_zero(points: dict[int, float]) -> None:
-    chart = ElementTree.fromstring(draw(Lines("a figure", "", [SizeLine(MODE, points)])))  # noqa: S314 - ours
+    chart = ElementTree.fromstring(draw(LineChart("a figure", "", [SizeLine(MODE, points)])))  # noqa: S314 - ours
 
     dots = list(chart.iter("circle"))
     assert {dot.attrib["cy"] for dot in dots} == {"198.0"}
@@ -28,7 +28,7 @@ def test_lines_without_a_positive_value_are_drawn_at_zero(points: dict[int, floa
 
 @pytest.mark.parametrize("is_log", [True, False])
 def test_a_logarithmic_axis_says_so(*, is_log: bool) -> None:
-    lines = Lines("a figure", "", [SizeLine(MODE, {10: 1.0, 1_000: 100.0})], is_log=is_log)
+    lines = LineChart("a figure", "", [SizeLine(MODE, {10: 1.0, 1_000: 100.0})], is_log=is_log)
     chart = ElementTree.fromstring(draw(lines))  # noqa: S314 - ours
 
     axes = [text.text for text in chart.iter("text") if text.attrib["class"] == "axis"]
@@ -38,7 +38,7 @@ def test_a_logarithmic_axis_says_so(*, is_log: bool) -> None:
 
 
 def test_a_bar_has_its_value_at_its_end() -> None:
-    bars = Bars("a figure", "", [Bar(MODE, Figure(50.0, 10.0, 100.0))])
+    bars = BarChart("a figure", "", [Bar(MODE, Figure(50.0, 10.0, 100.0))])
     chart = ElementTree.fromstring(draw(bars))  # noqa: S314 - ours
 
     bar = next(rect for rect in chart.iter("rect") if rect.attrib["class"] == "fill")

@@ -10,7 +10,7 @@ import pytest
 
 from tests.compare.conftest import PutTool
 from userspace_proxy.compare.cases import Case
-from userspace_proxy.compare.command import Comparison, ComparisonRequest
+from userspace_proxy.compare.command import ComparisonRequest, ComparisonRun
 from userspace_proxy.compare.failures import Event, watch
 from userspace_proxy.compare.modes import HAPROXY, NGINX, ComparedMode
 from userspace_proxy.compare.nodes import CompareLab, ModeNode
@@ -47,8 +47,8 @@ def mode(name: str, tell_error: Exception | None = None) -> ComparedMode:
     return ComparedMode(name, name, "proxy", no_start, tell)
 
 
-def comparison(node: ModeNode, *modes: ComparedMode) -> Comparison:
-    one = Comparison(ComparisonRequest(modes=("none",)), BareLab(node), lambda _: None)
+def comparison(node: ModeNode, *modes: ComparedMode) -> ComparisonRun:
+    one = ComparisonRun(ComparisonRequest(modes=("none",)), BareLab(node), lambda _: None)
     one.session.running.update((each, node) for each in modes)
     return one
 

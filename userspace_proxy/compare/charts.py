@@ -31,7 +31,7 @@ class Bar(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Bars:
+class BarChart:
     """Horizontal bars, one in each row; a thin line below shows the spread of the rounds."""
 
     title: str
@@ -49,7 +49,7 @@ class SizeLine(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Lines:
+class LineChart:
     """Lines over the number of Services (a logarithmic axis), labelled at their ends."""
 
     title: str
@@ -111,7 +111,7 @@ class FailureLane(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Lanes:
+class LaneChart:
     """One lane for each mode; a mark's height is its share of the requests in that bucket of time."""
 
     title: str
@@ -129,4 +129,4 @@ class Lanes:
         return _HALF if all(share <= _HALF for share in shares) else 1.0
 
 
-Chart = Bars | Lines | Lanes
+Chart = BarChart | LineChart | LaneChart

@@ -125,7 +125,7 @@ def measure(request: ComparisonRequest) -> Results:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with compare_lab() as lab, _progress(request.duration_s) as say:
-            return Comparison(request, lab, say).run()
+            return ComparisonRun(request, lab, say).run()
     except subprocess.SubprocessError as error:
         raise StartError(reason_of(error)) from None
     except KeyboardInterrupt:
@@ -150,7 +150,7 @@ def _progress(duration_s: float) -> Iterator[Callable[[str], None]]:
         yield say
 
 
-class Comparison:
+class ComparisonRun:
     """One run of `compare`: starts the modes and measures what *request* asks for, within its duration."""
 
     def __init__(self, request: ComparisonRequest, lab: CompareLab, say: Callable[[str], None]) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jinja2
 from markupsafe import Markup
 
-from userspace_proxy.compare.charts import Bar, Bars, Chart, FailureLane, Lanes, Lines, SizeLine
+from userspace_proxy.compare.charts import Bar, BarChart, Chart, FailureLane, LaneChart, LineChart, SizeLine
 from userspace_proxy.compare.claims import CLAIMS, RULINGS, Claim, Panel, choices
 from userspace_proxy.compare.derived import (
     BULK_POINT,
@@ -109,9 +109,9 @@ def _growth_tile(results: Results) -> Iterator[_Tile]:
     measured = sorted((each for each in growths if each.by_size), key=lambda each: -each.more_us)
     if measured:
         worst, *others = measured
-        beside = "".join(f"; {each.title} {each.more_us:+.0f} µs" for each in others)
+        beside = "".join(f"; {each.title} {round(each.more_us):+d} µs" for each in others)
         words = f"{worst.title} with {max(worst.by_size):,} Services, compared with {min(worst.by_size):,}{beside}"
-        yield _Tile("Time for a new connection", f"{worst.more_us:+.0f} µs", words + _undecided(worst.is_visible))
+        yield _Tile("Time for a new connection", f"{round(worst.more_us):+d} µs", words + _undecided(worst.is_visible))
 
 
 def _undecided(decided: object) -> str:
@@ -154,10 +154,10 @@ def _panels(results: Results, claim: Claim) -> Iterator[Chart]:
     for panel in claim.bars:
         found = [(mode, _figure(results, panel, mode)) for mode in results.shown() if mode.kind in panel.kinds]
         if rows := [Bar(mode, each) for mode, each in found if each is not None]:
-            yield Bars(panel.title, panel.note, rows, panel.text)
+            yield BarChart(panel.title, panel.note, rows, panel.text)
     for panel in claim.lines:
         by_size = {mode: sizes_of(results, mode.name, panel.figure) for mode in results.shown()}
-        lines = Lines(
+        lines = LineChart(
             panel.title, panel.note, [SizeLine(*row) for row in by_size.items() if row[1]], panel.text, panel.is_log
         )
         if lines.marks:
@@ -172,7 +172,7 @@ def _figure(results: Results, panel: Panel, mode: ModeRun) -> Figure | None:
     return calls_of(results, panel.case, mode.name)
 
 
-def _failure_panels(results: Results) -> Iterator[Lanes]:
+def _failure_panels(results: Results) -> Iterator[LaneChart]:
     for event in EVENTS:
         seen = {mode: timelines_of(results, event.name, mode.name) for mode in results.shown()}
         rows = [FailureLane(mode, *_shares_over_time(timelines)) for mode, timelines in seen.items() if timelines]
@@ -180,7 +180,7 @@ def _failure_panels(results: Results) -> Iterator[Lanes]:
             continue
         first = next(timelines[0] for timelines in seen.values() if timelines)
         title, _, effect = event.title.partition(": ")
-        lanes = Lanes(title[0].upper() + title[1:], "", rows, first.bucket_s, first.event_s, first.told_s)
+        lanes = LaneChart(title[0].upper() + title[1:], "", rows, first.bucket_s, first.event_s, first.told_s)
         height = "all requests" if lanes.top == 1 else "half of the requests"
         yield replace(lanes, note=f"{effect}. Red: failed, yellow: slow; a full lane is {height}")
 

@@ -68,11 +68,14 @@ def wait_until(
                 return time.monotonic() - started_at
         except OSError as error:
             reason = str(error)
-        has_ended = process is not None and process.poll() is not None
-        if has_ended or time.monotonic() > started_at + timeout_s:
+        if _has_ended(process) or time.monotonic() > started_at + timeout_s:
             break
         time.sleep(poll_s)
     raise StartError(f"{what}: {(log and last_line(log)) or reason or 'timed out'}")
+
+
+def _has_ended(process: subprocess.Popen[bytes] | None) -> bool:
+    return process is not None and process.poll() is not None
 
 
 def last_line(log: Path) -> str:
