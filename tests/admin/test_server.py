@@ -22,7 +22,7 @@ from userspace_proxy.admin import limited
 from userspace_proxy.admin.limited import ConnectionSlots
 from userspace_proxy.admin.server import AdminServer, Health, is_loopback, split_address
 from userspace_proxy.errors import StartError
-from userspace_proxy.model.freshness import FAMILY_NAMES, FamilyHealth
+from userspace_proxy.model.sync_health import FAMILY_NAMES, FamilyHealth
 
 
 @dataclass

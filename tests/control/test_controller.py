@@ -92,7 +92,7 @@ class Rig:
 
     @property
     def healthy(self) -> dict[str, bool]:
-        return {family: of_it.healthy for family, of_it in self.controller.freshness.of_families().items()}
+        return {family: of_it.healthy for family, of_it in self.controller.sync_health.of_families().items()}
 
     async def until(self, condition: Callable[[], object]) -> None:
         async with asyncio.timeout(_BOUND_S):
@@ -287,7 +287,7 @@ async def test_a_failure_makes_a_proxy_unhealthy_only_after_the_timeout() -> Non
         rig.source.tell(service())
         await rig.source.taken()
         assert rig.healthy == {"IPv4": True, "IPv6": True}
-        assert not rig.controller.freshness.queued_at, "nothing is asked for before all is told"
+        assert not rig.controller.sync_health.queued_at, "nothing is asked for before all is told"
         rig.source.tell(SYNCED)
         await rig.until(rig.controller.ready.is_set)
         rig.sink.refusal = "no privilege"

@@ -17,8 +17,8 @@ from userspace_proxy.admin.families import family, single
 from userspace_proxy.admin.kubeproxy import SyncStats, kubeproxy_metrics
 from userspace_proxy.interfaces import Counters, EndpointCounters, PlaneStats, WatchStats
 from userspace_proxy.model.endpoint import join_address
-from userspace_proxy.model.freshness import FamilyHealth
 from userspace_proxy.model.names import ServicePortName
+from userspace_proxy.model.sync_health import FamilyHealth
 
 
 class ControlStats(NamedTuple):

@@ -19,7 +19,7 @@ from aiohttp import web
 from userspace_proxy.admin.limited import ConnectionSlots, LimitedFactory, remove_server_header
 from userspace_proxy.admin.metrics import slis
 from userspace_proxy.errors import StartError
-from userspace_proxy.model.freshness import FamilyHealth
+from userspace_proxy.model.sync_health import FamilyHealth
 from userspace_proxy.printable import printable
 
 _HINTS = {errno.EADDRINUSE: "another program has it", errno.EACCES: "a port below 1024 is for root"}

@@ -132,42 +132,44 @@ def _readable(message: str, plain: object) -> ConfigError:
     return ConfigError(f"{expected}, not {got}" if got else expected, field=field, mend=mend)
 
 
+# (expected, got) -> fix.
+_MENDS = {
+    ("must be text", "nothing"): "write a value, or leave it out",
+    ("must be a list", "a mapping"): "begin each item with '- '",
+    ("must be a mapping", "a list"): "remove the '-'",
+    ("must be a mapping", "nothing"): "write its fields below it, or leave it out",
+    ("must be true or false", "text"): "write true or false, without quotes",
+    ("must be a number", "a number with a fraction"): "write it without a fraction",
+}
+
+
 def _mend(field: str, expected: str, got: str, value: object) -> str:
+    """Return how to repair *value* at *field*, which is *got* and not what is *expected*; "" if that is not known."""
+    if mend := _MENDS.get((expected, got)):
+        return mend
     match expected, got:
-        case "must be text", "nothing":
-            return "write a value, or leave it out"
         case "must be text", "a list" | "a mapping":
             values = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
-            return (
-                f"write the value alone: {values[0]}"
-                if len(values) == 1 and isinstance(values[0], str)
-                else "write one value"
-            )
+            is_single = len(values) == 1 and isinstance(values[0], str)
+            return f"write the value alone: {values[0]}" if is_single else "write one value"
         case "must be text", _:
             return "write ClientIP or None" if field.endswith(".sessionAffinity") else "put it in quotes"
-        case "must be a list", "a mapping":
-            return "begin each item with '- '"
         case "must be a list", _:
             return f"write [{value}]" if value is not None else "write its items, each after '- '"
-        case "must be a mapping", "a list":
-            return "remove the '-'"
-        case "must be a mapping", "nothing":
-            return "write its fields below it, or leave it out"
         case "must be a mapping", _:
-            if key := _KEYS.get(re.sub(r"\[\d+\]$", "", field).rpartition(".")[2]):
-                pair = _PORT_PAIR.fullmatch(str(value)) if key == "port" else None
-                return f"write {_as_pair(pair)}" if pair else f"write '{key}: {value}'"
-            label, is_pair, text = str(value).partition("=")
-            return f"write '{label}: {text}'" if is_pair else "write its fields below it, each as 'NAME: VALUE'"
-        case "must be true or false", "text":
-            return "write true or false, without quotes"
+            return _mend_of_mapping(field, value)
         case "must be a number", "text":
-            if field.endswith(".port") and (pair := _PORT_PAIR.fullmatch(str(value))):
-                return f"write {_as_pair(pair)}"
-            return "write it in digits, without quotes"
-        case "must be a number", "a number with a fraction":
-            return "write it without a fraction"
+            pair = _PORT_PAIR.fullmatch(str(value)) if field.endswith(".port") else None
+            return f"write {_as_pair(pair)}" if pair else "write it in digits, without quotes"
     return ""
+
+
+def _mend_of_mapping(field: str, value: object) -> str:
+    if key := _KEYS.get(re.sub(r"\[\d+\]$", "", field).rpartition(".")[2]):
+        pair = _PORT_PAIR.fullmatch(str(value)) if key == "port" else None
+        return f"write {_as_pair(pair)}" if pair else f"write '{key}: {value}'"
+    label, is_pair, text = str(value).partition("=")
+    return f"write '{label}: {text}'" if is_pair else "write its fields below it, each as 'NAME: VALUE'"
 
 
 def _as_pair(pair: re.Match[str]) -> str:

@@ -16,10 +16,10 @@ from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import EventType, ObjectEvent, Source, StateSink
 from userspace_proxy.model.endpoint import Endpoint, difference
-from userspace_proxy.model.freshness import FAMILY_NAMES, Freshness
 from userspace_proxy.model.histogram import SYNC_BOUNDS_S, Histogram
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.state import ProxyState
+from userspace_proxy.model.sync_health import FAMILY_NAMES, SyncHealth
 from userspace_proxy.model.topology import usable_endpoints
 
 _ASK_AGAIN_S = 1.0
@@ -80,7 +80,7 @@ class Controller:
         self.error = ""
         self.syncs = 0
         self.failures = 0
-        self.freshness = Freshness(health_timeout_s)
+        self.sync_health = SyncHealth(health_timeout_s)
         self.changes = {"service": Changes(), "endpoint": Changes()}
         self.durations = Histogram(SYNC_BOUNDS_S)
         self.programming = {family: Histogram(_PROGRAMMING_BOUNDS_S) for family in FAMILY_NAMES}
@@ -107,7 +107,7 @@ class Controller:
                     self._is_complete |= any(event.type is EventType.SYNCED for event in events)
                     if self._is_complete:  # not before SYNCED: a partial state would remove Services that are served
                         self._changed.set()
-                        self.freshness.note_queued({family for event in events for family in _families(event)})
+                        self.sync_health.note_queued({family for event in events for family in _families(event)})
             except Exception:
                 log.exception("a bug: the source failed; the state in force stays, and the source is started again")
             await asyncio.sleep(_ASK_AGAIN_S)
@@ -134,7 +134,7 @@ class Controller:
         started_at = time.monotonic()
         triggers, self._triggers = self._triggers, []
         taken = {told: changes.pending for told, changes in self.changes.items()}
-        self.freshness.note_begin()
+        self.sync_health.note_begin()
         try:
             desired = self._tracker.state()
             state = self._filtered(desired)
@@ -151,7 +151,7 @@ class Controller:
             self._note_failure(repr(error), triggers)
             return
         self._pacer.note_end(succeeded=True)
-        self.freshness.note_end(succeeded=True)
+        self.sync_health.note_end(succeeded=True)
         for told, count in taken.items():
             self.changes[told].pending -= count
         self.synced, self.desired = state, desired
@@ -186,7 +186,7 @@ class Controller:
     def _note_failure(self, error: str, triggers: list[tuple[str, float]]) -> None:
         self._triggers = triggers + self._triggers
         self._pacer.note_end(succeeded=False)
-        self.freshness.note_end(succeeded=False)
+        self.sync_health.note_end(succeeded=False)
         self.failures += 1
         self._changed.set()  # try again
         self.failing_since = self.failing_since or time.time()

@@ -23,7 +23,7 @@ from userspace_proxy.control.advice import Advisor
 from userspace_proxy.control.controller import Controller
 from userspace_proxy.control.memory import SavedAllocations
 from userspace_proxy.control.pacer import Pacer
-from userspace_proxy.control.saver import Saver
+from userspace_proxy.control.state_writer import StateWriter
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.dataplane.handover import VERSION, Conversation, Incumbent, Present, TakeOver
 from userspace_proxy.dns.sink import ClusterDns
@@ -111,7 +111,7 @@ class App:
                     self.kept_listeners = [sock.dup() for sock in (*proxy.health_checks.listeners(), *of_dns)]
                     if node.dns is not None:
                         node.dns.leave()
-                proxy.saver.save()
+                proxy.state_writer.save()
                 await lifecycle.end(node.plane, proxy.remove_rules)
         log.info("stopped")
 
@@ -126,7 +126,7 @@ class Proxy:
         inherited_ports = {spec.name.key: spec.proxy_port for spec in node.inherited}
         allocations = make_allocations(settings, memory, node.hosts)
         ports = make_proxy_ports(settings, {**memory.proxy_ports, **inherited_ports})
-        self.saver = Saver(node.state_dir, allocations, ports)
+        self.state_writer = StateWriter(node.state_dir, allocations, ports)
         # Objects to desired state.
         self._tracker = Tracker(
             allocations,
@@ -192,7 +192,7 @@ class Proxy:
             "controller": self._controller.run(),
             "events": node.events.run(),
             "proxier": self._proxier.run(),
-            "saver": self.saver.run(),
+            "state writer": self.state_writer.run(),
             "follow-addresses": follow_addresses(self._tracker, self._controller.sync_again),
             "first-sync": self._after_first_sync(),
             "note-ready": self._lifecycle.note_ready(self._controller.ready, node.plane),
@@ -225,7 +225,7 @@ class Proxy:
         self._node.events.warn(ObjectReference("Service", service), reason, note, is_logged=True)
 
     def _after_sync(self) -> None:
-        self.saver.save_soon()
+        self.state_writer.save_soon()
         for service, problem in self._tracker.problems.items():
             self._warn_of(service, "NotServedAsWritten", problem)
         for name, why in self._proxier.unopened.items():

@@ -53,7 +53,7 @@ class Reports:
             if each.failing_since is not None
         ]
         return Health(
-            controller.freshness.of_families(),
+            controller.sync_health.of_families(),
             waiting,
             "; ".join(failing),
             stopped=self.plane.failing,
@@ -91,8 +91,8 @@ class Reports:
         syncs = SyncStats(
             controller.durations,
             controller.programming,
-            synced_at=controller.freshness.updated_at,
-            queued_at=controller.freshness.queued_at,
+            synced_at=controller.sync_health.updated_at,
+            queued_at=controller.sync_health.queued_at,
             changes=controller.changes,
             answers=dict(answers),
             no_local=without_local_endpoints(controller.synced),

@@ -73,7 +73,7 @@ class StreamedResponse:
             async for chunk in self._answer.content.iter_any():
                 yield chunk
         except aiohttp.ClientError as error:
-            raise ConnectionError(_said(error)) from error
+            raise ConnectionError(_reason(error)) from error
 
 
 class ApiTransport:
@@ -94,7 +94,7 @@ class ApiTransport:
         if self._kubeconfig and not self._kubeconfig.is_file():
             raise StartError(f"{where}: no such file")
         try:
-            session = await self._now()
+            session = await self._current_session()
         except OSError as error:
             raise StartError(f"{where}: {error}") from None
         return printable(str(session.configuration.host))
@@ -112,7 +112,7 @@ class ApiTransport:
     @contextlib.asynccontextmanager
     async def get(self, path: str, params: Mapping[str, str]) -> AsyncGenerator[Response]:
         async with self._request("GET", path, _TIMEOUT, query_params=dict(params)) as answer:
-            _watch_peer(answer)
+            _set_keepalive(answer)
             yield StreamedResponse(answer)
 
     async def write(self, method: str, path: str, body: Mapping[str, object]) -> int:
@@ -129,7 +129,7 @@ class ApiTransport:
     async def _request(
         self, method: str, path: str, within: aiohttp.ClientTimeout, *, content_type: str = "", **details: object
     ) -> AsyncGenerator[aiohttp.ClientResponse]:
-        session = await self._now()
+        session = await self._current_session()
         session.users += 1
         try:
             try:
@@ -147,15 +147,15 @@ class ApiTransport:
             except aiohttp.ClientError as error:
                 # The certificate authority of the server may have changed.
                 session.is_refused = session.is_refused or isinstance(error, aiohttp.ClientSSLError)
-                raise ConnectionError(_said(error)) from error
+                raise ConnectionError(_reason(error)) from error
             session.is_refused = session.is_refused or answer.status == 401
             async with answer:
                 yield answer
         finally:
             session.users -= 1
-            await self._close_if_left(session)
+            await self._close_if_unused(session)
 
-    async def _now(self) -> _Session:
+    async def _current_session(self) -> _Session:
         """Return the current session, or log in again if the server refused it.
 
         Raises:
@@ -167,11 +167,11 @@ class ApiTransport:
                 self._session = await self._log_in()
                 if before is not None:
                     log.info("credentials were read again")
-                    await self._close_if_left(before)
+                    await self._close_if_unused(before)
             assert self._session is not None
             return self._session
 
-    async def _close_if_left(self, session: _Session) -> None:
+    async def _close_if_unused(self, session: _Session) -> None:
         if session is not self._session and not session.users:
             await session.client.close()
 
@@ -182,21 +182,21 @@ class ApiTransport:
 
         configuration = Configuration()
         if self._kubeconfig is not None:
-            await run_in_thread("read kubeconfig", partial(_refuse_unreadable, self._kubeconfig))
+            await run_in_thread("read kubeconfig", partial(_check_kubeconfig, self._kubeconfig))
         try:
             if self._kubeconfig is None:
                 load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
             else:
                 await load_kube_config(str(self._kubeconfig), client_configuration=configuration, persist_config=False)
             for url in (configuration.host, configuration.proxy):
-                _refuse_broken_url(url)
+                _check_url(url)
             return _Session(configuration, RESTClientObject(configuration))
         except Exception as error:
             # Foreign files and plugins raise anything, AssertionError and TypeError among them.
             raise ConnectionError(f"no login: {error or type(error).__name__}") from error
 
 
-def _refuse_unreadable(kubeconfig: Path) -> None:
+def _check_kubeconfig(kubeconfig: Path) -> None:
     """Raise ConnectionError if reading *kubeconfig*, or a file it names, might not end.
 
     The login library reads them without a size limit and with a recursive parser.
@@ -228,7 +228,7 @@ def _get(mapping: object, key: str) -> object:
     return mapping.get(key) if isinstance(mapping, dict) else None
 
 
-def _refuse_broken_url(url: str | None) -> None:
+def _check_url(url: str | None) -> None:
     """Raise ConnectionError for an invalid URL; the library's own error would contain its password."""
     try:
         yarl.URL(url or "").port  # noqa: B018 - read only when it is asked for
@@ -236,7 +236,7 @@ def _refuse_broken_url(url: str | None) -> None:
         raise ConnectionError("the URL of the server or its proxy cannot be read") from None
 
 
-def _watch_peer(answer: aiohttp.ClientResponse) -> None:
+def _set_keepalive(answer: aiohttp.ClientResponse) -> None:
     transport = answer.connection.transport if answer.connection is not None else None
     sock = transport.get_extra_info("socket") if transport is not None else None
     if sock is not None:
@@ -246,7 +246,7 @@ def _watch_peer(answer: aiohttp.ClientResponse) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
 
 
-def _said(error: aiohttp.ClientError) -> str:
+def _reason(error: aiohttp.ClientError) -> str:
     if isinstance(error, aiohttp.ClientPayloadError):
         return "in the middle of an answer"
     return str(error) or type(error).__name__

@@ -47,12 +47,12 @@ def check_path(path: str) -> None:
     if not os.access(path, os.R_OK):
         raise StartError(f"{path}: permission denied")
     if Path(path).is_dir():
-        _warn_of_nothing(path)
+        _warn_if_empty(path)
     elif not Path(path).is_file() and not is_stream(path):
         raise StartError(f"{path}: neither a file, a folder nor a pipe; for stdin write '{STDIN}'")
 
 
-def _warn_of_nothing(folder: str) -> None:
+def _warn_if_empty(folder: str) -> None:
     if any(True for _ in expand(folder)):
         return
     nested = sorted({str(p.parent) for p in Path(folder).glob("*/*") if p.suffix in _ENDINGS})
@@ -115,10 +115,10 @@ def read(path: str) -> str:
     if shown(path) != path:
         raise ConfigError("cannot be read: its name is not UTF-8 text", mend="rename it")
     # Do not open a FIFO: its writer would take this process for the reader.
-    _refuse_what_never_ends(Path(path).stat())
+    _check_regular_file(Path(path).stat())
     # Do not block either if a FIFO has replaced the file since.
-    with open(path, "rb", opener=_open_without_waiting) as file:
-        _refuse_what_never_ends(os.fstat(file.fileno()))
+    with open(path, "rb", opener=_open_nonblocking) as file:
+        _check_regular_file(os.fstat(file.fileno()))
         return decoded(file.read())
 
 
@@ -137,11 +137,11 @@ def decoded(data: bytes) -> str:
     return text
 
 
-def _open_without_waiting(path: str, flags: int) -> int:
+def _open_nonblocking(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def _refuse_what_never_ends(found: os.stat_result) -> None:
+def _check_regular_file(found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
         raise ConfigError("cannot be read: not a regular file", mend="put a file in its place")
     if found.st_size > _SIZE_MAX_BYTES:

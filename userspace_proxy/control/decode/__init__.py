@@ -5,12 +5,10 @@ A ConfigError that is *raised* rejects the whole object. One that is *returned* 
 
 from userspace_proxy.control.decode.addresses import (
     backend_ip_errors,
-    canonical_cidr,
     canonical_ip,
     is_cidr,
     is_ip,
     is_port,
-    number_errors,
     virtual_ip_errors,
 )
 from userspace_proxy.control.decode.annotations import (
@@ -49,7 +47,6 @@ from userspace_proxy.control.decode.service_ports import (
     PortKey,
     given_cluster_ips,
     has_node_ports,
-    ingress,
     own_portals,
     port_key,
     service_ports,

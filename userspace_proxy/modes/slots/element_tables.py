@@ -10,9 +10,9 @@ from prometheus_client.core import Metric
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.host.tool import in_thread, is_installed, load_nft
-from userspace_proxy.model.freshness import FAMILY_NAMES
 from userspace_proxy.model.loads import Loads
 from userspace_proxy.model.names import ServicePortName
+from userspace_proxy.model.sync_health import FAMILY_NAMES
 from userspace_proxy.modes.kernel_metrics import refused_loads
 from userspace_proxy.modes.kernel_rules import NodeFacts, RuleUpdate, Translation
 from userspace_proxy.modes.rule_line import Rules

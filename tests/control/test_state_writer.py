@@ -10,7 +10,7 @@ from pathlib import Path
 from userspace_proxy.control.allocations import Allocations
 from userspace_proxy.control.memory import SavedAllocations, StateDir
 from userspace_proxy.control.proxy_ports import ProxyPorts
-from userspace_proxy.control.saver import Saver
+from userspace_proxy.control.state_writer import StateWriter
 
 REMEMBERED = {"default/web:/TCP": 12_345}
 
@@ -25,8 +25,8 @@ class Remembering(Allocations):
 
 
 @contextlib.asynccontextmanager
-async def saving(folder: Path, retry_after_s: float) -> AsyncIterator[Saver]:
-    saver = Saver(StateDir(folder), Remembering(), ProxyPorts(11_000, 12_000, {}), retry_after_s)
+async def saving(folder: Path, retry_after_s: float) -> AsyncIterator[StateWriter]:
+    saver = StateWriter(StateDir(folder), Remembering(), ProxyPorts(11_000, 12_000, {}), retry_after_s)
     task = asyncio.create_task(saver.run())
     try:
         yield saver

@@ -1,4 +1,4 @@
-"""Saves allocations: shortly after a change, again after a failure, and once when the process ends."""
+"""Writes allocations to the state folder: after a change, again after a failure, and when the process ends."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from userspace_proxy.control.memory import SavedAllocations, StateDir
 from userspace_proxy.control.proxy_ports import ProxyPorts
 
 
-class Saver:
-    """Writes the allocations that the next process needs, in a thread, shortly after they change."""
+class StateWriter:
+    """Writes the allocations that the next process loads, in a thread, shortly after they change."""
 
     def __init__(
         self, state_dir: StateDir | None, allocations: Allocations, ports: ProxyPorts, retry_after_s: float = 2.0
@@ -29,6 +29,7 @@ class Saver:
         return self._allocations.changes, self._ports.changes
 
     def save_soon(self) -> None:
+        """Let `run` save the allocations, if they have changed since the last save."""
         self._is_asked = True
         if self._changes() != self._saved:
             self._wanted.set()
@@ -37,10 +38,12 @@ class Saver:
         return msgspec.structs.replace(self._allocations.memory(), proxy_ports=self._ports.memory())
 
     def save(self) -> None:
+        """Save the allocations now, if `save_soon` was ever called and they have changed."""
         if self._state_dir is not None and self._is_asked and self._changes() != self._saved:
             self._state_dir.save(self._memory())
 
     async def run(self) -> None:
+        """Save after each change until cancelled; repeat a failed save."""
         while self._state_dir is not None:
             await self._wanted.wait()
             self._wanted.clear()

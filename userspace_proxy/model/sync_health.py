@@ -16,7 +16,7 @@ class FamilyHealth(NamedTuple):
     updated_at: float | None
 
 
-class Freshness:
+class SyncHealth:
     """Unhealthy if a queued change has waited longer than *timeout_s* for a successful sync (behaviours Z1).
 
     Healthy while no change is queued, however old the last sync is. A change queued during a sync waits for the next

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.fakes import FakeClock
-from userspace_proxy.model.freshness import FAMILY_NAMES, Freshness
+from userspace_proxy.model.sync_health import FAMILY_NAMES, SyncHealth
 
 TIMEOUT_S = 60.0
 
@@ -11,20 +11,20 @@ TIMEOUT_S = 60.0
 class Rig:
     def __init__(self) -> None:
         self.clock, self.wall = FakeClock(), FakeClock(1_700_000_000.0)
-        self.freshness = Freshness(TIMEOUT_S, self.clock, self.wall)
+        self.sync_health = SyncHealth(TIMEOUT_S, self.clock, self.wall)
 
     def later(self, seconds: float) -> None:
         self.clock.now_s += seconds
         self.wall.now_s += seconds
 
     def sync(self, *, succeeded: bool = True, takes_s: float = 0.0) -> None:
-        self.freshness.note_begin()
+        self.sync_health.note_begin()
         self.later(takes_s)
-        self.freshness.note_end(succeeded=succeeded)
+        self.sync_health.note_end(succeeded=succeeded)
 
     @property
     def healthy(self) -> tuple[bool, ...]:
-        return tuple(health.healthy for health in self.freshness.of_families().values())
+        return tuple(health.healthy for health in self.sync_health.of_families().values())
 
 
 def test_a_proxy_without_queued_changes_stays_healthy() -> None:
@@ -32,7 +32,7 @@ def test_a_proxy_without_queued_changes_stays_healthy() -> None:
     rig.later(1_000_000)
     assert rig.healthy == (True, True)
 
-    rig.freshness.note_queued()
+    rig.sync_health.note_queued()
     rig.sync()
     rig.later(1_000_000)
 
@@ -41,7 +41,7 @@ def test_a_proxy_without_queued_changes_stays_healthy() -> None:
 
 def test_a_queued_change_is_healthy_until_the_timeout() -> None:
     rig = Rig()
-    rig.freshness.note_queued()
+    rig.sync_health.note_queued()
     rig.later(TIMEOUT_S - 0.001)
     assert rig.healthy == (True, True)
 
@@ -53,7 +53,7 @@ def test_a_queued_change_is_healthy_until_the_timeout() -> None:
 def test_the_oldest_queued_change_decides_health() -> None:
     rig = Rig()
     for _ in range(7):
-        rig.freshness.note_queued()
+        rig.sync_health.note_queued()
         rig.later(TIMEOUT_S / 6)
 
     assert rig.healthy == (False, False)
@@ -61,7 +61,7 @@ def test_the_oldest_queued_change_decides_health() -> None:
 
 def test_failed_syncs_keep_the_age_of_a_queued_change() -> None:
     rig = Rig()
-    rig.freshness.note_queued()
+    rig.sync_health.note_queued()
     for _ in range(6):
         assert rig.healthy == (True, True)
         rig.later(TIMEOUT_S / 6)
@@ -72,8 +72,8 @@ def test_failed_syncs_keep_the_age_of_a_queued_change() -> None:
 
 def test_a_sync_that_hangs_makes_a_proxy_unhealthy() -> None:
     rig = Rig()
-    rig.freshness.note_queued()
-    rig.freshness.note_begin()
+    rig.sync_health.note_queued()
+    rig.sync_health.note_begin()
 
     rig.later(TIMEOUT_S)
 
@@ -82,12 +82,12 @@ def test_a_sync_that_hangs_makes_a_proxy_unhealthy() -> None:
 
 def test_a_successful_sync_restores_health_and_the_next_change_has_its_own_age() -> None:
     rig = Rig()
-    rig.freshness.note_queued()
+    rig.sync_health.note_queued()
     rig.later(TIMEOUT_S * 2)
     rig.sync()
     assert rig.healthy == (True, True)
 
-    rig.freshness.note_queued()
+    rig.sync_health.note_queued()
     rig.later(TIMEOUT_S / 2)
 
     assert rig.healthy == (True, True)
@@ -95,11 +95,11 @@ def test_a_successful_sync_restores_health_and_the_next_change_has_its_own_age()
 
 def test_a_change_during_a_sync_is_queued_for_the_next_one() -> None:
     rig = Rig()
-    rig.freshness.note_queued()
-    rig.freshness.note_begin()
+    rig.sync_health.note_queued()
+    rig.sync_health.note_begin()
     rig.later(1)
-    rig.freshness.note_queued()
-    rig.freshness.note_end(succeeded=True)
+    rig.sync_health.note_queued()
+    rig.sync_health.note_end(succeeded=True)
     assert rig.healthy == (True, True)
 
     rig.later(TIMEOUT_S)
@@ -109,11 +109,11 @@ def test_a_change_during_a_sync_is_queued_for_the_next_one() -> None:
 
 def test_a_change_during_a_failing_sync_keeps_the_age_of_the_oldest_one() -> None:
     rig = Rig()
-    rig.freshness.note_queued()
-    rig.freshness.note_begin()
+    rig.sync_health.note_queued()
+    rig.sync_health.note_begin()
     rig.later(TIMEOUT_S / 2)
-    rig.freshness.note_queued()
-    rig.freshness.note_end(succeeded=False)
+    rig.sync_health.note_queued()
+    rig.sync_health.note_end(succeeded=False)
 
     rig.later(TIMEOUT_S / 2)
 
@@ -122,7 +122,7 @@ def test_a_change_during_a_failing_sync_keeps_the_age_of_the_oldest_one() -> Non
 
 def test_each_family_has_its_own_queued_changes() -> None:
     rig = Rig()
-    rig.freshness.note_queued(["IPv6"])
+    rig.sync_health.note_queued(["IPv6"])
 
     rig.later(TIMEOUT_S)
 
@@ -131,20 +131,20 @@ def test_each_family_has_its_own_queued_changes() -> None:
 
 def test_times_are_reported_by_the_wall_clock() -> None:
     rig = Rig()
-    assert [health.updated_at for health in rig.freshness.of_families().values()] == [None, None]
+    assert [health.updated_at for health in rig.sync_health.of_families().values()] == [None, None]
 
-    rig.freshness.note_queued(["IPv4"])
+    rig.sync_health.note_queued(["IPv4"])
     rig.sync(takes_s=2)
     rig.later(5)
 
-    assert rig.freshness.queued_at == {"IPv4": 1_700_000_000.0}
-    assert [health.updated_at for health in rig.freshness.of_families().values()] == [1_700_000_002.0] * 2
-    assert tuple(rig.freshness.of_families()) == FAMILY_NAMES
+    assert rig.sync_health.queued_at == {"IPv4": 1_700_000_000.0}
+    assert [health.updated_at for health in rig.sync_health.of_families().values()] == [1_700_000_002.0] * 2
+    assert tuple(rig.sync_health.of_families()) == FAMILY_NAMES
 
 
 def test_setting_the_wall_clock_does_not_change_health() -> None:
     rig = Rig()
-    rig.freshness.note_queued()
+    rig.sync_health.note_queued()
 
     rig.wall.now_s += 1_000_000
 
