@@ -6,6 +6,7 @@ path of packets.
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
 import time
@@ -15,7 +16,6 @@ from pathlib import Path
 from benchmarks.loads import latencies_at
 from benchmarks.planes import start_engine
 from benchmarks.scale import manifest, service_ip
-from userspace_proxy.compare.meters import percentile
 from userspace_proxy.compare.modes import manifests_of
 from userspace_proxy.compare.nodes import ModeNode
 from userspace_proxy.errors import StartError
@@ -29,7 +29,7 @@ _QUIET_S = 1.5
 
 
 def quiet_p99_ms(node: ModeNode, rate: float, seconds: float) -> float:
-    return percentile(latencies_at(node, rate, _CONNECTIONS, _elapsed(seconds)), 0.99)
+    return _p99(latencies_at(node, rate, _CONNECTIONS, _elapsed(seconds)))
 
 
 def hog_p99_ms(node: ModeNode, rate: float, seconds: float) -> float:
@@ -54,7 +54,7 @@ def loading_p99_ms(node: ModeNode, rate: float) -> tuple[float, float]:
     (manifests / "many.yaml").unlink()
     if probe.poll() != 0:
         raise StartError(f"10,000 Services were not loaded: {last_line(node.folder / 'log')}")
-    return percentile(took, 0.99), loaded_s
+    return _p99(took), loaded_s
 
 
 def disturbed(node: ModeNode, arguments: tuple[str, ...], rate: float) -> dict[str, float]:
@@ -79,6 +79,10 @@ def _start(node: ModeNode, arguments: tuple[str, ...]) -> None:
     start_engine(node, arguments)
     node.wait_until_it_serves()
     time.sleep(_SETTLE_S)
+
+
+def _p99(values: list[float]) -> float:
+    return statistics.quantiles(values, n=100)[98]
 
 
 def _elapsed(seconds: float) -> Callable[[], bool]:

@@ -1,4 +1,4 @@
-"""A Service with all that a first lesson has: two endpoints, a node port, affinity; and others beside it."""
+"""The manifest of a Service with two endpoints, a node port and affinity, and of others; `render` as a process."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from userspace_proxy.modes import MODES
+from userspace_proxy.modes.reasons.lines import Way
+
+# The modes in the order in which `render` shows them.
+WAYS = tuple(Way(mode.name, language) for mode in MODES.values() for language in mode.languages)
 
 SHOP = """\
 apiVersion: v1

@@ -44,11 +44,6 @@ def noise_text(noise: float | None) -> str:
     return "-" if noise is None else f"{noise:.2f}"
 
 
-def title_of(results: Results, mode: str) -> str:
-    """Return the title of *mode*."""
-    return next((run.title for run in results.modes if run.name == mode), mode)
-
-
 def kernel_modes(results: Results) -> list[ModeRun]:
     """Return the kernel modes that took part, or direct connections if there are none."""
     ran = [mode for mode in results.ran() if mode.kind == "kernel"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import platform
 import time
@@ -68,13 +67,6 @@ def pss_kib(pids: Sequence[int]) -> int:
             if line.startswith("Pss:"):
                 total += int(line.split()[1])
     return total
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """Return the value that a *share* (0 to 1) of *values* does not exceed; 0 if there are none."""
-    ordered = sorted(values)
-    rank = math.ceil(round(share * len(ordered), 6))  # 0.07 * 100 is slightly more than 7
-    return ordered[max(rank, 1) - 1] if ordered else 0.0
 
 
 def machine() -> dict[str, str]:

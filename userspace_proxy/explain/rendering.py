@@ -11,7 +11,6 @@ from userspace_proxy.config.settings import Settings
 from userspace_proxy.control.memory import SavedAllocations
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.errors import Note, StartError
-from userspace_proxy.explain.modes import explained
 from userspace_proxy.interfaces import Capture, EventType, ObjectEvent
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import Node
@@ -20,6 +19,7 @@ from userspace_proxy.modes.kernel_mode import warn_unless_forwarding
 from userspace_proxy.modes.mode import Mode, RenderRequest
 from userspace_proxy.modes.reasons.known import Known, chosen
 from userspace_proxy.modes.reasons.lines import Explained, Way
+from userspace_proxy.modes.rule_line import Rules
 from userspace_proxy.runtime.desired_state import make_allocations, make_proxy_ports, open_state_dir
 from userspace_proxy.runtime.node_setup import node_rules
 from userspace_proxy.sources.files import nothing_found, read_once
@@ -78,6 +78,12 @@ def explain(settings: Settings, service: str = "") -> tuple[list[Explained], boo
 def _ways(modes: Iterable[Mode], rules: str) -> Iterator[tuple[Mode, str]]:
     """Yield each of *modes* with each of its rule languages that *rules* selects."""
     return ((mode, language) for mode in modes for language in mode.languages_for(rules))
+
+
+def explained(way: Way, rules: Rules, known: Known, *, is_short: bool) -> Explained:
+    """Return the lines of *rules* with their reasons. *is_short*: without lines that affect no packet to a Service."""
+    shown = rules.without_unused() if is_short else rules
+    return Explained(way, tuple(line.explained(known) for line in shown.lines()))
 
 
 def _read(settings: Settings) -> _Given:

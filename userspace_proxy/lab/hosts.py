@@ -185,7 +185,6 @@ class Lab:
 
     def __init__(self) -> None:
         self.hosts: dict[str, Host] = {}
-        self._links = 0
 
     def __enter__(self) -> Lab:
         return self
