@@ -25,7 +25,7 @@ from tests.net.world import (
     udp_socket,
     wait_until,
 )
-from userspace_proxy.lab import Host, ServiceLab
+from userspace_proxy.lab import Host, ServiceLab, connect
 
 IP = "10.96.12.1"
 CHECK_PORT, PRIMARY_PORT = 9_999, 8_008
@@ -163,8 +163,12 @@ class Role(threading.Thread):
 
             def log_message(self, *_: object) -> None: ...
 
+        class Server(ThreadingHTTPServer):
+            def handle_error(self, *_: object) -> None:
+                """Say nothing: connections are reset on purpose."""
+
         with pod.inside():
-            self._server = ThreadingHTTPServer(("0.0.0.0", PRIMARY_PORT), Handler)
+            self._server = Server(("0.0.0.0", PRIMARY_PORT), Handler)
         self.start()
 
     def run(self) -> None:
@@ -176,7 +180,9 @@ class Role(threading.Thread):
         self.join()
 
 
-def test_traffic_follows_the_one_server_that_says_that_it_is_the_primary(world: ServiceLab, tmp_path: Path) -> None:
+def test_traffic_follows_the_one_server_that_is_the_primary_and_open_connections_to_the_other_are_reset(
+    world: ServiceLab, tmp_path: Path
+) -> None:
     roles = [Role(pod) for pod in world.pods]
     check = "http path=/primary status=200 interval=200ms timeout=100ms rise=1 fall=1 panic=off"
     with contextlib.ExitStack() as stack:
@@ -184,7 +190,10 @@ def test_traffic_follows_the_one_server_that_says_that_it_is_the_primary(world: 
             stack.callback(role.close)
         proxy = stack.enter_context(proxy_in("userspace", world, tmp_path))
         ips = [ServiceLab.pod_ip(index) for index in range(3)]
-        proxy.apply("db", checked("db", "10.96.12.3", check, endpoints("db", *ips, http_port=PRIMARY_PORT)))
+        manifest = checked("db", "10.96.12.3", check, endpoints("db", *ips, http_port=PRIMARY_PORT))
+        proxy.apply(
+            "db", manifest.replace("{userspace-proxy/", "{userspace-proxy/on-endpoint-removal: reset, userspace-proxy/")
+        )
         proxy.start()
 
         def unhealthy() -> float:
@@ -197,6 +206,7 @@ def test_traffic_follows_the_one_server_that_says_that_it_is_the_primary(world: 
                 answers(world.client, "10.96.12.3", 80)
             return {at for at, role in enumerate(roles) if role.served != before[at]}
 
+        held: socket.socket | None = None
         for index in (0, 1, 0):
             before = [role for role in roles if role.is_primary]
             roles[index].is_primary = True
@@ -204,3 +214,11 @@ def test_traffic_follows_the_one_server_that_says_that_it_is_the_primary(world: 
                 role.is_primary = False
             wait_until(lambda: unhealthy() == 2 and served_by() == {index}, f"server {index} alone serves")  # noqa: B023
             assert served_by() == {index}
+            if held is not None:
+                with pytest.raises(ConnectionResetError):
+                    held.recv(1)
+            held = stack.enter_context(connect(world.client, "10.96.12.3", 80))
+            held.sendall(b"GET / HTTP/1.1\r\nHost: db\r\n\r\n")
+            reply = b""
+            while not reply.endswith(world.pods[index].name.encode()):
+                reply += held.recv(1_000)
