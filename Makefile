@@ -14,7 +14,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 help: ## show what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
 
-demo: ## a Service, three backends, one killed under load: in private namespaces, without root
+demo: ## three backends, one killed under load, in two modes: in private namespaces, without root
 	@PACKAGES=run tools/setup $(VENV) nft ip nginx
 	@exec $(BIN)/userspace-proxy demo
 
@@ -27,9 +27,9 @@ test-cluster: ## beside a real control plane: KUBE_BIN=folder with etcd, kube-ap
 	@tools/setup $(VENV) nft iptables ip conntrack nginx openssl
 	@KUBE_BIN=$(abspath $(KUBE_BIN)) timeout 900 $(BIN)/python -m pytest -m cluster tests/cluster
 
-# Named, as to read all tests takes a minute on an emulated machine. Whatever the bounds of tests, it takes longer there.
+# The files are listed, because collecting all tests takes a minute on an emulated machine.
 IPVS_TESTS := tests/modes/ipvs tests/net/test_ipvs_mode.py tests/net/test_ipvs_refusals.py tests/net/test_ipvs_load.py tests/net/test_mode_lessons.py tests/net/contract/test_table.py
-test-ipvs: ## ipvs mode, in a virtual machine whose kernel has IPVS: 6 minutes where it has to be emulated
+test-ipvs: ## ipvs mode in a virtual machine with IPVS: 6 minutes if it has to be emulated
 	@tools/setup $(VENV)
 	@VM_TIMEOUT_S=1200 tools/vm $(VENV) env TESTS_PATIENCE=6 $(BIN)/python -m pytest -m ipvs --timeout 600 $(IPVS_TESTS)
 
@@ -45,7 +45,7 @@ lint: ## formatting, style, types, import directions
 	@tools/setup $(VENV)
 	@tools/lint $(VENV)
 
-format: ## put the code in form
+format: ## format the code and fix what ruff can fix
 	@tools/setup $(VENV)
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
@@ -90,12 +90,12 @@ wheel: ## dist/*.whl, for pipx install
 	@tools/setup $(VENV)
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
-clean: ## remove what was made here
+clean: ## remove all build results
 	rm -rf $(VENV) dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 UV_LOCK = $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
     --no-emit-index-url --no-emit-find-links --no-header pyproject.toml
-lock: ## requirements-*.txt anew, from the ranges in pyproject.toml
+lock: ## resolve requirements-*.txt again from the ranges in pyproject.toml
 	@tools/setup $(VENV)
 	@$(BIN)/python -m pip install --quiet uv
 	@$(UV_LOCK) --extra dev -o requirements-dev.txt
