@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import logging
 import socket
@@ -21,6 +22,7 @@ from userspace_proxy.dataplane.channel import LOST, Channel
 from userspace_proxy.dataplane.mmsg import MESSAGES, Batch, client_address, reply_record
 from userspace_proxy.dns import messages, wire
 from userspace_proxy.dns.messages import (
+    AAAA,
     AUTHORITATIVE,
     EDNS_BYTES,
     MESSAGE_MAX_BYTES,
@@ -29,10 +31,13 @@ from userspace_proxy.dns.messages import (
     RCODE_MASK,
     REFUSED,
     SERVFAIL,
+    A,
     Answer,
     Question,
+    Record,
     answer_records,
     pack_answer,
+    pack_record,
     read_question,
     relay,
     reply,
@@ -43,7 +48,9 @@ from userspace_proxy.dns.sockets import is_alone
 from userspace_proxy.dns.upstream import Upstream
 from userspace_proxy.dns.zone import Zone
 from userspace_proxy.logs import configure_logging
-from userspace_proxy.model.endpoint import Address
+from userspace_proxy.model.dns_names import ServiceNames
+from userspace_proxy.model.endpoint import Address, family_of
+from userspace_proxy.model.names import NamespacedName
 
 # Batches of one turn: other sockets and changes of names wait for it.
 _BATCHES = 4
@@ -51,9 +58,11 @@ _BATCHES = 4
 _STREAM_IDLE_S = 10.0
 _STREAMS_MAX, _STREAMS_OF_CLIENT_MAX = 1_024, 128
 _LOOK_EVERY_S = 0.25
+_PACKED_A_TURN = 100
 _LAST_ANSWERS_S = 2.0
 # Questions for other servers, and connections, that are under way.
 _TASKS_MAX = 2_048
+_GC_THRESHOLDS = (100_000, 20, 100)
 # Bugs are logged once each.
 _ERRORS_MAX = 100
 
@@ -124,8 +133,10 @@ class DnsServer:
                         self._serve(socket.socket(fileno=fd))
             case wire.Names(services):
                 self._responder.update(services)
+                self._start(self._pack_addresses(services))
             case wire.Synced():
                 self._responder.is_synced = True
+                gc.freeze()  # what there is now stays for long
             case wire.Clients(networks):
                 self._clients = [ipaddress.ip_network(text) for text in networks]
             case wire.Ask():
@@ -133,6 +144,14 @@ class DnsServer:
             case wire.Close():
                 self._is_told_to_end = True
                 self._ended.set()
+
+    async def _pack_addresses(self, services: list[tuple[NamespacedName, ServiceNames | None]]) -> None:
+        """Pack records of headless Services before a client asks: thousands at once would delay other answers."""
+        hosts = (host for _, names in services if names for group in names.groups for host in group.hosts)
+        for count, (_, ip) in enumerate(hosts):
+            pack_record(Record("", A if family_of(ip) == 4 else AAAA, ip))
+            if count % _PACKED_A_TURN == _PACKED_A_TURN - 1:
+                await asyncio.sleep(0)
 
     def _counts(self) -> wire.Counts:
         responder = self._responder
@@ -276,6 +295,9 @@ def main(arguments: list[str]) -> None:
         import uvloop
 
         factory = uvloop.new_event_loop
+
+    # A full collection would stop all answers for as long as it walks over the names.
+    gc.set_threshold(*_GC_THRESHOLDS)
 
     async def run() -> None:
         await DnsServer(settings, channel).run()

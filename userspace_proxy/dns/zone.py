@@ -49,21 +49,22 @@ class Zone:
         """Replace what *service* is called; None removes it. Yield the names below which answers may differ."""
         key = (service.name.lower(), service.namespace.lower())
         before = self._services.pop(key, None)
-        if before is not None:
-            self._namespaces[key[1]] -= 1
-            for reverse, target in self._pointers(key, before):
-                self._reverse[reverse].pop(target, None)
-                if not self._reverse[reverse]:
-                    del self._reverse[reverse]
-                yield reverse
         if names is not None:
             self._services[key] = names
-            self._namespaces[key[1]] += 1
-            for reverse, target in self._pointers(key, names):
-                self._reverse[reverse][target] = None
-                yield reverse
-        yield self.owner((*key, "svc", *self.origin))
+        had, has = (set(self._pointers(key, known)) for known in (before, names))
+        for ip, target in had - has:
+            reverse = reverse_name(ip)
+            self._reverse[reverse].pop(target)
+            if not self._reverse[reverse]:
+                del self._reverse[reverse]
+            yield reverse
+        for ip, target in has - had:
+            reverse = reverse_name(ip)
+            self._reverse[reverse][target] = None
+            yield reverse
+        yield (*key, "svc", *self.origin)
         if (before is None) != (names is None):
+            self._namespaces[key[1]] += -1 if names is None else 1
             yield (key[1], "svc", *self.origin)
             yield (key[1], "pod", *self.origin)
 
@@ -71,13 +72,12 @@ class Zone:
         """Return the name that `set` yields if the answer for *name* may have changed."""
         return name[-len(self.origin) - 3 :] if name in self else name
 
-    def _pointers(self, key: Labels, names: ServiceNames) -> Iterator[tuple[Labels, str]]:
+    def _pointers(self, key: Labels, names: ServiceNames | None) -> Iterator[tuple[str, str]]:
+        """Yield each address of *names*, and the name that its PTR record has."""
         base = ".".join((*key, "svc", self.domain))
-        for ip in names.cluster_ips:
-            yield reverse_name(ip), base
-        for group in names.groups:
-            for hostname, ip in group.hosts:
-                yield reverse_name(ip), f"{hostname}.{base}"
+        if names is not None:
+            yield from ((ip, base) for ip in names.cluster_ips)
+            yield from ((ip, f"{hostname}.{base}") for group in names.groups for hostname, ip in group.hosts)
 
     # ---- look-ups
 

@@ -179,6 +179,7 @@ class Proxy:
             self._health_filter,
             lifecycle.stop.is_set,
             lambda: self._advisor.faults if self._advisor is not None else [],
+            node.dns,
         )
         self.admin = AdminServer(
             reports.health, reports.metrics, settings.proxy_mode, configz(settings), settings.degraded_status

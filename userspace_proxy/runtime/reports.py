@@ -17,6 +17,8 @@ from userspace_proxy.config.settings import Settings
 from userspace_proxy.control.controller import Controller
 from userspace_proxy.control.decode import is_eligible
 from userspace_proxy.control.tracker import Tracker
+from userspace_proxy.dns.metrics import dns_metrics
+from userspace_proxy.dns.sink import ClusterDns
 from userspace_proxy.interfaces import DataPlane, Proxier, Source
 from userspace_proxy.logs import log_lines_dropped
 from userspace_proxy.model.endpoint import Address
@@ -40,6 +42,7 @@ class Reports:
     health_filter: HealthFilter
     is_stopping: Callable[[], bool]
     findings: Callable[[], Sequence[str]] = list
+    dns: ClusterDns | None = None
 
     def health(self) -> Health:
         controller, source, now = self.controller, self.source, time.time()
@@ -100,7 +103,8 @@ class Reports:
         plane = await self.plane.stats(self.settings.metrics_endpoint_series // SERIES_AN_ENDPOINT)
         plane.log_lines_dropped += log_lines_dropped()  # of this process
         degraded_after_s = self.settings.degraded_after_s
-        of_others = itertools.chain(proxier.metrics(), self.health_filter.metrics())
+        of_dns = dns_metrics(await self.dns.counts(), self.dns.restarts) if self.dns is not None else ()
+        of_others = itertools.chain(proxier.metrics(), self.health_filter.metrics(), of_dns)
         parts = exposition.render(plane, control, source.watches, degraded_after_s, syncs, of_others)
         # In a thread: 10,000 Services are 150,000 lines, and changes of endpoints need not wait for these.
         while (part := await asyncio.to_thread(next, parts, b"")) != b"":
