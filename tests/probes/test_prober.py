@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
 import socket
 import threading
 import time
@@ -12,10 +14,12 @@ from socketserver import StreamRequestHandler, ThreadingTCPServer
 
 import pytest
 
+from userspace_proxy.interfaces import OWN_MARK
 from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
 from userspace_proxy.model.probe import EndpointCondition, ProbeKind, ProbeSpec
 from userspace_proxy.probes import prober as module
+from userspace_proxy.probes.attempt import Attempt
 from userspace_proxy.probes.prober import Prober, Target
 
 USER = ServicePortName(NamespacedName("default", "web"), "", L4Protocol.TCP)
@@ -203,6 +207,15 @@ async def test_a_udp_probe_fails_without_an_answer_and_where_it_is_refused(rig: 
     assert await rig.verdict(healthy=False) == "udp: connection refused"
 
 
+@pytest.mark.parametrize("kind", ProbeKind)
+def test_a_probe_carries_the_mark_that_redirect_rules_skip(kind: ProbeKind) -> None:
+    attempt = Attempt(("127.0.0.1", 1), ProbeSpec(kind))
+    try:
+        assert attempt.sock.getsockopt(socket.SOL_SOCKET, socket.SO_MARK) == OWN_MARK
+    finally:
+        attempt.close()
+
+
 def noted(results: str, *, rise: int, fall: int) -> str:
     """Return the verdict, H or U, after each of *results*, + or -."""
     target = Target(("10.0.0.1", 80), ProbeSpec(ProbeKind.TCP, rise=rise, fall=fall), 0.0)
@@ -254,7 +267,9 @@ async def test_no_more_probes_are_open_or_begin_in_a_tick_than_allowed(
     assert opened == 3
 
 
-async def test_a_shortage_of_this_host_is_no_verdict(rig: Rig, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_shortage_of_this_host_is_no_verdict_and_is_logged_once(
+    rig: Rig, port: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def no_socket(_address: Address) -> socket.SocketType:
         raise OSError(24, "Too many open files")
 
@@ -264,6 +279,18 @@ async def test_a_shortage_of_this_host_is_no_verdict(rig: Rig, port: int, monkey
         await rig.probed(2, "skipped")
         assert target.is_healthy
     assert await rig.verdict(healthy=False) == "tcp: connection refused"
+    assert caplog.messages == [f"probes are skipped, such as that of 127.0.0.1:{port}: Too many open files"]
+
+
+async def test_an_endpoint_of_an_address_family_that_this_host_has_not_is_unhealthy(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_family(_address: Address) -> socket.SocketType:
+        raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+
+    monkeypatch.setattr("userspace_proxy.probes.attempt.stream_socket", no_family)
+    rig.probe(("::1", 80))
+    assert await rig.verdict(healthy=False) == "tcp: address family not supported by protocol"
 
 
 async def test_a_target_that_is_removed_is_probed_no_more(rig: Rig) -> None:

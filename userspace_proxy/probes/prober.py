@@ -13,11 +13,13 @@ import heapq
 import itertools
 import logging
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable
 
 from userspace_proxy.dataplane.poller import Poller
+from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES
 from userspace_proxy.model.endpoint import Address, join_address
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.probe import HEALTHY, EndpointCondition, EndpointHealth, ProbeSpec
@@ -31,6 +33,8 @@ STARTS_A_TICK = 100
 OPEN_MAX = 512
 # An answer that this process was too busy to read is no failure: deadlines do not count time in which it was stalled.
 _LATE_S = 0.1
+# A shortage is logged once in this time.
+_QUIET_S = 60.0
 # The golden ratio: any number of first probes is spread evenly.
 _SPREAD = (math.sqrt(5) - 1) / 2
 
@@ -82,7 +86,7 @@ class Prober:
         self._open: set[Target] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._tick_at = 0.0
-        self._is_short = False
+        self._quiet_until = 0.0
         self.stats = ProbeStats()
 
     # ---- targets
@@ -193,19 +197,21 @@ class Prober:
     def _finish(self, target: Target, failure: str, counted: str) -> None:
         self._end(target)
         self.stats.results[counted] += 1
-        self._is_short = False
         if not failure:
             self.stats.durations.observe(self._loop.time() - target.started_at)
         if target.note(failure):
             self._on_change(target)
 
     def _skip(self, target: Target, error: OSError) -> None:
-        """Give up one probe because of a shortage of this host."""
+        """Give up one probe because of a shortage of this host, or fail it if this host has no such address family."""
+        if error.errno not in LOCAL_SHORTAGES:
+            self._finish(target, os.strerror(error.errno or 0).lower(), "failure")
+            return
         self._end(target)
         self.stats.results["skipped"] += 1
-        if not self._is_short:
-            log.warning("probes are skipped, the first of %s: %s", join_address(*target.address), error.strerror)
-        self._is_short = True
+        if (now := self._loop.time()) >= self._quiet_until:
+            log.warning("probes are skipped, such as that of %s: %s", join_address(*target.address), error.strerror)
+            self._quiet_until = now + _QUIET_S
 
     def _end(self, target: Target) -> None:
         """Close the socket of *target*, and wait for its next probe."""
