@@ -43,15 +43,14 @@ class _Family:
         self._due: list[tuple[float, Address]] = []
         self._slow_starts: dict[float, int] = {}
 
-    def set_balancer(self, balancer: Balancer) -> None:
-        """Choose by *balancer* after the next `replace`."""
-        self._balancer = balancer
-
-    def replace(self, wanted: Mapping[Address, Endpoint], weights: Mapping[str, int]) -> None:
-        """Replace the endpoints. Those that stay keep their order; new ones come last.
+    def replace(
+        self, wanted: Mapping[Address, Endpoint], weights: Mapping[str, int], balancer: Balancer | None = None
+    ) -> None:
+        """Replace the endpoints, and the balancer if one is given. Endpoints that stay keep their order.
 
         An endpoint with weight 0 takes no new connections, unless every weight is 0.
         """
+        self._balancer = balancer or self._balancer
         counters = {address: self._memory.counters_of(address) for address in wanted}
         taking = {address: endpoint for address, endpoint in wanted.items() if weights.get(endpoint.ip, 1)}
         if not taking:
@@ -174,23 +173,18 @@ class Picker:
         """Replace the endpoints. Those that stay keep their order; new ones come last."""
         self._endpoints = {endpoint.address: endpoint for endpoint in usable}
         self._memory.share(self, self._endpoints)
-        self._replace()
+        self._replace(*self._balancing)
 
     def balance(self, balance: Balance | None, weights: Weights) -> None:
         """Choose by another algorithm, or by other weights, from the next connection on. Pins stay."""
-        wanted = balance or Balance.ROUND_ROBIN, weights
-        if wanted == self._balancing:
-            return
-        if wanted[0] is not self._balancing[0]:
-            for family in self._families:
-                family.set_balancer(ALGORITHMS[wanted[0]]())
-        self._balancing = wanted
-        self._replace()
+        if (wanted := (balance or Balance.ROUND_ROBIN, weights)) != self._balancing:
+            self._replace(*wanted)
 
-    def _replace(self) -> None:
-        weights = dict(self._balancing[1])
+    def _replace(self, balance: Balance, weights: Weights) -> None:
+        known, self._balancing = self._balancing[0], (balance, weights)
         for is_ipv6, family in enumerate(self._families):
-            family.replace({a: e for a, e in self._endpoints.items() if (":" in a[0]) == is_ipv6}, weights)
+            of_family = {a: e for a, e in self._endpoints.items() if (":" in a[0]) == is_ipv6}
+            family.replace(of_family, dict(weights), None if balance is known else ALGORITHMS[balance]())
 
     # ---- choosing
 

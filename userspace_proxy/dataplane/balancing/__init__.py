@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from userspace_proxy.dataplane.balancing.balancer import Balancer, Candidates, Member, first_from
+from userspace_proxy.dataplane.balancing.balancer import Balancer, Candidates, Member
 from userspace_proxy.dataplane.balancing.least_connections import LeastConnections
 from userspace_proxy.dataplane.balancing.random_choice import RandomChoice
 from userspace_proxy.dataplane.balancing.round_robin import RoundRobin
@@ -22,4 +22,4 @@ ALGORITHMS: Mapping[Balance, Callable[[], Balancer]] = {
     Balance.SOURCE_HASH: SourceHash,
 }
 
-__all__ = ["ALGORITHMS", "Balancer", "Candidates", "Member", "first_from"]
+__all__ = ["ALGORITHMS", "Balancer", "Candidates", "Member"]

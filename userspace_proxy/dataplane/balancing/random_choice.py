@@ -8,9 +8,6 @@ from random import choices
 
 from userspace_proxy.dataplane.balancing.balancer import Candidates, Member, indexes
 
-# Draws among all endpoints, before the candidates are listed for a draw.
-_DRAWS = 8
-
 
 class RandomChoice:
     """Has no state: several workers, and several nodes, balance as one does."""
@@ -31,9 +28,5 @@ class RandomChoice:
         return choices(self._all, cum_weights=self._cumulative)[0]  # noqa: S311 - no secret
 
     def pick_among(self, client_ip: str, candidates: Candidates) -> int:
-        bits = candidates.admitted()
-        for _ in range(_DRAWS):
-            if bits >> (index := self.pick(client_ip)) & 1:
-                return index
-        left = list(indexes(bits))
+        left = list(indexes(candidates.admitted()))
         return choices(left, [self._weights[index] for index in left])[0]  # noqa: S311 - no secret
