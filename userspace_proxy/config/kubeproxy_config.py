@@ -53,67 +53,37 @@ def _section(name: str, *others: tuple[Any, ...], **names: str) -> Any:
     return msgspec.defstruct(name, [*others, *fields], forbid_unknown_fields=True, frozen=True)
 
 
+# Tables. The formatter would make one line of each kind of field.
+# fmt: off
 _SECTIONS: Mapping[str, Any] = {
-    "clientConnection": _section(
-        "ClientConnection",
-        ("qps", float | None, 0),
-        text="kubeconfig acceptContentTypes contentType",
-        number="burst",
-    ),
+    "clientConnection": _section("ClientConnection", ("qps", float | None, 0),
+        text="kubeconfig acceptContentTypes contentType", number="burst"),
     # The last three say how lines are written. kube-proxy prints them, set or not. sanitization: before 1.24.
-    "logging": _section(
-        "Logging",
-        ("flushFrequency", int | str | None, 0),
-        ("vmodule", list[Any] | None, None),
-        ("options", dict[str, Any] | None, None),
-        text="format",
-        number="verbosity",
-        switch="sanitization",
-    ),
-    "iptables": _section(
-        "IPTables",
-        number_pointer="masqueradeBit",
-        switch="masqueradeAll",
-        switch_pointer="localhostNodePorts snatNodeInternalIP",
-        time="syncPeriod minSyncPeriod",
-    ),
-    "ipvs": _section(
-        "IPVS",
-        text="scheduler",
-        texts="excludeCIDRs",
-        switch="strictARP",
-        time="syncPeriod minSyncPeriod tcpTimeout tcpFinTimeout udpTimeout",
-    ),
-    "nftables": _section(
-        "NFTables", number_pointer="masqueradeBit", switch="masqueradeAll", time="syncPeriod minSyncPeriod"
-    ),
-    "winkernel": _section(
-        "Winkernel", text="networkName sourceVip rootHnsEndpointName", switch="enableDSR forwardHealthCheckVip"
-    ),
+    "logging": _section("Logging", ("flushFrequency", int | str | None, 0), ("vmodule", list[Any] | None, None),
+        ("options", dict[str, Any] | None, None), text="format", number="verbosity", switch="sanitization"),
+    "iptables": _section("IPTables", number_pointer="masqueradeBit", switch="masqueradeAll",
+        switch_pointer="localhostNodePorts snatNodeInternalIP", time="syncPeriod minSyncPeriod"),
+    "ipvs": _section("IPVS", text="scheduler", texts="excludeCIDRs", switch="strictARP",
+        time="syncPeriod minSyncPeriod tcpTimeout tcpFinTimeout udpTimeout"),
+    "nftables": _section("NFTables", number_pointer="masqueradeBit", switch="masqueradeAll",
+        time="syncPeriod minSyncPeriod"),
+    "winkernel": _section("Winkernel", text="networkName sourceVip rootHnsEndpointName",
+        switch="enableDSR forwardHealthCheckVip"),
     "detectLocal": _section("DetectLocal", text="bridgeInterface interfaceNamePrefix"),
     # max: before 1.18.
-    "conntrack": _section(
-        "Conntrack",
-        number_pointer="maxPerCore min max",
-        time_pointer="tcpEstablishedTimeout tcpCloseWaitTimeout",
-        switch="tcpBeLiberal",
-        time="udpTimeout udpStreamTimeout",
-    ),
+    "conntrack": _section("Conntrack", number_pointer="maxPerCore min max", switch="tcpBeLiberal",
+        time_pointer="tcpEstablishedTimeout tcpCloseWaitTimeout", time="udpTimeout udpStreamTimeout"),
 }
 # All fields of kubeproxy.config.k8s.io/v1alpha1, and former ones.
 CONFIGURATION = _section(
-    _KIND,
-    ("apiVersion", str),
-    ("kind", str),
-    ("featureGates", dict[str, bool] | None, None),
+    _KIND, ("apiVersion", str), ("kind", str), ("featureGates", dict[str, bool] | None, None),
     *((name, section | None, section()) for name, section in _SECTIONS.items()),
     text="hostnameOverride bindAddress healthzBindAddress metricsBindAddress showHiddenMetricsForVersion mode "
     "detectLocalMode clusterCIDR portRange resourceContainer",
-    switch="bindAddressHardFail enableProfiling windowsRunAsService",
-    texts="nodePortAddresses",
-    number_pointer="oomScoreAdj",
-    time="configSyncPeriod udpIdleTimeout",
+    switch="bindAddressHardFail enableProfiling windowsRunAsService", texts="nodePortAddresses",
+    number_pointer="oomScoreAdj", time="configSyncPeriod udpIdleTimeout",
 )
+# fmt: on
 
 
 @dataclass(slots=True)

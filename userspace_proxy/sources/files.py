@@ -117,7 +117,7 @@ class FileSource:
         self._faults: list[str] = []
         self._skipped_kinds: set[str] = set()
         self._reading: asyncio.Future[list[ObjectEvent]] | None = None
-        self._streams: dict[str, asyncio.Future[str | Exception]] = {}
+        self._streams: dict[str, asyncio.Future[str]] = {}
         for path in self._paths:
             check_path(path)
         self._stream_paths = frozenset(path for path in self._paths if is_stream(path))
@@ -248,8 +248,6 @@ class FileSource:
         known = self._files.get(path)
         if path in self._stream_paths:
             text = self._streams[path].result()
-            if isinstance(text, Exception):
-                raise text
             self._files.setdefault(path, _File())
             return text if known is None else None
         stat = Path(path).stat()

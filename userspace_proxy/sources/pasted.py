@@ -17,42 +17,30 @@ _ROW_MAX = 1_000
 _COMMENT = re.compile(r"(^|\s)#.*")
 _TAG = r"</?(html|head|body|div|span|p|br|pre|code|a|table|t[rdh]|li|ul)(\s[^>]*)?/?>"
 # Pattern in a line, problem, fix. A placeholder such as <name> is not HTML.
+# A table. The formatter would make four lines of each entry.
+# fmt: off
 _SIGNS = [
     (re.compile(pattern, re.IGNORECASE), said, mend)
     for pattern, said, mend in (
         (r"^\s*(```|~~~)", FENCE, "remove the lines that begin with ``` or ~~~"),
-        (
-            rf"{_TAG}|&(nbsp|quot|amp|lt|gt|#\d+);",
-            "this is HTML, not a manifest",
-            "fetch the raw file, not the page that shows it",
-        ),
-        (
-            "[\u00a0\u2002-\u200a\u202f\u3000]",
-            "there is a non-breaking space in the line, as web pages have them",
-            "type its indentation and spaces anew",
-        ),
-        (
-            "[\u200b-\u200f\u2060\ufeff]",
-            "there is an invisible character in the line, as web pages have them",
-            "type the line anew",
-        ),
+        (rf"{_TAG}|&(nbsp|quot|amp|lt|gt|#\d+);", "this is HTML, not a manifest",
+            "fetch the raw file, not the page that shows it"),
+        ("[\u00a0\u2002-\u200a\u202f\u3000]", "there is a non-breaking space in the line, as web pages have them",
+            "type its indentation and spaces anew"),
+        ("[\u200b-\u200f\u2060\ufeff]", "there is an invisible character in the line, as web pages have them",
+            "type the line anew"),
         ("^[^'\"]*\uff1a", "the colon '\uff1a' is a full-width one, which YAML does not read", "write ':' and a space"),
-        (
-            "[\u00ab\u00bb\u2018-\u201f\u2039\u203a]",
-            "the quotes are typographic ones, which YAML takes as part of the text",
-            "write ' or \" in their place, or none",
-        ),
+        ("[\u00ab\u00bb\u2018-\u201f\u2039\u203a]",
+            "the quotes are typographic ones, which YAML takes as part of the text", "write ' or \" in their place, or none"),
         (r"^\s*(cat\s.*<<|kubectl\s)|^\$ |^EOF\s*$", "this is a shell command, not YAML", "remove the line"),
         (NUMBERED.pattern, "the lines are numbered", "copy the text without the numbers"),
         ("^\\s*[\u2013\u2014]\\s", "the dash is a typographic one, which YAML takes as part of the text", "write '-'"),
         (r"(^|\s)(//|/\*)", "'//' and '/*' begin no comment in YAML", "begin the comment with '#'"),
-        (
-            r"apiVersion: .*\bkind: .*\bmetadata:",
-            "the line breaks are lost, as when a page is copied as one line",
-            "copy the raw file",
-        ),
+        (r"apiVersion: .*\bkind: .*\bmetadata:", "the line breaks are lost, as when a page is copied as one line",
+            "copy the raw file"),
     )
 ]
+# fmt: on
 # Signs that are certain anywhere outside a multi-line text.
 _CERTAIN = re.compile(
     f"{NUMBERED.pattern}|^\\$ |^\\s*(```|~~~|//|(?:- +)*[A-Za-z][\\w./-]*\uff1a)|^ *[\u00a0\u2002-\u200a\u202f\u3000]"

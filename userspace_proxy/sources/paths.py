@@ -208,16 +208,11 @@ def _settle(how: Callable[[Any], None], outcome: object) -> None:
         how(outcome)
 
 
-def begin_to_read_stream(path: str) -> asyncio.Future[str | Exception]:
-    """Run `read_stream` in a thread; return a future of its text or its error."""
-
-    def work() -> str | Exception:
-        try:
-            return read_stream(path)
-        except Exception as error:  # noqa: BLE001 - raised where the future is asked
-            return error
-
-    return run_in_thread(f"read {shown(path)}", work)
+def begin_to_read_stream(path: str) -> asyncio.Future[str]:
+    """Run `read_stream` in a thread; return a future of its text."""
+    reading = run_in_thread(f"read {shown(path)}", functools.partial(read_stream, path))
+    reading.add_done_callback(lambda done: done.cancelled() or done.exception())  # also raised by `result`
+    return reading
 
 
 def unreadable(path: str, error: OSError | UnicodeDecodeError | ConfigError) -> Problem:
