@@ -18,6 +18,7 @@ import msgspec
 import yaml
 
 from userspace_proxy import api
+from userspace_proxy.config.kinds import Kind
 from userspace_proxy.config.settings import HEALTHZ_PORT, KERNEL_MODES, METRICS_PORT, fields_in
 from userspace_proxy.errors import ConfigError, StartError
 from userspace_proxy.model.duration import duration
@@ -183,21 +184,25 @@ def _understood(config: Any) -> Configuration:
     understood = Configuration()
     meanings = fields_in(config.mode if config.mode in KERNEL_MODES else "userspace")
     for path, value in _set_fields(config):
-        if (path, value) in _AS_WE_DO:
-            continue
-        try:
-            if path in meanings:
-                name, kind = meanings[path]
-                understood.settings[name] = kind.decode(value)
-            elif path == "bindAddress" and (address := ipaddress.ip_address(value)).is_unspecified:
-                for name, at in _IPV6_ADDRESSES if address.version == 6 else ():
-                    understood.settings.setdefault(name, at)
-            else:
-                understood.named.append(f"{path}: {value!r}" if isinstance(value, str) else path)
-        except ValueError as error:
-            reason, _, mend = str(error).partition("; ")
-            raise ConfigError(reason, field=path, mend=mend) from None
+        if (path, value) not in _AS_WE_DO:
+            try:
+                _take_field(understood, meanings, path, value)
+            except ValueError as error:
+                reason, _, mend = str(error).partition("; ")
+                raise ConfigError(reason, field=path, mend=mend) from None
     return understood
+
+
+def _take_field(understood: Configuration, meanings: Mapping[str, tuple[str, Kind]], path: str, value: Any) -> None:
+    """Add the setting that *path* means to *understood*, or name the field. Raises ValueError."""
+    if path in meanings:
+        name, kind = meanings[path]
+        understood.settings[name] = kind.decode(value)
+    elif path == "bindAddress" and (address := ipaddress.ip_address(value)).is_unspecified:
+        for name, at in _IPV6_ADDRESSES if address.version == 6 else ():
+            understood.settings.setdefault(name, at)
+    else:
+        understood.named.append(f"{path}: {value!r}" if isinstance(value, str) else path)
 
 
 def _set_fields(section: msgspec.Struct, parent: str = "") -> Iterator[tuple[str, Any]]:

@@ -14,12 +14,7 @@ from userspace_proxy.control.decode.addresses import (
 from userspace_proxy.control.decode.annotations import (
     ANNOTATION_PREFIX,
     ANNOTATIONS,
-    BALANCE,
     HEALTH_CHECK,
-    IPVS_SCHEDULER,
-    SLOW_START,
-    SOURCE_IP,
-    WEIGHTS,
 )
 from userspace_proxy.control.decode.endpoints import (
     SERVICE_NAME_LABEL,

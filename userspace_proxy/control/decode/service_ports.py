@@ -8,16 +8,7 @@ from types import MappingProxyType
 
 from userspace_proxy import api
 from userspace_proxy.control.decode.addresses import canonical_cidr, canonical_ip, mapped_cidr, virtual_ip_errors
-from userspace_proxy.control.decode.annotations import (
-    SOURCE_IP_FIELD,
-    stated_balance,
-    stated_connection_policy,
-    stated_probe,
-    stated_scheduler,
-    stated_slow_start,
-    stated_source_ip,
-    stated_weights,
-)
+from userspace_proxy.control.decode.annotations import SOURCE_IP_FIELD, read_annotations
 from userspace_proxy.errors import ConfigError
 from userspace_proxy.model.endpoint import Family, family_of
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
@@ -62,17 +53,9 @@ def service_ports(
     assert spec is not None
     found: dict[int, ServicePort] = {}
     load_balancer_ips, problems = _load_balancer_ips(service)
-    annotated, annotation_problems = stated_source_ip(service)
-    scheduler, scheduler_problems = stated_scheduler(service)
-    weights, weights_problems = stated_weights(service)
-    balance, balance_problems = stated_balance(service)
-    slow_start_s, slow_start_problems = stated_slow_start(service)
-    probe, probe_problems = stated_probe(service)
-    policy, policy_problems = stated_connection_policy(service)
-    problems += [
-        *(*annotation_problems, *scheduler_problems, *weights_problems),
-        *(*balance_problems, *slow_start_problems, *probe_problems, *policy_problems),
-    ]
+    annotations, annotation_problems = read_annotations(service)
+    problems += annotation_problems
+    annotated = annotations.source_ip
     if annotated is SourceIP.TRANSPARENT and transparent_obstacle:
         problems.append(_not_here(transparent_obstacle))
         annotated = None
@@ -83,7 +66,6 @@ def service_ports(
     load_balancer_ips = _of_families(families, load_balancer_ips or allocation.load_balancer_ips)
     ranges, ranges_problems = _source_ranges(spec, families, load_balancer_ips)
     problems += ranges_problems
-    health_check = spec.health_check_node_port or allocation.health_check_node_port if wants_health_check(spec) else 0
     for index, port in enumerate(spec.ports or ()):
         protocol = port.protocol or "TCP"
         if protocol not in L4Protocol.__members__:
@@ -98,23 +80,31 @@ def service_ports(
             name=ServicePortName(name, port.name or "", L4Protocol(protocol)),
             port=port.port,
             cluster_ips=allocation.cluster_ips,
-            node_port=(port.node_port or allocation.node_ports.get(port_key(port), 0)) if has_node_ports(spec) else 0,
+            node_port=_node_port(spec, port, allocation),
             external_ips=_without(lost, external_ips),
             affinity_timeout_s=affinity_timeout_s(spec),
             load_balancer_ips=_without(lost, load_balancer_ips),
             source_ranges=ranges,
             internal_local=spec.internal_traffic_policy == "Local",
             external_local=spec.external_traffic_policy == "Local",
-            health_check_node_port=health_check,
+            health_check_node_port=_health_check_node_port(spec, allocation),
             source_ip=wanted,
-            ipvs_scheduler=scheduler or "",
-            weights=weights or (),
-            balance=balance,
-            slow_start_s=slow_start_s or 0.0,
-            probe=probe,
-            connections=policy if protocol == "TCP" else ConnectionPolicy(),
+            ipvs_scheduler=annotations.ipvs_scheduler,
+            weights=annotations.weights,
+            balance=annotations.balance,
+            slow_start_s=annotations.slow_start_s,
+            probe=annotations.probe,
+            connections=annotations.connections if protocol == "TCP" else ConnectionPolicy(),
         )
     return found, problems
+
+
+def _node_port(spec: api.objects.ServiceSpec, port: api.ServicePort, allocation: Allocation) -> int:
+    return (port.node_port or allocation.node_ports.get(port_key(port), 0)) if has_node_ports(spec) else 0
+
+
+def _health_check_node_port(spec: api.objects.ServiceSpec, allocation: Allocation) -> int:
+    return (spec.health_check_node_port or allocation.health_check_node_port) if wants_health_check(spec) else 0
 
 
 def _of_families(families: Set[Family], ips: Iterable[str]) -> tuple[str, ...]:
