@@ -16,7 +16,7 @@ from socket import SocketType
 
 from userspace_proxy.dataplane.context import PlaneContext, Shared
 from userspace_proxy.dataplane.dial import NO_ENDPOINT, Dial, DialContext
-from userspace_proxy.dataplane.lifetimes import Lifetimes, idle_units
+from userspace_proxy.dataplane.lifetimes import Lifetimes, end_idle, idle_units
 from userspace_proxy.dataplane.peers import has_left
 from userspace_proxy.dataplane.picker import Pick, Picker
 from userspace_proxy.dataplane.poller import HANGUP
@@ -399,7 +399,7 @@ class TcpConnection:
         elif self._splice is not None and self._pick and self._pick.endpoint.address in addresses:
             self.listener.counters.closed_by_removal += 1
             if not at_once and idle_units(self._splice):
-                self._splice.close("closed by on-endpoint-removal")
+                end_idle(self._splice, "closed by on-endpoint-removal")
             else:
                 self._splice.cut("reset by on-endpoint-removal")
 
