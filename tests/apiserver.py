@@ -111,6 +111,8 @@ class ApiServer:
         app = web.Application()
         for path in _KINDS:
             app.router.add_get(path, self._get)
+            group, _, plural = path.rpartition("/")
+            app.router.add_get(f"{group}/namespaces/{{namespace}}/{plural}", self._get)
         app.router.add_get(NODES + "/{name}", self._get_node)
         app.router.add_post(EVENTS, self._create_event)
         app.router.add_patch(EVENTS + "/{name}", self._patch_event)
@@ -214,10 +216,12 @@ class ApiServer:
             return _status(Refusal(422, message="sendInitialEvents: Forbidden"))
         if "spec.clusterIP" in params.get("fieldSelector", "") and not self.knows_cluster_ip_field:
             return _status(Refusal(400, message="field label not supported: spec.clusterIP"))
-        selects = _selector(params)
+        namespace = request.match_info.get("namespace", "")
+        selects = _selector(params, namespace)
+        path = request.path.replace(f"/namespaces/{namespace}/", "/")
         if "watch" in params:
-            return await self._watch(request, params, selects)
-        return self._list(request.path, params, selects)
+            return await self._watch(request, path, params, selects)
+        return self._list(path, params, selects)
 
     async def _get_node(self, request: web.Request) -> web.Response:
         if (refused := await self._refused(request)) is not None:
@@ -243,9 +247,8 @@ class ApiServer:
         return web.json_response({**listed, "items": page or None})
 
     async def _watch(
-        self, request: web.Request, params: dict[str, str], selects: Callable[[Object], bool]
+        self, request: web.Request, path: str, params: dict[str, str], selects: Callable[[Object], bool]
     ) -> web.StreamResponse:
-        path = request.path
         begins_with_list = params.get("sendInitialEvents") == "true"
         version = int(params.get("resourceVersion") or 0)
         response = web.StreamResponse(headers={"Content-Type": "application/json"})
@@ -409,12 +412,17 @@ def _reset(response: web.StreamResponse) -> bool:
     return False
 
 
-def _selector(params: Mapping[str, str]) -> Callable[[Object], bool]:
-    """Return what the label and field selectors in *params* select; as much of their language as a proxy speaks."""
+def _selector(params: Mapping[str, str], namespace: str = "") -> Callable[[Object], bool]:
+    """Return what the label and field selectors in *params* select; as much of their language as a proxy speaks.
+
+    *namespace*: "" for all.
+    """
     labels = [part for part in params.get("labelSelector", "").split(",") if part]
     fields = [part for part in params.get("fieldSelector", "").split(",") if part]
 
     def selects(given: Object) -> bool:
+        if namespace and given["metadata"].get("namespace") != namespace:
+            return False
         held = given["metadata"].get("labels") or {}
         for part in labels:
             name, equal, value = part.partition("=")

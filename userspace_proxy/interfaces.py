@@ -305,12 +305,17 @@ class Backends(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ListenerSpec:
-    """A service port, the local port that accepts its traffic, and the scope of its endpoints."""
+    """A service port, the local port that accepts its traffic, and the scope of its endpoints.
+
+    ``at``: the address of a listener that clients dial themselves, and whose endpoints may have the other family. ""
+    if clients come by a portal.
+    """
 
     service_port: ServicePort
     proxy_port: int
     scope: Scope = Scope.CLUSTER
     transparent: bool = False
+    at: str = ""
 
     @property
     def name(self) -> ListenerName:

@@ -8,8 +8,6 @@ from typing import NamedTuple
 from userspace_proxy.admin.kubeproxy import SyncStats
 from userspace_proxy.admin.metrics import ControlStats, render
 from userspace_proxy.control.controller import Changes
-from userspace_proxy.dns.metrics import dns_metrics
-from userspace_proxy.dns.wire import Counts
 from userspace_proxy.interfaces import Counters, EndpointCounters, PlaneStats, WatchStats
 from userspace_proxy.model.histogram import Histogram
 from userspace_proxy.model.loads import Loads
@@ -52,11 +50,7 @@ def every_metric() -> str:
                 watches,
                 1.0,
                 syncs,
-                [
-                    *kernel_metrics(loads, Histogram([1.0]), {}),
-                    *own,
-                    *dns_metrics(Counts([("udp", "1", "A", "NOERROR", 1)]), 0),
-                ],
+                [*kernel_metrics(loads, Histogram([1.0]), {}), *own],
             )
         ).decode()
         for own in (

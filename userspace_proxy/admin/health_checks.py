@@ -18,7 +18,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from userspace_proxy.admin.limited import ConnectionSlots, LimitedFactory, remove_server_header
-from userspace_proxy.dataplane.sockets import bind_wildcard
+from userspace_proxy.dataplane.sockets import bind_listener
 from userspace_proxy.model.health_check import HealthCheck, health_checks
 from userspace_proxy.model.names import NamespacedName
 from userspace_proxy.model.state import ProxyState
@@ -238,7 +238,7 @@ class _Port:
 
 def _listen(address: str, port: int) -> socket.socket:
     if not address:
-        sock = bind_wildcard(socket.SOCK_STREAM, port)
+        sock = bind_listener(socket.SOCK_STREAM, port)
         sock.listen(_BACKLOG)
         return sock
     family = socket.AF_INET6 if ":" in address else socket.AF_INET

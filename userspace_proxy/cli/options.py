@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import click
@@ -23,6 +24,20 @@ _BARE = {setting.flag: setting.kind for setting in SETTINGS.values() if setting.
 def fail(message: object) -> NoReturn:
     click.echo(f"userspace-proxy: {printable(str(message))}", err=True)
     sys.exit(1)
+
+
+@contextlib.contextmanager
+def fails_on(*kinds: type[Exception]) -> Iterator[None]:
+    """End this process with one line if the block raises one of *kinds*, alone or in a group."""
+    error: BaseException | None = None
+    try:
+        yield
+    except* kinds as errors:
+        error = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if error is not None:  # not above: SystemExit would become a group with a traceback
+        fail(error)
 
 
 class Value(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5

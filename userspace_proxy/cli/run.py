@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from userspace_proxy.cli.options import GroupedCommand, fail, setting_options, settings_of
+from userspace_proxy.cli.options import GroupedCommand, fail, fails_on, setting_options, settings_of
 from userspace_proxy.config.settings import Settings
 from userspace_proxy.errors import StartError, SyncError
 
@@ -61,10 +61,8 @@ def run(configuration: Configuration | None, **options: Any) -> None:
     configure_logging(settings.log_format, verbose=settings.verbose)
     if configuration is not None and configuration.named:
         log.warning("--config: no meaning here, and nothing done about it: %s", ", ".join(configuration.named))
-    try:
+    with fails_on(StartError, SyncError):
         app.run(settings)
-    except* (StartError, SyncError) as errors:
-        fail(_first(errors))
 
 
 def settings_from(configuration: Configuration | None, options: dict[str, Any]) -> Settings:
@@ -91,10 +89,3 @@ def _check(settings: Settings) -> None:
         raise click.UsageError("--detect-local-mode BridgeInterface needs --pod-bridge-interface NAME")
     if settings.detect_local_mode == "InterfaceNamePrefix" and not settings.pod_interface_name_prefix:
         raise click.UsageError("--detect-local-mode InterfaceNamePrefix needs --pod-interface-name-prefix NAME")
-
-
-def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

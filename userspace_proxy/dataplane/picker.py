@@ -154,12 +154,17 @@ class _Family:
 
 
 class Picker:
-    """Chooses among the endpoints of one listener. *memory* holds the service port's pins and ejections."""
+    """Chooses among the endpoints of one listener. *memory* holds the service port's pins and ejections.
 
-    def __init__(self, memory: Memory) -> None:
+    *mixes_families*: clients get endpoints of both families, in one rotation.
+    """
+
+    def __init__(self, memory: Memory, *, mixes_families: bool = False) -> None:
         self._memory = memory
+        self._mixes_families = mixes_families
         self._endpoints: dict[Address, Endpoint] = {}
-        self._families = _Family(memory), _Family(memory)  # IPv4, IPv6
+        first = _Family(memory)
+        self._families = first, first if mixes_families else _Family(memory)  # IPv4, IPv6
         self._balancing: tuple[Balance, Weights] = Balance.ROUND_ROBIN, ()
         memory.share(self, self._endpoints)
 
@@ -183,7 +188,8 @@ class Picker:
     def _replace(self, balance: Balance, weights: Weights) -> None:
         known, self._balancing = self._balancing[0], (balance, weights)
         for is_ipv6, family in enumerate(self._families):
-            of_family = {a: e for a, e in self._endpoints.items() if (":" in a[0]) == is_ipv6}
+            given = self._endpoints.items()
+            of_family = {a: e for a, e in given if self._mixes_families or (":" in a[0]) == is_ipv6}
             family.replace(of_family, dict(weights), None if balance is known else ALGORITHMS[balance]())
 
     # ---- choosing

@@ -65,26 +65,27 @@ def has_ipv6() -> bool:
     return True
 
 
-def bind_wildcard(kind: socket.SocketKind, port: int, *, shared: bool = False) -> socket.socket:
-    """Return a non-blocking socket bound to *port* on every address of both families.
+def bind_listener(kind: socket.SocketKind, port: int, *, shared: bool = False, at: str = "") -> socket.socket:
+    """Return a non-blocking socket bound to *port* at the address *at*, or on every address of both families.
 
     *shared*: bind beside our other sockets at that port, which must have SO_REUSEPORT.
 
     Raises:
         OSError: the port is taken, or no descriptor is left.
     """
-    family = socket.AF_INET6 if has_ipv6() else socket.AF_INET
+    family = socket.AF_INET6 if (":" in at if at else has_ipv6()) else socket.AF_INET
     sock = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
         if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, bool(at))
         if kind == socket.SOCK_STREAM:
             # Connections of a dead proxy in TIME_WAIT must not block the port for the next one. For UDP, this option
             # would let two processes share the port, and one of them would get no datagrams.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if shared:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        sock.bind(("::" if family == socket.AF_INET6 else "0.0.0.0", port))  # noqa: S104 - REDIRECT chooses the address
+        # Without *at*, REDIRECT chooses the address.
+        sock.bind((at or ("::" if family == socket.AF_INET6 else "0.0.0.0"), port))  # noqa: S104
     except BaseException:
         sock.close()
         raise
@@ -92,10 +93,10 @@ def bind_wildcard(kind: socket.SocketKind, port: int, *, shared: bool = False) -
 
 
 def open_tcp_listener(
-    port: int, dead_peer_timeout_s: float, congestion_control: str = "", *, shared: bool = False
+    port: int, dead_peer_timeout_s: float, congestion_control: str = "", *, shared: bool = False, at: str = ""
 ) -> socket.socket:
     """Return a listening socket. Accepted sockets inherit its options."""
-    sock = bind_wildcard(socket.SOCK_STREAM, port, shared=shared)
+    sock = bind_listener(socket.SOCK_STREAM, port, shared=shared, at=at)
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         prepare_listener(sock, dead_peer_timeout_s)
@@ -115,9 +116,9 @@ def prepare_listener(sock: socket.socket, dead_peer_timeout_s: float) -> None:
     keep_alive(sock, dead_peer_timeout_s)
 
 
-def open_udp_listener(port: int, *, shared: bool = False) -> socket.socket:
+def open_udp_listener(port: int, *, shared: bool = False, at: str = "") -> socket.socket:
     """Return a UDP socket that reports the destination address of each datagram."""
-    sock = bind_wildcard(socket.SOCK_DGRAM, port, shared=shared)
+    sock = bind_listener(socket.SOCK_DGRAM, port, shared=shared, at=at)
     try:
         try:
             sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _DATAGRAM_BUFFER_BYTES)
@@ -140,8 +141,9 @@ def open_listener(
     congestion_control: str = "",
     *,
     shared: bool = False,
+    at: str = "",
 ) -> socket.socket:
-    """Return the socket of a proxy port. *shared*: one more socket of its group.
+    """Return the socket of a proxy port, at the address *at* or on every address. *shared*: one more of its group.
 
     *congestion_control*: the algorithm for its connections; "" for the host's default.
 
@@ -149,8 +151,8 @@ def open_listener(
         OSError: the port is taken, no descriptor is left, or the congestion control is not available.
     """
     if protocol is L4Protocol.UDP:
-        return open_udp_listener(port, shared=shared)
-    return open_tcp_listener(port, dead_peer_timeout_s, congestion_control, shared=shared)
+        return open_udp_listener(port, shared=shared, at=at)
+    return open_tcp_listener(port, dead_peer_timeout_s, congestion_control, shared=shared, at=at)
 
 
 def reserve_refusing_port(port: int) -> tuple[socket.socket, socket.socket]:
@@ -160,8 +162,8 @@ def reserve_refusing_port(port: int) -> tuple[socket.socket, socket.socket]:
     datagrams match no socket and get port unreachable.
     """
     with contextlib.ExitStack() as on_error:
-        tcp = on_error.enter_context(bind_wildcard(socket.SOCK_STREAM, port))
-        udp = on_error.enter_context(bind_wildcard(socket.SOCK_DGRAM, port))
+        tcp = on_error.enter_context(bind_listener(socket.SOCK_STREAM, port))
+        udp = on_error.enter_context(bind_listener(socket.SOCK_DGRAM, port))
         # Not ::1: if IPv6 is disabled by sysctl (Docker's containers), :: can be bound but ::1 not reached.
         udp.connect((f"{_MAPPED}127.0.0.1" if udp.family == socket.AF_INET6 else "127.0.0.1", 9))
         on_error.pop_all()
@@ -194,7 +196,7 @@ def datagram_socket(address: Address, port: int, bind: Callable[[SocketType, int
     """
     sock = SocketType(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, _DATAGRAM, 0)
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, OWN_MARK)
+        mark(sock)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         bind(sock, port)
     except BaseException:
@@ -206,6 +208,14 @@ def datagram_socket(address: Address, port: int, bind: Callable[[SocketType, int
 def bind_anywhere(sock: SocketType, port: int) -> None:
     """Bind *sock* to *port*; connect() chooses the address."""
     sock.bind(("", port))
+
+
+def mark(sock: SocketType) -> None:
+    """Set OWN_MARK if this user may. `forward` runs without CAP_NET_ADMIN, and loads no rules that look for it."""
+    try:  # noqa: SIM105 - a context manager costs more, for every connection
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, OWN_MARK)
+    except PermissionError:
+        pass
 
 
 def _control_congestion(sock: SocketType, name: str) -> None:
@@ -230,7 +240,7 @@ def stream_socket(address: Address, congestion_control: str = "") -> SocketType:
     """
     sock = SocketType(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, _STREAM, 0)
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, OWN_MARK)
+        mark(sock)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
         # Set before the first urgent byte arrives; otherwise a read drops the byte.

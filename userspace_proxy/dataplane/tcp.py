@@ -16,7 +16,7 @@ from socket import SocketType
 
 from userspace_proxy.dataplane.context import PlaneContext, Shared
 from userspace_proxy.dataplane.dial import NO_ENDPOINT, Dial, DialContext
-from userspace_proxy.dataplane.lifetimes import Lifetimes, end_idle, idle_units
+from userspace_proxy.dataplane.lifetimes import Lifetimes, idle_units
 from userspace_proxy.dataplane.peers import has_left
 from userspace_proxy.dataplane.picker import Pick, Picker
 from userspace_proxy.dataplane.poller import HANGUP
@@ -51,7 +51,7 @@ class TcpListener:
 
     def __init__(self, spec: ListenerSpec, sock: socket.socket, context: PlaneContext, shared: Shared) -> None:
         self.counters = shared.counters
-        self.picker = Picker(shared.memory)
+        self.picker = Picker(shared.memory, mixes_families=bool(spec.at))
         self.shared = shared
         self._context = context
         self._dialing = DialContext(
@@ -90,14 +90,14 @@ class TcpListener:
         return self._dialing
 
     def configure(self, spec: ListenerSpec) -> None:
-        """Apply new portals, source IP and connection policy. The proxy port stays."""
+        """Apply new portals and affinity. The proxy port stays."""
         self._spec = spec
         self._portals = {packed(portal.ip, portal.port): portal for portal in portals(spec.service_port)}
+        self._dialled = packed(spec.at, spec.proxy_port) if spec.at else None
+        if self._dialled:
+            self._portals = {self._dialled: Portal(spec.at, spec.proxy_port, spec.name.protocol)}
         self._header_of = header_of(spec.service_port.source_ip, spec.name.protocol)
-        self._set_policy(spec.service_port.connections)
-
-    def _set_policy(self, policy: ConnectionPolicy) -> None:
-        shared, context = self.shared, self._context
+        policy, shared, context = spec.service_port.connections, self.shared, self._context
         if shared.lifetimes is None and policy != ConnectionPolicy():
             known = (c for c in context.connections if isinstance(c, TcpConnection) and c.listener.shared is shared)
             shared.lifetimes = Lifetimes(context.keeper, context.poller, self.counters, known)
@@ -130,7 +130,7 @@ class TcpListener:
         self._sock.close()
         if self.shared.lifetimes is not None:
             for connection in [c for c in self.shared.lifetimes.waiting if c.listener is self]:
-                connection.on_failed("service gone")
+                connection.end_wait("service gone")
 
     def _accept(self) -> None:
         self._accept_some()
@@ -197,6 +197,10 @@ class TcpListener:
         """Return the PROXY protocol header that backends get before the bytes of *client*; b"" for none."""
         return self._header_of(client, unpacked(dialled)) if self._header_of and dialled else b""
 
+    def dialled_by(self, client: SocketType, client_ip: str) -> bytes | None:
+        """Return the address that *client* dialled, as `packed`, or None if it is not known."""
+        return self._dialled or original_destination(client, client_ip)
+
     def portal_of(self, dialled: bytes | None) -> Portal | None:
         """Return the portal at the address *dialled*, or None if it is not a portal of this service port."""
         if dialled is None:
@@ -252,7 +256,7 @@ class TcpConnection:
 
     def begin(self) -> None:
         listener = self.listener
-        dialled = original_destination(self._client, self.client[0])
+        dialled = listener.dialled_by(self._client, self.client[0])
         self._portal = portal = listener.portal_of(dialled)
         if dialled is None or portal is None:
             # The client dialled the proxy port itself. The guard rule refuses that, unless a foreign DNAT led here.
@@ -316,7 +320,7 @@ class TcpConnection:
         listener.note_reset(pick)
         past = self._past = self._past or _Past()
         if past.dial is None:
-            past.dial = self._new_dial(original_destination(self._client, self.client[0]))
+            past.dial = self._new_dial(listener.dialled_by(self._client, self.client[0]))
         past.unsent = unsent
         self._dial = past.dial
         self._dial.resume(pick, code)
@@ -330,12 +334,16 @@ class TcpConnection:
             self._refuse()
             self._on_end("client left while it waited for an endpoint")
 
+    def end_wait(self, how: str) -> None:
+        """Reset the waiting client."""
+        self.on_failed(how)
+
     def dial(self) -> None:
         """Dial an endpoint now that there is one."""
         self.listener.counters.waits_released += 1
         self._past = _Past(has_waited=True)
-        self._context.poller.mute(self._client)  # the splice watches it
-        self._dial = dial = self._new_dial(original_destination(self._client, self.client[0]))
+        self._context.poller.mute(self._client)
+        self._dial = dial = self._new_dial(self.listener.dialled_by(self._client, self.client[0]))
         dial.start()
 
     def _on_end(self, how: str) -> None:
@@ -399,7 +407,7 @@ class TcpConnection:
         elif self._splice is not None and self._pick and self._pick.endpoint.address in addresses:
             self.listener.counters.closed_by_removal += 1
             if not at_once and idle_units(self._splice):
-                end_idle(self._splice, "closed by on-endpoint-removal")
+                self._splice.close("closed by on-endpoint-removal")
             else:
                 self._splice.cut("reset by on-endpoint-removal")
 
@@ -412,13 +420,11 @@ class TcpConnection:
         """Reset both sides now."""
         if self._splice is not None:
             self._splice.cut(reason)
-        elif self._dial is not None or self._is_waiting():
-            if self._dial is not None:
-                self._dial.cut()
-                self._dial = None
+        elif self._dial is not None:
+            self._dial.cut()
+            self._dial = None
             self._refuse()
             self._on_end(reason)
-
-    def _is_waiting(self) -> bool:
-        lifetimes = self.listener.shared.lifetimes
-        return lifetimes is not None and self in lifetimes.waiting
+        elif (lifetimes := self.listener.shared.lifetimes) is not None and self in lifetimes.waiting:
+            self._refuse()
+            self._on_end(reason)

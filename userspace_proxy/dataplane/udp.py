@@ -37,7 +37,7 @@ class UdpListener:
 
     def __init__(self, spec: ListenerSpec, sock: socket.socket, context: PlaneContext, shared: Shared) -> None:
         self.counters = shared.counters
-        self.picker = Picker(shared.memory)
+        self.picker = Picker(shared.memory, mixes_families=bool(spec.at))
         self._context = context
         self._transparent = Transparent(context.tables, self.counters) if spec.transparent else None
         self.configure(spec)
@@ -192,7 +192,8 @@ class UdpListener:
             OSError: *address* cannot be reached.
         """
         datagrams = self._datagrams
-        if address[1] in datagrams.proxy_ports and self._context.tables.is_local(address[0]):
+        at = self._spec.at or address[0]
+        if address[1] in datagrams.proxy_ports and address[0] == at and self._context.tables.is_local(at):
             raise ConnectionRefusedError(errno.ECONNREFUSED, "the endpoint is a proxy port: an endless loop")
         destination, client = datagrams.towards(address), client_of(key)
         transparent, source, bind = self._transparent, "", bind_anywhere

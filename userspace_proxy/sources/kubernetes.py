@@ -15,6 +15,7 @@ import msgspec
 
 from userspace_proxy import api
 from userspace_proxy.interfaces import EventType, ObjectEvent, WatchStats
+from userspace_proxy.model.names import NamespacedName
 from userspace_proxy.sources.reflector import Change, Pace, Reflector
 from userspace_proxy.sources.transport import Transport
 
@@ -74,6 +75,20 @@ def reflectors(
         ),
         "Node": follows("nodes", "/api/v1/nodes", api.Node, fieldSelector=f"metadata.name={node_name}"),
         _OPTIONAL: follows("servicecidrs", "/apis/networking.k8s.io/v1/servicecidrs", api.ServiceCIDR),
+    }
+
+
+def service_reflectors(transport: Transport, name: NamespacedName, pace: Pace, chance: random.Random) -> Reflectors:
+    """Return reflectors for one Service and its EndpointSlices. They need access to its namespace only."""
+
+    def follows(plural: str, group: str, kind: type[api.KubernetesObject], **params: str) -> Reflector[Any]:
+        path, decoder = f"{group}/namespaces/{name.namespace}/{plural}", msgspec.json.Decoder(kind)
+        return Reflector(plural, path, params, decoder, transport, pace=pace, chance=chance)
+
+    label = f"kubernetes.io/service-name={name.name}"
+    return {
+        "Service": follows("services", "/api/v1", api.Service, fieldSelector=f"metadata.name={name.name}"),
+        "EndpointSlice": follows("endpointslices", "/apis/discovery.k8s.io/v1", api.EndpointSlice, labelSelector=label),
     }
 
 
