@@ -8,6 +8,8 @@ from typing import NamedTuple
 from userspace_proxy.admin.kubeproxy import SyncStats
 from userspace_proxy.admin.metrics import ControlStats, render
 from userspace_proxy.control.controller import Changes
+from userspace_proxy.dns.metrics import dns_metrics
+from userspace_proxy.dns.wire import Counts
 from userspace_proxy.interfaces import Counters, EndpointCounters, PlaneStats, WatchStats
 from userspace_proxy.model.histogram import Histogram
 from userspace_proxy.model.loads import Loads
@@ -50,7 +52,11 @@ def every_metric() -> str:
                 watches,
                 1.0,
                 syncs,
-                [*kernel_metrics(loads, Histogram([1.0]), {}), *own],
+                [
+                    *kernel_metrics(loads, Histogram([1.0]), {}),
+                    *own,
+                    *dns_metrics(Counts([("udp", "1", "A", "NOERROR", 1)]), 0),
+                ],
             )
         ).decode()
         for own in (

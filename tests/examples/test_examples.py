@@ -49,6 +49,9 @@ WHAT_IS_SERVED = {
     "topology": {"10.96.0.19:80/TCP": [f"{ONE}:8080", f"{TWO}:8080", f"{THREE}:8080"]},
     "source-ip": {"10.96.0.21:80/TCP": [f"{ONE}:8082", f"{TWO}:8082"]},
     "balance": {f"10.96.0.{number}:80/TCP": [f"{ONE}:8080", f"{TWO}:8080", f"{THREE}:8080"] for number in (41, 42, 43)},
+    "dns": {"10.96.0.25:80/TCP": [f"{ONE}:8080"]},
+    "headless": {},
+    "external-name": {},
     "connection-policy": {"10.96.0.24:80/TCP": [f"{ONE}:8080"]},
     **{
         f"mode-{mode}": {

@@ -72,6 +72,50 @@ def test_in_a_kernel_mode_clients_fail_until_the_rules_are_told_that_a_backend_d
     assert len(set(cart_told) & (PODS - {victim})) == len(cart_told) == 1
 
 
+def asked(lesson: str, folder: Path) -> list[str]:
+    """Return the answers to the questions of *lesson*. `dig` is a client of ours: few machines have it."""
+    dig = folder / "dig"
+    dig.write_text(f"#!{sys.executable}\n{_DIG}")
+    dig.chmod(0o755)
+    path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["unshare", *OF_NO_PRIVILEGES, "--pid", "--fork", "--kill-child", str(EXAMPLES / "play.sh"), lesson]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=True, env={**os.environ, "PATH": path}
+    )
+    return [line for line in done.stdout.partition("\ndig ")[2].splitlines()[1:] if not line.startswith("dig ")]
+
+
+_DIG = """
+import sys, dns.message, dns.query, dns.reversename
+server, *words = [word for word in sys.argv[1:] if word != "+short"]
+reverse = words[0] == "-x"
+name = dns.reversename.from_address(words[1]) if reverse else words[0]
+kind = "PTR" if reverse else (words[1:] or ["A"])[0]
+answer = dns.query.udp(dns.message.make_query(name, kind), server[1:], timeout=5)
+for rrset in answer.answer:
+    for record in rrset:
+        print(record)
+"""
+
+
+@pytest.mark.parametrize(
+    ("lesson", "expected"),
+    [
+        ("dns", ["10.96.0.25", "0 100 80 hello.default.svc.cluster.local.", "hello.default.svc.cluster.local."]),
+        (
+            "headless",
+            [
+                *("10.244.0.2", "10.244.0.3", "10.244.0.3"),
+                *(f"0 100 5432 db-{index}.db.default.svc.cluster.local." for index in (0, 1)),
+            ],
+        ),
+        ("external-name", ["hello.default.svc.cluster.local.", "10.96.0.25", "mail.example.com."]),
+    ],
+)
+def test_names_are_answered_as_their_lesson_says(lesson: str, expected: list[str], tmp_path: Path) -> None:
+    assert asked(lesson, tmp_path) == expected
+
+
 def test_balancing_is_as_its_lesson_says() -> None:
     turns, fewest, *hashed = play("balance", OF_NO_PRIVILEGES, rows_of_dials=4)
 

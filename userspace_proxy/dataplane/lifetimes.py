@@ -8,16 +8,21 @@ connections of its service port.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
+import socket
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from userspace_proxy.dataplane.peers import silence
 from userspace_proxy.dataplane.poller import Poller
 from userspace_proxy.interfaces import Backends, Counters, Splice
 from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.service import ConnectionPolicy
+
+if TYPE_CHECKING:
+    from userspace_proxy.dataplane.tcp import TcpConnection
 
 PERIOD_S = 0.25
 # Connections are closed at ages that differ by up to this share, so that they do not all return at once.
@@ -33,37 +38,6 @@ _RELEASED_A_TURN = 32
 _LOOKS_A_TURN = 500
 
 log = logging.getLogger(__name__)
-
-
-class Connection(Protocol):
-    """A TCP connection, as its policy sees it."""
-
-    started_at: float
-
-    @property
-    def listener(self) -> object:
-        """The listener that accepted it."""
-        ...
-
-    @property
-    def client(self) -> Address: ...
-
-    @property
-    def splice(self) -> Splice | None:
-        """The splice, or None while no backend is connected."""
-        ...
-
-    def leave_endpoints(self, addresses: Collection[Address], *, at_once: bool) -> None:
-        """End the connection if its endpoint is one of *addresses*. If that is still being dialled, dial another."""
-        ...
-
-    def dial(self) -> None:
-        """Stop waiting, and dial an endpoint."""
-        ...
-
-    def end_wait(self, how: str) -> None:
-        """Reset the waiting client."""
-        ...
 
 
 class Keeper:
@@ -101,17 +75,17 @@ class Keeper:
 class Lifetimes:
     """Applies the policy of one service port to its connections."""
 
-    def __init__(self, keeper: Keeper, poller: Poller, counters: Counters, known: Iterable[Connection]) -> None:
+    def __init__(self, keeper: Keeper, poller: Poller, counters: Counters, known: Iterable[TcpConnection]) -> None:
         """Make it. *known*: the connections that are open already, oldest first."""
         self._keeper = keeper
         self._poller = poller
         self._counters = counters
         self._policy = ConnectionPolicy()
         # Oldest first, with the number of bytes that an old connection had moved at the last look.
-        self._open: dict[Connection, int] = dict.fromkeys(known, -1)
+        self._open: dict[TcpConnection, int] = dict.fromkeys(known, -1)
         self._removed_at: dict[Address, float] = {}
-        self._wait_until: dict[Connection, float] = {}
-        self._released: list[Connection] = []
+        self._wait_until: dict[TcpConnection, float] = {}
+        self._released: list[TcpConnection] = []
 
     def set_policy(self, policy: ConnectionPolicy) -> None:
         """Apply *policy* from now on, to open connections, too. A waiting client keeps the time that it was given."""
@@ -120,12 +94,12 @@ class Lifetimes:
             self._removed_at.clear()
         self._keeper.watch(self)
 
-    def add(self, connection: Connection) -> None:
+    def add(self, connection: TcpConnection) -> None:
         self._open[connection] = -1
         if self._policy.max_age_s:
             self._keeper.watch(self)
 
-    def remove(self, connection: Connection) -> None:
+    def remove(self, connection: TcpConnection) -> None:
         self._open.pop(connection, None)
         self._wait_until.pop(connection, None)
 
@@ -139,7 +113,7 @@ class Lifetimes:
         for connection, until in list(self._wait_until.items()):
             if now >= until:
                 self._counters.waits_expired += 1
-                connection.end_wait("no endpoint came in time")
+                connection.on_failed("no endpoint came in time")
         self._leave_removed(now)
         if not self._policy.max_age_s:
             return
@@ -181,7 +155,7 @@ class Lifetimes:
 
     # ---- old connections
 
-    def _end_if_too_old(self, connection: Connection, now: float) -> None:
+    def _end_if_too_old(self, connection: TcpConnection, now: float) -> None:
         splice, policy = connection.splice, self._policy
         overdue_s = now - connection.started_at - policy.max_age_s * _jitter(connection.client)
         if splice is None or connection not in self._open or overdue_s < 0:
@@ -197,16 +171,16 @@ class Lifetimes:
         earliest, latest = _BETWEEN_REQUESTS
         if earliest <= idle_units(splice) % 1 < latest:
             self._counters.closed_by_age += 1
-            splice.close("closed by max-connection-age")
+            end_idle(splice, "closed by max-connection-age")
 
     # ---- connections without an endpoint
 
     @property
-    def waiting(self) -> Collection[Connection]:
+    def waiting(self) -> Collection[TcpConnection]:
         """The connections that wait for an endpoint."""
         return self._wait_until.keys()
 
-    def wait(self, connection: Connection) -> bool:
+    def wait(self, connection: TcpConnection) -> bool:
         """Let *connection* wait for an endpoint. Return False if it may not, or too many wait."""
         until = connection.started_at + self._policy.wait_s
         if until <= self._keeper.now() or len(self._wait_until) >= WAITING_MAX:
@@ -242,6 +216,13 @@ def idle_units(splice: Splice) -> float:
     silent_s, is_asked = silence(*splice.sockets)
     is_asked |= bool(splice.bytes_to_backend and not splice.bytes_to_client)
     return silent_s / IDLE_S if silent_s >= (ANSWER_S if is_asked else IDLE_S) else 0.0
+
+
+def end_idle(splice: Splice, how: str) -> None:
+    """End an idle connection with a FIN, at once: a request must not come between the decision and the FIN."""
+    with contextlib.suppress(OSError):
+        splice.sockets[0].shutdown(socket.SHUT_WR)  # the poller closes sockets later in its turn
+    splice.close(how)
 
 
 def _jitter(client: Address) -> float:

@@ -16,7 +16,7 @@ from socket import SocketType
 
 from userspace_proxy.dataplane.context import PlaneContext, Shared
 from userspace_proxy.dataplane.dial import NO_ENDPOINT, Dial, DialContext
-from userspace_proxy.dataplane.lifetimes import Lifetimes, idle_units
+from userspace_proxy.dataplane.lifetimes import Lifetimes, end_idle, idle_units
 from userspace_proxy.dataplane.peers import has_left
 from userspace_proxy.dataplane.picker import Pick, Picker
 from userspace_proxy.dataplane.poller import HANGUP
@@ -90,14 +90,17 @@ class TcpListener:
         return self._dialing
 
     def configure(self, spec: ListenerSpec) -> None:
-        """Apply new portals and affinity. The proxy port stays."""
+        """Apply new portals, source IP and connection policy. The proxy port stays."""
         self._spec = spec
         self._portals = {packed(portal.ip, portal.port): portal for portal in portals(spec.service_port)}
         self._dialled = packed(spec.at, spec.proxy_port) if spec.at else None
         if self._dialled:
             self._portals = {self._dialled: Portal(spec.at, spec.proxy_port, spec.name.protocol)}
         self._header_of = header_of(spec.service_port.source_ip, spec.name.protocol)
-        policy, shared, context = spec.service_port.connections, self.shared, self._context
+        self._set_policy(spec.service_port.connections)
+
+    def _set_policy(self, policy: ConnectionPolicy) -> None:
+        shared, context = self.shared, self._context
         if shared.lifetimes is None and policy != ConnectionPolicy():
             known = (c for c in context.connections if isinstance(c, TcpConnection) and c.listener.shared is shared)
             shared.lifetimes = Lifetimes(context.keeper, context.poller, self.counters, known)
@@ -130,7 +133,7 @@ class TcpListener:
         self._sock.close()
         if self.shared.lifetimes is not None:
             for connection in [c for c in self.shared.lifetimes.waiting if c.listener is self]:
-                connection.end_wait("service gone")
+                connection.on_failed("service gone")
 
     def _accept(self) -> None:
         self._accept_some()
@@ -334,15 +337,11 @@ class TcpConnection:
             self._refuse()
             self._on_end("client left while it waited for an endpoint")
 
-    def end_wait(self, how: str) -> None:
-        """Reset the waiting client."""
-        self.on_failed(how)
-
     def dial(self) -> None:
         """Dial an endpoint now that there is one."""
         self.listener.counters.waits_released += 1
         self._past = _Past(has_waited=True)
-        self._context.poller.mute(self._client)
+        self._context.poller.mute(self._client)  # the splice watches it
         self._dial = dial = self._new_dial(self.listener.dialled_by(self._client, self.client[0]))
         dial.start()
 
@@ -407,7 +406,7 @@ class TcpConnection:
         elif self._splice is not None and self._pick and self._pick.endpoint.address in addresses:
             self.listener.counters.closed_by_removal += 1
             if not at_once and idle_units(self._splice):
-                self._splice.close("closed by on-endpoint-removal")
+                end_idle(self._splice, "closed by on-endpoint-removal")
             else:
                 self._splice.cut("reset by on-endpoint-removal")
 
@@ -420,11 +419,13 @@ class TcpConnection:
         """Reset both sides now."""
         if self._splice is not None:
             self._splice.cut(reason)
-        elif self._dial is not None:
-            self._dial.cut()
-            self._dial = None
+        elif self._dial is not None or self._is_waiting():
+            if self._dial is not None:
+                self._dial.cut()
+                self._dial = None
             self._refuse()
             self._on_end(reason)
-        elif (lifetimes := self.listener.shared.lifetimes) is not None and self in lifetimes.waiting:
-            self._refuse()
-            self._on_end(reason)
+
+    def _is_waiting(self) -> bool:
+        lifetimes = self.listener.shared.lifetimes
+        return lifetimes is not None and self in lifetimes.waiting

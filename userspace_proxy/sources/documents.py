@@ -126,6 +126,17 @@ def _parse(document: Document, *, for_check: bool) -> tuple[list[Manifest], list
         return [], [Problem(document.path, document.line + lost[0], lost[1])]
     if begins and for_check:
         return _parse_pieces(document, begins)
+    manifests, problems = _manifests(document, plain, for_check=for_check)
+    owner = str(manifests[0]) if len(manifests) == 1 else ""
+    problems += _missing_separators(document, begins)
+    problems += [
+        Problem(document.path, document.line + line, error, owner, hides=False) for line, error in twice[:_PROBLEMS_MAX]
+    ]
+    return manifests, problems
+
+
+def _manifests(document: Document, plain: object, *, for_check: bool) -> tuple[list[Manifest], list[Problem]]:
+    """Return the objects in *plain*, the value of *document*, and a problem for each that cannot be read."""
     manifests: list[Manifest] = []
     rejected: list[tuple[Place, ConfigError]] = []
     for place, item in _items(document, plain) if plain is not None else ():
@@ -139,11 +150,6 @@ def _parse(document: Document, *, for_check: bool) -> tuple[list[Manifest], list
     if len(rejected) > _PROBLEMS_MAX:
         said = ConfigError(f"more than {_PROBLEMS_MAX} objects of this document cannot be read")
         problems.append(Problem(document.path, document.line, said))
-    owner = str(manifests[0]) if len(manifests) == 1 else ""
-    problems += _missing_separators(document, begins)
-    problems += [
-        Problem(document.path, document.line + line, error, owner, hides=False) for line, error in twice[:_PROBLEMS_MAX]
-    ]
     return manifests, problems
 
 

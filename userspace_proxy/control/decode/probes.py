@@ -35,20 +35,12 @@ def read_probe(text: str) -> ProbeSpec:
     kind, *settings = shlex.split(text) or [""]
     if kind not in list(ProbeKind):
         raise ValueError(f"it begins with {kind!r}, not with one of {', '.join(ProbeKind)}")
-    readers = _READERS | _READERS_OF[ProbeKind(kind)]
     values: dict[str, Any] = {}
     for setting in settings:
-        key, is_set, value = setting.partition("=")
-        if key not in readers:
-            close = get_close_matches(key, readers, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(readers)}"
-            raise ValueError(f"{kind} has no setting {key!r}; {hint}")
-        if not is_set or _FIELDS.get(key, key) in values:
-            raise ValueError(f"{key!r} is stated twice" if is_set else f"{key!r} has no value")
-        try:
-            values[_FIELDS.get(key, key)] = readers[key](value)
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}") from None
+        field, value = _read_setting(ProbeKind(kind), setting)
+        if field in values:
+            raise ValueError(f"{setting.partition('=')[0]!r} is stated twice")
+        values[field] = value
     if kind == ProbeKind.UDP and not values.get("send"):
         raise ValueError("udp needs send=, the text of a datagram that the endpoint answers")
     spec = ProbeSpec(ProbeKind(kind), **values)
@@ -57,6 +49,22 @@ def read_probe(text: str) -> ProbeSpec:
     if "timeout_s" in values:
         raise ValueError("the timeout is longer than the interval")
     return replace(spec, timeout_s=spec.interval_s)
+
+
+def _read_setting(kind: ProbeKind, setting: str) -> tuple[str, object]:
+    """Return the field of ProbeSpec and its value for *setting*, such as ``rise=2``. Raises ValueError."""
+    readers = _READERS | _READERS_OF[kind]
+    key, is_set, text = setting.partition("=")
+    if key not in readers:
+        close = get_close_matches(key, readers, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(readers)}"
+        raise ValueError(f"{kind} has no setting {key!r}; {hint}")
+    if not is_set:
+        raise ValueError(f"{key!r} has no value")
+    try:
+        return _FIELDS.get(key, key), readers[key](text)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
 
 
 def _number(most: int) -> Callable[[str], int]:
