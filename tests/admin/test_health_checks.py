@@ -102,7 +102,7 @@ async def test_the_answer_is_kube_proxys_byte_for_byte() -> None:
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"])
 @pytest.mark.parametrize("path", ["/", "/healthz", "/no/such/path?x=1", "//", "/%00"])
-async def test_whatever_is_asked_the_answer_is_the_same(method: str, path: str) -> None:
+async def test_the_health_check_answer_does_not_depend_on_path_or_method(method: str, path: str) -> None:
     (port,) = free_ports(1)
     async with running() as rig:
         await rig.sync(a=(port, 1))
@@ -160,7 +160,7 @@ async def test_the_server_as_kube_proxys_own_test_has_it() -> None:
     assert rig.failed == []
 
 
-async def test_a_port_that_changed_says_at_once_what_there_is() -> None:
+async def test_a_changed_health_check_port_reports_the_current_count_at_once() -> None:
     before, after = free_ports(2)
     async with running() as rig:
         await rig.sync(a=(before, 3))
@@ -170,7 +170,7 @@ async def test_a_port_that_changed_says_at_once_what_there_is() -> None:
         assert await is_refused(before)
 
 
-async def test_what_one_service_gives_up_another_has_in_the_same_sync() -> None:
+async def test_a_portal_changes_its_service_in_one_sync() -> None:
     first, second = free_ports(2)
     async with running() as rig:
         await rig.sync(a=(first, 1), b=(second, 2))
@@ -180,7 +180,7 @@ async def test_what_one_service_gives_up_another_has_in_the_same_sync() -> None:
     assert rig.failed == []
 
 
-async def test_who_holds_a_connection_does_not_hold_the_port() -> None:
+async def test_an_idle_client_does_not_hold_a_health_check_port() -> None:
     (port,) = free_ports(1)
     async with running() as rig:
         await rig.sync(a=(port, 1))
@@ -234,7 +234,7 @@ async def test_a_taken_port_is_told_of_once_and_tried_again_at_each_sync() -> No
         assert rig.checks.failures == {}
 
 
-async def test_of_two_services_with_one_port_the_second_waits_for_the_first() -> None:
+async def test_the_second_of_two_services_with_one_port_gets_it_after_the_first() -> None:
     (port,) = free_ports(1)
     async with running() as rig:
         await rig.sync(a=(port, 1), b=(port, 2))
@@ -308,7 +308,7 @@ def duplicates(listeners: Iterable[socket.socket]) -> list[socket.socket]:
     return [sock.dup() for sock in listeners]
 
 
-async def test_nobody_is_refused_while_one_process_hands_over_to_the_next() -> None:
+async def test_no_client_is_refused_during_a_hand_over() -> None:
     ports = dict(zip((A, B), free_ports(2), strict=True))
     wanted = {service: HealthCheck(port, 1) for service, port in ports.items()}
     rig = Rig()
@@ -339,7 +339,7 @@ async def test_nobody_is_refused_while_one_process_hands_over_to_the_next() -> N
     assert rig.failed == []
 
 
-async def test_what_was_taken_over_and_is_not_wanted_is_closed_with_the_first_sync() -> None:
+async def test_adopted_health_check_ports_without_a_service_close_at_the_first_sync() -> None:
     kept, gone = free_ports(2)
     async with running() as rig:
         await rig.sync(a=(kept, 1), b=(gone, 1))

@@ -52,7 +52,7 @@ def test_the_counters_of_a_service_port_bear_its_name() -> None:
     assert seen["userspace_proxy_port_exhaustions_total", *labels] == 9
 
 
-def test_what_only_tcp_or_only_udp_can_have_is_not_shown_for_the_other() -> None:
+def test_metrics_of_one_protocol_are_not_shown_for_the_other() -> None:
     seen = samples(PlaneStats({TCP: Counters(), UDP: Counters(flows=3, flows_total=9)}), control())
 
     of_tcp = {key[0] for key in seen if key[1:2] == ("shop",) and key[2] == "web"}
@@ -125,7 +125,7 @@ def test_how_well_a_cluster_is_heard_is_shown_for_each_kind() -> None:
     assert shown["degraded", ""] == 1
 
 
-def test_what_kube_proxy_tells_too_is_told_by_its_names() -> None:
+def test_metrics_of_kube_proxy_have_its_names() -> None:
     durations, programming = Histogram([0.1, 1.0]), Histogram([1.0])
     for seconds in (0.1, 0.5, 5.0):
         durations.observe(seconds)

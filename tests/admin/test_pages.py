@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.admin.given import every_metric, exposed
+from tests.admin.scrape import every_metric, exposed
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "reference" / "metrics.md"

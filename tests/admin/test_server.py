@@ -128,7 +128,7 @@ async def test_before_the_first_sync_load_balancers_wait_and_kubelets_do_not_min
 
 
 @pytest.mark.parametrize(("degraded_status", "seen"), [(200, (200, 200)), (503, (503, 200))])
-async def test_what_is_degraded_is_said_and_only_if_wanted_a_reason_to_be_left(
+async def test_degradation_is_reported_and_fails_healthz_only_if_configured(
     degraded_status: int, seen: tuple[int, int]
 ) -> None:
     async with running(degraded_status) as rig:
@@ -454,6 +454,6 @@ def test_addresses_are_read_as_go_programs_read_them(address: str, split: tuple[
 @pytest.mark.parametrize(
     "address", ["10249", "127.0.0.1", "127.0.0.1:", "127.0.0.1:http", ":65536", ":-1", ":²", "[::1]"]
 )
-def test_what_is_no_address_is_refused_with_an_example(address: str) -> None:
+def test_an_invalid_address_is_refused_with_an_example(address: str) -> None:
     with pytest.raises(StartError, match=r"--flag .* (write it like 127\.0\.0\.1:10249|65536 is not a port)"):
         split_address(address, "--flag")

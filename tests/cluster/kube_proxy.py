@@ -20,7 +20,7 @@ import pytest
 
 from tests.apiserver import NODES, OLD_SLICES, SERVICES, SLICES, ApiServerThread, Object
 from tests.net.contract.cluster import CLUSTER_CIDRS, NODE, Cluster
-from tests.net.contract.given import Given, node_object
+from tests.net.contract.services import Given, node_object
 from tests.net.world import wait_until
 from tests.sources.test_kubernetes import kubeconfig
 from userspace_proxy.lab import connect

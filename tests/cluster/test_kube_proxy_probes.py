@@ -15,9 +15,9 @@ import pytest
 from tests.cluster.kube_proxy import KubeProxy, Version, kube_proxy_binary, version_of
 from tests.net.contract.cluster import NODE, Cluster
 from tests.net.contract.conftest import cluster
-from tests.net.contract.given import Given
 from tests.net.contract.modes import expected, is_asked
 from tests.net.contract.probes import REFUSED, TIMEOUT, Probe, ask_once, observe_all
+from tests.net.contract.services import Given
 from tests.net.contract.table import CASES, every_probe
 
 __all__ = ["cluster"]

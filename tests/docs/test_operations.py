@@ -12,7 +12,7 @@ import click
 import pytest
 import yaml
 
-from tests.admin.given import every_metric
+from tests.admin.scrape import every_metric
 from userspace_proxy.cli import commands
 from userspace_proxy.cli.options import settings_of
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.modes.redirects_given import UDP, name
+from tests.modes.redirect_cases import UDP, name
 from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.service import Portal, ServicePort
 from userspace_proxy.modes.ipvs.device import device_lines

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.explain.shop import WAYS
-from tests.modes.redirects_given import CASES, UDP, any_redirects, name
-from tests.modes.translations_given import DNS, EVERYTHING, HERE, NEAR4, PODS, any_translation, by_name, translation
+from tests.modes.redirect_cases import CASES, UDP, any_redirects, name
+from tests.modes.translation_cases import DNS, EVERYTHING, HERE, NEAR4, PODS, any_translation, by_name, translation
 from userspace_proxy.config.settings import Settings
 from userspace_proxy.explain import rendering
 from userspace_proxy.explain.rendering import explained

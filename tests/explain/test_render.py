@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.explain.shop import SHOP, WAYS, render
-from tests.modes.redirects_given import assert_golden
+from tests.modes.redirect_cases import assert_golden
 from userspace_proxy.lab import Host, Lab
 
 WITHOUT_PRIVILEGES = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs")

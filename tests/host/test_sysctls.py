@@ -107,7 +107,7 @@ def test_room_is_made_where_there_is_less(tmp_path: Path) -> None:
     assert file.read_text() == "131072"
 
 
-def test_what_the_kernel_refuses_is_said_with_what_it_holds() -> None:
+def test_a_refused_sysctl_is_reported_with_its_present_value() -> None:
     # In a namespace that is not the host's the kernel lets nobody write it.
     present = held("nf_conntrack_max")
 
@@ -118,7 +118,7 @@ def test_what_the_kernel_refuses_is_said_with_what_it_holds() -> None:
     assert held("nf_conntrack_max") == present
 
 
-def test_whether_the_kernel_would_refuse_is_known_before_anything_is_set() -> None:
+def test_can_apply_tells_a_refusal_without_changing_anything() -> None:
     present = held("nf_conntrack_max")
 
     assert can_apply(Sysctl(NETFILTER / "nf_conntrack_max", present))
@@ -127,7 +127,7 @@ def test_whether_the_kernel_would_refuse_is_known_before_anything_is_set() -> No
     assert held("nf_conntrack_udp_timeout") != 7
 
 
-def test_what_is_not_there_is_said_too(tmp_path: Path) -> None:
+def test_a_missing_sysctl_is_reported(tmp_path: Path) -> None:
     (said,) = apply([Sysctl(tmp_path / "none", 1)])
 
     assert said == f"{tmp_path / 'none'} is unknown and cannot be made 1: no such file or directory"

@@ -10,7 +10,7 @@ import pytest
 from userspace_proxy.host.tool import in_thread
 
 
-async def test_who_is_cancelled_goes_on_when_what_was_under_way_has_ended() -> None:
+async def test_cancellation_waits_for_the_running_tool() -> None:
     began, may_end, ended = threading.Event(), threading.Event(), threading.Event()
 
     def load() -> None:

@@ -62,7 +62,7 @@ def test_clients_that_may_wait_are_led_to_the_empty_listener_but_not_in_kernel_m
     assert {route.to for route in kernel.routes} == {Refusal.REJECT}
 
 
-def test_with_the_external_policy_local_only_those_inside_meet_endpoints_elsewhere() -> None:
+def test_with_external_policy_local_only_internal_clients_reach_remote_endpoints() -> None:
     given = ServicePort(NAME, 80, ("10.96.0.1",), node_port=30_080, external_local=True)
 
     rules = made(given, of=(NEAR, FAR))
@@ -72,7 +72,7 @@ def test_with_the_external_policy_local_only_those_inside_meet_endpoints_elsewhe
     assert rules.exceptions == {Sender.POD: {NODE_PORT: cluster}, Sender.NODE: {NODE_PORT: cluster}}
 
 
-def test_where_no_endpoint_of_the_policy_is_here_packets_are_dropped_and_where_none_is_anywhere_refused() -> None:
+def test_packets_are_dropped_without_local_endpoints_and_refused_without_any() -> None:
     given = ServicePort(NAME, 80, ("10.96.0.1",), load_balancer_ips=("203.0.113.7",), external_local=True)
 
     assert made(given, of=(FAR,)).ports == {CLUSTER_IP: 10_000, VIP: DROPPED}
@@ -97,13 +97,13 @@ def test_each_listener_gets_the_endpoints_of_its_scope_and_all_that_flows_may_st
     assert listeners[LOCAL].serving == (NEAR, FAR, FAR6, leaving)
 
 
-def test_a_portal_whose_listener_could_not_be_opened_is_nobodys() -> None:
+def test_a_portal_whose_listener_could_not_be_opened_has_no_rule() -> None:
     given = ServicePort(NAME, 80, ("10.96.0.1",), node_port=30_080, external_local=True)
 
     assert made(given, of=(NEAR,), opened={LOCAL}).ports == {NODE_PORT: 10_001}
 
 
-def test_of_two_that_claim_one_portal_the_first_has_it_for_every_sender() -> None:
+def test_the_first_of_two_claimants_has_the_portal_for_every_sender() -> None:
     first = ServicePort(NAME, 80, ("10.96.0.1",), load_balancer_ips=("203.0.113.7",))
     second = ServicePort(OTHER, 80, ("10.96.0.2",), load_balancer_ips=("203.0.113.7",), external_local=True)
 
@@ -122,7 +122,7 @@ def test_source_ranges_are_about_load_balancer_addresses_alone() -> None:
     assert made(given, of=(NEAR,)).allowed == {VIP: ("198.51.100.0/24",)}
 
 
-def test_ranges_of_one_family_say_nothing_of_the_other() -> None:
+def test_source_ranges_of_one_family_do_not_restrict_the_other() -> None:
     """P4: kube-proxy knows source ranges by family."""
     given = ServicePort(
         NAME,
@@ -143,7 +143,7 @@ def test_a_range_with_this_node_in_it_allows_the_address_that_the_node_has_there
 
 
 @pytest.mark.parametrize("detects", [True, False])
-def test_a_transparent_one_keeps_the_address_of_pods_and_without_a_detector_of_everybody(detects: bool) -> None:
+def test_a_transparent_service_port_keeps_addresses_of_pods_or_of_all_clients_without_a_detector(detects: bool) -> None:
     given = ServicePort(NAME, 80, ("10.96.0.1",), source_ip=SourceIP.TRANSPARENT)
     replaced, kept = ListenerName(NAME), ListenerName(NAME, transparent=True)
 
@@ -162,7 +162,7 @@ def test_primary_node_ports_are_on_the_first_address_of_each_family() -> None:
     assert set(rules.node_ports_on(HERE)) == {"192.0.2.1/32", "2001:db8::1/128"}
 
 
-def test_pods_may_be_told_by_what_the_node_gives_them_addresses_from() -> None:
+def test_the_nodes_pod_cidrs_can_detect_pods() -> None:
     rules = NodeRules(pods_by_node=True)
 
     assert rules.detector(HERE) is None

@@ -89,7 +89,9 @@ async def test_a_refusal_is_named_once_and_so_is_its_end(caplog: pytest.LogCaptu
     ]
 
 
-async def test_a_bug_in_a_repair_ends_nothing_and_is_told_with_where_it_is(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_bug_in_a_repair_is_logged_with_its_traceback_and_stops_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     rules = FakeRules(KeyError("a bug"))
     async with kept(rules) as repairer:
         for _ in range(2):
@@ -102,7 +104,7 @@ async def test_a_bug_in_a_repair_ends_nothing_and_is_told_with_where_it_is(caplo
     assert told.exc_info
 
 
-async def test_who_refuses_is_asked_less_and_less_often() -> None:
+async def test_refused_repairs_are_retried_with_back_off() -> None:
     rules = FakeRules("no room")
     async with kept(rules):
         tries_at = [await rules.reloaded() for _ in range(5)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 
-from tests.admin.given import exposed
+from tests.admin.scrape import exposed
 from tests.net.world import POD1, POD2, Proxy, ask_udp, wait_until
 from userspace_proxy.lab import ServiceLab, ask, connect
 
@@ -16,7 +16,7 @@ def of_endpoint(proxy: Proxy, name: str, pod: str, port: str = "8080") -> float:
     return proxy.metric(f"userspace_proxy_endpoint_{name}", service="told", endpoint=f"{pod}:{port}")
 
 
-def test_what_came_to_each_endpoint_is_told_until_it_is_gone(proxy: Proxy, world: ServiceLab) -> None:
+def test_endpoint_counters_are_shown_until_the_endpoint_is_removed(proxy: Proxy, world: ServiceLab) -> None:
     proxy.serve("told", IP, POD1, POD2)
     for _ in range(4):
         ask(world.client, IP)

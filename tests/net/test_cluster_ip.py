@@ -159,7 +159,7 @@ def test_a_deleted_service_is_gone_and_its_rules_too(proxy: Proxy, world: Servic
     wait_until(lambda: is_refused(world.node, "127.0.0.1", port), "its listener is gone")
 
 
-def test_a_proxy_port_is_refused_to_whoever_dials_it_directly(proxy: Proxy, world: ServiceLab) -> None:
+def test_a_directly_dialled_proxy_port_refuses(proxy: Proxy, world: ServiceLab) -> None:
     proxy.serve("guarded", "10.96.1.13", POD1)
     tcp, udp = proxy.proxy_port("default/guarded:http"), proxy.proxy_port("default/guarded:dns")
 
@@ -178,7 +178,7 @@ def test_rules_name_the_service_port_they_are_for(proxy: Proxy) -> None:
     assert proxy.proxy_port(f"default/{name}:http") >= 10_000
 
 
-def test_rules_that_somebody_else_removed_come_back(proxy: Proxy, world: ServiceLab) -> None:
+def test_rules_removed_by_another_program_are_loaded_again(proxy: Proxy, world: ServiceLab) -> None:
     proxy.serve("flushed", "10.96.1.15", POD1)
     repairs = proxy.metric("userspace_proxy_rule_repairs_total")
 
@@ -191,7 +191,7 @@ def test_rules_that_somebody_else_removed_come_back(proxy: Proxy, world: Service
     wait_until(lambda: proxy.metric("userspace_proxy_rule_repairs_total") > repairs, "the repair is counted")
 
 
-def test_one_element_that_somebody_else_removed_comes_back(proxy: Proxy, world: ServiceLab) -> None:
+def test_an_element_removed_by_another_program_is_restored(proxy: Proxy, world: ServiceLab) -> None:
     proxy.serve("picked-out", "10.96.1.16", POD1)
 
     if proxy.rules == "nftables":

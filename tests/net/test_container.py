@@ -222,7 +222,7 @@ def test_the_daemon_sets_container_serves_with_one_capability_and_upgrades_witho
     assert "userspace" not in cluster.world.node.run("nft", "list", "ruleset").stdout
 
 
-def test_a_container_that_is_killed_is_missed_by_nobody_who_is_connected_after_its_restart(
+def test_clients_connect_again_after_the_container_is_killed_and_restarted(
     engine: Engine, cluster: Cluster, certificates: Path
 ) -> None:
     """Its workers die with it, a container being a process namespace: the next start finds rules and no listener."""

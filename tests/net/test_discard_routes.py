@@ -75,9 +75,7 @@ def try_all(client: Host, *ips: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_no_service_serves_is_not_forwarded_back(
-    node: Host, world: ServiceLab, fresh_proxy: Proxy, way: str
-) -> None:
+def test_unserved_packets_are_not_forwarded_back(node: Host, world: ServiceLab, fresh_proxy: Proxy, way: str) -> None:
     for version, ip, pod in ((4, SERVED[4], POD1), (6, SERVED[6], ServiceLab.pod_ip6(0))):
         extra = f'  externalIPs: ["{EXTERNAL[version // 6]}"]'
         fresh_proxy.apply(

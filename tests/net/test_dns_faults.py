@@ -121,7 +121,7 @@ def test_a_restart_in_place_serves_on_without_a_wrong_answer(fresh_proxy: Proxy)
     assert proxy.stop() == 0
 
 
-def test_names_outlive_the_control_process_until_there_is_another_one(fresh_proxy: Proxy) -> None:
+def test_cluster_dns_answers_while_the_control_process_is_replaced(fresh_proxy: Proxy) -> None:
     proxy = started(fresh_proxy)
     (before,) = dns_processes(proxy)
     assert proxy.process is not None

@@ -37,7 +37,7 @@ def vanishing_pod(world: ServiceLab) -> Iterator[str]:
     world.pods[1].run("nft", "delete table ip vanish")
 
 
-def test_no_request_fails_while_one_backend_refuses_and_another_swallows(
+def test_no_request_fails_while_one_backend_refuses_and_another_is_silent(
     proxy: Proxy, world: ServiceLab, refusing_pod: str, vanishing_pod: str
 ) -> None:
     proxy.serve("hard-times", "10.96.3.1", POD1, vanishing_pod, refusing_pod)

@@ -99,7 +99,7 @@ def variants() -> pytest.MarkDecorator:
     )
 
 
-def test_who_cannot_serve_as_he_is_told_leaves_the_one_who_serves_alone(
+def test_a_start_that_cannot_serve_leaves_the_running_instance_alone(
     fresh_proxy: Proxy, second: Proxy, world: ServiceLab
 ) -> None:
     serve_web(fresh_proxy)
@@ -430,9 +430,7 @@ def join_and_call() -> tuple[socket.socket, Caller]:
     return turn, caller
 
 
-def test_who_is_told_to_stop_while_it_hands_over_leaves_the_rules_to_its_successor(
-    fresh_proxy: Proxy, world: ServiceLab
-) -> None:
+def test_a_stop_during_a_hand_over_leaves_the_rules_to_the_successor(fresh_proxy: Proxy, world: ServiceLab) -> None:
     serve_web(fresh_proxy)
     fresh_proxy.start()
 
@@ -451,7 +449,7 @@ def test_who_is_told_to_stop_while_it_hands_over_leaves_the_rules_to_its_success
     assert WEB in fresh_proxy.rules_text()
 
 
-def test_a_stop_is_heeded_where_the_successor_says_nothing_more(fresh_proxy: Proxy, world: ServiceLab) -> None:
+def test_a_stop_works_although_the_successor_is_silent(fresh_proxy: Proxy, world: ServiceLab) -> None:
     serve_web(fresh_proxy)
     fresh_proxy.start()
 
@@ -512,7 +510,7 @@ def test_a_stop_is_heeded_while_it_starts_anew(fresh_proxy: Proxy, world: Servic
     wait_until(lambda: not answers(world.client, WEB, 80), "nobody serves")
 
 
-def test_asked_twice_to_start_anew_it_is_there_still(fresh_proxy: Proxy) -> None:
+def test_a_second_restart_in_place_works_too(fresh_proxy: Proxy) -> None:
     serve_web(fresh_proxy)
     fresh_proxy.start()
     assert fresh_proxy.process is not None
@@ -538,7 +536,7 @@ def test_where_it_may_not_take_over_a_second_run_is_refused(fresh_proxy: Proxy, 
     assert answers(world.client, WEB, 80)
 
 
-def test_one_that_serves_other_manifests_takes_over_where_it_is_told_to(
+def test_take_over_always_takes_over_from_an_instance_with_other_manifests(
     fresh_proxy: Proxy, second: Proxy, world: ServiceLab, tmp_path: Path
 ) -> None:
     serve_web(fresh_proxy)
@@ -555,7 +553,7 @@ def test_one_that_serves_other_manifests_takes_over_where_it_is_told_to(
     assert fresh_proxy.process.wait(20) == 0
 
 
-def test_what_hangs_is_named_and_what_it_serves_goes_on(fresh_proxy: Proxy, world: ServiceLab) -> None:
+def test_a_hanging_instance_is_named_and_serves_on(fresh_proxy: Proxy, world: ServiceLab) -> None:
     serve_web(fresh_proxy)
     fresh_proxy.start()
     assert fresh_proxy.process is not None
@@ -658,7 +656,9 @@ def test_two_that_start_at_once_among_strangers_never_both_serve(
     assert stranger.poll() is None
 
 
-def test_a_flood_of_connects_to_the_name_meets_nobody(fresh_proxy: Proxy, world: ServiceLab) -> None:
+def test_a_flood_of_connects_to_the_abstract_name_does_not_block_a_hand_over(
+    fresh_proxy: Proxy, world: ServiceLab
+) -> None:
     serve_web(fresh_proxy)
     fresh_proxy.start()
     with world.node.inside():

@@ -50,7 +50,7 @@ def proxy(world: ServiceLab, tmp_path: Path) -> Iterator[KernelProxy]:
     assert "KUBE-" not in one.saved()
 
 
-def test_a_grep_for_a_service_shows_what_tutorials_show(proxy: KernelProxy) -> None:
+def test_a_grep_for_a_service_shows_kube_proxys_rules(proxy: KernelProxy) -> None:
     proxy.give("my-service", "10.96.9.1", POD1, POD2)
     proxy.start()
 
@@ -132,7 +132,7 @@ def test_ctrl_c_takes_all_away_and_so_does_cleanup_after_another_end(proxy: Kern
         assert "USERSPACE-PROXY" not in proxy.saved()
 
 
-def test_what_cannot_be_taken_away_is_named_and_all_else_is(proxy: KernelProxy, world: ServiceLab) -> None:
+def test_cleanup_names_what_it_cannot_remove_and_removes_the_rest(proxy: KernelProxy, world: ServiceLab) -> None:
     proxy.give("web", "10.96.9.9", POD1)
     proxy.start()
     proxy.stop(signal.SIGKILL)
@@ -166,7 +166,7 @@ def test_it_goes_on_where_a_crash_left_it(proxy: KernelProxy, world: ServiceLab)
     assert "gone" not in proxy.saved()
 
 
-def test_another_mode_leaves_no_trace_of_this_one_nor_this_of_another(proxy: KernelProxy, world: ServiceLab) -> None:
+def test_a_start_in_one_mode_removes_the_rules_of_another_mode(proxy: KernelProxy, world: ServiceLab) -> None:
     other = Proxy(world, proxy.folder)
     proxy.give("web", "10.96.9.7", POD1)
     proxy.start()

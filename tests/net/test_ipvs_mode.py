@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.modes.redirects_given import name
-from tests.modes.translations_given import HERE, NEAR4, PODS, by_name, translation
+from tests.modes.redirect_cases import name
+from tests.modes.translation_cases import HERE, NEAR4, PODS, by_name, translation
 from tests.net.ipvs import IpvsProxy, fresh_ipvs_proxy
 from tests.net.world import POD1, POD2, Proxy, answers, ask_udp, documents, endpoints, is_refused, service, wait_until
 from userspace_proxy.lab import NODE_IP, Host, ServiceLab, connect
@@ -66,9 +66,7 @@ def test_ipvsadm_shows_what_tutorials_show(proxy: IpvsProxy, world: ServiceLab) 
     assert Counter(answers(world.client, "10.96.9.1", 80) for _ in range(10)) == {"pod1": 5, "pod2": 5}
 
 
-def test_affinity_lasts_as_long_as_it_says_and_is_not_taken_for_somebody_elses_change(
-    proxy: IpvsProxy, world: ServiceLab
-) -> None:
+def test_affinity_lasts_its_time_out_and_pins_trigger_no_repair(proxy: IpvsProxy, world: ServiceLab) -> None:
     proxy.give("web", "10.96.9.12", POD1, POD2, extra="  sessionAffinity: ClientIP")
     proxy.start()
 
@@ -114,7 +112,7 @@ def test_a_udp_flow_finds_another_endpoint_when_its_own_is_gone(proxy: IpvsProxy
         wait_until(lambda: who() == "pod2", "the same flow is answered by pod2")
 
 
-def test_where_it_is_told_to_this_node_answers_arp_for_nobody_elses_sake(proxy: IpvsProxy, world: ServiceLab) -> None:
+def test_strict_arp_answers_only_for_addresses_of_the_interface(proxy: IpvsProxy, world: ServiceLab) -> None:
     """An external IP in the client's own network is another host's; borne by the node it would be the node's, too."""
     manifest = documents(service("web", "10.96.9.13", extra="  externalIPs: [192.168.50.99]"), endpoints("web", POD1))
     proxy.apply("web", manifest)
@@ -167,7 +165,7 @@ def test_node_ports_are_at_every_address_of_the_node_also_at_one_that_comes_late
     wait_until(lambda: "192.168.77.1" not in proxy.servers(), "it is not looked for there any more")
 
 
-def test_what_somebody_else_takes_away_comes_back(proxy: IpvsProxy, world: ServiceLab) -> None:
+def test_objects_removed_by_another_program_are_restored(proxy: IpvsProxy, world: ServiceLab) -> None:
     proxy.give("web", "10.96.9.6", POD1)
     proxy.start()
     for command in (("ipvsadm", "-C"), ("ip", "link", "del", "kube-ipvs0"), ("nft", "flush", "ruleset")):
@@ -197,7 +195,7 @@ def test_others_virtual_servers_are_left_alone_and_one_that_is_in_the_way_is_nam
     world.node.run("ipvsadm", "-C")
 
 
-def test_one_of_somebody_elses_that_came_first_stays_as_it_is_and_leaves_room_when_it_goes(
+def test_a_foreign_virtual_server_stays_and_ours_takes_its_place_when_it_goes(
     proxy: IpvsProxy, world: ServiceLab
 ) -> None:
     proxy.give("other", "10.96.9.15", POD1)
@@ -250,7 +248,7 @@ def test_without_ipv6_on_this_node_ipv4_is_served(proxy: IpvsProxy, world: Servi
     assert "loading them again" not in proxy.log()
 
 
-def test_an_endpoint_that_ipvs_refuses_keeps_nobody_else_from_being_served(proxy: IpvsProxy, world: ServiceLab) -> None:
+def test_an_endpoint_that_ipvs_refuses_does_not_affect_other_endpoints(proxy: IpvsProxy, world: ServiceLab) -> None:
     broadcast = f"{NODE_IP.rpartition('.')[0]}.255"
     proxy.give("mixed", "10.96.9.17", broadcast, POD2)
     proxy.give("web", "10.96.9.18", POD1)
@@ -285,7 +283,7 @@ def test_ipvs_is_looked_at_by_the_clock_and_not_after_each_change(world: Service
         runner.run(scenario())
 
 
-def test_the_nodes_own_servers_are_not_met_by_addresses_of_services(proxy: IpvsProxy, world: ServiceLab) -> None:
+def test_services_addresses_do_not_reach_servers_of_the_node(proxy: IpvsProxy, world: ServiceLab) -> None:
     extra = "  type: LoadBalancer\n  externalTrafficPolicy: Local\n  healthCheckNodePort: 31000\n"
     extra += f"  externalIPs: [203.0.113.9, {NODE_IP}]"
     status = "status: {loadBalancer: {ingress: [{ip: 198.51.100.9}]}}"
@@ -341,7 +339,7 @@ def test_beside_another_of_ours_that_serves_it_changes_nothing_of_the_node(
     assert other.stop() == 0
 
 
-def test_whatever_step_was_the_last_of_who_was_killed_the_device_is_ours(proxy: IpvsProxy, world: ServiceLab) -> None:
+def test_after_a_kill_at_any_step_the_device_is_recognised_as_ours(proxy: IpvsProxy, world: ServiceLab) -> None:
     made = [line.text for line in device_lines(set(), ["10.96.9.26"], is_new=True)]
     for taken in range(1, len(made) + 1):
         world.node.run("ip", "-batch", "-", stdin="".join(f"{line}\n" for line in made[:taken]))
@@ -377,7 +375,7 @@ def test_ctrl_c_takes_all_away_and_after_another_end_it_goes_on_where_it_was(
     wait_until(lambda: "10.96.9.10" not in proxy.servers(), "what is gone is gone")
 
 
-def test_while_open_connections_end_whoever_is_new_is_refused_at_once(proxy: IpvsProxy, world: ServiceLab) -> None:
+def test_new_clients_are_refused_at_once_while_open_connections_drain(proxy: IpvsProxy, world: ServiceLab) -> None:
     extra = "  type: NodePort\n  externalIPs: [203.0.113.10]"
     ports = "[{name: http, port: 80, nodePort: 30081}]"
     proxy.apply("web", documents(service("web", "10.96.9.27", ports, extra=extra), endpoints("web", POD1)))
@@ -397,7 +395,7 @@ def test_while_open_connections_end_whoever_is_new_is_refused_at_once(proxy: Ipv
     assert proxy.process.wait(60) == 0
 
 
-def test_another_mode_leaves_no_trace_of_this_one_nor_this_of_another(proxy: IpvsProxy, world: ServiceLab) -> None:
+def test_a_start_in_one_mode_removes_the_rules_of_another_mode(proxy: IpvsProxy, world: ServiceLab) -> None:
     proxy.give("web", "10.96.9.11", POD1)
     other = Proxy(world, proxy.folder)
     proxy.start()

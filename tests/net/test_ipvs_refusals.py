@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.modes.redirects_given import name
-from tests.modes.translations_given import HERE, NEAR4, PODS, by_name, translation
+from tests.modes.redirect_cases import name
+from tests.modes.translation_cases import HERE, NEAR4, PODS, by_name, translation
 from tests.net.ipvs import IpvsProxy, fresh_ipvs_proxy
 from tests.net.world import POD1, answers, wait_until
 from userspace_proxy.lab import Host, ServiceLab
@@ -81,7 +81,7 @@ def test_a_repair_that_is_refused_for_long_is_named_once_and_so_is_its_end(proxy
     assert proxy.metric("userspace_proxy_rule_repair_failing_seconds") == 0
 
 
-def test_only_what_was_changed_is_loaded_again(world: ServiceLab) -> None:
+def test_a_repair_loads_only_what_another_program_changed(world: ServiceLab) -> None:
     table = IpvsTable.name.split()
 
     def rules() -> str:

@@ -105,7 +105,7 @@ def test_a_stop_lets_open_connections_end_and_leaves_nothing(proxy: Proxy, world
     assert TABLE not in world.node.run("nft", "list", "tables").stdout
 
 
-def test_while_open_connections_end_whoever_is_new_is_refused(proxy: Proxy, world: ServiceLab) -> None:
+def test_new_clients_are_refused_while_open_connections_drain(proxy: Proxy, world: ServiceLab) -> None:
     proxy.start(*FLAGS, "--drain-timeout", "30")
     with connect(world.client, IP, 80) as sock:
         assert proxy.process is not None
@@ -169,7 +169,7 @@ def test_a_restart_in_another_mode_leaves_no_trace_of_the_first(proxy: Proxy, wo
     assert answers(world.client, IP, 80) == "pod1"
 
 
-def test_rules_that_somebody_removed_come_back(proxy: Proxy, world: ServiceLab) -> None:
+def test_rules_removed_by_another_program_are_restored(proxy: Proxy, world: ServiceLab) -> None:
     proxy.start(*FLAGS)
 
     world.node.run("nft", "delete", "table", *TABLE.split())

@@ -94,7 +94,7 @@ def cluster(world: ServiceLab, tmp_path: Path) -> Iterator[Cluster]:
     made.api.close()
 
 
-def test_what_the_api_says_is_what_clients_reach(cluster: Cluster, world: ServiceLab) -> None:
+def test_clients_reach_the_endpoints_of_the_api(cluster: Cluster, world: ServiceLab) -> None:
     cluster.serve("web", IP, POD1)
     cluster.proxy.start()
     assert cluster.answers() == {"pod1"}
@@ -111,7 +111,7 @@ def test_what_the_api_says_is_what_clients_reach(cluster: Cluster, world: Servic
     assert cluster.proxy.stop() == 0
 
 
-def test_what_no_service_has_of_the_clusters_service_cidrs_is_dropped(cluster: Cluster, world: ServiceLab) -> None:
+def test_unused_addresses_of_the_service_cidrs_are_dropped(cluster: Cluster, world: ServiceLab) -> None:
     """It left the node by its default route otherwise."""
     cluster.serve("web", IP, POD1)
     cluster.proxy.start("--proxy-mode", "nftables")
@@ -186,7 +186,7 @@ def test_an_api_that_is_dead_for_long_shows_and_only_a_flag_makes_it_a_reason_to
     assert cluster.answers() == {"pod1"}
 
 
-def test_a_node_that_is_to_go_is_left_by_load_balancers_and_not_by_the_kubelet(cluster: Cluster) -> None:
+def test_a_node_marked_for_deletion_fails_healthz_but_not_livez(cluster: Cluster) -> None:
     cluster.proxy.start()
     taint = {"key": "ToBeDeletedByClusterAutoscaler", "effect": "NoSchedule"}
     cluster.put(NODES, {"metadata": {"name": "node-1"}, "spec": {"taints": [taint]}})
@@ -261,7 +261,7 @@ def test_a_pod_that_was_taken_over_from_waits_until_it_is_told_to_go(
         cluster.api.close()
 
 
-def test_a_kubelet_does_not_replace_who_waits_for_the_api(cluster: Cluster) -> None:
+def test_livez_stays_healthy_while_the_proxy_waits_for_the_api(cluster: Cluster) -> None:
     cluster.api.server.forbidden.add(SLICES)
     cluster.proxy.start(wait=False)
     wait_until(lambda: "403" in cluster.proxy.log(), "the API refuses")
@@ -270,7 +270,7 @@ def test_a_kubelet_does_not_replace_who_waits_for_the_api(cluster: Cluster) -> N
     assert cluster.proxy.health("/livez")[0] == 200
 
 
-def test_one_source_is_to_be_chosen(cluster: Cluster, world: ServiceLab) -> None:
+def test_exactly_one_source_must_be_given(cluster: Cluster, world: ServiceLab) -> None:
     proxy = cluster.proxy
     for arguments in ([], ["--in-cluster", "--kubeconfig", "x"], ["x.yaml", "--in-cluster"]):
         done = world.node.run(*proxy.command("run", *arguments), check=False)

@@ -13,9 +13,7 @@ from userspace_proxy.lab import ServiceLab
 WEB, OTHER = "10.96.4.1", "10.96.4.3"
 
 
-def test_a_stderr_that_takes_nothing_stops_neither_traffic_nor_changes_nor_the_end(
-    fresh_proxy: Proxy, world: ServiceLab
-) -> None:
+def test_a_blocked_stderr_stops_neither_traffic_nor_changes_nor_the_end(fresh_proxy: Proxy, world: ServiceLab) -> None:
     reader, writer = os.pipe()
     serve_web(fresh_proxy)
     fresh_proxy.verbose = False

@@ -72,7 +72,7 @@ def node(request: pytest.FixtureRequest, world: ServiceLab, tmp_path: Path) -> I
         world.node.run(*proxy.command("cleanup"))
 
 
-def test_a_packet_that_nobody_serves_does_not_come_in_again(node: Host, world: ServiceLab) -> None:
+def test_an_unserved_packet_does_not_loop_through_lo(node: Host, world: ServiceLab) -> None:
     assert answers(world.client, "10.96.8.1", 80) == "pod1"
     taken(node)
 
@@ -84,7 +84,7 @@ def test_a_packet_that_nobody_serves_does_not_come_in_again(node: Host, world: S
     assert taken(node) == 0, list(zip(asked, outcomes, strict=True))
 
 
-def test_who_dials_it_from_outside_is_told_at_once(
+def test_a_client_outside_gets_the_refusal_at_once(
     node: Host, world: ServiceLab, request: pytest.FixtureRequest
 ) -> None:
     of_live_service, external = (dial(world.client, ip, socket.SOCK_STREAM, 5.0) for ip in UNSERVED[4][1:])

@@ -183,7 +183,7 @@ async def test_bytes_pass_whole_both_ways(world: ServiceLab) -> None:
     assert digest == hashlib.blake2b(sent).digest()
 
 
-async def test_a_backend_that_refuses_is_passed_over_and_the_next_sees_the_client(world: ServiceLab) -> None:
+async def test_after_a_refused_dial_the_next_backend_sees_the_clients_address(world: ServiceLab) -> None:
     nobody, pod = Endpoint(ServiceLab.pod_ip(0), 7001), Endpoint(ServiceLab.pod_ip(1), PORT)
     async with plane_on(world.node) as plane:
         await plane.update({SPECS[0].name: Backends((nobody, pod), (nobody, pod))})
@@ -218,7 +218,7 @@ async def test_a_client_that_all_backends_refuse_ejects_none_for_others(world: S
     assert opened == [2, 2], "others have their turns as before"
 
 
-async def test_a_datagram_flow_is_answered_for_long_and_its_socket_is_nobody_elses_after(world: ServiceLab) -> None:
+async def test_a_transparent_udp_flow_gets_its_answers_and_then_frees_its_socket(world: ServiceLab) -> None:
     def converse(source_ip: str) -> list[str]:
         with world.client.inside():
             sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -243,7 +243,7 @@ async def test_a_datagram_flow_is_answered_for_long_and_its_socket_is_nobody_els
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_client_whose_address_means_nothing_to_backends_is_refused_and_not_renamed(
+async def test_a_transparent_client_with_a_link_local_address_is_refused(
     world: ServiceLab, kind: socket.SocketKind
 ) -> None:
     """A link-local one: whoever is behind another interface cannot answer to it."""
@@ -269,7 +269,7 @@ async def test_a_client_whose_address_means_nothing_to_backends_is_refused_and_n
     assert (counters.dial_failures, counters.ejected) == (0, 0), "no endpoint is to blame"
 
 
-async def test_of_one_service_port_some_clients_are_seen_and_others_are_not(world: ServiceLab) -> None:
+async def test_a_service_port_can_have_a_transparent_and_a_plain_listener(world: ServiceLab) -> None:
     """Two listeners: as for who comes by a node port and by a cluster IP."""
     plain = ListenerSpec(TCP, 10_503)
     async with plane_on(world.node) as plane:

@@ -105,7 +105,7 @@ def test_a_flow_is_stale_when_its_replies_come_from_another_port_than_wanted(
     assert {flow.asked for flow in stale_flows(line, changed)} == stale
 
 
-def test_flows_whose_client_has_the_portals_port_are_not_meant() -> None:
+def test_flows_whose_client_port_equals_the_portals_port_are_kept() -> None:
     assert stale_flows(flow("8.8.8.8", 123, 123, sport=53), {DNS: by(10_002)}) == []
 
 
@@ -132,7 +132,7 @@ def test_each_flow_is_named_by_its_client_and_what_it_asked() -> None:
 @pytest.mark.parametrize(
     "listing", ["", "\n\n", "conntrack v1.4.7 (conntrack-tools): 0 flow entries have been shown.", "dst=x"]
 )
-def test_what_is_no_flow_is_passed_over(listing: str) -> None:
+def test_lines_that_are_no_flow_are_skipped(listing: str) -> None:
     assert stale_flows(listing, {DNS: by(10_002)}) == []
 
 
@@ -217,7 +217,7 @@ async def test_flows_that_go_the_right_way_stay() -> None:
 
 
 @pytest.mark.usefixtures("flows")
-async def test_of_one_portals_flows_only_those_to_endpoints_that_are_gone_are_forgotten() -> None:
+async def test_only_flows_to_removed_endpoints_of_a_portal_are_deleted() -> None:
     insert("10.96.0.10", 53, 5_353, 4_009)
 
     await forget_udp_flows({DNS: frozenset({("192.168.50.1", 5_353)})})

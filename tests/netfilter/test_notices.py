@@ -52,7 +52,7 @@ def test_every_message_of_a_datagram_is_read() -> None:
         b"\0" * 40,
     ],
 )
-def test_what_is_about_no_table_names_none(datagram: bytes) -> None:
+def test_a_message_about_no_table_yields_no_name(datagram: bytes) -> None:
     assert list(tables_in(datagram)) == []
 
 
@@ -60,7 +60,7 @@ def test_a_table_of_a_like_name_is_another_table() -> None:
     assert b"userspace_proxy" not in tables_in(about("userspace_proxy2") + about("userspace"))
 
 
-def test_a_generation_between_others_is_passed_over() -> None:
+def test_a_generation_message_between_others_is_skipped() -> None:
     datagram = about("a") + message(NEWGEN, attribute(1, b"\0\0\0\1")) + about("b")
 
     assert list(tables_in(datagram)) == [b"a", b"b"]

@@ -69,7 +69,7 @@ async def test_health_check_listeners_go_to_the_successor_however_many(count: in
         sock.close()
 
 
-async def test_two_take_turns_and_the_second_meets_the_first() -> None:
+async def test_two_starts_take_turns_and_the_second_finds_the_first() -> None:
     first = await take_lock(["a"], "auto", 1)
     incumbent = Incumbent(first.member, Present(VERSION, 4711, ["a"]), nobody)
 
@@ -83,7 +83,7 @@ async def test_two_take_turns_and_the_second_meets_the_first() -> None:
     first.close()
 
 
-async def test_who_hands_over_in_another_version_is_left_alone() -> None:
+async def test_an_instance_with_another_hand_over_version_is_left_alone() -> None:
     first = await take_lock(["a"], "auto", 1)
     incumbent = Incumbent(first.member, Present(VERSION + 2, 4711, ["a"], oldest=VERSION + 1), nobody)
 

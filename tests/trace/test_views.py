@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from tests.modes.redirects_given import assert_golden
+from tests.modes.redirect_cases import assert_golden
 from tests.trace.recordings import MODES, recording, trace
 from tests.trace.test_ipvs import LISTING
 from userspace_proxy.trace.analysis import analyse, with_outcome

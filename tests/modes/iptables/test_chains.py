@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.modes.redirects_given import TCP, UDP, assert_golden, name
-from tests.modes.translations_given import (
+from tests.modes.redirect_cases import TCP, UDP, assert_golden, name
+from tests.modes.translation_cases import (
     ALL,
     EVERYTHING,
     FAR4,
@@ -122,7 +122,7 @@ def test_chains_have_the_names_that_kube_proxy_gives_them(
         ("ns1/svc1", "10.0.1.5", "EQCHZ7S2PJ72OHAY"),
     ],
 )
-def test_so_have_the_chains_of_endpoints(service_port: str, ip: str, expected: str) -> None:
+def test_chains_of_endpoints_have_kube_proxys_names(service_port: str, ip: str, expected: str) -> None:
     assert chain_hash(name(service_port), Endpoint(ip, 80)) == expected
 
 
@@ -139,7 +139,7 @@ def test_the_rules_read_as_written_down(case: str, family: Family) -> None:
     assert_golden(f"kube-{case}-ipv{family}.rules", text)
 
 
-def test_who_is_masqueraded_where_nobody_or_everybody_is_told_from_others() -> None:
+def test_masquerade_rules_depend_on_the_pod_detector() -> None:
     svc = ChainKey("nat", f"KUBE-SVC-{chain_hash(WEB.name)}")
 
     def masqueraded(made: Translation, how: ChainOptions) -> list[str]:
@@ -228,7 +228,7 @@ def test_the_kernel_shows_them_word_by_word(loader: Loader, case: str) -> None:
     assert kube_tables.whole(wanted, saved) == ""
 
 
-def test_many_chains_in_several_transactions_are_the_same(loader: Loader) -> None:
+def test_chains_in_several_transactions_equal_those_in_one(loader: Loader) -> None:
     wanted = tables_of(EVERYTHING, loader.family)
 
     loader.restore(kube_tables.whole(wanted, loader.saved(), chains_at_once=2))
@@ -262,7 +262,7 @@ def test_any_change_ends_as_a_load_of_all_does(loader: Loader) -> None:
         held, before = wanted, after
 
 
-def test_what_somebody_changed_is_all_that_is_loaded_again(loader: Loader) -> None:
+def test_a_repair_loads_only_the_changed_chains(loader: Loader) -> None:
     wanted = tables_of(EVERYTHING, loader.family)
     loader.restore(kube_tables.whole(wanted, loader.saved()))
     sep = next(chain for chain in wanted.chains() if chain.name.startswith("KUBE-SEP-"))
@@ -280,7 +280,7 @@ def test_what_somebody_changed_is_all_that_is_loaded_again(loader: Loader) -> No
 # ---- whose they are
 
 
-def test_removal_leaves_what_a_kubelet_and_others_have_as_it_was(loader: Loader) -> None:
+def test_removal_restores_the_chains_of_a_kubelet_and_of_other_programs(loader: Loader) -> None:
     loader.restore(KUBELET)
     before = loader.skeleton()
     wanted = tables_of(EVERYTHING, loader.family)
@@ -295,7 +295,7 @@ def test_removal_leaves_what_a_kubelet_and_others_have_as_it_was(loader: Loader)
     assert loader.skeleton() == before
 
 
-def test_what_others_lead_to_stays_as_long_as_they_do(loader: Loader) -> None:
+def test_a_chain_to_which_other_programs_jump_stays(loader: Loader) -> None:
     loader.restore(kube_tables.whole(tables_of(EVERYTHING, loader.family), loader.saved()))
     loader.restore("*nat\n:CNI-SETMARK - [0:0]\n-A CNI-SETMARK -j KUBE-MARK-MASQ\nCOMMIT\n")
 
@@ -327,7 +327,7 @@ def test_chains_of_another_kube_proxy_are_refused_and_never_removed(loader: Load
     assert loader.skeleton() == before
 
 
-def test_what_kube_proxys_own_cleanup_leaves_is_no_hindrance(loader: Loader) -> None:
+def test_chains_left_by_kube_proxys_cleanup_are_no_obstacle(loader: Loader) -> None:
     loader.restore(
         "*nat\n:KUBE-MARK-MASQ - [0:0]\n:KUBE-PROXY-CANARY - [0:0]\n"
         "-A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000\nCOMMIT\n"
@@ -350,7 +350,7 @@ def clean(host: Host) -> Iterator[Host]:
     host.run("nft", "flush", "ruleset")
 
 
-async def test_it_is_intact_until_somebody_touches_it_and_again_when_reloaded(clean: Host) -> None:
+async def test_rules_are_intact_until_another_program_changes_them_and_again_after_a_reload(clean: Host) -> None:
     tables = IptablesTables()
     touched: list[None] = []
     with clean.inside():

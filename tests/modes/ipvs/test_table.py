@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests.modes.redirects_given import TCP, UDP, assert_golden, name
-from tests.modes.translations_given import (
+from tests.modes.redirect_cases import TCP, UDP, assert_golden, name
+from tests.modes.translation_cases import (
     ALL,
     EVERYTHING,
     FAR4,
@@ -104,7 +104,7 @@ def test_node_ports_are_at_the_hosts_own_addresses_that_were_asked_for_and_never
     assert node_port_ips(NodeFacts(node_ports_on=("192.0.2.0/24",)), own) == ("192.0.2.1", "fd00::1")
 
 
-def test_who_waits_at_a_local_policy_without_local_endpoints_is_led_to_where_pods_may_go() -> None:
+def test_clients_that_wait_without_local_endpoints_get_the_listener_for_pods() -> None:
     """The rules drop who comes from outside before IPVS is asked."""
     service_port = ServicePort(
         name("ns/a"), 80, ("10.96.0.1",), load_balancer_ips=("203.0.113.1",), external_local=True
@@ -167,7 +167,7 @@ def test_a_service_without_endpoints_has_no_virtual_server() -> None:
 # ---- what all want together
 
 
-def test_an_external_ip_that_is_a_node_ports_address_too_has_it_and_leaves_it_to_the_node_port() -> None:
+def test_an_external_ip_at_a_node_ports_address_takes_precedence_until_it_is_removed() -> None:
     by_node_port = translation(ServicePort(name("ns/a"), 80, ("10.96.0.1",), node_port=30_080), NEAR4)
     by_ip = translation(ServicePort(name("ns/b"), 30_080, ("10.96.0.2",), external_ips=("192.0.2.1",)), FAR4)
     both, met = by_name([by_node_port, by_ip]), Portal("192.0.2.1", 30_080, TCP)
@@ -199,7 +199,7 @@ def test_an_address_is_wanted_until_the_last_service_port_gives_it_up() -> None:
 # ---- steps
 
 
-def test_who_comes_is_there_before_who_goes_has_gone() -> None:
+def test_new_endpoints_are_added_before_old_ones_are_removed() -> None:
     taken = list(
         server_changes({WEB: VirtualServerSpec(weights={A: 1})}, {WEB: (now := VirtualServerSpec(weights={B: 1}))})
     )
@@ -226,7 +226,7 @@ def test_an_endpoint_goes_when_its_last_connection_has_ended() -> None:
     ]
 
 
-def test_a_server_that_nobody_wants_goes_when_no_established_connection_is_left() -> None:
+def test_an_undesired_virtual_server_is_deleted_after_its_last_established_connection() -> None:
     present = {WEB: VirtualServerSpec(weights={A: 0, B: 0})}
 
     assert list(removals_when_idle(present, {}, {(WEB, A): ConnectionCounts(1, 0)})) == []
@@ -269,7 +269,7 @@ def test_many_endpoints_at_many_portals_are_noted_and_none_copied_for_each_step(
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_whatever_changes_it_ends_at_what_is_wanted_and_no_tcp_endpoint_goes_before_its_connections(seed: int) -> None:
+def test_random_changes_reach_the_desired_servers_and_cut_no_tcp_connection(seed: int) -> None:
     chance, present = random.Random(seed), VirtualServers()
     for _ in range(15):
         made = [any_translation(chance, number) for number in chance.sample(range(1, 7), chance.randrange(7))]
@@ -301,7 +301,7 @@ def test_the_device_loses_addresses_before_it_gets_others() -> None:
 # ---- what the kernel says
 
 
-def test_what_the_kernel_lists_is_the_same_but_for_counts_until_somebody_changes_it() -> None:
+def test_a_listing_without_counts_is_equal_until_a_virtual_server_changes() -> None:
     same = PROC.replace("1      2          3", "1      17         0")
     assert same != PROC
     assert without_counts(same) == without_counts(PROC)
@@ -316,7 +316,7 @@ def test_what_the_kernel_lists_is_the_same_but_for_counts_until_somebody_changes
         assert without_counts(PROC.replace(old, new)) != without_counts(PROC)
 
 
-def test_what_the_kernel_lists_is_understood() -> None:
+def test_a_listing_of_ipvs_is_parsed() -> None:
     listing = read(PROC)
 
     dns6 = Portal("fd00:96::a", 53, UDP)

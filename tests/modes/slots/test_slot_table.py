@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.modes.redirects_given import assert_golden, name
+from tests.modes.redirect_cases import assert_golden, name
 from userspace_proxy.interfaces import PodDetector
 from userspace_proxy.lab import Host, Lab
 from userspace_proxy.model.endpoint import Endpoint
@@ -99,7 +99,7 @@ def crowd(network: int, count: int) -> Translation:
     return translation(service_port, *found)
 
 
-def test_thousands_of_pinned_endpoints_may_all_be_others_at_once() -> None:
+def test_thousands_of_pinned_endpoints_can_be_replaced_at_once() -> None:
     table = SlotTable()
     table.elements(crowd(20, 4_000))
     after = crowd(30, 4_000)
@@ -150,7 +150,7 @@ def by_name(*made: Translation) -> dict[ServicePortName, Translation]:
     return {each.service_port.name: each for each in made}
 
 
-def test_what_is_loaded_is_what_is_written_down(lab: Lab) -> None:
+def test_elements_loaded_by_netlink_equal_the_rendered_text(lab: Lab) -> None:
     """By netlink on one host, as text on another: also every comment is the same."""
     ours, theirs = lab.add("netlink"), lab.add("text")
 
@@ -160,7 +160,7 @@ def test_what_is_loaded_is_what_is_written_down(lab: Lab) -> None:
     assert in_force(ours) == in_force(theirs)
 
 
-def test_what_another_process_left_is_not_taken_over_with_a_time_out_that_comes_again(lab: Lab) -> None:
+def test_an_affinity_set_left_by_another_process_is_flushed(lab: Lab) -> None:
     host, shorter = lab.add("again"), translation(replace(PINNED.service_port, affinity_timeout_s=3), NEAR, FAR)
     other = translation(ServicePort(name("shop/new"), 80, ("10.96.0.8",), affinity_timeout_s=10_800), NEAR, FAR)
     load(slot_tables(), host, by_name(PINNED), set())
@@ -187,7 +187,7 @@ def test_a_table_that_was_removed_unheard_is_loaded_whole_also_where_a_change_br
     assert in_force(host) == in_force(fresh)
 
 
-def test_who_went_while_all_was_loaded_leaves_no_number_behind(lab: Lab) -> None:
+def test_a_service_removed_during_a_full_load_releases_its_numbers(lab: Lab) -> None:
     host, table = lab.add("forgetful"), SlotTable()
     tables = ElementTables("nftables", table)
     load(tables, host, by_name(*EVERYTHING), set())
@@ -235,7 +235,7 @@ def any_translations(chance: random.Random) -> dict[ServicePortName, Translation
     return by_name(*made)
 
 
-def test_whatever_changes_the_kernel_ends_up_with_the_whole_new_table(lab: Lab) -> None:
+def test_random_changes_end_with_the_whole_new_table(lab: Lab) -> None:
     """Changes on one host, a whole table on another; both must list the same after each step."""
     ours, other, chance = lab.add("changes"), lab.add("anew"), random.Random(1)
     tables, old = slot_tables(), dict[ServicePortName, Translation]()

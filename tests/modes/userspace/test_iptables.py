@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from tests.modes.redirects_given import (
+from tests.modes.redirect_cases import (
     ANY4,
     CASES,
     EVERYTHING,
@@ -140,7 +140,7 @@ def test_where_nothing_is_ours_there_is_nothing_to_remove() -> None:
         ("", False),
     ],
 )
-def test_what_is_ours_is_told_by_chains_and_targets_not_by_words(line: str, is_ours: bool) -> None:
+def test_our_rules_are_recognised_by_chains_and_targets_not_by_comments(line: str, is_ours: bool) -> None:
     assert iptables.is_ours(line) is is_ours
 
 
@@ -187,7 +187,7 @@ def test_loading_again_adds_nothing(tables: Tables) -> None:
     assert tables.skeleton() == before
 
 
-def test_whatever_was_loaded_before_does_not_matter(tables: Tables) -> None:
+def test_the_result_does_not_depend_on_the_rules_loaded_before(tables: Tables) -> None:
     chance = random.Random(2)
     for _ in range(3):
         wanted = any_redirects(chance)
@@ -238,7 +238,7 @@ def test_removal_leaves_everything_that_is_not_ours(tables: Tables) -> None:
     tables.restore("*nat\n-F\n-X OTHER-CHAIN\n-X USERSPACE-PROXY-OF-OTHERS\nCOMMIT\n*filter\n-F INPUT\nCOMMIT\n")
 
 
-def test_what_is_ours_in_a_listing_is_equal_before_and_after_others_change_theirs(tables: Tables) -> None:
+def test_our_rules_in_a_listing_do_not_depend_on_rules_of_other_programs(tables: Tables) -> None:
     tables.load(EVERYTHING)
     before = iptables.ours(tables.saved())
 

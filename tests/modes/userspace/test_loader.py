@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.modes.redirects_given import CASES, EVERYTHING, LOCAL, name, redirects
+from tests.modes.redirect_cases import CASES, EVERYTHING, LOCAL, name, redirects
 from userspace_proxy import netlink
 from userspace_proxy.interfaces import Redirects
 from userspace_proxy.lab import Host
@@ -16,7 +16,7 @@ from userspace_proxy.netfilter.nfnetlink import count_rules
 
 
 @pytest.mark.parametrize("wanted", CASES.values(), ids=CASES)
-async def test_what_was_loaded_is_intact_until_somebody_touches_it(host: Host, wanted: Redirects) -> None:
+async def test_loaded_rules_are_intact_until_another_program_changes_them(host: Host, wanted: Redirects) -> None:
     kernel = NftKernel()
     with host.inside():
         for touch in (

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.modes.redirects_given import (
+from tests.modes.redirect_cases import (
     CASES,
     EVERYTHING,
     EVERYTHING_BY_ADDRESS,
@@ -227,7 +227,7 @@ def test_removal_takes_our_table_and_no_other_and_may_be_repeated(host: Host) ->
     host.run("nft", "delete table inet theirs")
 
 
-def test_whatever_changes_the_kernel_ends_up_with_the_whole_new_table(lab: Lab, host: Host) -> None:
+def test_random_changes_end_with_the_whole_new_table(lab: Lab, host: Host) -> None:
     """Changes on one host, whole tables on another; both must list the same after each step."""
     other, chance = lab.add("whole"), random.Random(1)
     old = NOTHING
@@ -252,7 +252,7 @@ def test_whatever_changes_the_kernel_ends_up_with_the_whole_new_table(lab: Lab, 
         (LOCAL, NOTHING),
     ],
 )
-def test_a_change_between_the_cases_comes_to_the_same(lab: Lab, host: Host, old: Redirects, new: Redirects) -> None:
+def test_a_change_loads_the_same_rules_as_a_full_load(lab: Lab, host: Host, old: Redirects, new: Redirects) -> None:
     load(host, nft.table(new))
     expected = in_force(host)
     load(host, nft.table(old))

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.modes.redirects_given import ANY4, ANY6, REFUSE_PORT, TCP, UDP
+from tests.modes.redirect_cases import ANY4, ANY6, REFUSE_PORT, TCP, UDP
 from userspace_proxy.host.network import LOCAL_ADDRESS4, LOCAL_ADDRESS6
 from userspace_proxy.interfaces import DROPPED, Capture, PodDetector, Redirects
 from userspace_proxy.lab import Host, Lab, ServiceLab, connect
@@ -127,7 +127,7 @@ TARGETS = [(VIP4, 80), (VIP6, 80), (NODE_IP, 30_080), (NODE_IP6, 30_080)]
 
 @pytest.mark.parametrize("capture", Capture)
 @pytest.mark.parametrize("protocol", [TCP, UDP])
-def test_everybody_is_led_to_the_port_of_a_portal(
+def test_packets_of_all_senders_go_to_the_portals_proxy_port(
     world: ServiceLab, load: Loader, protocol: L4Protocol, capture: Capture
 ) -> None:
     load(Redirects(BOTH_FAMILIES, refuse_port=REFUSE_PORT, capture=capture))
@@ -139,9 +139,7 @@ def test_everybody_is_led_to_the_port_of_a_portal(
 
 
 @pytest.mark.parametrize("protocol", [TCP, UDP])
-def test_what_is_dropped_is_met_with_silence_and_its_neighbours_are_not(
-    world: ServiceLab, load: Loader, protocol: L4Protocol
-) -> None:
+def test_dropped_portals_do_not_answer_and_others_do(world: ServiceLab, load: Loader, protocol: L4Protocol) -> None:
     silent = (
         both(VIP4, 80, DROPPED) | both(VIP6, 80, DROPPED) | both(ANY4, 30_080, DROPPED) | both(ANY6, 30_080, DROPPED)
     )
@@ -216,7 +214,7 @@ def test_the_node_comes_before_pods_where_its_address_is_one_of_theirs(world: Se
 
 
 @pytest.mark.parametrize("protocol", [TCP, UDP])
-def test_only_who_is_in_a_range_may_dial_and_overlaps_do_no_harm(
+def test_only_clients_in_a_range_may_dial_and_ranges_may_overlap(
     world: ServiceLab, load: Loader, protocol: L4Protocol
 ) -> None:
     ranges = ("192.168.50.0/24", "192.168.50.0/25", f"{CLIENT_IP}/32", "fd00:50::/64", "fd00::/48", "203.0.113.0/24")
@@ -253,7 +251,7 @@ def test_node_ports_are_served_at_the_chosen_addresses_only(world: ServiceLab, l
     assert asked == [FOR_ALL, FOR_ALL, FOR_ALL, FOR_ALL, REFUSED_SAID]
 
 
-def test_a_dropped_node_port_does_not_shut_the_same_port_of_an_address_that_is_the_nodes_own(
+def test_a_dropped_node_port_does_not_drop_a_service_at_the_same_port_of_a_node_address(
     world: ServiceLab, load: Loader
 ) -> None:
     external = Portal(OTHER_NODE_IP, 30_080, TCP)

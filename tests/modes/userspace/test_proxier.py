@@ -88,7 +88,7 @@ async def test_a_repair_that_tries_to_open_once_more_leaves_what_is_newer_in_for
 
 
 @pytest.mark.parametrize("is_refused", [False, True])
-async def test_flows_that_with_old_flows_are_called_back_also_where_the_first_load_was_refused(
+async def test_flows_of_an_earlier_policy_are_deleted_even_after_a_refused_load(
     monkeypatch: pytest.MonkeyPatch, is_refused: bool
 ) -> None:
     forgotten: list[Portal] = []

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.modes.redirects_given import REFUSE_PORT
+from tests.modes.redirect_cases import REFUSE_PORT
 from userspace_proxy.interfaces import OWN_MARK, TRANSPARENT_MARK, Redirects
 from userspace_proxy.lab import Host, Lab, ServiceLab, connect
 from userspace_proxy.lab.hosts import CLIENT_IP, CLIENT_IP6, build_service_lab
@@ -217,7 +217,9 @@ async def test_when_no_listener_is_transparent_any_more_nothing_is_left(
 
 
 @pytest.mark.parametrize("language", KERNELS)
-async def test_a_node_that_looks_for_the_way_back_by_marks_cannot_and_is_told(world: ServiceLab, language: str) -> None:
+async def test_src_valid_mark_is_reported_as_an_obstacle_to_transparent_clients(
+    world: ServiceLab, language: str
+) -> None:
     with world.node.inside():
         assert await answers.transparent_obstacles(language) == []
 

@@ -14,8 +14,8 @@ import pytest
 
 from tests.apiserver import NODES, SERVICES, SLICES, ApiServerThread
 from tests.net.contract.cluster import CLUSTER_CIDRS, NODE, SERVICE_CIDRS, Backends, Cluster, build_cluster
-from tests.net.contract.given import Given, node_object
 from tests.net.contract.modes import differences
+from tests.net.contract.services import Given, node_object
 from tests.net.contract.table import CASES
 from tests.net.world import Proxy, wait_until
 from tests.sources.test_kubernetes import kubeconfig

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from tests.net.contract.cluster import NODE, Cluster
-from tests.net.contract.given import Given
 from tests.net.contract.probes import FORBIDDEN, PATIENCE_S, REFUSED, TIMEOUT, Probe, observe_all, probes
+from tests.net.contract.services import Given
 
 # Whose address backends see is the kernel's to say, and it can put no header before a client's bytes.
 _ANNOTATED = "userspace-proxy/source-ip"

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from tests.net.contract.cluster import ALTERNATE, BALANCER, GATEWAY, LOCALHOST, PRIMARY, Cluster
-from tests.net.contract.given import Given
+from tests.net.contract.services import Given
 from tests.net.world import PATIENCE
 from userspace_proxy.lab import Host, connect
 

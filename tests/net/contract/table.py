@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from tests.net.contract.cluster import BALANCER, OTHER_DNS, OTHER_WEB, PROXIED_WEB
-from tests.net.contract.given import PORTS, Given, endpoint_slice
 from tests.net.contract.probes import Probe, probes
+from tests.net.contract.services import PORTS, Given, endpoint_slice
 
 DUAL = (4, 6)
 PORTALS = "clusterIP,nodePort,vip,externalIP"

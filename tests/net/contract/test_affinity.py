@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tests.net.contract.conftest import ContractProxy
-from tests.net.contract.given import Given
 from tests.net.contract.probes import Probe, ask_once
+from tests.net.contract.services import Given
 from tests.net.contract.table import EXTERNAL_LOCAL, LB
 from tests.net.world import wait_until
 
@@ -77,7 +77,7 @@ def test_a_pin_ends_when_its_client_was_away_and_only_then(proxy: ContractProxy,
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_new_endpoints_move_nobody_and_lost_ones_move_their_own(
+def test_a_new_endpoint_moves_no_pin_and_a_removed_one_moves_only_its_own(
     proxy: ContractProxy, given: MakeGiven, protocol: str
 ) -> None:
     service = given("local1", spec=sticky())

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 from tests.net.contract.cluster import NODE, OTHER_WEB
 from tests.net.contract.conftest import ContractProxy
-from tests.net.contract.given import PORTS, Given, endpoint_slice, node_object
 from tests.net.contract.probes import ask_once
+from tests.net.contract.services import PORTS, Given, endpoint_slice, node_object
 from tests.net.contract.table import EXTERNAL_LOCAL, LB
 from tests.net.world import background_requests, wait_until
 from userspace_proxy.lab import Host
@@ -82,7 +82,7 @@ def test_a_freed_node_port_is_the_next_services(proxy: ContractProxy, given: Mak
     proxy.expect(first, "outside nodePort -> local2", "outside clusterIP -> local1")
 
 
-def test_a_removed_slice_takes_only_what_no_other_holds(proxy: ContractProxy, given: MakeGiven) -> None:
+def test_a_removed_slice_removes_only_endpoints_that_no_other_slice_has(proxy: ContractProxy, given: MakeGiven) -> None:
     service = given("local1 local2", "local2 remote1")
     proxy.give(service)
     proxy.expect(service, "caller clusterIP -> local1 local2 remote1")
@@ -92,7 +92,9 @@ def test_a_removed_slice_takes_only_what_no_other_holds(proxy: ContractProxy, gi
     proxy.expect(service, "caller clusterIP -> local1 local2")
 
 
-def test_without_endpoints_it_is_refused_and_deleted_it_is_nothing(proxy: ContractProxy, given: MakeGiven) -> None:
+def test_a_service_without_endpoints_refuses_and_a_deleted_one_has_no_rules(
+    proxy: ContractProxy, given: MakeGiven
+) -> None:
     service = given("local1", type=LB)
     proxy.give(service)
     proxy.expect(service, f"{CLIENTS} clusterIP,nodePort,vip,externalIP -> local1")

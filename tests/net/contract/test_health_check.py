@@ -8,8 +8,8 @@ from typing import Any
 
 from tests.net.contract.cluster import PRIMARY
 from tests.net.contract.conftest import ContractProxy
-from tests.net.contract.given import Given
 from tests.net.contract.probes import failure
+from tests.net.contract.services import Given
 from tests.net.contract.table import EXTERNAL_LOCAL, LB
 from tests.net.world import wait_until
 from userspace_proxy.lab import connect
@@ -48,7 +48,7 @@ def with_check(port: int, **more: Any) -> dict[str, Any]:
     return EXTERNAL_LOCAL | {"healthCheckNodePort": port} | more
 
 
-def test_a_load_balancer_is_told_how_many_are_here(proxy: ContractProxy, given: MakeGiven) -> None:
+def test_a_health_check_reports_the_number_of_local_endpoints(proxy: ContractProxy, given: MakeGiven) -> None:
     service = given("local1 local2 local3:unready remote1", type=LB, spec=with_check(32_001))
     proxy.give(service)
     becomes(proxy, 32_001, "200", 2)
@@ -74,7 +74,7 @@ def test_a_load_balancer_is_told_how_many_are_here(proxy: ContractProxy, given: 
         becomes(proxy, 32_001, status, count)
 
 
-def test_its_port_moves_and_goes_with_what_the_service_is(proxy: ContractProxy, given: MakeGiven) -> None:
+def test_the_health_check_port_follows_the_service(proxy: ContractProxy, given: MakeGiven) -> None:
     service = given("local1", type=LB, spec=with_check(32_002))
     proxy.give(service)
     becomes(proxy, 32_002, "200", 1)

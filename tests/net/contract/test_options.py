@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.net.contract.conftest import KNOWS_PODS, ContractProxy, Variant
-from tests.net.contract.given import Given
+from tests.net.contract.services import Given
 from tests.net.contract.table import ALL, DUAL, EXTERNAL_LOCAL, LB
 
 MakeGiven = Callable[..., Given]
@@ -65,7 +65,7 @@ def test_node_ports_are_at_the_addresses_that_are_wanted(
     indirect=True,
     ids=lambda v: f"{v.said}-{v.flags[1]}",
 )
-def test_pods_are_told_in_other_ways(proxy: ContractProxy, given: MakeGiven) -> None:
+def test_pods_are_detected_by_interface_too(proxy: ContractProxy, given: MakeGiven) -> None:
     service = given("local1 remote1", type=LB, spec=EXTERNAL_LOCAL, families=DUAL)
     proxy.give(service)
 
@@ -83,7 +83,7 @@ def test_pods_are_told_in_other_ways(proxy: ContractProxy, given: MakeGiven) -> 
     indirect=True,
     ids=lambda v: f"{v.said}-{v.flags[1]}",
 )
-def test_without_a_word_about_pods_nobody_is_one(proxy: ContractProxy, given: MakeGiven) -> None:
+def test_without_a_pod_detector_no_client_is_a_pod(proxy: ContractProxy, given: MakeGiven) -> None:
     """What comes to a cluster IP keeps its source; policy Local leads nobody beyond the node (behaviours M1)."""
     local = given("local1 remote1", type=LB, spec=EXTERNAL_LOCAL)
     plain = given("local1", type=LB)
@@ -101,7 +101,7 @@ def test_without_a_word_about_pods_nobody_is_one(proxy: ContractProxy, given: Ma
 
 
 @pytest.mark.parametrize("proxy", [Variant("nftables", "uvloop", "node", KNOWS_PODS)], indirect=True, ids=str)
-def test_a_source_that_is_no_such_thing_is_refused_and_the_service_is_served(
+def test_an_invalid_source_ip_annotation_is_reported_and_the_service_is_served(
     proxy: ContractProxy, given: MakeGiven
 ) -> None:
     service = given("local1", annotations={"userspace-proxy/source-ip": "transparnet"})

@@ -20,7 +20,7 @@ import pytest
 
 from tests.net.contract.cluster import PRIMARY, Place
 from tests.net.contract.conftest import ContractProxy, Variant
-from tests.net.contract.given import Given
+from tests.net.contract.services import Given
 from tests.net.contract.table import EXTERNAL_LOCAL
 from tests.net.world import answers, wait_until
 

@@ -12,8 +12,8 @@ import pytest
 
 from tests.net.contract.cluster import DNS, ECHO, OTHER_DNS, WEB
 from tests.net.contract.conftest import ContractProxy
-from tests.net.contract.given import Given
 from tests.net.contract.probes import Probe, failure
+from tests.net.contract.services import Given
 from tests.net.contract.table import BOTH_LOCAL, LB
 from tests.net.world import wait_until
 from userspace_proxy.lab import Host, connect

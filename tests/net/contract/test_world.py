@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.net.contract.cluster import ADDRESSES, CLUSTER_CIDRS, DNS, WEB, Cluster
-from tests.net.contract.given import Given
 from tests.net.contract.modes import differences
+from tests.net.contract.services import Given
 
 BY_HAND = Given("by-hand", number=254)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 
-from tests.modes.redirects_given import TCP, UDP, name
+from tests.modes.redirect_cases import TCP, UDP, name
 from userspace_proxy.interfaces import PodDetector
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import ServicePortName
