@@ -1,4 +1,4 @@
-"""Plain values in, structs out; and words that a user of YAML understands for what does not fit."""
+"""Conversion of plain values to structs, and the messages for values of a wrong type."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings in a KubeProxyConfiguration's words."""
+"""Settings as fields of a KubeProxyConfiguration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A KubeProxyConfiguration: what of it is honoured, what is named, and what is an error, and flags over it."""
+"""Reading a KubeProxyConfiguration: honoured fields, reported fields, errors, and flags over it."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def read(tmp_path: Path, text: str) -> Configuration:
 
 
 def settings(*arguments: str) -> Settings:
-    """Return what `run` with these arguments would be told."""
+    """Return the settings of `run` with these arguments."""
     options: dict[str, Any] = commands.commands["run"].make_context("run", list(arguments)).params
     return settings_from(options.pop("configuration"), options)
 

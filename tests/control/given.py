@@ -48,7 +48,7 @@ def service(
     ingress: Iterable[Mapping[str, Any]] | None = None,
     **spec: Any,
 ) -> api.Service:
-    """Return a Service with one port 80, unless *spec* says otherwise; *ingress*: what its load balancer has."""
+    """Return a Service with one port 80, unless *spec* says otherwise; *ingress*: its ingress status."""
     plain = {
         "metadata": {
             "name": name,
@@ -75,7 +75,7 @@ def pod(
     ending: bool = False,
     **status: Any,
 ) -> api.Pod:
-    """Return a Pod of labels app=web; *ready* None states no conditions at all."""
+    """Return a Pod with the label app=web; without conditions if *ready* is None."""
     conditions = None if ready is None else [{"type": "Ready", "status": str(ready)}]
     plain = {
         "metadata": {
@@ -99,7 +99,7 @@ def endpoint_slice(
     labels: Mapping[str, str] | None = None,
     address_type: str = "IPv4",
 ) -> api.EndpointSlice:
-    """Return a slice; an endpoint may be its address alone."""
+    """Return a slice; each endpoint is an address or a mapping."""
     known = {} if of is None else {"kubernetes.io/service-name": of}
     plain = {
         "metadata": {"name": name, "labels": {**known, **(labels or {})}},
@@ -124,7 +124,7 @@ def node(
     zone: str | None = None,
     pod_cidrs: Iterable[str] | None = None,
 ) -> api.Node:
-    """Return a Node; an address is its type and itself."""
+    """Return a Node; each address is a pair of type and IP."""
     plain = {
         "metadata": {"name": name, "labels": {} if zone is None else {"topology.kubernetes.io/zone": zone}},
         "spec": {"podCIDRs": None if pod_cidrs is None else list(pod_cidrs)},
@@ -136,7 +136,7 @@ def node(
 
 
 def put(thing: api.KubernetesObject) -> ObjectEvent:
-    """Return the event that says what *thing* is now."""
+    """Return the event that sets *thing*."""
     name = NamespacedName(thing.metadata.namespace or "default", thing.metadata.name)
     return ObjectEvent(EventType.SET, type(thing).__name__, name, thing)
 
@@ -146,7 +146,7 @@ def gone(kind: str, name: str) -> ObjectEvent:
 
 
 class WatchedAllocations(ManifestAllocations):
-    """Notes which Services were worked out."""
+    """Records which Services were assigned values."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -158,7 +158,7 @@ class WatchedAllocations(ManifestAllocations):
 
 
 class World:
-    """A tracker, and shorthands to tell it things and look at what it makes of them."""
+    """A tracker, with short methods to apply objects and to read its state."""
 
     def __init__(
         self,
@@ -180,7 +180,7 @@ class World:
         return self.state
 
     def worked_out_for(self, *things: api.KubernetesObject | ObjectEvent) -> set[str]:
-        """Apply *things* and return the Services that were worked out anew."""
+        """Apply *things* and return the Services that were computed again."""
         self.allocations.worked_out.clear()
         self.tell(*things)
         return set(self.allocations.worked_out)
@@ -193,7 +193,7 @@ class World:
         return list(self.tracker.problems.values())
 
     def ips(self, name: str, port: str = "") -> tuple[str, ...]:
-        """Return the cluster IPs of a Service; none where it is not served."""
+        """Return the cluster IPs of a Service; none if it is not served."""
         found = self.state.service_ports.get(port_named(name, port))
         return found.cluster_ips if found else ()
 

@@ -1,4 +1,4 @@
-"""What `run` says of manifests while it serves them: each finding once, also after edits."""
+"""The findings that `run` logs while it serves manifests: each once, also after edits."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ spec: {clusterIP: None, ports: [{port: 80}]}
 
 @asynccontextmanager
 async def advised(file: Path, mode: str = "userspace") -> AsyncIterator[Advisor]:
-    """Serve *file* to nobody, and check it as `run` does."""
+    """Read *file* as a source, and check it as `run` does."""
     advisor = Advisor(replace(OPTIONS, mode=mode, names_unserved=True))
     source = FileSource([str(file)])
     source.observe = advisor.note

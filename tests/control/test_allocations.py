@@ -1,4 +1,4 @@
-"""Node ports and load balancer IPs: who is given which, who wins, and that all is as it was after a restart."""
+"""Node ports and load balancer IPs: allocation, conflicts between Services, and restarts."""
 
 from __future__ import annotations
 
@@ -368,7 +368,7 @@ def test_only_allocated_values_are_saved_under_unique_keys() -> None:
 
 
 def test_the_numbers_are_the_same_in_every_release() -> None:
-    """Written down: a change here moves the node ports and addresses of everybody who keeps no state."""
+    """A changed number would move node ports and addresses of proxies without a state file."""
     given = assign(allocations(), type="LoadBalancer")
 
     assert (given.node_ports, given.load_balancer_ips) == ({("", "TCP"): 31_225}, ("203.0.113.13",))

@@ -1,4 +1,4 @@
-"""`userspace-proxy check`: what is wrong, where, and how to mend it."""
+"""`userspace-proxy check`: faults and notes, their lines, and how to repair them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who has which cluster IP: stated ones, allocated ones, and that nobody shares or loses one."""
+"""Cluster IPs: stated and allocated ones, conflicts between Services, and restarts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The contract says all there is, and no more than is so."""
+"""The contract lists every field of the API, and each statement in it is true."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def test_endpoints_and_pods_say_on_which_node_they_are() -> None:
     assert [endpoint.node_name for endpoint in world.endpoints()] == ["node1"]
 
 
-# ---- who shows it, and where it is written
+# ---- the tests that show it, and the page
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The loop from a source to a sink: when it syncs, with what, and what a failure changes."""
+"""The control loop: when it syncs, which state it applies, and how it handles failures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _BOUND_S = 5.0
 
 
 class FakeSource:
-    """Tells what the test tells it."""
+    """Yields the events that the test gives it."""
 
     def __init__(self) -> None:
         self._batches: asyncio.Queue[Sequence[ObjectEvent]] = asyncio.Queue()
@@ -44,12 +44,12 @@ class FakeSource:
             self._batches.task_done()
 
     async def taken(self) -> None:
-        """Wait until all that was told is with the controller."""
+        """Wait until the controller has taken all events."""
         await asyncio.wait_for(self._batches.join(), _BOUND_S)
 
 
 class FakeSink:
-    """Notes each state; refuses as long as ``refusal`` says why; syncs take until ``gate`` is open."""
+    """Records each state; raises ``refusal`` if it is set; each sync waits until ``gate`` is open."""
 
     def __init__(self) -> None:
         self.states: list[ProxyState] = []
@@ -71,7 +71,7 @@ class FakeSink:
             raise SyncError(self.refusal)
 
     async def called(self, times: int) -> None:
-        """Wait until sync was called so many times in all."""
+        """Wait until sync was called that many times in all."""
         async with self._called:
             await asyncio.wait_for(self._called.wait_for(lambda: len(self.states) >= times), _BOUND_S)
 
@@ -161,7 +161,7 @@ async def test_sinks_get_what_is_left_of_the_desired_state_and_the_log_tells_of_
 async def test_the_programming_latency_of_an_endpoint_change_is_measured() -> None:
     async with Rig().running() as rig:
         before = datetime.fromtimestamp(time.time() - 60, UTC).isoformat()
-        rig.source.tell(triggered(before), SYNCED)  # an old change: nobody could have brought it
+        rig.source.tell(triggered(before), SYNCED)  # an old change: no sync of this process applied it
         await rig.sink.called(1)
         rig.sink.refusal = "not now"
         rig.source.tell(triggered(datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f000Z"), "10.0.0.1"))

@@ -1,4 +1,4 @@
-"""What a manifest means for a proxy, and what is said of one that means nothing."""
+"""Decoding of API objects into model values, and the problems that it reports."""
 
 from __future__ import annotations
 

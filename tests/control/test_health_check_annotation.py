@@ -1,4 +1,4 @@
-"""The annotation `userspace-proxy/health-check`: what it says, and how a mistake in it is named."""
+"""The annotation `userspace-proxy/health-check`: valid texts, and the problems of invalid ones."""
 
 from __future__ import annotations
 

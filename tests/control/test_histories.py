@@ -1,4 +1,4 @@
-"""Whatever has happened, the state is that of a proxy that has just been started on what is there now."""
+"""After any history of events, the state equals that of a tracker that starts with the latest objects."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def one_of(*values: Any) -> st.SearchStrategy[Any]:
 
 @st.composite
 def some_service(draw: st.DrawFn) -> ObjectEvent:
-    """A Service that makes sense and states nothing that another one may state: who comes first has that."""
+    """A valid Service that states no value that another one may state, because the first to state it gets it."""
     name = draw(one_of("a", *SERVICES))
     own = SERVICES.index(name)
     spec: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""What the next process knows of this one, and that nothing found in its file can do harm."""
+"""The state file: what is saved, and how invalid files are handled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What DNS says of Services, worked out from objects."""
+"""The DNS names of Services, computed from objects."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def tracker() -> Tracker:
 
 
 def names_after(*given: api.KubernetesObject, known: Tracker | None = None) -> Mapping[NamespacedName, ServiceNames]:
-    """Return the names once *given* have been told."""
+    """Return the DNS names after *given* are applied."""
     known = known or tracker()
     known.apply(
         [

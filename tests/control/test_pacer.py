@@ -1,4 +1,4 @@
-"""How often to sync: at once when all is quiet, not more often than asked, and later and later while it fails."""
+"""The delay before a sync: short when idle, at least the minimum period, and longer after failures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One portal that several Services state: which one has it, and that the others are told."""
+"""A portal that several Services state: which one gets it, and what the others are told."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OLD, NEW = "2026-01-01T00:00:00Z", "2026-02-01T00:00:00Z"
 
 
 class Cluster(World):
-    """Services as an API server has them."""
+    """Services as an API server reports them."""
 
     def __init__(self) -> None:
         self.tracker = Tracker(Allocations())
@@ -31,7 +31,7 @@ def external(name: str, cluster_ip: str, ip: str = VIP, **given: Any) -> api.Ser
 
 
 def holders(world: World, ip: str = VIP) -> list[str]:
-    """Return the Services at which clients of *ip* end."""
+    """Return the Services that get the portals at *ip*."""
     return sorted(
         name.service.name
         for name, port in world.state.service_ports.items()

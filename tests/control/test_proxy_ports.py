@@ -1,4 +1,4 @@
-"""Which numbers become proxy ports."""
+"""Which ports are allocated as proxy ports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is remembered reaches the disk, also when that was full for a while."""
+"""Allocations are written to disk, and again after a failure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REMEMBERED = {"default/web:/TCP": 12_345}
 
 
 class Remembering(Allocations):
-    """Has allocated something that is to be remembered."""
+    """Has a value that must be saved."""
 
     changes = 1
 

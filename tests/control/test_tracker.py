@@ -1,4 +1,4 @@
-"""Events in, states out: what concerns whom, what stays the same object, and that one bad object stops no other."""
+"""The tracker: events in, states out; which Services a change concerns, and how invalid objects are handled."""
 
 from __future__ import annotations
 
@@ -619,7 +619,7 @@ def test_an_sctp_port_is_reported_and_the_others_are_served(caplog: pytest.LogCa
     assert "last good version" not in caplog.text
 
 
-# ---- cluster IPs that somebody else has
+# ---- cluster IPs that another Service has
 
 
 def test_a_duplicate_cluster_ip_is_refused_and_comes_to_life_when_its_holder_is_deleted() -> None:

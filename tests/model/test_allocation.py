@@ -1,4 +1,4 @@
-"""Numbers that stay: the same after a restart, each to one key, and never one that was promised."""
+"""The allocator: each number has one key, and stays the same after a restart."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_without_saved_allocations_a_key_gets_the_same_number_independent_of_oth
 
 
 def test_the_numbers_are_the_same_in_every_release() -> None:
-    """Written down: a change here moves the addresses of everybody who keeps no state."""
+    """A changed number would move the addresses of proxies without a state file."""
     allocator = Allocator(65_000)
 
     assert [allocator.allocate(key) for key in ("default/web/IPv4", "default/dns/IPv4")] == [29_388, 26_632]

@@ -1,4 +1,4 @@
-"""Endpoints: how they are written, and which of two with one address counts."""
+"""Endpoints: their text form, and which of two with one address counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which Services get a health-check node port, and what is counted (behaviours H1, H3)."""
+"""Which Services have a health-check node port, and which endpoints it counts (behaviours H1, H3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is led where: behaviours.md 3 and 4, whose matrix was seen on a real kube-proxy.
+"""Routes of clients to listeners: behaviours 3 and 4, whose matrix was measured on a real kube-proxy.
 
 Every Service here keeps the client's address where it can, so that a listener that is not transparent means
 kube-proxy's masquerading.
@@ -110,7 +110,7 @@ def test_policy_and_sender_select_the_endpoints_and_the_source_address(
 def test_without_a_pod_detector_no_address_is_replaced_at_cluster_ips_and_no_pod_is_short_circuited(
     policy: Mapping[str, Any], sender: Sender, at_cluster_ip: str, from_outside: str
 ) -> None:
-    """M1. The node's own address is the node's, whoever sends."""
+    """M1. The node's own address stays the node's for every sender."""
     assert becomes_of(sender, CLUSTER_IP, policy, detects_pods=False) == at_cluster_ip
     assert [becomes_of(sender, portal, policy, detects_pods=False) for portal in FROM_OUTSIDE] == [from_outside] * 3
 

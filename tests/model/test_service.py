@@ -1,4 +1,4 @@
-"""Where clients may dial a service port, and how names are shown."""
+"""The portals of a service port, and the text form of names."""
 
 from __future__ import annotations
 

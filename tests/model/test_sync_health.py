@@ -1,4 +1,4 @@
-"""When syncs keep up, by kube-proxy's own tests of its health (TestHealthzServer), and what it never asked."""
+"""Whether syncs keep up: kube-proxy's own tests (TestHealthzServer), and further cases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long is waited after failures."""
+"""Retry delays after failures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""YAML texts taken apart: which objects they hold, where, and what is said of those that hold none."""
+"""Parsing of YAML text: the objects in it, their lines, and the problems of the rest."""
 
 from __future__ import annotations
 
@@ -448,7 +448,7 @@ def test_a_kind_that_stands_twice_in_one_object_is_no_new_one(text: str) -> None
 
 
 async def next_events(source: FileSource, *texts: str, file: Path) -> list[list[tuple[EventType, str]]]:
-    """Return what *source* tells of *file* after each of *texts* was written to it, but for SYNCED."""
+    """Return the events of *source* after each of *texts* is written to *file*, without SYNCED."""
     told = []
     written = iter(texts)
     file.write_text(next(written))

@@ -1,4 +1,4 @@
-"""Events: told to the API server in the background, once, and never at anybody's cost."""
+"""Events are sent to the API server in the background, once, and never delay the caller."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cluster as a Source: kubernetes_asyncio's login, real sockets, and kube-proxy's choice of objects."""
+"""A cluster as a Source: login by kubernetes_asyncio, real sockets, and kube-proxy's selectors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def node(name: str) -> dict[str, Any]:
 
 
 def kubeconfig(folder: Path, url: str, user: dict[str, Any] | None = None) -> Path:
-    """Write the kubeconfig of *user*, who has a token that the API server knows unless said otherwise."""
+    """Write a kubeconfig of *user*, by default with a token that the API server accepts."""
     file = folder / "kubeconfig"
     file.write_text(
         json.dumps(
@@ -64,7 +64,7 @@ def kubeconfig(folder: Path, url: str, user: dict[str, Any] | None = None) -> Pa
 
 
 class Told:
-    """What a source told: kind -> names, and every event."""
+    """The events of a source: kind -> names, and every event."""
 
     def __init__(self, source: KubernetesSource) -> None:
         self.source = source
@@ -335,7 +335,7 @@ async def test_a_kubeconfig_with_certificates_is_heeded_both_ways(certificates: 
         async with following(config, synced=False) as told:
             await told.until(lambda: "certificate verify failed" in told.source.problems.get("services", ""))
 
-            # The authority's certificate comes into the file, as when it is renewed: nobody has to be started again.
+            # The authority's certificate comes into the file, as when it is renewed: no restart is needed.
             plain = json.loads(config.read_text())
             plain["clusters"][0]["cluster"]["certificate-authority"] = str(certificates / "ca.crt")
             config.write_text(json.dumps(plain))

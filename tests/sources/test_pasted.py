@@ -1,4 +1,4 @@
-"""A text that was copied is named as what it is, in the line in which it is, with the fix."""
+"""A mistake of copying is named with its line and its fix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reflector, over real sockets, against an API server that does what real ones do on their worst days."""
+"""The reflector, over real sockets, against an API server with the faults of real ones."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class PlainTransport:
 
 
 class Follower:
-    """Follows services and holds what was told: name -> port."""
+    """Follows Services and holds the reported ones: name -> port."""
 
     def __init__(self, server: ApiServer, session: aiohttp.ClientSession, params: Mapping[str, str], seed: int) -> None:
         self.server = server
@@ -117,7 +117,7 @@ class Follower:
         return {name: o["spec"]["ports"][0]["port"] for (_, name), o in self.server.kinds[SERVICES].objects.items()}
 
     async def converged(self) -> None:
-        """Wait until what was told is what is true, and see that it stays so."""
+        """Wait until the reported Services are the server's, and check that they stay so."""
         await self.until(lambda: self.ports == self.truth)
 
 
@@ -140,7 +140,7 @@ async def following(
 
 @pytest.fixture(params=["watch-list", "list"])
 async def server(request: pytest.FixtureRequest) -> AsyncIterator[ApiServer]:
-    """One that lists by a watch, and one that can only be listed page by page."""
+    """A server that streams the list in a watch, and one that lists only page by page."""
     async with api_server() as running:
         running.knows_watch_list = request.param == "watch-list"
         running.page_objects_max = 2

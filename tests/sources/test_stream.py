@@ -1,4 +1,4 @@
-"""A stream may be cut into chunks anywhere; its lines come out whole."""
+"""The lines of a stream do not depend on how it is cut into chunks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is told once is not told again, and what is dead stays dead, in whatever order it is heard."""
+"""Versions: nothing is reported twice, and nothing deleted comes back, in any order of events."""
 
 from __future__ import annotations
 

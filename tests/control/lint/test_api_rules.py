@@ -1,4 +1,4 @@
-"""What the API server refuses is one finding, whatever it is."""
+"""Each violation of the API server's rules is one finding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of one object: one line that names the field and the fix, and never too many lines."""
+"""Findings on one object: one line with the field and the fix, and a bounded number of lines."""
 
 from __future__ import annotations
 
