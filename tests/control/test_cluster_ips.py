@@ -351,3 +351,10 @@ def test_no_address_has_two_holders_after_any_moves(seed: int) -> None:
         assert all(held.values())
         assert len(set(everybody)) == len(names)
         assert known._claims._holders == {ip: named(name) for name in names for ip in held_by(known, name)}
+
+
+def test_a_reserved_address_is_allocated_to_no_service() -> None:
+    known = ManifestAllocations([ipaddress.ip_network("10.96.0.0/28")], reserved=["10.96.0.10"])
+
+    given = {assign(known, f"s{number}")[0] for number in range(13)}
+    assert given == {f"10.96.0.{number}" for number in range(1, 15)} - {"10.96.0.10"}

@@ -77,7 +77,8 @@ def proxy(
 @pytest.mark.parametrize("server", [SERVER, SERVER6])
 def test_the_node_its_pods_and_clients_behind_it_get_answers_in_every_mode(proxy: Proxy, server: str) -> None:
     for host in (proxy.node, proxy.world.pods[0], proxy.world.client):
-        assert found(asked(host, f"web.default{CLUSTER}", server=server)) == ["10.96.0.11"]
+        for over_tcp in (False, True):
+            assert found(asked(host, f"web.default{CLUSTER}", server=server, over_tcp=over_tcp)) == ["10.96.0.11"]
         assert asked(host, f"nobody.default{CLUSTER}", server=server).rcode() == dns.rcode.NXDOMAIN
 
 

@@ -6,6 +6,7 @@ With a cluster as the source, nothing is allocated: what the API states counts.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -78,7 +79,10 @@ class Allocations:
 
 
 class ManifestAllocations(Allocations):
-    """For manifests: values that Services do not state are allocated, and stay the same after a restart."""
+    """For manifests: values that Services do not state are allocated, and stay the same after a restart.
+
+    *reserved*: cluster IPs that are allocated to no Service.
+    """
 
     def __init__(
         self,
@@ -86,10 +90,13 @@ class ManifestAllocations(Allocations):
         memory: SavedAllocations | None = None,
         load_balancer_pool: Sequence[Network] = (),
         hosts: Hosts | None = None,
+        reserved: Sequence[str] = (),
     ) -> None:
         super().__init__(cluster_ips, hosts)
         memory = memory or SavedAllocations()
         self._cluster_ranges = [AddressRange(network, memory.cluster_ips) for network in cluster_ips]
+        for pool, ip in itertools.product(self._cluster_ranges, reserved):
+            pool.take(ip, ip)
         self._load_balancer_ranges = [AddressRange(network, memory.load_balancer_ips) for network in load_balancer_pool]
         self._node_ports = {
             protocol: NodePortRange(protocol, _of_protocol(protocol, memory.node_ports)) for protocol in L4Protocol

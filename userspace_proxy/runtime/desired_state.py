@@ -74,7 +74,9 @@ def make_allocations(settings: Settings, memory: SavedAllocations, hosts: Hosts 
     """Return what gives Services their addresses and node ports: a cluster's API, or this process."""
     if settings.follows_cluster:
         return Allocations(settings.service_ranges, hosts)
-    return ManifestAllocations(settings.service_ranges, memory, settings.load_balancer_pool, hosts)
+    return ManifestAllocations(
+        settings.service_ranges, memory, settings.load_balancer_pool, hosts, settings.dns_addresses
+    )
 
 
 def make_proxy_ports(settings: Settings, remembered: Mapping[str, int]) -> ProxyPorts:
