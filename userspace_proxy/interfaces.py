@@ -14,6 +14,7 @@ from socket import SocketType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from userspace_proxy.api import KubernetesObject
+from userspace_proxy.model.details import Details, DetailsRequest
 from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.names import (
     L4Protocol,
@@ -173,6 +174,10 @@ class Proxier(StateSink, Protocol):
     @property
     def repairs(self) -> int:
         """The number of times rules were loaded again because another program changed them."""
+        ...
+
+    async def is_intact(self) -> bool:
+        """Return whether the kernel still has the rules that were loaded."""
         ...
 
     @property
@@ -470,6 +475,10 @@ class DataPlane(Protocol):
 
     def ejected(self, name: ServicePortName) -> Mapping[Address, EndpointHealth]:
         """Return the endpoints of *name* that failed dials have ejected."""
+        ...
+
+    async def details(self, request: DetailsRequest) -> Details:
+        """Return what is known of the service ports of *request*, their next choices and open connections."""
         ...
 
     def cut(self) -> None:

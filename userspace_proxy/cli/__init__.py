@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import click
 
 from userspace_proxy import __version__
+from userspace_proxy.cli.ask import describe, get, why
 from userspace_proxy.cli.check import check
 from userspace_proxy.cli.cleanup import cleanup
 from userspace_proxy.cli.compare import compare
@@ -31,7 +32,7 @@ def commands() -> None:
     """
 
 
-for _command in (run, check, render, forward, demo, compare, trace, cleanup):
+for _command in (run, get, describe, why, check, render, forward, demo, compare, trace, cleanup):
     commands.add_command(_command)
 
 

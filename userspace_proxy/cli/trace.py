@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import click
 
+from userspace_proxy.cli.ask import NAMESPACE, SOCKET, portal_of
 from userspace_proxy.cli.options import Value, fail
 from userspace_proxy.config.kinds import DURATION
 from userspace_proxy.errors import StartError
 
+# A Service's name, perhaps with a port; no address has a letter before its first colon and no other colon.
+_NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?(:[-a-z0-9]+)?")
+
 
 @click.command()
-@click.argument("portal", metavar="IP:PORT[/udp]")
+@click.argument("portal", metavar="IP:PORT[/udp]|NAME[:PORT]")
 @click.option("--udp", is_flag=True, help="Same as /udp after the port")
 @click.option("--wait", is_flag=True, help="Follow the next packet of another client, instead of sending one")
 @click.option(
@@ -26,8 +31,27 @@ from userspace_proxy.errors import StartError
 @click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Draw the packet's path to this file")
 @click.option("--wide", is_flag=True, help="Draw packets side by side, for a wide screen")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON")
-def trace(portal: str, *, udp: bool, svg: Path | None, wide: bool, as_json: bool, **whence: Any) -> None:
-    """Show the hooks, chains and rules that a real packet to a portal meets on this node."""
+@NAMESPACE
+@SOCKET
+def trace(
+    portal: str,
+    *,
+    udp: bool,
+    svg: Path | None,
+    wide: bool,
+    as_json: bool,
+    namespace: str,
+    control_socket: Path,
+    **whence: Any,
+) -> None:
+    """Show the hooks, chains and rules that a real packet to a portal meets on this node.
+
+    The portal is an address, or the name of a Service that a running proxy serves.
+    """
+    if _NAME.fullmatch(portal):
+        portal = portal_of(portal, namespace, control_socket)
+        udp = udp or portal.endswith("/udp")
+        portal = portal.removesuffix("/tcp").removesuffix("/udp")
     from userspace_proxy.trace import command
 
     try:

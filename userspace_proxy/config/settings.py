@@ -275,6 +275,9 @@ class Settings:
         Group.ADMIN, "--metrics-bind-address", f"127.0.0.1:{METRICS_PORT}", address(METRICS_PORT),
         "/metrics, /proxyMode and /configz; '' for none", field="metricsBindAddress")
     # Prometheus keeps each series of each node. The default is about 1,400 endpoints; Services are always shown.
+    # None: in the folder of --state-dir.
+    control_socket: Path | None = _setting(Group.ADMIN, "--control-socket", None, FILE,
+        "Unix socket for get, describe and why", shown="control.sock in --state-dir")
     metrics_endpoint_series: int = _setting(Group.ADMIN, "--metrics-endpoint-series", 10_000, number(0),
         "Omit endpoints from /metrics if they need more series; 0 for never")
     # A bookmark comes every minute: three missed ones are no accident. Not 503, or an outage of the API would take

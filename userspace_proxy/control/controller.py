@@ -11,6 +11,7 @@ from itertools import islice
 
 from userspace_proxy import api
 from userspace_proxy.control.decode import trigger_time
+from userspace_proxy.control.journal import Journal
 from userspace_proxy.control.pacer import Pacer
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.errors import SyncError
@@ -63,6 +64,7 @@ class Controller:
         after_sync: Callable[[], None] = lambda: None,
         health_timeout_s: float = 60.0,
         filtered: Callable[[ProxyState], ProxyState] = lambda state: state,
+        journal: Journal | None = None,
     ) -> None:
         self._source = source
         self._tracker = tracker
@@ -70,6 +72,7 @@ class Controller:
         self._pacer = pacer
         self._after_sync = after_sync
         self._filtered = filtered
+        self._journal = journal or Journal()
         self._is_complete = False  # the source has reported every object
         self._changed = asyncio.Event()
         self.ready = asyncio.Event()
@@ -179,7 +182,9 @@ class Controller:
             return
         changed = {name: was for name, was in before.items() if was != state.endpoints.get(name, ())}
         for name in islice(changed, _CHANGES_LOGGED_MAX):
-            log.info("%s: %s", name, difference(changed[name], state.endpoints.get(name, ())))
+            what = difference(changed[name], state.endpoints.get(name, ()))
+            log.info("%s: %s", name, what)
+            self._journal.note(name.service, f"{name.port_name}: {what}" if name.port_name else what)
         if (more := len(changed) - _CHANGES_LOGGED_MAX) > 0:
             log.info("the endpoints of %d more service ports have changed", more)
 
@@ -191,6 +196,7 @@ class Controller:
         self._changed.set()  # try again
         self.failing_since = self.failing_since or time.time()
         self.error = error
+        self._journal.note(None, f"a sync failed: {error}")
 
 
 def _families(event: ObjectEvent) -> tuple[str, ...]:

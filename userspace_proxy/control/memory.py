@@ -41,6 +41,7 @@ class StateDir:
     """A folder that outlives the process. If it is lost or corrupt, addresses and ports may change."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._file = folder / _NAME
         self._failure = ""
         self._saving = threading.Lock()

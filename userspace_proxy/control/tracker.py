@@ -8,9 +8,11 @@ therefore costs nothing here.
 from __future__ import annotations
 
 import logging
+import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 from types import MappingProxyType
 
 from userspace_proxy import api
@@ -59,6 +61,7 @@ class Tracker:
         self._services: dict[NamespacedName, api.Service] = {}  # the latest version that is valid by itself
         self._served: dict[NamespacedName, api.Service] = {}  # the latest version without conflicts with others
         self._origins: dict[NamespacedName, Origin] = {}
+        self._since: dict[NamespacedName, float] = {}  # wall-clock second of the first good version
         self._slices: dict[NamespacedName, dict[NamespacedName, api.EndpointSlice]] = defaultdict(dict)
         self._service_of_slice: dict[NamespacedName, NamespacedName] = {}
         self._endpoints: dict[NamespacedName, api.Endpoints] = {}
@@ -84,6 +87,26 @@ class Tracker:
     def here(self) -> Node:
         """This node in the latest state."""
         return self._state.node
+
+    @property
+    def services(self) -> Mapping[NamespacedName, api.Service]:
+        """The latest valid version of every Service, also of those that no proxy serves."""
+        return self._services
+
+    def endpoints_of(self, name: ServicePortName) -> tuple[Endpoint, ...]:
+        """Return the endpoints of *name*, healthy or not."""
+        return self._endpoints_of.get(name, ())
+
+    def since(self, name: NamespacedName) -> float:
+        """Return the wall-clock second since which the Service *name* is known here."""
+        return self._since.get(name, 0.0)
+
+    def related(self, name: NamespacedName, most: int) -> Iterator[api.KubernetesObject]:
+        """Yield the slices and Endpoints of the Service *name*, and at most *most* Pods of its namespace."""
+        yield from self._slices.get(name, {}).values()
+        if name in self._endpoints:
+            yield self._endpoints[name]
+        yield from islice((pod for of, pod in self._pods.items() if of.namespace == name.namespace), most)
 
     def update_addresses(self, addresses: tuple[str, ...]) -> bool:
         """Take *addresses* for this host's own from now on; return whether they differ from those before."""
@@ -122,10 +145,12 @@ class Tracker:
                 self._report(self._faults, name, [error], origin, kept=name in self._services)
                 return
             self._services[name] = given
+            self._since.setdefault(name, time.time())
             if origin is not None:
                 self._origins[name] = origin
         else:
             self._services.pop(name, None)
+            self._since.pop(name, None)
             self._origins.pop(name, None)
         self._faults.pop(name, None)
         self._index_selectors(name)

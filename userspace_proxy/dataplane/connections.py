@@ -21,6 +21,7 @@ from userspace_proxy.dataplane.peers import Answer, last_answer
 from userspace_proxy.dataplane.poller import Poller
 from userspace_proxy.dataplane.sockets import keep_alive
 from userspace_proxy.interfaces import Splice
+from userspace_proxy.model.details import ConnectionDetails
 from userspace_proxy.model.endpoint import Address
 
 # Descriptors reserved for the event loop, rules, admin and file watching.
@@ -62,6 +63,8 @@ class Connection(Protocol):
     def splice(self) -> Splice | None: ...
 
     def count_bytes(self) -> None: ...
+
+    def details(self) -> ConnectionDetails: ...
 
     def cut(self, reason: str) -> None: ...
 

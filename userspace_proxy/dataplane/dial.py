@@ -125,7 +125,7 @@ class DialContext(NamedTuple):
     def hold_against(self, pick: Pick, client_ip: str, code: int) -> bool:
         """Count a failure of *pick*'s endpoint towards its ejection. Return whether this ejects it for all clients."""
         seen_client = self.seen_client(client_ip, pick)
-        if not self.picker.report_failure(pick.endpoint, seen_client):
+        if not self.picker.report_failure(pick.endpoint, seen_client, os.strerror(code)):
             return False
         self.note_ejection(pick, code)
         return not seen_client

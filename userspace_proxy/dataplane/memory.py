@@ -78,6 +78,7 @@ class Memory:
         self._counters: dict[Address, EndpointCounters] = {}
         self._chosen_from: dict[Chooser, Collection[Address]] = {}
         self._overtaken: dict[Address, int] = {}
+        self.last_failures: dict[Address, tuple[float, str]] = {}  # wall-clock second and reason
         self.slow_start_s = 0.0
         self.starting: dict[Address, float] = {}  # the time since which an endpoint is in slow start; oldest first
         # Ejections for one client alone, by client; the client whose dial failed longest ago comes first.
@@ -113,8 +114,9 @@ class Memory:
             del self.ejected[address]
         for address in [address for address in self.starting if address not in known]:
             del self.starting[address]
-        for address in [address for address in self._overtaken if address not in known]:
-            del self._overtaken[address]
+        for of_addresses in (self._overtaken, self.last_failures):
+            for address in [address for address in of_addresses if address not in known]:
+                del of_addresses[address]
         for address in [a for a, counters in self._counters.items() if a not in known and not counters.open]:
             del self._counters[address]
 

@@ -9,6 +9,7 @@ Each family has its own endpoints and its own balancer, and a client gets endpoi
 from __future__ import annotations
 
 import heapq
+import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
@@ -119,6 +120,24 @@ class _Family:
         if candidates and not tried:
             return pick
         return pick._replace(why="failover" if candidates else "last resort")
+
+    def preview(self, client_ip: str) -> list[tuple[Pick, float]]:
+        """Return what `take` may return for *client_ip* now, each with its probability. Nothing changes."""
+        if not self._picks:
+            return []
+        memory, index_of = self._memory, self.index()
+        now = memory.now()
+        refused = memory.refused.get(client_ip, {})
+        due = [(max(e.until, e.trial_until), a) for a, e in memory.ejected.items() if a in index_of]
+        due = [(at, address) for at, address in due if at <= now]
+        if due and (trial := min(due)[1]) not in refused:
+            return [(self._picks[index_of[trial]]._replace(why="trial"), 1.0)]
+        everything = (1 << len(self._picks)) - 1
+        bits = self._without(everything & self._open, [a for a, e in refused.items() if now < e.until])
+        slow_starts = [(memory.share_of(since, now), starting) for since, starting in self._slow_starts.items()]
+        odds = self._balancer.odds(client_ip, Candidates(bits or everything, slow_starts))
+        picks = ((self._picks[index], probability) for index, probability in odds.items())
+        return [(pick if bits else pick._replace(why="last resort"), probability) for pick, probability in picks]
 
     def _shares(self, now: float) -> list[tuple[float, int]]:
         """Return the current share of the endpoints in slow start. Forget those that have their whole share."""
@@ -241,8 +260,19 @@ class Picker:
     def on_ejection(self, address: Address) -> None:
         self._families[":" in address[0]].on_ejection(address)
 
-    def report_failure(self, endpoint: Endpoint, as_client: str = "") -> bool:
-        """Count a failed dial to *endpoint*. Return whether this ejects it.
+    def preview(self, client_ip: str) -> list[tuple[Pick, float]]:
+        """Return what `pick` may return for *client_ip* now, each with its probability. Nothing changes."""
+        memory, now = self._memory, self._memory.now()
+        pin = memory.pins.get(client_ip) if memory.affinity_timeout_s is not None else None
+        if pin is not None and pin.expires_at > now and (pinned := self._endpoints.get(pin.address)) is not None:
+            ejection = memory.ejected.get(pin.address)
+            is_open = ejection is None or (now >= ejection.until and now >= ejection.trial_until)
+            if is_open and not self._is_refused(client_ip, pin.address):
+                return [(Pick(pinned, "affinity", memory.counters_of(pin.address)), 1.0)]
+        return self._families[":" in client_ip].preview(client_ip)
+
+    def report_failure(self, endpoint: Endpoint, as_client: str = "", why: str = "") -> bool:
+        """Count a failed dial to *endpoint*, for the reason *why*. Return whether this ejects it.
 
         The ejection time doubles with each failure, from EJECT_S to EJECT_MAX_S. *as_client*: the client's address if
         the endpoint sees it instead of this node's; the failure then counts for this client alone.
@@ -251,6 +281,7 @@ class Picker:
         if address not in self._endpoints:
             return False
         memory = self._memory
+        memory.last_failures[address] = time.time(), why
         if as_client:
             return memory.refuse(as_client, address)
         if address not in memory.ejected and not self._families[":" in endpoint.ip].has_another(address):
@@ -259,7 +290,8 @@ class Picker:
 
     def report_overtaken(self, endpoint: Endpoint, as_client: str = "") -> bool:
         """Note that another endpoint answered before *endpoint*. Return whether this ejects it, after several cases."""
-        return self._memory.is_silent(endpoint.address) and self.report_failure(endpoint, as_client)
+        why = "slower to answer than others"
+        return self._memory.is_silent(endpoint.address) and self.report_failure(endpoint, as_client, why)
 
     def report_success(self, endpoint: Endpoint, as_client: str = "") -> bool:
         """Note that *endpoint* accepted a connection, which ends its ejection. Return whether it was ejected."""

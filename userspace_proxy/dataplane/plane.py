@@ -26,9 +26,11 @@ from userspace_proxy.dataplane.splice.copy import CopySplicer
 from userspace_proxy.dataplane.splice.pipe import PipeSplicer
 from userspace_proxy.dataplane.stats import add_up
 from userspace_proxy.dataplane.tcp import TcpListener
+from userspace_proxy.dataplane.tell import tell_details
 from userspace_proxy.dataplane.udp import UdpListener
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import Backends, ListenerSpec, PlaneStats, ServiceStats, Splicer
+from userspace_proxy.model.details import Details, DetailsRequest, merge
 from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.names import L4Protocol, ListenerName, Scope, ServicePortName
 from userspace_proxy.model.probe import EndpointHealth
@@ -252,6 +254,13 @@ class LocalPlane:
                 yield part
                 part, steps = [], 0
         yield part
+
+    async def details(self, request: DetailsRequest) -> Details:
+        return merge(list(self.tell_details(request)))
+
+    def tell_details(self, request: DetailsRequest) -> Iterator[Details]:
+        """Yield the answer to *request*, in parts that take a fraction of a millisecond each."""
+        return tell_details(request, self._shared, self._listeners, self._context.connections)
 
     def totals(self) -> PlaneStats:
         """Return the counters of the data plane as a whole."""

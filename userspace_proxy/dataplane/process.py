@@ -20,6 +20,7 @@ from userspace_proxy.dataplane.memory import PINS_MAX, PickerMemory, Pin
 from userspace_proxy.dataplane.watchdog import LOOK_EVERY_S, Watchdog, activity_of
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import ServiceStats
+from userspace_proxy.model.details import Details
 from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.names import ListenerName, ServicePortName
 
@@ -85,6 +86,7 @@ class WorkerProcess:
         self._replay = replay
         self._waiting: deque[asyncio.Future[wire.Answer]] = deque()
         self._told: list[ServiceStats] = []  # parts of stats until the answer is complete
+        self._details: list[Details] = []  # parts of details, too
         self._channel: Channel | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._replaced: list[subprocess.Popen[bytes]] = []  # replaced processes that have not exited yet
@@ -134,11 +136,15 @@ class WorkerProcess:
             for name, memory in answer.memory:
                 if self._knows(name):
                     self.learnt.note(name, memory)
+        elif isinstance(answer, wire.ToldPart):
+            self._details.append(answer.details)
         elif isinstance(answer, wire.StatsPart):
             self._told += answer.services
         elif self._waiting:
             if isinstance(answer, wire.Stats):
                 answer, self._told = wire.Stats(answer.rest, self._told), []
+            elif isinstance(answer, wire.Told):
+                answer, self._details = wire.Told(self._details), []
             waiting = self._waiting.popleft()
             if not waiting.done():
                 waiting.set_result(answer)
@@ -161,6 +167,7 @@ class WorkerProcess:
         # Until there is another worker, requests fail at once: a waiting one would take that worker's first answer.
         channel, self._channel = self._channel, None
         self._told = []
+        self._details = []
         waiting, self._waiting = self._waiting, deque()
         for future in waiting:
             if not future.done():

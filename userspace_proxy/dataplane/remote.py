@@ -27,6 +27,7 @@ from userspace_proxy.dataplane.sockets import refusal, reserve_refusing_port
 from userspace_proxy.dataplane.stats import add_up, sum_of
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import Backends, ListenerSpec, PlaneStats
+from userspace_proxy.model.details import Details, DetailsRequest, merge
 from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.names import ListenerName, Scope, ServicePortName
 from userspace_proxy.model.probe import EndpointHealth
@@ -34,6 +35,7 @@ from userspace_proxy.model.probe import EndpointHealth
 # Items per frame: packets wait at most a few milliseconds while the worker applies one.
 _A_FRAME = 32
 _OPENED_A_FRAME = 16
+_DETAILS_A_FRAME = 256
 # A worker that does not read for this time is abandoned at close.
 _SENT_S = 2.0
 
@@ -243,6 +245,14 @@ class RemotePlane:
         stats = add_up(services, totals, known if known > endpoints_max else 0)
         return replace(stats, worker_restarts=self.restarts)
 
+    async def details(self, request: DetailsRequest) -> Details:
+        parts: list[Details] = []
+        with contextlib.suppress(SyncError):
+            for answer in await self._send_all(*_split(request)):
+                if isinstance(answer, wire.Told):
+                    parts += answer.details
+        return merge(parts)
+
     def _known_endpoints(self) -> int:
         """Return the number of endpoints. Of one service port's sets, the largest nearly always has them all."""
         known: dict[ServicePortName, int] = {}
@@ -273,6 +283,16 @@ class RemotePlane:
     def _all_sockets(self) -> Iterator[socket.socket]:
         for group in (*self._sockets.values(), *self._reserved.values()):
             yield from group
+
+
+def _split(request: DetailsRequest) -> Iterator[wire.TellDetails]:
+    """Yield *request* in messages about some service ports each; the last one asks for connections of all of them."""
+    if request.connections:
+        yield wire.TellDetails(request)
+        return
+    for start in range(0, len(request.names), _DETAILS_A_FRAME):
+        names = request.names[start : start + _DETAILS_A_FRAME]
+        yield wire.TellDetails(replace(request, names=names))
 
 
 def _refused(answers: Iterable[object]) -> dict[ListenerName, str]:

@@ -31,6 +31,7 @@ from userspace_proxy.dataplane.sockets import (
 )
 from userspace_proxy.dataplane.transparent import Transparent
 from userspace_proxy.interfaces import UNANSWERED, AccessRecord, Backends, ListenerSpec, Splice
+from userspace_proxy.model.details import ConnectionDetails
 from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.names import ListenerName
 from userspace_proxy.model.service import ConnectionPolicy, Portal, portals
@@ -393,6 +394,20 @@ class TcpConnection:
         counters.bytes_to_clients += to_client - before_to_client
         of_endpoint.bytes_to_backends += to_backend - before_to_backend
         of_endpoint.bytes_to_clients += to_client - before_to_client
+
+    def details(self) -> ConnectionDetails:
+        """Return what is known of this connection."""
+        splice, pick = self._splice, self._pick
+        return ConnectionDetails(
+            self.listener.name.service_port,
+            self.client,
+            "" if self._portal is None else str(self._portal),
+            None if pick is None else pick.endpoint.address,
+            "" if pick is None else pick.why,
+            self._context.now() - self.started_at,
+            0 if splice is None else splice.bytes_to_backend,
+            0 if splice is None else splice.bytes_to_client,
+        )
 
     # ---- for the sweep, the drain and the policy
 

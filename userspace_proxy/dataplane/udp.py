@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 from collections import OrderedDict
+from collections.abc import Iterator
 
 from userspace_proxy.dataplane.context import PlaneContext, Shared
 from userspace_proxy.dataplane.datagrams import Destination, Leased, UdpFlow
@@ -21,6 +22,7 @@ from userspace_proxy.dataplane.proxy_protocol import header_of
 from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, bind_anywhere
 from userspace_proxy.dataplane.transparent import Transparent
 from userspace_proxy.interfaces import AccessRecord, Backends, EndpointCounters, ListenerSpec
+from userspace_proxy.model.details import ConnectionDetails
 from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.names import ListenerName
 from userspace_proxy.model.service import Balance, portals
@@ -278,10 +280,25 @@ class UdpListener:
             log.debug("%s: a firewall of this host forbids datagrams to %s", self.name, endpoint)
         elif error.errno in LOCAL_SHORTAGES:
             self._context.connections.note_shortage(error)
-        elif self.picker.report_failure(endpoint, self._name(key, endpoint)):
+        elif self.picker.report_failure(endpoint, self._name(key, endpoint), error.strerror or str(error)):
             self.counters.ejections += 1
             counters.ejections += 1
             log.info("endpoint %s is ejected for a while: %s", endpoint, error.strerror)
+
+    def details(self) -> Iterator[ConnectionDetails]:
+        """Yield what is known of each flow, the longest unused first."""
+        now, known = self._context.now(), portals(self._spec.service_port)
+        for flow in self._flows.values():
+            yield ConnectionDetails(
+                self.name.service_port,
+                client_address(flow.key),
+                str(known[0]) if len(known) == 1 else "",
+                flow.endpoint.address,
+                flow.why,
+                now - flow.started_at,
+                flow.bytes_to_backend,
+                flow.bytes_to_client,
+            )
 
     def count_bytes(self) -> None:
         """Update the byte counters of all flows."""

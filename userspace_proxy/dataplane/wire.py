@@ -13,6 +13,7 @@ import msgspec
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.memory import PickerMemory
 from userspace_proxy.interfaces import Backends, ListenerSpec, PlaneStats, ServiceStats
+from userspace_proxy.model.details import Details, DetailsRequest
 from userspace_proxy.model.names import ListenerName, ServicePortName
 
 
@@ -69,6 +70,12 @@ class TellStats(msgspec.Struct, frozen=True, tag=True):
     endpoints: bool = False
 
 
+class TellDetails(msgspec.Struct, frozen=True, tag=True):
+    """Answered with `Told`, after any number of `ToldPart`."""
+
+    request: DetailsRequest
+
+
 class Cut(msgspec.Struct, frozen=True, tag=True):
     """Reset all connections at once, before other queued requests (a drain, for example). Not answered."""
 
@@ -88,7 +95,7 @@ class Close(msgspec.Struct, frozen=True, tag=True):
     handed_over: bool = False
 
 
-Request = Open | Begin | Update | Retire | TellStats | Cut | Ping | KeepOn | Close
+Request = Open | Begin | Update | Retire | TellStats | TellDetails | Cut | Ping | KeepOn | Close
 
 # ---- worker -> control
 
@@ -115,6 +122,18 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
     services: list[ServiceStats] = []
 
 
+class ToldPart(msgspec.Struct, frozen=True, tag=True):
+    """A part of the answer to `TellDetails`."""
+
+    details: Details
+
+
+class Told(msgspec.Struct, frozen=True, tag=True):
+    """The end of the answer to `TellDetails`. The worker sends *details* before, as `ToldPart`."""
+
+    details: list[Details] = []
+
+
 class Pong(msgspec.Struct, frozen=True, tag=True):
     """Answer to `Ping`. It may overtake answers to queued requests."""
 
@@ -125,7 +144,7 @@ class News(msgspec.Struct, frozen=True, tag=True):
     memory: list[tuple[ServicePortName, PickerMemory]]
 
 
-Answer = Done | StatsPart | Stats | Pong | News
+Answer = Done | StatsPart | Stats | ToldPart | Told | Pong | News
 
 requests = msgspec.msgpack.Decoder(Request)
 answers = msgspec.msgpack.Decoder(Answer)

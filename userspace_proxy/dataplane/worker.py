@@ -167,6 +167,11 @@ class Worker:
                         self._channel.send(wire.encode(wire.StatsPart(part)))
                     await asyncio.sleep(0)
                 return wire.Stats(replace(plane.totals(), log_lines_dropped=log_lines_dropped()))
+            case wire.TellDetails(asked):
+                for told in plane.tell_details(asked):
+                    self._channel.send(wire.encode(wire.ToldPart(told)))
+                    await asyncio.sleep(0)
+                return wire.Told()
             case wire.KeepOn():
                 if LOST in descriptors:
                     log.error("this worker will stop if the control process dies: no descriptor is left")

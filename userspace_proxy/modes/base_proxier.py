@@ -39,6 +39,9 @@ class BaseProxier:
     def service_ports(self) -> int:
         return len(self._plans.held)
 
+    async def is_intact(self) -> bool:
+        return await self._loaded_rules.is_intact()
+
     @contextlib.asynccontextmanager
     async def paused(self) -> AsyncIterator[None]:
         """Neither load nor repair rules within the block."""

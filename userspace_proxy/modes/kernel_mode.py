@@ -26,6 +26,8 @@ def kernel_mode(
     language: str,
     firewall_passages: tuple[Passage, ...] = (FORWARDED,),
     annotations: tuple[str, ...] = (),
+    choice: str,
+    shares_kube_proxys_chains: bool = False,
     node_port_addresses: tuple[str, ...] = (),
 ) -> Mode:
     """Return a mode with the rules of *make_rules*."""
@@ -59,6 +61,8 @@ def kernel_mode(
         render=render,
         firewall_passages=firewall_passages,
         annotations=annotations,
+        choice=choice,
+        shares_kube_proxys_chains=shares_kube_proxys_chains,
         node_port_addresses=node_port_addresses,
     )
 

@@ -91,8 +91,10 @@ class Mode:
     if not. ``removals`` remove everything that the mode leaves on a host, also after a crash. ``languages``: the rule
     languages in which it can be rendered, the default first. ``render`` returns the rules, each line with its reason.
     ``firewall_passages``: where a firewall of another program can drop traffic of Services. ``annotations``: those that
-    this mode honours, without their prefix; ``name: value`` for one value. ``node_port_addresses``: the addresses that
-    serve node ports by default. The table of settings (`config/settings.py`) says which settings apply in a mode.
+    this mode honours, without their prefix; ``name: value`` for one value. ``choice``: how the kernel chooses an
+    endpoint. ``shares_kube_proxys_chains``: its rules are in chains with kube-proxy's names. ``node_port_addresses``:
+    the addresses that serve node ports by default. The table of settings (`config/settings.py`) says which settings
+    apply in a mode.
     """
 
     name: str
@@ -104,6 +106,8 @@ class Mode:
     render: Callable[[RenderRequest], Rules]
     firewall_passages: tuple[Passage, ...] = ()
     annotations: tuple[str, ...] = ()
+    choice: str = ""
+    shares_kube_proxys_chains: bool = False
     node_port_addresses: tuple[str, ...] = ()
 
     def languages_for(self, asked: str) -> tuple[str, ...]:

@@ -15,12 +15,15 @@ import socket
 from collections.abc import Callable, Coroutine, Sequence
 
 from userspace_proxy import __version__
+from userspace_proxy.admin.control_socket import NAME as SOCKET_NAME
+from userspace_proxy.admin.control_socket import ControlSocket
 from userspace_proxy.admin.health_checks import ServiceHealthChecks
 from userspace_proxy.admin.server import AdminServer
 from userspace_proxy.config.configz import configz
 from userspace_proxy.config.settings import Settings
 from userspace_proxy.control.advice import Advisor
 from userspace_proxy.control.controller import Controller
+from userspace_proxy.control.journal import Journal
 from userspace_proxy.control.memory import SavedAllocations
 from userspace_proxy.control.pacer import Pacer
 from userspace_proxy.control.state_writer import StateWriter
@@ -36,10 +39,13 @@ from userspace_proxy.modes.mode import Mode, ProxierRequest
 from userspace_proxy.probes.filter import HealthFilter
 from userspace_proxy.runtime.cleanup import remove_others, require_net_admin
 from userspace_proxy.runtime.desired_state import lint_options, make_allocations, make_proxy_ports
+from userspace_proxy.runtime.inspection import Inspection
 from userspace_proxy.runtime.lifecycle import Ending, Lifecycle, child_processes, kept_listeners, reap, restart_with
 from userspace_proxy.runtime.node_network import NodeRoutes, follow_addresses, leave_network
 from userspace_proxy.runtime.node_setup import NodeSetup, set_up_node
+from userspace_proxy.runtime.questions import questions
 from userspace_proxy.runtime.reports import Reports
+from userspace_proxy.runtime.why import Explainer
 from userspace_proxy.sources.events import node_reference
 from userspace_proxy.sources.files import FileSource
 
@@ -94,6 +100,7 @@ class App:
             proxy.health_checks.adopt([sock for sock in listeners if sock not in of_dns] + node.lock.health_checks)
             stack.callback(proxy.incumbent.close)
             stack.push_async_callback(proxy.admin.close)
+            stack.push_async_callback(proxy.control_socket.close)
             try:
                 await proxy.serve(draining)
             finally:
@@ -104,6 +111,7 @@ class App:
                     node.lock.name.close()
                     await proxy.health_checks.close()
                     await proxy.admin.close()
+                    await proxy.control_socket.close()
                     if node.dns is not None:
                         node.dns.leave()
                 elif lifecycle.ending is Ending.RESTART:
@@ -150,6 +158,7 @@ class Proxy:
             lambda service, why: self._warn_of(service, "FailedToStartServiceHealthcheck", why),
             lambda: node.rules.node_port_ips(self._tracker.here),
         )
+        journal = Journal()
         self._controller = Controller(
             node.source,
             self._tracker,
@@ -158,6 +167,7 @@ class Proxy:
             after_sync=self._after_sync,
             health_timeout_s=2 * settings.sync_period_s,  # as kube-proxy
             filtered=self._health_filter.apply,
+            journal=journal,
         )
         # Hand-over to a successor.
         present = Present(VERSION, os.getpid(), node.sources, workers=0 if mode.kernel_serves else 1)
@@ -181,6 +191,19 @@ class Proxy:
             lambda: self._advisor.faults if self._advisor is not None else [],
             node.dns,
         )
+        inspection = Inspection(
+            mode, self._tracker, self._controller, self._proxier, node.plane, self._health_filter, journal
+        )
+        explainer = Explainer(
+            mode,
+            node.rules,
+            self._tracker,
+            self._proxier,
+            node.plane,
+            self._health_filter,
+            str(settings.service_ranges[0]),
+        )
+        self.control_socket = ControlSocket(questions(inspection, explainer, self._controller))
         self.admin = AdminServer(
             reports.health, reports.metrics, settings.proxy_mode, configz(settings), settings.degraded_status
         )
@@ -189,6 +212,7 @@ class Proxy:
         """Serve until the process is to end. *draining*: workers from before a restart in place."""
         settings, node = self._settings, self._node
         await self.admin.start(settings.healthz_bind_address, settings.metrics_bind_address)
+        await self._listen_for_questions()
         jobs: dict[str, Coroutine[object, object, None]] = {
             "controller": self._controller.run(),
             "events": node.events.run(),
@@ -210,6 +234,18 @@ class Proxy:
             for task in tasks:
                 task.cancel()
         self._health_filter.close()
+
+    async def _listen_for_questions(self) -> None:
+        """Open the control socket. Without a place for it, serve without one."""
+        path, state_dir = self._settings.control_socket, self._node.state_dir
+        place = path or (state_dir.folder / SOCKET_NAME if state_dir is not None else None)
+        try:
+            if place is not None:
+                await self.control_socket.start(place)
+        except StartError as error:
+            if path is not None:
+                raise
+            log.warning("get, describe and why have no socket to ask at: %s", error)
 
     async def remove_rules(self) -> None:
         """Drain connections and remove every rule, unless the kernel is to serve on by them."""

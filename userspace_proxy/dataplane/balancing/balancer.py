@@ -4,7 +4,8 @@ integer with one bit for each, so that a choice among thousands is a few operati
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from random import random
 from typing import NamedTuple, Protocol
 
@@ -66,10 +67,27 @@ class Balancer(Protocol):
         """Return the index of the endpoint for a new connection, one of *candidates*."""
         ...
 
+    def odds(self, client_ip: str, candidates: Candidates) -> Mapping[int, float]:
+        """Return the probability of each index that `pick_among` may return now. Nothing changes."""
+        ...
+
 
 def indexes(bits: int) -> Iterator[int]:
     """Yield the indexes of the set bits, lowest first."""
     return (index for index, bit in enumerate(reversed(f"{bits:b}")) if bit == "1")
+
+
+def odds_by_draw(candidates: Candidates, choose: Callable[[int], Mapping[int, float]]) -> dict[int, float]:
+    """Return the probability of each index for an algorithm that admits endpoints in slow start by a random draw.
+
+    *choose* returns the probabilities among the admitted bits.
+    """
+    odds: dict[int, float] = {}
+    edges = sorted({0.0, 1.0, *(min(share, 1.0) for share, _ in candidates.slow_starts)})
+    for low, high in pairwise(edges):
+        for index, probability in choose(candidates.admitted(low)).items():
+            odds[index] = odds.get(index, 0.0) + (high - low) * probability
+    return odds
 
 
 def first_from(bits: int, start: int) -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from random import choices
 
-from userspace_proxy.dataplane.balancing.balancer import Candidates, Member, indexes
+from userspace_proxy.dataplane.balancing.balancer import Candidates, Member, indexes, odds_by_draw
 
 
 class RandomChoice:
@@ -30,3 +30,10 @@ class RandomChoice:
     def pick_among(self, client_ip: str, candidates: Candidates) -> int:
         left = list(indexes(candidates.admitted()))
         return choices(left, [self._weights[index] for index in left])[0]  # noqa: S311 - no secret
+
+    def odds(self, client_ip: str, candidates: Candidates) -> Mapping[int, float]:
+        def choose(bits: int) -> dict[int, float]:
+            total = sum(self._weights[index] for index in indexes(bits))
+            return {index: self._weights[index] / total for index in indexes(bits)}
+
+        return odds_by_draw(candidates, choose)

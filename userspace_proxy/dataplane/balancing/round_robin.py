@@ -6,11 +6,12 @@ The cycle is computed when endpoints change, so a choice costs the same with and
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from itertools import chain
 from math import gcd
 
-from userspace_proxy.dataplane.balancing.balancer import Candidates, Member, first_from
+from userspace_proxy.dataplane.balancing.balancer import Candidates, Member, first_from, odds_by_draw
 from userspace_proxy.model.endpoint import Address
 
 # From the third endpoint on, a connection's next attempt skips this part of the cycle, because adjacent endpoints may
@@ -64,6 +65,12 @@ class RoundRobin:
             at = first_from(bits, start)
         self._next = (at + 1) % count
         return turns[at]
+
+    def odds(self, client_ip: str, candidates: Candidates) -> Mapping[int, float]:
+        def choose(bits: int) -> dict[int, float]:
+            return {copy(self).pick_among(client_ip, Candidates(bits, failed=candidates.failed)): 1.0}
+
+        return odds_by_draw(candidates, choose)
 
 
 def cycle(weights: Sequence[int]) -> list[int]:

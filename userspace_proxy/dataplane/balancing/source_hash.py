@@ -7,7 +7,7 @@ endpoint is ejected, its clients go to the endpoints of the following slots, and
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 
 from userspace_proxy.dataplane.balancing.balancer import Candidates, Member, first_from
@@ -50,6 +50,9 @@ class SourceHash:
             if bits >> (index := table[at % len(table)]) & 1:
                 return index
         return first_from(bits, slot % len(self._members))
+
+    def odds(self, client_ip: str, candidates: Candidates) -> Mapping[int, float]:
+        return {self.pick_among(client_ip, candidates): 1.0}
 
     def _make_table(self) -> list[int]:
         members = self._members

@@ -29,4 +29,6 @@ MODE = kernel_mode(
     make_rules,
     language="iptables",
     annotations=("balance: random",),
+    choice="at random, by iptables",
+    shares_kube_proxys_chains=True,
 )

@@ -25,4 +25,5 @@ MODE = kernel_mode(
     language="ipvsadm",
     firewall_passages=(DIALLED, REPLIES),
     annotations=("balance", "ipvs-scheduler", "weights"),
+    choice="by the scheduler of IPVS",
 )

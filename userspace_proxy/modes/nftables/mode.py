@@ -25,4 +25,5 @@ MODE = kernel_mode(
     language="nftables",
     node_port_addresses=("primary",),  # as kube-proxy does in this mode
     annotations=("balance: random", "weights"),
+    choice="at random, by nftables",
 )

@@ -1,0 +1,311 @@
+"""`get`, `describe` and `why`: what a running proxy serves, and why, asked at its control socket."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import click
+
+from userspace_proxy.cli.options import fail
+from userspace_proxy.printable import printable
+
+_TIMEOUT_S = 30.0
+_WATCH_EVERY_S = 1.0
+# As in run; the constants of config and admin would cost their imports.
+_DEFAULTSOCKET = "/var/lib/userspace-proxy/control.sock"
+_DEFAULT_SOCKET = "/var/lib/userspace-proxy/control.sock"
+_KINDS = {
+    **dict.fromkeys(("services", "service", "svc"), "services"),
+    **dict.fromkeys(("endpoints", "endpoint", "ep"), "endpoints"),
+    **dict.fromkeys(("connections", "connection", "conn"), "connections"),
+}
+
+Row = dict[str, Any]
+
+
+class _Connection(HTTPConnection):
+    """HTTP over the Unix socket at *path*."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=_TIMEOUT_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(_TIMEOUT_S)
+        folder = os.open(self._path.parent, os.O_PATH | os.O_DIRECTORY)
+        try:  # by the folder, as a path may be too long for an address
+            self.sock.connect(f"/proc/self/fd/{folder}/{self._path.name}")
+        finally:
+            os.close(folder)
+
+
+def ask(path: Path, question: str, **parameters: str) -> Row:
+    """Return the answer to *question*; ends this process with a message that names the fix if there is none."""
+    connection = _Connection(path)
+    try:
+        connection.request("GET", f"/v1/{question}?{urlencode(parameters)}")
+        response = connection.getresponse()
+        answer: Row = json.loads(response.read())
+    except PermissionError:
+        fail(f"{path} is for the user that runs the proxy; use sudo")
+    except OSError as error:
+        fail(f"no proxy answers at {path} ({error.strerror or error}); name its socket with --control-socket")
+    except (HTTPException, ValueError) as error:
+        fail(f"what answers at {path} is no proxy of this version: {error}")
+    if "error" in answer:
+        fail(answer["error"])
+    return answer
+
+
+SOCKET = click.option(
+    "--control-socket",
+    type=click.Path(path_type=Path),
+    envvar="USERSPACE_PROXY_CONTROL_SOCKET",
+    default=_DEFAULT_SOCKET,
+    metavar="FILE",
+    help=f"Control socket of the proxy (default {_DEFAULT_SOCKET})",
+)
+NAMESPACE = click.option("-n", "--namespace", metavar="NS", default="default", help="Namespace (default default)")
+_OUTPUT = click.option("-o", "--output", type=click.Choice(["wide", "json", "yaml"]), help="Columns, or a format")
+
+
+@click.command()
+@click.argument("kind", type=click.Choice(sorted(_KINDS)), metavar="services|endpoints|connections")
+@click.argument("name", default="")
+@NAMESPACE
+@click.option("-A", "--all-namespaces", is_flag=True, help="All namespaces")
+@_OUTPUT
+@click.option("-w", "--watch", is_flag=True, help="Print rows again when they change, until Ctrl-C")
+@SOCKET
+def get(
+    kind: str,
+    name: str,
+    *,
+    namespace: str,
+    all_namespaces: bool,
+    output: str | None,
+    watch: bool,
+    control_socket: Path,
+) -> None:
+    """List what a running proxy serves: Services, endpoints or open connections."""
+    kind = _KINDS[kind]
+    whose = {"namespace": "" if all_namespaces else namespace, "name": name}
+    columns = _COLUMNS[kind](output == "wide", all_namespaces)
+    answer = ask(control_socket, kind, **whose)
+    if output in ("json", "yaml"):
+        _dump(answer, output)
+        return
+    rows = [[show(item) for show in columns.values()] for item in answer["items"]]
+    if name and not rows and kind == "services":
+        fail(f"there is no Service {namespace}/{name}; -A lists those of all namespaces")
+    if not rows and not watch:
+        click.echo(f"No {kind} found{'' if all_namespaces else f' in namespace {namespace}'}.", err=True)
+        return
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    _print_rows([list(columns), *rows], widths)
+    if answer.get("hidden"):
+        click.echo(f"... and {answer['hidden']} more", err=True)
+    while watch:
+        time.sleep(_WATCH_EVERY_S)
+        before = {tuple(row) for row in rows}
+        rows = [[show(item) for show in columns.values()] for item in ask(control_socket, kind, **whose)["items"]]
+        _print_rows([row for row in rows if tuple(row) not in before], widths)
+
+
+@click.command()
+@click.argument("kind", type=click.Choice(["service", "services", "svc"]), metavar="service")
+@click.argument("name")
+@NAMESPACE
+@click.option("-o", "--output", type=click.Choice(["json", "yaml"]), help="Format")
+@SOCKET
+def describe(kind: str, name: str, *, namespace: str, output: str | None, control_socket: Path) -> None:
+    """Show all that a running proxy knows of a Service, with its endpoints and recent events."""
+    answer = ask(control_socket, "description", namespace=namespace, name=name)
+    if output:
+        _dump(answer, output)
+        return
+    service = answer["service"]
+    facts = {
+        "Name": service["name"],
+        "Namespace": service["namespace"],
+        "Type": service["type"],
+        "Selector": _labels(service["selector"]),
+        "IPs": ", ".join(service["cluster_ips"]) or "<none>",
+        "External IPs": ", ".join(service["external_ips"]) or "<none>",
+        "Ports": ", ".join(service["ports"]) or "<none>",
+        **answer["facts"],
+        **({"Problem": service["problem"]} if service["problem"] else {}),
+    }
+    width = max(map(len, facts)) + 2
+    for fact, value in facts.items():
+        click.echo(printable(f"{fact + ':':<{width}}{value}"))
+    for title, rows, columns in (
+        ("Endpoints", answer["endpoints"], _endpoint_columns(wide=True, everywhere=False)),
+        ("Events", answer["events"][-20:], _EVENTS),
+    ):
+        click.echo(f"{title}:{'' if rows else ' <none>'}")
+        if rows:
+            _print_table(columns, rows, indent="  ")
+
+
+@click.command()
+@click.argument("name", metavar="NAME[:PORT]")
+@click.option("--client", metavar="IP", default="", help="Address of the client")
+@NAMESPACE
+@click.option("-o", "--output", type=click.Choice(["json", "yaml"]), help="Format")
+@SOCKET
+def why(name: str, *, client: str, namespace: str, output: str | None, control_socket: Path) -> None:
+    """Say which endpoint the next connection to a Service gets and why, or why it cannot be reached."""
+    service, _, port = name.partition(":")
+    answer = ask(control_socket, "why", namespace=namespace, name=service, port=port, client=client)
+    if output:
+        _dump(answer, output)
+    else:
+        for line in _explained(answer):
+            click.echo(printable(line))
+    if answer["obstacle"]:
+        sys.exit(1)
+
+
+def portal_of(name: str, namespace: str, control_socket: Path) -> str:
+    """Return the portal of the Service *name* (``NAME[:PORT]``) as ``IP:PORT/protocol``, as the proxy answers."""
+    service, _, port = name.partition(":")
+    answer = ask(control_socket, "why", namespace=namespace, name=service, port=port)
+    if not answer["portal"]:
+        obstacle = answer["obstacle"] or {"reason": "it has no portal", "fix": ""}
+        fail(f"{namespace}/{service}: {obstacle['reason']}; {obstacle['fix']}")
+    return f"{answer['portal']}/{answer['port'].rpartition('/')[2].lower()}"
+
+
+# ---- output
+
+
+def _explained(answer: Row) -> Iterable[str]:
+    client = f" of {answer['client']}" if answer["client"] else ""
+    yield f"{answer['service']} port {answer['port'] or '-'}, {answer['mode']} mode"
+    if answer["obstacle"]:
+        yield f"clients cannot reach it: {answer['obstacle']['reason']}"
+        yield f"  fix: {answer['obstacle']['fix']}"
+    if answer["next"]:
+        yield f"the next connection{client} to {answer['portal']} gets:"
+        for candidate in answer["next"]:
+            share = candidate["probability"]
+            odds = "" if share >= 1 else f" with probability {share:.3g}"
+            yield f"  {candidate['endpoint']}{odds}: {candidate['why']}"
+    if answer["unused"]:
+        yield "not:" if answer["next"] else "its endpoints:"
+        for endpoint in answer["unused"]:
+            yield f"  {endpoint['endpoint']}: {endpoint['why']}"
+    if answer["rules"] != "none":
+        yield f"rules in the kernel: {answer['rules']}"
+    for unknown in answer["unknown"]:
+        yield f"not known: {unknown}"
+
+
+Columns = Mapping[str, Callable[[Row], str]]
+
+
+def _service_columns(wide: bool, everywhere: bool) -> Columns:
+    return {
+        **({"NAMESPACE": lambda row: row["namespace"]} if everywhere else {}),
+        "NAME": lambda row: row["name"],
+        "TYPE": lambda row: row["type"],
+        "CLUSTER-IP": lambda row: ",".join(row["cluster_ips"]) or "<none>",
+        "EXTERNAL-IP": lambda row: ",".join(row["external_ips"]) or "<none>",
+        "PORT(S)": lambda row: ",".join(row["ports"]) or "<none>",
+        "AGE": lambda row: _age(time.time() - row["since"]) if row["since"] else "<unknown>",
+        **({"SELECTOR": lambda row: _labels(row["selector"])} if wide else {}),
+    }
+
+
+def _endpoint_columns(wide: bool, everywhere: bool) -> Columns:
+    return {
+        **({"NAMESPACE": lambda row: row["namespace"]} if everywhere else {}),
+        "SERVICE": lambda row: row["service"],
+        "PORT": lambda row: row["port"] or "<none>",
+        "ENDPOINT": lambda row: row["address"],
+        "STATE": _state,
+        "WEIGHT": lambda row: str(row["weight"]),
+        "OPEN": lambda row: str(row["open"]),
+        "PINS": lambda row: str(row["pins"]),
+        "LAST FAILURE": _last_failure,
+        **({"NODE": lambda row: row["node"] or "<none>", "REASON": lambda row: row["reason"]} if wide else {}),
+    }
+
+
+def _connection_columns(wide: bool, everywhere: bool) -> Columns:
+    return {
+        **({"NAMESPACE": lambda row: row["namespace"]} if everywhere else {}),
+        "SERVICE": lambda row: row["service"],
+        "PROTOCOL": lambda row: row["protocol"],
+        "CLIENT": lambda row: row["client"],
+        "PORTAL": lambda row: row["portal"] or "<unknown>",
+        "ENDPOINT": lambda row: row["endpoint"] or "<dialling>",
+        "AGE": lambda row: _age(row["age_s"]),
+        **({"WHY": lambda row: row["why"]} if wide else {}),
+        **(
+            {"UP": lambda row: str(row["bytes_to_backend"]), "DOWN": lambda row: str(row["bytes_to_client"])}
+            if wide
+            else {}
+        ),
+    }
+
+
+_COLUMNS = {"services": _service_columns, "endpoints": _endpoint_columns, "connections": _connection_columns}
+_EVENTS: Columns = {
+    "AGE": lambda row: _age(time.time() - row["at"]),
+    "COUNT": lambda row: str(row["count"]),
+    "EVENT": lambda row: row["what"],
+}
+
+
+def _state(row: Row) -> str:
+    if row["state"] == "ejected" and row["until"]:
+        return f"ejected ({max(row['until'] - time.time(), 0):.0f}s)"
+    return str(row["state"]) + (f" ({row['share']:.0%})" if row["share"] < 1 else "")
+
+
+def _last_failure(row: Row) -> str:
+    return f"{row['last_failure']} ({_age(time.time() - row['failed_at'])})" if row["failed_at"] else "<none>"
+
+
+def _labels(labels: Mapping[str, str]) -> str:
+    return ",".join(f"{key}={value}" for key, value in sorted(labels.items())) or "<none>"
+
+
+def _age(seconds: float) -> str:
+    """Return a time span as kubectl shows it: in one unit."""
+    for unit, name in ((86_400, "d"), (3_600, "h"), (60, "m")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.0f}{name}"
+    return f"{max(seconds, 0):.0f}s"
+
+
+def _print_table(columns: Columns, items: Iterable[Row], indent: str = "") -> None:
+    rows = [list(columns), *([show(item) for show in columns.values()] for item in items)]
+    _print_rows(rows, [max(map(len, cells)) for cells in zip(*rows, strict=True)], indent)
+
+
+def _print_rows(rows: Iterable[Sequence[str]], widths: Sequence[int], indent: str = "") -> None:
+    for row in rows:
+        cells = (f"{printable(cell):<{width}}" for cell, width in zip(row, widths, strict=True))
+        click.echo((indent + "   ".join(cells)).rstrip())
+
+
+def _dump(answer: Row, output: str) -> None:
+    if output == "json":
+        click.echo(json.dumps(answer, indent=2))
+        return
+    import yaml
+
+    click.echo(yaml.safe_dump(answer, sort_keys=False, allow_unicode=True), nl=False)

@@ -1,0 +1,136 @@
+"""What a data plane tells of single service ports when it is asked: endpoints, next choices, connections. Pure.
+
+Times are wall-clock seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from userspace_proxy.model.endpoint import Address
+from userspace_proxy.model.names import ListenerName, ServicePortName
+
+
+class EndpointDetails(NamedTuple):
+    """What a data plane has seen of one endpoint.
+
+    ``open``, ``opened``: connections or flows now, and ever. ``failures``: failed dials. ``pins``: clients with
+    affinity to it. ``ejected_until``: 0 if it is not ejected. ``last_failure``: the reason, "" for none.
+    ``share``: its present part (0 to 1) of its usual connections; below 1 in slow start.
+    """
+
+    address: Address
+    open: int = 0
+    opened: int = 0
+    failures: int = 0
+    pins: int = 0
+    ejected_until: float = 0.0
+    last_failure: str = ""
+    failed_at: float = 0.0
+    share: float = 1.0
+
+
+class NextChoice(NamedTuple):
+    """An endpoint that the next connection may get, with the probability (0 to 1) and the reason."""
+
+    address: Address
+    probability: float
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class ServicePortDetails:
+    """Endpoints of one service port of which there is something to tell, and the next choices of each listener.
+
+    ``workers``: how many worker processes told this; each of them chooses by itself.
+    """
+
+    name: ServicePortName
+    endpoints: tuple[EndpointDetails, ...] = ()
+    choices: tuple[tuple[ListenerName, tuple[NextChoice, ...]], ...] = ()
+    workers: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionDetails:
+    """One open connection or flow. ``portal``: "" if it is not known. ``endpoint``: None while being dialled."""
+
+    service_port: ServicePortName
+    client: Address
+    portal: str
+    endpoint: Address | None
+    why: str
+    age_s: float
+    bytes_to_backend: int
+    bytes_to_client: int
+
+
+@dataclass(frozen=True, slots=True)
+class DetailsRequest:
+    """What to tell: of service ports ``names``, the choices for ``client_ip`` ("": no choices), and connections.
+
+    ``connections``: at most so many of each worker, the oldest first; of every service port if ``names`` is empty.
+    """
+
+    names: tuple[ServicePortName, ...]
+    client_ip: str = ""
+    connections: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """The answer. ``hidden_connections``: open ones that exceed the number asked for."""
+
+    service_ports: tuple[ServicePortDetails, ...] = ()
+    connections: tuple[ConnectionDetails, ...] = ()
+    hidden_connections: int = 0
+
+
+def merge(told: list[Details]) -> Details:
+    """Return what several workers told as one answer."""
+    by_name: dict[ServicePortName, list[ServicePortDetails]] = {}
+    for details in told:
+        for of_one in details.service_ports:
+            by_name.setdefault(of_one.name, []).append(of_one)
+    connections = sorted((c for details in told for c in details.connections), key=lambda each: -each.age_s)
+    hidden = sum(details.hidden_connections for details in told)
+    return Details(tuple(map(_merge_service_ports, by_name.values())), tuple(connections), hidden)
+
+
+def _merge_service_ports(parts: list[ServicePortDetails]) -> ServicePortDetails:
+    endpoints: dict[Address, EndpointDetails] = {}
+    choices: dict[ListenerName, dict[tuple[Address, str], float]] = {}
+    for part in parts:
+        for endpoint in part.endpoints:
+            known = endpoints.get(endpoint.address)
+            endpoints[endpoint.address] = endpoint if known is None else _merge_endpoints(known, endpoint)
+        for listener, of_listener in part.choices:
+            shares = choices.setdefault(listener, {})
+            for choice in of_listener:
+                key = choice.address, choice.why
+                shares[key] = shares.get(key, 0.0) + choice.probability / len(parts)
+    return ServicePortDetails(
+        parts[0].name,
+        tuple(endpoints.values()),
+        tuple(
+            (listener, tuple(NextChoice(address, share, why) for (address, why), share in shares.items()))
+            for listener, shares in choices.items()
+        ),
+        len(parts),
+    )
+
+
+def _merge_endpoints(one: EndpointDetails, other: EndpointDetails) -> EndpointDetails:
+    latest = max(one, other, key=lambda each: each.failed_at)
+    return EndpointDetails(
+        one.address,
+        one.open + other.open,
+        one.opened + other.opened,
+        one.failures + other.failures,
+        one.pins + other.pins,
+        max(one.ejected_until, other.ejected_until),
+        latest.last_failure,
+        latest.failed_at,
+        min(one.share, other.share),
+    )
