@@ -45,7 +45,9 @@ def test_the_explanation_of_one_service_equals_its_golden_file(mode: str) -> Non
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("wanted", [WEB, ("-", "--explain"), ("-", "--service", "dns")])
 def test_the_shown_rules_are_loadable_by_their_tool(mode: str, wanted: tuple[str, ...], host: Host) -> None:
-    text = render(*wanted, *MODES[mode]).stdout
+    shown = render(*wanted, *MODES[mode])
+    assert (shown.returncode, shown.stderr) == (0, "")
+    text = shown.stdout
 
     if "table inet" in text:
         # What stands behind the table is for other tools, each named in a comment.
