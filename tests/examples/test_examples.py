@@ -51,6 +51,8 @@ WHAT_IS_SERVED = {
     "balance": {f"10.96.0.{number}:80/TCP": [f"{ONE}:8080", f"{TWO}:8080", f"{THREE}:8080"] for number in (41, 42, 43)},
     "dns": {"10.96.0.25:80/TCP": [f"{ONE}:8080"]},
     "headless": {},
+    "environment": {"10.96.0.26:6379/TCP": [f"{ONE}:8080"]},
+    "forward": {"10.96.0.27:80/TCP": [f"{ONE}:8080", f"{TWO}:8080"]},
     "external-name": {},
     "connection-policy": {"10.96.0.24:80/TCP": [f"{ONE}:8080"]},
     **{

@@ -116,6 +116,30 @@ def test_names_are_answered_as_their_lesson_says(lesson: str, expected: list[str
     assert asked(lesson, tmp_path) == expected
 
 
+def test_what_the_kubelet_sets_is_printed_as_the_lesson_says() -> None:
+    command = ["unshare", *OF_NO_PRIVILEGES, "--pid", "--fork", "--kill-child"]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [*command, str(EXAMPLES / "play.sh"), "environment"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        env={**os.environ, "PATH": path},
+    )
+
+    lines = done.stdout.splitlines()
+    assert "REDIS_PRIMARY_PORT_6379_TCP=tcp://10.96.0.26:6379" in lines
+    assert lines[-1].startswith("10.96.0.26 redis-primary.default.svc.cluster.local ")
+
+
+def test_a_forward_follows_a_rollout_as_its_lesson_says() -> None:
+    both, one = play("forward", OF_NO_PRIVILEGES, rows_of_dials=2)
+
+    assert both == {f"{ONE}:8080": 5, f"{TWO}:8080": 5}
+    assert one == {f"{TWO}:8080": 10}
+
+
 def test_balancing_is_as_its_lesson_says() -> None:
     turns, fewest, *hashed = play("balance", OF_NO_PRIVILEGES, rows_of_dials=4)
 

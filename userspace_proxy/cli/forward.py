@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import os
 from pathlib import Path
 
 import click
 
-from userspace_proxy.cli.options import GroupedCommand, fail, fails_on
+from userspace_proxy.cli.options import GroupedCommand, fails_on
 from userspace_proxy.errors import StartError
 
 _EXAMPLES = """\
@@ -90,10 +89,6 @@ def forward(
     configure_logging("text", verbose=verbose)
     if not verbose:
         logging.getLogger("userspace_proxy").setLevel(logging.WARNING)
-    if not paths and kubeconfig is None:
-        kubeconfig = Path(os.environ.get("KUBECONFIG") or Path.home() / ".kube" / "config")
-        if not kubeconfig.is_file():
-            fail(f"there is no {kubeconfig}; give --kubeconfig FILE, or manifests with -f PATH")
     request = forwarding.ForwardRequest(NamespacedName(namespace, name), asked, addresses, paths, kubeconfig)
     out = LineWriter("forward", lambda: 1, lambda _: None, lambda _: None)  # never wait for the reader of stdout
     with contextlib.closing(out), fails_on(StartError), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -118,6 +118,8 @@ def _period(name: str) -> Mapping[str, tuple[str, ...]]:
 
 
 _RENDER, _CHECK = ("run", "render"), ("run", "check", "render")
+# Commands that print how pods find Services.
+_NAMES = ("env", "names")
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +188,7 @@ class Settings:
     service_cluster_ip_ranges: tuple[Network, ...] = _setting(
         Group.ADDRESSES, "--service-cluster-ip-range", (), NETWORKS,
         "Cluster IPs, one range per IP family", shown=f"{', '.join(map(str, DEFAULT_SERVICE_RANGES))} for manifests",
-        commands=_CHECK)
+        commands=(*_CHECK, *_NAMES))
     # None by default, because the addresses have to be routed to this node.
     load_balancer_pool: tuple[Network, ...] = _setting(Group.ADDRESSES, "--load-balancer-pool", (), NETWORKS,
         "Addresses for LoadBalancer Services without an ingress IP", shown="none", commands=_CHECK)
@@ -195,7 +197,7 @@ class Settings:
         "Local ports that rules redirect to", field="portRange", commands=_RENDER)
     # None: the default folder if it can be written, else nothing is stored.
     state_dir: Path | None = _setting(Group.ADDRESSES, "--state-dir", None, FOLDER,
-        "Folder that keeps allocated addresses", shown=f"{DEFAULT_STATE_DIR}", commands=_RENDER)
+        "Folder that keeps allocated addresses", shown=f"{DEFAULT_STATE_DIR}", commands=(*_RENDER, *_NAMES))
 
     # None: kube-proxy's value in its place (see `conntrack_limits`).
     conntrack_max_per_core: int | None = _setting(Group.CONNTRACK, "--conntrack-max-per-core", None, number(0),
@@ -262,7 +264,7 @@ class Settings:
     dns: tuple[str, ...] = _setting(Group.DNS, "--dns", (), DNS_ADDRESSES,
         "Answer queries for names of Services, at the range's tenth address or at ADDRESS")
     cluster_domain: str = _setting(Group.DNS, "--cluster-domain", "cluster.local", DOMAIN,
-        "Domain of the names of Services")
+        "Domain of the names of Services", commands=("run", "names"))
     # (): the servers of resolv.conf, read again when it changes.
     dns_upstream: tuple[str, ...] = _setting(Group.DNS, "--dns-upstream", (), ADDRESSES,
         "Servers for other names, for this node and its pods", shown="those of /etc/resolv.conf")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import random
 import signal
 import socket
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
@@ -35,7 +34,7 @@ from userspace_proxy.model.service import ServicePort
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import serving_endpoints, usable_endpoints
 from userspace_proxy.probes.filter import HealthFilter
-from userspace_proxy.sources.files import FileSource
+from userspace_proxy.runtime.known_services import open_services
 
 # A Service's own addresses have no meaning here. These stand for them (RFC 5737, RFC 3849), one of each family.
 _NO_IPS = ["192.0.2.1", "2001:db8::1"]
@@ -297,7 +296,9 @@ async def forward(request: ForwardRequest, say: Callable[[str], None]) -> None:
     for signum in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
     async with contextlib.AsyncExitStack() as stack:
-        source = ServiceSource(await _open_source(request, stack), request.service)
+        source = ServiceSource(
+            await open_services(request.paths, request.kubeconfig, request.service, stack), request.service
+        )
         plane = LocalPlane(Limits())
         stack.push_async_callback(plane.close, 0.0)
         forwarder = Forwarder(request, plane, say)
@@ -329,17 +330,3 @@ def _require_service(name: NamespacedName, state: ProxyState, tracker: Tracker, 
     if problem := tracker.problems.get(name) or next(iter(source.problems.values()), ""):
         raise StartError(problem)
     raise StartError(f"there is no Service {name}; -n chooses another namespace")
-
-
-async def _open_source(request: ForwardRequest, stack: contextlib.AsyncExitStack) -> Source:
-    if request.paths:
-        return FileSource(request.paths)
-    from userspace_proxy.sources.kubernetes import KubernetesSource, service_reflectors
-    from userspace_proxy.sources.login import ApiTransport
-    from userspace_proxy.sources.reflector import Pace
-
-    transport = ApiTransport(request.kubeconfig)
-    stack.push_async_callback(transport.close)
-    await transport.open()
-    jitter = random.Random()  # noqa: S311
-    return KubernetesSource(service_reflectors(transport, request.service, Pace(), jitter), for_dns=True)

@@ -78,17 +78,23 @@ def reflectors(
     }
 
 
-def service_reflectors(transport: Transport, name: NamespacedName, pace: Pace, chance: random.Random) -> Reflectors:
-    """Return reflectors for one Service and its EndpointSlices. They need access to its namespace only."""
+def service_reflectors(
+    transport: Transport, name: NamespacedName | None, pace: Pace, chance: random.Random
+) -> Reflectors:
+    """Return reflectors for Services and EndpointSlices: those of *name*, in its namespace only, or all of them."""
 
-    def follows(plural: str, group: str, kind: type[api.KubernetesObject], **params: str) -> Reflector[Any]:
-        path, decoder = f"{group}/namespaces/{name.namespace}/{plural}", msgspec.json.Decoder(kind)
-        return Reflector(plural, path, params, decoder, transport, pace=pace, chance=chance)
+    def follows(path: str, kind: type[api.KubernetesObject], **params: str) -> Reflector[Any]:
+        group, _, plural = path.rpartition("/")
+        if name is not None:
+            path = f"{group}/namespaces/{name.namespace}/{plural}"
+        decoder = msgspec.json.Decoder(kind)
+        selectors = {key: f"{field}={name.name}" for key, field in params.items()} if name is not None else {}
+        return Reflector(plural, path, selectors, decoder, transport, pace=pace, chance=chance)
 
-    label = f"kubernetes.io/service-name={name.name}"
+    slices, label = "/apis/discovery.k8s.io/v1/endpointslices", "kubernetes.io/service-name"
     return {
-        "Service": follows("services", "/api/v1", api.Service, fieldSelector=f"metadata.name={name.name}"),
-        "EndpointSlice": follows("endpointslices", "/apis/discovery.k8s.io/v1", api.EndpointSlice, labelSelector=label),
+        "Service": follows("/api/v1/services", api.Service, fieldSelector="metadata.name"),
+        "EndpointSlice": follows(slices, api.EndpointSlice, labelSelector=label),
     }
 
 
