@@ -20,7 +20,7 @@ from userspace_proxy.admin.control_socket import ControlSocket
 from userspace_proxy.admin.health_checks import ServiceHealthChecks
 from userspace_proxy.admin.server import AdminServer
 from userspace_proxy.config.configz import configz
-from userspace_proxy.config.settings import Settings
+from userspace_proxy.config.settings import DEFAULT_SERVICE_RANGES, Settings
 from userspace_proxy.control.advice import Advisor
 from userspace_proxy.control.controller import Controller
 from userspace_proxy.control.journal import Journal
@@ -303,7 +303,9 @@ class Proxy:
             node.tune_conntrack()  # the rules have loaded conntrack
         with contextlib.suppress(SyncError):
             await remove_others(self._mode, node.prepared)
+        # Of a cluster no range may be known.
+        ranges = (*settings.service_ranges, *self._controller.synced.service_cidrs, *DEFAULT_SERVICE_RANGES)
         with contextlib.suppress(SyncError, ValueError):
             for passage in self._mode.firewall_passages:
-                for found in await find_blocking_firewall(passage, str(settings.service_ranges[0])):
+                for found in await find_blocking_firewall(passage, str(ranges[0])):
                     log.warning("a firewall on this node drops %s: %s", passage.traffic, found)
