@@ -201,7 +201,7 @@ class Proxy:
             self._proxier,
             node.plane,
             self._health_filter,
-            str(settings.service_ranges[0]),
+            str((*settings.service_ranges, *DEFAULT_SERVICE_RANGES)[0]),  # of a cluster no range may be known
         )
         self.control_socket = ControlSocket(questions(inspection, explainer, self._controller))
         self.admin = AdminServer(
