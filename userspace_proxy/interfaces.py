@@ -24,7 +24,6 @@ from userspace_proxy.model.names import (
     Scope,
     ServicePortName,
 )
-from userspace_proxy.model.probe import EndpointHealth
 from userspace_proxy.model.routes import Sender
 from userspace_proxy.model.service import Portal, ServicePort
 from userspace_proxy.model.state import ProxyState
@@ -471,10 +470,6 @@ class DataPlane(Protocol):
 
     async def stats(self, endpoints_max: int = 0) -> PlaneStats:
         """Return all counters. Includes those of endpoints, unless there are more than *endpoints_max*."""
-        ...
-
-    def ejected(self, name: ServicePortName) -> Mapping[Address, EndpointHealth]:
-        """Return the endpoints of *name* that failed dials have ejected."""
         ...
 
     async def details(self, request: DetailsRequest) -> Details:

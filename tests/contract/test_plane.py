@@ -26,9 +26,9 @@ from userspace_proxy.dataplane.wire import WorkerSettings
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import Backends, DataPlane, ListenerSpec, Redirects
 from userspace_proxy.lab import ip
+from userspace_proxy.model.details import DetailsRequest
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, Scope, ServicePortName
-from userspace_proxy.model.probe import EndpointCondition
 from userspace_proxy.model.service import ServicePort, portals
 from userspace_proxy.modes.userspace import nft
 
@@ -190,15 +190,14 @@ async def test_an_endpoint_that_failed_dials_eject_is_told_with_time_and_reason(
     async with running(kind, tmp_path) as plane:
         await plane.open([spec()])
         await plane.update(backends(refusing, three[0].endpoint))
-        assert plane.ejected(NAME) == {}
         assert await ask() == "a"
-        await until(lambda: bool(plane.ejected(NAME)), "the ejection is told")
-        ((address, health),) = plane.ejected(NAME).items()
+        details = await plane.details(DetailsRequest((NAME,)))
+        of_endpoints = {of.address: of for of in details.service_ports[0].endpoints}
 
-    assert address == refusing.address
-    assert health.condition is EndpointCondition.EJECTED
-    assert began_at - 0.1 <= health.since <= time.time()
-    assert health.reason == "dials failed, 1 in a row"
+    of_refusing = of_endpoints[refusing.address]
+    assert of_refusing.last_failure == "Connection refused"
+    assert began_at - 0.1 <= of_refusing.failed_at <= time.time() <= of_refusing.ejected_until
+    assert of_endpoints[three[0].endpoint.address].opened == 1
 
 
 @pytest.mark.parametrize("kind", PLANES)

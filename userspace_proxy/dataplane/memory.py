@@ -6,7 +6,6 @@ node port is still one client, and an endpoint that refuses one listener's dial 
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from typing import NamedTuple, Protocol
 
 from userspace_proxy.interfaces import EndpointCounters
 from userspace_proxy.model.endpoint import Address
-from userspace_proxy.model.probe import EndpointCondition, EndpointHealth
 
 EJECT_S = 1.0
 EJECT_MAX_S = 60.0
@@ -300,14 +298,3 @@ def _extend(ejection: Ejection, now: float) -> bool:
 
 def _length_s(failures: int) -> float:
     return min(EJECT_S * 2.0 ** (failures - 1), EJECT_MAX_S)
-
-
-def ejected_health(ejected: Iterable[tuple[Address, int, float]]) -> dict[Address, EndpointHealth]:
-    """Return the health of ejected endpoints (see `PickerMemory`), since their last failed dial."""
-    to_wall_s = time.time() - time.monotonic()
-    return {
-        address: EndpointHealth(
-            EndpointCondition.EJECTED, until - _length_s(failures) + to_wall_s, f"dials failed, {failures} in a row"
-        )
-        for address, failures, until in ejected
-    }

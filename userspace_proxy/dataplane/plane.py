@@ -17,7 +17,7 @@ from userspace_proxy.dataplane.conntrack_lookup import KernelTables
 from userspace_proxy.dataplane.context import PlaneContext, Record, Shared
 from userspace_proxy.dataplane.datagrams import DatagramPoller
 from userspace_proxy.dataplane.groups import open_group
-from userspace_proxy.dataplane.memory import Memory, PickerMemory, ejected_health
+from userspace_proxy.dataplane.memory import Memory, PickerMemory
 from userspace_proxy.dataplane.picker import Picker
 from userspace_proxy.dataplane.pipes import PipePool
 from userspace_proxy.dataplane.poller import Poller
@@ -31,9 +31,7 @@ from userspace_proxy.dataplane.udp import UdpListener
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import Backends, ListenerSpec, PlaneStats, ServiceStats, Splicer
 from userspace_proxy.model.details import Details, DetailsRequest, merge
-from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.names import L4Protocol, ListenerName, Scope, ServicePortName
-from userspace_proxy.model.probe import EndpointHealth
 from userspace_proxy.model.service import ServicePort
 
 if TYPE_CHECKING:
@@ -178,9 +176,6 @@ class LocalPlane:
     def memory_of(self, name: ServicePortName) -> PickerMemory:
         """Return all pins and ejections of a service port with listeners."""
         return self._shared[name].memory.all()
-
-    def ejected(self, name: ServicePortName) -> Mapping[Address, EndpointHealth]:
-        return ejected_health(self._shared[name].memory.all().ejected) if name in self._shared else {}
 
     async def reserve(self, port: int) -> str:
         """Hold *port* so that the kernel refuses its clients. Return the reason on failure, "" on success."""

@@ -21,16 +21,13 @@ from userspace_proxy.dataplane import wire
 from userspace_proxy.dataplane.connections import leaves_room, raise_descriptor_limit
 from userspace_proxy.dataplane.groups import fit_group, open_group
 from userspace_proxy.dataplane.handover import Inherit
-from userspace_proxy.dataplane.memory import ejected_health
 from userspace_proxy.dataplane.process import WorkerProcess, answers_to
 from userspace_proxy.dataplane.sockets import refusal, reserve_refusing_port
 from userspace_proxy.dataplane.stats import add_up, sum_of
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import Backends, ListenerSpec, PlaneStats
 from userspace_proxy.model.details import Details, DetailsRequest, merge
-from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.names import ListenerName, Scope, ServicePortName
-from userspace_proxy.model.probe import EndpointHealth
 
 # Items per frame: packets wait at most a few milliseconds while the worker applies one.
 _A_FRAME = 32
@@ -218,9 +215,6 @@ class RemotePlane:
 
     async def _send_all(self, *requests: wire.Request) -> list[wire.Answer]:
         return await answers_to([worker.send(request) for request in requests for worker in self._workers])
-
-    def ejected(self, name: ServicePortName) -> Mapping[Address, EndpointHealth]:
-        return ejected_health([held for worker in self._workers for held in worker.learnt.memory_of(name).ejected])
 
     def _serves(self, service_port: ServicePortName) -> bool:
         names = (ListenerName(service_port, scope, transparent) for scope in Scope for transparent in (False, True))

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
-
-from userspace_proxy.model.endpoint import Address, Endpoint
 
 
 class ProbeKind(StrEnum):
@@ -47,14 +44,10 @@ class ProbeSpec:
 
 
 class EndpointCondition(StrEnum):
-    """Whether new traffic may go to an endpoint that the API calls ready.
-
-    UNHEALTHY: probes failed. EJECTED: dials failed; userspace mode tries it again soon.
-    """
+    """The verdict of probes on an endpoint."""
 
     HEALTHY = "healthy"
     UNHEALTHY = "unhealthy"
-    EJECTED = "ejected"
 
 
 class EndpointHealth(NamedTuple):
@@ -66,14 +59,3 @@ class EndpointHealth(NamedTuple):
 
 
 HEALTHY = EndpointHealth(EndpointCondition.HEALTHY)
-
-
-def endpoint_health(
-    endpoints: Iterable[Endpoint],
-    probed: Mapping[Address, EndpointHealth],
-    ejected: Mapping[Address, EndpointHealth],
-) -> dict[Address, EndpointHealth]:
-    """Return the one health of each of *endpoints*: unhealthy by probes, else ejected by dials, else healthy."""
-    unhealthy = {address: health for address, health in probed.items() if health.condition is not HEALTHY.condition}
-    known = {**probed, **ejected, **unhealthy}
-    return {endpoint.address: known.get(endpoint.address, HEALTHY) for endpoint in endpoints}

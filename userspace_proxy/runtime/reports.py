@@ -21,10 +21,7 @@ from userspace_proxy.dns.metrics import dns_metrics
 from userspace_proxy.dns.sink import ClusterDns
 from userspace_proxy.interfaces import DataPlane, Proxier, Source
 from userspace_proxy.logs import log_lines_dropped
-from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.locality import without_local_endpoints
-from userspace_proxy.model.names import ServicePortName
-from userspace_proxy.model.probe import EndpointHealth, endpoint_health
 from userspace_proxy.probes.filter import HealthFilter
 
 
@@ -70,11 +67,6 @@ class Reports:
             degraded=[w.failure() for w in source.watches if w.is_dead(now, self.settings.degraded_after_s)],
             node_eligible=is_eligible(self.tracker.node) if self.settings.follows_cluster else None,
         )
-
-    def endpoint_health(self, name: ServicePortName) -> dict[Address, EndpointHealth]:
-        """Return the health of each endpoint of *name*: whether it gets new traffic, since when and why."""
-        endpoints = self.controller.desired.endpoints.get(name, ())
-        return endpoint_health(endpoints, self.health_filter.health(name), self.plane.ejected(name))
 
     async def metrics(self, answers: Mapping[tuple[str, int], int]) -> AsyncIterator[bytes]:
         """Yield the text of one scrape. *answers*: counts of the answers of /healthz and /livez, by status."""
