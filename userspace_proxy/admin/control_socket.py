@@ -80,8 +80,8 @@ class ControlSocket:
 
 
 def _json(status: int, answer: object) -> web.Response:
-    plain = msgspec.to_builtins(answer)
-    body = {"version": VERSION, **(plain if isinstance(plain, dict) else {"items": plain})}
+    items = {"items": answer} if isinstance(answer, list) else msgspec.to_builtins(answer)
+    body = {"version": VERSION, **items}
     return web.Response(status=status, body=msgspec.json.encode(body) + b"\n", content_type="application/json")
 
 

@@ -23,6 +23,7 @@ from userspace_proxy.model.details import (
 from userspace_proxy.model.names import ListenerName, ServicePortName
 
 _STEP = 128
+_PORTS_A_STEP = 16
 # Endpoints told of one service port.
 _ENDPOINTS_MAX = 2_000
 
@@ -41,9 +42,16 @@ def tell_details(
     for listener in listeners.values():
         if not wanted or listener.name.service_port in wanted:
             of_ports.setdefault(listener.name.service_port, []).append(listener)
-    for name, its in of_ports.items() if wanted else ():
+    part: list[ServicePortDetails] = []
+    for count, (name, its) in enumerate(of_ports.items() if wanted else (), 1):
         if (known := shared.get(name)) is not None:
-            yield Details((_service_port(name, known.memory, its, request.client_ip),))
+            of_port = _service_port(name, known.memory, its, request.client_ip)
+            if of_port.endpoints or of_port.choices:
+                part.append(of_port)
+        if not count % _PORTS_A_STEP:
+            yield Details(tuple(part))
+            part = []
+    yield Details(tuple(part))
     if request.connections:
         yield from _connections(request.connections, wanted, of_ports, connections)
 
