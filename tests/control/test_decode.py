@@ -585,6 +585,33 @@ def test_balancing_is_read_or_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("dns://web:8080", ("web", 8080)),
+        ("dns://Web.default.svc.cluster.local.", ("web.default.svc.cluster.local", 0)),
+        *((text, None) for text in ("web:8080", "dns://", "dns://web:0", "dns://web:65536", "dns://web/x", "dns://.")),
+        *((text, None) for text in (f"dns://{'a' * 64}", "dns://" + ".".join(["a"] * 128), "dns://a..b", "http://web")),
+    ],
+)
+def test_a_name_that_gives_endpoints_is_read_or_refused(text: str, target: tuple[str, int] | None) -> None:
+    stated = {"userspace-proxy/endpoints-from": text}
+
+    assert decode.dns_target(service(annotations=stated, selector={})) == target
+    assert port_of(annotations=stated, selector={})[1] == (
+        [] if target else ["metadata.annotations.userspace-proxy/endpoints-from"]
+    )
+
+
+def test_a_name_gives_no_endpoints_beside_a_selector() -> None:
+    stated = {"userspace-proxy/endpoints-from": "dns://web:8080"}
+
+    assert decode.dns_target(service(annotations=stated, selector={"app": "web"})) is None
+    assert port_of(annotations=stated, selector={"app": "web"})[1] == [
+        "metadata.annotations.userspace-proxy/endpoints-from"
+    ]
+
+
+@pytest.mark.parametrize(
     ("removal", "age", "wait", "policy"),
     [
         ("keep", "0", "0", ConnectionPolicy()),

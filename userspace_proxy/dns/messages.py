@@ -240,6 +240,14 @@ def answer_records(message: bytes) -> list[bytes]:
         raise ValueError("the message cannot be read") from error
 
 
+def answer_addresses(message: bytes) -> list[str]:
+    """Return the addresses in the answer section of *message*. Raises ValueError if it cannot be read."""
+    try:
+        return [str(record.rdata) for record in dnslib.DNSRecord.parse(message).rr if record.rtype in (A, AAAA)]
+    except Exception as error:  # the library raises whatever it comes across
+        raise ValueError("the message cannot be read") from error
+
+
 # ---- records, by the library
 
 

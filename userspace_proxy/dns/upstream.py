@@ -20,7 +20,7 @@ from userspace_proxy.dns.messages import HEADER, NOERROR, NXDOMAIN, RCODE_MASK, 
 
 # All tries together: below the two seconds after which clients ask again.
 _TRIES_S = 1.7
-_SERVERS_MAX = 3  # as the C library (MAXNS in resolv.h)
+SERVERS_MAX = 3  # as the C library (MAXNS in resolv.h)
 _UNDER_WAY_MAX = 1_000
 _CACHED_MAX, _CACHED_BYTES = 4_096, 4_096
 # As the Corefile of kubeadm.
@@ -60,12 +60,10 @@ class Upstream:
         """Follow the file, and look for loops. Runs until cancelled."""
         read: Sequence[str] | None = None
         while True:
-            found = (
-                self._given if self._given is not None else await asyncio.to_thread(_read_servers, self._resolv_conf)
-            )
+            found = self._given if self._given is not None else await asyncio.to_thread(read_servers, self._resolv_conf)
             if found != read:
                 read = found
-                self._servers = [ip for ip in found if ip not in self._own][:_SERVERS_MAX]
+                self._servers = [ip for ip in found if ip not in self._own][:SERVERS_MAX]
                 self.loops = False
                 log.info("names outside of the cluster domain are asked at %s", ", ".join(self._servers) or "no server")
                 label = secrets.token_hex(16).encode()
@@ -97,7 +95,7 @@ class Upstream:
         for server in servers:
             with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
                 async with asyncio.timeout(_TRIES_S / len(servers)):
-                    answer = await _exchange(server, text)
+                    answer = await exchange(server, text)
                 if answer[3] & RCODE_MASK in (NOERROR, NXDOMAIN):
                     self._keep(key, answer)
                     return answer
@@ -130,7 +128,7 @@ class Upstream:
         return bytes(message)
 
 
-async def _exchange(server: str, text: bytes) -> bytes:
+async def exchange(server: str, text: bytes) -> bytes:
     """Ask *server* by UDP, and by TCP if the answer is too long for that. Each query has a port and an id of its own.
 
     Raises:
@@ -163,7 +161,8 @@ def _is_answer(message: bytes, query: bytes) -> bool:
     return same and message[:2] == query[:2] and message[2] >> 7 == 1 and len(message) >= end
 
 
-def _read_servers(resolv_conf: Path) -> list[str]:
+def read_servers(resolv_conf: Path) -> list[str]:
+    """Return the servers that *resolv_conf* names; none if it cannot be read."""
     try:
         lines: Iterable[str] = resolv_conf.read_text(errors="replace").splitlines()
     except OSError:

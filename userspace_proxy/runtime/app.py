@@ -23,6 +23,7 @@ from userspace_proxy.config.configz import configz
 from userspace_proxy.config.settings import DEFAULT_SERVICE_RANGES, Settings
 from userspace_proxy.control.advice import Advisor
 from userspace_proxy.control.controller import Controller
+from userspace_proxy.control.dns_endpoints import DnsEndpoints
 from userspace_proxy.control.journal import Journal
 from userspace_proxy.control.memory import SavedAllocations
 from userspace_proxy.control.pacer import Pacer
@@ -159,8 +160,10 @@ class Proxy:
             lambda: node.rules.node_port_ips(self._tracker.here),
         )
         journal = Journal()
+        # In a cluster, a name would give who may write Services the right to write EndpointSlices (CVE-2021-25740).
+        source = node.source if settings.follows_cluster else DnsEndpoints(node.source)
         self._controller = Controller(
-            node.source,
+            source,
             self._tracker,
             (routes, self._proxier, self.health_checks, *([node.dns] if node.dns else ())),
             Pacer(asyncio.get_running_loop().time, settings.min_sync_period_s, settings.sync_period_s),
@@ -180,7 +183,7 @@ class Proxy:
             node.source.observe = self._advisor.note
         reports = Reports(
             settings,
-            node.source,
+            source,
             self._tracker,
             self._controller,
             self._proxier,

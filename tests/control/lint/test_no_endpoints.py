@@ -88,6 +88,19 @@ def test_a_served_service_has_no_finding(text: str) -> None:
     assert findings(text) == []
 
 
+def test_a_name_that_gives_endpoints_is_no_finding_and_one_that_cannot_be_read_is_one() -> None:
+    def named(target: str) -> str:
+        return SERVICE.replace(
+            "{name: web", f"{{name: web, annotations: {{userspace-proxy/endpoints-from: {target}}}", 1
+        )
+
+    (found,) = findings(named("'web:8080'") + SLICE)
+
+    assert findings(named("'dns://web:8080'")) == []
+    assert found.field == "metadata.annotations.userspace-proxy/endpoints-from"
+    assert "dns://web:8080" in found.mend
+
+
 @pytest.mark.parametrize(
     ("text", "field", "said"),
     [

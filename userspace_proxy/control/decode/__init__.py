@@ -15,6 +15,8 @@ from userspace_proxy.control.decode.annotations import (
     ANNOTATION_PREFIX,
     ANNOTATIONS,
     HEALTH_CHECK,
+    DnsTarget,
+    dns_target,
 )
 from userspace_proxy.control.decode.endpoints import (
     SERVICE_NAME_LABEL,

@@ -1,4 +1,4 @@
-"""This proxy's annotations on a Service: source IP, balancing, health check and how long connections live. Pure.
+"""This proxy's annotations on a Service: endpoints, source IP, balancing, health check, connections. Pure.
 
 An annotation is one entry of the table below, and a field of `ServiceAnnotations`.
 """
@@ -21,9 +21,20 @@ from userspace_proxy.model.service import IPVS_SCHEDULERS, WEIGHT_MAX, Balance, 
 ANNOTATION_PREFIX = "userspace-proxy/"
 HEALTH_CHECK = f"{ANNOTATION_PREFIX}health-check"
 SOURCE_IP_FIELD = api.below("metadata.annotations", f"{ANNOTATION_PREFIX}source-ip")
+ENDPOINTS_FROM = f"{ANNOTATION_PREFIX}endpoints-from"
 
+_DNS_TARGET = re.compile(r"dns://(?P<name>[\w-]{1,63}(\.[\w-]{1,63})*)\.?(:(?P<port>\d{1,5}))?", re.ASCII)
+_DNS_NAME_MAX = 253
 _WEIGHT = re.compile(r"\s*(?P<ip>[^=\s]+)\s*=\s*(?P<weight>\d{1,3})\s*")
+_PORT_MAX = 65_535
 _DURATION_MAX_S = 365 * 86_400.0
+
+
+class DnsTarget(NamedTuple):
+    """A name whose addresses are endpoints, and their port; port 0 stands for the target port of each service port."""
+
+    name: str
+    port: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +44,7 @@ class ServiceAnnotations:
     ``source_ip`` and ``balance``: None for the default of the node or the mode. ``weights``: by endpoint IP; others
     have weight 1. ``drain_s``: the time for connections to a removed endpoint, None if they are kept. ``age``: the
     maximum age of connections in seconds (0 for none), and the further seconds until they are reset (None for never).
+    ``dns_target``: the name whose addresses are endpoints.
     """
 
     source_ip: SourceIP | None = None
@@ -44,6 +56,7 @@ class ServiceAnnotations:
     drain_s: float | None = None
     age: tuple[float, float | None] = (0.0, None)
     wait_s: float = 0.0
+    dns_target: DnsTarget | None = None
 
     @property
     def connections(self) -> ConnectionPolicy:
@@ -62,7 +75,18 @@ def read_annotations(service: api.Service) -> tuple[ServiceAnnotations, list[Con
             except ValueError as error:
                 said = f"{text!r} {entry.wrong}{f': {error}' if name == HEALTH_CHECK else ''}"
                 problems.append(ConfigError(said, field=api.below("metadata.annotations", name), mend=entry.mend))
+    if "dns_target" in values and service.spec is not None and service.spec.selector:
+        said, mend = "it has no effect beside a selector, whose Pods are the endpoints", "remove one of the two"
+        problems.append(ConfigError(said, field=api.below("metadata.annotations", ENDPOINTS_FROM), mend=mend))
     return ServiceAnnotations(**values), problems
+
+
+def dns_target(service: api.Service) -> DnsTarget | None:
+    """Return the name that gives *service* its endpoints; None if it has a selector or no valid annotation for that."""
+    given = service.metadata.annotations or {}
+    if ENDPOINTS_FROM not in given or service.spec is None or service.spec.selector:
+        return None
+    return read_annotations(service)[0].dns_target
 
 
 # ---- how texts are read; each function raises ValueError
@@ -113,6 +137,13 @@ def _setting(text: str, name: str) -> float:
     return _limited(value.strip())
 
 
+def _target(text: str) -> DnsTarget:
+    matched = _DNS_TARGET.fullmatch(text)
+    if matched is None or len(matched["name"]) > _DNS_NAME_MAX or not 0 < int(matched["port"] or 1) <= _PORT_MAX:
+        raise ValueError(text)
+    return DnsTarget(matched["name"].lower(), int(matched["port"] or 0))
+
+
 class _Entry(NamedTuple):
     """The field of ServiceAnnotations, how a text is read, what to say of an invalid one, and how to repair it."""
 
@@ -144,6 +175,8 @@ _TABLE = {
         "write such as '1h', or '1h, force=5m'; until then connections of any age are kept"),
     f"{ANNOTATION_PREFIX}wait-for-endpoints": _Entry("wait_s", _limited, "is no time for which connections can wait",
         "write such as 30s; until then they are refused while there is no endpoint"),
+    ENDPOINTS_FROM: _Entry("dns_target", _target, "names no source of endpoints",
+        "write such as 'dns://web:8080', or 'dns://web' for the target port; until then no name is resolved"),
 }
 # fmt: on
 ANNOTATIONS = tuple(_TABLE)

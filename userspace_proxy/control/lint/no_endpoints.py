@@ -64,6 +64,8 @@ def refusals(index: Index, manifest: Manifest, service: api.Service, ports: Port
         if error := _pods_error(service, pods, ports):
             yield manifest, error
     elif not pieces:
+        if decode.dns_target(service) is not None:
+            return
         mend = f"add a selector, or an EndpointSlice or Endpoints for {manifest.name.name!r}"
         yield manifest, ConfigError("it has no selector, and nothing here gives it endpoints", field="spec", mend=mend)
     elif ports:

@@ -1,0 +1,196 @@
+"""A Source that adds the endpoints of Services whose annotation names a DNS name, asked for once a second.
+
+Fail static: while no server answers, the last addresses stay. A server that says that the name has no addresses is
+believed after a few answers in a row, because a name is also unknown while its only container restarts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import struct
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from userspace_proxy import api
+from userspace_proxy.control import decode
+from userspace_proxy.dns import messages
+from userspace_proxy.dns.upstream import SERVERS_MAX, exchange, read_servers
+from userspace_proxy.interfaces import EventType, ObjectEvent, Source, WatchStats
+from userspace_proxy.model.names import NamespacedName
+
+_EVERY_S = 1.0
+_TIMEOUT_S = 1.0  # of all servers together
+_SERVICES_MAX = 100
+_ADDRESSES_MAX = 1_000  # as in an EndpointSlice
+_DENIALS = 5
+_TYPES = {"IPv4": messages.A, "IPv6": messages.AAAA}
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Answer:
+    """What is known of a name in one family. ``error``: "" if the last answer had addresses."""
+
+    addresses: tuple[str, ...] = ()
+    denials: int = 0
+    error: str = ""
+
+
+class DnsEndpoints:
+    """Passes on the events of *source*, with EndpointSlices from DNS answers; SYNCED waits for the first answers."""
+
+    def __init__(self, source: Source, resolv_conf: Path = Path("/etc/resolv.conf")) -> None:
+        self._source = source
+        self._resolv_conf = resolv_conf
+        self._services: dict[NamespacedName, tuple[api.Service, decode.DnsTarget]] = {}
+        self._answers: dict[tuple[str, str], _Answer] = {}  # by name and family
+        self._slices: dict[NamespacedName, api.EndpointSlice] = {}  # as the tracker has them
+        self._problems: dict[str, str] = {}
+
+    @property
+    def problems(self) -> Mapping[str, str]:
+        return {**self._source.problems, **self._problems}
+
+    @property
+    def watches(self) -> Sequence[WatchStats]:
+        return self._source.watches
+
+    async def events(self) -> AsyncGenerator[Sequence[ObjectEvent]]:
+        changes = self._source.events()
+        following = asyncio.ensure_future(anext(changes))
+        resolving: asyncio.Task[None] | None = None
+        is_synced = False
+        try:
+            while True:
+                if is_synced and self._services and resolving is None:
+                    resolving = asyncio.create_task(self._resolve(after_s=_EVERY_S), name="resolve endpoints")
+                await asyncio.wait(filter(None, (following, resolving)), return_when=asyncio.FIRST_COMPLETED)
+                batch: list[ObjectEvent] = []
+                if following.done():
+                    batch += following.result()
+                    following = asyncio.ensure_future(anext(changes))
+                if resolving is not None and resolving.done():
+                    resolving = resolving.result()
+                self._note_services(batch)
+                synced = [event for event in batch if event.type is EventType.SYNCED]
+                if synced and not is_synced:
+                    await self._resolve()
+                    is_synced = True
+                batch = [event for event in batch if event not in synced]
+                if batch := [*batch, *self._slice_events(), *synced]:
+                    yield batch
+        finally:
+            tasks = [task for task in (following, resolving) if task is not None]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _note_services(self, events: Iterable[ObjectEvent]) -> None:
+        for event in events:
+            if event.kind == "Service" and event.name is not None:
+                target = decode.dns_target(event.object) if isinstance(event.object, api.Service) else None
+                if isinstance(event.object, api.Service) and target is not None:
+                    self._services[event.name] = event.object, target
+                else:
+                    self._services.pop(event.name, None)
+
+    def _resolved(self) -> Iterator[tuple[NamespacedName, api.Service, decode.DnsTarget]]:
+        """Yield the Services whose names are asked for."""
+        for name, (service, target) in islice(self._services.items(), _SERVICES_MAX):
+            yield name, service, target
+
+    # ---- questions
+
+    async def _resolve(self, after_s: float = 0.0) -> None:
+        await asyncio.sleep(after_s)
+        keys = {(target.name, family) for _, _, target in self._resolved() for family in _TYPES}
+        self._answers = {key: self._answers.get(key, _Answer()) for key in keys}
+        servers = (await asyncio.to_thread(read_servers, self._resolv_conf))[:SERVERS_MAX] if keys else []
+        await asyncio.gather(*(self._ask(name, family, servers) for name, family in keys))
+        self._note_problems()
+
+    async def _ask(self, name: str, family: str, servers: Sequence[str]) -> None:
+        """Ask *servers* in turn, until one knows, and keep what it says."""
+        answer = self._answers[name, family]
+        question = messages.name_text(name) + struct.pack("!2H", _TYPES[family], messages.INTERNET)
+        answer.error = "/etc/resolv.conf names no DNS server"
+        for server in servers:
+            answer.error = f"the DNS server {server} does not answer"
+            with contextlib.suppress(OSError, asyncio.IncompleteReadError, ValueError):
+                async with asyncio.timeout(_TIMEOUT_S / len(servers)):
+                    message = await exchange(server, question)
+                rcode = message[3] & messages.RCODE_MASK
+                answer.error = f"the DNS server {server} answers {messages.rcode_name(rcode)}"
+                if rcode in (messages.NOERROR, messages.NXDOMAIN):
+                    _keep(answer, messages.answer_addresses(message))
+                    return
+
+    def _note_problems(self) -> None:
+        """Work out what to say of names that do not resolve; log which begin and end to."""
+        before, self._problems = self._problems, {}
+        for name in islice(self._services, _SERVICES_MAX, None):
+            said = f"endpoints-from is honoured for {_SERVICES_MAX} Services only"
+            self._problems[f"Service {name}"] = f"Service {name}: {said}"
+        for name, _, target in self._resolved():
+            answers = [self._answers.get((target.name, family), _Answer()) for family in _TYPES]
+            if all(answer.error for answer in answers):
+                kept = sum(len(answer.addresses) for answer in answers)
+                said = f"dns://{target.name} gives no addresses: {answers[0].error}"
+                more = f"; its last {kept} stay in use" if kept else ""
+                self._problems[f"Service {name}"] = f"Service {name}: {said}{more}"
+        for place in self._problems.keys() - before.keys():
+            log.warning("%s", self._problems[place])
+        for place in before.keys() - self._problems.keys():
+            log.info("%s: its name gives addresses again", place)
+
+    # ---- endpoints
+
+    def _slice_events(self) -> Iterator[ObjectEvent]:
+        """Yield the EndpointSlices that differ from those that the tracker has."""
+        wanted = {}
+        for name, service, target in self._resolved():
+            for family in _TYPES:
+                if addresses := self._answers.get((target.name, family), _Answer()).addresses:
+                    # No object of the API can have such a name.
+                    wanted[NamespacedName(name.namespace, f"{name.name} from DNS, {family}")] = _slice(
+                        service, target, family, addresses
+                    )
+        before, self._slices = self._slices, wanted
+        for name in before.keys() - wanted.keys():
+            yield ObjectEvent(EventType.DELETE, "EndpointSlice", name)
+        for name, piece in wanted.items():
+            if before.get(name) != piece:
+                yield ObjectEvent(EventType.SET, "EndpointSlice", name, piece)
+
+
+def _keep(answer: _Answer, addresses: Sequence[str]) -> None:
+    if addresses:
+        answer.addresses = tuple(sorted(set(addresses))[:_ADDRESSES_MAX])
+        answer.denials, answer.error = 0, ""
+        return
+    answer.denials += 1
+    answer.error = "the name has none"
+    if answer.denials >= _DENIALS:
+        answer.addresses = ()
+
+
+def _slice(service: api.Service, target: decode.DnsTarget, family: str, addresses: Iterable[str]) -> api.EndpointSlice:
+    ports = [
+        api.objects.EndpointPort(
+            name=port.name,
+            protocol=port.protocol,
+            port=target.port or (port.target_port if isinstance(port.target_port, int) else port.port),
+        )
+        for port in (service.spec.ports if service.spec else None) or ()
+    ]
+    return api.EndpointSlice(
+        metadata=api.objects.ObjectMeta(labels={decode.SERVICE_NAME_LABEL: service.metadata.name}),
+        address_type=family,
+        ports=ports,
+        endpoints=[api.objects.SliceEndpoint(addresses=[ip]) for ip in addresses],
+    )
