@@ -116,7 +116,7 @@ def test_unused_addresses_of_the_service_cidrs_are_dropped(cluster: Cluster, wor
     cluster.serve("web", IP, POD1)
     cluster.proxy.start("--proxy-mode", "nftables")
     cluster.put(SERVICE_CIDRS, {"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/16"]}})
-    rule = "ip daddr 10.96.0.0/16 drop"
+    rule = "ip daddr 10.96.0.0/16 fib daddr type != local drop"
     wait_until(lambda: rule in cluster.proxy.rules_text(), "the rule is there")
     wait_until(
         lambda: "blackhole 10.96.0.0/16" in world.node.ip("route", "show", "table", "10778"), "nor is it forwarded"
