@@ -53,6 +53,10 @@ NAME = b"\3web\0\0\1\0\1"
         (QUERY[:-6] + b"\0\1\0\0\0\0", dns.rcode.BADVERS),
         (QUERY[:-3], dns.rcode.FORMERR),
     ],
+    ids=[
+        *("empty", "short header", "response", "opcode", "no question", "two questions", "cut short"),
+        *("compressed name", "label without an end", "long name", "class", "EDNS version 1", "EDNS cut short"),
+    ],
 )
 def test_what_is_no_question_is_refused_by_the_right_code(message: bytes, rcode: int | None) -> None:
     assert rcode_of(message) == rcode
