@@ -310,6 +310,27 @@ async def test_a_suspect_gets_no_byte_before_it_has_proved_itself(plane: Plane) 
         backend.close()
 
 
+async def test_an_older_connection_does_not_clear_a_suspect(plane: Plane) -> None:
+    with Listener() as listener:
+        await plane.use(listener.endpoint)
+        older = await dial()
+        its_backend = await listener.accept()
+        await its_backend.send(b"welcome")
+        assert await older.receive(7) == b"welcome"
+        await ask_and_reset(listener)
+        its_backend.reset()
+        assert await older.receive_all() == (b"", "reset")
+        older.close()
+        began = time.monotonic()
+        client = await dial()
+        await client.send(b"question")
+        backend = await listener.accept()
+        assert await backend.receive(8) == b"question"
+        assert time.monotonic() - began > PROOF_S * 0.9
+        client.close()
+        backend.close()
+
+
 async def test_an_endpoint_that_resets_late_is_ejected_after_three_connections_in_a_row(plane: Plane) -> None:
     with Listener() as bad, named_backends("a") as (good,):
         await plane.use(bad.endpoint, good.endpoint)

@@ -3,7 +3,8 @@
 Such an endpoint passes for a healthy one when it is dialled. A client that has not sent a byte can be connected to
 another endpoint; one that has sent some cannot, because a request must not arrive twice. So the first such reset makes
 the endpoint a suspect, and the next connections wait for PROOF_S before they send it a byte. A suspect that resets one
-of them within this time has failed its dial. A byte from the endpoint clears it of suspicion.
+of them within this time has failed its dial. A byte from the endpoint over a later connection clears it of suspicion.
+An older connection proves nothing: it may have ended with the endpoint's process, long after its last byte.
 """
 
 from __future__ import annotations
@@ -17,19 +18,21 @@ PROOF_S = 0.1
 RESETS_MAX = 3
 
 
-class Suspects(dict[Address, int]):
-    """The suspects of one service port, with the number of connections in a row that they reset."""
+class Suspects(dict[Address, tuple[int, float]]):
+    """The suspects of one service port: the number of connections in a row that each has reset, and when it did last."""
 
     __slots__ = ()
 
-    def note_reset(self, address: Address) -> bool:
+    def note_reset(self, address: Address, now: float) -> bool:
         """Count a reset by *address*. Return whether it has failed as often as justifies an ejection."""
-        count = self[address] = self.get(address, 0) + 1
+        count = self.get(address, (0, now))[0] + 1
+        self[address] = count, now
         return count >= RESETS_MAX
 
-    def note_answer(self, address: Address) -> None:
-        """Clear *address* of suspicion: it has sent a byte."""
-        self.pop(address, None)
+    def note_answer(self, address: Address, started_at: float) -> None:
+        """Clear *address* of suspicion if its connection of *started_at*, which it sent a byte, is a later one."""
+        if address in self and self[address][1] <= started_at:
+            del self[address]
 
     def forget_gone(self, known: Collection[Address]) -> None:
         """Forget all addresses but *known*."""

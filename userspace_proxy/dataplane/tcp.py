@@ -187,15 +187,15 @@ class TcpListener:
             self.counters.limited += 1
             reset(client)
 
-    def note_answer(self, pick: Pick) -> None:
-        """Note that the endpoint of *pick* has sent bytes to a client."""
+    def note_answer(self, pick: Pick, started_at: float) -> None:
+        """Note that the endpoint of *pick* has sent bytes to a client that came at *started_at*."""
         if self.shared.suspects:
-            self.shared.suspects.note_answer(pick.endpoint.address)
+            self.shared.suspects.note_answer(pick.endpoint.address, started_at)
 
     def note_reset(self, pick: Pick) -> bool:
         """Note that the endpoint of *pick* has reset a connection before it sent a byte. Return whether to eject it."""
         address = pick.endpoint.address
-        return address in self.picker.endpoints and self.shared.suspects.note_reset(address)
+        return address in self.picker.endpoints and self.shared.suspects.note_reset(address, self._context.now())
 
     def header(self, client: Address, dialled: bytes | None) -> bytes:
         """Return the PROXY protocol header that backends get before the bytes of *client*; b"" for none."""
@@ -357,7 +357,7 @@ class TcpConnection:
             self.count_bytes()
             self._splice = None
             if self._counted[1]:
-                self.listener.note_answer(pick)
+                self.listener.note_answer(pick, self.started_at)
             elif how is UNANSWERED:
                 counters.unanswered += 1
                 if self.listener.note_reset(pick):
