@@ -19,7 +19,7 @@ RESETS_MAX = 3
 
 
 class Suspects(dict[Address, tuple[int, float]]):
-    """The suspects of one service port: the number of connections in a row that each has reset, and when it did last."""
+    """The suspects of one service port: how many connections in a row each has reset, and when it did so last."""
 
     __slots__ = ()
 
