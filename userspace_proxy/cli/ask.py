@@ -21,7 +21,6 @@ from userspace_proxy.printable import printable
 _TIMEOUT_S = 30.0
 _WATCH_EVERY_S = 1.0
 # As in run; the constants of config and admin would cost their imports.
-_DEFAULTSOCKET = "/var/lib/userspace-proxy/control.sock"
 _DEFAULT_SOCKET = "/var/lib/userspace-proxy/control.sock"
 _KINDS = {
     **dict.fromkeys(("services", "service", "svc"), "services"),
