@@ -198,6 +198,11 @@ class Settings:
     # None: the default folder if it can be written, else nothing is stored.
     state_dir: Path | None = _setting(Group.ADDRESSES, "--state-dir", None, FOLDER,
         "Folder that keeps allocated addresses", shown=f"{DEFAULT_STATE_DIR}", commands=(*_RENDER, *_NAMES))
+    # Off: the file says what runs in the cluster, and a state that is too old sends clients astray.
+    cache_state: bool = _setting(Group.ADDRESSES, "--cache-state", False, SWITCH,
+        "Keep the cluster's last state there too; start with it if the API is gone")
+    max_state_age_s: float = _setting(Group.ADDRESSES, "--max-state-age", 86_400.0, DURATION,
+        "Do not start with a state older than this; 0 for any age")
 
     # None: kube-proxy's value in its place (see `conntrack_limits`).
     conntrack_max_per_core: int | None = _setting(Group.CONNTRACK, "--conntrack-max-per-core", None, number(0),

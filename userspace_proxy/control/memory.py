@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import logging
 import os
-import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from userspace_proxy.errors import ConfigError
-from userspace_proxy.sources.paths import read
+from userspace_proxy.sources.paths import read, replace_file
 
 log = logging.getLogger(__name__)
 
@@ -74,19 +72,8 @@ class StateDir:
 
     def _replace(self, memory: SavedAllocations) -> str:
         """Replace the file with *memory*; return the error text, or "" on success."""
-        temporary = None
         try:
-            # A unique name: another process may save at the same time, in a container even with the same process id.
-            descriptor, name = tempfile.mkstemp(dir=self._file.parent, prefix=f"{_NAME}.")
-            temporary = Path(name)
-            with open(descriptor, "wb") as out:  # noqa: PTH123 - a descriptor
-                out.write(msgspec.json.format(msgspec.json.encode(memory, order="sorted")))
-                out.flush()
-                os.fsync(out.fileno())
-            temporary.replace(self._file)
+            replace_file(self._file, msgspec.json.format(msgspec.json.encode(memory, order="sorted")))
         except OSError as error:
-            if temporary is not None:
-                with contextlib.suppress(OSError):
-                    temporary.unlink(missing_ok=True)
             return error.strerror or str(error)
         return ""

@@ -20,8 +20,11 @@ from userspace_proxy.errors import StartError
 from userspace_proxy.host import network
 from userspace_proxy.interfaces import Source
 from userspace_proxy.modes import annotation_modes
+from userspace_proxy.sources.cached import CachedSource, CacheSettings
 from userspace_proxy.sources.events import EventRecorder
 from userspace_proxy.sources.files import FileSource
+
+_STATE_FILE = "cluster-state"
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +46,22 @@ async def open_source(settings: Settings, stack: contextlib.AsyncExitStack) -> t
     )
     log.info("following %s as node %s", url, settings.node_name)
     whose = f" for {settings.service_proxy_name}" if settings.service_proxy_name else ""
-    return (
-        KubernetesSource(following, for_dns=bool(settings.dns)),
-        [f"{url}{whose}"],
-        EventRecorder(transport.write, settings.node_name),
-    )
+    source: Source = KubernetesSource(following, for_dns=bool(settings.dns))
+    if settings.cache_state:
+        origin = f"{url}{whose} on node {settings.node_name}"
+        source = CachedSource(source, _cache_settings(settings, origin))
+    return source, [f"{url}{whose}"], EventRecorder(transport.write, settings.node_name)
+
+
+def _cache_settings(settings: Settings, origin: str) -> CacheSettings:
+    folder = settings.state_dir or DEFAULT_STATE_DIR
+    if open_state_dir(settings.state_dir) is None:
+        raise StartError(f"--cache-state: {folder} cannot be written; choose another --state-dir")
+    boot_id = ""
+    with contextlib.suppress(OSError):
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    prefix = decode.ANNOTATION_PREFIX
+    return CacheSettings(folder / _STATE_FILE, origin, settings.node_name, boot_id, settings.max_state_age_s, prefix)
 
 
 def _identity(paths: Iterable[str]) -> list[str]:

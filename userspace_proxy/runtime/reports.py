@@ -23,6 +23,7 @@ from userspace_proxy.interfaces import DataPlane, Proxier, Source
 from userspace_proxy.logs import log_lines_dropped
 from userspace_proxy.model.locality import without_local_endpoints
 from userspace_proxy.probes.filter import HealthFilter
+from userspace_proxy.sources.cached import CachedSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,10 @@ class Reports:
                 *(f"{service}: {why}" for service, why in self.health_checks.failures.items()),
             ],
             findings=self.findings(),
-            degraded=[w.failure() for w in source.watches if w.is_dead(now, self.settings.degraded_after_s)],
+            degraded=[
+                *([source.stale] if isinstance(source, CachedSource) and source.stale else []),
+                *(w.failure() for w in source.watches if w.is_dead(now, self.settings.degraded_after_s)),
+            ],
             node_eligible=is_eligible(self.tracker.node) if self.settings.follows_cluster else None,
         )
 

@@ -14,6 +14,7 @@ import logging
 import os
 import stat
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -120,6 +121,26 @@ def read(path: str) -> str:
     with open(path, "rb", opener=_open_nonblocking) as file:
         _check_regular_file(os.fstat(file.fileno()))
         return decoded(file.read())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write *content* to *path* atomically, with mode 0600.
+
+    Raises:
+        OSError: it could not be written; the file is as it was.
+    """
+    # A unique name: another process may write at the same time, in a container even with the same process id.
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")
+    try:
+        with open(descriptor, "wb") as out:  # noqa: PTH123 - a descriptor
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            Path(name).unlink(missing_ok=True)
+        raise
 
 
 def decoded(data: bytes) -> str:
