@@ -17,6 +17,7 @@ from userspace_proxy.cli.cleanup import cleanup
 from userspace_proxy.cli.compare import compare
 from userspace_proxy.cli.demo import demo
 from userspace_proxy.cli.forward import forward
+from userspace_proxy.cli.lab import lab
 from userspace_proxy.cli.names import env, names
 from userspace_proxy.cli.options import HELP_WIDTH
 from userspace_proxy.cli.render import render
@@ -33,7 +34,7 @@ def commands() -> None:
     """
 
 
-for _command in (run, get, describe, why, check, render, forward, env, names, demo, compare, trace, cleanup):
+for _command in (run, get, describe, why, check, render, forward, env, names, lab, demo, compare, trace, cleanup):
     commands.add_command(_command)
 
 

@@ -13,13 +13,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from userspace_proxy.errors import StartError
 
-_INSIDE = "USERSPACE_PROXY_IN_NAMESPACES"
+_INSIDE = "USERSPACE_PROXY_IN_NAMESPACES"  # a pipe that ends with the process outside
 _CLONE_NEWNET = 0x40000000
 _NETNS_FOLDER = Path("/run/netns")
 _TOOL_TIMEOUT_S = 30
@@ -73,7 +74,8 @@ def enter_namespaces(arguments: Sequence[str], tools: Mapping[str, str], module:
     # Ctrl-C reaches the command inside, which cleans up and ends. `unshare` does not pass on SIGTERM. It dies, and the
     # kernel then ends all processes inside.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with subprocess.Popen(command, env={**os.environ, _INSIDE: "1"}) as inside:
+    lifeline, _held = os.pipe()
+    with subprocess.Popen(command, env={**os.environ, _INSIDE: str(lifeline)}, pass_fds=[lifeline]) as inside:
         signal.signal(signal.SIGTERM, lambda *_: inside.kill())
         code = inside.wait()
     sys.exit(code if code >= 0 else 128 - code)
@@ -82,10 +84,18 @@ def enter_namespaces(arguments: Sequence[str], tools: Mapping[str, str], module:
 def prepare() -> None:
     """Mount a private /run, where `ip netns` keeps names and iptables its lock. Call it once, inside the namespaces."""
     os.environ["PATH"] = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # a plain user's lacks them
-    os.environ.pop(_INSIDE, None)  # child commands enter their own namespaces
+    lifeline = os.environ.pop(_INSIDE, "")  # child commands enter their own namespaces
+    if lifeline:
+        threading.Thread(target=_end_with, args=(int(lifeline),), daemon=True).start()
     _check(_libc.mount(b"tmpfs", b"/run", b"tmpfs", 0, None), "mounting a private /run")
     _NETNS_FOLDER.mkdir()
     ip("link", "set", "lo", "up")
+
+
+def _end_with(lifeline: int) -> None:
+    """End this process, the first one of its namespaces, when the process outside is dead, even if it was killed."""
+    os.read(lifeline, 1)
+    os._exit(1)
 
 
 def ip(*arguments: str) -> str:
@@ -137,7 +147,12 @@ class Host:
         with contextlib.ExitStack() as stack:
             out = stack.enter_context(log.open("ab")) if log else subprocess.DEVNULL
             process = subprocess.Popen(
-                self.command(*command), stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=dict(env) if env else None
+                self.command(*command),
+                stdout=out,
+                stderr=out,
+                stdin=subprocess.DEVNULL,
+                env=dict(env) if env else None,
+                start_new_session=True,  # Ctrl-C at a terminal is for the program in front
             )
         self.processes.append(process)
         return process
@@ -208,6 +223,12 @@ class Lab:
         host.set_knob("ipv4/icmp_ratelimit", 0)
         host.set_knob("ipv6/icmp/ratelimit", 0)
         return host
+
+    def remove(self, host: Host) -> None:
+        """Remove *host* and its links; sockets that are open there keep its namespace."""
+        host.stop_all()
+        ip("netns", "del", host.name)
+        del self.hosts[host.name]
 
     def link(self, left: Host, left_device: str, right: Host, right_device: str) -> None:
         """Connect two hosts with a veth pair; both ends are up and have no addresses."""

@@ -1,0 +1,191 @@
+"""`lab`: simulated pods behind the proxy, in a shell of its own, of which nothing is left."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+LAB = [sys.executable, "-P", "-m", "userspace_proxy", "lab"]
+WEB = """\
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: web}
+spec:
+  replicas: 3
+  template:
+    metadata: {labels: {app: web}}
+    spec: {containers: [{name: web, image: nginx, ports: [{containerPort: 8080, name: http}]}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: web}
+spec:
+  selector: {app: web}
+  ports: [{port: 80, targetPort: http}]
+"""
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Path:
+    path = tmp_path / "web.yaml"
+    path.write_text(WEB)
+    return path
+
+
+def lab(script: str, *arguments: object, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+    """Run *script* in a lab, as this user."""
+    command = [*LAB, *map(str, arguments), "--", "bash", "-c", script]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+
+
+def answers(lines: Sequence[str]) -> Counter[str]:
+    """Return how often each pod answered, or "failed"."""
+    return Counter(line.split()[0] for line in lines)
+
+
+ASK = "ask() { for i in $(seq $1); do curl -sm3 http://web || echo failed; done; echo --; }\n"
+
+
+def test_a_service_is_reached_by_name_and_turns_through_the_replicas_of_its_deployment(web: Path) -> None:
+    done = lab(f"{ASK} ask 6; get pods", web)
+
+    assert done.returncode == 0, done.stderr
+    turns, _, pods = done.stdout.partition("--\n")
+    seen = answers(turns.splitlines())
+    assert sorted(seen.values()) == [2, 2, 2]
+    assert set(seen) == {line.split()[0] for line in pods.splitlines()[1:]}
+    assert all(re.search(r"10\.244\.1\.\d+:8080 client=10\.244\.0\.1", line) for line in turns.splitlines())
+
+
+def test_the_exit_code_of_a_command_is_that_of_the_lab() -> None:
+    assert lab("exit 7").returncode == 7
+    assert lab("kill -9 $$").returncode == 137
+
+
+def test_nothing_of_the_machine_is_reached(web: Path) -> None:
+    mounted = Path("/proc/self/mountinfo").read_text()
+    resolver = Path("/etc/resolv.conf").read_bytes()
+
+    done = lab("ls /sys/class/net; ip -br link; ls /run; cat /etc/resolv.conf", web)
+
+    assert "nameserver 10.96.0.10" in done.stdout
+    assert Path("/etc/resolv.conf").read_bytes() == resolver
+    assert Path("/proc/self/mountinfo").read_text() == mounted
+    assert {line.split("@")[0] for line in done.stdout.splitlines() if "@" in line} == {"eth0"}
+
+
+def test_scaling_a_rolling_restart_and_an_unready_pod_lose_no_request(web: Path) -> None:
+    script = f"""{ASK}
+    scale web 4; ask 8
+    kubectl rollout restart deployment/web & for i in $(seq 40); do curl -sm3 http://web || echo failed; done; wait
+    echo --; get pods
+    unready web; ask 6; ready web; ask 8
+    kubectl scale deployment web --replicas=1; ask 3; get deployments
+    """
+    done = lab(script, web, timeout_s=90)
+
+    assert done.returncode == 0, done.stderr
+    assert "failed" not in done.stdout
+    scaled, _, without, again, one, _ = done.stdout.split("--\n")
+    assert sorted(answers(scaled.splitlines()[1:]).values()) == [2, 2, 2, 2]
+    assert len(answers(without.splitlines()[-6:])) == 3
+    assert len(answers(again.splitlines()[1:])) == 4
+    assert len(answers(one.splitlines()[1:])) == 1
+    assert done.stdout.endswith("web    1/1\n")
+
+
+@pytest.mark.parametrize(("mode", "fails"), [("userspace", False), ("nftables", True)])
+def test_a_dead_pod_refuses_and_only_a_kernel_mode_shows_it_to_clients(web: Path, mode: str, fails: bool) -> None:
+    done = lab(f"{ASK} kill-pod web; ask 30; unready web; ask 6", web, "--proxy-mode", mode)
+
+    dead, told, _ = done.stdout.split("--\n")
+    assert ("failed" in answers(dead.splitlines()[1:])) is fails
+    assert "failed" not in told or mode == "userspace", done.stdout
+
+
+def test_words_that_inspect_the_node_work_on_the_client(web: Path) -> None:
+    done = lab(
+        "get services; why web; describe service web; nft list ruleset; render --explain; trace web; mode iptables;"
+        "iptables-save; cat /run/lab/mode",
+        web,
+    )
+
+    assert done.stderr == ""
+    assert done.returncode == 0
+    for found in ("round robin", "Selector:", "table inet userspace_proxy", "192.168.50.2", "KUBE-SVC-"):
+        assert found in done.stdout
+    assert done.stdout.endswith("iptables\n")
+
+
+def test_an_edited_manifest_takes_effect_and_one_that_is_deleted_leaves_nothing(web: Path) -> None:
+    done = lab(
+        f"sed -i 's/replicas: 3/replicas: 2/' {web}; until get deployments | grep -q 2/2; do sleep 0.1; done;"
+        f"delete -f {web}; until get pods | grep -q 'No Pods'; do sleep 0.1; done; get services; apply -f {web};"
+        "curl -s http://web",
+        web,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "No services found" in done.stderr
+    assert re.search(r"^web-\S+ 10\.244\.1\.", done.stdout, re.MULTILINE)
+
+
+def test_a_pod_that_hangs_or_is_silent_answers_nothing_until_it_is_ready(web: Path) -> None:
+    done = lab(
+        "scale web 1; for how in --hang --silent; do kill-pod $how web; curl -sm1 http://web; echo $?; ready web;"
+        "curl -s http://web; done",
+        web,
+    )
+
+    codes = [line for line in done.stdout.splitlines() if line.isdigit()]
+    assert codes[0] == "28"
+    assert codes[1] in ("7", "28", "56")
+    assert len(re.findall("client=", done.stdout)) == 2
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+def test_labs_that_are_killed_at_random_points_leave_nothing(web: Path, how: signal.Signals, tmp_path: Path) -> None:
+    mark = f"LAB_OF_A_TEST={tmp_path}"
+    before = {*Path("/run/netns").iterdir()} if Path("/run/netns").exists() else set()
+    labs = [
+        subprocess.Popen(
+            [*LAB, str(web), "--", "sleep", "60"],
+            env={**os.environ, **dict([mark.split("=", 1)])},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for _ in range(2)
+    ]
+    for process in labs:
+        time.sleep(random.uniform(0.05, 1.5))
+        process.send_signal(how)
+        process.wait(20)
+
+    deadline = time.monotonic() + 20
+    while (left := marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left
+    assert ({*Path("/run/netns").iterdir()} if Path("/run/netns").exists() else set()) == before
+
+
+def marked(mark: str) -> list[int]:
+    """Return the processes whose environment has *mark*."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found

@@ -1,0 +1,410 @@
+"""The simulated cluster: pods on the lab's node, made and ended as controllers and the kubelet do it.
+
+The proxy reads a folder of its own: manifests without Pods and workloads, and one file for each simulated pod. So a
+manifest of the user is never changed, and `run` outside of the lab serves it as ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from userspace_proxy.errors import ConfigError, StartError
+from userspace_proxy.lab import Host, ServiceLab, connect
+from userspace_proxy.simulation.servers import PodServer
+from userspace_proxy.simulation.workloads import NODE_NAME, Key, Wanted, Workload, read, wanted
+from userspace_proxy.sources.documents import Manifest
+from userspace_proxy.sources.paths import expand
+from userspace_proxy.sources.paths import read as read_file
+
+PODS_MAX = 250
+_BRIDGE, _GATEWAY, _PODS_NET = "cni0", "10.244.0.1", "10.244.0.0/16"
+_LOOK_EVERY_S = 0.25
+_GRACE_S = 1.0  # from SIGTERM to the end of a pod
+_ROLL_PAUSE_S = 0.3  # from a new pod that is ready to the end of an old one
+_SYNC_TIMEOUT_S, _SYNC_BEGINS_S, _POLL_S = 3.0, 0.6, 0.02
+_METRICS_PORT = 10249
+_TIMESTAMP = re.compile(rb"^kubeproxy_sync_proxy_rules_last_(queued_)?timestamp_seconds (\S+)", re.MULTILINE)
+
+
+@dataclass(eq=False, slots=True)
+class Pod:
+    """A simulated pod. ``owner``: its workload; ``plain``: its manifest, or None for an address written by hand."""
+
+    key: Key
+    ip: str
+    host: Host
+    server: PodServer
+    plain: Mapping[str, Any] | None = None
+    owner: Key | None = None
+    revision: str = ""
+    number: int = 0
+    is_ready: bool = True
+    ending: asyncio.Task[None] | None = None
+    trouble: str = ""  # Dead, Hangs or Silent: what the API does not know
+    started_at: float = 0.0
+
+    @property
+    def is_terminating(self) -> bool:
+        return self.ending is not None
+
+    @property
+    def state(self) -> str:
+        return "Terminating" if self.is_terminating else self.trouble or "Running"
+
+    def manifest(self) -> str:
+        """Return the Pod as the API server has it: with a node, an address and conditions."""
+        assert self.plain is not None
+        spec = {"nodeName": NODE_NAME, **(self.plain.get("spec") or {})}
+        metadata = dict(self.plain["metadata"])
+        if self.is_terminating:
+            metadata["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+        conditions = [{"type": "Ready", "status": str(self.is_ready)}]
+        status = {"phase": "Running", "podIP": self.ip, "podIPs": [{"ip": self.ip}], "conditions": conditions}
+        whole = {**self.plain, "metadata": metadata, "spec": spec, "status": status}
+        return json.dumps(whole, default=str, indent=1)
+
+
+class Cluster:
+    """Pods and manifests of a lab. *folder* is what the proxy reads. ``paths``: what the user gave, in order."""
+
+    def __init__(self, network: ServiceLab, folder: Path) -> None:
+        self._network = network
+        self._folder = folder
+        self._lock = asyncio.Lock()
+        self._devices = 0
+        self._made: Counter[Key] = Counter()
+        self._scaled: dict[Key, tuple[int, int]] = {}  # replicas asked for, and those of the manifest then
+        self._restarts: Counter[Key] = Counter()
+        self._deleted: set[tuple[str, Key]] = set()
+        self._seen: object = None
+        self._written: dict[str, str] = {}
+        self.paths: list[str] = []
+        self.pods: dict[Key, Pod] = {}
+        self.wanted = Wanted({}, {}, {}, {})
+        self.problem = ""
+        self._is_begun = False
+        node = network.node
+        node.set_knob("ipv4/conf/all/send_redirects", 0)
+        node.set_knob(f"ipv4/conf/{_BRIDGE}/send_redirects", 0)
+        node.ip("route", "add", _PODS_NET, "dev", _BRIDGE)
+
+    # ---- what the user asks for
+
+    async def declare(self, paths: Sequence[str]) -> None:
+        """Write what the proxy is to read of *paths* when it starts; `begin` makes the pods meanwhile."""
+        self.paths = list(paths)
+        self._seen = self._look()
+        self._read_manifests()
+        await self._make_wanted_pods()
+
+    async def begin(self) -> None:
+        """Make the pods that were declared."""
+        for pod in self.pods.values():
+            await self._begin(pod)
+        self._is_begun = True
+
+    async def follow(self) -> None:
+        """Reconcile when a manifest changes. Runs until cancelled."""
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            if self._seen != self._look():
+                await self.reconcile()
+
+    def workload(self, key: Key) -> Workload:
+        """Return the workload *key* with the replicas that it has now. Raises KeyError."""
+        found = self.wanted.workloads[key]
+        replicas, written = self._scaled.get(key, (found.replicas, found.replicas))
+        return replace(found, replicas=replicas) if written == found.replicas else found
+
+    async def scale(self, key: Key, replicas: int) -> None:
+        """Give the workload *key* this number of replicas. Raises KeyError."""
+        self._scaled[key] = replicas, self.wanted.workloads[key].replicas
+        await self.reconcile()
+
+    async def restart(self, key: Key) -> None:
+        """Replace the pods of the workload *key* one by one."""
+        self._restarts[key] += 1
+        await self.reconcile()
+
+    async def delete(self, kind: str, key: Key) -> None:
+        """Delete the object; a pod of a workload is replaced."""
+        if kind == "Pod" and (pod := self.pods.get(key)) is not None and pod.owner is not None:
+            self._end(pod)
+        else:
+            self._deleted.add((kind, key))
+        await self.reconcile()
+
+    async def apply(self, path: str) -> None:
+        """Serve the manifests in *path*, too; an object that was deleted by name is back."""
+        for file in expand(path):
+            found, _ = read(file, read_file(file))
+            self._deleted -= {(one.kind, Key(one.name.namespace, one.name.name)) for one in found}
+        self.paths = [*self.paths, path] if path not in self.paths else self.paths
+        await self.reconcile()
+
+    async def leave(self, path: str) -> None:
+        """Serve the manifests in *path* no longer. Raises ValueError if they were not."""
+        self.paths.remove(path)
+        await self.reconcile()
+
+    async def show(self, pod: Pod, *, is_ready: bool) -> None:
+        """Set whether *pod* is ready."""
+        pod.is_ready = is_ready
+        self._write_pod(pod)
+        await self._synced()
+
+    def harm(self, pod: Pod, trouble: str) -> None:
+        """Let *pod* have a *trouble* that the API does not know."""
+        pod.trouble = trouble
+        if trouble == "Dead":
+            pod.server.kill()
+        elif trouble == "Hangs":
+            pod.server.hangs = True
+        else:
+            pod.host.ip("link", "set", "eth0", "down")
+
+    async def revive(self, pod: Pod) -> None:
+        """Start the server of *pod* again and set the pod ready."""
+        pod.trouble = ""
+        pod.server.thaw()
+        pod.host.ip("link", "set", "eth0", "up")
+        pod.host.ip("route", "replace", "default", "via", _GATEWAY, "dev", "eth0", "onlink")
+        await self._serve(pod)
+        await self.show(pod, is_ready=True)
+
+    # ---- reconciliation
+
+    def _look(self) -> object:
+        seen = []
+        for path in self.paths:
+            with contextlib.suppress(OSError):
+                for file in expand(path):
+                    stat = Path(file).stat()
+                    seen.append((file, stat.st_mtime_ns, stat.st_size))
+        return seen
+
+    async def reconcile(self) -> None:
+        """Make pods and the proxy's folder what manifests ask for; returns when the proxy serves that."""
+        async with self._lock:
+            self._seen = self._look()
+            self.problem = ""
+            self._read_manifests()
+            for pod in [*self.pods.values()]:
+                if not pod.is_terminating and not self._is_wanted(pod):
+                    self._end(pod)
+            await self._make_wanted_pods()
+            for pod in self.pods.values():
+                if not pod.trouble and not pod.is_terminating:
+                    await self._serve(pod)
+            await self._synced()
+
+    def _read_manifests(self) -> None:
+        manifests: list[Manifest] = []
+        texts: dict[str, str] = {}
+        for path in self.paths:
+            try:
+                for file in expand(path):
+                    found, rest = read(file, read_file(file))
+                    manifests += [one for one in found if self._is_kept(one)]
+                    if any(not self._is_kept(one) for one in found):
+                        kept = [one.plain for one in found if self._is_kept(one) and one.kind != "Pod"]
+                        rest = "".join(f"---\n{json.dumps(plain, default=str)}\n" for plain in kept)
+                    texts[f"{len(texts):03}-{Path(file).name}"] = rest
+            except (OSError, ConfigError, UnicodeDecodeError) as error:
+                self.problem = f"{path}: {error}"
+        try:
+            self.wanted = wanted(manifests)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            self.problem = f"a manifest cannot be simulated: {error!r}; `userspace-proxy check` says what is wrong"
+        for name in self._written.keys() - texts.keys():
+            (self._folder / name).unlink()
+        for name, text in texts.items():
+            if self._written.get(name) != text:
+                self._write(name, text)
+        self._written = texts
+
+    def _is_kept(self, manifest: Manifest) -> bool:
+        return (manifest.kind, Key(manifest.name.namespace, manifest.name.name)) not in self._deleted
+
+    def _is_wanted(self, pod: Pod) -> bool:
+        if pod.plain is None:
+            return pod.ip in self.wanted.addresses
+        return pod.owner in self.wanted.workloads if pod.owner else pod.key in self.wanted.pods
+
+    async def _make_wanted_pods(self) -> None:
+        try:
+            await self._make_pods()
+        except ConfigError as error:
+            self.problem = str(error)
+
+    async def _make_pods(self) -> None:
+        for key, plain in self.wanted.pods.items():
+            await self._gone(key)
+            if key not in self.pods:
+                await self._make(key, plain, _fixed_ip(plain), is_ready=_is_ready(plain))
+            elif (pod := self.pods[key]).plain != plain:
+                if pod.plain is not None and _is_ready(plain) != _is_ready(pod.plain):
+                    pod.is_ready = _is_ready(plain)
+                pod.plain = plain
+                self._write_pod(pod)
+        for key in self.wanted.workloads:
+            while await self._step(self.workload(key)):
+                pass
+        taken = {pod.ip for pod in self.pods.values()}
+        for ip in self.wanted.addresses.keys() - taken:
+            await self._make(Key("", ip), None, ip)
+
+    async def _step(self, workload: Workload) -> bool:
+        """Make or end one pod of *workload*; return whether more may be missing."""
+        revision = workload.revision(self._restarts[workload.key])
+        ours = [pod for pod in self.pods.values() if pod.owner == workload.key and not pod.is_terminating]
+        old = [pod for pod in ours if pod.revision != revision]
+        new = [pod for pod in ours if pod.revision == revision]
+        is_numbered = workload.kind == "StatefulSet"
+        if len(ours) > workload.replicas or (old and is_numbered):
+            # Old ones first, and of these the ones that do not serve.
+            victim = max(old or new, key=lambda pod: (not pod.is_ready or pod.trouble != "", pod.number))
+            self._end(victim)
+            if old:
+                await asyncio.sleep(_ROLL_PAUSE_S)
+        elif len(new) < workload.replicas:
+            numbers = {pod.number for pod in new}
+            number = min(set(range(len(new) + 1)) - numbers) if is_numbered else self._made[workload.key]
+            self._made[workload.key] += 1
+            plain = workload.pod(revision, number)
+            key = Key(plain["metadata"]["namespace"], plain["metadata"]["name"])
+            await self._gone(key)
+            await self._make(key, plain, owner=workload.key, revision=revision, number=number)
+            if old:
+                await self._synced()
+                await asyncio.sleep(_ROLL_PAUSE_S)
+        else:
+            return False
+        return True
+
+    # ---- one pod
+
+    async def _make(self, key: Key, plain: Mapping[str, Any] | None, ip: str = "", **of_pod: Any) -> None:
+        if len(self.pods) >= PODS_MAX:
+            raise ConfigError(f"the lab has room for {PODS_MAX} pods; {key} is not simulated")
+        taken = {pod.ip for pod in self.pods.values()}
+        if not ip or ip in taken:
+            ip = next(free for free in _free_ips() if free not in taken)
+        host = Host(key.name if key.namespace in ("", "default") else f"{key.namespace}.{key.name}")
+        pod = Pod(key, ip, host, PodServer(key.name, host, ip), plain, started_at=time.time(), **of_pod)
+        self.pods[key] = pod
+        if self._is_begun:
+            await self._begin(pod)
+        self._write_pod(pod)
+
+    async def _begin(self, pod: Pod) -> None:
+        self._devices += 1
+        await asyncio.to_thread(self._add_host, pod.host, f"pod{self._devices}", pod.ip)
+        await self._serve(pod)
+
+    def _add_host(self, host: Host, device: str, ip: str) -> None:
+        lab, node = self._network.lab, self._network.node
+        lab.add(host.name)
+        lab.link(host, "eth0", node, device)
+        node.ip("link", "set", device, "master", _BRIDGE)
+        # Pods reach each other by way of the node, so that its rules translate answers between them, too.
+        host.ip("address", "add", f"{ip}/32", "dev", "eth0")
+        host.ip("route", "add", "default", "via", _GATEWAY, "dev", "eth0", "onlink")
+        node.ip("route", "replace", ip, "dev", _BRIDGE)
+
+    async def _serve(self, pod: Pod) -> None:
+        ports = self.wanted.addresses.get(pod.ip, frozenset())
+        if pod.plain is not None:
+            ports |= self.wanted.ports(pod.plain)
+        await pod.server.serve(ports)
+
+    def _end(self, pod: Pod) -> None:
+        """End *pod* as the kubelet does: it is terminating, answers for a grace period, and is gone."""
+        pod.ending = asyncio.create_task(self._remove(pod), name=f"end pod {pod.key}")
+        self._write_pod(pod)
+
+    async def _remove(self, pod: Pod) -> None:
+        await asyncio.sleep(_GRACE_S)
+        pod.server.kill()
+        await asyncio.to_thread(self._remove_host, pod)
+        if pod.plain is not None:
+            (self._folder / _file_name(pod)).unlink()
+        del self.pods[pod.key]
+
+    def _remove_host(self, pod: Pod) -> None:
+        self._network.node.ip("route", "del", pod.ip, "dev", _BRIDGE)
+        self._network.lab.remove(pod.host)
+
+    async def _gone(self, key: Key) -> None:
+        """Wait until a pod *key* that is terminating is gone."""
+        if key in self.pods and (ending := self.pods[key].ending) is not None:
+            await asyncio.wait([ending])
+
+    def _write_pod(self, pod: Pod) -> None:
+        if pod.plain is not None:
+            self._write(_file_name(pod), pod.manifest())
+
+    def _write(self, name: str, text: str) -> None:
+        """Replace a file of the proxy's folder whole."""
+        written = self._folder / f".{name}"
+        written.write_text(text)
+        written.rename(self._folder / name)
+
+    async def _synced(self) -> None:
+        """Wait until the proxy has served what was written before this call, or until nothing was to be done."""
+        asked_at, node = time.time(), self._network.node
+        while (passed_s := time.time() - asked_at) < _SYNC_TIMEOUT_S:
+            await asyncio.sleep(_POLL_S)
+            try:
+                found = await asyncio.to_thread(_timestamps, node)
+            except OSError:
+                return  # the proxy is not running, and reads everything when it starts
+            queued, synced = found
+            if (queued > asked_at and synced > queued) or (queued <= asked_at and passed_s > _SYNC_BEGINS_S):
+                return
+
+
+def _timestamps(node: Host) -> tuple[float, float]:
+    """Return when the proxy on *node* queued its last change, and when it finished its last sync."""
+    with connect(node, "127.0.0.1", _METRICS_PORT, timeout_s=1.0) as sock:
+        sock.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        with sock.makefile("rb") as stream:
+            found = {bool(queued): float(value) for queued, value in _TIMESTAMP.findall(stream.read())}
+    return found.get(True, 0.0), found.get(False, 0.0)
+
+
+def _free_ips() -> Iterator[str]:
+    """Yield addresses for pods; those of 10.244.0.0/24 are for manifests that state them."""
+    return (f"10.244.{high}.{low}" for high in range(1, 255) for low in range(1, 255))
+
+
+def _file_name(pod: Pod) -> str:
+    return f"pod-{pod.key.namespace}-{pod.key.name}.yaml"
+
+
+def _fixed_ip(plain: Mapping[str, Any]) -> str:
+    ip = (plain.get("status") or {}).get("podIP") or ""
+    return ip if re.fullmatch(r"(10|192\.168|172\.\d+)(\.\d+)+", str(ip)) else ""
+
+
+def _is_ready(plain: Mapping[str, Any]) -> bool:
+    conditions = (plain.get("status") or {}).get("conditions") or ()
+    return not any(one.get("type") == "Ready" and str(one.get("status")) == "False" for one in conditions)
+
+
+def check_paths(paths: Sequence[str]) -> None:
+    """Raise StartError if one of *paths* cannot be read."""
+    for path in paths:
+        try:
+            next(expand(path), None)
+        except OSError as error:
+            raise StartError(f"{path}: {error.strerror}") from None

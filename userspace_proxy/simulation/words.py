@@ -1,0 +1,226 @@
+"""The words of the lab's shell that concern simulated pods: scale, kill-pod, unready, restart, apply and others.
+
+They are read as kubectl reads them: ``scale deployment/web --replicas=3`` is the same as ``scale web 3``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from userspace_proxy.errors import ConfigError
+from userspace_proxy.simulation.cluster import Cluster, Pod
+from userspace_proxy.simulation.workloads import WORKLOADS, Key
+
+_ALIASES = {"deploy": "deployment", "rs": "replicaset", "sts": "statefulset", "ds": "daemonset", "po": "pod"}
+_ALIASES |= {"rc": "replicationcontroller", "svc": "service", "ep": "endpoints"}
+_HARM = {
+    "Dead": "is dead: it refuses connections",
+    "Hangs": "hangs: it accepts connections and answers nothing",
+    "Silent": "has lost its network: nothing answers there",
+}
+_KINDS = {kind.lower(): kind for kind in (*WORKLOADS, "Pod", "Service", "Endpoints", "EndpointSlice")}
+
+
+class WordError(Exception):
+    """A word that cannot be obeyed: the reason, for the user."""
+
+
+class Request(NamedTuple):
+    """One word as it was typed, with its options, and what follows them."""
+
+    names: list[str]
+    kinds: list[str]
+    options: Mapping[str, str]
+    folder: Path
+
+    @property
+    def namespace(self) -> str:
+        return self.options.get("-n") or self.options.get("--namespace") or "default"
+
+    def key(self, at: int = 0) -> Key:
+        if len(self.names) <= at:
+            raise WordError("a name is missing")
+        return Key(self.namespace, self.names[at])
+
+
+def parse(arguments: Sequence[str], folder: Path) -> Request:
+    """Return *arguments*, typed in *folder*, with the kinds of objects apart: ``deployment web`` or ``deploy/web``."""
+    names: list[str] = []
+    kinds: list[str] = []
+    options: dict[str, str] = {}
+    words = iter(arguments)
+    for word in words:
+        if word.startswith("-") and word != "-":
+            name, equals, value = word.partition("=")
+            options[name] = value if equals else next(words, "") if name in ("-n", "-f", "--namespace") else "yes"
+            continue
+        kind, slash, name = word.partition("/")
+        found = _kind_of(kind)
+        if found and (slash or not kinds):
+            kinds.append(found)
+        names += [name] if found and slash else [] if found and len(kinds) == 1 and not names else [word]
+    return Request(names, kinds, options, folder)
+
+
+def _kind_of(word: str) -> str:
+    word = word.lower()
+    word = _ALIASES.get(word, word)
+    return _KINDS.get(word) or _KINDS.get(word.removesuffix("s"), "")
+
+
+class Words:
+    """Obeys the words of a shell. *set_mode* starts the proxy again in another mode."""
+
+    def __init__(self, cluster: Cluster, set_mode: Callable[[str], Awaitable[None]]) -> None:
+        self._cluster = cluster
+        self._set_mode = set_mode
+        self._words: Mapping[str, Callable[[Request], Awaitable[str]]] = {
+            "scale": self._scale,
+            "kill-pod": self._kill_pod,
+            "unready": self._unready,
+            "ready": self._ready,
+            "restart": self._restart,
+            "apply": self._apply,
+            "delete": self._delete,
+            "get": self._get,
+            "mode": self._mode,
+        }
+
+    @property
+    def names(self) -> Iterable[str]:
+        return self._words.keys()
+
+    async def obey(self, word: str, arguments: Sequence[str], folder: Path) -> str:
+        """Return what the word says.
+
+        Raises:
+            WordError: it cannot be obeyed.
+        """
+        try:
+            said = await self._words[word](parse(arguments, folder))
+        except (OSError, ConfigError, UnicodeDecodeError) as error:
+            raise WordError(str(error)) from None
+        return f"{said}\nwarning: {self._cluster.problem}" if self._cluster.problem else said
+
+    # ---- the words
+
+    async def _scale(self, request: Request) -> str:
+        *names, last = [*request.names, request.options.get("--replicas", "")]
+        number = last or (names.pop() if len(names) > 1 else "")
+        if not number.isdigit():
+            raise WordError("usage: scale NAME N")
+        key = self._workload(Key(request.namespace, names[0]))
+        await self._cluster.scale(key, int(number))
+        return f"{key.name} scaled to {number}"
+
+    async def _kill_pod(self, request: Request) -> str:
+        pod = self._pod(request, lambda pod: pod.is_ready and not pod.trouble)
+        trouble = "Hangs" if "--hang" in request.options else "Silent" if "--silent" in request.options else "Dead"
+        self._cluster.harm(pod, trouble)
+        return f"{pod.key.name} ({pod.ip}) {_HARM[trouble]}; the API does not know it. `ready` ends that"
+
+    async def _unready(self, request: Request) -> str:
+        pod = self._pod(request, lambda pod: pod.is_ready and pod.trouble != "", lambda pod: pod.is_ready)
+        await self._cluster.show(pod, is_ready=False)
+        return f"{pod.key.name} ({pod.ip}) is not ready: it gets no new connections"
+
+    async def _ready(self, request: Request) -> str:
+        pod = self._pod(request, lambda pod: not pod.is_ready or pod.trouble != "")
+        await self._cluster.revive(pod)
+        return f"{pod.key.name} ({pod.ip}) is ready"
+
+    async def _restart(self, request: Request) -> str:
+        key = request.key()
+        if key in self._cluster.wanted.workloads:
+            await self._cluster.restart(key)
+            return f"{key.name} restarted: every pod was replaced, one by one"
+        pod = self._pod(request)
+        await self._cluster.show(pod, is_ready=False)
+        self._cluster.harm(pod, "Dead")
+        await self._cluster.revive(pod)
+        return f"{pod.key.name} ({pod.ip}) restarted"
+
+    async def _apply(self, request: Request) -> str:
+        path = self._path(request)
+        await self._cluster.apply(path)
+        return f"{path} applied"
+
+    async def _delete(self, request: Request) -> str:
+        if "-f" in request.options:
+            path = self._path(request)
+            try:
+                await self._cluster.leave(path)
+            except ValueError:
+                raise WordError(
+                    f"{path} was not applied; applied: {', '.join(self._cluster.paths) or 'none'}"
+                ) from None
+            return f"{path} deleted"
+        if not request.kinds or not request.names:
+            raise WordError("usage: delete KIND NAME, or delete -f PATH")
+        for at in range(len(request.names)):
+            await self._cluster.delete(request.kinds[0], request.key(at))
+        return "\n".join(f"{request.kinds[0].lower()}/{name} deleted" for name in request.names)
+
+    async def _get(self, request: Request) -> str:
+        kind = request.kinds[0] if request.kinds else "Pod"
+        everywhere = bool(request.options.keys() & {"-A", "--all-namespaces"})
+        if kind == "Pod":
+            pods = [pod for pod in self._cluster.pods.values() if everywhere or pod.key.namespace == request.namespace]
+            pods = [pod for pod in pods if not request.names or pod.key.name in request.names]
+            rows = [("NAME", "READY", "STATUS", "AGE", "IP"), *(_row(pod) for pod in pods)]
+        else:
+            found = [self._cluster.workload(key) for key in self._cluster.wanted.workloads]
+            found = [
+                one for one in found if one.kind == kind and (everywhere or one.key.namespace == request.namespace)
+            ]
+            rows = [("NAME", "READY"), *((one.key.name, f"{self._ready_of(one.key)}/{one.replicas}") for one in found)]
+        if len(rows) == 1:
+            return f"No {kind}s found in namespace {request.namespace}."
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ("   ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
+        return "\n".join(line.rstrip() for line in lines)
+
+    async def _mode(self, request: Request) -> str:
+        if not request.names:
+            raise WordError("usage: mode userspace|iptables|nftables|ipvs")
+        await self._set_mode(request.names[0])
+        return f"the proxy serves in {request.names[0]} mode"
+
+    # ---- what a word names
+
+    def _pod(self, request: Request, *conditions: Callable[[Pod], bool]) -> Pod:
+        """Return the pod that *request* names, by its name or address; or a workload's, by the first condition met."""
+        key, pods = request.key(), self._cluster.pods
+        for pod in pods.values():
+            if key == pod.key or key.name == pod.ip:
+                return pod
+        for condition in conditions:
+            for pod in pods.values():
+                if pod.owner == key and not pod.is_terminating and condition(pod):
+                    return pod
+        raise WordError(
+            f"there is no such pod {key}; pods: {', '.join(pod.key.name for pod in pods.values()) or 'none'}"
+        )
+
+    def _workload(self, key: Key) -> Key:
+        if key not in self._cluster.wanted.workloads:
+            known = ", ".join(map(str, self._cluster.wanted.workloads)) or "none"
+            raise WordError(f"there is no workload {key} with replicas; known: {known}")
+        return key
+
+    def _path(self, request: Request) -> str:
+        path = request.options.get("-f", "")
+        if not path or "://" in path:
+            raise WordError("usage: apply -f PATH; the lab has no network outside, so download a file first")
+        return str((request.folder / path).resolve())
+
+    def _ready_of(self, key: Key) -> int:
+        return sum(pod.owner == key and pod.is_ready and not pod.is_terminating for pod in self._cluster.pods.values())
+
+
+def _row(pod: Pod) -> tuple[str, ...]:
+    is_ready = pod.is_ready and pod.plain is not None
+    return pod.key.name, f"{is_ready:d}/1", pod.state, f"{time.time() - pod.started_at:.0f}s", pod.ip
