@@ -158,7 +158,7 @@ def _write_words(words: Words) -> dict[str, str]:
     asked = f'case ${{1:-}} in svc|service*|ep|endpoint*|conn*) exec {ours} get "$@" ;; esac; {word} get'
     scripts = {name: f"{word} {name}" for name in words.names}
     scripts |= {name: f"{own_path} {on_node} {name}" for name in _ON_NODE}
-    scripts |= {name: f"exec {ours} {name}" for name in ("describe", "why", "env", "check")}
+    scripts |= {name: f"exec {ours} {name}" for name in ("describe", "why", "check")}
     scripts |= {
         "get": asked,
         "node": on_node,
