@@ -1,0 +1,1 @@
+"""A data plane under a simulated clock, network and kernel, driven by a seed."""

@@ -1,0 +1,575 @@
+"""One history: a data plane, its clients and endpoints, and what goes wrong, all drawn from one seed.
+
+`play` plays it and checks the invariants:
+
+1. No byte is lost, doubled, reordered or misdelivered, and no request reaches two endpoints.
+2. No attempt fails, and none takes long, while an endpoint answers that always does.
+3. A connection that meets no fault ends in order. One that ends otherwise has a reason.
+4. Endpoints without faults get their share, and a pinned client keeps its endpoint.
+5. An ejected endpoint is left alone until its ejection ends, if another one answers.
+6. Everything ends, and no descriptor, port, counter or waiting connection is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from zlib import crc32
+
+from tests.simulation.datagrams import record_of, reply_addresses
+from tests.simulation.ends import Backend, Client, Plan
+from tests.simulation.install import use
+from tests.simulation.kernel import Address, Datagram, Kernel, Listener, Network, Stream
+from tests.simulation.loop import SimulatedLoop
+from userspace_proxy.dataplane.connections import Limits
+from userspace_proxy.dataplane.dial import RACE_S
+from userspace_proxy.dataplane.memory import EJECT_MAX_S, EJECT_S
+from userspace_proxy.dataplane.plane import LocalPlane
+from userspace_proxy.interfaces import UNANSWERED, AccessRecord, Backends, ListenerSpec
+from userspace_proxy.model.endpoint import Endpoint
+from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, ServicePortName
+from userspace_proxy.model.service import Balance, ConnectionPolicy, ServicePort
+
+PORTAL = ("10.96.0.1", 80)
+UDP_PORTAL_IP = "10.96.0.1"
+TCP = ServicePortName(NamespacedName("shop", "web"), "http", L4Protocol.TCP)
+UDP = ServicePortName(NamespacedName("shop", "dns"), "dns", L4Protocol.UDP)
+KINDS = ("calm", "faults", "faults", "faults", "removals", "policy", "shortage")
+FAULTS = frozenset({"refuse", "vanish", "stall", "reset", "half-close", "pieces", "shortage"})
+_STATES = ("answer", "refuse", "vanish", "slow", "unreachable", "reset")
+_CONNECTIONS = 20, 24
+_ARRIVALS_S = 6.0
+_ENDS_WITHIN_S = 90.0
+# A packet that has arrived has been noticed by then.
+_NOTICED_S = 0.001
+_LIMITS = Limits(
+    idle_timeout_s=12.0,
+    half_closed_timeout_s=9.0,
+    dead_peer_timeout_s=6.0,
+    udp_timeout_s=3.0,
+    udp_stream_timeout_s=5.0,
+    udp_port_rest_s=2.5,
+)
+# Endings that the proxy decides on, each with the fates that justify it.
+_JUSTIFIED = {
+    "idle": {"stall", "vanish"},
+    "half-closed for too long": {"stall", "vanish"},
+    "client is dead": {"vanish"},
+    "backend is dead": {"vanish"},
+}
+
+
+class ViolationError(AssertionError):
+    """An invariant does not hold."""
+
+
+def check(holds: object, what: str, *details: object) -> None:
+    if not holds:
+        raise ViolationError(" ".join([what, *map(repr, details)]))
+
+
+@dataclass
+class Site:
+    """An endpoint's host. ``is_steady``: it answers from the beginning to the end."""
+
+    address: Address
+    is_steady: bool
+    state: str = "answer"
+    delay_s: float = 0.0
+    accepted: int = 0
+    # The ejection that its failures justify, as long as a steady endpoint is there.
+    failures: int = 0
+    failed_at: float = 0.0
+    ejected_until: float = 0.0
+
+
+@dataclass
+class UdpClient:
+    address: Address
+    number: int
+    sent: int = 0
+    replies: set[tuple[int, int]] = field(default_factory=set)
+
+
+class World(Network):
+    """The hosts around the proxy."""
+
+    def __init__(self, history: History) -> None:
+        self.history = history
+        self.kernel = history.kernel
+        self.sites: dict[Address, Site] = {}
+        self.clients: list[Client] = []
+        self.backends: dict[int, Backend] = {}
+        self.udp_clients: dict[Address, UdpClient] = {}
+        self.forwarded: set[tuple[int, int]] = set()
+        self.short_until = 0.0
+        self.lacks: set[int] = set()
+
+    # ---- TCP
+
+    def check_room(self, kind: int) -> None:
+        if self.kernel.now < self.short_until and errno.EMFILE in self.lacks:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    def connect(self, sock: Stream, address: Address) -> int:
+        kernel, site = self.kernel, self.sites[address]
+        self.history.note("dial", address)
+        if kernel.now < self.short_until and errno.EADDRNOTAVAIL in self.lacks and kernel.random.random() < 0.5:
+            return errno.EADDRNOTAVAIL
+        self.history.check_ejection(site)
+        round_trip_s = 2 * kernel.latency_s
+        if site.state == "unreachable":
+            self.history.note_failure(site)
+            return errno.EHOSTUNREACH
+        if site.state == "refuse":
+            kernel.call_later(round_trip_s, lambda: self._refuse(sock, site))
+        elif site.state == "vanish":
+            kernel.call_later(127.0, lambda: sock.fail(errno.ETIMEDOUT))
+        else:
+            delay_s = site.delay_s if site.state == "slow" else 0.0
+            kernel.call_later(round_trip_s + delay_s, lambda: self._establish(sock, site))
+        return errno.EINPROGRESS
+
+    def _refuse(self, sock: Stream, site: Site) -> None:
+        if not sock.closed:
+            self.history.note_failure(site)
+            sock.fail(errno.ECONNREFUSED)
+
+    def _establish(self, sock: Stream, site: Site) -> None:
+        if sock.closed or sock.dead:
+            return
+        site.failures, site.ejected_until = 0, 0.0
+        far = Stream(self.kernel, local=False)
+        self.history.draw_rooms(far, sock)
+        far.connected = True
+        far.join(sock)
+        number = 1_000 + len(self.backends)
+        backend = Backend(
+            self.kernel, far, number, self.history.draw_backend_plan(site), site.address, self.history.on_backend
+        )
+        self.backends[number] = backend
+        sock.on_ack = backend.begin
+        sock.establish()
+
+    def arrive(self, listener: Listener, ip: str, plan: Plan) -> None:
+        """Let a client connect to the proxy port of *listener*."""
+        kernel = self.kernel
+        far, near = Stream(kernel, local=False), Stream(kernel, local=False)
+        self.history.draw_rooms(far, near)
+        far.join(near)
+        far.connected = near.connected = True
+        near.original = PORTAL
+        client = Client(kernel, far, 1 + len(self.clients), plan, (ip, 20_000 + len(self.clients)))
+        self.clients.append(client)
+        client.begin()
+        kernel.call_later(plan.begins_s, client.allow_sending)
+        listener.arrive(near, client.address)
+
+    # ---- UDP
+
+    def send(self, sock: Datagram, data: bytes) -> None:
+        kernel, address = self.kernel, sock.address
+        assert address is not None
+        site, port = self.sites[address], sock.port
+        number, sequence = int.from_bytes(data[:4], "big"), int.from_bytes(data[4:8], "big")
+        if (number, sequence) in self.forwarded:
+            self.history.broken.append(f"a datagram was forwarded twice: {number}, {sequence}")
+        self.forwarded.add((number, sequence))
+        self.history.note("datagram", address, port, number, sequence)
+        if site.state in ("refuse", "unreachable"):
+            kernel.call_later(2 * kernel.latency_s, lambda: sock.fail(errno.ECONNREFUSED))
+        elif site.state != "vanish":
+            for copy in range(kernel.random.choice((1, 1, 2))):
+                late_s = kernel.random.choice((0.0, 0.0, 0.3, 2.0)) + 2 * kernel.latency_s
+                answer = data[:8] + bytes((copy,)) + data[8:]
+                kernel.call_later(late_s, lambda answer=answer: self._answer(port, address, answer))  # type: ignore[misc]
+
+    def _answer(self, port: int, address: Address, answer: bytes) -> None:
+        for sock in list(self.kernel.descriptors.values()):
+            if isinstance(sock, Datagram) and (sock.port, sock.address) == (port, address):
+                sock.arrive(answer)
+
+    def reply(self, listener: Datagram, record: bytes, data: bytes) -> bool:
+        address, source = reply_addresses(record)
+        client = self.udp_clients[address]
+        check(source == UDP_PORTAL_IP, "a reply leaves from another address than the client asked", source)
+        check(int.from_bytes(data[:4], "big") == client.number, "a reply reaches another client", client.number)
+        key = int.from_bytes(data[4:8], "big"), data[8]
+        check(key not in client.replies, "a reply came twice", client.number, key)
+        client.replies.add(key)
+        return True
+
+
+class History:
+    """Draws and plays one history."""
+
+    def __init__(self, seed: int) -> None:
+        self.kernel = kernel = Kernel(seed)
+        self.random = draw = kernel.random
+        self.kind = draw.choice(KINDS)
+        self.faults: Counter[str] = Counter()
+        self.broken: list[str] = []  # what the data plane must not see as an exception
+        self.digest = 0
+        self.records: dict[Address, AccessRecord] = {}
+        self.udp_records = 0
+        kernel.latency_s = draw.choice((0.0002, 0.002, 0.02))
+        kernel.cuts_pieces = draw.random() < 0.5
+        self.balance = Balance.ROUND_ROBIN if draw.random() < 0.6 else draw.choice(list(Balance))
+        self.affinity_s = 1_000 if draw.random() < 0.2 else None
+        kernel.network = self.world = World(self)
+        if self.kind == "shortage" and draw.random() < 0.5:
+            kernel.descriptors_max = draw.choice((64, 80))
+        is_calm = self.kind == "calm"
+        has_steady = is_calm or draw.random() < 0.8
+        for index in range(draw.randint(2, 5)):
+            site = Site((f"10.0.1.{index + 1}", 8_080), is_calm or (has_steady and not index))
+            if not site.is_steady:
+                self._set_state(site)
+            self.world.sites[site.address] = site
+        self.usable: list[Address] = list(self.world.sites)
+        self.policy = ConnectionPolicy()
+        if self.kind in ("policy", "removals"):
+            self.policy = ConnectionPolicy(
+                drain_s=draw.choice((None, 0.0, 1.0)),
+                max_age_s=draw.choice((0.0, 2.0)),
+                force_s=draw.choice((None, 1.0)),
+                wait_s=draw.choice((0.0, 2.0)),
+            )
+
+    # ---- what is drawn
+
+    def note(self, *what: object) -> None:
+        """Add *what* has happened to the digest of the history."""
+        self.digest = crc32(repr((round(self.kernel.now, 6), what)).encode(), self.digest)
+
+    def _set_state(self, site: Site) -> None:
+        site.state = self.random.choice(_STATES)
+        site.delay_s = self.random.uniform(0.05, 1.5)
+
+    def draw_rooms(self, first: Stream, second: Stream) -> None:
+        for sock in (first, second):
+            if self.random.random() < 0.3:
+                self.faults["pieces"] += 1
+                sock.send_room = self.random.randint(300, 2_000)
+                sock.receive_room = self.random.randint(300, 2_000)
+
+    def _draw_plan(self, sizes: tuple[int, ...]) -> Plan:
+        draw = self.random
+        plan = Plan(int(draw.choice(sizes) * draw.uniform(0.5, 1.0)))
+        if draw.random() < 0.3:
+            plan.pieces = max(1, plan.size // draw.randint(2, 6)), draw.choice((0.001, 0.05, 0.4))
+        plan.reads_slowly = draw.random() < 0.1
+        return plan
+
+    def _draw_fate(self, plan: Plan, least_bytes: int, most_bytes: int, part: float) -> None:
+        draw = self.random
+        if self.kind != "calm" and draw.random() < part:
+            plan.fate = draw.choice(("reset", "reset", "vanish", "stall"))
+            plan.fate_after = draw.randint(least_bytes, max(least_bytes, most_bytes))
+            plan.fate_s = draw.choice((0.0, 0.001, 0.05, 0.3))
+
+    def _draw_client_plan(self) -> Plan:
+        draw = self.random
+        plan = self._draw_plan((40, 400, 1_500, 3_000, 9_000))
+        plan.begins_s = draw.choice((0.0, 0.0, 0.0, 0.01, 0.5))
+        plan.half_closes = draw.random() < 0.4
+        self._draw_fate(plan, 0, 400, 0.15)
+        return plan
+
+    def draw_backend_plan(self, site: Site) -> Plan:
+        draw = self.random
+        plan = self._draw_plan((40, 400, 1_500, 3_000, 9_000))
+        plan.speaks_first = draw.random() < 0.3
+        if site.state == "reset":
+            plan.fate, plan.fate_s = "reset", draw.choice((0.0, 0.03, 0.15))
+            plan.speaks_first = False
+        else:
+            self._draw_fate(plan, 9, 400, 0.12)
+        return plan
+
+    def on_backend(self, backend: Backend) -> None:
+        self.note("accept", backend.address)
+        self.world.sites[backend.address].accepted += 1
+
+    # ---- ejection, as far as a steady endpoint makes it certain
+
+    @property
+    def _has_steady(self) -> bool:
+        return any(self.world.sites[address].is_steady for address in self.usable)
+
+    @property
+    def _ejects(self) -> bool:
+        """Whether the ejections of this history follow from refused dials alone."""
+        states = {site.state for site in self.world.sites.values()}
+        return self.kind == "faults" and self._has_steady and states <= {"answer", "refuse", "unreachable"}
+
+    def note_failure(self, site: Site) -> None:
+        self.faults["refuse"] += 1
+        now = self.kernel.now
+        if now >= site.ejected_until:
+            site.failures += 1
+            site.failed_at = now
+            site.ejected_until = now + min(EJECT_S * 2 ** (site.failures - 1), EJECT_MAX_S)
+
+    def check_ejection(self, site: Site) -> None:
+        if site.state == "vanish":
+            self.faults["vanish"] += 1
+        if self._ejects:
+            now = self.kernel.now
+            if site.failed_at + _NOTICED_S < now < site.ejected_until - _NOTICED_S:
+                self.broken.append(f"an ejected endpoint was dialled: {site}, {now}")
+
+    # ---- playing
+
+    def play(self) -> Counter[str]:
+        """Play the history and check it. Return how often each kind of fault occurred."""
+        use(self.kernel)
+        loop = SimulatedLoop(self.kernel)
+        try:
+            with errors_logged(self.broken):
+                loop.run_until_complete(self._play())
+                check(not self.broken, "broken", *self.broken)
+            self._check_connections()
+            self._check_shares()
+        finally:
+            for task in asyncio.all_tasks(loop):
+                task.cancel()
+            loop.run_until_complete(asyncio.sleep(0))
+            loop.close()
+        check(not self.kernel.descriptors, "descriptors are left", self.kernel.descriptors)
+        return self.faults
+
+    async def _play(self) -> None:
+        kernel = self.kernel
+        self.plane = plane = LocalPlane(_LIMITS, self._record, lambda: kernel.now)
+        listener, proxy_port = Listener(kernel), Datagram(kernel)
+        self._serve(ServicePort(TCP, PORTAL[1], (PORTAL[0],), connections=self.policy), 10_001, listener)
+        self._serve(ServicePort(UDP, 53, (UDP_PORTAL_IP,)), 10_002, proxy_port)
+        await self._use(self.usable)
+        self._schedule(listener, proxy_port)
+        began_at = kernel.now
+        await asyncio.sleep(_ARRIVALS_S + 3)
+        while kernel.now < began_at + _ENDS_WITHIN_S and not self._is_over():
+            await asyncio.sleep(1)
+        check(not self.broken, "", *self.broken)
+        check(self._is_over(), "connections or flows have not ended", [str(c) for c in plane._context.connections])
+        await self._check_counters()
+        await asyncio.sleep(0.5)  # the last packets arrive
+        await plane.close(0)
+
+    def _serve(self, service_port: ServicePort, port: int, sock: Listener | Datagram) -> None:
+        spec = ListenerSpec(replace(service_port, balance=self.balance, affinity_timeout_s=self.affinity_s), port)
+        self.plane.serve(spec, sock)  # type: ignore[arg-type]
+
+    async def _use(self, addresses: list[Address]) -> None:
+        self.usable = addresses
+        usable = tuple(Endpoint(*address) for address in addresses)
+        backends = Backends(usable, usable)
+        await self.plane.update({ListenerName(TCP): backends, ListenerName(UDP): backends})
+
+    def _schedule(self, listener: Listener, proxy_port: Datagram) -> None:
+        draw, kernel, world = self.random, self.kernel, self.world
+        for _ in range(draw.randint(*_CONNECTIONS)):
+            ip, plan = f"10.98.0.{draw.randint(1, 9)}", self._draw_client_plan()
+            if draw.random() < 0.05 and self.kind != "calm":
+                kernel.call_later(draw.uniform(0, _ARRIVALS_S), lambda: self._fail_accept(listener))
+            when_s = draw.choice((draw.uniform(0, _ARRIVALS_S), float(draw.randint(0, 3))))
+            kernel.call_later(when_s, lambda ip=ip, plan=plan: world.arrive(listener, ip, plan))  # type: ignore[misc]
+        for number in range(1, draw.randint(8, 14)):
+            client = UdpClient((f"10.98.0.{draw.randint(1, 9)}", 30_000 + number), number)
+            world.udp_clients[client.address] = client
+            for _ in range(draw.randint(1, 5)):
+                when_s = draw.uniform(0, _ARRIVALS_S)
+                kernel.call_later(when_s, lambda client=client: self._send(proxy_port, client))  # type: ignore[misc]
+        for site in world.sites.values():
+            if not site.is_steady:
+                for _ in range(draw.randint(0, 3)):
+                    kernel.call_later(draw.uniform(0, 8), lambda site=site: self._set_state(site))  # type: ignore[misc]
+        if self.kind in ("removals", "policy"):
+            for _ in range(draw.randint(1, 4)):
+                kernel.call_later(draw.uniform(0, _ARRIVALS_S), self._change_endpoints)
+        if self.kind == "shortage":
+            for _ in range(draw.randint(1, 3)):
+                kernel.call_later(draw.uniform(0, _ARRIVALS_S), self._begin_shortage)
+
+    def _fail_accept(self, listener: Listener) -> None:
+        listener.errors.append(errno.ECONNABORTED)
+        listener.wake(1)
+
+    def _begin_shortage(self) -> None:
+        self.faults["shortage"] += 1
+        self.world.short_until = self.kernel.now + self.random.choice((0.05, 0.5, 1.5))
+        self.world.lacks = self.random.choice(({errno.EMFILE}, {errno.EADDRNOTAVAIL}))
+
+    def _change_endpoints(self) -> None:
+        draw = self.random
+        steady = [address for address, site in self.world.sites.items() if site.is_steady]
+        others = [address for address in self.world.sites if address not in steady]
+        if self.kind == "policy" and draw.random() < 0.4:
+            steady = []
+        wanted = steady + [address for address in others if draw.random() < 0.5]
+        self._changes = asyncio.ensure_future(self._use(wanted))
+        if not wanted:
+            self.kernel.call_later(draw.uniform(0.2, 1.5), self._restore_endpoints)
+
+    def _restore_endpoints(self) -> None:
+        self._changes = asyncio.ensure_future(self._use(list(self.world.sites)))
+
+    def _send(self, proxy_port: Datagram, client: UdpClient) -> None:
+        content = client.number.to_bytes(4, "big") + client.sent.to_bytes(4, "big") + bytes(self.random.randint(0, 99))
+        client.sent += 1
+        proxy_port.records.append((record_of(client.address, UDP_PORTAL_IP), content))
+        proxy_port.wake(1)
+
+    def _record(self, record: AccessRecord) -> None:
+        self.note(record)
+        if record.protocol is L4Protocol.UDP:
+            self.udp_records += 1
+            return
+        check(record.client not in self.records, "a connection ended twice", record)
+        self.records[record.client] = record
+
+    def _is_over(self) -> bool:
+        flows = self.plane._shared[UDP].counters.flows
+        return not len(self.plane._context.connections) and not flows
+
+    # ---- invariants
+
+    async def _check_counters(self) -> None:
+        stats = await self.plane.stats(endpoints_max=100)
+        tcp, udp = stats.services[TCP], stats.services[UDP]
+        for counters in (tcp, udp):
+            check(counters.open == counters.flows == counters.waiting == 0, "counters have not returned", counters)
+        for of_endpoints in stats.endpoints.values():
+            for address, of_one in of_endpoints.items():
+                check(of_one.open == of_one.dialling == 0, "an endpoint's counters have not returned", address, of_one)
+        connections = self.plane._context.connections
+        check(connections._races == 0, "races are left", connections._races)
+        check(not any(map(len, (d._until for d in self.plane._context.deadlines))), "deadlines are left")
+        check(len(self.plane._datagrams) == 0, "UDP flows are left")
+        for destination in self.plane._datagrams._destinations.values():
+            used = sum(ports.used for ports in destination.ports.values())
+            check(used == 0 and not destination.clients, "UDP ports are left", used)
+        sent = sum(client.sent for client in self.world.udp_clients.values())
+        forwarded = len(self.world.forwarded)
+        check(forwarded + udp.datagrams_dropped == sent, "datagrams are lost", forwarded, udp.datagrams_dropped, sent)
+        if self._has_steady and self.kind in ("calm", "faults"):
+            check(not udp.datagrams_dropped or udp.port_exhaustions, "datagrams were dropped", udp)
+        check(udp.flows_total == self.udp_records, "flows without a record", udp.flows_total, self.udp_records)
+        check(tcp.accepted == len(self.records), "connections without a record", tcp.accepted, len(self.records))
+        to_backends = sum(r.bytes_to_backend for r in self.records.values())
+        check(tcp.bytes_to_backends == to_backends, "bytes are miscounted", tcp.bytes_to_backends, to_backends)
+        self.tcp, self.of_endpoints = tcp, stats.endpoints
+
+    def _check_connections(self) -> None:
+        replied_by: dict[int, list[Backend]] = {}
+        for backend in self.world.backends.values():
+            self.faults[backend.plan.fate] += backend.met_fate
+            if (number := backend.client) is not None:
+                replied_by.setdefault(number, []).append(backend)
+        for client in self.world.clients:
+            self.faults[client.plan.fate] += client.met_fate
+            self.faults["half-close"] += client.plan.half_closes
+            asked = replied_by.get(client.number, [])
+            check(len(asked) <= 1, "a request reached two endpoints", client.number)
+            its = asked[0] if asked else None
+            if its is None and len(client.received) >= 4:
+                its = self.world.backends.get(int.from_bytes(client.received[:4], "big"))
+                check(its is not None and its.client is None, "a reply reaches another client", client.number)
+            self._check_connection(client, its)
+
+    def _check_connection(self, client: Client, backend: Backend | None) -> None:
+        record = self.records.get(client.address)
+        how = "" if record is None else record.how
+        where = (client.number, client.plan, how, client.how, None if backend is None else backend.plan)
+        if backend is None:
+            check(not client.received, "bytes from nowhere", where)
+        else:
+            check(client.data.startswith(backend.received), "an endpoint got other bytes than were sent", where)
+            check(backend.data.startswith(client.received), "a client got other bytes than were sent", where)
+            if client.how == "eof" and not backend.met_fate:
+                check(len(client.received) == backend.sent, "the reply is cut short", where)
+            if backend.how == "eof" and not client.met_fate:
+                check(len(backend.received) == client.sent, "the request is cut short", where)
+            if backend.plan.fate == "reset" and backend.met_fate and not client.met_fate and not backend.is_shut:
+                check(client.how in ("reset", ""), "a reset arrives as an end", where)
+                if how in ("reset by backend", UNANSWERED) and not backend.unacknowledged_at_fate:
+                    check(len(client.received) == backend.sent, "bytes before a reset are lost", where)
+        if record is None:
+            return
+        fates = {end.plan.fate for end in (client, backend) if end is not None and end.met_fate}
+        if (justified := _JUSTIFIED.get(how)) is not None:
+            check(fates & justified or record.endpoint is None, "a healthy connection was cut", where)
+        check(how != "a bug" and not how.startswith("out of memory"), "a bug ended a connection", where)
+        if "vanish" not in fates and client.plan.fate not in fates:
+            check(client.how, "a client was left alone", where)
+        if not fates and backend is not None:
+            expected = "eof" if how == "closed" or how.startswith("closed by") else "reset"
+            is_over = client.how == "eof" and backend.is_shut  # for the client; the reset came later
+            check(client.how == expected or is_over, "a connection ends otherwise than told", where)
+            if expected == "eof":
+                check(record.bytes_to_backend == len(backend.received), "bytes to the backend", where)
+                check(record.bytes_to_client == len(client.received), "bytes to the client", where)
+            if self.policy == ConnectionPolicy():
+                check(how == "closed", "a healthy connection was broken", where)
+        self._check_attempt(client, backend, record, where)
+
+    def _check_attempt(self, client: Client, backend: Backend | None, record: AccessRecord, where: object) -> None:
+        if self.kind not in ("calm", "faults", "removals") or not self._has_steady:
+            return
+        check(not record.how.startswith("no endpoint"), "an attempt failed while an endpoint answered", where)
+        if backend is not None and backend.began_at:
+            took_s = backend.began_at - client.began_at
+            sites = self.world.sites
+            most_s = 0.2 + 4 * self.kernel.latency_s * len(sites) + (len(sites) - 1) * (RACE_S + 0.3)
+            check(took_s <= most_s, "an attempt took long while an endpoint answered", took_s, where)
+
+    def _check_shares(self) -> None:
+        if self.kind != "calm":
+            return
+        if self.affinity_s is not None:
+            for name, of_client in (("TCP", self._endpoints_by_client()),):
+                for ip, addresses in of_client.items():
+                    check(len(addresses) == 1, "a pinned client changed its endpoint", name, ip, addresses)
+        elif self.balance is Balance.ROUND_ROBIN:
+            for of_endpoints in self.of_endpoints.values():
+                opened = [one.opened for one in of_endpoints.values()]
+                check(max(opened) - min(opened) <= 1, "shares are not fair", opened)
+
+    def _endpoints_by_client(self) -> dict[str, set[Address]]:
+        found: dict[str, set[Address]] = {}
+        for record in self.records.values():
+            if record.endpoint is not None:
+                found.setdefault(record.client[0], set()).add(record.endpoint.address)
+        return found
+
+
+class _Errors(logging.Handler):
+    def __init__(self, found: list[str]) -> None:
+        super().__init__(logging.ERROR)
+        self._found = found
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._found.append(self.format(record))
+
+
+@contextlib.contextmanager
+def errors_logged(found: list[str]) -> Iterator[None]:
+    """Add the errors that the data plane logs to *found*; nothing less is formatted."""
+    logger, handler = logging.getLogger("userspace_proxy"), _Errors(found)
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.ERROR)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]

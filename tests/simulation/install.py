@@ -1,0 +1,154 @@
+"""Put the model in the place of the kernel under the modules of the data plane.
+
+Each module is given a small stand-in for the system module that it uses. All stand-ins lead to the kernel of the
+history that is being played.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+from array import array
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+from zlib import crc32
+
+import pytest
+
+from tests.simulation.datagrams import SimulatedBatch
+from tests.simulation.kernel import Datagram, Epoll, Kernel, Stream
+from userspace_proxy.dataplane import connections, datagrams, lifetimes, memory, pipes, plane, poller, sockets
+from userspace_proxy.dataplane.splice import copy, pipe
+from userspace_proxy.model.endpoint import Address
+
+# Smaller than the real ones, so that a history of few bytes fills them.
+BUFFER_BYTES = 512
+LOCAL_PORTS = 24
+
+
+class Current:
+    """The kernel of the history that is being played."""
+
+    kernel: Kernel
+
+
+def use(kernel: Kernel) -> None:
+    """Lead all stand-ins to *kernel* from now on."""
+    Current.kernel = SimulatedBatch.kernel = kernel
+
+
+class SimulatedPipe:
+    """A pipe of the model, for splice(2)."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.content = bytearray()
+        self.ends = kernel.add(self), kernel.add(self)
+
+
+class SimulatedTables:
+    """Stands in for `KernelTables`: no NAT entry, no flow of a predecessor, no local address."""
+
+    def is_local(self, ip: str) -> bool:
+        return False
+
+    def dialled_by(self, client: Address, reached: Address) -> Address:
+        return reached
+
+    def udp_flows(self) -> dict[tuple[str, Address], set[int]]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+def _open(family: int, kind: int, protocol: int = 0, fd: int | None = None) -> Stream | Datagram:
+    return Current.kernel.open_socket(family, kind, protocol, fd)
+
+
+def _epoll() -> Epoll:
+    return Epoll(Current.kernel)
+
+
+def _pipe2(flags: int) -> tuple[int, int]:
+    return SimulatedPipe(Current.kernel).ends
+
+
+def _close(fd: int) -> None:
+    Current.kernel.remove(fd)
+
+
+def _splice(source: int, target: int, count: int, flags: int = 0) -> int:
+    """Move bytes between a socket and a pipe, as splice(2) does: never past an urgent byte."""
+    known = Current.kernel.descriptors
+    from_, to = known[source], known[target]
+    if isinstance(from_, Stream):
+        assert isinstance(to, SimulatedPipe)
+        room = bytearray(min(count, len(from_.incoming)) or 1)
+        if from_.is_at_urgent():
+            if from_.ended:
+                return 0
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        moved = from_.recv_into(room)
+        to.content += room[:moved]
+        return moved
+    assert isinstance(from_, SimulatedPipe)
+    assert isinstance(to, Stream)
+    moved = to.send(from_.content[:count])
+    del from_.content[:moved]
+    return moved
+
+
+def _unsent(sock: Stream, request: int, count: array[int]) -> None:
+    count[0] = sock.unacknowledged
+
+
+def _limit(resource: int) -> tuple[int, int]:
+    most = Current.kernel.descriptors_max
+    return most, most
+
+
+class _Random:
+    """Stands in for the module `random`, with the history's own seed."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(Current.kernel.random, name)
+
+
+def _choices(*population: Any, **weights: Any) -> list[Any]:
+    return Current.kernel.random.choices(*population, **weights)
+
+
+@contextlib.contextmanager
+def installed() -> Iterator[None]:
+    """Run the data plane on the model. Histories in turn each set `Current.kernel`."""
+    selecting = SimpleNamespace(epoll=_epoll, EPOLLIN=select.EPOLLIN)
+    limits = SimpleNamespace(getrlimit=_limit, setrlimit=lambda *_: None, RLIMIT_NOFILE=0)
+    system = {name: getattr(os, name) for name in ("SPLICE_F_MOVE", "SPLICE_F_NONBLOCK", "O_NONBLOCK", "O_CLOEXEC")}
+    wall = SimpleNamespace(time=lambda: Current.kernel.now, monotonic=lambda: Current.kernel.now)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (poller, datagrams):
+            patch.setattr(module, "select", selecting)
+        for limited in (connections, datagrams):
+            patch.setattr(limited, "resource", limits)
+        patch.setattr(sockets, "SocketType", _open)
+        patch.setattr(sockets, "_lowest_ephemeral_port", lambda: 1 << 16)
+        patch.setattr(copy, "fcntl", SimpleNamespace(ioctl=_unsent))
+        patch.setattr(copy, "BUFFER_BYTES", BUFFER_BYTES)
+        patch.setattr(copy, "_buffer", bytearray(BUFFER_BYTES))
+        patch.setattr(copy, "_view", memoryview(copy._buffer))
+        patch.setattr(pipe, "os", SimpleNamespace(splice=_splice, **system))
+        patch.setattr(pipes, "os", SimpleNamespace(pipe2=_pipe2, close=_close, **system))
+        patch.setattr(pipes, "fcntl", SimpleNamespace(fcntl=lambda *_: 0, F_SETPIPE_SZ=0))
+        patch.setattr(plane, "KernelTables", SimulatedTables)
+        patch.setattr(plane, "raise_descriptor_limit", lambda: 0)
+        patch.setattr(datagrams, "Batch", SimulatedBatch)
+        patch.setattr(datagrams, "local_ports", lambda share: array("H", range(40_000, 40_000 + LOCAL_PORTS)))
+        patch.setattr(memory, "time", wall)
+        # Strings have another hash in each process.
+        patch.setattr(lifetimes, "hash", lambda client: crc32(repr(client).encode()), raising=False)
+        patch.setattr("userspace_proxy.dataplane.local_ports.random", _Random())
+        patch.setattr("userspace_proxy.dataplane.balancing.random_choice.choices", _choices)
+        yield

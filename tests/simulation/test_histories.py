@@ -1,0 +1,53 @@
+"""Histories by seed: see `history.py` for the invariants, and `play.py` to replay one."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+import pytest
+
+from tests.simulation.history import FAULTS, History
+from tests.simulation.install import installed
+
+_PROCESSES = 2
+
+
+async def _play(first: int, count: int, timeout_s: float) -> str:
+    command = sys.executable, "-m", "tests.simulation.play", str(first), str(count)
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    try:
+        said, _ = await asyncio.wait_for(process.communicate(), timeout_s)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode == 0, said.decode()
+    return said.decode()
+
+
+async def _play_all(first: int, count: int, timeout_s: float) -> None:
+    part = count // _PROCESSES
+    said = await asyncio.gather(*(_play(first + n * part, part, timeout_s) for n in range(_PROCESSES)))
+    for of_one in said:
+        assert {word.partition("=")[0] for word in of_one.split()} >= FAULTS, of_one
+
+
+def test_every_invariant_holds_in_histories_with_every_kind_of_fault() -> None:
+    asyncio.run(_play_all(0, 500, 150))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_every_invariant_holds_in_very_many_histories() -> None:
+    asyncio.run(_play_all(1_000_000, 100_000, 3500))
+
+
+def test_a_seed_replays_its_history_exactly() -> None:
+    with installed():
+        first, again, other = History(7), History(7), History(8)
+        for history in (first, again, other):
+            history.play()
+
+    assert (first.digest, first.kernel.now, first.kernel.steps) == (again.digest, again.kernel.now, again.kernel.steps)
+    assert first.digest != other.digest
