@@ -31,7 +31,8 @@ DOMAIN = ".default.svc.cluster.local."
 def responder(services: dict[str, ServiceNames] | None = None) -> Responder:
     made = Responder(Zone("cluster.local", ["10.96.0.10"]))
     known = SERVICES if services is None else services
-    made.update((NamespacedName("default", name), names) for name, names in known.items())
+    for name, names in known.items():
+        made.update(NamespacedName("default", name), names)
     made.is_synced = True
     return made
 

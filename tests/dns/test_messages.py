@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import dns.message
 import dns.rcode
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.dns.given import DOMAIN, responder
-from userspace_proxy.dns.messages import Answer, answer_records, read_question, reply, ttl_places
+from userspace_proxy.dns.messages import Answer, joined, read_question, reply, ttl_places
 from userspace_proxy.dns.responder import Alias
 
 QUERY = dns.message.make_query(f"web{DOMAIN}", "A", use_edns=0, payload=4096).to_wire()
@@ -100,7 +101,7 @@ def test_damaged_answers_of_other_servers_are_refused() -> None:
     for _ in range(3_000):
         message = bytearray(whole)
         message[chance.randrange(4, len(message))] = chance.randrange(256)
-        for read in (ttl_places, answer_records):
+        for read in (ttl_places, partial(joined, ())):
             try:
                 read(bytes(message[: chance.randrange(12, len(message) + 1)]))
             except ValueError:

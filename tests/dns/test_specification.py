@@ -130,13 +130,9 @@ def test_a_change_shows_in_the_next_answer() -> None:
     of = responder()
     names = (f"web{DOMAIN}", f"new{DOMAIN}", f"inside{DOMAIN}", "1.0.244.10.in-addr.arpa.")
     before = [ask(of, name, "PTR" if "arpa" in name else "A").rcode() for name in names]
-    of.update(
-        [
-            (NamespacedName("default", "web"), ServiceNames(("10.96.0.99",))),
-            (NamespacedName("default", "new"), ServiceNames(("10.96.0.98",))),
-            (NamespacedName("default", "db"), None),
-        ]
-    )
+    of.update(NamespacedName("default", "web"), ServiceNames(("10.96.0.99",)))
+    of.update(NamespacedName("default", "new"), ServiceNames(("10.96.0.98",)))
+    of.update(NamespacedName("default", "db"), None)
 
     assert before == [dns.rcode.NOERROR, dns.rcode.NXDOMAIN, dns.rcode.NOERROR, dns.rcode.NOERROR]
     assert values(ask(of, names[0])) == ["10.96.0.99"]

@@ -23,6 +23,8 @@ _READ_BYTES = 1 << 14
 DESCRIPTORS_A_FRAME = 250
 # Senders split messages (`wire.fitting`). This bound is for messages that cannot be split, and against garbage.
 FRAME_MAX_BYTES = 1 << 30
+# A child process sends this frame back at once, before it answers queued requests: its event loop runs.
+PING = b""
 # In place of a descriptor that was lost.
 LOST = -1
 # Temporary shortages of this host: retried a little later. ETOOMANYREFS: too many descriptors are in flight.
@@ -45,7 +47,7 @@ class Channel:
         frame_max_bytes: int = FRAME_MAX_BYTES,
     ) -> None:
         sock.setblocking(False)
-        self._sock = sock
+        self.sock = sock
         self._on_frame = on_frame
         self._on_close = on_close
         self._frame_max_bytes = frame_max_bytes
@@ -75,13 +77,13 @@ class Channel:
         while self._waiting and not self._closed:
             data, descriptors = self._waiting[0]
             try:
-                sent = socket.send_fds(self._sock, [data], list(descriptors))
+                sent = socket.send_fds(self.sock, [data], list(descriptors))
             except BlockingIOError:
-                self._loop.add_writer(self._sock.fileno(), self._write)
+                self._loop.add_writer(self.sock.fileno(), self._write)
                 return
             except OSError as error:
                 if error.errno in _SHORTAGES:
-                    self._loop.remove_writer(self._sock.fileno())
+                    self._loop.remove_writer(self.sock.fileno())
                     self._loop.call_later(_SHORTAGE_PAUSE_S, self._write)
                 else:
                     self.close()
@@ -91,7 +93,7 @@ class Channel:
             else:
                 self._waiting[0] = (data[sent:], ())
         if not self._closed:
-            self._loop.remove_writer(self._sock.fileno())
+            self._loop.remove_writer(self.sock.fileno())
             self._all_sent.set()
 
     async def sent(self) -> None:
@@ -102,12 +104,12 @@ class Channel:
 
     def _read(self) -> None:
         try:
-            data, descriptors, flags, _ = socket.recv_fds(self._sock, _READ_BYTES, DESCRIPTORS_A_FRAME)
+            data, descriptors, flags, _ = socket.recv_fds(self.sock, _READ_BYTES, DESCRIPTORS_A_FRAME)
         except BlockingIOError:
             return
         except OSError as error:
             if error.errno in _SHORTAGES:
-                self._loop.remove_reader(self._sock.fileno())
+                self._loop.remove_reader(self.sock.fileno())
                 self._loop.call_later(_SHORTAGE_PAUSE_S, self._read_on)
                 return
             data, descriptors, flags = b"", [], 0
@@ -139,7 +141,7 @@ class Channel:
 
     def _read_on(self) -> None:
         if not self._closed:
-            self._loop.add_reader(self._sock.fileno(), self._read)
+            self._loop.add_reader(self.sock.fileno(), self._read)
 
     def break_off(self, why: str) -> None:
         """Close this end, because the incoming data cannot be understood."""
@@ -153,10 +155,10 @@ class Channel:
             return
         self._closed = True
         self._all_sent.set()
-        self._loop.remove_reader(self._sock.fileno())
-        self._loop.remove_writer(self._sock.fileno())
+        self._loop.remove_reader(self.sock.fileno())
+        self._loop.remove_writer(self.sock.fileno())
         self._on_close()
-        self._sock.close()
+        self.sock.close()
         for descriptors in self._descriptors:
             close_descriptors(descriptors)
 

@@ -11,6 +11,7 @@ import ctypes
 import mmap
 import socket
 import struct
+import sys
 from collections.abc import Iterable
 
 from userspace_proxy.dataplane.sockets import plain_ip
@@ -133,6 +134,12 @@ def asked_ip(record: bytes) -> str:
     if not record.startswith(_INET6):
         return socket.inet_ntoa(info[8:12])
     return plain_ip(socket.inet_ntop(socket.AF_INET6, info[:16]))
+
+
+def interface_of(record: bytes) -> int:
+    """Return the index of the interface that the datagram of *record* came in at."""
+    at = _INTERFACE6_AT if record.startswith(_INET6) else _PKTINFO_AT
+    return int.from_bytes(record[at : at + 4], sys.byteorder)
 
 
 def anybody_like(record: bytes) -> str:

@@ -80,10 +80,6 @@ class Cut(msgspec.Struct, frozen=True, tag=True):
     """Reset all connections at once, before other queued requests (a drain, for example). Not answered."""
 
 
-class Ping(msgspec.Struct, frozen=True, tag=True):
-    """Answered with `Pong` at once, before other queued requests: shows that the event loop runs."""
-
-
 class KeepOn(msgspec.Struct, frozen=True, tag=True):
     """Keep serving if the control process dies, until a successor calls. The socket bound to the name comes with it."""
 
@@ -95,7 +91,7 @@ class Close(msgspec.Struct, frozen=True, tag=True):
     handed_over: bool = False
 
 
-Request = Open | Begin | Update | Retire | TellStats | TellDetails | Cut | Ping | KeepOn | Close
+Request = Open | Begin | Update | Retire | TellStats | TellDetails | Cut | KeepOn | Close
 
 # ---- worker -> control
 
@@ -134,17 +130,13 @@ class Told(msgspec.Struct, frozen=True, tag=True):
     details: list[Details] = []
 
 
-class Pong(msgspec.Struct, frozen=True, tag=True):
-    """Answer to `Ping`. It may overtake answers to queued requests."""
-
-
 class News(msgspec.Struct, frozen=True, tag=True):
     """Sent without a request: pins and ejections that pickers have learnt in the last second."""
 
     memory: list[tuple[ServicePortName, PickerMemory]]
 
 
-Answer = Done | StatsPart | Stats | ToldPart | Told | Pong | News
+Answer = Done | StatsPart | Stats | ToldPart | Told | News
 
 requests = msgspec.msgpack.Decoder(Request)
 answers = msgspec.msgpack.Decoder(Answer)

@@ -23,7 +23,7 @@ from dataclasses import replace
 import msgspec
 
 from userspace_proxy.dataplane import rendezvous, wire
-from userspace_proxy.dataplane.channel import LOST, Channel, close_descriptors
+from userspace_proxy.dataplane.channel import LOST, PING, Channel, close_descriptors
 from userspace_proxy.dataplane.handover import (
     VERSION,
     Conversation,
@@ -72,6 +72,9 @@ class Worker:
         self._channel = Channel(sock, self._on_frame, self._on_close)
 
     def _on_frame(self, body: bytes, descriptors: list[int]) -> None:
+        if body == PING:
+            self._channel.send(PING)
+            return
         try:
             request = wire.requests.decode(body)
         except msgspec.DecodeError as error:
@@ -80,8 +83,6 @@ class Worker:
             return
         if isinstance(request, wire.Cut):
             self._plane.cut()
-        elif isinstance(request, wire.Ping):
-            self._channel.send(wire.encode(wire.Pong()))
         else:
             self._requests.append((request, descriptors))
             self._asked.set()

@@ -1,13 +1,15 @@
-"""DNS messages as bytes: questions are read here, records are packed and read by the library dnslib.
+"""DNS messages as bytes: questions are read and records packed here; answers of other servers are read by dnslib.
 
 No other module knows the library. Why it, and what it is not used for: docs/decisions/dns-messages.md.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import socket
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -32,6 +34,11 @@ _NAME_MAX_BYTES, _LABEL_MAX_BYTES = 255, 63
 BODY_MAX_BYTES = MESSAGE_MAX_BYTES - HEADER.size - _NAME_MAX_BYTES - 4 - 11
 RCODE_MASK = 0xF
 _ECHOED = RECURSION_DESIRED | 0x10  # CD, of RFC 4035
+# Type, class, TTL and length of what follows.
+_RECORD = struct.Struct("!HHIH")
+_SRV, _SOA_TIMES = struct.Struct("!3H"), struct.Struct("!5I")
+# Names, and pointers in them, that are followed in one message of another server.
+_NAMES_MAX = 4_096
 # The record OPT of RFC 6891: the root, its type; size, high bits of the code, version, flags and length.
 _OPT, _OPT_REST, _OPT_BYTES = b"\0\0\x29", struct.Struct("!HBBHH"), 11
 _ANSWER_OPT = _OPT + _OPT_REST.pack(EDNS_BYTES, 0, 0, 0, 0)
@@ -142,20 +149,30 @@ class Answer(NamedTuple):
 def pack_answer(
     rcode: int,
     flags: int = 0,
-    answers: Sequence[Record] = (),
-    authorities: Sequence[Record] = (),
-    additionals: Sequence[Record] = (),
-    packed_answers: Sequence[bytes] = (),
+    answers: Iterable[Record] = (),
+    authorities: Iterable[Record] = (),
+    additionals: Iterable[Record] = (),
 ) -> Answer:
     """Return an answer with these records. *additionals* are left out if they do not fit."""
-    packed = [*map(pack_record, answers), *packed_answers, *map(pack_record, authorities)]
-    body = b"".join(packed)
+    packed, behind = _pack(answers), _pack(authorities)
+    body = b"".join(packed + behind)
     if len(body) > BODY_MAX_BYTES:
         return Answer(rcode, flags, surplus=tuple(packed))
-    more = b"".join(map(pack_record, additionals))
-    if len(body) + len(more) > BODY_MAX_BYTES:
-        more, additionals = b"", ()
-    return Answer(rcode, flags, (len(answers) + len(packed_answers), len(authorities), len(additionals)), body + more)
+    more = _pack(additionals)
+    if len(body) + sum(map(len, more)) > BODY_MAX_BYTES:
+        more = []
+    return Answer(rcode, flags, (len(packed), len(behind), len(more)), body + b"".join(more))
+
+
+def _pack(records: Iterable[Record]) -> list[bytes]:
+    """Return *records* as bytes. One with an invalid name is left out, and the others are kept."""
+    packed = []
+    for record in records:
+        try:
+            packed.append(pack_record(record))
+        except ValueError:
+            continue
+    return packed
 
 
 def fitting(answer: Answer, first: int) -> Answer:
@@ -183,102 +200,102 @@ def reply(question: Question, answer: Answer, limit_bytes: int) -> bytes:
     return b"".join((head, question.text, body, edns))
 
 
+# ---- records
+
+
+@lru_cache(maxsize=16_384)
 def name_text(name: str) -> bytes:
-    """Return *name* as a message has it. Raises ValueError if it is too long."""
-    buffer = _Buffer()
-    try:
-        buffer.encode_name(name)
-    except dnslib.DNSError as error:
-        raise ValueError(f"{name!r} is no name") from error
-    return bytes(buffer.data)
+    """Return *name* as a message has it. Raises ValueError if it is none."""
+    labels = [label.encode("ascii") for label in name.removesuffix(".").split(".")]
+    text = b"".join([bytes([len(label)]) + label for label in labels]) + b"\0"
+    if len(text) > _NAME_MAX_BYTES or not all(0 < len(label) <= _LABEL_MAX_BYTES for label in labels):
+        raise ValueError(f"{name!r} is no name")
+    return text
+
+
+def pack_record(record: Record) -> bytes:
+    """Return *record* as bytes that can stand anywhere in a message behind its question."""
+    owner, kind, value = record
+    match value:
+        case (priority, weight, port, str(target)):
+            content = _SRV.pack(priority, weight, port) + name_text(target)
+        case (str(server), str(mailbox), times):
+            content = name_text(server) + name_text(mailbox) + _SOA_TIMES.pack(*times)
+        case str() if kind in (A, AAAA):
+            content = socket.inet_pton(socket.AF_INET if kind == A else socket.AF_INET6, value)
+        case str() if kind == TXT:
+            content = bytes([len(value)]) + value.encode()
+        case str():
+            content = name_text(value)
+    name = name_text(owner) if owner else _SAME_NAME
+    return name + _RECORD.pack(kind, INTERNET, TTL_S, len(content)) + content
 
 
 # ---- answers of other servers
 
 
-def relay(question: Question, message: bytes, limit_bytes: int) -> bytes:
-    """Return the answer *message* of another server, which has no OPT, as one to *question*."""
-    counts, body = struct.unpack_from("!3H", message, 6), message[HEADER.size + len(question.text) :]
-    answer = Answer(message[3] & RCODE_MASK, RECURSION_AVAILABLE, counts, body)
-    return reply(question, answer, limit_bytes)
-
-
-def ttl_places(message: bytes) -> list[int]:
-    """Return where *message* has the TTL of each record. Raises ValueError if it cannot be read."""
-    places = []
-    try:
-        _, _, questions, *counts = HEADER.unpack_from(message)
-        at = HEADER.size
-        for index in range(questions + sum(counts)):
-            while length := message[at]:
-                if length > _LABEL_MAX_BYTES:  # a pointer
-                    at += 1
-                    break
-                at += 1 + length
-            at += 1
-            if index < questions:
-                at += 4
-            else:
-                places.append(at + 4)
-                at += 10 + int.from_bytes(message[at + 8 : at + 10], "big")
-    except (IndexError, struct.error):
-        raise ValueError("the message is cut off") from None
-    if at > len(message):
-        raise ValueError("the message is cut off")
-    return places
-
-
-def answer_records(message: bytes) -> list[bytes]:
-    """Return the records of the answer section of *message*, each packed so that it can stand anywhere.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    try:
-        return [_packed(record) for record in dnslib.DNSRecord.parse(message).rr]
-    except Exception as error:  # the library raises whatever it comes across
-        raise ValueError("the message cannot be read") from error
-
-
-def answer_addresses(message: bytes) -> list[str]:
-    """Return the addresses in the answer section of *message*. Raises ValueError if it cannot be read."""
-    try:
-        return [str(record.rdata) for record in dnslib.DNSRecord.parse(message).rr if record.rtype in (A, AAAA)]
-    except Exception as error:  # the library raises whatever it comes across
-        raise ValueError("the message cannot be read") from error
-
-
-# ---- records, by the library
-
-
 class _Buffer(dnslib.DNSBuffer):  # type: ignore[misc]  # has no types
-    """Writes names in full: records are packed one by one, wherever they will stand in a message."""
+    """Follows a bounded number of pointers, and writes names in full: a record can then stand anywhere."""
+
+    names_left = _NAMES_MAX
+
+    def decode_name(self, last: int = -1) -> object:
+        self.names_left -= 1
+        if self.names_left < 0:
+            raise ValueError("too many names and pointers")
+        return super().decode_name(last)
 
     def encode_name(self, name: object) -> None:
         self.encode_name_nocompress(name)
 
 
-@lru_cache(maxsize=32_768)
-def pack_record(record: Record, ttl_s: int = TTL_S) -> bytes:
-    """Return *record* as bytes that can stand anywhere in a message behind its question."""
-    owner, kind, value = record
-    packed = _packed(dnslib.RR(owner or ".", kind, INTERNET, ttl_s, _rdata(kind, value)))
-    return packed if owner else _SAME_NAME + packed[1:]
+def relayed(message: bytes, question_bytes: int) -> Answer:
+    """Return the answer *message* of another server, which has no OPT, behind its question."""
+    counts = struct.unpack_from("!3H", message, 6)
+    return Answer(message[3] & RCODE_MASK, RECURSION_AVAILABLE, counts, message[HEADER.size + question_bytes :])
 
 
-def _packed(record: dnslib.RR) -> bytes:
-    buffer = _Buffer()
-    record.pack(buffer)
-    return bytes(buffer.data)
+def joined(aliases: Iterable[Record], message: bytes) -> Answer:
+    """Return the answer that the records *aliases* begin and those of the answer *message* of another server end.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    with _reading(message) as (buffer, (count, *_)):
+        written = _Buffer()
+        for _ in range(count):
+            dnslib.RR.parse(buffer).pack(written)
+    answer = pack_answer(message[3] & RCODE_MASK, AUTHORITATIVE, aliases)
+    return answer._replace(counts=(answer.counts[0] + count, 0, 0), body=answer.body + bytes(written.data))
 
 
-def _rdata(kind: int, value: Value) -> dnslib.RD:
-    match value:
-        case str():
-            made: dnslib.RD = getattr(dnslib, type_name(kind))(value)
-            return made
-        case (int(priority), int(weight), int(port), str(target)):
-            return dnslib.SRV(priority, weight, port, target)
-        case (str(server), str(mailbox), times):
-            return dnslib.SOA(server, mailbox, times)
-    raise AssertionError(value)
+def answer_addresses(message: bytes) -> list[str]:
+    """Return the addresses in the answer section of *message*. Raises ValueError if it cannot be read."""
+    with _reading(message) as (buffer, (count, *_)):
+        records = [dnslib.RR.parse(buffer) for _ in range(count)]
+    return [str(record.rdata) for record in records if record.rtype in (A, AAAA)]
+
+
+def ttl_places(message: bytes) -> list[int]:
+    """Return where *message* has the TTL of each record. Raises ValueError if it cannot be read."""
+    places = []
+    with _reading(message) as (buffer, counts):
+        for _ in range(sum(counts)):
+            buffer.decode_name()
+            places.append(buffer.offset + 4)
+            buffer.get(8)
+            buffer.get(*buffer.unpack("!H"))
+    return places
+
+
+@contextlib.contextmanager
+def _reading(message: bytes) -> Iterator[tuple[_Buffer, tuple[int, int, int]]]:
+    """Enter with *message* read up to its records, and the counts of these. Errors become ValueError."""
+    try:
+        buffer = _Buffer(message)
+        header = dnslib.DNSHeader.parse(buffer)
+        for _ in range(header.q):
+            dnslib.DNSQuestion.parse(buffer)
+        yield buffer, (header.a, header.auth, header.ar)
+    except Exception as error:  # the library raises whatever it comes across
+        raise ValueError("the message cannot be read") from error

@@ -55,12 +55,11 @@ class Responder:
         self._bytes = 0
         self._keys_of: dict[Labels, list[bytes]] = defaultdict(list)  # by what `Zone.owner` returns
 
-    def update(self, services: Iterable[tuple[NamespacedName, ServiceNames | None]]) -> None:
-        """Take over what *services* are called now."""
-        for name, names in services:
-            for owner in self.zone.set(name, names):
-                for key in self._keys_of.pop(owner, ()):
-                    self._answers.pop(key, None)
+    def update(self, service: NamespacedName, names: ServiceNames | None) -> None:
+        """Take over what *service* is called now; None: it is gone."""
+        for owner in self.zone.set(service, names):
+            for key in self._keys_of.pop(owner, ()):
+                self._answers.pop(key, None)
 
     def answer(self, question: Question) -> Answer | None:
         """Return the answer to *question*, or None if its name is not in the cluster domain.
@@ -117,10 +116,10 @@ class Responder:
         if not found:
             return pack_answer(NOERROR, AUTHORITATIVE, records, [self.zone.soa]), names
         targets = dict.fromkeys(record.value[3] for record in found if record.type == SRV)  # type: ignore[misc]
-        additionals = [
+        additionals = (
             Record(target, each, ip)
             for target in targets
             for each, ips in (self.zone.find(tuple(target.lower().split("."))) or {}).items()
             for ip in ips
-        ]
+        )
         return pack_answer(NOERROR, AUTHORITATIVE, records + found, additionals=additionals), names

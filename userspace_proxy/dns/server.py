@@ -12,56 +12,54 @@ import ipaddress
 import logging
 import socket
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import NamedTuple
 
 import msgspec
 
-from userspace_proxy.dataplane.channel import LOST, Channel
-from userspace_proxy.dataplane.mmsg import MESSAGES, Batch, client_address, reply_record
+from userspace_proxy.dataplane.channel import LOST, PING, Channel
+from userspace_proxy.dataplane.mmsg import MESSAGES, Batch, client_address, interface_of, reply_record
 from userspace_proxy.dns import messages, wire
 from userspace_proxy.dns.messages import (
-    AAAA,
     AUTHORITATIVE,
     EDNS_BYTES,
     MESSAGE_MAX_BYTES,
     NOERROR,
     PLAIN_BYTES,
-    RCODE_MASK,
     REFUSED,
     SERVFAIL,
-    A,
     Answer,
     Question,
-    Record,
-    answer_records,
+    joined,
     pack_answer,
-    pack_record,
     read_question,
-    relay,
+    relayed,
     reply,
 )
 from userspace_proxy.dns.privileges import drop_capabilities
 from userspace_proxy.dns.responder import Alias, Responder
-from userspace_proxy.dns.sockets import is_alone
+from userspace_proxy.dns.sockets import interface_of_stream, is_alone
 from userspace_proxy.dns.upstream import Upstream
 from userspace_proxy.dns.zone import Zone
 from userspace_proxy.logs import configure_logging
 from userspace_proxy.model.dns_names import ServiceNames
-from userspace_proxy.model.endpoint import Address, family_of
 from userspace_proxy.model.names import NamespacedName
 
 # Batches of one turn: other sockets and changes of names wait for it.
 _BATCHES = 4
+# Names are taken in for so long at a time. The pause keeps this process from using up its share of a busy CPU: it is
+# then run at once when a query comes.
+_SLICE_S, _PAUSE_S = 0.001, 0.001
 # A TCP client sends a query, or takes an answer, in this time. So many may be connected, and so many of one address.
 _STREAM_IDLE_S = 10.0
 _STREAMS_MAX, _STREAMS_OF_CLIENT_MAX = 1_024, 128
 _LOOK_EVERY_S = 0.25
-_PACKED_A_TURN = 100
 _LAST_ANSWERS_S = 2.0
-# Questions for other servers, and connections, that are under way.
+# Questions for other servers that are under way.
 _TASKS_MAX = 2_048
+# Young collections are rare and short; a full one would stop all answers for as long as it walks over the names.
 _GC_THRESHOLDS = (100_000, 20, 100)
 # Bugs are logged once each.
 _ERRORS_MAX = 100
@@ -70,6 +68,15 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _decoder: msgspec.msgpack.Decoder[wire.Request] = msgspec.msgpack.Decoder(wire.Request)
 _encoder = msgspec.msgpack.Encoder()
 log = logging.getLogger(__name__)
+
+
+class Client(NamedTuple):
+    """Who asks. ``interface``: the index of the interface that the question came in at."""
+
+    ip: str
+    transport: str
+    family: str
+    interface: int
 
 
 class Pending(NamedTuple):
@@ -88,31 +95,38 @@ class DnsServer:
         self._loop = asyncio.get_running_loop()
         self._responder = Responder(Zone(settings.domain, settings.addresses))
         self._upstream = Upstream(settings.upstream, settings.resolv_conf, settings.addresses)
-        self._clients: list[Network] = []
+        self._networks: list[Network] = []
+        self._interface = ""
         self._inbox, self._outbox = Batch(), Batch()
         self._sockets: list[socket.socket] = []
+        self._idle: dict[asyncio.StreamWriter, None] = {}  # TCP clients without a complete query, the oldest first
         self._streams: Counter[str] = Counter()
         self._requests: Counter[tuple[str, str, int, int]] = Counter()
         self._errors: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended = asyncio.Event()
         self._is_told_to_end = False
+        self._frames: asyncio.Queue[tuple[wire.Request, list[int]]] = asyncio.Queue()
         self._channel = Channel(channel, self._on_frame, self._ended.set)
 
     async def run(self) -> None:
         """Serve until the control process says so, or for some time more if it is gone."""
-        following = asyncio.create_task(self._upstream.run(), name="follow resolv.conf")
+        jobs = [asyncio.create_task(job) for job in (self._upstream.run(), self._follow())]
         try:
             await self._ended.wait()
             if not self._is_told_to_end:
                 await self._serve_alone()
         finally:
+            for job in jobs:
+                job.cancel()
             for sock in self._sockets:
                 self._loop.remove_reader(sock.fileno())
                 sock.close()
+            self._is_told_to_end = True
+            for writer in self._idle:
+                writer.close()
             if self._tasks:
                 await asyncio.wait(self._tasks, timeout=_LAST_ANSWERS_S)
-            following.cancel()
             self._channel.close()
 
     async def _serve_alone(self) -> None:
@@ -126,32 +140,41 @@ class DnsServer:
     # ---- the control process
 
     def _on_frame(self, body: bytes, descriptors: list[int]) -> None:
-        match _decoder.decode(body):
-            case wire.Sockets():
-                for fd in descriptors:
-                    if fd != LOST:
-                        self._serve(socket.socket(fileno=fd))
-            case wire.Names(services):
-                self._responder.update(services)
-                self._start(self._pack_addresses(services))
-            case wire.Synced():
-                self._responder.is_synced = True
-                gc.freeze()  # what there is now stays for long
-            case wire.Clients(networks):
-                self._clients = [ipaddress.ip_network(text) for text in networks]
-            case wire.Ask():
-                self._channel.send(_encoder.encode(self._counts()))
-            case wire.Close():
-                self._is_told_to_end = True
-                self._ended.set()
+        if body == PING:
+            self._channel.send(PING)
+        elif isinstance(request := _decoder.decode(body), wire.Close):
+            self._is_told_to_end = True
+            self._ended.set()
+        else:
+            self._frames.put_nowait((request, descriptors))
 
-    async def _pack_addresses(self, services: list[tuple[NamespacedName, ServiceNames | None]]) -> None:
-        """Pack records of headless Services before a client asks: thousands at once would delay other answers."""
-        hosts = (host for _, names in services if names for group in names.groups for host in group.hosts)
-        for count, (_, ip) in enumerate(hosts):
-            pack_record(Record("", A if family_of(ip) == 4 else AAAA, ip))
-            if count % _PACKED_A_TURN == _PACKED_A_TURN - 1:
-                await asyncio.sleep(0)
+    async def _follow(self) -> None:
+        """Do what the control process says, in order, while queries are answered."""
+        while True:
+            request, descriptors = await self._frames.get()
+            match request:
+                case wire.Sockets():
+                    for fd in descriptors:
+                        if fd != LOST:
+                            self._serve(socket.socket(fileno=fd))
+                case wire.Names(services):
+                    await self._take_in(services)
+                case wire.Synced():
+                    self._responder.is_synced = True
+                    gc.freeze()  # what there is now stays for long
+                case wire.Clients(networks, interface):
+                    self._networks = [ipaddress.ip_network(text) for text in networks]
+                    self._interface = interface
+                case wire.Ask():
+                    self._channel.send(_encoder.encode(self._counts()))
+
+    async def _take_in(self, services: list[tuple[NamespacedName, ServiceNames | None]]) -> None:
+        ends_at = time.monotonic() + _SLICE_S
+        for service, names in services:
+            self._responder.update(service, names)
+            if time.monotonic() > ends_at:
+                await asyncio.sleep(_PAUSE_S)
+                ends_at = time.monotonic() + _SLICE_S
 
     def _counts(self) -> wire.Counts:
         responder = self._responder
@@ -165,10 +188,13 @@ class DnsServer:
     def _serve(self, sock: socket.socket) -> None:
         self._sockets.append(sock)
         family = "1" if sock.family == socket.AF_INET else "2"  # as CoreDNS counts them
-        if sock.type == socket.SOCK_DGRAM:
-            self._loop.add_reader(sock.fileno(), self._read_datagrams, sock, family)
-        else:
-            self._loop.add_reader(sock.fileno(), self._accept, sock, family)
+        serve = self._read_datagrams if sock.type == socket.SOCK_DGRAM else self._accept
+        self._loop.add_reader(sock.fileno(), serve, sock, family)
+
+    def _start(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     # ---- answers
 
@@ -192,38 +218,34 @@ class DnsServer:
         self._requests[transport, family, question.type, answer.rcode] += 1
         return reply(question, answer, limit_bytes)
 
-    async def _look_up(self, pending: Pending, client_ip: str, transport: str, family: str) -> bytes:
+    async def _look_up(self, pending: Pending, client: Client) -> bytes:
         """Return the answer to a question for which other servers are asked, if the client may."""
         question, limit_bytes, alias = pending
         if question.text == self._upstream.probe:
             self._upstream.loops = True
-        message = None
-        if may_ask := self._is_client(client_ip):
-            with contextlib.suppress(ValueError):
+        may_ask = self._may_ask(client)
+        answer = pack_answer(NOERROR, AUTHORITATIVE, alias.records) if alias and not may_ask else Answer(REFUSED)
+        if may_ask:
+            answer = Answer(SERVFAIL)
+            with contextlib.suppress(ValueError):  # the target is no name, or the answer cannot be read
                 text = messages.name_text(alias.target) + question.text[-4:] if alias else question.text
-                message = await self._upstream.ask(text)
-        if message is not None and alias is None:
-            self._requests[transport, family, question.type, message[3] & RCODE_MASK] += 1
-            return relay(question, message, limit_bytes)
-        answer = Answer(SERVFAIL if may_ask else REFUSED)
-        if alias is not None and not may_ask:
-            answer = pack_answer(NOERROR, AUTHORITATIVE, alias.records)
-        elif alias is not None and message is not None:
-            with contextlib.suppress(ValueError):
-                answer = pack_answer(
-                    message[3] & RCODE_MASK, AUTHORITATIVE, alias.records, packed_answers=answer_records(message)
-                )
-        self._requests[transport, family, question.type, answer.rcode] += 1
+                if (message := await self._upstream.ask(text)) is not None:
+                    answer = joined(alias.records, message) if alias else relayed(message, len(text))
+        self._requests[client.transport, client.family, question.type, answer.rcode] += 1
         return reply(question, answer, limit_bytes)
 
-    def _is_client(self, ip: str) -> bool:
-        address = ipaddress.ip_address(ip)
-        return address.is_loopback or any(address in network for network in self._clients)
-
-    def _start(self, work: Coroutine[object, object, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _may_ask(self, client: Client) -> bool:
+        address = ipaddress.ip_address(client.ip)
+        if address.is_loopback or any(address in network for network in self._networks):
+            return True
+        if not self._interface:
+            return False
+        with contextlib.suppress(OSError):  # the interface is gone
+            name = socket.if_indextoname(client.interface)
+            return name == self._interface or (
+                self._interface.endswith("*") and name.startswith(self._interface.removesuffix("*"))
+            )
+        return False
 
     # ---- UDP
 
@@ -239,49 +261,61 @@ class DnsServer:
                     outbox.address(replies, reply_record(record), len(answer))
                     replies += 1
                 elif answer is not None and len(self._tasks) < _TASKS_MAX:
-                    self._start(self._answer_later(sock, answer, client_address(record), family))
+                    self._start(self._answer_later(sock, answer, record, family))
             if replies:
                 outbox.send(fd, replies)
             if received < MESSAGES:
                 return
 
-    async def _answer_later(self, sock: socket.socket, pending: Pending, client: Address, family: str) -> None:
-        answer = await self._look_up(pending, client[0], "udp", family)
+    async def _answer_later(self, sock: socket.socket, pending: Pending, record: bytes, family: str) -> None:
+        to = client_address(record)
+        answer = await self._look_up(pending, Client(to[0], "udp", family, interface_of(record)))
         with contextlib.suppress(OSError):
-            sock.sendto(answer, client)
+            sock.sendto(answer, to)
 
     # ---- TCP
 
     def _accept(self, listener: socket.socket, family: str) -> None:
         try:
-            client, (ip, *_) = listener.accept()
+            sock, (ip, *_) = listener.accept()
         except OSError:
             return
-        if self._streams.total() >= _STREAMS_MAX or self._streams[ip] >= _STREAMS_OF_CLIENT_MAX:
-            client.close()
+        if self._streams.total() >= _STREAMS_MAX and self._idle:
+            next(iter(self._idle)).transport.abort()  # the one that has been idle for longest makes room
+        elif self._streams.total() >= _STREAMS_MAX or self._streams[ip] >= _STREAMS_OF_CLIENT_MAX:
+            sock.close()
             return
         self._streams[ip] += 1
-        self._start(self._serve_stream(client, ip, family))
+        self._start(self._serve_stream(sock, Client(ip, "tcp", family, interface_of_stream(sock))))
 
-    async def _serve_stream(self, sock: socket.socket, ip: str, family: str) -> None:
+    async def _serve_stream(self, sock: socket.socket, client: Client) -> None:
         try:
             reader, writer = await asyncio.open_connection(sock=sock)
             with contextlib.closing(writer), contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
-                while not self._is_told_to_end:
-                    async with asyncio.timeout(_STREAM_IDLE_S):
-                        query = await reader.readexactly(int.from_bytes(await reader.readexactly(2), "big"))
-                    answer = self._answer(query, MESSAGE_MAX_BYTES, "tcp", family)
-                    if isinstance(answer, Pending):
-                        answer = await self._look_up(answer, ip, "tcp", family)
-                    if answer is None:
-                        return
-                    writer.write(len(answer).to_bytes(2, "big") + answer)
-                    async with asyncio.timeout(_STREAM_IDLE_S):
-                        await writer.drain()
+                while not self._is_told_to_end and await self._serve_query(reader, writer, client):
+                    pass
         finally:
-            self._streams[ip] -= 1
-            if not self._streams[ip]:
-                del self._streams[ip]
+            self._streams[client.ip] -= 1
+            if not self._streams[client.ip]:
+                del self._streams[client.ip]
+
+    async def _serve_query(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, client: Client) -> bool:
+        """Answer the next query of a TCP client. Return whether another one may follow."""
+        self._idle[writer] = None
+        try:
+            async with asyncio.timeout(_STREAM_IDLE_S):
+                query = await reader.readexactly(int.from_bytes(await reader.readexactly(2), "big"))
+        finally:
+            del self._idle[writer]
+        answer = self._answer(query, MESSAGE_MAX_BYTES, client.transport, client.family)
+        if isinstance(answer, Pending):
+            answer = await self._look_up(answer, client)
+        if answer is None:
+            return False
+        writer.write(len(answer).to_bytes(2, "big") + answer)
+        async with asyncio.timeout(_STREAM_IDLE_S):
+            await writer.drain()
+        return True
 
 
 def main(arguments: list[str]) -> None:
@@ -295,8 +329,6 @@ def main(arguments: list[str]) -> None:
         import uvloop
 
         factory = uvloop.new_event_loop
-
-    # A full collection would stop all answers for as long as it walks over the names.
     gc.set_threshold(*_GC_THRESHOLDS)
 
     async def run() -> None:

@@ -7,6 +7,7 @@ import errno
 import ipaddress
 import os
 import socket
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from userspace_proxy.errors import StartError
 
 PORT = 53
 _IP_FREEBIND, _IPV6_FREEBIND = 15, 78  # linux/in.h, linux/in6.h
+_IP_PKTOPTIONS, _IPV6_2292PKTOPTIONS = 9, 6
 _BACKLOG = 512
 _BUFFER_BYTES = 4 << 20
 _MENDS = {
@@ -68,6 +70,15 @@ def _open(kind: socket.SocketKind, ip: str) -> socket.socket:
             sock.listen(_BACKLOG)
         on_error.pop_all()
     return sock
+
+
+def interface_of_stream(sock: socket.socket) -> int:
+    """Return the index of the interface that the connection of *sock* came in at, which its listener has to ask for."""
+    if sock.family == socket.AF_INET:
+        info = sock.getsockopt(socket.IPPROTO_IP, _IP_PKTOPTIONS, 64)[socket.CMSG_LEN(0) :]
+    else:
+        info = sock.getsockopt(socket.IPPROTO_IPV6, _IPV6_2292PKTOPTIONS, 64)[socket.CMSG_LEN(16) :]
+    return int.from_bytes(info[:4], sys.byteorder)
 
 
 def is_of_dns(sock: socket.socket) -> bool:

@@ -36,13 +36,17 @@ class Synced(msgspec.Struct, frozen=True, tag=True):
 
 
 class Clients(msgspec.Struct, frozen=True, tag=True):
-    """The networks whose clients may ask for names outside of the cluster domain."""
+    """Clients that may ask for names outside of the cluster domain: those of *networks*, and those at *interface*.
+
+    *interface*: a name, or a prefix of names if it ends with ``*``; "" for none.
+    """
 
     networks: list[str]
+    interface: str = ""
 
 
 class Ask(msgspec.Struct, frozen=True, tag=True):
-    """Ask for counts, and whether the process still answers."""
+    """Ask for counts."""
 
 
 class Close(msgspec.Struct, frozen=True, tag=True):

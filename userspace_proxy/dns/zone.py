@@ -31,6 +31,7 @@ class Zone:
         self.origin: Labels = tuple(domain.split("."))
         self._own = _addresses(addresses)
         self._services: dict[Labels, ServiceNames] = {}
+        self._hosts: dict[Labels, dict[str, list[str]]] = {}  # by Service and hostname, once asked for
         self._namespaces: Counter[str] = Counter()
         self._reverse: dict[Labels, dict[str, None]] = defaultdict(dict)
 
@@ -49,6 +50,7 @@ class Zone:
         """Replace what *service* is called; None removes it. Yield the names below which answers may differ."""
         key = (service.name.lower(), service.namespace.lower())
         before = self._services.pop(key, None)
+        self._hosts.pop(key, None)
         if names is not None:
             self._services[key] = names
         had, has = (set(self._pointers(key, known)) for known in (before, names))
@@ -100,12 +102,13 @@ class Zone:
             case (dashed, _, "pod"):
                 return _pod(dashed)
             case (*below, service, namespace, "svc"):
-                names = self._services.get((service, namespace))
-                return None if names is None else self._of_service(tuple(below), f"{service}.{namespace}.svc", names)
+                return self._of_service(tuple(below), (service, namespace))
         return None
 
-    def _of_service(self, below: Labels, base: str, names: ServiceNames) -> Values | None:
-        target = f"{base}.{self.domain}"
+    def _of_service(self, below: Labels, key: Labels) -> Values | None:
+        if (names := self._services.get(key)) is None:
+            return None
+        target = ".".join((*key, "svc", self.domain))
         if not below:
             if names.external_name:
                 return {CNAME: [names.external_name]}
@@ -115,8 +118,11 @@ class Zone:
             return _addresses(ip for group in names.groups for _, ip in group.hosts) or None
         match below:
             case (hostname,) if not hostname.startswith("_"):
-                hosts = (host for group in names.groups for host in group.hosts)
-                return _addresses(ip for known, ip in hosts if known.lower() == hostname) or None
+                if key not in self._hosts:
+                    known = self._hosts[key] = defaultdict(list)
+                    for host in (host for group in names.groups for host in group.hosts):
+                        known[host.hostname.lower()].append(host.ip)
+                return _addresses(self._hosts[key].get(hostname, ())) or None
             case (protocol,):
                 return _NO_VALUES if any(_servers(names, protocol, target)) else None
             case (port, protocol):

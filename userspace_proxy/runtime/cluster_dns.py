@@ -50,7 +50,7 @@ async def make_dns(
         log_format=settings.log_format,
         verbose=settings.verbose,
     )
-    dns = ClusterDns(wanted, sockets, channels, rules.pods.cidrs if rules.pods else ())
+    dns = ClusterDns(wanted, sockets, channels, rules.pods)
     dns.start()
     stack.push_async_callback(dns.close)
     return dns
