@@ -14,7 +14,7 @@ from userspace_proxy.errors import StartError
 
 
 def _names(known: Callable[[], Sequence[str]]) -> Value:
-    """Comma-separated names out of *known*, which is asked only when there is something to read."""
+    """Comma-separated names, each of *known*, which is called only if the option is given."""
 
     def read(text: str) -> tuple[str, ...]:
         names = tuple(name.strip() for name in text.split(","))

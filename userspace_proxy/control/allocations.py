@@ -219,7 +219,7 @@ class ManifestAllocations(Allocations):
                 key = _node_port_key(ServicePortName(name, port.name or "", L4Protocol(protocol)))
                 yield self._node_port_request(key, f"spec.ports[{index}].nodePort", protocol, port.node_port, fault)
         if decode.wants_health_check(spec):
-            # Whether this node listens there is not asked: a predecessor does, until it has handed over.
+            # A listener of this node does not matter here: the predecessor has one until it has handed over.
             key, field, stated = _health_check_key(name), "spec.healthCheckNodePort", spec.health_check_node_port
             yield self._node_port_request(key, field, "TCP", stated, reserved_port_fault)
 

@@ -30,8 +30,8 @@ class ValueRequest(NamedTuple):
     """A request of a Service for a value: the one it states, or any value of *pool*.
 
     ``key`` identifies the value across restarts and is unique to this Service. ``field`` is the field that states the
-    value, or could. If an ``optional`` value is not available, the Service is served without it. ``mend`` says what to
-    change when the pool is used up.
+    value, or could. If an ``optional`` value is not available, the Service is served without it. ``mend``: what the
+    user can change if the pool is used up.
     """
 
     kind: ValueKind

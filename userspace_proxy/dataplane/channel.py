@@ -36,7 +36,8 @@ class Channel:
     """One end of the channel.
 
     *on_frame* is called with each frame's body and descriptors, with LOST for each one that did not arrive. *on_close*
-    is called once, before the peer can notice: the peer is gone, or ``broken`` says why this end broke off.
+    is called once: the peer is gone, or this end broke off for the reason in ``broken``. It is called before the peer
+    can notice.
     """
 
     def __init__(

@@ -130,7 +130,7 @@ class ChildProcess(Generic[A]):
         if not self._closing and self._process is not None:
             broken = channel.broken if channel is not None else ""
             if broken:
-                # Before it notices the closed channel: it lives, and must not take this process for dead.
+                # Before it notices the closed channel, which it would take for the death of this process.
                 self._process.terminate()
             self.failing = f"{self._kind} process {self.pid} {broken or 'has ended'}"
             self._respawn = asyncio.create_task(

@@ -26,8 +26,8 @@ from userspace_proxy.model.endpoint import Address
 
 # Descriptors reserved for the event loop, rules, admin and file watching.
 RESERVED_DESCRIPTORS = 128
-# A service port may hold this multiple of the free connections: 8 of 9 descriptors if it is alone, and always less
-# than all, however many others hold as much (dynamic thresholds, Choudhury and Hahne 1998).
+# A service port may hold this multiple of the free connections (dynamic thresholds, Choudhury and Hahne 1998). Alone,
+# it gets 8 of 9 descriptors. Some always stay free, however many service ports reach their share.
 _SHARE = 8
 # Also kept free of listeners, so that existing listeners can accept.
 _FOR_CONNECTIONS = 16

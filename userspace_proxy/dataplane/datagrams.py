@@ -54,7 +54,7 @@ class Front(Protocol):
 
     @property
     def touch(self) -> Callable[[bytes], None]:
-        """Function that makes the flow with a key the most recently used one."""
+        """The function that marks the flow with a key as the most recently used one."""
         ...
 
     def receive(self) -> None:

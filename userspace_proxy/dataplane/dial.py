@@ -31,13 +31,13 @@ RACE_S = 0.25
 PATIENCE_S = 1.15
 # A client is reset after this time if no endpoint answers.
 BUDGET_S = 15.0
-# The most dials for one client that eject no endpoint: not every client tries all of thousands of ejected endpoints.
-# A dial that ejects one costs no more than one for each endpoint and ejection, however many clients there are.
+# The most dials for one client that eject no endpoint, so that a client does not try thousands of ejected endpoints.
+# Dials that eject one need no bound: there is one for each endpoint and ejection, however many clients there are.
 DIALS_MAX = 128
-# Dials that fail at once are made this often before others have their turn.
+# After this number of immediate failures the event loop handles other connections first.
 _DIALS_A_TURN = 8
 
-# If no descriptor is left for a backend socket, an accepted client waits this often, this long.
+# If no descriptor is left for a backend socket, the dial is repeated this often, after this pause.
 STARVED_MAX = 100
 STARVED_RETRY_S = 0.1
 

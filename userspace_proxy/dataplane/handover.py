@@ -1,8 +1,8 @@
 """Hand over the listeners, and what pickers have learnt, from one process to its successor.
 
 The serving processes of a network namespace are members there (rendezvous.py): the control process or, if that has
-died, each of its workers (orphans). A successor calls them. It gets every listener, serves, and says so. Only then
-does the predecessor stop accepting, so that at every moment a process accepts.
+died, each of its workers (orphans). A successor calls them, gets every listener, serves, and reports that. Only then
+does the predecessor stop accepting, so that some process accepts at every moment.
 
     successor                         predecessor
        Call, to all members    ->
@@ -18,8 +18,8 @@ does the predecessor stop accepting, so that at every moment a process accepts.
 
 Until `Taken` the predecessor serves as before, in case the successor fails.
 
-The successor reads UDP listeners from `Released` on: which local ports rest is known only after the predecessor begins
-no more flows. Datagrams wait in the sockets meanwhile.
+The successor reads UDP listeners only after `Released`: the predecessor then begins no more flows, so the local ports
+that rest are known. Until then datagrams wait in the sockets.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ class Present(msgspec.Struct, frozen=True, tag=True):
 
 
 class TakeOver(msgspec.Struct, frozen=True, tag=True):
-    """Request to take over. *workers*: how many will accept; sockets of further workers are closed once empty.
+    """Request to take over. *workers*: the successor's number; sockets of further workers are closed once empty.
 
-    *health_checks*: take over health-check listeners, too. A version that does not know them would leave clients
-    hanging. *cluster_dns*: likewise.
+    *health_checks*: send health-check listeners, too; the clients of an older successor, which ignores them, would
+    hang. *cluster_dns*: likewise.
     """
 
     version: int
@@ -196,34 +196,36 @@ class HandoverPlane(DataPlane, Protocol):
         ...
 
     def keep_on(self, name: socket.socket) -> Sequence[asyncio.Future[wire.Answer]]:
-        """From now on workers serve on, should this process die, and are found by a successor; they have the *name*.
+        """Prepare the workers to serve without this process, until a successor finds them by *name*.
 
-        Each has done so when it answers.
+        Each returned future ends when its worker is ready to do so.
         """
         ...
 
     async def adopt(self, inherited: Iterable[tuple[Inherit, list[socket.socket]]]) -> list[ListenerSpec]:
-        """Serve at the listeners of another process, as it did; return them. Before anything else.
+        """Take over the listeners of another process and serve them as it did; return them.
+
+        Call it before anything else.
 
         Raises:
-            OSError, SyncError: that cannot be.
+            OSError, SyncError: they cannot be taken over.
         """
         ...
 
     def begin(self) -> None:
-        """Read from adopted UDP listeners. After the predecessor has yielded."""
+        """Begin to read from adopted UDP listeners: the predecessor has stopped reading them."""
         ...
 
     def inheritance(self) -> Iterator[tuple[Inherit, list[int]]]:
-        """Yield all that a successor needs, in parts, with descriptors that stay ours."""
+        """Yield the state for a successor, in parts, with descriptors that this process keeps."""
         ...
 
     def leave(self) -> None:
-        """End, and let the workers serve on alone, if they were told to `keep_on`."""
+        """Leave the workers to serve alone, if `keep_on` was called."""
         ...
 
     async def close(self, drain_timeout_s: float, *, successors: int = 0) -> None:
-        """As `DataPlane.close`. So many *successors* accept already, each at the sockets of one worker."""
+        """Close as `DataPlane.close` does. *successors*: the number of workers that already accept at these sockets."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Choose local ports for UDP flows: the port that has rested longest, and none too early. Pure, but for the port range.
+"""Choose local ports for UDP flows: the port that has rested longest, and none too early. Pure, but reads the range.
 
 The kernel finds a reply's socket by addresses and ports alone. A late reply to an ended flow therefore reaches the
 flow that has the same local port towards the same endpoint by then. So local ports are chosen here instead of by the
@@ -111,7 +111,7 @@ class LocalPorts:
         return port
 
     def _skip(self, taken: Collection[int], free_at: float) -> None:
-        """Let unused ports that another process has *taken* rest until *free_at*."""
+        """Let the ports that another process has *taken* rest until *free_at*, before they are used here."""
         ahead = (self._ports[(self._at + step) % len(self._ports)] for step in range(len(self._ports)))
         for port in itertools.islice((p for p in ahead if p not in self._skipped), self._fresh):
             if port in taken:

@@ -121,7 +121,7 @@ class RemotePlane:
 
         Call it before anything else.
 
-        UDP only once that process does no more, and this one was told to `begin`.
+        UDP listeners are read after `begin`.
 
         Raises:
             OSError, SyncError: they cannot be taken over.
@@ -189,7 +189,7 @@ class RemotePlane:
                 descriptors = [self._sockets[spec.name][index].fileno() for spec in request.specs]
                 sent.append(worker.send(request, descriptors))
             sent += [worker.send(part) for part in wire.fitting(known, _A_FRAME, lambda part: wire.Open(part, 0))]
-        # A worker that has ended meanwhile refuses none: the next one is given all of them.
+        # A worker that has ended refuses no listener: its replacement gets all of them.
         refused.update(_refused(await asyncio.gather(*sent, return_exceptions=True)))
         if len(self._workers) > 1 and refused:
             await self._send_all(wire.Retire([name for name in refused if name in self._specs]))

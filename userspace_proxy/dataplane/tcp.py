@@ -221,7 +221,7 @@ def reset(client: SocketType) -> None:
 
 @dataclass(slots=True)
 class _Past:
-    """What only few connections have: a wait, a dial that goes on after a useless one, and bytes not sent by then."""
+    """State of few connections: a wait, a dial that continues after a broken connection, and unsent bytes."""
 
     has_waited: bool = False
     dial: Dial | None = None
@@ -332,7 +332,7 @@ class TcpConnection:
     # ---- while there is no endpoint
 
     def _on_events_of_waiting(self, events: int) -> None:
-        """End the wait of a client that leaves. A client that has closed its sending side cannot be told from it."""
+        """End the wait of a client that has left or closed its sending side: both look alike."""
         if events & HANGUP and has_left(self._client):
             self.listener.counters.waits_abandoned += 1
             self._refuse()

@@ -1,4 +1,4 @@
-"""Tell the details of single service ports, in steps that take a fraction of a millisecond each."""
+"""Collect the details of single service ports, in steps that take a fraction of a millisecond each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from userspace_proxy.model.names import ListenerName, ServicePortName
 
 _STEP = 128
 _PORTS_A_STEP = 16
-# Endpoints told of one service port.
+# The most endpoints reported for one service port.
 _ENDPOINTS_MAX = 2_000
 
 Listeners = Mapping[ListenerName, TcpListener | UdpListener]

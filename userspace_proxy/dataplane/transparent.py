@@ -1,7 +1,7 @@
 """Dial backends from the client's own address instead of this node's.
 
 Replies reach such a socket if the routes of this host lead them back here (see the rules). This module decides for
-which connections that works. If the kernel refuses the address, nothing is sent: an endpoint that should see its
+which connections that is so. If the kernel refuses the address, nothing is sent: an endpoint that should see its
 clients' addresses must never see another one.
 """
 

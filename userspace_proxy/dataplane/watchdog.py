@@ -1,4 +1,4 @@
-"""Decide whether a silent worker hangs or only waits for CPU. Pure, but for `activity_of`.
+"""Decide whether a silent worker hangs or only waits for CPU. Pure except for `activity_of`.
 
 An answer takes one turn of the worker's event loop. A process that runs or is ready to run may be late on a busy
 machine, and replacing it does not help. One that is stopped, or sleeps without progress, does not recover by itself.

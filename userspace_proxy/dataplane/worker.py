@@ -115,7 +115,7 @@ class Worker:
                     await self._yield_to_traffic()
                     if isinstance(request, wire.Close):
                         return
-            self._plane.begin()  # should the control process have died before it could say so
+            self._plane.begin()  # in case the control process died before it sent `Begin`
             member, name = self._member, self._name
             if self._is_replaced:
                 await self._make_room()
@@ -186,7 +186,7 @@ class Worker:
     def _keep_on(self, name: socket.socket) -> None:
         self._name = name
         try:
-            # Join before it is needed, so that there always is a member, also while the control process dies.
+            # Join early, so that the group has a member even while the control process dies.
             self._member = rendezvous.join(rendezvous.Role.SERVES_ON)
         except OSError as error:
             log.error("this worker will stop if the control process dies: %s", error)  # noqa: TRY400
@@ -269,7 +269,7 @@ class Orphan:
         self._is_handed_over = True
         self._is_succeeded = self._settings.worker < asked.workers
         if self._is_succeeded:
-            # Once the successor is ready, its endpoints are meant, not those that are known here.
+            # Once the successor is ready, its endpoints count, not those of this process.
             self._plane.stop_accepting()
         conversation.send(Released())
         self._ending.set()

@@ -64,7 +64,7 @@ def run(settings: Settings) -> None:
         import uvloop
 
         factory = uvloop.new_event_loop
-    gc.disable()  # until the first sync: what is made before it is kept, and looking for garbage in it is half the time
+    gc.disable()  # until the first sync: objects made before it stay, and searching them would double the time
     app = App(settings)
     with asyncio.Runner(loop_factory=factory) as runner:
         runner.run(app.run())
@@ -107,7 +107,7 @@ class App:
             finally:
                 await lifecycle.wait_for_handover(proxy.incumbent)
                 if lifecycle.ending is Ending.HANDED_OVER:
-                    # While connections drain, no caller may reach this process, nor may it hold the name.
+                    # While connections drain, no caller may reach this process, and the successor needs the name.
                     proxy.incumbent.close()
                     node.lock.name.close()
                     await proxy.health_checks.close()
@@ -160,7 +160,7 @@ class Proxy:
             lambda: node.rules.node_port_ips(self._tracker.here),
         )
         journal = Journal()
-        # In a cluster, a name would give who may write Services the right to write EndpointSlices (CVE-2021-25740).
+        # In a cluster, a name would give writers of Services the rights of writers of EndpointSlices (CVE-2021-25740).
         source = node.source if settings.follows_cluster else DnsEndpoints(node.source)
         self._controller = Controller(
             source,
@@ -291,7 +291,7 @@ class Proxy:
         """Do once what can wait until the first sync."""
         settings, node = self._settings, self._node
         await self._controller.attempted.wait()
-        # What is there now stays for long: the collector need not walk over it again and again.
+        # Objects of now live long: keep the garbage collector from scanning them in every collection.
         gc.freeze()
         gc.enable()
         await self._controller.ready.wait()

@@ -17,10 +17,10 @@ _CAP_NET_ADMIN = 12
 
 
 async def remove_all() -> None:
-    """Remove everything that proxies which run no more have left in this network namespace.
+    """Remove everything that ended proxies have left in this network namespace.
 
     Raises:
-        StartError: one is running; or no privilege.
+        StartError: a proxy is running, or CAP_NET_ADMIN is missing.
         SyncError: something could not be removed; all else was.
     """
     require_net_admin()

@@ -18,7 +18,7 @@ from userspace_proxy.modes.plans import NodeRules
 async def make_dns(
     settings: Settings, rules: NodeRules, inherited: Sequence[socket.socket], stack: contextlib.AsyncExitStack
 ) -> ClusterDns | None:
-    """Return cluster DNS, serving at its addresses, or None if it is not asked for.
+    """Return cluster DNS, which serves at its addresses from now on, or None without ``--dns``.
 
     *inherited*: what `ClusterDns.inheritance` of the predecessor returned.
 

@@ -65,12 +65,12 @@ def _cache_settings(settings: Settings, origin: str) -> CacheSettings:
 
 
 def _identity(paths: Iterable[str]) -> list[str]:
-    """Return the identity of *paths*; what comes from stdin is never the same."""
+    """Return the identity of *paths*; each input from stdin has its own."""
     return [f"stdin of process {os.getpid()}" if path == "-" else os.path.realpath(path) for path in paths]
 
 
 def open_state_dir(folder: Path | None) -> StateDir | None:
-    """Return the folder that remembers what was allocated, or None if no folder was asked for and none can be written.
+    """Return the folder in which allocations are saved, or None if none was given and the default cannot be written.
 
     Raises:
         StartError: *folder* cannot be used.
@@ -85,7 +85,7 @@ def open_state_dir(folder: Path | None) -> StateDir | None:
 
 
 def make_allocations(settings: Settings, memory: SavedAllocations, hosts: Hosts | None = None) -> Allocations:
-    """Return what gives Services their addresses and node ports: a cluster's API, or this process."""
+    """Return the allocations of addresses and node ports: those that a cluster's API states, or this process's own."""
     if settings.follows_cluster:
         return Allocations(settings.service_ranges, hosts)
     return ManifestAllocations(

@@ -57,10 +57,10 @@ class ForwardedPort:
 
     @classmethod
     def read(cls, text: str) -> ForwardedPort:
-        """Return what *text*, ``[LOCAL:]PORT[/tcp|/udp]``, says.
+        """Parse *text*, in the form ``[LOCAL:]PORT[/tcp|/udp]``.
 
         Raises:
-            ValueError: it says nothing of that form.
+            ValueError: it has another form.
         """
         ports, _, protocol = text.partition("/")
         local, colon, port = ports.rpartition(":")
@@ -138,7 +138,7 @@ class ServiceSource:
 
 @dataclass(slots=True)
 class _Forward:
-    """Listeners of one forwarded port, by address. ``said``: connections that were told of; ``failed``: that failed."""
+    """Listeners of one forwarded port, by address. ``said``: connections printed; ``failed``: those that failed."""
 
     asked: ForwardedPort
     service_port: ServicePort
@@ -173,7 +173,7 @@ class Forwarder:
             await self._plane.update(dict.fromkeys(forward.names.values(), backends))
 
     async def open(self) -> None:
-        """Open every listener, and say where.
+        """Open every listener, and print its address.
 
         Raises:
             StartError: the Service has no such port, or its port cannot be listened at.
@@ -220,7 +220,7 @@ class Forwarder:
     # ---- what the user is told
 
     async def run(self) -> None:
-        """Say which connections are handled, and what keeps them from an endpoint. Runs until cancelled."""
+        """Print which connections are handled, and why any of them fails. Runs until cancelled."""
         for forward in self._forwards:
             await self._warn_if_unreachable(forward)
         while True:

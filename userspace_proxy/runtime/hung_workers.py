@@ -1,7 +1,7 @@
-"""End workers that hang and whose control process is gone: a successor cannot get their listeners, and waits in vain.
+"""End workers that hang and whose control process is gone: a successor would wait in vain for their listeners.
 
-A descriptor can be passed to any process, so to hold a member socket does not prove that a process is a worker of ours.
-Its command line and its user must be a worker's, too. A pidfd makes sure that all this is about the process that ends.
+A member socket alone does not identify a worker, because a descriptor can be passed to any process. The command line
+and the user must be a worker's, too. A pidfd guarantees that the process that was checked is the one that is ended.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from userspace_proxy.dataplane.rendezvous import process_of
 from userspace_proxy.dataplane.watchdog import LOOK_EVERY_S, Watchdog, activity_of
 
 _MODULE = b"userspace_proxy.dataplane.worker"
-# Fewer than the watchdog allows a worker that runs: one that makes progress is left alone.
+# Fewer looks than the watchdog allows a running worker. A worker that makes progress is left alone.
 _LOOKS = 20
 _ENDED_S = 2.0
 

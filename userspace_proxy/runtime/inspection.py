@@ -33,7 +33,7 @@ Selected = Mapping[NamespacedName, list[ServicePort]]
 
 
 class Inspection:
-    """Asks the parts of a running proxy about Services. Namespace or name "" stands for every one."""
+    """Reads from the parts of a running proxy what they serve. Namespace or name "" stands for all."""
 
     def __init__(
         self,
@@ -196,7 +196,7 @@ def _endpoint_answer(
 
 
 def _facts(ports: list[ServicePort], mode: Mode) -> dict[str, str]:
-    """Return what holds for all of *ports*, and the portals of each."""
+    """Return the facts that all of *ports* have in common, and the portals of each."""
     facts = {"Mode": mode.name}
     for port in ports:
         title = f"Portals {port.name.port_name or port.port}/{port.name.protocol}"

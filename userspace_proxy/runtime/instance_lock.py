@@ -1,11 +1,11 @@
-"""One instance of the proxy in a network namespace: the lock is to be a member there (dataplane/rendezvous.py).
+"""One instance of the proxy in a network namespace: its lock is membership in a group (dataplane/rendezvous.py).
 
 The control process is a member in the role SERVES, and so are workers that serve without a control process (orphans).
 Only a process with CAP_NET_ADMIN can be one. A process that starts first becomes the only member in the role
 TAKES_TURN, so two processes that start at once never both find the lock free.
 
-The abstract name @userspace-proxy is no lock, as any local user can bind it. It is held if it is free, because earlier
-versions take it for the lock, and for `ss -xlp` to show.
+The abstract name @userspace-proxy is no lock, as any local user can bind it. It is bound if it is free, because earlier
+versions use it as the lock, and `ss -xlp` shows it.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class InstanceLock:
     conversations: list[Conversation] = field(default_factory=list)
 
     async def taken(self) -> None:
-        """Say that this process serves now, and wait until the predecessor has yielded."""
+        """Report to the predecessor that this process serves now, and wait until it has yielded."""
         for conversation in self.conversations:
             conversation.send(Taken())
         for conversation in self.conversations:
@@ -87,7 +87,7 @@ class InstanceLock:
         self.turn.close()
 
     async def _release_orphans(self) -> None:
-        """Have workers drain whose control process died while it yielded: this process has their listeners already."""
+        """Let workers drain whose control process died while it yielded: this process has their listeners already."""
         with contextlib.suppress(TimeoutError):
             for present, conversation in await _call_members(self.turn, _ORPHAN_TIMEOUT_S, but=self.member):
                 try:
@@ -118,14 +118,14 @@ class InstanceLock:
 
 
 async def take_lock(sources: Sequence[str], policy: str, workers: int) -> InstanceLock:
-    """Return the lock; if another instance serves, with its listeners for so many *workers*.
+    """Return the lock. If another instance serves, take over its listeners, for *workers* workers.
 
-    Without workers, only an instance without any can be taken over from: one in a mode in which the kernel serves.
+    Without workers, only an instance without workers can be taken over: one in a mode in which the kernel serves.
     *policy*: "always" takes over; "auto" only from orphans and from an instance that serves the same *sources*;
     "never" refuses.
 
     Raises:
-        StartError: another instance serves that must not be, or cannot be, taken over from.
+        StartError: another instance serves, and *policy* or a difference of the two forbids to take it over.
     """
     turn = await _take_turn()
     try:
@@ -191,7 +191,7 @@ async def _take_over(turn: socket.socket, meetings: Sequence[Meeting], workers: 
     try:
         names = [await _collect(each, listeners, health_checks, cluster_dns, workers) for each in conversations]
     except (OSError, TimeoutError) as error:
-        # What was collected goes with this process; who gave it notices, and serves on.
+        # If this process fails, its copies close with it. The senders notice, and serve on.
         _end_conversations(meetings)
         member.close()
         raise StartError(
@@ -210,7 +210,7 @@ async def _collect(
     cluster_dns: list[socket.socket],
     workers: int,
 ) -> socket.socket:
-    """Ask for everything, which is added to the lists; return the socket with the name."""
+    """Request everything, and add it to the lists; return the socket with the name."""
     conversation.send(TakeOver(VERSION, os.getpid(), workers, health_checks=True, cluster_dns=True))
     while True:
         received = await conversation.receive()
@@ -319,10 +319,11 @@ def _end_conversations(meetings: Sequence[Meeting]) -> None:
 
 
 async def _take_turn() -> socket.socket:
-    """Wait until no other process takes over or cleans up here; return a socket that keeps others from it.
+    """Wait until no other process takes over or cleans up here; return a socket that keeps other processes from doing
+    so.
 
-    Each process joins before it looks: of two at once at least one sees the other. The one with the lower number then
-    stays and looks again, the other one leaves.
+    Each process joins before it looks, so of two processes at least one sees the other. The one with the lower number
+    stays and looks again, and the other one leaves.
     """
     give_up_at = time.monotonic() + _TURN_TIMEOUT_S
     try:
@@ -367,7 +368,7 @@ def _unnamed() -> socket.socket:
 def _hold_name(sock: socket.socket) -> None:
     """Bind *sock* to the name, if it is free, and listen, so that the kernel names this process as its holder.
 
-    No client is accepted, so it costs nothing however many connect.
+    No client is accepted, so clients that connect cost nothing.
     """
     try:
         if not sock.getsockname():

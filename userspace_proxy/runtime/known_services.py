@@ -1,4 +1,4 @@
-"""Open a source for a command that needs no running proxy, and read from it what Services there are."""
+"""Open a source for commands that need no running proxy, and read the Services in it."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ async def known_services(settings: Settings) -> Mapping[NamespacedName, KnownSer
 
 
 def _remembered(folder: Path | None) -> SavedAllocations:
-    """Return what `run` has allocated, as far as this user may read it."""
+    """Return the allocations that `run` has saved, or none if this user may not read them."""
     try:
         if folder is not None or DEFAULT_STATE_DIR.is_dir():
             return StateDir(folder or DEFAULT_STATE_DIR).load()

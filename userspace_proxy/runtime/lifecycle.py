@@ -1,7 +1,6 @@
-"""The life of this process: signals, taking over from a predecessor, handing over to a successor, restart, end.
-
-At every moment a process accepts connections: this one stops when its successor has said that it serves. If this
-process ends without a decision (a crash), its workers serve on.
+"""The life of this process: signals, taking over from a predecessor, handing over to a successor, restart, end. Some
+process accepts connections at every moment: this one stops when its successor reports that it serves. If this process
+ends without a decision (a crash), its workers serve on.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ _REAP_EVERY_S = 1.0
 _DECIDE_S = 2.0
 # Environment of the new program: the descriptors of listeners that outlive a restart in place.
 _KEPT_LISTENERS = "USERSPACE_PROXY_LISTENERS"
-# Set for a process that finds out whether a restart in place would succeed, and ends. Other versions know it so.
+# Set for a process that only tests whether a restart in place would succeed. Other versions use the same name.
 _DRY_RUN = "USERSPACE_PROXY_REHEARSAL"
 _DRY_RUN_S = 30.0
 # Longer than it takes to replace a worker that hangs.
@@ -68,7 +67,7 @@ class Ending(Enum):
 class Lifecycle:
     """The predecessor of this process, its successor, and what ends it.
 
-    ``ending``: how it ends, once that is known; ``stop`` is set with it. ``cut``: resets the connections that drain,
+    ``ending``: how it ends, once that is decided; ``stop`` is set with it. ``cut``: resets the connections that drain,
     once there is a data plane.
     """
 
@@ -83,7 +82,7 @@ class Lifecycle:
     ) -> None:
         """*is_supervised*: a supervisor (a kubelet) starts this process again when it ends by itself.
 
-        *kernel_serves*: traffic goes on without this process from the first load on; there are no listeners.
+        *kernel_serves*: the kernel forwards traffic by its rules, without listeners of this process.
         """
         self._drain_timeout_s = drain_timeout_s
         self._orphan_timeout_s = orphan_timeout_s
@@ -103,13 +102,13 @@ class Lifecycle:
         self._plane: HandoverPlane | None = None
         self._successors = 0
         self._dry_run: asyncio.Task[None] | None = None
-        self._is_replaced = False  # by a new program, which is about to begin
+        self._is_replaced = False  # the new program is about to begin
 
     def install_signal_handlers(self) -> None:
         loop = asyncio.get_running_loop()
         for signum in _STOPS:
             if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
-                continue  # nohup: the terminal may go
+                continue  # nohup: the process outlives its terminal
             loop.add_signal_handler(signum, self._on_signal, signum)
         loop.add_signal_handler(signal.SIGUSR2, self._on_restart)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (*_STOPS, signal.SIGUSR2))  # blocked during a restart in place
@@ -147,7 +146,7 @@ class Lifecycle:
         return specs
 
     async def note_ready(self, ready: asyncio.Event, plane: HandoverPlane) -> None:
-        """Once *ready*, let traffic go on if this process fails, where it can."""
+        """Once *ready*, let traffic continue if this process fails, where that is possible."""
         await ready.wait()
         self._serves_on_alone = self._kernel_serves or not plane.handover_obstacle
 
@@ -163,7 +162,7 @@ class Lifecycle:
         health_checks: ServiceHealthChecks,
         cluster_dns: Callable[[], Sequence[socket.socket]],
     ) -> None:
-        """Give everything to the process that *asked*, and end; or refuse."""
+        """Hand everything over to the process that *asked*, and end; or refuse."""
         if plane.handover_obstacle and not self._kernel_serves:
             conversation.send(Refused(f"{plane.handover_obstacle}; stop it first"))
             return
@@ -263,7 +262,7 @@ class Lifecycle:
             incumbent.give_up()
 
     async def end(self, plane: HandoverPlane, remove_rules: Callable[[], Awaitable[None]]) -> None:
-        """End as decided. Without a decision this is a crash, and traffic goes on if it can.
+        """End as decided. Without a decision this is a crash, and traffic continues if that is possible.
 
         *remove_rules* drains connections and removes every rule.
         """
@@ -281,7 +280,7 @@ class Lifecycle:
             await remove_rules()
         if self.ending is Ending.RESTART:
             self._is_replaced = True
-            # Until the new program has its handlers: a signal that came just now would kill it.
+            # Blocked until the new program has its handlers: an earlier signal would kill it.
             signal.pthread_sigmask(signal.SIG_BLOCK, (*_STOPS, signal.SIGUSR2))
 
 
@@ -332,7 +331,7 @@ def restart_with(listeners: Sequence[socket.socket]) -> NoReturn:
 
 
 def kept_listeners() -> list[socket.socket]:
-    """Return the listeners from before a restart in place: they were open all the time."""
+    """Return the listeners from before a restart in place, which stayed open."""
     kept = [socket.socket(fileno=int(number)) for number in os.environ.pop(_KEPT_LISTENERS, "").split()]
     for sock in kept:
         sock.set_inheritable(False)

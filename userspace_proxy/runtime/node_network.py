@@ -1,8 +1,7 @@
 """This node's network: routes to portals, discard routes, limits of the kernel.
 
-``leave_network`` removes what was added without knowing what it was: a crashed process cannot tell. Discard routes stay
-for the next start, and `cleanup` removes them. Limits stay as they are set, as kube-proxy's do: other programs rely on
-them by then.
+``leave_network`` removes what was added by its marks alone, because a crashed process leaves no list. Discard routes
+stay for the next start, and `cleanup` removes them. Limits stay, as kube-proxy's do: other programs may rely on them.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from userspace_proxy.model.service import ServicePort
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.netfilter.notices import NetworkNotices
 
-# Pods come and go, and each brings notices: to look takes some tens of milliseconds of CPU.
+# Each Pod that comes or goes causes notices, and each look takes some tens of milliseconds of CPU.
 _ADDRESSES_SETTLE_S = 1.0
-# Linux forgets a redirect after so long (RT_GC_TIMEOUT in net/ipv4/route.c).
+# Linux forgets a redirect after this time (RT_GC_TIMEOUT in net/ipv4/route.c).
 _REDIRECT_LASTS_S = 300.0
 
 log = logging.getLogger(__name__)
@@ -51,12 +50,12 @@ async def follow_addresses(tracker: Tracker, sync_again: Callable[[], None]) -> 
 
 
 class NodeRoutes:
-    """A state sink: this node has a route to each portal, and forwards nothing that no Service serves.
+    """A state sink that gives this node a route to each portal, and discards packets that no Service serves.
 
     Sync it before the proxier: a local client needs a route before its packets are translated.
 
-    *ranges*: where cluster IPs are from, as far as that is known. *discarded*: ranges to which no packet is forwarded;
-    with *discards_portals* the same goes for portals outside of these, without *ranges* for those that the state has.
+    *ranges*: the ranges of cluster IPs, if known. *discarded*: ranges to which no packet is forwarded. Without
+    *ranges*, those of the state are discarded, too. *discards_portals*: also discard portals outside of these ranges.
     *sources*: the addresses of this node's own packets to portals, for modes in which endpoints see them.
     """
 
@@ -78,7 +77,7 @@ class NodeRoutes:
         self._is_first = True
         self._known: dict[ServicePortName, ServicePort] = {}
         self._users: Counter[Network] = Counter()  # how many service ports have an address outside of the ranges
-        self._left_at: dict[Network, float] = {}  # since when a portal that is still discarded has no user
+        self._left_at: dict[Network, float] = {}  # the time since which a portal that is still discarded has no user
 
     async def sync(self, state: ProxyState) -> None:
         came, gone = self._note(state)
@@ -88,7 +87,7 @@ class NodeRoutes:
         if self._is_first or is_another or came or gone:
             await self._discard(came, gone)
         if routed := {*came, *(self._ranges if self._is_first else ())}:
-            # One try: what refuses now (a blackhole route of somebody's, say) is no passing fault.
+            # One attempt: a refusal, such as by a blackhole route of another program, does not pass by itself.
             try:
                 await network.add_routes(routed, self._sources)
             except SyncError as error:
@@ -98,7 +97,7 @@ class NodeRoutes:
         self._is_first = False
 
     def _note(self, state: ProxyState) -> tuple[set[Network], set[Network]]:
-        """Count who uses which address outside of the ranges; return those with a first user, and those without any."""
+        """Count the service ports of each address outside of the ranges; return new and unused addresses."""
         had: dict[Network, bool] = {}
         for name, service_port in state.service_ports.items():
             before = self._known.get(name)
@@ -146,13 +145,13 @@ def _networks(cidrs: Iterable[str]) -> list[Network]:
 
 
 def widen_queues(backlog: int) -> None:
-    """Let a listener's accept queue be *backlog* long."""
+    """Allow accept queues of *backlog* connections."""
     for refused in sysctls.apply([sysctls.queue_sysctl(backlog)]):
         log.warning("clients that come all at once may wait for a second or more: %s", refused)
 
 
 def tune_conntrack(limits: sysctls.ConntrackLimits, warn: Callable[[str], None]) -> bool:
-    """Set conntrack to *limits*, and *warn* of what is refused; return False where conntrack is not loaded yet."""
+    """Set conntrack's *limits*, and *warn* of those that are refused; return False if conntrack is not loaded yet."""
     wanted = sysctls.conntrack_sysctls(limits, os.cpu_count() or 1)
     if wanted and not sysctls.knows_conntrack():
         return False
@@ -164,7 +163,7 @@ def tune_conntrack(limits: sysctls.ConntrackLimits, warn: Callable[[str], None])
 async def leave_network() -> None:
     """Remove the routes and addresses that were added here, as far as the kernel allows it.
 
-    Discard routes stay: until the next start no packet for a Service is to be sent on by the default route.
+    Discard routes stay: until the next start no packet to a Service may leave by the default route.
     """
     with contextlib.suppress(SyncError):
         await network.remove_routes()

@@ -1,4 +1,4 @@
-"""Make this node ready to be served, and take it over from the process that served it before."""
+"""Prepare this node, and take it over from the process that served it before."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class NodeSetup:
-    """The node, ours to serve from now on.
+    """A node that this process serves from now on.
 
     ``sources``: the identity of ``source``. ``inherited``: the listeners of the predecessor, which ``plane`` serves
     already. ``tune_conntrack`` sets conntrack's limits; ``is_tuned``: it was loaded, and they are set.
@@ -70,12 +70,12 @@ async def set_up_node(
     of_dns: Sequence[socket.socket],
     stack: contextlib.AsyncExitStack,
 ) -> NodeSetup:
-    """Take the node over, from the process that served it before, if there is one.
+    """Prepare the node, and take it over from the process that serves it, if there is one.
 
     *of_dns*: sockets of cluster DNS from before a restart in place.
 
     Raises:
-        StartError: that cannot be; the predecessor serves on.
+        StartError: the node cannot be served or taken over; the predecessor serves on.
     """
     # 1. Every check that can fail, before the predecessor yields.
     try:
@@ -93,7 +93,7 @@ async def set_up_node(
         sys.exit()
     # 2. The lock, and with it the listeners of the predecessor.
     if mode.kernel_serves:
-        await end_orphans()  # no worker's sockets are of use here
+        await end_orphans()  # sockets of workers have no use here
     lock = await take_lock(sources, settings.take_over, workers)
     stack.enter_context(contextlib.closing(lock))
     # 3. The node's addresses and limits.
@@ -112,7 +112,7 @@ async def set_up_node(
             conntrack_limits(settings), lambda note: events.warn(reference, "FailedToSetConntrack", note)
         )
 
-    is_tuned = tune()  # before the plane, which takes over conntrack's time-outs of UDP
+    is_tuned = tune()  # before the data plane, which reads conntrack's UDP time-outs
     # 4. The data plane, which serves at the predecessor's listeners from now on.
     plane = make_plane(settings, mode, stack)
     dns = await make_dns(settings, rules, [*of_dns, *lock.cluster_dns], stack)
@@ -136,7 +136,7 @@ async def set_up_node(
 
 
 def node_rules(settings: Settings, mode: Mode, capture: Capture) -> NodeRules:
-    """Return what rules say of this node: which senders are its pods, and where node ports are served."""
+    """Return the rules' facts about this node: which senders are its pods, and where node ports are served."""
     interfaces = {
         "BridgeInterface": settings.pod_bridge_interface,
         "InterfaceNamePrefix": f"{settings.pod_interface_name_prefix}*",
@@ -151,7 +151,7 @@ def node_rules(settings: Settings, mode: Mode, capture: Capture) -> NodeRules:
 
 
 async def look_at_hosts() -> Hosts:
-    """Return what belongs to this node and its neighbours."""
+    """Return the addresses of this node and its neighbours."""
     addresses, networks = await network.look_at_networks()
     return Hosts(addresses, networks, lambda: {NodePort(*port) for port in network.listening_ports()})
 
@@ -159,8 +159,8 @@ async def look_at_hosts() -> Hosts:
 def conntrack_limits(settings: Settings) -> ConntrackLimits:
     """Return the limits to set in conntrack.
 
-    Without flags: kube-proxy's, if this process is in its place. They are left alone beside kube-proxy, which has set
-    them, and with manifest files: a user who tries a few files does not expect the computer to change.
+    Without flags: kube-proxy's, if this process is in its place. They are not changed beside kube-proxy, which has set
+    them, nor with manifest files: a user who tries a few files does not expect a change of the computer.
     """
     usual = KUBE_PROXY if settings.follows_cluster and not settings.service_proxy_name else ConntrackLimits()
 

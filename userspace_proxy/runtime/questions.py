@@ -14,7 +14,7 @@ _DEFAULT_NAMESPACE = "default"
 
 
 def questions(inspection: Inspection, explainer: Explainer, controller: Controller) -> Mapping[str, Question]:
-    """Return what `get`, `describe` and `why` ask; each question is a function of its parameters."""
+    """Return the questions of `get`, `describe` and `why`: path -> function of the parameters."""
 
     async def services(given: Mapping[str, str]) -> object:
         return inspection.services(given.get("namespace", ""), given.get("name", ""))

@@ -97,7 +97,7 @@ class Reports:
             no_local=without_local_endpoints(controller.synced),
         )
         plane = await self.plane.stats(self.settings.metrics_endpoint_series // SERIES_AN_ENDPOINT)
-        plane.log_lines_dropped += log_lines_dropped()  # of this process
+        plane.log_lines_dropped += log_lines_dropped()  # figures of this process
         degraded_after_s = self.settings.degraded_after_s
         of_dns = dns_metrics(await self.dns.counts(), self.dns.restarts) if self.dns is not None else ()
         of_others = itertools.chain(proxier.metrics(), self.health_filter.metrics(), of_dns)

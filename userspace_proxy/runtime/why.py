@@ -1,7 +1,7 @@
 """Explains where the next connection to a Service goes, or why clients cannot reach it, with the fix.
 
-Obstacles are looked for along a connection's way: the Service, its endpoints, policies, the listener, the rules, other
-programs' rules, dials. The first one explains those behind it.
+The search for an obstacle follows a connection: the Service, its endpoints, policies, the listener, the rules, other
+programs' rules, dials. The first obstacle explains the later ones.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from userspace_proxy.runtime.inspection import by_address, condition
 from userspace_proxy.sources.documents import Manifest
 from userspace_proxy.sources.lines import Document, Place
 
-# Pods of a namespace that are compared with a selector.
+# The most Pods of a namespace that are compared with a selector.
 _PODS_MAX = 2_000
-# Endpoints that are named one by one.
+# The most endpoints that are named one by one.
 _UNUSED_MAX = 100
 # Stands for a client that is not named.
 _ANY_CLIENT = {4: "0.0.0.0", 6: "::"}  # noqa: S104 - nothing is bound
@@ -71,7 +71,7 @@ class _Case:
 
 
 class Explainer:
-    """Asks the parts of a running proxy, and the kernel."""
+    """Explains by the state of a running proxy's parts, and of the kernel."""
 
     def __init__(
         self,
