@@ -5,14 +5,14 @@ set -eu
 cd "$(dirname "$0")/.."
 lesson=${1:-}
 case $lesson in
-mode-* | balance | health-check | connection-policy | dns | headless | external-name | environment | forward)
+mode-* | balance | health-check | connection-policy | dns | headless | external-name | environment | forward | offline)
   [ -f "examples/$lesson/README.md" ] || lesson=
   ;;
 *) lesson= ;;
 esac
 if [ -z "$lesson" ]; then
   echo "usage: examples/play.sh mode-userspace | mode-iptables | mode-nftables | mode-ipvs | balance | health-check |" \
-    "connection-policy | dns | headless | external-name | environment | forward" >&2
+    "connection-policy | dns | headless | external-name | environment | forward | offline" >&2
   exit 2
 fi
 PATH=$PATH:$PWD/.venv/bin:/usr/sbin:/sbin

@@ -52,6 +52,7 @@ WHAT_IS_SERVED = {
     "dns": {"10.96.0.25:80/TCP": [f"{ONE}:8080"]},
     "headless": {},
     "environment": {"10.96.0.26:6379/TCP": [f"{ONE}:8080"]},
+    "offline": {"10.96.0.28:80/TCP": [f"{ONE}:8080", f"{TWO}:8080"]},
     "forward": {"10.96.0.27:80/TCP": [f"{ONE}:8080", f"{TWO}:8080"]},
     "external-name": {},
     "connection-policy": {"10.96.0.24:80/TCP": [f"{ONE}:8080"]},

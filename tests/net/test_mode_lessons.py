@@ -140,6 +140,12 @@ def test_a_forward_follows_a_rollout_as_its_lesson_says() -> None:
     assert one == {f"{TWO}:8080": 10}
 
 
+def test_a_node_starts_offline_as_its_lesson_says() -> None:
+    before, offline = play("offline", OF_NO_PRIVILEGES, rows_of_dials=2)
+
+    assert before == offline == {f"{ONE}:8080": 5, f"{TWO}:8080": 5}
+
+
 def test_balancing_is_as_its_lesson_says() -> None:
     turns, fewest, *hashed = play("balance", OF_NO_PRIVILEGES, rows_of_dials=4)
 
