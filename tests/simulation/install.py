@@ -20,7 +20,7 @@ import pytest
 
 from tests.simulation.datagrams import SimulatedBatch
 from tests.simulation.kernel import Datagram, Epoll, Kernel, Stream
-from userspace_proxy.dataplane import connections, datagrams, lifetimes, memory, pipes, plane, poller, sockets
+from userspace_proxy.dataplane import connections, datagrams, lifetimes, pipes, plane, poller, sockets
 from userspace_proxy.dataplane.splice import copy, pipe
 from userspace_proxy.model.endpoint import Address
 
@@ -127,7 +127,6 @@ def installed() -> Iterator[None]:
     selecting = SimpleNamespace(epoll=_epoll, EPOLLIN=select.EPOLLIN)
     limits = SimpleNamespace(getrlimit=_limit, setrlimit=lambda *_: None, RLIMIT_NOFILE=0)
     system = {name: getattr(os, name) for name in ("SPLICE_F_MOVE", "SPLICE_F_NONBLOCK", "O_NONBLOCK", "O_CLOEXEC")}
-    wall = SimpleNamespace(time=lambda: Current.kernel.now, monotonic=lambda: Current.kernel.now)
     with pytest.MonkeyPatch.context() as patch:
         for module in (poller, datagrams):
             patch.setattr(module, "select", selecting)
@@ -146,7 +145,6 @@ def installed() -> Iterator[None]:
         patch.setattr(plane, "raise_descriptor_limit", lambda: 0)
         patch.setattr(datagrams, "Batch", SimulatedBatch)
         patch.setattr(datagrams, "local_ports", lambda share: array("H", range(40_000, 40_000 + LOCAL_PORTS)))
-        patch.setattr(memory, "time", wall)
         # Strings have another hash in each process.
         patch.setattr(lifetimes, "hash", lambda client: crc32(repr(client).encode()), raising=False)
         patch.setattr("userspace_proxy.dataplane.local_ports.random", _Random())

@@ -16,7 +16,7 @@ from tests.simulation.install import installed
 _BROKEN_MAX = 5
 
 
-def play(first: int, count: int) -> tuple[Counter[str], dict[int, str]]:
+def play(first: int, count: int, broken_max: int = _BROKEN_MAX) -> tuple[Counter[str], dict[int, str]]:
     """Play *count* histories. Return how often each kind of fault occurred, and what is broken by seed."""
     faults: Counter[str] = Counter()
     broken: dict[int, str] = {}
@@ -27,7 +27,7 @@ def play(first: int, count: int) -> tuple[Counter[str], dict[int, str]]:
                 faults += history.play()
             except Exception as error:  # noqa: BLE001 - it is told
                 broken[seed] = f"{history.kind}: {type(error).__name__}: {error}"
-                if len(broken) == _BROKEN_MAX:
+                if len(broken) == broken_max:
                     break
     return faults, broken
 
