@@ -122,7 +122,7 @@ def _choices(*population: Any, **weights: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def installed() -> Iterator[None]:
+def installed(buffer_bytes: int = BUFFER_BYTES) -> Iterator[None]:
     """Run the data plane on the model. Histories in turn each set `Current.kernel`."""
     selecting = SimpleNamespace(epoll=_epoll, EPOLLIN=select.EPOLLIN)
     limits = SimpleNamespace(getrlimit=_limit, setrlimit=lambda *_: None, RLIMIT_NOFILE=0)
@@ -135,8 +135,8 @@ def installed() -> Iterator[None]:
         patch.setattr(sockets, "SocketType", _open)
         patch.setattr(sockets, "_lowest_ephemeral_port", lambda: 1 << 16)
         patch.setattr(copy, "fcntl", SimpleNamespace(ioctl=_unsent))
-        patch.setattr(copy, "BUFFER_BYTES", BUFFER_BYTES)
-        patch.setattr(copy, "_buffer", bytearray(BUFFER_BYTES))
+        patch.setattr(copy, "BUFFER_BYTES", buffer_bytes)
+        patch.setattr(copy, "_buffer", bytearray(buffer_bytes))
         patch.setattr(copy, "_view", memoryview(copy._buffer))
         patch.setattr(pipe, "os", SimpleNamespace(splice=_splice, **system))
         patch.setattr(pipes, "os", SimpleNamespace(pipe2=_pipe2, close=_close, **system))
