@@ -239,6 +239,14 @@ def test_why_names_a_firewall_and_another_proxys_rules(running: Proxy, web: str)
 # ---- the socket
 
 
+def test_names_and_the_kubelets_variables_are_those_of_the_running_proxy(running: Proxy, web: str) -> None:
+    assert "WEB_SERVICE_HOST=10.96.9.1\nWEB_SERVICE_PORT=80\n" in tell(running, "env")
+    assert tell(running, "names", "-n", "shop", "--cluster-domain", "example") == (
+        "10.96.9.1 web.default.svc.example web.default.svc web.default\n"
+    )
+    assert tell(running, "env", "-n", "shop") == ""
+
+
 def test_the_socket_is_for_its_user_alone(running: Proxy) -> None:
     place = running.folder / "state" / "control.sock"
 

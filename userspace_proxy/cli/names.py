@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
+from userspace_proxy.cli.ask import NAMESPACE, SOCKET, ask
 from userspace_proxy.cli.options import GroupedCommand, fails_on, setting_options, settings_of
 from userspace_proxy.errors import StartError
 
@@ -16,54 +19,69 @@ if TYPE_CHECKING:
     from userspace_proxy.control.pod_names import KnownService
     from userspace_proxy.model.names import NamespacedName
 
-_NAMESPACE = click.option(
-    "-n", "--namespace", default="default", metavar="NAME", help="Namespace of the processes (default default)"
-)
+    Render = Callable[[Mapping[NamespacedName, KnownService], Settings], list[str]]
+
 _PATHS = click.argument("paths", nargs=-1, metavar="[PATH...]")
 _KUBECONFIG = click.option(
-    "--kubeconfig",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Login to a cluster (default, without PATH: $KUBECONFIG or ~/.kube/config)",
+    "--kubeconfig", type=click.Path(path_type=Path), metavar="FILE", help="Ask the cluster that this file names"
 )
 
 
 @click.command(cls=GroupedCommand, params=setting_options("env"))
 @_PATHS
-@_NAMESPACE
+@NAMESPACE
 @_KUBECONFIG
-def env(*, namespace: str, **options: Any) -> None:
-    """Print the variables that the kubelet sets for Services in a pod, from manifests in PATH... or a cluster."""
+@SOCKET
+@click.pass_context
+def env(ctx: click.Context, /, *, namespace: str, control_socket: Path, **options: Any) -> None:
+    """Print the variables that the kubelet sets for Services in a pod.
+
+    Of the manifests in PATH..., a cluster, or without both, of the running proxy or kubectl's cluster.
+    """
     from userspace_proxy.control.pod_names import environment
 
-    _, services = _read(options)
-    for name, value in environment(services, namespace).items():
-        click.echo(f"{name}={value}")
+    def lines(services: Mapping[NamespacedName, KnownService], _: Settings) -> list[str]:
+        return [f"{name}={value}" for name, value in environment(services, namespace).items()]
+
+    _print(ctx, control_socket, settings_of(options), {"namespace": namespace}, lines)
 
 
 @click.command(cls=GroupedCommand, params=setting_options("names"))
 @_PATHS
-@_NAMESPACE
+@NAMESPACE
 @_KUBECONFIG
-def names(*, namespace: str, **options: Any) -> None:
-    """Print lines for /etc/hosts with the names of Services, from manifests in PATH... or a cluster."""
+@SOCKET
+@click.pass_context
+def names(ctx: click.Context, /, *, namespace: str, control_socket: Path, **options: Any) -> None:
+    """Print lines for /etc/hosts with the names of Services.
+
+    Of the manifests in PATH..., a cluster, or without both, of the running proxy or kubectl's cluster.
+    """
     from userspace_proxy.control.pod_names import hosts_lines
 
-    settings, services = _read(options)
-    for line in hosts_lines(services, namespace, settings.cluster_domain):
-        click.echo(line)
-
-
-def _read(options: Mapping[str, Any]) -> tuple[Settings, Mapping[NamespacedName, KnownService]]:
-    import asyncio
-
-    from userspace_proxy.logs import configure_logging
-    from userspace_proxy.runtime.known_services import known_services
+    def lines(services: Mapping[NamespacedName, KnownService], settings: Settings) -> list[str]:
+        return list(hosts_lines(services, namespace, settings.cluster_domain))
 
     settings = settings_of(options)
+    _print(ctx, control_socket, settings, {"namespace": namespace, "domain": settings.cluster_domain}, lines)
+
+
+def _print(
+    ctx: click.Context, control_socket: Path, settings: Settings, parameters: Mapping[str, str], render: Render
+) -> None:
+    """Print the answer of the proxy at *control_socket* if no other source is given, or else what *render* returns."""
     if settings.paths and settings.kubeconfig:
         raise click.UsageError("give PATH... or --kubeconfig FILE, not both")
-    configure_logging("text")
-    with fails_on(StartError):
-        return settings, asyncio.run(known_services(settings))
-    raise AssertionError("fails_on ends the process")
+    is_named = ctx.get_parameter_source("control_socket") is not ParameterSource.DEFAULT
+    if not settings.paths and not settings.kubeconfig and (is_named or os.access(control_socket, os.W_OK)):
+        found = ask(control_socket, ctx.info_name or "", **parameters)["items"]
+    else:
+        import asyncio
+
+        from userspace_proxy.logs import configure_logging
+        from userspace_proxy.runtime.known_services import known_services
+
+        configure_logging("text")
+        with fails_on(StartError):
+            found = render(asyncio.run(known_services(settings)), settings)
+    click.echo("".join(f"{line}\n" for line in found), nl=False)

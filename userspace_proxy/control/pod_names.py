@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from userspace_proxy import api
+from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.model.dns_names import ServiceNames
 from userspace_proxy.model.endpoint import join_address
 from userspace_proxy.model.names import NamespacedName
@@ -20,6 +21,15 @@ class KnownService:
 
     ports: Sequence[api.ServicePort]
     names: ServiceNames
+
+
+def known_services(tracker: Tracker) -> Mapping[NamespacedName, KnownService]:
+    """Return the Services of *tracker* that have a name."""
+    return {
+        name: KnownService((service.spec and service.spec.ports) or (), names)
+        for name, service in tracker.services.items()
+        if (names := tracker.names_of(name, service)) is not None
+    }
 
 
 def environment(services: Mapping[NamespacedName, KnownService], namespace: str) -> dict[str, str]:

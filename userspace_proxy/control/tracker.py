@@ -278,13 +278,14 @@ class Tracker:
         """Work out what DNS says of *name*; an equal value stays the same object."""
         names = None
         if (service := self._services.get(name)) is not None:
-            names = self._names_of(name, service)
+            names = self.names_of(name, service)
         if names is None:
             self._names.pop(name, None)
         elif names != self._names.get(name):
             self._names[name] = names
 
-    def _names_of(self, name: NamespacedName, service: api.Service) -> ServiceNames | None:
+    def names_of(self, name: NamespacedName, service: api.Service) -> ServiceNames | None:
+        """Return what DNS says of *service*; None if it has no address."""
         if target := decode.external_name(service):
             return ServiceNames(external_name=target)
         if decode.is_headless(service):

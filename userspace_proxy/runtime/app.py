@@ -206,7 +206,7 @@ class Proxy:
             self._health_filter,
             str((*settings.service_ranges, *DEFAULT_SERVICE_RANGES)[0]),  # of a cluster no range may be known
         )
-        self.control_socket = ControlSocket(questions(inspection, explainer, self._controller))
+        self.control_socket = ControlSocket(questions(inspection, explainer, self._controller, self._tracker))
         self.admin = AdminServer(
             reports.health, reports.metrics, settings.proxy_mode, configz(settings), settings.degraded_status
         )

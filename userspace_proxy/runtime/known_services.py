@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from userspace_proxy import api
 from userspace_proxy.config.settings import DEFAULT_STATE_DIR, Settings
+from userspace_proxy.control import pod_names
 from userspace_proxy.control.allocations import Allocations
 from userspace_proxy.control.memory import SavedAllocations, StateDir
 from userspace_proxy.control.pod_names import KnownService
@@ -67,22 +67,20 @@ async def known_services(settings: Settings) -> Mapping[NamespacedName, KnownSer
     Raises:
         StartError: there is no such source.
     """
-    objects: dict[NamespacedName, api.Service] = {}
     async with contextlib.AsyncExitStack() as stack:
         source = await open_services(settings.paths, settings.kubeconfig, None, stack)
         is_cluster = not settings.paths
         allocations = Allocations() if is_cluster else make_allocations(settings, _remembered(settings.state_dir))
-        tracker = Tracker(allocations, has_names=True)
+        tracker = Tracker(allocations)
         events = await stack.enter_async_context(contextlib.aclosing(source.events()))
         async for batch in events:
             tracker.apply(batch)
-            objects |= {e.name: e.object for e in batch if e.name and isinstance(e.object, api.Service)}
             if any(event.type is EventType.SYNCED for event in batch):
                 break
     for problem in source.problems.values():
         log.error("%s", problem)
-    ports = {name: known.spec.ports or () for name, known in objects.items() if known.spec is not None}
-    return {name: KnownService(ports.get(name, ()), names) for name, names in tracker.state().names.items()}
+    tracker.state()
+    return pod_names.known_services(tracker)
 
 
 def _remembered(folder: Path | None) -> SavedAllocations:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from userspace_proxy.admin.control_socket import Question
 from userspace_proxy.control.controller import Controller
+from userspace_proxy.control.pod_names import environment, hosts_lines, known_services
+from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.model.names import NamespacedName
 from userspace_proxy.runtime.inspection import Inspection
 from userspace_proxy.runtime.why import Explainer
@@ -13,8 +15,10 @@ from userspace_proxy.runtime.why import Explainer
 _DEFAULT_NAMESPACE = "default"
 
 
-def questions(inspection: Inspection, explainer: Explainer, controller: Controller) -> Mapping[str, Question]:
-    """Return the questions of `get`, `describe` and `why`: path -> function of the parameters."""
+def questions(
+    inspection: Inspection, explainer: Explainer, controller: Controller, tracker: Tracker
+) -> Mapping[str, Question]:
+    """Return the questions of `get`, `describe`, `why`, `env` and `names`: path -> function of the parameters."""
 
     async def services(given: Mapping[str, str]) -> object:
         return inspection.services(given.get("namespace", ""), given.get("name", ""))
@@ -35,7 +39,17 @@ def questions(inspection: Inspection, explainer: Explainer, controller: Controll
     async def why(given: Mapping[str, str]) -> object:
         return await explainer.explain(_name(given), given.get("port", ""), given.get("client", ""), controller.synced)
 
+    async def env(given: Mapping[str, str]) -> object:
+        found = environment(known_services(tracker), given.get("namespace") or _DEFAULT_NAMESPACE)
+        return [f"{name}={value}" for name, value in found.items()]
+
+    async def names(given: Mapping[str, str]) -> object:
+        domain = given.get("domain") or "cluster.local"
+        return list(hosts_lines(known_services(tracker), given.get("namespace") or _DEFAULT_NAMESPACE, domain))
+
     return {
+        "env": env,
+        "names": names,
         "services": services,
         "endpoints": endpoints,
         "connections": connections,
