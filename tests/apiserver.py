@@ -38,7 +38,7 @@ _KINDS = {SERVICES: "Service", SLICES: "EndpointSlice", OLD_SLICES: "EndpointSli
 
 
 class Fault(Enum):
-    """What befalls a watch in place of, or along with, its next event."""
+    """A fault of a watch, in place of its next event or together with it."""
 
     SILENCE = "nothing more comes, and the connection stands"
     RESET = "the connection is reset"
@@ -53,7 +53,7 @@ class Fault(Enum):
 
 
 class _Write(NamedTuple):
-    """One write: an object as it was before and as it is after; None where it was or is not there."""
+    """One write: the object before and after it; None if it did not exist."""
 
     version: int
     key: Key
@@ -74,7 +74,7 @@ class Refusal(NamedTuple):
 
 
 class ApiServer:
-    """Objects, their history, and who asks for them."""
+    """Objects, their history, and the open watches."""
 
     def __init__(self) -> None:
         self.version = 1_000
@@ -131,7 +131,7 @@ class ApiServer:
             self._runner = None
 
     def cut(self) -> None:
-        """Reset the connection of everybody who watches."""
+        """Reset the connection of every watcher."""
         for response in self._watchers:
             _reset(response)
 
@@ -154,12 +154,12 @@ class ApiServer:
         await self._note(path, _Write(self.version, key, before, None))
 
     async def delete_unseen(self, path: str, name: str, namespace: str = "default") -> None:
-        """Delete an object and compact its deletion away, so that no watch can tell of it."""
+        """Delete an object and compact its deletion away, so that no watch can report it."""
         await self.delete(path, name, namespace)
         self.compact()
 
     def compact(self) -> None:
-        """Forget the history so far: who watches goes on, who comes back to an older version is told 410."""
+        """Forget the history so far: open watches continue, and a watch from an older version gets 410."""
         self.compacted = self.version
         self._pages.clear()
 
@@ -298,7 +298,7 @@ class ApiServer:
                     await response.write(_bookmark(path, version, {}))
 
     async def _send(self, response: web.StreamResponse, lines: list[bytes]) -> bool:
-        """Send *lines*, each with the next fault; return whether the watch goes on."""
+        """Send *lines*, each with the next fault; return whether the watch continues."""
         waiting = deque(lines)
         while waiting:
             line = waiting.popleft()
@@ -339,7 +339,7 @@ class ApiServer:
 
 
 def _wrong_in_event(event: Object, namespace: str) -> str:
-    """Return what the real server's validation of events.k8s.io/v1 would say."""
+    """Return the error of the real server's validation of events.k8s.io/v1."""
     for name, longest in (("reportingController", 253), ("reportingInstance", 128), ("action", 128), ("reason", 128)):
         if not 0 < len(event.get(name) or "") <= longest:
             return f"{name}: Required value, of up to {longest} characters"
@@ -375,7 +375,7 @@ def _bookmark(path: str, version: int, annotations: Mapping[str, str]) -> bytes:
 
 
 def _event(write: _Write, selects: Callable[[Object], bool]) -> Iterator[bytes]:
-    """Yield what a watcher sees of *write*: who is selected no more is deleted, for him."""
+    """Yield the event of *write* for a watcher: a deletion if its selector no longer matches the object."""
     was = write.before is not None and selects(write.before)
     if write.after is not None and selects(write.after):
         yield _line("MODIFIED" if was else "ADDED", write.after)
@@ -413,7 +413,7 @@ def _reset(response: web.StreamResponse) -> bool:
 
 
 def _selector(params: Mapping[str, str], namespace: str = "") -> Callable[[Object], bool]:
-    """Return what the label and field selectors in *params* select; as much of their language as a proxy speaks.
+    """Return a function that applies the label and field selectors in *params*, as far as a proxy uses their language.
 
     *namespace*: "" for all.
     """
@@ -471,7 +471,7 @@ class ApiServerThread:
         return server
 
     def do(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """Have *work* done there; return what comes of it."""
+        """Run *work* in the server's event loop; return its result."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(10)
 
     def close(self) -> None:

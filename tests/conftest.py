@@ -1,4 +1,4 @@
-"""Tests run inside of namespaces of their own, so that real rules and real hosts harm nobody.
+"""Tests run in private namespaces, so that real rules and real hosts do no harm.
 
 `pytest` started anywhere moves itself there first: as root, or as a plain user with user namespaces. With pytest-xdist
 each worker process has network and mount namespaces of its own, so that tests in different workers share no host.
@@ -79,7 +79,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the modules that take longest first, so that no worker has one of them left when all others are done."""
+    """Put the slowest modules first, so that none of them is left for the end of the run."""
     items.sort(key=lambda item: not item.nodeid.startswith(("tests/net/", "tests/modes/userspace/test_histories")))
 
 

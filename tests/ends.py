@@ -30,7 +30,7 @@ class End:
             await self._loop.sock_sendall(self.sock, data)
 
     async def receive(self, count: int) -> bytes:
-        """Return exactly *count* bytes, or what came before the end."""
+        """Return exactly *count* bytes, or those before the end of the stream."""
         received = bytearray()
         async with asyncio.timeout(PATIENCE_S):
             while len(received) < count:
@@ -54,14 +54,14 @@ class End:
             received += piece
 
     def send_now(self, data: bytes) -> int:
-        """Send what the kernel takes at once; return how much that was."""
+        """Send the bytes that the kernel accepts at once; return their number."""
         try:
             return self.sock.send(data)
         except BlockingIOError:
             return 0
 
     def receive_now(self) -> bytes:
-        """Return what the kernel has at once, an end of file included."""
+        """Return the bytes that can be read at once; b"" at the end of the stream."""
         try:
             return self.sock.recv(1 << 20)
         except BlockingIOError:
@@ -79,14 +79,14 @@ class End:
 
     @property
     def unacknowledged_bytes(self) -> int:
-        """What was sent and has not reached the other kernel yet."""
+        """The number of sent bytes that the other kernel has not acknowledged."""
         count = array.array("i", [0])
         fcntl.ioctl(self.sock, termios.TIOCOUTQ, count)
         return count[0]
 
 
 async def until(condition: Callable[[], bool], what: str, timeout_s: float = 5.0) -> None:
-    """Wait until *condition* holds; fail with *what* when it does not in time."""
+    """Wait until *condition* holds; fail with *what* if it does not in time."""
     give_up_at = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < give_up_at, f"waited {timeout_s:g} s in vain: {what}"

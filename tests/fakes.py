@@ -1,4 +1,4 @@
-"""Hand-written stand-ins, for what a test must control."""
+"""Hand-written fakes of things that a test must control."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class FakeClock:
-    """A clock that goes only when told."""
+    """A clock that the test advances."""
 
     now_s: float = 1_000.0
 

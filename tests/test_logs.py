@@ -170,7 +170,7 @@ def test_a_line_for_each_connection_is_shown_only_when_asked_for(
 
 
 def test_a_stderr_that_takes_nothing_holds_up_nobody_and_the_last_words_come_when_it_does() -> None:
-    """A process of its own, as its end is what is tested: three thousand lines are more than a pipe takes."""
+    """In a separate process, because its exit is tested: three thousand lines do not fit into a pipe."""
     code = (
         "import sys, logging; from userspace_proxy.logs import configure_logging, log_lines_dropped;"
         "configure_logging('text'); log = logging.getLogger('userspace_proxy.x');"
@@ -210,7 +210,7 @@ def test_a_process_ends_though_nothing_takes_what_it_says() -> None:
 
 
 def test_a_closed_stderr_is_no_other_descriptor() -> None:
-    """What is opened first gets its number."""
+    """The next opened file gets its number."""
     code = (
         "import sys, logging; other = open(sys.argv[1], 'w'); from userspace_proxy.logs import configure_logging;"
         "configure_logging('text'); logging.getLogger('userspace_proxy.x').warning('astray'); other.write('its own')"
@@ -281,7 +281,7 @@ def test_a_log_that_was_moved_away_is_begun_anew(tmp_path: Path) -> None:
 
 
 def test_a_slow_disk_costs_lines_and_holds_up_nobody(tmp_path: Path) -> None:
-    """The disk is a pipe that nobody reads yet. 20,000 lines fit neither there nor in the queue."""
+    """The disk is a pipe without a reader. 20,000 lines fit neither into it nor into the queue."""
     path = tmp_path / "access.log"
     os.mkfifo(path)
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)

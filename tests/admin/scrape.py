@@ -29,7 +29,7 @@ class Exposed(NamedTuple):
 
 
 def every_metric() -> str:
-    """Return the text of such a scrape."""
+    """Return the text of a scrape that has every metric."""
     names = [ServicePortName(NamespacedName("shop", "web"), "http", protocol) for protocol in L4Protocol]
     plane = PlaneStats(
         {name: Counters() for name in names}, {name: {("10.0.0.1", 80): EndpointCounters()} for name in names}

@@ -1,4 +1,4 @@
-"""What load balancers get to hear of each Service, over real sockets (behaviours H1-H4)."""
+"""The answers of health-check node ports to load balancers, over real sockets (behaviours H1-H4)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Rig:
         self.checks = self.another()
 
     def another(self) -> ServiceHealthChecks:
-        """Return what another process of the same node would have."""
+        """Return the health checks of another process on the same node."""
         return ServiceHealthChecks(
             lambda: self.healthy, lambda service, reason: self.failed.append((service, reason)), lambda: self.addresses
         )

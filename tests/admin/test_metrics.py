@@ -64,7 +64,7 @@ def test_metrics_of_one_protocol_are_not_shown_for_the_other() -> None:
 
 
 def test_every_counter_there_is_is_shown() -> None:
-    """A counter that is added to and never shown helps nobody."""
+    """A counter that no metric shows has no use."""
     names = Counters.__dataclass_fields__
     counters = Counters(**{name: 1_000 + n for n, name in enumerate(names)})
 

@@ -1,4 +1,4 @@
-"""What the page and the dashboard say of metrics is what is exposed."""
+"""The reference page and the dashboard name exactly the metrics that are exposed."""
 
 from __future__ import annotations
 

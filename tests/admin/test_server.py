@@ -1,4 +1,4 @@
-"""What operators and their machines get to see, over real HTTP on loopback."""
+"""Answers of the health and metrics ports, over real HTTP on loopback."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Rig:
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """Return ports that were free a moment ago; in a namespace of our own nobody else takes them."""
+    """Return ports that are free; no other program takes them in this private namespace."""
     with contextlib.ExitStack() as stack:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         socks = [stack.enter_context(socket.socket(family)) for _ in range(count)]

@@ -1,4 +1,4 @@
-"""The drawings of a packet's way in a real browser: no word sticks out of its box, and light and dark can be read."""
+"""The drawings of a packet's way in a real browser: no word exceeds its box, and both colour schemes are readable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report in a real browser: nothing sticks out of a phone's screen, and light and dark are both readable."""
+"""The report in a real browser: nothing is wider than a phone's screen, and both colour schemes are readable."""
 
 from __future__ import annotations
 

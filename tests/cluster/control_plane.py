@@ -170,7 +170,7 @@ class ControlPlane:
         return False
 
     def back_up(self) -> None:
-        """Keep what etcd holds."""
+        """Save a snapshot of etcd."""
         self.kill("kube-apiserver")
         self.kill("etcd")
         shutil.copytree(self.folder / "etcd", self.folder / "backup")
@@ -178,7 +178,7 @@ class ControlPlane:
         self.start_api()
 
     def restore(self) -> None:
-        """Go back to what was kept; versions go back as well."""
+        """Restore the snapshot; resource versions go back as well."""
         self.kill("kube-apiserver")
         self.kill("etcd")
         shutil.rmtree(self.folder / "etcd")
@@ -257,7 +257,7 @@ class ControlPlane:
                         self.delete(path, name)
 
     def names(self, path: str) -> list[str]:
-        """Return the names of what is there; nothing where the server does not know the kind."""
+        """Return the names of the existing objects; none if the server does not know the kind."""
         with contextlib.suppress(ApiError):
             return [found["metadata"]["name"] for found in self.ask("GET", path)["items"] or ()]
         return []

@@ -1,4 +1,4 @@
-"""A way to the API server that can be cut: what a load balancer, a firewall or a cable does to watches."""
+"""A connection to the API server that can be cut, as by a load balancer, a firewall or a cable."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _RESET = struct.pack("ii", 1, 0)
 
 
 class Cutter:
-    """Hands bytes on between port *at* of *host* and *port* there, until it is told to cut."""
+    """Forwards bytes between port *at* of *host* and *port* there, until it cuts the connections."""
 
     def __init__(self, host: Host, port: int, at: int = 0) -> None:
         self._host = host

@@ -1,4 +1,4 @@
-"""The real kube-proxy in the contract's world, told by the API server of the tests: what it answers is what we follow.
+"""The real kube-proxy in the contract's world, with the API server of the tests: its behaviour is our reference.
 
 It needs nothing of a control plane, so that one binary is enough. Versions before 1.21 read v1beta1 of EndpointSlices.
 """
@@ -76,7 +76,7 @@ class KubeProxy:
                 self.put(with_defaults(one))
 
     def start(self) -> None:
-        """Start it; return when it says that it is healthy and its rules are at rest."""
+        """Start it; return when it reports health and its rules no longer change."""
         gates = ("--feature-gates", "IPv6DualStack=true") if self.version < (1, 21) else ()
         self._process = self.node.start(
             *(str(self.binary), "--kubeconfig", str(self._config), "--hostname-override", NODE),
@@ -132,7 +132,7 @@ class KubeProxy:
 
 
 def with_defaults(given: Mapping[str, Any]) -> Object:
-    """Return the object with what a real API server fills in, and kube-proxy takes for granted."""
+    """Return the object with the defaults of a real API server, which kube-proxy relies on."""
     made: Object = json.loads(json.dumps(given))
     for port in (made["spec"] if made["kind"] == "Service" else made).get("ports") or ():
         port.setdefault("name", "")

@@ -36,7 +36,7 @@ class NodeProxy(Proxy):
     # ---- what clients see
 
     def reaches(self, ip: str, *pods: str, port: int = 80) -> None:
-        """Wait until exactly *pods* answer at *ip*; nobody: until connections are refused."""
+        """Wait until exactly *pods* answer at *ip*; without pods, until connections are refused."""
         client = self.world.client
         if not pods:
             wait_until(lambda: refuses(client, ip, port), f"{ip}:{port} is refused")

@@ -1,4 +1,4 @@
-"""The control plane is killed, compacted and cut off: no request fails, and soon nothing is stale."""
+"""The control plane is killed, compacted and cut off: no request fails, and no stale state stays."""
 
 from __future__ import annotations
 

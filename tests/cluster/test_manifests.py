@@ -1,4 +1,4 @@
-"""examples/kubernetes as a real API server takes it: each field known, each value valid. Nothing is kept (dry run)."""
+"""A real API server accepts examples/kubernetes: it knows each field, and each value is valid (dry run)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def minor_version(plane: ControlPlane) -> int:
 
 
 def missing(given: Any, made: Any, where: str = "") -> list[str]:
-    """Return what of *given* the server did not keep: it does not know such a field."""
+    """Return the fields of *given* that the server dropped because it does not know them."""
     if isinstance(given, dict):
         lost = [f"{where}.{key}" for key in given if key not in made]
         return lost + [m for key in given if key in made for m in missing(given[key], made[key], f"{where}.{key}")]

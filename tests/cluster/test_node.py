@@ -1,4 +1,4 @@
-"""This node in the eyes of a real API server: who we are there, what /healthz says, what is served before (S7, Z)."""
+"""This node with a real API server: its Node object, /healthz, and traffic before the Node exists (S7, Z)."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_node_that_is_to_go_is_left(proxy: NodeProxy, plane: ControlPlane) -> 
 
 
 def test_a_node_that_does_not_exist_is_waited_for_and_no_longer(proxy: NodeProxy, plane: ControlPlane) -> None:
-    """Z6: traffic is served all the same; Z2: load balancers are told to stay away until the Node is there."""
+    """Z6: traffic is served nevertheless; Z2: /healthz fails until the Node exists."""
     ip = make_service(plane, "web")
     make_slice(plane, "web", "web", POD1)  # controllers leave out pods of nodes that do not exist
     proxy.start()

@@ -1,4 +1,4 @@
-"""Which objects count, told by a real API server and made by the real endpoint controllers (behaviours 1: S1 to S9)."""
+"""The objects that count, from a real API server and its endpoint controllers (behaviours 1: S1 to S9)."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def test_a_service_of_both_families_is_reached_by_both(proxy: NodeProxy, plane: 
 
 
 def test_one_port_number_serves_tcp_and_udp_apart(proxy: NodeProxy, plane: ControlPlane) -> None:
-    """S6, and a slice's ports are told apart by name and protocol."""
+    """S6; ports of a slice differ by name and protocol."""
     client = proxy.world.client
     ports = [
         {"name": "tcp", "port": 80, "targetPort": HTTP_PORT},

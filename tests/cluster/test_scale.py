@@ -50,7 +50,7 @@ def cluster_ip(index: int) -> str:
 
 
 def fill(plane: ControlPlane, services: int, endpoints: int) -> None:
-    """Write Services and their slices; the endpoints of all but the first are nobody."""
+    """Write Services and their slices; only the endpoints of the first one exist."""
 
     def write(index: int) -> None:
         name, ip = f"s{index}", cluster_ip(index)

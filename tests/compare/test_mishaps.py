@@ -1,4 +1,4 @@
-"""A mode that goes wrong while it is compared becomes a note; the others are measured."""
+"""A mode that fails during a comparison becomes a note, and the others are measured."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ POLITE, DEAF = "trap 'exit 0' INT", "trap '' INT"
 
 
 def put_strace(folder: Path, put_tool: PutTool, at_interrupt: str) -> None:
-    """Have an strace that counts nothing and lasts until it is stopped."""
+    """Install an strace that counts nothing and runs until it is stopped."""
     put_tool("strace", f"{at_interrupt}\n: > {folder}/counts\nwhile :; do sleep 0.02; done")
 
 

@@ -1,4 +1,4 @@
-"""What both splicer suites share: the engines, and one connection in an engine's hands."""
+"""The parts that both splicer suites share: the engines, and one spliced connection."""
 
 from __future__ import annotations
 

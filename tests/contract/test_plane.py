@@ -86,7 +86,7 @@ async def running(kind: str, tmp_path: Path) -> AsyncIterator[DataPlane]:
 
 
 async def ask(source_ip: str = "10.95.0.1", portal_ip: str = PORTAL_IP) -> str:
-    """Return who answers a connection of its own; raises OSError."""
+    """Return the name of the server that answers a new connection; raises OSError."""
 
     def once() -> str:
         with socket.create_connection((portal_ip, 80), timeout=5, source_address=(source_ip, 0)) as sock:
@@ -535,7 +535,7 @@ async def test_a_worker_that_hangs_is_replaced_and_said_to_fail_meanwhile(
 async def test_a_client_meets_always_the_same_worker_and_all_workers_have_clients(
     tmp_path: Path, three: tuple[NamedBackend, ...]
 ) -> None:
-    """Each worker has a rotation of its own: what a client sees is in exact turns only if one worker has it alone."""
+    """Each worker has its own rotation, so a client's turns are exact only if one worker serves all its connections."""
     sources = [f"10.95.7.{number}" for number in range(1, 21)]
     for source in sources:
         ip("address", "add", f"{source}/32", "dev", "lo")
@@ -635,7 +635,7 @@ async def test_no_connection_fails_while_planes_change(three: tuple[NamedBackend
 
 
 def test_a_worker_imports_nothing_of_the_control_side() -> None:
-    """Its memory is that of a data plane, and what it does not import cannot stand in a packet's way."""
+    """The worker needs only a data plane's memory, and code that it does not import cannot delay a packet."""
     code = "import sys; import userspace_proxy.dataplane.worker; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=True)
     loaded = set(done.stdout.split())

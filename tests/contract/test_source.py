@@ -1,4 +1,4 @@
-"""What every Source keeps to, shown on manifests in files: real files, changed as people and kubelet change them."""
+"""The contract of every Source, tested with real manifest files, changed as people and the kubelet change them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ BROKEN = "---\nkind: Service\nmetadata:\n  name: broken\n spec: {}\n"
 
 
 class Told:
-    """Follows a source and keeps what it told."""
+    """Follows a source and records its events."""
 
     def __init__(self, source: FileSource) -> None:
         self.source = source
@@ -596,7 +596,7 @@ async def test_a_file_that_is_named_in_several_ways_is_read_once(tmp_path: Path)
 
 @pytest.mark.parametrize("seed", range(40))
 def test_after_any_edits_what_was_told_is_what_a_fresh_reader_finds(tmp_path: Path, seed: int) -> None:
-    """Only what differs is parsed again: places before and behind a change must come out as if all had been."""
+    """Only the difference is parsed again; the result must equal that of parsing all, before and behind a change."""
     chance = random.Random(seed)
     file = tmp_path / "a.yaml"
     documents = [(number, 80) for number in range(8)]

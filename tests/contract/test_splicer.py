@@ -1,4 +1,4 @@
-"""What every splice engine promises, on real TCP connections."""
+"""The contract of every splice engine, on real TCP connections."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def sent_urgently(sender: End, byte: bytes) -> bool:
 async def test_every_byte_of_a_stream_with_urgent_ones_arrives_in_order(
     shop: Workshop, side: str, closes: bool, where: str, begins_late: bool
 ) -> None:
-    """Splicing stops in front of an urgent byte, and says there that the stream is dry, or has ended."""
+    """splice(2) stops before an urgent byte, and reports that the stream is drained or has ended."""
     spliced = shop.splice(start=not begins_late, client_buffer_bytes=1 << 20, buffer_bytes=1 << 20)
     sender, receiver = spliced.ends(side)
     before, after = URGENT_AT[where]

@@ -1,6 +1,6 @@
 """Five bugs that lose, double or mix bytes while every benchmark looks perfect; tests for each, on every engine.
 
-They are told as what ends see, because engines differ in where they would have the bug. A sink with small buffers is
+The tests look at both ends, because engines differ in where they would have the bug. A sink with small buffers is
 stalled before a read has filled whatever an engine reads into; one with roomy buffers takes some full reads first, and
 with them what an engine does for bulk.
 """
@@ -32,7 +32,7 @@ async def shop(request: pytest.FixtureRequest) -> AsyncIterator[Workshop]:
 async def test_bytes_survive_a_sink_that_is_full_right_after_they_were_read(
     shop: Workshop, piece_bytes: int, buffer_bytes: int
 ) -> None:
-    """Pieces fill the sink to the brim, so that in the end one is read and nothing of it can be sent."""
+    """The pieces fill the sink, so that the last one is read and no byte of it can be sent."""
     spliced = shop.splice(buffer_bytes=buffer_bytes)
     writer = Writer(spliced.client)
     rounds_in_vain = 0
@@ -67,7 +67,7 @@ async def test_a_send_that_took_a_part_goes_on_where_it_stopped(shop: Workshop, 
 
 @pytest.mark.parametrize("first", ["client", "backend"])
 async def test_bytes_of_one_way_never_turn_up_in_the_other(shop: Workshop, first: str) -> None:
-    """Both ways are stalled with bytes in hand, and both are freed before the engine is told of either."""
+    """Both directions are stalled with unsent bytes, and both continue before the engine gets an event."""
     spliced = shop.splice(buffer_bytes=SMALL)
     up, down = STREAM[:300_000], STREAM[300_000:600_000]
     sendings = [asyncio.ensure_future(spliced.client.send(up)), asyncio.ensure_future(spliced.backend.send(down))]
@@ -86,7 +86,7 @@ async def test_bytes_of_one_way_never_turn_up_in_the_other(shop: Workshop, first
 
 
 async def test_full_reads_of_a_way_that_has_been_in_bulk_before_arrive(shop: Workshop) -> None:
-    """Again and again a way carries more than one read takes, then runs dry, then carries a little."""
+    """A direction repeatedly carries more than one read takes, then is drained, then carries a little."""
     spliced = shop.splice(buffer_bytes=AMPLE)
     writer = Writer(spliced.client)
     received = bytearray()
@@ -101,7 +101,7 @@ async def test_full_reads_of_a_way_that_has_been_in_bulk_before_arrive(shop: Wor
 
 
 async def test_full_reads_arrive_when_more_ways_are_in_bulk_than_there_is_room_for(shop: Workshop) -> None:
-    """So many ways are stalled with bytes in hand that an engine has to carry on the others in another way."""
+    """So many directions are stalled with unsent bytes that an engine must serve the others without a pipe."""
     crowd = [shop.splice(buffer_bytes=ROOMY, client_buffer_bytes=AMPLE) for _ in range(60)]
     writers = [Writer(spliced.client) for spliced in crowd]
     await settled(lambda: sum(writer.push(1_500_000 - writer.sent) for writer in writers))
@@ -118,7 +118,7 @@ async def test_full_reads_arrive_when_more_ways_are_in_bulk_than_there_is_room_f
 
 @pytest.mark.parametrize("buffer_bytes", [SMALL, 4 * SMALL, ROOMY])
 async def test_a_way_that_is_to_go_on_next_turn_stops_when_its_sink_is_full(shop: Workshop, buffer_bytes: int) -> None:
-    """Full reads queue the way for the next turn; then the sink fills, and what is in hand must go first."""
+    """Full reads queue the direction for the next turn. Then the sink fills, and the unsent bytes must go first."""
     spliced = shop.splice(buffer_bytes=buffer_bytes, client_buffer_bytes=4 * AMPLE)
     writer = Writer(spliced.client)
     received = bytearray()

@@ -1,4 +1,4 @@
-"""Splice engines against an oracle: whatever both sides do, in whatever order, bytes arrive exactly or not at all.
+"""Splice engines against an oracle: for any actions of both sides in any order, bytes arrive exactly or not at all.
 
 The oracle is what plain TCP promises between two sockets: each side gets a beginning of what the other sent, all of it
 unless there was a reset, and after a reset at least what had been acknowledged. A seed that fails stands in the name of
@@ -73,7 +73,7 @@ async def test_hashes_agree_when_four_connections_are_full_both_ways_and_readers
 
 
 class Side:
-    """One end that does what the dice say, and checks each byte that it gets."""
+    """One end that acts at random, and checks each byte that it receives."""
 
     def __init__(self, name: str, end: End) -> None:
         self.name = name
@@ -192,7 +192,7 @@ async def test_whatever_both_sides_do_bytes_arrive_in_order_and_none_is_missing(
 
 
 async def finish(*sides: Side) -> None:
-    """Nobody stalls, everybody half-closes, and all is read."""
+    """Let both sides read all, and half-close."""
     for side in sides:
         side.half_close()
 

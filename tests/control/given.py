@@ -136,7 +136,7 @@ def node(
 
 
 def put(thing: api.KubernetesObject) -> ObjectEvent:
-    """Return the event that sets *thing*."""
+    """Return the SET event of *thing*."""
     name = NamespacedName(thing.metadata.namespace or "default", thing.metadata.name)
     return ObjectEvent(EventType.SET, type(thing).__name__, name, thing)
 

@@ -1039,7 +1039,7 @@ def test_json_is_a_list_also_where_nothing_is_wrong() -> None:
 
 
 def shown_in_a_terminal(*arguments: str | Path, columns: int = 100) -> str:
-    """Return what `check` shows, with what makes colours, when it exits with 1."""
+    """Return the output of `check` with its colour sequences, after exit code 1."""
     ours, theirs = pty.openpty()
     environment = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "CI")}
     try:

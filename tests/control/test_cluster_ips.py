@@ -296,7 +296,7 @@ def test_a_remembered_address_that_cannot_be_given_any_more_is_replaced(ip: str)
 
 
 def move(known: ManifestAllocations, **stated: str) -> dict[str, tuple[str, ...]]:
-    """Let each service state a new address, all in one change; return what each has then."""
+    """Let each Service state a new address, all in one change; return the addresses that they have then."""
     wishes = {named(name): service(name, clusterIP=ip) for name, ip in stated.items()}
     known.apply_moves(wishes)
     for name, wish in wishes.items():

@@ -336,7 +336,7 @@ VIP = "203.0.113.1"
 
 
 def port_of(*cluster_ips: str, source_ip: SourceIP = SourceIP.NODE, **given: Any) -> tuple[ServicePort, list[str]]:
-    """Return what the first port of a Service is, and the fields of what is wrong with it."""
+    """Return the first port of a Service, and the fields of its errors."""
     made = service(**given)
     decode.check_service(made)
     found, problems = decode.service_ports(

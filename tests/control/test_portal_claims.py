@@ -1,4 +1,4 @@
-"""A portal that several Services state: which one gets it, and what the others are told."""
+"""A portal that several Services state: which one gets it, and which problem the others report."""
 
 from __future__ import annotations
 

@@ -742,7 +742,7 @@ def test_a_batch_of_allocated_services_leaves_stated_addresses_alone() -> None:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_many_small_changes_and_one_big_one_come_to_the_same(seed: int) -> None:
-    """Whatever the way, the state is that of the objects that are there; and no two services share an address."""
+    """After any events, the state is that of the existing objects, and no two Services share an address."""
     chance = random.Random(seed)
     world, last = World(), dict[tuple[str, str], ObjectEvent]()
 

@@ -60,7 +60,7 @@ def send(sock: socket.socket, seed: int) -> str:
 
 
 def receive(sock: socket.socket, seed: int) -> str:
-    """Read to the end, with pauses of every length; return the hash of what came."""
+    """Read to the end, with pauses of every length; return the hash of the received bytes."""
     digest = hashlib.blake2b()
     rng = random.Random(seed)
     buffer = memoryview(bytearray(1 << 18))
@@ -83,7 +83,7 @@ def connect(listeners: Sequence[socket.socket], number: int) -> tuple[socket.soc
 
 
 def exchange(listeners: Sequence[socket.socket]) -> tuple[list[str], list[str]]:
-    """Send a stream each way through each connection; return the hashes of what was sent and of what came."""
+    """Send a stream in both directions of each connection; return the hashes of the sent and of the received bytes."""
     with contextlib.ExitStack() as stack:
         pairs = [connect(listeners, number) for number in range(CONNECTIONS)]
         for pair in pairs:

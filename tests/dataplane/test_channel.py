@@ -17,7 +17,7 @@ from userspace_proxy.dataplane.channel import LOST, Channel, close_descriptors
 
 @pytest.fixture
 def room_for_descriptors() -> Iterator[Callable[[int], None]]:
-    """Return what leaves this process room for so many descriptors; put back afterwards."""
+    """Return a function that limits the free descriptors of this process; the limit is restored afterwards."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
 
     def leave_room(count: int) -> None:

@@ -1,4 +1,4 @@
-"""Dials over a network and a clock that go only when told: every mixture of endpoints, and no wall time."""
+"""Dials over a simulated network and clock: every mixture of endpoints, without waiting."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CLIENT = "10.1.0.1"
 
 @dataclass
 class Fate:
-    """What becomes of a dial to an endpoint: *code* (0: it answers) after *after_s*; None: nothing, ever."""
+    """The result of a dial to an endpoint: *code* (0: it answers) after *after_s*; None: never a result."""
 
     after_s: float | None = None
     code: int = 0
@@ -169,7 +169,7 @@ def network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class _Unbound(FakeSocket):
-    """Knows its network once it is dialled."""
+    """A placeholder: the network is set before the first dial."""
 
     def __init__(self, address: Address) -> None:
         super().__init__(CURRENT[-1], address)

@@ -103,7 +103,7 @@ INHERIT_3: dict[str, Any] = {
 
 
 def is_understood(known: Any, said: Any) -> bool:
-    """Return whether *said* has all that is *known*; fields of maps may be more, elements of arrays may not."""
+    """Return whether *said* contains all of *known*. Maps may have more fields; arrays may not have more elements."""
     if isinstance(known, dict):
         return isinstance(said, dict) and all(key in said and is_understood(known[key], said[key]) for key in known)
     if isinstance(known, list):

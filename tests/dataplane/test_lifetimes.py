@@ -212,7 +212,7 @@ async def answering() -> AsyncIterator[Endpoint]:
 
 
 async def test_clients_that_pause_see_no_error_from_the_maximum_age(plane: Plane) -> None:
-    """Each pauses for twice the time after which a connection is idle, at another moment than the others."""
+    """Each client pauses for twice the idle time, each at a different moment."""
     askers = [Asker() for _ in range(100)]
     async with answering() as endpoint:
         await plane.apply(ConnectionPolicy(max_age_s=0.5))

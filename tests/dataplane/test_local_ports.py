@@ -40,7 +40,7 @@ def test_ports_that_another_process_used_rest_too() -> None:
 
 
 def test_ports_that_another_process_goes_on_to_use_rest_too() -> None:
-    """It is not gone when the first flow begins here; it is when what it had used before is reached."""
+    """The other process is still running when the first flow begins, but not when its ports are reached."""
     asked = []
 
     def look() -> tuple[set[int], float]:

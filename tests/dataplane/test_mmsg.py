@@ -1,4 +1,4 @@
-"""Batches of datagrams: who asked which address, answers from there, and what the kernel does not take."""
+"""Batches of datagrams: the dialled address, replies from it, and datagrams that the kernel refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The private epoll: what its owners rely on when sockets end, change hands and come again."""
+"""The private epoll: its guarantees when sockets are closed, handed over and watched again."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def test_a_descriptor_that_is_used_again_within_a_turn_gets_no_event_of_th
     came: list[Pair] = []
 
     def replace(mine: socket.socket, other: socket.socket) -> None:
-        """Both are readable in this turn: whoever is called first closes both, and a new socket comes."""
+        """Both are readable in this turn: the first handler closes both, and a new socket gets a number of theirs."""
         seen.append("old")
         for sock in (mine, other):
             poller.close(sock)

@@ -40,7 +40,7 @@ TCP_KNOWN_AS, UDP_KNOWN_AS = 1, 2
 
 
 def header(version: SourceIP, client: Address, dialled: Address, known_as: int = TCP_KNOWN_AS) -> bytes:
-    """Return what the protocol's document says."""
+    """Return the header as the protocol's specification defines it."""
     family = 2 if ":" in client[0] else 1
     if version is V1:
         return f"PROXY TCP{(4, 6)[family - 1]} {client[0]} {dialled[0]} {client[1]} {dialled[1]}\r\n".encode()
@@ -149,7 +149,7 @@ async def test_another_backend_gets_the_header_where_the_first_refused(plane: Pl
 async def test_a_backend_that_takes_its_time_gets_the_header_before_what_has_waited(
     plane: Plane, version: SourceIP
 ) -> None:
-    """Its packets vanish at first, so that the client's bytes are there long before the connection is."""
+    """The endpoint's packets are dropped at first, so the client's bytes arrive long before the connection is open."""
     await plane.tell_sources_by(version)
     with Listener(VANISHING_IPS[0]) as slow, contextlib.ExitStack() as away:
         away.enter_context(vanished(VANISHING_IPS[0]))

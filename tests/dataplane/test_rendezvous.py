@@ -1,4 +1,4 @@
-"""Who may be a member, and what strangers can do about it: root without capabilities included."""
+"""Which processes can be members, and that others, including root without capabilities, cannot interfere."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ async def plane() -> AsyncIterator[Plane]:
 
 
 class Listener:
-    """A backend whose connections the test itself holds."""
+    """A backend that leaves accepted connections to the test."""
 
     def __init__(self, ip: str = "127.0.0.1", receive_buffer_bytes: int | None = None) -> None:
         self.sock = socket.create_server((ip, 0), family=socket.AF_INET6 if ":" in ip else socket.AF_INET)
@@ -262,7 +262,7 @@ async def test_a_client_is_reset_if_every_endpoint_accepts_and_resets(plane: Pla
 
 
 async def test_a_request_that_an_endpoint_resets_is_never_sent_twice_and_later_ones_are_spared() -> None:
-    """The first client has sent its bytes when the reset comes. Later ones wait until the endpoint has proved itself.
+    """The first client has sent its bytes when the reset arrives. The bytes of later ones wait for 100 ms.
 
     Each trial after an ejection is such a wait, and ends with a reset again.
     """
@@ -363,7 +363,7 @@ async def test_a_backend_that_accepts_and_closes_has_answered_with_nothing(plane
 
 
 async def test_a_backend_that_speaks_first_is_not_kept_waiting(plane: Plane) -> None:
-    """The last packet of the handshake with it is held back for the client's first bytes; here are none.
+    """The last ACK of its handshake is held back for the client's first bytes; here there are none.
 
     A kernel that held it until its own timer would let each of these wait 40 ms or more.
     """
@@ -379,7 +379,7 @@ async def test_a_backend_that_speaks_first_is_not_kept_waiting(plane: Plane) -> 
 
 
 async def test_the_last_bytes_before_a_half_close_are_not_held_back(plane: Plane) -> None:
-    """They are sent as the first part of a packet whose end is the end of the stream; nothing waits for more."""
+    """They leave in the same packet as the FIN, without waiting for more bytes."""
     with Listener() as backend:
         await plane.use(backend.endpoint)
         client = await dial()
@@ -541,7 +541,7 @@ async def test_no_byte_of_the_client_is_read_before_a_backend_is_connected(plane
 
 
 def unread_bytes(client: socket.socket) -> int:
-    """Return how much of what *client* sent waits in the kernel for the proxy to read it."""
+    """Return the number of bytes of *client* that the proxy has not read yet."""
     port = f":{client.getsockname()[1]:04X}"
     for line in Path("/proc/net/tcp6").read_text().splitlines()[1:]:
         _, local, remote, _, queues, *_ = line.split()
@@ -738,7 +738,7 @@ def test_an_idle_peer_is_given_up_in_time_and_not_before_five_sixths_of_it(timeo
 
 
 async def fill(writer: End, data: bytes) -> int:
-    """Send until nothing more is taken; return how much was."""
+    """Send until the kernel accepts no more; return the number of bytes."""
     taken = 0
 
     def push() -> int:

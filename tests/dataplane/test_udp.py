@@ -1,4 +1,4 @@
-"""UDP through a data plane in this process: flows, whose answer reaches whom, and when a flow moves."""
+"""UDP through a data plane in this process: flows, which client gets a reply, and when a flow moves."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Datagrams:
         self.sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
 
     async def receive(self) -> tuple[bytes, Address]:
-        """Return the next datagram and who sent it."""
+        """Return the next datagram and its sender."""
         got: list[tuple[bytes, Address]] = []
 
         def try_once() -> bool:
@@ -439,7 +439,7 @@ async def test_the_socket_of_an_ended_flow_is_closed(backends: Backends, clients
 async def test_answers_that_come_at_once_all_arrive_in_order(
     plane: Plane, backends: Backends, clients: Clients
 ) -> None:
-    """One event tells of many: what is left after one reading must be told again."""
+    """One event stands for many datagrams: those left after one read must be reported again."""
     a, _ = backends
     await plane.use(a.endpoint)
     flows = []
@@ -561,7 +561,7 @@ async def test_a_refusal_ejects_the_endpoint_and_the_next_datagram_goes_elsewher
 async def test_an_endpoint_that_is_a_proxy_port_is_refused(
     plane: Plane, backends: Backends, ip: str, proxy_port: int
 ) -> None:
-    """Its datagrams would come back as those of new clients, without end."""
+    """Otherwise its datagrams would return as those of new clients, endlessly."""
     await open_local(plane, Endpoint(ip, UDP_PORT))
     await plane.use(Endpoint(ip, proxy_port))
     counters = await plane.counters(UDP_NAME)  # live
@@ -632,7 +632,7 @@ async def test_without_endpoints_a_datagram_is_dropped_and_counted(plane: Plane,
 async def test_a_listener_that_is_retired_with_datagrams_waiting_begins_no_flow(
     backends: Backends, clients: Clients
 ) -> None:
-    """It is retired between two turns of reading: more datagrams wait than a turn takes."""
+    """The listener is retired between two turns: more datagrams wait than one turn reads."""
     a, _ = backends
     before = open_descriptors()
     async with running_plane(Limits(udp_flows_per_service=1)) as plane:
@@ -769,7 +769,7 @@ async def test_each_listener_leads_to_its_own_endpoints_and_answers_for_itself(
 async def test_flows_stay_with_their_endpoint_when_the_traffic_policy_retires_their_listener(
     plane: Plane, backends: Backends
 ) -> None:
-    """The next datagram of the same client is led to the other listener, whose new clients go elsewhere."""
+    """The client's next datagram reaches the other listener, which uses other endpoints for new clients."""
     a, b = backends
     await plane.use(a.endpoint)
     with Client() as client:

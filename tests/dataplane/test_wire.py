@@ -11,7 +11,7 @@ from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName
 
 
 def given(ports: int, endpoints: int) -> list[tuple[ListenerName, Backends]]:
-    """Return a Service of many ports, as it is told to a worker."""
+    """Return a Service of many ports, as the worker gets it."""
     many = tuple(Endpoint(f"10.{n >> 16}.{n >> 8 & 255}.{n & 255}", 8080) for n in range(endpoints))
     service = NamespacedName("shop", "web")
     names = [ListenerName(ServicePortName(service, f"p{port}", L4Protocol.TCP)) for port in range(ports)]

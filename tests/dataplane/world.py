@@ -95,7 +95,7 @@ def vanished(*addresses: str) -> Iterator[None]:
 
 
 class NamedBackend:
-    """Says its name to everyone who connects and closes; from a thread, so that no event loop of a test is in it."""
+    """Sends its name to every client and closes; runs in a thread, so that no event loop of a test is involved."""
 
     def __init__(self, name: str, address: tuple[str, int] = ("127.0.0.1", 0)) -> None:
         self.name = name.encode()
@@ -132,7 +132,7 @@ def named_backends(*names: str) -> Iterator[tuple[NamedBackend, ...]]:
 
 
 def refusing_endpoint(address: str = "127.0.0.1") -> Endpoint:
-    """Return an endpoint at which nobody listens."""
+    """Return an endpoint without a listener."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.create_server((address, 0), family=family) as listener:
         return Endpoint(*listener.getsockname()[:2])
@@ -160,7 +160,7 @@ class Plane:
         await self.local.update({LISTENER: backends, UDP_LISTENER: backends})
 
     async def tell_sources_by(self, source_ip: SourceIP) -> None:
-        """Let endpoints learn of their clients in this way from now on."""
+        """Set how endpoints see their clients from now on."""
         self.specs = [replace(s, service_port=replace(s.service_port, source_ip=source_ip)) for s in self.specs]
         assert await self.local.open(self.specs) == {}
 

@@ -1,4 +1,4 @@
-"""What code and documentation cite can be found: statements about kube-proxy, and files of this repository."""
+"""Citations in code and documentation resolve: statements about kube-proxy, and files of this repository."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ABOUT_CODE = ("docs/decisions", "docs/explanation/architecture.md")
 
 
 def texts() -> list[Path]:
-    """Return the files that git knows and that people write."""
+    """Return the files in git that are written by hand."""
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -1,4 +1,4 @@
-"""What the pages and the files on how to run it name is there."""
+"""Flags, metrics and files that the operation pages name exist."""
 
 from __future__ import annotations
 

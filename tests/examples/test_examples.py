@@ -69,7 +69,7 @@ WHAT_IS_SERVED = {
 
 
 async def load(folders: Sequence[Path], node: str = "") -> tuple[ProxyState, list[str]]:
-    """Return what `run` would serve of *folders* on *node*, and what it would complain of."""
+    """Return the state that `run` would serve from *folders* on *node*, and its problems."""
     source = FileSource([str(folder) for folder in folders])
     tracker = Tracker(ManifestAllocations([CLUSTER_IP_RANGE]), here=Node(node))
     async for events in source.events():
@@ -81,7 +81,7 @@ async def load(folders: Sequence[Path], node: str = "") -> tuple[ProxyState, lis
 
 
 def served(state: ProxyState) -> dict[str, list[str]]:
-    """Return who may answer at each portal of *state*, as ``ip:port/PROTOCOL`` -> ``ip:port``."""
+    """Return the endpoints of each portal of *state*, as ``ip:port/PROTOCOL`` -> ``ip:port``."""
     return {
         f"{portal}/{portal.protocol}": [str(endpoint) for endpoint in state.endpoints[name] if endpoint.ready]
         for name, service_port in state.service_ports.items()

@@ -1,4 +1,4 @@
-"""Every line that is rendered is explained, and none that is not known."""
+"""Every rendered line is explained, and an unknown line is an error."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def test_a_missing_service_is_reported_in_one_line() -> None:
 
 
 def in_terminal(columns: int, *arguments: str) -> str:
-    """Return what is printed to a terminal with so many columns."""
+    """Return the output to a terminal of this width."""
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "userspace_proxy", "render", *arguments]
     environment = {**os.environ, "COLUMNS": str(columns), "LINES": "50", "TERM": "xterm-256color"}

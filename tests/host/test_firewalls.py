@@ -1,4 +1,4 @@
-"""Firewalls in the way: which are found, and that what is said mends them."""
+"""Firewalls that block traffic: which are found, and that the suggested commands work."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_so_do_input_and_forward_of_iptables(passage: Passage, rules: str, block
 async def test_an_iptables_firewall_is_named_with_a_mend_that_leaves_it_usable(
     host: Host, tool: str, passage: Passage
 ) -> None:
-    """iptables refuses a chain of its own that holds rules written by nft; so the mend must be its own."""
+    """iptables refuses chains of its own that hold rules of nft, so the fix must be an iptables command."""
     chain = passage.hook.upper()
     service_range = "10.96.0.0/16" if tool == "iptables" else "fd00:10:96::/108"
     with host.inside():

@@ -1,4 +1,4 @@
-"""What a node's kernel is set to: kube-proxy's rules, and that a kernel that refuses is no failure."""
+"""Kernel settings of a node: kube-proxy's rules for them, and that a refusal is no failure."""
 
 from __future__ import annotations
 

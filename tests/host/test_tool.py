@@ -1,4 +1,4 @@
-"""What goes to the kernel in threads of its own."""
+"""Tools and netlink requests in threads."""
 
 from __future__ import annotations
 

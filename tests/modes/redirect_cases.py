@@ -96,7 +96,7 @@ CASES = {
 
 
 def any_redirects(chance: random.Random) -> Redirects:
-    """Return some redirects out of a few portals, so that two of them have much in common."""
+    """Return redirects of a few portals, so that two results have much in common."""
     ips = [ANY4, ANY6, "10.96.0.1", "10.96.0.2", "10.96.0.3", "fd00:96::1", "fd00:96::2"]
     portals = [Portal(ip, port, protocol) for ip in ips for port in (53, 80, 30_000) for protocol in (TCP, UDP)]
 

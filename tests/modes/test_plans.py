@@ -1,4 +1,4 @@
-"""What userspace mode makes of a state: listeners, their endpoints, and rules by portal and sender."""
+"""Plans of userspace mode for a state: listeners, their endpoints, and rules by portal and sender."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_packets_are_dropped_without_local_endpoints_and_refused_without_any() -
 
 
 def test_a_listener_stays_though_no_route_leads_there_now() -> None:
-    """So that its proxy port lasts as long as the service port, and with it what conntrack knows."""
+    """The proxy port lasts as long as the service port, so conntrack's entries stay valid."""
     given = ServicePort(NAME, 80, ("10.96.0.1",), node_port=30_080, external_local=True)
 
     assert set(plan(given, (), HERE, detects_pods=False).listeners) == {CLUSTER, LOCAL}
@@ -123,7 +123,7 @@ def test_source_ranges_are_about_load_balancer_addresses_alone() -> None:
 
 
 def test_source_ranges_of_one_family_do_not_restrict_the_other() -> None:
-    """P4: kube-proxy knows source ranges by family."""
+    """P4: kube-proxy applies source ranges by family."""
     given = ServicePort(
         NAME,
         80,

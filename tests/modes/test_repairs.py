@@ -1,4 +1,4 @@
-"""Rules are kept whatever is done to them; a kernel that refuses is named once, and asked less and less often."""
+"""Rules are repaired after changes of other programs; a refusal is logged once and retried with back-off."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BOUND_S = 5.0
 
 
 class FakeRules:
-    """Rules that somebody has removed, and a kernel that takes none while ``refusal`` says why."""
+    """Rules that another program has removed, and a kernel that refuses to load them while ``refusal`` is set."""
 
     def __init__(self, refusal: str | Exception) -> None:
         self.refusal = refusal

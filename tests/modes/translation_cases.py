@@ -1,4 +1,4 @@
-"""Services in few words, as a kernel mode is told of them."""
+"""Services as a kernel mode gets them, in a short notation."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class IpvsProxy(Proxy):
 
 @contextlib.contextmanager
 def fresh_ipvs_proxy(world: ServiceLab, folder: Path) -> Iterator[IpvsProxy]:
-    """Yield a proxy that its test starts; at the end `cleanup` leaves nothing of it."""
+    """Yield a proxy that its test starts; at the end `cleanup` removes all of it."""
     one = IpvsProxy(world, folder)
     yield one
     print(one.log())  # noqa: T201 - pytest shows it where the test failed

@@ -1,4 +1,4 @@
-"""What the whole process tells at kube-proxy's ports, while it serves real traffic."""
+"""Answers of the whole process at kube-proxy's ports, while it serves real traffic."""
 
 from __future__ import annotations
 

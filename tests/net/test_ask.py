@@ -21,7 +21,7 @@ CLIENT = "192.168.50.2"
 
 
 def tell(proxy: Proxy, *arguments: str, check: bool = True) -> str:
-    """Return what a command prints that asks *proxy*."""
+    """Return the output of a command that asks *proxy*."""
     socket_at = str(proxy.folder / "state" / "control.sock")
     done = proxy.node.run(*proxy.command(*arguments, "--control-socket", socket_at), check=False)
     assert not check or done.returncode == 0, done.stderr

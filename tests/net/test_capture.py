@@ -1,4 +1,4 @@
-"""The ways packets come to us, and what may stand in them."""
+"""How packets reach the proxy, and what can prevent it."""
 
 from __future__ import annotations
 

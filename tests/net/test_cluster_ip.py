@@ -1,4 +1,4 @@
-"""What clients see at a cluster IP, with real packets, in both rule languages and on both event loops."""
+"""Traffic to a cluster IP, with real packets, in both rule languages and on both event loops."""
 
 from __future__ import annotations
 

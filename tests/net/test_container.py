@@ -31,7 +31,7 @@ IP = "10.96.9.1"
 
 
 class Engine:
-    """A Docker engine of our own, whose host is *host*."""
+    """A Docker engine of this test, whose host is *host*."""
 
     def __init__(self, host: Host, folder: Path) -> None:
         self._socket = f"unix://{folder}/engine.sock"
@@ -86,7 +86,7 @@ def _is_real_root() -> bool:
 
 
 def _skeleton() -> bytes:
-    """Return a root with nothing in it but the places where this machine's own folders are mounted."""
+    """Return an empty root folder with mount points for this machine's own folders."""
     made = io.BytesIO()
     with tarfile.open(fileobj=made, mode="w") as tar:
         for name in ("usr", "etc", "proc", "sys", "dev", "run", "tmp", "var", "var/lib"):
@@ -156,7 +156,7 @@ class Pods:
         return self._engine.docker("inspect", "--format", "{{.State.Running}}", name).strip() == "true"
 
     def probe(self, kind: str) -> int:
-        """Ask as the kubelet does; return the status, 0 for no answer."""
+        """Send a probe as the kubelet does; return the status, 0 for no answer."""
         asked = self.container[kind]["httpGet"]
         try:
             with connect(self._node, asked["host"], asked["port"], 1.0) as sock:

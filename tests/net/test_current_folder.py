@@ -1,4 +1,4 @@
-"""Nothing that lies in the current folder runs with the proxy's privileges."""
+"""No file of the current folder runs with the proxy's privileges."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What clients see when backends refuse, vanish, die under load, or come back: nothing."""
+"""Clients notice no backend that refuses, vanishes, dies under load, or returns."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AFFINITY = "  sessionAffinity: ClientIP"
 
 @pytest.fixture
 def refusing_pod(world: ServiceLab) -> Iterator[str]:
-    """pod3, in which nobody listens at its HTTP port for a while: the node's SYN gets a reset."""
+    """pod3, whose HTTP port has no listener for a while: the node's SYN gets a reset."""
     rules = "table ip refuse { chain in { type filter hook input priority 0; tcp dport 8080 reject with tcp reset; }; }"
     world.pods[2].run("nft", rules)
     yield POD3
@@ -29,7 +29,7 @@ def refusing_pod(world: ServiceLab) -> Iterator[str]:
 
 @pytest.fixture
 def vanishing_pod(world: ServiceLab) -> Iterator[str]:
-    """pod2, whose packets to its HTTP port vanish for a while."""
+    """pod2, which drops packets to its HTTP port for a while."""
     world.pods[1].run(
         "nft", "table ip vanish { chain in { type filter hook input priority 0; tcp dport 8080 drop; }; }"
     )

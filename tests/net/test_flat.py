@@ -1,4 +1,4 @@
-"""Descriptors and memory of the proxy's processes after very many connections: nothing of a connection may be left."""
+"""Descriptors and memory of the proxy's processes after very many connections: no connection may leave a trace."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 @dataclass(frozen=True)
 class Usage:
-    """What one process has: open descriptors, and its share of memory."""
+    """The open descriptors of one process, and its share of memory."""
 
     descriptors: int
     pss_bytes: int
@@ -77,7 +77,7 @@ class Clients:
 
 @pytest.fixture
 def short_tracking(world: ServiceLab) -> Iterator[None]:
-    """The node's connection tracking, which this kernel shares with all others, forgets what has ended."""
+    """Shorten the node's connection tracking, whose memory all namespaces share: it soon forgets ended connections."""
     world.node.set_knob("netfilter/nf_conntrack_tcp_timeout_time_wait", 1)
     yield
     world.node.set_knob("netfilter/nf_conntrack_tcp_timeout_time_wait", 120)

@@ -1,4 +1,4 @@
-"""From one process to the next: upgrades, deaths, and who may take over; no client notices."""
+"""From one process to the next: upgrades, deaths, and which processes may take over; no client notices."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def second(fresh_proxy: Proxy, tmp_path: Path) -> Iterator[Proxy]:
 
 @contextlib.contextmanager
 def no_request_fails(world: ServiceLab, at_least: int = 20) -> Iterator[None]:
-    """Requests from two clients, each on a connection of its own, go on while the block runs, and all are answered."""
+    """Send requests from two clients, each on its own connection, while the block runs; all must be answered."""
     with (
         background_requests(lambda: ask(world.client, WEB, timeout_s=5)) as first,
         background_requests(lambda: ask(world.client, WEB, timeout_s=5)) as other,
@@ -81,7 +81,7 @@ def no_request_fails(world: ServiceLab, at_least: int = 20) -> Iterator[None]:
 
 
 def has_ended(pid: int) -> bool:
-    """Whether the process is gone, or waits for nothing but being looked at: in the lab nobody does.
+    """Return whether the process is gone or a zombie: in the lab no parent collects it.
 
     With all its threads: a zombie whose last thread is just ending has its sockets still.
     """
@@ -292,7 +292,7 @@ def _udp_round_trip(sock: socket.socket) -> bool:
 
 
 def test_orphans_are_taken_over_from_although_one_of_them_has_died(fresh_proxy: Proxy, world: ServiceLab) -> None:
-    """What it held is gone, and the kernel leads its clients to the others; the lock is held by these."""
+    """Its sockets are closed, so the kernel leads its clients to the other workers, which hold the lock."""
     serve_web(fresh_proxy)
     fresh_proxy.start("--workers", "3")
     workers = fresh_proxy.workers()
@@ -308,7 +308,7 @@ def test_orphans_are_taken_over_from_although_one_of_them_has_died(fresh_proxy: 
 
 
 def test_an_orphan_that_hangs_is_ended_by_the_next_run(fresh_proxy: Proxy, world: ServiceLab) -> None:
-    """The other one is taken over from, and what the kernel leads to the sockets of the first is served again."""
+    """The other worker is taken over, and clients at the sockets of the first are served again."""
     serve_web(fresh_proxy)
     fresh_proxy.start("--workers", "2")
     workers = fresh_proxy.workers()
@@ -339,7 +339,7 @@ def test_any_number_of_workers_follows_any_other(fresh_proxy: Proxy, world: Serv
 def test_a_control_process_that_is_killed_before_its_first_rules_leaves_no_name_and_no_listener_for_long(
     fresh_proxy: Proxy, world: ServiceLab
 ) -> None:
-    """Whatever the moment, the next run starts: over what serves, or over nothing."""
+    """At any moment the next run starts: it takes over the serving process, or none."""
     serve_web(fresh_proxy)
     for delay_s in (0.1, 0.3, 0.4, 0.5, 0.6, 0.8):
         fresh_proxy.start(wait=False)
@@ -407,7 +407,7 @@ def test_a_successor_that_cannot_start_leaves_all_serving(fresh_proxy: Proxy, wo
 
 
 async def collected(world: ServiceLab) -> Conversation:
-    """Return a conversation with who serves, from which all was taken; we have not said that we serve."""
+    """Return a conversation with the serving process that has sent everything; `Taken` has not been sent."""
     with world.node.inside():
         turn, caller = join_and_call()
     conversation = Conversation(await caller.admitted.get())
@@ -674,7 +674,7 @@ def test_a_flood_of_connects_to_the_abstract_name_does_not_block_a_hand_over(
 def test_a_worker_that_hangs_is_replaced_before_the_control_process_starts_anew(
     fresh_proxy: Proxy, world: ServiceLab
 ) -> None:
-    """A new control process could not take over from it, and nothing would serve any more."""
+    """A new control process could not take over from it, and no process would serve."""
     serve_web(fresh_proxy)
     fresh_proxy.start()
     assert fresh_proxy.process is not None

@@ -34,7 +34,7 @@ def serve(proxy: Proxy, *pods: str, policy: str = "Local", conditions: str = "{}
 
 
 def probe(world: ServiceLab) -> tuple[int, int]:
-    """Return the status and the count that a load balancer is told."""
+    """Return the status and the count in the answer to a load balancer."""
     with connect(world.client, NODE_IP, PORT, 5) as sock:
         sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: node\r\n\r\n")
         answer = b""

@@ -1,4 +1,4 @@
-"""`--proxy-mode iptables` as a whole process: what tutorials look at, who else is there, and what it leaves."""
+"""`--proxy-mode iptables` as a whole process: what tutorials show, other programs' rules, and what it leaves behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`--proxy-mode ipvs` where the kernel refuses, and what is loaded again when somebody else changed it."""
+"""`--proxy-mode ipvs` if the kernel refuses, and repairs of what another program changed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def proxy(world: ServiceLab, tmp_path: Path) -> Iterator[IpvsProxy]:
 
 @contextlib.contextmanager
 def without_schedulers(node: Host) -> Iterator[None]:
-    """Take the module of all virtual servers away, and what could load it again."""
+    """Unload the scheduler modules, and prevent that they are loaded again."""
     knob = Path("/proc/sys/kernel/modprobe")
     loader = knob.read_text()
     knob.write_text("/bin/false")

@@ -37,7 +37,7 @@ FLAGS = ("--proxy-mode", "nftables", "--detect-local-mode", "ClusterCIDR", "--cl
 
 
 def a_request(world: ServiceLab) -> str:
-    """Ask, slowly: conntrack may still know a port that its client uses again within minutes, and lose its SYN."""
+    """Send requests slowly: conntrack may still have the entry of a port that its client reuses, and drop its SYN."""
     time.sleep(0.01)
     return ask(world.client, IP, 80, timeout_s=1.0)
 

@@ -212,7 +212,7 @@ def test_a_named_proxy_serves_exactly_what_names_it(cluster: Cluster) -> None:
 
 
 class PodProxy(ClusterProxy):
-    """One in a pod, whose service account lies in a folder of the test."""
+    """A proxy in a pod, whose service account is in a folder of the test."""
 
     def __init__(self, cluster: Cluster, certificates: Path, folder: Path) -> None:
         super().__init__(cluster.world, folder, cluster.config)
@@ -236,7 +236,7 @@ class PodProxy(ClusterProxy):
 def test_a_pod_that_was_taken_over_from_waits_until_it_is_told_to_go(
     world: ServiceLab, tmp_path: Path, certificates: Path
 ) -> None:
-    """A kubelet would start it again, and it would take back what it gave, until both pods are deleted."""
+    """A kubelet would restart the old one, and it would take over again, until both pods are deleted."""
     cluster = Cluster(world, tmp_path, serving_tls(certificates))
     cluster.serve("web", IP, POD1)
     (tmp_path / "old").mkdir()
@@ -373,7 +373,7 @@ def test_of_two_services_with_one_external_ip_the_newer_one_is_told(cluster: Clu
 def test_a_start_anew_leaves_no_certificate_behind(
     world: ServiceLab, tmp_path: Path, certificates: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The library writes them to files and removes these when Python ends; becoming another program is no such end."""
+    """The library writes them to files and removes these when Python exits; exec is no exit."""
     (held := tmp_path / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(held))
     cluster = Cluster(world, tmp_path, serving_tls(certificates))

@@ -1,4 +1,4 @@
-"""Starting, stopping, dying and starting again; and what a user is told when it cannot be."""
+"""Starting, stopping, crashing and restarting; and the messages if a start is impossible."""
 
 from __future__ import annotations
 
@@ -385,7 +385,7 @@ def test_a_folder_of_the_access_log_that_does_not_exist_is_named(fresh_proxy: Pr
 
 
 def test_a_node_without_any_address_serves_itself(tmp_path: Path) -> None:
-    """As in `unshare --net`, where a lesson is tried with nothing but ``lo``."""
+    """As in `unshare --net`, where lessons run with only ``lo``."""
     with Lab() as lab:
         lonely = lab.add("lonely")
         start_nginx(lonely, tmp_path)

@@ -1,4 +1,4 @@
-"""What nobody serves does not go round and round: out by lo, where our routes lead it, and in again."""
+"""Packets that no Service serves do not loop: out by ``lo``, where our routes lead them, and in again."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def taken(node: Host) -> int:
 
 
 def dial(host: Host, ip: str, kind: socket.SocketKind, timeout_s: float = 0.5) -> str:
-    """Say something to a port that nobody has; return what became of it."""
+    """Send to a port without a listener; return the result."""
     try:
         with connect(host, ip, 99, timeout_s, kind) as sock:
             sock.send(b"who")

@@ -1,4 +1,4 @@
-"""Lessons, played as they are written: what becomes of clients is what they say."""
+"""Lessons, run as they are written: clients get the results that the lessons describe."""
 
 from __future__ import annotations
 

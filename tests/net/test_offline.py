@@ -1,4 +1,4 @@
-"""A node that starts while its API server is gone: it serves what was in force before."""
+"""A node that starts while its API server is gone: it serves the last known state."""
 
 from __future__ import annotations
 

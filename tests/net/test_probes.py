@@ -35,7 +35,7 @@ MODES = ["userspace", "nftables", "iptables", pytest.param("ipvs", marks=pytest.
 
 
 class Switch:
-    """What the probes of one pod find: a port that listens, or one that refuses."""
+    """The target of one pod's probes: a port that listens, or one that refuses."""
 
     def __init__(self, pod: Host) -> None:
         self._pod = pod
@@ -165,7 +165,7 @@ class Role(threading.Thread):
 
         class Server(ThreadingHTTPServer):
             def handle_error(self, *_: object) -> None:
-                """Say nothing: connections are reset on purpose."""
+                """Log nothing: connections are reset on purpose."""
 
         with pod.inside():
             self._server = Server(("0.0.0.0", PRIMARY_PORT), Handler)
@@ -200,7 +200,7 @@ def test_traffic_follows_the_one_server_that_is_the_primary_and_open_connections
             return proxy.metric("userspace_proxy_unhealthy_endpoints", service="db", port="http")
 
         def served_by() -> set[int]:
-            """Ask a few times; return the servers that saw a request."""
+            """Send a few requests; return the servers that got one."""
             before = [role.served for role in roles]
             for _ in range(6):
                 answers(world.client, "10.96.12.3", 80)

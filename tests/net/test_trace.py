@@ -59,7 +59,7 @@ def running(world: ServiceLab, folder: Path, mode: str) -> Iterator[Proxy]:
 def proxy(
     world: ServiceLab, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[tuple[Proxy, str]]:
-    """A proxy in each mode, with how the rule of the Service web is known there."""
+    """A proxy in each mode, with the text that identifies the rule of the Service web there."""
     with running(world, tmp_path_factory.mktemp("proxy"), request.param) as one:
         yield one, MODES[request.param][2]
 
@@ -87,7 +87,7 @@ def tables(node: Host) -> str:
 
 
 def said(story: dict[str, Any], role: str = "client") -> list[str]:
-    """Return every rule, and what its map holds, that the packet in that *role* met."""
+    """Return every rule, with its map element, that the packet in this *role* met."""
     (leg, *_) = [one for one in story["legs"] if one["role"] == role]
     steps = [step for hook in leg["hooks"] for visit in hook["visits"] for step in visit["steps"]]
     return [text for step in steps for text in (step["rule"], step["element"])]
@@ -204,7 +204,7 @@ def test_in_userspace_mode_the_process_and_its_second_connection_are_shown(users
 def test_every_dial_to_a_backend_that_fails_is_shown_before_the_one_that_serves(
     userspace: Proxy, world: ServiceLab
 ) -> None:
-    """Nobody is at POD3's port, and behind POD2's all is silence."""
+    """POD3's port has no listener, and POD2 drops packets."""
     pods = (ServiceLab.pod_ip(2), POD2, POD1)
     userspace.apply("odd", documents(service("odd", "10.96.12.4"), endpoints("odd", *pods, http_port=8081)))
     wait_until(lambda: "10.96.12.4 . tcp . 80" in userspace.rules_text(), "odd is served")

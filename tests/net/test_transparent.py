@@ -72,7 +72,7 @@ KINDS = [socket.SOCK_STREAM, socket.SOCK_DGRAM]
 
 @pytest.fixture(scope="module", autouse=True)
 def surroundings(world: ServiceLab) -> Iterator[None]:
-    """Servers that tell who they talk to; rules and the way back on the node."""
+    """Servers that answer with their client's address; rules and the route for replies on the node."""
     node = world.node
     ports = {portal: spec.proxy_port for spec in SPECS for portal in portals(spec.service_port)}
     back = (
@@ -246,7 +246,7 @@ async def test_a_transparent_udp_flow_gets_its_answers_and_then_frees_its_socket
 async def test_a_transparent_client_with_a_link_local_address_is_refused(
     world: ServiceLab, kind: socket.SocketKind
 ) -> None:
-    """A link-local one: whoever is behind another interface cannot answer to it."""
+    """A link-local client address: a backend behind another interface cannot reply to it."""
     client = world.client
     (link,) = [line.split()[3] for line in client.ip("-6", "-o", "address", "show", "scope", "link").splitlines()]
     client.ip("-6", "route", "add", SERVICE_IP6, "via", "fd00:50::1", "src", link.partition("/")[0])
@@ -270,7 +270,7 @@ async def test_a_transparent_client_with_a_link_local_address_is_refused(
 
 
 async def test_a_service_port_can_have_a_transparent_and_a_plain_listener(world: ServiceLab) -> None:
-    """Two listeners: as for who comes by a node port and by a cluster IP."""
+    """Two listeners, as for clients of a node port and of a cluster IP."""
     plain = ListenerSpec(TCP, 10_503)
     async with plane_on(world.node) as plane:
         with world.node.inside():

@@ -1,4 +1,4 @@
-"""Killed and replaced under wrk, which opens a connection for each request: what a client sees of it."""
+"""Processes killed and replaced under wrk, which opens a connection for each request: what clients see."""
 
 from __future__ import annotations
 

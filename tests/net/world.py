@@ -1,4 +1,4 @@
-"""What the tests with packets share: the lab with real servers in its pods, a proxy, and clients."""
+"""Shared parts of tests with packets: the lab with real servers in its pods, a proxy, and clients."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ with socket.create_server(("", 9000)) as server:
 
 
 def wait_until(condition: Callable[[], object], what: str, timeout_s: float = 20.0) -> None:
-    """Wait for *condition*; fail with *what* was waited for. It is long, as how fast it is benchmarks ask."""
+    """Wait for *condition*; fail with *what*. The bound is generous, because only benchmarks measure speed."""
     timeout_s *= PATIENCE
     give_up_at = time.monotonic() + timeout_s
     while not condition():
@@ -55,19 +55,19 @@ def start_udp_server(pod: Host) -> subprocess.Popen[bytes]:
 
 
 def answers(host: Host, ip: str, port: int) -> str:
-    """Who answers, "" for nobody."""
+    """Return the name of the server that answers, "" if none does."""
     with contextlib.suppress(OSError):
         return ask(host, ip, port, timeout_s=1.0)
     return ""
 
 
 def udp_socket(host: Host, ip: str, port: int, timeout_s: float = 2.0) -> socket.socket:
-    """Return a UDP socket on *host* that hears nobody but *ip* and *port*."""
+    """Return a UDP socket on *host* that receives only from *ip* and *port*."""
     return connect(host, ip, port, timeout_s, socket.SOCK_DGRAM)
 
 
 def ask_udp(host: Host, ip: str, port: int = 53, timeout_s: float = 2.0) -> str:
-    """Send one datagram from a socket of its own; return who answered, "" for nobody in time or refused."""
+    """Send one datagram from a new socket; return the server that answered, "" if none did."""
     with contextlib.suppress(OSError), udp_socket(host, ip, port, timeout_s) as sock:
         sock.send(b"who")
         return sock.recv(65_536).decode()
@@ -86,7 +86,7 @@ def is_refused(host: Host, ip: str, port: int, timeout_s: float = 2.0) -> bool:
 
 
 def is_refused_udp(host: Host, ip: str, port: int, timeout_s: float = 2.0) -> bool:
-    """The same for UDP: an ICMP message. EPERM, of a rule that refuses what the node itself sends, is none."""
+    """The same for UDP: whether an ICMP message refuses. EPERM (a rule for the node's own packets) does not count."""
     try:
         with udp_socket(host, ip, port, timeout_s) as sock:
             sock.send(b"who")
@@ -145,7 +145,7 @@ class Proxy:
             raise AssertionError(f"{error}; its log: {self.log()}") from None
 
     def wait_logged(self, text: str) -> None:
-        """Wait until the log has *text*: a thread writes it, behind what it tells of."""
+        """Wait until the log has *text*: a thread writes it, later than the event."""
         wait_until(lambda: text in self.log(), f"the log says {text!r}")
 
     def log(self) -> str:
@@ -174,14 +174,14 @@ class Proxy:
         (self.manifests / f"{name}.yaml").unlink(missing_ok=True)
 
     def stop(self, signum: int = signal.SIGINT, timeout_s: float = 20.0) -> int:
-        """End it, by default in the way that takes its rules away in every mode; return its exit code."""
+        """Stop the proxy, by default so that its rules are removed in every mode; return its exit code."""
         assert self.process is not None
         if self.process.poll() is None:
             self.process.send_signal(signum)
         return self.process.wait(timeout_s * PATIENCE)
 
     def end(self) -> None:
-        """Leave nothing of it on the node, whatever state it is in: tests that follow start another one there."""
+        """Remove the proxy from the node in any state: later tests start another one there."""
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait(20)
@@ -267,7 +267,7 @@ def documents(*parts: str) -> str:
 
 @contextlib.contextmanager
 def background_requests(request: Callable[[], object]) -> Iterator[list[BaseException | object]]:
-    """Repeat *request* in a thread while the block runs; yields what came of each, errors included."""
+    """Repeat *request* in a thread while the block runs; yields the list of results, errors included."""
     import threading
 
     outcomes: list[BaseException | object] = []
@@ -316,7 +316,7 @@ def told(node: Host, proxy: Proxy, *arguments: str, prefix: tuple[str, ...] = ()
 
 @contextlib.contextmanager
 def open_connection(proxy: Proxy, *arguments: str) -> Iterator[socket.socket]:
-    """Start *proxy* with one Service; yield a client's connection, whose backend has said hello, and waits."""
+    """Start *proxy* with one Service; yield a client's connection, whose backend has sent a greeting and waits."""
     pod, cluster_ip = proxy.world.pods[0], "10.96.4.2"
     holder = pod.start(sys.executable, "-c", _HOLDER)
     http = service("hold", cluster_ip, "[{name: http, port: 80}]")

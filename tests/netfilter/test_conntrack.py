@@ -157,7 +157,7 @@ def insert(asked: str, port: int, answered_from: int, sport: int, tcp_state: str
 
 @pytest.fixture
 def flows() -> Iterator[None]:
-    """Flows to DNS by way of port 10001, and some of others, in this private namespace."""
+    """Flows to DNS through port 10001, and some other flows, in this private namespace."""
     conntrack("-F")
     for sport in (4_001, 4_002):
         insert("10.96.0.10", 53, 10_001, sport)
@@ -169,7 +169,7 @@ def flows() -> Iterator[None]:
 
 
 def asked_for() -> set[tuple[str, str]]:
-    """Return (address, port) of all flows that conntrack knows."""
+    """Return the dialled (address, port) of all entries in conntrack."""
     known = set()
     for family in ("ipv4", "ipv6"):
         for line in conntrack("-L", "-p", "udp", "-f", family).splitlines():

@@ -1,4 +1,4 @@
-"""Reading what the kernel says of changed rules: which table each message is about."""
+"""The kernel's notices of changed rules: which table each message is about."""
 
 from __future__ import annotations
 

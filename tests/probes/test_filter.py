@@ -1,4 +1,4 @@
-"""Desired state without unhealthy endpoints: who is probed, who is left, and who is told."""
+"""Desired state without unhealthy endpoints: which endpoints are probed, which remain, and the reported warnings."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Rig:
     async def left(
         self, port: ServicePort, given: Iterable[Endpoint], expected: Iterable[Endpoint], node: str = ""
     ) -> None:
-        """Wait until *expected* is what is left of *given*."""
+        """Wait until *expected* remains of *given*."""
         await self.until(state_of((port, given), node=node), lambda s: s.endpoints[port.name] == tuple(expected))
 
 

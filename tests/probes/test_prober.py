@@ -1,4 +1,4 @@
-"""Probes against real servers: what succeeds, what fails and why, and when they are sent."""
+"""Probes of real servers: which succeed, which fail and why, and when they are sent."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ async def rig() -> AsyncIterator[Rig]:
 
 @pytest.fixture
 def port() -> Iterator[int]:
-    """A port at which nothing listens and nothing else can."""
+    """A port that has no listener and that no other program can bind."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         yield held.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Who serves in a network namespace, and what a successor does when the one before dies in the middle."""
+"""Which process serves in a network namespace, and a successor whose predecessor dies during the hand-over."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ async def nobody(asked: TakeOver, conversation: Conversation) -> None:
 
 
 async def test_workers_whose_control_process_dies_while_it_makes_way_are_made_to_drain() -> None:
-    """They answer at the same lock as the dead one did, with what was true when it died."""
+    """The workers answer as the dead process did, with its last state."""
     first = await take_lock(["a"], "auto", 1)
 
     async def die_once_all_is_given(asked: TakeOver, conversation: Conversation) -> None:

@@ -1,4 +1,4 @@
-"""What Services there are, for commands beside a running proxy."""
+"""The Services in manifests or a cluster, for commands that need no running proxy."""
 
 from __future__ import annotations
 

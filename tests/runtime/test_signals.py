@@ -1,4 +1,4 @@
-"""Signals of a terminal: how a command ends at once, and what it does not end by."""
+"""Signals of a terminal: which end a command at once, and which it ignores."""
 
 from __future__ import annotations
 

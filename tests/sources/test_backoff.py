@@ -50,7 +50,7 @@ def test_only_the_first_failure_of_a_series_is_retried_at_once() -> None:
 
 
 def test_a_failure_that_changes_the_next_request_is_retried_at_once_between_other_failures() -> None:
-    """A restored API server that is just up: 403 until it knows its roles, then another history, then no WatchList."""
+    """A restored API server: 403 until its roles are loaded, then another history, then no WatchList."""
 
     class ExpiredError(FollowError):
         pass

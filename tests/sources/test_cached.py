@@ -1,4 +1,4 @@
-"""The kept state of a cluster: when a source begins with it, and what becomes of it when the API server answers."""
+"""The saved state of a cluster: when a source begins with it, and how the API server's answers replace it."""
 
 from __future__ import annotations
 

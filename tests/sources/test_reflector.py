@@ -348,7 +348,7 @@ async def test_a_list_that_expires_between_two_pages_is_asked_for_whole(caplog: 
 
 
 class ForgetfulPages(dict[str, Any]):
-    """Holds nothing."""
+    """Forgets every page."""
 
     def __contains__(self, _: object) -> bool:
         return False

@@ -1,4 +1,4 @@
-"""Versions: nothing is reported twice, and nothing deleted comes back, in any order of events."""
+"""Versions: no change is reported twice, and no deleted object returns, in any order of events."""
 
 from __future__ import annotations
 

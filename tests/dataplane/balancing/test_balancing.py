@@ -283,7 +283,7 @@ def starting(balance: Balance, clock: FakeClock) -> tuple[Picker, Memory]:
 
 
 def share_of_d(picker: Picker, memory: Memory, count: int = 1_200) -> float:
-    """Return which part of its usual connections D gets; none of them stays open."""
+    """Return the share of its usual connections that D gets; none of them stays open."""
     picks = [picker.pick(client) for client, _ in zip(clients(), range(count), strict=False)]
     return sum(pick is not None and pick.endpoint == D for pick in picks) / (count / 4)
 

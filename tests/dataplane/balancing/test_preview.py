@@ -1,4 +1,4 @@
-"""`Picker.preview` says which endpoint the next connection gets, and changes nothing."""
+"""`Picker.preview` returns the endpoint of the next connection, and changes no state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""kube-proxy's chains: their names and texts, whose they are, and that the kernel has them as they are wanted."""
+"""kube-proxy's chains: names, texts and owners, and that the kernel holds them as desired."""
 
 from __future__ import annotations
 

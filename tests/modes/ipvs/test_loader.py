@@ -1,4 +1,4 @@
-"""The kernel of `tools/vm` does real IPVS: what the tests beside this one stand on."""
+"""The kernel of `tools/vm` has real IPVS, which the other tests of this folder need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernel mode ipvs: its text, which virtual servers a Service is, and that nobody is cut off on the way to others."""
+"""Kernel mode ipvs: its text, the virtual servers of a Service, and that other Services stay reachable."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_node_ports_are_at_the_hosts_own_addresses_that_were_asked_for_and_never
 
 
 def test_clients_that_wait_without_local_endpoints_get_the_listener_for_pods() -> None:
-    """The rules drop who comes from outside before IPVS is asked."""
+    """The rules drop clients from outside before IPVS sees their packets."""
     service_port = ServicePort(
         name("ns/a"), 80, ("10.96.0.1",), load_balancer_ips=("203.0.113.1",), external_local=True
     )

@@ -1,7 +1,7 @@
 """Any history of Services, slices and the node ends where a fresh start on the final objects begins.
 
-The sockets are real; the kernel's side is a stand-in that can be told to refuse, because rules that differ from each
-other are compared in tests/modes, text by text and in a real kernel.
+The sockets are real; the kernel is a fake that can refuse, because rules that differ from each other are compared in
+tests/modes, text by text and in a real kernel.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _RULES = NodeRules(pods=PodDetector(cidrs=("10.0.0.0/8",)))
 
 
 class HeldRules:
-    """A kernel that holds what it is given, or refuses it."""
+    """A kernel that holds the loaded rules, or refuses them."""
 
     language = "none"
 
@@ -160,7 +160,7 @@ def histories(draw: st.DrawFn) -> list[Step]:
 
 @dataclass
 class Held:
-    """What a proxier has made: every rule by the listener it leads to, every picker by its addresses."""
+    """The results of a proxier: every rule with its listener, and every picker with its addresses."""
 
     rules: object
     pickers: Mapping[ListenerName, frozenset[Address]]
@@ -168,7 +168,7 @@ class Held:
 
 @dataclass
 class Run:
-    """One proxier, on the way."""
+    """One proxier during a history."""
 
     proxier: UserspaceProxier
     plane: LocalPlane

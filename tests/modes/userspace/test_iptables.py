@@ -1,4 +1,4 @@
-"""Our iptables-restore text: as it is written, as the kernel takes it, and that it leaves others' rules alone."""
+"""Our iptables-restore text: as written, as the kernel loads it, and that rules of other programs stay."""
 
 from __future__ import annotations
 
@@ -144,8 +144,8 @@ def test_our_rules_are_recognised_by_chains_and_targets_not_by_comments(line: st
     assert iptables.is_ours(line) is is_ours
 
 
-def test_node_ports_are_looked_for_behind_every_address() -> None:
-    """Else a node port would take what is for the same port of a cluster IP that this node has as its own."""
+def test_node_port_rules_come_after_the_rules_of_addresses() -> None:
+    """Otherwise a node port would capture packets to the same port of a cluster IP that is an address of this node."""
     script = iptables.restore(
         redirects((ANY4, 80, name("a/node"), 10_001), ("10.96.0.1", 80, name("a/ip"), 10_002)), 4, ""
     )

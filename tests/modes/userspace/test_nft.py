@@ -41,7 +41,7 @@ def load(host: Host, script: str) -> None:
 
 
 def in_force(host: Host) -> Any:
-    """Return our table as the kernel lists it, without what depends on how it came there."""
+    """Return our table as the kernel lists it, without the parts that depend on the order of loads."""
     listed = json.loads(host.run("nft", "--json", "list", "table", *nft.TABLE.split()).stdout)["nftables"]
     return [_plain(item) for item in listed if "metainfo" not in item]
 

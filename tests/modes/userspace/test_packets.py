@@ -1,4 +1,4 @@
-"""Where packets to portals end up, by what they are and who sends them: in both rule languages, with real ones."""
+"""Where packets to portals arrive, by kind and sender: in both rule languages, with real packets."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ while True:
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[ServiceLab]:
-    """A client, a node and a pod; at the node's proxy ports somebody says the port's number."""
+    """A client, a node and a pod; servers at the node's proxy ports send the port's number."""
     with Lab() as lab:
         world = build_service_lab(lab, pods=1)
         node = world.node
@@ -98,7 +98,7 @@ class Loader:
 
 
 def led_to(host: Host, ip: str, port: int, protocol: L4Protocol = TCP) -> int | str:
-    """Return the proxy port that answers *host*, or what became of the question."""
+    """Return the proxy port that answers *host*, or how the request failed."""
     kind = socket.SOCK_STREAM if protocol is TCP else socket.SOCK_DGRAM
     try:
         with connect(host, ip, port, _SILENCE_S, kind) as sock:

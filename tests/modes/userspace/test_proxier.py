@@ -1,4 +1,4 @@
-"""What the userspace proxier does when syncs, repairs and refusals of the kernel come together."""
+"""The userspace proxier when syncs, repairs and refusals of the kernel coincide."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class SlowRules(HeldRules):
 
 
 class FullPlane(LocalPlane):
-    """A data plane that has no descriptor left for whoever is called "unlucky"."""
+    """A data plane that has no descriptor left for service ports named "unlucky"."""
 
     async def open(self, specs: Sequence[ListenerSpec]) -> Mapping[ListenerName, str]:
         unlucky = {spec.name: NO_ROOM for spec in specs if spec.service_port.name.service.name == "unlucky"}

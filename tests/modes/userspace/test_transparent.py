@@ -1,4 +1,4 @@
-"""What backends answer to a client's own address comes to this node's sockets, over bridges too; with real packets."""
+"""Replies of backends to a client's own address reach this node's sockets, also over bridges; with real packets."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ async def test_open_connections_outlive_a_change_and_another_process_that_loads_
 
 
 async def test_pods_that_talk_directly_are_left_on_their_bridge(world: ServiceLab) -> None:
-    """A firewall of the node that drops what it knows no beginning of, as kube-proxy's does, is not met."""
+    """The replies do not pass a firewall that drops packets of unknown connections, as kube-proxy's rules do."""
     kernel = NftKernel()
     for language in ("iptables", "ip6tables"):
         world.node.set_knob(f"bridge/bridge-nf-call-{language}", 0)

@@ -1,4 +1,4 @@
-"""The world of the contract: two nodes with pods, a router between them and whoever comes from outside.
+"""The world of the contract: two nodes with pods, a router between them, and clients outside.
 
     outside 192.0.2.9 - router - node-1 192.168.50.1, 192.168.60.1 - caller, local1 ... local4   10.244.0.11 ...
                              \\ - node-2 192.168.70.1               - remote1, remote2            10.244.1.11 ...
@@ -154,7 +154,7 @@ def _configure(host: Host, *lines: str) -> None:
 
 
 class Backends(threading.Thread):
-    """Servers in every pod, on the node and at the balancer: each answers with its name and who it thinks asks."""
+    """Servers in every pod, on the node and at the balancer: each answers with its name and the client that it sees."""
 
     def __init__(self, cluster: Cluster) -> None:
         super().__init__(daemon=True)
@@ -192,7 +192,7 @@ class Backends(threading.Thread):
         self._when_readable(sock, accept)
 
     def _answer_datagrams(self, place: Place, port: int, name: str) -> None:
-        """Answer from the address that was asked, which a wildcard socket would not."""
+        """Answer datagrams from the address that was dialled; a wildcard socket would choose another one."""
         for ip in [*place.ips.values(), *(() if place.name != NODE else ALTERNATE.values())]:
             with place.host.inside():
                 sock = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_DGRAM)

@@ -25,7 +25,7 @@ KNOWS_PODS = ("--detect-local-mode", "ClusterCIDR", "--cluster-cidr", CLUSTER_CI
 
 
 class Variant(NamedTuple):
-    """A way to run the proxy. ``source_ip``: whom backends see where no annotation says it."""
+    """A way to run the proxy. ``source_ip``: the client that backends see without an annotation."""
 
     rules: str
     loop: str
@@ -82,7 +82,7 @@ class ContractProxy(Proxy):
             self.apply(each.name, each.manifest())
 
     def expect(self, given: Given, *lines: str, timeout_s: float = 20.0) -> None:
-        """Wait until *given* is served as *lines* say."""
+        """Wait until *given* is served as *lines* expect."""
         left: list[str] = []
 
         def is_so() -> bool:
@@ -97,7 +97,7 @@ class ContractProxy(Proxy):
 
 
 class ApiContractProxy(ContractProxy):
-    """The same, told by an API server on its node."""
+    """The same proxy, fed by an API server on its node."""
 
     _PATHS = {"Service": SERVICES, "EndpointSlice": SLICES, "Node": NODES}
 
@@ -149,7 +149,7 @@ _PARAMS = [pytest.param(v, id=v.said, marks=[pytest.mark.ipvs] * (v.mode == "ipv
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave to `make soak` what is not the table in modes nftables and iptables: they have tests of their own."""
+    """Run only the table in modes nftables and iptables, which have tests of their own; `make soak` runs all."""
     for item in items:
         in_mode = re.search(r"\[.*mode-(nftables|iptables)", item.nodeid)
         if in_mode and item.nodeid.startswith("tests/net/contract/") and "test_table.py" not in item.nodeid:
@@ -173,7 +173,7 @@ def proxy(
 
 @pytest.fixture(scope="session")
 def numbers() -> Iterator[int]:
-    """What the table leaves."""
+    """The numbers of Services after those of the table."""
     return itertools.count(len(CASES) + 1)
 
 

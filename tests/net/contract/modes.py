@@ -1,4 +1,4 @@
-"""What a mode answers otherwise than the table says, each with its reason: the table is of userspace mode."""
+"""Differences of each mode from the table, which describes userspace mode, with their reasons."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ _ANNOTATED = "userspace-proxy/source-ip"
 
 
 def is_asked(mode: str, probe: Probe) -> bool:
-    """Return whether *mode* can do at all what *probe* is about."""
+    """Return whether *mode* has the feature that *probe* tests."""
     return mode == "userspace" or probe.given.annotations.get(_ANNOTATED, "transparent") == "transparent"
 
 
 def expected(mode: str, probe: Probe) -> str:
-    """Return what is to come of *probe* in *mode*."""
+    """Return the expected result of *probe* in *mode*."""
     return _as_told(mode, probe, _expected(mode, probe))
 
 
 def differences(
     cluster: Cluster, given: Given, *lines: str, mode: str = "userspace", patience_s: float = PATIENCE_S
 ) -> list[str]:
-    """Return what *lines*, written for *mode*, say otherwise than it is."""
+    """Return the lines of *lines*, written for *mode*, that differ from the observed results."""
     wanted = {probe: _as_told(mode, probe, probe.expected) for probe in probes(given, *lines)}
     seen = observe_all(cluster, [p._replace(expected=said) for p, said in wanted.items()], patience_s)
     told = zip(wanted.items(), seen.values(), strict=True)
@@ -31,7 +31,7 @@ def differences(
 
 
 def _as_told(mode: str, probe: Probe, said: str) -> str:
-    """Return *said*, or FORBIDDEN where a rule at OUTPUT rejects a datagram of the node itself.
+    """Return *said*, or FORBIDDEN if a rule at OUTPUT rejects a datagram of the node itself.
 
     Userspace mode redirects it to a closed port. Rules for the node's own addresses, which Services' are in ipvs mode,
     stand at INPUT.

@@ -1,4 +1,4 @@
-"""Probes: who asks what, and what is to come of it, in lines such as
+"""Probes: clients, addresses and expected answers, in lines such as
 
     outside,caller  nodePort,vip/udp,6 -> local1 remote1 as node
 
@@ -48,7 +48,7 @@ class Probe(NamedTuple):
         return f"{self.given.name}: {self.client} {self.target}/{self.protocol.lower()}{family}"
 
     def address(self) -> tuple[str, int]:
-        """Return where to ask: 'clusterIP', 'clusterIP:81', 'nodePort@alternate', 'vip@251' (another number) ..."""
+        """Return the address to dial: 'clusterIP', 'clusterIP:81', 'nodePort@alternate', 'vip@251' (other number)."""
         target, _, port = self.target.partition(":")
         kind, _, at = target.partition("@")
         family, given = self.family, self.given.but(number=int(at)) if at.isdigit() else self.given
@@ -87,7 +87,7 @@ def _ordered(expected: str) -> str:
 
 
 def observe(cluster: Cluster, probe: Probe, patience_s: float = PATIENCE_S) -> str:
-    """Ask until all that are expected have answered, or until it is clear that they will not; return what was seen."""
+    """Send requests until every expected backend has answered, or clearly will not; return the results."""
     names, _, wanted_source = probe.expected.partition(" as ")
     expected = set(names.split())
     if names in _NOBODY:
@@ -123,7 +123,7 @@ def _source(cluster: Cluster, probe: Probe, peer: str) -> str:
 
 
 def ask_once(host: Host, ip: str, port: int, protocol: str = "TCP", timeout_s: float = PATIENCE_S) -> tuple[str, str]:
-    """Return who answered and whom he saw; or how it failed, and ""."""
+    """Return the server that answered and the client that it saw; or how the request failed, and ""."""
     try:
         if protocol == "TCP":
             said = _ask_tcp(host, ip, port, timeout_s)
@@ -163,6 +163,6 @@ def failure(error: OSError) -> str:
 
 
 def observe_all(cluster: Cluster, wanted: list[Probe], patience_s: float = PATIENCE_S) -> dict[Probe, str]:
-    """Ask all of *wanted*, many at a time."""
+    """Observe all of *wanted*, many at a time."""
     with ThreadPoolExecutor(_THREADS) as pool:
         return dict(zip(wanted, pool.map(lambda probe: observe(cluster, probe, patience_s), wanted), strict=True))

@@ -111,7 +111,7 @@ def endpoint_slice(
     targets: Mapping[str, int] = TARGETS,
     labels: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Return the EndpointSlice with the endpoints that *words* say."""
+    """Return the EndpointSlice with the endpoints that *words* describe."""
     protocols = {"web": "TCP", "dns": "UDP"}
     return {
         "apiVersion": "discovery.k8s.io/v1",

@@ -1,4 +1,5 @@
-"""The table: Services, and what their clients must see. One group for each section of what a kube-proxy must do.
+"""The table: Services, and the results that their clients must get. One group for each section of what a kube-proxy
+must do.
 
 Where kube-proxy's modes differ, one of the two is followed: docs/reference/contract.md says which.
 """

@@ -189,7 +189,7 @@ def test_ports_come_go_and_change_and_the_others_never_miss_a_request(proxy: Con
 def test_a_client_that_dialled_before_its_service_was_there_is_served_from_the_same_port(
     proxy: ContractProxy, given: MakeGiven
 ) -> None:
-    """Its first SYN was not translated, and conntrack would send all that follow the same way for two minutes."""
+    """Its first SYN was not translated, and conntrack would treat later ones alike for two minutes."""
     service = given("local1", ports=({"name": "web", "port": 80},))
     caller, address = proxy.cluster.places["caller"].host, (service.cluster_ip(4), 80)
 

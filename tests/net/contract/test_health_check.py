@@ -18,7 +18,7 @@ MakeGiven = Callable[..., Given]
 
 
 def check(proxy: ContractProxy, port: int, family: int = 4, path: str = "/") -> tuple[str, dict[str, str], str]:
-    """Return what a load balancer is told: status, headers and body."""
+    """Return the answer to a load balancer: status, headers and body."""
     try:
         with connect(proxy.cluster.places["outside"].host, PRIMARY[family], port, 1.0) as sock:
             sock.sendall(f"GET {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n".encode())

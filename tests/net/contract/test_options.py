@@ -1,4 +1,4 @@
-"""What the command line changes: which node addresses have node ports, and who is a pod."""
+"""Options: which node addresses have node ports, and which clients are pods."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_pods_are_detected_by_interface_too(proxy: ContractProxy, given: MakeGiv
     ids=lambda v: f"{v.said}-{v.flags[1]}",
 )
 def test_without_a_pod_detector_no_client_is_a_pod(proxy: ContractProxy, given: MakeGiven) -> None:
-    """What comes to a cluster IP keeps its source; policy Local leads nobody beyond the node (behaviours M1)."""
+    """Packets to a cluster IP keep their source; policy Local leads no client beyond the node (behaviours M1)."""
     local = given("local1 remote1", type=LB, spec=EXTERNAL_LOCAL)
     plain = given("local1", type=LB)
     proxy.give(local, plain)

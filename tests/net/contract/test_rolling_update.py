@@ -63,7 +63,7 @@ class Load:
         return self._process.poll() is None
 
     def lost(self) -> dict[str, int]:
-        """End it; return how many requests had no answer, by what became of them."""
+        """Stop the load; return the number of requests without an answer, by kind of failure."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(max(0.0, self._ends_at - time.monotonic()))
         self._process.send_signal(signal.SIGINT)
@@ -124,7 +124,7 @@ class Deployment:
         return bool(self._proxy.cluster.places[pod].host.run(*command).stdout)
 
     def explain(self) -> None:
-        """Print what the proxy has counted and logged: shown if the test fails."""
+        """Print the proxy's counters and log, which pytest shows if the test fails."""
         _, counted = self._proxy.get("/metrics", 10249)
         ours = (line for line in counted.splitlines() if f'"{self.service.name}"' in line and not line.endswith(" 0.0"))
         sys.stdout.write("\n".join([*ours, self._proxy.log()[-4_000:]]))
@@ -150,7 +150,7 @@ class Deployment:
 
 
 def gracefully(deployment: Deployment, pod: str) -> None:
-    """Terminating, though still serving, while its preStop hook sleeps; then nginx ends what it is at.
+    """Terminate a pod gracefully: it still serves while its preStop hook sleeps, then nginx finishes its requests.
 
     The hook is what such Deployments have it for: nginx that is told to quit closes connections that were established
     and not accepted yet, and idle ones, upon which a request may just be on its way - whatever proxy stands before it.
@@ -183,7 +183,7 @@ def deployment(
 
 
 def roll_under_load(proxy: ContractProxy, deployment: Deployment, stop: Callable[[Deployment, str], None]) -> list[Any]:
-    """Return what was lost from outside, a connection a request and with keep-alive, and from a pod."""
+    """Return the lost requests: of clients outside, with new connections and with keep-alive, and of a pod."""
     service, places = deployment.service, proxy.cluster.places
     outside, caller = places["outside"], places["caller"]
     loads = [
@@ -216,9 +216,8 @@ def test_a_rolling_update_fails_no_request(proxy: ContractProxy, deployment: Dep
 def test_pods_that_vanish_before_their_endpoints_fail_those_in_their_hands_alone(
     proxy: ContractProxy, deployment: Deployment
 ) -> None:
-    """What nginx has accepted, or has in its backlog, is cut by its own SIGTERM: no layer 4 proxy can mend that.
-
-    All who come later are led elsewhere, though the slice still says ready: for `STALE_S` long a third or a half of
+    """Connections that nginx has accepted, or has in its backlog, end with its SIGTERM: no layer 4 proxy can prevent
+    that. All later clients reach other pods, though the slice still says ready: for `STALE_S` long a third or a half of
     them would fail, which is far more than the connections there are. They are counted all the same, as wrk calls a
     connection that is refused a failed write more often than a failed connect.
     """
@@ -234,7 +233,7 @@ def test_pods_that_vanish_before_their_endpoints_fail_those_in_their_hands_alone
 def test_a_pod_that_is_gone_but_listed_as_ready_fails_no_request_that_begins_then(
     proxy: ContractProxy, deployment: Deployment
 ) -> None:
-    """Nobody had found out before that it refuses, as the requests of a rollout would have."""
+    """No earlier request has found that the pod refuses, as requests of a rollout would."""
     deployment.signal("local1", signal.SIGTERM).wait(20)
 
     load = Load(proxy.cluster.places["outside"], PRIMARY[4], deployment.service.node_port, seconds=2)

@@ -17,10 +17,8 @@ SERVICES = list(dict.fromkeys(probe.given.name for probe in PROBES))
 
 @pytest.fixture(scope="session")
 def observed(cluster: Cluster, proxy: ContractProxy) -> dict[Probe, str]:
-    """What came of all probes, asked side by side; of what looks wrong, once more.
-
-    More than a thousand at once may lose some to a kernel's limits, which is why Kubernetes' own tests ask again, too
-    (behaviours N1a). What is wrong is wrong twice.
+    """The results of all probes, which run side by side; a wrong one is repeated once. More than a thousand at once may
+    lose some to a kernel's limits, so Kubernetes' own tests repeat theirs, too (behaviours N1a). A fault shows twice.
     """
     seen = observe_all(cluster, PROBES)
     doubtful = [p for p in PROBES if is_asked(proxy.variant.mode, p) and seen[p] != expected(proxy, p)]

@@ -1,4 +1,4 @@
-"""UDP flows with a port of their own that never changes: they find whoever is there (behaviours U1 to U4)."""
+"""UDP flows from a fixed client port: they always reach a present endpoint (behaviours U1 to U4)."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ CLIENTS = [
 
 
 class Flow:
-    """One socket that asks again and again."""
+    """One socket that sends requests repeatedly."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         sock.settimeout(0.1)
 
     def ask(self) -> str:
-        """Return who answers now; a late answer to an earlier question is none."""
+        """Return the server that answers now; late answers to earlier requests do not count."""
         try:
             self._sock.send(b"who")
             answer = self._sock.recv(1024).decode().split()[0]

@@ -1,4 +1,4 @@
-"""The world is as the table takes it to be: rules written by hand give what the table wants of the proxy."""
+"""The world is as the table assumes: rules written by hand give the results that the table expects of the proxy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BY_HAND = Given("by-hand", number=254)
 
 
 def _nat(family: int) -> str:
-    """Return what kube-proxy would do for a NodePort Service with a local and a remote endpoint, policy Local."""
+    """Return kube-proxy's rules for a NodePort Service with a local and a remote endpoint, policy Local."""
     ip, table = ("ip", "ip control") if family == 4 else ("ip6", "ip6 control")
     pods = next(cidr for cidr in CLUSTER_CIDRS.split(",") if (":" in cidr) == (family == 6))
     local, remote = ADDRESSES["local1"][family], ADDRESSES["remote1"][family]
