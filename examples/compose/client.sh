@@ -1,22 +1,22 @@
 #!/bin/sh
-# Asks the Service for its name, again and again, a new connection each time; says after every 30 who answered.
-set -eu
+# Send ten requests a second to the Service, each on a new connection. After every 30, print which backends answered.
+set -u
 trap 'exit 0' TERM INT
-
-# What the network of a cluster does: packets to cluster IPs go by way of a node on which the proxy runs.
-ip route replace "$SERVICE_RANGE" via "$PROXY"
-
 failed=0
 while true; do
-  names=''
+  # As the network of a cluster does: packets to cluster IPs go by way of a node on which the proxy runs.
+  ip route replace "$SERVICE_RANGE" via "$(getent hosts "$PROXY" | awk '{print $1; exit}')"
+  answers=''
   for _ in $(seq 30); do
-    if name=$(curl --silent --show-error --fail --max-time 5 "http://$CLUSTER_IP/"); then
-      names="$names $name"
+    if answer=$(curl --silent --show-error --fail --max-time 2 --write-out '%{time_total}' "http://$CLUSTER_IP/"); then
+      answers="$answers
+$(echo $answer)"
     else
       failed=$((failed + 1))
     fi
     sleep 0.1
   done
-  counts=$(printf '%s\n' $names | sort | uniq -c | awk 'NF == 2 {printf "%s %d, ", $2, $1}')
-  echo "answered: ${counts:-nobody, }failed since the start: $failed"
+  counts=$(echo "$answers" | awk 'NF == 2 {print $1}' | sort | uniq -c | awk '{printf "%s %d, ", $2, $1}')
+  slowest=$(echo "$answers" | awk 'NF == 2 && $2 > most {most = $2} END {printf "%d", 1000 * most}')
+  echo "answered: ${counts:-none, }slowest ${slowest} ms; failed since the start: $failed"
 done

@@ -10,6 +10,7 @@ import contextlib
 import ipaddress
 import json
 import re
+import socket
 import subprocess
 import uuid
 from collections.abc import Iterator, Sequence
@@ -19,13 +20,16 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from tests.examples.test_examples import load, served
 from tests.net.world import wait_until
+from userspace_proxy import api
+from userspace_proxy.control import decode
 from userspace_proxy.dataplane.sockets import reserve_refusing_port
+from userspace_proxy.interfaces import EventType
 from userspace_proxy.lab import Lab
+from userspace_proxy.sources.files import FileSource
 
 PROJECT = Path(__file__).parents[2]
-BACKENDS = ("backend-1", "backend-2", "backend-3")
+PROXIES, CLIENTS = ("proxy", "proxy-nftables"), ("client", "client-nftables")
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +48,21 @@ def services(compose_file: Any) -> Any:
     return {name: service for name, service in compose_file["services"].items() if "profiles" not in service}
 
 
-def address_of(service: Any) -> str:
-    address: str = service["networks"]["pods"]["ipv4_address"]
-    return address
-
-
 # ---- what the file says
 
 
-def test_there_are_three_backends_a_proxy_and_a_client(services: Any) -> None:
-    assert set(services) == {*BACKENDS, "proxy", "client"}
+def test_there_are_backends_a_proxy_and_a_client_and_the_same_in_nftables_mode(compose_file: Any) -> None:
+    profiles = {name: service.get("profiles") for name, service in compose_file["services"].items()}
+
+    assert {name for name, profile in profiles.items() if profile is None} == {"web", "proxy", "client"}
+    assert {name for name, profile in profiles.items() if profile == ["nftables"]} == {
+        "proxy-nftables",
+        "client-nftables",
+    }
+    assert compose_file["services"]["web"]["scale"] == 3
 
 
-@pytest.mark.parametrize("name", ["proxy", "client"])
+@pytest.mark.parametrize("name", [*PROXIES, *CLIENTS])
 def test_only_containers_that_change_routes_or_rules_have_net_admin(compose_file: Any, name: str) -> None:
     service = compose_file["services"][name]
 
@@ -68,64 +74,83 @@ def test_only_containers_that_change_routes_or_rules_have_net_admin(compose_file
 
 
 def test_backends_ask_for_no_privileges(compose_file: Any) -> None:
-    for name in BACKENDS:
-        assert not {"privileged", "cap_add", "network_mode"} & compose_file["services"][name].keys()
+    assert not {"privileged", "cap_add", "network_mode"} & compose_file["services"]["web"].keys()
 
 
-async def test_the_manifest_that_is_mounted_names_the_backends_addresses(compose_file: Any, dockerfile: str) -> None:
-    services = compose_file["services"]
-    [mount] = services["proxy"]["volumes"]
-    source, target, mode = mount.split(":")
-    state, problems = await load([PROJECT / source])
-
-    assert problems == []
-    assert (target, mode) == ("/manifests", "ro")
-    assert 'CMD ["run", "/manifests"]' in dockerfile
-    [(portal, endpoints)] = served(state).items()
-    assert [endpoint.partition(":")[0] for endpoint in endpoints] == [address_of(services[b]) for b in BACKENDS]
-    assert portal == f"{services['client']['environment']['CLUSTER_IP']}:80/TCP"
+def test_nothing_is_fixed_that_a_second_project_or_a_further_container_would_need(compose_file: Any) -> None:
+    assert "networks" not in compose_file
+    for name in ("web", *PROXIES, *CLIENTS):
+        service = compose_file["services"][name]
+        assert not {"networks", "container_name", "hostname", "image"} & service.keys()
+        for port in service.get("ports", ()):
+            assert re.match(r"\$\{[A-Z_]+:-\d+\}:", port), port
 
 
-def test_the_client_reaches_cluster_ips_by_way_of_the_proxy(compose_file: Any) -> None:
-    client = compose_file["services"]["client"]
-    told = client["environment"]
+def test_no_file_of_the_checkout_is_mounted(services: Any) -> None:
+    """A container without capabilities cannot read a checkout that was made with umask 077."""
+    assert not any("volumes" in service for service in services.values())
 
-    assert told["PROXY"] == address_of(compose_file["services"]["proxy"])
+
+async def test_the_services_endpoints_are_the_containers_of_the_backends(dockerfile: str) -> None:
+    [(service, target)] = await named_in("examples/compose/web.yaml")
+
+    assert target == ("web", 8080)
+    assert service.metadata.annotations is not None
+    assert "userspace-proxy/health-check" in service.metadata.annotations
+    assert "listen 8080;" in (PROJECT / "examples/compose/nginx.conf").read_text()
+    assert "FROM proxy AS demo-proxy\nCOPY examples/compose/web.yaml /manifests/" in dockerfile
+
+
+async def named_in(path: str) -> list[tuple[api.Service, Any]]:
+    found: list[tuple[api.Service, Any]] = []
+    async for events in FileSource([str(PROJECT / path)]).events():
+        for event in events:
+            if event.type is EventType.SYNCED:
+                return found
+            assert isinstance(event.object, api.Service)
+            found.append((event.object, decode.dns_target(event.object)))
+    raise AssertionError("the source ended")
+
+
+async def test_the_host_reaches_the_services_node_port(compose_file: Any) -> None:
+    [(service, _)] = await named_in("examples/compose/web.yaml")
+    assert service.spec is not None
+    assert service.spec.ports is not None
+
+    for name in PROXIES:
+        [port] = compose_file["services"][name]["ports"]
+        assert port.rpartition(":")[2] == str(service.spec.ports[0].node_port)
+
+
+@pytest.mark.parametrize(("proxy", "client"), list(zip(PROXIES, CLIENTS, strict=True)))
+async def test_a_client_reaches_cluster_ips_by_way_of_its_proxy(compose_file: Any, proxy: str, client: str) -> None:
+    [(service, _)] = await named_in("examples/compose/web.yaml")
+    told = compose_file["services"][client]["environment"]
+
+    assert told["PROXY"] == proxy
+    assert service.spec is not None
+    assert told["CLUSTER_IP"] == service.spec.cluster_ip
     assert ipaddress.ip_address(told["CLUSTER_IP"]) in ipaddress.ip_network(told["SERVICE_RANGE"])
-    assert client["depends_on"] == {name: {"condition": "service_healthy"} for name in ("proxy", *BACKENDS)}
+    depends = compose_file["services"][client]["depends_on"]
+    assert depends == {name: {"condition": "service_healthy"} for name in (proxy, "web")}
 
 
-def test_every_address_is_unique_and_in_the_subnet(compose_file: Any, services: Any) -> None:
-    [config] = compose_file["networks"]["pods"]["ipam"]["config"]
-    subnet = ipaddress.ip_network(config["subnet"])
-    addresses = [ipaddress.ip_address(address_of(service)) for service in services.values()]
+def test_in_nftables_mode_packets_are_forwarded_and_masqueraded(compose_file: Any) -> None:
+    service = compose_file["services"]["proxy-nftables"]
 
-    assert len(set(addresses)) == len(addresses)
-    # The first one is the bridge's.
-    assert set(addresses) <= set(list(subnet.hosts())[1:])
+    assert service["command"] == ["run", "/manifests", "--proxy-mode=nftables", "--masquerade-all"]
+    assert service["sysctls"] == {"net.ipv4.ip_forward": 1}
 
 
-def test_images_are_pinned(compose_file: Any, dockerfile: str) -> None:
-    images = [*(service["image"] for service in compose_file["services"].values()), *base_images(dockerfile)]
-
-    for image in images:
-        _, colon, tag = image.partition(":")
-        assert colon, image
-        assert tag != "latest", image
-
-
-def test_every_mounted_file_exists_and_is_read_only(services: Any) -> None:
-    for service in services.values():
-        for mount in service["volumes"]:
-            source, _, mode = mount.split(":")
-            assert (PROJECT / source).exists()
-            assert mode == "ro"
+def test_images_are_pinned_by_tag_and_digest(dockerfile: str) -> None:
+    for image in base_images(dockerfile):
+        assert re.fullmatch(r"[a-z]+:[a-z0-9.-]+@sha256:[0-9a-f]{64}", image), image
+        assert ":latest" not in image
 
 
 def test_every_container_that_serves_has_a_health_check(compose_file: Any, dockerfile: str) -> None:
     assert "http://127.0.0.1:10256/healthz" in dockerfile.partition("HEALTHCHECK")[2]
-    for name in BACKENDS:
-        assert "http://127.0.0.1:8080/" in compose_file["services"][name]["healthcheck"]["test"]
+    assert "http://127.0.0.1:8080/" in compose_file["services"]["web"]["healthcheck"]["test"]
 
 
 def test_every_source_of_the_image_exists_and_is_in_the_build_context(dockerfile: str) -> None:
@@ -136,7 +161,7 @@ def test_every_source_of_the_image_exists_and_is_in_the_build_context(dockerfile
         for source in arguments.split()
     }
 
-    assert copied == sent
+    assert {source for source in copied if not source.startswith("examples/compose/")} == sent - {"examples/compose"}
     assert all((PROJECT / source).exists() for source in copied)
 
 
@@ -153,7 +178,9 @@ def base_images(dockerfile: str) -> list[str]:
 def test_the_proxys_image_does_not_contain_the_comparisons_tools(compose_file: Any, dockerfile: str) -> None:
     built = {name: service["build"] for name, service in compose_file["services"].items() if "build" in service}
 
-    assert built == {name: {"context": ".", "target": name} for name in ("proxy", "compare")}
+    targets = {"web": "demo-web", "compare": "compare"}
+    targets |= dict.fromkeys(PROXIES, "demo-proxy") | dict.fromkeys(CLIENTS, "demo-client")
+    assert built == {name: {"context": ".", "target": target} for name, target in targets.items()}
     assert stages(dockerfile)[-2:] == [("proxy", "compare"), ("proxy", "")]
 
 
@@ -162,7 +189,7 @@ def test_the_comparison_has_its_profile_and_only_the_capabilities_it_needs(compo
 
     assert service["profiles"] == ["compare"]
     assert service["cap_drop"] == ["ALL"]
-    assert service["cap_add"] == ["SYS_ADMIN", "NET_ADMIN", "SYS_PTRACE"]
+    assert service["cap_add"] == ["SYS_ADMIN", "NET_ADMIN", "DAC_OVERRIDE", "SYS_PTRACE"]
     assert service["security_opt"] == ["no-new-privileges:true", "apparmor:unconfined"]
     assert service["read_only"] is True
     assert service["network_mode"] == "none"
@@ -173,7 +200,7 @@ def test_the_comparison_writes_its_report_where_a_folder_is_mounted(compose_file
     service = compose_file["services"]["compare"]
     options = service["command"][service["command"].index("--html") :]
 
-    assert service["volumes"] == ["./report:/report"]
+    assert service["volumes"] == ["${REPORT:-./report}:/report"]
     assert options == ["--html", "/report/report.html", "--json", "/report/figures.json"]
     assert f"CMD {json.dumps(['compare', *options])}" in dockerfile
     assert "/report/" in (PROJECT / ".gitignore").read_text().splitlines()
@@ -207,7 +234,10 @@ class Composed:
     """The project of docker-compose.yml under a name of its own."""
 
     def __init__(self, tool: Sequence[str]) -> None:
-        self._command = [*tool, "--project-name", f"userspace-proxy-test-{uuid.uuid4().hex[:8]}"]
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            port = sock.getsockname()[1]
+        self._command = ["env", f"PORT={port}", *tool]
+        self._command += ["--project-name", f"userspace-proxy-test-{uuid.uuid4().hex[:8]}"]
         self._command += ["--file", str(PROJECT / "docker-compose.yml")]
 
     def run(self, *arguments: str, timeout_s: float = 60.0) -> str:
@@ -216,7 +246,8 @@ class Composed:
         return done.stdout
 
     def rounds(self) -> list[Round]:
-        said = re.findall(r"answered: (.*)failed since the start: (\d+)", self.run("logs", "--no-color", "client"))
+        log = self.run("logs", "--no-color", "client")
+        said = re.findall(r"answered: (.*)slowest \d+ ms; failed since the start: (\d+)", log)
         return [Round({n: int(c) for n, c in re.findall(r"(\S+) (\d+), ", who)}, int(f)) for who, f in said]
 
     def next_rounds(self, count: int) -> list[Round]:
@@ -250,7 +281,7 @@ def compose_tool() -> list[str]:
     tool = next((tool for tool in tools if is_answered(*tool, "version", "--short", timeout_s=10)), None)
     if tool is None:
         pytest.skip("neither `docker compose` nor `docker-compose` is installed")
-    for image in {"nginx:1.28-alpine", *base_images((PROJECT / "Dockerfile").read_text())}:
+    for image in base_images((PROJECT / "Dockerfile").read_text()):
         present = is_answered("docker", "image", "inspect", "--format", "{{.Id}}", image)
         if not present and not is_answered("docker", "pull", "--quiet", image, timeout_s=120):
             pytest.skip(f"the engine has no image {image} and cannot pull it")
@@ -267,16 +298,16 @@ def composed() -> Iterator[Composed]:
 
 
 @pytest.mark.timeout(600)
-def test_containers_are_balanced_and_no_request_fails_while_a_backend_is_stopped(composed: Composed) -> None:
+def test_containers_are_balanced_and_no_request_fails_while_backends_are_added_and_killed(composed: Composed) -> None:
     [before] = composed.next_rounds(1)
-    composed.run("stop", "backend-2")
-    [without] = composed.next_rounds(1)
-    composed.run("start", "backend-2")
-    wait_until(lambda: "backend-2" in composed.rounds()[-1].answered, "backend-2 answers again", 90.0)
+    composed.run("up", "--detach", "--no-build", "--scale", "web=5")
+    wait_until(lambda: len(composed.rounds()[-1].answered) == 5, "five backends answer", 90.0)
+    killed = next(iter(composed.rounds()[-1].answered))  # its name is the ID of its container
+    assert outside("docker", "kill", killed, timeout_s=30).returncode == 0
+    wait_until(lambda: len(composed.rounds()[-1].answered) == 4, "four backends answer", 90.0)
 
-    assert before.answered == {"backend-1": 10, "backend-2": 10, "backend-3": 10}
-    assert set(without.answered) == {"backend-1", "backend-3"}
-    assert sum(without.answered.values()) == 30
+    assert sorted(before.answered.values()) == [10, 10, 10]
+    assert killed not in composed.rounds()[-1].answered
     assert composed.rounds()[-1].failed == 0
 
 

@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 from userspace_proxy import api
+from userspace_proxy.api.objects import EndpointPort, ObjectMeta, SliceEndpoint
 from userspace_proxy.control import decode
 from userspace_proxy.dns import messages
 from userspace_proxy.dns.upstream import SERVERS_MAX, exchange, read_servers
@@ -70,9 +71,9 @@ class DnsEndpoints:
                 if is_synced and self._services and resolving is None:
                     resolving = asyncio.create_task(self._resolve(after_s=_EVERY_S), name="resolve endpoints")
                 await asyncio.wait(filter(None, (following, resolving)), return_when=asyncio.FIRST_COMPLETED)
-                batch: list[ObjectEvent] = []
+                batch: Sequence[ObjectEvent] = ()
                 if following.done():
-                    batch += following.result()
+                    batch = following.result()
                     following = asyncio.ensure_future(anext(changes))
                 if resolving is not None and resolving.done():
                     resolving = resolving.result()
@@ -81,23 +82,20 @@ class DnsEndpoints:
                 if synced and not is_synced:
                     await self._resolve()
                     is_synced = True
-                batch = [event for event in batch if event not in synced]
-                if batch := [*batch, *self._slice_events(), *synced]:
-                    yield batch
+                others = [event for event in batch if event.type is not EventType.SYNCED]
+                if events := [*others, *self._slice_events(), *synced]:
+                    yield events
         finally:
-            tasks = [task for task in (following, resolving) if task is not None]
-            for task in tasks:
+            for task in filter(None, tasks := (following, resolving)):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*filter(None, tasks), return_exceptions=True)
 
     def _note_services(self, events: Iterable[ObjectEvent]) -> None:
         for event in events:
             if event.kind == "Service" and event.name is not None:
-                target = decode.dns_target(event.object) if isinstance(event.object, api.Service) else None
-                if isinstance(event.object, api.Service) and target is not None:
+                self._services.pop(event.name, None)
+                if isinstance(event.object, api.Service) and (target := decode.dns_target(event.object)) is not None:
                     self._services[event.name] = event.object, target
-                else:
-                    self._services.pop(event.name, None)
 
     def _resolved(self) -> Iterator[tuple[NamespacedName, api.Service, decode.DnsTarget]]:
         """Yield the Services whose names are asked for."""
@@ -134,15 +132,15 @@ class DnsEndpoints:
         """Work out what to say of names that do not resolve; log which begin and end to."""
         before, self._problems = self._problems, {}
         for name in islice(self._services, _SERVICES_MAX, None):
-            said = f"endpoints-from is honoured for {_SERVICES_MAX} Services only"
-            self._problems[f"Service {name}"] = f"Service {name}: {said}"
+            self._problems[f"Service {name}"] = (
+                f"Service {name}: more than {_SERVICES_MAX} Services name their endpoints"
+            )
         for name, _, target in self._resolved():
             answers = [self._answers.get((target.name, family), _Answer()) for family in _TYPES]
             if all(answer.error for answer in answers):
                 kept = sum(len(answer.addresses) for answer in answers)
-                said = f"dns://{target.name} gives no addresses: {answers[0].error}"
-                more = f"; its last {kept} stay in use" if kept else ""
-                self._problems[f"Service {name}"] = f"Service {name}: {said}{more}"
+                said = f"Service {name}: dns://{target.name} gives no addresses: {answers[0].error}"
+                self._problems[f"Service {name}"] = said + (f"; its last {kept} stay in use" if kept else "")
         for place in self._problems.keys() - before.keys():
             log.warning("%s", self._problems[place])
         for place in before.keys() - self._problems.keys():
@@ -152,20 +150,20 @@ class DnsEndpoints:
 
     def _slice_events(self) -> Iterator[ObjectEvent]:
         """Yield the EndpointSlices that differ from those that the tracker has."""
-        wanted = {}
-        for name, service, target in self._resolved():
+        wanted: dict[NamespacedName, api.EndpointSlice] = {}
+        for (namespace, name), service, target in self._resolved():
             for family in _TYPES:
                 if addresses := self._answers.get((target.name, family), _Answer()).addresses:
-                    # No object of the API can have such a name.
-                    wanted[NamespacedName(name.namespace, f"{name.name} from DNS, {family}")] = _slice(
-                        service, target, family, addresses
-                    )
+                    its = NamespacedName(
+                        namespace, f"{name} from DNS, {family}"
+                    )  # no object of the API has such a name
+                    wanted[its] = _slice(service, target, family, addresses)
         before, self._slices = self._slices, wanted
-        for name in before.keys() - wanted.keys():
-            yield ObjectEvent(EventType.DELETE, "EndpointSlice", name)
-        for name, piece in wanted.items():
-            if before.get(name) != piece:
-                yield ObjectEvent(EventType.SET, "EndpointSlice", name, piece)
+        for gone in before.keys() - wanted.keys():
+            yield ObjectEvent(EventType.DELETE, "EndpointSlice", gone)
+        for its, piece in wanted.items():
+            if before.get(its) != piece:
+                yield ObjectEvent(EventType.SET, "EndpointSlice", its, piece)
 
 
 def _keep(answer: _Answer, addresses: Sequence[str]) -> None:
@@ -181,16 +179,8 @@ def _keep(answer: _Answer, addresses: Sequence[str]) -> None:
 
 def _slice(service: api.Service, target: decode.DnsTarget, family: str, addresses: Iterable[str]) -> api.EndpointSlice:
     ports = [
-        api.objects.EndpointPort(
-            name=port.name,
-            protocol=port.protocol,
-            port=target.port or (port.target_port if isinstance(port.target_port, int) else port.port),
-        )
-        for port in (service.spec.ports if service.spec else None) or ()
+        EndpointPort(target.port or (p.target_port if isinstance(p.target_port, int) else p.port), p.name, p.protocol)
+        for p in (service.spec.ports if service.spec else None) or ()
     ]
-    return api.EndpointSlice(
-        metadata=api.objects.ObjectMeta(labels={decode.SERVICE_NAME_LABEL: service.metadata.name}),
-        address_type=family,
-        ports=ports,
-        endpoints=[api.objects.SliceEndpoint(addresses=[ip]) for ip in addresses],
-    )
+    labels = {decode.SERVICE_NAME_LABEL: service.metadata.name}
+    return api.EndpointSlice(ObjectMeta(labels=labels), family, [SliceEndpoint([ip]) for ip in addresses], ports)
