@@ -139,6 +139,17 @@ def test_a_headless_service_and_endpoints_of_the_other_family_are_reached(start:
     assert ask_udp(forward.node, "127.0.0.1", forward.port("5353/udp")) == "pod1"
 
 
+def test_endpoints_that_fail_their_probes_get_nothing(start: Start, tmp_path: Path) -> None:
+    file = write(tmp_path, POD1, POD2)
+    annotation = "annotations: {userspace-proxy/health-check: udp send=who expect=pod2}"
+    file.write_text(file.read_text().replace("{name: web}", f"{{name: web, {annotation}}}"))
+    forward = start("-f", str(file), "svc/web", ":53")
+    port = forward.port("5353/udp")
+
+    forward.wait_said(f"endpoint {POD1}:5353 is unhealthy")
+    wait_until(lambda: {ask_udp(forward.node, "127.0.0.1", port) for _ in range(4)} == {"pod2"}, "only pod2 answers")
+
+
 def test_the_port_of_the_service_is_the_local_one_if_none_is_given(start: Start, tmp_path: Path) -> None:
     file = write(tmp_path, POD1)
     file.write_text(file.read_text().replace("port: 53,", "port: 5300,"))

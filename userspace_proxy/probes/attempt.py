@@ -12,8 +12,7 @@ import socket
 import struct
 from socket import SocketType
 
-from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, is_self_connected, stream_socket
-from userspace_proxy.interfaces import OWN_MARK
+from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, is_self_connected, mark, stream_socket
 from userspace_proxy.model.endpoint import Address, join_address
 from userspace_proxy.model.probe import ProbeKind, ProbeSpec
 from userspace_proxy.printable import printable
@@ -51,7 +50,7 @@ class Attempt:
             return
         self.sock = SocketType(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, _DATAGRAM, 0)
         try:
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, OWN_MARK)
+            mark(self.sock)
         except BaseException:
             self.sock.close()
             raise
