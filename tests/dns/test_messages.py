@@ -53,10 +53,13 @@ NAME = b"\3web\0\0\1\0\1"
         (header(0, 1, 0, 0, 0) + NAME[:-1] + b"\3", dns.rcode.REFUSED),
         (QUERY[:-6] + b"\0\1\0\0\0\0", dns.rcode.BADVERS),
         (QUERY[:-3], dns.rcode.FORMERR),
+        (QUERY[:11] + b"\2" + QUERY[12:] + QUERY[-11:], dns.rcode.FORMERR),
+        (header(0, 1, 0, 0, 0) + b"\3web\0\0\xfc\0\1", dns.rcode.REFUSED),
     ],
     ids=[
         *("empty", "short header", "response", "opcode", "no question", "two questions", "cut short"),
         *("compressed name", "label without an end", "long name", "class", "EDNS version 1", "EDNS cut short"),
+        *("EDNS twice", "zone transfer"),
     ],
 )
 def test_what_is_no_question_is_refused_by_the_right_code(message: bytes, rcode: int | None) -> None:
@@ -106,3 +109,14 @@ def test_damaged_answers_of_other_servers_are_refused() -> None:
                 read(bytes(message[: chance.randrange(12, len(message) + 1)]))
             except ValueError:
                 continue
+
+
+def test_an_answer_full_of_pointers_is_given_up() -> None:
+    """By a chain of pointers, each record would make the library read all those before it."""
+    chain = b"\0" + b"".join((0xC000 | at).to_bytes(2, "big") for at in range(12 + 10, 12 + 10 + 1_600, 2))
+    first = b"\1a\0\0\x10\0\1" + bytes(4) + len(chain).to_bytes(2, "big")
+    record = (0xC000 | 12 + len(first) + len(chain) - 2).to_bytes(2, "big") + b"\0\1\0\1" + bytes(6)
+    message = header(0x8180, 0, 2_001, 0, 0) + first + chain + record * 2_000
+
+    with pytest.raises(ValueError, match="cannot be read"):
+        joined((), message)

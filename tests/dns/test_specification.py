@@ -109,9 +109,17 @@ def test_the_target_of_an_external_name_outside_is_to_be_asked_elsewhere() -> No
         ask(responder(), f"outside{DOMAIN}")
 
 
-def test_a_loop_of_external_names_ends() -> None:
-    with pytest.raises(Alias):
-        ask(responder(), f"loop{DOMAIN}")
+def test_a_loop_of_external_names_ends_here() -> None:
+    assert ask(responder(), f"loop{DOMAIN}").rcode() == dns.rcode.SERVFAIL
+
+
+def test_an_endpoint_with_an_invalid_hostname_spoils_no_other_one() -> None:
+    hosts = (DnsHost("x" * 64, "10.244.1.1"), DnsHost("ok", "10.244.1.2"), DnsHost("a..b", "10.244.1.3"))
+    of = responder({"odd": ServiceNames(groups=(HostGroup((HTTP,), hosts),))})
+
+    assert values(ask(of, f"odd{DOMAIN}")) == ["10.244.1.1", "10.244.1.2", "10.244.1.3"]
+    assert values(ask(of, f"_http._tcp.odd{DOMAIN}", "SRV")) == [f"0 100 80 ok.odd{DOMAIN}"]
+    assert values(ask(of, f"ok.odd{DOMAIN}")) == ["10.244.1.2"]
 
 
 def test_names_outside_are_not_answered() -> None:
@@ -162,13 +170,13 @@ def test_four_thousand_endpoints_fit_into_one_message() -> None:
 
 
 def test_of_more_endpoints_as_many_as_fit_take_turns() -> None:
-    of = responder({"many": many(10_000)})
+    of = responder({"many": many(4_500)})
 
-    answers = [values(ask(of, f"many{DOMAIN}")) for _ in range(20)]
+    answers = [values(ask(of, f"many{DOMAIN}")) for _ in range(5)]
 
     assert {len(answer) for answer in answers} == {4_078}
-    assert len({ip for answer in answers for ip in answer}) == 10_000
-    assert of.cut == 20
+    assert len({ip for answer in answers for ip in answer}) == 4_500
+    assert of.cut == 5
 
 
 @pytest.mark.parametrize("edns", [False, True])

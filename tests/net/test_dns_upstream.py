@@ -9,7 +9,7 @@ from pathlib import Path
 import dns.rcode
 import pytest
 
-from tests.net.test_dns import ARGUMENTS, CLUSTER, SERVER, WEB, asked, found
+from tests.net.test_dns import ARGUMENTS, CLUSTER, SERVER, SERVER6, WEB, asked, found
 from tests.net.world import POD1, Proxy, wait_until
 from userspace_proxy.lab import ServiceLab
 
@@ -31,16 +31,30 @@ def relaying(world: ServiceLab, request: pytest.FixtureRequest) -> Iterator[None
     process.wait(20)
 
 
-def start(proxy: Proxy) -> None:
+BY_CIDR = ("--cluster-cidr", "10.244.0.0/16")
+
+
+def start(proxy: Proxy, pods: tuple[str, ...] = BY_CIDR) -> None:
     proxy.apply("web", WEB)
     proxy.apply("outside", EXTERNAL)
-    proxy.start(*ARGUMENTS, "--dns-upstream", POD1, "--cluster-cidr", "10.244.0.0/16")
+    proxy.start(*ARGUMENTS, "--dns-upstream", POD1, *pods)
 
 
+@pytest.mark.parametrize(
+    "pods",
+    [
+        BY_CIDR,
+        ("--detect-local-mode", "BridgeInterface", "--pod-bridge-interface", "cni0"),
+        ("--detect-local-mode", "InterfaceNamePrefix", "--pod-interface-name-prefix", "cni"),
+    ],
+    ids=["by-address", "by-bridge", "by-prefix"],
+)
 @pytest.mark.parametrize("relaying", [()], indirect=True)
-def test_other_names_are_for_the_node_and_its_pods_only(relaying: None, fresh_proxy: Proxy) -> None:
+def test_other_names_are_for_the_node_and_its_pods_only(
+    relaying: None, fresh_proxy: Proxy, pods: tuple[str, ...]
+) -> None:
     proxy, world = fresh_proxy, fresh_proxy.world
-    start(proxy)
+    start(proxy, pods)
     wait_until(lambda: found(asked(proxy.node, "www.example.com.")) == ["192.0.2.53"], "the node has an answer")
 
     for over_tcp in (False, True):
@@ -52,6 +66,10 @@ def test_other_names_are_for_the_node_and_its_pods_only(relaying: None, fresh_pr
     metrics = proxy.get("/metrics", 10249)[1]
     assert 'coredns_dns_requests_total{family="1",proto="tcp",type="A"} 4.0' in metrics
     assert 'coredns_dns_responses_total{rcode="REFUSED"} 2.0' in metrics
+    for over_tcp in (False, True):
+        with_interface = asked(world.pods[1], "www.example.com.", server=SERVER6, over_tcp=over_tcp)
+        assert found(with_interface) == ([] if pods == BY_CIDR else ["192.0.2.53"])
+        assert asked(world.client, "www.example.com.", server=SERVER6, over_tcp=over_tcp).rcode() == dns.rcode.REFUSED
 
 
 @pytest.mark.parametrize("relaying", [(SERVER,)], indirect=True)

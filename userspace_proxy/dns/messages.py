@@ -33,6 +33,8 @@ _NAME_MAX_BYTES, _LABEL_MAX_BYTES = 255, 63
 # Room for records behind the longest question, with EDNS.
 BODY_MAX_BYTES = MESSAGE_MAX_BYTES - HEADER.size - _NAME_MAX_BYTES - 4 - 11
 RCODE_MASK = 0xF
+# IXFR, AXFR
+_TRANSFERS = {b"\0\xfb", b"\0\xfc"}
 _ECHOED = RECURSION_DESIRED | 0x10  # CD, of RFC 4035
 # Type, class, TTL and length of what follows.
 _RECORD = struct.Struct("!HHIH")
@@ -121,10 +123,12 @@ def read_question(message: bytes) -> Question | None:
         if size < end + _OPT_BYTES:
             return Question(identity, flags, error=FORMERR)
         edns_bytes, _, version, _, length = _OPT_REST.unpack_from(message, end + 3)
-        if size < end + _OPT_BYTES + length:
+        end += _OPT_BYTES + length
+        # RFC 6891, 6.1.1: one OPT at most.
+        if size < end or message[end : end + 3] == _OPT:
             return Question(identity, flags, error=FORMERR)
         error = BADVERS if version else NOERROR
-    if text[-2:] != _INTERNET:
+    if text[-2:] != _INTERNET or text[-4:-2] in _TRANSFERS:
         error = REFUSED
     return Question(identity, flags, text, edns_bytes, error)
 

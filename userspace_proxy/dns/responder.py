@@ -105,8 +105,10 @@ class Responder:
             target = str(values[CNAME][0])
             records.append(Record(owner, CNAME, target))
             owner, name = target, tuple(target.lower().split("."))
-            if name not in self.zone or len(records) > _ALIASES_MAX:
+            if name not in self.zone:
                 raise Alias(records, target)
+            if len(records) > _ALIASES_MAX:
+                return Answer(SERVFAIL), names
             names.append(name)
             values = self.zone.find(name)
         if values is None:

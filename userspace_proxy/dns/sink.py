@@ -20,7 +20,6 @@ from userspace_proxy.model.state import ProxyState
 # Decoding a frame takes the DNS process well below a millisecond.
 _SERVICES_A_FRAME, _HOSTS_A_FRAME = 100, 1_000
 _EXIT_TIMEOUT_S = 2.0
-_MODULE = "userspace_proxy.dns.server"
 
 _counts = msgspec.msgpack.Decoder(wire.Counts)
 
@@ -40,7 +39,7 @@ class ClusterDns(ChildProcess[wire.Counts]):
         predecessors: Sequence[socket.socket] = (),
         pods: PodDetector | None = None,
     ) -> None:
-        super().__init__("DNS", _MODULE, settings)
+        super().__init__("DNS", wire.MODULE, settings)
         self._addresses = settings.addresses
         self._sockets = sockets
         self._predecessors = list(predecessors)

@@ -7,6 +7,9 @@ import msgspec
 from userspace_proxy.model.dns_names import ServiceNames
 from userspace_proxy.model.names import NamespacedName
 
+# What the DNS process runs.
+MODULE = "userspace_proxy.dns.server"
+
 
 class DnsSettings(msgspec.Struct, frozen=True):
     """Settings of the DNS process. ``upstream``: servers for other names; if None, those of ``resolv_conf``."""

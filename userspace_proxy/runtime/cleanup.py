@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from userspace_proxy.config.settings import Settings
+from userspace_proxy.dns.wire import MODULE as DNS_MODULE
 from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.host import network
 from userspace_proxy.host.discard_routes import remove_discard_routes
 from userspace_proxy.modes import MODES
 from userspace_proxy.modes.mode import Mode, PreparedMode, Removal
+from userspace_proxy.runtime.hung_workers import has_ended
 from userspace_proxy.runtime.instance_lock import end_orphans, running_as
 
 _CAP_NET_ADMIN = 12
+_ENDED_S = 5.0
 
 
 async def remove_all() -> None:
@@ -28,7 +34,24 @@ async def remove_all() -> None:
         raise StartError(f"userspace-proxy{running_as(present)} is running; stop it, it takes its rules away itself")
     of_modes = [removal for mode in MODES.values() for removal in mode.removals(Settings())]
     of_network = [remove_discard_routes, network.remove_routes, network.remove_local_addresses]
-    await _run_each([*of_modes, *of_network])
+    with contextlib.ExitStack() as stack:
+        dns_processes = _orphaned_dns(stack)
+        await _run_each([*of_modes, *of_network])
+        # They end by themselves, as their address is gone.
+        await asyncio.gather(*(asyncio.to_thread(has_ended, pidfd, _ENDED_S) for pidfd in dns_processes))
+
+
+def _orphaned_dns(stack: contextlib.ExitStack) -> list[int]:
+    """Return a pidfd of each DNS process in this network namespace, which *stack* closes."""
+    found, here = [], Path("/proc/self/ns/net").stat().st_ino
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            pidfd = os.pidfd_open(int(process.name))
+            stack.callback(os.close, pidfd)
+            arguments = (process / "cmdline").read_bytes().split(b"\0")
+            if DNS_MODULE.encode() in arguments and (process / "ns/net").stat().st_ino == here:
+                found.append(pidfd)
+    return found
 
 
 async def remove_others(used: Mode, prepared: PreparedMode) -> None:

@@ -32,11 +32,11 @@ async def end_hung_worker(inode: int) -> bool:
     except OSError:  # 0: in another PID namespace; or it has ended just now
         return bool(pid)
     try:
-        if not _is_worker(pid, inode) or not (why := await _hangs(pid)) or _has_ended(pidfd):
+        if not _is_worker(pid, inode) or not (why := await _hangs(pid)) or has_ended(pidfd):
             return False
         log.warning("worker process %d %s and has no control process: it is killed", pid, why)
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        ended = await asyncio.to_thread(_has_ended, pidfd, _ENDED_S)
+        ended = await asyncio.to_thread(has_ended, pidfd, _ENDED_S)
     except OSError:  # it is another user's
         ended = False
     finally:
@@ -61,5 +61,6 @@ def _is_worker(pid: int, inode: int) -> bool:
     return is_named and process.stat().st_uid == os.geteuid() and process_of(inode) == pid
 
 
-def _has_ended(pidfd: int, timeout_s: float = 0) -> bool:
+def has_ended(pidfd: int, timeout_s: float = 0) -> bool:
+    """Return whether the process of *pidfd* has ended, or ends within *timeout_s*."""
     return bool(select.select([pidfd], [], [], timeout_s)[0])
