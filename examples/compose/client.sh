@@ -2,10 +2,16 @@
 # Send ten requests a second to the Service, each on a new connection. After every 30, print which backends answered.
 set -u
 trap 'exit 0' TERM INT
+
+# As the network of a cluster does: packets to cluster IPs go by way of a node on which the proxy runs.
+set_route() {
+  address=$(getent hosts "$PROXY" | awk '{print $1; exit}')
+  [ -z "$address" ] || ip route replace "$SERVICE_RANGE" via "$address"
+}
+
 failed=0
+set_route
 while true; do
-  # As the network of a cluster does: packets to cluster IPs go by way of a node on which the proxy runs.
-  ip route replace "$SERVICE_RANGE" via "$(getent hosts "$PROXY" | awk '{print $1; exit}')"
   answers=''
   for _ in $(seq 30); do
     if answer=$(curl --silent --show-error --fail --max-time 2 --write-out '%{time_total}' "http://$CLUSTER_IP/"); then
@@ -13,6 +19,7 @@ while true; do
 $(echo $answer)"
     else
       failed=$((failed + 1))
+      set_route  # the proxy's container may have another address now
     fi
     sleep 0.1
   done
