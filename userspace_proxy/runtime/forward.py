@@ -21,6 +21,7 @@ from userspace_proxy import api
 from userspace_proxy.control.allocations import Allocations
 from userspace_proxy.control.controller import Controller
 from userspace_proxy.control.decode import SERVICE_NAME_LABEL
+from userspace_proxy.control.dns_endpoints import DnsEndpoints
 from userspace_proxy.control.pacer import Pacer
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.dataplane.connections import Limits
@@ -306,7 +307,13 @@ async def forward(request: ForwardRequest, say: Callable[[str], None]) -> None:
         stack.callback(health_filter.close)
         tracker = Tracker(Allocations(), transparent_obstacle="forward has one address for all clients")
         now = asyncio.get_running_loop().time
-        controller = Controller(source, tracker, [forwarder], Pacer(now, 0.0, 30.0), filtered=health_filter.apply)
+        controller = Controller(
+            DnsEndpoints(source) if request.paths else source,
+            tracker,
+            [forwarder],
+            Pacer(now, 0.0, 30.0),
+            filtered=health_filter.apply,
+        )
         async with asyncio.TaskGroup() as group:
             following = group.create_task(controller.run(), name="controller")
             stopping = group.create_task(stop.wait(), name="stop")
