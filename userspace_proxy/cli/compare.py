@@ -48,7 +48,8 @@ def _known_cases() -> Sequence[str]:
     "--cases",
     type=_names(_known_cases),
     default=(),
-    help="Some of latency, rates, throughput, system-calls, services, failures (default all)",
+    help="Some of latency, rates, throughput, system-calls, services, failures, disasters, or the name of a disaster "
+    "(default all; with --quick all but disasters)",
 )
 @click.option(
     "--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write all figures to this file"

@@ -22,10 +22,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from userspace_proxy import __version__
 from userspace_proxy.compare import cases
 from userspace_proxy.compare.cases import Case
+from userspace_proxy.compare.disasters import DISASTER_PODS, DISASTERS, Disaster, happen
 from userspace_proxy.compare.failures import EVENTS, Event, wait_until_all_answer, watch
 from userspace_proxy.compare.meters import machine
 from userspace_proxy.compare.modes import IPTABLES, MODES, USERSPACE_COPY, ComparedMode
-from userspace_proxy.compare.nodes import CompareLab
+from userspace_proxy.compare.nodes import TRIO_PODS, CompareLab
 from userspace_proxy.compare.outputs import output
 from userspace_proxy.compare.page import page
 from userspace_proxy.compare.results import DIRECT, DIRECT_AGAIN, Results, to_json
@@ -36,13 +37,13 @@ from userspace_proxy.errors import StartError
 from userspace_proxy.lab import enter_namespaces
 
 LATENCY, RATES, THROUGHPUT = "latency", "rates", "throughput"
-SYSTEM_CALLS, SERVICES, FAILURES = "system-calls", "services", "failures"
+SYSTEM_CALLS, SERVICES, FAILURES, ALL_DISASTERS = "system-calls", "services", "failures", "disasters"
 LOADS = {
     LATENCY: (cases.KEEPALIVE_1, cases.NEW_1),
     RATES: (cases.KEEPALIVE_64, cases.NEW_64),
     THROUGHPUT: (cases.BULK_1, cases.BULK_8),
 }
-CASE_NAMES = (*LOADS, SYSTEM_CALLS, SERVICES, FAILURES)
+CASE_NAMES = (*LOADS, SYSTEM_CALLS, SERVICES, FAILURES, ALL_DISASTERS, *(each.name for each in DISASTERS))
 MODE_NAMES = tuple(mode.name for mode in MODES)
 QUICK_S, DEFAULT_S = 120.0, 600.0
 TOOLS = {
@@ -92,6 +93,12 @@ class ComparisonRequest:
         return not self.cases or case in self.cases
 
     @property
+    def disasters(self) -> list[Disaster]:
+        """The disasters to play: those named in *cases*; without cases all, except in a quick comparison."""
+        is_all = ALL_DISASTERS in self.cases or (not self.cases and self.depth is _FULL)
+        return [each for each in DISASTERS if is_all or each.name in self.cases]
+
+    @property
     def depth(self) -> Depth:
         return _QUICK if self.duration_s <= QUICK_S else _FULL
 
@@ -124,7 +131,8 @@ def measure(request: ComparisonRequest) -> Results:
     """Compare the modes; removes everything before it returns or raises. Raises StartError if a part does not start."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with compare_lab() as lab, _progress(request.duration_s) as say:
+        pods = DISASTER_PODS if request.disasters else TRIO_PODS
+        with compare_lab(pods=pods) as lab, _progress(request.duration_s) as say:
             return ComparisonRun(request, lab, say).run()
     except subprocess.SubprocessError as error:
         raise StartError(reason_of(error)) from None
@@ -168,6 +176,10 @@ class ComparisonRun:
             self.session.count_system_calls(self._request.depth.calls_s)
         if self._request.wants(FAILURES):
             self.let_pods_fail()
+        for disaster in self._request.disasters:
+            self.session.say(disaster.title)
+            with self.session.noting(disaster.title):
+                happen(self.session, disaster)
         if self._request.wants(SERVICES):
             self._add_services()
         self._run_rounds()
@@ -195,7 +207,7 @@ class ComparisonRun:
         for mode, node in self.session.running.items():
             if mode.name != DIRECT_AGAIN:
                 with self.session.noting(f"failing pods, round {number}"):
-                    wait_until_all_answer(mode, node)
+                    wait_until_all_answer(mode, node, mode.trio_addresses(node, range(TRIO_PODS)))
                     able[mode] = node
         if able:
             self.session.results.timelines += watch(self.session.lab, able, event, number, self.session.note)

@@ -85,16 +85,19 @@ EVENTS: tuple[Event, ...] = (
 
 
 @dataclass
-class _Tally:
-    """One mode's answers, by the bucket in which the request began."""
+class Tally:
+    """One mode's answers, by the bucket in which the request began. An answer after ``slow_s`` is slow."""
 
     addresses: Iterator[tuple[str, int]]
-    good: list[int]
-    slow: list[int]
-    failed: list[int]
+    length_s: float
+    slow_s: float = SLOW_S
+    patience_s: float = PATIENCE_S
+
+    def __post_init__(self) -> None:
+        self.good, self.slow, self.failed = ([0] * (int(self.length_s / BUCKET_S) + 1) for _ in range(3))
 
 
-async def _send_requests(tallies: Sequence[_Tally], started_at: float, length_s: float) -> None:
+async def send_requests(tallies: Sequence[Tally], started_at: float, length_s: float) -> None:
     """Start clients at a fixed rate for *length_s*, each to the next mode; end when all of them have ended."""
     gap_s = 1 / (RATE * len(tallies))
     async with asyncio.TaskGroup() as clients:
@@ -106,17 +109,17 @@ async def _send_requests(tallies: Sequence[_Tally], started_at: float, length_s:
             )
 
 
-async def _send_request(tally: _Tally, due_at: float, bucket: int) -> None:
+async def _send_request(tally: Tally, due_at: float, bucket: int) -> None:
     answer = b""
     with contextlib.suppress(OSError):
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(tally.patience_s):
             reader, writer = await asyncio.open_connection(*next(tally.addresses))
             try:
                 writer.write(REQUEST_AND_CLOSE)
                 answer = await reader.read(4096)
             finally:
                 writer.transport.abort()
-    is_slow = time.monotonic() - due_at > SLOW_S
+    is_slow = time.monotonic() - due_at > tally.slow_s
     counts = tally.slow if is_slow else tally.good
     (counts if answer.startswith(b"HTTP/1.1 200") else tally.failed)[bucket] += 1
 
@@ -128,9 +131,8 @@ def watch(
 
     A mode that cannot be notified is reported to *note* and has no result.
     """
-    buckets = int(event.length_s / BUCKET_S) + 1
     tallies = {
-        mode: _Tally(cycle(mode.trio_addresses(node, range(TRIO_PODS))), *([0] * buckets for _ in range(3)))
+        mode: Tally(cycle(mode.trio_addresses(node, range(TRIO_PODS))), event.length_s)
         for mode, node in running.items()
     }
 
@@ -154,7 +156,7 @@ def watch(
             started_at = time.monotonic() + 0.05
             happened = beside.submit(happen)
             with lab.client.inside():
-                asyncio.run(_send_requests(list(tallies.values()), started_at, event.length_s))
+                asyncio.run(send_requests(list(tallies.values()), started_at, event.length_s))
     finally:
         event.undo(lab)
         tell(range(TRIO_PODS))
@@ -169,20 +171,22 @@ def watch(
     ]
 
 
-def wait_until_all_answer(mode: ComparedMode, node: ModeNode) -> None:
-    """Wait until all three pods answer through *mode*: an ejected pod could not fail.
+def wait_until_all_answer(
+    mode: ComparedMode, node: ModeNode, addresses: Sequence[tuple[str, int]], pods: int = TRIO_PODS
+) -> None:
+    """Wait until all *pods* answer at *addresses*, through *mode*: an ejected pod could not fail.
 
     Raises:
         StartError: they do not answer, so the event would show nothing.
     """
     give_up_at = time.monotonic() + _RECOVERED_WITHIN_S
     seen: set[str] = set()
-    for ip, port in cycle(mode.trio_addresses(node, range(TRIO_PODS))):
+    for ip, port in cycle(addresses):
         try:
             seen.add(ask(node.client, ip, port, timeout_s=0.5))
         except OSError:
             time.sleep(0.02)
-        if len(seen) == TRIO_PODS:
+        if len(seen) == pods:
             return
         if time.monotonic() > give_up_at:
-            raise StartError(f"{mode.title}: of the three pods only {', '.join(sorted(seen)) or 'none'} answered")
+            raise StartError(f"{mode.title}: of {pods} pods only {', '.join(sorted(seen)) or 'none'} answered")

@@ -105,13 +105,18 @@ def _start_haproxy(node: ModeNode) -> None:
 
 
 def _tell_haproxy(node: ModeNode, alive: Iterable[int]) -> None:
-    """Set the servers' state through HAProxy's control socket, as ingress controllers do."""
+    set_haproxy_servers(node.folder / "control", "trio", len(node.trio_ips), alive)
+
+
+def set_haproxy_servers(socket_path: Path, backend: str, count: int, alive: Iterable[int]) -> None:
+    """Set the state of *count* servers through HAProxy's control socket, as ingress controllers do."""
     ready = set(alive)
-    for index in range(len(node.trio_ips)):
+    for index in range(count):
         with socket.socket(socket.AF_UNIX) as control:
             control.settimeout(2.0)
-            control.connect(str(node.folder / "control"))
-            control.sendall(f"set server trio/pod{index} state {'ready' if index in ready else 'maint'}\n".encode())
+            control.connect(str(socket_path))
+            state = "ready" if index in ready else "maint"
+            control.sendall(f"set server {backend}/pod{index} state {state}\n".encode())
             control.recv(1024)
 
 

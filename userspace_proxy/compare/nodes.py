@@ -30,7 +30,7 @@ class ModeNode:
     """The node of one mode, and the mode's processes.
 
     ``host``: its network namespace. ``front_ip``: the address that clients dial. ``pod_ip``: the load pod, seen from
-    this node. ``trio_ips``: three more pods, one of which will fail.
+    this node. ``trio_ips``: three more pods, one of which will fail. ``pod_ips``: all that may fail, these first.
     """
 
     name: str
@@ -38,6 +38,7 @@ class ModeNode:
     client: Host
     net: int
     folder: Path
+    pods: int = TRIO_PODS
     front_ip: str = ""
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
@@ -54,11 +55,15 @@ class ModeNode:
         return f"10.{self.net}.2.2"
 
     @property
+    def pod_ips(self) -> tuple[str, ...]:
+        return tuple(f"10.{self.net}.{3 + index}.2" for index in range(self.pods))
+
+    @property
     def trio_ips(self) -> tuple[str, ...]:
-        return tuple(f"10.{self.net}.{3 + index}.2" for index in range(TRIO_PODS))
+        return self.pod_ips[:TRIO_PODS]
 
     def service_ip(self, number: int = 0) -> str:
-        """Return the cluster IP of Service *number*: 0 is for loads, 1 for the three pods."""
+        """Return the cluster IP of Service *number*: 0 is for loads, 1 for the three pods, 2 for disasters."""
         return f"10.{100 + self.net}.{number // 250}.{number % 250 + 1}"
 
     @property
@@ -117,24 +122,29 @@ class ModeNode:
             log=log,
         )
 
+    def track_connections(self) -> None:
+        """Turn connection tracking on, as on each node of a cluster."""
+        self.host.run("nft", "-f", str(self.fill_in(PEERS / "node.rules")))
+
     def forget_connections(self) -> None:
         """Clear this node's conntrack table (no other node's), so that each run starts alike."""
         self.host.run("conntrack", "-F")
 
 
 class CompareLab:
-    """The client, the pods with their servers, and the nodes between them."""
+    """The client, the pods with their servers, and the nodes between them. *pods*: how many may fail."""
 
-    def __init__(self, lab: Lab, folder: Path, congestion: str = "") -> None:
+    def __init__(self, lab: Lab, folder: Path, congestion: str = "", pods: int = TRIO_PODS) -> None:
         self.client = lab.add("client")
         self.pod = lab.add("pod")
-        self.trio = tuple(lab.add(f"pod{index + 1}") for index in range(TRIO_PODS))
+        self.pods = tuple(lab.add(f"pod{index + 1}") for index in range(pods))
+        self.trio = self.pods[:TRIO_PODS]
         self.trio_servers: list[subprocess.Popen[bytes]] = []
         self._lab = lab
         self.folder = folder
         self._congestion = congestion
         self._count = 0
-        for host in (self.client, self.pod, *self.trio):
+        for host in (self.client, self.pod, *self.pods):
             self._prepare_host(host)
 
     def _prepare_host(self, host: Host) -> None:
@@ -153,19 +163,20 @@ class CompareLab:
         host.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
         folder = self.folder / name.replace(" ", "-")
         folder.mkdir()
-        node = ModeNode(name, host, self.client, net, folder)
+        node = ModeNode(name, host, self.client, net, folder, len(self.pods))
         self._lab.link(self.client, host.name, host, "client")
         self.client.add_addresses(host.name, node.client_ip)
         host.add_addresses("client", node.node_ip)
         self.client.ip("route", "add", node.service_range, "via", node.node_ip)
-        for index, pod in enumerate((self.pod, *self.trio)):
+        host.ip("route", "add", "default", "via", node.client_ip)
+        for index, pod in enumerate((self.pod, *self.pods)):
             subnet, device = f"10.{net}.{2 + index}", f"pod{index}"
             self._lab.link(pod, host.name, host, device)
             pod.add_addresses(host.name, f"{subnet}.2")
             host.add_addresses(device, f"{subnet}.1")
             pod.ip("route", "add", f"10.{net}.1.0/24", "via", f"{subnet}.1")
             self.client.ip("route", "add", f"{subnet}.0/24", "via", node.node_ip)
-        host.run("nft", "-f", str(node.fill_in(PEERS / "node.rules")))
+        node.track_connections()
         return node
 
     def start_backends(self) -> None:

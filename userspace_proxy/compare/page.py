@@ -30,7 +30,7 @@ from userspace_proxy.compare.failures import EVENTS
 from userspace_proxy.compare.judge import Figure, figure
 from userspace_proxy.compare.results import ModeRun, Results, Timeline
 from userspace_proxy.compare.scaling import SIZES
-from userspace_proxy.compare.tables import Sheet, cells, sheets
+from userspace_proxy.compare.tables import Sheet, cells, disaster_sheets, sheets
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _KINDS = {"none": "nothing: clients dial the Pod", "kernel": "the kernel, by rules", "proxy": "a process"}
@@ -76,6 +76,10 @@ def page(results: Results) -> bytes:
             for claim, verdict in verdicts
         ],
         rulings=RULINGS,
+        disasters=[
+            (disaster, sheet, [*_lanes(results, disaster.case, "New clients", "Each tenth of a second")])
+            for disaster, sheet in disaster_sheets(results)
+        ],
         modes=_modes(results),
         sheets=list(sheets(results)),
         sizes=", ".join(f"{size:,}" for size in SIZES),
@@ -174,13 +178,17 @@ def _figure(results: Results, panel: Panel, mode: ModeRun) -> Figure | None:
 
 def _failure_panels(results: Results) -> Iterator[LaneChart]:
     for event in EVENTS:
-        seen = {mode: timelines_of(results, event.name, mode.name) for mode in results.shown()}
-        rows = [FailureLane(mode, *_shares_over_time(timelines)) for mode, timelines in seen.items() if timelines]
-        if not rows:
-            continue
-        first = next(timelines[0] for timelines in seen.values() if timelines)
         title, _, effect = event.title.partition(": ")
-        lanes = LaneChart(title[0].upper() + title[1:], "", rows, first.bucket_s, first.event_s, first.told_s)
+        yield from _lanes(results, event.name, title[0].upper() + title[1:], effect)
+
+
+def _lanes(results: Results, event: str, title: str, effect: str) -> Iterator[LaneChart]:
+    """Yield the chart of the clients during *event*, if it happened."""
+    seen = {mode: timelines_of(results, event, mode.name) for mode in results.shown()}
+    rows = [FailureLane(mode, *_shares_over_time(timelines)) for mode, timelines in seen.items() if timelines]
+    if rows:
+        first = next(timelines[0] for timelines in seen.values() if timelines)
+        lanes = LaneChart(title, "", rows, first.bucket_s, first.event_s, first.told_s)
         height = "all requests" if lanes.top == 1 else "half of the requests"
         yield replace(lanes, note=f"{effect}. Red: failed, yellow: slow; a full lane is {height}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,8 +11,9 @@ from rich.table import Table
 
 from userspace_proxy.compare.claims import CLAIMS, RULINGS, choices
 from userspace_proxy.compare.derived import EVENT_NAMES, noise_text, outage, percent, short, sizes_of, timelines_of
+from userspace_proxy.compare.disasters import DISASTERS, SLOW_S, Disaster
 from userspace_proxy.compare.judge import Figure, figure, noise
-from userspace_proxy.compare.results import Results
+from userspace_proxy.compare.results import ModeRun, Results
 from userspace_proxy.compare.scaling import SIZES
 
 _NONE = "-"
@@ -109,6 +110,37 @@ def _shares(results: Results, event: str, mode: str) -> tuple[str, str]:
     return (percent(failed), percent(slow)) if timelines else (_NONE, _NONE)
 
 
+def disaster_sheets(results: Results) -> Iterator[tuple[Disaster, Sheet]]:
+    """Yield the disasters that happened, each with its table."""
+    slow = f"slower than {SLOW_S:g} s"
+    head = ("", "failed", "stated", "lost with endpoint", "stated", slow, "time to recover", "open lost", "verdict")
+    for disaster in DISASTERS:
+        rows = [
+            _disaster_row(disaster, mode, sample.figures)
+            for mode in results.shown()
+            for sample in results.samples
+            if (sample.case, sample.mode) == (disaster.case, mode.name)
+        ]
+        if rows:
+            yield disaster, Sheet(disaster.title, head, rows)
+
+
+def _disaster_row(disaster: Disaster, mode: ModeRun, figures: Mapping[str, float]) -> list[Cell]:
+    failed, received = disaster.at_most(mode)
+    whole = {name: f"{value:.0f}" for name, value in figures.items()}
+    return cells(
+        mode.title,
+        f"{whole['failed']} of {whole['requests']}",
+        f"at most {failed}",
+        whole["received"],
+        f"at most {received}",
+        whole["slow"],
+        f"{figures['recover_s']:.1f} s",
+        f"{whole['lost']} of {whole['opened']}",
+        "; ".join(disaster.surprises(mode, figures)) or "as stated",
+    )
+
+
 # ---- printing
 
 
@@ -135,6 +167,9 @@ def print_all(results: Results) -> None:
     console = stdout()
     for sheet in sheets(results):
         print_sheet(console, sheet)
+    for disaster, sheet in disaster_sheets(results):
+        print_sheet(console, sheet)
+        _print_lines(console, "  ", (disaster.what, disaster.why))
     for claim in CLAIMS:
         verdict = claim.judge(results)
         style = _STYLES.get(verdict.ruling, "dim")

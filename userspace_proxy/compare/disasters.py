@@ -1,0 +1,401 @@
+"""Ten disasters: what new clients and open connections see in each mode and in HAProxy, side by side.
+
+`disasters.toml` states each one, its annotations and its expected failures. An event hits all modes at the same time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import email
+import signal
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import cycle
+from pathlib import Path
+from threading import Thread
+
+import msgspec
+
+from userspace_proxy.compare.failures import BUCKET_S, Tally, send_requests, wait_until_all_answer
+from userspace_proxy.compare.modes import HAPROXY, USERSPACE_COPY, ComparedMode, manifests_of, set_haproxy_servers
+from userspace_proxy.compare.nodes import PEERS, CompareLab, ModeNode, fill_in
+from userspace_proxy.compare.results import ModeRun, Timeline
+from userspace_proxy.compare.session import MODE_ERRORS, Session, reason_of
+
+DISASTER_PODS = 8
+SLOW_S = 1.0
+PATIENCE_S = 5.0  # longer than HAProxy needs for three retries, one second apart
+_PORT = 8092
+_EVENT_S = 0.5
+_SERVICE = 2
+_HELD = 6  # open connections to each mode
+_HELD_GAP_S = 0.1
+_DOWNLOAD_BYTES = 500_000
+_FLAPS = 3
+_PAUSE_S = 1.0
+_END_S = 5.0
+_CONTROL = "disaster-control"
+
+
+@dataclass(frozen=True, slots=True)
+class Disaster:
+    """One disaster, as `disasters.toml` states it."""
+
+    name: str
+    title: str
+    what: str
+    why: str
+    endpoints: int
+    length_s: float
+    expected: dict[str, int]
+    apart: dict[str, int]
+    victims: tuple[int, ...] = ()
+    told_after_s: float | None = None
+    annotations: dict[str, str] = field(default_factory=dict)
+    held_path: str = "/"
+    open: str = ""
+
+    @property
+    def case(self) -> str:
+        """The name of its figures in results."""
+        return f"disaster-{self.name}"
+
+    @property
+    def others(self) -> list[int]:
+        return [index for index in range(self.endpoints) if index not in self.victims]
+
+    def at_most(self, mode: ModeRun) -> tuple[int, int]:
+        """Return how many new connections may fail in *mode*, and how many requests may be lost with their endpoint."""
+        kind = "kernel" if mode.kind == "kernel" else mode.name
+        return self.expected[kind], self.apart[kind]
+
+    def surprises(self, mode: ModeRun, figures: Mapping[str, float]) -> list[str]:
+        """Return in what the *figures* of *mode* are worse than was stated."""
+        failed, received = self.at_most(mode)
+        lost_elsewhere = figures["lost"] - (figures["lost_at_victims"] if self.open else 0)
+        checks = (
+            (figures["failed"] > failed, "more failures"),
+            (figures["received"] > received, "more requests lost with their endpoint"),
+            (lost_elsewhere > 0, "open connections lost without a reason"),
+        )
+        return [what for is_worse, what in checks if is_worse]
+
+
+_FILE = Path(__file__).with_suffix(".toml")
+DISASTERS = msgspec.toml.decode(_FILE.read_bytes(), type=dict[str, tuple[Disaster, ...]])["disasters"]
+
+
+def takes_part(mode: ComparedMode) -> bool:
+    """Return whether disasters happen to *mode*."""
+    return (mode.ours and mode.name != USERSPACE_COPY) or mode.name == HAPROXY
+
+
+class Scene:
+    """The servers of one disaster, and the modes in front of them. A context manager that ends and restores all."""
+
+    def __init__(self, lab: CompareLab, disaster: Disaster, nodes: Mapping[ComparedMode, ModeNode]) -> None:
+        self.lab = lab
+        self.disaster = disaster
+        self.nodes = nodes
+        self.untold: dict[ComparedMode, str] = {}
+        self._servers: dict[int, subprocess.Popen[bytes]] = {}
+        self._haproxies: list[subprocess.Popen[bytes]] = []
+        self._resetting: list[socket.socket] = []
+
+    def __enter__(self) -> Scene:
+        (self.lab.folder / "download").write_bytes(bytes(_DOWNLOAD_BYTES))
+        for index in range(self.disaster.endpoints):
+            self.serve(index)
+        for index in self.disaster.victims:
+            self.lab.pods[index].run("nft", "-f", str(PEERS / "received.rules"))
+        for mode, node in self.nodes.items():
+            if mode.name == HAPROXY:
+                self.start_haproxy(node)
+            else:
+                self._tell(mode, node, range(self.disaster.endpoints))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for listener in self._resetting:
+            listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+            listener.close()
+        for process in (*self._servers.values(), *self._haproxies):
+            process.kill()
+            process.wait(_END_S)
+        for index in self.disaster.victims:
+            for table in ("silence", "received"):
+                self.lab.pods[index].run("nft", "delete", "table", "inet", table, check=False)
+
+    def received(self, mode: ComparedMode) -> int:
+        """Return how many requests of new clients the victims received from *mode* and never answered."""
+        count = 0
+        for index in self.disaster.victims:
+            listed = self.lab.pods[index].run("nft", "-j", "list", "set", "inet", "received", "unanswered").stdout
+            elements = msgspec.json.decode(listed)["nftables"][-1]["set"].get("elem", [])
+            count += sum(each["concat"][0].startswith(f"10.{self.nodes[mode].net}.") for each in elements)
+        return count
+
+    def address_of(self, mode: ComparedMode) -> tuple[str, int]:
+        """Return the address that clients of *mode* dial."""
+        node = self.nodes[mode]
+        return (node.service_ip(_SERVICE) if mode.ours else node.node_ip, _PORT)
+
+    def serve(self, index: int) -> None:
+        """Start the server of an endpoint."""
+        pod, folder = self.lab.pods[index], self.lab.folder
+        target = folder / f"disaster-{pod.name}.conf"
+        config = fill_in(PEERS / "disaster-pod.conf", target, folder=folder, name=pod.name, port=_PORT)
+        command = ("nginx", "-p", str(folder), "-c", str(config))
+        self._servers[index] = pod.start(*command, log=folder / "backends.log")
+
+    def signal(self, index: int, number: signal.Signals, *, ends: bool = True) -> None:
+        """Send signal *number* to the server of an endpoint, and wait for its end if it *ends*."""
+        self._servers[index].send_signal(number)
+        if ends:
+            self._servers[index].wait(_END_S)
+
+    def reset_connections(self, index: int) -> None:
+        """Accept connections in the place of an endpoint's server, and reset each."""
+        with self.lab.pods[index].inside():
+            listener = socket.create_server(("", _PORT), backlog=4096)
+        self._resetting.append(listener)
+        Thread(target=_reset_each, args=(listener,), daemon=True).start()
+
+    def start_haproxy(self, node: ModeNode) -> None:
+        """Start HAProxy; a running one hands over its sockets and ends with its connections."""
+        servers = (f"  server pod{index} {node.pod_ips[index]}:{_PORT}" for index in range(self.disaster.endpoints))
+        folder = node.folder
+        config = node.fill_in(PEERS / "disaster.cfg", folder=folder, port=_PORT, servers="\n".join(servers))
+        control = str(folder / _CONTROL)
+        takes_over = ("-x", control, "-sf", str(self._haproxies[-1].pid)) if self._haproxies else ()
+        command = ("haproxy", "-db", "-q", "-f", str(config), *takes_over)
+        self._haproxies.append(node.host.start(*command, log=folder / "log"))
+
+    def tell(self, alive: Iterable[int]) -> None:
+        """Make all modes use only the numbered endpoints. A mode that cannot be told is noted in ``untold``."""
+        numbers = list(alive)
+        for mode, node in self.nodes.items():
+            try:
+                self._tell(mode, node, numbers)
+            except MODE_ERRORS as error:
+                self.untold[mode] = reason_of(error)
+
+    def _tell(self, mode: ComparedMode, node: ModeNode, alive: Iterable[int]) -> None:
+        if mode.name == HAPROXY:
+            set_haproxy_servers(node.folder / _CONTROL, "disaster", self.disaster.endpoints, alive)
+            return
+        endpoints = [{"addresses": [node.pod_ips[index]]} for index in alive]
+        node.fill_in(
+            PEERS / "disaster.yaml",
+            manifests_of(node) / "disaster.yaml",
+            name=self.disaster.name,
+            ip=node.service_ip(_SERVICE),
+            port=_PORT,
+            annotations=msgspec.json.encode(self.disaster.annotations).decode(),
+            endpoints=msgspec.json.encode(endpoints).decode(),
+        )
+
+
+def _reset_each(listener: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # the listener has been shut down
+        while True:
+            accepted, _ = listener.accept()
+            accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            accepted.close()
+
+
+# ---- events
+
+
+def _kill(scene: Scene) -> None:
+    for index in scene.disaster.victims:
+        scene.signal(index, signal.SIGKILL)
+
+
+def _stop(scene: Scene) -> None:
+    for index in scene.disaster.victims:
+        scene.signal(index, signal.SIGSTOP, ends=False)
+
+
+def _load_in_pods(rules: str) -> Callable[[Scene], None]:
+    def load(scene: Scene) -> None:
+        for index in scene.disaster.victims:
+            scene.lab.pods[index].run("nft", "-f", str(PEERS / rules))
+
+    return load
+
+
+def _reset(scene: Scene) -> None:
+    _kill(scene)
+    for index in scene.disaster.victims:
+        scene.reset_connections(index)
+
+
+def _flap(scene: Scene) -> None:
+    for _ in range(_FLAPS):
+        _kill(scene)
+        time.sleep(_PAUSE_S)
+        for index in scene.disaster.victims:
+            scene.serve(index)
+        time.sleep(_PAUSE_S)
+
+
+def _roll(scene: Scene) -> None:
+    everyone = range(scene.disaster.endpoints)
+    for index in everyone:
+        scene.tell(other for other in everyone if other != index)
+        scene.signal(index, signal.SIGQUIT)  # nginx: accept no new connections and finish the answers
+        time.sleep(_PAUSE_S)
+        scene.serve(index)
+        time.sleep(_PAUSE_S / 2)
+        scene.tell(everyone)
+        time.sleep(_PAUSE_S / 2)
+
+
+def _remove(_: Scene) -> None:
+    """Do nothing: the victims' servers continue, and modes are told that they are gone."""
+
+
+def _flush(scene: Scene) -> None:
+    for mode, node in scene.nodes.items():
+        if mode.name == HAPROXY:
+            continue
+        if "legacy" in node.host.run("iptables", "--version", check=False).stdout:
+            for table in ("nat", "mangle", "filter"):
+                node.host.run("iptables", "-t", table, "-F", check=False)
+        tables = node.host.run("nft", "list", "tables").stdout.splitlines()
+        node.host.run("nft", "-f", "-", stdin="".join(f"delete {table}\n" for table in tables))
+        node.track_connections()
+
+
+def _upgrade(scene: Scene) -> None:
+    for mode, node in scene.nodes.items():
+        if mode.name == HAPROXY:
+            scene.start_haproxy(node)
+        else:
+            node.processes[0].send_signal(signal.SIGUSR2)
+
+
+_EVENTS: dict[str, Callable[[Scene], None]] = {
+    "killed": _kill,
+    "stopped": _stop,
+    "half-silent": _load_in_pods("silence.rules"),
+    "unreachable": _load_in_pods("unreachable.rules"),
+    "resets": _reset,
+    "flapping": _flap,
+    "rolling": _roll,
+    "removed": _remove,
+    "flushed": _flush,
+    "upgraded": _upgrade,
+}
+
+
+# ---- clients
+
+
+@dataclass
+class _Held:
+    """The open connections to one mode, by the pod that they lead to."""
+
+    opened: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+
+
+async def _hold(held: _Held, address: tuple[str, int], path: str, end_at: float) -> None:
+    """Send requests over one connection until *end_at*; note the pod that answers, and whether an answer fails."""
+    pod, writer = "", None
+    try:
+        reader, writer = await asyncio.open_connection(*address)
+        while time.monotonic() < end_at:
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: disaster\r\n\r\n".encode())
+            async with asyncio.timeout(PATIENCE_S):
+                head = email.message_from_bytes((await reader.readuntil(b"\r\n\r\n")).partition(b"\r\n")[2])
+            if not pod:
+                held.opened.append(pod := head["Server-Name"])
+            async with asyncio.timeout(2 * PATIENCE_S):
+                await reader.readexactly(int(head["Content-Length"]))
+            await asyncio.sleep(_HELD_GAP_S)
+    except (OSError, EOFError):
+        held.lost.append(pod)
+    finally:
+        if writer is not None:
+            writer.transport.abort()
+
+
+async def _all_clients(
+    scene: Scene, tallies: Mapping[ComparedMode, Tally], held: Mapping[ComparedMode, _Held], started_at: float
+) -> None:
+    length_s = _EVENT_S + scene.disaster.length_s
+    async with asyncio.TaskGroup() as clients:
+        for mode, of_mode in held.items():
+            for _ in range(_HELD):
+                clients.create_task(
+                    _hold(of_mode, scene.address_of(mode), scene.disaster.held_path, started_at + length_s)
+                )
+        await send_requests(list(tallies.values()), started_at, length_s)
+
+
+def happen(session: Session, disaster: Disaster) -> None:
+    """Let *disaster* happen to all modes that take part, and add what their clients saw to the results."""
+    nodes = {mode: node for mode, node in session.running.items() if takes_part(mode)}
+    with Scene(session.lab, disaster, nodes) as scene:
+        able = []
+        for mode, node in nodes.items():
+            with session.noting(disaster.title):
+                wait_until_all_answer(mode, node, [scene.address_of(mode)], disaster.endpoints)
+                able.append(mode)
+        length_s = _EVENT_S + disaster.length_s
+        tallies = {mode: Tally(cycle([scene.address_of(mode)]), length_s, SLOW_S, PATIENCE_S) for mode in able}
+        held = {mode: _Held() for mode in able}
+
+        def event() -> None:
+            time.sleep(max(0.0, started_at + _EVENT_S - time.monotonic()))
+            _EVENTS[disaster.name](scene)
+            if disaster.told_after_s is not None:
+                time.sleep(disaster.told_after_s)
+                scene.tell(disaster.others)
+
+        with ThreadPoolExecutor(1, "disaster") as beside:
+            started_at = time.monotonic() + 0.05
+            happened = beside.submit(event)
+            with session.lab.client.inside():
+                asyncio.run(_all_clients(scene, tallies, held, started_at))
+        happened.result()
+        received = {mode: scene.received(mode) for mode in able}
+    for mode, reason in scene.untold.items():
+        session.note(f"{disaster.title}: {mode.title} could not be told: {reason}")
+    victims = {session.lab.pods[index].name for index in disaster.victims}
+    told_s = _EVENT_S + (disaster.told_after_s or 0.0)
+    for mode, tally in tallies.items():
+        line = Timeline(disaster.case, mode.name, 1, BUCKET_S, _EVENT_S, told_s, tally.good, tally.slow, tally.failed)
+        session.results.timelines.append(line)
+        session.add(
+            disaster.case, mode, 1, figures_of(line, received[mode], held[mode].opened, held[mode].lost, victims)
+        )
+
+
+def figures_of(
+    line: Timeline, received: int, opened: Sequence[str], lost: Sequence[str], victims: Container[str]
+) -> dict[str, float]:
+    """Return the figures of one disaster in one mode.
+
+    *received*: the requests that a victim received and did not answer. They are counted apart from ``failed``, because
+    they must not be sent twice. ``recover_s``: from the event to the last new client that failed or waited.
+    """
+    bad = [index for index, counts in enumerate(zip(line.slow, line.failed, strict=True)) if any(counts)]
+    return {
+        "requests": sum((*line.good, *line.slow, *line.failed)),
+        "failed": max(0, sum(line.failed) - received),
+        "received": min(received, sum(line.failed)),
+        "slow": sum(line.slow),
+        "recover_s": max(0.0, (bad[-1] + 1) * line.bucket_s - line.event_s) if bad else 0.0,
+        "opened": len(opened),
+        "lost": len(lost),
+        "lost_at_victims": sum(pod in victims for pod in lost),
+    }
