@@ -92,7 +92,7 @@ def test_without_failures_nothing_was_lost_and_the_recovery_took_no_time() -> No
         ({}, []),
         ({"failed": 1}, ["more failures"]),
         ({"received": 2, "lost": 2, "lost_at_victims": 2}, []),
-        ({"received": 3}, ["more requests lost with their endpoint"]),
+        ({"received": 3}, ["more requests lost on the way"]),
         ({"lost": 2, "lost_at_victims": 1}, ["open connections lost without a reason"]),
     ],
 )

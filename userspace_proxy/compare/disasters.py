@@ -78,11 +78,11 @@ class Disaster:
     def surprises(self, mode: ModeRun, figures: Mapping[str, float]) -> list[str]:
         """Return in what the *figures* of *mode* are worse than was stated."""
         failed, received = self.at_most(mode)
-        lost_elsewhere = figures["lost"] - (figures["lost_at_victims"] if self.open else 0)
+        explained = figures["lost_at_victims" if self.victims else "lost"] if self.open else 0
         checks = (
             (figures["failed"] > failed, "more failures"),
-            (figures["received"] > received, "more requests lost with their endpoint"),
-            (lost_elsewhere > 0, "open connections lost without a reason"),
+            (figures["received"] > received, "more requests lost on the way"),
+            (figures["lost"] > explained, "open connections lost without a reason"),
         )
         return [what for is_worse, what in checks if is_worse]
 
@@ -104,7 +104,7 @@ class Scene:
         self.disaster = disaster
         self.nodes = nodes
         self.untold: dict[ComparedMode, str] = {}
-        self._servers: dict[int, subprocess.Popen[bytes]] = {}
+        self.servers: dict[int, subprocess.Popen[bytes]] = {}
         self._haproxies: list[subprocess.Popen[bytes]] = []
         self._resetting: list[socket.socket] = []
 
@@ -125,7 +125,7 @@ class Scene:
         for listener in self._resetting:
             listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
             listener.close()
-        for process in (*self._servers.values(), *self._haproxies):
+        for process in (*self.servers.values(), *self._haproxies):
             process.kill()
             process.wait(_END_S)
         for index in self.disaster.victims:
@@ -152,13 +152,12 @@ class Scene:
         target = folder / f"disaster-{pod.name}.conf"
         config = fill_in(PEERS / "disaster-pod.conf", target, folder=folder, name=pod.name, port=_PORT)
         command = ("nginx", "-p", str(folder), "-c", str(config))
-        self._servers[index] = pod.start(*command, log=folder / "backends.log")
+        self.servers[index] = pod.start(*command, log=folder / "backends.log")
 
-    def signal(self, index: int, number: signal.Signals, *, ends: bool = True) -> None:
-        """Send signal *number* to the server of an endpoint, and wait for its end if it *ends*."""
-        self._servers[index].send_signal(number)
-        if ends:
-            self._servers[index].wait(_END_S)
+    def end(self, index: int, number: signal.Signals) -> None:
+        """End the server of an endpoint by signal *number*."""
+        self.servers[index].send_signal(number)
+        self.servers[index].wait(_END_S)
 
     def reset_connections(self, index: int) -> None:
         """Accept connections in the place of an endpoint's server, and reset each."""
@@ -215,12 +214,12 @@ def _reset_each(listener: socket.socket) -> None:
 
 def _kill(scene: Scene) -> None:
     for index in scene.disaster.victims:
-        scene.signal(index, signal.SIGKILL)
+        scene.end(index, signal.SIGKILL)
 
 
 def _stop(scene: Scene) -> None:
     for index in scene.disaster.victims:
-        scene.signal(index, signal.SIGSTOP, ends=False)
+        scene.servers[index].send_signal(signal.SIGSTOP)
 
 
 def _load_in_pods(rules: str) -> Callable[[Scene], None]:
@@ -250,16 +249,12 @@ def _roll(scene: Scene) -> None:
     everyone = range(scene.disaster.endpoints)
     for index in everyone:
         scene.tell(other for other in everyone if other != index)
-        scene.signal(index, signal.SIGQUIT)  # nginx: accept no new connections and finish the answers
+        scene.end(index, signal.SIGQUIT)  # nginx: accept no new connections and finish the answers
         time.sleep(_PAUSE_S)
         scene.serve(index)
         time.sleep(_PAUSE_S / 2)
         scene.tell(everyone)
         time.sleep(_PAUSE_S / 2)
-
-
-def _remove(_: Scene) -> None:
-    """Do nothing: the victims' servers continue, and modes are told that they are gone."""
 
 
 def _flush(scene: Scene) -> None:
@@ -290,7 +285,7 @@ _EVENTS: dict[str, Callable[[Scene], None]] = {
     "resets": _reset,
     "flapping": _flap,
     "rolling": _roll,
-    "removed": _remove,
+    "removed": lambda _: None,  # the victims' servers continue
     "flushed": _flush,
     "upgraded": _upgrade,
 }
@@ -367,7 +362,8 @@ def happen(session: Session, disaster: Disaster) -> None:
             with session.lab.client.inside():
                 asyncio.run(_all_clients(scene, tallies, held, started_at))
         happened.result()
-        received = {mode: scene.received(mode) for mode in able}
+        # Without victims, it is the proxy that lost a client which it had connected.
+        received = {mode: scene.received(mode) if disaster.victims else tally.cut for mode, tally in tallies.items()}
     for mode, reason in scene.untold.items():
         session.note(f"{disaster.title}: {mode.title} could not be told: {reason}")
     victims = {session.lab.pods[index].name for index in disaster.victims}
@@ -385,8 +381,9 @@ def figures_of(
 ) -> dict[str, float]:
     """Return the figures of one disaster in one mode.
 
-    *received*: the requests that a victim received and did not answer. They are counted apart from ``failed``, because
-    they must not be sent twice. ``recover_s``: from the event to the last new client that failed or waited.
+    *received*: the requests that a victim, or a proxy, received and did not answer. They are counted apart from
+    ``failed``, because they must not be sent twice. ``recover_s``: from the event to the last new client that failed or
+    waited.
     """
     bad = [index for index, counts in enumerate(zip(line.slow, line.failed, strict=True)) if any(counts)]
     return {

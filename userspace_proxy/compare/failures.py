@@ -92,6 +92,7 @@ class Tally:
     length_s: float
     slow_s: float = SLOW_S
     patience_s: float = PATIENCE_S
+    cut: int = 0  # of the failed ones, those that had been connected
 
     def __post_init__(self) -> None:
         self.good, self.slow, self.failed = ([0] * (int(self.length_s / BUCKET_S) + 1) for _ in range(3))
@@ -110,18 +111,20 @@ async def send_requests(tallies: Sequence[Tally], started_at: float, length_s: f
 
 
 async def _send_request(tally: Tally, due_at: float, bucket: int) -> None:
-    answer = b""
+    answer, is_connected = b"", False
     with contextlib.suppress(OSError):
         async with asyncio.timeout(tally.patience_s):
             reader, writer = await asyncio.open_connection(*next(tally.addresses))
+            is_connected = True
             try:
                 writer.write(REQUEST_AND_CLOSE)
                 answer = await reader.read(4096)
             finally:
                 writer.transport.abort()
     is_slow = time.monotonic() - due_at > tally.slow_s
-    counts = tally.slow if is_slow else tally.good
-    (counts if answer.startswith(b"HTTP/1.1 200") else tally.failed)[bucket] += 1
+    is_good = answer.startswith(b"HTTP/1.1 200")
+    ((tally.slow if is_slow else tally.good) if is_good else tally.failed)[bucket] += 1
+    tally.cut += is_connected and not is_good
 
 
 def watch(

@@ -113,7 +113,7 @@ def _shares(results: Results, event: str, mode: str) -> tuple[str, str]:
 def disaster_sheets(results: Results) -> Iterator[tuple[Disaster, Sheet]]:
     """Yield the disasters that happened, each with its table."""
     slow = f"slower than {SLOW_S:g} s"
-    head = ("", "failed", "stated", "lost with endpoint", "stated", slow, "time to recover", "open lost", "verdict")
+    head = ("", "failed", "stated", "lost on the way", "stated", slow, "time to recover", "open lost", "verdict")
     for disaster in DISASTERS:
         rows = [
             _disaster_row(disaster, mode, sample.figures)
