@@ -115,6 +115,7 @@ class Scene:
         for index in self.disaster.victims:
             self.lab.pods[index].run("nft", "-f", str(PEERS / "received.rules"))
         for mode, node in self.nodes.items():
+            node.forget_connections()  # a client's port may come again, with the endpoint of an earlier disaster
             if mode.name == HAPROXY:
                 self.start_haproxy(node)
             else:
