@@ -189,3 +189,15 @@ def marked(mark: str) -> list[int]:
         except OSError:
             continue
     return found
+
+
+def test_a_pod_is_a_client_too_and_the_pod_that_answers_sees_it_in_a_kernel_mode(web: Path) -> None:
+    done = lab(
+        "set -- $(get pods | awk 'NR == 2 { print $1, $5 }'); ip netns exec $1 curl -s http://web; mode nftables;"
+        "for i in $(seq 8); do ip netns exec $1 curl -sm3 http://web || echo failed; done; echo $2",
+        web,
+    )
+
+    *lines, ip = done.stdout.splitlines()
+    assert re.search(r"client=10\.244\.0\.1$", lines[0])
+    assert all(re.search(rf"client=({re.escape(ip)}|10\.244\.0\.1)$", line) for line in lines[2:]), done.stdout

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import re
 import time
@@ -92,6 +93,7 @@ class Cluster:
         self.wanted = Wanted({}, {}, {}, {})
         self.problem = ""
         self._is_begun = False
+        self._free_ips = itertools.cycle(_ips())  # an address is not used again at once
         node = network.node
         node.set_knob("ipv4/conf/all/send_redirects", 0)
         node.set_knob(f"ipv4/conf/{_BRIDGE}/send_redirects", 0)
@@ -298,7 +300,7 @@ class Cluster:
             raise ConfigError(f"the lab has room for {PODS_MAX} pods; {key} is not simulated")
         taken = {pod.ip for pod in self.pods.values()}
         if not ip or ip in taken:
-            ip = next(free for free in _free_ips() if free not in taken)
+            ip = next(free for free in self._free_ips if free not in taken)
         host = Host(key.name if key.namespace in ("", "default") else f"{key.namespace}.{key.name}")
         pod = Pod(key, ip, host, PodServer(key.name, host, ip), plain, started_at=time.time(), **of_pod)
         self.pods[key] = pod
@@ -341,7 +343,9 @@ class Cluster:
         del self.pods[pod.key]
 
     def _remove_host(self, pod: Pod) -> None:
-        self._network.node.ip("route", "del", pod.ip, "dev", _BRIDGE)
+        node = self._network.node
+        node.ip("route", "del", pod.ip, "dev", _BRIDGE)
+        node.ip("neighbour", "flush", "to", pod.ip, "dev", _BRIDGE)  # the next pod there has another MAC address
         self._network.lab.remove(pod.host)
 
     async def _gone(self, key: Key) -> None:
@@ -382,7 +386,7 @@ def _timestamps(node: Host) -> tuple[float, float]:
     return found.get(True, 0.0), found.get(False, 0.0)
 
 
-def _free_ips() -> Iterator[str]:
+def _ips() -> Iterator[str]:
     """Yield addresses for pods; those of 10.244.0.0/24 are for manifests that state them."""
     return (f"10.244.{high}.{low}" for high in range(1, 255) for low in range(1, 255))
 

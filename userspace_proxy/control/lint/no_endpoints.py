@@ -115,6 +115,7 @@ def _no_pods(
     field = "spec.selector"
     if templates:
         said += f"; the template of {templates[0].metadata.name} has these labels, but a proxy makes no Pods of it"
+        said += " (the command lab does)"
         mend = f"add the Pods, as 'kubectl get pods -o yaml' shows them, or Endpoints named {name.name!r}"
         return Note(said, field=field, mend=mend)
     for namespace in islice(index.namespaces(), _CANDIDATES_MAX):
