@@ -200,3 +200,13 @@ async def test_endpoints_leave_with_the_annotation(tmp_path: Path) -> None:
         await world.wait_for("10.0.0.2 8080 http", "10.0.0.2 8080 dns")
         world.manifest.write_text((WEB % "").replace("endpoints-from", "balance").replace('""', "random"))
         await world.wait_for()
+
+
+@pytest.mark.usefixtures("often")
+async def test_the_problem_of_a_name_ends_with_the_annotation(tmp_path: Path) -> None:
+    async with serving(FIRST, unknown), following(tmp_path, "dns://web:8080") as world:
+        await world.wait_for_problem("the name has none")
+        world.manifest.write_text((WEB % "").replace("endpoints-from", "balance").replace('""', "random"))
+        async with asyncio.timeout(20):
+            while world.source.problems:
+                await asyncio.sleep(0.005)

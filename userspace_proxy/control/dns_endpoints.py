@@ -68,7 +68,7 @@ class DnsEndpoints:
         is_synced = False
         try:
             while True:
-                if is_synced and self._services and resolving is None:
+                if is_synced and (self._services or self._answers) and resolving is None:
                     resolving = asyncio.create_task(self._resolve(after_s=_EVERY_S), name="resolve endpoints")
                 await asyncio.wait(filter(None, (following, resolving)), return_when=asyncio.FIRST_COMPLETED)
                 batch: Sequence[ObjectEvent] = ()
