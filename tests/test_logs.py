@@ -88,7 +88,7 @@ def written(path: Path, log_format: str, *records: AccessRecord) -> list[str]:
 # ---- the program's log
 
 
-def test_a_line_of_json_is_one_object_that_says_all() -> None:
+def test_a_line_of_json_is_one_object_with_all_fields() -> None:
     line = json.loads(JsonFormatter().format(log_record("%s is ready", "web")))
 
     assert (line["level"], line["logger"], line["message"]) == ("warning", "runtime.app", "web is ready")
@@ -144,7 +144,7 @@ def test_a_long_message_is_shortened() -> None:
     assert len(TextFormatter().format(log_record("%s", "x" * 100_000))) < 4_100
 
 
-def test_a_line_of_text_says_when_how_bad_and_what() -> None:
+def test_a_line_of_text_has_time_level_and_message() -> None:
     assert re.fullmatch(r"\d\d:\d\d:\d\d\.\d{3} WARNING 1 of 2", TextFormatter().format(log_record("%d of %d", 1, 2)))
 
 
@@ -169,7 +169,7 @@ def test_a_line_for_each_connection_is_shown_only_when_asked_for(
     assert [json.loads(line)["level"] for line in capfd.readouterr().err.splitlines()] == shown
 
 
-def test_a_stderr_that_takes_nothing_holds_up_nobody_and_the_last_words_come_when_it_does() -> None:
+def test_a_blocked_stderr_delays_no_caller_and_the_last_lines_follow_later() -> None:
     """In a separate process, because its exit is tested: three thousand lines do not fit into a pipe."""
     code = (
         "import sys, logging; from userspace_proxy.logs import configure_logging, log_lines_dropped;"
@@ -200,7 +200,7 @@ def test_a_stderr_that_takes_nothing_holds_up_nobody_and_the_last_words_come_whe
     assert lines[-1] == "ValueError: the end\n"
 
 
-def test_a_process_ends_though_nothing_takes_what_it_says() -> None:
+def test_a_process_ends_although_its_output_is_blocked() -> None:
     code = (
         "import logging; from userspace_proxy.logs import configure_logging; configure_logging('text');"
         "[logging.getLogger('userspace_proxy.x').warning('%s', '.' * 1000) for _ in range(100)]; raise SystemExit(3)"
@@ -225,7 +225,7 @@ def test_a_closed_stderr_is_no_other_descriptor() -> None:
 # ---- the access log
 
 
-def test_a_line_tells_who_asked_for_what_and_what_became_of_it(tmp_path: Path) -> None:
+def test_a_line_has_client_destination_and_outcome(tmp_path: Path) -> None:
     (line,) = written(tmp_path / "access.log", "text", RECORD)
 
     assert line.split(" ", 1)[1] == (
@@ -234,13 +234,13 @@ def test_a_line_tells_who_asked_for_what_and_what_became_of_it(tmp_path: Path) -
     )
 
 
-def test_what_is_not_known_is_a_dash(tmp_path: Path) -> None:
+def test_an_unknown_value_is_a_dash(tmp_path: Path) -> None:
     (line,) = written(tmp_path / "access.log", "text", LOST)
 
     assert " [fd00::2]:1 -> - -> - (-) " in line
 
 
-def test_a_line_of_json_tells_the_same(tmp_path: Path) -> None:
+def test_a_line_of_json_has_the_same_content(tmp_path: Path) -> None:
     known, lost = map(json.loads, written(tmp_path / "access.log", "json", RECORD, LOST))
 
     assert {**known, "time": ""} == {
@@ -280,7 +280,7 @@ def test_a_log_that_was_moved_away_is_begun_anew(tmp_path: Path) -> None:
     assert len((tmp_path / "access.log.1").read_text().splitlines()) + len(path.read_text().splitlines()) == 3
 
 
-def test_a_slow_disk_costs_lines_and_holds_up_nobody(tmp_path: Path) -> None:
+def test_a_slow_disk_costs_lines_and_delays_no_caller(tmp_path: Path) -> None:
     """The disk is a pipe without a reader. 20,000 lines fit neither into it nor into the queue."""
     path = tmp_path / "access.log"
     os.mkfifo(path)
@@ -373,7 +373,7 @@ def test_a_log_that_takes_nothing_is_given_up_at_the_end(tmp_path: Path) -> None
     os.close(reader)
 
 
-def test_a_fifo_without_a_reader_holds_up_nobody(tmp_path: Path) -> None:
+def test_a_fifo_without_a_reader_blocks_no_other_work(tmp_path: Path) -> None:
     path = tmp_path / "access.log"
     os.mkfifo(path)
     require_writable(str(path))

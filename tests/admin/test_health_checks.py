@@ -218,7 +218,7 @@ async def test_only_the_addresses_that_are_given_answer_and_they_may_change() ->
         assert await is_refused(port, "::1")
 
 
-async def test_a_taken_port_is_told_of_once_and_tried_again_at_each_sync() -> None:
+async def test_a_taken_port_is_reported_once_and_retried_at_each_sync() -> None:
     port, other = free_ports(2)
     async with running() as rig:
         with socket.create_server(("127.0.0.1", port)):

@@ -88,11 +88,11 @@ def test_the_counters_of_an_endpoint_bear_its_address_and_every_one_is_shown() -
         assert len(shown) == SERIES_AN_ENDPOINT
 
 
-def test_endpoints_that_are_not_told_of_are_counted() -> None:
+def test_hidden_endpoints_are_counted() -> None:
     assert samples(PlaneStats({}, hidden_endpoints=7), control())["userspace_proxy_hidden_endpoints",] == 7
 
 
-def test_the_control_side_tells_of_itself() -> None:
+def test_the_control_process_exposes_metrics_of_its_own() -> None:
     given = control(**{field: 100 + n for n, field in enumerate(ControlStats._fields)})
 
     shown = samples(PlaneStats({}, connections_open=7, accept_paused=8, local_shortages=9), given)
@@ -163,7 +163,7 @@ def test_a_proxy_without_services_can_be_scraped() -> None:
     assert samples(PlaneStats({}), control())["userspace_proxy_service_ports",] == 0
 
 
-def test_names_of_metrics_are_told_once_and_with_help() -> None:
+def test_each_metric_is_exposed_once_and_with_help() -> None:
     text = b"".join(render(PlaneStats({TCP: Counters(), UDP: Counters()}), control())).decode()
 
     helped = [line.split()[2] for line in text.splitlines() if line.startswith("# HELP")]

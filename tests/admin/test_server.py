@@ -104,7 +104,7 @@ async def test_one_family_that_does_not_keep_up_is_no_health(path: str) -> None:
     assert "no sync has succeeded" in answer.json["reason"]
 
 
-async def test_a_sync_that_fails_is_told_at_once_and_is_a_reason_to_leave_only_when_it_lasts() -> None:
+async def test_a_failed_sync_is_reported_at_once_and_fails_healthz_only_if_it_lasts() -> None:
     async with running() as rig:
         rig.health = Health(WELL, failing="since noon: nft exited 1")
         soon = [await rig.get(rig.healthz, path) for path in ("/healthz", "/livez")]
@@ -216,7 +216,7 @@ async def test_beside_the_metrics_is_what_kube_proxy_has_there() -> None:
     assert 'kubernetes_healthcheck{name="sync-IPv6",type="healthz"} 0.0' in slis
 
 
-async def test_the_open_address_tells_health_alone() -> None:
+async def test_the_public_address_serves_health_alone() -> None:
     async with running() as rig:
         statuses = [(await rig.get(rig.healthz, path)).status for path in ("/metrics", "/proxyMode", "/configz", "/")]
         posted = await rig.get(rig.healthz, "/healthz", method="POST")
@@ -383,7 +383,7 @@ def own_address(ip: str) -> Iterator[str]:
         subprocess.run(["ip", "address", "del", f"{ip}/32", "dev", "lo"], check=True)
 
 
-async def test_other_hosts_are_told_kube_proxys_fields_and_nothing_else() -> None:
+async def test_other_hosts_get_only_kube_proxys_fields() -> None:
     rig = Rig()
     (port,) = free_ports(1)
     address = f"0.0.0.0:{port}"
@@ -415,7 +415,7 @@ async def test_an_answer_to_nonsense_names_no_version() -> None:
     assert b"Python" not in answer
 
 
-async def test_problems_are_told_in_bounded_number_and_size_and_without_control_characters() -> None:
+async def test_problems_are_reported_in_bounded_number_and_size_without_control_characters() -> None:
     async with running() as rig:
         rig.health = Health(WELL, problems=["\x1b[31m\n\u202e" + "x" * 1_000_000] * 10_000)
         answer = await rig.get(rig.healthz, "/healthz")

@@ -181,7 +181,7 @@ def test_a_wrong_type_is_named_with_its_field_in_plain_words(kind: str, text: st
 
 
 @pytest.mark.parametrize("value", ["1.10", "yes", "8080", "null"])
-def test_a_label_that_yaml_takes_for_something_else_is_named_with_its_mend(value: str) -> None:
+def test_a_label_that_yaml_reads_as_another_type_is_named_with_a_fix(value: str) -> None:
     error = refusal("Service", f"{{metadata: {{name: a}}, spec: {{selector: {{app: web, version: {value}}}}}}}")
 
     assert error.field == "spec.selector.version"

@@ -26,7 +26,7 @@ PATHS = {
 
 
 @pytest.mark.parametrize("file", sorted(MANIFESTS.glob("*.yaml")), ids=lambda file: file.name)
-def test_an_api_server_takes_what_the_examples_say(plane: ControlPlane, file: Path) -> None:
+def test_an_api_server_accepts_the_examples(plane: ControlPlane, file: Path) -> None:
     for path, name in (("/api/v1/namespaces", "kube-system"), (PRIORITIES, "system-node-critical")):
         wait_for(plane, path, name)
     for given in yaml.safe_load_all(file.read_text()):

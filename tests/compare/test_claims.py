@@ -154,7 +154,7 @@ def timeline(mode: str, failed: list[int]) -> Timeline:
     return Timeline("dies", mode, 1, 0.5, 1.0, 2.0, [3 - count for count in failed], [0] * len(failed), failed)
 
 
-def test_an_outage_is_counted_from_the_event_until_a_second_after_modes_were_told() -> None:
+def test_an_outage_is_counted_until_a_second_after_modes_were_notified() -> None:
     failed, slow = outage([timeline(NFTABLES, [3, 0, 1, 1, 0, 0, 3, 3])])
 
     assert failed == pytest.approx(2 / 12)

@@ -58,7 +58,7 @@ RELOAD = subprocess.CalledProcessError(1, ["nginx", "-s", "reload"], "", "invali
 
 
 @pytest.mark.parametrize("error", [REFUSED, RELOAD], ids=["HAProxy is dead", "nginx does not reload"])
-def test_a_mode_that_cannot_be_told_of_an_event_has_no_timeline(node: ModeNode, error: Exception) -> None:
+def test_a_mode_that_cannot_be_notified_of_an_event_has_no_timeline(node: ModeNode, error: Exception) -> None:
     undone: list[bool] = []
     noted: list[str] = []
     event = Event(

@@ -183,7 +183,7 @@ async def test_counters_tell_what_happened(kind: str, tmp_path: Path, three: tup
 
 
 @pytest.mark.parametrize("kind", PLANES)
-async def test_an_endpoint_that_failed_dials_eject_is_told_with_time_and_reason(
+async def test_an_ejection_is_reported_with_time_and_reason(
     kind: str, tmp_path: Path, three: tuple[NamedBackend, ...]
 ) -> None:
     refusing, began_at = refusing_endpoint(), time.time()
@@ -201,7 +201,7 @@ async def test_an_endpoint_that_failed_dials_eject_is_told_with_time_and_reason(
 
 
 @pytest.mark.parametrize("kind", PLANES)
-async def test_clients_that_stay_are_counted_and_so_are_endpoints_that_are_not_told_of(
+async def test_pinned_clients_and_hidden_endpoints_are_counted(
     kind: str, tmp_path: Path, three: tuple[NamedBackend, ...]
 ) -> None:
     async with running(kind, tmp_path) as plane:
@@ -346,7 +346,7 @@ async def test_the_pin_of_all_listeners_outlives_a_worker(tmp_path: Path, three:
         assert {await ask(portal_ip=ip) for ip in (PORTAL_IP, EXTERNAL_IP) * 3} == {pinned}
 
 
-async def test_requests_fail_while_there_is_no_worker_and_what_they_said_is_in_force_with_the_next(
+async def test_requests_fail_without_a_worker_and_the_next_worker_applies_them(
     tmp_path: Path, three: tuple[NamedBackend, ...]
 ) -> None:
     async with running("worker", tmp_path) as plane:
@@ -385,7 +385,7 @@ async def test_listeners_that_are_opened_while_there_is_no_worker_are_served_by_
         assert await ask() == "a"
 
 
-async def test_a_worker_that_was_not_told_to_serve_on_ends_with_its_control_process() -> None:
+async def test_a_worker_without_keep_on_ends_with_its_control_process() -> None:
     plane = RemotePlane(WorkerSettings(Limits(), orphan_timeout_s=60))
     plane.start()
     await plane.open([spec()])
@@ -511,7 +511,7 @@ async def test_a_plane_that_is_closed_while_it_opens_listeners_tells_its_worker(
     await opening
 
 
-async def test_a_worker_that_hangs_is_replaced_and_said_to_fail_meanwhile(
+async def test_a_worker_that_hangs_is_replaced_and_reported_as_failing_meanwhile(
     tmp_path: Path, three: tuple[NamedBackend, ...]
 ) -> None:
     async with running("worker", tmp_path) as plane:

@@ -96,7 +96,7 @@ def put_in_place(path: Path, text: str) -> None:
 # ---- the start
 
 
-async def test_every_object_is_told_once_and_then_that_all_were(tmp_path: Path) -> None:
+async def test_every_object_is_reported_once_before_synced(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(service("a") + service("b"))
     (tmp_path / "b.yml").write_text(service("c"))
     (tmp_path / "c.json").write_text(
@@ -107,7 +107,7 @@ async def test_every_object_is_told_once_and_then_that_all_were(tmp_path: Path) 
         assert told.since(0) == [*((EventType.SET, name) for name in "abcd"), (EventType.SYNCED, "")]
 
 
-async def test_synced_is_told_once_whatever_changes_later(tmp_path: Path) -> None:
+async def test_synced_is_reported_once(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     file.write_text(service("a"))
 
@@ -184,7 +184,7 @@ async def test_nothing_is_synced_before_stdin_has_ended_and_the_loop_runs_on_mea
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_who_is_stopped_and_asked_again_loses_nothing_of_stdin(to_stdin: BinaryIO) -> None:
+async def test_a_cancelled_and_restarted_source_loses_no_input_of_stdin(to_stdin: BinaryIO) -> None:
     source = FileSource(["-"])
     to_stdin.write(service("a").encode())
     for _ in range(2):
@@ -247,7 +247,7 @@ async def test_a_large_file_is_read_beside_the_event_loop(tmp_path: Path) -> Non
         assert ticks > 3
 
 
-async def test_who_is_stopped_while_a_file_is_read_is_told_all_the_next_time(tmp_path: Path) -> None:
+async def test_a_source_cancelled_during_a_read_reports_all_the_next_time(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("".join(service(f"s{number}") for number in range(1_000)))
     source = FileSource([str(tmp_path)])
     with contextlib.suppress(TimeoutError):
@@ -314,7 +314,7 @@ def test_a_path_that_names_nothing_is_refused_at_once(tmp_path: Path) -> None:
 # ---- changes
 
 
-async def test_an_unchanged_object_is_not_told_again(tmp_path: Path) -> None:
+async def test_an_unchanged_object_is_not_reported_again(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     file.write_text(service("a") + service("b"))
 
@@ -326,7 +326,7 @@ async def test_an_unchanged_object_is_not_told_again(tmp_path: Path) -> None:
         assert told.since(mark) == [(EventType.SET, "b")]
 
 
-async def test_an_object_that_only_moved_is_not_told_again_and_is_found_at_its_new_line(tmp_path: Path) -> None:
+async def test_an_object_that_only_moved_is_not_reported_again_and_is_found_at_its_new_line(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     file.write_text(service("a") + service("b"))
 
@@ -595,7 +595,7 @@ async def test_a_file_that_is_named_in_several_ways_is_read_once(tmp_path: Path)
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_after_any_edits_what_was_told_is_what_a_fresh_reader_finds(tmp_path: Path, seed: int) -> None:
+def test_after_any_edits_the_reported_objects_are_those_of_a_fresh_reader(tmp_path: Path, seed: int) -> None:
     """Only the difference is parsed again; the result must equal that of parsing all, before and behind a change."""
     chance = random.Random(seed)
     file = tmp_path / "a.yaml"

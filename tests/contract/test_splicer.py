@@ -163,7 +163,9 @@ async def test_a_slow_reader_gets_everything(shop: Workshop, side: str) -> None:
 
 
 @pytest.mark.parametrize("side", SIDES)
-async def test_a_stalled_reader_pushes_back_on_the_writer_and_not_on_the_other_way(shop: Workshop, side: str) -> None:
+async def test_a_stalled_reader_pushes_back_on_the_writer_and_not_on_the_other_direction(
+    shop: Workshop, side: str
+) -> None:
     spliced = shop.splice(buffer_bytes=16_384)
     sender, receiver = spliced.ends(side)
     taken = 0
@@ -185,7 +187,7 @@ async def test_a_stalled_reader_pushes_back_on_the_writer_and_not_on_the_other_w
 
 
 @pytest.mark.parametrize("side", SIDES)
-async def test_a_half_close_passes_and_the_other_way_goes_on(shop: Workshop, side: str) -> None:
+async def test_a_half_close_passes_and_the_other_direction_continues(shop: Workshop, side: str) -> None:
     spliced = shop.splice()
     first, second = spliced.ends(side)
     await first.send(b"question")
@@ -390,7 +392,7 @@ async def test_a_reset_of_a_stalled_reader_reaches_the_writer(shop: Workshop, si
 
 
 @pytest.mark.parametrize("side", SIDES)
-async def test_what_a_side_said_before_it_reset_arrives_though_sending_to_it_failed(shop: Workshop, side: str) -> None:
+async def test_bytes_sent_before_a_reset_arrive_although_sending_to_that_side_failed(shop: Workshop, side: str) -> None:
     spliced = shop.splice(start=False)
     first, second = spliced.ends(side)
     await first.send(b"503 go away")
@@ -454,7 +456,7 @@ async def test_a_second_cut_does_nothing(shop: Workshop) -> None:
     assert await spliced.ended() == "first"
 
 
-async def test_the_end_is_never_told_before_start_has_returned(shop: Workshop) -> None:
+async def test_on_end_is_never_called_before_start_returns(shop: Workshop) -> None:
     spliced = shop.splice(start=False)
     spliced.client.reset()
     spliced.backend.reset()

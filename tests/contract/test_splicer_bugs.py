@@ -66,7 +66,7 @@ async def test_a_send_that_took_a_part_goes_on_where_it_stopped(shop: Workshop, 
 
 
 @pytest.mark.parametrize("first", ["client", "backend"])
-async def test_bytes_of_one_way_never_turn_up_in_the_other(shop: Workshop, first: str) -> None:
+async def test_bytes_of_one_direction_never_appear_in_the_other(shop: Workshop, first: str) -> None:
     """Both directions are stalled with unsent bytes, and both continue before the engine gets an event."""
     spliced = shop.splice(buffer_bytes=SMALL)
     up, down = STREAM[:300_000], STREAM[300_000:600_000]
@@ -85,7 +85,7 @@ async def test_bytes_of_one_way_never_turn_up_in_the_other(shop: Workshop, first
 # ---- a full read into memory of a way that moves in bulk by now is dropped
 
 
-async def test_full_reads_of_a_way_that_has_been_in_bulk_before_arrive(shop: Workshop) -> None:
+async def test_full_reads_of_a_direction_that_was_bulk_before_arrive(shop: Workshop) -> None:
     """A direction repeatedly carries more than one read takes, then is drained, then carries a little."""
     spliced = shop.splice(buffer_bytes=AMPLE)
     writer = Writer(spliced.client)
@@ -117,7 +117,7 @@ async def test_full_reads_arrive_when_more_ways_are_in_bulk_than_there_is_room_f
 
 
 @pytest.mark.parametrize("buffer_bytes", [SMALL, 4 * SMALL, ROOMY])
-async def test_a_way_that_is_to_go_on_next_turn_stops_when_its_sink_is_full(shop: Workshop, buffer_bytes: int) -> None:
+async def test_a_queued_direction_stops_when_its_sink_is_full(shop: Workshop, buffer_bytes: int) -> None:
     """Full reads queue the direction for the next turn. Then the sink fills, and the unsent bytes must go first."""
     spliced = shop.splice(buffer_bytes=buffer_bytes, client_buffer_bytes=4 * AMPLE)
     writer = Writer(spliced.client)

@@ -419,7 +419,7 @@ def test_no_value_has_two_holders_and_pools_forget_nothing(seed: int) -> None:
 # ---- in a cluster
 
 
-def test_in_a_cluster_services_have_what_the_api_says_and_nothing_else() -> None:
+def test_in_a_cluster_services_have_the_values_of_the_api_and_no_others() -> None:
     given = service(type="LoadBalancer", clusterIPs=["10.96.0.1", "fd00::1"], ipFamilies=["IPv4", "IPv6"])
 
     assert Allocations().assign(named("web"), given) == (Allocation(("10.96.0.1", "fd00::1")), [])

@@ -852,7 +852,7 @@ def annotated(annotation: str) -> str:
         pytest.param("<!DOCTYPE html>\n<html>\n", 1, "", "this is HTML", "fetch the raw file", id="HTML"),
     ],
 )
-def test_a_mistake_is_named_once_with_its_line_and_its_mend(
+def test_a_mistake_is_named_once_with_its_line_and_a_fix(
     text: str, line: int, field: str, problem: str, mend: str
 ) -> None:
     found = findings(text)
@@ -881,7 +881,7 @@ def test_containerport_in_a_service_is_taken_for_targetport_and_the_missing_port
     assert (second["field"], second["mend"]) == ("spec.ports[0]", "add port")
 
 
-def test_the_mend_of_a_single_sctp_port_speaks_of_no_others() -> None:
+def test_the_fix_for_a_single_sctp_port_mentions_no_other_ports() -> None:
     found = findings(GOOD.replace("{port: 5432}", "{port: 5432, protocol: SCTP}"))
 
     assert [finding["mend"] for finding in found] == ["remove the port, or serve it another way"]
@@ -1059,7 +1059,7 @@ def shown_in_a_terminal(*arguments: str | Path, columns: int = 100) -> str:
     return shown
 
 
-def test_in_a_terminal_the_place_is_bold_and_the_mend_dim(tmp_path: Path) -> None:
+def test_in_a_terminal_the_place_is_bold_and_the_fix_dim(tmp_path: Path) -> None:
     file = tmp_path / "tutorial.yaml"
     file.write_text(TUTORIAL)
 

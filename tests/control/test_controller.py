@@ -139,7 +139,7 @@ async def test_a_sync_that_is_asked_for_during_the_first_one_is_made() -> None:
         await rig.sink.called(2)
 
 
-async def test_sinks_get_what_is_left_of_the_desired_state_and_the_log_tells_of_all_of_it(
+async def test_sinks_get_the_filtered_state_and_the_log_reports_the_whole_one(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     def without_endpoints(state: ProxyState) -> ProxyState:
@@ -391,7 +391,7 @@ async def test_an_unexpected_failure_is_logged_with_its_traceback() -> None:
     assert caught.group_contains(ZeroDivisionError)
 
 
-async def test_a_source_that_fails_is_asked_again_and_what_was_told_stays() -> None:
+async def test_a_source_that_fails_is_retried_and_its_objects_stay() -> None:
     class FailingOnce(FakeSource):
         def __init__(self) -> None:
             super().__init__()

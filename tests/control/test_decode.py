@@ -308,7 +308,7 @@ def test_a_service_port_has_every_field_of_the_manifest() -> None:
         ({"sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 86_400}}}, 86_400),
     ],
 )
-def test_affinity_lasts_three_hours_unless_said_otherwise(spec: dict[str, Any], timeout_s: int | None) -> None:
+def test_affinity_lasts_three_hours_by_default(spec: dict[str, Any], timeout_s: int | None) -> None:
     assert [port.affinity_timeout_s for port in ports_of(service(**spec))] == [timeout_s]
 
 
@@ -848,7 +848,7 @@ def made_of(*pods: api.Pod, **spec: Any) -> list[Endpoint]:
         (pod(conditions=[{"type": "Ready", "status": "Unknown"}]), False, False, False),
     ],
 )
-def test_a_pod_is_ready_when_it_says_so_and_is_not_ending(
+def test_a_pod_is_ready_by_its_condition_unless_it_is_terminating(
     given: api.Pod, ready: bool, serving: bool, terminating: bool
 ) -> None:
     assert made_of(given) == [Endpoint("10.244.0.1", 80, ready, serving, terminating, "node1")]

@@ -97,7 +97,7 @@ def test_from_files_the_service_that_had_an_external_ip_keeps_it_also_after_a_re
     assert holders(after) == ["b"]
 
 
-def test_from_files_it_goes_to_the_next_when_its_holder_gives_it_up() -> None:
+def test_from_files_a_portal_passes_to_the_next_service_when_its_holder_releases_it() -> None:
     known = World()
     known.tell(external("b", "10.96.0.1"))
     known.tell(external("a", "10.96.0.2"))

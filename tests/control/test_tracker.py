@@ -561,7 +561,7 @@ def test_in_a_cluster_two_services_may_share_what_the_api_lets_them_share() -> N
     assert not tracker.problems
 
 
-def test_the_last_good_version_of_a_service_goes_on_and_follows_its_pods() -> None:
+def test_the_last_good_version_of_a_service_is_served_and_follows_its_pods() -> None:
     world = World()
     world.tell(service(**SELECTING), pod())
 

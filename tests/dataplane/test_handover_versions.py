@@ -252,7 +252,7 @@ async def test_from_an_older_or_a_later_process_is_taken_over(role: int, listene
     successor.close()
 
 
-async def test_an_older_orphan_is_told_to_end() -> None:
+async def test_an_orphan_of_an_older_version_gets_a_request_to_end() -> None:
     def serve(member: socket.socket) -> Any:
         with member, contextlib.closing(Older.answer(member)) as older:
             older.say({"type": "Present", "version": 3, "pid": 4711, "orphan": True})

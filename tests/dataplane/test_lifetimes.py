@@ -62,7 +62,7 @@ REMOVALS: dict[str, Callable[[Endpoint], Endpoint] | None] = {
 
 @pytest.mark.parametrize("policy", [ConnectionPolicy(), ConnectionPolicy(drain_s=60.0), RESET])
 @pytest.mark.parametrize("kind", REMOVALS)
-async def test_what_becomes_of_a_connection_whose_endpoint_is_removed(
+async def test_connections_to_a_removed_endpoint_follow_the_policy(
     plane: Plane, kind: str, policy: ConnectionPolicy
 ) -> None:
     with Listener() as listener:
@@ -384,7 +384,7 @@ async def test_a_client_waits_for_an_endpoint_of_its_family(plane: Plane) -> Non
         backend.close()
 
 
-async def test_nobody_waits_at_a_listener_that_is_closed_and_a_drain_waits_for_nobody() -> None:
+async def test_a_closed_listener_and_a_drain_release_waiting_clients() -> None:
     async with running_plane(Limits()) as plane:
         await plane.apply(WAIT)
         await plane.use()

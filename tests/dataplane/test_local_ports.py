@@ -39,7 +39,7 @@ def test_ports_that_another_process_used_rest_too() -> None:
     assert [take(ports, 30) for _ in range(3)] == [101, 102, None]
 
 
-def test_ports_that_another_process_goes_on_to_use_rest_too() -> None:
+def test_ports_that_another_process_continues_to_use_rest_too() -> None:
     """The other process is still running when the first flow begins, but not when its ports are reached."""
     asked = []
 

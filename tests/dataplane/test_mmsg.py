@@ -74,7 +74,7 @@ def test_what_is_more_than_a_batch_waits_for_the_next() -> None:
 
 
 @pytest.mark.parametrize("refused", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 1, 2)])
-def test_what_the_kernel_refuses_is_counted_and_keeps_nothing_else_back(refused: tuple[int, ...]) -> None:
+def test_a_refused_datagram_is_counted_and_delays_no_other(refused: tuple[int, ...]) -> None:
     batch = Batch()
     with front(socket.AF_INET6) as sock, client_of(sock, "127.0.0.1") as client:
         client.send(b"")

@@ -30,7 +30,7 @@ def test_endpoints_take_turns_in_order(clock: FakeClock) -> None:
     assert picks(picker_over(A, B, C, clock=clock), 7) == [A, B, C, A, B, C, A]
 
 
-def test_an_endpoint_that_joins_is_last_in_its_first_round_and_moves_nobodys_turn(clock: FakeClock) -> None:
+def test_a_new_endpoint_is_last_in_its_first_round_and_keeps_the_order_of_others(clock: FakeClock) -> None:
     picker = picker_over(A, B, clock=clock)
     picks(picker, 1)
 
@@ -39,7 +39,7 @@ def test_an_endpoint_that_joins_is_last_in_its_first_round_and_moves_nobodys_tur
     assert picks(picker, 6) == [B, C, A, B, C, A]
 
 
-def test_an_endpoint_that_leaves_moves_nobodys_turn(clock: FakeClock) -> None:
+def test_a_removed_endpoint_does_not_change_the_order_of_others(clock: FakeClock) -> None:
     picker = picker_over(A, B, C, D, clock=clock)
     picks(picker, 2)
 
@@ -93,7 +93,7 @@ def test_the_counters_of_an_endpoint_go_with_its_last_connection(clock: FakeCloc
     assert [address for address, _ in memory.counters()] == [C.address]
 
 
-def test_a_client_stays_where_it_was_put_and_others_take_turns(clock: FakeClock) -> None:
+def test_a_pinned_client_keeps_its_endpoint_and_others_are_balanced(clock: FakeClock) -> None:
     picker = picker_over(A, B, C, clock=clock, affinity_timeout_s=10)
 
     assert picks(picker, 3, "c1") == [A, A, A]
@@ -391,7 +391,7 @@ def test_an_ejection_stays_while_any_picker_has_the_endpoint(clock: FakeClock) -
 # ---- how much is remembered
 
 
-def test_clients_beyond_the_bound_cost_the_pin_of_who_was_away_for_longest(clock: FakeClock) -> None:
+def test_at_the_bound_the_least_recently_used_pin_is_dropped(clock: FakeClock) -> None:
     memory = Memory(clock, affinity_timeout_s=10)
     pickers = Picker(memory), Picker(memory)
     for picker in pickers:
@@ -406,7 +406,7 @@ def test_clients_beyond_the_bound_cost_the_pin_of_who_was_away_for_longest(clock
     assert "c1" not in memory.pins
 
 
-def test_pins_that_are_over_are_forgotten_though_nobody_asks_for_them(clock: FakeClock) -> None:
+def test_expired_pins_are_removed_without_a_look_up(clock: FakeClock) -> None:
     memory = Memory(clock, affinity_timeout_s=10)
     picker = Picker(memory)
     picker.set_endpoints([A, B])

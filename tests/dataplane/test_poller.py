@@ -59,7 +59,7 @@ async def test_a_descriptor_that_is_used_again_within_a_turn_gets_no_event_of_th
         sock.close()
 
 
-async def test_another_handler_of_a_watched_socket_is_told_everything_anew(poller: Poller, pairs: list[Pair]) -> None:
+async def test_a_new_handler_of_a_watched_socket_gets_all_current_events(poller: Poller, pairs: list[Pair]) -> None:
     (sock, far), *_ = pairs
     far.send(b"x")
     told: list[int] = []
@@ -74,7 +74,7 @@ async def test_another_handler_of_a_watched_socket_is_told_everything_anew(polle
     assert anew[0] & WRITE
 
 
-async def test_who_takes_a_socket_over_is_told_only_what_is_new(poller: Poller, pairs: list[Pair]) -> None:
+async def test_a_handler_that_takes_over_a_socket_gets_only_new_events(poller: Poller, pairs: list[Pair]) -> None:
     (sock, far), *_ = pairs
     told: list[int] = []
     poller.watch(sock, told.append)
@@ -91,9 +91,7 @@ async def test_who_takes_a_socket_over_is_told_only_what_is_new(poller: Poller, 
     assert len(told) == 1
 
 
-async def test_a_socket_that_somebody_else_still_holds_says_nothing_after_its_close(
-    poller: Poller, pairs: list[Pair]
-) -> None:
+async def test_a_closed_socket_that_another_process_holds_causes_no_events(poller: Poller, pairs: list[Pair]) -> None:
     """As a tool that is being started holds all of them, until it executes."""
     (sock, far), *_ = pairs
     told: list[int] = []
@@ -138,7 +136,7 @@ async def test_a_handler_that_fails_takes_no_event_from_the_others(
     await until(lambda: bool(told), "and told again")
 
 
-async def test_a_step_that_asks_for_another_leaves_room_for_the_others(poller: Poller, pairs: list[Pair]) -> None:
+async def test_a_step_that_schedules_another_lets_other_work_run_between(poller: Poller, pairs: list[Pair]) -> None:
     (sock, far), *_ = pairs
     order: list[str] = []
 

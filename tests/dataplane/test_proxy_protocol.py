@@ -66,7 +66,7 @@ def listener_for(portal: Address) -> Listener:
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("portal", [PORTAL, PORTAL6, (CLIENT_IPS[0], NODE_PORT), (CLIENT_IP6, NODE_PORT)])
-async def test_the_header_says_who_dialled_what_and_comes_before_all_bytes(
+async def test_the_header_names_client_and_dialled_address_and_precedes_all_bytes(
     plane: Plane, portal: Address, version: SourceIP
 ) -> None:
     sent, answered = os.urandom(300_000), os.urandom(200_000)
@@ -174,7 +174,7 @@ def dialled() -> str:
     ).stdout
 
 
-async def test_a_service_port_takes_another_way_from_the_next_connection_on(plane: Plane) -> None:
+async def test_a_service_port_uses_another_source_ip_from_the_next_connection_on(plane: Plane) -> None:
     with Listener() as listener:
         await plane.use(listener.endpoint)
         seen = []

@@ -82,7 +82,7 @@ def test_a_member_is_listed_with_its_process_until_its_last_socket_is_closed() -
     assert number not in members(Role.SERVES)
 
 
-async def test_a_caller_admits_who_has_heard_it_and_no_stranger() -> None:
+async def test_a_caller_admits_members_that_heard_its_call_and_no_other_process() -> None:
     with join(Role.SERVES) as member, join(Role.TAKES_TURN) as turn:
         caller = Caller(turn)
         caller.call()
@@ -104,7 +104,7 @@ async def test_a_caller_admits_who_has_heard_it_and_no_stranger() -> None:
             sock.close()
 
 
-async def test_a_stranger_with_the_name_of_a_caller_that_is_gone_is_told_nothing_more() -> None:
+async def test_a_process_that_takes_the_name_of_a_dead_caller_gets_no_message() -> None:
     """It is shown one of the secrets, and does not know the other."""
     call = Call("the name of a caller", b"m" * 16, b"c" * 16)
     with socket.socket(socket.AF_UNIX) as stranger:

@@ -161,7 +161,7 @@ async def test_bytes_of_a_connection_are_counted_while_it_is_open_and_once(plane
     assert [(record.bytes_to_backend, record.bytes_to_client) for record in plane.records] == [(37, 60)]
 
 
-async def test_an_endpoint_that_is_gone_is_told_of_until_its_last_connection_has_ended(plane: Plane) -> None:
+async def test_a_removed_endpoint_is_reported_until_its_last_connection_ends(plane: Plane) -> None:
     with Listener() as old, Listener() as new:
         await plane.use(old.endpoint)
         client = await dial()
@@ -180,7 +180,7 @@ async def test_an_endpoint_that_is_gone_is_told_of_until_its_last_connection_has
         assert list(await plane.of_endpoints()) == [new.endpoint.address]
 
 
-async def test_where_there_are_more_endpoints_than_are_wanted_none_is_told_of(plane: Plane) -> None:
+async def test_above_the_maximum_no_endpoint_is_reported(plane: Plane) -> None:
     with named_backends("a", "b") as (a, b):
         await plane.use(a.endpoint, b.endpoint)  # of both service ports
         few, enough = await plane.local.stats(endpoints_max=3), await plane.local.stats(endpoints_max=4)
@@ -436,7 +436,7 @@ async def test_urgent_bytes_arrive_in_their_place(plane: Plane, speaker: str) ->
         ((CLIENT_IP6, NODE_PORT), "::"),
     ],
 )
-async def test_every_portal_leads_to_the_endpoint_and_the_record_tells_it(
+async def test_every_portal_leads_to_the_endpoint_and_the_record_names_it(
     plane: Plane, portal: tuple[str, int], recorded_ip: str
 ) -> None:
     with contextlib.closing(NamedBackend("a", ("::1" if ":" in portal[0] else "127.0.0.1", 0))) as a:
@@ -454,7 +454,7 @@ async def test_every_portal_leads_to_the_endpoint_and_the_record_tells_it(
     assert (counters.accepted, counters.open, counters.bytes_to_clients) == (1, 0, 1)
 
 
-async def test_who_comes_to_the_proxy_port_by_somebody_elses_nat_rule_is_reset(plane: Plane) -> None:
+async def test_a_client_at_the_proxy_port_by_a_foreign_nat_rule_is_reset(plane: Plane) -> None:
     with named_backends("a") as (a,):
         await plane.use(a.endpoint)
 
@@ -754,7 +754,7 @@ async def broken(end: End) -> None:
     assert how == "reset"
 
 
-async def test_a_client_has_no_more_connections_than_it_may_and_others_are_not_concerned() -> None:
+async def test_the_limit_of_connections_for_each_client_does_not_affect_other_clients() -> None:
     with Listener() as listener:
         async with running_plane(Limits(connections_per_client=2)) as plane:
             await plane.local.open([ListenerSpec(other_service_port(), OTHER_PORT)])
@@ -867,7 +867,7 @@ async def test_clients_that_wait_to_be_accepted_are_served_though_the_listener_i
 # ---- descriptors and memory
 
 
-async def test_out_of_descriptors_accepting_pauses_and_everybody_is_served_in_the_end() -> None:
+async def test_without_descriptors_accepting_pauses_and_all_clients_are_served_later() -> None:
     """In a process of its own with 64 descriptors, while 60 clients want two each."""
     with named_backends("a") as (a,):
         process = subprocess.Popen(

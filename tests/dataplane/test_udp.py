@@ -185,7 +185,9 @@ async def test_datagrams_of_every_size_pass_whole_both_ways(plane: Plane, size: 
         assert (await client.receive())[0] == answer
 
 
-async def test_late_and_second_answers_reach_only_who_asked(plane: Plane, backends: Backends, clients: Clients) -> None:
+async def test_late_and_second_answers_reach_only_the_client_that_sent_the_request(
+    plane: Plane, backends: Backends, clients: Clients
+) -> None:
     a, _ = backends
     first, second, _ = clients
     await plane.use(a.endpoint)
@@ -203,7 +205,7 @@ async def test_late_and_second_answers_reach_only_who_asked(plane: Plane, backen
     assert second.nothing()
 
 
-async def test_an_answer_after_its_flow_has_ended_reaches_nobody(backends: Backends, clients: Clients) -> None:
+async def test_an_answer_after_its_flow_has_ended_reaches_no_client(backends: Backends, clients: Clients) -> None:
     a, _ = backends
     async with running_plane(Limits(udp_flows_per_service=1)) as plane:
         await plane.use(a.endpoint)
@@ -235,7 +237,7 @@ def local_ports(first: int, last: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("ip", ["127.0.0.1", "::1"])
-async def test_a_local_port_serves_nobody_until_it_has_rested(
+async def test_a_local_port_is_not_used_again_until_it_has_rested(
     ip: str, clock: FakeClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Though its flow has ended; after that it is the one that has rested for longest."""
@@ -288,7 +290,7 @@ async def test_flows_to_different_endpoints_share_local_ports(backends: Backends
                 assert (await client.receive())[0] == b"%d" % number
 
 
-async def test_what_comes_to_a_shared_port_before_its_socket_is_connected_reaches_nobody(
+async def test_datagrams_that_arrive_before_a_shared_port_is_connected_are_dropped(
     backends: Backends, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a late answer to an ended flow may, towards another endpoint, while the socket has no peer yet."""
@@ -336,7 +338,7 @@ async def test_a_flow_that_was_silent_for_as_long_as_ports_rest_leaves_its_socke
     assert clients[0].nothing()
 
 
-async def test_a_client_with_many_flows_loses_its_own_and_nobody_elses(backends: Backends) -> None:
+async def test_a_client_with_many_flows_loses_only_flows_of_its_own(backends: Backends) -> None:
     a, _ = backends
     async with running_plane(Limits(udp_flows_per_service=8)) as plane:
         await plane.use(a.endpoint)
@@ -473,7 +475,7 @@ async def test_many_clients_at_once_each_have_their_own_answer(plane: Plane, bac
 # ---- how many, how long
 
 
-async def test_the_flow_that_was_idle_for_longest_makes_way(backends: Backends, clients: Clients) -> None:
+async def test_the_flow_idle_for_longest_is_evicted(backends: Backends, clients: Clients) -> None:
     a, _ = backends
     async with running_plane(Limits(udp_flows_per_service=2)) as plane:
         await plane.use(a.endpoint)
@@ -713,7 +715,7 @@ async def test_no_descriptor_is_left_after_many_flows(backends: Backends) -> Non
 # ---- as conntrack's rules have it: behaviours 10
 
 
-async def test_a_client_that_goes_on_asking_is_answered_after_its_service_had_no_endpoints(
+async def test_a_client_that_keeps_sending_is_answered_after_its_service_had_no_endpoints(
     plane: Plane, backends: Backends, clients: Clients
 ) -> None:
     a, b = backends

@@ -36,7 +36,7 @@ def test_a_worker_that_is_stopped_or_sleeps_without_a_sign_of_life_is_replaced_a
     assert replaced_after(watchdog(), Activity(state, (1, 2))) == FIVE_SECONDS + 1
 
 
-def test_a_worker_that_waits_for_its_turn_on_a_busy_machine_is_given_a_minute() -> None:
+def test_a_worker_that_waits_for_cpu_is_given_a_minute() -> None:
     assert replaced_after(watchdog(), Activity("R", (1, 2))) == A_MINUTE
 
 
@@ -58,7 +58,7 @@ def test_a_worker_that_has_not_answered_yet_may_load_its_modules_from_a_slow_dis
     assert replaced_after(Watchdog(), Activity(state, (1,))) == looks
 
 
-def test_where_proc_tells_nothing_a_worker_is_given_a_minute() -> None:
+def test_without_proc_a_worker_is_given_a_minute() -> None:
     assert replaced_after(watchdog(), None) == A_MINUTE
 
 
@@ -71,7 +71,7 @@ def busy() -> Iterator[subprocess.Popen[bytes]]:
         one.kill()
 
 
-def test_the_kernel_tells_what_a_process_does(busy: subprocess.Popen[bytes]) -> None:
+def test_the_activity_of_a_process_is_read_from_proc(busy: subprocess.Popen[bytes]) -> None:
     seen = activity_of(busy.pid)
     assert seen is not None
     wait_until(lambda: activity_of(busy.pid) != seen, "it does something")
@@ -82,7 +82,7 @@ def test_the_kernel_tells_what_a_process_does(busy: subprocess.Popen[bytes]) -> 
     assert activity_of(busy.pid) == activity_of(busy.pid)
 
 
-def test_the_kernel_tells_nothing_of_a_process_that_is_gone(busy: subprocess.Popen[bytes]) -> None:
+def test_a_process_that_is_gone_has_no_activity(busy: subprocess.Popen[bytes]) -> None:
     busy.kill()
     busy.wait(20)
 

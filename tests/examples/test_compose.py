@@ -73,7 +73,7 @@ def test_only_containers_that_change_routes_or_rules_have_net_admin(compose_file
     assert not {"privileged", "network_mode", "pid", "ipc", "userns_mode", "devices"} & service.keys()
 
 
-def test_backends_ask_for_no_privileges(compose_file: Any) -> None:
+def test_backends_need_no_privileges(compose_file: Any) -> None:
     assert not {"privileged", "cap_add", "network_mode"} & compose_file["services"]["web"].keys()
 
 

@@ -82,7 +82,7 @@ def test_a_host_without_rules_blocks_nothing() -> None:
         ("", False),
     ],
 )
-def test_an_iptables_firewall_is_read_in_its_own_words(rules: str, blocked: bool) -> None:
+def test_an_iptables_firewall_blocks_unless_its_rules_accept(rules: str, blocked: bool) -> None:
     assert blocks(rules) is blocked
 
 
@@ -158,7 +158,7 @@ def test_so_do_input_and_forward_of_iptables(passage: Passage, rules: str, block
 
 @pytest.mark.parametrize("tool", ["iptables", "ip6tables"])
 @pytest.mark.parametrize("passage", [REDIRECTED, FORWARDED, DIALLED, REPLIES], ids=lambda passage: passage.traffic)
-async def test_an_iptables_firewall_is_named_with_a_mend_that_leaves_it_usable(
+async def test_an_iptables_firewall_is_named_with_a_fix_that_leaves_it_usable(
     host: Host, tool: str, passage: Passage
 ) -> None:
     """iptables refuses chains of its own that hold rules of nft, so the fix must be an iptables command."""
@@ -177,7 +177,7 @@ async def test_an_iptables_firewall_is_named_with_a_mend_that_leaves_it_usable(
         host.run(tool, "-P", chain, "ACCEPT")
 
 
-async def test_an_nftables_firewall_is_named_with_a_mend_that_works(host: Host) -> None:
+async def test_an_nftables_firewall_is_named_with_a_fix_that_works(host: Host) -> None:
     with host.inside():
         host.run("nft", "-f", "-", stdin=firewall("iif lo accept;"))
         (found,) = await find_blocking_firewall()

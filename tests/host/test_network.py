@@ -168,7 +168,7 @@ def test_the_reserved_ports_of_this_host_are_read() -> None:
 # ---- addresses
 
 
-async def test_the_addresses_and_networks_of_this_host_are_known() -> None:
+async def test_the_addresses_and_networks_of_this_host_are_found() -> None:
     ip("link", "add", "left", "type", "veth", "peer", "name", "right")
     ip("address", "add", "192.0.2.9/24", "dev", "left")
     ip("address", "add", "192.0.2.77/32", "dev", "lo")
@@ -182,7 +182,7 @@ async def test_the_addresses_and_networks_of_this_host_are_known() -> None:
         ip("address", "del", "192.0.2.77/32", "dev", "lo")
 
 
-def test_the_ports_at_which_this_host_listens_are_known() -> None:
+def test_the_listening_ports_of_this_host_are_found() -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as tcp,
         socket.create_connection(tcp.getsockname()) as client,
@@ -196,7 +196,7 @@ def test_the_ports_at_which_this_host_listens_are_known() -> None:
 
 
 @pytest.mark.parametrize("printed", ["exit 1", 'echo \'[{"ifname": "eth0", "addr_info": [{"local": "192.0.2.1"\''])
-async def test_a_host_that_does_not_say_its_addresses_is_not_one_that_has_none(
+async def test_a_host_whose_addresses_cannot_be_read_is_not_one_without_addresses(
     printed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tool := tmp_path / "ip").write_text(f"#!/bin/sh\n{printed}\n")

@@ -118,7 +118,7 @@ def test_a_refused_sysctl_is_reported_with_its_present_value() -> None:
     assert held("nf_conntrack_max") == present
 
 
-def test_can_apply_tells_a_refusal_without_changing_anything() -> None:
+def test_can_apply_returns_a_refusal_without_changing_anything() -> None:
     present = held("nf_conntrack_max")
 
     assert can_apply(Sysctl(NETFILTER / "nf_conntrack_max", present))

@@ -100,7 +100,7 @@ def sock_port(connection: dict[str, Any]) -> str:
     return str(connection["client"]).rpartition(":")[2]
 
 
-def test_describe_tells_of_events(running: Proxy, web: str) -> None:
+def test_describe_lists_events(running: Proxy, web: str) -> None:
     running.apply("web", documents(service("web", "10.96.9.1"), endpoints("web", POD1)))
     wait_until(lambda: len(told(running, "get", "endpoints", "web")["items"]) == 2, "the endpoints are gone")
 
@@ -115,7 +115,9 @@ def test_describe_tells_of_events(running: Proxy, web: str) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["round-robin", "least-connections", "source-hash"])
-def test_the_next_connection_goes_where_why_says(running: Proxy, world: ServiceLab, algorithm: str) -> None:
+def test_the_next_connection_reaches_the_endpoint_that_why_names(
+    running: Proxy, world: ServiceLab, algorithm: str
+) -> None:
     extra = f'"userspace-proxy/balance": {algorithm}'
     running.apply("next", documents(with_annotation("next", "10.96.9.2", extra), endpoints("next", POD1, POD2, POD3)))
     wait_until(lambda: told(running, "why", "next")["next"], "the Service is served")
@@ -127,7 +129,7 @@ def test_the_next_connection_goes_where_why_says(running: Proxy, world: ServiceL
     running.delete("next")
 
 
-def test_why_not_is_said_of_each_other_endpoint(running: Proxy) -> None:
+def test_each_other_endpoint_has_a_reason(running: Proxy) -> None:
     running.apply(
         "mixed",
         documents(
@@ -288,7 +290,7 @@ def test_a_stopped_proxy_leaves_no_socket(running: Proxy) -> None:
 
 
 @pytest.mark.parametrize("mode", ["nftables", "iptables"])
-def test_a_kernel_mode_says_what_it_cannot_know(running: Proxy, mode: str) -> None:
+def test_a_kernel_mode_names_the_facts_that_it_cannot_read(running: Proxy, mode: str) -> None:
     running.stop()
     running.start("--proxy-mode", mode)
     running.apply("k", documents(service("k", "10.96.9.6"), endpoints("k", POD1, POD2)))

@@ -81,7 +81,7 @@ def test_an_interface_without_address_that_comes_later_is_noticed(
     "firewall",
     ["nft", "iptables"],
 )
-def test_a_firewall_that_would_drop_the_traffic_is_named_with_the_mend(
+def test_a_firewall_that_would_drop_the_traffic_is_named_with_the_fix(
     serving: Proxy, world: ServiceLab, firewall: str
 ) -> None:
     if firewall == "nft":

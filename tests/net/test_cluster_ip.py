@@ -126,9 +126,7 @@ def test_the_first_endpoint_opens_and_the_last_one_closes(proxy: Proxy, world: S
     wait_until(lambda: is_refused(world.client, "10.96.1.10", 80), "it is refused again")
 
 
-def test_a_udp_client_that_never_stops_asking_is_served_when_endpoints_come_and_go(
-    proxy: Proxy, world: ServiceLab
-) -> None:
+def test_a_udp_client_that_keeps_sending_is_served_while_endpoints_change(proxy: Proxy, world: ServiceLab) -> None:
     proxy.serve("restless", "10.96.1.11", POD1)
 
     with udp_socket(world.client, "10.96.1.11", 53, timeout_s=0.05) as sock:
@@ -263,7 +261,7 @@ def test_a_configmap_that_is_swapped_by_its_symlink_is_seen(proxy: Proxy, world:
     wait_until(lambda: answers(world.client, "10.96.1.20", 80) == "pod2", "the second version is served")
 
 
-def test_the_access_log_says_who_came_where_it_went_and_why(proxy: Proxy, world: ServiceLab) -> None:
+def test_the_access_log_names_client_endpoint_and_reason(proxy: Proxy, world: ServiceLab) -> None:
     proxy.serve("logged", "10.96.1.21", POD1)
 
     ask(world.client, "10.96.1.21")

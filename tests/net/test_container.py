@@ -238,7 +238,9 @@ def test_clients_connect_again_after_the_container_is_killed_and_restarted(
     assert pods.stop("second") == 0
 
 
-def test_another_user_than_root_is_told_what_it_lacks(engine: Engine, cluster: Cluster, certificates: Path) -> None:
+def test_a_user_other_than_root_learns_which_capability_is_missing(
+    engine: Engine, cluster: Cluster, certificates: Path
+) -> None:
     """An engine gives no capability to it that it could use, and `no_new_privs` keeps it so."""
     pods = pods_of("in-place-of", engine, cluster, certificates)
     pods.run("nobody", "--user", "65534")

@@ -142,9 +142,7 @@ def test_a_second_run_takes_over_and_the_first_makes_way(
     assert not traces(world.node)
 
 
-def test_an_open_connection_goes_on_in_the_process_that_has_it(
-    fresh_proxy: Proxy, second: Proxy, world: ServiceLab
-) -> None:
+def test_an_open_connection_continues_in_its_process(fresh_proxy: Proxy, second: Proxy, world: ServiceLab) -> None:
     with open_connection(fresh_proxy, "--drain-timeout", "0.2s") as sock:
         first = fresh_proxy.process
         assert first is not None
@@ -158,7 +156,7 @@ def test_an_open_connection_goes_on_in_the_process_that_has_it(
     assert first.wait(20) == 0
 
 
-def test_a_process_that_has_handed_over_and_drains_stands_in_nobodys_way(
+def test_a_process_that_has_handed_over_and_drains_does_not_block_later_starts(
     fresh_proxy: Proxy, second: Proxy, world: ServiceLab
 ) -> None:
     with open_connection(fresh_proxy) as sock:

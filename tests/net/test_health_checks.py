@@ -44,7 +44,7 @@ def probe(world: ServiceLab) -> tuple[int, int]:
     return int(head.split()[1]), json.loads(body)["localEndpoints"]
 
 
-def test_load_balancers_are_told_how_many_ready_endpoints_are_here(fresh_proxy: Proxy, world: ServiceLab) -> None:
+def test_load_balancers_get_the_number_of_local_ready_endpoints(fresh_proxy: Proxy, world: ServiceLab) -> None:
     serve(fresh_proxy, POD1, POD2)
     fresh_proxy.start()
     wait_until(lambda: probe(world) == (200, 2), "two are told of")

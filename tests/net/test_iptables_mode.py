@@ -152,7 +152,7 @@ def test_cleanup_names_what_it_cannot_remove_and_removes_the_rest(proxy: KernelP
     assert "KUBE-" not in proxy.saved()
 
 
-def test_it_goes_on_where_a_crash_left_it(proxy: KernelProxy, world: ServiceLab) -> None:
+def test_a_start_after_a_crash_continues_with_the_state_left(proxy: KernelProxy, world: ServiceLab) -> None:
     proxy.give("web", "10.96.9.5", POD1)
     proxy.give("gone", "10.96.9.6", POD1)
     proxy.start()

@@ -175,9 +175,7 @@ def test_objects_removed_by_another_program_are_restored(proxy: IpvsProxy, world
         wait_until(lambda: "inet userspace_proxy_ipvs" in world.node.run("nft", "list", "tables").stdout, "all of it")
 
 
-def test_others_virtual_servers_are_left_alone_and_one_that_is_in_the_way_is_named(
-    proxy: IpvsProxy, world: ServiceLab
-) -> None:
+def test_foreign_virtual_servers_stay_and_a_conflicting_one_is_named(proxy: IpvsProxy, world: ServiceLab) -> None:
     theirs = (
         "-A -t 10.96.9.7:80 -s rr\n-A -t 10.96.9.23:80 -s rr\n-A -t 192.168.50.1:9999 -s wlc\n"
         "-A --sctp-service 192.168.50.1:9998 -s rr -b flag-3\n-A -f 7 -s rr -b flag-3\n"
@@ -355,7 +353,7 @@ def test_after_a_kill_at_any_step_the_device_is_recognised_as_ours(proxy: IpvsPr
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_ctrl_c_takes_all_away_and_after_another_end_it_goes_on_where_it_was(
+def test_ctrl_c_removes_all_and_after_another_end_the_next_start_continues(
     proxy: IpvsProxy, world: ServiceLab, signum: signal.Signals
 ) -> None:
     proxy.give("web", "10.96.9.9", POD1)

@@ -216,7 +216,7 @@ def test_it_starts_anew_in_its_place(proxy: Proxy, world: ServiceLab) -> None:
     assert proxy.process.poll() is None
 
 
-def test_whose_connections_pass_through_workers_is_not_replaced_by_the_kernel(proxy: Proxy, world: ServiceLab) -> None:
+def test_a_kernel_mode_does_not_take_over_from_a_process_with_workers(proxy: Proxy, world: ServiceLab) -> None:
     proxy.start()
     second = world.node.run(*proxy.command(*proxy.run_arguments(), *FLAGS), check=False)
 

@@ -159,9 +159,7 @@ def test_no_request_fails_while_the_api_is_gone_and_nothing_is_stale_when_it_is_
     assert cluster.proxy.metric("userspace_proxy_watch_relists_total", kind="services") == 2
 
 
-def test_an_api_that_is_dead_for_long_shows_and_only_a_flag_makes_it_a_reason_to_be_left(
-    cluster: Cluster, world: ServiceLab
-) -> None:
+def test_a_long_api_outage_is_reported_and_fails_healthz_only_by_a_flag(cluster: Cluster, world: ServiceLab) -> None:
     cluster.serve("web", IP, POD1)
     cluster.proxy.start("--degraded-after", "300ms")
     assert cluster.proxy.metric("userspace_proxy_degraded") == 0
@@ -233,7 +231,7 @@ class PodProxy(ClusterProxy):
         return ["run", "--in-cluster", *super().run_arguments()[3:]]
 
 
-def test_a_pod_that_was_taken_over_from_waits_until_it_is_told_to_go(
+def test_a_pod_that_has_handed_over_waits_until_it_is_deleted(
     world: ServiceLab, tmp_path: Path, certificates: Path
 ) -> None:
     """A kubelet would restart the old one, and it would take over again, until both pods are deleted."""
@@ -309,7 +307,7 @@ def test_it_runs_as_a_kube_proxy_configuration_says(cluster: Cluster, tmp_path: 
     assert int(cluster.world.node.run("cat", file).stdout) == 7_200
 
 
-def test_the_node_is_told_of_the_start_and_of_limits_that_cannot_be_set(cluster: Cluster, world: ServiceLab) -> None:
+def test_the_node_has_events_for_the_start_and_for_refused_limits(cluster: Cluster, world: ServiceLab) -> None:
     room = int(world.node.run("cat", "/proc/sys/net/netfilter/nf_conntrack_max").stdout)
     cluster.serve("web", IP, POD1)
     # In a namespace of its own the kernel lets nobody make more room.
@@ -326,7 +324,7 @@ def test_the_node_is_told_of_the_start_and_of_limits_that_cannot_be_set(cluster:
     assert cluster.answers() == {"pod1"}
 
 
-def test_a_service_that_is_not_served_as_it_is_written_is_told_so_and_served_as_it_can_be(cluster: Cluster) -> None:
+def test_a_service_that_cannot_be_served_as_written_is_reported_and_served_in_part(cluster: Cluster) -> None:
     metadata = {"name": "web", "namespace": "default", "annotations": {"userspace-proxy/source-ip": "mine"}}
     cluster.serve("web", IP, POD1)
     cluster.put(
@@ -347,7 +345,9 @@ def test_a_service_that_is_not_served_as_it_is_written_is_told_so_and_served_as_
     assert cluster.proxy.stop() == 0
 
 
-def test_of_two_services_with_one_external_ip_the_newer_one_is_told(cluster: Cluster, world: ServiceLab) -> None:
+def test_of_two_services_with_one_external_ip_the_newer_one_gets_the_warning(
+    cluster: Cluster, world: ServiceLab
+) -> None:
     for name, ip, pod, created in (
         ("a-newer", "10.96.7.8", POD2, "2026-02-01"),
         ("older", "10.96.7.9", POD1, "2026-01-01"),

@@ -258,7 +258,7 @@ def test_a_wrong_path_is_named(fresh_proxy: Proxy, world: ServiceLab) -> None:
     assert "no-such.yaml: no such file or folder" in told(world.node, fresh_proxy, "run", "no-such.yaml")
 
 
-def test_missing_privileges_are_named_with_the_way_out(fresh_proxy: Proxy, world: ServiceLab) -> None:
+def test_missing_privileges_are_named_with_the_fix(fresh_proxy: Proxy, world: ServiceLab) -> None:
     drop = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs")
     line = told(world.node, fresh_proxy, *fresh_proxy.run_arguments(), prefix=drop)
 

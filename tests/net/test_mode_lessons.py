@@ -59,9 +59,7 @@ def test_in_userspace_mode_no_client_sees_that_a_backend_died() -> None:
         pytest.param("ipvs", ROOT, marks=[pytest.mark.ipvs, pytest.mark.timeout(360)]),
     ],
 )
-def test_in_a_kernel_mode_clients_fail_until_the_rules_are_told_that_a_backend_died(
-    mode: str, who: tuple[str, ...]
-) -> None:
+def test_in_a_kernel_mode_clients_fail_until_the_rules_omit_a_dead_backend(mode: str, who: tuple[str, ...]) -> None:
     web, cart, web_then, cart_then, web_told, cart_told = play(f"mode-{mode}", who)
 
     assert set(web) == PODS
@@ -116,7 +114,7 @@ def test_names_are_answered_as_their_lesson_says(lesson: str, expected: list[str
     assert asked(lesson, tmp_path) == expected
 
 
-def test_what_the_kubelet_sets_is_printed_as_the_lesson_says() -> None:
+def test_the_variables_of_the_kubelet_are_printed_as_the_lesson_says() -> None:
     command = ["unshare", *OF_NO_PRIVILEGES, "--pid", "--fork", "--kill-child"]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
@@ -154,7 +152,7 @@ def test_balancing_is_as_its_lesson_says() -> None:
     assert all(list(of_client.values()) == [6] for of_client in hashed)
 
 
-def test_probes_notice_a_backend_that_hangs_and_that_it_goes_on() -> None:
+def test_probes_notice_that_a_backend_hangs_and_that_it_continues() -> None:
     before, hanging, after = play("health-check", OF_NO_PRIVILEGES, rows_of_dials=3)
 
     assert before == after == dict.fromkeys(PODS, 3)

@@ -121,7 +121,7 @@ def test_in_a_kernel_mode_a_flow_is_stale_when_its_endpoint_serves_no_more() -> 
     assert [flow.client for flow in stale] == [("192.168.50.2", 4_001), ("192.168.50.2", 4_002)]
 
 
-def test_each_flow_is_named_by_its_client_and_what_it_asked() -> None:
+def test_each_flow_is_named_by_its_client_and_its_destination() -> None:
     listing = "\n".join(flow("10.96.0.10", 53, 10_001, sport=4_000 + n) for n in range(50))
 
     assert stale_flows(listing, {DNS: by(10_002)}) == [
@@ -208,7 +208,7 @@ async def test_both_families_are_looked_at() -> None:
 
 
 @pytest.mark.usefixtures("flows")
-async def test_flows_that_go_the_right_way_stay() -> None:
+async def test_flows_to_the_right_endpoint_stay() -> None:
     before = asked_for()
 
     await forget_udp_flows({DNS: by(10_001), DNS6: by(10_001), NODE_PORT: by(10_001)})

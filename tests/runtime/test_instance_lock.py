@@ -18,7 +18,7 @@ async def nobody(asked: TakeOver, conversation: Conversation) -> None:
     raise AssertionError("nobody asks")
 
 
-async def test_workers_whose_control_process_dies_while_it_makes_way_are_made_to_drain() -> None:
+async def test_workers_drain_if_their_control_process_dies_while_it_yields() -> None:
     """The workers answer as the dead process did, with its last state."""
     first = await take_lock(["a"], "auto", 1)
 
@@ -93,6 +93,6 @@ async def test_an_instance_with_another_hand_over_version_is_left_alone() -> Non
     first.close()
 
 
-async def test_a_member_that_says_nothing_is_no_reason_to_wait_for_ever() -> None:
+async def test_a_silent_member_does_not_delay_a_start_for_ever() -> None:
     with join(Role.SERVES), pytest.raises(StartError, match=rf"\(process {os.getpid()}\) and does not answer"):
         await take_lock(["a"], "auto", 1)

@@ -140,7 +140,7 @@ async def test_a_server_that_takes_connections_and_is_silent_is_not_waited_for(t
         assert follower.endpoints("web") == ["10.244.0.2", "10.244.1.2"]
 
 
-async def test_what_the_api_server_says_counts_once_it_answers(tmp_path: Path, kept: ApiServer) -> None:
+async def test_answers_of_the_api_server_replace_the_saved_state(tmp_path: Path, kept: ApiServer) -> None:
     async with following(tmp_path, kept, settings(tmp_path)) as follower:
         await until(lambda: follower.synced)
         await kept.delete(SERVICES, "old")

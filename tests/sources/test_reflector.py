@@ -333,7 +333,9 @@ async def test_a_cluster_restored_from_a_backup_is_followed(server: ApiServer) -
         assert follower.ports == {"a": 8080}
 
 
-async def test_a_list_that_expires_between_two_pages_is_asked_for_whole(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_list_that_expires_between_two_pages_is_requested_again_as_a_whole(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async with api_server() as server:
         server.knows_watch_list = False
         server.page_objects_max = 2

@@ -29,7 +29,7 @@ def test_reordered_and_repeated_writes_end_with_the_latest_versions(data: st.Dat
     assert shown == {name: version for name, (version, lives) in last.items() if lives}
 
 
-def test_a_list_tells_what_differs_and_what_is_gone() -> None:
+def test_a_list_reports_changed_and_deleted_objects() -> None:
     told = Versions()
     told.sets(A, 1)
     told.sets(B, 2)

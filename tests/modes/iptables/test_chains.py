@@ -478,7 +478,7 @@ async def test_beside_another_kube_proxy_it_does_not_begin(clean: Host) -> None:
         assert "KUBE-SVC-NPX46M4PTMTKRN6Y" in clean.run("iptables-save").stdout
 
 
-async def test_a_chain_of_ours_to_which_another_leads_keeps_nothing_from_being_loaded(clean: Host) -> None:
+async def test_a_foreign_jump_to_our_chain_does_not_prevent_a_load(clean: Host) -> None:
     changed = WEB.name
     chain = ChainKey("nat", f"KUBE-SVC-{chain_hash(changed)}")
     rest = {each: made for each, made in EVERYTHING.items() if each != changed}

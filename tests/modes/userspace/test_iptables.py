@@ -169,7 +169,7 @@ def test_the_kernel_lists_what_was_asked_for(tables: Tables, family: tuple[Famil
         assert [line for line in tables.rules() if line.startswith(f"-A {chain} ")] == asked
 
 
-def test_the_longest_legal_names_are_found_by_those_who_search_for_them(tables: Tables) -> None:
+def test_rules_can_be_found_by_the_longest_legal_names(tables: Tables) -> None:
     tables.load(LONG_NAMES)
 
     saved = tables.saved()

@@ -187,7 +187,7 @@ def test_the_kernel_holds_what_was_asked_for(host: Host, case: str) -> None:
                 assert set(elements(host, f"dropped_{kind}{family}{suffix}")) == dropped
 
 
-def test_the_longest_legal_names_are_found_by_those_who_search_for_them(host: Host) -> None:
+def test_rules_can_be_found_by_the_longest_legal_names(host: Host) -> None:
     load(host, nft.table(LONG_NAMES))
 
     listed = host.run("nft", "list", "ruleset").stdout

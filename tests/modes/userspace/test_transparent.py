@@ -134,9 +134,7 @@ async def test_an_icmp_error_of_a_backend_reaches_the_flow_that_it_is_about_and_
         await kernel.remove()
 
 
-async def test_strict_filters_for_the_way_back_do_no_harm(
-    world: ServiceLab, kernel: NftKernel | IptablesKernel
-) -> None:
+async def test_strict_reverse_path_filters_do_no_harm(world: ServiceLab, kernel: NftKernel | IptablesKernel) -> None:
     for device in ("all", "eth0", "cni0"):
         world.node.set_knob(f"ipv4/conf/{device}/rp_filter", 1)
     with world.node.inside():

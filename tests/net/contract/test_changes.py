@@ -127,7 +127,7 @@ def test_policies_change_in_place(proxy: ContractProxy, given: MakeGiven) -> Non
     proxy.expect(service, "outside nodePort,vip,clusterIP -> local1 remote1", "caller clusterIP -> local1 remote1")
 
 
-def test_an_endpoint_on_its_way_out(proxy: ContractProxy, given: MakeGiven) -> None:
+def test_a_terminating_endpoint(proxy: ContractProxy, given: MakeGiven) -> None:
     service = given("local1 remote1", type=LB, spec=EXTERNAL_LOCAL)
     proxy.give(service)
     proxy.expect(service, "outside vip -> local1", "caller clusterIP -> local1 remote1")

@@ -183,7 +183,7 @@ def test_a_flow_stays_when_policies_change(proxy: ContractProxy, given: MakeGive
             flow.stays_with("remote1", 0.1)
 
 
-def test_a_connection_stays_whatever_becomes_of_its_endpoint(proxy: ContractProxy, given: MakeGiven) -> None:
+def test_an_open_connection_outlives_any_change_of_its_endpoint(proxy: ContractProxy, given: MakeGiven) -> None:
     service = given("local1", type="NodePort", targets={"web": ECHO})
     proxy.give(service)
     with ExitStack() as stack:
