@@ -27,6 +27,7 @@ from userspace_proxy.compare.modes import HAPROXY, USERSPACE_COPY, ComparedMode,
 from userspace_proxy.compare.nodes import PEERS, CompareLab, ModeNode, fill_in
 from userspace_proxy.compare.results import ModeRun, Timeline
 from userspace_proxy.compare.session import MODE_ERRORS, Session, reason_of
+from userspace_proxy.lab import wait_until
 
 DISASTER_PODS = 8
 SLOW_S = 1.0
@@ -41,6 +42,7 @@ _FLAPS = 3
 _PAUSE_S = 1.0
 _END_S = 5.0
 _CONTROL = "disaster-control"
+_READY = " ready: "  # in the log of each process of this proxy that has begun to serve
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,11 +273,15 @@ def _flush(scene: Scene) -> None:
 
 
 def _upgrade(scene: Scene) -> None:
+    logs = {node.folder / "log" for mode, node in scene.nodes.items() if mode.ours}
+    starts = {log: log.read_text().count(_READY) for log in logs}
     for mode, node in scene.nodes.items():
         if mode.name == HAPROXY:
             scene.start_haproxy(node)
         else:
             node.processes[0].send_signal(signal.SIGUSR2)
+    for log, count in starts.items():
+        wait_until(lambda log=log, count=count: log.read_text().count(_READY) > count, "no new process", log=log)  # type: ignore[misc]
 
 
 _EVENTS: dict[str, Callable[[Scene], None]] = {
