@@ -72,9 +72,10 @@ class Asking:
 def test_the_process_has_no_capabilities(fresh_proxy: Proxy) -> None:
     (pid,) = dns_processes(started(fresh_proxy))
 
-    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    assert {int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
-    assert status["NoNewPrivs"] == "1"
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        status = dict(line.split(":\t", 1) for line in (thread / "status").read_text().splitlines())
+        assert {int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
+        assert status["NoNewPrivs"] == "1"
 
 
 def test_a_process_that_dies_is_replaced_and_loses_only_the_query_that_it_has_read(fresh_proxy: Proxy) -> None:

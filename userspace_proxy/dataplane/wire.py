@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import msgspec
 
+from userspace_proxy.dataplane.begin import ChildSettings
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.memory import PickerMemory
 from userspace_proxy.interfaces import Backends, ListenerSpec, PlaneStats, ServiceStats
@@ -17,21 +18,17 @@ from userspace_proxy.model.details import Details, DetailsRequest
 from userspace_proxy.model.names import ListenerName, ServicePortName
 
 
-class WorkerSettings(msgspec.Struct, frozen=True):
+class WorkerSettings(ChildSettings, frozen=True):
     """The settings of a worker at its start."""
 
     limits: Limits
     # The index of this worker, and the number of workers.
     worker: int = 0
     workers: int = 1
-    # How long it serves without a control process, and the drain timeout after that.
-    orphan_timeout_s: float = 0.0
+    # After the orphan timeout.
     drain_timeout_s: float = 5.0
     splice: str = "auto"
-    loop: str = "uvloop"
     access_log: str = ""
-    log_format: str = "text"
-    verbose: bool = False
 
 
 # ---- control -> worker

@@ -15,7 +15,6 @@ import os
 import signal
 import socket
 import stat
-import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,6 +22,7 @@ from dataclasses import replace
 import msgspec
 
 from userspace_proxy.dataplane import rendezvous, wire
+from userspace_proxy.dataplane.begin import begin
 from userspace_proxy.dataplane.channel import LOST, PING, Channel, close_descriptors
 from userspace_proxy.dataplane.handover import (
     VERSION,
@@ -37,7 +37,7 @@ from userspace_proxy.dataplane.handover import (
 from userspace_proxy.dataplane.plane import LocalPlane
 from userspace_proxy.dataplane.sockets import refusal
 from userspace_proxy.interfaces import NO_ROOM
-from userspace_proxy.logs import AccessLog, configure_logging, drop_count, log_lines_dropped, recorder
+from userspace_proxy.logs import AccessLog, drop_count, log_lines_dropped, recorder
 from userspace_proxy.model.names import ListenerName
 
 # Period of `News`: a dying worker loses at most this much of what its pickers have learnt.
@@ -45,9 +45,6 @@ _NEWS_PERIOD_S = 1.0
 _HANDED_A_FRAME = 16
 # Pause between two requests under traffic: changes of thousands of Services must not occupy a processor.
 _PAUSE_S = 0.001
-# Ended connections leave no reference cycles, so collections find nothing unless there is a bug. A full collection
-# would stop all packets, for 50 ms with 10,000 Services. The first number: allocations between two collections.
-_GC_THRESHOLDS = (100_000, 20, 100)
 
 log = logging.getLogger(__name__)
 
@@ -304,26 +301,11 @@ def _let_go_of_pipes() -> None:
                     os.dup2(nowhere.fileno(), descriptor)
 
 
-def main() -> None:
-    descriptor, settings_json = sys.argv[1:]
-    settings = msgspec.json.decode(settings_json, type=wire.WorkerSettings)
-    configure_logging(settings.log_format, verbose=settings.verbose)
-    # Ctrl-C in a terminal is for the control process, which then tells us.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    factory = None
-    if settings.loop == "uvloop":
-        import uvloop
-
-        factory = uvloop.new_event_loop
-    gc.freeze()
-    gc.set_threshold(*_GC_THRESHOLDS)
-
-    async def run() -> None:
-        await Worker(socket.socket(fileno=int(descriptor)), settings).run()
-
-    with asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(run())
+async def _serve(sock: socket.socket, settings: wire.WorkerSettings) -> None:
+    await Worker(sock, settings).run()
 
 
 if __name__ == "__main__":
-    main()
+    # Ctrl-C in a terminal is for the control process, which then tells us.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    begin(wire.WorkerSettings, _serve)

@@ -6,19 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from userspace_proxy.dns import messages
-from userspace_proxy.dns.messages import (
-    ANY,
-    AUTHORITATIVE,
-    CNAME,
-    NOERROR,
-    NXDOMAIN,
-    SERVFAIL,
-    SRV,
-    Answer,
-    Question,
-    Record,
-    pack_answer,
-)
+from userspace_proxy.dns.messages import ANY, CNAME, NXDOMAIN, SERVFAIL, SRV, Answer, Question, Record, pack_answer
 from userspace_proxy.dns.zone import Labels, Zone
 from userspace_proxy.model.dns_names import ServiceNames
 from userspace_proxy.model.names import NamespacedName
@@ -111,12 +99,11 @@ class Responder:
                 return Answer(SERVFAIL), names
             names.append(name)
             values = self.zone.find(name)
-        if values is None:
-            return pack_answer(NXDOMAIN, AUTHORITATIVE, records, [self.zone.soa]), names
-        kinds = values if kind == ANY else [kind]
-        found = [Record(owner, each, value) for each in kinds for value in values.get(each, ())]
+        kinds = (values or ()) if kind == ANY else (kind,)
+        found = [Record(owner, each, value) for each in kinds for value in (values or {}).get(each, ())]
         if not found:
-            return pack_answer(NOERROR, AUTHORITATIVE, records, [self.zone.soa]), names
+            rcode = NXDOMAIN if values is None else messages.NOERROR
+            return pack_answer(rcode, messages.AUTHORITATIVE, records, [self.zone.soa]), names
         targets = dict.fromkeys(record.value[3] for record in found if record.type == SRV)  # type: ignore[misc]
         additionals = (
             Record(target, each, ip)
@@ -124,4 +111,4 @@ class Responder:
             for each, ips in (self.zone.find(tuple(target.lower().split("."))) or {}).items()
             for ip in ips
         )
-        return pack_answer(NOERROR, AUTHORITATIVE, records + found, additionals=additionals), names
+        return pack_answer(messages.NOERROR, messages.AUTHORITATIVE, records + found, additionals=additionals), names

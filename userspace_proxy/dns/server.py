@@ -11,39 +11,23 @@ import gc
 import ipaddress
 import logging
 import socket
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import NamedTuple
 
 import msgspec
 
+from userspace_proxy.dataplane.begin import begin
 from userspace_proxy.dataplane.channel import LOST, PING, Channel
 from userspace_proxy.dataplane.mmsg import MESSAGES, Batch, client_address, interface_of, reply_record
 from userspace_proxy.dns import messages, wire
-from userspace_proxy.dns.messages import (
-    AUTHORITATIVE,
-    EDNS_BYTES,
-    MESSAGE_MAX_BYTES,
-    NOERROR,
-    PLAIN_BYTES,
-    REFUSED,
-    SERVFAIL,
-    Answer,
-    Question,
-    joined,
-    pack_answer,
-    read_question,
-    relayed,
-    reply,
-)
+from userspace_proxy.dns.messages import Answer, Question, pack_answer, read_question, reply
 from userspace_proxy.dns.privileges import drop_capabilities
 from userspace_proxy.dns.responder import Alias, Responder
 from userspace_proxy.dns.sockets import interface_of_stream, is_alone
 from userspace_proxy.dns.upstream import Upstream
 from userspace_proxy.dns.zone import Zone
-from userspace_proxy.logs import configure_logging
 from userspace_proxy.model.dns_names import ServiceNames
 from userspace_proxy.model.names import NamespacedName
 
@@ -59,10 +43,8 @@ _LOOK_EVERY_S = 0.25
 _LAST_ANSWERS_S = 2.0
 # Questions for other servers that are under way.
 _TASKS_MAX = 2_048
-# Young collections are rare and short; a full one would stop all answers for as long as it walks over the names.
-_GC_THRESHOLDS = (100_000, 20, 100)
-# Bugs are logged once each.
-_ERRORS_MAX = 100
+# Between two bugs that are logged.
+_BUG_PAUSE_S = 10.0
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _decoder: msgspec.msgpack.Decoder[wire.Request] = msgspec.msgpack.Decoder(wire.Request)
@@ -102,7 +84,7 @@ class DnsServer:
         self._idle: dict[asyncio.StreamWriter, None] = {}  # TCP clients without a complete query, the oldest first
         self._streams: Counter[str] = Counter()
         self._requests: Counter[tuple[str, str, int, int]] = Counter()
-        self._errors: set[str] = set()
+        self._silent_until = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended = asyncio.Event()
         self._is_told_to_end = False
@@ -203,16 +185,16 @@ class DnsServer:
         if (question := read_question(query)) is None:
             return None
         if question.edns_bytes is not None:
-            limit_bytes = max(limit_bytes, min(question.edns_bytes, EDNS_BYTES))
+            limit_bytes = max(limit_bytes, min(question.edns_bytes, messages.EDNS_BYTES))
         try:
             answer = Answer(question.error) if question.error else self._responder.answer(question)
         except Alias as alias:
             return Pending(question, limit_bytes, alias)
-        except Exception as bug:
-            if (said := repr(bug)) not in self._errors and len(self._errors) < _ERRORS_MAX:
-                self._errors.add(said)
+        except Exception:
+            if self._loop.time() > self._silent_until:
+                self._silent_until = self._loop.time() + _BUG_PAUSE_S
                 log.exception("a bug: a query cannot be answered")
-            answer = Answer(SERVFAIL)
+            answer = Answer(messages.SERVFAIL)
         if answer is None:
             return Pending(question, limit_bytes)
         self._requests[transport, family, question.type, answer.rcode] += 1
@@ -224,13 +206,17 @@ class DnsServer:
         if question.text == self._upstream.probe:
             self._upstream.loops = True
         may_ask = self._may_ask(client)
-        answer = pack_answer(NOERROR, AUTHORITATIVE, alias.records) if alias and not may_ask else Answer(REFUSED)
+        answer = (
+            pack_answer(messages.NOERROR, messages.AUTHORITATIVE, alias.records)
+            if alias and not may_ask
+            else Answer(messages.REFUSED)
+        )
         if may_ask:
-            answer = Answer(SERVFAIL)
+            answer = Answer(messages.SERVFAIL)
             with contextlib.suppress(ValueError):  # the target is no name, or the answer cannot be read
                 text = messages.name_text(alias.target) + question.text[-4:] if alias else question.text
                 if (message := await self._upstream.ask(text)) is not None:
-                    answer = joined(alias.records, message) if alias else relayed(message, len(text))
+                    answer = messages.joined(alias.records, message) if alias else messages.relayed(message, len(text))
         self._requests[client.transport, client.family, question.type, answer.rcode] += 1
         return reply(question, answer, limit_bytes)
 
@@ -255,7 +241,7 @@ class DnsServer:
             received = replies = 0
             for record, length, content in inbox.receive(fd):
                 received += 1
-                answer = self._answer(bytes(content[:length]), PLAIN_BYTES, "udp", family)
+                answer = self._answer(bytes(content[:length]), messages.PLAIN_BYTES, "udp", family)
                 if isinstance(answer, bytes):
                     outbox.room[replies][: len(answer)] = answer
                     outbox.address(replies, reply_record(record), len(answer))
@@ -307,7 +293,7 @@ class DnsServer:
                 query = await reader.readexactly(int.from_bytes(await reader.readexactly(2), "big"))
         finally:
             del self._idle[writer]
-        answer = self._answer(query, MESSAGE_MAX_BYTES, client.transport, client.family)
+        answer = self._answer(query, messages.MESSAGE_MAX_BYTES, client.transport, client.family)
         if isinstance(answer, Pending):
             answer = await self._look_up(answer, client)
         if answer is None:
@@ -318,25 +304,10 @@ class DnsServer:
         return True
 
 
-def main(arguments: list[str]) -> None:
-    """Run until the control process says so. *arguments*: a socket to it, and settings as JSON."""
-    channel = socket.socket(fileno=int(arguments[0]))
-    settings = msgspec.json.decode(arguments[1], type=wire.DnsSettings)
-    drop_capabilities()
-    configure_logging(settings.log_format, verbose=settings.verbose)
-    factory: Callable[[], asyncio.AbstractEventLoop] | None = None
-    if settings.loop == "uvloop":
-        import uvloop
-
-        factory = uvloop.new_event_loop
-    gc.set_threshold(*_GC_THRESHOLDS)
-
-    async def run() -> None:
-        await DnsServer(settings, channel).run()
-
-    with asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(run())
+async def _serve(channel: socket.socket, settings: wire.DnsSettings) -> None:
+    await DnsServer(settings, channel).run()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    drop_capabilities()  # before there is another thread, which would keep its own
+    begin(wire.DnsSettings, _serve)

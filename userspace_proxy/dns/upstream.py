@@ -105,10 +105,11 @@ class Upstream:
         return answer
 
     def _keep(self, key: bytes, answer: bytes) -> None:
+        if len(answer) > _CACHED_BYTES:
+            return
         with contextlib.suppress(ValueError):
             places = ttl_places(answer)
-            ttl_s = min((int.from_bytes(answer[at : at + 4], "big") for at in places), default=0)
-            if ttl_s and len(answer) <= _CACHED_BYTES:
+            if ttl_s := min((int.from_bytes(answer[at : at + 4], "big") for at in places), default=0):
                 if len(self._cache) >= _CACHED_MAX:
                     self._cache.clear()
                 now = time.monotonic()

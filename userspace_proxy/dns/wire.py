@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from userspace_proxy.dataplane.begin import ChildSettings
 from userspace_proxy.model.dns_names import ServiceNames
 from userspace_proxy.model.names import NamespacedName
 
@@ -11,17 +12,13 @@ from userspace_proxy.model.names import NamespacedName
 MODULE = "userspace_proxy.dns.server"
 
 
-class DnsSettings(msgspec.Struct, frozen=True):
+class DnsSettings(ChildSettings, frozen=True):
     """Settings of the DNS process. ``upstream``: servers for other names; if None, those of ``resolv_conf``."""
 
     domain: str
     addresses: tuple[str, ...]
     upstream: tuple[str, ...] | None = None
     resolv_conf: str = "/etc/resolv.conf"
-    orphan_timeout_s: float = 0.0
-    loop: str = "uvloop"
-    log_format: str = "text"
-    verbose: bool = False
 
 
 class Sockets(msgspec.Struct, frozen=True, tag=True):
