@@ -29,6 +29,7 @@ from tests.simulation.kernel import Address, Datagram, Kernel, Listener, Network
 from tests.simulation.loop import SimulatedLoop
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.dial import RACE_S
+from userspace_proxy.dataplane.lifetimes import IDLE_S
 from userspace_proxy.dataplane.memory import EJECT_MAX_S, EJECT_S
 from userspace_proxy.dataplane.plane import LocalPlane
 from userspace_proxy.interfaces import UNANSWERED, AccessRecord, Backends, ListenerSpec
@@ -43,9 +44,13 @@ UDP = ServicePortName(NamespacedName("shop", "dns"), "dns", L4Protocol.UDP)
 KINDS = ("calm", "faults", "faults", "faults", "removals", "policy", "shortage")
 FAULTS = frozenset({"refuse", "vanish", "stall", "reset", "half-close", "pieces", "shortage"})
 _STATES = ("answer", "refuse", "vanish", "slow", "unreachable", "reset")
+# Ejections follow from dials alone, at times that can be told from outside.
+_CERTAIN_STATES = ("answer", "refuse", "unreachable")
 _CONNECTIONS = 20, 24
 _ARRIVALS_S = 6.0
 _ENDS_WITHIN_S = 90.0
+# Within which a client gets an endpoint, or a refusal, once there is one to dial, in histories with a policy.
+_DIALLING_MAX_S = 1.0
 # A packet that has arrived has been noticed by then.
 _NOTICED_S = 0.001
 _LIMITS = Limits(
@@ -54,7 +59,7 @@ _LIMITS = Limits(
     dead_peer_timeout_s=6.0,
     udp_timeout_s=3.0,
     udp_stream_timeout_s=5.0,
-    udp_port_rest_s=2.5,
+    udp_port_rest_s=6.0,
 )
 # Endings that the proxy decides on, each with the fates that justify it.
 _JUSTIFIED = {
@@ -87,6 +92,7 @@ class Site:
     failures: int = 0
     failed_at: float = 0.0
     ejected_until: float = 0.0
+    arrivals_since_due: int = 0  # new connections since its ejection has ended, without a dial to it
 
 
 @dataclass
@@ -167,6 +173,7 @@ class World(Network):
         near.original = PORTAL
         client = Client(kernel, far, 1 + len(self.clients), plan, (ip, 20_000 + len(self.clients)))
         self.clients.append(client)
+        self.history.check_trials()
         client.begin()
         kernel.call_later(plan.begins_s, client.allow_sending)
         listener.arrive(near, client.address)
@@ -186,7 +193,7 @@ class World(Network):
             kernel.call_later(2 * kernel.latency_s, lambda: sock.fail(errno.ECONNREFUSED))
         elif site.state != "vanish":
             for copy in range(kernel.random.choice((1, 1, 2))):
-                late_s = kernel.random.choice((0.0, 0.0, 0.3, 2.0)) + 2 * kernel.latency_s
+                late_s = kernel.random.choice((0.0, 0.0, 0.3, 2.0, 4.5)) + 2 * kernel.latency_s
                 answer = data[:8] + bytes((copy,)) + data[8:]
                 kernel.call_later(late_s, lambda answer=answer: self._answer(port, address, answer))  # type: ignore[misc]
 
@@ -216,16 +223,22 @@ class History:
         self.faults: Counter[str] = Counter()
         self.broken: list[str] = []  # what the data plane must not see as an exception
         self.digest = 0
+        self.dials = 0
+        self.arrived_at = 0.0
+        self.dials_justified = 0.0
         self.records: dict[Address, AccessRecord] = {}
         self.udp_records = 0
+        self.udp_bytes = 0, 0
         kernel.latency_s = draw.choice((0.0002, 0.002, 0.02))
         kernel.cuts_pieces = draw.random() < 0.5
         self.balance = Balance.ROUND_ROBIN if draw.random() < 0.6 else draw.choice(list(Balance))
+        self.engine = draw.choice(("auto", "copy"))
         self.affinity_s = 1_000 if draw.random() < 0.2 else None
         kernel.network = self.world = World(self)
         if self.kind == "shortage" and draw.random() < 0.5:
             kernel.descriptors_max = draw.choice((64, 80))
         is_calm = self.kind == "calm"
+        self.states = _STATES if draw.random() < 0.6 else _CERTAIN_STATES
         has_steady = is_calm or draw.random() < 0.8
         for index in range(draw.randint(2, 5)):
             site = Site((f"10.0.1.{index + 1}", 8_080), is_calm or (has_steady and not index))
@@ -249,7 +262,7 @@ class History:
         self.digest = crc32(repr((round(self.kernel.now, 6), what)).encode(), self.digest)
 
     def _set_state(self, site: Site) -> None:
-        site.state = self.random.choice(_STATES)
+        site.state = self.random.choice(self.states)
         site.delay_s = self.random.uniform(0.05, 1.5)
 
     def draw_rooms(self, first: Stream, second: Stream) -> None:
@@ -263,8 +276,8 @@ class History:
         draw = self.random
         plan = Plan(int(draw.choice(sizes) * draw.uniform(0.5, 1.0)))
         if draw.random() < 0.3:
-            plan.pieces = max(1, plan.size // draw.randint(2, 6)), draw.choice((0.001, 0.05, 0.4))
-        plan.reads_slowly = draw.random() < 0.1
+            plan.pieces = max(1, plan.size // draw.randint(2, 6)), draw.choice((0.001, 0.05, 0.4, 1.6))
+        plan.reads_slowly = draw.random() < 0.2
         return plan
 
     def _draw_fate(self, plan: Plan, least_bytes: int, most_bytes: int, part: float) -> None:
@@ -288,9 +301,11 @@ class History:
         plan.speaks_first = draw.random() < 0.3
         if site.state == "reset":
             plan.fate, plan.fate_s = "reset", draw.choice((0.0, 0.03, 0.15))
-            plan.speaks_first = False
+            plan.speaks_first = draw.random() < 0.1
         else:
             self._draw_fate(plan, 9, 400, 0.12)
+            if plan.fate == "reset" and draw.random() < 0.7:
+                plan.pieces = max(1, plan.size // 2), 2.0  # in the middle of its reply
         return plan
 
     def on_backend(self, backend: Backend) -> None:
@@ -306,8 +321,7 @@ class History:
     @property
     def _ejects(self) -> bool:
         """Whether the ejections of this history follow from refused dials alone."""
-        states = {site.state for site in self.world.sites.values()}
-        return self.kind == "faults" and self._has_steady and states <= {"answer", "refuse", "unreachable"}
+        return self.kind == "faults" and self._has_steady and self.states is _CERTAIN_STATES
 
     def note_failure(self, site: Site) -> None:
         self.faults["refuse"] += 1
@@ -320,10 +334,23 @@ class History:
     def check_ejection(self, site: Site) -> None:
         if site.state == "vanish":
             self.faults["vanish"] += 1
+        self.dials += 1
+        site.arrivals_since_due = 0
         if self._ejects:
             now = self.kernel.now
             if site.failed_at + _NOTICED_S < now < site.ejected_until - _NOTICED_S:
                 self.broken.append(f"an ejected endpoint was dialled: {site}, {now}")
+
+    def check_trials(self) -> None:
+        """A new connection comes: one of the endpoints whose ejection has ended gets it, or has got one before."""
+        is_apart = self.kernel.now > self.arrived_at + _NOTICED_S  # those of a burst are accepted together
+        self.arrived_at = self.kernel.now
+        if self._ejects and self.affinity_s is None and is_apart:
+            for site in self.world.sites.values():
+                if site.failures and self.kernel.now > site.ejected_until + _NOTICED_S:
+                    site.arrivals_since_due += 1
+                    if site.arrivals_since_due > len(self.world.sites) + 1:
+                        self.broken.append(f"an endpoint is not tried again: {site}, {self.kernel.now}")
 
     # ---- playing
 
@@ -331,10 +358,11 @@ class History:
         """Play the history and check it. Return how often each kind of fault occurred."""
         use(self.kernel)
         loop = SimulatedLoop(self.kernel)
+        loop.set_exception_handler(lambda _, what: self.broken.append(repr(what)))
         try:
             with errors_logged(self.broken):
                 loop.run_until_complete(self._play())
-                check(not self.broken, "broken", *self.broken)
+            check(not self.broken, "broken", *self.broken)
             self._check_connections()
             self._check_shares()
         finally:
@@ -347,7 +375,7 @@ class History:
 
     async def _play(self) -> None:
         kernel = self.kernel
-        self.plane = plane = LocalPlane(_LIMITS, self._record, lambda: kernel.now)
+        self.plane = plane = LocalPlane(_LIMITS, self._record, lambda: kernel.now, self.engine)
         listener, proxy_port = Listener(kernel), Datagram(kernel)
         self._serve(ServicePort(TCP, PORTAL[1], (PORTAL[0],), connections=self.policy), 10_001, listener)
         self._serve(ServicePort(UDP, 53, (UDP_PORTAL_IP,)), 10_002, proxy_port)
@@ -416,7 +444,7 @@ class History:
         wanted = steady + [address for address in others if draw.random() < 0.5]
         self._changes = asyncio.ensure_future(self._use(wanted))
         if not wanted:
-            self.kernel.call_later(draw.uniform(0.2, 1.5), self._restore_endpoints)
+            self.kernel.call_later(draw.uniform(0.2, 6.0), self._restore_endpoints)
 
     def _restore_endpoints(self) -> None:
         self._changes = asyncio.ensure_future(self._use(list(self.world.sites)))
@@ -431,6 +459,7 @@ class History:
         self.note(record)
         if record.protocol is L4Protocol.UDP:
             self.udp_records += 1
+            self.udp_bytes = self.udp_bytes[0] + record.bytes_to_backend, self.udp_bytes[1] + record.bytes_to_client
             return
         check(record.client not in self.records, "a connection ended twice", record)
         self.records[record.client] = record
@@ -462,6 +491,8 @@ class History:
         if self._has_steady and self.kind in ("calm", "faults"):
             check(not udp.datagrams_dropped or udp.port_exhaustions, "datagrams were dropped", udp)
         check(udp.flows_total == self.udp_records, "flows without a record", udp.flows_total, self.udp_records)
+        bytes_moved = udp.bytes_to_backends, udp.bytes_to_clients
+        check(bytes_moved == self.udp_bytes, "bytes of flows are miscounted", bytes_moved, self.udp_bytes)
         check(tcp.accepted == len(self.records), "connections without a record", tcp.accepted, len(self.records))
         to_backends = sum(r.bytes_to_backend for r in self.records.values())
         check(tcp.bytes_to_backends == to_backends, "bytes are miscounted", tcp.bytes_to_backends, to_backends)
@@ -483,25 +514,30 @@ class History:
                 its = self.world.backends.get(int.from_bytes(client.received[:4], "big"))
                 check(its is not None and its.client is None, "a reply reaches another client", client.number)
             self._check_connection(client, its)
+        check(self.dials <= self.dials_justified, "too many dials", self.dials, self.dials_justified)
 
     def _check_connection(self, client: Client, backend: Backend | None) -> None:
         record = self.records.get(client.address)
         how = "" if record is None else record.how
         where = (client.number, client.plan, how, client.how, None if backend is None else backend.plan)
+        is_idle = False
         if backend is None:
             check(not client.received, "bytes from nowhere", where)
         else:
             check(client.data.startswith(backend.received), "an endpoint got other bytes than were sent", where)
             check(backend.data.startswith(client.received), "a client got other bytes than were sent", where)
-            if client.how == "eof" and not backend.met_fate:
+            # A policy may close a connection that pauses for longer than IDLE_S, although it will go on.
+            is_idle = how.startswith("closed by") and max(client.plan.pieces[1], backend.plan.pieces[1]) >= IDLE_S
+            if client.how == "eof" and not backend.met_fate and not is_idle:
                 check(len(client.received) == backend.sent, "the reply is cut short", where)
-            if backend.how == "eof" and not client.met_fate:
+            if backend.how == "eof" and not client.met_fate and not is_idle:
                 check(len(backend.received) == client.sent, "the request is cut short", where)
             if backend.plan.fate == "reset" and backend.met_fate and not client.met_fate and not backend.is_shut:
                 check(client.how in ("reset", ""), "a reset arrives as an end", where)
                 if how in ("reset by backend", UNANSWERED) and not backend.unacknowledged_at_fate:
                     check(len(client.received) == backend.sent, "bytes before a reset are lost", where)
         if record is None:
+            check(self.kind == "shortage", "a client was not accepted", where)
             return
         fates = {end.plan.fate for end in (client, backend) if end is not None and end.met_fate}
         if (justified := _JUSTIFIED.get(how)) is not None:
@@ -513,7 +549,7 @@ class History:
             expected = "eof" if how == "closed" or how.startswith("closed by") else "reset"
             is_over = client.how == "eof" and backend.is_shut  # for the client; the reset came later
             check(client.how == expected or is_over, "a connection ends otherwise than told", where)
-            if expected == "eof":
+            if expected == "eof" and not is_idle:
                 check(record.bytes_to_backend == len(backend.received), "bytes to the backend", where)
                 check(record.bytes_to_client == len(client.received), "bytes to the client", where)
             if self.policy == ConnectionPolicy():
@@ -521,11 +557,17 @@ class History:
         self._check_attempt(client, backend, record, where)
 
     def _check_attempt(self, client: Client, backend: Backend | None, record: AccessRecord, where: object) -> None:
+        began_at = client.began_at + record.duration_s if backend is None else backend.began_at
+        took_s = max(0.0, began_at - client.began_at)
+        self.dials_justified += len(self.world.sites) + 2 + took_s / RACE_S
+        if record.how == "no endpoint came in time" or (
+            "after a wait" in record.why and self.states is _CERTAIN_STATES
+        ):
+            check(took_s <= self.policy.wait_s + _DIALLING_MAX_S, "a client waited for too long", took_s, where)
         if self.kind not in ("calm", "faults", "removals") or not self._has_steady:
             return
         check(not record.how.startswith("no endpoint"), "an attempt failed while an endpoint answered", where)
         if backend is not None and backend.began_at:
-            took_s = backend.began_at - client.began_at
             sites = self.world.sites
             most_s = 0.2 + 4 * self.kernel.latency_s * len(sites) + (len(sites) - 1) * (RACE_S + 0.3)
             check(took_s <= most_s, "an attempt took long while an endpoint answered", took_s, where)
@@ -533,10 +575,9 @@ class History:
     def _check_shares(self) -> None:
         if self.kind != "calm":
             return
-        if self.affinity_s is not None:
-            for name, of_client in (("TCP", self._endpoints_by_client()),):
-                for ip, addresses in of_client.items():
-                    check(len(addresses) == 1, "a pinned client changed its endpoint", name, ip, addresses)
+        if self.affinity_s is not None or self.balance is Balance.SOURCE_HASH:
+            for ip, addresses in self._endpoints_by_client().items():
+                check(len(addresses) == 1, "a pinned client changed its endpoint", ip, addresses)
         elif self.balance is Balance.ROUND_ROBIN:
             for of_endpoints in self.of_endpoints.values():
                 opened = [one.opened for one in of_endpoints.values()]

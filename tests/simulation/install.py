@@ -26,7 +26,7 @@ from userspace_proxy.model.endpoint import Address
 
 # Smaller than the real ones, so that a history of few bytes fills them.
 BUFFER_BYTES = 512
-LOCAL_PORTS = 24
+LOCAL_PORTS = 8
 
 
 class Current:

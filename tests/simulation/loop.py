@@ -9,6 +9,7 @@ from tests.simulation.kernel import Epoll, Kernel, Stream
 
 # What a turn of the loop costs, so that events happen between two turns.
 _TURN_S = 20e-6
+_NEVER = float("inf")
 
 
 class SimulatedLoop(asyncio.BaseEventLoop):
@@ -40,15 +41,18 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         kernel, readers = self._kernel, self._readers.values()
         kernel.count_step()
         kernel.now += _TURN_S
-        until = float("inf") if timeout is None else kernel.now + timeout
+        until = _NEVER if timeout is None else kernel.now + timeout
         while kernel.next_at <= kernel.now:
             kernel.step()
+        kernel.has_woken = True  # a level-triggered epoll is ready again without an event
         while True:
-            ready = [handle for epoll, handle in readers if epoll.ready]
-            if ready or self._ready:
-                return ready
-            if kernel.next_at > until or kernel.next_at == float("inf"):
-                assert until != float("inf"), "nothing will ever happen again"
+            if kernel.has_woken or self._ready:
+                kernel.has_woken = False
+                ready = [handle for epoll, handle in readers if epoll.ready]
+                if ready or self._ready:
+                    return ready
+            if kernel.next_at > until or kernel.next_at == _NEVER:
+                assert until != _NEVER, "nothing will ever happen again"
                 kernel.now = max(kernel.now, until)
                 return []
             kernel.step()
