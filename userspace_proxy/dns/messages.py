@@ -103,7 +103,7 @@ class Question(NamedTuple):
 
 
 def read_question(message: bytes) -> Question | None:
-    """Return the question of *message*; None if no answer is due: to an answer, or to what is no message at all."""
+    """Return the question of *message*, or None if it needs no answer: it is an answer itself, or no message."""
     if len(message) < HEADER.size:
         return None
     identity, flags, questions, answers, authorities, additionals = HEADER.unpack_from(message)

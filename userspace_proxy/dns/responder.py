@@ -1,4 +1,4 @@
-"""Answers to questions about the cluster domain, packed once and kept until what they say changes. No I/O."""
+"""Answers to questions about the cluster domain. Each is packed once, and kept until it changes. No I/O."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 
 class Client(NamedTuple):
-    """Who asks. ``interface``: the index of the interface that the question came in at."""
+    """A client of this server. ``interface``: the index of the interface that the question came in at."""
 
     ip: str
     transport: str

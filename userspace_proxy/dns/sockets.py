@@ -55,7 +55,7 @@ def _open(kind: socket.SocketKind, ip: str) -> socket.socket:
     family = socket.AF_INET6 if ":" in ip else socket.AF_INET
     with contextlib.ExitStack() as on_error:
         sock = on_error.enter_context(socket.socket(family, kind | socket.SOCK_NONBLOCK))
-        # A process that took over from nobody (the one before was killed) serves beside what the other has left.
+        # After a control process was killed, its successor listens beside the DNS process that is left.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)

@@ -1,7 +1,7 @@
 """Ask other servers for names outside of the cluster domain.
 
-What one client, or the world, can make this process hold is bounded: equal questions are asked once, the number of
-questions under way has a limit, and so has the cache. A forwarding loop therefore ends in a time-out.
+Memory is bounded whatever clients ask: equal questions are asked once, and both the number of outstanding questions
+and the cache have a limit. A forwarding loop therefore ends in a time-out.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Cached(NamedTuple):
 class Upstream:
     """The servers for other names: *servers*, or those of the file *resolv_conf*; never one of *own*.
 
-    ``probe``: a question that only this process asks. Whoever hears it should set ``loops``.
+    ``probe``: a question that only this process asks. A server that receives it sets ``loops``.
     """
 
     def __init__(self, servers: Sequence[str] | None, resolv_conf: str, own: Sequence[str]) -> None:

@@ -26,7 +26,7 @@ class Sockets(msgspec.Struct, frozen=True, tag=True):
 
 
 class Names(msgspec.Struct, frozen=True, tag=True):
-    """What some Services are called now; None: no more."""
+    """The names of some Services; None for a Service that is gone."""
 
     services: list[tuple[NamespacedName, ServiceNames | None]]
 
@@ -50,7 +50,7 @@ class Ask(msgspec.Struct, frozen=True, tag=True):
 
 
 class Close(msgspec.Struct, frozen=True, tag=True):
-    """End: another process serves at the sockets, or none is to."""
+    """End. Another process serves at the sockets, or cluster DNS stops."""
 
 
 Request = Sockets | Names | Synced | Clients | Ask | Close
