@@ -187,7 +187,7 @@ class ControlPlane:
         self.start_api()
 
     def compact(self) -> None:
-        """Forget the history up to now, as etcd does every five minutes by the API server's order."""
+        """Compact the history up to now, as the API server has etcd do every five minutes."""
         version = self.ask("GET", SERVICES)["metadata"]["resourceVersion"]
         connection = http.client.HTTPConnection("127.0.0.1", ETCD)
         connection.sock = connect(self.node, "127.0.0.1", ETCD, 10.0)
@@ -220,7 +220,7 @@ class ControlPlane:
         return found
 
     def end_thread(self) -> None:
-        """Close this thread's connection; a next one is made as it is needed."""
+        """Close this thread's connection; the next request opens a new one."""
         if (connection := getattr(self._local, "connection", None)) is not None:
             connection.close()
             self._local.connection = None

@@ -1,8 +1,8 @@
 """Splice engines against an oracle: for any actions of both sides in any order, bytes arrive exactly or not at all.
 
 The oracle is what plain TCP promises between two sockets: each side gets a beginning of what the other sent, all of it
-unless there was a reset, and after a reset at least what had been acknowledged. A seed that fails stands in the name of
-its test, by which it is run again.
+unless there was a reset, and after a reset at least what had been acknowledged. The name of a failed test contains its
+seed, so it can be repeated.
 """
 
 from __future__ import annotations

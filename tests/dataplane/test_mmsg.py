@@ -14,7 +14,7 @@ from userspace_proxy.dataplane.sockets import IP_PKTINFO
 
 @contextlib.contextmanager
 def front(family: socket.AddressFamily) -> Iterator[socket.socket]:
-    """Serve as proxy ports do, also where there is no IPv6."""
+    """Open a socket as proxy ports do, also on a host without IPv6."""
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
         sock.bind(("", 0))
         if family == socket.AF_INET:

@@ -92,7 +92,7 @@ async def test_a_handler_that_takes_over_a_socket_gets_only_new_events(poller: P
 
 
 async def test_a_closed_socket_that_another_process_holds_causes_no_events(poller: Poller, pairs: list[Pair]) -> None:
-    """As a tool that is being started holds all of them, until it executes."""
+    """A tool that is being started holds all descriptors until exec."""
     (sock, far), *_ = pairs
     told: list[int] = []
     poller.watch(sock, told.append)

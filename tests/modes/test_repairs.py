@@ -26,7 +26,7 @@ class FakeRules:
         self._reloads: asyncio.Queue[float] = asyncio.Queue()
 
     async def reloaded(self) -> float:
-        """Wait until it was tried once more; return when."""
+        """Wait for the next attempt to load; return its time."""
         return await asyncio.wait_for(self._reloads.get(), _BOUND_S)
 
     async def is_intact(self) -> bool:

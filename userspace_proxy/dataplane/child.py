@@ -33,7 +33,7 @@ class ChildProcess(Generic[A]):
     """A process that runs *module*, replaced when it dies, hangs or breaks its channel. Its answers have the type A.
 
     *kind*: what log lines call it. ``restarts``: how often it was replaced. ``failing``: why nothing is served, "" if
-    it is. Subclasses say what it is told (`replay`) and how it answers (`read_answer`).
+    it is. Subclasses restore its state (`replay`) and decode its answers (`read_answer`).
     """
 
     def __init__(self, kind: str, module: str, settings: msgspec.Struct) -> None:

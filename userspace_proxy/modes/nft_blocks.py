@@ -182,7 +182,7 @@ FORWARD_BLOCK = Block(
 
 
 def nat_hook(hook: str, priority: int) -> RuleLine:
-    """Return the line that has the kernel call a chain at *hook* before other destination NAT."""
+    """Return the line that attaches a chain to *hook*, before other destination NAT."""
     return RuleLine(
         f"type nat hook {hook} priority {priority}; policy accept;",
         "Called for the first packet of each connection; conntrack treats all later ones the same. "

@@ -254,7 +254,7 @@ def test_random_changes_end_with_the_whole_new_table(lab: Lab) -> None:
 
 
 def _elements(listed: Any) -> dict[str, Any]:
-    """Return the elements by the name of their set, those of sets without any left out."""
+    """Return the elements by the name of their set, without empty sets."""
     found = (item[kind] for item in listed for kind in ("map", "set") if kind in item)
     return {item["name"]: item["elem"] for item in found if item.get("elem")}
 

@@ -1,4 +1,4 @@
-"""Explains why clients of a Service would be refused: nothing here gives it a usable endpoint. Pure."""
+"""Explains why clients of a Service would be refused: it has no usable endpoint. Pure."""
 
 from __future__ import annotations
 

@@ -198,7 +198,7 @@ _ERRORS_OF: Mapping[str, Callable[[_Plain], Iterator[ConfigError]]] = {
 
 
 def _repeated(items: Sequence[_Plain] | None, field: str, *, is_name_needed: bool = False) -> Iterator[ConfigError]:
-    """Yield which of *items* have the name of another; if *is_name_needed*, no name counts as a name."""
+    """Yield an error for each of *items* with the name of an earlier one; if *is_name_needed*, also without a name."""
     first: dict[str, int] = {}
     for index, item in enumerate(items or ()):
         name = item.get("name") or ""
@@ -208,7 +208,8 @@ def _repeated(items: Sequence[_Plain] | None, field: str, *, is_name_needed: boo
 
 
 def _one_a_family(plain: _Plain, field: str, single: str) -> Iterator[ConfigError]:
-    """Yield which of the addresses or ranges at *field* is a second one of its family, or not the one in *single*."""
+    """Yield an error for each address or range at *field* that is a second one of its family, or not that in
+    *single*."""
     section, name = field.split(".")
     values = plain.get(section) or {}
     texts = [item.get("ip") if isinstance(item, Mapping) else item for item in values.get(name) or ()]

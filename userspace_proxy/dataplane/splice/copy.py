@@ -175,7 +175,7 @@ class Half:
             self.cut()
 
     def take_bulk(self) -> bool:
-        """Return whether the engine moves this direction, which fills whole buffers, in another way than by copying."""
+        """Return whether the engine takes over this direction, which fills whole buffers, instead of copying it."""
         return False
 
     def flush(self) -> None:

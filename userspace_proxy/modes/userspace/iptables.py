@@ -162,26 +162,29 @@ def _redirects(redirects: Redirects, family: Family) -> Iterator[RuleLine]:
     def rules(portal: Portal) -> Iterator[tuple[str, Reason]]:
         name = redirects.names.get(portal)
         comment = f' -m comment --comment "{name}"' if name else ""
-        for who, port in _ports(redirects, portal):
+        for sender, port in _ports(redirects, portal):
             if port == DROPPED:
                 continue
             verdict = f"-j DNAT --to-destination {address}:{port}" if address else f"-j REDIRECT --to-ports {port}"
             is_refused = port == redirects.refuse_port
-            yield f"{_match(portal, who)}{comment} {verdict}", partial(_led, portal, who, port, address, is_refused)
+            yield (
+                f"{_match(portal, sender)}{comment} {verdict}",
+                partial(_led, portal, sender, port, address, is_refused),
+            )
 
     yield from _by_portal(redirects, family, CHAIN, rules)
 
 
-def _led(portal: Portal, who: _Who, port: int, address: str, is_refused: bool, known: Known) -> str:
+def _led(portal: Portal, sender: _SenderMatch, port: int, address: str, is_refused: bool, known: Known) -> str:
     there = f"{address}, an address of ours on lo, at " if address else ""
-    packets = f"{_packets(portal, who, known)} go to {there}"
+    packets = f"{_packets(portal, sender, known)} go to {there}"
     if is_refused:
         return f"{packets}port {port}, which has no listener: there are no endpoints, and the kernel refuses."
     return f"{packets}our proxy port {port}."
 
 
-def _packets(portal: Portal, who: _Who, known: Known) -> str:
-    return f"Packets to {known.portal_words(portal)}{who.words}"
+def _packets(portal: Portal, sender: _SenderMatch, known: Known) -> str:
+    return f"Packets to {known.portal_words(portal)}{sender.words}"
 
 
 def _arriving(redirects: Redirects) -> Iterator[RuleLine]:
@@ -203,10 +206,10 @@ def _drops(redirects: Redirects, family: Family) -> Iterator[RuleLine]:
     def rules(portal: Portal) -> Iterator[tuple[str, Reason]]:
         if portal not in dropped and (portal.protocol, portal.port) not in at_node_ports:
             return
-        for who, port in _ports(redirects, portal):
+        for sender, port in _ports(redirects, portal):
             is_dropped = port == DROPPED
             verdict = "DROP" if is_dropped else "RETURN"
-            yield f"{_match(portal, who)} -j {verdict}", partial(_judged, portal, who, is_dropped, "")
+            yield f"{_match(portal, sender)} -j {verdict}", partial(_judged, portal, sender, is_dropped, "")
 
     yield RuleLine(f"-A {DROP} -j {RANGES}", "First: may the sender dial this portal?")
     yield from _by_portal(redirects, family, DROP, rules)
@@ -216,8 +219,8 @@ def _all_ports(redirects: Redirects) -> Iterator[tuple[Portal, int]]:
     return itertools.chain.from_iterable(ports.items() for ports in (redirects.ports, *redirects.exceptions.values()))
 
 
-def _judged(portal: Portal, who: _Who, is_dropped: bool, why: str, known: Known) -> str:
-    packets = _packets(portal, who, known)
+def _judged(portal: Portal, sender: _SenderMatch, is_dropped: bool, why: str, known: Known) -> str:
+    packets = _packets(portal, sender, known)
     if is_dropped:
         return f"{packets} are dropped without an answer.{why}"
     return f"{packets} are not dropped: return to the calling chain."
@@ -227,13 +230,13 @@ def _ranges(redirects: Redirects, family: Family) -> Iterator[RuleLine]:
     why = " Packets of allowed clients have left this chain by the rules above."
     for portal, networks in restricted(redirects, family):
         name = redirects.names.get(portal)
-        for who in (*(_Who(source=network) for network in networks), _Who()):
-            is_dropped = not who.source
-            rule = f"-A {RANGES} {_match(portal, who)} -j {'DROP' if is_dropped else 'RETURN'}"
-            yield RuleLine(rule, partial(_judged, portal, who, is_dropped, why), name)
+        for sender in (*(_SenderMatch(source=network) for network in networks), _SenderMatch()):
+            is_dropped = not sender.source
+            rule = f"-A {RANGES} {_match(portal, sender)} -j {'DROP' if is_dropped else 'RETURN'}"
+            yield RuleLine(rule, partial(_judged, portal, sender, is_dropped, why), name)
 
 
-class _Who(NamedTuple):
+class _SenderMatch(NamedTuple):
     """Matches a sender: by its network, by the interface at which its packets arrive, or as this node itself."""
 
     source: str = ""
@@ -273,31 +276,31 @@ def _by_portal(
     yield from lines(NODE_PORTS, at_node_ports=True)
 
 
-def _ports(redirects: Redirects, portal: Portal) -> Iterator[tuple[_Who, int]]:
+def _ports(redirects: Redirects, portal: Portal) -> Iterator[tuple[_SenderMatch, int]]:
     """Yield the port for each sender's packets to *portal*. The first match decides."""
     exceptions = redirects.exceptions
     if (port := exceptions.get(Sender.NODE, {}).get(portal)) is not None:
-        yield _Who(is_node=True), port
+        yield _SenderMatch(is_node=True), port
     pods = redirects.pods
     if pods is not None and (port := exceptions.get(Sender.POD, {}).get(portal)) is not None:
         if pods.interface:
-            yield _Who(interface=pods.interface.replace("*", "+")), port
+            yield _SenderMatch(interface=pods.interface.replace("*", "+")), port
         for cidr in pod_cidrs(pods, portal.family):
-            yield _Who(source=cidr), port
+            yield _SenderMatch(source=cidr), port
     if (port := redirects.ports.get(portal)) is not None:
-        yield _ANYBODY, port
+        yield _ANY_SENDER, port
 
 
-_ANYBODY = _Who()
+_ANY_SENDER = _SenderMatch()
 
 
-def _match(portal: Portal, who: _Who) -> str:
-    """Return what matches packets of *who* to *portal*, as iptables-save prints it."""
+def _match(portal: Portal, sender: _SenderMatch) -> str:
+    """Return what matches packets of *sender* to *portal*, as iptables-save prints it."""
     protocol = portal.protocol.lower()
-    source = f"-s {who.source} " if who.source else ""
+    source = f"-s {sender.source} " if sender.source else ""
     where = "" if portal.is_node_port else f"-d {portal.ip}/{32 if portal.family == 4 else 128} "
-    interface = f"-i {who.interface} " if who.interface else ""
-    match = "-m addrtype --src-type LOCAL " if who.is_node else ""
+    interface = f"-i {sender.interface} " if sender.interface else ""
+    match = "-m addrtype --src-type LOCAL " if sender.is_node else ""
     return f"{source}{where}{interface}-p {protocol} {match}-m {protocol} --dport {portal.port}"
 
 
