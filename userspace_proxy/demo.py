@@ -175,7 +175,7 @@ class _Demo:
         return load
 
     def _last_failover(self) -> str:
-        """Return the choice of a failover as the access log tells it; a thread of the proxy writes the log."""
+        """Return the choice of a failover as in the access log; a thread of the proxy writes the log."""
 
         def found() -> list[str]:
             return [line for line in (self._folder / "access").read_text().splitlines() if "(failover)" in line]

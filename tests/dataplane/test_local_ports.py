@@ -1,4 +1,4 @@
-"""Which local port is next: pure, as time is a parameter."""
+"""The choice of the next local port; time is a parameter."""
 
 from __future__ import annotations
 

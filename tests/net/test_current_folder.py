@@ -21,7 +21,7 @@ TOOLS = ["nft", "ip", "iptables", "conntrack", "iptables-save", "modprobe"]
 
 @pytest.fixture
 def trap(tmp_path: Path) -> Path:
-    """A folder of another user: whatever is run from there leaves a word in the file ``caught``."""
+    """A folder of another user: any code that runs from there writes to the file ``caught``."""
     folder = tmp_path / "trap"
     folder.mkdir()
     for module in MODULES:

@@ -104,7 +104,7 @@ def port_range(text: str) -> tuple[int, int]:
 
 
 def with_port(address: str, port: int) -> str:
-    """Return *address* with *port*, where it is an IP address and nothing else."""
+    """Return *address* with *port* if it is an IP address without a port."""
     try:
         ip = ipaddress.ip_address(address.removeprefix("[").removesuffix("]"))
     except ValueError:

@@ -53,7 +53,7 @@ class ChildProcess(Generic[A]):
         self._watch: asyncio.Task[None] | None = None
 
     async def replay(self) -> None:
-        """Tell a replacement what the process before knew, and clear ``failing``."""
+        """Send a replacement the state of the previous process, and clear ``failing``."""
         self.failing = ""
 
     def read_answer(self, body: bytes) -> A | None:

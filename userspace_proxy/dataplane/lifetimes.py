@@ -208,8 +208,8 @@ class Lifetimes:
 def idle_units(splice: Splice) -> float:
     """Return for how many times IDLE_S the connection has been idle; 0.0 if it is not idle.
 
-    Not idle are a connection that is half-closed, because our FIN would be taken for the end of the answer, and for
-    ANSWER_S a connection whose client waits for an answer.
+    A half-closed connection is never idle: its client would take our FIN for the end of the answer. A connection whose
+    client waits for an answer is not idle before ANSWER_S.
     """
     if splice.half_closed:
         return 0.0
@@ -226,5 +226,5 @@ def end_idle(splice: Splice, how: str) -> None:
 
 
 def _jitter(client: Address) -> float:
-    """Return by what to multiply the maximum age of a connection of *client*."""
+    """Return the factor for the maximum age of a connection of *client*."""
     return 1 - JITTER + 2 * JITTER * (hash(client) % 1024) / 1024

@@ -102,7 +102,7 @@ class Poller:
         self._closing.append(sock)
 
     def again(self, step: Callable[[], None]) -> None:
-        """Call *step* in the next turn: for a socket that may have more to read, after the others had their turn."""
+        """Call *step* in the next turn: a socket may have more to read, but others are handled first."""
         if not self._again:
             self._loop.call_soon(self._take_again)
         self._again.append(step)

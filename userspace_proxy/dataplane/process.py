@@ -52,7 +52,7 @@ class Learnt:
 class WorkerProcess(ChildProcess[wire.Answer]):
     """The worker with index ``settings.worker``.
 
-    *replay* tells a worker its whole state, or that of some listeners. It returns those that the worker has no room
+    *replay* sends a worker its whole state, or that of some listeners. It returns those that the worker has no room
     for, with reasons. ``unserved`` has these until there is room.
     """
 

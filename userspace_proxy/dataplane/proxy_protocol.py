@@ -1,4 +1,4 @@
-"""PROXY protocol headers: tell a backend the client's address and the dialled address. Pure.
+"""PROXY protocol headers: they carry the client's address and the dialled address to a backend. Pure.
 
 The protocol is HAProxy's, https://www.haproxy.org/download/3.0/doc/proxy-protocol.txt: version 1 is a line of text,
 version 2 is binary and also covers datagrams.

@@ -1,6 +1,6 @@
 """The DataPlane of the control process: forwards each call to one or more worker processes.
 
-The control process opens the listeners and keeps a duplicate of each, with everything that the workers were told. A
+The control process opens the listeners and keeps a duplicate of each, with all state that it sent to the workers. A
 worker that dies is replaced by one that serves at once at the same sockets. Only its open connections are lost, and
 clients in the accept queue notice nothing. A successor of the control process gets the same.
 """
@@ -87,7 +87,7 @@ class RemotePlane:
     async def _replay(
         self, worker: WorkerProcess, names: Collection[ListenerName] | None = None
     ) -> Mapping[ListenerName, str]:
-        """Tell *worker* its whole state, or that of the listeners *names*. Return those it cannot serve and why."""
+        """Send *worker* its whole state, or that of the listeners *names*. Return those it cannot serve and why."""
         if names is None and self._name is not None:
             worker.send(wire.KeepOn(), [self._name.fileno()])
         specs = [spec for name, spec in self._specs.items() if names is None or name in names]

@@ -306,6 +306,6 @@ async def _serve(sock: socket.socket, settings: wire.WorkerSettings) -> None:
 
 
 if __name__ == "__main__":
-    # Ctrl-C in a terminal is for the control process, which then tells us.
+    # Ctrl-C in a terminal is for the control process, which then sends `Close`.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     begin(wire.WorkerSettings, _serve)

@@ -37,7 +37,7 @@ def opens_block(line: Line) -> bool:
 
 
 def _explained(line: Line) -> Iterator[str]:
-    """Yield *line* and what is said of it: behind it, where nft reads it and there is room, else above."""
+    """Yield *line* with its explanation: behind it if nft reads it and there is room, otherwise above it."""
     said = line.explanation
     if line.text.startswith("#"):
         yield line.text

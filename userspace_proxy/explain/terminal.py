@@ -35,7 +35,7 @@ _THEME = Theme(
 
 
 class _Rules(RegexHighlighter):
-    """Colours for both rule languages; what stands further down wins."""
+    """Colours for both rule languages; later patterns override earlier ones."""
 
     base_style = "rules."
     highlights = [
@@ -56,7 +56,7 @@ _colour = _Rules()
 
 
 def print_to(found: Sequence[Explained], *, explains: bool, console: Console | None = None) -> None:
-    """Print *found* to *console*, the terminal where none is given."""
+    """Print *found* to *console*, by default the terminal."""
     console = console or Console(highlight=False, theme=_THEME)
     if explains:
         console.print(_legend(found), "", sep="\n")
@@ -92,7 +92,7 @@ def _shown(mode: Explained, console: Console, width: int, *, explains: bool) -> 
 
 
 def _rows(line: Line, console: Console, width: int, *, explains: bool) -> Iterator[Text]:
-    """Yield *line* and below it, or behind it where there is room, what is said of it."""
+    """Yield *line* with its explanation: behind it if there is room, otherwise below it."""
     text = line.text.lstrip("\t")
     indent = _TAB * (len(line.text) - len(text))
     said = line.explanation if explains else ""

@@ -6,7 +6,7 @@ redirect (``ip_forward``, ``ip6_forward`` in the kernel). A client obeys that fo
 
 Two routing rules and one table of ours prevent it. They act on forwarded packets alone: the node's own connect() needs
 a route before any rule translates its packets. Packets that are served are translated before they are routed, by
-whichever proxy. So the discard routes may stay after a stop, for the restart, and get in the way of no other proxy.
+whichever proxy. So the discard routes may stay after a stop, for the restart, without harm to another proxy.
 
 iptables mode rejects at FORWARD, behind routing. The addresses that it rejects have exceptions in the same table.
 """
@@ -102,7 +102,7 @@ async def _discard(version: int, ranges: set[Network], addresses: set[Network]) 
 
 
 def _rule_changes(rules: Iterable[dict[str, Any]], ranges: set[Network], *, discards: bool) -> list[str]:
-    """Return the `ip rule` commands that turn *rules* into the wanted ones.
+    """Return the `ip rule` commands that turn *rules* into the desired ones.
 
     Routes narrower than a range are looked up before anything is discarded.
     """

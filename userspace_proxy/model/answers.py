@@ -107,7 +107,7 @@ class Unused:
 
 @dataclass(frozen=True, slots=True)
 class Obstacle:
-    """Why clients cannot reach a Service, and how to mend it."""
+    """Why clients cannot reach a Service, and the fix."""
 
     reason: str
     fix: str

@@ -1,4 +1,4 @@
-"""What a data plane tells of single service ports when it is asked: endpoints, next choices, connections. Pure.
+"""What a data plane reports of single service ports on request: endpoints, next choices, connections. Pure.
 
 Times are wall-clock seconds.
 """
@@ -41,9 +41,9 @@ class NextChoice(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ServicePortDetails:
-    """Endpoints of one service port of which there is something to tell, and the next choices of each listener.
+    """The endpoints of one service port that have details, and the next choices of each listener.
 
-    ``workers``: how many worker processes told this; each of them chooses by itself.
+    ``workers``: the number of worker processes that reported; each of them chooses by itself.
     """
 
     name: ServicePortName
@@ -68,9 +68,9 @@ class ConnectionDetails:
 
 @dataclass(frozen=True, slots=True)
 class DetailsRequest:
-    """What to tell: of service ports ``names``, the choices for ``client_ip`` ("": no choices), and connections.
+    """The requested details: of the service ports ``names``, the choices for ``client_ip`` ("": none), and connections.
 
-    ``connections``: at most so many of each worker, the oldest first; of every service port if ``names`` is empty.
+    ``connections``: the maximum of each worker, the oldest first; of every service port if ``names`` is empty.
     """
 
     names: tuple[ServicePortName, ...]
@@ -88,7 +88,7 @@ class Details:
 
 
 def merge(told: list[Details]) -> Details:
-    """Return what several workers told as one answer."""
+    """Merge the answers of several workers."""
     by_name: dict[ServicePortName, list[ServicePortDetails]] = {}
     for details in told:
         for of_one in details.service_ports:

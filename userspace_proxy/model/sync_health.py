@@ -1,4 +1,4 @@
-"""Tell whether syncs keep up with queued changes, per IP family, by kube-proxy's rule. Pure."""
+"""Whether syncs keep up with queued changes, per IP family, by kube-proxy's rule. Pure."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ class KernelProxier(BaseProxier):
                 self._forgotten[f"IPv{family}"] += count
 
     def _changed_flows(self, changed: Iterable[ServicePortName]) -> dict[Portal, Answering]:
-        """Return the UDP portals of *changed* that differ, each with the endpoints that may go on answering for it.
+        """Return the UDP portals of *changed* that differ, each with the endpoints whose flows may continue.
 
         Without any such endpoint all flows are stale: they would keep a deleted endpoint (kubernetes#139628).
         """

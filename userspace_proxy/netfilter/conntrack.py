@@ -1,8 +1,8 @@
-"""Delete conntrack entries that would go on sending packets to where a portal pointed before.
+"""Delete conntrack entries that would still lead packets to a portal's previous destination.
 
 The kernel decides about NAT once, at the first packet of a flow:
 
-1. UDP: a client that goes on sending keeps that decision alive for ever. So when a portal appears, goes, or gets
+1. UDP: a client that continues to send keeps that decision alive for ever. So when a portal appears, goes, or gets
    another port, its old flows are deleted (kubernetes/pkg/proxy/conntrack does the same).
 2. TCP: a SYN that came before its portal was served is not translated, and nothing answers it. Each retransmission,
    and each later connection from the same source port, follows that entry, for 120 s by default.

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Checked:
-    """A service port with a health check: what was given, its targets by endpoint address, and what is left of it."""
+    """A service port with a health check: its endpoints, its targets by endpoint address, and its healthy endpoints."""
 
     service_port: ServicePort
     given: tuple[Endpoint, ...]

@@ -1,7 +1,7 @@
 """The composition root: the parts of a running proxy, and the order in which they start and stop.
 
 Read it from top to bottom: `App.run` is the life of the process, `Proxy.__init__` the list of parts. What is specific
-to a mode is asked of the mode (`modes/__init__.py`), never decided here.
+to a mode is in its `Mode` (`modes/__init__.py`), never decided here.
 """
 
 from __future__ import annotations

@@ -218,7 +218,7 @@ class Forwarder:
     def _usable(self, forward: _Forward) -> tuple[Endpoint, ...]:
         return _of_one_family(usable_endpoints(self._state.endpoints.get(forward.service_port.name, ())))
 
-    # ---- what the user is told
+    # ---- output for the user
 
     async def run(self) -> None:
         """Print which connections are handled, and why any of them fails. Runs until cancelled."""

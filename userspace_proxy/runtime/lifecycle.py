@@ -36,7 +36,7 @@ from userspace_proxy.logs import flush_log
 from userspace_proxy.runtime.instance_lock import InstanceLock
 
 _REAP_EVERY_S = 1.0
-# How long a process that is told to stop during a hand-over waits for the successor to serve.
+# How long a process that gets a stop signal during a hand-over waits for the successor to serve.
 _DECIDE_S = 2.0
 # Environment of the new program: the descriptors of listeners that outlive a restart in place.
 _KEPT_LISTENERS = "USERSPACE_PROXY_LISTENERS"
@@ -98,7 +98,7 @@ class Lifecycle:
         self._decided.set()
         self._drain_is_bounded = False
         self._told_to_stop = asyncio.Event()
-        self._serves_on_alone = False  # traffic goes on if this process ends now
+        self._serves_on_alone = False  # traffic continues if this process ends now
         self._plane: HandoverPlane | None = None
         self._successors = 0
         self._dry_run: asyncio.Task[None] | None = None
@@ -137,7 +137,7 @@ class Lifecycle:
             lock.give_back()
             raise StartError(f"what serves now cannot be taken over, it goes on: {error}") from None
         # Before the predecessor stops accepting: if this process dies at any moment, some workers serve on.
-        with contextlib.suppress(SyncError):  # a worker has died; the next one is told, too
+        with contextlib.suppress(SyncError):  # a worker has died; its replacement gets the request, too
             await answers_to(plane.keep_on(lock.name))
         self._serves_on_alone = True
         await lock.taken()

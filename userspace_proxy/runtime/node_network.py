@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 async def follow_addresses(tracker: Tracker, sync_again: Callable[[], None]) -> None:
-    """Tell *tracker* this host's addresses whenever they or the default route have changed. Runs until cancelled."""
+    """Report this host's addresses to *tracker* after changes of them or of the default route, until cancelled."""
     changed = asyncio.Event()
     notices = NetworkNotices(changed.set)
     try:

@@ -231,7 +231,7 @@ def _get(mapping: object, key: str) -> object:
 def _check_url(url: str | None) -> None:
     """Raise ConnectionError for an invalid URL; the library's own error would contain its password."""
     try:
-        yarl.URL(url or "").port  # noqa: B018 - read only when it is asked for
+        yarl.URL(url or "").port  # noqa: B018 - read only on request
     except ValueError:
         raise ConnectionError("the URL of the server or its proxy cannot be read") from None
 

@@ -47,7 +47,7 @@ def _one_of(field: str, *names: str) -> Rule:
     return Rule(field, wanted, names[-1].swapcase(), lambda value: value in names, f"write {wanted}")
 
 
-# The demand, a wrong value, the test and the mend of rules for several fields.
+# The demand, a wrong value, the test and the fix of rules for several fields.
 _NUMBER = ("a number from 1 to 65535", 65_536, decode.is_port, "write a number from 1 to 65535")
 _SYMBOLS = "use letters, digits, '-', '_' and '.', 63 at most"
 _NAME = ("a qualified name", "a b", _QUALIFIED.fullmatch, f"{_SYMBOLS}; a domain and '/' may stand before it")

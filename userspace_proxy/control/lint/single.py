@@ -78,7 +78,7 @@ def _follows(error: ConfigError, unknown: Sequence[ConfigError]) -> bool:
 
 def _decode_errors(manifest: Manifest, *, is_misshapen: bool) -> Iterator[ConfigError]:
     if isinstance(manifest.object, api.Service):
-        # That there are no ports, or no spec, is not said again where one is misplaced or misspelt.
+        # Missing ports, or a missing spec, are not reported again if one is misplaced or misspelt.
         for error in decode.service_errors(manifest.object):
             if not (is_misshapen and error.field in ("", "spec")):
                 yield error

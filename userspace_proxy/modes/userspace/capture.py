@@ -1,4 +1,4 @@
-"""Change the way of capture when an interface comes up at which REDIRECT cannot work."""
+"""Switch to another kind of capture when an interface comes up at which REDIRECT cannot work."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class UserspaceProxier(BaseProxier):
         *,
         watches_interfaces: bool = False,
     ) -> None:
-        """*watches_interfaces*: change the way of capture when REDIRECT cannot work at an interface."""
+        """*watches_interfaces*: switch to another kind of capture when REDIRECT cannot work at an interface."""
         super().__init__(kernel, rules)
         self._plane = plane
         self._kernel = kernel
@@ -227,7 +227,7 @@ class UserspaceProxier(BaseProxier):
             await forget_early_connections(new)
 
     def _kept_flows(self, portal: Portal) -> Answering:
-        """Return where old flows to *portal* may go on, though the present traffic policy sends new ones elsewhere."""
+        """Return where old flows to *portal* may continue, though the traffic policy sends new ones elsewhere."""
         assert self._loaded is not None
         if self._loaded.ports.get(portal) in (None, DROPPED, self._refuse_port):
             return frozenset()
@@ -284,7 +284,7 @@ class UserspaceProxier(BaseProxier):
     # ---- changes without a new state
 
     async def set_capture(self, capture: Capture) -> None:
-        """Change the way of capture.
+        """Switch to another kind of capture.
 
         Raises:
             SyncError: refused; the old way is still in force.
