@@ -439,7 +439,7 @@ def test_source_ranges_that_contain_no_client_admit_none_and_are_reported(
     assert problems[-1] == "spec.loadBalancerSourceRanges"
 
 
-def test_a_mapped_range_is_mended_as_the_ipv4_range_that_it_stands_for() -> None:
+def test_the_fix_for_a_mapped_range_is_its_ipv4_range() -> None:
     ranges = ["192.0.2.0/24", "::ffff:10.0.0.0/104"]
     given = service(type="LoadBalancer", loadBalancerSourceRanges=ranges)
 

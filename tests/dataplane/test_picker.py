@@ -158,7 +158,7 @@ def test_switching_affinity_off_lets_clients_take_turns(clock: FakeClock) -> Non
     assert set(picks(picker, 2)) == {A, B}
 
 
-def test_an_endpoint_that_refused_is_passed_over_until_its_time_is_up(clock: FakeClock) -> None:
+def test_an_endpoint_that_refused_is_ejected_for_a_time(clock: FakeClock) -> None:
     picker = picker_over(A, B, clock=clock)
     picker.report_failure(A)
 
@@ -364,7 +364,7 @@ def test_a_client_whose_endpoint_a_picker_has_not_is_pinned_anew_for_all(clock: 
     assert picks(cluster, 2) == [B, B]
 
 
-def test_an_endpoint_that_refused_one_picker_is_passed_over_by_all(clock: FakeClock) -> None:
+def test_an_endpoint_that_refused_one_picker_is_ejected_for_all(clock: FakeClock) -> None:
     cluster, local = pickers_over([A, B, C], [A, B], clock)
     cluster.report_failure(A)
 

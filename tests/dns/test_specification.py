@@ -187,5 +187,5 @@ def test_an_answer_that_is_too_long_is_truncated(edns: bool) -> None:
     assert answer.answer == []
 
 
-def test_all_of_this_is_known_by_the_services_given() -> None:
+def test_the_services_of_the_specification_have_no_mistakes() -> None:
     assert DB in SERVICES.values()

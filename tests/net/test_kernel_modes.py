@@ -182,7 +182,7 @@ IPTABLES = (*("--proxy-mode", "iptables"), *FLAGS[2:])
 
 
 @pytest.mark.parametrize("then", [FLAGS, IPTABLES, ()], ids=["nftables", "iptables", "userspace"])
-def test_a_second_run_takes_the_first_ones_place_and_no_request_fails(
+def test_a_second_run_replaces_the_first_and_no_request_fails(
     proxy: Proxy, world: ServiceLab, then: tuple[str, ...]
 ) -> None:
     proxy.start(*FLAGS)

@@ -206,7 +206,7 @@ class Lifetimes:
 
 
 def idle_units(splice: Splice) -> float:
-    """Return for how many times IDLE_S the connection has been idle; 0.0 if it is not idle.
+    """Return the connection's idle time as a multiple of IDLE_S; 0.0 if it is not idle.
 
     A half-closed connection is never idle: its client would take our FIN for the end of the answer. A connection whose
     client waits for an answer is not idle before ANSWER_S.

@@ -44,7 +44,7 @@ class Responder:
         self._keys_of: dict[Labels, list[bytes]] = defaultdict(list)  # by what `Zone.owner` returns
 
     def update(self, service: NamespacedName, names: ServiceNames | None) -> None:
-        """Take over what *service* is called now; None: it is gone."""
+        """Replace the names of *service*; None if it was deleted."""
         for owner in self.zone.set(service, names):
             for key in self._keys_of.pop(owner, ()):
                 self._answers.pop(key, None)

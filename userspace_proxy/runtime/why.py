@@ -297,7 +297,7 @@ class Explainer:
         if unhealthy and len(unhealthy) == len(case.desired):
             reason = case.health[unhealthy[0].address].reason
             return Obstacle(
-                f"all endpoints are unhealthy by probes ({reason}), and panic=off", "mend them or the check"
+                f"all endpoints are unhealthy by probes ({reason}), and panic=off", "fix them or the check"
             )
         policy = "internalTrafficPolicy" if case.service_port.internal_local else "externalTrafficPolicy"
         if case.service_port.internal_local:

@@ -25,7 +25,7 @@ _KINDS = {kind.lower(): kind for kind in (*WORKLOADS, "Pod", "Service", "Endpoin
 
 
 class WordError(Exception):
-    """A word that cannot be obeyed: the reason, for the user."""
+    """A word that cannot be executed: the reason, for the user."""
 
 
 class Request(NamedTuple):

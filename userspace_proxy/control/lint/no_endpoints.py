@@ -125,7 +125,7 @@ def _no_pods(
                 return ConfigError(said, field=field, mend="put both into one namespace")
     held = list(islice(index.pods_in(name.namespace), _CANDIDATES_MAX))
     has_pods = any(manifest.kind == "Pod" for manifest, _ in held)
-    mend = "add Pods with these labels, or mend the selector"
+    mend = "add Pods with these labels, or correct the selector"
     for key, value in selector.items():
         others = {label: text for label, text in selector.items() if label != key}.items()
         near = [labels for _, pod in held if (labels := pod.metadata.labels or {}) and others <= labels.items()]
