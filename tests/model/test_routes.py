@@ -151,7 +151,7 @@ def test_traffic_of_policy_local_is_dropped_if_all_endpoints_are_elsewhere(
 
 
 def ep(name: str) -> Endpoint:
-    """Return an endpoint by its conditions: ``L`` or ``R`` for where, then R(eady), S(erving), T(erminating)."""
+    """Return an endpoint: ``L`` (local) or ``R`` (remote), then its conditions R(eady), S(erving), T(erminating)."""
     where, conditions, number = name[0], name[2:-1], name[-1]
     node = "here" if where == "L" else "other"
     return Endpoint(name, int(number), "R" in conditions, "S" in conditions, "T" in conditions, node)

@@ -296,9 +296,7 @@ class Explainer:
         unhealthy = [e for e in unhealthy if case.health[e.address].condition is EndpointCondition.UNHEALTHY]
         if unhealthy and len(unhealthy) == len(case.desired):
             reason = case.health[unhealthy[0].address].reason
-            return Obstacle(
-                f"all endpoints are unhealthy by probes ({reason}), and panic=off", "fix them or the check"
-            )
+            return Obstacle(f"all endpoints are unhealthy by probes ({reason}), and panic=off", "fix them or the check")
         policy = "internalTrafficPolicy" if case.service_port.internal_local else "externalTrafficPolicy"
         if case.service_port.internal_local:
             reason = f"{policy} is Local, and no endpoint is on this node ({node or 'without a name'})"

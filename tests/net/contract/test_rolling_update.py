@@ -92,7 +92,7 @@ class Deployment:
         """Replace each pod once its successor is known to the data plane.
 
         The rollout takes a second. Where the control process gets no CPU for as long, all pods that it knows are gone,
-        and what comes then is reset: 300 to 500 requests of each load with 1.1 s of SIGSTOP. No proxy can mend that.
+        and what comes then is reset: 300 to 500 requests of each load with 1.1 s of SIGSTOP. No proxy can prevent that.
         """
         for old, new in ROLLOUT.items():
             self.mark(new, ":unready")

@@ -99,7 +99,7 @@ RELATIONS: tuple[Relation, ...] = (
         for field in ("loadBalancerSourceRanges", "loadBalancerClass", "allocateLoadBalancerNodePorts",
                       "healthCheckNodePort")),
     Relation("spec.healthCheckNodePort",
-        "load balancers are told of endpoints only with externalTrafficPolicy: Local",
+        "load balancers get the number of endpoints only with externalTrafficPolicy: Local",
         lambda s: (s.get("healthCheckNodePort") and _type(s) == "LoadBalancer"
                    and s.get("externalTrafficPolicy") != "Local"),
         "write 'externalTrafficPolicy: Local', or leave it out"),

@@ -248,7 +248,7 @@ async def _restore(each: _Family, script: str) -> None:
 def _options_for(
     options: ChainOptions, translations: Mapping[ServicePortName, Translation], facts: NodeFacts, family: Family
 ) -> ChainOptions:
-    """Return *options* with what the node and the number of endpoints of *family* decide."""
+    """Return *options* completed for the node and for the number of endpoints of *family*."""
     reaches = (made.reaches[family] for made in translations.values() if family in made.reaches)
     endpoints = sum(len(there.cluster) + len(there.local) for there in reaches)
     names_endpoints = endpoints <= _COMMENTS_MAX
