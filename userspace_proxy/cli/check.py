@@ -45,7 +45,7 @@ def check(
     """Report what is wrong with the manifests in PATH..., where, and how to correct it.
 
     A fault is refused by the API server, or leaves clients of a Service without an endpoint; the exit code is then 1.
-    A note is incomplete here, or has no effect.
+    A note names what is incomplete here, or has no effect.
     """
     from dataclasses import asdict
 

@@ -106,7 +106,7 @@ def _add(hosts: dict[DnsHost, None], hostname: str | None, given: str) -> None:
 
 
 def dashed(ip: str) -> str:
-    """Return the hostname of an endpoint that has none of its own: its address with dashes, as CoreDNS has it."""
+    """Return the hostname of an endpoint that has none of its own: its address with dashes, as in CoreDNS."""
     return ip.replace(".", "-").replace(":", "-")
 
 
