@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import pty
 import random
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -201,3 +203,44 @@ def test_a_pod_is_a_client_too_and_the_pod_that_answers_sees_it_in_a_kernel_mode
     *lines, ip = done.stdout.splitlines()
     assert re.search(r"client=10\.244\.0\.1$", lines[0])
     assert all(re.search(rf"client=({re.escape(ip)}|10\.244\.0\.1)$", line) for line in lines[2:]), done.stdout
+
+
+def test_a_pod_answers_udp_with_what_it_saw(tmp_path: Path) -> None:
+    (tmp_path / "udp.yaml").write_text(
+        WEB.replace("containerPort: 8080, name: http", "containerPort: 53, name: http, protocol: UDP").replace(
+            "{port: 80,", "{port: 53, protocol: UDP,"
+        )
+    )
+
+    done = lab("exec 3<>/dev/udp/web/53; echo hello >&3; timeout 5 head -n 1 <&3", tmp_path / "udp.yaml")
+
+    assert re.match(r"web-\S+ 10\.244\.1\.\d+:53 client=10\.244\.0\.1$", done.stdout), done.stderr
+
+
+def test_the_prompt_of_the_shell_shows_the_mode_and_ctrl_c_ends_only_the_program_in_front() -> None:
+    terminal, theirs = pty.openpty()
+    shell = subprocess.Popen(["setsid", "--ctty", *LAB], stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+
+    def read_until(text: bytes) -> None:
+        seen = b""
+        deadline = time.monotonic() + 30
+        while text not in seen:
+            assert select.select([terminal], [], [], max(deadline - time.monotonic(), 0))[0], seen
+            seen += os.read(terminal, 4096)
+
+    try:
+        read_until(b"[lab userspace]")
+        os.write(terminal, b"echo begun; sleep 60\n")
+        read_until(b"\rbegun")
+        os.write(terminal, b"\x03")
+        read_until(b"[lab userspace]")
+        os.write(terminal, b"mode nftables\n")
+        read_until(b"[lab nftables]")
+        os.write(terminal, b"exit 3\n")
+        read_until(b"exit\r\n")
+        assert shell.wait(20) == 3
+    finally:
+        shell.kill()
+        shell.wait(20)
+        os.close(terminal)

@@ -10,6 +10,7 @@ import contextlib
 import re
 import socket
 from collections.abc import Callable
+from typing import cast
 
 from userspace_proxy.lab import Host
 from userspace_proxy.simulation.workloads import Port
@@ -136,8 +137,7 @@ class _Udp(asyncio.DatagramProtocol):
         self._transport: asyncio.DatagramTransport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.DatagramTransport)
-        self._transport = transport
+        self._transport = cast(asyncio.DatagramTransport, transport)  # of another class before Python 3.12
 
     def datagram_received(self, data: bytes, address: tuple[str, int]) -> None:
         if self._transport is not None and not self._server.hangs:
