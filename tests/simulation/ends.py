@@ -98,7 +98,7 @@ class End:
             self._note_fate()
             if self.plan.reads_slowly:
                 self._waits_to_read = True
-                self.kernel.call_later(0.004, self._read_on)
+                self.kernel.call_later(0.02, self._read_on)
 
     def _read_on(self) -> None:
         self._waits_to_read = False

@@ -19,7 +19,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from zlib import crc32
 
 from tests.simulation.datagrams import record_of, reply_addresses
@@ -29,7 +29,7 @@ from tests.simulation.kernel import Address, Datagram, Kernel, Listener, Network
 from tests.simulation.loop import SimulatedLoop
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.dial import RACE_S
-from userspace_proxy.dataplane.lifetimes import IDLE_S
+from userspace_proxy.dataplane.lifetimes import IDLE_S, JITTER, PERIOD_S
 from userspace_proxy.dataplane.memory import EJECT_MAX_S, EJECT_S
 from userspace_proxy.dataplane.plane import LocalPlane
 from userspace_proxy.interfaces import UNANSWERED, AccessRecord, Backends, ListenerSpec
@@ -41,7 +41,7 @@ PORTAL = ("10.96.0.1", 80)
 UDP_PORTAL_IP = "10.96.0.1"
 TCP = ServicePortName(NamespacedName("shop", "web"), "http", L4Protocol.TCP)
 UDP = ServicePortName(NamespacedName("shop", "dns"), "dns", L4Protocol.UDP)
-KINDS = ("calm", "faults", "faults", "faults", "removals", "policy", "shortage")
+KINDS = ("calm", "slow", "faults", "faults", "faults", "removals", "policy", "shortage")
 FAULTS = frozenset({"refuse", "vanish", "stall", "reset", "half-close", "pieces", "shortage"})
 _STATES = ("answer", "refuse", "vanish", "slow", "unreachable", "reset")
 # Ejections follow from dials alone, at times that can be told from outside.
@@ -168,6 +168,8 @@ class World(Network):
         kernel = self.kernel
         far, near = Stream(kernel, local=False), Stream(kernel, local=False)
         self.history.draw_rooms(far, near)
+        if plan.reads_slowly:  # so that much of a reply is still on its way when something happens
+            far.receive_room, near.send_room = 600, 2_000
         far.join(near)
         far.connected = near.connected = True
         near.original = PORTAL
@@ -239,8 +241,8 @@ class History:
             kernel.descriptors_max = draw.choice((64, 80))
         is_calm = self.kind == "calm"
         self.states = _STATES if draw.random() < 0.6 else _CERTAIN_STATES
-        has_steady = is_calm or draw.random() < 0.8
-        for index in range(draw.randint(2, 5)):
+        has_steady = is_calm or (self.kind != "slow" and draw.random() < 0.8)
+        for index in range(draw.choice((2, 3, 4, 5, 12))):
             site = Site((f"10.0.1.{index + 1}", 8_080), is_calm or (has_steady and not index))
             if not site.is_steady:
                 self._set_state(site)
@@ -262,7 +264,7 @@ class History:
         self.digest = crc32(repr((round(self.kernel.now, 6), what)).encode(), self.digest)
 
     def _set_state(self, site: Site) -> None:
-        site.state = self.random.choice(self.states)
+        site.state = "slow" if self.kind == "slow" else self.random.choice(self.states)
         site.delay_s = self.random.uniform(0.05, 1.5)
 
     def draw_rooms(self, first: Stream, second: Stream) -> None:
@@ -303,7 +305,7 @@ class History:
             plan.fate, plan.fate_s = "reset", draw.choice((0.0, 0.03, 0.15))
             plan.speaks_first = draw.random() < 0.1
         else:
-            self._draw_fate(plan, 9, 400, 0.12)
+            self._draw_fate(plan, 9, 400, 0.2)
             if plan.fate == "reset" and draw.random() < 0.7:
                 plan.pieces = max(1, plan.size // 2), 2.0  # in the middle of its reply
         return plan
@@ -432,19 +434,29 @@ class History:
 
     def _begin_shortage(self) -> None:
         self.faults["shortage"] += 1
-        self.world.short_until = self.kernel.now + self.random.choice((0.05, 0.5, 1.5))
+        self.world.short_until = self.kernel.now + self.random.choice((0.05, 0.5, 1.5, 6.0))
         self.world.lacks = self.random.choice(({errno.EMFILE}, {errno.EADDRNOTAVAIL}))
 
     def _change_endpoints(self) -> None:
         draw = self.random
         steady = [address for address, site in self.world.sites.items() if site.is_steady]
         others = [address for address in self.world.sites if address not in steady]
-        if self.kind == "policy" and draw.random() < 0.4:
-            steady = []
         wanted = steady + [address for address in others if draw.random() < 0.5]
+        if self.kind == "policy" and draw.random() < 0.4:
+            wanted = []
         self._changes = asyncio.ensure_future(self._use(wanted))
+        if self.policy.drain_s is not None:
+            gone = set(self.usable) - set(wanted)
+            self.kernel.call_later(self.policy.drain_s + 0.5, lambda: self._check_drained(gone))
         if not wanted:
             self.kernel.call_later(draw.uniform(0.2, 6.0), self._restore_endpoints)
+
+    def _check_drained(self, gone: set[Address]) -> None:
+        """The connections to endpoints that have left, and have not returned, are closed or not idle."""
+        at_once = not self.policy.drain_s
+        for connection in self.plane._context.connections if at_once else ():
+            if (address := connection.details().endpoint) in gone and address not in self.usable:
+                self.broken.append(f"a connection to a removed endpoint is open: {address}")
 
     def _restore_endpoints(self) -> None:
         self._changes = asyncio.ensure_future(self._use(list(self.world.sites)))
@@ -474,9 +486,11 @@ class History:
         stats = await self.plane.stats(endpoints_max=100)
         tcp, udp = stats.services[TCP], stats.services[UDP]
         for counters in (tcp, udp):
+            check(min(astuple(counters)) >= 0, "a counter is negative", counters)
             check(counters.open == counters.flows == counters.waiting == 0, "counters have not returned", counters)
         for of_endpoints in stats.endpoints.values():
             for address, of_one in of_endpoints.items():
+                check(min(astuple(of_one)) >= 0, "an endpoint's counter is negative", address, of_one)
                 check(of_one.open == of_one.dialling == 0, "an endpoint's counters have not returned", address, of_one)
         connections = self.plane._context.connections
         check(connections._races == 0, "races are left", connections._races)
@@ -564,6 +578,13 @@ class History:
             "after a wait" in record.why and self.states is _CERTAIN_STATES
         ):
             check(took_s <= self.policy.wait_s + _DIALLING_MAX_S, "a client waited for too long", took_s, where)
+        check(record.how != "out of descriptors", "an attempt failed in a short shortage", where)
+        if self.policy.max_age_s and self.policy.force_s is not None:
+            most_s = self.policy.max_age_s * (1 + JITTER) + self.policy.force_s + 2 * PERIOD_S
+            most_s = max(most_s, took_s + 2 * PERIOD_S)  # it may be too old when it is dialled at last
+            check(record.duration_s <= most_s or record.endpoint is None, "a connection is too old", where)
+        if self.kind == "slow":
+            check(not record.how.startswith("no endpoint"), "an attempt failed over slow endpoints", where)
         if self.kind not in ("calm", "faults", "removals") or not self._has_steady:
             return
         check(not record.how.startswith("no endpoint"), "an attempt failed while an endpoint answered", where)
