@@ -106,7 +106,7 @@ def test_a_lone_backend_that_answers_late_is_waited_for(proxy: Proxy, world: Ser
             pod.ip("address", "del", f"{BLACK_HOLE}/24", "dev", "eth0")
 
 
-def test_a_udp_endpoint_that_refuses_is_passed_over(proxy: Proxy, world: ServiceLab) -> None:
+def test_a_udp_endpoint_that_refuses_is_ejected(proxy: Proxy, world: ServiceLab) -> None:
     rules = "table ip refuse { chain in { type filter hook input priority 0; udp dport 5353 reject; }; }"
     world.pods[0].run("nft", rules)
     try:
