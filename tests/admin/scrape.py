@@ -52,16 +52,16 @@ def every_metric() -> str:
                 watches,
                 1.0,
                 syncs,
-                [
-                    *kernel_metrics(loads, Histogram([1.0]), {}),
-                    *own,
-                    *dns_metrics(Counts([("udp", "1", "A", "NOERROR", 1)]), 0),
-                ],
+                [*kernel_metrics(loads, Histogram([1.0]), {}), *own],
             )
         ).decode()
         for own in (
             iptables_metrics(loads),
-            [refused_loads("nftables_sync_failures", loads), *probe_metrics(ProbeStats(), {names[0]: 0})],
+            [
+                refused_loads("nftables_sync_failures", loads),
+                *probe_metrics(ProbeStats(), {names[0]: 0}),
+                *dns_metrics(Counts([("udp", "1", "A", "NOERROR", 1)]), 0),
+            ],
         )
     ]
     return "".join(scrapes)

@@ -443,7 +443,8 @@ def test_a_stop_during_a_hand_over_leaves_the_rules_to_the_successor(fresh_proxy
 
     asyncio.run(take_over())
 
-    assert fresh_proxy.stop() == 0
+    assert fresh_proxy.process is not None
+    assert fresh_proxy.process.wait(20) == 0, "it has been told to stop"
     assert WEB in fresh_proxy.rules_text()
 
 

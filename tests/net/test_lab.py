@@ -231,8 +231,8 @@ def test_the_prompt_of_the_shell_shows_the_mode_and_ctrl_c_ends_only_the_program
 
     try:
         read_until(b"[lab userspace]")
-        os.write(terminal, b"echo begun; sleep 60\n")
-        read_until(b"\rbegun")
+        os.write(terminal, b"sh -c 'echo begun; exec sleep 60'\n")
+        read_until(b"begun\r\n")
         os.write(terminal, b"\x03")
         read_until(b"[lab userspace]")
         os.write(terminal, b"mode nftables\n")

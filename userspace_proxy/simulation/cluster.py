@@ -318,6 +318,8 @@ class Cluster:
         lab.add(host.name)
         lab.link(host, "eth0", node, device)
         node.ip("link", "set", device, "master", _BRIDGE)
+        # As CNI plugins do: with br_netfilter, a packet of a pod to itself leaves by its port.
+        node.ip("link", "set", device, "type", "bridge_slave", "hairpin", "on")
         # Pods reach each other by way of the node, so that its rules translate answers between them, too.
         host.ip("address", "add", f"{ip}/32", "dev", "eth0")
         host.ip("route", "add", "default", "via", _GATEWAY, "dev", "eth0", "onlink")
