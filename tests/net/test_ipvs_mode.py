@@ -145,7 +145,7 @@ def test_schedulers_that_this_kernel_lacks_are_replaced(proxy: IpvsProxy, world:
     proxy.start("--ipvs-scheduler", "twos")
 
     assert "-A -t 10.96.9.25:80 -s rr -b flag-3" in proxy.servers()
-    proxy.wait_logged("this kernel has no scheduler twos; rr chooses in its place")
+    proxy.wait_logged("this kernel has no scheduler twos; using rr instead")
     assert answers(world.client, "10.96.9.25", 80) == "pod1"
 
 
@@ -255,7 +255,7 @@ def test_an_endpoint_that_ipvs_refuses_does_not_affect_other_endpoints(proxy: Ip
 
     assert answers(world.client, "10.96.9.17", 80) == "pod2"
     assert answers(world.client, "10.96.9.18", 80) == "pod1"
-    proxy.wait_logged(f"add {broadcast}:8080 at TCP 10.96.9.17:80: IPVS has no such endpoints")
+    proxy.wait_logged(f"add {broadcast}:8080 at TCP 10.96.9.17:80: left out, IPVS does not support such endpoints")
 
 
 def test_ipvs_is_looked_at_by_the_clock_and_not_after_each_change(world: ServiceLab) -> None:
