@@ -296,18 +296,23 @@ async def ask_and_reset(bad: Listener) -> None:
     client.close()
 
 
+async def assert_is_suspect(listener: Listener) -> None:
+    """Fail unless the next connection gets to *listener* without a byte until it has proved itself."""
+    began = time.monotonic()
+    client = await dial()
+    await client.send(b"question")
+    backend = await listener.accept()
+    assert await backend.receive(8) == b"question"
+    assert time.monotonic() - began > PROOF_S * 0.9
+    client.close()
+    backend.close()
+
+
 async def test_a_suspect_gets_no_byte_before_it_has_proved_itself(plane: Plane) -> None:
     with Listener() as listener:
         await plane.use(listener.endpoint)
         await ask_and_reset(listener)
-        began = time.monotonic()
-        client = await dial()
-        await client.send(b"question")
-        backend = await listener.accept()
-        assert await backend.receive(8) == b"question"
-        assert time.monotonic() - began > PROOF_S * 0.9
-        client.close()
-        backend.close()
+        await assert_is_suspect(listener)
 
 
 async def test_an_older_connection_does_not_clear_a_suspect(plane: Plane) -> None:
@@ -321,14 +326,7 @@ async def test_an_older_connection_does_not_clear_a_suspect(plane: Plane) -> Non
         its_backend.reset()
         assert await older.receive_all() == (b"", "reset")
         older.close()
-        began = time.monotonic()
-        client = await dial()
-        await client.send(b"question")
-        backend = await listener.accept()
-        assert await backend.receive(8) == b"question"
-        assert time.monotonic() - began > PROOF_S * 0.9
-        client.close()
-        backend.close()
+        await assert_is_suspect(listener)
 
 
 async def test_an_endpoint_that_resets_late_is_ejected_after_three_connections_in_a_row(plane: Plane) -> None:

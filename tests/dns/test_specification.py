@@ -70,7 +70,7 @@ def test_a_name_without_records_of_that_type_has_no_data(name: str, kind: str) -
 @pytest.mark.parametrize(
     "name",
     [
-        f"nobody{DOMAIN}",
+        f"missing{DOMAIN}",
         f"empty{DOMAIN}",
         f"_dns._tcp.web{DOMAIN}",
         f"_http._udp.web{DOMAIN}",
@@ -130,7 +130,7 @@ def test_before_all_services_are_known_a_missing_name_may_exist() -> None:
     of = responder()
     of.is_synced = False
 
-    assert ask(of, f"nobody{DOMAIN}").rcode() == dns.rcode.SERVFAIL
+    assert ask(of, f"missing{DOMAIN}").rcode() == dns.rcode.SERVFAIL
     assert values(ask(of, f"web{DOMAIN}")) == ["10.96.0.11"]
 
 

@@ -115,7 +115,7 @@ def test_describe_lists_events(running: Proxy, web: str) -> None:
 
     assert any("removed 10.244.0.3:8080, 10.244.0.4:8080" in event["what"] for event in answer["events"])
     assert "Session Affinity:" in tell(running, "describe", "service", "web")
-    assert "there is no Service default/nobody" in tell(running, "describe", "service", "nobody", check=False)
+    assert "there is no Service default/missing" in tell(running, "describe", "service", "missing", check=False)
 
 
 # ---- why
@@ -279,7 +279,7 @@ def test_nonsense_at_the_socket_disturbs_nothing(running: Proxy, web: str, world
 
 def test_trace_takes_the_name_of_a_service(running: Proxy, web: str) -> None:
     assert "10.96.9.1:80" in tell(running, "trace", "web:http")
-    assert "there is no such Service" in tell(running, "trace", "nobody", check=False)
+    assert "there is no such Service" in tell(running, "trace", "missing", check=False)
 
 
 def test_a_stopped_proxy_leaves_no_socket(running: Proxy) -> None:

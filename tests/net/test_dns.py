@@ -79,7 +79,7 @@ def test_the_node_its_pods_and_clients_behind_it_get_answers_in_every_mode(proxy
     for host in (proxy.node, proxy.world.pods[0], proxy.world.client):
         for over_tcp in (False, True):
             assert found(asked(host, f"web.default{CLUSTER}", server=server, over_tcp=over_tcp)) == ["10.96.0.11"]
-        assert asked(host, f"nobody.default{CLUSTER}", server=server).rcode() == dns.rcode.NXDOMAIN
+        assert asked(host, f"missing.default{CLUSTER}", server=server).rcode() == dns.rcode.NXDOMAIN
 
 
 def test_a_new_service_has_a_name(proxy: Proxy) -> None:

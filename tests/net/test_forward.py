@@ -29,7 +29,7 @@ PORTS = "[{name: http, port: 80, targetPort: 8080}, {name: dns, port: 53, protoc
 WITHOUT_PRIVILEGES = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs")
 POD3 = ServiceLab.pod_ip(2)
 # An address that no host has.
-NOBODY = "10.244.0.99"
+UNREACHABLE = "10.244.0.99"
 
 Start = Callable[..., "Forward"]
 
@@ -114,7 +114,7 @@ def test_tcp_and_udp_ports_of_a_service_are_balanced_and_reported_as_by_kubectl(
 
 
 def test_no_request_fails_while_every_endpoint_is_replaced(start: Start, world: ServiceLab, tmp_path: Path) -> None:
-    forward = start("-f", str(write(tmp_path, POD1, NOBODY)), "svc/web", ":80")
+    forward = start("-f", str(write(tmp_path, POD1, UNREACHABLE)), "svc/web", ":80")
     port = forward.port("8080")
     seen: list[object] = []
 

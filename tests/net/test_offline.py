@@ -16,7 +16,7 @@ from userspace_proxy.lab import ServiceLab
 
 OLD_IP = "10.96.9.2"
 # No host has this address.
-NOBODY = "10.244.0.99"
+UNREACHABLE = "10.244.0.99"
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def keep(cluster: Cluster) -> None:
 def test_a_restart_without_the_api_server_serves_the_last_state_until_it_answers(
     cluster: Cluster, world: ServiceLab
 ) -> None:
-    cluster.serve("web", IP, POD1, NOBODY)
+    cluster.serve("web", IP, POD1, UNREACHABLE)
     cluster.serve("old", OLD_IP, POD2)
     keep(cluster)
 

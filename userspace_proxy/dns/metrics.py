@@ -11,7 +11,7 @@ from userspace_proxy.dns.wire import Counts
 
 _TOTALS = {
     "hits": ("coredns_cache_hits", "queries answered with an answer that was packed before"),
-    "misses": ("coredns_cache_misses", "answers that were packed anew"),
+    "misses": ("coredns_cache_misses", "queries for which an answer had to be packed"),
     "forwarded": ("coredns_forward_requests", "queries sent to other servers"),
     "forward_refused": ("coredns_forward_max_concurrent_rejects", "queries refused: too many under way, or no server"),
     "forward_hits": ("userspace_proxy_dns_forward_hits", "queries answered with what other servers answered before"),

@@ -194,9 +194,7 @@ class Proxy:
             lambda: self._advisor.faults if self._advisor is not None else [],
             node.dns,
         )
-        inspection = Inspection(
-            mode, self._tracker, self._controller, self._proxier, node.plane, self._health_filter, journal
-        )
+        inspection = Inspection(mode, self._tracker, self._controller, node.plane, self._health_filter, journal)
         explainer = Explainer(
             mode,
             node.rules,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 
 from userspace_proxy import api
@@ -11,7 +12,7 @@ from userspace_proxy.control import decode
 from userspace_proxy.control.controller import Controller
 from userspace_proxy.control.journal import Journal
 from userspace_proxy.control.tracker import Tracker
-from userspace_proxy.interfaces import DataPlane, Proxier
+from userspace_proxy.interfaces import DataPlane
 from userspace_proxy.model.answers import (
     ConnectionAnswer,
     Description,
@@ -32,50 +33,40 @@ CONNECTIONS_MAX = 1_000
 Selected = Mapping[NamespacedName, list[ServicePort]]
 
 
+@dataclass(frozen=True, slots=True)
 class Inspection:
     """Reads from the parts of a running proxy what they serve. Namespace or name "" stands for all."""
 
-    def __init__(
-        self,
-        mode: Mode,
-        tracker: Tracker,
-        controller: Controller,
-        proxier: Proxier,
-        plane: DataPlane,
-        health_filter: HealthFilter,
-        journal: Journal,
-    ) -> None:
-        self._mode = mode
-        self._tracker = tracker
-        self._controller = controller
-        self._proxier = proxier
-        self._plane = plane
-        self._health_filter = health_filter
-        self._journal = journal
+    mode: Mode
+    tracker: Tracker
+    controller: Controller
+    plane: DataPlane
+    health_filter: HealthFilter
+    journal: Journal
 
     # ---- get
 
     def services(self, namespace: str, name: str) -> list[ServiceAnswer]:
         """Return the Services, also those that no proxy serves."""
-        served, problems = self._served(namespace, name), self._tracker.problems
-        known = ((at, service) for at, service in self._tracker.services.items() if _is_meant(at, namespace, name))
+        served, problems = self._served(namespace, name), self.tracker.problems
+        known = ((at, service) for at, service in self.tracker.services.items() if _is_meant(at, namespace, name))
         return [self._service(at, service, served.get(at, []), problems.get(at, "")) for at, service in sorted(known)]
 
     async def endpoints(self, namespace: str, name: str) -> list[EndpointAnswer]:
         """Return the endpoints of every service port."""
         served = self._served(namespace, name)
         ports = [port for _, its in sorted(served.items()) for port in its]
-        details = await self._plane.details(DetailsRequest(tuple(port.name for port in ports)))
+        details = await self.plane.details(DetailsRequest(tuple(port.name for port in ports)))
         known = {of.name: of for of in details.service_ports}
         return [row for port in ports for row in self._endpoints(port, known.get(port.name))]
 
     async def connections(self, namespace: str, name: str) -> tuple[list[ConnectionAnswer], int]:
         """Return open connections and flows, the oldest first, and the number of those that are left out."""
         names = tuple(port.name for its in self._served(namespace, name).values() for port in its)
-        if not names or self._mode.kernel_serves:
+        if not names or self.mode.kernel_serves:
             return [], 0
         everything = not (namespace or name)
-        details = await self._plane.details(DetailsRequest(() if everything else names, connections=CONNECTIONS_MAX))
+        details = await self.plane.details(DetailsRequest(() if everything else names, connections=CONNECTIONS_MAX))
         answers = [
             ConnectionAnswer(
                 *c.service_port.service,
@@ -101,7 +92,7 @@ class Inspection:
             return None
         ports = self._served(*name).get(name, [])
         endpoints = await self.endpoints(*name)
-        events = [*self._journal.of(name)]
+        events = [*self.journal.of(name)]
         for row in endpoints:
             if row.failed_at:
                 ejected = "; it is ejected" if row.state == "ejected" else ""
@@ -110,13 +101,13 @@ class Inspection:
             if row.since:
                 events.append(EventAnswer(row.since, f"endpoint {row.address} is {row.state}: {row.reason}"))
         events.sort(key=lambda event: event.at)
-        return Description(found[0], _facts(ports, self._mode), endpoints, events)
+        return Description(found[0], _facts(ports, self.mode), endpoints, events)
 
     # ---- parts
 
     def _served(self, namespace: str, name: str) -> dict[NamespacedName, list[ServicePort]]:
         served: dict[NamespacedName, list[ServicePort]] = defaultdict(list)
-        for port_name, service_port in self._controller.synced.service_ports.items():
+        for port_name, service_port in self.controller.synced.service_ports.items():
             if _is_meant(port_name.service, namespace, name):
                 served[port_name.service].append(service_port)
         return served
@@ -135,14 +126,14 @@ class Inspection:
         shown = [f"{p.port}{f':{p.node_port}' if p.node_port else ''}/{p.name.protocol}" for p in ports]
         if not ports:
             shown = [f"{p.port}/{p.protocol or 'TCP'}" for p in spec.ports or ()]
-        since = _timestamp(service.metadata.creation_timestamp) or self._tracker.since(name)
+        since = _timestamp(service.metadata.creation_timestamp) or self.tracker.since(name)
         kind = spec.type or "ClusterIP"
         return ServiceAnswer(*name, kind, cluster_ips, external, shown, since, dict(spec.selector or {}), problem)
 
     def _endpoints(self, port: ServicePort, details: ServicePortDetails | None) -> Iterator[EndpointAnswer]:
         seen = {of.address: of for of in details.endpoints} if details is not None else {}
-        health, weights = self._health_filter.health(port.name), dict(port.weights)
-        desired = self._tracker.endpoints_of(port.name)
+        health, weights = self.health_filter.health(port.name), dict(port.weights)
+        desired = self.tracker.endpoints_of(port.name)
         for endpoint in desired:
             of_plane = seen.get(endpoint.address, EndpointDetails(endpoint.address))
             verdict = health.get(endpoint.address)

@@ -70,26 +70,17 @@ class _Case:
         return tuple(endpoint for endpoint in usable if family_of(endpoint.ip) == self.portal.family)
 
 
+@dataclass(frozen=True, slots=True)
 class Explainer:
     """Explains by the state of a running proxy's parts, and of the kernel."""
 
-    def __init__(
-        self,
-        mode: Mode,
-        rules: NodeRules,
-        tracker: Tracker,
-        proxier: Proxier,
-        plane: DataPlane,
-        health_filter: HealthFilter,
-        service_range: str,
-    ) -> None:
-        self._mode = mode
-        self._rules = rules
-        self._tracker = tracker
-        self._proxier = proxier
-        self._plane = plane
-        self._health_filter = health_filter
-        self._service_range = service_range
+    mode: Mode
+    rules: NodeRules
+    tracker: Tracker
+    proxier: Proxier
+    plane: DataPlane
+    health_filter: HealthFilter
+    service_range: str
 
     async def explain(self, name: NamespacedName, port: str, client: str, state: ProxyState) -> Explanation:
         """Explain the next connection of *client* ("" for any) to *port* (name, number or "" for the first one).
@@ -118,7 +109,7 @@ class Explainer:
             f"{service_port.name.port_name or service_port.port}/{service_port.name.protocol}",
             str(case.portal),
             client,
-            self._mode.name,
+            self.mode.name,
             [] if obstacle and not case.candidates else self._next(case),
             list(self._unused(case)),
             intact,
@@ -133,33 +124,33 @@ class Explainer:
         family = family_of(client) if client else None
         its = [portal for portal in internal_portals(service_port) if family in (None, portal.family)]
         portal = (its or list(internal_portals(service_port)))[0]
-        made = plan(service_port, state.endpoints[service_port.name], node, detects_pods=self._rules.detects_pods(node))
+        made = plan(service_port, state.endpoints[service_port.name], node, detects_pods=self.rules.detects_pods(node))
         sender = self._sender(client, state)
         routes = {route.sender: route for route in made.routes if route.portal == portal}
         asked = client or _ANY_CLIENT[portal.family]
-        details = await self._plane.details(DetailsRequest((service_port.name,), asked))
+        details = await self.plane.details(DetailsRequest((service_port.name,), asked))
         return _Case(
             service_port,
-            self._tracker.endpoints_of(service_port.name),
+            self.tracker.endpoints_of(service_port.name),
             state,
             portal,
             client,
             sender,
             made,
             routes.get(sender) or routes[Sender.ANYBODY],
-            self._health_filter.health(service_port.name),
+            self.health_filter.health(service_port.name),
             next(iter(details.service_ports), None),
         )
 
     def _sender(self, client: str, state: ProxyState) -> Sender:
         if not client or client in state.node.addresses:
             return Sender.NODE if client else Sender.ANYBODY
-        detector = self._rules.detector(state.node)
+        detector = self.rules.detector(state.node)
         cidrs = [ipaddress.ip_network(cidr) for cidr in (detector.cidrs if detector else ())]
         return Sender.POD if any(ipaddress.ip_address(client) in cidr for cidr in cidrs) else Sender.ANYBODY
 
     def _next(self, case: _Case) -> list[Candidate]:
-        if not self._mode.kernel_serves and case.details is not None:
+        if not self.mode.kernel_serves and case.details is not None:
             choices = (
                 dict(case.details.choices).get(case.route.to, ()) if isinstance(case.route.to, ListenerName) else ()
             )
@@ -168,7 +159,7 @@ class Explainer:
         weights = dict(case.service_port.weights)
         shares = {endpoint: weights.get(endpoint.ip, 1) for endpoint in case.candidates}
         total = sum(shares.values()) or 1
-        why = self._mode.choice if self._mode.kernel_serves else "by the hash of the client's address; give --client"
+        why = self.mode.choice if self.mode.kernel_serves else "by the hash of the client's address; give --client"
         return [Candidate(str(endpoint), round(share / total, 4), why) for endpoint, share in shares.items() if share]
 
     def _unused(self, case: _Case) -> list[Unused]:
@@ -202,7 +193,7 @@ class Explainer:
         return "it is not its turn"
 
     def _unknown(self, case: _Case) -> list[str]:
-        if not self._mode.kernel_serves:
+        if not self.mode.kernel_serves:
             told = []
             if case.details is not None and case.details.workers > 1:
                 told.append(f"which of {case.details.workers} workers accepts the connection; each chooses by itself")
@@ -213,10 +204,10 @@ class Explainer:
         return unknown
 
     async def _rules_state(self) -> str:
-        if self._proxier.repairer.error:
-            return f"not as they should be, and cannot be loaded: {self._proxier.repairer.error}"
+        if self.proxier.repairer.error:
+            return f"not as they should be, and cannot be loaded: {self.proxier.repairer.error}"
         try:
-            is_intact = await self._proxier.is_intact()
+            is_intact = await self.proxier.is_intact()
         except SyncError as error:
             return f"cannot be looked at: {error}"
         return "loaded" if is_intact else "removed or changed by another program; they are being loaded again"
@@ -224,11 +215,11 @@ class Explainer:
     # ---- why it cannot be reached
 
     def _unserved(self, name: NamespacedName, port: str, client: str, ports: Sequence[ServicePort]) -> Explanation:
-        service = self._tracker.services.get(name)
+        service = self.tracker.services.get(name)
         names = ", ".join(p.name.port_name or str(p.port) for p in ports)
         if ports:
             obstacle = Obstacle(f"it has no port {port}", f"its ports are {names}")
-        elif problem := self._tracker.problems.get(name):
+        elif problem := self.tracker.problems.get(name):
             obstacle = Obstacle(problem, "correct the manifest; 'userspace-proxy check' says more")
         elif service is None:
             obstacle = Obstacle(_NO_SERVICE, "see 'userspace-proxy get services -A'; name its namespace with -n")
@@ -241,35 +232,35 @@ class Explainer:
         else:
             label = "service.kubernetes.io/service-proxy-name"
             obstacle = Obstacle(f"its label {label} names another proxy", "see --service-proxy-name")
-        return Explanation(str(name), port, "", client, self._mode.name, [], [], "none", obstacle)
+        return Explanation(str(name), port, "", client, self.mode.name, [], [], "none", obstacle)
 
     async def _obstacles(self, case: _Case) -> AsyncIterator[Obstacle]:
         """Yield why clients cannot reach the service port, along a connection's way."""
         name = case.service_port.name
-        if (service := self._tracker.services.get(name.service)) and not usable_endpoints(case.desired):
+        if (service := self.tracker.services.get(name.service)) and not usable_endpoints(case.desired):
             yield self._no_endpoint(name.service, service, case)
         if isinstance(case.route.to, Refusal):
             yield self._refusal(case)
         if obstacle := self._source_ranges(case):
             yield obstacle
-        for listener, why in {**self._proxier.unopened, **self._plane.unserved}.items():
+        for listener, why in {**self.proxier.unopened, **self.plane.unserved}.items():
             if listener.service_port == name:
                 yield Obstacle(f"this proxy could not open its listener: {why}", "see docs/reference/limits.md")
-        if self._plane.failing:
-            yield Obstacle(f"the data plane serves nothing: {self._plane.failing}", "see the log of the proxy")
+        if self.plane.failing:
+            yield Obstacle(f"the data plane serves nothing: {self.plane.failing}", "see the log of the proxy")
         if (rules := await self._rules_state()) != "loaded":
             yield Obstacle(f"the rules in the kernel: {rules}", "stop the program that changes them, or wait a second")
         portal = case.portal
         protocol = portal.protocol.lower()
         if where := await find_other_proxy(
-            portal.ip, portal.port, protocol, shares_chains=self._mode.shares_kube_proxys_chains
+            portal.ip, portal.port, protocol, shares_chains=self.mode.shares_kube_proxys_chains
         ):
             yield Obstacle(f"another proxy's rules take the packets: {where}", "stop kube-proxy, and remove its rules")
         if obstacle := await self._dials(case):
             yield obstacle
         with contextlib.suppress(SyncError, ValueError):
-            for passage in self._mode.firewall_passages:
-                for found in await find_blocking_firewall(passage, self._service_range):
+            for passage in self.mode.firewall_passages:
+                for found in await find_blocking_firewall(passage, self.service_range):
                     yield Obstacle(f"a firewall of this node drops {passage.traffic}", found)
 
     def _no_endpoint(self, name: NamespacedName, service: api.Service, case: _Case) -> Obstacle:
@@ -277,7 +268,7 @@ class Explainer:
         index = Index()
         manifest = _manifest("Service", name, service)
         index.add(manifest)
-        for piece in self._tracker.related(name, _PODS_MAX):
+        for piece in self.tracker.related(name, _PODS_MAX):
             kind = type(piece).__name__
             at = NamespacedName(piece.metadata.namespace or name.namespace, piece.metadata.name)
             index.add(_manifest(kind, at, piece))
