@@ -15,15 +15,15 @@ class ConfigError(Exception):
     object turns it into ``file:line``.
     """
 
-    def __init__(self, reason: str, *, field: str = "", mend: str = "") -> None:
+    def __init__(self, reason: str, *, field: str = "", fix: str = "") -> None:
         super().__init__(reason)
         self.reason = printable(reason, _SHOWN_MAX)
         self.field = field
-        self.mend = printable(mend, _SHOWN_MAX)
+        self.fix = printable(fix, _SHOWN_MAX)
 
     def __str__(self) -> str:
         said = f"{printable(self.field, _SHOWN_MAX)}: {self.reason}" if self.field else self.reason
-        return f"{said}; {self.mend}" if self.mend else said
+        return f"{said}; {self.fix}" if self.fix else said
 
 
 class Note(ConfigError):  # noqa: N818

@@ -186,14 +186,14 @@ def test_a_label_that_yaml_reads_as_another_type_is_named_with_a_fix(value: str)
 
     assert error.field == "spec.selector.version"
     assert "'version' must be text" in error.reason
-    assert "quotes" in error.mend or '""' in error.mend
+    assert "quotes" in error.fix or '""' in error.fix
 
 
 def test_matchlabels_in_a_service_is_named_with_its_fix() -> None:
     error = refusal("Service", "{metadata: {name: a}, spec: {selector: {matchLabels: {app: web}}}}")
 
     assert error.field == "spec.selector.matchLabels"
-    assert "right under 'selector'" in error.mend
+    assert "right under 'selector'" in error.fix
 
 
 def test_a_label_with_dots_in_its_name_can_be_found_again() -> None:

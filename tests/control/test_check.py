@@ -429,7 +429,7 @@ def annotated(annotation: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "line", "field", "problem", "mend"),
+    ("text", "line", "field", "problem", "fix"),
     [
         pytest.param(
             broken("  ports:\n  - name: http\n", "   ports:\n  - name: http\n"),
@@ -853,13 +853,13 @@ def annotated(annotation: str) -> str:
     ],
 )
 def test_a_mistake_is_named_once_with_its_line_and_a_fix(
-    text: str, line: int, field: str, problem: str, mend: str
+    text: str, line: int, field: str, problem: str, fix: str
 ) -> None:
     found = findings(text)
 
     assert said(found) == [(line, field)], found
     assert problem in found[0]["problem"]
-    assert mend in found[0]["mend"]
+    assert fix in found[0]["mend"]
 
 
 def test_a_missing_separator_is_one_finding_and_hides_no_object() -> None:

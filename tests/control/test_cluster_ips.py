@@ -99,7 +99,7 @@ def test_an_exhausted_range_is_reported_and_holders_keep_their_addresses() -> No
     with pytest.raises(ConfigError, match="fd00::/127 is used up") as caught:
         assign(known, "had", ipFamilyPolicy="RequireDualStack")
 
-    assert "--service-cluster-ip-range" in caught.value.mend
+    assert "--service-cluster-ip-range" in caught.value.fix
     assert held_by(known, "had") == had
     assert assign(known, "other") != had
 
@@ -201,7 +201,7 @@ def test_an_address_that_is_a_hosts_or_no_services_is_refused_from_files_and_rep
     allocation, problems = Allocations(ranges, hosts).assign(named("web"), web)
     assert allocation.cluster_ips == (stated,)
     assert why in problems[0].reason
-    assert "it is served" in problems[0].mend
+    assert "it is served" in problems[0].fix
 
 
 def test_a_family_without_a_range_has_nothing_to_be_outside_of() -> None:

@@ -189,7 +189,7 @@ def test_an_invalid_value_is_refused_with_its_field_and_a_fix(given: api.Service
 
     assert error.field == field
     assert words in str(error)
-    assert error.mend
+    assert error.fix
 
 
 def test_a_service_without_a_spec_is_refused() -> None:
@@ -262,7 +262,7 @@ def test_an_address_that_no_backend_can_have_is_skipped_and_named_by_check(ip: s
     assert decode.pod_ips(pod(ip=ip)) == []
     (error,) = decode.backend_ip_errors(ip, "ip")
     assert "which no backend can have" in error.reason
-    assert error.mend
+    assert error.fix
 
 
 @pytest.mark.parametrize("ip", ["127.0.0.1", "::1"])
@@ -342,7 +342,7 @@ def port_of(*cluster_ips: str, source_ip: SourceIP = SourceIP.NODE, **given: Any
     found, problems = decode.service_ports(
         named("web"), made, decode.Allocation(cluster_ips or ("10.96.0.1",)), source_ip
     )
-    assert all(problem.mend for problem in problems)
+    assert all(problem.fix for problem in problems)
     return found[0], [problem.field for problem in problems]
 
 
@@ -445,7 +445,7 @@ def test_the_fix_for_a_mapped_range_is_its_ipv4_range() -> None:
 
     _, problems = decode.service_ports(named("web"), given, decode.Allocation(("10.96.0.1",)))
 
-    assert [(problem.field, problem.mend) for problem in problems] == [
+    assert [(problem.field, problem.fix) for problem in problems] == [
         ("spec.loadBalancerSourceRanges[1]", "write 10.0.0.0/8")
     ]
 

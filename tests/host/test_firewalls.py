@@ -167,9 +167,9 @@ async def test_an_iptables_firewall_is_named_with_a_fix_that_leaves_it_usable(
     with host.inside():
         host.run(tool, "-P", chain, "DROP")
         (found,) = await find_blocking_firewall(passage, service_range)
-        mend = found.split("`")[1]
-        assert mend.startswith(f"{tool} -I {chain}")
-        host.run(*mend.split())
+        fix = found.split("`")[1]
+        assert fix.startswith(f"{tool} -I {chain}")
+        host.run(*fix.split())
 
         assert await find_blocking_firewall(passage, service_range) == []
         assert passage.iptables.format(range=service_range) in host.run(tool, "-S", chain).stdout

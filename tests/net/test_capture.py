@@ -96,13 +96,13 @@ def test_a_firewall_that_would_drop_the_traffic_is_named_with_the_fix(
         serving.start()
         wait_until(lambda: "a firewall on this node drops redirected traffic" in serving.log(), "it is named")
         line = next(line for line in serving.log().splitlines() if "firewall" in line)
-        mend = line.split("`")[1]
-        world.node.run(*mend.split())
+        fix = line.split("`")[1]
+        world.node.run(*fix.split())
         # Replies of backends are no business of this firewall's test: they come back as established.
         world.node.run("nft", "insert rule ip filter INPUT ct state established accept", check=False)
         world.node.run("nft", "insert rule inet filter input ct state established accept", check=False)
 
-        wait_until(lambda: answers(world.client, "10.96.5.1", 80) == "pod1", "the mend mends it")
+        wait_until(lambda: answers(world.client, "10.96.5.1", 80) == "pod1", "the printed command lets clients in")
     finally:
         world.node.run("nft", "delete table inet filter", check=False)
         world.node.run("iptables", "-P", "INPUT", "ACCEPT")

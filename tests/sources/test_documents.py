@@ -301,7 +301,7 @@ def test_a_text_that_is_no_manifest_is_told_apart_with_its_line(text: str, line:
 
     assert said in str(problem)
     assert problem.where == f"f:{line}"
-    assert problem.error.mend
+    assert problem.error.fix
 
 
 @pytest.mark.parametrize("text", ["[" * 2_000 + "]" * 2_000, "{kind: " * 2_000 + "}" * 2_000])
@@ -314,7 +314,7 @@ def test_the_key_of_a_label_that_is_no_text_is_named() -> None:
 
     assert problem.where == "f:6"
     assert problem.error.field == 'metadata.labels["example.org/on"]'
-    assert problem.error.mend == "put the value in quotes"
+    assert problem.error.fix == "put the value in quotes"
 
 
 def test_a_key_that_is_a_number_or_a_truth_value_is_text_as_in_json() -> None:

@@ -32,7 +32,7 @@ def test_a_correct_text_has_no_sign_of_copying() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "line", "said", "mend"),
+    ("text", "line", "said", "fix"),
     [
         pytest.param(LOST, 4, "indentation is lost", "two spaces", id="lost indentation"),
         pytest.param(f"```yaml\n{SERVICE}```\n", 1, "Markdown fence", "remove the line", id="a fence"),
@@ -40,8 +40,8 @@ def test_a_correct_text_has_no_sign_of_copying() -> None:
         pytest.param(SERVICE.partition("---")[0] + "```\n", 12, "Markdown fence", "remove", id="a fence at the end"),
         pytest.param(f"Write this:\n\n~~~yaml\n{SERVICE}", 3, "Markdown fence", "remove", id="a fence after words"),
         *(
-            pytest.param(SERVICE.replace(old, new), line, said, mend, id=f"{said}: {new!r}")
-            for line, old, new, said, mend in (
+            pytest.param(SERVICE.replace(old, new), line, said, fix, id=f"{said}: {new!r}")
+            for line, old, new, said, fix in (
                 (
                     1,
                     "apiVersion: v1\nkind: Service",
@@ -89,11 +89,11 @@ def test_a_correct_text_has_no_sign_of_copying() -> None:
         ),
     ],
 )
-def test_a_copied_text_is_one_finding(text: str, line: int, said: str, mend: str) -> None:
+def test_a_copied_text_is_one_finding(text: str, line: int, said: str, fix: str) -> None:
     found = [finding for finding in findings(text) if finding.severity == "fault"]
 
     assert [(finding.line, said in finding.problem) for finding in found] == [(line, True)], found
-    assert mend in found[0].mend
+    assert fix in found[0].fix
 
 
 @pytest.mark.parametrize(

@@ -98,11 +98,11 @@ def space_error(text: str, field: str = "") -> ConfigError | None:
     If *field* is empty, the error names the key instead.
     """
     if match := _NO_SPACE_AFTER_DASH.match(text):
-        mend = f"write '- {match['key']}:'"
-        return ConfigError("a space is missing after '-'", field=field or match["key"], mend=mend)
+        fix = f"write '- {match['key']}:'"
+        return ConfigError("a space is missing after '-'", field=field or match["key"], fix=fix)
     if match := _NO_SPACE_AFTER_COLON.match(text):
-        mend = f"write '{match['key']}: {match['value']}'"
-        return ConfigError("a space is missing after ':'", field=field or match["key"], mend=mend)
+        fix = f"write '{match['key']}: {match['value']}'"
+        return ConfigError("a space is missing after ':'", field=field or match["key"], fix=fix)
     return None
 
 
@@ -119,7 +119,7 @@ def _readable(message: str, plain: object) -> ConfigError:
     field = place["path"] if place else ""
     reason = message[: place.start()] if place else message
     if missing := re.fullmatch(r"Object missing required field `(.*)`", reason):
-        return ConfigError(f"lacks the field {missing[1]}", field=field, mend=f"add {missing[1]}")
+        return ConfigError(f"lacks the field {missing[1]}", field=field, fix=f"add {missing[1]}")
     # Null is never the intended value, so the message does not offer it.
     reason = re.sub(r"`([^`]*)`", lambda types: _in_words(types[1]), reason).replace("Expected ", "must be ")
     expected, _, got = reason.partition(", got ")
@@ -128,12 +128,12 @@ def _readable(message: str, plain: object) -> ConfigError:
     value = _value_at(plain, field)
     if expected in ("must be a mapping", "must be a list") and (glued := _glued(value, field)):
         return glued
-    mend = _mend(field, expected, got, value)
-    return ConfigError(f"{expected}, not {got}" if got else expected, field=field, mend=mend)
+    fix = _fix(field, expected, got, value)
+    return ConfigError(f"{expected}, not {got}" if got else expected, field=field, fix=fix)
 
 
 # (expected, got) -> fix.
-_MENDS = {
+_FIXES = {
     ("must be text", "nothing"): "write a value, or leave it out",
     ("must be a list", "a mapping"): "begin each item with '- '",
     ("must be a mapping", "a list"): "remove the '-'",
@@ -143,10 +143,10 @@ _MENDS = {
 }
 
 
-def _mend(field: str, expected: str, got: str, value: object) -> str:
+def _fix(field: str, expected: str, got: str, value: object) -> str:
     """Return how to repair *value* at *field*, which is *got* and not what is *expected*; "" if that is not known."""
-    if mend := _MENDS.get((expected, got)):
-        return mend
+    if fix := _FIXES.get((expected, got)):
+        return fix
     match expected, got:
         case "must be text", "a list" | "a mapping":
             values = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
@@ -157,14 +157,14 @@ def _mend(field: str, expected: str, got: str, value: object) -> str:
         case "must be a list", _:
             return f"write [{value}]" if value is not None else "write its items, each after '- '"
         case "must be a mapping", _:
-            return _mend_of_mapping(field, value)
+            return _fix_of_mapping(field, value)
         case "must be a number", "text":
             pair = _PORT_PAIR.fullmatch(str(value)) if field.endswith(".port") else None
             return f"write {_as_pair(pair)}" if pair else "write it in digits, without quotes"
     return ""
 
 
-def _mend_of_mapping(field: str, value: object) -> str:
+def _fix_of_mapping(field: str, value: object) -> str:
     if key := _KEYS.get(re.sub(r"\[\d+\]$", "", field).rpartition(".")[2]):
         pair = _PORT_PAIR.fullmatch(str(value)) if key == "port" else None
         return f"write {_as_pair(pair)}" if pair else f"write '{key}: {value}'"
@@ -194,17 +194,17 @@ def _wrong_label(field: str, plain: object) -> ConfigError:
     key, value = next(((k, v) for k, v in _mapping_at(plain, field).items() if not isinstance(v, str)), ("", None))
     parent = field.rpartition(".")[2]
     if isinstance(value, dict | list):
-        mend = f"if {key!r} belongs beside {parent!r}, indent it as {parent!r} is"
+        fix = f"if {key!r} belongs beside {parent!r}, indent it as {parent!r} is"
         if key in ("matchLabels", "matchExpressions"):
-            mend = f"write the labels right under {parent!r}; {key} is for Deployments and their like"
+            fix = f"write the labels right under {parent!r}; {key} is for Deployments and their like"
         got = "list" if isinstance(value, list) else "mapping"
-        return ConfigError(f"{key!r} under {parent!r} must be text, not a {got}", field=below(field, key), mend=mend)
+        return ConfigError(f"{key!r} under {parent!r} must be text, not a {got}", field=below(field, key), fix=fix)
     if value is None and (glued := key_space_error(key, below(field, key))):
         return glued
     # Do not show the value: YAML may have changed it (1.10 to 1.1, yes to true).
     got = "nothing" if value is None else "true or false" if isinstance(value, bool) else "a number"
-    mend = "put the value in quotes" if value is not None else 'write "" where no value is meant'
-    return ConfigError(f"the value of {key!r} must be text, not {got}", field=below(field, key), mend=mend)
+    fix = "put the value in quotes" if value is not None else 'write "" where no value is meant'
+    return ConfigError(f"the value of {key!r} must be text, not {got}", field=below(field, key), fix=fix)
 
 
 def _mapping_at(plain: object, field: str) -> dict[Any, Any]:

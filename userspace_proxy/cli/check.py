@@ -49,6 +49,8 @@ def check(
     """
     from dataclasses import asdict
 
+    import msgspec
+
     from userspace_proxy.control.contract import field_treatments
     from userspace_proxy.control.decode import ANNOTATION_PREFIX
     from userspace_proxy.control.lint import LintOptions, lint
@@ -73,7 +75,7 @@ def check(
     findings = lint(manifests, problems, told)
     faults = sum(strict or finding.severity == "fault" for finding in findings)
     if as_json:
-        found: Any = [asdict(finding) for finding in findings]
+        found: Any = msgspec.to_builtins(findings)
         if with_contract:
             found = {"fields": [asdict(answer) for answer in fields], "findings": found}
         click.echo(json.dumps(found, indent=2))
@@ -115,8 +117,8 @@ def _show(findings: Sequence[Finding], faults: int) -> None:
         place = Text(printable(finding.where), "bold")
         console.print(place.append(f"  {printable(finding.field)}", "cyan") if finding.field else place)
         console.print(Text("  ").append(printable(said), "red" if finding.severity == "fault" else "yellow"))
-        if finding.mend:
-            console.print(Text("  ").append(printable(finding.mend), "dim"))
+        if finding.fix:
+            console.print(Text("  ").append(printable(finding.fix), "dim"))
     if faults:
         files = _count(len({finding.file for finding in findings}), "file")
         console.print(Text(f"{_count(faults, 'problem')} in {files}", "bold"))

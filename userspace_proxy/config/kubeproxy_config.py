@@ -128,12 +128,12 @@ def read_configuration(path: Path) -> Configuration:
 
 def _decode(plain: object) -> msgspec.Struct:
     if not isinstance(plain, dict):
-        raise ConfigError("this is no KubeProxyConfiguration", mend=f"begin with 'kind: {_KIND}'")
+        raise ConfigError("this is no KubeProxyConfiguration", fix=f"begin with 'kind: {_KIND}'")
     kind, version = plain.get("kind"), plain.get("apiVersion")
     if kind != _KIND:
-        raise ConfigError(f"{kind!r} is no {_KIND}", field="kind", mend=f"write 'kind: {_KIND}'")
+        raise ConfigError(f"{kind!r} is no {_KIND}", field="kind", fix=f"write 'kind: {_KIND}'")
     if version != f"{_GROUP}/{_VERSION}":
-        raise ConfigError(f"{version!r} is not known", field="apiVersion", mend=f"write {_GROUP}/{_VERSION}")
+        raise ConfigError(f"{version!r} is not known", field="apiVersion", fix=f"write {_GROUP}/{_VERSION}")
     try:
         return api.convert_to(CONFIGURATION, plain, _decode_duration)  # type: ignore[no-any-return]
     except ConfigError as error:
@@ -153,8 +153,8 @@ def _refuse_unknown(parent: str, name: str) -> NoReturn:
     section = _SECTIONS[parent] if parent else CONFIGURATION  # there is one level of sections
     known = section.__struct_fields__
     close = [n for n in known if n.lower() == name.lower()] or difflib.get_close_matches(name, known, n=1)
-    mend = f"did you mean {close[0]}?" if close else f"known here are {', '.join(sorted(known))}"
-    raise ConfigError(f"{name!r} is not known", field=api.below(parent, name), mend=mend)
+    fix = f"did you mean {close[0]}?" if close else f"known here are {', '.join(sorted(known))}"
+    raise ConfigError(f"{name!r} is not known", field=api.below(parent, name), fix=fix)
 
 
 # ---- understanding
@@ -188,8 +188,8 @@ def _understood(config: Any) -> Configuration:
             try:
                 _take_field(understood, meanings, path, value)
             except ValueError as error:
-                reason, _, mend = str(error).partition("; ")
-                raise ConfigError(reason, field=path, mend=mend) from None
+                reason, _, fix = str(error).partition("; ")
+                raise ConfigError(reason, field=path, fix=fix) from None
     return understood
 
 

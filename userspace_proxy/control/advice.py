@@ -13,6 +13,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from itertools import islice
 
+import msgspec
+
 from userspace_proxy.control.lint import Diagnostic, Finding, Linter, LintOptions, as_findings
 from userspace_proxy.sources.documents import Manifest, parse
 from userspace_proxy.sources.lines import Document
@@ -121,11 +123,11 @@ class Advisor:
     def _placed(self, finding: Finding, text: str) -> Finding:
         """Return *finding* with its line counted in the file; it was counted in its document, *text*."""
         above = self._line_of.get((finding.file, text), 1) - 1
-        return replace(finding, line=None if finding.line is None else finding.line + above)
+        return msgspec.structs.replace(finding, line=None if finding.line is None else finding.line + above)
 
 
 def _text(finding: Finding) -> str:
-    problem = "; ".join(filter(None, (finding.problem, finding.mend)))
+    problem = "; ".join(filter(None, (finding.problem, finding.fix)))
     return ": ".join(filter(None, (finding.where, finding.object, finding.field, problem)))
 
 

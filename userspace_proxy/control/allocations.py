@@ -46,8 +46,8 @@ class Allocations:
         given = decode.given_cluster_ips(service)
         allocation, lost = _without_lost(self._portals, name, service, Allocation(tuple(ip for _, ip in given)))
         faults = [(field, self._hosts.cluster_ip_fault(ip, self._ranges)) for field, ip in given]
-        mend = "it is served; change --service-cluster-ip-range, or the addresses of this node"
-        return allocation, [*(ConfigError(why, field=field, mend=mend) for field, why in faults if why), *lost]
+        fix = "it is served; change --service-cluster-ip-range, or the addresses of this node"
+        return allocation, [*(ConfigError(why, field=field, fix=fix) for field, why in faults if why), *lost]
 
     def apply_moves(self, services: Mapping[NamespacedName, api.Service]) -> None:
         """Move Services to the values they now state, all at once. Call it before `assign`."""
@@ -179,13 +179,13 @@ class ManifestAllocations(Allocations):
         if given := decode.given_cluster_ips(service):
             for field, ip in given:
                 if why := self._hosts.cluster_ip_fault(ip, self._ranges):
-                    mend = "choose another one, leave it out, or change --service-cluster-ip-range"
-                    raise ConfigError(why, field=field, mend=mend)
+                    fix = "choose another one, leave it out, or change --service-cluster-ip-range"
+                    raise ConfigError(why, field=field, fix=fix)
                 yield ValueRequest(ValueKind.CLUSTER_IP, f"{name}/IPv{family_of(ip)}", field, ip)
             return
         for pool in self._wanted_ranges(service):
-            key, mend = f"{name}/IPv{pool.family}", "widen --service-cluster-ip-range"
-            yield ValueRequest(ValueKind.CLUSTER_IP, key, "spec.clusterIP", pool=pool, mend=mend)
+            key, fix = f"{name}/IPv{pool.family}", "widen --service-cluster-ip-range"
+            yield ValueRequest(ValueKind.CLUSTER_IP, key, "spec.clusterIP", pool=pool, fix=fix)
 
     def _wanted_ranges(self, service: api.Service) -> list[AddressRange]:
         assert service.spec is not None
@@ -196,7 +196,7 @@ class ManifestAllocations(Allocations):
             raise ConfigError(
                 f"no cluster IP range is {families[0]}",
                 field="spec.ipFamilies[0]",
-                mend="add one to --service-cluster-ip-range, or choose another family",
+                fix="add one to --service-cluster-ip-range, or choose another family",
             )
         wanted = [by_family[f] for f in families if f in by_family] or self._cluster_ranges[:1]
         if policy in ("PreferDualStack", "RequireDualStack"):
@@ -228,9 +228,9 @@ class ManifestAllocations(Allocations):
     ) -> ValueRequest:
         value = NodePort(protocol, stated) if stated else None
         if value is not None and (why := fault(value)):
-            raise ConfigError(why, field=field, mend="choose another one, or leave it out")
-        pool, mend = self._node_ports[L4Protocol(protocol)], "state one outside of that range, or free some"
-        return ValueRequest(ValueKind.NODE_PORT, key, field, value, pool, mend=mend)
+            raise ConfigError(why, field=field, fix="choose another one, or leave it out")
+        pool, fix = self._node_ports[L4Protocol(protocol)], "state one outside of that range, or free some"
+        return ValueRequest(ValueKind.NODE_PORT, key, field, value, pool, fix=fix)
 
     def _load_balancer_requests(
         self, name: NamespacedName, service: api.Service, families: Sequence[Family]
@@ -240,11 +240,9 @@ class ManifestAllocations(Allocations):
             return
         for pool in self._load_balancer_ranges:
             if pool.family in families:
-                key, mend = f"{name}/load-balancer/IPv{pool.family}", "widen --load-balancer-pool"
+                key, fix = f"{name}/load-balancer/IPv{pool.family}", "widen --load-balancer-pool"
                 ip = stated if stated is not None and stated in pool else None
-                yield ValueRequest(
-                    ValueKind.LOAD_BALANCER_IP, key, _LOAD_BALANCER_IP, ip, pool, optional=True, mend=mend
-                )
+                yield ValueRequest(ValueKind.LOAD_BALANCER_IP, key, _LOAD_BALANCER_IP, ip, pool, optional=True, fix=fix)
 
     def _load_balancer_ip(self, service: api.Service) -> tuple[str | None, list[ConfigError]]:
         """Return the pool address that *service* states, or None; and the error if it states one outside the pool."""
@@ -257,8 +255,8 @@ class ManifestAllocations(Allocations):
             return None, [error]
         if any(ip in pool for pool in self._load_balancer_ranges):
             return ip, []
-        said, mend = f"{given} is not in --load-balancer-pool", "choose one that is, or leave it out"
-        return None, [ConfigError(said, field=_LOAD_BALANCER_IP, mend=mend)]
+        said, fix = f"{given} is not in --load-balancer-pool", "choose one that is, or leave it out"
+        return None, [ConfigError(said, field=_LOAD_BALANCER_IP, fix=fix)]
 
 
 def _without_lost(
@@ -279,7 +277,7 @@ def _without_lost(
     lost = claims.claim(name, decode.own_portals(service, allocation), stated, created, refused=why_not)
     why_not |= {portal: f"{portal} is served for {holder}, and not for this Service" for portal, holder in lost.items()}
     problems = [
-        ConfigError(why, field=stated[portal], mend="choose another address or port")
+        ConfigError(why, field=stated[portal], fix="choose another address or port")
         for portal, why in sorted(why_not.items(), key=lambda item: (stated[item[0]], str(item[0])))
     ]
     return replace(allocation, lost=frozenset(why_not)), problems

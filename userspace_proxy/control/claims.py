@@ -30,7 +30,7 @@ class ValueRequest(NamedTuple):
     """A request of a Service for a value: the one it states, or any value of *pool*.
 
     ``key`` identifies the value across restarts and is unique to this Service. ``field`` is the field that states the
-    value, or could. If an ``optional`` value is not available, the Service is served without it. ``mend``: what the
+    value, or could. If an ``optional`` value is not available, the Service is served without it. ``fix``: what the
     user can change if the pool is used up.
     """
 
@@ -40,7 +40,7 @@ class ValueRequest(NamedTuple):
     stated: Value | None = None
     pool: Pool | None = None
     optional: bool = False
-    mend: str = ""
+    fix: str = ""
 
 
 class _Held(NamedTuple):
@@ -118,7 +118,7 @@ class ValueClaims:
             error = self._conflict(name, request)
             value = request.stated
             if value is None and request.pool is not None and (value := request.pool.allocate(request.key)) is None:
-                error = ConfigError(f"{request.pool} is used up", field=request.field, mend=request.mend)
+                error = ConfigError(f"{request.pool} is used up", field=request.field, fix=request.fix)
             if error is not None and not request.optional:
                 raise error
             if error is not None:
@@ -135,7 +135,7 @@ class ValueClaims:
         if holder != name and held.allocated and held.kind in _STATED_WINS:
             return None
         said = f"{request.stated} is already the {held.kind.value} of {holder}"
-        return ConfigError(said, field=request.field, mend="choose another one, or none")
+        return ConfigError(said, field=request.field, fix="choose another one, or none")
 
     def _holding(self, value: Value) -> tuple[NamespacedName, str, _Held]:
         holder = self._holders[value]

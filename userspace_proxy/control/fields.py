@@ -78,7 +78,7 @@ def kind_errors(kind: str) -> Iterator[ConfigError]:
     """Yield an error if *kind* looks like a misspelt one, which `run` would skip."""
     match = _closest(kind, api.KINDS, cutoff=_CLOSE_KIND)
     if match and kind not in api.KINDS:
-        yield ConfigError(f"{kind!r} is no kind that a proxy reads", field="kind", mend=f"did you mean {match}?")
+        yield ConfigError(f"{kind!r} is no kind that a proxy reads", field="kind", fix=f"did you mean {match}?")
 
 
 def field_errors(kind: str, plain: Mapping[str, Any]) -> Iterator[ConfigError]:
@@ -96,15 +96,15 @@ def _head_errors(kind: str, plain: Mapping[str, Any]) -> Iterator[ConfigError]:
     is_misspelt = version is None and any(str(key).lower() == "apiversion" for key in plain)
     if version not in versions and not is_misspelt:
         said = f"{version!r} has no {kind}" if version is not None else "the apiVersion is missing"
-        yield ConfigError(said, field="apiVersion", mend=f"write 'apiVersion: {versions[0]}'")
+        yield ConfigError(said, field="apiVersion", fix=f"write 'apiVersion: {versions[0]}'")
     if kind == "Service":  # decode checks the names of Services
         return
     for key in ("name", "namespace"):
         name = plain["metadata"].get(key)
         if isinstance(name, str) and not SUBDOMAIN.fullmatch(name):
             suggestion = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.") or "web"
-            mend = f"use small letters, digits, '-' and '.', such as {suggestion!r}"
-            yield ConfigError(f"{name!r} is not a valid name", field=f"metadata.{key}", mend=mend)
+            fix = f"use small letters, digits, '-' and '.', such as {suggestion!r}"
+            yield ConfigError(f"{name!r} is not a valid name", field=f"metadata.{key}", fix=fix)
 
 
 def _unknown(kind: str, whole: _Tree, tree: _Tree, given: object, field: str) -> Iterator[ConfigError]:
@@ -127,22 +127,22 @@ def _unknown_field(kind: str, whole: _Tree, tree: _Tree, key: str, here: str) ->
         return _misplaced(key, here, homes)
     a_kind = f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind}"
     if here == "spec":
-        return ConfigError(f"{a_kind} has no field 'spec'", field=here, mend="move what is in it to the top level")
+        return ConfigError(f"{a_kind} has no field 'spec'", field=here, fix="move what is in it to the top level")
     meant = next((name for name in _NAMES_ELSEWHERE.get(key, ()) if name in tree), None)
     if match := meant or _closest(key, tree):
-        return ConfigError(f"{a_kind} has no field {key!r} here", field=here, mend=f"did you mean {match!r}?")
+        return ConfigError(f"{a_kind} has no field {key!r} here", field=here, fix=f"did you mean {match!r}?")
     if match := _closest(key, _all_names(whole)):
         homes = list(_homes(whole, match))
         said = f"{a_kind} has no field {key!r}"
-        return ConfigError(said, field=here, mend=f"did you mean {match!r}? It belongs {_under(homes)}")
-    mend = f"remove it, or write one of {', '.join(list(tree)[:20])}"
-    return ConfigError(f"{a_kind} has no field {key!r} here", field=here, mend=mend)
+        return ConfigError(said, field=here, fix=f"did you mean {match!r}? It belongs {_under(homes)}")
+    fix = f"remove it, or write one of {', '.join(list(tree)[:20])}"
+    return ConfigError(f"{a_kind} has no field {key!r} here", field=here, fix=fix)
 
 
 def is_meant(unknown: ConfigError, name: str) -> bool:
     """Return whether *unknown*, an error of `field_errors`, is a misspelt *name*."""
     key = unknown.field.rpartition(".")[2]
-    return repr(name) in unknown.mend or key.strip("-\u00a0").partition(":")[0] == name
+    return repr(name) in unknown.fix or key.strip("-\u00a0").partition(":")[0] == name
 
 
 def _misplaced(key: str, here: str, homes: list[str]) -> ConfigError:
@@ -151,7 +151,7 @@ def _misplaced(key: str, here: str, homes: list[str]) -> ConfigError:
     return ConfigError(
         f"{key!r} stands {stands}, but belongs {_under(homes)}",
         field=here,
-        mend=f"move it there: {_columns(homes[0])}",
+        fix=f"move it there: {_columns(homes[0])}",
     )
 
 

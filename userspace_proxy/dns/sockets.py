@@ -19,7 +19,7 @@ _IP_FREEBIND, _IPV6_FREEBIND = 15, 78  # linux/in.h, linux/in6.h
 _IP_PKTOPTIONS, _IPV6_2292PKTOPTIONS = 9, 6
 _BACKLOG = 512
 _BUFFER_BYTES = 4 << 20
-_MENDS = {
+_FIXES = {
     errno.EACCES: "port 53 needs CAP_NET_BIND_SERVICE: give it, or run with sudo,"
     " or allow users the port (sysctl net.ipv4.ip_unprivileged_port_start=53)",
     errno.EADDRINUSE: "another program listens there (ss -lnup 'sport = 53'); stop it, or choose another --dns address",
@@ -43,8 +43,8 @@ def open_sockets(addresses: Iterable[str], inherited: Sequence[socket.socket] = 
     except OSError as error:
         for sock in found:
             sock.close()
-        mend = _MENDS.get(error.errno or 0, error.strerror)
-        raise StartError(f"--dns {ip}: {mend}") from None
+        fix = _FIXES.get(error.errno or 0, error.strerror)
+        raise StartError(f"--dns {ip}: {fix}") from None
     finally:
         for sock in known.values():
             sock.close()

@@ -133,6 +133,6 @@ async def find_blocking_firewall(passage: Passage = REDIRECTED, service_range: s
             continue
         if blocked:
             chain = passage.hook.upper()
-            mend = f"{tool} -I {chain} {iptables} -j ACCEPT"
-            found.append(f"{tool} {chain} drops what no rule accepts; `{mend}` lets it pass")
+            fix = f"{tool} -I {chain} {iptables} -j ACCEPT"
+            found.append(f"{tool} {chain} drops what no rule accepts; `{fix}` lets it pass")
     return found

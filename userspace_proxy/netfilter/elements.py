@@ -73,8 +73,8 @@ class Transaction:
         try:
             sock.send(b"".join(batch), last)
         except OSError as error:
-            mend = "; more fit with a larger sysctl net.core.wmem_max" if error.errno == errno.EMSGSIZE else ""
-            raise SyncError(f"elements could not be changed: {error.strerror or error}{mend}") from error
+            fix = "; more fit with a larger sysctl net.core.wmem_max" if error.errno == errno.EMSGSIZE else ""
+            raise SyncError(f"elements could not be changed: {error.strerror or error}{fix}") from error
 
 
 def element(key: bytes, value: bytes = b"", comment: str = "", *, is_interval: bool = False) -> bytes:

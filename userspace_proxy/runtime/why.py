@@ -278,7 +278,7 @@ class Explainer:
             if (port := case.state.service_ports.get(case.service_port.name._replace(port_name=spec.name or "")))
         }
         for _, error in refusals(index, manifest, service, endpoints_of(index, name, service, ports)):
-            return Obstacle(error.reason, error.mend or f"see {error.field}")
+            return Obstacle(error.reason, error.fix or f"see {error.field}")
         return Obstacle("it has no usable endpoint", "add ready Pods with its labels, or an EndpointSlice")
 
     def _refusal(self, case: _Case) -> Obstacle:
@@ -315,9 +315,9 @@ class Explainer:
         failures = [known for e in case.candidates if (known := seen.get(e.address)) and _is_failing(known)]
         if failures and len(failures) == len(case.candidates):
             last = max(failures, key=lambda known: known.failed_at)
-            mend = f"see whether a process listens at port {last.address[1]} there, and whether a firewall is between"
+            fix = f"see whether a process listens at port {last.address[1]} there, and whether a firewall is between"
             return Obstacle(
-                f"every endpoint fails: the last dial of {join_address(*last.address)}: {last.last_failure}", mend
+                f"every endpoint fails: the last dial of {join_address(*last.address)}: {last.last_failure}", fix
             )
         return None
 

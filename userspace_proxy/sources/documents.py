@@ -111,7 +111,7 @@ def parse(document: Document, *, for_check: bool = False) -> tuple[list[Manifest
         return _parse(document, for_check=for_check)
     except Exception as error:  # an unexpected document must not stop the others
         log.exception("a bug: %s:%d: the document cannot be read", document.path, document.line)
-        said = ConfigError(f"a bug: {error!r}", mend="please report it, with this document")
+        said = ConfigError(f"a bug: {error!r}", fix="please report it, with this document")
         return [], [Problem(document.path, document.line, said)]
 
 
@@ -172,7 +172,7 @@ def _parse_pieces(document: Document, begins: list[int]) -> tuple[list[Manifest]
 
 
 def _missing_separators(document: Document, begins: list[int]) -> list[Problem]:
-    error = ConfigError("a new object begins here", mend="put '---' on a line before it")
+    error = ConfigError("a new object begins here", fix="put '---' on a line before it")
     return [Problem(document.path, document.line + line, error) for line in begins[:_PROBLEMS_MAX]]
 
 
@@ -225,20 +225,20 @@ def _object(place: Place, plain: object) -> dict[str, Any]:
         raise Note("this is no Kubernetes object, but a file of another tool; it is skipped")
     if not isinstance(plain, dict):
         html = html_error(place.document.text) if not place.prefix else None
-        mend = "it must be a mapping with apiVersion, kind and metadata"
-        raise html or ConfigError("this is no Kubernetes object", mend=mend)
+        fix = "it must be a mapping with apiVersion, kind and metadata"
+        raise html or ConfigError("this is no Kubernetes object", fix=fix)
     if _is_list(plain):  # no known tool writes nested Lists
-        mend = "write its items into the outer one"
-        raise ConfigError("a List inside of a List is not read", field="kind", mend=mend)
+        fix = "write its items into the outer one"
+        raise ConfigError("a List inside of a List is not read", field="kind", fix=fix)
     return plain
 
 
 def _kind(plain: dict[str, Any]) -> str:
     kind = plain.get("kind")
     if not isinstance(kind, str) or not kind:
-        raise ConfigError("the object has no kind", mend="add 'kind: Service' or whatever it is")
+        raise ConfigError("the object has no kind", fix="add 'kind: Service' or whatever it is")
     if not kind.isalnum():
-        raise ConfigError(f"{kind!r} is no kind", field="kind", mend="write one word, such as Service")
+        raise ConfigError(f"{kind!r} is no kind", field="kind", fix="write one word, such as Service")
     return kind
 
 
@@ -251,7 +251,7 @@ def _metadata_and_name(plain: dict[str, Any], *, is_read: bool) -> tuple[dict[st
     if not isinstance(metadata, dict) or name is None or name == "":
         raise _missing_space(metadata) or _name_outside(plain)
     if not isinstance(name, str):
-        raise ConfigError(f"{name!r} is no text", field="metadata.name", mend="put the name in quotes")
+        raise ConfigError(f"{name!r} is no text", field="metadata.name", fix="put the name in quotes")
     if TEMPLATE.search(name):
         raise template_note()
     return metadata, name
@@ -297,11 +297,11 @@ def _as_text(value: object) -> object:
 
 def _name_outside(plain: dict[str, Any]) -> ConfigError:
     if isinstance(plain.get("metadata"), list):
-        return ConfigError("must be a mapping, not a list", field="metadata", mend="remove the '-'")
+        return ConfigError("must be a mapping, not a list", field="metadata", fix="remove the '-'")
     if "name" not in plain:
-        return ConfigError("the object has no name", field="metadata", mend="add metadata.name")
+        return ConfigError("the object has no name", field="metadata", fix="add metadata.name")
     said = "'name' stands at the top level, but belongs under 'metadata'"
-    return ConfigError(said, field="name", mend="move it there: it begins two columns to the right of 'metadata'")
+    return ConfigError(said, field="name", fix="move it there: it begins two columns to the right of 'metadata'")
 
 
 def _missing_space(metadata: object) -> ConfigError | None:
@@ -369,10 +369,10 @@ def duplicates(manifests: Iterable[Manifest], *, may_be_alternatives: bool = Fal
         kind, note = (Note, "'run' serves the first; ") if is_note else (ConfigError, "")
         for first, second in found[:_DUPLICATES_MAX]:
             where = f"{first_path}:{lines.line_of(first.place, 'metadata.name')}"
-            error = kind(f"{second} is already at {where}", field="metadata.name", mend=f"{note}remove one of them")
+            error = kind(f"{second} is already at {where}", field="metadata.name", fix=f"{note}remove one of them")
             line = lines.line_of(second.place, "metadata.name")
             problems.append(Problem(path, line, error, str(second), hides=False))
         if (more := len(found) - _DUPLICATES_MAX) > 0:
-            error = kind(f"{more} more objects are already in {first_path}", mend=f"{note}remove one")
+            error = kind(f"{more} more objects are already in {first_path}", fix=f"{note}remove one")
             problems.append(Problem(path, None, error, hides=False))
     return problems

@@ -114,7 +114,7 @@ def read(path: str) -> str:
         OSError, UnicodeDecodeError, ConfigError: it cannot be read, is not text, or is not a regular file.
     """
     if shown(path) != path:
-        raise ConfigError("cannot be read: its name is not UTF-8 text", mend="rename it")
+        raise ConfigError("cannot be read: its name is not UTF-8 text", fix="rename it")
     # Do not open a FIFO: its writer would take this process for the reader.
     _check_regular_file(Path(path).stat())
     # Do not block either if a FIFO has replaced the file since.
@@ -154,7 +154,7 @@ def decoded(data: bytes) -> str:
     text = data.decode("utf-16" if is_utf16 else "utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     if text.count("\n---") >= _DOCUMENTS_MAX:
         said = f"cannot be read: it holds more than {_DOCUMENTS_MAX} documents"
-        raise ConfigError(said, mend="split it into several files")
+        raise ConfigError(said, fix="split it into several files")
     return text
 
 
@@ -164,14 +164,14 @@ def _open_nonblocking(path: str, flags: int) -> int:
 
 def _check_regular_file(found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
-        raise ConfigError("cannot be read: not a regular file", mend="put a file in its place")
+        raise ConfigError("cannot be read: not a regular file", fix="put a file in its place")
     if found.st_size > _SIZE_MAX_BYTES:
         raise _too_large()
 
 
 def _too_large() -> ConfigError:
     return ConfigError(
-        f"cannot be read: it is larger than {_SIZE_MAX_BYTES // 1024**2} MB", mend="split it into several files"
+        f"cannot be read: it is larger than {_SIZE_MAX_BYTES // 1024**2} MB", fix="split it into several files"
     )
 
 
@@ -243,4 +243,4 @@ def unreadable(path: str, error: OSError | UnicodeDecodeError | ConfigError) -> 
     if isinstance(error, OSError):
         return Problem(shown(path), None, ConfigError(f"cannot be read: {(error.strerror or str(error)).lower()}"))
     line = error.object.count(b"\n", 0, error.start) + 1
-    return Problem(shown(path), line, ConfigError("cannot be read: it is not UTF-8 text", mend="save it as UTF-8"))
+    return Problem(shown(path), line, ConfigError("cannot be read: it is not UTF-8 text", fix="save it as UTF-8"))

@@ -35,25 +35,25 @@ def describe(text: str, error: yaml.YAMLError) -> tuple[int, ConfigError]:
     if any(TEMPLATE.search(rows[at]) for at in near if at is not None and 0 <= at < len(rows)):
         return line, template_note(field)
     if "\t" in row[: len(row) - len(row.lstrip())]:
-        return line, ConfigError("a tab is used for indentation", field=field, mend="indent with spaces")
+        return line, ConfigError("a tab is used for indentation", field=field, fix="indent with spaces")
     for at in near:
         if at is not None and 0 <= at < len(rows) and (sign := sign_in(rows[at], _field(rows[at]))):
             return at, sign
     if isinstance(error, UnreadableValue):
-        return line, ConfigError(str(error.problem), field=field, mend=error.mend)
+        return line, ConfigError(str(error.problem), field=field, fix=error.fix)
     if (found := certain_sign(text)) is not None:
         return found
     if (opened := _unclosed_quote(rows, error)) is not None:
-        return opened, ConfigError("the quote is never closed", field=_field(rows[opened]), mend="close it in its line")
+        return opened, ConfigError("the quote is never closed", field=_field(rows[opened]), fix="close it in its line")
     if special := _special_sign(row, error):
         return line, _of_special_sign(special, field)
     if glued := _missing_space(rows, line, error):
         return glued
     seen = f" near {row.strip()[:60]!r}" if row.strip() else ""
-    mend = "look at the indentation here and in the line above: keys of one mapping start in one column"
+    fix = "look at the indentation here and in the line above: keys of one mapping start in one column"
     if _context(error, "parsing a flow") is not None:
-        mend = "close each '[' and '{', and write ',' between what is in them"
-    return line, ConfigError(f"the YAML is broken{seen}: {_problem(error)}", field=field, mend=mend)
+        fix = "close each '[' and '{', and write ',' between what is in them"
+    return line, ConfigError(f"the YAML is broken{seen}: {_problem(error)}", field=field, fix=fix)
 
 
 def line_of(text: str, error: yaml.YAMLError) -> int:
@@ -65,15 +65,15 @@ def line_of(text: str, error: yaml.YAMLError) -> int:
 
 
 def template_note(field: str = "") -> Note:
-    mend = "render it first, with 'helm template' for a chart"
-    return Note("this is a template, not a manifest; it is skipped", field=field, mend=mend)
+    fix = "render it first, with 'helm template' for a chart"
+    return Note("this is a template, not a manifest; it is skipped", field=field, fix=fix)
 
 
 def html_error(text: str) -> ConfigError | None:
     """Return an error if *text* is HTML, else None."""
     start = text.lstrip("- \n\t")
     if start.startswith("<") and not start.startswith(("<<", "<%")):
-        return ConfigError("this is HTML, not a manifest", mend="fetch the raw file, not the page that shows it")
+        return ConfigError("this is HTML, not a manifest", fix="fetch the raw file, not the page that shows it")
     return None
 
 
@@ -125,8 +125,8 @@ def _of_special_sign(sign: str, field: str) -> ConfigError:
         "*": "'*' stands for an undefined alias: what follows it would be the name of an anchor",
         "&": "'&' begins an anchor, which needs a name",
     }.get(sign, f"no value begins with {sign!r}")
-    mend = "write a number" if field in _NUMERIC_FIELDS else "put the value in quotes"
-    return ConfigError(said, field=field, mend=mend)
+    fix = "write a number" if field in _NUMERIC_FIELDS else "put the value in quotes"
+    return ConfigError(said, field=field, fix=fix)
 
 
 def _missing_space(rows: list[str], line: int, error: yaml.YAMLError) -> tuple[int, ConfigError] | None:
@@ -187,6 +187,6 @@ def _repeated_keys_of(node: YamlNode, field: str) -> Iterator[tuple[int, ConfigE
         if first is not key and not key.is_merge:
             above = key.line - first.line
             said = f"{key.text!r} stands twice, {above} {'line' if above == 1 else 'lines'} apart"
-            mend = "join the two" if value.text is None else "remove one of them"
-            error = ConfigError(f"{said}, and only this one counts", field=api.below(field, key.text), mend=mend)
+            fix = "join the two" if value.text is None else "remove one of them"
+            error = ConfigError(f"{said}, and only this one counts", field=api.below(field, key.text), fix=fix)
             yield key.line, error

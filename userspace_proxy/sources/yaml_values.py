@@ -49,9 +49,9 @@ _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C loader, if it i
 class UnreadableValue(yaml.error.MarkedYAMLError):
     """Well-formed YAML that is rejected: it exceeds a limit, or a value does not match its tag."""
 
-    def __init__(self, problem: str, mark: Any, mend: str = "") -> None:
+    def __init__(self, problem: str, mark: Any, fix: str = "") -> None:
         super().__init__(problem=problem, problem_mark=mark)
-        self.mend = mend
+        self.fix = fix
 
 
 def plain_value(text: str) -> tuple[object, bool]:

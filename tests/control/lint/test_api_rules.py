@@ -182,7 +182,7 @@ def test_a_value_that_the_api_refuses_is_one_fault_at_its_field(kind: str, rule:
 
     assert len(found) == 1, found
     assert found[0].field.startswith(field.partition("[0]")[0].removesuffix("s"))
-    assert found[0].mend
+    assert found[0].fix
 
 
 @pytest.mark.parametrize(

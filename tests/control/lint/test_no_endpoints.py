@@ -98,7 +98,7 @@ def test_a_name_that_gives_endpoints_is_no_finding_and_one_that_cannot_be_read_i
 
     assert findings(named("'dns://web:8080'")) == []
     assert found.field == "metadata.annotations.userspace-proxy/endpoints-from"
-    assert "dns://web:8080" in found.mend
+    assert "dns://web:8080" in found.fix
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_where_clients_are_refused_one_finding_says_why(text: str, field: str, s
 
     assert (found.severity, found.field) == ("fault", field)
     assert said in found.problem
-    assert found.mend
+    assert found.fix
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_endpoints_of_another_name_may_be_meant_for_the_one_service_that_has_non
     (found,) = faults(SERVICE + ENDPOINTS.replace("name: web", "name: database"))
     served = SERVICE.replace("web", "database").replace("10.96.0.9, ", "").replace("clusterIP: ", "")
 
-    assert found.mend == "did you mean 'web', which has no endpoints?"
+    assert found.fix == "did you mean 'web', which has no endpoints?"
     assert [f.field for f in faults(f"{SERVICE}---\n{served}{ENDPOINTS.replace('name: web', 'name: database')}")] == [
         "spec"
     ]
@@ -303,7 +303,7 @@ def test_a_note_of_a_selector_shows_the_label_of_the_template_that_is_here() -> 
     (found,) = findings(SELECTING.replace("app: web, tier: front", "app: shop") + DEPLOYMENT)
 
     assert found.severity == "note"
-    assert "write 'app: web', as a template here has it" in found.mend
+    assert "write 'app: web', as a template here has it" in found.fix
 
 
 PAIR = """\

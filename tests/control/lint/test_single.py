@@ -31,7 +31,7 @@ subsets: [{addresses: [{ip: 10.244.0.9}], ports: [{port: 8080}]}]
 
 
 @pytest.mark.parametrize(
-    ("text", "field", "mend"),
+    ("text", "field", "fix"),
     [
         (SERVICE.replace("{port: 80}", "80"), "spec.ports[0]", "write 'port: 80'"),
         (SERVICE.replace("{port: 80}", '"80:8080"'), "spec.ports[0]", "write port: 80 and targetPort: 8080"),
@@ -58,11 +58,11 @@ subsets: [{addresses: [{ip: 10.244.0.9}], ports: [{port: 8080}]}]
         ),
     ],
 )
-def test_a_value_in_the_wrong_form_is_one_fault_that_shows_the_right_one(text: str, field: str, mend: str) -> None:
+def test_a_value_in_the_wrong_form_is_one_fault_that_shows_the_right_one(text: str, field: str, fix: str) -> None:
     (found,) = faults(text)
 
     assert found.field == field
-    assert mend in found.mend
+    assert fix in found.fix
 
 
 def test_ports_without_names_are_one_fault_for_all_of_them() -> None:

@@ -35,15 +35,15 @@ def canonical_ip(ip: str, field: str = "") -> str:
         return ip  # inet_pton accepts canonical IPv4 only, and is fifteen times faster than `ipaddress`
     text = _without_zeros(ip.strip())
     if "%" in text:
-        raise ConfigError(f"{ip!r} has a zone", field=field, mend="write the address alone")
+        raise ConfigError(f"{ip!r} has a zone", field=field, fix="write the address alone")
     try:
         address = ipaddress.ip_address(text)
         return str((address.ipv4_mapped if address.version == 6 else None) or address)
     except ValueError:
-        mend = f"write one such as {_example(field)}, or leave it out"
+        fix = f"write one such as {_example(field)}, or leave it out"
         if ip.strip().lower() == "none":
-            mend = "a headless Service has 'None', with a capital N"
-        raise ConfigError(f"{ip!r} is no IP address", field=field, mend=mend) from None
+            fix = "a headless Service has 'None', with a capital N"
+        raise ConfigError(f"{ip!r} is no IP address", field=field, fix=fix) from None
 
 
 def _example(field: str) -> str:
@@ -59,14 +59,14 @@ def canonical_cidr(cidr: str, field: str = "") -> str:
     """
     text = _without_zeros(cidr.strip())
     if "%" in text:  # any text may follow the %, and it would end up in the rules
-        raise ConfigError(f"{cidr!r} has a zone", field=field, mend="write the range alone")
+        raise ConfigError(f"{cidr!r} has a zone", field=field, fix="write the range alone")
     try:
         network = ipaddress.ip_network(text, strict=False)
     except ValueError:
-        mend = "write one such as 192.0.2.0/24"
-        raise ConfigError(f"{cidr!r} is no range of addresses", field=field, mend=mend) from None
+        fix = "write one such as 192.0.2.0/24"
+        raise ConfigError(f"{cidr!r} is no range of addresses", field=field, fix=fix) from None
     if "/" not in text:
-        raise ConfigError(f"{cidr!r} is no range of addresses", field=field, mend=f"write {network}")
+        raise ConfigError(f"{cidr!r} is no range of addresses", field=field, fix=f"write {network}")
     return str(network)
 
 
@@ -97,21 +97,21 @@ def virtual_ip_errors(ip: str, field: str) -> Iterator[ConfigError]:
         return
     if special:
         said = f"{ip!r} is {_named(special)}, which no Service can have"
-        yield ConfigError(said, field=field, mend=f"choose one such as {_example(field)}")
+        yield ConfigError(said, field=field, fix=f"choose one such as {_example(field)}")
 
 
 def backend_ip_errors(ip: str, field: str) -> Iterator[ConfigError]:
     """Yield an error if *ip* is not a valid address for a backend."""
-    mend = "write the backend's address, such as 10.244.0.2"
+    fix = "write the backend's address, such as 10.244.0.2"
     try:
         special = _no_backend(canonical_ip(ip, field))
     except ConfigError as error:
         is_name = ":" not in ip and any(letter.isalpha() for letter in ip)
-        mend = f"{mend}; names are not resolved" if is_name else mend
-        yield ConfigError(error.reason, field=field, mend=mend)
+        fix = f"{fix}; names are not resolved" if is_name else fix
+        yield ConfigError(error.reason, field=field, fix=fix)
         return
     if special:
-        yield ConfigError(f"{ip!r} is {_named(special)}, which no backend can have", field=field, mend=mend)
+        yield ConfigError(f"{ip!r} is {_named(special)}, which no backend can have", field=field, fix=fix)
 
 
 def _no_backend(ip: str) -> re.Match[str] | None:
@@ -167,4 +167,4 @@ def is_port(port: int | None) -> bool:
 def number_errors(port: int, field: str) -> Iterator[ConfigError]:
     """Yield an error if *port* is not a port number."""
     if not is_port(port):
-        yield ConfigError(f"{port} is not a port", field=field, mend="write a number from 1 to 65535")
+        yield ConfigError(f"{port} is not a port", field=field, fix="write a number from 1 to 65535")

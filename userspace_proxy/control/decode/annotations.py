@@ -74,10 +74,10 @@ def read_annotations(service: api.Service) -> tuple[ServiceAnnotations, list[Con
                 values[entry.field] = entry.read(text)
             except ValueError as error:
                 said = f"{text!r} {entry.wrong}{f': {error}' if name == HEALTH_CHECK else ''}"
-                problems.append(ConfigError(said, field=api.below("metadata.annotations", name), mend=entry.mend))
+                problems.append(ConfigError(said, field=api.below("metadata.annotations", name), fix=entry.fix))
     if "dns_target" in values and service.spec is not None and service.spec.selector:
-        said, mend = "it has no effect beside a selector, whose Pods are the endpoints", "remove one of the two"
-        problems.append(ConfigError(said, field=api.below("metadata.annotations", ENDPOINTS_FROM), mend=mend))
+        said, fix = "it has no effect beside a selector, whose Pods are the endpoints", "remove one of the two"
+        problems.append(ConfigError(said, field=api.below("metadata.annotations", ENDPOINTS_FROM), fix=fix))
     return ServiceAnnotations(**values), problems
 
 
@@ -150,7 +150,7 @@ class _Entry(NamedTuple):
     field: str
     read: Callable[[str], object]
     wrong: str
-    mend: str
+    fix: str
 
 
 # A table. The formatter would make six lines of each entry.

@@ -217,15 +217,15 @@ def _source_ranges(
         cidr = canonical_cidr(text, where)
         if (mapped := mapped_cidr(cidr)) is not None:
             said = f"{text} is a range of IPv4 addresses written as IPv6, which no client is in"
-            problems.append(ConfigError(said, field=where, mend=f"write {mapped}"))
+            problems.append(ConfigError(said, field=where, fix=f"write {mapped}"))
         elif family_of(cidr) in ranges:
             ranges[family_of(cidr)][cidr] = None
     dialled = set(map(family_of, load_balancer_ips)) or (families if not any(ranges.values()) else set())
     for family in sorted(dialled):
         if not ranges[family]:
             said = f"no range is IPv{family}, so no client may dial the load balancer IPs of that family"
-            mend = f"add one, such as {_ALL_CLIENTS[family]} for all clients"
-            problems.append(ConfigError(said, field="spec.loadBalancerSourceRanges", mend=mend))
+            fix = f"add one, such as {_ALL_CLIENTS[family]} for all clients"
+            problems.append(ConfigError(said, field="spec.loadBalancerSourceRanges", fix=fix))
     return (
         tuple(
             cidr
@@ -245,7 +245,7 @@ def _no_header_of_udp(port: api.ServicePort) -> ConfigError:
     return ConfigError(
         f"PROXY protocol v1 knows no UDP, which port {port.port} is",
         field=SOURCE_IP_FIELD,
-        mend="write proxy-protocol-v2; until then the node's default applies to this port",
+        fix="write proxy-protocol-v2; until then the node's default applies to this port",
     )
 
 
@@ -253,7 +253,7 @@ def _unproxied(protocol: str, index: int, *, others: bool) -> ConfigError:
     return ConfigError(
         f"{protocol!r} cannot be proxied, only TCP and UDP can",
         field=f"spec.ports[{index}].protocol",
-        mend="remove the port, or serve it another way" + ("; the other ports are served" if others else ""),
+        fix="remove the port, or serve it another way" + ("; the other ports are served" if others else ""),
     )
 
 

@@ -49,18 +49,18 @@ def service_errors(service: api.Service, proxy_name: str = "") -> Iterator[Confi
     metadata, spec = service.metadata, service.spec
     for field, name in (("metadata.name", metadata.name), ("metadata.namespace", metadata.namespace or "default")):
         if not _LABEL.fullmatch(name):
-            yield ConfigError(f"{name!r} is not a valid name", field=field, mend=_as_label(name))
+            yield ConfigError(f"{name!r} is not a valid name", field=field, fix=_as_label(name))
     if spec is None:
-        yield ConfigError("the Service has no spec", mend="add spec.ports")
+        yield ConfigError("the Service has no spec", fix="add spec.ports")
         return
     if spec.type is not None and spec.type not in _TYPES:
-        mend = f"write one of {', '.join(_TYPES)}"
-        yield ConfigError(f"{spec.type!r} is no Service type", field="spec.type", mend=mend)
+        fix = f"write one of {', '.join(_TYPES)}"
+        yield ConfigError(f"{spec.type!r} is no Service type", field="spec.type", fix=fix)
     if not is_proxied(service, proxy_name):
         return
     if not spec.ports:
-        mend = "add spec.ports, a list with at least one port"
-        yield ConfigError("the Service has no ports", field="spec", mend=mend)
+        fix = "add spec.ports, a list with at least one port"
+        yield ConfigError("the Service has no ports", field="spec", fix=fix)
     yield from _ports_errors(spec.ports or [])
     yield from _affinity_errors(spec)
     yield from _cluster_ips_errors(spec)
@@ -87,30 +87,30 @@ def _policy_errors(spec: api.objects.ServiceSpec) -> Iterator[ConfigError]:
         ("spec.externalTrafficPolicy", spec.external_traffic_policy),
     ):
         if given and given not in _POLICIES:
-            yield ConfigError(f"{given!r} is no traffic policy", field=field, mend="write Cluster or Local")
+            yield ConfigError(f"{given!r} is no traffic policy", field=field, fix="write Cluster or Local")
     if number := spec.health_check_node_port:
         field = "spec.healthCheckNodePort"
         yield from number_errors(number, field)
         for index, port in enumerate(spec.ports or ()):
             if port.node_port == number and (port.protocol or "TCP") == "TCP":
                 said = f"{number} is already the node port of ports[{index}]"
-                yield ConfigError(said, field=field, mend="choose another one, or leave it out")
+                yield ConfigError(said, field=field, fix="choose another one, or leave it out")
 
 
 def _cluster_ips_errors(spec: api.objects.ServiceSpec) -> Iterator[ConfigError]:
     fields = stated_cluster_ips(spec)
     for index, family in enumerate(spec.ip_families or ()):
         if family not in _FAMILIES:
-            mend = f"write {' or '.join(_FAMILIES)}"
-            yield ConfigError(f"{family!r} is no IP family", field=f"spec.ipFamilies[{index}]", mend=mend)
+            fix = f"write {' or '.join(_FAMILIES)}"
+            yield ConfigError(f"{family!r} is no IP family", field=f"spec.ipFamilies[{index}]", fix=fix)
     both = [("spec.clusterIP", spec.cluster_ip)] if spec.cluster_ip and spec.cluster_ips else []
     if errors := [error for field, given in [*both, *fields] for error in virtual_ip_errors(given, field)]:
         yield from errors
         return
     yield from _families_errors(spec, [(field, canonical_ip(given)) for field, given in fields])
     if spec.cluster_ips and spec.cluster_ip and canonical_ip(spec.cluster_ip) != canonical_ip(spec.cluster_ips[0]):
-        said, mend = "is not the first of spec.clusterIPs", "write the same address in both, or leave one field out"
-        yield ConfigError(f"{spec.cluster_ip} {said}", field="spec.clusterIP", mend=mend)
+        said, fix = "is not the first of spec.clusterIPs", "write the same address in both, or leave one field out"
+        yield ConfigError(f"{spec.cluster_ip} {said}", field="spec.clusterIP", fix=fix)
 
 
 def _families_errors(spec: api.objects.ServiceSpec, ips: list[tuple[str, str]]) -> Iterator[ConfigError]:
@@ -119,11 +119,11 @@ def _families_errors(spec: api.objects.ServiceSpec, ips: list[tuple[str, str]]) 
     for index, (field, ip) in enumerate(ips):
         family = families[index]
         if family in families[:index]:
-            yield ConfigError(f"{ip} is a second one of its family", field=field, mend="keep one for each family")
+            yield ConfigError(f"{ip} is a second one of its family", field=field, fix="keep one for each family")
         stated = spec.ip_families[index] if spec.ip_families else family
         if stated != family and stated in _FAMILIES:
-            mend = f"write {family}, or choose an address that is {stated}"
-            yield ConfigError(f"{ip} is {family}", field=f"spec.ipFamilies[{index}]", mend=mend)
+            fix = f"write {family}, or choose an address that is {stated}"
+            yield ConfigError(f"{ip} is {family}", field=f"spec.ipFamilies[{index}]", fix=fix)
             break  # the other entry has the same cause
 
 
@@ -131,12 +131,12 @@ def _ports_errors(ports: list[api.ServicePort]) -> Iterator[ConfigError]:
     unnamed = [index for index, port in enumerate(ports) if not port.name] if len(ports) > 1 else []
     if unnamed:
         said = f"a Service with several ports must name each; {len(unnamed)} of {len(ports)} have no name"
-        yield ConfigError(said, field=f"spec.ports[{unnamed[0]}]", mend="add names, such as 'name: http'")
+        yield ConfigError(said, field=f"spec.ports[{unnamed[0]}]", fix="add names, such as 'name: http'")
     first: dict[tuple[str, object], int] = {}
     for index, port in enumerate(ports):
         field, protocol = f"spec.ports[{index}]", port.protocol or "TCP"
         yield from _port_errors(port, protocol, field)
-        for part, value, said, mend in (
+        for part, value, said, fix in (
             ("name", port.name, f"the name {port.name!r} is already that of", "give each port a name of its own"),
             ("port", (port.port, protocol), f"{protocol} port {port.port} is already", "remove one of them"),
             (
@@ -147,7 +147,7 @@ def _ports_errors(ports: list[api.ServicePort]) -> Iterator[ConfigError]:
             ),
         ):
             if value and (other := first.setdefault((part, value), index)) != index:
-                yield ConfigError(f"{said} ports[{other}]", field=f"{field}.{part}", mend=mend)
+                yield ConfigError(f"{said} ports[{other}]", field=f"{field}.{part}", fix=fix)
 
 
 def _port_errors(port: api.ServicePort, protocol: str, field: str) -> Iterator[ConfigError]:
@@ -157,19 +157,19 @@ def _port_errors(port: api.ServicePort, protocol: str, field: str) -> Iterator[C
     if port.node_port:
         yield from number_errors(port.node_port, f"{field}.nodePort")
     if protocol not in _PROTOCOLS:
-        yield ConfigError(f"{protocol!r} is no protocol", field=f"{field}.protocol", mend="write TCP or UDP")
+        yield ConfigError(f"{protocol!r} is no protocol", field=f"{field}.protocol", fix="write TCP or UDP")
     if port.name and not _LABEL.fullmatch(port.name):
-        yield ConfigError(f"{port.name!r} is not a valid name", field=f"{field}.name", mend=_as_label(port.name))
+        yield ConfigError(f"{port.name!r} is not a valid name", field=f"{field}.name", fix=_as_label(port.name))
 
 
 def _affinity_errors(spec: api.objects.ServiceSpec) -> Iterator[ConfigError]:
     if spec.session_affinity not in (None, "", "None", "ClientIP"):
         said = f"{spec.session_affinity!r} is no session affinity"
-        yield ConfigError(said, field="spec.sessionAffinity", mend="write ClientIP or None")
+        yield ConfigError(said, field="spec.sessionAffinity", fix="write ClientIP or None")
     timeout_s = affinity_timeout_s(spec)
     if timeout_s is not None and not 1 <= timeout_s <= AFFINITY_TIMEOUT_MAX_S:
-        field, mend = "spec.sessionAffinityConfig.clientIP.timeoutSeconds", "write a number from 1 to"
-        yield ConfigError(f"{timeout_s} s is out of range", field=field, mend=f"{mend} {AFFINITY_TIMEOUT_MAX_S}")
+        field, fix = "spec.sessionAffinityConfig.clientIP.timeoutSeconds", "write a number from 1 to"
+        yield ConfigError(f"{timeout_s} s is out of range", field=field, fix=f"{fix} {AFFINITY_TIMEOUT_MAX_S}")
 
 
 def _as_label(name: str) -> str:

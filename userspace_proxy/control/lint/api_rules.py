@@ -32,14 +32,14 @@ class Rule(NamedTuple):
 
     ``field``: such as ``spec.ports[].port``; ``.*`` means each value of a mapping, ``.{}`` each key. ``demand``: for
     people. ``wrong``: an example of a value that is refused. ``is_right``: the test of a value, or None if decode
-    has it. ``mend``: how to repair a wrong value.
+    has it. ``fix``: how to repair a wrong value.
     """
 
     field: str
     demand: str
     wrong: object
     is_right: Callable[[Any], object] | None = None
-    mend: str = ""
+    fix: str = ""
 
 
 def _one_of(field: str, *names: str) -> Rule:
@@ -148,7 +148,7 @@ def value_errors(kind: str, plain: _Plain) -> Iterator[ConfigError]:
         for field, value in values_at(plain, rule.field) if rule.is_right is not None else ():
             is_of_type = isinstance(value, type(rule.wrong))  # a wrong type is an error of its own
             if rule.is_right is not None and is_of_type and value != "" and not rule.is_right(value):
-                yield ConfigError(f"{value!r} is not {rule.demand}", field=field, mend=rule.mend)
+                yield ConfigError(f"{value!r} is not {rule.demand}", field=field, fix=rule.fix)
 
 
 def values_at(plain: object, path: str, field: str = "") -> Iterator[tuple[str, Any]]:

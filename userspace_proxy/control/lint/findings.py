@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
 from typing import NamedTuple
+
+import msgspec
 
 from userspace_proxy.errors import ConfigError, Note
 from userspace_proxy.sources.documents import Manifest, Problem
@@ -13,11 +14,10 @@ from userspace_proxy.sources.pasted import FENCE, sign_in
 from userspace_proxy.sources.yaml_faults import TEMPLATE, template_note
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of `check`.
+class Finding(msgspec.Struct, frozen=True, rename={"fix": "mend"}):
+    """One line of `check`. In JSON, ``fix`` is called "mend".
 
-    ``line`` is None if the whole file is meant, ``object`` "" if none is known. ``severity``: ``fault``, or ``note``
+    ``line`` is None if the whole file is wrong, ``object`` "" if none is known. ``severity``: ``fault``, or ``note``
     if something is incomplete here or has no effect.
     """
 
@@ -25,7 +25,7 @@ class Finding:
     line: int | None
     field: str
     problem: str
-    mend: str
+    fix: str
     object: str
     severity: str = "fault"
 
@@ -34,7 +34,7 @@ class Finding:
         return self.file if self.line is None else f"{self.file}:{self.line}"
 
     def __str__(self) -> str:
-        said = "; ".join(filter(None, (self.problem, self.mend)))
+        said = "; ".join(filter(None, (self.problem, self.fix)))
         note = "note" if self.severity == "note" else ""
         return ": ".join(filter(None, (self.where, note, self.field, said)))
 
@@ -84,4 +84,4 @@ def _cause(row: str, diagnostic: Diagnostic) -> ConfigError:
 
 def _finding(path: str, line: int | None, error: ConfigError, name: str) -> Finding:
     severity = "note" if isinstance(error, Note) else "fault"
-    return Finding(path, line, error.field, error.reason, error.mend, name, severity)
+    return Finding(path, line, error.field, error.reason, error.fix, name, severity)

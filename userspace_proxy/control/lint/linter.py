@@ -118,8 +118,8 @@ class Linter:
         elif "None" in (spec.cluster_ip, *(spec.cluster_ips or ())[:1]):
             yield Note("a headless Service is left to DNS; no proxy serves it", field="spec.clusterIP")
         elif decode.wants_load_balancer_ips(service) and not self._options.load_balancer_pool:
-            mend = "give --load-balancer-pool, or status.loadBalancer.ingress"
-            yield Note("it waits for a load balancer's address; the rest of it is served", field="spec.type", mend=mend)
+            fix = "give --load-balancer-pool, or status.loadBalancer.ingress"
+            yield Note("it waits for a load balancer's address; the rest of it is served", field="spec.type", fix=fix)
 
     def _service_diagnostics(self, name: NamespacedName) -> Iterator[Diagnostic]:
         if not (manifests := self._index.services.get(name)):
@@ -194,8 +194,8 @@ class Linter:
         families = {":" in ip for port, _ in ports.values() for ip in port.cluster_ips}
         if spec.ip_family_policy == "RequireDualStack" and len(families) == 1:
             said = f"it has {'IPv6' if True in families else 'IPv4'} alone"
-            mend = "give --service-cluster-ip-range a range of each family, or state both addresses"
-            yield Note(said, field="spec.ipFamilyPolicy", mend=mend)
+            fix = "give --service-cluster-ip-range a range of each family, or state both addresses"
+            yield Note(said, field="spec.ipFamilyPolicy", fix=fix)
         node = self._options.node
         usable = [endpoint for _, endpoints in ports.values() for endpoint in usable_endpoints(endpoints)]
         if not (node and usable) or any(endpoint.node_name == node for endpoint in usable):
@@ -204,8 +204,8 @@ class Linter:
         for policy in ("internalTrafficPolicy", "externalTrafficPolicy"):
             given = spec.internal_traffic_policy if policy.startswith("internal") else spec.external_traffic_policy
             if given == "Local":
-                mend = "state the node of the endpoints, or see --hostname-override"
-                yield Note(said, field=f"spec.{policy}", mend=mend)
+                fix = "state the node of the endpoints, or see --hostname-override"
+                yield Note(said, field=f"spec.{policy}", fix=fix)
 
     def _has_faulty_stray(self, namespace: str) -> bool:
         """Return whether a slice or Endpoints in *namespace* has a fault and belongs to no Service."""

@@ -66,8 +66,8 @@ def refusals(index: Index, manifest: Manifest, service: api.Service, ports: Port
     elif not pieces:
         if decode.dns_target(service) is not None:
             return
-        mend = f"add a selector, or an EndpointSlice or Endpoints for {manifest.name.name!r}"
-        yield manifest, ConfigError("it has no selector, and nothing here gives it endpoints", field="spec", mend=mend)
+        fix = f"add a selector, or an EndpointSlice or Endpoints for {manifest.name.name!r}"
+        yield manifest, ConfigError("it has no selector, and nothing here gives it endpoints", field="spec", fix=fix)
     elif ports:
         yield from _pieces_errors(manifest, service, pieces, ports)
 
@@ -82,16 +82,16 @@ def _pods_error(service: api.Service, pods: Sequence[api.Pod], ports: PortEndpoi
         return None
     if not any(pod_ip_fields(pod) for pod in pods):
         which = f"Pod {pods[0].metadata.name}" if len(pods) == 1 else f"any of the {len(pods)} Pods it selects"
-        mend = "add status.podIP to the Pod, as 'kubectl get pod -o yaml' shows it"
-        return Note(f"no address is known of {which}", field=field, mend=mend)  # a cluster would give it one
+        fix = "add status.podIP to the Pod, as 'kubectl get pod -o yaml' shows it"
+        return Note(f"no address is known of {which}", field=field, fix=fix)  # a cluster would give it one
     count = f"{len(pods)} Pods it selects"
     if any(known for _, known in ports.values()):
         names = f"none of the {count} is ready" if len(pods) > 1 else "the Pod it selects is not ready"
-        mend = "see status.conditions there, or set publishNotReadyAddresses"
-        return ConfigError(f"{_REFUSED}: {names}", field=field, mend=mend)
+        fix = "see status.conditions there, or set publishNotReadyAddresses"
+        return ConfigError(f"{_REFUSED}: {names}", field=field, fix=fix)
     if all(pod.status and pod.status.phase in ("Succeeded", "Failed") for pod in pods):
         which = f"each of the {count}" if len(pods) > 1 else "the Pod it selects"
-        return ConfigError(f"{_REFUSED}: {which} has ended", field=field, mend="add Pods that run")
+        return ConfigError(f"{_REFUSED}: {which} has ended", field=field, fix="add Pods that run")
     spec_ports = (service.spec.ports if service.spec else None) or ()
     lacks_port = any(decode.target_port(port, pod) is None for port in spec_ports for pod in pods)
     is_named = lacks_port or not any(decode.pod_ips(pod) for pod in pods)  # at the port or the address
@@ -104,7 +104,7 @@ def _families(ports: PortEndpoints) -> set[str]:
 
 def _other_family(ports: PortEndpoints, field: str) -> ConfigError:
     said = f"{_REFUSED}: the Service is {' and '.join(sorted(_families(ports)))} alone, and its endpoints are not"
-    return ConfigError(said, field=field, mend="give both one family (spec.ipFamilies, clusterIPs)")
+    return ConfigError(said, field=field, fix="give both one family (spec.ipFamilies, clusterIPs)")
 
 
 def _no_pods(
@@ -116,16 +116,16 @@ def _no_pods(
     if templates:
         said += f"; the template of {templates[0].metadata.name} has these labels, but a proxy makes no Pods of it"
         said += " (the command lab does)"
-        mend = f"add the Pods, as 'kubectl get pods -o yaml' shows them, or Endpoints named {name.name!r}"
-        return Note(said, field=field, mend=mend)
+        fix = f"add the Pods, as 'kubectl get pods -o yaml' shows them, or Endpoints named {name.name!r}"
+        return Note(said, field=field, fix=fix)
     for namespace in islice(index.namespaces(), _CANDIDATES_MAX):
         for kind in (False, True):
             if pods := index.selected(namespace, selector, templates=kind):
                 said += f"; {pods[0].metadata.name} in namespace {namespace!r} has these labels"
-                return ConfigError(said, field=field, mend="put both into one namespace")
+                return ConfigError(said, field=field, fix="put both into one namespace")
     held = list(islice(index.pods_in(name.namespace), _CANDIDATES_MAX))
     has_pods = any(manifest.kind == "Pod" for manifest, _ in held)
-    mend = "add Pods with these labels, or correct the selector"
+    fix = "add Pods with these labels, or correct the selector"
     for key, value in selector.items():
         others = {label: text for label, text in selector.items() if label != key}.items()
         near = [labels for _, pod in held if (labels := pod.metadata.labels or {}) and others <= labels.items()]
@@ -133,10 +133,10 @@ def _no_pods(
         if not has_pods:  # a label that another Service selects is not a misspelt one of this Service's
             values = {text for text in values if not index.is_selected(name.namespace, key, text)}
         if meant := _meant_label(key, value, near, values, any_value=has_pods):
-            return ConfigError(said, field=api.below(field, key), mend=f"did you mean '{meant}'?")
+            return ConfigError(said, field=api.below(field, key), fix=f"did you mean '{meant}'?")
         if values:
-            mend = f"add Pods with these labels, or write '{key}: {min(values)}', as a template here has it"
-    return (ConfigError if has_pods else Note)(said, field=field, mend=mend)
+            fix = f"add Pods with these labels, or write '{key}: {min(values)}', as a template here has it"
+    return (ConfigError if has_pods else Note)(said, field=field, fix=fix)
 
 
 def _meant_label(
@@ -164,15 +164,15 @@ def _target_port_errors(port: api.ServicePort, index: int, pods: Sequence[api.Po
     offered = [offer for pod in pods for offer in decode.offered_ports(pod)]
     same_name = [offer.protocol or "TCP" for offer in offered if offer.name == wanted]
     names = sorted({offer.name for offer in offered if offer.name})
-    said, mend = f"no Pod it selects has a port named {wanted!r}", f"their ports are called {', '.join(names)}"
+    said, fix = f"no Pod it selects has a port named {wanted!r}", f"their ports are called {', '.join(names)}"
     if same_name:
         said = f"port {wanted!r} of the Pods it selects is {same_name[0]}, not {port.protocol or 'TCP'}"
-        mend = "write one protocol in both places"
+        fix = "write one protocol in both places"
     elif match := _closest(wanted, names):
-        mend = f"did you mean {match!r}?"
+        fix = f"did you mean {match!r}?"
     elif not names:
-        mend = "their ports have no names: write the number, or name the container's port"
-    yield ConfigError(said, field=field, mend=mend)
+        fix = "their ports have no names: write the number, or name the container's port"
+    yield ConfigError(said, field=field, fix=fix)
 
 
 def _unlisted_port_errors(port: api.ServicePort, field: str, pods: Sequence[api.Pod]) -> Iterator[ConfigError]:
@@ -190,7 +190,7 @@ def _unlisted_port_errors(port: api.ServicePort, field: str, pods: Sequence[api.
     if is_number and listed and all(listed) and not any(number in numbers for numbers in listed):
         shown = ", ".join(map(str, sorted(set[int]().union(*listed))[:_SHOWN_MAX]))
         said = f"no container of the Pods that the selector finds lists port {number} (they list {shown})"
-        yield Note(said, field=field, mend="if nothing listens there, connections are refused")
+        yield Note(said, field=field, fix="if nothing listens there, connections are refused")
 
 
 # ---- EndpointSlices and Endpoints
@@ -211,19 +211,19 @@ def orphan_error(index: Index, name: NamespacedName, piece: Manifest) -> ConfigE
         return not (spec and (spec.selector or spec.type == "ExternalName"))
 
     if elsewhere := sorted(space for space in index.namespaces_of.get(name.name, ()) if waits(space, name.name)):
-        mend = f"write 'namespace: {elsewhere[0]}', where the Service {name.name} is"
-        return ConfigError(said, field=field, mend=mend)
+        fix = f"write 'namespace: {elsewhere[0]}', where the Service {name.name} is"
+        return ConfigError(said, field=field, fix=fix)
     names = index.names_in.get(name.namespace, set())
     if (match := _closest(name.name, names)) and waits(name.namespace, match):
-        return ConfigError(said, field=field, mend=f"did you mean {match!r}?")
+        return ConfigError(said, field=field, fix=f"did you mean {match!r}?")
     if isinstance(piece.object, api.Endpoints) and not piece.object.subsets:
         return None
     some = islice(names, _CANDIDATES_MAX)
     idle = (other for other in some if not index.pieces.get(NamespacedName(name.namespace, other)))
     waiting = list(islice((other for other in idle if waits(name.namespace, other)), 2))
     if len(waiting) == 1:
-        return ConfigError(said, field=field, mend=f"did you mean {waiting[0]!r}, which has no endpoints?")
-    return Note(said, field=field, mend="write the name of its Service, or add the Service")
+        return ConfigError(said, field=field, fix=f"did you mean {waiting[0]!r}, which has no endpoints?")
+    return Note(said, field=field, fix="write the name of its Service, or add the Service")
 
 
 def _pieces_errors(
@@ -234,7 +234,7 @@ def _pieces_errors(
     unmatched = [(piece, error) for piece in pieces for error in _unmatched_ports(manifest.name, service, piece)]
     if unmatched:
         for piece, error in unmatched:
-            yield piece, error if refused else Note(error.reason, field=error.field, mend=error.mend)
+            yield piece, error if refused else Note(error.reason, field=error.field, fix=error.fix)
     elif len(refused) < len(ports):
         for at, port in refused.items():
             said = "no EndpointSlice or Endpoints has a usable endpoint for it"
@@ -242,7 +242,7 @@ def _pieces_errors(
             error = ConfigError(
                 f"{said}: clients of port {port.port} are refused",
                 field=field,
-                mend="add a port of this name and protocol there",
+                fix="add a port of this name and protocol there",
             )
             yield manifest, error
     else:
@@ -262,11 +262,11 @@ def _unmatched_ports(name: NamespacedName, service: api.Service, piece: Manifest
             continue
         if protocols := sorted(other for its_name, other in wanted if its_name == port_name):
             said = f"the Service's port is {protocols[0]}, not {protocol}"
-            yield ConfigError(said, field=f"{field}.protocol", mend=f"write {protocols[0]}")
+            yield ConfigError(said, field=f"{field}.protocol", fix=f"write {protocols[0]}")
             continue
         said = f"Service {name} has no port {f'named {port_name!r}' if port_name else 'without a name'}"
-        mend = f"name it as the Service does: {names}" if names else "leave the name out, as the Service does"
-        yield ConfigError(said, field=f"{field}.name", mend=mend)
+        fix = f"name it as the Service does: {names}" if names else "leave the name out, as the Service does"
+        yield ConfigError(said, field=f"{field}.name", fix=fix)
 
 
 def _ports_of(piece: Manifest) -> Iterator[tuple[str, api.objects.EndpointPort]]:
@@ -290,12 +290,12 @@ def _piece_error(piece: Manifest, ports: PortEndpoints) -> _Reason:
         field, (addresses, reason) = "subsets", _endpoints_content(piece.object)
     if not addresses and (reason is None or reason[0] == _NO_PORTS):
         said = f"{_REFUSED}: it has no addresses"
-        return 4, Note(said, field=field, mend="add some, or leave it so if that is meant")
+        return 4, Note(said, field=field, fix="add some, or leave it so if that is meant")
     if reason is not None:
         return reason
     if any(known for _, known in ports.values()):
         said = f"{_REFUSED}: no endpoint is ready"
-        return 2, ConfigError(said, field=field, mend="see why, or make one ready")
+        return 2, ConfigError(said, field=field, fix="see why, or make one ready")
     families = {"IPv6" if ":" in ip else "IPv4" for ip in addresses}
     if any(map(decode.is_ip, addresses)) and not families & _families(ports):
         return 3, _other_family(ports, "addressType" if field == "endpoints" else field)
@@ -306,12 +306,12 @@ def _slice_content(piece: api.EndpointSlice) -> tuple[list[str], _Reason | None]
     """Return the addresses of *piece*, and why no proxy can use them."""
     addresses = [ip for endpoint in piece.endpoints or () for ip in endpoint.addresses or ()]
     if piece.address_type == "FQDN":
-        mend = "write IPv4 or IPv6; a proxy reads no others"
-        return addresses, (3, ConfigError(f"{_REFUSED}: 'FQDN' cannot be proxied", field="addressType", mend=mend))
+        fix = "write IPv4 or IPv6; a proxy reads no others"
+        return addresses, (3, ConfigError(f"{_REFUSED}: 'FQDN' cannot be proxied", field="addressType", fix=fix))
     if any(port.port for port in piece.ports or ()):
         return addresses, None
     said = f"{_REFUSED}: the slice has no ports"
-    return addresses, (_NO_PORTS, ConfigError(said, field="ports", mend="add 'ports', as the Service's"))
+    return addresses, (_NO_PORTS, ConfigError(said, field="ports", fix="add 'ports', as the Service's"))
 
 
 def _endpoints_content(given: api.Endpoints) -> tuple[list[str], _Reason | None]:
@@ -323,9 +323,9 @@ def _endpoints_content(given: api.Endpoints) -> tuple[list[str], _Reason | None]
         return addresses, None
     if len(without) < len(subsets):
         said = f"{_REFUSED}: addresses and ports stand in two subsets; a '-' begins a new one"
-        return addresses, (0, ConfigError(said, field="subsets", mend="join them: remove the '-' before 'ports'"))
+        return addresses, (0, ConfigError(said, field="subsets", fix="join them: remove the '-' before 'ports'"))
     said = f"{_REFUSED}: the subset has no ports"
-    return addresses, (_NO_PORTS, ConfigError(said, field=f"subsets[{without[0]}]", mend="add 'ports' to it"))
+    return addresses, (_NO_PORTS, ConfigError(said, field=f"subsets[{without[0]}]", fix="add 'ports' to it"))
 
 
 def _closest(word: str, names: Collection[str], cutoff: float = 0.6) -> str:

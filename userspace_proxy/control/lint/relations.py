@@ -21,13 +21,13 @@ HINTS_MAX = 8
 class Relation(NamedTuple):
     """What the API server demands of ``field`` beside other fields of a Service's spec.
 
-    ``is_wrong`` returns whether a spec breaks the rule; ``mend`` says how to repair it.
+    ``is_wrong`` returns whether a spec breaks the rule; ``fix`` says how to repair it.
     """
 
     field: str
     demand: str
     is_wrong: Callable[[_Plain], object]
-    mend: str
+    fix: str
 
 
 def _type(spec: _Plain) -> str:
@@ -126,18 +126,16 @@ def _service_errors(plain: _Plain) -> Iterator[ConfigError]:
         if relation.is_wrong(spec):
             # The first of the fields that are set, if the relation is about any of several.
             is_set = (field for field, value in values_at(plain, relation.field) if value)
-            yield ConfigError(
-                relation.demand, field=next(is_set, relation.field.partition("[]")[0]), mend=relation.mend
-            )
+            yield ConfigError(relation.demand, field=next(is_set, relation.field.partition("[]")[0]), fix=relation.fix)
     if spec.get("loadBalancerIP") and _type(spec) != "LoadBalancer":
         said = f"it has no effect in a {_type(spec)} Service"
-        yield Note(said, field="spec.loadBalancerIP", mend="write 'type: LoadBalancer', or leave it out")
+        yield Note(said, field="spec.loadBalancerIP", fix="write 'type: LoadBalancer', or leave it out")
 
 
 def _slice_errors(plain: _Plain) -> Iterator[ConfigError]:
     if not plain.get("addressType"):
-        mend = "add 'addressType: IPv4'"
-        yield ConfigError("the slice does not say of which family it is", field="addressType", mend=mend)
+        fix = "add 'addressType: IPv4'"
+        yield ConfigError("the slice does not say of which family it is", field="addressType", fix=fix)
     for index, endpoint in enumerate(plain.get("endpoints") or ()):
         yield from _slice_endpoint_errors(endpoint, f"endpoints[{index}]", plain.get("addressType"))
     yield from _too_many(plain.get("endpoints"), "endpoints", ENDPOINTS_MAX)
@@ -147,7 +145,7 @@ def _slice_errors(plain: _Plain) -> Iterator[ConfigError]:
 def _slice_endpoint_errors(endpoint: _Plain, field: str, family: str | None) -> Iterator[ConfigError]:
     addresses, hints = endpoint.get("addresses") or (), endpoint.get("hints") or {}
     if not addresses:
-        yield ConfigError("the endpoint has no address", field=f"{field}.addresses", mend="add addresses")
+        yield ConfigError("the endpoint has no address", field=f"{field}.addresses", fix="add addresses")
     yield from _too_many(addresses, f"{field}.addresses", ADDRESSES_MAX)
     for name in ("forZones", "forNodes"):
         yield from _too_many(hints.get(name), f"{field}.hints.{name}", HINTS_MAX)
@@ -155,26 +153,26 @@ def _slice_endpoint_errors(endpoint: _Plain, field: str, family: str | None) -> 
     for at, ip in enumerate(addresses if family in ("IPv4", "IPv6") else ()):
         if decode.is_ip(ip) and (":" in ip) is not (family == "IPv6"):
             said = f"{ip!r} is no {family} address, which addressType says"
-            yield ConfigError(said, field=f"{field}.addresses[{at}]", mend="write one slice for each family")
+            yield ConfigError(said, field=f"{field}.addresses[{at}]", fix="write one slice for each family")
 
 
 def _too_many(items: Sequence[object] | None, field: str, limit: int) -> Iterator[ConfigError]:
     if items and len(items) > limit:
-        mend = "spread them over several slices" if limit > HINTS_MAX else "keep the nearest"
-        yield ConfigError(f"{len(items)} are too many, {limit} are allowed", field=field, mend=mend)
+        fix = "spread them over several slices" if limit > HINTS_MAX else "keep the nearest"
+        yield ConfigError(f"{len(items)} are too many, {limit} are allowed", field=field, fix=fix)
 
 
 def _endpoints_errors(plain: _Plain) -> Iterator[ConfigError]:
     for index, subset in enumerate(plain.get("subsets") or ()):
         ports = subset.get("ports") or ()
         if not (subset.get("addresses") or subset.get("notReadyAddresses") or ports):
-            yield ConfigError("the subset is empty", field=f"subsets[{index}]", mend="add addresses and ports")
+            yield ConfigError("the subset is empty", field=f"subsets[{index}]", fix="add addresses and ports")
         for at, port in enumerate(ports):
             field = f"subsets[{index}].ports[{at}]"
             if port.get("port") is None:
-                yield ConfigError("there is no port", field=f"{field}.port", mend="add port")
+                yield ConfigError("there is no port", field=f"{field}.port", fix="add port")
             if len(ports) > 1 and not port.get("name"):
-                yield ConfigError("each of several ports has a name", field=f"{field}.name", mend="add name")
+                yield ConfigError("each of several ports has a name", field=f"{field}.name", fix="add name")
 
 
 def _pod_errors(plain: _Plain) -> Iterator[ConfigError]:
@@ -204,7 +202,7 @@ def _repeated(items: Sequence[_Plain] | None, field: str, *, is_name_needed: boo
         name = item.get("name") or ""
         if (name or is_name_needed) and first.setdefault(name, index) != index:
             said = f"the name {name!r} is already that of [{first[name]}]" if name else "two ports have no name"
-            yield ConfigError(said, field=f"{field}[{index}].name", mend="give each a name of its own")
+            yield ConfigError(said, field=f"{field}[{index}].name", fix="give each a name of its own")
 
 
 def _one_a_family(plain: _Plain, field: str, single: str) -> Iterator[ConfigError]:
@@ -217,8 +215,8 @@ def _one_a_family(plain: _Plain, field: str, single: str) -> Iterator[ConfigErro
     for index, family in enumerate(families):
         if family is not None and family in families[:index]:
             said = f"{texts[index]} is a second one of its family"
-            yield ConfigError(said, field=f"{field}[{index}]", mend="keep one a family")
+            yield ConfigError(said, field=f"{field}[{index}]", fix="keep one a family")
     alone = values.get(single)
     if alone and texts and texts[0] and alone != texts[0]:
         said = f"{alone} is not the first of {field}"
-        yield ConfigError(said, field=f"{section}.{single}", mend="write the same in both, or leave one field out")
+        yield ConfigError(said, field=f"{section}.{single}", fix="write the same in both, or leave one field out")

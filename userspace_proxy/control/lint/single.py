@@ -39,7 +39,7 @@ def object_errors(manifest: Manifest, options: LintOptions) -> Iterator[tuple[Co
         if error.field in named or (error not in shape and any(is_meant(unknown, key) for unknown in shape)):
             continue
         if len(named) == _ERRORS_MAX:
-            yield ConfigError(f"more than {_ERRORS_MAX} fields are wrong", mend="mend those that are named"), False
+            yield ConfigError(f"more than {_ERRORS_MAX} fields are wrong", fix="mend those that are named"), False
             return
         named.add(error.field)
         yield error, is_reported
@@ -114,8 +114,8 @@ def _service_errors(service: api.Service) -> Iterator[ConfigError]:
         yield from decode.virtual_ip_errors(spec.load_balancer_ip, "spec.loadBalancerIP")
     for index, port in enumerate(spec.ports or ()):
         if isinstance(port.target_port, str) and port.target_port.isdigit():
-            said, mend = f"{port.target_port!r} in quotes is a name, which needs a letter", "write it without quotes"
-            yield ConfigError(said, field=f"spec.ports[{index}].targetPort", mend=f"{mend}: {port.target_port}")
+            said, fix = f"{port.target_port!r} in quotes is a name, which needs a letter", "write it without quotes"
+            yield ConfigError(said, field=f"spec.ports[{index}].targetPort", fix=f"{fix}: {port.target_port}")
 
 
 def _annotation_errors(key: str, value: str, options: LintOptions) -> Iterator[ConfigError]:
@@ -123,12 +123,12 @@ def _annotation_errors(key: str, value: str, options: LintOptions) -> Iterator[C
     field = api.below("metadata.annotations", key)
     modes = (*options.annotation_modes.get(key, ()), *options.annotation_modes.get(f"{key}: {value}", ()))
     if modes and options.mode and options.mode not in modes:
-        mend = f"it is for --proxy-mode {' or '.join(modes)}"
-        yield Note(f"it has no effect in {options.mode} mode", field=field, mend=mend)
+        fix = f"it is for --proxy-mode {' or '.join(modes)}"
+        yield Note(f"it has no effect in {options.mode} mode", field=field, fix=fix)
     elif key.startswith(decode.ANNOTATION_PREFIX) and key not in decode.ANNOTATIONS:
         close = get_close_matches(key, decode.ANNOTATIONS, n=1)
-        mend = f"did you mean {close[0]!r}?" if close else f"ours are {', '.join(decode.ANNOTATIONS)}"
-        yield ConfigError(f"there is no annotation {key!r}", field=field, mend=mend)
+        fix = f"did you mean {close[0]!r}?" if close else f"ours are {', '.join(decode.ANNOTATIONS)}"
+        yield ConfigError(f"there is no annotation {key!r}", field=field, fix=fix)
 
 
 def _slice_errors(piece: api.EndpointSlice, cluster_ips: Sequence[Network]) -> Iterator[ConfigError]:
@@ -137,17 +137,17 @@ def _slice_errors(piece: api.EndpointSlice, cluster_ips: Sequence[Network]) -> I
             field = f"endpoints[{index}].addresses[{at}]"
             yield from _backend_errors(ip, field, cluster_ips)
             if at == 1:
-                mend = "write an endpoint for each address"
-                yield Note("of an endpoint's addresses a proxy uses only the first", field=field, mend=mend)
+                fix = "write an endpoint for each address"
+                yield Note("of an endpoint's addresses a proxy uses only the first", field=field, fix=fix)
     if piece.address_type == "FQDN":
-        mend = "write IPv4 or IPv6; a proxy reads no others"
-        yield Note("'FQDN' cannot be proxied, the slice is skipped", field="addressType", mend=mend)
+        fix = "write IPv4 or IPv6; a proxy reads no others"
+        yield Note("'FQDN' cannot be proxied, the slice is skipped", field="addressType", fix=fix)
     labels = piece.metadata.labels or {}
     is_elsewhere = any(key.startswith(_MULTICLUSTER) or key == _MANAGED_BY for key in labels)
     if not labels.get(decode.SERVICE_NAME_LABEL) and not is_elsewhere:
         said = f"the label {decode.SERVICE_NAME_LABEL} is missing, so it belongs to no Service"
         field = api.below("metadata.labels", decode.SERVICE_NAME_LABEL)
-        yield ConfigError(said, field=field, mend=f"add '{decode.SERVICE_NAME_LABEL}: NAME'")
+        yield ConfigError(said, field=field, fix=f"add '{decode.SERVICE_NAME_LABEL}: NAME'")
 
 
 def _backend_errors(ip: str, field: str, cluster_ips: Sequence[Network]) -> Iterator[ConfigError]:
@@ -157,11 +157,11 @@ def _backend_errors(ip: str, field: str, cluster_ips: Sequence[Network]) -> Iter
         return
     address = ip_address(decode.canonical_ip(ip))
     if address.is_loopback:
-        mend = "write another address of the host for use in a cluster"
-        yield Note("the API server refuses a loopback address; 'run' serves it on this host", field=field, mend=mend)
+        fix = "write another address of the host for use in a cluster"
+        yield Note("the API server refuses a loopback address; 'run' serves it on this host", field=field, fix=fix)
     if network := next((known for known in cluster_ips if address in known), None):
         said = f"{ip} is of the Service range {network}; a proxy does not forward from one Service to another"
-        yield ConfigError(said, field=field, mend="write the addresses of Pods or hosts")
+        yield ConfigError(said, field=field, fix="write the addresses of Pods or hosts")
 
 
 def pod_ip_fields(pod: api.Pod) -> list[tuple[str, str]]:
