@@ -40,7 +40,7 @@ def lab(ctx: click.Context, paths: tuple[str, ...], proxy_mode: str) -> None:
     """
     arguments, command = ctx.obj
     with fails_on(StartError):
-        from userspace_proxy.simulation import shell
+        from userspace_proxy.lab import shell
 
         shell.enter(arguments)
         code = shell.run(paths, command, proxy_mode)

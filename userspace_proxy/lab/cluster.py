@@ -20,8 +20,8 @@ from typing import Any
 
 from userspace_proxy.errors import ConfigError, StartError
 from userspace_proxy.lab import Host, ServiceLab, connect
-from userspace_proxy.simulation.servers import PodServer
-from userspace_proxy.simulation.workloads import NODE_NAME, Key, Wanted, Workload, read, wanted
+from userspace_proxy.lab.pod_server import PodServer
+from userspace_proxy.lab.workloads import NODE_NAME, Key, Wanted, Workload, read, wanted
 from userspace_proxy.sources.documents import Manifest
 from userspace_proxy.sources.paths import expand
 from userspace_proxy.sources.paths import read as read_file

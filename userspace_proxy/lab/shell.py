@@ -21,10 +21,10 @@ from userspace_proxy.config.settings import MODE_NAMES, Settings
 from userspace_proxy.control.pod_names import environment
 from userspace_proxy.errors import StartError
 from userspace_proxy.lab import Lab, ServiceLab, build_service_lab, enter_namespaces, prepare, start_proxy
+from userspace_proxy.lab.cluster import Cluster, check_paths
+from userspace_proxy.lab.words import WordError, Words
+from userspace_proxy.lab.workloads import NODE_NAME
 from userspace_proxy.runtime.known_services import known_services
-from userspace_proxy.simulation.cluster import Cluster, check_paths
-from userspace_proxy.simulation.words import WordError, Words
-from userspace_proxy.simulation.workloads import NODE_NAME
 
 _FOLDER = Path("/run/lab")
 _RESOLV_CONF = Path("/etc/resolv.conf")

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from userspace_proxy.errors import ConfigError
-from userspace_proxy.simulation.cluster import Cluster, Pod
-from userspace_proxy.simulation.workloads import WORKLOADS, Key
+from userspace_proxy.lab.cluster import Cluster, Pod
+from userspace_proxy.lab.workloads import WORKLOADS, Key
 
 _ALIASES = {"deploy": "deployment", "rs": "replicaset", "sts": "statefulset", "ds": "daemonset", "po": "pod"}
 _ALIASES |= {"rc": "replicationcontroller", "svc": "service", "ep": "endpoints"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from userspace_proxy.simulation.workloads import Key, Port, read, wanted
+from userspace_proxy.lab.workloads import Key, Port, read, wanted
 
 DEPLOYMENT = """\
 apiVersion: apps/v1

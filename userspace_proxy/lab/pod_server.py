@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import cast
 
 from userspace_proxy.lab import Host
-from userspace_proxy.simulation.workloads import Port
+from userspace_proxy.lab.workloads import Port
 
 _HEAD_MAX_BYTES = 65_536
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
