@@ -165,6 +165,10 @@ class Proxier(StateSink, Protocol):
         """Listeners that could not be opened, each with the reason."""
         ...
 
+    def proxy_port(self, listener: ListenerName) -> int:
+        """Return the local port to which the listener's traffic is redirected, 0 if there is none."""
+        ...
+
     @property
     def loads(self) -> int:
         """The number of rule loads."""

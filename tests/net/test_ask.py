@@ -174,6 +174,12 @@ BROKEN = {
         service("s", "10.96.9.10", extra="  internalTrafficPolicy: Local") + "---\n" + endpoints("s", POD1),
         "internalTrafficPolicy is Local",
     ),
+    "namespace": (
+        service("s", "10.96.9.10", extra="  selector: {app: ns}")
+        + "---\n"
+        + pod("s-1", POD1, "ns").replace("name: s-1", "name: s-1, namespace: prod"),
+        "s-1 in namespace 'prod' has these labels",
+    ),
     "no route": (
         service("s", "10.96.9.10", ports="[{name: http, port: 80}]") + "---\n" + endpoints("s", "203.0.113.9"),
         "no route",
@@ -195,6 +201,18 @@ def test_why_names_the_one_reason(running: Proxy, fault: str) -> None:
     assert "fix: " in tell(running, "why", "s", check=False)
     running.delete("s")
     wait_until(lambda: "no such Service" in obstacle(running, "s"), "the Service is gone")
+
+
+def test_why_notes_what_is_wrong_for_some_clients_and_what_is_probably_wrong(running: Proxy) -> None:
+    ports = "[{port: 80, targetPort: 8081, nodePort: 30080}]"
+    extra = "  selector: {app: notes}\n  type: NodePort\n  externalTrafficPolicy: Local"
+    running.apply("s", service("s", "10.96.9.11", ports=ports, extra=extra) + "---\n" + pod("s-1", POD1, "notes"))
+    wait_until(lambda: told(running, "why", "s")["next"], "the Service is served")
+
+    answer = tell(running, "why", "s")
+
+    assert "note: clients of *:30080 are refused: externalTrafficPolicy is Local, and no endpoint is on this" in answer
+    assert "note: no container of the Pods that the selector finds lists port 8081 (they list 8080)" in answer
 
 
 def test_why_names_endpoints_that_fail(running: Proxy, world: ServiceLab) -> None:
@@ -229,6 +247,13 @@ def test_why_names_a_firewall_and_another_proxys_rules(running: Proxy, web: str)
         assert "a firewall of this node drops" in obstacle(running, "web")
     finally:
         node.run("nft", "delete table inet fw")
+    for rule in ("input { tcp dport 10000-29999", "output { ip daddr 10.0.0.0/8"):
+        hook, _, match = rule.partition(" { ")
+        node.run("nft", f"table inet fw {{ chain c {{ type filter hook {hook} priority 0; {match} drop; }}; }}")
+        try:
+            assert "a firewall of this node drops" in obstacle(running, "web")
+        finally:
+            node.run("nft", "delete table inet fw")
     table = "table ip kube-proxy { map service-ips { type ipv4_addr . inet_proto . inet_service : verdict; }; }"
     node.run("nft", table)
     try:
@@ -295,7 +320,9 @@ def test_a_stopped_proxy_leaves_no_socket(running: Proxy) -> None:
 def test_a_kernel_mode_names_the_facts_that_it_cannot_read(running: Proxy, mode: str) -> None:
     running.stop()
     running.start("--proxy-mode", mode)
-    running.apply("k", documents(service("k", "10.96.9.6"), endpoints("k", POD1, POD2)))
+    # Weights that are all 0 are ignored.
+    weights = f'"userspace-proxy/weights": "{POD1}=0,{POD2}=0"'
+    running.apply("k", documents(with_annotation("k", "10.96.9.6", weights), endpoints("k", POD1, POD2)))
     wait_until(lambda: told(running, "why", "k")["next"], "the Service is served")
 
     answer = told(running, "why", "k")

@@ -207,6 +207,8 @@ def _explained(answer: Row) -> Iterable[str]:
             yield f"  {endpoint['endpoint']}: {endpoint['why']}"
     if answer["rules"] != "none":
         yield f"rules in the kernel: {answer['rules']}"
+    for note in answer["notes"]:
+        yield f"note: {note}"
     for unknown in answer["unknown"]:
         yield f"not known: {unknown}"
 

@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from types import MappingProxyType
 
 from userspace_proxy import api
@@ -102,11 +102,13 @@ class Tracker:
         return self._since.get(name, 0.0)
 
     def related(self, name: NamespacedName, most: int) -> Iterator[api.KubernetesObject]:
-        """Yield the slices and Endpoints of the Service *name*, and at most *most* Pods of its namespace."""
+        """Yield the slices and Endpoints of the Service *name*, and at most *most* Pods, first of its namespace."""
         yield from self._slices.get(name, {}).values()
         if name in self._endpoints:
             yield self._endpoints[name]
-        yield from islice((pod for of, pod in self._pods.items() if of.namespace == name.namespace), most)
+        own = (pod for of, pod in self._pods.items() if of.namespace == name.namespace)
+        others = (pod for of, pod in self._pods.items() if of.namespace != name.namespace)
+        yield from islice(chain(own, others), most)
 
     def update_addresses(self, addresses: tuple[str, ...]) -> bool:
         """Take *addresses* for this host's own from now on; return whether they differ from those before."""

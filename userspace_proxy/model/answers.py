@@ -118,7 +118,7 @@ class Explanation:
     """Where the next connection to a service port goes, and why.
 
     ``rules``: "loaded" if the rules that lead there are in the kernel, else what is wrong with them. ``unknown``: what
-    this proxy cannot know.
+    this proxy cannot know. ``notes``: what is wrong for some of the clients only, or probably.
     """
 
     service: str
@@ -131,3 +131,4 @@ class Explanation:
     rules: str
     obstacle: Obstacle | None = None
     unknown: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)

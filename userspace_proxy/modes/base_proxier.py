@@ -39,6 +39,9 @@ class BaseProxier:
     def service_ports(self) -> int:
         return len(self._plans.held)
 
+    def proxy_port(self, listener: ListenerName) -> int:
+        return 0
+
     async def is_intact(self) -> bool:
         return await self._loaded_rules.is_intact()
 

@@ -9,17 +9,18 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import socket
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from userspace_proxy import api
 from userspace_proxy.control import decode
 from userspace_proxy.control.lint.index import Index
-from userspace_proxy.control.lint.no_endpoints import endpoints_of, refusals
+from userspace_proxy.control.lint.no_endpoints import REFUSED, endpoints_of, refusals
 from userspace_proxy.control.tracker import Tracker
-from userspace_proxy.errors import SyncError
+from userspace_proxy.errors import ConfigError, SyncError
 from userspace_proxy.host.firewalls import find_blocking_firewall
 from userspace_proxy.host.other_proxies import find_other_proxy
+from userspace_proxy.host.packet_filter import Packet, read_packet_filter
 from userspace_proxy.interfaces import DataPlane, Proxier
 from userspace_proxy.model.answers import Candidate, Explanation, Obstacle, Unused
 from userspace_proxy.model.details import DetailsRequest, EndpointDetails, ServicePortDetails
@@ -115,6 +116,7 @@ class Explainer:
             intact,
             obstacle,
             self._unknown(case),
+            list(self._notes(case)),
         )
 
     # ---- where it goes
@@ -158,7 +160,9 @@ class Explainer:
                 return [Candidate(join_address(*c.address), round(c.probability, 4), c.why) for c in choices]
         weights = dict(case.service_port.weights)
         shares = {endpoint: weights.get(endpoint.ip, 1) for endpoint in case.candidates}
-        total = sum(shares.values()) or 1
+        if not any(shares.values()):  # weights are ignored then
+            shares = dict.fromkeys(shares, 1)
+        total = sum(shares.values())
         why = self.mode.choice if self.mode.kernel_serves else "by the hash of the client's address; give --client"
         return [Candidate(str(endpoint), round(share / total, 4), why) for endpoint, share in shares.items() if share]
 
@@ -203,6 +207,20 @@ class Explainer:
             unknown.append("which endpoint a client has by session affinity: it is in the kernel")
         return unknown
 
+    def _notes(self, case: _Case) -> Iterator[str]:
+        """Yield what is wrong for clients of other portals, or probably wrong."""
+        if problem := self.tracker.problems.get(case.service_port.name.service):
+            yield problem
+        if not usable_endpoints(case.desired):
+            return
+        others = [r for r in case.plan.routes if r.portal != case.portal and r.sender is Sender.ANYBODY]
+        if refused := sorted({str(route.portal) for route in others if isinstance(route.to, Refusal)}):
+            node = case.state.node.name or "without a name"
+            why = f"externalTrafficPolicy is Local, and no endpoint is on this node ({node})"
+            yield f"clients of {', '.join(refused)} are refused: {why}"
+        for error in self._lint(case):
+            yield f"{error.reason}; {error.fix}" if error.fix else error.reason
+
     async def _rules_state(self) -> str:
         if self.proxier.repairer.error:
             return f"not as they should be, and cannot be loaded: {self.proxier.repairer.error}"
@@ -237,8 +255,8 @@ class Explainer:
     async def _obstacles(self, case: _Case) -> AsyncIterator[Obstacle]:
         """Yield why clients cannot reach the service port, along a connection's way."""
         name = case.service_port.name
-        if (service := self.tracker.services.get(name.service)) and not usable_endpoints(case.desired):
-            yield self._no_endpoint(name.service, service, case)
+        if not usable_endpoints(case.desired):
+            yield self._no_endpoint(case)
         if isinstance(case.route.to, Refusal):
             yield self._refusal(case)
         if obstacle := self._source_ranges(case):
@@ -256,15 +274,27 @@ class Explainer:
             portal.ip, portal.port, protocol, shares_chains=self.mode.shares_kube_proxys_chains
         ):
             yield Obstacle(f"another proxy's rules take the packets: {where}", "stop kube-proxy, and remove its rules")
-        if obstacle := await self._dials(case):
+        with contextlib.suppress(SyncError):
+            if stopped := await self._packet_filter(case):
+                yield Obstacle(*stopped)
+        if obstacle := self._dials(case):
             yield obstacle
         with contextlib.suppress(SyncError, ValueError):
             for passage in self.mode.firewall_passages:
                 for found in await find_blocking_firewall(passage, self.service_range):
                     yield Obstacle(f"a firewall of this node drops {passage.traffic}", found)
 
-    def _no_endpoint(self, name: NamespacedName, service: api.Service, case: _Case) -> Obstacle:
+    def _no_endpoint(self, case: _Case) -> Obstacle:
         """Return why no endpoint is usable, as `check` finds it."""
+        for error in self._lint(case):
+            return Obstacle(error.reason.removeprefix(f"{REFUSED}: "), error.fix or f"see {error.field}")
+        return Obstacle("it has no usable endpoint", "add ready Pods with its labels, or an EndpointSlice")
+
+    def _lint(self, case: _Case) -> Iterator[ConfigError]:
+        """Yield what `check` finds on the endpoints of the service port."""
+        name = case.service_port.name.service
+        if (service := self.tracker.services.get(name)) is None:
+            return
         index = Index()
         manifest = _manifest("Service", name, service)
         index.add(manifest)
@@ -278,8 +308,7 @@ class Explainer:
             if (port := case.state.service_ports.get(case.service_port.name._replace(port_name=spec.name or "")))
         }
         for _, error in refusals(index, manifest, service, endpoints_of(index, name, service, ports)):
-            return Obstacle(error.reason, error.fix or f"see {error.field}")
-        return Obstacle("it has no usable endpoint", "add ready Pods with its labels, or an EndpointSlice")
+            yield error
 
     def _refusal(self, case: _Case) -> Obstacle:
         node = case.state.node.name
@@ -306,7 +335,31 @@ class Explainer:
                 return Obstacle(f"{reason} at {portal}", "add a range with the client, or dial the cluster IP")
         return None
 
-    async def _dials(self, case: _Case) -> Obstacle | None:
+    async def _packet_filter(self, case: _Case) -> tuple[str, str] | None:
+        """Return which rules of another program stop a connection on its way, and the fix."""
+        portal, hooks = case.portal, {passage.hook for passage in self.mode.firewall_passages}
+        family, protocol = "ip6" if portal.family == 6 else "ip", portal.protocol.lower()
+        rules = await read_packet_filter(family)
+        begin = "output" if case.sender is Sender.NODE else "prerouting"
+        portal_packet = Packet(f"traffic to {portal}", begin, family, protocol, case.client, portal.ip, portal.port)
+        way = [portal_packet]
+        if self.mode.kernel_serves and "input" in hooks:
+            way.append(portal_packet._replace(hook="input"))
+        elif not self.mode.kernel_serves and isinstance(case.route.to, ListenerName):
+            port = self.proxier.proxy_port(case.route.to)
+            way.append(Packet("redirected traffic", "input", family, protocol, case.client, "", port, True))
+        if found := next(filter(None, map(rules.against, way)), None):
+            return found
+        to_endpoints = [
+            Packet(f"traffic to {endpoint}", "output", family, protocol, "", endpoint.ip, endpoint.port)
+            for endpoint in case.candidates[:_UNUSED_MAX]
+        ]
+        if "input" not in hooks:
+            to_endpoints = [packet._replace(hook="forward", is_translated=True) for packet in to_endpoints]
+        stopped = [rules.against(packet) for packet in to_endpoints]
+        return stopped[0] if stopped and all(stopped) else None
+
+    def _dials(self, case: _Case) -> Obstacle | None:
         """Return why no candidate can be dialled: no route to any, or all ejected."""
         errors = [_route_error(endpoint.ip) for endpoint in case.candidates[:_UNUSED_MAX]]
         if errors and all(errors):

@@ -22,7 +22,7 @@ _SHOWN_MAX = 5
 _LEADER = "control-plane.alpha.kubernetes.io/leader"
 # From this similarity on, a label of a selector counts as misspelt: prometheus is not prometheus-adapter.
 _LIKE = 0.8
-_REFUSED = "clients are refused"
+REFUSED = "clients are refused"
 _NO_PORTS = 1
 
 # Index in spec.ports -> the port and its endpoints.
@@ -88,10 +88,10 @@ def _pods_error(service: api.Service, pods: Sequence[api.Pod], ports: PortEndpoi
     if any(known for _, known in ports.values()):
         names = f"none of the {count} is ready" if len(pods) > 1 else "the Pod it selects is not ready"
         fix = "see status.conditions there, or set publishNotReadyAddresses"
-        return ConfigError(f"{_REFUSED}: {names}", field=field, fix=fix)
+        return ConfigError(f"{REFUSED}: {names}", field=field, fix=fix)
     if all(pod.status and pod.status.phase in ("Succeeded", "Failed") for pod in pods):
         which = f"each of the {count}" if len(pods) > 1 else "the Pod it selects"
-        return ConfigError(f"{_REFUSED}: {which} has ended", field=field, fix="add Pods that run")
+        return ConfigError(f"{REFUSED}: {which} has ended", field=field, fix="add Pods that run")
     spec_ports = (service.spec.ports if service.spec else None) or ()
     lacks_port = any(decode.target_port(port, pod) is None for port in spec_ports for pod in pods)
     is_named = lacks_port or not any(decode.pod_ips(pod) for pod in pods)  # at the port or the address
@@ -103,7 +103,7 @@ def _families(ports: PortEndpoints) -> set[str]:
 
 
 def _other_family(ports: PortEndpoints, field: str) -> ConfigError:
-    said = f"{_REFUSED}: the Service is {' and '.join(sorted(_families(ports)))} alone, and its endpoints are not"
+    said = f"{REFUSED}: the Service is {' and '.join(sorted(_families(ports)))} alone, and its endpoints are not"
     return ConfigError(said, field=field, fix="give both one family (spec.ipFamilies, clusterIPs)")
 
 
@@ -289,12 +289,12 @@ def _piece_error(piece: Manifest, ports: PortEndpoints) -> _Reason:
         assert isinstance(piece.object, api.Endpoints)
         field, (addresses, reason) = "subsets", _endpoints_content(piece.object)
     if not addresses and (reason is None or reason[0] == _NO_PORTS):
-        said = f"{_REFUSED}: it has no addresses"
+        said = f"{REFUSED}: it has no addresses"
         return 4, Note(said, field=field, fix="add some, or leave it so if that is meant")
     if reason is not None:
         return reason
     if any(known for _, known in ports.values()):
-        said = f"{_REFUSED}: no endpoint is ready"
+        said = f"{REFUSED}: no endpoint is ready"
         return 2, ConfigError(said, field=field, fix="see why, or make one ready")
     families = {"IPv6" if ":" in ip else "IPv4" for ip in addresses}
     if any(map(decode.is_ip, addresses)) and not families & _families(ports):
@@ -307,10 +307,10 @@ def _slice_content(piece: api.EndpointSlice) -> tuple[list[str], _Reason | None]
     addresses = [ip for endpoint in piece.endpoints or () for ip in endpoint.addresses or ()]
     if piece.address_type == "FQDN":
         fix = "write IPv4 or IPv6; a proxy reads no others"
-        return addresses, (3, ConfigError(f"{_REFUSED}: 'FQDN' cannot be proxied", field="addressType", fix=fix))
+        return addresses, (3, ConfigError(f"{REFUSED}: 'FQDN' cannot be proxied", field="addressType", fix=fix))
     if any(port.port for port in piece.ports or ()):
         return addresses, None
-    said = f"{_REFUSED}: the slice has no ports"
+    said = f"{REFUSED}: the slice has no ports"
     return addresses, (_NO_PORTS, ConfigError(said, field="ports", fix="add 'ports', as the Service's"))
 
 
@@ -322,9 +322,9 @@ def _endpoints_content(given: api.Endpoints) -> tuple[list[str], _Reason | None]
     if not without:
         return addresses, None
     if len(without) < len(subsets):
-        said = f"{_REFUSED}: addresses and ports stand in two subsets; a '-' begins a new one"
+        said = f"{REFUSED}: addresses and ports stand in two subsets; a '-' begins a new one"
         return addresses, (0, ConfigError(said, field="subsets", fix="join them: remove the '-' before 'ports'"))
-    said = f"{_REFUSED}: the subset has no ports"
+    said = f"{REFUSED}: the subset has no ports"
     return addresses, (_NO_PORTS, ConfigError(said, field=f"subsets[{without[0]}]", fix="add 'ports' to it"))
 
 

@@ -226,6 +226,9 @@ class UserspaceProxier(BaseProxier):
         if new := new_tcp_portals(before or Redirects(), redirects):
             await forget_early_connections(new)
 
+    def proxy_port(self, listener: ListenerName) -> int:
+        return spec.proxy_port if (spec := self._opened.get(listener)) is not None else 0
+
     def _kept_flows(self, portal: Portal) -> Answering:
         """Return where old flows to *portal* may continue, though the traffic policy sends new ones elsewhere."""
         assert self._loaded is not None
