@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 import signal
+import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +27,7 @@ from tests.net.world import (
     service,
     wait_until,
 )
-from userspace_proxy.lab import Host, ServiceLab, ask
+from userspace_proxy.lab import Host, ServiceLab, ask, connect
 
 PORTS = "[{name: http, port: 80, targetPort: 8080}, {name: dns, port: 53, protocol: UDP, targetPort: 5353}]"
 WITHOUT_PRIVILEGES = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs")
@@ -130,6 +134,97 @@ def test_no_request_fails_while_every_endpoint_is_replaced(start: Start, world: 
 
 def _answers(forward: Forward, port: int, names: set[str]) -> bool:
     return {forward.ask(port) for _ in range(4)} == names
+
+
+def test_a_killed_endpoint_fails_the_requests_that_it_has_received_and_no_others(
+    start: Start, world: ServiceLab, tmp_path: Path
+) -> None:
+    """A proxy cannot repeat a request that a server may have begun to answer. It can every other one."""
+    servers = [start_slow_server(pod) for pod in world.pods]
+    manifest = write(tmp_path, POD1, POD2, POD3)
+    manifest.write_text(manifest.read_text().replace("port: 8080", f"port: {SLOW_PORT}"))
+    forward = start("-v", "-f", str(manifest), "svc/web", ":80")
+    port = forward.port(str(SLOW_PORT))
+    options = ("-t1", "-c32", "-d2s", "--timeout", "10s", "-H", "Connection: close")
+    command = world.node.command("wrk", *options, f"http://127.0.0.1:{port}/")
+    try:
+        load = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        wait_until(lambda: len(ended_connections(forward)) > 300, "the load runs")
+        servers[0].send_signal(signal.SIGSTOP)  # so that some of its requests wait
+        before = len(ended_connections(forward))
+        wait_until(lambda: len(ended_connections(forward)) > before + 20, "other servers answer")
+        servers[0].kill()
+        servers[0].wait(20)
+        killed_at = time.time()
+        report = load.communicate(timeout=20)[0]
+        assert forward.stop() == 0  # before the other servers end
+    finally:
+        for server in servers:
+            server.kill()
+            server.wait(20)
+
+    without_answer = [one for one in ended_connections(forward) if one.bytes_to_client < len(SLOW_ANSWER)]
+    # wrk leaves at its end, whatever it waits for.
+    failed = [one for one in without_answer if "client" not in one.end and one.end != "cut: the proxy stops"]
+    in_flight = [one for one in failed if one.was_in_flight_at(f"{POD1}:{SLOW_PORT}", killed_at)]
+    errors = re.search(r"connect (\d+), read (\d+), write (\d+), timeout (\d+)", report)
+    assert [one for one in failed if one not in in_flight] == []
+    assert errors is not None, report
+    assert [int(count) for count in errors.groups()] == [0, len(in_flight), 0, 0]
+    assert 0 < len(in_flight) <= 32
+
+
+SLOW_PORT = 9001
+SLOW_ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok"
+_SLOW_SERVER = f"""
+import socket, time
+with socket.create_server(("", {SLOW_PORT}), backlog=128) as server:
+    while True:
+        sock, _ = server.accept()
+        with sock:
+            sock.recv(4096)
+            time.sleep(0.0005)
+            sock.sendall({SLOW_ANSWER!r})
+"""
+
+
+def start_slow_server(pod: Host) -> subprocess.Popen[bytes]:
+    process = pod.start(sys.executable, "-c", _SLOW_SERVER)
+    wait_until(partial(is_listening, pod), f"{pod.name} has a second server")
+    return process
+
+
+def is_listening(pod: Host) -> bool:
+    try:
+        connect(pod, "127.0.0.1", SLOW_PORT).close()
+    except OSError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class EndedConnection:
+    """A line about a connection in the log of `forward -v`. ``bytes_to_backend``: those that the kernel has taken."""
+
+    client: str
+    endpoint: str
+    bytes_to_backend: int
+    bytes_to_client: int
+    began_at: float
+    end: str
+
+    def was_in_flight_at(self, endpoint: str, killed_at: float) -> bool:
+        """Return whether *endpoint* had the whole request, on a connection from before it was killed."""
+        return self.endpoint == endpoint and self.bytes_to_backend > 0 and self.began_at < killed_at
+
+
+def ended_connections(forward: Forward) -> list[EndedConnection]:
+    line = re.compile(r"(\S+)Z \S+ TCP (\S+) -> \S+ -> (\S+) \(.*\) up=(\d+) down=(\d+) (\S+)ms (.*)")
+    found = []
+    for at, client, endpoint, up, down, took_ms, end in line.findall(forward.text()):
+        began_at = datetime.fromisoformat(f"{at}+00:00").timestamp() - float(took_ms) / 1_000
+        found.append(EndedConnection(client, endpoint, int(up), int(down), began_at, end))
+    return found
 
 
 def test_a_headless_service_and_endpoints_of_the_other_family_are_reached(start: Start, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def forward(
     configure_logging("text", verbose=verbose)
     if not verbose:
         logging.getLogger("userspace_proxy").setLevel(logging.WARNING)
-    request = forwarding.ForwardRequest(NamespacedName(namespace, name), asked, addresses, paths, kubeconfig)
+    request = forwarding.ForwardRequest(NamespacedName(namespace, name), asked, addresses, paths, kubeconfig, verbose)
     out = LineWriter("forward", lambda: 1, lambda _: None, lambda _: None)  # never wait for the reader of stdout
     with contextlib.closing(out), fails_on(StartError), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(forwarding.forward(request, lambda line: out.put(f"{line}\n".encode())))

@@ -29,6 +29,7 @@ from userspace_proxy.dataplane.plane import LocalPlane
 from userspace_proxy.dataplane.sockets import open_listener
 from userspace_proxy.errors import StartError
 from userspace_proxy.interfaces import Backends, ListenerSpec, ObjectEvent, Source, WatchStats
+from userspace_proxy.logs import recorder
 from userspace_proxy.model.endpoint import Endpoint, family_of, join_address
 from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, ServicePortName
 from userspace_proxy.model.service import ServicePort
@@ -79,13 +80,17 @@ class ForwardedPort:
 
 @dataclass(frozen=True, slots=True)
 class ForwardRequest:
-    """``addresses``: where to listen; "localhost" is both loopback addresses, as far as there are any."""
+    """``addresses``: where to listen; "localhost" is both loopback addresses, as far as there are any.
+
+    ``verbose``: log each connection.
+    """
 
     service: NamespacedName
     ports: Sequence[ForwardedPort]
     addresses: Sequence[str] = ("localhost",)
     paths: Sequence[str] = ()
     kubeconfig: Path | None = None
+    verbose: bool = False
 
 
 class ServiceSource:
@@ -300,7 +305,7 @@ async def forward(request: ForwardRequest, say: Callable[[str], None]) -> None:
         source = ServiceSource(
             await open_services(request.paths, request.kubeconfig, request.service, stack), request.service
         )
-        plane = LocalPlane(Limits())
+        plane = LocalPlane(Limits(), recorder(None, verbose=request.verbose))
         stack.push_async_callback(plane.close, 0.0)
         forwarder = Forwarder(request, plane, say)
         health_filter = HealthFilter(lambda: controller.sync_again())
