@@ -12,6 +12,7 @@ from pathlib import Path
 
 import dns.flags
 import dns.rcode
+import pytest
 
 from tests.net.test_dns import ARGUMENTS, CLUSTER, SERVER, WEB, asked, found
 from tests.net.world import Proxy, wait_until
@@ -146,11 +147,39 @@ def test_cleanup_after_a_crash_leaves_no_process_and_no_address(fresh_proxy: Pro
 
     proxy.node.run(*proxy.command("cleanup"))
 
-    assert [proxy.node.ip(f"-{family}", "route", "show", "table", "local", "proto", "107") for family in (4, 6)] == [
-        "",
-        "",
-    ]
+    assert own_addresses(proxy) == ""
     assert dns_processes(proxy) == []
+
+
+@pytest.mark.parametrize("mode", ["nftables", "iptables"])
+def test_a_kernel_mode_that_leaves_its_rules_takes_the_address_of_cluster_dns_away(
+    fresh_proxy: Proxy, mode: str
+) -> None:
+    proxy = started(fresh_proxy, "--proxy-mode", mode)
+
+    assert proxy.stop(signal.SIGTERM) == 0
+
+    assert "10.96.0.11" in proxy.node.run("nft", "list", "ruleset").stdout
+    assert own_addresses(proxy) == ""
+    assert dns_processes(proxy) == []
+
+
+def test_an_address_that_a_crashed_process_left_is_removed(fresh_proxy: Proxy) -> None:
+    proxy = started(fresh_proxy)
+    assert proxy.process is not None
+    proxy.process.kill()
+    proxy.process.wait(20)
+    assert own_addresses(proxy) != ""
+
+    proxy.start()
+
+    wait_until(lambda: own_addresses(proxy) == "", "the address is gone")
+    wait_until(lambda: dns_processes(proxy) == [], "the process ends, too")
+
+
+def own_addresses(proxy: Proxy) -> str:
+    listing = ("route", "show", "table", "local", "proto", "107")
+    return proxy.node.ip("-4", *listing) + proxy.node.ip("-6", *listing)
 
 
 def test_an_address_that_a_service_has_is_refused(fresh_proxy: Proxy) -> None:
@@ -161,7 +190,7 @@ def test_an_address_that_a_service_has_is_refused(fresh_proxy: Proxy) -> None:
 
     assert proxy.process.wait(30) == 1
     assert f"--dns {SERVER}: Service default/web has this address; choose another one" in proxy.log()
-    assert not proxy.node.ip("route", "show", "table", "local", "proto", "107")
+    assert own_addresses(proxy) == ""
 
 
 def test_a_service_does_not_get_the_address_of_cluster_dns(fresh_proxy: Proxy) -> None:
@@ -198,7 +227,7 @@ def test_without_the_right_to_port_53_the_error_names_the_remedies(fresh_proxy: 
     assert done.returncode == 1
     assert f"--dns {SERVER}: port 53 needs CAP_NET_BIND_SERVICE" in done.stderr
     assert "net.ipv4.ip_unprivileged_port_start=53" in done.stderr
-    assert not proxy.node.ip("route", "show", "table", "local", "proto", "107")
+    assert own_addresses(proxy) == ""
 
 
 def test_four_thousand_endpoints_are_answered_over_tcp_and_truncated_over_udp(fresh_proxy: Proxy) -> None:

@@ -29,7 +29,7 @@ class ClusterDns(ChildProcess[wire.Counts]):
 
     *predecessors*: channels to DNS processes that serve at the same sockets; they end once this one can answer for
     every Service. *pods*: detects this node's pods, whose clients may ask for all names. ``held``: the addresses, once
-    it is certain that no Service has them.
+    it is certain that no Service has them. ``is_left``: the process is left to a successor, which serves on by it.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class ClusterDns(ChildProcess[wire.Counts]):
         self._is_synced = False
         self._conflict: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.held: set[str] = set()
+        self.is_left = False
 
     def start(self) -> None:
         super().start()
@@ -121,12 +122,15 @@ class ClusterDns(ChildProcess[wire.Counts]):
         """Return what a successor needs: the sockets, and the channel to the process, which serves on meanwhile."""
         return [*self._sockets, *([self._channel.sock] if self._channel is not None else ())]
 
+    def leave(self) -> None:
+        self.is_left = True
+        super().leave()
+
     async def close(self) -> None:
         """End the process, unless it was left to a successor, and those before it."""
-        is_left = self._closing
         self.end_tasks()
         end_processes(self._predecessors)
-        if not is_left:
+        if not self.is_left:
             await self.end(wire.Close(), _EXIT_TIMEOUT_S, _EXIT_TIMEOUT_S)
         for sock in self._sockets:
             sock.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,20 +111,22 @@ async def add_own_address(ip: str) -> None:
     A route says it, which bears this proxy's number, so that no device is needed and a crashed process leaves nothing
     that cannot be found. It is among the routes of the host's own addresses, before every other table.
     """
-    await run_tool(
-        "ip",
-        f"-{family_of(ip)}",
-        "route",
-        "replace",
-        "local",
-        ip,
-        "dev",
-        "lo",
-        "table",
-        "local",
-        "proto",
-        ROUTE_PROTOCOL,
-    )
+    await run_batch(family_of(ip), f"route replace {_own_route(ip)}")
+
+
+async def remove_own_addresses(keep: Collection[str] = ()) -> None:
+    """Remove the addresses of `add_own_address`, also those of earlier processes, but for those to *keep*."""
+    for family in FAMILIES:
+        try:
+            listing = ("route", "show", "table", "local", "proto", ROUTE_PROTOCOL)
+            held = [str(route["dst"]) for route in parsed(await run_tool("ip", "-json", f"-{family}", *listing))]
+            await run_batch(family, *(f"route del {_own_route(ip)}" for ip in held if ip not in keep))
+        except SyncError as error:
+            log.debug("some addresses were not removed: %s", error)
+
+
+def _own_route(ip: str) -> str:
+    return f"local {ip} dev lo table local proto {ROUTE_PROTOCOL}"
 
 
 # ---- the private address, where REDIRECT cannot work

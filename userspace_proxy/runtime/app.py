@@ -33,6 +33,7 @@ from userspace_proxy.dataplane.handover import VERSION, Conversation, Incumbent,
 from userspace_proxy.dns.sink import ClusterDns
 from userspace_proxy.dns.sockets import is_of_dns
 from userspace_proxy.errors import StartError, SyncError
+from userspace_proxy.host import network
 from userspace_proxy.host.firewalls import find_blocking_firewall
 from userspace_proxy.model.names import NamespacedName, ObjectReference
 from userspace_proxy.modes import MODES
@@ -304,6 +305,7 @@ class Proxy:
             node.tune_conntrack()  # the rules have loaded conntrack
         with contextlib.suppress(SyncError):
             await remove_others(self._mode, node.prepared)
+        await network.remove_own_addresses(keep=settings.dns_addresses)
         # Of a cluster no range may be known.
         ranges = (*settings.service_ranges, *self._controller.synced.service_cidrs, *DEFAULT_SERVICE_RANGES)
         with contextlib.suppress(SyncError, ValueError):

@@ -54,3 +54,9 @@ async def make_dns(
     dns.start()
     stack.push_async_callback(dns.close)
     return dns
+
+
+async def remove_dns_addresses(dns: ClusterDns) -> None:
+    """Remove the addresses of *dns* from this node, unless another process serves at them from now on."""
+    if not dns.is_left:
+        await network.remove_own_addresses()

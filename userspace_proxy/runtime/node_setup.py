@@ -26,7 +26,7 @@ from userspace_proxy.model.service import SourceIP
 from userspace_proxy.model.topology import Node
 from userspace_proxy.modes.mode import Mode, PreparedMode
 from userspace_proxy.modes.plans import NodeRules
-from userspace_proxy.runtime.cluster_dns import make_dns
+from userspace_proxy.runtime.cluster_dns import make_dns, remove_dns_addresses
 from userspace_proxy.runtime.data_plane import make_plane
 from userspace_proxy.runtime.desired_state import open_source, open_state_dir
 from userspace_proxy.runtime.instance_lock import InstanceLock, check_take_over, end_orphans, take_lock
@@ -117,6 +117,8 @@ async def set_up_node(
     plane = make_plane(settings, mode, stack)
     dns = await make_dns(settings, rules, [*of_dns, *lock.cluster_dns], stack)
     inherited = await lifecycle.take_over(plane, lock)
+    if dns is not None:  # from now on no predecessor needs its addresses
+        stack.push_async_callback(remove_dns_addresses, dns)
     return NodeSetup(
         prepared=prepared,
         source=source,
