@@ -126,15 +126,32 @@ async def test_changed_names_are_answered_within_a_second(served: ClusterDns) ->
 
 async def test_proper_queries_are_answered_among_hostile_ones(served: ClusterDns) -> None:
     chance = random.Random(3)
-    proper = dns.message.make_query(f"db{DOMAIN}", "A", use_edns=0).to_wire()
     before = served.pid
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.connect((IP, 53))
         for _ in range(20):
             for _ in range(200):
-                message = bytearray(proper)
-                for _ in range(chance.randint(1, 8)):
-                    message[chance.randrange(2, len(message))] = chance.randrange(256)
-                sock.send(message[: chance.randint(0, len(message))])
+                sock.send(damaged_query(chance))
+            _, writer = await asyncio.open_connection(IP, 53)
+            for _ in range(5):
+                message = damaged_query(chance)
+                length = chance.choice((len(message), chance.randrange(65_536)))
+                writer.write(length.to_bytes(2, "big") + message)
+            writer.close()
             assert values(await asked(f"web{DOMAIN}")) == ["10.96.0.11"]
     assert (served.pid, served.restarts) == (before, 0)
+
+
+def damaged_query(chance: random.Random) -> bytes:
+    message = bytearray(dns.message.make_query(f"db{DOMAIN}", "A", use_edns=0).to_wire())
+    for _ in range(chance.randint(1, 8)):
+        message[chance.randrange(2, len(message))] = chance.randrange(256)
+    return bytes(message[: chance.randint(0, len(message))])
+
+
+async def test_types_without_a_name_are_counted_as_one(served: ClusterDns) -> None:
+    for kind in range(40_000, 40_020):
+        assert not (await asked(f"web{DOMAIN}", f"TYPE{kind}")).answer
+
+    counted = [(kind, count) for _, _, kind, _, count in (await served.counts()).requests]
+    assert counted == [("other", 20)]

@@ -174,3 +174,51 @@ async def test_servers_that_ask_this_one_are_not_asked() -> None:
         asked.loops = True
         assert await asked.ask(TEXT) is None
         assert server.seen == []
+
+
+def refusing(query: dns.message.Message) -> dns.message.Message:
+    answer = dns.message.make_response(query)
+    answer.set_rcode(dns.rcode.REFUSED)
+    return answer
+
+
+async def test_a_question_that_failed_is_not_asked_again_for_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(FIRST, failing) as server, upstream(FIRST) as asked:
+        first = await asked.ask(TEXT)
+        kept = await asked.ask(TEXT)
+        asked_before = len(server.seen)
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + 1.1)
+        server.answers = with_address
+        assert addresses(await asked.ask(TEXT)) == ["192.0.2.53"]
+
+    assert asked_before == 2, "the only server is asked twice"
+    assert first is not None
+    assert kept == first
+    assert dns.message.from_wire(kept).rcode() == dns.rcode.SERVFAIL
+
+
+@pytest.mark.parametrize("is_there", [True, False], ids=["refuses", "is not there"])
+async def test_a_server_that_refuses_all_questions_rests_until_it_answers_one(
+    monkeypatch: pytest.MonkeyPatch, is_there: bool
+) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        server = await stack.enter_async_context(serving(FIRST, refusing)) if is_there else None
+        asked = await stack.enter_async_context(upstream(FIRST))
+        for number in range(100):
+            await asked.ask(question(f"{number}.example.com."))
+        assert asked.totals["forwarded"] < 20
+        assert asked.totals["forward_refused"] > 80
+        assert asked.known_answer(TEXT) == b""
+
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + 1.1)
+        if server is None:
+            server = await stack.enter_async_context(serving(FIRST, with_address))
+        server.answers = with_address
+        assert addresses(await asked.ask(TEXT)) == ["192.0.2.53"]
+        assert addresses(await asked.ask(question("next.example.com."))) == ["192.0.2.53"]
+
+
+def question(name: str) -> bytes:
+    return dns.message.make_query(name, "A").to_wire()[12:]

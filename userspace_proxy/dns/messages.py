@@ -63,8 +63,12 @@ class Record(NamedTuple):
     value: Value
 
 
+# Types that have a name. A client may ask for 65,536 types.
+NAMED_TYPES = frozenset(dnslib.QTYPE.forward)
+OTHER_TYPE = 0
+
+
 def type_name(kind: int) -> str:
-    """Return the name of a type, or "other": a client may ask for 65,536 of them."""
     return str(dnslib.QTYPE.forward.get(kind, "other"))
 
 

@@ -29,6 +29,7 @@ from userspace_proxy.dns.sockets import interface_of_stream, is_alone
 from userspace_proxy.dns.upstream import Upstream
 from userspace_proxy.dns.zone import Zone
 from userspace_proxy.model.dns_names import ServiceNames
+from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.names import NamespacedName
 
 # Batches of one turn: other sockets and changes of names wait for it.
@@ -197,28 +198,41 @@ class DnsServer:
             answer = Answer(messages.SERVFAIL)
         if answer is None:
             return Pending(question, limit_bytes)
-        self._requests[transport, family, question.type, answer.rcode] += 1
+        self._count(transport, family, question, answer.rcode)
         return reply(question, answer, limit_bytes)
 
-    async def _look_up(self, pending: Pending, client: Client) -> bytes:
-        """Return the answer to a question for which other servers are asked, if the client may."""
-        question, limit_bytes, alias = pending
+    def _count(self, transport: str, family: str, question: Question, rcode: int) -> None:
+        kind = question.type
+        self._requests[transport, family, kind if kind in messages.NAMED_TYPES else messages.OTHER_TYPE, rcode] += 1
+
+    def _answer_at_once(self, pending: Pending, client: Client) -> bytes | None:
+        """Return the answer to *pending* if it is known, or if the client may not ask; None if a server is due."""
+        question, _, alias = pending
         if question.text == self._upstream.probe:
             self._upstream.loops = True
-        may_ask = self._may_ask(client)
-        answer = (
-            pack_answer(messages.NOERROR, messages.AUTHORITATIVE, alias.records)
-            if alias and not may_ask
-            else Answer(messages.REFUSED)
-        )
-        if may_ask:
-            answer = Answer(messages.SERVFAIL)
-            with contextlib.suppress(ValueError):  # the target is no name, or the answer cannot be read
-                text = messages.name_text(alias.target) + question.text[-4:] if alias else question.text
-                if (message := await self._upstream.ask(text)) is not None:
-                    answer = messages.joined(alias.records, message) if alias else messages.relayed(message, len(text))
-        self._requests[client.transport, client.family, question.type, answer.rcode] += 1
-        return reply(question, answer, limit_bytes)
+        if self._may_ask(client):
+            if alias or (message := self._upstream.known_answer(question.text)) is None:
+                return None
+            answer = messages.relayed(message, len(question.text)) if message else Answer(messages.SERVFAIL)
+        elif alias:
+            answer = pack_answer(messages.NOERROR, messages.AUTHORITATIVE, alias.records)
+        else:
+            answer = Answer(messages.REFUSED)
+        return self._reply(pending, client, answer)
+
+    async def _look_up(self, pending: Pending, client: Client) -> bytes:
+        """Return the answer to a question for which other servers are asked."""
+        question, _, alias = pending
+        answer = Answer(messages.SERVFAIL)
+        with contextlib.suppress(ValueError):  # the target is no name, or the answer cannot be read
+            text = messages.name_text(alias.target) + question.text[-4:] if alias else question.text
+            if (message := await self._upstream.ask(text)) is not None:
+                answer = messages.joined(alias.records, message) if alias else messages.relayed(message, len(text))
+        return self._reply(pending, client, answer)
+
+    def _reply(self, pending: Pending, client: Client, answer: Answer) -> bytes:
+        self._count(client.transport, client.family, pending.question, answer.rcode)
+        return reply(pending.question, answer, pending.limit_bytes)
 
     def _may_ask(self, client: Client) -> bool:
         address = ipaddress.ip_address(client.ip)
@@ -242,20 +256,28 @@ class DnsServer:
             for record, length, content in inbox.receive(fd):
                 received += 1
                 answer = self._answer(bytes(content[:length]), messages.PLAIN_BYTES, "udp", family)
-                if isinstance(answer, bytes):
+                if isinstance(answer, Pending):
+                    answer = self._answer_or_ask(answer, sock, record, family)
+                if answer is not None:
                     outbox.room[replies][: len(answer)] = answer
                     outbox.address(replies, reply_record(record), len(answer))
                     replies += 1
-                elif answer is not None and len(self._tasks) < _TASKS_MAX:
-                    self._start(self._answer_later(sock, answer, record, family))
             if replies:
                 outbox.send(fd, replies)
             if received < MESSAGES:
                 return
 
-    async def _answer_later(self, sock: socket.socket, pending: Pending, record: bytes, family: str) -> None:
+    def _answer_or_ask(self, pending: Pending, sock: socket.socket, record: bytes, family: str) -> bytes | None:
+        """Return the answer if it is known; otherwise ask other servers, and send it later."""
         to = client_address(record)
-        answer = await self._look_up(pending, Client(to[0], "udp", family, interface_of(record)))
+        client = Client(to[0], "udp", family, interface_of(record))
+        answer = self._answer_at_once(pending, client)
+        if answer is None and len(self._tasks) < _TASKS_MAX:
+            self._start(self._answer_later(sock, pending, client, to))
+        return answer
+
+    async def _answer_later(self, sock: socket.socket, pending: Pending, client: Client, to: Address) -> None:
+        answer = await self._look_up(pending, client)
         with contextlib.suppress(OSError):
             sock.sendto(answer, to)
 
@@ -295,7 +317,7 @@ class DnsServer:
             del self._idle[writer]
         answer = self._answer(query, messages.MESSAGE_MAX_BYTES, client.transport, client.family)
         if isinstance(answer, Pending):
-            answer = await self._look_up(answer, client)
+            answer = self._answer_at_once(answer, client) or await self._look_up(answer, client)
         if answer is None:
             return False
         writer.write(len(answer).to_bytes(2, "big") + answer)

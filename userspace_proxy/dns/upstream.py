@@ -1,7 +1,8 @@
 """Ask other servers for names outside of the cluster domain.
 
 Memory is bounded whatever clients ask: equal questions are asked once, and both the number of outstanding questions
-and the cache have a limit. A forwarding loop therefore ends in a time-out.
+and the cache have a limit. A forwarding loop therefore ends in a time-out. So is the work: a failure is kept, too
+(RFC 9520), and a server that refuses every question rests for a moment.
 """
 
 from __future__ import annotations
@@ -12,11 +13,21 @@ import logging
 import secrets
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from userspace_proxy.dns.messages import HEADER, NOERROR, NXDOMAIN, RCODE_MASK, RECURSION_DESIRED, TRUNCATED, ttl_places
+from userspace_proxy.dns.messages import (
+    HEADER,
+    NOERROR,
+    NXDOMAIN,
+    RCODE_MASK,
+    RECURSION_DESIRED,
+    REFUSED,
+    TRUNCATED,
+    ttl_places,
+)
 
 # All tries together: below the two seconds after which clients ask again.
 _TRIES_S = 1.7
@@ -25,6 +36,11 @@ _UNDER_WAY_MAX = 1_000
 _CACHED_MAX, _CACHED_BYTES = 4_096, 4_096
 # As the Corefile of kubeadm.
 _CACHED_S = 30
+# A question that failed is not asked again for this time (RFC 9520, 3.2).
+_FAILED_S = 1.0
+# After so many refusals in a row a server gets one question in this time.
+_REFUSALS_MAX = 16
+_REST_S = 1.0
 _LOOK_EVERY_S = 5.0
 _PORT = 53
 _HINFO_INTERNET = b"\0\x0d\0\1"
@@ -33,6 +49,8 @@ log = logging.getLogger(__name__)
 
 
 class _Cached(NamedTuple):
+    """``message``: b"" if no server answered."""
+
     message: bytes
     ttl_places: Sequence[int]
     stored_at: float
@@ -52,6 +70,8 @@ class Upstream:
         self._servers: list[str] = []
         self._under_way: dict[bytes, asyncio.Task[bytes | None]] = {}
         self._cache: dict[bytes, _Cached] = {}
+        self._refusals: Counter[str] = Counter()  # in a row, by server
+        self._rests_until: dict[str, float] = {}
         self.probe = b""
         self.loops = False
         self.totals = {"forwarded": 0, "forward_failures": 0, "forward_refused": 0, "forward_hits": 0}
@@ -75,13 +95,12 @@ class Upstream:
 
     async def ask(self, text: bytes) -> bytes | None:
         """Return the answer to the question *text*, or None if no server gives one. Its header has another id."""
-        key = text[:-4].lower() + text[-4:]
-        if (cached := self._cached(key)) is not None:
-            self.totals["forward_hits"] += 1
-            return cached
+        if (known := self.known_answer(text)) is not None:
+            return known or None
+        key = _key(text)
         task = self._under_way.get(key)
         if task is None:
-            if len(self._under_way) >= _UNDER_WAY_MAX or self.loops or not self._servers:
+            if len(self._under_way) >= _UNDER_WAY_MAX:
                 self.totals["forward_refused"] += 1
                 return None
             self.totals["forwarded"] += 1
@@ -89,31 +108,62 @@ class Upstream:
             task.add_done_callback(lambda _: self._under_way.pop(key, None))
         return await asyncio.shield(task)
 
+    def known_answer(self, text: bytes) -> bytes | None:
+        """Return the answer to the question *text* as `ask` does, b"" if there is none, or None if a server is due."""
+        if (cached := self._cached(_key(text))) is not None:
+            self.totals["forward_hits"] += 1
+            return cached
+        now = time.monotonic()
+        if self.loops or all(self._rests_until.get(server, 0) > now for server in self._servers):
+            self.totals["forward_refused"] += 1
+            return b""
+        return None
+
     async def _ask(self, text: bytes, key: bytes) -> bytes | None:
-        servers = list(self._servers) * (2 if len(self._servers) == 1 else 1)
+        now = time.monotonic()
+        servers = [server for server in self._servers if self._rests_until.get(server, 0) <= now]
+        servers *= 2 if len(servers) == 1 else 1
         answer = None
         for server in servers:
-            with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
+            if self._refusals[server] >= _REFUSALS_MAX:
+                self._rests_until[server] = time.monotonic() + _REST_S
+            with contextlib.suppress(TimeoutError, asyncio.IncompleteReadError):
                 async with asyncio.timeout(_TRIES_S / len(servers)):
-                    answer = await exchange(server, text)
-                if answer[3] & RCODE_MASK in (NOERROR, NXDOMAIN):
+                    answer = await self._exchange(server, text)
+                if answer is not None and answer[3] & RCODE_MASK in (NOERROR, NXDOMAIN):
                     self._keep(key, answer)
                     return answer
             if self._servers[:1] == [server]:  # the next one is asked first from now on
                 self._servers.append(self._servers.pop(0))
         self.totals["forward_failures"] += answer is None
+        self._keep_for(key, answer or b"", (), _FAILED_S)
+        return answer
+
+    async def _exchange(self, server: str, text: bytes) -> bytes | None:
+        """Return the answer of *server*, or None if it cannot be asked. Count its refusals."""
+        answer = None
+        with contextlib.suppress(OSError):
+            answer = await exchange(server, text)
+        if answer is None or answer[3] & RCODE_MASK == REFUSED:
+            self._refusals[server] += 1
+        else:
+            del self._refusals[server]
+            self._rests_until.pop(server, None)
         return answer
 
     def _keep(self, key: bytes, answer: bytes) -> None:
-        if len(answer) > _CACHED_BYTES:
-            return
         with contextlib.suppress(ValueError):
             places = ttl_places(answer)
             if ttl_s := min((int.from_bytes(answer[at : at + 4], "big") for at in places), default=0):
-                if len(self._cache) >= _CACHED_MAX:
-                    self._cache.clear()
-                now = time.monotonic()
-                self._cache[key] = _Cached(answer, places, now, now + min(ttl_s, _CACHED_S))
+                self._keep_for(key, answer, places, min(ttl_s, _CACHED_S))
+
+    def _keep_for(self, key: bytes, answer: bytes, places: Sequence[int], seconds: float) -> None:
+        if len(answer) > _CACHED_BYTES:
+            return
+        if len(self._cache) >= _CACHED_MAX:
+            self._cache.clear()
+        now = time.monotonic()
+        self._cache[key] = _Cached(answer, places, now, now + seconds)
 
     def _cached(self, key: bytes) -> bytes | None:
         """Return the answer that is kept for *key*, with the time that it has been kept taken off its TTLs."""
@@ -127,6 +177,11 @@ class Upstream:
         for at in cached.ttl_places:
             message[at : at + 4] = (int.from_bytes(message[at : at + 4], "big") - age_s).to_bytes(4, "big")
         return bytes(message)
+
+
+def _key(text: bytes) -> bytes:
+    """Return what equal questions share, however their letters are written."""
+    return text[:-4].lower() + text[-4:]
 
 
 async def exchange(server: str, text: bytes) -> bytes:
