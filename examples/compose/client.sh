@@ -3,9 +3,10 @@
 set -u
 trap 'exit 0' TERM INT
 
-# As the network of a cluster does: packets to cluster IPs go by way of a node on which the proxy runs.
+# As the network of a cluster does: packets to cluster IPs, and to cluster DNS, go by way of a node on which the proxy
+# runs. Its name ends with a dot, so that cluster DNS is not asked for it.
 set_route() {
-  address=$(getent hosts "$PROXY" | awk '{print $1; exit}')
+  address=$(getent hosts "$PROXY." | awk '{print $1; exit}')
   [ -z "$address" ] || ip route replace "$SERVICE_RANGE" via "$address"
 }
 
@@ -14,7 +15,7 @@ set_route
 while true; do
   answers=''
   for _ in $(seq 30); do
-    if answer=$(curl --silent --show-error --fail --max-time 2 --write-out '%{time_total}' "http://$CLUSTER_IP/"); then
+    if answer=$(curl --silent --show-error --fail --max-time 2 --write-out '%{time_total}' http://web); then
       answers="$answers
 $(echo $answer)"
     else

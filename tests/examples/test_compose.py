@@ -129,8 +129,9 @@ async def test_a_client_reaches_cluster_ips_by_way_of_its_proxy(compose_file: An
 
     assert told["PROXY"] == proxy
     assert service.spec is not None
-    assert told["CLUSTER_IP"] == service.spec.cluster_ip
-    assert ipaddress.ip_address(told["CLUSTER_IP"]) in ipaddress.ip_network(told["SERVICE_RANGE"])
+    assert service.spec.cluster_ip is not None
+    for address in (service.spec.cluster_ip, *compose_file["services"][client]["dns"]):
+        assert ipaddress.ip_address(address) in ipaddress.ip_network(told["SERVICE_RANGE"])
     depends = compose_file["services"][client]["depends_on"]
     assert depends == {name: {"condition": "service_healthy"} for name in (proxy, "web")}
 
@@ -138,8 +139,8 @@ async def test_a_client_reaches_cluster_ips_by_way_of_its_proxy(compose_file: An
 def test_in_nftables_mode_packets_are_forwarded_and_masqueraded(compose_file: Any) -> None:
     service = compose_file["services"]["proxy-nftables"]
 
-    assert service["command"] == ["run", "/manifests", "--proxy-mode=nftables", "--masquerade-all"]
-    assert service["sysctls"] == {"net.ipv4.ip_forward": 1}
+    assert service["command"] == ["run", "/manifests", "--dns", "--proxy-mode=nftables", "--masquerade-all"]
+    assert service["sysctls"] == {"net.ipv4.ip_forward": 1, "net.ipv4.ip_unprivileged_port_start": 53}
 
 
 def test_images_are_pinned_by_tag_and_digest(dockerfile: str) -> None:

@@ -1,6 +1,7 @@
 """A DNS server for tests: answers every name with 192.0.2.53, or with what its argument says.
 
 The argument is a server to ask, or a file with the addresses of every name, one a line; without any, there is no name.
+A second argument is the address to serve at.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def answer_to(query: dns.message.Message, addresses: list[str]) -> bytes:
 
 
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-    sock.bind(("0.0.0.0", 53))
+    sock.bind((sys.argv[2] if len(sys.argv) > 2 else "0.0.0.0", 53))
     while True:
         received, client = sock.recvfrom(65_535)
         if len(sys.argv) > 1 and "/" in sys.argv[1]:
