@@ -83,11 +83,12 @@ class End:
         return True
 
     def _read(self) -> None:
+        sock = self.sock
         while not self._stalls and not self._waits_to_read and not self.how:
-            try:
-                piece = self.sock.recv(500 if self.plan.reads_slowly else 1 << 16)
-            except BlockingIOError:
+            if not sock.is_readable():
                 return
+            try:
+                piece = sock.recv(500 if self.plan.reads_slowly else 1 << 16)
             except OSError:
                 self.how = "reset"
                 return

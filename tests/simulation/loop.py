@@ -39,12 +39,8 @@ class SimulatedLoop(asyncio.BaseEventLoop):
     def select(self, timeout: float | None) -> list[asyncio.Handle]:
         """Return the readers that are ready. Without any, let time pass until there is one or *timeout* is over."""
         kernel, readers = self._kernel, self._readers.values()
-        kernel.count_step()
-        kernel.now += _TURN_S
+        kernel.begin_turn(_TURN_S)
         until = _NEVER if timeout is None else kernel.now + timeout
-        while kernel.next_at <= kernel.now:
-            kernel.step()
-        kernel.has_woken = True  # a level-triggered epoll is ready again without an event
         while True:
             if kernel.has_woken or self._ready:
                 kernel.has_woken = False

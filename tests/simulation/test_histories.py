@@ -33,7 +33,7 @@ async def _play_all(first: int, count: int, timeout_s: float) -> None:
         assert {word.partition("=")[0] for word in of_one.split()} >= FAULTS, of_one
 
 
-@pytest.mark.timeout(600)  # they take 10 s of two cores, if there are two
+@pytest.mark.timeout(600)  # they take 13 s of two cores, if there are two
 def test_every_invariant_holds_in_histories_with_every_kind_of_fault() -> None:
     asyncio.run(_play_all(0, 2_000, 580))
 
@@ -50,5 +50,6 @@ def test_a_seed_replays_its_history_exactly() -> None:
         for history in (first, again, other):
             history.play()
 
-    assert (first.digest, first.kernel.now, first.kernel.steps) == (again.digest, again.kernel.now, again.kernel.steps)
-    assert first.digest != other.digest
+    assert first.happened == again.happened
+    assert (first.kernel.now, first.kernel.steps) == (again.kernel.now, again.kernel.steps)
+    assert first.happened != other.happened
