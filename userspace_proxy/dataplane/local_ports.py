@@ -30,7 +30,8 @@ def local_ports(share: tuple[int, int] = (0, 1)) -> array[int]:
     first, last = map(int, (_sysctl("ip_local_port_range") or _DEFAULT_RANGE).split())
     reserved = parse_ports(_sysctl("ip_local_reserved_ports"))
     worker, workers = share
-    return array("H", [p for p in range(first, last + 1) if p % workers == worker and p not in reserved])
+    ports = range(first + (worker - first) % workers, last + 1, workers)
+    return array("H", [port for port in ports if port not in reserved] if reserved else ports)
 
 
 def parse_ports(text: str) -> set[int]:
