@@ -19,10 +19,10 @@ from typing import Any
 
 from userspace_proxy.config.settings import Settings
 from userspace_proxy.errors import SyncError
-from userspace_proxy.interfaces import PodDetector
 from userspace_proxy.lab import Host, Lab, enter_namespaces, prepare
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
+from userspace_proxy.model.redirects import PodDetector
 from userspace_proxy.model.service import ServicePort, SourceIP
 from userspace_proxy.model.topology import Node
 from userspace_proxy.modes import MODES

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from userspace_proxy.interfaces import AccessRecord
 from userspace_proxy.logs import AccessLog, JsonFormatter, TextFormatter, configure_logging, flush_log, require_writable
+from userspace_proxy.model.access_record import AccessRecord
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
 from userspace_proxy.model.service import Portal

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
-from userspace_proxy.interfaces import AccessRecord
+from userspace_proxy.model.access_record import AccessRecord
 from userspace_proxy.model.endpoint import join_address
 from userspace_proxy.printable import brief, printable
 

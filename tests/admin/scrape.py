@@ -10,11 +10,12 @@ from userspace_proxy.admin.metrics import ControlStats, render
 from userspace_proxy.control.controller import Changes
 from userspace_proxy.dns.metrics import dns_metrics
 from userspace_proxy.dns.wire import Counts
-from userspace_proxy.interfaces import Counters, EndpointCounters, PlaneStats, WatchStats
+from userspace_proxy.model.counters import Counters, EndpointCounters, PlaneStats
 from userspace_proxy.model.histogram import Histogram
 from userspace_proxy.model.loads import Loads
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
 from userspace_proxy.model.sync_health import FAMILY_NAMES
+from userspace_proxy.model.watch_stats import WatchStats
 from userspace_proxy.modes.iptables.metrics import iptables_metrics
 from userspace_proxy.modes.kernel_metrics import kernel_metrics, refused_loads
 from userspace_proxy.probes.metrics import ProbeStats, probe_metrics

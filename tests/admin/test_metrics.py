@@ -11,9 +11,10 @@ from userspace_proxy import __version__
 from userspace_proxy.admin.kubeproxy import SyncStats
 from userspace_proxy.admin.metrics import SERIES_AN_ENDPOINT, ControlStats, render
 from userspace_proxy.control.controller import Changes
-from userspace_proxy.interfaces import Counters, EndpointCounters, PlaneStats, WatchStats
+from userspace_proxy.model.counters import Counters, EndpointCounters, PlaneStats
 from userspace_proxy.model.histogram import Histogram
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
+from userspace_proxy.model.watch_stats import WatchStats
 
 TCP = ServicePortName(NamespacedName("shop", "web"), "http", L4Protocol.TCP)
 ORDER = ("namespace", "service", "port", "protocol", "endpoint", "version")

@@ -24,11 +24,13 @@ from userspace_proxy.dataplane.plane import LocalPlane
 from userspace_proxy.dataplane.remote import RemotePlane
 from userspace_proxy.dataplane.wire import WorkerSettings
 from userspace_proxy.errors import SyncError
-from userspace_proxy.interfaces import Backends, DataPlane, ListenerSpec, Redirects
+from userspace_proxy.interfaces import DataPlane
 from userspace_proxy.lab import ip
 from userspace_proxy.model.details import DetailsRequest
 from userspace_proxy.model.endpoint import Endpoint
+from userspace_proxy.model.listeners import Backends, ListenerSpec
 from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, Scope, ServicePortName
+from userspace_proxy.model.redirects import Redirects
 from userspace_proxy.model.service import ServicePort, portals
 from userspace_proxy.modes.userspace import nft
 

@@ -18,8 +18,8 @@ from typing import BinaryIO
 import pytest
 
 from userspace_proxy import api
+from userspace_proxy.api.events import EventType, ObjectEvent
 from userspace_proxy.errors import StartError
-from userspace_proxy.interfaces import EventType, ObjectEvent
 from userspace_proxy.sources.files import FileSource
 
 PATIENCE_S = 10

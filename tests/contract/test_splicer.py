@@ -14,7 +14,7 @@ import pytest
 from tests.contract.splicing import ENGINES, Spliced, Workshop, difference, workshop
 from tests.ends import End, open_descriptors, settled, tcp_pair, until
 from userspace_proxy.dataplane.poller import WRITE
-from userspace_proxy.interfaces import UNANSWERED
+from userspace_proxy.model.access_record import UNANSWERED
 
 SIDES = ("client", "backend")
 # How a connection ends that one side resets before it has sent a byte.

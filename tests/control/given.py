@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from userspace_proxy import api
+from userspace_proxy.api.events import EventType, ObjectEvent
 from userspace_proxy.config.settings import Settings
 from userspace_proxy.control.allocations import ManifestAllocations
 from userspace_proxy.control.decode import ANNOTATION_PREFIX, Allocation
@@ -14,7 +15,6 @@ from userspace_proxy.control.lint import Finding, LintOptions, lint
 from userspace_proxy.control.memory import SavedAllocations
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.errors import ConfigError
-from userspace_proxy.interfaces import EventType, ObjectEvent
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
 from userspace_proxy.model.service import ServicePort

@@ -16,13 +16,14 @@ import pytest
 
 from tests.control.given import SYNCED, endpoint_slice, gone, port_named, put, service
 from userspace_proxy import api
+from userspace_proxy.api.events import ObjectEvent
 from userspace_proxy.control.allocations import ManifestAllocations
 from userspace_proxy.control.controller import Controller
 from userspace_proxy.control.pacer import Pacer
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.errors import SyncError
-from userspace_proxy.interfaces import ObjectEvent, WatchStats
 from userspace_proxy.model.state import ProxyState
+from userspace_proxy.model.watch_stats import WatchStats
 
 _BOUND_S = 5.0
 

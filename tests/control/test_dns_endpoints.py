@@ -15,12 +15,12 @@ import dns.rrset
 import pytest
 
 from tests.dns.test_upstream import FIRST, SECOND, failing, serving, silent
+from userspace_proxy.api.events import EventType
 from userspace_proxy.control import dns_endpoints
 from userspace_proxy.control.allocations import ManifestAllocations
 from userspace_proxy.control.dns_endpoints import DnsEndpoints
 from userspace_proxy.control.memory import SavedAllocations
 from userspace_proxy.control.tracker import Tracker
-from userspace_proxy.interfaces import EventType
 from userspace_proxy.sources.files import FileSource
 
 Answers = Callable[[dns.message.Message], dns.message.Message | None]

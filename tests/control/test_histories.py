@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.control.given import endpoint_slice, endpoints, gone, node, pod, put, service
+from userspace_proxy.api.events import EventType, ObjectEvent
 from userspace_proxy.control.allocations import Allocations, ManifestAllocations
 from userspace_proxy.control.tracker import Tracker
-from userspace_proxy.interfaces import EventType, ObjectEvent
 from userspace_proxy.model.names import NamespacedName
 from userspace_proxy.model.topology import Node
 

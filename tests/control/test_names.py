@@ -10,9 +10,9 @@ import pytest
 
 from tests.control.given import SYNCED, endpoint_slice, endpoints, named, pod, service
 from userspace_proxy import api
+from userspace_proxy.api.events import EventType, ObjectEvent
 from userspace_proxy.control.allocations import ManifestAllocations
 from userspace_proxy.control.tracker import Tracker
-from userspace_proxy.interfaces import EventType, ObjectEvent
 from userspace_proxy.model.dns_names import DnsHost, NamedPort, ServiceNames
 from userspace_proxy.model.names import NamespacedName
 

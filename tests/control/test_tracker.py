@@ -22,10 +22,10 @@ from tests.control.given import (
     service,
 )
 from userspace_proxy import api
+from userspace_proxy.api.events import EventType, ObjectEvent
 from userspace_proxy.control.allocations import Allocations
 from userspace_proxy.control.memory import SavedAllocations
 from userspace_proxy.control.tracker import Tracker
-from userspace_proxy.interfaces import EventType, ObjectEvent
 from userspace_proxy.model.names import L4Protocol
 from userspace_proxy.model.service import SourceIP
 from userspace_proxy.model.topology import Node

@@ -13,8 +13,8 @@ import sys
 
 from tests.dataplane.world import OTHER_LISTENER, OTHER_PORT, other_service_port, running_plane
 from userspace_proxy.dataplane import tcp
-from userspace_proxy.interfaces import Backends, ListenerSpec
 from userspace_proxy.model.endpoint import Endpoint
+from userspace_proxy.model.listeners import Backends, ListenerSpec
 
 DESCRIPTORS = 64
 

@@ -22,8 +22,8 @@ from tests.dataplane.world import LISTENER, NAME, PORTAL, PORTAL6, TCP_PORT, ser
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.remote import RemotePlane
 from userspace_proxy.dataplane.wire import WorkerSettings
-from userspace_proxy.interfaces import Backends, ListenerSpec
 from userspace_proxy.model.endpoint import Endpoint
+from userspace_proxy.model.listeners import Backends, ListenerSpec
 
 CONNECTIONS = 8
 STREAM_BYTES = 100_000_000

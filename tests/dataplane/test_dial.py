@@ -19,7 +19,7 @@ from userspace_proxy.dataplane.memory import OVERTAKEN_MAX, Memory
 from userspace_proxy.dataplane.picker import Pick, Picker
 from userspace_proxy.dataplane.poller import FAILED, WRITE
 from userspace_proxy.dataplane.suspects import Suspects
-from userspace_proxy.interfaces import Counters
+from userspace_proxy.model.counters import Counters
 from userspace_proxy.model.endpoint import Address, Endpoint
 
 CLIENT = "10.1.0.1"

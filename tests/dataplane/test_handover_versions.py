@@ -30,8 +30,8 @@ from userspace_proxy.dataplane.handover import (
     hand_over,
 )
 from userspace_proxy.dataplane.memory import PickerMemory, Pin
-from userspace_proxy.interfaces import Backends, ListenerSpec
 from userspace_proxy.model.endpoint import Endpoint
+from userspace_proxy.model.listeners import Backends, ListenerSpec
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
 from userspace_proxy.model.service import ServicePort
 from userspace_proxy.runtime.instance_lock import end_orphans, take_lock

@@ -48,8 +48,10 @@ from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.sockets import open_listener, prepare_listener, stream_socket
 from userspace_proxy.dataplane.suspects import PROOF_S, RESETS_MAX
 from userspace_proxy.dataplane.tcp import ACCEPTS_A_TURN
-from userspace_proxy.interfaces import UNANSWERED, Backends, EndpointCounters, ListenerSpec
+from userspace_proxy.model.access_record import UNANSWERED
+from userspace_proxy.model.counters import EndpointCounters
 from userspace_proxy.model.endpoint import Endpoint
+from userspace_proxy.model.listeners import Backends, ListenerSpec
 from userspace_proxy.model.names import L4Protocol
 from userspace_proxy.model.service import SourceIP
 

@@ -28,9 +28,10 @@ from tests.fakes import FakeClock
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.datagrams import DatagramPoller, Leased
 from userspace_proxy.dataplane.groups import open_group
-from userspace_proxy.interfaces import Backends as PlaneBackends
-from userspace_proxy.interfaces import EndpointCounters, ListenerSpec
+from userspace_proxy.model.counters import EndpointCounters
 from userspace_proxy.model.endpoint import Address, Endpoint
+from userspace_proxy.model.listeners import Backends as PlaneBackends
+from userspace_proxy.model.listeners import ListenerSpec
 from userspace_proxy.model.names import L4Protocol, Scope
 
 # The idle time-out is not what is tested with it: it only makes the plane look at its flows 60 times a second.

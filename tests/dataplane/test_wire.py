@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from userspace_proxy.dataplane import wire
-from userspace_proxy.interfaces import Backends
 from userspace_proxy.model.endpoint import Endpoint
+from userspace_proxy.model.listeners import Backends
 from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, ServicePortName
 
 

@@ -12,10 +12,13 @@ from dataclasses import replace
 
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.plane import LocalPlane
-from userspace_proxy.interfaces import AccessRecord, Backends, Counters, EndpointCounters, ListenerSpec, Redirects
 from userspace_proxy.lab import ip
+from userspace_proxy.model.access_record import AccessRecord
+from userspace_proxy.model.counters import Counters, EndpointCounters
 from userspace_proxy.model.endpoint import Address, Endpoint
+from userspace_proxy.model.listeners import Backends, ListenerSpec
 from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, ServicePortName
+from userspace_proxy.model.redirects import Redirects
 from userspace_proxy.model.service import Balance, ConnectionPolicy, ServicePort, SourceIP, Weights, portals
 from userspace_proxy.modes.userspace import nft
 

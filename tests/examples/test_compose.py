@@ -22,9 +22,9 @@ import yaml
 
 from tests.net.world import wait_until
 from userspace_proxy import api
+from userspace_proxy.api.events import EventType
 from userspace_proxy.control import decode
 from userspace_proxy.dataplane.sockets import reserve_refusing_port
-from userspace_proxy.interfaces import EventType
 from userspace_proxy.lab import Lab
 from userspace_proxy.sources.files import FileSource
 

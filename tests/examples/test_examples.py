@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from userspace_proxy.api.events import EventType
 from userspace_proxy.config.settings import Settings
 from userspace_proxy.control.allocations import ManifestAllocations
 from userspace_proxy.control.lint import Finding, LintOptions, lint
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.dataplane.proxy_protocol import header_v1
-from userspace_proxy.interfaces import EventType
 from userspace_proxy.lab import ServiceLab
 from userspace_proxy.model.service import SourceIP, portals
 from userspace_proxy.model.state import ProxyState

@@ -17,9 +17,9 @@ from tests.modes.translation_cases import DNS, EVERYTHING, HERE, NEAR4, PODS, an
 from userspace_proxy.config.settings import Settings
 from userspace_proxy.explain import rendering
 from userspace_proxy.explain.rendering import explained
-from userspace_proxy.interfaces import PodDetector, Redirects
 from userspace_proxy.model.endpoint import FAMILIES
 from userspace_proxy.model.names import ServicePortName
+from userspace_proxy.model.redirects import PodDetector, Redirects
 from userspace_proxy.model.service import ServicePort
 from userspace_proxy.modes.iptables import loader as kube_kernel
 from userspace_proxy.modes.iptables import tables

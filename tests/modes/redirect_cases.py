@@ -7,8 +7,8 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
-from userspace_proxy.interfaces import DROPPED, Capture, PodDetector, Redirects
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
+from userspace_proxy.model.redirects import DROPPED, Capture, PodDetector, Redirects
 from userspace_proxy.model.routes import Sender
 from userspace_proxy.model.service import Portal
 

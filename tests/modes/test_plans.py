@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from userspace_proxy.interfaces import DROPPED, PodDetector, Redirects
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, Scope, ServicePortName
+from userspace_proxy.model.redirects import DROPPED, PodDetector, Redirects
 from userspace_proxy.model.routes import Refusal, Sender
 from userspace_proxy.model.service import ConnectionPolicy, Portal, ServicePort, SourceIP, node_portal
 from userspace_proxy.model.topology import Node

@@ -6,9 +6,9 @@ import random
 from collections.abc import Iterable
 
 from tests.modes.redirect_cases import TCP, UDP, name
-from userspace_proxy.interfaces import PodDetector
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import ServicePortName
+from userspace_proxy.model.redirects import PodDetector
 from userspace_proxy.model.service import ServicePort, SourceIP, load_balancer_portals
 from userspace_proxy.model.topology import Node, serving_endpoints
 from userspace_proxy.modes.kernel_rules import Translation

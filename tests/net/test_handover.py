@@ -46,8 +46,8 @@ from userspace_proxy.dataplane.handover import (
 from userspace_proxy.dataplane.rendezvous import Caller, Role, answer, heard, join
 from userspace_proxy.dataplane.sockets import open_listener
 from userspace_proxy.dataplane.wire import Open
-from userspace_proxy.interfaces import ListenerSpec
 from userspace_proxy.lab import ServiceLab, ask
+from userspace_proxy.model.listeners import ListenerSpec
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
 from userspace_proxy.model.service import ServicePort
 

@@ -16,11 +16,13 @@ from tests.net.world import wait_until
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.remote import RemotePlane
 from userspace_proxy.dataplane.wire import WorkerSettings
-from userspace_proxy.interfaces import Backends, Counters, ListenerSpec, Redirects
 from userspace_proxy.lab import Host, ServiceLab, connect
 from userspace_proxy.lab.hosts import CLIENT_IP, CLIENT_IP6
+from userspace_proxy.model.counters import Counters
 from userspace_proxy.model.endpoint import Endpoint
+from userspace_proxy.model.listeners import Backends, ListenerSpec
 from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, ServicePortName
+from userspace_proxy.model.redirects import Redirects
 from userspace_proxy.model.service import ServicePort, SourceIP, portals
 from userspace_proxy.modes.userspace import nft
 

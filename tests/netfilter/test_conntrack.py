@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
-from userspace_proxy.interfaces import DROPPED, Redirects
 from userspace_proxy.model.names import L4Protocol
+from userspace_proxy.model.redirects import DROPPED, Redirects
 from userspace_proxy.model.routes import Sender
 from userspace_proxy.model.service import Portal
 from userspace_proxy.netfilter.conntrack import (

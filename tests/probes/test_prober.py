@@ -14,10 +14,10 @@ from socketserver import StreamRequestHandler, ThreadingTCPServer
 
 import pytest
 
-from userspace_proxy.interfaces import OWN_MARK
 from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
 from userspace_proxy.model.probe import EndpointCondition, ProbeKind, ProbeSpec
+from userspace_proxy.model.redirects import OWN_MARK
 from userspace_proxy.probes import prober as module
 from userspace_proxy.probes.attempt import Attempt
 from userspace_proxy.probes.prober import Prober, Target

@@ -31,8 +31,9 @@ from userspace_proxy.dataplane.dial import RACE_S
 from userspace_proxy.dataplane.lifetimes import IDLE_S, JITTER, PERIOD_S
 from userspace_proxy.dataplane.memory import EJECT_MAX_S, EJECT_S
 from userspace_proxy.dataplane.plane import LocalPlane
-from userspace_proxy.interfaces import UNANSWERED, AccessRecord, Backends, ListenerSpec
+from userspace_proxy.model.access_record import UNANSWERED, AccessRecord
 from userspace_proxy.model.endpoint import Endpoint
+from userspace_proxy.model.listeners import Backends, ListenerSpec
 from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, ServicePortName
 from userspace_proxy.model.service import Balance, ConnectionPolicy, ServicePort
 

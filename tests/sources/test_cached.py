@@ -16,7 +16,7 @@ import pytest
 from tests.apiserver import NODES, SERVICES, SLICES, ApiServer, api_server
 from tests.sources.test_kubernetes import kubeconfig
 from userspace_proxy import api
-from userspace_proxy.interfaces import EventType, ObjectEvent
+from userspace_proxy.api.events import EventType, ObjectEvent
 from userspace_proxy.sources.cached import CachedSource, CacheSettings
 from userspace_proxy.sources.kubernetes import KubernetesSource, reflectors
 from userspace_proxy.sources.login import ApiTransport

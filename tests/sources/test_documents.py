@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from userspace_proxy import api
+from userspace_proxy.api.events import EventType
 from userspace_proxy.errors import Note
-from userspace_proxy.interfaces import EventType
 from userspace_proxy.model.names import NamespacedName
 from userspace_proxy.sources.documents import Manifest, Problem, duplicates, parse, split
 from userspace_proxy.sources.files import FileSource

@@ -21,8 +21,8 @@ import pytest
 from tests.apiserver import NODES, SERVICE_CIDRS, SERVICES, SLICES, ApiServer, Fault, Refusal, api_server
 from tests.sources.test_reflector import QUICK
 from userspace_proxy import api
+from userspace_proxy.api.events import EventType, ObjectEvent
 from userspace_proxy.errors import StartError
-from userspace_proxy.interfaces import EventType, ObjectEvent
 from userspace_proxy.sources.kubernetes import KubernetesSource, reflectors
 from userspace_proxy.sources.login import ApiTransport
 

@@ -15,10 +15,11 @@ from prometheus_client.registry import Collector
 from userspace_proxy import __version__
 from userspace_proxy.admin.families import family, single
 from userspace_proxy.admin.kubeproxy import SyncStats, kubeproxy_metrics
-from userspace_proxy.interfaces import Counters, EndpointCounters, PlaneStats, WatchStats
+from userspace_proxy.model.counters import Counters, EndpointCounters, PlaneStats
 from userspace_proxy.model.endpoint import join_address
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.sync_health import FamilyHealth
+from userspace_proxy.model.watch_stats import WatchStats
 
 
 class ControlStats(NamedTuple):

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from itertools import islice
 
 from userspace_proxy import api
+from userspace_proxy.api.events import EventType, ObjectEvent
 from userspace_proxy.control.decode import trigger_time
 from userspace_proxy.control.journal import Journal
 from userspace_proxy.control.pacer import Pacer
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.errors import SyncError
-from userspace_proxy.interfaces import EventType, ObjectEvent, Source, StateSink
+from userspace_proxy.interfaces import Source, StateSink
 from userspace_proxy.model.endpoint import Endpoint, difference
 from userspace_proxy.model.histogram import SYNC_BOUNDS_S, Histogram
 from userspace_proxy.model.names import ServicePortName

@@ -16,12 +16,14 @@ from itertools import islice
 from pathlib import Path
 
 from userspace_proxy import api
+from userspace_proxy.api.events import EventType, ObjectEvent
 from userspace_proxy.api.objects import EndpointPort, ObjectMeta, SliceEndpoint
 from userspace_proxy.control import decode
 from userspace_proxy.dns import messages
 from userspace_proxy.dns.upstream import SERVERS_MAX, exchange, read_servers
-from userspace_proxy.interfaces import EventType, ObjectEvent, Source, WatchStats
+from userspace_proxy.interfaces import Source
 from userspace_proxy.model.names import NamespacedName
+from userspace_proxy.model.watch_stats import WatchStats
 
 _EVERY_S = 1.0
 _TIMEOUT_S = 1.0  # of all servers together

@@ -16,11 +16,11 @@ from itertools import chain, islice
 from types import MappingProxyType
 
 from userspace_proxy import api
+from userspace_proxy.api.events import EventType, ObjectEvent, Origin
 from userspace_proxy.control import decode
 from userspace_proxy.control.allocations import Allocations
 from userspace_proxy.control.label_index import LabelIndex
 from userspace_proxy.errors import ConfigError
-from userspace_proxy.interfaces import EventType, ObjectEvent, Origin
 from userspace_proxy.model.dns_names import ServiceNames
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import NamespacedName, ServicePortName

@@ -14,7 +14,9 @@ from userspace_proxy.dataplane.lifetimes import Keeper, Lifetimes
 from userspace_proxy.dataplane.memory import Memory
 from userspace_proxy.dataplane.poller import Poller
 from userspace_proxy.dataplane.suspects import Suspects
-from userspace_proxy.interfaces import AccessRecord, Counters, Splicer
+from userspace_proxy.interfaces import Splicer
+from userspace_proxy.model.access_record import AccessRecord
+from userspace_proxy.model.counters import Counters
 
 # Called with the access record of each ended connection or flow.
 Record = Callable[[AccessRecord], None]

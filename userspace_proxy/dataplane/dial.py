@@ -21,7 +21,7 @@ from userspace_proxy.dataplane.poller import FAILED, HANGUP, READ, WRITE, Poller
 from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, is_self_connected, stream_socket
 from userspace_proxy.dataplane.suspects import PROOF_S, Suspects
 from userspace_proxy.dataplane.transparent import Transparent
-from userspace_proxy.interfaces import Counters
+from userspace_proxy.model.counters import Counters
 from userspace_proxy.model.endpoint import Address
 
 # A second endpoint is dialled if the first has not answered for this long. At most two dials are open: a third ends

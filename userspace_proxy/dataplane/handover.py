@@ -37,7 +37,8 @@ import msgspec
 from userspace_proxy.dataplane import wire
 from userspace_proxy.dataplane.channel import DESCRIPTORS_A_FRAME, LOST, Channel, close_descriptors
 from userspace_proxy.dataplane.rendezvous import Call, answer, heard
-from userspace_proxy.interfaces import DataPlane, ListenerSpec
+from userspace_proxy.interfaces import DataPlane
+from userspace_proxy.model.listeners import ListenerSpec
 
 # Version of these messages and of rendezvous.py, and the oldest version understood, for upgrade and roll-back. Unknown
 # fields are ignored, and a new field has a default. A larger change raises OLDEST; a handover between such versions is

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING
 
 from userspace_proxy.dataplane.peers import silence
 from userspace_proxy.dataplane.poller import Poller
-from userspace_proxy.interfaces import Backends, Counters, Splice
+from userspace_proxy.interfaces import Splice
+from userspace_proxy.model.counters import Counters
 from userspace_proxy.model.endpoint import Address
+from userspace_proxy.model.listeners import Backends
 from userspace_proxy.model.service import ConnectionPolicy
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from userspace_proxy.interfaces import EndpointCounters
+from userspace_proxy.model.counters import EndpointCounters
 from userspace_proxy.model.endpoint import Address
 
 EJECT_S = 1.0

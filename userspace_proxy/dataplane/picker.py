@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from userspace_proxy.dataplane.balancing import ALGORITHMS, Balancer, Candidates, Member
 from userspace_proxy.dataplane.memory import TRIAL_S, Memory, Pin
-from userspace_proxy.interfaces import EndpointCounters
+from userspace_proxy.model.counters import EndpointCounters
 from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.service import Balance, Weights
 

@@ -29,8 +29,10 @@ from userspace_proxy.dataplane.tcp import TcpListener
 from userspace_proxy.dataplane.tell import tell_details
 from userspace_proxy.dataplane.udp import UdpListener
 from userspace_proxy.errors import SyncError
-from userspace_proxy.interfaces import Backends, ListenerSpec, PlaneStats, ServiceStats, Splicer
+from userspace_proxy.interfaces import Splicer
+from userspace_proxy.model.counters import PlaneStats, ServiceStats
 from userspace_proxy.model.details import Details, DetailsRequest, merge
+from userspace_proxy.model.listeners import Backends, ListenerSpec
 from userspace_proxy.model.names import L4Protocol, ListenerName, Scope, ServicePortName
 from userspace_proxy.model.service import ServicePort
 

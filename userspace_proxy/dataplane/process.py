@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from userspace_proxy.dataplane import wire
 from userspace_proxy.dataplane.child import ChildProcess
 from userspace_proxy.dataplane.memory import PINS_MAX, PickerMemory, Pin
-from userspace_proxy.interfaces import ServiceStats
+from userspace_proxy.model.counters import ServiceStats
 from userspace_proxy.model.details import Details
 from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.names import ListenerName, ServicePortName

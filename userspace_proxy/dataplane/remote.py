@@ -25,8 +25,9 @@ from userspace_proxy.dataplane.process import WorkerProcess, answers_to
 from userspace_proxy.dataplane.sockets import refusal, reserve_refusing_port
 from userspace_proxy.dataplane.stats import add_up, sum_of
 from userspace_proxy.errors import SyncError
-from userspace_proxy.interfaces import Backends, ListenerSpec, PlaneStats
+from userspace_proxy.model.counters import PlaneStats
 from userspace_proxy.model.details import Details, DetailsRequest, merge
+from userspace_proxy.model.listeners import Backends, ListenerSpec
 from userspace_proxy.model.names import ListenerName, Scope, ServicePortName
 
 # Items per frame: packets wait at most a few milliseconds while the worker applies one.

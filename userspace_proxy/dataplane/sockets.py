@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from socket import SocketType
 
-from userspace_proxy.interfaces import NO_ROOM, OWN_MARK
 from userspace_proxy.model.endpoint import Address
+from userspace_proxy.model.listeners import NO_ROOM
 from userspace_proxy.model.names import L4Protocol
+from userspace_proxy.model.redirects import OWN_MARK
 
 BACKLOG = 4096
 _DATAGRAM_BUFFER_BYTES = 1 << 20

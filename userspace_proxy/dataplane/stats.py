@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import fields, replace
 from typing import TypeVar
 
-from userspace_proxy.interfaces import Counters, EndpointCounters, PlaneStats, ServiceStats
+from userspace_proxy.model.counters import Counters, EndpointCounters, PlaneStats, ServiceStats
 from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.names import ServicePortName
 

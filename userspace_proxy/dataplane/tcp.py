@@ -30,9 +30,11 @@ from userspace_proxy.dataplane.sockets import (
     unpacked,
 )
 from userspace_proxy.dataplane.transparent import Transparent
-from userspace_proxy.interfaces import UNANSWERED, AccessRecord, Backends, ListenerSpec, Splice
+from userspace_proxy.interfaces import Splice
+from userspace_proxy.model.access_record import UNANSWERED, AccessRecord
 from userspace_proxy.model.details import ConnectionDetails
 from userspace_proxy.model.endpoint import Address
+from userspace_proxy.model.listeners import Backends, ListenerSpec
 from userspace_proxy.model.names import ListenerName
 from userspace_proxy.model.service import ConnectionPolicy, Portal, portals
 

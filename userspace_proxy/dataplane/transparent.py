@@ -13,7 +13,8 @@ import socket
 from socket import SocketType
 
 from userspace_proxy.dataplane.conntrack_lookup import KernelTables
-from userspace_proxy.interfaces import OWN_MARK, TRANSPARENT_MARK, Counters
+from userspace_proxy.model.counters import Counters
+from userspace_proxy.model.redirects import OWN_MARK, TRANSPARENT_MARK
 
 # linux/in.h, in6.h
 _IP_TRANSPARENT, _IP_BIND_ADDRESS_NO_PORT, _IPV6_TRANSPARENT = 19, 24, 75

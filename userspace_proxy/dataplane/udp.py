@@ -21,9 +21,11 @@ from userspace_proxy.dataplane.picker import Picker
 from userspace_proxy.dataplane.proxy_protocol import header_of
 from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, bind_anywhere
 from userspace_proxy.dataplane.transparent import Transparent
-from userspace_proxy.interfaces import AccessRecord, Backends, EndpointCounters, ListenerSpec
+from userspace_proxy.model.access_record import AccessRecord
+from userspace_proxy.model.counters import EndpointCounters
 from userspace_proxy.model.details import ConnectionDetails
 from userspace_proxy.model.endpoint import Address, Endpoint
+from userspace_proxy.model.listeners import Backends, ListenerSpec
 from userspace_proxy.model.names import ListenerName
 from userspace_proxy.model.service import Balance, portals
 

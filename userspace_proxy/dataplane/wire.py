@@ -13,8 +13,9 @@ import msgspec
 from userspace_proxy.dataplane.begin import ChildSettings
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.memory import PickerMemory
-from userspace_proxy.interfaces import Backends, ListenerSpec, PlaneStats, ServiceStats
+from userspace_proxy.model.counters import PlaneStats, ServiceStats
 from userspace_proxy.model.details import Details, DetailsRequest
+from userspace_proxy.model.listeners import Backends, ListenerSpec
 from userspace_proxy.model.names import ListenerName, ServicePortName
 
 

@@ -36,8 +36,8 @@ from userspace_proxy.dataplane.handover import (
 )
 from userspace_proxy.dataplane.plane import LocalPlane
 from userspace_proxy.dataplane.sockets import refusal
-from userspace_proxy.interfaces import NO_ROOM
 from userspace_proxy.logs import AccessLog, drop_count, log_lines_dropped, recorder
+from userspace_proxy.model.listeners import NO_ROOM
 from userspace_proxy.model.names import ListenerName
 
 # Period of `News`: a dying worker loses at most this much of what its pickers have learnt.

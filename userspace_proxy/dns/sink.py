@@ -12,9 +12,9 @@ from userspace_proxy.dataplane.channel import Channel
 from userspace_proxy.dataplane.child import ChildProcess
 from userspace_proxy.dns import wire
 from userspace_proxy.errors import StartError, SyncError
-from userspace_proxy.interfaces import PodDetector
 from userspace_proxy.model.dns_names import ServiceNames
 from userspace_proxy.model.names import NamespacedName
+from userspace_proxy.model.redirects import PodDetector
 from userspace_proxy.model.state import ProxyState
 
 # Decoding a frame takes the DNS process well below a millisecond.

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
+from userspace_proxy.api.events import EventType, ObjectEvent
 from userspace_proxy.config.settings import Settings
 from userspace_proxy.control.memory import SavedAllocations
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.errors import Note, StartError
-from userspace_proxy.interfaces import Capture, EventType, ObjectEvent
+from userspace_proxy.model.redirects import Capture
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import Node
 from userspace_proxy.modes import MODES

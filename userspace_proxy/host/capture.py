@@ -6,7 +6,7 @@ import logging
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.host import network
-from userspace_proxy.interfaces import Capture
+from userspace_proxy.model.redirects import Capture
 
 log = logging.getLogger(__name__)
 

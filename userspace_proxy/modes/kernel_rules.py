@@ -6,10 +6,11 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from userspace_proxy.interfaces import LoadedRules, PodDetector
+from userspace_proxy.interfaces import LoadedRules
 from userspace_proxy.model.endpoint import Endpoint, Family
 from userspace_proxy.model.loads import Loads
 from userspace_proxy.model.names import ServicePortName
+from userspace_proxy.model.redirects import PodDetector
 from userspace_proxy.model.routes import Route
 from userspace_proxy.model.service import Portal, ServicePort
 from userspace_proxy.model.topology import Node, Reach

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from userspace_proxy.control.proxy_ports import ProxyPorts
     from userspace_proxy.host.firewalls import Passage
-    from userspace_proxy.interfaces import DataPlane, ListenerSpec, Proxier
+    from userspace_proxy.interfaces import DataPlane, Proxier
+    from userspace_proxy.model.listeners import ListenerSpec
     from userspace_proxy.model.names import ServicePortName
     from userspace_proxy.model.state import ProxyState
     from userspace_proxy.modes.plans import NodeRules

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from userspace_proxy.interfaces import PodDetector
 from userspace_proxy.model.endpoint import Family
+from userspace_proxy.model.redirects import PodDetector
 from userspace_proxy.model.routes import Sender
 from userspace_proxy.modes.rule_line import Reason, RuleLine
 from userspace_proxy.netfilter import nft_text

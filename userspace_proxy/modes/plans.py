@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from userspace_proxy.control.proxy_ports import ProxyPorts
-from userspace_proxy.interfaces import DROPPED, Backends, Capture, PodDetector, Redirects
 from userspace_proxy.model.endpoint import Endpoint, Family, family_of
+from userspace_proxy.model.listeners import Backends
 from userspace_proxy.model.names import ListenerName, Scope, ServicePortName
+from userspace_proxy.model.redirects import DROPPED, Capture, PodDetector, Redirects
 from userspace_proxy.model.routes import Refusal, Route, Sender, listeners, routes
 from userspace_proxy.model.service import ConnectionPolicy, Portal, ServicePort, SourceIP, load_balancer_portals
 from userspace_proxy.model.state import ProxyState

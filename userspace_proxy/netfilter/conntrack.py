@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.host.tool import run_tool
-from userspace_proxy.interfaces import Redirects
 from userspace_proxy.model.endpoint import Address, Family, family_of
 from userspace_proxy.model.names import L4Protocol
+from userspace_proxy.model.redirects import Redirects
 from userspace_proxy.model.service import Portal
 from userspace_proxy.netfilter.nfnetlink import delete_flows
 

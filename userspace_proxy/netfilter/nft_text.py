@@ -6,9 +6,9 @@ import hashlib
 import ipaddress
 from collections.abc import Iterable
 
-from userspace_proxy.interfaces import PodDetector
 from userspace_proxy.model.endpoint import Family, family_of
 from userspace_proxy.model.names import ServicePortName
+from userspace_proxy.model.redirects import PodDetector
 
 # Reject packets to Service addresses that no rule translates. The route of `network.add_routes` would send them out
 # through lo and in again, until their TTL is used up. The client gets the same ICMP error as then. IPv6 packets and

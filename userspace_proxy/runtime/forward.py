@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 
 from userspace_proxy import api
+from userspace_proxy.api.events import ObjectEvent
 from userspace_proxy.control.allocations import Allocations
 from userspace_proxy.control.controller import Controller
 from userspace_proxy.control.decode import SERVICE_NAME_LABEL
@@ -28,13 +29,15 @@ from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.plane import LocalPlane
 from userspace_proxy.dataplane.sockets import open_listener
 from userspace_proxy.errors import StartError
-from userspace_proxy.interfaces import Backends, ListenerSpec, ObjectEvent, Source, WatchStats
+from userspace_proxy.interfaces import Source
 from userspace_proxy.logs import recorder
 from userspace_proxy.model.endpoint import Endpoint, family_of, join_address
+from userspace_proxy.model.listeners import Backends, ListenerSpec
 from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, ServicePortName
 from userspace_proxy.model.service import ServicePort
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import serving_endpoints, usable_endpoints
+from userspace_proxy.model.watch_stats import WatchStats
 from userspace_proxy.probes.filter import HealthFilter
 from userspace_proxy.runtime.known_services import open_services
 

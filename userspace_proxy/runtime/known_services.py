@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from userspace_proxy.api.events import EventType
 from userspace_proxy.config.settings import DEFAULT_STATE_DIR, Settings
 from userspace_proxy.control import pod_names
 from userspace_proxy.control.allocations import Allocations
@@ -17,7 +18,6 @@ from userspace_proxy.control.memory import SavedAllocations, StateDir
 from userspace_proxy.control.pod_names import KnownService
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.errors import StartError
-from userspace_proxy.interfaces import EventType
 from userspace_proxy.model.names import NamespacedName
 from userspace_proxy.runtime.desired_state import make_allocations
 from userspace_proxy.sources.files import FileSource

@@ -31,8 +31,9 @@ from userspace_proxy.dataplane.handover import (
 )
 from userspace_proxy.dataplane.process import answers_to
 from userspace_proxy.errors import StartError, SyncError
-from userspace_proxy.interfaces import ListenerSpec, Proxier
+from userspace_proxy.interfaces import Proxier
 from userspace_proxy.logs import flush_log
+from userspace_proxy.model.listeners import ListenerSpec
 from userspace_proxy.runtime.instance_lock import InstanceLock
 
 _REAP_EVERY_S = 1.0

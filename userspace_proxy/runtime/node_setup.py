@@ -21,7 +21,9 @@ from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.host import network
 from userspace_proxy.host.capture import choose_capture
 from userspace_proxy.host.sysctls import KUBE_PROXY, ConntrackLimits
-from userspace_proxy.interfaces import Capture, ListenerSpec, PodDetector, Source
+from userspace_proxy.interfaces import Source
+from userspace_proxy.model.listeners import ListenerSpec
+from userspace_proxy.model.redirects import Capture, PodDetector
 from userspace_proxy.model.service import SourceIP
 from userspace_proxy.model.topology import Node
 from userspace_proxy.modes.mode import Mode, PreparedMode

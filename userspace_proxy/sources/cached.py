@@ -18,8 +18,10 @@ from typing import NamedTuple, TypeVar
 import msgspec
 
 from userspace_proxy import api
-from userspace_proxy.interfaces import EventType, ObjectEvent, Source, WatchStats
+from userspace_proxy.api.events import EventType, ObjectEvent
+from userspace_proxy.interfaces import Source
 from userspace_proxy.model.names import NamespacedName
+from userspace_proxy.model.watch_stats import WatchStats
 from userspace_proxy.sources.paths import replace_file
 
 _VERSION = 1

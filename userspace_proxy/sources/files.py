@@ -13,9 +13,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from userspace_proxy import api
+from userspace_proxy.api.events import EventType, ObjectEvent
 from userspace_proxy.errors import Note, StartError
-from userspace_proxy.interfaces import EventType, ObjectEvent, WatchStats
 from userspace_proxy.model.names import NamespacedName
+from userspace_proxy.model.watch_stats import WatchStats
 from userspace_proxy.sources.documents import Manifest, Problem, duplicates, parse, split
 from userspace_proxy.sources.lines import Document
 from userspace_proxy.sources.paths import (

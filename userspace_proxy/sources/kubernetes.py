@@ -14,8 +14,9 @@ from typing import Any
 import msgspec
 
 from userspace_proxy import api
-from userspace_proxy.interfaces import EventType, ObjectEvent, WatchStats
+from userspace_proxy.api.events import EventType, ObjectEvent
 from userspace_proxy.model.names import NamespacedName
+from userspace_proxy.model.watch_stats import WatchStats
 from userspace_proxy.sources.reflector import Change, Pace, Reflector
 from userspace_proxy.sources.transport import Transport
 

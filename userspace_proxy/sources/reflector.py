@@ -16,8 +16,8 @@ from typing import Generic, NamedTuple, TypeVar
 
 import msgspec
 
-from userspace_proxy.interfaces import WatchStats
 from userspace_proxy.model.names import NamespacedName
+from userspace_proxy.model.watch_stats import WatchStats
 from userspace_proxy.sources.api_messages import EVENT, ITEM, LIST, STATUS, Meta, Status, WatchEvent, name_and_version
 from userspace_proxy.sources.backoff import Backoff, FollowError
 from userspace_proxy.sources.stream import LineSplitter

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from userspace_proxy.errors import StartError
-from userspace_proxy.interfaces import OWN_MARK
+from userspace_proxy.model.redirects import OWN_MARK
 from userspace_proxy.netfilter.nfnetlink import count_rules
 from userspace_proxy.trace.legs import AFTER, AT, TABLE
 

@@ -28,10 +28,10 @@ from tests.modes.translation_cases import (
     translation,
 )
 from userspace_proxy.errors import SyncError
-from userspace_proxy.interfaces import PodDetector
 from userspace_proxy.lab import Host, Lab
 from userspace_proxy.model.endpoint import FAMILIES, Endpoint, Family
 from userspace_proxy.model.names import L4Protocol, ServicePortName
+from userspace_proxy.model.redirects import PodDetector
 from userspace_proxy.model.service import node_portal
 from userspace_proxy.modes.iptables import tables as kube_tables
 from userspace_proxy.modes.iptables.chains import (

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from tests.modes.redirect_cases import assert_golden, name
-from userspace_proxy.interfaces import PodDetector
 from userspace_proxy.lab import Host, Lab
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import L4Protocol, ServicePortName
+from userspace_proxy.model.redirects import PodDetector
 from userspace_proxy.model.service import ServicePort, SourceIP, load_balancer_portals
 from userspace_proxy.model.topology import Node
 from userspace_proxy.modes.kernel_rules import NodeFacts, RuleUpdate, Translation

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from tests.control.given import put
 from tests.simulation.install import SimulatedTables
 from userspace_proxy import api
+from userspace_proxy.api.events import EventType, ObjectEvent
 from userspace_proxy.control.allocations import Allocations
 from userspace_proxy.control.proxy_ports import ProxyPorts
 from userspace_proxy.control.tracker import Tracker
@@ -28,9 +29,9 @@ from userspace_proxy.dataplane import plane
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.plane import LocalPlane
 from userspace_proxy.errors import SyncError
-from userspace_proxy.interfaces import Capture, EventType, ObjectEvent, PodDetector, Redirects
 from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.names import ListenerName, NamespacedName
+from userspace_proxy.model.redirects import Capture, PodDetector, Redirects
 from userspace_proxy.model.topology import Node
 from userspace_proxy.modes.plans import NodeRules
 from userspace_proxy.modes.userspace.proxier import UserspaceProxier

@@ -21,9 +21,9 @@ from tests.modes.redirect_cases import (
     name,
     redirects,
 )
-from userspace_proxy.interfaces import Redirects
 from userspace_proxy.lab import Host, Lab
 from userspace_proxy.model.endpoint import Family
+from userspace_proxy.model.redirects import Redirects
 from userspace_proxy.modes.userspace import iptables
 
 # What a node may have of others, with all that could be taken for ours.

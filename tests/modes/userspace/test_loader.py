@@ -9,8 +9,8 @@ import pytest
 
 from tests.modes.redirect_cases import CASES, EVERYTHING, LOCAL, name, redirects
 from userspace_proxy import netlink
-from userspace_proxy.interfaces import Redirects
 from userspace_proxy.lab import Host
+from userspace_proxy.model.redirects import Redirects
 from userspace_proxy.modes.userspace.loader import IptablesKernel, NftKernel
 from userspace_proxy.netfilter.nfnetlink import count_rules
 

@@ -25,9 +25,9 @@ from tests.modes.redirect_cases import (
     name,
     redirects,
 )
-from userspace_proxy.interfaces import DROPPED, Redirects
 from userspace_proxy.lab import Host, Lab
 from userspace_proxy.model.names import NamespacedName, ServicePortName
+from userspace_proxy.model.redirects import DROPPED, Redirects
 from userspace_proxy.model.routes import Sender
 from userspace_proxy.model.service import Portal
 from userspace_proxy.modes.userspace import nft

@@ -12,10 +12,10 @@ import pytest
 
 from tests.modes.redirect_cases import ANY4, ANY6, REFUSE_PORT, TCP, UDP
 from userspace_proxy.host.network import LOCAL_ADDRESS4, LOCAL_ADDRESS6
-from userspace_proxy.interfaces import DROPPED, Capture, PodDetector, Redirects
 from userspace_proxy.lab import Host, Lab, ServiceLab, connect
 from userspace_proxy.lab.hosts import CLIENT_IP, NODE_IP, NODE_IP6, build_service_lab
 from userspace_proxy.model.names import L4Protocol
+from userspace_proxy.model.redirects import DROPPED, Capture, PodDetector, Redirects
 from userspace_proxy.model.routes import Sender
 from userspace_proxy.model.service import Portal
 from userspace_proxy.modes.userspace import iptables, nft

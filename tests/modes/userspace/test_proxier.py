@@ -14,8 +14,8 @@ from userspace_proxy.control.proxy_ports import ProxyPorts
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.plane import LocalPlane
 from userspace_proxy.errors import SyncError
-from userspace_proxy.interfaces import NO_ROOM, ListenerSpec
 from userspace_proxy.model.endpoint import Endpoint
+from userspace_proxy.model.listeners import NO_ROOM, ListenerSpec
 from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, ServicePortName
 from userspace_proxy.model.service import Portal, ServicePort
 from userspace_proxy.model.state import ProxyState

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.modes.redirect_cases import REFUSE_PORT
-from userspace_proxy.interfaces import OWN_MARK, TRANSPARENT_MARK, Redirects
 from userspace_proxy.lab import Host, Lab, ServiceLab, connect
 from userspace_proxy.lab.hosts import CLIENT_IP, CLIENT_IP6, build_service_lab
+from userspace_proxy.model.redirects import OWN_MARK, TRANSPARENT_MARK, Redirects
 from userspace_proxy.modes.userspace import transparent_replies as answers
 from userspace_proxy.modes.userspace.loader import KERNELS, IptablesKernel, NftKernel
 

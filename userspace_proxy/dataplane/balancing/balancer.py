@@ -9,7 +9,7 @@ from itertools import pairwise
 from random import random
 from typing import NamedTuple, Protocol
 
-from userspace_proxy.interfaces import EndpointCounters
+from userspace_proxy.model.counters import EndpointCounters
 from userspace_proxy.model.endpoint import Address
 
 

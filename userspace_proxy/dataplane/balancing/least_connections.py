@@ -10,7 +10,7 @@ from random import sample
 
 from userspace_proxy.dataplane.balancing.balancer import Candidates, Member, indexes
 from userspace_proxy.dataplane.balancing.round_robin import RoundRobin
-from userspace_proxy.interfaces import EndpointCounters
+from userspace_proxy.model.counters import EndpointCounters
 
 # Of more endpoints, this number is drawn at random for each connection, and the least loaded of them is chosen.
 _COMPARED_MAX = 32

@@ -26,7 +26,8 @@ from socket import MSG_DONTWAIT, SocketType
 
 from userspace_proxy.dataplane.pipes import Pipe, PipePool
 from userspace_proxy.dataplane.poller import FAILED, HANGUP, READ, URGENT, WRITE, Poller
-from userspace_proxy.interfaces import UNANSWERED, OnUnused
+from userspace_proxy.interfaces import OnUnused
+from userspace_proxy.model.access_record import UNANSWERED
 
 BUFFER_BYTES = 64 * 1024
 # After this many full reads another connection gets its turn.

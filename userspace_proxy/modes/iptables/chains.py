@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-from userspace_proxy.interfaces import PodDetector
 from userspace_proxy.model.endpoint import Endpoint, Family, family_of, join_address
 from userspace_proxy.model.names import L4Protocol, ListenerName, ServicePortName
+from userspace_proxy.model.redirects import PodDetector
 from userspace_proxy.model.service import Portal, internal_portals, node_portal
 from userspace_proxy.modes import xtables_script as xtables
 from userspace_proxy.modes.kernel_rules import Translation

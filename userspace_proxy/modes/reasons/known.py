@@ -6,9 +6,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from userspace_proxy.interfaces import Redirects
 from userspace_proxy.model.endpoint import family_of, join_address
 from userspace_proxy.model.names import ServicePortName
+from userspace_proxy.model.redirects import Redirects
 from userspace_proxy.model.service import Portal, ServicePort, internal_portals, load_balancer_portals, portals
 
 _T = TypeVar("_T")

@@ -9,7 +9,7 @@ from typing import Protocol
 from userspace_proxy.errors import SyncError
 from userspace_proxy.host import network
 from userspace_proxy.host.capture import has_unnumbered_interfaces
-from userspace_proxy.interfaces import Capture
+from userspace_proxy.model.redirects import Capture
 from userspace_proxy.netfilter.notices import NetworkNotices
 
 _SETTLE_S = 0.2

@@ -12,9 +12,9 @@ from functools import partial
 from typing import NamedTuple
 
 from userspace_proxy.host.network import LOCAL_ADDRESS4, LOCAL_ADDRESS6
-from userspace_proxy.interfaces import DROPPED, OWN_MARK, TRANSPARENT_MARK, Capture, Redirects
 from userspace_proxy.model.endpoint import FAMILIES, Family
 from userspace_proxy.model.names import L4Protocol
+from userspace_proxy.model.redirects import DROPPED, OWN_MARK, TRANSPARENT_MARK, Capture, Redirects
 from userspace_proxy.model.routes import Sender
 from userspace_proxy.model.service import Portal
 from userspace_proxy.modes import xtables_script

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.host.tool import is_installed, load_nft
-from userspace_proxy.interfaces import Redirects
 from userspace_proxy.model.endpoint import Family
+from userspace_proxy.model.redirects import Redirects
 from userspace_proxy.modes.userspace import iptables, nft, transparent_replies
 from userspace_proxy.modes.xtables_rules import XtablesRules, all_or_first_error
 from userspace_proxy.netfilter import xtables

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 from userspace_proxy.host.network import LOCAL_ADDRESS4, LOCAL_ADDRESS6
-from userspace_proxy.interfaces import DROPPED, OWN_MARK, TRANSPARENT_MARK, Capture, Redirects
 from userspace_proxy.model.endpoint import FAMILIES, Family
 from userspace_proxy.model.names import L4Protocol, ServicePortName
+from userspace_proxy.model.redirects import DROPPED, OWN_MARK, TRANSPARENT_MARK, Capture, Redirects
 from userspace_proxy.model.routes import Sender
 from userspace_proxy.model.service import Portal
 from userspace_proxy.modes import nft_blocks

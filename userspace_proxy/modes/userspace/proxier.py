@@ -16,8 +16,10 @@ from prometheus_client.core import Metric
 
 from userspace_proxy.control.proxy_ports import ProxyPorts
 from userspace_proxy.errors import SyncError
-from userspace_proxy.interfaces import DROPPED, NO_ROOM, Backends, Capture, DataPlane, Kernel, ListenerSpec, Redirects
+from userspace_proxy.interfaces import DataPlane, Kernel
+from userspace_proxy.model.listeners import NO_ROOM, Backends, ListenerSpec
 from userspace_proxy.model.names import L4Protocol, ListenerName, ServicePortName
+from userspace_proxy.model.redirects import DROPPED, Capture, Redirects
 from userspace_proxy.model.service import Portal, ServicePort, portals
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.modes.base_proxier import BaseProxier, log_served

@@ -15,7 +15,7 @@ from pathlib import Path
 from userspace_proxy.errors import SyncError
 from userspace_proxy.host.network import ROUTE_PROTOCOL
 from userspace_proxy.host.tool import parsed, run_tool
-from userspace_proxy.interfaces import OWN_MARK, TRANSPARENT_MARK
+from userspace_proxy.model.redirects import OWN_MARK, TRANSPARENT_MARK
 
 BRIDGE_TABLE = "bridge userspace_proxy"
 REPLY_RULE = (
