@@ -181,6 +181,8 @@ class ApiTransport:
         from kubernetes_asyncio.config import load_incluster_config, load_kube_config
 
         configuration = Configuration()
+        # Python 3.13 refuses authorities without a key usage or key identifier, which kubectl accepts.
+        configuration.disable_strict_ssl_verification = True
         if self._kubeconfig is not None:
             await run_in_thread("read kubeconfig", partial(_check_kubeconfig, self._kubeconfig))
         try:
