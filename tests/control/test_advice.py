@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -128,6 +130,21 @@ async def test_of_many_findings_at_once_some_are_logged_and_the_others_counted(
         await until(lambda: len(said(caplog)) > 20)
 
         assert said(caplog)[-1] == "10 more findings; 'userspace-proxy check' shows all"
+
+
+async def test_a_large_file_is_checked_in_turns_that_the_event_loop_has_left(tmp_path: Path) -> None:
+    def is_checking() -> bool:
+        return any(thread.name == "lint" for thread in threading.enumerate())
+
+    file = tmp_path / "many.yaml"
+    file.write_text("---\n".join(WEB.replace("web", f"web-{number}") for number in range(300)) + UNSERVED)
+    async with advised(file, "iptables") as advisor:
+        await until(is_checking)
+        while is_checking():
+            time.sleep(0.001)  # the event loop is busy, but leaves the interpreter to the check
+
+        assert advisor.faults == []
+        await until(lambda: bool(advisor.faults))
 
 
 async def test_a_fault_that_run_reports_is_not_reported_twice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,6 +1,7 @@
 """Logs the findings of `check` during `run`: each one once, when a file is read and after each edit.
 
-Checks run in a thread beside the traffic, and only for documents that an edit concerns.
+Checks run in a thread beside the traffic, and only for documents that an edit concerns. A check is made in slices. Each
+one waits for a turn of the event loop, so a large file is served first and checked meanwhile and afterwards.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections import Counter, deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Generator, Hashable, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -25,8 +27,14 @@ _LOGGED_MAX = 20
 # At most this many faults are listed by /healthz.
 _LISTED_MAX = 100
 
+# The thread of a check and the event loop share one interpreter lock, and each slows the other.
+_SLICE_S = 0.02
+_PAUSE_S = 2 * _SLICE_S
+
 # Path and text identify a document. Its line may change with each edit above it.
 _Text = tuple[str, str]
+# New findings, and faults that are fixed.
+_Outcome = tuple[list[Finding], list[Finding]]
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +71,7 @@ class Advisor:
             await self._changed.wait()
             self._changed.clear()
             try:
-                news, ended = await run_in_thread("lint", self._look)
+                news, ended = await self._look()
             except Exception:
                 log.exception("a bug: manifests cannot be checked; what they say is served all the same")
                 continue
@@ -74,8 +82,17 @@ class Advisor:
             for finding in ended[:_LOGGED_MAX]:
                 log.info("%s: %s: no longer so: %s", finding.object, finding.field, finding.problem)
 
-    def _look(self) -> tuple[list[Finding], list[Finding]]:
+    async def _look(self) -> _Outcome:
         """Check the queued documents; return the new findings, and the faults that are fixed."""
+        steps = self._steps()
+        while True:
+            outcome = await run_in_thread("lint", lambda: _take_slice(steps))
+            if outcome is not None:
+                return outcome
+            await asyncio.sleep(_PAUSE_S)
+
+    def _steps(self) -> Generator[None, None, _Outcome]:
+        """Check the queued documents, one after another."""
         for text in self._take_changes():
             if self._counts[text] <= 0:
                 del self._counts[text]
@@ -87,8 +104,9 @@ class Advisor:
                 for manifest in manifests:
                     self._linter.add(manifest)
                 self._known[text] = [replace(manifest, plain=None) for manifest in manifests]
+            yield
         while self._linter.work():
-            pass
+            yield
         return self._compare(self._linter.take_changed())
 
     def _take_changes(self) -> list[_Text]:
@@ -104,7 +122,7 @@ class Advisor:
                     self._line_of[text] = document.line
         return sorted(touched, key=lambda text: self._counts[text] > 0)
 
-    def _compare(self, changed: dict[Hashable, list[Diagnostic]]) -> tuple[list[Finding], list[Finding]]:
+    def _compare(self, changed: dict[Hashable, list[Diagnostic]]) -> _Outcome:
         news, ended = [], []
         for key, diagnostics in changed.items():
             now = {
@@ -124,6 +142,18 @@ class Advisor:
         """Return *finding* with its line counted in the file; it was counted in its document, *text*."""
         above = self._line_of.get((finding.file, text), 1) - 1
         return msgspec.structs.replace(finding, line=None if finding.line is None else finding.line + above)
+
+
+def _take_slice(steps: Generator[None, None, _Outcome]) -> _Outcome | None:
+    """Run *steps* for the time of a slice. Return their outcome, or None if there are more."""
+    end_at = time.monotonic() + _SLICE_S
+    while time.monotonic() < end_at:
+        try:
+            next(steps)
+        except StopIteration as end:
+            outcome: _Outcome = end.value
+            return outcome
+    return None
 
 
 def _text(finding: Finding) -> str:
