@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from userspace_proxy.model.counters import EndpointCounters
 from userspace_proxy.model.endpoint import Address
@@ -108,11 +108,8 @@ class Memory:
 
     def _forget_gone(self) -> None:
         known = self.addresses()
-        for address in [address for address in self.ejected if address not in known]:
-            del self.ejected[address]
-        for address in [address for address in self.starting if address not in known]:
-            del self.starting[address]
-        for of_addresses in (self._overtaken, self.last_failures):
+        states: tuple[dict[Address, Any], ...] = (self.ejected, self.starting, self._overtaken, self.last_failures)
+        for of_addresses in filter(None, states):
             for address in [address for address in of_addresses if address not in known]:
                 del of_addresses[address]
         for address in [a for a, counters in self._counters.items() if a not in known and not counters.open]:

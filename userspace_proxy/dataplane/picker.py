@@ -52,6 +52,8 @@ class _Family:
         An endpoint with weight 0 takes no new connections, unless every weight is 0.
         """
         self._balancer = balancer or self._balancer
+        if not wanted and not self._picks:
+            return
         counters = {address: self._memory.counters_of(address) for address in wanted}
         taking = {address: endpoint for address, endpoint in wanted.items() if weights.get(endpoint.ip, 1)}
         if not taking:

@@ -79,7 +79,10 @@ def cycle(weights: Sequence[int]) -> list[int]:
     Turn *k* of an endpoint is due at ``(k + offset) / weight`` of the cycle. Endpoints with equal weights have
     different offsets, so their turns do not fall together.
     """
-    weights = [weight // (gcd(*weights) or 1) for weight in weights]
+    if len(set(weights)) <= 1:
+        return list(range(len(weights)))
+    divisor = gcd(*weights)
+    weights = [weight // divisor for weight in weights]
     if (total := sum(weights)) > max(_TURNS_MAX, len(weights)):
         weights = [max(1, weight * _TURNS_MAX // total) for weight in weights]
     alike = Counter(weights)
