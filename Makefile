@@ -28,7 +28,7 @@ test-cluster: ## beside a real control plane: KUBE_BIN=folder with etcd, kube-ap
 	@KUBE_BIN=$(abspath $(KUBE_BIN)) timeout 900 $(BIN)/python -m pytest -m cluster tests/cluster
 
 # The files are listed, because collecting all tests takes a minute on an emulated machine.
-IPVS_TESTS := tests/modes/ipvs tests/net/test_ipvs_mode.py tests/net/test_ipvs_refusals.py tests/net/test_ipvs_load.py tests/net/test_mode_lessons.py tests/net/contract/test_table.py
+IPVS_TESTS := tests/modes/ipvs tests/net/test_ipvs_mode.py tests/net/test_ipvs_refusals.py tests/net/test_ipvs_load.py tests/examples/test_lessons.py tests/net/contract/test_table.py
 test-ipvs: ## ipvs mode in a virtual machine with IPVS: 6 minutes if it has to be emulated
 	@tools/setup $(VENV)
 	@VM_TIMEOUT_S=1200 tools/vm $(VENV) env TESTS_PATIENCE=6 $(BIN)/python -m pytest -m ipvs --timeout 600 $(IPVS_TESTS)

@@ -244,3 +244,18 @@ def test_the_prompt_of_the_shell_shows_the_mode_and_ctrl_c_ends_only_the_program
         shell.kill()
         shell.wait(20)
         os.close(terminal)
+
+
+def test_words_of_a_tutorial_run_in_a_pod_forward_a_port_and_look_up_names(web: Path) -> None:
+    done = lab(
+        "kubectl exec -it deploy/web -- curl -s http://web; lookup web.default.svc.cluster.local;"
+        "kubectl port-forward svc/web 8888:80 >/dev/null & until curl -sf http://localhost:8888; do sleep 0.1; done;"
+        "mode none; cat /run/lab/mode; curl -sm1 http://web; echo $?; kubectl exec nope -- true",
+        web,
+    )
+
+    assert done.returncode == 1
+    assert "there is no such pod default/nope" in done.stderr
+    assert re.search(r"^10\.96\.\d+\.\d+$", done.stdout, re.MULTILINE)
+    assert len(re.findall(r"^web-\S+ 10\.244\.1\.\d:8080 client=", done.stdout, re.MULTILINE)) == 2
+    assert re.search(r"^none\n(28|7)$", done.stdout, re.MULTILINE)

@@ -65,6 +65,13 @@ def test_the_kernel_serves_while_we_run_and_no_worker_does(proxy: Proxy, world: 
     wait_until(lambda: answers(world.client, IP, 80) == "pod2", "the other endpoint serves")
 
 
+@pytest.mark.parametrize("mode", ["nftables", "iptables"])
+def test_a_pod_reaches_itself_by_its_service(proxy: Proxy, world: ServiceLab, mode: str) -> None:
+    proxy.start("--proxy-mode", mode, *FLAGS[2:])
+
+    assert ask(world.pods[0], IP, 80) == "pod1"
+
+
 def test_a_local_udp_client_of_a_node_port_without_endpoints_is_refused_as_by_a_closed_port(
     proxy: Proxy, world: ServiceLab
 ) -> None:

@@ -190,17 +190,11 @@ def portal_of(name: str, namespace: str, control_socket: Path) -> str:
 
 
 def _explained(answer: Row) -> Iterable[str]:
-    client = f" of {answer['client']}" if answer["client"] else ""
     yield f"{answer['service']} port {answer['port'] or '-'}, {answer['mode']} mode"
     if answer["obstacle"]:
         yield f"clients cannot reach it: {answer['obstacle']['reason']}"
         yield f"  fix: {answer['obstacle']['fix']}"
-    if answer["next"]:
-        yield f"the next connection{client} to {answer['portal']} gets:"
-        for candidate in answer["next"]:
-            share = candidate["probability"]
-            odds = "" if share >= 1 else f" with probability {share:.3g}"
-            yield f"  {candidate['endpoint']}{odds}: {candidate['why']}"
+    yield from _candidates(answer)
     if answer["unused"]:
         yield "not:" if answer["next"] else "its endpoints:"
         for endpoint in answer["unused"]:
@@ -211,6 +205,16 @@ def _explained(answer: Row) -> Iterable[str]:
         yield f"note: {note}"
     for unknown in answer["unknown"]:
         yield f"not known: {unknown}"
+
+
+def _candidates(answer: Row) -> Iterable[str]:
+    client = f" of {answer['client']}" if answer["client"] else ""
+    for at, candidate in enumerate(answer["next"]):
+        if not at:
+            yield f"the next connection{client} to {answer['portal']} gets:"
+        share = candidate["probability"]
+        odds = "" if share >= 1 else f" with probability {share:.3g}"
+        yield f"  {candidate['endpoint']}{odds}: {candidate['why']}"
 
 
 Columns = Mapping[str, Callable[[Row], str]]

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from userspace_proxy.errors import ConfigError, StartError
-from userspace_proxy.lab import Host, ServiceLab, connect
+from userspace_proxy.lab.clients import connect
+from userspace_proxy.lab.hosts import BRIDGE, GATEWAY, Host, ServiceLab
 from userspace_proxy.lab.pod_server import PodServer
 from userspace_proxy.lab.workloads import NODE_NAME, Key, Wanted, Workload, read, wanted
 from userspace_proxy.sources.documents import Manifest
@@ -27,13 +28,14 @@ from userspace_proxy.sources.paths import expand
 from userspace_proxy.sources.paths import read as read_file
 
 PODS_MAX = 250
-_BRIDGE, _GATEWAY, _PODS_NET = "cni0", "10.244.0.1", "10.244.0.0/16"
+_PODS_NET = "10.244.0.0/16"
 _LOOK_EVERY_S = 0.25
-_GRACE_S = 1.0  # from SIGTERM to the end of a pod
+GRACE_S = 1.0  # from SIGTERM to the end of a pod
 _ROLL_PAUSE_S = 0.3  # from a new pod that is ready to the end of an old one
 _SYNC_TIMEOUT_S, _SYNC_BEGINS_S, _POLL_S = 3.0, 0.6, 0.02
 _METRICS_PORT = 10249
-_TIMESTAMP = re.compile(rb"^kubeproxy_sync_proxy_rules_last_(queued_)?timestamp_seconds (\S+)", re.MULTILINE)
+_POD_FILE = "pod-"  # begins the name of each pod's file; files of manifests begin with a number
+_TIMESTAMP = re.compile(rb"^kubeproxy_sync_proxy_rules_last_(queued_)?timestamp_seconds\S* (\S+)$", re.MULTILINE)
 
 
 @dataclass(eq=False, slots=True)
@@ -88,6 +90,7 @@ class Cluster:
         self._deleted: set[tuple[str, Key]] = set()
         self._seen: object = None
         self._written: dict[str, str] = {}
+        self._is_served = True  # whether the proxy has served what was written
         self.paths: list[str] = []
         self.pods: dict[Key, Pod] = {}
         self.wanted = Wanted({}, {}, {}, {})
@@ -96,8 +99,8 @@ class Cluster:
         self._free_ips = itertools.cycle(_ips())  # an address is not used again at once
         node = network.node
         node.set_knob("ipv4/conf/all/send_redirects", 0)
-        node.set_knob(f"ipv4/conf/{_BRIDGE}/send_redirects", 0)
-        node.ip("route", "add", _PODS_NET, "dev", _BRIDGE)
+        node.set_knob(f"ipv4/conf/{BRIDGE}/send_redirects", 0)
+        node.ip("route", "add", _PODS_NET, "dev", BRIDGE)
 
     # ---- what the user asks for
 
@@ -153,10 +156,10 @@ class Cluster:
         self.paths = [*self.paths, path] if path not in self.paths else self.paths
         await self.reconcile()
 
-    async def leave(self, path: str) -> None:
-        """Serve the manifests in *path* no longer. Raises ValueError if they were not."""
+    async def leave(self, path: str, grace_s: float = GRACE_S) -> None:
+        """Serve the manifests in *path* no longer; pods end after *grace_s*. Raises ValueError if they were not."""
         self.paths.remove(path)
-        await self.reconcile()
+        await self.reconcile(grace_s)
 
     async def show(self, pod: Pod, *, is_ready: bool) -> None:
         """Set whether *pod* is ready."""
@@ -179,7 +182,7 @@ class Cluster:
         pod.trouble = ""
         pod.server.thaw()
         pod.host.ip("link", "set", "eth0", "up")
-        pod.host.ip("route", "replace", "default", "via", _GATEWAY, "dev", "eth0", "onlink")
+        pod.host.ip("route", "replace", "default", "via", GATEWAY, "dev", "eth0", "onlink")
         await self._serve(pod)
         await self.show(pod, is_ready=True)
 
@@ -194,7 +197,7 @@ class Cluster:
                     seen.append((file, stat.st_mtime_ns, stat.st_size))
         return seen
 
-    async def reconcile(self) -> None:
+    async def reconcile(self, grace_s: float = GRACE_S) -> None:
         """Make pods and the proxy's folder what manifests ask for; returns when the proxy serves that."""
         async with self._lock:
             self._seen = self._look()
@@ -202,7 +205,7 @@ class Cluster:
             self._read_manifests()
             for pod in [*self.pods.values()]:
                 if not pod.is_terminating and not self._is_wanted(pod):
-                    self._end(pod)
+                    self._end(pod, grace_s)
             await self._make_wanted_pods()
             for pod in self.pods.values():
                 if not pod.trouble and not pod.is_terminating:
@@ -227,12 +230,10 @@ class Cluster:
             self.wanted = wanted(manifests)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             self.problem = f"a manifest cannot be simulated: {error!r}; `userspace-proxy check` says what is wrong"
-        for name in self._written.keys() - texts.keys():
-            (self._folder / name).unlink()
+        for name in [name for name in self._written if not name.startswith(_POD_FILE) and name not in texts]:
+            self._unlink(name)
         for name, text in texts.items():
-            if self._written.get(name) != text:
-                self._write(name, text)
-        self._written = texts
+            self._write(name, text)
 
     def _is_kept(self, manifest: Manifest) -> bool:
         return (manifest.kind, Key(manifest.name.namespace, manifest.name.name)) not in self._deleted
@@ -316,14 +317,11 @@ class Cluster:
     def _add_host(self, host: Host, device: str, ip: str) -> None:
         lab, node = self._network.lab, self._network.node
         lab.add(host.name)
-        lab.link(host, "eth0", node, device)
-        node.ip("link", "set", device, "master", _BRIDGE)
-        # As CNI plugins do: with br_netfilter, a packet of a pod to itself leaves by its port.
-        node.ip("link", "set", device, "type", "bridge_slave", "hairpin", "on")
+        lab.attach(host, node, device)
         # Pods reach each other by way of the node, so that its rules translate answers between them, too.
         host.ip("address", "add", f"{ip}/32", "dev", "eth0")
-        host.ip("route", "add", "default", "via", _GATEWAY, "dev", "eth0", "onlink")
-        node.ip("route", "replace", ip, "dev", _BRIDGE)
+        host.ip("route", "add", "default", "via", GATEWAY, "dev", "eth0", "onlink")
+        node.ip("route", "replace", ip, "dev", BRIDGE)
 
     async def _serve(self, pod: Pod) -> None:
         ports = self.wanted.addresses.get(pod.ip, frozenset())
@@ -331,23 +329,23 @@ class Cluster:
             ports |= self.wanted.ports(pod.plain)
         await pod.server.serve(ports)
 
-    def _end(self, pod: Pod) -> None:
+    def _end(self, pod: Pod, grace_s: float = GRACE_S) -> None:
         """End *pod* as the kubelet does: it is terminating, answers for a grace period, and is gone."""
-        pod.ending = asyncio.create_task(self._remove(pod), name=f"end pod {pod.key}")
+        pod.ending = asyncio.create_task(self._remove(pod, grace_s), name=f"end pod {pod.key}")
         self._write_pod(pod)
 
-    async def _remove(self, pod: Pod) -> None:
-        await asyncio.sleep(_GRACE_S)
+    async def _remove(self, pod: Pod, grace_s: float) -> None:
+        await asyncio.sleep(grace_s)
         pod.server.kill()
         await asyncio.to_thread(self._remove_host, pod)
         if pod.plain is not None:
-            (self._folder / _file_name(pod)).unlink()
+            self._unlink(_file_name(pod))
         del self.pods[pod.key]
 
     def _remove_host(self, pod: Pod) -> None:
         node = self._network.node
-        node.ip("route", "del", pod.ip, "dev", _BRIDGE)
-        node.ip("neighbour", "flush", "to", pod.ip, "dev", _BRIDGE)  # the next pod there has another MAC address
+        node.ip("route", "del", pod.ip, "dev", BRIDGE)
+        node.ip("neighbour", "flush", "to", pod.ip, "dev", BRIDGE)  # the next pod there has another MAC address
         self._network.lab.remove(pod.host)
 
     async def _gone(self, key: Key) -> None:
@@ -360,21 +358,32 @@ class Cluster:
             self._write(_file_name(pod), pod.manifest())
 
     def _write(self, name: str, text: str) -> None:
-        """Replace a file of the proxy's folder whole."""
+        """Replace a file of the proxy's folder whole, unless it has this text."""
+        if self._written.get(name) == text:
+            return
         written = self._folder / f".{name}"
         written.write_text(text)
         written.rename(self._folder / name)
+        self._written[name] = text
+        self._is_served = False
+
+    def _unlink(self, name: str) -> None:
+        (self._folder / name).unlink()
+        del self._written[name]
+        self._is_served = False
 
     async def _synced(self) -> None:
         """Wait until the proxy has served what was written before this call, or until nothing was to be done."""
+        if self._is_served:
+            return
         asked_at, node = time.time(), self._network.node
+        self._is_served = True
         while (passed_s := time.time() - asked_at) < _SYNC_TIMEOUT_S:
             await asyncio.sleep(_POLL_S)
             try:
-                found = await asyncio.to_thread(_timestamps, node)
+                queued, synced = await asyncio.to_thread(_timestamps, node)
             except OSError:
                 return  # the proxy is not running, and reads everything when it starts
-            queued, synced = found
             if (queued > asked_at and synced > queued) or (queued <= asked_at and passed_s > _SYNC_BEGINS_S):
                 return
 
@@ -384,8 +393,13 @@ def _timestamps(node: Host) -> tuple[float, float]:
     with connect(node, "127.0.0.1", _METRICS_PORT, timeout_s=1.0) as sock:
         sock.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
         with sock.makefile("rb") as stream:
-            found = {bool(queued): float(value) for queued, value in _TIMESTAMP.findall(stream.read())}
-    return found.get(True, 0.0), found.get(False, 0.0)
+            return timestamps(stream.read())
+
+
+def timestamps(metrics: bytes) -> tuple[float, float]:
+    """Return when the last change was queued and when the last sync ended, of the proxy's *metrics*."""
+    found = {bool(queued): float(value) for queued, value in _TIMESTAMP.findall(metrics)}
+    return found[True], found[False]
 
 
 def _ips() -> Iterator[str]:
@@ -394,7 +408,7 @@ def _ips() -> Iterator[str]:
 
 
 def _file_name(pod: Pod) -> str:
-    return f"pod-{pod.key.namespace}-{pod.key.name}.yaml"
+    return f"{_POD_FILE}{pod.key.namespace}-{pod.key.name}.yaml"
 
 
 def _fixed_ip(plain: Mapping[str, Any]) -> str:

@@ -236,6 +236,13 @@ class Lab:
         left.ip("link", "set", left_device, "up")
         right.ip("link", "set", right_device, "up")
 
+    def attach(self, pod: Host, node: Host, device: str) -> None:
+        """Connect *pod* with the bridge of *node*, at a port named *device*."""
+        self.link(pod, "eth0", node, device)
+        node.ip("link", "set", device, "master", BRIDGE)
+        # As CNI plugins do: with br_netfilter, a packet of a pod to itself leaves by the port at which it came.
+        node.ip("link", "set", device, "type", "bridge_slave", "hairpin", "on")
+
 
 @dataclass(frozen=True)
 class ServiceLab:
@@ -260,7 +267,7 @@ class ServiceLab:
 
 NODE_IP, NODE_IP6 = "192.168.50.1", "fd00:50::1"
 CLIENT_IP, CLIENT_IP6 = "192.168.50.2", "fd00:50::2"
-_BRIDGE = "10.244.0.1", "fd00:244::1"
+BRIDGE, GATEWAY, _GATEWAY6 = "cni0", "10.244.0.1", "fd00:244::1"
 
 
 def build_service_lab(lab: Lab, pods: int) -> ServiceLab:
@@ -271,14 +278,13 @@ def build_service_lab(lab: Lab, pods: int) -> ServiceLab:
         node.set_knob(knob, 1)  # as on cluster nodes; a namespace inherits the machine's value
     client.add_addresses("eth0", CLIENT_IP, CLIENT_IP6, gateways=(NODE_IP, NODE_IP6))
     node.add_addresses("eth0", NODE_IP, NODE_IP6)
-    node.ip("link", "add", "cni0", "type", "bridge")
-    node.ip("link", "set", "cni0", "up")
-    node.add_addresses("cni0", *_BRIDGE)
+    node.ip("link", "add", BRIDGE, "type", "bridge")
+    node.ip("link", "set", BRIDGE, "up")
+    node.add_addresses(BRIDGE, GATEWAY, _GATEWAY6)
     hosts = []
     for index in range(pods):
         pod = lab.add(f"pod{index + 1}")
-        lab.link(pod, "eth0", node, pod.name)
-        node.ip("link", "set", pod.name, "master", "cni0")
-        pod.add_addresses("eth0", ServiceLab.pod_ip(index), ServiceLab.pod_ip6(index), gateways=_BRIDGE)
+        lab.attach(pod, node, pod.name)
+        pod.add_addresses("eth0", ServiceLab.pod_ip(index), ServiceLab.pod_ip6(index), gateways=(GATEWAY, _GATEWAY6))
         hosts.append(pod)
     return ServiceLab(lab, client, node, tuple(hosts))

@@ -22,7 +22,7 @@ from userspace_proxy.control.pod_names import environment
 from userspace_proxy.errors import StartError
 from userspace_proxy.lab import Lab, ServiceLab, build_service_lab, enter_namespaces, prepare, start_proxy
 from userspace_proxy.lab.cluster import Cluster, check_paths
-from userspace_proxy.lab.words import WordError, Words
+from userspace_proxy.lab.words import NO_MODE, WordError, Words
 from userspace_proxy.lab.workloads import NODE_NAME
 from userspace_proxy.runtime.known_services import known_services
 
@@ -36,15 +36,16 @@ _WELCOME = """\
 A client, and a node with the proxy in {mode} mode. Try: get pods, get services, curl http://NAME, lab-help
 """
 _HELP = """\
-curl http://NAME, nslookup NAME     a Service by its name; the variables of Services are set, too
+curl http://NAME, lookup NAME [SRV] a Service by its name; the variables of Services are set, too
 get pods|deployments|services|endpoints|connections, describe service NAME, why NAME
 scale NAME N, restart NAME          a Deployment: more or fewer pods, or new ones, one by one
 kill-pod [--hang|--silent] NAME     a pod's process dies (or hangs, or loses its network); the API does not know it
 unready NAME, ready NAME            the readiness probe fails, or the pod is well again
-apply -f PATH, delete -f PATH, delete KIND NAME
-mode userspace|iptables|nftables|ipvs    start the proxy again in another mode
+apply -f PATH, delete [--now] -f PATH, delete KIND NAME
+mode userspace|iptables|nftables|ipvs|none    start the proxy again in another mode, or end it
 trace NAME, render --explain, nft, iptables-save, conntrack: on the node; node COMMAND: anything on the node
 access-log                          the last choices of the proxy and their reasons; proxy-log: its log
+kubectl exec POD -- COMMAND         run a command in a pod; port-forward svc/NAME LOCAL:PORT: a Service at a local port
 kubectl WORD ...                    the same words; exit: leave the lab, nothing remains
 """
 
@@ -89,7 +90,8 @@ async def _run(lab: Lab, paths: Sequence[str], command: Sequence[str], mode: str
     following = asyncio.create_task(cluster.follow(), name="follow manifests")
     environment = _write_words(words)
     shell = await asyncio.create_subprocess_exec(
-        *network.client.command(*(command or _shell(mode))), env=environment | await _service_variables(manifests)
+        *network.client.command(*(command or _shell(mode))),
+        env=environment | (await _service_variables(manifests) if paths else {}),
     )
     code = await shell.wait()
     following.cancel()
@@ -106,22 +108,25 @@ class _Proxy:
         self._process: subprocess.Popen[bytes] | None = None
 
     async def set_mode(self, mode: str) -> None:
-        """Start the proxy in *mode*, after the end of one that runs.
+        """Start the proxy in *mode*, or none, after the end of one that runs.
 
         Raises:
             WordError: there is no such mode, or the proxy does not start.
         """
-        if mode not in MODE_NAMES:
-            raise WordError(f"{mode!r} is no mode; modes: {', '.join(MODE_NAMES)}")
+        if mode not in (*MODE_NAMES, NO_MODE):
+            raise WordError(f"{mode!r} is no mode; modes: {', '.join(MODE_NAMES)}, or {NO_MODE}")
         if self._process is not None:
             self._process.send_signal(signal.SIGINT)  # removes its rules, also in a kernel mode
             await asyncio.to_thread(self._process.wait, 15)
+            self._process = None
+        (_FOLDER / "mode").write_text(f"{mode}\n")
+        if mode == NO_MODE:
+            return
         options = ["--proxy-mode", mode, "--dns", _DNS_IP, "--hostname-override", NODE_NAME]
         options += ["--load-balancer-pool", _LOAD_BALANCERS, "--access-log", str(_FOLDER / "access.log")]
         options += ["--drain-timeout", "0s"]
         log = _FOLDER / "proxy.log"
         self._process = await asyncio.to_thread(start_proxy, self._network.node, self._manifests, log, *options)
-        (_FOLDER / "mode").write_text(f"{mode}\n")
 
 
 async def _obey(words: Words, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -169,6 +174,11 @@ def _write_words(words: Words) -> dict[str, str]:
         "userspace-proxy": f"exec {ours}",
         "access-log": "exec tail /run/lab/access.log",
         "proxy-log": "exec tail /run/lab/proxy.log",
+        "exec": f'pod=$({word} exec "$@") || exit 1\n'
+        'until [ "$1" = -- ]; do shift; done; shift\n'
+        "exec ip netns exec $pod",
+        "port-forward": f"exec {ours} forward -f /run/lab/manifests",
+        "lookup": f"exec {python} -P -m dnslib.client --server {_DNS_IP}:53 --short",
         "lab-help": "exec cat /run/lab/help",
         "kubectl": 'word=${1:-lab-help}; [ $# = 0 ] || shift; [ "$word" != rollout ] || { word=$1; shift; }\n'
         '[ -x "/run/lab/bin/$word" ] || { echo "kubectl $word: the lab has no such word; see lab-help" >&2; exit 1; }\n'

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from userspace_proxy.errors import ConfigError
-from userspace_proxy.lab.cluster import Cluster, Pod
+from userspace_proxy.lab.cluster import GRACE_S, Cluster, Pod
 from userspace_proxy.lab.workloads import WORKLOADS, Key
 
 _ALIASES = {"deploy": "deployment", "rs": "replicaset", "sts": "statefulset", "ds": "daemonset", "po": "pod"}
@@ -21,6 +21,8 @@ _HARM = {
     "Hangs": "hangs: it accepts connections and answers nothing",
     "Silent": "has lost its network: nothing answers there",
 }
+_WITH_VALUE = ("-n", "-f", "--namespace")
+NO_MODE = "none"  # the proxy does not run
 _KINDS = {kind.lower(): kind for kind in (*WORKLOADS, "Pod", "Service", "Endpoints", "EndpointSlice")}
 
 
@@ -48,21 +50,25 @@ class Request(NamedTuple):
 
 def parse(arguments: Sequence[str], folder: Path) -> Request:
     """Return *arguments*, typed in *folder*, with the kinds of objects apart: ``deployment web`` or ``deploy/web``."""
-    names: list[str] = []
-    kinds: list[str] = []
+    words: list[str] = []
     options: dict[str, str] = {}
-    words = iter(arguments)
-    for word in words:
+    rest = iter(arguments)
+    for word in rest:
         if word.startswith("-") and word != "-":
             name, equals, value = word.partition("=")
-            options[name] = value if equals else next(words, "") if name in ("-n", "-f", "--namespace") else "yes"
-            continue
-        kind, slash, name = word.partition("/")
-        found = _kind_of(kind)
-        if found and (slash or not kinds):
-            kinds.append(found)
-        names += [name] if found and slash else [] if found and len(kinds) == 1 and not names else [word]
-    return Request(names, kinds, options, folder)
+            options[name] = value if equals else next(rest, "") if name in _WITH_VALUE else "yes"
+        else:
+            words.append(word)
+    return Request(*_names_and_kinds(words), options, folder)
+
+
+def _names_and_kinds(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    if words and (kind := _kind_of(words[0])):
+        return [*words[1:]], [kind]
+    parts = [word.partition("/") for word in words]
+    kinds = [_kind_of(kind) if slash else "" for kind, slash, _ in parts]
+    names = [name if kind else word for word, kind, (_, _, name) in zip(words, kinds, parts, strict=True)]
+    return names, [kind for kind in kinds if kind]
 
 
 def _kind_of(word: str) -> str:
@@ -87,6 +93,7 @@ class Words:
             "delete": self._delete,
             "get": self._get,
             "mode": self._mode,
+            "exec": self._exec,
         }
 
     @property
@@ -152,7 +159,7 @@ class Words:
         if "-f" in request.options:
             path = self._path(request)
             try:
-                await self._cluster.leave(path)
+                await self._cluster.leave(path, 0.0 if "--now" in request.options else GRACE_S)
             except ValueError:
                 raise WordError(
                     f"{path} was not applied; applied: {', '.join(self._cluster.paths) or 'none'}"
@@ -185,9 +192,19 @@ class Words:
 
     async def _mode(self, request: Request) -> str:
         if not request.names:
-            raise WordError("usage: mode userspace|iptables|nftables|ipvs")
-        await self._set_mode(request.names[0])
-        return f"the proxy serves in {request.names[0]} mode"
+            raise WordError("usage: mode userspace|iptables|nftables|ipvs|none")
+        await self._set_mode(mode := request.names[0])
+        return (
+            "the proxy has ended; `mode userspace` starts it again"
+            if mode == NO_MODE
+            else f"the proxy serves in {mode} mode"
+        )
+
+    async def _exec(self, request: Request) -> str:
+        """Return the network namespace of a pod, for the shell to run the command in."""
+        if "--" not in request.options:
+            raise WordError("usage: exec POD -- COMMAND")
+        return self._pod(request, lambda pod: not pod.trouble).host.name
 
     # ---- what a word names
 
