@@ -20,6 +20,7 @@ import pytest
 from userspace_proxy import api
 from userspace_proxy.api.events import EventType, ObjectEvent
 from userspace_proxy.errors import StartError
+from userspace_proxy.sources import files
 from userspace_proxy.sources.files import FileSource
 
 PATIENCE_S = 10
@@ -637,3 +638,77 @@ def test_after_any_edits_the_reported_objects_are_those_of_a_fresh_reader(tmp_pa
 
 def _numbered(number: int, port: int) -> str:
     return f"apiVersion: v1\nkind: Service\nmetadata: {{name: s{number}}}\nspec: {{ports: [{{port: {port}}}]}}\n"
+
+
+# ---- changes that a notification names
+
+
+@pytest.fixture
+def looks_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let sources look at all files again after years only, so that they depend on notifications."""
+    monkeypatch.setattr(files, "_LOOK_AGAIN_SHARE", 1e-12)
+
+
+@pytest.mark.usefixtures("looks_once")
+async def test_a_notification_is_enough_for_an_edited_a_new_and_a_deleted_file(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.yaml").write_text(service(name))
+
+    async with following(tmp_path) as told:
+        put_in_place(tmp_path / "a.yaml", service("a", 81))
+        await told.until(lambda: told.ports == {"a": 81, "b": 80})
+        (tmp_path / "c.yaml").write_text(service("c"))
+        await told.until(lambda: told.ports == {"a": 81, "b": 80, "c": 80})
+        (tmp_path / "b.yaml").unlink()
+        await told.until(lambda: told.ports == {"a": 81, "c": 80})
+
+
+@pytest.mark.usefixtures("looks_once")
+async def test_a_fault_in_one_file_stays_reported_while_another_one_changes(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(service("a"))
+    (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\xff")
+    (tmp_path / "c.yaml").write_text("kind: [")
+
+    async with following(tmp_path) as told:
+        faults = dict(told.source.problems)
+        assert len(faults) == 2
+        (tmp_path / "a.yaml").write_text(service("a", 81))
+        await told.until(lambda: told.ports == {"a": 81})
+        assert told.source.problems == faults
+
+        (tmp_path / "b.yaml").write_text(service("b"))
+        await told.until(lambda: told.ports == {"a": 81, "b": 80})
+        assert len(told.source.problems) == 1
+
+
+@pytest.mark.usefixtures("looks_once")
+async def test_a_swapped_link_changes_all_files_that_are_reached_by_it(tmp_path: Path) -> None:
+    """As kubelet updates a ConfigMap's volume."""
+    for version, port in (("..1", 80), ("..2", 81)):
+        (tmp_path / version).mkdir()
+        for name in "ab":
+            (tmp_path / version / f"{name}.yaml").write_text(service(name, port))
+    (tmp_path / "..data").symlink_to("..1")
+    for name in "ab":
+        (tmp_path / f"{name}.yaml").symlink_to(f"..data/{name}.yaml")
+
+    async with following(tmp_path) as told:
+        assert told.ports == {"a": 80, "b": 80}
+        (tmp_path / "..new").symlink_to("..2")
+        (tmp_path / "..new").replace(tmp_path / "..data")
+        await told.until(lambda: told.ports == {"a": 81, "b": 81})
+
+
+@pytest.mark.usefixtures("looks_once")
+async def test_a_folder_made_anew_is_watched_again(tmp_path: Path) -> None:
+    folder = tmp_path / "manifests"
+    folder.mkdir()
+    (folder / "a.yaml").write_text(service("a"))
+
+    async with following(folder) as told:
+        folder.rename(tmp_path / "old")
+        folder.mkdir()
+        (folder / "a.yaml").write_text(service("a", 81))
+        await told.until(lambda: told.ports == {"a": 81})
+        put_in_place(folder / "a.yaml", service("a", 82))
+        await told.until(lambda: told.ports == {"a": 82})

@@ -53,7 +53,7 @@ async def advised(file: Path, mode: str = "userspace") -> AsyncIterator[Advisor]
     """Read *file* as a source, and check it as `run` does."""
     advisor = Advisor(replace(OPTIONS, mode=mode, names_unserved=True))
     source = FileSource([str(file)])
-    source.observe = advisor.note
+    source.observer = advisor
 
     async def follow() -> None:
         async for _ in source.events():
@@ -156,3 +156,15 @@ async def test_a_fault_that_run_reports_is_not_reported_twice(tmp_path: Path, ca
 
         (line,) = said(caplog)
         assert "spec.trafficDistribution" in line
+
+
+async def test_a_finding_names_the_line_where_its_document_is_now(tmp_path: Path) -> None:
+    file = tmp_path / "web.yaml"
+    wrong = WEB.replace("labels: {app: web}", "labels: {app: web}, annotations: {a b: c}")
+    file.write_text(wrong)
+    async with advised(file) as advisor:
+        await until(lambda: bool(advisor.faults))
+        assert advisor.faults[0].startswith(f"{file}:8: Pod default/web-1: ")
+
+        file.write_text(wrong.replace("---\n", "# a line\n# and one more\n---\n"))
+        await until(lambda: advisor.faults[0].startswith(f"{file}:10: Pod default/web-1: "))

@@ -6,6 +6,7 @@ from userspace_proxy.api.convert import (
     below,
     convert,
     convert_to,
+    field_of,
     key_space_error,
     space_error,
     steps,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import reduce
 from typing import Any, TypeVar
 
 import msgspec
@@ -23,6 +24,7 @@ KINDS: dict[str, type[Service | EndpointSlice | Endpoints | Pod | Node]] = {
 }
 
 _PLACE = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
+_QUOTED_CHARACTERS = re.compile(r"[.\[\]]")
 _STEP = re.compile(r"\[(?P<index>\d+)\]|\[\"(?P<quoted>[^\"]*)\"\]|(?P<key>[^.\[\]]+)")
 _NO_SPACE_AFTER_COLON = re.compile(r"(?:- +)*(?P<key>[A-Za-z][\w.-]*):(?P<value>[^\s/]\S*)")
 _NO_SPACE_AFTER_DASH = re.compile(r"-(?P<key>[A-Za-z][\w./-]*):(\s|$)")
@@ -76,9 +78,14 @@ def convert_to(wanted: type[_Wanted], plain: object, decode: Callable[[type, obj
 def below(field: str, key: object) -> str:
     """Return the path of *key* in *field*, quoted if the key contains dots or brackets: ``labels["a.b/c"]``."""
     text = str(key)
-    if re.search(r"[.\[\]]", text) or not text:
+    if not text or _QUOTED_CHARACTERS.search(text):
         return f'{field}["{text}"]'
     return f"{field}.{text}" if field else text
+
+
+def field_of(steps: Iterable[str | int]) -> str:
+    """Return the path of these keys and indexes; the inverse of `steps`."""
+    return reduce(lambda field, step: f"{field}[{step}]" if isinstance(step, int) else below(field, step), steps, "")
 
 
 def steps(field: str) -> list[str | int]:

@@ -10,9 +10,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Generator, Hashable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from itertools import islice
 
 import msgspec
@@ -39,18 +39,26 @@ _Outcome = tuple[list[Finding], list[Finding]]
 log = logging.getLogger(__name__)
 
 
+@dataclass(slots=True)
+class _Entry:
+    """One document: how often it stands in its file, the line of the last one, and its objects in the linter."""
+
+    count: int = 0
+    line: int = 1
+    manifests: Sequence[Manifest] | None = None
+
+
 class Advisor:
-    """Checks the documents that a source reads, on its own copy of their objects."""
+    """Checks the documents that a source reads; an Observer of it."""
 
     def __init__(self, options: LintOptions) -> None:
         self._linter = Linter(options)
+        self._examined: dict[_Text, list[tuple[Manifest, list[Diagnostic]]]] = {}
         self._changes: deque[tuple[Sequence[Document], Sequence[Document]]] = deque()
         self._changed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self._counts: Counter[_Text] = Counter()
-        self._line_of: dict[_Text, int] = {}
-        self._known: dict[_Text, list[Manifest]] = {}
-        self._reported: dict[Hashable, dict[tuple[str, str, str], tuple[Finding, str]]] = {}
+        self._entries: dict[_Text, _Entry] = {}
+        self._reported: dict[Hashable, dict[tuple[str, str, str], tuple[Finding, Document]]] = {}
 
     @property
     def faults(self) -> list[str]:
@@ -58,6 +66,10 @@ class Advisor:
         reported = (pair for pairs in list(self._reported.values()) for pair in pairs.values())
         faults = (pair for pair in reported if _is_fault(pair[0]))
         return [_text(self._placed(*pair)) for pair in islice(faults, _LISTED_MAX)]
+
+    def examine(self, document: Document, manifests: Sequence[Manifest]) -> None:
+        """Check each of *manifests* by itself. Thread-safe."""
+        self._examined[document.path, document.text] = list(map(self._linter.examine, manifests))
 
     def note(self, gone: Sequence[Document], came: Sequence[Document]) -> None:
         """Queue a check of documents that disappeared and of new ones. Thread-safe."""
@@ -94,39 +106,39 @@ class Advisor:
     def _steps(self) -> Generator[None, None, _Outcome]:
         """Check the queued documents, one after another."""
         for text in self._take_changes():
-            if self._counts[text] <= 0:
-                del self._counts[text]
-                self._line_of.pop(text, None)
-                for manifest in self._known.pop(text, ()):
+            entry, examined = self._entries[text], self._examined.pop(text, None)
+            if entry.count <= 0:
+                del self._entries[text]
+                for manifest in entry.manifests or ():
                     self._linter.remove(manifest)
-            elif text not in self._known:
-                manifests, _ = parse(Document(text[0], 1, text[1]), for_check=True)
-                for manifest in manifests:
-                    self._linter.add(manifest)
-                self._known[text] = [replace(manifest, plain=None) for manifest in manifests]
+            elif entry.manifests is None:
+                if examined is None:  # a document with problems
+                    examined = list(map(self._linter.examine, parse(Document(text[0], 1, text[1]), for_check=True)[0]))
+                entry.manifests = tuple(held for held, _ in examined)
+                for found in examined:
+                    self._linter.add(*found)
             yield
-        while self._linter.work():
-            yield
+        yield from self._linter.work()
         return self._compare(self._linter.take_changed())
 
     def _take_changes(self) -> list[_Text]:
         """Count the queued documents; return those that changed, disappeared ones first."""
-        touched: dict[_Text, None] = {}
+        touched: dict[_Text, _Entry] = {}
         while self._changes:
             gone, came = self._changes.popleft()
             for document, step in (*((each, -1) for each in gone), *((each, 1) for each in came)):
                 text = document.path, document.text
-                touched[text] = None
-                self._counts[text] += step
+                touched[text] = entry = self._entries.setdefault(text, _Entry())
+                entry.count += step
                 if step > 0:
-                    self._line_of[text] = document.line
-        return sorted(touched, key=lambda text: self._counts[text] > 0)
+                    entry.line = document.line
+        return sorted(touched, key=lambda text: touched[text].count > 0)
 
     def _compare(self, changed: dict[Hashable, list[Diagnostic]]) -> _Outcome:
         news, ended = [], []
         for key, diagnostics in changed.items():
             now = {
-                (finding.object, finding.field, finding.problem): (finding, each.manifest.place.document.text)
+                (finding.object, finding.field, finding.problem): (finding, each.manifest.place.document)
                 for each in diagnostics
                 if not each.is_reported
                 for finding in as_findings([each])
@@ -138,10 +150,12 @@ class Advisor:
                 self._reported[key] = now
         return news, ended
 
-    def _placed(self, finding: Finding, text: str) -> Finding:
-        """Return *finding* with its line counted in the file; it was counted in its document, *text*."""
-        above = self._line_of.get((finding.file, text), 1) - 1
-        return msgspec.structs.replace(finding, line=None if finding.line is None else finding.line + above)
+    def _placed(self, finding: Finding, document: Document) -> Finding:
+        """Return *finding* with the line where it is now; *document* has moved if lines above it were edited."""
+        entry = self._entries.get((document.path, document.text))
+        if finding.line is None or entry is None:
+            return finding
+        return msgspec.structs.replace(finding, line=finding.line + entry.line - document.line)
 
 
 def _take_slice(steps: Generator[None, None, _Outcome]) -> _Outcome | None:

@@ -234,7 +234,7 @@ class PortalClaims:
         self._remembered = None if remembered is None else dict(remembered)
         self._owners: dict[Portal, NamespacedName] = {}  # of cluster IPs
         self._claimants: dict[Portal, dict[NamespacedName, str]] = {}  # with their creation time
-        self._portals: dict[NamespacedName, tuple[frozenset[Portal], frozenset[Portal]]] = {}
+        self._portals: dict[NamespacedName, tuple[tuple[Portal, ...], tuple[Portal, ...]]] = {}  # own and external
         self._refused: dict[NamespacedName, frozenset[Portal]] = {}
         self._holders: dict[Portal, NamespacedName] = {}  # for portals with claimants
         self.evicted: set[NamespacedName] = set()
@@ -256,7 +256,7 @@ class PortalClaims:
         if lost := frozenset(refused):
             self._refused[name] = lost
         owned, stated = frozenset(own), frozenset(external) - lost
-        before_owned, before_stated = self._portals.get(name, (frozenset(), frozenset()))
+        before_owned, before_stated = map(frozenset, self._portals.get(name, ((), ())))
         for portal in before_owned - owned:
             if self._owners.get(portal) == name:
                 del self._owners[portal]
@@ -266,7 +266,7 @@ class PortalClaims:
         for portal in stated:
             self._claimants.setdefault(portal, {})[name] = created or "~"  # sorts after every timestamp
         if owned or stated:
-            self._portals[name] = owned, stated
+            self._portals[name] = tuple(owned), tuple(stated)
         else:
             self._portals.pop(name, None)
         touched = (before_owned ^ owned) | before_stated | stated
@@ -283,9 +283,9 @@ class PortalClaims:
         to_others = (portal for portal in self.stated(name) if self._holders[portal] != name)
         return self._refused.get(name, frozenset()).union(to_others)
 
-    def stated(self, name: NamespacedName) -> frozenset[Portal]:
+    def stated(self, name: NamespacedName) -> tuple[Portal, ...]:
         """Return the external portals that *name* states and that were not refused."""
-        return self._portals.get(name, (frozenset(), frozenset()))[1]
+        return self._portals.get(name, ((), ()))[1]
 
     def _settle(self, portal: Portal, name: NamespacedName) -> None:
         """Decide which Service gets *portal*, and mark others than *name* as evicted if their share changes."""

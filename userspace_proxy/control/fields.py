@@ -113,11 +113,10 @@ def _unknown(kind: str, whole: _Tree, tree: _Tree, given: object, field: str) ->
             yield from _unknown(kind, whole, tree, item, f"{field}[{index}]")
     elif isinstance(given, dict):
         for key, value in given.items():
-            here = api.below(field, key)
             if key not in tree:
-                yield _unknown_field(kind, whole, tree, str(key), here)
+                yield _unknown_field(kind, whole, tree, str(key), api.below(field, key))
             elif (subtree := tree[key]) is not None:
-                yield from _unknown(kind, whole, subtree, value, here)
+                yield from _unknown(kind, whole, subtree, value, api.below(field, key))
 
 
 def _unknown_field(kind: str, whole: _Tree, tree: _Tree, key: str, here: str) -> ConfigError:

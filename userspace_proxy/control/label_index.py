@@ -22,7 +22,7 @@ class LabelIndex(Generic[T]):
     def __init__(self) -> None:
         self._pods: dict[_LabelKey, dict[Hashable, T]] = defaultdict(dict)
         self._selecting: dict[_LabelKey, set[NamespacedName]] = defaultdict(set)
-        self._keys_of: dict[NamespacedName, set[_LabelKey]] = {}
+        self._keys_of: dict[NamespacedName, tuple[_LabelKey, ...]] = {}
 
     def add(self, key: Hashable, namespace: str, labels: Mapping[str, str], pod: T) -> set[NamespacedName]:
         """Add *pod* under *key*; return the Services that may select it."""
@@ -46,7 +46,7 @@ class LabelIndex(Generic[T]):
             self._selecting[key].discard(name)
             if not self._selecting[key]:
                 del self._selecting[key]
-        if keys := {_first_label(name.namespace, selector) for selector in selectors}:
+        if keys := tuple({_first_label(name.namespace, selector) for selector in selectors}):
             self._keys_of[name] = keys
         for key in keys:
             self._selecting[key].add(name)

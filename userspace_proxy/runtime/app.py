@@ -181,7 +181,7 @@ class Proxy:
         self._advisor = None
         if isinstance(node.source, FileSource):
             self._advisor = Advisor(lint_options(settings))
-            node.source.observe = self._advisor.note
+            node.source.observer = self._advisor
         reports = Reports(
             settings,
             source,

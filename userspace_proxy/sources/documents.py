@@ -47,8 +47,8 @@ log = logging.getLogger(__name__)
 class Manifest:
     """One object of a document; ``object`` is None for a kind that the proxy does not read.
 
-    With ``for_check``, ``plain`` holds the values as written and ``errors`` the ones of a wrong type. ``object`` is
-    then built without those, or None if that is not possible.
+    ``plain``: the values as written, or None if they are no longer needed. With ``for_check``, ``errors`` are the
+    values of a wrong type, and ``object`` is built without those, or None if that is not possible.
     """
 
     kind: str
@@ -172,6 +172,8 @@ def _parse_pieces(document: Document, begins: list[int]) -> tuple[list[Manifest]
 
 
 def _missing_separators(document: Document, begins: list[int]) -> list[Problem]:
+    if not begins:
+        return []
     error = ConfigError("a new object begins here", fix="put '---' on a line before it")
     return [Problem(document.path, document.line + line, error) for line in begins[:_PROBLEMS_MAX]]
 
@@ -207,7 +209,7 @@ def _manifest(place: Place, plain: object, *, for_check: bool) -> Manifest:
     namespace = "" if kind in _CLUSTER_WIDE else metadata.get("namespace") or "default"
     full_name = NamespacedName(str(namespace), name)
     if not is_read:
-        return Manifest(kind, full_name, None, plain if for_check else None, place)
+        return Manifest(kind, full_name, None, plain, place)
     if any(not isinstance(value, str) for value in _annotations(metadata).values()):
         texts = {key: _as_text(value) for key, value in _annotations(metadata).items()}
         plain = {**plain, "metadata": {**metadata, "annotations": texts}}
@@ -216,7 +218,7 @@ def _manifest(place: Place, plain: object, *, for_check: bool) -> Manifest:
     if for_check:
         known, errors = _convert_what_can_be(kind, plain)
         return Manifest(kind, full_name, known, plain, place, tuple(errors))
-    return Manifest(kind, full_name, api.convert(kind, plain), None, place)
+    return Manifest(kind, full_name, api.convert(kind, plain), plain, place)
 
 
 def _object(place: Place, plain: object) -> dict[str, Any]:

@@ -7,10 +7,14 @@ was read without a fault and no longer contains it.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+import os
+import time
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 from userspace_proxy import api
 from userspace_proxy.api.events import EventType, ObjectEvent
@@ -25,7 +29,11 @@ from userspace_proxy.sources.paths import (
     begin_to_read_stream,
     check_path,
     expand,
+    identity,
+    is_manifest_name,
+    is_regular,
     is_stream,
+    manifests_in,
     read,
     read_stdin,
     read_stream,
@@ -37,7 +45,9 @@ from userspace_proxy.sources.paths import (
 
 # Changes within this time are read together: an editor writes, renames and touches in one go.
 _SETTLE_MS = 25
-_LOOK_AGAIN_MS = 1_000
+_LOOK_AGAIN_S = 1.0
+# The share of a core that is spent on looking at all files again.
+_LOOK_AGAIN_SHARE = 0.004
 _BATCH = 2_000
 # At most this many new problems, and this many solved ones, are logged for one read.
 _LOGGED_MAX = 100
@@ -84,26 +94,27 @@ class _File:
 
 @dataclass(slots=True)
 class _Change:
-    """Manifests and documents that disappeared from the files, and new ones."""
+    """Documents that disappeared from the files, and new ones."""
 
-    gone: list[Manifest] = field(default_factory=list)
-    came: list[Manifest] = field(default_factory=list)
-    gone_documents: list[Document] = field(default_factory=list)
-    came_documents: list[Document] = field(default_factory=list)
+    gone: list[_Part] = field(default_factory=list)
+    came: list[_Part] = field(default_factory=list)
     is_empty: bool = True  # no file was read or removed
 
-    def replace(self, old: Iterable[_Part], new: Iterable[_Part]) -> None:
-        self.gone_documents += [part.document for part in old]
-        self.came_documents += [part.document for part in new]
-        self.gone += [manifest for part in old for manifest in part.manifests]
-        self.came += [manifest for part in new for manifest in part.manifests]
+
+class Observer(Protocol):
+    """Sees the documents that a source reads. Its methods are called in the reading thread."""
+
+    def examine(self, document: Document, manifests: Sequence[Manifest]) -> None:
+        """Look at the *manifests* of a *document* without problems. Their plain values are dropped afterwards."""
+        ...
+
+    def note(self, gone: Sequence[Document], came: Sequence[Document]) -> None:
+        """Take note of documents that disappeared and of new ones."""
+        ...
 
 
 class FileSource:
-    """Reads *paths* (manifest files, folders of them, ``-`` for stdin, pipes) and watches them.
-
-    ``observe`` is called in the reading thread with documents that disappeared and new ones.
-    """
+    """Reads *paths* (manifest files, folders of them, ``-`` for stdin, pipes) and watches them."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self._paths = list(dict.fromkeys(path if path == STDIN else str(Path(path)) for path in paths))
@@ -112,10 +123,16 @@ class FileSource:
         self._duplicated: set[ObjectKey] = set()
         self._reported: dict[ObjectKey, Manifest] = {}
         self._possibly_hidden: set[ObjectKey] = set()  # reported, no longer found, but a fault may hide them
-        self.observe: Callable[[Sequence[Document], Sequence[Document]], None] = lambda gone, came: None
+        self.observer: Observer | None = None
         self._problems: dict[str, str] = {}
         self._notes: set[str] = set()  # problems that are only notes: files of other tools
-        self._faults: list[str] = []
+        self._faults: dict[str, Problem] = {}  # of files and folders that cannot be read
+        self._faulty: set[str] = set()  # files with problems in their documents
+        self._touched: set[str] = set()  # files that the next read looks at
+        self._looks_at_all = True  # the next read looks at every file
+        self._look_again_s = _LOOK_AGAIN_S
+        self._emptied: set[str] = set()  # files that are read again, because a writer may have truncated them
+        self._with_links: set[str] = set()  # folders in which a change may concern files of other names
         self._skipped_kinds: set[str] = set()
         self._reading: asyncio.Future[list[ObjectEvent]] | None = None
         self._streams: dict[str, asyncio.Future[str]] = {}
@@ -137,6 +154,7 @@ class FileSource:
         watch.add_done_callback(lambda _: changed.set())
         try:
             await asyncio.sleep(0)  # start the watch before the first read, so that no change is missed
+            self._looks_at_all = True
             await self._read_streams()
             async for batch in self._read_in_batches():
                 yield batch
@@ -154,7 +172,7 @@ class FileSource:
             await asyncio.gather(watch, return_exceptions=True)
 
     async def _watch(self, changed: asyncio.Event) -> None:
-        """Set *changed* on each change in the watched folders, and once a second.
+        """Set *changed* on each change in the watched folders, and periodically.
 
         The periodic read finds changes without a notification: a link's target elsewhere, a folder made anew, a file on
         a network share. It continues if the watch fails.
@@ -164,27 +182,51 @@ class FileSource:
         except Exception as error:  # noqa: BLE001 - too many watches, or a file name that is not UTF-8
             log.warning("files cannot be watched (%s), they are looked at once a second", _innermost(error))
         while True:
-            await asyncio.sleep(_LOOK_AGAIN_MS / 1000)
+            await asyncio.sleep(_LOOK_AGAIN_S)
+            self._looks_at_all = True
             changed.set()
 
     async def _watch_folders(self, changed: asyncio.Event) -> None:
         from watchfiles import awatch
 
-        watched = [path for path in self._paths if path not in self._stream_paths]
-        folders = {str(folder) for path in watched for folder in watched_folders(path)}
-        if not folders:
-            return
-        # Watch folders, not files: an editor replaces the file, and kubelet swaps a symlink.
-        async for _ in awatch(
-            *folders,
-            step=_SETTLE_MS,
-            debounce=_SETTLE_MS * 4,
-            recursive=False,
-            rust_timeout=_LOOK_AGAIN_MS,
-            yield_on_timeout=True,
-            ignore_permission_denied=True,
-        ):
-            changed.set()
+        watched = [Path(path) for path in self._paths if path not in self._stream_paths]
+        folders = {str(folder) for path in watched for folder in watched_folders(str(path))}
+        named = {str(path.resolve()): str(path) for path in watched if path.is_dir() and not path.is_symlink()}
+        looked_at = time.monotonic()
+        while folders:
+            identities = set(map(identity, folders))
+            # Watch folders, not files: an editor replaces the file, and kubelet swaps a symlink.
+            async for changes in awatch(
+                *folders,
+                step=_SETTLE_MS,
+                debounce=_SETTLE_MS * 4,
+                recursive=False,
+                rust_timeout=int(_LOOK_AGAIN_S * 1000),
+                yield_on_timeout=True,
+                ignore_permission_denied=True,
+            ):
+                for _, path in changes:
+                    self._touch(Path(path), named)
+                self._touched |= self._emptied
+                latest = set(map(identity, folders))
+                is_made_anew = latest != identities and None not in latest
+                if is_made_anew or time.monotonic() - looked_at >= self._look_again_s:
+                    looked_at, self._looks_at_all = time.monotonic(), True
+                if self._looks_at_all or self._touched:
+                    changed.set()
+                if is_made_anew:
+                    break
+
+    def _touch(self, changed: Path, named: Mapping[str, str]) -> None:
+        """Let the next read look at *changed*, or at all files if it may concern others.
+
+        *named*: each folder to be read -> as the user named it.
+        """
+        folder = named.get(str(changed.parent))
+        if folder is None or folder in self._with_links:
+            self._looks_at_all = True
+        elif is_manifest_name(changed.name):
+            self._touched.add(str(Path(folder, changed.name)))
 
     async def _read_streams(self) -> None:
         """Wait until every stream ends. If cancelled, the next call continues."""
@@ -202,7 +244,11 @@ class FileSource:
         meanwhile.
         """
         if self._reading is None:
-            self._reading = run_in_thread("read files", self._read)
+            touched, self._touched = self._touched, set()
+            looks_at_all, self._looks_at_all = self._looks_at_all, False
+            self._reading = run_in_thread(
+                "read files", functools.partial(self._read, None if looks_at_all else sorted(touched))
+            )
         await asyncio.wait([self._reading])  # if cancelled here, the next call takes the result
         reading, self._reading = self._reading, None
         events = reading.result()
@@ -210,38 +256,61 @@ class FileSource:
             yield events[start : start + _BATCH]
             await asyncio.sleep(0)
 
-    def _read(self) -> list[ObjectEvent]:
-        """Read changed files; return the resulting events."""
-        faults: list[Problem] = []
+    def _read(self, touched: Sequence[str] | None = None) -> list[ObjectEvent]:
+        """Read changed files; return the resulting events. *touched*: look at these alone, if all are regular files."""
         change = _Change()
-        present = self._present(faults)
+        faults: dict[str, Problem] = {}
+        gone: set[str] = set()
+        began = time.thread_time()
+        looks_at_all = touched is None or not all(map(is_regular, touched))
+        if touched is None or looks_at_all:
+            present: Iterable[str] = (found := self._present(faults))
+            gone = self._files.keys() - found
+        else:
+            present = touched
+            faults = {path: fault for path, fault in self._faults.items() if path not in touched}
         for path in present:
             try:
                 text = self._text_if_changed(path)
             except UNREADABLE as error:
-                faults.append(unreadable(path, error))
+                faults[path] = unreadable(path, error)
                 continue
             if text is not None:
                 change.is_empty = False
-                self._take(self._files[path], shown(path), text, change)
-        for path in self._files.keys() - present:
+                file = self._files[path]
+                self._take(file, shown(path), text, change)
+                (self._faulty.add if file.problems else self._faulty.discard)(path)
+        for path in gone:
             change.is_empty = False
-            change.replace(self._files.pop(path).parts, ())
-        said = [str(fault) for fault in faults]
-        if change.is_empty and said == self._faults:
+            change.gone += self._files.pop(path).parts
+            self._faulty.discard(path)
+            self._emptied.discard(path)
+        if looks_at_all and change.is_empty:
+            self._look_again_s = max(_LOOK_AGAIN_S, (time.thread_time() - began) / _LOOK_AGAIN_SHARE)
+        if change.is_empty and list(map(str, faults.values())) == list(map(str, self._faults.values())):
             return []
-        self._faults = said
-        return self._events_of(change, faults)
+        self._faults = faults
+        return self._events_of(change)
 
-    def _present(self, faults: list[Problem]) -> dict[str, None]:
+    def _present(self, faults: dict[str, Problem]) -> dict[str, None]:
         """Return the files that exist now; files of a folder that cannot be read count as existing."""
         present: dict[str, None] = {}
+        with_links = set()
         for path in self._paths:
             try:
-                present |= dict.fromkeys([path] if path in self._stream_paths else expand(path))
+                if path in self._stream_paths:
+                    present[path] = None
+                elif Path(path).is_dir():
+                    entries = manifests_in(path)
+                    present |= dict.fromkeys(entries)
+                    if any(entry.is_symlink() for entry in entries.values()):
+                        with_links.add(path)
+                else:
+                    present |= dict.fromkeys(expand(path))
             except OSError as error:
-                faults.append(unreadable(path, error))
+                faults[path] = unreadable(path, error)
                 present |= dict.fromkeys(known for known in self._files if Path(known).is_relative_to(path))
+        self._with_links = with_links
         return present
 
     def _text_if_changed(self, path: str) -> str | None:
@@ -251,7 +320,7 @@ class FileSource:
             text = self._streams[path].result()
             self._files.setdefault(path, _File())
             return text if known is None else None
-        stat = Path(path).stat()
+        stat = os.stat(path)  # noqa: PTH116 - a Path for each of 10,000 files takes longer than the call
         seen = (stat.st_mtime_ns, stat.st_size, stat.st_ino, stat.st_dev)
         if known is not None and known.seen == seen:
             return None
@@ -259,8 +328,10 @@ class FileSource:
         file = self._files.setdefault(path, _File())
         if file.text and not text and not file.emptied:
             file.emptied = True  # a writer may have truncated it; the next read accepts an empty file
+            self._emptied.add(path)
             return None
         file.seen, file.emptied = seen, False
+        self._emptied.discard(path)
         return text
 
     def _take(self, file: _File, path: str, text: str, change: _Change) -> None:
@@ -282,23 +353,31 @@ class FileSource:
         line = 1 + text.count("\n", 0, first)
         by_text = {part.document.text: part for part in old[head:tail] if not part.problems}
         middle = [
-            known.at(document) if (known := by_text.get(document.text)) else _Part(document, *parse(document))
+            known.at(document) if (known := by_text.get(document.text)) else self._parsed(document)
             for document in split(path, text[first : last + offset], line, first)
         ]
         lines = text.count("\n", first, last + offset) - file.text.count("\n", first, last)
         moved = [part.moved(lines, offset) for part in old[tail:]]
-        change.replace(old[head:tail], middle)
-        if lines:
-            change.replace(old[tail:], moved)
+        change.gone += old[head:] if lines else old[head:tail]
+        change.came += [*middle, *moved] if lines else middle
         file.text, file.parts = text, [*old[:head], *middle, *moved]
+
+    def _parsed(self, document: Document) -> _Part:
+        manifests, problems = parse(document)
+        if self.observer is not None and not problems:
+            self.observer.examine(document, manifests)
+        return _Part(document, [replace(manifest, plain=None) for manifest in manifests], problems)
 
     # ---- events
 
-    def _events_of(self, change: _Change, faults: list[Problem]) -> list[ObjectEvent]:
-        if change.gone_documents or change.came_documents:
-            self.observe(change.gone_documents, change.came_documents)
+    def _events_of(self, change: _Change) -> list[ObjectEvent]:
+        if self.observer is not None and (change.gone or change.came):
+            self.observer.note([part.document for part in change.gone], [part.document for part in change.came])
         touched = self._update_holders(change) | dict.fromkeys(self._possibly_hidden)
-        problems = [*faults, *(problem for file in self._files.values() for problem in file.problems)]
+        problems = [
+            *self._faults.values(),
+            *(p for path in self._files if path in self._faulty for p in self._files[path].problems),
+        ]
         if self._duplicated:
             problems += duplicates(m for key in sorted(self._duplicated) for m in self._holders[key])
         self._report(problems)
@@ -323,26 +402,27 @@ class FileSource:
     def _update_holders(self, change: _Change) -> dict[ObjectKey, None]:
         """Update which manifests define each object; return the objects in *change*, in the order written."""
         touched: dict[ObjectKey, None] = {}
-        gone = [manifest for manifest in change.gone if manifest.object is not None]
+        gone = (manifest for part in change.gone for manifest in part.manifests if manifest.object is not None)
         for manifest in gone:
             key = (manifest.kind, manifest.name)
             touched[key] = None
             self._holders[key] = [held for held in self._holders[key] if held is not manifest]
-        for manifest in change.came:
+        for manifest in (manifest for part in change.came for manifest in part.manifests):
             if manifest.object is None:
                 self._skip(manifest)
             else:
                 key = (manifest.kind, manifest.name)
                 touched[key] = None
                 self._holders.setdefault(key, []).append(manifest)
-        order = {path: index for index, path in enumerate(self._files)}
+        self._duplicated -= touched.keys()
+        repeated = {key for key in touched if len(self._holders[key]) > 1}
+        order = {path: index for index, path in enumerate(self._files)} if repeated else {}
         for key in touched:
-            self._duplicated.discard(key)
-            if len(holders := self._holders[key]) > 1:
-                self._duplicated.add(key)
-                holders.sort(key=lambda m: (order.get(m.place.document.path, -1), m.place.document.line))
-            elif not holders:
+            if key in repeated:
+                self._holders[key].sort(key=lambda m: (order.get(m.place.document.path, -1), m.place.document.line))
+            elif not self._holders[key]:
                 del self._holders[key]
+        self._duplicated |= repeated
         return touched
 
     def _may_still_be_there(self, manifest: Manifest) -> bool:

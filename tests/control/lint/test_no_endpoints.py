@@ -277,14 +277,15 @@ def test_a_service_without_endpoints_is_named_once_the_faulty_slice_is_gone() ->
             (5, SLICE.replace("[10.20.1.2]", "[{ip: 10.20.1.2}]")),
         )
     )
-    for manifest in (service, piece):
-        linter.add(manifest)
-    while linter.work():
+    examined = list(map(linter.examine, (service, piece)))
+    for held, own in examined:
+        linter.add(held, own)
+    for _ in linter.work():
         pass
     before = [found.error.field for found in linter.diagnostics()]
 
-    linter.remove(piece)
-    while linter.work():
+    linter.remove(examined[-1][0])
+    for _ in linter.work():
         pass
 
     assert before == ["endpoints[0].addresses[0]"]

@@ -69,7 +69,7 @@ def _slice_endpoints(piece: api.EndpointSlice, port: int) -> Iterator[Endpoint]:
 
 
 def _named(hints: Sequence[api.objects.Hint] | None) -> frozenset[str]:
-    return _shared(tuple(hint.name for hint in hints if hint.name)) if hints else frozenset()
+    return _shared(tuple(hint.name for hint in hints or () if hint.name))
 
 
 @lru_cache(maxsize=1024)

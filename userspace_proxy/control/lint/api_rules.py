@@ -7,7 +7,7 @@ decode checks, so `run` rejects the object as well.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from userspace_proxy import api
@@ -17,6 +17,7 @@ from userspace_proxy.control.pools import NODE_PORTS
 from userspace_proxy.errors import ConfigError
 
 _Plain = Mapping[str, Any]
+_Steps = tuple[str | int, ...]
 
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 # RFC 6335: the name of a port.
@@ -145,29 +146,28 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
 def value_errors(kind: str, plain: _Plain) -> Iterator[ConfigError]:
     """Yield an error for each value in *plain*, an object of *kind*, that the API server refuses and decode accepts."""
     for rule in RULES[kind]:
-        for field, value in values_at(plain, rule.field) if rule.is_right is not None else ():
-            is_of_type = isinstance(value, type(rule.wrong))  # a wrong type is an error of its own
-            if rule.is_right is not None and is_of_type and value != "" and not rule.is_right(value):
-                yield ConfigError(f"{value!r} is not {rule.demand}", field=field, fix=rule.fix)
+        if (is_right := rule.is_right) is None:
+            continue
+        for steps, value in values_at(plain, rule.field):
+            # A wrong type is an error of its own.
+            if isinstance(value, type(rule.wrong)) and value != "" and not is_right(value):
+                yield ConfigError(f"{value!r} is not {rule.demand}", field=api.field_of(steps), fix=rule.fix)
 
 
-def values_at(plain: object, path: str, field: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (field, value) for each value in *plain* that *path*, as in `Rule`, stands for."""
-    step, _, rest = path.partition(".")
-    for here, value in _children(plain, step, field) if isinstance(plain, Mapping) else ():
-        if rest:
-            yield from values_at(value, rest, here)
-        elif value is not None:
-            yield here, value
+def values_at(plain: object, path: str) -> list[tuple[_Steps, Any]]:
+    """Return (steps to it, value) for each value in *plain* that *path*, as in `Rule`, stands for."""
+    found: list[tuple[_Steps, Any]] = [((), plain)]
+    for step in path.split("."):
+        found = [below for steps, value in found if isinstance(value, dict) for below in _children(value, step, steps)]
+    return [pair for pair in found if pair[1] is not None]
 
 
-def _children(plain: _Plain, step: str, field: str) -> Iterator[tuple[str, Any]]:
-    if step in ("*", "{}"):
-        yield from ((api.below(field, key), key if step == "{}" else value) for key, value in plain.items())
-        return
-    name = step.removesuffix("[]")
-    value, here = plain.get(name), api.below(field, name)
+def _children(plain: _Plain, step: str, steps: _Steps) -> Iterable[tuple[_Steps, Any]]:
+    if step == "{}":
+        return (((*steps, str(key)), key) for key in plain)
+    if step == "*":
+        return (((*steps, str(key)), value) for key, value in plain.items())
+    value = plain.get(name := step.removesuffix("[]"))
     if name == step:
-        yield here, value
-    elif isinstance(value, list):
-        yield from ((f"{here}[{index}]", item) for index, item in enumerate(value))
+        return (((*steps, name), value),)
+    return (((*steps, name, index), item) for index, item in enumerate(value if isinstance(value, list) else ()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 
 from userspace_proxy import api
 from userspace_proxy.control import decode
@@ -36,7 +36,7 @@ class Linter:
         self._options = options
         self._allocations = ManifestAllocations(options.cluster_ips, None, options.load_balancer_pool)
         self._index = Index()
-        self._held: dict[Hashable, Manifest] = {}
+        self._held: dict[int, Manifest] = {}  # by their ids; `run` may read two equal ones
         self._own: dict[Hashable, list[Diagnostic]] = {}
         self._shared: dict[Hashable, list[Diagnostic]] = {}
         self._concerned: dict[NamespacedName, None] = {}
@@ -44,49 +44,55 @@ class Linter:
         # Services without endpoints on which nothing is reported, because a faulty slice or Endpoints may be theirs.
         self._excused: dict[str, dict[NamespacedName, None]] = {}
 
-    def add(self, manifest: Manifest) -> None:
-        """Add *manifest*, which was read for a check, and check it by itself."""
-        key, held = _key(manifest), replace(manifest, plain=None, errors=())
-        if key in self._held:
-            self.remove(manifest)
-        self._own[key] = [Diagnostic(held, *found) for found in object_errors(manifest, self._options)]
+    def examine(self, manifest: Manifest) -> tuple[Manifest, list[Diagnostic]]:
+        """Return *manifest* in the form to `add`, and the diagnostics on it alone. Changes nothing."""
+        held = (with_template(manifest) if manifest.kind in WORKLOADS else None) or manifest
+        held = replace(held, plain=None, errors=())
+        errors: Iterable[tuple[ConfigError, bool]] = object_errors(manifest, self._options)
         if self._options.names_unserved and isinstance(manifest.object, api.Service):
-            self._own[key] += [Diagnostic(held, note) for note in self._unserved(manifest.object)]
-        if manifest.kind in WORKLOADS:
-            held = with_template(manifest) or held
-        self._held[key] = held = replace(held, plain=None)
+            errors = chain(errors, ((note, False) for note in self._unserved(manifest.object)))
+        return held, [Diagnostic(held, *found) for found in errors]
+
+    def add(self, held: Manifest, own: list[Diagnostic]) -> None:
+        """Add *held* with its *own* diagnostics, and mark the Services that it concerns."""
+        key = id(held)
+        self._held[key] = held
+        if own:
+            self._own[key] = own
         self._changed[key] = None
         self._concerned |= dict.fromkeys(self._index.add(held))
 
-    def remove(self, manifest: Manifest) -> None:
-        """Remove *manifest*, and mark the Services that it concerned."""
-        key = _key(manifest)
+    def remove(self, held: Manifest) -> None:
+        """Remove *held*, and mark the Services that it concerned."""
+        key = id(held)
+        del self._held[key]
         self._own.pop(key, None)
         self._changed[key] = None
-        if (held := self._held.pop(key, None)) is not None:  # else the same object stood twice in one file
-            self._concerned |= dict.fromkeys(self._index.remove(held))
-            if is_piece(held):
-                self._concerned |= self._excused.pop(held.name.namespace, {})
+        self._concerned |= dict.fromkeys(self._index.remove(held))
+        if is_piece(held):
+            self._concerned |= self._excused.pop(held.name.namespace, {})
 
-    def work(self) -> bool:
-        """Check the Services that changes concern; return whether there were any.
+    def work(self) -> Iterator[None]:
+        """Check the Services that changes concern, one after each step.
 
         As in `run`, Services that state addresses and ports come before those that are allocated some. Services that
-        lost a value to another one are left for the next call.
+        lost a value to another one come last.
         """
-        names, self._concerned = self._concerned, {}
-        present: dict[NamespacedName, api.Service] = {}
-        for name in names:
-            service = next((manifest.object for manifest in self._index.services.get(name, ())), None)
-            if isinstance(service, api.Service) and decode.is_proxied(service, self._options.proxy_name):
-                present[name] = service
-            else:  # removed Services first, so that their addresses are free
+        while self._concerned:
+            names, self._concerned = self._concerned, {}
+            present: dict[NamespacedName, api.Service] = {}
+            for name in names:
+                service = next((manifest.object for manifest in self._index.services.get(name, ())), None)
+                if isinstance(service, api.Service) and decode.is_proxied(service, self._options.proxy_name):
+                    present[name] = service
+                else:  # removed Services first, so that their addresses are free
+                    self._check(name)
+                    yield
+            self._allocations.apply_moves(present)
+            for name, _ in sorted(present.items(), key=lambda item: self._allocations.first(*item)):
                 self._check(name)
-        self._allocations.apply_moves(present)
-        for name, _ in sorted(present.items(), key=lambda item: self._allocations.first(*item)):
-            self._check(name)
-        self._concerned |= dict.fromkeys(self._allocations.take_evicted())
-        return bool(names)
+                yield
+            self._concerned |= dict.fromkeys(self._allocations.take_evicted())
 
     def _check(self, name: NamespacedName) -> None:
         self._changed[name] = None
@@ -134,7 +140,7 @@ class Linter:
         if not decode.is_proxied(service, self._options.proxy_name):
             self._allocations.release(name)
             return
-        faults = [found.error for found in self._own[_key(manifest)] if found.is_fault]
+        faults = [found.error for found in self._own.get(id(manifest), ()) if found.is_fault]
         fields = {error.field for error in faults}
         ports, conflicts = self._allocated_ports(name, service)
         for conflict in conflicts:
@@ -179,7 +185,7 @@ class Linter:
         """Yield why clients of *service* would be refused, unless a fault that was named explains it."""
         name, pieces = manifest.name, self._index.pieces.get(manifest.name, ())
         # A slice or Endpoints with a fault of its own explains by that why it has no endpoints.
-        has_faulty_piece = any(found.is_fault for piece in pieces for found in self._own.get(_key(piece), ()))
+        has_faulty_piece = any(found.is_fault for piece in pieces for found in self._own.get(id(piece), ()))
         if not ((service.spec and service.spec.selector) or pieces) and self._has_faulty_stray(name.namespace):
             self._excused.setdefault(name.namespace, {})[name] = None
             return
@@ -213,24 +219,19 @@ class Linter:
             of = service_of(piece)
             if of not in self._index.services:
                 orphan = orphan_error(self._index, of, piece) if of is not None else None
-                if any(found.is_fault for found in self._own.get(_key(piece), ())) or (
+                if any(found.is_fault for found in self._own.get(id(piece), ())) or (
                     orphan and not isinstance(orphan, Note)
                 ):
                     return True
         return False
 
 
-def _key(manifest: Manifest) -> Hashable:
-    place = manifest.place
-    return place.document.path, place.document.line, place.prefix, manifest.kind, manifest.name
-
-
 def lint(manifests: Sequence[Manifest], problems: Iterable[Problem], options: LintOptions) -> list[Finding]:
     """Return the findings on *manifests*, read for a check, and on the *problems* of reading them."""
     linter = Linter(options)
     for manifest in manifests:
-        linter.add(manifest)
-    while linter.work():
+        linter.add(*linter.examine(manifest))
+    for _ in linter.work():
         pass
     held = (manifest for manifest in manifests if manifest.object)
     return as_findings(linter.diagnostics(), [*problems, *duplicates(held, may_be_alternatives=True)])

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+from userspace_proxy import api
 from userspace_proxy.control import decode
 from userspace_proxy.control.lint.api_rules import values_at
 from userspace_proxy.control.pools import NODE_PORTS
@@ -125,7 +126,7 @@ def _service_errors(plain: _Plain) -> Iterator[ConfigError]:
     for relation in RELATIONS:
         if relation.is_wrong(spec):
             # The first of the fields that are set, if the relation is about any of several.
-            is_set = (field for field, value in values_at(plain, relation.field) if value)
+            is_set = (api.field_of(steps) for steps, value in values_at(plain, relation.field) if value)
             yield ConfigError(relation.demand, field=next(is_set, relation.field.partition("[]")[0]), fix=relation.fix)
     if spec.get("loadBalancerIP") and _type(spec) != "LoadBalancer":
         said = f"it has no effect in a {_type(spec)} Service"
