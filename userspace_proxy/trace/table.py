@@ -20,6 +20,8 @@ _TIMEOUT_S = 5.0
 _FIRST, _AFTER_CONNTRACK, _BEFORE_IPVS, _LAST = -350, -199, 90, 300
 _DIALS, _ANSWERS = 4, 16
 _RULES = 8
+# The one key that the set `begun` can have. After a match of l4proto with a set, nft 1.1 refuses matches of ports.
+_ONE = "meta mark and 0x0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +49,9 @@ def commands(packet: PacketFilter) -> str:
     if packet.client_port:
         match.append(f"{packet.protocol} sport {packet.client_port}")
     first = "tcp flags & (syn | ack) == syn" if tcp else ""
-    client = f"{' '.join(match)} {first} {_few(1)} add @begun {{ meta l4proto }} meta nftrace set 1"
+    client = f"{' '.join(match)} {first} {_few(1)} add @begun {{ {_ONE} }} meta nftrace set 1"
     back = "tcp flags & (syn | rst) != 0" if tcp else ""
-    ours = f"meta mark & {OWN_MARK:#x} == {OWN_MARK:#x} meta l4proto @begun {first} {_few(_DIALS)}"
+    ours = f"meta mark & {OWN_MARK:#x} == {OWN_MARK:#x} {_ONE} @begun {first} {_few(_DIALS)}"
     ends = f"{{ {ip} daddr . {packet.protocol} dport . {packet.protocol} sport }}"
     dial = f"{ours} add @dialled {ends} meta nftrace set 1"
     dialled = f"{ip} saddr . {packet.protocol} sport . {packet.protocol} dport @dialled"
@@ -62,7 +64,7 @@ def commands(packet: PacketFilter) -> str:
     unreachable = f"{asked} meta l4proto {'icmpv6' if ip == 'ip6' else 'icmp'} {_few(_ANSWERS)} meta nftrace set 1"
     lines = [
         f"add table inet {TABLE} {{ flags owner; }}",
-        f"add set inet {TABLE} begun {{ type inet_proto; size 1; flags dynamic; }}",
+        f"add set inet {TABLE} begun {{ type mark; size 1; flags dynamic; }}",
         f"add set inet {TABLE} dialled {{ type {answering}; size {_DIALS}; flags dynamic; }}",
         *(_chain(f"{AFTER}{hook}", hook, _LAST) for hook in _HOOKS),
         _chain(f"{AT}input", "input", _BEFORE_IPVS),
