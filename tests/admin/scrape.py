@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from userspace_proxy.admin.kubeproxy import SyncStats
-from userspace_proxy.admin.metrics import ControlStats, render
+from userspace_proxy.admin.kubeproxy import kubeproxy_metrics
+from userspace_proxy.admin.metrics import ControlStats, render, watch_metrics
 from userspace_proxy.control.controller import Changes
 from userspace_proxy.dns.metrics import dns_metrics
 from userspace_proxy.dns.wire import Counts
@@ -14,7 +14,7 @@ from userspace_proxy.model.counters import Counters, EndpointCounters, PlaneStat
 from userspace_proxy.model.histogram import Histogram
 from userspace_proxy.model.loads import Loads
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
-from userspace_proxy.model.sync_health import FAMILY_NAMES
+from userspace_proxy.model.sync_health import FAMILY_NAMES, SyncHealth
 from userspace_proxy.model.watch_stats import WatchStats
 from userspace_proxy.modes.iptables.metrics import iptables_metrics
 from userspace_proxy.modes.kernel_metrics import kernel_metrics, refused_loads
@@ -35,13 +35,6 @@ def every_metric() -> str:
     plane = PlaneStats(
         {name: Counters() for name in names}, {name: {("10.0.0.1", 80): EndpointCounters()} for name in names}
     )
-    syncs = SyncStats(
-        Histogram([1.0]),
-        {family: Histogram([1.0]) for family in FAMILY_NAMES},
-        changes={"service": Changes(), "endpoint": Changes()},
-        answers={("healthz", 200): 1, ("livez", 200): 1},
-        no_local={("internal", "IPv4"): 0},
-    )
     watches = [WatchStats("services")]
     tables = {"nat": 1}
     loads = dict.fromkeys(FAMILY_NAMES, Loads(rules=tables, written=tables))
@@ -50,10 +43,17 @@ def every_metric() -> str:
             render(
                 plane,
                 ControlStats(0, 0, 0, 0.0, 0, 0),
-                watches,
-                1.0,
-                syncs,
-                [*kernel_metrics(loads, Histogram([1.0]), {}), *own],
+                watch_metrics(watches, 1.0),
+                kubeproxy_metrics(
+                    Histogram([1.0]),
+                    {family: Histogram([1.0]) for family in FAMILY_NAMES},
+                    SyncHealth(1.0),
+                    {"service": Changes(), "endpoint": Changes()},
+                    {("healthz", 200): 1, ("livez", 200): 1},
+                    {("internal", "IPv4"): 0},
+                ),
+                kernel_metrics(loads, Histogram([1.0]), {}),
+                own,
             )
         ).decode()
         for own in (

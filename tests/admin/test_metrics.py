@@ -8,12 +8,13 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from userspace_proxy import __version__
-from userspace_proxy.admin.kubeproxy import SyncStats
-from userspace_proxy.admin.metrics import SERIES_AN_ENDPOINT, ControlStats, render
+from userspace_proxy.admin.kubeproxy import kubeproxy_metrics
+from userspace_proxy.admin.metrics import SERIES_AN_ENDPOINT, ControlStats, render, watch_metrics
 from userspace_proxy.control.controller import Changes
 from userspace_proxy.model.counters import Counters, EndpointCounters, PlaneStats
 from userspace_proxy.model.histogram import Histogram
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
+from userspace_proxy.model.sync_health import SyncHealth
 from userspace_proxy.model.watch_stats import WatchStats
 
 TCP = ServicePortName(NamespacedName("shop", "web"), "http", L4Protocol.TCP)
@@ -111,7 +112,7 @@ def test_how_well_a_cluster_is_heard_is_shown_for_each_kind() -> None:
         WatchStats("services", heard_at=now - 5, events=1, restarts=2, relists=3, expired=4),
         WatchStats("nodes", heard_at=now - 500, failing_since=now - 400),
     ]
-    text = b"".join(render(PlaneStats({}), control(), watches, degraded_after_s=180.0)).decode()
+    text = b"".join(render(PlaneStats({}), control(), watch_metrics(watches, 180.0))).decode()
     shown = {
         (sample.name.removeprefix("userspace_proxy_"), sample.labels.get("kind", "")): sample.value
         for family in text_string_to_metric_families(text)
@@ -131,16 +132,12 @@ def test_metrics_of_kube_proxy_have_its_names() -> None:
     for seconds in (0.1, 0.5, 5.0):
         durations.observe(seconds)
     programming.observe(0.25)
-    syncs = SyncStats(
-        durations,
-        {"IPv4": programming},
-        synced_at={"IPv4": 7.0, "IPv6": 6.0},
-        queued_at={"IPv4": 8.0},
-        changes={"service": Changes(total=5, pending=1), "endpoint": Changes(total=9, pending=2)},
-        answers={("healthz", 200): 3},
-        no_local={("internal", "IPv4"): 4},
-    )
-    lines = b"".join(render(PlaneStats({}), control(), syncs=syncs)).decode().splitlines()
+    health = SyncHealth(1.0)
+    health.updated_at, health.queued_at = {"IPv4": 7.0, "IPv6": 6.0}, {"IPv4": 8.0}
+    changes = {"service": Changes(total=5, pending=1), "endpoint": Changes(total=9, pending=2)}
+    answers, no_local = {("healthz", 200): 3}, {("internal", "IPv4"): 4}
+    syncs = kubeproxy_metrics(durations, {"IPv4": programming}, health, changes, answers, no_local)
+    lines = b"".join(render(PlaneStats({}), control(), syncs)).decode().splitlines()
 
     assert {
         'kubeproxy_sync_proxy_rules_duration_seconds_bucket{ip_family="IPv4",le="0.1"} 1.0',

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from userspace_proxy.config.settings import Settings
 from userspace_proxy.runtime.lifecycle import Lifecycle
 
 
@@ -36,7 +37,7 @@ def wait_until_it_runs(pid: int) -> None:
 
 async def test_a_hang_up_that_is_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    lifecycle = Lifecycle(drain_timeout_s=0, orphan_timeout_s=0, can_restart=False, is_supervised=False)
+    lifecycle = Lifecycle(Settings())
     try:
         lifecycle.install_signal_handlers()
         signal.raise_signal(signal.SIGHUP)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from operator import attrgetter
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
@@ -14,7 +13,6 @@ from prometheus_client.registry import Collector
 
 from userspace_proxy import __version__
 from userspace_proxy.admin.families import family, single
-from userspace_proxy.admin.kubeproxy import SyncStats, kubeproxy_metrics
 from userspace_proxy.model.counters import Counters, EndpointCounters, PlaneStats
 from userspace_proxy.model.endpoint import join_address
 from userspace_proxy.model.names import ServicePortName
@@ -113,13 +111,6 @@ _CONTROL_METRICS = (
     ("object_problems", "objects and files that cannot be used as they are", "problems", False),
     ("unopened_service_ports", "service ports without a listener", "unopened", False),
 )
-# For each kind that is watched at the API: fields of WatchStats.
-_WATCH_METRICS = (
-    ("events", "events received for a kind", "events"),
-    ("restarts", "times a watch of a kind was restarted", "restarts"),
-    ("relists", "times all objects of a kind were listed", "relists"),
-    ("expired", "times the resource version of a watch had expired (410)", "expired"),
-)
 
 
 def _plane_metrics(plane: PlaneStats) -> Iterator[Metric]:
@@ -141,23 +132,32 @@ def _single_metrics(stats: PlaneStats | ControlStats, rows: Iterable[tuple[str, 
         yield single(f"userspace_proxy_{name}", text, getattr(stats, field), rises=rises)
 
 
-def _watch_metrics(watches: Sequence[WatchStats], degraded_after_s: float, now: float) -> Iterator[Metric]:
-    def of_kinds(name: str, text: str, value: Callable[[WatchStats], float], *, rises: bool = False) -> Metric:
-        values = (((watch.kind,), value(watch)) for watch in watches)
-        return family(f"userspace_proxy_watch_{name}", text, ("kind",), values, rises=rises)
-
-    for name, text, field in _WATCH_METRICS:
-        yield of_kinds(name, text, attrgetter(field), rises=True)
-    yield of_kinds(
-        "last_heard_age_seconds",
-        "seconds since the last event or bookmark of a kind; a bookmark every minute is usual",
-        lambda watch: float("inf") if watch.heard_at is None else now - watch.heard_at,
-    )
-    yield of_kinds(
-        "failing_seconds",
-        "seconds for which the watch of a kind has failed; 0 while it works",
-        lambda watch: 0.0 if watch.failing_since is None else now - watch.failing_since,
-    )
+def watch_metrics(watches: Sequence[WatchStats], degraded_after_s: float) -> Iterator[Metric]:
+    """Yield the metrics of *watches*, none for a source without any."""
+    if not watches:
+        return
+    now = time.time()
+    rows: list[tuple[str, str, Callable[[WatchStats], float], bool]] = [
+        ("events", "events received for a kind", lambda watch: watch.events, True),
+        ("restarts", "times a watch of a kind was restarted", lambda watch: watch.restarts, True),
+        ("relists", "times all objects of a kind were listed", lambda watch: watch.relists, True),
+        ("expired", "times the resource version of a watch had expired (410)", lambda watch: watch.expired, True),
+        (
+            "last_heard_age_seconds",
+            "seconds since the last event or bookmark of a kind; a bookmark every minute is usual",
+            lambda watch: float("inf") if watch.heard_at is None else now - watch.heard_at,
+            False,
+        ),
+        (
+            "failing_seconds",
+            "seconds for which the watch of a kind has failed; 0 while it works",
+            lambda watch: 0.0 if watch.failing_since is None else now - watch.failing_since,
+            False,
+        ),
+    ]
+    for name, text, value, rises in rows:
+        values = [((watch.kind,), value(watch)) for watch in watches]
+        yield family(f"userspace_proxy_watch_{name}", text, ("kind",), values, rises=rises)
     text = "1 when the watch of a kind has failed for longer than --degraded-after"
     is_degraded = any(watch.is_dead(now, degraded_after_s) for watch in watches)
     yield single("userspace_proxy_degraded", text, is_degraded, rises=False)
@@ -185,26 +185,17 @@ class _OneFamily(Collector):
         yield self._metric
 
 
-def render(
-    plane: PlaneStats,
-    control: ControlStats,
-    watches: Sequence[WatchStats] = (),
-    degraded_after_s: float = 0.0,
-    syncs: SyncStats | None = None,
-    of_mode: Iterable[Metric] = (),
-) -> Iterator[bytes]:
+def render(plane: PlaneStats, control: ControlStats, *others: Iterable[Metric]) -> Iterator[bytes]:
     """Yield the text of one scrape, metric by metric: for 10,000 Services the whole is 16 MB.
 
-    *of_mode*: the metrics that only the proxy mode in use has.
+    *others*: metrics of further parts.
     """
     metrics = itertools.chain(
         _plane_metrics(plane),
         _single_metrics(plane, _PLANE_METRICS),
         _single_metrics(control, _CONTROL_METRICS),
         [family("userspace_proxy_build_info", "the running version", ("version",), [((__version__,), 1)], rises=False)],
-        _watch_metrics(watches, degraded_after_s, time.time()) if watches else (),
-        kubeproxy_metrics(syncs) if syncs is not None else (),
-        of_mode,
+        *others,
     )
     for metric in metrics:
         yield generate_latest(_OneFamily(metric))

@@ -7,10 +7,12 @@ import socket
 from collections.abc import Iterable, Sequence
 
 import msgspec
+from prometheus_client.core import Metric
 
 from userspace_proxy.dataplane.channel import Channel
 from userspace_proxy.dataplane.child import ChildProcess
 from userspace_proxy.dns import wire
+from userspace_proxy.dns.metrics import dns_metrics
 from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.model.dns_names import ServiceNames
 from userspace_proxy.model.names import NamespacedName
@@ -117,6 +119,10 @@ class ClusterDns(ChildProcess[wire.Counts]):
                 return await self.send(wire.Ask())
         except (SyncError, TimeoutError):
             return wire.Counts()
+
+    async def metrics(self) -> list[Metric]:
+        """Return the metrics of the process."""
+        return list(dns_metrics(await self.counts(), self.restarts))
 
     def inheritance(self) -> list[socket.socket]:
         """Return what a successor needs: the sockets, and the channel to the process, which serves on meanwhile."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
 import os
 import socket
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 
 from userspace_proxy import __version__
 from userspace_proxy.admin.control_socket import NAME as SOCKET_NAME
@@ -29,7 +30,7 @@ from userspace_proxy.control.memory import SavedAllocations
 from userspace_proxy.control.pacer import Pacer
 from userspace_proxy.control.state_writer import StateWriter
 from userspace_proxy.control.tracker import Tracker
-from userspace_proxy.dataplane.handover import VERSION, Conversation, Incumbent, Present, TakeOver
+from userspace_proxy.dataplane.handover import VERSION, Incumbent, Present
 from userspace_proxy.dns.sink import ClusterDns
 from userspace_proxy.dns.sockets import is_of_dns
 from userspace_proxy.errors import StartError, SyncError
@@ -45,8 +46,8 @@ from userspace_proxy.runtime.inspection import Inspection
 from userspace_proxy.runtime.lifecycle import Ending, Lifecycle, child_processes, kept_listeners, reap, restart_with
 from userspace_proxy.runtime.node_network import NodeRoutes, follow_addresses, leave_network
 from userspace_proxy.runtime.node_setup import NodeSetup, set_up_node
-from userspace_proxy.runtime.questions import questions
 from userspace_proxy.runtime.reports import Reports
+from userspace_proxy.runtime.running import RunningProxy
 from userspace_proxy.runtime.why import Explainer
 from userspace_proxy.sources.events import node_reference
 from userspace_proxy.sources.files import FileSource
@@ -80,13 +81,7 @@ class App:
         self._settings = settings
         self._mode = MODES[settings.proxy_mode]
         self.kept_listeners: list[socket.socket] = []
-        self.lifecycle = Lifecycle(
-            drain_timeout_s=settings.drain_timeout_s,
-            orphan_timeout_s=settings.orphan_timeout_s,
-            can_restart="-" not in settings.paths,
-            is_supervised=settings.in_cluster,
-            kernel_serves=self._mode.kernel_serves,
-        )
+        self.lifecycle = Lifecycle(settings, kernel_serves=self._mode.kernel_serves)
 
     async def run(self) -> None:
         """Start, serve, and stop in the reverse order."""
@@ -173,42 +168,35 @@ class Proxy:
             filtered=self._health_filter.apply,
             journal=journal,
         )
+        running = RunningProxy(
+            settings,
+            mode,
+            node.rules,
+            source,
+            self._tracker,
+            self._controller,
+            journal,
+            self._health_filter,
+            self._proxier,
+            node.plane,
+            self.health_checks,
+            node.dns,
+        )
         # Hand-over to a successor.
         present = Present(VERSION, os.getpid(), node.sources, workers=0 if mode.kernel_serves else 1)
-        self.incumbent = Incumbent(node.lock.member, present, self._hand_over_to)
+        hand_over_to = functools.partial(lifecycle.hand_over_to, running, node.lock.name)
+        self.incumbent = Incumbent(node.lock.member, present, hand_over_to)
         lifecycle.cut = node.plane.cut
-        # For operators: findings of manifests, health, metrics.
+        # For operators: findings of manifests, health, metrics, answers to questions.
         self._advisor = None
         if isinstance(node.source, FileSource):
             self._advisor = Advisor(lint_options(settings))
             node.source.observer = self._advisor
-        reports = Reports(
-            settings,
-            source,
-            self._tracker,
-            self._controller,
-            self._proxier,
-            node.plane,
-            self.health_checks,
-            self._health_filter,
-            lifecycle.stop.is_set,
-            lambda: self._advisor.faults if self._advisor is not None else [],
-            node.dns,
-        )
-        inspection = Inspection(mode, self._tracker, self._controller, node.plane, self._health_filter, journal)
-        explainer = Explainer(
-            mode,
-            node.rules,
-            self._tracker,
-            self._proxier,
-            node.plane,
-            self._health_filter,
-            str((*settings.service_ranges, *DEFAULT_SERVICE_RANGES)[0]),  # of a cluster no range may be known
-        )
-        self.control_socket = ControlSocket(questions(inspection, explainer, self._controller, self._tracker))
+        reports = Reports(running, lifecycle.stop.is_set, lambda: self._advisor.faults if self._advisor else [])
         self.admin = AdminServer(
             reports.health, reports.metrics, settings.proxy_mode, configz(settings), settings.degraded_status
         )
+        self.control_socket = ControlSocket({**Inspection(running).questions(), "why": Explainer(running).why})
 
     async def serve(self, draining: set[int]) -> None:
         """Serve until the process is to end. *draining*: workers from before a restart in place."""
@@ -269,15 +257,6 @@ class Proxy:
             self._warn_of(service, "NotServedAsWritten", problem)
         for name, why in self._proxier.unopened.items():
             self._warn_of(name.service_port.service, "NotServed", why)
-
-    async def _hand_over_to(self, asked: TakeOver, conversation: Conversation) -> None:
-        node = self._node
-        await self._lifecycle.hand_over_to(
-            asked, conversation, self._proxier, node.plane, node.lock.name, self.health_checks, self._dns_inheritance
-        )
-
-    def _dns_inheritance(self) -> Sequence[socket.socket]:
-        return self._node.dns.inheritance() if self._node.dns is not None else ()
 
     async def _watch_dns(self, dns: ClusterDns) -> None:
         try:

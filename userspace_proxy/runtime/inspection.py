@@ -8,65 +8,65 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from userspace_proxy import api
+from userspace_proxy.admin.control_socket import Question
 from userspace_proxy.control import decode
-from userspace_proxy.control.controller import Controller
-from userspace_proxy.control.journal import Journal
-from userspace_proxy.control.tracker import Tracker
-from userspace_proxy.interfaces import DataPlane
-from userspace_proxy.model.answers import (
-    ConnectionAnswer,
-    Description,
-    EndpointAnswer,
-    EventAnswer,
-    ServiceAnswer,
-)
+from userspace_proxy.control.pod_names import environment, hosts_lines, known_services
+from userspace_proxy.model.answers import ConnectionAnswer, Description, EndpointAnswer, EventAnswer, ServiceAnswer
 from userspace_proxy.model.details import DetailsRequest, EndpointDetails, ServicePortDetails
 from userspace_proxy.model.endpoint import Address, Endpoint, join_address
-from userspace_proxy.model.names import NamespacedName, ServicePortName
+from userspace_proxy.model.names import NamespacedName
 from userspace_proxy.model.probe import EndpointCondition, EndpointHealth
 from userspace_proxy.model.service import ServicePort, portals
 from userspace_proxy.modes.mode import Mode
-from userspace_proxy.probes.filter import HealthFilter
+from userspace_proxy.runtime.running import RunningProxy
 
 CONNECTIONS_MAX = 1_000
+DEFAULT_NAMESPACE = "default"
 
-Selected = Mapping[NamespacedName, list[ServicePort]]
+Parameters = Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """Reads from the parts of a running proxy what they serve. Namespace or name "" stands for all."""
+    """Answers by what *proxy* serves. A namespace or name that is not given stands for all."""
 
-    mode: Mode
-    tracker: Tracker
-    controller: Controller
-    plane: DataPlane
-    health_filter: HealthFilter
-    journal: Journal
+    proxy: RunningProxy
 
-    # ---- get
+    def questions(self) -> dict[str, Question]:
+        """Return the questions of `get`, `describe`, `env` and `names`: path -> function of the parameters."""
+        return {
+            "services": self.services,
+            "endpoints": self.endpoints,
+            "connections": self.connections,
+            "description": self.describe,
+            "env": self.environment,
+            "names": self.hosts_lines,
+        }
 
-    def services(self, namespace: str, name: str) -> list[ServiceAnswer]:
+    async def services(self, given: Parameters) -> list[ServiceAnswer]:
         """Return the Services, also those that no proxy serves."""
-        served, problems = self._served(namespace, name), self.tracker.problems
-        known = ((at, service) for at, service in self.tracker.services.items() if _is_meant(at, namespace, name))
-        return [self._service(at, service, served.get(at, []), problems.get(at, "")) for at, service in sorted(known)]
+        tracker, served = self.proxy.tracker, self._served(given)
+        return [
+            self._service(name, service, served.get(name, []), tracker.problems.get(name, ""))
+            for name, service in sorted(tracker.services.items())
+            if _is_selected(name, given)
+        ]
 
-    async def endpoints(self, namespace: str, name: str) -> list[EndpointAnswer]:
+    async def endpoints(self, given: Parameters) -> list[EndpointAnswer]:
         """Return the endpoints of every service port."""
-        served = self._served(namespace, name)
-        ports = [port for _, its in sorted(served.items()) for port in its]
-        details = await self.plane.details(DetailsRequest(tuple(port.name for port in ports)))
-        known = {of.name: of for of in details.service_ports}
-        return [row for port in ports for row in self._endpoints(port, known.get(port.name))]
+        ports = [port for _, its in sorted(self._served(given).items()) for port in its]
+        details = await self.proxy.plane.details(DetailsRequest(tuple(port.name for port in ports)))
+        by_name = {of.name: of for of in details.service_ports}
+        return [row for port in ports for row in self._endpoints(port, by_name.get(port.name))]
 
-    async def connections(self, namespace: str, name: str) -> tuple[list[ConnectionAnswer], int]:
+    async def connections(self, given: Parameters) -> dict[str, object]:
         """Return open connections and flows, the oldest first, and the number of those that are left out."""
-        names = tuple(port.name for its in self._served(namespace, name).values() for port in its)
-        if not names or self.mode.kernel_serves:
-            return [], 0
-        everything = not (namespace or name)
-        details = await self.plane.details(DetailsRequest(() if everything else names, connections=CONNECTIONS_MAX))
+        names = tuple(port.name for its in self._served(given).values() for port in its)
+        if not names or self.proxy.mode.kernel_serves:
+            return {"items": [], "hidden": 0}
+        is_selection = bool(given.get("namespace") or given.get("name"))
+        request = DetailsRequest(names if is_selection else (), connections=CONNECTIONS_MAX)
+        details = await self.proxy.plane.details(request)
         answers = [
             ConnectionAnswer(
                 *c.service_port.service,
@@ -82,17 +82,17 @@ class Inspection:
             )
             for c in details.connections
         ]
-        left_out = len(answers) - CONNECTIONS_MAX
-        return answers[:CONNECTIONS_MAX], details.hidden_connections + max(left_out, 0)
+        left_out = max(len(answers) - CONNECTIONS_MAX, 0)
+        return {"items": answers[:CONNECTIONS_MAX], "hidden": details.hidden_connections + left_out}
 
-    async def describe(self, name: NamespacedName) -> Description | None:
-        """Return all that is known of one Service; None if there is none."""
-        found = self.services(*name)
-        if not found:
-            return None
-        ports = self._served(*name).get(name, [])
-        endpoints = await self.endpoints(*name)
-        events = [*self.journal.of(name)]
+    async def describe(self, given: Parameters) -> Description:
+        """Return all that is known of one Service. Raises LookupError if there is none."""
+        name = asked_name(given)
+        given = {"namespace": name.namespace, "name": name.name}
+        if not (services := await self.services(given)):
+            raise LookupError(f"there is no Service {name}")
+        endpoints = await self.endpoints(given)
+        events = [*self.proxy.journal.of(name)]
         for row in endpoints:
             if row.failed_at:
                 ejected = "; it is ejected" if row.state == "ejected" else ""
@@ -101,14 +101,24 @@ class Inspection:
             if row.since:
                 events.append(EventAnswer(row.since, f"endpoint {row.address} is {row.state}: {row.reason}"))
         events.sort(key=lambda event: event.at)
-        return Description(found[0], _facts(ports, self.mode), endpoints, events)
+        return Description(services[0], _facts(self._served(given).get(name, []), self.proxy.mode), endpoints, events)
+
+    async def environment(self, given: Parameters) -> list[str]:
+        """Return the variables that the kubelet sets, as lines."""
+        found = environment(known_services(self.proxy.tracker), given.get("namespace") or DEFAULT_NAMESPACE)
+        return [f"{name}={value}" for name, value in found.items()]
+
+    async def hosts_lines(self, given: Parameters) -> list[str]:
+        """Return lines of /etc/hosts."""
+        namespace, domain = given.get("namespace") or DEFAULT_NAMESPACE, given.get("domain") or "cluster.local"
+        return list(hosts_lines(known_services(self.proxy.tracker), namespace, domain))
 
     # ---- parts
 
-    def _served(self, namespace: str, name: str) -> dict[NamespacedName, list[ServicePort]]:
+    def _served(self, given: Parameters) -> dict[NamespacedName, list[ServicePort]]:
         served: dict[NamespacedName, list[ServicePort]] = defaultdict(list)
-        for port_name, service_port in self.controller.synced.service_ports.items():
-            if _is_meant(port_name.service, namespace, name):
+        for port_name, service_port in self.proxy.controller.synced.service_ports.items():
+            if _is_selected(port_name.service, given):
                 served[port_name.service].append(service_port)
         return served
 
@@ -116,33 +126,47 @@ class Inspection:
         self, name: NamespacedName, service: api.Service, ports: list[ServicePort], problem: str
     ) -> ServiceAnswer:
         spec = service.spec or api.objects.ServiceSpec()
+        cluster_ips: list[str] = []
+        external: list[str] = []
+        shown = [f"{p.port}/{p.protocol or 'TCP'}" for p in spec.ports or ()]
         if spec.type == "ExternalName":
-            cluster_ips, external = [], [spec.external_name or ""]
+            external = [spec.external_name or ""]
         elif ports:
             cluster_ips = list(ports[0].cluster_ips)
             external = list(dict.fromkeys(ip for p in ports for ip in (*p.load_balancer_ips, *p.external_ips)))
-        else:
-            cluster_ips, external = ["None"] if decode.is_headless(service) else [], []
-        shown = [f"{p.port}{f':{p.node_port}' if p.node_port else ''}/{p.name.protocol}" for p in ports]
-        if not ports:
-            shown = [f"{p.port}/{p.protocol or 'TCP'}" for p in spec.ports or ()]
-        since = _timestamp(service.metadata.creation_timestamp) or self.tracker.since(name)
+            shown = [f"{p.port}{f':{p.node_port}' if p.node_port else ''}/{p.name.protocol}" for p in ports]
+        elif decode.is_headless(service):
+            cluster_ips = ["None"]
+        since = _timestamp(service.metadata.creation_timestamp) or self.proxy.tracker.since(name)
         kind = spec.type or "ClusterIP"
         return ServiceAnswer(*name, kind, cluster_ips, external, shown, since, dict(spec.selector or {}), problem)
 
     def _endpoints(self, port: ServicePort, details: ServicePortDetails | None) -> Iterator[EndpointAnswer]:
-        seen = {of.address: of for of in details.endpoints} if details is not None else {}
-        health, weights = self.health_filter.health(port.name), dict(port.weights)
-        desired = self.tracker.endpoints_of(port.name)
-        for endpoint in desired:
-            of_plane = seen.get(endpoint.address, EndpointDetails(endpoint.address))
-            verdict = health.get(endpoint.address)
-            state, reason, since = condition(endpoint, of_plane, verdict)
-            yield _endpoint_answer(port.name, of_plane, state, reason, since, endpoint.node_name, weights)
-        addresses = {endpoint.address for endpoint in desired}
-        for address, of_plane in seen.items():
-            if address not in addresses:
-                yield _endpoint_answer(port.name, of_plane, "removed", "it has open connections", 0.0, "", weights)
+        """Yield the endpoints of *port*: those of desired state, then removed ones that have connections."""
+        seen, health, weights = by_address(details), self.proxy.health_filter.health(port.name), dict(port.weights)
+        desired = {endpoint.address: endpoint for endpoint in self.proxy.tracker.endpoints_of(port.name)}
+        for address in dict.fromkeys((*desired, *seen)):
+            of_plane, endpoint = seen.get(address, EndpointDetails(address)), desired.get(address)
+            state, reason, since = "removed", "it has open connections", 0.0
+            if endpoint is not None:
+                state, reason, since = condition(endpoint, of_plane, health.get(address))
+            yield EndpointAnswer(
+                *port.name.service,
+                port.name.port_name,
+                join_address(*address),
+                state,
+                reason,
+                since,
+                of_plane.ejected_until,
+                (endpoint and endpoint.node_name) or "",
+                weights.get(address[0], 1),
+                of_plane.open,
+                of_plane.opened,
+                of_plane.pins,
+                of_plane.last_failure,
+                of_plane.failed_at,
+                of_plane.share,
+            )
 
 
 def condition(endpoint: Endpoint, seen: EndpointDetails, health: EndpointHealth | None) -> tuple[str, str, float]:
@@ -156,34 +180,6 @@ def condition(endpoint: Endpoint, seen: EndpointDetails, health: EndpointHealth 
     if seen.ejected_until:
         return "ejected", seen.last_failure or "dials failed", 0.0
     return "ready", "", 0.0
-
-
-def _endpoint_answer(
-    name: ServicePortName,
-    seen: EndpointDetails,
-    state: str,
-    reason: str,
-    since: float,
-    node: str | None,
-    weights: Mapping[str, int],
-) -> EndpointAnswer:
-    return EndpointAnswer(
-        *name.service,
-        name.port_name,
-        join_address(*seen.address),
-        state,
-        reason,
-        since,
-        seen.ejected_until,
-        node or "",
-        weights.get(seen.address[0], 1),
-        seen.open,
-        seen.opened,
-        seen.pins,
-        seen.last_failure,
-        seen.failed_at,
-        seen.share,
-    )
 
 
 def _facts(ports: list[ServicePort], mode: Mode) -> dict[str, str]:
@@ -205,8 +201,15 @@ def _facts(ports: list[ServicePort], mode: Mode) -> dict[str, str]:
     return facts
 
 
-def _is_meant(name: NamespacedName, namespace: str, wanted: str) -> bool:
-    return namespace in ("", name.namespace) and wanted in ("", name.name)
+def asked_name(given: Parameters) -> NamespacedName:
+    """Return the name of the Service that *given* asks for. Raises ValueError if it names none."""
+    if not given.get("name"):
+        raise ValueError("give the Service's name")
+    return NamespacedName(given.get("namespace") or DEFAULT_NAMESPACE, given["name"])
+
+
+def _is_selected(name: NamespacedName, given: Parameters) -> bool:
+    return given.get("namespace", "") in ("", name.namespace) and given.get("name", "") in ("", name.name)
 
 
 def _timestamp(text: str | None) -> float:

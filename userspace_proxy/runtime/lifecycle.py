@@ -19,7 +19,7 @@ from enum import Enum
 from pathlib import Path
 from typing import NoReturn
 
-from userspace_proxy.admin.health_checks import ServiceHealthChecks
+from userspace_proxy.config.settings import Settings
 from userspace_proxy.dataplane.handover import (
     Conversation,
     HandoverPlane,
@@ -31,10 +31,10 @@ from userspace_proxy.dataplane.handover import (
 )
 from userspace_proxy.dataplane.process import answers_to
 from userspace_proxy.errors import StartError, SyncError
-from userspace_proxy.interfaces import Proxier
 from userspace_proxy.logs import flush_log
 from userspace_proxy.model.listeners import ListenerSpec
 from userspace_proxy.runtime.instance_lock import InstanceLock
+from userspace_proxy.runtime.running import RunningProxy
 
 _REAP_EVERY_S = 1.0
 # How long a process that gets a stop signal during a hand-over waits for the successor to serve.
@@ -72,23 +72,9 @@ class Lifecycle:
     once there is a data plane.
     """
 
-    def __init__(
-        self,
-        *,
-        drain_timeout_s: float,
-        orphan_timeout_s: float,
-        can_restart: bool,
-        is_supervised: bool,
-        kernel_serves: bool = False,
-    ) -> None:
-        """*is_supervised*: a supervisor (a kubelet) starts this process again when it ends by itself.
-
-        *kernel_serves*: the kernel forwards traffic by its rules, without listeners of this process.
-        """
-        self._drain_timeout_s = drain_timeout_s
-        self._orphan_timeout_s = orphan_timeout_s
-        self._can_restart = can_restart
-        self._is_supervised = is_supervised
+    def __init__(self, settings: Settings, *, kernel_serves: bool = False) -> None:
+        """*kernel_serves*: the kernel forwards traffic by its rules, without listeners of this process."""
+        self._settings = settings
         self._kernel_serves = kernel_serves
         self.stop = asyncio.Event()
         self.cut: Callable[[], None] | None = None
@@ -154,16 +140,10 @@ class Lifecycle:
     # ---- the successor
 
     async def hand_over_to(
-        self,
-        asked: TakeOver,
-        conversation: Conversation,
-        proxier: Proxier,
-        plane: HandoverPlane,
-        name: socket.socket,
-        health_checks: ServiceHealthChecks,
-        cluster_dns: Callable[[], Sequence[socket.socket]],
+        self, proxy: RunningProxy, name: socket.socket, asked: TakeOver, conversation: Conversation
     ) -> None:
         """Hand everything over to the process that *asked*, and end; or refuse."""
+        plane = proxy.plane
         if plane.handover_obstacle and not self._kernel_serves:
             conversation.send(Refused(f"{plane.handover_obstacle}; stop it first"))
             return
@@ -171,12 +151,12 @@ class Lifecycle:
             conversation.send(Refused("it just begins or ends; try again"))
             return
         self._decided.clear()
-        async with proxier.paused():
+        async with proxy.proxier.paused():
             try:
                 await plane.stats()  # brings the latest pins with it
-                checks = health_checks.listeners() if asked.health_checks else ()
-                names = cluster_dns() if asked.cluster_dns else ()
-                await hand_over(conversation, plane.inheritance(), name, checks, names)
+                checks = proxy.health_checks.listeners() if asked.health_checks else ()
+                of_dns = proxy.dns.inheritance() if asked.cluster_dns and proxy.dns is not None else ()
+                await hand_over(conversation, plane.inheritance(), name, checks, of_dns)
                 log.info("handed over to process %d%s", asked.pid, "" if self._kernel_serves else _DRAINING)
                 is_told_to_stop = self.stop.is_set()
                 self.ending = Ending.HANDED_OVER
@@ -202,12 +182,12 @@ class Lifecycle:
                 log.info("stopping: rules stay and the kernel serves on; `userspace-proxy cleanup` removes them")
                 self.ending = Ending.RULES_STAY
             else:
-                log.info("stopping: rules away, then up to %.3g s for open connections", self._drain_timeout_s)
+                log.info("stopping: rules away, then up to %.3g s for open connections", self._settings.drain_timeout_s)
                 self.ending = Ending.STOP
             self.stop.set()
         elif self.cut is not None and self.ending is Ending.HANDED_OVER and not self._drain_is_bounded:
-            log.info("up to %.3g s more for open connections", self._drain_timeout_s)
-            asyncio.get_running_loop().call_later(self._drain_timeout_s, self.cut)
+            log.info("up to %.3g s more for open connections", self._settings.drain_timeout_s)
+            asyncio.get_running_loop().call_later(self._settings.drain_timeout_s, self.cut)
             self._drain_is_bounded = True
         elif self.cut is not None:
             log.info("cutting the connections that are left")
@@ -217,7 +197,7 @@ class Lifecycle:
         """Restart in place, for an upgrade: the new program of the same command line takes over from our workers."""
         if self.stop.is_set() or self._dry_run is not None:
             return
-        if not self._serves_on_alone or not self._can_restart:
+        if not self._serves_on_alone or "-" in self._settings.paths:
             log.error("SIGUSR2 is not heeded: not ready yet, --workers 0, or the manifests came from stdin")
             return
         self._dry_run = asyncio.create_task(self._restart(), name="restart")
@@ -269,11 +249,11 @@ class Lifecycle:
         """
         if self.ending is Ending.HANDED_OVER:
             self._yielded.set()
-            await plane.close(self._orphan_timeout_s, successors=self._successors)
+            await plane.close(self._settings.orphan_timeout_s, successors=self._successors)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_DECIDE_S):
                     await self._released.wait()
-            if self._is_supervised:  # a supervisor that starts us again would take everything back
+            if self._settings.in_cluster:  # the kubelet would start us again, to take everything back
                 await self._told_to_stop.wait()
         elif self.ending is not Ending.STOP and self._serves_on_alone and not plane.handover_obstacle:
             plane.leave()

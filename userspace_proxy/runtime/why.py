@@ -13,15 +13,14 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from userspace_proxy import api
+from userspace_proxy.config.settings import DEFAULT_SERVICE_RANGES
 from userspace_proxy.control import decode
 from userspace_proxy.control.lint.index import Index
 from userspace_proxy.control.lint.no_endpoints import REFUSED, endpoints_of, refusals
-from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.errors import ConfigError, SyncError
 from userspace_proxy.host.firewalls import find_blocking_firewall
 from userspace_proxy.host.other_proxies import find_other_proxy
 from userspace_proxy.host.packet_filter import Packet, read_packet_filter
-from userspace_proxy.interfaces import DataPlane, Proxier
 from userspace_proxy.model.answers import Candidate, Explanation, Obstacle, Unused
 from userspace_proxy.model.details import DetailsRequest, EndpointDetails, ServicePortDetails
 from userspace_proxy.model.endpoint import Address, Endpoint, family_of, join_address
@@ -31,10 +30,9 @@ from userspace_proxy.model.routes import Refusal, Route, Sender
 from userspace_proxy.model.service import Balance, Portal, ServicePort, internal_portals, load_balancer_portals
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import usable_endpoints
-from userspace_proxy.modes.mode import Mode
-from userspace_proxy.modes.plans import NodeRules, Plan, allowed_to_dial, plan
-from userspace_proxy.probes.filter import HealthFilter
-from userspace_proxy.runtime.inspection import by_address, condition
+from userspace_proxy.modes.plans import Plan, allowed_to_dial, plan
+from userspace_proxy.runtime.inspection import Parameters, asked_name, by_address, condition
+from userspace_proxy.runtime.running import RunningProxy
 from userspace_proxy.sources.documents import Manifest
 from userspace_proxy.sources.lines import Document, Place
 
@@ -44,7 +42,6 @@ _PODS_MAX = 2_000
 _UNUSED_MAX = 100
 # Stands for a client that is not named.
 _ANY_CLIENT = {4: "0.0.0.0", 6: "::"}  # noqa: S104 - nothing is bound
-_NO_SERVICE = "there is no such Service here"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,48 +70,39 @@ class _Case:
 
 @dataclass(frozen=True, slots=True)
 class Explainer:
-    """Explains by the state of a running proxy's parts, and of the kernel."""
+    """Explains by the state of *proxy*'s parts, and of the kernel."""
 
-    mode: Mode
-    rules: NodeRules
-    tracker: Tracker
-    proxier: Proxier
-    plane: DataPlane
-    health_filter: HealthFilter
-    service_range: str
+    proxy: RunningProxy
 
-    async def explain(self, name: NamespacedName, port: str, client: str, state: ProxyState) -> Explanation:
-        """Explain the next connection of *client* ("" for any) to *port* (name, number or "" for the first one).
-
-        *state*: the desired state that is in force.
+    async def why(self, given: Parameters) -> Explanation:
+        """Explain the next connection of ``client`` ("" for any) to ``port`` (name, number or "" for the first one).
 
         Raises:
-            ValueError: *client* is no IP address.
+            ValueError: ``client`` is no IP address, or no Service is named.
         """
+        name, port, client = asked_name(given), given.get("port", ""), given.get("client", "")
         try:
             client = str(ipaddress.ip_address(client)) if client else ""
         except ValueError:
             raise ValueError(f"{client!r} is no IP address") from None
+        state = self.proxy.controller.synced
         ports = [p for n, p in state.service_ports.items() if n.service == name]
         service_port = next((p for p in ports if port in ("", p.name.port_name, str(p.port))), None)
         if service_port is None:
-            return self._unserved(name, port, client, ports)
+            obstacle = self._unserved(name, port, ports)
+            return Explanation(str(name), port, "", client, self.proxy.mode.name, [], [], "none", obstacle)
         case = await self._case(service_port, client, state)
-        obstacle = None
-        async for found in self._obstacles(case):
-            obstacle = found
-            break
-        intact = await self._rules_state()
+        first_obstacle = await anext(self._obstacles(case), None)
         return Explanation(
             str(name),
             f"{service_port.name.port_name or service_port.port}/{service_port.name.protocol}",
             str(case.portal),
             client,
-            self.mode.name,
-            [] if obstacle and not case.candidates else self._next(case),
-            list(self._unused(case)),
-            intact,
-            obstacle,
+            self.proxy.mode.name,
+            [] if first_obstacle and not case.candidates else self._next(case),
+            self._unused(case),
+            await self._rules_state(),
+            first_obstacle,
             self._unknown(case),
             list(self._notes(case)),
         )
@@ -126,36 +114,37 @@ class Explainer:
         family = family_of(client) if client else None
         its = [portal for portal in internal_portals(service_port) if family in (None, portal.family)]
         portal = (its or list(internal_portals(service_port)))[0]
-        made = plan(service_port, state.endpoints[service_port.name], node, detects_pods=self.rules.detects_pods(node))
+        made = plan(
+            service_port, state.endpoints[service_port.name], node, detects_pods=self.proxy.rules.detects_pods(node)
+        )
         sender = self._sender(client, state)
         routes = {route.sender: route for route in made.routes if route.portal == portal}
         asked = client or _ANY_CLIENT[portal.family]
-        details = await self.plane.details(DetailsRequest((service_port.name,), asked))
+        details = await self.proxy.plane.details(DetailsRequest((service_port.name,), asked))
         return _Case(
             service_port,
-            self.tracker.endpoints_of(service_port.name),
+            self.proxy.tracker.endpoints_of(service_port.name),
             state,
             portal,
             client,
             sender,
             made,
             routes.get(sender) or routes[Sender.ANYBODY],
-            self.health_filter.health(service_port.name),
+            self.proxy.health_filter.health(service_port.name),
             next(iter(details.service_ports), None),
         )
 
     def _sender(self, client: str, state: ProxyState) -> Sender:
         if not client or client in state.node.addresses:
             return Sender.NODE if client else Sender.ANYBODY
-        detector = self.rules.detector(state.node)
+        detector = self.proxy.rules.detector(state.node)
         cidrs = [ipaddress.ip_network(cidr) for cidr in (detector.cidrs if detector else ())]
         return Sender.POD if any(ipaddress.ip_address(client) in cidr for cidr in cidrs) else Sender.ANYBODY
 
     def _next(self, case: _Case) -> list[Candidate]:
-        if not self.mode.kernel_serves and case.details is not None:
-            choices = (
-                dict(case.details.choices).get(case.route.to, ()) if isinstance(case.route.to, ListenerName) else ()
-            )
+        if not self.proxy.mode.kernel_serves and case.details is not None:
+            of_listeners, to = dict(case.details.choices), case.route.to
+            choices = of_listeners.get(to, ()) if isinstance(to, ListenerName) else ()
             if case.client or case.service_port.balance is not Balance.SOURCE_HASH:
                 return [Candidate(join_address(*c.address), round(c.probability, 4), c.why) for c in choices]
         weights = dict(case.service_port.weights)
@@ -163,7 +152,8 @@ class Explainer:
         if not any(shares.values()):  # weights are ignored then
             shares = dict.fromkeys(shares, 1)
         total = sum(shares.values())
-        why = self.mode.choice if self.mode.kernel_serves else "by the hash of the client's address; give --client"
+        mode = self.proxy.mode
+        why = mode.choice if mode.kernel_serves else "by the hash of the client's address; give --client"
         return [Candidate(str(endpoint), round(share / total, 4), why) for endpoint, share in shares.items() if share]
 
     def _unused(self, case: _Case) -> list[Unused]:
@@ -197,11 +187,9 @@ class Explainer:
         return "it is not its turn"
 
     def _unknown(self, case: _Case) -> list[str]:
-        if not self.mode.kernel_serves:
-            told = []
-            if case.details is not None and case.details.workers > 1:
-                told.append(f"which of {case.details.workers} workers accepts the connection; each chooses by itself")
-            return told
+        if not self.proxy.mode.kernel_serves:
+            workers = case.details.workers if case.details is not None else 1
+            return [f"which of {workers} workers accepts the connection; each chooses by itself"] if workers > 1 else []
         unknown = ["whether an endpoint answers: the kernel does not tell; a probe does (userspace-proxy/health-check)"]
         if case.service_port.affinity_timeout_s is not None:
             unknown.append("which endpoint a client has by session affinity: it is in the kernel")
@@ -209,7 +197,7 @@ class Explainer:
 
     def _notes(self, case: _Case) -> Iterator[str]:
         """Yield what is wrong for clients of other portals, or probably wrong."""
-        if problem := self.tracker.problems.get(case.service_port.name.service):
+        if problem := self.proxy.tracker.problems.get(case.service_port.name.service):
             yield problem
         if not usable_endpoints(case.desired):
             return
@@ -222,35 +210,33 @@ class Explainer:
             yield f"{error.reason}; {error.fix}" if error.fix else error.reason
 
     async def _rules_state(self) -> str:
-        if self.proxier.repairer.error:
-            return f"not as they should be, and cannot be loaded: {self.proxier.repairer.error}"
+        if self.proxy.proxier.repairer.error:
+            return f"not as they should be, and cannot be loaded: {self.proxy.proxier.repairer.error}"
         try:
-            is_intact = await self.proxier.is_intact()
+            is_intact = await self.proxy.proxier.is_intact()
         except SyncError as error:
             return f"cannot be looked at: {error}"
         return "loaded" if is_intact else "removed or changed by another program; they are being loaded again"
 
     # ---- why it cannot be reached
 
-    def _unserved(self, name: NamespacedName, port: str, client: str, ports: Sequence[ServicePort]) -> Explanation:
-        service = self.tracker.services.get(name)
-        names = ", ".join(p.name.port_name or str(p.port) for p in ports)
+    def _unserved(self, name: NamespacedName, port: str, ports: Sequence[ServicePort]) -> Obstacle:
+        service = self.proxy.tracker.services.get(name)
         if ports:
-            obstacle = Obstacle(f"it has no port {port}", f"its ports are {names}")
-        elif problem := self.tracker.problems.get(name):
-            obstacle = Obstacle(problem, "correct the manifest; 'userspace-proxy check' says more")
-        elif service is None:
-            obstacle = Obstacle(_NO_SERVICE, "see 'userspace-proxy get services -A'; name its namespace with -n")
-        elif service.spec is not None and service.spec.type == "ExternalName":
-            obstacle = Obstacle("an ExternalName Service is a DNS name; no proxy serves it", "resolve it: run --dns")
-        elif decode.is_headless(service):
-            obstacle = Obstacle(
-                "a headless Service has no cluster IP; no proxy serves it", "resolve its name: run --dns"
-            )
-        else:
-            label = "service.kubernetes.io/service-proxy-name"
-            obstacle = Obstacle(f"its label {label} names another proxy", "see --service-proxy-name")
-        return Explanation(str(name), port, "", client, self.mode.name, [], [], "none", obstacle)
+            names = ", ".join(p.name.port_name or str(p.port) for p in ports)
+            return Obstacle(f"it has no port {port}", f"its ports are {names}")
+        if problem := self.proxy.tracker.problems.get(name):
+            return Obstacle(problem, "correct the manifest; 'userspace-proxy check' says more")
+        if service is None:
+            fix = "see 'userspace-proxy get services -A'; name its namespace with -n"
+            return Obstacle("there is no such Service here", fix)
+        if service.spec is not None and service.spec.type == "ExternalName":
+            return Obstacle("an ExternalName Service is a DNS name; no proxy serves it", "resolve it: run --dns")
+        if decode.is_headless(service):
+            reason = "a headless Service has no cluster IP; no proxy serves it"
+            return Obstacle(reason, "resolve its name: run --dns")
+        label = "service.kubernetes.io/service-proxy-name"
+        return Obstacle(f"its label {label} names another proxy", "see --service-proxy-name")
 
     async def _obstacles(self, case: _Case) -> AsyncIterator[Obstacle]:
         """Yield why clients cannot reach the service port, along a connection's way."""
@@ -261,17 +247,17 @@ class Explainer:
             yield self._refusal(case)
         if obstacle := self._source_ranges(case):
             yield obstacle
-        for listener, why in {**self.proxier.unopened, **self.plane.unserved}.items():
+        for listener, why in {**self.proxy.proxier.unopened, **self.proxy.plane.unserved}.items():
             if listener.service_port == name:
                 yield Obstacle(f"this proxy could not open its listener: {why}", "see docs/reference/limits.md")
-        if self.plane.failing:
-            yield Obstacle(f"the data plane serves nothing: {self.plane.failing}", "see the log of the proxy")
+        if self.proxy.plane.failing:
+            yield Obstacle(f"the data plane serves nothing: {self.proxy.plane.failing}", "see the log of the proxy")
         if (rules := await self._rules_state()) != "loaded":
             yield Obstacle(f"the rules in the kernel: {rules}", "stop the program that changes them, or wait a second")
         portal = case.portal
         protocol = portal.protocol.lower()
         if where := await find_other_proxy(
-            portal.ip, portal.port, protocol, shares_chains=self.mode.shares_kube_proxys_chains
+            portal.ip, portal.port, protocol, shares_chains=self.proxy.mode.shares_kube_proxys_chains
         ):
             yield Obstacle(f"another proxy's rules take the packets: {where}", "stop kube-proxy, and remove its rules")
         with contextlib.suppress(SyncError):
@@ -279,9 +265,11 @@ class Explainer:
                 yield Obstacle(*stopped)
         if obstacle := self._dials(case):
             yield obstacle
+        settings = self.proxy.settings
+        ranges = (*settings.service_ranges, *DEFAULT_SERVICE_RANGES)  # of a cluster no range may be known
         with contextlib.suppress(SyncError, ValueError):
-            for passage in self.mode.firewall_passages:
-                for found in await find_blocking_firewall(passage, self.service_range):
+            for passage in self.proxy.mode.firewall_passages:
+                for found in await find_blocking_firewall(passage, str(ranges[0])):
                     yield Obstacle(f"a firewall of this node drops {passage.traffic}", found)
 
     def _no_endpoint(self, case: _Case) -> Obstacle:
@@ -293,12 +281,12 @@ class Explainer:
     def _lint(self, case: _Case) -> Iterator[ConfigError]:
         """Yield what `check` finds on the endpoints of the service port."""
         name = case.service_port.name.service
-        if (service := self.tracker.services.get(name)) is None:
+        if (service := self.proxy.tracker.services.get(name)) is None:
             return
         index = Index()
         manifest = _manifest("Service", name, service)
         index.add(manifest)
-        for piece in self.tracker.related(name, _PODS_MAX):
+        for piece in self.proxy.tracker.related(name, _PODS_MAX):
             kind = type(piece).__name__
             at = NamespacedName(piece.metadata.namespace or name.namespace, piece.metadata.name)
             index.add(_manifest(kind, at, piece))
@@ -337,16 +325,16 @@ class Explainer:
 
     async def _packet_filter(self, case: _Case) -> tuple[str, str] | None:
         """Return which rules of another program stop a connection on its way, and the fix."""
-        portal, hooks = case.portal, {passage.hook for passage in self.mode.firewall_passages}
+        portal, hooks = case.portal, {passage.hook for passage in self.proxy.mode.firewall_passages}
         family, protocol = "ip6" if portal.family == 6 else "ip", portal.protocol.lower()
         rules = await read_packet_filter(family)
         begin = "output" if case.sender is Sender.NODE else "prerouting"
         portal_packet = Packet(f"traffic to {portal}", begin, family, protocol, case.client, portal.ip, portal.port)
         way = [portal_packet]
-        if self.mode.kernel_serves and "input" in hooks:
+        if self.proxy.mode.kernel_serves and "input" in hooks:
             way.append(portal_packet._replace(hook="input"))
-        elif not self.mode.kernel_serves and isinstance(case.route.to, ListenerName):
-            port = self.proxier.proxy_port(case.route.to)
+        elif not self.proxy.mode.kernel_serves and isinstance(case.route.to, ListenerName):
+            port = self.proxy.proxier.proxy_port(case.route.to)
             way.append(Packet("redirected traffic", "input", family, protocol, case.client, "", port, True))
         if found := next(filter(None, map(rules.against, way)), None):
             return found

@@ -1,0 +1,35 @@
+"""The parts of a running proxy, for what reports on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from userspace_proxy.admin.health_checks import ServiceHealthChecks
+from userspace_proxy.config.settings import Settings
+from userspace_proxy.control.controller import Controller
+from userspace_proxy.control.journal import Journal
+from userspace_proxy.control.tracker import Tracker
+from userspace_proxy.dataplane.handover import HandoverPlane
+from userspace_proxy.dns.sink import ClusterDns
+from userspace_proxy.interfaces import Proxier, Source
+from userspace_proxy.modes.mode import Mode
+from userspace_proxy.modes.plans import NodeRules
+from userspace_proxy.probes.filter import HealthFilter
+
+
+@dataclass(frozen=True, slots=True)
+class RunningProxy:
+    """From desired state to rules. ``rules``: their facts about this node. ``journal``: what happened to Services."""
+
+    settings: Settings
+    mode: Mode
+    rules: NodeRules
+    source: Source
+    tracker: Tracker
+    controller: Controller
+    journal: Journal
+    health_filter: HealthFilter
+    proxier: Proxier
+    plane: HandoverPlane
+    health_checks: ServiceHealthChecks
+    dns: ClusterDns | None
