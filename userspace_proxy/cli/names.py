@@ -79,7 +79,7 @@ def _print(
         import asyncio
 
         from userspace_proxy.logs import configure_logging
-        from userspace_proxy.runtime.known_services import known_services
+        from userspace_proxy.runtime.desired_state import known_services
 
         configure_logging("text")
         with fails_on(StartError):

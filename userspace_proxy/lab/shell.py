@@ -24,7 +24,7 @@ from userspace_proxy.lab import Lab, ServiceLab, build_service_lab, enter_namesp
 from userspace_proxy.lab.cluster import Cluster, check_paths
 from userspace_proxy.lab.words import NO_MODE, WordError, Words
 from userspace_proxy.lab.workloads import NODE_NAME
-from userspace_proxy.runtime.known_services import known_services
+from userspace_proxy.runtime.desired_state import known_services
 
 _FOLDER = Path("/run/lab")
 _RESOLV_CONF = Path("/etc/resolv.conf")

@@ -6,23 +6,32 @@ import contextlib
 import logging
 import os
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from userspace_proxy.api.events import EventType
 from userspace_proxy.config.settings import DEFAULT_STATE_DIR, Settings
-from userspace_proxy.control import decode
+from userspace_proxy.control import decode, pod_names
 from userspace_proxy.control.allocations import Allocations, ManifestAllocations
 from userspace_proxy.control.hosts import Hosts
 from userspace_proxy.control.lint import LintOptions
 from userspace_proxy.control.memory import SavedAllocations, StateDir
 from userspace_proxy.control.proxy_ports import KUBERNETES_PORTS, ProxyPorts
+from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.errors import StartError
 from userspace_proxy.host import network
 from userspace_proxy.interfaces import Source
+from userspace_proxy.model.names import NamespacedName
 from userspace_proxy.modes import annotation_modes
 from userspace_proxy.sources.cached import CachedSource, CacheSettings
 from userspace_proxy.sources.events import EventRecorder
 from userspace_proxy.sources.files import FileSource
+from userspace_proxy.sources.reflector import Pace
+
+if TYPE_CHECKING:
+    from userspace_proxy.sources.kubernetes import KubernetesSource
+    from userspace_proxy.sources.login import ApiTransport
 
 _STATE_FILE = "cluster-state"
 
@@ -34,23 +43,49 @@ async def open_source(settings: Settings, stack: contextlib.AsyncExitStack) -> t
     if not settings.follows_cluster:
         return FileSource(settings.paths), _identity(settings.paths), EventRecorder()
     from userspace_proxy.sources.kubernetes import KubernetesSource, reflectors
-    from userspace_proxy.sources.login import ApiTransport
-    from userspace_proxy.sources.reflector import Pace
 
-    transport = ApiTransport(settings.kubeconfig)
-    stack.push_async_callback(transport.close)
-    url = await transport.open()
-    jitter = random.Random()  # noqa: S311
-    following = reflectors(
-        transport, settings.node_name, settings.service_proxy_name, Pace(), jitter, for_dns=bool(settings.dns)
-    )
+    transport, url = await _log_in(settings.kubeconfig, stack)
+    for_dns, proxy_name = bool(settings.dns), settings.service_proxy_name
+    following = reflectors(transport, settings.node_name, proxy_name, Pace(), random.Random(), for_dns=for_dns)  # noqa: S311
     log.info("following %s as node %s", url, settings.node_name)
-    whose = f" for {settings.service_proxy_name}" if settings.service_proxy_name else ""
-    source: Source = KubernetesSource(following, for_dns=bool(settings.dns))
+    identity = f"{url} for {proxy_name}" if proxy_name else url
+    source: Source = KubernetesSource(following, for_dns=for_dns)
     if settings.cache_state:
-        origin = f"{url}{whose} on node {settings.node_name}"
-        source = CachedSource(source, _cache_settings(settings, origin))
-    return source, [f"{url}{whose}"], EventRecorder(transport.write, settings.node_name)
+        source = CachedSource(source, _cache_settings(settings, f"{identity} on node {settings.node_name}"))
+    return source, [identity], EventRecorder(transport.write, settings.node_name)
+
+
+async def open_services(
+    paths: Sequence[str], kubeconfig: Path | None, name: NamespacedName | None, stack: contextlib.AsyncExitStack
+) -> FileSource | KubernetesSource:
+    """Return a source of Services and their endpoints, for a command that needs no running proxy.
+
+    From *paths*, or else from the cluster of *kubeconfig* (default: as kubectl); of *name* alone if given.
+
+    Raises:
+        StartError: there is no such source.
+    """
+    if paths:
+        return FileSource(paths)
+    from userspace_proxy.sources.kubernetes import KubernetesSource, service_reflectors
+
+    transport, _ = await _log_in(kubeconfig or _default_kubeconfig(), stack)
+    return KubernetesSource(service_reflectors(transport, name, Pace(), random.Random()), for_dns=True)  # noqa: S311
+
+
+async def _log_in(kubeconfig: Path | None, stack: contextlib.AsyncExitStack) -> tuple[ApiTransport, str]:
+    from userspace_proxy.sources.login import ApiTransport
+
+    transport = ApiTransport(kubeconfig)
+    stack.push_async_callback(transport.close)
+    return transport, await transport.open()
+
+
+def _default_kubeconfig() -> Path:
+    path = Path(os.environ.get("KUBECONFIG") or Path.home() / ".kube" / "config")
+    if not path.is_file():
+        raise StartError(f"there is no {path}; give --kubeconfig FILE, or manifests")
+    return path
 
 
 def _cache_settings(settings: Settings, origin: str) -> CacheSettings:
@@ -111,3 +146,37 @@ def lint_options(settings: Settings) -> LintOptions:
         names_unserved=True,
         annotation_modes=annotation_modes(decode.ANNOTATION_PREFIX),
     )
+
+
+async def known_services(settings: Settings) -> Mapping[NamespacedName, pod_names.KnownService]:
+    """Return the Services of the manifests or the cluster of *settings*, with the addresses that `run` gives them.
+
+    Raises:
+        StartError: there is no such source.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        source = await open_services(settings.paths, settings.kubeconfig, None, stack)
+        memory = _remembered(settings.state_dir) if settings.paths else SavedAllocations()
+        tracker = Tracker(make_allocations(settings, memory) if settings.paths else Allocations())
+        events = await stack.enter_async_context(contextlib.aclosing(source.events()))
+        async for batch in events:
+            tracker.apply(batch)
+            if any(event.type is EventType.SYNCED for event in batch):
+                break
+    for problem in source.problems.values():
+        log.error("%s", problem)
+    tracker.state()
+    return pod_names.known_services(tracker)
+
+
+def _remembered(folder: Path | None) -> SavedAllocations:
+    """Return the allocations that `run` has saved, or none if this user may not read them."""
+    try:
+        if folder is not None or DEFAULT_STATE_DIR.is_dir():
+            return StateDir(folder or DEFAULT_STATE_DIR).load()
+    except OSError as error:
+        message = (
+            "%s cannot be read (%s): addresses that Services do not state may differ from those of a running proxy"
+        )
+        log.warning(message, folder or DEFAULT_STATE_DIR, (error.strerror or str(error)).lower())
+    return SavedAllocations()

@@ -39,7 +39,7 @@ from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import serving_endpoints, usable_endpoints
 from userspace_proxy.model.watch_stats import WatchStats
 from userspace_proxy.probes.filter import HealthFilter
-from userspace_proxy.runtime.known_services import open_services
+from userspace_proxy.runtime.desired_state import open_services
 
 # A Service's own addresses have no meaning here. These stand for them (RFC 5737, RFC 3849), one of each family.
 _NO_IPS = ["192.0.2.1", "2001:db8::1"]

@@ -12,7 +12,6 @@ import ipaddress
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 
 from userspace_proxy.control.tracker import Tracker
@@ -75,8 +74,9 @@ class NodeRoutes:
         self._discards_portals = discards_portals
         self._now = now
         self._is_first = True
-        self._known: dict[ServicePortName, ServicePort] = {}
-        self._users: Counter[Network] = Counter()  # how many service ports have an address outside of the ranges
+        # The addresses of each service port that are outside of the ranges, and all of them.
+        self._outside: dict[ServicePortName, tuple[ServicePort, list[Network]]] = {}
+        self._used: set[Network] = set()
         self._left_at: dict[Network, float] = {}  # the time since which a portal that is still discarded has no user
 
     async def sync(self, state: ProxyState) -> None:
@@ -97,47 +97,35 @@ class NodeRoutes:
         self._is_first = False
 
     def _note(self, state: ProxyState) -> tuple[set[Network], set[Network]]:
-        """Count the service ports of each address outside of the ranges; return new and unused addresses."""
-        had: dict[Network, bool] = {}
-        for name, service_port in state.service_ports.items():
-            before = self._known.get(name)
-            if before is not service_port:
-                self._count(service_port, 1, had)
-                self._count(before, -1, had)
-        for name, before in self._known.items():
-            if name not in state.service_ports:
-                self._count(before, -1, had)
-        self._known = dict(state.service_ports)
-        came = {network for network, was_used in had.items() if not was_used and self._users[network]}
-        gone = {network for network, was_used in had.items() if was_used and not self._users[network]}
-        for address in had:
-            if not self._users[address]:
-                self._users.pop(address, None)
-        return came, gone
+        """Return the addresses outside of the ranges that service ports have since this state, and unused ones."""
+        known = self._outside
+        self._outside = {
+            name: known[name] if name in known and known[name][0] is service_port else self._look_at(service_port)
+            for name, service_port in state.service_ports.items()
+        }
+        before, self._used = self._used, {host for _, hosts in self._outside.values() for host in hosts}
+        return self._used - before, before - self._used
 
-    def _count(self, service_port: ServicePort | None, step: int, had: dict[Network, bool]) -> None:
-        if service_port is None:
-            return
-        for ip in (*service_port.cluster_ips, *service_port.external_ips, *service_port.load_balancer_ips):
-            address = ipaddress.ip_address(ip)
-            if not any(address in known for known in self._ranges):
-                used = ipaddress.ip_network(ip)
-                had.setdefault(used, bool(self._users[used]))
-                self._users[used] += step
+    def _look_at(self, service_port: ServicePort) -> tuple[ServicePort, list[Network]]:
+        ips = (*service_port.cluster_ips, *service_port.external_ips, *service_port.load_balancer_ips)
+        hosts = map(ipaddress.ip_network, ips)
+        return service_port, [host for host in hosts if not _is_within(host, self._ranges)]
 
     async def _discard(self, came: set[Network], gone: set[Network]) -> None:
         now = self._now()
         self._left_at |= dict.fromkeys(gone, now)
         kept = {n: at for n, at in self._left_at.items() if n not in came and now - at < _REDIRECT_LASTS_S}
         self._left_at = kept
-        addresses = {*self._users, *kept} if self._discards_portals else set()
+        addresses = {*self._used, *kept} if self._discards_portals else set()
+        others = {host for host in addresses if not _is_within(host, self._discarded)}
         try:
-            await discard_routes.discard(self._discarded, {n for n in addresses if not self._is_discarded(n)})
+            await discard_routes.discard(self._discarded, others)
         except SyncError as error:
             log.warning("packets that no Service serves may be forwarded, and clients redirected: %s", error)
 
-    def _is_discarded(self, host: Network) -> bool:
-        return any(host.network_address in known for known in self._discarded)
+
+def _is_within(host: Network, networks: Iterable[Network]) -> bool:
+    return any(host.network_address in each for each in networks)
 
 
 def _networks(cidrs: Iterable[str]) -> list[Network]:

@@ -6,30 +6,35 @@ import contextlib
 import logging
 import socket
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 from userspace_proxy.config.settings import Settings
 from userspace_proxy.control.hosts import Hosts
 from userspace_proxy.control.memory import StateDir
 from userspace_proxy.control.pools import NodePort
+from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.handover import HandoverPlane
-from userspace_proxy.dataplane.sockets import BACKLOG
-from userspace_proxy.dns.sink import ClusterDns
+from userspace_proxy.dataplane.plane import LocalPlane
+from userspace_proxy.dataplane.remote import RemotePlane
+from userspace_proxy.dataplane.sockets import BACKLOG, knows_congestion_control
+from userspace_proxy.dataplane.wire import WorkerSettings
+from userspace_proxy.dns.sink import ClusterDns, end_processes
+from userspace_proxy.dns.sockets import open_sockets
+from userspace_proxy.dns.wire import DnsSettings
 from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.host import network
 from userspace_proxy.host.capture import choose_capture
 from userspace_proxy.host.sysctls import KUBE_PROXY, ConntrackLimits
 from userspace_proxy.interfaces import Source
+from userspace_proxy.logs import AccessLog, drop_count, recorder, require_writable
 from userspace_proxy.model.listeners import ListenerSpec
 from userspace_proxy.model.redirects import Capture, PodDetector
 from userspace_proxy.model.service import SourceIP
 from userspace_proxy.model.topology import Node
 from userspace_proxy.modes.mode import Mode, PreparedMode
 from userspace_proxy.modes.plans import NodeRules
-from userspace_proxy.runtime.cluster_dns import make_dns, remove_dns_addresses
-from userspace_proxy.runtime.data_plane import make_plane
 from userspace_proxy.runtime.desired_state import open_source, open_state_dir
 from userspace_proxy.runtime.instance_lock import InstanceLock, check_take_over, end_orphans, take_lock
 from userspace_proxy.runtime.lifecycle import Lifecycle, is_dry_run
@@ -121,21 +126,9 @@ async def set_up_node(
     inherited = await lifecycle.take_over(plane, lock)
     if dns is not None:  # from now on no predecessor needs its addresses
         stack.push_async_callback(remove_dns_addresses, dns)
+    hosts = await look_at_hosts(dns.held if dns is not None else ())
     return NodeSetup(
-        prepared=prepared,
-        source=source,
-        sources=sources,
-        events=events,
-        state_dir=state_dir,
-        lock=lock,
-        tune_conntrack=tune,
-        is_tuned=is_tuned,
-        plane=plane,
-        inherited=inherited,
-        node=node,
-        hosts=replace(await look_at_hosts(), dns=dns.held if dns is not None else ()),
-        rules=rules,
-        dns=dns,
+        prepared, source, sources, events, state_dir, lock, tune, is_tuned, plane, inherited, node, hosts, rules, dns
     )
 
 
@@ -154,10 +147,10 @@ def node_rules(settings: Settings, mode: Mode, capture: Capture) -> NodeRules:
     return NodeRules(capture, pods, settings.detect_local_mode == "NodeCIDR", addresses)
 
 
-async def look_at_hosts() -> Hosts:
-    """Return the addresses of this node and its neighbours."""
+async def look_at_hosts(dns: Collection[str]) -> Hosts:
+    """Return the addresses of this node and its neighbours. *dns*: those of cluster DNS."""
     addresses, networks = await network.look_at_networks()
-    return Hosts(addresses, networks, lambda: {NodePort(*port) for port in network.listening_ports()})
+    return Hosts(addresses, networks, lambda: {NodePort(*port) for port in network.listening_ports()}, dns)
 
 
 def conntrack_limits(settings: Settings) -> ConntrackLimits:
@@ -180,3 +173,110 @@ def conntrack_limits(settings: Settings) -> ConntrackLimits:
         udp_s=settings.conntrack_udp_timeout_s,
         udp_stream_s=settings.conntrack_udp_timeout_stream_s,
     )
+
+
+# ---- the data plane, and cluster DNS
+
+
+def make_plane(settings: Settings, mode: Mode, stack: contextlib.AsyncExitStack) -> HandoverPlane:
+    """Return the data plane.
+
+    It runs in this process with ``--workers 0``, and in modes in which the kernel serves: there it opens nothing.
+    """
+    if mode.kernel_serves:
+        return LocalPlane(Limits())
+    try:
+        if settings.access_log:
+            require_writable(settings.access_log)
+    except OSError as error:
+        reason = "its folder does not exist" if isinstance(error, FileNotFoundError) else error.strerror
+        raise StartError(f"--access-log {settings.access_log}: {reason}") from None
+    if settings.workers == 0:
+        access_log = AccessLog(settings.access_log, settings.log_format) if settings.access_log else None
+        if access_log is not None:
+            stack.callback(access_log.close)
+        record = recorder(access_log, verbose=settings.verbose)
+        return LocalPlane(_limits(settings), record, splice=settings.splice, lines_dropped=drop_count(access_log))
+    plane = RemotePlane(
+        WorkerSettings(
+            limits=_limits(settings),
+            workers=settings.workers,
+            orphan_timeout_s=settings.orphan_timeout_s,
+            drain_timeout_s=settings.drain_timeout_s,
+            splice=settings.splice,
+            loop=settings.loop,
+            access_log=settings.access_log,
+            log_format=settings.log_format,
+            verbose=settings.verbose,
+        )
+    )
+    plane.start()
+    return plane
+
+
+def _limits(settings: Settings) -> Limits:
+    name = settings.congestion_control
+    if name and not knows_congestion_control(name):
+        raise StartError(
+            f"--congestion-control {name}: not on this host (modprobe tcp_{name}?);"
+            " sysctl net.ipv4.tcp_available_congestion_control lists what is"
+        )
+    unanswered_s, answered_s = network.conntrack_udp_timeouts()
+    return Limits(
+        idle_timeout_s=settings.idle_timeout_s,
+        half_closed_timeout_s=settings.half_closed_timeout_s,
+        dead_peer_timeout_s=settings.dead_peer_timeout_s,
+        connections_per_client=settings.connections_per_client,
+        congestion_control=settings.congestion_control,
+        udp_flows_per_service=settings.udp_flows_per_service,
+        udp_port_rest_s=settings.udp_port_rest_s,
+        udp_timeout_s=unanswered_s if settings.udp_timeout_s is None else settings.udp_timeout_s,
+        udp_stream_timeout_s=answered_s if settings.udp_timeout_s is None else settings.udp_timeout_s,
+    )
+
+
+async def make_dns(
+    settings: Settings, rules: NodeRules, inherited: Sequence[socket.socket], stack: contextlib.AsyncExitStack
+) -> ClusterDns | None:
+    """Return cluster DNS, which serves at its addresses from now on, or None without ``--dns``.
+
+    *inherited*: what `ClusterDns.inheritance` of the predecessor returned.
+
+    Raises:
+        StartError: it cannot serve there.
+    """
+    channels = [sock for sock in inherited if sock.family == socket.AF_UNIX]
+    sockets = [sock for sock in inherited if sock.family != socket.AF_UNIX]
+    addresses = settings.dns_addresses
+    if not addresses:
+        end_processes(channels)
+        for sock in sockets:
+            sock.close()
+        if settings.dns:
+            raise StartError("--dns: the range of cluster IPs is not known; give an address, as in --dns 10.96.0.10")
+        return None
+    sockets = open_sockets(addresses, sockets)
+    try:
+        for ip in addresses:
+            await network.add_own_address(ip)
+    except SyncError as error:
+        raise StartError(f"--dns: {error}") from None
+    wanted = DnsSettings(
+        domain=settings.cluster_domain,
+        addresses=addresses,
+        upstream=settings.dns_upstream or None,
+        orphan_timeout_s=settings.orphan_timeout_s,
+        loop=settings.loop,
+        log_format=settings.log_format,
+        verbose=settings.verbose,
+    )
+    dns = ClusterDns(wanted, sockets, channels, rules.pods)
+    dns.start()
+    stack.push_async_callback(dns.close)
+    return dns
+
+
+async def remove_dns_addresses(dns: ClusterDns) -> None:
+    """Remove the addresses of *dns* from this node, unless another process serves at them from now on."""
+    if not dns.is_left:
+        await network.remove_own_addresses()

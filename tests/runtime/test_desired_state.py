@@ -13,7 +13,7 @@ from userspace_proxy.control.memory import SavedAllocations, StateDir
 from userspace_proxy.errors import StartError
 from userspace_proxy.model.dns_names import DnsHost
 from userspace_proxy.model.names import NamespacedName
-from userspace_proxy.runtime.known_services import known_services
+from userspace_proxy.runtime.desired_state import known_services
 
 WEB = NamespacedName("default", "web")
 MANIFEST = "kind: Service\napiVersion: v1\nmetadata: {name: web}\nspec: {ports: [{port: 80}]}\n"
