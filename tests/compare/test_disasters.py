@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.compare.made_results import whole_run
-from userspace_proxy.cli.compare import _known_cases
-from userspace_proxy.compare.command import ComparisonRequest
+from userspace_proxy.compare.command import CASE_NAMES, ComparisonRequest
 from userspace_proxy.compare.disasters import _EVENTS, DISASTERS, Disaster, figures_of, happen, takes_part
 from userspace_proxy.compare.modes import HAPROXY, MODES, USERSPACE
 from userspace_proxy.compare.nodes import SMALL, CompareLab
@@ -54,7 +53,7 @@ def test_a_quick_comparison_has_disasters_only_if_they_are_named() -> None:
     assert len(ComparisonRequest(duration_s=60, cases=("disasters",)).disasters) == 10
     assert ComparisonRequest(cases=("latency", "killed")).disasters == [disaster_of("killed")]
     assert not ComparisonRequest(cases=("latency",)).disasters
-    assert {"disasters", "killed"} <= set(_known_cases())
+    assert {"disasters", "killed"} <= set(CASE_NAMES)
 
 
 # ---- how it is judged

@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 from urllib.parse import urlencode
 
 import click
 
-from userspace_proxy.cli.options import fail
+from userspace_proxy.cli.options import fail, file_option
 from userspace_proxy.printable import printable
 
 _TIMEOUT_S = 30.0
@@ -66,12 +66,10 @@ def ask(path: Path, question: str, **parameters: str) -> Row:
     return answer
 
 
-SOCKET = click.option(
+SOCKET = file_option(
     "--control-socket",
-    type=click.Path(path_type=Path),
     envvar="USERSPACE_PROXY_CONTROL_SOCKET",
     default=_DEFAULT_SOCKET,
-    metavar="FILE",
     help=f"Control socket of the proxy (default {_DEFAULT_SOCKET})",
 )
 NAMESPACE = click.option("-n", "--namespace", metavar="NS", default="default", help="Namespace (default default)")
@@ -99,25 +97,25 @@ def get(
     """List what a running proxy serves: Services, endpoints or open connections."""
     kind = _KINDS[kind]
     whose = {"namespace": "" if all_namespaces else namespace, "name": name}
-    columns = _COLUMNS[kind](output == "wide", all_namespaces)
+    which = {"wide": output == "wide", "everywhere": all_namespaces}
     answer = ask(control_socket, kind, **whose)
     if output in ("json", "yaml"):
         _dump(answer, output)
         return
-    rows = [[show(item) for show in columns.values()] for item in answer["items"]]
+    heads, *rows = _table(kind, answer["items"], **which)
     if name and not rows and kind == "services":
         fail(f"there is no Service {namespace}/{name}; -A lists those of all namespaces")
     if not rows and not watch:
         click.echo(f"No {kind} found{'' if all_namespaces else f' in namespace {namespace}'}.", err=True)
         return
-    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
-    _print_rows([list(columns), *rows], widths)
+    widths = _widths([heads, *rows])
+    _print_rows([heads, *rows], widths)
     if answer.get("hidden"):
         click.echo(f"... and {answer['hidden']} more", err=True)
     while watch:
         time.sleep(_WATCH_EVERY_S)
         before = {tuple(row) for row in rows}
-        rows = [[show(item) for show in columns.values()] for item in ask(control_socket, kind, **whose)["items"]]
+        _, *rows = _table(kind, ask(control_socket, kind, **whose)["items"], **which)
         _print_rows([row for row in rows if tuple(row) not in before], widths)
 
 
@@ -148,13 +146,11 @@ def describe(kind: str, name: str, *, namespace: str, output: str | None, contro
     width = max(map(len, facts)) + 2
     for fact, value in facts.items():
         click.echo(printable(f"{fact + ':':<{width}}{value}"))
-    for title, rows, columns in (
-        ("Endpoints", answer["endpoints"], _endpoint_columns(wide=True, everywhere=False)),
-        ("Events", answer["events"][-20:], _EVENTS),
-    ):
-        click.echo(f"{title}:{'' if rows else ' <none>'}")
-        if rows:
-            _print_table(columns, rows, indent="  ")
+    for title, items in (("Endpoints", answer["endpoints"]), ("Events", answer["events"][-20:])):
+        click.echo(f"{title}:{'' if items else ' <none>'}")
+        if items:
+            table = _table(title.lower(), items, wide=True)
+            _print_rows(table, _widths(table), indent="  ")
 
 
 @click.command()
@@ -217,61 +213,66 @@ def _candidates(answer: Row) -> Iterable[str]:
         yield f"  {candidate['endpoint']}{odds}: {candidate['why']}"
 
 
-Columns = Mapping[str, Callable[[Row], str]]
+class Column(NamedTuple):
+    """A column: its head, what it shows of a row (a function, or a field that is never empty), and when."""
+
+    head: str
+    show: Callable[[Row], object] | str
+    when: Literal["always", "wide", "everywhere"] = "always"
+
+    def cell(self, row: Row) -> str:
+        return str(row[self.show] if isinstance(self.show, str) else self.show(row))
 
 
-def _service_columns(wide: bool, everywhere: bool) -> Columns:
-    return {
-        **({"NAMESPACE": lambda row: row["namespace"]} if everywhere else {}),
-        "NAME": lambda row: row["name"],
-        "TYPE": lambda row: row["type"],
-        "CLUSTER-IP": lambda row: ",".join(row["cluster_ips"]) or "<none>",
-        "EXTERNAL-IP": lambda row: ",".join(row["external_ips"]) or "<none>",
-        "PORT(S)": lambda row: ",".join(row["ports"]) or "<none>",
-        "AGE": lambda row: _age(time.time() - row["since"]) if row["since"] else "<unknown>",
-        **({"SELECTOR": lambda row: _labels(row["selector"])} if wide else {}),
-    }
-
-
-def _endpoint_columns(wide: bool, everywhere: bool) -> Columns:
-    return {
-        **({"NAMESPACE": lambda row: row["namespace"]} if everywhere else {}),
-        "SERVICE": lambda row: row["service"],
-        "PORT": lambda row: row["port"] or "<none>",
-        "ENDPOINT": lambda row: row["address"],
-        "STATE": _state,
-        "WEIGHT": lambda row: str(row["weight"]),
-        "OPEN": lambda row: str(row["open"]),
-        "PINS": lambda row: str(row["pins"]),
-        "LAST FAILURE": _last_failure,
-        **({"NODE": lambda row: row["node"] or "<none>", "REASON": lambda row: row["reason"]} if wide else {}),
-    }
-
-
-def _connection_columns(wide: bool, everywhere: bool) -> Columns:
-    return {
-        **({"NAMESPACE": lambda row: row["namespace"]} if everywhere else {}),
-        "SERVICE": lambda row: row["service"],
-        "PROTOCOL": lambda row: row["protocol"],
-        "CLIENT": lambda row: row["client"],
-        "PORTAL": lambda row: row["portal"] or "<unknown>",
-        "ENDPOINT": lambda row: row["endpoint"] or "<dialling>",
-        "AGE": lambda row: _age(row["age_s"]),
-        **({"WHY": lambda row: row["why"]} if wide else {}),
-        **(
-            {"UP": lambda row: str(row["bytes_to_backend"]), "DOWN": lambda row: str(row["bytes_to_client"])}
-            if wide
-            else {}
-        ),
-    }
-
-
-_COLUMNS = {"services": _service_columns, "endpoints": _endpoint_columns, "connections": _connection_columns}
-_EVENTS: Columns = {
-    "AGE": lambda row: _age(time.time() - row["at"]),
-    "COUNT": lambda row: str(row["count"]),
-    "EVENT": lambda row: row["what"],
+_NAMESPACE = Column("NAMESPACE", "namespace", "everywhere")
+_COLUMNS: Mapping[str, Sequence[Column]] = {
+    "services": (
+        _NAMESPACE,
+        Column("NAME", "name"),
+        Column("TYPE", "type"),
+        Column("CLUSTER-IP", lambda row: ",".join(row["cluster_ips"]) or "<none>"),
+        Column("EXTERNAL-IP", lambda row: ",".join(row["external_ips"]) or "<none>"),
+        Column("PORT(S)", lambda row: ",".join(row["ports"]) or "<none>"),
+        Column("AGE", lambda row: _age(time.time() - row["since"]) if row["since"] else "<unknown>"),
+        Column("SELECTOR", lambda row: _labels(row["selector"]), "wide"),
+    ),
+    "endpoints": (
+        _NAMESPACE,
+        Column("SERVICE", "service"),
+        Column("PORT", lambda row: row["port"] or "<none>"),
+        Column("ENDPOINT", "address"),
+        Column("STATE", lambda row: _state(row)),
+        Column("WEIGHT", "weight"),
+        Column("OPEN", "open"),
+        Column("PINS", "pins"),
+        Column("LAST FAILURE", lambda row: _last_failure(row)),
+        Column("NODE", lambda row: row["node"] or "<none>", "wide"),
+        Column("REASON", "reason", "wide"),
+    ),
+    "connections": (
+        _NAMESPACE,
+        Column("SERVICE", "service"),
+        Column("PROTOCOL", "protocol"),
+        Column("CLIENT", "client"),
+        Column("PORTAL", lambda row: row["portal"] or "<unknown>"),
+        Column("ENDPOINT", lambda row: row["endpoint"] or "<dialling>"),
+        Column("AGE", lambda row: _age(row["age_s"])),
+        Column("WHY", "why", "wide"),
+        Column("UP", "bytes_to_backend", "wide"),
+        Column("DOWN", "bytes_to_client", "wide"),
+    ),
+    "events": (
+        Column("AGE", lambda row: _age(time.time() - row["at"])),
+        Column("COUNT", "count"),
+        Column("EVENT", "what"),
+    ),
 }
+
+
+def _table(kind: str, items: Iterable[Row], *, wide: bool = False, everywhere: bool = False) -> list[list[str]]:
+    """Return the heads and the rows of *items*."""
+    shown = [one for one in _COLUMNS[kind] if {"wide": wide, "everywhere": everywhere}.get(one.when, True)]
+    return [[one.head for one in shown], *([printable(one.cell(row)) for one in shown] for row in items)]
 
 
 def _state(row: Row) -> str:
@@ -296,15 +297,13 @@ def _age(seconds: float) -> str:
     return f"{max(seconds, 0):.0f}s"
 
 
-def _print_table(columns: Columns, items: Iterable[Row], indent: str = "") -> None:
-    rows = [list(columns), *([show(item) for show in columns.values()] for item in items)]
-    _print_rows(rows, [max(map(len, cells)) for cells in zip(*rows, strict=True)], indent)
-
-
 def _print_rows(rows: Iterable[Sequence[str]], widths: Sequence[int], indent: str = "") -> None:
     for row in rows:
-        cells = (f"{printable(cell):<{width}}" for cell, width in zip(row, widths, strict=True))
-        click.echo((indent + "   ".join(cells)).rstrip())
+        click.echo((indent + "   ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))).rstrip())
+
+
+def _widths(rows: Iterable[Sequence[str]]) -> list[int]:
+    return [max(map(len, cells)) for cells in zip(*rows, strict=True)]
 
 
 def _dump(answer: Row, output: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from userspace_proxy.cli.options import PATHS, GroupedCommand, Value, fail, setting_options, settings_of
+from userspace_proxy.cli.options import PATHS, GroupedCommand, Value, fail, fails_on, setting_options, settings_of
 from userspace_proxy.config.settings import SETTINGS
 from userspace_proxy.errors import StartError
 from userspace_proxy.printable import printable
@@ -57,10 +57,8 @@ def check(
     from userspace_proxy.modes import annotation_modes
     from userspace_proxy.sources.files import nothing_found, read_once
 
-    try:
+    with fails_on(StartError):
         manifests, problems = read_once(paths)
-    except StartError as error:
-        fail(error)
     fields = field_treatments(manifests) if with_contract else []
     settings = settings_of(options)
     told = LintOptions(

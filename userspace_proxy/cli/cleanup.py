@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from userspace_proxy.cli.options import fail
+from userspace_proxy.cli.options import fails_on
 from userspace_proxy.errors import StartError, SyncError
 
 
@@ -15,8 +15,6 @@ def cleanup() -> None:
 
     from userspace_proxy.runtime import cleanup as removal
 
-    try:
+    with fails_on(StartError, SyncError):
         asyncio.run(removal.remove_all())
-    except (StartError, SyncError) as error:
-        fail(error)
     click.echo("nothing of userspace-proxy is left in this network namespace")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from userspace_proxy.cli.options import fail
+from userspace_proxy.cli.options import fails_on
 from userspace_proxy.errors import StartError
 
 
@@ -14,8 +14,6 @@ def demo(*, as_json: bool) -> None:
     """Show what the proxy does, in private namespaces. Needs no root and no cluster."""
     from userspace_proxy import demo as show
 
-    try:
+    with fails_on(StartError):
         show.enter(["--json"] if as_json else [])
         show.run(as_json=as_json)
-    except StartError as error:
-        fail(error)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from userspace_proxy.cli.options import GroupedCommand, fails_on
+from userspace_proxy.cli.options import GroupedCommand, fails_on, file_option
 from userspace_proxy.errors import StartError
 
 _EXAMPLES = """\
@@ -38,12 +38,7 @@ def _read_addresses(_ctx: click.Context, _param: click.Parameter, given: tuple[s
 @click.argument("ports", nargs=-1, required=True, metavar="[LOCAL:]PORT[/udp]...")
 @click.option("-n", "--namespace", default="default", metavar="NAME", help="Namespace of the Service (default default)")
 @click.option("-f", "--filename", "paths", multiple=True, metavar="PATH", help="Manifests in place of a cluster")
-@click.option(
-    "--kubeconfig",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Login to the cluster (default $KUBECONFIG or ~/.kube/config)",
-)
+@file_option("--kubeconfig", help="Login to the cluster (default $KUBECONFIG or ~/.kube/config)")
 @click.option(
     "--address",
     "addresses",

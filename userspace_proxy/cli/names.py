@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from userspace_proxy.cli.ask import NAMESPACE, SOCKET, ask
-from userspace_proxy.cli.options import GroupedCommand, fails_on, setting_options, settings_of
+from userspace_proxy.cli.options import GroupedCommand, fails_on, file_option, setting_options, settings_of
 from userspace_proxy.errors import StartError
 
 if TYPE_CHECKING:
@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     Render = Callable[[Mapping[NamespacedName, KnownService], Settings], list[str]]
 
 _PATHS = click.argument("paths", nargs=-1, metavar="[PATH...]")
-_KUBECONFIG = click.option(
-    "--kubeconfig", type=click.Path(path_type=Path), metavar="FILE", help="Ask the cluster that this file names"
-)
+_KUBECONFIG = file_option("--kubeconfig", help="Ask the cluster that this file names")
 
 
 @click.command(cls=GroupedCommand, params=setting_options("env"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -120,6 +121,11 @@ def setting_options(command: str) -> list[click.Parameter]:
 def settings_of(options: Mapping[str, Any]) -> Settings:
     """Return *options* over the defaults."""
     return Settings(**{name: value for name, value in options.items() if value is not None})
+
+
+def file_option(*names: str, **options: Any) -> Callable[..., Any]:  # a decorator, as click's
+    """Return an option whose value is the path of a file."""
+    return click.option(*names, type=click.Path(path_type=Path), **{"metavar": "FILE", **options})
 
 
 PATHS: Callable[..., Any] = click.argument("paths", nargs=-1, metavar="PATH...", required=True)

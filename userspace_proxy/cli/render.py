@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from userspace_proxy.cli.options import PATHS, GroupedCommand, SettingOption, fail, setting_options, settings_of
+from userspace_proxy.cli.options import PATHS, GroupedCommand, SettingOption, fails_on, setting_options, settings_of
 from userspace_proxy.config.kinds import one_of
 from userspace_proxy.config.settings import MODE_NAMES, SETTINGS
 from userspace_proxy.errors import StartError
@@ -38,15 +38,14 @@ def render(paths: tuple[str, ...], *, service: str, with_explanations: bool, as_
 
     configure_logging("text")
     settings = settings_of({"paths": paths, **options})
-    try:
+    is_well = True
+    with fails_on(StartError):
         if service or with_explanations or as_json or settings.proxy_mode == "all":
             found, is_well = rendering.explain(settings, service)
             _show(found, explains=with_explanations, as_json=as_json)
         else:
             rules, is_well = rendering.render(settings)
             click.echo(rules, nl=False)
-    except StartError as error:
-        fail(error)
     if not is_well:
         sys.exit(1)
 

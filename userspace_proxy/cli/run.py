@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from userspace_proxy.cli.options import GroupedCommand, fail, fails_on, setting_options, settings_of
+from userspace_proxy.cli.options import GroupedCommand, fails_on, file_option, setting_options, settings_of
 from userspace_proxy.config.settings import Settings
 from userspace_proxy.errors import StartError, SyncError
 
@@ -33,21 +33,17 @@ def _read_configuration(ctx: click.Context, _: click.Parameter, path: Path | Non
         return None
     from userspace_proxy.config.kubeproxy_config import read_configuration
 
-    try:
+    with fails_on(StartError):
         configuration = read_configuration(path)
-    except StartError as error:
-        fail(error)
     ctx.default_map = {name: value for name, value in configuration.settings.items() if name != "kubeconfig"}
     return configuration
 
 
 @click.command(cls=GroupedCommand, params=setting_options("run"), epilog=_EXAMPLES)
 @click.argument("paths", nargs=-1, metavar="[PATH...]")
-@click.option(
+@file_option(
     "--config",
     "configuration",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
     is_eager=True,
     callback=_read_configuration,
     help="Read a KubeProxyConfiguration; flags win over it",

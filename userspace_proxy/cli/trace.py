@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from userspace_proxy.cli.ask import NAMESPACE, SOCKET, portal_of
-from userspace_proxy.cli.options import Value, fail
+from userspace_proxy.cli.options import Value, fails_on, file_option
 from userspace_proxy.config.kinds import DURATION
 from userspace_proxy.errors import StartError
 
@@ -28,7 +28,7 @@ _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?(:[-a-z0-9]+)?")
 @click.option(
     "--from-pod", metavar="PID|NAME", help="Send the packet from the network namespace of a process, or a named one"
 )
-@click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Draw the packet's path to this file")
+@file_option("--svg", help="Draw the packet's path to this file")
 @click.option("--wide", is_flag=True, help="Draw packets side by side, for a wide screen")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON")
 @NAMESPACE
@@ -58,7 +58,5 @@ def trace(
         request = command.request(f"{portal.removesuffix('/udp')}/udp" if udp else portal, **whence)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    try:
+    with fails_on(StartError):
         command.run(request, as_json=as_json, svg=svg, wide=wide, say=lambda text: click.echo(text, err=True))
-    except StartError as error:
-        fail(error)

@@ -17,27 +17,3 @@ from userspace_proxy.lab.hosts import (
     prepare,
 )
 from userspace_proxy.lab.servers import HTTP_PORT, last_line, service, start_nginx, start_proxy, wait_until
-
-__all__ = [
-    "CLIENT_IP",
-    "CLIENT_IP6",
-    "HTTP_PORT",
-    "NODE_IP",
-    "NODE_IP6",
-    "Host",
-    "Lab",
-    "ServiceLab",
-    "ask",
-    "build_service_lab",
-    "command_in_namespaces",
-    "connect",
-    "enter_namespaces",
-    "inside",
-    "ip",
-    "last_line",
-    "prepare",
-    "service",
-    "start_nginx",
-    "start_proxy",
-    "wait_until",
-]

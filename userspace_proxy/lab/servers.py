@@ -15,6 +15,7 @@ from userspace_proxy.lab.hosts import Host
 
 HTTP_PORT = 8080
 _START_TIMEOUT_S = 20.0
+_PROXY_TIMEOUT_S = 180.0  # an emulated machine needs minutes; a process that ends is noticed at once
 _POLL_S = 0.01
 
 # One process, without root; it writes only to its own folder.
@@ -115,7 +116,13 @@ def start_proxy(node: Host, manifests: Path, log: Path, *arguments: str) -> subp
     log.write_text("")
     command = [sys.executable, "-P", "-m", "userspace_proxy", "run", str(manifests)]
     process = node.start(*command, "--state-dir", str(log.with_name("state")), *arguments, log=log)
-    wait_until(lambda: "ready:" in log.read_text(), "the proxy did not start", process=process, log=log)
+    wait_until(
+        lambda: "ready:" in log.read_text(),
+        "the proxy did not start",
+        timeout_s=_PROXY_TIMEOUT_S,
+        process=process,
+        log=log,
+    )
     return process
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from userspace_proxy.config.settings import MODE_NAMES, Settings
 from userspace_proxy.control.pod_names import environment
 from userspace_proxy.errors import StartError
-from userspace_proxy.lab import Lab, ServiceLab, build_service_lab, enter_namespaces, prepare, start_proxy
+from userspace_proxy.lab import NODE_IP, Lab, ServiceLab, build_service_lab, enter_namespaces, prepare, start_proxy
 from userspace_proxy.lab.cluster import Cluster, check_paths
 from userspace_proxy.lab.words import NO_MODE, WordError, Words
 from userspace_proxy.lab.workloads import NODE_NAME
@@ -31,22 +31,15 @@ _RESOLV_CONF = Path("/etc/resolv.conf")
 _DNS_IP = "10.96.0.10"
 _LOAD_BALANCERS = "203.0.113.0/24"
 _RESOLVER = f"nameserver {_DNS_IP}\nsearch default.svc.cluster.local svc.cluster.local cluster.local\noptions ndots:5\n"
-_ON_NODE = ("nft", "iptables", "iptables-save", "ip6tables", "ip6tables-save", "conntrack", "ipvsadm")
+_WORDS = Path(__file__).with_name("words.sh")
+# Words of the script that the lab itself does not answer.
+_SCRIPTS = (
+    *("node", "nft", "iptables", "iptables-save", "ip6tables", "ip6tables-save", "conntrack", "ipvsadm"),
+    *("userspace-proxy", "describe", "why", "check", "render", "trace", "port-forward", "kubectl"),
+    *("lookup", "access-log", "proxy-log", "lab-help"),
+)
 _WELCOME = """\
 A client, and a node with the proxy in {mode} mode. Try: get pods, get services, curl http://NAME, lab-help
-"""
-_HELP = """\
-curl http://NAME, lookup NAME [SRV] a Service by its name; the variables of Services are set, too
-get pods|deployments|services|endpoints|connections, describe service NAME, why NAME
-scale NAME N, restart NAME          a Deployment: more or fewer pods, or new ones, one by one
-kill-pod [--hang|--silent] NAME     a pod's process dies (or hangs, or loses its network); the API does not know it
-unready NAME, ready NAME            the readiness probe fails, or the pod is well again
-apply -f PATH, delete [--now] -f PATH, delete KIND NAME
-mode userspace|iptables|nftables|ipvs|none    start the proxy again in another mode, or end it
-trace NAME, render --explain, nft, iptables-save, conntrack: on the node; node COMMAND: anything on the node
-access-log                          the last choices of the proxy and their reasons; proxy-log: its log
-kubectl exec POD -- COMMAND         run a command in a pod; port-forward svc/NAME LOCAL:PORT: a Service at a local port
-kubectl WORD ...                    the same words; exit: leave the lab, nothing remains
 """
 
 
@@ -152,48 +145,22 @@ def _shell(mode: str) -> list[str]:
 
 
 def _write_words(words: Words) -> dict[str, str]:
-    """Write the shell's words as scripts, and return its environment."""
+    """Link the shell's words to their script, and return its environment."""
     folder = _FOLDER / "bin"
     folder.mkdir()
-    python = shlex.quote(sys.executable)
-    own_path = f"PATH={shlex.quote(os.environ['PATH'])}"
-    ours = f"{python} -P -m userspace_proxy"
-    on_node = f"exec ip netns exec {NODE_NAME}"
-    word = f"exec {python} -S -E {shlex.quote(str(Path(__file__).with_name('word.py')))}"
-    asked = f'case ${{1:-}} in svc|service*|ep|endpoint*|conn*) exec {ours} get "$@" ;; esac; {word} get'
-    scripts = {name: f"{word} {name}" for name in words.names}
-    scripts |= {name: f"{own_path} {on_node} {name}" for name in _ON_NODE}
-    scripts |= {name: f"exec {ours} {name}" for name in ("describe", "why", "check")}
-    scripts |= {
-        "get": asked,
-        "node": on_node,
-        "trace": 'case " $* " in *" --wait "*|*" --from"*) ;; *) set -- --from-pod client "$@" ;; esac; '
-        f"{on_node} {ours} trace",
-        "render": f"{on_node} {ours} render --proxy-mode $(cat /run/lab/mode) --state-dir /run/lab/state "
-        "/run/lab/manifests",
-        "userspace-proxy": f"exec {ours}",
-        "access-log": "exec tail /run/lab/access.log",
-        "proxy-log": "exec tail /run/lab/proxy.log",
-        "exec": f'pod=$({word} exec "$@") || exit 1\n'
-        'until [ "$1" = -- ]; do shift; done; shift\n'
-        "exec ip netns exec $pod",
-        "port-forward": f"exec {ours} forward -f /run/lab/manifests",
-        "lookup": f"exec {python} -P -m dnslib.client --server {_DNS_IP}:53 --short",
-        "lab-help": "exec cat /run/lab/help",
-        "kubectl": 'word=${1:-lab-help}; [ $# = 0 ] || shift; [ "$word" != rollout ] || { word=$1; shift; }\n'
-        '[ -x "/run/lab/bin/$word" ] || { echo "kubectl $word: the lab has no such word; see lab-help" >&2; exit 1; }\n'
-        'exec "/run/lab/bin/$word"',
-    }
-    for name, script in scripts.items():
-        (folder / name).write_text(f'#!/bin/sh\n{script} "$@"\n')
-        (folder / name).chmod(0o755)
-    (_FOLDER / "help").write_text(_HELP)
+    paths = {"PYTHON": sys.executable, "PACKAGE": str(_WORDS.parent), "OWN_PATH": os.environ["PATH"]}
+    (_FOLDER / "paths").write_text("".join(f"{name}={shlex.quote(path)}\n" for name, path in paths.items()))
+    script = _FOLDER / "words.sh"
+    script.write_text(_WORDS.read_text())
+    script.chmod(0o755)
+    for name in (*words.names, *_SCRIPTS):
+        (folder / name).symlink_to(script)
     return {
         **os.environ,
         "PATH": f"{folder}:{os.environ['PATH']}",
         "USERSPACE_PROXY_CONTROL_SOCKET": str(_FOLDER / "state" / "control.sock"),
         "USERSPACE_PROXY_LAB_SOCKET": str(_FOLDER / "words.sock"),
-        "NODE_IP": "192.168.50.1",
+        "NODE_IP": NODE_IP,
     }
 
 
