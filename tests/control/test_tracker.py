@@ -782,3 +782,13 @@ def test_many_small_changes_and_one_big_one_come_to_the_same(seed: int) -> None:
     for name in served:
         if name.service not in troubled:
             assert set(world.state.endpoints[name]) == set(at_once.state.endpoints[name])
+
+
+def test_states_share_their_service_ports_while_only_endpoints_change() -> None:
+    world = World()
+    before = world.tell(service(**SELECTING), pod("a", "10.244.0.1"), SYNCED)
+    after = world.tell(pod("b", "10.244.0.2"))
+
+    assert after.endpoints != before.endpoints
+    assert after.service_ports is before.service_ports
+    assert world.tell(service("db")).service_ports is not before.service_ports

@@ -70,6 +70,7 @@ class Tracker:
         self._changed: set[NamespacedName] = set()
         self._ports_of: dict[NamespacedName, tuple[ServicePortName, ...]] = {}
         self._service_ports: dict[ServicePortName, ServicePort] = {}
+        self._ports_have_changed = False
         self._endpoints_of: dict[ServicePortName, tuple[Endpoint, ...]] = {}
         self._endpoint_changes: dict[ServicePortName, tuple[Endpoint, ...]] = {}
         self._service_cidrs: dict[NamespacedName, tuple[str, ...]] = {}
@@ -242,9 +243,12 @@ class Tracker:
         changed = self._update_changed()
         self._state = replace(
             self._state,
-            service_ports=MappingProxyType(dict(self._service_ports)),
-            endpoints=MappingProxyType(dict(self._endpoints_of)),
+            service_ports=(
+                MappingProxyType(self._service_ports.copy()) if self._ports_have_changed else self._state.service_ports
+            ),
+            endpoints=MappingProxyType(self._endpoints_of.copy()),
         )
+        self._ports_have_changed = False
         if self._has_names:
             for name in changed:
                 self._update_names(name)
@@ -373,12 +377,14 @@ class Tracker:
         for port_name in self._ports_of.pop(name, ()):
             if port_name not in service_ports:
                 del self._service_ports[port_name]
+                self._ports_have_changed = True
                 self._endpoint_changes.setdefault(port_name, self._endpoints_of.pop(port_name))
         if service_ports:
             self._ports_of[name] = tuple(service_ports)
         for port_name, service_port in service_ports.items():
             if self._service_ports.get(port_name) != service_port:
                 self._service_ports[port_name] = service_port
+                self._ports_have_changed = True
             if self._endpoints_of.get(port_name) != endpoints[port_name]:
                 self._endpoint_changes.setdefault(port_name, self._endpoints_of.get(port_name, ()))
                 self._endpoints_of[port_name] = endpoints[port_name]

@@ -20,7 +20,8 @@ class ProxyState:
     ``service_cidrs``: the cluster IP ranges that the API states; empty if it states none.
     ``names``: what DNS says of each Service; empty if that is not asked for.
     The mappings are read-only, and the first two have the same keys. An unchanged value is the *same object* in the
-    next state, so ``is not`` finds the changes and the cost of a sync follows the number of changes.
+    next state, and so is ``service_ports`` if all of its values are. ``is not`` therefore finds the changes, and the
+    cost of a sync follows the number of changes.
     """
 
     service_ports: Mapping[ServicePortName, ServicePort] = field(default_factory=lambda: MappingProxyType({}))

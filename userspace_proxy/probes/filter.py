@@ -58,6 +58,8 @@ class HealthFilter:
         self._targets: dict[tuple[Address, ProbeSpec], Target] = {}
         self._checked: dict[ServicePortName, _Checked] = {}
         self._is_full = False
+        self._seen: Mapping[ServicePortName, ServicePort] = {}
+        self._probed: dict[ServicePortName, ServicePort] = {}
 
     def close(self) -> None:
         """Stop all probes. The last verdicts stay."""
@@ -70,7 +72,10 @@ class HealthFilter:
         apply to the others. If all endpoints of a service port and an IP family are unhealthy, all of them are used,
         unless ``panic=off``.
         """
-        wanted = {name: port for name, port in desired.service_ports.items() if port.probe is not None}
+        if desired.service_ports is not self._seen:
+            self._seen = desired.service_ports
+            self._probed = {name: port for name, port in self._seen.items() if port.probe is not None}
+        wanted = self._probed
         for name in self._checked.keys() - wanted.keys():
             self._leave(name, self._checked.pop(name).targets)
         if not wanted:

@@ -12,7 +12,7 @@ import ipaddress
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.errors import SyncError
@@ -77,6 +77,7 @@ class NodeRoutes:
         # The addresses of each service port that are outside of the ranges, and all of them.
         self._outside: dict[ServicePortName, tuple[ServicePort, list[Network]]] = {}
         self._used: set[Network] = set()
+        self._known: Mapping[ServicePortName, ServicePort] = {}
         self._left_at: dict[Network, float] = {}  # the time since which a portal that is still discarded has no user
 
     async def sync(self, state: ProxyState) -> None:
@@ -98,6 +99,9 @@ class NodeRoutes:
 
     def _note(self, state: ProxyState) -> tuple[set[Network], set[Network]]:
         """Return the addresses outside of the ranges that service ports have since this state, and unused ones."""
+        if state.service_ports is self._known:
+            return set(), set()
+        self._known = state.service_ports
         known = self._outside
         self._outside = {
             name: known[name] if name in known and known[name][0] is service_port else self._look_at(service_port)

@@ -11,6 +11,7 @@ import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import replace
+from itertools import product, starmap
 
 from prometheus_client.core import Metric
 
@@ -18,7 +19,7 @@ from userspace_proxy.control.proxy_ports import ProxyPorts
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import DataPlane, Kernel
 from userspace_proxy.model.listeners import NO_ROOM, Backends, ListenerSpec
-from userspace_proxy.model.names import L4Protocol, ListenerName, ServicePortName
+from userspace_proxy.model.names import L4Protocol, ListenerName, Scope, ServicePortName
 from userspace_proxy.model.redirects import DROPPED, Capture, Redirects
 from userspace_proxy.model.service import Portal, ServicePort, portals
 from userspace_proxy.model.state import ProxyState
@@ -70,6 +71,7 @@ class UserspaceProxier(BaseProxier):
         self._with_old_flows: set[ServicePortName] = set()  # their UDP flows may follow an earlier traffic policy
         self._losing: set[ServicePortName] = set()  # UDP service ports that lost an endpoint since the last sync
         self._refuse_port = 0
+        self._has_adopted = False  # listeners that the first state may not have
 
     @property
     def capture(self) -> Capture:
@@ -80,6 +82,7 @@ class UserspaceProxier(BaseProxier):
         for spec in specs:
             self._opened[spec.name] = spec
             self._ports.hold(spec.name, spec.proxy_port)
+            self._has_adopted = True
         self._logged.update(name.service_port for name in self._opened)
 
     # ---- sync
@@ -95,7 +98,7 @@ class UserspaceProxier(BaseProxier):
         await self._open(changed)
         self._losing |= self._losing_endpoints(changed)
         emptied = await self._give_usable(changed)
-        gone = [name for name in self._opened if not self._is_planned(name)]
+        gone = [name for name in self._candidates(changed) if name in self._opened and not self._is_planned(name)]
         if self._is_outdated:
             await self._load(self._losing)
         await self._give(emptied)  # the rules send no more clients to these
@@ -104,7 +107,15 @@ class UserspaceProxier(BaseProxier):
         if with_old_flows := self._losing & self._with_old_flows:
             await self._forget_old_flows(with_old_flows)
         self._losing.clear()
+        self._has_adopted = False
         self._plans.finish()
+
+    def _candidates(self, changed: Iterable[Plan]) -> Iterable[ListenerName]:
+        """Return the listeners that may have lost their plans."""
+        if self._has_adopted:
+            return list(self._opened)
+        names = (*self._plans.gone, *(plan.service_port.name for plan in changed))
+        return starmap(ListenerName, product(names, Scope, (False, True)))
 
     def _is_planned(self, name: ListenerName) -> bool:
         planned = self._plans.held.get(name.service_port)
