@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import socket
 import sys
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -42,6 +44,9 @@ from userspace_proxy.runtime.node_network import tune_conntrack, widen_queues
 from userspace_proxy.sources.events import EventRecorder, node_reference
 
 _Number = TypeVar("_Number", int, float)
+
+# For how long the ports at which this node listens are taken for known.
+_LOOK_HOLDS_S = 0.2
 
 log = logging.getLogger(__name__)
 
@@ -147,10 +152,28 @@ def node_rules(settings: Settings, mode: Mode, capture: Capture) -> NodeRules:
     return NodeRules(capture, pods, settings.detect_local_mode == "NodeCIDR", addresses)
 
 
+class ListeningPorts:
+    """The ports at which this node listens. One look serves all Services of a sync.
+
+    A look walks the kernel's hash tables of sockets (tcp_seq_next in net/ipv4/tcp_ipv4.c), which takes milliseconds.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._found: frozenset[NodePort] = frozenset()
+        self._outdated_at = -math.inf
+
+    def __call__(self) -> frozenset[NodePort]:
+        if self._now() >= self._outdated_at:
+            self._found = frozenset(NodePort(*port) for port in network.listening_ports())
+            self._outdated_at = self._now() + _LOOK_HOLDS_S
+        return self._found
+
+
 async def look_at_hosts(dns: Collection[str]) -> Hosts:
     """Return the addresses of this node and its neighbours. *dns*: those of cluster DNS."""
     addresses, networks = await network.look_at_networks()
-    return Hosts(addresses, networks, lambda: {NodePort(*port) for port in network.listening_ports()}, dns)
+    return Hosts(addresses, networks, ListeningPorts(), dns)
 
 
 def conntrack_limits(settings: Settings) -> ConntrackLimits:
