@@ -8,6 +8,7 @@ import socket
 
 from tests.net.test_handover import second, variants
 from tests.net.world import (
+    PATIENCE,
     POD1,
     POD2,
     Proxy,
@@ -34,8 +35,11 @@ def serve(proxy: Proxy, *pods: str, policy: str = "Local", conditions: str = "{}
 
 
 def probe(world: ServiceLab) -> tuple[int, int]:
-    """Return the status and the count in the answer to a load balancer."""
-    with connect(world.client, NODE_IP, PORT, 5) as sock:
+    """Return the status and the count in the answer to a load balancer.
+
+    It waits as long as a start may take: clients of a process that starts anew wait in the accept queue meanwhile.
+    """
+    with connect(world.client, NODE_IP, PORT, 20 * PATIENCE) as sock:
         sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: node\r\n\r\n")
         answer = b""
         while part := sock.recv(4096):
