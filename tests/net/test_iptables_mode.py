@@ -43,10 +43,7 @@ class KernelProxy(Proxy):
 def proxy(world: ServiceLab, tmp_path: Path) -> Iterator[KernelProxy]:
     one = KernelProxy(world, tmp_path)
     yield one
-    if one.process is not None and one.process.poll() is None:
-        one.process.kill()
-        one.process.wait(20)
-    world.node.run(*one.command("cleanup"))
+    one.end()
     assert "KUBE-" not in one.saved()
 
 

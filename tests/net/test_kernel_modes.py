@@ -47,9 +47,7 @@ def proxy(world: ServiceLab, tmp_path: Path) -> Iterator[Proxy]:
     proxy = Proxy(world, tmp_path)
     proxy.apply("web", documents(service("web", IP), endpoints("web", POD1)))
     yield proxy
-    if proxy.process is not None:
-        proxy.stop(signal.SIGKILL)
-    world.node.run(*proxy.command("cleanup"))
+    proxy.end()
 
 
 def test_the_kernel_serves_while_we_run_and_no_worker_does(proxy: Proxy, world: ServiceLab) -> None:

@@ -90,7 +90,7 @@ def cluster(world: ServiceLab, tmp_path: Path) -> Iterator[Cluster]:
     proxy = made.proxy
     if proxy.process is not None and proxy.process.poll() is None:
         assert proxy.stop() == 0, proxy.log()
-    world.node.run(*proxy.command("cleanup"))
+    proxy.end()
     made.api.close()
 
 
@@ -252,10 +252,10 @@ def test_a_pod_that_has_handed_over_waits_until_it_is_deleted(
         assert cluster.answers() == {"pod1"}
         assert new.stop() == 0
     finally:
-        for one in (old, new):
-            if one.process is not None and one.process.poll() is None:
-                one.process.kill()
-        world.node.run(*new.command("cleanup"))
+        if old.process is not None and old.process.poll() is None:
+            old.process.kill()
+            old.process.wait(20)
+        new.end()
         cluster.api.close()
 
 
@@ -392,7 +392,5 @@ def test_a_start_anew_leaves_no_certificate_behind(
         assert proxy.stop() == 0
         assert list(held.iterdir()) == []
     finally:
-        if proxy.process is not None and proxy.process.poll() is None:
-            proxy.process.kill()
-        world.node.run(*proxy.command("cleanup"))
+        proxy.end()
         cluster.api.close()

@@ -65,11 +65,8 @@ def node(request: pytest.FixtureRequest, world: ServiceLab, tmp_path: Path) -> I
         yield world.node
         assert proxy.stop() == 0, proxy.log()
     finally:
-        if proxy.process is not None and proxy.process.poll() is None:
-            proxy.process.kill()
-            proxy.process.wait(20)
+        proxy.end()
         world.node.run("nft", "delete", "table", "inet", "rounds")
-        world.node.run(*proxy.command("cleanup"))
 
 
 def test_an_unserved_packet_does_not_loop_through_lo(node: Host, world: ServiceLab) -> None:

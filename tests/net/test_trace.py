@@ -51,8 +51,7 @@ def running(world: ServiceLab, folder: Path, mode: str) -> Iterator[Proxy]:
         yield one
         assert one.stop() == 0, one.log()
     finally:
-        one.stop(signal.SIGKILL)
-        world.node.run(*one.command("cleanup"))
+        one.end()
 
 
 @pytest.fixture(scope="module", params=MODES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from userspace_proxy.lab import HTTP_PORT, Host, ServiceLab, ask, connect
+from userspace_proxy.runtime.cleanup import remove_all
 
 BACKEND = Path(__file__).with_name("backend.py")
 UDP_PORT = 5353
@@ -181,11 +183,15 @@ class Proxy:
         return self.process.wait(timeout_s * PATIENCE)
 
     def end(self) -> None:
-        """Remove the proxy from the node in any state: later tests start another one there."""
+        """Remove the proxy from the node in any state: later tests start another one there.
+
+        In this process instead of by the command cleanup, whose start takes more CPU than all else of an end.
+        """
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait(20)
-        self.node.run(*self.command("cleanup"), timeout_s=60 * PATIENCE)
+        with self.node.inside():
+            asyncio.run(remove_all())
 
     def workers(self) -> list[int]:
         """Return the process ids of the data plane."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
@@ -144,6 +145,18 @@ def cluster() -> Iterator[Cluster]:
         backends.close()
 
 
+@contextlib.contextmanager
+def contract_proxy(cluster: Cluster, folder: Path, variant: Variant) -> Iterator[ContractProxy]:
+    """Yield the proxy of *variant*, which the block starts."""
+    made = ApiContractProxy if variant.follows_api else ContractProxy
+    proxy = made(cluster, folder, variant)
+    try:
+        yield proxy
+        proxy.close()
+    finally:
+        proxy.end()
+
+
 _PARAMS = [pytest.param(v, id=v.said, marks=[pytest.mark.ipvs] * (v.mode == "ipvs")) for v in VARIANTS]
 
 
@@ -160,15 +173,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def proxy(
     cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[ContractProxy]:
-    made = ApiContractProxy if request.param.follows_api else ContractProxy
-    running = made(cluster, tmp_path_factory.mktemp("contract"), request.param)
-    running.give(*(given for given, _ in CASES))
-    try:
+    """A proxy that serves the Services of all cases, and those that a test brings."""
+    with contract_proxy(cluster, tmp_path_factory.mktemp("contract"), request.param) as running:
+        running.give(*(given for given, _ in CASES))
         running.start()
         yield running
-        running.close()
-    finally:
-        running.end()
 
 
 @pytest.fixture(scope="session")

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.net.contract.conftest import KNOWS_PODS, ContractProxy, Variant
+from tests.net.contract.cluster import Cluster
+from tests.net.contract.conftest import KNOWS_PODS, ContractProxy, Variant, contract_proxy
 from tests.net.contract.services import Given
 from tests.net.contract.table import ALL, DUAL, EXTERNAL_LOCAL, LB
 
 MakeGiven = Callable[..., Given]
 MAIN, ALTERNATE, LOOPBACK = "nodePort", "nodePort@alternate", "nodePort@localhost"
+
+
+@pytest.fixture
+def proxy(cluster: Cluster, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[ContractProxy]:
+    """A proxy that serves no Service yet: each test has flags of its own, and brings its Services."""
+    with contract_proxy(cluster, tmp_path, request.param) as running:
+        running.start()
+        yield running
 
 
 def _variants(*flags: str) -> list[Variant]:
