@@ -1,5 +1,7 @@
 # The proxy and the tools it speaks to the kernel with. It needs CAP_NET_ADMIN in its network namespace, nothing more:
-#   docker run --cap-drop ALL --cap-add NET_ADMIN --read-only -v ./manifests:/manifests:ro IMAGE
+#   docker run --cap-drop ALL --cap-add NET_ADMIN --read-only --tmpfs /var/lib/userspace-proxy \
+#     -v ./manifests:/manifests:ro IMAGE
+# Then ask it: docker exec CONTAINER userspace-proxy why NAME
 FROM debian:bookworm-slim@sha256:96e378d7e6531ac9a15ad505478fcc2e69f371b10f5cdf87857c4b8188404716 AS build
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends python3-venv \

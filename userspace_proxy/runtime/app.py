@@ -232,6 +232,8 @@ class Proxy:
         try:
             if place is not None:
                 await self.control_socket.start(place)
+            else:
+                log.info("get, describe and why have no socket to ask at: no folder for it can be written")
         except StartError as error:
             if path is not None:
                 raise
