@@ -259,3 +259,30 @@ def test_words_of_a_tutorial_run_in_a_pod_forward_a_port_and_look_up_names(web: 
     assert re.search(r"^10\.96\.\d+\.\d+$", done.stdout, re.MULTILINE)
     assert len(re.findall(r"^web-\S+ 10\.244\.1\.\d:8080 client=", done.stdout, re.MULTILINE)) == 2
     assert re.search(r"^none\n(28|7)$", done.stdout, re.MULTILINE)
+
+
+def test_commands_of_a_tutorial_answer_as_kubectl_does_or_say_what_the_lab_has(web: Path) -> None:
+    asked = (
+        *("kubectl get pods -l app=web -o wide", "kubectl get pods -l app=other", "kubectl get deploy,svc"),
+        *(
+            "kubectl -n default get endpointslices -l kubernetes.io/service-name=web",
+            "kubectl rollout status deploy/web",
+        ),
+        *("kubectl scale deployment web --replicas 2", "kubectl get nodes 2>&1", "kubectl edit svc web 2>&1"),
+        *("kubectl describe pod $(kubectl get pods | awk 'NR == 2 { print $1 }')", "kubectl delete deploy web"),
+        f"sed 's/name: web/name: piped/' {web} | kubectl apply -f -; curl -s http://piped",
+    )
+    done = lab("; echo ==; ".join(asked), web)
+
+    pods, other, both, endpoints, status, scaled, nodes, edit, pod, deleted, piped = done.stdout.split("==\n")
+    assert len(pods.splitlines()) == 4
+    assert other == "No Pods found in namespace default.\n"
+    assert re.search(r"web +3/3\nNAME.*\nweb +ClusterIP", both)
+    assert len(endpoints.splitlines()) == 4
+    assert "successfully rolled out" in status
+    assert scaled == "web scaled to 2\n"
+    assert "the lab has no nodes; it has pods" in nodes
+    assert "docs/how-to/lab.md" in edit
+    assert '"podIP": "10.244.1.' in pod
+    assert deleted == "deployment/web deleted\n"
+    assert re.search(r"^piped-\S+ 10\.244\.1\.", piped, re.MULTILINE)

@@ -153,7 +153,7 @@ def _write_words(words: Words) -> dict[str, str]:
     script = _FOLDER / "words.sh"
     script.write_text(_WORDS.read_text())
     script.chmod(0o755)
-    for name in (*words.names, *_SCRIPTS):
+    for name in (*words.names, *_SCRIPTS, *(() if shutil.which("nslookup") else ("nslookup",))):
         (folder / name).symlink_to(script)
     return {
         **os.environ,

@@ -21,7 +21,7 @@ _HARM = {
     "Hangs": "hangs: it accepts connections and answers nothing",
     "Silent": "has lost its network: nothing answers there",
 }
-_WITH_VALUE = ("-n", "-f", "--namespace")
+_WITH_VALUE = ("-n", "--namespace", "-f", "--filename", "-l", "--selector", "-o", "--output", "-c", "--replicas")
 NO_MODE = "none"  # the proxy does not run
 _KINDS = {kind.lower(): kind for kind in (*WORKLOADS, "Pod", "Service", "Endpoints", "EndpointSlice")}
 
@@ -40,7 +40,19 @@ class Request(NamedTuple):
 
     @property
     def namespace(self) -> str:
-        return self.options.get("-n") or self.options.get("--namespace") or "default"
+        return self.option("-n", "--namespace") or "default"
+
+    def option(self, *names: str) -> str:
+        """Return the value of an option by its *names*, or "" if it is not given."""
+        return next((self.options[name] for name in names if name in self.options), "")
+
+    def selects(self, pod: Pod) -> bool:
+        """Return whether *pod* has a name and the labels (``NAME=VALUE,...``) that are asked for."""
+        if self.names and pod.key.name not in self.names:
+            return False
+        labels = (pod.plain or {}).get("metadata", {}).get("labels") or {}
+        pairs = (pair.partition("=") for pair in self.option("-l", "--selector").split(",") if pair)
+        return all(labels.get(name) == value.lstrip("=") for name, _, value in pairs)
 
     def key(self, at: int = 0) -> Key:
         if len(self.names) <= at:
@@ -156,7 +168,7 @@ class Words:
         return f"{path} applied"
 
     async def _delete(self, request: Request) -> str:
-        if "-f" in request.options:
+        if request.option("-f", "--filename"):
             path = self._path(request)
             try:
                 await self._cluster.leave(path, 0.0 if "--now" in request.options else GRACE_S)
@@ -172,11 +184,15 @@ class Words:
         return "\n".join(f"{request.kinds[0].lower()}/{name} deleted" for name in request.names)
 
     async def _get(self, request: Request) -> str:
+        if request.names and not request.kinds:
+            raise WordError(f"the lab has no {request.names[0]}; it has pods, deployments, services and endpoints")
         kind = request.kinds[0] if request.kinds else "Pod"
         everywhere = bool(request.options.keys() & {"-A", "--all-namespaces"})
         if kind == "Pod":
             pods = [pod for pod in self._cluster.pods.values() if everywhere or pod.key.namespace == request.namespace]
-            pods = [pod for pod in pods if not request.names or pod.key.name in request.names]
+            pods = [pod for pod in pods if request.selects(pod)]
+            if request.option("-o", "--output") in ("json", "yaml"):
+                return "\n---\n".join(pod.manifest() for pod in pods if pod.plain is not None)
             rows = [("NAME", "READY", "STATUS", "AGE", "IP"), *(_row(pod) for pod in pods)]
         else:
             found = [self._cluster.workload(key) for key in self._cluster.wanted.workloads]
@@ -229,7 +245,7 @@ class Words:
         return key
 
     def _path(self, request: Request) -> str:
-        path = request.options.get("-f", "")
+        path = request.option("-f", "--filename")
         if not path or "://" in path:
             raise WordError("usage: apply -f PATH; the lab has no network outside, so download a file first")
         return str((request.folder / path).resolve())

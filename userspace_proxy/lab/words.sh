@@ -15,7 +15,10 @@ case $word in
     node "$word" "$@"
     ;;
   userspace-proxy) proxy "$@" ;;
-  describe | why | check) proxy "$word" "$@" ;;
+  why | check) proxy "$word" "$@" ;;
+  describe)
+    case ${1:-} in svc | service* | -*) proxy describe "$@" ;; *) lab get "$@" -o yaml ;; esac
+    ;;
   port-forward) proxy forward -f /run/lab/manifests "$@" ;;
   render)
     node "$PYTHON" -P -m userspace_proxy render --proxy-mode "$(cat /run/lab/mode)" --state-dir /run/lab/state \
@@ -30,7 +33,37 @@ case $word in
   proxy-log) exec tail /run/lab/proxy.log "$@" ;;
   lab-help) exec cat "$PACKAGE/help.txt" ;;
   get)
-    case ${1:-} in svc | service* | ep | endpoint* | conn*) proxy get "$@" ;; *) lab get "$@" ;; esac
+    kinds=${1:-}
+    [ "$kinds" != all ] || kinds=pods,services,deployments
+    case $kinds in
+      *,*)
+        shift
+        for kind in $(echo "$kinds" | tr , ' '); do "$0" "$kind" "$@"; done
+        ;;
+      ep | endpoint*)
+        of=$(echo "$*" | sed -n 's/.*service-name=\([-a-z0-9]*\).*/\1/p')
+        [ -z "$of" ] || set -- endpoints "$of"
+        [ "$kinds" != endpointslices ] || { shift && set -- endpoints "$@"; }
+        proxy get "$@"
+        ;;
+      svc | service* | conn*) proxy get "$@" ;;
+      *) lab get "$@" ;;
+    esac
+    ;;
+  apply | delete)
+    case " $* " in
+      *" -f - "*) # by the sum of the text, so that it can be deleted in the same way
+        cat >/run/lab/stdin
+        file=/run/lab/stdin-$(cksum </run/lab/stdin | tr ' ' -).yaml
+        mv /run/lab/stdin "$file"
+        lab "$word" -f "$file"
+        ;;
+    esac
+    lab "$word" "$@"
+    ;;
+  nslookup) # of machines that have none
+    getent ahostsv4 "$1" |
+      awk 'NR == 1 { print "Name: " $3 } !seen[$1]++ { print "Address: " $1 } END { exit NR == 0 }'
     ;;
   exec)
     pod=$("$PYTHON" -S -E "$PACKAGE/word.py" exec "$@") || exit 1
@@ -39,10 +72,17 @@ case $word in
     exec ip netns exec "$pod" "$@"
     ;;
   kubectl)
+    case ${1:-} in -n | --namespace) in=$2 && shift 2 && set -- "$@" -n "$in" ;; esac
     word=${1:-lab-help}
     [ $# = 0 ] || shift
-    [ "$word" != rollout ] || { word=$1 && shift; }
-    [ -x "/run/lab/bin/$word" ] || { echo "kubectl $word: the lab has no such word; see lab-help" >&2 && exit 1; }
+    case $word-${1:-} in
+      rollout-restart) word=restart && shift ;;
+      rollout-status) echo "successfully rolled out: restart and scale return when it is done" && exit ;;
+    esac
+    if ! [ -x "/run/lab/bin/$word" ]; then
+      echo "kubectl $word: the lab has no such word; see lab-help, and docs/how-to/lab.md for what to do instead" >&2
+      exit 1
+    fi
     exec "/run/lab/bin/$word" "$@"
     ;;
   *) lab "$word" "$@" ;;
