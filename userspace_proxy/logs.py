@@ -39,6 +39,9 @@ _FLUSH_TIMEOUT_S = 4.0
 _STALLED_S = 0.8
 _STDOUT, _STDERR = 1, 2
 
+# A line, an event to set once the lines before it are written, or None to end.
+_Item = bytes | threading.Event | None
+
 
 class LineWriter:
     """Writes lines from its own thread; `put` never blocks.
@@ -57,13 +60,14 @@ class LineWriter:
         self._descriptor = descriptor
         self._on_drop = on_drop
         self._on_recovery = on_recovery
-        self._waiting: queue.SimpleQueue[bytes | threading.Event | None] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._not_taken = 0  # counted by callers
         self._not_written = 0  # counted by the thread
-        self._told = 0
+        self._reported = 0
         self._is_dropping = False
         self._dropped_at = 0.0
         self._is_torn = False
+        self._has_failed = False  # the last write
         # A daemon: a write that never ends must not keep the process from ending.
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
@@ -112,36 +116,44 @@ class LineWriter:
         if self._is_dropping and time.monotonic() - self._dropped_at >= _RECOVERY_S:
             self._is_dropping = False
             dropped = self.dropped
-            self._on_recovery(dropped - self._told)
-            self._told = dropped
+            self._on_recovery(dropped - self._reported)
+            self._reported = dropped
 
     def _run(self) -> None:
-        written = True
-        lines: list[bytes] = []
+        item = self._next_item()
+        while item is not None:
+            if isinstance(item, bytes):
+                item = self._write_from(item)
+            else:
+                item.set()
+                item = self._next_item()
+
+    def _next_item(self) -> _Item:
+        """Wait for an item; meanwhile note that writing works again."""
         while True:
             try:
-                item = self._waiting.get(timeout=_RECOVERY_S if self._is_dropping else None)
+                return self._waiting.get(timeout=_RECOVERY_S if self._is_dropping else None)
             except queue.Empty:
-                if written:
+                if not self._has_failed:
                     self._note_written()
-                continue
-            if isinstance(item, bytes):
-                if sum(map(len, lines)) + len(item) > _WRITE_BYTES:
-                    written = self._write(lines)
-                    lines = []
-                lines.append(item)
-                if self._waiting.qsize():
-                    continue
-            if lines:
-                written = self._write(lines)
-                lines = []
-            if isinstance(item, threading.Event):
-                item.set()
-            elif item is None:
-                return
 
-    def _write(self, lines: Sequence[bytes]) -> bool:
-        """Write *lines* and return True. On failure, count the lines not completely written and return False."""
+    def _write_from(self, line: bytes) -> _Item:
+        """Write *line* and the lines that wait behind it; return the item that follows them."""
+        lines = [line]
+        while self._waiting.qsize():
+            item = self._waiting.get()
+            if not isinstance(item, bytes):
+                self._write(lines)
+                return item
+            if sum(map(len, lines)) + len(item) > _WRITE_BYTES:
+                self._write(lines)
+                lines = []
+            lines.append(item)
+        self._write(lines)
+        return self._next_item()
+
+    def _write(self, lines: Sequence[bytes]) -> None:
+        """Write *lines*. On failure, count the lines not completely written."""
         data = memoryview(b"".join(lines))
         try:
             descriptor = self._descriptor()
@@ -163,10 +175,11 @@ class LineWriter:
                 self._is_torn = left < len(line)
                 self._not_written += 1
                 left -= len(line)
+            self._has_failed = True
             self._note_drop(error.strerror or str(error))
-            return False
-        self._note_written()
-        return True
+        else:
+            self._has_failed = False
+            self._note_written()
 
 
 class _TextToWriter(io.RawIOBase):
@@ -211,12 +224,9 @@ class JsonFormatter(logging.Formatter):
 class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        said = f"{clock}.{int(record.msecs):03d} {record.levelname:7} {printable(record.getMessage(), _LINE_MAX)}"
-        return f"{said}\n{_printable_lines(self.formatException(record.exc_info))}" if record.exc_info else said
-
-
-def _printable_lines(traceback: str) -> str:
-    return "\n".join(printable(line, _LINE_MAX) for line in traceback.split("\n"))
+        line = f"{clock}.{int(record.msecs):03d} {record.levelname:7} {printable(record.getMessage(), _LINE_MAX)}"
+        traceback = self.formatException(record.exc_info).split("\n") if record.exc_info else []
+        return "\n".join((line, *(printable(each, _LINE_MAX) for each in traceback)))
 
 
 _stderr: LineWriter | None = None

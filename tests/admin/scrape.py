@@ -6,11 +6,11 @@ import re
 from typing import NamedTuple
 
 from userspace_proxy.admin.kubeproxy import kubeproxy_metrics
-from userspace_proxy.admin.metrics import ControlStats, render, watch_metrics
+from userspace_proxy.admin.metrics import render, watch_metrics
 from userspace_proxy.control.controller import Changes
 from userspace_proxy.dns.metrics import dns_metrics
 from userspace_proxy.dns.wire import Counts
-from userspace_proxy.model.counters import Counters, EndpointCounters, PlaneStats
+from userspace_proxy.model.counters import ControlStats, Counters, EndpointCounters, PlaneStats
 from userspace_proxy.model.histogram import Histogram
 from userspace_proxy.model.loads import Loads
 from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortName
@@ -42,7 +42,7 @@ def every_metric() -> str:
         b"".join(
             render(
                 plane,
-                ControlStats(0, 0, 0, 0.0, 0, 0),
+                ControlStats(),
                 watch_metrics(watches, 1.0),
                 kubeproxy_metrics(
                     Histogram([1.0]),

@@ -6,7 +6,7 @@ import dns.flags
 import dns.message
 import dns.rcode
 
-from userspace_proxy.dns.messages import MESSAGE_MAX_BYTES, Answer, read_question, reply
+from userspace_proxy.dns.messages import MESSAGE_MAX_BYTES, PackedAnswer, read_question, reply
 from userspace_proxy.dns.responder import Responder
 from userspace_proxy.dns.zone import Zone
 from userspace_proxy.model.dns_names import DnsHost, HostGroup, NamedPort, ServiceNames
@@ -42,7 +42,7 @@ def ask(of: Responder, name: str, kind: str = "A", limit_bytes: int = MESSAGE_MA
     query = dns.message.make_query(name, kind)
     question = read_question(query.to_wire())
     assert question is not None
-    answer = of.answer(question) or Answer(dns.rcode.REFUSED)
+    answer = of.answer(question) or PackedAnswer(dns.rcode.REFUSED)
     message = dns.message.from_wire(reply(question, answer, limit_bytes))
     assert query.is_response(message)
     return message

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.dns.given import DOMAIN, responder
-from userspace_proxy.dns.messages import Answer, joined, read_question, reply, ttl_places
+from userspace_proxy.dns.messages import PackedAnswer, joined, read_question, reply, ttl_places
 from userspace_proxy.dns.responder import Alias
 
 QUERY = dns.message.make_query(f"web{DOMAIN}", "A", use_edns=0, payload=4096).to_wire()
@@ -24,10 +24,10 @@ def rcode_of(message: bytes) -> int | None:
     if (question := read_question(message)) is None:
         return None
     try:
-        answer = Answer(question.error) if question.error else KNOWN.answer(question)
+        answer = PackedAnswer(question.error) if question.error else KNOWN.answer(question)
     except Alias:
         return None
-    return int(dns.message.from_wire(reply(question, answer or Answer(5), 65_535)).rcode())
+    return int(dns.message.from_wire(reply(question, answer or PackedAnswer(5), 65_535)).rcode())
 
 
 def header(flags: int = 0, *counts: int) -> bytes:
@@ -70,7 +70,7 @@ def test_an_answer_has_edns_if_the_question_had() -> None:
     for query in (dns.message.make_query("web.", "A"), dns.message.make_query("web.", "A", use_edns=0)):
         question = read_question(query.to_wire())
         assert question is not None
-        assert dns.message.from_wire(reply(question, Answer(5), 512)).edns == query.edns
+        assert dns.message.from_wire(reply(question, PackedAnswer(5), 512)).edns == query.edns
 
 
 @given(st.binary(max_size=600))
@@ -92,7 +92,7 @@ def test_no_damaged_query_raises_an_error() -> None:
                 answer = KNOWN.answer(question)
             except Alias:
                 continue
-            assert reply(question, answer or Answer(5), 512)
+            assert reply(question, answer or PackedAnswer(5), 512)
 
 
 def test_damaged_answers_of_other_servers_are_refused() -> None:

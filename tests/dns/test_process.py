@@ -18,7 +18,7 @@ import pytest
 
 from tests.dns.given import DOMAIN, SERVICES, values
 from userspace_proxy.dataplane import child
-from userspace_proxy.dns.sink import ClusterDns
+from userspace_proxy.dns.sink import DnsSink
 from userspace_proxy.dns.sockets import open_sockets
 from userspace_proxy.dns.wire import DnsSettings
 from userspace_proxy.model.dns_names import ServiceNames
@@ -34,8 +34,8 @@ def state(services: dict[str, ServiceNames]) -> ProxyState:
 
 
 @pytest.fixture
-async def served() -> AsyncIterator[ClusterDns]:
-    made = ClusterDns(DnsSettings("cluster.local", (IP,), upstream=("127.53.1.2",)), open_sockets([IP]))
+async def served() -> AsyncIterator[DnsSink]:
+    made = DnsSink(DnsSettings("cluster.local", (IP,), upstream=("127.53.1.2",)), open_sockets([IP]))
     made.start()
     try:
         await made.sync(state(SERVICES))
@@ -57,7 +57,7 @@ async def asked(name: str, kind: str = "A", timeout_s: float = 20.0) -> dns.mess
     return answer
 
 
-async def test_a_process_that_is_stopped_is_replaced(served: ClusterDns, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_process_that_is_stopped_is_replaced(served: DnsSink, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child, "LOOK_EVERY_S", 0.05)
     before = served.pid
     os.kill(before, signal.SIGSTOP)
@@ -67,7 +67,7 @@ async def test_a_process_that_is_stopped_is_replaced(served: ClusterDns, monkeyp
     assert served.restarts == 1
 
 
-async def test_a_replacement_knows_what_was_told_last(served: ClusterDns) -> None:
+async def test_a_replacement_knows_what_was_told_last(served: DnsSink) -> None:
     await served.sync(state({"web": ServiceNames(("10.96.0.99",))}))
     os.kill(served.pid, signal.SIGKILL)
 
@@ -78,7 +78,7 @@ async def test_a_replacement_knows_what_was_told_last(served: ClusterDns) -> Non
     assert (await asked(f"db{DOMAIN}")).rcode() == dns.rcode.NXDOMAIN
 
 
-async def test_an_idle_client_does_not_delay_the_end(served: ClusterDns) -> None:
+async def test_an_idle_client_does_not_delay_the_end(served: DnsSink) -> None:
     reader, writer = await asyncio.open_connection(IP, 53)
     writer.write(b"\0")
     await served.counts()
@@ -91,7 +91,7 @@ async def test_an_idle_client_does_not_delay_the_end(served: ClusterDns) -> None
     writer.close()
 
 
-async def test_slow_clients_are_bounded_and_leave_room_for_others(served: ClusterDns) -> None:
+async def test_slow_clients_are_bounded_and_leave_room_for_others(served: DnsSink) -> None:
     query = dns.message.make_query(f"web{DOMAIN}", "A")
     wire = query.to_wire()
     slow = [await asyncio.open_connection(IP, 53, local_addr=(f"127.53.2.{i % 9 + 1}", 0)) for i in range(1_100)]
@@ -112,7 +112,7 @@ async def test_slow_clients_are_bounded_and_leave_room_for_others(served: Cluste
             writer.transport.abort()
 
 
-async def test_changed_names_are_answered_within_a_second(served: ClusterDns) -> None:
+async def test_changed_names_are_answered_within_a_second(served: DnsSink) -> None:
     """The best of some changes, as other processes may keep this one from its CPU."""
     best = float("inf")
     for number in range(1, 6):
@@ -124,7 +124,7 @@ async def test_changed_names_are_answered_within_a_second(served: ClusterDns) ->
     assert best < 1
 
 
-async def test_proper_queries_are_answered_among_hostile_ones(served: ClusterDns) -> None:
+async def test_proper_queries_are_answered_among_hostile_ones(served: DnsSink) -> None:
     chance = random.Random(3)
     before = served.pid
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
@@ -149,7 +149,7 @@ def damaged_query(chance: random.Random) -> bytes:
     return bytes(message[: chance.randint(0, len(message))])
 
 
-async def test_types_without_a_name_are_counted_as_one(served: ClusterDns) -> None:
+async def test_types_without_a_name_are_counted_as_one(served: DnsSink) -> None:
     for kind in range(40_000, 40_020):
         assert not (await asked(f"web{DOMAIN}", f"TYPE{kind}")).answer
 

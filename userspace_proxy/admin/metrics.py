@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.core import Metric
@@ -13,123 +12,35 @@ from prometheus_client.registry import Collector
 
 from userspace_proxy import __version__
 from userspace_proxy.admin.families import family, single
-from userspace_proxy.model.counters import Counters, EndpointCounters, PlaneStats
+from userspace_proxy.model.counters import ControlStats, Counters, EndpointCounters, PlaneStats, metrics_of
 from userspace_proxy.model.endpoint import join_address
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.sync_health import FamilyHealth
 from userspace_proxy.model.watch_stats import WatchStats
 
-
-class ControlStats(NamedTuple):
-    """The state of the control process."""
-
-    service_ports: int
-    rule_loads: int
-    rule_repairs: int
-    last_sync_at: float
-    problems: int
-    unopened: int
-    is_plane_failing: bool = False
-    sync_failures: int = 0
-    sync_failing_s: float = 0.0
-    repair_failing_s: float = 0.0
-
-
-# Metric name, help text, field of Counters, and whether it only rises.
-_FAMILIES = (
-    ("endpoints", "endpoints that may take new traffic, as the cluster says", "endpoints", False),
-    ("ejected_endpoints", "of these, the ones that are ejected now because they failed", "ejected", False),
-    ("slow_start_endpoints", "endpoints in slow start, which get a part of their connections", "starting", False),
-    ("connections", "TCP connections accepted for a service port", "accepted", True),
-    ("open_connections", "TCP connections open now", "open", False),
-    ("failed_connections", "TCP connections reset because no endpoint could be reached", "failed", True),
-    ("unanswered_connections", "TCP connections that a backend reset before it sent a byte", "unanswered", True),
-    ("removal_closed_connections", "TCP connections ended by on-endpoint-removal", "closed_by_removal", True),
-    ("age_closed_connections", "TCP connections ended by max-connection-age", "closed_by_age", True),
-    ("waiting_connections", "TCP connections that wait for an endpoint now", "waiting", False),
-    ("waits_released_connections", "TCP connections for which an endpoint came", "waits_released", True),
-    ("waits_expired_connections", "TCP connections for which no endpoint came in time", "waits_expired", True),
-    ("waits_abandoned_connections", "TCP connections whose client left while it waited", "waits_abandoned", True),
-    ("refused_connections", "TCP connections that came to a proxy port by another way than a portal", "refused", True),
-    ("limited_connections", "TCP connections reset because their client or Service had too many", "limited", True),
-    ("to_backends_bytes", "bytes from clients to backends", "bytes_to_backends", True),
-    ("to_clients_bytes", "bytes from backends to clients", "bytes_to_clients", True),
-    ("dial_failures", "attempts to reach an endpoint that failed", "dial_failures", True),
-    ("port_exhaustions", "attempts for which every local port was in use", "port_exhaustions", True),
-    ("refused_sources", "dials for which the kernel refused the client's address as source", "sources_refused", True),
-    ("retries", "attempts after the first one of a connection or flow", "retries", True),
-    ("ejections", "times an endpoint was ejected for a while", "ejections", True),
-    ("affinity_pins", "clients that stay with an endpoint, by sessionAffinity", "pins", False),
-    ("udp_flows", "UDP flows begun", "flows_total", True),
-    ("udp_open_flows", "UDP flows now", "flows", False),
-    ("udp_evicted_flows", "UDP flows evicted to make room for others", "flows_evicted", True),
-    ("udp_dropped_datagrams", "datagrams dropped because they could not be forwarded", "datagrams_dropped", True),
-)
 _LABELS = ("namespace", "service", "port", "protocol")
-# The same for each endpoint, with fields of EndpointCounters.
-_ENDPOINT_FAMILIES = (
-    ("connections", "TCP connections to an endpoint", "opened", True),
-    ("open_connections", "TCP connections to an endpoint that are open now", "open", False),
-    ("open_dials", "attempts to reach an endpoint that are under way", "dialling", False),
-    ("to_backends_bytes", "bytes from clients to an endpoint", "bytes_to_backends", True),
-    ("to_clients_bytes", "bytes from an endpoint to clients", "bytes_to_clients", True),
-    ("dial_failures", "attempts to reach an endpoint that failed", "dial_failures", True),
-    ("retries", "attempts to reach an endpoint after another one had failed", "retries", True),
-    ("ejections", "times an endpoint was ejected for a while", "ejections", True),
-    ("udp_flows", "UDP flows to an endpoint", "opened", True),
-    ("udp_open_flows", "UDP flows to an endpoint now", "open", False),
-)
-# Time series of one endpoint: all of these but the two of the other protocol.
-SERIES_AN_ENDPOINT = len(_ENDPOINT_FAMILIES) - 2
-
-
-# Of the whole proxy: fields of PlaneStats.
-_PLANE_METRICS = (
-    ("connections_open_all", "TCP connections open now, all service ports", "connections_open", False),
-    (
-        "hidden_endpoints",
-        "endpoints without metrics: more than --metrics-endpoint-series",
-        "hidden_endpoints",
-        False,
-    ),
-    ("accept_pauses", "times accepting was paused because descriptors were short", "accept_paused", True),
-    ("local_shortages", "times this host ran out of ports, descriptors or memory", "local_shortages", True),
-    ("worker_restarts", "times a data-plane process died or hung, and was replaced", "worker_restarts", True),
-    ("access_log_lines_dropped", "access-log lines that were not written", "access_lines_dropped", True),
-    ("log_lines_dropped", "log lines dropped because stderr did not take them", "log_lines_dropped", True),
-)
-# Fields of ControlStats.
-_CONTROL_METRICS = (
-    ("data_plane_failing", "1 while a data-plane process serves nothing", "is_plane_failing", False),
-    ("service_ports", "service ports that are served", "service_ports", False),
-    ("rule_loads", "rule loads that succeeded", "rule_loads", True),
-    ("rule_repairs", "rule loads because another program had changed rules", "rule_repairs", True),
-    ("rule_repair_failing_seconds", "seconds for which repairs of rules have failed", "repair_failing_s", False),
-    ("last_sync_timestamp_seconds", "when the last sync succeeded", "last_sync_at", False),
-    ("sync_failures", "syncs that failed; the previous state stayed in force", "sync_failures", True),
-    ("sync_failing_seconds", "seconds for which every sync has failed", "sync_failing_s", False),
-    ("object_problems", "objects and files that cannot be used as they are", "problems", False),
-    ("unopened_service_ports", "service ports without a listener", "unopened", False),
-)
+# Time series of one endpoint: all of its metrics but the two of the other protocol.
+SERIES_AN_ENDPOINT = sum(1 for _ in metrics_of(EndpointCounters)) - 2
 
 
 def _plane_metrics(plane: PlaneStats) -> Iterator[Metric]:
     services = [(_labels(name), counters) for name, counters in plane.services.items()]
-    for name, text, field, rises in _FAMILIES:
-        yield family(f"userspace_proxy_{name}", text, _LABELS, _values(services, name, field), rises=rises)
+    for metric, field in metrics_of(Counters):
+        values = _values(services, metric.name, field)
+        yield family(f"userspace_proxy_{metric.name}", metric.text, _LABELS, values, rises=metric.rises)
     endpoints = [
         ((*_labels(name), join_address(*address)), counters)
         for name, of_service_port in plane.endpoints.items()
         for address, counters in of_service_port.items()
     ]
-    for name, text, field, rises in _ENDPOINT_FAMILIES:
-        values = _values(endpoints, name, field)
-        yield family(f"userspace_proxy_endpoint_{name}", text, (*_LABELS, "endpoint"), values, rises=rises)
+    for metric, field in metrics_of(EndpointCounters):
+        name, labels = f"userspace_proxy_endpoint_{metric.name}", (*_LABELS, "endpoint")
+        yield family(name, metric.text, labels, _values(endpoints, metric.name, field), rises=metric.rises)
 
 
-def _single_metrics(stats: PlaneStats | ControlStats, rows: Iterable[tuple[str, str, str, bool]]) -> Iterator[Metric]:
-    for name, text, field, rises in rows:
-        yield single(f"userspace_proxy_{name}", text, getattr(stats, field), rises=rises)
+def _single_metrics(stats: PlaneStats | ControlStats) -> Iterator[Metric]:
+    for metric, field in metrics_of(type(stats)):
+        yield single(f"userspace_proxy_{metric.name}", metric.text, getattr(stats, field), rises=metric.rises)
 
 
 def watch_metrics(watches: Sequence[WatchStats], degraded_after_s: float) -> Iterator[Metric]:
@@ -192,8 +103,8 @@ def render(plane: PlaneStats, control: ControlStats, *others: Iterable[Metric]) 
     """
     metrics = itertools.chain(
         _plane_metrics(plane),
-        _single_metrics(plane, _PLANE_METRICS),
-        _single_metrics(control, _CONTROL_METRICS),
+        _single_metrics(plane),
+        _single_metrics(control),
         [family("userspace_proxy_build_info", "the running version", ("version",), [((__version__,), 1)], rises=False)],
         *others,
     )

@@ -110,37 +110,49 @@ def read_question(message: bytes) -> Question | None:
     """Return the question of *message*, or None if it needs no answer: it is an answer itself, or no message."""
     if len(message) < HEADER.size:
         return None
-    identity, flags, questions, answers, authorities, additionals = HEADER.unpack_from(message)
+    identity, flags, *counts = HEADER.unpack_from(message)
     if flags & QR:
         return None
     if flags & _OPCODE:
         return Question(identity, flags, error=NOTIMP)
-    at, size = HEADER.size, len(message)
-    while at < size and 0 < message[at] <= _LABEL_MAX_BYTES:
-        at += 1 + message[at]
-    end = at + 5
-    # A name with a pointer, one that is too long, and one that the message cuts off are refused alike.
-    if questions != 1 or answers or authorities or end > size or message[at] or at - HEADER.size >= _NAME_MAX_BYTES:
+    end = _end_of_question(message)
+    if not end or counts[:3] != [1, 0, 0]:
         return Question(identity, flags, error=FORMERR)
     text, edns_bytes, error = message[HEADER.size : end], None, NOERROR
-    if additionals and message[end : end + 3] == _OPT:
-        if size < end + _OPT_BYTES:
-            return Question(identity, flags, error=FORMERR)
-        edns_bytes, _, version, _, length = _OPT_REST.unpack_from(message, end + 3)
-        end += _OPT_BYTES + length
-        # RFC 6891, 6.1.1: one OPT at most.
-        if size < end or message[end : end + 3] == _OPT:
-            return Question(identity, flags, error=FORMERR)
-        error = BADVERS if version else NOERROR
+    if counts[3] and message[end : end + 3] == _OPT:
+        edns_bytes, error = _read_opt(message, end)
+        if error == FORMERR:
+            return Question(identity, flags, error=error)
     if text[-2:] != _INTERNET or text[-4:-2] in _TRANSFERS:
         error = REFUSED
     return Question(identity, flags, text, edns_bytes, error)
 
 
+def _read_opt(message: bytes, at: int) -> tuple[int, int]:
+    """Return the size of an answer that the OPT record at *at* allows, and the code to refuse it by."""
+    if len(message) < at + _OPT_BYTES:
+        return 0, FORMERR
+    edns_bytes, _, version, _, length = _OPT_REST.unpack_from(message, at + 3)
+    end = at + _OPT_BYTES + length
+    # RFC 6891, 6.1.1: one OPT at most.
+    if len(message) < end or message[end : end + 3] == _OPT:
+        return 0, FORMERR
+    return edns_bytes, BADVERS if version else NOERROR
+
+
+def _end_of_question(message: bytes) -> int:
+    """Return where the question ends; 0 if its name has a pointer, is too long, or is cut off."""
+    at, size = HEADER.size, len(message)
+    while at < size and 0 < message[at] <= _LABEL_MAX_BYTES:
+        at += 1 + message[at]
+    is_whole = at + 5 <= size and not message[at] and at - HEADER.size < _NAME_MAX_BYTES
+    return at + 5 if is_whole else 0
+
+
 # ---- answers
 
 
-class Answer(NamedTuple):
+class PackedAnswer(NamedTuple):
     """A packed answer without its question, which each client writes in its own way.
 
     ``counts``: of the records in ``body``, by section. ``surplus``: packed records of the answer section, if they do
@@ -160,16 +172,16 @@ def pack_answer(
     answers: Iterable[Record] = (),
     authorities: Iterable[Record] = (),
     additionals: Iterable[Record] = (),
-) -> Answer:
+) -> PackedAnswer:
     """Return an answer with these records. *additionals* are left out if they do not fit."""
     packed, behind = _pack(answers), _pack(authorities)
     body = b"".join(packed + behind)
     if len(body) > BODY_MAX_BYTES:
-        return Answer(rcode, flags, surplus=tuple(packed))
+        return PackedAnswer(rcode, flags, surplus=tuple(packed))
     more = _pack(additionals)
     if len(body) + sum(map(len, more)) > BODY_MAX_BYTES:
         more = []
-    return Answer(rcode, flags, (len(packed), len(behind), len(more)), body + b"".join(more))
+    return PackedAnswer(rcode, flags, (len(packed), len(behind), len(more)), body + b"".join(more))
 
 
 def _pack(records: Iterable[Record]) -> list[bytes]:
@@ -183,7 +195,7 @@ def _pack(records: Iterable[Record]) -> list[bytes]:
     return packed
 
 
-def fitting(answer: Answer, first: int) -> Answer:
+def fitting(answer: PackedAnswer, first: int) -> PackedAnswer:
     """Return *answer* with as many of its surplus records as fit, from the one with index *first* on."""
     room, taken = BODY_MAX_BYTES, []
     for record in itertools.chain(answer.surplus[first:], answer.surplus[:first]):
@@ -193,7 +205,7 @@ def fitting(answer: Answer, first: int) -> Answer:
     return answer._replace(counts=(len(taken), 0, 0), body=b"".join(taken), surplus=())
 
 
-def reply(question: Question, answer: Answer, limit_bytes: int) -> bytes:
+def reply(question: Question, answer: PackedAnswer, limit_bytes: int) -> bytes:
     """Return *answer* as a message for *question*; without records, and marked, if it is longer than *limit_bytes*."""
     rcode, flags, (answers, authorities, additionals), body, surplus = answer
     edns = b""
@@ -257,13 +269,13 @@ class _Buffer(dnslib.DNSBuffer):  # type: ignore[misc]  # has no types
         self.encode_name_nocompress(name)
 
 
-def relayed(message: bytes, question_bytes: int) -> Answer:
+def relayed(message: bytes, question_bytes: int) -> PackedAnswer:
     """Return the answer *message* of another server, which has no OPT, behind its question."""
     counts = struct.unpack_from("!3H", message, 6)
-    return Answer(message[3] & RCODE_MASK, RECURSION_AVAILABLE, counts, message[HEADER.size + question_bytes :])
+    return PackedAnswer(message[3] & RCODE_MASK, RECURSION_AVAILABLE, counts, message[HEADER.size + question_bytes :])
 
 
-def joined(aliases: Iterable[Record], message: bytes) -> Answer:
+def joined(aliases: Iterable[Record], message: bytes) -> PackedAnswer:
     """Return the answer that the records *aliases* begin and those of the answer *message* of another server end.
 
     Raises:

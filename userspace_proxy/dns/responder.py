@@ -6,7 +6,17 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from userspace_proxy.dns import messages
-from userspace_proxy.dns.messages import ANY, CNAME, NXDOMAIN, SERVFAIL, SRV, Answer, Question, Record, pack_answer
+from userspace_proxy.dns.messages import (
+    ANY,
+    CNAME,
+    NXDOMAIN,
+    SERVFAIL,
+    SRV,
+    PackedAnswer,
+    Question,
+    Record,
+    pack_answer,
+)
 from userspace_proxy.dns.zone import Labels, Zone
 from userspace_proxy.model.dns_names import ServiceNames
 from userspace_proxy.model.names import NamespacedName
@@ -39,7 +49,7 @@ class Responder:
         self.cut = 0
         self.hits = 0
         self.misses = 0
-        self._answers: dict[bytes, Answer] = {}
+        self._answers: dict[bytes, PackedAnswer] = {}
         self._bytes = 0
         self._keys_of: dict[Labels, list[bytes]] = defaultdict(list)  # by what `Zone.owner` returns
 
@@ -49,7 +59,7 @@ class Responder:
             for key in self._keys_of.pop(owner, ()):
                 self._answers.pop(key, None)
 
-    def answer(self, question: Question) -> Answer | None:
+    def answer(self, question: Question) -> PackedAnswer | None:
         """Return the answer to *question*, or None if its name is not in the cluster domain.
 
         Raises:
@@ -64,7 +74,7 @@ class Responder:
                 return None
             known, names = self._work_out(name, question.type)
             if known.rcode == NXDOMAIN and not self.is_synced:
-                return Answer(SERVFAIL)
+                return PackedAnswer(SERVFAIL)
             self._keep(key, map(self.zone.owner, names), known)
         else:
             self.hits += 1
@@ -73,7 +83,7 @@ class Responder:
             return messages.fitting(known, self.cut * _STEP % len(known.surplus))
         return known
 
-    def _keep(self, key: bytes, owners: Iterable[Labels], answer: Answer) -> None:
+    def _keep(self, key: bytes, owners: Iterable[Labels], answer: PackedAnswer) -> None:
         self._bytes += len(answer.body) + sum(map(len, answer.surplus))
         if len(self._answers) >= _CACHED_MAX or self._bytes > _CACHED_MAX_BYTES:
             self._answers.clear()
@@ -83,7 +93,7 @@ class Responder:
         for owner in owners:
             self._keys_of[owner].append(key)
 
-    def _work_out(self, name: Labels, kind: int) -> tuple[Answer, list[Labels]]:
+    def _work_out(self, name: Labels, kind: int) -> tuple[PackedAnswer, list[Labels]]:
         """Return the answer, and the names that it depends on."""
         records: list[Record] = []
         names = [name]
@@ -96,7 +106,7 @@ class Responder:
             if name not in self.zone:
                 raise Alias(records, target)
             if len(records) > _ALIASES_MAX:
-                return Answer(SERVFAIL), names
+                return PackedAnswer(SERVFAIL), names
             names.append(name)
             values = self.zone.find(name)
         kinds = (values or ()) if kind == ANY else (kind,)

@@ -22,7 +22,7 @@ from userspace_proxy.dataplane.begin import begin
 from userspace_proxy.dataplane.channel import LOST, PING, Channel
 from userspace_proxy.dataplane.mmsg import MESSAGES, Batch, client_address, interface_of, reply_record
 from userspace_proxy.dns import messages, wire
-from userspace_proxy.dns.messages import Answer, Question, pack_answer, read_question, reply
+from userspace_proxy.dns.messages import PackedAnswer, Question, pack_answer, read_question, reply
 from userspace_proxy.dns.privileges import drop_capabilities
 from userspace_proxy.dns.responder import Alias, Responder
 from userspace_proxy.dns.sockets import interface_of_stream, is_alone
@@ -125,7 +125,7 @@ class DnsServer:
     def _on_frame(self, body: bytes, descriptors: list[int]) -> None:
         if body == PING:
             self._channel.send(PING)
-        elif isinstance(request := _decoder.decode(body), wire.Close):
+        elif isinstance(request := _decoder.decode(body), wire.EndDns):
             self._is_told_to_end = True
             self._ended.set()
         else:
@@ -188,14 +188,14 @@ class DnsServer:
         if question.edns_bytes is not None:
             limit_bytes = max(limit_bytes, min(question.edns_bytes, messages.EDNS_BYTES))
         try:
-            answer = Answer(question.error) if question.error else self._responder.answer(question)
+            answer = PackedAnswer(question.error) if question.error else self._responder.answer(question)
         except Alias as alias:
             return Pending(question, limit_bytes, alias)
         except Exception:
             if self._loop.time() > self._silent_until:
                 self._silent_until = self._loop.time() + _BUG_PAUSE_S
                 log.exception("a bug: a query cannot be answered")
-            answer = Answer(messages.SERVFAIL)
+            answer = PackedAnswer(messages.SERVFAIL)
         if answer is None:
             return Pending(question, limit_bytes)
         self._count(transport, family, question, answer.rcode)
@@ -213,24 +213,24 @@ class DnsServer:
         if self._may_ask(client):
             if alias or (message := self._upstream.known_answer(question.text)) is None:
                 return None
-            answer = messages.relayed(message, len(question.text)) if message else Answer(messages.SERVFAIL)
+            answer = messages.relayed(message, len(question.text)) if message else PackedAnswer(messages.SERVFAIL)
         elif alias:
             answer = pack_answer(messages.NOERROR, messages.AUTHORITATIVE, alias.records)
         else:
-            answer = Answer(messages.REFUSED)
+            answer = PackedAnswer(messages.REFUSED)
         return self._reply(pending, client, answer)
 
     async def _look_up(self, pending: Pending, client: Client) -> bytes:
         """Return the answer to a question for which other servers are asked."""
         question, _, alias = pending
-        answer = Answer(messages.SERVFAIL)
+        answer = PackedAnswer(messages.SERVFAIL)
         with contextlib.suppress(ValueError):  # the target is no name, or the answer cannot be read
             text = messages.name_text(alias.target) + question.text[-4:] if alias else question.text
             if (message := await self._upstream.ask(text)) is not None:
                 answer = messages.joined(alias.records, message) if alias else messages.relayed(message, len(text))
         return self._reply(pending, client, answer)
 
-    def _reply(self, pending: Pending, client: Client, answer: Answer) -> bytes:
+    def _reply(self, pending: Pending, client: Client, answer: PackedAnswer) -> bytes:
         self._count(client.transport, client.family, pending.question, answer.rcode)
         return reply(pending.question, answer, pending.limit_bytes)
 
@@ -308,7 +308,7 @@ class DnsServer:
                 del self._streams[client.ip]
 
     async def _serve_query(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, client: Client) -> bool:
-        """Answer the next query of a TCP client. Return whether another one may follow."""
+        """PackedAnswer the next query of a TCP client. Return whether another one may follow."""
         self._idle[writer] = None
         try:
             async with asyncio.timeout(_STREAM_IDLE_S):

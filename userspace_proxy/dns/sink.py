@@ -26,7 +26,7 @@ _EXIT_TIMEOUT_S = 2.0
 _counts = msgspec.msgpack.Decoder(wire.Counts)
 
 
-class ClusterDns(ChildProcess[wire.Counts]):
+class DnsSink(ChildProcess[wire.Counts]):
     """A state sink: the DNS process answers by the names of the latest state.
 
     *predecessors*: channels to DNS processes that serve at the same sockets; they end once this one can answer for
@@ -137,7 +137,7 @@ class ClusterDns(ChildProcess[wire.Counts]):
         self.end_tasks()
         end_processes(self._predecessors)
         if not self.is_left:
-            await self.end(wire.Close(), _EXIT_TIMEOUT_S, _EXIT_TIMEOUT_S)
+            await self.end(wire.EndDns(), _EXIT_TIMEOUT_S, _EXIT_TIMEOUT_S)
         for sock in self._sockets:
             sock.close()
 
@@ -153,5 +153,5 @@ def end_processes(channels: Iterable[socket.socket]) -> None:
     """Tell the DNS processes at the other ends of *channels* to end, and close these."""
     for sock in channels:
         channel = Channel(sock, lambda _body, _descriptors: None, lambda: None)
-        channel.send(msgspec.msgpack.encode(wire.Close()))
+        channel.send(msgspec.msgpack.encode(wire.EndDns()))
         channel.close()

@@ -49,11 +49,11 @@ class Ask(msgspec.Struct, frozen=True, tag=True):
     """Ask for counts."""
 
 
-class Close(msgspec.Struct, frozen=True, tag=True):
+class EndDns(msgspec.Struct, frozen=True, tag="Close"):
     """End. Another process serves at the sockets, or cluster DNS stops."""
 
 
-Request = Sockets | Names | Synced | Clients | Ask | Close
+Request = Sockets | Names | Synced | Clients | Ask | EndDns
 
 
 class Counts(msgspec.Struct, frozen=True):

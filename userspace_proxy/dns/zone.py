@@ -53,7 +53,7 @@ class Zone:
         self._hosts.pop(key, None)
         if names is not None:
             self._services[key] = names
-        had, has = (set(self._pointers(key, known)) for known in (before, names))
+        had, has = (set(self._pointers(key, each)) for each in (before, names))
         for ip, target in had - has:
             reverse = reverse_name(ip)
             self._reverse[reverse].pop(target)
@@ -119,9 +119,9 @@ class Zone:
         match below:
             case (hostname,) if not hostname.startswith("_"):
                 if key not in self._hosts:
-                    known = self._hosts[key] = defaultdict(list)
+                    self._hosts[key] = defaultdict(list)
                     for host in (host for group in names.groups for host in group.hosts):
-                        known[host.hostname.lower()].append(host.ip)
+                        self._hosts[key][host.hostname.lower()].append(host.ip)
                 return _addresses(self._hosts[key].get(hostname, ())) or None
             case (protocol,):
                 return _NO_VALUES if any(_servers(names, protocol, target)) else None
@@ -134,12 +134,12 @@ class Zone:
 def _servers(names: ServiceNames, protocol: str, target: str) -> Iterator[tuple[str, Srv]]:
     """Yield the label of each port of *protocol*, and what its SRV records hold."""
     groups = names.groups or (HostGroup(names.ports, (DnsHost("", ""),)),)
-    for ports, hosts in groups:
-        for port in ports:
+    for group in groups:
+        hostnames = dict.fromkeys(host.hostname for host in group.hosts)
+        servers = [f"{hostname}.{target}" if hostname else target for hostname in hostnames]
+        for port in group.ports:
             if f"_{port.protocol}".lower() == protocol:
-                for hostname in dict.fromkeys(hostname for hostname, _ in hosts):
-                    server = f"{hostname}.{target}" if hostname else target
-                    yield f"_{port.name}".lower(), (_PRIORITY, _WEIGHT, port.number, server)
+                yield from ((f"_{port.name}".lower(), (_PRIORITY, _WEIGHT, port.number, each)) for each in servers)
 
 
 def reverse_name(ip: str) -> Labels:

@@ -82,47 +82,48 @@ class HealthFilter:
             return desired
         endpoints = dict(desired.endpoints)
         for name, service_port in wanted.items():
-            known, given = self._checked.get(name), endpoints[name]
-            if known is None or not known.is_of(service_port, given, desired.node.name):
-                known = self._check(service_port, given, desired.node.name)
-            if known.is_outdated:
-                self._filter(known)
-            endpoints[name] = known.healthy
+            checked, given = self._checked.get(name), endpoints[name]
+            if checked is None or not checked.is_of(service_port, given, desired.node.name):
+                checked = self._check(service_port, given, desired.node.name)
+            if checked.is_outdated:
+                self._filter(checked)
+            endpoints[name] = checked.healthy
         return replace(desired, endpoints=MappingProxyType(endpoints))
 
     def health(self, name: ServicePortName) -> Mapping[Address, EndpointHealth]:
         """Return the health of the endpoints of *name* that are probed."""
-        known = self._checked.get(name)
-        return {address: target.health for address, target in known.targets.items()} if known else {}
+        checked = self._checked.get(name)
+        return {address: target.health for address, target in checked.targets.items()} if checked else {}
 
     # ---- what is probed
 
     def _check(self, service_port: ServicePort, given: tuple[Endpoint, ...], node_name: str) -> _Checked:
-        """Probe those of *given* that may take traffic from this node; the state of known targets stays."""
+        """Probe those of *given* that may take traffic from this node. Targets that stay keep their state."""
         assert service_port.probe is not None
         name, probe = service_port.name, service_port.probe
         spec = replace(probe, panic=True)  # it concerns the verdicts' use, not the probes
         is_local = service_port.internal_local and not service_port.is_externally_accessible
-        before = self._checked.get(name)
         targets: dict[Address, Target] = {}
         for endpoint in given:
             is_usable = endpoint.ready or (endpoint.serving and endpoint.terminating)
-            if not is_usable or (is_local and endpoint.node_name != node_name):
-                continue
-            key = (endpoint.ip, probe.port or endpoint.port), spec
-            if key not in self._targets:
-                if self._is_at_limit():
-                    continue
-                self._targets[key] = self._prober.add(*key)
-            target = targets[endpoint.address] = self._targets[key]
-            target.users.add(name)
-        if before is not None:
+            is_here = not is_local or endpoint.node_name == node_name
+            address = endpoint.ip, probe.port or endpoint.port
+            if is_usable and is_here and (target := self._target(address, spec)) is not None:
+                targets[endpoint.address] = target
+                target.users.add(name)
+        checked = _Checked(service_port, given, node_name, targets)
+        if (before := self._checked.get(name)) is not None:
             kept = set(targets.values())
             self._leave(name, {address: t for address, t in before.targets.items() if t not in kept})
-        checked = self._checked[name] = _Checked(service_port, given, node_name, targets)
-        if before is not None:
             checked.all_unhealthy = before.all_unhealthy
+        self._checked[name] = checked
         return checked
+
+    def _target(self, address: Address, spec: ProbeSpec) -> Target | None:
+        """Return the target that probes *address* by *spec*, a new one if needed, or None at the limit."""
+        if (address, spec) not in self._targets and not self._is_at_limit():
+            self._targets[address, spec] = self._prober.add(address, spec)
+        return self._targets.get((address, spec))
 
     def _is_at_limit(self) -> bool:
         was_full, self._is_full = self._is_full, len(self._targets) >= TARGETS_MAX
@@ -155,22 +156,22 @@ class HealthFilter:
         )
         self._on_change()
 
-    def _filter(self, known: _Checked) -> None:
-        """Work out the endpoints of *known* that are left; without unhealthy ones they stay the same object."""
-        known.is_outdated = False
-        unhealthy = {address for address, target in known.targets.items() if not target.is_healthy}
-        probed = {family: {a for a in known.targets if family_of(a[0]) == family} for family in FAMILIES}
+    def _filter(self, checked: _Checked) -> None:
+        """Work out the endpoints of *checked* that are left; without unhealthy ones they stay the same object."""
+        checked.is_outdated = False
+        unhealthy = {address for address, target in checked.targets.items() if not target.is_healthy}
+        probed = {family: {a for a in checked.targets if family_of(a[0]) == family} for family in FAMILIES}
         all_unhealthy = frozenset(family for family, its in probed.items() if its and its <= unhealthy)
-        probe = known.service_port.probe
+        probe = checked.service_port.probe
         panics = all_unhealthy if probe is not None and probe.panic else frozenset()
-        known.healthy = known.given
+        checked.healthy = checked.given
         if any(family_of(ip) not in panics for ip, _ in unhealthy):
-            known.healthy = tuple(e for e in known.given if e.address not in unhealthy or family_of(e.ip) in panics)
-        self._tell_all_unhealthy(known, all_unhealthy, "none is used, by panic=off" if not panics else "all are used")
+            checked.healthy = tuple(e for e in checked.given if e.address not in unhealthy or family_of(e.ip) in panics)
+        self._tell_all_unhealthy(checked, all_unhealthy, "none is used, by panic=off" if not panics else "all are used")
 
-    def _tell_all_unhealthy(self, known: _Checked, families: frozenset[Family], effect: str) -> None:
-        before, known.all_unhealthy = known.all_unhealthy, families
-        name = known.service_port.name
+    def _tell_all_unhealthy(self, checked: _Checked, families: frozenset[Family], effect: str) -> None:
+        before, checked.all_unhealthy = checked.all_unhealthy, families
+        name = checked.service_port.name
         for family in sorted(families - before):
             note = f"every IPv{family} endpoint of {name} is unhealthy; {effect}"
             log.warning("%s", note)
@@ -181,7 +182,7 @@ class HealthFilter:
     def metrics(self) -> list[Metric]:
         """Return the metrics of all probes and verdicts now."""
         unhealthy = {
-            name: sum(not target.is_healthy for target in known.targets.values())
-            for name, known in self._checked.items()
+            name: sum(not target.is_healthy for target in checked.targets.values())
+            for name, checked in self._checked.items()
         }
         return list(probe_metrics(self._prober.stats, unhealthy))

@@ -38,8 +38,11 @@ def probe_metrics(stats: ProbeStats, unhealthy: Mapping[ServicePortName, int]) -
     for result, count in stats.results.items():
         counts.add_metric([result], count)
     yield counts
-    durations = HistogramMetricFamily("userspace_proxy_probe_duration_seconds", "how long probes took to succeed")
-    durations.add_metric([], stats.durations.buckets(), stats.durations.total_s)
-    yield durations
+    yield HistogramMetricFamily(
+        "userspace_proxy_probe_duration_seconds",
+        "how long probes took to succeed",
+        stats.durations.buckets(),
+        stats.durations.total_s,
+    )
     text = "how late the last probe began; much, if this node has too many"
     yield GaugeMetricFamily("userspace_proxy_probe_delay_seconds", text, value=stats.late_s)

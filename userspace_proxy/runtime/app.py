@@ -31,7 +31,7 @@ from userspace_proxy.control.pacer import Pacer
 from userspace_proxy.control.state_writer import StateWriter
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.dataplane.handover import VERSION, Incumbent, Present
-from userspace_proxy.dns.sink import ClusterDns
+from userspace_proxy.dns.sink import DnsSink
 from userspace_proxy.dns.sockets import is_of_dns
 from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.host import network
@@ -260,7 +260,7 @@ class Proxy:
         for name, why in self._proxier.unopened.items():
             self._warn_of(name.service_port.service, "NotServed", why)
 
-    async def _watch_dns(self, dns: ClusterDns) -> None:
+    async def _watch_dns(self, dns: DnsSink) -> None:
         try:
             await dns.run()
         except StartError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import signal
 import socket
@@ -43,6 +44,7 @@ from userspace_proxy.runtime.desired_state import open_services
 
 # A Service's own addresses have no meaning here. These stand for them (RFC 5737, RFC 3849), one of each family.
 _NO_IPS = ["192.0.2.1", "2001:db8::1"]
+_LOOPBACK = {"localhost": ("127.0.0.1", "::1")}
 _LOOK_S = 0.1
 _LINES_A_LOOK = 50
 _REACH_S = 3.0
@@ -147,13 +149,13 @@ class ServiceSource:
 
 @dataclass(slots=True)
 class _Forward:
-    """Listeners of one forwarded port, by address. ``said``: connections printed; ``failed``: those that failed."""
+    """Listeners of one forwarded port, by address. ``printed``: connections printed; ``failed``: those that failed."""
 
     asked: ForwardedPort
     service_port: ServicePort
     local: int
     names: Mapping[str, ListenerName]
-    said: int = 0
+    printed: int = 0
     failed: int = 0
 
 
@@ -187,18 +189,18 @@ class Forwarder:
         Raises:
             StartError: the Service has no such port, or its port cannot be listened at.
         """
-        known = [p for n, p in self._state.service_ports.items() if n.service == self._request.service]
+        ports = [port for name, port in self._state.service_ports.items() if name.service == self._request.service]
         for asked in self._request.ports:
-            service_port = next((port for port in known if asked.is_of(port)), None)
+            service_port = next((port for port in ports if asked.is_of(port)), None)
             if service_port is None:
-                has = ", ".join(f"{port.port}/{port.name.protocol} {port.name.port_name}".strip() for port in known)
+                has = ", ".join(f"{port.port}/{port.name.protocol} {port.name.port_name}".strip() for port in ports)
                 protocol = f"/{asked.protocol}" if asked.protocol else ""
                 raise StartError(f"Service {self._request.service} has no port {asked.port}{protocol}; it has {has}")
             self._forwards.append(self._open(asked, service_port))
         await self.sync(self._state)
         for forward in self._forwards:
-            ports = {endpoint.port for endpoint in self._usable(forward)}
-            to = next(iter(ports)) if len(ports) == 1 else forward.service_port.port
+            target_ports = {endpoint.port for endpoint in self._usable(forward)}
+            to = target_ports.pop() if len(target_ports) == 1 else forward.service_port.port
             udp = "/udp" if forward.service_port.name.protocol is L4Protocol.UDP else ""
             for at in forward.names:
                 self._say(f"Forwarding from {join_address(at, forward.local)} -> {to}{udp}")
@@ -206,22 +208,25 @@ class Forwarder:
     def _open(self, asked: ForwardedPort, service_port: ServicePort) -> _Forward:
         local = service_port.port if asked.local is None else asked.local
         names: dict[str, ListenerName] = {}
-        for address in self._request.addresses:
-            for at in ("127.0.0.1", "::1") if address == "localhost" else (address,):
-                service, port_name, protocol = service_port.name
-                try:
-                    sock = open_listener(protocol, local, Limits().dead_peer_timeout_s, at=at)
-                    local = sock.getsockname()[1]
-                    shown = f"{port_name}@{join_address(at, local)}"
-                    name = ListenerName(ServicePortName(service, shown, protocol))
-                    self._plane.serve(_spec(service_port, name, local, at), sock)
-                except OSError as error:
-                    if at == "::1" and names:  # a host without IPv6, as with kubectl
-                        continue
-                    said = f"cannot listen at {join_address(at, local)}: {(error.strerror or str(error)).lower()}"
-                    raise StartError(f"{said}; give another LOCAL port, or another --address") from None
-                names[at] = name
+        for at in itertools.chain.from_iterable(_LOOPBACK.get(each, (each,)) for each in self._request.addresses):
+            try:
+                local, names[at] = self._listen(service_port, local, at)
+            except OSError as error:
+                if at == "::1" and names:  # a host without IPv6, as with kubectl
+                    continue
+                reason = f"cannot listen at {join_address(at, local)}: {(error.strerror or str(error)).lower()}"
+                raise StartError(f"{reason}; give another LOCAL port, or another --address") from None
         return _Forward(asked, service_port, local, names)
+
+    def _listen(self, service_port: ServicePort, local: int, at: str) -> tuple[int, ListenerName]:
+        """Listen at port *local* of the address *at*; return the port, and the listener's name. Raises OSError."""
+        service, port_name, protocol = service_port.name
+        sock = open_listener(protocol, local, Limits().dead_peer_timeout_s, at=at)
+        local = sock.getsockname()[1]
+        shown = f"{port_name}@{join_address(at, local)}"
+        name = ListenerName(ServicePortName(service, shown, protocol))
+        self._plane.serve(_spec(service_port, name, local, at), sock)
+        return local, name
 
     def _usable(self, forward: _Forward) -> tuple[Endpoint, ...]:
         return _of_one_family(usable_endpoints(self._state.endpoints.get(forward.service_port.name, ())))
@@ -239,10 +244,10 @@ class Forwarder:
                 counts = [listeners[name].counters for name in forward.names.values()]
                 handled = sum(c.accepted + c.flows_total for c in counts)
                 failed = sum(c.failed for c in counts)
-                for line in _handled(handled - forward.said, forward.local):
+                for line in _handled(handled - forward.printed, forward.local):
                     self._say(line)
                 has_failed = failed > forward.failed
-                forward.said, forward.failed = handled, failed
+                forward.printed, forward.failed = handled, failed
                 if has_failed and asyncio.get_running_loop().time() - self._warned_at > _WARN_EVERY_S:
                     await self._warn_if_unreachable(forward)
 
@@ -338,7 +343,7 @@ async def forward(request: ForwardRequest, say: Callable[[str], None]) -> None:
 
 
 def _require_service(name: NamespacedName, state: ProxyState, tracker: Tracker, source: ServiceSource) -> None:
-    if any(known.service == name for known in state.service_ports):
+    if any(port_name.service == name for port_name in state.service_ports):
         return
     if source.external_name:
         raise StartError(f"Service {name} is an external name; dial {source.external_name} itself")

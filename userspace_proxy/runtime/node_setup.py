@@ -22,7 +22,7 @@ from userspace_proxy.dataplane.plane import LocalPlane
 from userspace_proxy.dataplane.remote import RemotePlane
 from userspace_proxy.dataplane.sockets import BACKLOG, knows_congestion_control
 from userspace_proxy.dataplane.wire import WorkerSettings
-from userspace_proxy.dns.sink import ClusterDns, end_processes
+from userspace_proxy.dns.sink import DnsSink, end_processes
 from userspace_proxy.dns.sockets import open_sockets
 from userspace_proxy.dns.wire import DnsSettings
 from userspace_proxy.errors import StartError, SyncError
@@ -72,7 +72,7 @@ class NodeSetup:
     node: Node
     hosts: Hosts
     rules: NodeRules
-    dns: ClusterDns | None
+    dns: DnsSink | None
 
 
 async def set_up_node(
@@ -260,10 +260,10 @@ def _limits(settings: Settings) -> Limits:
 
 async def make_dns(
     settings: Settings, rules: NodeRules, inherited: Sequence[socket.socket], stack: contextlib.AsyncExitStack
-) -> ClusterDns | None:
+) -> DnsSink | None:
     """Return cluster DNS, which serves at its addresses from now on, or None without ``--dns``.
 
-    *inherited*: what `ClusterDns.inheritance` of the predecessor returned.
+    *inherited*: what `DnsSink.inheritance` of the predecessor returned.
 
     Raises:
         StartError: it cannot serve there.
@@ -293,13 +293,13 @@ async def make_dns(
         log_format=settings.log_format,
         verbose=settings.verbose,
     )
-    dns = ClusterDns(wanted, sockets, channels, rules.pods)
+    dns = DnsSink(wanted, sockets, channels, rules.pods)
     dns.start()
     stack.push_async_callback(dns.close)
     return dns
 
 
-async def remove_dns_addresses(dns: ClusterDns) -> None:
+async def remove_dns_addresses(dns: DnsSink) -> None:
     """Remove the addresses of *dns* from this node, unless another process serves at them from now on."""
     if not dns.is_left:
         await network.remove_own_addresses()

@@ -8,10 +8,11 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from userspace_proxy.admin.kubeproxy import kubeproxy_metrics
-from userspace_proxy.admin.metrics import SERIES_AN_ENDPOINT, ControlStats, render, watch_metrics
+from userspace_proxy.admin.metrics import SERIES_AN_ENDPOINT, render, watch_metrics
 from userspace_proxy.admin.server import Health
 from userspace_proxy.control.decode import is_eligible
 from userspace_proxy.logs import log_lines_dropped
+from userspace_proxy.model.counters import ControlStats
 from userspace_proxy.model.locality import without_local_endpoints
 from userspace_proxy.runtime.running import RunningProxy
 from userspace_proxy.sources.cached import CachedSource

@@ -10,7 +10,7 @@ from userspace_proxy.control.controller import Controller
 from userspace_proxy.control.journal import Journal
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.dataplane.handover import HandoverPlane
-from userspace_proxy.dns.sink import ClusterDns
+from userspace_proxy.dns.sink import DnsSink
 from userspace_proxy.interfaces import Proxier, Source
 from userspace_proxy.modes.mode import Mode
 from userspace_proxy.modes.plans import NodeRules
@@ -32,4 +32,4 @@ class RunningProxy:
     proxier: Proxier
     plane: HandoverPlane
     health_checks: ServiceHealthChecks
-    dns: ClusterDns | None
+    dns: DnsSink | None
