@@ -22,8 +22,8 @@ class ConfigError(Exception):
         self.fix = printable(fix, _SHOWN_MAX)
 
     def __str__(self) -> str:
-        said = f"{printable(self.field, _SHOWN_MAX)}: {self.reason}" if self.field else self.reason
-        return f"{said}; {self.fix}" if self.fix else said
+        text = f"{printable(self.field, _SHOWN_MAX)}: {self.reason}" if self.field else self.reason
+        return f"{text}; {self.fix}" if self.fix else text
 
 
 class Note(ConfigError):  # noqa: N818

@@ -26,7 +26,7 @@ _HINTS = {errno.EADDRINUSE: "another program has it", errno.EACCES: "a port belo
 _HEADERS = {"X-Content-Type-Options": "nosniff"}
 _EXPOSITION = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
 # Problems shown, and characters of each.
-_TOLD_MAX, _SHOWN_MAX = 50, 500
+_LINES_MAX, _SHOWN_MAX = 50, 500
 _LATE = "a change has been queued for long, and no sync has succeeded since"
 
 
@@ -138,8 +138,8 @@ class AdminServer:
         is_well = is_ready and health.node_eligible is not False
         status = 503 if not is_well else self._degraded_status if health.degraded else 200
         self.answers["healthz", status] += 1
-        said = {} if health.node_eligible is None else {"nodeEligible": health.node_eligible}
-        return _answer(health, status, is_ready, said, is_open=is_loopback(request.remote))
+        eligible = {} if health.node_eligible is None else {"nodeEligible": health.node_eligible}
+        return _answer(health, status, is_ready, eligible, is_open=is_loopback(request.remote))
 
     async def _livez(self, request: web.Request) -> web.Response:
         """Answer whether the process works; the kubelet restarts one that does not."""
@@ -170,7 +170,7 @@ class AdminServer:
         return web.Response(text=self._mode, headers=_HEADERS)
 
 
-def _answer(health: Health, status: int, healthy: bool, said: Mapping[str, object], *, is_open: bool) -> web.Response:
+def _answer(health: Health, status: int, healthy: bool, more: Mapping[str, object], *, is_open: bool) -> web.Response:
     """Return *health* as kube-proxy's JSON.
 
     If *is_open*, include the reasons, which contain names of objects and files, and versions.
@@ -179,7 +179,7 @@ def _answer(health: Health, status: int, healthy: bool, said: Mapping[str, objec
     body: dict[str, object] = {
         "lastUpdated": _rfc3339(now if status == 200 else health.updated_at),
         "currentTime": _rfc3339(now),
-        **said,
+        **more,
         "healthy": healthy,
         "status": {
             family: {"lastUpdated": _rfc3339(of_it.updated_at), "healthy": of_it.healthy}
@@ -187,13 +187,15 @@ def _answer(health: Health, status: int, healthy: bool, said: Mapping[str, objec
         },
     }
     if is_open:
-        reason = "; ".join(why for why in (health.waiting, health.stopped, health.failing) if why) or _LATE
-        body |= {"reason": printable(reason, _SHOWN_MAX)} if not healthy else {}
-        body |= {"failing": printable(health.failing, _SHOWN_MAX)} if health.failing else {}
+        if not healthy:
+            reason = "; ".join(filter(None, (health.waiting, health.stopped, health.failing))) or _LATE
+            body["reason"] = printable(reason, _SHOWN_MAX)
+        if health.failing:
+            body["failing"] = printable(health.failing, _SHOWN_MAX)
         for name in ("degraded", "problems", "findings"):
-            told = getattr(health, name)
-            more = [f"and {len(told) - _TOLD_MAX} more"] if len(told) > _TOLD_MAX else []
-            body |= {name: [printable(each, _SHOWN_MAX) for each in told[:_TOLD_MAX]] + more} if told else {}
+            if lines := getattr(health, name):
+                hidden = [f"and {len(lines) - _LINES_MAX} more"] if len(lines) > _LINES_MAX else []
+                body[name] = [printable(line, _SHOWN_MAX) for line in lines[:_LINES_MAX]] + hidden
     text = msgspec.json.encode(body).decode()
     return web.Response(text=text, status=status, content_type="application/json", headers=_HEADERS)
 

@@ -66,22 +66,22 @@ class Responder:
             Alias: the answer goes on at a name that is not.
         """
         key = question.key
-        known = self._answers.get(key)
-        if known is None:
+        answer = self._answers.get(key)
+        if answer is None:
             self.misses += 1
             name = question.labels()
             if name not in self.zone and self.zone.find(name) is None:
                 return None
-            known, names = self._work_out(name, question.type)
-            if known.rcode == NXDOMAIN and not self.is_synced:
+            answer, names = self._work_out(name, question.type)
+            if answer.rcode == NXDOMAIN and not self.is_synced:
                 return PackedAnswer(SERVFAIL)
-            self._keep(key, map(self.zone.owner, names), known)
+            self._keep(key, map(self.zone.owner, names), answer)
         else:
             self.hits += 1
-        if known.surplus:
+        if answer.surplus:
             self.cut += 1
-            return messages.fitting(known, self.cut * _STEP % len(known.surplus))
-        return known
+            return messages.fitting(answer, self.cut * _STEP % len(answer.surplus))
+        return answer
 
     def _keep(self, key: bytes, owners: Iterable[Labels], answer: PackedAnswer) -> None:
         self._bytes += len(answer.body) + sum(map(len, answer.surplus))

@@ -71,14 +71,14 @@ class DnsSink(ChildProcess[wire.Counts]):
 
     async def sync(self, state: ProxyState) -> None:
         """Tell the process what has changed since the last sync."""
-        told, self._state = self._state.names, state
+        sent, self._state = self._state.names, state
         networks = [*self._pods.cidrs, *state.node.pod_cidrs, *state.node.addresses, *self._addresses]
         clients = wire.Clients(networks, self._pods.interface)
         if clients != self._clients:
             self._clients = clients
             self.tell(clients)
-        self._tell_names((name, names) for name, names in state.names.items() if told.get(name) is not names)
-        self._tell_names((name, None) for name in told.keys() - state.names.keys())
+        self._tell_names((name, names) for name, names in state.names.items() if sent.get(name) is not names)
+        self._tell_names((name, None) for name in sent.keys() - state.names.keys())
         if not self._is_synced:
             self._is_synced = True
             if conflict := _conflict(state, self._addresses):

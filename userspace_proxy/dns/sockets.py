@@ -35,18 +35,18 @@ def open_sockets(addresses: Iterable[str], inherited: Sequence[socket.socket] = 
         StartError: one cannot be opened; all are closed.
     """
     found: list[socket.socket] = []
-    known = {(sock.type, sock.getsockname()[0]): sock for sock in inherited}
+    by_address = {(sock.type, sock.getsockname()[0]): sock for sock in inherited}
     try:
         for ip in addresses:
             for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
-                found.append(known.pop((kind, ip)) if (kind, ip) in known else _open(kind, ip))
+                found.append(by_address.pop((kind, ip)) if (kind, ip) in by_address else _open(kind, ip))
     except OSError as error:
         for sock in found:
             sock.close()
         fix = _FIXES.get(error.errno or 0, error.strerror)
         raise StartError(f"--dns {ip}: {fix}") from None
     finally:
-        for sock in known.values():
+        for sock in by_address.values():
             sock.close()
     return found
 

@@ -95,8 +95,8 @@ class Upstream:
 
     async def ask(self, text: bytes) -> bytes | None:
         """Return the answer to the question *text*, or None if no server gives one. Its header has another id."""
-        if (known := self.known_answer(text)) is not None:
-            return known or None
+        if (answer := self.known_answer(text)) is not None:
+            return answer or None
         key = _key(text)
         task = self._under_way.get(key)
         if task is None:

@@ -91,9 +91,9 @@ class InstanceLock:
         with contextlib.suppress(TimeoutError):
             for present, conversation in await _call_members(self.turn, _ORPHAN_TIMEOUT_S, but=self.member):
                 try:
-                    listeners: list[tuple[Inherit, list[socket.socket]]] = []
-                    (await _collect(conversation, listeners, [], [], workers=len(self.conversations))).close()
-                    _close(listeners)
+                    duplicates = InstanceLock(self.turn, self.member, self.name)
+                    (await _collect(conversation, len(self.conversations), duplicates)).close()
+                    _close(duplicates.listeners)
                     conversation.send(Taken())
                     expect(await conversation.receive(), Released)
                 except (OSError, TimeoutError) as error:
@@ -183,48 +183,39 @@ async def _take_over(turn: socket.socket, meetings: Sequence[Meeting], workers: 
         meetings = meetings[:1]
     elif (missing := present.workers - len(meetings)) > 0:
         log.warning("%d of %d workers of the proxy before are gone", missing, present.workers)
-    listeners: list[tuple[Inherit, list[socket.socket]]] = []
-    health_checks: list[socket.socket] = []
-    cluster_dns: list[socket.socket] = []
-    conversations = [conversation for _, conversation in meetings]
-    member = join(Role.SERVES)
+    lock = InstanceLock(turn, join(Role.SERVES), _unnamed(), conversations=[each for _, each in meetings])
     try:
-        names = [await _collect(each, listeners, health_checks, cluster_dns, workers) for each in conversations]
+        names = [await _collect(each, workers, lock) for each in lock.conversations]
     except (OSError, TimeoutError) as error:
-        # If this process fails, its copies close with it. The senders notice, and serve on.
-        _end_conversations(meetings)
-        member.close()
+        lock.give_back()  # the senders notice, and serve on
         raise StartError(
             f"userspace-proxy{running_as(present)} does not hand over: {error or 'no answer'}; "
             "it serves on (`kill -9` ends a process that hangs, its workers serve on for the next `run`)"
         ) from None
-    for name in names[1:]:  # duplicates
+    for name in (lock.name, *names[1:]):  # duplicates
         name.close()
-    return InstanceLock(turn, member, names[0], listeners, health_checks, cluster_dns, conversations)
+    lock.name = names[0]
+    return lock
 
 
-async def _collect(
-    conversation: Conversation,
-    listeners: list[tuple[Inherit, list[socket.socket]]],
-    health_checks: list[socket.socket],
-    cluster_dns: list[socket.socket],
-    workers: int,
-) -> socket.socket:
-    """Request everything, and add it to the lists; return the socket with the name."""
+async def _collect(conversation: Conversation, workers: int, found: InstanceLock) -> socket.socket:
+    """Request everything, and add it to *found*; return the socket with the name."""
     conversation.send(TakeOver(VERSION, os.getpid(), workers, health_checks=True, cluster_dns=True))
     while True:
         received = await conversation.receive()
         message, descriptors = received
-        if isinstance(message, Lock):
-            return socket.socket(fileno=descriptors[0]) if descriptors else _unnamed()
-        if isinstance(message, HealthChecks):
-            health_checks += [socket.socket(fileno=descriptor) for descriptor in descriptors]
-            continue
-        if isinstance(message, ClusterDns):
-            cluster_dns += [socket.socket(fileno=descriptor) for descriptor in descriptors]
-            continue
-        inherit = expect(received, Inherit)
-        listeners.append((inherit, [socket.socket(fileno=descriptor) for descriptor in descriptors]))
+        if not isinstance(message, Lock | HealthChecks | ClusterDns):
+            message = expect(received, Inherit)
+        sockets = [socket.socket(fileno=descriptor) for descriptor in descriptors]
+        match message:
+            case Lock():
+                return sockets[0] if sockets else _unnamed()
+            case HealthChecks():
+                found.health_checks += sockets
+            case ClusterDns():
+                found.cluster_dns += sockets
+            case Inherit():
+                found.listeners.append((message, sockets))
 
 
 def _close(listeners: Sequence[tuple[Inherit, list[socket.socket]]]) -> None:

@@ -281,7 +281,7 @@ async def _run_dry() -> str:
     reading = asyncio.get_running_loop().run_in_executor(None, process.communicate)
     try:
         async with asyncio.timeout(_DRY_RUN_S):
-            _, said = await asyncio.shield(reading)
+            _, stderr = await asyncio.shield(reading)
     except TimeoutError:
         return f"the new process is not ready after {_DRY_RUN_S:.0f} s"
     finally:
@@ -289,7 +289,7 @@ async def _run_dry() -> str:
         await asyncio.wait({reading})
     if not process.returncode:
         return ""
-    lines = said.decode(errors="replace").strip().splitlines()
+    lines = stderr.decode(errors="replace").strip().splitlines()
     return lines[-1] if lines else f"the new process exited {process.returncode}"
 
 

@@ -77,7 +77,7 @@ class NodeRoutes:
         # The addresses of each service port that are outside of the ranges, and all of them.
         self._outside: dict[ServicePortName, tuple[ServicePort, list[Network]]] = {}
         self._used: set[Network] = set()
-        self._known: Mapping[ServicePortName, ServicePort] = {}
+        self._last_ports: Mapping[ServicePortName, ServicePort] = {}
         self._left_at: dict[Network, float] = {}  # the time since which a portal that is still discarded has no user
 
     async def sync(self, state: ProxyState) -> None:
@@ -99,12 +99,12 @@ class NodeRoutes:
 
     def _note(self, state: ProxyState) -> tuple[set[Network], set[Network]]:
         """Return the addresses outside of the ranges that service ports have since this state, and unused ones."""
-        if state.service_ports is self._known:
+        if state.service_ports is self._last_ports:
             return set(), set()
-        self._known = state.service_ports
-        known = self._outside
+        self._last_ports = state.service_ports
+        last = self._outside
         self._outside = {
-            name: known[name] if name in known and known[name][0] is service_port else self._look_at(service_port)
+            name: last[name] if name in last and last[name][0] is service_port else self._look_at(service_port)
             for name, service_port in state.service_ports.items()
         }
         before, self._used = self._used, {host for _, hosts in self._outside.values() for host in hosts}

@@ -163,8 +163,8 @@ class Explainer:
         found = []
         for endpoint in case.desired:
             if str(endpoint) not in chosen:
-                known = seen.get(endpoint.address, EndpointDetails(endpoint.address))
-                found.append(Unused(str(endpoint), self._why_not(case, endpoint, known, weights)))
+                details = seen.get(endpoint.address, EndpointDetails(endpoint.address))
+                found.append(Unused(str(endpoint), self._why_not(case, endpoint, details, weights)))
         more = len(found) - _UNUSED_MAX
         return [*found[:_UNUSED_MAX], *([Unused("...", f"and {more} more")] if more > 0 else [])]
 
@@ -353,9 +353,9 @@ class Explainer:
         if errors and all(errors):
             return Obstacle(f"this node has no route to {case.candidates[0].ip}: {errors[0]}", "see 'ip route get'")
         seen = by_address(case.details)
-        failures = [known for e in case.candidates if (known := seen.get(e.address)) and _is_failing(known)]
+        failures = [each for e in case.candidates if (each := seen.get(e.address)) and _is_failing(each)]
         if failures and len(failures) == len(case.candidates):
-            last = max(failures, key=lambda known: known.failed_at)
+            last = max(failures, key=lambda each: each.failed_at)
             fix = f"see whether a process listens at port {last.address[1]} there, and whether a firewall is between"
             return Obstacle(
                 f"every endpoint fails: the last dial of {join_address(*last.address)}: {last.last_failure}", fix
