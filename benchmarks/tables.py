@@ -14,7 +14,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from typing import Any
 
 from userspace_proxy.config.settings import Settings
@@ -26,6 +25,7 @@ from userspace_proxy.model.redirects import PodDetector
 from userspace_proxy.model.service import ServicePort, SourceIP
 from userspace_proxy.model.topology import Node
 from userspace_proxy.modes import MODES
+from userspace_proxy.modes.kernel_mode import KernelMode
 from userspace_proxy.modes.kernel_rules import KernelRules, NodeFacts, RuleUpdate, Translation
 from userspace_proxy.modes.plans import plan
 
@@ -45,9 +45,10 @@ def endpoint(number: int, index: int) -> Endpoint:
     return Endpoint(f"10.{244 + index}.{number // 250 % 250}.{number % 250 + 1}", 8080)
 
 
-def _make_tables_of(mode: str) -> Callable[[Settings], KernelRules]:
-    make: Callable[[Settings], KernelRules] = import_module(f"userspace_proxy.modes.{mode}.mode").make_rules
-    return make
+def _make_tables_of(name: str) -> Callable[[Settings], KernelRules]:
+    mode = MODES[name]
+    assert isinstance(mode, KernelMode)
+    return mode.make_rules
 
 
 async def measure(make: Callable[[Settings], KernelRules], services: int) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName
 from userspace_proxy.model.redirects import Redirects
 from userspace_proxy.model.service import ServicePort, portals
 from userspace_proxy.modes.userspace import nft
+from userspace_proxy.netfilter.nft_text import removal
 
 NAME = ServicePortName(NamespacedName("shop", "web"), "http", L4Protocol.TCP)
 LISTENER = ListenerName(NAME)
@@ -67,7 +68,7 @@ def portal() -> Iterator[None]:
     rules = nft.table(Redirects(dict(zip(portals(service_port()), (PROXY_PORT, LOCAL_PROXY_PORT), strict=True))))
     subprocess.run(["nft", "-f", "-"], input=rules, text=True, check=True, timeout=10)
     yield
-    subprocess.run(["nft", "-f", "-"], input=nft.removal(), text=True, check=True, timeout=10)
+    subprocess.run(["nft", "-f", "-"], input=removal(nft.TABLE), text=True, check=True, timeout=10)
     ip("address", "del", "10.95.0.1/32", "dev", "lo")
     ip("route", "del", "10.94.0.0/16", "dev", "lo")
 

@@ -21,6 +21,7 @@ from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName
 from userspace_proxy.model.redirects import Redirects
 from userspace_proxy.model.service import Balance, ConnectionPolicy, ServicePort, SourceIP, Weights, portals
 from userspace_proxy.modes.userspace import nft
+from userspace_proxy.netfilter.nft_text import removal
 
 TCP_PORT, UDP_PORT, OTHER_PORT = 10_001, 10_002, 10_003
 # A foreign NAT rule leads from here to our proxy port.
@@ -80,7 +81,7 @@ def surroundings() -> Iterator[None]:
     try:
         yield
     finally:
-        _nft(f"delete table {_VANISH}\ndelete table {_FOREIGN}\n{nft.removal()}")
+        _nft(f"delete table {_VANISH}\ndelete table {_FOREIGN}\n{removal(nft.TABLE)}")
         for route in routes:
             ip("-6" if ":" in route else "-4", "route", "del", route, "dev", "lo")
         for address in addresses:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from userspace_proxy.modes import MODES
-from userspace_proxy.modes.reasons.lines import Way
+from userspace_proxy.modes.mode import RenderedMode
 
 # The modes in the order in which `render` shows them.
-WAYS = tuple(Way(mode.name, language) for mode in MODES.values() for language in mode.languages)
+WAYS = tuple(RenderedMode(mode, language) for mode in MODES.values() for language in mode.languages)
 
 SHOP = """\
 apiVersion: v1

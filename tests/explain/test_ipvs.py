@@ -5,16 +5,17 @@ from __future__ import annotations
 import pytest
 
 from tests.modes.redirect_cases import UDP, name
+from userspace_proxy.explain.lines import Line
 from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.service import Portal, ServicePort
 from userspace_proxy.modes.ipvs.device import device_lines
 from userspace_proxy.modes.ipvs.rules import server_lines
 from userspace_proxy.modes.ipvs.table import VirtualServerSpec
-from userspace_proxy.modes.reasons.known import Known
+from userspace_proxy.modes.portal_names import PortalNames
 
 WEB = ServicePort(name("shop/web:http"), 80, ("10.96.0.1", "fd00:96::1"), node_port=30_080)
 DNS = ServicePort(name("kube-system/dns", UDP), 53, ("10.96.0.10",))
-KNOWN = Known((WEB, DNS))
+KNOWN = PortalNames((WEB, DNS))
 ENDPOINT: Address = ("10.244.0.2", 8080)
 FLAG = " flag-3 marks it as ours; no scheduler reads it."
 ROUND_ROBIN = "each new connection goes to the next endpoint (rr: round robin)."
@@ -84,11 +85,11 @@ def test_a_line_has_its_effect_and_its_service(
 ) -> None:
     lines = list(server_lines(Portal(ip, port, service_port.name.protocol), server, service_port.name))
 
-    assert lines[-1].explained(KNOWN) == (line, reason, str(service_port.name))
+    assert Line.of(lines[-1], KNOWN) == (line, reason, str(service_port.name))
 
 
 def test_the_device_and_its_addresses_are_explained() -> None:
-    lines = [line.explained(KNOWN) for line in device_lines(set(), ["10.96.0.1", "fd00:96::1"], is_new=True)]
+    lines = [Line.of(line, KNOWN) for line in device_lines(set(), ["10.96.0.1", "fd00:96::1"], is_new=True)]
 
     assert [(line.text, line.explanation) for line in lines] == [
         (

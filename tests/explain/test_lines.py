@@ -16,7 +16,8 @@ from tests.modes.redirect_cases import CASES, UDP, any_redirects, name
 from tests.modes.translation_cases import DNS, EVERYTHING, HERE, NEAR4, PODS, any_translation, by_name, translation
 from userspace_proxy.config.settings import Settings
 from userspace_proxy.explain import rendering
-from userspace_proxy.explain.rendering import explained
+from userspace_proxy.explain.lines import Explained, Line
+from userspace_proxy.explain.rendering import explained, select_service_ports
 from userspace_proxy.model.endpoint import FAMILIES
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.redirects import PodDetector, Redirects
@@ -25,12 +26,14 @@ from userspace_proxy.modes.iptables import loader as kube_kernel
 from userspace_proxy.modes.iptables import tables
 from userspace_proxy.modes.iptables.chains import ChainOptions, node_rules, service_rules
 from userspace_proxy.modes.kernel_rules import NodeFacts, Translation
-from userspace_proxy.modes.reasons.known import Known, chosen
-from userspace_proxy.modes.reasons.lines import Explained, Line
+from userspace_proxy.modes.portal_names import PortalNames
 from userspace_proxy.modes.slots.slot_table import SlotTable
 from userspace_proxy.modes.userspace import iptables, nft
 
-USERSPACE_NFT, USERSPACE_IPTABLES, IPTABLES, NFTABLES, _ = WAYS
+USERSPACE_NFT, USERSPACE_IPTABLES, IPTABLES, NFTABLES = (
+    next(way for way in WAYS if str(way) == title)
+    for title in ("userspace (nftables)", "userspace (iptables)", "iptables", "nftables")
+)
 LESSONS = Path(__file__).parents[2] / "examples"
 # The others say how to run it, and have no Service.
 EXAMPLES = sorted({file.parent for file in LESSONS.glob("*/*.yaml")} - {LESSONS / "kubernetes", LESSONS / "grafana"})
@@ -49,7 +52,7 @@ def unexplained(lines: Iterable[Line]) -> list[str]:
 
 
 def of_redirects(redirects: Redirects, *, is_short: bool = False) -> list[Explained]:
-    known = Known(())
+    known = PortalNames(())
     return [
         explained(USERSPACE_NFT, nft.rules(redirects), known, is_short=is_short),
         explained(USERSPACE_IPTABLES, iptables.rules(redirects), known, is_short=is_short),
@@ -59,7 +62,7 @@ def of_redirects(redirects: Redirects, *, is_short: bool = False) -> list[Explai
 def of_translations(
     translations: Mapping[ServicePortName, Translation], facts: NodeFacts, *, is_short: bool = False
 ) -> list[Explained]:
-    known = Known(made.service_port for made in translations.values())
+    known = PortalNames(made.service_port for made in translations.values())
     chains = kube_kernel.rules(translations, facts, ChainOptions(facts.pods))
     return [
         explained(IPTABLES, chains, known, is_short=is_short),
@@ -115,7 +118,7 @@ def test_every_line_is_explained_for_any_services(seed: int) -> None:
 def test_every_line_of_every_lesson_is_explained_in_every_mode(folder: Path) -> None:
     found, _ = rendering.explain(Settings(paths=(str(folder),), proxy_mode="all"))
 
-    assert [mode.way for mode in found][:4] == [USERSPACE_NFT, USERSPACE_IPTABLES, IPTABLES, NFTABLES]
+    assert [mode.rendered for mode in found][:4] == [USERSPACE_NFT, USERSPACE_IPTABLES, IPTABLES, NFTABLES]
     assert [unexplained(mode.lines) for mode in found] == [[] for _ in found]
 
 
@@ -185,7 +188,7 @@ def test_a_service_of_one_family_and_protocol_is_shown_without_the_others() -> N
     ],
 )
 def test_a_service_is_selected_by_name_namespace_and_port(wanted: str, found: set[str]) -> None:
-    assert set(map(str, chosen(wanted, SERVICE_PORTS))) == found
+    assert set(map(str, select_service_ports(wanted, SERVICE_PORTS))) == found
 
 
 @pytest.mark.parametrize(
@@ -198,4 +201,4 @@ def test_a_service_is_selected_by_name_namespace_and_port(wanted: str, found: se
 )
 def test_an_unknown_or_ambiguous_service_is_refused(wanted: str, reason: str) -> None:
     with pytest.raises(ValueError, match=re.escape(reason)):
-        chosen(wanted, SERVICE_PORTS)
+        select_service_ports(wanted, SERVICE_PORTS)

@@ -20,11 +20,11 @@ WITHOUT_PRIVILEGES = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no
 WEB = ("-", "--service", "shop/web", "--cluster-cidr", "10.244.0.0/16", "--explain")
 # A golden file's name -> how the mode is asked for.
 MODES = {
-    f"userspace-{way.language}" if way.mode == "userspace" else way.mode: (
-        *("--proxy-mode", way.mode),
-        *(("--rules", way.language) if way.mode == "userspace" else ()),
+    f"{mode.name}-{language}" if len(mode.languages) > 1 else mode.name: (
+        *("--proxy-mode", mode.name),
+        *(("--rules", language) if len(mode.languages) > 1 else ()),
     )
-    for way in WAYS
+    for mode, language in WAYS
 }
 
 
@@ -74,7 +74,7 @@ def test_every_mode_is_explained_without_privileges() -> None:
 def test_json_has_each_line_with_its_explanation_and_service() -> None:
     modes = json.loads(render("-", "--service", "shop/web", "--proxy-mode", "all", "--json").stdout)
 
-    assert [(mode["mode"], mode["language"]) for mode in modes] == list(WAYS)
+    assert [(mode["mode"], mode["language"]) for mode in modes] == [(mode.name, language) for mode, language in WAYS]
     for mode in modes:
         assert {"text", "explanation", "service"} == set(mode["lines"][0])
         assert {line["service"] for line in mode["lines"]} == {"", "shop/web:http"}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.net.contract.conftest import VARIANTS
 from userspace_proxy import modes
 from userspace_proxy.modes import MODES
 
@@ -24,6 +25,10 @@ def test_each_mode_has_a_folder_of_its_name_with_a_page_for_learners(name: str) 
 
 def test_every_folder_with_a_mode_is_registered() -> None:
     assert {file.parent.name for file in FOLDER.glob("*/mode.py")} == set(MODES)
+
+
+def test_every_mode_is_held_to_the_contract_table() -> None:
+    assert {variant.mode for variant in VARIANTS} == set(MODES)
 
 
 def test_listing_modes_imports_no_code_of_theirs() -> None:

@@ -25,6 +25,7 @@ from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName
 from userspace_proxy.model.redirects import Redirects
 from userspace_proxy.model.service import ServicePort, SourceIP, portals
 from userspace_proxy.modes.userspace import nft
+from userspace_proxy.netfilter.nft_text import removal
 
 PORT = 7000
 SERVICE_IP, SERVICE_IP6 = "10.96.200.1", "fd00:96::200:1"
@@ -99,7 +100,7 @@ def surroundings(world: ServiceLab) -> Iterator[None]:
         node.ip(family, "rule", "del", "fwmark", MARK, "lookup", TABLE)
         node.ip(family, "route", "flush", "table", TABLE)
         node.ip(family, "route", "del", services, "dev", "lo")
-    node.run("nft", "-f", "-", stdin="delete table inet back\n" + nft.removal())
+    node.run("nft", "-f", "-", stdin="delete table inet back\n" + removal(nft.TABLE))
 
 
 def _listens(pod: Host) -> bool:

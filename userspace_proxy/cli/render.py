@@ -15,7 +15,7 @@ from userspace_proxy.config.settings import MODE_NAMES, SETTINGS
 from userspace_proxy.errors import StartError
 
 if TYPE_CHECKING:
-    from userspace_proxy.modes.reasons.lines import Explained
+    from userspace_proxy.explain.lines import Explained
 
 _MODE = SETTINGS["proxy_mode"]
 _MODE_OR_ALL = replace(_MODE, kind=one_of(*MODE_NAMES, "all", metavar="MODE"), help=f"{_MODE.help}, or all")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -108,13 +108,13 @@ def _setting(
     return dataclasses.field(default=default, metadata={"setting": row})
 
 
-def _period(name: str) -> Mapping[str, tuple[str, ...]]:
-    """Return the fields for a period: that of the mode's section, as kube-proxy reads it."""
-    return {
-        f"iptables.{name}": ("userspace", "iptables"),
-        f"nftables.{name}": ("nftables",),
-        f"ipvs.{name}": ("ipvs",),
-    }
+def _in_sections(name: str, modes: Iterable[str], **other: str) -> Mapping[str, tuple[str, ...]]:
+    """Return the fields *name* of the sections of *modes* -> modes. *other*: mode -> another section than its own."""
+    fields: dict[str, tuple[str, ...]] = {}
+    for mode in modes:
+        field = f"{other.get(mode, MODES[mode].config_section)}.{name}"
+        fields[field] = (*fields.get(field, ()), mode)
+    return fields
 
 
 _RENDER, _CHECK = ("run", "render"), ("run", "check", "render")
@@ -143,10 +143,10 @@ class Settings:
 
     proxy_mode: str = _setting(
         Group.MODE, "--proxy-mode", "userspace", one_of(*MODE_NAMES, metavar="MODE"),
-        f"How to serve: {', '.join(MODE_NAMES)}", field={"mode": KERNEL_MODES})
+        f"Mode: {', '.join(MODE_NAMES)}", field={"mode": KERNEL_MODES})
     masquerade_all: bool = _setting(Group.MODE, "--masquerade-all", False, SWITCH,
         "Masquerade all traffic to cluster IPs",
-        field={"iptables.masqueradeAll": ("iptables", "ipvs"), "nftables.masqueradeAll": ("nftables",)},
+        field=_in_sections("masqueradeAll", KERNEL_MODES, ipvs="iptables"),
         modes=KERNEL_MODES, commands=_RENDER)
     masquerade_bit: int = _setting(Group.MODE, "--iptables-masquerade-bit", 14, number(0, 31),
         "Bit of the packet mark that requests masquerading", field="iptables.masqueradeBit", modes=("iptables",),
@@ -224,9 +224,9 @@ class Settings:
 
     # Endpoint changes load no rules and wait 5 ms at most.
     min_sync_period_s: float = _setting(Group.SYNC, "--min-sync-period", 0.05, DURATION,
-        "Minimum time between two rule loads", field=_period("minSyncPeriod"))
+        "Minimum time between two rule loads", field=_in_sections("minSyncPeriod", MODES))
     sync_period_s: float = _setting(Group.SYNC, "--sync-period", 30.0, DURATION,
-        "Maximum time until a failed sync is repeated", field=_period("syncPeriod"))
+        "Maximum time until a failed sync is repeated", field=_in_sections("syncPeriod", MODES))
     # A small part of the 30 s that Kubernetes gives a stopping pod.
     drain_timeout_s: float = _setting(Group.SYNC, "--drain-timeout", 5.0, DURATION,
         "Time for open connections to end when the proxy stops")

@@ -6,8 +6,8 @@ import json
 import textwrap
 from collections.abc import Iterator, Sequence
 
+from userspace_proxy.explain.lines import Explained, Line
 from userspace_proxy.explain.words import words_in
-from userspace_proxy.modes.reasons.lines import Explained, Line
 
 _WIDTH = 118
 _TAB = 4
@@ -24,7 +24,7 @@ def as_text(found: Sequence[Explained], *, explains: bool) -> str:
 
 def _of_mode(mode: Explained, *, explains: bool, has_title: bool) -> Iterator[str]:
     if has_title:
-        yield f"# ---- {mode.way} {'-' * (_WIDTH - 8 - len(str(mode.way)))}"
+        yield f"# ---- {mode.rendered} {'-' * (_WIDTH - 8 - len(str(mode.rendered)))}"
     for line in mode.lines:
         if explains and opens_block(line):
             yield ""
@@ -38,31 +38,33 @@ def opens_block(line: Line) -> bool:
 
 def _explained(line: Line) -> Iterator[str]:
     """Yield *line* with its explanation: behind it if nft reads it and there is room, otherwise above it."""
-    said = line.explanation
+    reason = line.explanation
     if line.text.startswith("#"):
         yield line.text
-        yield from _comment(said, "")
+        yield from _comment(reason, "")
         return
     is_indented = line.text.startswith("\t")
-    if said and is_indented and len(line.text.expandtabs(_TAB)) + len(said) + 4 <= _WIDTH:
-        yield f"{line.text}  # {said}"
+    if reason and is_indented and len(line.text.expandtabs(_TAB)) + len(reason) + 4 <= _WIDTH:
+        yield f"{line.text}  # {reason}"
         return
-    if said:
-        yield from _comment(said, line.text[: len(line.text) - len(line.text.lstrip("\t"))])
+    if reason:
+        yield from _comment(reason, line.text[: len(line.text) - len(line.text.lstrip("\t"))])
     yield line.text
 
 
-def _comment(said: str, indent: str) -> list[str]:
+def _comment(reason: str, indent: str) -> list[str]:
     width = _WIDTH - len(indent.expandtabs(_TAB)) - 2
-    return [f"{indent}# {part}" for part in textwrap.wrap(said, width, break_long_words=False, break_on_hyphens=False)]
+    return [
+        f"{indent}# {part}" for part in textwrap.wrap(reason, width, break_long_words=False, break_on_hyphens=False)
+    ]
 
 
 def as_json(found: Sequence[Explained]) -> str:
     """Return *found* as a list of {mode, language, words, lines: [{text, explanation, service}]}."""
     modes = [
         {
-            "mode": mode.way.mode,
-            "language": mode.way.language,
+            "mode": mode.rendered.mode.name,
+            "language": mode.rendered.language,
             "words": words_in(mode.lines),
             "lines": [line._asdict() for line in mode.lines],
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -12,14 +12,16 @@ from userspace_proxy.config.settings import Settings
 from userspace_proxy.control.memory import SavedAllocations
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.errors import Note, StartError
+from userspace_proxy.explain.lines import Explained, Line
+from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.redirects import Capture
+from userspace_proxy.model.service import ServicePort
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import Node
 from userspace_proxy.modes import MODES
 from userspace_proxy.modes.kernel_mode import warn_unless_forwarding
-from userspace_proxy.modes.mode import Mode, RenderRequest
-from userspace_proxy.modes.reasons.known import Known, chosen
-from userspace_proxy.modes.reasons.lines import Explained, Way
+from userspace_proxy.modes.mode import Mode, RenderedMode, RenderRequest
+from userspace_proxy.modes.portal_names import PortalNames
 from userspace_proxy.modes.rule_line import Rules
 from userspace_proxy.runtime.desired_state import make_allocations, make_proxy_ports, open_state_dir
 from userspace_proxy.runtime.node_setup import node_rules
@@ -63,28 +65,48 @@ def explain(settings: Settings, service: str = "") -> tuple[list[Explained], boo
     given = _read(settings)
     service_ports = given.state.service_ports.values()
     try:
-        names = chosen(service, service_ports) if service else None
+        names = select_service_ports(service, service_ports) if service else None
     except ValueError as error:
         raise StartError(f"--service: {error}") from None
-    known = Known(service_ports)
+    portal_names = PortalNames(service_ports)
     is_all = settings.proxy_mode == "all"
     modes = MODES.values() if is_all else (MODES[settings.proxy_mode],)
     found = []
-    for mode, language in _ways(modes, "all" if is_all else settings.rules):
-        rules = mode.render(replace(_requested(settings, given, mode, language), names=names))
-        found.append(explained(Way(mode.name, language), rules, known, is_short=bool(service)))
+    for mode in modes:
+        for language in mode.languages_for("all" if is_all else settings.rules):
+            rules = mode.render(replace(_requested(settings, given, mode, language), names=names))
+            found.append(explained(RenderedMode(mode, language), rules, portal_names, is_short=bool(service)))
     return found, given.is_complete
 
 
-def _ways(modes: Iterable[Mode], rules: str) -> Iterator[tuple[Mode, str]]:
-    """Yield each of *modes* with each of its rule languages that *rules* selects."""
-    return ((mode, language) for mode in modes for language in mode.languages_for(rules))
+def select_service_ports(text: str, service_ports: Collection[ServicePort]) -> set[ServicePortName]:
+    """Return the service ports that *text*, ``[namespace/]name[:port]``, means. The port is a name or a number.
+
+    Raises:
+        ValueError: there is none, or Services of several namespaces match.
+    """
+    service, _, port = text.partition(":")
+    namespace, _, name = service.rpartition("/")
+    found = {
+        each.name
+        for each in service_ports
+        if each.name.service.name == name
+        and namespace in ("", each.name.service.namespace)
+        and port in ("", each.name.port_name, str(each.port))
+    }
+    if not found:
+        present = ", ".join(dict.fromkeys(str(each.name) for each in service_ports)) or "no Service at all"
+        raise ValueError(f"no Service is called {text!r}; there is: {present}")
+    services = sorted({str(each.service) for each in found})
+    if len(services) > 1:
+        raise ValueError(f"{text!r} may be any of {', '.join(services)}")
+    return found
 
 
-def explained(way: Way, rules: Rules, known: Known, *, is_short: bool) -> Explained:
+def explained(mode: RenderedMode, rules: Rules, names: PortalNames, *, is_short: bool) -> Explained:
     """Return the lines of *rules* with their reasons. *is_short*: without lines that affect no packet to a Service."""
     shown = rules.without_unused() if is_short else rules
-    return Explained(way, tuple(line.explained(known) for line in shown.lines()))
+    return Explained(mode, tuple(Line.of(rule, names) for rule in shown.lines()))
 
 
 def _read(settings: Settings) -> _Given:

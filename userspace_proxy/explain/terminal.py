@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 from rich.theme import Theme
 
+from userspace_proxy.explain.lines import Explained, Line
 from userspace_proxy.explain.plain import opens_block
 from userspace_proxy.explain.words import words_in
-from userspace_proxy.modes.reasons.lines import Explained, Line
 
 SIDE_BY_SIDE_COLUMNS = 160
 _TAB = 2
@@ -29,7 +29,7 @@ _THEME = Theme(
         "rules.name": "magenta",
         "rules.verdict": "bold green",
         "rules.refusal": "bold red",
-        "rules.said": "dim",
+        "rules.reason": "dim",
     }
 )
 
@@ -78,12 +78,12 @@ def _legend(found: Sequence[Explained]) -> Table:
     """Return the words that explanations use."""
     table = Table.grid(padding=(0, 2, 0, 0))
     for word, meaning in words_in(line for mode in found for line in mode.lines).items():
-        table.add_row(Text(word, "bold"), Text(meaning, "rules.said"))
+        table.add_row(Text(word, "bold"), Text(meaning, "rules.reason"))
     return table
 
 
 def _shown(mode: Explained, console: Console, width: int, *, explains: bool) -> RenderableType:
-    rows: list[RenderableType] = [Rule(Text(str(mode.way), "bold"), align="left", style="dim")]
+    rows: list[RenderableType] = [Rule(Text(str(mode.rendered), "bold"), align="left", style="dim")]
     for line in mode.lines:
         if opens_block(line):
             rows.append(Text(""))
@@ -95,14 +95,14 @@ def _rows(line: Line, console: Console, width: int, *, explains: bool) -> Iterat
     """Yield *line* with its explanation: behind it if there is room, otherwise below it."""
     text = line.text.lstrip("\t")
     indent = _TAB * (len(line.text) - len(text))
-    said = line.explanation if explains else ""
+    reason = line.explanation if explains else ""
     coloured = _colour(text)
-    if said and indent + len(text) + len(said) + 2 <= width and line.text.startswith("\t"):
-        yield Text(" " * indent).append(coloured).append("  ").append(said, "rules.said")
+    if reason and indent + len(text) + len(reason) + 2 <= width and line.text.startswith("\t"):
+        yield Text(" " * indent).append(coloured).append("  ").append(reason, "rules.reason")
         return
     yield from _wrapped(coloured, console, width, indent)
-    if said:
-        yield from _wrapped(Text(said, "rules.said"), console, width, indent + _HANG, hang=0)
+    if reason:
+        yield from _wrapped(Text(reason, "rules.reason"), console, width, indent + _HANG, hang=0)
 
 
 def _wrapped(text: Text, console: Console, width: int, indent: int, hang: int = _HANG) -> Iterator[Text]:

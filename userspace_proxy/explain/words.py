@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from userspace_proxy.modes.reasons.lines import Line
+from userspace_proxy.explain.lines import Line
 
 # In the order in which a packet meets them.
 WORDS: Mapping[str, str] = {

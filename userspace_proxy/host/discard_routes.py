@@ -18,8 +18,8 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from userspace_proxy.errors import SyncError
-from userspace_proxy.host.network import DEAD_ROUTES, ROUTE_PROTOCOL, Network, leading_bits, run_batch
-from userspace_proxy.host.tool import parsed, run_tool
+from userspace_proxy.host.network import ROUTE_PROTOCOL, Network, leading_bits, live_routes, run_batch, to_network
+from userspace_proxy.host.tool import run_ip
 
 # A forwarded packet to one of the ranges:
 # 1. follows a route of the main table that is narrower than the range, such as one to a network inside of it;
@@ -70,7 +70,7 @@ async def except_addresses(ips: Collection[str]) -> None:
     """
     for version in (4, 6):
         listed = await _listed(version)
-        held = {_network(route["dst"], version) for route in listed if route.get("type") != "blackhole"}
+        held = {to_network(route["dst"], version) for route in listed if route.get("type") != "blackhole"}
         wanted = {network for network in map(ipaddress.ip_network, ips) if network.version == version}
         kind = "" if version == 4 else "throw "
         route = f"table {_TABLE} proto {ROUTE_PROTOCOL} {_EXCEPTION[version]}"
@@ -83,15 +83,13 @@ async def except_addresses(ips: Collection[str]) -> None:
 
 async def _listed(version: int) -> list[dict[str, Any]]:
     """Return the routes in the table of discard routes."""
-    listed = parsed(
-        await run_tool("ip", "-json", f"-{version}", "route", "show", "table", "all", "proto", ROUTE_PROTOCOL)
-    )
+    listed = await run_ip(f"-{version}", "route", "show", "table", "all", "proto", ROUTE_PROTOCOL)
     return [route for route in listed if route.get("table") == _TABLE]
 
 
 async def _discard(version: int, ranges: set[Network], addresses: set[Network]) -> None:
-    rules = parsed(await run_tool("ip", "-json", f"-{version}", "rule", "show"))
-    held = {_network(route["dst"], version) for route in await _listed(version) if route.get("type") == "blackhole"}
+    rules = await run_ip(f"-{version}", "rule", "show")
+    held = {to_network(route["dst"], version) for route in await _listed(version) if route.get("type") == "blackhole"}
     wanted = ranges | (await _led_to_by_default(version, addresses) if addresses else set())
     await run_batch(
         version,
@@ -126,21 +124,15 @@ def _rule_changes(rules: Iterable[dict[str, Any]], ranges: set[Network], *, disc
 
 async def _led_to_by_default(version: int, addresses: set[Network]) -> set[Network]:
     """Return those of *addresses* that only the default route covers."""
-    listed = parsed(await run_tool("ip", "-json", f"-{version}", "route", "show"))
-    alive = [route["dst"] for route in listed if route.get("type") not in DEAD_ROUTES]
-    if "default" not in alive:
+    routes = await live_routes(version)
+    if all(route.prefixlen for route in routes):
         return set()
-    covered = {leading_bits(n, n.prefixlen) for n in (_network(dst, version) for dst in alive) if n.prefixlen}
+    covered = {leading_bits(route, route.prefixlen) for route in routes if route.prefixlen}
     return {
         network
         for network in addresses
         if not any(leading_bits(network, length) in covered for length in range(1, network.prefixlen + 1))
     }
-
-
-def _network(destination: str, version: int) -> Network:
-    everything = "0.0.0.0/0" if version == 4 else "::/0"
-    return ipaddress.ip_network(everything if destination == "default" else destination, strict=False)
 
 
 def _in_order(networks: Iterable[Network]) -> list[Network]:

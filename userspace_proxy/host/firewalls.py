@@ -79,15 +79,15 @@ def _drops_everything(expressions: list[dict[str, Any]]) -> bool:
 
 
 def _accepts(expressions: list[dict[str, Any]], passage: Passage) -> bool:
-    said = json.dumps(expressions).lower()
-    is_meant = passage.sign in said if passage.sign else _may_accept_new(expressions) and _ADDRESS.search(said)
+    text = json.dumps(expressions).lower()
+    is_meant = passage.sign in text if passage.sign else _may_accept_new(expressions) and _ADDRESS.search(text)
     return any("accept" in e for e in expressions) and bool(is_meant)
 
 
 def _may_accept_new(expressions: list[dict[str, Any]]) -> bool:
-    said = json.dumps(expressions)
-    is_of_states = '"dnat"' in said or ('"state"' in said and '"new"' not in said)
-    return any("accept" in e for e in expressions) and not is_of_states and not _CONTAINER_BRIDGE.search(said)
+    text = json.dumps(expressions)
+    is_of_states = '"dnat"' in text or ('"state"' in text and '"new"' not in text)
+    return any("accept" in e for e in expressions) and not is_of_states and not _CONTAINER_BRIDGE.search(text)
 
 
 def blocks(rules: str, passage: Passage = REDIRECTED) -> bool:

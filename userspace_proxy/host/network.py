@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from userspace_proxy.errors import SyncError
-from userspace_proxy.host.tool import parsed, run_tool
+from userspace_proxy.host.tool import run_ip, run_tool
 from userspace_proxy.model.endpoint import FAMILIES, family_of
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -22,7 +22,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 # Unassigned in rt_protos; `ip route show proto 107` lists the routes of this proxy.
 ROUTE_PROTOCOL = "107"
 # Types of routes that forward nothing: connect() to such a destination fails before any rule sees a packet.
-DEAD_ROUTES = ("unreachable", "blackhole", "prohibit", "throw")
+_DEAD_ROUTES = ("unreachable", "blackhole", "prohibit", "throw")
 
 # The private addresses on ``lo``, for Capture.ADDRESS.
 LOCAL_ADDRESS4 = "169.254.77.7"
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 # ---- routes for clients on this node
 
 
-def missing_routes(wanted: Iterable[Network], routes: Iterable[str]) -> list[Network]:
+def missing_routes(wanted: Iterable[Network], routes: Iterable[str | Network]) -> list[Network]:
     """Return the *wanted* networks that no destination in *routes* covers, widest first, without duplicates.
 
     Without a route, connect() fails before any rule sees the packet.
@@ -49,6 +49,18 @@ def missing_routes(wanted: Iterable[Network], routes: Iterable[str]) -> list[Net
             missing.append(network)
             covered.add(leading_bits(network, network.prefixlen))
     return missing
+
+
+async def live_routes(family: int) -> list[Network]:
+    """Return the destinations of this host's routes that forward packets; the default route has length 0."""
+    listed = await run_ip(f"-{family}", "route", "show")
+    return [to_network(route["dst"], family) for route in listed if route.get("type") not in _DEAD_ROUTES]
+
+
+def to_network(destination: str, family: int) -> Network:
+    """Return *destination* as ``ip`` prints it, also "default", as a network."""
+    everything = "0.0.0.0/0" if family == 4 else "::/0"
+    return ipaddress.ip_network(everything if destination == "default" else destination, strict=False)
 
 
 def leading_bits(network: Network, length: int) -> tuple[int, int, int]:
@@ -67,10 +79,7 @@ async def add_routes(networks: Iterable[Network], sources: Iterable[str] = ()) -
     for family in FAMILIES:
         if not (of_family := [n for n in desired if n.version == family]):
             continue
-        listed = parsed(await run_tool("ip", "-json", f"-{family}", "route", "show"))
-        alive = [route["dst"] for route in listed if route.get("type") not in DEAD_ROUTES]
-        everything = "0.0.0.0/0" if family == 4 else "::/0"
-        if missing := missing_routes(of_family, (everything if to == "default" else to for to in alive)):
+        if missing := missing_routes(of_family, await live_routes(family)):
             lines = (f"route add {n} dev lo{source.get(family, '')} proto {ROUTE_PROTOCOL}" for n in missing)
             await run_batch(family, *lines)
             added += missing
@@ -118,9 +127,9 @@ async def remove_own_addresses(keep: Collection[str] = ()) -> None:
     """Remove the addresses of `add_own_address`, also those of earlier processes, but for those to *keep*."""
     for family in FAMILIES:
         try:
-            listing = ("route", "show", "table", "local", "proto", ROUTE_PROTOCOL)
-            held = [str(route["dst"]) for route in parsed(await run_tool("ip", "-json", f"-{family}", *listing))]
-            await run_batch(family, *(f"route del {_own_route(ip)}" for ip in held if ip not in keep))
+            listed = await run_ip(f"-{family}", "route", "show", "table", "local", "proto", ROUTE_PROTOCOL)
+            added = [str(route["dst"]) for route in listed]
+            await run_batch(family, *(f"route del {_own_route(ip)}" for ip in added if ip not in keep))
         except SyncError as error:
             log.debug("some addresses were not removed: %s", error)
 
@@ -151,7 +160,7 @@ async def remove_local_addresses() -> None:
 async def lacks_addresses() -> bool:
     """Return whether this host has no IPv4 address except those of ``lo``."""
     try:
-        return not parsed(await run_tool("ip", "-json", "-4", "address", "show", "scope", "global"))
+        return not await run_ip("-4", "address", "show", "scope", "global")
     except SyncError:
         return False
 
@@ -166,12 +175,11 @@ async def host_addresses() -> tuple[str, ...]:
         addresses = (await look_at_addresses()).host
         first: list[str] = []
         for version in ("-4", "-6"):
-            default = parsed(await run_tool("ip", "-json", version, "route", "show", "default"))
+            default = await run_ip(version, "route", "show", "default")
             for route in sorted(default, key=lambda route: route.get("metric", 0))[:1]:
                 where = ("scope", "global", "dev", str(route.get("dev", "lo")))
-                listed = parsed(await run_tool("ip", "-json", version, "address", "show", *where))
-                on_it = [a.get("local") for link in listed for a in link.get("addr_info", ())]
-                first += (ip for ip in (route.get("prefsrc"), *on_it) if ip in addresses)
+                on_it = await _addresses(*where, options=(version,))
+                first += (ip for ip in (route.get("prefsrc"), *(a.get("local") for _, a in on_it)) if ip in addresses)
         return tuple(dict.fromkeys((*first, *addresses)))
     except SyncError as error:
         log.warning("this host's addresses cannot be looked at: %s", error)
@@ -187,15 +195,14 @@ class Addresses(NamedTuple):
 
 async def look_at_addresses() -> Addresses:
     """Return the addresses of this host. Raises SyncError if they cannot be listed."""
-    found: dict[str, None] = {}
+    own: dict[str, None] = {}
     device: set[str] = set()
-    for link in parsed(await run_tool("ip", "-json", "address", "show")):
-        for address in link.get("addr_info", ()):
-            if link["ifname"] == SERVICES_DEVICE and address["scope"] != "link":
-                device.add(address["local"])
-            elif link["ifname"] != SERVICES_DEVICE and address["scope"] == "global" and "local" in address:
-                found[address["local"]] = None
-    return Addresses(tuple(found), frozenset(device))
+    for link, address in await _addresses():
+        if link["ifname"] == SERVICES_DEVICE:
+            device |= {address["local"]} if address["scope"] != "link" else set()
+        elif address["scope"] == "global" and "local" in address:
+            own[address["local"]] = None
+    return Addresses(tuple(own), frozenset(device))
 
 
 async def look_at_networks() -> tuple[frozenset[str], tuple[Network, ...]]:
@@ -203,24 +210,22 @@ async def look_at_networks() -> tuple[frozenset[str], tuple[Network, ...]]:
 
     Dummy devices are skipped: those of this proxy, kube-proxy and NodeLocal DNSCache hold Services' addresses.
     """
-    own: set[str] = set()
-    networks: dict[Network, None] = {}
     try:
-        links = parsed(await run_tool("ip", "-json", "address", "show"))
+        listed = await _addresses()
     except SyncError as error:
         log.warning("this host's networks cannot be looked at: %s", error)
         return frozenset(), ()
-    for link in links:
-        if {"BROADCAST", "NOARP"} <= set(link.get("flags", ())):
-            continue
-        for address in link.get("addr_info", ()):
-            if address["scope"] != "global" or "local" not in address:
-                continue
-            own.add(address["local"])
-            network = ipaddress.ip_network(f"{address['local']}/{address['prefixlen']}", strict=False)
-            if network.num_addresses > 1:
-                networks[network] = None
-    return frozenset(own), tuple(networks)
+    scoped = [(link, a) for link, a in listed if a["scope"] == "global" and "local" in a]
+    own = [a for link, a in scoped if not {"BROADCAST", "NOARP"} <= set(link.get("flags", ()))]
+    networks = (ipaddress.ip_network(f"{a['local']}/{a['prefixlen']}", strict=False) for a in own)
+    attached = dict.fromkeys(network for network in networks if network.num_addresses > 1)
+    return frozenset(a["local"] for a in own), tuple(attached)
+
+
+async def _addresses(*selection: str, options: Sequence[str] = ()) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return each address of this host after its interface, both as ``ip`` describes them."""
+    links = await run_ip(*options, "address", "show", *selection)
+    return [(link, address) for link in links for address in link.get("addr_info", ())]
 
 
 def listening_ports() -> set[tuple[str, int]]:
@@ -255,8 +260,8 @@ def unnumbered_interfaces(links: Sequence[dict[str, Any]], routes: Sequence[dict
 
 
 async def find_unnumbered_interfaces() -> list[str]:
-    links = parsed(await run_tool("ip", "-json", "address", "show"))
-    routes = parsed(await run_tool("ip", "-json", "-4", "route", "show", "table", "all"))
+    links = await run_ip("address", "show")
+    routes = await run_ip("-4", "route", "show", "table", "all")
     return unnumbered_interfaces(links, routes)
 
 

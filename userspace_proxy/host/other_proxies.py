@@ -25,9 +25,9 @@ async def find_other_proxy(ip: str, port: int, protocol: str, *, shares_chains: 
             return f"nftables table '{family} {_TABLE}'"
     if not shares_chains and is_installed(iptables):
         with contextlib.suppress(SyncError):
-            for line in (await run_tool(iptables, "-t", "nat", "-S", _CHAIN)).splitlines():
-                if f" -d {ip}/" in line and f"--dport {port} " in line:
-                    return f"{iptables} chain {_CHAIN}"
+            rules = (await run_tool(iptables, "-t", "nat", "-S", _CHAIN)).splitlines()
+            if any(f" -d {ip}/" in rule and f"--dport {port} " in rule for rule in rules):
+                return f"{iptables} chain {_CHAIN}"
     with contextlib.suppress(SyncError):
         if f" {ip}/" in await run_tool("ip", "-oneline", "address", "show", "dev", _DEVICE):
             return f"device {_DEVICE}"

@@ -65,6 +65,11 @@ async def run_tool(tool: str, *arguments: str, stdin: str = "") -> str:
     return done.stdout.decode(errors="replace")
 
 
+async def run_ip(*arguments: str) -> Any:
+    """Run ``ip -json`` and return what it prints as Python values. Raises SyncError."""
+    return parsed(await run_tool("ip", "-json", *arguments))
+
+
 async def load_nft(script: str) -> None:
     """Apply *script*, in nft's language, as one transaction.
 
@@ -95,13 +100,13 @@ def _run(command: list[str], stdin: bytes) -> subprocess.CompletedProcess[bytes]
 def _reason(stderr: str) -> str:
     """Return the line of *stderr* that gives the reason, with a hint for missing privileges."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    said = next(
+    reason = next(
         (line for line in lines if any(word in line for word in ("rror", "denied", "FATAL", "failed"))),
         lines[0] if lines else "no reason given",
     )
     if "not permitted" in stderr or "ermission denied" in stderr:
-        said += "; run as root or with CAP_NET_ADMIN"
-    return said
+        reason += "; run as root or with CAP_NET_ADMIN"
+    return reason
 
 
 def parsed(text: str) -> Any:

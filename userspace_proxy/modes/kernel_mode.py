@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from userspace_proxy.host.firewalls import FORWARDED, Passage
@@ -18,22 +19,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def kernel_mode(
-    name: str,
-    description: str,
-    make_rules: Callable[[ModeSettings], KernelRules],
-    *,
-    language: str,
-    firewall_passages: tuple[Passage, ...] = (FORWARDED,),
-    annotations: tuple[str, ...] = (),
-    choice: str,
-    shares_kube_proxys_chains: bool = False,
-    node_port_addresses: tuple[str, ...] = (),
-) -> Mode:
-    """Return a mode with the rules of *make_rules*."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelMode(Mode):
+    """A mode in which the kernel translates packets, by the rules that ``make_rules`` returns."""
 
-    async def prepare(settings: ModeSettings) -> PreparedMode:
-        kernel = make_rules(settings)
+    make_rules: Callable[[ModeSettings], KernelRules]
+    kernel_serves: bool = True
+    firewall_passages: tuple[Passage, ...] = (FORWARDED,)
+
+    async def prepare(self, settings: ModeSettings) -> PreparedMode:
+        kernel = self.make_rules(settings)
         await kernel.prepare()
 
         def make_proxier(request: ProxierRequest) -> KernelProxier:
@@ -42,29 +37,14 @@ def kernel_mode(
 
         return PreparedMode(make_proxier)
 
-    def removals(settings: ModeSettings) -> Sequence[Removal]:
-        return (make_rules(settings).remove,)
+    def removals(self, settings: ModeSettings) -> Sequence[Removal]:
+        return (self.make_rules(settings).remove,)
 
-    def render(request: RenderRequest) -> Rules:
-        kernel = make_rules(request.settings)
+    def render(self, request: RenderRequest) -> Rules:
+        kernel = self.make_rules(request.settings)
         translations, facts = _make_proxier(kernel, request.settings, request.rules).translated(request.state)
         names = translations.keys() if request.names is None else translations.keys() & request.names
         return kernel.rules({name: translations[name] for name in request.state.service_ports if name in names}, facts)
-
-    return Mode(
-        name=name,
-        description=description,
-        kernel_serves=True,
-        prepare=prepare,
-        removals=removals,
-        languages=(language,),
-        render=render,
-        firewall_passages=firewall_passages,
-        annotations=annotations,
-        choice=choice,
-        shares_kube_proxys_chains=shares_kube_proxys_chains,
-        node_port_addresses=node_port_addresses,
-    )
 
 
 def warn_unless_forwarding() -> None:

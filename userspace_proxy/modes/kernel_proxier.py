@@ -19,13 +19,13 @@ from userspace_proxy.errors import SyncError
 from userspace_proxy.model.histogram import SYNC_BOUNDS_S, Histogram
 from userspace_proxy.model.names import L4Protocol, ListenerName, ServicePortName
 from userspace_proxy.model.routes import Refusal, Route
-from userspace_proxy.model.service import Portal, ServicePort, SourceIP, internal_portals, load_balancer_portals
+from userspace_proxy.model.service import Portal, ServicePort, SourceIP, internal_portals
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import serving_endpoints
 from userspace_proxy.modes.base_proxier import BaseProxier, log_served
 from userspace_proxy.modes.kernel_metrics import kernel_metrics
 from userspace_proxy.modes.kernel_rules import KernelRules, NodeFacts, RuleUpdate, Translation
-from userspace_proxy.modes.plans import NodeRules, Plan, allowed_to_dial
+from userspace_proxy.modes.plans import NodeRules, Plan, restricted_portals
 from userspace_proxy.modes.portal_owners import PortalOwners
 from userspace_proxy.netfilter.conntrack import Answering, forget_early_connections, forget_udp_flows, open_connections
 
@@ -114,12 +114,8 @@ class KernelProxier(BaseProxier):
         if self._masquerade_all:
             internal = set(internal_portals(service_port))
             routes = tuple(_masqueraded(route) if route.portal in internal else route for route in routes)
-        allowed = {
-            portal: cidrs
-            for portal in (load_balancer_portals(service_port) if service_port.source_ranges else ())
-            if self._is_owner(service_port, portal)
-            and (cidrs := allowed_to_dial(service_port, portal, self._plans.state.node))
-        }
+        restricted = restricted_portals(service_port, self._plans.state.node).items()
+        allowed = {portal: cidrs for portal, cidrs in restricted if self._is_owner(service_port, portal)}
         return Translation(service_port, routes, plan.reaches, allowed, serving_endpoints(plan.endpoints))
 
     def _is_owner(self, service_port: ServicePort, portal: Portal) -> bool:

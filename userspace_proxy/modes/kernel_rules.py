@@ -63,8 +63,6 @@ class RuleUpdate(NamedTuple):
 class KernelRules(LoadedRules, Protocol):
     """Holds the rules of one kernel mode. ``loads``: counters of rule loads by IP family, if the mode counts them."""
 
-    mode: str
-
     @property
     def loads(self) -> Mapping[str, Loads]: ...
 

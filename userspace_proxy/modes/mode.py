@@ -1,13 +1,16 @@
 """A mode is one object with everything that differs between modes. Each mode's folder has one, named `MODE`.
 
+Its class is `KernelMode`, or one of its own.
+
 Listing the modes must be cheap: a mode's `mode.py` imports the rest of its code inside the functions that need it.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from userspace_proxy.control.proxy_ports import ProxyPorts
@@ -83,36 +86,55 @@ class RenderRequest:
     names: Set[ServicePortName] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Mode:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mode(ABC):
     """Everything that is specific to one mode.
 
     ``description``: one line for the command line's help. ``kernel_serves``: traffic never enters this process; it has
-    no workers, and SIGTERM leaves the rules. ``prepare`` checks whether the host supports the mode; it raises SyncError
-    if not. ``removals`` remove everything that the mode leaves on a host, also after a crash. ``languages``: the rule
-    languages in which it can be rendered, the default first. ``render`` returns the rules, each line with its reason.
-    ``firewall_passages``: where a firewall of another program can drop traffic of Services. ``annotations``: those that
-    this mode honours, without their prefix; ``name: value`` for one value. ``choice``: how the kernel chooses an
-    endpoint. ``shares_kube_proxys_chains``: its rules are in chains with kube-proxy's names. ``node_port_addresses``:
-    the addresses that serve node ports by default. The table of settings (`config/settings.py`) says which settings
+    no workers, and SIGTERM leaves the rules. ``languages``: the rule languages in which it can be rendered, the default
+    first. ``firewall_passages``: where a firewall of another program can drop traffic of Services. ``annotations``:
+    those that this mode honours, without their prefix; ``name: value`` for one value. ``choice``: how the kernel
+    chooses an endpoint. ``shares_kube_proxys_chains``: its rules are in chains with kube-proxy's names.
+    ``node_port_addresses``: the addresses that serve node ports by default. ``config_section``: the section of a
+    KubeProxyConfiguration that holds its settings. The table of settings (`config/settings.py`) says which settings
     apply in a mode.
     """
 
     name: str
     description: str
     kernel_serves: bool
-    prepare: Callable[[ModeSettings], Awaitable[PreparedMode]]
-    removals: Callable[[ModeSettings], Sequence[Removal]]
     languages: tuple[str, ...]
-    render: Callable[[RenderRequest], Rules]
-    firewall_passages: tuple[Passage, ...] = ()
+    firewall_passages: tuple[Passage, ...]
     annotations: tuple[str, ...] = ()
     choice: str = ""
     shares_kube_proxys_chains: bool = False
     node_port_addresses: tuple[str, ...] = ()
+    config_section: str = "iptables"
+
+    @abstractmethod
+    async def prepare(self, settings: ModeSettings) -> PreparedMode:
+        """Check whether this host supports the mode. Raises SyncError if not."""
+
+    @abstractmethod
+    def removals(self, settings: ModeSettings) -> Sequence[Removal]:
+        """Return functions that remove everything that the mode leaves on a host, also after a crash."""
+
+    @abstractmethod
+    def render(self, request: RenderRequest) -> Rules:
+        """Return the requested rules, each line with its reason."""
 
     def languages_for(self, asked: str) -> tuple[str, ...]:
         """Return the language to render for `--rules` *asked*; all of them for "all"."""
         if asked == "all":
             return self.languages
         return (asked,) if asked in self.languages else self.languages[:1]
+
+
+class RenderedMode(NamedTuple):
+    """A mode in one of its rule languages, as `render` shows it."""
+
+    mode: Mode
+    language: str
+
+    def __str__(self) -> str:
+        return f"{self.mode.name} ({self.language})" if len(self.mode.languages) > 1 else self.mode.name

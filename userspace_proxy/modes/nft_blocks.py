@@ -156,6 +156,7 @@ def _without(block: Block, is_dead: IsDead) -> Block:
 # ---- parts of the tables of several modes
 
 IP: Mapping[Family, str] = {4: "ip", 6: "ip6"}
+PORT = ("inet_proto", "inet_service")
 # In the order in which their maps are looked up: the end of a map's name, and the packets meant.
 SENDERS = {Sender.NODE: "_for_node", Sender.POD: "_for_pods", Sender.ANYBODY: ""}
 SENT = {Sender.NODE: " sent by this node itself", Sender.POD: " sent by pods", Sender.ANYBODY: ""}
@@ -166,7 +167,6 @@ CHAIN_REASONS = {
     "forward": "FORWARD: packets that pass through this node.",
     "node_ports": "Packets to an address of this node: is it a node port?",
 }
-TABLE_REASON = "Our table, for IPv4 and IPv6 (inet). It holds everything of ours; other tables stay as they are."
 NO_LOOP = RuleLine(
     nft_text.NO_LOOP,
     "An unserved packet to a cluster IP would leave by lo, where a node without a default route sends it, and come in "
@@ -194,16 +194,18 @@ def set_block(name: str, kind: SetKind, items: Sequence[RuleLine] = ()) -> Block
     return Block(kind.word, name, kind.reason, (RuleLine(kind.declared, kind.parts),), items)
 
 
+def table_start(name: str) -> tuple[RuleLine, ...]:
+    reason = "Our table, for IPv4 and IPv6 (inet). It holds everything of ours; other tables stay as they are."
+    return (RuleLine(f"table {name} {{", reason),)
+
+
 def restriction_kinds(family: Family) -> Iterator[tuple[str, SetKind]]:
     """Yield the sets of portals that only some clients may dial, and of the networks of these clients."""
-    key = (f"ipv{family}_addr", "inet_proto", "inet_service")
+    portal, parts = (f"ipv{family}_addr", *PORT), "An element is address . protocol . port"
     reason = "Portals that only some clients may dial (loadBalancerSourceRanges)."
-    parts = "An element is address . protocol . port."
-    declared = f"type {' . '.join(key)}"
-    yield f"restricted{family}", SetKind(declared, key, (), reason, parts, names_owner=True)
-    reason, parts = "The clients of these: portal . network.", "An element is address . protocol . port . network."
-    declared, with_network = f"{declared} . {key[0]}; flags interval", (*key, key[0])
-    yield f"allowed{family}", SetKind(declared, with_network, (), reason, parts, is_interval=True)
+    yield f"restricted{family}", SetKind(portal, (), reason, f"{parts}.", names_owner=True)
+    reason = "The clients of these: portal . network."
+    yield f"allowed{family}", SetKind((*portal, portal[0]), (), reason, f"{parts} . network.", is_interval=True)
 
 
 def restriction(family: Family) -> RuleLine:

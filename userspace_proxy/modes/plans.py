@@ -6,8 +6,9 @@ Userspace mode opens the listeners. In kernel modes, a listener's name stands fo
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from userspace_proxy.control.proxy_ports import ProxyPorts
 from userspace_proxy.model.endpoint import Endpoint, Family, family_of
@@ -18,6 +19,8 @@ from userspace_proxy.model.routes import Refusal, Route, Sender, listeners, rout
 from userspace_proxy.model.service import ConnectionPolicy, Portal, ServicePort, SourceIP, load_balancer_portals
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.topology import Node, Reach, reach, serving_endpoints
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,16 +183,17 @@ def redirects_to(
     claimed: dict[Portal, ServicePortName] = {}
     levels: dict[Sender, dict[Portal, int]] = {}
     allowed: dict[Portal, tuple[str, ...]] = {}
-    refused = {Refusal.REJECT: refuse_port, Refusal.DROP: DROPPED}
+    targets = dict[ListenerName | Refusal, int](opened.items())
+    targets |= {Refusal.REJECT: refuse_port, Refusal.DROP: DROPPED}
     for name, planned in plans.items():
         for portal, sender, to in planned.routes:
-            port = refused[to] if isinstance(to, Refusal) else opened.get(to)
+            port = targets.get(to)
             if port is not None and names.setdefault(portal, name) is name:
                 levels.setdefault(sender, {})[portal] = port
             elif port is not None:
                 claimed[portal] = name
-        own = (p for p in _restricted_portals(planned.service_port) if names.get(p) is name)
-        allowed |= {p: cidrs for p in own if (cidrs := allowed_to_dial(planned.service_port, p, node))}
+        restricted = restricted_portals(planned.service_port, node).items()
+        allowed |= {portal: cidrs for portal, cidrs in restricted if names.get(portal) is name}
     ports = levels.pop(Sender.ANYBODY, {})
     on, pods = rules.node_ports_on(node), rules.detector(node)
     transparent = any(listener.transparent for listener in opened)
@@ -197,8 +201,10 @@ def redirects_to(
     return made, claimed
 
 
-def _restricted_portals(service_port: ServicePort) -> Iterable[Portal]:
-    return load_balancer_portals(service_port) if service_port.source_ranges else ()
+def restricted_portals(service_port: ServicePort, node: Node) -> dict[Portal, tuple[str, ...]]:
+    """Return the portals that only some clients may dial, and the CIDRs of these clients."""
+    portals = load_balancer_portals(service_port) if service_port.source_ranges else ()
+    return {portal: cidrs for portal in portals if (cidrs := allowed_to_dial(service_port, portal, node))}
 
 
 def allowed_to_dial(service_port: ServicePort, portal: Portal, node: Node) -> tuple[str, ...]:
@@ -214,13 +220,30 @@ def allowed_to_dial(service_port: ServicePort, portal: Portal, node: Node) -> tu
     return ranges
 
 
-def planned_redirects(state: ProxyState, ports: ProxyPorts, rules: NodeRules) -> Redirects:
-    """Return the rules for *state* as if every port were free. Opens and loads nothing."""
+def planned_redirects(
+    state: ProxyState, ports: ProxyPorts, rules: NodeRules, names: Collection[ServicePortName] | None = None
+) -> Redirects:
+    """Return the rules for *state* as if every port were free; only those for *names*, if given. Loads nothing."""
     refuse_port = ports.next_refusing(set()) or 0
     plans = {
         name: plan(service_port, state.endpoints[name], state.node, detects_pods=rules.detects_pods(state.node))
         for name, service_port in state.service_ports.items()
     }
-    wanted = (listener for planned in plans.values() for listener in planned.listeners)
-    opened = {listener: port for listener in wanted if (port := ports.next_for(listener, set()))}
-    return redirects_to(opened, plans, refuse_port, rules, state.node)[0]
+    listeners_of_all = (listener for planned in plans.values() for listener in planned.listeners)
+    opened = {listener: port for listener in listeners_of_all if (port := ports.next_for(listener, set()))}
+    redirects, _ = redirects_to(opened, plans, refuse_port, rules, state.node)
+    return redirects if names is None else _only(redirects, names)
+
+
+def _only(redirects: Redirects, names: Collection[ServicePortName]) -> Redirects:
+    """Return the part of *redirects* for *names*."""
+
+    def kept(of: Mapping[Portal, _T]) -> dict[Portal, _T]:
+        return {portal: value for portal, value in of.items() if redirects.names.get(portal) in names}
+
+    return replace(
+        redirects,
+        ports=kept(redirects.ports),
+        exceptions={sender: kept(ports) for sender, ports in redirects.exceptions.items()},
+        allowed=kept(redirects.allowed),
+    )

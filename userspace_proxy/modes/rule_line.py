@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 from userspace_proxy.model.names import ServicePortName
-from userspace_proxy.modes.reasons.known import Known
-from userspace_proxy.modes.reasons.lines import Line
+from userspace_proxy.modes.portal_names import PortalNames
 
-Reason = str | Callable[[Known], str]
+Reason = str | Callable[[PortalNames], str]
 
 
 class RuleLine(NamedTuple):
@@ -24,11 +23,6 @@ class RuleLine(NamedTuple):
 
     def indented(self, tabs: str, end: str = "") -> RuleLine:
         return RuleLine(f"{tabs}{self.text}{end}", self.reason, self.service)
-
-    def explained(self, known: Known) -> Line:
-        """Return the line with its reason in words."""
-        reason = self.reason if isinstance(self.reason, str) else self.reason(known)
-        return Line(self.text, reason, str(self.service or ""))
 
 
 class Rules(Protocol):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from userspace_proxy.model.names import ServicePortName
-from userspace_proxy.modes.reasons.known import host
+from userspace_proxy.modes.portal_names import host
 from userspace_proxy.modes.rule_line import Reason, RuleLine
 from userspace_proxy.netfilter.xtables import OUT_BY_LO
 
@@ -39,6 +39,48 @@ LOOPS_REASON = (
 NO_LOOP_REASON = "They would come in again until their TTL ends. Reject with ICMP host unreachable: `no route to host`."
 
 
+class ChainKey(NamedTuple):
+    """A chain in its table."""
+
+    table: str
+    name: str
+
+
+Saved = Mapping[ChainKey, tuple[str, ...]]
+"""The output of iptables-save: the rules of every chain, without ``-A CHAIN``."""
+
+
+def read(saved: str) -> Saved:
+    """Return the chains and rules in the output of iptables-save."""
+    table = ""
+    chains: dict[ChainKey, list[str]] = {}
+    for line in saved.splitlines():
+        if line.startswith("*"):
+            table = line[1:]
+        elif line.startswith(":"):
+            chains[ChainKey(table, line[1:].split(" ", 1)[0])] = []
+        elif line.startswith("-A "):
+            _, name, *rule = line.split(" ", 2)
+            chains.setdefault(ChainKey(table, name), []).append(rule[0] if rule else "")
+    return {chain: tuple(rules) for chain, rules in chains.items()}
+
+
+def called_chain(rule: str) -> str:
+    """Return the chain to which *rule* jumps, or its other target. Comments do not count."""
+    words = rule.split()
+    return words[-1] if words[-2:-1] in (["-j"], ["-g"]) else ""
+
+
+def block(table: str, lines: Sequence[str]) -> str:
+    """Return *lines* as one transaction; "" if there are none."""
+    return "".join(f"{line}\n" for line in (f"*{table}", *lines, "COMMIT")) if lines else ""
+
+
+def flushed(chains: Iterable[ChainKey]) -> Iterator[str]:
+    """Yield the lines that create *chains*, or empty them."""
+    return (f":{chain.name} - [0:0]" for chain in chains)
+
+
 def new_chain(name: str, reason: Reason = "", service: ServicePortName | None = None) -> RuleLine:
     """Return the line that creates the chain *name*, or empties it."""
     return RuleLine(f":{name} - [0:0]", reason, service)
@@ -65,7 +107,7 @@ class Section(NamedTuple):
 def _and_makes(reason: Reason) -> Reason:
     if isinstance(reason, str):
         return f"{reason}{_MAKES if reason else ''}"
-    return lambda known: f"{reason(known)}{_MAKES}"
+    return lambda names: f"{reason(names)}{_MAKES}"
 
 
 class XtablesScript(NamedTuple):

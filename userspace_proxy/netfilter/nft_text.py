@@ -35,6 +35,11 @@ def comment(name: ServicePortName) -> str:
     return name.service.namespace[: _COMMENT_BYTES_MAX - len(ending)] + ending
 
 
+def removal(table: str) -> str:
+    """Return the script that removes *table* (``family name``). It succeeds if there is none."""
+    return f"table {table}\ndelete table {table}\n"
+
+
 def pod_cidrs(pods: PodDetector, family: Family) -> tuple[str, ...]:
     return merged(pods.cidrs, family)
 

@@ -22,16 +22,16 @@ _PROTOCOLS = {L4Protocol.TCP: socket.IPPROTO_TCP, L4Protocol.UDP: socket.IPPROTO
 
 @dataclass(frozen=True, slots=True)
 class SetKind:
-    """One set or map: its declaration and the types of its keys and values.
+    """One set or map: the types of its keys and values, ``reason``: its purpose, ``parts``: the meaning of an element.
 
-    ``reason``: the purpose of the set in words. ``parts``: the meaning of an element.
+    ``typeof``: declares types without names by expressions.
     """
 
-    declared: str
     key: tuple[str, ...]
     value: tuple[str, ...] = ()
     reason: str = ""
     parts: str = ""
+    typeof: str = ""
     is_interval: bool = False
     names_owner: bool = False  # elements carry the service port's name as a comment
     is_shared: bool = False  # several service ports may share an element
@@ -39,6 +39,14 @@ class SetKind:
     @property
     def word(self) -> str:
         return "map" if self.value else "set"
+
+    @property
+    def declared(self) -> str:
+        """The declaration in nft's syntax."""
+        if self.typeof:
+            return f"typeof {self.typeof}"
+        types = " : ".join(" . ".join(fields) for fields in (self.key, self.value) if fields)
+        return f"type {types}{'; flags interval' if self.is_interval else ''}"
 
 
 # ---- bytes
@@ -74,8 +82,8 @@ def packed_ranges(portal: Portal, networks: Iterable[str]) -> Iterator[tuple[byt
 
 def shown(kind: SetKind, key: bytes, value: bytes, owner: ServicePortName) -> str:
     """Return an element in nft's syntax."""
-    said = f' comment "{comment(owner)}"' if kind.names_owner else ""
-    text = " . ".join(key_fields(kind, key)) + said
+    note = f' comment "{comment(owner)}"' if kind.names_owner else ""
+    text = " . ".join(key_fields(kind, key)) + note
     return f"{text} : {' . '.join(fields(kind.value, value))}" if value else text
 
 

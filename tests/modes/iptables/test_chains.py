@@ -38,7 +38,6 @@ from userspace_proxy.modes.iptables.chains import (
     MARK_MASQ,
     NODE_PORTS,
     SERVICES,
-    ChainKey,
     ChainOptions,
     chain_hash,
     node_rules,
@@ -48,6 +47,7 @@ from userspace_proxy.modes.iptables.chains import (
 from userspace_proxy.modes.iptables.loader import IptablesTables
 from userspace_proxy.modes.iptables.tables import Tables
 from userspace_proxy.modes.kernel_rules import NodeFacts, RuleUpdate, Translation
+from userspace_proxy.modes.xtables_script import ChainKey, Saved, read
 from userspace_proxy.netfilter import xtables
 
 FACTS = NodeFacts(HERE, PODS)
@@ -179,8 +179,8 @@ class Loader:
     def text(self) -> str:
         return self.host.run(f"{self.prefix}-save").stdout
 
-    def saved(self) -> kube_tables.Saved:
-        return kube_tables.read(self.text())
+    def saved(self) -> Saved:
+        return read(self.text())
 
     def restore(self, script: str) -> None:
         if script:
@@ -432,7 +432,7 @@ async def test_rules_are_counted_by_table_without_counting_all(clean: Host, fami
         for wanted in (EVERYTHING, EVERYTHING | web, EVERYTHING | more, web, {}):
             await tables.load(RuleUpdate(wanted, {*EVERYTHING, *web}, FACTS))
 
-            saved = kube_tables.read(clean.run("iptables-save" if family == 4 else "ip6tables-save").stdout)
+            saved = read(clean.run("iptables-save" if family == 4 else "ip6tables-save").stdout)
             mine = {c: rules for c, rules in saved.items() if kube_tables.is_ours(c) and c.name != kube_tables.MARK}
             assert tables.loads[f"IPv{family}"].rules == kube_tables.counts(mine)
 
@@ -489,11 +489,11 @@ async def test_a_foreign_jump_to_our_chain_does_not_prevent_a_load(clean: Host) 
 
         await tables.load(RuleUpdate(rest, {changed}, FACTS))
 
-        there = kube_tables.read(clean.run("iptables-save").stdout)
+        there = read(clean.run("iptables-save").stdout)
         assert there[chain] == ()
         assert kube_tables.is_loaded(tables_of(rest), there)
         await tables.load(RuleUpdate(EVERYTHING, {changed}, FACTS))
-        assert kube_tables.read(clean.run("iptables-save").stdout)[chain]
+        assert read(clean.run("iptables-save").stdout)[chain]
 
 
 async def test_route_localnet_is_off_again_also_where_a_successor_had_to_load_after_a_flush(clean: Host) -> None:

@@ -24,6 +24,7 @@ from userspace_proxy.modes.plans import plan
 from userspace_proxy.modes.slots import slot_table as slots
 from userspace_proxy.modes.slots.element_tables import ElementTables
 from userspace_proxy.modes.slots.slot_table import SlotTable
+from userspace_proxy.netfilter.nft_text import removal
 
 HERE = Node("here", addresses=("192.0.2.1",))
 FACTS = NodeFacts(HERE, PodDetector(cidrs=("10.244.0.0/16",)), ("192.0.2.1/32",), ("10.96.0.0/16",))
@@ -246,7 +247,7 @@ def test_random_changes_end_with_the_whole_new_table(lab: Lab) -> None:
         whole = slot_tables()
         whole.table = tables.table  # what numbers there are depends on who came first
         whole._timeouts_s = tables._timeouts_s
-        other.run("nft", "-f", "-", stdin=SlotTable().removal())
+        other.run("nft", "-f", "-", stdin=removal(TABLE))
         load(whole, other, new, set())
 
         assert _elements(in_force(ours)) == _elements(in_force(other)), f"step {step}: {old} -> {new}"

@@ -33,6 +33,7 @@ from userspace_proxy.model.service import Portal
 from userspace_proxy.modes.userspace import nft
 from userspace_proxy.modes.userspace.transparent_replies import bridge_table
 from userspace_proxy.netfilter import nft_text
+from userspace_proxy.netfilter.nft_text import removal
 
 
 def load(host: Host, script: str) -> None:
@@ -220,8 +221,8 @@ def test_removal_takes_our_table_and_no_other_and_may_be_repeated(host: Host) ->
     host.run("nft", "table inet theirs { chain c { }; }")
     load(host, nft.table(EVERYTHING))
 
-    load(host, nft.removal())
-    load(host, nft.removal())
+    load(host, removal(nft.TABLE))
+    load(host, removal(nft.TABLE))
 
     assert host.run("nft", "list", "tables").stdout.split("\n") == ["table inet theirs", ""]
     host.run("nft", "delete table inet theirs")

@@ -19,6 +19,7 @@ from userspace_proxy.model.redirects import DROPPED, Capture, PodDetector, Redir
 from userspace_proxy.model.routes import Sender
 from userspace_proxy.model.service import Portal
 from userspace_proxy.modes.userspace import iptables, nft
+from userspace_proxy.netfilter.nft_text import removal
 
 # The proxy ports at which somebody listens, for TCP and UDP.
 FOR_ALL, FOR_PODS, FOR_NODE = 10_001, 10_002, 10_003
@@ -88,7 +89,7 @@ class Loader:
 
     def remove(self) -> None:
         if self._language == "nftables":
-            self._host.run("nft", "-f", "-", stdin=nft.removal())
+            self._host.run("nft", "-f", "-", stdin=removal(nft.TABLE))
             return
         for prefix in ("iptables", "ip6tables"):
             self._restore(prefix, iptables.removal(self._host.run(f"{prefix}-save").stdout))

@@ -21,18 +21,11 @@ from userspace_proxy.model.redirects import PodDetector
 from userspace_proxy.model.service import Portal, internal_portals, node_portal
 from userspace_proxy.modes import xtables_script as xtables
 from userspace_proxy.modes.kernel_rules import Translation
-from userspace_proxy.modes.reasons.known import Known, host
+from userspace_proxy.modes.portal_names import PortalNames, host
 from userspace_proxy.modes.rule_line import Reason, RuleLine
+from userspace_proxy.modes.xtables_script import ChainKey
 from userspace_proxy.netfilter.nft_text import is_everything
 from userspace_proxy.netfilter.xtables import NO_LOOP, OUT_BY_LO
-
-
-class ChainKey(NamedTuple):
-    """A chain in its table."""
-
-    table: str
-    name: str
-
 
 ChainRules = Mapping[ChainKey, tuple[str, ...]]
 """The rules of each chain, in order."""
@@ -168,7 +161,7 @@ def probability(of: int) -> str:
 
 def node_rules(family: Family, options: ChainOptions) -> ChainRules:
     """Return the rules that do not depend on Services. They are the last ones of `SERVICES`."""
-    return {chain: tuple(line.text for line in lines) for chain, lines in node_lines(family, options).items()}
+    return _without_reasons(node_lines(family, options))
 
 
 def node_lines(family: Family, options: ChainOptions) -> ExplainedRules:
@@ -238,11 +231,10 @@ def _to_node_ports(family: Family, options: ChainOptions) -> list[RuleLine]:
         return [RuleLine(f"{match}{comment} {local} {to}", f"{xtables.at_own_address()}{but}: {last}")]
     lines = []
     for network in (ipaddress.ip_network(cidr, strict=False) for cidr in cidrs):
+        match, packets = f"{local} ", xtables.at_own_address(str(network))
         if network.num_addresses == 1:
-            line = RuleLine(f"-d {network} {comment} {to}", f"Packets to {host(str(network))}: {last}")
-        else:
-            line = RuleLine(f"-d {network} {comment} {local} {to}", f"{xtables.at_own_address(str(network))}: {last}")
-        lines.append(line)
+            match, packets = "", f"Packets to {host(str(network))}"
+        lines.append(RuleLine(f"-d {network} {comment} {match}{to}", f"{packets}: {last}"))
     return lines
 
 
@@ -251,11 +243,7 @@ def _to_node_ports(family: Family, options: ChainOptions) -> list[RuleLine]:
 
 def service_rules(translation: Translation, family: Family, options: ChainOptions) -> ChainRules:
     """Return the rules of *translation* for *family*: in `SHARED`, and in chains of its own."""
-    rules: dict[ChainKey, list[str]] = {}
-    if family in translation.reaches:
-        for chain, rule, _ in _Writer(translation, family, options).rules():
-            rules.setdefault(chain, []).append(rule)
-    return {chain: tuple(lines) for chain, lines in rules.items()}
+    return _without_reasons(service_lines(translation, family, options))
 
 
 def service_lines(translation: Translation, family: Family, options: ChainOptions) -> ExplainedRules:
@@ -265,6 +253,10 @@ def service_lines(translation: Translation, family: Family, options: ChainOption
         for chain, rule, reason in _Writer(translation, family, options).rules():
             rules.setdefault(chain, []).append(RuleLine(rule, reason, translation.service_port.name))
     return rules
+
+
+def _without_reasons(rules: ExplainedRules) -> ChainRules:
+    return {chain: tuple(line.text for line in lines) for chain, lines in rules.items()}
 
 
 def own_chains(translation: Translation) -> Mapping[ChainKey, RuleLine]:
@@ -329,10 +321,7 @@ class _Writer:
         for portal in self._own_portals(self._sp.cluster_ips):
             yield from self._cluster_ip(portal)
         for portal in self._own_portals(self._sp.external_ips):
-            if there.has_any:
-                yield self._jump_to(SERVICES, portal, self._at(portal, self._comment(" external IP")), self._ext)
-            if not self._serves_outside:
-                yield self._refusal(REFUSED_OUTSIDE, portal, self._at(portal, self._why_not()))
+            yield from self._external_ip(portal, " external IP", self._ext)
         yield from self._load_balancer_ips()
         yield from self._node_port()
         if port := self._sp.health_check_node_port:
@@ -372,25 +361,30 @@ class _Writer:
                 unmark = f"-j MARK --set-xmark 0x0/{self._options.mark}"
                 yield self._internal, f"-s {cidr} {here} {unmark}", _packets_to(portal, which)
 
+    def _external_ip(self, portal: Portal, comment: str, to: ChainKey) -> _Lines:
+        if self._there.has_any:
+            yield self._jump_to(SERVICES, portal, self._at(portal, self._comment(comment)), to)
+        if not self._serves_outside:
+            yield self._refusal(REFUSED_OUTSIDE, portal, self._at(portal, self._why_not()))
+
     def _load_balancer_ips(self) -> _Lines:
-        has_any = self._there.has_any
         allowed: dict[str, None] = {}
         for portal in self._own_portals(self._sp.load_balancer_ips):
             ranges = self._allowed.get(portal, ())
-            ranges = () if any(cidr.endswith("/0") for cidr in ranges) else ranges
+            if not ranges or any(cidr.endswith("/0") for cidr in ranges):
+                yield from self._external_ip(portal, " loadbalancer IP", self._ext)
+                continue
             allowed |= dict.fromkeys(ranges)
-            if has_any:
-                to = self._fw if ranges else self._ext
-                yield self._jump_to(SERVICES, portal, self._at(portal, self._comment(" loadbalancer IP")), to)
-            if has_any and ranges:
+            yield from self._external_ip(portal, " loadbalancer IP", self._fw)
+            if self._there.has_any:
                 comment = self._comment(f" traffic not accepted by {self._fw.name}")
                 why = "are dropped: packets of allowed clients were translated, and have another destination here."
                 yield FIREWALL, f"{self._at(portal, comment)} -j DROP", _packets_to(portal, why)
-            if not self._serves_outside:
-                yield self._refusal(REFUSED_OUTSIDE, portal, self._at(portal, self._why_not()))
-        if not has_any or not allowed:
-            return
-        for source in allowed:
+        if allowed and self._there.has_any:
+            yield from self._allowed_sources(allowed)
+
+    def _allowed_sources(self, cidrs: Iterable[str]) -> _Lines:
+        for source in cidrs:
             reason = f"Packets from {host(source)} may dial the load balancer IP: continue in {_kind(self._ext)}"
             yield self._fw, f"-s {source} {self._comment(' loadbalancer IP')} -j {self._ext.name}", reason
         yield (
@@ -478,9 +472,9 @@ class _Writer:
         return [(f"-s {cidr}", f"from {host(cidr)}") for cidr in self._pod_cidrs()]
 
     def _chain_of(self, endpoint: Endpoint) -> ChainKey:
-        if (known := self._endpoint_chains.get(endpoint)) is None:
-            known = self._endpoint_chains[endpoint] = _endpoint_chain(self._sp.name, endpoint)
-        return known
+        if (chain := self._endpoint_chains.get(endpoint)) is None:
+            chain = self._endpoint_chains[endpoint] = _endpoint_chain(self._sp.name, endpoint)
+        return chain
 
     def _list(self, sep: ChainKey) -> str:
         mask = "255.255.255.255" if self._family == 4 else "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"
@@ -525,8 +519,8 @@ def _packets_to(portal: Portal, what: str) -> Reason:
     return partial(_packets, portal, what)
 
 
-def _packets(portal: Portal, what: str, known: Known) -> str:
-    return f"Packets to {known.portal_words(portal)} {what}"
+def _packets(portal: Portal, what: str, names: PortalNames) -> str:
+    return f"Packets to {names.of(portal)} {what}"
 
 
 def _kind(chain: ChainKey) -> str:
@@ -534,14 +528,14 @@ def _kind(chain: ChainKey) -> str:
     return f"{chain.name.rpartition('-')[0]}-..."
 
 
-def _seen(endpoint: Endpoint, timeout_s: int, _: Known) -> str:
+def _seen(endpoint: Endpoint, timeout_s: int, _: PortalNames) -> str:
     return (
         f"Affinity: a client that was sent to {endpoint} within the last {timeout_s} s is sent there again "
         "(-m recent keeps a list of clients for each endpoint)."
     )
 
 
-def _chance(endpoint: Endpoint, at: int, of: int, _: Known) -> str:
+def _chance(endpoint: Endpoint, at: int, of: int, _: PortalNames) -> str:
     if of == 1:
         return f"Always {endpoint}: it is the only endpoint."
     if at == of - 1:
@@ -551,7 +545,7 @@ def _chance(endpoint: Endpoint, at: int, of: int, _: Known) -> str:
     return f"The next: {endpoint} with probability 1/{of - at} of the packets that are left, 1 in {of} of all."
 
 
-def _hairpin(endpoint: Endpoint, _: Known) -> str:
+def _hairpin(endpoint: Endpoint, _: PortalNames) -> str:
     return (
         f"Hairpin: the endpoint {endpoint.ip} dialled its own Service. It gets the mark; with its own source address "
         "it would reply to itself directly, untranslated."

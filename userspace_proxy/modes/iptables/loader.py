@@ -20,13 +20,13 @@ from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.routes import Refusal
 from userspace_proxy.modes.iptables import chains as kube_chains
 from userspace_proxy.modes.iptables import tables as kube_tables
-from userspace_proxy.modes.iptables.chains import LOCALNET, NODE_PORTS, SHARED, ChainKey, ChainOptions, ChainRules
+from userspace_proxy.modes.iptables.chains import LOCALNET, NODE_PORTS, SHARED, ChainOptions, ChainRules
 from userspace_proxy.modes.iptables.metrics import iptables_metrics
 from userspace_proxy.modes.iptables.tables import Tables
 from userspace_proxy.modes.kernel_rules import NodeFacts, RuleUpdate, Translation
 from userspace_proxy.modes.rule_line import RuleLine, Rules
-from userspace_proxy.modes.xtables_rules import XtablesRules, all_or_first_error
-from userspace_proxy.modes.xtables_script import TOOLS, XtablesScript, new_chain
+from userspace_proxy.modes.watched_rules import XtablesRules, all_or_first_error
+from userspace_proxy.modes.xtables_script import TOOLS, ChainKey, Saved, XtablesScript, new_chain, read
 from userspace_proxy.netfilter import xtables
 
 # With more endpoints, rules have no comment that names their endpoint, as in kube-proxy: a third of the text.
@@ -73,8 +73,6 @@ class _Family:
 class IptablesTables(XtablesRules):
     """kube-proxy's chains, loaded by ``iptables-restore`` in one transaction for each table and IP family."""
 
-    mode = "iptables"
-
     def __init__(self, options: ChainOptions | None = None) -> None:
         super().__init__(kube_tables.TABLES)
         self._options = options or ChainOptions()
@@ -108,12 +106,11 @@ class IptablesTables(XtablesRules):
             families.append(_Family(family, tool))
             if family == 4 and kube_tables.is_noted(_LOCALNET_NOTE, saved):
                 self._notes = [_LOCALNET_NOTE]  # by the previous process; must survive a flush of our rules
-        if options.localhost_node_ports:
-            if not sysctls.can_apply(_ROUTE_LOCALNET):
-                log.warning("node ports are not served at 127.0.0.1: %s cannot be set to 1 here", _ROUTE_LOCALNET)
-                options = replace(options, localhost_node_ports=False)
-            elif _ROUTE_LOCALNET.path.read_text().strip() == "0":
-                self._notes = [_LOCALNET_NOTE]
+        if options.localhost_node_ports and not sysctls.can_apply(_ROUTE_LOCALNET):
+            log.warning("node ports are not served at 127.0.0.1: %s cannot be set to 1 here", _ROUTE_LOCALNET)
+            options = replace(options, localhost_node_ports=False)
+        if options.localhost_node_ports and _ROUTE_LOCALNET.path.read_text().strip() == "0":
+            self._notes = [_LOCALNET_NOTE]
         self._options, self._families = options, families
 
     def _set_node(self) -> None:
@@ -170,7 +167,7 @@ class IptablesTables(XtablesRules):
 
     async def _load_all(self, each: _Family, desired: Tables) -> None:
         """Compare all rules with those in the kernel, and load the difference."""
-        saved = kube_tables.read(await xtables.save(each.tool))
+        saved = read(await xtables.save(each.tool))
         if reason := kube_tables.foreign(saved, desired.node):
             raise SyncError(reason)
         notes = self._notes if each.family == 4 else []
@@ -220,7 +217,7 @@ class IptablesTables(XtablesRules):
         for each in self._families:
             if each.loaded is not None:
                 try:
-                    saved = await in_thread(kube_tables.read, await xtables.save(each.tool))
+                    saved = await in_thread(read, await xtables.save(each.tool))
                 except SyncError:
                     self._watch.is_touched = True  # unknown
                     raise
@@ -229,10 +226,10 @@ class IptablesTables(XtablesRules):
         return not self._watch.is_touched
 
 
-async def _saved(family: Family, tool: str) -> kube_tables.Saved | None:
+async def _saved(family: Family, tool: str) -> Saved | None:
     """Return the rules in the kernel, or None if it has no IPv6."""
     try:
-        return kube_tables.read(await xtables.save(tool))
+        return read(await xtables.save(tool))
     except SyncError as error:
         if family == 4:
             raise

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from userspace_proxy.modes.kernel_mode import kernel_mode
+from userspace_proxy.modes.kernel_mode import KernelMode
 from userspace_proxy.modes.mode import ModeSettings
 
 if TYPE_CHECKING:
     from userspace_proxy.modes.kernel_rules import KernelRules
 
 
-def make_rules(settings: ModeSettings) -> KernelRules:
+def _make_rules(settings: ModeSettings) -> KernelRules:
     from userspace_proxy.modes.iptables.chains import ChainOptions
     from userspace_proxy.modes.iptables.loader import IptablesTables
 
@@ -23,11 +23,11 @@ def make_rules(settings: ModeSettings) -> KernelRules:
     return IptablesTables(options)
 
 
-MODE = kernel_mode(
-    "iptables",
-    "the kernel serves, by kube-proxy's iptables chains",
-    make_rules,
-    language="iptables",
+MODE = KernelMode(
+    name="iptables",
+    description="the kernel serves, by kube-proxy's iptables chains",
+    make_rules=_make_rules,
+    languages=("iptables",),
     annotations=("balance: random",),
     choice="at random, by iptables",
     shares_kube_proxys_chains=True,

@@ -21,11 +21,10 @@ from userspace_proxy.modes.iptables.chains import (
     POSTROUTING,
     SERVICES,
     SHARED,
-    ChainKey,
     ChainRules,
 )
 from userspace_proxy.modes.rule_line import RuleLine
-from userspace_proxy.modes.xtables_script import Section, new_chain
+from userspace_proxy.modes.xtables_script import ChainKey, Saved, Section, block, called_chain, flushed, new_chain
 
 MARK = "USERSPACE-PROXY-OWNS-KUBE"
 TABLES = ("filter", "nat")
@@ -35,9 +34,6 @@ _SHARED = frozenset(SHARED)
 _DEPTHS = ("KUBE-SEP-", "KUBE-SVC-", "KUBE-SVL-", "KUBE-EXT-", "KUBE-FW-")
 # To delete a rule, iptables searches from the top. From this number on, writing the chain anew is cheaper.
 _DELETED_MAX = 100
-
-Saved = Mapping[ChainKey, tuple[str, ...]]
-"""The output of iptables-save: the rules of every chain, without ``-A CHAIN``."""
 
 
 class ForeignChain(NamedTuple):
@@ -50,21 +46,6 @@ class ForeignChain(NamedTuple):
     def __str__(self) -> str:
         state = "empty" if self.is_empty else "filled"
         return f"{self.name} was here before, {state}, {'led to' if self.has_jump else 'not led to'}"
-
-
-def read(saved: str) -> Saved:
-    """Return the chains and rules in the output of iptables-save."""
-    table = ""
-    chains: dict[ChainKey, list[str]] = {}
-    for line in saved.splitlines():
-        if line.startswith("*"):
-            table = line[1:]
-        elif line.startswith(":"):
-            chains[ChainKey(table, line[1:].split(" ", 1)[0])] = []
-        elif line.startswith("-A "):
-            _, name, *rule = line.split(" ", 2)
-            chains[ChainKey(table, name)].append(rule[0] if rule else "")
-    return {chain: tuple(rules) for chain, rules in chains.items()}
 
 
 def is_marked(saved: Saved, table: str) -> bool:
@@ -102,16 +83,12 @@ def _foreign_in(table: str, saved: Saved, desired: ChainRules) -> str:
 
 def _is_leftover(chain: ChainKey, saved: Saved) -> bool:
     """Return whether *chain* is the one that `kube-proxy --cleanup` leaves: it removes only the jumps to it."""
-    return chain == FIREWALL and not _referrers(chain, saved)
+    return chain == FIREWALL and not _is_called(chain, saved)
 
 
-def _referrers(chain: ChainKey, saved: Saved) -> list[ChainKey]:
-    return [c for c, rules in saved.items() if c.table == chain.table and any(_target(r) == chain.name for r in rules)]
-
-
-def _target(rule: str) -> str:
-    _, _, target = rule.rpartition("-j ")
-    return target.split(" ", 1)[0]
+def _is_called(chain: ChainKey, saved: Saved) -> bool:
+    rules = (rule for at, rules in saved.items() if at.table == chain.table for rule in rules)
+    return any(called_chain(rule) == chain.name for rule in rules)
 
 
 # ---- loading
@@ -160,12 +137,12 @@ def _whole_table(table: str, chains: ChainRules, saved: Saved, chains_at_once: i
     text = ""
     if parts:
         # The chain to which all others jump comes first.
-        text = _block(table, [*first, *_written([c for c in to_write if c == MARK_MASQ], chains)])
-        text += "".join(_block(table, [*_written(part, chains)]) for part in parts)
+        text = block(table, [*first, *_written([c for c in to_write if c == MARK_MASQ], chains)])
+        text += "".join(block(table, [*_written(part, chains)]) for part in parts)
         first = []
     last = _written([*(c for c in to_write if c in _SHARED), *last_part], chains)
     deleted = (f"-X {chain.name}" for chain in stale if chain not in kept)
-    return text + _block(table, [*first, *_flushed(stale), *last, *_jumps_to_make(saved, table), *deleted])
+    return text + block(table, [*first, *flushed(stale), *last, *_jumps_to_make(saved, table), *deleted])
 
 
 def _mark_lines(table: str, saved: Saved, notes: Sequence[str]) -> Iterator[str]:
@@ -235,7 +212,7 @@ def _parts(chains: Sequence[ChainKey], size: int) -> Iterator[Sequence[ChainKey]
 
 
 def _written(chains: Collection[ChainKey], rules: ChainRules) -> Iterator[str]:
-    yield from (f":{chain.name} - [0:0]" for chain in chains)
+    yield from flushed(chains)
     yield from (f"-A {chain.name} {rule}" for chain in chains for rule in rules[chain])
 
 
@@ -270,7 +247,7 @@ def change(before: Tables, after: Tables, names: Iterable[ServicePortName]) -> s
         changes[chain.table].rewrite(chain, chains[chain])
     for chain in shared.keys() - rewritten:
         changes[chain.table].replace(chain, *shared[chain])
-    return "".join(_block(table, [*c.flushed, *c.rules, *c.deleted]) for table, c in changes.items())
+    return "".join(block(table, [*c.flushed, *c.rules, *c.deleted]) for table, c in changes.items())
 
 
 def _add_own_chains(
@@ -325,7 +302,7 @@ def _present_before(saved: Saved, table: str) -> Iterator[ForeignChain]:
     for chain in SHARED:
         if chain.table == table and chain in saved:
             is_empty = not saved[chain] or _is_leftover(chain, saved)
-            yield ForeignChain(chain.name, is_empty, bool(_referrers(chain, saved)))
+            yield ForeignChain(chain.name, is_empty, _is_called(chain, saved))
 
 
 def _recorded(saved: Saved, table: str) -> dict[str, ForeignChain]:
@@ -356,12 +333,12 @@ def _removal_from(table: str, saved: Saved, chains_at_once: int | None) -> str:
     shared = [chain for chain in mine if chain in _SHARED]
     own = sorted((c for c in mine if c not in _SHARED and c != mark), key=_depth, reverse=True)
     # 1. Shared chains and jumps to them. 2. Chains of service ports, from the outside in. 3. Chains without callers.
-    flushed = _flushed(c for c in shared if c not in unchanged and c != MARK_MASQ)
-    text = _block(table, [*flushed, *_jumps_to_remove(saved, table, recorded)])
+    emptied = flushed(c for c in shared if c not in unchanged and c != MARK_MASQ)
+    text = block(table, [*emptied, *_jumps_to_remove(saved, table, recorded)])
     for part in _parts(own, chains_at_once or len(own) or 1):
-        text += _block(table, [*_flushed(part), *(f"-X {c.name}" for c in part)])
-    flushed = _flushed(c for c in (MARK_MASQ, mark) if c in mine and c not in unchanged)
-    return text + _block(table, [*flushed, *(f"-X {chain.name}" for chain in (*shared, mark) if chain not in kept)])
+        text += block(table, [*flushed(part), *(f"-X {c.name}" for c in part)])
+    emptied = flushed(c for c in (MARK_MASQ, mark) if c in mine and c not in unchanged)
+    return text + block(table, [*emptied, *(f"-X {chain.name}" for chain in (*shared, mark) if chain not in kept)])
 
 
 def _jumps_to_remove(saved: Saved, table: str, recorded: Mapping[str, ForeignChain]) -> Iterator[str]:
@@ -373,10 +350,6 @@ def _jumps_to_remove(saved: Saved, table: str, recorded: Mapping[str, ForeignCha
             yield from [f"-D {jump.source} {jump.rule}"] * there.count(jump.rule)
 
 
-def _flushed(chains: Iterable[ChainKey]) -> Iterator[str]:
-    return (f":{chain.name} - [0:0]" for chain in chains)
-
-
 def _used_by_others(mine: Collection[ChainKey], saved: Saved) -> Iterator[ChainKey]:
     """Yield those of *mine*, chains of one table, to which rules of other programs jump."""
     jumps = {(ChainKey(jump.chain.table, jump.source), jump.rule) for jump in JUMPS}
@@ -384,10 +357,5 @@ def _used_by_others(mine: Collection[ChainKey], saved: Saved) -> Iterator[ChainK
     table = next((chain.table for chain in mine), "")
     others = ((c, rules) for c, rules in saved.items() if c.table == table and c.name not in by_name)
     for source, rule in ((source, rule) for source, rules in others for rule in rules):
-        if (chain := by_name.get(_target(rule))) is not None and (source, rule) not in jumps:
+        if (chain := by_name.get(called_chain(rule))) is not None and (source, rule) not in jumps:
             yield chain
-
-
-def _block(table: str, lines: Sequence[str]) -> str:
-    """Return *lines* as one transaction; "" if there are none."""
-    return "".join(f"{line}\n" for line in (f"*{table}", *lines, "COMMIT")) if lines else ""

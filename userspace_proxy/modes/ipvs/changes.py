@@ -100,31 +100,28 @@ def removals_when_idle(
     """
     for portal, server in present.items():
         counts = {endpoint: connections.get((portal, endpoint), ConnectionCounts(0, 0)) for endpoint in server.weights}
-        if portal not in desired:
-            if not any(count.active for count in counts.values()):
-                yield ServerChange(Verb.DELETE, portal, server)
-            continue
-        for endpoint, count in counts.items():
-            if endpoint not in desired[portal].weights and not any(count):
-                yield ServerChange(Verb.DELETE, portal, server, endpoint)
+        if portal in desired:
+            idle = (e for e, count in counts.items() if not any(count) and e not in desired[portal].weights)
+            yield from (ServerChange(Verb.DELETE, portal, server, endpoint) for endpoint in idle)
+        elif not any(count.active for count in counts.values()):
+            yield ServerChange(Verb.DELETE, portal, server)
 
 
 def record(present: VirtualServers, done: Iterable[ServerChange]) -> None:
     """Update *present*, what IPVS has, by the changes that were *done*."""
     copied: dict[Portal, dict[Address, int]] = {}  # weights that no other virtual server shares
     for verb, portal, server, endpoint, weight in done:
-        held = present.get(portal, VirtualServerSpec())
-        if endpoint is None:
-            if verb is Verb.DELETE:
-                present.pop(portal, None)
-                copied.pop(portal, None)
-            else:
-                present[portal] = VirtualServerSpec(server.scheduler, server.affinity_timeout_s, held.weights)
+        if endpoint is None and verb is Verb.DELETE:
+            present.pop(portal, None)
+            copied.pop(portal, None)
             continue
-        if (weights := copied.get(portal)) is None:
-            weights = copied[portal] = dict(held.weights)
-            present[portal] = VirtualServerSpec(held.scheduler, held.affinity_timeout_s, weights)
-        if verb is Verb.DELETE:
+        held = present.get(portal, VirtualServerSpec())
+        if portal not in copied:
+            copied[portal] = dict(held.weights)
+        weights = copied[portal]
+        kept = server if endpoint is None else held
+        present[portal] = VirtualServerSpec(kept.scheduler, kept.affinity_timeout_s, weights)
+        if verb is Verb.DELETE and endpoint is not None:
             weights.pop(endpoint, None)
-        else:
+        elif endpoint is not None:
             weights[endpoint] = weight

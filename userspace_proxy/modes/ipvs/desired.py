@@ -42,12 +42,7 @@ class DesiredServers:
                 portals |= self._remove(before)
         for name in names:
             if (made := translations.get(name)) is not None:
-                self.translations[name] = made
-                servers = self._of[name] = virtual_servers(made, node_ips, scheduler, missing)
-                for portal in servers:
-                    self._layer(made, portal)[portal] = servers[portal]
-                self.ips.update(virtual_ips(made))
-                portals |= servers.keys()
+                portals |= self._add(made, virtual_servers(made, node_ips, scheduler, missing))
         for portal in portals:
             server = self._at_portals.get(portal) or self._at_node_ports.get(portal)
             if server is None:
@@ -55,6 +50,14 @@ class DesiredServers:
             else:
                 self.servers[portal] = server
         return portals
+
+    def _add(self, made: Translation, servers: VirtualServers) -> set[Portal]:
+        name = made.service_port.name
+        self.translations[name], self._of[name] = made, servers
+        for portal, server in servers.items():
+            self._layer(made, portal)[portal] = server
+        self.ips.update(virtual_ips(made))
+        return set(servers)
 
     def _remove(self, before: Translation) -> set[Portal]:
         servers = self._of.pop(before.service_port.name)

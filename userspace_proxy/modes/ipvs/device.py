@@ -10,7 +10,7 @@ from collections.abc import Iterable, Set
 from pathlib import Path
 
 from userspace_proxy.host.network import SERVICES_DEVICE
-from userspace_proxy.host.tool import parsed, run_tool
+from userspace_proxy.host.tool import run_ip, run_tool
 from userspace_proxy.model.endpoint import family_of
 from userspace_proxy.modes.rule_line import RuleLine
 
@@ -54,7 +54,7 @@ class VirtualDevice:
         """Return whether another program created the device."""
         if not _is_there():
             return False
-        links = parsed(await run_tool("ip", "-json", "link", "show", "dev", DEVICE))
+        links = await run_ip("link", "show", "dev", DEVICE)
         return any(link.get("group") != OWN_GROUP for link in links)
 
     async def set_addresses(self, desired: Iterable[str]) -> None:

@@ -91,19 +91,18 @@ def read(text: str) -> Listing:
     connections: dict[tuple[Portal, Address], ConnectionCounts] = {}
     portal: Portal | None = None
     weights: dict[Address, int] = {}
-    for words in map(str.split, text.splitlines()):
-        if len(words) < 2 or words[0] in ("IP", "Prot") or words[1] == "RemoteAddress:Port":
-            continue
-        if words[0] != "->":
-            portal, weights = None, {}
-            if words[0] in L4Protocol.__members__:
-                portal = Portal(*_address(words[1]), L4Protocol(words[0]))
-                ticks = int(words[words.index("persistent") + 1]) if "persistent" in words else None
-                servers[portal] = VirtualServerSpec(words[2], ticks and ticks // TICKS_A_SECOND, weights)
-        elif portal is not None:
-            endpoint = _address(words[1])
-            weights[endpoint] = int(words[3])
-            connections[portal, endpoint] = ConnectionCounts(int(words[4]), int(words[5]))
+    for line in text.splitlines():
+        match line.split():
+            case ["->", address, _, weight, active, inactive] if portal is not None and address != "RemoteAddress:Port":
+                endpoint = _address(address)
+                weights[endpoint] = int(weight)
+                connections[portal, endpoint] = ConnectionCounts(int(active), int(inactive))
+            case [("TCP" | "UDP") as protocol, address, scheduler, *options]:
+                portal, weights = Portal(*_address(address), L4Protocol(protocol)), {}
+                ticks = int(options[options.index("persistent") + 1]) if "persistent" in options else None
+                servers[portal] = VirtualServerSpec(scheduler, ticks and ticks // TICKS_A_SECOND, weights)
+            case [_, _, *_] if not line.startswith(" "):
+                portal = None
     return Listing(servers, connections)
 
 

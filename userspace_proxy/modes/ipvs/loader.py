@@ -83,14 +83,12 @@ class IpvsTables:
     load compares everything.
     """
 
-    mode = "ipvs"
-
     def __init__(self, scheduler: str = DEFAULT_SCHEDULER, *, strict_arp: bool = False) -> None:
         """*strict_arp*: each interface answers ARP requests only for its own addresses."""
         self.loads: Mapping[str, Loads] = {}  # kube-proxy counts no loads in this mode either
         self._scheduler = scheduler
         self._strict_arp = strict_arp
-        self._rules = ElementTables(self.mode, IpvsTable())
+        self._rules = ElementTables("ipvs", IpvsTable())
         self._node_ips: tuple[str, ...] = ()
         self._desired = DesiredServers()
         self._present = _Present()

@@ -5,25 +5,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from userspace_proxy.host.firewalls import DIALLED, REPLIES
-from userspace_proxy.modes.kernel_mode import kernel_mode
+from userspace_proxy.modes.kernel_mode import KernelMode
 from userspace_proxy.modes.mode import ModeSettings
 
 if TYPE_CHECKING:
     from userspace_proxy.modes.kernel_rules import KernelRules
 
 
-def make_rules(settings: ModeSettings) -> KernelRules:
+def _make_rules(settings: ModeSettings) -> KernelRules:
     from userspace_proxy.modes.ipvs.loader import IpvsTables
 
     return IpvsTables(settings.ipvs_scheduler, strict_arp=settings.ipvs_strict_arp)
 
 
-MODE = kernel_mode(
-    "ipvs",
-    "the kernel serves, by IPVS",
-    make_rules,
-    language="ipvsadm",
+MODE = KernelMode(
+    name="ipvs",
+    description="the kernel serves, by IPVS",
+    make_rules=_make_rules,
+    languages=("ipvsadm",),
     firewall_passages=(DIALLED, REPLIES),
     annotations=("balance", "ipvs-scheduler", "weights"),
     choice="by the scheduler of IPVS",
+    config_section="ipvs",
 )

@@ -20,7 +20,7 @@ from userspace_proxy.modes.ipvs.table import (
 )
 from userspace_proxy.modes.kernel_rules import NodeFacts, Translation
 from userspace_proxy.modes.nft_blocks import NftTable
-from userspace_proxy.modes.reasons.known import Known
+from userspace_proxy.modes.portal_names import PortalNames
 from userspace_proxy.modes.rule_line import RuleLine
 
 _SCHEDULERS = {
@@ -96,7 +96,7 @@ def server_lines(portal: Portal, server: VirtualServerSpec, name: ServicePortNam
         yield RuleLine(f"-a {at} -r {ip_port} -m -w {weight}", partial(_endpoint, portal, ip_port, weight), name)
 
 
-def _server(portal: Portal, server: VirtualServerSpec, known: Known) -> str:
+def _server(portal: Portal, server: VirtualServerSpec, names: PortalNames) -> str:
     how = _SCHEDULERS.get(server.scheduler, f"the scheduler {server.scheduler} chooses the endpoint")
     affinity = ""
     if server.affinity_timeout_s is not None:
@@ -104,17 +104,14 @@ def _server(portal: Portal, server: VirtualServerSpec, known: Known) -> str:
             " Affinity: a client keeps its endpoint until it has been silent for "
             f"{server.affinity_timeout_s} s (-p: persistent)."
         )
-    return (
-        f"A virtual server for {known.portal_words(portal)}: {how}.{affinity} flag-3 marks it as ours; no scheduler "
-        "reads it."
-    )
+    return f"A virtual server for {names.of(portal)}: {how}.{affinity} flag-3 marks it as ours; no scheduler reads it."
 
 
-def _endpoint(portal: Portal, endpoint: str, weight: int, known: Known) -> str:
+def _endpoint(portal: Portal, endpoint: str, weight: int, names: PortalNames) -> str:
     share = "weight 0: it gets no new connections, and open ones continue"
     if weight:
         share = f"weight {weight}: its share, with schedulers that use weights"
     return (
-        f"{endpoint} is an endpoint of {known.portal_words(portal)}. Its address and port replace the packet's "
+        f"{endpoint} is an endpoint of {names.of(portal)}. Its address and port replace the packet's "
         f"destination (-m: masquerading, which is NAT); {share}."
     )

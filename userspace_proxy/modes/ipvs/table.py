@@ -13,21 +13,22 @@ from dataclasses import dataclass, field, replace
 
 from userspace_proxy.model.endpoint import Address, Family, family_of
 from userspace_proxy.model.names import L4Protocol, ListenerName, Scope
-from userspace_proxy.model.routes import Refusal
+from userspace_proxy.model.routes import Refusal, Route
 from userspace_proxy.model.service import Balance, Portal
 from userspace_proxy.modes.kernel_rules import NodeFacts, Translation
-from userspace_proxy.modes.nft_blocks import IP
+from userspace_proxy.modes.nft_blocks import IP, PORT
 from userspace_proxy.modes.rule_line import RuleLine
+from userspace_proxy.modes.slots.endpoint_numbers import endpoints_of
 from userspace_proxy.modes.slots.packet_number import ENDPOINT_SET, OURS
-from userspace_proxy.modes.slots.portal_table import add_hairpins, endpoints_of
-from userspace_proxy.modes.slots.slot_table import SlotTable
+from userspace_proxy.modes.slots.slot_table import SlotTable, add_hairpins
 from userspace_proxy.netfilter.nft_text import merged
 from userspace_proxy.netfilter.sets import Elements, SetKind, class_id, packed_ip, packed_portal
 
 # Marks virtual servers as ours (ipvsadm shows flag-3). No scheduler of the kernel gives it a meaning.
 OWN_FLAG = 0x20
 DEFAULT_SCHEDULER = "rr"
-# Schedulers that use weights. The kernel has no plain random one: twos takes the one with fewer connections of two.
+# Schedulers that use weights; another algorithm gets the default scheduler. The kernel has no plain random one: twos
+# takes the one with fewer connections of two.
 _SCHEDULER_OF = {
     Balance.ROUND_ROBIN: "wrr",
     Balance.LEAST_CONNECTIONS: "wlc",
@@ -46,15 +47,11 @@ class IpvsTable(SlotTable):
     name = "inet userspace_proxy_ipvs"
     hairpin = ""  # IPVS does not set the conntrack status
 
-    def kinds_of(self, family: Family) -> Iterator[tuple[str, SetKind]]:
-        yield from super().kinds_of(family)
+    def other_kinds(self, family: Family) -> Iterator[tuple[str, SetKind]]:
         reason, parts = "All load balancer IPs and external IPs, whatever the port.", "An element is an address."
-        address = f"ipv{family}_addr"
-        yield f"virtual_ips{family}", SetKind(f"type {address}", (address,), (), reason, parts, is_shared=True)
-        reason = "Health check node ports, which load balancers query."
-        declared, key = "type inet_proto . inet_service", ("inet_proto", "inet_service")
-        parts = "An element is protocol . port."
-        yield f"health_checks{family}", SetKind(declared, key, (), reason, parts, is_shared=True)
+        yield f"virtual_ips{family}", SetKind((f"ipv{family}_addr",), (), reason, parts, is_shared=True)
+        reason, parts = "Health check node ports, which load balancers query.", "An element is protocol . port."
+        yield f"health_checks{family}", SetKind(PORT, (), reason, parts, is_shared=True)
 
     def refused(self, family: Family, facts: NodeFacts) -> Iterator[RuleLine]:
         """Refuse other ports of load balancer and external IPs: they would reach other servers of this node."""
@@ -74,16 +71,18 @@ class IpvsTable(SlotTable):
         )
         yield from super().translate(family)
 
-    def number_of(self, portal: Portal, listener: ListenerName, translation: Translation) -> int:
-        if _scopes(translation)[portal] is listener.scope:
+    def number_of(self, route: Route, listener: ListenerName, translation: Translation) -> int:
+        if _scopes(translation)[route.portal] is listener.scope:
             return OURS
-        return super().number_of(portal, listener, translation)
+        return super().number_of(route, listener, translation)
 
-    def mode_elements(self, translation: Translation) -> Elements:
+    def translated_routes(self, translation: Translation) -> Iterable[Route]:
         scopes = _scopes(translation)
-        others = [r for r in translation.routes if isinstance(r.to, ListenerName) and r.to.scope != scopes[r.portal]]
-        found = self.slots_for(translation, others)
-        for family, scope in {(portal.family, scope) for portal, scope in scopes.items()}:
+        return (r for r in translation.routes if isinstance(r.to, ListenerName) and r.to.scope != scopes[r.portal])
+
+    def other_elements(self, translation: Translation) -> Elements:
+        found: Elements = {}
+        for family, scope in {(portal.family, scope) for portal, scope in _scopes(translation).items()}:
             add_hairpins(found, family, (e.ip for e in endpoints_of(translation, family, scope)))
         service_port = translation.service_port
         for ip in sorted(virtual_ips(translation).difference(service_port.cluster_ips)):
@@ -120,7 +119,7 @@ def virtual_servers(
     """
     service_port = translation.service_port
     given = dict(service_port.weights)
-    of_balance = _SCHEDULER_OF[service_port.balance] if service_port.balance else ""
+    of_balance = _SCHEDULER_OF.get(service_port.balance) if service_port.balance else None
     asked = (service_port.ipvs_scheduler, of_balance, scheduler, DEFAULT_SCHEDULER)
     chosen = next((each for each in asked if each and each not in missing), DEFAULT_SCHEDULER)
     found: VirtualServers = {}

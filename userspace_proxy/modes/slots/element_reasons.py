@@ -1,4 +1,4 @@
-"""The reasons of the elements in the sets and maps of a `PortalTable`. Pure."""
+"""The reasons of the elements in the sets and maps of a `SlotTable`. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 from userspace_proxy.model.endpoint import join_address
 from userspace_proxy.model.routes import Sender
 from userspace_proxy.modes.nft_blocks import SENT
-from userspace_proxy.modes.reasons.known import Known
+from userspace_proxy.modes.portal_names import PortalNames
 from userspace_proxy.modes.rule_line import Reason
 from userspace_proxy.modes.slots.packet_number import DROPPED, ENDPOINT_SET, MASQUERADED, OURS, PINNED, REJECTED
 from userspace_proxy.netfilter.sets import Elements, SetKind, class_id, fields, key_fields
@@ -55,28 +55,28 @@ def element_reason(name: str, kind: SetKind, key: bytes, value: bytes, found: El
     raise AssertionError(f"no reason for an element of {name}")
 
 
-def _portal(parts: list[str], known: Known) -> str:
+def _portal(parts: list[str], names: PortalNames) -> str:
     *address, protocol, port = parts
-    return known.portal("".join(address), port, protocol)
+    return names.portal("".join(address), port, protocol)
 
 
-def _led(parts: list[str], sent: str, number: int, known: Known) -> str:
-    packets = f"Packets{sent} to {_portal(parts, known)}"
+def _led(parts: list[str], sent: str, number: int, names: PortalNames) -> str:
+    packets = f"Packets{sent} to {_portal(parts, names)}"
     if number == REJECTED:
         return f"{packets} are refused at once: there are no endpoints."
     if number == DROPPED:
         return f"{packets} are dropped: traffic policy Local, and no endpoint on this node."
     of_set = number & ENDPOINT_SET
     what = f"the virtual server there ({class_id(OURS)})" if of_set == OURS else f"the endpoint set {class_id(of_set)}"
-    told = [f"{packets} are for {what}"]
+    sentences = [f"{packets} are for {what}"]
     if number & MASQUERADED:
-        told.append(f"{class_id(MASQUERADED)}: masquerade, so endpoints see this node's address")
+        sentences.append(f"{class_id(MASQUERADED)}: masquerade, so endpoints see this node's address")
     if number & PINNED:
-        told.append(f"{class_id(PINNED)}: with affinity")
-    return f"{'; '.join(told)}."
+        sentences.append(f"{class_id(PINNED)}: with affinity")
+    return f"{'; '.join(sentences)}."
 
 
-def _pick(slot: str, shown: str, number: bytes, found: Elements, _: Known) -> str:
+def _pick(slot: str, shown: str, number: bytes, found: Elements, _: PortalNames) -> str:
     for name, endpoints in found.items():
         if name.startswith("endpoints") and number in endpoints:
             ip, port = fields((f"ipv{name[len('endpoints')]}_addr", "inet_service"), endpoints[number])
@@ -84,6 +84,6 @@ def _pick(slot: str, shown: str, number: bytes, found: Elements, _: Known) -> st
     return f"Slot {slot}: endpoint {shown}."
 
 
-def _dialled(parts: list[str], whom: str, known: Known) -> str:
-    words = _portal(parts, known)
+def _dialled(parts: list[str], whom: str, names: PortalNames) -> str:
+    words = _portal(parts, names)
     return f"{words[0].upper()}{words[1:]} may be dialled {whom}."

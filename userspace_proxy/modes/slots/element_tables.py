@@ -1,10 +1,10 @@
-"""Load a `PortalTable` into the kernel: the rules, which rarely change, by the nft tool; the elements by netlink."""
+"""Load a `SlotTable` into the kernel: the rules, which rarely change, by the nft tool; the elements by netlink."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 
 from prometheus_client.core import Metric
 
@@ -16,12 +16,11 @@ from userspace_proxy.model.sync_health import FAMILY_NAMES
 from userspace_proxy.modes.kernel_metrics import refused_loads
 from userspace_proxy.modes.kernel_rules import NodeFacts, RuleUpdate, Translation
 from userspace_proxy.modes.rule_line import Rules
-from userspace_proxy.modes.slots.portal_table import PortalTable
+from userspace_proxy.modes.slots.slot_table import SlotTable
+from userspace_proxy.modes.watched_rules import NftRules
 from userspace_proxy.netfilter.elements import NftSocket, Transaction, element
-from userspace_proxy.netfilter.nfnetlink import count_rules
-from userspace_proxy.netfilter.nft_text import comment
-from userspace_proxy.netfilter.notices import RuleWatch
-from userspace_proxy.netfilter.sets import Elements, SetKind
+from userspace_proxy.netfilter.nft_text import comment, removal
+from userspace_proxy.netfilter.sets import SetKind
 
 # More changed service ports than this are sent from a thread, because the kernel takes a while.
 _AT_ONCE_MAX = 50
@@ -31,11 +30,12 @@ log = logging.getLogger(__name__)
 _Element = tuple[str, bytes]  # the name of its set, and its key
 
 
-class ElementTables:
+class ElementTables(NftRules):
     """The rules of a kernel mode that consist of one nftables *table*."""
 
-    def __init__(self, mode: str, table: PortalTable) -> None:
-        self.mode = mode
+    def __init__(self, mode: str, table: SlotTable) -> None:
+        super().__init__(table.name)
+        self._mode = mode
         self.table = table
         self._loads = Loads()
         self.loads: Mapping[str, Loads] = dict.fromkeys(FAMILY_NAMES, self._loads)  # one transaction for both families
@@ -44,7 +44,6 @@ class ElementTables:
         self._uses: Counter[_Element] = Counter()  # of elements that several service ports may share
         self._facts: NodeFacts | None = None  # None: the content of the kernel's table is unknown
         self._timeouts_s: frozenset[int] = frozenset()
-        self._watch = RuleWatch()
         self._is_loading = False
 
     def rules(self, translations: Mapping[ServicePortName, Translation], facts: NodeFacts) -> Rules:
@@ -55,7 +54,7 @@ class ElementTables:
 
     async def prepare(self) -> None:
         if not is_installed("nft"):
-            raise SyncError(f"--proxy-mode {self.mode} needs nft; install the package nftables")
+            raise SyncError(f"--proxy-mode {self._mode} needs nft; install the package nftables")
 
     async def load(self, update: RuleUpdate) -> None:
         self._is_loading = True
@@ -77,41 +76,33 @@ class ElementTables:
 
     async def _load_all(self, update: RuleUpdate) -> None:
         self._watch.is_touched = True  # until everything is loaded
-        timeouts_s = _timeouts_s(update.translations.values())
-        script = self.table.skeleton(update.facts, timeouts_s)
+        translations, _, facts = update
+        timeouts_s = _timeouts_s(translations.values())
+        script = self.table.skeleton(facts, timeouts_s)
         with self._loads.of(everything=True):
             try:
                 await load_nft(script)
             except SyncError as error:
                 log.debug("the table in the kernel cannot be changed into ours (%s); replacing it", error)
-                await load_nft(self.table.removal() + script)
-            await in_thread(self._send_all, update.translations, timeouts_s)
+                await load_nft(removal(self.table.name) + script)
+            await in_thread(self._replace_elements, translations, timeouts_s)
         for name, before in self._held.items():
-            if (after := update.translations.get(name)) is not before:
+            if (after := translations.get(name)) is not before:
                 self.table.forget(before, after)
-        self._held = dict(update.translations)
-        self._timeouts_s = timeouts_s
-        self._facts = update.facts
+        self._held = dict(translations)
+        self._facts, self._timeouts_s = facts, timeouts_s
         self._watch.is_touched = False
 
-    def _send_all(self, translations: Mapping[ServicePortName, Translation], timeouts_s: frozenset[int]) -> None:
-        uses = Counter[_Element]()
-        packed: dict[str, list[bytes]] = {name: [] for name in self.table.set_names(timeouts_s)}
-        kinds = {name: self.table.kind_of(name) for name in packed}
+    def _replace_elements(self, translations: Mapping[ServicePortName, Translation], timeouts_s: Set[int]) -> None:
+        changes = _Changes(self.table, {})
         for owner, translation in translations.items():
-            for name, found in self.table.elements(translation).items():
-                if kinds[name].is_shared:
-                    uses.update((name, key) for key in found)
-                else:
-                    packed[name] += _packed(kinds[name], found, owner)
-        for name, key in uses:
-            packed[name].append(element(key))
+            changes.add(owner, None, translation)
         transaction = Transaction(self.table.name)
-        for name, elements in packed.items():
+        for name in self.table.set_names(timeouts_s):
             transaction.flush(name)
-            transaction.add(name, elements)
+        changes.write(transaction)
         transaction.commit(self._socket)
-        self._uses = uses
+        self._uses = changes.uses
 
     async def _load_changes(self, update: RuleUpdate) -> None:
         translations, changed, facts = update
@@ -123,54 +114,27 @@ class ElementTables:
             for new in set(self.table.set_names(timeouts_s)).difference(held):
                 transaction.flush(new)  # the previous process may have left it
             self._facts, self._timeouts_s = facts, timeouts_s
-        uses = self._add_changes(transaction, translations, changed)
+        changes = _Changes(self.table, self._uses)
+        for owner in changed:
+            changes.add(owner, self._held.get(owner), translations.get(owner))
+        changes.write(transaction)
         if len(changed) > _AT_ONCE_MAX:
             await in_thread(transaction.commit, self._socket)
         else:
             transaction.commit(self._socket)
-        for key, more in uses.items():
-            self._uses[key] += more
-            if not self._uses[key]:
-                del self._uses[key]
-        for name in changed:
-            before, after = self._held.pop(name, None), translations.get(name)
+        self._note_loaded(update, changes.uses)
+
+    def _note_loaded(self, update: RuleUpdate, uses: Mapping[_Element, int]) -> None:
+        for name, more in uses.items():
+            self._uses[name] += more
+            if not self._uses[name]:
+                del self._uses[name]
+        for owner in update.changed:
+            before, after = self._held.pop(owner, None), update.translations.get(owner)
             if after is not None:
-                self._held[name] = after
+                self._held[owner] = after
             if before is not None:
                 self.table.forget(before, after)
-
-    def _add_changes(
-        self,
-        transaction: Transaction,
-        translations: Mapping[ServicePortName, Translation],
-        changed: Collection[ServicePortName],
-    ) -> Counter[_Element]:
-        """Add the changes of *changed* to *transaction*, deletions first. Return the change of each shared use."""
-        deleted: defaultdict[str, list[bytes]] = defaultdict(list)
-        added: defaultdict[str, list[bytes]] = defaultdict(list)
-        uses = Counter[_Element]()
-        for owner in changed:
-            before, after = self._elements(self._held.get(owner)), self._elements(translations.get(owner))
-            for name in {**before, **after}:
-                old, new, kind = before.get(name, {}), after.get(name, {}), self.table.kind_of(name)
-                if kind.is_shared:
-                    uses.subtract((name, key) for key in old)
-                    uses.update((name, key) for key in new)
-                else:
-                    deleted[name] += _packed(kind, dict.fromkeys(_other(old, new), b""))
-                    added[name] += _packed(kind, _other(new, old), owner)
-        for (name, key), more in uses.items():
-            had = self._uses[name, key]
-            if bool(had) != bool(had + more):
-                (deleted if had else added)[name].append(element(key))
-        for name, elements in deleted.items():
-            transaction.delete(name, elements)
-        for name, elements in added.items():
-            transaction.add(name, elements)
-        return uses
-
-    def _elements(self, translation: Translation | None) -> Elements:
-        return {} if translation is None else self.table.elements(translation)
 
     async def reload(self) -> None:
         if self._facts is not None:
@@ -180,31 +144,57 @@ class ElementTables:
     async def remove(self) -> None:
         self._facts, self._held = None, {}
         self._socket.close()
-        if is_installed("nft"):
-            with self._watch.quiet():
-                await load_nft(self.table.removal())
+        await self._remove_table()
 
-    async def is_intact(self) -> bool:
-        """Return whether the kernel has the rules that were loaded. Changed elements are known by their notices."""
-        if self._watch.is_touched or self._facts is None:
-            return False
-        try:
-            return count_rules(self.table.name) == self.table.rules_in(self._facts, self._timeouts_s)
-        except OSError as error:
-            log.debug("our rules could not be counted: %s", error)
-            return False
-
-    async def watch(self, on_change: Callable[[], None]) -> None:
-        self._watch.listen({self.table.name.split()[1]}, on_change)
+    def _has_all_rules(self) -> bool:
+        """Changed elements are known by their notices."""
+        return self._facts is not None and self._count() == self.table.rules_in(self._facts, self._timeouts_s)
 
     def unwatch(self) -> None:
         if not self._is_loading:  # a thread may be sending; `remove` closes the socket then
             self._socket.close()
-        self._watch.stop()
+        super().unwatch()
 
 
-def _other(these: Mapping[bytes, bytes], those: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
-    """Return what of *these* is not the same in *those*."""
+class _Changes:
+    """The elements to delete and to add. ``uses``: the change of the number of uses of each shared element."""
+
+    def __init__(self, table: SlotTable, uses: Mapping[_Element, int]) -> None:
+        """*uses*: those before the changes."""
+        self._table = table
+        self._held_uses = uses
+        self._deleted: defaultdict[str, list[bytes]] = defaultdict(list)
+        self._added: defaultdict[str, list[bytes]] = defaultdict(list)
+        self.uses = Counter[_Element]()
+
+    def add(self, owner: ServicePortName, before: Translation | None, after: Translation | None) -> None:
+        """Add what differs between the translations *before* and *after* of *owner*."""
+        old, new = ({} if each is None else self._table.elements(each) for each in (before, after))
+        for name in {**old, **new}:
+            gone, came, kind = old.get(name, {}), new.get(name, {}), self._table.kind_of(name)
+            if kind.is_shared:
+                self.uses.subtract((name, key) for key in gone)
+                self.uses.update((name, key) for key in came)
+            else:
+                self._deleted[name] += _packed(kind, dict.fromkeys(_other(gone, came), b""))
+                self._added[name] += _packed(kind, _other(came, gone), owner)
+
+    def write(self, transaction: Transaction) -> None:
+        """Add everything to *transaction*, deletions first."""
+        for (name, key), more in self.uses.items():
+            uses = self._held_uses.get((name, key), 0)
+            if bool(uses) != bool(uses + more):
+                (self._deleted if uses else self._added)[name].append(element(key))
+        for name, elements in self._deleted.items():
+            transaction.delete(name, elements)
+        for name, elements in self._added.items():
+            transaction.add(name, elements)
+
+
+def _other(these: Mapping[bytes, bytes], those: Mapping[bytes, bytes]) -> Mapping[bytes, bytes]:
+    """Return the elements of *these* that differ from those of the same key in *those*."""
+    if not those:
+        return these
     return {key: value for key, value in these.items() if those.get(key) != value}
 
 

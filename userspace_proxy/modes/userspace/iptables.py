@@ -18,10 +18,21 @@ from userspace_proxy.model.redirects import DROPPED, OWN_MARK, TRANSPARENT_MARK,
 from userspace_proxy.model.routes import Sender
 from userspace_proxy.model.service import Portal
 from userspace_proxy.modes import xtables_script
-from userspace_proxy.modes.reasons.known import Known, host
+from userspace_proxy.modes.portal_names import PortalNames, host
 from userspace_proxy.modes.rule_line import Reason, RuleLine
 from userspace_proxy.modes.userspace.nft import node_port_addresses, restricted
-from userspace_proxy.modes.xtables_script import BUILT_IN, Section, XtablesScript, new_chain
+from userspace_proxy.modes.xtables_script import (
+    BUILT_IN,
+    ChainKey,
+    Saved,
+    Section,
+    XtablesScript,
+    block,
+    called_chain,
+    flushed,
+    new_chain,
+    read,
+)
 from userspace_proxy.netfilter.nft_text import pod_cidrs
 from userspace_proxy.netfilter.xtables import NO_LOOP, OUT_BY_LO
 
@@ -88,69 +99,51 @@ def rules(redirects: Redirects) -> XtablesScript:
 
 
 def _sections(redirects: Redirects, family: Family, saved: str) -> list[Section]:
+    before = read(saved)
     rules = {
         "mangle": (*_arriving(redirects), *_ranges(redirects, family), *_drops(redirects, family)),
         "nat": tuple(_redirects(redirects, family)),
         "filter": (*_guards(redirects, family), *_no_loops(family)),
     }
     return [
-        Section(table, list(map(new_chain, chains, chains.values())), [*_missing_jumps(table, saved), *rules[table]])
+        Section(table, list(map(new_chain, chains, chains.values())), [*_missing_jumps(table, before), *rules[table]])
         for table, chains in _CHAINS.items()
     ]
 
 
 def removal(saved: str) -> str:
     """Return the input that removes every chain and jump of ours in *saved*; "" if there is none."""
-    return "".join(
-        _removal_from(table, [line for line in _section(saved, table) if is_ours(line)]) for table in _CHAINS
-    )
+    chains, script = read(saved), ""
+    jumps = [(chain, rule) for chain, rule in _our_rules(chains) if chain.name not in _OURS]
+    for table in _CHAINS:
+        own = [chain for chain in chains if chain.table == table and chain.name in _OURS]
+        deleted = (f"-D {chain.name} {rule}" for chain, rule in jumps if chain.table == table)
+        script += block(table, [*flushed(own), *deleted, *(f"-X {chain.name}" for chain in own)])
+    return script
 
 
-def _removal_from(table: str, ours: Sequence[str]) -> str:
-    chains = [line.split()[0][1:] for line in ours if line.startswith(":")]
-    jumps = [line.replace("-A ", "-D ", 1) for line in ours if line[0] == "-" and line.split()[1] not in _OURS]
-    flushed = (f":{chain} - [0:0]" for chain in chains)
-    deleted = (f"-X {chain}" for chain in chains)
-    return "".join(f"{line}\n" for line in (f"*{table}", *flushed, *jumps, *deleted, "COMMIT")) if ours else ""
-
-
-def is_ours(line: str) -> bool:
-    """Return whether *line* of iptables-save is a chain, rule or jump of ours. Comments do not count."""
-    words = line.split()
-    if line.startswith(":"):
-        return words[0][1:] in _OURS
-    return words[:1] == ["-A"] and (words[1] in _OURS or (words[-1] in _OURS and words[-2] in ("-j", "-g")))
-
-
-def ours(saved: str) -> tuple[str, ...]:
+def ours(saved: str) -> list[tuple[ChainKey, str]]:
     """Return our rules and jumps in *saved*. They are equal later as long as they are intact."""
-    return tuple(line for line in saved.splitlines() if line.startswith("-A") and is_ours(line))
+    return list(_our_rules(read(saved)))
+
+
+def _our_rules(chains: Saved) -> Iterator[tuple[ChainKey, str]]:
+    for chain, rules in chains.items():
+        yield from ((chain, rule) for rule in rules if chain.name in _OURS or called_chain(rule) in _OURS)
 
 
 def rules_in(script: str) -> int:
-    """Return the number of lines that `ours` finds once *script* (from `restore`) is loaded."""
+    """Return the number of rules that `ours` finds once *script* (from `restore`) is loaded."""
     jumps = sum(len(chains) for chains in _JUMPS.values())
     return jumps + sum(line.startswith("-A ") and line.split()[1] in _OURS for line in script.splitlines())
 
 
-def _section(saved: str, table: str) -> Iterator[str]:
-    inside = False
-    for line in saved.splitlines():
-        if line.startswith("*"):
-            inside = line == f"*{table}"
-        elif inside:
-            yield line
-
-
-def _missing_jumps(table: str, saved: str) -> Iterator[RuleLine]:
-    lines = list(_section(saved, table))
+def _missing_jumps(table: str, saved: Saved) -> Iterator[RuleLine]:
     for chain, (jump, where) in _JUMPS[table].items():
-        rules = [line for line in lines if line.startswith(f"-A {chain} ")]
-        wanted = f"-A {chain} {jump}"
-        if rules[:1] == [wanted]:
-            continue
-        yield from (RuleLine(f"-D {chain} {jump}") for line in rules if line == wanted)
-        yield RuleLine(f"-I {chain} 1 {jump}", f"{BUILT_IN[chain]}: first (-I ... 1) the chain {where}.")
+        rules = saved.get(ChainKey(table, chain), ())
+        if rules[:1] != (jump,):
+            yield from [RuleLine(f"-D {chain} {jump}")] * rules.count(jump)
+            yield RuleLine(f"-I {chain} 1 {jump}", f"{BUILT_IN[chain]}: first (-I ... 1) the chain {where}.")
 
 
 def _redirects(redirects: Redirects, family: Family) -> Iterator[RuleLine]:
@@ -158,33 +151,29 @@ def _redirects(redirects: Redirects, family: Family) -> Iterator[RuleLine]:
     address = ""
     if redirects.capture is Capture.ADDRESS:
         address = LOCAL_ADDRESS4 if family == 4 else f"[{LOCAL_ADDRESS6}]"
+    return _by_portal(redirects, family, CHAIN, partial(_redirects_of, redirects, address))
 
-    def rules(portal: Portal) -> Iterator[tuple[str, Reason]]:
-        name = redirects.names.get(portal)
-        comment = f' -m comment --comment "{name}"' if name else ""
-        for sender, port in _ports(redirects, portal):
-            if port == DROPPED:
-                continue
+
+def _redirects_of(redirects: Redirects, address: str, portal: Portal) -> Iterator[tuple[str, Reason]]:
+    name = redirects.names.get(portal)
+    comment = f' -m comment --comment "{name}"' if name else ""
+    for sender, port in _ports(redirects, portal):
+        if port != DROPPED:
             verdict = f"-j DNAT --to-destination {address}:{port}" if address else f"-j REDIRECT --to-ports {port}"
-            is_refused = port == redirects.refuse_port
-            yield (
-                f"{_match(portal, sender)}{comment} {verdict}",
-                partial(_led, portal, sender, port, address, is_refused),
-            )
-
-    yield from _by_portal(redirects, family, CHAIN, rules)
+            reason = partial(_led, portal, sender, port, address, port == redirects.refuse_port)
+            yield f"{_match(portal, sender)}{comment} {verdict}", reason
 
 
-def _led(portal: Portal, sender: _SenderMatch, port: int, address: str, is_refused: bool, known: Known) -> str:
+def _led(portal: Portal, sender: _SenderMatch, port: int, address: str, is_refused: bool, names: PortalNames) -> str:
     there = f"{address}, an address of ours on lo, at " if address else ""
-    packets = f"{_packets(portal, sender, known)} go to {there}"
+    packets = f"{_packets(portal, sender, names)} go to {there}"
     if is_refused:
         return f"{packets}port {port}, which has no listener: there are no endpoints, and the kernel refuses."
     return f"{packets}our proxy port {port}."
 
 
-def _packets(portal: Portal, sender: _SenderMatch, known: Known) -> str:
-    return f"Packets to {known.portal_words(portal)}{sender.words}"
+def _packets(portal: Portal, sender: _SenderMatch, names: PortalNames) -> str:
+    return f"Packets to {names.of(portal)}{sender.words}"
 
 
 def _arriving(redirects: Redirects) -> Iterator[RuleLine]:
@@ -219,8 +208,8 @@ def _all_ports(redirects: Redirects) -> Iterator[tuple[Portal, int]]:
     return itertools.chain.from_iterable(ports.items() for ports in (redirects.ports, *redirects.exceptions.values()))
 
 
-def _judged(portal: Portal, sender: _SenderMatch, is_dropped: bool, why: str, known: Known) -> str:
-    packets = _packets(portal, sender, known)
+def _judged(portal: Portal, sender: _SenderMatch, is_dropped: bool, why: str, names: PortalNames) -> str:
+    packets = _packets(portal, sender, names)
     if is_dropped:
         return f"{packets} are dropped without an answer.{why}"
     return f"{packets} are not dropped: return to the calling chain."

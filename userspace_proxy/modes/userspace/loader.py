@@ -6,30 +6,30 @@ Each class compares the new rules with those it holds. A refused load makes them
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.host.tool import is_installed, load_nft
 from userspace_proxy.model.endpoint import Family
 from userspace_proxy.model.redirects import Redirects
 from userspace_proxy.modes.userspace import iptables, nft, transparent_replies
-from userspace_proxy.modes.xtables_rules import XtablesRules, all_or_first_error
+from userspace_proxy.modes.watched_rules import NftRules, XtablesRules, all_or_first_error
+from userspace_proxy.modes.xtables_script import ChainKey
 from userspace_proxy.netfilter import xtables
 from userspace_proxy.netfilter.nfnetlink import count_rules
-from userspace_proxy.netfilter.notices import RuleWatch
+from userspace_proxy.netfilter.nft_text import removal
 
 log = logging.getLogger(__name__)
 
 
-class NftKernel:
+class NftKernel(NftRules):
     """Rules loaded by ``nft -f``, in one transaction for both families."""
 
     language = "nftables"
 
     def __init__(self) -> None:
+        super().__init__(nft.TABLE)
         self._held: Redirects | None = None
         self._replies = _ReplyRoutes()
-        self._watch = RuleWatch()
 
     async def load(self, redirects: Redirects) -> None:
         held, self._held = self._held, None  # unknown until the kernel has accepted the load
@@ -63,24 +63,11 @@ class NftKernel:
 
     async def remove_rules(self) -> None:
         self._held = None
-        if is_installed("nft"):
-            with self._watch.quiet():
-                await load_nft(nft.removal())
+        await self._remove_table()
 
-    async def is_intact(self) -> bool:
-        if self._watch.is_touched or self._held is None:
-            return False
-        try:
-            return count_rules(nft.TABLE) == nft.rules_in(self._held) and _is_bridge_table_intact(self._held)
-        except OSError as error:
-            log.debug("our rules could not be counted: %s", error)
-            return False
-
-    async def watch(self, on_change: Callable[[], None]) -> None:
-        self._watch.listen({nft.TABLE.split()[1]}, on_change)
-
-    def unwatch(self) -> None:
-        self._watch.stop()
+    def _has_all_rules(self) -> bool:
+        held = self._held
+        return held is not None and self._count() == nft.rules_in(held) and _is_bridge_table_intact(held)
 
 
 class IptablesKernel(XtablesRules):
@@ -92,7 +79,7 @@ class IptablesKernel(XtablesRules):
         super().__init__(("mangle", "nat", "filter"))
         self._held: Redirects | None = None
         self._replies = _ReplyRoutes()
-        self._loaded: dict[int, tuple[str, ...]] = {}
+        self._loaded: dict[int, list[tuple[ChainKey, str]]] = {}
 
     async def load(self, redirects: Redirects) -> None:
         if redirects == self._held:
@@ -192,7 +179,7 @@ class _ReplyRoutes:
         await transparent_replies.remove_transparent_routes()
         if is_installed("nft"):
             try:
-                await load_nft(transparent_replies.bridge_removal())
+                await load_nft(removal(transparent_replies.BRIDGE_TABLE))
             except SyncError as error:
                 log.debug("this kernel has no bridge rules to remove: %s", error)
         self._are_there = False

@@ -13,55 +13,50 @@ if TYPE_CHECKING:
     from userspace_proxy.modes.rule_line import Rules
 
 
-async def _prepare(settings: ModeSettings) -> PreparedMode:
-    from userspace_proxy.modes.userspace.loader import KERNELS, choose_language
-    from userspace_proxy.modes.userspace.transparent_replies import transparent_obstacles
+class UserspaceMode(Mode):
+    """A mode whose rules redirect packets to listeners of the data plane."""
 
-    language = choose_language(settings.rules)
+    async def prepare(self, settings: ModeSettings) -> PreparedMode:
+        from userspace_proxy.modes.userspace.loader import KERNELS, choose_language
+        from userspace_proxy.modes.userspace.transparent_replies import transparent_obstacles
 
-    def make_proxier(request: ProxierRequest) -> Proxier:
-        from userspace_proxy.modes.userspace.proxier import UserspaceProxier
+        language = choose_language(settings.rules)
 
-        kernel = KERNELS[language]()
-        proxier = UserspaceProxier(
-            request.plane, kernel, request.ports, request.rules, watches_interfaces=settings.capture == "auto"
+        def make_proxier(request: ProxierRequest) -> Proxier:
+            from userspace_proxy.modes.userspace.proxier import UserspaceProxier
+
+            kernel = KERNELS[language]()
+            proxier = UserspaceProxier(
+                request.plane, kernel, request.ports, request.rules, watches_interfaces=settings.capture == "auto"
+            )
+            proxier.adopt(request.inherited)
+            return proxier
+
+        return PreparedMode(
+            make_proxier,
+            transparent_obstacle="; ".join(await transparent_obstacles(language)),
+            # Reply routes stay: both languages share them.
+            leftovers=tuple(make().remove_rules for other, make in KERNELS.items() if other != language),
         )
-        proxier.adopt(request.inherited)
-        return proxier
 
-    return PreparedMode(
-        make_proxier,
-        transparent_obstacle="; ".join(await transparent_obstacles(language)),
-        # Reply routes stay: both languages share them.
-        leftovers=tuple(make().remove_rules for other, make in KERNELS.items() if other != language),
-    )
+    def removals(self, settings: ModeSettings) -> Sequence[Removal]:
+        from userspace_proxy.modes.userspace.loader import KERNELS
 
+        return tuple(make().remove for make in KERNELS.values())
 
-def _removals(_: ModeSettings) -> Sequence[Removal]:
-    from userspace_proxy.modes.userspace.loader import KERNELS
+    def render(self, request: RenderRequest) -> Rules:
+        from userspace_proxy.modes.plans import planned_redirects
+        from userspace_proxy.modes.userspace import iptables, nft
 
-    return tuple(make().remove for make in KERNELS.values())
+        redirects = planned_redirects(request.state, request.ports, request.rules, request.names)
+        return iptables.rules(redirects) if request.language == "iptables" else nft.rules(redirects)
 
 
-def _render(request: RenderRequest) -> Rules:
-    from userspace_proxy.modes.plans import planned_redirects
-    from userspace_proxy.modes.reasons.known import only
-    from userspace_proxy.modes.userspace import iptables, nft
-
-    redirects = planned_redirects(request.state, request.ports, request.rules)
-    if request.names is not None:
-        redirects = only(redirects, request.names)
-    return iptables.rules(redirects) if request.language == "iptables" else nft.rules(redirects)
-
-
-MODE = Mode(
+MODE = UserspaceMode(
     name="userspace",
     description="this proxy serves, by sockets of its own",
     kernel_serves=False,
-    prepare=_prepare,
-    removals=_removals,
     languages=("nftables", "iptables"),
-    render=_render,
     firewall_passages=(REDIRECTED,),
     annotations=(
         "source-ip",

@@ -17,11 +17,12 @@ from userspace_proxy.model.redirects import DROPPED, OWN_MARK, TRANSPARENT_MARK,
 from userspace_proxy.model.routes import Sender
 from userspace_proxy.model.service import Portal
 from userspace_proxy.modes import nft_blocks
-from userspace_proxy.modes.nft_blocks import IP, SENDERS, SENT, Block, NftTable
-from userspace_proxy.modes.reasons.known import Known
+from userspace_proxy.modes.nft_blocks import IP, PORT, SENDERS, SENT, Block, NftTable, set_block
+from userspace_proxy.modes.portal_names import PortalNames
 from userspace_proxy.modes.rule_line import RuleLine
 from userspace_proxy.modes.userspace.transparent_replies import REPLY_RULE
 from userspace_proxy.netfilter.nft_text import comment, is_everything, merged
+from userspace_proxy.netfilter.sets import SetKind
 
 TABLE = "inet userspace_proxy"
 _BASE_RULES = 3  # those of _BASE_CHAINS
@@ -64,18 +65,13 @@ def rules_in(redirects: Redirects) -> int:
     return _BASE_RULES + sum(map(len, _chains(redirects).values()))
 
 
-def removal() -> str:
-    """Return the script that removes our table. It succeeds if there is none."""
-    return f"table {TABLE}\ndelete table {TABLE}\n"
-
-
 # ---- chains
 
 
 _BEFORE = (
     RuleLine(f"table {TABLE}", "Creates our table if it is missing, so that the next line can delete it."),
     RuleLine(f"delete table {TABLE}", "Deletes the old rules. nft applies everything here as one transaction."),
-    RuleLine(f"table {TABLE} {{", nft_blocks.TABLE_REASON),
+    *nft_blocks.table_start(TABLE),
 )
 _REASONS = nft_blocks.CHAIN_REASONS | {
     "replies": "Arriving packets before conntrack's NAT: replies of endpoints to clients' own addresses.",
@@ -223,44 +219,35 @@ def restricted(redirects: Redirects, family: Family) -> Iterator[tuple[Portal, t
 # ---- sets and maps
 
 
-def _set_blocks() -> Iterator[Block]:
-    port, port_words = "inet_proto . inet_service", "protocol . port"
-    for family in FAMILIES:
-        for name, what, key, key_words in (
-            (f"service_ips{family}", "addresses of Services", f"ipv{family}_addr . {port}", f"address . {port_words}"),
-            (f"node_ports{family}", "node ports", port, port_words),
-        ):
-            for sender in reversed(SENDERS):
-                suffix, sent = SENDERS[sender], SENT[sender]
-                first = " Looked up before the map for all senders." if suffix else ""
-                yield Block(
-                    "map",
-                    f"{name}{suffix}",
-                    f"Packets{sent} to {what} (IPv{family}): portal -> proxy port. One look-up, however many Services "
-                    f"there are.{first}",
-                    (RuleLine(f"type {key} : inet_service", f"Key: {key_words}; value: the proxy port."),),
-                )
-                yield Block(
-                    "set",
-                    f"dropped_{name}{suffix}",
-                    f"Packets{sent} to these {what} (IPv{family}) are dropped: the traffic policy is Local, and this "
-                    "node has no endpoint.",
-                    (RuleLine(f"type {key}", f"An element is {key_words}."),),
-                )
-        for name, kind in nft_blocks.restriction_kinds(family):
-            yield nft_blocks.set_block(name, kind)
-    yield Block(
-        "set",
-        "proxy_ports",
-        "The local ports at which our proxy listens.",
-        (
-            RuleLine('comment "reached through the maps only, never directly"', "A note for readers of the rules."),
-            RuleLine(f"type {port}", f"An element is {port_words}."),
-        ),
-    )
+def _kinds(family: Family) -> Iterator[tuple[str, SetKind]]:
+    for name, what, key, key_words in (
+        (f"service_ips{family}", "addresses of Services", (f"ipv{family}_addr", *PORT), f"address . {_PORT_WORDS}"),
+        (f"node_ports{family}", "node ports", PORT, _PORT_WORDS),
+    ):
+        for sender in reversed(SENDERS):
+            suffix, packets = SENDERS[sender], f"Packets{SENT[sender]}"
+            first = " Looked up before the map for all senders." if suffix else ""
+            reason = (
+                f"{packets} to {what} (IPv{family}): portal -> proxy port. One look-up, however many Services "
+                f"there are.{first}"
+            )
+            yield f"{name}{suffix}", SetKind(key, PORT[1:], reason, f"Key: {key_words}; value: the proxy port.")
+            reason = (
+                f"{packets} to these {what} (IPv{family}) are dropped: the traffic policy is Local, and this "
+                "node has no endpoint."
+            )
+            yield f"dropped_{name}{suffix}", SetKind(key, (), reason, f"An element is {key_words}.")
+    yield from nft_blocks.restriction_kinds(family)
 
 
-_SETS = {block.name: block for block in _set_blocks()}
+_PORT_WORDS = "protocol . port"
+_PROXY_PORTS = set_block(
+    "proxy_ports",
+    SetKind(PORT, (), "The local ports at which our proxy listens.", f"An element is {_PORT_WORDS}."),
+)
+_NOTE = RuleLine('comment "reached through the maps only, never directly"', "A note for readers of the rules.")
+_SETS = {name: set_block(name, kind) for family in FAMILIES for name, kind in _kinds(family)}
+_SETS["proxy_ports"] = _PROXY_PORTS._replace(head=(_NOTE, *_PROXY_PORTS.head))
 
 # Name of a set -> key -> the element.
 _Sets = dict[str, dict[str, RuleLine]]
@@ -315,8 +302,8 @@ def _key(portal: Portal) -> str:
     return port if portal.is_node_port else f"{portal.ip} . {port}"
 
 
-def _redirected(portal: Portal, sender: Sender, port: int, refuse_port: int, known: Known) -> str:
-    packets = f"Packets{SENT[sender]} to {known.portal_words(portal)}"
+def _redirected(portal: Portal, sender: Sender, port: int, refuse_port: int, names: PortalNames) -> str:
+    packets = f"Packets{SENT[sender]} to {names.of(portal)}"
     if port == DROPPED:
         return f"{packets} are dropped."
     if port == refuse_port:
@@ -338,8 +325,8 @@ def _ranges(redirects: Redirects) -> _Sets:
 
 
 def _dialled(text: str, portal: Portal, source: str, name: ServicePortName | None) -> RuleLine:
-    def reason(known: Known) -> str:
-        words = known.portal_words(portal)
+    def reason(names: PortalNames) -> str:
+        words = names.of(portal)
         return f"{words[0].upper()}{words[1:]} may be dialled from {source}."
 
     return RuleLine(text, reason, name)

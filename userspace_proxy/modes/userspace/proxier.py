@@ -17,6 +17,8 @@ from prometheus_client.core import Metric
 
 from userspace_proxy.control.proxy_ports import ProxyPorts
 from userspace_proxy.errors import SyncError
+from userspace_proxy.host.capture import has_unnumbered_interfaces
+from userspace_proxy.host.network import add_local_addresses
 from userspace_proxy.interfaces import DataPlane, Kernel
 from userspace_proxy.model.listeners import NO_ROOM, Backends, ListenerSpec
 from userspace_proxy.model.names import L4Protocol, ListenerName, Scope, ServicePortName
@@ -26,7 +28,6 @@ from userspace_proxy.model.state import ProxyState
 from userspace_proxy.modes.base_proxier import BaseProxier, log_served
 from userspace_proxy.modes.plans import NodeRules, Plan, redirects_to
 from userspace_proxy.modes.portal_owners import warn_of_claim
-from userspace_proxy.modes.userspace.capture import watch_interfaces
 from userspace_proxy.netfilter.conntrack import (
     ANY_IP,
     Answering,
@@ -36,10 +37,13 @@ from userspace_proxy.netfilter.conntrack import (
     new_tcp_portals,
     udp_ports,
 )
+from userspace_proxy.netfilter.notices import NetworkNotices
 
 _PORT_TRIES = 64
 # The pause between attempts to open listeners for which there was no port, descriptor or memory.
 _OPEN_AGAIN_S = 3.0
+# The pause after a change of interfaces: more changes follow.
+_SETTLE_S = 0.2
 
 log = logging.getLogger(__name__)
 
@@ -72,10 +76,6 @@ class UserspaceProxier(BaseProxier):
         self._losing: set[ServicePortName] = set()  # UDP service ports that lost an endpoint since the last sync
         self._refuse_port = 0
         self._has_adopted = False  # listeners that the first state may not have
-
-    @property
-    def capture(self) -> Capture:
-        return self._rules.capture
 
     def adopt(self, specs: Iterable[ListenerSpec]) -> None:
         """Take over listeners that the data plane has from the previous process. Call it before the first sync."""
@@ -266,10 +266,10 @@ class UserspaceProxier(BaseProxier):
     async def _forget_old_flows(self, names: Set[ServicePortName]) -> None:
         """Delete the flows of *names* that follow an earlier traffic policy: an endpoint that they may use is gone."""
         if self._loaded is not None:
-            known = udp_ports(self._loaded)
+            ports = udp_ports(self._loaded)
             served = (self._plans.held[name].service_port for name in names if name in self._plans.held)
             dialled = (portal for service_port in served for portal in portals(service_port))
-            await forget_udp_flows({portal: known[portal] for portal in dialled if portal in known})
+            await forget_udp_flows({portal: ports[portal] for portal in dialled if portal in ports})
         self._with_old_flows -= names
 
     def _redirects(self) -> Redirects:
@@ -299,21 +299,31 @@ class UserspaceProxier(BaseProxier):
 
     # ---- changes without a new state
 
-    async def set_capture(self, capture: Capture) -> None:
-        """Switch to another kind of capture.
+    async def _watch_interfaces(self) -> None:
+        """Capture by a private address as soon as an interface without an IPv4 address comes up; then return."""
+        changed = asyncio.Event()
+        notices = NetworkNotices(changed.set)
+        try:
+            while self._rules.capture is Capture.REDIRECT:
+                await changed.wait()
+                await asyncio.sleep(_SETTLE_S)
+                changed.clear()
+                if await has_unnumbered_interfaces():
+                    await add_local_addresses()
+                    await self._capture_by_address()
+        finally:
+            notices.close()
 
-        Raises:
-            SyncError: refused; the old way is still in force.
-        """
+    async def _capture_by_address(self) -> None:
         async with self._lock:
-            before, self._rules = self._rules, replace(self._rules, capture=capture)
-            if self._loaded is None:
-                return
+            before, self._rules = self._rules, replace(self._rules, capture=Capture.ADDRESS)
             try:
-                await self._load()
-            except SyncError:
+                if self._loaded is not None:
+                    await self._load()
+            except SyncError as error:
                 self._rules = before
-                raise
+                log.error("capture could not be changed: %s", error)  # noqa: TRY400
+                await asyncio.sleep(_SETTLE_S)
 
     def metrics(self) -> Iterable[Metric]:
         return ()
@@ -324,7 +334,7 @@ class UserspaceProxier(BaseProxier):
             group.create_task(super().run(), name="repair")
             group.create_task(self._keep_opening(), name="open again")
             if self._watches_interfaces:
-                group.create_task(watch_interfaces(self), name="watch interfaces")
+                group.create_task(self._watch_interfaces(), name="watch interfaces")
 
     async def _keep_opening(self) -> None:
         """Retry listeners that could not be opened: there may be room now."""

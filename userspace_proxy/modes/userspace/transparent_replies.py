@@ -14,7 +14,7 @@ from pathlib import Path
 
 from userspace_proxy.errors import SyncError
 from userspace_proxy.host.network import ROUTE_PROTOCOL
-from userspace_proxy.host.tool import parsed, run_tool
+from userspace_proxy.host.tool import run_ip, run_tool
 from userspace_proxy.model.redirects import OWN_MARK, TRANSPARENT_MARK
 
 BRIDGE_TABLE = "bridge userspace_proxy"
@@ -64,11 +64,11 @@ def bridge_table(*, errors: bool = True) -> str:
         chains["prerouting"] += f"\t\t{back} @flows{family} {up}"
         if errors:
             is_error, sent, quoted = _ERRORS[family]
-            told = f"{ip} saddr . @th,{quoted + 16},16 . {ip} daddr . @th,{quoted},16"
-            sets += f"\tset told{family} {{\n\t\ttypeof {told}; {size}\n\t}}\n"
+            ports = f"{ip} saddr . @th,{quoted + 16},16 . {ip} daddr . @th,{quoted},16"
+            sets += f"\tset told{family} {{\n\t\ttypeof {ports}; {size}\n\t}}\n"
             note = f"{ip} daddr . @nh,{sent + 16},16 . {ip} saddr . @nh,{sent},16"
             chains["output"] += f" update @told{family} {{ {note} }}"
-            chains["prerouting"] += f"\t\t{is_error} {told} @told{family} {up}"
+            chains["prerouting"] += f"\t\t{is_error} {ports} @told{family} {up}"
         chains["output"] += "\n"
     return f"""\
 table {BRIDGE_TABLE} {{
@@ -93,11 +93,6 @@ table {BRIDGE_TABLE} {{
 """
 
 
-def bridge_removal() -> str:
-    """Return the script that removes the bridge table. It is separate, as not every kernel supports bridge rules."""
-    return f"table {BRIDGE_TABLE}\ndelete table {BRIDGE_TABLE}\n"
-
-
 # ---- routes for replies to a client's own address
 
 # Packets with TRANSPARENT_MARK and without OWN_MARK are for this node, whatever their destination.
@@ -117,7 +112,7 @@ async def add_transparent_routes() -> None:
     for version in ("-4", "-6"):
         try:
             await run_tool("ip", version, "route", "replace", *_TRANSPARENT_ROUTE)
-            if not parsed(await run_tool("ip", "-json", version, "rule", "show", *_TRANSPARENT_RULE)):
+            if not await run_ip(version, "rule", "show", *_TRANSPARENT_RULE):
                 await run_tool("ip", version, "rule", "add", *_TRANSPARENT_RULE)
         except SyncError as error:
             if version == "-4":
@@ -129,9 +124,9 @@ async def remove_transparent_routes() -> None:
     """Remove these routes, also those of other processes of this proxy."""
     for version in ("-4", "-6"):
         try:
-            while parsed(await run_tool("ip", "-json", version, "rule", "show", *_TRANSPARENT_RULE)):
+            while await run_ip(version, "rule", "show", *_TRANSPARENT_RULE):
                 await run_tool("ip", version, "rule", "del", *_TRANSPARENT_RULE)
-            if parsed(await run_tool("ip", "-json", version, "route", "show", "table", "all", "proto", ROUTE_PROTOCOL)):
+            if await run_ip(version, "route", "show", "table", "all", "proto", ROUTE_PROTOCOL):
                 await run_tool("ip", version, "route", "flush", "table", "10777", "proto", ROUTE_PROTOCOL)
         except SyncError as error:
             log.debug("no transparent routes were removed: %s", error)
@@ -162,7 +157,7 @@ async def transparent_obstacles(language: str) -> list[str]:
             "*mangle\n:USERSPACE-PROXY-CHECK - [0:0]\n"
             "-A USERSPACE-PROXY-CHECK -m socket --transparent -j RETURN\nCOMMIT\n",
         )
-    if parsed(await run_tool("ip", "-json", "link", "show", "type", "bridge")):
+    if await run_ip("link", "show", "type", "bridge"):
         obstacles += await _refused(
             "backends cannot answer clients on the same bridge; nft and a kernel with bridge rules are needed",
             ("nft", "--check", "-f", "-"),

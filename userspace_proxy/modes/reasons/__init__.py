@@ -1,1 +1,0 @@
-"""Parts of the reasons of rules that all modes use."""
