@@ -27,6 +27,7 @@ from userspace_proxy.modes.iptables import tables
 from userspace_proxy.modes.iptables.chains import ChainOptions, node_rules, service_rules
 from userspace_proxy.modes.kernel_rules import NodeFacts, Translation
 from userspace_proxy.modes.portal_names import PortalNames
+from userspace_proxy.modes.rule_line import text_of
 from userspace_proxy.modes.slots.slot_table import SlotTable
 from userspace_proxy.modes.userspace import iptables, nft
 
@@ -99,7 +100,7 @@ def test_every_line_of_kernel_modes_is_explained_and_unchanged(facts: NodeFacts)
         how = ChainOptions(facts.pods, node_ports_on=facts.node_ports_on)
         services = {name: service_rules(made, family, how) for name, made in EVERYTHING.items()}
         loaded = tables.whole(tables.Tables(node_rules(family, how), services), {})
-        assert "".join(section.text() for section in sections) == loaded
+        assert "".join(text_of(section.lines()) for section in sections) == loaded
     assert [line.text for line in table.lines] == SlotTable().text(facts, EVERYTHING.values()).splitlines()
 
 

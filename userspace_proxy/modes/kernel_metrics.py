@@ -17,12 +17,10 @@ SYNC = "kubeproxy_sync_proxy_rules"
 
 
 def kernel_metrics(loads: Mapping[str, Loads], conntrack: Histogram, forgotten: Mapping[str, int]) -> Iterator[Metric]:
-    """Yield the metrics that every kernel mode has, by IP family; none if the mode counts no *loads*.
+    """Yield the metrics that every kernel mode has, by IP family.
 
     *conntrack*: durations of searches for stale UDP flows, for both families. *forgotten*: stale flows deleted.
     """
-    if not loads:
-        return
     for name, text, histograms in (
         ("sync_full_proxy_rules", "loads of all rules", {family: each.whole for family, each in loads.items()}),
         ("sync_partial_proxy_rules", "loads of changes only", {family: each.changes for family, each in loads.items()}),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from userspace_proxy.model.endpoint import Family
 from userspace_proxy.model.redirects import PodDetector
 from userspace_proxy.model.routes import Sender
-from userspace_proxy.modes.rule_line import Reason, RuleLine
+from userspace_proxy.modes.rule_line import Reason, RuleLine, Rules
 from userspace_proxy.netfilter import nft_text
 from userspace_proxy.netfilter.sets import SetKind
 
@@ -61,25 +62,14 @@ class Block(NamedTuple):
             yield self.items[-1].indented("\t\t\t", " }")
         yield RuleLine("\t}")
 
-    def text(self) -> str:
-        """Return the text of `lines`, without the cost of reasons."""
-        separator = "\n\t\t" if self.is_chain else ",\n\t\t\t"
-        items = separator.join(line.text for line in self.items)
-        if items:
-            items = f"\t\t{items}\n" if self.is_chain else f"\t\telements = {{\n\t\t\t{items} }}\n"
-        head = "".join(f"\t\t{line.text}\n" for line in self.head)
-        return f"\t{self.kind} {self.name} {{\n{head}{items}\t}}\n"
 
-
-class NftTable(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class NftTable(Rules):
     """A whole table. ``before``: its lines up to the bracket. ``is_dead``: whether a rule can match no packet."""
 
     before: tuple[RuleLine, ...]
     blocks: Sequence[Block]
     is_dead: IsDead = lambda _: False
-
-    def text(self) -> str:
-        return "".join((*(f"{line.text}\n" for line in self.before), *(block.text() for block in self.blocks), "}\n"))
 
     def lines(self) -> Iterator[RuleLine]:
         yield from self.before
@@ -93,7 +83,7 @@ class NftTable(NamedTuple):
         while True:
             left = list(_used(blocks))
             if left == blocks:
-                return self._replace(blocks=_in_order(blocks))
+                return replace(self, blocks=_in_order(blocks))
             blocks = left
 
 

@@ -11,8 +11,9 @@ from collections.abc import Awaitable, Callable
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import LoadedRules
 
-# Notices come in bursts: wait for the end of one. The pause after a repair limits what another program can cost.
-_SETTLE_S = 0.05
+# The notices of one transaction come in a burst: wait for its end. New connections fail until the rules are loaded.
+# The pause after a repair limits what another program can cost.
+_SETTLE_S = 0.02
 REPAIR_PAUSE_S = 0.3
 # The longest pause between checks. After a refused repair, each pause is twice the one before, up to this one.
 _CHECK_EVERY_S = 30.0

@@ -5,8 +5,9 @@ A reason may be a callable. It is called only for an explanation, so that loads 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.modes.portal_names import PortalNames
@@ -25,17 +26,21 @@ class RuleLine(NamedTuple):
         return RuleLine(f"{tabs}{self.text}{end}", self.reason, self.service)
 
 
-class Rules(Protocol):
+class Rules(ABC):
     """All rules of one mode, in one language."""
 
+    @abstractmethod
     def lines(self) -> Iterator[RuleLine]:
         """Yield every line, in the order in which the tools read them."""
-        ...
+
+    @abstractmethod
+    def without_unused(self) -> Rules:
+        """Return the rules without lines that affect no packet to a Service."""
 
     def text(self) -> str:
         """Return the same lines as one text."""
-        ...
+        return text_of(self.lines())
 
-    def without_unused(self) -> Rules:
-        """Return the rules without lines that affect no packet to a Service."""
-        ...
+
+def text_of(lines: Iterable[RuleLine]) -> str:
+    return "".join(f"{line.text}\n" for line in lines)

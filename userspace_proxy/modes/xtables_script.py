@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.modes.portal_names import host
-from userspace_proxy.modes.rule_line import Reason, RuleLine
+from userspace_proxy.modes.rule_line import Reason, RuleLine, Rules
 from userspace_proxy.netfilter.xtables import OUT_BY_LO
 
 TOOLS = ("# iptables-restore --noflush", "# ip6tables-restore --noflush")
@@ -100,9 +101,6 @@ class Section(NamedTuple):
         yield from self.rules
         yield _COMMIT
 
-    def text(self) -> str:
-        return "".join(f"{line.text}\n" for line in self.lines())
-
 
 def _and_makes(reason: Reason) -> Reason:
     if isinstance(reason, str):
@@ -110,7 +108,8 @@ def _and_makes(reason: Reason) -> Reason:
     return lambda names: f"{reason(names)}{_MAKES}"
 
 
-class XtablesScript(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class XtablesScript(Rules):
     """Input for the tools of both families.
 
     ``is_dead``: whether a rule can match no packet. ``is_kept``: whether a chain without rules is needed.
@@ -126,9 +125,6 @@ class XtablesScript(NamedTuple):
             for section in sections:
                 yield from section.lines()
 
-    def text(self) -> str:
-        return "".join(f"{line.text}\n" for line in self.lines())
-
     def without_unused(self) -> XtablesScript:
         """Return the script without empty chains and rules that jump there, and without families that serve nothing.
 
@@ -139,7 +135,7 @@ class XtablesScript(NamedTuple):
             sections = [self._used(section) for section in given]
             if any(_serves(rule.text) for section in sections for rule in section.rules):
                 left.append((tool, [section for section in sections if section.rules]))
-        return self._replace(families=left)
+        return replace(self, families=left)
 
     def _used(self, section: Section) -> Section:
         rules = [rule for rule in section.rules if f" {OUT_BY_LO} " not in rule.text and not self.is_dead(rule)]

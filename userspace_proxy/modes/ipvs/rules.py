@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
 
 from userspace_proxy.model.endpoint import join_address
 from userspace_proxy.model.names import ServicePortName
@@ -21,7 +21,7 @@ from userspace_proxy.modes.ipvs.table import (
 from userspace_proxy.modes.kernel_rules import NodeFacts, Translation
 from userspace_proxy.modes.nft_blocks import NftTable
 from userspace_proxy.modes.portal_names import PortalNames
-from userspace_proxy.modes.rule_line import RuleLine
+from userspace_proxy.modes.rule_line import RuleLine, Rules
 
 _SCHEDULERS = {
     "rr": "each new connection goes to the next endpoint (rr: round robin)",
@@ -46,7 +46,8 @@ _IPVSADM = RuleLine(
 )
 
 
-class IpvsRules(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class IpvsRules(Rules):
     """The nftables table, then the input of `ip` and `ipvsadm`."""
 
     table: NftTable
@@ -57,11 +58,8 @@ class IpvsRules(NamedTuple):
         yield from self.table.lines()
         yield from self.others
 
-    def text(self) -> str:
-        return "".join(f"{line.text}\n" for line in self.lines())
-
     def without_unused(self) -> IpvsRules:
-        return self._replace(table=self.table.without_unused())
+        return replace(self, table=self.table.without_unused())
 
 
 def rules(translations: Iterable[Translation], facts: NodeFacts, host_ips: Iterable[str], scheduler: str) -> IpvsRules:

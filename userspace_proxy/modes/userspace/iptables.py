@@ -19,7 +19,7 @@ from userspace_proxy.model.routes import Sender
 from userspace_proxy.model.service import Portal
 from userspace_proxy.modes import xtables_script
 from userspace_proxy.modes.portal_names import PortalNames, host
-from userspace_proxy.modes.rule_line import Reason, RuleLine
+from userspace_proxy.modes.rule_line import Reason, RuleLine, text_of
 from userspace_proxy.modes.userspace.nft import node_port_addresses, restricted
 from userspace_proxy.modes.xtables_script import (
     BUILT_IN,
@@ -89,7 +89,7 @@ def restore(redirects: Redirects, family: Family, saved: str) -> str:
     *saved* is the output of iptables-save. A jump that is there is not added again. One that is not the first rule of
     its chain is moved there.
     """
-    return "".join(section.text() for section in _sections(redirects, family, saved))
+    return "".join(text_of(section.lines()) for section in _sections(redirects, family, saved))
 
 
 def rules(redirects: Redirects) -> XtablesScript:

@@ -19,7 +19,7 @@ from userspace_proxy.model.service import Portal
 from userspace_proxy.modes import nft_blocks
 from userspace_proxy.modes.nft_blocks import IP, PORT, SENDERS, SENT, Block, NftTable, set_block
 from userspace_proxy.modes.portal_names import PortalNames
-from userspace_proxy.modes.rule_line import RuleLine
+from userspace_proxy.modes.rule_line import RuleLine, text_of
 from userspace_proxy.modes.userspace.transparent_replies import REPLY_RULE
 from userspace_proxy.netfilter.nft_text import comment, is_everything, merged
 from userspace_proxy.netfilter.sets import SetKind
@@ -53,7 +53,7 @@ def change(old: Redirects, new: Redirects) -> str:
     old_chains = _chains(old)
     for name, rules in _chains(new).items():
         if rules != old_chains[name]:
-            lines += [f"flush chain {TABLE} {name}", f"table {TABLE} {{", _chain(name, rules).text() + "}"]
+            lines += [f"flush chain {TABLE} {name}", f"table {TABLE} {{", text_of(_chain(name, rules).lines()) + "}"]
     gone, came = _difference(old, new)
     lines += [f"delete element {TABLE} {name} {{ {key} }}" for name, keys in gone.items() for key in keys]
     lines += [f"add element {TABLE} {name} {{ {e.text} }}" for name, keys in came.items() for e in keys.values()]
