@@ -101,7 +101,7 @@ def test_every_line_of_kernel_modes_is_explained_and_unchanged(facts: NodeFacts)
         services = {name: service_rules(made, family, how) for name, made in EVERYTHING.items()}
         loaded = tables.whole(tables.Tables(node_rules(family, how), services), {})
         assert "".join(text_of(section.lines()) for section in sections) == loaded
-    assert [line.text for line in table.lines] == SlotTable().text(facts, EVERYTHING.values()).splitlines()
+    assert [line.text for line in table.lines] == SlotTable().rules(facts, EVERYTHING.values()).text().splitlines()
 
 
 @pytest.mark.parametrize("seed", range(40))

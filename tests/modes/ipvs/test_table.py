@@ -79,7 +79,7 @@ def test_the_kernel_takes_every_element_of_the_table(lab: Lab) -> None:
         tables = ElementTables("ipvs", IpvsTable())
         runner.run(tables.load(RuleUpdate(by_name(EVERYTHING.values()), (), facts)))
         tables.unwatch()
-    theirs.run("nft", "-f", "-", stdin=IpvsTable().text(facts, EVERYTHING.values()))
+    theirs.run("nft", "-f", "-", stdin=IpvsTable().rules(facts, EVERYTHING.values()).text())
 
     listed = [host.run("nft", "list", "table", *IpvsTable.name.split()).stdout for host in (ours, theirs)]
     assert [sorted(re.findall(r"[^\s,]+", text)) for text in listed] == [sorted(re.findall(r"[^\s,]+", listed[0]))] * 2

@@ -116,11 +116,11 @@ def test_thousands_of_pinned_endpoints_can_be_replaced_at_once() -> None:
 
 
 def test_the_whole_table_reads_as_written_down() -> None:
-    assert_golden("slots-everything.nft", SlotTable().text(FACTS, EVERYTHING))
+    assert_golden("slots-everything.nft", SlotTable().rules(FACTS, EVERYTHING).text())
 
 
 def test_without_services_it_reads_as_written_down() -> None:
-    assert_golden("slots-nothing.nft", SlotTable().text(NodeFacts(), ()))
+    assert_golden("slots-nothing.nft", SlotTable().rules(NodeFacts(), ()).text())
 
 
 def in_force(host: Host) -> Any:
@@ -156,7 +156,7 @@ def test_elements_loaded_by_netlink_equal_the_rendered_text(lab: Lab) -> None:
     ours, theirs = lab.add("netlink"), lab.add("text")
 
     load(slot_tables(), ours, by_name(*EVERYTHING), set())
-    theirs.run("nft", "-f", "-", stdin=SlotTable().text(FACTS, EVERYTHING))
+    theirs.run("nft", "-f", "-", stdin=SlotTable().rules(FACTS, EVERYTHING).text())
 
     assert in_force(ours) == in_force(theirs)
 

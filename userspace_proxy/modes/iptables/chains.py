@@ -224,18 +224,18 @@ def _to_node_ports(family: Family, options: ChainOptions) -> list[RuleLine]:
     local, to = "-m addrtype --dst-type LOCAL", f"-j {NODE_PORTS.name}"
     last = "is it a node port? The last rule, because it matches most packets."
     cidrs = [cidr for cidr in options.node_ports_on if family_of(cidr) == family]
-    if not cidrs or any(is_everything((cidr,)) for cidr in cidrs):
-        # At ::1 they cannot work, as IPv6 has no route_localnet.
-        never = "::1/128" if family == 6 else "" if options.localhost_node_ports else "127.0.0.0/8"
-        match, but = (f"! -d {never} ", f", except {host(never)}") if never else ("", "")
-        return [RuleLine(f"{match}{comment} {local} {to}", f"{xtables.at_own_address()}{but}: {last}")]
-    lines = []
-    for network in (ipaddress.ip_network(cidr, strict=False) for cidr in cidrs):
-        match, packets = f"{local} ", xtables.at_own_address(str(network))
-        if network.num_addresses == 1:
-            match, packets = "", f"Packets to {host(str(network))}"
-        lines.append(RuleLine(f"-d {network} {comment} {match}{to}", f"{packets}: {last}"))
-    return lines
+    if cidrs and not any(is_everything((cidr,)) for cidr in cidrs):
+        networks = (ipaddress.ip_network(cidr, strict=False) for cidr in cidrs)
+        return [
+            RuleLine(f"-d {network} {comment} {to}", f"Packets to {host(str(network))}: {last}")
+            if network.num_addresses == 1
+            else RuleLine(f"-d {network} {comment} {local} {to}", f"{xtables.at_own_address(str(network))}: {last}")
+            for network in networks
+        ]
+    # At ::1 they cannot work, as IPv6 has no route_localnet.
+    never = "::1/128" if family == 6 else "" if options.localhost_node_ports else "127.0.0.0/8"
+    match, but = (f"! -d {never} ", f", except {host(never)}") if never else ("", "")
+    return [RuleLine(f"{match}{comment} {local} {to}", f"{xtables.at_own_address()}{but}: {last}")]
 
 
 # ---- rules of a service port

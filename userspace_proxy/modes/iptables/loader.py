@@ -106,12 +106,17 @@ class IptablesTables(XtablesRules):
             families.append(_Family(family, tool))
             if family == 4 and kube_tables.is_noted(_LOCALNET_NOTE, saved):
                 self._notes = [_LOCALNET_NOTE]  # by the previous process; must survive a flush of our rules
-        if options.localhost_node_ports and not sysctls.can_apply(_ROUTE_LOCALNET):
+        self._families = families
+        self._options = self._with_localnet(options) if options.localhost_node_ports else options
+
+    def _with_localnet(self, options: ChainOptions) -> ChainOptions:
+        """Return *options*, without node ports at 127.0.0.1 if route_localnet cannot be set. Note its present value."""
+        if not sysctls.can_apply(_ROUTE_LOCALNET):
             log.warning("node ports are not served at 127.0.0.1: %s cannot be set to 1 here", _ROUTE_LOCALNET)
-            options = replace(options, localhost_node_ports=False)
-        if options.localhost_node_ports and _ROUTE_LOCALNET.path.read_text().strip() == "0":
+            return replace(options, localhost_node_ports=False)
+        if _ROUTE_LOCALNET.path.read_text().strip() == "0":
             self._notes = [_LOCALNET_NOTE]
-        self._options, self._families = options, families
+        return options
 
     def _set_node(self) -> None:
         """Set route_localnet. Call it after a load: the rules note its value and guard 127.0.0.0/8."""

@@ -109,19 +109,23 @@ def removals_when_idle(
 
 def record(present: VirtualServers, done: Iterable[ServerChange]) -> None:
     """Update *present*, what IPVS has, by the changes that were *done*."""
-    copied: dict[Portal, dict[Address, int]] = {}  # weights that no other virtual server shares
+    weights_of: dict[Portal, dict[Address, int]] = {}  # copies, which no other virtual server shares
     for verb, portal, server, endpoint, weight in done:
         if endpoint is None and verb is Verb.DELETE:
             present.pop(portal, None)
-            copied.pop(portal, None)
+            weights_of.pop(portal, None)
             continue
-        held = present.get(portal, VirtualServerSpec())
-        if portal not in copied:
-            copied[portal] = dict(held.weights)
-        weights = copied[portal]
-        kept = server if endpoint is None else held
-        present[portal] = VirtualServerSpec(kept.scheduler, kept.affinity_timeout_s, weights)
-        if verb is Verb.DELETE and endpoint is not None:
-            weights.pop(endpoint, None)
-        elif endpoint is not None:
-            weights[endpoint] = weight
+        before = present.get(portal, VirtualServerSpec())
+        if portal not in weights_of:
+            weights_of[portal] = dict(before.weights)
+        weights, after = weights_of[portal], server if endpoint is None else before
+        present[portal] = VirtualServerSpec(after.scheduler, after.affinity_timeout_s, weights)
+        if endpoint is not None:
+            _record_endpoint(weights, verb, endpoint, weight)
+
+
+def _record_endpoint(weights: dict[Address, int], verb: Verb, endpoint: Address, weight: int) -> None:
+    if verb is Verb.DELETE:
+        weights.pop(endpoint, None)
+    else:
+        weights[endpoint] = weight

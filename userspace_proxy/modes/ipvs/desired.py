@@ -44,12 +44,15 @@ class DesiredServers:
             if (made := translations.get(name)) is not None:
                 portals |= self._add(made, virtual_servers(made, node_ips, scheduler, missing))
         for portal in portals:
-            server = self._at_portals.get(portal) or self._at_node_ports.get(portal)
-            if server is None:
-                self.servers.pop(portal, None)
-            else:
-                self.servers[portal] = server
+            self._choose(portal)
         return portals
+
+    def _choose(self, portal: Portal) -> None:
+        server = self._at_portals.get(portal) or self._at_node_ports.get(portal)
+        if server is None:
+            self.servers.pop(portal, None)
+        else:
+            self.servers[portal] = server
 
     def _add(self, made: Translation, servers: VirtualServers) -> set[Portal]:
         name = made.service_port.name

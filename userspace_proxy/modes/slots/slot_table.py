@@ -146,12 +146,8 @@ class SlotTable:
         declared = NftTable(before, [*sets, *PINS, *empty]).text()
         return f"{held}{declared}flush table {self.name}\n{NftTable(before, chains).text()}"
 
-    def text(self, facts: NodeFacts, translations: Iterable[Translation]) -> str:
-        """Return our whole table as one script."""
-        return self.rules(facts, translations).text()
-
     def rules(self, facts: NodeFacts, translations: Iterable[Translation]) -> NftTable:
-        """Return the lines of `text`, each with its reason."""
+        """Return our whole table, each line with its reason."""
         found, owners = Elements(), dict[tuple[str, bytes], ServicePortName]()
         timeouts_s = set()
         for translation in translations:

@@ -218,6 +218,8 @@ def restricted(redirects: Redirects, family: Family) -> Iterator[tuple[Portal, t
 
 # ---- sets and maps
 
+_PORT_WORDS = "protocol . port"
+
 
 def _kinds(family: Family) -> Iterator[tuple[str, SetKind]]:
     for name, what, key, key_words in (
@@ -240,7 +242,6 @@ def _kinds(family: Family) -> Iterator[tuple[str, SetKind]]:
     yield from nft_blocks.restriction_kinds(family)
 
 
-_PORT_WORDS = "protocol . port"
 _PROXY_PORTS = set_block(
     "proxy_ports",
     SetKind(PORT, (), "The local ports at which our proxy listens.", f"An element is {_PORT_WORDS}."),
