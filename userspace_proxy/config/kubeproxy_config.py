@@ -113,10 +113,10 @@ def read_configuration(path: Path) -> Configuration:
         plain, keys_were_lost = plain_value(document.text)
         twice = keys_that_stand_twice(document.text)[1] if keys_were_lost else []
     except yaml.YAMLError as error:
-        line, said = describe(document.text, error)
-        raise StartError(f"{path}:{document.line + line}: {said}") from None
-    for line, said in twice:
-        raise StartError(f"{path}:{document.line + line}: {said}")
+        line, readable = describe(document.text, error)
+        raise StartError(f"{path}:{document.line + line}: {readable}") from None
+    for line, readable in twice:
+        raise StartError(f"{path}:{document.line + line}: {readable}")
     try:
         return _understood(_decode(plain))
     except ConfigError as error:
@@ -151,9 +151,9 @@ def _decode_duration(wanted: type, value: object) -> Duration:
 
 def _refuse_unknown(parent: str, name: str) -> NoReturn:
     section = _SECTIONS[parent] if parent else CONFIGURATION  # there is one level of sections
-    known = section.__struct_fields__
-    close = [n for n in known if n.lower() == name.lower()] or difflib.get_close_matches(name, known, n=1)
-    fix = f"did you mean {close[0]}?" if close else f"known here are {', '.join(sorted(known))}"
+    names = section.__struct_fields__
+    close = [n for n in names if n.lower() == name.lower()] or difflib.get_close_matches(name, names, n=1)
+    fix = f"did you mean {close[0]}?" if close else f"known here are {', '.join(sorted(names))}"
     raise ConfigError(f"{name!r} is not known", field=api.below(parent, name), fix=fix)
 
 
@@ -207,10 +207,10 @@ def _take_field(understood: Configuration, meanings: Mapping[str, tuple[str, Kin
 
 def _set_fields(section: msgspec.Struct, parent: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the fields that are set, each with its path."""
-    for known in msgspec.structs.fields(section):
-        value = getattr(section, known.name)
-        path = api.below(parent, known.name)
-        if known.required or value is None or value in (known.default, [], {}):
+    for each in msgspec.structs.fields(section):
+        value = getattr(section, each.name)
+        path = api.below(parent, each.name)
+        if each.required or value is None or value in (each.default, [], {}):
             continue
         if isinstance(value, msgspec.Struct):
             yield from _set_fields(value, path)

@@ -319,7 +319,7 @@ class Settings:
     @property
     def dns_addresses(self) -> tuple[str, ...]:
         """The addresses at which cluster DNS answers; () for none."""
-        return tuple(str(known[_DNS_HOST]) for known in self.service_ranges) if self.dns == AUTO else self.dns
+        return tuple(str(network[_DNS_HOST]) for network in self.service_ranges) if self.dns == AUTO else self.dns
 
     @property
     def node_name(self) -> str:
@@ -328,7 +328,7 @@ class Settings:
 
 
 SETTINGS: Mapping[str, Setting] = {
-    known.name: known.metadata["setting"] for known in dataclasses.fields(Settings) if known.metadata
+    each.name: each.metadata["setting"] for each in dataclasses.fields(Settings) if each.metadata
 }
 
 

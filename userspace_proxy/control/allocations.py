@@ -191,7 +191,7 @@ class ManifestAllocations(Allocations):
         assert service.spec is not None
         families = service.spec.ip_families or []
         policy = service.spec.ip_family_policy or ("RequireDualStack" if len(families) > 1 else "SingleStack")
-        by_family = {f"IPv{known.family}": known for known in self._cluster_ranges}
+        by_family = {f"IPv{pool.family}": pool for pool in self._cluster_ranges}
         if families and not by_family.keys() & set(families):
             raise ConfigError(
                 f"no cluster IP range is {families[0]}",
@@ -200,7 +200,7 @@ class ManifestAllocations(Allocations):
             )
         wanted = [by_family[f] for f in families if f in by_family] or self._cluster_ranges[:1]
         if policy in ("PreferDualStack", "RequireDualStack"):
-            wanted += [known for known in self._cluster_ranges if known not in wanted]
+            wanted += [pool for pool in self._cluster_ranges if pool not in wanted]
         return wanted if policy != "SingleStack" else wanted[:1]
 
     def _node_port_requests(self, name: NamespacedName, service: api.Service) -> Iterator[ValueRequest]:
@@ -255,8 +255,8 @@ class ManifestAllocations(Allocations):
             return None, [error]
         if any(ip in pool for pool in self._load_balancer_ranges):
             return ip, []
-        said, fix = f"{given} is not in --load-balancer-pool", "choose one that is, or leave it out"
-        return None, [ConfigError(said, field=_LOAD_BALANCER_IP, fix=fix)]
+        reason, fix = f"{given} is not in --load-balancer-pool", "choose one that is, or leave it out"
+        return None, [ConfigError(reason, field=_LOAD_BALANCER_IP, fix=fix)]
 
 
 def _without_lost(

@@ -134,8 +134,8 @@ class ValueClaims:
         holder, _, held = self._holding(request.stated)
         if holder != name and held.allocated and held.kind in _STATED_WINS:
             return None
-        said = f"{request.stated} is already the {held.kind.value} of {holder}"
-        return ConfigError(said, field=request.field, fix="choose another one, or none")
+        reason = f"{request.stated} is already the {held.kind.value} of {holder}"
+        return ConfigError(reason, field=request.field, fix="choose another one, or none")
 
     def _holding(self, value: Value) -> tuple[NamespacedName, str, _Held]:
         holder = self._holders[value]
@@ -295,8 +295,8 @@ class PortalClaims:
             del self._claimants[portal]
             self.changes += before is not None
             return
-        known = None if self._remembered is None else self._remembered.get(portal_key(portal))
-        after = self._owners.get(portal) or min(claimants, key=lambda it: (str(it) != known, claimants[it], it))
+        holder = None if self._remembered is None else self._remembered.get(portal_key(portal))
+        after = self._owners.get(portal) or min(claimants, key=lambda it: (str(it) != holder, claimants[it], it))
         self._holders[portal] = after
         if before != after:
             self.changes += 1

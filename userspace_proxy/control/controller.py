@@ -118,9 +118,9 @@ class Controller:
 
     def _note(self, events: Iterable[ObjectEvent]) -> None:
         for event in events:
-            if (told := _CHANGED.get(event.kind)) is not None:
-                self.changes[told].total += 1
-                self.changes[told].pending += 1
+            if (counter := _CHANGED.get(event.kind)) is not None:
+                self.changes[counter].total += 1
+                self.changes[counter].pending += 1
             if isinstance(event.object, api.EndpointSlice) and event.object.address_type in self.programming:
                 at = trigger_time(event.object)
                 if at is not None and at > self._started_at:  # changes from before the start would distort the latency
@@ -137,7 +137,7 @@ class Controller:
     async def _sync(self) -> None:
         started_at = time.monotonic()
         triggers, self._triggers = self._triggers, []
-        taken = {told: changes.pending for told, changes in self.changes.items()}
+        taken = {counter: changes.pending for counter, changes in self.changes.items()}
         self.sync_health.note_begin()
         try:
             desired = self._tracker.state()
@@ -156,8 +156,8 @@ class Controller:
             return
         self._pacer.note_end(succeeded=True)
         self.sync_health.note_end(succeeded=True)
-        for told, count in taken.items():
-            self.changes[told].pending -= count
+        for counter, count in taken.items():
+            self.changes[counter].pending -= count
         self.synced, self.desired = state, desired
         if self.error:
             log.info("the rules could be loaded again")
@@ -178,8 +178,8 @@ class Controller:
             self.ready.set()
             services = len({name.service for name in state.service_ports})
             without = sum(not usable_endpoints(known) for known in state.endpoints.values())
-            said = "ready: %d Services with %d service ports, %d of them without endpoints"
-            log.info(said, services, len(state.service_ports), without)
+            reason = "ready: %d Services with %d service ports, %d of them without endpoints"
+            log.info(reason, services, len(state.service_ports), without)
             return
         changed = {name: was for name, was in before.items() if was != state.endpoints.get(name, ())}
         for name in islice(changed, _CHANGES_LOGGED_MAX):

@@ -54,6 +54,7 @@ class DnsEndpoints:
         self._answers: dict[tuple[str, str], _Answer] = {}  # by name and family
         self._slices: dict[NamespacedName, api.EndpointSlice] = {}  # as the tracker has them
         self._problems: dict[str, str] = {}
+        self._is_synced = False
 
     @property
     def problems(self) -> Mapping[str, str]:
@@ -67,10 +68,10 @@ class DnsEndpoints:
         changes = self._source.events()
         following = asyncio.ensure_future(anext(changes))
         resolving: asyncio.Task[None] | None = None
-        is_synced = False
+        self._is_synced = False
         try:
             while True:
-                if is_synced and (self._services or self._answers) and resolving is None:
+                if self._is_synced and (self._services or self._answers) and resolving is None:
                     resolving = asyncio.create_task(self._resolve(after_s=_EVERY_S), name="resolve endpoints")
                 await asyncio.wait(filter(None, (following, resolving)), return_when=asyncio.FIRST_COMPLETED)
                 batch: Sequence[ObjectEvent] = ()
@@ -79,18 +80,22 @@ class DnsEndpoints:
                     following = asyncio.ensure_future(anext(changes))
                 if resolving is not None and resolving.done():
                     resolving = resolving.result()
-                self._note_services(batch)
-                synced = [event for event in batch if event.type is EventType.SYNCED]
-                if synced and not is_synced:
-                    await self._resolve()
-                    is_synced = True
-                others = [event for event in batch if event.type is not EventType.SYNCED]
-                if events := [*others, *self._slice_events(), *synced]:
+                if events := await self._with_slices(batch):
                     yield events
         finally:
             for task in filter(None, tasks := (following, resolving)):
                 task.cancel()
             await asyncio.gather(*filter(None, tasks), return_exceptions=True)
+
+    async def _with_slices(self, batch: Sequence[ObjectEvent]) -> list[ObjectEvent]:
+        """Return the events of *batch* with those of slices from DNS; wait for the first answers before SYNCED."""
+        self._note_services(batch)
+        synced = [event for event in batch if event.type is EventType.SYNCED]
+        if synced and not self._is_synced:
+            await self._resolve()
+            self._is_synced = True
+        others = [event for event in batch if event.type is not EventType.SYNCED]
+        return [*others, *self._slice_events(), *synced]
 
     def _note_services(self, events: Iterable[ObjectEvent]) -> None:
         for event in events:
@@ -141,8 +146,8 @@ class DnsEndpoints:
             answers = [self._answers.get((target.name, family), _Answer()) for family in _TYPES]
             if all(answer.error for answer in answers):
                 kept = sum(len(answer.addresses) for answer in answers)
-                said = f"Service {name}: dns://{target.name} gives no addresses: {answers[0].error}"
-                self._problems[f"Service {name}"] = said + (f"; its last {kept} stay in use" if kept else "")
+                reason = f"Service {name}: dns://{target.name} gives no addresses: {answers[0].error}"
+                self._problems[f"Service {name}"] = reason + (f"; its last {kept} stay in use" if kept else "")
         for place in self._problems.keys() - before.keys():
             log.warning("%s", self._problems[place])
         for place in before.keys() - self._problems.keys():

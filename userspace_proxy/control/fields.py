@@ -95,8 +95,8 @@ def _head_errors(kind: str, plain: Mapping[str, Any]) -> Iterator[ConfigError]:
     version = plain.get("apiVersion")
     is_misspelt = version is None and any(str(key).lower() == "apiversion" for key in plain)
     if version not in versions and not is_misspelt:
-        said = f"{version!r} has no {kind}" if version is not None else "the apiVersion is missing"
-        yield ConfigError(said, field="apiVersion", fix=f"write 'apiVersion: {versions[0]}'")
+        reason = f"{version!r} has no {kind}" if version is not None else "the apiVersion is missing"
+        yield ConfigError(reason, field="apiVersion", fix=f"write 'apiVersion: {versions[0]}'")
     if kind == "Service":  # decode checks the names of Services
         return
     for key in ("name", "namespace"):
@@ -127,18 +127,18 @@ def _unknown_field(kind: str, whole: _Tree, tree: _Tree, key: str, here: str) ->
     a_kind = f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind}"
     if here == "spec":
         return ConfigError(f"{a_kind} has no field 'spec'", field=here, fix="move what is in it to the top level")
-    meant = next((name for name in _NAMES_ELSEWHERE.get(key, ()) if name in tree), None)
-    if match := meant or _closest(key, tree):
+    similar = next((name for name in _NAMES_ELSEWHERE.get(key, ()) if name in tree), None)
+    if match := similar or _closest(key, tree):
         return ConfigError(f"{a_kind} has no field {key!r} here", field=here, fix=f"did you mean {match!r}?")
     if match := _closest(key, _all_names(whole)):
         homes = list(_homes(whole, match))
-        said = f"{a_kind} has no field {key!r}"
-        return ConfigError(said, field=here, fix=f"did you mean {match!r}? It belongs {_under(homes)}")
+        reason = f"{a_kind} has no field {key!r}"
+        return ConfigError(reason, field=here, fix=f"did you mean {match!r}? It belongs {_under(homes)}")
     fix = f"remove it, or write one of {', '.join(list(tree)[:20])}"
     return ConfigError(f"{a_kind} has no field {key!r} here", field=here, fix=fix)
 
 
-def is_meant(unknown: ConfigError, name: str) -> bool:
+def is_similar(unknown: ConfigError, name: str) -> bool:
     """Return whether *unknown*, an error of `field_errors`, is a misspelt *name*."""
     key = unknown.field.rpartition(".")[2]
     return repr(name) in unknown.fix or key.strip("-\u00a0").partition(":")[0] == name

@@ -39,8 +39,8 @@ class Hosts:
         address = ipaddress.ip_address(ip)
         if network := next((network for network in self.networks if address in network), None):
             return f"{ip} is in {network}, a network of this node, and may be another host's"
-        of_family = [known for known in ranges if known.version == address.version]
-        inside = next((known for known in of_family if address in known), None)
+        of_family = [network for network in ranges if network.version == address.version]
+        inside = next((network for network in of_family if address in network), None)
         if inside is None:
             return f"{ip} is outside of the Service range {', '.join(map(str, of_family))}" if of_family else ""
         if inside.num_addresses > 2 and address == inside.network_address:

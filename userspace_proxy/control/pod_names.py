@@ -38,14 +38,14 @@ def environment(services: Mapping[NamespacedName, KnownService], namespace: str)
     Those of Services with a cluster IP in the namespace, and of default/kubernetes. If two Services make the same
     variable, the last one by name wins.
     """
-    found = {name.name: known for name, known in services.items() if name.namespace == namespace}
+    found = {name.name: service for name, service in services.items() if name.namespace == namespace}
     if (master := services.get(_MASTER_SERVICE)) is not None:
         found.setdefault(_MASTER_SERVICE.name, master)
     return {
         variable: value
-        for name, known in sorted(found.items(), key=lambda item: item[0])
-        if known.names.cluster_ips and known.ports
-        for variable, value in _variables(name, known.names.cluster_ips[0], known.ports)
+        for name, service in sorted(found.items(), key=lambda item: item[0])
+        if service.names.cluster_ips and service.ports
+        for variable, value in _variables(name, service.names.cluster_ips[0], service.ports)
     }
 
 
@@ -75,11 +75,11 @@ def _variable(name: str) -> str:
 
 def hosts_lines(services: Mapping[NamespacedName, KnownService], namespace: str, domain: str) -> Iterator[str]:
     """Yield lines of /etc/hosts for *services*; those of *namespace* have their short name, too."""
-    for (own, name), known in sorted(services.items()):
-        if known.names.external_name:
-            yield f"# {name}.{own}.svc.{domain} is {known.names.external_name}"
+    for (own, name), service in sorted(services.items()):
+        if service.names.external_name:
+            yield f"# {name}.{own}.svc.{domain} is {service.names.external_name}"
         aliases = f"{name}.{own}.svc.{domain} {name}.{own}.svc {name}.{own}"
         aliases += f" {name}" if own == namespace else ""
-        hosts = {host.ip: host.hostname for group in known.names.groups for host in group.hosts}
-        for ip, hostname in (*dict.fromkeys(known.names.cluster_ips, "").items(), *hosts.items()):
+        hosts = {host.ip: host.hostname for group in service.names.groups for host in group.hosts}
+        for ip, hostname in (*dict.fromkeys(service.names.cluster_ips, "").items(), *hosts.items()):
             yield f"{ip} {aliases}" + (f" {hostname}.{name}.{own}.svc.{domain}" if hostname else "")

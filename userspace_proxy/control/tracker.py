@@ -168,12 +168,12 @@ class Tracker:
         *,
         kept: bool,
     ) -> None:
-        said = "; also ".join(
+        reason = "; also ".join(
             f"{origin.where(error.field) if origin else name}: Service {name}: {error}" for error in errors
         )
-        if problems.get(name) != said:
-            log.error("%s%s", said, "; its last good version goes on serving" if kept else "")
-        problems[name] = said
+        if problems.get(name) != reason:
+            log.error("%s%s", reason, "; its last good version goes on serving" if kept else "")
+        problems[name] = reason
 
     def _index_selectors(self, name: NamespacedName) -> None:
         """Index *name* by the selectors of its latest version and of the served one."""

@@ -87,14 +87,14 @@ class Details:
     hidden_connections: int = 0
 
 
-def merge(told: list[Details]) -> Details:
+def merge(reports: list[Details]) -> Details:
     """Merge the answers of several workers."""
     by_name: dict[ServicePortName, list[ServicePortDetails]] = {}
-    for details in told:
+    for details in reports:
         for of_one in details.service_ports:
             by_name.setdefault(of_one.name, []).append(of_one)
-    connections = sorted((c for details in told for c in details.connections), key=lambda each: -each.age_s)
-    hidden = sum(details.hidden_connections for details in told)
+    connections = sorted((c for details in reports for c in details.connections), key=lambda each: -each.age_s)
+    hidden = sum(details.hidden_connections for details in reports)
     return Details(tuple(map(_merge_service_ports, by_name.values())), tuple(connections), hidden)
 
 
@@ -103,8 +103,8 @@ def _merge_service_ports(parts: list[ServicePortDetails]) -> ServicePortDetails:
     choices: dict[ListenerName, dict[tuple[Address, str], float]] = {}
     for part in parts:
         for endpoint in part.endpoints:
-            known = endpoints.get(endpoint.address)
-            endpoints[endpoint.address] = endpoint if known is None else _merge_endpoints(known, endpoint)
+            earlier = endpoints.get(endpoint.address)
+            endpoints[endpoint.address] = endpoint if earlier is None else _merge_endpoints(earlier, endpoint)
         for listener, of_listener in part.choices:
             shares = choices.setdefault(listener, {})
             for choice in of_listener:

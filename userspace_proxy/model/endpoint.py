@@ -59,15 +59,15 @@ def without_duplicates(endpoints: list[Endpoint]) -> tuple[Endpoint, ...]:
     """
     by_address: dict[Address, Endpoint] = {}
     for endpoint in endpoints:
-        known = by_address.get(endpoint.address)
-        if known is None or (known.terminating and not endpoint.terminating):
+        earlier = by_address.get(endpoint.address)
+        if earlier is None or (earlier.terminating and not endpoint.terminating):
             by_address[endpoint.address] = endpoint
     return tuple(by_address.values())
 
 
 def difference(before: Iterable[Endpoint], after: Iterable[Endpoint]) -> str:
     """Describe how endpoints changed: how many there are, and which were added, removed or changed condition."""
-    old, new = ({endpoint.address: endpoint for endpoint in known} for known in (before, after))
+    old, new = ({endpoint.address: endpoint for endpoint in endpoints} for endpoints in (before, after))
     both = [(old[address], endpoint) for address, endpoint in new.items() if address in old]
     parts = {
         "added": [endpoint for address, endpoint in new.items() if address not in old],
@@ -77,8 +77,8 @@ def difference(before: Iterable[Endpoint], after: Iterable[Endpoint]) -> str:
         "terminating": [now for was, now in both if now.terminating and not was.terminating],
     }
     ready = sum(endpoint.ready for endpoint in new.values())
-    said = [f"{what} {_listed(endpoints)}" for what, endpoints in parts.items() if endpoints]
-    return "; ".join([f"{len(new)} endpoint{'' if len(new) == 1 else 's'}, {ready} ready", *said])
+    changes = [f"{what} {_listed(endpoints)}" for what, endpoints in parts.items() if endpoints]
+    return "; ".join([f"{len(new)} endpoint{'' if len(new) == 1 else 's'}, {ready} ready", *changes])
 
 
 def _listed(endpoints: Sequence[Endpoint]) -> str:

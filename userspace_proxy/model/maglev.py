@@ -21,15 +21,7 @@ def slot_table(endpoints: Sequence[Address], slots: int, weights: Mapping[str, i
     no slots, unless every weight is 0. If the weights add up to more than *slots*, they are scaled down, to 1 at least.
     """
     if weights:
-        asks = [weights.get(ip, 1) for ip, _ in endpoints]
-        if (total := sum(asks)) > slots:
-            asks = [ask and max(1, ask * slots // total) for ask in asks]
-        asking = [(endpoint, ask) for endpoint, ask in zip(endpoints, asks, strict=True) if ask]
-        turns: list[Address] = []
-        while asking:  # interleaved, because a turn may end before the last endpoint has its slots
-            turns += (endpoint for endpoint, _ in asking)
-            asking = [(endpoint, ask - 1) for endpoint, ask in asking if ask > 1]
-        endpoints = turns or endpoints
+        endpoints = _by_weight(endpoints, slots, weights) or endpoints
     orders = [_order(endpoint, slots) for endpoint in endpoints]
     table: list[Address | None] = [None] * slots
     left = slots
@@ -42,6 +34,19 @@ def slot_table(endpoints: Sequence[Address], slots: int, weights: Mapping[str, i
             if not left:
                 return table  # type: ignore[return-value]  # every slot is taken
             orders[index] = (at, step)
+
+
+def _by_weight(endpoints: Sequence[Address], slots: int, weights: Mapping[str, int]) -> list[Address]:
+    """Return one turn: each of *endpoints* as often as its weight says, but *slots* in all if each has one."""
+    asks = [weights.get(ip, 1) for ip, _ in endpoints]
+    if (total := sum(asks)) > slots:
+        asks = [ask and max(1, ask * slots // total) for ask in asks]
+    asking = [(endpoint, ask) for endpoint, ask in zip(endpoints, asks, strict=True) if ask]
+    turn: list[Address] = []
+    while asking:  # interleaved, because the slots may end before the last endpoint has its own
+        turn += (endpoint for endpoint, _ in asking)
+        asking = [(endpoint, ask - 1) for endpoint, ask in asking if ask > 1]
+    return turn
 
 
 @functools.lru_cache(100_000)

@@ -83,21 +83,17 @@ def _targets(
     replaced = ListenerName(service_port.name)
     kept = replaced._replace(transparent=service_port.source_ip is SourceIP.TRANSPARENT)
     internal = Scope.LOCAL if service_port.internal_local else Scope.CLUSTER
-    for portal in internal_portals(service_port):
-        if portal.family != family:
-            continue
+    for portal in (each for each in internal_portals(service_port) if each.family == family):
         yield portal, Sender.ANYBODY, (replaced if detects_pods else kept)._replace(scope=internal)
         if detects_pods:
             yield portal, Sender.POD, kept._replace(scope=internal)
         else:
             yield portal, Sender.NODE, replaced._replace(scope=internal)
-    for portal in external_portals(service_port):
-        if portal.family != family:
-            continue
-        if not service_port.external_local:
+    for portal in (each for each in external_portals(service_port) if each.family == family):
+        if service_port.external_local:
+            yield portal, Sender.ANYBODY, kept._replace(scope=Scope.LOCAL)
+            if detects_pods:
+                yield portal, Sender.POD, kept
+            yield portal, Sender.NODE, replaced
+        else:
             yield portal, Sender.ANYBODY, replaced
-            continue
-        yield portal, Sender.ANYBODY, kept._replace(scope=Scope.LOCAL)
-        if detects_pods:
-            yield portal, Sender.POD, kept
-        yield portal, Sender.NODE, replaced

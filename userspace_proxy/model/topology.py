@@ -42,19 +42,19 @@ def reach(service_port: ServicePort, endpoints: Iterable[Endpoint], node: Node) 
     Cluster: ready endpoints that hints assign to this node or zone. Local: ready endpoints on this node; hints do not
     apply. If there are none, endpoints that still serve while terminating (KEP-1669); hints do not apply to these.
     """
-    known = tuple(endpoints)
+    candidates = tuple(endpoints)
     external_local = service_port.external_local and service_port.is_externally_accessible
     uses_cluster = not service_port.internal_local or service_port.is_externally_accessible
     uses_local = service_port.internal_local or external_local
     cluster: tuple[Endpoint, ...] = ()
     local: tuple[Endpoint, ...] = ()
     if uses_cluster:
-        cluster = apply_hints(node, usable_endpoints(known))
+        cluster = apply_hints(node, usable_endpoints(candidates))
     has_any = bool(cluster)
     if uses_local:
-        has_any = has_any or bool(usable_endpoints(known))
+        has_any = has_any or bool(usable_endpoints(candidates))
         if node.name:
-            local = usable_endpoints(e for e in known if e.node_name == node.name)
+            local = usable_endpoints(e for e in candidates if e.node_name == node.name)
     return Reach(cluster, local, has_any)
 
 
@@ -63,8 +63,8 @@ def usable_endpoints(endpoints: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
 
     Ready endpoints; if there are none, endpoints that still serve while terminating (KEP-1669).
     """
-    known = tuple(endpoints)
-    return tuple(e for e in known if e.ready) or tuple(e for e in known if e.serving and e.terminating)
+    candidates = tuple(endpoints)
+    return tuple(e for e in candidates if e.ready) or tuple(e for e in candidates if e.serving and e.terminating)
 
 
 def apply_hints(node: Node, usable: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:
@@ -77,9 +77,9 @@ def apply_hints(node: Node, usable: tuple[Endpoint, ...]) -> tuple[Endpoint, ...
         return usable
     for mine, hints in ((node.name, attrgetter("node_hints")), (node.zone, attrgetter("zone_hints"))):
         if mine and all(map(hints, usable)):
-            meant = tuple(e for e in usable if mine in hints(e))
-            if meant:
-                return meant
+            near = tuple(e for e in usable if mine in hints(e))
+            if near:
+                return near
     return usable
 
 

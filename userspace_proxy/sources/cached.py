@@ -74,7 +74,7 @@ class CachedSource:
         self._source = source
         self._settings = settings
         self._patience_s = patience_s
-        self._known: dict[ObjectKey, api.KubernetesObject] = {}
+        self._objects: dict[ObjectKey, api.KubernetesObject] = {}
         self._unconfirmed: set[ObjectKey] = set()  # from the file, and not reported by the source
         self._is_complete = False  # the source has reported every object
         self._saved_at = 0.0  # of the state that is served from the file
@@ -108,19 +108,15 @@ class CachedSource:
         began_at, has_looked = time.time(), False
         try:
             while True:
-                try:
-                    async with asyncio.timeout(None if has_looked or self._is_complete else _LOOK_S):
-                        batch = await batches.get()
-                except TimeoutError:
-                    if self._is_silent(began_at):
-                        has_looked = True
-                        if cached := await self._cached_events():
-                            yield cached
+                batch = await _next(batches, None if has_looked or self._is_complete else _LOOK_S)
+                if batch is not None:
+                    events = self._note(batch)
+                elif has_looked := self._is_silent(began_at):
+                    events = await self._cached_events()
+                else:
                     continue
-                if isinstance(batch, Exception):
-                    raise batch
-                if noted := self._note(batch):
-                    yield noted
+                if events:
+                    yield events
         finally:
             for task in tasks:
                 task.cancel()
@@ -148,14 +144,14 @@ class CachedSource:
                 key = (event.kind, event.name)
                 self._unconfirmed.discard(key)
                 if event.object is None:
-                    self._known.pop(key, None)
+                    self._objects.pop(key, None)
                 else:
-                    self._known[key] = event.object
+                    self._objects[key] = event.object
             elif event.type is EventType.SYNCED:
                 if self._saved_at:
                     log.info("the API server answers, its state is in force")
                 for kind, name in self._unconfirmed:
-                    self._known.pop((kind, name), None)
+                    self._objects.pop((kind, name), None)
                     noted.append(ObjectEvent(EventType.DELETE, kind, name))
                 self._unconfirmed.clear()
                 self._is_complete = True
@@ -175,8 +171,8 @@ class CachedSource:
         for kind, given in (("Service", saved.services), ("EndpointSlice", saved.slices), ("Node", saved.nodes)):
             for item in given:
                 key = (kind, NamespacedName(item.metadata.namespace or "", item.metadata.name))
-                if key not in self._known:
-                    self._known[key] = item
+                if key not in self._objects:
+                    self._objects[key] = item
                     self._unconfirmed.add(key)
                     events.append(ObjectEvent(EventType.SET, kind, key[1], item))
         log.warning("%s (%s)", self.stale, self._settings.file)
@@ -222,16 +218,16 @@ class CachedSource:
                     await asyncio.to_thread(self._attempt, None)
                 continue
             self._changed.clear()
-            await asyncio.to_thread(self._attempt, list(self._known.items()))
+            await asyncio.to_thread(self._attempt, list(self._objects.items()))
             await asyncio.sleep(_WRITE_EVERY_S)
 
-    def _attempt(self, known: list[tuple[ObjectKey, api.KubernetesObject]] | None) -> None:
+    def _attempt(self, objects: list[tuple[ObjectKey, api.KubernetesObject]] | None) -> None:
         """Write *known*, or if None, confirm what is written. A repeated failure is logged once."""
         try:
-            if known is None:
+            if objects is None:
                 os.utime(self._settings.file)
             else:
-                self._write([item for _, item in known])
+                self._write([item for _, item in objects])
         except OSError as error:
             failure = error.strerror or str(error)
             if failure != self._failure:
@@ -240,14 +236,14 @@ class CachedSource:
         else:
             self._failure = ""
 
-    def _write(self, known: Sequence[api.KubernetesObject]) -> None:
+    def _write(self, objects: Sequence[api.KubernetesObject]) -> None:
         state = _SavedState(
             _VERSION,
             self._settings.origin,
             self._settings.boot_id,
-            [self._kept(item) for item in known if isinstance(item, api.Service)],
-            [self._kept(item) for item in known if isinstance(item, api.EndpointSlice)],
-            [self._kept(item) for item in known if isinstance(item, api.Node)],
+            [self._kept(item) for item in objects if isinstance(item, api.Service)],
+            [self._kept(item) for item in objects if isinstance(item, api.EndpointSlice)],
+            [self._kept(item) for item in objects if isinstance(item, api.Node)],
         )
         content = msgspec.msgpack.encode(state)
         replace_file(self._settings.file, hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest() + content)
@@ -259,3 +255,15 @@ class CachedSource:
         prefix = self._settings.annotation_prefix
         kept = {name: text for name, text in item.metadata.annotations.items() if name.startswith(prefix)}
         return msgspec.structs.replace(item, metadata=msgspec.structs.replace(item.metadata, annotations=kept))
+
+
+async def _next(batches: _Batches, timeout_s: float | None) -> Sequence[ObjectEvent] | None:
+    """Return the next of *batches*, or None after *timeout_s*; raise the exception that ended the source."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            batch = await batches.get()
+    except TimeoutError:
+        return None
+    if isinstance(batch, Exception):
+        raise batch
+    return batch

@@ -111,8 +111,8 @@ def parse(document: Document, *, for_check: bool = False) -> tuple[list[Manifest
         return _parse(document, for_check=for_check)
     except Exception as error:  # an unexpected document must not stop the others
         log.exception("a bug: %s:%d: the document cannot be read", document.path, document.line)
-        said = ConfigError(f"a bug: {error!r}", fix="please report it, with this document")
-        return [], [Problem(document.path, document.line, said)]
+        bug = ConfigError(f"a bug: {error!r}", fix="please report it, with this document")
+        return [], [Problem(document.path, document.line, bug)]
 
 
 def _parse(document: Document, *, for_check: bool) -> tuple[list[Manifest], list[Problem]]:
@@ -148,8 +148,8 @@ def _manifests(document: Document, plain: object, *, for_check: bool) -> tuple[l
     lines = Lines()
     problems = [_problem(place, error, lines) for place, error in rejected[:_PROBLEMS_MAX]]
     if len(rejected) > _PROBLEMS_MAX:
-        said = ConfigError(f"more than {_PROBLEMS_MAX} objects of this document cannot be read")
-        problems.append(Problem(document.path, document.line, said))
+        rest = ConfigError(f"more than {_PROBLEMS_MAX} objects of this document cannot be read")
+        problems.append(Problem(document.path, document.line, rest))
     return manifests, problems
 
 
@@ -216,8 +216,8 @@ def _manifest(place: Place, plain: object, *, for_check: bool) -> Manifest:
     if kind == "EndpointSlice" and plain.get("apiVersion") == "discovery.k8s.io/v1beta1":
         plain = _as_v1(plain)
     if for_check:
-        known, errors = _convert_what_can_be(kind, plain)
-        return Manifest(kind, full_name, known, plain, place, tuple(errors))
+        converted, errors = _convert_what_can_be(kind, plain)
+        return Manifest(kind, full_name, converted, plain, place, tuple(errors))
     return Manifest(kind, full_name, api.convert(kind, plain), plain, place)
 
 
@@ -302,8 +302,8 @@ def _name_outside(plain: dict[str, Any]) -> ConfigError:
         return ConfigError("must be a mapping, not a list", field="metadata", fix="remove the '-'")
     if "name" not in plain:
         return ConfigError("the object has no name", field="metadata", fix="add metadata.name")
-    said = "'name' stands at the top level, but belongs under 'metadata'"
-    return ConfigError(said, field="name", fix="move it there: it begins two columns to the right of 'metadata'")
+    reason = "'name' stands at the top level, but belongs under 'metadata'"
+    return ConfigError(reason, field="name", fix="move it there: it begins two columns to the right of 'metadata'")
 
 
 def _missing_space(metadata: object) -> ConfigError | None:

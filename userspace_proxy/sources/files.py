@@ -142,7 +142,7 @@ class FileSource:
 
     @property
     def problems(self) -> Mapping[str, str]:
-        return {where: said for where, said in self._problems.items() if where not in self._notes}
+        return {where: message for where, message in self._problems.items() if where not in self._notes}
 
     @property
     def watches(self) -> Sequence[WatchStats]:
@@ -271,15 +271,9 @@ class FileSource:
             faults = {path: fault for path, fault in self._faults.items() if path not in touched}
         for path in present:
             try:
-                text = self._text_if_changed(path)
+                self._look_at(path, change)
             except UNREADABLE as error:
                 faults[path] = unreadable(path, error)
-                continue
-            if text is not None:
-                change.is_empty = False
-                file = self._files[path]
-                self._take(file, shown(path), text, change)
-                (self._faulty.add if file.problems else self._faulty.discard)(path)
         for path in gone:
             change.is_empty = False
             change.gone += self._files.pop(path).parts
@@ -291,6 +285,15 @@ class FileSource:
             return []
         self._faults = faults
         return self._events_of(change)
+
+    def _look_at(self, path: str, change: _Change) -> None:
+        """Take over the file *path* if it has changed."""
+        text = self._text_if_changed(path)
+        if text is not None:
+            change.is_empty = False
+            file = self._files[path]
+            self._take(file, shown(path), text, change)
+            (self._faulty.add if file.problems else self._faulty.discard)(path)
 
     def _present(self, faults: dict[str, Problem]) -> dict[str, None]:
         """Return the files that exist now; files of a folder that cannot be read count as existing."""
@@ -309,20 +312,20 @@ class FileSource:
                     present |= dict.fromkeys(expand(path))
             except OSError as error:
                 faults[path] = unreadable(path, error)
-                present |= dict.fromkeys(known for known in self._files if Path(known).is_relative_to(path))
+                present |= dict.fromkeys(held for held in self._files if Path(held).is_relative_to(path))
         self._with_links = with_links
         return present
 
     def _text_if_changed(self, path: str) -> str | None:
         """Return the text of *path* if it has changed since the last read, else None."""
-        known = self._files.get(path)
+        held = self._files.get(path)
         if path in self._stream_paths:
             text = self._streams[path].result()
             self._files.setdefault(path, _File())
-            return text if known is None else None
+            return text if held is None else None
         stat = os.stat(path)  # noqa: PTH116 - a Path for each of 10,000 files takes longer than the call
         seen = (stat.st_mtime_ns, stat.st_size, stat.st_ino, stat.st_dev)
-        if known is not None and known.seen == seen:
+        if held is not None and held.seen == seen:
             return None
         text = read(path)
         file = self._files.setdefault(path, _File())
@@ -353,7 +356,7 @@ class FileSource:
         line = 1 + text.count("\n", 0, first)
         by_text = {part.document.text: part for part in old[head:tail] if not part.problems}
         middle = [
-            known.at(document) if (known := by_text.get(document.text)) else self._parsed(document)
+            held.at(document) if (held := by_text.get(document.text)) else self._parsed(document)
             for document in split(path, text[first : last + offset], line, first)
         ]
         lines = text.count("\n", first, last + offset) - file.text.count("\n", first, last)
@@ -441,7 +444,7 @@ class FileSource:
         """Log new and solved problems; keep the current ones for health and metrics."""
         latest = {problem.where: problem for problem in problems}
         now = {where: str(problem) for where, problem in latest.items()}
-        news = [where for where, said in now.items() if self._problems.get(where) != said]
+        news = [where for where, message in now.items() if self._problems.get(where) != message]
         for where in news[:_LOGGED_MAX]:
             kept = "; the last good version, if there was one, goes on serving" if latest[where].hides else ""
             if isinstance(latest[where].error, Note):

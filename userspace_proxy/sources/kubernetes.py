@@ -120,7 +120,7 @@ class KubernetesSource:
     def problems(self) -> Mapping[str, str]:
         found = {stats.kind: stats.failure() for stats in self.watches if stats.failing_since is not None}
         for reflector in self._reflectors.values():
-            found.update({said: said for said in reflector.problems.values()})
+            found.update({problem: problem for problem in reflector.problems.values()})
         return found
 
     async def events(self) -> AsyncGenerator[Sequence[ObjectEvent]]:

@@ -207,8 +207,8 @@ def _check_kubeconfig(kubeconfig: Path) -> None:
         text = read(str(kubeconfig))
         plain, _ = plain_value(text)
     except yaml.YAMLError as error:
-        line, said = describe(text, error)
-        raise ConnectionError(f"no login: line {line + 1}: {said}") from None
+        line, readable = describe(text, error)
+        raise ConnectionError(f"no login: line {line + 1}: {readable}") from None
     except UNREADABLE as error:
         raise ConnectionError(f"no login: {getattr(error, 'strerror', None) or error}") from None
     for field, path in _named_files(plain):

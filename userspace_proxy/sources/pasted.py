@@ -20,8 +20,8 @@ _TAG = r"</?(html|head|body|div|span|p|br|pre|code|a|table|t[rdh]|li|ul)(\s[^>]*
 # A table. The formatter would make four lines of each entry.
 # fmt: off
 _SIGNS = [
-    (re.compile(pattern, re.IGNORECASE), said, fix)
-    for pattern, said, fix in (
+    (re.compile(pattern, re.IGNORECASE), problem, fix)
+    for pattern, problem, fix in (
         (r"^\s*(```|~~~)", FENCE, "remove the lines that begin with ``` or ~~~"),
         (rf"{_TAG}|&(nbsp|quot|amp|lt|gt|#\d+);", "this is HTML, not a manifest",
             "fetch the raw file, not the page that shows it"),
@@ -52,7 +52,7 @@ _PARENT = re.compile(r"(metadata|spec):\s*$")
 def sign_in(row: str, field: str = "") -> ConfigError | None:
     """Return the copying mistake in *row*, a line with a fault, or None."""
     row = _COMMENT.sub("", row[:_ROW_MAX])
-    return next((ConfigError(said, field=field, fix=fix) for sign, said, fix in _SIGNS if sign.search(row)), None)
+    return next((ConfigError(problem, field=field, fix=fix) for sign, problem, fix in _SIGNS if sign.search(row)), None)
 
 
 def certain_sign(text: str) -> tuple[int, ConfigError] | None:
@@ -72,7 +72,7 @@ def lost_indentation(text: str) -> tuple[int, ConfigError] | None:
         return None
     for (_, above), (line, row) in pairwise(rows):
         if _PARENT.fullmatch(above) and not _PARENT.fullmatch(row):
-            said = "the indentation is lost: every line begins in the first column"
+            problem = "the indentation is lost: every line begins in the first column"
             fix = "indent what belongs under 'metadata' and 'spec' by two spaces, or copy the raw file"
-            return line, ConfigError(said, fix=fix)
+            return line, ConfigError(problem, fix=fix)
     return None

@@ -183,8 +183,8 @@ def decoded(data: bytes) -> str:
     is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = data.decode("utf-16" if is_utf16 else "utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     if text.count("\n---") >= _DOCUMENTS_MAX:
-        said = f"cannot be read: it holds more than {_DOCUMENTS_MAX} documents"
-        raise ConfigError(said, fix="split it into several files")
+        reason = f"cannot be read: it holds more than {_DOCUMENTS_MAX} documents"
+        raise ConfigError(reason, fix="split it into several files")
     return text
 
 

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
@@ -223,15 +223,7 @@ class Reflector(Generic[T]):
                 async for chunk in self._chunks(response):
                     was_listing = self._found is not None
                     changes: list[Change[T]] = []
-                    failure = None
-                    try:
-                        for line in splitter.lines(chunk):
-                            self._read(line, changes)
-                            self._note_message()
-                    except (msgspec.MsgspecError, ValueError) as error:
-                        failure = FollowError(f"the server sent an invalid answer: {error}", self._pace.refused_max_s)
-                    except FollowError as error:
-                        failure = error
+                    failure = self._read_lines(splitter.lines(chunk), changes)
                     if changes or (was_listing and self._found is None):
                         yield changes
                     if failure is not None:  # changes before the failure are valid
@@ -260,6 +252,18 @@ class Reflector(Generic[T]):
         if self._version is None:
             return params | {"sendInitialEvents": "true", "resourceVersionMatch": "NotOlderThan"}
         return params | {"resourceVersion": str(self._version)}
+
+    def _read_lines(self, lines: Iterable[bytes], changes: list[Change[T]]) -> FollowError | None:
+        """Apply the events in *lines*; return why the watch failed at one of them."""
+        try:
+            for line in lines:
+                self._read(line, changes)
+                self._note_message()
+        except (msgspec.MsgspecError, ValueError) as error:
+            return FollowError(f"the server sent an invalid answer: {error}", self._pace.refused_max_s)
+        except FollowError as error:
+            return error
+        return None
 
     def _read(self, line: bytes, changes: list[Change[T]]) -> None:
         """Apply one event: to the initial list while it is incomplete, else to *changes*."""
@@ -376,7 +380,7 @@ class Reflector(Generic[T]):
         news, gone = self._reported.replace(present, version)
         self._version = version
         self.stats.relists += 1
-        self.problems = {name: said for name, said in self.problems.items() if name in present}
+        self.problems = {name: message for name, message in self.problems.items() if name in present}
         changes = [Change(name, found.objects[name]) for name in news if name in found.objects]
         return [*changes, *(Change[T](name, None) for name in gone)]
 
@@ -385,10 +389,10 @@ class Reflector(Generic[T]):
         try:
             made = self._decoder.decode(raw)
         except msgspec.MsgspecError as error:
-            said = f"{self.stats.kind} {name}: {error}"
-            if self.problems.get(name) != said:
-                log.error("%s; its last good version, if there was one, goes on serving", said)  # noqa: TRY400
-            self.problems[name] = said
+            message = f"{self.stats.kind} {name}: {error}"
+            if self.problems.get(name) != message:
+                log.error("%s; its last good version, if there was one, goes on serving", message)  # noqa: TRY400
+            self.problems[name] = message
             return None
         self.problems.pop(name, None)
         return made
@@ -428,18 +432,18 @@ class Reflector(Generic[T]):
             return Status()
 
     def _refusal(self, code: int, status: Status, headers: Mapping[str, str]) -> FollowError:
-        said = f"{code} {status.message}" if status.message else f"the server answers {code}"
+        message = f"{code} {status.message}" if status.message else f"the server answers {code}"
         longest_s = self._pace.refused_max_s
         causes = (status.details.causes if status.details else None) or ()
         if code == 410 or any(cause.reason == "ResourceVersionTooLarge" for cause in causes):
-            return _ExpiredError(said, longest_s, at_once=True)
+            return _ExpiredError(message, longest_s, at_once=True)
         if code == 400 and self._filters and (self._found is None or self._lists_next):
-            return _UnknownFieldError(said, longest_s, at_once=True)
+            return _UnknownFieldError(message, longest_s, at_once=True)
         if self._found is not None and code in (400, 422):
-            return _NoWatchListError(said, longest_s, at_once=True)
+            return _NoWatchListError(message, longest_s, at_once=True)
         retry_after = headers.get("Retry-After", "")
         retry_after_s = min(float(retry_after), longest_s) if retry_after.isdecimal() else 0.0
-        return FollowError(said, longest_s, retry_after_s=retry_after_s, at_once=code == 401)
+        return FollowError(message, longest_s, retry_after_s=retry_after_s, at_once=code == 401)
 
     async def _chunks(self, response: Response) -> AsyncGenerator[bytes]:
         """Yield the chunks of the body as they arrive.

@@ -23,8 +23,8 @@ class Versions:
 
     def sets(self, name: NamespacedName, version: int) -> bool:
         """Record a write of *name*; return whether it is new."""
-        known = max(self._covered, self._held.get(name, _NONE), self._deleted.get(name, _NONE))
-        if version <= known:
+        newest = max(self._covered, self._held.get(name, _NONE), self._deleted.get(name, _NONE))
+        if version <= newest:
             return False
         self._held[name] = version
         self._deleted.pop(name, None)

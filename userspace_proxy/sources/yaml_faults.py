@@ -31,13 +31,13 @@ def describe(text: str, error: yaml.YAMLError) -> tuple[int, ConfigError]:
     if html := html_error(text):
         return line, html
     field = _field(row)
-    near = [line, _context(error, ""), line - 1]
-    if any(TEMPLATE.search(rows[at]) for at in near if at is not None and 0 <= at < len(rows)):
+    near = [at for at in (line, _context(error, ""), line - 1) if at is not None and 0 <= at < len(rows)]
+    if any(TEMPLATE.search(rows[at]) for at in near):
         return line, template_note(field)
     if "\t" in row[: len(row) - len(row.lstrip())]:
         return line, ConfigError("a tab is used for indentation", field=field, fix="indent with spaces")
     for at in near:
-        if at is not None and 0 <= at < len(rows) and (sign := sign_in(rows[at], _field(rows[at]))):
+        if sign := sign_in(rows[at], _field(rows[at])):
             return at, sign
     if isinstance(error, UnreadableValue):
         return line, ConfigError(str(error.problem), field=field, fix=error.fix)
@@ -78,8 +78,8 @@ def html_error(text: str) -> ConfigError | None:
 
 
 def _problem(error: yaml.YAMLError) -> str:
-    said = getattr(error, "problem", None) or getattr(error, "reason", None) or error
-    return str(said).splitlines()[0]
+    reason = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+    return str(reason).splitlines()[0]
 
 
 def _field(row: str) -> str:
@@ -110,23 +110,23 @@ def _unclosed_quote(rows: list[str], error: yaml.YAMLError) -> int | None:
 def _special_sign(row: str, error: yaml.YAMLError) -> str:
     """Return the YAML indicator that a value wrongly begins with, or "" if that is not the fault."""
     mark = getattr(error, "problem_mark", None)
-    said = _problem(error)
+    reason = _problem(error)
     if mark is None:
         return ""
-    if "undefined alias" in said or _context(error, "scanning an alias") is not None:
+    if "undefined alias" in reason or _context(error, "scanning an alias") is not None:
         return "*"
     if _context(error, "scanning an anchor") is not None:
         return "&"
-    return row[mark.column : mark.column + 1] if "cannot start any token" in said else ""
+    return row[mark.column : mark.column + 1] if "cannot start any token" in reason else ""
 
 
 def _of_special_sign(sign: str, field: str) -> ConfigError:
-    said = {
+    reason = {
         "*": "'*' stands for an undefined alias: what follows it would be the name of an anchor",
         "&": "'&' begins an anchor, which needs a name",
     }.get(sign, f"no value begins with {sign!r}")
     fix = "write a number" if field in _NUMERIC_FIELDS else "put the value in quotes"
-    return ConfigError(said, field=field, fix=fix)
+    return ConfigError(reason, field=field, fix=fix)
 
 
 def _missing_space(rows: list[str], line: int, error: yaml.YAMLError) -> tuple[int, ConfigError] | None:
@@ -186,7 +186,7 @@ def _repeated_keys_of(node: YamlNode, field: str) -> Iterator[tuple[int, ConfigE
         first = firsts.setdefault(key.text, key)
         if first is not key and not key.is_merge:
             above = key.line - first.line
-            said = f"{key.text!r} stands twice, {above} {'line' if above == 1 else 'lines'} apart"
+            reason = f"{key.text!r} stands twice, {above} {'line' if above == 1 else 'lines'} apart"
             fix = "join the two" if value.text is None else "remove one of them"
-            error = ConfigError(f"{said}, and only this one counts", field=api.below(field, key.text), fix=fix)
+            error = ConfigError(f"{reason}, and only this one counts", field=api.below(field, key.text), fix=fix)
             yield key.line, error

@@ -233,8 +233,8 @@ class _Builder:
             raise UnreadableValue(f"what the anchor {alias.anchor[:60]!r} stands for contains itself", alias.start_mark)
         self._budget.repeated -= anchored.size
         if self._budget.repeated < 0:
-            said = "aliases and merge keys make the document far larger than it is written"
-            raise UnreadableValue(said, alias.start_mark, "write out what they stand for")
+            reason = "aliases and merge keys make the document far larger than it is written"
+            raise UnreadableValue(reason, alias.start_mark, "write out what they stand for")
         self._size += anchored.size
         return anchored.value
 
@@ -246,14 +246,14 @@ class _Builder:
         here.key = _NO_KEY
         for mapping in value[::-1] if isinstance(value, list) else [value]:
             if not isinstance(mapping, dict):
-                said = f"a merge key needs a mapping or a list of mappings, not {_kind(mapping)}"
-                raise UnreadableValue(said, event.start_mark, "write '<<: *anchor', or put '<<' in quotes")
+                reason = f"a merge key needs a mapping or a list of mappings, not {_kind(mapping)}"
+                raise UnreadableValue(reason, event.start_mark, "write '<<: *anchor', or put '<<' in quotes")
             here.merged.append(mapping)
 
 
 def _undefined(alias: Any) -> yaml.YAMLError:
-    said = f"found undefined alias {alias.anchor[:60]!r}"
-    return yaml.composer.ComposerError(None, None, said, alias.start_mark)
+    reason = f"found undefined alias {alias.anchor[:60]!r}"
+    return yaml.composer.ComposerError(None, None, reason, alias.start_mark)
 
 
 def _is_of_another_tool(tag: str) -> bool:
@@ -291,8 +291,8 @@ def _scalar(tag: str, event: Any) -> object:
         if tag.endswith((":binary", ":null")):
             return _short_scalar.__wrapped__(tag, text)
     shown = text if len(text) <= _NUMBER_MAX else f"{text[:20]}... ({len(text)} characters)"
-    said = f"{shown!r} cannot be read as {_SCALARS[tag]}"
-    raise UnreadableValue(said, event.start_mark, "put it in quotes, without a tag, if a text is meant")
+    reason = f"{shown!r} cannot be read as {_SCALARS[tag]}"
+    raise UnreadableValue(reason, event.start_mark, "put it in quotes, without a tag, if a text is meant")
 
 
 @lru_cache(maxsize=4096)

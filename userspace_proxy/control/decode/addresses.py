@@ -96,8 +96,8 @@ def virtual_ip_errors(ip: str, field: str) -> Iterator[ConfigError]:
         yield error
         return
     if special:
-        said = f"{ip!r} is {_named(special)}, which no Service can have"
-        yield ConfigError(said, field=field, fix=f"choose one such as {_example(field)}")
+        reason = f"{ip!r} is {_named(special)}, which no Service can have"
+        yield ConfigError(reason, field=field, fix=f"choose one such as {_example(field)}")
 
 
 def backend_ip_errors(ip: str, field: str) -> Iterator[ConfigError]:

@@ -73,11 +73,11 @@ def read_annotations(service: api.Service) -> tuple[ServiceAnnotations, list[Con
             try:
                 values[entry.field] = entry.read(text)
             except ValueError as error:
-                said = f"{text!r} {entry.wrong}{f': {error}' if name == HEALTH_CHECK else ''}"
-                problems.append(ConfigError(said, field=api.below("metadata.annotations", name), fix=entry.fix))
+                reason = f"{text!r} {entry.wrong}{f': {error}' if name == HEALTH_CHECK else ''}"
+                problems.append(ConfigError(reason, field=api.below("metadata.annotations", name), fix=entry.fix))
     if "dns_target" in values and service.spec is not None and service.spec.selector:
-        said, fix = "it has no effect beside a selector, whose Pods are the endpoints", "remove one of the two"
-        problems.append(ConfigError(said, field=api.below("metadata.annotations", ENDPOINTS_FROM), fix=fix))
+        reason, fix = "it has no effect beside a selector, whose Pods are the endpoints", "remove one of the two"
+        problems.append(ConfigError(reason, field=api.below("metadata.annotations", ENDPOINTS_FROM), fix=fix))
     return ServiceAnnotations(**values), problems
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import lru_cache
 
@@ -84,9 +85,9 @@ def from_endpoints(given: api.Endpoints) -> EndpointsByPort:
     for subset, port in ((part, port) for part in given.subsets or () for port in part.ports or ()):
         if port.port is not None and is_port(port.port):
             for addresses, ready in ((subset.addresses, True), (subset.not_ready_addresses, False)):
-                known = ((backend_ip(address.ip), address.node_name) for address in addresses or ())
+                pairs = ((backend_ip(address.ip), address.node_name) for address in addresses or ())
                 found[port.name or "", port.protocol or "TCP"] += [
-                    Endpoint(ip, port.port, ready, ready, node_name=node) for ip, node in known if ip is not None
+                    Endpoint(ip, port.port, ready, ready, node_name=node) for ip, node in pairs if ip is not None
                 ]
     return found
 
@@ -97,17 +98,20 @@ def from_pods(service: api.Service, pods: Iterable[api.Pod]) -> EndpointsByPort:
     assert spec is not None
     found: dict[PortKey, list[Endpoint]] = defaultdict(list)
     for pod in pods:
-        ips = pod_ips(pod) if not has_ended(pod) else []
-        answers = is_ready(pod)
-        terminating = pod.metadata.deletion_timestamp is not None
-        ready = (answers and not terminating) or bool(spec.publish_not_ready_addresses)
-        node = pod.spec.node_name if pod.spec else None
-        for port in spec.ports or () if ips else ():
+        endpoints = list(_pod_endpoints(pod, publishes_all=bool(spec.publish_not_ready_addresses)))
+        for port in spec.ports or () if endpoints else ():
             if (number := target_port(port, pod)) is not None:
-                found[port_key(port)] += [
-                    Endpoint(ip, number, ready, answers or ready, terminating, node) for ip in ips
-                ]
+                found[port_key(port)] += [replace(endpoint, port=number) for endpoint in endpoints]
     return found
+
+
+def _pod_endpoints(pod: api.Pod, *, publishes_all: bool) -> Iterator[Endpoint]:
+    """Yield an endpoint for each address of *pod*, without a port; none if the pod has ended."""
+    answers, terminating = is_ready(pod), pod.metadata.deletion_timestamp is not None
+    ready = (answers and not terminating) or publishes_all
+    node = pod.spec.node_name if pod.spec else None
+    for ip in pod_ips(pod) if not has_ended(pod) else ():
+        yield Endpoint(ip, 0, ready, answers or ready, terminating, node)
 
 
 def has_ended(pod: api.Pod) -> bool:

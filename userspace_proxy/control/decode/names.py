@@ -57,9 +57,7 @@ def headless_names(
         for piece in slices:
             _add_slice(groups, piece, publishes_all=publishes_all)
         for subset in (endpoints.subsets if endpoints else None) or ():
-            unready = subset.not_ready_addresses if publishes_all else None
-            for address in (*(subset.addresses or ()), *(unready or ())):
-                _add(groups[_ports_of(subset.ports)], address.hostname, address.ip)
+            _add_subset(groups, subset, publishes_all=publishes_all)
     return ServiceNames(groups=tuple(HostGroup(ports, tuple(hosts)) for ports, hosts in groups.items() if hosts))
 
 
@@ -71,6 +69,12 @@ def _add_slice(groups: _Groups, piece: api.EndpointSlice, *, publishes_all: bool
         ready = item.conditions is None or item.conditions.ready is not False
         if item.addresses and (ready or publishes_all):
             _add(hosts, item.hostname, item.addresses[0])
+
+
+def _add_subset(groups: _Groups, subset: api.objects.EndpointSubset, *, publishes_all: bool) -> None:
+    unready = subset.not_ready_addresses if publishes_all else None
+    for address in (*(subset.addresses or ()), *(unready or ())):
+        _add(groups[_ports_of(subset.ports)], address.hostname, address.ip)
 
 
 def _ports_of(ports: Sequence[api.objects.EndpointPort] | None) -> tuple[NamedPort, ...]:

@@ -67,15 +67,13 @@ def service_ports(
     ranges, ranges_problems = _source_ranges(spec, families, load_balancer_ips)
     problems += ranges_problems
     for index, port in enumerate(spec.ports or ()):
-        protocol = port.protocol or "TCP"
+        protocol, wanted = port.protocol or "TCP", annotated or source_ip
+        if (problem := _port_problem(spec, index, port, wanted)) is not None:
+            problems.append(problem)
+            wanted = source_ip
         if protocol not in L4Protocol.__members__:
-            problems.append(_unproxied(protocol, index, others=len(spec.ports or ()) > 1))
             continue
         lost = {portal.ip for portal in allocation.lost if (portal.port, portal.protocol) == (port.port, protocol)}
-        wanted = annotated or source_ip
-        if protocol == "UDP" and wanted is SourceIP.PROXY_PROTOCOL_V1:
-            problems.append(_no_header_of_udp(port))
-            wanted = source_ip
         found[index] = ServicePort(
             name=ServicePortName(name, port.name or "", L4Protocol(protocol)),
             port=port.port,
@@ -216,16 +214,16 @@ def _source_ranges(
     for where, text in given:
         cidr = canonical_cidr(text, where)
         if (mapped := mapped_cidr(cidr)) is not None:
-            said = f"{text} is a range of IPv4 addresses written as IPv6, which no client is in"
-            problems.append(ConfigError(said, field=where, fix=f"write {mapped}"))
+            reason = f"{text} is a range of IPv4 addresses written as IPv6, which no client is in"
+            problems.append(ConfigError(reason, field=where, fix=f"write {mapped}"))
         elif family_of(cidr) in ranges:
             ranges[family_of(cidr)][cidr] = None
     dialled = set(map(family_of, load_balancer_ips)) or (families if not any(ranges.values()) else set())
     for family in sorted(dialled):
         if not ranges[family]:
-            said = f"no range is IPv{family}, so no client may dial the load balancer IPs of that family"
+            reason = f"no range is IPv{family}, so no client may dial the load balancer IPs of that family"
             fix = f"add one, such as {_ALL_CLIENTS[family]} for all clients"
-            problems.append(ConfigError(said, field="spec.loadBalancerSourceRanges", fix=fix))
+            problems.append(ConfigError(reason, field="spec.loadBalancerSourceRanges", fix=fix))
     return (
         tuple(
             cidr
@@ -241,20 +239,24 @@ def _not_here(obstacle: str) -> ConfigError:
     return ConfigError(f"clients' addresses cannot be kept on this node: {obstacle}", field=SOURCE_IP_FIELD)
 
 
-def _no_header_of_udp(port: api.ServicePort) -> ConfigError:
-    return ConfigError(
-        f"PROXY protocol v1 knows no UDP, which port {port.port} is",
-        field=SOURCE_IP_FIELD,
-        fix="write proxy-protocol-v2; until then the node's default applies to this port",
-    )
-
-
-def _unproxied(protocol: str, index: int, *, others: bool) -> ConfigError:
-    return ConfigError(
-        f"{protocol!r} cannot be proxied, only TCP and UDP can",
-        field=f"spec.ports[{index}].protocol",
-        fix="remove the port, or serve it another way" + ("; the other ports are served" if others else ""),
-    )
+def _port_problem(
+    spec: api.objects.ServiceSpec, index: int, port: api.ServicePort, source_ip: SourceIP
+) -> ConfigError | None:
+    """Return why *port* is not served, or not with *source_ip*; None if it is."""
+    if (protocol := port.protocol or "TCP") not in L4Protocol.__members__:
+        others = "; the other ports are served" if len(spec.ports or ()) > 1 else ""
+        return ConfigError(
+            f"{protocol!r} cannot be proxied, only TCP and UDP can",
+            field=f"spec.ports[{index}].protocol",
+            fix=f"remove the port, or serve it another way{others}",
+        )
+    if protocol == "UDP" and source_ip is SourceIP.PROXY_PROTOCOL_V1:
+        return ConfigError(
+            f"PROXY protocol v1 knows no UDP, which port {port.port} is",
+            field=SOURCE_IP_FIELD,
+            fix="write proxy-protocol-v2; until then the node's default applies to this port",
+        )
+    return None
 
 
 def _external_ips(spec: api.objects.ServiceSpec) -> Iterator[tuple[int, str]]:

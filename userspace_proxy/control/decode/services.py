@@ -93,8 +93,8 @@ def _policy_errors(spec: api.objects.ServiceSpec) -> Iterator[ConfigError]:
         yield from number_errors(number, field)
         for index, port in enumerate(spec.ports or ()):
             if port.node_port == number and (port.protocol or "TCP") == "TCP":
-                said = f"{number} is already the node port of ports[{index}]"
-                yield ConfigError(said, field=field, fix="choose another one, or leave it out")
+                reason = f"{number} is already the node port of ports[{index}]"
+                yield ConfigError(reason, field=field, fix="choose another one, or leave it out")
 
 
 def _cluster_ips_errors(spec: api.objects.ServiceSpec) -> Iterator[ConfigError]:
@@ -109,8 +109,8 @@ def _cluster_ips_errors(spec: api.objects.ServiceSpec) -> Iterator[ConfigError]:
         return
     yield from _families_errors(spec, [(field, canonical_ip(given)) for field, given in fields])
     if spec.cluster_ips and spec.cluster_ip and canonical_ip(spec.cluster_ip) != canonical_ip(spec.cluster_ips[0]):
-        said, fix = "is not the first of spec.clusterIPs", "write the same address in both, or leave one field out"
-        yield ConfigError(f"{spec.cluster_ip} {said}", field="spec.clusterIP", fix=fix)
+        reason, fix = "is not the first of spec.clusterIPs", "write the same address in both, or leave one field out"
+        yield ConfigError(f"{spec.cluster_ip} {reason}", field="spec.clusterIP", fix=fix)
 
 
 def _families_errors(spec: api.objects.ServiceSpec, ips: list[tuple[str, str]]) -> Iterator[ConfigError]:
@@ -130,13 +130,13 @@ def _families_errors(spec: api.objects.ServiceSpec, ips: list[tuple[str, str]]) 
 def _ports_errors(ports: list[api.ServicePort]) -> Iterator[ConfigError]:
     unnamed = [index for index, port in enumerate(ports) if not port.name] if len(ports) > 1 else []
     if unnamed:
-        said = f"a Service with several ports must name each; {len(unnamed)} of {len(ports)} have no name"
-        yield ConfigError(said, field=f"spec.ports[{unnamed[0]}]", fix="add names, such as 'name: http'")
+        reason = f"a Service with several ports must name each; {len(unnamed)} of {len(ports)} have no name"
+        yield ConfigError(reason, field=f"spec.ports[{unnamed[0]}]", fix="add names, such as 'name: http'")
     first: dict[tuple[str, object], int] = {}
     for index, port in enumerate(ports):
         field, protocol = f"spec.ports[{index}]", port.protocol or "TCP"
         yield from _port_errors(port, protocol, field)
-        for part, value, said, fix in (
+        for part, value, reason, fix in (
             ("name", port.name, f"the name {port.name!r} is already that of", "give each port a name of its own"),
             ("port", (port.port, protocol), f"{protocol} port {port.port} is already", "remove one of them"),
             (
@@ -147,7 +147,7 @@ def _ports_errors(ports: list[api.ServicePort]) -> Iterator[ConfigError]:
             ),
         ):
             if value and (other := first.setdefault((part, value), index)) != index:
-                yield ConfigError(f"{said} ports[{other}]", field=f"{field}.{part}", fix=fix)
+                yield ConfigError(f"{reason} ports[{other}]", field=f"{field}.{part}", fix=fix)
 
 
 def _port_errors(port: api.ServicePort, protocol: str, field: str) -> Iterator[ConfigError]:
@@ -164,8 +164,8 @@ def _port_errors(port: api.ServicePort, protocol: str, field: str) -> Iterator[C
 
 def _affinity_errors(spec: api.objects.ServiceSpec) -> Iterator[ConfigError]:
     if spec.session_affinity not in (None, "", "None", "ClientIP"):
-        said = f"{spec.session_affinity!r} is no session affinity"
-        yield ConfigError(said, field="spec.sessionAffinity", fix="write ClientIP or None")
+        reason = f"{spec.session_affinity!r} is no session affinity"
+        yield ConfigError(reason, field="spec.sessionAffinity", fix="write ClientIP or None")
     timeout_s = affinity_timeout_s(spec)
     if timeout_s is not None and not 1 <= timeout_s <= AFFINITY_TIMEOUT_MAX_S:
         field, fix = "spec.sessionAffinityConfig.clientIP.timeoutSeconds", "write a number from 1 to"

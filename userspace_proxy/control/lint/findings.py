@@ -34,9 +34,9 @@ class Finding(msgspec.Struct, frozen=True, rename={"fix": "mend"}):
         return self.file if self.line is None else f"{self.file}:{self.line}"
 
     def __str__(self) -> str:
-        said = "; ".join(filter(None, (self.problem, self.fix)))
+        text = "; ".join(filter(None, (self.problem, self.fix)))
         note = "note" if self.severity == "note" else ""
-        return ": ".join(filter(None, (self.where, note, self.field, said)))
+        return ": ".join(filter(None, (self.where, note, self.field, text)))
 
 
 class Diagnostic(NamedTuple):

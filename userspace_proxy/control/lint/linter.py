@@ -103,8 +103,8 @@ class Linter:
 
     def diagnostics(self) -> Iterator[Diagnostic]:
         """Yield all diagnostics."""
-        for known in (self._own, self._shared):
-            for found in known.values():
+        for diagnostics in (self._own, self._shared):
+            for found in diagnostics.values():
                 yield from found
 
     def take_changed(self) -> dict[Hashable, list[Diagnostic]]:
@@ -130,16 +130,26 @@ class Linter:
     def _service_diagnostics(self, name: NamespacedName) -> Iterator[Diagnostic]:
         if not (manifests := self._index.services.get(name)):
             self._allocations.release(name)
-            for piece in self._index.pieces.get(name, ()):
-                if error := orphan_error(self._index, name, piece):
-                    yield Diagnostic(piece, error)
+            yield from self._orphans(name)
             return
         manifest, service = manifests[0], manifests[0].object
         if not isinstance(service, api.Service) or service.spec is None:
             return
-        if not decode.is_proxied(service, self._options.proxy_name):
+        if decode.is_proxied(service, self._options.proxy_name):
+            yield from self._proxied_diagnostics(manifest, service, service.spec)
+        else:
             self._allocations.release(name)
-            return
+
+    def _orphans(self, name: NamespacedName) -> Iterator[Diagnostic]:
+        """Yield what is wrong with the slices and Endpoints of *name*, a Service that is not here."""
+        for piece in self._index.pieces.get(name, ()):
+            if error := orphan_error(self._index, name, piece):
+                yield Diagnostic(piece, error)
+
+    def _proxied_diagnostics(
+        self, manifest: Manifest, service: api.Service, spec: api.objects.ServiceSpec
+    ) -> Iterator[Diagnostic]:
+        name = manifest.name
         faults = [found.error for found in self._own.get(id(manifest), ()) if found.is_fault]
         fields = {error.field for error in faults}
         ports, conflicts = self._allocated_ports(name, service)
@@ -152,11 +162,11 @@ class Linter:
             return
         if faults:
             ports = None
-        if ports is not None or service.spec.selector:
-            known = endpoints_of(self._index, name, service, ports or {})
+        if ports is not None or spec.selector:
+            endpoints = endpoints_of(self._index, name, service, ports or {})
             if not faults:
-                yield from (Diagnostic(manifest, note) for note in self._partly_served(service.spec, known))
-            yield from self._endpoint_diagnostics(manifest, service, known, fields)
+                yield from (Diagnostic(manifest, note) for note in self._partly_served(spec, endpoints))
+            yield from self._endpoint_diagnostics(manifest, service, endpoints, fields)
 
     def _allocated_ports(
         self, name: NamespacedName, service: api.Service
@@ -179,7 +189,7 @@ class Linter:
         self,
         manifest: Manifest,
         service: api.Service,
-        known: Mapping[int, tuple[ServicePort, tuple[Endpoint, ...]]],
+        endpoints: Mapping[int, tuple[ServicePort, tuple[Endpoint, ...]]],
         fields: set[str],
     ) -> Iterator[Diagnostic]:
         """Yield why clients of *service* would be refused, unless a fault that was named explains it."""
@@ -189,7 +199,7 @@ class Linter:
         if not ((service.spec and service.spec.selector) or pieces) and self._has_faulty_stray(name.namespace):
             self._excused.setdefault(name.namespace, {})[name] = None
             return
-        for where, why in refusals(self._index, manifest, service, known):
+        for where, why in refusals(self._index, manifest, service, endpoints):
             if why.field not in fields and not (where is not manifest and has_faulty_piece):
                 yield Diagnostic(where, why)
 
@@ -199,19 +209,19 @@ class Linter:
         """Yield why a Service of *spec* is served by one IP family only, or by no endpoint of this node."""
         families = {":" in ip for port, _ in ports.values() for ip in port.cluster_ips}
         if spec.ip_family_policy == "RequireDualStack" and len(families) == 1:
-            said = f"it has {'IPv6' if True in families else 'IPv4'} alone"
+            reason = f"it has {'IPv6' if True in families else 'IPv4'} alone"
             fix = "give --service-cluster-ip-range a range of each family, or state both addresses"
-            yield Note(said, field="spec.ipFamilyPolicy", fix=fix)
+            yield Note(reason, field="spec.ipFamilyPolicy", fix=fix)
         node = self._options.node
         usable = [endpoint for _, endpoints in ports.values() for endpoint in usable_endpoints(endpoints)]
         if not (node and usable) or any(endpoint.node_name == node for endpoint in usable):
             return
-        said = f"no endpoint has 'nodeName: {node}': clients to whom this applies get no answer on this node"
+        reason = f"no endpoint has 'nodeName: {node}': clients to whom this applies get no answer on this node"
         for policy in ("internalTrafficPolicy", "externalTrafficPolicy"):
             given = spec.internal_traffic_policy if policy.startswith("internal") else spec.external_traffic_policy
             if given == "Local":
                 fix = "state the node of the endpoints, or see --hostname-override"
-                yield Note(said, field=f"spec.{policy}", fix=fix)
+                yield Note(reason, field=f"spec.{policy}", fix=fix)
 
     def _has_faulty_stray(self, namespace: str) -> bool:
         """Return whether a slice or Endpoints in *namespace* has a fault and belongs to no Service."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from itertools import islice
+from itertools import islice, product
 
 from userspace_proxy import api
 from userspace_proxy.control import decode
@@ -50,26 +50,21 @@ def refusals(index: Index, manifest: Manifest, service: api.Service, ports: Port
     """Yield why clients of some of *ports* of *service* would be refused."""
     assert service.spec is not None
     pieces = index.pieces.get(manifest.name, ())
-    pods: Sequence[api.Pod] = ()
-    if selector := service.spec.selector:
-        pods = index.selected(manifest.name.namespace, selector)
-        templates = index.selected(manifest.name.namespace, selector, templates=True)
-        for at, port in enumerate(service.spec.ports or ()):
-            if (port.protocol or "TCP") in L4Protocol.__members__:
-                yield from ((manifest, error) for error in _target_port_errors(port, at, pods or templates))
-        if not pods and not pieces:
-            yield manifest, _no_pods(index, manifest.name, selector, templates)
-            return
+    selector = service.spec.selector
+    pods = index.selected(manifest.name.namespace, selector) if selector else []
+    templates = index.selected(manifest.name.namespace, selector, templates=True) if selector else []
+    if selector:
+        yield from ((manifest, error) for error in _target_ports_errors(service.spec, pods or templates))
     if pods:
         if error := _pods_error(service, pods, ports):
             yield manifest, error
-    elif not pieces:
-        if decode.dns_target(service) is not None:
-            return
+    elif pieces:
+        yield from _pieces_errors(manifest, service, pieces, ports) if ports else ()
+    elif selector:
+        yield manifest, _no_pods(index, manifest.name, selector, templates)
+    elif decode.dns_target(service) is None:
         fix = f"add a selector, or an EndpointSlice or Endpoints for {manifest.name.name!r}"
         yield manifest, ConfigError("it has no selector, and nothing here gives it endpoints", field="spec", fix=fix)
-    elif ports:
-        yield from _pieces_errors(manifest, service, pieces, ports)
 
 
 # ---- Pods
@@ -78,14 +73,14 @@ def refusals(index: Index, manifest: Manifest, service: api.Service, ports: Port
 def _pods_error(service: api.Service, pods: Sequence[api.Pod], ports: PortEndpoints) -> ConfigError | None:
     """Return why none of *pods* is a usable endpoint of any of *ports*, or None if that is named elsewhere."""
     field = "spec.selector"
-    if not ports or any(usable_endpoints(known) for _, known in ports.values()):
+    if not ports or any(usable_endpoints(endpoints) for _, endpoints in ports.values()):
         return None
     if not any(pod_ip_fields(pod) for pod in pods):
         which = f"Pod {pods[0].metadata.name}" if len(pods) == 1 else f"any of the {len(pods)} Pods it selects"
         fix = "add status.podIP to the Pod, as 'kubectl get pod -o yaml' shows it"
         return Note(f"no address is known of {which}", field=field, fix=fix)  # a cluster would give it one
     count = f"{len(pods)} Pods it selects"
-    if any(known for _, known in ports.values()):
+    if any(endpoints for _, endpoints in ports.values()):
         names = f"none of the {count} is ready" if len(pods) > 1 else "the Pod it selects is not ready"
         fix = "see status.conditions there, or set publishNotReadyAddresses"
         return ConfigError(f"{REFUSED}: {names}", field=field, fix=fix)
@@ -103,26 +98,25 @@ def _families(ports: PortEndpoints) -> set[str]:
 
 
 def _other_family(ports: PortEndpoints, field: str) -> ConfigError:
-    said = f"{REFUSED}: the Service is {' and '.join(sorted(_families(ports)))} alone, and its endpoints are not"
-    return ConfigError(said, field=field, fix="give both one family (spec.ipFamilies, clusterIPs)")
+    reason = f"{REFUSED}: the Service is {' and '.join(sorted(_families(ports)))} alone, and its endpoints are not"
+    return ConfigError(reason, field=field, fix="give both one family (spec.ipFamilies, clusterIPs)")
 
 
 def _no_pods(
     index: Index, name: NamespacedName, selector: Mapping[str, str], templates: Sequence[api.Pod]
 ) -> ConfigError:
     """Return that *selector* matches no Pod, with the fix that the Pods and templates here suggest."""
-    said = f"the selector {', '.join(f'{key}={value}' for key, value in selector.items())} matches no Pod here"
+    reason = f"the selector {', '.join(f'{key}={value}' for key, value in selector.items())} matches no Pod here"
     field = "spec.selector"
     if templates:
-        said += f"; the template of {templates[0].metadata.name} has these labels, but a proxy makes no Pods of it"
-        said += " (the command lab does)"
+        reason += f"; the template of {templates[0].metadata.name} has these labels, but a proxy makes no Pods of it"
+        reason += " (the command lab does)"
         fix = f"add the Pods, as 'kubectl get pods -o yaml' shows them, or Endpoints named {name.name!r}"
-        return Note(said, field=field, fix=fix)
-    for namespace in islice(index.namespaces(), _CANDIDATES_MAX):
-        for kind in (False, True):
-            if pods := index.selected(namespace, selector, templates=kind):
-                said += f"; {pods[0].metadata.name} in namespace {namespace!r} has these labels"
-                return ConfigError(said, field=field, fix="put both into one namespace")
+        return Note(reason, field=field, fix=fix)
+    for namespace, is_template in product(islice(index.namespaces(), _CANDIDATES_MAX), (False, True)):
+        if pods := index.selected(namespace, selector, templates=is_template):
+            reason += f"; {pods[0].metadata.name} in namespace {namespace!r} has these labels"
+            return ConfigError(reason, field=field, fix="put both into one namespace")
     held = list(islice(index.pods_in(name.namespace), _CANDIDATES_MAX))
     has_pods = any(manifest.kind == "Pod" for manifest, _ in held)
     fix = "add Pods with these labels, or correct the selector"
@@ -132,14 +126,14 @@ def _no_pods(
         values = {labels[key] for labels in near if key in labels}
         if not has_pods:  # a label that another Service selects is not a misspelt one of this Service's
             values = {text for text in values if not index.is_selected(name.namespace, key, text)}
-        if meant := _meant_label(key, value, near, values, any_value=has_pods):
-            return ConfigError(said, field=api.below(field, key), fix=f"did you mean '{meant}'?")
+        if similar := _similar_label(key, value, near, values, any_value=has_pods):
+            return ConfigError(reason, field=api.below(field, key), fix=f"did you mean '{similar}'?")
         if values:
             fix = f"add Pods with these labels, or write '{key}: {min(values)}', as a template here has it"
-    return (ConfigError if has_pods else Note)(said, field=field, fix=fix)
+    return (ConfigError if has_pods else Note)(reason, field=field, fix=fix)
 
 
-def _meant_label(
+def _similar_label(
     key: str, value: str, near: Sequence[Mapping[str, str]], values: Collection[str], *, any_value: bool
 ) -> str:
     """Return the label that is probably meant by *key* and *value*, or "".
@@ -153,6 +147,12 @@ def _meant_label(
     return f"{match}: {value}" if match else ""
 
 
+def _target_ports_errors(spec: api.objects.ServiceSpec, pods: Sequence[api.Pod]) -> Iterator[ConfigError]:
+    for at, port in enumerate(spec.ports or ()):
+        if (port.protocol or "TCP") in L4Protocol.__members__:
+            yield from _target_port_errors(port, at, pods)
+
+
 def _target_port_errors(port: api.ServicePort, index: int, pods: Sequence[api.Pod]) -> Iterator[ConfigError]:
     """Yield why none of *pods* has the target of *port*."""
     wanted, field = port.target_port, f"spec.ports[{index}].targetPort"
@@ -164,15 +164,15 @@ def _target_port_errors(port: api.ServicePort, index: int, pods: Sequence[api.Po
     offered = [offer for pod in pods for offer in decode.offered_ports(pod)]
     same_name = [offer.protocol or "TCP" for offer in offered if offer.name == wanted]
     names = sorted({offer.name for offer in offered if offer.name})
-    said, fix = f"no Pod it selects has a port named {wanted!r}", f"their ports are called {', '.join(names)}"
+    reason, fix = f"no Pod it selects has a port named {wanted!r}", f"their ports are called {', '.join(names)}"
     if same_name:
-        said = f"port {wanted!r} of the Pods it selects is {same_name[0]}, not {port.protocol or 'TCP'}"
+        reason = f"port {wanted!r} of the Pods it selects is {same_name[0]}, not {port.protocol or 'TCP'}"
         fix = "write one protocol in both places"
     elif match := _closest(wanted, names):
         fix = f"did you mean {match!r}?"
     elif not names:
         fix = "their ports have no names: write the number, or name the container's port"
-    yield ConfigError(said, field=field, fix=fix)
+    yield ConfigError(reason, field=field, fix=fix)
 
 
 def _unlisted_port_errors(port: api.ServicePort, field: str, pods: Sequence[api.Pod]) -> Iterator[ConfigError]:
@@ -189,8 +189,8 @@ def _unlisted_port_errors(port: api.ServicePort, field: str, pods: Sequence[api.
     is_number = isinstance(number, int) and decode.is_port(number)
     if is_number and listed and all(listed) and not any(number in numbers for numbers in listed):
         shown = ", ".join(map(str, sorted(set[int]().union(*listed))[:_SHOWN_MAX]))
-        said = f"no container of the Pods that the selector finds lists port {number} (they list {shown})"
-        yield Note(said, field=field, fix="if nothing listens there, connections are refused")
+        reason = f"no container of the Pods that the selector finds lists port {number} (they list {shown})"
+        yield Note(reason, field=field, fix="if nothing listens there, connections are refused")
 
 
 # ---- EndpointSlices and Endpoints
@@ -202,7 +202,7 @@ def orphan_error(index: Index, name: NamespacedName, piece: Manifest) -> ConfigE
     field = api.below("metadata.labels", decode.SERVICE_NAME_LABEL) if is_slice else "metadata.name"
     if piece.object is not None and _LEADER in (piece.object.metadata.annotations or {}):
         return None  # a lock by which components elect a leader
-    said = f"there is no Service {name} here"
+    reason = f"there is no Service {name} here"
 
     def waits(namespace: str, other: str) -> bool:
         """Return whether the Service *other* takes its endpoints from slices or Endpoints."""
@@ -212,35 +212,35 @@ def orphan_error(index: Index, name: NamespacedName, piece: Manifest) -> ConfigE
 
     if elsewhere := sorted(space for space in index.namespaces_of.get(name.name, ()) if waits(space, name.name)):
         fix = f"write 'namespace: {elsewhere[0]}', where the Service {name.name} is"
-        return ConfigError(said, field=field, fix=fix)
+        return ConfigError(reason, field=field, fix=fix)
     names = index.names_in.get(name.namespace, set())
     if (match := _closest(name.name, names)) and waits(name.namespace, match):
-        return ConfigError(said, field=field, fix=f"did you mean {match!r}?")
+        return ConfigError(reason, field=field, fix=f"did you mean {match!r}?")
     if isinstance(piece.object, api.Endpoints) and not piece.object.subsets:
         return None
     some = islice(names, _CANDIDATES_MAX)
     idle = (other for other in some if not index.pieces.get(NamespacedName(name.namespace, other)))
     waiting = list(islice((other for other in idle if waits(name.namespace, other)), 2))
     if len(waiting) == 1:
-        return ConfigError(said, field=field, fix=f"did you mean {waiting[0]!r}, which has no endpoints?")
-    return Note(said, field=field, fix="write the name of its Service, or add the Service")
+        return ConfigError(reason, field=field, fix=f"did you mean {waiting[0]!r}, which has no endpoints?")
+    return Note(reason, field=field, fix="write the name of its Service, or add the Service")
 
 
 def _pieces_errors(
     manifest: Manifest, service: api.Service, pieces: Sequence[Manifest], ports: PortEndpoints
 ) -> Errors:
     """Yield why *pieces* give some of *ports* no usable endpoint, and which of their ports the Service lacks."""
-    refused = {at: port for at, (port, known) in ports.items() if not usable_endpoints(known)}
+    refused = {at: port for at, (port, endpoints) in ports.items() if not usable_endpoints(endpoints)}
     unmatched = [(piece, error) for piece in pieces for error in _unmatched_ports(manifest.name, service, piece)]
     if unmatched:
         for piece, error in unmatched:
             yield piece, error if refused else Note(error.reason, field=error.field, fix=error.fix)
     elif len(refused) < len(ports):
         for at, port in refused.items():
-            said = "no EndpointSlice or Endpoints has a usable endpoint for it"
+            reason = "no EndpointSlice or Endpoints has a usable endpoint for it"
             field = f"spec.ports[{at}].name" if port.name.port_name else f"spec.ports[{at}]"
             error = ConfigError(
-                f"{said}: clients of port {port.port} are refused",
+                f"{reason}: clients of port {port.port} are refused",
                 field=field,
                 fix="add a port of this name and protocol there",
             )
@@ -261,12 +261,12 @@ def _unmatched_ports(name: NamespacedName, service: api.Service, piece: Manifest
         if (port_name, protocol) in wanted or protocol not in ("TCP", "UDP", "SCTP"):
             continue
         if protocols := sorted(other for its_name, other in wanted if its_name == port_name):
-            said = f"the Service's port is {protocols[0]}, not {protocol}"
-            yield ConfigError(said, field=f"{field}.protocol", fix=f"write {protocols[0]}")
+            reason = f"the Service's port is {protocols[0]}, not {protocol}"
+            yield ConfigError(reason, field=f"{field}.protocol", fix=f"write {protocols[0]}")
             continue
-        said = f"Service {name} has no port {f'named {port_name!r}' if port_name else 'without a name'}"
+        reason = f"Service {name} has no port {f'named {port_name!r}' if port_name else 'without a name'}"
         fix = f"name it as the Service does: {names}" if names else "leave the name out, as the Service does"
-        yield ConfigError(said, field=f"{field}.name", fix=fix)
+        yield ConfigError(reason, field=f"{field}.name", fix=fix)
 
 
 def _ports_of(piece: Manifest) -> Iterator[tuple[str, api.objects.EndpointPort]]:
@@ -284,18 +284,18 @@ _Reason = tuple[int, ConfigError | None]
 def _piece_error(piece: Manifest, ports: PortEndpoints) -> _Reason:
     """Return why *piece* has no usable endpoint for any of *ports*."""
     if isinstance(piece.object, api.EndpointSlice):
-        field, (addresses, reason) = "endpoints", _slice_content(piece.object)
+        field, (addresses, obstacle) = "endpoints", _slice_content(piece.object)
     else:
         assert isinstance(piece.object, api.Endpoints)
-        field, (addresses, reason) = "subsets", _endpoints_content(piece.object)
-    if not addresses and (reason is None or reason[0] == _NO_PORTS):
-        said = f"{REFUSED}: it has no addresses"
-        return 4, Note(said, field=field, fix="add some, or leave it so if that is meant")
-    if reason is not None:
-        return reason
-    if any(known for _, known in ports.values()):
-        said = f"{REFUSED}: no endpoint is ready"
-        return 2, ConfigError(said, field=field, fix="see why, or make one ready")
+        field, (addresses, obstacle) = "subsets", _endpoints_content(piece.object)
+    if not addresses and (obstacle is None or obstacle[0] == _NO_PORTS):
+        reason = f"{REFUSED}: it has no addresses"
+        return 4, Note(reason, field=field, fix="add some, or leave it so if that is meant")
+    if obstacle is not None:
+        return obstacle
+    if any(endpoints for _, endpoints in ports.values()):
+        reason = f"{REFUSED}: no endpoint is ready"
+        return 2, ConfigError(reason, field=field, fix="see why, or make one ready")
     families = {"IPv6" if ":" in ip else "IPv4" for ip in addresses}
     if any(map(decode.is_ip, addresses)) and not families & _families(ports):
         return 3, _other_family(ports, "addressType" if field == "endpoints" else field)
@@ -310,8 +310,8 @@ def _slice_content(piece: api.EndpointSlice) -> tuple[list[str], _Reason | None]
         return addresses, (3, ConfigError(f"{REFUSED}: 'FQDN' cannot be proxied", field="addressType", fix=fix))
     if any(port.port for port in piece.ports or ()):
         return addresses, None
-    said = f"{REFUSED}: the slice has no ports"
-    return addresses, (_NO_PORTS, ConfigError(said, field="ports", fix="add 'ports', as the Service's"))
+    reason = f"{REFUSED}: the slice has no ports"
+    return addresses, (_NO_PORTS, ConfigError(reason, field="ports", fix="add 'ports', as the Service's"))
 
 
 def _endpoints_content(given: api.Endpoints) -> tuple[list[str], _Reason | None]:
@@ -322,10 +322,10 @@ def _endpoints_content(given: api.Endpoints) -> tuple[list[str], _Reason | None]
     if not without:
         return addresses, None
     if len(without) < len(subsets):
-        said = f"{REFUSED}: addresses and ports stand in two subsets; a '-' begins a new one"
-        return addresses, (0, ConfigError(said, field="subsets", fix="join them: remove the '-' before 'ports'"))
-    said = f"{REFUSED}: the subset has no ports"
-    return addresses, (_NO_PORTS, ConfigError(said, field=f"subsets[{without[0]}]", fix="add 'ports' to it"))
+        reason = f"{REFUSED}: addresses and ports stand in two subsets; a '-' begins a new one"
+        return addresses, (0, ConfigError(reason, field="subsets", fix="join them: remove the '-' before 'ports'"))
+    reason = f"{REFUSED}: the subset has no ports"
+    return addresses, (_NO_PORTS, ConfigError(reason, field=f"subsets[{without[0]}]", fix="add 'ports' to it"))
 
 
 def _closest(word: str, names: Collection[str], cutoff: float = 0.6) -> str:

@@ -129,8 +129,8 @@ def _service_errors(plain: _Plain) -> Iterator[ConfigError]:
             is_set = (api.field_of(steps) for steps, value in values_at(plain, relation.field) if value)
             yield ConfigError(relation.demand, field=next(is_set, relation.field.partition("[]")[0]), fix=relation.fix)
     if spec.get("loadBalancerIP") and _type(spec) != "LoadBalancer":
-        said = f"it has no effect in a {_type(spec)} Service"
-        yield Note(said, field="spec.loadBalancerIP", fix="write 'type: LoadBalancer', or leave it out")
+        reason = f"it has no effect in a {_type(spec)} Service"
+        yield Note(reason, field="spec.loadBalancerIP", fix="write 'type: LoadBalancer', or leave it out")
 
 
 def _slice_errors(plain: _Plain) -> Iterator[ConfigError]:
@@ -153,8 +153,8 @@ def _slice_endpoint_errors(endpoint: _Plain, field: str, family: str | None) -> 
         yield from _repeated(hints.get(name), f"{field}.hints.{name}")
     for at, ip in enumerate(addresses if family in ("IPv4", "IPv6") else ()):
         if decode.is_ip(ip) and (":" in ip) is not (family == "IPv6"):
-            said = f"{ip!r} is no {family} address, which addressType says"
-            yield ConfigError(said, field=f"{field}.addresses[{at}]", fix="write one slice for each family")
+            reason = f"{ip!r} is no {family} address, which addressType says"
+            yield ConfigError(reason, field=f"{field}.addresses[{at}]", fix="write one slice for each family")
 
 
 def _too_many(items: Sequence[object] | None, field: str, limit: int) -> Iterator[ConfigError]:
@@ -202,8 +202,8 @@ def _repeated(items: Sequence[_Plain] | None, field: str, *, is_name_needed: boo
     for index, item in enumerate(items or ()):
         name = item.get("name") or ""
         if (name or is_name_needed) and first.setdefault(name, index) != index:
-            said = f"the name {name!r} is already that of [{first[name]}]" if name else "two ports have no name"
-            yield ConfigError(said, field=f"{field}[{index}].name", fix="give each a name of its own")
+            reason = f"the name {name!r} is already that of [{first[name]}]" if name else "two ports have no name"
+            yield ConfigError(reason, field=f"{field}[{index}].name", fix="give each a name of its own")
 
 
 def _one_a_family(plain: _Plain, field: str, single: str) -> Iterator[ConfigError]:
@@ -215,9 +215,9 @@ def _one_a_family(plain: _Plain, field: str, single: str) -> Iterator[ConfigErro
     families = [":" in text if isinstance(text, str) else None for text in texts]
     for index, family in enumerate(families):
         if family is not None and family in families[:index]:
-            said = f"{texts[index]} is a second one of its family"
-            yield ConfigError(said, field=f"{field}[{index}]", fix="keep one a family")
+            reason = f"{texts[index]} is a second one of its family"
+            yield ConfigError(reason, field=f"{field}[{index}]", fix="keep one a family")
     alone = values.get(single)
     if alone and texts and texts[0] and alone != texts[0]:
-        said = f"{alone} is not the first of {field}"
-        yield ConfigError(said, field=f"{section}.{single}", fix="write the same in both, or leave one field out")
+        reason = f"{alone} is not the first of {field}"
+        yield ConfigError(reason, field=f"{section}.{single}", fix="write the same in both, or leave one field out")

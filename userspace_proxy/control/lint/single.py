@@ -10,7 +10,7 @@ from itertools import islice
 
 from userspace_proxy import api
 from userspace_proxy.control import decode
-from userspace_proxy.control.fields import field_errors, is_meant, kind_errors
+from userspace_proxy.control.fields import field_errors, is_similar, kind_errors
 from userspace_proxy.control.lint.api_rules import value_errors
 from userspace_proxy.control.lint.options import LintOptions
 from userspace_proxy.control.lint.relations import relation_errors
@@ -36,7 +36,7 @@ def object_errors(manifest: Manifest, options: LintOptions) -> Iterator[tuple[Co
     named: set[str] = set()
     for error, is_reported in _all_errors(manifest, shape, options):
         key = error.field.rpartition(".")[2]
-        if error.field in named or (error not in shape and any(is_meant(unknown, key) for unknown in shape)):
+        if error.field in named or (error not in shape and any(is_similar(unknown, key) for unknown in shape)):
             continue
         if len(named) == _ERRORS_MAX:
             yield ConfigError(f"more than {_ERRORS_MAX} fields are wrong", fix="mend those that are named"), False
@@ -72,7 +72,7 @@ def _follows(error: ConfigError, unknown: Sequence[ConfigError]) -> bool:
     """Return whether *error*, a wrong type, follows from the *unknown* fields right below its own."""
     _, lacks, missing = error.reason.partition("lacks the field ")
     if lacks:  # what is missing stands there, misspelt
-        return any(is_meant(field, missing) for field in unknown)
+        return any(is_similar(field, missing) for field in unknown)
     return any(field.reason == error.reason for field in unknown)
 
 
@@ -114,8 +114,8 @@ def _service_errors(service: api.Service) -> Iterator[ConfigError]:
         yield from decode.virtual_ip_errors(spec.load_balancer_ip, "spec.loadBalancerIP")
     for index, port in enumerate(spec.ports or ()):
         if isinstance(port.target_port, str) and port.target_port.isdigit():
-            said, fix = f"{port.target_port!r} in quotes is a name, which needs a letter", "write it without quotes"
-            yield ConfigError(said, field=f"spec.ports[{index}].targetPort", fix=f"{fix}: {port.target_port}")
+            reason, fix = f"{port.target_port!r} in quotes is a name, which needs a letter", "write it without quotes"
+            yield ConfigError(reason, field=f"spec.ports[{index}].targetPort", fix=f"{fix}: {port.target_port}")
 
 
 def _annotation_errors(key: str, value: str, options: LintOptions) -> Iterator[ConfigError]:
@@ -132,22 +132,27 @@ def _annotation_errors(key: str, value: str, options: LintOptions) -> Iterator[C
 
 
 def _slice_errors(piece: api.EndpointSlice, cluster_ips: Sequence[Network]) -> Iterator[ConfigError]:
-    for index, endpoint in enumerate(piece.endpoints or ()):
-        for at, ip in enumerate(endpoint.addresses or ()) if piece.address_type in ("IPv4", "IPv6") else ():
-            field = f"endpoints[{index}].addresses[{at}]"
-            yield from _backend_errors(ip, field, cluster_ips)
-            if at == 1:
-                fix = "write an endpoint for each address"
-                yield Note("of an endpoint's addresses a proxy uses only the first", field=field, fix=fix)
+    if piece.address_type in ("IPv4", "IPv6"):
+        yield from _slice_address_errors(piece, cluster_ips)
     if piece.address_type == "FQDN":
         fix = "write IPv4 or IPv6; a proxy reads no others"
         yield Note("'FQDN' cannot be proxied, the slice is skipped", field="addressType", fix=fix)
     labels = piece.metadata.labels or {}
     is_elsewhere = any(key.startswith(_MULTICLUSTER) or key == _MANAGED_BY for key in labels)
     if not labels.get(decode.SERVICE_NAME_LABEL) and not is_elsewhere:
-        said = f"the label {decode.SERVICE_NAME_LABEL} is missing, so it belongs to no Service"
+        reason = f"the label {decode.SERVICE_NAME_LABEL} is missing, so it belongs to no Service"
         field = api.below("metadata.labels", decode.SERVICE_NAME_LABEL)
-        yield ConfigError(said, field=field, fix=f"add '{decode.SERVICE_NAME_LABEL}: NAME'")
+        yield ConfigError(reason, field=field, fix=f"add '{decode.SERVICE_NAME_LABEL}: NAME'")
+
+
+def _slice_address_errors(piece: api.EndpointSlice, cluster_ips: Sequence[Network]) -> Iterator[ConfigError]:
+    for index, endpoint in enumerate(piece.endpoints or ()):
+        for at, ip in enumerate(endpoint.addresses or ()):
+            field = f"endpoints[{index}].addresses[{at}]"
+            yield from _backend_errors(ip, field, cluster_ips)
+            if at == 1:
+                fix = "write an endpoint for each address"
+                yield Note("of an endpoint's addresses a proxy uses only the first", field=field, fix=fix)
 
 
 def _backend_errors(ip: str, field: str, cluster_ips: Sequence[Network]) -> Iterator[ConfigError]:
@@ -159,9 +164,9 @@ def _backend_errors(ip: str, field: str, cluster_ips: Sequence[Network]) -> Iter
     if address.is_loopback:
         fix = "write another address of the host for use in a cluster"
         yield Note("the API server refuses a loopback address; 'run' serves it on this host", field=field, fix=fix)
-    if network := next((known for known in cluster_ips if address in known), None):
-        said = f"{ip} is of the Service range {network}; a proxy does not forward from one Service to another"
-        yield ConfigError(said, field=field, fix="write the addresses of Pods or hosts")
+    if network := next((network for network in cluster_ips if address in network), None):
+        reason = f"{ip} is of the Service range {network}; a proxy does not forward from one Service to another"
+        yield ConfigError(reason, field=field, fix="write the addresses of Pods or hosts")
 
 
 def pod_ip_fields(pod: api.Pod) -> list[tuple[str, str]]:
