@@ -27,7 +27,6 @@ from userspace_proxy.modes import annotation_modes
 from userspace_proxy.sources.cached import CachedSource, CacheSettings
 from userspace_proxy.sources.events import EventRecorder
 from userspace_proxy.sources.files import FileSource
-from userspace_proxy.sources.reflector import Pace
 
 if TYPE_CHECKING:
     from userspace_proxy.sources.kubernetes import KubernetesSource
@@ -43,6 +42,7 @@ async def open_source(settings: Settings, stack: contextlib.AsyncExitStack) -> t
     if not settings.follows_cluster:
         return FileSource(settings.paths), _identity(settings.paths), EventRecorder()
     from userspace_proxy.sources.kubernetes import KubernetesSource, reflectors
+    from userspace_proxy.sources.reflector import Pace
 
     transport, url = await _log_in(settings.kubeconfig, stack)
     for_dns, proxy_name = bool(settings.dns), settings.service_proxy_name
@@ -68,6 +68,7 @@ async def open_services(
     if paths:
         return FileSource(paths)
     from userspace_proxy.sources.kubernetes import KubernetesSource, service_reflectors
+    from userspace_proxy.sources.reflector import Pace
 
     transport, _ = await _log_in(kubeconfig or _default_kubeconfig(), stack)
     return KubernetesSource(service_reflectors(transport, name, Pace(), random.Random()), for_dns=True)  # noqa: S311
