@@ -22,7 +22,8 @@ from userspace_proxy.errors import ConfigError, StartError
 from userspace_proxy.lab.clients import connect
 from userspace_proxy.lab.hosts import BRIDGE, GATEWAY, Host, ServiceLab
 from userspace_proxy.lab.pod_server import PodServer
-from userspace_proxy.lab.workloads import NODE_NAME, Key, Wanted, Workload, read, wanted
+from userspace_proxy.lab.workloads import NODE_NAME, Wanted, Workload, read, wanted
+from userspace_proxy.model.names import NamespacedName
 from userspace_proxy.sources.documents import Manifest
 from userspace_proxy.sources.paths import expand
 from userspace_proxy.sources.paths import read as read_file
@@ -42,12 +43,12 @@ _TIMESTAMP = re.compile(rb"^kubeproxy_sync_proxy_rules_last_(queued_)?timestamp_
 class Pod:
     """A simulated pod. ``owner``: its workload; ``plain``: its manifest, or None for an address written by hand."""
 
-    key: Key
+    key: NamespacedName
     ip: str
     host: Host
     server: PodServer
     plain: Mapping[str, Any] | None = None
-    owner: Key | None = None
+    owner: NamespacedName | None = None
     revision: str = ""
     number: int = 0
     is_ready: bool = True
@@ -84,15 +85,15 @@ class Cluster:
         self._folder = folder
         self._lock = asyncio.Lock()
         self._devices = 0
-        self._made: Counter[Key] = Counter()
-        self._scaled: dict[Key, tuple[int, int]] = {}  # replicas asked for, and those of the manifest then
-        self._restarts: Counter[Key] = Counter()
-        self._deleted: set[tuple[str, Key]] = set()
+        self._made: Counter[NamespacedName] = Counter()
+        self._scaled: dict[NamespacedName, tuple[int, int]] = {}  # replicas asked for, and those of the manifest then
+        self._restarts: Counter[NamespacedName] = Counter()
+        self._deleted: set[tuple[str, NamespacedName]] = set()
         self._seen: object = None
         self._written: dict[str, str] = {}
         self._is_served = True  # whether the proxy has served what was written
         self.paths: list[str] = []
-        self.pods: dict[Key, Pod] = {}
+        self.pods: dict[NamespacedName, Pod] = {}
         self.wanted = Wanted({}, {}, {}, {})
         self.problem = ""
         self._is_begun = False
@@ -124,23 +125,23 @@ class Cluster:
             if self._seen != self._look():
                 await self.reconcile()
 
-    def workload(self, key: Key) -> Workload:
+    def workload(self, key: NamespacedName) -> Workload:
         """Return the workload *key* with the replicas that it has now. Raises KeyError."""
         found = self.wanted.workloads[key]
         replicas, written = self._scaled.get(key, (found.replicas, found.replicas))
         return replace(found, replicas=replicas) if written == found.replicas else found
 
-    async def scale(self, key: Key, replicas: int) -> None:
+    async def scale(self, key: NamespacedName, replicas: int) -> None:
         """Give the workload *key* this number of replicas. Raises KeyError."""
         self._scaled[key] = replicas, self.wanted.workloads[key].replicas
         await self.reconcile()
 
-    async def restart(self, key: Key) -> None:
+    async def restart(self, key: NamespacedName) -> None:
         """Replace the pods of the workload *key* one by one."""
         self._restarts[key] += 1
         await self.reconcile()
 
-    async def delete(self, kind: str, key: Key) -> None:
+    async def delete(self, kind: str, key: NamespacedName) -> None:
         """Delete the object; a pod of a workload is replaced."""
         if kind == "Pod" and (pod := self.pods.get(key)) is not None and pod.owner is not None:
             self._end(pod)
@@ -152,7 +153,7 @@ class Cluster:
         """Serve the manifests in *path*, too; an object that was deleted by name is back."""
         for file in expand(path):
             found, _ = read(file, read_file(file))
-            self._deleted -= {(one.kind, Key(one.name.namespace, one.name.name)) for one in found}
+            self._deleted -= {(one.kind, one.name) for one in found}
         self.paths = [*self.paths, path] if path not in self.paths else self.paths
         await self.reconcile()
 
@@ -236,7 +237,7 @@ class Cluster:
             self._write(name, text)
 
     def _is_kept(self, manifest: Manifest) -> bool:
-        return (manifest.kind, Key(manifest.name.namespace, manifest.name.name)) not in self._deleted
+        return (manifest.kind, manifest.name) not in self._deleted
 
     def _is_wanted(self, pod: Pod) -> bool:
         if pod.plain is None:
@@ -264,7 +265,7 @@ class Cluster:
                 pass
         taken = {pod.ip for pod in self.pods.values()}
         for ip in self.wanted.addresses.keys() - taken:
-            await self._make(Key("", ip), None, ip)
+            await self._make(NamespacedName("", ip), None, ip)
 
     async def _step(self, workload: Workload) -> bool:
         """Make or end one pod of *workload*; return whether more may be missing."""
@@ -284,7 +285,7 @@ class Cluster:
             number = min(set(range(len(new) + 1)) - numbers) if is_numbered else self._made[workload.key]
             self._made[workload.key] += 1
             plain = workload.pod(revision, number)
-            key = Key(plain["metadata"]["namespace"], plain["metadata"]["name"])
+            key = NamespacedName(plain["metadata"]["namespace"], plain["metadata"]["name"])
             await self._gone(key)
             await self._make(key, plain, owner=workload.key, revision=revision, number=number)
             if old:
@@ -296,7 +297,7 @@ class Cluster:
 
     # ---- one pod
 
-    async def _make(self, key: Key, plain: Mapping[str, Any] | None, ip: str = "", **of_pod: Any) -> None:
+    async def _make(self, key: NamespacedName, plain: Mapping[str, Any] | None, ip: str = "", **of_pod: Any) -> None:
         if len(self.pods) >= PODS_MAX:
             raise ConfigError(f"the lab has room for {PODS_MAX} pods; {key} is not simulated")
         taken = {pod.ip for pod in self.pods.values()}
@@ -348,7 +349,7 @@ class Cluster:
         node.ip("neighbour", "flush", "to", pod.ip, "dev", BRIDGE)  # the next pod there has another MAC address
         self._network.lab.remove(pod.host)
 
-    async def _gone(self, key: Key) -> None:
+    async def _gone(self, key: NamespacedName) -> None:
         """Wait until a pod *key* that is terminating is gone."""
         if key in self.pods and (ending := self.pods[key].ending) is not None:
             await asyncio.wait([ending])

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from userspace_proxy.errors import ConfigError
 from userspace_proxy.lab.cluster import GRACE_S, Cluster, Pod
-from userspace_proxy.lab.workloads import WORKLOADS, Key
+from userspace_proxy.lab.workloads import WORKLOADS
+from userspace_proxy.model.names import NamespacedName
 
 _ALIASES = {"deploy": "deployment", "rs": "replicaset", "sts": "statefulset", "ds": "daemonset", "po": "pod"}
 _ALIASES |= {"rc": "replicationcontroller", "svc": "service", "ep": "endpoints"}
@@ -54,10 +55,10 @@ class Request(NamedTuple):
         pairs = (pair.partition("=") for pair in self.option("-l", "--selector").split(",") if pair)
         return all(labels.get(name) == value.lstrip("=") for name, _, value in pairs)
 
-    def key(self, at: int = 0) -> Key:
+    def key(self, at: int = 0) -> NamespacedName:
         if len(self.names) <= at:
             raise WordError("a name is missing")
-        return Key(self.namespace, self.names[at])
+        return NamespacedName(self.namespace, self.names[at])
 
 
 def parse(arguments: Sequence[str], folder: Path) -> Request:
@@ -131,7 +132,7 @@ class Words:
         number = last or (names.pop() if len(names) > 1 else "")
         if not number.isdigit():
             raise WordError("usage: scale NAME N")
-        key = self._workload(Key(request.namespace, names[0]))
+        key = self._workload(NamespacedName(request.namespace, names[0]))
         await self._cluster.scale(key, int(number))
         return f"{key.name} scaled to {number}"
 
@@ -238,7 +239,7 @@ class Words:
             f"there is no such pod {key}; pods: {', '.join(pod.key.name for pod in pods.values()) or 'none'}"
         )
 
-    def _workload(self, key: Key) -> Key:
+    def _workload(self, key: NamespacedName) -> NamespacedName:
         if key not in self._cluster.wanted.workloads:
             known = ", ".join(map(str, self._cluster.wanted.workloads)) or "none"
             raise WordError(f"there is no workload {key} with replicas; known: {known}")
@@ -250,7 +251,7 @@ class Words:
             raise WordError("usage: apply -f PATH; the lab has no network outside, so download a file first")
         return str((request.folder / path).resolve())
 
-    def _ready_of(self, key: Key) -> int:
+    def _ready_of(self, key: NamespacedName) -> int:
         return sum(pod.owner == key and pod.is_ready and not pod.is_terminating for pod in self._cluster.pods.values())
 
 

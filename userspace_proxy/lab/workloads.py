@@ -1,6 +1,6 @@
 """What manifests ask the lab to simulate: Pods, workloads with replicas, and addresses written by hand. Pure.
 
-Manifests are read as plain values, because the proxy's own objects hold only what a proxy needs.
+Pods and workloads are read as plain values, because the proxy's own objects hold only what a proxy needs.
 """
 
 from __future__ import annotations
@@ -12,21 +12,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from userspace_proxy import api
+from userspace_proxy.api.objects import ServiceSpec
+from userspace_proxy.model.names import NamespacedName
 from userspace_proxy.sources.documents import Manifest, parse, split
 
 WORKLOADS = ("Deployment", "ReplicaSet", "StatefulSet", "DaemonSet", "ReplicationController")
 _ALPHABET = "bcdfghjklmnpqrstvwxz2456789"  # of generated names in Kubernetes
 NODE_NAME = "node"
-
-
-class Key(NamedTuple):
-    """A namespace and a name."""
-
-    namespace: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.namespace}/{self.name}"
 
 
 class Port(NamedTuple):
@@ -41,7 +34,7 @@ class Workload:
     """A Deployment, or another object that has Pods made from a template."""
 
     kind: str
-    key: Key
+    key: NamespacedName
     replicas: int
     template: Mapping[str, Any]
     subdomain: str = ""
@@ -68,9 +61,9 @@ class Workload:
 class Wanted:
     """What manifests ask for. ``addresses``: endpoints that are written by hand, with their ports."""
 
-    pods: Mapping[Key, Mapping[str, Any]]
-    workloads: Mapping[Key, Workload]
-    services: Mapping[Key, Mapping[str, Any]]
+    pods: Mapping[NamespacedName, Mapping[str, Any]]
+    workloads: Mapping[NamespacedName, Workload]
+    services: Mapping[NamespacedName, ServiceSpec]
     addresses: Mapping[str, frozenset[Port]]
 
     def ports(self, pod: Mapping[str, Any]) -> frozenset[Port]:
@@ -78,14 +71,15 @@ class Wanted:
         containers = _mapping(pod, "spec").get("containers") or ()
         declared = [port for container in containers for port in container.get("ports") or ()]
         if declared:
-            return frozenset(_port(port["containerPort"], port) for port in declared)
+            return frozenset(Port(int(port["containerPort"]), port.get("protocol") or "TCP") for port in declared)
         metadata = pod["metadata"]
+        namespace, labels = metadata.get("namespace", "default"), metadata.get("labels") or {}
         return frozenset(
-            _port(number, port)
+            Port(int(number), port.protocol or "TCP")
             for key, spec in self.services.items()
-            if key.namespace == metadata.get("namespace", "default") and _selects(spec, metadata.get("labels") or {})
-            for port in spec.get("ports") or ()
-            if str(number := port.get("targetPort") or port["port"]).isdigit()
+            if key.namespace == namespace and spec.selector and spec.selector.items() <= labels.items()
+            for port in spec.ports or ()
+            if str(number := port.target_port or port.port).isdigit()
         )
 
 
@@ -106,52 +100,44 @@ def read(path: str, text: str) -> tuple[list[Manifest], str]:
 
 def wanted(manifests: Iterable[Manifest]) -> Wanted:
     """Return what *manifests* ask for; of two objects with one name, the first."""
-    pods: dict[Key, Mapping[str, Any]] = {}
-    workloads: dict[Key, Workload] = {}
-    services: dict[Key, Mapping[str, Any]] = {}
+    pods: dict[NamespacedName, Mapping[str, Any]] = {}
+    workloads: dict[NamespacedName, Workload] = {}
+    services: dict[NamespacedName, ServiceSpec] = {}
     addresses: dict[str, frozenset[Port]] = {}
     for manifest in manifests:
-        key, plain = Key(manifest.name.namespace, manifest.name.name), manifest.plain or {}
+        key, plain, found = manifest.name, manifest.plain or {}, manifest.object
         if manifest.kind == "Pod":
             pods.setdefault(key, {**plain, "metadata": {**plain["metadata"], "namespace": key.namespace}})
-        elif manifest.kind == "Service":
-            services.setdefault(key, _mapping(plain, "spec"))
         elif manifest.kind in WORKLOADS:
             workloads.setdefault(key, _workload(manifest.kind, key, _mapping(plain, "spec")))
-        else:
-            for address, ports in _addresses(manifest.kind, plain):
+        elif isinstance(found, api.Service):
+            services.setdefault(key, found.spec or ServiceSpec())
+        elif isinstance(found, api.EndpointSlice | api.Endpoints):
+            for address, ports in _addresses(found):
                 addresses[address] = addresses.get(address, frozenset()) | ports
     return Wanted(pods, workloads, services, addresses)
 
 
-def _workload(kind: str, key: Key, spec: Mapping[str, Any]) -> Workload:
+def _workload(kind: str, key: NamespacedName, spec: Mapping[str, Any]) -> Workload:
     replicas = spec.get("replicas", 1) if kind != "DaemonSet" else 1
     template = _mapping(spec, "template")
     return Workload(kind, key, replicas if isinstance(replicas, int) else 1, template, spec.get("serviceName") or "")
 
 
-def _addresses(kind: str, plain: Mapping[str, Any]) -> Iterator[tuple[str, frozenset[Port]]]:
-    """Yield the private IPv4 addresses of an EndpointSlice or Endpoints, with their ports."""
-    if kind == "EndpointSlice":
-        subsets = [([ip for one in plain.get("endpoints") or () for ip in one.get("addresses") or ()], plain)]
-    elif kind == "Endpoints":
-        subsets = [([one["ip"] for one in subset.get("addresses") or ()], subset) for subset in plain["subsets"] or ()]
+def _addresses(found: api.EndpointSlice | api.Endpoints) -> Iterator[tuple[str, frozenset[Port]]]:
+    """Yield the private IPv4 addresses of *found*, with their ports."""
+    if isinstance(found, api.EndpointSlice):
+        subsets = [([ip for one in found.endpoints or () for ip in one.addresses or ()], found.ports)]
     else:
-        return
-    for ips, subset in subsets:
-        ports = frozenset(_port(port["port"], port) for port in subset.get("ports") or () if port.get("port"))
-        for ip in ips:
-            if ipaddress.ip_address(ip).version == 4 and ipaddress.ip_address(ip).is_private:
-                yield ip, ports
+        subsets = [([one.ip for one in subset.addresses or ()], subset.ports) for subset in found.subsets or ()]
+    for ips, ports in subsets:
+        numbers = frozenset(Port(port.port, port.protocol or "TCP") for port in ports or () if port.port)
+        yield from ((ip, numbers) for ip in ips if _is_private(ip))
 
 
-def _port(number: object, port: Mapping[str, Any]) -> Port:
-    return Port(int(str(number)), port.get("protocol") or "TCP")
-
-
-def _selects(spec: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
-    selector = _mapping(spec, "selector")
-    return bool(selector) and selector.items() <= labels.items()
+def _is_private(ip: str) -> bool:
+    address = ipaddress.ip_address(ip)
+    return address.version == 4 and address.is_private
 
 
 def _mapping(plain: Mapping[str, Any], field: str) -> Mapping[str, Any]:
