@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from userspace_proxy.admin.kubeproxy import kubeproxy_metrics
-from userspace_proxy.admin.metrics import render, watch_metrics
+from userspace_proxy.admin.metrics import kubeproxy_metrics, render, watch_metrics
 from userspace_proxy.control.controller import Changes
-from userspace_proxy.dns.metrics import dns_metrics
+from userspace_proxy.dns.sink import dns_metrics
 from userspace_proxy.dns.wire import Counts
 from userspace_proxy.model.counters import ControlStats, Counters, EndpointCounters, PlaneStats
 from userspace_proxy.model.histogram import Histogram
@@ -18,7 +17,8 @@ from userspace_proxy.model.sync_health import FAMILY_NAMES, SyncHealth
 from userspace_proxy.model.watch_stats import WatchStats
 from userspace_proxy.modes.iptables.metrics import iptables_metrics
 from userspace_proxy.modes.kernel_metrics import kernel_metrics, refused_loads
-from userspace_proxy.probes.metrics import ProbeStats, probe_metrics
+from userspace_proxy.probes.filter import probe_metrics
+from userspace_proxy.probes.prober import ProbeStats
 
 
 class Exposed(NamedTuple):

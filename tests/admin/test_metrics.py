@@ -9,8 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from userspace_proxy import __version__
-from userspace_proxy.admin.kubeproxy import kubeproxy_metrics
-from userspace_proxy.admin.metrics import SERIES_AN_ENDPOINT, render, watch_metrics
+from userspace_proxy.admin.metrics import SERIES_AN_ENDPOINT, kubeproxy_metrics, render, watch_metrics
 from userspace_proxy.control.controller import Changes
 from userspace_proxy.model.counters import ControlStats, Counters, EndpointCounters, PlaneStats
 from userspace_proxy.model.histogram import Histogram

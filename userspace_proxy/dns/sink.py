@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
-from prometheus_client.core import Metric
+from prometheus_client.core import CounterMetricFamily, Metric
 
 from userspace_proxy.dataplane.channel import Channel
 from userspace_proxy.dataplane.child import ChildProcess
 from userspace_proxy.dns import wire
-from userspace_proxy.dns.metrics import dns_metrics
 from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.model.dns_names import ServiceNames
 from userspace_proxy.model.names import NamespacedName
@@ -22,6 +22,17 @@ from userspace_proxy.model.state import ProxyState
 # Decoding a frame takes the DNS process well below a millisecond.
 _SERVICES_A_FRAME, _HOSTS_A_FRAME = 100, 1_000
 _EXIT_TIMEOUT_S = 2.0
+
+# CoreDNS's names where they mean the same.
+_TOTALS = {
+    "hits": ("coredns_cache_hits", "queries answered with an answer that was packed before"),
+    "misses": ("coredns_cache_misses", "queries for which an answer had to be packed"),
+    "forwarded": ("coredns_forward_requests", "queries sent to other servers"),
+    "forward_refused": ("coredns_forward_max_concurrent_rejects", "queries refused: too many under way, or no server"),
+    "forward_hits": ("userspace_proxy_dns_forward_hits", "queries answered with what other servers answered before"),
+    "forward_failures": ("userspace_proxy_dns_forward_failures", "queries that no other server answered"),
+    "cut": ("userspace_proxy_dns_answers_cut", "answers with a part of their records: all do not fit in a message"),
+}
 
 _counts = msgspec.msgpack.Decoder(wire.Counts)
 
@@ -155,3 +166,23 @@ def end_processes(channels: Iterable[socket.socket]) -> None:
         channel = Channel(sock, lambda _body, _descriptors: None, lambda: None)
         channel.send(msgspec.msgpack.encode(wire.EndDns()))
         channel.close()
+
+
+def dns_metrics(counts: wire.Counts, restarts: int) -> Iterator[Metric]:
+    """Yield what the DNS process has counted; *restarts*: how often it was replaced."""
+    asked: Counter[tuple[str, str, str]] = Counter()
+    answered: Counter[str] = Counter()
+    for proto, family, kind, rcode, count in counts.requests:
+        asked[proto, family, kind] += count
+        answered[rcode] += count
+    requests = CounterMetricFamily("coredns_dns_requests", "DNS queries", labels=["proto", "family", "type"])
+    for labels, count in asked.items():
+        requests.add_metric(labels, count)
+    responses = CounterMetricFamily("coredns_dns_responses", "DNS answers", labels=["rcode"])
+    for rcode, count in answered.items():
+        responses.add_metric([rcode], count)
+    yield requests
+    yield responses
+    for key, (name, words) in _TOTALS.items():
+        yield CounterMetricFamily(name, words, value=counts.totals.get(key, 0))
+    yield CounterMetricFamily("userspace_proxy_dns_restarts", "DNS processes replaced", value=restarts)

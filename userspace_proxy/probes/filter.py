@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from prometheus_client.core import Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from userspace_proxy.model.endpoint import FAMILIES, Address, Endpoint, Family, family_of, join_address
 from userspace_proxy.model.names import NamespacedName, ServicePortName
 from userspace_proxy.model.probe import EndpointHealth, ProbeSpec
 from userspace_proxy.model.service import ServicePort
 from userspace_proxy.model.state import ProxyState
-from userspace_proxy.probes.metrics import probe_metrics
-from userspace_proxy.probes.prober import Prober, Target
+from userspace_proxy.probes.prober import Prober, ProbeStats, Target
 
 # Bound for the memory and the sockets that Services can make this node use. It has time for 1,000 probes a second.
 TARGETS_MAX = 20_000
@@ -186,3 +185,28 @@ class HealthFilter:
             for name, checked in self._checked.items()
         }
         return list(probe_metrics(self._prober.stats, unhealthy))
+
+
+def probe_metrics(stats: ProbeStats, unhealthy: Mapping[ServicePortName, int]) -> Iterator[Metric]:
+    """Yield the metrics of *stats*, and the number of unhealthy endpoints of each service port with a check."""
+    gauge = GaugeMetricFamily(
+        "userspace_proxy_unhealthy_endpoints",
+        "endpoints whose probes failed, of a service port with a health check",
+        labels=["namespace", "service", "port", "protocol"],
+    )
+    for name, count in unhealthy.items():
+        gauge.add_metric([name.service.namespace, name.service.name, name.port_name, str(name.protocol)], count)
+    yield gauge
+    yield GaugeMetricFamily("userspace_proxy_probed_endpoints", "endpoints that are probed", value=stats.targets)
+    counts = CounterMetricFamily("userspace_proxy_probes", "probes of endpoints, by result", labels=["result"])
+    for result, count in stats.results.items():
+        counts.add_metric([result], count)
+    yield counts
+    yield HistogramMetricFamily(
+        "userspace_proxy_probe_duration_seconds",
+        "how long probes took to succeed",
+        stats.durations.buckets(),
+        stats.durations.total_s,
+    )
+    text = "how late the last probe began; much, if this node has too many"
+    yield GaugeMetricFamily("userspace_proxy_probe_delay_seconds", text, value=stats.late_s)

@@ -17,14 +17,15 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from userspace_proxy.dataplane.poller import Poller
 from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES
 from userspace_proxy.model.endpoint import Address, join_address
+from userspace_proxy.model.histogram import SYNC_BOUNDS_S, Histogram
 from userspace_proxy.model.names import ServicePortName
 from userspace_proxy.model.probe import HEALTHY, EndpointCondition, EndpointHealth, ProbeSpec
 from userspace_proxy.probes.attempt import Attempt, Result
-from userspace_proxy.probes.metrics import ProbeStats
 
 # To be woken costs more than a probe: probes that are due within one tick begin together.
 TICK_S = 0.1
@@ -37,8 +38,19 @@ _LATE_S = 0.1
 _QUIET_S = 60.0
 # The golden ratio: any number of first probes is spread evenly.
 _SPREAD = (math.sqrt(5) - 1) / 2
+_RESULTS = ("success", "failure", "timeout", "skipped")
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class ProbeStats:
+    """Counts of probes by result, how long successful ones took, and how late the last one began."""
+
+    results: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_RESULTS, 0))
+    durations: Histogram = field(default_factory=lambda: Histogram(SYNC_BOUNDS_S))
+    targets: int = 0
+    late_s: float = 0.0
 
 
 class Target:

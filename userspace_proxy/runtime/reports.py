@@ -7,8 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from userspace_proxy.admin.kubeproxy import kubeproxy_metrics
-from userspace_proxy.admin.metrics import SERIES_AN_ENDPOINT, render, watch_metrics
+from userspace_proxy.admin.metrics import SERIES_AN_ENDPOINT, kubeproxy_metrics, render, watch_metrics
 from userspace_proxy.admin.server import Health
 from userspace_proxy.control.decode import is_eligible
 from userspace_proxy.logs import log_lines_dropped
