@@ -110,16 +110,16 @@ def read_question(message: bytes) -> Question | None:
     """Return the question of *message*, or None if it needs no answer: it is an answer itself, or no message."""
     if len(message) < HEADER.size:
         return None
-    identity, flags, *counts = HEADER.unpack_from(message)
+    identity, flags, questions, answers, authorities, additionals = HEADER.unpack_from(message)
     if flags & QR:
         return None
     if flags & _OPCODE:
         return Question(identity, flags, error=NOTIMP)
     end = _end_of_question(message)
-    if not end or counts[:3] != [1, 0, 0]:
+    if not end or questions != 1 or answers or authorities:
         return Question(identity, flags, error=FORMERR)
     text, edns_bytes, error = message[HEADER.size : end], None, NOERROR
-    if counts[3] and message[end : end + 3] == _OPT:
+    if additionals and message[end : end + 3] == _OPT:
         edns_bytes, error = _read_opt(message, end)
         if error == FORMERR:
             return Question(identity, flags, error=error)
@@ -145,8 +145,9 @@ def _end_of_question(message: bytes) -> int:
     at, size = HEADER.size, len(message)
     while at < size and 0 < message[at] <= _LABEL_MAX_BYTES:
         at += 1 + message[at]
-    is_whole = at + 5 <= size and not message[at] and at - HEADER.size < _NAME_MAX_BYTES
-    return at + 5 if is_whole else 0
+    if at + 5 > size or message[at] or at - HEADER.size >= _NAME_MAX_BYTES:
+        return 0
+    return at + 5
 
 
 # ---- answers
