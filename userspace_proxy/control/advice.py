@@ -112,14 +112,18 @@ class Advisor:
                 for manifest in entry.manifests or ():
                     self._linter.remove(manifest)
             elif entry.manifests is None:
-                if examined is None:  # a document with problems
-                    examined = list(map(self._linter.examine, parse(Document(text[0], 1, text[1]), for_check=True)[0]))
-                entry.manifests = tuple(held for held, _ in examined)
-                for found in examined:
-                    self._linter.add(*found)
+                entry.manifests = self._add(text, examined)
             yield
         yield from self._linter.work()
         return self._compare(self._linter.take_changed())
+
+    def _add(self, text: _Text, examined: list[tuple[Manifest, list[Diagnostic]]] | None) -> tuple[Manifest, ...]:
+        """Add the objects of a document to the linter; *examined* is None for a document with problems."""
+        if examined is None:
+            examined = list(map(self._linter.examine, parse(Document(text[0], 1, text[1]), for_check=True)[0]))
+        for found in examined:
+            self._linter.add(*found)
+        return tuple(held for held, _ in examined)
 
     def _take_changes(self) -> list[_Text]:
         """Count the queued documents; return those that changed, disappeared ones first."""

@@ -146,12 +146,7 @@ class ValueClaims:
 
         All moves happen at once, so that one change can pass values on or swap them.
         """
-        leaves: dict[NamespacedName, list[str]] = {}
-        for name, own_requests in requests.items():
-            wanted = {request.key: request for request in own_requests}
-            holdings = self._held.get(name, {})
-            if gone := [key for key, held in holdings.items() if not _is_met(wanted.get(key), held)]:
-                leaves[name] = gone
+        leaves = {name: gone for name, own in requests.items() if (gone := self._given_up(name, own))}
         moves = {name: [w for w in requests[name] if w.stated is not None and not w.optional] for name in leaves}
         while blocked := self._blocked(moves, leaves):
             for name in blocked:  # a blocked Service keeps its values, and may block others
@@ -162,6 +157,11 @@ class ValueClaims:
             for request in stated:
                 if request.stated is not None and self._holders.get(request.stated) != name:
                     self._take(name, request.key, _Held(request.kind, request.stated, allocated=False))
+
+    def _given_up(self, name: NamespacedName, requests: Sequence[ValueRequest]) -> list[str]:
+        """Return the keys of the values that *name* holds and no longer requests."""
+        wanted = {request.key: request for request in requests}
+        return [key for key, held in self._held.get(name, {}).items() if not _is_met(wanted.get(key), held)]
 
     def _blocked(
         self, moves: Mapping[NamespacedName, Sequence[ValueRequest]], leaves: Mapping[NamespacedName, Sequence[str]]

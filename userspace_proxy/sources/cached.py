@@ -148,17 +148,21 @@ class CachedSource:
                 else:
                     self._objects[key] = event.object
             elif event.type is EventType.SYNCED:
-                if self._saved_at:
-                    log.info("the API server answers, its state is in force")
-                for kind, name in self._unconfirmed:
-                    self._objects.pop((kind, name), None)
-                    noted.append(ObjectEvent(EventType.DELETE, kind, name))
-                self._unconfirmed.clear()
-                self._is_complete = True
+                noted += self._complete()
             noted.append(event)
         if self._is_complete:
             self._changed.set()
         return noted
+
+    def _complete(self) -> list[ObjectEvent]:
+        """Note that the source has reported all objects; return deletions of those from the file that it has not."""
+        if self._saved_at:
+            log.info("the API server answers, its state is in force")
+        gone, self._unconfirmed = self._unconfirmed, set()
+        for key in gone:
+            self._objects.pop(key, None)
+        self._is_complete = True
+        return [ObjectEvent(EventType.DELETE, *key) for key in gone]
 
     # ---- the file
 

@@ -68,13 +68,15 @@ def read_annotations(service: api.Service) -> tuple[ServiceAnnotations, list[Con
     values: dict[str, Any] = {}
     problems = []
     given = service.metadata.annotations or {}
-    for name, entry in _TABLE.items() if given else ():
-        if (text := given.get(name)) is not None:
-            try:
-                values[entry.field] = entry.read(text)
-            except ValueError as error:
-                reason = f"{text!r} {entry.wrong}{f': {error}' if name == HEALTH_CHECK else ''}"
-                problems.append(ConfigError(reason, field=api.below("metadata.annotations", name), fix=entry.fix))
+    for name in ANNOTATIONS if given else ():
+        if (text := given.get(name)) is None:
+            continue
+        entry = _TABLE[name]
+        try:
+            values[entry.field] = entry.read(text)
+        except ValueError as error:
+            reason = f"{text!r} {entry.wrong}{f': {error}' if name == HEALTH_CHECK else ''}"
+            problems.append(ConfigError(reason, field=api.below("metadata.annotations", name), fix=entry.fix))
     if "dns_target" in values and service.spec is not None and service.spec.selector:
         reason, fix = "it has no effect beside a selector, whose Pods are the endpoints", "remove one of the two"
         problems.append(ConfigError(reason, field=api.below("metadata.annotations", ENDPOINTS_FROM), fix=fix))

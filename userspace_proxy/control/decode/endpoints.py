@@ -43,12 +43,15 @@ def service_of(piece: api.EndpointSlice, namespace: str) -> NamespacedName | Non
 def from_slices(slices: Iterable[api.EndpointSlice]) -> EndpointsByPort:
     """Return the endpoints of one Service's *slices* for proxies, without incomplete entries (behaviours S3-S6)."""
     found: dict[PortKey, list[Endpoint]] = defaultdict(list)
-    for piece in slices:
-        is_for_proxies = piece.address_type in ("IPv4", "IPv6") and _HEADLESS_LABEL not in (piece.metadata.labels or {})
-        for port in piece.ports or () if is_for_proxies else ():
+    for piece in filter(_is_for_proxies, slices):
+        for port in piece.ports or ():
             if port.port is not None and is_port(port.port):
                 found[port.name or "", port.protocol or "TCP"].extend(_slice_endpoints(piece, port.port))
     return found
+
+
+def _is_for_proxies(piece: api.EndpointSlice) -> bool:
+    return piece.address_type in ("IPv4", "IPv6") and _HEADLESS_LABEL not in (piece.metadata.labels or {})
 
 
 def _slice_endpoints(piece: api.EndpointSlice, port: int) -> Iterator[Endpoint]:

@@ -86,13 +86,13 @@ def _add_pods(groups: _Groups, service: api.Service, pods: Iterable[api.Pod], *,
     spec = service.spec
     assert spec is not None
     for pod in pods:
-        is_published = publishes_all or (is_ready(pod) and pod.metadata.deletion_timestamp is None)
-        if has_ended(pod) or not is_published:
+        if has_ended(pod) or not (publishes_all or (is_ready(pod) and pod.metadata.deletion_timestamp is None)):
             continue
         ports = _named_ports((port.name, port.protocol, target_port(port, pod)) for port in spec.ports or ())
-        has_hostname = pod.spec is not None and pod.spec.subdomain == service.metadata.name
+        is_below = pod.spec is not None and pod.spec.subdomain == service.metadata.name
+        hostname = pod.spec.hostname if pod.spec is not None and is_below else None
         for ip in _of_families(spec, pod_ips(pod)):
-            _add(groups[ports], pod.spec.hostname if pod.spec and has_hostname else None, ip)
+            _add(groups[ports], hostname, ip)
 
 
 def _of_families(spec: api.objects.ServiceSpec, ips: list[str]) -> list[str]:

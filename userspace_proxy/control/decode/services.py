@@ -38,6 +38,9 @@ def is_proxied(service: api.Service, proxy_name: str = "") -> bool:
     return "None" not in (spec.cluster_ip, *(spec.cluster_ips or ())[:1])
 
 
+_OWN_NODE_PORT = "give each port a node port of its own"
+
+
 def check_service(service: api.Service, proxy_name: str = "") -> None:
     """Raise the first error that rejects the whole *service*."""
     if error := next(service_errors(service, proxy_name), None):
@@ -88,13 +91,17 @@ def _policy_errors(spec: api.objects.ServiceSpec) -> Iterator[ConfigError]:
     ):
         if given and given not in _POLICIES:
             yield ConfigError(f"{given!r} is no traffic policy", field=field, fix="write Cluster or Local")
-    if number := spec.health_check_node_port:
-        field = "spec.healthCheckNodePort"
-        yield from number_errors(number, field)
-        for index, port in enumerate(spec.ports or ()):
-            if port.node_port == number and (port.protocol or "TCP") == "TCP":
-                reason = f"{number} is already the node port of ports[{index}]"
-                yield ConfigError(reason, field=field, fix="choose another one, or leave it out")
+    if spec.health_check_node_port:
+        yield from _health_check_errors(spec, spec.health_check_node_port)
+
+
+def _health_check_errors(spec: api.objects.ServiceSpec, number: int) -> Iterator[ConfigError]:
+    field = "spec.healthCheckNodePort"
+    yield from number_errors(number, field)
+    for index, port in enumerate(spec.ports or ()):
+        if port.node_port == number and (port.protocol or "TCP") == "TCP":
+            reason = f"{number} is already the node port of ports[{index}]"
+            yield ConfigError(reason, field=field, fix="choose another one, or leave it out")
 
 
 def _cluster_ips_errors(spec: api.objects.ServiceSpec) -> Iterator[ConfigError]:
@@ -136,16 +143,13 @@ def _ports_errors(ports: list[api.ServicePort]) -> Iterator[ConfigError]:
     for index, port in enumerate(ports):
         field, protocol = f"spec.ports[{index}]", port.protocol or "TCP"
         yield from _port_errors(port, protocol, field)
-        for part, value, reason, fix in (
+        node_port = (port.node_port, protocol) if port.node_port else None
+        unique: tuple[tuple[str, object, str, str], ...] = (
             ("name", port.name, f"the name {port.name!r} is already that of", "give each port a name of its own"),
             ("port", (port.port, protocol), f"{protocol} port {port.port} is already", "remove one of them"),
-            (
-                "nodePort",
-                (port.node_port, protocol) if port.node_port else None,
-                f"{protocol} node port {port.node_port} is already that of",
-                "give each port a node port of its own",
-            ),
-        ):
+            ("nodePort", node_port, f"{protocol} node port {port.node_port} is already that of", _OWN_NODE_PORT),
+        )
+        for part, value, reason, fix in unique:
             if value and (other := first.setdefault((part, value), index)) != index:
                 yield ConfigError(f"{reason} ports[{other}]", field=f"{field}.{part}", fix=fix)
 

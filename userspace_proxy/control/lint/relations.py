@@ -165,15 +165,18 @@ def _too_many(items: Sequence[object] | None, field: str, limit: int) -> Iterato
 
 def _endpoints_errors(plain: _Plain) -> Iterator[ConfigError]:
     for index, subset in enumerate(plain.get("subsets") or ()):
-        ports = subset.get("ports") or ()
-        if not (subset.get("addresses") or subset.get("notReadyAddresses") or ports):
-            yield ConfigError("the subset is empty", field=f"subsets[{index}]", fix="add addresses and ports")
-        for at, port in enumerate(ports):
-            field = f"subsets[{index}].ports[{at}]"
-            if port.get("port") is None:
-                yield ConfigError("there is no port", field=f"{field}.port", fix="add port")
-            if len(ports) > 1 and not port.get("name"):
-                yield ConfigError("each of several ports has a name", field=f"{field}.name", fix="add name")
+        yield from _subset_errors(subset, f"subsets[{index}]")
+
+
+def _subset_errors(subset: _Plain, field: str) -> Iterator[ConfigError]:
+    ports = subset.get("ports") or ()
+    if not (subset.get("addresses") or subset.get("notReadyAddresses") or ports):
+        yield ConfigError("the subset is empty", field=field, fix="add addresses and ports")
+    for at, port in enumerate(ports):
+        if port.get("port") is None:
+            yield ConfigError("there is no port", field=f"{field}.ports[{at}].port", fix="add port")
+        if len(ports) > 1 and not port.get("name"):
+            yield ConfigError("each of several ports has a name", field=f"{field}.ports[{at}].name", fix="add name")
 
 
 def _pod_errors(plain: _Plain) -> Iterator[ConfigError]:
