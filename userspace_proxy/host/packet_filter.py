@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -25,6 +25,19 @@ _ABSENT = object()  # a field that the packet does not have
 _NEUTRAL = {"counter", "log", "mangle", "notrack", "ct helper", "flow", "meta", "secmark", "quota"}
 # Modules of iptables whose options are read below, or that match nothing.
 _MODULES = {"tcp", "udp", "conntrack", "state", "multiport", "comment"}
+_TARGETS = {"DROP", "REJECT", "ACCEPT", "RETURN", "DNAT", "REDIRECT"}
+# Options of iptables that compare, and what nft compares for them.
+_COMPARED = {
+    "-s": ("payload", "saddr"),
+    "-d": ("payload", "daddr"),
+    "-p": ("meta", "l4proto"),
+    "-i": ("meta", "iifname"),
+    "-o": ("meta", "oifname"),
+    "--dport": ("payload", "dport"),
+    "--dports": ("payload", "dport"),
+    "--ctstate": ("ct", "state"),
+    "--state": ("ct", "state"),
+}
 _DEPTH_MAX = 16
 # The end of a chain's evaluation, without a verdict.
 _RETURNS = "return"
@@ -87,21 +100,23 @@ class PacketFilter:
     def _verdict(self, chain: _Chain, packet: Packet, ends: Collection[str], depth: int = 0) -> str:
         """Return the verdict of *chain*: one of *ends*, "accept", "unknown", or "" at its end."""
         for rule in chain.rules if depth < _DEPTH_MAX else ():
-            is_certain = True
-            for expression in rule:
-                kind, content = next(iter(expression.items()))
-                if kind == "match":
-                    matches = _matches(content, packet)
-                    if matches is False:
-                        break
-                    is_certain = is_certain and matches is True
-                elif verdict := self._end(chain, kind, content, packet, ends, depth):
-                    if is_certain:
-                        return verdict.removeprefix(_RETURNS)
-                    if verdict not in ends:
-                        return "unknown"
-                else:
-                    is_certain = is_certain and kind in _NEUTRAL
+            if verdict := self._rule_verdict(chain, rule, packet, ends, depth):
+                return verdict.removeprefix(_RETURNS)
+        return ""
+
+    def _rule_verdict(
+        self, chain: _Chain, rule: Sequence[Expression], packet: Packet, ends: Collection[str], depth: int
+    ) -> str:
+        """Return the verdict of one rule of *chain*, "" if the next rule follows. No uncertain one of *ends* counts."""
+        is_certain = True
+        for expression in rule:
+            kind, content = next(iter(expression.items()))
+            if verdict := self._end(chain, kind, content, packet, ends, depth):
+                return verdict if is_certain else "" if verdict in ends else "unknown"
+            matches = _matches(content, packet) if kind == "match" else kind in _NEUTRAL or None
+            if matches is False:
+                return ""
+            is_certain = is_certain and bool(matches)
         return ""
 
     def _end(self, chain: _Chain, kind: str, content: Any, packet: Packet, ends: Collection[str], depth: int) -> str:
@@ -131,47 +146,45 @@ def _matches(match: Expression, packet: Packet) -> bool | None:
 
 def _value(left: Any, packet: Packet) -> object:
     """Return the packet's value of the left side of a match."""
-    kind, key = next(iter(left.items())) if isinstance(left, dict) else ("", {})
-    if kind == "payload" and key.get("field") in ("dport", "protocol", "nexthdr", "saddr", "daddr"):
-        protocol = key["protocol"]
-        if key["field"] == "dport":
+    match left:
+        case {"payload": {"field": "dport", "protocol": protocol}}:
             return packet.port if protocol in ("th", packet.protocol) else _ABSENT
-        if protocol != packet.family:
-            return _ABSENT
-        if key["field"] in ("protocol", "nexthdr"):
+        case {"payload": {"field": ("protocol" | "nexthdr" | "saddr" | "daddr") as name, "protocol": family}}:
+            values = {"saddr": packet.source or _UNKNOWN, "daddr": packet.destination or _UNKNOWN}
+            return values.get(name, packet.protocol) if family == packet.family else _ABSENT
+        case {"meta": {"key": "l4proto"}}:
             return packet.protocol
-        return (packet.source if key["field"] == "saddr" else packet.destination) or _UNKNOWN
-    if kind == "meta":
-        families = {"ip": "ipv4", "ip6": "ipv6"}
-        meta: dict[str, object] = {"l4proto": packet.protocol, "nfproto": families[packet.family]}
-        return meta.get(key["key"], _UNKNOWN)
-    if kind == "ct" and "dir" not in key:
-        states: dict[str, object] = {"state": "new", "status": "dnat" if packet.is_translated else ""}
-        return states.get(key["key"], _UNKNOWN)
+        case {"meta": {"key": "nfproto"}}:
+            return "ipv6" if packet.family == "ip6" else "ipv4"
+        case {"ct": {"dir": _}}:
+            return _UNKNOWN
+        case {"ct": {"key": "state"}}:
+            return "new"
+        case {"ct": {"key": "status"}}:
+            return "dnat" if packet.is_translated else ""
     return _UNKNOWN
 
 
 def _contains(right: Any, value: object) -> bool | None:
     """Return whether *value* is in the right side of a match; None if that is a named set."""
-    if isinstance(right, str) and right.startswith("@"):
-        return None
-    if isinstance(right, dict) and "set" in right:
-        right = right["set"]
-    if isinstance(right, list):
-        found = [_contains(one, value) for one in right]
-        return True if True in found else None if None in found else False
-    if not isinstance(right, dict):
-        return str(right) == str(value)
-    if "prefix" in right:
-        network = ipaddress.ip_network(f"{right['prefix']['addr']}/{right['prefix']['len']}", strict=False)
-        return ipaddress.ip_address(str(value)) in network
-    if "range" in right:
-        low, high = right["range"]
-        if isinstance(value, int):
+    match right:
+        case {"set": items}:
+            return _contains(items, value)
+        case list():
+            found = [_contains(item, value) for item in right]
+            return True if True in found else None if None in found else False
+        case {"prefix": {"addr": address, "len": length}}:
+            return ipaddress.ip_address(str(value)) in ipaddress.ip_network(f"{address}/{length}", strict=False)
+        case {"range": [low, high]} if isinstance(value, int):
             return int(low) <= value <= int(high)
-        first, one, last = (ipaddress.ip_address(str(ip)).packed for ip in (low, value, high))
-        return first <= one <= last
-    return _contains(right["elem"]["val"], value) if "elem" in right else None
+        case {"range": [low, high]}:
+            first, one, last = (ipaddress.ip_address(str(ip)).packed for ip in (low, value, high))
+            return first <= one <= last
+        case {"elem": {"val": item}}:
+            return _contains(item, value)
+        case int() | str() if not str(right).startswith("@"):
+            return str(right) == str(value)
+    return None
 
 
 def _comes_after_nat(chain: _Chain) -> bool:
@@ -200,12 +213,11 @@ async def read_packet_filter(family: str) -> PacketFilter:
     """
     chains: dict[str, _Chain] = {}
     priorities: dict[str, int] = {}
-    if is_installed("nft"):
-        listed = parsed(await run_tool("nft", "--json", "--terse", "list", "ruleset")) or {}
-        for entry in listed.get("nftables", ()):
-            for kind in entry.keys() & {"chain", "rule"}:
-                if entry[kind]["family"] in ("inet", family):
-                    _add_nft(kind, entry[kind], chains, priorities)
+    listed = parsed(await run_tool("nft", "--json", "--terse", "list", "ruleset")) if is_installed("nft") else None
+    items = [(kind, item) for entry in (listed or {}).get("nftables", ()) for kind, item in entry.items()]
+    for kind, item in items:
+        if kind in ("chain", "rule") and item["family"] in ("inet", family):
+            _add_nft(kind, item, chains, priorities)
     tool = "ip6tables" if family == "ip6" else "iptables"
     for table, *chain in _READ if is_installed(tool) else ():
         with contextlib.suppress(SyncError):  # no such table, or rules that are not iptables' own
@@ -245,47 +257,36 @@ def _add_iptables(tool: str, table: str, words: Sequence[str], chains: dict[str,
 def _expressions(words: Sequence[str], family: str) -> list[Expression]:
     """Return a rule of iptables as nft would show it."""
     found: list[Expression] = []
-    left = iter(words)
-    is_negated = False
-    for word in left:
-        if word == "!":
-            is_negated = True
-            continue
-        match = _iptables_match(word, family)
-        if match is not None:
-            values = [_iptables_value(value) for value in next(left).split(",")]
-            op = "!=" if is_negated else "=="
-            sides = [{"ct": {"key": "status"}}] if match == {"ct": {"key": "state"}} and "dnat" in values else [match]
-            found += [{"match": {"op": op, "left": side, "right": values}} for side in sides]
-        elif word == "-m":
-            found += [] if next(left) in _MODULES else [{"xt": None}]
-        elif word == "--comment":
-            next(left)
-        elif word in ("-j", "-g"):
-            target = next(left)
-            kinds = {"DROP", "REJECT", "ACCEPT", "RETURN", "DNAT", "REDIRECT"}
-            jump = "goto" if word == "-g" else "jump"
-            found.append({target.lower(): None} if target in kinds else {jump: {"target": target}})
-            break
-        elif word.startswith("-"):
+    for option, op, value in _options(words):
+        if option in _COMPARED:
+            found.append(_comparison(option, op, value, family))
+        elif option in ("-j", "-g"):
+            jump = {"goto" if option == "-g" else "jump": {"target": value}}
+            return [*found, {value.lower(): None} if value in _TARGETS else jump]
+        elif option != "--comment" and not (option == "-m" and value in _MODULES):
             found.append({"xt": None})
-        is_negated = False
     return found
 
 
-def _iptables_match(option: str, family: str) -> Expression | None:
-    """Return the left side that an option of iptables compares, None if it is none of the known ones."""
-    return {
-        "-s": {"payload": {"protocol": family, "field": "saddr"}},
-        "-d": {"payload": {"protocol": family, "field": "daddr"}},
-        "-p": {"meta": {"key": "l4proto"}},
-        "-i": {"meta": {"key": "iifname"}},
-        "-o": {"meta": {"key": "oifname"}},
-        "--dport": {"payload": {"protocol": "th", "field": "dport"}},
-        "--dports": {"payload": {"protocol": "th", "field": "dport"}},
-        "--ctstate": {"ct": {"key": "state"}},
-        "--state": {"ct": {"key": "state"}},
-    }.get(option)
+def _options(words: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """Yield each option with ``==`` or, after an exclamation mark, ``!=``, and its value, "" for none."""
+    for at, word in enumerate(words):
+        if word.startswith("-"):
+            value = words[at + 1] if at + 1 < len(words) and not words[at + 1].startswith(("-", "!")) else ""
+            yield word, "!=" if at and words[at - 1] == "!" else "==", value
+
+
+def _comparison(option: str, op: str, values: str, family: str) -> Expression:
+    """Return the match of an option of iptables and its comma-separated values."""
+    kind, key = _COMPARED[option]
+    right = [_iptables_value(value) for value in values.split(",")]
+    if option in ("-s", "-d"):
+        left: Expression = {"payload": {"protocol": family, "field": key}}
+    elif kind == "payload":
+        left = {"payload": {"protocol": "th", "field": key}}
+    else:
+        left = {kind: {"key": "status" if option == "--ctstate" and "dnat" in right else key}}
+    return {"match": {"op": op, "left": left, "right": right}}
 
 
 def _iptables_value(text: str) -> Any:
