@@ -19,8 +19,8 @@ from userspace_proxy.control.lint.index import Index
 from userspace_proxy.control.lint.no_endpoints import REFUSED, endpoints_of, refusals
 from userspace_proxy.errors import ConfigError, SyncError
 from userspace_proxy.host.firewalls import find_blocking_firewall
+from userspace_proxy.host.foreign_rules import Packet, read_foreign_rules
 from userspace_proxy.host.other_proxies import find_other_proxy
-from userspace_proxy.host.packet_filter import Packet, read_packet_filter
 from userspace_proxy.model.answers import Candidate, Explanation, Obstacle, Unused
 from userspace_proxy.model.details import DetailsRequest, EndpointDetails, ServicePortDetails
 from userspace_proxy.model.endpoint import Address, Endpoint, family_of, join_address
@@ -261,7 +261,7 @@ class Explainer:
         ):
             yield Obstacle(f"another proxy's rules take the packets: {where}", "stop kube-proxy, and remove its rules")
         with contextlib.suppress(SyncError):
-            if stopped := await self._packet_filter(case):
+            if stopped := await self._foreign_rules(case):
                 yield Obstacle(*stopped)
         if obstacle := self._dials(case):
             yield obstacle
@@ -323,11 +323,11 @@ class Explainer:
                 return Obstacle(f"{reason} at {portal}", "add a range with the client, or dial the cluster IP")
         return None
 
-    async def _packet_filter(self, case: _Case) -> tuple[str, str] | None:
+    async def _foreign_rules(self, case: _Case) -> tuple[str, str] | None:
         """Return which rules of another program stop a connection on its way, and the fix."""
         portal, hooks = case.portal, {passage.hook for passage in self.proxy.mode.firewall_passages}
         family, protocol = "ip6" if portal.family == 6 else "ip", portal.protocol.lower()
-        rules = await read_packet_filter(family)
+        rules = await read_foreign_rules(family)
         begin = "output" if case.sender is Sender.NODE else "prerouting"
         portal_packet = Packet(f"traffic to {portal}", begin, family, protocol, case.client, portal.ip, portal.port)
         way = [portal_packet]

@@ -77,7 +77,7 @@ class _Chain:
 
 
 @dataclass(frozen=True, slots=True)
-class PacketFilter:
+class ForeignRules:
     """The rules of other programs. ``nat_priorities``: those of our own NAT chains, by hook."""
 
     chains: Mapping[str, _Chain]
@@ -205,7 +205,7 @@ def _accept(chain: _Chain, packet: Packet) -> str:
 # ---- reading rules
 
 
-async def read_packet_filter(family: str) -> PacketFilter:
+async def read_foreign_rules(family: str) -> ForeignRules:
     """Return the rules of this network namespace for *family* (``ip`` or ``ip6``).
 
     Raises:
@@ -223,7 +223,7 @@ async def read_packet_filter(family: str) -> PacketFilter:
         with contextlib.suppress(SyncError):  # no such table, or rules that are not iptables' own
             for line in (await run_tool(tool, "--table", table, "-S", *chain)).splitlines():
                 _add_iptables(tool, table, shlex.split(line), chains)
-    return PacketFilter(chains, priorities)
+    return ForeignRules(chains, priorities)
 
 
 def _add_nft(kind: str, item: Expression, chains: dict[str, _Chain], priorities: dict[str, int]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from userspace_proxy.host.packet_filter import Packet, read_packet_filter
+from userspace_proxy.host.foreign_rules import Packet, read_foreign_rules
 from userspace_proxy.lab import Host
 
 TO_PORTAL = Packet("traffic to 10.96.0.1:80", "prerouting", "ip", "tcp", "192.0.2.9", "10.96.0.1", 80)
@@ -60,14 +60,14 @@ async def test_rules_of_nftables_stop_what_they_certainly_match(
     host.run("nft", "-f", "-", stdin=f"table inet fw {{ chain other {{ tcp dport 12345 drop; }}; {chain}; }}")
     try:
         with host.inside():
-            found = (await read_packet_filter("ip")).against(packet)
+            found = (await read_foreign_rules("ip")).against(packet)
 
             assert bool(found) == stops
             if found:
                 reason, fix = found
                 assert reason == f"a firewall of this node drops {packet.traffic}: nftables inet fw c"
                 host.run(*fix.split("`")[1].split())
-                assert (await read_packet_filter("ip")).against(packet) is None
+                assert (await read_foreign_rules("ip")).against(packet) is None
     finally:
         host.run("nft", "delete", "table", "inet", "fw")
 
@@ -80,12 +80,12 @@ async def test_rules_of_iptables_stop_what_they_certainly_match(
     host.run("iptables", "-A", chain, *rule.split())
     try:
         with host.inside():
-            found = (await read_packet_filter("ip")).against(packet)
+            found = (await read_foreign_rules("ip")).against(packet)
 
             assert bool(found) == stops
             if found:
                 host.run(*found[1].split("`")[1].split())
-                assert (await read_packet_filter("ip")).against(packet) is None
+                assert (await read_foreign_rules("ip")).against(packet) is None
     finally:
         host.run("iptables", "-F", chain)
 
@@ -97,7 +97,7 @@ async def test_rules_that_translate_before_ours_are_named(host: Host, priority: 
     host.run("nft", "-f", "-", stdin=f"table ip userspace_proxy_x {{ {ours}; }}; table ip x {{ {theirs}; }}")
     try:
         with host.inside():
-            found = (await read_packet_filter("ip")).against(TO_PORTAL)
+            found = (await read_foreign_rules("ip")).against(TO_PORTAL)
     finally:
         host.run("nft", "delete table ip userspace_proxy_x; delete table ip x")
 
