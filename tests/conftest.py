@@ -54,13 +54,19 @@ _SHARE_CONTRACT_PROXIES = {
 _CONTRACT_PROXY = re.compile(r"mode-\w+|(nftables|iptables)-(node|transparent)(-api)?")
 
 
+_SLOWEST = ("tests/examples/test_lessons", "tests/net/", "tests/lab/test_shell", "tests/modes/userspace/test_histories")
+_SHARE_NOTHING = ("tests/examples/test_lessons.py", "tests/lab/test_shell.py")  # each test has a lab of its own
+
+
 class HostScheduling(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
-    """Give each module to one worker process, as its tests share hosts; tests of the contract go by variant."""
+    """Give each module to one worker process, if its tests share hosts; tests of the contract go by variant."""
 
     def _split_scope(self, nodeid: str) -> str:
         module, _, test = nodeid.partition("::")
         if module == "tests/net/contract/test_world.py":
             return "nftables-node"  # a proxy in a kernel mode would have a say in what it asks
+        if module in _SHARE_NOTHING:
+            return nodeid
         if variant := _CONTRACT_PROXY.search(test) if module in _SHARE_CONTRACT_PROXIES else None:
             return variant[0]
         return module
@@ -80,7 +86,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the slowest modules first, so that none of them is left for the end of the run."""
-    items.sort(key=lambda item: not item.nodeid.startswith(("tests/net/", "tests/modes/userspace/test_histories")))
+    items.sort(key=lambda item: not item.nodeid.startswith(_SLOWEST))
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -292,7 +292,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "many-services": only_iptables_mode_meets_more_rules_with_more_services,
 }
 ROWS = [
-    ["mode-userspace", "mode-iptables", "mode-nftables", "dead-pod", "connection-policy", "affinity", "node-port"],
+    ["mode-userspace", "mode-iptables", "mode-nftables", "dead-pod"],
     ["rolling-update", "forward", "scaling", "failover", "offline", "load-balancer", "balance", "headless", "dns"],
     ["many-services"],
 ]
