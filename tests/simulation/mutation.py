@@ -1,7 +1,8 @@
-"""Change the data plane a little, in one place at a time, and see whether the histories notice.
+"""Change the data plane a little, in one place at a time, and see whether the histories and tests notice.
 
 `python -m tests.simulation.mutation SEED COUNT` draws COUNT mutants of the modules below and lists the survivors. Each
-mutant is one process: its function gets other code, then histories are played until one is broken.
+mutant is one process: its function gets other code, then histories are played until one is broken. If none is, the
+process becomes a run of the module's tests with real sockets, to which this module is a plugin.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import importlib
 import inspect
 import os
 import random
-import signal
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from types import CodeType
@@ -24,9 +25,22 @@ MODULES = ("picker", "dial", "tcp", "udp", "splice.copy", "splice.pipe")
 # Functions that no history calls: they answer questions, or serve settings that the histories do not have.
 _NOT_PLAYED = {"preview", "details", "name", "spec", "sock", "_why", "header", "_header", "_name", "seen_client"}
 _HISTORIES = 150
-_TIMEOUT_S = 60
+_CPU_S = 100
 _PROCESSES = 2
-_NOT_PLAYED_STATUS = 2
+_NOT_PLAYED_STATUS = 99
+_TEST_TIMEOUT_S = 40
+_UNCHANGED = -1
+_VARIABLE = "USERSPACE_PROXY_MUTANT"
+_DATAPLANE = "tests/dataplane"
+# The tests with real sockets of each module.
+_TESTS = {
+    "picker": (f"{_DATAPLANE}/test_picker.py", f"{_DATAPLANE}/balancing", f"{_DATAPLANE}/test_tcp.py"),
+    "dial": (f"{_DATAPLANE}/test_dial.py", f"{_DATAPLANE}/test_tcp.py", f"{_DATAPLANE}/test_lifetimes.py"),
+    "tcp": (f"{_DATAPLANE}/test_tcp.py", f"{_DATAPLANE}/test_lifetimes.py", f"{_DATAPLANE}/test_proxy_protocol.py"),
+    "udp": (f"{_DATAPLANE}/test_udp.py",),
+    "splice.copy": ("tests/contract/test_splicer.py", "tests/contract/test_splicer_bugs.py"),
+    "splice.pipe": ("tests/contract/test_splicer.py", f"{_DATAPLANE}/test_pipes.py"),
+}
 
 _OTHER: dict[type[ast.AST], type[ast.AST]] = {
     ast.Lt: ast.LtE,
@@ -54,6 +68,11 @@ class Mutant(NamedTuple):
     line: int
     what: str
     number: int  # among the changes of its module
+
+    @property
+    def place(self) -> tuple[str, str, str]:
+        """What stays when lines are added above it."""
+        return self.module, self.function, self.what
 
     def __str__(self) -> str:
         return f"{self.module}.py:{self.line} {self.function}: {self.what}"
@@ -83,7 +102,7 @@ def _changes(node: ast.AST) -> Iterator[tuple[str, Callable[[], None]]]:
             yield "not called", put(node, "value", ast.Constant(None))
         case ast.Assign(targets=[ast.Attribute()]):
             yield "not set", put(node, "targets", [ast.Name("_unused", ast.Store())])  # type: ignore[arg-type]
-        case ast.Return(value=ast.expr()):
+        case ast.Return(value=ast.expr() as value) if getattr(value, "value", ...) is not None:
             yield "None returned", put(node, "value", ast.Constant(None))
 
 
@@ -124,6 +143,8 @@ def draw(seed: int, count: int) -> list[Mutant]:
 
 def apply(mutant: Mutant) -> None:
     """Give the function of *mutant* its changed code, in this process."""
+    if mutant.number == _UNCHANGED:
+        return
     module = importlib.import_module(f"{_PACKAGE}.{mutant.module}")
     tree = ast.parse(inspect.getsource(module))
     list(_all_changes(tree))[mutant.number][3]()
@@ -140,22 +161,49 @@ def _replace(function: Any, code: CodeType) -> None:
     function.__code__ = code
 
 
+def pytest_configure() -> None:
+    """Apply the mutant that the environment names: pytest loads this module as a plugin then."""
+    module, _, number = os.environ.get(_VARIABLE, "").partition(":")
+    if number and int(number) != _UNCHANGED:
+        apply(mutants(module)[int(number)])
+
+
 def _start(mutant: Mutant) -> int:
     """Play histories of *mutant* in a child process, which exits with 0 if none is broken. Return its pid."""
     if pid := os.fork():
         return pid
     status = _NOT_PLAYED_STATUS
     try:
-        signal.alarm(_TIMEOUT_S)
+        resource.setrlimit(resource.RLIMIT_CPU, (_CPU_S, _CPU_S))  # a mutant may never end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a broken mutant has much to say
         apply(mutant)
-        status = int(bool(play(0, _HISTORIES, 1)[1]))
+        if play(0, _HISTORIES, 1)[1]:
+            os._exit(1)
+        _become_tests(mutant)
     finally:
         os._exit(status)
 
 
-def survivors(chosen: list[Mutant]) -> list[Mutant]:
-    """Return those of *chosen* that break no history."""
+def _become_tests(mutant: Mutant) -> None:
+    """Run the tests with real sockets in the place of this process: they find what is not in the model."""
+    os.dup2(2, 1)
+    options = ("-x", "-q", "--timeout", f"{_TEST_TIMEOUT_S}", "-p", "no:cacheprovider", "-p", __spec__.name)
+    command = [sys.executable, "-m", "pytest", *options, *_TESTS[mutant.module]]
+    os.execve(sys.executable, command, {**os.environ, _VARIABLE: f"{mutant.module}:{mutant.number}"})  # noqa: S606
+
+
+def survivors(chosen: list[Mutant], tell: Callable[[str], object] = lambda _: None) -> list[Mutant]:
+    """Return those of *chosen* that break no history and fail no test; *tell* each verdict.
+
+    The unchanged code of each module has to survive first: on a machine that is too busy, time-outs would kill it, too.
+    """
+    unchanged = [Mutant(name, "", 0, "unchanged", _UNCHANGED) for name in sorted({m.module for m in chosen})]
+    if killed := set(unchanged) - set(_survivors(unchanged, tell)):
+        raise AssertionError(f"killed without a change: {killed}")
+    return _survivors(chosen, tell)
+
+
+def _survivors(chosen: list[Mutant], tell: Callable[[str], object]) -> list[Mutant]:
     running: dict[int, Mutant] = {}
     left, alive = list(chosen), []
     while left or running:
@@ -167,13 +215,14 @@ def survivors(chosen: list[Mutant]) -> list[Mutant]:
         assert os.waitstatus_to_exitcode(status) != _NOT_PLAYED_STATUS, f"not played: {mutant}"
         if status == 0:
             alive.append(mutant)
+        tell(f"{'killed' if status else 'alive'} {mutant}\n")
     return sorted(alive)
 
 
 def main() -> None:
     seed, count = map(int, sys.argv[1:3])
     chosen = draw(seed, count)
-    alive = survivors(chosen)
+    alive = survivors(chosen, sys.stderr.write)
     sys.stdout.write("".join(f"{mutant}\n" for mutant in alive))
     sys.stdout.write(f"{len(chosen) - len(alive)} of {len(chosen)} mutants are killed\n")
 
