@@ -187,17 +187,24 @@ def _answer(health: Health, status: int, healthy: bool, more: Mapping[str, objec
         },
     }
     if is_open:
-        if not healthy:
-            reason = "; ".join(filter(None, (health.waiting, health.stopped, health.failing))) or _LATE
-            body["reason"] = printable(reason, _SHOWN_MAX)
-        if health.failing:
-            body["failing"] = printable(health.failing, _SHOWN_MAX)
-        for name in ("degraded", "problems", "findings"):
-            if lines := getattr(health, name):
-                hidden = [f"and {len(lines) - _LINES_MAX} more"] if len(lines) > _LINES_MAX else []
-                body[name] = [printable(line, _SHOWN_MAX) for line in lines[:_LINES_MAX]] + hidden
+        body |= _details(health, healthy=healthy)
     text = msgspec.json.encode(body).decode()
     return web.Response(text=text, status=status, content_type="application/json", headers=_HEADERS)
+
+
+def _details(health: Health, *, healthy: bool) -> dict[str, object]:
+    """Return the reasons of *health* that are for this node alone."""
+    details: dict[str, object] = {}
+    if not healthy:
+        reason = "; ".join(filter(None, (health.waiting, health.stopped, health.failing))) or _LATE
+        details["reason"] = printable(reason, _SHOWN_MAX)
+    if health.failing:
+        details["failing"] = printable(health.failing, _SHOWN_MAX)
+    for name in ("degraded", "problems", "findings"):
+        if lines := getattr(health, name):
+            hidden = [f"and {len(lines) - _LINES_MAX} more"] if len(lines) > _LINES_MAX else []
+            details[name] = [printable(line, _SHOWN_MAX) for line in lines[:_LINES_MAX]] + hidden
+    return details
 
 
 def is_loopback(ip: str | None) -> bool:
