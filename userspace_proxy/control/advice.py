@@ -86,13 +86,8 @@ class Advisor:
                 news, ended = await self._look()
             except Exception:
                 log.exception("a bug: manifests cannot be checked; what they say is served all the same")
-                continue
-            for finding in news[:_LOGGED_MAX]:
-                log.log(logging.WARNING if finding.severity == "fault" else logging.INFO, "%s", _text(finding))
-            if (more := len(news) - _LOGGED_MAX) > 0:
-                log.warning("%d more findings; 'userspace-proxy check' shows all", more)
-            for finding in ended[:_LOGGED_MAX]:
-                log.info("%s: %s: no longer so: %s", finding.object, finding.field, finding.problem)
+            else:
+                _log(news, ended)
 
     async def _look(self) -> _Outcome:
         """Check the queued documents; return the new findings, and the faults that are fixed."""
@@ -160,6 +155,15 @@ class Advisor:
         if finding.line is None or entry is None:
             return finding
         return msgspec.structs.replace(finding, line=finding.line + entry.line - document.line)
+
+
+def _log(news: Sequence[Finding], ended: Sequence[Finding]) -> None:
+    for finding in news[:_LOGGED_MAX]:
+        log.log(logging.WARNING if _is_fault(finding) else logging.INFO, "%s", _text(finding))
+    if (more := len(news) - _LOGGED_MAX) > 0:
+        log.warning("%d more findings; 'userspace-proxy check' shows all", more)
+    for finding in ended[:_LOGGED_MAX]:
+        log.info("%s: %s: no longer so: %s", finding.object, finding.field, finding.problem)
 
 
 def _take_slice(steps: Generator[None, None, _Outcome]) -> _Outcome | None:

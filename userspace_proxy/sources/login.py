@@ -13,6 +13,7 @@ import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -220,10 +221,9 @@ def _named_files(kubeconfig: object) -> Iterator[tuple[str, str]]:
     """Yield (field, path) for each file that *kubeconfig* names."""
     for section, entry in (("clusters", "cluster"), ("users", "user")):
         listed = _get(kubeconfig, section)
-        for item in listed if isinstance(listed, list) else ():
-            for field in _FILES:
-                if isinstance(path := _get(_get(item, entry), field), str):
-                    yield field, path
+        for item, field in product(listed if isinstance(listed, list) else (), _FILES):
+            if isinstance(path := _get(_get(item, entry), field), str):
+                yield field, path
 
 
 def _get(mapping: object, key: str) -> object:

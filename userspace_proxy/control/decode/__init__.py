@@ -35,7 +35,6 @@ from userspace_proxy.control.decode.names import (
     cluster_ip_names,
     external_name,
     headless_names,
-    is_headless,
     valid_cluster_ips,
 )
 from userspace_proxy.control.decode.nodes import is_eligible, node_of
@@ -44,6 +43,7 @@ from userspace_proxy.control.decode.service_ports import (
     PortKey,
     given_cluster_ips,
     has_node_ports,
+    is_headless,
     own_portals,
     port_key,
     service_ports,

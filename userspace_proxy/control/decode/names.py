@@ -12,13 +12,7 @@ from userspace_proxy.control.decode.service_ports import stated_cluster_ips
 from userspace_proxy.model.dns_names import DnsHost, HostGroup, NamedPort, ServiceNames
 from userspace_proxy.model.endpoint import family_of
 
-_HEADLESS = "None"
 _Groups = dict[tuple[NamedPort, ...], dict[DnsHost, None]]
-
-
-def is_headless(service: api.Service) -> bool:
-    spec = service.spec
-    return spec is not None and _HEADLESS in (spec.cluster_ip, *(spec.cluster_ips or ())[:1])
 
 
 def external_name(service: api.Service) -> str:

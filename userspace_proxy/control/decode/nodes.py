@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 from userspace_proxy import api
@@ -28,23 +29,17 @@ def node_of(given: api.Node | None, fallback: Node) -> Node:
 def _addresses(node: api.Node) -> Iterator[str]:
     """Yield the addresses of *node* in kube-proxy's order: internal before external."""
     given = (node.status.addresses if node.status else None) or ()
-    for kind in ("InternalIP", "ExternalIP"):
-        for item in given:
-            if item.type == kind and item.address:
-                try:
-                    yield canonical_ip(item.address)
-                except ConfigError:
-                    continue
+    for address in (item.address for kind in ("InternalIP", "ExternalIP") for item in given if item.type == kind):
+        with contextlib.suppress(ConfigError):
+            yield canonical_ip(address or "")
 
 
 def _pod_cidrs(node: api.Node) -> Iterator[str]:
     """Yield the pod CIDRs of *node*; none if it has not been assigned any yet."""
     spec = node.spec
     for cidr in (spec.pod_cidrs or [spec.pod_cidr or ""]) if spec else ():
-        try:
+        with contextlib.suppress(ConfigError):
             yield canonical_cidr(cidr)
-        except ConfigError:
-            continue
 
 
 def is_eligible(node: api.Node | None) -> bool:

@@ -154,6 +154,12 @@ def stated_cluster_ips(spec: api.objects.ServiceSpec) -> list[tuple[str, str]]:
     return fields[: len(spec.ip_families)] if spec.ip_families else fields
 
 
+def is_headless(service: api.Service) -> bool:
+    """Return whether *service* has a DNS name for each endpoint instead of a cluster IP."""
+    spec = service.spec
+    return spec is not None and "None" in (spec.cluster_ip, *(spec.cluster_ips or ())[:1])
+
+
 def given_cluster_ips(service: api.Service) -> list[tuple[str, str]]:
     """Return (field, canonical IP) for each cluster IP that *service* states."""
     assert service.spec is not None

@@ -13,7 +13,7 @@ from userspace_proxy.control.decode.addresses import (
     number_errors,
     virtual_ip_errors,
 )
-from userspace_proxy.control.decode.service_ports import affinity_timeout_s, stated_cluster_ips
+from userspace_proxy.control.decode.service_ports import affinity_timeout_s, is_headless, stated_cluster_ips
 from userspace_proxy.errors import ConfigError
 from userspace_proxy.model.endpoint import family_of
 
@@ -33,9 +33,8 @@ def is_proxied(service: api.Service, proxy_name: str = "") -> bool:
     spec = service.spec
     if spec is None or spec.type == "ExternalName":
         return False
-    if (service.metadata.labels or {}).get(_PROXY_NAME_LABEL) != (proxy_name or None):
-        return False
-    return "None" not in (spec.cluster_ip, *(spec.cluster_ips or ())[:1])
+    is_for_this_proxy = (service.metadata.labels or {}).get(_PROXY_NAME_LABEL) == (proxy_name or None)
+    return is_for_this_proxy and not is_headless(service)
 
 
 _OWN_NODE_PORT = "give each port a node port of its own"

@@ -121,7 +121,7 @@ class Linter:
             return
         if spec.type == "ExternalName":
             yield Note("an ExternalName Service is left to DNS; no proxy serves it", field="spec.type")
-        elif "None" in (spec.cluster_ip, *(spec.cluster_ips or ())[:1]):
+        elif decode.is_headless(service):
             yield Note("a headless Service is left to DNS; no proxy serves it", field="spec.clusterIP")
         elif decode.wants_load_balancer_ips(service) and not self._options.load_balancer_pool:
             fix = "give --load-balancer-pool, or status.loadBalancer.ingress"
