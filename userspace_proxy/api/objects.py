@@ -17,7 +17,11 @@ def _api_name(field: str) -> str:
     return first + "".join(_INITIALISMS.get(word) or word.capitalize() for word in rest)
 
 
-class ObjectMeta(Struct, rename=_api_name, frozen=True):
+class _Object(Struct, rename=_api_name, frozen=True, gc=False):
+    """The base of all parts of objects. They hold no cycles, so the garbage collector need not visit them."""
+
+
+class ObjectMeta(_Object, frozen=True):
     name: str = ""
     namespace: str | None = None
     labels: dict[str, str] | None = None
@@ -29,7 +33,7 @@ class ObjectMeta(Struct, rename=_api_name, frozen=True):
 # ---- Service
 
 
-class ServicePort(Struct, rename=_api_name, frozen=True):
+class ServicePort(_Object, frozen=True):
     port: int
     name: str | None = None
     protocol: str | None = None
@@ -37,15 +41,15 @@ class ServicePort(Struct, rename=_api_name, frozen=True):
     node_port: int | None = None
 
 
-class ClientIPConfig(Struct, rename=_api_name, frozen=True):
+class ClientIPConfig(_Object, frozen=True):
     timeout_seconds: int | None = None
 
 
-class SessionAffinityConfig(Struct, rename=_api_name, frozen=True):
+class SessionAffinityConfig(_Object, frozen=True):
     client_ip: ClientIPConfig | None = None
 
 
-class ServiceSpec(Struct, rename=_api_name, frozen=True):
+class ServiceSpec(_Object, frozen=True):
     type: str | None = None
     external_name: str | None = None
     selector: dict[str, str] | None = None
@@ -67,20 +71,20 @@ class ServiceSpec(Struct, rename=_api_name, frozen=True):
     load_balancer_source_ranges: list[str] | None = None
 
 
-class LoadBalancerIngress(Struct, rename=_api_name, frozen=True):
+class LoadBalancerIngress(_Object, frozen=True):
     ip: str | None = None
     ip_mode: str | None = None
 
 
-class LoadBalancerStatus(Struct, rename=_api_name, frozen=True):
+class LoadBalancerStatus(_Object, frozen=True):
     ingress: list[LoadBalancerIngress] | None = None
 
 
-class ServiceStatus(Struct, rename=_api_name, frozen=True):
+class ServiceStatus(_Object, frozen=True):
     load_balancer: LoadBalancerStatus | None = None
 
 
-class Service(Struct, rename=_api_name, frozen=True):
+class Service(_Object, frozen=True):
     metadata: ObjectMeta
     spec: ServiceSpec | None = None
     status: ServiceStatus | None = None
@@ -89,24 +93,24 @@ class Service(Struct, rename=_api_name, frozen=True):
 # ---- EndpointSlice
 
 
-class EndpointConditions(Struct, rename=_api_name, frozen=True):
+class EndpointConditions(_Object, frozen=True):
     ready: bool | None = None
     serving: bool | None = None
     terminating: bool | None = None
 
 
-class Hint(Struct, rename=_api_name, frozen=True):
+class Hint(_Object, frozen=True):
     """The name of a zone or node that an endpoint is assigned to."""
 
     name: str | None = None
 
 
-class EndpointHints(Struct, rename=_api_name, frozen=True):
+class EndpointHints(_Object, frozen=True):
     for_zones: list[Hint] | None = None
     for_nodes: list[Hint] | None = None
 
 
-class SliceEndpoint(Struct, rename=_api_name, frozen=True):
+class SliceEndpoint(_Object, frozen=True):
     addresses: list[str] | None = None
     conditions: EndpointConditions | None = None
     hostname: str | None = None
@@ -114,7 +118,7 @@ class SliceEndpoint(Struct, rename=_api_name, frozen=True):
     hints: EndpointHints | None = None
 
 
-class EndpointPort(Struct, rename=_api_name, frozen=True):
+class EndpointPort(_Object, frozen=True):
     """A port of an EndpointSlice or of an Endpoints subset."""
 
     port: int | None = None
@@ -122,7 +126,7 @@ class EndpointPort(Struct, rename=_api_name, frozen=True):
     protocol: str | None = None
 
 
-class EndpointSlice(Struct, rename=_api_name, frozen=True):
+class EndpointSlice(_Object, frozen=True):
     metadata: ObjectMeta
     address_type: str = "IPv4"
     endpoints: list[SliceEndpoint] | None = None
@@ -132,19 +136,19 @@ class EndpointSlice(Struct, rename=_api_name, frozen=True):
 # ---- Endpoints, the older form
 
 
-class EndpointAddress(Struct, rename=_api_name, frozen=True):
+class EndpointAddress(_Object, frozen=True):
     ip: str
     hostname: str | None = None
     node_name: str | None = None
 
 
-class EndpointSubset(Struct, rename=_api_name, frozen=True):
+class EndpointSubset(_Object, frozen=True):
     addresses: list[EndpointAddress] | None = None
     not_ready_addresses: list[EndpointAddress] | None = None
     ports: list[EndpointPort] | None = None
 
 
-class Endpoints(Struct, rename=_api_name, frozen=True):
+class Endpoints(_Object, frozen=True):
     metadata: ObjectMeta
     subsets: list[EndpointSubset] | None = None
 
@@ -152,18 +156,18 @@ class Endpoints(Struct, rename=_api_name, frozen=True):
 # ---- Pod
 
 
-class ContainerPort(Struct, rename=_api_name, frozen=True):
+class ContainerPort(_Object, frozen=True):
     container_port: int
     name: str | None = None
     protocol: str | None = None
 
 
-class Container(Struct, rename=_api_name, frozen=True):
+class Container(_Object, frozen=True):
     ports: list[ContainerPort] | None = None
     restart_policy: str | None = None
 
 
-class PodSpec(Struct, rename=_api_name, frozen=True):
+class PodSpec(_Object, frozen=True):
     containers: list[Container] | None = None
     init_containers: list[Container] | None = None
     hostname: str | None = None
@@ -171,23 +175,23 @@ class PodSpec(Struct, rename=_api_name, frozen=True):
     node_name: str | None = None
 
 
-class PodIP(Struct, rename=_api_name, frozen=True):
+class PodIP(_Object, frozen=True):
     ip: str | None = None
 
 
-class PodCondition(Struct, rename=_api_name, frozen=True):
+class PodCondition(_Object, frozen=True):
     type: str
     status: str
 
 
-class PodStatus(Struct, rename=_api_name, frozen=True):
+class PodStatus(_Object, frozen=True):
     phase: str | None = None
     pod_ip: str | None = None
     pod_ips: list[PodIP] | None = None
     conditions: list[PodCondition] | None = None
 
 
-class Pod(Struct, rename=_api_name, frozen=True):
+class Pod(_Object, frozen=True):
     metadata: ObjectMeta
     spec: PodSpec | None = None
     status: PodStatus | None = None
@@ -196,26 +200,26 @@ class Pod(Struct, rename=_api_name, frozen=True):
 # ---- Node
 
 
-class Taint(Struct, rename=_api_name, frozen=True):
+class Taint(_Object, frozen=True):
     key: str
 
 
-class NodeSpec(Struct, rename=_api_name, frozen=True):
+class NodeSpec(_Object, frozen=True):
     taints: list[Taint] | None = None
     pod_cidr: str | None = None
     pod_cidrs: list[str] | None = None
 
 
-class NodeAddress(Struct, rename=_api_name, frozen=True):
+class NodeAddress(_Object, frozen=True):
     type: str | None = None
     address: str | None = None
 
 
-class NodeStatus(Struct, rename=_api_name, frozen=True):
+class NodeStatus(_Object, frozen=True):
     addresses: list[NodeAddress] | None = None
 
 
-class Node(Struct, rename=_api_name, frozen=True):
+class Node(_Object, frozen=True):
     metadata: ObjectMeta
     spec: NodeSpec | None = None
     status: NodeStatus | None = None
@@ -224,10 +228,10 @@ class Node(Struct, rename=_api_name, frozen=True):
 # ---- ServiceCIDR
 
 
-class ServiceCIDRSpec(Struct, rename=_api_name, frozen=True):
+class ServiceCIDRSpec(_Object, frozen=True):
     cidrs: list[str] | None = None
 
 
-class ServiceCIDR(Struct, rename=_api_name, frozen=True):
+class ServiceCIDR(_Object, frozen=True):
     metadata: ObjectMeta
     spec: ServiceCIDRSpec | None = None
