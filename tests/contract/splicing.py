@@ -71,9 +71,9 @@ class Spliced:
         self._splicer = splicer
         self._splice: Splice | None = None
 
-    def start(self, on_unused: OnUnused | None = None, told: int | None = None) -> None:
+    def start(self, on_unused: OnUnused | None = None, events: int | None = None) -> None:
         ends = self.client_socket, self.backend_socket
-        self._splice = self._splicer.start(*ends, self.endings.append, told, on_unused)
+        self._splice = self._splicer.start(*ends, self.endings.append, events, on_unused)
 
     @property
     def splice(self) -> Splice:

@@ -155,7 +155,7 @@ class Attempt:
     trials: int = 0
     dialled: list[Address] = field(default_factory=list)
 
-    def on_connected(self, backend: Any, pick: Pick, told: int) -> None:
+    def on_connected(self, backend: Any, pick: Pick, events: int) -> None:
         self.over, self.pick, self.sock = True, pick, backend
 
     def on_failed(self, reason: str) -> None:

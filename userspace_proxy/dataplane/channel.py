@@ -79,15 +79,8 @@ class Channel:
             data, descriptors = self._waiting[0]
             try:
                 sent = socket.send_fds(self.sock, [data], list(descriptors))
-            except BlockingIOError:
-                self._loop.add_writer(self.sock.fileno(), self._write)
-                return
             except OSError as error:
-                if error.errno in _SHORTAGES:
-                    self._loop.remove_writer(self.sock.fileno())
-                    self._loop.call_later(_SHORTAGE_PAUSE_S, self._write)
-                else:
-                    self.close()
+                self._write_later(error)
                 return
             if sent == len(data):
                 self._waiting.popleft()
@@ -96,6 +89,16 @@ class Channel:
         if not self._closed:
             self._loop.remove_writer(self.sock.fileno())
             self._all_sent.set()
+
+    def _write_later(self, error: OSError) -> None:
+        """Write on after *error*, as soon as that is possible; close this end if it is not."""
+        if error.errno == errno.EAGAIN:
+            self._loop.add_writer(self.sock.fileno(), self._write)
+        elif error.errno in _SHORTAGES:
+            self._loop.remove_writer(self.sock.fileno())
+            self._loop.call_later(_SHORTAGE_PAUSE_S, self._write)
+        else:
+            self.close()
 
     async def sent(self) -> None:
         """Wait until the kernel has accepted all frames, or the channel is closed."""
@@ -122,23 +125,30 @@ class Channel:
             self.close()
             return
         self._received += data
-        while len(self._received) >= _HEADER.size and not self._closed:
-            length, count = _HEADER.unpack_from(self._received)
-            if length > self._frame_max_bytes:
-                self.break_off(f"a frame has {length} bytes, more than {self._frame_max_bytes}")
-                return
-            end = _HEADER.size + length
-            if len(self._received) < end:
-                return
-            came: list[int] = []
-            if count:
-                if not self._descriptors or len(self._descriptors[0]) > count:
-                    self.break_off("a frame came without its descriptors")
-                    return
-                came = self._descriptors.popleft()
-            body = bytes(self._received[_HEADER.size : end])
-            del self._received[:end]
-            self._on_frame(body, came + [LOST] * (count - len(came)))
+        while not self._closed and self._take_frame():
+            pass
+
+    def _take_frame(self) -> bool:
+        """Pass on the first frame of the received data. Return False if there is none, or not all of it."""
+        if len(self._received) < _HEADER.size:
+            return False
+        length, count = _HEADER.unpack_from(self._received)
+        if length > self._frame_max_bytes:
+            self.break_off(f"a frame has {length} bytes, more than {self._frame_max_bytes}")
+            return False
+        end = _HEADER.size + length
+        if len(self._received) < end:
+            return False
+        came: list[int] = []
+        if count:
+            if not self._descriptors or len(self._descriptors[0]) > count:
+                self.break_off("a frame came without its descriptors")
+                return False
+            came = self._descriptors.popleft()
+        body = bytes(self._received[_HEADER.size : end])
+        del self._received[:end]
+        self._on_frame(body, came + [LOST] * (count - len(came)))
+        return True
 
     def _read_on(self) -> None:
         if not self._closed:

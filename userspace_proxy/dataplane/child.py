@@ -150,19 +150,23 @@ class ChildProcess(Generic[A]):
         log.error("%s process %d %s; another one takes its listeners", self._kind, process.pid, broken)
         if self.restarts > 1:
             await asyncio.sleep(_RESPAWN_PAUSE_S)  # back off, in case processes die at once
-        told = ""
-        while True:
-            try:
-                self.start()
-                break
-            except OSError as error:
-                if told != (told := str(error)):
-                    log.error("no %s process can be started, trying again: %s", self._kind, error)  # noqa: TRY400
-                await asyncio.sleep(_RESPAWN_PAUSE_S)
+        await self._start_again()
         with contextlib.suppress(SyncError):  # the new process has ended, too, and is being replaced
             await self.replay()
 
-    def tell(self, request: msgspec.Struct, descriptors: Sequence[int] = ()) -> None:
+    async def _start_again(self) -> None:
+        logged = ""
+        while True:
+            try:
+                self.start()
+            except OSError as error:
+                if logged != (logged := str(error)):
+                    log.error("no %s process can be started, trying again: %s", self._kind, error)  # noqa: TRY400
+                await asyncio.sleep(_RESPAWN_PAUSE_S)
+            else:
+                return
+
+    def notify(self, request: msgspec.Struct, descriptors: Sequence[int] = ()) -> None:
         """Send *request*, which has no answer. No effect without a process."""
         if self._channel is not None:
             self._channel.send(msgspec.msgpack.encode(request), descriptors)
@@ -175,7 +179,7 @@ class ChildProcess(Generic[A]):
             return future
         self._waiting.append(future)
         future.add_done_callback(_retrieve)
-        self.tell(request, descriptors)
+        self.notify(request, descriptors)
         return future
 
     def leave(self) -> None:

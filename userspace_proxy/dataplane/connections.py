@@ -11,18 +11,20 @@ import asyncio
 import contextlib
 import errno
 import logging
+import os
 import resource
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from userspace_proxy.dataplane.peers import Answer, last_answer
+from userspace_proxy.dataplane.peers import PeerAnswer, last_answer
 from userspace_proxy.dataplane.poller import Poller
 from userspace_proxy.dataplane.sockets import keep_alive
 from userspace_proxy.interfaces import Splice
-from userspace_proxy.model.details import ConnectionDetails
-from userspace_proxy.model.endpoint import Address
+
+if TYPE_CHECKING:
+    from userspace_proxy.dataplane.tcp import TcpConnection
 
 # Descriptors reserved for the event loop, rules, admin and file watching.
 RESERVED_DESCRIPTORS = 128
@@ -55,20 +57,6 @@ class Limits:
     udp_port_rest_s: float = 30.0  # after the last datagram of a flow, before another one has its local port
 
 
-class Connection(Protocol):
-    @property
-    def client(self) -> Address: ...
-
-    @property
-    def splice(self) -> Splice | None: ...
-
-    def count_bytes(self) -> None: ...
-
-    def details(self) -> ConnectionDetails: ...
-
-    def cut(self, reason: str) -> None: ...
-
-
 @dataclass(slots=True)
 class _Silence:
     """The results of the sweep's visits to one connection. Lists have one item per side: client, backend."""
@@ -80,35 +68,29 @@ class _Silence:
     unanswered_since: list[float | None] = field(default_factory=lambda: [None, None])
 
 
+@dataclass(eq=False)
 class Connections:
     """Every open TCP connection of the data plane."""
 
-    def __init__(
-        self,
-        poller: Poller,
-        loop: asyncio.AbstractEventLoop,
-        limits: Limits,
-        now: Callable[[], float],
-        descriptors_used: Callable[[], int],
-        shed: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._poller = poller
-        self._loop = loop
-        self._limits = limits
-        self._now = now
-        self._descriptors_used = descriptors_used
-        self._shed = shed
-        self._open: dict[Connection, _Silence | None] = {}  # None: not visited yet
-        self._open_by_client: dict[bytes, int] = {}  # empty if clients have no limit
-        self._races = 0  # second dials of a connection that is already being dialled
-        self._round: list[Connection] = []
-        self._part = 1
-        self._empty = asyncio.Event()
+    _poller: Poller
+    _loop: asyncio.AbstractEventLoop
+    _limits: Limits
+    _now: Callable[[], float]
+    _descriptors_used: Callable[[], int]
+    _shed: Callable[[], None] = lambda: None
+    _open: dict[TcpConnection, _Silence | None] = field(default_factory=dict)  # None: not visited yet
+    _open_by_client: dict[bytes, int] = field(default_factory=dict)  # empty if clients have no limit
+    _races: int = 0  # second dials of a connection that is already being dialled
+    _round: list[TcpConnection] = field(default_factory=list)
+    _part: int = 1
+    _empty: asyncio.Event = field(default_factory=asyncio.Event)
+    _complained_at: float = float("-inf")
+    times_paused: int = 0
+    shortages: int = 0
+
+    def __post_init__(self) -> None:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most = limit - min(RESERVED_DESCRIPTORS, limit // 4)
-        self._complained_at = float("-inf")
-        self.times_paused = 0
-        self.shortages = 0
 
     @property
     def accepting(self) -> bool:
@@ -117,18 +99,18 @@ class Connections:
     def __len__(self) -> int:
         return len(self._open)
 
-    def __iter__(self) -> Iterator[Connection]:
+    def __iter__(self) -> Iterator[TcpConnection]:
         """Yield every connection, oldest first."""
         return iter(self._open)
 
-    def add(self, connection: Connection) -> bool:
+    def add(self, connection: TcpConnection) -> bool:
         """Add *connection*. Return False if its client has reached its limit."""
         if self._limits.connections_per_client and not self._admit(connection.client[0]):
             return False
         self._open[connection] = None
         return True
 
-    def remove(self, connection: Connection) -> None:
+    def remove(self, connection: TcpConnection) -> None:
         """Remove *connection*, which `add` accepted."""
         del self._open[connection]
         if self._limits.connections_per_client:
@@ -231,7 +213,7 @@ class Connections:
             for connection in part[start : start + _LOOKS_A_TURN]:
                 self._look_at(connection, now)
 
-    def _look_at(self, connection: Connection, now: float) -> None:
+    def _look_at(self, connection: TcpConnection, now: float) -> None:
         splice = connection.splice
         if connection not in self._open or splice is None:
             return
@@ -268,8 +250,8 @@ class Connections:
             since = silence.unanswered_since[side]
             waiting_s = 0.0 if since is None else now - since
             answer = last_answer(sock, waiting_s)
-            owes_nothing = owes_nothing and answer is Answer.NOTHING_ASKED
-            if answer is not Answer.NONE:
+            owes_nothing = owes_nothing and answer is PeerAnswer.NOTHING_ASKED
+            if answer is not PeerAnswer.NONE:
                 silence.unanswered_since[side] = None
             elif since is None:
                 silence.unanswered_since[side] = now
@@ -312,13 +294,14 @@ def _client_key(client_ip: str) -> bytes:
     return socket.inet_aton(client_ip)
 
 
-def leaves_room(descriptor: int) -> bool:
-    """Return whether enough descriptors are left after a listener got *descriptor*.
+def require_room(descriptor: int) -> None:
+    """Raise OSError if too few descriptors are left after a listener got *descriptor*.
 
     The kernel always assigns the lowest free number, so the number tells how many are in use.
     """
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return descriptor < limit - min(RESERVED_DESCRIPTORS, limit // 4) - _FOR_CONNECTIONS
+    if descriptor >= limit - min(RESERVED_DESCRIPTORS, limit // 4) - _FOR_CONNECTIONS:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 def raise_descriptor_limit() -> int:

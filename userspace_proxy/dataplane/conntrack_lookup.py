@@ -10,27 +10,23 @@ import contextlib
 import socket
 import struct
 from collections import defaultdict
+from collections.abc import Iterator
 
+from userspace_proxy import netlink
 from userspace_proxy.dataplane.sockets import plain_ip
 from userspace_proxy.model.endpoint import Address
-from userspace_proxy.netlink import NESTED, attribute, attributes, messages
+from userspace_proxy.netlink import NESTED, attribute, attributes
 
-# linux/netlink.h, rtnetlink.h, nfnetlink.h, nfnetlink_conntrack.h
-_NETLINK_ROUTE, _NETLINK_NETFILTER = 0, 12
-_REQUEST, _DUMP = 1, 0x300
-_ERROR, _DONE = 2, 3
+# linux/rtnetlink.h, nfnetlink.h, nfnetlink_conntrack.h
 _RTM_GETROUTE, _RTA_DST, _RTN_LOCAL = 26, 1, 2
 _CT_GET = 1 << 8 | 1
 _TUPLE_ORIG, _TUPLE_REPLY, _TUPLE_IP, _TUPLE_PROTO = 1, 2, 1, 2
 _IP_DESTINATION = {socket.AF_INET: 2, socket.AF_INET6: 4}
 _PROTOCOL, _SOURCE_PORT, _DESTINATION_PORT = 1, 2, 3
 
-_HEADER = struct.Struct("=IHHII")
 _RTMSG = struct.Struct("=8BI")
-_ROUTE_TYPE_AT = _HEADER.size + 7
+_ROUTE_TYPE_AT = 7
 _NFGENMSG_BYTES = 4
-_ANSWER_BYTES = 4096
-_DUMP_BYTES = 1 << 17
 _DUMP_TIMEOUT_S = 5.0
 # The original direction of a conntrack entry, which comes first (ctnetlink_fill_info): source, destination,
 # protocol and ports, each after its attribute header.
@@ -50,7 +46,7 @@ class KernelTables:
         """Return whether *ip* is an address of this host, so that packets to it never leave the host."""
         family, packed = _packed(ip)
         route = _RTMSG.pack(family, 8 * len(packed), 0, 0, 0, 0, 0, 0, 0) + attribute(_RTA_DST, packed)
-        answer = self._ask(_NETLINK_ROUTE, _RTM_GETROUTE, route)
+        answer = self._ask(netlink.ROUTE, _RTM_GETROUTE, route)
         return answer is not None and answer[_ROUTE_TYPE_AT] == _RTN_LOCAL
 
     def dialled_by(self, client: Address, reached: Address) -> Address:
@@ -66,10 +62,10 @@ class KernelTables:
         )
         flow = attribute(_TUPLE_IP | NESTED, ips) + attribute(_TUPLE_PROTO | NESTED, ports)
         question = bytes((family, 0, 0, 0)) + attribute(_TUPLE_REPLY | NESTED, flow)
-        answer = self._ask(_NETLINK_NETFILTER, _CT_GET, question)
+        answer = self._ask(netlink.NETFILTER, _CT_GET, question)
         if answer is None:
             return reached
-        asked = dict(attributes(dict(attributes(answer[_HEADER.size + _NFGENMSG_BYTES :]))[_TUPLE_ORIG]))
+        asked = dict(attributes(dict(attributes(answer[_NFGENMSG_BYTES:]))[_TUPLE_ORIG]))
         ip, port = dict(attributes(asked[_TUPLE_IP]))[to], dict(attributes(asked[_TUPLE_PROTO]))[_DESTINATION_PORT]
         return socket.inet_ntop(family, ip), int.from_bytes(port, "big")
 
@@ -78,20 +74,10 @@ class KernelTables:
 
         Empty if the kernel does not list them. An entry outlives the last datagram of its flow by conntrack's timeouts.
         """
-        raw = socket.SOCK_RAW | socket.SOCK_CLOEXEC
         found: defaultdict[tuple[socket.AddressFamily, bytes, bytes, int], set[int]] = defaultdict(set)
-        with contextlib.suppress(OSError), socket.socket(socket.AF_NETLINK, raw, _NETLINK_NETFILTER) as sock:
-            sock.settimeout(_DUMP_TIMEOUT_S)
-            for family, entry in _ENTRY.items():
-                sock.send(_HEADER.pack(_HEADER.size + 4, _CT_GET, _REQUEST | _DUMP, 0, 0) + bytes((family, 0, 0, 0)))
-                kind = 0
-                while kind not in (_DONE, _ERROR):
-                    for kind, body in messages(sock.recv(_DUMP_BYTES)):  # noqa: B007 - the last one ends it
-                        if len(body) < _NFGENMSG_BYTES + entry.size:
-                            continue
-                        source, to, protocol, port, to_port = entry.unpack_from(body, _NFGENMSG_BYTES)
-                        if protocol == socket.IPPROTO_UDP:
-                            found[family, source, to, to_port].add(port)
+        with contextlib.suppress(OSError):
+            for family, source, to, to_port, port in _udp_entries():
+                found[family, source, to, to_port].add(port)
         flows: dict[tuple[str, Address], set[int]] = {}
         own: dict[str, bool] = {}
         for (family, source, to, to_port), ports in found.items():
@@ -104,21 +90,30 @@ class KernelTables:
     def _ask(self, protocol: int, kind: int, question: bytes) -> bytes | None:
         """Return the answer to a query, or None if the kernel has none."""
         try:
-            sock = self._sockets.get(protocol) or self._open(protocol)
-            sock.send(_HEADER.pack(_HEADER.size + len(question), kind, _REQUEST, 0, 0) + question)
-            answer = sock.recv(_ANSWER_BYTES)
+            sock = self._sockets.get(protocol)
+            if sock is None:
+                sock = self._sockets[protocol] = netlink.open_socket(protocol, timeout_s=0)
+            sock.send(netlink.message(kind, netlink.REQUEST, question))
+            kind, answer = next(netlink.messages(sock.recv(netlink.RECEIVED_BYTES)))
         except OSError:
             return None
-        return None if _HEADER.unpack_from(answer)[1] == _ERROR else answer
-
-    def _open(self, protocol: int) -> socket.socket:
-        kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-        sock = self._sockets[protocol] = socket.socket(socket.AF_NETLINK, kind, protocol)
-        return sock
+        return None if kind == netlink.ERROR else answer
 
     def close(self) -> None:
         for sock in self._sockets.values():
             sock.close()
+
+
+def _udp_entries() -> Iterator[tuple[socket.AddressFamily, bytes, bytes, int, int]]:
+    """Yield family, source, destination, destination port and source port of each UDP flow; raises OSError."""
+    with netlink.open_socket(netlink.NETFILTER, _DUMP_TIMEOUT_S) as sock:
+        for family, entry in _ENTRY.items():
+            request = netlink.message(_CT_GET, netlink.REQUEST | netlink.DUMP, bytes((family, 0, 0, 0)))
+            for _, body in netlink.dump(sock, request):
+                if len(body) >= _NFGENMSG_BYTES + entry.size:
+                    source, to, protocol, port, to_port = entry.unpack_from(body, _NFGENMSG_BYTES)
+                    if protocol == socket.IPPROTO_UDP:
+                        yield family, source, to, to_port, port
 
 
 def _packed(ip: str) -> tuple[socket.AddressFamily, bytes]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from userspace_proxy.dataplane.connections import Connections, Limits
 from userspace_proxy.dataplane.conntrack_lookup import KernelTables
 from userspace_proxy.dataplane.datagrams import DatagramPoller
-from userspace_proxy.dataplane.dial import Deadlines, deadlines
+from userspace_proxy.dataplane.dial import Deadlines
 from userspace_proxy.dataplane.lifetimes import Keeper, Lifetimes
 from userspace_proxy.dataplane.memory import Memory
 from userspace_proxy.dataplane.poller import Poller
@@ -34,13 +34,9 @@ class PlaneContext:
     limits: Limits
     now: Callable[[], float]
     access_log: Record | None
-    tables: KernelTables = field(default_factory=KernelTables)
-    deadlines: tuple[Deadlines, ...] = field(init=False)
-    keeper: Keeper = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "deadlines", deadlines(self.loop))
-        object.__setattr__(self, "keeper", Keeper(self.now))
+    tables: KernelTables
+    deadlines: tuple[Deadlines, ...]
+    keeper: Keeper
 
 
 @dataclass(slots=True)
@@ -51,3 +47,12 @@ class Shared:
     counters: Counters = field(default_factory=Counters)
     suspects: Suspects = field(default_factory=Suspects)
     lifetimes: Lifetimes | None = None
+
+    def count(self) -> Counters:
+        """Return the counters, with the present numbers of pins, endpoints and waiting connections."""
+        counters, memory = self.counters, self.memory
+        memory.end_slow_starts(memory.now())
+        counters.pins, counters.endpoints = len(memory.pins), len(memory.addresses())
+        counters.ejected, counters.starting = len(memory.ejected), len(memory.starting)
+        counters.waiting = len(self.lifetimes.waiting) if self.lifetimes is not None else 0
+        return counters

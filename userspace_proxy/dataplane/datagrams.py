@@ -18,14 +18,18 @@ import resource
 import select
 from collections import OrderedDict
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from socket import MSG_PEEK, SocketType
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from userspace_proxy.dataplane.local_ports import LocalPorts, first_index, local_ports
 from userspace_proxy.dataplane.mmsg import MESSAGES, Batch, client_of
-from userspace_proxy.dataplane.picker import Pick
 from userspace_proxy.dataplane.sockets import bind_anywhere, datagram_socket
-from userspace_proxy.model.endpoint import Address
+from userspace_proxy.model.counters import EndpointCounters
+from userspace_proxy.model.endpoint import Address, Endpoint
+
+if TYPE_CHECKING:
+    from userspace_proxy.dataplane.udp import UdpListener
 
 _EVENTS_A_POLL = 256
 _POLLS_A_TURN = 4
@@ -41,44 +45,6 @@ _TRIES = 16
 log = logging.getLogger(__name__)
 
 _nowhere = bytearray(1)
-
-
-class Front(Protocol):
-    """The client side of a proxy port, which owns flows."""
-
-    @property
-    def fd(self) -> int: ...
-
-    @property
-    def proxy_port(self) -> int: ...
-
-    @property
-    def touch(self) -> Callable[[bytes], None]:
-        """The function that marks the flow with a key as the most recently used one."""
-        ...
-
-    def receive(self) -> None:
-        """Read the datagrams that wait at the proxy port."""
-        ...
-
-    def answered(self, flow: UdpFlow) -> None:
-        """Note the first reply of the endpoint of *flow*."""
-        ...
-
-    def lose(self, flow: UdpFlow, error: OSError) -> None:
-        """Note that the endpoint of *flow* refused, and end the flow."""
-        ...
-
-    def evict(self, flow: UdpFlow, destination: Destination, source: str, *, if_rested: bool) -> Leased | None:
-        """End *flow* to make room for another flow to *destination*. Return its socket if that can be reused at once.
-
-        *if_rested*: do nothing unless the socket can be reused.
-        """
-        ...
-
-    def not_sent(self, datagrams: int) -> None:
-        """Note that the kernel did not accept *datagrams* replies."""
-        ...
 
 
 class Destination:
@@ -146,6 +112,7 @@ class Leased(NamedTuple):
     sock: SocketType
 
 
+@dataclass(slots=True, eq=False)
 class UdpFlow:
     """The datagrams between one client and one endpoint. ``front`` is None once the flow has ended.
 
@@ -155,50 +122,25 @@ class UdpFlow:
     flows.
     """
 
-    __slots__ = (
-        "answered",
-        "bytes_to_backend",
-        "bytes_to_client",
-        "counted",
-        "counters",
-        "destination",
-        "endpoint",
-        "front",
-        "header",
-        "key",
-        "last_at",
-        "port",
-        "queued_at",
-        "queued_bytes",
-        "reply",
-        "sock",
-        "source",
-        "started_at",
-        "why",
-    )
-
-    def __init__(
-        self,
-        key: bytes,
-        reply: bytes,
-        front: Front,
-        leased: Leased,
-        pick: Pick,
-        now: float,
-        header: bytes = b"",
-    ) -> None:
-        self.key = key
-        self.reply = reply
-        self.front: Front | None = front
-        self.destination, self.source, self.port, self.sock = leased
-        self.header = header
-        self.endpoint, self.why, self.counters = pick
-        self.started_at = self.last_at = self.queued_at = now
-        self.queued_bytes = 0
-        self.bytes_to_backend = 0
-        self.bytes_to_client = 0
-        self.counted = (0, 0)
-        self.answered = False
+    key: bytes
+    reply: bytes
+    front: UdpListener | None
+    destination: Destination
+    source: str
+    port: int
+    sock: SocketType
+    endpoint: Endpoint
+    why: str
+    counters: EndpointCounters
+    started_at: float
+    last_at: float
+    queued_at: float
+    queued_bytes: int
+    header: bytes = b""
+    bytes_to_backend: int = 0
+    bytes_to_client: int = 0
+    counted: tuple[int, int] = (0, 0)
+    answered: bool = False
 
     def send(self, datagram: memoryview) -> None:
         """Send *datagram* with its header to the endpoint; raises OSError."""
@@ -230,7 +172,7 @@ class DatagramPoller:
         self._loop = loop
         self._now = now
         self._epoll = select.epoll()
-        self._fronts: dict[int, Front] = {}
+        self._fronts: dict[int, UdpListener] = {}
         self.proxy_ports: set[int] = set()
         self._flows: dict[int, UdpFlow] = {}
         self.spare = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _SPARE_PART
@@ -246,7 +188,7 @@ class DatagramPoller:
 
     # ---- proxy ports
 
-    def serve(self, front: Front) -> None:
+    def serve(self, front: UdpListener) -> None:
         """Begin to read from *front*; no effect if it is read already."""
         if front.fd in self._fronts:
             return
@@ -254,13 +196,13 @@ class DatagramPoller:
             self._look()
         self._epoll.register(front.fd, select.EPOLLIN)
         self._fronts[front.fd] = front
-        self.proxy_ports.add(front.proxy_port)
+        self.proxy_ports.add(front.spec.proxy_port)
 
-    def leave(self, front: Front) -> None:
+    def leave(self, front: UdpListener) -> None:
         """Stop reading from *front*, whose owner closes it."""
         if self._fronts.pop(front.fd, None) is not None:
             self._epoll.unregister(front.fd)
-            self.proxy_ports.discard(front.proxy_port)
+            self.proxy_ports.discard(front.spec.proxy_port)
 
     # ---- sockets of flows
 
@@ -379,11 +321,11 @@ class DatagramPoller:
         if now - self._looked_at >= self._rest_s:
             self._used = {}
         for address, destination in list(self._destinations.items()):
-            for source, ports in list(destination.ports.items()):
-                if ports.is_idle(now):
-                    if not source:
-                        self._first = ports.at  # continue behind its flows
-                    del destination.ports[source]
+            rested = [source for source, ports in destination.ports.items() if ports.is_idle(now)]
+            if "" in rested:
+                self._first = destination.ports[""].at  # continue behind its flows
+            for source in rested:
+                del destination.ports[source]
             if not destination.ports and not destination.clients:
                 del self._destinations[address]
 
@@ -403,9 +345,9 @@ class DatagramPoller:
     def _handle(self, ready: list[tuple[int, int]], now: float) -> None:
         flows, outbox = self._flows, self._outbox
         room, address = outbox.room, outbox.address
-        front: Front | None = None
+        front: UdpListener | None = None
         count = 0
-        asked: list[Front] = []
+        asked: list[UdpListener] = []
         for fd, _ in ready:
             flow = flows.get(fd)
             if flow is None:
@@ -413,8 +355,7 @@ class DatagramPoller:
                     asked.append(self._fronts[fd])
                 continue
             if flow.front is not front or count == MESSAGES:
-                if front is not None:
-                    self._send(front, count)
+                self._send(front, count)
                 front, count = flow.front, 0
             assert front is not None
             try:
@@ -433,14 +374,13 @@ class DatagramPoller:
             front.touch(flow.key)
             if not flow.answered:
                 front.answered(flow)
-        if front is not None:
-            self._send(front, count)
+        self._send(front, count)
         # Replies first: a new flow may evict the flow idle for longest, but not while a reply to it waits.
         for each in asked:
             each.receive()
 
-    def _send(self, front: Front, count: int) -> None:
-        if count and (refused := self._outbox.send(front.fd, count)):
+    def _send(self, front: UdpListener | None, count: int) -> None:
+        if front is not None and count and (refused := self._outbox.send(front.fd, count)):
             front.not_sent(refused)
 
     def stop(self) -> None:

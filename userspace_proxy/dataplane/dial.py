@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 from collections.abc import Collection
+from dataclasses import dataclass, field
 from socket import SocketType
 from typing import NamedTuple, Protocol
 
@@ -55,11 +56,11 @@ _SPOKE = READ | HANGUP
 log = logging.getLogger(__name__)
 
 
-class Caller(Protocol):
+class DialingConnection(Protocol):
     """The connection that needs a backend."""
 
-    def on_connected(self, backend: SocketType, pick: Pick, told: int) -> None:
-        """Take over *backend*, which the poller watches. *told*: the events that its handler has already received."""
+    def on_connected(self, backend: SocketType, pick: Pick, events: int) -> None:
+        """Take over *backend*, which the poller watches. *events*: those that its handler has already received."""
         ...
 
     def on_failed(self, reason: str) -> None: ...
@@ -136,6 +137,7 @@ class DialContext(NamedTuple):
         log.info("endpoint %s is ejected for a while: %s", pick.endpoint, os.strerror(code))
 
 
+@dataclass(slots=True, eq=False)
 class Dial:
     """Dials endpoints until one connects or none is left.
 
@@ -148,44 +150,22 @@ class Dial:
     A connected suspect has to prove itself first: not to reset the connection for PROOF_S, or to send a byte.
     """
 
-    __slots__ = (
-        "_caller",
-        "_context",
-        "_dials",
-        "_first",
-        "_first_failed",
-        "_give_up_at",
-        "_header",
-        "_newer",
-        "_pick",
-        "_proving",
-        "_round",
-        "_sock",
-        "_starved",
-        "_timer",
-        "_tried",
-        "client_ip",
-    )
-
-    _pick: Pick
-
-    def __init__(self, client_ip: str, context: DialContext, caller: Caller, header: bytes = b"") -> None:
-        """Make it. *header*: bytes that the backend gets before those of the client."""
-        self.client_ip = client_ip
-        self._header = header
-        self._context = context
-        self._caller = caller
-        self._tried: dict[Address, bool] | None = None  # address -> whether to dial it again
-        self._dials = 0
-        self._round = _OPEN
-        self._give_up_at = 0.0  # known from the first failure on
-        self._first: Address | None = None  # the endpoint that was chosen first; set at the first failure or timeout
-        self._first_failed = False
-        self._starved = 0  # times this host had no descriptor for the backend's socket
-        self._sock: SocketType | None = None  # to `_pick`; the older one of two
-        self._newer: tuple[SocketType, Pick] | None = None
-        self._proving: dict[SocketType, int] | None = None  # connected suspects, with the events so far
-        self._timer: asyncio.TimerHandle | None = None
+    client_ip: str
+    _context: DialContext
+    _caller: DialingConnection
+    _header: bytes = b""  # sent to the backend before the bytes of the client
+    _tried: dict[Address, bool] | None = None  # address -> whether to dial it again
+    _dials: int = 0
+    _round: int = _OPEN
+    _give_up_at: float = 0.0  # known from the first failure on
+    _first: Address | None = None  # the endpoint that was chosen first; set at the first failure or timeout
+    _first_failed: bool = False
+    _starved: int = 0  # times this host had no descriptor for the backend's socket
+    _sock: SocketType | None = None  # to `_pick`; the older one of two
+    _newer: tuple[SocketType, Pick] | None = None
+    _proving: dict[SocketType, int] | None = None  # connected suspects, with the events so far
+    _timer: asyncio.TimerHandle | None = None
+    _pick: Pick = field(init=False)
 
     def start(self) -> None:
         """Dial until a dial is under way or connected, or all have failed. May call the caller before it returns."""
@@ -387,10 +367,9 @@ class Dial:
 
     def on_timeout(self) -> None:
         """No dial has answered in time: begin another one, or wait longer."""
-        for sock, pick in self._open():
-            if self._proving is not None and sock in self._proving:
-                self._win(sock, pick, self._proving[sock])
-                return
+        if self._proving is not None:
+            sock, pick = next(dial for dial in self._open() if dial[0] in self._proving)
+            self._win(sock, pick, self._proving[sock])
         if self._sock is None:
             return
         now = self._context.loop.time()

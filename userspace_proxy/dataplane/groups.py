@@ -11,9 +11,9 @@ import array
 import contextlib
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from userspace_proxy.dataplane.connections import Limits
+from userspace_proxy.dataplane.connections import Limits, require_room
 from userspace_proxy.dataplane.sockets import open_listener
 from userspace_proxy.model.names import L4Protocol
 
@@ -34,7 +34,18 @@ def open_group(protocol: L4Protocol, port: int, count: int, limits: Limits) -> l
     Raises:
         OSError: the port is taken, or no descriptor is left.
     """
-    return fit_group([], protocol, port, count, limits)
+    group = fit_group([], protocol, port, count, limits)
+    try:
+        require_room(group[-1].fileno())
+    except OSError:
+        close_group(group)
+        raise
+    return group
+
+
+def close_group(group: Iterable[socket.socket]) -> None:
+    for sock in group:
+        sock.close()
 
 
 def fit_group(
@@ -59,8 +70,7 @@ def fit_group(
         if count > 1 or len(group) > 1:
             _choose_by_client_address(fitting[0], count)
         on_error.pop_all()
-    for sock in group[count:]:
-        sock.close()
+    close_group(group[count:])
     return fitting
 
 

@@ -30,6 +30,7 @@ import itertools
 import os
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -196,7 +197,7 @@ class HandoverPlane(DataPlane, Protocol):
         """
         ...
 
-    def keep_on(self, name: socket.socket) -> Sequence[asyncio.Future[wire.Answer]]:
+    def keep_on(self, name: socket.socket) -> Sequence[asyncio.Future[wire.Done]]:
         """Prepare the workers to serve without this process, until a successor finds them by *name*.
 
         Each returned future ends when its worker is ready to do so.
@@ -230,25 +231,21 @@ class HandoverPlane(DataPlane, Protocol):
         ...
 
 
+@dataclass(eq=False)
 class Incumbent:
     """Answers the calls of successors for the serving process, which *member* represents."""
 
-    def __init__(
-        self,
-        member: socket.socket,
-        present: Present,
-        on_take_over: Callable[[TakeOver, Conversation], Awaitable[None]],
-        on_end: Callable[[], Awaitable[None]] | None = None,
-    ) -> None:
-        self._member = member
-        self._present = present
-        self._on_take_over = on_take_over
-        self._on_end = on_end
+    _member: socket.socket
+    _present: Present
+    _on_take_over: Callable[[TakeOver, Conversation], Awaitable[None]]
+    _on_end: Callable[[], Awaitable[None]] | None = None
+    _conversations: dict[asyncio.Task[None], str] = field(default_factory=dict)  # with the name of the caller
+    _heard: asyncio.Task[None] | None = None  # whose request is being served
+    _closed: bool = False
+
+    def __post_init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._conversations: dict[asyncio.Task[None], str] = {}  # with the name of the caller
-        self._heard: asyncio.Task[None] | None = None  # whose request is being served
-        self._closed = False
-        self._loop.add_reader(member.fileno(), self._hear)
+        self._loop.add_reader(self._member.fileno(), self._hear)
 
     def _hear(self) -> None:
         for call in heard(self._member):
@@ -271,16 +268,7 @@ class Incumbent:
             asked, descriptors = await conversation.receive(timeout_s=60)
             for descriptor in descriptors:  # none are expected
                 os.close(descriptor)
-            if self._heard is not None:
-                conversation.send(Refused("another process is taking over now"))
-            elif isinstance(asked, TakeOver) and not understands(asked):
-                conversation.send(Refused(f"it hands over in version {VERSION} and was asked in {asked.version}"))
-            else:
-                self._heard = asyncio.current_task()
-                if isinstance(asked, TakeOver):
-                    await self._on_take_over(asked, conversation)
-                elif isinstance(asked, End) and self._on_end is not None:
-                    await self._on_end()
+            await self._serve(asked, conversation)
             await conversation.sent()
         except (OSError, TimeoutError):  # the successor is gone, or is another program
             pass
@@ -288,6 +276,18 @@ class Incumbent:
             if self._heard is asyncio.current_task():
                 self._heard = None
             conversation.close()
+
+    async def _serve(self, asked: Message, conversation: Conversation) -> None:
+        if self._heard is not None:
+            conversation.send(Refused("another process is taking over now"))
+        elif isinstance(asked, TakeOver) and not understands(asked):
+            conversation.send(Refused(f"it hands over in version {VERSION} and was asked in {asked.version}"))
+        else:
+            self._heard = asyncio.current_task()
+            if isinstance(asked, TakeOver):
+                await self._on_take_over(asked, conversation)
+            elif isinstance(asked, End) and self._on_end is not None:
+                await self._on_end()
 
     def close(self) -> None:
         """Stop answering calls and leave the group. A request that is being served continues."""

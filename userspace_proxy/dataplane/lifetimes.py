@@ -60,14 +60,17 @@ class Keeper:
         while self._watched:
             await asyncio.sleep(PERIOD_S)
             for lifetimes in list(self._watched):
-                try:
-                    for _ in lifetimes.look(self.now()):
-                        await asyncio.sleep(0)
-                except Exception:
-                    log.exception("a bug: a connection policy was not applied")
-                if lifetimes.is_done:
-                    self._watched.discard(lifetimes)
+                await self._look_at(lifetimes)
         self._task = None
+
+    async def _look_at(self, lifetimes: Lifetimes) -> None:
+        try:
+            for _ in lifetimes.look(self.now()):
+                await asyncio.sleep(0)
+        except Exception:
+            log.exception("a bug: a connection policy was not applied")
+        if lifetimes.is_done:
+            self._watched.discard(lifetimes)
 
     def stop(self) -> None:
         if self._task is not None:
@@ -77,14 +80,14 @@ class Keeper:
 class Lifetimes:
     """Applies the policy of one service port to its connections."""
 
-    def __init__(self, keeper: Keeper, poller: Poller, counters: Counters, known: Iterable[TcpConnection]) -> None:
-        """Make it. *known*: the connections that are open already, oldest first."""
+    def __init__(self, keeper: Keeper, poller: Poller, counters: Counters, open_now: Iterable[TcpConnection]) -> None:
+        """Make it. *open_now*: the connections that are open already, oldest first."""
         self._keeper = keeper
         self._poller = poller
         self._counters = counters
         self._policy = ConnectionPolicy()
         # Oldest first, with the number of bytes that an old connection had moved at the last look.
-        self._open: dict[TcpConnection, int] = dict.fromkeys(known, -1)
+        self._open: dict[TcpConnection, int] = dict.fromkeys(open_now, -1)
         self._removed_at: dict[Address, float] = {}
         self._wait_until: dict[TcpConnection, float] = {}
         self._released: list[TcpConnection] = []
@@ -128,17 +131,17 @@ class Lifetimes:
 
     # ---- removed endpoints
 
-    def on_endpoints(self, before: Collection[Address], known: Collection[Address], backends: Backends) -> None:
-        """Note the endpoints that a listener has lost: those of *before* that no listener has (*known*).
+    def on_endpoints(self, before: Collection[Address], present: Collection[Address], backends: Backends) -> None:
+        """Note the endpoints that a listener has lost: those of *before* that no listener has (*present*).
 
         An endpoint that is ready has left for another reason, such as a topology hint.
         """
-        for address in known if self._removed_at else ():
+        for address in present if self._removed_at else ():
             self._removed_at.pop(address, None)
         if self._policy.drain_s is None:
             return
         ready = {endpoint.address for endpoint in backends.serving if endpoint.ready}
-        gone = [address for address in before if address not in known and address not in ready]
+        gone = [address for address in before if address not in present and address not in ready]
         if gone:
             now = self._keeper.now()
             self._removed_at.update(dict.fromkeys(gone, now))

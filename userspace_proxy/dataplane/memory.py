@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from userspace_proxy.model.counters import EndpointCounters
 from userspace_proxy.model.endpoint import Address
+
+if TYPE_CHECKING:
+    from userspace_proxy.dataplane.picker import Picker
 
 EJECT_S = 1.0
 EJECT_MAX_S = 60.0
@@ -45,14 +48,6 @@ class Ejection:
     trial_until: float = 0.0
 
 
-class Chooser(Protocol):
-    """A picker, as its memory sees it."""
-
-    def on_ejection(self, address: Address) -> None:
-        """Note that the ejection of *address* has begun, changed or ended."""
-        ...
-
-
 class PickerMemory(NamedTuple):
     """Pins and ejections, for pickers in another process.
 
@@ -72,9 +67,9 @@ class Memory:
         self.ejected: dict[Address, Ejection] = {}
         self._pins: dict[str, Pin] = {}  # least recently used first
         self._new_pins: dict[str, Pin] | None = None  # kept after the first `take_news`
-        self._told_ejected: list[tuple[Address, int, float]] = []
+        self._reported_ejected: list[tuple[Address, int, float]] = []
         self._counters: dict[Address, EndpointCounters] = {}
-        self._chosen_from: dict[Chooser, Collection[Address]] = {}
+        self._chosen_from: dict[Picker, Collection[Address]] = {}
         self._overtaken: dict[Address, int] = {}
         self.last_failures: dict[Address, tuple[float, str]] = {}  # wall-clock second and reason
         self.slow_start_s = 0.0
@@ -84,18 +79,18 @@ class Memory:
 
     # ---- pickers
 
-    def share(self, picker: Chooser, addresses: Collection[Address]) -> None:
+    def share(self, picker: Picker, addresses: Collection[Address]) -> None:
         """Register *picker* with its *addresses*. The state of addresses that no picker has any more is dropped.
 
         New addresses start slowly, unless there was none before: the first endpoints have nothing to ramp up beside.
         """
-        known = set(self.addresses()) if self.slow_start_s else ()
+        before = set(self.addresses()) if self.slow_start_s else ()
         self._chosen_from[picker] = addresses
         self._forget_gone()
-        if known:
-            self.starting.update(dict.fromkeys((a for a in addresses if a not in known), self.now()))
+        if before:
+            self.starting.update(dict.fromkeys((a for a in addresses if a not in before), self.now()))
 
-    def leave(self, picker: Chooser) -> bool:
+    def leave(self, picker: Picker) -> bool:
         """Unregister *picker*. Return whether it was the last one."""
         self._chosen_from.pop(picker, None)
         self._forget_gone()
@@ -103,16 +98,16 @@ class Memory:
 
     def addresses(self) -> Collection[Address]:
         """Return the addresses of all pickers, without duplicates."""
-        known = list(self._chosen_from.values())
-        return known[0] if len(known) == 1 else set().union(*known)
+        of_pickers = list(self._chosen_from.values())
+        return of_pickers[0] if len(of_pickers) == 1 else set().union(*of_pickers)
 
     def _forget_gone(self) -> None:
-        known = self.addresses()
+        present = self.addresses()
         states: tuple[dict[Address, Any], ...] = (self.ejected, self.starting, self._overtaken, self.last_failures)
         for of_addresses in filter(None, states):
-            for address in [address for address in of_addresses if address not in known]:
+            for address in [address for address in of_addresses if address not in present]:
                 del of_addresses[address]
-        for address in [a for a, counters in self._counters.items() if a not in known and not counters.open]:
+        for address in [a for a, counters in self._counters.items() if a not in present and not counters.open]:
             del self._counters[address]
 
     # ---- counters
@@ -178,7 +173,7 @@ class Memory:
         ejection = self.ejected.setdefault(address, Ejection(0, now))
         if not _extend(ejection, now):
             return False
-        self._tell(address)
+        self._notify(address)
         return True
 
     def forgive(self, address: Address) -> bool:
@@ -190,7 +185,7 @@ class Memory:
         if self.slow_start_s:
             self.starting.pop(address, None)
             self.starting[address] = self.now()
-        self._tell(address)
+        self._notify(address)
         return True
 
     def is_silent(self, address: Address) -> bool:
@@ -204,7 +199,7 @@ class Memory:
         self._overtaken.pop(address, None)
         return True
 
-    def _tell(self, address: Address) -> None:
+    def _notify(self, address: Address) -> None:
         for picker in self._chosen_from:
             picker.on_ejection(address)
 
@@ -267,20 +262,20 @@ class Memory:
         pins: Iterable[tuple[str, Pin]] = (self._pins if self._new_pins is None else self._new_pins).items()
         news = PickerMemory(list(pins), ejected)
         self._new_pins = {}
-        if not news.pins and ejected == self._told_ejected:
+        if not news.pins and ejected == self._reported_ejected:
             return None
-        self._told_ejected = ejected
+        self._reported_ejected = ejected
         return news
 
     def remember(self, memory: PickerMemory) -> None:
         """Add the pins and ejections of another process's pickers of the same service port."""
         if self.affinity_timeout_s is not None:
             self._pins = {**dict(memory.pins), **self._pins}
-        known = self.addresses()
+        present = self.addresses()
         for address, failures, until in memory.ejected:
-            if address in known:
+            if address in present:
                 self.ejected.setdefault(address, Ejection(failures, until))
-                self._tell(address)
+                self._notify(address)
 
 
 def _extend(ejection: Ejection, now: float) -> bool:

@@ -22,7 +22,7 @@ _LAST_DATA_AT = 44
 _UNSENT_AT = 144
 
 
-class Answer(Enum):
+class PeerAnswer(Enum):
     """Result of `last_answer`.
 
     NOTHING_ASKED: the peer has acknowledged all data, so keepalive does the check. SOME: the peer has answered lately,
@@ -64,7 +64,7 @@ def silence(client: socket.SocketType, backend: socket.SocketType) -> tuple[floa
     return min(to_client, from_client, to_backend, from_backend) / 1000, is_asked
 
 
-def last_answer(sock: socket.SocketType, waiting_s: float) -> Answer:
+def last_answer(sock: socket.SocketType, waiting_s: float) -> PeerAnswer:
     """Return NONE if the peer of *sock* owes an answer and has sent none for *waiting_s* seconds.
 
     It owes an answer to a retransmission or to a probe of its closed window.
@@ -72,12 +72,12 @@ def last_answer(sock: socket.SocketType, waiting_s: float) -> Answer:
     try:
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES)
     except OSError:
-        return Answer.SOME
+        return PeerAnswer.SOME
     if len(info) < _BYTES:
-        return Answer.SOME
+        return PeerAnswer.SOME
     unacked, last_ack_ms = _UNACKED_AND_LAST_ACK_RECV.unpack_from(info, _UNACKED_AT)
     (unsent,) = struct.unpack_from("=I", info, _UNSENT_AT)
     if not (unacked or unsent or info[_PROBES]):
-        return Answer.NOTHING_ASKED
+        return PeerAnswer.NOTHING_ASKED
     asks = (unacked and info[_RETRANSMITS]) or info[_PROBES]
-    return Answer.NONE if asks and last_ack_ms >= waiting_s * 1000 else Answer.SOME
+    return PeerAnswer.NONE if asks and last_ack_ms >= waiting_s * 1000 else PeerAnswer.SOME

@@ -207,11 +207,11 @@ class Picker:
             self._replace(*wanted)
 
     def _replace(self, balance: Balance, weights: Weights) -> None:
-        known, self._balancing = self._balancing[0], (balance, weights)
+        before, self._balancing = self._balancing[0], (balance, weights)
         for is_ipv6, family in enumerate(self._families):
             given = self._endpoints.items()
             of_family = {a: e for a, e in given if self._mixes_families or (":" in a[0]) == is_ipv6}
-            family.replace(of_family, dict(weights), None if balance is known else ALGORITHMS[balance]())
+            family.replace(of_family, dict(weights), None if balance is before else ALGORITHMS[balance]())
 
     # ---- choosing
 
@@ -260,6 +260,7 @@ class Picker:
     # ---- results of dials
 
     def on_ejection(self, address: Address) -> None:
+        """Note that the ejection of *address* has begun, changed or ended."""
         self._families[":" in address[0]].on_ejection(address)
 
     def preview(self, client_ip: str) -> list[tuple[Pick, float]]:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import itertools
 import logging
-import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from userspace_proxy.dataplane.connections import Connections, Limits, leaves_room, raise_descriptor_limit
+from userspace_proxy.dataplane.connections import Connections, Limits, raise_descriptor_limit, require_room
 from userspace_proxy.dataplane.conntrack_lookup import KernelTables
 from userspace_proxy.dataplane.context import PlaneContext, Record, Shared
 from userspace_proxy.dataplane.datagrams import DatagramPoller
+from userspace_proxy.dataplane.details import collect_details
+from userspace_proxy.dataplane.dial import deadlines
 from userspace_proxy.dataplane.groups import open_group
+from userspace_proxy.dataplane.lifetimes import Keeper
 from userspace_proxy.dataplane.memory import Memory, PickerMemory
 from userspace_proxy.dataplane.picker import Picker
 from userspace_proxy.dataplane.pipes import PipePool
@@ -26,7 +27,6 @@ from userspace_proxy.dataplane.splice.copy import CopySplicer
 from userspace_proxy.dataplane.splice.pipe import PipeSplicer
 from userspace_proxy.dataplane.stats import add_up
 from userspace_proxy.dataplane.tcp import TcpListener
-from userspace_proxy.dataplane.tell import tell_details
 from userspace_proxy.dataplane.udp import UdpListener
 from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import Splicer
@@ -99,6 +99,8 @@ class LocalPlane:
             now=now,
             access_log=record,
             tables=self._tables,
+            deadlines=deadlines(loop),
+            keeper=Keeper(now),
         )
         self._lines_dropped = lines_dropped
         self._sweeper = asyncio.create_task(self._sweep(), name="sweep")
@@ -121,11 +123,11 @@ class LocalPlane:
 
     def configure(self, spec: ListenerSpec) -> bool:
         """Give the listener of *spec* its new portals and affinity. Return False if there is no such listener."""
-        known = self._listeners.get(spec.name)
-        if known is not None:
-            known.configure(spec)
-            _configure_picker(known.picker, self._shared[spec.name.service_port].memory, spec.service_port)
-        return known is not None
+        listener = self._listeners.get(spec.name)
+        if listener is not None:
+            listener.configure(spec)
+            _configure_picker(listener.picker, listener.shared.memory, spec.service_port)
+        return listener is not None
 
     def serve(
         self,
@@ -143,8 +145,7 @@ class LocalPlane:
         name = spec.name
         shared = self._shared.get(name.service_port) or Shared(Memory(self._context.now))
         try:
-            if not leaves_room(sock.fileno()):
-                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))  # noqa: TRY301 - as if it had not come
+            require_room(sock.fileno())
             listener: TcpListener | UdpListener
             if name.protocol is L4Protocol.UDP:
                 listener = self._udp[name] = UdpListener(spec, sock, self._context, shared)
@@ -170,9 +171,9 @@ class LocalPlane:
 
     def take_news(self) -> Iterator[list[tuple[ServicePortName, PickerMemory]]]:
         """Yield what pickers have learnt since the last call, in parts that take a fraction of a millisecond each."""
-        known = list(self._shared.items())
-        for start in range(0, len(known), _SERVICE_PORTS_A_STEP):
-            part = known[start : start + _SERVICE_PORTS_A_STEP]
+        everything = list(self._shared.items())
+        for start in range(0, len(everything), _SERVICE_PORTS_A_STEP):
+            part = everything[start : start + _SERVICE_PORTS_A_STEP]
             yield [(name, learnt) for name, shared in part if (learnt := shared.memory.take_news()) is not None]
 
     def memory_of(self, name: ServicePortName) -> PickerMemory:
@@ -225,9 +226,9 @@ class LocalPlane:
         return next((self._udp[other] for other in others if other in self._udp and other not in retired), None)
 
     async def stats(self, endpoints_max: int = 0) -> PlaneStats:
-        known = sum(len(shared.memory.addresses()) for shared in self._shared.values())
-        parts = self.take_stats(endpoints=known <= endpoints_max)
-        return add_up(itertools.chain.from_iterable(parts), self.totals(), known if known > endpoints_max else 0)
+        count = sum(len(shared.memory.addresses()) for shared in self._shared.values())
+        parts = self.take_stats(endpoints=count <= endpoints_max)
+        return add_up(itertools.chain.from_iterable(parts), self.totals(), count if count > endpoints_max else 0)
 
     def take_stats(self, *, endpoints: bool) -> Iterator[list[ServiceStats]]:
         """Yield the counters of every service port, in parts that take a fraction of a millisecond each."""
@@ -239,13 +240,7 @@ class LocalPlane:
                 yield []
         part, steps = [], 0
         for name, shared in list(self._shared.items()):
-            counters, memory = shared.counters, shared.memory
-            counters.pins, counters.endpoints = len(memory.pins), len(memory.addresses())
-            counters.ejected = len(memory.ejected)
-            memory.end_slow_starts(self._context.now())
-            counters.starting = len(memory.starting)
-            counters.waiting = len(shared.lifetimes.waiting) if shared.lifetimes is not None else 0
-            part.append(ServiceStats(name, counters, memory.counters() if endpoints else []))
+            part.append(ServiceStats(name, shared.count(), shared.memory.counters() if endpoints else []))
             steps += 1 + len(part[-1].endpoints)
             if steps >= _SERVICE_PORTS_A_STEP:
                 yield part
@@ -253,11 +248,11 @@ class LocalPlane:
         yield part
 
     async def details(self, request: DetailsRequest) -> Details:
-        return merge(list(self.tell_details(request)))
+        return merge(list(self.take_details(request)))
 
-    def tell_details(self, request: DetailsRequest) -> Iterator[Details]:
+    def take_details(self, request: DetailsRequest) -> Iterator[Details]:
         """Yield the answer to *request*, in parts that take a fraction of a millisecond each."""
-        return tell_details(request, self._shared, self._listeners, self._context.connections)
+        return collect_details(request, self._listeners, self._context.connections)
 
     def totals(self) -> PlaneStats:
         """Return the counters of the data plane as a whole."""
@@ -287,7 +282,7 @@ class LocalPlane:
 
     handover_obstacle = "it has no workers (--workers 0)"
 
-    def keep_on(self, name: socket.socket) -> Sequence[asyncio.Future[wire.Answer]]:
+    def keep_on(self, name: socket.socket) -> Sequence[asyncio.Future[wire.Done]]:
         return ()
 
     async def adopt(self, inherited: Iterable[tuple[Inherit, list[socket.socket]]]) -> list[ListenerSpec]:

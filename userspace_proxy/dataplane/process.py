@@ -6,11 +6,11 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 
+import msgspec
+
 from userspace_proxy.dataplane import wire
 from userspace_proxy.dataplane.child import ChildProcess
 from userspace_proxy.dataplane.memory import PINS_MAX, PickerMemory, Pin
-from userspace_proxy.model.counters import ServiceStats
-from userspace_proxy.model.details import Details
 from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.names import ListenerName, ServicePortName
 
@@ -49,7 +49,7 @@ class Learnt:
         self._ejected.pop(name, None)
 
 
-class WorkerProcess(ChildProcess[wire.Answer]):
+class WorkerProcess(ChildProcess[wire.Done]):
     """The worker with index ``settings.worker``.
 
     *replay* sends a worker its whole state, or that of some listeners. It returns those that the worker has no room
@@ -68,31 +68,25 @@ class WorkerProcess(ChildProcess[wire.Answer]):
         self.unserved: Mapping[ListenerName, str] = {}
         self._knows = knows
         self._replay = replay
-        self._told: list[ServiceStats] = []  # parts of stats until the answer is complete
-        self._details: list[Details] = []  # parts of details, too
+        self._parts: list[wire.Part] = []  # until the answer is complete
 
-    def read_answer(self, body: bytes) -> wire.Answer | None:
+    def read_answer(self, body: bytes) -> wire.Done | None:
         answer: wire.Answer = wire.answers.decode(body)
-        match answer:
-            case wire.News(memories):
-                for name, memory in memories:
-                    if self._knows(name):
-                        self.learnt.note(name, memory)
-                return None
-            case wire.ToldPart(details):
-                self._details.append(details)
-                return None
-            case wire.StatsPart(services):
-                self._told += services
-                return None
-            case wire.Stats(rest):
-                answer, self._told = wire.Stats(rest, self._told), []
-            case wire.Told():
-                answer, self._details = wire.Told(self._details), []
-        return answer
+        if isinstance(answer, wire.News):
+            for name, memory in answer.memory:
+                if self._knows(name):
+                    self.learnt.note(name, memory)
+            return None
+        if isinstance(answer, wire.Part):
+            self._parts.append(answer)
+            return None
+        parts, self._parts = self._parts, []
+        services = [service for part in parts for service in part.services]
+        details = [of_port for part in parts for of_port in part.details]
+        return msgspec.structs.replace(answer, services=services, details=details)
 
     def forget_parts(self) -> None:
-        self._told, self._details = [], []
+        self._parts = []
 
     async def replay(self) -> None:
         self.unserved = await self._replay(self, None)
@@ -106,18 +100,18 @@ class WorkerProcess(ChildProcess[wire.Answer]):
             log.info("all listeners are served again")
 
     def cut(self) -> None:
-        self.tell(wire.Cut())
+        self.notify(wire.Cut())
         for process in self._replaced:
             process.kill()
 
     async def close(self, drain_timeout_s: float, *, handed_over: bool) -> None:
         """Let this worker, and the replaced ones that still run, drain and exit."""
         await asyncio.gather(
-            self.end(wire.Close(drain_timeout_s, handed_over), drain_timeout_s + _EXIT_TIMEOUT_S, _EXIT_TIMEOUT_S),
+            self.end(wire.Stop(drain_timeout_s, handed_over), drain_timeout_s + _EXIT_TIMEOUT_S, _EXIT_TIMEOUT_S),
             *(self.await_exit(process, drain_timeout_s) for process in self._replaced),
         )
 
 
-async def answers_to(futures: Iterable[asyncio.Future[wire.Answer]]) -> list[wire.Answer]:
+async def answers_to(futures: Iterable[asyncio.Future[wire.Done]]) -> list[wire.Done]:
     """Return the answers to several requests; raises SyncError if one is not answered."""
     return await asyncio.gather(*futures)

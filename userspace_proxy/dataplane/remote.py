@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import os
 import socket
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,8 +16,8 @@ from dataclasses import replace
 import msgspec
 
 from userspace_proxy.dataplane import wire
-from userspace_proxy.dataplane.connections import leaves_room, raise_descriptor_limit
-from userspace_proxy.dataplane.groups import fit_group, open_group
+from userspace_proxy.dataplane.connections import raise_descriptor_limit
+from userspace_proxy.dataplane.groups import close_group, fit_group, open_group
 from userspace_proxy.dataplane.handover import Inherit
 from userspace_proxy.dataplane.process import WorkerProcess, answers_to
 from userspace_proxy.dataplane.sockets import refusal, reserve_refusing_port
@@ -107,9 +105,9 @@ class RemotePlane:
             )
 
         for request in wire.fitting(list(specs), _OPENED_A_FRAME, opening):
-            yield request, [self._sockets[spec.name][worker.settings.worker].fileno() for spec in request.specs]
+            yield request, self._descriptors(worker, request.specs)
 
-    def keep_on(self, name: socket.socket) -> list[asyncio.Future[wire.Answer]]:
+    def keep_on(self, name: socket.socket) -> list[asyncio.Future[wire.Done]]:
         """Let workers serve on if this process dies, until a successor finds them by *name*.
 
         Each returned future ends when its worker is ready to do so.
@@ -129,14 +127,7 @@ class RemotePlane:
         """
         # In order of workers: if there are fewer workers now, the sockets of the last ones are closed, as announced.
         for inherit, sockets in sorted(inherited, key=lambda part: part[0].worker):
-            given = inherit.listeners
-            for spec, sock in zip(given.specs, sockets, strict=True):
-                self._specs[spec.name] = spec
-                self._sockets.setdefault(spec.name, []).append(sock)
-            self._backends.update(given.backends)
-            for service_port, memory in given.memory:
-                for worker in self._workers:
-                    worker.learnt.note(service_port, memory)
+            self._note_inherited(inherit.listeners, sockets)
         self._waits = True
         for name, spec in self._specs.items():
             group = self._sockets[name]
@@ -145,6 +136,15 @@ class RemotePlane:
             for name, why in refused.items():
                 raise SyncError(f"a worker cannot serve {name}: {why}")
         return list(self._specs.values())
+
+    def _note_inherited(self, listeners: wire.Open, sockets: Sequence[socket.socket]) -> None:
+        for spec, sock in zip(listeners.specs, sockets, strict=True):
+            self._specs[spec.name] = spec
+            self._sockets.setdefault(spec.name, []).append(sock)
+        self._backends.update(listeners.backends)
+        for service_port, memory in listeners.memory:
+            for worker in self._workers:
+                worker.learnt.note(service_port, memory)
 
     def begin(self) -> None:
         """Begin to read from UDP listeners: the predecessor has stopped reading them."""
@@ -167,29 +167,21 @@ class RemotePlane:
 
     async def open(self, specs: Sequence[ListenerSpec]) -> Mapping[ListenerName, str]:
         refused: dict[ListenerName, str] = {}
-        new, known = [], []
+        new, changed = [], []
         for count, spec in enumerate(specs, 1):
             if spec.name in self._sockets:
-                known.append(spec)
+                changed.append(spec)
                 continue
             try:
                 group = open_group(spec.name.protocol, spec.proxy_port, len(self._workers), self._limits)
-                if not leaves_room(group[-1].fileno()):
-                    _close(group)
-                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))  # noqa: TRY301 - as if it were so
                 self._sockets[spec.name] = group
                 new.append(spec)
             except OSError as error:
                 refused[spec.name] = refusal(spec.proxy_port, error)
             if not count % _A_FRAME:
                 await asyncio.sleep(0)
-        self._specs.update({spec.name: spec for spec in (*new, *known)})
-        sent = []
-        for index, worker in enumerate(self._workers):
-            for request in wire.fitting(new, _OPENED_A_FRAME, lambda part: wire.Open(part, len(part))):
-                descriptors = [self._sockets[spec.name][index].fileno() for spec in request.specs]
-                sent.append(worker.send(request, descriptors))
-            sent += [worker.send(part) for part in wire.fitting(known, _A_FRAME, lambda part: wire.Open(part, 0))]
+        self._specs.update({spec.name: spec for spec in (*new, *changed)})
+        sent = [answer for worker in self._workers for answer in self._send_opened(worker, new, changed)]
         # A worker that has ended refuses no listener: its replacement gets all of them.
         refused.update(_refused(await asyncio.gather(*sent, return_exceptions=True)))
         if len(self._workers) > 1 and refused:
@@ -197,6 +189,17 @@ class RemotePlane:
         for name in refused:
             self._forget(name)
         return refused
+
+    def _send_opened(
+        self, worker: WorkerProcess, new: Sequence[ListenerSpec], changed: Sequence[ListenerSpec]
+    ) -> Iterator[asyncio.Future[wire.Done]]:
+        for request in wire.fitting(new, _OPENED_A_FRAME, lambda part: wire.Open(part, len(part))):
+            yield worker.send(request, self._descriptors(worker, request.specs))
+        for request in wire.fitting(changed, _A_FRAME, lambda part: wire.Open(part, 0)):
+            yield worker.send(request)
+
+    def _descriptors(self, worker: WorkerProcess, specs: Iterable[ListenerSpec]) -> list[int]:
+        return [self._sockets[spec.name][worker.settings.worker].fileno() for spec in specs]
 
     async def reserve(self, port: int) -> str:
         try:
@@ -214,7 +217,7 @@ class RemotePlane:
             self._forget(name)
         await self._send_all(*wire.fitting(names, _A_FRAME, wire.Retire))
 
-    async def _send_all(self, *requests: wire.Request) -> list[wire.Answer]:
+    async def _send_all(self, *requests: wire.Request) -> list[wire.Done]:
         return await answers_to([worker.send(request) for request in requests for worker in self._workers])
 
     def _serves(self, service_port: ServicePortName) -> bool:
@@ -227,33 +230,30 @@ class RemotePlane:
         if not self._serves(name.service_port):
             for worker in self._workers:
                 worker.learnt.forget(name.service_port)
-        _close(self._sockets.pop(name, []))
+        close_group(self._sockets.pop(name, []))
 
     async def stats(self, endpoints_max: int = 0) -> PlaneStats:
-        known = self._known_endpoints()
-        told: list[wire.Stats] = []
+        count = self._count_endpoints()
+        answers: list[wire.Done] = []
         with contextlib.suppress(SyncError):
-            answers = await self._send_all(wire.TellStats(endpoints=known <= endpoints_max))
-            told = [answer for answer in answers if isinstance(answer, wire.Stats)]
-        services = (of_one for stats in told for of_one in stats.services)
-        totals = sum_of(PlaneStats({}), *(stats.rest for stats in told))
-        stats = add_up(services, totals, known if known > endpoints_max else 0)
+            answers = await self._send_all(wire.GetStats(endpoints=count <= endpoints_max))
+        services = (service for answer in answers for service in answer.services)
+        totals = sum_of(PlaneStats({}), *(answer.totals for answer in answers if answer.totals is not None))
+        stats = add_up(services, totals, count if count > endpoints_max else 0)
         return replace(stats, worker_restarts=self.restarts)
 
     async def details(self, request: DetailsRequest) -> Details:
-        parts: list[Details] = []
+        answers: list[wire.Done] = []
         with contextlib.suppress(SyncError):
-            for answer in await self._send_all(*_split(request)):
-                if isinstance(answer, wire.Told):
-                    parts += answer.details
-        return merge(parts)
+            answers = await self._send_all(*_split(request))
+        return merge([part for answer in answers for part in answer.details])
 
-    def _known_endpoints(self) -> int:
+    def _count_endpoints(self) -> int:
         """Return the number of endpoints. Of one service port's sets, the largest nearly always has them all."""
-        known: dict[ServicePortName, int] = {}
+        counts: dict[ServicePortName, int] = {}
         for name, backends in self._backends.items():
-            known[name.service_port] = max(known.get(name.service_port, 0), len(backends.usable))
-        return sum(known.values())
+            counts[name.service_port] = max(counts.get(name.service_port, 0), len(backends.usable))
+        return sum(counts.values())
 
     def cut(self) -> None:
         for worker in self._workers:
@@ -266,8 +266,8 @@ class RemotePlane:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_SENT_S):  # a closed descriptor cannot be sent
                 await asyncio.gather(*(worker.sent() for worker in self._workers))
-        for sock in self._all_sockets():
-            sock.close()
+        for group in (*self._sockets.values(), *self._reserved.values()):
+            close_group(group)
         await asyncio.gather(
             *(
                 worker.close(drain_timeout_s, handed_over=index < successors)
@@ -275,25 +275,16 @@ class RemotePlane:
             )
         )
 
-    def _all_sockets(self) -> Iterator[socket.socket]:
-        for group in (*self._sockets.values(), *self._reserved.values()):
-            yield from group
 
-
-def _split(request: DetailsRequest) -> Iterator[wire.TellDetails]:
+def _split(request: DetailsRequest) -> Iterator[wire.GetDetails]:
     """Yield *request* in messages about some service ports each; the last one asks for connections of all of them."""
     if request.connections:
-        yield wire.TellDetails(request)
-        return
-    for start in range(0, len(request.names), _DETAILS_A_FRAME):
-        names = request.names[start : start + _DETAILS_A_FRAME]
-        yield wire.TellDetails(replace(request, names=names))
+        yield wire.GetDetails(request)
+    else:
+        yield from wire.fitting(
+            request.names, _DETAILS_A_FRAME, lambda names: wire.GetDetails(replace(request, names=tuple(names)))
+        )
 
 
 def _refused(answers: Iterable[object]) -> dict[ListenerName, str]:
     return {name: why for answer in answers if isinstance(answer, wire.Done) for name, why in answer.refused}
-
-
-def _close(group: Iterable[socket.socket]) -> None:
-    for sock in group:
-        sock.close()

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import msgspec
 
+from userspace_proxy import netlink
 from userspace_proxy.netlink import attributes, message, messages
 
 # RTNLGRP_IPV4_MROUTE_R, as a bit: rtnetlink_bind() in net/core/rtnetlink.c asks for CAP_NET_ADMIN since Linux 4.13.
@@ -33,8 +34,7 @@ _GROUP = 1 << 29
 # linux/sock_diag.h, linux/netlink_diag.h: family, type, protocol, state; then port, its peer and group; inode; cookie.
 _NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _SHOW_GROUPS, _DIAG_GROUPS = 4, 20, 2, 1
 _DIAG_MESSAGE, _DIAG_MESSAGE_BYTES = struct.Struct("=4xIIII"), 28
-_NLM_F_REQUEST, _NLM_F_DUMP, _DONE = 0x1, 0x300, 3
-_DUMP_BYTES = 1 << 16
+_DIAG_TIMEOUT_S = 5.0
 _NOOP = 1  # NLMSG_NOOP: other members of the group, and the kernel, skip it
 _SECRET_BYTES = 16
 _DATAGRAM_BYTES = 1 << 12
@@ -107,17 +107,14 @@ def _sockets_by_diag() -> Iterator[tuple[int, int, int]]:
     s.
     """
     request = struct.pack("=BBHIIII", socket.AF_NETLINK, socket.NETLINK_ROUTE, 0, 0, _SHOW_GROUPS, 0, 0)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as asked:
-        asked.sendto(message(_SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST | _NLM_F_DUMP, request), (0, 0))
-        while True:
-            for kind, body in messages(asked.recv(_DUMP_BYTES)):
-                if kind == _DONE:
-                    return
-                if kind != _SOCK_DIAG_BY_FAMILY:
-                    raise OSError(errno.EOPNOTSUPP, "netlink sockets cannot be listed")
-                port, _, _, inode = _DIAG_MESSAGE.unpack_from(body)
-                groups = dict(attributes(body[_DIAG_MESSAGE_BYTES:])).get(_DIAG_GROUPS, b"")
-                yield port, int.from_bytes(groups[:4], sys.byteorder), inode
+    with netlink.open_socket(_NETLINK_SOCK_DIAG, _DIAG_TIMEOUT_S) as sock:
+        request = message(_SOCK_DIAG_BY_FAMILY, netlink.REQUEST | netlink.DUMP, request)
+        for kind, body in netlink.dump(sock, request):
+            if kind != _SOCK_DIAG_BY_FAMILY:
+                raise OSError(errno.EOPNOTSUPP, "netlink sockets cannot be listed")
+            port, _, _, inode = _DIAG_MESSAGE.unpack_from(body)
+            groups = dict(attributes(body[_DIAG_MESSAGE_BYTES:])).get(_DIAG_GROUPS, b"")
+            yield port, int.from_bytes(groups[:4], sys.byteorder), inode
 
 
 def _sockets_by_proc() -> Iterator[tuple[int, int, int]]:
@@ -151,12 +148,15 @@ def heard(member: socket.socket) -> Iterator[Call]:
             if error.errno == errno.ENOBUFS:  # some calls are lost; callers repeat them
                 continue
             return
-        if not sender:  # a message from the kernel
-            continue
-        for kind, body in messages(datagram):
-            if kind == _NOOP:
-                with contextlib.suppress(msgspec.DecodeError):
-                    yield _calls.decode(body)
+        if sender:  # otherwise it is a message from the kernel
+            yield from _calls_in(datagram)
+
+
+def _calls_in(datagram: bytes) -> Iterator[Call]:
+    for kind, body in messages(datagram):
+        if kind == _NOOP:
+            with contextlib.suppress(msgspec.DecodeError):
+                yield _calls.decode(body)
 
 
 async def answer(call: Call) -> socket.socket:

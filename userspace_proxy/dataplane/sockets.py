@@ -6,7 +6,7 @@ import contextlib
 import errno
 import functools
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from socket import SocketType
 
@@ -75,8 +75,7 @@ def bind_listener(kind: socket.SocketKind, port: int, *, shared: bool = False, a
         OSError: the port is taken, or no descriptor is left.
     """
     family = socket.AF_INET6 if (":" in at if at else has_ipv6()) else socket.AF_INET
-    sock = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-    try:
+    with closed_on_error(socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)) as sock:
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, bool(at))
         if kind == socket.SOCK_STREAM:
@@ -87,27 +86,17 @@ def bind_listener(kind: socket.SocketKind, port: int, *, shared: bool = False, a
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         # Without *at*, REDIRECT chooses the address.
         sock.bind((at or ("::" if family == socket.AF_INET6 else "0.0.0.0"), port))  # noqa: S104
-    except BaseException:
-        sock.close()
-        raise
-    return sock
+        return sock
 
 
-def open_tcp_listener(
-    port: int, dead_peer_timeout_s: float, congestion_control: str = "", *, shared: bool = False, at: str = ""
-) -> socket.socket:
-    """Return a listening socket. Accepted sockets inherit its options."""
-    sock = bind_listener(socket.SOCK_STREAM, port, shared=shared, at=at)
+@contextlib.contextmanager
+def closed_on_error(sock: socket.socket) -> Iterator[socket.socket]:
+    """Close *sock* if the block raises."""
     try:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        prepare_listener(sock, dead_peer_timeout_s)
-        if congestion_control:
-            _control_congestion(sock, congestion_control)
-        sock.listen(BACKLOG)
+        yield sock
     except BaseException:
         sock.close()
         raise
-    return sock
 
 
 def prepare_listener(sock: socket.socket, dead_peer_timeout_s: float) -> None:
@@ -115,24 +104,6 @@ def prepare_listener(sock: socket.socket, dead_peer_timeout_s: float) -> None:
     # On an accepted socket it would be too late: an urgent byte that arrived before is already dropped.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
     keep_alive(sock, dead_peer_timeout_s)
-
-
-def open_udp_listener(port: int, *, shared: bool = False, at: str = "") -> socket.socket:
-    """Return a UDP socket that reports the destination address of each datagram."""
-    sock = bind_listener(socket.SOCK_DGRAM, port, shared=shared, at=at)
-    try:
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _DATAGRAM_BUFFER_BYTES)
-        except OSError:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _DATAGRAM_BUFFER_BYTES)
-        if sock.family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
-        else:
-            sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
 
 
 def open_listener(
@@ -146,14 +117,36 @@ def open_listener(
 ) -> socket.socket:
     """Return the socket of a proxy port, at the address *at* or on every address. *shared*: one more of its group.
 
+    Accepted sockets inherit its options.
+
     *congestion_control*: the algorithm for its connections; "" for the host's default.
 
     Raises:
         OSError: the port is taken, no descriptor is left, or the congestion control is not available.
     """
-    if protocol is L4Protocol.UDP:
-        return open_udp_listener(port, shared=shared, at=at)
-    return open_tcp_listener(port, dead_peer_timeout_s, congestion_control, shared=shared, at=at)
+    kind = socket.SOCK_DGRAM if protocol is L4Protocol.UDP else socket.SOCK_STREAM
+    with closed_on_error(bind_listener(kind, port, shared=shared, at=at)) as sock:
+        if protocol is L4Protocol.UDP:
+            _prepare_udp(sock)
+        else:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            prepare_listener(sock, dead_peer_timeout_s)
+            if congestion_control:
+                _control_congestion(sock, congestion_control)
+            sock.listen(BACKLOG)
+        return sock
+
+
+def _prepare_udp(sock: socket.socket) -> None:
+    """Let *sock* hold bursts, and report the destination address of each datagram."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _DATAGRAM_BUFFER_BYTES)
+    except OSError:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _DATAGRAM_BUFFER_BYTES)
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+    else:
+        sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
 
 
 def reserve_refusing_port(port: int) -> tuple[socket.socket, socket.socket]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import fields, replace
 from typing import TypeVar
@@ -16,22 +17,26 @@ _ALIKE = {"endpoints", "ejected", "starting"}
 Counted = TypeVar("Counted", Counters, EndpointCounters, PlaneStats)
 
 
-def add_up(told: Iterable[ServiceStats], totals: PlaneStats, hidden_endpoints: int) -> PlaneStats:
-    """Return *totals* with the counters of service ports and endpoints in *told* added up."""
-    services: dict[ServicePortName, Counters] = {}
-    endpoints: dict[ServicePortName, dict[Address, EndpointCounters]] = {}
-    for name, counters, of_endpoints in told:
-        known = services.get(name)
-        services[name] = counters if known is None else sum_of(known, counters)
-        if of_endpoints:
-            so_far = endpoints.setdefault(name, {})
-            for address, of_one in of_endpoints:
-                so_far[address] = sum_of(so_far[address], of_one) if address in so_far else of_one
-    return replace(totals, services=services, endpoints=endpoints, hidden_endpoints=hidden_endpoints)
+def add_up(parts: Iterable[ServiceStats], totals: PlaneStats, hidden_endpoints: int) -> PlaneStats:
+    """Return *totals* with the counters of service ports and endpoints in *parts* added up."""
+    services: defaultdict[ServicePortName, list[Counters]] = defaultdict(list)
+    endpoints: defaultdict[ServicePortName, dict[Address, list[EndpointCounters]]] = defaultdict(dict)
+    for name, counters, of_endpoints in parts:
+        services[name].append(counters)
+        for address, of_one in of_endpoints:
+            endpoints[name].setdefault(address, []).append(of_one)
+    return replace(
+        totals,
+        services={name: sum_of(*alike) for name, alike in services.items()},
+        endpoints={name: {at: sum_of(*alike) for at, alike in its.items()} for name, its in endpoints.items()},
+        hidden_endpoints=hidden_endpoints,
+    )
 
 
 def sum_of(first: Counted, *others: Counted) -> Counted:
     """Return the sum of all given counters. Mappings are those of *first*."""
+    if not others:
+        return first
     return replace(
         first,
         **{

@@ -34,7 +34,7 @@ class Suspects(dict[Address, tuple[int, float]]):
         if address in self and self[address][1] <= started_at:
             del self[address]
 
-    def forget_gone(self, known: Collection[Address]) -> None:
-        """Forget all addresses but *known*."""
-        for address in [address for address in self if address not in known]:
+    def forget_gone(self, present: Collection[Address]) -> None:
+        """Forget all addresses but *present*."""
+        for address in [address for address in self if address not in present]:
             del self[address]

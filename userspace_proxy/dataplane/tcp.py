@@ -43,7 +43,6 @@ ACCEPTS_A_TURN = 32
 # they are reset: one of them may belong to a loop through the proxy that all these connections are part of.
 CROWDED_S = 5.0
 _CROWDED_RETRY_S = 0.1
-_NOTHING = (0, 0)
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 log = logging.getLogger(__name__)
@@ -57,7 +56,7 @@ class TcpListener:
         self.picker = Picker(shared.memory, mixes_families=bool(spec.at))
         self.shared = shared
         self._context = context
-        self._dialing = DialContext(
+        self.dialing = DialContext(
             context.poller,
             context.loop,
             context.deadlines,
@@ -69,32 +68,19 @@ class TcpListener:
             Transparent(context.tables, self.counters) if spec.transparent else None,
         )
         self.configure(spec)
-        self._sock = sock
+        self.sock = sock
         self._family = int(sock.family)
         self._crowded_since = self._crowded_at = float("-inf")
         prepare_listener(sock, context.limits.dead_peer_timeout_s)  # it may come from another process
-        context.poller.accept_from(self._sock, self._accept)
+        context.poller.accept_from(self.sock, self._accept)
 
     @property
     def name(self) -> ListenerName:
-        return self._spec.name
-
-    @property
-    def spec(self) -> ListenerSpec:
-        return self._spec
-
-    @property
-    def sock(self) -> socket.socket:
-        """The listening socket, to be passed to another process."""
-        return self._sock
-
-    @property
-    def dialing(self) -> DialContext:
-        return self._dialing
+        return self.spec.name
 
     def configure(self, spec: ListenerSpec) -> None:
         """Apply new portals, source IP and connection policy. The proxy port stays."""
-        self._spec = spec
+        self.spec = spec
         self._portals = {packed(portal.ip, portal.port): portal for portal in portals(spec.service_port)}
         self._dialled = packed(spec.at, spec.proxy_port) if spec.at else None
         if self._dialled:
@@ -105,35 +91,35 @@ class TcpListener:
     def _set_policy(self, policy: ConnectionPolicy) -> None:
         shared, context = self.shared, self._context
         if shared.lifetimes is None and policy != ConnectionPolicy():
-            known = (c for c in context.connections if isinstance(c, TcpConnection) and c.listener.shared is shared)
-            shared.lifetimes = Lifetimes(context.keeper, context.poller, self.counters, known)
+            open_now = (connection for connection in context.connections if connection.listener.shared is shared)
+            shared.lifetimes = Lifetimes(context.keeper, context.poller, self.counters, open_now)
         if shared.lifetimes is not None:
             shared.lifetimes.set_policy(policy)
 
     def update(self, backends: Backends) -> None:
         before, shared = self.picker.endpoints, self.shared
         self.picker.set_endpoints(backends.usable)
-        known = shared.memory.addresses()
-        shared.suspects.forget_gone(known)
+        addresses = shared.memory.addresses()
+        shared.suspects.forget_gone(addresses)
         if shared.lifetimes is not None:
-            shared.lifetimes.on_endpoints(before, known, backends)
+            shared.lifetimes.on_endpoints(before, addresses, backends)
             if backends.usable:
                 shared.lifetimes.release()
 
     def leave(self) -> None:
         """Stop accepting: another process accepts at the same socket."""
-        if self._sock.fileno() >= 0:
-            self._context.poller.leave(self._sock)
-            self._sock.close()
+        if self.sock.fileno() >= 0:
+            self._context.poller.leave(self.sock)
+            self.sock.close()
 
     def close(self) -> None:
         """Stop listening. Open connections continue; those in the accept queue are accepted first."""
-        if self._sock.fileno() < 0:
+        if self.sock.fileno() < 0:
             return
-        self._context.poller.leave(self._sock)
+        self._context.poller.leave(self.sock)
         while self._accept_some():
             pass
-        self._sock.close()
+        self.sock.close()
         if self.shared.lifetimes is not None:
             for connection in [c for c in self.shared.lifetimes.waiting if c.listener is self]:
                 connection.on_failed("service gone")
@@ -143,7 +129,7 @@ class TcpListener:
 
     def _accept_some(self) -> bool:
         """Accept up to a turn's number of connections. Return whether there may be more."""
-        context, listener, family = self._context, self._sock, self._family
+        context, listener, family = self._context, self.sock, self._family
         connections = context.connections
         share = connections.share(self.counters.open)
         if share <= 0:
@@ -161,7 +147,7 @@ class TcpListener:
                     connections.note_shortage(error)
                     return False
                 continue  # an error of this client alone: it is gone, or a firewall blocked it
-            TcpConnection(self, sock, client, context).begin()
+            TcpConnection(self, sock, client, context, context.now()).begin()
         return True
 
     def _wait_for_share(self) -> None:
@@ -173,17 +159,17 @@ class TcpListener:
         self._crowded_at = now
         if now - self._crowded_since >= CROWDED_S:
             self._refuse_waiting()
-        context.poller.leave(self._sock)
+        context.poller.leave(self.sock)
         context.loop.call_later(_CROWDED_RETRY_S, self._accept_again)
 
     def _accept_again(self) -> None:
-        if self._sock.fileno() >= 0:
-            self._context.poller.accept_from(self._sock, self._accept)
+        if self.sock.fileno() >= 0:
+            self._context.poller.accept_from(self.sock, self._accept)
 
     def _refuse_waiting(self) -> None:
         for _ in range(ACCEPTS_A_TURN):
             try:
-                client, _ = accept(self._sock, self._family)
+                client, _ = accept(self.sock, self._family)
             except OSError:
                 return
             self.counters.limited += 1
@@ -230,35 +216,21 @@ class _Past:
     unsent: bytes = b""
 
 
+@dataclass(slots=True, eq=False)
 class TcpConnection:
     """One client's connection, from accept to end."""
 
-    __slots__ = (
-        "_client",
-        "_context",
-        "_counted",
-        "_dial",
-        "_past",
-        "_pick",
-        "_portal",
-        "_splice",
-        "client",
-        "listener",
-        "started_at",
-    )
-
-    def __init__(self, listener: TcpListener, sock: SocketType, client: Address, context: PlaneContext) -> None:
-        self.client = client
-        self._client = sock
-        self.listener = listener
-        self._context = context
-        self.started_at = context.now()
-        self._portal: Portal | None = None
-        self._dial: Dial | None = None
-        self._splice: Splice | None = None
-        self._pick: Pick | None = None
-        self._counted = _NOTHING
-        self._past: _Past | None = None
+    listener: TcpListener
+    _client: SocketType
+    client: Address
+    _context: PlaneContext
+    started_at: float
+    _portal: Portal | None = None
+    _dial: Dial | None = None
+    _splice: Splice | None = None
+    _pick: Pick | None = None
+    _counted: tuple[int, int] = (0, 0)
+    _past: _Past | None = None
 
     def begin(self) -> None:
         listener = self.listener
@@ -285,7 +257,7 @@ class TcpConnection:
         listener = self.listener
         return Dial(self.client[0], listener.dialing, self, listener.header(self.client, dialled))
 
-    def on_connected(self, backend: SocketType, pick: Pick, told: int) -> None:
+    def on_connected(self, backend: SocketType, pick: Pick, events: int) -> None:
         self._dial = None
         self._pick = pick
         pick.counters.opened += 1
@@ -293,7 +265,7 @@ class TcpConnection:
         unsent = b"" if self._past is None else self._past.unsent
         try:
             splicer = self._context.splicer
-            self._splice = splicer.start(self._client, backend, self._on_end, told, self._on_unused, unsent)
+            self._splice = splicer.start(self._client, backend, self._on_end, events, self._on_unused, unsent)
         except OSError as error:
             self._context.poller.close(backend)
             self._context.connections.note_shortage(error)

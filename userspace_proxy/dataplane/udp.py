@@ -27,7 +27,7 @@ from userspace_proxy.model.details import ConnectionDetails
 from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.listeners import Backends, ListenerSpec
 from userspace_proxy.model.names import ListenerName
-from userspace_proxy.model.service import Balance, portals
+from userspace_proxy.model.service import Balance, Portal, portals
 
 # Errors that drop the datagram but do not count against the endpoint: no buffer space now, or longer than the
 # path MTU (shorter datagrams pass).
@@ -40,6 +40,7 @@ class UdpListener:
     """One proxy port of a UDP service port, with its flows, least recently used first."""
 
     def __init__(self, spec: ListenerSpec, sock: socket.socket, context: PlaneContext, shared: Shared) -> None:
+        self.shared = shared
         self.counters = shared.counters
         self.picker = Picker(shared.memory, mixes_families=bool(spec.at))
         self._context = context
@@ -48,32 +49,19 @@ class UdpListener:
         self._flows: OrderedDict[bytes, UdpFlow] = OrderedDict()
         self._serving: frozenset[Address] = frozenset()
         self.touch = self._flows.move_to_end
-        self._sock = sock
+        self.sock = sock
         self._datagrams = context.datagrams
 
     @property
     def name(self) -> ListenerName:
-        return self._spec.name
-
-    @property
-    def spec(self) -> ListenerSpec:
-        return self._spec
-
-    @property
-    def sock(self) -> socket.socket:
-        """The proxy port's socket, to be passed to another process."""
-        return self._sock
+        return self.spec.name
 
     @property
     def fd(self) -> int:
-        return self._sock.fileno()
-
-    @property
-    def proxy_port(self) -> int:
-        return self._spec.proxy_port
+        return self.sock.fileno()
 
     def configure(self, spec: ListenerSpec) -> None:
-        self._spec = spec
+        self.spec = spec
         self._header_of = header_of(spec.service_port.source_ip, spec.name.protocol)
         by_client = spec.service_port.affinity_timeout_s is not None or spec.service_port.balance is Balance.SOURCE_HASH
         self._knows_clients = by_client or spec.transparent or self._header_of is not None
@@ -97,7 +85,7 @@ class UdpListener:
             else:
                 self._end(flow, "service gone")
         self._datagrams.leave(self)
-        self._sock.close()
+        self.sock.close()
 
     def take_over(self, flow: UdpFlow) -> bool:
         """Take over *flow* from a listener that closes. Return False if that is not possible."""
@@ -170,8 +158,9 @@ class UdpListener:
             if leased is None:
                 return None
             header = self._header(key) if self._header_of else b""
-            flow = flows[key] = UdpFlow(key, reply_record(key), self, leased, pick, now, header)
-            flow.queued_bytes = length
+            flow = flows[key] = UdpFlow(
+                key, reply_record(key), self, *leased, *pick, now, now, now, queued_bytes=length, header=header
+            )
             datagrams.begin(flow)
             counters.flows_total += 1
             counters.flows += 1
@@ -184,7 +173,7 @@ class UdpListener:
         """Return the PROXY protocol header for each datagram of this client."""
         assert self._header_of is not None
         client = client_address(key)
-        return self._header_of(client, self._context.tables.dialled_by(client, (asked_ip(key), self._spec.proxy_port)))
+        return self._header_of(client, self._context.tables.dialled_by(client, (asked_ip(key), self.spec.proxy_port)))
 
     def _lease(self, address: Address, key: bytes, client_ip: str) -> Leased | None:
         """Return a socket connected to *address*, or None if this host has none for the client now.
@@ -196,22 +185,15 @@ class UdpListener:
             OSError: *address* cannot be reached.
         """
         datagrams = self._datagrams
-        at = self._spec.at or address[0]
+        at = self.spec.at or address[0]
         if address[1] in datagrams.proxy_ports and address[0] == at and self._context.tables.is_local(at):
             raise ConnectionRefusedError(errno.ECONNREFUSED, "the endpoint is a proxy port: an endless loop")
         destination, client = datagrams.towards(address), client_of(key)
         transparent, source, bind = self._transparent, "", bind_anywhere
         if transparent is not None and transparent.concerns(client_ip, address[0]):
             source, bind = client_ip, lambda sock, port: transparent.speak_as(sock, client_ip, port)
-        by_asking = False
-        if len(self._flows) >= self._context.limits.udp_flows_per_service or (
-            by_asking := not self._context.connections.fits(1 + datagrams.spare)
-        ):
-            oldest = destination.oldest(client, by_asking=by_asking)
-            if oldest is None or oldest.front is not self:
-                oldest = next(iter(self._flows.values()), None)
-            if oldest is not None and (left := self.evict(oldest, destination, source)) is not None:
-                return left
+        if (left := self._evict_at_limit(destination, client, source)) is not None:
+            return left
         try:
             leased = datagrams.open(destination, address, client, source, bind)
         except OSError as error:
@@ -233,6 +215,18 @@ class UdpListener:
             datagrams.close(leased, self._context.now())
             raise
         return leased
+
+    def _evict_at_limit(self, destination: Destination, client: bytes, source: str) -> Leased | None:
+        """Evict a flow if there are too many, or too few descriptors. Return its socket if that can be reused."""
+        by_asking = False
+        if len(self._flows) < self._context.limits.udp_flows_per_service:
+            by_asking = not self._context.connections.fits(1 + self._datagrams.spare)
+            if not by_asking:
+                return None
+        oldest = destination.oldest(client, by_asking=by_asking)
+        if oldest is None or oldest.front is not self:
+            oldest = next(iter(self._flows.values()), None)
+        return None if oldest is None else self.evict(oldest, destination, source)
 
     def evict(self, flow: UdpFlow, destination: Destination, source: str, *, if_rested: bool = False) -> Leased | None:
         rested = self._datagrams.has_rested(flow, destination, source)
@@ -289,18 +283,23 @@ class UdpListener:
 
     def details(self) -> Iterator[ConnectionDetails]:
         """Yield what is known of each flow, the longest unused first."""
-        now, known = self._context.now(), portals(self._spec.service_port)
+        now, portal = self._context.now(), self._only_portal()
         for flow in self._flows.values():
             yield ConnectionDetails(
                 self.name.service_port,
                 client_address(flow.key),
-                str(known[0]) if len(known) == 1 else "",
+                "" if portal is None else str(portal),
                 flow.endpoint.address,
                 flow.why,
                 now - flow.started_at,
                 flow.bytes_to_backend,
                 flow.bytes_to_client,
             )
+
+    def _only_portal(self) -> Portal | None:
+        """Return the portal of this service port, or None if it has several."""
+        all_portals = portals(self.spec.service_port)
+        return all_portals[0] if len(all_portals) == 1 else None
 
     def count_bytes(self) -> None:
         """Update the byte counters of all flows."""
@@ -342,7 +341,7 @@ class UdpListener:
             AccessRecord(
                 service_port=self.name.service_port,
                 client=client_address(flow.key),
-                portal=known[0] if len(known := portals(self._spec.service_port)) == 1 else None,
+                portal=self._only_portal(),
                 endpoint=flow.endpoint,
                 why=flow.why,
                 bytes_to_backend=flow.bytes_to_backend,

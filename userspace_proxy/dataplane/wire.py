@@ -62,15 +62,13 @@ class Retire(msgspec.Struct, frozen=True, tag=True):
     names: list[ListenerName]
 
 
-class TellStats(msgspec.Struct, frozen=True, tag=True):
-    """Answered with `Stats`. *endpoints*: include counters of endpoints."""
+class GetStats(msgspec.Struct, frozen=True, tag=True):
+    """*endpoints*: include counters of endpoints."""
 
     endpoints: bool = False
 
 
-class TellDetails(msgspec.Struct, frozen=True, tag=True):
-    """Answered with `Told`, after any number of `ToldPart`."""
-
+class GetDetails(msgspec.Struct, frozen=True, tag=True):
     request: DetailsRequest
 
 
@@ -82,49 +80,35 @@ class KeepOn(msgspec.Struct, frozen=True, tag=True):
     """Keep serving if the control process dies, until a successor calls. The socket bound to the name comes with it."""
 
 
-class Close(msgspec.Struct, frozen=True, tag=True):
-    """Stop. *handed_over*: others already accept at the same sockets, so only open connections are drained."""
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """Drain and exit. *handed_over*: others accept at the same sockets, so only open connections are drained."""
 
     drain_timeout_s: float
     handed_over: bool = False
 
 
-Request = Open | Begin | Update | Retire | TellStats | TellDetails | Cut | KeepOn | Close
+Request = Open | Begin | Update | Retire | GetStats | GetDetails | Cut | KeepOn | Stop
 
 # ---- worker -> control
 
 
+class Part(msgspec.Struct, frozen=True, tag=True):
+    """A part of an answer; `Done` comes last. Parts are small, so that no packet waits for all of them."""
+
+    services: list[ServiceStats] = []
+    details: list[Details] = []
+
+
 class Done(msgspec.Struct, frozen=True, tag=True):
-    """Answer to every request but `TellStats`. *refused*: listeners that could not be served, with reasons."""
+    """The answer to every request, or its end.
 
-    refused: list[tuple[ListenerName, str]] = []
-
-
-class StatsPart(msgspec.Struct, frozen=True, tag=True):
-    """A part of the answer to `TellStats`; `Stats` comes last."""
-
-    services: list[ServiceStats]
-
-
-class Stats(msgspec.Struct, frozen=True, tag=True):
-    """The end of the answer to `TellStats`.
-
-    *services* are sent before, as `StatsPart`, so that no packet waits for all of them.
+    *refused*: listeners that could not be served, with reasons. *totals*: the counters of the data plane as a whole,
+    for `GetStats`. *services* and *details* are sent before, as `Part`.
     """
 
-    rest: PlaneStats
+    refused: list[tuple[ListenerName, str]] = []
+    totals: PlaneStats | None = None
     services: list[ServiceStats] = []
-
-
-class ToldPart(msgspec.Struct, frozen=True, tag=True):
-    """A part of the answer to `TellDetails`."""
-
-    details: Details
-
-
-class Told(msgspec.Struct, frozen=True, tag=True):
-    """The end of the answer to `TellDetails`. The worker sends *details* before, as `ToldPart`."""
-
     details: list[Details] = []
 
 
@@ -134,7 +118,7 @@ class News(msgspec.Struct, frozen=True, tag=True):
     memory: list[tuple[ServicePortName, PickerMemory]]
 
 
-Answer = Done | StatsPart | Stats | ToldPart | Told | News
+Answer = Done | Part | News
 
 requests = msgspec.msgpack.Decoder(Request)
 answers = msgspec.msgpack.Decoder(Answer)

@@ -17,7 +17,7 @@ import socket
 import stat
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -63,7 +63,7 @@ class Worker:
         self._asked = asyncio.Event()
         self._alone = False
         self._is_replaced = False
-        self._is_told_to_go = False
+        self._has_sigterm = False
         self._name: socket.socket | None = None
         self._member: socket.socket | None = None
         self._channel = Channel(sock, self._on_frame, self._on_close)
@@ -91,27 +91,19 @@ class Worker:
 
     def _on_sigterm(self) -> None:
         """Leave the listeners to another worker. A second SIGTERM cuts the draining connections."""
-        if self._is_told_to_go:
+        if self._has_sigterm:
             self._plane.cut()
-        self._is_told_to_go = self._is_replaced = True
+        self._has_sigterm = self._is_replaced = True
         self._alone = True
         self._asked.set()
 
     async def run(self) -> None:
         """Handle requests until closed, or until the control process is gone and no successor comes."""
-        news = asyncio.create_task(self._tell_news(), name="news")
+        news = asyncio.create_task(self._send_news(), name="news")
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._on_sigterm)
         try:
-            while not self._alone:
-                await self._asked.wait()
-                self._asked.clear()
-                while self._requests:
-                    request, descriptors = self._requests.popleft()
-                    answer = await self._do(request, descriptors)
-                    self._channel.send(wire.encode(answer))
-                    await self._yield_to_traffic()
-                    if isinstance(request, wire.Close):
-                        return
+            if await self._serve_requests():
+                return
             self._plane.begin()  # in case the control process died before it sent `Begin`
             member, name = self._member, self._name
             if self._is_replaced:
@@ -127,6 +119,20 @@ class Worker:
             self._channel.close()
             if self._access_log is not None:
                 self._access_log.close()
+
+    async def _serve_requests(self) -> bool:
+        """Handle requests until the control process is gone. Return True if it closed this worker before."""
+        while not self._alone:
+            await self._asked.wait()
+            self._asked.clear()
+            while self._requests:
+                request, descriptors = self._requests.popleft()
+                answer = await self._do(request, descriptors)
+                self._channel.send(wire.encode(answer))
+                await self._yield_to_traffic()
+                if isinstance(request, wire.Stop):
+                    return True
+        return False
 
     async def _make_room(self) -> None:
         """Leave the listeners to the worker that replaces this one, and drain open connections."""
@@ -146,7 +152,7 @@ class Worker:
         if self._requests and self._plane.messages != before:
             await asyncio.sleep(_PAUSE_S)
 
-    async def _do(self, request: wire.Request, descriptors: list[int]) -> wire.Answer:
+    async def _do(self, request: wire.Request, descriptors: list[int]) -> wire.Done:
         plane = self._plane
         match request:
             case wire.Open():
@@ -158,24 +164,23 @@ class Worker:
                 gc.freeze()  # these stay for long
             case wire.Retire(names):
                 await plane.retire(names)
-            case wire.TellStats(endpoints):
-                await self._tell_now()
+            case wire.GetStats(endpoints):
+                await self._send_news_now()
                 for part in plane.take_stats(endpoints=endpoints):
                     if part:
-                        self._channel.send(wire.encode(wire.StatsPart(part)))
+                        self._channel.send(wire.encode(wire.Part(services=part)))
                     await asyncio.sleep(0)
-                return wire.Stats(replace(plane.totals(), log_lines_dropped=log_lines_dropped()))
-            case wire.TellDetails(asked):
-                for told in plane.tell_details(asked):
-                    self._channel.send(wire.encode(wire.ToldPart(told)))
+                return wire.Done(totals=replace(plane.totals(), log_lines_dropped=log_lines_dropped()))
+            case wire.GetDetails(asked):
+                for part_of_details in plane.take_details(asked):
+                    self._channel.send(wire.encode(wire.Part(details=[part_of_details])))
                     await asyncio.sleep(0)
-                return wire.Told()
             case wire.KeepOn():
                 if LOST in descriptors:
                     log.error("this worker will stop if the control process dies: no descriptor is left")
                 else:
                     self._keep_on(socket.socket(fileno=descriptors[0]))
-            case wire.Close(drain_timeout_s, handed_over):
+            case wire.Stop(drain_timeout_s, handed_over):
                 self._let_go()
                 await plane.close(drain_timeout_s, successors=int(handed_over))
         return wire.Done()
@@ -202,8 +207,8 @@ class Worker:
                 continue
             try:
                 sock = socket.socket(fileno=descriptor)
-                known = backends.get(spec.name), memory.get(spec.name.service_port)
-                self._plane.serve(spec, sock, *known, waits=request.waits)
+                state = backends.get(spec.name), memory.get(spec.name.service_port)
+                self._plane.serve(spec, sock, *state, waits=request.waits)
             except OSError as error:
                 refused.append((spec.name, refusal(spec.proxy_port, error)))
         for spec in request.specs[request.new :]:
@@ -211,32 +216,30 @@ class Worker:
         gc.freeze()  # these stay for long
         return wire.Done(refused)
 
-    async def _tell_news(self) -> None:
+    async def _send_news(self) -> None:
         while True:
             await asyncio.sleep(_NEWS_PERIOD_S)
-            await self._tell_now()
+            await self._send_news_now()
 
-    async def _tell_now(self) -> None:
+    async def _send_news_now(self) -> None:
         for news in self._plane.take_news():
             for part in wire.fitting(news, len(news) or 1, wire.News):
                 self._channel.send(wire.encode(part))
             await asyncio.sleep(0)
 
 
+@dataclass
 class Orphan:
     """A worker without a control process: serves its last state until a successor takes over."""
 
-    def __init__(
-        self, plane: LocalPlane, member: socket.socket, name: socket.socket, settings: wire.WorkerSettings
-    ) -> None:
-        self._plane = plane
-        self._member = member
-        self._name = name
-        self._settings = settings
-        self._ending = asyncio.Event()
-        self._is_handed_over = False
-        self._is_succeeded = False
-        self._is_unwanted = False
+    _plane: LocalPlane
+    _member: socket.socket
+    _name: socket.socket
+    _settings: wire.WorkerSettings
+    _ending: asyncio.Event = field(default_factory=asyncio.Event)
+    _is_handed_over: bool = False
+    _is_succeeded: bool = False
+    _is_unwanted: bool = False
 
     async def serve_on(self) -> None:
         settings = self._settings
@@ -279,7 +282,7 @@ class Orphan:
     def _inheritance(self) -> Iterator[tuple[Inherit, list[int]]]:
         held = {listener.name: (listener, backends) for listener, backends in self._plane.held()}
 
-        def known(part: list[ListenerName]) -> wire.Open:
+        def opening(part: list[ListenerName]) -> wire.Open:
             return wire.Open(
                 [held[name][0].spec for name in part],
                 len(part),
@@ -287,7 +290,7 @@ class Orphan:
                 [(name, self._plane.memory_of(name)) for name in dict.fromkeys(name.service_port for name in part)],
             )
 
-        for listeners in wire.fitting(list(held), _HANDED_A_FRAME, known):
+        for listeners in wire.fitting(list(held), _HANDED_A_FRAME, opening):
             descriptors = [held[spec.name][0].sock.fileno() for spec in listeners.specs]
             yield Inherit(self._settings.worker, listeners), descriptors
 
@@ -306,6 +309,6 @@ async def _serve(sock: socket.socket, settings: wire.WorkerSettings) -> None:
 
 
 if __name__ == "__main__":
-    # Ctrl-C in a terminal is for the control process, which then sends `Close`.
+    # Ctrl-C in a terminal is for the control process, which then sends `Stop`.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     begin(wire.WorkerSettings, _serve)

@@ -66,10 +66,10 @@ class DnsSink(ChildProcess[wire.Counts]):
 
     def start(self) -> None:
         super().start()
-        self.tell(self._clients)
+        self.notify(self._clients)
         self._tell_names(self._state.names.items())
         if self._is_synced:
-            self.tell(wire.Synced())
+            self.notify(wire.Synced())
         # With a predecessor, queries are for that until this process has all names.
         if self._is_synced or not self._predecessors:
             self._give_sockets()
@@ -78,7 +78,7 @@ class DnsSink(ChildProcess[wire.Counts]):
         return _counts.decode(body)
 
     def _give_sockets(self) -> None:
-        self.tell(wire.Sockets(), [sock.fileno() for sock in self._sockets])
+        self.notify(wire.Sockets(), [sock.fileno() for sock in self._sockets])
 
     async def sync(self, state: ProxyState) -> None:
         """Tell the process what has changed since the last sync."""
@@ -87,7 +87,7 @@ class DnsSink(ChildProcess[wire.Counts]):
         clients = wire.Clients(networks, self._pods.interface)
         if clients != self._clients:
             self._clients = clients
-            self.tell(clients)
+            self.notify(clients)
         self._tell_names((name, names) for name, names in state.names.items() if sent.get(name) is not names)
         self._tell_names((name, None) for name in sent.keys() - state.names.keys())
         if not self._is_synced:
@@ -96,7 +96,7 @@ class DnsSink(ChildProcess[wire.Counts]):
                 self._conflict.set_exception(StartError(conflict))
             else:
                 self.held.update(self._addresses)
-            self.tell(wire.Synced())
+            self.notify(wire.Synced())
             if self._predecessors:
                 self._give_sockets()
             await self.counts()  # it has taken in all of this, and answers
@@ -110,10 +110,10 @@ class DnsSink(ChildProcess[wire.Counts]):
             part.append((name, names))
             hosts += sum(len(group.hosts) for group in names.groups) if names else 0
             if len(part) >= _SERVICES_A_FRAME or hosts >= _HOSTS_A_FRAME:
-                self.tell(wire.Names(part))
+                self.notify(wire.Names(part))
                 part, hosts = [], 0
         if part:
-            self.tell(wire.Names(part))
+            self.notify(wire.Names(part))
 
     async def run(self) -> None:
         """Run until cancelled.

@@ -56,7 +56,7 @@ class LeastConnections:
 
     def _least_loaded(self, compared: Sequence[int], candidates: Candidates) -> list[int]:
         counters, weights = self._counters, self._weights
-        loads = [((known := counters[i]).open + known.dialling) / weights[i] for i in compared]
+        loads = [((its := counters[i]).open + its.dialling) / weights[i] for i in compared]
         for share, starting in candidates.slow_starts:
             loads = [load / share if starting >> i & 1 else load for i, load in zip(compared, loads, strict=True)]
         least = min(loads)

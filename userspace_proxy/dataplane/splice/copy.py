@@ -22,6 +22,7 @@ import socket
 import struct
 import termios
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from socket import MSG_DONTWAIT, SocketType
 
 from userspace_proxy.dataplane.pipes import Pipe, PipePool
@@ -52,6 +53,7 @@ _buffer = bytearray(BUFFER_BYTES)
 _view = memoryview(_buffer)
 
 
+@dataclass(slots=True, eq=False)
 class Half:
     """One direction, from ``source`` to ``sink``.
 
@@ -60,37 +62,18 @@ class Half:
     ``send_flags``: with MSG_MORE after the source's FIN, so that the last bytes and our FIN leave in one packet.
     """
 
-    __slots__ = (
-        "done",
-        "moved_bytes",
-        "opposite",
-        "pending",
-        "pipe",
-        "queued",
-        "send_flags",
-        "sink",
-        "source",
-        "splice",
-        "stuck",
-        "to_the_end",
-    )
-
-    # Deleted at the connection's end (see `part`), so that no reference cycle is left for the garbage collector.
-    opposite: Half
-    splice: CopySplice
-
-    def __init__(self, source: SocketType, sink: SocketType, splice: CopySplice) -> None:
-        self.source = source
-        self.sink = sink
-        self.splice = splice
-        self.pending = b""
-        self.pipe: Pipe | None = None
-        self.stuck = False
-        self.to_the_end = False
-        self.queued = False
-        self.send_flags = MSG_DONTWAIT
-        self.done = False
-        self.moved_bytes = 0
+    source: SocketType
+    sink: SocketType
+    splice: CopySplice  # deleted at the connection's end, as `opposite` is: see `part`
+    pending: bytes = b""
+    pipe: Pipe | None = None
+    stuck: bool = False
+    to_the_end: bool = False
+    queued: bool = False
+    send_flags: int = MSG_DONTWAIT
+    done: bool = False
+    moved_bytes: int = 0
+    opposite: Half = field(init=False)
 
     def on_first_events(self, events: int) -> None:
         """Begin to watch the client's socket, after the backend was dialled with `stream_socket`.
@@ -129,8 +112,7 @@ class Half:
         if self.stuck or self.done or self.queued:
             return
         source, sink = self.source, self.sink
-        reads = 0
-        while True:
+        for _ in range(READS_A_TURN):
             try:
                 # Some sockets are blocking: making them non-blocking would cost a system call.
                 count = source.recv_into(_buffer, 0, MSG_DONTWAIT)
@@ -161,9 +143,6 @@ class Half:
                     return  # a short read: the socket is drained, and an edge reports new bytes
             elif self.take_bulk():
                 return
-            reads += 1
-            if reads == READS_A_TURN:
-                break
         self.queued = True
         self.splice.engine.poller.again(self.go_on)
 
@@ -248,7 +227,7 @@ class Half:
             self.source_failed(OSError(code, ""))
 
     def part(self) -> None:
-        """Detach from the ended connection."""
+        """Detach from the ended connection, so that no reference cycle is left for the garbage collector."""
         self.done = True
         if self.stuck:
             self.drop()
@@ -275,49 +254,43 @@ class CopySplicer:
         client: SocketType,
         backend: SocketType,
         on_end: Callable[[str], None],
-        told: int | None = None,
+        events: int | None = None,
         on_unused: OnUnused | None = None,
         unsent: bytes = b"",
     ) -> CopySplice:
-        splice = CopySplice(client, backend, self, on_end, on_unused)
-        splice.start(told, unsent)
+        splice = CopySplice(self, on_end, on_unused)
+        splice.start(client, backend, events, unsent)
         return splice
 
 
+@dataclass(slots=True, eq=False)
 class CopySplice:
-    """One connection: its two directions, and how they end."""
+    """One connection: its two directions, and how they end. ``broken``: its first error, "" while there is none."""
 
-    __slots__ = ("_down", "_ended", "_is_unanswered", "_on_end", "_on_unused", "_up", "broken", "engine")
+    engine: CopySplicer
+    _on_end: Callable[[str], None]
+    _on_unused: OnUnused | None
+    broken: str = ""
+    _ended: bool = False
+    _is_unanswered: bool = False  # the backend has reset it while the client was open
+    _up: Half = field(init=False)
+    _down: Half = field(init=False)
 
-    def __init__(
-        self,
-        client: SocketType,
-        backend: SocketType,
-        engine: CopySplicer,
-        on_end: Callable[[str], None],
-        on_unused: OnUnused | None,
-    ) -> None:
-        self.engine = engine
-        self._on_end = on_end
-        self._on_unused = on_unused
-        self.broken = ""  # the first error of the connection, "" while there is none
-        self._ended = False
-        self._is_unanswered = False  # the backend has reset it while the client was open
-        self._up = up = engine.half(client, backend, self)
-        self._down = down = engine.half(backend, client, self)
+    def start(self, client: SocketType, backend: SocketType, events: int | None, unsent: bytes) -> None:
+        poller = self.engine.poller
+        self._up = up = self.engine.half(client, backend, self)
+        self._down = down = self.engine.half(backend, client, self)
         up.opposite, down.opposite = down, up
-
-    def start(self, told: int | None, unsent: bytes) -> None:
-        poller, up, down = self.engine.poller, self._up, self._down
-        if told is None:
+        if events is None:
             poller.watch(down.source, down.on_socket)
-        poller.watch(up.source, up.on_socket if told is None else up.on_first_events)
-        if told is not None:
-            poller.hand_over(down.source, down.on_socket)
-            if unsent:
-                up.pending, up.stuck = unsent, True
-            if told & ~WRITE or unsent:  # the backend spoke first: no edge will report these bytes again
-                poller.again(lambda: None if down.done else down.on_socket(told))
+            poller.watch(up.source, up.on_socket)
+            return
+        poller.watch(up.source, up.on_first_events)
+        poller.hand_over(down.source, down.on_socket)
+        if unsent:
+            up.pending, up.stuck = unsent, True
+        if events & ~WRITE or unsent:  # the backend spoke first: no edge will report these bytes again
+            poller.again(lambda: None if down.done else down.on_socket(events))
 
     @property
     def bytes_to_backend(self) -> int:
