@@ -7,20 +7,25 @@ import heapq
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.dataplane.world import NAME
 from userspace_proxy.dataplane import dial as dial_module
-from userspace_proxy.dataplane.dial import BUDGET_S, DIALS_MAX, RACE_S, Dial, DialContext, deadlines
+from userspace_proxy.dataplane.connections import Limits
+from userspace_proxy.dataplane.context import Shared
+from userspace_proxy.dataplane.dial import BUDGET_S, DIALS_MAX, RACE_S, Dial, deadlines
+from userspace_proxy.dataplane.listener import Listener
 from userspace_proxy.dataplane.memory import OVERTAKEN_MAX, Memory
-from userspace_proxy.dataplane.picker import Pick, Picker
+from userspace_proxy.dataplane.picker import Pick
 from userspace_proxy.dataplane.poller import FAILED, WRITE
-from userspace_proxy.dataplane.suspects import Suspects
-from userspace_proxy.model.counters import Counters
 from userspace_proxy.model.endpoint import Address, Endpoint
+from userspace_proxy.model.listeners import ListenerSpec
+from userspace_proxy.model.service import ServicePort
 
 CLIENT = "10.1.0.1"
 
@@ -120,20 +125,21 @@ class World:
         self.endpoints = [Endpoint(f"10.0.{n // 250}.{n % 250 + 1}", 80) for n in range(len(fates))]
         self.network = Network({e.address: fate for e, fate in zip(self.endpoints, fates, strict=True)})
         self.memory = Memory(self.network.time, affinity_timeout_s)
-        self.picker = Picker(self.memory)
-        self.picker.set_endpoints(self.endpoints)
-        self.counters = Counters()
         network: Any = self.network
-        self.context = DialContext(
-            network, network, deadlines(network), self.picker, self.counters, network, Suspects()
+        context: Any = SimpleNamespace(  # the parts of a `PlaneContext` that dials use
+            poller=network, loop=network, connections=network, deadlines=deadlines(network), limits=Limits()
         )
+        spec = ListenerSpec(ServicePort(NAME, 80, ("10.96.0.1",)), 10_001)
+        self.listener = Listener(spec, network, context, Shared(self.memory))
+        self.picker = self.listener.picker
+        self.picker.set_endpoints(self.endpoints)
 
     def attempt(self) -> Attempt:
         """Dial until an endpoint is connected, or all have failed."""
         attempt = Attempt(self.network.now_s)
         ejected = set(self.memory.ejected)
         before = len(self.network.dialled)
-        Dial(CLIENT, self.context, attempt).start()
+        Dial(CLIENT, self.listener, attempt).start()
         self.network.run(lambda: attempt.over)
         if attempt.sock is not None:
             self.network.close(attempt.sock)
@@ -244,7 +250,7 @@ def test_the_first_to_answer_wins_and_the_other_one_keeps_its_turns() -> None:
         assert attempt.pick is not None
         assert (attempt.pick.endpoint, attempt.pick.why) == (there.endpoints[1], "failover")
         assert attempt.took_s == pytest.approx(RACE_S + 0.001)
-    assert (there.counters.ejections, there.counters.dial_failures) == (0, 0)
+    assert (there.listener.counters.ejections, there.listener.counters.dial_failures) == (0, 0)
     assert attempt.dialled[0] == there.endpoints[0].address
 
 

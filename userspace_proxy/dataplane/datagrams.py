@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from userspace_proxy.dataplane.local_ports import LocalPorts, first_index, local_ports
 from userspace_proxy.dataplane.mmsg import MESSAGES, Batch, client_of
+from userspace_proxy.dataplane.picker import Pick
 from userspace_proxy.dataplane.sockets import bind_anywhere, datagram_socket
-from userspace_proxy.model.counters import EndpointCounters
-from userspace_proxy.model.endpoint import Address, Endpoint
+from userspace_proxy.model.endpoint import Address
 
 if TYPE_CHECKING:
     from userspace_proxy.dataplane.udp import UdpListener
@@ -129,9 +129,7 @@ class UdpFlow:
     source: str
     port: int
     sock: SocketType
-    endpoint: Endpoint
-    why: str
-    counters: EndpointCounters
+    pick: Pick
     started_at: float
     last_at: float
     queued_at: float

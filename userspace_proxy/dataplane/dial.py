@@ -14,16 +14,16 @@ import socket
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from socket import SocketType
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from userspace_proxy.dataplane.connections import Connections
-from userspace_proxy.dataplane.picker import Pick, Picker
-from userspace_proxy.dataplane.poller import FAILED, HANGUP, READ, WRITE, Poller
+from userspace_proxy.dataplane.picker import Pick
+from userspace_proxy.dataplane.poller import FAILED, HANGUP, READ, WRITE
 from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, is_self_connected, stream_socket
-from userspace_proxy.dataplane.suspects import PROOF_S, Suspects
-from userspace_proxy.dataplane.transparent import Transparent
-from userspace_proxy.model.counters import Counters
+from userspace_proxy.dataplane.suspects import PROOF_S
 from userspace_proxy.model.endpoint import Address
+
+if TYPE_CHECKING:
+    from userspace_proxy.dataplane.listener import Listener
 
 # A second endpoint is dialled if the first has not answered for this long. At most two dials are open: a third ends
 # the older one.
@@ -106,37 +106,6 @@ def deadlines(loop: asyncio.AbstractEventLoop) -> tuple[Deadlines, ...]:
     return Deadlines(loop, RACE_S), Deadlines(loop, PATIENCE_S), Deadlines(loop, PROOF_S)
 
 
-class DialContext(NamedTuple):
-    """The objects that all dials of one listener share."""
-
-    poller: Poller
-    loop: asyncio.AbstractEventLoop
-    deadlines: tuple[Deadlines, ...]
-    picker: Picker
-    counters: Counters
-    connections: Connections
-    suspects: Suspects
-    congestion_control: str = ""
-    transparent: Transparent | None = None  # set if backends see the client's own address
-
-    def seen_client(self, client_ip: str, pick: Pick) -> str:
-        """Return *client_ip* if the endpoint of *pick* sees it, "" if it sees this node's address."""
-        return "" if self.transparent is None else self.transparent.name_for(client_ip, pick.endpoint.ip)
-
-    def hold_against(self, pick: Pick, client_ip: str, code: int) -> bool:
-        """Count a failure of *pick*'s endpoint towards its ejection. Return whether this ejects it for all clients."""
-        seen_client = self.seen_client(client_ip, pick)
-        if not self.picker.report_failure(pick.endpoint, seen_client, os.strerror(code)):
-            return False
-        self.note_ejection(pick, code)
-        return not seen_client
-
-    def note_ejection(self, pick: Pick, code: int) -> None:
-        self.counters.ejections += 1
-        pick.counters.ejections += 1
-        log.info("endpoint %s is ejected for a while: %s", pick.endpoint, os.strerror(code))
-
-
 @dataclass(slots=True, eq=False)
 class Dial:
     """Dials endpoints until one connects or none is left.
@@ -151,7 +120,7 @@ class Dial:
     """
 
     client_ip: str
-    _context: DialContext
+    _listener: Listener
     _caller: DialingConnection
     _header: bytes = b""  # sent to the backend before the bytes of the client
     _tried: dict[Address, bool] | None = None  # address -> whether to dial it again
@@ -195,12 +164,12 @@ class Dial:
         while following is not None:
             turn += 1
             if self._tried is not None:
-                self._context.counters.retries += 1
+                self._listener.counters.retries += 1
                 following.counters.retries += 1
             if self._connect(following):
                 return
             if turn == _DIALS_A_TURN and self._sock is None:
-                self._timer = self._context.loop.call_later(0, self.start)
+                self._timer = self._listener.context.loop.call_later(0, self.start)
                 return
             following = self._next() if turn < _DIALS_A_TURN else None
         if self._sock is None:
@@ -210,10 +179,10 @@ class Dial:
 
     def _next(self) -> Pick | None:
         """Return the endpoint to dial now, or None if there is none."""
-        picker, tried = self._context.picker, self._tried
+        picker, tried = self._listener.picker, self._tried
         if tried is None:
             return picker.pick(self.client_ip)
-        if self._dials >= DIALS_MAX or self._context.loop.time() >= self._give_up_at:
+        if self._dials >= DIALS_MAX or self._listener.context.loop.time() >= self._give_up_at:
             return None
         alone = self._sock is None
         pick = picker.pick_another(self.client_ip, tried, doubtful=alone or self._round > _OPEN)
@@ -227,13 +196,13 @@ class Dial:
 
     def _connect(self, pick: Pick) -> bool:
         """Begin to connect. Return False if that failed at once and the next endpoint is to be dialled."""
-        context, address = self._context, pick.endpoint.address
+        context, address = self._listener.context, pick.endpoint.address
         beside = self._sock is not None
         if beside and not context.connections.begin_race():
             self._wait()  # no descriptor is left: the open dial continues alone
             return True
         try:
-            sock = stream_socket(address, context.congestion_control)
+            sock = stream_socket(address, context.limits.congestion_control)
         except OSError as error:
             if beside:
                 context.connections.end_race()
@@ -243,7 +212,7 @@ class Dial:
                 self._wait_for_descriptors(error)
             return True
         self._dials += 1
-        transparent = context.transparent
+        transparent = self._listener.transparent
         if transparent is not None and transparent.concerns(self.client_ip, address[0]):
             try:
                 transparent.speak_as(sock, self.client_ip)
@@ -277,7 +246,7 @@ class Dial:
     def _drop(self, sock: SocketType, *, beside: bool) -> None:
         sock.close()
         if beside:
-            self._context.connections.end_race()
+            self._listener.context.connections.end_race()
 
     # ---- results of a dial
 
@@ -304,7 +273,7 @@ class Dial:
             if self._header and (code := self._send_header(sock)):
                 self._fail(sock, pick, code)
                 return
-            if self._context.suspects and pick.endpoint.address in self._context.suspects and not events & _SPOKE:
+            if pick.endpoint.address in self._listener.shared.suspects and not events & _SPOKE:
                 self._let_prove(sock, events)
             else:
                 self._win(sock, pick, events)
@@ -315,11 +284,11 @@ class Dial:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         if self._proving is None:
             self._proving = {}
-            self._context.deadlines[PROOF].add(self)
+            self._listener.context.deadlines[PROOF].add(self)
         self._proving[sock] = events
 
     def _win(self, sock: SocketType, pick: Pick, events: int) -> None:
-        context = self._context
+        context = self._listener.context
         if self._tried is None and self._proving is None:
             context.deadlines[RACE].remove(self)
         else:
@@ -329,10 +298,12 @@ class Dial:
             self._end_race(sock)
         self._sock = None
         pick.counters.dialling -= 1
-        if context.picker.report_success(pick.endpoint, context.seen_client(self.client_ip, pick)):
+        if self._listener.picker.report_success(
+            pick.endpoint, self._listener.seen_client(self.client_ip, pick.endpoint)
+        ):
             log.info("endpoint %s takes connections again", pick.endpoint)
         if self._first_failed:
-            context.picker.pin(self.client_ip, pick.endpoint)
+            self._listener.picker.pin(self.client_ip, pick.endpoint)
         self._caller.on_connected(sock, pick, events)
 
     def _end_race(self, winner: SocketType) -> None:
@@ -342,12 +313,14 @@ class Dial:
         is_older = winner is self._newer[0]
         loser, pick = (self._sock, self._pick) if is_older else self._newer
         self._newer = None
-        context = self._context
+        context = self._listener.context
         pick.counters.dialling -= 1
         context.connections.end_race()
         context.poller.close(loser)
-        if is_older and context.picker.report_overtaken(pick.endpoint, context.seen_client(self.client_ip, pick)):
-            context.note_ejection(pick, errno.ETIMEDOUT)
+        if is_older and self._listener.picker.report_overtaken(
+            pick.endpoint, self._listener.seen_client(self.client_ip, pick.endpoint)
+        ):
+            self._listener.note_ejection(pick, os.strerror(errno.ETIMEDOUT))
 
     def _send_header(self, sock: SocketType) -> int:
         """Send the whole header and return 0, or return the error. A retry sends it from the start to another backend.
@@ -372,7 +345,7 @@ class Dial:
             self._win(sock, pick, self._proving[sock])
         if self._sock is None:
             return
-        now = self._context.loop.time()
+        now = self._listener.context.loop.time()
         if self._tried is None:
             self._first = self._pick.endpoint.address
             self._tried = {self._first: True}
@@ -406,18 +379,18 @@ class Dial:
     def _wait(self, how: int = RACE) -> None:
         """Set the deadline for the next `on_timeout`, replacing the current one."""
         self._clear_deadlines()
-        self._context.deadlines[PATIENCE if self._round == _SLOW else how].add(self)
+        self._listener.context.deadlines[PATIENCE if self._round == _SLOW else how].add(self)
 
     def _clear_deadlines(self) -> None:
-        for deadline in self._context.deadlines:
+        for deadline in self._listener.context.deadlines:
             deadline.remove(self)
 
     def _note_failure(self, pick: Pick, code: int, *, again: bool = False) -> None:
-        endpoint, counters = pick.endpoint, self._context.counters
+        endpoint, counters = pick.endpoint, self._listener.counters
         if self._tried is None:
             self._first = endpoint.address
             self._tried = {}
-            self._give_up_at = self._context.loop.time() + BUDGET_S
+            self._give_up_at = self._listener.context.loop.time() + BUDGET_S
         self._tried[endpoint.address] = again
         self._first_failed = self._first_failed or endpoint.address == self._first
         counters.dial_failures += 1
@@ -425,20 +398,21 @@ class Dial:
         if code == errno.EADDRNOTAVAIL:
             counters.port_exhaustions += 1
         if code in LOCAL_SHORTAGES:
-            self._context.connections.note_shortage(OSError(code, f"connecting to {endpoint}: {os.strerror(code)}"))
-        elif self._context.hold_against(pick, self.client_ip, code):
+            error = OSError(code, f"connecting to {endpoint}: {os.strerror(code)}")
+            self._listener.context.connections.note_shortage(error)
+        elif self._listener.hold_against(pick, self.client_ip, os.strerror(code)):
             self._dials -= 1
             if len(self._tried) > DIALS_MAX:
                 del self._tried[endpoint.address]  # its ejection keeps it from being dialled again
 
     def _wait_for_descriptors(self, error: OSError) -> None:
         """Retry later: the client is accepted but unread, so it can wait until other connections end."""
-        self._context.connections.note_shortage(error)
+        self._listener.context.connections.note_shortage(error)
         self._starved += 1
         if self._starved > STARVED_MAX:
             self._caller.on_failed("out of descriptors")
             return
-        self._timer = self._context.loop.call_later(STARVED_RETRY_S, self.start)
+        self._timer = self._listener.context.loop.call_later(STARVED_RETRY_S, self.start)
 
     def cut(self) -> None:
         """Stop without calling the caller."""
@@ -449,7 +423,7 @@ class Dial:
 
     def _close(self, sock: SocketType, pick: Pick) -> None:
         """Close the dial of *sock*. If it was the older one, the newer one takes its place."""
-        context = self._context
+        context = self._listener.context
         pick.counters.dialling -= 1
         context.poller.close(sock)
         if self._proving is not None and self._proving.pop(sock, None) is not None and not self._proving:

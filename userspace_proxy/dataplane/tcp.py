@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import socket
 import struct
 from collections.abc import Collection
@@ -15,12 +16,12 @@ from dataclasses import dataclass
 from socket import SocketType
 
 from userspace_proxy.dataplane.context import PlaneContext, Shared
-from userspace_proxy.dataplane.dial import NO_ENDPOINT, Dial, DialContext
+from userspace_proxy.dataplane.dial import NO_ENDPOINT, Dial
 from userspace_proxy.dataplane.lifetimes import Lifetimes, end_idle, idle_units
+from userspace_proxy.dataplane.listener import Listener
 from userspace_proxy.dataplane.peers import has_left
-from userspace_proxy.dataplane.picker import Pick, Picker
+from userspace_proxy.dataplane.picker import Pick
 from userspace_proxy.dataplane.poller import HANGUP
-from userspace_proxy.dataplane.proxy_protocol import header_of
 from userspace_proxy.dataplane.sockets import (
     LOCAL_SHORTAGES,
     accept,
@@ -29,13 +30,11 @@ from userspace_proxy.dataplane.sockets import (
     prepare_listener,
     unpacked,
 )
-from userspace_proxy.dataplane.transparent import Transparent
 from userspace_proxy.interfaces import Splice
-from userspace_proxy.model.access_record import UNANSWERED, AccessRecord
+from userspace_proxy.model.access_record import UNANSWERED
 from userspace_proxy.model.details import ConnectionDetails
 from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.listeners import Backends, ListenerSpec
-from userspace_proxy.model.names import ListenerName
 from userspace_proxy.model.service import ConnectionPolicy, Portal, portals
 
 ACCEPTS_A_TURN = 32
@@ -48,48 +47,26 @@ _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 log = logging.getLogger(__name__)
 
 
-class TcpListener:
+class TcpListener(Listener):
     """The listener at one proxy port of a TCP service port."""
 
     def __init__(self, spec: ListenerSpec, sock: socket.socket, context: PlaneContext, shared: Shared) -> None:
-        self.counters = shared.counters
-        self.picker = Picker(shared.memory, mixes_families=bool(spec.at))
-        self.shared = shared
-        self._context = context
-        self.dialing = DialContext(
-            context.poller,
-            context.loop,
-            context.deadlines,
-            self.picker,
-            self.counters,
-            context.connections,
-            shared.suspects,
-            context.limits.congestion_control,
-            Transparent(context.tables, self.counters) if spec.transparent else None,
-        )
-        self.configure(spec)
-        self.sock = sock
+        super().__init__(spec, sock, context, shared)
         self._family = int(sock.family)
         self._crowded_since = self._crowded_at = float("-inf")
         prepare_listener(sock, context.limits.dead_peer_timeout_s)  # it may come from another process
-        context.poller.accept_from(self.sock, self._accept)
-
-    @property
-    def name(self) -> ListenerName:
-        return self.spec.name
+        context.poller.accept_from(sock, self._accept)
 
     def configure(self, spec: ListenerSpec) -> None:
-        """Apply new portals, source IP and connection policy. The proxy port stays."""
-        self.spec = spec
+        super().configure(spec)
         self._portals = {packed(portal.ip, portal.port): portal for portal in portals(spec.service_port)}
         self._dialled = packed(spec.at, spec.proxy_port) if spec.at else None
         if self._dialled:
             self._portals = {self._dialled: Portal(spec.at, spec.proxy_port, spec.name.protocol)}
-        self._header_of = header_of(spec.service_port.source_ip, spec.name.protocol)
         self._set_policy(spec.service_port.connections)
 
     def _set_policy(self, policy: ConnectionPolicy) -> None:
-        shared, context = self.shared, self._context
+        shared, context = self.shared, self.context
         if shared.lifetimes is None and policy != ConnectionPolicy():
             open_now = (connection for connection in context.connections if connection.listener.shared is shared)
             shared.lifetimes = Lifetimes(context.keeper, context.poller, self.counters, open_now)
@@ -109,14 +86,14 @@ class TcpListener:
     def leave(self) -> None:
         """Stop accepting: another process accepts at the same socket."""
         if self.sock.fileno() >= 0:
-            self._context.poller.leave(self.sock)
+            self.context.poller.leave(self.sock)
             self.sock.close()
 
     def close(self) -> None:
         """Stop listening. Open connections continue; those in the accept queue are accepted first."""
         if self.sock.fileno() < 0:
             return
-        self._context.poller.leave(self.sock)
+        self.context.poller.leave(self.sock)
         while self._accept_some():
             pass
         self.sock.close()
@@ -129,7 +106,7 @@ class TcpListener:
 
     def _accept_some(self) -> bool:
         """Accept up to a turn's number of connections. Return whether there may be more."""
-        context, listener, family = self._context, self.sock, self._family
+        context, listener, family = self.context, self.sock, self._family
         connections = context.connections
         share = connections.share(self.counters.open)
         if share <= 0:
@@ -152,7 +129,7 @@ class TcpListener:
 
     def _wait_for_share(self) -> None:
         """Leave new clients in the accept queue for a moment. Reset them if the shortage lasts."""
-        context, now = self._context, self._context.now()
+        context, now = self.context, self.context.now()
         context.connections.note_crowd(str(self.name))
         if now - self._crowded_at > 2 * CROWDED_S or self._crowded_since > now:
             self._crowded_since = now
@@ -164,7 +141,7 @@ class TcpListener:
 
     def _accept_again(self) -> None:
         if self.sock.fileno() >= 0:
-            self._context.poller.accept_from(self.sock, self._accept)
+            self.context.poller.accept_from(self.sock, self._accept)
 
     def _refuse_waiting(self) -> None:
         for _ in range(ACCEPTS_A_TURN):
@@ -183,7 +160,7 @@ class TcpListener:
     def note_reset(self, pick: Pick) -> bool:
         """Note that the endpoint of *pick* has reset a connection before it sent a byte. Return whether to eject it."""
         address = pick.endpoint.address
-        return address in self.picker.endpoints and self.shared.suspects.note_reset(address, self._context.now())
+        return address in self.picker.endpoints and self.shared.suspects.note_reset(address, self.context.now())
 
     def header(self, client: Address, dialled: bytes | None) -> bytes:
         """Return the PROXY protocol header that backends get before the bytes of *client*; b"" for none."""
@@ -255,7 +232,7 @@ class TcpConnection:
 
     def _new_dial(self, dialled: bytes | None) -> Dial:
         listener = self.listener
-        return Dial(self.client[0], listener.dialing, self, listener.header(self.client, dialled))
+        return Dial(self.client[0], listener, self, listener.header(self.client, dialled))
 
     def on_connected(self, backend: SocketType, pick: Pick, events: int) -> None:
         self._dial = None
@@ -321,9 +298,10 @@ class TcpConnection:
         dial.start()
 
     def _on_end(self, how: str) -> None:
-        context, counters = self._context, self.listener.counters
+        context, listener = self._context, self.listener
+        counters = listener.counters
         context.connections.remove(self)
-        if (lifetimes := self.listener.shared.lifetimes) is not None:
+        if (lifetimes := listener.shared.lifetimes) is not None:
             lifetimes.remove(self)
         counters.open -= 1
         if (pick := self._pick) is not None:
@@ -335,21 +313,9 @@ class TcpConnection:
             elif how is UNANSWERED:
                 counters.unanswered += 1
                 if self.listener.note_reset(pick):
-                    self.listener.dialing.hold_against(pick, self.client[0], errno.ECONNRESET)
+                    self.listener.hold_against(pick, self.client[0], os.strerror(errno.ECONNRESET))
         if context.access_log is not None:
-            context.access_log(
-                AccessRecord(
-                    service_port=self.listener.name.service_port,
-                    client=self.client,
-                    portal=self._portal,
-                    endpoint=self._pick.endpoint if self._pick else None,
-                    why=self._why(),
-                    bytes_to_backend=self._counted[0],
-                    bytes_to_client=self._counted[1],
-                    duration_s=context.now() - self.started_at,
-                    how=how,
-                )
-            )
+            listener.record(self.client, self._portal, pick, self._why(), self._counted, self.started_at, how)
 
     def _why(self) -> str:
         why = self._pick.why if self._pick else ""
@@ -360,14 +326,8 @@ class TcpConnection:
         splice, pick = self._splice, self._pick
         if splice is None or pick is None:
             return
-        to_backend, to_client = splice.bytes_to_backend, splice.bytes_to_client
-        before_to_backend, before_to_client = self._counted
-        self._counted = to_backend, to_client
-        counters, of_endpoint = self.listener.counters, pick.counters
-        counters.bytes_to_backends += to_backend - before_to_backend
-        counters.bytes_to_clients += to_client - before_to_client
-        of_endpoint.bytes_to_backends += to_backend - before_to_backend
-        of_endpoint.bytes_to_clients += to_client - before_to_client
+        before, self._counted = self._counted, (splice.bytes_to_backend, splice.bytes_to_client)
+        self.listener.count(pick.counters, before, self._counted)
 
     def details(self) -> ConnectionDetails:
         """Return what is known of this connection."""

@@ -16,17 +16,13 @@ from collections.abc import Iterator
 
 from userspace_proxy.dataplane.context import PlaneContext, Shared
 from userspace_proxy.dataplane.datagrams import Destination, Leased, UdpFlow
+from userspace_proxy.dataplane.listener import Listener
 from userspace_proxy.dataplane.mmsg import anybody_like, asked_ip, client_address, client_of, reply_record
-from userspace_proxy.dataplane.picker import Picker
-from userspace_proxy.dataplane.proxy_protocol import header_of
+from userspace_proxy.dataplane.picker import Pick
 from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, bind_anywhere
-from userspace_proxy.dataplane.transparent import Transparent
-from userspace_proxy.model.access_record import AccessRecord
-from userspace_proxy.model.counters import EndpointCounters
 from userspace_proxy.model.details import ConnectionDetails
-from userspace_proxy.model.endpoint import Address, Endpoint
+from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.listeners import Backends, ListenerSpec
-from userspace_proxy.model.names import ListenerName
 from userspace_proxy.model.service import Balance, Portal, portals
 
 # Errors that drop the datagram but do not count against the endpoint: no buffer space now, or longer than the
@@ -36,33 +32,22 @@ _DROPPED = {errno.EAGAIN, errno.EMSGSIZE}
 log = logging.getLogger(__name__)
 
 
-class UdpListener:
+class UdpListener(Listener):
     """One proxy port of a UDP service port, with its flows, least recently used first."""
 
     def __init__(self, spec: ListenerSpec, sock: socket.socket, context: PlaneContext, shared: Shared) -> None:
-        self.shared = shared
-        self.counters = shared.counters
-        self.picker = Picker(shared.memory, mixes_families=bool(spec.at))
-        self._context = context
-        self._transparent = Transparent(context.tables, self.counters) if spec.transparent else None
-        self.configure(spec)
+        super().__init__(spec, sock, context, shared)
         self._flows: OrderedDict[bytes, UdpFlow] = OrderedDict()
         self._serving: frozenset[Address] = frozenset()
         self.touch = self._flows.move_to_end
-        self.sock = sock
         self._datagrams = context.datagrams
-
-    @property
-    def name(self) -> ListenerName:
-        return self.spec.name
 
     @property
     def fd(self) -> int:
         return self.sock.fileno()
 
     def configure(self, spec: ListenerSpec) -> None:
-        self.spec = spec
-        self._header_of = header_of(spec.service_port.source_ip, spec.name.protocol)
+        super().configure(spec)
         by_client = spec.service_port.affinity_timeout_s is not None or spec.service_port.balance is Balance.SOURCE_HASH
         self._knows_clients = by_client or spec.transparent or self._header_of is not None
 
@@ -70,7 +55,7 @@ class UdpListener:
         """Apply new endpoints. Flows end if their endpoint no longer serves; their next datagram begins a new flow."""
         self.picker.set_endpoints(backends.usable)
         self._serving = frozenset(e.address for e in backends.serving)
-        for flow in [f for f in self._flows.values() if f.endpoint.address not in self._serving]:
+        for flow in [f for f in self._flows.values() if f.pick.endpoint.address not in self._serving]:
             self._end(flow, "endpoint gone")
 
     def leave(self) -> None:
@@ -90,9 +75,9 @@ class UdpListener:
     def take_over(self, flow: UdpFlow) -> bool:
         """Take over *flow* from a listener that closes. Return False if that is not possible."""
         flows = self._flows
-        if flow.endpoint.address not in self._serving or flow.key in flows:
+        if flow.pick.endpoint.address not in self._serving or flow.key in flows:
             return False
-        if len(flows) >= self._context.limits.udp_flows_per_service:
+        if len(flows) >= self.context.limits.udp_flows_per_service:
             return False
         flows[flow.key] = flow
         flow.front = self
@@ -101,7 +86,7 @@ class UdpListener:
     # ---- client to backend
 
     def receive(self) -> None:
-        now = self._context.now()
+        now = self.context.now()
         flow_of, touch = self._flows.get, self.touch
         for record, length, room in self._datagrams.inbox.receive(self.fd):
             flow = flow_of(record)
@@ -153,13 +138,13 @@ class UdpListener:
             try:
                 leased = self._lease(address, key, client_ip)
             except OSError as error:
-                self._hold_against(pick.endpoint, pick.counters, error, key)
+                self._note_failure(pick, error, key)
                 continue
             if leased is None:
                 return None
             header = self._header(key) if self._header_of else b""
             flow = flows[key] = UdpFlow(
-                key, reply_record(key), self, *leased, *pick, now, now, now, queued_bytes=length, header=header
+                key, reply_record(key), self, *leased, pick, now, now, now, queued_bytes=length, header=header
             )
             datagrams.begin(flow)
             counters.flows_total += 1
@@ -173,7 +158,7 @@ class UdpListener:
         """Return the PROXY protocol header for each datagram of this client."""
         assert self._header_of is not None
         client = client_address(key)
-        return self._header_of(client, self._context.tables.dialled_by(client, (asked_ip(key), self.spec.proxy_port)))
+        return self._header_of(client, self.context.tables.dialled_by(client, (asked_ip(key), self.spec.proxy_port)))
 
     def _lease(self, address: Address, key: bytes, client_ip: str) -> Leased | None:
         """Return a socket connected to *address*, or None if this host has none for the client now.
@@ -186,10 +171,10 @@ class UdpListener:
         """
         datagrams = self._datagrams
         at = self.spec.at or address[0]
-        if address[1] in datagrams.proxy_ports and address[0] == at and self._context.tables.is_local(at):
+        if address[1] in datagrams.proxy_ports and address[0] == at and self.context.tables.is_local(at):
             raise ConnectionRefusedError(errno.ECONNREFUSED, "the endpoint is a proxy port: an endless loop")
         destination, client = datagrams.towards(address), client_of(key)
-        transparent, source, bind = self._transparent, "", bind_anywhere
+        transparent, source, bind = self.transparent, "", bind_anywhere
         if transparent is not None and transparent.concerns(client_ip, address[0]):
             source, bind = client_ip, lambda sock, port: transparent.speak_as(sock, client_ip, port)
         if (left := self._evict_at_limit(destination, client, source)) is not None:
@@ -198,7 +183,7 @@ class UdpListener:
             leased = datagrams.open(destination, address, client, source, bind)
         except OSError as error:
             if not source:
-                self._context.connections.note_shortage(error)
+                self.context.connections.note_shortage(error)
             return None
         if leased is None:
             # Every port is in use or rests. Evict a flow that has been silent as long as a port rests, and reuse its
@@ -212,15 +197,15 @@ class UdpListener:
         try:
             datagrams.connect(leased, address)
         except OSError:
-            datagrams.close(leased, self._context.now())
+            datagrams.close(leased, self.context.now())
             raise
         return leased
 
     def _evict_at_limit(self, destination: Destination, client: bytes, source: str) -> Leased | None:
         """Evict a flow if there are too many, or too few descriptors. Return its socket if that can be reused."""
         by_asking = False
-        if len(self._flows) < self._context.limits.udp_flows_per_service:
-            by_asking = not self._context.connections.fits(1 + self._datagrams.spare)
+        if len(self._flows) < self.context.limits.udp_flows_per_service:
+            by_asking = not self.context.connections.fits(1 + self._datagrams.spare)
             if not by_asking:
                 return None
         oldest = destination.oldest(client, by_asking=by_asking)
@@ -250,8 +235,10 @@ class UdpListener:
 
     def answered(self, flow: UdpFlow) -> None:
         flow.answered = True
-        if self.picker.report_success(flow.endpoint, self._name(flow.key, flow.endpoint)):
-            log.info("endpoint %s answers again", flow.endpoint)
+        if self.picker.report_success(
+            flow.pick.endpoint, self.seen_client(client_address(flow.key)[0], flow.pick.endpoint)
+        ):
+            log.info("endpoint %s answers again", flow.pick.endpoint)
 
     def not_sent(self, datagrams: int) -> None:
         self.counters.datagrams_dropped += datagrams
@@ -261,36 +248,29 @@ class UdpListener:
 
     def lose(self, flow: UdpFlow, error: OSError) -> None:
         """Count a failure of the endpoint of *flow* and end the flow; the next datagram uses another endpoint."""
-        self._hold_against(flow.endpoint, flow.counters, error, flow.key)
+        self._note_failure(flow.pick, error, flow.key)
         self._end(flow, f"refused: {os.strerror(error.errno or 0)}")
 
-    def _name(self, key: bytes, endpoint: Endpoint) -> str:
-        """Return the client's address if *endpoint* sees it, "" if it sees this node's."""
-        transparent = self._transparent
-        return "" if transparent is None else transparent.name_for(client_address(key)[0], endpoint.ip)
-
-    def _hold_against(self, endpoint: Endpoint, counters: EndpointCounters, error: OSError, key: bytes) -> None:
+    def _note_failure(self, pick: Pick, error: OSError, key: bytes) -> None:
         self.counters.dial_failures += 1
-        counters.dial_failures += 1
+        pick.counters.dial_failures += 1
         if error.errno == errno.EPERM:
-            log.debug("%s: a firewall of this host forbids datagrams to %s", self.name, endpoint)
+            log.debug("%s: a firewall of this host forbids datagrams to %s", self.name, pick.endpoint)
         elif error.errno in LOCAL_SHORTAGES:
-            self._context.connections.note_shortage(error)
-        elif self.picker.report_failure(endpoint, self._name(key, endpoint), error.strerror or str(error)):
-            self.counters.ejections += 1
-            counters.ejections += 1
-            log.info("endpoint %s is ejected for a while: %s", endpoint, error.strerror)
+            self.context.connections.note_shortage(error)
+        else:
+            self.hold_against(pick, client_address(key)[0], error.strerror or str(error))
 
     def details(self) -> Iterator[ConnectionDetails]:
         """Yield what is known of each flow, the longest unused first."""
-        now, portal = self._context.now(), self._only_portal()
+        now, portal = self.context.now(), self._only_portal()
         for flow in self._flows.values():
             yield ConnectionDetails(
                 self.name.service_port,
                 client_address(flow.key),
                 "" if portal is None else str(portal),
-                flow.endpoint.address,
-                flow.why,
+                flow.pick.endpoint.address,
+                flow.pick.why,
                 now - flow.started_at,
                 flow.bytes_to_backend,
                 flow.bytes_to_client,
@@ -307,15 +287,12 @@ class UdpListener:
             self._count_bytes(flow)
 
     def _count_bytes(self, flow: UdpFlow) -> None:
-        to_backend, to_client = flow.counted
-        flow.counted = flow.bytes_to_backend, flow.bytes_to_client
-        for counters in (self.counters, flow.counters):
-            counters.bytes_to_backends += flow.bytes_to_backend - to_backend
-            counters.bytes_to_clients += flow.bytes_to_client - to_client
+        before, flow.counted = flow.counted, (flow.bytes_to_backend, flow.bytes_to_client)
+        self.count(flow.pick.counters, before, flow.counted)
 
     def expire(self, now: float) -> None:
         """End flows idle for longer than their timeout, which follows conntrack's."""
-        limits = self._context.limits
+        limits = self.context.limits
         shortest = min(limits.udp_timeout_s, limits.udp_stream_timeout_s)
         expired = []
         for flow in self._flows.values():
@@ -330,23 +307,10 @@ class UdpListener:
     def _end(self, flow: UdpFlow, how: str, *, keep: bool = False) -> None:
         if self._flows.pop(flow.key, None) is None:
             return
-        now = self._context.now()
         self._datagrams.end(flow, keep=keep)
         self.counters.flows -= 1
-        flow.counters.open -= 1
+        flow.pick.counters.open -= 1
         self._count_bytes(flow)
-        if self._context.access_log is None:
-            return
-        self._context.access_log(
-            AccessRecord(
-                service_port=self.name.service_port,
-                client=client_address(flow.key),
-                portal=self._only_portal(),
-                endpoint=flow.endpoint,
-                why=flow.why,
-                bytes_to_backend=flow.bytes_to_backend,
-                bytes_to_client=flow.bytes_to_client,
-                duration_s=now - flow.started_at,
-                how=how,
-            )
-        )
+        if self.context.access_log is not None:
+            client, portal = client_address(flow.key), self._only_portal()
+            self.record(client, portal, flow.pick, flow.pick.why, flow.counted, flow.started_at, how)
