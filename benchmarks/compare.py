@@ -112,9 +112,9 @@ def main() -> None:
     parser.add_argument(
         "--cases", nargs="*", choices=KNOWN_CASES, default=[], metavar="CASE", help=", ".join(KNOWN_CASES)
     )
-    known_planes = [plane.name for plane in PLANES]
+    plane_names = [plane.name for plane in PLANES]
     parser.add_argument(
-        "--planes", nargs="*", choices=known_planes, default=[], metavar="PLANE", help=", ".join(known_planes)
+        "--planes", nargs="*", choices=plane_names, default=[], metavar="PLANE", help=", ".join(plane_names)
     )
     parser.add_argument("--congestion", default="", help="TCP congestion control on every host; default: the machine's")
     parser.add_argument("--seed", type=int, default=1, help="seed for the order of the planes")

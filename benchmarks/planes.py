@@ -39,7 +39,7 @@ def start_engine(node: ModeNode, arguments: tuple[str, ...]) -> None:
     start_ours(node, _PEERS / "userspace_proxy.yaml", "--rules", "nftables", "--capture", "redirect", *arguments)
 
 
-def _tell_nothing(_: ModeNode, __: Iterable[int]) -> None:
+def _note_no_change(_: ModeNode, __: Iterable[int]) -> None:
     """Do nothing: no endpoint changes here."""
 
 
@@ -47,15 +47,15 @@ def _ours(engine: str, arguments: tuple[str, ...]) -> ComparedMode:
     def start(node: ModeNode) -> None:
         start_engine(node, arguments)
 
-    return ComparedMode(f"ours-{engine}", f"ours, {engine}", "proxy", start, _tell_nothing, ours=True)
+    return ComparedMode(f"ours-{engine}", f"ours, {engine}", "proxy", start, _note_no_change, ours=True)
 
 
 PLANES: tuple[ComparedMode, ...] = (
     replace(_MODES[DIRECT], title="direct"),
-    ComparedMode("iptables-dnat", "iptables DNAT", "kernel", _iptables, _tell_nothing),
-    ComparedMode("nft-dnat", "nft DNAT", "kernel", _nft, _tell_nothing),
+    ComparedMode("iptables-dnat", "iptables DNAT", "kernel", _iptables, _note_no_change),
+    ComparedMode("nft-dnat", "nft DNAT", "kernel", _nft, _note_no_change),
     _MODES[HAPROXY],
-    ComparedMode(HAPROXY_TUNED, "HAProxy tuned", "proxy", _haproxy_tuned, _tell_nothing, udp=False),
+    ComparedMode(HAPROXY_TUNED, "HAProxy tuned", "proxy", _haproxy_tuned, _note_no_change, udp=False),
     _MODES[NGINX],
     *(_ours(engine, arguments) for engine, arguments in ENGINES),
 )

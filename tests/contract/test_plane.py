@@ -324,7 +324,7 @@ async def test_pins_and_ejections_outlive_a_worker_but_for_the_last_second(
         await plane.open([spec(affinity_timeout_s=100)])
         await plane.update(backends(refusing_endpoint(), *(backend.endpoint for backend in three)))
         (first,) = {await ask() for _ in range(3)}
-        await until(lambda: bool(plane.known_pins), "the pin is told")
+        await until(lambda: bool(plane.kept_pins), "the control process has the pin")
 
         os.kill(plane.pids[0], signal.SIGKILL)
 
@@ -338,8 +338,8 @@ async def test_the_pin_of_all_listeners_outlives_a_worker(tmp_path: Path, three:
         every = backends(*(backend.endpoint for backend in three))[LISTENER]
         await plane.update({LISTENER: every, LOCAL: every})
         pinned = await ask(portal_ip=EXTERNAL_IP)
-        await until(lambda: bool(plane.known_pins), "the pin is told")
-        assert plane.known_pins == 1
+        await until(lambda: bool(plane.kept_pins), "the control process has the pin")
+        assert plane.kept_pins == 1
         await plane.retire([LOCAL])
         await plane.open([local_spec(100)])
         await plane.update({LOCAL: every})
@@ -607,7 +607,7 @@ async def test_listeners_pins_and_endpoints_go_over_to_another_plane(
 
     try:
         assert {await ask(portal_ip=ip) for ip in (PORTAL_IP, EXTERNAL_IP) * 3} == {pinned}
-        assert await after.open([spec(), local_spec()]) == {}, "they can be told anew"
+        assert await after.open([spec(), local_spec()]) == {}, "they can be opened anew"
         assert {await ask() for _ in range(6)} == {"a", "b", "c"}
     finally:
         await after.close(0)

@@ -16,6 +16,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from userspace_proxy.dataplane.channel import PING, Channel, close_descriptors
+from userspace_proxy.dataplane.sockets import closed_on_error
 from userspace_proxy.dataplane.watchdog import LOOK_EVERY_S, Watchdog, activity_of
 from userspace_proxy.errors import SyncError
 
@@ -66,18 +67,14 @@ class ChildProcess(Generic[A]):
     def start(self) -> None:
         """Start the process, which then accepts requests; raises OSError."""
         ours, theirs = socket.socketpair()
-        with theirs:
-            try:
-                # Its own session: signals from a terminal are for the control process.
-                self._process = subprocess.Popen(
-                    [*self._command, str(theirs.fileno()), self._settings_json],
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    start_new_session=True,
-                )
-            except BaseException:
-                ours.close()
-                raise
+        with theirs, closed_on_error(ours):
+            # Its own session: signals from a terminal are for the control process.
+            self._process = subprocess.Popen(
+                [*self._command, str(theirs.fileno()), self._settings_json],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
         self._channel = Channel(ours, self._on_frame, self._on_close)
         self._watchdog = Watchdog()
         self._owes_ping = False

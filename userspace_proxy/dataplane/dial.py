@@ -298,12 +298,11 @@ class Dial:
             self._end_race(sock)
         self._sock = None
         pick.counters.dialling -= 1
-        if self._listener.picker.report_success(
-            pick.endpoint, self._listener.seen_client(self.client_ip, pick.endpoint)
-        ):
-            log.info("endpoint %s takes connections again", pick.endpoint)
+        listener, endpoint = self._listener, pick.endpoint
+        if listener.picker.report_success(endpoint, listener.seen_client(self.client_ip, endpoint)):
+            log.info("endpoint %s takes connections again", endpoint)
         if self._first_failed:
-            self._listener.picker.pin(self.client_ip, pick.endpoint)
+            listener.picker.pin(self.client_ip, endpoint)
         self._caller.on_connected(sock, pick, events)
 
     def _end_race(self, winner: SocketType) -> None:
@@ -317,10 +316,9 @@ class Dial:
         pick.counters.dialling -= 1
         context.connections.end_race()
         context.poller.close(loser)
-        if is_older and self._listener.picker.report_overtaken(
-            pick.endpoint, self._listener.seen_client(self.client_ip, pick.endpoint)
-        ):
-            self._listener.note_ejection(pick, os.strerror(errno.ETIMEDOUT))
+        listener, endpoint = self._listener, pick.endpoint
+        if is_older and listener.picker.report_overtaken(endpoint, listener.seen_client(self.client_ip, endpoint)):
+            listener.note_ejection(pick, os.strerror(errno.ETIMEDOUT))
 
     def _send_header(self, sock: SocketType) -> int:
         """Send the whole header and return 0, or return the error. A retry sends it from the start to another backend.

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterable, Sequence
 
 from userspace_proxy.dataplane.connections import Limits, require_room
-from userspace_proxy.dataplane.sockets import open_listener
+from userspace_proxy.dataplane.sockets import closed_on_error, open_listener
 from userspace_proxy.model.names import L4Protocol
 
 _SO_ATTACH_REUSEPORT_CBPF = 51
@@ -35,12 +35,9 @@ def open_group(protocol: L4Protocol, port: int, count: int, limits: Limits) -> l
         OSError: the port is taken, or no descriptor is left.
     """
     group = fit_group([], protocol, port, count, limits)
-    try:
+    with closed_on_error(*group):
         require_room(group[-1].fileno())
-    except OSError:
-        close_group(group)
-        raise
-    return group
+        return group
 
 
 def close_group(group: Iterable[socket.socket]) -> None:

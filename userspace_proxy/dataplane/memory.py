@@ -47,6 +47,11 @@ class Ejection:
     until: float
     trial_until: float = 0.0
 
+    @property
+    def due_at(self) -> float:
+        """The time of the next trial."""
+        return max(self.until, self.trial_until)
+
 
 class PickerMemory(NamedTuple):
     """Pins and ejections, for pickers in another process.
@@ -159,7 +164,7 @@ class Memory:
         ejection = self.ejected.get(address)
         if ejection is None:
             return True
-        if now < ejection.until or now < ejection.trial_until:
+        if now < ejection.due_at:
             return False
         ejection.trial_until = now + TRIAL_S
         return True

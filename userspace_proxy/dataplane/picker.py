@@ -130,7 +130,7 @@ class _Family:
         memory, index_of = self._memory, self.index()
         now = memory.now()
         refused = memory.refused.get(client_ip, {})
-        due = [(max(e.until, e.trial_until), a) for a, e in memory.ejected.items() if a in index_of]
+        due = [(e.due_at, a) for a, e in memory.ejected.items() if a in index_of]
         due = [(at, address) for at, address in due if at <= now]
         if due and (trial := min(due)[1]) not in refused:
             return [(self._picks[index_of[trial]]._replace(why="trial"), 1.0)]
@@ -269,8 +269,7 @@ class Picker:
         pin = memory.pins.get(client_ip) if memory.affinity_timeout_s is not None else None
         if pin is not None and pin.expires_at > now and (pinned := self._endpoints.get(pin.address)) is not None:
             ejection = memory.ejected.get(pin.address)
-            is_open = ejection is None or (now >= ejection.until and now >= ejection.trial_until)
-            if is_open and not self._is_refused(client_ip, pin.address):
+            if (ejection is None or now >= ejection.due_at) and not self._is_refused(client_ip, pin.address):
                 return [(Pick(pinned, "affinity", memory.counters_of(pin.address)), 1.0)]
         return self._families[":" in client_ip].preview(client_ip)
 

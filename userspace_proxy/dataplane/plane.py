@@ -22,7 +22,7 @@ from userspace_proxy.dataplane.memory import Memory, PickerMemory
 from userspace_proxy.dataplane.picker import Picker
 from userspace_proxy.dataplane.pipes import PipePool
 from userspace_proxy.dataplane.poller import Poller
-from userspace_proxy.dataplane.sockets import refusal, reserve_refusing_port
+from userspace_proxy.dataplane.sockets import closed_on_error, refusal, reserve_refusing_port
 from userspace_proxy.dataplane.splice.copy import CopySplicer
 from userspace_proxy.dataplane.splice.pipe import PipeSplicer
 from userspace_proxy.dataplane.stats import add_up
@@ -144,18 +144,15 @@ class LocalPlane:
         """
         name = spec.name
         shared = self._shared.get(name.service_port) or Shared(Memory(self._context.now))
-        try:
+        listener: TcpListener | UdpListener
+        with closed_on_error(sock):
             require_room(sock.fileno())
-            listener: TcpListener | UdpListener
             if name.protocol is L4Protocol.UDP:
                 listener = self._udp[name] = UdpListener(spec, sock, self._context, shared)
                 if not waits:
                     self._datagrams.serve(listener)
             else:
                 listener = TcpListener(spec, sock, self._context, shared)
-        except OSError:
-            sock.close()
-            raise
         self._listeners[name] = listener
         self._shared[name.service_port] = shared
         _configure_picker(listener.picker, shared.memory, spec.service_port)

@@ -59,14 +59,14 @@ class WorkerProcess(ChildProcess[wire.Done]):
     def __init__(
         self,
         settings: wire.WorkerSettings,
-        knows: Callable[[ServicePortName], bool],
+        serves: Callable[[ServicePortName], bool],
         replay: Callable[[WorkerProcess, Collection[ListenerName] | None], Awaitable[Mapping[ListenerName, str]]],
     ) -> None:
         super().__init__("worker", "userspace_proxy.dataplane.worker", settings)
         self.settings = settings
         self.learnt = Learnt()
         self.unserved: Mapping[ListenerName, str] = {}
-        self._knows = knows
+        self._serves = serves
         self._replay = replay
         self._parts: list[wire.Part] = []  # until the answer is complete
 
@@ -74,7 +74,7 @@ class WorkerProcess(ChildProcess[wire.Done]):
         answer: wire.Answer = wire.answers.decode(body)
         if isinstance(answer, wire.News):
             for name, memory in answer.memory:
-                if self._knows(name):
+                if self._serves(name):
                     self.learnt.note(name, memory)
             return None
         if isinstance(answer, wire.Part):

@@ -45,14 +45,14 @@ def header_of(source_ip: SourceIP, protocol: L4Protocol) -> Header | None:
 
 
 def _version_2(client: Address, dialled: Address, transport: int) -> bytes:
-    family, known_as = (socket.AF_INET6, 2) if ":" in client[0] else (socket.AF_INET, 1)
+    family, family_code = (socket.AF_INET6, 2) if ":" in client[0] else (socket.AF_INET, 1)
     addresses = (
         socket.inet_pton(family, _bare(client[0]))
         + socket.inet_pton(family, dialled[0])
         + client[1].to_bytes(2, "big")
         + dialled[1].to_bytes(2, "big")
     )
-    return _SIGNATURE_AND_PROXY + bytes((known_as << 4 | transport,)) + len(addresses).to_bytes(2, "big") + addresses
+    return _SIGNATURE_AND_PROXY + bytes((family_code << 4 | transport,)) + len(addresses).to_bytes(2, "big") + addresses
 
 
 def _bare(ip: str) -> str:

@@ -75,7 +75,7 @@ class RemotePlane:
         return {name: why for worker in self._workers for name, why in worker.unserved.items()}
 
     @property
-    def known_pins(self) -> int:
+    def kept_pins(self) -> int:
         """The number of pins that survive if a worker dies now."""
         return sum(worker.learnt.pins for worker in self._workers)
 

@@ -26,6 +26,7 @@ from pathlib import Path
 import msgspec
 
 from userspace_proxy import netlink
+from userspace_proxy.dataplane.sockets import closed_on_error
 from userspace_proxy.netlink import attributes, message, messages
 
 # RTNLGRP_IPV4_MROUTE_R, as a bit: rtnetlink_bind() in net/core/rtnetlink.c asks for CAP_NET_ADMIN since Linux 4.13.
@@ -71,8 +72,8 @@ _calls = msgspec.msgpack.Decoder(Call)
 
 def join(role: Role) -> socket.socket:
     """Return a new member socket; raises PermissionError without CAP_NET_ADMIN."""
-    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
-    try:
+    raw = socket.SOCK_RAW | socket.SOCK_NONBLOCK
+    with closed_on_error(socket.socket(socket.AF_NETLINK, raw, socket.NETLINK_ROUTE)) as sock:
         while True:
             try:
                 sock.bind(((role << 24) + secrets.randbits(24), _GROUP))
@@ -81,9 +82,6 @@ def join(role: Role) -> socket.socket:
                     raise
             else:
                 return sock
-    except BaseException:
-        sock.close()
-        raise
 
 
 def port_of(member: socket.socket) -> int:
@@ -162,8 +160,7 @@ def _calls_in(datagram: bytes) -> Iterator[Call]:
 async def answer(call: Call) -> socket.socket:
     """Return a connection with the caller, which has proven itself; raises OSError, TimeoutError."""
     loop = asyncio.get_running_loop()
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
+    with closed_on_error(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)) as sock:
         async with asyncio.timeout(_ANSWER_S):
             while True:
                 try:
@@ -175,11 +172,7 @@ async def answer(call: Call) -> socket.socket:
             # A plain recv takes no descriptors, which an unproven peer could send.
             if hmac.compare_digest(await loop.sock_recv(sock, _SECRET_BYTES), call.by_caller):
                 return sock
-    except BaseException:
-        sock.close()
-        raise
-    sock.close()
-    raise ConnectionError("the caller is gone, another process has its name")
+        raise ConnectionError("the caller is gone, another process has its name")
 
 
 # ---- callers
@@ -200,12 +193,9 @@ class Caller:
         self._closed = False
         self._loop = asyncio.get_running_loop()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        try:
+        with closed_on_error(self._listener):
             self._listener.bind(f"\0{self._call.name}")
             self._listener.listen(_BACKLOG)
-        except OSError:
-            self._listener.close()
-            raise
         self._loop.add_reader(self._listener.fileno(), self._accept)
 
     def call(self) -> None:

@@ -90,12 +90,13 @@ def bind_listener(kind: socket.SocketKind, port: int, *, shared: bool = False, a
 
 
 @contextlib.contextmanager
-def closed_on_error(sock: socket.socket) -> Iterator[socket.socket]:
-    """Close *sock* if the block raises."""
+def closed_on_error(sock: socket.socket, *others: socket.socket) -> Iterator[socket.socket]:
+    """Close the sockets if the block raises."""
     try:
         yield sock
     except BaseException:
-        sock.close()
+        for each in (sock, *others):
+            each.close()
         raise
 
 

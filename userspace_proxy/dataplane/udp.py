@@ -49,7 +49,7 @@ class UdpListener(Listener):
     def configure(self, spec: ListenerSpec) -> None:
         super().configure(spec)
         by_client = spec.service_port.affinity_timeout_s is not None or spec.service_port.balance is Balance.SOURCE_HASH
-        self._knows_clients = by_client or spec.transparent or self._header_of is not None
+        self._needs_clients = by_client or spec.transparent or self._header_of is not None
 
     def update(self, backends: Backends) -> None:
         """Apply new endpoints. Flows end if their endpoint no longer serves; their next datagram begins a new flow."""
@@ -127,7 +127,7 @@ class UdpListener(Listener):
     def _begin(self, key: bytes, now: float, length: int) -> UdpFlow | None:
         """Open a flow for a datagram of *length* bytes, to the picked endpoint or the next one that can be reached."""
         flows, datagrams, counters = self._flows, self._datagrams, self.counters
-        client_ip = client_address(key)[0] if self._knows_clients else anybody_like(key)
+        client_ip = client_address(key)[0] if self._needs_clients else anybody_like(key)
         tried: dict[Address, bool] = {}
         while (pick := self.picker.pick(client_ip, tried)) is not None:
             address = pick.endpoint.address
@@ -235,10 +235,10 @@ class UdpListener(Listener):
 
     def answered(self, flow: UdpFlow) -> None:
         flow.answered = True
-        if self.picker.report_success(
-            flow.pick.endpoint, self.seen_client(client_address(flow.key)[0], flow.pick.endpoint)
-        ):
-            log.info("endpoint %s answers again", flow.pick.endpoint)
+        endpoint = flow.pick.endpoint
+        client_ip = "" if self.transparent is None else self.seen_client(client_address(flow.key)[0], endpoint)
+        if self.picker.report_success(endpoint, client_ip):
+            log.info("endpoint %s answers again", endpoint)
 
     def not_sent(self, datagrams: int) -> None:
         self.counters.datagrams_dropped += datagrams
