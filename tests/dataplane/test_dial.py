@@ -19,7 +19,7 @@ from userspace_proxy.dataplane import dial as dial_module
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.context import Shared
 from userspace_proxy.dataplane.dial import BUDGET_S, DIALS_MAX, RACE_S, Dial, deadlines
-from userspace_proxy.dataplane.listener import Listener
+from userspace_proxy.dataplane.listener import BaseListener
 from userspace_proxy.dataplane.memory import OVERTAKEN_MAX, Memory
 from userspace_proxy.dataplane.picker import Pick
 from userspace_proxy.dataplane.poller import FAILED, WRITE
@@ -130,7 +130,7 @@ class World:
             poller=network, loop=network, connections=network, deadlines=deadlines(network), limits=Limits()
         )
         spec = ListenerSpec(ServicePort(NAME, 80, ("10.96.0.1",)), 10_001)
-        self.listener = Listener(spec, network, context, Shared(self.memory))
+        self.listener = BaseListener(spec, network, context, Shared(self.memory))
         self.picker = self.listener.picker
         self.picker.set_endpoints(self.endpoints)
 

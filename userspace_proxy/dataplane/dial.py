@@ -23,7 +23,7 @@ from userspace_proxy.dataplane.suspects import PROOF_S
 from userspace_proxy.model.endpoint import Address
 
 if TYPE_CHECKING:
-    from userspace_proxy.dataplane.listener import Listener
+    from userspace_proxy.dataplane.listener import BaseListener
 
 # A second endpoint is dialled if the first has not answered for this long. At most two dials are open: a third ends
 # the older one.
@@ -120,7 +120,7 @@ class Dial:
     """
 
     client_ip: str
-    _listener: Listener
+    _listener: BaseListener
     _caller: DialingConnection
     _header: bytes = b""  # sent to the backend before the bytes of the client
     _tried: dict[Address, bool] | None = None  # address -> whether to dial it again

@@ -19,7 +19,7 @@ from userspace_proxy.model.service import Portal
 log = logging.getLogger(__name__)
 
 
-class Listener:
+class BaseListener:
     """One proxy port of a service port. ``sock`` may be passed to another process."""
 
     def __init__(self, spec: ListenerSpec, sock: socket.socket, context: PlaneContext, shared: Shared) -> None:

@@ -18,7 +18,7 @@ from socket import SocketType
 from userspace_proxy.dataplane.context import PlaneContext, Shared
 from userspace_proxy.dataplane.dial import NO_ENDPOINT, Dial
 from userspace_proxy.dataplane.lifetimes import Lifetimes, end_idle, idle_units
-from userspace_proxy.dataplane.listener import Listener
+from userspace_proxy.dataplane.listener import BaseListener
 from userspace_proxy.dataplane.peers import has_left
 from userspace_proxy.dataplane.picker import Pick
 from userspace_proxy.dataplane.poller import HANGUP
@@ -47,7 +47,7 @@ _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 log = logging.getLogger(__name__)
 
 
-class TcpListener(Listener):
+class TcpListener(BaseListener):
     """The listener at one proxy port of a TCP service port."""
 
     def __init__(self, spec: ListenerSpec, sock: socket.socket, context: PlaneContext, shared: Shared) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 from userspace_proxy.dataplane.context import PlaneContext, Shared
 from userspace_proxy.dataplane.datagrams import Destination, Leased, UdpFlow
-from userspace_proxy.dataplane.listener import Listener
+from userspace_proxy.dataplane.listener import BaseListener
 from userspace_proxy.dataplane.mmsg import anybody_like, asked_ip, client_address, client_of, reply_record
 from userspace_proxy.dataplane.picker import Pick
 from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, bind_anywhere
@@ -32,7 +32,7 @@ _DROPPED = {errno.EAGAIN, errno.EMSGSIZE}
 log = logging.getLogger(__name__)
 
 
-class UdpListener(Listener):
+class UdpListener(BaseListener):
     """One proxy port of a UDP service port, with its flows, least recently used first."""
 
     def __init__(self, spec: ListenerSpec, sock: socket.socket, context: PlaneContext, shared: Shared) -> None:
