@@ -520,6 +520,7 @@ async def test_an_idle_flow_ends_as_conntrack_would_end_it(
         clock.now_s += 120
         await until(lambda: len(plane.records) == 2, "the answered flow ends")
     assert [record.how for record in plane.records] == ["idle", "idle"]
+    assert [record.portal for record in plane.records] == [None, None], "either of two may be a flow's"
 
 
 async def test_a_flow_that_is_answered_all_the_time_does_not_keep_idle_ones(
