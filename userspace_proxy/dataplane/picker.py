@@ -31,7 +31,7 @@ class Pick(NamedTuple):
 class _Family:
     """The endpoints of one IP family that take new connections, by index, and the balancer that chooses among them."""
 
-    __slots__ = ("_balancer", "_due", "_index", "_memory", "_open", "_picks", "_slow_starts")
+    __slots__ = ("_balancer", "_due", "_due_at", "_index", "_memory", "_open", "_picks", "_slow_starts")
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
@@ -42,6 +42,7 @@ class _Family:
         self._index: dict[Address, int] | None = None
         self._open = 0
         self._due: list[tuple[float, Address]] = []
+        self._due_at: dict[Address, float] = {}  # the entry of an endpoint that counts; others are of earlier ejections
         self._slow_starts: dict[float, int] = {}
 
     def replace(
@@ -71,6 +72,7 @@ class _Family:
             index = self._index = {pick.endpoint.address: at for at, pick in enumerate(self._picks)}
             self._open = (1 << len(index)) - 1
             self._due = []
+            self._due_at = {}
             self._slow_starts = {}
             for address in (*self._memory.ejected, *self._memory.starting):
                 self.on_ejection(address)
@@ -84,6 +86,7 @@ class _Family:
         ejection = self._memory.ejected.get(address)
         if ejection is not None:
             self._open &= ~(1 << at)
+            self._due_at[address] = ejection.until
             heapq.heappush(self._due, (ejection.until, address))
             return
         self._open |= 1 << at
@@ -157,21 +160,28 @@ class _Family:
 
     def _trial(self, now: float, refused: Collection[Address]) -> Address | None:
         """Return the ejected endpoint that has been due longest for a trial, or None; never one of *refused*."""
-        due, ejected = self._due, self._memory.ejected
+        due = self._due
         while due and due[0][0] <= now:
-            until, address = due[0]
-            ejection = ejected.get(address)
-            if ejection is None or until not in (ejection.until, ejection.trial_until):
+            at, address = due[0]
+            ejection = self._memory.ejected.get(address)
+            if ejection is None or self._due_at[address] != at:
                 heapq.heappop(due)  # of an earlier ejection
-            elif now < ejection.trial_until:
-                heapq.heapreplace(due, (ejection.trial_until, address))
-            elif address in refused:
+                continue
+            due_at = max(ejection.until, ejection.trial_until)
+            if at < due_at:  # another listener, or a pinned client, has had a trial
+                self._postpone(address, due_at)
+                continue
+            if address in refused:
                 return None
-            else:
-                ejection.trial_until = now + TRIAL_S
-                heapq.heapreplace(due, (ejection.trial_until, address))
-                return address
+            ejection.trial_until = now + TRIAL_S
+            self._postpone(address, ejection.trial_until)
+            return address
         return None
+
+    def _postpone(self, address: Address, at: float) -> None:
+        """Make the endpoint that is due first, at *address*, due at another time."""
+        self._due_at[address] = at
+        heapq.heapreplace(self._due, (at, address))
 
 
 class Picker:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.dataplane.balancing.test_balancing import ENDPOINTS, every_algorithm, picker_over
 from tests.fakes import FakeClock
-from userspace_proxy.dataplane.memory import EJECT_S
+from userspace_proxy.dataplane.memory import EJECT_S, TRIAL_S
 from userspace_proxy.model.service import Balance
 
 
@@ -42,6 +42,26 @@ def test_the_next_connection_gets_one_of_the_endpoints_that_were_foretold(
                 assert pick is not None
                 assert (pick.endpoint, pick.why) in [(each.endpoint, each.why) for each, odds in foretold if odds > 0]
                 pick.counters.open += data.draw(st.integers(0, 1))
+
+
+def test_an_endpoint_whose_trials_were_cut_gets_another_one() -> None:
+    clock = FakeClock()
+    picker = picker_over(*ENDPOINTS[:3], balance=Balance.ROUND_ROBIN, clock=clock, affinity_timeout_s=60)
+    pinned = picker.pick("10.1.0.1")
+    assert pinned is not None
+    picker.report_failure(pinned.endpoint, why="refused")
+    for why in ("trial", "affinity"):  # neither connection ends with a success or a failure
+        clock.now_s += EJECT_S + TRIAL_S
+        picker.pin("10.1.0.1", pinned.endpoint)
+        pick = picker.pick("10.1.0.2" if why == "trial" else "10.1.0.1")
+        assert pick is not None
+        assert (pick.endpoint, pick.why) == (pinned.endpoint, why)
+    clock.now_s += TRIAL_S
+
+    pick = picker.pick("10.1.0.3")
+
+    assert pick is not None
+    assert (pick.endpoint, pick.why) == (pinned.endpoint, "trial")
 
 
 @pytest.mark.parametrize("balance", [Balance.ROUND_ROBIN, Balance.LEAST_CONNECTIONS, Balance.SOURCE_HASH])
