@@ -43,7 +43,7 @@ class Cause(msgspec.Struct):
     reason: str | None = None
 
 
-class Details(msgspec.Struct):
+class StatusDetails(msgspec.Struct):
     """Details of an error beyond its message."""
 
     causes: list[Cause] | None = None
@@ -54,7 +54,7 @@ class Status(msgspec.Struct):
 
     message: str | None = None
     code: int | None = None
-    details: Details | None = None
+    details: StatusDetails | None = None
 
 
 ITEM = msgspec.json.Decoder(Item)
