@@ -40,7 +40,7 @@ _TIMESTAMP = re.compile(rb"^kubeproxy_sync_proxy_rules_last_(queued_)?timestamp_
 
 
 @dataclass(eq=False, slots=True)
-class Pod:
+class SimulatedPod:
     """A simulated pod. ``owner``: its workload; ``plain``: its manifest, or None for an address written by hand."""
 
     key: NamespacedName
@@ -93,7 +93,7 @@ class Cluster:
         self._written: dict[str, str] = {}
         self._is_served = True  # whether the proxy has served what was written
         self.paths: list[str] = []
-        self.pods: dict[NamespacedName, Pod] = {}
+        self.pods: dict[NamespacedName, SimulatedPod] = {}
         self.wanted = Wanted({}, {}, {}, {})
         self.problem = ""
         self._is_begun = False
@@ -162,13 +162,13 @@ class Cluster:
         self.paths.remove(path)
         await self.reconcile(grace_s)
 
-    async def show(self, pod: Pod, *, is_ready: bool) -> None:
+    async def show(self, pod: SimulatedPod, *, is_ready: bool) -> None:
         """Set whether *pod* is ready."""
         pod.is_ready = is_ready
         self._write_pod(pod)
         await self._synced()
 
-    def harm(self, pod: Pod, trouble: str) -> None:
+    def harm(self, pod: SimulatedPod, trouble: str) -> None:
         """Let *pod* have a *trouble* that the API does not know."""
         pod.trouble = trouble
         if trouble == "Dead":
@@ -178,7 +178,7 @@ class Cluster:
         else:
             pod.host.ip("link", "set", "eth0", "down")
 
-    async def revive(self, pod: Pod) -> None:
+    async def revive(self, pod: SimulatedPod) -> None:
         """Start the server of *pod* again and set the pod ready."""
         pod.trouble = ""
         pod.server.thaw()
@@ -239,7 +239,7 @@ class Cluster:
     def _is_kept(self, manifest: Manifest) -> bool:
         return (manifest.kind, manifest.name) not in self._deleted
 
-    def _is_wanted(self, pod: Pod) -> bool:
+    def _is_wanted(self, pod: SimulatedPod) -> bool:
         if pod.plain is None:
             return pod.ip in self.wanted.addresses
         return pod.owner in self.wanted.workloads if pod.owner else pod.key in self.wanted.pods
@@ -304,13 +304,13 @@ class Cluster:
         if not ip or ip in taken:
             ip = next(free for free in self._free_ips if free not in taken)
         host = Host(key.name if key.namespace in ("", "default") else f"{key.namespace}.{key.name}")
-        pod = Pod(key, ip, host, PodServer(key.name, host, ip), plain, started_at=time.time(), **of_pod)
+        pod = SimulatedPod(key, ip, host, PodServer(key.name, host, ip), plain, started_at=time.time(), **of_pod)
         self.pods[key] = pod
         if self._is_begun:
             await self._begin(pod)
         self._write_pod(pod)
 
-    async def _begin(self, pod: Pod) -> None:
+    async def _begin(self, pod: SimulatedPod) -> None:
         self._devices += 1
         await asyncio.to_thread(self._add_host, pod.host, f"pod{self._devices}", pod.ip)
         await self._serve(pod)
@@ -324,18 +324,18 @@ class Cluster:
         host.ip("route", "add", "default", "via", GATEWAY, "dev", "eth0", "onlink")
         node.ip("route", "replace", ip, "dev", BRIDGE)
 
-    async def _serve(self, pod: Pod) -> None:
+    async def _serve(self, pod: SimulatedPod) -> None:
         ports = self.wanted.addresses.get(pod.ip, frozenset())
         if pod.plain is not None:
             ports |= self.wanted.ports(pod.plain)
         await pod.server.serve(ports)
 
-    def _end(self, pod: Pod, grace_s: float = GRACE_S) -> None:
+    def _end(self, pod: SimulatedPod, grace_s: float = GRACE_S) -> None:
         """End *pod* as the kubelet does: it is terminating, answers for a grace period, and is gone."""
         pod.ending = asyncio.create_task(self._remove(pod, grace_s), name=f"end pod {pod.key}")
         self._write_pod(pod)
 
-    async def _remove(self, pod: Pod, grace_s: float) -> None:
+    async def _remove(self, pod: SimulatedPod, grace_s: float) -> None:
         await asyncio.sleep(grace_s)
         pod.server.kill()
         await asyncio.to_thread(self._remove_host, pod)
@@ -343,7 +343,7 @@ class Cluster:
             self._unlink(_file_name(pod))
         del self.pods[pod.key]
 
-    def _remove_host(self, pod: Pod) -> None:
+    def _remove_host(self, pod: SimulatedPod) -> None:
         node = self._network.node
         node.ip("route", "del", pod.ip, "dev", BRIDGE)
         node.ip("neighbour", "flush", "to", pod.ip, "dev", BRIDGE)  # the next pod there has another MAC address
@@ -354,7 +354,7 @@ class Cluster:
         if key in self.pods and (ending := self.pods[key].ending) is not None:
             await asyncio.wait([ending])
 
-    def _write_pod(self, pod: Pod) -> None:
+    def _write_pod(self, pod: SimulatedPod) -> None:
         if pod.plain is not None:
             self._write(_file_name(pod), pod.manifest())
 
@@ -408,7 +408,7 @@ def _ips() -> Iterator[str]:
     return (f"10.244.{high}.{low}" for high in range(1, 255) for low in range(1, 255))
 
 
-def _file_name(pod: Pod) -> str:
+def _file_name(pod: SimulatedPod) -> str:
     return f"{_POD_FILE}{pod.key.namespace}-{pod.key.name}.yaml"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from userspace_proxy.errors import ConfigError
-from userspace_proxy.lab.cluster import GRACE_S, Cluster, Pod
+from userspace_proxy.lab.cluster import GRACE_S, Cluster, SimulatedPod
 from userspace_proxy.lab.workloads import WORKLOADS
 from userspace_proxy.model.names import NamespacedName
 
@@ -47,7 +47,7 @@ class Request(NamedTuple):
         """Return the value of an option by its *names*, or "" if it is not given."""
         return next((self.options[name] for name in names if name in self.options), "")
 
-    def selects(self, pod: Pod) -> bool:
+    def selects(self, pod: SimulatedPod) -> bool:
         """Return whether *pod* has a name and the labels (``NAME=VALUE,...``) that are asked for."""
         if self.names and pod.key.name not in self.names:
             return False
@@ -225,7 +225,7 @@ class Words:
 
     # ---- what a word names
 
-    def _pod(self, request: Request, *conditions: Callable[[Pod], bool]) -> Pod:
+    def _pod(self, request: Request, *conditions: Callable[[SimulatedPod], bool]) -> SimulatedPod:
         """Return the pod that *request* names, by its name or address; or a workload's, by the first condition met."""
         key, pods = request.key(), self._cluster.pods
         for pod in pods.values():
@@ -255,6 +255,6 @@ class Words:
         return sum(pod.owner == key and pod.is_ready and not pod.is_terminating for pod in self._cluster.pods.values())
 
 
-def _row(pod: Pod) -> tuple[str, ...]:
+def _row(pod: SimulatedPod) -> tuple[str, ...]:
     is_ready = pod.is_ready and pod.plain is not None
     return pod.key.name, f"{is_ready:d}/1", pod.state, f"{time.time() - pod.started_at:.0f}s", pod.ip
