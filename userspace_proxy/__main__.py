@@ -5,14 +5,14 @@ import _signal as signal  # type: ignore[import-not-found]
 
 
 def main() -> None:
-    """Run the command line. Until it is loaded Ctrl-C ends the process without a traceback."""
-    is_heeded = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if is_heeded:
+    """Run the command line. Ctrl-C ends the process at once; a command that has to clean up sets a handler of its own.
+
+    KeyboardInterrupt is not used: Python loses it if it is raised in a callback of the import system.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from userspace_proxy import cli
 
-    if is_heeded:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     cli.main()
 
 
