@@ -70,8 +70,9 @@ def run(settings: Settings) -> None:
     app = App(settings)
     with asyncio.Runner(loop_factory=factory) as runner:
         runner.run(app.run())
-    if app.lifecycle.ending is Ending.RESTART:
-        restart_with(app.kept_listeners)
+        if app.lifecycle.ending is Ending.RESTART:
+            runner.run(runner.get_loop().shutdown_default_executor())
+            restart_with(app.kept_listeners)
 
 
 class App:

@@ -172,8 +172,8 @@ class Lifecycle:
         self._released.set()
 
     def _on_signal(self, signum: signal.Signals) -> None:
-        if self._is_replaced:  # too late for this program: the signal waits, blocked, for the new one
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        if self._is_replaced:
+            _leave_to_new_program(signum)
             return
         self._told_to_stop.set()
         if not self.stop.is_set() or self.ending is Ending.RESTART:
@@ -261,8 +261,17 @@ class Lifecycle:
             await remove_rules()
         if self.ending is Ending.RESTART:
             self._is_replaced = True
-            # Blocked until the new program has its handlers: an earlier signal would kill it.
+            # Blocked until the new program has its handlers: an earlier signal would kill it. The kernel gives a
+            # signal to another thread of this process, which has not blocked it; then the handler passes it on.
             signal.pthread_sigmask(signal.SIG_BLOCK, (*_STOPS, signal.SIGUSR2))
+            for signum in (*_STOPS, signal.SIGUSR2):
+                if signal.getsignal(signum) != signal.SIG_IGN:
+                    signal.signal(signum, _leave_to_new_program)
+
+
+def _leave_to_new_program(signum: int, _: object = None) -> None:
+    """Send the signal to the main thread, which has blocked it: it is pending there when the new program begins."""
+    signal.pthread_kill(threading.main_thread().ident or 0, signum)
 
 
 async def _run_dry() -> str:
@@ -303,7 +312,10 @@ def _same_command() -> list[str]:
 
 
 def restart_with(listeners: Sequence[socket.socket]) -> NoReturn:
-    """Become a new process of the same command line, which finds *listeners* by `kept_listeners`."""
+    """Become a new process of the same command line, which finds *listeners* by `kept_listeners`.
+
+    The event loop must be open: to close it takes the handlers of signals away, and the next signal would kill.
+    """
     flush_log()
     for sock in listeners:
         sock.set_inheritable(True)
