@@ -110,10 +110,10 @@ class Proxier(StateSink, Protocol):
         """Return the metrics of this mode that other modes do not have."""
 
     async def run(self) -> None:
-        """Keep the state true, e.g. load rules again that another program changed. Runs until cancelled."""
+        """Restore what other programs change, such as rules that they removed. Runs until cancelled."""
 
     def paused(self) -> AbstractAsyncContextManager[None]:
-        """Return a context manager; within its block nothing is changed."""
+        """Return a context manager. No rule is loaded or repaired within its block."""
 
     async def close(self, drain_timeout_s: float) -> None:
         """Remove the rules, then stop serving. Open connections get *drain_timeout_s* to end."""
@@ -180,7 +180,7 @@ class DataPlane(Protocol):
         """Return all counters. Includes those of endpoints, unless there are more than *endpoints_max*."""
 
     async def details(self, request: DetailsRequest) -> Details:
-        """Return what is known of the service ports of *request*, their next choices and open connections."""
+        """Return the endpoints of the service ports in *request*, their next choices, and open connections."""
 
     def cut(self) -> None:
         """Reset every open connection now."""

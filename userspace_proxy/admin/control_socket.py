@@ -42,7 +42,7 @@ class ControlSocket:
         """Listen at *path*, in place of any socket there.
 
         Raises:
-            StartError: that is not possible.
+            StartError: *path* cannot be bound; the message says why.
         """
         try:
             sock, inode = _listen(path)

@@ -23,7 +23,7 @@ def family(
 
 
 def single(name: str, text: str, value: float, *, rises: bool) -> Metric:
-    """Return the metric *name* without labels."""
+    """Return the counter (if it *rises*) or gauge *name* with one value and no labels."""
     return family(name, text, (), [((), value)], rises=rises)
 
 
@@ -36,5 +36,5 @@ def durations(name: str, text: str, histograms: Mapping[str, Histogram]) -> Metr
 
 
 def by_family(name: str, text: str, values: Mapping[str, float], *, rises: bool = True) -> Metric:
-    """Return the metric *name* with a value for each IP family."""
+    """Return the counter (if it *rises*) or gauge *name* with a value for each IP family."""
     return family(name, text, BY_FAMILY, (((ip_family,), value) for ip_family, value in values.items()), rises=rises)

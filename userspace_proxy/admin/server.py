@@ -61,7 +61,7 @@ class Health:
 
 
 class AdminServer:
-    """Serves both addresses until closed."""
+    """Serves health at one address and metrics at another, over HTTP, until closed."""
 
     def __init__(
         self,

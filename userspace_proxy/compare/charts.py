@@ -24,7 +24,7 @@ Text = Callable[[float], str]
 
 
 class Bar(NamedTuple):
-    """One mode's figure."""
+    """One bar of a chart: a mode and its figure."""
 
     mode: ModeRun
     figure: Figure
@@ -42,7 +42,7 @@ class BarChart:
 
 
 class SizeLine(NamedTuple):
-    """One mode's figures by number of Services."""
+    """One line of a chart: a mode, and its figure for each number of Services."""
 
     mode: ModeRun
     points: Mapping[int, float]

@@ -186,7 +186,7 @@ class ComparisonRun:
         return self.session.results
 
     def start_modes(self) -> None:
-        """Start the selected modes, and direct connections: the reference always takes part, and twice."""
+        """Start the selected modes. Direct connections, the reference, are always started, and twice."""
         for mode in MODES:
             if self._request.modes and mode.name not in (DIRECT, DIRECT_AGAIN, *self._request.modes):
                 continue

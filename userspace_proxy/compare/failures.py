@@ -180,7 +180,7 @@ def wait_until_all_answer(
     """Wait until all *pods* answer at *addresses*, through *mode*: an ejected pod could not fail.
 
     Raises:
-        StartError: they do not answer, so the event would show nothing.
+        StartError: not all pods answer in time, so the event would show nothing.
     """
     give_up_at = time.monotonic() + _RECOVERED_WITHIN_S
     seen: set[str] = set()

@@ -16,7 +16,7 @@ def output(path: Path) -> Iterator[Callable[[bytes], object]]:
     The folder is opened at the beginning, so a later mount over its path has no effect.
 
     Raises:
-        OSError: it cannot be written; raised at the beginning.
+        OSError: *path* cannot be written; raised on entry, before the block runs.
     """
     if path.exists() and not path.is_file():  # a pipe or a terminal: there is no old content to keep
         with path.open("wb") as file:

@@ -40,7 +40,7 @@ def cells(*values: str) -> list[Cell]:
 
 @dataclass(frozen=True, slots=True)
 class Sheet:
-    """One table; its first ``words`` columns, and those without a figure, are words."""
+    """One table. Its first ``words`` columns, and columns without a figure, hold text."""
 
     title: str
     head: Sequence[str]

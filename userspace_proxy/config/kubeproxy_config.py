@@ -96,10 +96,10 @@ class Configuration:
 
 
 def read_configuration(path: Path) -> Configuration:
-    """Return what the file says.
+    """Read the KubeProxyConfiguration file *path*.
 
     Raises:
-        StartError: it cannot be read, or is no KubeProxyConfiguration; names the line, the field and what to write.
+        StartError: the file cannot be read or is not valid; the message names the line, the field and what to write.
     """
     try:
         text = read_stream(str(path)) if is_stream(str(path)) else read(str(path))

@@ -71,7 +71,7 @@ class ValueClaims:
         return {key: held.value for key, held in self._held.get(name, {}).items() if held.kind is kind}
 
     def allocated(self, kind: ValueKind) -> dict[str, Value]:
-        """Return key -> value for all allocated values of *kind*, which the next process loads."""
+        """Return key -> value for all allocated values of *kind*, to be saved for the next process."""
         return {
             key: held.value
             for holdings in self._held.values()

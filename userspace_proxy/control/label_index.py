@@ -1,4 +1,4 @@
-"""Finds Pods by the selectors of Services, and the Services that a Pod concerns. Pure."""
+"""Finds the Pods that a Service may select, and the Services that may select a Pod. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LabelKey = tuple[str, str, str]
 class LabelIndex(Generic[T]):
     """Indexes Pods by each of their labels, and Services by the first label of their selectors.
 
-    Every match has that label (the first by name), so the cost of a search depends on few Pods.
+    The first label is the first by name. Every match has it, so a search looks at few Pods.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class LabelIndex(Generic[T]):
         return self._pods.get(_first_label(namespace, selector), {})
 
     def is_selected(self, namespace: str, label: str, value: str) -> bool:
-        """Return whether the selector of a Service in *namespace* begins with this label."""
+        """Return whether a Service in *namespace* has a selector with the first label *label*=*value*."""
         return (namespace, label, value) in self._selecting
 
 

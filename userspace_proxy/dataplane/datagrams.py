@@ -50,8 +50,8 @@ _nowhere = bytearray(1)
 class Destination:
     """One endpoint: the local ports towards it, and the flows that use them, by client.
 
-    If a flow must be evicted, the asking client loses one of its own if it has at least an equal share; otherwise
-    the client with the most flows does.
+    A new flow may have to evict another one. If its client already has its fair share of flows, one of these is
+    evicted; otherwise one of the client with the most flows.
     """
 
     __slots__ = ("_biggest", "_flows", "clients", "ports")

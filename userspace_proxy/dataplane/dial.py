@@ -337,7 +337,7 @@ class Dial:
         self.start()
 
     def on_timeout(self) -> None:
-        """No dial has answered in time: begin another one, or wait longer."""
+        """Dial another endpoint, wait longer, or give up, because no dial has been answered in time."""
         if self._proving is not None:
             sock, pick = next(dial for dial in self._open() if dial[0] in self._proving)
             self._win(sock, pick, self._proving[sock])

@@ -105,7 +105,7 @@ class HealthChecks(msgspec.Struct, frozen=True, tag=True):
 
 
 class ClusterDns(msgspec.Struct, frozen=True, tag=True):
-    """Sockets of cluster DNS, and the channel to the process that serves at them."""
+    """The sockets of cluster DNS, and the channel to the process that reads from them."""
 
 
 class Lock(msgspec.Struct, frozen=True, tag=True):

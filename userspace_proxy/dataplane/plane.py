@@ -266,7 +266,7 @@ class LocalPlane:
         self._context.connections.cut_all()
 
     def begin(self) -> None:
-        """Start to read the UDP listeners that were opened with *waits*."""
+        """Start reading from the UDP listeners that were opened with ``waits=True``."""
         for listener in self._udp.values():
             self._datagrams.serve(listener)
 

@@ -36,7 +36,7 @@ def datagram_header_v2(client: Address, dialled: Address) -> bytes:
 
 
 def header_of(source_ip: SourceIP, protocol: L4Protocol) -> Header | None:
-    """Return the function that makes a service port's headers, or None if it has none."""
+    """Return the function that makes PROXY headers for *source_ip* and *protocol*, or None if they use no header."""
     if source_ip is SourceIP.PROXY_PROTOCOL_V2:
         return datagram_header_v2 if protocol is L4Protocol.UDP else header_v2
     if source_ip is SourceIP.PROXY_PROTOCOL_V1 and protocol is L4Protocol.TCP:

@@ -330,7 +330,7 @@ class TcpConnection:
         self.listener.count(pick.counters, before, self._counted)
 
     def details(self) -> ConnectionDetails:
-        """Return what is known of this connection."""
+        """Return the addresses, age and byte counts of this connection."""
         splice, pick = self._splice, self._pick
         return ConnectionDetails(
             self.listener.name.service_port,

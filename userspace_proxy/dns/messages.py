@@ -226,7 +226,7 @@ def reply(question: Question, answer: PackedAnswer, limit_bytes: int) -> bytes:
 
 @lru_cache(maxsize=16_384)
 def name_text(name: str) -> bytes:
-    """Return *name* as a message has it. Raises ValueError if it is none."""
+    """Return *name* in wire format, not compressed. Raises ValueError if *name* is no domain name."""
     labels = [label.encode("ascii") for label in name.removesuffix(".").split(".")]
     text = b"".join([bytes([len(label)]) + label for label in labels]) + b"\0"
     if len(text) > _NAME_MAX_BYTES or not all(0 < len(label) <= _LABEL_MAX_BYTES for label in labels):
@@ -271,16 +271,16 @@ class _Buffer(dnslib.DNSBuffer):  # type: ignore[misc]  # has no types
 
 
 def relayed(message: bytes, question_bytes: int) -> PackedAnswer:
-    """Return the answer *message* of another server, which has no OPT, behind its question."""
+    """Return the answer in *message* of another server, which has no OPT record, without its question."""
     counts = struct.unpack_from("!3H", message, 6)
     return PackedAnswer(message[3] & RCODE_MASK, RECURSION_AVAILABLE, counts, message[HEADER.size + question_bytes :])
 
 
 def joined(aliases: Iterable[Record], message: bytes) -> PackedAnswer:
-    """Return the answer that the records *aliases* begin and those of the answer *message* of another server end.
+    """Return an answer with the records *aliases*, followed by those in *message*, the answer of another server.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: *message* cannot be read.
     """
     with _reading(message) as (buffer, (count, *_)):
         written = _Buffer()
@@ -291,7 +291,7 @@ def joined(aliases: Iterable[Record], message: bytes) -> PackedAnswer:
 
 
 def answer_addresses(message: bytes) -> list[str]:
-    """Return the addresses in the answer section of *message*. Raises ValueError if it cannot be read."""
+    """Return the addresses in the answer section of *message*. Raises ValueError if *message* cannot be read."""
     with _reading(message) as (buffer, (count, *_)):
         records = [dnslib.RR.parse(buffer) for _ in range(count)]
     return [str(record.rdata) for record in records if record.rtype in (A, AAAA)]

@@ -29,7 +29,7 @@ _STEP = 997
 
 
 class Alias(Exception):  # noqa: N818 - no error
-    """The answer goes on outside of the cluster domain: at ``target``, behind the CNAME ``records``."""
+    """A chain of CNAME ``records`` leads to ``target``, a name outside of the cluster domain."""
 
     def __init__(self, records: list[Record], target: str) -> None:
         super().__init__(target)
@@ -38,9 +38,10 @@ class Alias(Exception):  # noqa: N818 - no error
 
 
 class Responder:
-    """Answers from a zone. ``is_synced``: the zone is complete; until then a name that is not there may exist.
+    """Answers queries from a zone. ``is_synced``: the zone is complete; before that, a missing name may still exist.
 
-    ``cut``: answers that lack records because there were too many for a message. ``hits``, ``misses``: of the cache.
+    ``cut``: number of answers with records left out, because a message has no room for all of them. ``hits``,
+    ``misses``: of the cache.
     """
 
     def __init__(self, zone: Zone) -> None:
@@ -63,7 +64,7 @@ class Responder:
         """Return the answer to *question*, or None if its name is not in the cluster domain.
 
         Raises:
-            Alias: the answer goes on at a name that is not.
+            Alias: the name has a CNAME record that leads outside of the cluster domain.
         """
         key = question.key
         answer = self._answers.get(key)

@@ -161,7 +161,7 @@ def _conflict(state: ProxyState, addresses: Iterable[str]) -> str:
 
 
 def end_processes(channels: Iterable[socket.socket]) -> None:
-    """Tell the DNS processes at the other ends of *channels* to end, and close these."""
+    """Tell the DNS processes at the other ends of *channels* to end, and close the channels."""
     for sock in channels:
         channel = Channel(sock, lambda _body, _descriptors: None, lambda: None)
         channel.send(msgspec.msgpack.encode(wire.EndDns()))

@@ -32,7 +32,7 @@ def open_sockets(addresses: Iterable[str], inherited: Sequence[socket.socket] = 
     Inherited sockets of other addresses are closed.
 
     Raises:
-        StartError: one cannot be opened; all are closed.
+        StartError: a socket cannot be opened; all of them are closed.
     """
     found: list[socket.socket] = []
     by_address = {(sock.type, sock.getsockname()[0]): sock for sock in inherited}

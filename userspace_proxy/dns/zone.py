@@ -1,7 +1,7 @@
 """The records of the cluster domain, by the Kubernetes DNS specification 1.1.0. Pure.
 
-A name that exists has a mapping from record types to values, which may be empty: NODATA. A name that does not has None:
-NXDOMAIN. Names are tuples of labels in lower case.
+`Zone.find` returns a mapping from record types to values for an existing name; an empty mapping means NODATA. It
+returns None for a name that does not exist: NXDOMAIN. Names are tuples of labels in lower case.
 """
 
 from __future__ import annotations

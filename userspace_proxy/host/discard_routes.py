@@ -36,10 +36,10 @@ _EXCEPTION = {4: "dev lo scope link metric 1", 6: "metric 1"}
 async def discard(ranges: Collection[Network], addresses: Collection[Network] = ()) -> None:
     """Discard forwarded packets to *ranges* and *addresses*, and to nothing else. May be repeated.
 
-    Of *addresses*, only those to which nothing but the default route leads: others are known to be somewhere.
+    An address with a more specific route than the default route is skipped: another host has it.
 
     Raises:
-        SyncError: the kernel refused it, for one family or both.
+        SyncError: the kernel refused the routes of one IP family, or of both.
     """
     refused = []
     for version in (4, 6):
@@ -66,7 +66,7 @@ async def except_addresses(ips: Collection[str]) -> None:
     IPv4 routes them out by ``lo``, so no ICMP redirect is sent. IPv6 rejects such a route: they follow the main table.
 
     Raises:
-        SyncError: the kernel refused it.
+        SyncError: the kernel refused a route.
     """
     for version in (4, 6):
         listed = await _listed(version)

@@ -48,7 +48,7 @@ async def run_tool(tool: str, *arguments: str, stdin: str = "") -> str:
     """Run *tool* and return its standard output.
 
     Raises:
-        SyncError: it is not installed (names the package), failed (gives its first error line), or timed out.
+        SyncError: *tool* is not installed (the message names the package), failed (its first error line), or timed out.
     """
     path = find_tool(tool)
     if path is None:

@@ -199,7 +199,7 @@ class Cluster:
         return seen
 
     async def reconcile(self, grace_s: float = GRACE_S) -> None:
-        """Make pods and the proxy's folder what manifests ask for; returns when the proxy serves that."""
+        """Make the pods and the proxy's folder match the manifests, and wait until the proxy serves this state."""
         async with self._lock:
             self._seen = self._look()
             self.problem = ""
@@ -398,7 +398,7 @@ def _timestamps(node: Host) -> tuple[float, float]:
 
 
 def timestamps(metrics: bytes) -> tuple[float, float]:
-    """Return when the last change was queued and when the last sync ended, of the proxy's *metrics*."""
+    """Return when the last change was queued and when the last sync ended (Unix times), from the proxy's *metrics*."""
     found = {bool(queued): float(value) for queued, value in _TIMESTAMP.findall(metrics)}
     return found[True], found[False]
 

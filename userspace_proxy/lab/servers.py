@@ -111,7 +111,7 @@ def start_proxy(node: Host, manifests: Path, log: Path, *arguments: str) -> subp
     Its state is kept beside *log*, so that no state of another run is used.
 
     Raises:
-        StartError: it ended or is not ready in time; the message has its last log line.
+        StartError: the proxy ended or is not ready in time; the message has its last log line.
     """
     log.write_text("")
     command = [sys.executable, "-P", "-m", "userspace_proxy", "run", str(manifests)]

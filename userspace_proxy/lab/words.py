@@ -32,7 +32,7 @@ class WordError(Exception):
 
 
 class Request(NamedTuple):
-    """One word as it was typed, with its options, and what follows them."""
+    """One command of the lab's shell, as typed in ``folder``: names of objects, their kinds, and options."""
 
     names: list[str]
     kinds: list[str]
@@ -62,7 +62,7 @@ class Request(NamedTuple):
 
 
 def parse(arguments: Sequence[str], folder: Path) -> Request:
-    """Return *arguments*, typed in *folder*, with the kinds of objects apart: ``deployment web`` or ``deploy/web``."""
+    """Parse *arguments*, typed in *folder*. An object may be written ``deployment web`` or ``deploy/web``."""
     words: list[str] = []
     options: dict[str, str] = {}
     rest = iter(arguments)
@@ -114,10 +114,10 @@ class Words:
         return self._words.keys()
 
     async def obey(self, word: str, arguments: Sequence[str], folder: Path) -> str:
-        """Return what the word says.
+        """Execute the command *word* with *arguments*, typed in *folder*; return the text to print.
 
         Raises:
-            WordError: it cannot be obeyed.
+            WordError: the command cannot be executed; the message says why.
         """
         try:
             said = await self._words[word](parse(arguments, folder))

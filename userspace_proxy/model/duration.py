@@ -12,7 +12,7 @@ def duration(text: str) -> float:
     """Return the seconds of a duration as Go writes it: 30s, 1h0m0s, 250ms, 0.
 
     Raises:
-        ValueError: it is none; the message says what to write.
+        ValueError: *text* is not a duration; the message says what to write.
     """
     if text == "0":
         return 0.0

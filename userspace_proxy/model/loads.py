@@ -28,7 +28,7 @@ class Loads:
 
     @contextmanager
     def of(self, *, everything: bool) -> Iterator[None]:
-        """Time the load in the block. An exception counts as a refused load."""
+        """Time the load in the block, full if *everything*. An exception counts as a refused load."""
         try:
             with (self.whole if everything else self.changes).timed():
                 yield

@@ -1,4 +1,4 @@
-"""Decide which service port has a portal that several of them state. Pure, but for a log line."""
+"""Decide which service port gets a portal that several service ports claim. Pure, but for a log line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 class PortalOwners:
     """The first service port that claims a portal owns it; the next one gets it when the owner gives it up.
 
-    ``new``: the service ports that have claimed for the first time, until the caller clears it.
+    ``new``: the service ports that have claimed a portal for the first time; the caller clears the set.
     """
 
     def __init__(self) -> None:

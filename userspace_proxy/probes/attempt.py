@@ -40,7 +40,7 @@ class Attempt:
         """Open the socket, with OWN_MARK, so that redirect rules skip it.
 
         Raises:
-            OSError: this host has none.
+            OSError: no socket can be opened.
         """
         self._address, self._spec = address, spec
         self._is_connected = self.is_watched = False

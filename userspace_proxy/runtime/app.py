@@ -76,7 +76,10 @@ def run(settings: Settings) -> None:
 
 
 class App:
-    """The life of one process. ``kept_listeners``: those that stay open while it restarts in place."""
+    """Runs one proxy process from start to end.
+
+    ``kept_listeners``: listeners that stay open during a restart in place.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings

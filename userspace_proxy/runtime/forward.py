@@ -67,7 +67,7 @@ class ForwardedPort:
         """Parse *text*, in the form ``[LOCAL:]PORT[/tcp|/udp]``.
 
         Raises:
-            ValueError: it has another form.
+            ValueError: *text* has another form.
         """
         ports, _, protocol = text.partition("/")
         local, colon, port = ports.rpartition(":")
@@ -99,9 +99,10 @@ class ForwardRequest:
 
 
 class ServiceSource:
-    """A Source that reduces *source* to the Service *name*, and makes it one that can be forwarded to.
+    """A Source of the one Service *name* from *source*, without the fields that would prevent forwarding to it.
 
-    Headless Services and those of another proxy can be forwarded to, too. Addresses of the Service do not count.
+    Cluster IPs, node ports, labels and, unless it is ExternalName, the type are removed. So headless Services and
+    Services that another proxy serves can be forwarded to, too.
     """
 
     def __init__(self, source: Source, name: NamespacedName) -> None:

@@ -57,11 +57,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class InstanceLock:
-    """The lock, and the listeners that the predecessor handed over with it, in a conversation with each process.
+    """The lock of this network namespace, and the sockets that the predecessor handed over with it.
 
-    ``turn`` and ``member``: this process in both roles. ``name``: the socket that has the abstract name, or has none.
-    ``health_checks``, ``cluster_dns``: the sockets of health-check node ports and of cluster DNS, which a control
-    process has.
+    ``turn``, ``member``: the netlink sockets of this process in the roles TAKES_TURN and SERVES.
+    ``name``: the socket for the abstract name; it stays unbound if another process has the name.
+    ``health_checks``, ``cluster_dns``: the sockets of health-check node ports and of cluster DNS.
+    ``conversations``: one with each process of the predecessor.
     """
 
     turn: socket.socket
@@ -152,7 +153,7 @@ async def check_take_over(sources: Sequence[str], policy: str, workers: int) -> 
     """Check that the lock can be taken once the workers that serve here have become orphans.
 
     Raises:
-        StartError: it cannot.
+        StartError: the lock cannot be taken; the message says why, and what to do.
     """
     with await _take_turn() as turn:
         meetings = await _find_running(turn)
@@ -228,7 +229,7 @@ async def end_orphans() -> Present | None:
     """End every worker that serves without a control process; return the control process, or None.
 
     Raises:
-        StartError: a member is there and does not answer.
+        StartError: a running process does not answer.
     """
     with await _take_turn() as turn:
         while meetings := await _find_running(turn):

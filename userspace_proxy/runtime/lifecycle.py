@@ -106,7 +106,7 @@ class Lifecycle:
         """Serve at the listeners of the predecessor, if there is one; return them.
 
         Raises:
-            StartError: they cannot be taken over; the predecessor serves on.
+            StartError: the listeners cannot be taken over; the predecessor continues to serve.
         """
         self._plane = plane
         if not lock.conversations:

@@ -266,7 +266,7 @@ async def make_dns(
     *inherited*: what `DnsSink.inheritance` of the predecessor returned.
 
     Raises:
-        StartError: it cannot serve there.
+        StartError: cluster DNS cannot serve at its addresses.
     """
     channels = [sock for sock in inherited if sock.family == socket.AF_UNIX]
     sockets = [sock for sock in inherited if sock.family != socket.AF_UNIX]

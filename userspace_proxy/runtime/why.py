@@ -70,7 +70,7 @@ class _Case:
 
 @dataclass(frozen=True, slots=True)
 class Explainer:
-    """Explains by the state of *proxy*'s parts, and of the kernel."""
+    """Explains which endpoint a client gets, or why it gets none, from the state of *proxy* and of the kernel."""
 
     proxy: RunningProxy
 

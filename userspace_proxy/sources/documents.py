@@ -200,7 +200,7 @@ def _manifest(place: Place, plain: object, *, for_check: bool) -> Manifest:
     """Return *plain*, the value at *place*, as a manifest.
 
     Raises:
-        ConfigError: it is no Kubernetes object, or has no kind or name, or has a value of a wrong type.
+        ConfigError: *plain* is no Kubernetes object, lacks a kind or a name, or has a value of a wrong type.
     """
     plain = _object(place, plain)
     kind = _kind(plain)

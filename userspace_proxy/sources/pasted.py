@@ -50,7 +50,7 @@ _PARENT = re.compile(r"(metadata|spec):\s*$")
 
 
 def sign_in(row: str, field: str = "") -> ConfigError | None:
-    """Return the copying mistake in *row*, a line with a fault, or None."""
+    """Return an error that names the sign of copying in *row*, a faulty line; None if there is no sign."""
     row = _COMMENT.sub("", row[:_ROW_MAX])
     return next((ConfigError(problem, field=field, fix=fix) for sign, problem, fix in _SIGNS if sign.search(row)), None)
 

@@ -72,7 +72,7 @@ def expand(path: str) -> Iterator[str]:
     """Yield the manifest files of *path*: itself, or the files directly in a folder, sorted by name.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: *path* cannot be read.
     """
     if path == STDIN:
         yield path
@@ -157,7 +157,7 @@ def replace_file(path: Path, content: bytes) -> None:
     """Write *content* to *path* atomically, with mode 0600.
 
     Raises:
-        OSError: it could not be written; the file is as it was.
+        OSError: the file could not be written; its old content is unchanged.
     """
     # A unique name: another process may write at the same time, in a container even with the same process id.
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")
@@ -177,8 +177,8 @@ def decoded(data: bytes) -> str:
     """Return *data* as text: UTF-8, or UTF-16 with a byte order mark, as Windows tools write it.
 
     Raises:
-        UnicodeDecodeError: it is neither.
-        ConfigError: it holds too many documents.
+        UnicodeDecodeError: *data* has neither encoding.
+        ConfigError: the text has too many YAML documents.
     """
     is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = data.decode("utf-16" if is_utf16 else "utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")

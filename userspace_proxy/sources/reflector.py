@@ -332,7 +332,7 @@ class Reflector(Generic[T]):
         """List all objects; return the changes since the last report.
 
         Raises:
-            FollowError: it could not be listed.
+            FollowError: the list could not be read.
         """
         try:
             return await self._list_by(_PAGE_OBJECTS)
@@ -356,7 +356,7 @@ class Reflector(Generic[T]):
         """Read one page of a list into *found*.
 
         Raises:
-            FollowError: it could not be read.
+            FollowError: the page could not be read.
         """
         body = bytearray()
         async with self._answer(params) as response:

@@ -58,7 +58,7 @@ def plain_value(text: str) -> tuple[object, bool]:
     """Return the value of *text*, one YAML document (None if empty), and whether a mapping has a duplicate key.
 
     Raises:
-        yaml.YAMLError: it is broken or exceeds a limit; `yaml_faults.describe` explains it.
+        yaml.YAMLError: *text* is not valid YAML or exceeds a limit; `yaml_faults.describe` explains the error.
     """
     _refuse_size(text)
     loader = _Loader(text)

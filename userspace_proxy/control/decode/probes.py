@@ -28,7 +28,7 @@ def read_probe(text: str) -> ProbeSpec:
     """Return the health check that *text* describes.
 
     Raises:
-        ValueError: it describes none; the message names the wrong part.
+        ValueError: *text* is not a health check; the message names the wrong part.
     """
     if len(text) > _ANNOTATION_MAX:
         raise ValueError(f"it is longer than {_ANNOTATION_MAX} characters")

@@ -80,7 +80,7 @@ class Index:
         ]
 
     def is_selected(self, namespace: str, label: str, value: str) -> bool:
-        """Return whether the selector of a Service in *namespace* begins with this label, in order of names."""
+        """Return whether a Service in *namespace* has a selector with the first label *label*=*value*."""
         return self._pods.is_selected(namespace, label, value)
 
     def pods_in(self, namespace: str) -> Iterable[tuple[Manifest, api.Pod]]:

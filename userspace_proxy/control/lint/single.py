@@ -26,7 +26,7 @@ _ERRORS_MAX = 50
 
 
 def object_errors(manifest: Manifest, options: LintOptions) -> Iterator[tuple[ConfigError, bool]]:
-    """Yield the errors of *manifest*, one for each field, and whether `run` reports it by itself."""
+    """Yield the errors of *manifest*, at most one for each field; each with whether `run` reports it, too."""
     if manifest.kind not in api.KINDS or (manifest.object is None and not manifest.errors):
         version = str((manifest.plain or {}).get("apiVersion"))
         if "." not in version or version.startswith("discovery.k8s.io/"):

@@ -52,7 +52,7 @@ class Balancer(Protocol):
 
     @property
     def why(self) -> str:
-        """The reason for its choices, in the access log."""
+        """The name of the algorithm, which the access log shows as the reason for a choice."""
         ...
 
     def replace(self, members: Sequence[Member]) -> None:

@@ -79,8 +79,8 @@ class _Present:
 class IpvsTables:
     """The virtual servers of this mode, with nftables rules that refuse and masquerade (`IpvsTable`).
 
-    Loads are not all or nothing, as IPVS has no transactions. The changes before a refused one are known, and the next
-    load compares everything.
+    A load is not atomic, as IPVS has no transactions. The changes before a refused one are recorded as made, and the
+    next load compares everything.
     """
 
     def __init__(self, scheduler: str = DEFAULT_SCHEDULER, *, strict_arp: bool = False) -> None:
