@@ -61,7 +61,7 @@ class Session:
 
     @contextmanager
     def noting(self, what: Callable[[], str] | str) -> Iterator[None]:
-        """Turn an error of a mode into a note that begins with *what*."""
+        """Record an error of a mode, raised in the block, as a note in the results that begins with *what*."""
         try:
             yield
         except MODE_ERRORS as error:

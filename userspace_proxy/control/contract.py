@@ -53,7 +53,7 @@ class FieldTreatment:
 
 
 class Terms:
-    """The clauses of one kind."""
+    """The clauses of the contract for one kind of object."""
 
     def __init__(self, clauses: Iterable[Clause]) -> None:
         self.clauses = {clause.field: clause for clause in clauses}

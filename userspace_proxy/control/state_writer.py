@@ -38,7 +38,7 @@ class StateWriter:
         return msgspec.structs.replace(self._allocations.memory(), proxy_ports=self._ports.memory())
 
     def save(self) -> None:
-        """Save the allocations now, if `save_soon` was ever called and they have changed."""
+        """Save the allocations now if they have changed. Do nothing if `save_soon` was never called."""
         if self._state_dir is not None and self._is_asked and self._changes() != self._saved:
             self._state_dir.save(self._memory())
 

@@ -58,7 +58,7 @@ class ChildProcess(Generic[A]):
         self.failing = ""
 
     def read_answer(self, body: bytes) -> A | None:
-        """Return the answer to the oldest request, or None if *body* is a part of it, or no answer."""
+        """Return the answer to the oldest request, or None if *body* is only a part of an answer, or no answer."""
         raise NotImplementedError
 
     def forget_parts(self) -> None:

@@ -41,7 +41,7 @@ class PlaneContext:
 
 @dataclass(slots=True)
 class Shared:
-    """The state that the listeners of one service port share. ``lifetimes``: once it has a `ConnectionPolicy`."""
+    """The state that the listeners of one service port share. ``lifetimes``: None without `ConnectionPolicy`."""
 
     memory: Memory
     counters: Counters = field(default_factory=Counters)

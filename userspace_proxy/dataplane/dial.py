@@ -145,7 +145,10 @@ class Dial:
             self._caller.on_failed("no endpoint could be reached" if self._tried else NO_ENDPOINT)
 
     def resume(self, pick: Pick, code: int) -> None:
-        """Dial another endpoint: the connection to that of *pick* broke with error *code* before a byte passed."""
+        """Dial another endpoint, because the endpoint of *pick* broke its connection before a byte passed.
+
+        *code*: the error number of the break.
+        """
         self._note_failure(pick, code)
         self.start()
 

@@ -113,7 +113,7 @@ class Lock(msgspec.Struct, frozen=True, tag=True):
 
 
 class Released(msgspec.Struct, frozen=True, tag=True):
-    """Admin addresses and the state folder are free."""
+    """The predecessor has stopped accepting, and has freed the admin addresses and the state folder."""
 
 
 Message = Present | TakeOver | End | Taken | Refused | Inherit | HealthChecks | ClusterDns | Lock | Released

@@ -67,7 +67,8 @@ def silence(client: socket.SocketType, backend: socket.SocketType) -> tuple[floa
 def last_answer(sock: socket.SocketType, waiting_s: float) -> PeerAnswer:
     """Return NONE if the peer of *sock* owes an answer and has sent none for *waiting_s* seconds.
 
-    It owes an answer to a retransmission or to a probe of its closed window.
+    A peer owes an answer to a retransmission or to a probe of its closed window. If all data is acknowledged, the
+    result is NOTHING_ASKED; in all other cases it is SOME.
     """
     try:
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES)

@@ -1,6 +1,6 @@
 """Endpoints that accepted a connection and then reset it before they sent a byte.
 
-Such an endpoint passes for a healthy one when it is dialled. A client that has not sent a byte can be connected to
+A dial to such an endpoint succeeds. A client that has not sent a byte can be connected to
 another endpoint; one that has sent some cannot, because a request must not arrive twice. So the first such reset makes
 the endpoint a suspect, and the next connections wait for PROOF_S before they send it a byte. A suspect that resets one
 of them within this time has failed its dial. A byte from the endpoint over a later connection clears it of suspicion.

@@ -93,7 +93,7 @@ class DnsServer:
         self._channel = Channel(channel, self._on_frame, self._ended.set)
 
     async def run(self) -> None:
-        """Serve until the control process says so, or for some time more if it is gone."""
+        """Serve until the control process requests the end. If it dies, serve for at most ``orphan_timeout_s`` more."""
         jobs = [asyncio.create_task(job) for job in (self._upstream.run(), self._follow())]
         try:
             await self._ended.wait()

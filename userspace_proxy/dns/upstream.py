@@ -1,8 +1,8 @@
 """Ask other servers for names outside of the cluster domain.
 
-Memory is bounded whatever clients ask: equal questions are asked once, and both the number of outstanding questions
-and the cache have a limit. A forwarding loop therefore ends in a time-out. So is the work: a failure is kept, too
-(RFC 9520), and a server that refuses every question rests for a moment.
+Memory is bounded whatever clients ask: equal questions are asked once, and both the number of outstanding questions and
+the cache have a limit. A forwarding loop therefore ends in a time-out. The number of queries is bounded, too: failures
+are cached (RFC 9520), and a server that refuses every question is not asked for a moment.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Upstream:
             await asyncio.sleep(_LOOK_EVERY_S)
 
     async def ask(self, text: bytes) -> bytes | None:
-        """Return the answer to the question *text*, or None if no server gives one. Its header has another id."""
+        """Return the answer to the question *text*, or None if no server gives one. The answer has another query id."""
         if (answer := self.known_answer(text)) is not None:
             return answer or None
         key = _key(text)

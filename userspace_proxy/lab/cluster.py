@@ -158,7 +158,11 @@ class Cluster:
         await self.reconcile()
 
     async def leave(self, path: str, grace_s: float = GRACE_S) -> None:
-        """Serve the manifests in *path* no longer; pods end after *grace_s*. Raises ValueError if they were not."""
+        """Stop serving the manifests in *path*; their pods end after *grace_s*.
+
+        Raises:
+            ValueError: *path* is not served.
+        """
         self.paths.remove(path)
         await self.reconcile(grace_s)
 
@@ -169,7 +173,7 @@ class Cluster:
         await self._synced()
 
     def harm(self, pod: SimulatedPod, trouble: str) -> None:
-        """Let *pod* have a *trouble* that the API does not know."""
+        """Break *pod* without telling the API: *trouble* is "Dead", "Hangs" or another value (network lost)."""
         pod.trouble = trouble
         if trouble == "Dead":
             pod.server.kill()

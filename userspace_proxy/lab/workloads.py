@@ -59,7 +59,7 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What manifests ask for. ``addresses``: endpoints that are written by hand, with their ports."""
+    """The objects that manifests declare. ``addresses``: endpoints that are written by hand, with their ports."""
 
     pods: Mapping[NamespacedName, Mapping[str, Any]]
     workloads: Mapping[NamespacedName, Workload]
@@ -99,7 +99,7 @@ def read(path: str, text: str) -> tuple[list[Manifest], str]:
 
 
 def wanted(manifests: Iterable[Manifest]) -> Wanted:
-    """Return what *manifests* ask for; of two objects with one name, the first."""
+    """Return the objects that *manifests* declare. Of two objects with the same name, the first one counts."""
     pods: dict[NamespacedName, Mapping[str, Any]] = {}
     workloads: dict[NamespacedName, Workload] = {}
     services: dict[NamespacedName, ServiceSpec] = {}

@@ -1,4 +1,4 @@
-"""What cluster DNS says of a Service."""
+"""The addresses, ports and names that cluster DNS publishes for a Service."""
 
 from __future__ import annotations
 

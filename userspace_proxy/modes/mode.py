@@ -1,6 +1,6 @@
 """A mode is one object with everything that differs between modes. Each mode's folder has one, named `MODE`.
 
-Its class is `KernelMode`, or one of its own.
+`MODE` is a `KernelMode`, or an instance of a subclass of `Mode` in that folder.
 
 Listing the modes must be cheap: a mode's `mode.py` imports the rest of its code inside the functions that need it.
 """

@@ -110,7 +110,7 @@ def _flows(listing: str) -> Iterator[tuple[Flow, Address]]:
 
 
 async def forget_udp_flows(changed: Mapping[Portal, Answering]) -> Counter[Family]:
-    """Delete flows to portals in *changed* that do not follow the current destination; return how many, by family.
+    """Delete UDP flows to the portals in *changed* that do not lead to an endpoint given there; count them by family.
 
     Never raises: failures are logged.
     """

@@ -81,7 +81,7 @@ def packed_ranges(portal: Portal, networks: Iterable[str]) -> Iterator[tuple[byt
 
 
 def shown(kind: SetKind, key: bytes, value: bytes, owner: ServicePortName) -> str:
-    """Return an element in nft's syntax."""
+    """Return an element in nft's syntax, with *owner* in a comment if the set or map *kind* names owners."""
     note = f' comment "{comment(owner)}"' if kind.names_owner else ""
     text = " . ".join(key_fields(kind, key)) + note
     return f"{text} : {' . '.join(fields(kind.value, value))}" if value else text

@@ -53,10 +53,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class NodeSetup:
-    """A node that this process serves from now on.
+    """A node that has been prepared, and that this process serves from now on.
 
     ``sources``: the identity of ``source``. ``inherited``: the listeners of the predecessor, which ``plane`` serves
-    already. ``tune_conntrack`` sets conntrack's limits; ``is_tuned``: it was loaded, and they are set.
+    already. ``tune_conntrack`` sets conntrack's limits; ``is_tuned``: conntrack was loaded, and its limits are set.
     """
 
     prepared: PreparedMode

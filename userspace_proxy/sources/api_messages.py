@@ -24,7 +24,7 @@ class Item(msgspec.Struct):
 
 
 class ObjectList(msgspec.Struct):
-    """A list or a page of one; ``metadata.continue_`` is the token for the next page."""
+    """A list of objects, or one page of it; ``metadata.continue_`` is the token for the next page."""
 
     metadata: Meta
     items: list[msgspec.Raw] | None = None

@@ -1,4 +1,4 @@
-"""What the API server refuses in fields that contradict each other, though each by itself is valid. Pure."""
+"""The API server's rules for fields that are valid one by one but contradict each other. Pure."""
 
 from __future__ import annotations
 
