@@ -120,7 +120,7 @@ class Proxier(StateSink, Protocol):
 
 
 class LoadedRules(Protocol):
-    """Our rules in the kernel."""
+    """The rules that this program has loaded into the kernel."""
 
     async def reload(self) -> None:
         """Load all held rules again, after another program changed or removed them."""

@@ -119,7 +119,7 @@ def setting_options(command: str) -> list[click.Parameter]:
 
 
 def settings_of(options: Mapping[str, Any]) -> Settings:
-    """Return *options* over the defaults."""
+    """Return the default settings, overridden by *options*."""
     return Settings(**{name: value for name, value in options.items() if value is not None})
 
 

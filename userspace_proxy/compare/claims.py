@@ -1,7 +1,7 @@
-"""Judges the claims of textbooks about the modes by this machine's results: pure functions from results to text.
+"""Compares what textbooks claim about the modes with this machine's results. Pure.
 
-`claims.toml` has the claims. Only figures of this run count, by the rule of `judge`. Kernel modes are the ones that
-took part. If none did, direct connections replace them as the upper bound, and the text says so.
+`claims.toml` has the claims. Only figures of this run count, by the rule of `judge`. If no kernel mode took part,
+direct connections replace the kernel modes as the upper bound, and the text says so.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def kernel_modes(results: Results) -> list[ModeRun]:
 
 
 def stand_in(results: Results) -> tuple[str, ...]:
-    """Return a sentence that says so if direct connections replace the kernel modes, else nothing."""
+    """Return a sentence that states that direct connections replace the kernel modes; nothing if they do not."""
     if any(mode.kind == "kernel" for mode in results.ran()):
         return ()
     return ("No kernel mode took part. Direct connections, without any Service, stand for the best that one could do.",)

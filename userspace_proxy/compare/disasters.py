@@ -94,7 +94,7 @@ DISASTERS = msgspec.toml.decode(_FILE.read_bytes(), type=dict[str, tuple[Disaste
 
 
 def takes_part(mode: ComparedMode) -> bool:
-    """Return whether disasters happen to *mode*."""
+    """Return whether *mode* is included in the disasters."""
     return (mode.ours and mode.name != USERSPACE_COPY) or mode.name == HAPROXY
 
 

@@ -89,7 +89,7 @@ CONFIGURATION = _section(
 
 @dataclass(slots=True)
 class Configuration:
-    """``settings``: by their names in Settings. ``named``: fields that are set and have no meaning here."""
+    """A file's content. ``settings``: by their names in Settings. ``named``: fields that have no effect here."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     named: list[str] = field(default_factory=list)

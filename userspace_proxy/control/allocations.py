@@ -74,7 +74,7 @@ class Allocations:
         return 0
 
     def memory(self) -> SavedAllocations:
-        """Return the allocated values, which the next process loads."""
+        """Return the allocated values, to be saved for the next process."""
         return SavedAllocations()
 
 

@@ -310,7 +310,7 @@ class PortalClaims:
         return evicted
 
     def memory(self) -> dict[str, str]:
-        """Return portal -> Service, which the next process loads."""
+        """Return portal -> Service for all claimed portals, to be saved for the next process."""
         return {portal_key(portal): str(holder) for portal, holder in self._holders.items()}
 
 

@@ -1,7 +1,7 @@
-"""A Source that adds the endpoints of Services whose annotation names a DNS name, asked for once a second.
+"""A Source that adds endpoints to Services whose annotation is a DNS name, which is resolved once a second.
 
-Fail static: while no server answers, the last addresses stay. A server that says that the name has no addresses is
-believed after a few answers in a row, because a name is also unknown while its only container restarts.
+Fail static: while no server answers, the last addresses stay. An answer that the name has no addresses takes
+effect only after a few such answers in a row. A name is also unknown while its only container restarts.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class Pool(ABC):
         return None if number is None else self._value_of(number)
 
     def release(self, key: str, value: Value) -> None:
-        """Release *value*, if *key* holds it; it stays reserved in case *key* comes back."""
+        """Release *value*, if *key* holds it. The value stays reserved in case *key* asks for it again."""
         number = self._number_of(value)
         if number is not None and self._allocator.holder(number) == key:
             self._allocator.release(key)
@@ -94,7 +94,7 @@ class AddressRange(Pool):
 
 
 class NodePortRange(Pool):
-    """The node ports of one protocol."""
+    """The node ports that can be allocated for one protocol, TCP or UDP."""
 
     def __init__(self, protocol: str, remembered: Mapping[str, Value]) -> None:
         self.protocol = protocol

@@ -33,7 +33,7 @@ class ProxyPorts:
         return sum(allocator.changes for allocator in self._allocators.values())
 
     def memory(self) -> dict[str, int]:
-        """Return key -> port, which the next process loads."""
+        """Return key -> port, to be saved for the next process."""
         held = {}
         for allocator in self._allocators.values():
             held.update({key: number + self._first for key, number in allocator.memory().items()})

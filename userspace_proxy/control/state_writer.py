@@ -12,7 +12,7 @@ from userspace_proxy.control.proxy_ports import ProxyPorts
 
 
 class StateWriter:
-    """Writes the allocations that the next process loads, in a thread, shortly after they change."""
+    """Writes the allocations to the state folder, in a thread, shortly after they change."""
 
     def __init__(
         self, state_dir: StateDir | None, allocations: Allocations, ports: ProxyPorts, retry_after_s: float = 2.0

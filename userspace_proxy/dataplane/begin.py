@@ -19,7 +19,7 @@ _GC_THRESHOLDS = (100_000, 20, 100)
 
 
 class ChildSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """``orphan_timeout_s``: how long the process serves without a control process."""
+    """Settings of a child process. ``orphan_timeout_s``: how long it serves without a control process."""
 
     orphan_timeout_s: float = 0.0
     loop: str = "uvloop"

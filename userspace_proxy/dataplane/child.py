@@ -180,7 +180,7 @@ class ChildProcess(Generic[A]):
         return future
 
     def leave(self) -> None:
-        """Let the process serve alone."""
+        """Stop supervising the process, which continues to serve without this one."""
         self.end_tasks()
         if self._channel is not None:
             self._channel.close()

@@ -316,7 +316,7 @@ async def hand_over(
     """Send *listeners*, *health_checks*, *cluster_dns* and *name* to the successor and wait until it serves.
 
     Raises:
-        OSError, TimeoutError: it failed; this process still owns everything.
+        OSError, TimeoutError: the hand-over failed; this process still owns everything.
     """
     checks = [sock.fileno() for sock in health_checks]
     parts: list[tuple[Message, list[int]]] = [

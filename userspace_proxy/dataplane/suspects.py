@@ -35,6 +35,6 @@ class Suspects(dict[Address, tuple[int, float]]):
             del self[address]
 
     def forget_gone(self, present: Collection[Address]) -> None:
-        """Forget all addresses but *present*."""
+        """Forget the suspects whose addresses are not in *present*."""
         for address in [address for address in self if address not in present]:
             del self[address]

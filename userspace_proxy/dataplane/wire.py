@@ -63,7 +63,7 @@ class Retire(msgspec.Struct, frozen=True, tag=True):
 
 
 class GetStats(msgspec.Struct, frozen=True, tag=True):
-    """*endpoints*: include counters of endpoints."""
+    """Request for counters. *endpoints*: include those of each endpoint."""
 
     endpoints: bool = False
 

@@ -56,7 +56,7 @@ Values = Mapping[int, Sequence[Value]]
 
 
 class Record(NamedTuple):
-    """``owner``: a name without its final dot, or "" for that of the question."""
+    """A resource record. ``owner``: a name without its final dot, or "" for the name in the question."""
 
     owner: str
     type: int
@@ -207,7 +207,7 @@ def fitting(answer: PackedAnswer, first: int) -> PackedAnswer:
 
 
 def reply(question: Question, answer: PackedAnswer, limit_bytes: int) -> bytes:
-    """Return *answer* as a message for *question*; without records, and marked, if it is longer than *limit_bytes*."""
+    """Return *answer* as a message for *question*. If longer than *limit_bytes*, it has no records and the TC flag."""
     rcode, flags, (answers, authorities, additionals), body, surplus = answer
     edns = b""
     if question.edns_bytes is not None:

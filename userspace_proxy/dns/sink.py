@@ -38,7 +38,7 @@ _counts = msgspec.msgpack.Decoder(wire.Counts)
 
 
 class DnsSink(ChildProcess[wire.Counts]):
-    """A state sink: the DNS process answers by the names of the latest state.
+    """A state sink that keeps the DNS process running, and sends it the names of each new state.
 
     *predecessors*: channels to DNS processes that serve at the same sockets; they end once this one can answer for
     every Service. *pods*: detects this node's pods, whose clients may ask for all names. ``held``: the addresses, once

@@ -73,7 +73,10 @@ def _open(kind: socket.SocketKind, ip: str) -> socket.socket:
 
 
 def interface_of_stream(sock: socket.socket) -> int:
-    """Return the index of the interface that the connection of *sock* came in at, which its listener has to ask for."""
+    """Return the index of the interface at which the connection of *sock* arrived.
+
+    The listener must have been opened by this module, which requests this information from the kernel.
+    """
     if sock.family == socket.AF_INET:
         info = sock.getsockopt(socket.IPPROTO_IP, _IP_PKTOPTIONS, 64)[socket.CMSG_LEN(0) :]
     else:

@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 
 class _Cached(NamedTuple):
-    """``message``: b"" if no server answered."""
+    """A cached answer. ``message``: b"" if no server answered."""
 
     message: bytes
     ttl_places: Sequence[int]

@@ -36,7 +36,7 @@ class Synced(msgspec.Struct, frozen=True, tag=True):
 
 
 class Clients(msgspec.Struct, frozen=True, tag=True):
-    """Clients that may ask for names outside of the cluster domain: those of *networks*, and those at *interface*.
+    """Clients that may query names outside of the cluster domain: those in *networks*, and those behind *interface*.
 
     *interface*: a name, or a prefix of names if it ends with ``*``; "" for none.
     """
@@ -46,7 +46,7 @@ class Clients(msgspec.Struct, frozen=True, tag=True):
 
 
 class Ask(msgspec.Struct, frozen=True, tag=True):
-    """Ask for counts."""
+    """Request for the counts of queries and answers."""
 
 
 class EndDns(msgspec.Struct, frozen=True, tag="Close"):

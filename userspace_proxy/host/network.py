@@ -187,7 +187,7 @@ async def host_addresses() -> tuple[str, ...]:
 
 
 class Addresses(NamedTuple):
-    """``host``: global addresses of this host; ``device``: addresses of the device that holds Services' addresses."""
+    """This host's addresses. ``host``: global ones; ``device``: those of the device that holds Services' addresses."""
 
     host: tuple[str, ...]
     device: frozenset[str]

@@ -119,7 +119,7 @@ def inside(namespace: Path) -> Iterator[None]:
 
 @dataclass(eq=False)
 class Host:
-    """One network namespace."""
+    """One network namespace, which acts as a host of the lab."""
 
     name: str
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)

@@ -68,9 +68,10 @@ class ConnectionDetails:
 
 @dataclass(frozen=True, slots=True)
 class DetailsRequest:
-    """The requested details: of the service ports ``names``, the choices for ``client_ip`` ("": none), and connections.
+    """A request for details of the service ports ``names``.
 
-    ``connections``: the maximum of each worker, the oldest first; of every service port if ``names`` is empty.
+    ``client_ip``: the client whose next choices are requested; "" for none. ``connections``: the maximum number of
+    connections from each worker, the oldest first; of every service port if ``names`` is empty.
     """
 
     names: tuple[ServicePortName, ...]
@@ -80,7 +81,7 @@ class DetailsRequest:
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """The answer. ``hidden_connections``: open ones that exceed the number asked for."""
+    """The answer to a `DetailsRequest`. ``hidden_connections``: number of open ones beyond the requested maximum."""
 
     service_ports: tuple[ServicePortDetails, ...] = ()
     connections: tuple[ConnectionDetails, ...] = ()

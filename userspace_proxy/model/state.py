@@ -18,7 +18,7 @@ class ProxyState:
     """All service ports with their endpoints, and the node that the proxy runs on, at one moment.
 
     ``service_cidrs``: the cluster IP ranges that the API states; empty if it states none.
-    ``names``: what DNS says of each Service; empty if that is not asked for.
+    ``names``: what cluster DNS publishes for each Service; empty without cluster DNS.
     The mappings are read-only, and the first two have the same keys. An unchanged value is the *same object* in the
     next state, and so is ``service_ports`` if all of its values are. ``is not`` therefore finds the changes, and the
     cost of a sync follows the number of changes.

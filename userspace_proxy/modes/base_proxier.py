@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class BaseProxier:
-    """``unopened``, ``loads``, ``repairs`` and ``repairer``: as in the protocol `Proxier`."""
+    """What all proxiers share. ``unopened``, ``loads``, ``repairs`` and ``repairer``: as in the protocol `Proxier`."""
 
     def __init__(self, loaded: LoadedRules, rules: NodeRules, source_ip: SourceIP | None = None) -> None:
         """*source_ip*: as in `Plans`."""

@@ -65,9 +65,9 @@ class HealthFilter:
         self._prober.close()
 
     def apply(self, desired: ProxyState) -> ProxyState:
-        """Return *desired* without unhealthy endpoints, and probe what its service ports want from now on.
+        """Return *desired* without unhealthy endpoints. From now on, probe the endpoints of its service ports.
 
-        An unhealthy endpoint is as good as removed: traffic policies, hints and the fall-back to terminating endpoints
+        An unhealthy endpoint is treated as removed: traffic policies, hints and the fall-back to terminating endpoints
         apply to the others. If all endpoints of a service port and an IP family are unhealthy, all of them are used,
         unless ``panic=off``.
         """

@@ -85,8 +85,9 @@ class ForwardedPort:
 
 @dataclass(frozen=True, slots=True)
 class ForwardRequest:
-    """``addresses``: where to listen; "localhost" is both loopback addresses, as far as there are any.
+    """The Service to forward to, its ports, and the options of `forward`.
 
+    ``addresses``: where to listen; "localhost" means the loopback addresses of both families, if this host has them.
     ``verbose``: log each connection.
     """
 

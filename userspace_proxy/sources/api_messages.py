@@ -50,7 +50,7 @@ class StatusDetails(msgspec.Struct):
 
 
 class Status(msgspec.Struct):
-    """An error answer."""
+    """The API server's description of an error."""
 
     message: str | None = None
     code: int | None = None

@@ -48,7 +48,7 @@ class Manifest:
     """One object of a document; ``object`` is None for a kind that the proxy does not read.
 
     ``plain``: the values as written, or None if they are no longer needed. With ``for_check``, ``errors`` are the
-    values of a wrong type, and ``object`` is built without those, or None if that is not possible.
+    values of a wrong type. Then ``object`` is built without these values, or None if that is not possible.
     """
 
     kind: str

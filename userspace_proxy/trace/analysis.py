@@ -56,7 +56,7 @@ class Recording:
 
 
 def analyse(recording: Recording) -> PacketTrace:
-    """Return the interpretation of *recording*."""
+    """Return what happened to the packets of *recording*, in the order in which they were sent."""
     trace_messages = [message for text in recording.datagrams for message in messages(bytes.fromhex(text))]
     rulebook = Rulebook(recording.nft, recording.saved)
     elements = Elements(recording.protocol, recording.elements)

@@ -45,7 +45,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class PacketPath:
-    """One packet's path."""
+    """The path of one packet: the stages in the order in which it passes them."""
 
     title: str
     aside: str

@@ -39,7 +39,7 @@ def at(ip: str, port: int) -> str:
 
 
 class PacketRole(Enum):
-    """Why a packet was followed."""
+    """The role of a traced packet, which is the reason why it was traced."""
 
     CLIENT = "client"  # the first packet of a client's connection
     DIAL = "dial"  # the first packet of the proxy's own connection to a backend

@@ -42,7 +42,7 @@ class Finding(msgspec.Struct, frozen=True, rename={"fix": "mend"}):
 class Diagnostic(NamedTuple):
     """An error or note on *manifest*, before its line is known.
 
-    ``is_reported``: `run` rejects the object, or a part of it, because of this error, and reports it by itself.
+    ``is_reported``: `run` rejects the object, or a part of it, because of this error, and reports the error, too.
     """
 
     manifest: Manifest

@@ -1,7 +1,7 @@
 """Checks each object by itself, and each Service with the objects that belong to it. Pure.
 
-Objects come and go one by one. A change causes only the Services that it concerns to be checked again, so that `run`
-can report after each edit what `check` would.
+Objects come and go one by one. After a change only the Services that it may affect are checked again. So `run` can
+report after each edit what `check` would.
 """
 
 from __future__ import annotations

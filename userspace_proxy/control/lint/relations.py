@@ -210,8 +210,10 @@ def _repeated(items: Sequence[_Plain] | None, field: str, *, is_name_needed: boo
 
 
 def _one_a_family(plain: _Plain, field: str, single: str) -> Iterator[ConfigError]:
-    """Yield an error for each address or range at *field* that is a second one of its family, or not that in
-    *single*."""
+    """Yield an error for each address or range at *field* that is a second one of its family.
+
+    Yield one, too, if the first differs from the field *single*.
+    """
     section, name = field.split(".")
     values = plain.get(section) or {}
     texts = [item.get("ip") if isinstance(item, Mapping) else item for item in values.get(name) or ()]

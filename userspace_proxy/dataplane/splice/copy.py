@@ -155,7 +155,7 @@ class Half:
             self.cut()
 
     def take_bulk(self) -> bool:
-        """Return whether the engine takes over this direction, which fills whole buffers, instead of copying it."""
+        """Return whether the engine moves this direction, which fills whole buffers, by other means than copying."""
         return False
 
     def flush(self) -> None:

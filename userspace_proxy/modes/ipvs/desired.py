@@ -12,7 +12,7 @@ from userspace_proxy.modes.kernel_rules import Translation
 
 
 class DesiredServers:
-    """``servers``: all desired virtual servers. ``ips``: the number of service ports with each portal address.
+    """All desired virtual servers (``servers``). ``ips``: the number of service ports with each portal address.
 
     A node port of one service port and an external IP of another can be the same address and port. The external IP
     takes precedence, as in the nftables rules, which look up whole portals first.
@@ -34,7 +34,7 @@ class DesiredServers:
         scheduler: str,
         missing: Collection[str] = (),
     ) -> set[Portal]:
-        """Replace the virtual servers of *names* by those in *translations*; return the portals concerned."""
+        """Replace the virtual servers of *names* by those in *translations*; return the portals affected."""
         names, node_ips = list(names), tuple(node_ips)
         portals: set[Portal] = set()
         for name in names:
