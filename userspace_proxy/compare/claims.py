@@ -63,7 +63,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """A chart below a verdict: a figure by mode (of *case*), or by number of Services. No figure: system calls."""
+    """A chart below a verdict: one figure of *case* by mode or by number of Services; system calls without figure."""
 
     title: str
     note: str

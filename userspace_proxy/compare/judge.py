@@ -43,7 +43,7 @@ class Comparison:
 
 
 def summed_up(values: Sequence[float]) -> Figure | None:
-    """Return the median and the spread of *values*, or None if there are none."""
+    """Return the median, the lowest and the highest of *values*, or None if there are none."""
     return Figure(statistics.median(values), min(values), max(values)) if values else None
 
 

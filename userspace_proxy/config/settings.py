@@ -333,7 +333,7 @@ SETTINGS: Mapping[str, Setting] = {
 
 
 def fields_in(mode: str) -> dict[str, tuple[str, Kind]]:
-    """Return the fields of a KubeProxyConfiguration that count in *mode*, each with its setting's name and kind."""
+    """Return the KubeProxyConfiguration fields that have an effect in *mode*: path -> (name of the setting, kind)."""
     return {
         path: (name, setting.kind)
         for name, setting in SETTINGS.items()

@@ -79,7 +79,7 @@ class Allocations:
 
 
 class ManifestAllocations(Allocations):
-    """For manifests: values that Services do not state are allocated, and stay the same after a restart.
+    """Allocates values that Services in manifests do not state. They stay the same after a restart.
 
     *reserved*: cluster IPs that are allocated to no Service.
     """

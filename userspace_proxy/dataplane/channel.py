@@ -33,11 +33,11 @@ _SHORTAGE_PAUSE_S = 0.1
 
 
 class Channel:
-    """One end of the channel.
+    """One end of a channel to another process.
 
-    *on_frame* is called with each frame's body and descriptors, with LOST for each one that did not arrive. *on_close*
-    is called once: the peer is gone, or this end broke off for the reason in ``broken``. It is called before the peer
-    can notice.
+    *on_frame* is called with the body and the descriptors of each frame; LOST replaces a descriptor that did not
+    arrive. *on_close* is called once, when the peer is gone or this end has given up (``broken`` has the reason). In
+    the second case the peer has not noticed yet.
     """
 
     def __init__(

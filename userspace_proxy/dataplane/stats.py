@@ -34,7 +34,7 @@ def add_up(parts: Iterable[ServiceStats], totals: PlaneStats, hidden_endpoints: 
 
 
 def sum_of(first: Counted, *others: Counted) -> Counted:
-    """Return the sum of all given counters. Mappings are those of *first*."""
+    """Return the sum of all given counters. Fields that are mappings are not summed: those of *first* are kept."""
     if not others:
         return first
     return replace(

@@ -30,7 +30,7 @@ class Suspects(dict[Address, tuple[int, float]]):
         return count >= RESETS_MAX
 
     def note_answer(self, address: Address, started_at: float) -> None:
-        """Clear *address* of suspicion if its connection of *started_at*, which it sent a byte, is a later one."""
+        """Note that *address* sent a byte. Clear it of suspicion if that connection began after its last reset."""
         if address in self and self[address][1] <= started_at:
             del self[address]
 

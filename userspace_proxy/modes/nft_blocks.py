@@ -208,7 +208,7 @@ def restriction(family: Family) -> RuleLine:
 
 
 def from_pods(pods: PodDetector | None, family: Family) -> tuple[str, str]:
-    """Return what matches packets of pods, and the same in words; twice "" without a pod detector."""
+    """Return the nft match for packets from pods, and its description; both are "" without a pod detector."""
     if pods is None:
         return "", ""
     if pods.interface:

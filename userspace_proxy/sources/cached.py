@@ -1,7 +1,7 @@
 """A Source that keeps the last good state of another one in a file, and begins with it if the other one is silent.
 
-What the other source says always counts. Once its initial list is complete, objects of the file that it does not know
-are deleted; those that are the same never changed.
+The other source takes precedence. Once its initial list is complete, objects of the file that it does not have are
+deleted. Objects that are the same in both cause no event.
 """
 
 from __future__ import annotations

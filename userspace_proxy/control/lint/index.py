@@ -30,7 +30,7 @@ class Index:
         self._in_namespace: dict[str, dict[int, tuple[Manifest, api.Pod]]] = defaultdict(dict)
 
     def add(self, manifest: Manifest) -> set[NamespacedName]:
-        """Add *manifest*; return the Services that it concerns."""
+        """Add *manifest*; return the Services to check again."""
         if manifest.kind == "Service":
             self.services.setdefault(manifest.name, []).append(manifest)
             self.namespaces_of[manifest.name.name].add(manifest.name.namespace)
@@ -49,7 +49,7 @@ class Index:
         return self._pods.add(id(manifest), manifest.name.namespace, pod.metadata.labels, (manifest, pod))
 
     def remove(self, manifest: Manifest) -> set[NamespacedName]:
-        """Remove *manifest*; return the Services that it concerned."""
+        """Remove *manifest*; return the Services to check again."""
         name = manifest.name
         if manifest.kind == "Service":
             self.services[name].remove(manifest)

@@ -54,7 +54,7 @@ class Linter:
         return held, [Diagnostic(held, *found) for found in errors]
 
     def add(self, held: Manifest, own: list[Diagnostic]) -> None:
-        """Add *held* with its *own* diagnostics, and mark the Services that it concerns."""
+        """Add *held* with its *own* diagnostics, and mark the Services to check again."""
         key = id(held)
         self._held[key] = held
         if own:
@@ -63,7 +63,7 @@ class Linter:
         self._concerned |= dict.fromkeys(self._index.add(held))
 
     def remove(self, held: Manifest) -> None:
-        """Remove *held*, and mark the Services that it concerned."""
+        """Remove *held*, and mark the Services to check again."""
         key = id(held)
         del self._held[key]
         self._own.pop(key, None)
