@@ -104,7 +104,7 @@ class Proxier(StateSink, Protocol):
 
     @property
     def repairer(self) -> Retrying:
-        """The retry state of these repairs."""
+        """The retry state of the repairs of rules."""
 
     def metrics(self) -> Iterable[Metric]:
         """Return the metrics of this mode that other modes do not have."""

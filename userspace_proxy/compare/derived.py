@@ -137,7 +137,7 @@ class LookupGrowth:
 
 
 def lookup_growth(results: Results, mode: ModeRun) -> LookupGrowth:
-    """Return the growth of *mode*'s time for a new connection."""
+    """Return how *mode*'s time for a new connection grows with the number of Services."""
     added = sizes_of(results, mode.name, "added_us")
     noise_us = max(sizes_of(results, mode.name, "spread_us").values(), default=0.0)
     return LookupGrowth(mode.title, added if len(added) > 1 else {}, noise_us)

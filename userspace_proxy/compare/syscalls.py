@@ -24,13 +24,13 @@ _TIMEOUT_S = 10
 
 
 def calls_per_request(node: ModeNode, seconds: float, *, close: bool = False) -> dict[str, float]:
-    """Return calls per request, by name; over keep-alive connections, or with *close* over a connection each."""
+    """Return system calls per request, by name. With *close*, each request has a connection of its own."""
 
     return _counted(node, lambda: served(run_for(seconds, Wrk(node, _CONNECTIONS, close=close))).units)
 
 
 def calls_per_mb(node: ModeNode, seconds: float) -> dict[str, float]:
-    """Return the calls per megabyte of one bulk flow, by name."""
+    """Return the system calls per megabyte of one bulk flow, by name."""
     return or_again(lambda: _counted(node, lambda: bulk_for(seconds, node, 1).units / 1e6))
 
 

@@ -113,7 +113,7 @@ def with_port(address: str, port: int) -> str:
 
 
 def interface_name(text: str) -> str:
-    """Return *text*, which is that of a network interface, or how one begins."""
+    """Return *text* if it can be the name of a network interface, or the beginning of one."""
     if len(text) >= _INTERFACE_NAME_SIZE or not _INTERFACE_NAME.fullmatch(text):
         raise ValueError(f"{text!r} is no interface; write a name of up to {_INTERFACE_NAME_SIZE - 1} characters")
     return text

@@ -68,7 +68,7 @@ class Advisor:
         return [_text(self._placed(*pair)) for pair in islice(faults, _LISTED_MAX)]
 
     def examine(self, document: Document, manifests: Sequence[Manifest]) -> None:
-        """Check each of *manifests* by itself. Thread-safe."""
+        """Check each of the *manifests* in *document* by itself, and keep the results for `run`. Thread-safe."""
         self._examined[document.path, document.text] = list(map(self._linter.examine, manifests))
 
     def note(self, gone: Sequence[Document], came: Sequence[Document]) -> None:

@@ -64,7 +64,7 @@ class Hosts:
 
 
 def reserved_port_fault(port: NodePort) -> str:
-    """Return which program of a node *port* is reserved for, or ""."""
+    """Return the program of the node that *port* is reserved for, such as the kubelet, or ""."""
     if port.protocol == "TCP" and port.number == _SSH:
         return f"{port} is the port of SSH"
     if port.protocol == "TCP" and port.number in _OF_KUBERNETES:

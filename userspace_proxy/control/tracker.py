@@ -112,7 +112,7 @@ class Tracker:
         yield from islice(chain(own, others), most)
 
     def update_addresses(self, addresses: tuple[str, ...]) -> bool:
-        """Take *addresses* for this host's own from now on; return whether they differ from those before."""
+        """Use *addresses* as this host's own from now on; return whether they have changed."""
         has_changed = addresses != self._here.addresses
         self._here = replace(self._here, addresses=addresses)
         return has_changed

@@ -301,7 +301,7 @@ class Incumbent:
                 task.cancel()
 
     def give_up(self) -> None:
-        """Cancel the request that is being served, and serve on."""
+        """Cancel the request that is being answered, and continue to serve."""
         if self._heard is not None:
             self._heard.cancel()
 

@@ -30,7 +30,7 @@ class Transparent:
         self._counters = counters
 
     def concerns(self, client_ip: str, backend_ip: str) -> bool:
-        """Return whether the backend is to see this client's address.
+        """Return whether the backend should see the client's address instead of this node's.
 
         Two cases keep this node's address, because the reply would not pass this host: 1. The client is the backend
         itself (hairpin, behaviours M3). 2. The client or the backend has an address of this host: the reply goes
@@ -46,8 +46,8 @@ class Transparent:
         """Bind *sock*, not connected yet, to the client's address; without *port*, connect() chooses one.
 
         Raises:
-            OSError: CAP_NET_ADMIN is missing, or the address means nothing to backends, as a link-local one. Counted,
-                unless *port* is in use.
+            OSError: CAP_NET_ADMIN is missing, *port* is in use, or backends cannot use the address (such as a
+                link-local one). Counted, unless *port* is in use.
         """
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, OWN_MARK | TRANSPARENT_MARK)

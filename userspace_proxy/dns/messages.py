@@ -77,9 +77,10 @@ def rcode_name(rcode: int) -> str:
 
 
 class Question(NamedTuple):
-    """A query. ``text``: the question as it was sent. ``edns_bytes``: the size of an answer that the client takes.
+    """A query. ``text``: the question as it was sent.
 
-    ``edns_bytes`` is None without EDNS. ``error``: the code to refuse it by.
+    ``edns_bytes``: the largest answer that the client accepts, None without EDNS. ``error``: the response code with
+    which the query is refused.
     """
 
     id: int

@@ -1,4 +1,4 @@
-"""How packets to portals are captured on this host, and the private addresses on ``lo`` that one way of it needs."""
+"""Chooses how packets to portals are captured on this host: by REDIRECT, or with private addresses on ``lo``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ log = logging.getLogger(__name__)
 
 
 async def choose_capture(asked: str) -> Capture:
-    """Return how to capture where *asked* is "auto", "redirect" or "address", after adding what it needs to ``lo``."""
+    """Return the capture method for *asked*: "auto", "redirect" or "address".
+
+    The private addresses that the method needs are added to ``lo``.
+    """
     if await network.lacks_addresses():
         # The kernel has no source for a local client's packets to a cluster IP, unless we give it one.
         await network.add_local_addresses()

@@ -1,7 +1,7 @@
 """The simulated cluster: pods on the lab's node, made and ended as controllers and the kubelet do it.
 
-The proxy reads a folder of its own: manifests without Pods and workloads, and one file for each simulated pod. So a
-manifest of the user is never changed, and `run` outside of the lab serves it as ever.
+The proxy reads a folder of its own: manifests without Pods and workloads, and one file for each simulated pod. So the
+user's manifests are never changed, and `run` can serve them outside of the lab.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Active health checks: what a probe asks of an endpoint, and what is known of the endpoint's health. Pure."""
+"""Active health checks: what a probe sends and expects, and the health of an endpoint. Pure."""
 
 from __future__ import annotations
 

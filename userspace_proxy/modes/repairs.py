@@ -37,7 +37,7 @@ class RuleRepairer:
         self._is_loaded = asyncio.Event()
 
     def check_now(self) -> None:
-        """End the pause after a refused repair: rules have been loaded since."""
+        """End the pause after a refused repair, because rules have been loaded since."""
         self._is_loaded.set()
 
     async def run(self, repair: Callable[[], Awaitable[None]]) -> None:

@@ -244,7 +244,7 @@ class Proxy:
             log.warning("get, describe and why have no socket to ask at: %s", error)
 
     async def remove_rules(self) -> None:
-        """Drain connections and remove every rule, unless the kernel is to serve on by them."""
+        """Drain connections and remove every rule, unless the kernel should continue to serve by the rules."""
         if self._mode.kernel_serves and self._lifecycle.ending is not Ending.STOP:
             return
         await self._proxier.close(self._settings.drain_timeout_s)

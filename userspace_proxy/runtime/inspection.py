@@ -53,7 +53,7 @@ class Inspection:
         ]
 
     async def endpoints(self, given: Parameters) -> list[EndpointAnswer]:
-        """Return the endpoints of every service port."""
+        """Return the endpoints of the selected service ports, or of all if *given* selects none."""
         ports = [port for _, its in sorted(self._served(given).items()) for port in its]
         details = await self.proxy.plane.details(DetailsRequest(tuple(port.name for port in ports)))
         by_name = {of.name: of for of in details.service_ports}
@@ -86,7 +86,7 @@ class Inspection:
         return {"items": answers[:CONNECTIONS_MAX], "hidden": details.hidden_connections + left_out}
 
     async def describe(self, given: Parameters) -> Description:
-        """Return all that is known of one Service. Raises LookupError if there is none."""
+        """Return one Service with its settings, endpoints and events. Raises LookupError if it does not exist."""
         name = asked_name(given)
         given = {"namespace": name.namespace, "name": name.name}
         if not (services := await self.services(given)):

@@ -1,4 +1,4 @@
-"""Decodes what cluster DNS says of a Service. Pure; incomplete entries are skipped."""
+"""Decodes the names and addresses that cluster DNS publishes for a Service. Pure; incomplete entries are skipped."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class VirtualDevice:
         """Give the device the *desired* addresses and no others. IPv6 addresses only if this host uses IPv6.
 
         Raises:
-            SyncError: the kernel has no dummy devices, or refused.
+            SyncError: the kernel has no dummy devices, or refused a change.
         """
         desired = set(desired) if _uses_ipv6() else {ip for ip in desired if family_of(ip) == 4}
         if is_new := not _is_there():
@@ -72,7 +72,7 @@ class VirtualDevice:
         self.ips = desired
 
     async def remove(self) -> None:
-        """Delete the device if it is ours."""
+        """Delete the device if this proxy created it."""
         self.ips = set()
         if _is_there() and not await self.is_foreign():
             await run_tool("ip", "link", "del", DEVICE)

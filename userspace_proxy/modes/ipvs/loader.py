@@ -260,7 +260,7 @@ class IpvsTables:
         return True
 
     async def reload(self) -> None:
-        """Load the rules and virtual servers that are not as they were loaded."""
+        """Load the rules and virtual servers again that another program has changed."""
         if self._facts is None:
             return
         if not await self._rules.is_intact():

@@ -123,7 +123,7 @@ def removal(saved: str) -> str:
 
 
 def ours(saved: str) -> list[tuple[ChainKey, str]]:
-    """Return our rules and jumps in *saved*. They are equal later as long as they are intact."""
+    """Return our rules and jumps in *saved*. A later result differs if another program has changed them."""
     return list(_our_rules(read(saved)))
 
 
