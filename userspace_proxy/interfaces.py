@@ -82,7 +82,7 @@ class Proxier(StateSink, Protocol):
 
     @property
     def service_ports(self) -> int:
-        """The number of service ports that are held."""
+        """The number of service ports in the last applied state."""
 
     @property
     def unopened(self) -> Mapping[ListenerName, str]:
@@ -93,7 +93,7 @@ class Proxier(StateSink, Protocol):
 
     @property
     def loads(self) -> int:
-        """The number of rule loads."""
+        """The number of rule loads since the start."""
 
     @property
     def repairs(self) -> int:

@@ -56,7 +56,7 @@ def number(least: int, most: int | None = None) -> Kind:
 
 
 def one_of(*known: str, metavar: str = "", read: Callable[[str], object] = str) -> Kind:
-    """Return the kind of the words *known*."""
+    """Return the kind of a setting whose value is one of the words *known*."""
 
     def choose(text: str) -> object:
         if text not in known:

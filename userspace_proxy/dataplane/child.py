@@ -186,7 +186,7 @@ class ChildProcess(Generic[A]):
             self._channel.close()
 
     def end_tasks(self) -> None:
-        """Stop watching, replacing and replaying."""
+        """Stop the tasks that watch the process, replace it, and replay its state."""
         self._closing = True
         for task in (self._respawn, self._watch):
             if task is not None:

@@ -132,9 +132,9 @@ class Lifetimes:
     # ---- removed endpoints
 
     def on_endpoints(self, before: Collection[Address], present: Collection[Address], backends: Backends) -> None:
-        """Note the endpoints that a listener has lost: those of *before* that no listener has (*present*).
+        """Apply the policy to endpoints that were removed: those in *before*, but not in *present* (of all listeners).
 
-        An endpoint that is ready has left for another reason, such as a topology hint.
+        An endpoint that is still ready in *backends* left for another reason, such as a topology hint. It is ignored.
         """
         for address in present if self._removed_at else ():
             self._removed_at.pop(address, None)

@@ -81,7 +81,7 @@ class KeepOn(msgspec.Struct, frozen=True, tag=True):
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
-    """Drain and exit. *handed_over*: others accept at the same sockets, so only open connections are drained."""
+    """Drain and exit. *handed_over*: other workers accept at the same sockets, so only open connections are drained."""
 
     drain_timeout_s: float
     handed_over: bool = False

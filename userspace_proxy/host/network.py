@@ -124,7 +124,7 @@ async def add_own_address(ip: str) -> None:
 
 
 async def remove_own_addresses(keep: Collection[str] = ()) -> None:
-    """Remove the addresses of `add_own_address`, also those of earlier processes, but for those to *keep*."""
+    """Remove the addresses of `add_own_address`, also those of earlier processes, except the addresses in *keep*."""
     for family in FAMILIES:
         try:
             listed = await run_ip(f"-{family}", "route", "show", "table", "local", "proto", ROUTE_PROTOCOL)

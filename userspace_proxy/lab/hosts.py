@@ -59,7 +59,7 @@ def command_in_namespaces(command: Sequence[str]) -> list[str]:
 def enter_namespaces(arguments: Sequence[str], tools: Mapping[str, str], module: str = "userspace_proxy") -> None:
     """Replace this process by ``python -m MODULE ARGUMENTS`` in new namespaces, unless it already runs in them.
 
-    *tools* maps each required tool to its package. The kernel ends all processes inside with the first one.
+    *tools* maps each required tool to its package. When the first process inside ends, the kernel ends all others.
 
     Raises:
         StartError: namespaces are forbidden here, or a tool is missing.

@@ -91,7 +91,7 @@ def _kind_of(word: str) -> str:
 
 
 class Words:
-    """Obeys the words of a shell. *set_mode* starts the proxy again in another mode."""
+    """Executes the commands of the lab's shell. *set_mode* starts the proxy again in another mode."""
 
     def __init__(self, cluster: Cluster, set_mode: Callable[[str], Awaitable[None]]) -> None:
         self._cluster = cluster

@@ -71,7 +71,7 @@ class ConnectionAnswer:
 
 @dataclass(frozen=True, slots=True)
 class EventAnswer:
-    """Something that happened. ``count``: how often in a row."""
+    """An event that `describe` shows. ``count``: how often it occurred in a row."""
 
     at: float
     what: str

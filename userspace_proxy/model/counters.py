@@ -128,7 +128,7 @@ class PlaneStats:
 
 @dataclass(slots=True)
 class ControlStats:
-    """The state of the control process."""
+    """Gauges and counters of the control process: service ports, rule loads, syncs and problems."""
 
     is_plane_failing: bool = _gauge("data_plane_failing", "1 while a data-plane process serves nothing")
     service_ports: int = _gauge("service_ports", "service ports that are served")

@@ -38,7 +38,7 @@ class Rules(ABC):
         """Return the rules without lines that affect no packet to a Service."""
 
     def text(self) -> str:
-        """Return the same lines as one text."""
+        """Return the lines of `lines`, joined to one text."""
         return text_of(self.lines())
 
 

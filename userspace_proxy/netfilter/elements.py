@@ -126,7 +126,7 @@ class NftSocket:
         """Send *batch* and wait for the kernel's answer to message number *last*.
 
         Raises:
-            OSError: the kernel refused.
+            OSError: the kernel refused the batch.
         """
         try:
             sock = self._open(len(batch))

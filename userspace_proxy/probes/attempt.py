@@ -62,7 +62,7 @@ class Attempt:
         """Take the next step that is possible without waiting, and return the result.
 
         Raises:
-            OSError: a shortage of this host, which says nothing of the endpoint.
+            OSError: this host is short of a resource, which says nothing about the endpoint.
         """
         try:
             return self._advance()

@@ -28,7 +28,7 @@ Parameters = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """Answers by what *proxy* serves. A namespace or name that is not given stands for all."""
+    """Answers questions about what *proxy* serves. Without a namespace or a name, an answer covers all of them."""
 
     proxy: RunningProxy
 

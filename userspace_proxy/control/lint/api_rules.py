@@ -155,7 +155,7 @@ def value_errors(kind: str, plain: _Plain) -> Iterator[ConfigError]:
 
 
 def values_at(plain: object, path: str) -> list[tuple[_Steps, Any]]:
-    """Return (steps to it, value) for each value in *plain* that *path*, as in `Rule`, stands for."""
+    """Return (steps, value) for each value in *plain* at *path*, which is written as in `Rule`."""
     found: list[tuple[_Steps, Any]] = [((), plain)]
     for step in path.split("."):
         found = [below for steps, value in found if isinstance(value, dict) for below in _children(value, step, steps)]

@@ -197,7 +197,7 @@ def _unlisted_port_errors(port: api.ServicePort, field: str, pods: Sequence[api.
 
 
 def orphan_error(index: Index, name: NamespacedName, piece: Manifest) -> ConfigError | None:
-    """Return that there is no Service *name*, to which *piece* belongs; None if *piece* needs none."""
+    """Return an error if *piece* belongs to the Service *name*, which does not exist; None if it needs no Service."""
     is_slice = isinstance(piece.object, api.EndpointSlice)
     field = api.below("metadata.labels", decode.SERVICE_NAME_LABEL) if is_slice else "metadata.name"
     if piece.object is not None and _LEADER in (piece.object.metadata.annotations or {}):

@@ -26,7 +26,7 @@ _ERRORS_MAX = 50
 
 
 def object_errors(manifest: Manifest, options: LintOptions) -> Iterator[tuple[ConfigError, bool]]:
-    """Yield the errors of *manifest*, at most one for each field; each with whether `run` reports it, too."""
+    """Yield (error, whether `run` reports it, too) for *manifest*, at most one error for each field."""
     if manifest.kind not in api.KINDS or (manifest.object is None and not manifest.errors):
         version = str((manifest.plain or {}).get("apiVersion"))
         if "." not in version or version.startswith("discovery.k8s.io/"):

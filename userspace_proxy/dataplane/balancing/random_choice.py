@@ -10,7 +10,7 @@ from userspace_proxy.dataplane.balancing.balancer import Candidates, Member, ind
 
 
 class RandomChoice:
-    """Has no state: several workers, and several nodes, balance as one does."""
+    """Chooses at random. It has no state, so several workers, and several nodes, balance as one does."""
 
     why = "random"
 

@@ -34,7 +34,7 @@ class RoundRobin:
         self._has_weights = False
 
     def replace(self, members: Sequence[Member]) -> None:
-        """Continue at the turn that was next, or at the first one after it whose endpoint stays."""
+        """Replace the endpoints. The next turn stays, or moves to the first endpoint after it that stays."""
         turns = cycle([member.weight for member in members])
         index_of = {member.address: index for index, member in enumerate(members)}
         following = chain(range(self._next, len(self._turns)), range(self._next))

@@ -1,4 +1,4 @@
-"""``--proxy-mode ipvs``: virtual servers in the kernel, addresses on a device of our own, and rules beside them."""
+"""``--proxy-mode ipvs``: loads virtual servers, their addresses on a device of this proxy, and nftables rules."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Load the rules of userspace mode into the kernel: one class for each rule language.
 
-Each class compares the new rules with those it holds. A refused load makes them unknown, so the next one loads all.
+Each class compares the new rules with those it holds. After a refused load the rules in the kernel are unknown, so the
+next load writes all of them.
 """
 
 from __future__ import annotations
