@@ -73,7 +73,7 @@ class Results:
         return [mode for mode in self.modes if mode.reason is None]
 
     def shown(self) -> list[ModeRun]:
-        """Return them without the second run of direct connections, which only gives the noise."""
+        """Return the modes without the second run of direct connections, which only gives the noise."""
         return [mode for mode in self.ran() if mode.name != DIRECT_AGAIN]
 
     def figures(self, case: str, mode: str, figure: str) -> dict[int, float]:

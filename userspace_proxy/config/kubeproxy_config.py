@@ -1,7 +1,7 @@
 """Read a KubeProxyConfiguration: fields with the same meaning here become settings, other fields are reported.
 
-As in Go, what is null or its type's zero value is not set; only where Go has a pointer is a zero a value (that one
-is None by default here).
+As in Go, a field that is null or has its type's zero value counts as not set. If the field is a pointer in Go, zero is
+a value; its default here is None.
 """
 
 from __future__ import annotations

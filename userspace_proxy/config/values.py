@@ -1,4 +1,4 @@
-"""Texts of flags and configuration files as values: durations, ranges of addresses and of ports.
+"""Parse texts of flags and configuration files: durations, ranges of addresses and of ports.
 
 Each function raises ValueError for a wrong text, and says what to write instead.
 """
@@ -79,7 +79,7 @@ def domain(text: str) -> str:
 
 
 def node_port_addresses(texts: list[str]) -> tuple[NodePortAddress, ...]:
-    """Return what *texts* say: ranges, and the words primary, localhost and all."""
+    """Parse *texts*: each is an address range, or one of the words primary, localhost and all."""
     found: list[NodePortAddress] = []
     for text in texts:
         if text == "primary":

@@ -191,7 +191,7 @@ class HandoverPlane(DataPlane, Protocol):
 
     @property
     def handover_obstacle(self) -> str:
-        """Why its listeners cannot be handed over; "" if they can, and the workers can serve on without this process.
+        """Why its listeners cannot be handed over; "" if they can, and the workers can serve without this process.
 
         If they cannot: `adopt` raises, `inheritance` yields nothing, and `keep_on` and `leave` do nothing.
         """

@@ -110,7 +110,7 @@ class Lifetimes:
 
     @property
     def is_done(self) -> bool:
-        """Whether there is nothing to look at, until something changes."""
+        """Whether no connection needs another look until something changes."""
         return not (self._removed_at or self._wait_until or (self._policy.max_age_s and self._open))
 
     def look(self, now: float) -> Iterator[None]:

@@ -108,7 +108,7 @@ class RemotePlane:
             yield request, self._descriptors(worker, request.specs)
 
     def keep_on(self, name: socket.socket) -> list[asyncio.Future[wire.Done]]:
-        """Let workers serve on if this process dies, until a successor finds them by *name*.
+        """Let workers continue to serve if this process dies, until a successor finds them by *name*.
 
         Each returned future ends when its worker is ready to do so.
         """

@@ -41,7 +41,7 @@ def activity_of(pid: int) -> Activity | None:
 
 
 class Watchdog:
-    """Counts the looks at one worker since its last answer."""
+    """Decides whether one worker hangs, from regular looks at its activity since its last answer."""
 
     def __init__(self) -> None:
         self._has_answered = False

@@ -136,7 +136,7 @@ class DnsSink(ChildProcess[wire.Counts]):
         return list(dns_metrics(await self.counts(), self.restarts))
 
     def inheritance(self) -> list[socket.socket]:
-        """Return what a successor needs: the sockets, and the channel to the process, which serves on meanwhile."""
+        """Return what a successor needs: the sockets, and the channel to the process, which continues to serve."""
         return [*self._sockets, *([self._channel.sock] if self._channel is not None else ())]
 
     def leave(self) -> None:

@@ -115,10 +115,10 @@ async def remove_routes() -> None:
 
 
 async def add_own_address(ip: str) -> None:
-    """Have this host take packets to *ip* for its own, as if a device had the address. Raises SyncError.
+    """Make *ip* an address of this host, without a device. Raises SyncError.
 
-    A route says it, which bears this proxy's number, so that no device is needed and a crashed process leaves nothing
-    that cannot be found. It is among the routes of the host's own addresses, before every other table.
+    A local route with this proxy's protocol number does this, so a later process finds the route after a crash. It is
+    in the table of the host's own addresses, which the kernel looks up before all others.
     """
     await run_batch(family_of(ip), f"route replace {_own_route(ip)}")
 

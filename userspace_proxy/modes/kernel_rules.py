@@ -1,4 +1,4 @@
-"""Between kernel modes and their rules: what is to be translated, and the Protocol of the class that loads it."""
+"""The interface between kernel modes and their rules: the desired translations, and the Protocol of their loader."""
 
 from __future__ import annotations
 

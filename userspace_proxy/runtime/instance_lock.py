@@ -104,7 +104,7 @@ class InstanceLock:
                 conversation.close()
 
     def give_back(self) -> None:
-        """Give everything up: the predecessor serves on."""
+        """Give up the lock and all inherited sockets; the predecessor continues to serve."""
         for conversation in self.conversations:
             conversation.close()
         _close(self.listeners)

@@ -1,6 +1,7 @@
-"""The life of this process: signals, taking over from a predecessor, handing over to a successor, restart, end. Some
-process accepts connections at every moment: this one stops when its successor reports that it serves. If this process
-ends without a decision (a crash), its workers serve on.
+"""The life of this process: signals, take-over from a predecessor, hand-over to a successor, restart, end.
+
+Some process accepts connections at every moment: this one stops when its successor reports that it serves. If this
+process crashes, its workers continue to serve.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ log = logging.getLogger(__name__)
 class Ending(Enum):
     """How this process ends.
 
-    STOP: rules are removed and connections drained. RULES_STAY: the kernel serves on. HANDED_OVER: a successor serves.
-    RESTART: this process becomes a new program of the same command line.
+    STOP: rules are removed and connections drained. RULES_STAY: the kernel continues to serve. HANDED_OVER: a successor
+    serves. RESTART: this process becomes a new program of the same command line.
     """
 
     STOP = "stop"

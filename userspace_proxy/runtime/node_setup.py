@@ -87,7 +87,7 @@ async def set_up_node(
     *of_dns*: sockets of cluster DNS from before a restart in place.
 
     Raises:
-        StartError: the node cannot be served or taken over; the predecessor serves on.
+        StartError: the node cannot be served or taken over; the predecessor continues to serve.
     """
     # 1. Every check that can fail, before the predecessor yields.
     try:

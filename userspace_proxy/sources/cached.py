@@ -68,7 +68,7 @@ class CacheSettings(NamedTuple):
 
 
 class CachedSource:
-    """Reports what *source* reports, and until it does, what the file of *settings* says."""
+    """Reports the objects in the file of *settings* until *source* reports its own."""
 
     def __init__(self, source: Source, settings: CacheSettings, patience_s: float = _PATIENCE_S) -> None:
         self._source = source
