@@ -65,7 +65,7 @@ def answer(body: bytes) -> tuple[int, int]:
 
 
 def dump(sock: socket.socket, request: bytes) -> Iterator[tuple[int, bytes]]:
-    """Send *request*, which asks for a list, and yield kind and body of each message of the answer.
+    """Send *request*, a request for a list, and yield kind and body of each message of the answer.
 
     Raises:
         OSError: the kernel refused the request.

@@ -1,1 +1,1 @@
-"""For operators: health, metrics and log formats. Nothing here stands in a packet's way."""
+"""For operators: health, metrics and the control socket. No code here handles packets."""

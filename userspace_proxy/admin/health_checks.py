@@ -54,7 +54,7 @@ class ServiceHealthChecks:
         self.failures: dict[NamespacedName, str] = {}
 
     async def sync(self, state: ProxyState) -> None:
-        """Answer for the endpoints of *state*. Sync it behind the proxier: traffic can reach them by then."""
+        """Answer for the endpoints of *state*. Call this after the proxier: traffic can then reach the endpoints."""
         await self.serve(health_checks(state))
 
     async def serve(self, wanted: Mapping[NamespacedName, HealthCheck]) -> None:

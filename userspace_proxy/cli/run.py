@@ -62,7 +62,7 @@ def run(configuration: Configuration | None, **options: Any) -> None:
 
 
 def settings_from(configuration: Configuration | None, options: dict[str, Any]) -> Settings:
-    """Return what the command line says, over what the file says, over the defaults."""
+    """Return the settings: options override the configuration file, and the file overrides the defaults."""
     if configuration is not None and not (options["paths"] or options["kubeconfig"] or options["in_cluster"]):
         # As kube-proxy: a file is for a cluster, and without a kubeconfig for the one whose pod this is.
         options["kubeconfig"] = configuration.settings.get("kubeconfig")

@@ -78,7 +78,7 @@ class Disaster:
         return self.expected[kind], self.apart[kind]
 
     def surprises(self, mode: ModeRun, figures: Mapping[str, float]) -> list[str]:
-        """Return in what the *figures* of *mode* are worse than was stated."""
+        """Return the *figures* of *mode* that are worse than `disasters.toml` allows."""
         failed, received = self.at_most(mode)
         explained = figures["lost_at_victims" if self.victims else "lost"] if self.open else 0
         checks = (

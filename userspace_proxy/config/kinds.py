@@ -13,7 +13,7 @@ from userspace_proxy.config import values
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of value.
+    """One kind of value: how it is read and written.
 
     ``metavar`` is "" for a switch. ``read`` turns a flag's text into the value or raises ValueError; ``show`` writes
     the value as help does. ``from_field`` and ``to_field`` do the same for the field of a KubeProxyConfiguration,

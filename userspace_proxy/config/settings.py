@@ -70,7 +70,7 @@ class Group(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What the table says of a setting beside its name, type and default.
+    """The entry of a setting in the table: everything except its name, type and default.
 
     ``shown`` is the default as help shows it. ``fields``: the fields of a KubeProxyConfiguration with the same meaning,
     each with the modes in which it counts; () for every mode. ``commands``: those that have the flag.

@@ -1,1 +1,1 @@
-"""Wishes -> state -> sync: everything that is decided off the packet path."""
+"""API objects -> desired state -> sync: everything that is decided off the packet path."""

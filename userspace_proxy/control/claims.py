@@ -248,9 +248,9 @@ class PortalClaims:
         created: str | None,
         refused: Iterable[Portal] = (),
     ) -> dict[Portal, NamespacedName]:
-        """Set the portals that *name* states; return those of *external* that other Services get, and which ones.
+        """Set the portals that *name* states; return those of *external* that it does not get -> the Service that does.
 
-        *refused*: those of *external* that no Service is to have.
+        *refused*: those of *external* that no Service may have.
         """
         self._refused.pop(name, None)
         if lost := frozenset(refused):

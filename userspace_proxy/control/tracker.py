@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class Tracker:
-    """Turns events into states.
+    """Turns events of API objects into desired states.
 
     An invalid object never stops the others: it is reported, and its last good version stays in force. *here*: this
     node, used as far as there is no Node object. *source_ip*: default for Services without that annotation.
@@ -291,7 +291,7 @@ class Tracker:
             self._names[name] = names
 
     def names_of(self, name: NamespacedName, service: api.Service) -> ServiceNames | None:
-        """Return what DNS says of *service*; None if it has no address."""
+        """Return what cluster DNS publishes for *service*; None if it has no address."""
         if target := decode.external_name(service):
             return ServiceNames(external_name=target)
         if decode.is_headless(service):

@@ -109,7 +109,7 @@ class ClusterDns(msgspec.Struct, frozen=True, tag=True):
 
 
 class Lock(msgspec.Struct, frozen=True, tag=True):
-    """The last part. The descriptor of the socket bound to the name comes with it."""
+    """The last part of what the successor gets: the descriptor of the socket bound to the name."""
 
 
 class Released(msgspec.Struct, frozen=True, tag=True):

@@ -1,4 +1,4 @@
-"""What listeners for TCP and UDP have in common: a picker, what they hold against endpoints, and the access log."""
+"""What listeners for TCP and UDP have in common: a picker, failure counts of endpoints, and the access log."""
 
 from __future__ import annotations
 

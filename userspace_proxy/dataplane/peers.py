@@ -1,4 +1,4 @@
-"""Tell a dead peer from one that has stopped reading.
+"""Distinguish a dead peer from one that has stopped reading.
 
 A live peer acknowledges every segment, even while its window is closed; a dead peer acknowledges none.
 TCP_USER_TIMEOUT cannot tell them apart: it also ends the connection of a reader whose window stays closed. So the

@@ -260,7 +260,10 @@ class RemotePlane:
             worker.cut()
 
     async def close(self, drain_timeout_s: float, *, successors: int = 0) -> None:
-        """Let the workers drain and exit. New workers already accept at the sockets of the first *successors* ones."""
+        """Let the workers drain and exit.
+
+        *successors*: new workers already accept at the sockets of this number of workers, from the first on.
+        """
         for worker in self._workers:
             worker.end_tasks()
         with contextlib.suppress(TimeoutError):

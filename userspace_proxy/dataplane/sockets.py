@@ -116,7 +116,8 @@ def open_listener(
     shared: bool = False,
     at: str = "",
 ) -> socket.socket:
-    """Return the socket of a proxy port, at the address *at* or on every address. *shared*: one more of its group.
+    """Return the socket of a proxy port, at the address *at* or on every address. *shared*: other sockets have the
+    port, too.
 
     Accepted sockets inherit its options.
 

@@ -95,7 +95,7 @@ class Question(NamedTuple):
 
     @property
     def key(self) -> bytes:
-        """What equal questions share, however their letters are written."""
+        """A key that is equal for equal questions, regardless of upper and lower case."""
         return self.text[:-4].lower() + self.text[-4:]
 
     def labels(self) -> tuple[str, ...]:
@@ -299,7 +299,7 @@ def answer_addresses(message: bytes) -> list[str]:
 
 
 def ttl_places(message: bytes) -> list[int]:
-    """Return where *message* has the TTL of each record. Raises ValueError if it cannot be read."""
+    """Return the offset of each record's TTL in *message*. Raises ValueError if *message* cannot be read."""
     places = []
     with _reading(message) as (buffer, counts):
         for _ in range(sum(counts)):

@@ -109,7 +109,7 @@ class Upstream:
         return await asyncio.shield(task)
 
     def known_answer(self, text: bytes) -> bytes | None:
-        """Return the answer to the question *text* as `ask` does, b"" if there is none, or None if a server is due."""
+        """Return the answer to *text* as `ask` does, b"" if there is none, or None if a server must be asked."""
         if (cached := self._cached(_key(text))) is not None:
             self.totals["forward_hits"] += 1
             return cached

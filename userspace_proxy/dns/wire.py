@@ -32,7 +32,7 @@ class Names(msgspec.Struct, frozen=True, tag=True):
 
 
 class Synced(msgspec.Struct, frozen=True, tag=True):
-    """All Services that there were at the start have been told."""
+    """The names of all Services that existed at the start have been sent."""
 
 
 class Clients(msgspec.Struct, frozen=True, tag=True):

@@ -47,7 +47,7 @@ class Zone:
     # ---- changes
 
     def set(self, service: NamespacedName, names: ServiceNames | None) -> Iterator[Labels]:
-        """Replace what *service* is called; None removes it. Yield the names below which answers may differ."""
+        """Replace the names of *service*; None removes them. Yield the names below which answers may differ."""
         key = (service.name.lower(), service.namespace.lower())
         before = self._services.pop(key, None)
         self._hosts.pop(key, None)

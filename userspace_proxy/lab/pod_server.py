@@ -58,7 +58,7 @@ class PodServer:
             connection.abort()
 
     def thaw(self) -> None:
-        """Answer what was asked while the server hung."""
+        """Answer the requests that arrived while the server hung."""
         self.hangs = False
         for connection in [*self._connections]:
             connection.answer()

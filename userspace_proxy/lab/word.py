@@ -1,4 +1,4 @@
-"""Send a word of the lab's shell to the lab. A script of its own that imports little, so that it starts at once."""
+"""Send a command of the lab's shell to the lab. A separate script that imports little, so that it starts at once."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 
 
 def main() -> int:
-    """Print the answer to the word in ``argv``, and return its exit code."""
+    """Print the answer to the command in ``argv``, and return its exit code."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(os.environ["USERSPACE_PROXY_LAB_SOCKET"])
         sock.sendall(json.dumps([os.getcwd(), *sys.argv[1:]]).encode() + b"\n")  # noqa: PTH109 - pathlib takes 20 ms

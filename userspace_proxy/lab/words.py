@@ -1,4 +1,4 @@
-"""The words of the lab's shell that concern simulated pods: scale, kill-pod, unready, restart, apply and others.
+"""The commands of the lab's shell that act on simulated pods: scale, kill-pod, unready, restart, apply and others.
 
 They are read as kubectl reads them: ``scale deployment/web --replicas=3`` is the same as ``scale web 3``.
 """
@@ -28,7 +28,7 @@ _KINDS = {kind.lower(): kind for kind in (*WORKLOADS, "Pod", "Service", "Endpoin
 
 
 class WordError(Exception):
-    """A word that cannot be executed: the reason, for the user."""
+    """A command that cannot be executed: the reason, for the user."""
 
 
 class Request(NamedTuple):
@@ -48,7 +48,7 @@ class Request(NamedTuple):
         return next((self.options[name] for name in names if name in self.options), "")
 
     def selects(self, pod: SimulatedPod) -> bool:
-        """Return whether *pod* has a name and the labels (``NAME=VALUE,...``) that are asked for."""
+        """Return whether *pod* has one of the requested names and all requested labels (``NAME=VALUE,...``)."""
         if self.names and pod.key.name not in self.names:
             return False
         labels = (pod.plain or {}).get("metadata", {}).get("labels") or {}

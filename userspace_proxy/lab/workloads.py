@@ -67,7 +67,7 @@ class Wanted:
     addresses: Mapping[str, frozenset[Port]]
 
     def ports(self, pod: Mapping[str, Any]) -> frozenset[Port]:
-        """Return the ports that containers of *pod* declare; if they declare none, those that Services ask for."""
+        """Return the ports that containers of *pod* declare; if they declare none, those that Services target."""
         containers = _mapping(pod, "spec").get("containers") or ()
         declared = [port for container in containers for port in container.get("ports") or ()]
         if declared:

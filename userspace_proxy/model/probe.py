@@ -51,7 +51,10 @@ class EndpointCondition(StrEnum):
 
 
 class EndpointHealth(NamedTuple):
-    """The condition of one endpoint, the wall-clock second since which it has it, and why. 0 and "": since ever."""
+    """The condition of one endpoint, the wall-clock second since which it has it, and why.
+
+    The second is 0 and the reason is "" if the condition has not changed since the start.
+    """
 
     condition: EndpointCondition
     since: float = 0.0

@@ -109,7 +109,7 @@ class Inspection:
         return [f"{name}={value}" for name, value in found.items()]
 
     async def hosts_lines(self, given: Parameters) -> list[str]:
-        """Return lines of /etc/hosts."""
+        """Return lines for /etc/hosts with the names of Services."""
         namespace, domain = given.get("namespace") or DEFAULT_NAMESPACE, given.get("domain") or "cluster.local"
         return list(hosts_lines(known_services(self.proxy.tracker), namespace, domain))
 
@@ -202,7 +202,7 @@ def _facts(ports: list[ServicePort], mode: Mode) -> dict[str, str]:
 
 
 def asked_name(given: Parameters) -> NamespacedName:
-    """Return the name of the Service that *given* asks for. Raises ValueError if it names none."""
+    """Return the name of the Service in *given*. Raises ValueError if *given* names none."""
     if not given.get("name"):
         raise ValueError("give the Service's name")
     return NamespacedName(given.get("namespace") or DEFAULT_NAMESPACE, given["name"])

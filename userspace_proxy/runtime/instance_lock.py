@@ -311,11 +311,9 @@ def _end_conversations(meetings: Sequence[Meeting]) -> None:
 
 
 async def _take_turn() -> socket.socket:
-    """Wait until no other process takes over or cleans up here; return a socket that keeps other processes from doing
-    so.
+    """Wait until no other process takes over or cleans up here.
 
-    Each process joins before it looks, so of two processes at least one sees the other. The one with the lower number
-    stays and looks again, and the other one leaves.
+    Return a socket that keeps other processes from doing so.
     """
     give_up_at = time.monotonic() + _TURN_TIMEOUT_S
     try:

@@ -67,7 +67,7 @@ class Ending(Enum):
 
 
 class Lifecycle:
-    """The predecessor of this process, its successor, and what ends it.
+    """Takes over from the predecessor of this process, hands over to its successor, and ends it.
 
     ``ending``: how it ends, once that is decided; ``stop`` is set with it. ``cut``: resets the connections that drain,
     once there is a data plane.

@@ -138,7 +138,7 @@ async def set_up_node(
 
 
 def node_rules(settings: Settings, mode: Mode, capture: Capture) -> NodeRules:
-    """Return the rules' facts about this node: which senders are its pods, and where node ports are served."""
+    """Return the facts about this node that rules need: which senders are its pods, and where node ports are served."""
     interfaces = {
         "BridgeInterface": settings.pod_bridge_interface,
         "InterfaceNamePrefix": f"{settings.pod_interface_name_prefix}*",

@@ -1,4 +1,4 @@
-"""The parts of a running proxy, for what reports on them."""
+"""The parts of a running proxy, for health, metrics and the control socket, which report on them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from userspace_proxy.probes.filter import HealthFilter
 
 @dataclass(frozen=True, slots=True)
 class RunningProxy:
-    """From desired state to rules. ``rules``: their facts about this node. ``journal``: what happened to Services."""
+    """All parts, from desired state to rules.
+
+    ``rules``: the facts about this node that rules need. ``journal``: the latest events of Services.
+    """
 
     settings: Settings
     mode: Mode

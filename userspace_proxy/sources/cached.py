@@ -91,7 +91,7 @@ class CachedSource:
 
     @property
     def stale(self) -> str:
-        """Why what is served may be outdated: it is from the file. "" if it is from the source."""
+        """Why the served state may be outdated (it is from the file); "" if it is from the source."""
         if self._is_complete or not self._saved_at:
             return ""
         age_s = max(0, int(time.time() - self._saved_at))

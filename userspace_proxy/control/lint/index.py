@@ -1,4 +1,4 @@
-"""Indexes manifests for the checks, and finds the Services that a change concerns. Pure."""
+"""Indexes manifests for the checks, and finds the Services that a change may affect. Pure."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class Linter:
             self._concerned |= self._excused.pop(held.name.namespace, {})
 
     def work(self) -> Iterator[None]:
-        """Check the Services that changes concern, one after each step.
+        """Check the Services that changes may affect, one in each step.
 
         As in `run`, Services that state addresses and ports come before those that are allocated some. Services that
         lost a value to another one come last.

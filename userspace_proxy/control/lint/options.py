@@ -11,7 +11,7 @@ from userspace_proxy.model.service import SourceIP
 
 @dataclass(frozen=True, slots=True)
 class LintOptions:
-    """The options of `run` that decide what is wrong.
+    """The options of `run` that decide which manifests are wrong.
 
     ``mode`` and ``node`` are "" if they are not known. ``names_unserved``: note which Services no proxy serves.
     ``annotation_modes``: annotation of this proxy, or ``annotation: value`` -> the modes that honour it.

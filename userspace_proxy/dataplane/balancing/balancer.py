@@ -1,5 +1,7 @@
-"""What every balancing algorithm is given, and what it answers. An endpoint is an index; a set of endpoints is an
-integer with one bit for each, so that a choice among thousands is a few operations on a thousand bytes.
+"""The interface of balancing algorithms.
+
+An endpoint is an index. A set of endpoints is an integer with one bit for each, so that a choice among thousands is a
+few operations on a thousand bytes.
 """
 
 from __future__ import annotations

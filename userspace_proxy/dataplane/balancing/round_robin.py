@@ -23,7 +23,7 @@ _TURNS_MAX = 4_096
 
 
 class RoundRobin:
-    """In any cycle, wherever it begins, an endpoint gets exactly its weight."""
+    """In any cycle, wherever it begins, an endpoint gets exactly as many turns as its weight."""
 
     why = "round robin"
 

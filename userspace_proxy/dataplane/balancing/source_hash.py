@@ -22,7 +22,7 @@ _FOLLOWING_MAX = 64
 
 
 class SourceHash:
-    """The table is made on first use, not when endpoints change."""
+    """Chooses by Maglev's table, which is made on first use, not when endpoints change."""
 
     why = "source hash"
 

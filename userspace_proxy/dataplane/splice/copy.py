@@ -342,7 +342,7 @@ class CopySplice:
         self.close(reason, abortive=True)
 
     def reset(self, how: str, towards: SocketType, wait_s: float = _RESET_POLL_S) -> None:
-        """Reset both sides after the bytes before it have left the send buffer towards *towards*.
+        """Reset both sides when the send buffer of *towards* is empty, so that the bytes sent before arrive.
 
         A slow reader may take its time. A reader that never reads is left to the timeouts, as without a reset.
         """

@@ -63,7 +63,7 @@ class SlotTable:
         return iter(())
 
     def refused(self, family: Family, facts: NodeFacts) -> Iterator[RuleLine]:
-        """Yield the rules that refuse more than unserved ports of cluster IPs."""
+        """Yield further rules that refuse packets. Every mode refuses unserved ports of cluster IPs."""
         return iter(())
 
     def translate(self, family: Family) -> Iterator[RuleLine]:

@@ -121,7 +121,7 @@ async def add_transparent_routes() -> None:
 
 
 async def remove_transparent_routes() -> None:
-    """Remove these routes, also those of other processes of this proxy."""
+    """Remove the routes of `add_transparent_routes`, also those of other processes of this proxy."""
     for version in ("-4", "-6"):
         try:
             while await run_ip(version, "rule", "show", *_TRANSPARENT_RULE):
