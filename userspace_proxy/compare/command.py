@@ -104,7 +104,7 @@ class ComparisonRequest:
 
 
 def enter(arguments: Sequence[str]) -> None:
-    """Continue this process in new namespaces. Raises StartError if they are forbidden or a tool is missing."""
+    """Continue this process in new namespaces. Raises StartError if namespaces are forbidden or a tool is missing."""
     enter_namespaces(arguments, TOOLS)
 
 

@@ -79,6 +79,6 @@ def ratios(results: Results, case: str, mode: str, reference: str, name: str) ->
 
 
 def shares(good: Sequence[int], slow: Sequence[int], failed: Sequence[int]) -> tuple[float, float]:
-    """Return the shares of failed and of slow requests."""
+    """Return the shares (0 to 1) of failed and of slow requests."""
     total = sum(good) + sum(slow) + sum(failed)
     return (sum(failed) / total, sum(slow) / total) if total else (0.0, 0.0)

@@ -73,7 +73,7 @@ class Setting:
     """The entry of a setting in the table: everything except its name, type and default.
 
     ``shown`` is the default as help shows it. ``fields``: the fields of a KubeProxyConfiguration with the same meaning,
-    each with the modes in which it counts; () for every mode. ``commands``: those that have the flag.
+    each with the modes in which it has an effect; () for every mode. ``commands``: those that have the flag.
     """
 
     group: Group

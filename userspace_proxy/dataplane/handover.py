@@ -210,7 +210,7 @@ class HandoverPlane(DataPlane, Protocol):
         Call it before anything else.
 
         Raises:
-            OSError, SyncError: they cannot be taken over.
+            OSError, SyncError: the listeners cannot be taken over.
         """
         ...
 

@@ -87,7 +87,7 @@ class Memory:
     def share(self, picker: Picker, addresses: Collection[Address]) -> None:
         """Register *picker* with its *addresses*. The state of addresses that no picker has any more is dropped.
 
-        New addresses start slowly, unless there was none before: the first endpoints have nothing to ramp up beside.
+        New addresses begin with a slow start. If there was no address before, they get their whole share at once.
         """
         before = set(self.addresses()) if self.slow_start_s else ()
         self._chosen_from[picker] = addresses

@@ -1,7 +1,7 @@
 """Distinguish a dead peer from one that has stopped reading.
 
 A live peer acknowledges every segment, even while its window is closed; a dead peer acknowledges none.
-TCP_USER_TIMEOUT cannot tell them apart: it also ends the connection of a reader whose window stays closed. So the
+TCP_USER_TIMEOUT does not distinguish the two: it also ends the connection of a reader whose window stays closed. So the
 kernel's TCP_INFO is read instead.
 """
 

@@ -123,7 +123,7 @@ class RemotePlane:
         UDP listeners are read after `begin`.
 
         Raises:
-            OSError, SyncError: they cannot be taken over.
+            OSError, SyncError: the listeners cannot be taken over.
         """
         # In order of workers: if there are fewer workers now, the sockets of the last ones are closed, as announced.
         for inherit, sockets in sorted(inherited, key=lambda part: part[0].worker):

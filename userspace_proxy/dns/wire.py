@@ -26,7 +26,7 @@ class Sockets(msgspec.Struct, frozen=True, tag=True):
 
 
 class Names(msgspec.Struct, frozen=True, tag=True):
-    """The names of some Services; None for a Service that is gone."""
+    """The names of some Services; None for a Service that was deleted."""
 
     services: list[tuple[NamespacedName, ServiceNames | None]]
 

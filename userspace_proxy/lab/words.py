@@ -62,7 +62,10 @@ class Request(NamedTuple):
 
 
 def parse(arguments: Sequence[str], folder: Path) -> Request:
-    """Parse *arguments*, typed in *folder*. An object may be written ``deployment web`` or ``deploy/web``."""
+    """Return *arguments*, typed in *folder*, as a request.
+
+    ``deployment web`` and ``deploy/web`` name the same object.
+    """
     words: list[str] = []
     options: dict[str, str] = {}
     rest = iter(arguments)

@@ -189,7 +189,7 @@ class Forwarder:
         """Open every listener, and print its address.
 
         Raises:
-            StartError: the Service has no such port, or its port cannot be listened at.
+            StartError: the Service has no such port, or a local port cannot be opened.
         """
         ports = [port for name, port in self._state.service_ports.items() if name.service == self._request.service]
         for asked in self._request.ports:
