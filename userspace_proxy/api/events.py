@@ -11,7 +11,7 @@ from userspace_proxy.model.names import NamespacedName
 
 
 class EventType(Enum):
-    """SET: the latest version of an object. DELETE: the object is gone. SYNCED: the initial list is complete."""
+    """SET: the latest version of an object. DELETE: the object was deleted. SYNCED: the initial list is complete."""
 
     SET = "set"
     DELETE = "delete"

@@ -38,10 +38,10 @@ class Allocations:
         self._portals = PortalClaims()
 
     def assign(self, name: NamespacedName, service: api.Service) -> tuple[Allocation, list[ConfigError]]:
-        """Assign values to *name*; return them, and an error for each missing value it can be served without.
+        """Assign values to *name*; return them, and an error for each unavailable value that is optional.
 
         Raises:
-            ConfigError: a value that it needs is not available. *name* keeps what it had before.
+            ConfigError: a required value is not available. *name* keeps the values that it had before.
         """
         given = decode.given_cluster_ips(service)
         allocation, lost = _without_lost(self._portals, name, service, Allocation(tuple(ip for _, ip in given)))

@@ -13,7 +13,7 @@ _SERVICES_MAX = 2_000
 
 
 class Journal:
-    """Events by Service, the Services with the latest events last; those of None concern every Service."""
+    """Events by Service, the Services with the latest events last. Events under None concern every Service."""
 
     def __init__(self) -> None:
         self._events: OrderedDict[NamespacedName | None, deque[EventAnswer]] = OrderedDict()

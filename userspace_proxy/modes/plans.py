@@ -105,7 +105,7 @@ class NodeRules:
 class Plans:
     """The plans for the desired state. The cost of an update follows the changes.
 
-    Changed plans stay unfinished until `finish`, over several states if a sync fails, so that it can be repeated.
+    Changed plans stay unfinished until `finish`. If a sync fails, the next one therefore gets them again.
     """
 
     def __init__(self, source_ip: SourceIP | None = None) -> None:

@@ -67,10 +67,10 @@ class Ending(Enum):
 
 
 class Lifecycle:
-    """Takes over from the predecessor of this process, hands over to its successor, and ends it.
+    """Takes over from the predecessor of this process, hands over to its successor, and ends this process.
 
-    ``ending``: how it ends, once that is decided; ``stop`` is set with it. ``cut``: resets the connections that drain,
-    once there is a data plane.
+    ``ending``: how this process ends, None until that is decided; ``stop`` is set at the same time. ``cut``: resets the
+    draining connections, once there is a data plane.
     """
 
     def __init__(self, settings: Settings, *, kernel_serves: bool = False) -> None:

@@ -144,7 +144,7 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
 
 
 def value_errors(kind: str, plain: _Plain) -> Iterator[ConfigError]:
-    """Yield an error for each value in *plain*, an object of *kind*, that the API server refuses and decode accepts."""
+    """Yield an error for each value in *plain* (of *kind*) that the API server refuses, but `decode` accepts."""
     for rule in RULES[kind]:
         if (is_right := rule.is_right) is None:
             continue
