@@ -191,9 +191,9 @@ class HandoverPlane(DataPlane, Protocol):
 
     @property
     def handover_obstacle(self) -> str:
-        """Why its listeners cannot be handed over; "" if they can, and the workers can serve without this process.
+        """Why this data plane cannot be handed over; "" if it can, and its workers can serve without this process.
 
-        If they cannot: `adopt` raises, `inheritance` yields nothing, and `keep_on` and `leave` do nothing.
+        If there is an obstacle, `adopt` raises, `inheritance` yields nothing, and `keep_on` and `leave` do nothing.
         """
         ...
 

@@ -110,7 +110,7 @@ def _and_makes(reason: Reason) -> Reason:
 
 @dataclass(frozen=True, slots=True)
 class XtablesScript(Rules):
-    """Input for the tools of both families.
+    """Input for iptables-restore and ip6tables-restore.
 
     ``is_dead``: whether a rule can match no packet. ``is_kept``: whether a chain without rules is needed.
     """

@@ -73,7 +73,7 @@ class Flow(NamedTuple):
 
 
 def stale_flows(listing: str, changed: Mapping[Portal, Answering]) -> list[Flow]:
-    """Return the flows in *listing* to portals in *changed* that do not follow the current destination.
+    """Return the flows in *listing* to portals in *changed* whose replies do not come from an address given there.
 
     *listing* is the output of ``conntrack -L -p udp``: a flow's addresses, then those of its replies. Replies from the
     dialled address itself mean that the flow began before a rule existed.
@@ -110,7 +110,7 @@ def _flows(listing: str) -> Iterator[tuple[Flow, Address]]:
 
 
 async def forget_udp_flows(changed: Mapping[Portal, Answering]) -> Counter[Family]:
-    """Delete UDP flows to the portals in *changed* that do not lead to an endpoint given there; count them by family.
+    """Delete the `stale_flows` of the portals in *changed*; return how many were deleted, by family.
 
     Never raises: failures are logged.
     """
