@@ -146,7 +146,7 @@ class Kernel(LoadedRules, Protocol):
         """Put *redirects* in force. The cost follows the number of changes.
 
         Raises:
-            SyncError: the kernel refused; the previous rules stay (iptables: in each refused table and family).
+            SyncError: the kernel refused a rule; the previous rules stay (iptables: in each refused table and family).
         """
 
 

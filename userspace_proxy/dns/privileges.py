@@ -17,7 +17,7 @@ def drop_capabilities() -> None:
     """Give up every capability, for good: no program that this process executes gets any.
 
     Raises:
-        OSError: the kernel refused it.
+        OSError: the kernel refused the change.
     """
     for number in range(_CAPABILITIES):
         _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)  # needs CAP_SETPCAP; without it no_new_privs has to do

@@ -74,7 +74,7 @@ async def load_nft(script: str) -> None:
     """Apply *script*, in nft's language, as one transaction.
 
     Raises:
-        SyncError: the kernel refused it; nothing was changed.
+        SyncError: the kernel refused *script*; nothing was changed.
     """
     await run_tool("nft", "-f", "-", stdin=script)
 

@@ -86,6 +86,6 @@ class KernelRules(LoadedRules, Protocol):
         """Put *update* in force, all or nothing. The cost follows ``update.changed``.
 
         Raises:
-            SyncError: the kernel refused; the previous rules stay in force.
+            SyncError: the kernel refused *update*; the previous rules stay in force.
         """
         ...

@@ -68,7 +68,7 @@ class RuleRepairer:
         """Load the rules again if they are not as they were loaded; return whether that was necessary.
 
         Raises:
-            SyncError: the kernel refused.
+            SyncError: the kernel refused the rules.
         """
         if await self._rules.is_intact():
             return False

@@ -60,7 +60,7 @@ class Transaction:
         """Apply all changes, or none. Blocks while the kernel works, some microseconds for each element.
 
         Raises:
-            SyncError: the kernel refused; nothing was changed.
+            SyncError: the kernel refused a change; nothing was changed.
         """
         if not self._changes:
             return

@@ -44,7 +44,7 @@ def delete_flows(protocol: L4Protocol, flows: Iterable[tuple[Address, Address]])
     """Delete *flows* (client, dialled address) of *protocol* from conntrack; return how many existed.
 
     Raises:
-        OSError: the kernel refused.
+        OSError: the kernel refused the request.
     """
     flags = netlink.REQUEST | netlink.ACK
     requests = [netlink.message(_CT_DELETE, flags, _flow(protocol, client, asked)) for client, asked in flows]

@@ -121,7 +121,7 @@ def own_portals() -> set[Portal]:
     """Return the portals of the virtual servers that have our flag.
 
     Raises:
-        OSError: this kernel has no IPVS, or refused.
+        OSError: this kernel has no IPVS, or refused the request.
     """
     found = set()
     with netlink.open_socket(netlink.GENERIC, _TIMEOUT_S) as sock:
