@@ -262,7 +262,7 @@ class UdpListener(BaseListener):
             self.hold_against(pick, client_address(key)[0], error.strerror or str(error))
 
     def details(self) -> Iterator[ConnectionDetails]:
-        """Yield what is known of each flow, the longest unused first."""
+        """Yield the addresses, age and byte counts of each flow, the longest unused first."""
         now, portal = self.context.now(), self._only_portal()
         for flow in self._flows.values():
             yield ConnectionDetails(

@@ -140,7 +140,7 @@ class Upstream:
         return answer
 
     async def _exchange(self, server: str, text: bytes) -> bytes | None:
-        """Return the answer of *server*, or None if it cannot be asked. Count its refusals."""
+        """Return the answer of *server*, or None if *server* gives none. Count its refusals."""
         answer = None
         with contextlib.suppress(OSError):
             answer = await exchange(server, text)

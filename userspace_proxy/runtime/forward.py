@@ -306,7 +306,7 @@ async def forward(request: ForwardRequest, say: Callable[[str], None]) -> None:
     """Forward until SIGINT or SIGTERM.
 
     Raises:
-        StartError: there is no such Service or port, it cannot be listened at, or the source cannot be read.
+        StartError: there is no such Service or port, a local port cannot be opened, or the source cannot be read.
     """
     stop = asyncio.Event()
     for signum in (signal.SIGINT, signal.SIGTERM):

@@ -141,7 +141,7 @@ def read(path: str) -> str:
     """Return the text of the regular file *path*, without blocking on a pipe.
 
     Raises:
-        OSError, UnicodeDecodeError, ConfigError: it cannot be read, is not text, or is not a regular file.
+        OSError, UnicodeDecodeError, ConfigError: *path* cannot be read, is not text, or is not a regular file.
     """
     if shown(path) != path:
         raise ConfigError("cannot be read: its name is not UTF-8 text", fix="rename it")
@@ -209,7 +209,7 @@ def read_stream(path: str) -> str:
     """Return the whole stream *path*, once its writer has closed it; unbuffered.
 
     Raises:
-        OSError, UnicodeDecodeError, ConfigError: it cannot be read, is not text, or is too large.
+        OSError, UnicodeDecodeError, ConfigError: the stream cannot be read, is not text, or is too large.
     """
     descriptor = os.dup(sys.stdin.fileno()) if path == STDIN else os.open(path, os.O_RDONLY)
     # Unbuffered: a thread that blocks in a buffered reader holds a lock, and the interpreter would abort at exit.
@@ -228,7 +228,7 @@ def read_stdin() -> str:
     """Return all of stdin through its buffer; blocks until it ends.
 
     Raises:
-        OSError, UnicodeDecodeError, ConfigError: it cannot be read, is not text, or is too large.
+        OSError, UnicodeDecodeError, ConfigError: stdin cannot be read, is not text, or is too large.
     """
     data = sys.stdin.buffer.read(_SIZE_MAX_BYTES + 1)
     if len(data) > _SIZE_MAX_BYTES:
