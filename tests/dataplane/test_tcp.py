@@ -378,6 +378,28 @@ async def test_a_backend_that_speaks_first_is_not_kept_waiting(plane: Plane) -> 
     assert sorted(waited_s)[4] < 0.03, waited_s
 
 
+async def test_a_backend_that_answers_in_two_parts_is_not_kept_waiting(plane: Plane) -> None:
+    """Nagle's algorithm sends the second part when the first is acknowledged: 40 ms later, if ACKs are delayed."""
+    with Listener() as backend:
+        await plane.use(backend.endpoint)
+        waited_s = []
+        for _ in range(9):
+            client = await dial()
+            await client.send(b"?")
+            server = await backend.accept()
+            assert await server.receive(1) == b"?"
+            started_at = time.monotonic()
+            await server.send(b"head")
+            await server.send(b"body")
+            assert await client.receive(8) == b"headbody"
+            waited_s.append(time.monotonic() - started_at)
+            client.close()
+            server.close()
+        await all_ended(plane)
+
+    assert min(waited_s) < 0.03, waited_s
+
+
 async def test_the_last_bytes_before_a_half_close_are_not_held_back(plane: Plane) -> None:
     """They leave in the same packet as the FIN, without waiting for more bytes."""
     with Listener() as backend:

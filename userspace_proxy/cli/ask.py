@@ -58,7 +58,8 @@ def ask(path: Path, question: str, **parameters: str) -> Row:
     except PermissionError:
         fail(f"{path} is for the user that runs the proxy; use sudo")
     except OSError as error:
-        fail(f"no proxy answers at {path} ({error.strerror or error}); name its socket with --control-socket")
+        reason = error.strerror or error
+        fail(f"no proxy answers at {path} ({reason}); start one with `run`, or name its socket with --control-socket")
     except (HTTPException, ValueError) as error:
         fail(f"what answers at {path} is no proxy of this version: {error}")
     if "error" in answer:

@@ -81,10 +81,25 @@ class Half:
         The last ACK of the backend's handshake is held back to leave with the client's first bytes. If there are none
         yet, it must leave now: the backend may speak first, or must see that the client has gone.
         """
-        self.splice.engine.poller.hand_over(self.source, self.on_socket)
+        self.splice.engine.poller.hand_over(self.source, self._on_events_before_bytes)
         if not events & READ or events & FAILED:
             self.sink.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        self._on_events_before_bytes(events)
+
+    def _on_events_before_bytes(self, events: int) -> None:
+        """Handle events until the client's first bytes have been sent. Then let the kernel acknowledge at once.
+
+        A server that writes its answer in two parts, with Nagle's algorithm, waits for the ACK of the first part. The
+        kernel would delay it for 40 ms (TCP_DELACK_MIN in include/net/tcp.h), as the handshake's ACK was delayed.
+        """
+        if not events & _READABLE:
+            self.on_socket(events)
+            return
+        sink = self.sink
+        self.splice.engine.poller.hand_over(self.source, self.on_socket)
         self.on_socket(events)
+        if sink.fileno() >= 0:  # the connection has not ended
+            sink.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
     def on_socket(self, events: int) -> None:
         """Handle events of the source: read it, or send to it as the sink of the opposite direction."""
