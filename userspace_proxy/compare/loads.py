@@ -27,6 +27,7 @@ _TIMEOUT_S = 10
 _LEAST_BULK_S = 0.4
 _AGAIN_S = 0.5
 _FAILED_SHARE = 0.01  # the maximum share of a load's requests
+_SIGINT_BIT = 1 << (signal.SIGINT - 1)  # in /proc/PID/status
 _WRK_SCRIPT = Path(__file__).parent / "peers" / "wrk.lua"
 
 
@@ -55,8 +56,10 @@ class _Client:
 
     def stop(self, meanwhile: Callable[[], object] = lambda: None) -> LoadResult:
         """Stop the tool and return its result; call *meanwhile* until it has ended (within 100 ms)."""
-        self._process.send_signal(signal.SIGINT)
         give_up_at = time.monotonic() + _TIMEOUT_S
+        while not self._heeds_interrupts() and time.monotonic() < give_up_at:
+            time.sleep(0.002)
+        self._process.send_signal(signal.SIGINT)
         while self._process.poll() is None:
             if time.monotonic() > give_up_at:
                 self.kill()
@@ -64,6 +67,11 @@ class _Client:
             meanwhile()
             time.sleep(0.002)
         return self._parse(self._process.communicate()[0])
+
+    def _heeds_interrupts(self) -> bool:
+        """Return whether the tool has its handler of SIGINT, or has ended. An earlier signal would kill it."""
+        caught = re.search(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{self._process.pid}/status").read_text(), re.MULTILINE)
+        return self._process.poll() is not None or (caught is not None and bool(int(caught[1], 16) & _SIGINT_BIT))
 
     def kill(self) -> None:
         """Kill the tool if it still runs."""
