@@ -37,7 +37,7 @@ def serve(proxy: Proxy, *pods: str, policy: str = "Local", conditions: str = "{}
 def probe(world: ServiceLab) -> tuple[int, int]:
     """Return the status and the count in the answer to a load balancer.
 
-    It waits as long as a start may take: clients of a process that starts anew wait in the accept queue meanwhile.
+    The probe waits as long as a start may take. Clients of a process that starts anew wait in the accept queue.
     """
     with connect(world.client, NODE_IP, PORT, 20 * PATIENCE) as sock:
         sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: node\r\n\r\n")

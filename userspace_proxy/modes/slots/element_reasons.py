@@ -84,6 +84,6 @@ def _pick(slot: str, shown: str, number: bytes, found: Elements, _: PortalNames)
     return f"Slot {slot}: endpoint {shown}."
 
 
-def _dialled(parts: list[str], whom: str, names: PortalNames) -> str:
+def _dialled(parts: list[str], allowed: str, names: PortalNames) -> str:
     words = _portal(parts, names)
-    return f"{words[0].upper()}{words[1:]} may be dialled {whom}."
+    return f"{words[0].upper()}{words[1:]} may be dialled {allowed}."
