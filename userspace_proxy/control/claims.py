@@ -5,7 +5,7 @@ A Service keeps its value until it requests another one that is available.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from enum import Enum
 from typing import NamedTuple
 
@@ -47,6 +47,10 @@ class _Held(NamedTuple):
     kind: ValueKind
     value: Value
     allocated: bool
+
+
+# Service -> the values that it now states, each with its request.
+_Moves = Mapping[NamespacedName, Sequence[tuple[Value, ValueRequest]]]
 
 
 class ValueClaims:
@@ -147,35 +151,32 @@ class ValueClaims:
         All moves happen at once, so that one change can pass values on or swap them.
         """
         leaves = {name: gone for name, own in requests.items() if (gone := self._given_up(name, own))}
-        moves = {name: [w for w in requests[name] if w.stated is not None and not w.optional] for name in leaves}
+        moves = {name: _required(requests[name]) for name in leaves}
         while blocked := self._blocked(moves, leaves):
             for name in blocked:  # a blocked Service keeps its values, and may block others
                 del moves[name]
         for name in moves:
             self._drop(name, leaves[name])
         for name, stated in moves.items():
-            for request in stated:
-                if request.stated is not None and self._holders.get(request.stated) != name:
-                    self._take(name, request.key, _Held(request.kind, request.stated, allocated=False))
+            for value, request in stated:
+                if self._holders.get(value) != name:
+                    self._take(name, request.key, _Held(request.kind, value, allocated=False))
 
     def _given_up(self, name: NamespacedName, requests: Sequence[ValueRequest]) -> list[str]:
         """Return the keys of the values that *name* holds and no longer requests."""
         wanted = {request.key: request for request in requests}
         return [key for key, held in self._held.get(name, {}).items() if not _is_met(wanted.get(key), held)]
 
-    def _blocked(
-        self, moves: Mapping[NamespacedName, Sequence[ValueRequest]], leaves: Mapping[NamespacedName, Sequence[str]]
-    ) -> list[NamespacedName]:
+    def _blocked(self, moves: _Moves, leaves: Mapping[NamespacedName, Sequence[str]]) -> list[NamespacedName]:
         """Return the Services of *moves* that state a value which its holder keeps or an earlier Service claims."""
         left = {self._held[name][key].value for name in moves for key in leaves[name]}
         claims: dict[Value, NamespacedName] = {}
         blocked = []
         for name, stated in sorted(moves.items()):
-            for request in stated:
-                assert request.stated is not None
-                own = self._holders.get(request.stated) == name
-                taken = not own and request.stated not in left and self._conflict(name, request) is not None
-                if taken or claims.setdefault(request.stated, name) != name:
+            for value, request in stated:
+                own = self._holders.get(value) == name
+                taken = not own and value not in left and self._conflict(name, request) is not None
+                if taken or claims.setdefault(value, name) != name:
                     blocked.append(name)
                     break
         return blocked
@@ -207,6 +208,11 @@ class ValueClaims:
     def release(self, name: NamespacedName) -> None:
         """Release all values of *name*; allocated ones are reserved for it if it comes back."""
         self._drop(name, list(self._held.get(name, {})))
+
+
+def _required(requests: Sequence[ValueRequest]) -> list[tuple[Value, ValueRequest]]:
+    """Return those of *requests* that state a value and are not optional, each with its value."""
+    return [(own.stated, own) for own in requests if own.stated is not None and not own.optional]
 
 
 def _is_met(request: ValueRequest | None, held: _Held) -> bool:
@@ -257,12 +263,9 @@ class PortalClaims:
             self._refused[name] = lost
         owned, stated = frozenset(own), frozenset(external) - lost
         before_owned, before_stated = map(frozenset, self._portals.get(name, ((), ())))
-        for portal in before_owned - owned:
-            if self._owners.get(portal) == name:
-                del self._owners[portal]
+        self._set_owned(name, before_owned, owned)
         for portal in before_stated - stated:
             self._claimants[portal].pop(name)
-        self._owners.update(dict.fromkeys(owned, name))
         for portal in stated:
             self._claimants.setdefault(portal, {})[name] = created or "~"  # sorts after every timestamp
         if owned or stated:
@@ -274,6 +277,12 @@ class PortalClaims:
             self._settle(portal, name)
         self.evicted.discard(name)
         return {portal: holder for portal in stated if (holder := self._holders[portal]) != name}
+
+    def _set_owned(self, name: NamespacedName, before: Iterable[Portal], owned: Set[Portal]) -> None:
+        for portal in before:
+            if portal not in owned and self._owners.get(portal) == name:
+                del self._owners[portal]
+        self._owners.update(dict.fromkeys(owned, name))
 
     def release(self, name: NamespacedName) -> None:
         self.claim(name, (), (), None)

@@ -23,6 +23,7 @@ _VERSIONS = {"EndpointSlice": ("discovery.k8s.io/v1", "discovery.k8s.io/v1beta1"
 SUBDOMAIN = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 # Fields that other kinds spell differently.
 _NAMES_ELSEWHERE = {"containerPort": ("targetPort", "port"), "hostPort": ("nodePort",), "targetPort": ("port",)}
+_LISTS = ("ports", "endpoints", "subsets", "addresses", "notReadyAddresses")
 _SERVICE_TYPES = ("ClusterIP", "NodePort", "LoadBalancer", "ExternalName")
 
 
@@ -83,40 +84,44 @@ def kind_errors(kind: str) -> Iterator[ConfigError]:
 
 def field_errors(kind: str, plain: Mapping[str, Any]) -> Iterator[ConfigError]:
     """Yield the errors in the head of *plain*, an object of *kind*, and its unknown and misplaced fields."""
-    yield from _head_errors(kind, plain)
     tree = _FIELDS[kind]
-    yield from _unknown(kind, tree, tree, plain, "")
+    yield from _version_errors(kind, plain)
+    if kind != "Service":  # decode checks the names of Services
+        yield from _name_errors(plain["metadata"])
+    for here, key, siblings in _unknown(tree, plain, ""):
+        yield _unknown_field(kind, tree, siblings, key, here)
     if kind == "Service":
         yield from _fields_under_selector(tree, plain)
 
 
-def _head_errors(kind: str, plain: Mapping[str, Any]) -> Iterator[ConfigError]:
+def _version_errors(kind: str, plain: Mapping[str, Any]) -> Iterator[ConfigError]:
     versions = _VERSIONS.get(kind, ("v1",))
     version = plain.get("apiVersion")
     is_misspelt = version is None and any(str(key).lower() == "apiversion" for key in plain)
     if version not in versions and not is_misspelt:
         reason = f"{version!r} has no {kind}" if version is not None else "the apiVersion is missing"
         yield ConfigError(reason, field="apiVersion", fix=f"write 'apiVersion: {versions[0]}'")
-    if kind == "Service":  # decode checks the names of Services
-        return
+
+
+def _name_errors(metadata: Mapping[str, Any]) -> Iterator[ConfigError]:
     for key in ("name", "namespace"):
-        name = plain["metadata"].get(key)
+        name = metadata.get(key)
         if isinstance(name, str) and not SUBDOMAIN.fullmatch(name):
             suggestion = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.") or "web"
             fix = f"use small letters, digits, '-' and '.', such as {suggestion!r}"
             yield ConfigError(f"{name!r} is not a valid name", field=f"metadata.{key}", fix=fix)
 
 
-def _unknown(kind: str, whole: _Tree, tree: _Tree, given: object, field: str) -> Iterator[ConfigError]:
+def _unknown(tree: _Tree, given: object, field: str) -> Iterator[tuple[str, str, _Tree]]:
+    """Yield each unknown field in *given*, the value of *field*: its path, its name, and the fields known beside it."""
     if isinstance(given, list):
         for index, item in enumerate(given):
-            yield from _unknown(kind, whole, tree, item, f"{field}[{index}]")
+            yield from _unknown(tree, item, f"{field}[{index}]")
     elif isinstance(given, dict):
-        for key, value in given.items():
-            if key not in tree:
-                yield _unknown_field(kind, whole, tree, str(key), api.below(field, key))
-            elif (subtree := tree[key]) is not None:
-                yield from _unknown(kind, whole, subtree, value, api.below(field, key))
+        yield from ((api.below(field, key), str(key), tree) for key in given if key not in tree)
+        for key, subtree in tree.items():
+            if subtree is not None and key in given:
+                yield from _unknown(subtree, given[key], api.below(field, key))
 
 
 def _unknown_field(kind: str, whole: _Tree, tree: _Tree, key: str, here: str) -> ConfigError:
@@ -188,18 +193,19 @@ def _closest(key: str, names: Iterable[str], cutoff: float = _CLOSE) -> str | No
     return by_small[match[0]] if match else None
 
 
-def _homes(tree: _Tree, key: str, field: str = "") -> Iterator[str]:
+def _homes(tree: _Tree, key: str) -> Iterator[str]:
     """Yield the paths below which *key* exists; a list's path ends in ``[]``."""
-    if key in tree:
-        yield field
-    for name, subtree in tree.items():
-        if subtree is not None:
-            is_list = name in ("ports", "endpoints", "subsets", "addresses", "notReadyAddresses")
-            yield from _homes(subtree, key, (f"{field}.{name}" if field else name) + ("[]" if is_list else ""))
+    return (home for name, home in _names_and_homes(tree, "") if name == key)
 
 
 def _all_names(tree: _Tree) -> Iterator[str]:
+    return (name for name, _ in _names_and_homes(tree, ""))
+
+
+def _names_and_homes(tree: _Tree, home: str) -> Iterator[tuple[str, str]]:
+    """Yield each field of *tree* with the path below which it exists."""
     for name, subtree in tree.items():
-        yield name
+        yield name, home
         if subtree is not None:
-            yield from _all_names(subtree)
+            below = f"{api.below(home, name)}[]" if name in _LISTS else api.below(home, name)
+            yield from _names_and_homes(subtree, below)

@@ -25,6 +25,7 @@ from userspace_proxy.control.decode.endpoints import (
     from_endpoints,
     from_pods,
     from_slices,
+    has_ended,
     offered_ports,
     pod_ips,
     service_of,

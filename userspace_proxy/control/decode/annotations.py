@@ -68,10 +68,8 @@ def read_annotations(service: api.Service) -> tuple[ServiceAnnotations, list[Con
     values: dict[str, Any] = {}
     problems = []
     given = service.metadata.annotations or {}
-    for name in ANNOTATIONS if given else ():
-        if (text := given.get(name)) is None:
-            continue
-        entry = _TABLE[name]
+    for name in filter(given.__contains__, ANNOTATIONS):
+        text, entry = given[name], _TABLE[name]
         try:
             values[entry.field] = entry.read(text)
         except ValueError as error:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from userspace_proxy import api
 from userspace_proxy.control.decode.addresses import as_number, backend_ip, is_port
@@ -42,11 +42,18 @@ def service_of(piece: api.EndpointSlice, namespace: str) -> NamespacedName | Non
 
 def from_slices(slices: Iterable[api.EndpointSlice]) -> EndpointsByPort:
     """Return the endpoints of one Service's *slices* for proxies, without incomplete entries (behaviours S3-S6)."""
+    return _by_port((piece.ports, partial(_slice_endpoints, piece)) for piece in filter(_is_for_proxies, slices))
+
+
+def _by_port(
+    parts: Iterable[tuple[Sequence[api.objects.EndpointPort] | None, Callable[[int], Iterable[Endpoint]]]],
+) -> EndpointsByPort:
+    """Return the endpoints of *parts*: their ports, and a function that returns their endpoints at a port."""
     found: dict[PortKey, list[Endpoint]] = defaultdict(list)
-    for piece in filter(_is_for_proxies, slices):
-        for port in piece.ports or ():
+    for ports, endpoints_at in parts:
+        for port in ports or ():
             if port.port is not None and is_port(port.port):
-                found[port.name or "", port.protocol or "TCP"].extend(_slice_endpoints(piece, port.port))
+                found[port.name or "", port.protocol or "TCP"].extend(endpoints_at(port.port))
     return found
 
 
@@ -84,15 +91,14 @@ def _shared(names: tuple[str, ...]) -> frozenset[str]:
 
 def from_endpoints(given: api.Endpoints) -> EndpointsByPort:
     """Return the endpoints of an Endpoints object, the older form of EndpointSlices."""
-    found: dict[PortKey, list[Endpoint]] = defaultdict(list)
-    for subset, port in ((part, port) for part in given.subsets or () for port in part.ports or ()):
-        if port.port is not None and is_port(port.port):
-            for addresses, ready in ((subset.addresses, True), (subset.not_ready_addresses, False)):
-                pairs = ((backend_ip(address.ip), address.node_name) for address in addresses or ())
-                found[port.name or "", port.protocol or "TCP"] += [
-                    Endpoint(ip, port.port, ready, ready, node_name=node) for ip, node in pairs if ip is not None
-                ]
-    return found
+    return _by_port((subset.ports, partial(_subset_endpoints, subset)) for subset in given.subsets or ())
+
+
+def _subset_endpoints(subset: api.objects.EndpointSubset, port: int) -> Iterator[Endpoint]:
+    for addresses, ready in ((subset.addresses, True), (subset.not_ready_addresses, False)):
+        for address in addresses or ():
+            if (ip := backend_ip(address.ip)) is not None:
+                yield Endpoint(ip, port, ready, ready, node_name=address.node_name)
 
 
 def from_pods(service: api.Service, pods: Iterable[api.Pod]) -> EndpointsByPort:

@@ -76,17 +76,24 @@ def _ports_of(ports: Sequence[api.objects.EndpointPort] | None) -> tuple[NamedPo
 
 
 def _add_pods(groups: _Groups, service: api.Service, pods: Iterable[api.Pod], *, publishes_all: bool) -> None:
-    """Add *pods* as the endpoints controller does, which gives a hostname only below the pod's subdomain."""
     spec = service.spec
     assert spec is not None
     for pod in pods:
-        if has_ended(pod) or not (publishes_all or (is_ready(pod) and pod.metadata.deletion_timestamp is None)):
+        if has_ended(pod) or not (publishes_all or _takes_traffic(pod)):
             continue
         ports = _named_ports((port.name, port.protocol, target_port(port, pod)) for port in spec.ports or ())
-        is_below = pod.spec is not None and pod.spec.subdomain == service.metadata.name
-        hostname = pod.spec.hostname if pod.spec is not None and is_below else None
         for ip in _of_families(spec, pod_ips(pod)):
-            _add(groups[ports], hostname, ip)
+            _add(groups[ports], _hostname(service, pod), ip)
+
+
+def _takes_traffic(pod: api.Pod) -> bool:
+    return is_ready(pod) and pod.metadata.deletion_timestamp is None
+
+
+def _hostname(service: api.Service, pod: api.Pod) -> str | None:
+    """Return the hostname of *pod*, which the endpoints controller gives only below the pod's subdomain."""
+    is_below = pod.spec is not None and pod.spec.subdomain == service.metadata.name
+    return pod.spec.hostname if pod.spec is not None and is_below else None
 
 
 def _of_families(spec: api.objects.ServiceSpec, ips: list[str]) -> list[str]:

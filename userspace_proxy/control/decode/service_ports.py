@@ -55,10 +55,11 @@ def service_ports(
     load_balancer_ips, problems = _load_balancer_ips(service)
     annotations, annotation_problems = read_annotations(service)
     problems += annotation_problems
-    annotated = annotations.source_ip
-    if annotated is SourceIP.TRANSPARENT and transparent_obstacle:
-        problems.append(_not_here(transparent_obstacle))
-        annotated = None
+    wanted = annotations.source_ip or source_ip
+    if annotations.source_ip is SourceIP.TRANSPARENT and transparent_obstacle:
+        reason = f"clients' addresses cannot be kept on this node: {transparent_obstacle}"
+        problems.append(ConfigError(reason, field=SOURCE_IP_FIELD))
+        wanted = source_ip
     # The families of the cluster IPs are the families of the Service; addresses of another one are skipped (behaviours
     # S5).
     families = set(map(family_of, allocation.cluster_ips))
@@ -66,16 +67,11 @@ def service_ports(
     load_balancer_ips = _of_families(families, load_balancer_ips or allocation.load_balancer_ips)
     ranges, ranges_problems = _source_ranges(spec, families, load_balancer_ips)
     problems += ranges_problems
-    for index, port in enumerate(spec.ports or ()):
-        protocol, wanted = port.protocol or "TCP", annotated or source_ip
-        if (problem := _port_problem(spec, index, port, wanted)) is not None:
-            problems.append(problem)
-            wanted = source_ip
-        if protocol not in L4Protocol.__members__:
-            continue
+    problems += _ports_problems(spec, wanted)
+    for index, port, protocol in _served_ports(spec):
         lost = {portal.ip for portal in allocation.lost if (portal.port, portal.protocol) == (port.port, protocol)}
         found[index] = ServicePort(
-            name=ServicePortName(name, port.name or "", L4Protocol(protocol)),
+            name=ServicePortName(name, port.name or "", protocol),
             port=port.port,
             cluster_ips=allocation.cluster_ips,
             node_port=_node_port(spec, port, allocation),
@@ -86,13 +82,13 @@ def service_ports(
             internal_local=spec.internal_traffic_policy == "Local",
             external_local=spec.external_traffic_policy == "Local",
             health_check_node_port=_health_check_node_port(spec, allocation),
-            source_ip=wanted,
+            source_ip=wanted if _knows(wanted, protocol) else source_ip,
             ipvs_scheduler=annotations.ipvs_scheduler,
             weights=annotations.weights,
             balance=annotations.balance,
             slow_start_s=annotations.slow_start_s,
             probe=annotations.probe,
-            connections=annotations.connections if protocol == "TCP" else ConnectionPolicy(),
+            connections=annotations.connections if protocol is L4Protocol.TCP else ConnectionPolicy(),
         )
     return found, problems
 
@@ -132,10 +128,15 @@ def stated_portals(service: api.Service, allocation: Allocation) -> dict[Portal,
 
 def _portals(service: api.Service, ips: Iterable[str]) -> Iterator[Portal]:
     assert service.spec is not None
-    for port in service.spec.ports or ():
+    for _, port, protocol in _served_ports(service.spec):
+        yield from (Portal(ip, port.port, protocol) for ip in ips)
+
+
+def _served_ports(spec: api.objects.ServiceSpec) -> Iterator[tuple[int, api.ServicePort, L4Protocol]]:
+    """Yield the ports of *spec* whose protocol can be proxied, each with its index."""
+    for index, port in enumerate(spec.ports or ()):
         if (protocol := port.protocol or "TCP") in L4Protocol.__members__:
-            for ip in ips:
-                yield Portal(ip, port.port, L4Protocol(protocol))
+            yield index, port, L4Protocol(protocol)
 
 
 def port_key(port: api.ServicePort) -> PortKey:
@@ -208,13 +209,24 @@ def _source_ranges(
     If ranges are given but a family has none, no client of that family may dial: it gets a range that matches nothing.
     kube-proxy admits all clients of that family.
     """
-    given = [
-        (f"spec.loadBalancerSourceRanges[{index}]", cidr.strip())
-        for index, cidr in enumerate(spec.load_balancer_source_ranges or ())
-        if cidr.strip()
-    ]
-    if not given or spec.type != "LoadBalancer":
+    ranges, problems = _ranges_by_family(spec, families)
+    if ranges is None:
         return (), []
+    dialled = set(map(family_of, load_balancer_ips)) or (families if not any(ranges.values()) else set())
+    for family in sorted(family for family in dialled if not ranges[family]):
+        reason = f"no range is IPv{family}, so no client may dial the load balancer IPs of that family"
+        fix = f"add one, such as {_ALL_CLIENTS[family]} for all clients"
+        problems.append(ConfigError(reason, field="spec.loadBalancerSourceRanges", fix=fix))
+    limited = {family: its for family, its in ranges.items() if not any(cidr.endswith("/0") for cidr in its)}
+    return tuple(cidr for family, its in limited.items() for cidr in its or (_NO_CLIENT[family],)), problems
+
+
+def _ranges_by_family(
+    spec: api.objects.ServiceSpec, families: Set[Family]
+) -> tuple[dict[Family, dict[str, None]] | None, list[ConfigError]]:
+    """Return the source ranges of *spec* for each of *families*, and their problems; None if it has no ranges."""
+    stated = enumerate(spec.load_balancer_source_ranges or () if spec.type == "LoadBalancer" else ())
+    given = [(f"spec.loadBalancerSourceRanges[{index}]", cidr.strip()) for index, cidr in stated if cidr.strip()]
     problems = []
     ranges: dict[Family, dict[str, None]] = {family: {} for family in sorted(families)}
     for where, text in given:
@@ -224,45 +236,30 @@ def _source_ranges(
             problems.append(ConfigError(reason, field=where, fix=f"write {mapped}"))
         elif family_of(cidr) in ranges:
             ranges[family_of(cidr)][cidr] = None
-    dialled = set(map(family_of, load_balancer_ips)) or (families if not any(ranges.values()) else set())
-    for family in sorted(dialled):
-        if not ranges[family]:
-            reason = f"no range is IPv{family}, so no client may dial the load balancer IPs of that family"
-            fix = f"add one, such as {_ALL_CLIENTS[family]} for all clients"
-            problems.append(ConfigError(reason, field="spec.loadBalancerSourceRanges", fix=fix))
-    return (
-        tuple(
-            cidr
-            for family, its in ranges.items()
-            if not any(cidr.endswith("/0") for cidr in its)
-            for cidr in its or {_NO_CLIENT[family]: None}
-        ),
-        problems,
-    )
+    return ranges if given else None, problems
 
 
-def _not_here(obstacle: str) -> ConfigError:
-    return ConfigError(f"clients' addresses cannot be kept on this node: {obstacle}", field=SOURCE_IP_FIELD)
+def _ports_problems(spec: api.objects.ServiceSpec, source_ip: SourceIP) -> Iterator[ConfigError]:
+    """Yield which ports of *spec* are not served, or not with *source_ip*."""
+    others = "; the other ports are served" if len(spec.ports or ()) > 1 else ""
+    for index, port in enumerate(spec.ports or ()):
+        if (protocol := port.protocol or "TCP") not in L4Protocol.__members__:
+            yield ConfigError(
+                f"{protocol!r} cannot be proxied, only TCP and UDP can",
+                field=f"spec.ports[{index}].protocol",
+                fix=f"remove the port, or serve it another way{others}",
+            )
+        elif not _knows(source_ip, protocol):
+            yield ConfigError(
+                f"PROXY protocol v1 knows no UDP, which port {port.port} is",
+                field=SOURCE_IP_FIELD,
+                fix="write proxy-protocol-v2; until then the node's default applies to this port",
+            )
 
 
-def _port_problem(
-    spec: api.objects.ServiceSpec, index: int, port: api.ServicePort, source_ip: SourceIP
-) -> ConfigError | None:
-    """Return why *port* is not served, or not with *source_ip*; None if it is."""
-    if (protocol := port.protocol or "TCP") not in L4Protocol.__members__:
-        others = "; the other ports are served" if len(spec.ports or ()) > 1 else ""
-        return ConfigError(
-            f"{protocol!r} cannot be proxied, only TCP and UDP can",
-            field=f"spec.ports[{index}].protocol",
-            fix=f"remove the port, or serve it another way{others}",
-        )
-    if protocol == "UDP" and source_ip is SourceIP.PROXY_PROTOCOL_V1:
-        return ConfigError(
-            f"PROXY protocol v1 knows no UDP, which port {port.port} is",
-            field=SOURCE_IP_FIELD,
-            fix="write proxy-protocol-v2; until then the node's default applies to this port",
-        )
-    return None
+def _knows(source_ip: SourceIP, protocol: str) -> bool:
+    """Return whether *protocol* can have the source address *source_ip*."""
+    return source_ip is not SourceIP.PROXY_PROTOCOL_V1 or protocol == L4Protocol.TCP
 
 
 def _external_ips(spec: api.objects.ServiceSpec) -> Iterator[tuple[int, str]]:

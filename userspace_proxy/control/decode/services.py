@@ -37,9 +37,6 @@ def is_proxied(service: api.Service, proxy_name: str = "") -> bool:
     return is_for_this_proxy and not is_headless(service)
 
 
-_OWN_NODE_PORT = "give each port a node port of its own"
-
-
 def check_service(service: api.Service, proxy_name: str = "") -> None:
     """Raise the first error that rejects the whole *service*."""
     if error := next(service_errors(service, proxy_name), None):
@@ -134,23 +131,26 @@ def _families_errors(spec: api.objects.ServiceSpec, ips: list[tuple[str, str]]) 
 
 
 def _ports_errors(ports: list[api.ServicePort]) -> Iterator[ConfigError]:
-    unnamed = [index for index, port in enumerate(ports) if not port.name] if len(ports) > 1 else []
-    if unnamed:
+    unnamed = [index for index, port in enumerate(ports) if not port.name]
+    if unnamed and len(ports) > 1:
         reason = f"a Service with several ports must name each; {len(unnamed)} of {len(ports)} have no name"
         yield ConfigError(reason, field=f"spec.ports[{unnamed[0]}]", fix="add names, such as 'name: http'")
     first: dict[tuple[str, object], int] = {}
     for index, port in enumerate(ports):
-        field, protocol = f"spec.ports[{index}]", port.protocol or "TCP"
-        yield from _port_errors(port, protocol, field)
-        node_port = (port.node_port, protocol) if port.node_port else None
-        unique: tuple[tuple[str, object, str, str], ...] = (
-            ("name", port.name, f"the name {port.name!r} is already that of", "give each port a name of its own"),
-            ("port", (port.port, protocol), f"{protocol} port {port.port} is already", "remove one of them"),
-            ("nodePort", node_port, f"{protocol} node port {port.node_port} is already that of", _OWN_NODE_PORT),
-        )
-        for part, value, reason, fix in unique:
-            if value and (other := first.setdefault((part, value), index)) != index:
-                yield ConfigError(f"{reason} ports[{other}]", field=f"{field}.{part}", fix=fix)
+        yield from _port_errors(port, port.protocol or "TCP", f"spec.ports[{index}]")
+        for part, value, reason, fix in _unique_parts(port, port.protocol or "TCP"):
+            if (other := first.setdefault((part, value), index)) != index:
+                yield ConfigError(f"{reason} ports[{other}]", field=f"spec.ports[{index}].{part}", fix=fix)
+
+
+def _unique_parts(port: api.ServicePort, protocol: str) -> Iterator[tuple[str, object, str, str]]:
+    """Yield the parts of *port* that no other port has: field, value, and the reason and fix of a repetition."""
+    if port.name:
+        yield "name", port.name, f"the name {port.name!r} is already that of", "give each port a name of its own"
+    yield "port", (port.port, protocol), f"{protocol} port {port.port} is already", "remove one of them"
+    if port.node_port:
+        reason = f"{protocol} node port {port.node_port} is already that of"
+        yield "nodePort", (port.node_port, protocol), reason, "give each port a node port of its own"
 
 
 def _port_errors(port: api.ServicePort, protocol: str, field: str) -> Iterator[ConfigError]:

@@ -6,7 +6,7 @@ report after each edit what `check` would.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 
@@ -15,11 +15,10 @@ from userspace_proxy.control import decode
 from userspace_proxy.control.allocations import ManifestAllocations
 from userspace_proxy.control.lint.findings import Diagnostic, Finding, as_findings
 from userspace_proxy.control.lint.index import WORKLOADS, Index, is_piece, service_of, with_template
-from userspace_proxy.control.lint.no_endpoints import endpoints_of, orphan_error, refusals
+from userspace_proxy.control.lint.no_endpoints import PortEndpoints, endpoints_of, orphan_error, refusals
 from userspace_proxy.control.lint.options import LintOptions
 from userspace_proxy.control.lint.single import object_errors
 from userspace_proxy.errors import ConfigError, Note
-from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.names import NamespacedName
 from userspace_proxy.model.service import ServicePort
 from userspace_proxy.model.topology import usable_endpoints
@@ -130,7 +129,9 @@ class Linter:
     def _service_diagnostics(self, name: NamespacedName) -> Iterator[Diagnostic]:
         if not (manifests := self._index.services.get(name)):
             self._allocations.release(name)
-            yield from self._orphans(name)
+            for piece in self._index.pieces.get(name, ()):
+                if error := orphan_error(self._index, name, piece):
+                    yield Diagnostic(piece, error)
             return
         manifest, service = manifests[0], manifests[0].object
         if not isinstance(service, api.Service) or service.spec is None:
@@ -139,12 +140,6 @@ class Linter:
             yield from self._proxied_diagnostics(manifest, service, service.spec)
         else:
             self._allocations.release(name)
-
-    def _orphans(self, name: NamespacedName) -> Iterator[Diagnostic]:
-        """Yield what is wrong with the slices and Endpoints of *name*, a Service that is not here."""
-        for piece in self._index.pieces.get(name, ()):
-            if error := orphan_error(self._index, name, piece):
-                yield Diagnostic(piece, error)
 
     def _proxied_diagnostics(
         self, manifest: Manifest, service: api.Service, spec: api.objects.ServiceSpec
@@ -165,7 +160,8 @@ class Linter:
         if ports is not None or spec.selector:
             endpoints = endpoints_of(self._index, name, service, ports or {})
             if not faults:
-                yield from (Diagnostic(manifest, note) for note in self._partly_served(spec, endpoints))
+                notes = chain(_family_notes(spec, endpoints), self._local_notes(spec, endpoints))
+                yield from (Diagnostic(manifest, note) for note in notes)
             yield from self._endpoint_diagnostics(manifest, service, endpoints, fields)
 
     def _allocated_ports(
@@ -186,16 +182,12 @@ class Linter:
         return ports if allocation.cluster_ips else None, conflicts
 
     def _endpoint_diagnostics(
-        self,
-        manifest: Manifest,
-        service: api.Service,
-        endpoints: Mapping[int, tuple[ServicePort, tuple[Endpoint, ...]]],
-        fields: set[str],
+        self, manifest: Manifest, service: api.Service, endpoints: PortEndpoints, fields: set[str]
     ) -> Iterator[Diagnostic]:
         """Yield why clients of *service* would be refused, unless a fault that was named explains it."""
         name, pieces = manifest.name, self._index.pieces.get(manifest.name, ())
         # A slice or Endpoints with a fault of its own explains by that why it has no endpoints.
-        has_faulty_piece = any(found.is_fault for piece in pieces for found in self._own.get(id(piece), ()))
+        has_faulty_piece = any(map(self._has_fault, pieces))
         if not ((service.spec and service.spec.selector) or pieces) and self._has_faulty_stray(name.namespace):
             self._excused.setdefault(name.namespace, {})[name] = None
             return
@@ -203,37 +195,39 @@ class Linter:
             if why.field not in fields and not (where is not manifest and has_faulty_piece):
                 yield Diagnostic(where, why)
 
-    def _partly_served(
-        self, spec: api.objects.ServiceSpec, ports: Mapping[int, tuple[ServicePort, tuple[Endpoint, ...]]]
-    ) -> Iterator[Note]:
-        """Yield why a Service of *spec* is served by one IP family only, or by no endpoint of this node."""
-        families = {":" in ip for port, _ in ports.values() for ip in port.cluster_ips}
-        if spec.ip_family_policy == "RequireDualStack" and len(families) == 1:
-            reason = f"it has {'IPv6' if True in families else 'IPv4'} alone"
-            fix = "give --service-cluster-ip-range a range of each family, or state both addresses"
-            yield Note(reason, field="spec.ipFamilyPolicy", fix=fix)
+    def _local_notes(self, spec: api.objects.ServiceSpec, ports: PortEndpoints) -> Iterator[Note]:
+        """Yield that a Service of *spec* is served by no endpoint of this node, where its policy is Local."""
         node = self._options.node
         usable = [endpoint for _, endpoints in ports.values() for endpoint in usable_endpoints(endpoints)]
         if not (node and usable) or any(endpoint.node_name == node for endpoint in usable):
             return
         reason = f"no endpoint has 'nodeName: {node}': clients to whom this applies get no answer on this node"
-        for policy in ("internalTrafficPolicy", "externalTrafficPolicy"):
-            given = spec.internal_traffic_policy if policy.startswith("internal") else spec.external_traffic_policy
-            if given == "Local":
-                fix = "state the node of the endpoints, or see --hostname-override"
-                yield Note(reason, field=f"spec.{policy}", fix=fix)
+        fix = "state the node of the endpoints, or see --hostname-override"
+        if spec.internal_traffic_policy == "Local":
+            yield Note(reason, field="spec.internalTrafficPolicy", fix=fix)
+        if spec.external_traffic_policy == "Local":
+            yield Note(reason, field="spec.externalTrafficPolicy", fix=fix)
+
+    def _has_fault(self, manifest: Manifest) -> bool:
+        return any(found.is_fault for found in self._own.get(id(manifest), ()))
 
     def _has_faulty_stray(self, namespace: str) -> bool:
         """Return whether a slice or Endpoints in *namespace* has a fault and belongs to no Service."""
-        for piece in islice(self._index.pieces_in[namespace].values(), _STRAYS_MAX):
-            of = service_of(piece)
-            if of not in self._index.services:
-                orphan = orphan_error(self._index, of, piece) if of is not None else None
-                if any(found.is_fault for found in self._own.get(id(piece), ())) or (
-                    orphan and not isinstance(orphan, Note)
-                ):
-                    return True
-        return False
+        some = islice(self._index.pieces_in[namespace].values(), _STRAYS_MAX)
+        strays = ((piece, of) for piece in some if (of := service_of(piece)) not in self._index.services)
+        return any(self._has_fault(piece) or self._has_wrong_name(piece, of) for piece, of in strays)
+
+    def _has_wrong_name(self, piece: Manifest, of: NamespacedName | None) -> bool:
+        orphan = orphan_error(self._index, of, piece) if of is not None else None
+        return orphan is not None and not isinstance(orphan, Note)
+
+
+def _family_notes(spec: api.objects.ServiceSpec, ports: PortEndpoints) -> Iterator[Note]:
+    """Yield that a Service of *spec* is served by one IP family only, though it requires both."""
+    families = {family for port, _ in ports.values() for family in port.families}
+    if spec.ip_family_policy == "RequireDualStack" and len(families) == 1:
+        fix = "give --service-cluster-ip-range a range of each family, or state both addresses"
+        yield Note(f"it has IPv{families.pop()} alone", field="spec.ipFamilyPolicy", fix=fix)
 
 
 def lint(manifests: Sequence[Manifest], problems: Iterable[Problem], options: LintOptions) -> list[Finding]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import islice, product
+from operator import itemgetter
 
 from userspace_proxy import api
 from userspace_proxy.control import decode
 from userspace_proxy.control.lint.index import Index
-from userspace_proxy.control.lint.single import pod_ip_fields
+from userspace_proxy.control.lint.single import address_fields
 from userspace_proxy.errors import ConfigError, Note
-from userspace_proxy.model.endpoint import Endpoint
+from userspace_proxy.model.endpoint import Endpoint, family_of
 from userspace_proxy.model.names import L4Protocol, NamespacedName
 from userspace_proxy.model.service import ServicePort
 from userspace_proxy.model.topology import usable_endpoints
@@ -56,8 +57,7 @@ def refusals(index: Index, manifest: Manifest, service: api.Service, ports: Port
     if selector:
         yield from ((manifest, error) for error in _target_ports_errors(service.spec, pods or templates))
     if pods:
-        if error := _pods_error(service, pods, ports):
-            yield manifest, error
+        yield from ((manifest, error) for error in islice(_pods_errors(service.spec, pods, ports), 1))
     elif pieces:
         yield from _pieces_errors(manifest, service, pieces, ports) if ports else ()
     elif selector:
@@ -70,31 +70,32 @@ def refusals(index: Index, manifest: Manifest, service: api.Service, ports: Port
 # ---- Pods
 
 
-def _pods_error(service: api.Service, pods: Sequence[api.Pod], ports: PortEndpoints) -> ConfigError | None:
-    """Return why none of *pods* is a usable endpoint of any of *ports*, or None if that is named elsewhere."""
-    field = "spec.selector"
+def _pods_errors(spec: api.objects.ServiceSpec, pods: Sequence[api.Pod], ports: PortEndpoints) -> Iterator[ConfigError]:
+    """Yield why none of *pods* is a usable endpoint of any of *ports*; the first reason explains the most.
+
+    Yield nothing if the reason is named at a port or an address.
+    """
     if not ports or any(usable_endpoints(endpoints) for _, endpoints in ports.values()):
-        return None
-    if not any(pod_ip_fields(pod) for pod in pods):
-        which = f"Pod {pods[0].metadata.name}" if len(pods) == 1 else f"any of the {len(pods)} Pods it selects"
+        return
+    field, those = "spec.selector", f"the {len(pods)} Pods it selects"
+    one, none, each = f"any of {those}", f"none of {those} is ready", f"each of {those}"
+    if len(pods) == 1:
+        one, none, each = f"Pod {pods[0].metadata.name}", "the Pod it selects is not ready", "the Pod it selects"
+    if not any(ip for pod in pods for _, ip in address_fields(pod)):
         fix = "add status.podIP to the Pod, as 'kubectl get pod -o yaml' shows it"
-        return Note(f"no address is known of {which}", field=field, fix=fix)  # a cluster would give it one
-    count = f"{len(pods)} Pods it selects"
+        yield Note(f"no address is known of {one}", field=field, fix=fix)  # a cluster would give it one
     if any(endpoints for _, endpoints in ports.values()):
-        names = f"none of the {count} is ready" if len(pods) > 1 else "the Pod it selects is not ready"
         fix = "see status.conditions there, or set publishNotReadyAddresses"
-        return ConfigError(f"{REFUSED}: {names}", field=field, fix=fix)
-    if all(pod.status and pod.status.phase in ("Succeeded", "Failed") for pod in pods):
-        which = f"each of the {count}" if len(pods) > 1 else "the Pod it selects"
-        return ConfigError(f"{REFUSED}: {which} has ended", field=field, fix="add Pods that run")
-    spec_ports = (service.spec.ports if service.spec else None) or ()
-    lacks_port = any(decode.target_port(port, pod) is None for port in spec_ports for pod in pods)
-    is_named = lacks_port or not any(decode.pod_ips(pod) for pod in pods)  # at the port or the address
-    return None if is_named else _other_family(ports, field)
+        yield ConfigError(f"{REFUSED}: {none}", field=field, fix=fix)
+    if all(map(decode.has_ended, pods)):
+        yield ConfigError(f"{REFUSED}: {each} has ended", field=field, fix="add Pods that run")
+    lacks_port = any(decode.target_port(port, pod) is None for port in spec.ports or () for pod in pods)
+    if any(map(decode.pod_ips, pods)) and not lacks_port:
+        yield _other_family(ports, field)
 
 
 def _families(ports: PortEndpoints) -> set[str]:
-    return {"IPv6" if ":" in ip else "IPv4" for port, _ in ports.values() for ip in port.cluster_ips}
+    return {f"IPv{family_of(ip)}" for port, _ in ports.values() for ip in port.cluster_ips}
 
 
 def _other_family(ports: PortEndpoints, field: str) -> ConfigError:
@@ -113,24 +114,36 @@ def _no_pods(
         reason += " (the command lab does)"
         fix = f"add the Pods, as 'kubectl get pods -o yaml' shows them, or Endpoints named {name.name!r}"
         return Note(reason, field=field, fix=fix)
-    for namespace, is_template in product(islice(index.namespaces(), _CANDIDATES_MAX), (False, True)):
-        if pods := index.selected(namespace, selector, templates=is_template):
-            reason += f"; {pods[0].metadata.name} in namespace {namespace!r} has these labels"
-            return ConfigError(reason, field=field, fix="put both into one namespace")
+    if elsewhere := next(_selected_elsewhere(index, selector), ""):
+        return ConfigError(f"{reason}; {elsewhere} has these labels", field=field, fix="put both into one namespace")
     held = list(islice(index.pods_in(name.namespace), _CANDIDATES_MAX))
     has_pods = any(manifest.kind == "Pod" for manifest, _ in held)
     fix = "add Pods with these labels, or correct the selector"
     for key, value in selector.items():
-        others = {label: text for label, text in selector.items() if label != key}.items()
-        near = [labels for _, pod in held if (labels := pod.metadata.labels or {}) and others <= labels.items()]
-        values = {labels[key] for labels in near if key in labels}
-        if not has_pods:  # a label that another Service selects is not a misspelt one of this Service's
-            values = {text for text in values if not index.is_selected(name.namespace, key, text)}
+        near = _near_labels(selector, key, held)
+        # A label that another Service selects is not a misspelt one of this Service's.
+        values = {text for labels in near if (text := labels.get(key)) is not None}
+        values -= set() if has_pods else {text for text in values if index.is_selected(name.namespace, key, text)}
         if similar := _similar_label(key, value, near, values, any_value=has_pods):
             return ConfigError(reason, field=api.below(field, key), fix=f"did you mean '{similar}'?")
         if values:
             fix = f"add Pods with these labels, or write '{key}: {min(values)}', as a template here has it"
     return (ConfigError if has_pods else Note)(reason, field=field, fix=fix)
+
+
+def _near_labels(
+    selector: Mapping[str, str], key: str, held: Iterable[tuple[Manifest, api.Pod]]
+) -> list[Mapping[str, str]]:
+    """Return the labels of those of *held* that *selector* matches without its *key*."""
+    others = selector.items() - {(key, selector[key])}
+    return [labels for _, pod in held if (labels := pod.metadata.labels or {}) and others <= labels.items()]
+
+
+def _selected_elsewhere(index: Index, selector: Mapping[str, str]) -> Iterator[str]:
+    """Yield a Pod or template that *selector* matches in each namespace with one."""
+    for namespace, is_template in product(islice(index.namespaces(), _CANDIDATES_MAX), (False, True)):
+        if pods := index.selected(namespace, selector, templates=is_template):
+            yield f"{pods[0].metadata.name} in namespace {namespace!r}"
 
 
 def _similar_label(
@@ -198,11 +211,19 @@ def _unlisted_port_errors(port: api.ServicePort, field: str, pods: Sequence[api.
 
 def orphan_error(index: Index, name: NamespacedName, piece: Manifest) -> ConfigError | None:
     """Return an error if *piece* belongs to the Service *name*, which does not exist; None if it needs no Service."""
-    is_slice = isinstance(piece.object, api.EndpointSlice)
-    field = api.below("metadata.labels", decode.SERVICE_NAME_LABEL) if is_slice else "metadata.name"
     if piece.object is not None and _LEADER in (piece.object.metadata.annotations or {}):
         return None  # a lock by which components elect a leader
+    is_slice = isinstance(piece.object, api.EndpointSlice)
+    field = api.below("metadata.labels", decode.SERVICE_NAME_LABEL) if is_slice else "metadata.name"
     reason = f"there is no Service {name} here"
+    is_empty = isinstance(piece.object, api.Endpoints) and not piece.object.subsets
+    if fix := next(_meant_services(index, name, is_empty=is_empty), ""):
+        return ConfigError(reason, field=field, fix=fix)
+    return None if is_empty else Note(reason, field=field, fix="write the name of its Service, or add the Service")
+
+
+def _meant_services(index: Index, name: NamespacedName, *, is_empty: bool) -> Iterator[str]:
+    """Yield which Service is probably meant by *name*, the likeliest first. *is_empty*: by Endpoints without any."""
 
     def waits(namespace: str, other: str) -> bool:
         """Return whether the Service *other* takes its endpoints from slices or Endpoints."""
@@ -211,19 +232,15 @@ def orphan_error(index: Index, name: NamespacedName, piece: Manifest) -> ConfigE
         return not (spec and (spec.selector or spec.type == "ExternalName"))
 
     if elsewhere := sorted(space for space in index.namespaces_of.get(name.name, ()) if waits(space, name.name)):
-        fix = f"write 'namespace: {elsewhere[0]}', where the Service {name.name} is"
-        return ConfigError(reason, field=field, fix=fix)
+        yield f"write 'namespace: {elsewhere[0]}', where the Service {name.name} is"
     names = index.names_in.get(name.namespace, set())
     if (match := _closest(name.name, names)) and waits(name.namespace, match):
-        return ConfigError(reason, field=field, fix=f"did you mean {match!r}?")
-    if isinstance(piece.object, api.Endpoints) and not piece.object.subsets:
-        return None
-    some = islice(names, _CANDIDATES_MAX)
+        yield f"did you mean {match!r}?"
+    some = islice(names, 0 if is_empty else _CANDIDATES_MAX)
     idle = (other for other in some if not index.pieces.get(NamespacedName(name.namespace, other)))
     waiting = list(islice((other for other in idle if waits(name.namespace, other)), 2))
     if len(waiting) == 1:
-        return ConfigError(reason, field=field, fix=f"did you mean {waiting[0]!r}, which has no endpoints?")
-    return Note(reason, field=field, fix="write the name of its Service, or add the Service")
+        yield f"did you mean {waiting[0]!r}, which has no endpoints?"
 
 
 def _pieces_errors(
@@ -231,42 +248,46 @@ def _pieces_errors(
 ) -> Errors:
     """Yield why *pieces* give some of *ports* no usable endpoint, and which of their ports the Service lacks."""
     refused = {at: port for at, (port, endpoints) in ports.items() if not usable_endpoints(endpoints)}
-    unmatched = [(piece, error) for piece in pieces for error in _unmatched_ports(manifest.name, service, piece)]
-    if unmatched:
-        for piece, error in unmatched:
-            yield piece, error if refused else Note(error.reason, field=error.field, fix=error.fix)
+    if unmatched := [(piece, error) for piece in pieces for error in _unmatched_ports(manifest.name, service, piece)]:
+        kind = ConfigError if refused else Note
+        yield from ((piece, kind(error.reason, field=error.field, fix=error.fix)) for piece, error in unmatched)
     elif len(refused) < len(ports):
-        for at, port in refused.items():
-            reason = "no EndpointSlice or Endpoints has a usable endpoint for it"
-            field = f"spec.ports[{at}].name" if port.name.port_name else f"spec.ports[{at}]"
-            error = ConfigError(
-                f"{reason}: clients of port {port.port} are refused",
-                field=field,
-                fix="add a port of this name and protocol there",
-            )
-            yield manifest, error
+        yield from ((manifest, _no_such_port(at, port)) for at, port in refused.items())
     else:
-        reasons = [(*_piece_error(piece, ports), piece) for piece in pieces]
-        _, why, piece = min(reasons, key=lambda reason: reason[0])
+        _, why, piece = min(((*_reason(piece, ports), piece) for piece in pieces), key=itemgetter(0))
         if why is not None:
             yield piece, why
+
+
+def _no_such_port(at: int, port: ServicePort) -> ConfigError:
+    reason = "no EndpointSlice or Endpoints has a usable endpoint for it"
+    return ConfigError(
+        f"{reason}: clients of port {port.port} are refused",
+        field=f"spec.ports[{at}].name" if port.name.port_name else f"spec.ports[{at}]",
+        fix="add a port of this name and protocol there",
+    )
 
 
 def _unmatched_ports(name: NamespacedName, service: api.Service, piece: Manifest) -> Iterator[ConfigError]:
     """Yield the ports of *piece* that no port of *service* has; they match by name and protocol."""
     wanted = {decode.port_key(port) for port in (service.spec.ports if service.spec else None) or ()}
-    names = ", ".join(sorted({name for name, _ in wanted} - {""}))
     for field, port in _ports_of(piece):
-        port_name, protocol = port.name or "", port.protocol or "TCP"
-        if (port_name, protocol) in wanted or protocol not in ("TCP", "UDP", "SCTP"):
-            continue
-        if protocols := sorted(other for its_name, other in wanted if its_name == port_name):
-            reason = f"the Service's port is {protocols[0]}, not {protocol}"
-            yield ConfigError(reason, field=f"{field}.protocol", fix=f"write {protocols[0]}")
-            continue
-        reason = f"Service {name} has no port {f'named {port_name!r}' if port_name else 'without a name'}"
-        fix = f"name it as the Service does: {names}" if names else "leave the name out, as the Service does"
-        yield ConfigError(reason, field=f"{field}.name", fix=fix)
+        key = port.name or "", port.protocol or "TCP"
+        if key not in wanted and key[1] in ("TCP", "UDP", "SCTP"):
+            yield _unmatched_port(name, wanted, field, key)
+
+
+def _unmatched_port(
+    name: NamespacedName, wanted: Collection[decode.PortKey], field: str, key: decode.PortKey
+) -> ConfigError:
+    port_name, protocol = key
+    if protocols := sorted(other for its_name, other in wanted if its_name == port_name):
+        reason = f"the Service's port is {protocols[0]}, not {protocol}"
+        return ConfigError(reason, field=f"{field}.protocol", fix=f"write {protocols[0]}")
+    names = ", ".join(sorted({its_name for its_name, _ in wanted} - {""}))
+    reason = f"Service {name} has no port {f'named {port_name!r}' if port_name else 'without a name'}"
+    fix = f"name it as the Service does: {names}" if names else "leave the name out, as the Service does"
+    return ConfigError(reason, field=f"{field}.name", fix=fix)
 
 
 def _ports_of(piece: Manifest) -> Iterator[tuple[str, api.objects.EndpointPort]]:
@@ -281,51 +302,41 @@ def _ports_of(piece: Manifest) -> Iterator[tuple[str, api.objects.EndpointPort]]
 _Reason = tuple[int, ConfigError | None]
 
 
-def _piece_error(piece: Manifest, ports: PortEndpoints) -> _Reason:
+def _reason(piece: Manifest, ports: PortEndpoints) -> _Reason:
     """Return why *piece* has no usable endpoint for any of *ports*."""
-    if isinstance(piece.object, api.EndpointSlice):
-        field, (addresses, obstacle) = "endpoints", _slice_content(piece.object)
-    else:
-        assert isinstance(piece.object, api.Endpoints)
-        field, (addresses, obstacle) = "subsets", _endpoints_content(piece.object)
+    given = piece.object
+    is_slice = isinstance(given, api.EndpointSlice)
+    field, obstacle = "endpoints" if is_slice else "subsets", _obstacle(given)
+    addresses = [ip for _, ip in address_fields(given)]
     if not addresses and (obstacle is None or obstacle[0] == _NO_PORTS):
         reason = f"{REFUSED}: it has no addresses"
         return 4, Note(reason, field=field, fix="add some, or leave it so if that is meant")
     if obstacle is not None:
         return obstacle
     if any(endpoints for _, endpoints in ports.values()):
-        reason = f"{REFUSED}: no endpoint is ready"
-        return 2, ConfigError(reason, field=field, fix="see why, or make one ready")
-    families = {"IPv6" if ":" in ip else "IPv4" for ip in addresses}
+        return 2, ConfigError(f"{REFUSED}: no endpoint is ready", field=field, fix="see why, or make one ready")
+    families = {f"IPv{family_of(ip)}" for ip in addresses}
     if any(map(decode.is_ip, addresses)) and not families & _families(ports):
-        return 3, _other_family(ports, "addressType" if field == "endpoints" else field)
+        return 3, _other_family(ports, "addressType" if is_slice else field)
     return 5, None  # what is wrong with the addresses is named where they stand
 
 
-def _slice_content(piece: api.EndpointSlice) -> tuple[list[str], _Reason | None]:
-    """Return the addresses of *piece*, and why no proxy can use them."""
-    addresses = [ip for endpoint in piece.endpoints or () for ip in endpoint.addresses or ()]
-    if piece.address_type == "FQDN":
-        fix = "write IPv4 or IPv6; a proxy reads no others"
-        return addresses, (3, ConfigError(f"{REFUSED}: 'FQDN' cannot be proxied", field="addressType", fix=fix))
-    if any(port.port for port in piece.ports or ()):
-        return addresses, None
-    reason = f"{REFUSED}: the slice has no ports"
-    return addresses, (_NO_PORTS, ConfigError(reason, field="ports", fix="add 'ports', as the Service's"))
-
-
-def _endpoints_content(given: api.Endpoints) -> tuple[list[str], _Reason | None]:
-    """Return the addresses of *given*, and why no proxy can use them."""
-    subsets = given.subsets or ()
-    addresses = [each.ip for s in subsets for each in (*(s.addresses or ()), *(s.not_ready_addresses or ()))]
-    without = [at for at, subset in enumerate(subsets) if not subset.ports]
-    if not without:
-        return addresses, None
-    if len(without) < len(subsets):
-        reason = f"{REFUSED}: addresses and ports stand in two subsets; a '-' begins a new one"
-        return addresses, (0, ConfigError(reason, field="subsets", fix="join them: remove the '-' before 'ports'"))
-    reason = f"{REFUSED}: the subset has no ports"
-    return addresses, (_NO_PORTS, ConfigError(reason, field=f"subsets[{without[0]}]", fix="add 'ports' to it"))
+def _obstacle(given: object) -> _Reason | None:
+    """Return why no proxy can use the addresses of *given*, a slice or Endpoints, or None."""
+    match given:
+        case api.EndpointSlice(address_type="FQDN"):
+            fix = "write IPv4 or IPv6; a proxy reads no others"
+            return 3, ConfigError(f"{REFUSED}: 'FQDN' cannot be proxied", field="addressType", fix=fix)
+        case api.EndpointSlice() if not any(port.port for port in given.ports or ()):
+            fix = "add 'ports', as the Service's"
+            return _NO_PORTS, ConfigError(f"{REFUSED}: the slice has no ports", field="ports", fix=fix)
+        case api.Endpoints() if without := [at for at, subset in enumerate(given.subsets or ()) if not subset.ports]:
+            if len(without) < len(given.subsets or ()):
+                reason = f"{REFUSED}: addresses and ports stand in two subsets; a '-' begins a new one"
+                return 0, ConfigError(reason, field="subsets", fix="join them: remove the '-' before 'ports'")
+            reason = f"{REFUSED}: the subset has no ports"
+            return _NO_PORTS, ConfigError(reason, field=f"subsets[{without[0]}]", fix="add 'ports' to it")
+    return None
 
 
 def _closest(word: str, names: Collection[str], cutoff: float = 0.6) -> str:

@@ -27,16 +27,10 @@ _ERRORS_MAX = 50
 
 def object_errors(manifest: Manifest, options: LintOptions) -> Iterator[tuple[ConfigError, bool]]:
     """Yield (error, whether `run` reports it, too) for *manifest*, at most one error for each field."""
-    if manifest.kind not in api.KINDS or (manifest.object is None and not manifest.errors):
-        version = str((manifest.plain or {}).get("apiVersion"))
-        if "." not in version or version.startswith("discovery.k8s.io/"):
-            yield from ((error, False) for error in kind_errors(manifest.kind))
-        return
-    shape = list(islice(field_errors(manifest.kind, manifest.plain or {}), _ERRORS_MAX + 1))
+    is_read = manifest.kind in api.KINDS and (manifest.object is not None or manifest.errors)
     named: set[str] = set()
-    for error, is_reported in _all_errors(manifest, shape, options):
-        key = error.field.rpartition(".")[2]
-        if error.field in named or (error not in shape and any(is_similar(unknown, key) for unknown in shape)):
+    for error, is_reported in _all_errors(manifest, options) if is_read else _kind_errors(manifest):
+        if error.field in named:
             continue
         if len(named) == _ERRORS_MAX:
             yield ConfigError(f"more than {_ERRORS_MAX} fields are wrong", fix="mend those that are named"), False
@@ -45,10 +39,29 @@ def object_errors(manifest: Manifest, options: LintOptions) -> Iterator[tuple[Co
         yield error, is_reported
 
 
-def _all_errors(
+def _kind_errors(manifest: Manifest) -> Iterator[tuple[ConfigError, bool]]:
+    version = str((manifest.plain or {}).get("apiVersion"))
+    if "." not in version or version.startswith("discovery.k8s.io/"):
+        yield from ((error, False) for error in kind_errors(manifest.kind))
+
+
+def _all_errors(manifest: Manifest, options: LintOptions) -> Iterator[tuple[ConfigError, bool]]:
+    """Yield the errors in the names of fields, then those in types, values and their relations.
+
+    Skip those of a field whose misspelt name is an error already.
+    """
+    shape = list(islice(field_errors(manifest.kind, manifest.plain or {}), _ERRORS_MAX + 1))
+    yield from ((error, False) for error in shape)
+    for error, is_reported in _value_errors(manifest, shape, options):
+        key = error.field.rpartition(".")[2]
+        if not any(is_similar(unknown, key) for unknown in shape):
+            yield error, is_reported
+
+
+def _value_errors(
     manifest: Manifest, shape: Sequence[ConfigError], options: LintOptions
 ) -> Iterator[tuple[ConfigError, bool]]:
-    """Yield *shape*, the errors in the names of fields, then those in types, values and their relations."""
+    """Yield the errors in types, values and their relations; *shape* are those in the names of fields."""
     kind, plain = manifest.kind, manifest.plain or {}
     unknown: dict[str, list[ConfigError]] = defaultdict(list)
     for error in shape:
@@ -56,7 +69,6 @@ def _all_errors(
     mistyped = [error for error in manifest.errors if not _follows(error, unknown[error.field])]
     by_value = list(value_errors(kind, plain))
     refused = list(_decode_errors(manifest, is_misshapen=bool(shape or mistyped)))
-    yield from ((error, False) for error in shape)
     yield from ((error, True) for error in (*mistyped, *refused))
     yield from ((error, False) for error in by_value)
     # A value that is wrong by itself contradicts others for that reason alone.
@@ -91,18 +103,13 @@ def _own_errors(manifest: Manifest, options: LintOptions) -> Iterator[ConfigErro
             for key, value in (service.metadata.annotations or {}).items():
                 yield from _annotation_errors(key, value, options)
         case api.EndpointSlice() as piece:
-            yield from _slice_errors(piece, options.cluster_ips)
+            if piece.address_type in ("IPv4", "IPv6"):
+                yield from _addresses_errors(piece, options.cluster_ips)
+            yield from _slice_errors(piece)
         case api.Endpoints() as endpoints:
-            for index, subset in enumerate(endpoints.subsets or ()):
-                both = (("addresses", subset.addresses), ("notReadyAddresses", subset.not_ready_addresses))
-                for field, ip in (
-                    (f"subsets[{index}].{part}[{at}].ip", address.ip)
-                    for part, addresses in both
-                    for at, address in enumerate(addresses or ())
-                ):
-                    yield from _backend_errors(ip, field, options.cluster_ips)
+            yield from _addresses_errors(endpoints, options.cluster_ips)
         case api.Pod() as pod:
-            for field, ip in pod_ip_fields(pod):
+            for field, ip in address_fields(pod):
                 yield from decode.backend_ip_errors(ip, field)
 
 
@@ -131,9 +138,7 @@ def _annotation_errors(key: str, value: str, options: LintOptions) -> Iterator[C
         yield ConfigError(f"there is no annotation {key!r}", field=field, fix=fix)
 
 
-def _slice_errors(piece: api.EndpointSlice, cluster_ips: Sequence[Network]) -> Iterator[ConfigError]:
-    if piece.address_type in ("IPv4", "IPv6"):
-        yield from _slice_address_errors(piece, cluster_ips)
+def _slice_errors(piece: api.EndpointSlice) -> Iterator[ConfigError]:
     if piece.address_type == "FQDN":
         fix = "write IPv4 or IPv6; a proxy reads no others"
         yield Note("'FQDN' cannot be proxied, the slice is skipped", field="addressType", fix=fix)
@@ -145,14 +150,14 @@ def _slice_errors(piece: api.EndpointSlice, cluster_ips: Sequence[Network]) -> I
         yield ConfigError(reason, field=field, fix=f"add '{decode.SERVICE_NAME_LABEL}: NAME'")
 
 
-def _slice_address_errors(piece: api.EndpointSlice, cluster_ips: Sequence[Network]) -> Iterator[ConfigError]:
-    for index, endpoint in enumerate(piece.endpoints or ()):
-        for at, ip in enumerate(endpoint.addresses or ()):
-            field = f"endpoints[{index}].addresses[{at}]"
-            yield from _backend_errors(ip, field, cluster_ips)
-            if at == 1:
-                fix = "write an endpoint for each address"
-                yield Note("of an endpoint's addresses a proxy uses only the first", field=field, fix=fix)
+def _addresses_errors(
+    piece: api.EndpointSlice | api.Endpoints, cluster_ips: Sequence[Network]
+) -> Iterator[ConfigError]:
+    for field, ip in address_fields(piece):
+        yield from _backend_errors(ip, field, cluster_ips)
+        if field.endswith(".addresses[1]"):
+            fix = "write an endpoint for each address"
+            yield Note("of an endpoint's addresses a proxy uses only the first", field=field, fix=fix)
 
 
 def _backend_errors(ip: str, field: str, cluster_ips: Sequence[Network]) -> Iterator[ConfigError]:
@@ -169,11 +174,24 @@ def _backend_errors(ip: str, field: str, cluster_ips: Sequence[Network]) -> Iter
         yield ConfigError(reason, field=field, fix="write the addresses of Pods or hosts")
 
 
-def pod_ip_fields(pod: api.Pod) -> list[tuple[str, str]]:
-    status = pod.status
-    if status is None:
-        return []
-    single = [("status.podIP", status.pod_ip)] if status.pod_ip else []
-    return single + [
-        (f"status.podIPs[{index}].ip", item.ip) for index, item in enumerate(status.pod_ips or ()) if item.ip
-    ]
+def address_fields(given: object) -> Iterator[tuple[str, str]]:
+    """Yield (field, IP as written) for each address of *given*, a Pod, a slice or Endpoints."""
+    match given:
+        case api.Pod(status=api.objects.PodStatus() as status):
+            fields = [("status.podIP", status.pod_ip)]
+            fields += ((f"status.podIPs[{index}].ip", item.ip) for index, item in enumerate(status.pod_ips or ()))
+            yield from ((field, ip) for field, ip in fields if ip)
+        case api.EndpointSlice(endpoints=endpoints):
+            for index, endpoint in enumerate(endpoints or ()):
+                yield from (
+                    (f"endpoints[{index}].addresses[{at}]", ip) for at, ip in enumerate(endpoint.addresses or ())
+                )
+        case api.Endpoints(subsets=subsets):
+            for index, subset in enumerate(subsets or ()):
+                for part, addresses in (
+                    ("addresses", subset.addresses),
+                    ("notReadyAddresses", subset.not_ready_addresses),
+                ):
+                    yield from (
+                        (f"subsets[{index}].{part}[{at}].ip", each.ip) for at, each in enumerate(addresses or ())
+                    )
