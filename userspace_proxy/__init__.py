@@ -17,12 +17,8 @@ def absolute_entries(path: str) -> str:
 
 
 def _leave_current_folder_out() -> None:
-    if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:  # `python -m userspace_proxy`, which is being looked for
-        del sys.path[0]
     given = "" if sys.flags.ignore_environment else os.environ.get("PYTHONPATH", "")
-    for entry in given.split(os.pathsep) if given else ():
-        if not os.path.isabs(entry) and (found := os.path.abspath(entry)) in sys.path:
-            sys.path.remove(found)
+    _drop_relative_modules(given)
     home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     not_installed = "" if home in sys.path else home
     if modules := os.pathsep.join(filter(None, [absolute_entries(given), not_installed])):
@@ -31,6 +27,15 @@ def _leave_current_folder_out() -> None:
         os.environ.pop("PYTHONPATH", None)
     # Without PATH the system's folders are searched; with an empty one the current folder.
     os.environ["PATH"] = absolute_entries(os.environ.get("PATH", "")) or os.defpath
+
+
+def _drop_relative_modules(pythonpath: str) -> None:
+    """Drop the current folder and the relative entries of *pythonpath* from where modules are looked for."""
+    if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:  # `python -m userspace_proxy`, which is being looked for
+        del sys.path[0]
+    for entry in pythonpath.split(os.pathsep) if pythonpath else ():
+        if not os.path.isabs(entry) and (found := os.path.abspath(entry)) in sys.path:
+            sys.path.remove(found)
 
 
 _leave_current_folder_out()

@@ -168,18 +168,21 @@ class LineWriter:
                     poll.register(descriptor, select.POLLOUT)
                     poll.poll()
         except OSError as error:
-            left = len(data)
-            for line in reversed(lines):
-                if left <= 0:
-                    break
-                self._is_torn = left < len(line)
-                self._not_written += 1
-                left -= len(line)
+            self._count_unwritten(lines, len(data))
             self._has_failed = True
             self._note_drop(error.strerror or str(error))
         else:
             self._has_failed = False
             self._note_written()
+
+    def _count_unwritten(self, lines: Sequence[bytes], left: int) -> None:
+        """Count those of *lines* that are in the last *left* bytes, which were not written."""
+        for line in reversed(lines):
+            if left <= 0:
+                break
+            self._is_torn = left < len(line)
+            self._not_written += 1
+            left -= len(line)
 
 
 class _TextToWriter(io.RawIOBase):

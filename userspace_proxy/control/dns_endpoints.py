@@ -24,6 +24,7 @@ from userspace_proxy.dns.upstream import SERVERS_MAX, exchange, read_servers
 from userspace_proxy.interfaces import Source
 from userspace_proxy.model.names import NamespacedName
 from userspace_proxy.model.watch_stats import WatchStats
+from userspace_proxy.sources.merged import merged
 
 _EVERY_S = 1.0
 _TIMEOUT_S = 1.0  # of all servers together
@@ -55,6 +56,7 @@ class DnsEndpoints:
         self._slices: dict[NamespacedName, api.EndpointSlice] = {}  # as the tracker has them
         self._problems: dict[str, str] = {}
         self._is_synced = False
+        self._has_names = asyncio.Event()
 
     @property
     def problems(self) -> Mapping[str, str]:
@@ -65,27 +67,19 @@ class DnsEndpoints:
         return self._source.watches
 
     async def events(self) -> AsyncGenerator[Sequence[ObjectEvent]]:
-        changes = self._source.events()
-        following = asyncio.ensure_future(anext(changes))
-        resolving: asyncio.Task[None] | None = None
         self._is_synced = False
-        try:
-            while True:
-                if self._is_synced and (self._services or self._answers) and resolving is None:
-                    resolving = asyncio.create_task(self._resolve(after_s=_EVERY_S), name="resolve endpoints")
-                await asyncio.wait(filter(None, (following, resolving)), return_when=asyncio.FIRST_COMPLETED)
-                batch: Sequence[ObjectEvent] = ()
-                if following.done():
-                    batch = following.result()
-                    following = asyncio.ensure_future(anext(changes))
-                if resolving is not None and resolving.done():
-                    resolving = resolving.result()
+        self._has_names.clear()
+        following = {"follow the source": self._source.events(), "resolve endpoints": self._resolutions()}
+        async with merged(following) as next_batch:
+            while (batch := await next_batch(None)) is not None:
                 if events := await self._with_slices(batch):
                     yield events
-        finally:
-            for task in filter(None, tasks := (following, resolving)):
-                task.cancel()
-            await asyncio.gather(*filter(None, tasks), return_exceptions=True)
+
+    async def _resolutions(self) -> AsyncGenerator[Sequence[ObjectEvent]]:
+        """Resolve the names once a second while there are any; yield an empty batch after each time."""
+        while await self._has_names.wait():
+            await self._resolve(after_s=_EVERY_S)
+            yield ()
 
     async def _with_slices(self, batch: Sequence[ObjectEvent]) -> list[ObjectEvent]:
         """Return the events of *batch* with those of slices from DNS; wait for the first answers before SYNCED."""
@@ -94,6 +88,10 @@ class DnsEndpoints:
         if synced and not self._is_synced:
             await self._resolve()
             self._is_synced = True
+        if self._is_synced and (self._services or self._answers):
+            self._has_names.set()
+        else:
+            self._has_names.clear()
         others = [event for event in batch if event.type is not EventType.SYNCED]
         return [*others, *self._slice_events(), *synced]
 

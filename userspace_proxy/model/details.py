@@ -5,7 +5,10 @@ Times are wall-clock seconds.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
+from functools import reduce
+from itertools import chain
 from typing import NamedTuple
 
 from userspace_proxy.model.endpoint import Address
@@ -90,30 +93,25 @@ class Details:
 
 def merge(reports: list[Details]) -> Details:
     """Merge the answers of several workers."""
-    by_name: dict[ServicePortName, list[ServicePortDetails]] = {}
-    for details in reports:
-        for of_one in details.service_ports:
-            by_name.setdefault(of_one.name, []).append(of_one)
-    connections = sorted((c for details in reports for c in details.connections), key=lambda each: -each.age_s)
+    by_name: dict[ServicePortName, list[ServicePortDetails]] = defaultdict(list)
+    for of_one in chain.from_iterable(details.service_ports for details in reports):
+        by_name[of_one.name].append(of_one)
+    connections = sorted(chain.from_iterable(details.connections for details in reports), key=lambda each: -each.age_s)
     hidden = sum(details.hidden_connections for details in reports)
     return Details(tuple(map(_merge_service_ports, by_name.values())), tuple(connections), hidden)
 
 
 def _merge_service_ports(parts: list[ServicePortDetails]) -> ServicePortDetails:
-    endpoints: dict[Address, EndpointDetails] = {}
-    choices: dict[ListenerName, dict[tuple[Address, str], float]] = {}
-    for part in parts:
-        for endpoint in part.endpoints:
-            earlier = endpoints.get(endpoint.address)
-            endpoints[endpoint.address] = endpoint if earlier is None else _merge_endpoints(earlier, endpoint)
-        for listener, of_listener in part.choices:
-            shares = choices.setdefault(listener, {})
-            for choice in of_listener:
-                key = choice.address, choice.why
-                shares[key] = shares.get(key, 0.0) + choice.probability / len(parts)
+    endpoints: dict[Address, list[EndpointDetails]] = defaultdict(list)
+    for endpoint in chain.from_iterable(part.endpoints for part in parts):
+        endpoints[endpoint.address].append(endpoint)
+    choices: dict[ListenerName, dict[tuple[Address, str], float]] = defaultdict(lambda: defaultdict(float))
+    for listener, of_listener in chain.from_iterable(part.choices for part in parts):
+        for choice in of_listener:
+            choices[listener][choice.address, choice.why] += choice.probability / len(parts)
     return ServicePortDetails(
         parts[0].name,
-        tuple(endpoints.values()),
+        tuple(reduce(_merge_endpoints, same) for same in endpoints.values()),
         tuple(
             (listener, tuple(NextChoice(address, share, why) for (address, why), share in shares.items()))
             for listener, shares in choices.items()

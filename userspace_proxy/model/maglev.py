@@ -9,6 +9,7 @@ import functools
 import hashlib
 import struct
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 from userspace_proxy.model.endpoint import Address
 
@@ -25,15 +26,16 @@ def slot_table(endpoints: Sequence[Address], slots: int, weights: Mapping[str, i
     orders = [_order(endpoint, slots) for endpoint in endpoints]
     table: list[Address | None] = [None] * slots
     left = slots
-    while True:
-        for index, (endpoint, (at, step)) in enumerate(zip(endpoints, orders, strict=True)):
-            while table[at] is not None:
-                at = (at + step) % slots
-            table[at] = endpoint
-            left -= 1
-            if not left:
-                return table  # type: ignore[return-value]  # every slot is taken
-            orders[index] = (at, step)
+    for index in cycle(range(len(endpoints))):
+        at, step = orders[index]
+        while table[at] is not None:
+            at = (at + step) % slots
+        table[at] = endpoints[index]
+        orders[index] = (at, step)
+        left -= 1
+        if not left:
+            break
+    return table  # type: ignore[return-value]  # every slot is taken
 
 
 def _by_weight(endpoints: Sequence[Address], slots: int, weights: Mapping[str, int]) -> list[Address]:

@@ -57,17 +57,21 @@ def routes(service_port: ServicePort, family: Family, reach: Reach, *, detects_p
     """
     for_anybody: dict[Portal, ListenerName | Refusal] = {}
     for portal, sender, listener in _targets(service_port, family, detects_pods=detects_pods):
-        to: ListenerName | Refusal = listener
-        if not (reach.cluster if listener.scope is Scope.CLUSTER else reach.local):
-            if reach.has_any:
-                to = Refusal.DROP
-            elif not service_port.connections.wait_s:
-                to = Refusal.REJECT
+        to = _destination(service_port, listener, reach)
         if sender is Sender.ANYBODY:
             for_anybody[portal] = to
         elif for_anybody[portal] == to:
             continue
         yield Route(portal, sender, to)
+
+
+def _destination(service_port: ServicePort, listener: ListenerName, reach: Reach) -> ListenerName | Refusal:
+    """Return *listener*, or how its clients are refused because it has no endpoints."""
+    if reach.cluster if listener.scope is Scope.CLUSTER else reach.local:
+        return listener
+    if reach.has_any:
+        return Refusal.DROP
+    return listener if service_port.connections.wait_s else Refusal.REJECT
 
 
 def listeners(service_port: ServicePort, *, detects_pods: bool) -> tuple[ListenerName, ...]:
@@ -82,18 +86,15 @@ def _targets(
     """Yield the listener for each portal and sender, before endpoints are considered."""
     replaced = ListenerName(service_port.name)
     kept = replaced._replace(transparent=service_port.source_ip is SourceIP.TRANSPARENT)
-    internal = Scope.LOCAL if service_port.internal_local else Scope.CLUSTER
-    for portal in (each for each in internal_portals(service_port) if each.family == family):
-        yield portal, Sender.ANYBODY, (replaced if detects_pods else kept)._replace(scope=internal)
-        if detects_pods:
-            yield portal, Sender.POD, kept._replace(scope=internal)
-        else:
-            yield portal, Sender.NODE, replaced._replace(scope=internal)
-    for portal in (each for each in external_portals(service_port) if each.family == family):
-        if service_port.external_local:
-            yield portal, Sender.ANYBODY, kept._replace(scope=Scope.LOCAL)
-            if detects_pods:
-                yield portal, Sender.POD, kept
-            yield portal, Sender.NODE, replaced
-        else:
-            yield portal, Sender.ANYBODY, replaced
+    scope = Scope.LOCAL if service_port.internal_local else Scope.CLUSTER
+    replaced_inside, kept_inside = replaced._replace(scope=scope), kept._replace(scope=scope)
+    internal = [(Sender.ANYBODY, kept_inside), (Sender.NODE, replaced_inside)]
+    if detects_pods:
+        internal = [(Sender.ANYBODY, replaced_inside), (Sender.POD, kept_inside)]
+    external = [(Sender.ANYBODY, replaced)]
+    if service_port.external_local:
+        pods = [(Sender.POD, kept)] if detects_pods else []
+        external = [(Sender.ANYBODY, kept._replace(scope=Scope.LOCAL)), *pods, (Sender.NODE, replaced)]
+    for portals, targets in ((internal_portals, internal), (external_portals, external)):
+        for portal in (each for each in portals(service_port) if each.family == family):
+            yield from ((portal, sender, listener) for sender, listener in targets)

@@ -22,6 +22,7 @@ from userspace_proxy.api.events import EventType, ObjectEvent
 from userspace_proxy.interfaces import Source
 from userspace_proxy.model.names import NamespacedName
 from userspace_proxy.model.watch_stats import WatchStats
+from userspace_proxy.sources.merged import merged
 from userspace_proxy.sources.paths import replace_file
 
 _VERSION = 1
@@ -35,7 +36,6 @@ _DIGEST_BYTES = 32
 
 T = TypeVar("T", api.Service, api.EndpointSlice, api.Node)
 ObjectKey = tuple[str, NamespacedName]
-_Batches = asyncio.Queue[Sequence[ObjectEvent] | Exception]
 
 log = logging.getLogger(__name__)
 
@@ -99,35 +99,23 @@ class CachedSource:
         return f"the API server has not answered since the start; the state of {age} ago is served"
 
     async def events(self) -> AsyncGenerator[Sequence[ObjectEvent]]:
-        batches: _Batches = asyncio.Queue()
         self._is_complete = False
-        tasks = [
-            asyncio.create_task(self._follow(batches), name="follow the API"),
-            asyncio.create_task(self._keep(), name="keep the state"),
-        ]
+        keeping = asyncio.create_task(self._keep(), name="keep the state")
         began_at, has_looked = time.time(), False
         try:
-            while True:
-                batch = await _next(batches, None if has_looked or self._is_complete else _LOOK_S)
-                if batch is not None:
-                    events = self._note(batch)
-                elif has_looked := self._is_silent(began_at):
-                    events = await self._cached_events()
-                else:
-                    continue
-                if events:
-                    yield events
+            async with merged({"follow the API": self._source.events()}) as next_batch:
+                while True:
+                    batch = await next_batch(None if has_looked or self._is_complete else _LOOK_S)
+                    events: Sequence[ObjectEvent] = ()
+                    if batch is not None:
+                        events = self._note(batch)
+                    elif has_looked := self._is_silent(began_at):
+                        events = await self._cached_events()
+                    if events:
+                        yield events
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _follow(self, batches: _Batches) -> None:
-        try:
-            async for batch in self._source.events():
-                batches.put_nowait(batch)
-        except Exception as bug:  # noqa: BLE001 - `events` raises it
-            batches.put_nowait(bug)
+            keeping.cancel()
+            await asyncio.gather(keeping, return_exceptions=True)
 
     def _is_silent(self, began_at: float) -> bool:
         """Return whether nothing was heard for a while, or every watch has failed."""
@@ -259,15 +247,3 @@ class CachedSource:
         prefix = self._settings.annotation_prefix
         kept = {name: text for name, text in item.metadata.annotations.items() if name.startswith(prefix)}
         return msgspec.structs.replace(item, metadata=msgspec.structs.replace(item.metadata, annotations=kept))
-
-
-async def _next(batches: _Batches, timeout_s: float | None) -> Sequence[ObjectEvent] | None:
-    """Return the next of *batches*, or None after *timeout_s*; raise the exception that ended the source."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            batch = await batches.get()
-    except TimeoutError:
-        return None
-    if isinstance(batch, Exception):
-        raise batch
-    return batch

@@ -17,6 +17,7 @@ from userspace_proxy import api
 from userspace_proxy.api.events import EventType, ObjectEvent
 from userspace_proxy.model.names import NamespacedName
 from userspace_proxy.model.watch_stats import WatchStats
+from userspace_proxy.sources.merged import merged
 from userspace_proxy.sources.reflector import Change, Pace, Reflector
 from userspace_proxy.sources.transport import Transport
 
@@ -28,7 +29,7 @@ _NODE_PATIENCE_S = 30.0
 _OPTIONAL = "ServiceCIDR"
 
 Reflectors = Mapping[str, Reflector[Any]]
-_Batches = asyncio.Queue[tuple[str, list[Change[Any]] | Exception]]
+_Batch = tuple[str, list[Change[Any]]]
 
 
 def reflectors(
@@ -124,37 +125,27 @@ class KubernetesSource:
         return found
 
     async def events(self) -> AsyncGenerator[Sequence[ObjectEvent]]:
-        batches: _Batches = asyncio.Queue()
-        tasks = [
-            asyncio.create_task(self._follow(kind, reflector, batches), name=f"follow {kind}")
-            for kind, reflector in self._reflectors.items()
-        ]
-        patience = asyncio.get_running_loop().call_later(self._node_patience_s, batches.put_nowait, ("Node", []))
+        following = {f"follow {kind}": self._changes(kind) for kind in self._reflectors}
         unlisted = set(self._reflectors) - {_OPTIONAL}
-        try:
-            while True:
-                kind, changes = await batches.get()
-                if isinstance(changes, Exception):
-                    raise changes
+        async with merged({**following, "wait for the Node": self._patience()}) as next_batch:
+            while batch := await next_batch(None):
+                kind, changes = batch
                 if changes:
                     yield [self._event(kind, change) for change in changes]
                 if kind in unlisted:
                     unlisted.remove(kind)
                     if not unlisted:
                         yield [ObjectEvent(EventType.SYNCED)]
-        finally:
-            patience.cancel()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _follow(self, kind: str, reflector: Reflector[Any], batches: _Batches) -> None:
-        try:
-            async with contextlib.aclosing(reflector.changes()) as changes:
-                async for batch in changes:
-                    batches.put_nowait((kind, batch))
-        except Exception as bug:  # noqa: BLE001 - `events` raises it
-            batches.put_nowait((kind, bug))
+    async def _changes(self, kind: str) -> AsyncGenerator[_Batch]:
+        async with contextlib.aclosing(self._reflectors[kind].changes()) as changes:
+            async for batch in changes:
+                yield kind, batch
+
+    async def _patience(self) -> AsyncGenerator[_Batch]:
+        """Yield the Node as listed, though it is not, after a while."""
+        await asyncio.sleep(self._node_patience_s)
+        yield "Node", []
 
     def _event(self, kind: str, change: Change[Any]) -> ObjectEvent:
         given = change.object
