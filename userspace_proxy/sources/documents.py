@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -364,17 +364,22 @@ def duplicates(manifests: Iterable[Manifest], *, may_be_alternatives: bool = Fal
         if first is not manifest:
             files = first.place.document.path, manifest.place.document.path
             pairs.setdefault(files, []).append((first, manifest))
+    return [
+        problem
+        for (first_path, path), found in pairs.items()
+        for problem in _duplicates_of(found, is_note=may_be_alternatives and path != first_path)
+    ]
+
+
+def _duplicates_of(pairs: Sequence[tuple[Manifest, Manifest]], *, is_note: bool) -> Iterator[Problem]:
+    """Yield a problem for each of *pairs*, which are of the same two files, or of one."""
     lines = Lines()
-    problems = []
-    for (first_path, path), found in pairs.items():
-        is_note = may_be_alternatives and path != first_path
-        kind, note = (Note, "'run' serves the first; ") if is_note else (ConfigError, "")
-        for first, second in found[:_DUPLICATES_MAX]:
-            where = f"{first_path}:{lines.line_of(first.place, 'metadata.name')}"
-            error = kind(f"{second} is already at {where}", field="metadata.name", fix=f"{note}remove one of them")
-            line = lines.line_of(second.place, "metadata.name")
-            problems.append(Problem(path, line, error, str(second), hides=False))
-        if (more := len(found) - _DUPLICATES_MAX) > 0:
-            error = kind(f"{more} more objects are already in {first_path}", fix=f"{note}remove one")
-            problems.append(Problem(path, None, error, hides=False))
-    return problems
+    kind, note = (Note, "'run' serves the first; ") if is_note else (ConfigError, "")
+    first_path, path = (manifest.place.document.path for manifest in pairs[0])
+    for first, second in pairs[:_DUPLICATES_MAX]:
+        where = f"{first_path}:{lines.line_of(first.place, 'metadata.name')}"
+        error = kind(f"{second} is already at {where}", field="metadata.name", fix=f"{note}remove one of them")
+        yield Problem(path, lines.line_of(second.place, "metadata.name"), error, str(second), hides=False)
+    if (more := len(pairs) - _DUPLICATES_MAX) > 0:
+        error = kind(f"{more} more objects are already in {first_path}", fix=f"{note}remove one")
+        yield Problem(path, None, error, hides=False)

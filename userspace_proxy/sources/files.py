@@ -444,20 +444,23 @@ class FileSource:
         """Log new and solved problems; keep the current ones for health and metrics."""
         latest = {problem.where: problem for problem in problems}
         now = {where: str(problem) for where, problem in latest.items()}
-        news = [where for where, message in now.items() if self._problems.get(where) != message]
-        for where in news[:_LOGGED_MAX]:
-            kept = "; the last good version, if there was one, goes on serving" if latest[where].hides else ""
-            if isinstance(latest[where].error, Note):
-                log.info("%s", now[where])
-            else:
-                log.error("%s%s", now[where], kept)
-        if (more := len(news) - _LOGGED_MAX) > 0:
-            log.error("%d more problems; 'check' shows all", more)
+        _log_new([problem for where, problem in latest.items() if self._problems.get(where) != now[where]])
         for where in list(self._problems.keys() - now.keys())[:_LOGGED_MAX]:
             path = where.rpartition(":")[0] if where not in self._files else where
             log.info("%s: %s", where, "well again" if path in self._files else "no longer there")
         self._problems = now
         self._notes = {where for where, problem in latest.items() if isinstance(problem.error, Note)}
+
+
+def _log_new(problems: Sequence[Problem]) -> None:
+    for problem in problems[:_LOGGED_MAX]:
+        if isinstance(problem.error, Note):
+            log.info("%s", problem)
+        else:
+            kept = "; the last good version, if there was one, goes on serving" if problem.hides else ""
+            log.error("%s%s", problem, kept)
+    if (more := len(problems) - _LOGGED_MAX) > 0:
+        log.error("%d more problems; 'check' shows all", more)
 
 
 def _common_start(left: str, right: str) -> int:

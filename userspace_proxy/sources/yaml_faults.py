@@ -185,8 +185,10 @@ def _repeated_keys_of(node: YamlNode, field: str) -> Iterator[tuple[int, ConfigE
     for key, value in node.pairs or ():
         first = firsts.setdefault(key.text, key)
         if first is not key and not key.is_merge:
-            above = key.line - first.line
-            reason = f"{key.text!r} stands twice, {above} {'line' if above == 1 else 'lines'} apart"
-            fix = "join the two" if value.text is None else "remove one of them"
-            error = ConfigError(f"{reason}, and only this one counts", field=api.below(field, key.text), fix=fix)
-            yield key.line, error
+            yield key.line, _repeated_key(api.below(field, key.text), key, key.line - first.line, value)
+
+
+def _repeated_key(field: str, key: YamlNode, lines: int, value: YamlNode) -> ConfigError:
+    reason = f"{key.text!r} stands twice, {lines} {'line' if lines == 1 else 'lines'} apart"
+    fix = "join the two" if value.text is None else "remove one of them"
+    return ConfigError(f"{reason}, and only this one counts", field=field, fix=fix)
