@@ -23,6 +23,7 @@ from userspace_proxy.dataplane.listener import BaseListener
 from userspace_proxy.dataplane.memory import OVERTAKEN_MAX, Memory
 from userspace_proxy.dataplane.picker import Pick
 from userspace_proxy.dataplane.poller import FAILED, WRITE
+from userspace_proxy.dataplane.transparent import Transparent
 from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.listeners import ListenerSpec
 from userspace_proxy.model.service import ServicePort
@@ -115,6 +116,9 @@ class FakeSocket:
     def getsockname(self) -> Address:
         return "10.0.0.254", 1
 
+    def setsockopt(self, *_: int) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")  # as without CAP_NET_ADMIN
+
     def close(self) -> None: ...
 
 
@@ -134,12 +138,17 @@ class World:
         self.picker = self.listener.picker
         self.picker.set_endpoints(self.endpoints)
 
-    def attempt(self) -> Attempt:
+    def use_clients_addresses(self) -> None:
+        """Let dials leave from the client's address, which the kernel refuses."""
+        tables: Any = SimpleNamespace(is_local=lambda _: False)
+        self.listener.transparent = Transparent(tables, self.listener.counters)
+
+    def attempt(self, client_ip: str = CLIENT) -> Attempt:
         """Dial until an endpoint is connected, or all have failed."""
         attempt = Attempt(self.network.now_s)
         ejected = set(self.memory.ejected)
         before = len(self.network.dialled)
-        Dial(CLIENT, self.listener, attempt).start()
+        Dial(client_ip, self.listener, attempt).start()
         self.network.run(lambda: attempt.over)
         if attempt.sock is not None:
             self.network.close(attempt.sock)
@@ -160,12 +169,14 @@ class Attempt:
     sock: Any = None
     trials: int = 0
     dialled: list[Address] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
 
     def on_connected(self, backend: Any, pick: Pick, events: int) -> None:
         self.over, self.pick, self.sock = True, pick, backend
 
     def on_failed(self, reason: str) -> None:
         self.over = True
+        self.failures.append(reason)
 
 
 @pytest.fixture(autouse=True)
@@ -310,3 +321,26 @@ def test_thousands_of_endpoints_that_refuse_cost_each_a_dial_and_each_client_no_
 
         assert attempt.pick is None
         assert len(attempt.dialled) <= len(there.memory.ejected) - ejected + DIALS_MAX
+
+
+_REFUSED_ADDRESS = "the client's address cannot be used: Operation not permitted"
+
+
+def test_a_client_whose_address_cannot_be_used_fails_once_and_no_endpoint_is_dialled() -> None:
+    there = world(NEAR, NEAR, NEAR)
+    there.use_clients_addresses()
+
+    attempt = there.attempt()
+
+    assert (attempt.failures, attempt.dialled) == ([_REFUSED_ADDRESS], [])
+    assert there.listener.counters.sources_refused == 1
+
+
+def test_a_clients_address_that_cannot_be_used_beside_an_open_dial_ends_that_dial_too() -> None:
+    there = world(SILENT, NEAR)
+    there.use_clients_addresses()
+    hairpin = there.endpoints[0]  # is dialled from this node's address
+
+    attempt = there.attempt(client_ip=hairpin.ip)
+
+    assert (attempt.failures, attempt.dialled) == ([_REFUSED_ADDRESS], [hairpin.address])
