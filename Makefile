@@ -33,9 +33,9 @@ test-ipvs: ## ipvs mode in a virtual machine with IPVS: 6 minutes if it has to b
 	@tools/setup $(VENV)
 	@VM_TIMEOUT_S=1200 tools/vm $(VENV) env TESTS_PATIENCE=6 $(BIN)/python -m pytest -m ipvs --timeout 600 $(IPVS_TESTS)
 
-soak: ## the tests that take minutes
+soak: ## the tests that take minutes, and 400 mutants of the data plane: two hours
 	@tools/setup $(VENV) nft iptables ip conntrack nginx haproxy wrk iperf3 openssl
-	@timeout 3600 $(BIN)/python -m pytest -m soak
+	@timeout 14400 $(BIN)/python -m pytest -m soak
 
 test-report: ## the report of `compare` and the drawings of `trace` in chromium: phone and desktop, light and dark
 	@tools/setup $(VENV) nft ip chromium

@@ -8,6 +8,9 @@
 4. Endpoints without faults get their share, and a pinned client keeps its endpoint.
 5. An ejected endpoint is left alone until its ejection ends, if another one answers.
 6. Everything ends, and no descriptor, port, counter or waiting connection is left.
+
+In some histories a second data plane takes over in the middle, as a new worker does. All of this holds for both
+together: clients notice nothing, pins and ejections stay, and no local port is used by both.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, field, replace
+from typing import Any
 
 from tests.simulation.datagrams import record_of, reply_addresses
 from tests.simulation.ends import Backend, Client, Plan
@@ -27,11 +31,13 @@ from tests.simulation.install import use
 from tests.simulation.kernel import Address, Datagram, Kernel, Listener, Network, Stream
 from tests.simulation.loop import SimulatedLoop
 from userspace_proxy.dataplane.connections import Limits
+from userspace_proxy.dataplane.context import Shared
 from userspace_proxy.dataplane.dial import RACE_S
 from userspace_proxy.dataplane.lifetimes import IDLE_S, JITTER, PERIOD_S
 from userspace_proxy.dataplane.memory import EJECT_MAX_S, EJECT_S
 from userspace_proxy.dataplane.plane import LocalPlane
 from userspace_proxy.model.access_record import UNANSWERED, AccessRecord
+from userspace_proxy.model.counters import Counters
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.listeners import Backends, ListenerSpec
 from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, ServicePortName
@@ -49,6 +55,9 @@ _CERTAIN_STATES = ("answer", "refuse", "unreachable")
 _CONNECTIONS = 20, 24
 _ARRIVALS_S = 6.0
 _ENDS_WITHIN_S = 90.0
+# How long the predecessor and its successor both accept.
+_BOTH_ACCEPT_S = 0.002
+_CONNTRACK_S = 30.0
 # Within which a client gets an endpoint, or a refusal, once there is one to dial, in histories with a policy.
 _DIALLING_MAX_S = 1.0
 # A packet that has arrived has been noticed by then.
@@ -114,6 +123,7 @@ class World(Network):
         self.backends: dict[int, Backend] = {}
         self.udp_clients: dict[Address, UdpClient] = {}
         self.forwarded: set[tuple[int, int]] = set()
+        self.udp_used: dict[Address, dict[int, float]] = {}  # by endpoint and local port: when it was used last
         self.short_until = 0.0
         self.lacks: set[int] = set()
 
@@ -191,6 +201,7 @@ class World(Network):
             self.history.broken.append(f"a datagram was forwarded twice: {number}, {sequence}")
         self.forwarded.add((number, sequence))
         self.history.note("datagram", address, port, number, sequence)
+        self.udp_used.setdefault(address, {})[port] = kernel.now
         if site.state in ("refuse", "unreachable"):
             kernel.call_later(2 * kernel.latency_s, lambda: sock.fail(errno.ECONNREFUSED))
         elif site.state != "vanish":
@@ -198,6 +209,10 @@ class World(Network):
                 late_s = kernel.random.choice((0.0, 0.0, 0.3, 2.0, 4.5)) + 2 * kernel.latency_s
                 answer = data[:8] + bytes((copy,)) + data[8:]
                 kernel.call_later(late_s, lambda answer=answer: self._answer(port, address, answer))  # type: ignore[misc]
+
+    def udp_ports(self) -> dict[Address, set[int]]:
+        since = self.kernel.now - _CONNTRACK_S
+        return {address: {p for p, at in used.items() if at > since} for address, used in self.udp_used.items()}
 
     def _answer(self, port: int, address: Address, answer: bytes) -> None:
         for sock in list(self.kernel.descriptors.values()):
@@ -248,6 +263,10 @@ class History:
                 self._set_state(site)
             self.world.sites[site.address] = site
         self.usable: list[Address] = list(self.world.sites)
+        self.predecessors: list[tuple[LocalPlane, dict[ServicePortName, Shared]]] = []
+        self.hands_over = self.kind in ("calm", "slow", "faults") and draw.random() < 0.3
+        self.handed_over_at = float("inf")
+        self._tasks: list[asyncio.Future[None]] = []
         self.policy = ConnectionPolicy()
         if self.kind in ("policy", "removals"):
             self.policy = ConnectionPolicy(
@@ -322,8 +341,11 @@ class History:
 
     @property
     def _ejects(self) -> bool:
-        """Whether the ejections of this history follow from refused dials alone."""
-        return self.kind == "faults" and self._has_steady and self.states is _CERTAIN_STATES
+        """Whether the ejections of this history follow from refused dials alone.
+
+        The successor does not learn the results of dials that were under way at a hand-over.
+        """
+        return not self.predecessors and self.kind == "faults" and self._has_steady and self.states is _CERTAIN_STATES
 
     def note_failure(self, site: Site) -> None:
         self.faults["refuse"] += 1
@@ -377,7 +399,7 @@ class History:
 
     async def _play(self) -> None:
         kernel = self.kernel
-        self.plane = plane = LocalPlane(_LIMITS, self._record, lambda: kernel.now, self.engine)
+        self.plane = self._new_plane()
         listener, proxy_port = Listener(kernel), Datagram(kernel)
         self._serve(ServicePort(TCP, PORTAL[1], (PORTAL[0],), connections=self.policy), 10_001, listener)
         self._serve(ServicePort(UDP, 53, (UDP_PORTAL_IP,)), 10_002, proxy_port)
@@ -388,10 +410,37 @@ class History:
         while kernel.now < began_at + _ENDS_WITHIN_S and not self._is_over():
             await asyncio.sleep(1)
         check(not self.broken, "", *self.broken)
-        check(self._is_over(), "connections or flows have not ended", [str(c) for c in plane._context.connections])
+        left = [str(c) for plane in self._planes for c in plane._context.connections]
+        check(self._is_over(), "connections or flows have not ended", left)
+        await asyncio.gather(*self._tasks)
         await self._check_counters()
         await asyncio.sleep(0.5)  # the last packets arrive
-        await plane.close(0)
+        await self.plane.close(0)
+
+    def _new_plane(self) -> LocalPlane:
+        return LocalPlane(_LIMITS, self._record, lambda: self.kernel.now, self.engine)
+
+    @property
+    def _planes(self) -> list[LocalPlane]:
+        return [*(plane for plane, _ in self.predecessors), self.plane]
+
+    async def _hand_over(self) -> None:
+        """Let a new data plane take over the listeners, in the order of `handover.py`."""
+        before, after = self.plane, self._new_plane()
+        for listener, backends in before.held():
+            sock: Any = listener.sock
+            memory = before.memory_of(listener.name.service_port)
+            after.serve(listener.spec, type(sock)(self.kernel, sock), backends, memory, waits=True)
+            check(after.memory_of(listener.name.service_port) == memory, "pins or ejections are lost", memory)
+        self.faults["hand-over"] += 1
+        self.note("hand-over")
+        self.handed_over_at = self.kernel.now
+        self.predecessors.append((before, dict(before._shared)))
+        self.plane = after
+        await asyncio.sleep(_BOTH_ACCEPT_S)
+        before.stop_accepting()
+        after.begin()
+        await before.close(_ENDS_WITHIN_S, successors=1)
 
     def _serve(self, service_port: ServicePort, port: int, sock: Listener | Datagram) -> None:
         spec = ListenerSpec(replace(service_port, balance=self.balance, affinity_timeout_s=self.affinity_s), port)
@@ -424,9 +473,14 @@ class History:
         if self.kind in ("removals", "policy"):
             for _ in range(draw.randint(1, 4)):
                 kernel.call_later(draw.uniform(0, _ARRIVALS_S), self._change_endpoints)
+        if self.hands_over:
+            kernel.call_later(draw.uniform(0.1, _ARRIVALS_S), lambda: self._tasks.append(self._begin_handover()))
         if self.kind == "shortage":
             for _ in range(draw.randint(1, 3)):
                 kernel.call_later(draw.uniform(0, _ARRIVALS_S), self._begin_shortage)
+
+    def _begin_handover(self) -> asyncio.Future[None]:
+        return asyncio.ensure_future(self._hand_over())
 
     def _fail_accept(self, listener: Listener) -> None:
         listener.errors.append(errno.ECONNABORTED)
@@ -464,8 +518,7 @@ class History:
     def _send(self, proxy_port: Datagram, client: UdpClient) -> None:
         content = client.number.to_bytes(4, "big") + client.sent.to_bytes(4, "big") + bytes(self.random.randint(0, 99))
         client.sent += 1
-        proxy_port.records.append((record_of(client.address, UDP_PORTAL_IP), content))
-        proxy_port.wake(1)
+        proxy_port.ask(record_of(client.address, UDP_PORTAL_IP), content)
 
     def _record(self, record: AccessRecord) -> None:
         self.note(record)
@@ -477,6 +530,8 @@ class History:
         self.records[record.client] = record
 
     def _is_over(self) -> bool:
+        if not all(task.done() for task in self._tasks):
+            return False
         flows = self.plane._shared[UDP].counters.flows
         return not len(self.plane._context.connections) and not flows
 
@@ -484,7 +539,7 @@ class History:
 
     async def _check_counters(self) -> None:
         stats = await self.plane.stats(endpoints_max=100)
-        tcp, udp = stats.services[TCP], stats.services[UDP]
+        tcp, udp = (self._counters_of(name, stats.services[name]) for name in (TCP, UDP))
         for counters in (tcp, udp):
             check(min(astuple(counters)) >= 0, "a counter is negative", counters)
             check(counters.open == counters.flows == counters.waiting == 0, "counters have not returned", counters)
@@ -492,13 +547,15 @@ class History:
             for address, of_one in of_endpoints.items():
                 check(min(astuple(of_one)) >= 0, "an endpoint's counter is negative", address, of_one)
                 check(of_one.open == of_one.dialling == 0, "an endpoint's counters have not returned", address, of_one)
-        connections = self.plane._context.connections
-        check(connections._races == 0, "races are left", connections._races)
-        check(not any(map(len, (d._until for d in self.plane._context.deadlines))), "deadlines are left")
-        check(len(self.plane._datagrams) == 0, "UDP flows are left")
-        for destination in self.plane._datagrams._destinations.values():
-            used = sum(ports.used for ports in destination.ports.values())
-            check(used == 0 and not destination.clients, "UDP ports are left", used)
+        for plane in self._planes:
+            connections = plane._context.connections
+            check(not len(connections), "connections are left", len(connections))
+            check(connections._races == 0, "races are left", connections._races)
+            check(not any(map(len, (d._until for d in plane._context.deadlines))), "deadlines are left")
+            check(len(plane._datagrams) == 0, "UDP flows are left")
+            for destination in plane._datagrams._destinations.values():
+                used = sum(ports.used for ports in destination.ports.values())
+                check(used == 0 and not destination.clients, "UDP ports are left", used)
         sent = sum(client.sent for client in self.world.udp_clients.values())
         forwarded = len(self.world.forwarded)
         check(forwarded + udp.datagrams_dropped == sent, "datagrams are lost", forwarded, udp.datagrams_dropped, sent)
@@ -512,6 +569,11 @@ class History:
         check(tcp.bytes_to_backends == to_backends, "bytes are miscounted", tcp.bytes_to_backends, to_backends)
         self.tcp, self.of_endpoints = tcp, stats.endpoints
 
+    def _counters_of(self, name: ServicePortName, last: Counters) -> Counters:
+        """Return the counters of both data planes together."""
+        every = [shared[name].count() for _, shared in self.predecessors] + [last]
+        return Counters(*map(sum, zip(*map(astuple, every), strict=True)))
+
     def _check_connections(self) -> None:
         replied_by: dict[int, list[Backend]] = {}
         for backend in self.world.backends.values():
@@ -524,9 +586,10 @@ class History:
             asked = replied_by.get(client.number, [])
             check(len(asked) <= 1, "a request reached two endpoints", client.number)
             its = asked[0] if asked else None
-            if its is None and len(client.received) >= 4:
-                its = self.world.backends.get(int.from_bytes(client.received[:4], "big"))
-                check(its is not None and its.client is None, "a reply reaches another client", client.number)
+            if its is None and client.received:
+                unasked = (b for b in self.world.backends.values() if b.client is None)
+                its = next((b for b in unasked if b.data.startswith(client.received)), None)
+                check(its is not None, "a reply reaches another client", client.number)
             self._check_connection(client, its)
         check(self.dials <= self.dials_justified, "too many dials", self.dials, self.dials_justified)
 
@@ -608,9 +671,16 @@ class History:
                 check(max(opened) - min(opened) <= 1, "shares are not fair", opened)
 
     def _endpoints_by_client(self) -> dict[str, set[Address]]:
+        """Return the endpoints that each client was led to, without clients that came while two data planes accepted.
+
+        A pin that the predecessor sets after it has sent its pins is not known to the successor.
+        """
         found: dict[str, set[Address]] = {}
+        between = {
+            c.address[0] for c in self.world.clients if 0 <= c.began_at - self.handed_over_at <= 2 * _BOTH_ACCEPT_S
+        }
         for record in self.records.values():
-            if record.endpoint is not None:
+            if record.endpoint is not None and record.client[0] not in between:
                 found.setdefault(record.client[0], set()).add(record.endpoint.address)
         return found
 

@@ -49,7 +49,7 @@ class SimulatedPipe:
 
 
 class SimulatedTables:
-    """Stands in for `KernelTables`: no NAT entry, no flow of a predecessor, no local address."""
+    """Stands in for `KernelTables`: no NAT entry, no local address, and the UDP flows of the model's conntrack."""
 
     def is_local(self, ip: str) -> bool:
         return False
@@ -58,7 +58,7 @@ class SimulatedTables:
         return reached
 
     def udp_flows(self) -> dict[tuple[str, Address], set[int]]:
-        return {}
+        return {("", address): ports for address, ports in Current.kernel.network.udp_ports().items()}
 
     def close(self) -> None:
         pass

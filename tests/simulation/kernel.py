@@ -133,6 +133,10 @@ class Network:
         """Carry a datagram from a proxy port to its client. Return False if the kernel refuses it."""
         return True
 
+    def udp_ports(self) -> dict[Address, set[int]]:
+        """Return the local ports of the UDP flows that conntrack knows, by endpoint."""
+        return {}
+
 
 class Epoll:
     """An epoll. ``ready`` holds the descriptors that may have events, in the order of their wake-ups."""
@@ -239,24 +243,30 @@ class Pollable:
 
 
 class Listener(Pollable):
-    """The listening socket of a proxy port, with its accept queue."""
+    """The listening socket of a proxy port, with its accept queue. *origin*: another descriptor of the same socket."""
 
     family = socket.AF_INET
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: Kernel, origin: Listener | None = None) -> None:
         super().__init__(kernel, local=True)
-        self.queue: deque[tuple[Stream, Address]] = deque()
-        self.errors: deque[int] = deque()
+        self.queue: deque[tuple[Stream, Address]] = deque() if origin is None else origin.queue
+        self.errors: deque[int] = deque() if origin is None else origin.errors
+        self.holders: list[Listener] = [] if origin is None else origin.holders
+        self.holders.append(self)
 
     def poll(self) -> int:
         return IN if self.queue or self.errors else 0
 
+    def wake(self, events: int) -> None:
+        for holder in self.holders:
+            Pollable.wake(holder, events)
+
     def arrive(self, sock: Stream, client: Address) -> None:
-        if self.closed:
-            sock.abort()
-        else:
+        if self.holders:
             self.queue.append((sock, client))
             self.wake(IN)
+        else:
+            sock.abort()
 
     def _accept(self) -> tuple[int, Address]:
         if self.closed:
@@ -273,7 +283,8 @@ class Listener(Pollable):
 
     def close(self) -> None:
         if self._leave_table():
-            for sock, _ in self.queue:
+            self.holders.remove(self)
+            for sock, _ in () if self.holders else self.queue:
                 sock.abort()
 
 
@@ -606,14 +617,20 @@ class Stream(Pollable):
 
 
 class Datagram(Pollable):
-    """A UDP socket of the proxy: of a proxy port, or connected to an endpoint."""
+    """A UDP socket of the proxy: of a proxy port, or connected to an endpoint.
+
+    *origin*: another descriptor of the same proxy port.
+    """
 
     family = socket.AF_INET
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: Kernel, origin: Datagram | None = None) -> None:
         super().__init__(kernel, local=True)
         self.incoming: deque[bytes] = deque()
-        self.records: deque[tuple[bytes, bytes]] = deque()  # of a proxy port: record and content
+        # Of a proxy port: record and content of what clients have sent, and all descriptors of the socket.
+        self.records: deque[tuple[bytes, bytes]] = deque() if origin is None else origin.records
+        self.holders: list[Datagram] = [] if origin is None else origin.holders
+        self.holders.append(self)
         self.error = 0
         self.port = 0
         self.address: Address | None = None
@@ -658,10 +675,17 @@ class Datagram(Pollable):
             self.incoming.append(datagram)
             self.wake(IN)
 
+    def ask(self, record: bytes, content: bytes) -> None:
+        """A datagram from a client arrives at the proxy port."""
+        self.records.append((record, content))
+        for holder in self.holders:
+            holder.wake(IN)
+
     def fail(self, code: int) -> None:
         if not self.closed:
             self.error = code
             self.wake(IN | ERR)
 
     def close(self) -> None:
-        self._leave_table()
+        if self._leave_table():
+            self.holders.remove(self)
