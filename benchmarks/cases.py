@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks.loads import UDP, UDP_ONCE, Bulk, Datagrams, Idle
+from benchmarks.planes import HAPROXY_LIKE, NGINX_LIKE
 from userspace_proxy.compare.cases import Case, measured, requests
 from userspace_proxy.compare.loads import LoadResult, Wrk
-from userspace_proxy.compare.meters import pss_kib
-from userspace_proxy.compare.modes import HAPROXY, NGINX, ComparedMode
+from userspace_proxy.compare.meters import machine_cpu_s, process_cpu_s, pss_kib
+from userspace_proxy.compare.modes import ComparedMode
 from userspace_proxy.compare.nodes import ModeNode
+from userspace_proxy.lab import ip
 
 Figures = dict[str, float]
+PROXY, CLIENT, SERVERS = "proxy", "client", "pod"
 _IDLE_CONNECTIONS = 5_000
 _WARM_UP_CONNECTIONS = 200
 _BULK_WARM_UP_S = 0.1
@@ -26,10 +30,28 @@ class BenchCase(Case):
 
     unit_size: float = 1.0
     udp: bool = False
-    reference: str = HAPROXY
+    reference: str = HAPROXY_LIKE
+
+    def measure(self, node: ModeNode, seconds: float) -> Figures:
+        """Run the load; add to its figures the shares of the machine's CPU time that each party used."""
+        servers = [int(pid) for pid in ip("netns", "pids", SERVERS).split()]
+        meters: dict[str, Callable[[], float]] = {
+            PROXY: lambda: process_cpu_s(node.pids),
+            CLIENT: _own_cpu_s,
+            SERVERS: lambda: process_cpu_s(servers),
+        }
+        before, machine_before = {name: read() for name, read in meters.items()}, machine_cpu_s()
+        figures = self.run(node, seconds)
+        machine = machine_cpu_s() - machine_before
+        return figures | {f"{name}_share": (read() - before[name]) / machine for name, read in meters.items()}
 
     def can_run(self, plane: ComparedMode) -> bool:
         return plane.udp or not self.udp
+
+
+def _own_cpu_s() -> float:
+    """Return the CPU time of this process, which is the client or the parent of its tools."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def _bulk(flows: int) -> Callable[[ModeNode, float], Figures]:
@@ -71,9 +93,9 @@ CASES: tuple[BenchCase, ...] = (
     BenchCase("bulk-1", "bulk, 1 flow", "GB", _bulk(1), unit_size=1e9),
     BenchCase("bulk-8", "bulk, 8 flows", "GB", _bulk(8), unit_size=1e9),
     BenchCase("small-beside-bulk", "small requests beside 2 bulk flows", "requests", _small_beside_bulk),
-    BenchCase("udp-32", "UDP, 32 flows", "datagrams", _datagrams(UDP, once=False), udp=True, reference=NGINX),
+    BenchCase("udp-32", "UDP, 32 flows", "datagrams", _datagrams(UDP, once=False), udp=True, reference=NGINX_LIKE),
     BenchCase("udp-new", "UDP, a new flow per datagram", "flows", _datagrams(UDP_ONCE, once=True), udp=True,
-              reference=NGINX),
+              reference=NGINX_LIKE),
 )  # fmt: skip
 
 

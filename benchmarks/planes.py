@@ -14,6 +14,9 @@ from userspace_proxy.compare.results import DIRECT
 ENGINES: tuple[tuple[str, tuple[str, ...]], ...] = (("auto", ()), ("copy", ("--splice", "copy")))
 
 HAPROXY_TUNED = "haproxy-tuned"
+_BEHIND = "-behind-redirect"
+# Capturing a Service's traffic is part of a proxy's job: these are what ours is judged by.
+HAPROXY_LIKE, HAPROXY_TUNED_LIKE, NGINX_LIKE = (f"{name}{_BEHIND}" for name in (HAPROXY, HAPROXY_TUNED, NGINX))
 _PEERS = Path(__file__).parent / "peers"
 _MODES = {mode.name: mode for mode in MODES}
 
@@ -34,6 +37,17 @@ def _haproxy_tuned(node: ModeNode) -> None:
     node.front_ip = node.node_ip
 
 
+def _behind_redirect(plane: ComparedMode) -> ComparedMode:
+    """Return *plane* as a Service's proxy: clients dial a cluster IP, which a rule redirects to it."""
+
+    def start(node: ModeNode) -> None:
+        plane.start(node)
+        node.host.run("nft", "-f", str(node.fill_in(_PEERS / "redirect.rules")))
+        node.front_ip = node.service_ip()
+
+    return replace(plane, name=f"{plane.name}{_BEHIND}", title=f"{plane.title}, redirected", start=start)
+
+
 def start_engine(node: ModeNode, arguments: tuple[str, ...]) -> None:
     """Start our proxy on *node* with the *arguments* of an engine."""
     start_ours(node, _PEERS / "userspace_proxy.yaml", "--rules", "nftables", "--capture", "redirect", *arguments)
@@ -50,12 +64,16 @@ def _ours(engine: str, arguments: tuple[str, ...]) -> ComparedMode:
     return ComparedMode(f"ours-{engine}", f"ours, {engine}", "proxy", start, _note_no_change, ours=True)
 
 
+_PROXIES = (
+    _MODES[HAPROXY],
+    ComparedMode(HAPROXY_TUNED, "HAProxy tuned", "proxy", _haproxy_tuned, _note_no_change, udp=False),
+    _MODES[NGINX],
+)
 PLANES: tuple[ComparedMode, ...] = (
     replace(_MODES[DIRECT], title="direct"),
     ComparedMode("iptables-dnat", "iptables DNAT", "kernel", _iptables, _note_no_change),
     ComparedMode("nft-dnat", "nft DNAT", "kernel", _nft, _note_no_change),
-    _MODES[HAPROXY],
-    ComparedMode(HAPROXY_TUNED, "HAProxy tuned", "proxy", _haproxy_tuned, _note_no_change, udp=False),
-    _MODES[NGINX],
+    *_PROXIES,
+    *map(_behind_redirect, _PROXIES),
     *(_ours(engine, arguments) for engine, arguments in ENGINES),
 )

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.cases import CASES, BenchCase
-from benchmarks.planes import HAPROXY_TUNED, PLANES
-from userspace_proxy.compare.derived import calls_of
+from benchmarks.cases import CASES, CLIENT, PROXY, SERVERS, BenchCase
+from benchmarks.planes import HAPROXY_LIKE, HAPROXY_TUNED_LIKE, NGINX_LIKE, PLANES
+from userspace_proxy.compare.derived import calls_of, percent
 from userspace_proxy.compare.judge import figure, ratios
-from userspace_proxy.compare.modes import HAPROXY, NGINX
 from userspace_proxy.compare.results import Results
 from userspace_proxy.compare.tables import Cell, Sheet, calls_sheet, cells, print_sheet, stdout
 
@@ -38,22 +38,22 @@ class Goal:
     most: float | None = None
 
 
+# References: the peers behind the same redirect, as capture is part of a Service proxy's job.
 GOALS = (
-    Goal("keep-alive, 64 connections: requests", "keepalive-64", RATE, HAPROXY, least=0.95),
-    Goal("keep-alive, 64 connections: CPU per request", "keepalive-64", PROXY_CPU, HAPROXY, most=1.06),
-    Goal("keep-alive, 64 connections: p99", "keepalive-64", P99, HAPROXY, most=1.1),
-    Goal("new connections", "new-connection", RATE, HAPROXY, least=0.95),
-    Goal("CPU per new connection", "new-connection", PROXY_CPU, HAPROXY, most=1.08),
-    Goal("bulk, 1 flow", "bulk-1", RATE, HAPROXY, least=2.0),
-    Goal("bulk, 1 flow, HAProxy tuned", "bulk-1", RATE, HAPROXY_TUNED, least=1.0),
-    Goal("bulk, 8 flows", "bulk-8", RATE, HAPROXY, least=2.8),
-    Goal("bulk, 8 flows, HAProxy tuned", "bulk-8", RATE, HAPROXY_TUNED, least=1.4),
-    Goal("small requests beside 2 bulk flows", "small-beside-bulk", RATE, HAPROXY, least=8.0),
-    Goal("UDP, 32 flows, nginx stream", "udp-32", RATE, NGINX, least=1.2),
-    Goal("UDP, a new flow per datagram, nginx stream", "udp-new", RATE, NGINX, least=1.1),
+    Goal("keep-alive, 64 connections: requests", "keepalive-64", RATE, HAPROXY_LIKE, least=1.05),
+    Goal("keep-alive, 64 connections: CPU per request", "keepalive-64", PROXY_CPU, HAPROXY_LIKE, most=1.0),
+    Goal("keep-alive, 64 connections: p99", "keepalive-64", P99, HAPROXY_LIKE, most=0.9),
+    Goal("new connections", "new-connection", RATE, HAPROXY_LIKE, least=1.15),
+    Goal("CPU per new connection", "new-connection", PROXY_CPU, HAPROXY_LIKE, most=0.95),
+    Goal("bulk, 1 flow, HAProxy tuned", "bulk-1", RATE, HAPROXY_TUNED_LIKE, least=1.0),
+    Goal("bulk, 8 flows, HAProxy tuned", "bulk-8", RATE, HAPROXY_TUNED_LIKE, least=1.0),
+    Goal("small requests beside 2 bulk flows", "small-beside-bulk", RATE, HAPROXY_LIKE, least=8.0),
+    Goal("UDP, 32 flows, nginx stream", "udp-32", RATE, NGINX_LIKE, least=1.2),
+    Goal("CPU per new UDP flow, nginx stream", "udp-new", PROXY_CPU, NGINX_LIKE, most=0.9),
 )
 MOST_IDLE_KIB = 1.3
-MOST_LOADING_BY_HOG = 1.2
+MOST_CALLS_MORE_PER_CONNECTION = 1.0  # SO_OOBINLINE, which HAProxy does not set
+MOST_LOADING_BY_HOG = 1.1
 
 
 def sheets(results: Results) -> Iterator[Sheet]:
@@ -66,6 +66,7 @@ def sheets(results: Results) -> Iterator[Sheet]:
         _ratios(results, "CPU of the proxy (less is better)", proxies, PROXY_CPU, _cost_text),
         _ratios(results, "CPU of the whole machine (less is better)", planes, MACHINE_CPU, _cost_text),
         _ratios(results, "p99 latency (less is better)", planes, P99, lambda _, ms: f"{ms:.2f} ms"),
+        _shares(results),
         _idle(results, proxies),
         calls_sheet(results),
         _disturbed(results),
@@ -103,6 +104,19 @@ def _cost_text(case: BenchCase, seconds: float) -> str:
     return f"{seconds:.3f} s/{case.unit}" if case.unit_size > 1 else f"{seconds * 1e6:.1f} us"
 
 
+def _shares(results: Results) -> Sheet:
+    """Return who used the machine's CPU time. The rest is mostly the kernel's: packets outside of a system call."""
+    rows = []
+    for case in CASES:
+        for plane in PLANES:
+            if plane.ours or plane.name == case.reference:
+                found = [figure(results, case.name, plane.name, f"{who}_share") for who in (PROXY, CLIENT, SERVERS)]
+                shares = [each.median for each in found if each]
+                if len(shares) == len(found):
+                    rows.append(cells(case.title, plane.title, *map(percent, [*shares, 1 - sum(shares)])))
+    return Sheet("Who used the CPU", ["case", "plane", "proxy", "client", "servers", "rest"], rows, words=2)
+
+
 def _idle(results: Results, planes: Sequence[str]) -> Sheet:
     found = {
         title: figure(results, IDLE_MEMORY, plane, "kib") for plane, title in zip(planes, _titles(planes), strict=True)
@@ -130,12 +144,12 @@ def _goal_rows(results: Results) -> Iterator[list[Cell]]:
         yield from _goal_row(goal.title, found, goal.least, goal.most)
     idle = [list(results.figures(IDLE_MEMORY, plane, "kib").values()) for plane in _ours()]
     yield from _goal_row("user memory of an idle connection, KiB", idle, None, MOST_IDLE_KIB)
-    for what in ("request", "connection"):
-        peer = calls_of(results, f"calls-{what}", HAPROXY)
+    for what, more in (("request", 0.0), ("connection", MOST_CALLS_MORE_PER_CONNECTION)):
+        peer = calls_of(results, f"calls-{what}", HAPROXY_LIKE)
         own = [calls_of(results, f"calls-{what}", plane) for plane in _ours()]
         if peer is not None:
             found = [[each.median] if each else [] for each in own]
-            yield from _goal_row(f"system calls per {what}, HAProxy's", found, None, round(peer.median, 2))
+            yield from _goal_row(f"system calls per {what}, HAProxy's", found, None, round(peer.median + more, 2))
     by_hog = [
         [
             loading / hog
@@ -161,10 +175,23 @@ def _goal_row(
 def _goal_cell(rounds: Sequence[float], least: float | None, most: float | None) -> Cell:
     if not rounds:
         return Cell(_NONE)
-    value = statistics.median(rounds)
-    is_reached = value >= least if least is not None else value <= (most or 0.0)
-    spread = f"{min(rounds):.2f} to {max(rounds):.2f}" if len(rounds) > 1 else ""
-    return Cell(f"{value:.2f} {'yes' if is_reached else 'no'}", spread)
+    value, goal = statistics.median(rounds), least if least is not None else (most or 0.0)
+    is_reached = value >= goal if least is not None else value <= goal
+    low, high = _interval(rounds)
+    verdict = "undecided" if low <= goal <= high and low < high else "yes" if is_reached else "no"
+    return Cell(f"{value:.2f} {verdict}", f"{low:.2f} to {high:.2f}" if len(rounds) > 1 else "")
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the interval that contains the true median with a chance of 95 % (of five values or fewer: less).
+
+    Its ends are values by rank: a value is below the median as often as a coin shows heads.
+    """
+    ordered, count = sorted(values), len(values)
+    left_out = -1
+    while 2 * sum(math.comb(count, heads) for heads in range(left_out + 2)) <= 0.05 * 2**count:
+        left_out += 1
+    return ordered[max(left_out, 0)], ordered[-1 - max(left_out, 0)]
 
 
 def print_tables(results: Results) -> None:
@@ -176,6 +203,9 @@ def print_tables(results: Results) -> None:
         for name, title in titles.items():
             if count := sum(results.figures(case.name, name, "failed").values()):
                 console.print(f"failed or lost: {count:.0f} at {case.name}, {title}")
+    for run in results.modes:
+        if run.reason:
+            console.print(f"{run.title} did not start: {run.reason}", markup=False)
     for note in results.notes:
         console.print(f"note: {note}", markup=False)
 

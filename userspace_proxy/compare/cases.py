@@ -23,6 +23,9 @@ class Case:
     unit: str
     run: Callable[[ModeNode, float], dict[str, float]]
 
+    def measure(self, node: ModeNode, seconds: float) -> dict[str, float]:
+        return self.run(node, seconds)
+
 
 def measured(node: ModeNode, unit_size: float, load: Callable[[], LoadResult]) -> tuple[LoadResult, dict[str, float]]:
     """Run *load*; return what was done, and the rate and the cost of one unit, by the names used in results.
@@ -61,7 +64,7 @@ def run_case(case: Case, node: ModeNode, seconds: float) -> dict[str, float]:
     node.forget_connections()
     gc.collect()
     time.sleep(_SETTLE_S)
-    return case.run(node, seconds)
+    return case.measure(node, seconds)
 
 
 KEEPALIVE_1, NEW_1, KEEPALIVE_64, NEW_64 = "keepalive-1", "new-1", "keepalive-64", "new-64"
