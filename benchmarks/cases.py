@@ -22,6 +22,7 @@ _IDLE_CONNECTIONS = 5_000
 _WARM_UP_CONNECTIONS = 200
 _BULK_WARM_UP_S = 0.1
 _BESIDE_CONNECTIONS = 8
+_NEW_FLOWS_A_SECOND = 900.0  # what 28,000 local ports allow towards one endpoint, as each rests for 30 s
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,11 @@ def _datagrams(port: int, *, once: bool) -> Callable[[ModeNode, float], Figures]
     return run
 
 
+def _new_flows(node: ModeNode, seconds: float) -> Figures:
+    with Datagrams(node, UDP_ONCE, 0, once=True) as datagrams:
+        return measured(node, 1, lambda: datagrams.open_flows(seconds, _NEW_FLOWS_A_SECOND))[1]
+
+
 CASES: tuple[BenchCase, ...] = (
     BenchCase("keepalive-64", "keep-alive, 64 connections", "requests", requests(64)),
     BenchCase("keepalive-1", "keep-alive, 1 connection", "requests", requests(1)),
@@ -96,6 +102,7 @@ CASES: tuple[BenchCase, ...] = (
     BenchCase("udp-32", "UDP, 32 flows", "datagrams", _datagrams(UDP, once=False), udp=True, reference=NGINX_LIKE),
     BenchCase("udp-new", "UDP, a new flow per datagram", "flows", _datagrams(UDP_ONCE, once=True), udp=True,
               reference=NGINX_LIKE),
+    BenchCase("udp-900", "UDP, 900 new flows a second", "flows", _new_flows, udp=True, reference=NGINX_LIKE),
 )  # fmt: skip
 
 

@@ -148,6 +148,23 @@ class Datagrams:
                 self._resend(now - _LOST_AFTER_S)
         return LoadResult(answered, time.monotonic() - started_at)
 
+    def open_flows(self, seconds: float, rate: float) -> LoadResult:
+        """Open *rate* flows of one datagram a second, and count answers, for *seconds*."""
+        answered, buffer, started_at = 0, bytearray(2048), time.monotonic()
+        due_at = started_at
+        with self._node.client.inside():
+            while (now := time.monotonic()) < started_at + seconds:
+                while due_at <= now:
+                    self._open()
+                    due_at += 1 / rate
+                for fd, _ in self._poll.poll(max(0.0, due_at - now)):
+                    sock = self._socks.pop(fd)
+                    del self._sent_at[sock]
+                    sock.recv_into(buffer)
+                    sock.close()
+                    answered += 1
+        return LoadResult(answered, time.monotonic() - started_at)
+
     def _resend(self, before: float) -> None:
         for sock, sent_at in list(self._sent_at.items()):
             if sent_at < before:
