@@ -48,8 +48,8 @@ class SimulatedPipe:
         self.ends = kernel.add(self), kernel.add(self)
 
 
-class SimulatedTables:
-    """Stands in for `KernelTables`: no NAT entry, no local address, and the UDP flows of the model's conntrack."""
+class EmptyTables:
+    """Stands in for `KernelTables`: no NAT entry, no local address, no flow."""
 
     def is_local(self, ip: str) -> bool:
         return False
@@ -58,10 +58,17 @@ class SimulatedTables:
         return reached
 
     def udp_flows(self) -> dict[tuple[str, Address], set[int]]:
-        return {("", address): ports for address, ports in Current.kernel.network.udp_ports().items()}
+        return {}
 
     def close(self) -> None:
         pass
+
+
+class SimulatedTables(EmptyTables):
+    """The same with the UDP flows of the model's conntrack."""
+
+    def udp_flows(self) -> dict[tuple[str, Address], set[int]]:
+        return {("", address): ports for address, ports in Current.kernel.network.udp_ports().items()}
 
 
 def _open(family: int, kind: int, protocol: int = 0, fd: int | None = None) -> Stream | Datagram:

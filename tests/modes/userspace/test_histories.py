@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.control.given import put
-from tests.simulation.install import SimulatedTables
+from tests.simulation.install import EmptyTables
 from userspace_proxy import api
 from userspace_proxy.api.events import EventType, ObjectEvent
 from userspace_proxy.control.allocations import Allocations
@@ -247,7 +247,7 @@ async def live_through(run: Run, history: list[Step]) -> None:
 def runner(request: pytest.FixtureRequest) -> Iterator[asyncio.Runner]:
     with asyncio.Runner(loop_factory=request.param) as runner, pytest.MonkeyPatch.context() as patch:
         patch.setattr(conntrack, "run_tool", _list_nothing)
-        patch.setattr(plane, "KernelTables", SimulatedTables)
+        patch.setattr(plane, "KernelTables", EmptyTables)
         yield runner
 
 
