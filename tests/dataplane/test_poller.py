@@ -181,6 +181,49 @@ async def test_bulk_that_begins_within_a_turn_of_other_bulk_takes_turns_with_it(
     assert not complaints
 
 
+@pytest.mark.parametrize(("messages_a_step", "expected"), [(0, "aaaabbbbaaaabbbb"), (1, "aabababababababb")])
+async def test_bulk_moves_in_a_row_but_takes_single_steps_while_messages_move(
+    poller: Poller, messages_a_step: int, expected: str
+) -> None:
+    order: list[str] = []
+
+    def bulk(name: str) -> Callable[[int], bool]:
+        def step(most_bytes: int) -> bool:
+            order.append(name)
+            poller.messages += messages_a_step
+            return order.count(name) < 8
+
+        return step
+
+    poller.in_bulk(bulk("a"))
+    poller.in_bulk(bulk("b"))
+    await until(lambda: len(order) == 16, "all steps are taken")
+
+    assert "".join(order) == expected
+
+
+async def test_a_client_that_comes_during_bulk_is_accepted_between_two_steps(poller: Poller) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as client:
+        order: list[str] = []
+
+        def step(most_bytes: int) -> bool:
+            order.append("step")
+            if len(order) == 1:
+                client.connect(listener.getsockname())
+            return len(order) < 4
+
+        def accept() -> None:
+            order.append("client")
+            listener.accept()[0].close()
+
+        poller.accept_from(listener, accept)
+        poller.in_bulk(step)
+        await until(lambda: "client" in order, "the client is accepted")
+
+        assert order.index("client") == 1
+        poller.leave(listener)
+
+
 async def test_while_accepting_is_paused_clients_wait_and_are_served_after_it(poller: Poller) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as client:
         listener.setblocking(False)
