@@ -213,18 +213,25 @@ def print_tables(results: Results) -> None:
 def markdown(results: Results) -> str:
     """Return every table as Markdown, after a line about the machine."""
     about = "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in results.machine.items())
-    parts = [f"{about}. {results.rounds} rounds of {results.load_s:g} s."]
+    parts = [textwrap.fill(f"{about}. {results.rounds} rounds of {results.load_s:g} s.", _LINE_MAX)]
     for sheet in sheets(results):
         parts.append(f"### {sheet.title}\n\n{_table(sheet)}")
     return "\n\n".join(parts)
 
 
 def _table(sheet: Sheet) -> str:
-    """Return *sheet* as a table, or as a list if a row of it would be too long for a line."""
+    """Return *sheet* as a table, as two of half the columns, or as a list: the first whose rows fit into a line."""
     rows = [[f"{cell.value} ({cell.spread})" if cell.spread else cell.value for cell in row] for row in sheet.rows]
     lines = [_line(sheet.head), _line(["---"] * len(sheet.head)), *map(_line, rows)]
     if max(map(len, lines)) <= _LINE_MAX:
         return "\n".join(lines)
+    middle = (len(sheet.head) + 3) // 2
+    halves = [
+        [_line([*row[:2], *row[part]]) for row in (sheet.head, ["---"] * len(sheet.head), *rows)]
+        for part in (slice(2, middle), slice(middle, None))
+    ]
+    if middle > 2 and max(map(len, halves[0] + halves[1])) <= _LINE_MAX:
+        return "\n\n".join("\n".join(half) for half in halves)
     items = (
         f"- {row[0]}: {', '.join(f'{head} {cell}' for head, cell in zip(sheet.head[1:], row[1:], strict=True))}"
         for row in rows
