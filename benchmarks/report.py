@@ -105,7 +105,7 @@ def _cost_text(case: BenchCase, seconds: float) -> str:
 
 
 def _shares(results: Results) -> Sheet:
-    """Return who used the machine's CPU time. The rest is mostly the kernel's: packets outside of a system call."""
+    """Return each party's share of the machine's CPU time. The rest is the kernel's work on packets in softirqs."""
     rows = []
     for case in CASES:
         for plane in PLANES:
@@ -114,7 +114,7 @@ def _shares(results: Results) -> Sheet:
                 shares = [each.median for each in found if each]
                 if len(shares) == len(found):
                     rows.append(cells(case.title, plane.title, *map(percent, [*shares, 1 - sum(shares)])))
-    return Sheet("Who used the CPU", ["case", "plane", "proxy", "client", "servers", "rest"], rows, words=2)
+    return Sheet("Shares of the CPU time", ["case", "plane", "proxy", "client", "servers", "rest"], rows, words=2)
 
 
 def _idle(results: Results, planes: Sequence[str]) -> Sheet:
