@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from userspace_proxy.compare.meters import children, pss_kib
+from userspace_proxy.compare.meters import children, process_cpu_s, pss_kib
 from userspace_proxy.lab import (
     Lab,
     ServiceLab,
@@ -29,6 +29,8 @@ from userspace_proxy.lab import (
 )
 
 _CHANGES = 9
+# Idle CPU is measured for _IDLE_S, from _SETTLE_S after the first answer on.
+_SETTLE_S, _IDLE_S = 3.0, 10.0
 
 _MANIFEST = """\
 apiVersion: v1
@@ -116,14 +118,23 @@ class Bench:
         self.file.write_text(manifest(services, probe_pod=0))
         proxy, ready_s = self.start()
         self.wait_for(services, "pod1")
-        change_s = self.change_to_traffic_s(services)
+        workers = children(proxy.pid)
         result = {
             "services": services,
             "manifest_mb": round(self.file.stat().st_size / 1e6, 1),
             "ready_s": round(ready_s, 2),
-            "change_to_traffic_ms": round(change_s * 1000, 1),
-            "pss_mb": round(pss_kib([proxy.pid, *children(proxy.pid)]) / 1024, 1),
+            "control_cpu_s": round(process_cpu_s([proxy.pid]), 2),
+            "worker_cpu_s": round(process_cpu_s(workers), 2),
         }
+        time.sleep(_SETTLE_S)
+        idle = {"control": [proxy.pid], "worker": workers}
+        before = {name: process_cpu_s(pids) for name, pids in idle.items()}
+        time.sleep(_IDLE_S)
+        for name, pids in idle.items():
+            result[f"{name}_idle_cpu_percent"] = round((process_cpu_s(pids) - before[name]) / _IDLE_S * 100, 2)
+            result[f"{name}_pss_mb"] = round(pss_kib(pids) / 1024, 1)
+        result["change_to_traffic_ms"] = round(self.change_to_traffic_s(services) * 1000, 1)
+        result["pss_after_changes_mb"] = round(pss_kib([proxy.pid, *workers]) / 1024, 1)
         started_at = time.monotonic()
         proxy.send_signal(signal.SIGTERM)
         proxy.wait(30)

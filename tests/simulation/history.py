@@ -438,7 +438,7 @@ class History:
         self.predecessors.append((before, dict(before._shared)))
         self.plane = after
         await asyncio.sleep(_BOTH_ACCEPT_S)
-        before.stop_accepting()
+        await before.stop_accepting()
         after.begin()
         await before.close(_ENDS_WITHIN_S, successors=1)
 

@@ -64,7 +64,10 @@ class PickerMemory(NamedTuple):
 
 
 class Memory:
-    """Pins and ejections of one service port."""
+    """Pins and ejections of one service port.
+
+    ``has_learnt``: pins or ejections may have changed since the last `take_news`.
+    """
 
     def __init__(self, now: Callable[[], float], affinity_timeout_s: int | None = None) -> None:
         self.now = now
@@ -72,6 +75,7 @@ class Memory:
         self.ejected: dict[Address, Ejection] = {}
         self._pins: dict[str, Pin] = {}  # least recently used first
         self._new_pins: dict[str, Pin] | None = None  # kept after the first `take_news`
+        self.has_learnt = True
         self._reported_ejected: list[tuple[Address, int, float]] = []
         self._counters: dict[Address, EndpointCounters] = {}
         self._chosen_from: dict[Picker, Collection[Address]] = {}
@@ -112,6 +116,7 @@ class Memory:
         for of_addresses in filter(None, states):
             for address in [address for address in of_addresses if address not in present]:
                 del of_addresses[address]
+                self.has_learnt = True
         for address in [a for a, counters in self._counters.items() if a not in present and not counters.open]:
             del self._counters[address]
 
@@ -147,6 +152,7 @@ class Memory:
 
     def pin(self, client_ip: str, pin: Pin) -> None:
         self._pins[client_ip] = pin
+        self.has_learnt = True
         if self._new_pins is not None:
             self._new_pins[client_ip] = pin
 
@@ -205,6 +211,7 @@ class Memory:
         return True
 
     def _notify(self, address: Address) -> None:
+        self.has_learnt = True
         for picker in self._chosen_from:
             picker.on_ejection(address)
 
@@ -263,6 +270,7 @@ class Memory:
 
     def take_news(self) -> PickerMemory | None:
         """Return the pins and ejections that are new since the last call, or None if there are none."""
+        self.has_learnt = False
         ejected = self._ejections()
         pins: Iterable[tuple[str, Pin]] = (self._pins if self._new_pins is None else self._new_pins).items()
         news = PickerMemory(list(pins), ejected)

@@ -7,7 +7,7 @@ import itertools
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING
 
 from userspace_proxy.dataplane.connections import Connections, Limits, raise_descriptor_limit, require_room
@@ -22,6 +22,7 @@ from userspace_proxy.dataplane.memory import Memory, PickerMemory
 from userspace_proxy.dataplane.picker import Picker
 from userspace_proxy.dataplane.pipes import PipePool
 from userspace_proxy.dataplane.poller import Poller
+from userspace_proxy.dataplane.slices import in_slices
 from userspace_proxy.dataplane.sockets import closed_on_error, refusal, reserve_refusing_port
 from userspace_proxy.dataplane.splice.copy import CopySplicer
 from userspace_proxy.dataplane.splice.pipe import PipeSplicer
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from userspace_proxy.dataplane import wire
     from userspace_proxy.dataplane.handover import Inherit
 
-_OPENED_A_STEP = 128
 _SERVICE_PORTS_A_STEP = 256
 _FLOWS_A_STEP = 128
 # How long a predecessor waits for replies to datagrams that it has forwarded.
@@ -110,15 +110,13 @@ class LocalPlane:
 
     async def open(self, specs: Sequence[ListenerSpec]) -> Mapping[ListenerName, str]:
         refused: dict[ListenerName, str] = {}
-        for count, spec in enumerate(specs, 1):
+        async for spec in in_slices(specs, self._context.now):
             try:
                 if not self.configure(spec):
                     (sock,) = open_group(spec.name.protocol, spec.proxy_port, 1, self._context.limits)
                     self.serve(spec, sock)
             except OSError as error:
                 refused[spec.name] = refusal(spec.proxy_port, error)
-            if not count % _OPENED_A_STEP:
-                await asyncio.sleep(0)  # let traffic run while thousands of listeners are opened
         return refused
 
     def configure(self, spec: ListenerSpec) -> bool:
@@ -168,10 +166,10 @@ class LocalPlane:
 
     def take_news(self) -> Iterator[list[tuple[ServicePortName, PickerMemory]]]:
         """Yield what pickers have learnt since the last call, in parts that take a fraction of a millisecond each."""
-        everything = list(self._shared.items())
-        for start in range(0, len(everything), _SERVICE_PORTS_A_STEP):
-            part = everything[start : start + _SERVICE_PORTS_A_STEP]
-            yield [(name, learnt) for name, shared in part if (learnt := shared.memory.take_news()) is not None]
+        learnt = [(name, shared.memory) for name, shared in self._shared.items() if shared.memory.has_learnt]
+        for start in range(0, len(learnt), _SERVICE_PORTS_A_STEP):
+            part = learnt[start : start + _SERVICE_PORTS_A_STEP]
+            yield [(name, news) for name, memory in part if (news := memory.take_news()) is not None]
 
     def memory_of(self, name: ServicePortName) -> PickerMemory:
         """Return all pins and ejections of a service port with listeners."""
@@ -186,7 +184,7 @@ class LocalPlane:
         return ""
 
     async def update(self, backends: Mapping[ListenerName, Backends]) -> None:
-        for name, given in backends.items():
+        async for name, given in in_slices(backends.items(), self._context.now):
             self._give(name, given)
 
     def _give(self, name: ListenerName, backends: Backends) -> None:
@@ -201,18 +199,19 @@ class LocalPlane:
             yield listener, self._backends.get(name)
 
     async def retire(self, names: Sequence[ListenerName]) -> None:
-        for name in names:
+        gone = frozenset(names)
+        async for name in in_slices(names, self._context.now):
             self._backends.pop(name, None)
             listener = self._listeners.pop(name, None)
             if listener is not None:
                 if (udp := self._udp.pop(name, None)) is not None:
-                    udp.close(self._replacement_of(name, names))
+                    udp.close(self._replacement_of(name, gone))
                 else:
                     listener.close()
                 if self._shared[name.service_port].memory.leave(listener.picker):
                     del self._shared[name.service_port]
 
-    def _replacement_of(self, name: ListenerName, retired: Sequence[ListenerName]) -> UdpListener | None:
+    def _replacement_of(self, name: ListenerName, retired: Set[ListenerName]) -> UdpListener | None:
         """Return the listener that takes over the UDP flows of *name* after a change of traffic policy, or None.
 
         It differs in scope only, so endpoints see the same source address; otherwise flows begin anew.
@@ -270,9 +269,9 @@ class LocalPlane:
         for listener in self._udp.values():
             self._datagrams.serve(listener)
 
-    def stop_accepting(self) -> None:
+    async def stop_accepting(self) -> None:
         """Stop accepting: another data plane accepts at the same sockets."""
-        for listener in self._listeners.values():
+        async for listener in in_slices(list(self._listeners.values()), self._context.now):
             listener.leave()
 
     # ---- handover, which only worker processes support
@@ -295,7 +294,7 @@ class LocalPlane:
         """Drain and stop. With *successors*, another data plane already accepts at the same sockets."""
         try:
             if successors:
-                self.stop_accepting()
+                await self.stop_accepting()
                 await self._linger(min(drain_timeout_s, _UDP_LINGER_S))
             await self.retire(list(self._listeners))
             await self._context.connections.drain(drain_timeout_s)

@@ -270,7 +270,7 @@ class Orphan:
         self._is_succeeded = self._settings.worker < asked.workers
         if self._is_succeeded:
             # Once the successor is ready, its endpoints count, not those of this process.
-            self._plane.stop_accepting()
+            await self._plane.stop_accepting()
         conversation.send(Released())
         self._ending.set()
 
