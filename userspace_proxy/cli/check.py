@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from userspace_proxy.control.contract import FieldTreatment
     from userspace_proxy.control.lint import Finding
 
+_SHOWN_MAX = 1_000
+# The colours of fields and findings in a terminal.
+_COLOURS = {"honoured": "green", "approximated": "yellow", "unknown": "red", "fault": "red", "note": "yellow"}
+
 
 @click.command(cls=GroupedCommand, params=setting_options("check"))
 @PATHS
@@ -78,7 +82,7 @@ def check(
             found = {"fields": [asdict(answer) for answer in fields], "findings": found}
         click.echo(json.dumps(found, indent=2))
     else:
-        _print(fields, findings, faults)
+        _print(fields, findings)
     if faults:
         sys.exit(1)
     if not manifests and not findings:
@@ -88,62 +92,17 @@ def check(
         click.echo(f"{_count(len(manifests), 'object')}, nothing wrong{notes}")
 
 
-def _print(fields: Sequence[FieldTreatment], findings: Sequence[Finding], faults: int) -> None:
+def _print(fields: Sequence[FieldTreatment], findings: Sequence[Finding]) -> None:
     """Print *fields* and the first *findings*, faults before notes if there are more."""
     shown = findings
     if len(findings) > _SHOWN_MAX:
         shown = sorted(findings, key=lambda finding: finding.severity == "note")[:_SHOWN_MAX]
-    if sys.stdout.isatty():
-        _show_contract(fields)
-        _show(shown, faults)
-    else:
-        for line in (*fields, *shown):
-            click.echo(printable(str(line)))
+    for field in fields:
+        click.secho(printable(str(field)), fg=_COLOURS.get(field.treatment))
+    for finding in shown:
+        click.secho(printable(str(finding)), fg=_COLOURS[finding.severity])
     if (more := len(findings) - len(shown)) > 0:
         click.echo(f"{_count(more, 'more finding')}; --json lists all")
-
-
-def _show(findings: Sequence[Finding], faults: int) -> None:
-    """Print *findings* in colours, three lines each, for a terminal."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(highlight=False, soft_wrap=True)
-    for finding in findings:
-        is_named = not finding.object or finding.problem.startswith(finding.object)
-        said = finding.problem if is_named else f"{finding.object}: {finding.problem}"
-        place = Text(printable(finding.where), "bold")
-        console.print(place.append(f"  {printable(finding.field)}", "cyan") if finding.field else place)
-        console.print(Text("  ").append(printable(said), "red" if finding.severity == "fault" else "yellow"))
-        if finding.fix:
-            console.print(Text("  ").append(printable(finding.fix), "dim"))
-    if faults:
-        files = _count(len({finding.file for finding in findings}), "file")
-        console.print(Text(f"{_count(faults, 'problem')} in {files}", "bold"))
-
-
-_SHOWN_MAX = 1_000
-_COLOURS = {"honoured": "green", "approximated": "yellow", "ignored": "dim", "unknown": "red"}
-
-
-def _show_contract(fields: Sequence[FieldTreatment]) -> None:
-    """Print what becomes of *fields*, a table for each object, for a terminal."""
-    from itertools import groupby
-
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(highlight=False)
-    for (file, thing), group in groupby(fields, lambda answer: (answer.file, answer.object)):
-        table = Table(box=None, show_header=False, pad_edge=False)
-        table.add_column(overflow="fold")
-        for answer in group:
-            colour = _COLOURS[answer.treatment]
-            table.add_row(
-                Text(printable(answer.field), "cyan"), Text(answer.treatment, colour), Text(answer.how, "dim")
-            )
-        console.print(Text.assemble((printable(thing), "bold"), (f"  {printable(file)}", "dim")), table, "", sep="\n")
 
 
 def _count(number: int, thing: str) -> str:
