@@ -13,7 +13,7 @@ import yaml
 
 from userspace_proxy import api
 from userspace_proxy.sources.yaml_faults import describe
-from userspace_proxy.sources.yaml_values import YamlNode, compose
+from userspace_proxy.sources.yaml_values import compose
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Lines:
             node = self._tree(document)
         except yaml.YAMLError as error:
             return document.line + describe(document.text, error)[0]
-        line = node.line if node is not None else 0
+        line = node.start_mark.line if node is not None else 0
         for step in api.steps(place.prefix + field):
             found = _child(node, step)
             if found is None:
@@ -80,7 +80,7 @@ class Lines:
         return document.line + line
 
 
-def _tree(document: Document) -> YamlNode | None:
+def _tree(document: Document) -> yaml.Node | None:
     return compose(document.text)
 
 
@@ -88,10 +88,9 @@ def _rows(document: Document) -> list[str]:
     return document.text.splitlines()
 
 
-def _child(node: YamlNode | None, step: int | str) -> tuple[int, YamlNode] | None:
+def _child(node: yaml.Node | None, step: int | str) -> tuple[int, yaml.Node] | None:
     """Return the line at which *step* below *node* starts, and its node."""
-    if node is not None and node.items is not None and isinstance(step, int) and step < len(node.items):
-        return node.items[step].line, node.items[step]
-    if node is not None and (pair := node.pair(str(step))) is not None:
-        return pair[0].line, pair[1]
-    return None
+    if isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+        return node.value[step].start_mark.line, node.value[step]
+    pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+    return next(((key.start_mark.line, value) for key, value in pairs if key.value == str(step)), None)

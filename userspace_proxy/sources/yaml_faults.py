@@ -10,7 +10,7 @@ import yaml
 from userspace_proxy import api
 from userspace_proxy.errors import ConfigError, Note
 from userspace_proxy.sources.pasted import certain_sign, sign_in
-from userspace_proxy.sources.yaml_values import UnreadableValue, YamlNode, compose
+from userspace_proxy.sources.yaml_values import UnreadableValue, compose
 
 # Placeholders of Helm, Jinja, ERB and envsubst.
 TEMPLATE = re.compile(r"\{\{|\{%|<%|\$\{")
@@ -148,47 +148,55 @@ def _missing_space(rows: list[str], line: int, error: yaml.YAMLError) -> tuple[i
 def keys_that_stand_twice(text: str) -> tuple[list[int], list[tuple[int, ConfigError]]]:
     """Return the lines where a new object begins without a separator, and the other duplicate keys with their errors.
 
-    *text* is one YAML document that can be parsed.
+    *text* is one YAML document that can be parsed. Nothing is found if an anchor stands twice.
     """
-    root = compose(text)
+    try:
+        root = compose(text)
+    except yaml.YAMLError:
+        return [], []
     begins = _lines_of_new_objects(root)
     return begins, [] if begins else list(_repeated_keys(root))
 
 
-def _lines_of_new_objects(root: YamlNode | None) -> list[int]:
-    if root is None or root.pairs is None or root.is_flow:
+def _lines_of_new_objects(root: yaml.Node | None) -> list[int]:
+    if not isinstance(root, yaml.MappingNode) or root.flow_style:
         return []
     lines = []
     seen: set[str] = set()
-    for key, _ in root.pairs:
-        if key.text in ("apiVersion", "kind") and key.text in seen and "metadata" in seen:
-            lines.append(key.line)
+    for key, _ in root.value:
+        if key.value in ("apiVersion", "kind") and key.value in seen and "metadata" in seen:
+            lines.append(key.start_mark.line)
             seen = set()
-        seen.add(key.text or "")
+        seen.add(key.value)
     return lines
 
 
-def _repeated_keys(root: YamlNode | None) -> Iterator[tuple[int, ConfigError]]:
+def _repeated_keys(root: yaml.Node | None) -> Iterator[tuple[int, ConfigError]]:
     visited: set[int] = set()  # aliases repeat nodes that were visited
     waiting = [(root, "")]
     while waiting:
         node, field = waiting.pop()
-        if node is not None and id(node) not in visited:
-            visited.add(id(node))
-            waiting += [(item, f"{field}[{index}]") for index, item in enumerate(node.items or ())]
-            waiting += [(value, api.below(field, key.text)) for key, value in node.pairs or ()]
+        if node is None or id(node) in visited:
+            continue
+        visited.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += [(item, f"{field}[{index}]") for index, item in enumerate(node.value)]
+        elif isinstance(node, yaml.MappingNode):
+            waiting += [(value, api.below(field, key.value)) for key, value in node.value]
             yield from _repeated_keys_of(node, field)
 
 
-def _repeated_keys_of(node: YamlNode, field: str) -> Iterator[tuple[int, ConfigError]]:
-    firsts: dict[str | None, YamlNode] = {}
-    for key, value in node.pairs or ():
-        first = firsts.setdefault(key.text, key)
-        if first is not key and not key.is_merge:
-            yield key.line, _repeated_key(api.below(field, key.text), key, key.line - first.line, value)
+def _repeated_keys_of(node: yaml.MappingNode, field: str) -> Iterator[tuple[int, ConfigError]]:
+    firsts: dict[str, yaml.Node] = {}
+    for key, value in node.value:
+        first = firsts.setdefault(key.value, key)
+        is_merge = key.value == "<<" and not key.style
+        if first is not key and not is_merge:
+            lines = key.start_mark.line - first.start_mark.line
+            yield key.start_mark.line, _repeated_key(api.below(field, key.value), key.value, lines, value)
 
 
-def _repeated_key(field: str, key: YamlNode, lines: int, value: YamlNode) -> ConfigError:
-    reason = f"{key.text!r} stands twice, {lines} {'line' if lines == 1 else 'lines'} apart"
-    fix = "join the two" if value.text is None else "remove one of them"
+def _repeated_key(field: str, key: str, lines: int, value: yaml.Node) -> ConfigError:
+    reason = f"{key!r} stands twice, {lines} {'line' if lines == 1 else 'lines'} apart"
+    fix = "remove one of them" if isinstance(value, yaml.ScalarNode) else "join the two"
     return ConfigError(f"{reason}, and only this one counts", field=field, fix=fix)

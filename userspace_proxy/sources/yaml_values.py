@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import yaml
-from yaml.events import AliasEvent, CollectionStartEvent, MappingStartEvent, ScalarEvent, SequenceStartEvent
+from yaml.events import AliasEvent, MappingStartEvent, ScalarEvent, SequenceStartEvent
 
 _TEXT, _MAPPING, _SEQUENCE = (f"tag:yaml.org,2002:{name}" for name in ("str", "map", "seq"))
 _WORDS = {
@@ -43,7 +43,9 @@ _DIRECTIVES_MAX = 100
 _DIRECTIVE = re.compile(r"^%", re.MULTILINE)
 _NO_KEY, _MERGED = object(), object()
 
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C loader, if it is available
+# The C loaders, if they are available.
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_TreeLoader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 
 
 class UnreadableValue(yaml.error.MarkedYAMLError):
@@ -303,68 +305,13 @@ def _short_scalar(tag: str, text: str) -> object:
 # ---- positions
 
 
-@dataclass(slots=True)
-class YamlNode:
-    """A value and its first line (from 0).
+def compose(text: str) -> yaml.Node | None:
+    """Return *text*, one YAML document that `plain_value` can read, as a tree; None if it is empty.
 
-    ``text``: of a scalar; ``items``: of a sequence; ``pairs``: of a mapping. ``is_flow``: written in brackets.
-    ``first``: key -> its first pair, built at the first look-up.
-    """
-
-    line: int
-    text: str | None = None
-    items: list[YamlNode] | None = None
-    pairs: list[tuple[YamlNode, YamlNode]] | None = None
-    is_merge: bool = False
-    is_flow: bool = False
-    first: dict[str | None, tuple[YamlNode, YamlNode]] | None = None
-
-    def pair(self, key: str) -> tuple[YamlNode, YamlNode] | None:
-        """Return the first pair of *key*, or None."""
-        if self.first is None:
-            self.first = {pair[0].text: pair for pair in reversed(self.pairs or ())}
-        return self.first.get(key)
-
-
-def compose(text: str) -> YamlNode | None:
-    """Return *text*, one YAML document, as a tree, or None if it is empty. An alias yields its anchor's node.
+    An alias yields its anchor's node. Tags are not resolved.
 
     Raises:
-        yaml.YAMLError: it is broken or exceeds a limit.
+        yaml.YAMLError: an anchor stands twice.
     """
-    _refuse_size(text)
-    loader = _Loader(text)
-    try:
-        loader.get_event()
-        if isinstance(loader.get_event(), yaml.StreamEndEvent):
-            return None
-        return _node(loader, loader.get_event(), {}, 0)
-    finally:
-        loader.dispose()
-
-
-def _node(loader: Any, event: Any, anchors: dict[str, YamlNode], depth: int) -> YamlNode:
-    line = event.start_mark.line
-    if isinstance(event, AliasEvent):
-        if event.anchor not in anchors:
-            raise _undefined(event)
-        return anchors[event.anchor]
-    node = YamlNode(line)
-    if event.anchor:
-        anchors[event.anchor] = node
-    if isinstance(event, ScalarEvent):
-        node.text = event.value
-        node.is_merge = event.tag == _MERGE or (not event.tag and event.implicit[0] and event.value == "<<")
-        return node
-    assert isinstance(event, CollectionStartEvent)
-    if depth >= DEPTH_MAX:
-        raise UnreadableValue(f"it is nested more than {DEPTH_MAX} deep", event.start_mark)
-    node.is_flow = bool(event.flow_style)
-    inside = []
-    while not isinstance(following := loader.get_event(), yaml.CollectionEndEvent):
-        inside.append(_node(loader, following, anchors, depth + 1))
-    if isinstance(event, MappingStartEvent):
-        node.pairs = list(zip(inside[::2], inside[1::2], strict=True))
-    else:
-        node.items = inside
+    node: yaml.Node | None = yaml.compose(text, Loader=_TreeLoader)
     return node
