@@ -291,15 +291,16 @@ async def test_flows_to_different_endpoints_share_local_ports(backends: Backends
                 assert (await client.receive())[0] == b"%d" % number
 
 
+@pytest.mark.parametrize("late", [b"too late", b""])
 async def test_datagrams_that_arrive_before_a_shared_port_is_connected_are_dropped(
-    backends: Backends, monkeypatch: pytest.MonkeyPatch
+    backends: Backends, monkeypatch: pytest.MonkeyPatch, late: bytes
 ) -> None:
     """As a late answer to an ended flow may, towards another endpoint, while the socket has no peer yet."""
     a, b = backends
     connect = DatagramPoller.connect
 
     def connect_late(self: DatagramPoller, leased: Leased, address: Address) -> None:
-        b.answer(b"too late", ("127.0.0.1", leased.port))
+        b.answer(late, ("127.0.0.1", leased.port))
         connect(self, leased, address)
 
     monkeypatch.setattr(DatagramPoller, "connect", connect_late)

@@ -33,7 +33,7 @@ EVERYTHING = IN | OUT | PRI | ERR | HUP | RDHUP
 _DELAYED_ACK_S = 0.04
 _SYN_TIMEOUT_S = 127.0
 _FIRST_DESCRIPTOR = 10
-_SO_ORIGINAL_DST = 80
+_SO_ORIGINAL_DST, _SO_MEMINFO = 80, 55
 _ESTABLISHED, _CLOSE, _CLOSE_WAIT = 1, 7, 8
 _STEPS_MAX = 60_000
 _MSG_OOB, _MSG_PEEK = int(socket.MSG_OOB), int(socket.MSG_PEEK)
@@ -646,6 +646,10 @@ class Datagram(Pollable):
             if isinstance(other, Datagram) and (other.port, other.address) == (self.port, address):
                 raise AssertionError(f"port {self.port} has two flows to {address}")
         self.address = address
+
+    def getsockopt(self, level: int, option: int, size: int) -> bytes:
+        assert (level, option) == (socket.SOL_SOCKET, _SO_MEMINFO)
+        return struct.pack("=I", sum(1 + len(datagram) for datagram in self.incoming))[:size]
 
     def _raise_error(self) -> None:
         if self.closed:

@@ -19,7 +19,7 @@ import select
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from socket import MSG_PEEK, SocketType
+from socket import MSG_PEEK, SOL_SOCKET, SocketType
 from typing import TYPE_CHECKING, NamedTuple
 
 from userspace_proxy.dataplane.local_ports import LocalPorts, first_index, local_ports
@@ -39,6 +39,10 @@ _REST_MIN_S = 0.03
 _SPARE_PART = 8
 # A client with fewer flows than this may get one of the last ports towards an endpoint.
 _FEW_FLOWS = 64
+# The first number in SO_MEMINFO is the memory of received datagrams (include/uapi/linux/sock_diag.h).
+_SO_MEMINFO = 55
+_MEMORY_BYTES = 4
+_NO_MEMORY = bytes(_MEMORY_BYTES)
 # Attempts to bind; other programs may hold some of the ports.
 _TRIES = 16
 
@@ -63,8 +67,7 @@ class Destination:
         self._flows = 0
         self._biggest: OrderedDict[UdpFlow, None] = OrderedDict()  # of the client with most flows
 
-    def join(self, flow: UdpFlow) -> None:
-        client = client_of(flow.key)
+    def join(self, flow: UdpFlow, client: bytes) -> None:
         flows = self.clients.get(client)
         if flows is None:
             flows = self.clients[client] = OrderedDict()
@@ -221,6 +224,7 @@ class DatagramPoller:
         address: Address,
         client: bytes,
         source: str,
+        now: float,
         bind: Callable[[SocketType, int], None] = bind_anywhere,
     ) -> Leased | None:
         """Return an unconnected socket that *bind* bound to a rested port, or None if no port is free.
@@ -228,7 +232,6 @@ class DatagramPoller:
         Raises:
             OSError: no socket could be opened or bound.
         """
-        now = self._now()
         ports = destination.ports.get(source)
         if ports is None:
             ports = destination.ports[source] = self._local_ports(source, address)
@@ -281,13 +284,16 @@ class DatagramPoller:
 
         Before connect(), it receives datagrams from any sender, such as late replies to ended flows of other endpoints.
         """
-        leased.sock.connect(address)
-        _drain(leased.sock)
+        sock = leased.sock
+        sock.connect(address)
+        # Ask first: a read that finds nothing raises, which costs several times as much.
+        if sock.getsockopt(SOL_SOCKET, _SO_MEMINFO, _MEMORY_BYTES) != _NO_MEMORY:
+            _drain(sock)
 
-    def begin(self, flow: UdpFlow) -> None:
-        """Forward the replies that arrive at *flow*."""
+    def begin(self, flow: UdpFlow, client: bytes) -> None:
+        """Forward the replies that arrive at *flow* of *client*."""
         self._flows[flow.sock.fileno()] = flow
-        flow.destination.join(flow)
+        flow.destination.join(flow, client)
 
     def has_rested(self, flow: UdpFlow, destination: Destination, source: str) -> bool:
         """Return whether the socket of *flow* may be reused at once for a flow to *destination* from *source*."""
@@ -339,6 +345,8 @@ class DatagramPoller:
                 self._handle(ready, now)
             except Exception:
                 log.exception("a bug: datagrams were not handled")
+            if len(ready) == 1:
+                return  # little traffic: another poll would find nothing
 
     def _handle(self, ready: list[tuple[int, int]], now: float) -> None:
         flows, outbox = self._flows, self._outbox
@@ -349,11 +357,12 @@ class DatagramPoller:
         for fd, _ in ready:
             flow = flows.get(fd)
             if flow is None:
-                if fd in self._fronts:
-                    asked.append(self._fronts[fd])
+                if (asked_front := self._fronts.get(fd)) is not None:
+                    asked.append(asked_front)
                 continue
             if flow.front is not front or count == MESSAGES:
-                self._send(front, count)
+                if front is not None:
+                    self._send(front, count)
                 front, count = flow.front, 0
             assert front is not None
             try:
@@ -372,13 +381,14 @@ class DatagramPoller:
             front.touch(flow.key)
             if not flow.answered:
                 front.answered(flow)
-        self._send(front, count)
+        if front is not None:
+            self._send(front, count)
         # Replies first: a new flow may evict the flow idle for longest, but not while a reply to it waits.
         for each in asked:
-            each.receive()
+            each.receive(now)
 
-    def _send(self, front: UdpListener | None, count: int) -> None:
-        if front is not None and count and (refused := self._outbox.send(front.fd, count)):
+    def _send(self, front: UdpListener, count: int) -> None:
+        if count and (refused := self._outbox.send(front.sock.fileno(), count)):
             front.not_sent(refused)
 
     def stop(self) -> None:

@@ -74,10 +74,10 @@ class Batch:
             header.name, header.namelen = records_at + index * _RECORD_BYTES, _SOCKADDR_BYTES
             header.control, header.controllen = header.name + _CONTROL_AT, _CONTROL_BYTES
         self._first = ctypes.c_void_p(ctypes.addressof(self._headers))
-        self._header_bytes = memoryview(self._headers).cast("B")
-        self._unused_headers = bytes(self._headers)
-        words = ctypes.sizeof(_Mmsghdr) // 4
-        self._counts = self._header_bytes.cast("I")[_Mmsghdr.len.offset // 4 :: words]
+        header_bytes, unused, size = memoryview(self._headers).cast("B"), bytes(self._headers), ctypes.sizeof(_Mmsghdr)
+        # The first n headers, and what they were before the kernel wrote to them.
+        self._used = [(header_bytes[: n * size], memoryview(unused)[: n * size]) for n in range(MESSAGES + 1)]
+        self._counts = header_bytes.cast("I")[_Mmsghdr.len.offset // 4 :: size // 4]
         self._lengths = memoryview(self._iovecs).cast("B").cast("P")[1::2]
 
     def receive(self, fd: int) -> Iterable[tuple[bytes, int, memoryview]]:
@@ -88,7 +88,8 @@ class Batch:
         found = zip(
             _RECORDS[received].unpack_from(self._records), self._counts[:received].tolist(), self.room, strict=False
         )
-        self._header_bytes[:] = self._unused_headers  # the kernel has overwritten the buffer lengths
+        headers, unused = self._used[received]
+        headers[:] = unused  # the kernel has overwritten the buffer lengths
         return found
 
     def address(self, index: int, record: bytes, length: int) -> None:

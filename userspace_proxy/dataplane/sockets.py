@@ -203,7 +203,8 @@ def datagram_socket(address: Address, port: int, bind: Callable[[SocketType, int
 
 def bind_anywhere(sock: SocketType, port: int) -> None:
     """Bind *sock* to *port*; connect() chooses the address."""
-    sock.bind(("", port))
+    # An empty host would cost a getaddrinfo() for every flow.
+    sock.bind(("::" if sock.family == socket.AF_INET6 else "0.0.0.0", port))  # noqa: S104
 
 
 def mark(sock: SocketType) -> None:

@@ -85,10 +85,9 @@ class UdpListener(BaseListener):
 
     # ---- client to backend
 
-    def receive(self) -> None:
-        now = self.context.now()
+    def receive(self, now: float) -> None:
         flow_of, touch = self._flows.get, self.touch
-        for record, length, room in self._datagrams.inbox.receive(self.fd):
+        for record, length, room in self._datagrams.inbox.receive(self.sock.fileno()):
             flow = flow_of(record)
             if flow is not None:
                 touch(record)
@@ -126,31 +125,31 @@ class UdpListener(BaseListener):
 
     def _begin(self, key: bytes, now: float, length: int) -> UdpFlow | None:
         """Open a flow for a datagram of *length* bytes, to the picked endpoint or the next one that can be reached."""
-        flows, datagrams, counters = self._flows, self._datagrams, self.counters
+        client, counters = client_of(key), self.counters
         client_ip = client_address(key)[0] if self._needs_clients else anybody_like(key)
         tried: dict[Address, bool] = {}
         while (pick := self.picker.pick(client_ip, tried)) is not None:
-            address = pick.endpoint.address
+            endpoint, _, of_endpoint = pick
+            address = endpoint.address
             if tried:
                 counters.retries += 1
-                pick.counters.retries += 1
-            tried[address] = True
+                of_endpoint.retries += 1
             try:
-                leased = self._lease(address, key, client_ip)
+                leased = self._lease(address, client, client_ip, now)
             except OSError as error:
                 self._note_failure(pick, error, key)
+                tried[address] = True
                 continue
             if leased is None:
                 return None
             header = self._header(key) if self._header_of else b""
-            flow = flows[key] = UdpFlow(
-                key, reply_record(key), self, *leased, pick, now, now, now, queued_bytes=length, header=header
-            )
-            datagrams.begin(flow)
+            flow = UdpFlow(key, reply_record(key), self, *leased, pick, now, now, now, length, header)
+            self._flows[key] = flow
+            self._datagrams.begin(flow, client)
             counters.flows_total += 1
             counters.flows += 1
-            pick.counters.opened += 1
-            pick.counters.open += 1
+            of_endpoint.opened += 1
+            of_endpoint.open += 1
             return flow
         return None
 
@@ -160,7 +159,7 @@ class UdpListener(BaseListener):
         client = client_address(key)
         return self._header_of(client, self.context.tables.dialled_by(client, (asked_ip(key), self.spec.proxy_port)))
 
-    def _lease(self, address: Address, key: bytes, client_ip: str) -> Leased | None:
+    def _lease(self, address: Address, client: bytes, client_ip: str, now: float) -> Leased | None:
         """Return a socket connected to *address*, or None if this host has none for the client now.
 
         At the flow limit, or short of descriptors, a flow is evicted first. Without a free port, a flow is evicted only
@@ -170,17 +169,19 @@ class UdpListener(BaseListener):
             OSError: *address* cannot be reached.
         """
         datagrams = self._datagrams
-        at = self.spec.at or address[0]
-        if address[1] in datagrams.proxy_ports and address[0] == at and self.context.tables.is_local(at):
+        if address[1] in datagrams.proxy_ports and self._is_proxy_port(address):
             raise ConnectionRefusedError(errno.ECONNREFUSED, "the endpoint is a proxy port: an endless loop")
-        destination, client = datagrams.towards(address), client_of(key)
+        destination = datagrams.towards(address)
         transparent, source, bind = self.transparent, "", bind_anywhere
         if transparent is not None and transparent.concerns(client_ip, address[0]):
             source, bind = client_ip, lambda sock, port: transparent.speak_as(sock, client_ip, port)
-        if (left := self._evict_at_limit(destination, client, source)) is not None:
-            return left
+        is_full = len(self._flows) >= self.context.limits.udp_flows_per_service
+        if is_full or not self.context.connections.fits(1 + datagrams.spare):
+            left = self._evict_at_limit(destination, client, source, by_asking=not is_full)
+            if left is not None:
+                return left
         try:
-            leased = datagrams.open(destination, address, client, source, bind)
+            leased = datagrams.open(destination, address, client, source, now, bind)
         except OSError as error:
             if not source:
                 self.context.connections.note_shortage(error)
@@ -197,17 +198,19 @@ class UdpListener(BaseListener):
         try:
             datagrams.connect(leased, address)
         except OSError:
-            datagrams.close(leased, self.context.now())
+            datagrams.close(leased, now)
             raise
         return leased
 
-    def _evict_at_limit(self, destination: Destination, client: bytes, source: str) -> Leased | None:
-        """Evict a flow if there are too many, or too few descriptors. Return its socket if that can be reused."""
-        by_asking = False
-        if len(self._flows) < self.context.limits.udp_flows_per_service:
-            by_asking = not self.context.connections.fits(1 + self._datagrams.spare)
-            if not by_asking:
-                return None
+    def _is_proxy_port(self, address: Address) -> bool:
+        """Return whether *address*, whose port is that of a proxy port, is at the same address as this one."""
+        at = self.spec.at or address[0]
+        return address[0] == at and self.context.tables.is_local(at)
+
+    def _evict_at_limit(
+        self, destination: Destination, client: bytes, source: str, *, by_asking: bool
+    ) -> Leased | None:
+        """Evict a flow: there are too many, or too few descriptors. Return its socket if that can be reused."""
         oldest = destination.oldest(client, by_asking=by_asking)
         if oldest is None or oldest.front is not self:
             oldest = next(iter(self._flows.values()), None)
