@@ -18,7 +18,7 @@ demo: ## three backends, one killed under load, in two modes: in private namespa
 	@PACKAGES=run tools/setup $(VENV) nft ip nginx
 	@exec $(BIN)/userspace-proxy demo
 
-test: ## all checks and all tests, as root and as a plain user alike: nine minutes on two cores
+test: ## all checks and all tests, as root and as a plain user alike: eight minutes on two cores
 	@tools/setup $(VENV) nft iptables ip conntrack nginx haproxy wrk iperf3 openssl
 	@tools/test $(VENV)
 
