@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,26 +52,22 @@ def start_engine(node: ModeNode, arguments: tuple[str, ...]) -> None:
     start_ours(node, _PEERS / "userspace_proxy.yaml", "--rules", "nftables", "--capture", "redirect", *arguments)
 
 
-def _note_no_change(_: ModeNode, __: Iterable[int]) -> None:
-    """Do nothing: no endpoint changes here."""
-
-
 def _ours(engine: str, arguments: tuple[str, ...]) -> ComparedMode:
     def start(node: ModeNode) -> None:
         start_engine(node, arguments)
 
-    return ComparedMode(f"ours-{engine}", f"ours, {engine}", "proxy", start, _note_no_change, ours=True)
+    return ComparedMode(f"ours-{engine}", f"ours, {engine}", "proxy", start, ours=True)
 
 
 _PROXIES = (
     _MODES[HAPROXY],
-    ComparedMode(HAPROXY_TUNED, "HAProxy tuned", "proxy", _haproxy_tuned, _note_no_change, udp=False),
+    ComparedMode(HAPROXY_TUNED, "HAProxy tuned", "proxy", _haproxy_tuned, udp=False),
     _MODES[NGINX],
 )
 PLANES: tuple[ComparedMode, ...] = (
     replace(_MODES[DIRECT], title="direct"),
-    ComparedMode("iptables-dnat", "iptables DNAT", "kernel", _iptables, _note_no_change),
-    ComparedMode("nft-dnat", "nft DNAT", "kernel", _nft, _note_no_change),
+    ComparedMode("iptables-dnat", "iptables DNAT", "kernel", _iptables),
+    ComparedMode("nft-dnat", "nft DNAT", "kernel", _nft),
     *_PROXIES,
     *map(_behind_redirect, _PROXIES),
     *(_ours(engine, arguments) for engine, arguments in ENGINES),

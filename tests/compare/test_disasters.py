@@ -10,11 +10,11 @@ import pytest
 
 from tests.compare.made_results import whole_run
 from userspace_proxy.compare.command import CASE_NAMES, ComparisonRequest
-from userspace_proxy.compare.disasters import _EVENTS, DISASTERS, Disaster, figures_of, happen, takes_part
-from userspace_proxy.compare.modes import HAPROXY, MODES, USERSPACE
+from userspace_proxy.compare.disasters import _EVENTS, DISASTERS, POD_FAILURES, Disaster, figures_of, happen, takes_part
+from userspace_proxy.compare.modes import HAPROXY, MODES, NGINX, USERSPACE
 from userspace_proxy.compare.nodes import SMALL, CompareLab
 from userspace_proxy.compare.page import page
-from userspace_proxy.compare.results import ModeRun, Results, Sample, Timeline
+from userspace_proxy.compare.results import DIRECT, DIRECT_AGAIN, ModeRun, Results, Sample, Timeline
 from userspace_proxy.compare.session import Session
 from userspace_proxy.compare.tables import disaster_sheets
 from userspace_proxy.lab import Lab
@@ -25,7 +25,7 @@ AS_STATED = {"failed": 0, "received": 0, "lost": 0, "lost_at_victims": 0}
 
 
 def disaster_of(name: str) -> Disaster:
-    return next(each for each in DISASTERS if each.name == name)
+    return next(each for each in (*POD_FAILURES, *DISASTERS) if each.name == name)
 
 
 # ---- what is stated
@@ -33,13 +33,20 @@ def disaster_of(name: str) -> Disaster:
 
 def test_ten_disasters_are_stated_for_every_mode_that_takes_part() -> None:
     assert len(DISASTERS) == 10
-    assert [each.name for each in DISASTERS] == list(_EVENTS)
+    assert [each.name for each in (*POD_FAILURES, *DISASTERS)] == list(_EVENTS)
     for each in DISASTERS:
         assert set(each.expected) == set(each.apart) == {USERSPACE, "kernel", HAPROXY}
         assert set(each.victims) <= set(range(each.endpoints))
         assert each.what
         assert each.why
         assert each.length_s < 10, "each disaster takes less than 15 s, with the patience of its last client"
+
+
+def test_every_mode_takes_part_in_the_failures_of_one_pod_which_state_nothing() -> None:
+    for each in POD_FAILURES:
+        assert not each.expected
+        assert {mode.name for mode in MODES if not takes_part(mode, each)} == {DIRECT_AGAIN}
+        assert each.case == each.name
 
 
 @pytest.mark.parametrize("disaster", DISASTERS, ids=lambda disaster: disaster.name)
@@ -153,7 +160,7 @@ def session(tmp_path: Path) -> Iterator[Session]:
             lab, Results("1.0", "2026-01-01", {"processors": "", "kernel": ""}, 60.0, 0, 0.0, []), lambda _: None
         )
         mode = next(each for each in MODES if each.name == USERSPACE)
-        assert takes_part(mode)
+        assert takes_part(mode, disaster_of("killed"))
         assert session.start(mode) is None
         yield session
 
@@ -173,3 +180,25 @@ def test_real_disasters_fail_no_new_connection_in_userspace_mode(session: Sessio
     assert results.figures("disaster-upgraded", USERSPACE, "lost")[1] == 0
     assert results.figures("disaster-upgraded", USERSPACE, "requests")[1] == 120
     assert 'id="disaster-killed"' in page(results).decode()
+
+
+def test_a_pod_that_dies_fails_direct_connections_and_no_others(session: Session) -> None:
+    for mode in MODES:
+        if mode.name in (DIRECT, NGINX) and not mode.missing():
+            assert session.start(mode) is None
+    names = [mode.name for mode in session.running]
+
+    for number in (1, 2):
+        happen(session, replace(disaster_of("dies"), length_s=1.0, told_after_s=0.5), number)
+    happen(session, replace(disaster_of("leaves"), length_s=0.5))
+
+    timelines = session.results.timelines
+    assert session.results.notes == []
+    assert session.results.samples == []
+    rounds = [("dies", 1), ("dies", 2), ("leaves", 1)]
+    assert [(line.event, line.round, line.mode) for line in timelines] == [
+        (*each, name) for each in rounds for name in names
+    ]
+    failed = {line.mode: sum(line.failed) for line in timelines if line.round == 1 and line.event == "dies"}
+    assert failed[DIRECT] > 0, "one client in three dials the dead pod"
+    assert failed[USERSPACE] <= 2, "requests that the pod held when it died"

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import random
-import subprocess
-from collections.abc import Iterable
 
 import pytest
 
 from tests.compare.conftest import PutTool
 from userspace_proxy.compare.cases import Case
 from userspace_proxy.compare.command import ComparisonRequest, ComparisonRun
-from userspace_proxy.compare.failures import Event, watch
+from userspace_proxy.compare.disasters import POD_FAILURES, Scene
 from userspace_proxy.compare.modes import HAPROXY, NGINX, ComparedMode
 from userspace_proxy.compare.nodes import CompareLab, ModeNode
 from userspace_proxy.compare.results import DIRECT
@@ -39,12 +37,8 @@ def no_start(_: ModeNode) -> None:
     """It runs already, if it does."""
 
 
-def mode(name: str, tell_error: Exception | None = None) -> ComparedMode:
-    def tell(_: ModeNode, __: Iterable[int]) -> None:
-        if tell_error is not None:
-            raise tell_error
-
-    return ComparedMode(name, name, "proxy", no_start, tell)
+def mode(name: str) -> ComparedMode:
+    return ComparedMode(name, name, "proxy", no_start)
 
 
 def comparison(node: ModeNode, *modes: ComparedMode) -> ComparisonRun:
@@ -53,26 +47,18 @@ def comparison(node: ModeNode, *modes: ComparedMode) -> ComparisonRun:
     return one
 
 
-REFUSED = ConnectionRefusedError(111, "Connection refused")
-RELOAD = subprocess.CalledProcessError(1, ["nginx", "-s", "reload"], "", "invalid configuration\n")
+@pytest.mark.parametrize(("name", "why"), [(HAPROXY, "No such file"), (NGINX, "invalid configuration")])
+def test_a_mode_that_cannot_be_notified_of_a_failure_is_noted(
+    node: ModeNode, put_tool: PutTool, name: str, why: str
+) -> None:
+    put_tool("nginx", "echo invalid configuration >&2; exit 1")
+    scene = Scene(BareLab(node), POD_FAILURES[0], {mode(name): node})
 
+    scene.tell([0, 2])
 
-@pytest.mark.parametrize("error", [REFUSED, RELOAD], ids=["HAProxy is dead", "nginx does not reload"])
-def test_a_mode_that_cannot_be_notified_of_an_event_has_no_timeline(node: ModeNode, error: Exception) -> None:
-    undone: list[bool] = []
-    noted: list[str] = []
-    event = Event(
-        "dies", "a pod dies: its port refuses", 0.0, happen=lambda _: None, undo=lambda _: undone.append(True)
-    )
-    running = {mode(HAPROXY, tell_error=error): node, mode(NGINX): node}
-
-    timelines = watch(BareLab(node), running, event, 1, noted.append)
-
-    assert [line.mode for line in timelines] == [NGINX]
-    assert undone == [True]
-    assert len(noted) == 1
-    assert noted[0].startswith("haproxy, round 1: could not be told that a pod dies: ")
-    assert "refused" in noted[0] or "invalid configuration" in noted[0]
+    ((untold, reason),) = scene.untold.items()
+    assert untold.name == name
+    assert why in reason
 
 
 def test_a_mode_whose_conntrack_entries_cannot_be_deleted_skips_the_round(node: ModeNode, put_tool: PutTool) -> None:
@@ -108,7 +94,7 @@ def test_a_mode_that_does_not_start_leaves_no_worker_behind(node: ModeNode) -> N
         process.wait(20)
         raise StartError("it did not start")
 
-    broken = ComparedMode(HAPROXY, HAPROXY, "proxy", start, lambda _, __: None)
+    broken = ComparedMode(HAPROXY, HAPROXY, "proxy", start)
 
     assert comparison(node).session.start(broken) == "it did not start"
 

@@ -22,11 +22,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from userspace_proxy import __version__
 from userspace_proxy.compare import cases
 from userspace_proxy.compare.cases import Case
-from userspace_proxy.compare.disasters import DISASTER_PODS, DISASTERS, Disaster, happen
-from userspace_proxy.compare.failures import EVENTS, Event, wait_until_all_answer, watch
+from userspace_proxy.compare.disasters import DISASTER_PODS, DISASTERS, POD_FAILURES, Disaster, happen
 from userspace_proxy.compare.meters import machine
 from userspace_proxy.compare.modes import IPTABLES, MODES, USERSPACE_COPY, ComparedMode
-from userspace_proxy.compare.nodes import TRIO_PODS, CompareLab
+from userspace_proxy.compare.nodes import PODS, CompareLab
 from userspace_proxy.compare.outputs import output
 from userspace_proxy.compare.page import page
 from userspace_proxy.compare.results import DIRECT, DIRECT_AGAIN, Results, to_json
@@ -131,7 +130,7 @@ def measure(request: ComparisonRequest) -> Results:
     """Compare the modes; removes everything before it returns or raises. Raises StartError if a part does not start."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        pods = DISASTER_PODS if request.disasters else TRIO_PODS
+        pods = DISASTER_PODS if request.disasters else PODS
         with compare_lab(pods=pods) as lab, _progress(request.duration_s) as say:
             return ComparisonRun(request, lab, say).run()
     except subprocess.SubprocessError as error:
@@ -170,16 +169,14 @@ class ComparisonRun:
 
     def run(self) -> Results:
         self.session.lab.start_backends()
-        self.session.lab.start_trio()
+        self.session.lab.start_endpoints()
         self.start_modes()
         if self._request.wants(SYSTEM_CALLS):
             self.session.count_system_calls(self._request.depth.calls_s)
         if self._request.wants(FAILURES):
             self.let_pods_fail()
         for disaster in self._request.disasters:
-            self.session.say(disaster.title)
-            with self.session.noting(disaster.title):
-                happen(self.session, disaster)
+            self._let_happen(disaster, disaster.title)
         if self._request.wants(SERVICES):
             self._add_services()
         self._run_rounds()
@@ -195,22 +192,15 @@ class ComparisonRun:
                 raise StartError(f"direct connections did not start: {reason}")
 
     def let_pods_fail(self) -> None:
-        """Let each event happen, as often as the depth says."""
+        """Let each failure happen, as often as the depth says."""
         for number in range(1, self._request.depth.events + 1):
-            for event in EVENTS:
-                self.session.say(f"{event.what} (round {number} of {self._request.depth.events})")
-                with self.session.noting(f"{event.what}, round {number}"):
-                    self._let_one_fail(event, number)
+            for failure in POD_FAILURES:
+                self._let_happen(failure, f"{failure.title}, round {number}", number)
 
-    def _let_one_fail(self, event: Event, number: int) -> None:
-        able = {}
-        for mode, node in self.session.running.items():
-            if mode.name != DIRECT_AGAIN:
-                with self.session.noting(f"failing pods, round {number}"):
-                    wait_until_all_answer(mode, node, mode.trio_addresses(node, range(TRIO_PODS)))
-                    able[mode] = node
-        if able:
-            self.session.results.timelines += watch(self.session.lab, able, event, number, self.session.note)
+    def _let_happen(self, disaster: Disaster, what: str, number: int = 1) -> None:
+        self.session.say(what)
+        with self.session.noting(what):
+            happen(self.session, disaster, number)
 
     def _add_services(self) -> None:
         session, depth = self.session, self._request.depth

@@ -1,6 +1,7 @@
-"""Ten disasters: what new clients and open connections see in each mode and in HAProxy, side by side.
+"""Ten disasters, and failures of one pod: what clients see in each mode and in other proxies, side by side.
 
-`disasters.toml` states each one, its annotations and its expected failures. An event hits all modes at the same time.
+`disasters.toml` states each one, and the annotations and expected failures of disasters. An event hits all modes at the
+same time.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from threading import Thread
 
 import msgspec
 
-from userspace_proxy.compare.failures import BUCKET_S, Tally, send_requests, wait_until_all_answer
-from userspace_proxy.compare.modes import HAPROXY, USERSPACE_COPY, ComparedMode, manifests_of, set_haproxy_servers
-from userspace_proxy.compare.nodes import PEERS, CompareLab, ModeNode, fill_in
-from userspace_proxy.compare.results import ModeRun, Timeline
+from userspace_proxy.compare.arrivals import BUCKET_S, Tally, send_requests, wait_until_all_answer
+from userspace_proxy.compare.modes import HAPROXY, NGINX, USERSPACE_COPY, ComparedMode, manifests_of
+from userspace_proxy.compare.nodes import PEERS, CompareLab, ModeNode, fill_in, load_stream_module
+from userspace_proxy.compare.results import DIRECT_AGAIN, ModeRun, Timeline
 from userspace_proxy.compare.session import MODE_ERRORS, Session, reason_of
 from userspace_proxy.lab import wait_until
 
@@ -35,7 +36,6 @@ PATIENCE_S = 5.0  # longer than HAProxy needs for three retries, one second apar
 _PORT = 8092
 _EVENT_S = 0.5
 _SERVICE = 2
-_HELD = 6  # open connections to each mode
 _HELD_GAP_S = 0.1
 _DOWNLOAD_BYTES = 500_000
 _FLAPS = 3
@@ -47,26 +47,33 @@ _READY = " ready: "  # in the log of each process of this proxy that has begun t
 
 @dataclass(frozen=True, slots=True)
 class Disaster:
-    """One disaster, as `disasters.toml` states it."""
+    """One disaster, or one failure of a pod, as `disasters.toml` states it. Nothing is expected of a failure.
+
+    ``held``: the open connections to each mode. ``haproxy_check``: how HAProxy checks each endpoint.
+    """
 
     name: str
     title: str
     what: str
-    why: str
     endpoints: int
     length_s: float
-    expected: dict[str, int]
-    apart: dict[str, int]
+    why: str = ""
+    expected: dict[str, int] = field(default_factory=dict)
+    apart: dict[str, int] = field(default_factory=dict)
     victims: tuple[int, ...] = ()
     told_after_s: float | None = None
     annotations: dict[str, str] = field(default_factory=dict)
+    held: int = 6
     held_path: str = "/"
     open: str = ""
+    slow_s: float = SLOW_S
+    patience_s: float = PATIENCE_S
+    haproxy_check: str = "inter 1s"
 
     @property
     def case(self) -> str:
         """The name of its figures in results."""
-        return f"disaster-{self.name}"
+        return f"disaster-{self.name}" if self.expected else self.name
 
     @property
     def others(self) -> list[int]:
@@ -90,11 +97,14 @@ class Disaster:
 
 
 _FILE = Path(__file__).with_suffix(".toml")
-DISASTERS = msgspec.toml.decode(_FILE.read_bytes(), type=dict[str, tuple[Disaster, ...]])["disasters"]
+_STATED = msgspec.toml.decode(_FILE.read_bytes(), type=dict[str, tuple[Disaster, ...]])
+DISASTERS, POD_FAILURES = _STATED["disasters"], _STATED["failures"]
 
 
-def takes_part(mode: ComparedMode) -> bool:
-    """Return whether *mode* is included in the disasters."""
+def takes_part(mode: ComparedMode, disaster: Disaster) -> bool:
+    """Return whether *mode* is included in *disaster*. All modes see a failure."""
+    if not disaster.expected:
+        return mode.name != DIRECT_AGAIN
     return (mode.ours and mode.name != USERSPACE_COPY) or mode.name == HAPROXY
 
 
@@ -108,6 +118,7 @@ class Scene:
         self.untold: dict[ComparedMode, str] = {}
         self.servers: dict[int, subprocess.Popen[bytes]] = {}
         self._haproxies: list[subprocess.Popen[bytes]] = []
+        self._nginxes: list[subprocess.Popen[bytes]] = []
         self._resetting: list[socket.socket] = []
 
     def __enter__(self) -> Scene:
@@ -118,18 +129,24 @@ class Scene:
             self.lab.pods[index].run("nft", "-f", str(PEERS / "received.rules"))
         for mode, node in self.nodes.items():
             node.forget_connections()  # a client's port may come again, with the endpoint of an earlier disaster
+            everyone = range(self.disaster.endpoints)
             if mode.name == HAPROXY:
                 self.start_haproxy(node)
+            elif mode.name == NGINX:
+                self._nginxes.append(node.host.start(*self._nginx(node, everyone), log=node.folder / "log"))
             else:
-                self._tell(mode, node, range(self.disaster.endpoints))
+                self._tell(mode, node, everyone)
         return self
 
     def __exit__(self, *_: object) -> None:
         for listener in self._resetting:
             listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
             listener.close()
+        for nginx in self._nginxes:
+            nginx.terminate()  # it ends its workers
         for process in (*self.servers.values(), *self._haproxies):
             process.kill()
+        for process in (*self.servers.values(), *self._haproxies, *self._nginxes):
             process.wait(_END_S)
         for index in self.disaster.victims:
             for table in ("silence", "received"):
@@ -144,10 +161,12 @@ class Scene:
             count += sum(each["concat"][0].startswith(f"10.{self.nodes[mode].net}.") for each in elements)
         return count
 
-    def address_of(self, mode: ComparedMode) -> tuple[str, int]:
-        """Return the address that clients of *mode* dial."""
+    def addresses_of(self, mode: ComparedMode) -> list[tuple[str, int]]:
+        """Return the addresses that clients of *mode* dial in turn."""
         node = self.nodes[mode]
-        return (node.service_ip(_SERVICE) if mode.ours else node.node_ip, _PORT)
+        if mode.kind == "none":
+            return [(ip, _PORT) for ip in node.pod_ips[: self.disaster.endpoints]]
+        return [(node.service_ip(_SERVICE) if mode.ours else node.node_ip, _PORT)]
 
     def serve(self, index: int) -> None:
         """Start the server of an endpoint."""
@@ -173,11 +192,20 @@ class Scene:
         """Start HAProxy; a running one hands over its sockets and ends with its connections."""
         servers = (f"  server pod{index} {node.pod_ips[index]}:{_PORT}" for index in range(self.disaster.endpoints))
         folder = node.folder
-        config = node.fill_in(PEERS / "disaster.cfg", folder=folder, port=_PORT, servers="\n".join(servers))
+        listed, check = "\n".join(servers), self.disaster.haproxy_check
+        config = node.fill_in(PEERS / "disaster.cfg", folder=folder, port=_PORT, servers=listed, check=check)
         control = str(folder / _CONTROL)
         takes_over = ("-x", control, "-sf", str(self._haproxies[-1].pid)) if self._haproxies else ()
         command = ("haproxy", "-db", "-q", "-f", str(config), *takes_over)
         self._haproxies.append(node.host.start(*command, log=folder / "log"))
+
+    def _nginx(self, node: ModeNode, alive: Iterable[int]) -> list[str]:
+        """Write the configuration of nginx with the numbered endpoints, and return its command."""
+        servers = " ".join(f"server {node.pod_ips[index]}:{_PORT};" for index in alive)
+        module, folder = load_stream_module(), node.folder
+        template = PEERS / "disaster-nginx.conf"
+        config = node.fill_in(template, folder=folder, port=_PORT, servers=servers, load_stream_module=module)
+        return ["nginx", "-p", str(folder), "-c", str(config)]
 
     def tell(self, alive: Iterable[int]) -> None:
         """Make all modes use only the numbered endpoints. A mode that cannot be told is noted in ``untold``."""
@@ -189,8 +217,13 @@ class Scene:
                 self.untold[mode] = reason_of(error)
 
     def _tell(self, mode: ComparedMode, node: ModeNode, alive: Iterable[int]) -> None:
+        if mode.kind == "none":
+            return  # clients dial the pods themselves
         if mode.name == HAPROXY:
-            set_haproxy_servers(node.folder / _CONTROL, "disaster", self.disaster.endpoints, alive)
+            _set_haproxy_servers(node.folder / _CONTROL, self.disaster.endpoints, alive)
+            return
+        if mode.name == NGINX:
+            node.host.run(*self._nginx(node, alive), "-s", "reload")
             return
         endpoints = [{"addresses": [node.pod_ips[index]]} for index in alive]
         node.fill_in(
@@ -202,6 +235,18 @@ class Scene:
             annotations=msgspec.json.encode(self.disaster.annotations).decode(),
             endpoints=msgspec.json.encode(endpoints).decode(),
         )
+
+
+def _set_haproxy_servers(socket_path: Path, count: int, alive: Iterable[int]) -> None:
+    """Set the state of *count* servers through HAProxy's control socket, as ingress controllers do."""
+    ready = set(alive)
+    for index in range(count):
+        with socket.socket(socket.AF_UNIX) as control:
+            control.settimeout(2.0)
+            control.connect(str(socket_path))
+            state = "ready" if index in ready else "maint"
+            control.sendall(f"set server disaster/pod{index} state {state}\n".encode())
+            control.recv(1024)
 
 
 def _reset_each(listener: socket.socket) -> None:
@@ -223,6 +268,11 @@ def _kill(scene: Scene) -> None:
 def _stop(scene: Scene) -> None:
     for index in scene.disaster.victims:
         scene.servers[index].send_signal(signal.SIGSTOP)
+
+
+def _leave(scene: Scene) -> None:
+    for index in scene.disaster.victims:
+        scene.servers[index].send_signal(signal.SIGQUIT)  # nginx: accept no new connections and finish the answers
 
 
 def _load_in_pods(rules: str) -> Callable[[Scene], None]:
@@ -285,6 +335,9 @@ def _upgrade(scene: Scene) -> None:
 
 
 _EVENTS: dict[str, Callable[[Scene], None]] = {
+    "dies": _kill,
+    "silent": _load_in_pods("silence.rules"),
+    "leaves": _leave,
     "killed": _kill,
     "stopped": _stop,
     "half-silent": _load_in_pods("silence.rules"),
@@ -336,24 +389,32 @@ async def _all_clients(
     length_s = _EVENT_S + scene.disaster.length_s
     async with asyncio.TaskGroup() as clients:
         for mode, of_mode in held.items():
-            for _ in range(_HELD):
+            for _ in range(scene.disaster.held):
                 clients.create_task(
-                    _hold(of_mode, scene.address_of(mode), scene.disaster.held_path, started_at + length_s)
+                    _hold(of_mode, scene.addresses_of(mode)[0], scene.disaster.held_path, started_at + length_s)
                 )
         await send_requests(list(tallies.values()), started_at, length_s)
 
 
-def happen(session: Session, disaster: Disaster) -> None:
-    """Let *disaster* happen to all modes that take part, and add what their clients saw to the results."""
-    nodes = {mode: node for mode, node in session.running.items() if takes_part(mode)}
+def happen(session: Session, disaster: Disaster, number: int = 1) -> None:
+    """Let *disaster* happen to all modes that take part, and add what their clients saw to the results of a round.
+
+    A mode that cannot be told of it becomes a note and has no result.
+    """
+    nodes = {mode: node for mode, node in session.running.items() if takes_part(mode, disaster)}
+    if not nodes:
+        return
     with Scene(session.lab, disaster, nodes) as scene:
         able = []
         for mode, node in nodes.items():
             with session.noting(disaster.title):
-                wait_until_all_answer(mode, node, [scene.address_of(mode)], disaster.endpoints)
+                wait_until_all_answer(mode, node, scene.addresses_of(mode), disaster.endpoints)
                 able.append(mode)
         length_s = _EVENT_S + disaster.length_s
-        tallies = {mode: Tally(cycle([scene.address_of(mode)]), length_s, SLOW_S, PATIENCE_S) for mode in able}
+        tallies = {
+            mode: Tally(cycle(scene.addresses_of(mode)), length_s, disaster.slow_s, disaster.patience_s)
+            for mode in able
+        }
         held = {mode: _Held() for mode in able}
 
         def event() -> None:
@@ -376,11 +437,14 @@ def happen(session: Session, disaster: Disaster) -> None:
     victims = {session.lab.pods[index].name for index in disaster.victims}
     told_s = _EVENT_S + (disaster.told_after_s or 0.0)
     for mode, tally in tallies.items():
-        line = Timeline(disaster.case, mode.name, 1, BUCKET_S, _EVENT_S, told_s, tally.good, tally.slow, tally.failed)
+        if mode in scene.untold:
+            continue
+        counts = tally.good, tally.slow, tally.failed
+        line = Timeline(disaster.case, mode.name, number, BUCKET_S, _EVENT_S, told_s, *counts)
         session.results.timelines.append(line)
-        session.add(
-            disaster.case, mode, 1, figures_of(line, received[mode], held[mode].opened, held[mode].lost, victims)
-        )
+        if disaster.expected:
+            figures = figures_of(line, received[mode], held[mode].opened, held[mode].lost, victims)
+            session.add(disaster.case, mode, number, figures)
 
 
 def figures_of(

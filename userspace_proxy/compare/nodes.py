@@ -19,9 +19,9 @@ from pathlib import Path
 from userspace_proxy.compare.meters import children
 from userspace_proxy.lab import Host, Lab, ask, connect, ip, start_nginx, wait_until
 
-SMALL, BULK, TRIO = 8080, 8081, 8090
+SMALL, BULK = 8080, 8081
 PEERS = Path(__file__).parent / "peers"
-TRIO_PODS = 3
+PODS = 3
 _KILL_TIMEOUT_S = 10.0
 
 
@@ -30,7 +30,7 @@ class ModeNode:
     """The node of one mode, and the mode's processes.
 
     ``host``: its network namespace. ``front_ip``: the address that clients dial. ``pod_ip``: the load pod, seen from
-    this node. ``trio_ips``: three more pods, one of which will fail. ``pod_ips``: all that may fail, these first.
+    this node. ``pod_ips``: more pods, which may fail.
     """
 
     name: str
@@ -38,7 +38,7 @@ class ModeNode:
     client: Host
     net: int
     folder: Path
-    pods: int = TRIO_PODS
+    pods: int = PODS
     front_ip: str = ""
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
@@ -58,12 +58,8 @@ class ModeNode:
     def pod_ips(self) -> tuple[str, ...]:
         return tuple(f"10.{self.net}.{3 + index}.2" for index in range(self.pods))
 
-    @property
-    def trio_ips(self) -> tuple[str, ...]:
-        return self.pod_ips[:TRIO_PODS]
-
     def service_ip(self, number: int = 0) -> str:
-        """Return the cluster IP of Service *number*: 0 is for loads, 1 for the three pods, 2 for disasters."""
+        """Return the cluster IP of Service *number*: 0 is for loads, 2 for disasters."""
         return f"10.{100 + self.net}.{number // 250}.{number % 250 + 1}"
 
     @property
@@ -78,8 +74,7 @@ class ModeNode:
 
     def fill_in(self, template: Path, target: Path | None = None, **values: object) -> Path:
         """Fill in *template* with this node's addresses; return the path of the result."""
-        trio = {f"trio{index}_ip": ip for index, ip in enumerate(self.trio_ips)}
-        addresses = {"pod_ip": self.pod_ip, "service_ip": self.service_ip(), "trio_ip": self.service_ip(1), **trio}
+        addresses = {"pod_ip": self.pod_ip, "service_ip": self.service_ip()}
         return fill_in(template, target or self.folder / template.name, **addresses, **values)
 
     def start(self, *command: str) -> subprocess.Popen[bytes]:
@@ -134,12 +129,10 @@ class ModeNode:
 class CompareLab:
     """The client, the pods with their servers, and the nodes between them. *pods*: how many may fail."""
 
-    def __init__(self, lab: Lab, folder: Path, congestion: str = "", pods: int = TRIO_PODS) -> None:
+    def __init__(self, lab: Lab, folder: Path, congestion: str = "", pods: int = PODS) -> None:
         self.client = lab.add("client")
         self.pod = lab.add("pod")
         self.pods = tuple(lab.add(f"pod{index + 1}") for index in range(pods))
-        self.trio = self.pods[:TRIO_PODS]
-        self.trio_servers: list[subprocess.Popen[bytes]] = []
         self._lab = lab
         self.folder = folder
         self._congestion = congestion
@@ -197,14 +190,10 @@ class CompareLab:
         self.pod.start(*command, log=log)
         wait_until(is_up, f"the backend at port {port} does not answer", log=log)
 
-    def start_trio(self) -> None:
-        """Start a server in each of the three pods, one of which will fail."""
-        self.trio_servers = [start_nginx(pod, self.folder) for pod in self.trio]
-
-    def restart_trio(self, index: int) -> None:
-        """Restart the server of one of the three pods, if it has ended."""
-        if self.trio_servers[index].poll() is not None:
-            self.trio_servers[index] = start_nginx(self.trio[index], self.folder)
+    def start_endpoints(self) -> None:
+        """Start a server in each of three pods, for Services with many endpoints."""
+        for pod in self.pods[:PODS]:
+            start_nginx(pod, self.folder)
 
 
 def fill_in(template: Path, target: Path, **values: object) -> Path:

@@ -26,7 +26,7 @@ from userspace_proxy.compare.derived import (
     sizes_of,
     timelines_of,
 )
-from userspace_proxy.compare.failures import EVENTS
+from userspace_proxy.compare.disasters import POD_FAILURES
 from userspace_proxy.compare.judge import Figure, figure
 from userspace_proxy.compare.results import ModeRun, Results, Timeline
 from userspace_proxy.compare.scaling import SIZES
@@ -177,9 +177,8 @@ def _figure(results: Results, panel: Panel, mode: ModeRun) -> Figure | None:
 
 
 def _failure_panels(results: Results) -> Iterator[LaneChart]:
-    for event in EVENTS:
-        title, _, effect = event.title.partition(": ")
-        yield from _lanes(results, event.name, title[0].upper() + title[1:], effect)
+    for failure in POD_FAILURES:
+        yield from _lanes(results, failure.case, failure.title, failure.what)
 
 
 def _lanes(results: Results, event: str, title: str, effect: str) -> Iterator[LaneChart]:

@@ -68,9 +68,7 @@ def _measure(node: ModeNode, size: int, direct: ModeNode, seconds: float) -> dic
         first = turn * _DIALLED // _TURNS  # a turn may be too short to dial all of them
         in_turn = [*spread[first:], *spread[:first]]
         dialled.append(statistics.median(one_after_another(node, in_turn, seconds / _TURNS)))
-        without.append(
-            statistics.median(one_after_another(direct, [(direct.trio_ips[0], HTTP_PORT)], seconds / _TURNS))
-        )
+        without.append(statistics.median(one_after_another(direct, [(direct.pod_ips[0], HTTP_PORT)], seconds / _TURNS)))
     # Compare turn by turn, so that a temporarily slow machine affects both.
     added = [(here - there) * 1000 for here, there in zip(dialled, without, strict=True)]
     lower, _, upper = statistics.quantiles(added, n=4)
@@ -105,7 +103,7 @@ def count_rules(node: ModeNode) -> int:
 
 
 def _manifest(node: ModeNode, name: str, number: int, pods: list[int]) -> str:
-    return service(name, node.service_ip(number), [node.trio_ips[index] for index in pods])
+    return service(name, node.service_ip(number), [node.pod_ips[index] for index in pods])
 
 
 def _write(node: ModeNode, name: str, manifests: list[str]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from userspace_proxy.compare.cases import Case, run_case
 from userspace_proxy.compare.modes import ComparedMode
-from userspace_proxy.compare.nodes import TRIO_PODS, CompareLab, ModeNode
+from userspace_proxy.compare.nodes import PODS, CompareLab, ModeNode
 from userspace_proxy.compare.results import ModeRun, Results, Sample
 from userspace_proxy.compare.syscalls import calls_per_mb, calls_per_request, has_counter
 from userspace_proxy.errors import StartError
@@ -34,7 +34,7 @@ def reason_of(error: Exception) -> str:
 
 
 @contextmanager
-def compare_lab(congestion: str = "", pods: int = TRIO_PODS) -> Iterator[CompareLab]:
+def compare_lab(congestion: str = "", pods: int = PODS) -> Iterator[CompareLab]:
     """Build the hosts, inside of namespaces; remove everything at the end. *congestion*: TCP's on every host.
 
     *pods*: the number of pods that may fail.
