@@ -88,7 +88,7 @@ def field_errors(kind: str, plain: Mapping[str, Any]) -> Iterator[ConfigError]:
     yield from _version_errors(kind, plain)
     if kind != "Service":  # decode checks the names of Services
         yield from _name_errors(plain["metadata"])
-    for here, key, siblings in _unknown(tree, plain, ""):
+    for here, key, siblings in _unknown(tree, plain, ()):
         yield _unknown_field(kind, tree, siblings, key, here)
     if kind == "Service":
         yield from _fields_under_selector(tree, plain)
@@ -112,16 +112,17 @@ def _name_errors(metadata: Mapping[str, Any]) -> Iterator[ConfigError]:
             yield ConfigError(f"{name!r} is not a valid name", field=f"metadata.{key}", fix=fix)
 
 
-def _unknown(tree: _Tree, given: object, field: str) -> Iterator[tuple[str, str, _Tree]]:
-    """Yield each unknown field in *given*, the value of *field*: its path, its name, and the fields known beside it."""
+def _unknown(tree: _Tree, given: object, steps: tuple[str | int, ...]) -> Iterator[tuple[str, str, _Tree]]:
+    """Yield each unknown field in *given*, the value at *steps*: its path, its name, and the fields known beside it."""
     if isinstance(given, list):
         for index, item in enumerate(given):
-            yield from _unknown(tree, item, f"{field}[{index}]")
+            yield from _unknown(tree, item, (*steps, index))
     elif isinstance(given, dict):
-        yield from ((api.below(field, key), str(key), tree) for key in given if key not in tree)
-        for key, subtree in tree.items():
-            if subtree is not None and key in given:
-                yield from _unknown(subtree, given[key], api.below(field, key))
+        for key, value in given.items():
+            if key not in tree:
+                yield api.field_of((*steps, key)), str(key), tree
+            elif (subtree := tree[key]) is not None:
+                yield from _unknown(subtree, value, (*steps, key))
 
 
 def _unknown_field(kind: str, whole: _Tree, tree: _Tree, key: str, here: str) -> ConfigError:

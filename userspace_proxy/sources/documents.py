@@ -145,6 +145,8 @@ def _manifests(document: Document, plain: object, *, for_check: bool) -> tuple[l
         except ConfigError as error:
             if len(rejected) <= _PROBLEMS_MAX:
                 rejected.append((place, error))
+    if not rejected:
+        return manifests, []
     lines = Lines()
     problems = [_problem(place, error, lines) for place, error in rejected[:_PROBLEMS_MAX]]
     if len(rejected) > _PROBLEMS_MAX:
@@ -266,10 +268,12 @@ def _is_of_another_tool(plain: object) -> bool:
     """
     if isinstance(plain, list):
         return all(isinstance(item, dict) and _is_of_another_tool(item) for item in plain)
-    if not isinstance(plain, dict) or any(api.key_space_error(key, "") or NUMBERED.match(str(key)) for key in plain):
+    if not isinstance(plain, dict):
         return False
     names = {str(key).lower() for key in plain}
-    return not names & {"kind", "metadata", "spec"} and not ("apiversion" in names and "version" not in names)
+    if names & {"kind", "metadata", "spec"} or ("apiversion" in names and "version" not in names):
+        return False
+    return not any(api.key_space_error(key, "") or NUMBERED.match(str(key)) for key in plain)
 
 
 def _as_v1(piece: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ decode checks, so `run` rejects the object as well.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from userspace_proxy import api
@@ -143,15 +143,50 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
 }
 
 
-def value_errors(kind: str, plain: _Plain) -> Iterator[ConfigError]:
-    """Yield an error for each value in *plain* (of *kind*) that the API server refuses, but `decode` accepts."""
-    for rule in RULES[kind]:
-        if (is_right := rule.is_right) is None:
-            continue
-        for steps, value in values_at(plain, rule.field):
-            # A wrong type is an error of its own.
-            if isinstance(value, type(rule.wrong)) and value != "" and not is_right(value):
-                yield ConfigError(f"{value!r} is not {rule.demand}", field=api.field_of(steps), fix=rule.fix)
+# What stands below a field (``[]``: each item of a list, ``{}`` and ``*`` as in `Rule`), or the rule for it.
+_Tree = dict[str, "_Tree"] | Rule
+
+
+def _tree(rules: Iterable[Rule]) -> _Tree:
+    """Return the *rules* with a test as a tree, so that one walk over an object tests all of its values."""
+    whole: dict[str, _Tree] = {}
+    for rule in (rule for rule in rules if rule.is_right is not None):
+        *above, last = rule.field.replace("[]", ".[]").split(".")
+        tree = whole
+        for step in above:
+            below = tree.setdefault(step, {})
+            assert isinstance(below, dict), "a rule is for a single value"
+            tree = below
+        tree[last] = rule
+    return whole
+
+
+_TREES = {kind: _tree(rules) for kind, rules in RULES.items()}
+
+
+def value_errors(kind: str, plain: _Plain) -> list[ConfigError]:
+    """Return an error for each value in *plain* (of *kind*) that the API server refuses, but `decode` accepts."""
+    errors: list[ConfigError] = []
+    _add_errors(errors, _TREES[kind], plain, ())
+    return errors
+
+
+def _add_errors(errors: list[ConfigError], tree: _Tree, given: object, steps: _Steps) -> None:
+    """Add an error for each value that breaks a rule of *tree*; *given* is the value at *steps*."""
+    if isinstance(tree, Rule):
+        # A wrong type is an error of its own.
+        if isinstance(given, type(tree.wrong)) and given != "" and tree.is_right and not tree.is_right(given):
+            errors.append(ConfigError(f"{given!r} is not {tree.demand}", field=api.field_of(steps), fix=tree.fix))
+    elif isinstance(given, dict):
+        for step, below in tree.items():
+            if step in ("{}", "*"):
+                for key, value in given.items():
+                    _add_errors(errors, below, key if step == "{}" else value, (*steps, str(key)))
+            elif step in given:
+                _add_errors(errors, below, given[step], (*steps, step))
+    elif isinstance(given, list) and (each := tree.get("[]")) is not None:
+        for index, item in enumerate(given):
+            _add_errors(errors, each, item, (*steps, index))
 
 
 def values_at(plain: object, path: str) -> list[tuple[_Steps, Any]]:

@@ -67,7 +67,7 @@ def _value_errors(
     for error in shape:
         unknown[error.field.rpartition(".")[0]].append(error)
     mistyped = [error for error in manifest.errors if not _follows(error, unknown[error.field])]
-    by_value = list(value_errors(kind, plain))
+    by_value = value_errors(kind, plain)
     refused = list(_decode_errors(manifest, is_misshapen=bool(shape or mistyped)))
     yield from ((error, True) for error in (*mistyped, *refused))
     yield from ((error, False) for error in by_value)
