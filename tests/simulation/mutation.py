@@ -15,10 +15,11 @@ import importlib
 import inspect
 import os
 import random
+import re
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import CodeType
 from typing import Any, NamedTuple
@@ -35,7 +36,6 @@ _CPU_S = 100
 _PROCESSES = 2
 _NOT_PLAYED_STATUS = 99
 _TEST_TIMEOUT_S = 40
-_TRIES = 2
 _UNCHANGED = -1
 _WITH_FILE = 3
 _KILLED_LEAST = 0.9
@@ -194,12 +194,18 @@ def _start(mutant: Mutant) -> int:
 
 
 def _passes_tests(mutant: Mutant) -> bool:
-    """Run the tests with real sockets, which find what is not in the model. A failure counts if it comes twice."""
-    options = ("-x", "-q", "--timeout", f"{_TEST_TIMEOUT_S}", "-p", "no:cacheprovider", "-p", __spec__.name)
-    command = [sys.executable, "-m", "pytest", *options, *_TESTS[mutant.module]]
+    """Run the tests with real sockets, which find what is not in the model. A test that fails runs again, alone."""
+    failed = _failed_tests(mutant, _TESTS[mutant.module])
+    return not failed or not _failed_tests(mutant, failed)
+
+
+def _failed_tests(mutant: Mutant, tests: Sequence[str]) -> Sequence[str]:
+    """Return the first of *tests* that fails with *mutant*; all of them if none can be named; none if all pass."""
+    options = ("-x", "-q", "-rfE", "--timeout", f"{_TEST_TIMEOUT_S}", "-p", "no:cacheprovider", "-p", __spec__.name)
+    command = [sys.executable, "-m", "pytest", *options, *tests]
     environment = {**os.environ, _VARIABLE: f"{mutant.module}:{mutant.number}"}
-    runs = (subprocess.run(command, stdout=2, env=environment, check=False) for _ in range(_TRIES))
-    return any(run.returncode == 0 for run in runs)
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
+    return () if not run.returncode else re.findall(r"^(?:FAILED|ERROR) (\S+)", run.stdout, re.MULTILINE) or tests
 
 
 def survivors(chosen: list[Mutant], tell: Callable[[str], object] = lambda _: None) -> list[Mutant]:
