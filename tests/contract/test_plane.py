@@ -20,6 +20,7 @@ import pytest
 from tests.dataplane.world import NamedBackend, named_backends, refusing_endpoint
 from tests.ends import until
 from userspace_proxy.dataplane.connections import Limits
+from userspace_proxy.dataplane.handover import Inherit
 from userspace_proxy.dataplane.plane import LocalPlane
 from userspace_proxy.dataplane.remote import RemotePlane
 from userspace_proxy.dataplane.wire import WorkerSettings
@@ -578,13 +579,20 @@ async def test_one_of_two_workers_that_is_killed_costs_the_other_s_clients_nothi
 # ---- from one control process to the next
 
 
-async def take_over(before: RemotePlane, after: RemotePlane) -> list[ListenerSpec]:
-    """As two control processes do, with copies of the descriptors in the place of those that a socket carries."""
-    inherited = [
+Inherited = list[tuple[Inherit, list[socket.socket]]]
+
+
+def inheritance(before: RemotePlane) -> Inherited:
+    """Return what a successor gets, with copies of the descriptors in the place of those that a socket carries."""
+    return [
         (inherit, [socket.socket(fileno=os.dup(descriptor)) for descriptor in descriptors])
         for inherit, descriptors in before.inheritance()
     ]
-    return await after.adopt(inherited)
+
+
+async def take_over(before: RemotePlane, after: RemotePlane) -> list[ListenerSpec]:
+    """As two control processes do."""
+    return await after.adopt(inheritance(before))
 
 
 @pytest.mark.parametrize(("workers_before", "workers_after"), [(1, 1), (1, 2), (2, 1), (2, 2)])
@@ -603,6 +611,7 @@ async def test_listeners_pins_and_endpoints_go_over_to_another_plane(
 
     after.start()
     assert await take_over(before, after) == specs
+    await after.begin(await before.make_way(workers_after, time.monotonic()))
     await before.close(0, successors=workers_after)
 
     try:
@@ -611,6 +620,39 @@ async def test_listeners_pins_and_endpoints_go_over_to_another_plane(
         assert {await ask() for _ in range(6)} == {"a", "b", "c"}
     finally:
         await after.close(0)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_a_pin_that_is_set_during_a_hand_over_goes_over_too(
+    three: tuple[NamedBackend, ...], workers: int
+) -> None:
+    """The predecessor sets pins after it has sent them, until it makes way."""
+    sources = [f"10.95.7.{number}" for number in range(1, 7)]
+    for source in sources:
+        ip("address", "add", f"{source}/32", "dev", "lo")
+    before, after = (RemotePlane(WorkerSettings(Limits(), workers=workers)) for _ in range(2))
+    before.start()
+    try:
+        await before.open([spec(affinity_timeout_s=100)])
+        await before.update(backends(*(backend.endpoint for backend in three)))
+        pinned = {source: await ask(source) for source in sources[:2]}
+        since = time.monotonic()
+        await before.stats()
+        inherited = inheritance(before)
+        pinned |= {source: await ask(source) for source in sources[2:4]}
+        after.start()
+        await after.adopt(inherited)
+        pinned |= {source: await ask(source) for source in sources[4:]}
+        assert {source: await ask(source) for source in sources} == pinned, "one of both accepts"
+
+        await after.begin(await before.make_way(workers, since))
+        await before.close(0, successors=workers)
+
+        assert {source: await ask(source) for source in sources[::-1]} == pinned
+    finally:
+        await after.close(0)
+        for source in sources:
+            ip("address", "del", f"{source}/32", "dev", "lo")
 
 
 async def test_no_connection_fails_while_planes_change(three: tuple[NamedBackend, ...]) -> None:

@@ -187,7 +187,7 @@ async def test_an_older_successor_takes_over(listener: socket.socket) -> None:
     async def give(wish: TakeOver, conversation: Conversation) -> None:
         asked.append(wish)
         await hand_over(conversation, [(INHERIT, [listener.fileno()])], first.name, [listener])
-        conversation.send(Released())
+        conversation.send(Released([(NAME, MEMORY)]))
 
     incumbent = Incumbent(first.member, Present(VERSION, 4711, ["a"]), give)
 
@@ -239,7 +239,7 @@ async def test_from_an_older_or_a_later_process_is_taken_over(role: int, listene
     with Older.member(role) as member:
         serving = asyncio.create_task(asyncio.to_thread(serve, member))
         successor = await take_lock(["a"], "auto", 2)
-        await successor.taken()
+        assert await successor.taken() == [], "an older one does not send the pins that it set last"
         take_over, taken = await serving
 
     known = {"type": "TakeOver", "version": 3, "pid": os.getpid(), "workers": 2, "health_checks": True}

@@ -402,7 +402,7 @@ async def test_a_proxy_port_that_is_taken_over_is_read_once_the_process_before_h
             await asyncio.sleep(0)
         assert (await plane.counters(UDP_NAME)).flows == 0
 
-        plane.local.begin()
+        await plane.local.begin([])
 
         assert (await a.receive())[0] == b"who"
 

@@ -55,8 +55,8 @@ _CERTAIN_STATES = ("answer", "refuse", "unreachable")
 _CONNECTIONS = 20, 24
 _ARRIVALS_S = 6.0
 _ENDS_WITHIN_S = 90.0
-# How long the predecessor and its successor both accept.
-_BOTH_ACCEPT_S = 0.002
+# How long the predecessor serves still, while its successor is ready.
+_BOTH_SERVE_S = 0.002, 1.0
 _CONNTRACK_S = 30.0
 # Within which a client gets an endpoint, or a refusal, once there is one to dial, in histories with a policy.
 _DIALLING_MAX_S = 1.0
@@ -265,7 +265,6 @@ class History:
         self.usable: list[Address] = list(self.world.sites)
         self.predecessors: list[tuple[LocalPlane, dict[ServicePortName, Shared]]] = []
         self.hands_over = self.kind in ("calm", "slow", "faults") and draw.random() < 0.3
-        self.handed_over_at = float("inf")
         self._tasks: list[asyncio.Future[None]] = []
         self.policy = ConnectionPolicy()
         if self.kind in ("policy", "removals"):
@@ -426,7 +425,7 @@ class History:
 
     async def _hand_over(self) -> None:
         """Let a new data plane take over the listeners, in the order of `handover.py`."""
-        before, after = self.plane, self._new_plane()
+        before, after, since = self.plane, self._new_plane(), self.kernel.now
         for listener, backends in before.held():
             sock: Any = listener.sock
             memory = before.memory_of(listener.name.service_port)
@@ -434,12 +433,11 @@ class History:
             check(after.memory_of(listener.name.service_port) == memory, "pins or ejections are lost", memory)
         self.faults["hand-over"] += 1
         self.note("hand-over")
-        self.handed_over_at = self.kernel.now
         self.predecessors.append((before, dict(before._shared)))
         self.plane = after
-        await asyncio.sleep(_BOTH_ACCEPT_S)
+        await asyncio.sleep(self.random.choice(_BOTH_SERVE_S))
         await before.stop_accepting()
-        after.begin()
+        await after.begin(await before.pinned_since(since))
         await before.close(_ENDS_WITHIN_S, successors=1)
 
     def _serve(self, service_port: ServicePort, port: int, sock: Listener | Datagram) -> None:
@@ -671,16 +669,10 @@ class History:
                 check(max(opened) - min(opened) <= 1, "shares are not fair", opened)
 
     def _endpoints_by_client(self) -> dict[str, set[Address]]:
-        """Return the endpoints that each client was led to, without clients that came while two data planes accepted.
-
-        A pin that the predecessor sets after it has sent its pins is not known to the successor.
-        """
+        """Return the endpoints that each client was led to."""
         found: dict[str, set[Address]] = {}
-        between = {
-            c.address[0] for c in self.world.clients if 0 <= c.began_at - self.handed_over_at <= 2 * _BOTH_ACCEPT_S
-        }
         for record in self.records.values():
-            if record.endpoint is not None and record.client[0] not in between:
+            if record.endpoint is not None:
                 found.setdefault(record.client[0], set()).add(record.endpoint.address)
         return found
 

@@ -14,12 +14,13 @@ does the predecessor stop accepting, so that some process accepts at every momen
                                <-     ClusterDns, if requested
                                <-     Lock, with the descriptor of the name
        (serves)  Taken         ->
-                               <-     Released, and drains
+                               <-     Released, with the pins set since Inherit, and drains
 
 Until `Taken` the predecessor serves as before, in case the successor fails.
 
-The successor reads UDP listeners only after `Released`: the predecessor then begins no more flows, so the local ports
-that rest are known. Until then datagrams wait in the sockets.
+The successor reads UDP listeners, and listeners with client-IP affinity, only after `Released`. The predecessor then
+begins no more flows and sets no more pins, so the local ports that rest, and all pins, are known. Until then datagrams
+and connections wait in the sockets.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ import msgspec
 
 from userspace_proxy.dataplane import wire
 from userspace_proxy.dataplane.channel import DESCRIPTORS_A_FRAME, LOST, Channel, close_descriptors
+from userspace_proxy.dataplane.memory import Memories
 from userspace_proxy.dataplane.rendezvous import Call, answer, heard
 from userspace_proxy.interfaces import DataPlane
 from userspace_proxy.model.listeners import ListenerSpec
@@ -113,7 +115,12 @@ class Lock(msgspec.Struct, frozen=True, tag=True):
 
 
 class Released(msgspec.Struct, frozen=True, tag=True):
-    """The predecessor has stopped accepting, and has freed the admin addresses and the state folder."""
+    """The predecessor has stopped accepting, and has freed the admin addresses and the state folder.
+
+    *memory*: the pins that its pickers have set or used since `Inherit`.
+    """
+
+    memory: Memories = []
 
 
 Message = Present | TakeOver | End | Taken | Refused | Inherit | HealthChecks | ClusterDns | Lock | Released
@@ -214,12 +221,19 @@ class HandoverPlane(DataPlane, Protocol):
         """
         ...
 
-    def begin(self) -> None:
-        """Begin to read from adopted UDP listeners: the predecessor has stopped reading them."""
+    async def begin(self, memory: Memories) -> None:
+        """Begin to read from adopted listeners that wait: the predecessor has stopped.
+
+        *memory*: what `make_way` of the predecessor has returned.
+        """
         ...
 
     def inheritance(self) -> Iterator[tuple[Inherit, list[int]]]:
         """Yield the state for a successor, in parts, with descriptors that this process keeps."""
+        ...
+
+    async def make_way(self, successors: int, since: float) -> Memories:
+        """Stop accepting at the sockets of the first *successors* workers; return the pins set *since* (monotonic)."""
         ...
 
     def leave(self) -> None:

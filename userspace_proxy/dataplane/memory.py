@@ -6,6 +6,7 @@ node port is still one client, and an endpoint that refuses one listener's dial 
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from userspace_proxy.model.counters import EndpointCounters
 from userspace_proxy.model.endpoint import Address
+from userspace_proxy.model.names import ServicePortName
 
 if TYPE_CHECKING:
     from userspace_proxy.dataplane.picker import Picker
@@ -61,6 +63,10 @@ class PickerMemory(NamedTuple):
 
     pins: list[tuple[str, Pin]]
     ejected: list[tuple[Address, int, float]]
+
+
+# By service port.
+Memories = list[tuple[ServicePortName, PickerMemory]]
 
 
 class Memory:
@@ -280,10 +286,20 @@ class Memory:
         self._reported_ejected = ejected
         return news
 
+    def pinned_since(self, at: float) -> PickerMemory:
+        """Return the pins that were set or used at *at* or later."""
+        expires_from = at + (self.affinity_timeout_s or 0)
+        last_first = itertools.takewhile(lambda held: held[1].expires_at >= expires_from, reversed(self._pins.items()))
+        return PickerMemory(list(last_first)[::-1], [])
+
     def remember(self, memory: PickerMemory) -> None:
-        """Add the pins and ejections of another process's pickers of the same service port."""
+        """Add the pins and ejections of another process's pickers of the same service port. The later pin counts."""
         if self.affinity_timeout_s is not None:
-            self._pins = {**dict(memory.pins), **self._pins}
+            for client_ip, pin in memory.pins:
+                known = self._pins.get(client_ip)
+                if known is None or known.expires_at < pin.expires_at:
+                    self.take_pin(client_ip)
+                    self.pin(client_ip, pin)
         present = self.addresses()
         for address, failures, until in memory.ejected:
             if address in present:

@@ -18,7 +18,7 @@ from userspace_proxy.dataplane.details import collect_details
 from userspace_proxy.dataplane.dial import deadlines
 from userspace_proxy.dataplane.groups import open_group
 from userspace_proxy.dataplane.lifetimes import Keeper
-from userspace_proxy.dataplane.memory import Memory, PickerMemory
+from userspace_proxy.dataplane.memory import Memories, Memory, PickerMemory
 from userspace_proxy.dataplane.picker import Picker
 from userspace_proxy.dataplane.pipes import PipePool
 from userspace_proxy.dataplane.poller import Poller
@@ -86,6 +86,7 @@ class LocalPlane:
         self._pipes = PipePool()
         self._listeners: dict[ListenerName, TcpListener | UdpListener] = {}
         self._udp: dict[ListenerName, UdpListener] = {}
+        self._waiting: list[TcpListener | UdpListener] = []  # for `begin`
         self._backends: dict[ListenerName, Backends] = {}
         self._shared: dict[ServicePortName, Shared] = {}
         self._reserved: tuple[socket.socket, ...] = ()
@@ -138,7 +139,7 @@ class LocalPlane:
     ) -> None:
         """Serve *spec* at *sock*, which this plane owns from now on. On failure, close it and raise OSError.
 
-        *waits*: a UDP listener is not read before `begin`.
+        *waits*: a predecessor serves still. Listeners that need to know what it does last are not read before `begin`.
         """
         name = spec.name
         shared = self._shared.get(name.service_port) or Shared(Memory(self._context.now))
@@ -147,10 +148,12 @@ class LocalPlane:
             require_room(sock.fileno())
             if name.protocol is L4Protocol.UDP:
                 listener = self._udp[name] = UdpListener(spec, sock, self._context, shared)
-                if not waits:
-                    self._datagrams.serve(listener)
             else:
                 listener = TcpListener(spec, sock, self._context, shared)
+            if waits and needs_last_state(spec):
+                self._waiting.append(listener)
+            else:
+                listener.begin()
         self._listeners[name] = listener
         self._shared[name.service_port] = shared
         _configure_picker(listener.picker, shared.memory, spec.service_port)
@@ -164,12 +167,18 @@ class LocalPlane:
         """The number of small messages moved so far."""
         return self._poller.messages
 
-    def take_news(self) -> Iterator[list[tuple[ServicePortName, PickerMemory]]]:
+    def take_news(self) -> Iterator[Memories]:
         """Yield what pickers have learnt since the last call, in parts that take a fraction of a millisecond each."""
         learnt = [(name, shared.memory) for name, shared in self._shared.items() if shared.memory.has_learnt]
         for start in range(0, len(learnt), _SERVICE_PORTS_A_STEP):
             part = learnt[start : start + _SERVICE_PORTS_A_STEP]
             yield [(name, news) for name, memory in part if (news := memory.take_news()) is not None]
+
+    async def pinned_since(self, at: float) -> Memories:
+        """Return the pins that were set or used at *at* or later, by service port."""
+        of_ports = in_slices(list(self._shared.items()), self._context.now)
+        found = [(name, shared.memory.pinned_since(at)) async for name, shared in of_ports]
+        return [(name, memory) for name, memory in found if memory.pins]
 
     def memory_of(self, name: ServicePortName) -> PickerMemory:
         """Return all pins and ejections of a service port with listeners."""
@@ -264,13 +273,19 @@ class LocalPlane:
     def cut(self) -> None:
         self._context.connections.cut_all()
 
-    def begin(self) -> None:
-        """Start reading from the UDP listeners that were opened with ``waits=True``."""
-        for listener in self._udp.values():
-            self._datagrams.serve(listener)
+    async def begin(self, memory: Memories) -> None:
+        """Start reading from all listeners that wait. *memory*: what the predecessor has learnt last."""
+        for name, learnt in memory:
+            if (shared := self._shared.get(name)) is not None:
+                shared.memory.remember(learnt)
+        waiting, self._waiting = self._waiting, []
+        async for listener in in_slices(waiting, self._context.now):
+            if listener.sock.fileno() >= 0:
+                listener.begin()
 
     async def stop_accepting(self) -> None:
         """Stop accepting: another data plane accepts at the same sockets."""
+        self._waiting = []
         async for listener in in_slices(list(self._listeners.values()), self._context.now):
             listener.leave()
 
@@ -286,6 +301,9 @@ class LocalPlane:
 
     def inheritance(self) -> Iterator[tuple[Inherit, list[int]]]:
         return iter(())
+
+    async def make_way(self, successors: int, since: float) -> Memories:
+        return []
 
     def leave(self) -> None:
         pass
@@ -328,6 +346,11 @@ class LocalPlane:
                 self._datagrams.expire(now)
             except Exception:
                 log.exception("a bug: a sweep for silent connections and idle flows failed")
+
+
+def needs_last_state(spec: ListenerSpec) -> bool:
+    """Return whether the listener needs what its predecessor has learnt until the end: local ports or pins."""
+    return spec.name.protocol is L4Protocol.UDP or spec.service_port.affinity_timeout_s is not None
 
 
 def _configure_picker(picker: Picker, memory: Memory, service_port: ServicePort) -> None:

@@ -19,6 +19,7 @@ from userspace_proxy.dataplane import wire
 from userspace_proxy.dataplane.connections import raise_descriptor_limit
 from userspace_proxy.dataplane.groups import close_group, fit_group, open_group
 from userspace_proxy.dataplane.handover import Inherit
+from userspace_proxy.dataplane.memory import Memories
 from userspace_proxy.dataplane.process import WorkerProcess, answers_to
 from userspace_proxy.dataplane.sockets import refusal, reserve_refusing_port
 from userspace_proxy.dataplane.stats import add_up, sum_of
@@ -32,7 +33,7 @@ from userspace_proxy.model.names import ListenerName, Scope, ServicePortName
 _A_FRAME = 32
 _OPENED_A_FRAME = 16
 _DETAILS_A_FRAME = 256
-# A worker that does not read for this time is abandoned at close.
+# A worker that does not read or answer for this time is abandoned at close.
 _SENT_S = 2.0
 
 
@@ -120,7 +121,7 @@ class RemotePlane:
 
         Call it before anything else.
 
-        UDP listeners are read after `begin`.
+        Those that need what the predecessor learns last are read after `begin`.
 
         Raises:
             OSError, SyncError: the listeners cannot be taken over.
@@ -146,17 +147,27 @@ class RemotePlane:
             for worker in self._workers:
                 worker.learnt.note(service_port, memory)
 
-    def begin(self) -> None:
-        """Begin to read from UDP listeners: the predecessor has stopped reading them."""
+    async def begin(self, memory: Memories) -> None:
+        """Begin to read from listeners that wait: the predecessor has stopped. *memory*: the pins it has set last."""
         self._waits = False
         for worker in self._workers:
-            worker.send(wire.Begin())
+            worker.send(wire.Begin(memory))
 
     def inheritance(self) -> Iterator[tuple[Inherit, list[int]]]:
         """Yield the state for a successor, in parts, with descriptors that this process keeps."""
         for worker in self._workers:
             for listeners, descriptors in self._all_of(worker, self._specs.values()):
                 yield Inherit(worker.settings.worker, listeners), descriptors
+
+    async def make_way(self, successors: int, since: float) -> Memories:
+        """Stop accepting at the sockets of the first *successors* workers; return the pins set *since* (monotonic)."""
+        asked = [
+            worker.send(wire.MakeWay(since, handed_over=index < successors))
+            for index, worker in enumerate(self._workers)
+        ]
+        await asyncio.wait(asked, timeout=_SENT_S)
+        answers = [answer.result() for answer in asked if answer.done() and answer.exception() is None]
+        return [learnt for answer in answers for learnt in answer.memory]
 
     def leave(self) -> None:
         """Leave the workers to serve alone, if `keep_on` was called."""

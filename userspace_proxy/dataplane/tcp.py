@@ -55,7 +55,10 @@ class TcpListener(BaseListener):
         self._family = int(sock.family)
         self._crowded_since = self._crowded_at = float("-inf")
         prepare_listener(sock, context.limits.dead_peer_timeout_s)  # it may come from another process
-        context.poller.accept_from(sock, self._accept)
+
+    def begin(self) -> None:
+        """Begin to accept."""
+        self.context.poller.accept_from(self.sock, self._accept)
 
     def configure(self, spec: ListenerSpec) -> None:
         super().configure(spec)

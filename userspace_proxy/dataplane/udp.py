@@ -46,6 +46,10 @@ class UdpListener(BaseListener):
     def fd(self) -> int:
         return self.sock.fileno()
 
+    def begin(self) -> None:
+        """Begin to read from clients."""
+        self._datagrams.serve(self)
+
     def configure(self, spec: ListenerSpec) -> None:
         super().configure(spec)
         by_client = spec.service_port.affinity_timeout_s is not None or spec.service_port.balance is Balance.SOURCE_HASH

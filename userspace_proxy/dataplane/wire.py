@@ -12,11 +12,11 @@ import msgspec
 
 from userspace_proxy.dataplane.begin import ChildSettings
 from userspace_proxy.dataplane.connections import Limits
-from userspace_proxy.dataplane.memory import PickerMemory
+from userspace_proxy.dataplane.memory import Memories
 from userspace_proxy.model.counters import PlaneStats, ServiceStats
 from userspace_proxy.model.details import Details, DetailsRequest
 from userspace_proxy.model.listeners import Backends, ListenerSpec
-from userspace_proxy.model.names import ListenerName, ServicePortName
+from userspace_proxy.model.names import ListenerName
 
 
 class WorkerSettings(ChildSettings, frozen=True):
@@ -40,18 +40,23 @@ class Open(msgspec.Struct, frozen=True, tag=True):
 
     A replacement for a worker also gets that worker's *backends* and *memory*, before it accepts the first client.
     Listeners of one service port share its memory.
-    *waits*: UDP listeners are not read before `Begin`.
+    *waits*: UDP listeners, and those with client-IP affinity, are not read before `Begin`.
     """
 
     specs: list[ListenerSpec]
     new: int
     backends: list[tuple[ListenerName, Backends]] = []
-    memory: list[tuple[ServicePortName, PickerMemory]] = []
+    memory: Memories = []
     waits: bool = False
 
 
 class Begin(msgspec.Struct, frozen=True, tag=True):
-    """Begin to read from waiting UDP listeners: the predecessor has stopped, and its local ports are known."""
+    """Begin to read from waiting listeners: the predecessor has stopped.
+
+    Its local ports are known now, and *memory* has the pins that it set since it sent its listeners.
+    """
+
+    memory: Memories = []
 
 
 class Update(msgspec.Struct, frozen=True, tag=True):
@@ -80,6 +85,13 @@ class KeepOn(msgspec.Struct, frozen=True, tag=True):
     """Keep serving if the control process dies, until a successor calls. The socket bound to the name comes with it."""
 
 
+class MakeWay(msgspec.Struct, frozen=True, tag=True):
+    """Stop accepting if *handed_over*: other workers accept at the same sockets. Answer with the pins set *since*."""
+
+    since: float
+    handed_over: bool
+
+
 class Stop(msgspec.Struct, frozen=True, tag=True):
     """Drain and exit. *handed_over*: other workers accept at the same sockets, so only open connections are drained."""
 
@@ -87,7 +99,7 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
     handed_over: bool = False
 
 
-Request = Open | Begin | Update | Retire | GetStats | GetDetails | Cut | KeepOn | Stop
+Request = Open | Begin | Update | Retire | GetStats | GetDetails | Cut | KeepOn | MakeWay | Stop
 
 # ---- worker -> control
 
@@ -103,19 +115,20 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     """The answer to every request, or its end.
 
     *refused*: listeners that could not be served, with reasons. *totals*: the counters of the data plane as a whole,
-    for `GetStats`. *services* and *details* are sent before, as `Part`.
+    for `GetStats`. *memory*: pins, for `MakeWay`. *services* and *details* are sent before, as `Part`.
     """
 
     refused: list[tuple[ListenerName, str]] = []
     totals: PlaneStats | None = None
     services: list[ServiceStats] = []
     details: list[Details] = []
+    memory: Memories = []
 
 
 class News(msgspec.Struct, frozen=True, tag=True):
     """Sent without a request: pins and ejections that pickers have learnt in the last second."""
 
-    memory: list[tuple[ServicePortName, PickerMemory]]
+    memory: Memories
 
 
 Answer = Done | Part | News

@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import stat
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -104,7 +105,7 @@ class Worker:
         try:
             if await self._serve_requests():
                 return
-            self._plane.begin()  # in case the control process died before it sent `Begin`
+            await self._plane.begin([])  # in case the control process died before it sent `Begin`
             member, name = self._member, self._name
             if self._is_replaced:
                 await self._make_room()
@@ -157,8 +158,8 @@ class Worker:
         match request:
             case wire.Open():
                 return self._open(request, descriptors)
-            case wire.Begin():
-                plane.begin()
+            case wire.Begin(memory):
+                await plane.begin(memory)
             case wire.Update(backends):
                 await plane.update(dict(backends))
                 gc.freeze()  # these stay for long
@@ -180,6 +181,10 @@ class Worker:
                     log.error("this worker will stop if the control process dies: no descriptor is left")
                 else:
                     self._keep_on(socket.socket(fileno=descriptors[0]))
+            case wire.MakeWay(since, handed_over):
+                if handed_over:
+                    await plane.stop_accepting()
+                return wire.Done(memory=await plane.pinned_since(since))
             case wire.Stop(drain_timeout_s, handed_over):
                 self._let_go()
                 await plane.close(drain_timeout_s, successors=int(handed_over))
@@ -265,13 +270,14 @@ class Orphan:
             await self._plane.close(0 if self._is_unwanted else settings.drain_timeout_s)
 
     async def _hand_over(self, asked: TakeOver, conversation: Conversation) -> None:
+        since = time.monotonic()
         await hand_over(conversation, self._inheritance(), self._name)
         self._is_handed_over = True
         self._is_succeeded = self._settings.worker < asked.workers
         if self._is_succeeded:
             # Once the successor is ready, its endpoints count, not those of this process.
             await self._plane.stop_accepting()
-        conversation.send(Released())
+        conversation.send(Released(await self._plane.pinned_since(since)))
         self._ending.set()
 
     async def _end(self) -> None:

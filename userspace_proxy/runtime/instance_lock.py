@@ -38,6 +38,7 @@ from userspace_proxy.dataplane.handover import (
     expect,
     understands,
 )
+from userspace_proxy.dataplane.memory import Memories
 from userspace_proxy.dataplane.rendezvous import Caller, Role, join, members, port_of, process_of
 from userspace_proxy.errors import StartError
 from userspace_proxy.runtime.hung_workers import end_hung_worker
@@ -73,22 +74,31 @@ class InstanceLock:
     cluster_dns: list[socket.socket] = field(default_factory=list)
     conversations: list[Conversation] = field(default_factory=list)
 
-    async def taken(self) -> None:
-        """Report to the predecessor that this process serves now, and wait until it has yielded."""
+    async def taken(self) -> Memories:
+        """Report to the predecessor that this process serves now, and wait until it has yielded.
+
+        Return the pins that it has set meanwhile.
+        """
+        learnt: Memories = []
         for conversation in self.conversations:
             conversation.send(Taken())
         for conversation in self.conversations:
             try:
-                expect(await conversation.receive(), Released)
+                learnt += expect(await conversation.receive(), Released).memory
             except (OSError, TimeoutError) as error:
                 log.warning("the process before did not say that it has made way: %s", error or "no answer")
-                await self._release_orphans()
+                learnt += await self._release_orphans()
             conversation.close()
         _hold_name(self.name)
         self.turn.close()
+        return learnt
 
-    async def _release_orphans(self) -> None:
-        """Let workers drain whose control process died while it yielded: this process has their listeners already."""
+    async def _release_orphans(self) -> Memories:
+        """Let workers drain whose control process died while it yielded: this process has their listeners already.
+
+        Return their pins.
+        """
+        learnt: Memories = []
         with contextlib.suppress(TimeoutError):
             for present, conversation in await _call_members(self.turn, _ORPHAN_TIMEOUT_S, but=self.member):
                 try:
@@ -96,12 +106,15 @@ class InstanceLock:
                     (await _collect(conversation, len(self.conversations), duplicates)).close()
                     _close(duplicates.listeners)
                     conversation.send(Taken())
-                    expect(await conversation.receive(), Released)
+                    for inherit, _ in duplicates.listeners:
+                        learnt += inherit.listeners.memory
+                    learnt += expect(await conversation.receive(), Released).memory
                 except (OSError, TimeoutError) as error:
                     log.warning(
                         "a worker%s of the process before serves on: %s", running_as(present), error or "no answer"
                     )
                 conversation.close()
+        return learnt
 
     def give_back(self) -> None:
         """Give up the lock and all inherited sockets; the predecessor continues to serve."""

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum
 from pathlib import Path
@@ -30,6 +31,7 @@ from userspace_proxy.dataplane.handover import (
     TakeOver,
     hand_over,
 )
+from userspace_proxy.dataplane.memory import Memories
 from userspace_proxy.dataplane.process import answers_to
 from userspace_proxy.errors import StartError, SyncError
 from userspace_proxy.logs import flush_log
@@ -89,6 +91,8 @@ class Lifecycle:
         self._serves_on_alone = False  # traffic continues if this process ends now
         self._plane: HandoverPlane | None = None
         self._successors = 0
+        self._since = 0.0  # the monotonic second from which the successor needs pins in `Released`
+        self._learnt_last: Memories = []
         self._dry_run: asyncio.Task[None] | None = None
         self._is_replaced = False  # the new program is about to begin
 
@@ -128,8 +132,7 @@ class Lifecycle:
         with contextlib.suppress(SyncError):  # a worker has died; its replacement gets the request, too
             await answers_to(plane.keep_on(lock.name))
         self._serves_on_alone = True
-        await lock.taken()
-        plane.begin()
+        await plane.begin(await lock.taken())
         log.info("taken over from another process: %d listeners", len(specs))
         return specs
 
@@ -154,6 +157,7 @@ class Lifecycle:
         self._decided.clear()
         async with proxy.proxier.paused():
             try:
+                self._since = time.monotonic()
                 await plane.stats()  # brings the latest pins with it
                 checks = proxy.health_checks.listeners() if asked.health_checks else ()
                 of_dns = proxy.dns.inheritance() if asked.cluster_dns and proxy.dns is not None else ()
@@ -168,7 +172,7 @@ class Lifecycle:
             if is_told_to_stop:
                 self._on_signal(signal.SIGTERM)
             await self._yielded.wait()
-        conversation.send(Released())
+        conversation.send(Released(self._learnt_last))
         await conversation.sent()
         self._released.set()
 
@@ -249,6 +253,7 @@ class Lifecycle:
         *remove_rules* drains connections and removes every rule.
         """
         if self.ending is Ending.HANDED_OVER:
+            self._learnt_last = await plane.make_way(self._successors, self._since)
             self._yielded.set()
             await plane.close(self._settings.orphan_timeout_s, successors=self._successors)
             with contextlib.suppress(TimeoutError):
