@@ -23,6 +23,7 @@ UDP_PORT = 5353
 # What a machine takes longer for than those that the bounds of these tests were made on, such as an emulated one.
 PATIENCE = float(os.environ.get("TESTS_PATIENCE", "1"))
 POD1, POD2 = ServiceLab.pod_ip(0), ServiceLab.pod_ip(1)
+_REQUEST_PAUSE_S = 0.001
 # Says "hello" and holds the connection until the client closes it.
 _HOLDER = """
 import socket
@@ -36,12 +37,19 @@ with socket.create_server(("", 9000)) as server:
 
 
 def wait_until(condition: Callable[[], object], what: str, timeout_s: float = 20.0) -> None:
-    """Wait for *condition*; fail with *what*. The bound is generous, because only benchmarks measure speed."""
+    """Wait for *condition*; fail with *what*. The bound is generous, because only benchmarks measure speed.
+
+    Looking takes at most a third of the time, as what is waited for needs the CPU, too.
+    """
     timeout_s *= PATIENCE
     give_up_at = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < give_up_at, f"waited {timeout_s} s in vain until {what}"
-        time.sleep(0.01)
+    while True:
+        looked_at = time.monotonic()
+        if condition():
+            return
+        now = time.monotonic()
+        assert now < give_up_at, f"waited {timeout_s} s in vain until {what}"
+        time.sleep(min(max(0.01, 2 * (now - looked_at)), 0.2))
 
 
 # ---- servers
@@ -167,7 +175,8 @@ class Proxy:
         self.apply(name, documents(service(name, cluster_ip, extra=extra), endpoints(name, *pods, http_port=http_port)))
 
         def is_in_force() -> bool:
-            known = [self.metric("userspace_proxy_endpoints", service=name, port=port) for port in ("http", "dns")]
+            text = self.metrics_text()
+            known = [sample(text, "userspace_proxy_endpoints", service=name, port=port) for port in ("http", "dns")]
             return known == [len(pods)] * 2 and f'"default/{name}:http"' in self.rules_text()
 
         wait_until(is_in_force, f"{name} is served")
@@ -209,15 +218,12 @@ class Proxy:
         head, _, body = received.decode().partition("\r\n\r\n")
         return int(head.split()[1]), body
 
+    def metrics_text(self) -> str:
+        return self.get("/metrics", 10249)[1]
+
     def metric(self, name: str, **labels: str) -> float:
         """Return the sum of a metric's samples that have *labels*."""
-        _, text = self.get("/metrics", 10249)
-        total = 0.0
-        for line in text.splitlines():
-            found = re.fullmatch(rf"{name}(?:{{(.*)}})? (\S+)", line)
-            if found and all(f'{key}="{value}"' in (found[1] or "") for key, value in labels.items()):
-                total += float(found[2])
-        return total
+        return sample(self.metrics_text(), name, **labels)
 
     def rules_text(self) -> str:
         """Every rule of the node, in the words of the language in use."""
@@ -232,6 +238,13 @@ class Proxy:
             if found:
                 return int(found[1])
         raise AssertionError(f"no rule is commented {name}")
+
+
+def sample(text: str, name: str, **labels: str) -> float:
+    """Return the sum of the samples of metric *name* in *text* that have *labels*."""
+    samples = re.findall(rf"^{name}(?:{{(.*)}})? (\S+)$", text, re.MULTILINE)
+    wanted = [f'{label}="{value}"' for label, value in labels.items()]
+    return sum(float(value) for labelled, value in samples if all(each in labelled for each in wanted))
 
 
 # ---- manifests
@@ -273,7 +286,11 @@ def documents(*parts: str) -> str:
 
 @contextlib.contextmanager
 def background_requests(request: Callable[[], object]) -> Iterator[list[BaseException | object]]:
-    """Repeat *request* in a thread while the block runs; yields the list of results, errors included."""
+    """Repeat *request* in a thread while the block runs; yields the list of results, errors included.
+
+    Another one begins a millisecond after the last one: without a pause, most of the CPU goes to requests, so that what
+    they are to meet takes longer and fewer of them meet it.
+    """
     import threading
 
     outcomes: list[BaseException | object] = []
@@ -285,6 +302,7 @@ def background_requests(request: Callable[[], object]) -> Iterator[list[BaseExce
                 outcomes.append(request())
             except OSError as error:
                 outcomes.append(error)
+            time.sleep(_REQUEST_PAUSE_S)
 
     thread = threading.Thread(target=repeat, daemon=True)
     thread.start()
