@@ -73,6 +73,14 @@ class HostScheduling(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no
             return variant[0]
         return module
 
+    def _reschedule(self, node: Any) -> None:
+        """Give *node* work once it has collected the tests: one that replaces a worker that ended has not yet.
+
+        xdist asks too early if two workers end at about the same time, and fails with a KeyError.
+        """
+        if node in self.registered_collections:
+            super()._reschedule(node)
+
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> HostScheduling:
     config.option.loadscopereorder = False  # in the order of pytest_collection_modifyitems, not by the number of tests
