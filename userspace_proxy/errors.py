@@ -1,7 +1,5 @@
 """Errors that are caught by name. Any other exception is a bug and keeps its traceback."""
 
-from __future__ import annotations
-
 from userspace_proxy.printable import printable
 
 # Characters shown of a name, a value or the output of a tool.

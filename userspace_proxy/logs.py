@@ -4,8 +4,6 @@ A full pipe, a stopped terminal or a hanging disk must never block an event loop
 are dropped and counted.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import errno

@@ -3,8 +3,6 @@
 The layout is that of linux/netlink.h.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import struct

@@ -1,7 +1,5 @@
 """Make text from outside safe to print: one line, no escape sequences, no secret in a URL. Pure."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 

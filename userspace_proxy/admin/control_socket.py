@@ -4,8 +4,6 @@ The socket's file has mode 0600. A request costs the control process time, never
 millisecond at once. docs/reference/control-socket.md lists paths and fields.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os

@@ -4,8 +4,6 @@ The ports are open to all clients on purpose. A connection carries one response.
 is left to be reset when the port closes or another process takes over.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import ipaddress

@@ -3,8 +3,6 @@
 Half-sent requests and idle connections are evicted for new ones, so that no client can lock out health probes.
 """
 
-from __future__ import annotations
-
 import asyncio
 import ipaddress
 from collections.abc import Collection

@@ -1,7 +1,5 @@
 """Prometheus metrics. The data plane increments ints; a scrape collects them here."""
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

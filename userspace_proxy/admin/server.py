@@ -3,8 +3,6 @@
 Two addresses, as in kube-proxy: health on every address, the rest on loopback (behaviours Z1-Z5).
 """
 
-from __future__ import annotations
-
 import asyncio
 import errno
 import time

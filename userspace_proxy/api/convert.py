@@ -1,7 +1,5 @@
 """Convert plain values (from YAML or JSON) to typed structs, with errors that name the field."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable
 from functools import reduce

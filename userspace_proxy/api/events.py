@@ -1,7 +1,5 @@
 """Changes of API objects, as sources report them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol

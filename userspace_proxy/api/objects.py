@@ -4,8 +4,6 @@ Go encodes an empty list as ``null``, so every field may be None. Only types are
 validates the values.
 """
 
-from __future__ import annotations
-
 from msgspec import Struct
 
 # The API writes initialisms in capitals (clusterIP, podCIDRs), which no camel-case rule produces.

@@ -3,8 +3,6 @@
 Code 1 comes with one line on stderr. A command imports what it runs only when it runs.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

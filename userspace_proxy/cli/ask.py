@@ -1,7 +1,5 @@
 """`get`, `describe` and `why`: what a running proxy serves, and why, asked at its control socket."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket

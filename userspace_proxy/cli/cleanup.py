@@ -1,7 +1,5 @@
 """`userspace-proxy cleanup`: remove every rule, route and address of the proxy from this network namespace."""
 
-from __future__ import annotations
-
 import click
 
 from userspace_proxy.cli.options import fails_on

@@ -1,7 +1,5 @@
 """`userspace-proxy compare`: measure all modes side by side."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

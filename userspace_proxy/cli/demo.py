@@ -1,7 +1,5 @@
 """`userspace-proxy demo`: a Service and its failing endpoints, in private namespaces."""
 
-from __future__ import annotations
-
 import click
 
 from userspace_proxy.cli.options import fails_on

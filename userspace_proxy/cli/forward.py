@@ -1,7 +1,5 @@
 """`userspace-proxy forward`: reach a Service at a local port, as with `kubectl port-forward`, balanced."""
 
-from __future__ import annotations
-
 import contextlib
 import ipaddress
 from pathlib import Path

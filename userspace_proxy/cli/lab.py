@@ -1,7 +1,5 @@
 """`userspace-proxy lab`: a shell in a private network with a node, the proxy and simulated pods."""
 
-from __future__ import annotations
-
 import sys
 
 import click

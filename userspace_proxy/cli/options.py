@@ -1,7 +1,5 @@
 """Flags from the table of settings, help grouped by topic, and how a command fails."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """`userspace-proxy trace`: follow a real packet through the hooks, chains and rules of this node."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

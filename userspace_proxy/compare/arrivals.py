@@ -1,7 +1,5 @@
 """New clients that arrive at a fixed rate, whether answers come or not: one after another, to every mode in turn."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import time

@@ -1,7 +1,5 @@
 """The loads that are repeated in rounds: each runs over one mode and returns its rate and its cost."""
 
-from __future__ import annotations
-
 import gc
 import time
 from collections.abc import Callable

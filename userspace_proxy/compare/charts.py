@@ -4,8 +4,6 @@ Every colour is a class or a variable of the style sheet (light and dark). Every
 its text stays readable there. Hovering over a mark shows its figures.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

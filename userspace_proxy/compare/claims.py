@@ -4,8 +4,6 @@
 direct connections replace the kernel modes as the upper bound, and the text says so.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ Single measurements come first. Repeated loads fill the remaining time, with the
 A machine that slows down therefore slows all modes.
 """
 
-from __future__ import annotations
-
 import random
 import signal
 import subprocess

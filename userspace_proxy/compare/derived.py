@@ -1,7 +1,5 @@
 """Values derived from results for claims, tables and charts: userspace against the best kernel mode, sizes, outages."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

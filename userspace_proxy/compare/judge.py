@@ -8,8 +8,6 @@
 4. The spread covers all rounds. It shows what to expect from the next round.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Each load opens its sockets on the client's host, and returns what it did and ho
 common tools, so that readers can check the figures.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import signal

@@ -1,7 +1,5 @@
 """Measures cost: CPU time and context switches of processes, CPU time of the machine, and memory."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import platform

@@ -4,8 +4,6 @@ A mode of this proxy is ``userspace-proxy run --proxy-mode X`` on its own node. 
 machine or build lacks; `ComparedMode.missing` only checks for tools.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass

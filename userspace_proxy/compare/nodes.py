@@ -4,8 +4,6 @@ Separate nodes keep the modes apart: conntrack, rules, ports in TIME_WAIT, and t
 All modes share the same pods.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Output files of a long run: replaced as a whole at its end, or left unchanged."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

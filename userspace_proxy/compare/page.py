@@ -1,7 +1,5 @@
 """The report: one self-contained HTML file, made from results alone. `templates/` has its text and its drawings."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path

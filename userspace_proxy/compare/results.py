@@ -1,7 +1,5 @@
 """The results as written to JSON and read again: raw figures of each round, nothing derived."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Literal
 

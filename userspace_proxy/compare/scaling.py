@@ -4,8 +4,6 @@ Each mode of this proxy has a separate node for this. Services are added to the 
 their manifests are in the folder until the last one answers a client.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence

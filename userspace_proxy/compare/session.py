@@ -3,8 +3,6 @@
 An error of one mode (MODE_ERRORS) becomes a note in the results. The other modes are measured.
 """
 
-from __future__ import annotations
-
 import random
 import resource
 import subprocess

@@ -3,8 +3,6 @@
 strace slows the processes, so nothing else is measured meanwhile.
 """
 
-from __future__ import annotations
-
 import shutil
 import signal
 import subprocess

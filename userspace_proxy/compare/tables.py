@@ -1,7 +1,5 @@
 """All figures as text tables, for the terminal, a pipe and the end of the report."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple

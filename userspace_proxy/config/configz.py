@@ -1,7 +1,5 @@
 """Settings in the words of a KubeProxyConfiguration, where the meaning is the same."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

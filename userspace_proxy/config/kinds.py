@@ -1,7 +1,5 @@
 """Kinds of settings: how a value is written as a flag, in help, and in a KubeProxyConfiguration."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import dataclass

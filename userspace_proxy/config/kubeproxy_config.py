@@ -4,8 +4,6 @@ As in Go, a field that is null or has its type's zero value counts as not set. I
 a value; its default here is None.
 """
 
-from __future__ import annotations
-
 import difflib
 import ipaddress
 import re

@@ -4,8 +4,6 @@ Flags, the file of `run --config`, /configz and the reference pages come from th
 here. Flags have kube-proxy's names if the meaning is the same.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import ipaddress
 import socket

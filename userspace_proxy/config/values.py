@@ -3,8 +3,6 @@
 Each function raises ValueError for a wrong text, and says what to write instead.
 """
 
-from __future__ import annotations
-
 import ipaddress
 import re
 from typing import Literal

@@ -4,8 +4,6 @@ Checks run in a thread beside the traffic, and only for documents that an edit c
 one waits for a turn of the event loop, so a large file is served first and checked meanwhile and afterwards.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

@@ -4,8 +4,6 @@ With manifests as the source, this proxy allocates, as the API server and a load
 With a cluster as the source, nothing is allocated: what the API states counts.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace

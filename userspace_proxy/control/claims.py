@@ -3,8 +3,6 @@
 A Service keeps its value until it requests another one that is available.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence, Set
 from enum import Enum
 from typing import NamedTuple

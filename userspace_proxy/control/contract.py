@@ -3,8 +3,6 @@
 Every statement is in contract.toml, and only there. `run` never reads it.
 """
 
-from __future__ import annotations
-
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The control loop: source -> tracker -> pacer -> state sinks, in order. After a failure, the last good state stays."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

@@ -4,8 +4,6 @@ Fail static: while no server answers, the last addresses stay. An answer that th
 effect only after a few such answers in a row. A name is also unknown while its only container restarts.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

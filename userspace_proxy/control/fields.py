@@ -3,8 +3,6 @@
 `run` skips unknown fields, as Kubernetes clients do; `check` reports them.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches

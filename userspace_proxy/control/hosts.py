@@ -1,7 +1,5 @@
 """Addresses and ports that hosts use, and that no Service should get. Pure."""
 
-from __future__ import annotations
-
 import ipaddress
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass

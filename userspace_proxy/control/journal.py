@@ -1,7 +1,5 @@
 """The latest events of each Service, for `describe`. Bounded, and lost when the process ends."""
 
-from __future__ import annotations
-
 import time
 from collections import OrderedDict, deque
 

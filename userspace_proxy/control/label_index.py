@@ -1,7 +1,5 @@
 """Finds the Pods that a Service may select, and the Services that may select a Pod. Pure."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Generic, TypeVar

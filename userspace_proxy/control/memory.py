@@ -1,7 +1,5 @@
 """Allocations that survive a restart, in one small file."""
 
-from __future__ import annotations
-
 import ipaddress
 import logging
 import os

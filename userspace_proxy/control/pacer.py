@@ -1,7 +1,5 @@
 """Decides when to sync: collects changes for a moment, and retries a failed sync with exponential back-off. Pure."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 GATHER_S = 0.005

@@ -1,7 +1,5 @@
 """How processes find Services without cluster DNS: environment variables, and lines of /etc/hosts. Pure."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 

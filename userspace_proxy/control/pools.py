@@ -1,7 +1,5 @@
 """Pools of addresses and node ports, allocated to Services that state none. Pure."""
 
-from __future__ import annotations
-
 import ipaddress
 from abc import ABC, abstractmethod
 from collections.abc import Mapping

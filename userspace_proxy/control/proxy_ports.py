@@ -1,7 +1,5 @@
 """Allocates proxy ports: each listener gets the same port after every restart. Pure."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 
 from userspace_proxy.model.allocation import Allocator

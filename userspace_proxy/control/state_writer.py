@@ -1,7 +1,5 @@
 """Writes allocations to the state folder: after a change, again after a failure, and when the process ends."""
 
-from __future__ import annotations
-
 import asyncio
 
 import msgspec

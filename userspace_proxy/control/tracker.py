@@ -5,8 +5,6 @@ the cost depends on the change only. model/topology.py decides which endpoints t
 therefore costs nothing here.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections import defaultdict

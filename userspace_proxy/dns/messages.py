@@ -3,8 +3,6 @@
 No other module knows the library. Why it, and what it is not used for: docs/decisions/dns-messages.md.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import socket

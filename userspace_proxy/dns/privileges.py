@@ -1,7 +1,5 @@
 """Give up every capability of this process."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import struct

@@ -1,7 +1,5 @@
 """Answers to questions about the cluster domain. Each is packed once, and kept until it changes. No I/O."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable
 

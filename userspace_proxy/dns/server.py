@@ -3,8 +3,6 @@
 It imports nothing of the control side, so that parsing and rendering delay no answer.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import gc

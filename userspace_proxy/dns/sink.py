@@ -1,7 +1,5 @@
 """Cluster DNS as the control process sees it: a state sink, and the process that answers."""
 
-from __future__ import annotations
-
 import asyncio
 import socket
 from collections import Counter

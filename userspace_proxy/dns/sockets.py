@@ -1,7 +1,5 @@
 """The sockets of cluster DNS."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import ipaddress

@@ -5,8 +5,6 @@ the cache have a limit. A forwarding loop therefore ends in a time-out. The numb
 are cached (RFC 9520), and a server that refuses every question is not asked for a moment.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

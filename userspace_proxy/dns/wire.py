@@ -1,7 +1,5 @@
 """Messages between the control process and the DNS process."""
 
-from __future__ import annotations
-
 import msgspec
 
 from userspace_proxy.dataplane.begin import ChildSettings

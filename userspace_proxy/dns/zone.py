@@ -4,8 +4,6 @@
 returns None for a name that does not exist: NXDOMAIN. Names are tuples of labels in lower case.
 """
 
-from __future__ import annotations
-
 import ipaddress
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator

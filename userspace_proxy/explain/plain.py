@@ -1,7 +1,5 @@
 """Explained rules as text that their tools still read, and as JSON. Pure."""
 
-from __future__ import annotations
-
 import json
 import textwrap
 from collections.abc import Iterator, Sequence

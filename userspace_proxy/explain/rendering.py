@@ -1,7 +1,5 @@
 """Renders the rules that `run` would load, with a reason for each line. Nothing is loaded."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Collection
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Explained rules in colours, two modes side by side where there is room."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console, Group, RenderableType

@@ -1,7 +1,5 @@
 """A glossary for explanations: terms of the kernel, of nft and of this project. Pure."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 

@@ -1,7 +1,5 @@
 """Chooses how packets to portals are captured on this host: by REDIRECT, or with private addresses on ``lo``."""
 
-from __future__ import annotations
-
 import logging
 
 from userspace_proxy.errors import SyncError

@@ -11,8 +11,6 @@ whichever proxy. So the discard routes may stay after a stop, for the restart, w
 iptables mode rejects at FORWARD, behind routing. The addresses that it rejects have exceptions in the same table.
 """
 
-from __future__ import annotations
-
 import ipaddress
 from collections.abc import Collection, Iterable
 from typing import Any

@@ -4,8 +4,6 @@ Redirected traffic passes INPUT like any packet for this node. Traffic that NAT 
 traffic that IPVS translates, requests pass INPUT with the address that the client dialled, and replies pass FORWARD.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re

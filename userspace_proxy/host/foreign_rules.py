@@ -4,8 +4,6 @@ Rules are evaluated for the first packet of a new connection, in three values: a
 known (an interface, a mark, a named set) is neither true nor false. Only what is certain is reported.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ipaddress
 import shlex

@@ -4,8 +4,6 @@ Everything added here carries this proxy's route protocol number or one of its o
 what a crashed process left.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ipaddress
 import logging

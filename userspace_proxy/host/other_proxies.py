@@ -1,7 +1,5 @@
 """Finds rules of another Service proxy, usually kube-proxy, that take the packets to an address first."""
 
-from __future__ import annotations
-
 import contextlib
 
 from userspace_proxy.errors import SyncError

@@ -4,8 +4,6 @@ As in kube-proxy, with one difference: a kernel that rejects a setting (a read-o
 does not stop the proxy. The caller gets the rejected settings and reports them.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os

@@ -1,7 +1,5 @@
 """Runs system tools (nft, iptables-restore, ip, conntrack), never through a shell."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

@@ -1,7 +1,5 @@
 """Clients on lab hosts: sockets of this process in another network namespace."""
 
-from __future__ import annotations
-
 import socket
 
 from userspace_proxy.lab.hosts import Host

@@ -4,8 +4,6 @@ The proxy reads a folder of its own: manifests without Pods and workloads, and o
 user's manifests are never changed, and `run` can serve them outside of the lab.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import itertools

@@ -1,7 +1,5 @@
 """Servers of a lab: nginx in pods, and the proxy itself on a node."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

@@ -4,8 +4,6 @@ The shell runs on the client, as a client outside of the node sees Services. Wor
 Everything is in namespaces of this process, and its files are on a private /run: nothing is left when it ends.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

@@ -3,8 +3,6 @@
 They are read as kubectl reads them: ``scale deployment/web --replicas=3`` is the same as ``scale web 3``.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path

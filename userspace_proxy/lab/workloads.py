@@ -3,8 +3,6 @@
 Pods and workloads are read as plain values, because the proxy's own objects hold only what a proxy needs.
 """
 
-from __future__ import annotations
-
 import hashlib
 import ipaddress
 import json

@@ -1,7 +1,5 @@
 """One line of the access log, as a value."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from userspace_proxy.model.endpoint import Address, Endpoint

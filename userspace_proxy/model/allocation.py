@@ -4,8 +4,6 @@ The first candidate for a key is its remembered number, then the hash of the key
 Most keys therefore keep their number even if the memory is lost.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Mapping
 

@@ -3,8 +3,6 @@
 Times are wall-clock seconds, 0 for never. A change of a field's meaning or name raises VERSION.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 VERSION = 1

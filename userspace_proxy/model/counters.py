@@ -1,7 +1,5 @@
 """What the proxy counts, each with the metric that shows it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple

@@ -3,8 +3,6 @@
 Times are wall-clock seconds.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import reduce

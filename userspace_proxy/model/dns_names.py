@@ -1,7 +1,5 @@
 """The addresses, ports and names that cluster DNS publishes for a Service."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Endpoints: where a service port's traffic may go."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """Compute the answers of health-check node ports: the number of a Service's endpoints on this node."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from userspace_proxy.model.names import NamespacedName

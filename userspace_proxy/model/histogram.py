@@ -1,7 +1,5 @@
 """A histogram of durations. Pure."""
 
-from __future__ import annotations
-
 import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence

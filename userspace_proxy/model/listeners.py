@@ -1,7 +1,5 @@
 """Listeners of a data plane, and the endpoints behind each."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 

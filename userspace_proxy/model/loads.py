@@ -1,7 +1,5 @@
 """Counters for the rule loads of a kernel mode: loads add to them, a scrape reads them."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Find service ports whose traffic must stay on this node but has no endpoint here. Pure."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from itertools import product

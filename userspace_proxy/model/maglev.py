@@ -3,8 +3,6 @@
 An endpoint that is added or removed changes few slots of the others.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import struct

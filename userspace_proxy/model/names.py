@@ -4,8 +4,6 @@ A service port is identified by its Service, its port's *name* and its protocol.
 one number may serve TCP and UDP, and a port keeps its identity when its number changes.
 """
 
-from __future__ import annotations
-
 from enum import StrEnum
 from typing import NamedTuple
 

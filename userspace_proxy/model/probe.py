@@ -1,7 +1,5 @@
 """Active health checks: what a probe sends and expects, and the health of an endpoint. Pure."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple

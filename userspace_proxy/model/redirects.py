@@ -1,7 +1,5 @@
 """What the rules of userspace mode do, in any rule language."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum

@@ -3,8 +3,6 @@
 The decision depends only on the dialled portal and the sender, never on the content of a packet.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from enum import Enum
 from typing import NamedTuple

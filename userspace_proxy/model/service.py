@@ -1,7 +1,5 @@
 """Service ports, and the portals at which clients reach them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum

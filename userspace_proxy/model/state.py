@@ -1,7 +1,5 @@
 """Desired state: one consistent snapshot of all service ports and endpoints."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType

@@ -1,7 +1,5 @@
 """Whether syncs keep up with queued changes, per IP family, by kube-proxy's rule. Pure."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple

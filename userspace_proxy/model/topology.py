@@ -1,7 +1,5 @@
 """Choose the endpoints that may take traffic, by readiness, node and topology hints."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter

@@ -1,7 +1,5 @@
 """How well a source can follow the API."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 

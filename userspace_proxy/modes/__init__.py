@@ -1,7 +1,5 @@
 """The modes. A mode is added here in one line; its folder holds everything else that is specific to it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from types import MappingProxyType
 

@@ -1,7 +1,5 @@
 """Base of the proxiers of all modes: plans for the desired state, one lock, and repairs of changed rules."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import itertools

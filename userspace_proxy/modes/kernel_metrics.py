@@ -3,8 +3,6 @@
 The metrics that only one mode has come from its rules (`KernelRules.metrics`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 
 from prometheus_client.core import Metric

@@ -4,8 +4,6 @@ Every service port is planned as transparent: the model decides whose packets ke
 masqueraded. No packet passes this process, so it holds only the rules that are loaded.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

@@ -3,8 +3,6 @@
 Userspace mode opens the listeners. In kernel modes, a listener's name stands for a set of endpoints.
 """
 
-from __future__ import annotations
-
 import ipaddress
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace

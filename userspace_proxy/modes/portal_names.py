@@ -1,7 +1,5 @@
 """Portals in words, for the reasons of rules. Pure."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable
 
 from userspace_proxy.model.endpoint import family_of, join_address

@@ -1,7 +1,5 @@
 """Decide which service port gets a portal that several service ports claim. Pure, but for a log line."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable
 

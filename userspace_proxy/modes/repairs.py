@@ -1,7 +1,5 @@
 """Load our rules again when another program has changed or removed them: the same for every mode."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

@@ -1,7 +1,5 @@
 """Bases of the classes that hold rules in the kernel: they find changes of other programs."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

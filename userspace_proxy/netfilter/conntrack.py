@@ -9,8 +9,6 @@ The kernel decides about NAT once, at the first packet of a flow:
    So when a portal appears, the unanswered and untranslated connections to it are deleted.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections import Counter

@@ -1,7 +1,5 @@
 """Netlink requests that are too slow with tools: nft reads a whole table; conntrack starts anew for each deletion."""
 
-from __future__ import annotations
-
 import errno
 import os
 import socket

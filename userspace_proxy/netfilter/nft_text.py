@@ -1,7 +1,5 @@
 """Text shared by the nftables tables of several modes. Pure."""
 
-from __future__ import annotations
-
 import hashlib
 import ipaddress
 from collections.abc import Iterable

@@ -4,8 +4,6 @@ Notices are sent for nftables, and for iptables on nf_tables. Loads by this proc
 leaves the group while it loads (`RuleWatch.quiet`), and a check follows afterwards.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

@@ -1,7 +1,5 @@
 """Encodes elements of nftables sets and maps as the kernel's bytes and as nft's text. Pure."""
 
-from __future__ import annotations
-
 import functools
 import ipaddress
 import socket

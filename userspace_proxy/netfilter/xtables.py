@@ -1,7 +1,5 @@
 """Runs the iptables tools: which ones are installed, of which variant, and the rules in the kernel."""
 
-from __future__ import annotations
-
 import re
 
 from userspace_proxy.host.tool import is_installed, run_tool

@@ -3,8 +3,6 @@
 What an endpoint answers comes from outside: a fixed number of bytes is read, and only the first ones are kept.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import re

@@ -1,7 +1,5 @@
 """Desired state without its unhealthy endpoints, for every mode alike."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace

@@ -5,8 +5,6 @@ timer serves all: a probe has no task and no timer of its own. How many probes b
 is bounded; what exceeds it begins later.
 """
 
-from __future__ import annotations
-
 import asyncio
 import functools
 import heapq

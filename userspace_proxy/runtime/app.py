@@ -4,8 +4,6 @@ Read it from top to bottom: `App.run` is the life of the process, `Proxy.__init_
 to a mode is in its `Mode` (`modes/__init__.py`), never decided here.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import functools

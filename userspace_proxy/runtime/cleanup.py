@@ -1,7 +1,5 @@
 """Remove what a proxy has left on this host: all of it, or what it left in other modes than the one in use."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os

@@ -4,8 +4,6 @@ A member socket alone does not identify a worker, because a descriptor can be pa
 and the user must be a worker's, too. A pidfd guarantees that the process that was checked is the one that is ended.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os

@@ -1,7 +1,5 @@
 """Answers of the control socket: what is served, by which endpoints, and over which connections."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

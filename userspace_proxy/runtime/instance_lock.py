@@ -8,8 +8,6 @@ The abstract name @userspace-proxy is no lock, as any local user can bind it. It
 versions use it as the lock, and `ss -xlp` shows it.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import errno

@@ -4,8 +4,6 @@ Some process accepts connections at every moment: this one stops when its succes
 process crashes, its workers continue to serve.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

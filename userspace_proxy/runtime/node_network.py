@@ -4,8 +4,6 @@
 stay for the next start, and `cleanup` removes them. Limits stay, as kube-proxy's do: other programs may rely on them.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import ipaddress

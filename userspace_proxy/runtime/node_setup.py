@@ -1,7 +1,5 @@
 """Prepare this node, and take it over from the process that served it before."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math

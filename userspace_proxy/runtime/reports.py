@@ -1,7 +1,5 @@
 """Health and metrics, gathered from all parts of a running proxy."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The parts of a running proxy, for health, metrics and the control socket, which report on them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 

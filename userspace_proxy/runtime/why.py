@@ -4,8 +4,6 @@ The search for an obstacle follows a connection: the Service, its endpoints, pol
 programs' rules, dials. The first obstacle explains the later ones.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ipaddress
 import socket

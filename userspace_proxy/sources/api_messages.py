@@ -1,7 +1,5 @@
 """Messages of an API server, reduced to the fields that a reflector reads: list pages, watch events, errors."""
 
-from __future__ import annotations
-
 import msgspec
 
 from userspace_proxy.model.names import NamespacedName

@@ -1,7 +1,5 @@
 """Retry delays for the API server. Pure; randomness is injected."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass, field
 

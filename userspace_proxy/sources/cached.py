@@ -4,8 +4,6 @@ The other source takes precedence. Once its initial list is complete, objects of
 deleted. Objects that are the same in both cause no event.
 """
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import logging

@@ -4,8 +4,6 @@ A text is split at its ``---`` lines, and each document is parsed alone. A broke
 an unchanged one is not parsed again (10,000 Services: 4 ms instead of seconds).
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 import re

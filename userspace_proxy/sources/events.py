@@ -4,8 +4,6 @@ The caller never waits and never fails. Events are sent in the background, once 
 API server rejects is lost.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import random

@@ -3,8 +3,6 @@
 Requests use kube-proxy's selectors, so they return only what a node proxy needs.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import random

@@ -4,8 +4,6 @@ kubernetes_asyncio provides login and HTTP client; answers are passed on as byte
 so only functions that need a cluster import it.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

@@ -3,8 +3,6 @@
 Only text that already has a fault is searched: in comments and annotations such signs do no harm.
 """
 
-from __future__ import annotations
-
 import re
 from itertools import pairwise
 

@@ -4,8 +4,6 @@ Only regular files are read repeatedly, because reading them always ends. A pipe
 is rejected.
 """
 
-from __future__ import annotations
-
 import asyncio
 import codecs
 import contextlib

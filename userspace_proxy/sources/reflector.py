@@ -3,8 +3,6 @@
 Only an answer of the API changes the known objects. Silence, a broken answer or a late one leaves them unchanged.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

@@ -1,7 +1,5 @@
 """Splits a stream of chunks into lines. Pure."""
 
-from __future__ import annotations
-
 
 class LineSplitter:
     """Splits chunks into lines; an incomplete line is kept for the next chunk."""

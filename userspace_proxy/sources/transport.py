@@ -1,7 +1,5 @@
 """Interface to the Kubernetes API, independent of the client: a GET request with a streamed answer."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol

@@ -4,8 +4,6 @@ Versions are the API's resourceVersions, which increase with every write of a ki
 order repeated and reordered deliveries; uids are not needed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from userspace_proxy.model.names import NamespacedName

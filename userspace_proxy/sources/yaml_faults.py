@@ -1,7 +1,5 @@
 """Explains faults in YAML text in plain words, with their line (from 0)."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 

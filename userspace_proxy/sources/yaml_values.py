@@ -4,8 +4,6 @@ Documents are read event by event, because libyaml's tree builder recurses in C 
 process. `Budget` bounds the cost of any document.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 from dataclasses import dataclass, field

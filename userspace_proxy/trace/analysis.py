@@ -1,7 +1,5 @@
 """Interprets a recording: builds the packets' paths and one sentence about the outcome. Pure."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """The `trace` command: parses its arguments, follows a packet, and prints a tree or JSON, or writes a drawing."""
 
-from __future__ import annotations
-
 import ipaddress
 import signal
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The set and map elements that rules look up by a packet's own fields. Pure."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import NamedTuple

@@ -4,8 +4,6 @@ The chain of a rule in the tracer's table says why a packet is followed. The tra
 that the packet passed the hook, and with which addresses.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 

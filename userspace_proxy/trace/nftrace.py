@@ -4,8 +4,6 @@
 handle, and `rulebook` has its text.
 """
 
-from __future__ import annotations
-
 import socket
 import struct
 from collections.abc import Iterator

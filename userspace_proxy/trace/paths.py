@@ -1,7 +1,5 @@
 """Prepares a trace for display: a path of stages for each packet, with lines for each stage. Pure."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ nft 1.0 omits parts of rules that iptables wrote. Their text is taken from iptab
 a chain in the same order.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Finds the process with a socket at a local port, from /proc."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path

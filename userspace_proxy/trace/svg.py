@@ -4,8 +4,6 @@ Positions are computed here; `drawing.svg` has the markup. The file loads no oth
 page, in a slide and in ten years.
 """
 
-from __future__ import annotations
-
 import re
 import textwrap
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The tracer's nftables table: it makes the kernel trace a few packets, and disappears with its process."""
 
-from __future__ import annotations
-
 import contextlib
 import subprocess
 import time

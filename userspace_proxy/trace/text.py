@@ -1,7 +1,5 @@
 """Prints a trace as a tree: with colours on a terminal, as plain text in a pipe."""
 
-from __future__ import annotations
-
 from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree

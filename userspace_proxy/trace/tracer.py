@@ -1,7 +1,5 @@
 """Follows one packet: sends or awaits it, receives the kernel's trace messages, and looks up what they name."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import socket

@@ -4,8 +4,6 @@ A `PacketTrace` has a leg for each followed packet. A `Leg` passes hooks. A hook
 has matching rules (`MatchedRule`).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import Enum
 

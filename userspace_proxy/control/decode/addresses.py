@@ -1,7 +1,5 @@
 """Parses addresses and port numbers into canonical form, or reports why they are invalid. Pure."""
 
-from __future__ import annotations
-
 import ipaddress
 import re
 import socket

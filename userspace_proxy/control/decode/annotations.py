@@ -3,8 +3,6 @@
 An annotation is one entry of the table below, and a field of `ServiceAnnotations`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Decodes EndpointSlices, Endpoints and Pods into endpoints. Pure; incomplete entries are skipped."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace

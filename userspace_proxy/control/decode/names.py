@@ -1,7 +1,5 @@
 """Decodes the names and addresses that cluster DNS publishes for a Service. Pure; incomplete entries are skipped."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 

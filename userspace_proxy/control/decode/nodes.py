@@ -1,7 +1,5 @@
 """Decodes a Node: the parts that affect traffic on this node. Pure."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 

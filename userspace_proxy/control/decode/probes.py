@@ -1,7 +1,5 @@
 """Read the health check of a Service from its annotation: a kind and settings, such as ``tcp interval=5s``. Pure."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Decodes a Service into service ports. Pure; an invalid part is returned as a problem, and the rest is used."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from types import MappingProxyType

@@ -1,7 +1,5 @@
 """Checks that reject a whole Service, each with its field and how to fix it. Pure."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 

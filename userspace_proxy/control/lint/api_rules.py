@@ -4,8 +4,6 @@ They follow pkg/apis/core/validation and pkg/apis/discovery/validation of Kubern
 decode checks, so `run` rejects the object as well.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Findings as `check` shows them: sorted by file and line, each once. Pure."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Iterable
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Indexes manifests for the checks, and finds the Services that a change may affect. Pure."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace

@@ -4,8 +4,6 @@ Objects come and go one by one. After a change only the Services that it may aff
 report after each edit what `check` would.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, islice

@@ -1,7 +1,5 @@
 """Explains why clients of a Service would be refused: it has no usable endpoint. Pure."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import islice, product

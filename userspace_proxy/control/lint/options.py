@@ -1,7 +1,5 @@
 """The options of `run` that decide what is wrong with manifests."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """The API server's rules for fields that are valid one by one but contradict each other. Pure."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """The errors in one object by itself. Pure."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches

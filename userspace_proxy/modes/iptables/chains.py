@@ -4,8 +4,6 @@ A rule is written as iptables-save prints it, without ``-A CHAIN``. So the desir
 the kernel as text, and `render` prints what articles about Services show.
 """
 
-from __future__ import annotations
-
 import base64
 import functools
 import hashlib

@@ -1,7 +1,5 @@
 """``--proxy-mode iptables``: load kube-proxy's chains into the kernel. The cost follows what changed."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 from collections import Counter

@@ -1,7 +1,5 @@
 """Metrics of iptables mode, under kube-proxy's names."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 
 from prometheus_client.core import Metric

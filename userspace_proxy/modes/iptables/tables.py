@@ -5,8 +5,6 @@ KUBE-... chains are ours; comments in it record the chains that were there befor
 never changed otherwise.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

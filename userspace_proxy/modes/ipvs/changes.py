@@ -1,7 +1,5 @@
 """The changes that turn the virtual servers in the kernel into the desired ones. Pure."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from enum import StrEnum
 from typing import NamedTuple

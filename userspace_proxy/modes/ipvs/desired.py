@@ -1,7 +1,5 @@
 """The desired virtual servers and addresses of all service ports together. The cost follows the changes. Pure."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 

@@ -3,8 +3,6 @@
 One request to the kernel creates the device, marks it as ours and brings it up: a crash cannot leave an unmarked one.
 """
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Iterable, Set
 from pathlib import Path

@@ -4,8 +4,6 @@ One read of /proc lists everything. Changes are our own messages, many to a syst
 takes fifty times as long for each, which is seconds for thousands of Services.
 """
 
-from __future__ import annotations
-
 import ipaddress
 import os
 import re

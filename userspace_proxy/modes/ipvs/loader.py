@@ -1,7 +1,5 @@
 """``--proxy-mode ipvs``: loads virtual servers, their addresses on a device of this proxy, and nftables rules."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

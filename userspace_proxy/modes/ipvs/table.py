@@ -5,8 +5,6 @@ connections has the weight 0 and stays until its connections have ended, because
 nftables (`IpvsTable`) sees packets before IPVS does. It restricts clients, refuses, and masquerades.
 """
 
-from __future__ import annotations
-
 import ipaddress
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """The reasons of the elements in the sets and maps of a `SlotTable`. Pure."""
 
-from __future__ import annotations
-
 import struct
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Load a `SlotTable` into the kernel: the rules, which rarely change, by the nft tool; the elements by netlink."""
 
-from __future__ import annotations
-
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Set

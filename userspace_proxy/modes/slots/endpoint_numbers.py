@@ -1,7 +1,5 @@
 """The numbers of endpoint sets, and of endpoints in sets with affinity. Pure."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 
 from userspace_proxy.errors import SyncError

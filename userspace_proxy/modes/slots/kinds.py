@@ -1,7 +1,5 @@
 """The sets and maps of a `SlotTable`: their types, and their purpose in words. Pure."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 
 from userspace_proxy.model.endpoint import Family

@@ -1,7 +1,5 @@
 """The rules of a `SlotTable`: which packets are refused, dropped, masqueraded or translated. Pure."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from userspace_proxy.model.endpoint import FAMILIES, Family

@@ -12,8 +12,6 @@ smallest one that gives its endpoints nearly equal shares.
 With affinity, the number of the chosen endpoint is put in the packet's priority, too, and stored as the client's pin.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 

@@ -4,8 +4,6 @@ Each class compares the new rules with those it holds. After a refused load the 
 next load writes all of them.
 """
 
-from __future__ import annotations
-
 import logging
 
 from userspace_proxy.errors import SyncError

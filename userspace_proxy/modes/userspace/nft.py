@@ -5,8 +5,6 @@ are, hooked before other NAT (priority -105 runs before -100). Senders that are 
 of their own, which are looked up first. A change of some portals changes some elements, and nothing else.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 

@@ -4,8 +4,6 @@ Always in this order: open, load, retire. So no rule ever points at a port witho
 the old rules and the old listeners serving.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

@@ -5,8 +5,6 @@ that address and marks the packet. A routing rule sends marked packets to a tabl
 errors are found by the packet that they quote (nf_socket_ipv4.c, extract_icmp4_fields).
 """
 
-from __future__ import annotations
-
 import logging
 import socket
 from collections.abc import Sequence
