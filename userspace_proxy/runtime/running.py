@@ -1,5 +1,7 @@
 """The parts of a running proxy, for health, metrics and the control socket, which report on them."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
