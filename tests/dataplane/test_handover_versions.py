@@ -38,7 +38,7 @@ from userspace_proxy.runtime.instance_lock import end_orphans, take_lock
 
 NAME = ServicePortName(NamespacedName("default", "web"), "http", L4Protocol.TCP)
 SPEC = ListenerSpec(ServicePort(NAME, 80, ("10.96.4.1",), affinity_timeout_s=10800), 10400)
-BACKENDS = Backends((Endpoint("10.244.0.2", 8080, zone_hints=frozenset({"a"})),), ())
+BACKENDS = Backends((Endpoint("10.244.0.2", 8080, zone_hints=("a",)),), ())
 MEMORY = PickerMemory([("192.0.2.1", Pin(("10.244.0.2", 8080), 12.5))], [(("10.244.0.2", 8080), 2, 13.0)])
 INHERIT = Inherit(0, wire.Open([SPEC], 1, [(SPEC.name, BACKENDS)], [(NAME, MEMORY)]))
 

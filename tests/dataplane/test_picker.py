@@ -8,6 +8,7 @@ from tests.fakes import FakeClock
 from userspace_proxy.dataplane.memory import EJECT_S, PINS_MAX, REFUSALS_OF_A_CLIENT_MAX, REFUSED_CLIENTS_MAX, Memory
 from userspace_proxy.dataplane.picker import Picker
 from userspace_proxy.model.endpoint import Endpoint
+from userspace_proxy.model.service import Balance
 
 A, B, C, D = (Endpoint(f"10.0.0.{n}", 80) for n in range(1, 5))
 
@@ -55,6 +56,18 @@ def test_equal_endpoints_in_another_order_change_nothing(clock: FakeClock) -> No
     picker.set_endpoints([C, B, A])
 
     assert picks(picker, 3) == [B, C, A]
+
+
+def test_the_first_endpoint_of_a_family_is_chosen_as_those_of_the_other_family(clock: FakeClock) -> None:
+    picker = picker_over(A, clock=clock)
+    picker.balance(Balance.SOURCE_HASH, ())
+    assert picker.pick("2001:db8::9") is None
+
+    picker.set_endpoints([A, six := Endpoint("2001:db8::1", 80)])
+
+    choice = picker.pick("2001:db8::9")
+    assert choice is not None
+    assert (choice.endpoint, choice.why) == (six, "source hash")
 
 
 def test_an_endpoint_has_one_set_of_counters_whatever_it_was_chosen_for(clock: FakeClock) -> None:

@@ -64,8 +64,8 @@ def ep(number: int, node: str = "other", zones: str = "", nodes: str = "", **con
         f"10.0.0.{number}",
         80,
         node_name=node,
-        zone_hints=frozenset(zones.split()),
-        node_hints=frozenset(nodes.split()),
+        zone_hints=tuple(zones.split()),
+        node_hints=tuple(nodes.split()),
         **conditions,
     )
 

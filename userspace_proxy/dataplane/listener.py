@@ -12,7 +12,7 @@ from userspace_proxy.dataplane.transparent import Transparent
 from userspace_proxy.model.access_record import AccessRecord
 from userspace_proxy.model.counters import EndpointCounters
 from userspace_proxy.model.endpoint import Address, Endpoint
-from userspace_proxy.model.listeners import ListenerSpec
+from userspace_proxy.model.listeners import Backends, ListenerSpec
 from userspace_proxy.model.names import ListenerName
 from userspace_proxy.model.service import Portal
 
@@ -20,12 +20,13 @@ log = logging.getLogger(__name__)
 
 
 class BaseListener:
-    """One proxy port of a service port. ``sock`` may be passed to another process."""
+    """One proxy port of a service port. ``sock`` may be passed to another process, with the ``backends`` given last."""
 
     def __init__(self, spec: ListenerSpec, sock: socket.socket, context: PlaneContext, shared: Shared) -> None:
         self.sock = sock
         self.context = context
         self.shared = shared
+        self.backends: Backends | None = None
         self.counters = shared.counters
         self.picker = Picker(shared.memory, mixes_families=bool(spec.at))
         self.transparent = Transparent(context.tables, self.counters) if spec.transparent else None

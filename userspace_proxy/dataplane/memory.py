@@ -7,7 +7,6 @@ node port is still one client, and an endpoint that refuses one listener's dial 
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -75,6 +74,23 @@ class Memory:
     ``has_learnt``: pins or ejections may have changed since the last `take_news`.
     """
 
+    __slots__ = (
+        "_chosen_from",
+        "_counters",
+        "_new_pins",
+        "_overtaken",
+        "_pins",
+        "_reported_ejected",
+        "affinity_timeout_s",
+        "ejected",
+        "has_learnt",
+        "last_failures",
+        "now",
+        "refused",
+        "slow_start_s",
+        "starting",
+    )
+
     def __init__(self, now: Callable[[], float], affinity_timeout_s: int | None = None) -> None:
         self.now = now
         self.affinity_timeout_s = affinity_timeout_s
@@ -90,7 +106,7 @@ class Memory:
         self.slow_start_s = 0.0
         self.starting: dict[Address, float] = {}  # the time since which an endpoint is in slow start; oldest first
         # Ejections for one client alone, by client; the client whose dial failed longest ago comes first.
-        self.refused: OrderedDict[str, dict[Address, Ejection]] = OrderedDict()
+        self.refused: dict[str, dict[Address, Ejection]] = {}
 
     # ---- pickers
 
@@ -247,8 +263,7 @@ class Memory:
 
         The endpoint's firewall may refuse only this client.
         """
-        of_client = self.refused.setdefault(client_ip, {})
-        self.refused.move_to_end(client_ip)
+        of_client = self.refused[client_ip] = self.refused.pop(client_ip, {})
         now = self.now()
         ejection = of_client.pop(address, None) or Ejection(0, now)
         is_new = _extend(ejection, now)
@@ -256,7 +271,7 @@ class Memory:
         if len(of_client) > REFUSALS_OF_A_CLIENT_MAX:
             del of_client[next(iter(of_client))]
         if len(self.refused) > REFUSED_CLIENTS_MAX:
-            self.refused.popitem(last=False)
+            del self.refused[next(iter(self.refused))]
         return is_new
 
     def welcome(self, client_ip: str, address: Address) -> None:

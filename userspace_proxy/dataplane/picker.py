@@ -33,17 +33,17 @@ class _Family:
 
     __slots__ = ("_balancer", "_due", "_due_at", "_index", "_memory", "_open", "_picks", "_slow_starts")
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: Memory, balance: Balance = Balance.ROUND_ROBIN) -> None:
         self._memory = memory
-        self._balancer = ALGORITHMS[Balance.ROUND_ROBIN]()
+        self._balancer = ALGORITHMS[balance]()
         self._picks: list[Pick] = []  # for each endpoint; made once, not for every connection
-        # Made on first use: the index of each address, the bits of endpoints not ejected, a heap of the times at which
-        # ejected ones are due for a trial, and the bits of endpoints in slow start by the time of its beginning.
+        # Made on first use, by `index`: the index of each address, the bits of endpoints not ejected, a heap of the
+        # times at which ejected ones are due for a trial, and the bits of endpoints in slow start by its beginning.
         self._index: dict[Address, int] | None = None
-        self._open = 0
-        self._due: list[tuple[float, Address]] = []
-        self._due_at: dict[Address, float] = {}  # the entry of an endpoint that counts; others are of earlier ejections
-        self._slow_starts: dict[float, int] = {}
+        self._open: int
+        self._due: list[tuple[float, Address]]
+        self._due_at: dict[Address, float]  # the entry of an endpoint that counts; others are of earlier ejections
+        self._slow_starts: dict[float, int]
 
     def replace(
         self, wanted: Mapping[Address, Endpoint], weights: Mapping[str, int], balancer: Balancer | None = None
@@ -184,6 +184,10 @@ class _Family:
         heapq.heapreplace(self._due, (at, address))
 
 
+# The family of all pickers that never had an endpoint of it.
+_NO_ENDPOINTS = _Family(Memory(lambda: 0.0))
+
+
 class Picker:
     """Chooses among the endpoints of one listener. *memory* holds the service port's pins and ejections.
 
@@ -194,8 +198,7 @@ class Picker:
         self._memory = memory
         self._mixes_families = mixes_families
         self._endpoints: dict[Address, Endpoint] = {}
-        first = _Family(memory)
-        self._families = first, first if mixes_families else _Family(memory)  # IPv4, IPv6
+        self._families = [_Family(memory) if mixes_families else _NO_ENDPOINTS] * 2  # IPv4, IPv6
         self._balancing: tuple[Balance, Weights] = Balance.ROUND_ROBIN, ()
         memory.share(self, self._endpoints)
 
@@ -221,7 +224,11 @@ class Picker:
         for is_ipv6, family in enumerate(self._families):
             given = self._endpoints.items()
             of_family = {a: e for a, e in given if self._mixes_families or (":" in a[0]) == is_ipv6}
-            family.replace(of_family, dict(weights), None if balance is before else ALGORITHMS[balance]())
+            if family is not _NO_ENDPOINTS:
+                family.replace(of_family, dict(weights), None if balance is before else ALGORITHMS[balance]())
+            elif of_family:
+                self._families[is_ipv6] = _Family(self._memory, balance)
+                self._families[is_ipv6].replace(of_family, dict(weights))
 
     # ---- choosing
 

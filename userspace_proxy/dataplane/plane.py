@@ -87,7 +87,6 @@ class LocalPlane:
         self._listeners: dict[ListenerName, TcpListener | UdpListener] = {}
         self._udp: dict[ListenerName, UdpListener] = {}
         self._waiting: list[TcpListener | UdpListener] = []  # for `begin`
-        self._backends: dict[ListenerName, Backends] = {}
         self._shared: dict[ServicePortName, Shared] = {}
         self._reserved: tuple[socket.socket, ...] = ()
         self._context = PlaneContext(
@@ -199,18 +198,19 @@ class LocalPlane:
     def _give(self, name: ListenerName, backends: Backends) -> None:
         listener = self._listeners.get(name)
         if listener is not None:
-            self._backends[name] = backends
+            if backends.usable == backends.serving:
+                backends = Backends(backends.usable, backends.usable)  # a worker decodes them twice
+            listener.backends = backends
             listener.update(backends)
 
     def held(self) -> Iterator[tuple[TcpListener | UdpListener, Backends | None]]:
         """Yield every listener with its endpoints, for another data plane that takes over."""
-        for name, listener in self._listeners.items():
-            yield listener, self._backends.get(name)
+        for listener in self._listeners.values():
+            yield listener, listener.backends
 
     async def retire(self, names: Sequence[ListenerName]) -> None:
         gone = frozenset(names)
         async for name in in_slices(names, self._context.now):
-            self._backends.pop(name, None)
             listener = self._listeners.pop(name, None)
             if listener is not None:
                 if (udp := self._udp.pop(name, None)) is not None:

@@ -25,6 +25,7 @@ class Endpoint:
     ``ip`` is canonical text: sockets take text, and it keeps 100,000 endpoints cheap.
     ``ready``: takes new traffic. ``serving``: answers requests, even if not ready. ``terminating``: is shutting down.
     ``zone_hints``, ``node_hints``: the zones and nodes that the slice controller assigns it to; empty without hints.
+    Tuples, because every empty set that a worker decodes takes 216 bytes.
     """
 
     ip: str
@@ -33,8 +34,8 @@ class Endpoint:
     serving: bool = True
     terminating: bool = False
     node_name: str | None = None
-    zone_hints: frozenset[str] = frozenset()
-    node_hints: frozenset[str] = frozenset()
+    zone_hints: tuple[str, ...] = ()
+    node_hints: tuple[str, ...] = ()
 
     @property
     def address(self) -> Address:

@@ -77,14 +77,14 @@ def _slice_endpoints(piece: api.EndpointSlice, port: int) -> Iterator[Endpoint]:
         )
 
 
-def _named(hints: Sequence[api.objects.Hint] | None) -> frozenset[str]:
+def _named(hints: Sequence[api.objects.Hint] | None) -> tuple[str, ...]:
     return _shared(tuple(hint.name for hint in hints or () if hint.name))
 
 
 @lru_cache(maxsize=1024)
-def _shared(names: tuple[str, ...]) -> frozenset[str]:
-    """Return *names* as a set that equal calls share: a zone may have 100,000 endpoints."""
-    return frozenset(names)
+def _shared(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the tuple that equal calls share: a zone may have 100,000 endpoints."""
+    return names
 
 
 def from_endpoints(given: api.Endpoints) -> EndpointsByPort:

@@ -25,6 +25,8 @@ _TURNS_MAX = 4_096
 class RoundRobin:
     """In any cycle, wherever it begins, an endpoint gets exactly as many turns as its weight."""
 
+    __slots__ = ("_addresses", "_has_weights", "_next", "_turns")
+
     why = "round robin"
 
     def __init__(self) -> None:
