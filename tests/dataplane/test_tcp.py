@@ -400,6 +400,30 @@ async def test_a_backend_that_answers_in_two_parts_is_not_kept_waiting(plane: Pl
     assert min(waited_s) < 0.03, waited_s
 
 
+@pytest.mark.parametrize("first", [b"?", b"x" * 70_000])
+async def test_a_client_that_asks_in_two_parts_is_not_kept_waiting(plane: Plane, first: bytes) -> None:
+    """With Nagle's algorithm, the second part would wait for the ACK of the first, which the backend delays."""
+    with Listener() as backend:
+        await plane.use(backend.endpoint)
+        waited_s = []
+        for _ in range(9):
+            client = await dial()
+            await client.send(b"!")
+            server = await backend.accept()
+            assert await server.receive(1) == b"!"
+            server.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
+            started_at = time.monotonic()
+            for part in (first, b".", b"."):
+                await client.send(part)
+                assert await server.receive(len(part)) == part
+            waited_s.append(time.monotonic() - started_at)
+            client.close()
+            server.close()
+        await all_ended(plane)
+
+    assert min(waited_s) < 0.03, waited_s
+
+
 async def test_the_last_bytes_before_a_half_close_are_not_held_back(plane: Plane) -> None:
     """They leave in the same packet as the FIN, without waiting for more bytes."""
     with Listener() as backend:

@@ -329,6 +329,7 @@ class Dial:
         The send buffer is empty, so there is room for it.
         """
         try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # the client's bytes follow
             return 0 if sock.send(self._header) == len(self._header) else errno.ENOBUFS
         except OSError as error:
             return error.errno or errno.EIO

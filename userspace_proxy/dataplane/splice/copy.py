@@ -75,31 +75,49 @@ class Half:
     moved_bytes: int = 0
     opposite: Half = field(init=False)
 
-    def on_first_events(self, events: int) -> None:
-        """Begin to watch the client's socket, after the backend was dialled with `stream_socket`.
+    # A backend that was dialled with `stream_socket` delays its ACKs, and has Nagle's algorithm. Both end when they
+    # could delay bytes. Most short connections end before:
+    # 1. The last ACK of the handshake leaves with the client's first bytes. If there are none yet, it leaves at once:
+    #    the backend may speak first, or must see that the client has gone.
+    # 2. Nagle's algorithm holds small bytes back while earlier ones are not acknowledged. So it cannot delay the first
+    #    bytes, and a FIN takes the last ones along (tcp_send_fin in net/ipv4/tcp_output.c).
+    # 3. A server that writes its answer in two parts, with Nagle's algorithm, waits for the ACK of the first part. The
+    #    kernel would delay it for 40 ms (TCP_DELACK_MIN in include/net/tcp.h). After a FIN, no part follows.
 
-        The last ACK of the backend's handshake is held back to leave with the client's first bytes. If there are none
-        yet, it must leave now: the backend may speak first, or must see that the client has gone.
-        """
-        self.splice.engine.poller.hand_over(self.source, self._on_events_before_bytes)
+    def on_first_events(self, events: int) -> None:
+        """Begin to watch the client's socket (case 1)."""
         if not events & READ or events & FAILED:
             self.sink.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        self.splice.engine.poller.hand_over(self.source, self._on_events_before_bytes)
         self._on_events_before_bytes(events)
 
     def _on_events_before_bytes(self, events: int) -> None:
-        """Handle events until the client's first bytes have been sent. Then let the kernel acknowledge at once.
-
-        A server that writes its answer in two parts, with Nagle's algorithm, waits for the ACK of the first part. The
-        kernel would delay it for 40 ms (TCP_DELACK_MIN in include/net/tcp.h), as the handshake's ACK was delayed.
-        """
-        if not events & _READABLE:
-            self.on_socket(events)
-            return
-        sink = self.sink
-        self.splice.engine.poller.hand_over(self.source, self.on_socket)
+        """Handle events of the client until its first bytes have been sent. The handshake's ACK leaves with them."""
+        if events & READ:
+            self.splice.engine.poller.hand_over(self.source, self._on_events_after_bytes)
         self.on_socket(events)
-        if sink.fileno() >= 0:  # the connection has not ended
-            sink.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        is_one_send = self.moved_bytes < BUFFER_BYTES and not (self.to_the_end or self.stuck or self.queued)
+        if not (is_one_send or self.done):
+            self._end_nagle()
+
+    def _on_events_after_bytes(self, events: int) -> None:
+        """Handle events of the client after its first bytes were sent, and before its next ones are (case 2)."""
+        if events & READ and not events & HANGUP:
+            self._end_nagle()
+        self.on_socket(events)
+
+    def _end_nagle(self) -> None:
+        """Send small bytes at once from now on, also those that wait already."""
+        self.splice.engine.poller.hand_over(self.source, self.on_socket)
+        self.sink.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def on_first_answer(self, events: int) -> None:
+        """Handle events of the backend until its first bytes arrive (case 3)."""
+        if events & _READABLE:
+            self.splice.engine.poller.hand_over(self.source, self.on_socket)
+            if not events & HANGUP:
+                self.source.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        self.on_socket(events)
 
     def on_socket(self, events: int) -> None:
         """Handle events of the source: read it, or send to it as the sink of the opposite direction."""
@@ -301,11 +319,11 @@ class CopySplice:
             poller.watch(up.source, up.on_socket)
             return
         poller.watch(up.source, up.on_first_events)
-        poller.hand_over(down.source, down.on_socket)
+        poller.hand_over(down.source, down.on_first_answer)
         if unsent:
             up.pending, up.stuck = unsent, True
         if events & ~WRITE or unsent:  # the backend spoke first: no edge will report these bytes again
-            poller.again(lambda: None if down.done else down.on_socket(events))
+            poller.again(lambda: None if down.done else down.on_first_answer(events))
 
     @property
     def bytes_to_backend(self) -> int:
