@@ -64,6 +64,9 @@ class Told:
     def synced(self) -> int:
         return [event.type for event in self.events].count(EventType.SYNCED)
 
+    def wake(self) -> None:
+        self._reported.set()
+
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(PATIENCE_S):
             while not condition():
@@ -78,8 +81,11 @@ class Told:
 async def following(*paths: Path | str, source: FileSource | None = None) -> AsyncIterator[Told]:
     told = Told(source or FileSource([str(path) for path in paths]))
     task = asyncio.create_task(told.follow())
+    task.add_done_callback(lambda _: told.wake())
     try:
         await told.until(lambda: told.synced > 0 or task.done())
+        if task.done():
+            task.result()  # raises what ended it
         yield told
     finally:
         task.cancel()
