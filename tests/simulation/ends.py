@@ -54,6 +54,7 @@ class End:
         self.how = ""
         self.met_fate = False  # its plan has broken the connection
         self.unacknowledged_at_fate = 0
+        self.unread = 0  # bytes that had arrived when it gave up, because it could not send any more
         self._may_send = False
         self._has_timer = False
         self.is_shut = False
@@ -128,6 +129,7 @@ class End:
         if self.sock.closed:
             return
         if self.how == "reset" or (self.how and self.sent == len(self.data)):
+            self.unread = len(self.sock.incoming)
             self.sock.close()
         elif self.sent == len(self.data) and not self.is_shut and self.is_served():
             self.is_shut = True

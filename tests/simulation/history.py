@@ -58,6 +58,8 @@ _ENDS_WITHIN_S = 90.0
 # How long the predecessor serves still, while its successor is ready.
 _BOTH_SERVE_S = 0.002, 1.0
 _CONNTRACK_S = 30.0
+# Shorter than a client may wait for a descriptor, for all shortages of a history together.
+_SHORT_MAX_S = 9.0
 # Within which a client gets an endpoint, or a refusal, once there is one to dial, in histories with a policy.
 _DIALLING_MAX_S = 1.0
 # A packet that has arrived has been noticed by then.
@@ -241,7 +243,7 @@ class History:
         self.broken: list[str] = []  # what the data plane must not see as an exception
         self.happened: list[tuple[object, ...]] = []
         self.dials = 0
-        self.arrived_at = 0.0
+        self.began_at = self.arrived_at = 0.0
         self.dials_justified = 0.0
         self.records: dict[Address, AccessRecord] = {}
         self.udp_records = 0
@@ -250,7 +252,6 @@ class History:
         kernel.cuts_pieces = draw.random() < 0.5
         self.balance = Balance.ROUND_ROBIN if draw.random() < 0.6 else draw.choice(list(Balance))
         self.engine = draw.choice(("auto", "copy"))
-        self.affinity_s = 1_000 if draw.random() < 0.2 else None
         kernel.network = self.world = World(self)
         if self.kind == "shortage" and draw.random() < 0.5:
             kernel.descriptors_max = draw.choice((64, 80))
@@ -265,6 +266,7 @@ class History:
         self.usable: list[Address] = list(self.world.sites)
         self.predecessors: list[tuple[LocalPlane, dict[ServicePortName, Shared]]] = []
         self.hands_over = self.kind in ("calm", "slow", "faults") and draw.random() < 0.3
+        self.affinity_s = 1_000 if draw.random() < (0.5 if self.hands_over else 0.2) else None
         self._tasks: list[asyncio.Future[None]] = []
         self.policy = ConnectionPolicy()
         if self.kind in ("policy", "removals"):
@@ -404,7 +406,7 @@ class History:
         self._serve(ServicePort(UDP, 53, (UDP_PORTAL_IP,)), 10_002, proxy_port)
         await self._use(self.usable)
         self._schedule(listener, proxy_port)
-        began_at = kernel.now
+        began_at = self.began_at = kernel.now
         await asyncio.sleep(_ARRIVALS_S + 3)
         while kernel.now < began_at + _ENDS_WITHIN_S and not self._is_over():
             await asyncio.sleep(1)
@@ -486,7 +488,8 @@ class History:
 
     def _begin_shortage(self) -> None:
         self.faults["shortage"] += 1
-        self.world.short_until = self.kernel.now + self.random.choice((0.05, 0.5, 1.5, 6.0))
+        until = self.kernel.now + self.random.choice((0.05, 0.5, 1.5, 6.0))
+        self.world.short_until = min(until, self.began_at + _SHORT_MAX_S)
         self.world.lacks = self.random.choice(({errno.EMFILE}, {errno.EADDRNOTAVAIL}))
 
     def _change_endpoints(self) -> None:
@@ -585,11 +588,17 @@ class History:
             check(len(asked) <= 1, "a request reached two endpoints", client.number)
             its = asked[0] if asked else None
             if its is None and client.received:
-                unasked = (b for b in self.world.backends.values() if b.client is None)
-                its = next((b for b in unasked if b.data.startswith(client.received)), None)
+                its = self._unasked_backend(client)
                 check(its is not None, "a reply reaches another client", client.number)
             self._check_connection(client, its)
         check(self.dials <= self.dials_justified, "too many dials", self.dials, self.dials_justified)
+
+    def _unasked_backend(self, client: Client) -> Backend | None:
+        """Return the backend whose first bytes *client* has. A few bytes may be the first ones of several."""
+        record = self.records.get(client.address)
+        address = None if record is None or record.endpoint is None else record.endpoint.address
+        unasked = (b for b in self.world.backends.values() if b.client is None and b.data.startswith(client.received))
+        return max(unasked, key=lambda b: (b.address == address, b.sent == len(client.received)), default=None)
 
     def _check_connection(self, client: Client, backend: Backend | None) -> None:
         record = self.records.get(client.address)
@@ -610,7 +619,7 @@ class History:
             if backend.plan.fate == "reset" and backend.met_fate and not client.met_fate and not backend.is_shut:
                 check(client.how in ("reset", ""), "a reset arrives as an end", where)
                 if how in ("reset by backend", UNANSWERED) and not backend.unacknowledged_at_fate:
-                    check(len(client.received) == backend.sent, "bytes before a reset are lost", where)
+                    check(len(client.received) + client.unread == backend.sent, "bytes before a reset are lost", where)
         if record is None:
             check(self.kind == "shortage", "a client was not accepted", where)
             return
@@ -635,9 +644,11 @@ class History:
         began_at = client.began_at + record.duration_s if backend is None else backend.began_at
         took_s = max(0.0, began_at - client.began_at)
         self.dials_justified += len(self.world.sites) + 2 + took_s / RACE_S
-        if record.how == "no endpoint came in time" or (
-            "after a wait" in record.why and self.states is _CERTAIN_STATES
-        ):
+        if (
+            record.how == "no endpoint came in time"
+            or ("after a wait" in record.why and self.states is _CERTAIN_STATES)
+            and (record.endpoint is None or backend is not None)
+        ):  # known to have got the first bytes of the request
             check(took_s <= self.policy.wait_s + _DIALLING_MAX_S, "a client waited for too long", took_s, where)
         check(record.how != "out of descriptors", "an attempt failed in a short shortage", where)
         if self.policy.max_age_s and self.policy.force_s is not None:

@@ -37,7 +37,10 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         return self._readers.pop(fd, None) is not None
 
     def select(self, timeout: float | None) -> list[asyncio.Handle]:
-        """Return the readers that are ready. Without any, let time pass until there is one or *timeout* is over."""
+        """Return the readers that are ready, in any order.
+
+        Without any, let time pass until there is one or *timeout* is over.
+        """
         kernel, readers = self._kernel, self._readers.values()
         kernel.begin_turn(_TURN_S)
         until = _NEVER if timeout is None else kernel.now + timeout
@@ -46,6 +49,8 @@ class SimulatedLoop(asyncio.BaseEventLoop):
                 kernel.has_woken = False
                 ready = [handle for epoll, handle in readers if epoll.ready]
                 if ready or self._ready:
+                    if len(ready) > 1:
+                        kernel.random.shuffle(ready)
                     return ready
             if kernel.next_at > until or kernel.next_at == _NEVER:
                 assert until != _NEVER, "nothing will ever happen again"
