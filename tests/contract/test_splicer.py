@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import errno
 import functools
+import gc
 import random
 import socket
+import weakref
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
-from tests.contract.splicing import ENGINES, Spliced, Workshop, difference, workshop
+from tests.contract.splicing import ENGINES, STREAM, Spliced, Workshop, Writer, difference, workshop
 from tests.ends import End, open_descriptors, settled, tcp_pair, until
 from userspace_proxy.dataplane.poller import WRITE
 from userspace_proxy.model.access_record import UNANSWERED
@@ -151,7 +154,8 @@ async def test_every_byte_of_a_stream_with_urgent_ones_arrives_in_order(
 
 @pytest.mark.parametrize("side", SIDES)
 async def test_a_slow_reader_gets_everything(shop: Workshop, side: str) -> None:
-    sender, receiver = shop.splice(buffer_bytes=4096).ends(side)
+    spliced = shop.splice(buffer_bytes=4096)
+    sender, receiver = spliced.ends(side)
     data = MUCH[:600_000]
     sending = asyncio.ensure_future(sender.send(data))
     received = bytearray()
@@ -160,6 +164,8 @@ async def test_a_slow_reader_gets_everything(shop: Workshop, side: str) -> None:
     await sending
 
     assert bytes(received) == data
+    engine: Any = spliced.splice
+    assert not any(half.pending for half in (engine._up, engine._down)), "none of them takes memory any more"
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -281,6 +287,27 @@ async def test_a_client_whose_backend_resets_before_a_byte_has_passed_is_given_b
     assert await spliced.ended() == "closed"
 
 
+async def test_a_connection_whose_client_is_given_back_leaves_no_reference_cycle(shop: Workshop) -> None:
+    spliced = shop.splice(start=False)
+    unused: list[int] = []
+
+    def on_unused(code: int, unsent: bytes) -> None:
+        unused.append(code)
+
+    held_by_splice = weakref.ref(on_unused)
+    spliced.start(on_unused)
+    del on_unused
+    gc.disable()
+    try:
+        spliced.backend.reset()
+        await until(lambda: bool(unused), "the client is given back")
+        spliced.endings.append("given back")
+        spliced._splice = None
+        await until(lambda: held_by_splice() is None, "it is gone without a collection")
+    finally:
+        gc.enable()
+
+
 async def test_bytes_that_a_reset_backend_was_not_sent_are_given_back_and_the_next_backend_gets_them(
     shop: Workshop,
 ) -> None:
@@ -304,7 +331,9 @@ async def test_bytes_that_a_reset_backend_was_not_sent_are_given_back_and_the_ne
     assert await spliced.ended() == "closed"
 
 
-@pytest.mark.parametrize("before", ["a byte to the backend", "a byte to the client", "the client's end"])
+@pytest.mark.parametrize(
+    "before", ["a byte to the backend", "a byte to the client", "the client's end", "the backend's end"]
+)
 async def test_no_client_is_given_back_once_something_has_passed(shop: Workshop, before: str) -> None:
     spliced = shop.splice(start=False)
     spliced.start(lambda code, unsent: pytest.fail("given back"))
@@ -314,13 +343,18 @@ async def test_no_client_is_given_back_once_something_has_passed(shop: Workshop,
     elif before == "a byte to the client":
         await spliced.backend.send(b"x")
         assert await spliced.client.receive(1) == b"x"
+    elif before == "the backend's end":
+        spliced.backend.half_close()
+        assert await spliced.client.receive_all() == (b"", "eof")
     else:
         spliced.client.half_close()
         assert await spliced.backend.receive_all() == (b"", "eof")
     spliced.backend.reset()
 
-    assert await spliced.client.receive_all() == (b"", "reset")
-    assert await spliced.ended() == (UNANSWERED if before == "a byte to the backend" else "reset by backend")
+    if before != "the backend's end":
+        assert await spliced.client.receive_all() == (b"", "reset")
+    is_unanswered = before in ("a byte to the backend", "the backend's end")
+    assert await spliced.ended() == (UNANSWERED if is_unanswered else "reset by backend")
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -378,6 +412,40 @@ async def test_a_reset_after_a_half_close_passes_as_a_reset(shop: Workshop, side
 
     await until(is_broken, "the reset arrives")
     assert await spliced.ended() == f"reset by {side}"
+
+
+@pytest.mark.parametrize("side", SIDES)
+async def test_a_reset_after_a_half_close_is_noticed_although_the_other_side_is_silent(
+    shop: Workshop, side: str
+) -> None:
+    spliced = shop.splice()
+    first, second = spliced.ends(side)
+    await first.send(b"question")
+    first.half_close()
+    assert await second.receive_all() == (b"question", "eof")
+    await until(lambda: spliced.splice.half_closed, "the engine knows the end, too")
+
+    first.reset()
+
+    assert await spliced.ended() == f"reset by {side}"
+
+
+async def test_a_reply_before_a_reset_arrives_although_the_client_ends_its_stream_meanwhile(shop: Workshop) -> None:
+    spliced = shop.splice(buffer_bytes=65_536)
+    writer = Writer(spliced.backend)
+    await settled(lambda: writer.push(50_000))
+    arrived = writer.sent - spliced.backend.unacknowledged_bytes
+    spliced.backend.reset()
+    await spliced.client.send(b"too late")
+    engine: Any = spliced.splice
+    await until(lambda: bool(engine.broken), "the engine cannot send it")
+    spliced.client.half_close()
+
+    received, how = await spliced.client.receive_all()
+
+    assert how == "reset"
+    assert len(received) >= arrived
+    assert not difference(received, STREAM[: len(received)])
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -8,12 +8,13 @@ with them what an engine does for bulk.
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator
 
 import pytest
 
 from tests.contract.splicing import ENGINES, STREAM, Workshop, Writer, difference, workshop
-from tests.ends import PATIENCE_S, settled
+from tests.ends import PATIENCE_S, settled, until
 
 SMALL, ROOMY = 4096, 1 << 17
 AMPLE = 1 << 20
@@ -111,6 +112,22 @@ async def test_full_reads_arrive_when_more_ways_are_in_bulk_than_there_is_room_f
 
     for got, writer in zip(received, writers, strict=True):
         assert not difference(got, STREAM[: writer.sent])
+    await until(lambda: not shop.poller._bulk, "nothing has turns in bulk any more")
+
+
+async def test_sockets_that_block_do_not_stop_the_engine(shop: Workshop) -> None:
+    """Accepted sockets block: making each non-blocking would cost a system call."""
+    spliced = shop.splice(start=False, buffer_bytes=ROOMY, client_buffer_bytes=AMPLE)
+    for sock in (spliced.client_socket, spliced.backend_socket):
+        sock.setblocking(True)
+    spliced.start()
+    writer = Writer(spliced.client)
+    received = bytearray()
+    while writer.sent < 2_000_000:
+        await settled(functools.partial(writer.push, 1_000_000), quiet_s=0.01)
+        received += await spliced.backend.receive(writer.sent - len(received))
+
+    assert not difference(received, STREAM[: writer.sent])
 
 
 # ---- a way that is to go on next turn goes on though what it has in hand could not be sent yet

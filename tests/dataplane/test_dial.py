@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import heapq
 import itertools
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -18,9 +19,9 @@ from tests.dataplane.world import NAME
 from userspace_proxy.dataplane import dial as dial_module
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.context import Shared
-from userspace_proxy.dataplane.dial import BUDGET_S, DIALS_MAX, RACE_S, Dial, deadlines
+from userspace_proxy.dataplane.dial import BUDGET_S, DIALS_MAX, RACE_S, Deadlines, Dial, deadlines
 from userspace_proxy.dataplane.listener import BaseListener
-from userspace_proxy.dataplane.memory import OVERTAKEN_MAX, Memory
+from userspace_proxy.dataplane.memory import EJECT_S, OVERTAKEN_MAX, Memory
 from userspace_proxy.dataplane.picker import Pick
 from userspace_proxy.dataplane.poller import FAILED, WRITE
 from userspace_proxy.dataplane.transparent import Transparent
@@ -116,8 +117,9 @@ class FakeSocket:
     def getsockname(self) -> Address:
         return "10.0.0.254", 1
 
-    def setsockopt(self, *_: int) -> None:
-        raise OSError(errno.EPERM, "Operation not permitted")  # as without CAP_NET_ADMIN
+    def setsockopt(self, level: int, *_: int) -> None:
+        if level != socket.IPPROTO_TCP:  # an address that is not this host's, without CAP_NET_ADMIN
+            raise OSError(errno.EPERM, "Operation not permitted")
 
     def close(self) -> None: ...
 
@@ -344,3 +346,65 @@ def test_a_clients_address_that_cannot_be_used_beside_an_open_dial_ends_that_dia
     attempt = there.attempt(client_ip=hairpin.ip)
 
     assert (attempt.failures, attempt.dialled) == ([_REFUSED_ADDRESS], [hairpin.address])
+
+
+# ---- cost
+
+
+def test_one_timer_serves_all_dials_with_the_same_timeout() -> None:
+    there = world(SILENT)
+    armed: list[float] = []
+    loop: Any = SimpleNamespace(time=lambda: 1.0, call_at=lambda at, _: armed.append(at))
+    deadline = Deadlines(loop, RACE_S)
+
+    for _ in range(3):
+        deadline.add(Dial(CLIENT, there.listener, Attempt(0.0)))
+
+    assert armed == [1.0 + RACE_S]
+
+
+def test_without_a_descriptor_for_a_second_dial_the_first_one_continues_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = world(Fate(0.3), NEAR, NEAR)
+    monkeypatch.setattr(there.network, "begin_race", lambda: False)
+
+    attempt = there.attempt()
+
+    assert attempt.dialled == [there.endpoints[0].address]
+    assert there.listener.counters.retries == 1, "only once after RACE_S"
+
+
+# ---- results
+
+
+def test_an_endpoint_that_answers_after_its_ejection_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    there = world(Fate(0.001, errno.ECONNREFUSED), NEAR)
+    caplog.set_level("INFO", "userspace_proxy")
+    there.attempt()
+    assert "takes connections again" not in caplog.text
+
+    there.network.fates[there.endpoints[0].address] = NEAR
+    there.network.now_s += EJECT_S
+    for _ in range(4):
+        there.attempt()
+
+    assert caplog.text.count("takes connections again") == 1
+
+
+def test_a_suspect_that_proved_itself_and_then_broke_is_followed_by_another_endpoint() -> None:
+    """The same dial goes on, and nothing is left of the proof."""
+    there = world(NEAR, Fate(RACE_S + 0.1))
+    first, second = there.endpoints
+    there.listener.shared.suspects.note_reset(first.address, there.network.now_s)
+    attempt = Attempt(0.0)
+    dial = Dial(CLIENT, there.listener, attempt)
+    dial.start()
+    there.network.run(lambda: attempt.over)
+    assert attempt.pick is not None
+    assert attempt.pick.endpoint == first
+    there.network.close(attempt.sock)
+    attempt.over = False
+
+    dial.resume(attempt.pick, errno.ECONNRESET)
+    there.network.run(lambda: attempt.over)
+
+    assert attempt.pick.endpoint == second

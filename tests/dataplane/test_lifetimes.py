@@ -355,6 +355,18 @@ async def test_a_client_for_which_no_endpoint_comes_is_reset_in_time(plane: Plan
     assert (counters.waits_expired, counters.failed, counters.waiting) == (1, 1, 0)
 
 
+async def test_a_cut_resets_clients_that_wait(plane: Plane) -> None:
+    await plane.apply(WAIT)
+    await plane.use()
+    client = await dial()
+    await waiting(plane, 1)
+
+    plane.local.cut()
+
+    assert await client.receive_all() == (b"", "reset")
+    client.close()
+
+
 @pytest.mark.parametrize("leaves", ["close", "reset"])
 async def test_a_waiting_client_that_leaves_frees_its_place(
     plane: Plane, leaves: str, monkeypatch: pytest.MonkeyPatch

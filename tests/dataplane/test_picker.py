@@ -271,11 +271,20 @@ def test_a_client_that_is_refused_ejects_an_endpoint_for_itself_alone(clock: Fak
     assert None not in picks(picker, 3, "refused"), "better a doubtful one than none"
 
     clock.now_s += EJECT_S
+    assert "last resort" not in {choice.why for _ in range(2) if (choice := picker.pick("refused"))}
     assert set(picks(picker, 3, "refused")) == {A, B, C}
     picker.report_success(A, as_client="refused")
     picker.report_failure(B, as_client="refused")
     clock.now_s += EJECT_S
     assert set(picks(picker, 2, "refused")) == {A, C}, "the second time lasts for twice as long"
+
+
+def test_a_failure_of_an_endpoint_that_has_left_ejects_nothing(clock: FakeClock) -> None:
+    picker = picker_over(A, B, clock=clock)
+    picker.set_endpoints([B])
+
+    assert not picker.report_failure(A)
+    assert not picker.report_failure(A, as_client="c")
 
 
 def test_a_pinned_client_leaves_an_endpoint_that_refuses_it(clock: FakeClock) -> None:

@@ -424,6 +424,11 @@ async def test_a_client_that_asks_in_two_parts_is_not_kept_waiting(plane: Plane,
     assert min(waited_s) < 0.03, waited_s
 
 
+def segments_received(end: End) -> int:
+    """Return how many TCP segments have arrived at *end*: tcpi_segs_in of struct tcp_info (linux/tcp.h)."""
+    return int(struct.unpack_from("I", end.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 144), 140)[0])
+
+
 async def test_the_last_bytes_before_a_half_close_are_not_held_back(plane: Plane) -> None:
     """They leave in the same packet as the FIN, without waiting for more bytes."""
     with Listener() as backend:
@@ -432,9 +437,13 @@ async def test_the_last_bytes_before_a_half_close_are_not_held_back(plane: Plane
         server = await backend.accept()
         for _ in range(3):
             await client.send(b"x" * 1000)
+        assert await server.receive(3000) == b"x" * 3000
+        before = segments_received(server)
+        client.send_now(b"last")
         client.half_close()
 
-        assert await server.receive_all() == (b"x" * 3000, "eof")
+        assert await server.receive_all() == (b"last", "eof")
+        assert segments_received(server) == before + 1
 
         await server.send(b"y" * 70_000)
         server.half_close()
@@ -900,12 +909,13 @@ async def test_what_is_left_after_the_drain_is_cut_dialling_or_connected() -> No
 async def test_clients_that_wait_to_be_accepted_are_served_though_the_listener_is_retired(plane: Plane) -> None:
     with named_backends("a") as (a,):
         await plane.use(a.endpoint)
-        waiting = [socket.create_connection(PORTAL) for _ in range(5)]  # the loop does not run meanwhile
+        clients = ACCEPTS_A_TURN + 5
+        waiting = [socket.create_connection(PORTAL) for _ in range(clients)]  # the loop does not run meanwhile
 
         await plane.local.retire([LISTENER])
 
         ends = [End(sock) for sock in waiting]
-        assert [await end.receive_all() for end in ends] == [(b"a", "eof")] * 5
+        assert [await end.receive_all() for end in ends] == [(b"a", "eof")] * clients
         for end in ends:
             end.close()
 

@@ -543,6 +543,24 @@ async def test_a_flow_that_is_answered_all_the_time_does_not_keep_idle_ones(
         assert (await plane.counters(UDP_NAME)).flows == 1
 
 
+async def test_a_flow_that_is_used_does_not_keep_idle_ones_though_it_began_first(
+    backends: Backends, clients: Clients, clock: FakeClock
+) -> None:
+    a, _ = backends
+    async with running_plane(Limits(idle_timeout_s=OFTEN), now=clock) as plane:
+        await plane.use(a.endpoint)
+        for client in clients[:2]:
+            client.ask()
+            await a.receive()
+        for _ in range(4):
+            clock.now_s += 10
+            clients[0].ask(b"again")
+            await a.receive()
+
+        await until(lambda: bool(plane.records), "the idle one ends")
+        assert (await plane.counters(UDP_NAME)).flows == 1
+
+
 # ---- when a flow moves
 
 

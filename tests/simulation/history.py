@@ -644,11 +644,10 @@ class History:
         began_at = client.began_at + record.duration_s if backend is None else backend.began_at
         took_s = max(0.0, began_at - client.began_at)
         self.dials_justified += len(self.world.sites) + 2 + took_s / RACE_S
-        if (
-            record.how == "no endpoint came in time"
-            or ("after a wait" in record.why and self.states is _CERTAIN_STATES)
-            and (record.endpoint is None or backend is not None)
-        ):  # known to have got the first bytes of the request
+        # Without the first bytes of the request, it is not known when the endpoint was reached.
+        is_known = record.endpoint is None or backend is not None
+        has_waited = "after a wait" in record.why and self.states is _CERTAIN_STATES and is_known
+        if has_waited or record.how == "no endpoint came in time":
             check(took_s <= self.policy.wait_s + _DIALLING_MAX_S, "a client waited for too long", took_s, where)
         check(record.how != "out of descriptors", "an attempt failed in a short shortage", where)
         if self.policy.max_age_s and self.policy.force_s is not None:

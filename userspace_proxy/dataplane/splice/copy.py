@@ -353,14 +353,14 @@ class CopySplice:
             self._is_unanswered = side == "backend" and not (is_dead or self._up.done)
 
     def gives_client_back(self, broken: SocketType, error: OSError) -> bool:
-        """Return the client's socket to the caller if *broken* is the backend's, by a reset, and no byte has passed.
+        """Return the client's socket to the caller if *broken* is the backend's, by a reset, and nothing has passed.
 
         The caller may dial again then: no byte was sent to the backend, so none can arrive twice.
         """
         up, down, on_unused = self._up, self._down, self._on_unused
         if on_unused is None or broken is not down.source or error.errno in _DEAD or up.done or self._ended:
             return False
-        if up.moved_bytes or down.moved_bytes or down.stuck:
+        if up.moved_bytes or down.moved_bytes or down.stuck or down.done:
             return False
         self._ended = True
         self.engine.poller.mute(up.source)
