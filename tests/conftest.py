@@ -56,8 +56,26 @@ _SHARE_CONTRACT_PROXIES = {
 _CONTRACT_PROXY = re.compile(r"mode-\w+|(nftables|iptables)-(node|transparent)(-api)?")
 
 
-_SLOWEST = ("tests/examples/test_lessons", "tests/net/", "tests/lab/test_shell", "tests/modes/userspace/test_histories")
-_SHARE_NOTHING = ("tests/examples/test_lessons.py", "tests/lab/test_shell.py")  # each test has a lab of its own
+# In this order, the longest first, so that short ones are left for the end of the run. The longest prefix counts.
+_FIRST = (
+    "tests/examples/test_lessons",
+    "tests/net/test_lifecycle",
+    "tests/net/contract/",
+    "tests/net/test_failover",
+    "tests/contract/test_plane",
+    "tests/net/test_kernel_modes",
+    "tests/net/test_trace",
+    "tests/sources/test_reflector",
+    "tests/simulation/",
+    "tests/net/",
+    "tests/modes/userspace/",
+    "tests/dataplane/",
+    "tests/explain/test_render",
+    "tests/net/test_handover",
+    "tests/lab/test_shell",
+)
+# Each test has a proxy or a lab of its own.
+_SHARE_NOTHING = ("tests/examples/test_lessons.py", "tests/lab/test_shell.py", "tests/net/test_handover.py")
 
 
 class HostScheduling(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
@@ -95,8 +113,13 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the slowest modules first, so that none of them is left for the end of the run."""
-    items.sort(key=lambda item: not item.nodeid.startswith(_SLOWEST))
+    """Put the tests in the order of _FIRST."""
+
+    def place(item: pytest.Item) -> int:
+        matching = [prefix for prefix in _FIRST if item.nodeid.startswith(prefix)]
+        return _FIRST.index(max(matching, key=len)) if matching else len(_FIRST)
+
+    items.sort(key=place)
 
 
 def pytest_collection_finish() -> None:
