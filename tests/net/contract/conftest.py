@@ -26,7 +26,10 @@ KNOWS_PODS = ("--detect-local-mode", "ClusterCIDR", "--cluster-cidr", CLUSTER_CI
 
 
 class Variant(NamedTuple):
-    """A way to run the proxy. ``source_ip``: the client that backends see without an annotation."""
+    """A way to run the proxy.
+
+    ``source_ip``: the client that backends see without an annotation. ``has_table``: it serves all cases.
+    """
 
     rules: str
     loop: str
@@ -34,6 +37,7 @@ class Variant(NamedTuple):
     flags: tuple[str, ...] = KNOWS_PODS
     follows_api: bool = False
     mode: str = "userspace"
+    has_table: bool = True
 
     @property
     def said(self) -> str:
@@ -173,9 +177,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def proxy(
     cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[ContractProxy]:
-    """A proxy that serves the Services of all cases, and those that a test brings."""
+    """A proxy that serves the Services of all cases, unless it has no table, and those that a test brings."""
     with contract_proxy(cluster, tmp_path_factory.mktemp("contract"), request.param) as running:
-        running.give(*(given for given, _ in CASES))
+        if request.param.has_table:
+            running.give(*(given for given, _ in CASES))
         running.start()
         yield running
 

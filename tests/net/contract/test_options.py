@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
-from tests.net.contract.cluster import Cluster
-from tests.net.contract.conftest import KNOWS_PODS, ContractProxy, Variant, contract_proxy
+from tests.net.contract.conftest import KNOWS_PODS, ContractProxy, Variant
 from tests.net.contract.services import Given
 from tests.net.contract.table import ALL, DUAL, EXTERNAL_LOCAL, LB
 
@@ -16,18 +14,14 @@ MakeGiven = Callable[..., Given]
 MAIN, ALTERNATE, LOOPBACK = "nodePort", "nodePort@alternate", "nodePort@localhost"
 
 
-@pytest.fixture
-def proxy(cluster: Cluster, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[ContractProxy]:
-    """A proxy that serves no Service yet: each test has flags of its own, and brings its Services."""
-    with contract_proxy(cluster, tmp_path, request.param) as running:
-        running.start()
-        yield running
+# Each test has flags of its own. It parametrizes the fixture that all tests of the contract share, so that the proxy of
+# the test before it has ended: there is one node in a process of pytest.
 
 
 def _variants(*flags: str) -> list[Variant]:
     """Return the ways to lead clients as their own: by either rule language, and by the kernel alone."""
-    by_us = [Variant(rules, "uvloop", "transparent", flags) for rules in ("nftables", "iptables")]
-    return [*by_us, Variant("iptables", "uvloop", "transparent", flags, mode="iptables")]
+    by_us = [Variant(rules, "uvloop", "transparent", flags, has_table=False) for rules in ("nftables", "iptables")]
+    return [*by_us, Variant("iptables", "uvloop", "transparent", flags, mode="iptables", has_table=False)]
 
 
 # addresses -> who answers at the primary, alternate and loopback address, IPv4 and IPv6
@@ -110,7 +104,7 @@ def test_without_a_pod_detector_no_client_is_a_pod(proxy: ContractProxy, given: 
     )
 
 
-@pytest.mark.parametrize("proxy", [Variant("nftables", "uvloop", "node", KNOWS_PODS)], indirect=True, ids=str)
+@pytest.mark.parametrize("proxy", [Variant("nftables", "uvloop", "node", has_table=False)], indirect=True, ids=str)
 def test_an_invalid_source_ip_annotation_is_reported_and_the_service_is_served(
     proxy: ContractProxy, given: MakeGiven
 ) -> None:
