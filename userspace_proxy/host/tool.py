@@ -68,13 +68,13 @@ async def run_ip(*arguments: str) -> Any:
     return parsed(await run_tool("ip", "-json", *arguments))
 
 
-async def load_nft(script: str) -> None:
-    """Apply *script*, in nft's language, as one transaction.
+async def load_nft(script: str, *, is_dry_run: bool = False) -> None:
+    """Apply *script*, in nft's language, as one transaction. *is_dry_run*: the kernel checks it and changes nothing.
 
     Raises:
         SyncError: the kernel refused *script*; nothing was changed.
     """
-    await run_tool("nft", "-f", "-", stdin=script)
+    await run_tool("nft", *(["-c"] if is_dry_run else []), "-f", "-", stdin=script)
 
 
 async def in_thread(call: Callable[..., _Result], *arguments: object) -> _Result:

@@ -189,6 +189,10 @@ def table_start(name: str) -> tuple[RuleLine, ...]:
     return (RuleLine(f"table {name} {{", reason),)
 
 
+# A table without elements drops what its full maps would translate.
+ASLEEP = RuleLine("\tflags dormant;", "The kernel does not call the chains yet.")
+
+
 def restriction_kinds(family: Family) -> Iterator[tuple[str, SetKind]]:
     """Yield the sets of portals that only some clients may dial, and of the networks of these clients."""
     portal, parts = (f"ipv{family}_addr", *PORT), "An element is address . protocol . port"

@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable, Iterable
 from userspace_proxy.host.tool import is_installed, load_nft
 from userspace_proxy.netfilter import xtables
 from userspace_proxy.netfilter.nfnetlink import count_rules
-from userspace_proxy.netfilter.nft_text import removal
 from userspace_proxy.netfilter.notices import RuleWatch
 
 # The pause between two checks of iptables-legacy, which sends no notices, and between a load and the check after it.
@@ -56,9 +55,21 @@ class NftRules(_WatchedRules):
         return count_rules(self._table)
 
     async def _remove_table(self) -> None:
+        """Remove the table, if it is there. Packets that other rules serve by now are not refused meanwhile.
+
+        A packet may be between two rules while the kernel deletes the table. It then finds no element in a map any
+        more, and the rules after the look-up refuse it. So the chains are first taken off their hooks (`dormant`), and
+        the kernel waits until no packet is in them: it does so at the end of a dry run (`synchronize_rcu` in
+        `__nf_tables_abort`, net/netfilter/nf_tables_api.c).
+        """
         if is_installed("nft"):
+            dormant = f"table {self._table} {{ flags dormant; }}\n"
+            removal = f"{dormant}delete table {self._table}\n"  # without the flag, the chains would be called again
             with self._watch.quiet():
-                await load_nft(removal(self._table))
+                if count_rules(self._table):
+                    await load_nft(dormant)
+                    await load_nft(removal, is_dry_run=True)
+                await load_nft(removal)
 
 
 class XtablesRules(_WatchedRules):

@@ -76,14 +76,14 @@ class ElementTables(NftRules):
         self._watch.is_touched = True  # until everything is loaded
         translations, _, facts = update
         timeouts_s = _timeouts_s(translations.values())
-        script = self.table.skeleton(facts, timeouts_s)
         with self._loads.of(everything=True):
             try:
-                await load_nft(script)
+                await load_nft(self.table.skeleton(facts, timeouts_s, is_there=True))
             except SyncError as error:
-                log.debug("the table in the kernel cannot be changed into ours (%s); replacing it", error)
-                await load_nft(removal(self.table.name) + script)
+                log.debug("the kernel has no table that can be changed into ours (%s); creating it", error)
+                await load_nft(removal(self.table.name) + self.table.skeleton(facts, timeouts_s, is_there=False))
             await in_thread(self._replace_elements, translations, timeouts_s)
+            await load_nft(f"table {self.table.name}\n")  # no longer dormant
         for name, before in self._held.items():
             if (after := translations.get(name)) is not before:
                 self.table.forget(before, after)

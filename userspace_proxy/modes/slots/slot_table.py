@@ -21,7 +21,7 @@ from userspace_proxy.model.names import ListenerName, Scope, ServicePortName
 from userspace_proxy.model.routes import Refusal, Route
 from userspace_proxy.model.service import internal_portals
 from userspace_proxy.modes.kernel_rules import NodeFacts, Translation
-from userspace_proxy.modes.nft_blocks import SENDERS, Block, NftTable, set_block, table_start
+from userspace_proxy.modes.nft_blocks import ASLEEP, SENDERS, Block, NftTable, set_block, table_start
 from userspace_proxy.modes.rule_line import RuleLine
 from userspace_proxy.modes.slots import rules
 from userspace_proxy.modes.slots.element_reasons import element_reason, leads, unpacked
@@ -130,17 +130,17 @@ class SlotTable:
 
     # ---- texts
 
-    def skeleton(self, facts: NodeFacts, timeouts_s: Iterable[int], *, is_there: bool = False) -> str:
+    def skeleton(self, facts: NodeFacts, timeouts_s: Iterable[int], *, is_there: bool) -> str:
         """Return the script that creates our table without elements, or replaces the rules of an existing one.
 
-        Existing elements stay, those that the kernel added, too. *is_there*: the kernel refuses the script if another
-        program has removed the table with its elements.
+        *is_there*: existing elements stay, those that the kernel added, too; the kernel refuses the script if there is
+        no table. Otherwise the new table is dormant: without its elements it would drop packets that other rules serve.
         """
         chains = self._chains(facts, timeouts_s)
         empty = (chain._replace(items=()) for chain in chains)
         sets = (set_block(name, self.kind_of(name)) for name in self.set_names(timeouts_s))
         held = f"flush table {self.name}\n" if is_there else ""
-        before = table_start(self.name)
+        before = table_start(self.name) if is_there else (*table_start(self.name), ASLEEP)
         declared = NftTable(before, [*sets, *PINS, *empty]).text()
         return f"{held}{declared}flush table {self.name}\n{NftTable(before, chains).text()}"
 

@@ -34,8 +34,14 @@ class NftKernel(NftRules):
         held, self._held = self._held, None  # unknown until the kernel has accepted the load
         with self._watch.quiet():
             await self._replies.add(redirects, again=held is None or self._watch.is_touched)
-            if held is None or self._watch.is_touched:
+            if self._watch.is_touched:
                 await load_nft(nft.table(redirects))
+            elif held is None:
+                try:
+                    await load_nft(nft.in_place(redirects))
+                except SyncError as error:
+                    log.debug("the table in the kernel cannot be changed into ours (%s); replacing it", error)
+                    await load_nft(nft.table(redirects))
             elif script := nft.change(held, redirects):
                 try:
                     await load_nft(script)

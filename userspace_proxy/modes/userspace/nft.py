@@ -6,6 +6,7 @@ of their own, which are looked up first. A change of some portals changes some e
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from userspace_proxy.host.network import LOCAL_ADDRESS4, LOCAL_ADDRESS6
@@ -30,6 +31,18 @@ _LOCAL_ADDRESSES: Mapping[Family, str] = {4: LOCAL_ADDRESS4, 6: LOCAL_ADDRESS6}
 def table(redirects: Redirects) -> str:
     """Return the script that creates our table or replaces it."""
     return rules(redirects).text()
+
+
+def in_place(redirects: Redirects) -> str:
+    """Return the script that replaces the content of our table, or creates it; no packet finds a map empty.
+
+    After a table is deleted, a packet that is between two of its rules finds no element, though a new table stands by.
+    The kernel refuses the script if another version of ours has left a set or map of another type.
+    """
+    new = rules(redirects)
+    emptied = [f"flush {block.kind} {TABLE} {block.name}" for block in new.blocks]
+    empty = replace(new, before=_START, blocks=[block._replace(items=()) for block in new.blocks])
+    return "".join((empty.text(), *(f"{line}\n" for line in emptied), replace(new, before=_START).text()))
 
 
 def rules(redirects: Redirects) -> NftTable:
@@ -66,10 +79,11 @@ def rules_in(redirects: Redirects) -> int:
 # ---- chains
 
 
+_START = nft_blocks.table_start(TABLE)
 _BEFORE = (
     RuleLine(f"table {TABLE}", "Creates our table if it is missing, so that the next line can delete it."),
     RuleLine(f"delete table {TABLE}", "Deletes the old rules. nft applies everything here as one transaction."),
-    *nft_blocks.table_start(TABLE),
+    *_START,
 )
 _REASONS = nft_blocks.CHAIN_REASONS | {
     "replies": "Arriving packets before conntrack's NAT: replies of endpoints to clients' own addresses.",

@@ -1,0 +1,104 @@
+"""A packet may be between two of our rules while the kernel changes them: it is not lost, whatever is changed."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+
+from tests.modes.redirect_cases import EVERYTHING, name
+from tests.modes.slots.test_slot_table import FACTS, slot_tables, translation
+from userspace_proxy.lab import Host
+from userspace_proxy.model.endpoint import Endpoint
+from userspace_proxy.model.service import ServicePort
+from userspace_proxy.modes.kernel_rules import RuleUpdate
+from userspace_proxy.modes.slots.slot_table import SlotTable
+from userspace_proxy.modes.userspace import nft
+from userspace_proxy.modes.userspace.loader import NftKernel
+
+PORTAL, ENDPOINT = ("10.96.0.1", 80), ("10.244.0.5", 8080)
+WEB = translation(ServicePort(name("shop/web"), 80, PORTAL[:1]), Endpoint(*ENDPOINT, node_name="here"))
+UPDATE = RuleUpdate({WEB.service_port.name: WEB}, [WEB.service_port.name], FACTS)
+OTHERS = f"""table ip other {{
+    chain output {{
+        type nat hook output priority -100;
+        ip daddr {PORTAL[0]} tcp dport {PORTAL[1]} dnat to {":".join(map(str, ENDPOINT))}
+    }}
+}}
+"""
+CYCLES = 12  # about every third lost a connection when the table was removed in one step, each when loaded awake
+
+
+@contextlib.contextmanager
+def connecting() -> Iterator[list[OSError]]:
+    """Serve at ENDPOINT, and connect to PORTAL again and again; yields the errors."""
+    errors: list[OSError] = []
+    done = threading.Event()
+    server = socket.create_server(ENDPOINT, backlog=4096)
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):  # shut down
+            while True:
+                server.accept()[0].close()
+
+    def connect() -> None:
+        while not done.is_set():
+            with socket.socket() as sock:
+                sock.settimeout(0.9)  # a lost SYN is sent again after one second
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                try:
+                    sock.connect(PORTAL)
+                except OSError as error:
+                    errors.append(error)
+
+    serving, *clients = (threading.Thread(target=act, daemon=True) for act in (serve, connect, connect))
+    for thread in (serving, *clients):
+        thread.start()
+    try:
+        yield errors
+    finally:
+        done.set()
+        for client in clients:
+            client.join(5)
+        server.shutdown(socket.SHUT_RDWR)
+        serving.join(5)
+        server.close()
+
+
+async def test_a_table_comes_and_goes_beside_rules_that_serve_and_no_connection_is_refused(host: Host) -> None:
+    host.run("ip", "address", "add", f"{ENDPOINT[0]}/32", "dev", "lo")
+    host.run("ip", "route", "add", "10.96.0.0/16", "dev", "lo")
+    host.run("nft", "-f", "-", stdin=OTHERS)
+    rules = slot_tables()
+    with host.inside(), connecting() as errors:
+        for _ in range(CYCLES):
+            await rules.load(UPDATE)
+            await rules.remove()
+    host.run("nft", "delete table ip other")
+    host.run("ip", "route", "del", "10.96.0.0/16", "dev", "lo")
+    host.run("ip", "address", "del", f"{ENDPOINT[0]}/32", "dev", "lo")
+
+    assert errors == []
+
+
+async def test_a_restarted_process_keeps_the_table_in_which_packets_are(host: Host) -> None:
+    def handle(table: str) -> str:
+        listed = host.run("nft", "-a", "list", "table", *table.split()).stdout
+        found = re.search(rf"table {table} {{ # handle (\d+)", listed)
+        assert found, table
+        return found[1]
+
+    handles = []
+    with host.inside():
+        for _ in range(2):
+            await NftKernel().load(EVERYTHING)
+            rules = slot_tables()
+            await rules.load(UPDATE)
+            rules.unwatch()
+            handles.append([handle(table) for table in (nft.TABLE, SlotTable.name)])
+        host.run("nft", f"delete table {nft.TABLE}; delete table {SlotTable.name}")
+
+    assert handles[0] == handles[1]
