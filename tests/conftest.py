@@ -56,22 +56,23 @@ _SHARE_CONTRACT_PROXIES = {
 _CONTRACT_PROXY = re.compile(r"mode-\w+|(nftables|iptables)-(node|transparent)(-api)?")
 
 
-# In this order, the longest first, so that short ones are left for the end of the run. The longest prefix counts.
+# In this order, the longest first, so that short ones are left for the end of the run. The longest prefix counts. Those
+# of tests/net stay together, as a worker that comes from another package has to build their lab again.
 _FIRST = (
     "tests/examples/test_lessons",
     "tests/net/test_lifecycle",
     "tests/net/contract/",
     "tests/net/test_failover",
-    "tests/contract/test_plane",
     "tests/net/test_kernel_modes",
     "tests/net/test_trace",
+    "tests/net/",
+    "tests/net/test_handover",
+    "tests/contract/test_plane",
     "tests/sources/test_reflector",
     "tests/simulation/",
-    "tests/net/",
     "tests/modes/userspace/",
     "tests/dataplane/",
     "tests/explain/test_render",
-    "tests/net/test_handover",
     "tests/lab/test_shell",
 )
 # Each test has a proxy or a lab of its own.
