@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from userspace_proxy.compare.meters import children, process_cpu_s, pss_kib
@@ -29,8 +30,8 @@ from userspace_proxy.lab import (
 )
 
 _CHANGES = 9
-# Idle CPU is measured for _IDLE_S, from _SETTLE_S after the first answer on.
-_SETTLE_S, _IDLE_S = 3.0, 10.0
+# Idle CPU is measured for _IDLE_S, from _SETTLE_S after the first answer on: the checks of manifests are over by then.
+_SETTLE_S, _IDLE_S = 8.0, 10.0
 
 _MANIFEST = """\
 apiVersion: v1
@@ -71,29 +72,51 @@ def service_ip(number: int, prefix: str = "10.96") -> str:
     return f"{prefix}.{number // 250 + 1}.{number % 250 + 1}"
 
 
-def manifest(services: int, *, probe_pod: int, prefix: str = "10.96") -> str:
-    """Return *services* Services with two endpoints each; the last one has a single pod, *probe_pod*."""
+def manifest(services: int, *, probe_pod: int, prefix: str = "10.96", numbers: Iterable[int] | None = None) -> str:
+    """Return *services* Services with two endpoints each; the last one has a single pod, *probe_pod*.
+
+    *numbers*: those to return; default: all.
+    """
     parts = []
-    for number in range(services):
-        first, second = ServiceLab.pod_ip(0), ServiceLab.pod_ip(1)
-        if number == services - 1:
-            first = second = ServiceLab.pod_ip(probe_pod)
+    for number in range(services) if numbers is None else numbers:
+        pods = (probe_pod, probe_pod) if number == services - 1 else (0, 1)
+        first, second = map(ServiceLab.pod_ip, pods)
         ip = service_ip(number, prefix)
         parts.append(_MANIFEST.format(number=number, team=number % 20, ip=ip, first=first, second=second))
     return "".join(parts)
 
 
 class Bench:
-    def __init__(self, world: ServiceLab, folder: Path, rules: str) -> None:
+    """Runs the proxy for Services in *files* files. If there are several, the Service that changes has its own."""
+
+    def __init__(self, world: ServiceLab, folder: Path, rules: str, files: int) -> None:
         self.world = world
         self.rules = rules
+        self.files = files
         self.log = folder / "log"
-        self.file = folder / "services.yaml"
+        self.manifests = folder / "manifests"
+        self.manifests.mkdir()
+
+    def write(self, services: int) -> None:
+        for file in self.manifests.iterdir():
+            file.unlink()
+        size = -(-(services - 1) // max(1, self.files - 1))
+        for start in range(0, services - 1, size) if self.files > 1 else ():
+            numbers = range(start, min(start + size, services - 1))
+            (self.manifests / f"{start}.yaml").write_text(manifest(services, probe_pod=0, numbers=numbers))
+        self.write_last(services, 0)
+
+    def write_last(self, services: int, pod: int) -> None:
+        """Replace the file of the last Service, whose endpoint is *pod* from now on."""
+        numbers = (services - 1,) if self.files > 1 else range(services)
+        temporary = self.manifests / "last.new"
+        temporary.write_text(manifest(services, probe_pod=pod, numbers=numbers))
+        temporary.replace(self.manifests / "last.yaml")
 
     def start(self) -> tuple[subprocess.Popen[bytes], float]:
         """Start the proxy; return it and the seconds until it was ready."""
         started_at = time.monotonic()
-        proxy = start_proxy(self.world.node, self.file, self.log, "--rules", self.rules)
+        proxy = start_proxy(self.world.node, self.manifests, self.log, "--rules", self.rules)
         return proxy, time.monotonic() - started_at
 
     def wait_for(self, services: int, pod: str) -> float:
@@ -104,24 +127,23 @@ class Bench:
         )
 
     def change_to_traffic_s(self, services: int) -> float:
-        """Return the median time from the file's replacement to the first answer of the new endpoint."""
+        """Return the median time from a change of the last Service's file to an answer of the new endpoint."""
         took = []
         for turn in range(_CHANGES):
             pod = (turn + 1) % 2
-            temporary = self.file.with_suffix(".new")
-            temporary.write_text(manifest(services, probe_pod=pod))
-            temporary.replace(self.file)
+            self.write_last(services, pod)
             took.append(self.wait_for(services, f"pod{pod + 1}"))
         return statistics.median(took)
 
     def scale(self, services: int) -> dict[str, float]:
-        self.file.write_text(manifest(services, probe_pod=0))
+        self.write(services)
         proxy, ready_s = self.start()
         self.wait_for(services, "pod1")
         workers = children(proxy.pid)
         result = {
             "services": services,
-            "manifest_mb": round(self.file.stat().st_size / 1e6, 1),
+            "manifest_files": self.files,
+            "manifest_mb": round(sum(file.stat().st_size for file in self.manifests.iterdir()) / 1e6, 1),
             "ready_s": round(ready_s, 2),
             "control_cpu_s": round(process_cpu_s([proxy.pid]), 2),
             "worker_cpu_s": round(process_cpu_s(workers), 2),
@@ -142,7 +164,7 @@ class Bench:
         return result
 
     def restart(self, services: int) -> dict[str, float]:
-        self.file.write_text(manifest(services, probe_pod=0))
+        self.write(services)
         proxy, _ = self.start()
         proxy.kill()
         proxy.wait(5)
@@ -155,6 +177,7 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--services", type=int, default=10_000)
+    parser.add_argument("--files", type=int, default=2, help="manifest files; of several, one is changed")
     parser.add_argument("--rules", choices=["nftables", "iptables"], default="nftables")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -164,7 +187,7 @@ def main() -> None:
         world = build_service_lab(lab, pods=2)
         for pod in world.pods:
             start_nginx(pod, Path(folder))
-        bench = Bench(world, Path(folder), arguments.rules)
+        bench = Bench(world, Path(folder), arguments.rules, arguments.files)
         results = {"scale": bench.scale(arguments.services), "restart": bench.restart(100)}
     if arguments.json:
         print(json.dumps(results, indent=2))

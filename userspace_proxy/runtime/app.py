@@ -218,7 +218,7 @@ class Proxy:
         if node.dns is not None:
             jobs["dns"] = self._watch_dns(node.dns)
         if self._advisor is not None:
-            jobs["advise"] = self._advisor.run()
+            jobs["advise"] = self._advise(self._advisor)
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(job, name=name) for name, job in jobs.items()]
             node.events.normal(node_reference(settings.node_name), "Starting", f"userspace-proxy {__version__}")
@@ -268,6 +268,11 @@ class Proxy:
         except StartError:
             self._lifecycle.ending = Ending.STOP  # nothing is to stay behind
             raise
+
+    async def _advise(self, advisor: Advisor) -> None:
+        """Check manifests from the first sync on: beside the checks, it would take longer."""
+        await self._controller.attempted.wait()
+        await advisor.run()
 
     async def _after_first_sync(self) -> None:
         """Do once what can wait until the first sync."""
