@@ -19,7 +19,7 @@ from tests.dataplane.world import NAME
 from userspace_proxy.dataplane import dial as dial_module
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.context import Shared
-from userspace_proxy.dataplane.dial import BUDGET_S, DIALS_MAX, RACE_S, Deadlines, Dial, deadlines
+from userspace_proxy.dataplane.dial import _DIALS_A_TURN, BUDGET_S, DIALS_MAX, RACE_S, Deadlines, Dial, deadlines
 from userspace_proxy.dataplane.listener import BaseListener
 from userspace_proxy.dataplane.memory import EJECT_S, OVERTAKEN_MAX, Memory
 from userspace_proxy.dataplane.picker import Pick
@@ -371,6 +371,22 @@ def test_without_a_descriptor_for_a_second_dial_the_first_one_continues_alone(mo
 
     assert attempt.dialled == [there.endpoints[0].address]
     assert there.listener.counters.retries == 1, "only once after RACE_S"
+
+
+def test_dials_that_fail_at_once_let_packets_be_handled_in_between() -> None:
+    there = world(*[Fate(0, errno.EHOSTUNREACH)] * (3 * _DIALS_A_TURN - 1))
+    pauses: list[float] = []
+    later = there.network.call_later
+
+    def call_later(after_s: float, step: Callable[..., None], *arguments: object) -> None:
+        pauses.append(after_s)
+        later(after_s, step, *arguments)
+
+    there.network.call_later = call_later  # type: ignore[method-assign]
+
+    attempt = there.attempt()
+
+    assert len(pauses) == len(attempt.dialled) // _DIALS_A_TURN >= 2
 
 
 # ---- results

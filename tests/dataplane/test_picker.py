@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tests.fakes import FakeClock
 from userspace_proxy.dataplane.memory import EJECT_S, PINS_MAX, REFUSALS_OF_A_CLIENT_MAX, REFUSED_CLIENTS_MAX, Memory
 from userspace_proxy.dataplane.picker import Picker
-from userspace_proxy.model.endpoint import Endpoint
+from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.service import Balance
 
 A, B, C, D = (Endpoint(f"10.0.0.{n}", 80) for n in range(1, 5))
@@ -277,6 +277,35 @@ def test_a_client_that_is_refused_ejects_an_endpoint_for_itself_alone(clock: Fak
     picker.report_failure(B, as_client="refused")
     clock.now_s += EJECT_S
     assert set(picks(picker, 2, "refused")) == {A, C}, "the second time lasts for twice as long"
+
+
+def test_a_slow_start_stays_with_its_endpoint_when_another_leaves(clock: FakeClock) -> None:
+    memory = Memory(clock)
+    memory.set_slow_start(30)
+    picker = Picker(memory)
+    picker.set_endpoints([A, B, C, D])
+    for recovered in (A, D):
+        picker.report_failure(recovered)
+        picker.report_success(recovered)
+    picks(picker, 1)
+
+    picker.set_endpoints([B, C, D])
+
+    seen = picks(picker, 300)
+    assert seen.count(B) > seen.count(C) / 2 > seen.count(D)
+
+
+def test_after_some_adjacent_failures_an_attempt_goes_on_far_away(clock: FakeClock) -> None:
+    """Adjacent endpoints are often of one node, which may be gone."""
+    endpoints = [Endpoint(f"10.0.1.{n}", 80) for n in range(100)]
+    picker = picker_over(*endpoints, clock=clock)
+    tried: list[Address] = []
+    for _ in range(4):
+        choice = picker.pick("c", tried)
+        assert choice is not None
+        tried.append(choice.endpoint.address)
+
+    assert max(endpoints.index(Endpoint(*address)) for address in tried) > 10
 
 
 def test_a_failure_of_an_endpoint_that_has_left_ejects_nothing(clock: FakeClock) -> None:

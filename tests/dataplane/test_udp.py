@@ -33,6 +33,7 @@ from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.listeners import Backends as PlaneBackends
 from userspace_proxy.model.listeners import ListenerSpec
 from userspace_proxy.model.names import L4Protocol, Scope
+from userspace_proxy.model.service import Balance
 
 # The idle time-out is not what is tested with it: it only makes the plane look at its flows 60 times a second.
 OFTEN = 0.1
@@ -541,6 +542,17 @@ async def test_a_flow_that_is_answered_all_the_time_does_not_keep_idle_ones(
 
         await until(lambda: bool(plane.records), "the idle one ends")
         assert (await plane.counters(UDP_NAME)).flows == 1
+
+
+async def test_source_hash_spreads_clients_by_their_addresses(plane: Plane, backends: Backends) -> None:
+    await plane.balance(Balance.SOURCE_HASH)
+    await plane.use(*(backend.endpoint for backend in backends))
+    with contextlib.ExitStack() as stack:
+        for number in range(1, 17):
+            stack.enter_context(Client(source=f"127.0.2.{number}")).ask()
+
+        for backend in backends:
+            assert (await backend.receive())[0] == b"who"
 
 
 async def test_a_flow_that_is_used_does_not_keep_idle_ones_though_it_began_first(

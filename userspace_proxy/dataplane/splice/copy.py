@@ -402,11 +402,8 @@ class CopySplice:
 
 def _unsent_bytes(sock: SocketType) -> int:
     """Return the bytes in the send buffer that the peer has not acknowledged; 0 if the connection is gone."""
-    count = array.array("i", [0])
-    try:
-        if sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE:
-            return 0
-        fcntl.ioctl(sock, termios.TIOCOUTQ, count)
-    except OSError:
+    if sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE:
         return 0
+    count = array.array("i", [0])
+    fcntl.ioctl(sock, termios.TIOCOUTQ, count)
     return count[0]
