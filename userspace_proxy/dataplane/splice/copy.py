@@ -32,7 +32,7 @@ from userspace_proxy.model.access_record import UNANSWERED
 
 BUFFER_BYTES = 64 * 1024
 # After this many full reads another connection gets its turn.
-READS_A_TURN = 8
+_TURN = range(8)
 # First and longest interval of the check whether the bytes before a reset have left the send buffer. The kernel has
 # no event for that.
 _RESET_POLL_S = 0.01
@@ -123,19 +123,15 @@ class Half:
         """Handle events of the source: read it, or send to it as the sink of the opposite direction."""
         try:
             writing = self.opposite
-            if events & WRITE and writing.stuck:
+            if writing.stuck and events & WRITE:
                 writing.flush()
             if events & _UNUSUAL:
                 self.to_the_end = True
-                if events & _NO_PLAIN_END:
-                    self.send_flags = MSG_DONTWAIT
-                else:
-                    self.send_flags = _MSG_MORE
-            if events & _READABLE:
-                if not self.done:
-                    self.pump()
-                elif events & FAILED and not writing.done:
+                self.send_flags = MSG_DONTWAIT if events & _NO_PLAIN_END else _MSG_MORE
+                if events & FAILED and self.done and not writing.done:
                     self._look_for_reset()
+            if events & _READABLE:
+                self.pump()
         except Exception:
             log.exception(BUG)
             self.cut()
@@ -144,11 +140,10 @@ class Half:
         """Move bytes until the source is drained, the sink is full, or the turn is over."""
         if self.stuck or self.done or self.queued:
             return
-        source, sink = self.source, self.sink
-        for _ in range(READS_A_TURN):
+        for _ in _TURN:
             try:
                 # Some sockets are blocking: making them non-blocking would cost a system call.
-                count = source.recv_into(_buffer, 0, MSG_DONTWAIT)
+                count = self.source.recv_into(_buffer, 0, MSG_DONTWAIT)
             except BlockingIOError:
                 return
             except OSError as error:
@@ -158,7 +153,7 @@ class Half:
                 self.source_ended()
                 return
             try:
-                sent = sink.send(_view[:count], self.send_flags)
+                sent = self.sink.send(_view[:count], self.send_flags)
             except BlockingIOError:
                 sent = 0
             except OSError as error:
