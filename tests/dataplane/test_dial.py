@@ -19,7 +19,16 @@ from tests.dataplane.world import NAME
 from userspace_proxy.dataplane import dial as dial_module
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.context import Shared
-from userspace_proxy.dataplane.dial import _DIALS_A_TURN, BUDGET_S, DIALS_MAX, RACE_S, Deadlines, Dial, deadlines
+from userspace_proxy.dataplane.dial import (
+    _DIALS_A_TURN,
+    BUDGET_S,
+    DIALS_MAX,
+    RACE_S,
+    STARVED_MAX,
+    Deadlines,
+    Dial,
+    deadlines,
+)
 from userspace_proxy.dataplane.listener import BaseListener
 from userspace_proxy.dataplane.memory import EJECT_S, OVERTAKEN_MAX, Memory
 from userspace_proxy.dataplane.picker import Pick
@@ -387,6 +396,22 @@ def test_dials_that_fail_at_once_let_packets_be_handled_in_between() -> None:
     attempt = there.attempt()
 
     assert len(pauses) == len(attempt.dialled) // _DIALS_A_TURN >= 2
+
+
+def test_a_dial_without_a_descriptor_is_repeated_and_then_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = world(NEAR)
+    tries: list[Address] = []
+
+    def no_socket(address: Address, _: str) -> None:
+        tries.append(address)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(dial_module, "stream_socket", no_socket)
+
+    attempt = there.attempt()
+
+    assert attempt.failures == ["out of descriptors"]
+    assert len(tries) == 1 + STARVED_MAX
 
 
 # ---- results
