@@ -77,18 +77,18 @@ def _refuse_size(text: str) -> None:
 
 
 @lru_cache(maxsize=8192)
-def _short_plain_tag(text: str) -> str:
+def _short_plain(text: str) -> tuple[str, str]:
     if ":" in text:  # YAML 1.1 reads 53:53 as a base-60 number (3233); Kubernetes does not
-        return _TEXT
+        return text, _TEXT
     for tag, pattern in yaml.SafeLoader.yaml_implicit_resolvers.get(text[:1], ()):
         if (tag in _IMPLICIT or tag == _MERGE) and pattern.match(text):
-            return str(tag)
-    return _TEXT
+            return text, str(tag)
+    return text, _TEXT
 
 
-def _plain_tag(text: str) -> str:
-    """Return the tag of the unquoted *text*. Short texts are cached, because manifests repeat a few words."""
-    return _short_plain_tag(text) if len(text) <= _NUMBER_MAX else _short_plain_tag.__wrapped__(text)
+def _plain(text: str) -> tuple[str, str]:
+    """Return the unquoted *text* and its tag. Short texts are cached: manifests repeat words, which are kept once."""
+    return _short_plain(text) if len(text) <= _NUMBER_MAX else _short_plain.__wrapped__(text)
 
 
 @dataclass(slots=True)
@@ -176,7 +176,9 @@ class _Builder:
         text = event.value
         size = _VALUE_SIZE + len(text)
         self._size += size
-        tag = event.tag or (event.implicit[0] and _plain_tag(text))
+        tag = event.tag
+        if not tag and event.implicit[0]:
+            text, tag = _plain(text)
         value: object = text
         if tag and tag != _TEXT and tag[0] != "!":
             if tag == _MERGE and here is not None and here.is_mapping and here.key is _NO_KEY:
