@@ -18,7 +18,9 @@ from tests.dataplane.world import (
     UDP_LISTENER,
     UDP_NAME,
     UDP_PORT,
+    VANISHING_IPS,
     Plane,
+    forbidden,
     refusing_endpoint,
     running_plane,
     udp_service_port,
@@ -542,6 +544,16 @@ async def test_a_flow_that_is_answered_all_the_time_does_not_keep_idle_ones(
 
         await until(lambda: bool(plane.records), "the idle one ends")
         assert (await plane.counters(UDP_NAME)).flows == 1
+
+
+async def test_a_datagram_that_two_endpoints_cannot_be_sent_leaves_no_flow(plane: Plane, clients: Clients) -> None:
+    counters = await plane.counters(UDP_NAME)  # live
+    with forbidden(*VANISHING_IPS[:2]):
+        await plane.use(*(Endpoint(ip, 9) for ip in VANISHING_IPS[:2]))
+        clients[0].ask()
+        await until(lambda: counters.datagrams_dropped == 1, "it is dropped")
+
+        assert (counters.flows, counters.flows_total, counters.dial_failures) == (0, 2, 2)
 
 
 async def test_source_hash_spreads_clients_by_their_addresses(plane: Plane, backends: Backends) -> None:

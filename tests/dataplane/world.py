@@ -98,6 +98,20 @@ def vanished(*addresses: str) -> Iterator[None]:
         _nft(f"flush set {_VANISH} ips\n")
 
 
+@contextlib.contextmanager
+def forbidden(*addresses: str) -> Iterator[None]:
+    """A firewall of this host drops what is sent to *addresses*: the call fails with EPERM."""
+    table = "inet forbid"
+    _nft(
+        f"table {table} {{ chain output {{ type filter hook output priority 0; "
+        f"ip daddr {{ {', '.join(addresses)} }} drop; }}; }}\n"
+    )
+    try:
+        yield
+    finally:
+        _nft(f"delete table {table}\n")
+
+
 class NamedBackend:
     """Sends its name to every client and closes; runs in a thread, so that no event loop of a test is involved."""
 
