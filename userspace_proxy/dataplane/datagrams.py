@@ -349,16 +349,20 @@ class DatagramPoller:
                 return  # little traffic: another poll would find nothing
 
     def _handle(self, ready: list[tuple[int, int]], now: float) -> None:
+        # Replies first: a new flow may evict the flow idle for longest, but not while a reply to it waits.
+        self._return_replies(ready, now)
+        fronts = self._fronts
+        for fd, _ in ready:
+            if (asked := fronts.get(fd)) is not None:
+                asked.receive(now)
+
+    def _return_replies(self, ready: list[tuple[int, int]], now: float) -> None:
         flows, outbox = self._flows, self._outbox
         room, address = outbox.room, outbox.address
         front: UdpListener | None = None
         count = 0
-        asked: list[UdpListener] = []
         for fd, _ in ready:
-            flow = flows.get(fd)
-            if flow is None:
-                if (asked_front := self._fronts.get(fd)) is not None:
-                    asked.append(asked_front)
+            if (flow := flows.get(fd)) is None:
                 continue
             if flow.front is not front or count == MESSAGES:
                 if front is not None:
@@ -383,9 +387,6 @@ class DatagramPoller:
                 front.answered(flow)
         if front is not None:
             self._send(front, count)
-        # Replies first: a new flow may evict the flow idle for longest, but not while a reply to it waits.
-        for each in asked:
-            each.receive(now)
 
     def _send(self, front: UdpListener, count: int) -> None:
         if count and (refused := self._outbox.send(front.sock.fileno(), count)):
