@@ -1,10 +1,12 @@
 """Bases of the classes that hold rules in the kernel: they find changes of other programs."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
 
+from userspace_proxy.errors import SyncError
 from userspace_proxy.host.tool import is_installed, load_nft
 from userspace_proxy.netfilter import xtables
 from userspace_proxy.netfilter.nfnetlink import count_rules
@@ -61,14 +63,18 @@ class NftRules(_WatchedRules):
         more, and the rules after the look-up refuse it. So the chains are first taken off their hooks (`dormant`), and
         the kernel waits until no packet is in them: it does so at the end of a dry run (`synchronize_rcu` in
         `__nf_tables_abort`, net/netfilter/nf_tables_api.c).
+
+        Raises:
+            SyncError: the kernel refused the removal.
         """
         if is_installed("nft"):
             dormant = f"table {self._table} {{ flags dormant; }}\n"
             removal = f"{dormant}delete table {self._table}\n"  # without the flag, the chains would be called again
             with self._watch.quiet():
-                if count_rules(self._table):
-                    await load_nft(dormant)
-                    await load_nft(removal, is_dry_run=True)
+                with contextlib.suppress(OSError, SyncError):  # the removal fails for the same reason, or succeeds
+                    if count_rules(self._table):
+                        await load_nft(dormant)
+                        await load_nft(removal, is_dry_run=True)
                 await load_nft(removal)
 
 
