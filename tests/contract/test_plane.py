@@ -655,6 +655,29 @@ async def test_a_pin_that_is_set_during_a_hand_over_goes_over_too(
             ip("address", "del", f"{source}/32", "dev", "lo")
 
 
+async def test_a_worker_that_has_made_way_ends_with_its_connections_if_its_control_process_dies_then() -> None:
+    """It has no listeners to hand over to anybody, so it must not wait for somebody to take over."""
+    before = RemotePlane(WorkerSettings(Limits(), orphan_timeout_s=60))
+    with socket.create_server(("127.0.0.1", 0)) as holding, socket.socket() as name:
+        before.start()
+        await before.open([spec()])
+        await before.update(backends(Endpoint(*holding.getsockname())))
+        await asyncio.gather(*before.keep_on(name))
+        (process,) = [worker._process for worker in before._workers]
+        assert process is not None
+        with await asyncio.to_thread(socket.create_connection, (PORTAL_IP, 80), 20) as client:
+            accepted, _ = await asyncio.to_thread(holding.accept)
+            await before.make_way(1, time.monotonic())
+
+            before.leave()  # as the kernel does for a control process that was killed
+
+            with accepted:
+                accepted.sendall(b"still there")
+                assert await asyncio.to_thread(client.recv, 100) == b"still there"
+        assert await asyncio.to_thread(process.wait, 10) == 0
+    await before.close(0)
+
+
 async def test_no_connection_fails_while_planes_change(three: tuple[NamedBackend, ...]) -> None:
     planes = [RemotePlane(WorkerSettings(Limits())) for _ in range(4)]
     planes[0].start()

@@ -183,6 +183,7 @@ class Worker:
                     self._keep_on(socket.socket(fileno=descriptors[0]))
             case wire.MakeWay(since, handed_over):
                 if handed_over:
+                    self._is_replaced = True
                     await plane.stop_accepting()
                 return wire.Done(memory=await plane.pinned_since(since))
             case wire.Stop(drain_timeout_s, handed_over):
