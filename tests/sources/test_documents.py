@@ -406,6 +406,15 @@ def test_a_key_that_stands_twice_beside_a_merge_key_is_named() -> None:
     assert (problem.where, problem.error.field) == ("f:6", "x.d")
 
 
+def test_an_anchor_that_stands_twice_hides_no_key_that_does_and_costs_no_line() -> None:
+    """YAML 1.2 allows it; from there on, the name stands for the new value."""
+    text = "kind: Service\nmetadata: {name: web}\nx: &a 1\ny: &a {b: c}\nz: *a\nd: e\nd: f\n"
+    (manifest,), (problem,) = parse(Document("f", 1, text))
+
+    assert (problem.where, problem.error.field) == ("f:7", "d")
+    assert [manifest.place.where(field) for field in ("x", "y.b", "z.b", "d")] == ["f:3", "f:4", "f:4", "f:6"]
+
+
 # ---- what `run` says of keys that stand twice
 
 

@@ -146,12 +146,9 @@ def _missing_space(rows: list[str], line: int, error: yaml.YAMLError) -> tuple[i
 def keys_that_stand_twice(text: str) -> tuple[list[int], list[tuple[int, ConfigError]]]:
     """Return the lines where a new object begins without a separator, and the other duplicate keys with their errors.
 
-    *text* is one YAML document that can be parsed. Nothing is found if an anchor stands twice.
+    *text* is one YAML document that can be parsed.
     """
-    try:
-        root = compose(text)
-    except yaml.YAMLError:
-        return [], []
+    root = compose(text)
     begins = _lines_of_new_objects(root)
     return begins, [] if begins else list(_repeated_keys(root))
 

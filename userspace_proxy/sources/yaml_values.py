@@ -11,7 +11,9 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import yaml
+from yaml.composer import Composer, ComposerError
 from yaml.events import AliasEvent, MappingStartEvent, ScalarEvent, SequenceStartEvent
+from yaml.resolver import BaseResolver
 
 _TEXT, _MAPPING, _SEQUENCE = (f"tag:yaml.org,2002:{name}" for name in ("str", "map", "seq"))
 _WORDS = {
@@ -309,9 +311,25 @@ def compose(text: str) -> yaml.Node | None:
     """Return *text*, one YAML document that `plain_value` can read, as a tree; None if it is empty.
 
     An alias yields its anchor's node. Tags are not resolved.
-
-    Raises:
-        yaml.YAMLError: an anchor stands twice.
     """
-    node: yaml.Node | None = yaml.compose(text, Loader=_TreeLoader)
+    node: yaml.Node | None
+    try:
+        node = yaml.compose(text, Loader=_TreeLoader)
+    except ComposerError:  # an anchor stands twice
+        node = _Composer(text).get_single_node()
     return node
+
+
+class _Composer(Composer, BaseResolver):
+    """Makes the tree of a document in which an anchor stands twice. YAML 1.2 allows that; PyYAML refuses it."""
+
+    def __init__(self, text: str) -> None:
+        Composer.__init__(self)
+        BaseResolver.__init__(self)
+        loader = _Loader(text)
+        self.check_event, self.peek_event, self.get_event = loader.check_event, loader.peek_event, loader.get_event
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if not self.check_event(AliasEvent):
+            self.anchors.pop(self.peek_event().anchor, None)  # from here on, the new one counts
+        return super().compose_node(parent, index)
