@@ -330,6 +330,23 @@ async def test_bytes_that_a_reset_backend_was_not_sent_are_given_back_and_the_ne
     assert await spliced.ended() == "closed"
 
 
+async def test_bytes_that_follow_those_for_the_next_backend_do_not_wait_for_their_ack(shop: Workshop) -> None:
+    spliced = shop.splice(start=False)
+    spliced.backend_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 0)  # as it is when it is dialled
+    shop.poller.watch(spliced.backend_socket, lambda _: None)
+    shop.splicer.start(spliced.client_socket, spliced.backend_socket, spliced.endings.append, WRITE, None, b"question")
+    assert await spliced.backend.receive(8) == b"question"
+    await asyncio.sleep(0.01)  # the client's socket tells that it is writable
+
+    await spliced.client.send(b" and more")
+
+    assert await spliced.backend.receive(9) == b" and more"
+    assert spliced.backend_socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    spliced.client.close()
+    spliced.backend.close()
+    assert await spliced.ended() == "closed"
+
+
 @pytest.mark.parametrize(
     "before", ["a byte to the backend", "a byte to the client", "the client's end", "the backend's end"]
 )

@@ -317,6 +317,7 @@ class CopySplice:
         poller.hand_over(down.source, down.on_first_answer)
         if unsent:
             up.pending, up.stuck = unsent, True
+            backend.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # the client's next bytes may follow at once
         if events & ~WRITE or unsent:  # the backend spoke first: no edge will report these bytes again
             poller.again(lambda: None if down.done else down.on_first_answer(events))
 
