@@ -9,15 +9,20 @@ import struct
 import threading
 from collections.abc import Iterator
 
+import pytest
+
 from tests.modes.redirect_cases import EVERYTHING, name
 from tests.modes.slots.test_slot_table import FACTS, slot_tables, translation
+from userspace_proxy.errors import SyncError
 from userspace_proxy.lab import Host
 from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.service import ServicePort
 from userspace_proxy.modes.kernel_rules import RuleUpdate
+from userspace_proxy.modes.slots.element_tables import ElementTables
 from userspace_proxy.modes.slots.slot_table import SlotTable
 from userspace_proxy.modes.userspace import nft
 from userspace_proxy.modes.userspace.loader import NftKernel
+from userspace_proxy.netfilter.nfnetlink import is_dormant
 
 PORTAL, ENDPOINT = ("10.96.0.1", 80), ("10.244.0.5", 8080)
 WEB = translation(ServicePort(name("shop/web"), 80, PORTAL[:1]), Endpoint(*ENDPOINT, node_name="here"))
@@ -76,6 +81,33 @@ async def test_a_table_comes_and_goes_beside_rules_that_serve_and_no_connection_
     with host.inside(), connecting() as errors:
         for _ in range(CYCLES):
             await rules.load(UPDATE)
+            await rules.remove()
+    host.run("nft", "delete table ip other")
+    host.run("ip", "route", "del", "10.96.0.0/16", "dev", "lo")
+    host.run("ip", "address", "del", f"{ENDPOINT[0]}/32", "dev", "lo")
+
+    assert errors == []
+
+
+async def test_a_load_that_ended_before_its_elements_came_costs_no_packet_when_the_next_one_mends_it(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: ElementTables, *_: object) -> None:
+        raise SyncError("killed")
+
+    host.run("ip", "address", "add", f"{ENDPOINT[0]}/32", "dev", "lo")
+    host.run("ip", "route", "add", "10.96.0.0/16", "dev", "lo")
+    host.run("nft", "-f", "-", stdin=OTHERS)
+    with host.inside(), connecting() as errors:
+        for _ in range(CYCLES):
+            with monkeypatch.context() as patch:
+                patch.setattr(ElementTables, "_replace_elements", killed)
+                with pytest.raises(SyncError, match="killed"):
+                    await slot_tables().load(UPDATE)
+            assert is_dormant(SlotTable.name)
+            rules = slot_tables()
+            await rules.load(UPDATE)
+            assert not is_dormant(SlotTable.name)
             await rules.remove()
     host.run("nft", "delete table ip other")
     host.run("ip", "route", "del", "10.96.0.0/16", "dev", "lo")

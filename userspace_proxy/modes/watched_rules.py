@@ -10,6 +10,7 @@ from userspace_proxy.errors import SyncError
 from userspace_proxy.host.tool import is_installed, load_nft
 from userspace_proxy.netfilter import xtables
 from userspace_proxy.netfilter.nfnetlink import count_rules
+from userspace_proxy.netfilter.nft_text import removal
 from userspace_proxy.netfilter.notices import RuleWatch
 
 # The pause between two checks of iptables-legacy, which sends no notices, and between a load and the check after it.
@@ -68,14 +69,12 @@ class NftRules(_WatchedRules):
             SyncError: the kernel refused the removal.
         """
         if is_installed("nft"):
-            dormant = f"table {self._table} {{ flags dormant; }}\n"
-            removal = f"{dormant}delete table {self._table}\n"  # without the flag, the chains would be called again
             with self._watch.quiet():
                 with contextlib.suppress(OSError, SyncError):  # the removal fails for the same reason, or succeeds
                     if count_rules(self._table):
-                        await load_nft(dormant)
-                        await load_nft(removal, is_dry_run=True)
-                await load_nft(removal)
+                        await load_nft(f"table {self._table} {{ flags dormant; }}\n")
+                        await load_nft(removal(self._table), is_dry_run=True)
+                await load_nft(removal(self._table))
 
 
 class XtablesRules(_WatchedRules):

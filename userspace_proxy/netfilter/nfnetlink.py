@@ -13,7 +13,9 @@ from userspace_proxy.netlink import NESTED, attribute
 
 # linux/netfilter/nfnetlink.h, nf_tables.h
 NFTABLES = 10 << 8
+_NEWTABLE, _GETTABLE = NFTABLES, NFTABLES | 1
 _NEWRULE, _GETRULE = NFTABLES | 6, NFTABLES | 7
+_TABLE_FLAGS, _DORMANT = 2, 1
 FAMILIES = {"inet": 1, "bridge": 7}
 ATTR_TABLE = 1  # the first attribute of every message about a table, chain, rule, set or element
 # linux/netfilter/nfnetlink_conntrack.h
@@ -36,6 +38,21 @@ def count_rules(table: str) -> int:
     with netlink.open_socket(netlink.NETFILTER, _TIMEOUT_S) as sock:
         request = netlink.message(_GETRULE, netlink.REQUEST | netlink.DUMP, body)
         return sum(kind == _NEWRULE for kind, _ in netlink.dump(sock, request))
+
+
+def is_dormant(table: str) -> bool:
+    """Return whether the kernel has *table* (``family name``), but does not call its chains.
+
+    Raises:
+        OSError: the kernel refused the request.
+    """
+    family, _, name = table.partition(" ")
+    body = struct.pack("=BBH", FAMILIES[family], 0, 0)
+    with netlink.open_socket(netlink.NETFILTER, _TIMEOUT_S) as sock:
+        found = list(netlink.dump(sock, netlink.message(_GETTABLE, netlink.REQUEST | netlink.DUMP, body)))
+    tables = (dict(netlink.attributes(body[4:])) for kind, body in found if kind == _NEWTABLE)
+    flags = (each[_TABLE_FLAGS] for each in tables if each[ATTR_TABLE] == name.encode() + b"\0")
+    return any(int.from_bytes(each, "big") & _DORMANT for each in flags)
 
 
 def delete_flows(protocol: L4Protocol, flows: Iterable[tuple[Address, Address]]) -> int:

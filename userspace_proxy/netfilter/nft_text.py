@@ -34,8 +34,11 @@ def comment(name: ServicePortName) -> str:
 
 
 def removal(table: str) -> str:
-    """Return the script that removes *table* (``family name``). It succeeds if there is none."""
-    return f"table {table}\ndelete table {table}\n"
+    """Return the script that removes *table* (``family name``). It succeeds if there is none.
+
+    Without the flag, the kernel would call the chains of a dormant table again before it deletes them.
+    """
+    return f"table {table} {{ flags dormant; }}\ndelete table {table}\n"
 
 
 def pod_cidrs(pods: PodDetector, family: Family) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Load a `SlotTable` into the kernel: the rules, which rarely change, by the nft tool; the elements by netlink."""
 
+import contextlib
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Set
@@ -17,6 +18,7 @@ from userspace_proxy.modes.rule_line import Rules
 from userspace_proxy.modes.slots.slot_table import SlotTable
 from userspace_proxy.modes.watched_rules import NftRules
 from userspace_proxy.netfilter.elements import NftSocket, Transaction, element
+from userspace_proxy.netfilter.nfnetlink import is_dormant
 from userspace_proxy.netfilter.nft_text import comment, removal
 from userspace_proxy.netfilter.sets import SetKind
 
@@ -78,6 +80,7 @@ class ElementTables(NftRules):
         timeouts_s = _timeouts_s(translations.values())
         with self._loads.of(everything=True):
             try:
+                await self._remove_unfinished()
                 await load_nft(self.table.skeleton(facts, timeouts_s, is_there=True))
             except SyncError as error:
                 log.debug("the kernel has no table that can be changed into ours (%s); creating it", error)
@@ -90,6 +93,12 @@ class ElementTables(NftRules):
         self._held = dict(translations)
         self._facts, self._timeouts_s = facts, timeouts_s
         self._watch.is_touched = False
+
+    async def _remove_unfinished(self) -> None:
+        """Remove the table if a load ended before its elements came. Without them, it must not awake."""
+        with contextlib.suppress(OSError):  # what the kernel refuses now, it refuses at the load
+            if is_dormant(self.table.name):
+                await load_nft(removal(self.table.name))
 
     def _replace_elements(self, translations: Mapping[ServicePortName, Translation], timeouts_s: Set[int]) -> None:
         changes = _Changes(self.table, {})
