@@ -177,6 +177,11 @@ def test_a_flow_stays_when_policies_change(proxy: ContractProxy, given: MakeGive
     with flows(proxy, service) as clients:
         for flow in clients:
             flow.finds("remote1")
+        # Over an API the Service and its endpoints change one after the other.
+        proxy.give(service.but(slices=("remote1",), spec=BOTH_LOCAL))
+        proxy.expect(service, "outside nodePort/udp -> timeout", "caller clusterIP/udp -> timeout")
+        for flow in clients:
+            flow.stays_with("remote1", 0.1)
         proxy.give(service.but(slices=("remote1 local1",), spec=BOTH_LOCAL))
         proxy.expect(service, "outside nodePort/udp -> local1", "caller clusterIP/udp -> local1")
         for flow in clients:

@@ -20,7 +20,7 @@ from userspace_proxy.host.network import add_local_addresses
 from userspace_proxy.interfaces import DataPlane, Kernel
 from userspace_proxy.model.listeners import NO_ROOM, Backends, ListenerSpec
 from userspace_proxy.model.names import L4Protocol, ListenerName, Scope, ServicePortName
-from userspace_proxy.model.redirects import DROPPED, Capture, Redirects
+from userspace_proxy.model.redirects import Capture, Redirects
 from userspace_proxy.model.service import Portal, ServicePort, portals
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.modes.base_proxier import BaseProxier, log_served
@@ -241,9 +241,12 @@ class UserspaceProxier(BaseProxier):
         return spec.proxy_port if (spec := self._opened.get(listener)) is not None else 0
 
     def _kept_flows(self, portal: Portal) -> Answering:
-        """Return where old flows to *portal* may continue, though the traffic policy sends new ones elsewhere."""
+        """Return where old flows to *portal* may continue, though the traffic policy sends new ones elsewhere.
+
+        Or drops them, if this node has no endpoint: the endpoints of the old flows still serve.
+        """
         assert self._loaded is not None
-        if self._loaded.ports.get(portal) in (None, DROPPED, self._refuse_port):
+        if self._loaded.ports.get(portal) in (None, self._refuse_port):
             return frozenset()
         service_port = self._loaded.names[portal]
         self._with_old_flows.add(service_port)
