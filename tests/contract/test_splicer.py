@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import functools
 import gc
+import os
 import random
 import socket
+import struct
 import weakref
 from collections.abc import AsyncIterator
 from typing import Any
@@ -19,6 +22,7 @@ from tests.ends import End, open_descriptors, settled, tcp_pair, until
 from userspace_proxy.dataplane.poller import WRITE
 from userspace_proxy.model.access_record import UNANSWERED
 
+SIOCATMARK = 0x8905  # asm-generic/sockios.h
 SIDES = ("client", "backend")
 # How a connection ends that one side resets before it has sent a byte.
 RESET_BY = {"client": "reset by client", "backend": UNANSWERED}
@@ -147,6 +151,40 @@ async def test_every_byte_of_a_stream_with_urgent_ones_arrives_in_order(
     assert difference(received, expected) == ""
     if closes:
         assert await receiver.receive_all() == (b"", "eof")
+
+
+class InterruptedSocket(socket.socket):
+    """A socket whose first read at an urgent byte finds a signal pending. No test can time a real signal so well.
+
+    The answer is the kernel's: EAGAIN, although the byte is there (tcp_recvmsg_locked in net/ipv4/tcp.c).
+    """
+
+    pending_signals = 1
+
+    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+        is_at_urgent_byte = struct.unpack("i", fcntl.ioctl(self, SIOCATMARK, bytes(4))) != (0,)
+        if is_at_urgent_byte and self.pending_signals:
+            self.pending_signals -= 1
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return super().recv_into(buffer, nbytes, flags)
+
+
+@pytest.mark.parametrize("before", [b"", b"a" * 1000, b"a" * 200_000], ids=["first", "behind a message", "in bulk"])
+async def test_an_urgent_byte_arrives_although_a_signal_stopped_the_first_read_of_it(
+    shop: Workshop, before: bytes
+) -> None:
+    spliced = shop.splice(start=False, client_buffer_bytes=1 << 20, buffer_bytes=1 << 20)
+    spliced.client_socket = interrupted = InterruptedSocket(fileno=spliced.client_socket.detach())
+    await spliced.client.send(before)
+    await until(functools.partial(sent_urgently, spliced.client, b"!"), "there is room for it")
+    await spliced.client.send(b"b" * 100_000)
+    await until(lambda: not spliced.client.unacknowledged_bytes, "all has arrived")
+
+    spliced.start()
+
+    expected = before + b"!" + b"b" * 100_000
+    assert difference(await spliced.backend.receive(len(expected)), expected) == ""
+    assert not interrupted.pending_signals
 
 
 # ---- slow and stalled readers

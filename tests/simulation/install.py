@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import select
+import termios
 from array import array
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -108,8 +109,8 @@ def _splice(source: int, target: int, count: int, flags: int = 0) -> int:
     return moved
 
 
-def _unsent(sock: Stream, request: int, count: array[int]) -> None:
-    count[0] = sock.unacknowledged
+def _queued(sock: Stream, request: int, count: array[int]) -> None:
+    count[0] = len(sock.incoming) if request == termios.FIONREAD else sock.unacknowledged
 
 
 def _limit(resource: int) -> tuple[int, int]:
@@ -141,7 +142,7 @@ def installed(buffer_bytes: int = BUFFER_BYTES) -> Iterator[None]:
             patch.setattr(limited, "resource", limits)
         patch.setattr(sockets, "SocketType", _open)
         patch.setattr(sockets, "_lowest_ephemeral_port", lambda: 1 << 16)
-        patch.setattr(copy, "fcntl", SimpleNamespace(ioctl=_unsent))
+        patch.setattr(copy, "fcntl", SimpleNamespace(ioctl=_queued))
         patch.setattr(copy, "BUFFER_BYTES", buffer_bytes)
         patch.setattr(copy, "_buffer", bytearray(buffer_bytes))
         patch.setattr(copy, "_view", memoryview(copy._buffer))

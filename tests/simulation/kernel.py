@@ -318,6 +318,8 @@ class Stream(Pollable):
         self._read = 0  # bytes read so far
         self._arrived = 0
         self._urgent_at: int | None = None
+        # How many reads that begin at an urgent byte find a signal pending.
+        self.pending_signals = 0
 
     # ---- state
 
@@ -546,6 +548,9 @@ class Stream(Pollable):
         if self.closed:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         incoming = self.incoming
+        if self.pending_signals and self.is_at_urgent():
+            self.pending_signals -= 1
+            raise BlockingIOError(*_AGAIN)
         if incoming:
             target = memoryview(room)
             count = min(size or target.nbytes, len(incoming), self._before_urgent())

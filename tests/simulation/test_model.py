@@ -36,6 +36,11 @@ def _faulty(fileno: Stream) -> Stream:
     return fileno
 
 
+def _interrupted(fileno: Stream) -> Stream:
+    fileno.pending_signals = 1
+    return fileno
+
+
 def _unacknowledged(sock: Stream, request: int, count: array[int]) -> None:
     count[0] = sock.unacknowledged
 
@@ -47,6 +52,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(module, "tcp_pair", _pair)
     monkeypatch.setattr(test_splicer, "open_descriptors", lambda: len(Current.kernel.descriptors))
     monkeypatch.setattr(test_splicer, "FaultySocket", _faulty)
+    monkeypatch.setattr(test_splicer, "InterruptedSocket", _interrupted)
     monkeypatch.setattr(ends, "fcntl", SimpleNamespace(ioctl=_unacknowledged))
     monkeypatch.setattr(ends, "time", SimpleNamespace(monotonic=lambda: Current.kernel.now))
     with installed(buffer_bytes=1 << 16):

@@ -7,7 +7,9 @@ If the backend resets the connection before a byte has passed in either directio
 caller, which may dial another backend.
 
 A reset is forwarded in order: bytes that came before it are delivered first. So is an urgent byte: both sockets have
-SO_OOBINLINE from the start, and a read that stops before an urgent byte is followed by another read.
+SO_OOBINLINE from the start, and a read that stops before an urgent byte is followed by another read. In front of an
+urgent byte, recv(2) returns EAGAIN while a signal or the kernel's own work for the thread is pending (signal_pending in
+tcp_recvmsg_locked, net/ipv4/tcp.c). So EAGAIN is not the last word either: the length of the receive queue is.
 """
 
 from __future__ import annotations
@@ -145,6 +147,7 @@ class Half:
                 # Some sockets are blocking: making them non-blocking would cost a system call.
                 count = self.source.recv_into(_buffer, 0, MSG_DONTWAIT)
             except BlockingIOError:
+                self.read_what_is_left()
                 return
             except OSError as error:
                 self.source_failed(error)
@@ -171,6 +174,14 @@ class Half:
                     return  # a short read: the socket is drained, and an edge reports new bytes
             elif self.take_bulk():
                 return
+        self.go_on_later()
+
+    def read_what_is_left(self) -> None:
+        """Read again in the next turn if recv(2) returned EAGAIN before an urgent byte. No edge reports it again."""
+        if self.to_the_end and _queued_bytes(self.source, termios.FIONREAD):
+            self.go_on_later()
+
+    def go_on_later(self) -> None:
         self.queued = True
         self.splice.engine.poller.again(self.go_on)
 
@@ -400,6 +411,11 @@ def _unsent_bytes(sock: SocketType) -> int:
     """Return the bytes in the send buffer that the peer has not acknowledged; 0 if the connection is gone."""
     if sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE:
         return 0
+    return _queued_bytes(sock, termios.TIOCOUTQ)
+
+
+def _queued_bytes(sock: SocketType, queue: int) -> int:
+    """Return the bytes in the receive queue (FIONREAD) or in the send buffer (TIOCOUTQ)."""
     count = array.array("i", [0])
-    fcntl.ioctl(sock, termios.TIOCOUTQ, count)
+    fcntl.ioctl(sock, queue, count)
     return count[0]

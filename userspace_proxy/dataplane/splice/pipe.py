@@ -5,7 +5,7 @@ other work, until the source is drained. A pipe is held only while it contains b
 again before the pipe is empty.
 
 splice(2) does not pass an urgent byte. Before one, it returns EAGAIN, or 0 if the peer has ended its stream
-(tcp_splice_read in net/ipv4/tcp.c). Neither result is certain, so recv(2) decides.
+(tcp_splice_read in net/ipv4/tcp.c). Neither result is certain, so the copy engine reads on.
 """
 
 from __future__ import annotations
@@ -51,8 +51,7 @@ class PipeHalf(Half):
 
     def _copy_next(self) -> bool:
         """Copy in the next turn. Return False, because this bulk transfer is over."""
-        self.queued = True
-        self.splice.engine.poller.again(self.go_on)
+        self.go_on_later()
         return False
 
     def _move(self, most_bytes: int) -> bool:
