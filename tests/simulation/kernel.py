@@ -401,6 +401,8 @@ class Stream(Pollable):
         if (level, option) == (socket.SOL_SOCKET, socket.SO_ERROR):
             code, self.error = self.error, 0
             return code
+        if (level, option) == (socket.IPPROTO_TCP, socket.TCP_NODELAY):
+            return bool(self.options.get((level, option)))
         if option == _SO_ORIGINAL_DST:
             if self.original is None:
                 raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
