@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.dns.given import DOMAIN, responder
+from tests.dns.questions import DOMAIN, responder
 from userspace_proxy.dns.messages import PackedAnswer, joined, read_question, reply, ttl_places
 from userspace_proxy.dns.responder import Alias
 

@@ -16,7 +16,7 @@ import dns.message
 import dns.rcode
 import pytest
 
-from tests.dns.given import DOMAIN, SERVICES, values
+from tests.dns.questions import DOMAIN, SERVICES, values
 from userspace_proxy.dataplane import child
 from userspace_proxy.dns.sink import DnsSink
 from userspace_proxy.dns.sockets import open_sockets

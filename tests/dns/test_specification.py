@@ -6,7 +6,7 @@ import dns.flags
 import dns.rcode
 import pytest
 
-from tests.dns.given import DB, DOMAIN, HTTP, SERVICES, ask, records, responder, values
+from tests.dns.questions import DB, DOMAIN, HTTP, SERVICES, ask, records, responder, values
 from userspace_proxy.dns.responder import Alias
 from userspace_proxy.model.dns_names import DnsHost, HostGroup, ServiceNames
 from userspace_proxy.model.names import NamespacedName
