@@ -18,13 +18,10 @@ from userspace_proxy.interfaces import OnUnused, Splice, Splicer
 # What each side sends, from its beginning.
 STREAM = random.Random(3).randbytes(4_000_000)
 
-MakeSplicer = Callable[[Poller, asyncio.AbstractEventLoop], Splicer]
+MakeSplicer = Callable[[Poller, asyncio.AbstractEventLoop, PipePool], Splicer]
 
 # Another engine is another line here.
-ENGINES: dict[str, MakeSplicer] = {
-    "copy": CopySplicer,
-    "pipe": lambda poller, loop: PipeSplicer(poller, loop, PipePool()),
-}
+ENGINES: dict[str, MakeSplicer] = {"copy": CopySplicer, "pipe": PipeSplicer}
 
 
 def difference(received: bytes | bytearray, expected: bytes) -> str:
@@ -109,7 +106,8 @@ class Workshop:
     def __init__(self, make: MakeSplicer) -> None:
         loop = asyncio.get_running_loop()
         self.poller = Poller(loop)
-        self.splicer = make(self.poller, loop)
+        self._pipes = PipePool()
+        self.splicer = make(self.poller, loop, self._pipes)
         self._made: list[Spliced] = []
 
     def splice(
@@ -133,6 +131,7 @@ class Workshop:
         self.poller.stop()
         for made in self._made:
             made.close()
+        self._pipes.shed()
 
 
 @contextlib.asynccontextmanager
