@@ -157,6 +157,7 @@ class InterruptedSocket(socket.socket):
     """A socket whose first read at an urgent byte finds a signal pending. No test can time a real signal so well.
 
     The answer is the kernel's: EAGAIN, although the byte is there (tcp_recvmsg_locked in net/ipv4/tcp.c).
+    The end of a uvloop has the same effect about 20 ms later, when the kernel ends its io_uring (io_ring_exit_work).
     """
 
     pending_signals = 1
