@@ -116,8 +116,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the tests in the order of _FIRST, if several workers share them.
 
-    A single process keeps the order of its arguments. In the machine for ipvs mode the proxy of the contract, which runs
-    until the end, would hold the scheduler that other tests unload.
+    A single process keeps the order of its arguments. In the machine for ipvs mode, the contract's proxy runs until the
+    end, and would hold the scheduler that other tests unload.
     """
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return
