@@ -656,7 +656,7 @@ async def test_a_pin_that_is_set_during_a_hand_over_goes_over_too(
 
 
 async def test_a_worker_that_has_made_way_ends_with_its_connections_if_its_control_process_dies_then() -> None:
-    """It has no listeners to hand over to anybody, so it must not wait for somebody to take over."""
+    """It has no listeners left to hand over, so it must not wait for a successor."""
     before = RemotePlane(WorkerSettings(Limits(), orphan_timeout_s=60))
     with socket.create_server(("127.0.0.1", 0)) as holding, socket.socket() as name:
         before.start()
