@@ -6,9 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+from tests.net.world import processes_with, wait_until
 from userspace_proxy.compare import cases
 from userspace_proxy.compare.modes import USERSPACE
 from userspace_proxy.compare.results import DIRECT, DIRECT_AGAIN, from_json
@@ -47,20 +47,18 @@ def test_ctrl_c_ends_it_and_keeps_the_last_report(tmp_path: Path) -> None:
     report = tmp_path / "report.html"
     report.write_text("the last one")
     command = [*COMPARE, "--duration", "60s", "--html", str(report), "--json", str(tmp_path / "run.json")]
+    mark = f"RUN_OF_COMPARE={tmp_path}"
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
+        ["env", mark, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
     ) as compare:
-        give_up_at = time.monotonic() + 20
-        while "/userspace/manifests" not in processes():
-            assert time.monotonic() < give_up_at
-            time.sleep(0.05)
+        wait_until(lambda: any("/userspace/manifests" in line for line in processes_with(mark)), "the proxy runs")
 
         os.killpg(compare.pid, signal.SIGINT)  # as a terminal does
         said = compare.communicate(timeout=20)[1]
 
         assert compare.returncode == 1
         assert said.strip().endswith("stopped")
-        assert "userspace_proxy compare" not in processes()
+        wait_until(lambda: not processes_with(mark), "its processes have ended")
     assert report.read_text() == "the last one"
     assert [*tmp_path.iterdir()] == [report]
 
@@ -79,7 +77,3 @@ def test_an_unknown_case_is_a_usage_error() -> None:
 
     assert done.returncode == 2
     assert "'speed' is none of latency" in done.stderr
-
-
-def processes() -> str:
-    return subprocess.run(["ps", "-ewwo", "args"], capture_output=True, text=True, timeout=5, check=True).stdout

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.net.world import processes_with, wait_until
+
 DEMO = [sys.executable, "-m", "userspace_proxy", "demo"]
 
 
@@ -57,14 +59,15 @@ def test_forbidden_namespaces_are_reported_with_advice(tmp_path: Path) -> None:
     assert "run it outside of the chroot" in done.stderr
 
 
-def test_sigterm_ends_the_demo_and_its_processes() -> None:
-    with subprocess.Popen(DEMO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as demo:
+def test_sigterm_ends_the_demo_and_its_processes(tmp_path: Path) -> None:
+    mark = f"RUN_OF_DEMO={tmp_path}"
+    with subprocess.Popen(["env", mark, *DEMO], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as demo:
         assert demo.stdout is not None
         while "round robin" not in demo.stdout.readline():
             assert demo.poll() is None
+        assert len(processes_with(mark)) > 1
 
         demo.terminate()
 
         assert demo.wait(20) != 0
-        listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, timeout=5, check=True).stdout
-        assert "userspace_proxy demo" not in listed
+        wait_until(lambda: not processes_with(mark), "its processes have ended")
