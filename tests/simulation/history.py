@@ -7,7 +7,8 @@
 3. A connection that meets no fault ends in order. One that ends otherwise has a reason.
 4. Endpoints without faults get their share, and a pinned client keeps its endpoint.
 5. An ejected endpoint is left alone until its ejection ends, if another one answers.
-6. Everything ends, and no descriptor, port, counter or waiting connection is left.
+6. Everything ends, and no descriptor, port, task, counter or waiting connection is left.
+7. In some histories endpoints are probed; `probing.py` says what follows from that.
 
 In some histories a second data plane takes over in the middle, as a new worker does. All of this holds for both
 together: clients notice nothing, pins and ejections stay, and no local port is used by both.
@@ -30,6 +31,7 @@ from tests.simulation.ends import Backend, Client, Plan
 from tests.simulation.install import use
 from tests.simulation.kernel import Address, Datagram, Kernel, Listener, Network, Stream
 from tests.simulation.loop import SimulatedLoop
+from tests.simulation.probing import ANSWERS, Probing, desired_state, new_filter
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.context import Shared
 from userspace_proxy.dataplane.dial import RACE_S
@@ -38,15 +40,17 @@ from userspace_proxy.dataplane.memory import EJECT_MAX_S, EJECT_S
 from userspace_proxy.dataplane.plane import LocalPlane
 from userspace_proxy.model.access_record import UNANSWERED, AccessRecord
 from userspace_proxy.model.counters import Counters
-from userspace_proxy.model.endpoint import Endpoint
 from userspace_proxy.model.listeners import Backends, ListenerSpec
 from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, ServicePortName
 from userspace_proxy.model.service import Balance, ConnectionPolicy, ServicePort
+from userspace_proxy.model.state import ProxyState
+from userspace_proxy.probes.filter import HealthFilter
 
 PORTAL = ("10.96.0.1", 80)
 UDP_PORTAL_IP = "10.96.0.1"
 TCP = ServicePortName(NamespacedName("shop", "web"), "http", L4Protocol.TCP)
 UDP = ServicePortName(NamespacedName("shop", "dns"), "dns", L4Protocol.UDP)
+_PORT = 8_080
 KINDS = ("calm", "slow", "faults", "faults", "faults", "removals", "policy", "shortage")
 FAULTS = frozenset({"refuse", "vanish", "stall", "reset", "half-close", "pieces", "shortage"})
 _STATES = ("answer", "refuse", "vanish", "slow", "unreachable", "reset")
@@ -54,6 +58,12 @@ _STATES = ("answer", "refuse", "vanish", "slow", "unreachable", "reset")
 _CERTAIN_STATES = ("answer", "refuse", "unreachable")
 _CONNECTIONS = 20, 24
 _ARRIVALS_S = 6.0
+# Histories in which endpoints are probed: their part, how many endpoints they have, and how much longer they last.
+_PROBING_PART = 0.15
+_PROBED_MAX = 5
+_PROBED_S = 4.0
+# Until a sync begins after a verdict.
+_SYNCS_AFTER_S = 0.0, 0.05
 _ENDS_WITHIN_S = 90.0
 # How long the predecessor serves still, while its successor is ready.
 _BOTH_SERVE_S = 0.002, 1.0
@@ -98,6 +108,7 @@ class Site:
     is_steady: bool
     state: str = "answer"
     delay_s: float = 0.0
+    answer: str = "answer"  # to probes
     accepted: int = 0
     # The ejection that its failures justify, as long as a steady endpoint is there.
     failures: int = 0
@@ -136,8 +147,12 @@ class World(Network):
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     def connect(self, sock: Stream, address: Address) -> int:
+        if sock.is_probe:
+            self.history.note("probe", address)
+            return self.history.probing.connect(sock, address)
         kernel, site = self.kernel, self.sites[address]
         self.history.note("dial", address)
+        self.history.check_barred(TCP, address)
         if kernel.now < self.short_until and errno.EADDRNOTAVAIL in self.lacks and kernel.random.random() < 0.5:
             return errno.EADDRNOTAVAIL
         self.history.check_ejection(site)
@@ -197,6 +212,11 @@ class World(Network):
     def send(self, sock: Datagram, data: bytes) -> None:
         kernel, address = self.kernel, sock.address
         assert address is not None
+        if sock.is_probe:
+            self.history.note("probe", address)
+            self.history.probing.ask(sock, data)
+            return
+        self.history.check_barred(UDP, address)
         site, port = self.sites[address], sock.port
         number, sequence = int.from_bytes(data[:4], "big"), int.from_bytes(data[4:8], "big")
         if (number, sequence) in self.forwarded:
@@ -258,8 +278,19 @@ class History:
         is_calm = self.kind == "calm"
         self.states = _STATES if draw.random() < 0.6 else _CERTAIN_STATES
         has_steady = is_calm or (self.kind != "slow" and draw.random() < 0.8)
-        for index in range(draw.choice((2, 3, 4, 5, 12))):
-            site = Site((f"10.0.1.{index + 1}", 8_080), is_calm or (has_steady and not index))
+        count = draw.choice((2, 3, 4, 5, 12))
+        self.probes = self.kind != "slow" and count <= _PROBED_MAX and draw.random() < _PROBING_PART
+        self.probing = Probing(
+            kernel,
+            (TCP, UDP) if self.probes else (),
+            answer_of=lambda ip: self.world.sites[ip, _PORT].answer,
+            in_force=self._in_force,
+            note=self._count,
+            broken=self.broken,
+            may_skip=self.kind == "shortage",
+        )
+        for index in range(count):
+            site = Site((f"10.0.1.{index + 1}", _PORT), is_calm or (has_steady and not index))
             if not site.is_steady:
                 self._set_state(site)
             self.world.sites[site.address] = site
@@ -268,6 +299,10 @@ class History:
         self.hands_over = self.kind in ("calm", "slow", "faults") and draw.random() < 0.3
         self.affinity_s = 1_000 if draw.random() < (0.5 if self.hands_over else 0.2) else None
         self._tasks: list[asyncio.Future[None]] = []
+        self._syncing = asyncio.Lock()
+        self._is_sync_due = False
+        self._desired = ProxyState()
+        self._ports: dict[ServicePortName, ServicePort] = {}
         self.policy = ConnectionPolicy()
         if self.kind in ("policy", "removals"):
             self.policy = ConnectionPolicy(
@@ -286,6 +321,13 @@ class History:
     def _set_state(self, site: Site) -> None:
         site.state = "slow" if self.kind == "slow" else self.random.choice(self.states)
         site.delay_s = self.random.uniform(0.05, 1.5)
+        if self.probes:
+            is_open = site.state in ("answer", "slow") or self.probing.has_own_port
+            site.answer = self.random.choice(("answer", *ANSWERS)) if is_open else site.state
+            self.probing.note_answer(site.address[0], site.answer)
+
+    def _count(self, what: str) -> None:
+        self.faults[what] += 1
 
     def draw_rooms(self, first: Stream, second: Stream) -> None:
         for sock in (first, second):
@@ -346,7 +388,10 @@ class History:
 
         The successor does not learn the results of dials that were under way at a hand-over.
         """
-        return not self.predecessors and self.kind == "faults" and self._has_steady and self.states is _CERTAIN_STATES
+        is_alone = (
+            not self.predecessors and not self.probes
+        )  # an unhealthy endpoint leaves, and its ejection is forgotten
+        return is_alone and self.kind == "faults" and self._has_steady and self.states is _CERTAIN_STATES
 
     def note_failure(self, site: Site) -> None:
         self.faults["refuse"] += 1
@@ -402,12 +447,14 @@ class History:
         kernel = self.kernel
         self.plane = self._new_plane()
         listener, proxy_port = Listener(kernel), Datagram(kernel)
-        self._serve(ServicePort(TCP, PORTAL[1], (PORTAL[0],), connections=self.policy), 10_001, listener)
-        self._serve(ServicePort(UDP, 53, (UDP_PORTAL_IP,)), 10_002, proxy_port)
+        self.filter = self._new_filter()
+        of_tcp = ServicePort(TCP, PORTAL[1], (PORTAL[0],), connections=self.policy, probe=self.probing.specs.get(TCP))
+        self._serve(of_tcp, 10_001, listener)
+        self._serve(ServicePort(UDP, 53, (UDP_PORTAL_IP,), probe=self.probing.specs.get(UDP)), 10_002, proxy_port)
         await self._use(self.usable)
         self._schedule(listener, proxy_port)
         began_at = self.began_at = kernel.now
-        await asyncio.sleep(_ARRIVALS_S + 3)
+        await asyncio.sleep(_ARRIVALS_S + 3 + (_PROBED_S if self.probes else 0))
         while kernel.now < began_at + _ENDS_WITHIN_S and not self._is_over():
             await asyncio.sleep(1)
         check(not self.broken, "", *self.broken)
@@ -415,8 +462,21 @@ class History:
         check(self._is_over(), "connections or flows have not ended", left)
         await asyncio.gather(*self._tasks)
         await self._check_counters()
+        self._end_probes()
         await asyncio.sleep(0.5)  # the last packets arrive
+        self.filter.close()
         await self.plane.close(0)
+        check(asyncio.all_tasks() == {asyncio.current_task()}, "tasks are left", asyncio.all_tasks())
+
+    def _new_filter(self) -> HealthFilter:
+        return new_filter(self._sync_soon, self.broken)
+
+    def _end_probes(self) -> None:
+        """Let both service ports go."""
+        self.filter.apply(ProxyState())
+        self.probing.want(())
+        check(not self.filter._targets, "targets of probes are left", self.filter._targets)
+        check(not self.filter._prober._open, "probes are left", self.filter._prober._open)
 
     def _new_plane(self) -> LocalPlane:
         return LocalPlane(_LIMITS, self._record, lambda: self.kernel.now, self.engine)
@@ -428,6 +488,8 @@ class History:
     async def _hand_over(self) -> None:
         """Let a new data plane take over the listeners, in the order of `handover.py`."""
         before, after, since = self.plane, self._new_plane(), self.kernel.now
+        self.filter.close()
+        self.probing.suspend()
         for listener, backends in before.held():
             sock: Any = listener.sock
             memory = before.memory_of(listener.name.service_port)
@@ -440,17 +502,45 @@ class History:
         await asyncio.sleep(self.random.choice(_BOTH_SERVE_S))
         await before.stop_accepting()
         await after.begin(await before.pinned_since(since))
+        self.filter = self._new_filter()
+        await self._sync(anew=True)
         await before.close(_ENDS_WITHIN_S, successors=1)
 
     def _serve(self, service_port: ServicePort, port: int, sock: Listener | Datagram) -> None:
+        self._ports[service_port.name] = service_port
         spec = ListenerSpec(replace(service_port, balance=self.balance, affinity_timeout_s=self.affinity_s), port)
         self.plane.serve(spec, sock)  # type: ignore[arg-type]
 
     async def _use(self, addresses: list[Address]) -> None:
         self.usable = addresses
-        usable = tuple(Endpoint(*address) for address in addresses)
-        backends = Backends(usable, usable)
-        await self.plane.update({ListenerName(TCP): backends, ListenerName(UDP): backends})
+        self._desired = desired_state(self._ports, addresses)
+        await self._sync()
+
+    async def _sync(self, *, anew: bool = False) -> None:
+        """Give the data plane the endpoints that are not unhealthy, as the controller does."""
+        async with self._syncing:
+            self._is_sync_due = False
+            wanted = self.filter.apply(self._desired).endpoints
+            self.probing.want(self.usable, anew=anew)
+            await self.plane.update({ListenerName(name): Backends(its, its) for name, its in wanted.items()})
+
+    def _sync_soon(self) -> None:
+        """A verdict has changed."""
+        for name in self._ports:
+            self.probing.check_verdicts(name, self.filter.health(name))
+        if not self._is_sync_due:
+            self._is_sync_due = True
+            later_s = self.random.uniform(*_SYNCS_AFTER_S)
+            self.kernel.call_later(later_s, lambda: self._tasks.append(asyncio.ensure_future(self._sync())))
+
+    def _in_force(self, name: ServicePortName) -> set[Address]:
+        """Return the endpoints that the data plane has for *name*."""
+        given = next(backends for listener, backends in self.plane.held() if listener.name.service_port == name)
+        return set() if given is None else {endpoint.address for endpoint in given.usable}
+
+    def check_barred(self, name: ServicePortName, address: Address) -> None:
+        if self.probes and self.probing.is_barred(name, address):
+            self.broken.append(f"an unhealthy endpoint gets traffic of {name}: {address}, {self.kernel.now}")
 
     def _schedule(self, listener: Listener, proxy_port: Datagram) -> None:
         draw, kernel, world = self.random, self.kernel, self.world

@@ -24,6 +24,7 @@ from tests.simulation.kernel import Datagram, Epoll, Kernel, Stream
 from userspace_proxy.dataplane import connections, datagrams, lifetimes, pipes, plane, poller, sockets
 from userspace_proxy.dataplane.splice import copy, pipe
 from userspace_proxy.model.endpoint import Address
+from userspace_proxy.probes import attempt
 
 # Smaller than the real ones, so that a history of few bytes fills them.
 BUFFER_BYTES = 512
@@ -74,6 +75,18 @@ class SimulatedTables(EmptyTables):
 
 def _open(family: int, kind: int, protocol: int = 0, fd: int | None = None) -> Stream | Datagram:
     return Current.kernel.open_socket(family, kind, protocol, fd)
+
+
+def _open_probe(family: int, kind: int, protocol: int = 0) -> Stream | Datagram:
+    sock = _open(family, kind, protocol)
+    sock.is_probe = True
+    return sock
+
+
+def _stream_for_probe(address: Address) -> Any:
+    sock: Any = sockets.stream_socket(address)
+    sock.is_probe = True
+    return sock
 
 
 def _epoll() -> Epoll:
@@ -141,6 +154,8 @@ def installed(buffer_bytes: int = BUFFER_BYTES) -> Iterator[None]:
         for limited in (connections, datagrams):
             patch.setattr(limited, "resource", limits)
         patch.setattr(sockets, "SocketType", _open)
+        patch.setattr(attempt, "SocketType", _open_probe)
+        patch.setattr(attempt, "stream_socket", _stream_for_probe)
         patch.setattr(sockets, "_lowest_ephemeral_port", lambda: 1 << 16)
         patch.setattr(copy, "fcntl", SimpleNamespace(ioctl=_queued))
         patch.setattr(copy, "BUFFER_BYTES", buffer_bytes)

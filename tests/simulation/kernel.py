@@ -210,6 +210,7 @@ class Pollable:
         self.on_events: Callable[[], None] | None = None
         self.fd = kernel.add(self) if local else -1
         self.closed = False
+        self.is_probe = False
         self.options: dict[tuple[int, int], object] = {}
 
     def poll(self) -> int:
@@ -312,6 +313,7 @@ class Stream(Pollable):
         self.acked_at = kernel.now
         self.sent_at = self.received_at = kernel.now
         self.blocking = True
+        self._connects = False
         self._fin_left = False
         self._is_full = False  # SOCK_NOSPACE
         self._arrives_at = 0.0
@@ -351,6 +353,13 @@ class Stream(Pollable):
     # ---- connecting
 
     def connect_ex(self, address: Address) -> int:
+        """Connect; if a connection is under way, return how it is (inet_stream_connect in net/ipv4/af_inet.c)."""
+        if self.connected or self.dead:
+            code, self.error = self.error, 0
+            return code
+        if self._connects:
+            return errno.EALREADY
+        self._connects = True
         return self.kernel.network.connect(self, address)
 
     def join(self, peer: Stream) -> None:
@@ -602,12 +611,12 @@ class Stream(Pollable):
             return
         self.on_events = None
         linger = self.options.get((socket.SOL_SOCKET, socket.SO_LINGER))
-        self._acknowledge()
         if self.dead or self.peer is None:
             self.dead = True
         elif linger is not None or self.incoming:
             self.abort()
         else:
+            self._acknowledge()
             self.shut = True
             self._push()
 
@@ -624,7 +633,7 @@ class Stream(Pollable):
 
 
 class Datagram(Pollable):
-    """A UDP socket of the proxy: of a proxy port, or connected to an endpoint.
+    """A UDP socket of the proxy: of a proxy port, or connected to an endpoint, for a flow or a probe.
 
     *origin*: another descriptor of the same proxy port.
     """
@@ -647,6 +656,11 @@ class Datagram(Pollable):
 
     def bind(self, address: Address) -> None:
         self.port = address[1]
+
+    def connect_ex(self, address: Address) -> int:
+        """Connect from any free port. Later calls change nothing."""
+        self.address = address
+        return 0
 
     def connect(self, address: Address) -> None:
         for other in self.kernel.descriptors.values():
@@ -680,6 +694,10 @@ class Datagram(Pollable):
         count = min(target.nbytes, len(datagram))
         target[:count] = datagram[:count]
         return count
+
+    def recv(self, count: int) -> bytes:
+        room = bytearray(count)
+        return bytes(room[: self.recv_into(room)])
 
     def arrive(self, datagram: bytes) -> None:
         if not self.closed:

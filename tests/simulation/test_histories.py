@@ -11,6 +11,7 @@ from tests.simulation.equivalent import EQUIVALENT
 from tests.simulation.history import FAULTS, History
 from tests.simulation.install import installed
 from tests.simulation.mutation import MODULES, mutants
+from tests.simulation.probing import FAULTS as PROBE_FAULTS
 
 _PROCESSES = 2
 
@@ -32,7 +33,7 @@ async def _play_all(first: int, count: int, timeout_s: float) -> None:
     part = count // _PROCESSES
     said = await asyncio.gather(*(_run("play", first + n * part, part, timeout_s) for n in range(_PROCESSES)))
     for of_one in said:
-        assert {word.partition("=")[0] for word in of_one.split()} >= FAULTS | {"hand-over"}, of_one
+        assert {word.partition("=")[0] for word in of_one.split()} >= FAULTS | PROBE_FAULTS | {"hand-over"}, of_one
 
 
 @pytest.mark.timeout(600)  # they take 13 s of two cores, if there are two
