@@ -10,8 +10,8 @@
 6. Everything ends, and no descriptor, port, task, counter or waiting connection is left.
 7. In some histories endpoints are probed; `probing.py` says what follows from that.
 
-In some histories a second data plane takes over in the middle, as a new worker does. All of this holds for both
-together: clients notice nothing, pins and ejections stay, and no local port is used by both.
+In some histories a second data plane takes over in the middle, as a new worker does (`control.py`). All of this holds
+for both together: clients notice nothing, pins and ejections stay, and no local port is used by both.
 """
 
 from __future__ import annotations
@@ -20,37 +20,27 @@ import asyncio
 import contextlib
 import errno
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, field, replace
-from typing import Any
+from dataclasses import fields, replace
+from operator import attrgetter
 
-from tests.simulation.datagrams import record_of, reply_addresses
+from tests.simulation.control import ENDS_WITHIN_S, REPLACED_WITHIN_S, REPLACES, ControlSide
+from tests.simulation.datagrams import record_of
 from tests.simulation.ends import Backend, Client, Plan
 from tests.simulation.install import use
-from tests.simulation.kernel import Address, Datagram, Kernel, Listener, Network, Stream
+from tests.simulation.kernel import Address, Datagram, Kernel, Listener, Stream
 from tests.simulation.loop import SimulatedLoop
-from tests.simulation.probing import ANSWERS, Probing, desired_state, new_filter
-from userspace_proxy.dataplane.connections import Limits
-from userspace_proxy.dataplane.context import Shared
+from tests.simulation.probing import ANSWERS, Probing
+from tests.simulation.world import PORT, PORTAL, TCP, UDP, UDP_PORTAL_IP, Site, UdpClient, World, check, ejected_s
 from userspace_proxy.dataplane.dial import RACE_S
 from userspace_proxy.dataplane.lifetimes import IDLE_S, JITTER, PERIOD_S
-from userspace_proxy.dataplane.memory import EJECT_MAX_S, EJECT_S
-from userspace_proxy.dataplane.plane import LocalPlane
 from userspace_proxy.model.access_record import UNANSWERED, AccessRecord
-from userspace_proxy.model.counters import Counters
-from userspace_proxy.model.listeners import Backends, ListenerSpec
-from userspace_proxy.model.names import L4Protocol, ListenerName, NamespacedName, ServicePortName
+from userspace_proxy.model.counters import Counters, EndpointCounters
+from userspace_proxy.model.listeners import ListenerSpec
+from userspace_proxy.model.names import L4Protocol, ServicePortName
 from userspace_proxy.model.service import Balance, ConnectionPolicy, ServicePort
-from userspace_proxy.model.state import ProxyState
-from userspace_proxy.probes.filter import HealthFilter
 
-PORTAL = ("10.96.0.1", 80)
-UDP_PORTAL_IP = "10.96.0.1"
-TCP = ServicePortName(NamespacedName("shop", "web"), "http", L4Protocol.TCP)
-UDP = ServicePortName(NamespacedName("shop", "dns"), "dns", L4Protocol.UDP)
-_PORT = 8_080
 KINDS = ("calm", "slow", "faults", "faults", "faults", "removals", "policy", "shortage")
 FAULTS = frozenset({"refuse", "vanish", "stall", "reset", "half-close", "pieces", "shortage"})
 _STATES = ("answer", "refuse", "vanish", "slow", "unreachable", "reset")
@@ -59,29 +49,18 @@ _CERTAIN_STATES = ("answer", "refuse", "unreachable")
 _CONNECTIONS = 20, 24
 _ARRIVALS_S = 6.0
 # Histories in which endpoints are probed: their part, how many endpoints they have, and how much longer they last.
-_PROBING_PART = 0.15
+_PROBING_PART = 0.1
 _PROBED_MAX = 5
-_PROBED_S = 4.0
-# Until a sync begins after a verdict.
-_SYNCS_AFTER_S = 0.0, 0.05
-_ENDS_WITHIN_S = 90.0
-# How long the predecessor serves still, while its successor is ready.
-_BOTH_SERVE_S = 0.002, 1.0
-_CONNTRACK_S = 30.0
+_PROBED_S = 2.0
+# The part of the histories whose data plane is in a worker process, and the part of these whose worker is replaced.
+_WORKER_PART = 0.12
+_REPLACED_PART = 0.3
 # Shorter than a client may wait for a descriptor, for all shortages of a history together.
 _SHORT_MAX_S = 9.0
 # Within which a client gets an endpoint, or a refusal, once there is one to dial, in histories with a policy.
 _DIALLING_MAX_S = 1.0
 # A packet that has arrived has been noticed by then.
 _NOTICED_S = 0.001
-_LIMITS = Limits(
-    idle_timeout_s=12.0,
-    half_closed_timeout_s=9.0,
-    dead_peer_timeout_s=6.0,
-    udp_timeout_s=3.0,
-    udp_stream_timeout_s=5.0,
-    udp_port_rest_s=6.0,
-)
 # Endings that the proxy decides on, each with the fates that justify it.
 _JUSTIFIED = {
     "idle": {"stall", "vanish"},
@@ -91,165 +70,9 @@ _JUSTIFIED = {
 }
 
 
-class ViolationError(AssertionError):
-    """An invariant does not hold."""
-
-
-def check(holds: object, what: str, *details: object) -> None:
-    if not holds:
-        raise ViolationError(" ".join([what, *map(repr, details)]))
-
-
-@dataclass
-class Site:
-    """An endpoint's host. ``is_steady``: it answers from the beginning to the end."""
-
-    address: Address
-    is_steady: bool
-    state: str = "answer"
-    delay_s: float = 0.0
-    answer: str = "answer"  # to probes
-    accepted: int = 0
-    # The ejection that its failures justify, as long as a steady endpoint is there.
-    failures: int = 0
-    failed_at: float = 0.0
-    ejected_until: float = 0.0
-    arrivals_since_due: int = 0  # new connections since its ejection has ended, without a dial to it
-
-
-@dataclass
-class UdpClient:
-    address: Address
-    number: int
-    sent: int = 0
-    replies: set[tuple[int, int]] = field(default_factory=set)
-
-
-class World(Network):
-    """The hosts around the proxy."""
-
-    def __init__(self, history: History) -> None:
-        self.history = history
-        self.kernel = history.kernel
-        self.sites: dict[Address, Site] = {}
-        self.clients: list[Client] = []
-        self.backends: dict[int, Backend] = {}
-        self.udp_clients: dict[Address, UdpClient] = {}
-        self.forwarded: set[tuple[int, int]] = set()
-        self.udp_used: dict[Address, dict[int, float]] = {}  # by endpoint and local port: when it was used last
-        self.short_until = 0.0
-        self.lacks: set[int] = set()
-
-    # ---- TCP
-
-    def check_room(self, kind: int) -> None:
-        if self.kernel.now < self.short_until and errno.EMFILE in self.lacks:
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-
-    def connect(self, sock: Stream, address: Address) -> int:
-        if sock.is_probe:
-            self.history.note("probe", address)
-            return self.history.probing.connect(sock, address)
-        kernel, site = self.kernel, self.sites[address]
-        self.history.note("dial", address)
-        self.history.check_barred(TCP, address)
-        if kernel.now < self.short_until and errno.EADDRNOTAVAIL in self.lacks and kernel.random.random() < 0.5:
-            return errno.EADDRNOTAVAIL
-        self.history.check_ejection(site)
-        round_trip_s = 2 * kernel.latency_s
-        if site.state == "unreachable":
-            self.history.note_failure(site)
-            return errno.EHOSTUNREACH
-        if site.state == "refuse":
-            kernel.call_later(round_trip_s, lambda: self._refuse(sock, site))
-        elif site.state == "vanish":
-            kernel.call_later(127.0, lambda: sock.fail(errno.ETIMEDOUT))
-        else:
-            delay_s = site.delay_s if site.state == "slow" else 0.0
-            kernel.call_later(round_trip_s + delay_s, lambda: self._establish(sock, site))
-        return errno.EINPROGRESS
-
-    def _refuse(self, sock: Stream, site: Site) -> None:
-        if not sock.closed:
-            self.history.note_failure(site)
-            sock.fail(errno.ECONNREFUSED)
-
-    def _establish(self, sock: Stream, site: Site) -> None:
-        if sock.closed or sock.dead:
-            return
-        site.failures, site.ejected_until = 0, 0.0
-        far = Stream(self.kernel, local=False)
-        self.history.draw_rooms(far, sock)
-        far.connected = True
-        far.join(sock)
-        number = 1_000 + len(self.backends)
-        backend = Backend(
-            self.kernel, far, number, self.history.draw_backend_plan(site), site.address, self.history.on_backend
-        )
-        self.backends[number] = backend
-        sock.on_ack = backend.begin
-        sock.establish()
-
-    def arrive(self, listener: Listener, ip: str, plan: Plan) -> None:
-        """Let a client connect to the proxy port of *listener*."""
-        kernel = self.kernel
-        far, near = Stream(kernel, local=False), Stream(kernel, local=False)
-        self.history.draw_rooms(far, near)
-        if plan.reads_slowly:  # so that much of a reply is still on its way when something happens
-            far.receive_room, near.send_room = 600, 2_000
-        far.join(near)
-        far.connected = near.connected = True
-        near.original = PORTAL
-        client = Client(kernel, far, 1 + len(self.clients), plan, (ip, 20_000 + len(self.clients)))
-        self.clients.append(client)
-        self.history.check_trials()
-        client.begin()
-        kernel.call_later(plan.begins_s, client.allow_sending)
-        listener.arrive(near, client.address)
-
-    # ---- UDP
-
-    def send(self, sock: Datagram, data: bytes) -> None:
-        kernel, address = self.kernel, sock.address
-        assert address is not None
-        if sock.is_probe:
-            self.history.note("probe", address)
-            self.history.probing.ask(sock, data)
-            return
-        self.history.check_barred(UDP, address)
-        site, port = self.sites[address], sock.port
-        number, sequence = int.from_bytes(data[:4], "big"), int.from_bytes(data[4:8], "big")
-        if (number, sequence) in self.forwarded:
-            self.history.broken.append(f"a datagram was forwarded twice: {number}, {sequence}")
-        self.forwarded.add((number, sequence))
-        self.history.note("datagram", address, port, number, sequence)
-        self.udp_used.setdefault(address, {})[port] = kernel.now
-        if site.state in ("refuse", "unreachable"):
-            kernel.call_later(2 * kernel.latency_s, lambda: sock.fail(errno.ECONNREFUSED))
-        elif site.state != "vanish":
-            for copy in range(kernel.random.choice((1, 1, 2))):
-                late_s = kernel.random.choice((0.0, 0.0, 0.3, 2.0, 4.5)) + 2 * kernel.latency_s
-                answer = data[:8] + bytes((copy,)) + data[8:]
-                kernel.call_later(late_s, lambda answer=answer: self._answer(port, address, answer))  # type: ignore[misc]
-
-    def udp_ports(self) -> dict[Address, set[int]]:
-        since = self.kernel.now - _CONNTRACK_S
-        return {address: {p for p, at in used.items() if at > since} for address, used in self.udp_used.items()}
-
-    def _answer(self, port: int, address: Address, answer: bytes) -> None:
-        for sock in list(self.kernel.descriptors.values()):
-            if isinstance(sock, Datagram) and (sock.port, sock.address) == (port, address):
-                sock.arrive(answer)
-
-    def reply(self, listener: Datagram, record: bytes, data: bytes) -> bool:
-        address, source = reply_addresses(record)
-        client = self.udp_clients[address]
-        check(source == UDP_PORTAL_IP, "a reply leaves from another address than the client asked", source)
-        check(int.from_bytes(data[:4], "big") == client.number, "a reply reaches another client", client.number)
-        key = int.from_bytes(data[4:8], "big"), data[8]
-        check(key not in client.replies, "a reply came twice", client.number, key)
-        client.replies.add(key)
-        return True
+# `astuple` copies every value deeply.
+_VALUES = attrgetter(*(each.name for each in fields(Counters)))
+_VALUES_OF_ENDPOINT = attrgetter(*(each.name for each in fields(EndpointCounters)))
 
 
 class History:
@@ -272,37 +95,38 @@ class History:
         kernel.cuts_pieces = draw.random() < 0.5
         self.balance = Balance.ROUND_ROBIN if draw.random() < 0.6 else draw.choice(list(Balance))
         self.engine = draw.choice(("auto", "copy"))
+        kernel.channel_bytes = draw.choice((400, 4_000, 1 << 17))
+        kernel.channel_latency_s = draw.choice((0.0, 0.0005, 0.005))
+        kernel.note = self.count
+        self.control = ControlSide(self)
         kernel.network = self.world = World(self)
         if self.kind == "shortage" and draw.random() < 0.5:
             kernel.descriptors_max = draw.choice((64, 80))
         is_calm = self.kind == "calm"
         self.states = _STATES if draw.random() < 0.6 else _CERTAIN_STATES
         has_steady = is_calm or (self.kind != "slow" and draw.random() < 0.8)
+        self.hands_over = self.kind in ("calm", "slow", "faults") and draw.random() < 0.2
+        self.has_worker = self.hands_over or draw.random() < _WORKER_PART
+        may_replace = self.has_worker and not self.hands_over and self.kind != "shortage"  # it would find no room
+        self.replaces = may_replace and draw.random() < _REPLACED_PART
         count = draw.choice((2, 3, 4, 5, 12))
-        self.probes = self.kind != "slow" and count <= _PROBED_MAX and draw.random() < _PROBING_PART
+        may_probe = self.kind != "slow" and not self.replaces and count <= _PROBED_MAX
+        self.probes = may_probe and draw.random() < _PROBING_PART
         self.probing = Probing(
             kernel,
             (TCP, UDP) if self.probes else (),
-            answer_of=lambda ip: self.world.sites[ip, _PORT].answer,
-            in_force=self._in_force,
-            note=self._count,
+            answer_of=lambda ip: self.world.sites[ip, PORT].answer,
+            in_force=self.control.in_force,
+            note=self.count,
             broken=self.broken,
             may_skip=self.kind == "shortage",
         )
         for index in range(count):
-            site = Site((f"10.0.1.{index + 1}", _PORT), is_calm or (has_steady and not index))
+            site = Site((f"10.0.1.{index + 1}", PORT), is_calm or (has_steady and not index))
             if not site.is_steady:
                 self._set_state(site)
             self.world.sites[site.address] = site
-        self.usable: list[Address] = list(self.world.sites)
-        self.predecessors: list[tuple[LocalPlane, dict[ServicePortName, Shared]]] = []
-        self.hands_over = self.kind in ("calm", "slow", "faults") and draw.random() < 0.3
         self.affinity_s = 1_000 if draw.random() < (0.5 if self.hands_over else 0.2) else None
-        self._tasks: list[asyncio.Future[None]] = []
-        self._syncing = asyncio.Lock()
-        self._is_sync_due = False
-        self._desired = ProxyState()
-        self._ports: dict[ServicePortName, ServicePort] = {}
         self.policy = ConnectionPolicy()
         if self.kind in ("policy", "removals"):
             self.policy = ConnectionPolicy(
@@ -326,7 +150,7 @@ class History:
             site.answer = self.random.choice(("answer", *ANSWERS)) if is_open else site.state
             self.probing.note_answer(site.address[0], site.answer)
 
-    def _count(self, what: str) -> None:
+    def count(self, what: str) -> None:
         self.faults[what] += 1
 
     def draw_rooms(self, first: Stream, second: Stream) -> None:
@@ -380,7 +204,7 @@ class History:
 
     @property
     def _has_steady(self) -> bool:
-        return any(self.world.sites[address].is_steady for address in self.usable)
+        return any(self.world.sites[address].is_steady for address in self.control.usable)
 
     @property
     def _ejects(self) -> bool:
@@ -388,18 +212,19 @@ class History:
 
         The successor does not learn the results of dials that were under way at a hand-over.
         """
-        is_alone = (
-            not self.predecessors and not self.probes
-        )  # an unhealthy endpoint leaves, and its ejection is forgotten
+        # An unhealthy endpoint leaves, and its ejection is forgotten.
+        is_alone = not self.control.predecessors and not self.probes
         return is_alone and self.kind == "faults" and self._has_steady and self.states is _CERTAIN_STATES
 
     def note_failure(self, site: Site) -> None:
         self.faults["refuse"] += 1
         now = self.kernel.now
+        if now < site.answered_at + _NOTICED_S:
+            return  # the data plane may learn of both in any order
         if now >= site.ejected_until:
             site.failures += 1
             site.failed_at = now
-            site.ejected_until = now + min(EJECT_S * 2 ** (site.failures - 1), EJECT_MAX_S)
+            site.ejected_until = now + ejected_s(site.failures)
 
     def check_ejection(self, site: Site) -> None:
         if site.state == "vanish":
@@ -445,98 +270,28 @@ class History:
 
     async def _play(self) -> None:
         kernel = self.kernel
-        self.plane = self._new_plane()
-        listener, proxy_port = Listener(kernel), Datagram(kernel)
-        self.filter = self._new_filter()
         of_tcp = ServicePort(TCP, PORTAL[1], (PORTAL[0],), connections=self.policy, probe=self.probing.specs.get(TCP))
-        self._serve(of_tcp, 10_001, listener)
-        self._serve(ServicePort(UDP, 53, (UDP_PORTAL_IP,), probe=self.probing.specs.get(UDP)), 10_002, proxy_port)
-        await self._use(self.usable)
+        of_udp = ServicePort(UDP, 53, (UDP_PORTAL_IP,), probe=self.probing.specs.get(UDP))
+        await self.control.begin([self._spec(of_tcp, 10_001), self._spec(of_udp, 10_002)])
+        listener, proxy_port = kernel.proxy_ports[L4Protocol.TCP], kernel.proxy_ports[L4Protocol.UDP]
+        await self.control.use(list(self.world.sites))
         self._schedule(listener, proxy_port)
         began_at = self.began_at = kernel.now
         await asyncio.sleep(_ARRIVALS_S + 3 + (_PROBED_S if self.probes else 0))
-        while kernel.now < began_at + _ENDS_WITHIN_S and not self._is_over():
+        while kernel.now < began_at + ENDS_WITHIN_S and not self._is_over():
             await asyncio.sleep(1)
         check(not self.broken, "", *self.broken)
-        left = [str(c) for plane in self._planes for c in plane._context.connections]
+        left = [str(c) for plane in self.control.planes for c in plane._context.connections]
         check(self._is_over(), "connections or flows have not ended", left)
-        await asyncio.gather(*self._tasks)
         await self._check_counters()
-        self._end_probes()
+        await self.control.end_probes()
         await asyncio.sleep(0.5)  # the last packets arrive
-        self.filter.close()
-        await self.plane.close(0)
+        await self.control.close()
+        await asyncio.sleep(0.01)  # cancelled tasks end
         check(asyncio.all_tasks() == {asyncio.current_task()}, "tasks are left", asyncio.all_tasks())
 
-    def _new_filter(self) -> HealthFilter:
-        return new_filter(self._sync_soon, self.broken)
-
-    def _end_probes(self) -> None:
-        """Let both service ports go."""
-        self.filter.apply(ProxyState())
-        self.probing.want(())
-        check(not self.filter._targets, "targets of probes are left", self.filter._targets)
-        check(not self.filter._prober._open, "probes are left", self.filter._prober._open)
-
-    def _new_plane(self) -> LocalPlane:
-        return LocalPlane(_LIMITS, self._record, lambda: self.kernel.now, self.engine)
-
-    @property
-    def _planes(self) -> list[LocalPlane]:
-        return [*(plane for plane, _ in self.predecessors), self.plane]
-
-    async def _hand_over(self) -> None:
-        """Let a new data plane take over the listeners, in the order of `handover.py`."""
-        before, after, since = self.plane, self._new_plane(), self.kernel.now
-        self.filter.close()
-        self.probing.suspend()
-        for listener, backends in before.held():
-            sock: Any = listener.sock
-            memory = before.memory_of(listener.name.service_port)
-            after.serve(listener.spec, type(sock)(self.kernel, sock), backends, memory, waits=True)
-            check(after.memory_of(listener.name.service_port) == memory, "pins or ejections are lost", memory)
-        self.faults["hand-over"] += 1
-        self.note("hand-over")
-        self.predecessors.append((before, dict(before._shared)))
-        self.plane = after
-        await asyncio.sleep(self.random.choice(_BOTH_SERVE_S))
-        await before.stop_accepting()
-        await after.begin(await before.pinned_since(since))
-        self.filter = self._new_filter()
-        await self._sync(anew=True)
-        await before.close(_ENDS_WITHIN_S, successors=1)
-
-    def _serve(self, service_port: ServicePort, port: int, sock: Listener | Datagram) -> None:
-        self._ports[service_port.name] = service_port
-        spec = ListenerSpec(replace(service_port, balance=self.balance, affinity_timeout_s=self.affinity_s), port)
-        self.plane.serve(spec, sock)  # type: ignore[arg-type]
-
-    async def _use(self, addresses: list[Address]) -> None:
-        self.usable = addresses
-        self._desired = desired_state(self._ports, addresses)
-        await self._sync()
-
-    async def _sync(self, *, anew: bool = False) -> None:
-        """Give the data plane the endpoints that are not unhealthy, as the controller does."""
-        async with self._syncing:
-            self._is_sync_due = False
-            wanted = self.filter.apply(self._desired).endpoints
-            self.probing.want(self.usable, anew=anew)
-            await self.plane.update({ListenerName(name): Backends(its, its) for name, its in wanted.items()})
-
-    def _sync_soon(self) -> None:
-        """A verdict has changed."""
-        for name in self._ports:
-            self.probing.check_verdicts(name, self.filter.health(name))
-        if not self._is_sync_due:
-            self._is_sync_due = True
-            later_s = self.random.uniform(*_SYNCS_AFTER_S)
-            self.kernel.call_later(later_s, lambda: self._tasks.append(asyncio.ensure_future(self._sync())))
-
-    def _in_force(self, name: ServicePortName) -> set[Address]:
-        """Return the endpoints that the data plane has for *name*."""
-        given = next(backends for listener, backends in self.plane.held() if listener.name.service_port == name)
-        return set() if given is None else {endpoint.address for endpoint in given.usable}
+    def _spec(self, service_port: ServicePort, port: int) -> ListenerSpec:
+        return ListenerSpec(replace(service_port, balance=self.balance, affinity_timeout_s=self.affinity_s), port)
 
     def check_barred(self, name: ServicePortName, address: Address) -> None:
         if self.probes and self.probing.is_barred(name, address):
@@ -564,13 +319,12 @@ class History:
             for _ in range(draw.randint(1, 4)):
                 kernel.call_later(draw.uniform(0, _ARRIVALS_S), self._change_endpoints)
         if self.hands_over:
-            kernel.call_later(draw.uniform(0.1, _ARRIVALS_S), lambda: self._tasks.append(self._begin_handover()))
+            kernel.call_later(draw.uniform(0.1, _ARRIVALS_S), self.control.begin_handover)
+        if self.replaces:
+            kernel.call_later(draw.uniform(0.5, _ARRIVALS_S), self.control.begin_replacement)
         if self.kind == "shortage":
             for _ in range(draw.randint(1, 3)):
                 kernel.call_later(draw.uniform(0, _ARRIVALS_S), self._begin_shortage)
-
-    def _begin_handover(self) -> asyncio.Future[None]:
-        return asyncio.ensure_future(self._hand_over())
 
     def _fail_accept(self, listener: Listener) -> None:
         listener.errors.append(errno.ECONNABORTED)
@@ -589,9 +343,9 @@ class History:
         wanted = steady + [address for address in others if draw.random() < 0.5]
         if self.kind == "policy" and draw.random() < 0.4:
             wanted = []
-        self._changes = asyncio.ensure_future(self._use(wanted))
+        gone = set(self.control.usable) - set(wanted)
+        self.control.use_later(wanted)
         if self.policy.drain_s is not None:
-            gone = set(self.usable) - set(wanted)
             self.kernel.call_later(self.policy.drain_s + 0.5, lambda: self._check_drained(gone))
         if not wanted:
             self.kernel.call_later(draw.uniform(0.2, 6.0), self._restore_endpoints)
@@ -599,19 +353,19 @@ class History:
     def _check_drained(self, gone: set[Address]) -> None:
         """The connections to endpoints that have left, and have not returned, are closed or not idle."""
         at_once = not self.policy.drain_s
-        for connection in self.plane._context.connections if at_once else ():
-            if (address := connection.details().endpoint) in gone and address not in self.usable:
+        for connection in self.control.plane._context.connections if at_once else ():
+            if (address := connection.details().endpoint) in gone and address not in self.control.usable:
                 self.broken.append(f"a connection to a removed endpoint is open: {address}")
 
     def _restore_endpoints(self) -> None:
-        self._changes = asyncio.ensure_future(self._use(list(self.world.sites)))
+        self.control.use_later(list(self.world.sites))
 
     def _send(self, proxy_port: Datagram, client: UdpClient) -> None:
         content = client.number.to_bytes(4, "big") + client.sent.to_bytes(4, "big") + bytes(self.random.randint(0, 99))
         client.sent += 1
         proxy_port.ask(record_of(client.address, UDP_PORTAL_IP), content)
 
-    def _record(self, record: AccessRecord) -> None:
+    def record(self, record: AccessRecord) -> None:
         self.note(record)
         if record.protocol is L4Protocol.UDP:
             self.udp_records += 1
@@ -621,24 +375,24 @@ class History:
         self.records[record.client] = record
 
     def _is_over(self) -> bool:
-        if not all(task.done() for task in self._tasks):
+        if not self.control.is_over():
             return False
-        flows = self.plane._shared[UDP].counters.flows
-        return not len(self.plane._context.connections) and not flows
+        flows = self.control.plane._shared[UDP].counters.flows
+        return not len(self.control.plane._context.connections) and not flows
 
     # ---- invariants
 
     async def _check_counters(self) -> None:
-        stats = await self.plane.stats(endpoints_max=100)
+        stats = await self.control.stats()
         tcp, udp = (self._counters_of(name, stats.services[name]) for name in (TCP, UDP))
         for counters in (tcp, udp):
-            check(min(astuple(counters)) >= 0, "a counter is negative", counters)
+            check(min(_VALUES(counters)) >= 0, "a counter is negative", counters)
             check(counters.open == counters.flows == counters.waiting == 0, "counters have not returned", counters)
         for of_endpoints in stats.endpoints.values():
             for address, of_one in of_endpoints.items():
-                check(min(astuple(of_one)) >= 0, "an endpoint's counter is negative", address, of_one)
+                check(min(_VALUES_OF_ENDPOINT(of_one)) >= 0, "an endpoint's counter is negative", address, of_one)
                 check(of_one.open == of_one.dialling == 0, "an endpoint's counters have not returned", address, of_one)
-        for plane in self._planes:
+        for plane in self.control.planes:
             connections = plane._context.connections
             check(not len(connections), "connections are left", len(connections))
             check(connections._races == 0, "races are left", connections._races)
@@ -661,9 +415,9 @@ class History:
         self.tcp, self.of_endpoints = tcp, stats.endpoints
 
     def _counters_of(self, name: ServicePortName, last: Counters) -> Counters:
-        """Return the counters of both data planes together."""
-        every = [shared[name].count() for _, shared in self.predecessors] + [last]
-        return Counters(*map(sum, zip(*map(astuple, every), strict=True)))
+        """Return the counters of all data planes together."""
+        every = [shared[name].count() for _, shared in self.control.predecessors] + [last]
+        return Counters(*map(sum, zip(*map(_VALUES, every), strict=True)))
 
     def _check_connections(self) -> None:
         replied_by: dict[int, list[Backend]] = {}
@@ -754,11 +508,12 @@ class History:
         check(not record.how.startswith("no endpoint"), "an attempt failed while an endpoint answered", where)
         if backend is not None and backend.began_at:
             sites = self.world.sites
-            most_s = 0.2 + 4 * self.kernel.latency_s * len(sites) + (len(sites) - 1) * (RACE_S + 0.3)
+            begins_s = REPLACED_WITHIN_S if self.control.replaced else 0.2
+            most_s = begins_s + 4 * self.kernel.latency_s * len(sites) + (len(sites) - 1) * (RACE_S + 0.3)
             check(took_s <= most_s, "an attempt took long while an endpoint answered", took_s, where)
 
     def _check_shares(self) -> None:
-        if self.kind != "calm":
+        if self.kind != "calm" or self.control.replaced:
             return
         if self.affinity_s is not None or self.balance is Balance.SOURCE_HASH:
             for ip, addresses in self._endpoints_by_client().items():
@@ -783,7 +538,8 @@ class _Errors(logging.Handler):
         self._found = found
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._found.append(self.format(record))
+        if record.msg != REPLACES:
+            self._found.append(self.format(record))
 
 
 @contextlib.contextmanager

@@ -19,8 +19,9 @@ from zlib import crc32
 
 import pytest
 
+from tests.simulation import processes
 from tests.simulation.datagrams import SimulatedBatch
-from tests.simulation.kernel import Datagram, Epoll, Kernel, Stream
+from tests.simulation.kernel import Current, Datagram, Epoll, Kernel, Stream
 from userspace_proxy.dataplane import connections, datagrams, lifetimes, pipes, plane, poller, sockets
 from userspace_proxy.dataplane.splice import copy, pipe
 from userspace_proxy.model.endpoint import Address
@@ -29,12 +30,6 @@ from userspace_proxy.probes import attempt
 # Smaller than the real ones, so that a history of few bytes fills them.
 BUFFER_BYTES = 512
 LOCAL_PORTS = 8
-
-
-class Current:
-    """The kernel of the history that is being played."""
-
-    kernel: Kernel
 
 
 def use(kernel: Kernel) -> None:
@@ -172,4 +167,5 @@ def installed(buffer_bytes: int = BUFFER_BYTES) -> Iterator[None]:
         patch.setattr(lifetimes, "hash", lambda client: crc32(repr(client).encode()), raising=False)
         patch.setattr("userspace_proxy.dataplane.local_ports.random", _Random())
         patch.setattr("userspace_proxy.dataplane.balancing.random_choice.choices", _choices)
+        processes.install(patch)
         yield

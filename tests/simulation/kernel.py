@@ -17,6 +17,7 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 Buffer = bytes | bytearray | memoryview
 Address = tuple[str, int]
@@ -37,8 +38,11 @@ _SO_ORIGINAL_DST, _SO_MEMINFO = 80, 55
 _ESTABLISHED, _CLOSE, _CLOSE_WAIT = 1, 7, 8
 _STEPS_MAX = 60_000
 _MSG_OOB, _MSG_PEEK = int(socket.MSG_OOB), int(socket.MSG_PEEK)
-_NEVER = float("inf")
 _AGAIN = errno.EAGAIN, os.strerror(errno.EAGAIN)
+
+
+def _none(*_: object) -> None:
+    pass
 
 
 class Kernel:
@@ -54,28 +58,29 @@ class Kernel:
         self.network: Network = Network()
         self.latency_s = 0.0005
         self.cuts_pieces = False
+        # The sockets between processes: their room, and how long bytes take at most.
+        self.channel_bytes = 1 << 17
+        self.channel_latency_s = 0.0
+        self.proxy_ports: dict[object, Any] = {}  # by protocol
+        self.new_plane: Callable[..., object] = _none  # for a worker
+        self.note: Callable[[str], None] = _none  # count something that has happened
         self._free: list[int] = []
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self.events: list[tuple[float, int, Callable[[], None]]] = []  # a heap
         self._order = 0
 
     # ---- time
 
     def call_at(self, when: float, step: Callable[[], None]) -> None:
         self._order += 1
-        heapq.heappush(self._events, (when, self._order, step))
+        heapq.heappush(self.events, (when, self._order, step))
 
     def call_later(self, delay_s: float, step: Callable[[], None]) -> None:
         self._order += 1
-        heapq.heappush(self._events, (self.now + delay_s, self._order, step))
-
-    @property
-    def next_at(self) -> float:
-        """The time of the next event; infinity if there is none."""
-        return self._events[0][0] if self._events else _NEVER
+        heapq.heappush(self.events, (self.now + delay_s, self._order, step))
 
     def step(self) -> None:
         """Let the next event happen."""
-        when, _, step = heapq.heappop(self._events)
+        when, _, step = heapq.heappop(self.events)
         if when > self.now:
             self.now = when
         self.steps += 1
@@ -87,8 +92,10 @@ class Kernel:
         if self.steps > _STEPS_MAX:
             raise AssertionError("the history does not end")
         self.now += cost_s
-        while self._events and self._events[0][0] <= self.now:
-            self.step()
+        events = self.events
+        while events and events[0][0] <= self.now:
+            self.steps += 1
+            heapq.heappop(events)[2]()
         self.has_woken = True  # a level-triggered epoll is ready again without an event
 
     # ---- descriptors
@@ -114,6 +121,12 @@ class Kernel:
         if kind & 0xF == socket.SOCK_DGRAM:
             return Datagram(self)
         return Stream(self, family, local=True)
+
+
+class Current:
+    """The kernel of the history that is being played."""
+
+    kernel: Kernel
 
 
 class Network:
@@ -492,7 +505,7 @@ class Stream(Pollable):
         while count > 0:
             piece_bytes = count
             if kernel.cuts_pieces and count > 1 and kernel.random.random() < 0.3:
-                piece_bytes = kernel.random.randrange(1, count)
+                piece_bytes = 1 + int(kernel.random.random() * (count - 1))
             piece = bytes(memoryview(self.outgoing)[:piece_bytes])
             del self.outgoing[:piece_bytes]
             self.flying += piece_bytes

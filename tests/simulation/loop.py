@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import heapq
+from typing import Any, Protocol
 
-from tests.simulation.kernel import Epoll, Kernel, Stream
+from tests.simulation.kernel import Kernel, Stream
 
 # What a turn of the loop costs, so that events happen between two turns.
 _TURN_S = 20e-6
+_PAIR = 2
 _NEVER = float("inf")
 
 
+class Source(Protocol):
+    """What a callback waits for. ``ready``: true if it can be called."""
+
+    ready: Any
+
+
 class SimulatedLoop(asyncio.BaseEventLoop):
-    """An event loop whose readers are epolls of the model."""
+    """An event loop whose readers are epolls and unix sockets of the model."""
 
     _ready: Any
+    _scheduled: Any
+    _stopping: bool
     _add_callback: Any
 
     def __init__(self, kernel: Kernel) -> None:
@@ -23,18 +33,49 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         self._kernel = kernel
         self._selector = self
         self._clock_resolution = 1e-6
-        self._readers: dict[int, tuple[Epoll, asyncio.Handle]] = {}
+        # By descriptor, and by its complement if the callback waits for room.
+        self._readers: dict[int, tuple[Source, asyncio.Handle]] = {}
 
     def time(self) -> float:
         return self._kernel.now
 
     def add_reader(self, fd: Any, callback: Any, *args: Any) -> None:  # type: ignore[override]
-        epoll = self._kernel.descriptors[fd]
-        assert isinstance(epoll, Epoll)
-        self._readers[fd] = epoll, asyncio.Handle(callback, args, self)
+        source: Any = self._kernel.descriptors[fd]
+        self._readers[fd] = source, asyncio.Handle(callback, args, self)
 
     def remove_reader(self, fd: Any) -> bool:
         return self._readers.pop(fd, None) is not None
+
+    def add_writer(self, fd: Any, callback: Any, *args: Any) -> None:  # type: ignore[override]
+        source: Any = self._kernel.descriptors[fd]
+        self._readers[~fd] = source.writable, asyncio.Handle(callback, args, self)
+
+    def remove_writer(self, fd: Any) -> bool:
+        return self._readers.pop(~fd, None) is not None
+
+    def add_signal_handler(self, sig: int, callback: Any, *args: Any) -> None:  # type: ignore[override]
+        pass
+
+    def _run_once(self) -> None:
+        """Run one turn as asyncio does, in less time."""
+        ready, scheduled, kernel = self._ready, self._scheduled, self._kernel
+        while scheduled and scheduled[0]._cancelled:
+            heapq.heappop(scheduled)._scheduled = False
+        timeout = None
+        if ready or self._stopping:
+            timeout = 0.0
+        elif scheduled:
+            timeout = max(0.0, scheduled[0]._when - kernel.now)
+        ready.extend(self.select(timeout))
+        until = kernel.now + self._clock_resolution
+        while scheduled and scheduled[0]._when < until:
+            handle = heapq.heappop(scheduled)
+            handle._scheduled = False
+            ready.append(handle)
+        for _ in range(len(ready)):
+            handle = ready.popleft()
+            if not handle._cancelled:
+                handle._run()
 
     def select(self, timeout: float | None) -> list[asyncio.Handle]:
         """Return the readers that are ready, in any order.
@@ -42,24 +83,29 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         Without any, let time pass until there is one or *timeout* is over.
         """
         kernel, readers = self._kernel, self._readers.values()
+        events = kernel.events
         kernel.begin_turn(_TURN_S)
         until = _NEVER if timeout is None else kernel.now + timeout
         while True:
             if kernel.has_woken or self._ready:
                 kernel.has_woken = False
-                ready = [handle for epoll, handle in readers if epoll.ready]
+                ready = [handle for source, handle in readers if source.ready]
                 if ready or self._ready:
-                    if len(ready) > 1:
+                    if len(ready) == _PAIR:
+                        if kernel.random.random() < 0.5:
+                            ready.reverse()
+                    elif ready:
                         kernel.random.shuffle(ready)
                     return ready
-            if kernel.next_at > until or kernel.next_at == _NEVER:
+            if not events or events[0][0] > until:
                 assert until != _NEVER, "nothing will ever happen again"
                 kernel.now = max(kernel.now, until)
                 return []
-            kernel.step()
-
-    def _process_events(self, event_list: list[asyncio.Handle]) -> None:
-        self._ready.extend(event_list)
+            when, _, step = heapq.heappop(events)
+            if when > kernel.now:
+                kernel.now = when
+            kernel.steps += 1
+            step()
 
     def _write_to_self(self) -> None:
         pass

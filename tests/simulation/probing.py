@@ -329,7 +329,9 @@ class Server:
 
 def desired_state(ports: Mapping[ServicePortName, ServicePort], addresses: Collection[Address]) -> ProxyState:
     """Return the state in which all of *ports* have endpoints at *addresses*."""
-    endpoints = tuple(Endpoint(*address) for address in addresses)
+    endpoints = tuple(
+        Endpoint(ip, port, node_name=f"node-{ip}", zone_hints=("east", ip), node_hints=(ip,)) for ip, port in addresses
+    )
     return ProxyState(MappingProxyType(dict(ports)), MappingProxyType(dict.fromkeys(ports, endpoints)))
 
 

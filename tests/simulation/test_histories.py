@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import sys
 
 import pytest
 
+from tests.simulation import history, probing, processes
 from tests.simulation.equivalent import EQUIVALENT
-from tests.simulation.history import FAULTS, History
+from tests.simulation.history import History
 from tests.simulation.install import installed
 from tests.simulation.mutation import MODULES, mutants
-from tests.simulation.probing import FAULTS as PROBE_FAULTS
 
 _PROCESSES = 2
+_FAULTS = history.FAULTS | probing.FAULTS | processes.FAULTS
 
 
 async def _run(program: str, first: int, count: int, timeout_s: float) -> str:
@@ -33,7 +35,7 @@ async def _play_all(first: int, count: int, timeout_s: float) -> None:
     part = count // _PROCESSES
     said = await asyncio.gather(*(_run("play", first + n * part, part, timeout_s) for n in range(_PROCESSES)))
     for of_one in said:
-        assert {word.partition("=")[0] for word in of_one.split()} >= FAULTS | PROBE_FAULTS | {"hand-over"}, of_one
+        assert {word.partition("=")[0] for word in of_one.split()} >= _FAULTS, of_one
 
 
 @pytest.mark.timeout(600)  # they take 13 s of two cores, if there are two
@@ -62,18 +64,22 @@ def test_every_mutant_that_is_judged_equivalent_exists() -> None:
 def test_a_history_has_at_least_twenty_connections() -> None:
     with installed():
         for seed in range(20):
-            history = History(seed)
-            history.play()
+            played = History(seed)
+            played.play()
 
-            assert len(history.world.clients) >= 20, seed
+            assert len(played.world.clients) >= 20, seed
 
 
 def test_a_seed_replays_its_history_exactly() -> None:
+    played = []
     with installed():
-        first, again, other = History(7), History(7), History(8)
-        for history in (first, again, other):
-            history.play()
+        for seed in range(10):  # some have probes, a worker, or a hand-over
+            first, again = History(seed), History(seed)
+            for each in (first, again):
+                each.play()
 
-    assert first.happened == again.happened
-    assert (first.kernel.now, first.kernel.steps) == (again.kernel.now, again.kernel.steps)
-    assert first.happened != other.happened
+            assert first.happened == again.happened
+            assert (first.kernel.now, first.kernel.steps) == (again.kernel.now, again.kernel.steps)
+            assert first.faults == again.faults
+            played.append(first.happened)
+    assert all(one != next_one for one, next_one in itertools.pairwise(played))

@@ -12,8 +12,8 @@ import pytest
 from tests import ends
 from tests.contract import splicing, test_splicer
 from tests.contract.test_splicer import *  # noqa: F403 - every test of the contract, with its fixture
-from tests.simulation.install import Current, installed
-from tests.simulation.kernel import Stream
+from tests.simulation.install import installed
+from tests.simulation.kernel import Current, Stream
 
 _ROOM_BYTES = 1 << 18
 
