@@ -52,6 +52,14 @@ def test_a_load_with_more_failed_requests_has_no_figures(
         case_of(cases.NEW_64).run(node, LOAD_S)
 
 
+def test_wrk_is_interrupted_again_until_it_ends(node: ModeNode, tmp_path: Path, put_tool: PutTool) -> None:
+    """Real wrk sleeps on if the interrupt comes between the installation of its handler and its sleep."""
+    again = "trap 'echo done 1000 200000 10.0 20.0 30.0 0; exit 0' INT"
+    put_tool("wrk", f"""trap "{again}" INT\n{UNTIL_STOPPED}""")
+
+    assert case_of(cases.NEW_1).run(node, LOAD_S)["rate"] == 5000
+
+
 def test_system_calls_of_a_failed_load_are_not_counted(node: ModeNode, tmp_path: Path, put_tool: PutTool) -> None:
     put_wrk(put_tool, requests=1000, failed=1000)
     report = tmp_path / "calls"

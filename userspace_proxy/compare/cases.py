@@ -54,7 +54,10 @@ def requests(connections: int, *, close: bool = False) -> Callable[[ModeNode, fl
 
 
 def bulk(flows: int) -> Callable[[ModeNode, float], dict[str, float]]:
-    return lambda node, seconds: or_again(lambda: measured(node, 1e9, lambda: bulk_for(seconds, node, flows))[1])
+    def run(node: ModeNode, seconds: float) -> dict[str, float]:
+        return or_again(lambda s: measured(node, 1e9, lambda: bulk_for(s, node, flows))[1], seconds)
+
+    return run
 
 
 def run_case(case: Case, node: ModeNode, seconds: float) -> dict[str, float]:

@@ -23,7 +23,9 @@ REQUEST = b"GET / HTTP/1.1\r\nHost: compare\r\n\r\n"
 REQUEST_AND_CLOSE = b"GET / HTTP/1.0\r\n\r\n"
 _TIMEOUT_S = 10
 _LEAST_BULK_S = 0.4
+_MORE_BULK_S = 2.0
 _AGAIN_S = 0.5
+_INTERRUPT_AGAIN_S = 0.5
 _FAILED_SHARE = 0.01  # the maximum share of a load's requests
 _SIGINT_BIT = 1 << (signal.SIGINT - 1)  # in /proc/PID/status
 _WRK_SCRIPT = Path(__file__).parent / "peers" / "wrk.lua"
@@ -44,6 +46,8 @@ class LoadResult:
 class _Client:
     """A load tool on the client's host that reports when stopped; its own duration option takes whole seconds only."""
 
+    _may_miss_interrupts = False
+
     def __init__(self, node: ModeNode, *command: str) -> None:
         self._tool = command[0]
         # iperf3 keeps its payload in TMPDIR; a container's default may be read-only.
@@ -57,11 +61,15 @@ class _Client:
         give_up_at = time.monotonic() + _TIMEOUT_S
         while not self._heeds_interrupts() and time.monotonic() < give_up_at:
             time.sleep(0.002)
-        self._process.send_signal(signal.SIGINT)
+        interrupted_at = -_INTERRUPT_AGAIN_S
         while self._process.poll() is None:
-            if time.monotonic() > give_up_at:
+            now = time.monotonic()
+            if now > give_up_at:
                 self.kill()
                 raise StartError(f"{self._tool} does not end")
+            if now >= interrupted_at + _INTERRUPT_AGAIN_S:
+                self._process.send_signal(signal.SIGINT)
+                interrupted_at = now if self._may_miss_interrupts else give_up_at
             meanwhile()
             time.sleep(0.002)
         return self._parse(self._process.communicate()[0])
@@ -83,6 +91,9 @@ class _Client:
 
 class Wrk(_Client):
     """wrk with a number of connections."""
+
+    # An interrupt between the installation of its handler and its sleep does not end the sleep.
+    _may_miss_interrupts = True
 
     def __init__(self, node: ModeNode, connections: int, *, close: bool = False) -> None:
         header = ["-H", "Connection: close"] if close else []
@@ -131,13 +142,17 @@ def bulk_for(seconds: float, node: ModeNode, flows: int) -> LoadResult:
     return run_for(max(seconds, _LEAST_BULK_S), Iperf(node, flows))
 
 
-def or_again(measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """Return the result of *measure*, which uses iperf3; retry once, without any cost of the failed attempt."""
+def or_again(measure: Callable[[float], dict[str, float]], seconds: float) -> dict[str, float]:
+    """Return the result of *measure*, which uses iperf3 for *seconds*; retry once, without the failed attempt's cost.
+
+    The iperf3 server takes one client, and may still hold the previous one. And on a busy machine it may need longer to
+    begin, so the second attempt has more time.
+    """
     try:
-        return measure()
-    except StartError:  # the iperf3 server takes one client, and may still hold the previous one
+        return measure(seconds)
+    except StartError:
         time.sleep(_AGAIN_S)
-        return measure()
+        return measure(seconds + _MORE_BULK_S)
 
 
 def served(done: LoadResult) -> LoadResult:

@@ -29,7 +29,7 @@ def calls_per_request(node: ModeNode, seconds: float, *, close: bool = False) ->
 
 def calls_per_mb(node: ModeNode, seconds: float) -> dict[str, float]:
     """Return the system calls per megabyte of one bulk flow, by name."""
-    return or_again(lambda: _counted(node, lambda: bulk_for(seconds, node, 1).units / 1e6))
+    return or_again(lambda s: _counted(node, lambda: bulk_for(s, node, 1).units / 1e6), seconds)
 
 
 def has_counter() -> bool:
