@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from userspace_proxy.dataplane.connections import Limits
 from userspace_proxy.dataplane.plane import LocalPlane
@@ -69,6 +70,8 @@ def surroundings() -> Iterator[None]:
         ip("address", "add", address, "dev", "lo")
     for route in routes:
         ip("-6" if ":" in route else "-4", "route", "add", route, "dev", "lo")
+    # If a client's port is used again while its last connection rests, NAT gives the new one another source port.
+    Path("/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_time_wait").write_text("1")
     specs = ((service_port(), TCP_PORT), (udp_service_port(), UDP_PORT), (other_service_port(), OTHER_PORT))
     ports = {portal: proxy_port for known, proxy_port in specs for portal in portals(known)}
     _nft(nft.table(Redirects(ports)))

@@ -202,8 +202,8 @@ class Backends(threading.Thread):
             def answer(sock: socket.socket = sock) -> None:
                 with contextlib.suppress(OSError):
                     while True:
-                        _, peer = sock.recvfrom(65_536)
-                        sock.sendto(f"{name} {_plain(peer[0])}".encode(), peer)
+                        question, peer = sock.recvfrom(65_536)
+                        sock.sendto(f"{name} {_plain(peer[0])} ".encode() + question, peer)
 
             self._when_readable(sock, answer)
 

@@ -132,7 +132,7 @@ def ask_once(host: Host, ip: str, port: int, protocol: str = "TCP", timeout_s: f
                 said = _ask_udp(sock)
     except OSError as error:
         return failure(error), ""
-    name, _, peer = said.partition(" ")
+    name, peer, *_ = (*said.split(), "", "")
     return name or "closed", peer
 
 
