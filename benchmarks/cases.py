@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks.loads import UDP, UDP_ONCE, Bulk, Datagrams, Idle
+from benchmarks.memory import pss_kib
 from benchmarks.planes import HAPROXY_LIKE, NGINX_LIKE
 from userspace_proxy.compare.cases import Case, measured, requests
 from userspace_proxy.compare.loads import LoadResult, Wrk
-from userspace_proxy.compare.meters import machine_cpu_s, process_cpu_s, pss_kib
+from userspace_proxy.compare.meters import machine_cpu_s, process_cpu_s
 from userspace_proxy.compare.modes import ComparedMode
 from userspace_proxy.compare.nodes import ModeNode
 from userspace_proxy.lab import ip

@@ -16,7 +16,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from userspace_proxy.compare.meters import children, process_cpu_s, pss_kib
+from benchmarks.memory import pss_kib
+from userspace_proxy.compare.meters import children, process_cpu_s
 from userspace_proxy.lab import (
     Lab,
     ServiceLab,

@@ -14,7 +14,7 @@ from userspace_proxy.api.events import ObjectEvent
 from userspace_proxy.model.counters import PlaneStats
 from userspace_proxy.model.details import Details, DetailsRequest
 from userspace_proxy.model.listeners import Backends, ListenerSpec
-from userspace_proxy.model.names import ListenerName, ObjectReference
+from userspace_proxy.model.names import ListenerName
 from userspace_proxy.model.redirects import Redirects
 from userspace_proxy.model.state import ProxyState
 from userspace_proxy.model.watch_stats import WatchStats
@@ -39,19 +39,6 @@ class Source(Protocol):
     @property
     def watches(self) -> Sequence[WatchStats]:
         """The state of the watch on each kind. Empty for files."""
-
-
-class Recorder(Protocol):
-    """Reports on an object to users: by an Event in the cluster, or by a line in the log."""
-
-    def normal(self, regarding: ObjectReference, reason: str, note: str) -> None:
-        """Report *note* as normal. *reason* is one word in CamelCase, such as ``Starting``."""
-
-    def warn(self, regarding: ObjectReference, reason: str, note: str, *, is_logged: bool = False) -> None:
-        """Report *note* as a warning. A repeated call with the same warning reports it once.
-
-        *is_logged*: the caller has logged it already.
-        """
 
 
 class StateSink(Protocol):

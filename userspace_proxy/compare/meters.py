@@ -1,4 +1,4 @@
-"""Measures cost: CPU time and context switches of processes, CPU time of the machine, and memory."""
+"""Measures cost: CPU time and context switches of processes, and CPU time of the machine."""
 
 import contextlib
 import os
@@ -54,16 +54,6 @@ def context_switches(pids: Sequence[int]) -> int:
                 for line in (task / "status").read_text().splitlines():
                     if "ctxt_switches:" in line:
                         total += int(line.split()[1])
-    return total
-
-
-def pss_kib(pids: Sequence[int]) -> int:
-    """Return the user memory of these processes: private pages, and their share of shared ones."""
-    total = 0
-    for pid in pids:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                total += int(line.split()[1])
     return total
 
 

@@ -1,7 +1,5 @@
 """How a child process begins: its arguments, its log, its collector and its event loop."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import socket

@@ -5,8 +5,6 @@ their frame, so they have arrived when the frame is complete. A descriptor for w
 (MSG_CTRUNC). Its frame still arrives, with LOST in place of the descriptor.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import errno

@@ -1,7 +1,5 @@
 """One child process, seen from the control process: start it, send requests, and replace it if it dies or hangs."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

@@ -1,7 +1,5 @@
 """The objects that all listeners of a data plane share."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field

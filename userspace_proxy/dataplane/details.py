@@ -1,7 +1,5 @@
 """Collect the details of single service ports, in steps that take a fraction of a millisecond each."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -5,8 +5,6 @@ workers, and each worker would pin the client to another endpoint. So a small cl
 chooses by the client's address alone.
 """
 
-from __future__ import annotations
-
 import array
 import contextlib
 import socket

@@ -23,8 +23,6 @@ begins no more flows and sets no more pins, so the local ports that rest, and al
 and connections wait in the sockets.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import itertools

@@ -1,7 +1,5 @@
 """What listeners for TCP and UDP have in common: a picker, failure counts of endpoints, and the access log."""
 
-from __future__ import annotations
-
 import logging
 import socket
 

@@ -5,8 +5,6 @@ TCP_USER_TIMEOUT does not distinguish the two: it also ends the connection of a 
 kernel's TCP_INFO is read instead.
 """
 
-from __future__ import annotations
-
 import socket
 import struct
 from enum import Enum

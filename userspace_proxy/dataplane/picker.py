@@ -6,8 +6,6 @@ Pure: no socket and no clock of its own. The API tells which endpoints are ready
 Each family has its own endpoints and its own balancer, and a client gets endpoints of its family.
 """
 
-from __future__ import annotations
-
 import heapq
 import time
 from collections.abc import Collection, Mapping, Sequence

@@ -1,7 +1,5 @@
 """A pool of pipes for splice(2): making a pipe costs more than moving a megabyte through it."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

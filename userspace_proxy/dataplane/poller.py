@@ -12,8 +12,6 @@ another socket by now. An edge-triggered event is therefore a hint: the handler 
 Listeners have their own level-triggered epoll, so that one call pauses all accepting.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import select

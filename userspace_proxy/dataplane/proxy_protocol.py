@@ -4,8 +4,6 @@ The protocol is HAProxy's, https://www.haproxy.org/download/3.0/doc/proxy-protoc
 version 2 is binary and also covers datagrams.
 """
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Callable
 

@@ -5,8 +5,6 @@ worker that dies is replaced by one that serves at once at the same sockets. Onl
 clients in the accept queue notice nothing. A successor of the control process gets the same.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import socket

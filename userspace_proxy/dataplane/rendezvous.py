@@ -9,8 +9,6 @@ namespace that owns the network namespace, to join this multicast group and to s
   sending one of them there; the caller then sends the other. Both have thereby proven to be in the group.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import errno

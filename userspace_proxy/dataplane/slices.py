@@ -1,7 +1,5 @@
 """Long work in the data plane's event loop, in slices that are bounded in time."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import TypeVar

@@ -1,7 +1,5 @@
 """Open sockets: listeners for both families, backend sockets, and the options of both."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import functools

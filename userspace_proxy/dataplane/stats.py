@@ -1,7 +1,5 @@
 """Add up the counters of several listeners or workers. Pure."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import fields, replace

@@ -7,8 +7,6 @@ of them within this time has failed its dial. A byte from the endpoint over a la
 An older connection proves nothing: it may have ended with the endpoint's process, long after its last byte.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
 from userspace_proxy.model.endpoint import Address

@@ -4,8 +4,6 @@ No byte is read from the client before a backend is connected. A failed dial can
 endpoint, and a slow backend pushes back on the client through the kernel.
 """
 
-from __future__ import annotations
-
 import errno
 import logging
 import os

@@ -5,8 +5,6 @@ which connections that is so. If the kernel refuses the address, nothing is sent
 clients' addresses must never see another one.
 """
 
-from __future__ import annotations
-
 import errno
 import logging
 import socket

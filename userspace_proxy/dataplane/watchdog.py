@@ -4,8 +4,6 @@ An answer takes one turn of the worker's event loop. A process that runs or is r
 machine, and replacing it does not help. One that is stopped, or sleeps without progress, does not recover by itself.
 """
 
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
 from typing import NamedTuple

@@ -3,8 +3,6 @@
 Requests are answered in order, so an answer needs no number.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 

@@ -4,8 +4,6 @@ It knows nothing of manifests, rules or Kubernetes, and imports nothing that doe
 process and never delays a packet.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import errno

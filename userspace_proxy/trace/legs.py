@@ -21,7 +21,7 @@ FOLLOWED = {
     "answer_in": PacketRole.ANSWER,
     "answer_out": PacketRole.ANSWER,
 }
-AFTER, AT = "after_", "at_"
+AFTER = "after_"
 _NEXT = {
     "PREROUTING": ("INPUT", "FORWARD"),
     "INPUT": (),

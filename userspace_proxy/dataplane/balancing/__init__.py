@@ -4,8 +4,6 @@ To add one: a module with a class for the Protocol `Balancer`, a word in `model.
 properties in `tests/dataplane/balancing` then hold for it, too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 from userspace_proxy.dataplane.balancing.balancer import Balancer, Candidates, Member

@@ -4,8 +4,6 @@ An endpoint is an index. A set of endpoints is an integer with one bit for each,
 few operations on a thousand bytes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from random import random

@@ -3,8 +3,6 @@
 Connections that are being dialled count. Of several endpoints with equally few, round robin chooses.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from random import sample
 

@@ -1,7 +1,5 @@
 """Random: each endpoint with a probability in proportion to its weight."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from random import choices

@@ -3,8 +3,6 @@
 The cycle is computed when endpoints change, so a choice costs the same with and without weights.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import copy

@@ -4,8 +4,6 @@ Every process and every node has the same table. An endpoint that is added or re
 endpoint is ejected, its clients go to the endpoints of the following slots, and no other client moves.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b

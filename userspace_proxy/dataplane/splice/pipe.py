@@ -8,8 +8,6 @@ splice(2) does not pass an urgent byte. Before one, it returns EAGAIN, or 0 if t
 (tcp_splice_read in net/ipv4/tcp.c). Neither result is certain, so the copy engine reads on.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 
