@@ -86,9 +86,6 @@ class Network:
         if sock in self.handlers:
             self.handlers[sock](events)
 
-    def hand_over(self, sock: FakeSocket, handler: Callable[[int], None]) -> None:
-        self.handlers[sock] = handler
-
     def close(self, sock: FakeSocket) -> None:
         del self.handlers[sock]
 
@@ -101,12 +98,8 @@ class Network:
 
     races = 0
 
-    def begin_race(self) -> bool:
-        self.races += 1
+    def fits(self, descriptors: int) -> bool:
         return True
-
-    def end_race(self) -> None:
-        self.races -= 1
 
     def note_shortage(self, error: OSError) -> None: ...
 
@@ -374,7 +367,7 @@ def test_one_timer_serves_all_dials_with_the_same_timeout() -> None:
 
 def test_without_a_descriptor_for_a_second_dial_the_first_one_continues_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     there = world(Fate(0.3), NEAR, NEAR)
-    monkeypatch.setattr(there.network, "begin_race", lambda: False)
+    monkeypatch.setattr(there.network, "fits", lambda descriptors: False)
 
     attempt = there.attempt()
 

@@ -395,7 +395,7 @@ class History:
         for plane in self.control.planes:
             connections = plane._context.connections
             check(not len(connections), "connections are left", len(connections))
-            check(connections._races == 0, "races are left", connections._races)
+            check(connections.races == 0, "races are left", connections.races)
             check(not any(map(len, (d._until for d in plane._context.deadlines))), "deadlines are left")
             check(len(plane._datagrams) == 0, "UDP flows are left")
             for destination in plane._datagrams._destinations.values():

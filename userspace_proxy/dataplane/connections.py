@@ -80,7 +80,7 @@ class Connections:
     _shed: Callable[[], None] = lambda: None
     _open: dict[TcpConnection, _Silence | None] = field(default_factory=dict)  # None: not visited yet
     _open_by_client: dict[bytes, int] = field(default_factory=dict)  # empty if clients have no limit
-    _races: int = 0  # second dials of a connection that is already being dialled
+    races: int = 0  # second dials of a connection that is already being dialled
     _round: list[TcpConnection] = field(default_factory=list)
     _part: int = 1
     _empty: asyncio.Event = field(default_factory=asyncio.Event)
@@ -159,17 +159,7 @@ class Connections:
         return descriptors <= self._descriptors_left()
 
     def _descriptors_left(self) -> int:
-        return self._most - self._descriptors_used() - 2 * len(self._open) - self._races
-
-    def begin_race(self) -> bool:
-        """Count a second dial of one connection. Return False if there is no descriptor for it."""
-        if not self.fits(1):
-            return False
-        self._races += 1
-        return True
-
-    def end_race(self) -> None:
-        self._races -= 1
+        return self._most - self._descriptors_used() - 2 * len(self._open) - self.races
 
     def note_shortage(self, error: OSError) -> None:
         """Note that this host is short of a resource. If it is descriptors or memory, pause accepting for a moment."""

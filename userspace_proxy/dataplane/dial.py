@@ -13,6 +13,7 @@ import os
 import socket
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import partial
 from socket import SocketType
 from typing import TYPE_CHECKING, Protocol
 
@@ -130,19 +131,15 @@ class Dial:
     _first: Address | None = None  # the endpoint that was chosen first; set at the first failure or timeout
     _first_failed: bool = False
     _starved: int = 0  # times this host had no descriptor for the backend's socket
-    _sock: SocketType | None = None  # to `_pick`; the older one of two
-    _newer: tuple[SocketType, Pick] | None = None
+    _open: dict[SocketType, Pick] = field(default_factory=dict)  # the open dials, the older one first
     _proving: dict[SocketType, int] | None = None  # connected suspects, with the events so far
     _timer: asyncio.TimerHandle | None = None
-    _pick: Pick = field(init=False)
 
     def start(self) -> None:
         """Dial until a dial is under way or connected, or all have failed. May call the caller before it returns."""
         pick = self._next()
-        if pick is not None:
+        if pick is not None or not self._open:
             self._dial(pick)
-        elif self._sock is None:
-            self._caller.on_failed("no endpoint could be reached" if self._tried else NO_ENDPOINT)
 
     def resume(self, pick: Pick, code: int) -> None:
         """Dial another endpoint, because the endpoint of *pick* broke its connection before a byte passed.
@@ -154,31 +151,29 @@ class Dial:
 
     def leave_endpoints(self, addresses: Collection[Address]) -> None:
         """Give up the dials to *addresses*, which were removed, and dial another endpoint if none is left."""
-        left = [(sock, pick) for sock, pick in self._open() if pick.endpoint.address in addresses]
-        for sock, pick in left:
-            self._close(sock, pick)
-        if left and self._sock is None:
+        left = [sock for sock, pick in self._open.items() if pick.endpoint.address in addresses]
+        for sock in left:
+            self._close(sock)
+        if left and not self._open:
             self.start()
 
-    def _dial(self, pick: Pick) -> None:
+    def _dial(self, pick: Pick | None) -> None:
         """Dial the endpoint of *pick*. If it fails at once, continue with the next ones."""
-        following: Pick | None = pick
-        turn = 0
-        while following is not None:
-            turn += 1
+        turns_left = _DIALS_A_TURN
+        while pick is not None and turns_left:
             if self._tried is not None:
                 self._listener.counters.retries += 1
-                following.counters.retries += 1
-            if self._connect(following):
+                pick.counters.retries += 1
+            if self._connect(pick):
                 return
-            if turn == _DIALS_A_TURN and self._sock is None:
-                self._timer = self._listener.context.loop.call_later(0, self.start)
-                return
-            following = self._next() if turn < _DIALS_A_TURN else None
-        if self._sock is None:
-            self._caller.on_failed("no endpoint could be reached")
-        else:
+            turns_left -= 1
+            pick = self._next() if turns_left else None
+        if self._open:
             self._wait()
+        elif turns_left:
+            self._caller.on_failed("no endpoint could be reached" if self._tried else NO_ENDPOINT)
+        else:
+            self._timer = self._listener.context.loop.call_later(0, self.start)
 
     def _next(self) -> Pick | None:
         """Return the endpoint to dial now, or None if there is none."""
@@ -187,12 +182,12 @@ class Dial:
             return picker.pick(self.client_ip)
         if self._dials >= DIALS_MAX or self._listener.context.loop.time() >= self._give_up_at:
             return None
-        alone = self._sock is None
+        alone = not self._open
         pick = picker.pick_another(self.client_ip, tried, doubtful=alone or self._round > _OPEN)
         if pick is None and (alone or self._round == _SLOW) and any(tried.values()):
             # All were dialled, and some were only slow: dial these again, unless their dial is still open.
             self._round = _SLOW
-            under_way = {one.endpoint.address for _, one in self._open()}
+            under_way = {one.endpoint.address for one in self._open.values()}
             self._tried = {address: again for address, again in tried.items() if not again or address in under_way}
             pick = picker.pick_another(self.client_ip, self._tried, doubtful=True)
         return pick
@@ -200,19 +195,13 @@ class Dial:
     def _connect(self, pick: Pick) -> bool:
         """Begin to connect. Return False if that failed at once and the next endpoint is to be dialled."""
         context, address = self._listener.context, pick.endpoint.address
-        beside = self._sock is not None
-        if beside and not context.connections.begin_race():
+        if self._open and not context.connections.fits(1):
             self._wait()  # no descriptor is left: the open dial continues alone
             return True
         try:
             sock = stream_socket(address, context.limits.congestion_control)
         except OSError as error:
-            if beside:
-                context.connections.end_race()
-                context.connections.note_shortage(error)
-                self._wait()
-            else:
-                self._wait_for_descriptors(error)
+            self._wait_for_descriptors(error)
             return True
         self._dials += 1
         transparent = self._listener.transparent
@@ -220,25 +209,24 @@ class Dial:
             try:
                 transparent.speak_as(sock, self.client_ip)
             except OSError as error:
-                self._drop(sock, beside=beside)
+                sock.close()
                 self.cut()
                 self._caller.on_failed(f"the client's address cannot be used: {error.strerror}")
                 return True
         try:
             code = sock.connect_ex(address)
             if code in _UNDER_WAY:
-                context.poller.watch(sock, self._on_newer if beside else self._on_socket)
+                context.poller.watch(sock, partial(self._on_events, sock, pick))
         except OSError as error:
             code = error.errno or errno.EIO
         if code not in _UNDER_WAY:
-            self._drop(sock, beside=beside)
+            sock.close()
             self._note_failure(pick, code)
             return False
         pick.counters.dialling += 1
-        if beside:
-            self._newer = sock, pick
-        else:
-            self._sock, self._pick = sock, pick
+        if self._open:
+            context.connections.races += 1
+        self._open[sock] = pick
         if self._tried is None:
             context.deadlines[RACE].add(self)
         else:
@@ -246,35 +234,22 @@ class Dial:
             self._wait()
         return True
 
-    def _drop(self, sock: SocketType, *, beside: bool) -> None:
-        sock.close()
-        if beside:
-            self._listener.context.connections.end_race()
-
     # ---- results of a dial
-
-    def _on_socket(self, events: int) -> None:
-        if self._sock is not None:
-            self._on_events(self._sock, self._pick, events)
-
-    def _on_newer(self, events: int) -> None:
-        if self._newer is not None:
-            self._on_events(*self._newer, events)
 
     def _on_events(self, sock: SocketType, pick: Pick, events: int) -> None:
         if events & FAILED:
             # Without an error, these are events of a closed socket that had the same number (see poller.py).
             if code := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                self._fail(sock, pick, code)
+                self._fail(sock, code)
         elif self._proving is not None and sock in self._proving:
             if events & _SPOKE:
                 self._win(sock, pick, events | self._proving[sock])
         elif events & WRITE:
             if is_self_connected(sock, pick.endpoint.address):
-                self._fail(sock, pick, errno.ECONNREFUSED)
+                self._fail(sock, errno.ECONNREFUSED)
                 return
             if self._header and (code := self._send_header(sock)):
-                self._fail(sock, pick, code)
+                self._fail(sock, code)
                 return
             if pick.endpoint.address in self._listener.shared.suspects and not events & _SPOKE:
                 self._let_prove(sock, events)
@@ -297,9 +272,9 @@ class Dial:
         else:
             self._clear_deadlines()
             self._proving = None
-        if self._newer is not None:
+        if len(self._open) > 1:
             self._end_race(sock)
-        self._sock = None
+        del self._open[sock]
         pick.counters.dialling -= 1
         listener, endpoint = self._listener, pick.endpoint
         if listener.picker.report_success(endpoint, listener.seen_client(self.client_ip, endpoint)):
@@ -310,17 +285,12 @@ class Dial:
 
     def _end_race(self, winner: SocketType) -> None:
         """Close the dial that *winner* has overtaken."""
-        assert self._newer is not None
-        assert self._sock is not None
-        is_older = winner is self._newer[0]
-        loser, pick = (self._sock, self._pick) if is_older else self._newer
-        self._newer = None
-        context = self._listener.context
-        pick.counters.dialling -= 1
-        context.connections.end_race()
-        context.poller.close(loser)
+        older, newer = self._open
+        loser = older if winner is newer else newer
+        pick = self._close(loser)
         listener, endpoint = self._listener, pick.endpoint
-        if is_older and listener.picker.report_overtaken(endpoint, listener.seen_client(self.client_ip, endpoint)):
+        seen_client = listener.seen_client(self.client_ip, endpoint)
+        if loser is older and listener.picker.report_overtaken(endpoint, seen_client):
             listener.note_ejection(pick, os.strerror(errno.ETIMEDOUT))
 
     def _send_header(self, sock: SocketType) -> int:
@@ -334,28 +304,24 @@ class Dial:
         except OSError as error:
             return error.errno or errno.EIO
 
-    def _fail(self, sock: SocketType, pick: Pick, code: int, *, again: bool = False) -> None:
-        """Note that the dial to the endpoint of *pick* failed, and continue with another one."""
-        self._close(sock, pick)
-        self._note_failure(pick, code, again=again)
+    def _fail(self, sock: SocketType, code: int) -> None:
+        """Note that the dial of *sock* failed, and continue with another endpoint."""
+        self._note_failure(self._close(sock), code)
         self.start()
 
     def on_timeout(self) -> None:
         """Dial another endpoint, wait longer, or give up, because no dial has been answered in time."""
         if self._proving is not None:
-            sock, pick = next(dial for dial in self._open() if dial[0] in self._proving)
-            self._win(sock, pick, self._proving[sock])
-        if self._sock is None:
+            sock = next(sock for sock in self._open if sock in self._proving)
+            self._win(sock, self._open[sock], self._proving[sock])
             return
         now = self._listener.context.loop.time()
         if self._tried is None:
-            self._first = self._pick.endpoint.address
-            self._tried = {self._first: True}
-            self._give_up_at = now + BUDGET_S - RACE_S
+            (pick,) = self._open.values()
+            self._tried = self._begin_retries(pick, now - RACE_S)
         if now >= self._give_up_at:
-            for sock, pick in self._open():
-                self._close(sock, pick)
-                self._note_failure(pick, errno.ETIMEDOUT)
+            for sock in list(self._open):
+                self._note_failure(self._close(sock), errno.ETIMEDOUT)
             self._caller.on_failed("no endpoint could be reached")
             return
         another = self._next()
@@ -367,16 +333,9 @@ class Dial:
                 self._round = _DOUBTFUL
             self._wait(PATIENCE)
             return
-        if self._newer is not None:
-            sock, pick = self._sock, self._pick
-            self._close(sock, pick)
-            self._note_failure(pick, errno.ETIMEDOUT, again=True)
+        if len(self._open) > 1:
+            self._note_failure(self._close(next(iter(self._open))), errno.ETIMEDOUT, again=True)
         self._dial(another)
-
-    def _open(self) -> list[tuple[SocketType, Pick]]:
-        """Return the open dials, the older one first."""
-        older = [] if self._sock is None else [(self._sock, self._pick)]
-        return older if self._newer is None else [*older, self._newer]
 
     def _wait(self, how: int = RACE) -> None:
         """Set the deadline for the next `on_timeout`, replacing the current one."""
@@ -387,12 +346,16 @@ class Dial:
         for deadline in self._listener.context.deadlines:
             deadline.remove(self)
 
+    def _begin_retries(self, first: Pick, began_at: float) -> dict[Address, bool]:
+        """Note the pick that was dialled first, and when to give up. Return the endpoints tried so far."""
+        self._first = first.endpoint.address
+        self._give_up_at = began_at + BUDGET_S
+        return {self._first: True}
+
     def _note_failure(self, pick: Pick, code: int, *, again: bool = False) -> None:
         endpoint, counters = pick.endpoint, self._listener.counters
         if self._tried is None:
-            self._first = endpoint.address
-            self._tried = {}
-            self._give_up_at = self._listener.context.loop.time() + BUDGET_S
+            self._tried = self._begin_retries(pick, self._listener.context.loop.time())
         self._tried[endpoint.address] = again
         self._first_failed = self._first_failed or endpoint.address == self._first
         counters.dial_failures += 1
@@ -408,8 +371,11 @@ class Dial:
                 del self._tried[endpoint.address]  # its ejection keeps it from being dialled again
 
     def _wait_for_descriptors(self, error: OSError) -> None:
-        """Retry later: the client is accepted but unread, so it can wait until other connections end."""
+        """Let the open dial continue alone. Without one, retry later: the client is unread, so it can wait."""
         self._listener.context.connections.note_shortage(error)
+        if self._open:
+            self._wait()
+            return
         self._starved += 1
         if self._starved > STARVED_MAX:
             self._caller.on_failed("out of descriptors")
@@ -420,22 +386,18 @@ class Dial:
         """Stop without calling the caller."""
         if self._timer is not None:
             self._timer.cancel()
-        for sock, pick in self._open():
-            self._close(sock, pick)
+        for sock in list(self._open):
+            self._close(sock)
 
-    def _close(self, sock: SocketType, pick: Pick) -> None:
-        """Close the dial of *sock*. If it was the older one, the newer one takes its place."""
-        context = self._listener.context
+    def _close(self, sock: SocketType) -> Pick:
+        """Close the dial of *sock*, and return its pick."""
+        context, pick = self._listener.context, self._open.pop(sock)
         pick.counters.dialling -= 1
         context.poller.close(sock)
         if self._proving is not None and self._proving.pop(sock, None) is not None and not self._proving:
             self._proving = None
-        if self._newer is None:
-            self._sock = None
+        if self._open:
+            context.connections.races -= 1
+        else:
             self._clear_deadlines()
-            return
-        context.connections.end_race()
-        if sock is self._sock:
-            self._sock, self._pick = self._newer
-            context.poller.hand_over(self._sock, self._on_socket)
-        self._newer = None
+        return pick
