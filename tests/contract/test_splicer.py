@@ -224,7 +224,7 @@ async def test_a_stalled_reader_pushes_back_on_the_writer_and_not_on_the_other_d
     assert await sender.receive(21) == b"the other way is free"
     assert await receiver.receive(taken) == MUCH[:taken]
     engine: Any = spliced.splice
-    assert not any(half.pending for half in (engine._up, engine._down)), "none of them takes memory any more"
+    assert not any(half.pending for half in (engine.up, engine.down)), "none of them takes memory any more"
 
 
 # ---- half-close

@@ -17,8 +17,8 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "another operator in `error.errno or errno.ECONNRESET`",
     ): "The error is ECONNRESET: time-outs are excluded before, and EPIPE needs an end of the backend's stream.",
     ("udp", "UdpListener.take_over", "None returned in `return False`"): "The caller only asks whether it is true.",
-    ("tcp", "TcpListener._accept_again", "1 for 0 in `0`"): _DESCRIPTOR_0,
-    ("tcp", "TcpListener._accept_again", "another comparison in `self.sock.fileno() >= 0`"): _DESCRIPTOR_0,
+    ("tcp", "TcpListener.begin", "1 for 0 in `0`"): _DESCRIPTOR_0,
+    ("tcp", "TcpListener.begin", "another comparison in `self.sock.fileno() >= 0`"): _DESCRIPTOR_0,
     ("tcp", "TcpListener.leave", "1 for 0 in `0`"): _DESCRIPTOR_0,
     ("tcp", "TcpListener.leave", "another comparison in `self.sock.fileno() >= 0`"): _DESCRIPTOR_0,
 }

@@ -92,10 +92,6 @@ class Connections:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most = limit - min(RESERVED_DESCRIPTORS, limit // 4)
 
-    @property
-    def accepting(self) -> bool:
-        return self._poller.accepting
-
     def __len__(self) -> int:
         return len(self._open)
 
@@ -134,19 +130,14 @@ class Connections:
 
     # ---- room
 
-    def room(self) -> int:
-        """Return for how many more connections there are descriptors. If none, pause accepting until there are."""
-        room = self._descriptors_left() // 2
-        if room <= 0:
-            self.note_shortage(OSError(errno.EMFILE, "all descriptors are in use"))
-        return room
-
     def share(self, connections_open: int) -> int:
         """Return how many more connections a service port with *connections_open* may have; <= 0 for none.
 
         If no descriptor is left for any connection, accepting is paused until there is one.
         """
-        room = self.room()
+        room = self._descriptors_left() // 2
+        if room <= 0:
+            self.note_shortage(OSError(errno.EMFILE, "all descriptors are in use"))
         return min(room, _SHARE * room - connections_open)
 
     def note_crowd(self, name: str) -> None:

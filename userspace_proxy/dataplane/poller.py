@@ -53,7 +53,7 @@ class Poller:
         # Number of messages moved, counted by the code that moves them. While it rises, bulk work yields.
         self.messages = 0
         self._messages_seen = 0
-        self._acceptors: dict[int, Callable[[], None]] = {}
+        self._acceptors: dict[int, Callable[[], object]] = {}
         self._again: list[Callable[[], None]] = []
         self._bulk: deque[Callable[[int], bool]] = deque()
         self._closing: list[SocketType] = []
@@ -183,7 +183,7 @@ class Poller:
 
     # ---- listeners
 
-    def accept_from(self, sock: SocketType, acceptor: Callable[[], None]) -> None:
+    def accept_from(self, sock: SocketType, acceptor: Callable[[], object]) -> None:
         """Call *acceptor* whenever *sock* (a listener or an unconnected UDP socket) is readable."""
         self._acceptors[sock.fileno()] = acceptor
         self._listeners.register(sock.fileno(), select.EPOLLIN)

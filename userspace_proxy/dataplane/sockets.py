@@ -4,6 +4,7 @@ import contextlib
 import errno
 import functools
 import socket
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from socket import SocketType
@@ -21,6 +22,7 @@ _SO_ORIGINAL_DST = 80  # linux/netfilter_ipv4.h, and the same number at level IP
 _TCP_RTO_MAX_MS = 44  # Linux 6.15; older kernels refuse it, and find some dead peers later
 _MAPPED = "::ffff:"
 _PACKED4_BYTES = 6
+_LINGER_0 = struct.pack("ii", 1, 0)
 
 # A peer is dead after this number of lost probes; an outage may last from the first to the last.
 _KEEPALIVE_PROBES = 5
@@ -203,6 +205,11 @@ def bind_anywhere(sock: SocketType, port: int) -> None:
     """Bind *sock* to *port*; connect() chooses the address."""
     # An empty host would cost a getaddrinfo() for every flow.
     sock.bind(("::" if sock.family == socket.AF_INET6 else "0.0.0.0", port))  # noqa: S104
+
+
+def reset_on_close(sock: SocketType) -> None:
+    """Let `close` reset the connection of *sock* instead of ending it with a FIN."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_0)
 
 
 def mark(sock: SocketType) -> None:

@@ -8,7 +8,6 @@ import errno
 import logging
 import os
 import socket
-import struct
 from collections.abc import Collection
 from dataclasses import dataclass
 from socket import SocketType
@@ -26,6 +25,7 @@ from userspace_proxy.dataplane.sockets import (
     original_destination,
     packed,
     prepare_listener,
+    reset_on_close,
     unpacked,
 )
 from userspace_proxy.interfaces import Splice
@@ -40,7 +40,6 @@ ACCEPTS_A_TURN = 32
 # they are reset: one of them may belong to a loop through the proxy that all these connections are part of.
 CROWDED_S = 5.0
 _CROWDED_RETRY_S = 0.1
-_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +54,9 @@ class TcpListener(BaseListener):
         prepare_listener(sock, context.limits.dead_peer_timeout_s)  # it may come from another process
 
     def begin(self) -> None:
-        """Begin to accept."""
-        self.context.poller.accept_from(self.sock, self._accept)
+        """Begin to accept; no effect once closed."""
+        if self.sock.fileno() >= 0:
+            self.context.poller.accept_from(self.sock, self._accept)
 
     def configure(self, spec: ListenerSpec) -> None:
         super().configure(spec)
@@ -95,23 +95,20 @@ class TcpListener(BaseListener):
         if self.sock.fileno() < 0:
             return
         self.context.poller.leave(self.sock)
-        while self._accept_some():
+        while self._accept():
             pass
         self.sock.close()
         if self.shared.lifetimes is not None:
             for connection in [c for c in self.shared.lifetimes.waiting if c.listener is self]:
                 connection.on_failed("service gone")
 
-    def _accept(self) -> None:
-        self._accept_some()
-
-    def _accept_some(self) -> bool:
+    def _accept(self) -> bool:
         """Accept up to a turn's number of connections. Return whether there may be more."""
         context, listener, family = self.context, self.sock, self._family
         connections = context.connections
         share = connections.share(self.counters.open)
         if share <= 0:
-            if connections.accepting:
+            if context.poller.accepting:
                 self._wait_for_share()
             return False
         self._crowded_since = float("inf")
@@ -138,11 +135,7 @@ class TcpListener(BaseListener):
         if now - self._crowded_since >= CROWDED_S:
             self._refuse_waiting()
         context.poller.leave(self.sock)
-        context.loop.call_later(_CROWDED_RETRY_S, self._accept_again)
-
-    def _accept_again(self) -> None:
-        if self.sock.fileno() >= 0:
-            self.context.poller.accept_from(self.sock, self._accept)
+        context.loop.call_later(_CROWDED_RETRY_S, self.begin)
 
     def _refuse_waiting(self) -> None:
         for _ in range(ACCEPTS_A_TURN):
@@ -151,12 +144,8 @@ class TcpListener(BaseListener):
             except OSError:
                 return
             self.counters.limited += 1
-            reset(client)
-
-    def note_answer(self, pick: Pick, started_at: float) -> None:
-        """Note that the endpoint of *pick* has sent bytes to a client that came at *started_at*."""
-        if self.shared.suspects:
-            self.shared.suspects.note_answer(pick.endpoint.address, started_at)
+            reset_on_close(client)
+            client.close()
 
     def note_reset(self, pick: Pick) -> bool:
         """Note that the endpoint of *pick* has reset a connection before it sent a byte. Return whether to eject it."""
@@ -179,12 +168,6 @@ class TcpListener(BaseListener):
         return self._portals.get(dialled) or self._portals.get(dialled[:2] + bytes(len(dialled) - 2))
 
 
-def reset(client: SocketType) -> None:
-    """Close the socket of *client* with a reset."""
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-    client.close()
-
-
 @dataclass(slots=True)
 class _Past:
     """State of few connections: a wait, a dial that continues after a broken connection, and unsent bytes."""
@@ -205,7 +188,7 @@ class TcpConnection:
     started_at: float
     _portal: Portal | None = None
     _dial: Dial | None = None
-    _splice: Splice | None = None
+    splice: Splice | None = None  # None while the backend is being dialled
     _pick: Pick | None = None
     _counted: tuple[int, int] = (0, 0)
     _past: _Past | None = None
@@ -243,7 +226,7 @@ class TcpConnection:
         unsent = b"" if self._past is None else self._past.unsent
         try:
             splicer = self._context.splicer
-            self._splice = splicer.start(self._client, backend, self._on_end, events, self._on_unused, unsent)
+            self.splice = splicer.start(self._client, backend, self._on_end, events, self._on_unused, unsent)
         except OSError as error:
             self._context.poller.close(backend)
             self._context.connections.note_shortage(error)
@@ -264,7 +247,7 @@ class TcpConnection:
         self._on_end(reason)
 
     def _refuse(self) -> None:
-        self._client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        reset_on_close(self._client)
         self._context.poller.close(self._client)
 
     def _on_unused(self, code: int, unsent: bytes) -> None:
@@ -272,7 +255,7 @@ class TcpConnection:
         pick, listener = self._pick, self.listener
         assert pick is not None
         pick.counters.open -= 1
-        self._splice = self._pick = None
+        self.splice = self._pick = None
         listener.note_reset(pick)
         past = self._past = self._past or _Past()
         if past.dial is None:
@@ -308,13 +291,14 @@ class TcpConnection:
         if (pick := self._pick) is not None:
             pick.counters.open -= 1
             self.count_bytes()
-            self._splice = None
+            self.splice = None
             if self._counted[1]:
-                self.listener.note_answer(pick, self.started_at)
+                if suspects := listener.shared.suspects:
+                    suspects.note_answer(pick.endpoint.address, self.started_at)
             elif how is UNANSWERED:
                 counters.unanswered += 1
-                if self.listener.note_reset(pick):
-                    self.listener.hold_against(pick, self.client[0], os.strerror(errno.ECONNRESET))
+                if listener.note_reset(pick):
+                    listener.hold_against(pick, self.client[0], os.strerror(errno.ECONNRESET))
         if context.access_log is not None:
             listener.record(self.client, self._portal, pick, self._why(), self._counted, self.started_at, how)
 
@@ -324,7 +308,7 @@ class TcpConnection:
 
     def count_bytes(self) -> None:
         """Add the bytes moved since the last call to the counters; a connection may stay open for days."""
-        splice, pick = self._splice, self._pick
+        splice, pick = self.splice, self._pick
         if splice is None or pick is None:
             return
         before, self._counted = self._counted, (splice.bytes_to_backend, splice.bytes_to_client)
@@ -332,7 +316,7 @@ class TcpConnection:
 
     def details(self) -> ConnectionDetails:
         """Return the addresses, age and byte counts of this connection."""
-        splice, pick = self._splice, self._pick
+        splice, pick = self.splice, self._pick
         return ConnectionDetails(
             self.listener.name.service_port,
             self.client,
@@ -353,22 +337,17 @@ class TcpConnection:
         """
         if self._dial is not None:
             self._dial.leave_endpoints(addresses)
-        elif self._splice is not None and self._pick and self._pick.endpoint.address in addresses:
+        elif self.splice is not None and self._pick and self._pick.endpoint.address in addresses:
             self.listener.counters.closed_by_removal += 1
-            if not at_once and idle_units(self._splice):
-                end_idle(self._splice, "closed by on-endpoint-removal")
+            if not at_once and idle_units(self.splice):
+                end_idle(self.splice, "closed by on-endpoint-removal")
             else:
-                self._splice.cut("reset by on-endpoint-removal")
-
-    @property
-    def splice(self) -> Splice | None:
-        """The splice, or None while the backend is being dialled."""
-        return self._splice
+                self.splice.cut("reset by on-endpoint-removal")
 
     def cut(self, reason: str) -> None:
         """Reset both sides now."""
-        if self._splice is not None:
-            self._splice.cut(reason)
+        if self.splice is not None:
+            self.splice.cut(reason)
         elif self._dial is not None or self._is_waiting():
             if self._dial is not None:
                 self._dial.cut()

@@ -7,10 +7,9 @@ import errno
 import os
 import re
 import socket
-import struct
 from socket import SocketType
 
-from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, is_self_connected, mark, stream_socket
+from userspace_proxy.dataplane.sockets import LOCAL_SHORTAGES, is_self_connected, mark, reset_on_close, stream_socket
 from userspace_proxy.model.endpoint import Address, join_address
 from userspace_proxy.model.probe import ProbeKind, ProbeSpec
 from userspace_proxy.printable import printable
@@ -23,7 +22,6 @@ _IN_PROGRESS = {errno.EINPROGRESS, errno.EALREADY}
 _DATAGRAM = int(socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
 # A reset instead of a FIN: no local port stays in TIME_WAIT. It follows the SYN-ACK at once (`stream_socket` delays the
 # ACK), so that the server never accepts a TCP probe. HAProxy does the same.
-_RESET_AT_CLOSE = struct.pack("ii", 1, 0)
 
 # None: the probe is not finished. "": it succeeded. Another text: why it failed.
 Result = str | None
@@ -82,7 +80,7 @@ class Attempt:
                 return os.strerror(errno.ECONNREFUSED).lower()
             match self._spec.kind:
                 case ProbeKind.TCP:
-                    self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_AT_CLOSE)
+                    reset_on_close(self.sock)
                     return ""
                 case ProbeKind.HTTP:
                     self.sock.send(self._request())

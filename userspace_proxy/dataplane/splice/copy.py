@@ -21,7 +21,6 @@ import fcntl
 import functools
 import logging
 import socket
-import struct
 import termios
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from socket import MSG_DONTWAIT, SocketType
 
 from userspace_proxy.dataplane.pipes import Pipe, PipePool
 from userspace_proxy.dataplane.poller import FAILED, HANGUP, READ, URGENT, WRITE, Poller
+from userspace_proxy.dataplane.sockets import reset_on_close
 from userspace_proxy.interfaces import OnUnused
 from userspace_proxy.model.access_record import UNANSWERED
 
@@ -44,7 +44,6 @@ _UNUSUAL = HANGUP | URGENT
 _READABLE = READ | HANGUP
 _NO_PLAIN_END = FAILED | URGENT
 _MSG_MORE = MSG_DONTWAIT | socket.MSG_MORE
-_ABORTIVE_CLOSE = struct.pack("ii", 1, 0)
 _TCP_CLOSE = 7  # linux/net/tcp_states.h
 BUG = "a bug: one connection is cut by it"
 _DEAD = {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH}
@@ -187,11 +186,8 @@ class Half:
 
     def go_on(self) -> None:
         self.queued = False
-        try:
-            self.pump()
-        except Exception:
-            log.exception(BUG)
-            self.cut()
+        if not self.done:
+            self.on_socket(READ)
 
     def take_bulk(self) -> bool:
         """Return whether the engine moves this direction, which fills whole buffers, by other means than copying."""
@@ -298,7 +294,21 @@ class CopySplicer:
         unsent: bytes = b"",
     ) -> CopySplice:
         splice = CopySplice(self, on_end, on_unused)
-        splice.start(client, backend, events, unsent)
+        splice.up = up = self.half(client, backend, splice)
+        splice.down = down = self.half(backend, client, splice)
+        up.opposite, down.opposite = down, up
+        poller = self.poller
+        if events is None:
+            poller.watch(backend, down.on_socket)
+            poller.watch(client, up.on_socket)
+            return splice
+        poller.watch(client, up.on_first_events)
+        poller.hand_over(backend, down.on_first_answer)
+        if unsent:
+            up.pending, up.stuck = unsent, True
+            backend.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # the client's next bytes may follow at once
+        if events & ~WRITE or unsent:  # the backend spoke first: no edge will report these bytes again
+            poller.again(lambda: None if down.done else down.on_first_answer(events))
         return splice
 
 
@@ -312,59 +322,42 @@ class CopySplice:
     broken: str = ""
     _ended: bool = False
     _is_unanswered: bool = False  # the backend has reset it while the client was open
-    _up: Half = field(init=False)
-    _down: Half = field(init=False)
-
-    def start(self, client: SocketType, backend: SocketType, events: int | None, unsent: bytes) -> None:
-        poller = self.engine.poller
-        self._up = up = self.engine.half(client, backend, self)
-        self._down = down = self.engine.half(backend, client, self)
-        up.opposite, down.opposite = down, up
-        if events is None:
-            poller.watch(down.source, down.on_socket)
-            poller.watch(up.source, up.on_socket)
-            return
-        poller.watch(up.source, up.on_first_events)
-        poller.hand_over(down.source, down.on_first_answer)
-        if unsent:
-            up.pending, up.stuck = unsent, True
-            backend.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # the client's next bytes may follow at once
-        if events & ~WRITE or unsent:  # the backend spoke first: no edge will report these bytes again
-            poller.again(lambda: None if down.done else down.on_first_answer(events))
+    up: Half = field(init=False)
+    down: Half = field(init=False)
 
     @property
     def bytes_to_backend(self) -> int:
-        return self._up.moved_bytes
+        return self.up.moved_bytes
 
     @property
     def bytes_to_client(self) -> int:
-        return self._down.moved_bytes
+        return self.down.moved_bytes
 
     @property
     def half_closed(self) -> bool:
-        return self._up.done or self._down.done
+        return self.up.done or self.down.done
 
     @property
     def sockets(self) -> tuple[SocketType, SocketType]:
         """The client's and the backend's socket, for inspection only."""
-        return self._up.source, self._down.source
+        return self.up.source, self.down.source
 
     # ---- endings
 
     def note_broken(self, sock: SocketType, error: OSError) -> None:
         """Record the first error of the connection, which occurred at *sock*."""
         if not self.broken:
-            side = "client" if sock is self._up.source else "backend"
+            side = "client" if sock is self.up.source else "backend"
             is_dead = error.errno in _DEAD
             self.broken = f"{side} is dead" if is_dead else f"reset by {side}"
-            self._is_unanswered = side == "backend" and not (is_dead or self._up.done)
+            self._is_unanswered = side == "backend" and not (is_dead or self.up.done)
 
     def gives_client_back(self, broken: SocketType, error: OSError) -> bool:
         """Return the client's socket to the caller if *broken* is the backend's, by a reset, and nothing has passed.
 
         The caller may dial again then: no byte was sent to the backend, so none can arrive twice.
         """
-        up, down, on_unused = self._up, self._down, self._on_unused
+        up, down, on_unused = self.up, self.down, self._on_unused
         if on_unused is None or broken is not down.source or error.errno in _DEAD or up.done or self._ended:
             return False
         if up.moved_bytes or down.moved_bytes or down.stuck or down.done:
@@ -392,16 +385,16 @@ class CopySplice:
             again = functools.partial(self.reset, how, towards, min(2 * wait_s, _RESET_POLL_MAX_S))
             self.engine.loop.call_later(wait_s, again)
         else:
-            self.close(UNANSWERED if self._is_unanswered and not self._down.moved_bytes else how, abortive=True)
+            self.close(UNANSWERED if self._is_unanswered and not self.down.moved_bytes else how, abortive=True)
 
     def close(self, how: str, *, abortive: bool = False) -> None:
         if self._ended:
             return
         self._ended = True
         poller = self.engine.poller
-        for half in (self._up, self._down):
+        for half in (self.up, self.down):
             if abortive:
-                half.source.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORTIVE_CLOSE)
+                reset_on_close(half.source)
             poller.close(half.source)
             half.part()
         self._on_end(how)
