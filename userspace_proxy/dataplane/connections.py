@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from userspace_proxy.dataplane.peers import PeerAnswer, last_answer
 from userspace_proxy.dataplane.poller import Poller
+from userspace_proxy.dataplane.slices import in_slices
 from userspace_proxy.dataplane.sockets import keep_alive
 from userspace_proxy.interfaces import Splice
 
@@ -34,8 +35,6 @@ _SHARE = 8
 # Also kept free of listeners, so that existing listeners can accept.
 _FOR_CONNECTIONS = 16
 _SWEEPS_A_LIMIT = 12
-# Visiting this number takes about a millisecond; then traffic gets its turn.
-_LOOKS_A_TURN = 500
 _RESUME_S = 0.1
 _COMPLAIN_EVERY_S = 10.0
 
@@ -187,12 +186,9 @@ class Connections:
             parts = max(1, round(self._shortest_limit_s / _SWEEPS_A_LIMIT / self.sweep_period_s))
             self._part = -(-len(self._round) // parts)
         part, self._round = self._round[: self._part], self._round[self._part :]
-        for start in range(0, len(part), _LOOKS_A_TURN):
-            if start:
-                await asyncio.sleep(0)
-            now = self._now()
-            for connection in part[start : start + _LOOKS_A_TURN]:
-                self._look_at(connection, now)
+        now = self._now()
+        async for connection in in_slices(part, self._now):
+            self._look_at(connection, now)
 
     def _look_at(self, connection: TcpConnection, now: float) -> None:
         splice = connection.splice
@@ -242,13 +238,10 @@ class Connections:
             silence.answered_at = (silence.moved_bytes, splice.half_closed)
         return ""
 
-    def count_bytes(self) -> Iterator[None]:
-        """Update the byte counters of all connections, yielding between parts."""
-        looked_at = list(self._open)
-        for start in range(0, len(looked_at), _LOOKS_A_TURN):
-            for connection in looked_at[start : start + _LOOKS_A_TURN]:
-                connection.count_bytes()
-            yield
+    async def count_bytes(self) -> None:
+        """Update the byte counters of all connections."""
+        async for connection in in_slices(list(self._open), self._now):
+            connection.count_bytes()
 
     # ---- drain
 

@@ -12,11 +12,12 @@ import contextlib
 import itertools
 import logging
 import socket
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING
 
 from userspace_proxy.dataplane.peers import silence
 from userspace_proxy.dataplane.poller import Poller
+from userspace_proxy.dataplane.slices import in_slices
 from userspace_proxy.interfaces import Splice
 from userspace_proxy.model.counters import Counters
 from userspace_proxy.model.endpoint import Address
@@ -37,7 +38,6 @@ ANSWER_S = 10.0
 _BETWEEN_REQUESTS = 0.2, 0.8
 WAITING_MAX = 1_024
 _RELEASED_A_TURN = 32
-_LOOKS_A_TURN = 500
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +65,7 @@ class Keeper:
 
     async def _look_at(self, lifetimes: Lifetimes) -> None:
         try:
-            for _ in lifetimes.look(self.now()):
-                await asyncio.sleep(0)
+            await lifetimes.look(self.now())
         except Exception:
             log.exception("a bug: a connection policy was not applied")
         if lifetimes.is_done:
@@ -113,8 +112,8 @@ class Lifetimes:
         """Whether no connection needs another look until something changes."""
         return not (self._removed_at or self._wait_until or (self._policy.max_age_s and self._open))
 
-    def look(self, now: float) -> Iterator[None]:
-        """Close what has to be closed at *now*, in parts that take about a millisecond each."""
+    async def look(self, now: float) -> None:
+        """Close what has to be closed at *now*."""
         for connection, until in list(self._wait_until.items()):
             if now >= until:
                 self._counters.waits_expired += 1
@@ -124,9 +123,7 @@ class Lifetimes:
             return
         youngest_at = now - self._policy.max_age_s * (1 - JITTER)
         old = list(itertools.takewhile(lambda connection: connection.started_at <= youngest_at, self._open))
-        for index, connection in enumerate(old):
-            if index and not index % _LOOKS_A_TURN:
-                yield
+        async for connection in in_slices(old, self._keeper.now):
             self._end_if_too_old(connection, now)
 
     # ---- removed endpoints

@@ -165,9 +165,8 @@ class Worker:
                 await plane.retire(names)
             case wire.GetStats(endpoints):
                 await self._send_news_now()
-                for part in plane.take_stats(endpoints=endpoints):
-                    if part:
-                        self._channel.send(wire.encode(wire.Part(services=part)))
+                async for part in plane.take_stats(endpoints=endpoints):
+                    self._channel.send(wire.encode(wire.Part(services=part)))
                     await asyncio.sleep(0)
                 return wire.Done(totals=replace(plane.totals(), log_lines_dropped=log_lines_dropped()))
             case wire.GetDetails(asked):
