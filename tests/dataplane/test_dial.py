@@ -428,7 +428,7 @@ def test_a_suspect_that_proved_itself_and_then_broke_is_followed_by_another_endp
     """The same dial goes on, and nothing is left of the proof."""
     there = world(NEAR, Fate(RACE_S + 0.1))
     first, second = there.endpoints
-    there.listener.shared.suspects.note_reset(first.address, there.network.now_s)
+    there.listener.suspects.note_reset(first.address, there.network.now_s)
     attempt = Attempt(0.0)
     dial = Dial(CLIENT, there.listener, attempt)
     dial.start()

@@ -11,7 +11,6 @@ from userspace_proxy.dataplane.dial import Deadlines
 from userspace_proxy.dataplane.lifetimes import Keeper, Lifetimes
 from userspace_proxy.dataplane.memory import Memory
 from userspace_proxy.dataplane.poller import Poller
-from userspace_proxy.dataplane.suspects import Suspects
 from userspace_proxy.interfaces import Splicer
 from userspace_proxy.model.access_record import AccessRecord
 from userspace_proxy.model.counters import Counters
@@ -43,7 +42,6 @@ class Shared:
 
     memory: Memory
     counters: Counters = field(default_factory=Counters)
-    suspects: Suspects = field(default_factory=Suspects)
     lifetimes: Lifetimes | None = None
 
     def count(self) -> Counters:

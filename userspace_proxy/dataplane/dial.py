@@ -251,7 +251,7 @@ class Dial:
             if self._header and (code := self._send_header(sock)):
                 self._fail(sock, code)
                 return
-            if pick.endpoint.address in self._listener.shared.suspects and not events & _SPOKE:
+            if pick.endpoint.address in self._listener.suspects and not events & _SPOKE:
                 self._let_prove(sock, events)
             else:
                 self._win(sock, pick, events)

@@ -26,6 +26,7 @@ class BaseListener:
         self.shared = shared
         self.backends: Backends | None = None
         self.counters = shared.counters
+        self.suspects = shared.memory.suspects
         self.picker = Picker(shared.memory, mixes_families=bool(spec.at))
         self.transparent = Transparent(context.tables, self.counters) if spec.transparent else None
         self.configure(spec)

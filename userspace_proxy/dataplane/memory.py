@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from userspace_proxy.dataplane.suspects import Suspects
 from userspace_proxy.model.counters import EndpointCounters
 from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.names import ServicePortName
@@ -68,45 +69,29 @@ class PickerMemory(NamedTuple):
 Memories = list[tuple[ServicePortName, PickerMemory]]
 
 
+@dataclass(slots=True, eq=False)
 class Memory:
     """Pins and ejections of one service port.
 
     ``has_learnt``: pins or ejections may have changed since the last `take_news`.
     """
 
-    __slots__ = (
-        "_chosen_from",
-        "_counters",
-        "_new_pins",
-        "_overtaken",
-        "_pins",
-        "_reported_ejected",
-        "affinity_timeout_s",
-        "ejected",
-        "has_learnt",
-        "last_failures",
-        "now",
-        "refused",
-        "slow_start_s",
-        "starting",
-    )
-
-    def __init__(self, now: Callable[[], float], affinity_timeout_s: int | None = None) -> None:
-        self.now = now
-        self.affinity_timeout_s = affinity_timeout_s
-        self.ejected: dict[Address, Ejection] = {}
-        self._pins: dict[str, Pin] = {}  # least recently used first
-        self._new_pins: dict[str, Pin] | None = None  # kept after the first `take_news`
-        self.has_learnt = True
-        self._reported_ejected: list[tuple[Address, int, float]] = []
-        self._counters: dict[Address, EndpointCounters] = {}
-        self._chosen_from: dict[Picker, Collection[Address]] = {}
-        self._overtaken: dict[Address, int] = {}
-        self.last_failures: dict[Address, tuple[float, str]] = {}  # wall-clock second and reason
-        self.slow_start_s = 0.0
-        self.starting: dict[Address, float] = {}  # the time since which an endpoint is in slow start; oldest first
-        # Ejections for one client alone, by client; the client whose dial failed longest ago comes first.
-        self.refused: dict[str, dict[Address, Ejection]] = {}
+    now: Callable[[], float]
+    affinity_timeout_s: int | None = None
+    slow_start_s: float = 0.0
+    ejected: dict[Address, Ejection] = field(default_factory=dict)
+    # Ejections for one client alone, by client; the client whose dial failed longest ago comes first.
+    refused: dict[str, dict[Address, Ejection]] = field(default_factory=dict)
+    suspects: Suspects = field(default_factory=Suspects)
+    last_failures: dict[Address, tuple[float, str]] = field(default_factory=dict)  # wall-clock second and reason
+    starting: dict[Address, float] = field(default_factory=dict)  # since when in slow start; oldest first
+    has_learnt: bool = True
+    _pins: dict[str, Pin] = field(default_factory=dict)  # least recently used first
+    _new_pins: dict[str, Pin] | None = None  # kept after the first `take_news`
+    _reported_ejected: list[tuple[Address, int, float]] = field(default_factory=list)
+    _overtaken: dict[Address, int] = field(default_factory=dict)
+    _counters: dict[Address, EndpointCounters] = field(default_factory=dict)
+    _chosen_from: dict[Picker, Collection[Address]] = field(default_factory=dict)
 
     # ---- pickers
 
@@ -134,7 +119,8 @@ class Memory:
 
     def _forget_gone(self) -> None:
         present = self.addresses()
-        states: tuple[dict[Address, Any], ...] = (self.ejected, self.starting, self._overtaken, self.last_failures)
+        states: tuple[dict[Address, Any], ...]
+        states = self.ejected, self.starting, self.suspects, self._overtaken, self.last_failures
         for of_addresses in filter(None, states):
             for address in [address for address in of_addresses if address not in present]:
                 del of_addresses[address]
@@ -327,10 +313,6 @@ def _extend(ejection: Ejection, now: float) -> bool:
     if ejection.failures and now < ejection.until:
         return False
     ejection.failures += 1
-    ejection.until = now + _length_s(ejection.failures)
+    ejection.until = now + min(EJECT_S * 2.0 ** (ejection.failures - 1), EJECT_MAX_S)
     ejection.trial_until = 0.0
     return True
-
-
-def _length_s(failures: int) -> float:
-    return min(EJECT_S * 2.0 ** (failures - 1), EJECT_MAX_S)

@@ -104,25 +104,20 @@ class _Family:
         if not self._picks:
             return None
         now = memory.now()
-        refused = memory.refused.get(client_ip)
         index_of = self.index()
         if not tried and memory.ejected:
-            trial = self._trial(now, refused or ())
+            trial = self._trial(now, memory.refused.get(client_ip, ()))
             if trial is not None:
                 its_turn = self._balancer.pick_among(client_ip, Candidates(1 << index_of[trial]))
                 return self._picks[its_turn]._replace(why="trial")
-        untried = self._without((1 << len(self._picks)) - 1, tried)
-        candidates = untried & self._open
-        if refused:
-            candidates = self._without(candidates, [a for a, ejection in refused.items() if now < ejection.until])
-        if not candidates and not (untried and doubtful):
+        bits, failed, why = self._without_failures(client_ip, tried, now), len(tried), "failover" if tried else ""
+        if not bits and doubtful:
+            bits, failed, why = self._without((1 << len(self._picks)) - 1, tried), 0, "last resort"
+        if not bits:
             return None
         slow_starts = self._shares(now) if memory.starting else ()
-        chosen = Candidates(candidates or untried, slow_starts, len(tried) if candidates else 0)
-        pick = self._picks[self._balancer.pick_among(client_ip, chosen)]
-        if candidates and not tried:
-            return pick
-        return pick._replace(why="failover" if candidates else "last resort")
+        pick = self._picks[self._balancer.pick_among(client_ip, Candidates(bits, slow_starts, failed))]
+        return pick._replace(why=why) if why else pick
 
     def preview(self, client_ip: str) -> list[tuple[Pick, float]]:
         """Return what `take` may return for *client_ip* now, each with its probability. Nothing changes."""
@@ -130,15 +125,13 @@ class _Family:
             return []
         memory, index_of = self._memory, self.index()
         now = memory.now()
-        refused = memory.refused.get(client_ip, {})
         due = [(e.due_at, a) for a, e in memory.ejected.items() if a in index_of]
         due = [(at, address) for at, address in due if at <= now]
-        if due and (trial := min(due)[1]) not in refused:
+        if due and (trial := min(due)[1]) not in memory.refused.get(client_ip, ()):
             return [(self._picks[index_of[trial]]._replace(why="trial"), 1.0)]
-        everything = (1 << len(self._picks)) - 1
-        bits = self._without(everything & self._open, [a for a, e in refused.items() if now < e.until])
+        bits = self._without_failures(client_ip, (), now)
         slow_starts = [(memory.share_of(since, now), starting) for since, starting in self._slow_starts.items()]
-        odds = self._balancer.odds(client_ip, Candidates(bits or everything, slow_starts))
+        odds = self._balancer.odds(client_ip, Candidates(bits or (1 << len(self._picks)) - 1, slow_starts))
         picks = ((self._picks[index], probability) for index, probability in odds.items())
         return [(pick if bits else pick._replace(why="last resort"), probability) for pick, probability in picks]
 
@@ -148,6 +141,12 @@ class _Family:
         shares = {since: self._memory.share_of(since, now) for since in self._slow_starts}
         self._slow_starts = {since: bits for since, bits in self._slow_starts.items() if shares[since] < 1}
         return [(shares[since], bits) for since, bits in self._slow_starts.items()]
+
+    def _without_failures(self, client_ip: str, tried: Collection[Address], now: float) -> int:
+        """Return the endpoints that are neither in *tried* nor ejected, for all clients or for *client_ip* alone."""
+        refused = self._memory.refused.get(client_ip, {})
+        bits = self._without(self._open, tried) if tried else self._open
+        return self._without(bits, [a for a, e in refused.items() if now < e.until]) if refused else bits
 
     def _without(self, endpoints: int, addresses: Collection[Address]) -> int:
         index_of = self.index()

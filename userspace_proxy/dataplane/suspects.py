@@ -7,8 +7,6 @@ of them within this time has failed its dial. A byte from the endpoint over a la
 An older connection proves nothing: it may have ended with the endpoint's process, long after its last byte.
 """
 
-from collections.abc import Collection
-
 from userspace_proxy.model.endpoint import Address
 
 PROOF_S = 0.1
@@ -30,9 +28,4 @@ class Suspects(dict[Address, tuple[int, float]]):
     def note_answer(self, address: Address, started_at: float) -> None:
         """Note that *address* sent a byte. Clear it of suspicion if that connection began after its last reset."""
         if address in self and self[address][1] <= started_at:
-            del self[address]
-
-    def forget_gone(self, present: Collection[Address]) -> None:
-        """Forget the suspects whose addresses are not in *present*."""
-        for address in [address for address in self if address not in present]:
             del self[address]

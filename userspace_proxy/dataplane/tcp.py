@@ -77,10 +77,8 @@ class TcpListener(BaseListener):
     def update(self, backends: Backends) -> None:
         before, shared = self.picker.endpoints, self.shared
         self.picker.set_endpoints(backends.usable)
-        addresses = shared.memory.addresses()
-        shared.suspects.forget_gone(addresses)
         if shared.lifetimes is not None:
-            shared.lifetimes.on_endpoints(before, addresses, backends)
+            shared.lifetimes.on_endpoints(before, shared.memory.addresses(), backends)
             if backends.usable:
                 shared.lifetimes.release()
 
@@ -150,7 +148,7 @@ class TcpListener(BaseListener):
     def note_reset(self, pick: Pick) -> bool:
         """Note that the endpoint of *pick* has reset a connection before it sent a byte. Return whether to eject it."""
         address = pick.endpoint.address
-        return address in self.picker.endpoints and self.shared.suspects.note_reset(address, self.context.now())
+        return address in self.picker.endpoints and self.suspects.note_reset(address, self.context.now())
 
     def header(self, client: Address, dialled: bytes | None) -> bytes:
         """Return the PROXY protocol header that backends get before the bytes of *client*; b"" for none."""
@@ -293,8 +291,8 @@ class TcpConnection:
             self.count_bytes()
             self.splice = None
             if self._counted[1]:
-                if suspects := listener.shared.suspects:
-                    suspects.note_answer(pick.endpoint.address, self.started_at)
+                if listener.suspects:
+                    listener.suspects.note_answer(pick.endpoint.address, self.started_at)
             elif how is UNANSWERED:
                 counters.unanswered += 1
                 if listener.note_reset(pick):
