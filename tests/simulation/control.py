@@ -85,7 +85,7 @@ class ControlSide:
         self._filter = self._new_filter()
         self._control = self._start()
         check(not await self._control.open(specs), "a listener is refused")
-        check([held.spec for held, _ in self.plane.held()] == list(specs), "listeners differ from those sent")
+        check([held.spec for held in self.plane.listeners.values()] == list(specs), "listeners differ from those sent")
 
     def _start(self) -> LocalPlane | RemotePlane:
         """Return a data plane: in this process, or in a worker."""
@@ -148,7 +148,7 @@ class ControlSide:
             except SyncError:  # another worker gets them
                 check(self.replaced, "endpoints were not sent")
                 return
-            check(backends == {held.name: its for held, its in self.plane.held()}, "endpoints differ from those sent")
+            check(backends == {name: held.backends for name, held in self.plane.listeners.items()}, "endpoints differ from those sent")
 
     def _sync_soon(self) -> None:
         """A verdict has changed."""
@@ -164,7 +164,7 @@ class ControlSide:
 
     def in_force(self, name: ServicePortName) -> set[Address]:
         """Return the endpoints that the data plane has for *name*."""
-        given = next(backends for listener, backends in self.plane.held() if listener.name.service_port == name)
+        given = next(held.backends for listener, held in self.plane.listeners.items() if listener.service_port == name)
         return set() if given is None else {endpoint.address for endpoint in given.usable}
 
     # ---- hand-over
@@ -195,7 +195,7 @@ class ControlSide:
         """Serve in place of the data plane *served*."""
         after = self._start()
         assert isinstance(after, RemotePlane)
-        check([held.spec for held, _ in served.held()] == await after.adopt(lock.listeners), "listeners are lost")
+        check([held.spec for held in served.listeners.values()] == await after.adopt(lock.listeners), "listeners are lost")
         self._check_ejections(self._ejected)
         await answers_to(after.keep_on(lock.name))
         await asyncio.sleep(self.kernel.random.choice(_BOTH_SERVE_S))

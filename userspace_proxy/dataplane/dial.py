@@ -161,9 +161,6 @@ class Dial:
         """Dial the endpoint of *pick*. If it fails at once, continue with the next ones."""
         turns_left = _DIALS_A_TURN
         while pick is not None and turns_left:
-            if self._tried is not None:
-                self._listener.counters.retries += 1
-                pick.counters.retries += 1
             if self._connect(pick):
                 return
             turns_left -= 1
@@ -190,6 +187,9 @@ class Dial:
             under_way = {one.endpoint.address for one in self._open.values()}
             self._tried = {address: again for address, again in tried.items() if not again or address in under_way}
             pick = picker.pick_another(self.client_ip, self._tried, doubtful=True)
+        if pick is not None:
+            self._listener.counters.retries += 1
+            pick.counters.retries += 1
         return pick
 
     def _connect(self, pick: Pick) -> bool:

@@ -82,7 +82,7 @@ class LocalPlane:
         self._tables = KernelTables()
         self._datagrams = DatagramPoller(loop, now, limits.udp_port_rest_s, self._tables.udp_flows, share)
         self._pipes = PipePool()
-        self._listeners: dict[ListenerName, TcpListener | UdpListener] = {}
+        self.listeners: dict[ListenerName, TcpListener | UdpListener] = {}
         self._udp: dict[ListenerName, UdpListener] = {}
         self._waiting: list[TcpListener | UdpListener] = []  # for `begin`
         self._shared: dict[ServicePortName, Shared] = {}
@@ -104,7 +104,7 @@ class LocalPlane:
         self._sweeper = asyncio.create_task(self._sweep(), name="sweep")
 
     def _descriptors_used(self) -> int:
-        return len(self._listeners) + len(self._datagrams) + self._pipes.descriptors
+        return len(self.listeners) + len(self._datagrams) + self._pipes.descriptors
 
     async def open(self, specs: Sequence[ListenerSpec]) -> Mapping[ListenerName, str]:
         refused: dict[ListenerName, str] = {}
@@ -119,7 +119,7 @@ class LocalPlane:
 
     def configure(self, spec: ListenerSpec) -> bool:
         """Give the listener of *spec* its new portals and affinity. Return False if there is no such listener."""
-        listener = self._listeners.get(spec.name)
+        listener = self.listeners.get(spec.name)
         if listener is not None:
             listener.configure(spec)
             _configure_picker(listener.picker, listener.shared.memory, spec.service_port)
@@ -151,7 +151,7 @@ class LocalPlane:
                 self._waiting.append(listener)
             else:
                 listener.begin()
-        self._listeners[name] = listener
+        self.listeners[name] = listener
         self._shared[name.service_port] = shared
         _configure_picker(listener.picker, shared.memory, spec.service_port)
         if backends is not None:
@@ -194,22 +194,17 @@ class LocalPlane:
             self._give(name, given)
 
     def _give(self, name: ListenerName, backends: Backends) -> None:
-        listener = self._listeners.get(name)
+        listener = self.listeners.get(name)
         if listener is not None:
             if backends.usable == backends.serving:
                 backends = Backends(backends.usable, backends.usable)  # a worker decodes them twice
             listener.backends = backends
             listener.update(backends)
 
-    def held(self) -> Iterator[tuple[TcpListener | UdpListener, Backends | None]]:
-        """Yield every listener with its endpoints, for another data plane that takes over."""
-        for listener in self._listeners.values():
-            yield listener, listener.backends
-
     async def retire(self, names: Sequence[ListenerName]) -> None:
         gone = frozenset(names)
         async for name in in_slices(names, self._context.now):
-            listener = self._listeners.pop(name, None)
+            listener = self.listeners.pop(name, None)
             if listener is not None:
                 if (udp := self._udp.pop(name, None)) is not None:
                     udp.close(self._replacement_of(name, gone))
@@ -252,7 +247,7 @@ class LocalPlane:
 
     def take_details(self, request: DetailsRequest) -> Iterator[Details]:
         """Yield the answer to *request*, in parts that take a fraction of a millisecond each."""
-        return collect_details(request, self._listeners, self._context.connections)
+        return collect_details(request, self.listeners, self._context.connections)
 
     def totals(self) -> PlaneStats:
         """Return the counters of the data plane as a whole."""
@@ -281,7 +276,7 @@ class LocalPlane:
     async def stop_accepting(self) -> None:
         """Stop accepting: another data plane accepts at the same sockets."""
         self._waiting = []
-        async for listener in in_slices(list(self._listeners.values()), self._context.now):
+        async for listener in in_slices(list(self.listeners.values()), self._context.now):
             listener.leave()
 
     # ---- handover, which only worker processes support
@@ -309,7 +304,7 @@ class LocalPlane:
             if successors:
                 await self.stop_accepting()
                 await self._linger(min(drain_timeout_s, _UDP_LINGER_S))
-            await self.retire(list(self._listeners))
+            await self.retire(list(self.listeners))
             await self._context.connections.drain(drain_timeout_s)
         finally:
             self._context.connections.cut_all()

@@ -5,7 +5,8 @@ version 2 is binary and also covers datagrams.
 """
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from userspace_proxy.model.endpoint import Address
 from userspace_proxy.model.names import L4Protocol
@@ -23,26 +24,8 @@ def header_v1(client: Address, dialled: Address) -> bytes:
     return f"PROXY TCP{family} {_bare(client[0])} {dialled[0]} {client[1]} {dialled[1]}\r\n".encode()
 
 
-def header_v2(client: Address, dialled: Address) -> bytes:
-    """Return the version 2 header of a TCP connection."""
-    return _version_2(client, dialled, transport=1)
-
-
-def datagram_header_v2(client: Address, dialled: Address) -> bytes:
-    """Return the version 2 header for each datagram of *client*."""
-    return _version_2(client, dialled, transport=2)
-
-
-def header_of(source_ip: SourceIP, protocol: L4Protocol) -> Header | None:
-    """Return the function that makes PROXY headers for *source_ip* and *protocol*, or None if they use no header."""
-    if source_ip is SourceIP.PROXY_PROTOCOL_V2:
-        return datagram_header_v2 if protocol is L4Protocol.UDP else header_v2
-    if source_ip is SourceIP.PROXY_PROTOCOL_V1 and protocol is L4Protocol.TCP:
-        return header_v1
-    return None
-
-
-def _version_2(client: Address, dialled: Address, transport: int) -> bytes:
+def header_v2(client: Address, dialled: Address, transport: int) -> bytes:
+    """Return the version 2 header of a TCP connection, or of each datagram of *client*."""
     family, family_code = (socket.AF_INET6, 2) if ":" in client[0] else (socket.AF_INET, 1)
     addresses = (
         socket.inet_pton(family, _bare(client[0]))
@@ -51,6 +34,19 @@ def _version_2(client: Address, dialled: Address, transport: int) -> bytes:
         + dialled[1].to_bytes(2, "big")
     )
     return _SIGNATURE_AND_PROXY + bytes((family_code << 4 | transport,)) + len(addresses).to_bytes(2, "big") + addresses
+
+
+# Version 2 has numbers for the transports: 1 for a stream, 2 for datagrams.
+_HEADERS: Mapping[tuple[SourceIP, L4Protocol], Header] = {
+    (SourceIP.PROXY_PROTOCOL_V1, L4Protocol.TCP): header_v1,
+    (SourceIP.PROXY_PROTOCOL_V2, L4Protocol.TCP): partial(header_v2, transport=1),
+    (SourceIP.PROXY_PROTOCOL_V2, L4Protocol.UDP): partial(header_v2, transport=2),
+}
+
+
+def header_of(source_ip: SourceIP, protocol: L4Protocol) -> Header | None:
+    """Return the function that makes PROXY headers for *source_ip* and *protocol*, or None if they use no header."""
+    return _HEADERS.get((source_ip, protocol))
 
 
 def _bare(ip: str) -> str:

@@ -29,7 +29,6 @@ from userspace_proxy.model.names import ListenerName, Scope, ServicePortName
 
 # Items per frame: packets wait at most a few milliseconds while the worker applies one.
 _A_FRAME = 32
-_OPENED_A_FRAME = 16
 _DETAILS_A_FRAME = 256
 # A worker that does not read or answer for this time is abandoned at close.
 _SENT_S = 2.0
@@ -92,18 +91,8 @@ class RemotePlane:
         sent = [worker.send(listeners, descriptors) for listeners, descriptors in self._all_of(worker, specs)]
         return _refused(await answers_to(sent))
 
-    def _all_of(self, worker: WorkerProcess, specs: Iterable[ListenerSpec]) -> Iterator[tuple[wire.Open, list[int]]]:
-        def opening(part: list[ListenerSpec]) -> wire.Open:
-            names = [spec.name for spec in part]
-            return wire.Open(
-                part,
-                len(part),
-                [(name, self._backends[name]) for name in names if name in self._backends],
-                [(name, worker.learnt.memory_of(name)) for name in dict.fromkeys(name.service_port for name in names)],
-                waits=self._waits,
-            )
-
-        for request in wire.fitting(list(specs), _OPENED_A_FRAME, opening):
+    def _all_of(self, worker: WorkerProcess, specs: Sequence[ListenerSpec]) -> Iterator[tuple[wire.Open, list[int]]]:
+        for request in wire.openings(specs, self._backends, worker.learnt.memory_of, waits=self._waits):
             yield request, self._descriptors(worker, request.specs)
 
     def keep_on(self, name: socket.socket) -> list[asyncio.Future[wire.Done]]:
@@ -154,7 +143,7 @@ class RemotePlane:
     def inheritance(self) -> Iterator[tuple[Inherit, list[int]]]:
         """Yield the state for a successor, in parts, with descriptors that this process keeps."""
         for worker in self._workers:
-            for listeners, descriptors in self._all_of(worker, self._specs.values()):
+            for listeners, descriptors in self._all_of(worker, list(self._specs.values())):
                 yield Inherit(worker.settings.worker, listeners), descriptors
 
     async def make_way(self, successors: int, since: float) -> Memories:
@@ -202,7 +191,7 @@ class RemotePlane:
     def _send_opened(
         self, worker: WorkerProcess, new: Sequence[ListenerSpec], changed: Sequence[ListenerSpec]
     ) -> Iterator[asyncio.Future[wire.Done]]:
-        for request in wire.fitting(new, _OPENED_A_FRAME, lambda part: wire.Open(part, len(part))):
+        for request in wire.fitting(new, wire.OPENED_A_FRAME, lambda part: wire.Open(part, len(part))):
             yield worker.send(request, self._descriptors(worker, request.specs))
         for request in wire.fitting(changed, _A_FRAME, lambda part: wire.Open(part, 0)):
             yield worker.send(request)

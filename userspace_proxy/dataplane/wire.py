@@ -3,18 +3,18 @@
 Requests are answered in order, so an answer needs no number.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import msgspec
 
 from userspace_proxy.dataplane.begin import ChildSettings
 from userspace_proxy.dataplane.connections import Limits
-from userspace_proxy.dataplane.memory import Memories
+from userspace_proxy.dataplane.memory import Memories, PickerMemory
 from userspace_proxy.model.counters import PlaneStats, ServiceStats
 from userspace_proxy.model.details import Details, DetailsRequest
 from userspace_proxy.model.listeners import Backends, ListenerSpec
-from userspace_proxy.model.names import ListenerName
+from userspace_proxy.model.names import ListenerName, ServicePortName
 
 
 class WorkerSettings(ChildSettings, frozen=True):
@@ -137,6 +137,8 @@ encode = msgspec.msgpack.encode
 
 # Size limit for a message about several items: packets wait while it is decoded.
 FRAME_BYTES = 256 << 10
+# Listeners in a message that opens them: packets wait at most a few milliseconds while a worker applies it.
+OPENED_A_FRAME = 16
 
 Item = TypeVar("Item")
 Message = TypeVar("Message", bound=msgspec.Struct)
@@ -155,3 +157,20 @@ def fitting(items: Sequence[Item], most: int, make: Callable[[list[Item]], Messa
             yield from fitting(part, max(1, len(part) * FRAME_BYTES // size), make)
         else:
             yield message
+
+
+def openings(
+    specs: Sequence[ListenerSpec],
+    backends: Mapping[ListenerName, Backends],
+    memory_of: Callable[[ServicePortName], PickerMemory],
+    *,
+    waits: bool = False,
+) -> Iterator[Open]:
+    """Yield messages that tell another process all it needs to serve *specs*. Their descriptors go with them."""
+
+    def opening(part: list[ListenerSpec]) -> Open:
+        names = [spec.name for spec in part]
+        memories = [(name, memory_of(name)) for name in dict.fromkeys(name.service_port for name in names)]
+        return Open(part, len(part), [(name, backends[name]) for name in names if name in backends], memories, waits)
+
+    return fitting(specs, OPENED_A_FRAME, opening)

@@ -37,11 +37,9 @@ from userspace_proxy.dataplane.plane import LocalPlane
 from userspace_proxy.dataplane.sockets import refusal
 from userspace_proxy.logs import AccessLog, drop_count, log_lines_dropped, recorder
 from userspace_proxy.model.listeners import NO_ROOM
-from userspace_proxy.model.names import ListenerName
 
 # Period of `News`: a dying worker loses at most this much of what its pickers have learnt.
 _NEWS_PERIOD_S = 1.0
-_HANDED_A_FRAME = 16
 # Pause between two requests under traffic: changes of thousands of Services must not occupy a processor.
 _PAUSE_S = 0.001
 
@@ -107,7 +105,7 @@ class Worker:
             member, name = self._member, self._name
             if self._is_replaced:
                 await self._make_room()
-            elif member and name and self._settings.orphan_timeout_s and any(self._plane.held()):
+            elif member and name and self._settings.orphan_timeout_s and self._plane.listeners:
                 await Orphan(self._plane, member, name, self._settings).serve_on()
             else:
                 log.error("the control process is gone: accepting no new connections, draining open ones")
@@ -284,19 +282,12 @@ class Orphan:
         await asyncio.Event().wait()  # the peer waits for the end of this process
 
     def _inheritance(self) -> Iterator[tuple[Inherit, list[int]]]:
-        held = {listener.name: (listener, backends) for listener, backends in self._plane.held()}
-
-        def opening(part: list[ListenerName]) -> wire.Open:
-            return wire.Open(
-                [held[name][0].spec for name in part],
-                len(part),
-                [(name, backends) for name in part if (backends := held[name][1]) is not None],
-                [(name, self._plane.memory_of(name)) for name in dict.fromkeys(name.service_port for name in part)],
-            )
-
-        for listeners in wire.fitting(list(held), _HANDED_A_FRAME, opening):
-            descriptors = [held[spec.name][0].sock.fileno() for spec in listeners.specs]
-            yield Inherit(self._settings.worker, listeners), descriptors
+        listeners = self._plane.listeners
+        specs = [listener.spec for listener in listeners.values()]
+        backends = {name: listener.backends for name, listener in listeners.items() if listener.backends is not None}
+        for opening in wire.openings(specs, backends, self._plane.memory_of):
+            descriptors = [listeners[spec.name].sock.fileno() for spec in opening.specs]
+            yield Inherit(self._settings.worker, opening), descriptors
 
 
 def _let_go_of_pipes() -> None:

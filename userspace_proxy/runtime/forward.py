@@ -241,9 +241,8 @@ class Forwarder:
             await self._warn_if_unreachable(forward)
         while True:
             await asyncio.sleep(_LOOK_S)
-            listeners = {listener.name: listener for listener, _ in self._plane.held()}
             for forward in self._forwards:
-                counts = [listeners[name].counters for name in forward.names.values()]
+                counts = [self._plane.listeners[name].counters for name in forward.names.values()]
                 handled = sum(c.accepted + c.flows_total for c in counts)
                 failed = sum(c.failed for c in counts)
                 for line in _handled(handled - forward.printed, forward.local):

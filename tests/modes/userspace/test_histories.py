@@ -192,7 +192,7 @@ class Run:
             await self.proxier.sync(self.tracker.state())
 
     def held(self) -> Held:
-        listeners = {listener.spec.proxy_port: listener for listener, _ in self.plane.held()}
+        listeners = {listener.spec.proxy_port: listener for listener in self.plane.listeners.values()}
         by_port: dict[int, object] = {port: listener.name for port, listener in listeners.items()}
         redirects = self.kernel.redirects
         by_port |= {0: "dropped", redirects.refuse_port: "refused"}

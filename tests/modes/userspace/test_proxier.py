@@ -65,7 +65,7 @@ async def running(rules: HeldRules, plane: LocalPlane) -> AsyncIterator[Userspac
 
 
 def serving(plane: LocalPlane, of: ServicePort) -> Collection[Endpoint]:
-    (found,) = [listener.picker.endpoints for listener, _ in plane.held() if listener.name.service_port == of.name]
+    (found,) = [listener.picker.endpoints for name, listener in plane.listeners.items() if name.service_port == of.name]
     return found.values()
 
 
