@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from userspace_proxy.dataplane.channel import LOST, Channel, close_descriptors
+from userspace_proxy.dataplane.channel import FRAME_MAX_BYTES, LOST, Channel, close_descriptors
 
 
 @pytest.fixture
@@ -101,14 +101,14 @@ async def test_a_frame_of_what_cannot_be_split_may_be_large() -> None:
 async def test_a_frame_larger_than_allowed_ends_the_conversation() -> None:
     ours, theirs = socket.socketpair()
     closed = asyncio.Event()
-    channel = Channel(ours, lambda *_: None, closed.set, frame_max_bytes=10)
+    channel = Channel(ours, lambda *_: None, closed.set)
     with theirs:
-        theirs.sendall(struct.pack("=IH", 11, 0))
+        theirs.sendall(struct.pack("=IH", FRAME_MAX_BYTES + 1, 0))
 
         async with asyncio.timeout(20):
             await closed.wait()
 
-    assert "11 bytes" in channel.broken
+    assert f"{FRAME_MAX_BYTES + 1} bytes" in channel.broken
 
 
 async def test_a_descriptor_that_came_is_not_left_to_the_next_program() -> None:

@@ -132,12 +132,13 @@ class World:
     def __init__(self, *fates: Fate, affinity_timeout_s: int | None = None) -> None:
         self.endpoints = [Endpoint(f"10.0.{n // 250}.{n % 250 + 1}", 80) for n in range(len(fates))]
         self.network = Network({e.address: fate for e, fate in zip(self.endpoints, fates, strict=True)})
-        self.memory = Memory(self.network.time, affinity_timeout_s)
+        self.memory = Memory(self.network.time)
         network: Any = self.network
         context: Any = SimpleNamespace(  # the parts of a `PlaneContext` that dials use
             poller=network, loop=network, connections=network, deadlines=deadlines(network), limits=Limits()
         )
-        spec = ListenerSpec(ServicePort(NAME, 80, ("10.96.0.1",)), 10_001)
+        service_port = ServicePort(NAME, 80, ("10.96.0.1",), affinity_timeout_s=affinity_timeout_s)
+        spec = ListenerSpec(service_port, 10_001)
         self.listener = BaseListener(spec, network, context, Shared(self.memory))
         self.picker = self.listener.picker
         self.picker.set_endpoints(self.endpoints)

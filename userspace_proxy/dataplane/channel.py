@@ -43,13 +43,11 @@ class Channel:
         sock: socket.socket,
         on_frame: Callable[[bytes, list[int]], None],
         on_close: Callable[[], None],
-        frame_max_bytes: int = FRAME_MAX_BYTES,
     ) -> None:
         sock.setblocking(False)
         self.sock = sock
         self._on_frame = on_frame
         self._on_close = on_close
-        self._frame_max_bytes = frame_max_bytes
         self.broken = ""
         self._loop = asyncio.get_running_loop()
         self._received = bytearray()
@@ -131,8 +129,8 @@ class Channel:
         if len(self._received) < _HEADER.size:
             return False
         length, count = _HEADER.unpack_from(self._received)
-        if length > self._frame_max_bytes:
-            self.break_off(f"a frame has {length} bytes, more than {self._frame_max_bytes}")
+        if length > FRAME_MAX_BYTES:
+            self.break_off(f"a frame has {length} bytes, more than {FRAME_MAX_BYTES}")
             return False
         end = _HEADER.size + length
         if len(self._received) < end:

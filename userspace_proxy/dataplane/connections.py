@@ -14,6 +14,7 @@ import logging
 import os
 import resource
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -78,7 +79,7 @@ class Connections:
     _descriptors_used: Callable[[], int]
     _shed: Callable[[], None] = lambda: None
     _open: dict[TcpConnection, _Silence | None] = field(default_factory=dict)  # None: not visited yet
-    _open_by_client: dict[bytes, int] = field(default_factory=dict)  # empty if clients have no limit
+    _open_by_client: Counter[bytes] = field(default_factory=Counter)  # empty if clients have no limit
     races: int = 0  # second dials of a connection that is already being dialled
     _round: list[TcpConnection] = field(default_factory=list)
     _part: int = 1
@@ -100,8 +101,11 @@ class Connections:
 
     def add(self, connection: TcpConnection) -> bool:
         """Add *connection*. Return False if its client has reached its limit."""
-        if self._limits.connections_per_client and not self._admit(connection.client[0]):
-            return False
+        if self._limits.connections_per_client:
+            client = _client_key(connection.client[0])
+            if self._open_by_client[client] >= self._limits.connections_per_client:
+                return False
+            self._open_by_client[client] += 1
         self._open[connection] = None
         return True
 
@@ -109,23 +113,12 @@ class Connections:
         """Remove *connection*, which `add` accepted."""
         del self._open[connection]
         if self._limits.connections_per_client:
-            self._dismiss(connection.client[0])
+            client = _client_key(connection.client[0])
+            self._open_by_client[client] -= 1
+            if not self._open_by_client[client]:
+                del self._open_by_client[client]
         if not self._open:
             self._empty.set()
-
-    def _admit(self, client_ip: str) -> bool:
-        client = _client_key(client_ip)
-        count = self._open_by_client.get(client, 0)
-        if count >= self._limits.connections_per_client:
-            return False
-        self._open_by_client[client] = count + 1
-        return True
-
-    def _dismiss(self, client_ip: str) -> None:
-        client = _client_key(client_ip)
-        self._open_by_client[client] -= 1
-        if not self._open_by_client[client]:
-            del self._open_by_client[client]
 
     # ---- room
 
@@ -250,9 +243,8 @@ class Connections:
         if self._open:
             self._empty.clear()
             log.info("draining %d connections for up to %.3g s", len(self._open), timeout_s)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                if self._open:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
                     await self._empty.wait()
         self.cut_all()
 

@@ -26,7 +26,6 @@ and connections wait in the sockets.
 import asyncio
 import contextlib
 import itertools
-import os
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +37,7 @@ from userspace_proxy.dataplane import wire
 from userspace_proxy.dataplane.channel import DESCRIPTORS_A_FRAME, LOST, Channel, close_descriptors
 from userspace_proxy.dataplane.memory import Memories
 from userspace_proxy.dataplane.rendezvous import Call, answer, heard
+from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import DataPlane
 from userspace_proxy.model.listeners import ListenerSpec
 
@@ -178,8 +178,7 @@ class Conversation:
         self._channel.close()
         while not self._received.empty():
             if received := self._received.get_nowait():
-                for descriptor in received[1]:
-                    os.close(descriptor)
+                close_descriptors(received[1])
 
 
 def understands(other: Present | TakeOver) -> bool:
@@ -190,8 +189,8 @@ def understands(other: Present | TakeOver) -> bool:
 class HandoverPlane(DataPlane, Protocol):
     """A data plane, and what a hand-over needs of it.
 
-    Only listeners in worker processes can be handed over and outlive this process. The in-process plane answers that
-    it cannot.
+    Only listeners in worker processes can be handed over and outlive this process. The defaults are those of a plane
+    that cannot.
     """
 
     @property
@@ -200,14 +199,13 @@ class HandoverPlane(DataPlane, Protocol):
 
         If there is an obstacle, `adopt` raises, `inheritance` yields nothing, and `keep_on` and `leave` do nothing.
         """
-        ...
 
     def keep_on(self, name: socket.socket) -> Sequence[asyncio.Future[wire.Done]]:
         """Prepare the workers to serve without this process, until a successor finds them by *name*.
 
         Each returned future ends when its worker is ready to do so.
         """
-        ...
+        return ()
 
     async def adopt(self, inherited: Iterable[tuple[Inherit, list[socket.socket]]]) -> list[ListenerSpec]:
         """Take over the listeners of another process and serve them as it did; return them.
@@ -217,30 +215,27 @@ class HandoverPlane(DataPlane, Protocol):
         Raises:
             OSError, SyncError: the listeners cannot be taken over.
         """
-        ...
+        raise SyncError(self.handover_obstacle)
 
     async def begin(self, memory: Memories) -> None:
         """Begin to read from adopted listeners that wait: the predecessor has stopped.
 
         *memory*: what `make_way` of the predecessor has returned.
         """
-        ...
 
     def inheritance(self) -> Iterator[tuple[Inherit, list[int]]]:
         """Yield the state for a successor, in parts, with descriptors that this process keeps."""
-        ...
+        return iter(())
 
     async def make_way(self, successors: int, since: float) -> Memories:
         """Stop accepting at the sockets of the first *successors* workers; return the pins set *since* (monotonic)."""
-        ...
+        return []
 
     def leave(self) -> None:
         """Leave the workers to serve alone, if `keep_on` was called."""
-        ...
 
     async def close(self, drain_timeout_s: float, *, successors: int = 0) -> None:
         """Close as `DataPlane.close` does. *successors*: the number of workers that already accept at these sockets."""
-        ...
 
 
 @dataclass(eq=False)
@@ -278,8 +273,7 @@ class Incumbent:
         try:
             conversation.send(self._present)
             asked, descriptors = await conversation.receive(timeout_s=60)
-            for descriptor in descriptors:  # none are expected
-                os.close(descriptor)
+            close_descriptors(descriptors)  # none are expected
             await self._serve(asked, conversation)
             await conversation.sent()
         except (OSError, TimeoutError):  # the successor is gone, or is another program
@@ -351,7 +345,5 @@ def expect(received: tuple[Message, list[int]], kind: type[Received]) -> Receive
     message, descriptors = received
     if isinstance(message, kind):
         return message
-    for descriptor in descriptors:
-        with contextlib.suppress(OSError):
-            os.close(descriptor)
+    close_descriptors(descriptors)
     raise ConnectionError(message.reason if isinstance(message, Refused) else f"it said {type(message).__name__}")

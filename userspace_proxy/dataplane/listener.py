@@ -36,9 +36,12 @@ class BaseListener:
         return self.spec.name
 
     def configure(self, spec: ListenerSpec) -> None:
-        """Apply new portals, source IP and connection policy. The proxy port stays."""
-        self.spec = spec
-        self._header_of = header_of(spec.service_port.source_ip, spec.name.protocol)
+        """Apply new portals, affinity, balancing, source IP and connection policy. The proxy port stays."""
+        self.spec, service_port = spec, spec.service_port
+        self._header_of = header_of(service_port.source_ip, spec.name.protocol)
+        self.shared.memory.set_affinity(service_port.affinity_timeout_s)
+        self.shared.memory.set_slow_start(service_port.slow_start_s)
+        self.picker.balance(service_port.balance, service_port.weights)
 
     def seen_client(self, client_ip: str, endpoint: Endpoint) -> str:
         """Return *client_ip* if *endpoint* sees it, "" if it sees this node's address."""

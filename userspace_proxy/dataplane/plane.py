@@ -1,13 +1,10 @@
 """The data plane in this process: listeners by name, and the objects that they share."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence, Set
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence, Set
 
 from userspace_proxy.dataplane.connections import Connections, Limits, raise_descriptor_limit, require_room
 from userspace_proxy.dataplane.conntrack_lookup import KernelTables
@@ -16,9 +13,9 @@ from userspace_proxy.dataplane.datagrams import DatagramPoller
 from userspace_proxy.dataplane.details import collect_details
 from userspace_proxy.dataplane.dial import deadlines
 from userspace_proxy.dataplane.groups import open_group
+from userspace_proxy.dataplane.handover import HandoverPlane
 from userspace_proxy.dataplane.lifetimes import Keeper
 from userspace_proxy.dataplane.memory import Memories, Memory, PickerMemory
-from userspace_proxy.dataplane.picker import Picker
 from userspace_proxy.dataplane.pipes import PipePool
 from userspace_proxy.dataplane.poller import Poller
 from userspace_proxy.dataplane.slices import in_slices
@@ -28,17 +25,11 @@ from userspace_proxy.dataplane.splice.pipe import PipeSplicer
 from userspace_proxy.dataplane.stats import add_up
 from userspace_proxy.dataplane.tcp import TcpListener
 from userspace_proxy.dataplane.udp import UdpListener
-from userspace_proxy.errors import SyncError
 from userspace_proxy.interfaces import Splicer
 from userspace_proxy.model.counters import PlaneStats, ServiceStats
 from userspace_proxy.model.details import Details, DetailsRequest, merge
 from userspace_proxy.model.listeners import Backends, ListenerSpec
 from userspace_proxy.model.names import L4Protocol, ListenerName, Scope, ServicePortName
-from userspace_proxy.model.service import ServicePort
-
-if TYPE_CHECKING:
-    from userspace_proxy.dataplane import wire
-    from userspace_proxy.dataplane.handover import Inherit
 
 _SERVICE_PORTS_A_STEP = 256
 # How long a predecessor waits for replies to datagrams that it has forwarded.
@@ -49,13 +40,13 @@ _LINGER_POLL_S = 0.1
 # Splice engines, by their names in `--splice`.
 SPLICERS: dict[str, Callable[[Poller, asyncio.AbstractEventLoop, PipePool], Splicer]] = {
     "auto": PipeSplicer,
-    "copy": lambda poller, loop, _: CopySplicer(poller, loop),
+    "copy": CopySplicer,
 }
 
 log = logging.getLogger(__name__)
 
 
-class LocalPlane:
+class LocalPlane(HandoverPlane):
     """A DataPlane with its sockets in this process. Create it inside the running event loop."""
 
     # Always "": code that could report a hang would hang with it.
@@ -122,7 +113,6 @@ class LocalPlane:
         listener = self.listeners.get(spec.name)
         if listener is not None:
             listener.configure(spec)
-            _configure_picker(listener.picker, listener.shared.memory, spec.service_port)
         return listener is not None
 
     def serve(
@@ -153,7 +143,6 @@ class LocalPlane:
                 listener.begin()
         self.listeners[name] = listener
         self._shared[name.service_port] = shared
-        _configure_picker(listener.picker, shared.memory, spec.service_port)
         if backends is not None:
             self._give(name, backends)
         if memory is not None:
@@ -279,24 +268,7 @@ class LocalPlane:
         async for listener in in_slices(list(self.listeners.values()), self._context.now):
             listener.leave()
 
-    # ---- handover, which only worker processes support
-
     handover_obstacle = "it has no workers (--workers 0)"
-
-    def keep_on(self, name: socket.socket) -> Sequence[asyncio.Future[wire.Done]]:
-        return ()
-
-    async def adopt(self, inherited: Iterable[tuple[Inherit, list[socket.socket]]]) -> list[ListenerSpec]:
-        raise SyncError(self.handover_obstacle)
-
-    def inheritance(self) -> Iterator[tuple[Inherit, list[int]]]:
-        return iter(())
-
-    async def make_way(self, successors: int, since: float) -> Memories:
-        return []
-
-    def leave(self) -> None:
-        pass
 
     async def close(self, drain_timeout_s: float, *, successors: int = 0) -> None:
         """Drain and stop. With *successors*, another data plane already accepts at the same sockets."""
@@ -341,9 +313,3 @@ class LocalPlane:
 def needs_last_state(spec: ListenerSpec) -> bool:
     """Return whether the listener needs what its predecessor has learnt until the end: local ports or pins."""
     return spec.name.protocol is L4Protocol.UDP or spec.service_port.affinity_timeout_s is not None
-
-
-def _configure_picker(picker: Picker, memory: Memory, service_port: ServicePort) -> None:
-    memory.set_affinity(service_port.affinity_timeout_s)
-    memory.set_slow_start(service_port.slow_start_s)
-    picker.balance(service_port.balance, service_port.weights)

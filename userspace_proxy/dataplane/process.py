@@ -28,10 +28,6 @@ class Learnt:
         self._pins: dict[ServicePortName, dict[str, Pin]] = {}
         self._ejected: dict[ServicePortName, list[tuple[Address, int, float]]] = {}
 
-    @property
-    def pins(self) -> int:
-        return sum(map(len, self._pins.values()))
-
     def note(self, name: ServicePortName, memory: PickerMemory) -> None:
         self._ejected[name] = memory.ejected
         pins = self._pins.setdefault(name, {})

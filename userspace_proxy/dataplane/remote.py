@@ -72,11 +72,6 @@ class RemotePlane:
     def unserved(self) -> Mapping[ListenerName, str]:
         return {name: why for worker in self._workers for name, why in worker.unserved.items()}
 
-    @property
-    def kept_pins(self) -> int:
-        """The number of pins that survive if a worker dies now."""
-        return sum(worker.learnt.pins for worker in self._workers)
-
     # ---- state that outlives a process
 
     handover_obstacle = ""
