@@ -62,7 +62,6 @@ class DialingConnection(Protocol):
 
     def on_connected(self, backend: SocketType, pick: Pick, events: int) -> None:
         """Take over *backend*, which the poller watches. *events*: those that its handler has already received."""
-        ...
 
     def on_failed(self, reason: str) -> None: ...
 

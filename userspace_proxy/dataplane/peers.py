@@ -8,16 +8,37 @@ kernel's TCP_INFO is read instead.
 import socket
 import struct
 from enum import Enum
+from socket import SocketType
+from typing import NamedTuple
 
-# struct tcp_info (linux/tcp.h): eight bytes of state, then 32-bit fields.
-_BYTES = 148
-_RETRANSMITS, _PROBES = 2, 3
-_UNACKED_AND_LAST_ACK_RECV = struct.Struct("=I28xI")
 _ESTABLISHED = 1  # linux/net/tcp_states.h
-_UNACKED_AT = 24
-_SENT_AND_RECEIVED_MS = struct.Struct("=I4xI")
-_LAST_DATA_AT = 44
-_UNSENT_AT = 144
+# struct tcp_info (linux/tcp.h): the fields of `_TcpInfo`, and other ones between them.
+_TCP_INFO = struct.Struct("=2xBB20xI16xI4xII84xI")
+
+
+class _TcpInfo(NamedTuple):
+    """The kernel's view of one socket's peer. Times are milliseconds ago."""
+
+    retransmits: int
+    probes: int
+    unacknowledged: int
+    sent_ms: int
+    received_ms: int
+    acknowledged_ms: int
+    unsent_bytes: int
+
+    @property
+    def owes_data(self) -> bool:
+        """Whether the peer has not acknowledged all data."""
+        return bool(self.unacknowledged or self.unsent_bytes)
+
+
+def _tcp_info(sock: SocketType) -> _TcpInfo | None:
+    """Return the kernel's view of the peer of *sock*, or None if the connection is gone."""
+    try:
+        return _TcpInfo._make(_TCP_INFO.unpack(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)))
+    except (OSError, struct.error):  # struct.error: an old kernel, which has fewer fields
+        return None
 
 
 class PeerAnswer(Enum):
@@ -32,7 +53,7 @@ class PeerAnswer(Enum):
     NONE = "none"
 
 
-def has_left(sock: socket.SocketType) -> bool:
+def has_left(sock: SocketType) -> bool:
     """Return whether the peer of *sock* has ended or reset the connection."""
     try:
         return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != _ESTABLISHED
@@ -40,43 +61,30 @@ def has_left(sock: socket.SocketType) -> bool:
         return True
 
 
-def silence(client: socket.SocketType, backend: socket.SocketType) -> tuple[float, bool]:
+def silence(client: SocketType, backend: SocketType) -> tuple[float, bool]:
     """Return for how many seconds no data has passed between both peers, and whether the client has spoken last.
 
     The time is 0.0 while a peer has not acknowledged all data. The kernel's clock has steps of some milliseconds; if
     both have spoken in the same step, the backend counts as the last.
     """
-    silences = []
-    for sock in (client, backend):
-        try:
-            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES)
-        except OSError:
-            return 0.0, False
-        (unacked,) = struct.unpack_from("=I", info, _UNACKED_AT)
-        (unsent,) = struct.unpack_from("=I", info, _UNSENT_AT)
-        if unacked or unsent:
-            return 0.0, False
-        silences.append(_SENT_AND_RECEIVED_MS.unpack_from(info, _LAST_DATA_AT))
-    (to_client, from_client), (to_backend, from_backend) = silences
-    is_asked = from_client < from_backend or to_backend < to_client
-    return min(to_client, from_client, to_backend, from_backend) / 1000, is_asked
+    of_client, of_backend = _tcp_info(client), _tcp_info(backend)
+    if of_client is None or of_backend is None or of_client.owes_data or of_backend.owes_data:
+        return 0.0, False
+    is_asked = of_client.received_ms < of_backend.received_ms or of_backend.sent_ms < of_client.sent_ms
+    silent_ms = min(of_client.sent_ms, of_client.received_ms, of_backend.sent_ms, of_backend.received_ms)
+    return silent_ms / 1000, is_asked
 
 
-def last_answer(sock: socket.SocketType, waiting_s: float) -> PeerAnswer:
+def last_answer(sock: SocketType, waiting_s: float) -> PeerAnswer:
     """Return NONE if the peer of *sock* owes an answer and has sent none for *waiting_s* seconds.
 
     A peer owes an answer to a retransmission or to a probe of its closed window. If all data is acknowledged, the
     result is NOTHING_ASKED; in all other cases it is SOME.
     """
-    try:
-        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES)
-    except OSError:
+    info = _tcp_info(sock)
+    if info is None:
         return PeerAnswer.SOME
-    if len(info) < _BYTES:
-        return PeerAnswer.SOME
-    unacked, last_ack_ms = _UNACKED_AND_LAST_ACK_RECV.unpack_from(info, _UNACKED_AT)
-    (unsent,) = struct.unpack_from("=I", info, _UNSENT_AT)
-    if not (unacked or unsent or info[_PROBES]):
+    if not (info.owes_data or info.probes):
         return PeerAnswer.NOTHING_ASKED
-    asks = (unacked and info[_RETRANSMITS]) or info[_PROBES]
-    return PeerAnswer.NONE if asks and last_ack_ms >= waiting_s * 1000 else PeerAnswer.SOME
+    asks = (info.unacknowledged and info.retransmits) or info.probes
+    return PeerAnswer.NONE if asks and info.acknowledged_ms >= waiting_s * 1000 else PeerAnswer.SOME

@@ -53,23 +53,18 @@ class Balancer(Protocol):
     @property
     def why(self) -> str:
         """The name of the algorithm, which the access log shows as the reason for a choice."""
-        ...
 
     def replace(self, members: Sequence[Member]) -> None:
         """Replace the endpoints. Those that stay keep their order; new ones come last."""
-        ...
 
     def pick(self, client_ip: str) -> int:
         """Return the index of the endpoint for a new connection. There is at least one, and any may be chosen."""
-        ...
 
     def pick_among(self, client_ip: str, candidates: Candidates) -> int:
         """Return the index of the endpoint for a new connection, one of *candidates*."""
-        ...
 
     def odds(self, client_ip: str, candidates: Candidates) -> Mapping[int, float]:
         """Return the probability of each index that `pick_among` may return now. Nothing changes."""
-        ...
 
 
 def indexes(bits: int) -> Iterator[int]:
