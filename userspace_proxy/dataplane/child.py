@@ -47,8 +47,6 @@ class ChildProcess(Generic[A]):
         self._replaced: list[subprocess.Popen[bytes]] = []  # replaced processes that have not exited yet
         self._closing = False
         self._respawn: asyncio.Task[None] | None = None
-        self._watchdog = Watchdog()
-        self._owes_ping = False
         self._watch: asyncio.Task[None] | None = None
 
     async def replay(self) -> None:

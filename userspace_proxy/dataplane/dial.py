@@ -159,7 +159,7 @@ class Dial:
     def _dial(self, pick: Pick | None) -> None:
         """Dial the endpoint of *pick*. If it fails at once, continue with the next ones."""
         turns_left = _DIALS_A_TURN
-        while pick is not None and turns_left:
+        while pick is not None:
             if self._connect(pick):
                 return
             turns_left -= 1
@@ -244,13 +244,14 @@ class Dial:
             if events & _SPOKE:
                 self._win(sock, pick, events | self._proving[sock])
         elif events & WRITE:
+            code = 0
             if is_self_connected(sock, pick.endpoint.address):
-                self._fail(sock, errno.ECONNREFUSED)
-                return
-            if self._header and (code := self._send_header(sock)):
+                code = errno.ECONNREFUSED
+            elif self._header:
+                code = self._send_header(sock)
+            if code:
                 self._fail(sock, code)
-                return
-            if pick.endpoint.address in self._listener.suspects and not events & _SPOKE:
+            elif pick.endpoint.address in self._listener.suspects and not events & _SPOKE:
                 self._let_prove(sock, events)
             else:
                 self._win(sock, pick, events)

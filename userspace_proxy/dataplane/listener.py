@@ -45,7 +45,8 @@ class BaseListener:
 
     def seen_client(self, client_ip: str, endpoint: Endpoint) -> str:
         """Return *client_ip* if *endpoint* sees it, "" if it sees this node's address."""
-        return "" if self.transparent is None else self.transparent.name_for(client_ip, endpoint.ip)
+        is_seen = self.transparent is not None and self.transparent.concerns(client_ip, endpoint.ip)
+        return client_ip if is_seen else ""
 
     def hold_against(self, pick: Pick, client_ip: str, why: str) -> bool:
         """Count a failure of *pick*'s endpoint towards its ejection. Return whether this ejects it for all clients."""

@@ -104,12 +104,9 @@ class _Family:
         if not self._picks:
             return None
         now = memory.now()
-        index_of = self.index()
-        if not tried and memory.ejected:
-            trial = self._trial(now, memory.refused.get(client_ip, ()))
-            if trial is not None:
-                its_turn = self._balancer.pick_among(client_ip, Candidates(1 << index_of[trial]))
-                return self._picks[its_turn]._replace(why="trial")
+        self.index()
+        if not tried and memory.ejected and (trial := self._trial(client_ip, now)) is not None:
+            return trial
         bits, failed, why = self._without_failures(client_ip, tried, now), len(tried), "failover" if tried else ""
         if not bits and doubtful:
             bits, failed, why = self._without((1 << len(self._picks)) - 1, tried), 0, "last resort"
@@ -155,8 +152,8 @@ class _Family:
                 endpoints &= ~(1 << at)
         return endpoints
 
-    def _trial(self, now: float, refused: Collection[Address]) -> Address | None:
-        """Return the ejected endpoint that has been due longest for a trial, or None; never one of *refused*."""
+    def _trial(self, client_ip: str, now: float) -> Pick | None:
+        """Return the ejected endpoint that has been due longest for a trial, or None if *client_ip* may not try it."""
         due = self._due
         while due and due[0][0] <= now:
             at, address = due[0]
@@ -168,11 +165,12 @@ class _Family:
             if at < due_at:  # another listener, or a pinned client, has had a trial
                 self._postpone(address, due_at)
                 continue
-            if address in refused:
+            if address in self._memory.refused.get(client_ip, ()):
                 return None
             ejection.trial_until = now + TRIAL_S
             self._postpone(address, ejection.trial_until)
-            return address
+            its_turn = self._balancer.pick_among(client_ip, Candidates(1 << self.index()[address]))
+            return self._picks[its_turn]._replace(why="trial")
         return None
 
     def _postpone(self, address: Address, at: float) -> None:

@@ -8,6 +8,7 @@ clients in the accept queue notice nothing. A successor of the control process g
 import asyncio
 import contextlib
 import socket
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from userspace_proxy.dataplane.groups import close_group, fit_group, open_group
 from userspace_proxy.dataplane.handover import Inherit
 from userspace_proxy.dataplane.memory import Memories
 from userspace_proxy.dataplane.process import WorkerProcess, answers_to
+from userspace_proxy.dataplane.slices import in_slices
 from userspace_proxy.dataplane.sockets import refusal, reserve_refusing_port
 from userspace_proxy.dataplane.stats import add_up, sum_of
 from userspace_proxy.errors import SyncError
@@ -161,7 +163,7 @@ class RemotePlane:
     async def open(self, specs: Sequence[ListenerSpec]) -> Mapping[ListenerName, str]:
         refused: dict[ListenerName, str] = {}
         new, changed = [], []
-        for count, spec in enumerate(specs, 1):
+        async for spec in in_slices(specs, time.monotonic):
             if spec.name in self._sockets:
                 changed.append(spec)
                 continue
@@ -171,8 +173,6 @@ class RemotePlane:
                 new.append(spec)
             except OSError as error:
                 refused[spec.name] = refusal(spec.proxy_port, error)
-            if not count % _A_FRAME:
-                await asyncio.sleep(0)
         self._specs.update({spec.name: spec for spec in (*new, *changed)})
         sent = [answer for worker in self._workers for answer in self._send_opened(worker, new, changed)]
         # A worker that has ended refuses no listener: its replacement gets all of them.

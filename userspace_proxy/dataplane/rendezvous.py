@@ -144,10 +144,15 @@ def heard(member: socket.socket) -> Iterator[Call]:
             if error.errno == errno.ENOBUFS:  # some calls are lost; callers repeat them
                 continue
             return
-        for kind, body in messages(datagram) if sender else ():  # a message without a sender is from the kernel
-            if kind == _NOOP:
-                with contextlib.suppress(msgspec.DecodeError):
-                    yield _calls.decode(body)
+        if sender:  # otherwise it is a message from the kernel
+            yield from _calls_in(datagram)
+
+
+def _calls_in(datagram: bytes) -> Iterator[Call]:
+    for kind, body in messages(datagram):
+        if kind == _NOOP:
+            with contextlib.suppress(msgspec.DecodeError):
+                yield _calls.decode(body)
 
 
 async def answer(call: Call) -> socket.socket:

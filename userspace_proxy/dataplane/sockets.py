@@ -226,12 +226,10 @@ def _control_congestion(sock: SocketType, name: str) -> None:
 
 def knows_congestion_control(name: str) -> bool:
     """Return whether this host has the congestion control *name* and lets this process use it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
-        try:
-            _control_congestion(sock, name)
-        except OSError:
-            return False
-    return True
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock, contextlib.suppress(OSError):
+        _control_congestion(sock, name)
+        return True
+    return False
 
 
 def stream_socket(address: Address, congestion_control: str = "") -> SocketType:

@@ -64,10 +64,7 @@ class TcpListener(BaseListener):
         self._dialled = packed(spec.at, spec.proxy_port) if spec.at else None
         if self._dialled:
             self._portals = {self._dialled: Portal(spec.at, spec.proxy_port, spec.name.protocol)}
-        self._set_policy(spec.service_port.connections)
-
-    def _set_policy(self, policy: ConnectionPolicy) -> None:
-        shared, context = self.shared, self.context
+        policy, shared, context = spec.service_port.connections, self.shared, self.context
         if shared.lifetimes is None and policy != ConnectionPolicy():
             open_now = (connection for connection in context.connections if connection.listener.shared is shared)
             shared.lifetimes = Lifetimes(context.keeper, context.poller, self.counters, open_now)

@@ -36,10 +36,6 @@ class Transparent:
         """
         return client_ip != backend_ip and not any(map(self._tables.is_local, (client_ip, backend_ip)))
 
-    def name_for(self, client_ip: str, backend_ip: str) -> str:
-        """Return the client's address if the backend sees it, "" if the backend sees this node's."""
-        return client_ip if self.concerns(client_ip, backend_ip) else ""
-
     def speak_as(self, sock: SocketType, client_ip: str, port: int = 0) -> None:
         """Bind *sock*, not connected yet, to the client's address; without *port*, connect() chooses one.
 

@@ -42,7 +42,6 @@ class Watchdog:
     """Decides whether one worker hangs, from regular looks at its activity since its last answer."""
 
     def __init__(self) -> None:
-        self._has_answered = False
         self.note_answer()
         self._has_answered = False  # a new worker first loads its modules, perhaps from a slow disk
 
