@@ -212,14 +212,14 @@ class Splicer(Protocol):
         client: SocketType,
         backend: SocketType,
         on_end: Callable[[str], None],
-        events: int | None = None,
+        events: int,
         on_unused: OnUnused | None = None,
         unsent: bytes = b"",
     ) -> Splice:
         """Take ownership of both sockets; when the connection ends, close them and call *on_end* once.
 
-        *on_end* gets how it ended, and is never called before this returns. *events*: the poller already watches the
-        backend's socket, and these events of it were delivered to its handler before. The sockets may be blocking.
+        *on_end* gets how it ended, and is never called before this returns. The poller already watches the backend's
+        socket; *events* are those that were delivered to its handler before. The sockets may be blocking.
         *on_unused* is called instead of *on_end* if the backend's connection breaks while the client is open and no
         byte has passed. The client's socket is then the caller's again, muted in the poller.
         *unsent*: bytes of the client that the backend gets first.

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 
 from tests.ends import End, tcp_pair, until
 from userspace_proxy.dataplane.pipes import PipePool
-from userspace_proxy.dataplane.poller import Poller
+from userspace_proxy.dataplane.poller import WRITE, Poller
 from userspace_proxy.dataplane.splice.copy import CopySplicer
 from userspace_proxy.dataplane.splice.pipe import PipeSplicer
 from userspace_proxy.interfaces import OnUnused, Splice, Splicer
@@ -54,6 +54,7 @@ class Spliced:
 
     def __init__(
         self,
+        poller: Poller,
         splicer: Splicer,
         client_buffer_bytes: int | None,
         backend_buffer_bytes: int | None,
@@ -65,11 +66,15 @@ class Spliced:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)  # as listeners and dials have it
         self.client, self.backend = End(client), End(backend)
         self.endings: list[str] = []
-        self._splicer = splicer
+        self._poller, self._splicer = poller, splicer
         self._splice: Splice | None = None
 
     def start(self, on_unused: OnUnused | None = None, events: int | None = None) -> None:
+        """Let the engine take over. *events*: those of the backend's socket, if the poller watches it already."""
         ends = self.client_socket, self.backend_socket
+        if events is None:
+            self._poller.watch(self.backend_socket, lambda _: None)
+            events = WRITE
         self._splice = self._splicer.start(*ends, self.endings.append, events, on_unused)
 
     @property
@@ -118,7 +123,7 @@ class Workshop:
         family: socket.AddressFamily = socket.AF_INET,
         start: bool = True,
     ) -> Spliced:
-        made = Spliced(self.splicer, client_buffer_bytes or buffer_bytes, buffer_bytes, family)
+        made = Spliced(self.poller, self.splicer, client_buffer_bytes or buffer_bytes, buffer_bytes, family)
         self._made.append(made)
         if start:
             made.start()

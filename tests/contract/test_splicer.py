@@ -594,7 +594,7 @@ async def test_no_descriptor_is_left_however_connections_end(shop: Workshop) -> 
     before = open_descriptors()
 
     async def live_and_end(how: str) -> None:
-        spliced = Spliced(shop.splicer, None, None)
+        spliced = Spliced(shop.poller, shop.splicer, None, None)
         spliced.start()
         await spliced.client.send(b"x")
         await spliced.backend.receive(1)

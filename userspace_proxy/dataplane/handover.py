@@ -233,6 +233,7 @@ class HandoverPlane(DataPlane, Protocol):
 
     def leave(self) -> None:
         """Leave the workers to serve alone, if `keep_on` was called."""
+        return
 
     async def close(self, drain_timeout_s: float, *, successors: int = 0) -> None:
         """Close as `DataPlane.close` does. *successors*: the number of workers that already accept at these sockets."""

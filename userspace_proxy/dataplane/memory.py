@@ -119,8 +119,8 @@ class Memory:
 
     def _forget_gone(self) -> None:
         present = self.addresses()
-        states: tuple[dict[Address, Any], ...]
-        states = self.ejected, self.starting, self.suspects, self._overtaken, self.last_failures
+        states: list[dict[Address, Any]]
+        states = [self.ejected, self.starting, self.suspects, self._overtaken, self.last_failures]
         for of_addresses in filter(None, states):
             for address in [address for address in of_addresses if address not in present]:
                 del of_addresses[address]

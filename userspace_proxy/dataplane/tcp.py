@@ -5,7 +5,6 @@ endpoint, and a slow backend pushes back on the client through the kernel.
 """
 
 import errno
-import logging
 import os
 import socket
 from collections.abc import Collection
@@ -40,8 +39,6 @@ ACCEPTS_A_TURN = 32
 # they are reset: one of them may belong to a loop through the proxy that all these connections are part of.
 CROWDED_S = 5.0
 _CROWDED_RETRY_S = 0.1
-
-log = logging.getLogger(__name__)
 
 
 class TcpListener(BaseListener):

@@ -289,7 +289,7 @@ class CopySplicer:
         client: SocketType,
         backend: SocketType,
         on_end: Callable[[str], None],
-        events: int | None = None,
+        events: int,
         on_unused: OnUnused | None = None,
         unsent: bytes = b"",
     ) -> CopySplice:
@@ -298,10 +298,6 @@ class CopySplicer:
         splice.down = down = self.half(backend, client, splice)
         up.opposite, down.opposite = down, up
         poller = self.poller
-        if events is None:
-            poller.watch(backend, down.on_socket)
-            poller.watch(client, up.on_socket)
-            return splice
         poller.watch(client, up.on_first_events)
         poller.hand_over(backend, down.on_first_answer)
         if unsent:
