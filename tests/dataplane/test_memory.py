@@ -43,7 +43,7 @@ def test_an_ejection_and_its_end_are_news(memory: Memory) -> None:
     memory.eject(ENDPOINT.address)
     assert take_news(memory) == PickerMemory([], [(ENDPOINT.address, 1, EJECT_S)])
 
-    memory.forgive(ENDPOINT.address)
+    memory.end_ejection(ENDPOINT.address)
     assert take_news(memory) == PickerMemory([], [])
 
 

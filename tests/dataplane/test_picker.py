@@ -332,12 +332,12 @@ def test_what_clients_failures_make_us_remember_is_bounded(clock: FakeClock) -> 
     picker.set_endpoints(endpoints)
     for endpoint in endpoints:
         picker.report_failure(endpoint, as_client="one")
-    assert len(memory.refused["one"]) == REFUSALS_OF_A_CLIENT_MAX
+    assert len(memory.ejected_for["one"]) == REFUSALS_OF_A_CLIENT_MAX
     for number in range(REFUSED_CLIENTS_MAX):
         picker.report_failure(endpoints[0], as_client=f"c{number}")
 
-    assert len(memory.refused) == REFUSED_CLIENTS_MAX
-    assert "one" not in memory.refused
+    assert len(memory.ejected_for) == REFUSED_CLIENTS_MAX
+    assert "one" not in memory.ejected_for
 
 
 def test_an_ejection_by_another_picker_or_process_is_seen_though_many_are_ejected(clock: FakeClock) -> None:

@@ -13,7 +13,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ),
     (
         "splice.copy",
-        "CopySplice.gives_client_back",
+        "CopySplice.give_client_back",
         "another operator in `error.errno or errno.ECONNRESET`",
     ): "The error is ECONNRESET: time-outs are excluded before, and EPIPE needs an end of the backend's stream.",
     ("udp", "UdpListener.take_over", "None returned in `return False`"): "The caller only asks whether it is true.",

@@ -63,7 +63,8 @@ class DialingConnection(Protocol):
     def on_connected(self, backend: SocketType, pick: Pick, events: int) -> None:
         """Take over *backend*, which the poller watches. *events*: those that its handler has already received."""
 
-    def on_failed(self, reason: str) -> None: ...
+    def on_failed(self, reason: str) -> None:
+        """Give up: no endpoint could be connected, for *reason*."""
 
 
 class Deadlines:
@@ -172,7 +173,7 @@ class Dial:
             self._timer = self._listener.context.loop.call_later(0, self.start)
 
     def _next(self) -> Pick | None:
-        """Return the endpoint to dial now, or None if there is none."""
+        """Return the endpoint to dial now, or None if there is none. Count it as a retry if it is not the first."""
         picker, tried = self._listener.picker, self._tried
         if tried is None:
             return picker.pick(self.client_ip)
@@ -266,6 +267,7 @@ class Dial:
         self._proving[sock] = events
 
     def _win(self, sock: SocketType, pick: Pick, events: int) -> None:
+        """Give the connected *sock* to the caller, and close the other dial."""
         context = self._listener.context
         if self._tried is None and self._proving is None:
             context.deadlines[RACE].remove(self)
@@ -353,6 +355,7 @@ class Dial:
         return {self._first: True}
 
     def _note_failure(self, pick: Pick, code: int, *, again: bool = False) -> None:
+        """Count a failed dial to the endpoint of *pick*. *again*: it may be dialled once more for this connection."""
         endpoint, counters = pick.endpoint, self._listener.counters
         if self._tried is None:
             self._tried = self._begin_retries(pick, self._listener.context.loop.time())

@@ -1,4 +1,6 @@
-"""The state that the pickers of one service port share: client pins, ejected endpoints, and endpoints in slow start.
+"""The state that the pickers of one service port share: client pins, and endpoints that are not like the others.
+
+These are ejected, in slow start or suspected (`suspects.py`).
 
 A service port may have several listeners, one for each set of endpoints. A client that uses the cluster IP and the
 node port is still one client, and an endpoint that refuses one listener's dial also refuses another's.
@@ -71,7 +73,7 @@ Memories = list[tuple[ServicePortName, PickerMemory]]
 
 @dataclass(slots=True, eq=False)
 class Memory:
-    """Pins and ejections of one service port.
+    """The state that the pickers of one service port share.
 
     ``has_learnt``: pins or ejections may have changed since the last `take_news`.
     """
@@ -81,7 +83,7 @@ class Memory:
     slow_start_s: float = 0.0
     ejected: dict[Address, Ejection] = field(default_factory=dict)
     # Ejections for one client alone, by client; the client whose dial failed longest ago comes first.
-    refused: dict[str, dict[Address, Ejection]] = field(default_factory=dict)
+    ejected_for: dict[str, dict[Address, Ejection]] = field(default_factory=dict)
     suspects: Suspects = field(default_factory=Suspects)
     last_failures: dict[Address, tuple[float, str]] = field(default_factory=dict)  # wall-clock second and reason
     starting: dict[Address, float] = field(default_factory=dict)  # since when in slow start; oldest first
@@ -95,7 +97,7 @@ class Memory:
 
     # ---- pickers
 
-    def share(self, picker: Picker, addresses: Collection[Address]) -> None:
+    def register(self, picker: Picker, addresses: Collection[Address]) -> None:
         """Register *picker* with its *addresses*. The state of addresses that no picker has any more is dropped.
 
         New addresses begin with a slow start. If there was no address before, they get their whole share at once.
@@ -106,7 +108,7 @@ class Memory:
         if before:
             self.starting.update(dict.fromkeys((a for a in addresses if a not in before), self.now()))
 
-    def leave(self, picker: Picker) -> bool:
+    def unregister(self, picker: Picker) -> bool:
         """Unregister *picker*. Return whether it was the last one."""
         self._chosen_from.pop(picker, None)
         self._forget_gone()
@@ -195,7 +197,7 @@ class Memory:
         self._notify(address)
         return True
 
-    def forgive(self, address: Address) -> bool:
+    def end_ejection(self, address: Address) -> bool:
         """End the ejection of *address*. Return whether it was ejected."""
         if self._overtaken:
             self._overtaken.pop(address, None)
@@ -207,7 +209,7 @@ class Memory:
         self._notify(address)
         return True
 
-    def is_silent(self, address: Address) -> bool:
+    def note_overtaken(self, address: Address) -> bool:
         """Count a dial to *address* that another one overtook. Return whether the endpoint counts as silent now."""
         if address in self.ejected:
             return True  # that was its trial
@@ -244,27 +246,27 @@ class Memory:
 
     # ---- failures of one client
 
-    def refuse(self, client_ip: str, address: Address) -> bool:
+    def eject_for(self, client_ip: str, address: Address) -> bool:
         """Eject *address* for *client_ip* alone, after its dial failed. Return whether this is a new ejection.
 
         The endpoint's firewall may refuse only this client.
         """
-        of_client = self.refused[client_ip] = self.refused.pop(client_ip, {})
+        of_client = self.ejected_for[client_ip] = self.ejected_for.pop(client_ip, {})
         now = self.now()
         ejection = of_client.pop(address, None) or Ejection(0, now)
         is_new = _extend(ejection, now)
         of_client[address] = ejection
         if len(of_client) > REFUSALS_OF_A_CLIENT_MAX:
             del of_client[next(iter(of_client))]
-        if len(self.refused) > REFUSED_CLIENTS_MAX:
-            del self.refused[next(iter(self.refused))]
+        if len(self.ejected_for) > REFUSED_CLIENTS_MAX:
+            del self.ejected_for[next(iter(self.ejected_for))]
         return is_new
 
-    def welcome(self, client_ip: str, address: Address) -> None:
-        """Note a successful dial to *address* from *client_ip*: end the ejection for this client."""
-        of_client = self.refused.get(client_ip)
+    def end_ejection_for(self, client_ip: str, address: Address) -> None:
+        """End the ejection of *address* for *client_ip*, whose dial has succeeded."""
+        of_client = self.ejected_for.get(client_ip)
         if of_client is not None and of_client.pop(address, None) is not None and not of_client:
-            del self.refused[client_ip]
+            del self.ejected_for[client_ip]
 
     # ---- exchange with other processes
 

@@ -97,9 +97,12 @@ class _Family:
         return bool(self._open if at is None else self._open & ~(1 << at))
 
     def take(self, client_ip: str, tried: Collection[Address], *, doubtful: bool = True) -> Pick | None:
-        """Return the endpoint for a new connection of *client_ip*, as `Picker.pick` does without affinity."""
+        """Return the endpoint for a new connection of *client_ip* without affinity, or None if none is left to try.
+
+        *tried*: as in `Picker.pick`. *doubtful*: return an ejected endpoint if no other is left.
+        """
         memory = self._memory
-        if not memory.ejected and not tried and not memory.refused and not memory.starting:
+        if not memory.ejected and not tried and not memory.ejected_for and not memory.starting:
             return self._picks[self._balancer.pick(client_ip)] if self._picks else None
         if not self._picks:
             return None
@@ -124,7 +127,7 @@ class _Family:
         now = memory.now()
         due = [(e.due_at, a) for a, e in memory.ejected.items() if a in index_of]
         due = [(at, address) for at, address in due if at <= now]
-        if due and (trial := min(due)[1]) not in memory.refused.get(client_ip, ()):
+        if due and (trial := min(due)[1]) not in memory.ejected_for.get(client_ip, ()):
             return [(self._picks[index_of[trial]]._replace(why="trial"), 1.0)]
         bits = self._without_failures(client_ip, (), now)
         slow_starts = [(memory.share_of(since, now), starting) for since, starting in self._slow_starts.items()]
@@ -141,7 +144,7 @@ class _Family:
 
     def _without_failures(self, client_ip: str, tried: Collection[Address], now: float) -> int:
         """Return the endpoints that are neither in *tried* nor ejected, for all clients or for *client_ip* alone."""
-        refused = self._memory.refused.get(client_ip, {})
+        refused = self._memory.ejected_for.get(client_ip, {})
         bits = self._without(self._open, tried) if tried else self._open
         return self._without(bits, [a for a, e in refused.items() if now < e.until]) if refused else bits
 
@@ -165,7 +168,7 @@ class _Family:
             if at < due_at:  # another listener, or a pinned client, has had a trial
                 self._postpone(address, due_at)
                 continue
-            if address in self._memory.refused.get(client_ip, ()):
+            if address in self._memory.ejected_for.get(client_ip, ()):
                 return None
             ejection.trial_until = now + TRIAL_S
             self._postpone(address, ejection.trial_until)
@@ -195,7 +198,7 @@ class Picker:
         self._endpoints: dict[Address, Endpoint] = {}
         self._families = [_Family(memory) if mixes_families else _NO_ENDPOINTS] * 2  # IPv4, IPv6
         self._balancing: tuple[Balance, Weights] = Balance.ROUND_ROBIN, ()
-        memory.share(self, self._endpoints)
+        memory.register(self, self._endpoints)
 
     # ---- endpoints from the API
 
@@ -206,7 +209,7 @@ class Picker:
     def set_endpoints(self, usable: Sequence[Endpoint]) -> None:
         """Replace the endpoints. Those that stay keep their order; new ones come last."""
         self._endpoints = {endpoint.address: endpoint for endpoint in usable}
-        self._memory.share(self, self._endpoints)
+        self._memory.register(self, self._endpoints)
         self._replace(*self._balancing)
 
     def balance(self, balance: Balance | None, weights: Weights) -> None:
@@ -266,7 +269,7 @@ class Picker:
             memory.forget_old_pins(now)
 
     def _is_refused(self, client_ip: str, address: Address) -> bool:
-        refused = self._memory.refused.get(client_ip)
+        refused = self._memory.ejected_for.get(client_ip)
         return refused is not None and address in refused and self._memory.now() < refused[address].until
 
     # ---- results of dials
@@ -297,7 +300,7 @@ class Picker:
         memory = self._memory
         memory.last_failures[address] = time.time(), why
         if as_client:
-            return memory.refuse(as_client, address)
+            return memory.eject_for(as_client, address)
         if address not in memory.ejected and not self._families[":" in endpoint.ip].has_another(address):
             return False  # never eject the last one: no other is left to choose
         return memory.eject(address)
@@ -305,10 +308,10 @@ class Picker:
     def report_overtaken(self, endpoint: Endpoint, as_client: str = "") -> bool:
         """Note that another endpoint answered before *endpoint*. Return whether this ejects it, after several cases."""
         why = "slower to answer than others"
-        return self._memory.is_silent(endpoint.address) and self.report_failure(endpoint, as_client, why)
+        return self._memory.note_overtaken(endpoint.address) and self.report_failure(endpoint, as_client, why)
 
     def report_success(self, endpoint: Endpoint, as_client: str = "") -> bool:
         """Note that *endpoint* accepted a connection, which ends its ejection. Return whether it was ejected."""
         if as_client:
-            self._memory.welcome(as_client, endpoint.address)
-        return self._memory.forgive(endpoint.address)
+            self._memory.end_ejection_for(as_client, endpoint.address)
+        return self._memory.end_ejection(endpoint.address)

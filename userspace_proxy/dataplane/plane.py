@@ -183,6 +183,7 @@ class LocalPlane(HandoverPlane):
             self._give(name, given)
 
     def _give(self, name: ListenerName, backends: Backends) -> None:
+        """Give the listener *name* its endpoints. No effect if it is closed already."""
         listener = self.listeners.get(name)
         if listener is not None:
             if backends.usable == backends.serving:
@@ -199,7 +200,7 @@ class LocalPlane(HandoverPlane):
                     udp.close(self._replacement_of(name, gone))
                 else:
                     listener.close()
-                if self._shared[name.service_port].memory.leave(listener.picker):
+                if self._shared[name.service_port].memory.unregister(listener.picker):
                     del self._shared[name.service_port]
 
     def _replacement_of(self, name: ListenerName, retired: Set[ListenerName]) -> UdpListener | None:

@@ -69,6 +69,7 @@ class TcpListener(BaseListener):
             shared.lifetimes.set_policy(policy)
 
     def update(self, backends: Backends) -> None:
+        """Apply new endpoints. Connections to removed ones go on, unless the connection policy says otherwise."""
         before, shared = self.picker.endpoints, self.shared
         self.picker.set_endpoints(backends.usable)
         if shared.lifetimes is not None:
@@ -162,7 +163,7 @@ class TcpListener(BaseListener):
 
 @dataclass(slots=True)
 class _Past:
-    """State of few connections: a wait, a dial that continues after a broken connection, and unsent bytes."""
+    """What few connections have been through: a wait, a break after which their dial continues, unsent bytes."""
 
     has_waited: bool = False
     dial: Dial | None = None
@@ -186,6 +187,7 @@ class TcpConnection:
     _past: _Past | None = None
 
     def begin(self) -> None:
+        """Dial a backend. Reset the client if it did not come by a portal, or has too many connections."""
         listener = self.listener
         dialled = listener.dialled_by(self._client, self.client[0])
         self._portal = portal = listener.portal_of(dialled)

@@ -187,6 +187,7 @@ class Worker:
         return wire.Done()
 
     def _keep_on(self, name: socket.socket) -> None:
+        """Get ready to serve on without the control process."""
         self._name = name
         try:
             # Join early, so that the group has a member even while the control process dies.
@@ -195,6 +196,7 @@ class Worker:
             log.error("this worker will stop if the control process dies: %s", error)  # noqa: TRY400
 
     def _let_go(self) -> None:
+        """Leave the group of members: no successor shall find this worker."""
         for sock in (self._member, self._name):
             if sock is not None:
                 sock.close()

@@ -65,7 +65,7 @@ class Half:
 
     source: SocketType
     sink: SocketType
-    splice: CopySplice  # deleted at the connection's end, as `opposite` is: see `part`
+    splice: CopySplice  # deleted at the connection's end, as `opposite` is: see `detach`
     pending: bytes = b""
     pipe: Pipe | None = None
     stuck: bool = False
@@ -234,7 +234,7 @@ class Half:
     def source_failed(self, error: OSError) -> None:
         """Handle a reset of the source: no byte can be sent back to it either."""
         splice = self.splice
-        if splice.gives_client_back(self.source, error):
+        if splice.give_client_back(self.source, error):
             return
         splice.note_broken(self.source, error)
         self.done = self.opposite.done = True
@@ -244,7 +244,7 @@ class Half:
     def sink_failed(self, error: OSError) -> None:
         """Handle a reset of the sink. Bytes that it sent before are still in its receive queue and are delivered."""
         splice, opposite = self.splice, self.opposite
-        if splice.gives_client_back(self.sink, error):
+        if splice.give_client_back(self.sink, error):
             return
         splice.note_broken(self.sink, error)
         self.done = True
@@ -261,7 +261,7 @@ class Half:
         if code:
             self.source_failed(OSError(code, ""))
 
-    def part(self) -> None:
+    def detach(self) -> None:
         """Detach from the ended connection, so that no reference cycle is left for the garbage collector."""
         self.done = True
         if self.stuck:
@@ -348,10 +348,11 @@ class CopySplice:
             self.broken = f"{side} is dead" if is_dead else f"reset by {side}"
             self._is_unanswered = side == "backend" and not (is_dead or self.up.done)
 
-    def gives_client_back(self, broken: SocketType, error: OSError) -> bool:
-        """Return the client's socket to the caller if *broken* is the backend's, by a reset, and nothing has passed.
+    def give_client_back(self, broken: SocketType, error: OSError) -> bool:
+        """Give the client's socket back to the caller if a reset broke the backend's, and nothing has passed.
 
-        The caller may dial again then: no byte was sent to the backend, so none can arrive twice.
+        Return whether it was given back. The caller may dial again then: no byte was sent to the backend, so none can
+        arrive twice.
         """
         up, down, on_unused = self.up, self.down, self._on_unused
         if on_unused is None or broken is not down.source or error.errno in _DEAD or up.done or self._ended:
@@ -362,8 +363,8 @@ class CopySplice:
         self.engine.poller.mute(up.source)
         self.engine.poller.close(down.source)
         unsent = up.pending
-        up.part()
-        down.part()
+        up.detach()
+        down.detach()
         on_unused(error.errno or errno.ECONNRESET, unsent)
         return True
 
@@ -392,7 +393,7 @@ class CopySplice:
             if abortive:
                 reset_on_close(half.source)
             poller.close(half.source)
-            half.part()
+            half.detach()
         self._on_end(how)
 
 
