@@ -26,27 +26,23 @@ class Pipe:
 
 
 class PipePool:
-    """Lends empty pipes. At most PIPES_MAX are lent or idle."""
+    """Lends empty pipes. At most PIPES_MAX are lent or idle; ``descriptors`` is the number that these use."""
 
     def __init__(self) -> None:
         self._idle: list[Pipe] = []
-        self._made = 0
-
-    @property
-    def descriptors(self) -> int:
-        return 2 * self._made
+        self.descriptors = 0
 
     def lend(self) -> Pipe | None:
         """Return an empty pipe, or None at the limit; the caller then copies."""
         if self._idle:
             return self._idle.pop()
-        if self._made >= PIPES_MAX:
+        if self.descriptors >= 2 * PIPES_MAX:
             return None
         try:
             pipe = Pipe()
         except OSError:
             return None
-        self._made += 1
+        self.descriptors += 2
         return pipe
 
     def take_back(self, pipe: Pipe) -> None:
@@ -55,7 +51,7 @@ class PipePool:
         A pipe that still holds bytes is closed: they must never reach another connection.
         """
         if pipe.held_bytes:
-            self._made -= 1
+            self.descriptors -= 2
             pipe.close()
         else:
             self._idle.append(pipe)
@@ -63,5 +59,5 @@ class PipePool:
     def shed(self) -> None:
         """Close the idle pipes, because descriptors are short."""
         while self._idle:
-            self._made -= 1
+            self.descriptors -= 2
             self._idle.pop().close()
