@@ -14,7 +14,6 @@ import signal
 import socket
 import stat
 import time
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -56,9 +55,7 @@ class Worker:
         share = settings.worker, settings.workers
         dropped = drop_count(self._access_log)
         self._plane = LocalPlane(settings.limits, record, splice=settings.splice, lines_dropped=dropped, share=share)
-        self._requests: deque[tuple[wire.Request, list[int]]] = deque()
-        self._asked = asyncio.Event()
-        self._alone = False
+        self._requests: asyncio.Queue[tuple[wire.Request, list[int]] | None] = asyncio.Queue()  # None: no more come
         self._is_replaced = False
         self._has_sigterm = False
         self._name: socket.socket | None = None
@@ -78,21 +75,18 @@ class Worker:
         if isinstance(request, wire.Cut):
             self._plane.cut()
         else:
-            self._requests.append((request, descriptors))
-            self._asked.set()
+            self._requests.put_nowait((request, descriptors))
 
     def _on_close(self) -> None:
         self._is_replaced |= bool(self._channel.broken)  # the control process lives, and starts another worker
-        self._alone = True
-        self._asked.set()
+        self._requests.put_nowait(None)
 
     def _on_sigterm(self) -> None:
         """Leave the listeners to another worker. A second SIGTERM cuts the draining connections."""
         if self._has_sigterm:
             self._plane.cut()
         self._has_sigterm = self._is_replaced = True
-        self._alone = True
-        self._asked.set()
+        self._requests.put_nowait(None)
 
     async def run(self) -> None:
         """Handle requests until closed, or until the control process is gone and no successor comes."""
@@ -119,16 +113,13 @@ class Worker:
 
     async def _serve_requests(self) -> bool:
         """Handle requests until the control process is gone. Return True if it closed this worker before."""
-        while not self._alone:
-            await self._asked.wait()
-            self._asked.clear()
-            while self._requests:
-                request, descriptors = self._requests.popleft()
-                answer = await self._do(request, descriptors)
-                self._channel.send(wire.encode(answer))
-                await self._yield_to_traffic()
-                if isinstance(request, wire.Stop):
-                    return True
+        while (received := await self._requests.get()) is not None:
+            request, descriptors = received
+            answer = await self._do(request, descriptors)
+            self._channel.send(wire.encode(answer))
+            await self._yield_to_traffic()
+            if isinstance(request, wire.Stop):
+                return True
         return False
 
     async def _make_room(self) -> None:
@@ -146,7 +137,7 @@ class Worker:
         """Let packets be handled first. Under much traffic, the next request also waits for a moment."""
         before = self._plane.messages
         await asyncio.sleep(0)
-        if self._requests and self._plane.messages != before:
+        if not self._requests.empty() and self._plane.messages != before:
             await asyncio.sleep(_PAUSE_S)
 
     async def _do(self, request: wire.Request, descriptors: list[int]) -> wire.Done:
