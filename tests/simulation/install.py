@@ -160,7 +160,7 @@ def installed(buffer_bytes: int = BUFFER_BYTES) -> Iterator[None]:
         patch.setattr(pipes, "os", SimpleNamespace(pipe2=_pipe2, close=_close, **system))
         patch.setattr(pipes, "fcntl", SimpleNamespace(fcntl=lambda *_: 0, F_SETPIPE_SZ=0))
         patch.setattr(plane, "KernelTables", SimulatedTables)
-        patch.setattr(plane, "raise_descriptor_limit", lambda: 0)
+        patch.setattr(plane, "raise_descriptor_limit", lambda: None)
         patch.setattr(datagrams, "Batch", SimulatedBatch)
         patch.setattr(datagrams, "local_ports", lambda share: array("H", range(40_000, 40_000 + LOCAL_PORTS)))
         # Strings have another hash in each process.

@@ -270,9 +270,8 @@ def require_room(descriptor: int) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
-def raise_descriptor_limit() -> int:
-    """Raise the soft limit of descriptors to the hard limit, and return it."""
+def raise_descriptor_limit() -> None:
+    """Raise the soft limit of descriptors to the hard limit."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]

@@ -11,7 +11,6 @@ from userspace_proxy.model.access_record import AccessRecord
 from userspace_proxy.model.counters import EndpointCounters
 from userspace_proxy.model.endpoint import Address, Endpoint
 from userspace_proxy.model.listeners import Backends, ListenerSpec
-from userspace_proxy.model.names import ListenerName
 from userspace_proxy.model.service import Portal
 
 log = logging.getLogger(__name__)
@@ -31,13 +30,9 @@ class BaseListener:
         self.transparent = Transparent(context.tables, self.counters) if spec.transparent else None
         self.configure(spec)
 
-    @property
-    def name(self) -> ListenerName:
-        return self.spec.name
-
     def configure(self, spec: ListenerSpec) -> None:
         """Apply new portals, affinity, balancing, source IP and connection policy. The proxy port stays."""
-        self.spec, service_port = spec, spec.service_port
+        self.spec, self.name, service_port = spec, spec.name, spec.service_port
         self._header_of = header_of(service_port.source_ip, spec.name.protocol)
         self.shared.memory.set_affinity(service_port.affinity_timeout_s)
         self.shared.memory.set_slow_start(service_port.slow_start_s)

@@ -9,7 +9,7 @@ node port is still one client, and an endpoint that refuses one listener's dial 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -81,6 +81,7 @@ class Memory:
     now: Callable[[], float]
     affinity_timeout_s: int | None = None
     slow_start_s: float = 0.0
+    pins: dict[str, Pin] = field(default_factory=dict)  # least recently used first
     ejected: dict[Address, Ejection] = field(default_factory=dict)
     # Ejections for one client alone, by client; the client whose dial failed longest ago comes first.
     ejected_for: dict[str, dict[Address, Ejection]] = field(default_factory=dict)
@@ -88,7 +89,6 @@ class Memory:
     last_failures: dict[Address, tuple[float, str]] = field(default_factory=dict)  # wall-clock second and reason
     starting: dict[Address, float] = field(default_factory=dict)  # since when in slow start; oldest first
     has_learnt: bool = True
-    _pins: dict[str, Pin] = field(default_factory=dict)  # least recently used first
     _new_pins: dict[str, Pin] | None = None  # kept after the first `take_news`
     _reported_ejected: list[tuple[Address, int, float]] = field(default_factory=list)
     _overtaken: dict[Address, int] = field(default_factory=dict)
@@ -146,32 +146,25 @@ class Memory:
 
     # ---- pins
 
-    @property
-    def pins(self) -> Mapping[str, Pin]:
-        return self._pins
-
     def set_affinity(self, timeout_s: int | None) -> None:
         """Set the timeout of client-IP affinity in seconds, or None to disable it and drop all pins."""
         if timeout_s is None:
-            self._pins.clear()
+            self.pins.clear()
         self.affinity_timeout_s = timeout_s
 
-    def take_pin(self, client_ip: str) -> Pin | None:
-        """Remove and return the pin of *client_ip*; the picker adds it anew, as the most recently used one."""
-        return self._pins.pop(client_ip, None)
-
     def pin(self, client_ip: str, pin: Pin) -> None:
-        self._pins[client_ip] = pin
+        """Add *pin* as the most recently used one. The caller has removed the pin that *client_ip* had before."""
+        self.pins[client_ip] = pin
         self.has_learnt = True
         if self._new_pins is not None:
             self._new_pins[client_ip] = pin
 
     def forget_old_pins(self, now: float) -> None:
-        while self._pins:
-            client_ip, oldest = next(iter(self._pins.items()))
-            if oldest.expires_at > now and len(self._pins) <= PINS_MAX:
+        while self.pins:
+            client_ip, oldest = next(iter(self.pins.items()))
+            if oldest.expires_at > now and len(self.pins) <= PINS_MAX:
                 return
-            del self._pins[client_ip]
+            del self.pins[client_ip]
 
     # ---- ejections
 
@@ -272,7 +265,7 @@ class Memory:
 
     def all(self) -> PickerMemory:
         """Return all pins and ejections."""
-        return PickerMemory(list(self._pins.items()), self._ejections())
+        return PickerMemory(list(self.pins.items()), self._ejections())
 
     def _ejections(self) -> list[tuple[Address, int, float]]:
         return [(address, held.failures, held.until) for address, held in self.ejected.items()]
@@ -281,7 +274,7 @@ class Memory:
         """Return the pins and ejections that are new since the last call, or None if there are none."""
         self.has_learnt = False
         ejected = self._ejections()
-        pins: Iterable[tuple[str, Pin]] = (self._pins if self._new_pins is None else self._new_pins).items()
+        pins: Iterable[tuple[str, Pin]] = (self.pins if self._new_pins is None else self._new_pins).items()
         news = PickerMemory(list(pins), ejected)
         self._new_pins = {}
         if not news.pins and ejected == self._reported_ejected:
@@ -292,16 +285,16 @@ class Memory:
     def pinned_since(self, at: float) -> PickerMemory:
         """Return the pins that were set or used at *at* or later."""
         expires_from = at + (self.affinity_timeout_s or 0)
-        last_first = itertools.takewhile(lambda held: held[1].expires_at >= expires_from, reversed(self._pins.items()))
+        last_first = itertools.takewhile(lambda held: held[1].expires_at >= expires_from, reversed(self.pins.items()))
         return PickerMemory(list(last_first)[::-1], [])
 
     def remember(self, memory: PickerMemory) -> None:
         """Add the pins and ejections of another process's pickers of the same service port. The later pin counts."""
         if self.affinity_timeout_s is not None:
             for client_ip, pin in memory.pins:
-                known = self._pins.get(client_ip)
+                known = self.pins.get(client_ip)
                 if known is None or known.expires_at < pin.expires_at:
-                    self.take_pin(client_ip)
+                    self.pins.pop(client_ip, None)
                     self.pin(client_ip, pin)
         present = self.addresses()
         for address, failures, until in memory.ejected:

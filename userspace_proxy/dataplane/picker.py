@@ -195,21 +195,17 @@ class Picker:
     def __init__(self, memory: Memory, *, mixes_families: bool = False) -> None:
         self._memory = memory
         self._mixes_families = mixes_families
-        self._endpoints: dict[Address, Endpoint] = {}
+        self.endpoints: dict[Address, Endpoint] = {}
         self._families = [_Family(memory) if mixes_families else _NO_ENDPOINTS] * 2  # IPv4, IPv6
         self._balancing: tuple[Balance, Weights] = Balance.ROUND_ROBIN, ()
-        memory.register(self, self._endpoints)
+        memory.register(self, self.endpoints)
 
     # ---- endpoints from the API
 
-    @property
-    def endpoints(self) -> Mapping[Address, Endpoint]:
-        return self._endpoints
-
     def set_endpoints(self, usable: Sequence[Endpoint]) -> None:
         """Replace the endpoints. Those that stay keep their order; new ones come last."""
-        self._endpoints = {endpoint.address: endpoint for endpoint in usable}
-        self._memory.register(self, self._endpoints)
+        self.endpoints = {endpoint.address: endpoint for endpoint in usable}
+        self._memory.register(self, self.endpoints)
         self._replace(*self._balancing)
 
     def balance(self, balance: Balance | None, weights: Weights) -> None:
@@ -220,7 +216,7 @@ class Picker:
     def _replace(self, balance: Balance, weights: Weights) -> None:
         before, self._balancing = self._balancing[0], (balance, weights)
         for is_ipv6, family in enumerate(self._families):
-            given = self._endpoints.items()
+            given = self.endpoints.items()
             of_family = {a: e for a, e in given if self._mixes_families or (":" in a[0]) == is_ipv6}
             if family is not _NO_ENDPOINTS:
                 family.replace(of_family, dict(weights), None if balance is before else ALGORITHMS[balance]())
@@ -241,9 +237,9 @@ class Picker:
         if timeout_s is None:
             return self._families[":" in client_ip].take(client_ip, tried)
         now = memory.now()
-        pin = memory.take_pin(client_ip)
+        pin = memory.pins.pop(client_ip, None)
         if pin is not None and pin.expires_at > now and pin.address not in tried:
-            pinned = self._endpoints.get(pin.address)
+            pinned = self.endpoints.get(pin.address)
             if pinned is not None and not self._is_refused(client_ip, pin.address) and memory.is_open(pin.address, now):
                 memory.pin(client_ip, Pin(pin.address, now + timeout_s))
                 return Pick(pinned, "affinity", memory.counters_of(pin.address))
@@ -264,7 +260,7 @@ class Picker:
         memory = self._memory
         if memory.affinity_timeout_s is not None:
             now = memory.now()
-            memory.take_pin(client_ip)
+            memory.pins.pop(client_ip, None)
             memory.pin(client_ip, Pin(endpoint.address, now + memory.affinity_timeout_s))
             memory.forget_old_pins(now)
 
@@ -282,7 +278,7 @@ class Picker:
         """Return what `pick` may return for *client_ip* now, each with its probability. Nothing changes."""
         memory, now = self._memory, self._memory.now()
         pin = memory.pins.get(client_ip) if memory.affinity_timeout_s is not None else None
-        if pin is not None and pin.expires_at > now and (pinned := self._endpoints.get(pin.address)) is not None:
+        if pin is not None and pin.expires_at > now and (pinned := self.endpoints.get(pin.address)) is not None:
             ejection = memory.ejected.get(pin.address)
             if (ejection is None or now >= ejection.due_at) and not self._is_refused(client_ip, pin.address):
                 return [(Pick(pinned, "affinity", memory.counters_of(pin.address)), 1.0)]
@@ -295,7 +291,7 @@ class Picker:
         the endpoint sees it instead of this node's; the failure then counts for this client alone.
         """
         address = endpoint.address
-        if address not in self._endpoints:
+        if address not in self.endpoints:
             return False
         memory = self._memory
         memory.last_failures[address] = time.time(), why

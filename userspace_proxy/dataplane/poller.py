@@ -59,7 +59,7 @@ class Poller:
         self._closing: list[SocketType] = []
         self._connections = select.epoll()
         self._listeners = select.epoll()
-        self._accepting = True
+        self.accepting = True
         self._stopped = False
         loop.add_reader(self._connections.fileno(), self._turn)
         loop.add_reader(self._listeners.fileno(), self._accept_turn)
@@ -128,7 +128,7 @@ class Poller:
             more, is_alone = self._take_bulk_step(step)
             if not (more and is_alone):
                 break
-            if self._accepting:
+            if self.accepting:
                 self._accept_turn()
         if not self._bulk:  # stopped meanwhile
             return
@@ -195,23 +195,19 @@ class Poller:
 
     def pause_accepting(self) -> None:
         """Leave new connections in the kernel's accept queues until `resume_accepting`."""
-        if self._accepting:
-            self._accepting = False
+        if self.accepting:
+            self.accepting = False
             self._loop.remove_reader(self._listeners.fileno())
 
     def resume_accepting(self) -> None:
-        if not self._accepting and not self._stopped:
-            self._accepting = True
+        if not self.accepting and not self._stopped:
+            self.accepting = True
             self._loop.add_reader(self._listeners.fileno(), self._accept_turn)
-
-    @property
-    def accepting(self) -> bool:
-        return self._accepting
 
     def _accept_turn(self) -> None:
         for fd, _ in self._listeners.poll(0, _EVENTS_A_TURN):
             acceptor = self._acceptors.get(fd)
-            if acceptor is None or not self._accepting:
+            if acceptor is None or not self.accepting:
                 continue
             try:
                 acceptor()
@@ -226,7 +222,7 @@ class Poller:
         self._again.clear()
         self._bulk.clear()
         self._loop.remove_reader(self._connections.fileno())
-        if self._accepting:
+        if self.accepting:
             self._loop.remove_reader(self._listeners.fileno())
         self._close_all()
         self._connections.close()
