@@ -292,11 +292,7 @@ def _let_go_of_pipes() -> None:
                     os.dup2(nowhere.fileno(), descriptor)
 
 
-async def _serve(sock: socket.socket, settings: wire.WorkerSettings) -> None:
-    await Worker(sock, settings).run()
-
-
 if __name__ == "__main__":
     # Ctrl-C in a terminal is for the control process, which then sends `Stop`.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    begin(wire.WorkerSettings, _serve)
+    begin(wire.WorkerSettings, lambda sock, settings: Worker(sock, settings).run())
