@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import TypeVar
 
-# A packet waits at most about this long for listeners that are opened or closed.
+# A packet waits at most about this long for work that concerns many listeners or connections.
 SLICE_S = 0.002
 
 Item = TypeVar("Item")
