@@ -148,7 +148,10 @@ class ControlSide:
             except SyncError:  # another worker gets them
                 check(self.replaced, "endpoints were not sent")
                 return
-            check(backends == {name: held.backends for name, held in self.plane.listeners.items()}, "endpoints differ from those sent")
+            check(
+                backends == {name: held.backends for name, held in self.plane.listeners.items()},
+                "endpoints differ from those sent",
+            )
 
     def _sync_soon(self) -> None:
         """A verdict has changed."""
@@ -195,7 +198,9 @@ class ControlSide:
         """Serve in place of the data plane *served*."""
         after = self._start()
         assert isinstance(after, RemotePlane)
-        check([held.spec for held in served.listeners.values()] == await after.adopt(lock.listeners), "listeners are lost")
+        check(
+            [held.spec for held in served.listeners.values()] == await after.adopt(lock.listeners), "listeners are lost"
+        )
         self._check_ejections(self._ejected)
         await answers_to(after.keep_on(lock.name))
         await asyncio.sleep(self.kernel.random.choice(_BOTH_SERVE_S))

@@ -20,7 +20,7 @@ import msgspec
 import pytest
 
 from tests.simulation.kernel import Current, Datagram, Kernel, Listener, Pollable
-from userspace_proxy.dataplane import channel, child, handover, plane, remote, worker
+from userspace_proxy.dataplane import channel, child, plane, remote, wire, worker
 from userspace_proxy.dataplane.wire import WorkerSettings
 from userspace_proxy.model.names import L4Protocol
 from userspace_proxy.runtime import instance_lock
@@ -238,7 +238,7 @@ def install(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         channel, "socket", SimpleNamespace(send_fds=_send_fds, recv_fds=_receive_fds, MSG_CTRUNC=socket.MSG_CTRUNC)
     )
-    for module in (channel, handover, worker, instance_lock):
+    for module in (channel, worker, instance_lock):
         patch.setattr(module, "os", system)
     for module in (worker, instance_lock):
         patch.setattr(module, "socket", SimpleNamespace(socket=_of))
@@ -252,9 +252,9 @@ def install(patch: pytest.MonkeyPatch) -> None:
         worker, "rendezvous", SimpleNamespace(join=lambda _: Name(Current.kernel), Role=SimpleNamespace(SERVES_ON=0))
     )
     patch.setattr(worker, "LocalPlane", _new_plane)
-    patch.setattr(remote, "raise_descriptor_limit", lambda: 0)
+    patch.setattr(remote, "raise_descriptor_limit", lambda: None)
     patch.setattr(remote, "_A_FRAME", 1)
-    patch.setattr(remote, "_OPENED_A_FRAME", 1)
+    patch.setattr(wire, "OPENED_A_FRAME", 1)
     patch.setattr(instance_lock, "_hold_name", lambda _: None)
     patch.setattr(plane, "_LINGER_POLL_S", _LINGER_POLL_S)
     for module in (plane, remote):

@@ -8,7 +8,6 @@ clients in the accept queue notice nothing. A successor of the control process g
 import asyncio
 import contextlib
 import socket
-import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -163,7 +162,7 @@ class RemotePlane:
     async def open(self, specs: Sequence[ListenerSpec]) -> Mapping[ListenerName, str]:
         refused: dict[ListenerName, str] = {}
         new, changed = [], []
-        async for spec in in_slices(specs, time.monotonic):
+        async for spec in in_slices(specs, asyncio.get_running_loop().time):
             if spec.name in self._sockets:
                 changed.append(spec)
                 continue
