@@ -1,12 +1,13 @@
 """Parses YAML text into plain values as Kubernetes does. Independent of files and objects.
 
 Documents are read event by event, because libyaml's tree builder recurses in C and deep nesting would crash the
-process. `Budget` bounds the cost of any document.
+process. Limits bound the cost of any document.
 """
 
 import contextlib
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -41,7 +42,8 @@ _NUMBER_MAX = 128
 # libyaml compares each directive with all earlier ones.
 _DIRECTIVES_MAX = 100
 _DIRECTIVE = re.compile(r"^%", re.MULTILINE)
-_NO_KEY, _MERGED = object(), object()
+_SPECIAL = object()
+_TEXT_ALONE = {str}
 
 # The C loaders, if they are available.
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -65,7 +67,7 @@ def plain_value(text: str) -> tuple[object, bool]:
     _refuse_size(text)
     loader = _Loader(text)
     try:
-        builder = _Builder(loader, Budget(min(_REPEATED_MAX, _REPEATED_RATIO * len(text))))
+        builder = _Builder(loader, min(_REPEATED_MAX, _REPEATED_RATIO * len(text)))
         return builder.document(), builder.keys_were_lost
     finally:
         loader.dispose()
@@ -78,27 +80,28 @@ def _refuse_size(text: str) -> None:
         raise UnreadableValue(f"it has more than {_DIRECTIVES_MAX} lines that begin with '%'", None)
 
 
-@lru_cache(maxsize=8192)
-def _short_plain(text: str) -> tuple[str, str]:
+def _tag(text: str) -> str:
+    """Return the tag of the unquoted *text*."""
     if ":" in text:  # YAML 1.1 reads 53:53 as a base-60 number (3233); Kubernetes does not
-        return text, _TEXT
+        return _TEXT
     for tag, pattern in yaml.SafeLoader.yaml_implicit_resolvers.get(text[:1], ()):
         if (tag in _IMPLICIT or tag == _MERGE) and pattern.match(text):
-            return text, str(tag)
-    return text, _TEXT
+            return str(tag)
+    return _TEXT
 
 
-def _plain(text: str) -> tuple[str, str]:
-    """Return the unquoted *text* and its tag. Short texts are cached: manifests repeat words, which are kept once."""
-    return _short_plain(text) if len(text) <= _NUMBER_MAX else _short_plain.__wrapped__(text)
+@lru_cache(maxsize=8192)
+def _plain(text: str) -> object:
+    """Return the value of the unquoted, short *text*, or _SPECIAL if it is a merge key or unreadable.
 
-
-@dataclass(slots=True)
-class Budget:
-    """The remaining cost allowed for one document: ``repeated`` by aliases, ``size`` in all."""
-
-    repeated: int
-    size: int = _SIZE_MAX
+    Manifests repeat words, which the cache keeps once.
+    """
+    tag = _tag(text)
+    if tag == _TEXT:
+        return text
+    with contextlib.suppress(Exception):
+        return _SPECIAL if tag == _MERGE else _short_scalar(tag, text)
+    return _SPECIAL
 
 
 class _Anchored(NamedTuple):
@@ -106,25 +109,31 @@ class _Anchored(NamedTuple):
     size: int
 
 
+class _MergeKey(NamedTuple):
+    event: Any
+
+
 @dataclass(slots=True)
 class _Collection:
-    """A mapping or sequence while it is read."""
+    """A mapping or sequence while it is read. The items of a mapping are its keys and values in turn."""
 
-    values: dict[object, object] | list[object]
+    items: list[object]
     event: Any
     size_before: int
     is_mapping: bool
-    key: object = _NO_KEY
-    merged: list[dict[object, object]] = field(default_factory=list)
+
+    @property
+    def awaits_key(self) -> bool:
+        return self.is_mapping and not len(self.items) % 2
 
 
 class _Builder:
-    """Builds plain values from a loader's events."""
+    """Builds plain values from a loader's events. *repeated_max*: the size that aliases may repeat."""
 
-    def __init__(self, loader: Any, budget: Budget) -> None:
+    def __init__(self, loader: Any, repeated_max: int) -> None:
         self._next = loader.get_event
-        self._budget = budget
-        self._size = 0  # of all values so far, including repetitions by aliases
+        self._size_max = _SIZE_MAX + repeated_max
+        self._repeatable = repeated_max  # what is left of it
         self._anchors: dict[str, _Anchored | None] = {}  # None: its value is still being read
         self.keys_were_lost = False  # a duplicate key replaced an earlier one
 
@@ -143,116 +152,114 @@ class _Builder:
     def _value(self) -> object:
         """Return the next value, with everything nested in it.
 
-        The hot loop: half of the time for reading manifests is spent here.
+        The hot loop: a third of the time for reading manifests is spent here.
         """
         here: _Collection | None = None  # the innermost collection that is being read
-        above: list[_Collection] = []
-        next_event, size_max = self._next, self._budget.size + self._budget.repeated
+        above: list[_Collection | None] = []
+        size = 0  # of all values so far, including repetitions by aliases
+        next_event, size_max, plain = self._next, self._size_max, _plain
         while True:
             event = next_event()
             kind = type(event)
             if kind is ScalarEvent:
-                value = self._read_scalar(event, here)
+                value = event.value
+                size += _VALUE_SIZE + len(value)
+                if event.tag or event.anchor or len(value) > _NUMBER_MAX:
+                    value = self._special_scalar(event, here)
+                elif event.implicit[0]:
+                    value = plain(value)
+                    if value is _SPECIAL:
+                        value = self._special_scalar(event, here)
             elif kind is MappingStartEvent or kind is SequenceStartEvent:
-                if here is not None:
-                    above.append(here)
-                here = self._begin(event, here, len(above))
+                above.append(here)
+                here = self._begin(event, here, len(above), size)
+                size += _VALUE_SIZE
                 continue
             elif kind is AliasEvent:
-                value = self._repeated(event)
+                value, its_size = self._repeated(event, here)
+                size += its_size
             else:  # a collection's end
                 assert here is not None
-                value = self._end(here)
-                here = above.pop() if above else None
-            if self._size > size_max:
+                value = self._end(here, size)
+                here = above.pop()
+            if size > size_max:
                 raise UnreadableValue("one document holds too many values", event.start_mark, "split it with '---'")
             if here is None:
                 return value
-            if here.is_mapping:
-                self._put(here, value, event)
-            else:
-                here.values.append(value)  # type: ignore[union-attr]
+            here.items.append(value)
 
-    def _read_scalar(self, event: Any, here: _Collection | None) -> object:
-        """Return the value of a scalar, or _MERGED for a merge key of the mapping *here*."""
-        text = event.value
-        size = _VALUE_SIZE + len(text)
-        self._size += size
-        tag = event.tag
-        if not tag and event.implicit[0]:
-            text, tag = _plain(text)
-        value: object = text
-        if tag and tag != _TEXT and tag[0] != "!":
-            if tag == _MERGE and here is not None and here.is_mapping and here.key is _NO_KEY:
-                return _MERGED
-            if event.tag or tag != _MERGE:
-                value = _scalar(tag, event)
+    def _special_scalar(self, event: Any, here: _Collection | None) -> object:
+        """Return the value of any scalar, or a _MergeKey for a merge key of the mapping *here*."""
+        value: object = event.value
+        tag = event.tag or (_tag(event.value) if event.implicit[0] else _TEXT)
+        if tag == _MERGE and here is not None and here.awaits_key:
+            return _MergeKey(event)
+        if tag != _TEXT and tag[0] != "!" and (event.tag or tag != _MERGE):
+            value = _scalar(tag, event)
         if event.anchor:
-            self._anchors[event.anchor] = _Anchored(value, size)
+            self._anchors[event.anchor] = _Anchored(value, _VALUE_SIZE + len(event.value))
         return value
 
-    def _put(self, here: _Collection, value: object, event: Any) -> None:
-        """Take *value* as the next key of the mapping *here*, or as the value of its last key."""
-        if here.key is _NO_KEY:
-            if type(value) in (dict, list):
-                raise _no_text_as_key(event)
-            here.key = value if type(value) is str or value is _MERGED else _key(value)
-        elif here.key is _MERGED:
-            self._merge(here, value, event)
-        else:
-            key, here.key = here.key, _NO_KEY
-            if key in here.values:
-                self.keys_were_lost = True
-            here.values[key] = value  # type: ignore[call-overload]
-
-    def _begin(self, event: Any, here: _Collection | None, depth: int) -> _Collection:
-        """Return the new collection that *event* begins inside *here*, at *depth*."""
-        if depth >= DEPTH_MAX:
+    def _begin(self, event: Any, here: _Collection | None, depth: int, size: int) -> _Collection:
+        """Return the new collection that *event* begins inside *here*, at *depth*, after values of *size*."""
+        if depth > DEPTH_MAX:
             raise UnreadableValue(f"it is nested more than {DEPTH_MAX} deep", event.start_mark, "nest it less")
         is_mapping = type(event) is MappingStartEvent
         if event.tag not in (None, _MAPPING if is_mapping else _SEQUENCE) and not _is_of_another_tool(event.tag):
             raise _unknown_tag(event)
-        if here is not None and here.is_mapping and here.key is _NO_KEY:
+        if here is not None and here.awaits_key:
             raise _no_text_as_key(event)
         if event.anchor:
             self._anchors[event.anchor] = None
-        size_before = self._size
-        self._size += _VALUE_SIZE
-        return _Collection({} if is_mapping else [], event, size_before, is_mapping)
+        return _Collection([], event, size, is_mapping)
 
-    def _end(self, here: _Collection) -> object:
-        value = here.values
-        if here.merged:
-            value = {key: item for mapping in [*here.merged, value] for key, item in mapping.items()}  # type: ignore[union-attr]
+    def _end(self, here: _Collection, size: int) -> object:
+        value = self._mapping(here.items) if here.is_mapping else here.items
         if here.event.anchor:
-            self._anchors[here.event.anchor] = _Anchored(value, self._size - here.size_before)
+            self._anchors[here.event.anchor] = _Anchored(value, size - here.size_before)
         return value
 
-    def _repeated(self, alias: Any) -> object:
-        """Return the value of *alias*, and charge its size to the budget."""
+    def _mapping(self, items: list[object]) -> dict[object, object]:
+        """Return the mapping with the keys and values *items*.
+
+        The first of several mappings that are merged into it takes precedence. Its own keys take precedence over all.
+        """
+        keys, values, merged = items[::2], items[1::2], dict[object, object]()
+        if set(map(type, keys)) != _TEXT_ALONE:
+            pairs = list(zip(keys, values, strict=True))
+            merged = dict(
+                pair for key, value in pairs if isinstance(key, _MergeKey) for pair in _merged(key.event, value)
+            )
+            own = [(_key(key), value) for key, value in pairs if not isinstance(key, _MergeKey)]
+            keys, values = [key for key, _ in own], [value for _, value in own]
+        mapping = dict(zip(keys, values, strict=True))
+        if len(mapping) < len(keys):
+            self.keys_were_lost = True
+        return merged | mapping if merged else mapping
+
+    def _repeated(self, alias: Any, here: _Collection | None) -> _Anchored:
+        """Return the value of *alias* inside *here*, and its size, which was charged to the budget."""
         if alias.anchor not in self._anchors:
             raise _undefined(alias)
         anchored = self._anchors[alias.anchor]
         if anchored is None:
             raise UnreadableValue(f"what the anchor {alias.anchor[:60]!r} stands for contains itself", alias.start_mark)
-        self._budget.repeated -= anchored.size
-        if self._budget.repeated < 0:
+        if here is not None and here.awaits_key and type(anchored.value) in (dict, list):
+            raise _no_text_as_key(alias)
+        self._repeatable -= anchored.size
+        if self._repeatable < 0:
             reason = "aliases and merge keys make the document far larger than it is written"
             raise UnreadableValue(reason, alias.start_mark, "write out what they stand for")
-        self._size += anchored.size
-        return anchored.value
+        return anchored
 
-    def _merge(self, here: _Collection, value: object, event: Any) -> None:
-        """Record that *value* is merged into *here*.
 
-        The first of several mappings takes precedence. Keys of *here* itself take precedence over all.
-        """
-        here.key = _NO_KEY
-        for mapping in value[::-1] if isinstance(value, list) else [value]:
-            if not isinstance(mapping, dict):
-                reason = f"a merge key needs a mapping or a list of mappings, not {_kind(mapping)}"
-                raise UnreadableValue(reason, event.start_mark, "write '<<: *anchor', or put '<<' in quotes")
-            here.merged.append(mapping)
+def _merged(event: Any, value: object) -> Iterator[tuple[object, object]]:
+    """Yield the keys and values that the merge key *event* takes from *value*; later ones take precedence."""
+    for mapping in value[::-1] if isinstance(value, list) else [value]:
+        if not isinstance(mapping, dict):
+            reason = f"a merge key needs a mapping or a list of mappings, not {_kind(mapping)}"
+            raise UnreadableValue(reason, event.start_mark, "write '<<: *anchor', or put '<<' in quotes")
+        yield from mapping.items()
 
 
 def _undefined(alias: Any) -> yaml.YAMLError:
