@@ -395,7 +395,7 @@ def test_no_value_has_two_holders_and_pools_forget_nothing(seed: int) -> None:
                 "loadBalancerIP": chance.choice([None, f"203.0.113.{chance.randrange(1, 7)}"]),
                 "externalTrafficPolicy": chance.choice(["Local", "Cluster"]),
             }
-            known.apply_moves({named(name): service(name, **spec)})
+            known.in_order({named(name): service(name, **spec)})
             with contextlib.suppress(ConfigError):
                 assign(known, name, **spec)
         held = {f"s{n}": known.held(named(f"s{n}")) for n in range(8)}

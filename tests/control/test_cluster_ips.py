@@ -279,9 +279,9 @@ def test_remembered_addresses_are_assigned_before_stated_and_stated_before_alloc
     known = cluster_ips(remembered={"default/had/IPv4": "10.96.9.9"})
     wishes = {"wants": service(), "states": service(clusterIP="10.96.0.5"), "had": service()}
 
-    order = sorted(wishes, key=lambda name: known.first(named(name), wishes[name]))
+    order = known.in_order({named(name): wish for name, wish in wishes.items()})
 
-    assert order == ["had", "states", "wants"]
+    assert [name.name for name in order] == ["had", "states", "wants"]
 
 
 @pytest.mark.parametrize("ip", ["10.97.0.1", "fd00::1", "10.96.0.1", "10.96.255.255"])
@@ -298,10 +298,9 @@ def test_a_remembered_address_that_cannot_be_given_any_more_is_replaced(ip: str)
 def move(known: ManifestAllocations, **stated: str) -> dict[str, tuple[str, ...]]:
     """Let each Service state a new address, all in one change; return the addresses that they have then."""
     wishes = {named(name): service(name, clusterIP=ip) for name, ip in stated.items()}
-    known.apply_moves(wishes)
-    for name, wish in wishes.items():
+    for name in known.in_order(wishes):
         try:
-            known.assign(name, wish)
+            known.assign(name, wishes[name])
         except ConfigError:
             continue
     return {name: held_by(known, name) for name in stated}

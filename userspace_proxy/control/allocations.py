@@ -4,8 +4,9 @@ With manifests as the source, this proxy allocates, as the API server and a load
 With a cluster as the source, nothing is allocated: what the API states counts.
 """
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from userspace_proxy import api
@@ -47,12 +48,9 @@ class Allocations:
         fix = "it is served; change --service-cluster-ip-range, or the addresses of this node"
         return allocation, [*(ConfigError(why, field=field, fix=fix) for field, why in faults if why), *lost]
 
-    def apply_moves(self, services: Mapping[NamespacedName, api.Service]) -> None:
-        """Move Services to the values they now state, all at once. Call it before `assign`."""
-
-    def first(self, name: NamespacedName, service: api.Service) -> int:
-        """Return the rank of *name* in the order of assignment; lower ranks are assigned first."""
-        return 0
+    def in_order(self, services: Mapping[NamespacedName, api.Service]) -> Iterable[NamespacedName]:
+        """Move *services* to the values they now state, all at once, and return them in the order to `assign` them."""
+        return services
 
     def held(self, name: NamespacedName) -> Allocation:
         """Return the values that *name* holds."""
@@ -102,6 +100,8 @@ class ManifestAllocations(Allocations):
         self._remembered = {*memory.cluster_ips, *memory.load_balancer_ips, *memory.node_ports}
         self._claims = ValueClaims([*self._cluster_ranges, *self._load_balancer_ranges, *self._node_ports.values()])
         self._portals = PortalClaims(memory.external_portals)
+        # What Services request that are in order, and not assigned yet.
+        self._ordered: dict[NamespacedName, tuple[api.Service, list[ValueRequest]]] = {}
 
     @property
     def changes(self) -> int:
@@ -115,33 +115,29 @@ class ManifestAllocations(Allocations):
             external_portals=self._portals.memory(),
         )
 
-    def first(self, name: NamespacedName, service: api.Service) -> int:
-        """Return the rank of *name* in the order of assignment: remembered values, then stated, then the others.
+    def in_order(self, services: Mapping[NamespacedName, api.Service]) -> Iterable[NamespacedName]:
+        self._ordered = {}
+        for name, service in services.items():
+            with contextlib.suppress(ConfigError):  # `assign` reports it
+                self._ordered[name] = service, self._requests(name, service)
+        requests = {name: requests for name, (_, requests) in self._ordered.items()}
+        self._claims.apply_moves({name: own for name, own in requests.items() if self._claims.has_any(name)})
+        return sorted(services, key=lambda name: self._rank(requests.get(name, ())))
+
+    def _rank(self, requests: Sequence[ValueRequest]) -> int:
+        """Return the rank of a Service with *requests*: remembered values come first, then stated, then the others.
 
         This way a Service keeps its allocated address after a restart, even if another Service states it now.
         """
-        try:
-            requests = self._requests(name, service)
-        except ConfigError:
-            return 2
         if any(request.stated is None and request.key in self._remembered for request in requests):
             return 0
         return 1 if any(request.stated is not None for request in requests) else 2
 
     def assign(self, name: NamespacedName, service: api.Service) -> tuple[Allocation, list[ConfigError]]:
-        problems = self._claims.assign(name, self._requests(name, service))
+        of, requests = self._ordered.pop(name, (None, ()))
+        problems = self._claims.assign(name, requests if of is service else self._requests(name, service))
         allocation, lost = _without_lost(self._portals, name, service, self.held(name), self._hosts.portal_fault)
         return allocation, [*problems, *self._load_balancer_ip(service)[1], *lost]
-
-    def apply_moves(self, services: Mapping[NamespacedName, api.Service]) -> None:
-        requests = {}
-        for name, service in services.items():
-            if self._claims.has_any(name):
-                try:
-                    requests[name] = self._requests(name, service)
-                except ConfigError:
-                    continue  # `assign` reports it
-        self._claims.apply_moves(requests)
 
     def held(self, name: NamespacedName) -> Allocation:
         ports = self._claims.held(name, ValueKind.NODE_PORT)
@@ -274,6 +270,8 @@ def _without_lost(
     created = service.metadata.creation_timestamp
     lost = claims.claim(name, decode.own_portals(service, allocation), stated, created, refused=why_not)
     why_not |= {portal: f"{portal} is served for {holder}, and not for this Service" for portal, holder in lost.items()}
+    if not (why_not or allocation.lost):
+        return allocation, []
     problems = [
         ConfigError(why, field=stated[portal], fix="choose another address or port")
         for portal, why in sorted(why_not.items(), key=lambda item: (stated[item[0]], str(item[0])))

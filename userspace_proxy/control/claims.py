@@ -119,8 +119,9 @@ class ValueClaims:
         for request in sorted(missing, key=lambda request: request.stated is None):  # no pool may allocate a stated one
             error = self._conflict(name, request)
             value = request.stated
-            if value is None and request.pool is not None and (value := request.pool.allocate(request.key)) is None:
-                error = ConfigError(f"{request.pool} is used up", field=request.field, fix=request.fix)
+            if value is None and (pool := request.pool) is not None:
+                value = pool.allocate(request.key, self._holders)
+                error = None if value else ConfigError(f"{pool} is used up", field=request.field, fix=request.fix)
             if error is not None and not request.optional:
                 raise error
             if error is not None:
@@ -189,8 +190,8 @@ class ValueClaims:
         self._holders[held.value] = name
         self._held.setdefault(name, {})[key] = held
         self.changes += 1
-        for pool in self._pools:
-            pool.take(_pool_key(name, key, held), held.value)
+        for pool in self._pools if held.allocated else ():
+            pool.take(key, held.value)
 
     def _drop(self, name: NamespacedName, keys: Iterable[str]) -> None:
         holdings = self._held.get(name, {})
@@ -198,8 +199,8 @@ class ValueClaims:
             held = holdings.pop(key)
             del self._holders[held.value]
             self.changes += 1
-            for pool in self._pools:
-                pool.release(_pool_key(name, key, held), held.value)
+            for pool in self._pools if held.allocated else ():
+                pool.release(key, held.value)
         if not holdings:
             self._held.pop(name, None)
 
@@ -219,10 +220,6 @@ def _is_met(request: ValueRequest | None, held: _Held) -> bool:
     return held.allocated if request.stated is None else held.value == request.stated
 
 
-def _pool_key(name: NamespacedName, key: str, held: _Held) -> str:
-    return key if held.allocated else f"{name} states {held.value}"
-
-
 class PortalClaims:
     """Decides which Service gets a portal that several Services state.
 
@@ -238,7 +235,8 @@ class PortalClaims:
         self._remembered = None if remembered is None else dict(remembered)
         self._owners: dict[Portal, NamespacedName] = {}  # of cluster IPs
         self._claimants: dict[Portal, dict[NamespacedName, str]] = {}  # with their creation time
-        self._portals: dict[NamespacedName, tuple[tuple[Portal, ...], tuple[Portal, ...]]] = {}  # own and external
+        self._own: dict[NamespacedName, tuple[Portal, ...]] = {}
+        self._stated: dict[NamespacedName, tuple[Portal, ...]] = {}
         self._refused: dict[NamespacedName, frozenset[Portal]] = {}
         self._holders: dict[Portal, NamespacedName] = {}  # for portals with claimants
         self.evicted: set[NamespacedName] = set()
@@ -260,16 +258,16 @@ class PortalClaims:
         if lost := frozenset(refused):
             self._refused[name] = lost
         owned, stated = frozenset(own), frozenset(external) - lost
-        before_owned, before_stated = map(frozenset, self._portals.get(name, ((), ())))
+        before_owned, before_stated = frozenset(self._own.pop(name, ())), frozenset(self._stated.pop(name, ()))
         self._set_owned(name, before_owned, owned)
         for portal in before_stated - stated:
             self._claimants[portal].pop(name)
         for portal in stated:
             self._claimants.setdefault(portal, {})[name] = created or "~"  # sorts after every timestamp
-        if owned or stated:
-            self._portals[name] = tuple(owned), tuple(stated)
-        else:
-            self._portals.pop(name, None)
+        if owned:
+            self._own[name] = tuple(owned)
+        if stated:
+            self._stated[name] = tuple(stated)
         touched = (before_owned ^ owned) | before_stated | stated
         for portal in touched & self._claimants.keys():
             self._settle(portal, name)
@@ -292,7 +290,7 @@ class PortalClaims:
 
     def stated(self, name: NamespacedName) -> tuple[Portal, ...]:
         """Return the external portals that *name* states and that were not refused."""
-        return self._portals.get(name, ((), ()))[1]
+        return self._stated.get(name, ())
 
     def _settle(self, portal: Portal, name: NamespacedName) -> None:
         """Decide which Service gets *portal*, and mark others than *name* as evicted if their share changes."""

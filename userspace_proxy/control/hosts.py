@@ -1,10 +1,9 @@
 """Addresses and ports that hosts use, and that no Service should get. Pure."""
 
-import ipaddress
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from userspace_proxy.control.pools import Network, NodePort
+from userspace_proxy.control.pools import Network, NodePort, address_of
 from userspace_proxy.model.service import Portal
 
 _SSH = 22
@@ -34,7 +33,7 @@ class Hosts:
             return f"{ip} is an address of this node"
         if ip in self.dns:
             return f"{ip} is the address of cluster DNS (--dns)"
-        address = ipaddress.ip_address(ip)
+        address = address_of(ip)
         if network := next((network for network in self.networks if address in network), None):
             return f"{ip} is in {network}, a network of this node, and may be another host's"
         of_family = [network for network in ranges if network.version == address.version]

@@ -264,12 +264,11 @@ class Tracker:
                 self._remove_service(name)
             else:
                 present[name] = service
-        self._allocations.apply_moves(present)
         while present:
             changed |= present.keys()
-            for name, service in sorted(present.items(), key=lambda item: (self._allocations.first(*item), item[0])):
+            for name in self._allocations.in_order(dict(sorted(present.items()))):
                 try:
-                    self._update_service(name, service)
+                    self._update_service(name, present[name])
                 except Exception as error:
                     log.exception("a bug: Service %s cannot be worked out; what it had stays", name)
                     self._conflicts[name] = f"{name}: {error!r}"

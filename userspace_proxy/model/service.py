@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from userspace_proxy.model.endpoint import Family, family_of, join_address
 from userspace_proxy.model.names import L4Protocol, ServicePortName
@@ -11,8 +12,7 @@ from userspace_proxy.model.probe import ProbeSpec
 _ANY_ADDRESS: dict[Family, str] = {4: "0.0.0.0", 6: "::"}  # noqa: S104 - nothing is bound
 
 
-@dataclass(frozen=True, slots=True)
-class Portal:
+class Portal(NamedTuple):
     """One address that clients may dial: a virtual IP and port, or a port on every node IP (``0.0.0.0`` or ``::``)."""
 
     ip: str

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 
+from userspace_proxy.control.pools import address_of
 from userspace_proxy.control.tracker import Tracker
 from userspace_proxy.errors import SyncError
 from userspace_proxy.host import discard_routes, network, sysctls
@@ -73,7 +74,7 @@ class NodeRoutes:
         self._now = now
         self._is_first = True
         # The addresses of each service port that are outside of the ranges, and all of them.
-        self._outside: dict[ServicePortName, tuple[ServicePort, list[Network]]] = {}
+        self._outside: dict[ServicePortName, tuple[ServicePort, tuple[Network, ...]]] = {}
         self._used: set[Network] = set()
         self._last_ports: Mapping[ServicePortName, ServicePort] = {}
         self._left_at: dict[Network, float] = {}  # the time since which a portal that is still discarded has no user
@@ -108,10 +109,10 @@ class NodeRoutes:
         before, self._used = self._used, {host for _, hosts in self._outside.values() for host in hosts}
         return self._used - before, before - self._used
 
-    def _look_at(self, service_port: ServicePort) -> tuple[ServicePort, list[Network]]:
+    def _look_at(self, service_port: ServicePort) -> tuple[ServicePort, tuple[Network, ...]]:
         ips = (*service_port.cluster_ips, *service_port.external_ips, *service_port.load_balancer_ips)
-        hosts = map(ipaddress.ip_network, ips)
-        return service_port, [host for host in hosts if not _is_within(host, self._ranges)]
+        outside = [ip for ip in ips if not any(address_of(ip) in each for each in self._ranges)]
+        return service_port, tuple(map(ipaddress.ip_network, outside))
 
     async def _discard(self, came: set[Network], gone: set[Network]) -> None:
         now = self._now()
@@ -119,15 +120,11 @@ class NodeRoutes:
         kept = {n: at for n, at in self._left_at.items() if n not in came and now - at < _REDIRECT_LASTS_S}
         self._left_at = kept
         addresses = {*self._used, *kept} if self._discards_portals else set()
-        others = {host for host in addresses if not _is_within(host, self._discarded)}
+        others = {h for h in addresses if not any(h.network_address in each for each in self._discarded)}
         try:
             await discard_routes.discard(self._discarded, others)
         except SyncError as error:
             log.warning("packets that no Service serves may be forwarded, and clients redirected: %s", error)
-
-
-def _is_within(host: Network, networks: Iterable[Network]) -> bool:
-    return any(host.network_address in each for each in networks)
 
 
 def _networks(cidrs: Iterable[str]) -> list[Network]:

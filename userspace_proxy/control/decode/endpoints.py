@@ -78,7 +78,7 @@ def _slice_endpoints(piece: api.EndpointSlice, port: int) -> Iterator[Endpoint]:
 
 
 def _named(hints: Sequence[api.objects.Hint] | None) -> tuple[str, ...]:
-    return _shared(tuple(hint.name for hint in hints or () if hint.name))
+    return _shared(tuple(hint.name for hint in hints if hint.name)) if hints else ()
 
 
 @lru_cache(maxsize=1024)

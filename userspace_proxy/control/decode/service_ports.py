@@ -13,6 +13,7 @@ from userspace_proxy.model.names import L4Protocol, NamespacedName, ServicePortN
 from userspace_proxy.model.service import ConnectionPolicy, Portal, ServicePort, SourceIP
 
 AFFINITY_TIMEOUT_S = 10_800
+_PROTOCOLS = {protocol.value: protocol for protocol in L4Protocol}
 _ALL_CLIENTS: Mapping[Family, str] = {4: "0.0.0.0/0", 6: "::/0"}
 # No packet has a source address in these ranges.
 _NO_CLIENT: Mapping[Family, str] = {4: "0.0.0.0/32", 6: "::/128"}
@@ -133,8 +134,8 @@ def _portals(service: api.Service, ips: Iterable[str]) -> Iterator[Portal]:
 def _served_ports(spec: api.objects.ServiceSpec) -> Iterator[tuple[int, api.ServicePort, L4Protocol]]:
     """Yield the ports of *spec* whose protocol can be proxied, each with its index."""
     for index, port in enumerate(spec.ports or ()):
-        if (protocol := port.protocol or "TCP") in L4Protocol.__members__:
-            yield index, port, L4Protocol(protocol)
+        if (protocol := _PROTOCOLS.get(port.protocol or "TCP")) is not None:
+            yield index, port, protocol
 
 
 def port_key(port: api.ServicePort) -> PortKey:
@@ -241,7 +242,7 @@ def _ports_problems(spec: api.objects.ServiceSpec, source_ip: SourceIP) -> Itera
     """Yield which ports of *spec* are not served, or not with *source_ip*."""
     others = "; the other ports are served" if len(spec.ports or ()) > 1 else ""
     for index, port in enumerate(spec.ports or ()):
-        if (protocol := port.protocol or "TCP") not in L4Protocol.__members__:
+        if (protocol := port.protocol or "TCP") not in _PROTOCOLS:
             yield ConfigError(
                 f"{protocol!r} cannot be proxied, only TCP and UDP can",
                 field=f"spec.ports[{index}].protocol",

@@ -85,8 +85,7 @@ class Linter:
                 else:  # removed Services first, so that their addresses are free
                     self._check(name)
                     yield
-            self._allocations.apply_moves(present)
-            for name, _ in sorted(present.items(), key=lambda item: self._allocations.first(*item)):
+            for name in self._allocations.in_order(present):
                 self._check(name)
                 yield
             self._concerned |= dict.fromkeys(self._allocations.take_evicted())

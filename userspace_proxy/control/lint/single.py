@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
-from ipaddress import ip_address
 from itertools import islice
 
 from userspace_proxy import api
@@ -12,7 +11,7 @@ from userspace_proxy.control.fields import field_errors, is_similar, kind_errors
 from userspace_proxy.control.lint.api_rules import value_errors
 from userspace_proxy.control.lint.options import LintOptions
 from userspace_proxy.control.lint.relations import relation_errors
-from userspace_proxy.control.pools import Network
+from userspace_proxy.control.pools import Network, address_of
 from userspace_proxy.errors import ConfigError, Note
 from userspace_proxy.sources.documents import Manifest
 
@@ -163,7 +162,7 @@ def _backend_errors(ip: str, field: str, cluster_ips: Sequence[Network]) -> Iter
     yield from errors
     if errors:
         return
-    address = ip_address(decode.canonical_ip(ip))
+    address = address_of(decode.canonical_ip(ip))
     if address.is_loopback:
         fix = "write another address of the host for use in a cluster"
         yield Note("the API server refuses a loopback address; 'run' serves it on this host", field=field, fix=fix)
